@@ -55,8 +55,8 @@ The rooms, each above those that it may import
 Life of a request
 
     AccessLog.log > errors_to_responses > Access.guard > Front.handle_answer > Bodies.answer > read_bytes
-        > Intake.opened > open_body > Intake.resolve > Intake.see > read_native_body > native_messages
-        > Answers.begin > WorkerPool.answer > PromptMaker.admit > Tokenizer.render
+        > Intake.opened > open_body > Intake.resolve > Intake.decode_pictures > read_native_body
+        > native_messages > Answers.begin > WorkerPool.answer > PromptMaker.admit > Tokenizer.render
         > Dispatcher.dispatch > Worker.assign > Pipe.packed                                     front process
         > Inbox.obey > Engine.add > Scheduler.schedule > make_batch > EagerSteps.start
         > Transformer.forward > sample_reference > RunQueue.advance > Answer.push
@@ -151,22 +151,22 @@ from chatlm.common.streams import lack_of_space, never_fail, repair_streams
 from chatlm.common.tiers import listed_store
 from chatlm.front.aio import first_of, stop_signals
 from chatlm.front.api.encode import frame, usage_body
-from chatlm.front.api.encoders import encoder_of
+from chatlm.front.api.encoders import answer_encoder
 from chatlm.front.api.errors import public_error
 from chatlm.front.api.field_types import INTEGER, SWITCH
 from chatlm.front.api.fields import Field
-from chatlm.front.intake.intake import Intake, tokenizer_of
+from chatlm.front.intake.intake import Intake, loaded_tokenizer
 from chatlm.front.lazy import web
-from chatlm.front.pool.local import check_nice, niceness
+from chatlm.front.pool.local_devices import check_nice, niceness
 from chatlm.front.pool.catalogue import Catalogue
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.pool import make_pool
 from chatlm.front.server.access import Access, AccessLog, Owners, is_loopback, listen_on, server_urls
 from chatlm.front.server.answering import Answers
 from chatlm.front.server.batches import BATCH_ROUTES, BatchRoutes
 from chatlm.front.server.bodies import DOCUMENT_ROUTES, Bodies
-from chatlm.front.server.compare import Comparison, read_asked, with_ids
+from chatlm.front.server.compare import Comparison, read_contestants, with_ids
 from chatlm.front.server.connections import room_for_connections, serving
-from chatlm.front.server.conversations import CONVERSATION_ROUTES, Keeper
+from chatlm.front.server.conversations import CONVERSATION_ROUTES, ResponseKeeper
 from chatlm.front.server.describe import (
     MODEL_ROUTES, ModelRoutes, alive_body, bare_id, ollama_version, openapi_document, readiness_body,
     stats_body)
@@ -175,7 +175,7 @@ from chatlm.front.server.files import FILE_ROUTES
 from chatlm.front.server.history import History
 from chatlm.front.server.ledger import LEDGER_ROUTES, Ledger, claim_of
 from chatlm.front.server.metrics import Metrics, metrics_response
-from chatlm.front.server.page import PAGE_ROUTES, Page
+from chatlm.front.server.page import PAGE_ROUTES, PageFiles
 from chatlm.front.server.recordings import GRACE_S, Recording, Recordings
 from chatlm.front.server.responses import (
     REQUEST_LOG, errors_to_responses, json_response, send_whole, shows)
@@ -195,7 +195,9 @@ T = TypeVar("T")
 
 
 class Front:
-    """The HTTP side of a pool and its handlers of routes; `errors_to_responses` answers every error."""
+    """The HTTP side of the server: owns the rooms whose methods handle routes, and handles answers itself.
+
+    Handlers raise errors; the middleware `errors_to_responses` turns them into responses."""
 
     def __init__(self, catalogue: Catalogue, settings: Settings, store: Store | None = None):
         self.catalogue = catalogue
@@ -205,11 +207,13 @@ class Front:
         self.owners = Owners(settings)
         self.ledger = Ledger(settings, store)
         self.bodies = Bodies(Intake(catalogue), self.owners)
-        self.models, self.page = ModelRoutes(catalogue, self.bodies, self.access), Page(page_files())
+        self.models = ModelRoutes(catalogue, self.bodies, self.access)
+        self.page = PageFiles(page_files())
         self.runs = RunRoutes(catalogue)
-        self.compared: dict[str, list[str]] = {}  # id of each running comparison -> those of its answers
-        self.recordings, self.downloads = Recordings(), DownloadRoutes(catalogue, self.bodies, self.access)
-        self.kept = Keeper(store, self.bodies, self.owners, settings.keep_days)
+        self.compared: dict[str, list[str]] = {}  # id of a running comparison -> ids of its answers
+        self.recordings = Recordings()
+        self.downloads = DownloadRoutes(catalogue, self.bodies, self.access)
+        self.kept = ResponseKeeper(store, self.bodies, self.owners, settings.keep_days)
         self.metrics: Metrics | None = None
         with suppress(ConfigError):  # prometheus_client is missing: /metrics says so
             self.metrics = Metrics(catalogue, self.ledger)
@@ -218,21 +222,27 @@ class Front:
         self.kept.removed = self.batches.wake_up
         self.history = History(catalogue, self.metrics)
 
-    def taken(self, request_id: str) -> bool:
-        return any(request_id in those for those in (self.answers.running, self.recordings, self.compared))
+    def is_id_in_use(self, request_id: str) -> bool:
+        in_use = (self.answers.running, self.recordings, self.compared)
+        return any(request_id in ids for ids in in_use)
 
-    def identified(self, works: Seq[tuple[WorkerPool, Request]], kept: bool = False) -> list[Request]:
-        """Requests to be answered now, with their client and owner, in the background if its key is over its
-        budget; with a new id if theirs was taken while the body arrived, or their answer is kept."""
+    def identified(self, works: Seq[tuple[WorkerPool, Request]], is_kept: bool = False) -> list[Request]:
+        """Requests with their id, client and owner, ready to be answered.
+
+        They run in the background if the client's key is over its budget. They get a new id if their answer
+        is kept, or if another request has taken their id while the body arrived."""
         record = REQUEST_LOG.get()
-        if kept or self.taken(record.id):
+        if is_kept or self.is_id_in_use(record.id):
             record.id = secrets.token_hex(16)
         owner = self.owners.of_pages(record.client)
-        over = self.ledger.checked(
-            record.client, [claim_of(request, pool.context_length) for pool, request in works])
-        return [replace(request, id=record.id, low_priority=over or request.low_priority,
-                        params=replace(request.params, client=record.client, owner=owner))
-                for _, request in works]
+        claims = [claim_of(request, pool.context_length) for pool, request in works]
+        is_over_budget = self.ledger.checked(record.client, claims)
+        identified = []
+        for _, request in works:
+            params = replace(request.params, client=record.client, owner=owner)
+            identified.append(replace(request, id=record.id, params=params,
+                                      low_priority=is_over_budget or request.low_priority))
+        return identified
 
     async def handle_answer(self, http: web.Request) -> web.StreamResponse:
         with self.bodies.holding() as holding:
@@ -240,10 +250,10 @@ class Front:
             pool = served.pool
             [request] = self.identified([(pool, parsed.request)], parsed.is_kept)
             parsed = replace(parsed, request=request)
-            del request
-            # the whole request, with its messages and tools, ends when it is admitted
+            del request  # from here on only what an answer needs is kept, not all messages and tools
             answering = self.answers.begin(pool, parsed.request, served.name, not parsed.stream)
-            encoder = encoder_of(parsed, served.name, None if parsed.api == "native" else tokenizer_of(pool))
+            tokenizer = None if parsed.api == "native" else loaded_tokenizer(pool)
+            encoder = answer_encoder(parsed, served.name, tokenizer)
             parsed = encoder.parsed
             answering = self.kept.answering(answering, encoder)
             if nothing := encoder.without_work():
@@ -264,12 +274,13 @@ class Front:
     async def handle_compare(self, http: web.Request) -> web.StreamResponse:
         """POST /v1/compare: several models answer the same question, in one stream."""
         with self.bodies.holding() as holding:
-            asked = with_ids(await read_asked(self.bodies, http, holding), self.identified)
+            contestants = await read_contestants(self.bodies, http, holding)
+            contestants = with_ids(contestants, self.identified)
             request_id = REQUEST_LOG.get().id
-            self.compared[request_id] = [one.request.id for one in asked]
+            self.compared[request_id] = [one.request.id for one in contestants]
             try:
-                with self.ledger.pledged([one.work for one in asked]):
-                    async with (Comparison(asked, self.answers.begin) as comparison,
+                with self.ledger.pledged([one.work for one in contestants]):
+                    async with (Comparison(contestants, self.answers.begin) as comparison,
                                 EventStream(http, request_id) as stream):
                         async for event in comparison.events():
                             await stream.send(frame(event))
@@ -279,12 +290,13 @@ class Front:
 
     async def stream(self, http: web.Request, answering: AbstractAsyncContextManager, encoder: Encoder,
                      holding: Holding) -> web.StreamResponse:
-        """Send an answer as it comes; record a resumable one, with this client as its first follower.
+        """Send an answer as it is made. A resumable one is recorded, and this client is its first follower.
 
-        `holding` accounts for its request, which a recording keeps after its client has left."""
+        holding: the memory that the request is accounted for; a recording keeps it after the client has
+        left."""
         request = encoder.request
         async with AsyncExitStack() as work:
-            work.enter_context(holding.handed_over())
+            work.enter_context(holding.hand_over())
             accepted, events = await work.enter_async_context(answering)
             frames = self.frames(accepted, events, encoder)
             await work.enter_async_context(aclosing(frames))
@@ -304,7 +316,10 @@ class Front:
         try:
             yield encoder.start(accepted)
             async for event in events:
-                yield encoder.progress(event) if isinstance(event, PromptProgress) else encoder.encode(event)
+                if isinstance(event, PromptProgress):
+                    yield encoder.progress(event)
+                else:
+                    yield encoder.encode(event)
             self.note_end(encoder)
         except Exception as error:
             REQUEST_LOG.get().note = f"failed: {error}"
@@ -312,7 +327,12 @@ class Front:
 
     async def follow(self, http: web.Request, request_id: str, recording: Recording,
                      start: int) -> web.StreamResponse:
-        """Send a recording as it grows; cancel a running answer GRACE_S after its last reader leaves."""
+        """Send a recording as it grows. If the answer is still running GRACE_S after its last reader has
+        left, cancel it."""
+        def cancel_unread():
+            if not recording.followers and not recording.ended:
+                self.catalogue.cancel(request_id)
+
         recording.followers += 1
         try:
             async with (EventStream(http, request_id, patient=True) as stream,
@@ -323,11 +343,11 @@ class Front:
         finally:
             recording.followers -= 1
             if not recording.ended:
-                asyncio.get_running_loop().call_later(GRACE_S, lambda: (
-                    recording.followers or recording.ended or self.catalogue.cancel(request_id)))
+                asyncio.get_running_loop().call_later(GRACE_S, cancel_unread)
 
     async def handle_stream(self, http: web.Request) -> web.StreamResponse:
-        """GET /v1/streams/{id}: from event ?from=N, or after a reconnecting EventSource's Last-Event-ID."""
+        """GET /v1/streams/{id}: send a recording from event ?from=N on, or from the event after
+        Last-Event-ID, which an EventSource sends when it reconnects."""
         request_id = bare_id(http.match_info["id"])
         last = http.headers.get("Last-Event-ID", "")
         wanted = http.query.get("from", "0")
@@ -350,19 +370,29 @@ class Front:
         record.counts = counts | {"reason": reasons}
 
     async def handle_cancel(self, http: web.Request) -> web.Response:
-        """POST /v1/cancel/{id}: the id comes from the answer's X-Request-Id header or from its chunks; a
-        comparison's means all of its answers. With ?reasoning=true they only stop thinking."""
+        """POST /v1/cancel/{id}: stop an answer, or all answers of a comparison.
+
+        The id is in the header X-Request-Id and in an answer's chunks. With ?reasoning=true the answers only
+        stop thinking."""
         request_id = bare_id(http.match_info["id"])
         client = REQUEST_LOG.get().client
         only_thinking = ONLY_THINKING.read(http.query.get("reasoning", "false"))
         ids = [one for one in self.compared.get(request_id, [request_id])
                if self.answers.running.get(one) == self.owners.of_answer(one, client)]
-        if not ids or not (only_thinking or any([self.catalogue.cancel(one) for one in ids])):
-            raise RequestError("no answer with this id is running", status=404, code="not_running",
-                               param="id")
-        if only_thinking and not any([await self.catalogue.end_thinking(one) for one in ids]):
-            raise RequestError("the answer is not thinking now", status=409, code="not_thinking", param="id")
-        return json_response({"id": request_id, "cancelled": "reasoning" if only_thinking else True})
+        not_running = RequestError("no answer with this id is running", status=404, code="not_running",
+                                   param="id")
+        if not ids:
+            raise not_running
+        if only_thinking:
+            ended = [await self.catalogue.end_thinking(one) for one in ids]
+            if not any(ended):
+                raise RequestError("the answer is not thinking now", status=409, code="not_thinking",
+                                   param="id")
+            return json_response({"id": request_id, "cancelled": "reasoning"})
+        cancelled = [self.catalogue.cancel(one) for one in ids]
+        if not any(cancelled):
+            raise not_running
+        return json_response({"id": request_id, "cancelled": True})
 
     async def handle_metrics(self, http: web.Request) -> web.Response:
         return metrics_response(self.metrics)
@@ -375,7 +405,7 @@ class Front:
 ONLY_THINKING = Field("reasoning", SWITCH, "true: end the reasoning of the answer, which goes on with its "
                                            "content; 409 if it is not thinking now")
 FIRST_EVENT = Field("from", INTEGER, "the number of the first event", 0, math.inf)
-RETRIEVAL = (  # (what is asked for, its routes): one handler answers them all
+RETRIEVAL = (  # (what a request gets, the routes for it): one handler answers them all
     ("a vector for each input, from the model's final hidden states", "/v1/embeddings"),
     ("the same in the format of Text Embeddings Inference", "/embed"),
     ("documents by how well they suit a query", "/v1/rerank /rerank /v2/rerank"),
@@ -435,50 +465,54 @@ STATE_ROUTES: tuple[Route[Front], ...] = (
 
 
 @dataclass(frozen=True)
-class Room(Generic[T]):
-    """Rows of routes, and the object whose methods are their handlers. Methods of another class are a type
-    error."""
+class RoomRoutes(Generic[T]):
+    """The routes of one room, and how to find the object whose methods handle them. The type checker refuses
+    handlers that are methods of another class."""
 
     of: Callable[[Front], T]
     rows: tuple[Route[T], ...]
 
     def handlers(self, front: Front) -> Iterator[tuple[Route[T], Callable]]:
-        """Each row, with what aiohttp calls."""
-        place = self.of(front)
+        """Each route, and the function that aiohttp calls for it."""
+        room = self.of(front)
         for row in self.rows:
-            yield row, partial(row.handler, place)
+            yield row, partial(row.handler, room)
 
 
 ROOMS = (
-    Room(lambda front: front.page, PAGE_ROUTES),
-    Room(lambda front: front, ANSWER_ROUTES),
-    Room(lambda front: front.models, MODEL_ROUTES),
-    Room(lambda front: front.downloads, DOWNLOAD_ROUTES),
-    Room(lambda front: front.runs, RUN_ROUTES),
-    Room(lambda front: front.bodies, DOCUMENT_ROUTES),
-    Room(lambda front: front.batches.files, FILE_ROUTES),
-    Room(lambda front: front.batches, BATCH_ROUTES),
-    Room(lambda front: front.kept.routes, CONVERSATION_ROUTES),
-    Room(lambda front: front.ledger, LEDGER_ROUTES),
-    Room(lambda front: front, STATE_ROUTES),
+    RoomRoutes(lambda front: front.page, PAGE_ROUTES),
+    RoomRoutes(lambda front: front, ANSWER_ROUTES),
+    RoomRoutes(lambda front: front.models, MODEL_ROUTES),
+    RoomRoutes(lambda front: front.downloads, DOWNLOAD_ROUTES),
+    RoomRoutes(lambda front: front.runs, RUN_ROUTES),
+    RoomRoutes(lambda front: front.bodies, DOCUMENT_ROUTES),
+    RoomRoutes(lambda front: front.batches.files, FILE_ROUTES),
+    RoomRoutes(lambda front: front.batches, BATCH_ROUTES),
+    RoomRoutes(lambda front: front.kept.routes, CONVERSATION_ROUTES),
+    RoomRoutes(lambda front: front.ledger, LEDGER_ROUTES),
+    RoomRoutes(lambda front: front, STATE_ROUTES),
 )
 ROUTES = tuple(row for room in ROOMS for row in room.rows)
 
 
 def create_app(catalogue: Catalogue, settings: Settings, store: Store | None = None) -> web.Application:
     front = Front(catalogue, settings, store)
-    access_log = AccessLog(RouteTable(ROUTES, settings.prefix), front.taken, front.metrics)
+    access_log = AccessLog(RouteTable(ROUTES, settings.prefix), front.is_id_in_use, front.metrics)
     errors = partial(errors_to_responses, home=settings.prefix + "/")
     middlewares: list[Any] = [partial(access_log.log), errors, partial(front.access.guard)]
     app = web.Application(middlewares=list(map(web.middleware, middlewares)))
     app.on_response_prepare.append(front.access.set_headers)
     app.on_startup.extend((front.ledger.open, front.history.open, front.batches.start))
-    for part in filter(None, (front.history, front.batches, front.recordings, front.downloads, front.kept,
-                              front.ledger, store)):
+    closing = (front.history, front.batches, front.recordings, front.downloads, front.kept, front.ledger,
+               store)
+    for part in filter(None, closing):
         app.on_cleanup.append(lambda app, part=part: part.close())
     for room in ROOMS:
         for route, handler in room.handlers(front):
-            for path in {route.path, route.path if route.path.endswith(("/", ":.+}")) else route.path + "/"}:
+            paths = [route.path]
+            if not route.path.endswith(("/", ":.+}")):
+                paths.append(route.path + "/")
+            for path in paths:
                 if route.method == "GET":
                     app.router.add_get(settings.prefix + path, handler)  # adds HEAD too
                 else:
@@ -489,7 +523,9 @@ def create_app(catalogue: Catalogue, settings: Settings, store: Store | None = N
 
 
 def announce(catalogue: Catalogue, settings: Settings, port: int):
-    urls = [f"  {url}{settings.prefix and settings.prefix + '/'}" for url in server_urls(settings.host, port)]
+    """Tell the operator what is served, and where."""
+    path = f"{settings.prefix}/" if settings.prefix else ""
+    urls = [f"  {url}{path}" for url in server_urls(settings.host, port)]
     for line in catalogue.describe():
         tell(line, file=sys.stdout)
     if not settings.keys and not is_loopback(settings.host):
@@ -500,22 +536,25 @@ def announce(catalogue: Catalogue, settings: Settings, port: int):
 
 
 def warn_of_another_program():
-    """Log which of two chatlm packages runs, if they differ: half of an edit may be in each."""
+    """If there are two chatlm packages that differ, log which one runs: each may have half of an edit."""
     with suppress(OSError):
         if other := other_program():
             log.warning("the chatlm in %s runs; the one in %s differs", program_root(), other)
 
 
 async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) -> int:
-    """Listen, load, serve until a signal, drain, stop; return the exit status. ConfigError: cannot start."""
+    """Listen, load, serve until a signal, drain, and stop. Returns the exit status.
+
+    Raises ConfigError if the server cannot start."""
     with listen_on(settings.host, settings.port) as listener:
         drain, now = stop_signals()
         if settings.serves_many and not catalogue:
-            from chatlm.front.evals.step_work import StepWork  # what few need: evaluations, watching files
+            from chatlm.front.evals.step_work import StepWork  # here, because few servers need it
             from chatlm.front.pool.many import ManyModels
             catalogue = ManyModels(settings, step_work=StepWork)
-        catalogue = catalogue or Catalogue(settings, pool_of(settings))
-        catalogue.on_progress = progress = ProgressDisplay()
+        catalogue = catalogue or Catalogue(settings, make_pool(settings))
+        progress = ProgressDisplay()
+        catalogue.on_progress = progress
         try:  # the workers start while a thread imports aiohttp (0.2 s)
             await catalogue.start()
             await asyncio.to_thread(require_library, "aiohttp.web", "chat_server")
@@ -541,7 +580,8 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
 
 
 def run_command(settings: Settings) -> int:
-    """serve, chat or generate; in a process of torchrun's that is not rank 0, that rank."""
+    """Run a command that has Settings. A process that torchrun started as rank 1 or higher computes that rank
+    instead. Returns the exit status."""
     check_library("aiohttp", "chat_server")
     if not settings.url:  # a model is loaded here
         check_library("numpy", "chat_server")
@@ -556,15 +596,17 @@ def run_command(settings: Settings) -> int:
     try:
         if settings.command == "serve":
             command = serve_forever
-        else:  # each is imported alone: a chat does not need what evaluations do
-            place = {"generate": "chat", "compare": "side_by_side", "score": "side_by_side",
-                     "eval": "evaluate"}.get(settings.command, settings.command)
-            module = importlib.import_module(f"chatlm.terminal.{place}")
-            command = getattr(module, "evaluate" if settings.command == "eval" else settings.command)
+        else:  # import this command's module only
+            modules = {"generate": "chat", "compare": "side_by_side", "score": "side_by_side",
+                       "eval": "evaluate"}
+            functions = {"eval": "evaluate"}
+            name = settings.command
+            module = importlib.import_module(f"chatlm.terminal.{modules.get(name, name)}")
+            command = getattr(module, functions.get(name, name))
         status = asyncio.run(command(settings))
         return status
     finally:
-        if start:  # the other ranks end too; torch is imported only now
+        if start:  # let the other ranks end too; this imports torch
             with suppress(RuntimeError):
                 RankStore().put("over", [time.time(), status])
 
@@ -574,16 +616,21 @@ def main(argv: Seq[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 1 (no answer), 2 (ConfigError), 130 (Ctrl-C)."""
     argv = with_kept_words(sys.argv[1:] if argv is None else argv)
     keys_given = any(word.partition("=")[0] == "--api-key" for word in argv)
-    hidden = keys_given and hide_api_keys() and "TORCHELASTIC_RUN_ID" not in os.environ  # torchrun shows it
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun's own command line shows the keys
+    hidden = keys_given and hide_api_keys() and not by_torchrun
     repair_streams()
     try:
-        if argv[:1] in (["bundle"], ["store"]):
-            for line in (bundle_lines(argv[1:]) if argv[0] == "bundle" else
-                         listed_store(*parse_store_words(argv[1:]))):
+        lines = None  # of a command that has no Settings
+        if argv[:1] == ["bundle"]:
+            lines = bundle_lines(argv[1:])
+        elif argv[:1] == ["store"]:
+            lines = listed_store(*parse_store_words(argv[1:]))
+        if lines is not None:
+            for line in lines:
                 print(visible(line))
             return 0
         settings = parse_command_line(argv, os.environ)
-        os.environ.pop("CHAT_SERVER_API_KEY", None)  # no process of ours needs it, nor any that they start
+        os.environ.pop("CHAT_SERVER_API_KEY", None)  # no process that we start may read it
         start_logging(settings)
         if keys_given:
             log.warning("--api-key: other users of this machine %s read the key in the process list; "
@@ -599,9 +646,9 @@ def main(argv: Seq[str] | None = None) -> int:
         return 1
     except Exception as error:
         error = lack_of_memory(error) or lack_of_space(error) or error
-        if not logging.root.handlers and asks_for_json(argv, os.environ):  # the flags are wrong
+        if not logging.root.handlers and asks_for_json(argv, os.environ):  # the flags were wrong
             start_logging(Settings(log_format="json"))
-        logging.shutdown()  # the reason is the last line
+        logging.shutdown()  # so that the reason is the last line
         if not isinstance(error, ChatServerError):
             if not json_handler():
                 raise

@@ -36,7 +36,7 @@ from chatlm.common.messages.requests import Delta, Ended, Piece, Usage    # noqa
 from chatlm.common.processes.ray import ray_main    # noqa: E402
 from chatlm.common.processes.child import die_with_parent, join_parent    # noqa: E402
 from chatlm.front.pool.catalogue import Catalogue
-from chatlm.front.pool.pool import pool_of    # noqa: E402
+from chatlm.front.pool.pool import make_pool    # noqa: E402
 from chatlm.front.server.access import listen_on    # noqa: E402
 from chatlm.worker.weights.nanochat import read_nanochat_tokenizer    # noqa: E402
 from patching import replace_everywhere     # noqa: E402
@@ -85,7 +85,7 @@ def front(port, workers, parent):
     os.sched_setaffinity(0, FRONT_CORE)
     settings = Settings(model=str(ROOT / "tests/fixtures/nanochat/gen5"), host="127.0.0.1", port=port, num_workers=workers,
                         device_type="cpu", max_batch=1024, max_queue=1024, ray_address=os.environ.get("FAKE_RAY"))
-    catalogue = Catalogue(settings, pool_of(settings, worker_command=(sys.executable, __file__)))
+    catalogue = Catalogue(settings, make_pool(settings, worker_command=(sys.executable, __file__)))
     asyncio.run(chat_server.serve_forever(settings, catalogue))
 
 

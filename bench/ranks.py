@@ -102,12 +102,12 @@ class Others:
 async def compare_layouts(args) -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from chatlm.common.config import Settings
-    from chatlm.front.pool.pool import pool_of
+    from chatlm.front.pool.pool import make_pool
     pools = {}
     for layout in args.layouts.split(","):
         sizes = dict(zip(("tensor_parallel_size", "pipeline_parallel_size"), map(int, layout.split("x"))))
         known = {name: size for name, size in sizes.items() if size > 1}
-        pools[layout] = pool = pool_of(Settings(model=args.model, kv_cache_memory=256 << 20, max_batch=16, drafts="none", **known))
+        pools[layout] = pool = make_pool(Settings(model=args.model, kv_cache_memory=256 << 20, max_batch=16, drafts="none", **known))
         await pool.start()
         await pool.wait_ready()
     for count in map(int, args.streams.split(",")):

@@ -22,7 +22,7 @@ os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_
 from chatlm.common.config import Settings    # noqa: E402
 from chatlm.common.messages.requests import Piece    # noqa: E402
 from chatlm.common.processes.start import threads_per_worker    # noqa: E402
-from chatlm.front.pool.pool import pool_of    # noqa: E402
+from chatlm.front.pool.pool import make_pool    # noqa: E402
 
 
 async def answer(pool, name, tokens):
@@ -64,7 +64,7 @@ async def main(arguments):
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     cluster.add_node(num_cpus=threads)
     common = dict(device_type="cpu", kv_cache_memory=256 << 20, max_batch=16, command="chat", drafts="none")
-    pools = {"local": pool_of(Settings(**common)), "Ray": pool_of(Settings(ray_address=cluster.address, num_workers=1, **common))}
+    pools = {"local": make_pool(Settings(**common)), "Ray": make_pool(Settings(ray_address=cluster.address, num_workers=1, **common))}
     try:
         for pool in pools.values():
             await pool.start()

@@ -135,14 +135,14 @@ def measured_steps(model, threads, rows, context, steps):
     from chatlm.common.messages.requests import AnswerParams, SamplingParams
     from chatlm.worker.build import build_engine
     from chatlm.worker.engine.sequence import Assignment
-    from chatlm.worker.engine.warm_up import warm_up
+    from chatlm.worker.engine.warm_up import WarmUp
     from chatlm.worker.ranks.messages import RANK_PIPE
     from chatlm.worker.ranks.steps import rank_step
     import torch
     torch.set_num_threads(threads)
     settings = Settings(model=model or str(fetch_default_model()), kv_cache_memory=512 << 20, drafts="none")
     model, engine = build_engine(resolve_model(settings), settings, torch.device("cpu"))
-    warm_up(engine, lambda fraction: None)
+    WarmUp(engine).complete(lambda fraction: None)
     start, orders = engine.steps.start, {}
 
     def noted(batch, each):

@@ -68,7 +68,7 @@ def start_by_parts():
     parts.note("import: our modules without torch")
     import numpy                            # noqa: F401
     parts.note("import numpy")
-    from chatlm.worker import build, process        # noqa: F401
+    from chatlm.worker import build, memory_plan, process        # noqa: F401
     from chatlm.worker.arrays.kinds import Device
     parts.note("import: our other modules")
     from chatlm.common.core import decode_core
@@ -85,10 +85,10 @@ def start_by_parts():
     model, transformer, pages, context, _ = build.build_transformer(model, source, settings, device, no_progress, None)
     parts.note("weights into tiles, KV pages, buffers")
     engine = build.Engine(transformer, tokenizer, transformer.kernels, num_pages=pages, max_batch=settings.max_batch,
-                          context_length=context, prefill_chunk=build.prefill_chunk(settings, device), drafts=settings.drafts)
+                          context_length=context, prefill_chunk=memory_plan.prefill_chunk(settings, device), drafts=settings.drafts)
     parts.note("engine")
-    from chatlm.worker.engine.warm_up import warm_up_soon
-    warm_up_soon(engine)
+    from chatlm.worker.engine.warm_up import WarmUp
+    WarmUp(engine).begin()
     parts.note("warm-up: a token")
     del model
     process.give_memory_back()

@@ -37,8 +37,8 @@ from chatlm.common.messages.wire import Channel    # noqa: E402
 from chatlm.worker.build import build_engine    # noqa: E402
 from chatlm.worker.engine import engine as engine_module    # noqa: E402
 from chatlm.worker.engine.sequence import Assignment    # noqa: E402
-from chatlm.worker.engine.warm_up import warm_up    # noqa: E402
-from chatlm.worker.process import gauges    # noqa: E402
+from chatlm.worker.engine.warm_up import WarmUp    # noqa: E402
+from chatlm.worker.gauges import Gauges    # noqa: E402
 from chatlm.worker.engine.reports import Reports    # noqa: E402
 
 
@@ -104,7 +104,7 @@ def ask(engine, prompt, tokens, dice):
 
 def stepper(engine, channel, interval_s=0.008):
     """A function that does a step as a worker does."""
-    reports = Reports(channel, engine, gauges, interval_s)
+    reports = Reports(channel, engine, Gauges(engine).read, interval_s)
     return lambda: reports.add(engine.step(reports.send))
 
 
@@ -148,7 +148,7 @@ def main():
     settings, best = Settings(model=arguments.model, drafts="none"), None
     with torch.inference_mode():
         engine = build_engine(resolve_model(settings, no_progress), settings, torch.device("cpu"))[1]
-        warm_up(engine, lambda fraction: None)
+        WarmUp(engine).complete(lambda fraction: None)
         decode_core._core.force_schedule(arguments.width, False)
         ours, theirs = socket.socketpair()
         reader = subprocess.Popen(["cat"], stdin=theirs, stdout=subprocess.DEVNULL)

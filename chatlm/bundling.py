@@ -56,7 +56,11 @@ def parse_bundle_words(words: Seq[str]) -> argparse.Namespace:
     making = [f"--{name.replace('_', '-')}" for name in (
         "without_core", "with_libraries", "pythons", "wheels", "with_model", "args") if getattr(values, name)]
     others = making + (["FILE"] if values.unpack and values.file else [])
-    action = "--verify" if values.verify else "--unpack" if values.unpack else ""
+    action = ""
+    if values.unpack:
+        action = "--unpack"
+    if values.verify:
+        action = "--verify"
     if values.verify and values.unpack:
         parser.error("--verify and --unpack are two commands")
     if action and others:

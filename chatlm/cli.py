@@ -194,7 +194,9 @@ def read_config(file: str | None) -> tuple[dict[str, list[str]], list[dict]]:
     if file is None:
         return {}, []
     tomllib = require_library("tomllib" if sys.version_info >= (3, 11) else "tomli", "--config")
-    flags = {name: flag for flag in FLAGS for name in flag.names}
+    flags = {}
+    for flag in FLAGS:
+        flags |= dict.fromkeys(flag.names, flag)
     words = {}
     tables = []
     try:
@@ -209,7 +211,8 @@ def read_config(file: str | None) -> tuple[dict[str, list[str]], list[dict]]:
             if isinstance(value, dict):
                 raise ValueError(f"[{name}] is a table, but flags belong outside tables: `port = 8000`, "
                                  "or `served-model-name = [\"a\", \"b\"]` for a flag that may repeat")
-            if (spelled := name.replace("_", "-")) not in (*flags, "model"):
+            spelled = name.replace("_", "-")
+            if spelled not in (*flags, "model"):
                 raise ValueError(f"there is no flag --{name}{did_you_mean(spelled, flags, '--')}")
             flag = flags.get(spelled)
             words[flag.field if flag else "model"] = as_words(
@@ -237,10 +240,15 @@ def read_table(parser: CommandLine, table: dict, key: str) -> ModelChoice:
             names = [*TABLE_KEYS, *(known.replace("_", "-") for known in TABLE_FLAGS)]
             raise ConfigError(f"{key}: {name} is not a key of a model{did_you_mean(name, names)}"
                               f" (allowed: {', '.join(names)})")
-    words = {field: words_of_table(table[name], f"{key}: {name}")
-             if field == "adapter" and isinstance(table[name], dict) else
-             as_words(table[name], f"{key}: {name}", flag)
-             for field, flag in TABLE_FLAGS.items() if (name := spelled.get(field))}
+    words = {}
+    for field, flag in TABLE_FLAGS.items():
+        name = spelled.get(field)
+        if not name:
+            continue
+        if field == "adapter" and isinstance(table[name], dict):
+            words[field] = words_of_table(table[name], f"{key}: {name}")
+        else:
+            words[field] = as_words(table[name], f"{key}: {name}", flag)
     texts = {name: as_words(table[name], f"{key}: {name}", many=name == "aliases")
              for name in ("name", "path", "aliases") if name in table}
     if empty := [name for name, values in texts.items() if not all(map(str.strip, values))]:
@@ -254,10 +262,10 @@ def read_table(parser: CommandLine, table: dict, key: str) -> ModelChoice:
     if replicas is not None and not (type(replicas) is int and 1 <= replicas <= 256):
         raise ConfigError(f"{key}: replicas must be a whole number from 1 to 256")
     check_path(texts["path"][0], f"{key}: path")
+    changes = {field: parsed_words(parser, TABLE_FLAGS[field], f"{key}: {spelled[field]}", words[field])
+               for field in words}
     return ModelChoice(texts["path"][0], table.get("name", ""), tuple(texts.get("aliases", ())),
-                       table.get("pin", False), table.get("default", False), replicas,
-                       {field: parsed_words(parser, TABLE_FLAGS[field], f"{key}: {spelled[field]}",
-                                            words[field]) for field in words})
+                       table.get("pin", False), table.get("default", False), replicas, changes)
 
 
 def chosen_models(parser: CommandLine, names: Seq[str], tables: Seq[dict], in_folder: bool,
@@ -330,9 +338,12 @@ def switched(flag: Flag, word: str) -> str:
 
 
 def with_bare_values(words: Seq[str]) -> list[str]:
-    """The words with the value of each flag that was given like a switch: argparse would take the word after
-    it for its value."""
-    flags = {f"--{name}": flag for flag in FLAGS if flag.off for name in flag.names}
+    """Give each flag that was written like a switch its value. Otherwise argparse would take the next word
+    for the value."""
+    flags = {}
+    for flag in FLAGS:
+        if flag.off:
+            flags |= {f"--{name}": flag for name in flag.names}
     found = []
     for place, word in enumerate(words):
         name, equals, value = word.partition("=")
@@ -382,13 +393,16 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
             group = parser.add_argument_group(heading)
         if flag.field in flags:
             add_flag(group, flag._replace(help=FLAG_HELP.get((command, flag.field), flag.help)))
-    # intermixed: MODEL --port 8080 MODEL
-    values = vars((parser.parse_intermixed_args if several_words else parser.parse_args)(words))
+    if several_words:  # they may stand between flags: MODEL --port 8080 MODEL
+        values = vars(parser.parse_intermixed_args(words))
+    else:
+        values = vars(parser.parse_args(words))
     if values.pop("version"):
         print(f"chat_server {__version__}; {kernels_line()}")
         raise SystemExit(0)
-    if command == "check" and values["model"] is None:  # of the kernels
-        if given := [name for name in flags if values[name] is not None]:
+    if command == "check" and values["model"] is None:  # check the kernels
+        given = [name for name in flags if values[name] is not None]
+        if given:
             parser.error(f"--{flags[given[0]].names[0]} is for checking a model: give MODEL too")
         return Settings(command=command)
     if command == "generate":
@@ -396,10 +410,13 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
         values["model"], values["prompt"] = with_prompt(
             parser, values["model"] or [], values["prompt"], at_server)
     if command == "embed" and len(values["model"] or ()) > 1:
-        values["model"], values["texts"] = values["model"][:1], one_file(parser, values)
+        values["texts"] = one_file(parser, values)
+        values["model"] = values["model"][:1]
     if command == "batch" and values["model"]:  # the MODEL may be left out
-        values["model"] = values["model"] if values["model"][1:] else [None, *values["model"]]
-        values["model"], values["texts"] = [*filter(None, values["model"][:1])], one_file(parser, values)
+        if not values["model"][1:]:
+            values["model"] = [None, *values["model"]]
+        values["texts"] = one_file(parser, values)
+        values["model"] = [*filter(None, values["model"][:1])]
     config_file = values["config"] or environment.get("CHAT_SERVER_CONFIG") or None
     config, tables = read_config(config_file)
     words = values["model"] or environment.get("CHAT_SERVER_MODEL") or config.get("model") or []
@@ -442,21 +459,23 @@ def has_words(word: str) -> bool:
 
 
 def is_prompt(word: str) -> bool:
-    """Whether one word can be no MODEL: no file, and with characters that no name has, such as a question
-    mark or Chinese ones."""
+    """Whether a single word must be a prompt: it is no file, and has characters that no name of a model has,
+    such as a question mark or Chinese ones."""
     unnamed = re.search(r"[^\x20-\x7e]|[?!\"'()<>]", word.strip())
     return bool(unnamed) and not os.path.exists(os.path.expanduser(word))
 
 
 def is_model(word: str) -> bool:
-    """Whether it is a file, or has the form of a MODEL that a prompt of one word hardly has."""
+    """Whether it is a file, or looks like a MODEL, as a prompt of one word hardly ever does."""
     return word.lower().endswith(".gguf") or bool(hub_model(word)) or os.path.exists(os.path.expanduser(word))
 
 
 def with_prompt(parser: CommandLine, words: Seq[str], prompt: str | None,
                 at_server: bool) -> tuple[Seq[str], str | None]:
-    """The MODEL and the prompt of `generate`, which comes after it or has several words. at_server: MODEL is
-    a name there, of any form. One word alone is MODEL if it can be: a mistyped name must not be answered."""
+    """Tell MODEL and the prompt of `generate` apart. The prompt comes after MODEL, or has several words.
+
+    A single word is MODEL if it can be, so that a mistyped name is not answered as a prompt.
+    at_server: MODEL is a server's name for a model, which may have any form."""
     asked = [word for word in words if has_words(word)]
     models = [word for word in words if word not in asked]
     if len(asked) + (prompt is not None) > 1:

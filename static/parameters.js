@@ -61,7 +61,7 @@ register({
       repetition_penalty: "makes tokens less likely that already occurred; 1 = off",
       typical_p: "keep the most typical tokens up to this total probability; 1 = off",
       xtc_probability: "how often XTC leaves out top choices; 0 = off",
-      xtc_threshold: "of tokens at least this likely XTC leaves the least likely; above 0.5 = off",
+      xtc_threshold: "of the tokens at least this likely, XTC keeps only the least likely; above 0.5 = off",
       dry_multiplier: "DRY's penalty for tokens that continue a repetition; 0 = off",
       dry_base: "by what factor DRY's penalty grows with each token of the repetition",
       dry_allowed_length: "tokens that DRY lets repeat without a penalty",

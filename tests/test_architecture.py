@@ -79,7 +79,8 @@ def test_the_table_has_a_row_for_each_usual_change():
         "a short name, a cut of words", "a call format", "calls of nanochat's calculator", "a notation of calls", "what a schema allows", "an op", "a message",
         "an event of an answer", "a message of a sandbox", "a message of Ray", "a message among ranks", "a metric of requests",
         "a metric of workers", "a metric of the front", "an error", "a shape of errors", "a page element", "a part of a turn",
-        "a view with an address", "a chart, a style of exported pages", "a rank's shard", "a weight type", "a weight type in files",
+        "a view with an address", "a chart, a style of exported pages", "a rank's shard", "a weight type", "a format of models' files",
+        "a weight type in files",
         "a format of packed safetensors", "a KV type"]
 
 
@@ -108,6 +109,12 @@ def test_every_section_is_checked():
 def test_the_other_sections_name_what_is_there(title):
     text = re.sub("`(Settings|row_invariant|chat|generate)`", "", SECTIONS[title])      # words of users, a name said in passing
     assert named(text) and wrong(text) == []
+
+
+def test_the_page_of_loading_names_what_is_there():
+    words = named((ROOT / "docs/loading.md").read_text(encoding="utf-8"))
+    assert len(words) > 40 and [place for place, _ in words if not path_of(place).exists()] == []
+    assert [name for _, name in words if name and not defines(ROOT / "chatlm", name)] == []
 
 
 def test_the_steps_of_the_usual_changes_name_what_is_there():

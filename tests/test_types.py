@@ -21,14 +21,14 @@ from decode_core import _core
 from chatlm.common.config import Settings
 Settings().port.upper()
 _core.set_threads("all")
-from chat_server import Room
+from chat_server import RoomRoutes
 from chatlm.front.server.batches import BATCH_ROUTES, BatchRoutes
-from chatlm.front.server.page import Page
+from chatlm.front.server.page import PageFiles
 from chatlm.front.server.routes import Api, Route
-Room(lambda front: front.batches, BATCH_ROUTES)
-Room(lambda front: front.page, BATCH_ROUTES)
-Route("GET", "/x", Api.OPENAI, Page.handle_nothing, "x")
-ROWS: tuple[Route[Page], ...] = (Route("GET", "/x", Api.OPENAI, BatchRoutes.handle_list, "x"),)
+RoomRoutes(lambda front: front.batches, BATCH_ROUTES)
+RoomRoutes(lambda front: front.page, BATCH_ROUTES)
+Route("GET", "/x", Api.OPENAI, PageFiles.handle_nothing, "x")
+ROWS: tuple[Route[PageFiles], ...] = (Route("GET", "/x", Api.OPENAI, BatchRoutes.handle_list, "x"),)
 """
 FAULTS = 3, 4, 10, 11, 12     # its lines
 

@@ -195,7 +195,7 @@ def library_files(wanted: Wanted) -> tuple[dict[str, bytes], list[Libraries]]:
 
 
 def shared_files(gathered: Seq[Gathered]) -> Iterator[tuple[tuple[str, ...], dict[str, bytes]]]:
-    """The files by the Pythons that have them alike, so that each is packed once."""
+    """Group identical files by the Python versions that share them, so that each is packed once."""
     having: dict[tuple[str, bytes], list[str]] = {}
     for each in gathered:
         for file in each.files.items():
@@ -234,9 +234,15 @@ def write_bundle(path: Path, wanted: Wanted) -> str:
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
-    what = (f"with the libraries for {' and '.join(map(str, packed))}{needed_glibc(packed)}" if packed else
-            f"with decode_core for {PLATFORM}" if core else f"without decode_core, {problem}")
-    return f"{path}: {size / 1e6:.1f} MB, {what}{f' and the model {model.name}' if model else ''}"
+    if packed:
+        about = f"with the libraries for {' and '.join(map(str, packed))}{needed_glibc(packed)}"
+    elif core:
+        about = f"with decode_core for {PLATFORM}"
+    else:
+        about = f"without decode_core, {problem}"
+    if model:
+        about += f" and the model {model.name}"
+    return f"{path}: {size / 1e6:.1f} MB, {about}"
 
 
 def needed_glibc(packed: Seq[Libraries]) -> str:
@@ -245,7 +251,7 @@ def needed_glibc(packed: Seq[Libraries]) -> str:
 
 
 def copy_model(path: Path, file: BinaryIO) -> Model:
-    """Copy a GGUF file; of a bundle that begins with one, that."""
+    """Copy a GGUF file. If the path is a bundle that begins with one, copy that."""
     name = path.stem
     left = path.stat().st_size
     if zipfile.is_zipfile(path):
@@ -266,14 +272,16 @@ def copy_model(path: Path, file: BinaryIO) -> Model:
 
 
 def check_target(path: Path):
-    """OSError unless the target is new or a bundle: the word after `bundle` may name another file by
+    """Raise OSError unless the target is new or a bundle: the word after `bundle` may name another file by
     mistake."""
     if not path.parent.is_dir():
         raise NotADirectoryError(f"there is no folder {path.parent}")
-    if path.is_dir() or path.exists() and not (path.is_file() and zipfile.is_zipfile(path)):
+    is_bundle = path.is_file() and zipfile.is_zipfile(path)
+    if path.exists() and not is_bundle:
         raise FileExistsError("it exists and is not a bundle; name another file, or remove it first")
 
 
 def current_umask() -> int:
-    os.umask(umask := os.umask(0o077))
+    umask = os.umask(0o077)  # the only way to read it is to set it
+    os.umask(umask)
     return umask

@@ -26,66 +26,78 @@ DEFAULT_MAX_TOKENS = 512  # without -m; /v1 goes up to the context
 PROGRAM_COMMANDS = ("serve", "server", "chat", "generate", "compare", "score", "eval", "embed",
                     "batch", "check")
 ANSWERING = "serve chat generate compare"  # the commands that generate tokens
-READING = f"{ANSWERING} score eval embed batch check"  # those that read a model's files
-CHAT_TEMPERATURE = 0.6    # the default of the chat command
-PAGE_SIZE = 16            # KV slots in a page
-STORE_BYTES = 10 << 30    # of --prefix-store
-LEAST_STORE_BYTES = 16 << 20
-DATABASE = "~/.local/state/chat_server/store.db"  # of --database without a path
-PACKED_BLOCK = 32         # numbers of a head that share a scale in q8_0 pages
+READING = f"{ANSWERING} score eval embed batch check"  # the commands that read a model's files
+CHAT_TEMPERATURE = 0.6          # the default of the chat command
+PAGE_SIZE = 16                  # KV slots in a page
+STORE_BYTES = 10 << 30          # the default size of --prefix-store
+LEAST_STORE_BYTES = 16 << 20    # and the smallest that is allowed
+DATABASE = "~/.local/state/chat_server/store.db"  # where --database is if no path is given
+PACKED_BLOCK = 32               # values of a head that share a scale in q8_0 pages
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of the native API, in one place (characters are Unicode code points)."""
+    """All limits on requests, in one place. Characters are Unicode code points."""
 
+    # a conversation in the native API
     messages: int = 500
-    truncated_messages: int = 10_000  # with `truncate`, which drops the oldest
-    message_characters: int = 8_000   # per message, except the assistant's
+    truncated_messages: int = 10_000  # if `truncate` drops the oldest
+    message_characters: int = 8_000   # of each message, except the assistant's
     total_characters: int = 32_000
     temperature: tuple[float, float] = (0.0, 2.0)
     top_k: tuple[int, int] = (0, 200)
     max_tokens: tuple[int, int] = (1, 4096)
-    stop_strings: int = 4           # on OpenAI's routes,
-    more_stop_strings: int = 256    # and on others, whose clients send more;
-    stop_characters: int = 4_096    # of all of them: a worker prepares its search for them in 2 ms
+
+    # sampling and prompts in every API
+    stop_strings: int = 4          # on OpenAI's routes
+    more_stop_strings: int = 256   # on other routes, whose clients send more
+    stop_characters: int = 4_096   # of all stop strings together; a worker needs 2 ms to prepare as many
     stop_tokens: int = 1_000
-    biases: int = 4_096             # entries of logit_bias: each row applies them in each step
-    prompt_tokens: int = 1 << 20    # in a prompt of token ids: no context is larger
-    choices: int = 128              # answers per request
-    logprob_ids: int = 128          # of logprob_token_ids
-    embeddings: int = 2048          # inputs per request
-    embedded_tokens: int = 300_000  # in all of them together
-    ranked_characters: int = 1 << 22  # of a query, times its documents, for each of which it is read again
-    compared: int = 8               # answers side by side
-    grammar_characters: int = 1 << 16  # of a JSON schema: compiling this much takes up to 0.3 s
-    parameter_characters: int = 200    # of a parameter's name, in calls whose arguments are in tags
-    tool_name_bytes: int = 1 << 20     # of all names of functions and parameters: they are sent to workers
+    biases: int = 4_096            # entries of logit_bias, which are applied in each step
+    prompt_tokens: int = 1 << 20   # of a prompt of token ids; more than any context
+    choices: int = 128             # answers to a request
+    logprob_ids: int = 128         # entries of logprob_token_ids
+    compared: int = 8              # answers side by side
+
+    # embeddings and reranking
+    embeddings: int = 2048            # inputs of a request
+    embedded_tokens: int = 300_000    # of all inputs together
+    ranked_characters: int = 1 << 22  # of the query, times the number of documents
+
+    # grammars and tools
+    grammar_characters: int = 1 << 16  # of a JSON schema; so many take up to 0.3 s to compile
     grammar_bytes: int = 16 << 20      # memory of a compiled grammar; 65,536 ordinary characters take 8 MB
+    parameter_characters: int = 200    # of a parameter's name, in calls whose arguments are in tags
+    tool_name_bytes: int = 1 << 20     # of all names of functions and parameters, which go to the workers
+
+    # bodies, documents and pictures
     body_bytes: int = 16 << 20
-    document_bytes: int = 32 << 20  # of a document whose text is asked for
-    extracted_characters: int = 1 << 20  # of its text
-    pictures: int = 16              # in a request,
-    pictured_bytes: int = 64 << 20  # whose body may be so large,
-    picture_bytes: int = 10 << 20   # each file this,
-    picture_pixels: int = 64_000_000  # and each picture that,
-    picture_side: int = 200         # no side more than so many times the other;
-    kept_pixels: int = 4 << 20      # larger ones are made smaller,
-    held_pixel_bytes: int = 384 << 20  # and all pixels take so much until they are answered: those of two
-                                    # requests of 16 pictures
-    held_bytes: int = 256 << 20     # total of large bodies and of answers sent whole
-    inline_bytes: int = 1 << 16     # larger bodies are read in a sandbox
-    repeated_bytes: int = 1 << 19   # of a request repeated in its response as JSON: three stream events do so
-    inline_characters: int = 4_000  # longer texts are tokenized in a thread
+    document_bytes: int = 32 << 20         # of a document whose text is extracted
+    extracted_characters: int = 1 << 20    # of that text
+    pictures: int = 16                     # in a request
+    pictured_bytes: int = 64 << 20         # of the body of a request with pictures
+    picture_bytes: int = 10 << 20          # of a picture's file
+    picture_pixels: int = 64_000_000       # of a picture
+    picture_side: int = 200                # a picture's longer side divided by its shorter one
+    kept_pixels: int = 4 << 20             # larger pictures are scaled down to this
+    held_pixel_bytes: int = 384 << 20      # of all pictures that wait for an answer: two requests of 16 fit
+
+    # memory and time of the server
+    held_bytes: int = 256 << 20          # of all large bodies, and all answers that are sent whole
+    inline_bytes: int = 1 << 16          # larger bodies are read in a sandbox
+    inline_characters: int = 4_000       # longer texts are tokenized in a thread
+    repeated_bytes: int = 1 << 19        # of a request that its response repeats, in three events of a stream
     rendered_characters: int = 1 << 22   # of a conversation rendered by the chat template
     tokenized_characters: int = 1 << 19  # by /tokenize and /apply-template; each may take 3 KB of memory
-    outbox_bytes: int = 1 << 20     # unsent bytes after which a reader counts as gone
-    recorded_bytes: int = 8 << 20   # total of resumable streams
+    outbox_bytes: int = 1 << 20          # unsent bytes after which a reader counts as gone
+    recorded_bytes: int = 8 << 20        # of all resumable streams
+    connections: int = 8192              # if file descriptors suffice; an idle one takes 6 KB
+
+    # files and batches
     batch_bytes: int = 200 << 20    # of an uploaded file
-    batch_lines: int = 50_000       # of it
-    kept_bytes: int = 2 << 30       # of the files of one key or address in --database
+    batch_lines: int = 50_000       # of an uploaded file
+    kept_bytes: int = 2 << 30       # of the files that one key or address has in --database
     unfinished_batches: int = 100   # of one key or address
-    connections: int = 8192         # from clients, if file descriptors suffice; an idle one takes 6 KB
 
 
 LIMITS = Limits()
@@ -96,9 +108,11 @@ def size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512M or 2G")
-    if (size := float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) >= 2**63:
+    unit = " KMGT".index(match[2].upper() or " ")
+    count = float(match[1]) * 1024**unit
+    if count >= 2**63:
         raise argparse.ArgumentTypeError(f"{shown(text)} is more than any machine has")
-    return int(size)
+    return int(count)
 
 
 def file_name(text: str) -> str:
@@ -107,7 +121,7 @@ def file_name(text: str) -> str:
         os.stat(Path(text).expanduser())
     except ValueError as error:  # with a NUL
         raise argparse.ArgumentTypeError(f"{shown(text)} is not a file name: {error}") from None
-    except RuntimeError:  # of expanduser
+    except RuntimeError:  # expanduser found no home
         raise argparse.ArgumentTypeError(
             f"{shown(text)} is not a file name: this user's home directory is unknown") from None
     except OSError as error:  # other errors are reported when it is opened
@@ -120,7 +134,9 @@ def file_name(text: str) -> str:
 def counted_path(text: str) -> tuple[str, int | None]:
     """(path, count) of `PATH[:COUNT]`, split at the last colon if a count follows."""
     path, colon, count = text.rpartition(":")
-    return (path, int(count)) if colon and re.fullmatch("[1-9][0-9]{0,8}", count) else (text, None)
+    if colon and re.fullmatch("[1-9][0-9]{0,8}", count):
+        return path, int(count)
+    return text, None
 
 
 def counted_text(text: str) -> str:
@@ -543,8 +559,8 @@ KEY_FIELDS: dict[str, tuple[str, Callable[[str], Any], str]] = {
 
 
 def read_key_line(line: str, place: str, number: int) -> ApiKey:
-    """A line of --api-key-file: `name: key` or `key`, then fields such as models=a,b. No ConfigError shows
-    the key."""
+    """Read a line of --api-key-file: `name: key` or `key`, then fields such as models=a,b. No error message
+    shows the key."""
     line, *parts = re.split(r"\s+([a-z][a-z_-]*)=", line)
     name, colon, key = line.partition(":")
     name, key = (name.strip(), key.strip()) if colon else ("", line.strip())
@@ -569,7 +585,7 @@ def read_key_line(line: str, place: str, number: int) -> ApiKey:
 
 
 def read_api_keys(keys: Iterable[str], path: str | None) -> tuple[ApiKey, ...]:
-    """The keys of --api-key and --api-key-file. No ConfigError shows a key."""
+    """Read the keys of --api-key and --api-key-file. No error message shows a key."""
     found = [(f"--api-key number {index}", ApiKey.hashed(key.strip(), f"key-{index}"))
              for index, key in enumerate(keys, 1) if key.strip()]
     try:
@@ -589,13 +605,14 @@ def read_api_keys(keys: Iterable[str], path: str | None) -> tuple[ApiKey, ...]:
 
 
 def refuse_ambiguous(found: Iterable[tuple[str, ApiKey]]):
-    """ConfigError if two places (of which each key has one) say different things of one name or one key: only
-    one of them could count."""
+    """Raise ConfigError if two places say different things about one name or one key: only one of them could
+    count. Each key comes with its place."""
     by_name: dict[str, tuple[str, ApiKey]] = {}
     by_digest: dict[bytes, tuple[str, ApiKey]] = {}
     for place, key in found:
         first_place, first = by_name.setdefault(key.name, (place, key))
-        if different := different_fields(first, key):
+        different = different_fields(first, key)
+        if different:
             raise ConfigError(f"{place}: the key's name, {shown(key.name)}, is also that of {first_place}, "
                               f"with another {different}=: what has one name has one budget and the same "
                               "rights; give both the same fields, or different names")
@@ -612,8 +629,12 @@ def refuse_ambiguous(found: Iterable[tuple[str, ApiKey]]):
 def different_fields(one: ApiKey, other: ApiKey) -> str:
     """The first of KEY_FIELDS in which two keys differ; "" if there is none."""
     for field_name, (target, _, _) in KEY_FIELDS.items():
-        values = getattr(one, target), getattr(other, target)
-        if (set(values[0]) != set(values[1])) if target == "models" else (values[0] != values[1]):
+        first = getattr(one, target)
+        second = getattr(other, target)
+        if target == "models":  # their order means nothing
+            first = set(first)
+            second = set(second)
+        if first != second:
             return field_name
     return ""
 

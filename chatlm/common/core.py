@@ -57,8 +57,10 @@ def find_core() -> tuple[Any, str]:
 def compiled_half() -> list[Path]:
     """The library of the decode_core that Python would import; none if it was built without a compiler."""
     spec = importlib.util.find_spec("decode_core")
-    return [path for folder in (spec and spec.submodule_search_locations or ())
-            for path in Path(folder).glob("_core.*.so")]
+    libraries = []
+    for folder in (spec and spec.submodule_search_locations) or ():
+        libraries += Path(folder).glob("_core.*.so")
+    return libraries
 
 
 @functools.cache
@@ -105,11 +107,16 @@ def kernels_line() -> str:
     if core := decode_core():
         info = core.info()
         unused = 0 if torch_installed() else device_files()
-        return (f"decode_core runs with {info['isa']} instructions"
-                + (f"; {unused} GPU(s) are not used, because torch is not installed" if unused else "")
-                + (f" ({refused})" if (refused := info.get("amx_refused")) else "")
-                + (", compiled with CUDA too" if info["cuda_compiled"] and device_files() else "")
-                + (f"; it is the installed one, because {problem}" if problem else ""))
+        line = f"decode_core runs with {info['isa']} instructions"
+        if unused:
+            line += f"; {unused} GPU(s) are not used, because torch is not installed"
+        if info.get("amx_refused"):
+            line += f" ({info['amx_refused']})"
+        if info["cuda_compiled"] and device_files():
+            line += ", compiled with CUDA too"
+        if problem:
+            line += f"; it is the installed one, because {problem}"
+        return line
     if problem:
         return f"{problem}, {instead}"
     if core := installed_core():

@@ -33,7 +33,8 @@ class Lanes:
         """Remove and return a client's first item; the client goes to the end of the queue."""
         things = self.by_client[client]
         self.by_client.move_to_end(client)
-        self.remove(client, thing := things[0])
+        thing = things[0]
+        self.remove(client, thing)
         return thing
 
     def remove(self, client, thing):

@@ -77,19 +77,21 @@ def packed_libraries(bundle: zipfile.ZipFile) -> list[Libraries]:
 
 
 def fitting(bundle: zipfile.ZipFile) -> Libraries | None:
-    """The libraries for this Python, or None if the bundle has none at all. ConfigError if it has none that
-    fit."""
+    """The libraries for this Python; None if the bundle has none at all. Raises ConfigError if it has some,
+    but none that fit."""
     packed = packed_libraries(bundle)
     if not packed:
         return None
     found = next((each for each in packed if each.platform == PLATFORM), None)
     if found is None:
         here = Libraries(THIS_PYTHON, PLATFORM, "", {})
-        other = next((name for each in packed if each.machine == here.machine
-                      and shutil.which(name := f"python{each.python}")), None)
+        commands = [f"python{each.python}" for each in packed if each.machine == here.machine]
+        other = next(filter(shutil.which, commands), None)
+        advice = f"; try {other}, which is here" if other else ""
         raise ConfigError(f"{bundle.filename} was made for {' and '.join(map(str, packed))}, and this is "
-                          f"{here}{f'; try {other}, which is here' if other else ''}")
-    if (ours := glibc()) and version_numbers(ours) < version_numbers(found.glibc):
+                          f"{here}{advice}")
+    ours = glibc()
+    if ours and version_numbers(ours) < version_numbers(found.glibc):
         raise ConfigError(f"{bundle.filename} was made for glibc {found.glibc} or newer, and this is {ours}")
     return found
 
@@ -128,7 +130,7 @@ def use_found_libraries():
 
 
 def use_site(site: str):
-    """Import from there, but not what this system is too old for: as if that were not installed."""
+    """Import libraries from this folder, except those that this system is too old for."""
     sys.path.insert(1, site)
     ours = version_numbers(glibc())
     for name, needed in OPTIONAL.items():

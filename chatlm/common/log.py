@@ -174,7 +174,8 @@ class ProgressDisplay:
     """Shows loading progress on stderr: a bar on a terminal, else one line per stage."""
 
     def __init__(self):
-        self.stage, self.bar = "", sys.stderr.isatty()
+        self.stage = ""
+        self.bar = sys.stderr.isatty()
 
     def __call__(self, stage: str, fraction: float):
         stage = printable(stage)

@@ -19,7 +19,8 @@ def available_memory() -> int:
     the limits of its cgroup, the enclosing cgroups, and the process (ulimit -v)."""
     import resource
     page = os.sysconf("SC_PAGE_SIZE")
-    free, (limit, _) = os.sysconf("SC_PHYS_PAGES") * page, resource.getrlimit(resource.RLIMIT_AS)
+    free = os.sysconf("SC_PHYS_PAGES") * page
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     with suppress(OSError):  # not Linux
         free = int(re.findall(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[0]) * 1024
         if limit != resource.RLIM_INFINITY:

@@ -26,13 +26,18 @@ def seam_names(read: Callable[[str], str]) -> Iterator[str]:
     body = ast.parse(read(KERNELS)).body
     classes = {node.name: node.body for node in body if isinstance(node, ast.ClassDef)}
     for name in ("Backend", "Steps"):
-        named = (each for node in classes[name] for each in names_in(node))
-        yield from (f"{name}.{each}" for each in named if not each.startswith("__"))
+        for node in classes[name]:
+            for member in names_in(node):
+                if not member.startswith("__"):
+                    yield f"{name}.{member}"
     ops = [node.target.id for node in classes["Kernels"]
            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
     [given] = (node for node in body
                if isinstance(node, ast.FunctionDef) and node.name == "for_decode_core")
-    handed = [keyword for node in ast.walk(given) if isinstance(node, ast.Call) for keyword in node.keywords]
+    handed = []  # the keyword arguments of all its calls
+    for node in ast.walk(given):
+        if isinstance(node, ast.Call):
+            handed += node.keywords
     yield from (f"Kernels.{name}" for name in ops)
     yield from (f"for_decode_core.{keyword.arg}" for keyword in handed)
     yield from imported(read, body, {each.value.id for each in handed if isinstance(each.value, ast.Name)})
@@ -45,7 +50,9 @@ def imported(read: Callable[[str], str], body: list[ast.stmt],
     for node in body:
         if isinstance(node, ast.ImportFrom):
             names = {alias.name for alias in node.names}
-            if names := names if wanted is None else names & wanted:
+            if wanted is not None:
+                names &= wanted
+            if names:
                 yield from functions(read(f"{(node.module or '').replace('.', '/')}.py"), names)
 
 

@@ -150,7 +150,8 @@ def check_ours(status: os.stat_result, path: Path):
 
 def check_library(path: Path, about: AboutCore):
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-        check_ours(status := os.fstat(file.fileno()), path)
+        status = os.fstat(file.fileno())
+        check_ours(status, path)
         if not stat.S_ISREG(status.st_mode):  # a pipe would wait for a writer, a device may never end
             raise OSError(f"{path} is not a regular file")
         check_digest(file.read(), about)
@@ -162,7 +163,8 @@ def check_digest(data: bytes, about: AboutCore):
 
 
 def write_library(path: Path, about: AboutCore, read: Callable[[], bytes]):
-    check_digest(data := read(), about)
+    data = read()
+    check_digest(data, about)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o500), "wb") as file:
         file.write(data)
 

@@ -13,8 +13,8 @@ from chatlm.common.config import LIMITS
 from chatlm.common.files import read_small
 from chatlm.common.messages.requests import Message
 from chatlm.front.admission.admission import Admission
-from chatlm.front.api.picture_parts import file_of
-from chatlm.front.api.pictures import format_of
+from chatlm.front.api.picture_parts import picture_bytes
+from chatlm.front.api.picture_files import detect_format
 
 if TYPE_CHECKING:
     from chatlm.front.pool.pool import WorkerPool
@@ -60,7 +60,7 @@ def picture_file(name: str) -> dict[str, str]:
     data = read_small(Path(name).expanduser())
     if len(data) > LIMITS.picture_bytes:
         raise ValueError(f"{name} has {len(data):,} bytes; at most {LIMITS.picture_bytes:,} are read")
-    kind = f"data:image/{format_of(data).lower()};base64,"
+    kind = f"data:image/{detect_format(data).lower()};base64,"
     return {"name": Path(name).name, "picture": kind + base64.b64encode(data).decode()}
 
 
@@ -69,7 +69,7 @@ async def decoded(messages: Seq[Message], pool: WorkerPool) -> tuple[Message, ..
     found = list[Message]()
     for message in messages:
         more = dict(message.more or {})
-        pictures = tuple([await pool.admission.decode_picture(file_of(uri, "image"), "")
+        pictures = tuple([await pool.admission.decode_picture(picture_bytes(uri, "image"), "")
                           for uri in more.pop("pictures", ())])
         parts = (*range(len(pictures)), message.content) if pictures else ()
         found.append(replace(message, more=more or None, pictures=pictures, parts=parts))

@@ -19,17 +19,16 @@ from chatlm.common.errors import (
 from chatlm.common.invocation import program_command
 from chatlm.common.log import ProgressDisplay, tell
 from chatlm.front.aio import end_tasks
-from chatlm.front.api.batch_lines import (
-    Line, body_alone, lasting_body, read_line, result_of, result_of_bad_line)
-from chatlm.front.api.encoders import encoder_of
+from chatlm.front.api.batch_lines import Line, lasting_body, read_line, bad_line_result
+from chatlm.front.api.encoders import answer_encoder
 from chatlm.front.api.errors import failed_answer, openai_error
 from chatlm.front.intake.arrival import Caller
 from chatlm.front.intake.budget import Holding
-from chatlm.front.intake.intake import Intake, tokenizer_of
+from chatlm.front.intake.intake import Intake, loaded_tokenizer
 from chatlm.front.lazy import aiohttp
 from chatlm.front.pool.catalogue import Catalogue
-from chatlm.front.pool.pool import sampling_of
-from chatlm.terminal.batch_files import Output, Result, Source
+from chatlm.front.pool.pool import default_sampling
+from chatlm.terminal.batch_files import OutputFile, BatchResult, InputFile
 from chatlm.terminal.chat import duration
 from chatlm.terminal.remote import RemotePool, open_pool
 from chatlm.terminal.streams import strict_object, whole_body
@@ -56,8 +55,8 @@ async def batch(settings: Settings) -> int:
                           f"`{program_command()} batch MODEL requests.jsonl -o answers.jsonl`")
     began_s = time.monotonic()
     progress = ProgressDisplay()
-    source = Source(Path(settings.texts).expanduser())
-    with Output(settings.output, source) as output:
+    source = InputFile(Path(settings.texts).expanduser())
+    with OutputFile(settings.output, source) as output:
         before = len(output.done)
         async with open_pool(settings) as pool:
             output.begin(await made_by(pool, settings, source))
@@ -90,7 +89,7 @@ FLAGS_OF_ANSWERS = ("dtype", "quantize", "arithmetic", "kv_cache_dtype", "softca
                     "mmproj")
 
 
-async def made_by(pool: Pool, settings: Settings, source: Source) -> dict[str, Any]:
+async def made_by(pool: Pool, settings: Settings, source: InputFile) -> dict[str, Any]:
     """What answers are of: the model and what else they depend on, as JSON has it."""
     found: dict[str, Any] = {"model": pool.model_name}
     if isinstance(pool, RemotePool):
@@ -104,7 +103,7 @@ async def made_by(pool: Pool, settings: Settings, source: Source) -> dict[str, A
         found["weights"] = pool.supervisor.card.facts.digest
         template = pool.tokenizer and pool.tokenizer.spec.chat_template or ""
         found["template"] = hashlib.sha256(template.encode("utf-8", "replace")).hexdigest()
-        for name, (value, _) in sampling_of(pool, settings).items():
+        for name, (value, _) in default_sampling(pool, settings).items():
             found[f"default {name}"] = value
         for name in FLAGS_OF_ANSWERS:
             found[name] = getattr(settings, name)
@@ -116,9 +115,9 @@ def weights_of(model: dict) -> str:
 
 
 async def answered(lines: Iterator[tuple[int, bytes]], answer: Answer,
-                   created: int) -> AsyncGenerator[Result, None]:
+                   created: int) -> AsyncGenerator[BatchResult, None]:
     """The results of lines as they come, TOGETHER at a time."""
-    under_way: set[asyncio.Task[Result]] = set()
+    under_way: set[asyncio.Task[BatchResult]] = set()
     try:
         for number, text in lines:
             under_way.add(asyncio.create_task(result_for(number, text, answer, created)))
@@ -132,12 +131,12 @@ async def answered(lines: Iterator[tuple[int, bytes]], answer: Answer,
         await end_tasks(under_way)
 
 
-async def result_for(number: int, text: bytes, answer: Answer, created: int) -> Result:
+async def result_for(number: int, text: bytes, answer: Answer, created: int) -> BatchResult:
     try:
         line, status, body = await answer(number, text)
     except RequestError as error:  # it is no line of a batch
-        return Result(number, result_of_bad_line(number, error), True)
-    return Result(number, result_of(line, status, lasting_body(body, created)), status != 200)
+        return BatchResult(number, bad_line_result(number, error), True)
+    return BatchResult(number, line.result(status, lasting_body(body, created)), status != 200)
 
 
 async def patiently(work: Callable[[], Awaitable[T]]) -> T:
@@ -153,7 +152,7 @@ async def patiently(work: Callable[[], Awaitable[T]]) -> T:
             await asyncio.sleep(error.retry_after_s)
 
 
-class Room:
+class ByteBudget:
     """A number of bytes that those who need some take in turn."""
 
     def __init__(self, size: int):
@@ -179,7 +178,7 @@ class Local:
     def __init__(self, pool: WorkerPool, settings: Settings):
         self.pool = pool
         self.intake = Intake(Catalogue(settings, pool))
-        self.pixels = Room(LIMITS.held_pixel_bytes)
+        self.pixels = ByteBudget(LIMITS.held_pixel_bytes)
 
     async def answer(self, number: int, text: bytes) -> Answered:
         caller = Caller(route="", client=f"line {number}", owner="")
@@ -199,7 +198,7 @@ class Local:
         with Holding(self.intake.budget, arrival.caller.client) as holding:
             served = await self.intake.resolve("", (), holding)
             parsed = await self.intake.line(arrival, served, holding)
-            encoder = encoder_of(parsed, self.pool.model_name, tokenizer_of(self.pool))
+            encoder = answer_encoder(parsed, self.pool.model_name, loaded_tokenizer(self.pool))
             async with aclosing(self.pool.answer(parsed.request)) as events:
                 return json.loads(await encoder.collect_all(events, lambda size: None))
 
@@ -224,7 +223,7 @@ class Remote:
 
     async def _answer(self, line: Line) -> tuple[int, dict]:
         seeds = {"seed": line.seed} if line.url in self.seeded else {}
-        body = seeds | body_alone(line) | self.more
+        body = seeds | line.body_alone() | self.more
         async with await self.pool.ask("POST", line.url[1:], json=body, timeout=self.patient,
                                        headers={"X-Request-Id": line.id}) as response:
             text = await whole_body(self.pool.url, response)

@@ -29,7 +29,7 @@ LONGEST_HEAD = 1 << 20  # bytes of a part's first line, or of what lies beside a
 KIND = "batch"         # of files that this command has written
 
 
-class Result(NamedTuple):
+class BatchResult(NamedTuple):
     """The line of the output for one of the input."""
 
     number: int
@@ -37,7 +37,7 @@ class Result(NamedTuple):
     failed: bool
 
 
-class Source:
+class InputFile:
     """The input file, which is read twice. ConfigError if it cannot be, or has no line."""
 
     def __init__(self, path: Path):
@@ -105,12 +105,12 @@ def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     return ""
 
 
-class Output:
+class OutputFile:
     """The output file, which appears under its name once it is complete, in the order of the input. Until
     then its results are in a part file, as they come: `NUMBER STATUS RESULT`, after a line that says of what
     input they are and one that says of what model."""
 
-    def __init__(self, text: str, source: Source):
+    def __init__(self, text: str, source: InputFile):
         self.path = output_path(text)
         self.source = source
         self.part = self.path.with_name(f"{self.path.name}.part")
@@ -129,7 +129,7 @@ class Output:
         """Is there nothing left to do?"""
         return self.finished and self.file is None
 
-    def __enter__(self) -> Output:
+    def __enter__(self) -> OutputFile:
         for path in (self.path, self.part, self.side):
             with named_errors(path), suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(path), os.fstat(self.source.file.fileno())):
@@ -253,7 +253,7 @@ class Output:
             way = "move it away" if self.finished else "delete it to begin again"
             raise ConfigError(f"{shown_path(there)} has answers with {other}; {way}, or choose another -o")
 
-    def write(self, result: Result):
+    def write(self, result: BatchResult):
         self._append(f"{result.number} {'failed' if result.failed else 'ok'} {result.text}")
         self.done.add(result.number)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
 from chatlm.common.errors import RequestError
 from chatlm.common.messages.requests import Delta
 from chatlm.common.text.calculations import moved
-from chatlm.front.api.calculations import read_calculations, what_was_called
+from chatlm.front.api.earlier_calculations import read_calculation, read_calculations
 
 
 def call_text(call: Mapping) -> str:
@@ -30,25 +30,28 @@ def as_code(text: str) -> str:
 
 
 class MarkedText:
-    """An answer's text with its calls in it, as both arrive: a space separates them from what is beside."""
+    """Puts an answer's calls into its text, as both arrive. Spaces separate them."""
 
     def __init__(self, mark: Callable[[str], str] = bracketed, before: str = ""):
         self.mark = mark
-        self.last = before[-1:]  # character that was shown
-        self.follows = False     # was a call the last thing?
+        self.last = before[-1:]  # the last character that was shown
+        self.follows = False     # the last thing that was shown is a call
 
     def push(self, delta: Delta) -> str:
         """What to show of a delta."""
         if delta.kind != "calculator":
-            space = " " * (self.follows and not delta.text[:1].isspace())
+            needs_space = self.follows and not delta.text[:1].isspace()
             self.follows = False
             self.last = delta.text[-1:] or self.last
-            return space + delta.text if delta.text else ""
-        if not (shown := call_text(json.loads(delta.text))):
+            if not delta.text:
+                return ""
+            return f" {delta.text}" if needs_space else delta.text
+        shown = call_text(json.loads(delta.text))
+        if not shown:
             return ""
-        space = " " * bool(self.follows or self.last and not self.last.isspace())
+        needs_space = self.follows or self.last and not self.last.isspace()
         self.follows = True
-        return space + self.mark(shown)
+        return f" {self.mark(shown)}" if needs_space else self.mark(shown)
 
 
 def split_at_calls(text: str, calls: Iterable[Mapping], begin: int = 0) -> list[Delta]:
@@ -60,8 +63,12 @@ def split_at_calls(text: str, calls: Iterable[Mapping], begin: int = 0) -> list[
         text = text[place:]
         begin += place
         others = {name: value for name, value in call.items() if name != "start"}
-        deltas += [Delta("text", before)] * bool(before) + [Delta("calculator", json.dumps(others))]
-    return deltas + [Delta("text", text)] * bool(text)
+        if before:
+            deltas.append(Delta("text", before))
+        deltas.append(Delta("calculator", json.dumps(others)))
+    if text:
+        deltas.append(Delta("text", text))
+    return deltas
 
 
 def marked(text: str, calls: Iterable[Mapping], mark: Callable[[str], str] = bracketed) -> str:
@@ -85,7 +92,7 @@ def calls_of_event(sent) -> list[dict]:
     for call in sent if isinstance(sent, list) else ():
         if isinstance(call, dict) and type(call.get("start")) is int:
             try:
-                calls.append({"start": call["start"], **what_was_called(call, "calculator")})
+                calls.append({"start": call["start"], **read_calculation(call, "calculator")})
             except RequestError:
                 continue
     return calls

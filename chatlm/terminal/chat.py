@@ -17,7 +17,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import DEFAULT_MAX_TOKENS, with_own_sampling
 from chatlm.common.core import decode_core, kernels_line
@@ -32,7 +32,7 @@ from chatlm.common.text.calculations import calculations_of, moved, without_unfi
 from chatlm.front.aio import interruptible
 from chatlm.front.api.encode import calculator_member, timings_body
 from chatlm.front.api.readers import sampling_params, with_thinking_budget
-from chatlm.front.pool.pool import sampling_of
+from chatlm.front.pool.pool import default_sampling
 from chatlm.terminal.attached import (
     decoded, document_text, is_document, is_picture, picture_file, read_user_file)
 from chatlm.terminal.calculator import as_code, marked
@@ -321,10 +321,13 @@ class Chat:
         if name.lower() == "system":
             return self.slash_system(text.strip())
         text = text.strip()
-        if (known := settable(name)) is None:
+        known = settable(name)
+        if known is None:
             raise ValueError(f"/set takes one of {', '.join(SETTABLE)}{did_you_mean(name, SETTABLE)}")
+        chosen = {}
         try:
-            chosen = {known: PARAMETERS[known](text) if known in PARAMETERS else [text]} if text else {}
+            if text:
+                chosen[known] = PARAMETERS[known](text) if known in PARAMETERS else [text]
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"/set {name}: {error}") from None
         self.conversation.parameters.pop(known, None)
@@ -334,9 +337,10 @@ class Chat:
     def slash_show(self, value: str):
         """/show: model, system message, parameters, context"""
         chat = self.conversation
-        default = dataclasses.asdict(self.settings)
-        default |= {name: value for name, (value, origin) in sampling_of(self.pool, self.settings).items()
-                    if origin != "usual" or not self.settings.url}
+        default: dict[str, Any] = dataclasses.asdict(self.settings)
+        for name, (usual, origin) in default_sampling(self.pool, self.settings).items():
+            if origin != "usual" or not self.settings.url:
+                default[name] = usual
         rows = {"model": self.pool.model_name, "system": chat.system, "messages": len(chat.path())}
         rows |= {name: chat.parameters.get(name, default.get(name)) for name in SETTABLE}
         facts = [node["timings"] for node in chat.path() if isinstance(node.get("timings"), dict)] or [{}]
@@ -404,10 +408,13 @@ class Chat:
 
     async def slash_continue(self, value: str):
         """/continue: continue an answer that was cut off"""
-        if not (path := self.conversation.path()) or path[-1]["role"] != "assistant":
+        path = self.conversation.path()
+        if not path or path[-1]["role"] != "assistant":
             raise ValueError("there is no answer to continue")
-        if (path[-1]["content"] or calls_in(path[-1])) and (self.pool.continues or not self.in_turns):
-            await self.answer(path[-1])
+        last = path[-1]
+        has_text = last["content"] or calls_in(last)
+        if has_text and (self.pool.continues or not self.in_turns):
+            await self.answer(last)
         else:
             await self.ask("Please continue.")
 
@@ -510,7 +517,7 @@ def prompt_text(settings: Settings) -> str:
 
 
 def taken_as_model(settings: Settings) -> str:
-    """What to say first where there is no prompt: a word that may have been meant as one."""
+    """The beginning of the error when there is no prompt: names a word that may have been meant as one."""
     if settings.model is None:
         return ""
     example = f"{program_command()} {settings.command} -p {shlex.quote(settings.model)}"

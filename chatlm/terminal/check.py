@@ -64,7 +64,7 @@ def check_kernels() -> int:
     return process.returncode
 
 
-class Report(NamedTuple):
+class ModelReport(NamedTuple):
     """What all checks of a model have found."""
 
     model: str
@@ -98,10 +98,13 @@ class Report(NamedTuple):
     def lines(self) -> Iterator[str]:
         """For a terminal: the verdict, then a line for each finding, the worst first."""
         took_s = sum(one.took_s for one in self.examined)
-        counted = ", ".join(f"{count:,} {severity}{'s' * (count > 1)}"
-                            for severity in SEVERITIES if (count := self.counts[severity]))
-        yield printable(f"{self.model}: {counted if self.verdict != 'fine' else 'fine'} "
-                        f"({len(self.examined)} checks, {took_s:.1f} s)")
+        counts = []
+        for severity in SEVERITIES:
+            count = self.counts[severity]
+            if count:
+                counts.append(f"{count:,} {severity}" if count == 1 else f"{count:,} {severity}s")
+        result = "fine" if self.verdict == "fine" else ", ".join(counts)
+        yield printable(f"{self.model}: {result} ({len(self.examined)} checks, {took_s:.1f} s)")
         yield printable(f"  {self.description}")
         notes = 0
         for finding in self.findings:
@@ -130,10 +133,10 @@ class Examination:
         self.began_s = time.monotonic()
         self.examined = list[Examined]()
 
-    async def run(self) -> Report:
+    async def run(self) -> ModelReport:
         while self.opened is None or self.left:
             await self._run_process()
-        return Report(self.opened.name, self.opened.description, tuple(self.examined))
+        return ModelReport(self.opened.name, self.opened.description, tuple(self.examined))
 
     async def _run_process(self):
         """Note what a process finds, and why it has ended if it could not make all checks."""

@@ -97,13 +97,15 @@ class Conversation:
         return next((node for node in reversed(self.path()) if node["role"] == role), None)
 
     def messages(self) -> tuple[Message, ...]:
-        """The messages to send: no empty ones, and adjacent ones of a role joined: templates alternate. Their
-        `more` has pictures as data URIs, and the calculator's calls."""
+        """The messages to send. Leaves out empty ones, and joins adjacent ones of the same role, because
+        templates want roles to alternate. `more` has pictures as data URIs, and the calculator's calls."""
         messages = [Message("system", self.system)] if self.system.strip() else []
         said = (node for node in self.path() if node["content"] or pictures_of(node) or calls_in(node))
         for role, group in itertools.groupby(said, key=lambda node: node["role"]):
             nodes = [*group]
-            pictures = [uri for node in nodes for uri in pictures_of(node)]
+            pictures = []
+            for node in nodes:
+                pictures += pictures_of(node)
             spoken = [node for node in nodes if node["content"] or calls_in(node)]
             texts = [node["content"] for node in spoken]
             more = with_calls({"pictures": pictures} if pictures else {},

@@ -20,9 +20,9 @@ from chatlm.common.invocation import program_command
 from chatlm.common.jsontext import is_text
 from chatlm.common.log import ProgressDisplay
 from chatlm.common.messages.requests import Embedding
-from chatlm.front.api.encode_retrieval import numbers_of
-from chatlm.front.api.retrieval import check_route, read_embedding_body
-from chatlm.front.pool.pool import known_of
+from chatlm.front.api.encode_retrieval import decoded_vector
+from chatlm.front.api.retrieval_readers import check_route, read_embedding_body
+from chatlm.front.pool.pool import known_about
 from chatlm.terminal.chat import duration
 from chatlm.terminal.output_path import named_errors, output_path, shown_path
 from chatlm.terminal.remote import RemotePool, open_pool
@@ -38,7 +38,7 @@ LONGEST_LINE = 16 << 20
 NPY_HEADER = 128       # bytes; with room for any number of vectors
 
 
-class Batch(NamedTuple):
+class TextBatch(NamedTuple):
     """Some lines of the file."""
 
     first: int         # the number of its first line
@@ -74,9 +74,9 @@ async def embed(settings: Settings) -> int:
 
 
 async def embedded(pool: WorkerPool, settings: Settings,
-                   batches: Iterator[Batch]) -> AsyncGenerator[tuple[Batch, list[list[float]]], None]:
+                   batches: Iterator[TextBatch]) -> AsyncGenerator[tuple[TextBatch, list[list[float]]], None]:
     """The vectors of each batch, in order; the next ones are computed meanwhile."""
-    under_way: list[tuple[Batch, asyncio.Task[list[list[float]]]]] = []
+    under_way: list[tuple[TextBatch, asyncio.Task[list[list[float]]]]] = []
     try:
         for batch in batches:
             under_way.append((batch, asyncio.create_task(vectors_of(pool, settings, batch))))
@@ -92,8 +92,8 @@ async def embedded(pool: WorkerPool, settings: Settings,
         await asyncio.gather(*(task for _, task in under_way), return_exceptions=True)
 
 
-async def vectors_of(pool: WorkerPool, settings: Settings, batch: Batch) -> list[list[float]]:
-    known = known_of(pool, settings)
+async def vectors_of(pool: WorkerPool, settings: Settings, batch: TextBatch) -> list[list[float]]:
+    known = known_about(pool, settings)
     body = {"inputs": batch.texts, "truncate": settings.truncate, "dimensions": settings.dimensions,
             "prompt_name": settings.prompt_name}
     found: list[list[float]] = [[]] * len(batch.texts)
@@ -103,7 +103,7 @@ async def vectors_of(pool: WorkerPool, settings: Settings, batch: Batch) -> list
         async with aclosing(pool.answer(request)) as events:
             async for event in events:
                 if isinstance(event, Embedding):
-                    found[event.choice] = numbers_of(event)
+                    found[event.choice] = decoded_vector(event)
     except RequestError as error:
         last = batch.first + len(batch.texts) - 1
         raise RequestError(f"lines {batch.first:,} to {last:,} of {visible(settings.texts or '')}: {error}",
@@ -125,7 +125,7 @@ def open_texts(path: str) -> Iterator[BinaryIO]:
         yield source
 
 
-def batches_of(path: str, source: BinaryIO) -> Iterator[Batch]:
+def batches_of(path: str, source: BinaryIO) -> Iterator[TextBatch]:
     """The texts of a file of JSON lines: each a string, or an object with a `text`. Empty lines are skipped.
     ConfigError for any other line."""
     size = os.fstat(source.fileno()).st_size if path != "-" else 0
@@ -142,10 +142,10 @@ def batches_of(path: str, source: BinaryIO) -> Iterator[Batch]:
             first = first if texts else number
             texts.append(text_of(line, f"{visible(path)}: line {number:,}"))
         if len(texts) == TOGETHER:
-            yield Batch(first, texts, read / size if size else 0.0)
+            yield TextBatch(first, texts, read / size if size else 0.0)
             texts = []
     if texts:
-        yield Batch(first, texts, 1.0)
+        yield TextBatch(first, texts, 1.0)
 
 
 def text_of(line: bytes, where: str) -> str:

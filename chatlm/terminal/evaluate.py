@@ -19,7 +19,7 @@ from chatlm.front.evals.bpb import BpbResult, Texts, read_texts, run_bpb
 from chatlm.front.evals.bundle import Suite, read_suite
 from chatlm.front.evals.chat import chat_suite
 from chatlm.front.evals.items import NEAR_TIE
-from chatlm.front.evals.kept import Kept, kept_name, results_folder
+from chatlm.front.evals.answers_file import AnswersFile, answers_file_name, results_folder
 from chatlm.front.evals.run import TaskResult, as_json, mean_of, run_task
 from chatlm.front.evals.samples import FREE_SAMPLES, FREE_TOKENS, PROMPTS, SAMPLE_TOKENS
 from chatlm.front.evals.scores import FREE, GREEDY, NO_CHAT, PoolScorer, cut_as_upstream
@@ -41,7 +41,8 @@ class RemoteScorer:
     does not answer as ours does."""
 
     def __init__(self, pool: RemotePool):
-        self.pool, self.begin = pool, list[int]()
+        self.pool = pool
+        self.begin = list[int]()
         self.digest, self.arithmetic = (str(pool.model.get(name) or "") for name in (
             "weights_digest", "arithmetic"))
         self.room = whole_number(pool.context_length)
@@ -88,7 +89,9 @@ class RemoteScorer:
             return found
         begin, = self.begin
         for together in in_requests(texts):  # no text becomes this token, so it keeps them apart
-            parts = [part for text in together for part in (begin, text)]
+            parts = []
+            for text in together:
+                parts += [begin, text]
             async with self._post("tokenize", {"content": parts, "parse_special": False}) as body:
                 found += split_before(begin, token_ids(body["tokens"]), len(together))
         return found
@@ -244,13 +247,16 @@ async def evaluate(settings: Settings) -> int:
     """The `eval` command: a table, or with --json a line, for each model."""
     if settings.suite is None:
         raise ConfigError("eval needs --suite core, chat, bpb, sample, a folder, or a .jsonl file")
-    for name in ("text", "confirm_run_unsafe_code"):
-        if getattr(settings, name) and settings.suite != (suite := "bpb" if name == "text" else "chat"):
+    for name, suite in (("text", "bpb"), ("confirm_run_unsafe_code", "chat")):
+        if getattr(settings, name) and settings.suite != suite:
             raise ConfigError(f"--{name.replace('_', '-')} is for --suite {suite}")
-    what = None if settings.suite == "sample" else (
-        read_texts(settings.text) if settings.suite == "bpb" else
-        chat_suite(settings.confirm_run_unsafe_code) if settings.suite == "chat" else
-        read_suite(settings.suite))
+    what = None
+    if settings.suite == "bpb":
+        what = read_texts(settings.text)
+    elif settings.suite == "chat":
+        what = chat_suite(settings.confirm_run_unsafe_code)
+    elif settings.suite != "sample":
+        what = read_suite(settings.suite)
     folder = results_folder(settings.results) if what else None
     for choice in settings.several or (ModelChoice(""),):
         one_model = replace(settings, model=choice.path or None, several=())
@@ -259,7 +265,8 @@ async def evaluate(settings: Settings) -> int:
             if what is None or folder is None:
                 await show_samples(scorer, name, pool.checkpoint, settings.json)
                 continue
-            kept = Kept(folder, kept_name(one_model, scorer, name, what, settings.max_per_task))
+            file_name = answers_file_name(one_model, scorer, name, what, settings.max_per_task)
+            kept = AnswersFile(folder, file_name)
             progress = ProgressDisplay()
             try:
                 if isinstance(what, Suite):

@@ -82,7 +82,7 @@ run()
 """
 
 
-class Program(NamedTuple):
+class ProgramRun(NamedTuple):
     """What is run, where, and for how long; and how it says that it came to its end."""
 
     source: BinaryIO   # a file that has no name: `head`, and the program
@@ -92,7 +92,7 @@ class Program(NamedTuple):
     word: bytes        # what it reports
 
     @classmethod
-    def prepared(cls, text: bytes, folder: str, seconds: float) -> Program:
+    def prepared(cls, text: bytes, folder: str, seconds: float) -> ProgramRun:
         import resource
         most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         pipe = OPEN_FILES + secrets.randbelow(max(min(most, 1024) - OPEN_FILES, 1))
@@ -108,7 +108,7 @@ def main():
     folder, seconds = sys.argv[2:]
     try:
         size = int.from_bytes(read_whole(0, HEADER_BYTES), "big")
-        program = Program.prepared(read_whole(0, size), folder, float(seconds))
+        program = ProgramRun.prepared(read_whole(0, size), folder, float(seconds))
         found = {"right": run_isolated(program)}
     except Exception as error:
         found = {"problem": f"{type(error).__name__}: {error}"}
@@ -128,7 +128,7 @@ def read_whole(file: int, size: int) -> bytes:
     return b"".join(parts)
 
 
-def run_isolated(program: Program) -> bool:
+def run_isolated(program: ProgramRun) -> bool:
     """Did the program come to its end, in time and without an error? When this returns, nothing that it
     started is left, as far as the system allows."""
     inside = enter_namespace()
@@ -191,7 +191,7 @@ def enter_namespace() -> bool:
     return call_linux("unshare", CLONE_NEWPID)
 
 
-def run_program(program: Program, awake: int) -> bool:
+def run_program(program: ProgramRun, awake: int) -> bool:
     """Run it until it ends, its time is over, or the command has gone."""
     report, reporting = os.pipe()
     os.set_blocking(report, False)
@@ -213,7 +213,7 @@ def run_program(program: Program, awake: int) -> bool:
     return False
 
 
-def become_program(program: Program, reporting: int, parent: int):
+def become_program(program: ProgramRun, reporting: int, parent: int):
     """Turn this new process into the program's."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)

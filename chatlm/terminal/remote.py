@@ -16,8 +16,9 @@ from chatlm.common.messages.requests import SAMPLING_DEFAULTS, SAMPLING_FLAGS, A
 from chatlm.common.text.calculations import calculations_of
 from chatlm.front.api.encode import calculator_member
 from chatlm.front.lazy import aiohttp
-from chatlm.front.pool.pool import WorkerPool, pool_of
-from chatlm.terminal.streams import AnswerReader, EventStream, broken, connection_errors, object_in, reason_of
+from chatlm.front.pool.pool import WorkerPool, make_pool
+from chatlm.terminal.streams import (
+    RemoteAnswerReader, RemoteStream, broken, connection_errors, object_in, reason_of)
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -79,9 +80,12 @@ class RemotePool:
         """The server's first model, or the one that MODEL names; ConfigError if it has none."""
         name = self.wanted
         ids = [str(model.get("id")) for model in models]
-        if name is None or name in ids:
-            return models[ids.index(name) if name else 0] if models else {}
-        if (model := await self.get(f"v1/models/{quote(name)}")).get("id"):  # an alias
+        if name is None:
+            return models[0] if models else {}
+        if name in ids:
+            return models[ids.index(name)]
+        model = await self.get(f"v1/models/{quote(name)}")  # it may be an alias
+        if model.get("id"):
             return model
         has = f"it has {', '.join(ids)}{did_you_mean(name, ids)}" if ids else "it does not list its models"
         raise ConfigError(f"MODEL {name}: the server at {self.url} has no such model; {has}")
@@ -156,8 +160,8 @@ class RemotePool:
 
     async def answer(self, request: Request) -> AsyncGenerator[Event, None]:
         """The server's stream as events. Raises what WorkerPool would; ConfigError if no server answers."""
-        reader = AnswerReader()
-        stream = EventStream(self, reader.end_of, request.id)
+        reader = RemoteAnswerReader()
+        stream = RemoteStream(self, reader.end_of, request.id)
         self.native = await stream.post(*self._routes(request)) == NATIVE_ROUTE
         try:
             yield Accepted(0)
@@ -224,7 +228,7 @@ def identified(name: str, checkpoint: Mapping[str, str | int]) -> str:
 
 @asynccontextmanager
 async def open_pool(settings: Settings) -> AsyncIterator[Pool]:
-    pool = RemotePool(settings) if settings.url else pool_of(settings)
+    pool = RemotePool(settings) if settings.url else make_pool(settings)
     pool.on_progress = progress = ProgressDisplay()
     try:
         await pool.start()

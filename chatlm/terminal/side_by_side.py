@@ -22,9 +22,9 @@ from chatlm.front.evals.bits import score_text
 from chatlm.front.evals.scores import PoolScorer
 from chatlm.front.intake.arrival import Caller
 from chatlm.front.intake.budget import Holding
-from chatlm.front.intake.intake import Intake, tokenizer_of
+from chatlm.front.intake.intake import Intake, loaded_tokenizer
 from chatlm.front.pool.many import ManyModels
-from chatlm.front.server.compare import Comparison, asked_of, with_ids
+from chatlm.front.server.compare import Comparison, contestants_of, with_ids
 from chatlm.front.server.describe import kind_of
 from chatlm.terminal.calculator import MarkedText, calls_of_event
 from chatlm.terminal.chat import NO_ROLES, duration, prompt_text
@@ -43,7 +43,7 @@ class Column:
         self.parts = {"token": "", "reasoning": ""}
         self.calls: list[dict] = []         # of the calculator, in its text
         self.marks = MarkedText()
-        self.new = ""                       # what of it has not been shown
+        self.new = ""                       # text that has not been shown yet
         self.began = False                  # has its name been shown?
         self.end: dict[str, Any] = {}
         self.differs: dict | None = None
@@ -89,9 +89,13 @@ async def compare(settings: Settings) -> int:
     text = prompt_text(settings)
     columns = [Column() for _ in names]
     turn = 0
-    system = [{"role": "system", "content": settings.system}] if settings.system else []
-    body = {"models": names, "messages": [*system, {"role": "user", "content": text}],
-            **{name: value for name in PARAMETERS if (value := getattr(settings, name)) is not None}}
+    messages = []
+    if settings.system:
+        messages.append({"role": "system", "content": settings.system})
+    messages.append({"role": "user", "content": text})
+    parameters = {name: getattr(settings, name) for name in PARAMETERS}
+    body = {"models": names, "messages": messages,
+            **{name: value for name, value in parameters.items() if value is not None}}
     async with aclosing(answers_of(settings, body)) as events:
         async for event in events:
             if "done" in event:
@@ -160,15 +164,15 @@ async def answers_of(settings: Settings, body: dict) -> AsyncGenerator[dict, Non
         await models.wait_ready()
         progress.close()
 
-        kinds = [kind_of(tokenizer_of(models.find(name).pool)) for name in body["models"]]
+        kinds = [kind_of(loaded_tokenizer(models.find(name).pool)) for name in body["models"]]
         body = as_wanted(body, settings, kinds)
 
         with Holding(intake.budget, "") as holding:
             caller = Caller("/v1/compare", client="", owner="")
             async with intake.opened(caller, dump(body), times=LIMITS.compared) as arrival:
-                asked, _ = await asked_of(intake, arrival, holding)
-            asked = with_ids(asked, lambda works: [request for _, request in works])
-            async with Comparison(asked) as comparison:
+                contestants, _ = await contestants_of(intake, arrival, holding)
+            contestants = with_ids(contestants, lambda works: [request for _, request in works])
+            async with Comparison(contestants) as comparison:
                 async for event in comparison.events():
                     yield event
     finally:

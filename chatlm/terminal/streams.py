@@ -48,7 +48,7 @@ async def server_events(content) -> AsyncGenerator[tuple[int | None, dict], None
                 data = []
 
 
-class EventStream:
+class RemoteStream:
     """A server's answer to one POST: its events, resumed if the connection breaks and the server supports it.
 
     `ends` recognizes the last event of an answer. Closing earlier cancels the answer on the server."""
@@ -84,7 +84,8 @@ class EventStream:
                 async with aclosing(server_events(self.response.content)) as events:
                     async for number, event in events:
                         if number is not None:
-                            self.next, self.pauses_s = number + 1, iter(self.RESUME_S)
+                            self.next = number + 1
+                            self.pauses_s = iter(self.RESUME_S)
                         self.whole = self.whole or bool(self.ends(event))
                         yield event
                         if event.get("done"):
@@ -120,7 +121,7 @@ class EventStream:
                 (await self.pool.ask("POST", f"v1/cancel/{self.request_id}", timeout=timeout)).close()
 
 
-class AnswerReader:
+class RemoteAnswerReader:
     """Reads the events of an answer from /v1 or the native API."""
 
     def __init__(self):
@@ -201,7 +202,7 @@ def whole(value) -> int:
 
 async def compared_at(pool: RemotePool, body: dict) -> AsyncGenerator[dict, None]:
     """The events of the server's /v1/compare."""
-    stream = EventStream(pool, lambda event: "done" in event)
+    stream = RemoteStream(pool, lambda event: "done" in event)
     try:
         await stream.post(("v1/compare", body))
         async with aclosing(stream.events()) as events:
@@ -216,7 +217,8 @@ async def compared_at(pool: RemotePool, body: dict) -> AsyncGenerator[dict, None
 
 def object_in(body: dict, name: str) -> dict:
     """The JSON object in a member of `body`; {} if there is none."""
-    return member if isinstance(member := body.get(name), dict) else {}
+    member = body.get(name)
+    return member if isinstance(member, dict) else {}
 
 
 def connection_errors() -> tuple[type[Exception], ...]:

@@ -86,7 +86,9 @@ class MarkdownWriter:
         self.style = "dim"
         self.begun = False
         self.marks = MarkedText(as_code, before)
-        if blocks := markdown_blocks(before := before.translate(TERMINAL_CONTROLS), "none"):
+        before = before.translate(TERMINAL_CONTROLS)
+        blocks = markdown_blocks(before, "none")
+        if blocks:
             self.text = before.split("\n", blocks[-1][0])[-1]
             self.style = "none"
         self.live = live.Live(self, console=console, refresh_per_second=10, transient=True,
@@ -95,9 +97,12 @@ class MarkdownWriter:
 
     def progress(self, event: PromptProgress):
         share = min(1.0, event.prompt_tokens_done / max(1, event.prompt_tokens))
-        self.waiting = (f"loading the model, {event.loading:.0%}" if event.loading is not None else
-                        f"number {event.queue_position} in the queue" if event.queue_position else
-                        f"reading the prompt, {share:.0%}")
+        if event.loading is not None:
+            self.waiting = f"loading the model, {event.loading:.0%}"
+        elif event.queue_position:
+            self.waiting = f"number {event.queue_position} in the queue"
+        else:
+            self.waiting = f"reading the prompt, {share:.0%}"
         self.live.refresh()
 
     def push(self, event: Piece):
@@ -115,7 +120,8 @@ class MarkdownWriter:
 
     def _write(self, blocks: list[tuple[int, Any]], rest: str):
         """Write blocks permanently; `rest` is the text after them."""
-        self.text, lines = rest, self._lines(blocks)
+        lines = self._lines(blocks)
+        self.text = rest
         if lines:
             self.begun = True
             self.console.print(self.segment.SegmentLines(lines, new_lines=True), crop=False)
@@ -316,7 +322,8 @@ class Terminal:
         Reading input here would take it from the next prompt, so the terminal turns Tab into a signal."""
         import termios
         try:
-            before = termios.tcgetattr(descriptor := sys.stdin.fileno())
+            descriptor = sys.stdin.fileno()
+            before = termios.tcgetattr(descriptor)
         except (OSError, ValueError, termios.error):  # not a terminal
             yield
             return

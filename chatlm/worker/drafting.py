@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
 
 class DraftHelp:
-    """What drafts for a model is a help: answers are the same without it. So only the first start of a server
-    fails if a flag names what cannot be used, for the operator to correct. A later one, of a server that
-    requests rely on, goes without it and says why, whatever has happened to the files meanwhile."""
+    """Drafts are a help: answers are the same without them. So only the first start of a server fails if a
+    flag names what cannot be used, for the operator to correct. A later start, on which requests rely, goes
+    without it and says why, whatever has happened to the files meanwhile."""
 
     def __init__(self, terms: DraftTerms = DraftTerms()):
         self.terms = terms
@@ -83,18 +83,18 @@ class DraftPlan(NamedTuple):
     kernels: Kernels
     groups: LayerGroups
     kv: KvType
-    max_tokens: int  # of a step,
-    max_rows: int    # and its rows of logits
+    max_tokens: int  # of a step
+    max_rows: int    # of logits in a step
     prefill_chunk: int
     max_batch: int
-    taken: int       # bytes of its weights and buffers
+    nbytes: int      # of its weights and buffers
     page_bytes: int  # of one page of its KV cache
     settings: Settings  # by which it is read
     source: ModelSource | None = None  # its files, if they are not the model's
 
     @property
     def flag(self) -> str:
-        """What asked for it."""
+        """The flag that asked for it."""
         return "--draft-model" if self.source else "--drafts mtp"
 
     def page_share(self, groups: LayerGroups) -> int:
@@ -103,8 +103,8 @@ class DraftPlan(NamedTuple):
 
     def load(self, stop_tokens: frozenset[int], target: Transformer, num_pages: int,
              progress: Progress = no_progress) -> DraftModel | DraftHead:
-        """Read its weights. stop_tokens, num_pages: of the model that it drafts for, `target`. A draft head
-        has that model's embedding and output matrix, unless ranks have parts of these."""
+        """Read its weights. stop_tokens, num_pages: of `target`, the model that it drafts for. A draft head
+        uses the embedding and the output matrix of that model, unless ranks have parts of these."""
         model = self.model
         device = target.device
         num_pages = -(-num_pages // len(target.groups.windows))
@@ -127,7 +127,8 @@ class DraftPlan(NamedTuple):
 
 def plan_drafters(target: LoadedModel, settings: Settings, device: Device, prefill_chunk: int,
                   progress: Progress = no_progress, draft_help: DraftHelp | None = None) -> list[DraftPlan]:
-    """What drafts for this model besides texts. ConfigError if that cannot be, and `draft_help` needs it."""
+    """The plans of what drafts for this model, besides texts. ConfigError if one that `draft_help` needs
+    cannot be used."""
     draft_help = draft_help or DraftHelp()
     if target.architecture.of_texts or target.text.embedder or settings.command in ("score", "embed"):
         return []
@@ -146,8 +147,8 @@ def plan_drafters(target: LoadedModel, settings: Settings, device: Device, prefi
 def plan_draft_model(target: LoadedModel, settings: Settings, device: Device,
                      prefill_chunk: int, progress: Progress = no_progress,
                      draft_help: DraftHelp | None = None) -> DraftPlan | None:
-    """The plan of --draft-model for this model; None if there is none to load. ConfigError if it cannot draft
-    for it. No weight is read."""
+    """The plan of --draft-model for this model, None if there is none to load; no weight is read. ConfigError
+    if it cannot draft for this model."""
     terms = draft_help.terms if draft_help else DraftTerms()
     if settings.drafts not in ("model", "auto"):
         return None
@@ -167,8 +168,9 @@ def plan_draft_model(target: LoadedModel, settings: Settings, device: Device,
     if terms.stamp is not None:
         refuse_other_version(source, own, terms.stamp)
     model = open_model(source, own, device)
-    if model.architecture.max_positions > target.architecture.max_positions:  # no longer than needed
-        model = open_model(source, replace(own, context_length=target.architecture.max_positions), device)
+    longest = target.architecture.max_positions
+    if model.architecture.max_positions > longest:  # it needs no longer context
+        model = open_model(source, replace(own, context_length=longest), device)
     try:
         refuse_to_draft(model, target)
     except ConfigError as error:
@@ -180,7 +182,7 @@ def plan_draft_model(target: LoadedModel, settings: Settings, device: Device,
 
 
 def refuse_other_version(source: ModelSource, own: Settings, stamp: Stamp):
-    """ConfigError unless the files of a draft model are those by which the memory was measured."""
+    """ConfigError unless the files of a draft model are those with which the memory was measured."""
     if not stamp:
         raise ConfigError(f"{source.path} has come since the memory was measured, without it")
     refuse_changed(replace(source, stamp=stamp), own)
@@ -191,9 +193,7 @@ def plan_draft_head(target: LoadedModel, settings: Settings, device: Device, pre
     """The plan of the draft head in a model's files; None if there is none that can be used here."""
     if settings.drafts not in ("mtp", "auto"):
         return None
-    reason = ("its files have none that this program knows" if target.draft_head is None else
-              "a model in stages (--pp) cannot use it" if settings.pipeline_parallel_size > 1 else
-              "on a GPU it cannot be used" if device.type != "cpu" else "")
+    reason = why_no_draft_head(target, settings, device)
     if reason and settings.drafts == "mtp":
         raise ConfigError(f"--drafts mtp needs the draft head of a model: {reason}")
     if reason or target.draft_head is None:
@@ -202,16 +202,26 @@ def plan_draft_head(target: LoadedModel, settings: Settings, device: Device, pre
     return planned(target.draft_head, settings, device, prefill_chunk, shared)
 
 
+def why_no_draft_head(target: LoadedModel, settings: Settings, device: Device) -> str:
+    """Why a model's draft head cannot be used here; "" if it can."""
+    if target.draft_head is None:
+        return "its files have none that this program knows"
+    if settings.pipeline_parallel_size > 1:
+        return "a model in stages (--pp) cannot use it"
+    return "on a GPU it cannot be used" if device.type != "cpu" else ""
+
+
 def shared_names(model: LoadedModel, divided: bool) -> tuple[str, ...]:
-    """Which weights a draft head has of its model, which may be divided among ranks."""
+    """Which weights a draft head shares with its model: none if these are divided among ranks."""
     own = model.architecture
-    names = ("embed",) if own.tied else ("embed", "head")
-    return names if own.joins and not divided else ()
+    if divided or not own.joins:
+        return ()
+    return ("embed",) if own.tied else ("embed", "head")
 
 
 def planned(model: LoadedModel, settings: Settings, device: Device, prefill_chunk: int,
             shared: Seq[str] = ()) -> DraftPlan:
-    """How a model that drafts will be computed; the weights named `shared` take no memory."""
+    """The plan of a model that drafts. The weights named `shared` take no memory."""
     rows = max(settings.max_batch, FREE_ROWS)
     tokens = prefill_chunk + rows
     kernels = load_kernels(device, model.architecture, max_tokens=tokens, max_rows=rows,
@@ -233,14 +243,14 @@ def refuse_to_draft(model: LoadedModel, target: LoadedModel):
     if model.architecture.keeps_states:
         raise ConfigError(f"{model.family} keeps states, which cannot go back to before a wrong draft; a "
                           "model whose layers are all attention can draft, also for one with states")
-    if difference := first_difference(*(open_for_answers(each.text, each.vocabulary)
-                                        for each in (target, model))):
+    difference = first_difference(*(open_for_answers(each.text, each.vocabulary) for each in (target, model)))
+    if difference:
         raise ConfigError(f"its tokenizer is another: {difference}")
 
 
 def first_difference(target: Tokenizer, draft: Tokenizer) -> str:
-    """The first token id that two tokenizers read differently, in words; "" if there is none. Ids at the end
-    that only one of them has are padding if they are few."""
+    """The first token id that two tokenizers read differently, in words; "" if there is none. A few ids at
+    the end that only one of them has are padding."""
     names = target.special_names
     own_names = draft.special_names
     size = target.vocab_size

@@ -26,13 +26,14 @@ if TYPE_CHECKING:
     from chatlm.common.messages.wire import Channel, Pipe
 
 
-def run_configured(channel: Channel, config: WorkerConfig | RankConfig):
-    """Run as a replica or its rank 0, or as another rank, depending on the config."""
-    from chatlm.worker.process import run_rank, run_worker
-    if isinstance(config, RankConfig):
-        run_rank(channel, config)
-    else:
-        run_worker(channel, config)
+def run_worker(channel: Channel, config: WorkerConfig):
+    from chatlm.worker import process
+    process.run_worker(channel, config)
+
+
+def run_rank(channel: Channel, config: RankConfig):
+    from chatlm.worker import other_rank
+    other_rank.run_rank(channel, config)
 
 
 def run_survey(channel: Channel, config: SurveyConfig):
@@ -40,11 +41,23 @@ def run_survey(channel: Channel, config: SurveyConfig):
     survey_models(channel, config)
 
 
+def run_doctor(channel: Channel, config: DoctorConfig):
+    from chatlm.worker.doctor.examine import examine
+    examine(channel, config)
+
+
+AHEAD = {  # what a process imports while it waits for its first message, by its pipe
+    WORKER_PIPE: "chatlm.worker.process", RANK_PIPE: "chatlm.worker.other_rank",
+    SURVEY_PIPE: "chatlm.worker.survey", DOCTOR_PIPE: "chatlm.worker.doctor.examine"}
+# modules that read the models which most servers have
+READERS_AHEAD = "chatlm.worker.weights.gguf_model", "chatlm.worker.weights.mmproj"
+
+
 def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[str]) -> int:
     """Join the parent and `run` until the other end hangs up."""
     channel = join_parent(arguments, pipe)
-    with suppress(ImportError):  # if it was started ahead; what is missing is said below
-        for module in ("chatlm.worker.process", "chatlm.worker.weights.gguf"):
+    with suppress(ImportError):  # it may have been started ahead; what is missing is said below
+        for module in (AHEAD[pipe], *READERS_AHEAD):
             importlib.import_module(module)
     reserve = mmap.mmap(-1, 32 << 20)  # address space reserved for reporting that memory ran out
     try:
@@ -67,24 +80,21 @@ def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[
     except Exception as error:
         reserve.close()
         error = gpu_memory_error(error, config) or lack_of_memory(error) or error
-        known = isinstance(error, ConfigError)
-        if not known and pipe is not WORKER_PIPE:
+        if isinstance(error, ConfigError):
+            channel.send(Unusable(str(error)))
+        elif pipe is WORKER_PIPE:
+            channel.send(Crashed(printable(f"{named(error)} ({line_of(error)})"),
+                                 traceback.format_exc()[-1 << 16:]))
+        else:
             raise
-        channel.send(Unusable(str(error)) if known else
-                     Crashed(printable(f"{named(error)} ({line_of(error)})"),
-                             traceback.format_exc()[-1 << 16:]))
         with suppress(EOFError, ConnectionError):
             channel.receive(wait=True)  # wait until the front has read it and hung up
     return 0
 
 
-def run_doctor(channel: Channel, config: DoctorConfig):
-    from chatlm.worker.doctor.examine import examine
-    examine(channel, config)
-
-
 def hung_up() -> tuple[type[Exception], ...]:
-    """What is raised if the other end of the connection has gone. Only connections with TLS import ssl."""
+    """The errors that say that the other end of the connection has gone. Only connections with TLS have
+    imported ssl."""
     tls = sys.modules.get("ssl")
     return EOFError, ConnectionError, TimeoutError, *([tls.SSLError] if tls else [])
 
@@ -96,13 +106,14 @@ def line_of(error: Exception) -> str:
 
 
 def gpu_memory_error(error: Exception, config) -> ConfigError | None:
+    """The advice if a GPU's memory has run out; None for any other error."""
     if "torch" not in sys.modules:
         return None
-    from chatlm.worker.build import lack_of_gpu_memory
+    from chatlm.worker.device import lack_of_gpu_memory
     return lack_of_gpu_memory(error, config)
 
 
-worker_role = partial(worker_main, run_configured, WORKER_PIPE)  # the role `worker FD PARENT`
-rank_role = partial(worker_main, run_configured, RANK_PIPE)      # the role `rank FD PARENT`
-survey_role = partial(worker_main, run_survey, SURVEY_PIPE)     # the role `survey FD PARENT`
-doctor_role = partial(worker_main, run_doctor, DOCTOR_PIPE)     # the role `doctor FD PARENT`
+worker_role = partial(worker_main, run_worker, WORKER_PIPE)  # the role `worker FD PARENT`
+rank_role = partial(worker_main, run_rank, RANK_PIPE)        # the role `rank FD PARENT`
+survey_role = partial(worker_main, run_survey, SURVEY_PIPE)  # the role `survey FD PARENT`
+doctor_role = partial(worker_main, run_doctor, DOCTOR_PIPE)  # the role `doctor FD PARENT`

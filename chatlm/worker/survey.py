@@ -9,9 +9,10 @@ from chatlm.common.core import kernels_line
 from chatlm.common.errors import ConfigError, lack_of_memory, named
 from chatlm.common.messages.protocol import Crashed, ModelCard, Surveyed, Unusable
 from chatlm.worker.arrays.kinds import Device
-from chatlm.worker.build import check_gpu, plan_model, prefill_chunk, share_of_rank
+from chatlm.worker.card import model_facts
+from chatlm.worker.device import check_gpu
 from chatlm.worker.drafting import DraftHelp, plan_drafters
-from chatlm.worker.process import model_facts
+from chatlm.worker.memory_plan import plan_model, prefill_chunk
 from chatlm.worker.ranks.ranks import PlannedRank
 from chatlm.worker.weights.load import open_model
 
@@ -20,9 +21,8 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import SurveyConfig
     from chatlm.common.messages.wire import Channel
-    from chatlm.worker.build import MemoryPlan
     from chatlm.worker.drafting import DraftPlan
-    from chatlm.worker.model.pages import LayerGroups
+    from chatlm.worker.memory_plan import ModelPlan
     from chatlm.worker.weights.rules import LoadedModel
 
 
@@ -39,37 +39,36 @@ def survey_models(channel: Channel, config: SurveyConfig):
 
 
 def surveyed(config: SurveyConfig) -> Surveyed:
+    """The card of a model, and the memory it takes. No weight is read."""
     device = Device(config.device)
     if device.type == "cuda":
         check_gpu(device)
-    source = config.source
     settings = config.settings
-    model = open_model(source, settings, device)
+    model = open_model(config.source, settings, device)
     draft_help = DraftHelp(config.drafts)
     drafts = plan_drafters(model, settings, device, prefill_chunk(settings, device), draft_help=draft_help)
     plans = [plan_of_stage(model, stage, settings, device, drafts)
              for stage in range(settings.pipeline_parallel_size)]
-    plan, groups = max(plans, key=lambda planned: planned[0].weights)
+    largest = max(plans, key=lambda plan: plan.memory.weights)
     # the last stage also has rows of logits
-    plan = plan._replace(activations=max(each.activations for each, _ in plans))
-    free, _ = plan.memory()
+    memory = largest.memory._replace(activations=max(plan.memory.activations for plan in plans))
+    free, _ = memory.memory()
     budget = config.budget or int(free * settings.gpu_memory_utilization)
-    plan = plan.within(budget // config.replicas - config.process_bytes)
-    pages = plan.pages()
-    scored = plan.context(pages, groups)
-    card = ModelCard(model.text, model.name, min(model.context_length, scored), (), {}, False, kernels_line(),
-                     dict(model.sampling), model.sampling_origin, source=source,
-                     facts=model_facts(model, config, "", plan.weights), scored_length=scored,
+    memory = memory.within(budget // config.replicas - config.process_bytes)
+    pages = memory.pages()
+    scored_length = memory.context(pages, largest.groups)
+    card = ModelCard(model.text, model.name, min(model.context_length, scored_length), (), {}, False,
+                     kernels_line(), dict(model.sampling), model.sampling_origin, source=config.source,
+                     facts=model_facts(model, config, "", memory.weights), scored_length=scored_length,
                      without=tuple(draft_help.without))
-    return Surveyed(card, plan.weights + plan.draft_model, plan.activations, plan.cache_bytes(pages),
-                    plan.settings.kv_cache_memory or 0, budget)
+    return Surveyed(card, memory.weights + memory.draft_model, memory.activations, memory.cache_bytes(pages),
+                    memory.settings.kv_cache_memory or 0, budget)
 
 
-def plan_of_stage(model: LoadedModel, stage: int, settings: Settings,
-                  device: Device, drafts: Seq[DraftPlan]) -> tuple[MemoryPlan, LayerGroups]:
-    """The plan of the first rank of a stage, whose shard is the largest; without --tp and --pp, of the model.
+def plan_of_stage(model: LoadedModel, stage: int, settings: Settings, device: Device,
+                  drafts: Seq[DraftPlan]) -> ModelPlan:
+    """The plan of the first rank of a stage, whose share is the largest; without --tp and --pp, of the model.
     ConfigError if the model cannot be divided that way."""
     rank = PlannedRank(settings, stage * settings.tensor_parallel_size)
-    _, groups, _, plan = plan_model(
-        share_of_rank(model, rank, settings), model.architecture, settings, device, rank, drafts)
-    return plan, groups
+    share = rank.share_of(model, settings.quantize)
+    return plan_model(share, model.architecture, settings, device, rank, drafts)

@@ -211,7 +211,7 @@ def test_an_old_python_reads_the_first_code_of_a_bundle():
 def test_a_damaged_bundle_is_one_line(part, bundled, tmp_path):
     data = bytearray(bundled.read_bytes())
     with zipfile.ZipFile(bundled) as source:
-        names = {"module": "chatlm/common/errors.py", "bytecode": "chatlm/front/pool/local.pyc", "page": "static/chat.js"}
+        names = {"module": "chatlm/common/errors.py", "bytecode": "chatlm/front/pool/local_devices.pyc", "page": "static/chat.js"}
         if part in names:
             entry = source.getinfo(names[part])
             data[entry.header_offset + 30 + len(entry.filename) + entry.compress_size // 2] ^= 4

@@ -17,7 +17,7 @@ from chatlm.common.text.grammar import byte_vocabulary, check_grammar
 from chatlm.common.text.load import open_tokenizer
 from chatlm.common.text.reader import AnswerReader
 from chatlm.front.api.call_grammars import call_grammar, parameter_types, tool_grammar
-from chatlm.front.api.conversation import openai_messages
+from chatlm.front.api.message_readers import openai_messages
 from chatlm.worker.engine.answer import Answer
 from chatlm.worker.engine.grammar import Grammar
 from chatlm.worker.weights.gguf import gguf_text

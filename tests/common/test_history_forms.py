@@ -12,7 +12,7 @@ from chatlm.common.messages.requests import HistoryForm
 from chatlm.common.text.history_forms import RESULT, TEXT_ALONE, differences
 from chatlm.common.text.load import open_tokenizer
 from chatlm.common.text.tokenizer import compile_chat_template
-from chatlm.front.api.conversation import openai_messages
+from chatlm.front.api.message_readers import openai_messages
 from engines import load
 
 TOOL = {"type": "function", "function": {"name": "weather", "description": "Weather", "parameters": {

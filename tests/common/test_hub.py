@@ -222,8 +222,8 @@ SEEING = gguf_bytes({**LLAMA_NUMBERS, **small_gguf_metadata("gpt-2", **{"tokeniz
 
 def fetched_files(tmp_path, hub, *models, before="", **bounds):
     """The paths of models of org/seeing, and what the log said."""
-    code = (f"{before}\nfrom chatlm.common.hub.huggingface import Bounds, fetch_from_hub\n"
-            f"for file in {models!r}: print(fetch_from_hub('org/seeing', file, lambda *_: None, Bounds(**{bounds!r})))")
+    code = (f"{before}\nfrom chatlm.common.hub.huggingface import DownloadLimits, fetch_from_hub\n"
+            f"for file in {models!r}: print(fetch_from_hub('org/seeing', file, lambda *_: None, DownloadLimits(**{bounds!r})))")
     done = subprocess.run([sys.executable, "-c", code], env=environment(tmp_path, hub), capture_output=True, text=True, cwd=real_server.SCRIPT.parent)
     assert done.returncode == 0, done.stderr
     return done.stdout.split(), done.stderr

@@ -11,7 +11,7 @@ import pytest
 from chatlm.common.config import Settings
 from chatlm.common.messages.protocol import (RAY_PIPE, SANDBOX_PIPE, WORKER_PIPE, ActorAddress, ActorEnded, AdapterLoaded, Begun, Body, CacheEmptied, Cancel, Crashed, DraftTerms, DropAdapter, EmptyCache, EndActor, EndOfRequest, EndThinking,
                                              Known, LoadAdapter, Loading, ModelCard, ModelText, NewAnswer, NewPicture, NewPrompt, NewRequest, Node, Nodes, ParsedBody, Ping, RayConfig, Ready,
-                                             Refused, Result, SandboxConfig, StartActor, Stepped, Task, Unusable, WorkerConfig)
+                                             Refused, SandboxResult, SandboxConfig, StartActor, Stepped, SandboxTask, Unusable, WorkerConfig)
 from chatlm.common.messages.requests import (AnswerParams, Delta, DraftCounts, Embedding, Ended, Failed, Message, ModelSource, Piece, PromptProgress, PromptScores,
                                              Request, SamplingParams, TextSpec, ThinkingEnds, TokenLogprob, Usage)
 from chatlm.common.messages.wire import HEADER, BadMessage, restorer, unpacked
@@ -34,8 +34,8 @@ EXAMPLES = [
     NewAnswer("r#3", "r", 0, 3, 2**40, (1, 2, 3), 5, 2), Cancel("r#3"), EndThinking("r#3"), EndOfRequest("r"), Ping(), EmptyCache(), CacheEmptied(True),
     LoadAdapter("law#1", "/adapters/law", (("/adapters/law/a", 5, 7),), "00"), DropAdapter("law#1"), AdapterLoaded("law#1", "no such file", 5, "00"), Loading("weights", 0.25),
     ModelText(TEXT), ModelCard(TEXT, "a", 4096, ("one", "two"), {"sample": "numpy"}, True), Ready({"running": 0}), Unusable("no such file"), Crashed("KeyError: 1", "Traceback ..."),
-    SandboxConfig(Known(Settings(), None), TEXT, 4096, 1.5, 1 << 30), Task("fill", [{"a": [1, None]}, "x"]), Begun(),
-    Body(bytes(range(256)) * 3), Body(b""), Result(None), Result([1, {"a": "\ud800"}]), Refused("no", 400, None, "tools"),
+    SandboxConfig(Known(Settings(), None), TEXT, 4096, 1.5, 1 << 30), SandboxTask("fill", [{"a": [1, None]}, "x"]), Begun(),
+    Body(bytes(range(256)) * 3), Body(b""), SandboxResult(None), SandboxResult([1, {"a": "\ud800"}]), Refused("no", 400, None, "tools"),
     RayConfig("auto", ""), Nodes([Node("f0", "a", 2.0, 8)]), StartActor("x", "f0", 0.5, 1), ActorAddress("x", "10.0.0.1", 4242, "00"), EndActor("x"),
     ActorEnded("x", "died"),
     Stepped([], {}), Stepped(
@@ -73,7 +73,7 @@ def test_a_request_comes_out_of_a_sandbox_as_it_went_in():
     request = asked("r", (Message("user", "hi", {"tool_calls": [{"a": 1}]}), Message("assistant", "")), ("text", (1, 2, 3)), ((4, 5), ()),
                       tools=({"function": {"name": "f"}},), stop=("x",), grammar="g")
     for parsed in (ParsedBody(request, False, True, True), ParsedBody(asked("s", prompts=("a", "b")))):
-        assert restorer(ParsedBody)(through_the_pipe(Result(parsed)).value) == parsed
+        assert restorer(ParsedBody)(through_the_pipe(SandboxResult(parsed)).value) == parsed
 
 
 def test_there_is_an_example_of_every_message_and_each_has_a_limit():

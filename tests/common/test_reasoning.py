@@ -15,7 +15,7 @@ from chatlm.common.text.formats import thoughts_of, tool_format_of
 from chatlm.common.text.grammar import check_grammar, json_grammar
 from chatlm.common.text.load import open_tokenizer
 from chatlm.front.admission.prompts import PromptMaker
-from chatlm.front.api.conversation import openai_messages
+from chatlm.front.api.message_readers import openai_messages
 from chatlm.front.api.fields import parse_fields
 from chatlm.front.api.readers import parse_openai_request
 from chatlm.front.api.tables import OPENAI_FIELDS

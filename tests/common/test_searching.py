@@ -57,7 +57,7 @@ def test_a_search_names_what_matches(hub):
 
 def test_an_odd_answer_of_a_search_is_no_model(hub, monkeypatch):
     library, _ = hub
-    monkeypatch.setattr(offers, "models_found", lambda *_: [1, None, {}, {"id": 7}, {"id": "../../x"}])
+    monkeypatch.setattr(offers, "ask_for_models", lambda *_: [1, None, {}, {"id": 7}, {"id": "../../x"}])
     assert search(library, "a") == []
 
 

@@ -20,7 +20,7 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.engine.pieces import PieceTokenizer, open_for_answers
 from chatlm.common.text.reader import StreamDecoder
 from chatlm.common.text.tokenizer import fill_template
-from chatlm.front.api.conversation import openai_messages
+from chatlm.front.api.message_readers import openai_messages
 from chatlm.worker.weights.gguf import gguf_text
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.huggingface import hf_text

@@ -22,7 +22,7 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.common.text.reader import AnswerReader
 from chatlm.common.text.schema_rules import STRING_FORMATS
 from chatlm.front.api.call_grammars import call_grammar, parameter_types, tool_grammar
-from chatlm.front.api.conversation import openai_messages
+from chatlm.front.api.message_readers import openai_messages
 from chatlm.front.api.fields import parse_fields, read_choice
 from chatlm.front.api.readers import parse_openai_request
 from chatlm.front.api.tables import OPENAI_FIELDS

@@ -14,7 +14,7 @@ from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.integrity import check_integrity
-from chatlm.worker.engine.warm_up import warm_up
+from chatlm.worker.engine.warm_up import WarmUp
 from chatlm.worker.model import kernels as model_kernels
 from chatlm.worker.model.core_sizes import core_sizes
 from chatlm.worker.model.kernels import for_decode_core, load_kernels
@@ -61,7 +61,7 @@ def engine_of(kernels, fixture, monkeypatch, queue=None):
                                   max_tokens=40, max_rows=4)
         engine = Engine(transformer, open_tokenizer(fixture.text), kernels, num_pages=40, max_batch=4,
                         context_length=128, prefill_chunk=32)
-        warm_up(engine, lambda fraction: None)
+        WarmUp(engine).complete(lambda fraction: None)
     return engine
 
 

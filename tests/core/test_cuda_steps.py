@@ -30,7 +30,7 @@ from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.limits import FREE_ROWS, StepLimits
 from chatlm.worker.engine.scheduler import Scheduler
 from chatlm.worker.engine.sequence import Sequence
-from chatlm.worker.engine.warm_up import warm_up
+from chatlm.worker.engine.warm_up import WarmUp
 from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.blocks.attention import Attention
 from chatlm.worker.model.blocks.experts import Experts, Router
@@ -573,7 +573,7 @@ def test_warming_an_engine_up_captures_every_graph_before_any_step(backend, nano
     engine = cuda_engine(backend, some_model("gen1", nanochat_fixtures), monkeypatch, prepare=False, max_batch=3)
     shares = []
     with torch.inference_mode():
-        warm_up(engine, shares.append)
+        WarmUp(engine).complete(shares.append)
     assert set(engine.steps.graphs) == {(rows, 32) for rows in cuda_steps.doubling(1, engine.steps.max_rows, 2)}
     assert shares == sorted(shares) and engine.pool.available == engine.pool.num_pages
 

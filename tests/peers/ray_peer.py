@@ -19,7 +19,7 @@ sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1], "tests/support"))]
 from ray.cluster_utils import Cluster   # noqa: E402
 
 from chatlm.common.config import Settings    # noqa: E402
-from chatlm.front.pool.pool import pool_of    # noqa: E402
+from chatlm.front.pool.pool import make_pool    # noqa: E402
 from pools import collect, greedy   # noqa: E402
 
 LIMIT_S = 90
@@ -41,7 +41,7 @@ def question(name, tokens=80):
 
 
 async def started(cluster, nodes, **changes):
-    pool = pool_of(Settings(**{"ray_address": cluster.address, "num_workers": 0, "device_type": "cpu", "kv_cache_memory": 128 << 20,
+    pool = make_pool(Settings(**{"ray_address": cluster.address, "num_workers": 0, "device_type": "cpu", "kv_cache_memory": 128 << 20,
                                "max_batch": 4, "command": "chat", "drafts": "none"} | changes))
     pool.placement.SILENT_S = 3.0
     await pool.start()

@@ -17,7 +17,7 @@ import pytest
 
 from chatlm.common.messages.requests import SamplingParams, TextSpec
 from chatlm.common.text.load import open_tokenizer
-from chatlm.front.api.conversation import openai_messages
+from chatlm.front.api.message_readers import openai_messages
 from chatlm.worker.engine.answer import Answer
 from answers import together
 from peer_packages import INSTALL_S, NPM, llama_cpp, made, made_venv

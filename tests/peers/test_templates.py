@@ -11,7 +11,7 @@ import pytest
 
 from chatlm.common.errors import RequestError
 from chatlm.common.text.load import open_tokenizer
-from chatlm.front.api.conversation import openai_messages
+from chatlm.front.api.message_readers import openai_messages
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 

@@ -12,7 +12,7 @@ from chatlm.worker.engine.integrity import queue_faults
 from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.limits import StepLimits
 from chatlm.worker.engine.scheduler import Scheduler
-from chatlm.worker.engine.sequence import Chunk, Output, Sequence
+from chatlm.worker.engine.sequence import Chunk, SequenceOutput, Sequence
 from chatlm.worker.engine.sight import Sight
 from chatlm.worker.engine.states import StatePool
 from works import assignment
@@ -79,7 +79,7 @@ class Traffic:
                 scheduler.times.rows.note(rows, 1 + dice.choice([0.0, 0.004, 0.03, 0.2]) * rows)
                 scheduler.times.host_rows.note(rows, 1.5 + 0.01 * rows)
         if awaits:
-            scheduler.queue.gates.append(lambda sequence: not sequence.uncached and awaits(sequence))
+            scheduler.queue.add_gate(lambda sequence: not sequence.uncached and awaits(sequence))
         scheduler.times.token_s = dice.choice([0.0, 0.0001, 0.002, 0.05])
         scheduler.lane.ahead, scheduler.lane.recorded = dice.random() < 0.5, dice.random() < 0.3
         scheduler.lane.TRIAL = 7
@@ -127,7 +127,7 @@ class Traffic:
                           background=dice.random() < self.background_share, **params)
         scored = dice.choice([0, 0, dice.randrange(length + 1)]) if "prompt_logprobs" in params else 0
         limit = length if pooled else min(length + most, self.longest)
-        sequence = Sequence(work, tokens, limit, output=Output(scored=scored))
+        sequence = Sequence(work, tokens, limit, output=SequenceOutput(scored=scored))
         if not pooled and not self.states and dice.random() < 0.12:
             sequence.sight = self.some_sight(length)
         if dice.random() < 0.1:
@@ -172,7 +172,7 @@ class Traffic:
             places += range(at, at + count)
             owners += [(len(seen), row) for row in range(count)]
             rows = object() if dice.random() < 0.5 else None
-            seen.append(SimpleNamespace(layout=SimpleNamespace(tokens=count, grid=None), rows=rows))
+            seen.append(SimpleNamespace(layout=SimpleNamespace(tokens=count, grid=None), turns=0, rows=rows))
             at += count + dice.randrange(2, 40)
         return Sight(10**6, places, owners, seen, two_sided=dice.random() < 0.6) if seen else None
 
@@ -183,7 +183,7 @@ class Traffic:
             if preparing and not preparing.done() and self.dice.random() < 0.3:
                 preparing.set_result(None)
             if sequence.sight and self.dice.random() < 0.3:
-                missing = [seen for seen in sequence.sight.seen if seen.rows is None]
+                missing = [seen for seen in sequence.sight.pictures if seen.rows is None]
                 for seen in missing[:1]:
                     seen.rows = object()
         for name in sorted(self.gated):

@@ -24,8 +24,8 @@ from chatlm.common.processes.child import run_role    # noqa: E402
 from chatlm.worker.engine.answer import Answer    # noqa: E402
 from chatlm.worker.engine.engine import Engine    # noqa: E402
 from chatlm.worker.engine.integrity import check_integrity    # noqa: E402
-from chatlm.worker.engine.keeper import Keeper    # noqa: E402
-from chatlm.worker.engine.kept import KeptPages    # noqa: E402
+from chatlm.worker.engine.keeper import Pace    # noqa: E402
+from chatlm.worker.engine.kept_pages import KeptPages    # noqa: E402
 from chatlm.worker.weights import load    # noqa: E402
 from models_that_draft import draft_always    # noqa: E402
 from patching import replace_everywhere    # noqa: E402
@@ -104,7 +104,7 @@ def open_model(*arguments, original=load.open_model):
 
 if __name__ == "__main__":
     Engine.step, Engine._start, Answer.push = step, start, push
-    Keeper.GRACE_S, Keeper._worthwhile, KeptPages.LOOK_S = 60.0, lambda keeper, restoration: True, 0.0
+    Pace.GRACE_S, Pace.pays, KeptPages.LOOK_S = 60.0, lambda pace, pages, size, on_disk: True, 0.0
     replace_everywhere(load, "open_model", open_model)
     if (Path(os.environ.get("STRUCK", "/none")) / "draft-always").exists():
         draft_always(SimpleNamespace(setattr=setattr), 4)

@@ -89,7 +89,7 @@ class FakePool:
     checkpoint = {}
     sees = False
     supervisor = SimpleNamespace(ready_workers=(), load_for_request=lambda: None, card=SimpleNamespace(facts=ModelFacts("llama", "gguf", 134_515_008, "q4_1", 98_000_000, 576, 30), longest=4096))
-    adapters = SimpleNamespace(serving={}, gone=set(), nbytes=0)
+    adapters = SimpleNamespace(serving={}, removed=set(), nbytes=0)
     dispatcher = SimpleNamespace(wanted=SimpleNamespace(is_set=lambda: True))
 
     def __init__(self, pieces=("Hello", ", ", "world!"), *, reason="stop", stop_reason="eos", refuse=None, gate=None):

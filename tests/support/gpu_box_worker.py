@@ -15,7 +15,7 @@ sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resol
 
 from chatlm.common.processes.child import run_role    # noqa: E402
 from chatlm.worker import process    # noqa: E402
-from chatlm.worker.build import check_gpu    # noqa: E402
+from chatlm.worker.device import check_gpu    # noqa: E402
 from chatlm.worker.engine.engine import Engine    # noqa: E402
 from patching import replace_everywhere    # noqa: E402
 

@@ -9,7 +9,7 @@ import torch
 from chatlm.common.messages import wire
 from chatlm.common.messages.wire import Channel
 from chatlm.worker.entry import worker_main
-from chatlm.worker.process import run_rank
+from chatlm.worker.other_rank import run_rank
 from chatlm.worker.ranks.messages import RANK_PIPE, RankConfig
 from patching import replace_everywhere
 

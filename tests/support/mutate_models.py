@@ -27,7 +27,7 @@ from chatlm.common.errors import ConfigError    # noqa: E402
 from chatlm.common.hub.find import resolve_model    # noqa: E402
 from chatlm.common.messages.requests import SamplingParams    # noqa: E402
 from chatlm.worker.build import build_engine    # noqa: E402
-from chatlm.worker.engine.warm_up import warm_up    # noqa: E402
+from chatlm.worker.engine.warm_up import WarmUp    # noqa: E402
 from works import assignment    # noqa: E402
 from tiny_gguf import (LLAMA_NUMBERS, gguf_bytes, random_llama, sentencepiece_metadata,     # noqa: E402
                        small_gguf_metadata)
@@ -167,7 +167,7 @@ def outcome_of(path):
         assert str(error).isprintable() and str(path) in str(error), str(error)
         assert "not enough memory" not in str(error), str(error)
         return str(error)
-    warm_up(engine, lambda fraction: None)
+    WarmUp(engine).complete(lambda fraction: None)
     prompt = tuple(engine.tokenizer.encode_prompt("hello 12"))[:8] or (0,)
     engine.add(assignment("a", prompt, SamplingParams(temperature=0.0), 3))
     while engine.busy:

@@ -16,5 +16,5 @@ def chat_with(pool, monkeypatch, lines, **settings):
     os.write(write, ("\n".join(lines) + "\n").encode())
     os.close(write)
     monkeypatch.setattr(sys, "stdin", os.fdopen(read))
-    patch(monkeypatch, pool_module, "pool_of", lambda settings: pool)
+    patch(monkeypatch, pool_module, "make_pool", lambda settings: pool)
     return asyncio.run(terminal_chat.chat(Settings(command="chat", **settings)))

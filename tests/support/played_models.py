@@ -4,7 +4,7 @@ import asyncio
 
 from chatlm.common.messages.protocol import CacheEmptied, EmptyCache
 from chatlm.common.messages.requests import Ended, Usage
-from chatlm.front.pool.residency import Place, Residency
+from chatlm.front.pool.residency import MemoryShare, Residency
 from chatlm.front.pool.worker import Job, State
 from answers import asked
 from pools import played_pool
@@ -29,8 +29,8 @@ class Models:
         for name, size in sizes.items():
             pool = played_pool(changed=self.residency.changed.set)
             pool.supervisor.unload()
-            self.by_name[name] = Place(name, pool, size, **options.get(name, {}))
-            self.residency.places.append(self.by_name[name])
+            self.by_name[name] = MemoryShare(name, pool, size, **options.get(name, {}))
+            self.residency.shares.append(self.by_name[name])
 
     def settle(self, seconds=0.0):
         self.clock.now += seconds

@@ -11,9 +11,9 @@ from chatlm.common.messages.protocol import ModelCard
 from chatlm.common.messages.requests import Finished, Message, Piece, SamplingParams
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.front.admission.prompts import PromptMaker
-from chatlm.front.pool.local import LocalDevices
+from chatlm.front.pool.local_devices import LocalDevices
 from chatlm.front.pool.many import ManyModels
-from chatlm.front.pool.pool import WorkerPool, pool_of
+from chatlm.front.pool.pool import WorkerPool, make_pool
 from chatlm.front.pool.prefixes import Prefixes
 from chatlm.front.pool.worker import State, Worker
 from answers import asked
@@ -57,7 +57,7 @@ async def one_and_two(nanochat_fixtures, started):
 def start_pool(nanochat_fixtures, started):
     """A function that starts a WorkerPool of tiny models."""
     async def start(worker_command=DYING, wait=True, **changes):
-        pool = await started(pool_of(tiny_settings(nanochat_fixtures, **changes), worker_command=worker_command), wait)
+        pool = await started(make_pool(tiny_settings(nanochat_fixtures, **changes), worker_command=worker_command), wait)
         if wait:
             await all_ready(pool)
         return pool
@@ -97,7 +97,7 @@ def greedy(name, max_tokens=40, text="hello", **changes):
 
 def work_of(job):
     """What a worker's engine gets for a job, through the messages that cross the pipe."""
-    from chatlm.worker.process import Inbox
+    from chatlm.worker.inbox import Inbox
     works = []
     inbox = Inbox(SimpleNamespace(add=works.append))
     for message in job.messages(None):

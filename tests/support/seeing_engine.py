@@ -67,8 +67,9 @@ def run(generator):
 
 def logits_of(engine, ids, pictures, rows=16):
     """The logits of a prompt's last rows, computed in one step."""
-    transformer, sight = engine.transformer, engine.pictures.sight(Assignment("x", ids, AnswerParams(), 1, pictures=pictures), engine.full_text.vision)
-    for seen in sight.seen:
+    transformer = engine.transformer
+    sight, _ = engine.pictures.sight_of(Assignment("x", ids, AnswerParams(), 1, pictures=pictures))
+    for seen in sight.pictures:
         seen.rows = run(engine.pictures.tower.encode(tiles_of(seen.picture, seen.layout, engine.pictures.tower.eyes.filter)))
     shown = sight.as_one_id(ids)
     transformer.show_pictures(sight.rows(0, len(ids)))

@@ -13,7 +13,7 @@ from bundles import write_bundle
 from chatlm.common.config import Settings
 from chatlm.front.evals.step_work import StepWork
 from chatlm.front.pool.many import ManyModels
-from chatlm.front.pool.watch import RunWatch
+from chatlm.front.pool.run_watch import RunWatch
 from forked import DYING
 
 TINY = {"dtype": "float32", "kv_cache_memory": 4 << 20, "max_batch": 8, "nice": 0}      # other tests take all cores

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from chatlm.common.errors import ConfigError
-from chatlm.terminal.batch_files import Output, Result, Source
+from chatlm.terminal.batch_files import OutputFile, BatchResult, InputFile
 
 OF = {"model": "a", "weights": "0"}
 
@@ -21,13 +21,13 @@ def source(tmp_path):
 
 def written(source, out, of=OF, numbers=(4, 1, 3)):
     """Run a batch that answers the lines in this order, and goes on where another ended."""
-    with Output(str(out), Source(source)) as output:
+    with OutputFile(str(out), InputFile(source)) as output:
         output.begin(of)
         if output.complete:
             return None
         for number in numbers:
             if number not in output.done:
-                output.write(Result(number, json.dumps({"line": number}), number == 3))
+                output.write(BatchResult(number, json.dumps({"line": number}), number == 3))
         return output.finish()
 
 
@@ -79,9 +79,9 @@ def test_an_output_that_nothing_speaks_for_is_not_ours(source, tmp_path, side):
 
 def test_what_another_model_has_begun_is_not_gone_on_with(source, tmp_path):
     out = tmp_path / "out.jsonl"
-    with contextlib.suppress(KeyboardInterrupt), Output(str(out), Source(source)) as output:
+    with contextlib.suppress(KeyboardInterrupt), OutputFile(str(out), InputFile(source)) as output:
         output.begin(OF)
-        output.write(Result(3, "{}", False))
+        output.write(BatchResult(3, "{}", False))
         raise KeyboardInterrupt
     there = contents(tmp_path)
     assert 'out.jsonl.part has answers with model "a", not "b"; delete it to begin again' in refusal(source, out, of=OF | {"model": "b"})
@@ -150,13 +150,13 @@ def test_an_input_that_cannot_be_read_twice_is_refused(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for name in (tmp_path / "fifo", tmp_path, "/dev/null"):
         with pytest.raises(ConfigError, match="so it must be a regular file"):
-            Source(tmp_path / name)
+            InputFile(tmp_path / name)
 
 
 def test_an_input_that_changes_meanwhile_has_no_output(source, tmp_path):
-    with pytest.raises(ConfigError, match="in.jsonl has changed while its lines were answered"), Output(str(tmp_path / "out"), Source(source)) as output:
+    with pytest.raises(ConfigError, match="in.jsonl has changed while its lines were answered"), OutputFile(str(tmp_path / "out"), InputFile(source)) as output:
         output.begin(OF)
-        output.write(Result(1, "{}", False))
+        output.write(BatchResult(1, "{}", False))
         with source.open("a") as file:
             file.write('{"n": 9}\n')
         output.finish()
@@ -171,7 +171,7 @@ def test_the_file_that_a_link_names_gets_the_output(source, tmp_path):
 
 
 def test_two_runs_at_once_are_one_run(source, tmp_path):
-    with Output(str(tmp_path / "out"), Source(source)) as output:
+    with OutputFile(str(tmp_path / "out"), InputFile(source)) as output:
         assert "another run writes" in refusal(source, tmp_path / "out")
         output.begin(OF)
         assert "another run writes" in refusal(source, tmp_path / "out")
@@ -180,29 +180,29 @@ def test_two_runs_at_once_are_one_run(source, tmp_path):
 
 def test_files_that_appear_meanwhile_stay(source, tmp_path):
     out, part = tmp_path / "out", tmp_path / "out.part"
-    with pytest.raises(ConfigError, match="out has appeared meanwhile"), Output(str(out), Source(source)) as output:
+    with pytest.raises(ConfigError, match="out has appeared meanwhile"), OutputFile(str(out), InputFile(source)) as output:
         output.begin(OF)
-        output.write(Result(1, "{}", False))
+        output.write(BatchResult(1, "{}", False))
         out.write_text("mine")
         output.finish()
     assert out.read_text() == "mine" and part.exists()
     out.unlink()
-    with Output(str(out), Source(source)) as output:
+    with OutputFile(str(out), InputFile(source)) as output:
         output.begin(OF)
         part.unlink()
         part.write_text("mine")
-        output.write(Result(3, "{}", False))
+        output.write(BatchResult(3, "{}", False))
         output.finish()
     assert part.read_text() == "mine" and out.exists()
     part.unlink()
-    with Output(str(tmp_path / "new"), Source(source)):
+    with OutputFile(str(tmp_path / "new"), InputFile(source)):
         (tmp_path / "new.part").unlink()
         (tmp_path / "new.part").write_text("mine")
     assert (tmp_path / "new.part").read_text() == "mine"
 
 
 def test_a_run_that_began_nothing_leaves_nothing(source, tmp_path):
-    with Output(str(tmp_path / "out"), Source(source)):
+    with OutputFile(str(tmp_path / "out"), InputFile(source)):
         pass
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl"]
 
@@ -253,11 +253,11 @@ def test_a_full_disk_costs_no_answer(source, small_disk):
     out, long = folder / "out", "x" * 25_000
 
     def run():
-        with Output(str(out), Source(source)) as output:
+        with OutputFile(str(out), InputFile(source)) as output:
             output.begin(OF)
             had = {*output.done}
             for number in {1, 3, 4} - had:
-                output.write(Result(number, json.dumps({"line": number, "long": long}), False))
+                output.write(BatchResult(number, json.dumps({"line": number, "long": long}), False))
             return output.finish(), had
 
     with pytest.raises(ConfigError, match="out.part: No space left on device; 2 of 3 lines are answered, and the same command goes on"):

@@ -248,7 +248,7 @@ def test_without_kernels_the_missing_compiler_is_named(monkeypatch, local_pool, 
 def local_pool(monkeypatch):
     """Every command starts this pool instead of one with a model."""
     pool = FakePool()
-    patch(monkeypatch, pool_module, "pool_of", lambda settings: pool)
+    patch(monkeypatch, pool_module, "make_pool", lambda settings: pool)
     return pool
 
 

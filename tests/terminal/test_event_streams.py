@@ -11,7 +11,7 @@ from chatlm.common.config import Settings
 from chatlm.common.errors import EngineFailure
 from chatlm.common.messages.requests import Finished, Message, Piece, Request
 from chatlm.terminal.remote import RemotePool
-from chatlm.terminal.streams import EventStream, compared_at
+from chatlm.terminal.streams import RemoteStream, compared_at
 
 REQUEST = Request(id="r1", messages=(Message("user", "hello"),))
 
@@ -47,7 +47,7 @@ async def server_of(*connections, breaks=()):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(EventStream, "RESUME_S", (0, 0))
+    monkeypatch.setattr(RemoteStream, "RESUME_S", (0, 0))
 
 
 def event(body, number=None):

@@ -14,7 +14,7 @@ from bundles import write_bundle
 from chat_tasks import write_chat_data
 from chatlm.common.config import Settings
 from chatlm.common.errors import ChatServerError, EngineFailure
-from chatlm.terminal.batch import Room, batch
+from chatlm.terminal.batch import ByteBudget, batch
 from chatlm.terminal.evaluate import evaluate
 from chatlm.terminal.streams import strict_object
 from real_server import server
@@ -89,7 +89,7 @@ async def test_a_response_that_is_cut_ends_the_command_and_the_same_command_goes
 
 
 async def test_those_who_need_memory_take_it_in_turn():
-    room, log = Room(10), []
+    room, log = ByteBudget(10), []
     async with room.taken(6), room.taken(4):
         assert room.left == 0
     with pytest.raises(ValueError):

@@ -327,7 +327,7 @@ def test_json_is_one_object_a_line_and_errors_are_too(monkeypatch, capsys):
 
 
 def test_generate_answers_as_json(monkeypatch, capsys):
-    patch(monkeypatch, pool_module, "pool_of", lambda settings: FakePool())
+    patch(monkeypatch, pool_module, "make_pool", lambda settings: FakePool())
     assert chat_server.main(["generate", "--prompt", "Hi", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["text"] == "Hello, world!"
 

@@ -17,7 +17,7 @@ from chatlm.common.messages.doctor import DoctorConfig, Examined, Finding
 from chatlm.front.admission.admission import Admission
 from chatlm.front.intake.sandboxed import PREPARE_S
 from chatlm.terminal import check as check_command
-from chatlm.terminal.check import Examination, Report
+from chatlm.terminal.check import Examination, ModelReport
 from chatlm.worker.doctor import examine, template
 from chatlm.worker.doctor.checks import CHECKS, Check
 from chatlm.worker.doctor.findings import error, note, worst
@@ -112,16 +112,16 @@ async def test_a_check_that_ends_its_process_or_hangs_is_a_finding_and_the_other
 
 def test_names_in_a_report_cannot_move_the_cursor():
     finding = examine.labelled("ends", [error("bad \x1b[31mred\u202e", "a\nb")])
-    text = "\n".join(Report("\x1b]0;x\x07m", "\x9b", (Examined("ends", 0.1, finding),)).lines())
+    text = "\n".join(ModelReport("\x1b]0;x\x07m", "\x9b", (Examined("ends", 0.1, finding),)).lines())
     assert not any(ord(character) < 32 and character != "\n" or character in "\x9b\u202e" for character in text)
     assert text.count("\n") == 2 and "\\x1b[31mred\\u202e (a b)" in text
 
 
 def test_the_worst_finding_is_shown_first_and_decides():
     found = tuple(Finding("a", severity, severity) for severity in ("note", "warning", "error"))
-    report = Report("m", "d", (Examined("a", 0.0, found),))
+    report = ModelReport("m", "d", (Examined("a", 0.0, found),))
     assert [finding.severity for finding in report.findings] == ["error", "warning", "note"] and report.verdict == "error"
-    assert Report("m", "d", (Examined("a", 0.0, found[:1]),)).verdict == "fine"
+    assert ModelReport("m", "d", (Examined("a", 0.0, found[:1]),)).verdict == "fine"
 
 
 def test_a_fingerprint_names_the_texts_that_differ():

@@ -1,4 +1,4 @@
-"""MODEL becomes a `ModelSource`.
+"""Finds the files that MODEL means. `resolve_model` turns MODEL into a `ModelSource`.
 
     resolve_model (front, paths only, no torch) > ModelSource > open_model (worker) > LoadedModel"""
 
@@ -18,7 +18,7 @@ from chatlm.common.files import check_regular, refuse_pointer, truncated
 from chatlm.common.hub.default_model import fetch_default_model
 from chatlm.common.hub.guesses import near_model, near_path
 from chatlm.common.hub.huggingface import (
-    SPLIT_GGUF, Bounds, fetch_from_hub, hub_model, models_among, other_weights)
+    SPLIT_GGUF, DownloadLimits, fetch_from_hub, hub_model, models_among, other_weights)
 from chatlm.common.hub.local import home_folder, no_progress
 from chatlm.common.hub.nanochat import (
     choose_checkpoint, explicit_choice, find_checkpoints, named_experiment, place_among, step_of)
@@ -49,21 +49,24 @@ def resolve_model(settings: Settings, progress: Progress = no_progress) -> Model
 
     Raises ConfigError if it is missing (the message lists what is there) or unreadable."""
     try:
-        source = (find_default(settings, progress) if settings.model is None else
-                  find_model(settings.model, settings, progress))
+        if settings.model is None:
+            source = find_default(settings, progress)
+        else:
+            source = find_model(settings.model, settings, progress)
         return replace(source, stamp=model_stamp(source.path, settings))
     except (OSError, RuntimeError, ValueError) as error:  # no permission; ~nobody or a symlink loop; a NUL
-        raise cannot_read(getattr(error, "filename", None) or settings.model or "the model", error) from None
+        what = getattr(error, "filename", None) or settings.model or "the model"
+        raise cannot_read(what, error) from None
 
 
 def of_draft_model(settings: Settings) -> Settings:
-    """The settings by which --draft-model is found and read: without what describes the model alone."""
+    """The settings for finding and reading --draft-model, without the flags that are about MODEL only."""
     return replace(settings, model=settings.draft_model, draft_model=None, mmproj=None, source=None,
                    model_tag=None, step=None, softcap=None, lora=(), adapter=(), context_length=None)
 
 
 def with_draft_model(settings: Settings, progress: Progress = no_progress) -> Settings:
-    """The settings with the path of --draft-model's files in its place, once these are on this machine."""
+    """Find or download --draft-model, and return the settings with the path of its files."""
     if settings.draft_model is None or settings.drafts not in ("model", "auto"):
         return settings
     return replace(settings, draft_model=str(resolve_model(of_draft_model(settings), progress).path))
@@ -83,7 +86,7 @@ def find_default(settings: Settings, progress: Progress) -> ModelSource:
         return choose_checkpoint(place, checkpoints, settings)
     if named_by := next(filter(os.environ.get, PLACES), ""):
         lack = f"{named_by} is set, and there is no nanochat checkpoint in {place}"
-        if settings.command != "serve":  # an answer of another model would be taken for the own one's
+        if settings.command != "serve":  # the user would take the default model's answer for their model's
             raise ConfigError(f"{lack}. Give MODEL, or unset {named_by} to use the default model")
         log.warning("%s, so the default model is served", lack)
     path = fetch_default_model(progress, settings.downloads)
@@ -95,8 +98,8 @@ PLACES = "NANOCHAT_EXPERIMENTS_DIR", "NANOCHAT_BASE_DIR"  # nanochat's own varia
 
 
 def own_checkpoints() -> tuple[Path, list[Checkpoint]]:
-    """The folder in which this user's nanochat keeps checkpoints, with these: that of all experiments where
-    one is named and has any, else its base folder."""
+    """The folder in which this user's nanochat keeps checkpoints, and the checkpoints. It is the folder of
+    all experiments if one is named and has any, else the base folder."""
     for variable in PLACES:
         if (named := os.environ.get(variable)) and not Path(named).is_dir():
             raise ConfigError(f"{variable} is {named}, which is not a folder")
@@ -116,7 +119,8 @@ def find_model(model: str, settings: Settings, progress: Progress = no_progress)
     where = path if path.is_dir() else named_path
     if named_path.name != NANOGPT_FILE and (source := of_other_trainer(where, settings)):
         return source
-    if (step := step_of(named_path.name)) is not None:  # not by `path`: in the hub's cache it is a link
+    step = step_of(named_path.name)  # not path.name: in the hub's cache the name is a link to a hash
+    if step is not None:
         if settings.step not in (None, step):
             raise ConfigError(f"-s {settings.step}: MODEL is the checkpoint of step {step}")
         return choose_checkpoint(*place_among(named_path.parent, path.parent), replace(settings, step=step))
@@ -146,10 +150,9 @@ def find_model(model: str, settings: Settings, progress: Progress = no_progress)
 
 
 def of_other_trainer(path: Path, settings: Settings) -> ModelSource | None:
-    """The model of a litgpt folder, or of a checkpoint of build-nanogpt or a folder of them; None if the path
-    is none of these.
+    """The model at a path if litgpt or build-nanogpt wrote it, else None.
 
-    ConfigError for a file of another trainer, which says how it becomes one that opens."""
+    Raises ConfigError for a file of another trainer, and says how to convert it."""
     folder = path.parent if path.name == LITGPT_FILE else path
     if is_litgpt_folder(folder):
         refuse_choice(settings, f"{folder} is a litgpt folder")
@@ -157,7 +160,8 @@ def of_other_trainer(path: Path, settings: Settings) -> ModelSource | None:
     if path.is_dir():
         steps = build_nanogpt_steps(path)
         return build_nanogpt_source(steps, path, settings) if steps else None
-    if (step := step_of(path.name)) is not None and is_build_nanogpt(path):
+    step = step_of(path.name)
+    if step is not None and is_build_nanogpt(path):
         return build_nanogpt_source({step: path}, path, settings)
     if path.is_file() and (error := foreign(path) or unknown_torch_file(path)):
         raise ConfigError(error)
@@ -165,7 +169,7 @@ def of_other_trainer(path: Path, settings: Settings) -> ModelSource | None:
 
 
 def build_nanogpt_source(steps: dict[int, Path], where: Path, settings: Settings) -> ModelSource:
-    """The last of some steps, or that of -s."""
+    """The checkpoint of -s, or the last one."""
     refuse_choice(replace(settings, step=None), f"{where} is build-nanogpt's")
     step = max(steps) if settings.step is None else settings.step
     if step not in steps:
@@ -178,14 +182,14 @@ def build_nanogpt_source(steps: dict[int, Path], where: Path, settings: Settings
 
 
 def as_prompt(word: str, settings: Settings) -> str:
-    """What to say of a word that may have been meant as the question; "" if there is one."""
+    """Advice for a MODEL that may have been meant as the prompt; "" if there is a prompt."""
     if settings.command not in ("chat", "generate") or settings.prompt not in (None, "-"):
         return ""
     return f", and a prompt needs -p: `{program_command()} {settings.command} -p {shlex.quote(word)}`"
 
 
 def no_model_in(path: Path) -> str:
-    """What is wrong with a folder that is no model, by what it has."""
+    """Why a folder is not a model, judged by the files that it has."""
     names = sorted(file.name for file in path.iterdir())
     ggufs = [str(path / name) for name in models_among(
         name for name in names if name.lower().endswith(".gguf"))]
@@ -229,8 +233,8 @@ def resolve_gguf(path: Path) -> ModelSource:
 def find_on_hub(repository: str, file: str, settings: Settings, progress: Progress) -> ModelSource:
     several = settings.tensor_parallel_size > 1 or settings.pipeline_parallel_size > 1
     images = not (settings.mmproj or several)  # models see in one process
-    bounds = Bounds(settings.downloads, settings.models_disk, images=images)
-    path = fetch_from_hub(repository, file, progress, bounds)
+    limits = DownloadLimits(settings.downloads, settings.models_disk, images=images)
+    path = fetch_from_hub(repository, file, progress, limits)
     source = find_model(str(path), settings)
     return replace(source, name=f"{repository}:{file}" if file else repository, alternatives="",
                    chosen=f"{repository} of the Hugging Face hub: {source.chosen}")

@@ -30,8 +30,8 @@ class Files(Sighting):
     """A model below a folder."""
 
     name: str = ""
-    step: int | None = None  # of one of several checkpoints of a run
-    tag: str = ""            # of that run
+    step: int | None = None  # of a training run's checkpoint
+    tag: str = ""            # the name of that run
 
     @property
     def choice(self) -> ModelChoice:
@@ -39,20 +39,21 @@ class Files(Sighting):
 
     @property
     def run(self) -> Path | None:
-        """The folder with the steps of its run."""
+        """The folder with all checkpoints of its run."""
         return None if self.step is None else self.path.parent
 
 
-# Links to folders that are followed on one path. With more, many linked folders would make endless paths.
+# How many links to folders one path may follow. Without a limit, folders that link to each other make paths
+# without end.
 MOST_LINKS = 2
 
 
 def find_models(folder: Path, going_on: Callable[[], None] = lambda: None) -> list[Files]:
-    """The GGUF files, folders of Hugging Face and litgpt, and checkpoints of nanochat, nanoGPT and
-    build-nanogpt below a folder, by name and step; files of other trainers with what is to be done with
-    them. ConfigError if it is no folder.
+    """All models below a folder, sorted by name and step: GGUF files, folders of Hugging Face and litgpt,
+    checkpoints of nanochat, nanoGPT and build-nanogpt. Files of other trainers are listed with advice.
 
-    going_on: called for each folder; it may raise an exception to end the search."""
+    going_on: called for each folder; it may raise an exception to end the search.
+    Raises ConfigError if `folder` is not a folder."""
     def models_here(place: Path, names: Seq[str]) -> Iterator[Files]:
         going_on()
         return models_in(place, names)
@@ -64,19 +65,27 @@ def find_models(folder: Path, going_on: Callable[[], None] = lambda: None) -> li
 
 def named_models(folder: Path, found: Seq[Files], unable: Container[str] = (),
                  taken: Container[str] = ()) -> list[ModelChoice]:
-    """The names of a folder's models, in order. Each of several steps of a run has its number, and the last
-    one that can be served also has the run's name. Models with the same name are named by their paths.
-    unable: paths of models that cannot be served; taken: names of other models."""
+    """The names of a folder's models, in the order of `found`.
+
+    If a run has several steps, each step's name has its number; the last step that can be served also
+    answers to the run's name. Models with the same name are named by their paths.
+    unable: paths of models that cannot be served. taken: names of other models."""
     last: dict[Path, Files] = {}
     for files in found:
         if files.run and (files.run not in last or files.choice.path not in unable):
             last[files.run] = files
     steps = Counter(files.run for files in found)
-    choices = [numbered(files, last[files.run] is files, steps[files.run] > 1) if files.run else files.choice
-               for files in found]
+    choices = []
+    for files in found:
+        if files.run:
+            choices.append(step_choice(files, last[files.run] is files, steps[files.run] > 1))
+        else:
+            choices.append(files.choice)
     names = Counter(choice.name for choice in choices)
-    aliases = Counter(alias for choice in choices for alias in choice.aliases)
-    used = {*names, *(alias for alias, count in aliases.items() if count > 1)}
+    aliases = Counter()
+    for choice in choices:
+        aliases.update(choice.aliases)
+    ambiguous = {*names, *(alias for alias, count in aliases.items() if count > 1)}
     named = []
     for choice in choices:
         name = choice.name
@@ -85,24 +94,30 @@ def named_models(folder: Path, found: Seq[Files], unable: Container[str] = (),
             name = path_name(folder, Path(choice.path))
         while name in taken or any(name == other.name for other in named):  # odd characters were replaced
             name = f"{choice.name}-{number}"
-            number = number + 1
-        named.append(replace(choice, name=name, aliases=tuple(
-            alias for alias in choice.aliases if alias not in used and alias not in taken)))
+            number += 1
+        own = [alias for alias in choice.aliases if alias not in ambiguous and alias not in taken]
+        named.append(replace(choice, name=name, aliases=tuple(own)))
     return named
 
 
-def numbered(files: Files, last: bool, several: bool) -> ModelChoice:
-    """A step of a run."""
+def step_choice(files: Files, last: bool, several: bool) -> ModelChoice:
+    """The names of one step of a run. last: it is the newest that can be served. several: its run
+    has several."""
     name = files.name
     tag = shown_name(files.tag)
-    aliases = [f"{tag}@{files.step}", *[f"{tag}@latest"] * last, *[name] * (last and several)]
-    return replace(files.choice, name=f"{name}@{files.step}" if several else name,
-                   aliases=tuple(aliases))
+    aliases = [f"{tag}@{files.step}"]
+    if last:
+        aliases.append(f"{tag}@latest")
+    if last and several:
+        aliases.append(name)
+    if several:
+        name = f"{name}@{files.step}"
+    return replace(files.choice, name=name, aliases=tuple(aliases))
 
 
 def shown_name(name: str) -> str:
-    """A file name as a model's name, which clients send and terminals show: bytes that are not text, and
-    characters that control a terminal or the direction of writing, are replaced."""
+    """A file name as a model's name, safe to show in a terminal: replaces bytes that are not text, and
+    characters that control a terminal or the direction of writing."""
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
 
 
@@ -112,8 +127,8 @@ def path_name(folder: Path, path: Path) -> str:
 
 def seen_below(folder: Path, kind: type[T], seen_in: Callable[[Path, list[str]], Iterable[T]],
                **limits: int) -> Iterator[T]:
-    """What `seen_in` finds in each folder, from the names of its files. A folder that cannot be read gives
-    an entry for itself, without a stamp."""
+    """Call `seen_in` with each folder below `folder` and the names of its files, and yield what it finds. A
+    folder that cannot be read becomes an entry that says why."""
     for path, names in folders_below(folder, **limits):
         if isinstance(names, OSError):
             yield kind(path, trouble=f"{path} cannot be read: {names.strerror}")
@@ -123,9 +138,10 @@ def seen_below(folder: Path, kind: type[T], seen_in: Callable[[Path, list[str]],
 
 def folders_below(folder: Path, links: int = MOST_LINKS, depth: int = 1000,
                   into_models: int = False) -> Iterator[tuple[Path, list[str] | OSError]]:
-    """Each folder with the names of its files, or the error if it cannot be read. Hidden folders are left
-    out, and so are the folders in a Hugging Face folder (unless into_models). At most `links` links to
-    folders are followed on a path, and none to a folder on the path or above it."""
+    """Each folder at or below `folder`, with the names of its files or the error of reading it.
+
+    Skips hidden folders, and folders inside a Hugging Face folder (unless into_models). Follows at most
+    `links` links on one path, and none that leads back to a folder on the path or above it."""
     above = frozenset(identity(parent.stat()) for parent in folder.resolve().parents)
     waiting = [(folder, identity(folder.stat()), above, links, depth)]
     while waiting:
@@ -138,7 +154,10 @@ def folders_below(folder: Path, links: int = MOST_LINKS, depth: int = 1000,
         except OSError as error:
             yield path, error
             continue
-        folders = {entry.name: status for entry in found if (status := folder_status(entry))}
+        folders = {}
+        for entry in found:
+            if status := folder_status(entry):
+                folders[entry.name] = status
         names = [entry.name for entry in found if entry.name not in folders]
         yield path, names
         if depth == 0 or not into_models and is_hugging_face(names):
@@ -157,14 +176,15 @@ def identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def folder_status(entry: os.DirEntry) -> os.stat_result | None:
-    """None if it is not a folder."""
+    """A folder's status; None if the entry is not a folder."""
     try:
         return entry.stat() if entry.is_dir() else None
-    except OSError:  # a link to itself; removed meanwhile
+    except OSError:  # a link to itself, or it was removed meanwhile
         return None
 
 
 def models_in(folder: Path, names: Seq[str]) -> Iterator[Files]:
+    """The models that lie directly in a folder, whose files are `names`."""
     def model(path: Path, name: str, files: Seq[Path], step: int | None = None, tag: str = "") -> Files:
         stamp = stamp_of(files)
         name = shown_name(name)
@@ -184,12 +204,15 @@ def models_in(folder: Path, names: Seq[str]) -> Iterator[Files]:
         yield model(folder, folder.name, files_of(folder))
     if NANOGPT_FILE in names and not foreign(folder / NANOGPT_FILE):
         yield model(folder / NANOGPT_FILE, folder.name, files_of(folder / NANOGPT_FILE))
-    steps = {each.path: (each.step, each.place.tag, each.place.model_name)
-             for each in checkpoints_in(folder, names)}
-    steps = steps or {path: (step, folder.name, folder.name) for name in names
-                      if (step := step_of(name)) is not None and is_build_nanogpt(path := folder / name)}
-    for path, (step, tag, name) in steps.items():
-        yield model(path, name, files_of(path), step, tag)
+    checkpoints = checkpoints_in(folder, names)
+    for each in checkpoints:
+        yield model(each.path, each.place.model_name, files_of(each.path), each.step, each.place.tag)
+    if not checkpoints:
+        for name in names:
+            path = folder / name
+            step = step_of(name)
+            if step is not None and is_build_nanogpt(path):
+                yield model(path, folder.name, files_of(path), step, folder.name)
     if not is_hugging_face(names) and not is_litgpt(names):
         for path in (folder, *(folder / name for name in names)):
             if error := foreign(path):
@@ -201,6 +224,7 @@ def trouble_with(path: Path) -> str:
     try:
         return "" if S_ISREG(path.stat().st_mode) else f"{path} is not a regular file"
     except FileNotFoundError:
-        return f"{path} is {'a link to a missing file' if path.is_symlink() else 'missing'}"
+        what = "a link to a missing file" if path.is_symlink() else "missing"
+        return f"{path} is {what}"
     except OSError as error:
         return f"{path}: {error.strerror}"

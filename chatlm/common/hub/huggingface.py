@@ -13,7 +13,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence as Seq
+from collections.abc import Callable, Iterable, Iterator, Sequence as Seq, Set
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TYPE_CHECKING
@@ -32,11 +32,10 @@ if TYPE_CHECKING:
     from chatlm.common.hub.local import Progress
 
 
-SPLIT_GGUF = r"-\d{5}-of-\d{5}(?=\.gguf$)"  # of one part of a model in several files
-BESIDE_MODEL = r"(?i).*(?<![a-z])(mmproj|imatrix)(?![a-z])[^/]*"  # encoders of images, and of quantizers
-# in one file; of several
-WHOLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+SPLIT_GGUF = r"-\d{5}-of-\d{5}(?=\.gguf$)"  # the end of a name when a model has several files
+BESIDE_MODEL = r"(?i).*(?<![a-z])(mmproj|imatrix)(?![a-z])[^/]*"  # GGUF files that are no models
+WHOLE = "model.safetensors"             # all weights in one file
+INDEX = "model.safetensors.index.json"  # names the files that share the weights
 FOLDER_FILES = {"config.json", "generation_config.json", INDEX, "tokenizer.json", "added_tokens.json",
                 "tokenizer_config.json", "special_tokens_map.json",
                 "chat_template.jinja", "chat_template.json",
@@ -44,7 +43,7 @@ FOLDER_FILES = {"config.json", "generation_config.json", INDEX, "tokenizer.json"
                 "config_sentence_transformers.json", "sentence_bert_config.json",
                 "preprocessor_config.json", "processor_config.json",
                 "hf_quant_config.json", "quantize_config.json", "quant_config.json"}
-DENSE_FILES = r"\d+_Dense/(config\.json|model\.safetensors)"  # of an embedder's modules after its pooling
+DENSE_FILES = r"\d+_Dense/(config\.json|model\.safetensors)"  # an embedder's layers after its pooling
 
 
 def hub_model(text: str) -> tuple[str, str] | None:
@@ -56,30 +55,31 @@ def hub_model(text: str) -> tuple[str, str] | None:
     return match[1], match[2] or ""
 
 
-class Bounds(NamedTuple):
+class DownloadLimits(NamedTuple):
     """What a download may take."""
 
-    downloads: bool = True   # False, by --no-downloads: only the cache is read
+    downloads: bool = True   # False (--no-downloads): read the cache only
     disk: int | None = None  # --models-disk: bytes that all models in the cache may take
     reserved: int = 0        # bytes that other downloads of this server still need
-    images: bool = True      # False: the model will read texts alone
+    images: bool = True      # False: the model will read text only
 
 
-class Plan(NamedTuple):
+class DownloadPlan(NamedTuple):
     """What a download will do."""
 
     revision: str
-    sizes: dict[str, int]  # of the repository's files
-    names: list[str]       # those that make up the model
-    missing: list[str]     # those that the cache lacks, perhaps one more with which it sees images
-    begun: int             # bytes of these that are in the cache already
+    sizes: dict[str, int]  # every file of the repository and its bytes
+    names: list[str]       # the files that make up the model
+    missing: list[str]     # the files to download, perhaps with an image encoder's
+    begun: int             # bytes of the missing files that are on the disk already
 
     @property
     def whole(self) -> int:
+        """Bytes of all missing files."""
         return sum(self.sizes[name] for name in self.missing)
 
 
-Report = Callable[[str, int, int], None]  # (stage, bytes so far, bytes in all); may raise to end the work
+ReportBytes = Callable[[str, int, int], None]  # (stage, bytes so far, bytes in all); may raise to stop
 
 
 def status_of(error) -> int:
@@ -87,11 +87,11 @@ def status_of(error) -> int:
 
 
 class Unreachable(Exception):
-    """No connection to the hub, or it fails; `args[0]` is the library's error."""
+    """The hub does not answer, or fails. `args[0]` is the library's error."""
 
 
 def why_unreachable(hub, error: BaseException) -> str:
-    """One line about a hub that cannot be asked."""
+    """Why the hub cannot be asked, as part of a sentence."""
     if hub.constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set"
     return f"{hub.constants.ENDPOINT} cannot be reached ({named(error)})"
@@ -101,7 +101,7 @@ def load_hub(purpose: str):
     hub = require_library("huggingface_hub", purpose)
     for part in ("constants", "errors", "file_download"):
         importlib.import_module(f"huggingface_hub.{part}")
-    logging.getLogger("huggingface_hub").handlers.clear()  # our log has these lines already
+    logging.getLogger("huggingface_hub").handlers.clear()  # they would repeat lines of our log
     for name in ("httpx", "httpx2"):  # its HTTP client logs every request
         logging.getLogger(name).setLevel(logging.WARNING)
     return hub
@@ -109,7 +109,7 @@ def load_hub(purpose: str):
 
 @contextlib.contextmanager
 def hub_errors(hub, repository: str) -> Iterator[None]:
-    """What the library raises becomes a ConfigError that says what the user must do."""
+    """Turn the library's exceptions into a ConfigError that says what the user must do."""
     errors = hub.errors
     endpoint = hub.constants.ENDPOINT
     try:
@@ -135,37 +135,41 @@ def hub_errors(hub, repository: str) -> Iterator[None]:
     raise ConfigError(f"{repository} cannot be downloaded: {reason}")
 
 
-def fetch_from_hub(repository: str, file: str, progress: Progress, bounds: Bounds = Bounds()) -> Path:
-    """As `fetch`, with progress as a share of the bytes."""
-    return fetch(repository, file, lambda stage, done, whole: progress(
-        stage, min(1.0, done / whole) if whole else 0.0), bounds)
+def fetch_from_hub(repository: str, file: str, progress: Progress,
+                   limits: DownloadLimits = DownloadLimits()) -> Path:
+    """Like `fetch`, but reports progress as a share of the bytes."""
+    def report(stage: str, done: int, whole: int):
+        progress(stage, min(1.0, done / whole) if whole else 0.0)
+
+    return fetch(repository, file, report, limits)
 
 
-def fetch(repository: str, file: str, report: Report, bounds: Bounds) -> Path:
-    """A GGUF file or a folder of safetensors in huggingface_hub's cache; what is missing is downloaded.
+def fetch(repository: str, file: str, report: ReportBytes, limits: DownloadLimits) -> Path:
+    """Download what is missing of a model. Returns its GGUF file or folder in huggingface_hub's cache.
 
     The library honours HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and HF_HOME. Without a connection the cached
-    files serve. Raises ConfigError saying what is missing, or what the user must do."""
+    files are used. Raises ConfigError, which says what is missing or what the user must do."""
     hub = load_hub(f"the Hugging Face model {repository}")
-    if not bounds.downloads:
+    if not limits.downloads:
         return cached_from_hub(hub, repository, file, "--no-downloads is set")
     report(f"looking for {repository}", 0, 0)
     with hub_errors(hub, repository):
         try:
-            plan = hub_plan(hub, repository, file, bounds.images)
+            plan = plan_download(hub, repository, file, limits.images)
         except Unreachable as error:
             return cached_from_hub(hub, repository, file, why_unreachable(hub, error.args[0]))
-        disk = DiskCheck(hub, repository, plan, report, bounds)
+        disk = DiskCheck(hub, repository, plan, report, limits)
         disk.check(0)
-        looked = "config.json" not in plan.names
+        examined = "config.json" not in plan.names
         done = 0
         for name in plan.missing:
-            if not looked and name not in FOLDER_FILES:
-                looked = refuse_early(repository, hub_path(hub, repository, ["config.json"], plan.revision))
+            if not examined and name not in FOLDER_FILES:  # the weights come next
+                config = hub_path(hub, repository, ["config.json"], plan.revision)
+                examined = refuse_early(repository, config)
                 if "tokenizer.json" not in plan.sizes:
                     raise ConfigError(f"{repository} is not downloaded: it has no tokenizer.json"
                                       + other_tokenizers(plan.sizes))
-            if name not in plan.names and not sees(hub, repository, name, plan):
+            if name not in plan.names and not can_see_with(hub, repository, name, plan):
                 plan.sizes[name] = 0
                 continue
             download_from_hub(hub, repository, name, disk, done)
@@ -175,22 +179,36 @@ def fetch(repository: str, file: str, report: Report, bounds: Bounds) -> Path:
         return path
 
 
-def hub_plan(hub, repository: str, file: str, images: bool) -> Plan:
-    """ConfigError if the repository has no such model; Unreachable without a connection."""
-    sizes, revision, begun = hub_listing(hub, repository)
+def plan_download(hub, repository: str, file: str, images: bool) -> DownloadPlan:
+    """Raises ConfigError if the repository has no such model, and Unreachable without a connection."""
+    sizes, revision, digests = list_repository(hub, repository)
     names = hub_files(repository, file, sizes)
-    missing = [name for name in [*names, *(mmproj_for(names[0], sizes) if images else ())]
-               if not isinstance(hub.try_to_load_from_cache(repository, name, revision=revision), str)]
-    parts = [hub_folder(hub, repository) / f".chat_server.{begun[name]}" for name in missing if name in begun]
-    return Plan(revision, sizes, names, missing, sum(part.stat().st_size for part in parts if part.exists()))
+    wanted = list(names)
+    if images:
+        wanted += mmproj_for(names[0], sizes)
+    missing = []
+    begun = 0
+    for name in wanted:
+        if isinstance(hub.try_to_load_from_cache(repository, name, revision=revision), str):
+            continue
+        missing.append(name)
+        if name in digests:
+            part = part_path(hub, repository, digests[name])
+            begun += part.stat().st_size if part.exists() else 0
+    return DownloadPlan(revision, sizes, names, missing, begun)
 
 
-SAFE = r"(?!\.)[A-Za-z0-9._-]{1,128}"  # of what a hub says and becomes part of a path
+def part_path(hub, repository: str, digest: str) -> Path:
+    """Where a file is written until it is complete."""
+    return hub_folder(hub, repository) / f".chat_server.{digest}"
 
 
-def hub_listing(hub, repository: str) -> tuple[dict[str, int], str, dict[str, str]]:
-    """(sizes of a repository's files, its revision, SHA-256 of its large files). Files whose names could lead
-    out of the cache are left out."""
+SAFE = r"(?!\.)[A-Za-z0-9._-]{1,128}"  # words of a hub that become part of a path
+
+
+def list_repository(hub, repository: str) -> tuple[dict[str, int], str, dict[str, str]]:
+    """(bytes of each file, the revision, SHA-256 of each large file). Leaves out files whose names could lead
+    out of the cache."""
     try:
         info = hub.HfApi().model_info(repository, files_metadata=True, timeout=10)
     except InterruptedError:
@@ -199,15 +217,18 @@ def hub_listing(hub, repository: str) -> tuple[dict[str, int], str, dict[str, st
         if isinstance(error, hub.errors.HfHubHTTPError) and status_of(error) < 500:
             raise
         raise Unreachable(error) from None
-    files = [each for each in info.siblings or () if is_plain_path(each.rfilename)]
-    revision = check_safe(repository, info.sha)
-    hashes = {each.rfilename: each.lfs.sha256 for each in files if each.lfs}
-    return ({each.rfilename: each.size or 0 for each in files}, revision,
-            {name: digest for name, digest in hashes.items() if re.fullmatch(SAFE, str(digest))})
+    sizes = {}
+    digests = {}
+    for file in info.siblings or ():
+        if is_plain_path(file.rfilename):
+            sizes[file.rfilename] = file.size or 0
+            if file.lfs and re.fullmatch(SAFE, str(file.lfs.sha256)):
+                digests[file.rfilename] = file.lfs.sha256
+    return sizes, check_safe(repository, info.sha), digests
 
 
 def is_plain_path(name: str) -> bool:
-    """Does a name stay below the folder that it is put in, and has it no odd characters?"""
+    """Whether a path stays below the folder that it is joined to, and has no odd characters."""
     return name.isprintable() and "\\" not in name and not {"", ".", ".."} & {*name.split("/")}
 
 
@@ -218,7 +239,7 @@ def check_safe(repository: str, word: str | None) -> str:
 
 
 def note_revision(folder: Path, revision: str):
-    """Note which version of a model is complete: what is used without a connection."""
+    """Note which version of a model is complete. Without a connection that version is used."""
     main = folder / "refs" / "main"
     with contextlib.suppress(OSError):
         if main.exists() and main.read_text().strip() == revision:
@@ -230,7 +251,7 @@ def note_revision(folder: Path, revision: str):
 
 
 def cache_bytes(cache: Path) -> int:
-    """Bytes of all models in the library's cache, also of those that are being downloaded."""
+    """Bytes of all models in the library's cache, unfinished downloads included."""
     return sum(map(folder_bytes, cache.glob("models--*")))
 
 
@@ -240,52 +261,55 @@ def folder_bytes(folder: Path) -> int:
         for name in names:
             with contextlib.suppress(OSError):
                 status = os.lstat(os.path.join(path, name))
-                total += status.st_size * stat.S_ISREG(status.st_mode)
+                if stat.S_ISREG(status.st_mode):
+                    total += status.st_size
     return total
 
 
 class DiskCheck:
-    """Passes on how many bytes of a model are here, and checks before and meanwhile that the disk and
-    --models-disk have room for the others."""
+    """Watches a download: reports its bytes, and checks before it and during it that the disk and
+    --models-disk have room for the rest."""
 
-    EVERY_BYTES = 16 << 20
+    EVERY_BYTES = 16 << 20  # downloaded between two checks
 
-    def __init__(self, hub, repository: str, plan: Plan, report: Report, bounds: Bounds):
+    def __init__(self, hub, repository: str, plan: DownloadPlan, report: ReportBytes,
+                 limits: DownloadLimits):
         self.hub = hub
         self.repository = repository
         self.plan = plan
         self.report = report
-        self.bounds = bounds
+        self.limits = limits
         self.folder = Path(hub.constants.HF_HUB_CACHE)
-        self.checked = 0
+        self.checked = 0  # bytes of the download at the last check
 
     def check(self, done: int):
-        """ConfigError if the bytes after `done` have no room."""
-        self.checked, left = done, self.plan.whole - max(done, self.plan.begun)
+        """Raises ConfigError if there is no room for the bytes after the first `done`."""
+        self.checked = done
+        left = self.plan.whole - max(done, self.plan.begun)
         self.folder.mkdir(parents=True, exist_ok=True)
         if left <= 0:
             return
-        if not has_room(self.folder, left + self.bounds.reserved):
+        if not has_room(self.folder, left + self.limits.reserved):
             raise no_hub_room(self.hub, self.repository, f"{left:,} bytes")
-        if self.bounds.disk is None:
+        if self.limits.disk is None:
             return
         used = cache_bytes(self.folder)
-        others = self.bounds.reserved
-        if used + left + others > self.bounds.disk:
+        others = self.limits.reserved
+        if used + left + others > self.limits.disk:
+            also = f", and other downloads need {others:,}" if others else ""
             raise ConfigError(
-                f"no room for {self.repository}: --models-disk allows {self.bounds.disk:,} bytes, models in "
-                f"the cache have {used:,}, {left:,} more must be downloaded"
-                + (f", and other downloads need {others:,}" if others else "") + ". Delete a model")
+                f"no room for {self.repository}: --models-disk allows {self.limits.disk:,} bytes, models in "
+                f"the cache have {used:,}, {left:,} more must be downloaded{also}. Delete a model")
 
     def correct(self, name: str, size: int, before: int):
-        """A file has `size` bytes, which the list of files may not have said."""
+        """Note a file's real size, which the repository's list may have understated."""
         if size > self.plan.sizes[name]:
             self.plan.sizes[name] = size
             self.check(before)
 
     def note(self, before: int, stage: str, count: int, unwritten: int = 0):
-        """`count` bytes of a file are here, the last of them not on the disk yet, and `before` of the files
-        before it."""
+        """Report progress: `count` bytes of the current file have arrived, after `before` bytes of earlier
+        files. The last `unwritten` of them are not on the disk yet."""
         done = before + count
         if done > self.plan.whole + self.EVERY_BYTES:
             raise ConfigError(f"{self.repository} is not downloaded: the hub sends more than it announced")
@@ -296,76 +320,100 @@ class DiskCheck:
 
 
 def hub_files(repository: str, file: str, names: Iterable[str]) -> list[str]:
-    """Those of a repository's files that make up the model: a GGUF file, a checkpoint of nanochat's, or
+    """The repository's files that make up the model: a GGUF file, a nanochat checkpoint, or a folder's
     config.json, weights and so on.
 
-    `file` is the GGUF file's or the checkpoint's name, or the end of the first before .gguf: `Q8_0`."""
-    parts = collections.defaultdict(list)
+    `file` names a GGUF file or a checkpoint. The end of a GGUF file's name is enough, such as `Q8_0`."""
     names = set(names)
+    if not file and (folder := folder_files(names)):
+        return folder
+    parts = collections.defaultdict(list)  # by the name without the part's number
     for name in sorted(name for name in names if name.lower().endswith(".gguf")):
         parts[re.sub(SPLIT_GGUF, "", name, flags=re.IGNORECASE)].append(name)
-    ggufs = models_among(parts)  # without the numbers of parts
-    if not file and "config.json" in names:
-        weights = {name for name in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)}
-        whole = {WHOLE} & names
-        if whole or weights:
-            more = {name for name in names if re.fullmatch(DENSE_FILES, name)}
-            described = (FOLDER_FILES - {INDEX} if whole else FOLDER_FILES) & names
-            return sorted(described) + sorted((whole or weights) | more)
+    ggufs = models_among(parts)
     if (checkpoint := published(names, file)) and (file or not ggufs):
         return checkpoint
     end = (file or "q4_k_m").lower().removesuffix(".gguf")
-    chosen = [name for name, files in parts.items() if file in (name, *files)] or \
-             [name for name in ggufs if name.lower().removesuffix(".gguf").endswith(end)] or \
-             ([] if file else ggufs)
-    if len(chosen) != 1:
-        there = (f"its GGUF files: {', '.join(ggufs)}" if ggufs else
-                 f"it has no GGUF file{other_weights(names)}")
-        what = f"no single file {file}" if file else "several GGUF files" if ggufs else "no model.safetensors"
-        how = f". Name one: {repository}:FILE" if ggufs else ""
-        raise ConfigError(f"{repository} has {what}; {there}{how}")
-    return parts[chosen[0]]
+    chosen = [name for name, files in parts.items() if file in (name, *files)]
+    if not chosen:
+        chosen = [name for name in ggufs if name.lower().removesuffix(".gguf").endswith(end)]
+    if not chosen and not file:
+        chosen = ggufs
+    if len(chosen) == 1:
+        return parts[chosen[0]]
+    if file:
+        lack = f"no single file {file}"
+    else:
+        lack = "several GGUF files" if ggufs else "no model.safetensors"
+    if ggufs:
+        there = f"its GGUF files: {', '.join(ggufs)}. Name one: {repository}:FILE"
+    else:
+        there = f"it has no GGUF file{other_weights(names)}"
+    raise ConfigError(f"{repository} has {lack}; {there}")
 
 
-MMPROJ_TYPES = ("f16", "bf16", "q8_0", "f32")  # the best first
+def folder_files(names: Set[str]) -> list[str]:
+    """The files to download of a Hugging Face folder; [] if the names are not those of one."""
+    if "config.json" not in names:
+        return []
+    weights = {name for name in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)}
+    described = FOLDER_FILES & names
+    if WHOLE in names:
+        weights = {WHOLE}
+        described = described - {INDEX}
+    if not weights:
+        return []
+    dense = {name for name in names if re.fullmatch(DENSE_FILES, name)}
+    return sorted(described) + sorted(weights | dense)
+
+
+MMPROJ_TYPES = ("f16", "bf16", "q8_0", "f32")  # best first
 
 
 def mmproj_for(model: str, names: Iterable[str]) -> list[str]:
-    """With what a GGUF model sees images: the mmproj*.gguf in its folder, of several the one of the best
-    type. [] without any, or if that is what was asked for."""
+    """The image encoder of a GGUF model: the mmproj*.gguf in its folder, in the best type there is.
+
+    [] if there is none, or if `model` is no GGUF model."""
     def rank(name: str) -> tuple[int, str]:
         name = name.lower()
-        return next((rank for rank, kind in enumerate(MMPROJ_TYPES) if re.search(f"(?<![a-z]){kind}", name)),
-                    len(MMPROJ_TYPES)), name
+        for place, kind in enumerate(MMPROJ_TYPES):
+            if re.search(f"(?<![a-z]){kind}", name):
+                return place, name
+        return len(MMPROJ_TYPES), name
 
     folder, _, own = model.rpartition("/")
-    beside = [name for name in names if re.fullmatch(r"(?i)mmproj[^/]*\.gguf", name.rpartition("/")[2])
-              and name.rpartition("/")[0] == folder]
     if not own.lower().endswith(".gguf") or re.fullmatch(BESIDE_MODEL, own):
         return []
-    return sorted(beside, key=rank)[:1]
+    encoders = []
+    for name in names:
+        place, _, last = name.rpartition("/")
+        if place == folder and re.fullmatch(r"(?i)mmproj[^/]*\.gguf", last):
+            encoders.append(name)
+    return sorted(encoders, key=rank)[:1]
 
 
 def models_among(ggufs: Iterable[str]) -> list[str]:
-    """Those of the GGUF files that are models by their names, or all if none is."""
+    """The GGUF files whose names are those of models, or all files if none is."""
     ggufs = list(ggufs)
     return [name for name in ggufs if not re.fullmatch(BESIDE_MODEL, name)] or ggufs
 
 
 def other_weights(names: Iterable[str]) -> str:
-    """What to say of weights in formats that are not read, as the end of a sentence; "" without any."""
+    """The end of a sentence about weights in formats that are not read; "" without any."""
     names = list(names)
     if is_litgpt(names):
         return ("; its files are litgpt's: download them into a folder (`hf download ID --local-dir FOLDER`) "
                 "and give that")
     others = [name for name in sorted(names) if re.fullmatch(
         r"pytorch_model.*\.bin|consolidated.*\.pth|.*\.(h5|msgpack|onnx|ckpt|npz)", name)]
-    return f"; {others[0]} is in a format that this server does not read: convert it with transformers " \
-           "(from_pretrained, then save_pretrained writes safetensors)" if others else ""
+    if not others:
+        return ""
+    return (f"; {others[0]} is in a format that this server does not read: convert it with transformers "
+            "(from_pretrained, then save_pretrained writes safetensors)")
 
 
 def other_tokenizers(names: Iterable[str]) -> str:
-    """What a folder of these files has instead of a tokenizer.json, as the end of a sentence."""
+    """The end of a sentence that says what a folder has instead of a tokenizer.json."""
     names = sorted(names)
     others = [name for name in ("tokenizer.model", "tekken.json", "vocab.json", "merges.txt", "vocab.txt",
                                 "spiece.model", "tiktoken.model") if name in names]
@@ -375,18 +423,19 @@ def other_tokenizers(names: Iterable[str]) -> str:
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)")
 
 
-PREVIEW_S = 300         # on a machine that has no processor for it
-HEADER_BYTES = 4 << 20  # of a GGUF file may be its whole header; else it is looked at again at twice as many
+PREVIEW_S = 300         # enough on a machine whose processors are all busy
+HEADER_BYTES = 4 << 20  # usually hold a GGUF file's whole header; if not, twice as many are tried, and so on
 
 
 class CannotRun(ConfigError):
-    """No server of this program can run a model."""
+    """This program cannot run the model, on any machine."""
 
 
 def refuse_early(repository: str, path: Path, size: int | None = None) -> bool:
-    """ConfigError if no server can run a model, by the small files of its folder or the beginning of its
-    GGUF file of `size` bytes; False if more of that is needed to tell."""
-    known, reason = preview(path, *([] if size is None else [str(size)]))
+    """Raises CannotRun if this program cannot run a model, judged by the small files of its folder, or by
+    the beginning of its GGUF file of `size` bytes. Returns False if it takes more of the file to tell."""
+    arguments = [] if size is None else [str(size)]
+    known, reason = preview(path, *arguments)
     if reason:
         reason = reason.replace(f"{path}/", "").replace(str(path), "its file" if size else "it")
         raise CannotRun(f"{repository} is not downloaded: {reason}")
@@ -394,17 +443,19 @@ def refuse_early(repository: str, path: Path, size: int | None = None) -> bool:
 
 
 def preview(path: Path, *arguments: str) -> tuple[bool, str]:
-    """Is it known what a worker would say of these files? And its refusal, "" if there is none."""
+    """Ask a worker's loader about files that are still incomplete. Returns whether it could tell, and why it
+    refuses them ("" if it does not)."""
     command = [*PROCESS_COMMAND, "preview", str(path), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=PREVIEW_S)
     except (OSError, subprocess.TimeoutExpired):
         return True, ""  # the worker will tell
-    return done.returncode != 2, done.stdout.decode("utf-8", "replace").strip() * (done.returncode == 1)
+    refusal = done.stdout.decode("utf-8", "replace").strip() if done.returncode == 1 else ""
+    return done.returncode != 2, refusal
 
 
-def sees(hub, repository: str, mmproj: str, plan: Plan) -> bool:
-    """Can the model of a GGUF file that is here see images with this file? If not, the log says why."""
+def can_see_with(hub, repository: str, mmproj: str, plan: DownloadPlan) -> bool:
+    """Whether a downloaded GGUF model can see images with this encoder. If not, the log says why."""
     if importlib.util.find_spec("PIL") is None:
         reason = "images are read with the Python package Pillow, which is not installed"
     else:
@@ -416,7 +467,8 @@ def sees(hub, repository: str, mmproj: str, plan: Plan) -> bool:
 
 
 def hub_path(hub, repository: str, names: Seq[str], revision: str) -> Path:
-    """The GGUF file, the folder, or the checkpoint's file that these files of the cache make."""
+    """Where the model that consists of these files lies in the cache: a GGUF file, a folder or a checkpoint's
+    file."""
     paths = [hub.try_to_load_from_cache(repository, name, revision=revision) for name in names]
     if not all(isinstance(path, str) for path in paths):
         raise ConfigError(f"{repository} changed while it was downloaded; start again")
@@ -431,7 +483,7 @@ def hub_folder(hub, repository: str) -> Path:
 
 
 def cached_from_hub(hub, repository: str, file: str, why: str) -> Path:
-    """What the cache has of a model, if nothing can be downloaded; ConfigError if that is not all of it."""
+    """The model in the cache, when nothing can be downloaded. Raises ConfigError if a file is missing."""
     cache = hub_folder(hub, repository)
     lacks = ConfigError(f"no file or folder {repository} is here, {why}, and the cache {cache.parent} does "
                         f"not have all files of that model{near_model(repository)}")
@@ -460,18 +512,20 @@ def no_hub_room(hub, repository: str, what: str) -> ConfigError:
 
 
 def download_from_hub(hub, repository: str, name: str, disk: DiskCheck, before: int):
-    """Put a file into huggingface_hub's cache, after `before` bytes of others. The first GGUF file of a model
-    is looked at as soon as its header is here.
+    """Download one file into huggingface_hub's cache, after `before` bytes of other files.
 
-    The library itself begins a file again when its process ended in the middle. So a file is first written
-    beside the cache's blobs, where the next start finds it; then the library finds a complete blob."""
+    The library would start a file again if its process ended in the middle. So we write the file beside the
+    cache's blobs, where the next start finds it, and move it to the blobs when it is complete; the library
+    then finds it there. A model's first GGUF file is examined as soon as its header has arrived."""
     plan = disk.plan
     note = partial(disk.note, before)
 
     class Bar(contextlib.AbstractContextManager):
         """The part of tqdm's interface that the library uses."""
 
-        look_at = HEADER_BYTES if name == plan.names[0] and name.lower().endswith(".gguf") else sys.maxsize
+        examine_at = sys.maxsize  # bytes on the disk
+        if name == plan.names[0] and name.lower().endswith(".gguf"):
+            examine_at = HEADER_BYTES
 
         def __init__(self, *_, initial: int = 0, total: int | None = None, **__):
             self.n = initial
@@ -480,9 +534,10 @@ def download_from_hub(hub, repository: str, name: str, disk: DiskCheck, before: 
         def update(self, count: int = 1):
             self.n += count
             note("downloading", self.n, count)
-            if part.exists() and (written := part.stat().st_size) >= Bar.look_at:
-                checked = refuse_early(f"{repository}:{name}", part, remote.size)
-                Bar.look_at = sys.maxsize if checked else 2 * written
+            written = part.stat().st_size if part.exists() else 0
+            if written >= Bar.examine_at:
+                examined = refuse_early(f"{repository}:{name}", part, remote.size)
+                Bar.examine_at = sys.maxsize if examined else 2 * written
 
         def __exit__(self, *_):
             pass
@@ -497,7 +552,7 @@ def download_from_hub(hub, repository: str, name: str, disk: DiskCheck, before: 
     disk.correct(name, remote.size or 0, before)
     etag = check_safe(repository, remote.etag)
     blob = cache / "blobs" / etag
-    part = cache / f".chat_server.{etag}"
+    part = part_path(hub, repository, etag)
     largest = hub.constants.MAX_HTTP_DOWNLOAD_SIZE  # beyond it the library uses a protocol of its own
     if 1 << 20 < (remote.size or 0) <= largest and not blob.exists():
         blob.parent.mkdir(parents=True, exist_ok=True)

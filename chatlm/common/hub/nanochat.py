@@ -1,7 +1,7 @@
-"""Where nanochat keeps what it trains, and which of it is meant.
+"""Finds nanochat's checkpoints, and chooses the one that is meant.
 
-Each checkpoint is a file `model_<step>.pt` with `meta_<step>.json` beside it. Where these lie says of what
-run and stage they are:
+A checkpoint is a file `model_<step>.pt` with `meta_<step>.json` beside it. Its folder tells its run and its
+stage:
 
     <base>/chatsft_checkpoints/<tag>/            upstream's main branch
     <base>/experiments/<experiment>/<tag>/sft/   upstream's pull request 800: the stages are base, mid, sft
@@ -9,7 +9,7 @@ run and stage they are:
     <folder>/                                    published weights: tokenizer.pkl is there too, and nothing
                                                  says the stage
 
-Only names of files and folders are read here, and small JSON files; never weights."""
+This module reads names of files and folders, and small JSON files; never weights."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def step_of(name: str) -> int | None:
 
 
 def meta_of(model: Path) -> Path:
-    """Where the JSON file of a checkpoint lies."""
+    """The path of a checkpoint's JSON file."""
     return model.with_name(model.name.replace("model_", "meta_").replace(".pt", ".json"))
 
 
-class Place(NamedTuple):
-    """What a folder of checkpoints is, by where it lies."""
+class CheckpointPlace(NamedTuple):
+    """What a folder's path tells about the checkpoints in it."""
 
     stage: str
     tag: str
@@ -72,12 +72,12 @@ class Place(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    place: Place
+    place: CheckpointPlace
     step: int
     path: Path  # model_<step>.pt
 
     def __str__(self) -> str:
-        """As -i, -g and -s choose it."""
+        """The values of -i, -g and -s that choose it, with slashes between."""
         return f"{self.place.stage}/{self.place.tag_with_experiment}/{self.step}"
 
     @property
@@ -89,20 +89,20 @@ class Checkpoint(NamedTuple):
 # --- one folder --------------------------------------------------------------------------------------------
 
 
-def place_of(folder: Path, names: Collection[str]) -> Place | None:
-    """What a folder with these files is, if nanochat's checkpoints may lie in it."""
+def place_of(folder: Path, names: Collection[str]) -> CheckpointPlace | None:
+    """What a folder with these files is; None if it cannot have nanochat's checkpoints."""
     folder = Path(os.path.abspath(folder))
     parent = folder.parent
     if parent.name in STAGE_FOLDERS:
-        return Place(STAGE_FOLDERS[parent.name], folder.name)
+        return CheckpointPlace(STAGE_FOLDERS[parent.name], folder.name)
     if folder.name in STAGES and parent.parent.name and not any(map(Path.exists, own_tokenizers(folder))):
-        return Place(folder.name, parent.name, parent.parent.name)
+        return CheckpointPlace(folder.name, parent.name, parent.parent.name)
     models = [folder / name for name in sorted(names)
               if step_of(name) is not None and meta_of(folder / name).name in names]
     if not models:
         return None
     stage = "base" if is_told_a_depth(read_meta(models[0])) else "chat"
-    return Place(stage, folder.name, alone=True)
+    return CheckpointPlace(stage, folder.name, alone=True)
 
 
 def read_meta(model: Path) -> dict[str, Any]:
@@ -126,13 +126,17 @@ def part_of(meta: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def is_told_a_depth(meta: Mapping[str, Any]) -> bool:
-    """Is it of base training? No other stage is told how deep the model is."""
+    """Whether base training wrote it: no other stage is told the model's depth."""
     return "depth" in part_of(meta, "user_config")
 
 
 def checkpoints_in(folder: Path, names: Collection[str]) -> list[Checkpoint]:
     """The checkpoints among a folder's files, complete or not, by step."""
-    steps = {step: name for name in names if (step := step_of(name)) is not None}
+    steps = {}
+    for name in names:
+        step = step_of(name)
+        if step is not None:
+            steps[step] = name
     place = place_of(folder, names) if steps else None
     if place is None:
         return []
@@ -141,14 +145,14 @@ def checkpoints_in(folder: Path, names: Collection[str]) -> list[Checkpoint]:
 
 
 def checkpoint_at(model: Path) -> Checkpoint | None:
-    """What one file is by where it lies; None if that says nothing."""
+    """The checkpoint that a file is, judged by its path; None if the path does not tell."""
     found = checkpoints_in(model.parent, [model.name, meta_of(model).name])
     return found[0] if found else None
 
 
 def published(names: Collection[str], file: str = "") -> list[str]:
-    """The files of a checkpoint among those of a repository: its meta file, its tokenizer and, last, its
-    weights; [] if there is none. That of the best stage and last step, unless `file` names it."""
+    """The files of the best checkpoint in a repository, or of the one that `file` names: its meta file, its
+    tokenizer and, last, its weights. [] if there is none. The best is the last step of the best stage."""
     found = []
     for name in names:
         path = Path(name)
@@ -163,21 +167,21 @@ def published(names: Collection[str], file: str = "") -> list[str]:
 
 
 def tokenizers_near(checkpoint: Path, names: Collection[str]) -> list[Path]:
-    """Where, among a repository's files, the tokenizer of a checkpoint may be."""
+    """Where a checkpoint's tokenizer may be among a repository's files, the likeliest first."""
     folder = checkpoint.parent
     of_data_sets = sorted(name for name in names if name.endswith("/tokenizer/tokenizer.pkl"))
     return [*own_tokenizers(folder), folder.parent.parent / "tokenizer" / "tokenizer.pkl",
             *map(Path, of_data_sets)]
 
 
-# --- all that lies below a folder --------------------------------------------------------------------------
+# --- all checkpoints below a folder ------------------------------------------------------------------------
 
 
 def find_checkpoints(folder: Path) -> list[Checkpoint]:
-    """Every checkpoint in a base folder, and in whatever part of one: its experiments, one of them, a tag, a
-    stage. The best stage for a chat comes first.
+    """All checkpoints below a folder: a base folder, or a part of one (all experiments, one of them, a tag, a
+    stage). The best stage for a chat comes first.
 
-    Raises PermissionError if a part cannot be read: its checkpoints would be passed over in silence."""
+    Raises PermissionError if a folder cannot be read, rather than pass over its checkpoints in silence."""
     folder = folder.resolve() if ".." in folder.parts else folder.absolute()
     if not folder.is_dir():
         return []
@@ -190,8 +194,8 @@ def find_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def place_among(named: Path, target: Path) -> tuple[Path, list[Checkpoint]]:
-    """Of a folder's path as it was given and the one that links lead to, that which tells more of its
-    checkpoints, with these."""
+    """A folder has two paths: the one that was given, and the one that links lead to. Returns the path that
+    tells more about the checkpoints, and the checkpoints."""
     found = {folder: find_checkpoints(folder) for folder in (named, target)}
     place = min((folder for folder in found if found[folder]),
                 key=lambda folder: found[folder][0].place.alone, default=named)
@@ -199,7 +203,7 @@ def place_among(named: Path, target: Path) -> tuple[Path, list[Checkpoint]]:
 
 
 def folders_of_steps(folder: Path) -> Iterator[Path]:
-    """The folders, at and below a folder, in which checkpoints may lie."""
+    """The folders at and below a folder that may have checkpoints."""
     yield folder
     if folder.name in STAGE_FOLDERS:  # its tags
         yield from folders_in(folder, certain=True)
@@ -216,13 +220,13 @@ def folders_of_steps(folder: Path) -> Iterator[Path]:
 
 
 def is_experiments(folder: Path) -> bool:
-    """Is it the folder of all experiments?"""
+    """Whether it is the folder of all experiments."""
     named = os.environ.get("NANOCHAT_EXPERIMENTS_DIR")
     return folder.name == "experiments" or bool(named) and Path(named).absolute() == folder.absolute()
 
 
 def stages_in(tag: Path) -> list[Path]:
-    if not is_readable(tag):  # nobody said that it is a tag
+    if not is_readable(tag):  # it may be a folder of anything
         return []
     stages = [tag / stage for stage in STAGES if (tag / stage).is_dir()]
     for stage in stages:
@@ -231,8 +235,9 @@ def stages_in(tag: Path) -> list[Path]:
 
 
 def folders_in(folder: Path, certain: bool) -> list[Path]:
-    """The folders in a folder; none if it is not there. PermissionError if it, or one of them, cannot be read
-    and it is certain that checkpoints lie there."""
+    """The folders in a folder; [] if it does not exist.
+
+    certain: it surely has checkpoints, so PermissionError is raised if it, or one of them, cannot be read."""
     try:
         with os.scandir(folder) as entries:
             found = sorted(folder / entry.name for entry in entries
@@ -275,8 +280,8 @@ def explicit_choice(settings: Settings) -> str:
 
 
 def choose_checkpoint(where: Path, found: Seq[Checkpoint], settings: Settings) -> ModelSource:
-    """Of those found in a folder the checkpoint that -i, -g and -s mean. What they leave open becomes the
-    experiment that upstream would take, the best stage for a chat, the largest tag and the last step."""
+    """The checkpoint that -i, -g and -s mean. Where they say nothing, choose what upstream would: its default
+    experiment, the best stage for a chat, the largest tag, the last step."""
     chosen = of_named_experiment(where, found)
     chosen = [each for each in chosen if is_wanted(each.place, settings)]
     if chosen:
@@ -297,15 +302,14 @@ def choose_checkpoint(where: Path, found: Seq[Checkpoint], settings: Settings) -
                        others and f"also available (-i -g -s): {others}")
 
 
-def is_wanted(place: Place, settings: Settings) -> bool:
-    """Does it fit -i and -g? A stage `chat` is what others call sft, so it is taken for sft where that is
-    missing; no other stage stands for another."""
+def is_wanted(place: CheckpointPlace, settings: Settings) -> bool:
+    """Whether it fits -i and -g. The stage `chat` is another name of sft, so it fits -i sft."""
     stages = {None: STAGES, "sft": ("sft", "chat")}.get(settings.source, (settings.source,))
     return place.stage in stages and settings.model_tag in (None, place.tag, place.tag_with_experiment)
 
 
-def note_on(place: Place, settings: Settings) -> str:
-    """What to say of a stage that is not the expected one."""
+def note_on(place: CheckpointPlace, settings: Settings) -> str:
+    """A remark for the log if the stage is not the expected one."""
     if place.alone or place.stage == "sft" or settings.source == place.stage:
         return ""
     if place.stage == "chat" and settings.source is None:
@@ -331,8 +335,8 @@ def experiment_words() -> str:
 
 
 def of_named_experiment(where: Path, found: Seq[Checkpoint]) -> list[Checkpoint]:
-    """Those of NANOCHAT_EXPERIMENT. All of them if it is not set, and if the folder that was given is an
-    experiment, a part of one, or has none."""
+    """The checkpoints of NANOCHAT_EXPERIMENT. All checkpoints if it is not set, or if `where` is an
+    experiment, is a part of one, or has no experiments."""
     name = named_experiment()
     experiments = {each.tag_folder.parent for each in found if each.place.experiment}
     if name is None or all(path in (where, *where.parents) for path in experiments):
@@ -341,20 +345,20 @@ def of_named_experiment(where: Path, found: Seq[Checkpoint]) -> list[Checkpoint]
 
 
 def default_experiment(found: Seq[Checkpoint]) -> str:
-    """The experiment that is taken if none is named: the one that was given no name either, else the one
-    changed last. Checkpoints outside any experiment count as one without a name."""
-    def changed(checkpoint: Checkpoint) -> float:
+    """The experiment to take if none is named: the one that has no name itself, else the one written last.
+    Checkpoints outside any experiment count as an experiment without a name."""
+    def written_s(checkpoint: Checkpoint) -> float:
         return checkpoint.path.stat().st_mtime
 
     unnamed = [each for each in found if each.place.experiment in ("", UNNAMED)]
-    return max(unnamed or found, key=changed).place.experiment
+    return max(unnamed or found, key=written_s).place.experiment
 
 
 # --- tokenizers and data sets -------------------------------------------------------------------------------
 
 
 def nanochat_tokenizers(checkpoint: Path) -> list[Path]:
-    """Where the tokenizer of a checkpoint may be. The first that exists is used."""
+    """Where the tokenizer of a checkpoint may be; the first that exists is used."""
     folder = checkpoint.parent
     home = folder.parent.parent  # the base folder, or the experiment
     inside = [*own_tokenizers(folder), home / "tokenizer" / "tokenizer.pkl"]
@@ -369,7 +373,7 @@ def own_tokenizers(folder: Path) -> list[Path]:
 
 
 def datasets_of(experiment: Path) -> list[Path]:
-    """The folders of the data sets that an experiment may have been trained on, the likeliest first."""
+    """Folders of data sets that an experiment may have been trained on, the likeliest first."""
     stores = [experiment.parent.parent / "datasets"]  # <base>/experiments/<experiment>
     if base := os.environ.get("NANOCHAT_BASE_DIR"):
         stores.append(Path(base) / "datasets")
@@ -380,8 +384,8 @@ def datasets_of(experiment: Path) -> list[Path]:
 
 
 def shard_folders(base: Path) -> list[Path]:
-    """Where a base folder may have the texts that its models are trained on: shards in parquet, of which the
-    last is for validation. A data set that NANOCHAT_DATASET names is never another one."""
+    """Where a base folder may have its training texts: parquet shards, the last of which is for validation.
+    If NANOCHAT_DATASET names a data set, only that one counts."""
     if named := os.environ.get("NANOCHAT_DATASET"):
         return [base / "datasets" / named]
     return shard_folders_of(base / "experiments" / (named_experiment() or UNNAMED))

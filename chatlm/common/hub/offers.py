@@ -1,7 +1,7 @@
-"""The role `hub`: what the Hugging Face hub and its cache have, and downloads, for a server's front.
+"""The role `hub`: answers the front's questions about the Hugging Face hub and its cache, and downloads.
 
-The front starts one for each download. To cancel it is to end the process: what was written stays, and the
-next download of the model continues there."""
+The front starts one process for each download, and ends the process to cancel it. What was written stays, and
+the next download of the model continues there."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from chatlm.common.errors import ChatServerError, ConfigError, bad_value, printa
 from chatlm.common.files import Truncated
 from chatlm.common.hub.better import BETTER, SHARE
 from chatlm.common.hub.huggingface import (
-    BESIDE_MODEL, FOLDER_FILES, HEADER_BYTES, INDEX, SPLIT_GGUF, WHOLE, Bounds, CannotRun, Unreachable,
-    fetch, folder_bytes, hub_errors, hub_files, hub_listing, hub_model, is_plain_path, load_hub,
-    other_tokenizers, refuse_early, why_unreachable)
+    BESIDE_MODEL, FOLDER_FILES, HEADER_BYTES, INDEX, SPLIT_GGUF, WHOLE, CannotRun, DownloadLimits,
+    Unreachable, fetch, folder_bytes, hub_errors, hub_files, hub_model, is_plain_path, list_repository,
+    load_hub, other_tokenizers, refuse_early, why_unreachable)
 from chatlm.common.hub.local import download_lock
 from chatlm.common.hub.short_names import PARAMETERS, SHORT_NAMES
 from chatlm.common.messages.protocol import (
@@ -31,19 +31,20 @@ from chatlm.common.messages.protocol import (
 from chatlm.common.processes.child import join_parent
 
 MOST_FOUND = 30          # results of a search
-SEARCH_S = 10.0          # that a search may take
-MOST_BEST = 3            # models that are offered as those that fit best
-MOST_HEADER = 64 << 20   # of a GGUF file: beyond that the download itself looks
-CONFIG_BYTES = 1 << 20   # of a config.json
-# between two reports of progress; whichever comes first
-SPEAK_S = 0.1
-SPEAK_BYTES = 4 << 20
-BUSY_S = 3.0             # that a process which was just ended may still hold its lock
+SEARCH_S = 10.0          # timeout of a search
+MOST_BEST = 3            # models offered as the ones that fit best
+MOST_HEADER = 64 << 20   # of a GGUF file; a longer header is examined while the file is downloaded
+CONFIG_BYTES = 1 << 20   # the largest config.json that is read
+SPEAK_S = 0.1            # progress is reported after this time,
+SPEAK_BYTES = 4 << 20    # or after as many bytes if that comes first
+BUSY_S = 3.0             # a process that was just ended may hold its lock this long
 
 
 def named_model(text: str) -> tuple[str, str]:
-    """(repository, file or "") of a name that came over HTTP. RequestError for anything but a short name, an
-    id, or an id with a file of its repository after a colon: nothing here becomes a path of its own."""
+    """(repository, file or "") of a name that came over HTTP.
+
+    Raises RequestError for anything but a short name, an id, or an id with a file of its repository after a
+    colon, so that no name leads to a path outside the cache."""
     found = hub_model(text) if len(text) <= 300 else None
     if not found or found[1] and not is_plain_path(found[1]) or ".." in found[0]:
         raise bad_value("model", text, "the name of a model of the Hugging Face hub (owner/name, "
@@ -56,7 +57,7 @@ def joined_name(repository: str, file: str) -> str:
 
 
 def is_of_hub(path: Path, repository: str, file: str) -> bool:
-    """Is a model's path one of a repository in the hub's cache, or of this GGUF file of it?"""
+    """Whether a model's path belongs to a repository in the hub's cache, or to this GGUF file of it."""
     if folder_of(repository).name not in path.parts:
         return False
     name = re.sub(SPLIT_GGUF, "", path.name, flags=re.IGNORECASE).lower().removesuffix(".gguf")
@@ -65,7 +66,7 @@ def is_of_hub(path: Path, repository: str, file: str) -> bool:
 
 
 def parameters_of(name: str) -> int:
-    """About how many parameters a model has, by its name: 8B, 0.6b, 30B-A3B, 8x7B; 0 if it does not say."""
+    """Estimate a model's parameters from its name: 8B, 0.6b, 30B-A3B, 8x7B. 0 if the name says nothing."""
     match = re.search(r"(?<![A-Za-z\d.])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?![a-z\d])", name.lower())
     if not match:
         return 0
@@ -73,7 +74,7 @@ def parameters_of(name: str) -> int:
 
 
 def active_share(name: str) -> float:
-    """About which share of its weights a model reads for a token, by its name: 30B-A3B reads a tenth."""
+    """Estimate from its name which share of its weights a model reads for a token: 30B-A3B reads a tenth."""
     active = re.search(r"(?<![A-Za-z\d])[Aa](\d+(?:\.\d+)?)[Bb](?![A-Za-z\d])", name)
     whole = parameters_of(name)
     return min(1.0, float(active[1]) * 1e9 / whole) if active and whole else 1.0
@@ -87,7 +88,7 @@ def short_offers() -> list[Offer]:
 
 
 def best_offers(memory: float) -> list[Offer]:
-    """What fits best into this much memory: quantized files, the largest first."""
+    """The best quantized files that fit into this much memory, the largest first."""
     return [Offer(model, size, kind="gguf") for needed, size, model in BETTER
             if needed <= SHARE * memory][:MOST_BEST]
 
@@ -99,7 +100,7 @@ def search(hub, text: str) -> list[Offer]:
     """The models whose names match, the most downloaded first; sizes are estimates."""
     with hub_errors(hub, shown(text)):
         try:
-            found = [each for each in models_found(hub, text) if isinstance(each, dict)]
+            found = [each for each in ask_for_models(hub, text) if isinstance(each, dict)]
         except Exception as error:
             if isinstance(error, hub.errors.HfHubHTTPError):
                 raise
@@ -109,15 +110,21 @@ def search(hub, text: str) -> list[Offer]:
         name = str(each.get("id"))
         if hub_model(name) is None or not is_plain_path(name):
             continue
-        kind = next((kind for kind in ("gguf", "safetensors") if kind in (each.get("tags") or ())), "")
-        offers.append(Offer(name, estimated_bytes(name, each, kind), kind=kind, gated=bool(each.get("gated")),
-                            downloads=each.get("downloads") or 0,
-                            problem="" if kind else "it has neither safetensors nor GGUF files"))
+        tags = each.get("tags") or ()
+        kind = ""
+        problem = "it has neither safetensors nor GGUF files"
+        for known in ("safetensors", "gguf"):
+            if known in tags:
+                kind = known
+                problem = ""
+        offers.append(Offer(
+            name, estimated_bytes(name, each, kind), kind=kind, gated=bool(each.get("gated")),
+            downloads=each.get("downloads") or 0, problem=problem))
     return offers
 
 
-def models_found(hub, text: str) -> list:
-    """What the hub's search answers. HfApi.list_models is not used: without a network it tries for 23 s."""
+def ask_for_models(hub, text: str) -> list:
+    """What the hub's search answers. Not by HfApi.list_models, which tries for 23 s without a network."""
     words = [("search", text), ("sort", "downloads"), ("direction", "-1"), ("limit", str(MOST_FOUND))]
     fields = [("expand[]", name) for name in ("tags", "gated", "downloads", "gguf", "safetensors")]
     session = hub.utils.get_session()
@@ -135,38 +142,53 @@ BITS = {"F64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I8": 8, "U8": 8
 
 
 def estimated_bytes(name: str, model: dict, kind: str) -> int:
-    """About how large a model that a search found is: by what the hub counted, else by its name. Of GGUF
-    files, one of about 4.9 bits for a weight, as Q4_K_M."""
+    """Estimate the bytes of a model that a search found, from the hub's counts or else from its name. A GGUF
+    file is taken for one of type Q4_K_M, which has about 4.9 bits a weight."""
     counted = model.get(kind)
-    counted = counted if isinstance(counted, dict) else {}
-    parameters = counted.get("parameters")
+    if not isinstance(counted, dict):
+        counted = {}
+    by_type = counted.get("parameters")
+    if kind == "safetensors" and isinstance(by_type, dict):
+        bits = [count * BITS.get(str(of_type).upper(), 16)
+                for of_type, count in by_type.items() if isinstance(count, int)]
+        return int(sum(bits) // 8)
     total = counted.get("total")
-    if kind == "safetensors" and isinstance(parameters, dict):
-        return int(sum(count * BITS.get(str(of_type).upper(), 16) // 8
-                       for of_type, count in parameters.items() if isinstance(count, int)))
-    known = total if isinstance(total, int) else 0
-    return int((known or parameters_of(name)) * (0.61 if kind == "gguf" else 2))
+    parameters = total if isinstance(total, int) and total else parameters_of(name)
+    weight_bytes = 0.61 if kind == "gguf" else 2
+    return int(parameters * weight_bytes)
 
 
 def look(hub, text: str) -> list[Offer]:
-    """What there is of a model: the folder of safetensors and each GGUF file. The header of the first, or of
-    the file that `text` names, says whether this program can run it."""
+    """The forms of one model that the hub has: the folder of safetensors, and each GGUF file. Says whether
+    this program can run it, judged by the header of the file that `text` names, or of the first."""
     repository, file = named_model(text)
     with hub_errors(hub, repository):
         try:
-            sizes, revision, _ = hub_listing(hub, repository)
+            sizes, revision, _ = list_repository(hub, repository)
         except Unreachable as error:
             raise ConfigError(f"no connection to the hub: {why_unreachable(hub, error.args[0])}") from None
-        wanted = hub_files(repository, file, sizes) if file or not several_ggufs(repository, sizes) else []
-        problem = problem_of(hub, repository, revision, wanted, sizes) if wanted else ""
+        wanted = []
+        problem = ""
+        if file or not several_ggufs(repository, sizes):
+            wanted = hub_files(repository, file, sizes)
+            problem = problem_of(hub, repository, revision, wanted, sizes)
         offers = []
         for name, names in models_of(repository, sizes):
-            here = [hub.try_to_load_from_cache(repository, each, revision=revision) for each in names]
-            kept = sum(sizes[each] for each, path in zip(names, here) if isinstance(path, str))
-            offers.append(Offer(name, sum(sizes[each] for each in names), kept, all(
-                isinstance(path, str) for path in here), problem if names == wanted else "",
-                kind="gguf" if names[0].lower().endswith(".gguf") else "safetensors"))
+            cached = [each for each in names if isinstance(
+                hub.try_to_load_from_cache(repository, each, revision=revision), str)]
+            offers.append(Offer(
+                name, total_bytes(names, sizes), total_bytes(cached, sizes), len(cached) == len(names),
+                problem if names == wanted else "", kind=kind_of(names)))
     return sorted(offers, key=lambda offer: offer.name != joined_name(repository, file))
+
+
+def total_bytes(names: Seq[str], sizes: dict[str, int]) -> int:
+    return sum(sizes[name] for name in names)
+
+
+def kind_of(names: Seq[str]) -> str:
+    """The kind of a model with these files, as offers name it."""
+    return "gguf" if names[0].lower().endswith(".gguf") else "safetensors"
 
 
 def several_ggufs(repository: str, sizes: dict[str, int]) -> bool:
@@ -177,23 +199,24 @@ def several_ggufs(repository: str, sizes: dict[str, int]) -> bool:
 
 
 def models_of(repository: str, names: dict[str, int] | Seq[str]) -> Iterator[tuple[str, list[str]]]:
-    """(MODEL, its files) of the folder of safetensors or nanochat's checkpoint, and of each GGUF file that a
-    repository has."""
+    """(MODEL, its files) of all that a repository has: the folder of safetensors or the nanochat checkpoint,
+    and each GGUF file."""
     with contextlib.suppress(ConfigError):
         files = hub_files(repository, "", names)
         if "config.json" in files or files[-1].endswith(".pt"):
             yield repository, files
-    whole = {re.sub(SPLIT_GGUF, "", name, flags=re.IGNORECASE)
-             for name in names if name.lower().endswith(".gguf") and ":" not in name
-             and not re.fullmatch(BESIDE_MODEL, name)}
-    for name in sorted(whole):
+    ggufs = set()
+    for name in names:
+        if name.lower().endswith(".gguf") and ":" not in name and not re.fullmatch(BESIDE_MODEL, name):
+            ggufs.add(re.sub(SPLIT_GGUF, "", name, flags=re.IGNORECASE))
+    for name in sorted(ggufs):
         with contextlib.suppress(ConfigError):
             yield f"{repository}:{name}", hub_files(repository, name, names)
 
 
 def problem_of(hub, repository: str, revision: str, names: Seq[str], sizes: dict[str, int]) -> str:
-    """Why this program cannot run a model, by its config.json or the beginning of its GGUF file; "" if it
-    can, as far as these tell."""
+    """Why this program cannot run a model, as far as its config.json or the beginning of its GGUF file tells;
+    "" if it can."""
     with tempfile.TemporaryDirectory(prefix="chat_server-") as folder:
         try:
             if names[0].lower().endswith(".gguf"):
@@ -205,7 +228,7 @@ def problem_of(hub, repository: str, revision: str, names: Seq[str], sizes: dict
                         break
                     length *= 2
                 return ""
-            if names[-1].endswith(".pt"):  # of nanochat, whose architectures are all known
+            if names[-1].endswith(".pt"):  # nanochat's: all its architectures are known
                 return ""
             if "tokenizer.json" not in sizes:
                 return "it has no tokenizer.json" + other_tokenizers(sizes)
@@ -220,11 +243,11 @@ def problem_of(hub, repository: str, revision: str, names: Seq[str], sizes: dict
 
 
 class Enough(Exception):
-    """As many bytes of a file are here as were wanted."""
+    """The bytes of a file that were wanted have arrived."""
 
 
 class Beginning(io.BytesIO):
-    """Takes the first `most` bytes that are written."""
+    """A file that takes the first `most` bytes, then raises Enough."""
 
     def __init__(self, most: int):
         super().__init__()
@@ -238,7 +261,7 @@ class Beginning(io.BytesIO):
 
 
 def beginning(hub, repository: str, revision: str, name: str, most: int) -> bytes:
-    """The first bytes of a file, by a request for a range."""
+    """Download the first `most` bytes of a file."""
     hub.utils.disable_progress_bars()
     file = Beginning(most)
     headers = {**hub.utils.build_hf_headers(), "Range": f"bytes=0-{most - 1}"}
@@ -256,7 +279,7 @@ def beginning(hub, repository: str, revision: str, name: str, most: int) -> byte
 
 
 def hub_cache() -> Path:
-    """Where huggingface_hub keeps models. To import it takes half a second, so this follows its rules."""
+    """Where huggingface_hub keeps models, by its own rules. Importing the library takes half a second."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home, "hub")
     return Path(os.path.expandvars(cache)).expanduser().absolute()
@@ -267,16 +290,17 @@ def folder_of(repository: str) -> Path:
 
 
 def cached_models() -> list[Offer]:
-    """The models in the cache, also those of which only a part is here."""
+    """The models in the cache, unfinished ones included."""
     offers = []
     for folder in sorted(hub_cache().glob("models--*--*")):
         repository = folder.name.removeprefix("models--").replace("--", "/", 1)
         if hub_model(repository) is None or folder.is_symlink():
             continue
         names = names_in(folder)
-        found = [Offer(name, size := sum(names[each] for each in files), size, is_whole(folder, names, files),
-                       kind="gguf" if files[0].lower().endswith(".gguf") else "safetensors")
-                 for name, files in models_of(repository, names)]
+        found = []
+        for name, files in models_of(repository, names):
+            size = total_bytes(files, names)
+            found.append(Offer(name, size, size, is_whole(folder, names, files), kind=kind_of(files)))
         begun = sum(part.stat().st_size for part in folder.glob(".chat_server.*") if part.is_file())
         if not found or begun:
             found.append(Offer(repository, here=begun or folder_bytes(folder)))
@@ -285,7 +309,7 @@ def cached_models() -> list[Offer]:
 
 
 def snapshot_of(folder: Path) -> Path | None:
-    """The snapshot that is used without a connection, or the newest."""
+    """The snapshot that is used without a connection; if none is noted, the newest."""
     with contextlib.suppress(OSError):
         main = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
         if main.is_dir():
@@ -306,7 +330,7 @@ def names_in(folder: Path) -> dict[str, int]:
 
 
 def is_whole(folder: Path, names: dict[str, int], files: Seq[str]) -> bool:
-    """Are all parts of a model here?"""
+    """Whether all files of a model are in the cache."""
     if split := re.search(r"-of-(\d{5})\.(gguf|safetensors)$", files[-1]):
         if len([name for name in files if name.endswith(split[0])]) != int(split[1]):
             return False
@@ -319,8 +343,9 @@ def is_whole(folder: Path, names: dict[str, int], files: Seq[str]) -> bool:
 
 
 def delete_model(repository: str, file: str) -> int:
-    """Remove a model from the cache: all of its repository, or one GGUF file; returns the bytes. ConfigError
-    if it is not there, or while another process downloads into it."""
+    """Remove a model's repository, or one GGUF file of it, from the cache. Returns the bytes that this frees.
+
+    Raises ConfigError if it is not there, or while another process downloads into it."""
     folder = folder_of(repository)
     if folder.is_symlink() or not folder.is_dir():
         raise ConfigError(f"{repository} is not in the cache")
@@ -344,10 +369,11 @@ def delete_model(repository: str, file: str) -> int:
 
 
 def delete_file(repository: str, file: str, folder: Path):
-    """Remove the parts of a GGUF file from all snapshots, then the blobs that no snapshot links to, and
-    what was begun of others."""
-    there = sorted({path.relative_to(snapshot).as_posix() for snapshot in folder.glob("snapshots/*")
-                    for path in snapshot.rglob("*.gguf")})
+    """Remove a GGUF file from all snapshots, with all its parts, then the blobs that no snapshot links to. If
+    no snapshot has the file, remove its unfinished download."""
+    there = set()
+    for snapshot in folder.glob("snapshots/*"):
+        there.update(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*.gguf"))
     try:
         names = hub_files(repository, file, there)
     except ConfigError:
@@ -357,8 +383,9 @@ def delete_file(repository: str, file: str, folder: Path):
                 part.unlink()
         else:
             raise ConfigError(f"{joined_name(repository, file)} is not in the cache") from None
-    if all(re.fullmatch(BESIDE_MODEL, name) for name in {*there} - {*names}):
-        names = there  # what is left would have no model beside it
+    left = there.difference(names)
+    if all(re.fullmatch(BESIDE_MODEL, name) for name in left):
+        names = there  # an image encoder is of no use without its model
     for snapshot in folder.glob("snapshots/*"):
         for name in names:
             (snapshot / name).unlink(missing_ok=True)
@@ -391,8 +418,10 @@ def hub_main(arguments: Seq[str]) -> int:
     def answer(message) -> HubOffers | HubFetched:
         if isinstance(message, HubFetch):
             repository, file = named_model(message.name)
-            return HubFetched(fetch(repository, file, report, Bounds(True, message.disk, message.reserved)))
-        return HubOffers(tuple(QUESTIONS[message.kind](load_hub("the Hugging Face hub"), message.text)))
+            limits = DownloadLimits(True, message.disk, message.reserved)
+            return HubFetched(fetch(repository, file, report, limits))
+        question = QUESTIONS[message.kind]
+        return HubOffers(tuple(question(load_hub("the Hugging Face hub"), message.text)))
 
     while True:
         try:

@@ -66,27 +66,33 @@ def stamp_of(paths: Iterable[Path]) -> Stamp:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files of a model: all parts of a GGUF file; the weights, tokenizer, template and configuration of a
-    folder of Hugging Face or litgpt; a nanochat checkpoint with its meta file and tokenizer; one of nanoGPT
-    or build-nanogpt with its tokenizer next to it."""
+    """All files of the model at a path:
+
+    - all parts of a GGUF file
+    - the weights, tokenizer, template and configuration of a folder of Hugging Face or litgpt
+    - a nanochat checkpoint, its meta file and its tokenizer
+    - a checkpoint of nanoGPT or build-nanogpt, and the tokenizer beside it"""
     if path.is_dir():
         own = LITGPT_FILES if is_litgpt_folder(path) else ()
         named = [path / name for name in (*own, *HF_FILES) if (path / name).exists()]
-        return named + [file for pattern in HF_PATTERNS for file in sorted(path.glob(pattern))]
+        for pattern in HF_PATTERNS:
+            named += sorted(path.glob(pattern))
+        return named
     is_nanogpt = path.name == NANOGPT_FILE or is_build_nanogpt(path)
     if step_of(path.name) is not None and not is_nanogpt:
         tokenizers = [file for file in nanochat_tokenizers(path) if file.exists()]
         return [path, meta_of(path), *tokenizers[:1]]
     if is_nanogpt:
-        return [path, *(file for name in NANOGPT_TOKENIZERS if (file := path.with_name(name)).exists())]
+        tokenizers = [path.with_name(name) for name in NANOGPT_TOKENIZERS]
+        return [path, *filter(Path.exists, tokenizers)]
     if split := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name):
         return sorted(path.parent.glob(f"{glob.escape(split[1])}-*-of-{split[2]}.gguf"))
     return [path]
 
 
 def mmproj_of(path: Path, settings: Settings) -> Path | None:
-    """The file with which a GGUF model sees pictures: that of --mmproj, else the one beside it. OSError if
-    its folder cannot be listed."""
+    """The image encoder of a GGUF model: --mmproj, else the file beside the model. Raises OSError if its
+    folder cannot be listed."""
     if settings.mmproj:
         return Path(settings.mmproj).expanduser()
     if path.suffix.lower() != ".gguf":
@@ -96,11 +102,14 @@ def mmproj_of(path: Path, settings: Settings) -> Path | None:
 
 
 def files_with(path: Path, settings: Settings) -> list[Path]:
-    """The files that decide what a model answers: its own, those of adapters that are merged into it (--lora)
-    and of what it sees with."""
-    adapters = [Path(folder).expanduser() / name for folder in settings.lora for name in ADAPTER_FILES]
-    mmproj = mmproj_of(path, settings)
-    return [*files_of(path), *adapters, *([mmproj] if mmproj else [])]
+    """The files that decide what a model answers: its own, the adapters that are merged into it (--lora), and
+    its image encoder."""
+    files = files_of(path)
+    for folder in settings.lora:
+        files += [Path(folder).expanduser() / name for name in ADAPTER_FILES]
+    if mmproj := mmproj_of(path, settings):
+        files.append(mmproj)
+    return files
 
 
 def model_stamp(path: Path, settings: Settings) -> Stamp:
@@ -128,12 +137,16 @@ class Changed(ConfigError):
 
 
 def refuse_changed(source: ModelSource, settings: Settings):
-    """ConfigError if a model's files no longer match its stamp: an answer that has begun must not continue
+    """Raises Changed if a model's files no longer match its stamp: an answer that has begun must not go on
     with other weights."""
     if source.stamp and model_stamp(source.path, settings) != source.stamp:
         raise Changed(which_changed(source))
 
 
 def which_changed(source: ModelSource) -> Path:
-    """The first file that no longer matches the stamp of a model; the model, if one has come to its files."""
-    return next((Path(each[0]) for each in source.stamp if stamp_of([Path(each[0])]) != (each,)), source.path)
+    """The first file that no longer matches a model's stamp. The model's path if a file was added."""
+    for each in source.stamp:
+        path = Path(each[0])
+        if stamp_of([path]) != (each,):
+            return path
+    return source.path

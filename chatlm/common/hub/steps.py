@@ -11,7 +11,7 @@ from chatlm.common.errors import require_folder
 from chatlm.common.hub.adapters import CONFIG, WEIGHTS
 from chatlm.common.hub.folder import seen_below
 from chatlm.common.hub.nanochat import (
-    AS_TRAINED, Place, checkpoints_in, meta_of, nanochat_tokenizers, step_of)
+    AS_TRAINED, CheckpointPlace, checkpoints_in, meta_of, nanochat_tokenizers, step_of)
 from chatlm.common.hub.stamps import HF_FILES, LITGPT_FILES, Sighting, files_of, stamp_of
 from chatlm.common.hub.trainers import LITGPT_CONFIG, LITGPT_FILE, foreign, is_build_nanogpt, is_litgpt
 
@@ -20,13 +20,13 @@ CHECKPOINT = re.compile(r"checkpoint-\d{1,15}")  # a folder of transformers' Tra
 
 
 @dataclass(frozen=True)
-class Step(Sighting):
+class RunStep(Sighting):
     """A checkpoint as its files are now, complete or not."""
 
     step: int = 0
     missing: str = ""     # the name of a missing file, "" if it is complete
     adapts: bool = False  # is it an adapter, as peft saves it?
-    place: Place | None = None  # of nanochat's
+    place: CheckpointPlace | None = None  # of nanochat's
 
     @property
     def run(self) -> Path:
@@ -39,17 +39,17 @@ class Step(Sighting):
         return self.place.tag if self.place else self.run.name
 
 
-def find_steps(folder: Path) -> list[Step]:
+def find_steps(folder: Path) -> list[RunStep]:
     """Checkpoints of nanochat and build-nanogpt, Hugging Face folders `checkpoint-N` and litgpt's `step-N` at
     most MOST_DEPTH below a folder, by run and step; files of other trainers with what is to be done with
     them. Links are not followed. ConfigError if it is not a folder."""
     require_folder(f"--watch {folder}", folder)
-    steps = seen_below(folder, Step, steps_in, links=0, depth=MOST_DEPTH, into_models=True)
+    steps = seen_below(folder, RunStep, steps_in, links=0, depth=MOST_DEPTH, into_models=True)
     return sorted(steps, key=lambda step: (
         AS_TRAINED.index(step.place.stage) if step.place else -1, str(step.run), step.step))
 
 
-def steps_in(folder: Path, names: Seq[str]) -> Iterator[Step]:
+def steps_in(folder: Path, names: Seq[str]) -> Iterator[RunStep]:
     if CHECKPOINT.fullmatch(folder.name):
         weights = [name for name in names if name.endswith(".safetensors")]
         adapts = CONFIG in names and "config.json" not in names
@@ -69,7 +69,7 @@ def steps_in(folder: Path, names: Seq[str]) -> Iterator[Step]:
         yield from unlinked(checkpoint.path, checkpoint.step, files, missing, place=checkpoint.place)
 
 
-def steps_of_other_trainers(folder: Path, names: Seq[str]) -> Iterator[Step]:
+def steps_of_other_trainers(folder: Path, names: Seq[str]) -> Iterator[RunStep]:
     """litgpt's folder `step-N`, build-nanogpt's files, and what is to be done with files of others."""
     if re.fullmatch(r"step-\d{1,15}", folder.name) and LITGPT_FILE in names:
         missing = "" if LITGPT_CONFIG in names else LITGPT_CONFIG
@@ -83,7 +83,7 @@ def steps_of_other_trainers(folder: Path, names: Seq[str]) -> Iterator[Step]:
         if (step := step_of(path.name)) is not None and is_build_nanogpt(path):
             yield from unlinked(path, step, files_of(path), "")
         elif error := foreign(path):
-            yield Step(path, trouble=f"not served: {error}")
+            yield RunStep(path, trouble=f"not served: {error}")
 
 
 def names_of_parts(weights: Seq[str]) -> list[str]:
@@ -95,7 +95,7 @@ def names_of_parts(weights: Seq[str]) -> list[str]:
 
 
 def unlinked(path: Path, step: int, files: Seq[Path], missing: str, adapts: bool = False,
-             place: Place | None = None) -> list[Step]:
+             place: CheckpointPlace | None = None) -> list[RunStep]:
     """No step if one of its files is a link."""
     linked = any(map(Path.is_symlink, files))
-    return [] if linked else [Step(path, stamp_of(files), "", step, missing, adapts, place)]
+    return [] if linked else [RunStep(path, stamp_of(files), "", step, missing, adapts, place)]

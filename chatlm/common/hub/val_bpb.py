@@ -59,7 +59,7 @@ class RowScore(NamedTuple):
     former_bytes: int
 
 
-class Comparison(NamedTuple):
+class LossComparison(NamedTuple):
     theirs: float
     ours: float
     tolerance: float  # how far apart they may be
@@ -171,7 +171,7 @@ def chosen_rows(evaluation: Evaluation, shard: Path,
     return rows
 
 
-def compare(evaluation: Evaluation, scores: Seq[RowScore], shard: Path, precise: bool) -> Comparison:
+def compare(evaluation: Evaluation, scores: Seq[RowScore], shard: Path, precise: bool) -> LossComparison:
     """Our own scores of a shard's first rows against what training wrote. precise: are ours in float32?"""
     bits = math.fsum(row.nats for row in scores) / math.log(2)
     sizes = sum(row.bytes for row in scores), sum(row.former_bytes for row in scores)
@@ -181,7 +181,7 @@ def compare(evaluation: Evaluation, scores: Seq[RowScore], shard: Path, precise:
     if evaluation.ranks != 1 or len(scores) < evaluation.rows:
         tolerance += DRIFT * evaluation.val_bpb + DEVIATIONS * standard_error(scores, evaluation)
     ours = former if abs(former - evaluation.val_bpb) <= tolerance < abs(now - evaluation.val_bpb) else now
-    return Comparison(evaluation.val_bpb, ours, tolerance, len(scores), evaluation.rows, shard.name)
+    return LossComparison(evaluation.val_bpb, ours, tolerance, len(scores), evaluation.rows, shard.name)
 
 
 def standard_error(scores: Seq[RowScore], evaluation: Evaluation) -> float:

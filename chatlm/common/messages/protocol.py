@@ -17,7 +17,7 @@ from chatlm.common.messages.wire import Pipe, wire_message
 class DraftTerms(NamedTuple):
     """What a worker does if it cannot have what drafts for its model."""
 
-    needed: bool = True  # does its start fail then? Else it goes without, since answers stay the same
+    needed: bool = True  # its start fails then; else it goes without, because answers stay the same
     stamp: tuple[tuple[str, int, int], ...] | None = None  # of the only version of --draft-model that has
                          # room; (): none has, None: any may have
     failed: str = ""     # why it goes without from the start: with them its last process could not begin
@@ -372,7 +372,7 @@ class SandboxConfig:
 
 
 @wire_message(64 << 20)
-class Task:
+class SandboxTask:
     """Front to sandbox: call the method `name` of Tasks."""
 
     name: str
@@ -396,7 +396,7 @@ class Body:
 
 
 @wire_message(64 << 20)
-class Result:
+class SandboxResult:
     """Sandbox to front: what a task returned."""
 
     value: Any
@@ -420,11 +420,11 @@ WORKER_PIPE = Pipe(WorkerConfig, NewRequest, NewPicture, NewPrompt, NewAnswer, C
                    Loading, ModelText, ModelCard, Ready, Stepped, Unusable, Crashed)
 SURVEY_PIPE = Pipe(SurveyConfig, Surveyed, Loading, Unusable, Crashed)
 HUB_PIPE = Pipe(HubQuestion, HubOffers, HubFetch, HubProgress, HubFetched, Unusable, Crashed)
-SANDBOX_PIPE = Pipe(SandboxConfig, Task, Body, Begun, Result, Refused)
+SANDBOX_PIPE = Pipe(SandboxConfig, SandboxTask, Body, Begun, SandboxResult, Refused)
 RAY_PIPE = Pipe(RayConfig, StartActor, EndActor, Nodes, ActorAddress, ActorEnded, Unusable)
 
 
-NO_GAUGES = dict.fromkeys((  # of a worker that is not running
+NO_GAUGES = dict.fromkeys((  # the gauges of a worker that is not running
     "running", "queued", "max_batch", "kv_pages_used", "kv_pages_total", "kv_token_bytes", "states_used",
     "states_total", "state_snapshots", "state_bytes", "mapped_bytes", "adapter_bytes", "preemptions",
     "drafted_tokens", "accepted_tokens", *(f"{name}_{source}" for source in DRAFT_SOURCES

@@ -130,7 +130,7 @@ class TextSpec:
     base: bool = False                         # it has a chat format that it was not trained for
 
 
-OWN = {"own": True}  # of a sampling parameter: a model's files may set it
+OWN = {"own": True}  # marks a sampling parameter that a model's files may set
 
 
 @dataclass(frozen=True)
@@ -173,11 +173,16 @@ SAMPLING_DEFAULTS: dict[str, Any] = {
 
 def sampling_defaults(settings: Settings) -> dict[str, tuple[float, str]]:
     """The default of each parameter that a model or a flag may set, and where it comes from."""
-    usual = SAMPLING_DEFAULTS | ({"temperature": CHAT_TEMPERATURE} if settings.command == "chat" else {})
+    usual = dict(SAMPLING_DEFAULTS)
+    if settings.command == "chat":
+        usual["temperature"] = CHAT_TEMPERATURE
     values = {name: (value, "usual") for name, value in usual.items()}
     values |= {name: (value, settings.own_origin) for name, value in settings.own_sampling.items()}
-    return values | {name: (value, f"--{name.replace('_', '-')}") for name in usual
-                     if (value := getattr(settings, name, None)) is not None}
+    for name in usual:
+        flag_value = getattr(settings, name, None)
+        if flag_value is not None:
+            values[name] = flag_value, f"--{name.replace('_', '-')}"
+    return values
 
 
 @dataclass(frozen=True)

@@ -83,17 +83,24 @@ def restorer(annotation) -> Callable[[Any], Any] | None:
 
 @functools.cache
 def object_restorer(kind: type) -> Callable[[list], Any]:
-    named_tuple = hasattr(kind, "_fields")
     hints = typing.get_type_hints(kind)
-    names = kind._fields if named_tuple else [field.name for field in dataclasses.fields(kind)]
-    return fields_restorer([hints[name] for name in names], partial(tuple.__new__, kind) if named_tuple else
-                           lambda values: kind(**dict(zip(names, values))))
+    make: Callable[[list], Any]
+    if hasattr(kind, "_fields"):  # a NamedTuple
+        names = kind._fields
+        make = partial(tuple.__new__, kind)
+    else:
+        names = [field.name for field in dataclasses.fields(kind)]
+        make = lambda values: kind(**dict(zip(names, values)))  # noqa: E731
+    return fields_restorer([hints[name] for name in names], make)
 
 
 def fields_restorer(annotations: Seq, make: Callable[[list], Any]) -> Callable[[list], Any]:
     """A function that restores the fields which need it, then makes an object of all."""
-    restorers = [(index, restore) for index, annotation in enumerate(annotations)
-                 if (restore := restorer(annotation))]
+    restorers = []
+    for index, annotation in enumerate(annotations):
+        restore = restorer(annotation)
+        if restore:
+            restorers.append((index, restore))
 
     def restore_fields(values: list):
         if len(values) != len(annotations):
@@ -153,20 +160,24 @@ class Channel:
     """A child process's end of its pipe: sends block, receives wait only on request."""
 
     def __init__(self, connection: socket.socket, pipe: Pipe):
-        self.connection, self.pipe, self.poll = connection, pipe, select.poll()
+        self.connection = connection
+        self.pipe = pipe
+        self.poll = select.poll()
         self.poll.register(connection, select.POLLIN)
 
     def send(self, message):
         self.connection.sendall(self.pipe.packed(message))
 
     def receive(self, wait: bool, most: float = math.inf, patience_s: float | None = None) -> list[Any]:
-        """The waiting messages, at most `most`; with `wait`, at least one, unless none arrives within
-        `patience_s`. EOFError if the front has ended."""
+        """The messages that have arrived, at most `most`. wait: wait for one if there is none, for at most
+        `patience_s`. Raises EOFError if the front has ended."""
         messages = []
         patience_ms = None if patience_s is None else 1e3 * patience_s
-        unread = getattr(self.connection, "pending", lambda: 0)  # what TLS has decrypted ahead
-        while len(messages) < most and (
-                unread() or self.poll.poll(patience_ms if wait and not messages else 0)):
+        unread = getattr(self.connection, "pending", lambda: 0)  # bytes that TLS has decrypted already
+        while len(messages) < most:
+            pause_ms = patience_ms if wait and not messages else 0
+            if not unread() and not self.poll.poll(pause_ms):
+                break
             kind, size = self.pipe.kind_and_size(self._read(HEADER.size))
             messages.append(unpacked(kind, self._read(size)))
         return messages

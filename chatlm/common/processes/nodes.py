@@ -16,8 +16,8 @@ SYS = Path("/sys")
 Nodes = Mapping[int, frozenset[int]]  # the CPUs of each, by its number
 
 
-def listed(text: str) -> set[int]:
-    """The numbers of one of Linux's lists, such as "0-3,8,10-11"; ValueError if it is none."""
+def parse_cpu_list(text: str) -> set[int]:
+    """The numbers in a list of Linux's, such as "0-3,8,10-11". Raises ValueError for anything else."""
     numbers: set[int] = set()
     for part in filter(None, text.strip().split(",")):
         first, _, last = part.partition("-")
@@ -26,20 +26,20 @@ def listed(text: str) -> set[int]:
 
 
 def numa_nodes(cpus: Iterable[int], root: Path = SYS) -> Nodes:
-    """The nodes of these CPUs, {} where the system does not say. Nodes that only have memory are left out, as
-    are CPUs that are offline or not ours: `cpus` are those that may run this process."""
+    """The NUMA nodes of these CPUs, without nodes that have only memory. `cpus`: those that may run this
+    process. {} if the system does not say."""
     ours = frozenset(cpus)
     folder = root / "devices/system/node"
     try:
-        nodes = {node: ours & listed((folder / f"node{node}/cpulist").read_text())
-                 for node in sorted(listed((folder / "online").read_text()))}
+        nodes = {node: ours & parse_cpu_list((folder / f"node{node}/cpulist").read_text())
+                 for node in sorted(parse_cpu_list((folder / "online").read_text()))}
     except (OSError, ValueError):
         return {}
     return {node: theirs for node, theirs in nodes.items() if theirs}
 
 
 def own_nodes(root: Path = SYS) -> Nodes:
-    """Those of the CPUs that may run this process: its affinity, which a cpuset limits."""
+    """The nodes of the CPUs that may run this process, which its affinity and a cpuset decide."""
     return numa_nodes(os.sched_getaffinity(0), root) if hasattr(os, "sched_getaffinity") else {}
 
 
@@ -51,9 +51,11 @@ def shares_of_nodes(count: int, nodes: Seq[int]) -> list[Seq[int]]:
 
 
 def place(index: int, count: int, threads: int, root: Path = SYS) -> str:
-    """Bind this process, one of `count` on this machine that each compute with so many threads, to its share
-    of the nodes: all its threads, and those they will start. Returns a line for the log, "" without several
-    nodes and processes. Nothing is bound where nodes have too few cores, or the system refuses."""
+    """Bind this process and all its threads to its share of the nodes. `count` processes compute on this
+    machine, each with so many threads.
+
+    Binds nothing if nodes have too few cores, or if the system refuses. Returns a line for the log; "" if
+    there is one node or one process only."""
     nodes = own_nodes(root)
     if count < 2 or len(nodes) < 2:
         return ""

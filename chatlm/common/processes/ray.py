@@ -101,8 +101,10 @@ class RayCluster:
         self.tls = tls
         self.listed_s = 0.0
         self.strategies = importlib.import_module("ray.util.scheduling_strategies")
-        start = model.size if (model := own_contents().model) else 0
-        self.actor, self.program = ray.remote(replica_actor()), ray.put(program_bytes(start))
+        model = own_contents().model
+        start = model.size if model else 0
+        self.actor = ray.remote(replica_actor())
+        self.program = ray.put(program_bytes(start))
         self.awaited: dict[Any, tuple[str, Any]] = {}  # reference -> name, the actor if it is the address
 
     def run(self):

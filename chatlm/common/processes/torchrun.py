@@ -128,8 +128,8 @@ def same_on_all_nodes(settings: Settings) -> str:
 
 
 def serve_rank(settings: Settings, start: Torchrun) -> int:
-    """In a process of torchrun that is not rank 0: act as this rank for one worker after another, each time
-    in a new process, until the front ends. Returns the front's exit status."""
+    """Run one rank (not rank 0) in a process that torchrun started: compute for one worker after another,
+    each time in a new process, until the front ends. Returns the front's exit status."""
     life = 0
     problem = None
     if os.environ.get("GROUP_RANK") == "0":  # torchrun also signals the front, which ends after its answers
@@ -140,13 +140,15 @@ def serve_rank(settings: Settings, start: Torchrun) -> int:
         again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         over = store.look("over") if again else None  # the previous front's, which may have ended
         while (ended := store.look("over")) == over:
-            if (coming := store.life) != life and store.look(f"{coming}/0"):
+            coming = store.life
+            if coming != life and store.look(f"{coming}/0"):
                 try:
                     live_as_rank(settings, start, store, coming)
                     life = coming
                     problem = None
                 except (EOFError, OSError) as error:  # rank 0 may have ended: wait for the next one
-                    if problem != (problem := str(error)):
+                    if problem != str(error):
+                        problem = str(error)
                         log.warning("rank %d cannot reach the others: %s", start.rank, problem)
             time.sleep(0.2)
         return ended[1]
@@ -159,8 +161,10 @@ def serve_rank(settings: Settings, start: Torchrun) -> int:
 def live_as_rank(settings: Settings, start: Torchrun, store: RankStore, life: int):
     """Connect to rank 0 and the stages before and after, and compute in another process until it ends."""
     from chatlm.common.processes.connect import Door, address_towards, dial, listen  # imports ssl
-    (host, port, secret, theirs), rank = store.look(f"{life}/0"), start.rank
-    if theirs != (own := same_on_all_nodes(settings)):
+    rank = start.rank
+    host, port, secret, theirs = store.look(f"{life}/0")
+    own = same_on_all_nodes(settings)
+    if theirs != own:
         raise ConfigError(f"rank 0 has {theirs}, but rank {rank} has {own}: all nodes need the same")
     secret = bytes.fromhex(secret)
     next_rank = rank + settings.tensor_parallel_size

@@ -1,4 +1,4 @@
-"""Function calls in an answer's text: in JSON, or with their arguments in tags."""
+"""Reads function calls in an answer's text, written in JSON or with their arguments in tags."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from chatlm.common.text.scanner import Deltas, Scanner, skip
 
 
 def typed_value(text: str, types: str) -> str:
-    """The JSON of a parameter's value whose tags do not give its type: a value of one of these JSON types
-    ("": of any) if it can be read as one, else a string."""
-    # templates write Python's True and None too; reading 450 KB of it takes 0.6 s
-    python = len(text) < 10_000 and re.search("True|False|None|'", text)
-    for read in (json.loads, ast.literal_eval) if python else (json.loads,):
+    """A parameter's value as JSON, when its tags do not say its type. `types`: the JSON types that it may
+    have, "" for any. Text that cannot be read as one of them becomes a string."""
+    readers: list[Callable] = [json.loads]
+    # Templates also write Python's True and None. Long text is not read so: 450 KB of it take 0.6 s.
+    if len(text) < 10_000 and re.search("True|False|None|'", text):
+        readers.append(ast.literal_eval)
+    for read in readers:
         with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             value = read(text.strip())
             if not is_text(value) and any(JSON_TYPES[name](value) for name in types.split() or JSON_TYPES):
@@ -29,33 +31,36 @@ def typed_value(text: str, types: str) -> str:
 
 
 def in_json_string(text: str) -> bool | None:
-    """Whether the text ends inside a string of a JSON list or object; None if it does not begin like JSON."""
+    """Whether the text ends inside a string of a JSON list or object; None if it cannot be JSON."""
     try:
         json.loads(text)
     except (ValueError, RecursionError) as error:
-        return text.lstrip()[:1] in ("[", "{") and str(error).startswith("Unterminated string") or None
+        in_string = str(error).startswith("Unterminated string")
+        return True if in_string and text.lstrip()[:1] in ("[", "{") else None
     return False
 
 
 def whole_calls(text: str, names: Seq[str]) -> list[tuple[str, str]]:
-    """The (name, arguments) of a text that is one call in JSON, or a list of calls; [] if it is neither."""
+    """The (name, arguments) of each call in a text that is one call in JSON or a list of calls, else []."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return []
     calls = []
     for call in value if isinstance(value, list) else [value]:
-        call = call.get("function", call) if isinstance(call, dict) else call
+        if isinstance(call, dict):
+            call = call.get("function", call)
         if not isinstance(call, dict) or call.get("name") not in names:
             return []
         arguments = call.get("arguments", call.get("parameters")) or {}
-        calls.append((call["name"], arguments if is_text(arguments) else
-                      json.dumps(arguments, ensure_ascii=False)))
+        if not is_text(arguments):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        calls.append((call["name"], arguments))
     return calls
 
 
 class Opening:
-    """Reads the beginnings of calls. Text that only looks like a call stays text."""
+    """Reads the beginning of a call up to its arguments. Text that only looks like a call stays text."""
 
     def __init__(self, scanner: Scanner, deltas: Deltas, names: Seq[str]):
         self.scanner = scanner
@@ -65,21 +70,22 @@ class Opening:
     def read(self, head: Callable[[str], re.Match | bool], begin: str, end: str,
              may_be_call: Callable[[str], bool] = lambda text: False
              ) -> Generator[None, None, re.Match | None]:
-        """Read after `begin`; returns the match of `head` with the function's name, which is not read yet.
-        None if something else came, which is read up to `end` then: complete calls in JSON, or text.
+        """Read what follows `begin`, the sign before a call.
 
-        `head` may say that more text decides (True) or that no head comes (False); `may_be_call` is asked of
-        text without `begin` that was cut before this was decided."""
+        `head` looks at the text: it returns a match with the function's name, or True if more text must
+        decide, or False if this is no head. The match is returned, and its text stays unread. If there is no
+        head, all up to `end` is read, as complete calls in JSON or as text, and None is returned.
+        `may_be_call`: whether an answer that was cut here is dropped, where there is no `begin`."""
         scanner = self.scanner
-        while (match := head(scanner.held)) is True or not match and end and end not in scanner.held:
+        while True:
+            match = head(scanner.held)
+            if match and match is not True:
+                return match
+            if not match and (not end or end in scanner.held):
+                break
             if scanner.over:
-                if not self._whole(scanner.held) and not (
-                        scanner.cut and (begin or may_be_call(scanner.held))):
-                    self.deltas.write(scanner.spelled(begin + scanner.held))
-                scanner.held = ""
+                self._finish(begin, may_be_call)
             yield
-        if match:
-            return match
         place = scanner.held.find(end) if end else len(scanner.held)
         if end and self._whole(scanner.held[:place]):
             self.deltas.begin("text")
@@ -88,7 +94,16 @@ class Opening:
         scanner.held = scanner.held[place + len(end):]
         return None
 
+    def _finish(self, begin: str, may_be_call: Callable[[str], bool]):
+        """Read the rest of an answer that ended before a head was complete."""
+        scanner = self.scanner
+        is_cut_call = scanner.cut and (begin or may_be_call(scanner.held))
+        if not self._whole(scanner.held) and not is_cut_call:
+            self.deltas.write(scanner.spelled(begin + scanner.held))
+        scanner.held = ""
+
     def _whole(self, text: str) -> bool:
+        """Read a text of complete calls in JSON; False if it is something else."""
         calls = whole_calls(text, self.names)
         for name, arguments in calls:
             self.deltas.arguments(self.scanner.spelled(arguments), name)
@@ -96,7 +111,8 @@ class Opening:
 
 
 class JsonCalls:
-    """Reads calls whose arguments are JSON, behind {"name": or behind a name and a sign."""
+    """Reads calls whose arguments are JSON. The name is in JSON too ({"name": ...}), or stands before a
+    sign."""
 
     FIELD = r'"(?:type|id)"\s*:\s*"[^"\\]*"\s*,\s*'
     HEAD = re.compile(rf'[\s,;\[]*{{\s*(?:{FIELD})*"name"\s*:\s*"([^"\\]*)"\s*,\s*(?:{FIELD})*'
@@ -113,15 +129,16 @@ class JsonCalls:
         self.lead = call_format.lead
         self.begin, self.end, *self.around = map(scanner.sign, call_format.marks)
         self.starts = (self.begin,)
-        call_id, separator = (re.escape(scanner.sign(marker)) for marker in ("[CALL_ID]", "<｜tool▁sep｜>"))
+        call_id = re.escape(scanner.sign("[CALL_ID]"))
+        separator = re.escape(scanner.sign("<｜tool▁sep｜>"))
         name_ends = {re.escape(scanner.sign(row.name_end)) for row in CALL_FORMATS.values() if row.name_end}
         self.named_head = re.compile(
             rf"\s*(?:functions\.|\w+{separator})?([\w.-]+)(?::\d+)?\s*(?:{call_id}[\w\s-]*)?"
             rf"(?:{'|'.join(name_ends)})\s*(?={{|\Z)")
 
     def read(self, begin: str) -> Iterator[None]:
-        """Read calls up to the marker that ends them, or while more follow. begin: the marker before them, or
-        "" if they are the whole answer."""
+        """Read calls up to their end marker, or as long as more follow. begin: the marker before them, "" if
+        they are the whole answer."""
         scanner = self.scanner
         end = self.end if begin else ""
 
@@ -130,7 +147,11 @@ class JsonCalls:
             if match and match.end() < len(text):
                 return match[1] in self.names and match
             self.deltas.begun_call = match and Delta("call", "", match[1])
-            return bool(match or (end not in text if end else begin or self._may_be_call(text)))
+            if match:  # its arguments begin with the next text
+                return True
+            if end:
+                return end not in text
+            return bool(begin) or self._may_be_call(text)
 
         while match := (yield from self.opening.read(head, begin, end, self._may_be_call)):
             scanner.held = scanner.held[match.end():]
@@ -150,27 +171,35 @@ class JsonCalls:
     def _may_be_call(self, text: str) -> bool:
         """Whether this text may become a call in JSON."""
         beginning = self.BEGINNING.fullmatch(text)
-        key, quote = beginning.groups() if beginning else ("", "")
-        return beginning is not None and (key is None or (
-            key in self.KEYS if quote else any(known.startswith(key) for known in self.KEYS)))
+        if beginning is None:
+            return False
+        key, quote = beginning.groups()
+        if key is None:
+            return True
+        if quote:  # the key is complete
+            return key in self.KEYS
+        return any(known.startswith(key) for known in self.KEYS)
 
     def _copy_object(self, write: Callable[[str], None], depth: int, end: str) -> Iterator[None]:
-        """Write text up to the end of a JSON object, `depth` brackets away. A token that ends the call also
-        ends an incomplete object."""
+        """Write text up to the end of a JSON object, `depth` brackets away. The sign that ends the call also
+        ends an object that is not complete."""
         quoted = False
         escaped = False
         while True:
             length = 0
             for length, character in enumerate(self.scanner.held, 1):
                 if character == end:
-                    length = length - 1
+                    length -= 1
                     depth = 0
                 elif quoted:
                     quoted = escaped or character != '"'
                     escaped = character == "\\" and not escaped
                 else:
                     quoted = character == '"'
-                    depth = depth + (character in "{[") - (character in "}]")
+                    if character in "{[":
+                        depth += 1
+                    elif character in "}]":
+                        depth -= 1
                 if depth == 0:
                     break
             write(self.scanner.take(length))
@@ -180,7 +209,7 @@ class JsonCalls:
 
 
 class TaggedCalls:
-    """Reads calls whose arguments are in tags, and writes them as JSON."""
+    """Reads calls whose arguments are in tags, and writes the arguments as JSON."""
 
     untagged = False
 
@@ -189,13 +218,12 @@ class TaggedCalls:
         self.scanner = scanner
         self.deltas = deltas
         self.names = names
-        self.types = dict(zip(names, types))  # of the functions' parameters
+        self.types = dict(zip(names, types))  # by function: its parameters' types
         self.lead = call_format.lead
         self.opening = Opening(scanner, deltas, names)
         self.begin, self.end, *self.around = map(scanner.sign, call_format.marks)
         function, last = (scanner.signs(text).strip() for text in call_format.around_arguments)
-        # Qwen3-Coder may leave out <tool_call>
-        self.bare = function.partition("{")[0]
+        self.bare = function.partition("{")[0]  # begins a call as well: Qwen3-Coder may leave out <tool_call>
         self.starts = tuple(filter(None, (self.begin, self.bare)))
         function = re.escape(function).replace(r"\{name\}", r"\s*([^\s<>\ud800-\udfff]+)\s*")
         self.head = re.compile(rf"\s*{function}" if self.bare else rf"{function}(?=[<\n\ud800-\udfff])")
@@ -206,30 +234,36 @@ class TaggedCalls:
         end = re.escape(self.end)
         key = re.escape(scanner.signs(parameter).strip()).replace("\\\n", r"\s*")
         key = key.replace(r"\{name\}", rf"([^<>\ud800-\udfff]{{1,{most}}})")
-        # the line break before a value is dropped
         own_line = value_end.startswith("\n")
-        key += r"(?:\n|(?=[^\n]))" if own_line else ""
         value_end = scanner.signs(value_end).strip()
+        self.stops = [value_end, self.end]
+        stop = rf"({re.escape(value_end)}|(?={end}))"
+        if own_line:  # the line breaks around a value are not part of it
+            key += r"(?:\n|(?=[^\n]))"
+            self.stops += ["\n" + sign for sign in self.stops]
+            stop = r"\n?" + stop
+        self.stop = re.compile(stop)
         self.step = re.compile(rf"{key}|{re.escape(last) or '(?!)'}|(?={end})")
-        self.stops = tuple(before + sign for sign in (value_end, self.end)
-                           for before in (("", "\n") if own_line else ("",)))
-        self.stop = re.compile((r"\n?" if own_line else "") + rf"({re.escape(value_end)}|(?={end}))")
 
     def read(self, begin: str) -> Iterator[None]:
-        """Read calls up to their end. begin: the text before them, or the beginning of a call without tag."""
+        """Read calls up to their end. begin: the marker before them, or the beginning of a call that has no
+        marker."""
         scanner = self.scanner
         end = self.end
-        bare = self.bare
         tagged = begin == self.begin
-        scanner.held = scanner.held if tagged else bare + scanner.held
+        if not tagged:
+            scanner.held = self.bare + scanner.held
 
         def head(text: str) -> re.Match | bool:
             if match := self.head.match(text):
                 return match[1] in self.names and match
             return end not in text if tagged else not re.search("[\n>]", text)
 
-        opening = (head, begin, end) if tagged else (head, "", bare)
-        if not (match := (yield from self.opening.read(*opening))):
+        if tagged:
+            match = yield from self.opening.read(head, begin, end)
+        else:
+            match = yield from self.opening.read(head, "", self.bare)
+        if not match:
             return
         while match and match[1] in self.names:
             scanner.held = scanner.held[match.end():]
@@ -237,25 +271,35 @@ class TaggedCalls:
             scanner.closing = end
             yield from self._parameters(self.types.get(match[1], {}))
             scanner.closing = ""
-            # the end of the call, or another one in the same tags
-            while not (rest := scanner.held.lstrip()).startswith(end) and (
-                    end.startswith(rest) or bare.startswith(rest)
-                    or rest.startswith(bare) and ">" not in rest):
+            while self._next_is_undecided():
                 yield
-            match = None if rest.startswith(end) else self.head.match(scanner.held)
+            if scanner.held.lstrip().startswith(end):
+                match = None
+            else:
+                match = self.head.match(scanner.held)
         rest = scanner.held.lstrip()
-        scanner.held = rest.removeprefix(end) if rest.startswith(end) else scanner.held
+        if rest.startswith(end):
+            scanner.held = rest.removeprefix(end)
         self.deltas.begin("text")
 
+    def _next_is_undecided(self) -> bool:
+        """Whether more text must decide if the call ends here, or another one begins in the same tags."""
+        rest = self.scanner.held.lstrip()
+        if rest.startswith(self.end):
+            return False
+        if self.end.startswith(rest) or self.bare.startswith(rest):
+            return True
+        return rest.startswith(self.bare) and ">" not in rest
+
     def _parameters(self, types: Mapping[str, str]) -> Iterator[None]:
-        """Read parameters up to the text after the last, which is removed, or up to the end of the call,
-        which is kept. Strings are written as they arrive, other values once they are complete."""
+        """Read parameters up to the text after the last one, which is removed, or up to the call's end, which
+        stays. Strings are written as they arrive, other values when they are complete."""
         scanner = self.scanner
         deltas = self.deltas
         before = "{"
         while True:
             while not (match := self.step.search(scanner.held)):
-                # no parameter began before
+                # only the end of the text can be the beginning of a parameter
                 scanner.held = scanner.held[-2 * LIMITS.parameter_characters:]
                 yield
             scanner.held = scanner.held[match.end():]
@@ -264,7 +308,8 @@ class TaggedCalls:
             name = match[1].strip()
             key = f"{before}{as_json(name)}: "
             before = ", "
-            if (wanted := types.get(name, types.get("", ""))) == "string":
+            wanted = types.get(name, types.get("", ""))
+            if wanted == "string":
                 deltas.arguments(key + '"')
                 sign = yield from scanner.until(
                     lambda text: deltas.arguments(as_json(text)[1:-1]), *self.stops)
@@ -278,19 +323,23 @@ class TaggedCalls:
                 deltas.arguments(key + typed_value(value, wanted))
 
     def _find_end(self) -> Generator[None, None, tuple[int, int]]:
-        """The ends of a value and of the sign that ends it: the first sign outside of JSON strings, or the
-        very first if a string never ends."""
+        """Where a value ends, and where the sign after it ends. That is the first sign outside JSON strings;
+        if a string never ends, it is the very first sign."""
         scanner = self.scanner
         first = None
         searched = 0
         longest = max(map(len, self.stops))
         while True:
             if match := self.stop.search(scanner.held, searched):
-                first, (sign, searched) = first or match, match.span(1)
-                searched += sign == searched
+                first = first or match
+                sign, searched = match.span(1)
+                if sign == searched:  # the sign is empty: go on after it
+                    searched += 1
                 inside = in_json_string(scanner.held[:match.start()])
-                if not inside or A_MARK.match(scanner.held, sign):
-                    return (match if inside is False else first).span()
+                if inside is False:
+                    return match.span()
+                if inside is None or A_MARK.match(scanner.held, sign):
+                    return first.span()
             elif scanner.over and first and not scanner.cut:
                 return first.span()
             else:

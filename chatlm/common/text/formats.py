@@ -28,7 +28,7 @@ HARMONY = tuple(f"<|{name}|>" for name in (
 
 
 class Tags(NamedTuple):
-    """Arguments that are not JSON: one parameter after the other, each with its {name} in a tag."""
+    """How arguments are written in tags: one parameter after the other, each with its {name} in its tag."""
 
     parameter: str             # before its value
     value_end: str             # after it
@@ -70,12 +70,12 @@ class CallFormat:
     tags: Tags | None = None            # if the arguments are not JSON: each in a tag,
     notation: Notation | None = None    # or values in brackets
     thoughts: tuple[str, str] | None = None  # encloses reasoning, where all of an answer is in this format
-    # of the template, where it is particular; see history.py
-    history: Callable[[list[dict], str], None] = lambda dialogue, mark: None
-    mend: Callable[[str, str], str] = lambda text, mark: text  # the rendered conversation
-    function: Callable[[Mapping], Mapping] = lambda function: function  # as the template shows one
-    efforts: Mapping = field(default_factory=dict)             # its words for efforts that it does not know
-    stops: tuple[str, ...] = ()         # the tokens that end an answer, where the model's files name others
+    # what a peculiar template needs; see history.py
+    history: Callable[[list[dict], str], None] = lambda dialogue, mark: None  # changes the conversation
+    mend: Callable[[str, str], str] = lambda text, mark: text  # corrects the rendered conversation
+    function: Callable[[Mapping], Mapping] = lambda function: function  # a function as the template reads it
+    efforts: Mapping = field(default_factory=dict)  # its words for reasoning efforts that it does not know
+    stops: tuple[str, ...] = ()  # the tokens that end an answer, if the model's files name wrong ones
 
     @property
     def markers(self) -> tuple[str, ...]:
@@ -196,8 +196,10 @@ A_MARKER = re.compile(f"({'|'.join(map(re.escape, sorted(MARKS, key=len, reverse
 def tool_format_of(template: str) -> str | None:
     """The row of CALL_FORMATS for a chat template: how its model calls functions. None if it cannot."""
     has_tools = re.search(r"{[{%][^{}%]*\btools\b", template)
-    return next((name for name, row in CALL_FORMATS.items()
-                 if (has_tools or row.thoughts) and all(sign in template for sign in row.template_has)), None)
+    for name, row in CALL_FORMATS.items():
+        if (has_tools or row.thoughts) and all(sign in template for sign in row.template_has):
+            return name
+    return None
 
 
 def calls_of(spec: TextSpec) -> tuple[str | None, bool]:
@@ -209,13 +211,14 @@ def calls_of(spec: TextSpec) -> tuple[str | None, bool]:
 
 def thoughts_of(template: str) -> tuple[str, str] | None:
     """The markers around the reasoning of a model with this chat template; None if it does not think."""
-    if (name := tool_format_of(template)) and CALL_FORMATS[name].thoughts:
+    name = tool_format_of(template)
+    if name and CALL_FORMATS[name].thoughts:
         return CALL_FORMATS[name].thoughts
     return next((thoughts for thoughts in THOUGHTS if thoughts[1] in template), None)
 
 
 def knows_of_thinking(template: str) -> bool:
-    """Can a chat template be told whether, or how much, the model thinks?"""
+    """Whether a chat template lets a client say if, or how much, the model thinks."""
     return re.search(r"\b(reasoning_effort|enable_thinking|thinking)\b", template) is not None
 
 
@@ -232,8 +235,14 @@ A_REFERENCE = re.compile(rf"<\[{A_MARKER.pattern}\]>")
 
 def with_markers(grammar: str, markers: Mapping[str, int]) -> str:
     """A grammar in which each <[marker]> is the token, or the text where the vocabulary has no such token."""
-    # text that ends with a marker: a suffix is looked for in text alone
-    grammar = re.sub(rf"\[suffix={A_REFERENCE.pattern}\]: (.*)", lambda rule:
-                     f": {rule[2]} <[{rule[1]}]>" if rule[1] in markers else rule[0], grammar)
-    return A_REFERENCE.sub(lambda reference: f"<[{markers[reference[1]]}]>" if reference[1] in markers
-                           else json.dumps(reference[1]), grammar)
+    def with_suffix(rule: re.Match) -> str:
+        """A suffix is looked for in text, so a suffix that is a token becomes a token after the rule."""
+        marker, text = rule.groups()
+        return f": {text} <[{marker}]>" if marker in markers else rule[0]
+
+    def token_or_text(reference: re.Match) -> str:
+        marker = reference[1]
+        return f"<[{markers[marker]}]>" if marker in markers else json.dumps(marker)
+
+    grammar = re.sub(rf"\[suffix={A_REFERENCE.pattern}\]: (.*)", with_suffix, grammar)
+    return A_REFERENCE.sub(token_or_text, grammar)

@@ -6,6 +6,7 @@ is no proof, so short conversations, whose words are in no template, are tried i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Generator, Mapping, Sequence as Seq
 from contextlib import suppress
 from dataclasses import replace
@@ -20,12 +21,13 @@ from chatlm.common.text.tokenizer import REFUSED
 
 
 T = TypeVar("T")
-# It yields what to fill in the template with, and is sent what that makes, or gets the RequestError.
+# Something that needs a template to be filled in: it yields the values, and is sent the text that they make.
+# If the template fails, the RequestError is thrown into it.
 Filling = Generator[dict, str, T]
 
 
 def write_calls(dialogue: list[dict], form: HistoryForm, call_format: CallFormat):
-    """Change a conversation's calls to a form."""
+    """Rewrite a conversation's calls in this form."""
     for call in calls_in(dialogue):
         function = call["function"]
         arguments = function["arguments"]
@@ -47,20 +49,20 @@ def write_calls(dialogue: list[dict], form: HistoryForm, call_format: CallFormat
 
 
 def differences(forms: Forms) -> list[str]:
-    """What an operator should know of a template's forms."""
+    """What an operator should know about a template's forms, a sentence each."""
     where = (" where a request has no functions", " where a request has functions")
-    told: dict[str, list[int]] = {}
+    losses: dict[str, list[int]] = {}  # what is lost -> the forms that lose it
     for has_tools, form in enumerate(forms):
         if form.calls == "text":
-            told.setdefault(CALLS_LOST, []).append(has_tools)
+            losses.setdefault(CALLS_LOST, []).append(has_tools)
         if form.results == "text":
-            told.setdefault(RESULTS_LOST, []).append(has_tools)
-    return [text + ("" if len(cases) == len(forms) else where[cases[0]]) for text, cases in told.items()]
+            losses.setdefault(RESULTS_LOST, []).append(has_tools)
+    return [text if len(cases) == len(forms) else text + where[cases[0]] for text, cases in losses.items()]
 
 
 CALLS_LOST = "it loses earlier calls, which are shown as text of their messages"
 RESULTS_LOST = "it loses results of calls, which are shown as messages of the user"
-TEXT_ALONE = HistoryForm("text", "text")  # what a template shows that shows any message
+TEXT_ALONE = HistoryForm("text", "text")  # works with every template that shows messages
 
 
 def usual_form(template: str) -> HistoryForm:
@@ -73,15 +75,20 @@ def usual_form(template: str) -> HistoryForm:
 
 def forms_of(template: str) -> list[HistoryForm]:
     """The forms in which a template may show calls and results, the best first."""
-    results = ("members", "messages") if usual_form(template).results == "members" else ("messages",)
+    switches = itertools.product((False, True), repeat=3)
     ways = [HistoryForm(single=single, arguments_as_text=as_text, text_apart=apart)
-            for single in (False, True) for as_text in (False, True) for apart in (False, True)]
-    return [*(replace(way, results=kind) for kind in results for way in ways),
-            HistoryForm(calls="text"), HistoryForm(calls="text", single=True),
-            *(replace(way, results="text") for way in ways), TEXT_ALONE]
+            for single, as_text, apart in switches]
+    forms = []
+    if usual_form(template).results == "members":
+        forms += [replace(way, results="members") for way in ways]
+    forms += ways
+    forms += [HistoryForm(calls="text"), HistoryForm(calls="text", single=True)]
+    forms += [replace(way, results="text") for way in ways]
+    forms.append(TEXT_ALONE)
+    return forms
 
 
-# Words that no template has
+# The words of the conversations that are tried. No template has them.
 ASKED, SAID, NAME, ARGUMENT, RESULT, ANSWER, MORE, TWICE, CUT = (
     f"zq{word}qz" for word in (
         "asked", "said", "name", "argument", "result", "answer", "more", "twice", "cut"))
@@ -93,11 +100,11 @@ A_FUNCTION = {"type": "function", "function": {
 
 
 class Trial(NamedTuple):
-    """A conversation, and what must be seen of it."""
+    """A conversation, and what a rendering of it must show."""
 
     messages: Seq[Message]
-    counts: Mapping[str, int]       # results, which must be there so often
-    arguments: Seq[str] = ()        # what must be there
+    counts: Mapping[str, int]  # how often each result must appear
+    arguments: Seq[str] = ()   # the calls' values, which must appear
 
 
 def asked(text: str) -> Message:
@@ -109,7 +116,7 @@ def answered(text: str) -> Message:
 
 
 def called(text: str, *arguments: dict | str, first: int = 0) -> Message:
-    """An assistant's message with calls, whose numbers begin with `first`."""
+    """An assistant's message with a call for each of the arguments. `first`: the number of the first call."""
     calls = [{"id": f"zqcall{number}qz", "type": "function", "function": {"name": NAME, "arguments": given}}
              for number, given in enumerate(arguments, first)]
     return Message("assistant", text, {"tool_calls": calls})
@@ -120,7 +127,7 @@ def result_of(number: int, text: str) -> Message:
 
 
 def with_other_ids(message: Message, changed: Callable[[str], dict]) -> Message:
-    """The message with its calls' ids, and the id that it answers, as `changed` makes them of these."""
+    """A copy of a message with other ids. `changed` makes an id into a member, or into {} to leave it out."""
     more = dict(message.more or {})
     if "tool_call_id" in more:
         ids = changed(more.pop("tool_call_id"))
@@ -136,12 +143,12 @@ def usual_with_ids(changed: Callable[[str], dict]) -> Trial:
 
 
 ONE, *BOTH = ({ARGUMENT: value} for value in VALUES)
-USUAL = Trial((  # a call, two calls at once, results that are alike
+USUAL = Trial((  # one call, then two calls at once with equal results
     asked(ASKED), called("", ONE), result_of(0, RESULT), answered(ANSWER),
     asked(MORE), called("", *BOTH, first=1), result_of(1, TWICE), result_of(2, TWICE)),
     {RESULT: 1, TWICE: 2}, VALUES)
 BESIDE_TEXT = Trial((asked(ASKED), called(SAID, ONE), result_of(0, RESULT)), {RESULT: 1}, VALUES[:1])
-UNUSUAL = {  # what a form is changed for, if a template does not show this
+UNUSUAL = {  # a switch of the form, and the conversation that it is for; tried if a template does not show it
     "wraps_text": Trial((asked(ASKED), called("", f'{{"{ARGUMENT}": "{CUT}'), result_of(0, RESULT)),
                         {RESULT: 1}, (CUT,)),
     "nine_character_ids": usual_with_ids(lambda given: {"id": "call_" + given[-3:]}),
@@ -154,19 +161,19 @@ UNUSUAL = {  # what a form is changed for, if a template does not show this
 
 
 class FormFinder:
-    """Finds how a template shows calls and results, with functions in the request and without."""
+    """Finds out in which form a template shows calls and results, in requests with functions and without."""
 
     def __init__(self, template: str, mark: str, mend: Callable[[str], str],
                  arguments: Callable[[Seq[Message], Seq[dict], HistoryForm], dict]):
-        """mark: as in history.py. mend: corrects what the template writes. arguments: what to fill it in
-        with."""
+        """mark: as in history.py. mend: corrects what the template writes. arguments: makes the values to
+        fill it in with."""
         self.template = template
         self.mark = mark
         self.mend = mend
         self.arguments = arguments
 
     def find(self) -> Filling[Forms]:
-        """The forms for requests without functions, and for those with."""
+        """The form for requests without functions, and the one for requests with functions."""
         forms = list[HistoryForm]()
         for tools in ((), (A_FUNCTION,)):
             try:
@@ -197,8 +204,8 @@ class FormFinder:
         return form
 
     def _shows(self, trial: Trial, tools: Seq[dict], form: HistoryForm) -> Filling[bool]:
-        """Whether the template shows each result once, every call with arguments that are no Python object,
-        and no text inside of a call."""
+        """Whether the template shows a conversation rightly: each result as often as it should, each call's
+        arguments and not as a Python object, and no text inside a call."""
         try:
             text = self.mend((yield self.arguments(trial.messages, tools, form)))
         except RequestError as error:
@@ -206,18 +213,20 @@ class FormFinder:
                 raise
             return False
         if before_call(self.mark) in text or result_of_call(self.mark) in text:
-            return False  # mended in part
+            return False  # it could be corrected in part only
         text = text.replace(self.mark, "")
-        return (all(text.count(result) == count for result, count in trial.counts.items())
-                and all(value in text and f"'{ARGUMENT}': '{value}'" not in text for value in trial.arguments)
-                and SAID + NAME not in text and NAME + SAID not in text)
+        if any(text.count(result) != count for result, count in trial.counts.items()):
+            return False
+        for value in trial.arguments:
+            if value not in text or f"'{ARGUMENT}': '{value}'" in text:
+                return False
+        return SAID + NAME not in text and NAME + SAID not in text
 
 
 def rendering(messages: Seq[Message], forms: Forms, tools: Seq[dict],
               arguments: Callable[[HistoryForm | None], dict], tell: Callable[[str], Any]) -> Filling[str]:
-    """A rendered conversation. If the template refuses it in its own form, calls and results are text.
-
-    tell: learns of that."""
+    """Render a conversation. If the template refuses it, write calls and results as text, and call `tell`
+    with the refusal."""
     form = forms[bool(tools)] if forms else None
     try:
         return (yield arguments(form))

@@ -43,8 +43,8 @@ NO_TEMPLATE = ("this model has no chat template, so it cannot chat: use /v1/comp
 
 @contextmanager
 def refused_panics():
-    """RequestError for text on which a tokenizer's regular expressions fail: 1 MB of spaces overflows
-    tiktoken's, and those of `tokenizers` panic, which is not an Exception."""
+    """Raise RequestError for text on which a tokenizer's regular expressions fail: 1 MB of spaces overflows
+    those of tiktoken. Those of `tokenizers` panic, which is not an Exception."""
     try:
         yield
     except BaseException as error:
@@ -87,17 +87,20 @@ class NanochatTokenizer(Tokenizer):
         if goes_on:
             turns[-1] = without_unfinished(turns[-1])
         for message in turns:
-            is_user = message.role == "user"
-            said = self.encode(message.content) if is_user else said_tokens(self, message)
-            tokens += [user_start if is_user else assistant_start, *said,
-                       user_end if is_user else assistant_end]
+            if message.role == "user":
+                tokens += [user_start, *self.encode(message.content), user_end]
+            else:
+                tokens += [assistant_start, *said_tokens(self, message), assistant_end]
         if goes_on:
-            return tokens[:-1]
-        return tokens + [assistant_start] * options.get("add_generation_prompt", True)
+            tokens.pop()  # the last message stays open
+        elif options.get("add_generation_prompt", True):
+            tokens.append(assistant_start)
+        return tokens
 
 
 def merge_system_message(messages: Seq[Message]) -> Seq[Message]:
-    """nanochat has no system role: put a leading system message and a blank line before the first user's."""
+    """nanochat has no system role: put a leading system message before the first user's, a blank line between
+    them."""
     if len(messages) > 1 and messages[0].role == "system" and messages[1].role == "user":
         merged = Message("user", messages[0].content + "\n\n" + messages[1].content)
         messages = [merged, *messages[2:]]
@@ -110,7 +113,8 @@ def merge_system_message(messages: Seq[Message]) -> Seq[Message]:
 
 @functools.cache
 def byte_of_character() -> dict[str, int]:
-    """GPT-2's byte-level BPE alphabet: printable bytes stand for themselves, the others for U+0100 and up."""
+    """The byte of each character in GPT-2's byte-level BPE alphabet: printable bytes are themselves, the
+    others are U+0100 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -120,17 +124,20 @@ MOST_GROWTH = 64  # characters that a normalizer may write for one; Unicode's ow
 
 
 def check_growth(part):
-    """ConfigError if a normalizer or decoder of `tokenizers` could make a text over MOST_GROWTH times as
-    long: 40 replacements of one letter by two would fill any memory."""
+    """Raise ConfigError if a normalizer or decoder of `tokenizers` could make a text more than MOST_GROWTH
+    times as long: 40 replacements of one letter by two would fill any memory."""
     def growth(step: dict) -> float:
         steps = step.get("normalizers") or step.get("decoders") or ()
         if step.get("type") == "Prepend":
             return 1 + len(step["prepend"])
         if step.get("type") != "Replace":
             return math.prod(map(growth, steps))
-        (form, pattern), content = next(iter(step["pattern"].items())), step["content"]
-        shortest = len(pattern) if form == "String" else 1
-        return max(1, len(content) / shortest) if shortest else 1 + len(content)
+        form, pattern = next(iter(step["pattern"].items()))
+        written = len(step["content"])
+        replaced = len(pattern) if form == "String" else 1
+        if not replaced:  # written before and after each character
+            return 1 + written
+        return max(1, written / replaced)
 
     times = growth(json.loads(part.__getstate__())) if part else 1
     if times > MOST_GROWTH:
@@ -139,8 +146,9 @@ def check_growth(part):
 
 
 def decoding_of(decoder: dict | None) -> tuple[bool, bool]:
-    """Of a tokenizer.json's decoder: are the pieces in GPT-2's alphabet of bytes? Does it remove the space
-    that the pipeline puts before a text? KeyError for what the library does not write."""
+    """What the decoder of a tokenizer.json does: (reads pieces in GPT-2's alphabet of bytes, removes the
+    space that the pipeline puts before a text). Raises KeyError for a kind that the library does not
+    write."""
     if decoder is None:
         return False, False
     match decoder["type"]:
@@ -155,7 +163,7 @@ def decoding_of(decoder: dict | None) -> tuple[bool, bool]:
             return KINDS_OF_DECODERS[kind], False
 
 
-KINDS_OF_DECODERS = {  # -> byte level?
+KINDS_OF_DECODERS = {  # whether its pieces are in the alphabet of bytes
     "ByteLevel": True, "ByteFallback": False, "Fuse": False, "Replace": False, "WordPiece": False,
     "BPEDecoder": False, "CTC": False}
 
@@ -163,10 +171,12 @@ KINDS_OF_DECODERS = {  # -> byte level?
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizers` pipeline and a jinja chat template.
 
-    The pipeline takes special tokens for ordinary text (`encode_special_tokens`), so the template's own are
-    split off first. Until then a mark inside messages, random so that nobody can type it, keeps the same
-    characters from looking like them. What follows a special token is encoded by itself, so `encode` puts the
-    space that some pipelines put only before the whole text."""
+    Only the template may write special tokens. So a random mark, which nobody can type, breaks up their names
+    in messages before the template is filled in. Then the special tokens are split off, and the pipeline
+    takes what is left for ordinary text (`encode_special_tokens`).
+
+    The text after each special token is encoded by itself. So `encode`, not the pipeline, puts the space that
+    some pipelines put before the whole text."""
 
     def __init__(self, spec: TextSpec):
         super().__init__(spec)
@@ -176,7 +186,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.pipeline.no_truncation()
         for part in (self.pipeline.normalizer, self.pipeline.decoder):
             check_growth(part)
-        if (added := self.pipeline.num_special_tokens_to_add(False)) > MOST_GROWTH:
+        added = self.pipeline.num_special_tokens_to_add(False)
+        if added > MOST_GROWTH:
             raise ConfigError(f"its post_processor adds {added:,} tokens to each text; {MOST_GROWTH} are the "
                               "most allowed")
         self.vocab_size = self.pipeline.get_vocab_size()
@@ -194,14 +205,21 @@ class HuggingFaceTokenizer(Tokenizer):
         self.know_formats()
 
     def know_added(self, tokens: Mapping[int, tuple[str, bool, bool, bool]]):
-        """tokens: the added ones, id -> (text, special, whether it swallows spaces before it, and after)."""
-        self.specials = {text: id for id, (text, special, _, _) in tokens.items() if special}
-        self.added = {id: text.encode() for id, (text, special, _, _) in tokens.items() if not special}
-        self.swallows = {text: (before, after) for text, special, before, after in tokens.values()
-                         if special and (before or after)}
+        """Note the added tokens: by id (text, special, swallows spaces before it, swallows spaces after
+        it)."""
+        self.specials = {}
+        self.added = {}
+        self.swallows = {}
+        for id, (text, special, before, after) in tokens.items():
+            if not special:
+                self.added[id] = text.encode()
+                continue
+            self.specials[text] = id
+            if before or after:
+                self.swallows[text] = before, after
 
     def know_formats(self):
-        """What follows from the chat template and the special tokens."""
+        """Note what follows from the chat template and the special tokens."""
         self.mark = f"\ue000{secrets.token_hex(8)}\ue001"
         self.shown_pictures = ShownPictures(self.spec, self.mark)
         self.has_chat_template = self.templated = bool(self.spec.chat_template)
@@ -209,27 +227,31 @@ class HuggingFaceTokenizer(Tokenizer):
         self.thoughts = thoughts_of(self.spec.chat_template or "")
         self.told_of_refusal = False
         tokens = self.named_tokens
-        if ends := frozenset(tokens[name] for name in self.call_format.stops if name in tokens):
+        ends = frozenset(tokens[name] for name in self.call_format.stops if name in tokens)
+        if ends:
             self.stop_tokens = ends
 
     def encode(self, text: str, begins: bool = True) -> list[int]:
         text = whole_unicode(text.replace(self.mark, ""))
         if self.space_first and begins and text and not self.no_space_before.match(text):
             text = " " + text
-        # a batch of one: unlike `encode`, it lets other Python threads run meanwhile
+        # encode_batch_fast with one text: unlike the library's `encode`, it lets other Python threads run
         with refused_panics():
             return self.pipeline.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     @cached_property
     def no_space_before(self) -> re.Pattern:
-        """Matches text that gets no space before it: a space, and text that is a token by itself."""
+        """Matches text that gets no space before it: text that begins with a space or with an added token."""
         return re.compile("|".join(map(re.escape, (" ", "\u2581", *map(bytes.decode, self.added.values())))))
 
     def decode(self, tokens: Iterable[int]) -> str:
-        return super().decode(tokens).removeprefix(" " * self.drops_space)
+        return self._without_first_space(super().decode(tokens))
 
     def show(self, tokens: Iterable[int]) -> str:
-        return super().show(tokens).removeprefix(" " * self.drops_space)
+        return self._without_first_space(super().show(tokens))
+
+    def _without_first_space(self, text: str) -> str:
+        return text.removeprefix(" ") if self.drops_space else text
 
     def _mark_specials(self, content) -> Any:
         """Break up the names of special tokens in the strings of a JSON value."""
@@ -250,7 +272,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def template_arguments(self, messages: Seq[Message], tools: Seq[dict],
                            options: Mapping = NO_OPTIONS, form: HistoryForm | None = None) -> dict:
-        """What to fill in the template with. form: of earlier calls, if the template shows any."""
+        """The values to fill in the template with. form: how earlier calls are written."""
         if not self.has_chat_template:
             raise RequestError(NO_TEMPLATE, code="no_chat_template")
         try:
@@ -262,8 +284,9 @@ class HuggingFaceTokenizer(Tokenizer):
             dialogue = self._mark_specials(
                 [{"role": message.role, "content": message.content, **without_own(message.more)}
                  for message in messages])
-            if goes_on := options.get("continue_final_message", False):
-                last = dialogue[-1]  # cut in its text, or already in its reasoning
+            goes_on = options.get("continue_final_message", False)
+            if goes_on:
+                last = dialogue[-1]  # was cut in its text, or already in its reasoning
                 in_thoughts = not last["content"] and last.get("reasoning_content")
                 last["reasoning_content" if in_thoughts else "content"] += 2 * self.mark
             dialogue = self.shown_pictures.as_parts(
@@ -278,21 +301,22 @@ class HuggingFaceTokenizer(Tokenizer):
             raise RequestError("messages or tools are nested too deeply", param="messages") from None
 
     def thinking_options(self, options: Mapping) -> dict:
-        """The template's arguments about thinking: families have different names for them."""
+        """The template's arguments about thinking, under all names that families have for them."""
         effort = options.get("reasoning_effort")
         budget = options.get("thinking_budget")
-        thinks = {}
+        arguments = {}
         if effort:
-            thinks = {"reasoning_effort": self.call_format.efforts.get(effort, effort),
-                      "enable_thinking": effort != "none", "thinking": effort != "none"}
+            arguments["reasoning_effort"] = self.call_format.efforts.get(effort, effort)
         if budget is not None:  # Seed-OSS shows it to the model
-            thinks |= {"thinking_budget": budget} | ({} if budget else {"enable_thinking": False,
-                                                                        "thinking": False})
-        return thinks | dict(options.get("chat_template_kwargs", {}))
+            arguments["thinking_budget"] = budget
+        if effort or budget == 0:
+            thinks = effort != "none" and budget != 0
+            arguments["enable_thinking"] = thinks
+            arguments["thinking"] = thinks
+        return arguments | dict(options.get("chat_template_kwargs", {}))
 
     def history(self, dialogue: list[dict], form: HistoryForm) -> list[dict]:
-        """Messages as this template expects them: reasoning under its name, and calls in the number, with
-        the ids and in the form that it accepts."""
+        """Messages as this template expects them: reasoning under every name, and calls in its form."""
         if form.gives_ids:
             with_ids(dialogue)
         if form.nine_character_ids:
@@ -312,10 +336,12 @@ class HuggingFaceTokenizer(Tokenizer):
         self.call_format.history(dialogue, self.mark)
         if form.results == "members":
             return with_tool_responses(dialogue)
-        return results_as_turns(dialogue, dialogue) if form.results == "text" else dialogue
+        if form.results == "text":
+            return results_as_turns(dialogue, dialogue)
+        return dialogue
 
     def find_forms(self) -> Filling[Forms]:
-        """How the template shows earlier calls and their results, for `forms`."""
+        """Find out how the template shows earlier calls and their results, for `forms`."""
         return FormFinder(
             self.spec.chat_template or "", self.mark, lambda text: self.call_format.mend(text, self.mark),
             lambda messages, tools, form: self.template_arguments(messages, tools, form=form)).find()
@@ -323,8 +349,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def rendering(self, messages: Seq[Message], tools: Seq[dict] = (),
                   options: Mapping = NO_OPTIONS) -> Filling[str]:
         """A conversation as the template writes it, for `encode_rendered`."""
-        return rendering(messages, self.forms, tools, lambda form: self.template_arguments(
-            messages, tools, options, form), self.tell_of_refusal)
+        def arguments(form: HistoryForm | None) -> dict:
+            return self.template_arguments(messages, tools, options, form)
+        return rendering(messages, self.forms, tools, arguments, self.tell_of_refusal)
 
     def tell_of_refusal(self, refusal: str):
         """Log once that conversations with calls are refused."""
@@ -335,8 +362,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_rendered(self, text: str, options: Mapping = NO_OPTIONS,
                         pictures: Seq[Picture] = ()) -> list[int]:
-        """The tokens of a rendered chat template: all, or up to the text of the last message. pictures: those
-        of its messages."""
+        """The tokens of a rendered chat template. If the final message is to be continued, they end with its
+        text. pictures: those of the messages."""
         text = self.call_format.mend(text, self.mark)
         if options.get("continue_final_message"):
             text, shown_last, _ = text.rpartition(2 * self.mark)
@@ -360,7 +387,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return self.encode_rendered(text, options, pictures_of(messages))
 
     def filled(self, filling: Filling[T]) -> T:
-        """What `filling` returns, with the template filled in here. It is a program that may never end."""
+        """Run `filling` with the template filled in by this process, and return its result. A template is a
+        program, which may never end."""
         arguments = next(filling)
         while True:
             try:
@@ -374,7 +402,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 return ended.value
 
     def name_of(self, token: int) -> str | None:
-        """The token as it is written in the file."""
+        """A token as the file writes it."""
         return self.pipeline.id_to_token(token) if token >= 0 else None
 
     def piece(self, token: int) -> bytes:
@@ -391,7 +419,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 class CharacterTokenizer(Tokenizer):
-    """A token for each of some characters, as nanoGPT makes one of a small text. It has no chat format."""
+    """Has a token for each character of a small text, as nanoGPT makes it. It has no chat format."""
 
     has_chat_template = False
 
@@ -402,9 +430,10 @@ class CharacterTokenizer(Tokenizer):
         self.vocab_size = len(self.characters)
 
     def encode(self, text: str, begins: bool = True) -> list[int]:
-        if unknown := next((character for character in text if character not in self.ids), None):
-            raise RequestError(f"the model has no token for {json.dumps(unknown)}: it knows only "
-                               f"{self.vocab_size:,} characters", param="prompt")
+        for character in text:
+            if character not in self.ids:
+                raise RequestError(f"the model has no token for {json.dumps(character)}: it knows only "
+                                   f"{self.vocab_size:,} characters", param="prompt")
         return [self.ids[character] for character in text]
 
     def piece(self, token: int) -> bytes:
@@ -419,7 +448,7 @@ TOKENIZERS = {"nanochat": NanochatTokenizer, "hf": HuggingFaceTokenizer, "charac
 
 
 def open_tokenizer(spec: TextSpec) -> Tokenizer:
-    """The tokenizer for a TextSpec; does not need torch. ConfigError if the spec is broken."""
+    """The tokenizer for a TextSpec; needs no torch. Raises ConfigError if the spec is broken."""
     try:
         return TOKENIZERS[spec.kind](spec)
     except ConfigError:

@@ -21,12 +21,12 @@ def byte_vocabulary():
 
 
 def in_slashes(pattern: str) -> str:
-    """A regular expression as it is written between slashes, on one line."""
+    """A regular expression in the form that goes between slashes, on one line."""
     return re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\/", pattern).replace("\n", "\\n")
 
 
 def text_with(pattern: str) -> str:
-    """A regular expression for a whole text in which this one is found anywhere."""
+    """A regular expression that matches a whole text if this one matches anywhere in it."""
     if not (end := re.search(r"(?<!\\)(?:\\\\)*(\$?)\Z", pattern)):
         raise unreadable(pattern, "it ends within an escape")
     first = "^" if pattern.startswith("^") else ""

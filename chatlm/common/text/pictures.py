@@ -20,22 +20,25 @@ def pictures_of(messages: Iterable[Message]) -> tuple[Picture, ...]:
 
 
 class ShownPictures:
-    """Until the template is filled in, a sign that nobody can type stands for a picture in a message's text.
-    Then texts with signs become lists of parts where the template reads such, and it writes the model's
-    marker; elsewhere the sign goes through. Either becomes the picture's tokens."""
+    """Takes pictures through a chat template.
+
+    In a message's text a sign, which nobody can type, stands for each picture. If the template reads lists of
+    parts, the text becomes such a list, and the template writes the model's marker. If not, the template
+    passes the sign on. In the rendered text the marker or the sign becomes the picture's tokens."""
 
     def __init__(self, spec: TextSpec, mark: str):
         template = spec.chat_template or ""
         self.vision = spec.vision
         self.sign = mark + "\ue004" + mark
         self.lists = "image" in template and re.search(r"\btype\b", template) is not None
-        self.only_lists = self.lists and "string" not in template  # it reads texts letter by letter
+        self.only_lists = self.lists and "string" not in template  # it would read a text letter by letter
         marker = self.vision.marker if self.vision else ""
         self.pattern = re.compile("|".join(map(re.escape, filter(None, (self.sign, marker)))))
         self.marker = re.escape(marker) or "(?!)"
 
     def guarded(self, specials: re.Pattern) -> re.Pattern:
-        """What may not stand in a user's text: special tokens, and the marker even if it is none."""
+        """A pattern for what may not stand in a user's text: special tokens, and the marker even if it is not
+        a special token."""
         return re.compile(f"{specials.pattern}|{self.marker}") if self.vision else specials
 
     def signed(self, message: Message) -> Message:
@@ -48,20 +51,23 @@ class ShownPictures:
 
     def as_parts(self, dialogue: list[dict]) -> list[dict]:
         """The messages as the template reads them."""
-        return [{**message, "content": self._parts(content)} if isinstance(
-                    content := message.get("content"), str) and self.lists and (
-                        self.only_lists or self.sign in content) else message
-                for message in dialogue]
+        return [self._with_parts(message) for message in dialogue] if self.lists else dialogue
 
-    def _parts(self, content: str) -> list[dict]:
-        parts = list[dict]()
+    def _with_parts(self, message: dict) -> dict:
+        content = message.get("content")
+        if not isinstance(content, str) or not (self.only_lists or self.sign in content):
+            return message
+        parts = []
         for number, text in enumerate(content.split(self.sign)):
-            parts += [{"type": "image"}] * (number > 0) + [{"type": "text", "text": text}] * bool(text)
-        return parts or [{"type": "text", "text": ""}]
+            if number > 0:
+                parts.append({"type": "image"})
+            if text:
+                parts.append({"type": "text", "text": text})
+        return {**message, "content": parts or [{"type": "text", "text": ""}]}
 
     def placed(self, text: str, pictures: Seq[Picture]) -> list[str | list[int]]:
-        """A rendered template as texts, and the ids of what stands for rows of its pictures. RequestError if
-        the template left one out."""
+        """A rendered template as texts and, for each picture, the ids that stand for its rows. Raises
+        RequestError if the template left a picture out."""
         if not pictures or self.vision is None:
             return [text]
         texts = self.pattern.split(text)

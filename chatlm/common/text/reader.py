@@ -1,4 +1,7 @@
-"""Turns an answer's tokens into characters, and separates stop strings, reasoning and calls."""
+"""Turns an answer's tokens into characters, finds stop strings, and splits off reasoning and calls.
+
+A token passes `StreamDecoder` (bytes to whole characters), `StopFinder` (stop strings), and `AnswerReader`
+(reasoning, content and calls)."""
 
 from __future__ import annotations
 
@@ -23,17 +26,20 @@ CHARACTERS = 0x110000  # more than any code point
 
 
 class StopTable:
-    """Stop strings as one automaton (Aho and Corasick, 1975): a character takes the same time however many
-    there are. A state is the longest beginning of a stop string that the text ends with; 0 is none."""
+    """Stop strings as one automaton (Aho and Corasick, 1975): reading a character takes the same time however
+    many stop strings there are.
+
+    A state stands for the longest beginning of a stop string that the text ends with. State 0: there is
+    none."""
 
     def __init__(self, stops: Seq[str]):
         self.next: dict[int, int] = {}  # state * CHARACTERS + code point -> the state that is one longer
-        self.length = [0]               # of each state: its characters,
-        self.fallback = [0]             # the longest state that it ends with,
-        self.ended = [""]               # and the longest stop string that it ends with
+        self.length = [0]    # by state: its characters,
+        self.fallback = [0]  # the longest shorter state that it ends with,
+        self.ended = [""]    # and the longest stop string that it ends with
         for stop in filter(None, stops):
             self._add(stop)
-        # the shortest first: what a state ends with is shorter than itself
+        # shorter states first, since a state's fallback is shorter than the state
         arrows = sorted(self.next.items(), key=lambda arrow: self.length[arrow[1]])
         for key, state in arrows:
             before, character = divmod(key, CHARACTERS)
@@ -61,13 +67,15 @@ class StopTable:
 
 @functools.lru_cache(8)
 def stop_table(stops: tuple[str, ...], owner: str) -> StopTable:
-    """The answers to a request share one; owners do not, or its time would tell what others asked."""
+    """A table that all answers of a request share. Owners never share one: the time to make it would tell an
+    owner what others have asked."""
     return StopTable(stops)
 
 
 class StopFinder:
-    """Searches for stop strings in text that arrives in pieces; holds back at most the beginning of one.
-    After a match, `stopped_by` is the string; the string and all text after it are dropped."""
+    """Finds stop strings in text that arrives in pieces. It holds back at most the beginning of one.
+
+    After a match, `stopped_by` is the stop string. The string and all text after it are dropped."""
 
     def __init__(self, stop: Seq[str] = (), owner: str = ""):
         self.table = stop_table(tuple(stop), owner) if any(stop) else None
@@ -83,7 +91,7 @@ class StopFinder:
             return text
         for i, character in enumerate(text):
             self.state = table.after(self.state, ord(character))
-            if stop := table.ended[self.state]:  # if several end here, the longest, which began first
+            if stop := table.ended[self.state]:  # if several end here it is the longest, which began first
                 self.stopped_by = stop
                 text = (self.held + text[:i + 1])[:-len(stop)]
                 self.held = ""
@@ -94,7 +102,7 @@ class StopFinder:
         return text[:keep]
 
     def finish(self) -> str:
-        """Release the text held back, since no stop string continues here."""
+        """Release the text held back: no more text comes, so it is not the beginning of a stop string."""
         text = self.held
         self.held = ""
         self.state = 0
@@ -102,9 +110,9 @@ class StopFinder:
 
 
 class StreamDecoder:
-    """Tokens in, whole characters out; holds back an unfinished character, and drops it at the end.
+    """Turns tokens into whole characters. It holds back an unfinished character, and drops it at the end.
 
-    Bytes that cannot become valid UTF-8 turn into U+FFFD at once. `marks` are characters that stand for
+    Bytes that cannot become valid UTF-8 turn into U+FFFD at once. `marks`: the characters that stand for some
     tokens."""
 
     def __init__(self, tokenizer: Tokenizer, marks: Mapping[int, str] | None = None):
@@ -118,12 +126,12 @@ class StreamDecoder:
         return self.utf8.decode(self.tokenizer.token_bytes(token))
 
     def finish(self) -> str:
-        """What stands for tokens that are over only now, since no more come."""
+        """Text for tokens that waited for more. A plain decoder has none."""
         return ""
 
 
 class Prose:
-    """Reads reasoning and content, and has `calls` read where they begin."""
+    """Reads reasoning and content. Where calls begin, `calls` reads them."""
 
     def __init__(self, scanner: Scanner, deltas: Deltas, calls: JsonCalls | TaggedCalls | ValueCalls,
                  thoughts: tuple[str, str] = ("", "")):
@@ -133,33 +141,35 @@ class Prose:
         self.calls = calls
         self.think, self.end = map(scanner.sign, thoughts)
         self.heading = HEADINGS.get(thoughts[0], "")
-        self.thought = False  # has the prompt ended the reasoning?
-        # a call that begins with a token ends reasoning too: Qwen3.5 may leave out the end
+        self.thought = False  # the prompt ends with finished reasoning
+        # a call that begins with a token also ends reasoning, because Qwen3.5 may leave out the end marker
         self.call_marks = (calls.begin,) if calls.lead and calls.begin in MARKERS else ()
 
     def after_prompt(self, text: str) -> str:
-        """The end of the prompt, which an answer continues and which may be inside reasoning."""
+        """The end of the prompt from which an answer goes on: from where reasoning began, else ""."""
         begin = text.rfind(self.think)
         end = text.rfind(self.end)
-        self.thought = self.deltas.stripping = end > begin
+        self.thought = end > begin
+        self.deltas.stripping = self.thought
         return text[begin:] if begin > end else ""
 
     def read(self) -> Iterator[None]:
         scanner = self.scanner
         deltas = self.deltas
         calls = self.calls
-        # reasoning that is spelled out can only come first
-        signs = {self.end, *calls.starts, *calls.around, self.think if self.think in MARKS.values() else ""}
+        signs = {self.end, *calls.starts, *calls.around}
+        if self.think in MARKS.values():
+            signs.add(self.think)
         while True:
-            allowed = signs
-            if not {"text", "call"} & set(deltas.kinds):
-                while (not (first := scanner.held.lstrip()) or first != self.think and self.think.startswith(
-                        first)) and not scanner.over:
-                    yield
+            allowed = set(signs)
+            if not {"text", "call"} & set(deltas.kinds):  # nothing but reasoning came so far
+                yield from self._first_text()
+                first = scanner.held.lstrip()
                 if calls.untagged and first[:1] in ("{", "["):
                     yield from calls.read("")
                     continue
-                allowed = signs | ({self.think} if first.startswith(self.think) else set())
+                if first.startswith(self.think):  # a marker that is spelled out counts only here
+                    allowed.add(self.think)
             sign = yield from scanner.until(deltas.write, *filter(None, allowed),
                                             dropped=(calls.begin, calls.end, *calls.around))
             if sign == self.think:
@@ -167,13 +177,24 @@ class Prose:
             elif sign in calls.starts:
                 yield from calls.read(sign)
 
+    def _first_text(self) -> Iterator[None]:
+        """Wait until the answer's first text is there, and is not just the beginning of a marker."""
+        while not self.scanner.over:
+            first = self.scanner.held.lstrip()
+            is_beginning = first != self.think and self.think.startswith(first)
+            if first and not is_beginning:
+                return
+            yield
+
     def _reasoning(self) -> Iterator[None]:
         scanner = self.scanner
         deltas = self.deltas
         deltas.begin("reasoning")
         if self.heading:
-            yield from self._undecided(*(headings := (self.heading + "\n", self.heading + self.end)))
-            scanner.held = scanner.held[len(self.heading) if scanner.held.startswith(headings) else 0:]
+            headings = (self.heading + "\n", self.heading + self.end)
+            yield from self._undecided(*headings)
+            if scanner.held.startswith(headings):
+                scanner.held = scanner.held[len(self.heading):]
         while deltas.part == "reasoning":
             sign = yield from scanner.until(deltas.write, self.end, *self.call_marks)
             if sign == self.end:
@@ -185,35 +206,40 @@ class Prose:
                 deltas.write(scanner.spelled(sign))
 
     def _undecided(self, *signs: str) -> Iterator[None]:
-        """Wait while what comes may become one of these."""
-        scanner = self.scanner
-        while not scanner.over and any(sign != (text := scanner.held.lstrip()) and sign.startswith(text)
-                                       for sign in signs):
+        """Wait while the text that comes may become one of these signs."""
+        while not self.scanner.over:
+            text = self.scanner.held.lstrip()
+            if not any(sign != text and sign.startswith(text) for sign in signs):
+                return
             yield
 
     def end_of_thinking(self, again: bool) -> str:
         return self.thoughts[1]
 
     def reasoning_grammar(self, of_calls: bool) -> str:
-        """Rules of a grammar in which reasoning comes before `content`; "" if none can come."""
+        """Rules of a grammar in which reasoning comes before `content`; "" if no reasoning can come."""
         if self.thought:
             return ""
         opening, closing = (f"<[{name}]>" for name in self.thoughts)
-        opening += f' "{self.heading}\\n"' if self.heading else ""
-        markers = (*self.thoughts, *(MARKERS[mark] for mark in self.call_marks))
-        thought = f"{any_token(self.scanner, markers)} {closing} BLANK"
-        rule = "BLANK: /\\n{0,2}/"
-        if self.thoughts[1] not in self.scanner.markers:
+        if self.heading:
+            opening += f' "{self.heading}\\n"'
+        if self.thoughts[1] in self.scanner.markers:
+            markers = [*self.thoughts, *(MARKERS[mark] for mark in self.call_marks)]
+            thought = f"{any_token(self.scanner, markers)} {closing} BLANK"
+            rule = "BLANK: /\\n{0,2}/"
+        else:  # the end marker is spelled out
             thought = "thought"
             rule = f"thought[suffix={json.dumps(self.thoughts[1])}]: /(?s:.*)/"
-        thought = thought if self.deltas.part == "reasoning" else f"({opening} {thought})?"
+        if self.deltas.part != "reasoning":
+            thought = f"({opening} {thought})?"
         return f"start: {thought} content\n{rule}"
 
 
 class Harmony:
-    """Reads messages, of which each has a header: its role, its channel, who receives it."""
+    """Reads the messages of gpt-oss. Each has a header, which names its role, its channel and its
+    recipient."""
 
-    HEADER_CHARACTERS = 300  # a header has fewer
+    HEADER_CHARACTERS = 300  # more than any header has
 
     def __init__(self, scanner: Scanner, deltas: Deltas, names: Seq[str] = ()):
         self.scanner = scanner
@@ -230,24 +256,28 @@ class Harmony:
         deltas = self.deltas
         while True:
             header = yield from self._header()
-            channel = (header.rpartition(self.start)[2].partition(self.channel)[2].split() or ["final"])[0]
-            # openai-harmony too accepts a function without `to=`
+            words = header.rpartition(self.start)[2].partition(self.channel)[2].split()
+            channel = words[0] if words else "final"
+            # a function may come without `to=`; openai-harmony accepts that too
             recipient = re.search("(?:to=|(?=functions\\.))([^\\s<\ud800-\udfff]+)", header)
             name = recipient[1].removeprefix("functions.") if recipient else ""
             if name in self.names:
                 deltas.begin_call(name, scanner.held)
-            else:  # a call of an unknown function is not content
-                deltas.begin("reasoning" if recipient or channel.startswith("analysis") else "text")
-            write = deltas.arguments if name in self.names else deltas.write
-            yield from scanner.until(write, *self.ends, self.start)
+                yield from scanner.until(deltas.arguments, *self.ends, self.start)
+            else:
+                hidden = recipient or channel.startswith("analysis")  # recipient: of an unknown function
+                deltas.begin("reasoning" if hidden else "text")
+                yield from scanner.until(deltas.write, *self.ends, self.start)
 
     def end_of_thinking(self, again: bool) -> str:
-        """The end of the message, and the beginning of the next one: of any, a call too, but of no more
-        reasoning where there was enough before."""
-        return "<|end|><|start|>assistant" + ("<|channel|>final<|message|>" if again else "")
+        """The text that ends this message and begins the next one, which may be of any kind. `again`:
+        reasoning was ended before, so the next message is the final one."""
+        if again:
+            return "<|end|><|start|>assistant<|channel|>final<|message|>"
+        return "<|end|><|start|>assistant"
 
     def _header(self) -> Generator[None, None, str]:
-        """Read a message's header and return it; "" where there is none, and all is text."""
+        """Read a message's header and return it; "" if there is none and all is text."""
         scanner = self.scanner
         self.in_header = True
         self.deltas.part = "text"
@@ -262,8 +292,8 @@ class Harmony:
         return header if message else ""
 
     def reasoning_grammar(self, of_calls: bool) -> str:
-        """Rules of a grammar in which reasoning comes before `content`, a message or `of_calls`; "" if none
-        can come."""
+        """Rules of a grammar in which reasoning comes before `content`, which is a message or calls; "" if no
+        reasoning can come."""
         if not self.in_header:
             return ""
         start, channel, _, message, end, *_ = (f"<[{name}]>" for name in HARMONY)
@@ -273,26 +303,31 @@ class Harmony:
 
 
 def any_token(scanner: Scanner, markers: Seq[str]) -> str:
-    """Any text in a grammar, without these markers and what ends an answer."""
+    """A grammar's expression for any tokens but these markers and those that end an answer."""
     ends = {scanner.markers[name] for name in markers if name in scanner.markers}
-    return f"<[^{','.join(map(str, sorted(ends | scanner.tokenizer.stop_tokens)))}]>*"
+    excluded = sorted(ends | scanner.tokenizer.stop_tokens)
+    return f"<[^{','.join(map(str, excluded))}]>*"
 
 
 class AnswerReader:
-    """Splits an answer's text, as it arrives, into reasoning, content and calls of functions.
+    """Splits an answer's text, as it arrives, into reasoning, content and function calls.
 
-    A call that begins with its name comes as soon as its arguments begin, and they follow as they arrive; any
-    other call comes once it is complete. What looks like a call but is none stays text."""
+    A call that starts with its name is passed on when its arguments begin, and these follow as they arrive.
+    Any other call is passed on when it is complete. Text that only looks like a call stays text."""
 
     def __init__(self, tokenizer: Tokenizer, names: Seq[str] = (), types: Seq[Mapping[str, str]] = ()):
         self.tokenizer = tokenizer
         self.names = names
         call_format = tokenizer.call_format
-        self.scanner, self.deltas = scanner, deltas = Scanner(tokenizer), Deltas()
+        scanner = Scanner(tokenizer)
+        deltas = Deltas()
+        self.scanner = scanner
+        self.deltas = deltas
         if call_format.thoughts:
             self.parts = Harmony(scanner, deltas, names)
         else:
-            call_format = call_format if names else NO_CALLS
+            if not names:
+                call_format = NO_CALLS
             if call_format.typed:
                 reader = TaggedCalls if call_format.tags else ValueCalls
                 calls = reader(scanner, deltas, names, call_format, types)
@@ -315,29 +350,34 @@ class AnswerReader:
         self.deltas.forget()
 
     def finish(self, cut: bool = False):
-        """Read the rest: no more text comes. A call cut before its arguments, or in its tag, is dropped."""
+        """Read the rest; no more text comes. A call that was cut before its arguments, or in its tag, is
+        dropped."""
         self.scanner.finish(cut)
         next(self.reading)
 
     def take(self) -> list[Delta]:
-        """What has been read since the last time."""
+        """The parts read since the last call."""
         return self.deltas.take()
 
     def end_of_thinking(self, last_thought: str = "", again: bool = False) -> list[int]:
-        """The tokens that end reasoning after a last thought; `again`: reasoning was ended before."""
-        tokens = self.tokenizer.encode(f"\n\n{last_thought}\n", False) if last_thought else []
+        """The tokens that end reasoning with a last thought. `again`: reasoning was ended before."""
+        tokens = []
+        if last_thought:
+            tokens = self.tokenizer.encode(f"\n\n{last_thought}\n", False)
         return tokens + self.tokenizer.encode_with_specials(self.parts.end_of_thinking(again))
 
     def grammar(self, params: AnswerParams) -> str:
-        """The grammar of a whole answer, whose content, or calls, `params.grammar` describes."""
-        source = with_markers(params.grammar, self.scanner.markers)
+        """The grammar of a whole answer. `params.grammar` describes its content or its calls."""
         markers = self.scanner.markers
+        source = with_markers(params.grammar, markers)
         first = self.tokenizer.thoughts and self.parts.reasoning_grammar(params.grammar_param == "tools")
-        return with_markers(f"{first}\ncontent: %lark {{\n{source}\n}}", markers) if first else source
+        if not first:
+            return source
+        return with_markers(f"{first}\ncontent: %lark {{\n{source}\n}}", markers)
 
 
 def answer_reader(tokenizer: Tokenizer, params: AnswerParams, prompt_ids: Seq[int]) -> AnswerReader | None:
-    """A reader for an answer to this prompt; None if there is nothing to tell apart from its text."""
+    """A reader for the answer to a prompt; None if an answer has neither reasoning nor calls."""
     may_call = tokenizer.tool_format and (not params.grammar or params.grammar_param == "tools")
     names = params.tool_names if may_call else ()
     if not params.chat or not (tokenizer.thoughts or names):
@@ -346,7 +386,9 @@ def answer_reader(tokenizer: Tokenizer, params: AnswerParams, prompt_ids: Seq[in
     if tokenizer.thoughts:
         marks = tokenizer.marks(with_calls=False)
         ends = tokenizer.special_names.keys() - marks.keys() | {tokenizer.markers.get("<|start|>")}
-        first = next((i for i in range(len(prompt_ids), 0, -1) if prompt_ids[i - 1] in ends), 0)
+        first = len(prompt_ids)  # of the prompt's last turn
+        while first and prompt_ids[first - 1] not in ends:
+            first -= 1
         decoder = StreamDecoder(tokenizer, marks)
         reader.prime("".join(map(decoder.push, prompt_ids[first:])))
     return reader

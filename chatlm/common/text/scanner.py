@@ -1,4 +1,4 @@
-"""An answer's text as it arrives, and what has been read of it."""
+"""The text of an answer as it arrives (`Scanner`), and the parts that were read from it (`Deltas`)."""
 
 from __future__ import annotations
 
@@ -13,37 +13,38 @@ if TYPE_CHECKING:
 
 
 class Scanner:
-    """The unread text of an answer.
+    """The text of an answer that nobody has read yet.
 
-    Readers are generators over it. They yield when they need more text, and once when the answer is over and
-    nothing is left to do. If a marker is a token of the vocabulary, its mark stands for it (see MARKS)."""
+    Readers are generators: they take text from here, and yield when they need more. They also yield once when
+    the answer is over and nothing is left to do. Where a marker is a token of the vocabulary, its mark stands
+    for it in the text (see MARKS)."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         self.markers = tokenizer.markers
-        self.held = ""                # text not read yet
-        self.closing = ""             # what the answer lacks here if it ends
-        # no more text comes; cut: there was no room for more
-        self.over = False
-        self.cut = False
+        self.held = ""     # text that is not read yet
+        self.closing = ""  # the text that would close what is open, if the answer ended here
+        self.over = False  # the answer has ended,
+        self.cut = False   # because there was no room for more
 
     def finish(self, cut: bool):
-        """The text is complete. Whatever is open is closed, or dropped if the answer was cut."""
+        """Note that no more text comes. Closes what is open, or drops it if the answer was cut."""
         self.over = True
         self.cut = cut
         if self.closing:
             self.held = "" if cut else self.held + self.closing
 
     def sign(self, marker: str) -> str:
-        """How a marker looks in the text."""
+        """The characters that stand for a marker in the text."""
         return MARKS[marker] if marker in self.markers else marker
 
     def signs(self, text: str) -> str:
-        """How text with markers looks."""
+        """Text in which each marker is replaced by the characters that stand for it."""
         return A_MARKER.sub(lambda marker: self.sign(marker[0]), text)
 
     def spelled(self, text: str) -> str:
-        """Text whose markers turned out to mark nothing, without its special tokens, which have no text."""
+        """Text whose marks turned out to mark nothing: each becomes its token's text, "" for a special
+        token."""
         return A_MARK.sub(
             lambda mark: self.tokenizer.token_bytes(self.markers[MARKERS[mark[0]]]).decode(), text)
 
@@ -55,51 +56,60 @@ class Scanner:
 
     def until(self, write: Callable[[str], None], *signs: str,
               dropped: tuple[str, ...] = ()) -> Generator[None, None, str]:
-        """Write text up to the first of these signs; removes and returns the sign. If a cut answer ends
-        earlier, the beginning of one of `dropped` at its end is not written."""
+        """Write text up to the first of these signs; remove the sign and return it. If the answer was cut
+        before one came, do not write the beginning of one of `dropped` at its end."""
         while True:
-            if found := [(place, sign) for sign in signs if (place := self.held.find(sign)) >= 0]:
-                place, sign = min(found)
+            places = [(self.held.find(sign), sign) for sign in signs if sign in self.held]
+            if places:
+                place, sign = min(places)
                 write(self.take(place))
                 self.held = self.held[len(sign):]
                 return sign
-            # what is held may end with the beginning of a sign
-            write(self.take(len(self.held) - max((n for sign in signs for n in range(1, len(sign))
-                                                  if self.held.endswith(sign[:n])), default=0)))
+            undecided = max((begun_length(self.held, sign) for sign in signs), default=0)
+            write(self.take(len(self.held) - undecided))
             if self.over and not (self.cut and any(sign.startswith(self.held) for sign in dropped)):
                 write(self.take(len(self.held)))
             yield
 
 
+def begun_length(text: str, sign: str) -> int:
+    """How many characters of a sign the text ends with, all of the sign excepted."""
+    for length in range(len(sign) - 1, 0, -1):
+        if text.endswith(sign[:length]):
+            return length
+    return 0
+
+
 def skip(text: str):
-    """What `until` writes of text that nobody needs."""
+    """For `Scanner.until`: write nothing of text that nobody needs."""
 
 
 class Deltas:
-    """The parts of an answer read so far, in order.
+    """The parts of an answer that were read so far, in order.
 
-    White space around reasoning and before the content after it is left out; a blank line separates two parts
-    of one kind, unless a call does."""
+    Leaves out white space around reasoning, and before the content that follows it. Puts a blank line between
+    two parts of one kind, unless a call is between them."""
 
     def __init__(self):
         self.unread: list[Delta] = []
-        self.part = "text"        # reasoning or text: what is being written
-        self.kinds: list[str] = []  # all so far, the latest last
-        self.space = ""           # comes before more text, if there is more
-        self.stripping = False    # is white space dropped until this part has text?
-        # the latest call whose arguments begin, or will with the next token, with what has arrived of them;
-        # until somebody removes it
+        self.part = "text"          # what is being written: "reasoning" or "text"
+        self.kinds: list[str] = []  # the kinds of all parts so far, the latest last
+        self.space = ""             # white space that is written before more text, if more comes
+        self.stripping = False      # drop white space until this part has text
+        # The call whose arguments have just begun, or begin with the next token, and what has arrived of
+        # them. Whoever uses it sets it to None.
         self.begun_call: Delta | None = None
 
     def begin(self, part: str):
-        """Another part begins."""
+        """Begin another part."""
         self.part = part
         self.stripping = True
         self.space = "\n\n" if part in self.kinds and self.kinds[-1] != "call" else ""
 
     def write(self, text: str):
-        """More of this part."""
-        text = text.lstrip() if self.stripping else text
+        """Add text to the current part."""
+        if self.stripping:
+            text = text.lstrip()
         if not text:
             return
         text = self.space + text
@@ -111,14 +121,14 @@ class Deltas:
         self._add(self.part, text)
 
     def begin_call(self, name: str, text: str):
-        """Begin a call, whose arguments begin with this unread text. It ends reasoning."""
+        """Begin a call whose arguments start with this unread text. A call ends reasoning."""
         if self.part == "reasoning":
             self.begin("text")
         self.arguments("", name)
         self.begun_call = Delta("call", text, name)
 
     def arguments(self, text: str, name: str = ""):
-        """More of the last call's arguments, as JSON text; with a name, the beginning of another call."""
+        """Add JSON text to the last call's arguments. With a name, begin another call."""
         self._add("call", text, name)
 
     def _add(self, kind: str, text: str, name: str = ""):
@@ -132,13 +142,13 @@ class Deltas:
         self.unread.append(Delta(kind, text, name))
 
     def take(self) -> list[Delta]:
-        """The parts added since the last time."""
+        """The parts added since the last call."""
         unread = self.unread
         self.unread = []
         return unread
 
     def forget(self):
-        """Drop what was read so far, which belongs to the prompt."""
+        """Drop all that was read so far, because it belongs to the prompt."""
         self.unread = []
         self.kinds = []
         self.space = ""

@@ -69,63 +69,77 @@ ANY_TEXT = "/(?s:.*)/"
 
 
 def is_text_of(form: Form, text: str) -> bool:
-    """Is this text a string of the form?"""
-    values, (shortest, longest) = values_among(form), between(form, "minLength", "maxLength")
-    if ("string" not in types_among(form) or values is not None and text not in values
-            or len(text) < shortest or longest is not None and len(text) > longest):
+    """Whether a text fits the form as a string."""
+    values = values_among(form)
+    shortest, longest = between(form, "minLength", "maxLength")
+    if "string" not in types_among(form) or values is not None and text not in values:
         return False
-    patterns = [f"^(?:{STRING_FORMATS[name]})$" for members in members_of(form, ["format"])
-                if (name := keyword(members, "format")) in STRING_FORMATS]
-    patterns += [keyword(members, "pattern") for members in members_of(form, ["pattern"])]
+    if len(text) < shortest or longest is not None and len(text) > longest:
+        return False
+    patterns = []
+    for members in members_of(form, ["format", "pattern"]):
+        name = keyword(members, "format")
+        if name in STRING_FORMATS:
+            patterns.append(f"^(?:{STRING_FORMATS[name]})$")
+        patterns.append(keyword(members, "pattern"))
     return all(is_found(pattern, text) for pattern in filter(None, patterns))
 
 
 def text_rule(rule: str, text: str, sign: str, ends: Iterable[str]) -> tuple[str, str]:
-    """The lines of a rule for texts of a terminal, up to a sign that ends them; they have none of `ends`."""
+    """The two lines of a rule for texts that match `text`, a terminal. The texts end with `sign`, and contain
+    none of `ends`."""
     refused = "|".join(in_slashes(re.escape(end)) for end in ends)
     terminal = rule.upper()
     return f"{rule}[suffix={sign}]: {terminal}", f"{terminal}: ({text}) & ~/(?s:.*)({refused})(?s:.*)/"
 
 
 def written(value, notation: Notation) -> str:
-    """Exactly this value. ValueError if JSON does not have it."""
+    """The expression for exactly this value. Raises ValueError if JSON does not have the value."""
     finite_json(value)
     text = notation.text(value)
-    quote = notation.quote
-    return f" <[{quote}]> ".join(map(literal, [text] if quote == JSON.quote else text.split(quote)))
+    if notation.quote == JSON.quote:
+        return literal(text)
+    return f" <[{notation.quote}]> ".join(map(literal, text.split(notation.quote)))
 
 
 def more(item: str, low: int, high: int, comma: str) -> str:
-    """So many more items after another."""
+    """The expression for `low` to `high` more items, each after a comma."""
     return f"({comma} {item}){{{low},{high}}}" if high else ""
 
 
 def known_format(members: Mapping) -> dict:
-    """What a schema says of a string, without a format that nothing here knows."""
-    said = {name: keyword(members, name) if name in KEYWORDS else members[name] for name in members
-            if name != "format" or keyword(members, name) in FORMATS}
-    return {name: int(value) if value is not None and name in ("minLength", "maxLength") else value
-            for name, value in said.items()}
+    """The members that a schema has about strings, checked, without a format that is unknown here."""
+    known = {}
+    for name, value in members.items():
+        if name in KEYWORDS:
+            value = keyword(members, name)
+        if name == "format" and value not in FORMATS:
+            continue
+        if name in ("minLength", "maxLength") and value is not None:
+            value = int(value)
+        known[name] = value
+    return known
 
 
 class SchemaRules:
-    """Rules of a grammar for the values of schemas. Values that must fit the same schemas share a rule.
+    """Writes the rules of a grammar for the values that fit schemas.
 
-    Rules are called `name` and a number. Schemas are references into `root`. A value of which nothing is left
-    (no value can fit) has None for a rule."""
+    Values that must fit the same schemas share a rule. The rules' names are `name` and a number. Schemas may
+    refer to parts of `root`. Where no value fits, the rule is None."""
 
     def __init__(self, name: str, root: Mapping, notation: Notation = JSON):
         self.name = name
         self.schemas = SchemaForms(root)
         self.notation = notation
-        self.raw = notation.quote != JSON.quote  # are strings written without escapes?
-        self.comma, self.colon = (" ".join(map(as_json, text)) for text in (notation.comma, notation.colon))
-        self.lines: list[str] = []
-        self.patterns: dict[str, None] = {}  # of strings and keys, for check_patterns
-        self.terminals: dict[str, str] = {}  # the names of terminals, and their text
-        self.known: dict = {}  # the names of rules, by the ids of their schemas or by their text
-        self.made: list[tuple] = []
-        self.characters = 0
+        self.raw = notation.quote != JSON.quote  # strings have no escapes
+        self.comma = " ".join(map(as_json, notation.comma))
+        self.colon = " ".join(map(as_json, notation.colon))
+        self.lines: list[str] = []           # of the grammar
+        self.patterns: dict[str, None] = {}  # the patterns of strings and keys, for check_patterns
+        self.terminals: dict[str, str] = {}  # the text of each terminal, by its name
+        self.known: dict = {}                # the names of rules, by their schemas' ids or by their text
+        self.made: list[tuple] = []          # keeps the schemas of rules alive, so that their ids stay theirs
+        self.characters = 0                  # of all lines
 
     def rule(self, *schemas) -> str | None:
         """The rule for values that fit all of these schemas."""
@@ -133,14 +147,19 @@ class SchemaRules:
                    if schema is False or ALL_KEYWORDS & schema_object(schema).keys()}
         if not members:
             return self.anything(MOST_DEPTH)
-        return self.ruled(tuple(members), tuple(members.values()), lambda: (
-            choice for form in self.schemas.forms(members.values()) for choice in self.choices(form)))
 
-    def ruled(self, key: tuple, schemas: tuple, make: Callable[[], Iterable[str]]) -> str | None:
-        """The rule that `key`, made of the ids of `schemas`, has; or with the choices that `make` makes."""
+        def choices() -> Iterator[str]:
+            for form in self.schemas.forms(members.values()):
+                yield from self.choices(form)
+        return self.rule_for(tuple(members), tuple(members.values()), choices)
+
+    def rule_for(self, key: tuple, schemas: tuple, make: Callable[[], Iterable[str]]) -> str | None:
+        """The rule that is known as `key`, the ids of `schemas`. If there is none yet, a new one is made of
+        the choices that `make` returns."""
         if key not in self.known:
-            self.made.append(schemas)                 # so that no other schema gets one of these ids
-            self.known[key] = name = self.new_name()  # before its parts, in which it may be needed
+            self.made.append(schemas)
+            name = self.new_name()
+            self.known[key] = name  # before the choices are made, because they may refer to it
             choices = [*dict.fromkeys(make())]
             if not choices:
                 self.known[key] = None
@@ -151,10 +170,15 @@ class SchemaRules:
         return self.known[key]
 
     def arguments(self, schema: Mapping) -> str:
-        """The choices of a function's arguments without what encloses them; ValueError if there are none."""
-        forms = [form for form in self.schemas.forms_of(schema) if "object" in types_among(form)]
-        choices = [self.members(form, True, as_json(self.notation.equals)) for form in forms]
-        if not (choices := [choice or '""' for choice in choices if choice is not None]):
+        """The expression for a function's arguments, without their brackets. Raises ValueError if no
+        arguments fit."""
+        choices = []
+        for form in self.schemas.forms_of(schema):
+            if "object" in types_among(form):
+                members = self.members(form, True, as_json(self.notation.equals))
+                if members is not None:
+                    choices.append(members or '""')
+        if not choices:
             raise ValueError("no object fits them")
         return " | ".join(choices)
 
@@ -164,7 +188,7 @@ class SchemaRules:
     def define(self, name: str, text: str) -> str:
         self.lines.append(f"{name}: {text}")
         self.characters += len(self.lines[-1])
-        if self.characters > LIMITS.grammar_characters:  # before much more is made of it
+        if self.characters > LIMITS.grammar_characters:
             raise ValueError(f"as a grammar it must have at most {LIMITS.grammar_characters} characters")
         return name
 
@@ -178,7 +202,7 @@ class SchemaRules:
         return self.known[text]
 
     def choices(self, form: Form) -> Iterator[str]:
-        """The values of a form, of each type that they may have."""
+        """An expression for each type of the values that fit a form."""
         self.schemas.spend()
         types = types_among(form)
         values = values_among(form)
@@ -193,13 +217,15 @@ class SchemaRules:
         for name, maker in makers.items():
             if name not in types or name == "integer" and "number" in types:
                 continue
-            text = maker(form) if name not in ("array", "object") else self.ruled(
-                (name, *map(id, form)), form, lambda: filter(None, [maker(form)]))
+            if name in ("array", "object"):  # rules of their own: they may contain themselves
+                text = self.rule_for((name, *map(id, form)), form, lambda: filter(None, [maker(form)]))
+            else:
+                text = maker(form)
             if text:
                 yield text
 
     def anything(self, depth: int) -> str:
-        """The rule for any value, with arrays and objects inside each other up to a depth."""
+        """The rule for any value whose arrays and objects lie at most `depth` deep."""
         text = self.raw_text(ANY_TEXT) if self.raw else "JSON_STRING"
         choices = [" | ".join((*map(as_json, self.notation.words), "JSON_NUMBER", text))]
         if depth:
@@ -211,32 +237,39 @@ class SchemaRules:
         return self.shared(" | ".join(choices))
 
     def leaf(self, schema: Mapping) -> str:
-        """The rule for a string or number, which llguidance makes."""
-        said = finite_json({**schema, "x-guidance": {"whitespace_flexible": False}})
-        return self.shared(f"%json {said}".replace("<[", "\\u003c["))
+        """The rule for a string or number, which llguidance makes from its schema."""
+        text = finite_json({**schema, "x-guidance": {"whitespace_flexible": False}})
+        return self.shared(f"%json {text}".replace("<[", "\\u003c["))
 
     def listed(self, values: list, form: Form) -> str:
-        """Those of the values that fit the form; "" if there are none."""
+        """The expression for those of the values that fit the form; "" if none does."""
         self.schemas.spend(1 + len(values) // 100)
         if members_of(form, PART_KEYWORDS):
             values = [value for value in values if not isinstance(value, (dict, list))]
-        if said := members_of(form, NUMBER_KEYWORDS):
-            bounds = bounds_of(said, False)
-            multiples = multiples_of(said)
-            values = [value for value in values if not is_number(value) or bounds.allow(value) and all(
-                is_multiple(value, multiple) for multiple in multiples)]
-        texts = [self.string(form)] if self.raw and any(map(is_text, values)) else []
-        values = [value for value in values if not (self.raw and is_text(value))]
-        if values and (said := members_of(form, TEXT_KEYWORDS)):
-            texts.append(self.leaf({"enum": values, "allOf": [known_format(members) for members in said]}))
+        if about_numbers := members_of(form, NUMBER_KEYWORDS):
+            bounds = bounds_of(about_numbers, False)
+            multiples = multiples_of(about_numbers)
+
+            def fits(value) -> bool:
+                return bounds.allow(value) and all(is_multiple(value, multiple) for multiple in multiples)
+            values = [value for value in values if not is_number(value) or fits(value)]
+        texts = []
+        if self.raw and any(map(is_text, values)):
+            texts.append(self.string(form))
+            values = [value for value in values if not is_text(value)]
+        about_texts = members_of(form, TEXT_KEYWORDS)
+        if values and about_texts:
+            formats = [known_format(members) for members in about_texts]
+            texts.append(self.leaf({"enum": values, "allOf": formats}))
         elif values:
             exactly = [written(value, self.notation) for value in values]
             texts.append(self.shared(" | ".join(exactly), not self.raw))
         return " | ".join(filter(None, texts))
 
     def raw_text(self, text: str) -> str:
-        """The rule for a string without escapes, which is what this terminal is."""
-        if (key := f"raw {text}") not in self.known:
+        """The rule for a string without escapes that matches `text`, a terminal."""
+        key = f"raw {text}"
+        if key not in self.known:
             quote = self.notation.quote
             lines = text_rule(self.new_name(), text, f"<[{quote}]>", [quote])
             self.known[key] = f"<[{quote}]> {lines[0].partition('[')[0]}"
@@ -245,15 +278,17 @@ class SchemaRules:
         return self.known[key]
 
     def text_terminal(self, form: Form) -> str:
-        """What a string of this form may be where no quotes enclose it; "" if it can be no string."""
+        """A terminal for the strings that fit a form, without quotes; "" if no string fits."""
         if "string" not in types_among(form):
             return ""
         allowed = []
-        if (values := values_among(form)) is not None:
+        values = values_among(form)
+        if values is not None:
             allowed.append(" | ".join(literal(value) for value in values if is_text(value)))
         shortest, most = between(form, "minLength", "maxLength")
         for members in members_of(form, ("format", "pattern")):
-            if (name := keyword(members, "format")) in STRING_FORMATS:
+            name = keyword(members, "format")
+            if name in STRING_FORMATS:
                 allowed.append(f"/{in_slashes(STRING_FORMATS[name])}/")
                 if most is None and name in FORMAT_LENGTHS:
                     most = max(shortest, FORMAT_LENGTHS[name])
@@ -262,40 +297,54 @@ class SchemaRules:
                 allowed.append(f"/{in_slashes(text_with(pattern))}/")
         if shortest or most is not None:
             allowed.append("/(?s:.{%d,%s})/" % (shortest, "" if most is None else most))
-        return " & ".join(f"({choice})" for choice in allowed) or ANY_TEXT if all(allowed) else ""
+        if not all(allowed):  # one of the conditions allows nothing
+            return ""
+        return " & ".join(f"({choice})" for choice in allowed) or ANY_TEXT
 
     def string(self, form: Form) -> str:
+        """The expression for the strings that fit a form; "" if none does."""
         if self.raw:
-            return self.raw_text(text) if (text := self.text_terminal(form)) else ""
+            text = self.text_terminal(form)
+            return self.raw_text(text) if text else ""
         shortest, longest = between(form, "minLength", "maxLength")
-        said = [members for members in map(known_format, members_of(form, TEXT_KEYWORDS)) if members]
-        for members in said:
+        conditions = [members for members in map(known_format, members_of(form, TEXT_KEYWORDS)) if members]
+        if not conditions:
+            return "JSON_STRING"
+        lengths = []
+        for members in conditions:
             if pattern := members.get("pattern"):
                 self.patterns[pattern] = None
-        if longest is not None and shortest > longest or not said:
-            return "" if said else "JSON_STRING"
-        lengths = [FORMAT_LENGTHS[members["format"]] for members in said
-                   if members.get("format") in FORMAT_LENGTHS]
+            if members.get("format") in FORMAT_LENGTHS:
+                lengths.append(FORMAT_LENGTHS[members["format"]])
+        if longest is not None and shortest > longest:
+            return ""
         if longest is None and lengths:
-            said.append({"maxLength": max(shortest, *lengths)})
-        return self.leaf({"type": "string", "allOf": said})
+            conditions.append({"maxLength": max(shortest, *lengths)})
+        return self.leaf({"type": "string", "allOf": conditions})
 
     def number(self, name: str, form: Form) -> str:
-        """Numbers or integers; between bounds they have no exponents, and fractions of 8 digits or more."""
-        said = members_of(form, NUMBER_KEYWORDS)
-        bounds = bounds_of(said, name == "integer")
-        multiples = multiples_of(said)
+        """The expression for the numbers or integers (`name`) that fit a form; "" if none does. Numbers
+        between bounds have no exponents, and fractions of up to 8 digits, or more if the bounds need more."""
+        about_numbers = members_of(form, NUMBER_KEYWORDS)
+        bounds = bounds_of(about_numbers, name == "integer")
+        multiples = multiples_of(about_numbers)
         if bounds.allow_all() and not multiples:
             return f"JSON_{name.upper()}"
-        places = [count for multiple in multiples if (count := decimal_places(multiple)) is not None]
+        places = [count for count in map(decimal_places, multiples) if count is not None]
         if len(places) == len(multiples):
-            pattern = number_pattern(bounds, 0 if name == "integer" else min(places, default=None))
+            digits = 0 if name == "integer" else min(places, default=None)
+            pattern = number_pattern(bounds, digits)
             return self.shared(f"/{pattern}/", True) if pattern else ""
         low, high = bounds.nearer()
-        return self.leaf({"type": name, "minimum": low, "maximum": high, "allOf": [
-            {"multipleOf": multiple} for multiple in multiples]}) if low <= high else ""
+        if low > high:
+            return ""
+        return self.leaf({"type": name, "minimum": low, "maximum": high,
+                          "allOf": [{"multipleOf": multiple} for multiple in multiples]})
 
     def array(self, form: Form) -> str:
+        """The expression for the arrays that fit a form; "" if none does."""
+        # Each schema has a head, the schemas of its first items, and a tail, the schema of all others or
+        # None.
         heads = []
         tails = []
         for schema in form:
@@ -304,15 +353,16 @@ class SchemaRules:
             tails.append(schema.get("additionalItems") if isinstance(items, list) else items)
         low, most = between(form, "minItems", "maxItems")
         length = max(map(len, heads), default=0)
-        most = max(MOST_ITEMS, low, length) if most is None else most
-        if all(tail is None for tail in tails) and any(
-                fits_nothing(schema.get("unevaluatedItems")) for schema in form):
+        if most is None:
+            most = max(MOST_ITEMS, low, length)
+        has_tail = any(tail is not None for tail in tails)
+        if not has_tail and any(fits_nothing(schema.get("unevaluatedItems")) for schema in form):
             most = min(most, length)
-        places = []
+        places = []  # the rules of the first items
         for index in range(min(length, most)):
-            item = self.rule(*(schema for head, tail in zip(heads, tails) if (
-                schema := head[index] if index < len(head) else tail) is not None))
-            if not item:
+            schemas = [head[index] if index < len(head) else tail for head, tail in zip(heads, tails)]
+            item = self.rule(*(schema for schema in schemas if schema is not None))
+            if not item:  # no item can stand here, so arrays are shorter
                 most = index
                 break
             places.append(item)
@@ -326,8 +376,10 @@ class SchemaRules:
         if low > (most if item else len(places)):
             return ""
         for index, item in reversed([*enumerate(places)]):
-            text = f"{self.comma if index else ''} {item} {text}"
-            text = text if index < low else f"({text})?"
+            comma = self.comma if index else ""
+            text = f"{comma} {item} {text}"
+            if index >= low:
+                text = f"({text})?"
         return f'"[" {text} "]"'
 
     def object(self, form: Form) -> str:
@@ -335,14 +387,17 @@ class SchemaRules:
         return f'"{{" {text} "}}"' if text is not None else ""
 
     def members(self, form: Form, is_bare: bool, colon: str) -> str | None:
-        """What is in objects of the declared keys, and of others only if a schema says so or none declares
-        any; None if nothing fits. Have the keys no quotes?"""
+        """The expression for what is inside the objects that fit a form; None if none fits.
+
+        They have the declared keys, and other keys only if a schema says so or none declares any.
+        is_bare: keys have no quotes."""
         names = self.possible_keys(form)
         patterns = key_patterns(form)
         if names is None:
             return None
         self.schemas.spend(1 + len(names) // 8 + sum(map(len, patterns)) // 1000)
-        self.schemas.spend(1 + len(patterns) * (50 * bool(names) + len(names) // 2))
+        first_search = 50 if names else 0  # steps to prepare a pattern
+        self.schemas.spend(1 + len(patterns) * (first_search + len(names) // 2))
         quote = "" if is_bare else '"'
         any_key = self.any_key(form, is_bare)
         keys = {}
@@ -357,71 +412,99 @@ class SchemaRules:
                 members.append((member if required else self.shared(member), required))
             elif required:
                 return None
-        extra = []
-        for pattern in (None, *keys) if any_key and has_other_keys(form) else keys:
-            value = self.rule(*schemas_of_key(form, None, [] if pattern is None else [pattern]))
-            if value and (key := self.other_key(any_key, pattern, texts.values(), keys)):
+        extra = []  # members with keys that no schema declares
+        if any_key and has_other_keys(form):
+            value = self.rule(*schemas_of_key(form, None))
+            key = value and self.other_key(any_key, None, texts.values(), keys)
+            if key:
+                extra.append(f"{key} {colon} {value}")
+        for pattern in keys:
+            value = self.rule(*schemas_of_key(form, None, [pattern]))
+            key = value and self.other_key(any_key, pattern, texts.values(), keys)
+            if key:
                 extra.append(f"{key} {colon} {value}")
         return self.pairs(members, " | ".join(extra), *between(form, "minProperties", "maxProperties"))
 
     def possible_keys(self, form: Form) -> dict[str, bool] | None:
-        """The keys that the schemas declare, or list as the only ones, and whether they are required. Those
-        that no object may have are left out; None if one of them is required."""
+        """The keys that the schemas declare, or list as the only possible ones, and whether they are
+        required. Leaves out keys that no object may have; None if such a key is required."""
         names = keys_among(form)
-        if not (about_names := name_schemas(form)):
+        about_names = name_schemas(form)
+        if not about_names:
             return names
         forms = self.schemas.forms(about_names)
-        if all(values_among(choice) is not None for choice in forms):
-            listed = [name for choice in forms for name in values_among(choice) or () if is_text(name)]
-            names = {name: False for name in listed} | names
+        lists = [values_among(choice) for choice in forms]
+        if None not in lists:
+            only = {name: False for values in lists for name in values or ()}
+            names = {name: False for name in only if is_text(name)} | names
         self.schemas.spend(1 + (50 + len(names)) * len(forms))
-        possible = {name: required for name, required in names.items()
-                    if any(is_text_of(choice, name) for choice in forms)}
-        return possible if all(name in possible for name, required in names.items() if required) else None
+        possible = {}
+        for name, required in names.items():
+            if any(is_text_of(choice, name) for choice in forms):
+                possible[name] = required
+            elif required:
+                return None
+        return possible
 
     def any_key(self, form: Form, is_bare: bool) -> str:
-        """The terminal of a key that no schema declares; "" if there can be none."""
+        """The terminal for a key that no schema declares; "" if there can be none."""
         terminal = ANY_KEY[is_bare]
         quote = "" if is_bare else as_json('"')
         text = self.other_names(form)
-        return text and (terminal if text == ANY_TEXT else self.shared(
-            f"{terminal} & ({quote} ({text}) {quote})", True))
+        if text in ("", ANY_TEXT):
+            return text and terminal
+        return self.shared(f"{terminal} & ({quote} ({text}) {quote})", True)
 
     def other_names(self, form: Form) -> str:
-        """What a key may be that no schema declares, without quotes; "" if there can be none."""
-        if not (about_names := name_schemas(form)):
+        """A terminal, without quotes, for keys that no schema declares; "" if there can be none."""
+        about_names = name_schemas(form)
+        if not about_names:
             return ANY_TEXT
         forms = self.schemas.forms(about_names)
         if all(values_among(choice) is not None for choice in forms):
             return ""
-        texts = [text for choice in forms if (text := self.text_terminal(choice))]
-        return ANY_TEXT if ANY_TEXT in texts else " | ".join(f"({text})" for text in texts)
+        texts = [*filter(None, map(self.text_terminal, forms))]
+        if ANY_TEXT in texts:
+            return ANY_TEXT
+        return " | ".join(f"({text})" for text in texts)
 
     def other_key(self, any_key: str, pattern: str | None, texts: Iterable[str],
                   keys: Mapping[str, str]) -> str:
-        """A key that is not declared, and of which this pattern alone is true; "" if there is none."""
-        taken = [f"~({' | '.join(texts)})"] if texts else []
-        own = [] if pattern is None else [keys[pattern]]
-        key = self.shared(" & ".join([any_key, *own, *taken, *(
-            f"~{terminal}" for other, terminal in keys.items() if other != pattern)]), True)
-        if any_key in ANY_KEY and len(keys) < 2 and not (keys and taken):
-            return key  # a pattern by itself may be true of something
+        """A terminal for keys that are not declared and match this pattern only; "" if there are none."""
+        conditions = [any_key]
+        if pattern is not None:
+            conditions.append(keys[pattern])
+        if texts:
+            conditions.append(f"~({' | '.join(texts)})")
+        conditions += [f"~{terminal}" for other, terminal in keys.items() if other != pattern]
+        key = self.shared(" & ".join(conditions), True)
+        if any_key in ANY_KEY and len(keys) < 2 and not (keys and texts):
+            return key  # a pattern alone surely matches something
         self.schemas.spend(40)
-        names = [name for name in dict.fromkeys((key, any_key, *keys.values())) if name not in ANY_KEY]
-        is_possible = matches_something(key, [JSON_TERMINALS, *(
-            f"{name}: {self.terminals[name]}" for name in names)])
-        return key if is_possible else ""
+        lines = [JSON_TERMINALS]
+        for name in dict.fromkeys((key, any_key, *keys.values())):
+            if name not in ANY_KEY:
+                lines.append(f"{name}: {self.terminals[name]}")
+        return key if matches_something(key, lines) else ""
 
     def pairs(self, members: list[tuple[str, bool]], extra: str, low: int, most: int | None) -> str | None:
-        """What is in an object of these members in this order, some required, and then of `extra` ones."""
-        extra = self.shared(extra) if extra else ""
-        cap = max(1, low, 0 if most is None else most + 1)  # it is enough to count so far
-        reached = [{0}]
+        """The expression for an object's members: these in this order, the required ones always, and then
+        some that match `extra`. There are `low` to `most` members together. None if that is impossible.
+
+        A state of the grammar is a member's place and how many members stand before it."""
+        if extra:
+            extra = self.shared(extra)
+        cap = max(1, low)  # no need to count further
+        if most is not None:
+            cap = max(cap, most + 1)
+        reached = [{0}]  # for each place, how many members may stand before it
         for _, required in members:
-            longer = {min(count + 1, cap) for count in reached[-1]}
-            reached.append(longer if required else longer | reached[-1])
+            counts = {min(count + 1, cap) for count in reached[-1]}
+            if not required:
+                counts |= reached[-1]
+            reached.append(counts)
             self.schemas.spend(1 + len(reached[-1]) // 8)
-        after = {}
+        after = {}  # the expression for what follows so many members; None if nothing may follow
         for count in reached[-1]:
             least = max(0, low - count)
             room = max(MOST_ITEMS, least) if most is None else most - count
@@ -439,10 +522,16 @@ class SchemaRules:
             ends = after
             after = {}
             for count in counts:
-                choices = [] if (end := ends[min(count + 1, cap)]) is None else [
-                    f"{self.comma} {member} {end}" if count else f"{member} {end}"]
-                if not required and (end := ends[count]) is not None:
-                    choices.append(end or '""')
-                after[count] = None if not choices else choices[0] if len(choices) == 1 else self.shared(
-                    " | ".join(choices))
+                choices = []
+                with_it = ends[min(count + 1, cap)]
+                if with_it is not None:
+                    comma = f"{self.comma} " if count else ""
+                    choices.append(f"{comma}{member} {with_it}")
+                without_it = None if required else ends[count]
+                if without_it is not None:
+                    choices.append(without_it or '""')
+                if len(choices) == 2:
+                    after[count] = self.shared(" | ".join(choices))
+                else:
+                    after[count] = choices[0] if choices else None
         return after[0]

@@ -46,7 +46,7 @@ class Tokenizer:
 
     vocab_size: int
     has_chat_template = True
-    templated = False               # does render run the model's template, a program that may never end?
+    templated = False               # render runs the model's template, a program that may never end
     template: Any                   # if so: the compiled one, how to fill it in, and to encode the text
     rendering: Callable[..., Filling[str]]
     encode_rendered: Callable[..., list[int]]
@@ -243,4 +243,6 @@ def fill_template(template, arguments: dict) -> str:
 
 def tools_of(tokenizer: Tokenizer) -> str | None:
     """How functions are described to the model: "native", "generic" or None."""
-    return ("native" if tokenizer.native_tools else "generic") if tokenizer.tool_format else None
+    if not tokenizer.tool_format:
+        return None
+    return "native" if tokenizer.native_tools else "generic"

@@ -1,4 +1,4 @@
-"""Calls with values that are not in JSON: name(city="Rome") or name{city:<|"|>Rome<|"|>}."""
+"""Reads calls whose values are not in JSON: name(city="Rome") or name{city:<|"|>Rome<|"|>}."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from chatlm.common.jsontext import as_json, whole_unicode
 from chatlm.common.text.calls import Opening
 from chatlm.common.text.formats import MARKERS, MARKS, CallFormat
-from chatlm.common.text.scanner import Deltas, Scanner
+from chatlm.common.text.scanner import Deltas, Scanner, begun_length
 
 
 WORDS = {"null": "null", "None": "null", "true": "true", "True": "true", "false": "false", "False": "false"}
@@ -26,13 +26,14 @@ CLOSING = {"[": "]", "(": ")", "{": "}"}
 
 
 def unquoted(text: str, types: str) -> str:
-    """The JSON of a value without quotes, of a parameter of these JSON types ("": of any): a word or number,
-    else a string."""
+    """A value without quotes as JSON: a word or number, else a string. `types`: the JSON types that the
+    parameter may have, "" for any."""
     text = text.strip()
     if text in WORDS:
         return WORDS[text]
-    is_text = "string" in types and "integer" not in types  # what may be a number may be an integer
-    for read in () if is_text else (int, float, lambda text: int(text, 0)):
+    if "string" in types and "integer" not in types:  # a parameter that may be a number may be an integer
+        return as_json(text)
+    for read in (int, float, lambda text: int(text, 0)):
         with suppress(ValueError, OverflowError):
             if math.isfinite(number := read(text)):
                 return as_json(number)
@@ -40,10 +41,12 @@ def unquoted(text: str, types: str) -> str:
 
 
 def unescaped(escape: re.Match) -> str:
-    """An escape of a Python or JSON string, as a JSON string writes it."""
+    """An escape in a Python or JSON string, as a JSON string writes it."""
     if code := escape[1] or escape[2] or escape[3]:
-        number = int(code, 16)  # half of a pair stays an escape: no text has one
-        return f"\\u{number:04x}" if 0xd800 <= number < 0xe000 else as_json(chr(number))[1:-1]
+        number = int(code, 16)
+        if 0xd800 <= number < 0xe000:  # half of a surrogate pair, which is no character
+            return f"\\u{number:04x}"
+        return as_json(chr(number))[1:-1]
     return as_json(ESCAPED.get(escape[0][1:], escape[0]))[1:-1]
 
 
@@ -59,9 +62,11 @@ class Bracket:
 class ValueCalls:
     """Reads calls whose arguments are values in brackets, and writes them as JSON while they arrive.
 
-    Whatever is open when the call ends is closed. A value without a name belongs to the parameter at its
-    position; one without quotes is a string unless it is a word or number. A quote is part of its string if
-    no string can end there: LFM2.5's template writes earlier calls as say='it's late'."""
+    - Whatever is still open when the call ends is closed.
+    - A value without a name belongs to the parameter at its position.
+    - A value without quotes is a string, unless it is a word such as true or a number.
+    - A quote belongs to its string if no string can end there: LFM2.5's template writes earlier calls as
+      say='it's late'."""
 
     untagged = False
 
@@ -70,16 +75,18 @@ class ValueCalls:
         self.scanner = scanner
         self.deltas = deltas
         self.names = names
-        self.types = dict(zip(names, types))  # of the functions' parameters, in their order
+        self.types = dict(zip(names, types))  # by function: its parameters' types, in their order
         self.opening = Opening(scanner, deltas, names)
         self.begin, self.end, *self.around = map(scanner.sign, call_format.marks)
         self.starts = (self.begin,)
         self.lead = call_format.lead
         self.over = MARKS[call_format.marks[1]]
-        self.ends = self.over + (self.begin if self.begin in MARKERS else "")  # end a call, whatever is open
+        self.ends = self.over  # characters that end a call, whatever is open
+        if self.begin in MARKERS:
+            self.ends += self.begin
         assert call_format.notation
         quote = scanner.sign(call_format.notation.quote)
-        self.raw = () if quote in QUOTES else (quote,)  # around strings without escapes
+        self.raw = () if quote in QUOTES else (quote,)  # quotes of strings without escapes
         self.quotes = (*self.raw, *QUOTES)
 
         before, self.closing = call_format.around_arguments
@@ -92,7 +99,7 @@ class ValueCalls:
         self.call_end = re.compile("|".join(map(re.escape, (self.end, self.over, self.begin))))
 
     def read(self, begin: str) -> Iterator[None]:
-        """Read calls up to their end. begin: the text before them."""
+        """Read calls up to their end. begin: the sign before them."""
         scanner = self.scanner
 
         def head(text: str) -> re.Match | bool:
@@ -110,18 +117,20 @@ class ValueCalls:
             match = yield from self._next_call()
 
     def _next_call(self) -> Generator[None, None, re.Match | None]:
-        """The head of another call of the same list, which is not read; None if what ends them was read."""
+        """The head of another call in the same list, which stays unread; None if the list's end was read."""
         scanner = self.scanner
         searched = 0
         while True:
-            if (match := self.head.match(scanner.held)) and match[1] in self.names:
+            match = self.head.match(scanner.held)
+            if match and match[1] in self.names:
                 return match
-            if (end := self.call_end.search(scanner.held, searched)) or scanner.over:
+            end = self.call_end.search(scanner.held, searched)
+            if end or scanner.over:
                 break
             searched = max(0, len(scanner.held) - max(len(self.begin), len(self.end)))
             yield
         rest = scanner.held[:end.start()] if end else scanner.held
-        sign = end[0] if end and end[0] != self.begin else ""  # models forget what ends a call
+        sign = end[0] if end and end[0] != self.begin else ""  # models may forget the end of a call
         self.deltas.begin("text")
         if rest.strip(" \r\n\t,;]") and (end or not scanner.cut):
             self.deltas.write(scanner.spelled(rest))
@@ -129,8 +138,8 @@ class ValueCalls:
         return None
 
     def _arguments(self, types: Mapping[str, str]) -> Iterator[None]:
-        """Read arguments up to the bracket that closes them, which is removed, or what ends the call, which
-        is not."""
+        """Read arguments up to the bracket that closes them, which is removed, or up to the call's end, which
+        stays."""
         scanner = self.scanner
         brackets = [Bracket(self.closing, False)]
         while brackets:
@@ -140,22 +149,32 @@ class ValueCalls:
                 continue
             scanner.held = scanner.held[len(sign):]
             open_ones = [bracket.closing for bracket in brackets]
-            if not sign or sign in open_ones:  # it closes what is open inside of it too
-                place = len(open_ones) - 1 - open_ones[::-1].index(sign) if sign else 0
-                self.deltas.arguments("".join(["" if brackets[0].count else "{", *(
-                    "]" if bracket.is_list else "}" for bracket in reversed(brackets[place:]))]))
-                del brackets[place:]
+            if not sign:
+                self._close(brackets, 0)
+            elif sign in open_ones:
+                self._close(brackets, len(open_ones) - 1 - open_ones[::-1].index(sign))
+
+    def _close(self, brackets: list[Bracket], place: int):
+        """Close the bracket at this place, and those that are still open inside it."""
+        if not brackets[0].count:  # there was no argument, so the object was not begun
+            self.deltas.arguments("{")
+        for bracket in reversed(brackets[place:]):
+            self.deltas.arguments("]" if bracket.is_list else "}")
+        del brackets[place:]
 
     def _member(self, brackets: list[Bracket], types: Mapping[str, str]) -> Iterator[None]:
-        """Read a value and its name, or the bracket that begins it."""
+        """Read a value and its name, or the bracket with which it begins."""
         scanner = self.scanner
         write = self.deltas.arguments
         inside = brackets[-1]
         is_parameter = len(brackets) == 1
         place = inside.count
-        wanted = ""
+        wanted = ""  # the value's types; "" for any
         inside.count += 1
-        write(", " if place else "{" if is_parameter else "")
+        if place:
+            write(", ")
+        elif is_parameter:
+            write("{")
         if not inside.is_list:
             names = [name for name in types if name]
             at_place = names[place] if is_parameter and place < len(names) else str(place)
@@ -167,7 +186,8 @@ class ValueCalls:
             sign = yield from self._next(" \t\r\n")
             if not sign or sign in self.closers + ",":
                 return write("null")
-        if (first := scanner.held[0]) in CLOSING and CLOSING[first] in self.closers:
+        first = scanner.held[0]
+        if first in CLOSING and CLOSING[first] in self.closers:
             scanner.held = scanner.held[1:]
             brackets.append(Bracket(CLOSING[first], first != "{"))
             write("{" if first == "{" else "[")
@@ -176,11 +196,12 @@ class ValueCalls:
             yield from self._string(quote, write, self.value_end)
             write('"')
         else:
-            write(unquoted((yield from self._until(self.value_end)), wanted))
+            text = yield from self._until(self.value_end)
+            write(unquoted(text, wanted))
 
     def _name(self, wanted: str) -> Generator[None, None, tuple[str, str]]:
-        """A name, and what is after it is removed; or "" and the JSON of a value that has none, which is of
-        the types that are `wanted`, or twice "" where a list or object begins."""
+        """Read a name and the sign after it: (name, ""). If the value has no name, read the value, which
+        should be of the types `wanted`: ("", its JSON). If a list or object begins here: ("", "")."""
         scanner = self.scanner
         value = ""
         if scanner.held[0] in CLOSING:
@@ -200,7 +221,7 @@ class ValueCalls:
         return name, ""
 
     def _next(self, skipped: str = ", \t\r\n") -> Generator[None, None, str]:
-        """The next character that is not skipped, which stays; "" where the call ends."""
+        """The next character that is not skipped, which stays unread; "" if the call ends here."""
         scanner = self.scanner
         while not (rest := scanner.held.lstrip(skipped)) or rest != self.end and self.end.startswith(rest):
             scanner.held = rest
@@ -218,22 +239,22 @@ class ValueCalls:
         return scanner.take(match.start())
 
     def _quote(self) -> Generator[None, None, str]:
-        """The quote with which a string begins here; "" if none does."""
+        """The quote of a string that begins here; "" if none does."""
         scanner = self.scanner
         while any(quote != scanner.held and quote.startswith(scanner.held) for quote in self.quotes):
             yield
         return next((quote for quote in self.quotes if scanner.held.startswith(quote)), "")
 
     def _string(self, quote: str, write: Callable[[str], object], after: re.Pattern) -> Iterator[None]:
-        """Read a string with its quotes, and write it as the inside of JSON's; `after` may follow it."""
+        """Read a string and its quotes, and write its characters as in a JSON string. `after`: what may
+        follow the string."""
         scanner = self.scanner
         scanner.held = scanner.held[len(quote):]
         sign = re.compile(rf"{re.escape(quote)}|[{self.ends}]" + ("" if quote in self.raw else r"|\\"))
         while True:
             match = sign.search(scanner.held)
-            # what is held may end with the beginning of the quote
-            part = max((n for n in range(1, len(quote)) if scanner.held.endswith(quote[:n])), default=0)
-            write(as_json(scanner.take(match.start() if match else len(scanner.held) - part))[1:-1])
+            length = match.start() if match else len(scanner.held) - begun_length(scanner.held, quote)
+            write(as_json(scanner.take(length))[1:-1])
             if not match:
                 yield
             elif match[0] in self.ends:
@@ -243,7 +264,8 @@ class ValueCalls:
                     yield
                 escape = AN_ESCAPE.match(scanner.held)
                 write(unescaped(escape) if escape else "\\\\")
-                scanner.held = scanner.held[escape.end() if escape else 1:]
+                length = escape.end() if escape else 1
+                scanner.held = scanner.held[length:]
             elif (yield from self._ends_string(quote, after)):
                 scanner.held = scanner.held[len(quote):]
                 return
@@ -251,7 +273,7 @@ class ValueCalls:
                 write(as_json(scanner.take(len(quote)))[1:-1])
 
     def _ends_string(self, quote: str, after: re.Pattern) -> Generator[None, None, bool]:
-        """Does this quote end its string?"""
+        """Whether this quote ends its string."""
         while quote not in self.raw:
             rest = self.scanner.held[len(quote):].lstrip()
             if rest and (rest == self.end or not self.end.startswith(rest)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -38,7 +39,8 @@ def in_proportion(size: Size, longest: int) -> Size:
     """The size with this longer side; the other is rounded down, then up to an even number."""
     width, height = size
     if width >= height:
-        width, height = longest, int(longest / (width / height))
+        height = int(longest / (width / height))
+        width = longest
         return width, max(height + height % 2, 1)
     width = int(longest * (width / height))
     height = longest
@@ -48,7 +50,8 @@ def in_proportion(size: Size, longest: int) -> Size:
 def in_tiles(size: Size, tile: int) -> Size:
     """The size with sides that are multiples of a tile's: the longer side first, then the other of the new
     proportion."""
-    (width, height), ratio = size, size[0] / size[1]
+    width, height = size
+    ratio = width / height
     if width >= height:
         width = math.ceil(width / tile) * tile
         height = math.ceil(int(width / ratio) / tile) * tile
@@ -88,7 +91,8 @@ def idefics3(vision: Vision, size: Size) -> Layout:
 
 
 def in_units(size: Size, unit: int, fewest: int, most: int) -> Size:
-    """The size with sides that are multiples of `unit`, about in proportion, and so many units."""
+    """The size with sides that are multiples of `unit`, about in proportion, and `fewest` to `most` units in
+    all."""
     width, height = (max(unit, round(side / unit) * unit) for side in size)  # half to even
     if width * height > most * unit * unit:
         factor = math.sqrt(size[0] * size[1] / (most * unit * unit))
@@ -100,10 +104,11 @@ def in_units(size: Size, unit: int, fewest: int, most: int) -> Size:
 
 
 def closest_grid(size: Size, fewest: int, most: int, tile: int) -> tuple[int, int]:
-    """Columns and rows of `fewest` to `most` tiles, in about the picture's proportion: of equally close ones
-    the last of which the picture fills more than half."""
-    grids = sorted({(columns, rows) for columns in range(1, most + 1) for rows in range(1, most + 1)
-                    if fewest <= columns * rows <= most}, key=lambda grid: grid[0] * grid[1])
+    """The (columns, rows) of `fewest` to `most` tiles that come closest to the picture's proportion. Of
+    equally close grids it is the largest that the picture fills by more than half."""
+    sides = range(1, most + 1)
+    grids = [grid for grid in itertools.product(sides, sides) if fewest <= grid[0] * grid[1] <= most]
+    grids.sort(key=lambda grid: grid[0] * grid[1])
     ratio = size[0] / size[1]
     best = (1, 1)
     least = math.inf
@@ -119,7 +124,8 @@ def closest_grid(size: Size, fewest: int, most: int, tile: int) -> tuple[int, in
 def lfm2(vision: Vision, size: Size) -> Layout:
     """LFM2-VL: whole, with sides that are multiples of `unit`; a large one is cut into tiles, and this is one
     more (Lfm2VlProcessor)."""
-    unit, (fewest, most) = vision.unit, vision.tiles
+    unit = vision.unit
+    fewest, most = vision.tiles
     begin = "<|image_start|>"
     end = "<|image_end|>"
     whole = in_units(size, unit, vision.fewest, vision.tokens)

@@ -55,7 +55,12 @@ def rows_in(vision: Vision, ids: Seq[int]) -> list[int]:
 def row_places(vision: Vision, ids: Seq[int], pictures: Seq[tuple[bytes, int]]) -> list[tuple[int, int]]:
     """Where the rows of pictures, (digest, rows) of each in order, stand in a prompt: (its number, the row)
     of each of `rows_in`. ValueError if the ids are those of other pictures."""
-    wanted = [token for digest, count in pictures for token in row_ids(vision, digest, count)]
+    wanted = []
+    for digest, count in pictures:
+        wanted += row_ids(vision, digest, count)
     if wanted != [token for token in ids if token >= vision.first_id]:
         raise ValueError("the ids of the prompt are not those of its pictures")
-    return [(number, row) for number, (_, count) in enumerate(pictures) for row in range(count)]
+    rows = []
+    for number, (_, count) in enumerate(pictures):
+        rows += [(number, row) for row in range(count)]
+    return rows

@@ -1,1 +1,2 @@
-"""A request becomes prompts of token ids that fit, or a refusal; and the front's side of the sandboxes."""
+"""Turns a request into prompts of token ids that fit, or refuses it. Also has the front's side of the
+sandboxes."""

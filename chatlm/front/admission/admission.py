@@ -1,4 +1,4 @@
-"""Admission: a request becomes token ids that fit, or a refusal.
+"""Admission: a request becomes token ids that fit, or is refused.
 
 Work that a client can make slow runs in sandboxes, processes with limits on time and memory: chat templates,
 JSON schemas, documents, pictures, and every body above LIMITS.inline_bytes (`chatlm/front/intake/`)."""
@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import Settings
 from chatlm.common.errors import RequestError, printable
@@ -49,101 +49,114 @@ class SharedSandbox:
                                           config=self.config)
 
     async def forget(self, ticket: int):
-        """For the model whose task was the last: any would do."""
-        await self.sandbox.forget(ticket, self.config)
+        await self.sandbox.forget(ticket, self.config)  # any model's configuration would do
 
     async def close(self):
-        """The server closes it."""
+        """Do nothing: the server closes the sandbox."""
 
 
-class Desk:
-    """Where all requests of a server are read, whichever model they are for."""
+class SharedAdmission:
+    """What the admissions of all models of a server share: the sandboxes, and what is known of requests while
+    they are prepared."""
 
     def __init__(self):
         self.sandboxes = {name: Sandbox(PROCESS_COMMAND) for name in ("templates", "schemas", "bodies")}
         self.sandboxes["documents"] = Sandbox(PROCESS_COMMAND, single_use=True)
-        self.sandboxes["pictures"] = Sandbox(PROCESS_COMMAND)    # sees nothing but pictures
-        self.preparing: dict[str, str] = {}      # request being read or rendered -> its client
+        self.sandboxes["pictures"] = Sandbox(PROCESS_COMMAND)  # sees nothing but pictures
+        self.preparing: dict[str, str] = {}  # id of a request that is being read or rendered -> its client
         self.valid_grammars: OrderedDict[tuple[str, str], None] = OrderedDict()  # (owner, source)
-        self.numbers = itertools.count(1)        # of models
+        self.numbers = itertools.count(1)    # for the models
 
     async def close(self):
         await asyncio.gather(*(sandbox.close() for sandbox in self.sandboxes.values()))
 
 
+class SandboxLimits(NamedTuple):
+    """What a task in a sandbox may take."""
+
+    cpu_s: float
+    memory_bytes: int
+    nice: int
+
+
 class Admission:
-    """Prepares requests for the queue: checks schemas, makes prompts.
+    """Prepares requests for the queue: checks schemas and makes prompts.
 
-    Meanwhile they count as waiting, and `check_capacity` refuses those that do not fit."""
+    While a request is prepared it counts as waiting, and `check_capacity` refuses those that do not fit."""
 
-    TEMPLATE_S = 0.5      # processor seconds for filling in a chat template,
-    SCHEMA_S = 1.0        # for checking a JSON schema,
-    BODY_S = 5.0          # for reading a large body
-    DOCUMENT_S = 12.0     # for the text of a document
-    PICTURE_S = 6.0       # and for decoding a picture
-    VALID_GRAMMARS = 256  # remember this many valid grammars, to check none of them twice
+    # processor seconds
+    TEMPLATE_S = 0.5   # to fill in a chat template
+    SCHEMA_S = 1.0     # to check a JSON schema
+    BODY_S = 5.0       # to read a large body
+    DOCUMENT_S = 12.0  # to extract the text of a document
+    PICTURE_S = 6.0    # to decode a picture
+    VALID_GRAMMARS = 256  # remember this many valid grammars, so that none is checked twice
 
-    def __init__(self, check_capacity: Callable[[str, str, bool], None], shared: Desk | None = None):
-        """shared: the desk that a server's models share, if it has several."""
-        desk = shared or Desk()
+    def __init__(self, check_capacity: Callable[[str, str, bool], None],
+                 shared: SharedAdmission | None = None):
+        """shared: what all models of a server share, if it has several."""
+        common = shared or SharedAdmission()
         self.check_capacity = check_capacity
-        self.number = next(desk.numbers)
+        self.number = next(common.numbers)
         self.prompts: PromptMaker | None = None  # set once there is a tokenizer
-        self.expected: tuple[TextSpec, asyncio.Future] | None = None  # what a worker is reading
+        self.expected: tuple[TextSpec, asyncio.Future] | None = None  # a text that `expect` is opening
         self.sandboxes: dict[str, Sandbox | SharedSandbox] = {
-            name: SharedSandbox(sandbox) if shared else sandbox for name, sandbox in desk.sandboxes.items()}
-        self.preparing = desk.preparing
-        self.valid_grammars = desk.valid_grammars
+            name: SharedSandbox(sandbox) if shared else sandbox for name, sandbox in common.sandboxes.items()}
+        self.preparing = common.preparing
+        self.valid_grammars = common.valid_grammars
         for name in ("documents", "pictures"):
-            self._configure(name, Known(Settings(), None), TextSpec("", b""))  # whatever the model
+            self._configure(name, Known(Settings(), None), TextSpec("", b""))  # the same for every model
 
     async def expect(self, text: TextSpec, settings: Settings):
-        """Get ready for a card to come, which will have this text. Errors as in `open`."""
-        self.expected = text, (opening := asyncio.ensure_future(self._open_text(text, settings)))
+        """Open the text of a card before the card comes. Raises the same errors as `open`."""
+        opening = asyncio.ensure_future(self._open_text(text, settings))
+        self.expected = text, opening
         await opening
 
     async def open(self, card: ModelCard, settings: Settings):
-        """Get ready for a model's requests; ConfigError if its tokenizer or chat template is broken."""
+        """Get ready for a model's requests. ConfigError if its tokenizer or chat template is broken."""
         text, opening = self.expected or (None, None)
         self.expected = None
         tokenizer = await (opening if opening and text == card.text else self._open_text(card.text, settings))
         known = known_with(replace(settings, keys=(), api_key=()), tokenizer, card.facts)
         self._configure("bodies", known, card.text, card.context_length, card.scored_length, tokenizer.forms)
-        self.prompts = self._prompts_of(tokenizer, card.context_length, card.scored_length)
+        self.prompts = self._prompt_maker(tokenizer, card.context_length, card.scored_length)
 
     async def _open_text(self, text: TextSpec, settings: Settings) -> Tokenizer:
-        """The model's tokenizer, opened in a thread. Sandboxes learn the chat template, which is tried."""
+        """Open the model's tokenizer, in a thread. Gives the chat template to the sandboxes and tries it."""
         known = Known(replace(settings, keys=(), api_key=()), None)
         for name in ("templates", "schemas"):
             self._configure(name, known, replace(text, payload=b""))
-        # not before now: its imports would take a processor from those of front and worker
+        # not earlier: its imports would take a processor from those of front and worker
         if text.chat_template:
             await self.sandboxes["templates"].start()
         tokenizer = await asyncio.to_thread(open_tokenizer, text)
-        await asyncio.to_thread(trim_heap)  # of what it was built from
+        await asyncio.to_thread(trim_heap)  # give back what the tokenizer was built from
         if tokenizer.templated:
-            prompts = self._prompts_of(tokenizer)
+            prompts = self._prompt_maker(tokenizer)
             try:
                 await prompts.render([Message("user", "hello")], (), "")
             except RequestError as error:  # the template may accept other chats
                 log.warning("chats may be refused, as the message \"hello\" was: %s", printable(str(error)))
             if tokenizer.native_tools:
-                tokenizer.forms = await prompts.filled(tokenizer.find_forms(), "")
+                tokenizer.forms = await prompts.run_filling(tokenizer.find_forms(), "")
                 for difference in differences(tokenizer.forms):
                     log.warning("the model's chat template: %s", difference)
         return tokenizer
 
     def _configure(self, name: str, known: Known, text: TextSpec, context_length: int = 0,
                    scored_length: int = 0, forms: Forms = ()):
-        cpu_s, memory, nice = {"templates": (self.TEMPLATE_S, 256 << 20, 0),
-                               "schemas": (self.SCHEMA_S, 256 << 20, 10),
-                               "bodies": (self.BODY_S, 1 << 30, 5),
-                               "documents": (self.DOCUMENT_S, 1 << 30, 10),
-                               "pictures": (self.PICTURE_S, 1 << 30, 5)}[name]
-        self.sandboxes[name].config = SandboxConfig(known, text, context_length, cpu_s, memory, nice,
-                                                    self.number, scored_length, forms)
+        limits = {
+            "templates": SandboxLimits(self.TEMPLATE_S, 256 << 20, nice=0),
+            "schemas": SandboxLimits(self.SCHEMA_S, 256 << 20, nice=10),
+            "bodies": SandboxLimits(self.BODY_S, 1 << 30, nice=5),
+            "documents": SandboxLimits(self.DOCUMENT_S, 1 << 30, nice=10),
+            "pictures": SandboxLimits(self.PICTURE_S, 1 << 30, nice=5)}[name]
+        self.sandboxes[name].config = SandboxConfig(
+            known, text, context_length, limits.cpu_s, limits.memory_bytes, limits.nice, self.number,
+            scored_length, forms)
 
-    def _prompts_of(self, tokenizer: Tokenizer, context_length: int = 0,
+    def _prompt_maker(self, tokenizer: Tokenizer, context_length: int = 0,
                     scored_length: int = 0) -> PromptMaker:
         return PromptMaker(
             tokenizer, context_length, scored_length=scored_length, run=run_in_thread_if_long,
@@ -152,10 +165,10 @@ class Admission:
 
     @contextmanager
     def prepare(self, client: str, request_id: str = "", low: bool = False) -> Iterator[None]:
-        """Reserve room for a request while it is read and rendered: it counts as waiting. Overloaded while
-        there is no tokenizer, and so no `prompts`.
+        """Count a request as waiting while it is read and rendered. Raises Overloaded while there is no
+        tokenizer, and so no `prompts`.
 
-        The id in a large body is not known yet, so another request may take it."""
+        The id in a large body is not known yet. So another request may take it meanwhile."""
         request_id = request_id or secrets.token_hex(16)
         self.check_capacity(request_id, client, low)
         self.preparing[request_id] = client
@@ -170,9 +183,10 @@ class Admission:
             return await self.prompts.admit(request)  # pyright: ignore[reportOptionalMemberAccess]  as `prepare` says
 
     async def check_grammar(self, params: AnswerParams, client: str, owner: str):
-        """Raise RequestError for a grammar that cannot be enforced or costs too much to check.
+        """Raise RequestError for a grammar that cannot be enforced, or that costs too much to check.
 
-        Results are remembered per owner, so that a check's duration does not reveal what others asked."""
+        Results are remembered for each owner separately. So the duration of a check does not reveal what
+        others asked for."""
         for source in filter(None, (params.grammar, *params.call_grammars)):
             if (owner, source) not in self.valid_grammars:
                 await self.sandboxes["schemas"].perform(client, "check_grammar", source, params.grammar_param)
@@ -181,16 +195,16 @@ class Admission:
             self.valid_grammars.popitem(last=False)
 
     async def decode_picture(self, data: bytes, client: str) -> Picture:
-        """The picture in a file. RequestError for one that cannot be read."""
+        """Decode a picture file. Raises RequestError if it cannot be read."""
         pixels: Any = await self.sandboxes["pictures"].perform(client, "decode_picture", bodies=[data])
         return picture_of(NewPicture(pixels))
 
     async def extract(self, client: str, name: str, boundary: str, body: bytes | bytearray) -> Seq:
-        """(text, pages, cut) of a document, as in `chatlm.front.api.documents.Extracted`. boundary: of the
-        form that the body is; "": the body is the file."""
-        found: Any = await self.sandboxes["documents"].perform(
+        """(text, pages, cut) of a document, as in `chatlm.front.api.documents.Extracted`. boundary: the
+        boundary of the form that the body is; "": the body is the file itself."""
+        extracted: Any = await self.sandboxes["documents"].perform(
             client, "extract", name, boundary, bodies=[body])
-        return found
+        return extracted
 
     async def close(self):
         await asyncio.gather(*(sandbox.close() for sandbox in self.sandboxes.values()))

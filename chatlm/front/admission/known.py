@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def known_with(settings: Settings, tokenizer: Tokenizer | None, facts: ModelFacts) -> Known:
-    """What is known of a model with this tokenizer; None: it is still loading. settings: with the sampling of
-    the model's own files."""
+    """What is known of a model. tokenizer: None while the model is still loading. settings: with the sampling
+    defaults of the model's own files."""
     if tokenizer is None:
         return Known(settings, None)
     return Known(settings, tokenizer.tool_format, template=tokenizer.spec.chat_template or "",

@@ -16,7 +16,8 @@ from chatlm.common.errors import ConfigError, EngineFailure, RequestError
 from chatlm.common.lanes import Lanes
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import (
-    SANDBOX_MODELS, SANDBOX_OUT_OF_MEMORY, SANDBOX_PIPE, Begun, Body, Refused, Result, SandboxConfig, Task)
+    SANDBOX_MODELS, SANDBOX_OUT_OF_MEMORY, SANDBOX_PIPE, Begun, Body, Refused, SandboxConfig,
+    SandboxResult, SandboxTask)
 from chatlm.common.messages.wire import HEADER, BadMessage, unpacked
 from chatlm.common.processes.start import exit_in_words, patient, start_child
 
@@ -27,18 +28,19 @@ if TYPE_CHECKING:
 WRITE_BYTES = 1 << 18  # large data is written in pieces of this size, so that others get a turn
 
 
-class Turns:
-    """A lock that clients hold in turn."""
+class FairLock:
+    """A lock that clients take in turn."""
 
     def __init__(self):
-        self.held = False
-        self.lanes = Lanes()
+        self.is_taken = False
+        self.lanes = Lanes()  # futures of those who wait, by client
 
     async def take(self, client: str):
-        if not self.held:
-            self.held = True
+        if not self.is_taken:
+            self.is_taken = True
             return
-        self.lanes.append(client, turn := asyncio.get_running_loop().create_future())
+        turn = asyncio.get_running_loop().create_future()
+        self.lanes.append(client, turn)
         try:
             await turn
         except asyncio.CancelledError:
@@ -48,78 +50,86 @@ class Turns:
 
     def give_back(self):
         while len(self.lanes):
-            if not (turn := self.lanes.pop()).done():
-                return turn.set_result(None)
-        self.held = False
+            turn = self.lanes.pop()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self.is_taken = False
 
 
 async def next_message(reader: asyncio.StreamReader, pipe: Pipe):
-    """The next message from a pipe. Read in parts: readexactly would copy 20 MB twice in one go.
+    """The next message from a pipe.
 
-    A large one is decoded in a thread, so that others get a turn."""
+    It is read in parts, since readexactly would copy 20 MB twice in one go. A large message is decoded in a
+    thread, so that others get a turn."""
     kind, size = pipe.kind_and_size(await reader.readexactly(HEADER.size))
     parts = []
     while size:
-        if not (part := await reader.read(min(size, WRITE_BYTES))):
+        part = await reader.read(min(size, WRITE_BYTES))
+        if not part:
             raise asyncio.IncompleteReadError(b"", size)
         parts.append(part)
         size -= len(part)
     body = b"".join(parts)
-    return unpacked(kind, body) if len(body) <= WRITE_BYTES else await asyncio.to_thread(unpacked, kind, body)
+    if len(body) <= WRITE_BYTES:
+        return unpacked(kind, body)
+    return await asyncio.to_thread(unpacked, kind, body)
 
 
 class Sandbox:
-    """A process for tasks that a client can make slow. It runs one at a time, with clients taking turns.
+    """A process for tasks that a client can make slow. It runs one task at a time, and clients take turns.
 
-    A task that exceeds its processor time or memory is refused. It ends the process, and the next task gets
+    A task that exceeds its processor time or memory is refused. That ends the process, and the next task gets
     a new one. If a process ends before it has begun a task, another one runs that task.
 
-    Tasks with one ticket are about one body. The process keeps what it made of it, so the body is sent with
-    the first of them, and again only if another task or another process came between. The process looks at
-    the ticket itself: were the front wrong about what it has, the task would fail, and never get another
-    client's body."""
+    Tasks with the same ticket are about the same body. The process keeps it open, so the body is sent with
+    the first of these tasks, and again only if another task or another process came in between. The process
+    checks the ticket itself. If the front were wrong about which body is open, the task would fail; it would
+    never get another client's body."""
 
     PATIENCE_S = 60.0  # longest wait for a reply: a busy machine may give the task no processor
     EXIT_S = 2.0       # longest wait for a process that has closed its pipe to exit
-    PROCESSES = 3      # that may end before they have begun a task, until the server gives it up
+    PROCESSES = 3      # give up after so many processes that ended before they had begun a task
     # Exit statuses of a process that exceeded a limit.
     EXCESS = (-signal.SIGPROF, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGKILL)
 
     config: SandboxConfig  # set before the first task
 
     def __init__(self, command: Seq[str], config: SandboxConfig | None = None, single_use: bool = False):
-        """single_use: each task gets a process of its own; what breaks its libraries reaches no other."""
+        """single_use: each task gets a process of its own, so a file that breaks a library affects no other
+        task."""
         self.command = command
-        self.turns = Turns()
+        self.turns = FairLock()
         self.single_use = single_use
         if config:
             self.config = config
         self.process: subprocess.Popen | None = None
-        self.configs: list[SandboxConfig] = []  # that the process has, the last used last
-        self.ticket = 0                         # of the body that the process has; 0: none
+        self.configs: list[SandboxConfig] = []  # those that the process has, the most recently used last
+        self.ticket = 0                         # of the body that the process has open; 0: none
+        self.begun = False                      # has the process begun the current task?
         self.closed = False
-        self.begun = False
 
     async def perform(self, client: str, name: str, *arguments, bodies: Seq[bytes | bytearray] = (),
                       ticket: int = 0, config: SandboxConfig | None = None):
-        """Run a task, by default for the usual model, and return its value. RequestError if it refuses or
-        exceeds a limit. ticket: of `bodies`, if other tasks are about them too."""
+        """Run a task, by default for the usual model, and return its value. Raises RequestError if the task
+        refuses or exceeds a limit. ticket: of `bodies`, if other tasks are about them too."""
         await self.turns.take(client)
         config = config or self.config
-        return await self._run(config, Task(name, list(arguments), config.number, ticket=ticket), bodies)
+        task = SandboxTask(name, list(arguments), config.number, ticket=ticket)
+        return await self._run(config, task, bodies)
 
     async def forget(self, ticket: int, config: SandboxConfig | None = None):
-        """Nobody will ask for the body with this ticket again: if the process still has it, it drops it."""
+        """Have the process drop the body with this ticket, if it still has it: nobody will ask for it."""
         await self.turns.take("")
         if self.closed or self.process is None or ticket != self.ticket:
             self.turns.give_back()
             return
         config = config or self.config
-        await self._run(config, Task("forget", [], config.number), ())
+        await self._run(config, SandboxTask("forget", [], config.number), ())
 
-    async def _run(self, config: SandboxConfig, task: Task, bodies: Seq[bytes | bytearray]):
-        """Run a task for whoever has the turn, which it gives back."""
-        # it continues if its client leaves
+    async def _run(self, config: SandboxConfig, task: SandboxTask, bodies: Seq[bytes | bytearray]):
+        """Run a task for whoever has taken the turn, and give the turn back."""
+        # the exchange continues even if its client leaves
         exchange = asyncio.ensure_future(self._exchange(config, task, bodies))
         exchange.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # else it is logged
         exchange.add_done_callback(lambda ended: self.turns.give_back())
@@ -137,32 +147,12 @@ class Sandbox:
             self.process, ours = start_child(self.command, "sandbox", os.environ | environment)
             self.reader, self.writer = await asyncio.open_connection(sock=ours)
 
-    async def _exchange(self, config: SandboxConfig, task: Task, bodies: Seq[bytes | bytearray]):
-        for process in range(1, self.PROCESSES + 1):
-            if self.closed:
-                raise shutting_down()
-            await self.start()
-            try:
-                reply = await asyncio.wait_for(self._ask(config, task, bodies), patient(self.PATIENCE_S))
-                break
-            except (asyncio.IncompleteReadError, ConnectionError, asyncio.TimeoutError, BadMessage) as error:
-                code = await self.stop(0.0 if isinstance(error, asyncio.TimeoutError) else self.EXIT_S)
-                if self.closed:  # which ended the process
-                    raise shutting_down() from None
-                if code == SANDBOX_OUT_OF_MEMORY or self.begun and code in self.EXCESS:
-                    raise RequestError(
-                        f"too complex: this takes more than {config.cpu_s:g} s of processor time "
-                        f"or {config.memory >> 20} MiB", code="too_complex") from None
-                if self.begun or process == self.PROCESSES:
-                    when = "" if self.begun else f" before it began, as {process - 1} before it"
-                    raise EngineFailure(
-                        f"the process that reads requests ended{when} (exit status {code})") from error
-                log.warning("a sandbox ended before it began its task, which another one runs (%s)",
-                            exit_in_words(code))
+    async def _exchange(self, config: SandboxConfig, task: SandboxTask, bodies: Seq[bytes | bytearray]):
+        reply = await self._reply(config, task, bodies)
         if self.single_use:
             await self.stop()
         match reply:
-            case Result(value):
+            case SandboxResult(value):
                 return value
             case Body(data):
                 return data
@@ -172,8 +162,32 @@ class Sandbox:
                 raise RequestError(message, status=status, code=code, param=param, words=words)
         raise BadMessage(f"unexpected message from a sandbox: {type(reply).__name__}")
 
-    async def _ask(self, config: SandboxConfig, task: Task, bodies: Seq[bytes | bytearray]):
-        """Send a task; returns the reply."""
+    async def _reply(self, config: SandboxConfig, task: SandboxTask, bodies: Seq[bytes | bytearray]):
+        """The reply to a task, from another process if one ends before it has begun the task."""
+        for attempt in range(1, self.PROCESSES + 1):
+            if self.closed:
+                raise shutting_down()
+            await self.start()
+            try:
+                return await asyncio.wait_for(self._ask(config, task, bodies), patient(self.PATIENCE_S))
+            except (asyncio.IncompleteReadError, ConnectionError, asyncio.TimeoutError, BadMessage) as error:
+                code = await self.stop(0.0 if isinstance(error, asyncio.TimeoutError) else self.EXIT_S)
+                if self.closed:  # that is what ended the process
+                    raise shutting_down() from None
+                if code == SANDBOX_OUT_OF_MEMORY or self.begun and code in self.EXCESS:
+                    raise RequestError(
+                        f"too complex: this takes more than {config.cpu_s:g} s of processor time "
+                        f"or {config.memory >> 20} MiB", code="too_complex") from None
+                if self.begun or attempt == self.PROCESSES:
+                    when = "" if self.begun else f" before it began, as {attempt - 1} before it"
+                    raise EngineFailure(
+                        f"the process that reads requests ended{when} (exit status {code})") from error
+                log.warning("a sandbox ended before it began its task, which another one runs (%s)",
+                            exit_in_words(code))
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _ask(self, config: SandboxConfig, task: SandboxTask, bodies: Seq[bytes | bytearray]):
+        """Send a task to the process; returns the reply."""
         self.begun = False
         if task.ticket and task.ticket == self.ticket:
             bodies = ()  # the process has them
@@ -181,15 +195,16 @@ class Sandbox:
         if config not in self.configs:
             messages.insert(0, config)
         self.ticket = task.ticket
-        self.configs = [*(known for known in self.configs if known.number != config.number),
-                        config][-SANDBOX_MODELS:]
+        others = [known for known in self.configs if known.number != config.number]
+        self.configs = [*others, config][-SANDBOX_MODELS:]
         for message in messages:
             packed = memoryview(SANDBOX_PIPE.packed(message))
             for begin in range(0, len(packed), WRITE_BYTES):
                 self.writer.write(packed[begin:begin + WRITE_BYTES])
                 await self.writer.drain()
-        if not isinstance(message := await next_message(self.reader, SANDBOX_PIPE), Begun):
-            raise BadMessage(f"a sandbox said {type(message).__name__} before it had begun a task")
+        first = await next_message(self.reader, SANDBOX_PIPE)
+        if not isinstance(first, Begun):
+            raise BadMessage(f"a sandbox said {type(first).__name__} before it had begun a task")
         self.begun = True
         return await next_message(self.reader, SANDBOX_PIPE)
 

@@ -1,4 +1,4 @@
-"""The lines of a batch, as OpenAI's Batch API has them: {"custom_id", "method", "url", "body"}."""
+"""The lines of a batch, in the form of OpenAI's Batch API: {"custom_id", "method", "url", "body"}."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 
 LONGEST_LINE = 16 << 20
-# What depends on the moment or on what else was computed, so that a batch that was interrupted would differ
 EACH = object()  # in a path: each element of a list
+# Paths of members that depend on the moment, or on what else was computed. With them, a batch that was
+# interrupted would have other results.
 PASSING = (("timings",), ("usage", "prompt_tokens_details"),
            ("usage", "completion_tokens_details", "accepted_prediction_tokens"),
            ("usage", "completion_tokens_details", "rejected_prediction_tokens"),
@@ -39,20 +40,56 @@ class Line(NamedTuple):
 
     @property
     def model(self) -> str:
-        """Which one its body names; "" if none."""
+        """The name of the model in its body; "" if it has none."""
         name = self.body.get("model")
         return storable(name[:1000]) if is_text(name) else ""
 
     @property
     def seed(self) -> int:
-        """Of an answer whose body names none: the same whenever it is made."""
+        """The seed of its answer, if its body names none: the same whenever the answer is made."""
         return int(self.id[:12], 16)
+
+    def body_alone(self) -> dict:
+        """Its body without what concerns more than its answer: it is not streamed or kept. Raises
+        RequestError if it continues another answer."""
+        if self.url != "/v1/responses":
+            return self.body | {"stream": False}
+        for name in ("previous_response_id", "conversation"):
+            if self.body.get(name):
+                raise bad_value(name, self.body[name], "left out in a batch, whose lines stand alone")
+        return self.body | {"stream": False, "store": False}
+
+    def read_body(self, known: Known) -> ParsedBody:
+        """Read its body as its route does. If the body names no seed, the seed follows from the line."""
+        known = replace(known, settings=replace(known.settings, seed=self.seed))
+        parsed = read_answer(self.url, self.body_alone(), known)
+        request = replace(parsed.request, id=self.id, low_priority=True, resumable=False)
+        return replace(parsed, request=request)
+
+    def problem(self, known: Known, refusal: str) -> str:
+        """What is wrong with its body; "" if nothing. Its pictures are not decoded before it is run. refusal:
+        why its model cannot see pictures; "": it can."""
+        try:
+            lift = lift_pictures(self.body)
+            lift.check(refusal)
+            fill_in(self.body, [Picture(1, 1, b"", bytes(16))] * len(lift.files))
+            self.read_body(known)
+        except ChatServerError as error:
+            return str(error)
+        return ""
+
+    def result(self, status: int, body: Mapping[str, Any]) -> str:
+        """The line of the output file for its answer, or for an error with this status."""
+        response = {"status_code": status, "request_id": self.id, "body": body}
+        return as_json({"id": f"batch_req_{self.id}", "custom_id": self.custom_id, "response": response,
+                        "error": None})
 
 
 def read_line(number: int, text: bytes) -> Line:
-    """RequestError that says what is wrong with the line, and what is allowed."""
+    """Read a line. Raises RequestError that says what is wrong with it, and what is allowed."""
     def refuse(what: str) -> RequestError:
         return RequestError(f"line {number:,}: {what}", code="invalid_line")
+
     if len(text) > LONGEST_LINE:
         raise refuse(f"has more than {LONGEST_LINE:,} bytes")
     try:
@@ -78,7 +115,7 @@ def read_line(number: int, text: bytes) -> Line:
 
 
 def storable(text: str) -> str:
-    """The text as UTF-8 can hold it: JSON can escape halves of characters that it cannot."""
+    """The text in a form that UTF-8 can hold. JSON can escape halves of characters, which UTF-8 cannot."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -86,54 +123,16 @@ def line_id(number: int, text: bytes) -> str:
     return hashlib.sha256(b"%d %s" % (number, text)).hexdigest()[:32]
 
 
-def body_alone(line: Line) -> dict:
-    """The line's body without what goes beyond one answer: it is not streamed, kept or continued.
-    RequestError for one that continues another."""
-    if line.url != "/v1/responses":
-        return line.body | {"stream": False}
-    for name in ("previous_response_id", "conversation"):
-        if line.body.get(name):
-            raise bad_value(name, line.body[name], "left out in a batch, whose lines stand alone")
-    return line.body | {"stream": False, "store": False}
-
-
-def read_body_of(line: Line, known: Known) -> ParsedBody:
-    """The line's body as its route reads it; the seed of an answer that names none follows from the line."""
-    known = replace(known, settings=replace(known.settings, seed=line.seed))
-    parsed = read_answer(line.url, body_alone(line), known)
-    return replace(parsed, request=replace(parsed.request, id=line.id, low_priority=True, resumable=False))
-
-
-def problem_of(line: Line, known: Known, refusal: str) -> str:
-    """What is wrong with the line's body, whose pictures are only decoded when it is run; "" if nothing.
-    refusal: why its model cannot see pictures."""
-    try:
-        lift = lift_pictures(line.body)
-        lift.check(refusal)
-        fill_in(line.body, [Picture(1, 1, b"", bytes(16))] * len(lift.files))
-        read_body_of(line, known)
-    except ChatServerError as error:
-        return str(error)
-    return ""
-
-
-def result_of(line: Line, status: int, body: Mapping[str, Any]) -> str:
-    """The line of the output file for an answer, or for the error with this status."""
-    response = {"status_code": status, "request_id": line.id, "body": body}
-    return as_json({"id": f"batch_req_{line.id}", "custom_id": line.custom_id, "response": response,
-                    "error": None})
-
-
-def result_of_bad_line(number: int, error: ChatServerError, custom_id: str | None = None) -> str:
+def bad_line_result(number: int, error: ChatServerError, custom_id: str | None = None) -> str:
     return as_json({"id": f"batch_req_{number}", "custom_id": custom_id, "response": None,
                     "error": {"code": error.code, "message": str(error)}})
 
 
 def lasting_body(body: dict, created: int) -> dict:
-    """The body of an answer without PASSING, as if it had been made at `created`, in seconds since 1970, and
-    nothing had been cached, which Responses must say."""
+    """The body of an answer without PASSING, as if it had been made at `created`, in seconds since 1970, with
+    nothing cached. Responses must say how much was cached, so there it is 0."""
     for *path, name in PASSING:
-        for place in places(body, path):
+        for place in objects_at(body, path):
             place.pop(name, None)
     usage = body.get("usage")
     details = usage.get("input_tokens_details") if isinstance(usage, dict) else None
@@ -142,13 +141,13 @@ def lasting_body(body: dict, created: int) -> dict:
     return body | {name: created for name in ("created", "created_at") if name in body}
 
 
-def places(body: Any, path: Seq[Any]) -> Iterator[dict]:
-    """The objects at a path in a body, which may have any shape."""
+def objects_at(body: Any, path: Seq[Any]) -> Iterator[dict]:
+    """The objects at a path in a body of any shape."""
     if not path:
         if isinstance(body, dict):
             yield body
     elif path[0] is EACH:
         for each in body if isinstance(body, list) else ():
-            yield from places(each, path[1:])
+            yield from objects_at(each, path[1:])
     elif isinstance(body, dict):
-        yield from places(body.get(path[0]), path[1:])
+        yield from objects_at(body.get(path[0]), path[1:])

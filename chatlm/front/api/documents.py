@@ -1,8 +1,9 @@
-"""The text of documents: PDF, DOCX, PPTX, XLSX, EPUB, HTML. Runs only in a sandbox, one process for each.
+"""Extracts the text of documents: PDF, DOCX, PPTX, XLSX, EPUB, HTML. Runs only in a sandbox, each document in
+a process of its own.
 
-Libraries read the formats (the extra `documents`): pypdfium2 (PDFium, the quickest that is free for all
-uses), mammoth for DOCX, python-pptx, openpyxl, and markdownify for HTML, into which EPUB and DOCX are
-turned too."""
+Libraries read the formats (the extra `documents`): pypdfium2 (PDFium, the fastest one that is free for all
+uses), mammoth for DOCX, python-pptx, openpyxl, and markdownify for HTML. EPUB and DOCX are turned into HTML
+first."""
 
 from __future__ import annotations
 
@@ -20,25 +21,23 @@ from xml.etree import ElementTree
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ConfigError, RequestError, named, require_library, shown
 from chatlm.common.invocation import pip_command
-from chatlm.common.messages.protocol import Result
+from chatlm.common.messages.protocol import SandboxResult
 
-# most that an archive may hold
-UNPACKED_BYTES = 256 << 20
-MEMBERS = 10_000
-# of a sheet, those that are read
-ROW_CELLS = 256
-ROWS = 100_000
+UNPACKED_BYTES = 256 << 20  # an archive may hold at most this much,
+MEMBERS = 10_000            # in at most so many files
+ROWS = 100_000              # this many rows of a sheet are read,
+ROW_CELLS = 256             # and this many cells of a row
 PACKAGES = "markdownify", "mammoth", "openpyxl", "pypdfium2", "python-pptx"  # the extra `documents`
 FORMATS = "PDF, DOCX, PPTX, XLSX, EPUB and HTML"
 
 
 class Document(NamedTuple):
-    """What a format's reader returns. parts: the text of its pages, read one by one, as far as needed."""
+    """What a format's reader returns."""
 
-    parts: Iterable[str]
-    pages: int | None = None  # pages, slides, sheets or chapters; None: the format has none
+    parts: Iterable[str]      # the texts of its pages, read one by one, as far as needed
+    pages: int | None = None  # how many pages, slides, sheets or chapters; None: the format has none
     noun: str = "part"        # what one of them is called
-    marked: bool = False      # does each begin with its number or name?
+    marked: bool = False      # is each text put under the number of its page?
     notes: str = ""           # what was left out
 
 
@@ -89,7 +88,7 @@ def read_pdf(data: bytes) -> Document:
 
 # archives
 
-def archive_of(data: bytes) -> zipfile.ZipFile:
+def open_archive(data: bytes) -> zipfile.ZipFile:
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))
         members = archive.infolist()
@@ -106,23 +105,23 @@ def archive_of(data: bytes) -> zipfile.ZipFile:
 def read_docx(data: bytes) -> Document:
     mammoth = library("mammoth", "DOCX")
     html = mammoth.convert_to_html(io.BytesIO(data), convert_image=lambda image: []).value
-    return Document([markdown_of(html)])
+    return Document([to_markdown(html)])
 
 
 def read_pptx(data: bytes) -> Document:
     slides = library("pptx", "PPTX").Presentation(io.BytesIO(data)).slides
-    return Document((("\n\n".join(texts_of(slide))) for slide in slides), len(slides), "slide", True)
+    return Document((("\n\n".join(slide_texts(slide))) for slide in slides), len(slides), "slide", True)
 
 
-def texts_of(slide: Any) -> Iterator[str]:
-    """The texts of a slide's shapes, those of groups too, and of its notes."""
+def slide_texts(slide: Any) -> Iterator[str]:
+    """The texts of a slide's shapes, also of those in groups, and of its notes."""
     waiting = [*reversed(slide.shapes)]
     while waiting:
         shape = waiting.pop()
         if hasattr(shape, "shapes"):
             waiting += reversed(shape.shapes)
         elif getattr(shape, "has_table", False):
-            yield "\n".join(row_of(cell.text for cell in row.cells) for row in shape.table.rows)
+            yield "\n".join(table_row(cell.text for cell in row.cells) for row in shape.table.rows)
         elif getattr(shape, "has_text_frame", False) and shape.text_frame.text.strip():
             yield shape.text_frame.text
     if slide.has_notes_slide and slide.notes_slide.notes_text_frame is not None:
@@ -130,7 +129,7 @@ def texts_of(slide: Any) -> Iterator[str]:
             yield f"Notes: {notes}"
 
 
-def row_of(cells: Iterable[str]) -> str:
+def table_row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell.replace("\n", " ").replace("|", "\\|").strip() for cell in cells) + " |"
 
 
@@ -146,7 +145,7 @@ def read_xlsx(data: bytes) -> Document:
             while cells and not cells[-1]:
                 cells.pop()
             if cells:
-                lines.append(row_of(cells))
+                lines.append(table_row(cells))
         return "\n".join(lines)
 
     return Document(map(text_of, sheets), len(sheets), "sheet",
@@ -154,7 +153,7 @@ def read_xlsx(data: bytes) -> Document:
 
 
 def read_epub(data: bytes) -> Document:
-    archive = archive_of(data)
+    archive = open_archive(data)
     names = set(archive.namelist())
     container = ElementTree.fromstring(archive.read("META-INF/container.xml"))
     package = next(each.attrib["full-path"] for each in container.iter() if each.tag.endswith("}rootfile"))
@@ -170,22 +169,22 @@ def read_epub(data: bytes) -> Document:
                   ElementTree.fromstring(archive.read("META-INF/encryption.xml")).iter()}
         if locked & set(chapters):
             raise refusal("the EPUB is encrypted, as books with a copy protection are", "encrypted")
-    return Document((markdown_of(archive.read(name)) for name in chapters), len(chapters), "chapter")
+    return Document((to_markdown(archive.read(name)) for name in chapters), len(chapters), "chapter")
 
 
 # HTML
 
 def read_html(data: bytes) -> Document:
-    return Document([markdown_of(data)])
+    return Document([to_markdown(data)])
 
 
-def markdown_of(html: str | bytes) -> str:
+def to_markdown(html: str | bytes) -> str:
     """HTML as Markdown: headings, lists, tables, code; without links, pictures, scripts and styles."""
     markdownify = library("markdownify", "HTML")
-    soup_of = library("bs4", "HTML").BeautifulSoup
-    soup = seen(soup_of(html, "lxml"))
-    whole = seen(soup_of(html, "html.parser"))
-    if len(soup.get_text()) < 0.9 * len(whole.get_text()):  # it ends where elements nest 256 times
+    parse = library("bs4", "HTML").BeautifulSoup
+    soup = without_hidden(parse(html, "lxml"))
+    whole = without_hidden(parse(html, "html.parser"))
+    if len(soup.get_text()) < 0.9 * len(whole.get_text()):  # lxml stops where elements nest 256 times
         soup = whole
     try:
         text = markdownify.MarkdownConverter(strip=["a", "img"], heading_style="ATX").convert_soup(soup)
@@ -194,8 +193,8 @@ def markdown_of(html: str | bytes) -> str:
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
-def seen(soup: Any) -> Any:
-    """Without what a reader does not see."""
+def without_hidden(soup: Any) -> Any:
+    """A document without what its reader does not see."""
     for hidden in soup(["script", "style", "noscript", "template", "svg", "head", "title"]):
         hidden.decompose()
     for hidden in soup(string=lambda text: text.__class__.__name__ not in ("NavigableString", "CData")):
@@ -212,12 +211,13 @@ HTML_BEGINS = (rb"(?i)(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*"
                rb"<(!doctype html|html|head|body)\b")
 
 
-def reader_of(data: bytes, name: str) -> tuple[str, Callable[[bytes], Document]]:
-    """The format by the file's first bytes; the name tells only HTML from other text."""
+def find_reader(data: bytes, name: str) -> tuple[str, Callable[[bytes], Document]]:
+    """A file's format, and its reader. The first bytes tell the format; the name only tells HTML from other
+    text."""
     if b"%PDF-" in data[:1024]:
         return "PDF", read_pdf
     if data.startswith(b"PK\3\4"):
-        names = archive_of(data).namelist()
+        names = open_archive(data).namelist()
         if "META-INF/container.xml" in names:
             return "EPUB", read_epub
         for folder, kind in OFFICE.items():
@@ -250,26 +250,26 @@ class Extracted(NamedTuple):
     cut: str | None  # what is missing, in words
 
 
-def extracted(data: bytes, name: str, cpu_s: float) -> Extracted:
-    """The text of a document. RequestError if there is none, or if it cannot be read."""
-    kind, read = reader_of(data, name)
+def extract_text(data: bytes, name: str, cpu_s: float) -> Extracted:
+    """The text of a document. Raises RequestError if it has none, or cannot be read."""
+    kind, read = find_reader(data, name)
     try:
         document = read(data)
-        return joined(kind, document, time.process_time() + cpu_s)
+        return join_parts(kind, document, time.process_time() + cpu_s)
     except (RequestError, MemoryError):
         raise
-    except Exception as error:  # a library stumbles over a broken file in its own ways
+    except Exception as error:  # each library has its own errors for a broken file
         raise refusal(f"the {kind} file is damaged: {named(error)[:200]}") from None
 
 
-def joined(kind: str, document: Document, deadline_s: float) -> Extracted:
-    """The text of a document's parts, up to the limit and to the deadline (of processor time)."""
+def join_parts(kind: str, document: Document, deadline_s: float) -> Extracted:
+    """The text of a document's parts, as far as the limit and the deadline (of processor time) allow."""
     texts = []
-    empty = []
+    empty = []    # numbers of pages without text
+    lacking = []  # what is missing, in words
     room = LIMITS.extracted_characters
     number = 0
-    cut = ""
-    of = f" of {document.pages:,}" if document.pages else ""
+    of_all = f" of {document.pages:,}" if document.pages else ""
     for number, part in enumerate(document.parts, 1):
         text = clean(part)
         if not text:
@@ -280,11 +280,11 @@ def joined(kind: str, document: Document, deadline_s: float) -> Extracted:
         texts.append(text[:room])
         room -= len(text) + 2
         if room <= 0:
-            cut = f"only the first {LIMITS.extracted_characters:,} characters" + (
-                f", up to {document.noun} {number:,}{of}" if document.pages else "")
+            up_to = f", up to {document.noun} {number:,}{of_all}" if document.pages else ""
+            lacking.append(f"only the first {LIMITS.extracted_characters:,} characters{up_to}")
             break
         if time.process_time() > deadline_s and number < (document.pages or 0):
-            cut = f"only up to {document.noun} {number:,}{of}: the rest takes too long to read"
+            lacking.append(f"only up to {document.noun} {number:,}{of_all}: the rest takes too long to read")
             break
     if not texts:
         what = f"its {number} {document.noun}s" if number > 1 else "it"
@@ -292,15 +292,14 @@ def joined(kind: str, document: Document, deadline_s: float) -> Extracted:
         raise refusal(f"the {kind} file has no text{why}", "no_text")
     if empty and kind == "PDF":
         which = ", ".join(map(str, empty[:10])) + (" and others" if len(empty) > 10 else "")
-        cut += "; " * bool(cut) + (f"no text on page{'s' * (len(empty) > 1)} {which}, which may be "
-                                   "pictures")
+        lacking.append(f"no text on page{'s' * (len(empty) > 1)} {which}, which may be pictures")
     if document.notes:
-        cut += "; " * bool(cut) + document.notes
-    return Extracted("\n\n".join(texts), document.pages, cut or None)
+        lacking.append(document.notes)
+    return Extracted("\n\n".join(texts), document.pages, "; ".join(lacking) or None)
 
 
 def clean(text: str) -> str:
-    """Without control characters, lone surrogates and spaces at the ends of lines."""
+    """The text without control characters, lone surrogates and spaces at the ends of lines."""
     text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "", text.replace("\r", "\n"))
     return re.sub(r"[^\S\n]+$", "", text, flags=re.MULTILINE).strip()
 
@@ -309,11 +308,11 @@ class DocumentTasks:
     """The sandbox's task for documents."""
 
     def __init__(self, limit_s: float):
-        self.soft_s = 0.6 * limit_s  # from here on, what has been read is the text
+        self.soft_s = 0.6 * limit_s  # after this much processor time, the text ends with what has been read
 
     def prepare(self, name: str):
         """Nothing is shared between documents."""
 
-    def extract(self, name: str, boundary: str, body: bytes) -> Result:
+    def extract(self, name: str, boundary: str, body: bytes) -> SandboxResult:
         data, name = part_of_form(body, boundary) if boundary else (body, name)
-        return Result([*extracted(bytes(data), name, self.soft_s)])
+        return SandboxResult([*extract_text(bytes(data), name, self.soft_s)])

@@ -1,4 +1,6 @@
-"""The native encoder, and what all encoders share: `Encoder`, `BlockEncoder`."""
+"""The native encoder, and the base classes of all encoders: `Encoder` and `BlockEncoder`.
+
+An encoder turns the events of one answer into the bytes that one API sends, as a stream or as one body."""
 
 from __future__ import annotations
 
@@ -34,31 +36,35 @@ def frame(value) -> bytes:
 
 
 def timings_body(done: Finished) -> dict:
-    return {"queue_ms": round(done.queue_ms, 1), "ttft_ms": round(done.ttft_ms, 1),
+    body = {"queue_ms": round(done.queue_ms, 1), "ttft_ms": round(done.ttft_ms, 1),
             "tokens_per_second": done.tokens_per_second and round(done.tokens_per_second, 1),
-            "drafted_tokens": done.usage.drafted_tokens, "accepted_tokens": done.usage.accepted_tokens,
-            **({"drafts": drafts} if (drafts := drafts_body(done.usage)) else {}),
-            **({"dropped_messages": done.dropped_messages} if done.dropped_messages else {})}
+            "drafted_tokens": done.usage.drafted_tokens, "accepted_tokens": done.usage.accepted_tokens}
+    if drafts := drafts_body(done.usage):
+        body["drafts"] = drafts
+    if done.dropped_messages:
+        body["dropped_messages"] = done.dropped_messages
+    return body
 
 
 def drafts_body(usage: Usage) -> dict[str, dict[str, int]]:
-    """What each source of drafts proposed and how much of it was right; sources without drafts are left
-    out."""
+    """How many tokens each source of drafts proposed, and how many of them were right. Sources without drafts
+    are left out."""
     return {source: {"drafted": drafted, "accepted": getattr(usage.accepted, source)}
             for source in DRAFT_SOURCES if (drafted := getattr(usage.drafted, source))}
 
 
-class Block:
+class AnswerBlock:
     """A part of an answer: text, reasoning, or a call of a function."""
 
     def __init__(self, kind: str, index: int, name: str):
         self.kind = kind
         self.index = index
         self.name = name
-        self.id, self.texts = secrets.token_hex(12), list[str]()  # see Encoder.derive_ids
-        self.calculator: list[dict] = []  # calls of the calculator, in text
+        self.id = secrets.token_hex(12)   # see Encoder.derive_ids
+        self.texts: list[str] = []
+        self.calculator: list[dict] = []  # calls of the calculator in its text
         self.characters = 0               # of its text so far
-        self.frame = b""  # how an event with more of its text begins
+        self.frame = b""                  # the beginning of an event with more of its text
 
     @property
     def text(self) -> str:
@@ -72,45 +78,49 @@ def usage_body(usage: Usage) -> dict[str, int]:
 
 
 class Choice:
-    """An encoder's state for one choice of an answer: its end, its blocks (OpenAI's streams keep only calls)
-    and, for OpenAI's APIs, the fields below."""
+    """What an encoder knows of one choice of an answer: its end, its blocks (OpenAI's streams keep only
+    calls) and more for OpenAI's APIs."""
 
     def __init__(self, index: int, tokenizer: Tokenizer, skips_specials: bool = True):
         self.index = index
         self.done: Finished = None  # pyright: ignore[reportAttributeAccessIssue]  until it has ended
-        self.blocks: list[Block] = []
-        self.origin = ""                            # what the ids of its blocks follow from; "": random
-        self.held: tuple[TokenLogprob, ...] = ()    # log-probabilities of tokens that have no text yet
-        self.held_ids: tuple[int, ...] = ()         # and their ids
-        self.token_ids: list[int] = []              # for a whole body
-        self.logprobs: dict[str, list[bytes]] = {}  # for a whole body, in JSON
-        self.prompt_logprobs: list[bytes] = []      # also
-        self.echoed = False                         # whether the prompt has been put before its text
+        self.blocks: list[AnswerBlock] = []
+        self.origin = ""              # the ids of its blocks are derived from this; "": they are random
+        # for OpenAI's APIs
         self.tokenizer = tokenizer
         self.skips_specials = skips_specials
-        self.offset = 0                             # of its text so far, for text_offset
-        self.counter = CallCounter()                # of the calculator's calls in all of its text
-        self.calculator: list[dict] = []            # these, for a whole body
+        self.held: tuple[TokenLogprob, ...] = ()  # log-probabilities of tokens that have no text yet
+        self.held_ids: tuple[int, ...] = ()       # ids of such tokens
+        self.echoed = False           # has the prompt been put before its text?
+        self.offset = 0               # characters of its text so far, for text_offset
+        self.counter = CallCounter()  # counts the calculator's calls in its text
+        # the same, for an answer that is sent whole
+        self.token_ids: list[int] = []
+        self.logprobs: dict[str, list[bytes]] = {}  # in JSON
+        self.prompt_logprobs: list[bytes] = []      # in JSON
+        self.calculator: list[dict] = []
 
     @cached_property
     def decoder(self) -> StreamDecoder:
-        """For text_offset, and the text of a prompt. An answer without a text makes none."""
+        """Decodes tokens for text_offset and for an echoed prompt. Only made if one of these is needed."""
         return answer_decoder(self.tokenizer, None, self.skips_specials)
 
-    def block(self, delta: Delta) -> Block:
-        """The block that grows: the last one or, for another kind or a call that begins, a new one."""
+    def block(self, delta: Delta) -> AnswerBlock:
+        """The block that a delta belongs to: the last one or, if its kind is another or a call begins, a new
+        one."""
         kind = "text" if delta.kind == "calculator" else delta.kind
         if delta.name or not self.blocks or self.blocks[-1].kind != kind:
-            self.blocks.append(block := Block(kind, len(self.blocks), delta.name))
+            block = AnswerBlock(kind, len(self.blocks), delta.name)
             if self.origin:
                 block.id = hashlib.sha256(f"{self.origin}/{block.index}".encode()).hexdigest()[:24]
+            self.blocks.append(block)
         return self.blocks[-1]
 
     def text(self, kind: str) -> str:
         return "".join(block.text for block in self.blocks if block.kind == kind)
 
     @property
-    def calls(self) -> list[Block]:
+    def calls(self) -> list[AnswerBlock]:
         return [block for block in self.blocks if block.kind == "call"]
 
     def encoded_logprobs(self, beside: Mapping) -> Iterator[bytes]:
@@ -132,7 +142,8 @@ PROGRESS_FIELDS = "queue_position", "prompt_tokens", "prompt_tokens_done"
 
 
 class Encoder:
-    """Turns the events of an answer into the bytes its API sends."""
+    """Turns the events of an answer into the bytes that its API sends: with `encode` event by event, or with
+    `collect` and `completion` as one body."""
 
     ping = b": ping\n\n"
     content_type = "text/event-stream; charset=utf-8"
@@ -145,19 +156,19 @@ class Encoder:
         self.tokenizer: Tokenizer = tokenizer  # pyright: ignore[reportAttributeAccessIssue]  who needs it has it
         self.repeated_bytes = len(parsed.repeated)
         skips = self.request.params.skip_special_tokens
-        self.choices = [Choice(index, self.tokenizer, skips) for index in
-                        range((len(self.request.prompts) or 1) * self.request.n)]
+        count = (len(self.request.prompts) or 1) * self.request.n
+        self.choices = [Choice(index, self.tokenizer, skips) for index in range(count)]
         if self.request.low_priority:  # it may be a line of a batch that another server has answered before
             self.derive_ids()
 
     def derive_ids(self):
-        """Make the ids of calls and items follow from the request's, so that its answer is always the
-        same."""
+        """Derive the ids of calls and items from the request's id, so that its answer is always the same."""
         for choice in self.choices:
             choice.origin = f"{self.request.id}/{choice.index}"
 
     def start(self, accepted: Accepted) -> bytes:
-        return b""                     # the headers alone tell that the request was accepted
+        """The first frames of a stream. None are needed: the headers say that the request was accepted."""
+        return b""
 
     def failed(self, error: ChatServerError) -> bytes:
         """The frames that end a stream after an error."""
@@ -165,10 +176,11 @@ class Encoder:
 
     @staticmethod
     def lone_failure(error: ChatServerError) -> bytes:
-        """Such a frame without the answer's state, which a recording outlives."""
+        """The same without the answer's state, for a recording that outlives its answer."""
         return frame(openai_error(error))
 
     def encode(self, event: Event) -> bytes:
+        """The frames of a stream for an event; b"" for none."""
         raise NotImplementedError
 
     def collect(self, event: Any) -> int:
@@ -176,13 +188,13 @@ class Encoder:
         raise NotImplementedError
 
     def completion(self) -> Iterator[bytes]:
-        """The whole answer, in parts."""
+        """The whole answer, in parts, after its last event was collected."""
         raise NotImplementedError
         yield b""
 
     async def collect_all(self, events: AsyncIterator[Event], grow: Callable[[int], object]) -> bytes:
-        """The whole answer, once its events have come. `grow` is told how many bytes more are kept, and may
-        raise."""
+        """The whole answer, once its events have come. `grow` is called with the bytes that each event takes,
+        and may raise."""
         async for event in events:
             if not isinstance(event, Accepted | PromptProgress):
                 grow(self.collect(event))
@@ -202,7 +214,7 @@ class Encoder:
         return frame(body)
 
     def usage(self) -> Usage:
-        """Tokens of all choices: each prompt counts once, each answer separately.
+        """The tokens of all choices. A prompt counts once, each answer to it separately.
 
         Raises EngineFailure if a choice has not ended."""
         ends = [choice.done for choice in self.choices]
@@ -220,15 +232,17 @@ class NativeEncoder(Encoder):
 
     @classmethod
     def members(cls, delta: Delta, counter: CallCounter) -> dict:
-        """What a frame has of a delta; {} for none. Old clients skip all but tokens."""
-        if (call := counter.place(delta)) is not None:
+        """The members of a delta's frame; {}: it has no frame. Old clients read only `token`."""
+        call = counter.place(delta)
+        if call is not None:
             return {"calculator": call}
         return {cls.MEMBERS[delta.kind]: delta.text} if delta.kind in cls.MEMBERS else {}
 
     def encode(self, event: Piece | Finished) -> bytes:
         if isinstance(event, Piece):
-            said = [self.members(delta, self.choices[0].counter) for delta in event.deltas]
-            return b"".join([frame({**members, "gpu": event.gpu}) for members in said if members])
+            counter = self.choices[0].counter
+            frames = [self.members(delta, counter) for delta in event.deltas]
+            return b"".join([frame({**members, "gpu": event.gpu}) for members in frames if members])
         self.choices[0].done = event
         return frame({"done": True, "finish_reason": event.reason, "stop_reason": event.stop_reason,
                       "gpu": event.gpu, "usage": usage_body(self.usage()), "timings": timings_body(event),
@@ -236,52 +250,56 @@ class NativeEncoder(Encoder):
 
 
 class BlockEncoder(Encoder):
-    """Turns events into an answer that is a list of blocks: each begins, grows and ends before the next."""
+    """Turns events into an answer that is a list of blocks. Each begins, grows and ends before the next one
+    begins. A subclass writes these moments for its API."""
 
-    # What an API makes of a block, of the end, and of a whole answer
-    opened: Callable[[Block], bytes]
-    grown: Callable[..., bytes]  # with its text, and maybe a call of the calculator
-    closed: Callable[[Block], bytes]
-    end: Callable[[], bytes]
-    body: Callable[[], dict]
+    open_block: Callable[[AnswerBlock], bytes]
+    grow_block: Callable[..., bytes]  # with the new text, and maybe a call of the calculator
+    close_block: Callable[[AnswerBlock], bytes]
+    end: Callable[[], bytes]          # of the answer
+    body: Callable[[], dict]          # of a whole answer
 
     @property
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[AnswerBlock]:
         return self.choices[0].blocks
 
     def encode(self, event: Piece | Finished) -> bytes:
         if isinstance(event, Piece):
-            return b"".join(map(self._grow, event.deltas))
+            return b"".join(map(self._add, event.deltas))
         self.choices[0].done = event
-        last = b"" if self.blocks else self._grow(Delta("text", ""))  # clients expect a part
-        return last + self.closed(self.blocks[-1]) + self.end()
+        first = b"" if self.blocks else self._add(Delta("text", ""))  # clients expect at least one part
+        return first + self.close_block(self.blocks[-1]) + self.end()
 
-    def _grow(self, delta: Delta) -> bytes:
+    def _add(self, delta: Delta) -> bytes:
+        """Add a delta to its block, after ending the block before it if that is another one."""
         before = self.blocks[-1] if self.blocks else None
         block = self.choices[0].block(delta)
-        more = b""
+        frames = b""
         if block is not before:
-            more = (self.closed(before) if before else b"") + self.opened(block)
+            frames = (self.close_block(before) if before else b"") + self.open_block(block)
         if not delta.text:
-            return more
+            return frames
         if delta.kind == "calculator":
-            return more + self._calculate(block, delta)
+            return frames + self._calculate(block, delta)
         block.texts.append(delta.text)
         block.characters += len(delta.text)
-        return more + self.grown(block, delta.text)
+        return frames + self.grow_block(block, delta.text)
 
-    def start_in(self, block: Block) -> int:
-        """How many characters precede what comes next in the text that clients see as one: the block's."""
+    def start_in(self, block: AnswerBlock) -> int:
+        """Where a call of the calculator stands: after how many characters of the text that clients see as
+        one. That is the block's text, unless a subclass says otherwise."""
         return block.characters
 
-    def _calculate(self, block: Block, delta: Delta) -> bytes:
+    def _calculate(self, block: AnswerBlock, delta: Delta) -> bytes:
         call = {"start": self.start_in(block), **json.loads(delta.text)}
         block.calculator.append(call)
-        return self.grown(block, "", {"index": len(block.calculator) - 1, **call})
+        return self.grow_block(block, "", {"index": len(block.calculator) - 1, **call})
 
     def collect(self, event: Piece | Finished) -> int:
         self.encode(event)
-        return 100 + sum(len(delta.text) for delta in event.deltas) if isinstance(event, Piece) else 0
+        if not isinstance(event, Piece):
+            return 0
+        return 100 + sum(len(delta.text) for delta in event.deltas)
 
     def completion(self) -> Iterator[bytes]:
         yield dump(self.body())
@@ -294,13 +312,14 @@ class BlockEncoder(Encoder):
 
 
 def calculator_member(calls: Seq[Mapping]) -> dict:
-    """The member that stands beside a text with such calls."""
+    """The member that stands beside a text with these calls of the calculator."""
     return {"calculator": calls} if calls else {}
 
 
-def arguments_of(text: str) -> dict:
-    """The arguments of a call; {} where its JSON was cut."""
+def parsed_arguments(text: str) -> dict:
+    """The arguments of a call; {} if its JSON was cut."""
     with suppress(ValueError):
-        if isinstance(arguments := json.loads(text), dict):
+        arguments = json.loads(text)
+        if isinstance(arguments, dict):
             return arguments
     return {}

@@ -1,4 +1,4 @@
-"""Answers as OpenAI's Completions and Chat Completions write them."""
+"""Encoders of OpenAI's Completions and Chat Completions."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from chatlm.common.jsontext import dump, is_text
 from chatlm.common.messages.requests import Delta, Finished, Piece, PromptScores
 from chatlm.common.text.answer_decoder import answer_decoder, parts_of, without_calls
 from chatlm.front.api.encode import SYSTEM_FINGERPRINT, Encoder, calculator_member, timings_body
-from chatlm.front.api.logprobs import entries, listed, logprob_number, token_text
+from chatlm.front.api.logprobs import entries, with_requested_tops, logprob_number, token_text
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Accepted, TokenLogprob
-    from chatlm.front.api.encode import Block, Choice
+    from chatlm.front.api.encode import AnswerBlock, Choice
 
 
 NOTHING = Piece()
 
 
 class OpenAIEncoder(Encoder):
-    """Turns events into chunks of a stream, or into one body. Both OpenAI routes share this."""
+    """Turns events into chunks of a stream, or into one body. The encoders of both routes share this."""
 
     id_prefix = ""
     chunk_object = ""
     whole_object = ""
     logprobs_beside: Mapping = {}  # fields of `logprobs` besides those of logprobs_body
-    scores_above = False           # is `prompt_logprobs` beside the choices, or in each?
+    scores_above = False           # True: `prompt_logprobs` is beside the choices; False: in each choice
     logprobs_body: Callable[[Choice, Seq[TokenLogprob]], dict]
 
     def __init__(self, *arguments):
@@ -42,17 +42,19 @@ class OpenAIEncoder(Encoder):
         raise NotImplementedError
 
     def logprobs(self, choice: Choice, part: Piece) -> dict | None:
-        return ({**self.logprobs_body(choice, part.logprobs), **self.logprobs_beside}
-                if part.logprobs else None)
+        if not part.logprobs:
+            return None
+        return {**self.logprobs_body(choice, part.logprobs), **self.logprobs_beside}
 
     @property
     def shows_prompt(self) -> bool:
-        """Are the prompt's log-probabilities among those of the answer, or in `prompt_logprobs` alone?"""
+        """Are the prompt's log-probabilities listed with those of the answer? Else they are only in
+        `prompt_logprobs`."""
         return self.parsed.echo and self.request.params.logprobs is not None
 
     def take(self, choice: Choice, event: Piece | PromptScores | Finished) -> Piece:
-        """What to send, with the log-probabilities of its tokens. Those of a stop string are left out, unless
-        the prompt was scored too."""
+        """What to send for an event, with the log-probabilities of its tokens. Those of a stop string are
+        left out, unless the prompt was scored too."""
         held = choice.held
         choice.held = ()
         ids = choice.held_ids
@@ -76,19 +78,22 @@ class OpenAIEncoder(Encoder):
         return entries(logprobs, self.request.params, self.tokenizer)
 
     def prompt_entries(self, logprobs: Seq[TokenLogprob], top: int) -> list[dict | None]:
-        """vLLM's `prompt_logprobs`: by their ids the token itself and the `top` likeliest ones; None for the
-        first token, which nothing precedes."""
+        """vLLM's `prompt_logprobs`: an object for each token, in which the token and the `top` likeliest ones
+        stand under their ids. None for the first token, which nothing precedes."""
         def entry(token: int, logprob: float | None, rank: int | None) -> dict:
             return {"logprob": logprob_number(logprob), "rank": rank,
                     "decoded_token": token_text(self.tokenizer, token)[0]}
-        return [None if scored.logprob is None else
-                {str(token): entry(token, logprob, rank) for token, logprob, rank in (
-                    (scored.token, scored.logprob, scored.rank),
-                    *((*likely, rank) for rank, likely in enumerate(scored.top[:top], 1)
-                      if likely[0] != scored.token))} for scored in logprobs]
+
+        def entries_at(scored: TokenLogprob) -> dict:
+            own = {str(scored.token): entry(scored.token, scored.logprob, scored.rank)}
+            likeliest = enumerate(scored.top[:top], 1)
+            return own | {str(token): entry(token, logprob, rank)
+                          for rank, (token, logprob) in likeliest if token != scored.token}
+
+        return [None if scored.logprob is None else entries_at(scored) for scored in logprobs]
 
     def first_scored(self, choice: Choice) -> int:
-        """The number of the first token of its prompt that is scored."""
+        """The index of the first token of the choice's prompt that is scored."""
         starts = self.request.score_from
         return starts[choice.index // self.request.n] if starts else 0
 
@@ -98,16 +103,21 @@ class OpenAIEncoder(Encoder):
     def encode(self, event: Piece | PromptScores | Finished) -> bytes:
         choice = self.choices[event.choice]
         part = self.take(choice, event)
-        more = b"" if part == NOTHING else self.chunk(choice, self.body(choice, part) | self.ids(part.tokens))
+        frames = b""
+        if part != NOTHING:
+            frames = self.chunk(choice, self.body(choice, part) | self.ids(part.tokens))
         if choice.done:
-            more += self.chunk(choice, self.body(choice, NOTHING), last=True) + self.end()
-        return more
+            frames += self.chunk(choice, self.body(choice, NOTHING), last=True) + self.end()
+        return frames
 
     def chunk(self, choice: Choice, body: dict, last: bool = False) -> bytes:
         ending = self.ending(choice) if last else {"finish_reason": None}
-        return self.framed({"choices": [{"index": choice.index, **body, **ending}],
-                            **({"usage": None} if self.parsed.include_usage else {}),
-                            **({"timings": timings_body(choice.done)} if last else {})})
+        chunk: dict = {"choices": [{"index": choice.index, **body, **ending}]}
+        if self.parsed.include_usage:
+            chunk["usage"] = None
+        if last:
+            chunk["timings"] = timings_body(choice.done)
+        return self.framed(chunk)
 
     def ending(self, choice: Choice) -> dict:
         reason = "tool_calls" if choice.calls and choice.done.reason == "stop" else choice.done.reason
@@ -117,10 +127,12 @@ class OpenAIEncoder(Encoder):
         return self.begin + dump({"choices": []} | body)[1:] + b"\n\n"
 
     def end(self) -> bytes:
-        """What follows the last chunk of the last choice: usage if asked for, and [DONE]."""
+        """What follows the last chunk of the last choice: the usage, if asked for, and [DONE]."""
         if not all(choice.done for choice in self.choices):
             return b""
-        usage = self.framed({"choices": [], "usage": self.usage_body()}) if self.parsed.include_usage else b""
+        usage = b""
+        if self.parsed.include_usage:
+            usage = self.framed({"choices": [], "usage": self.usage_body()})
         return usage + b"data: [DONE]\n\n"
 
     def usage_body(self) -> dict:
@@ -147,18 +159,22 @@ class OpenAIEncoder(Encoder):
         choice.token_ids += part.tokens if self.parsed.token_ids else ()
         for delta in part.deltas:
             size += len(delta.text)
-            if (call := choice.counter.place(delta)) is not None:
+            call = choice.counter.place(delta)
+            if call is not None:
                 choice.calculator.append(call)
             else:
                 choice.block(delta).texts.append(delta.text)
         if self.request.params.logprobs is not None:  # kept as JSON: 2 KB per token instead of 14
             for name, values in self.logprobs_body(choice, part.logprobs).items():
-                choice.logprobs.setdefault(name, []).append(encoded := dump(values)[1:-1])
+                encoded = dump(values)[1:-1]
+                choice.logprobs.setdefault(name, []).append(encoded)
                 size += len(encoded)
         return size
 
     def completion(self) -> Iterator[bytes]:
-        """Yield the pieces of the whole answer as one body, for a client that does not stream."""
+        """Yield the pieces of the whole answer as one body.
+
+        The log-probabilities are JSON already, so they are put between the other members."""
         body = {**self.head, "object": self.whole_object, "usage": self.usage_body(),
                 "timings": timings_body(self.choices[0].done)}
         separator = dump(body)[:-1] + b', "choices": ['
@@ -213,13 +229,13 @@ class ChatEncoder(OpenAIEncoder):
         return {"message" if whole else "delta": message, "logprobs": self.logprobs(choice, part)}
 
     @staticmethod
-    def call_body(call: Block, arguments: str) -> dict:
+    def call_body(call: AnswerBlock, arguments: str) -> dict:
         return {"id": "call_" + call.id, "type": "function",
                 "function": {"name": call.name, "arguments": arguments}}
 
     def call_deltas(self, choice: Choice, part: Piece) -> list[dict]:
-        """The calls in a chunk: the whole call when it begins, then only more arguments. Each has one entry,
-        since clients that merge chunks do not merge the entries of one chunk."""
+        """The calls in a chunk: the whole call when it begins, afterwards only more arguments. Each call has
+        one entry, since clients that merge chunks do not merge the entries within a chunk."""
         entries: list[dict] = []
         for delta in part.deltas:
             if delta.kind != "call":
@@ -238,7 +254,7 @@ class ChatEncoder(OpenAIEncoder):
 
 
 class FunctionEncoder(ChatEncoder):
-    """`/v1/chat/completions` for clients that know `functions` only: a message has at most one call."""
+    """`/v1/chat/completions` for clients that only know `functions`: a message has at most one call."""
 
     def body(self, choice: Choice, part: Piece, whole: bool = False) -> dict:
         body = super().body(choice, part, whole)
@@ -249,8 +265,9 @@ class FunctionEncoder(ChatEncoder):
 
     def ending(self, choice: Choice) -> dict:
         ending = super().ending(choice)
-        called = ending["finish_reason"] == "tool_calls"
-        return ending | ({"finish_reason": "function_call"} if called else {})
+        if ending["finish_reason"] == "tool_calls":
+            ending["finish_reason"] = "function_call"
+        return ending
 
 
 class CompletionEncoder(OpenAIEncoder):
@@ -267,13 +284,14 @@ class CompletionEncoder(OpenAIEncoder):
         part = super().take(choice, event)
         if not self.parsed.echo or choice.echoed:
             return part
-        choice.echoed, prompt = True, self.prompt(choice)
-        said = [Delta("text", prompt)] if is_text(prompt) else self.shown(prompt)
-        said = [delta for delta in said if delta.text]
-        return part._replace(deltas=(*said, *part.deltas)) if said else part
+        choice.echoed = True
+        prompt = self.prompt(choice)
+        echo = [Delta("text", prompt)] if is_text(prompt) else self.decoded(prompt)
+        echo = [delta for delta in echo if delta.text]
+        return part._replace(deltas=(*echo, *part.deltas)) if echo else part
 
-    def shown(self, tokens: Seq[int]) -> list[Delta]:
-        """Token ids as an answer shows them."""
+    def decoded(self, tokens: Seq[int]) -> list[Delta]:
+        """Token ids in the form in which an answer shows them."""
         if not self.request.params.skip_special_tokens:
             return [Delta("text", self.tokenizer.show(tokens))]
         if self.tokenizer.tool_tokens is None:
@@ -287,29 +305,36 @@ class CompletionEncoder(OpenAIEncoder):
         return {"text": part.text, "logprobs": self.logprobs(choice, part), **calculator_member(calls)}
 
     def logprobs_body(self, choice: Choice, logprobs: Seq[TokenLogprob]) -> dict:
-        """Four lists; text_offset is where each token begins in the choice's text, in characters. With
-        return_token_ids also what chats have."""
+        """Four lists. text_offset says where each token begins in the choice's text, in characters. With
+        return_token_ids there is also `content`, as in chats."""
         prompt = self.prompt(choice)
-        # Special tokens appear as text only in an echoed prompt.
+        # special tokens appear as text only in an echoed prompt
         written = prompt if self.parsed.echo and isinstance(prompt, str) else ""
         texts = []
         offsets = []
         tops = []
-        for token, logprob, top, *_ in listed(logprobs, self.request.params):
+        for token, logprob, top, *_ in with_requested_tops(logprobs, self.request.params):
             texts.append(token_text(self.tokenizer, token)[0])
             offsets.append(choice.offset)
             name = self.tokenizer.special_names.get(token)
-            choice.offset += len(name) if name and written.startswith(name, choice.offset) else \
-                len(without_calls(choice.decoder.push(token)))
+            if name and written.startswith(name, choice.offset):
+                choice.offset += len(name)
+            else:
+                choice.offset += len(without_calls(choice.decoder.push(token)))
             tops.append(None if logprob is None else self.by_text(token, dict((*top, (token, logprob)))))
-        return {"tokens": texts, "token_logprobs": [logprob_number(scored.logprob) for scored in logprobs],
-                "top_logprobs": tops, "text_offset": offsets,
-                **({"content": self.entries(logprobs)} if self.parsed.token_ids else {})}
+        body = {"tokens": texts, "token_logprobs": [logprob_number(scored.logprob) for scored in logprobs],
+                "top_logprobs": tops, "text_offset": offsets}
+        if self.parsed.token_ids:
+            body["content"] = self.entries(logprobs)
+        return body
 
     def by_text(self, token: int, logprobs: Mapping[int, float]) -> dict[str, float | None]:
-        """Log-probabilities by the texts of their tokens. Of several with one text, `token` keeps it or else
-        the likeliest does; the others are called as vLLM calls tokens by their ids."""
-        taken = {token_text(self.tokenizer, token)[0]: token}
-        return {likely_text if taken.setdefault(likely_text, likely) == likely else f"token_id:{likely}":
-                logprob_number(logprob) for likely, logprob in logprobs.items()
-                for likely_text in [token_text(self.tokenizer, likely)[0]]}
+        """Log-probabilities by the texts of their tokens. If several tokens have one text, `token` keeps it,
+        or else the likeliest of them. The others are named by their ids, as in vLLM."""
+        owners = {token_text(self.tokenizer, token)[0]: token}
+        named = {}
+        for likely, logprob in logprobs.items():
+            text = token_text(self.tokenizer, likely)[0]
+            name = text if owners.setdefault(text, likely) == likely else f"token_id:{likely}"
+            named[name] = logprob_number(logprob)
+        return named

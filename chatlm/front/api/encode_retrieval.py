@@ -1,4 +1,4 @@
-"""Answers that are vectors of texts, rankings of documents or scores of pairs, as each API writes them."""
+"""Encoders of answers that are vectors of texts, rankings of documents or scores of pairs."""
 
 from __future__ import annotations
 
@@ -32,14 +32,17 @@ class EmbeddingsEncoder(Encoder):
             return 0
         vector = dump(event.vector)
         if self.parsed.details["encoding"] == "float":  # nine digits tell all float32 numbers apart
-            vector = b"[%s]" % ",".join(["%.9g" % number for number in numbers_of(event)]).encode()
+            vector = b"[%s]" % ",".join(["%.9g" % number for number in decoded_vector(event)]).encode()
         self.vectors[event.choice] = vector
         return len(vector)
 
     def without_work(self) -> bytes:
-        more = {"model": self.model, "embeddings": [], "total_duration": 0, "load_duration": 0,
-                "prompt_eval_count": 0} if self.parsed.api == "ollama embed" else {"embedding": []}
-        return dump(more) if "nothing" in self.parsed.details else b""
+        if "nothing" not in self.parsed.details:
+            return b""
+        if self.parsed.api == "ollama embed":
+            return dump({"model": self.model, "embeddings": [], "total_duration": 0, "load_duration": 0,
+                         "prompt_eval_count": 0})
+        return dump({"embedding": []})
 
     def completion(self) -> Iterator[bytes]:
         count = self.usage().prompt_tokens
@@ -67,7 +70,7 @@ class EmbeddingsEncoder(Encoder):
         yield b"]}"
 
 
-def numbers_of(event: Embedding) -> list[float]:
+def decoded_vector(event: Embedding) -> list[float]:
     return [number for number, in struct.iter_unpack("<f", base64.b64decode(event.vector))]
 
 
@@ -76,24 +79,26 @@ class ScoresEncoder(Encoder):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.found: list[list[float]] = [[]] * len(self.choices)
+        self.numbers: list[list[float]] = [[]] * len(self.choices)  # a score, or a vector, for each prompt
 
     def collect(self, event: Embedding | Finished) -> int:
-        """Keep a score, or a vector to compare; returns the bytes that it takes."""
+        """Keep a score, or a vector to compare; returns how many bytes it takes."""
         if not isinstance(event, Embedding):
             self.choices[event.choice].done = event
             return 0
-        self.found[event.choice] = numbers = numbers_of(event)
+        numbers = decoded_vector(event)
+        self.numbers[event.choice] = numbers
         return 100 + 32 * len(numbers)
 
     def completion(self) -> Iterator[bytes]:
         count = self.usage().prompt_tokens
-        yield dump(FORMS[self.parsed.api](self, {"prompt_tokens": count, "total_tokens": count}))
+        write = FORMS[self.parsed.api]
+        yield dump(write(self, {"prompt_tokens": count, "total_tokens": count}))
 
     @property
     def raw(self) -> list[float]:
         """The logits of the pairs, in the order in which they were sent."""
-        return [number for number, in self.found]
+        return [number for number, in self.numbers]
 
     @property
     def scores(self) -> list[float]:
@@ -101,10 +106,11 @@ class ScoresEncoder(Encoder):
 
     @property
     def cosines(self) -> list[float]:
-        """Of pairs of vectors of length 1: the first texts come before the second ones."""
+        """The cosines of pairs. The vectors, of length 1, are first those of all first texts, then those of
+        all second texts."""
         pairs = self.parsed.details["pairs"]
-        first = self.found[:-pairs]
-        second = self.found[-pairs:]
+        first = self.numbers[:-pairs]
+        second = self.numbers[-pairs:]
         first = first * pairs if len(first) == 1 else first
         return [math.fsum(map(operator.mul, a, b)) for a, b in zip(first, second)]
 
@@ -118,32 +124,30 @@ class ScoresEncoder(Encoder):
         return [{"index": index, score: scores[index], **(document(texts[index]) if texts else {})}
                 for index in best]
 
+    def rerank_body(self, usage: dict) -> dict:
+        return {"id": "rerank-" + self.request.id, "object": "list", "model": self.model,
+                "results": self.ranked("relevance_score", lambda text: {"document": {"text": text}}),
+                "usage": usage, "meta": {"billed_units": {"search_units": 1}}}
+
+    def tei_body(self, usage: dict) -> list[dict]:
+        return self.ranked("score", lambda text: {"text": text})
+
+    def score_body(self, usage: dict) -> dict:
+        scores = self.cosines if self.parsed.api == "cosines" else self.scores
+        return {"id": "score-" + self.request.id, "object": "list", "created": int(time.time()),
+                "model": self.model, "usage": usage,
+                "data": [{"index": index, "object": "score", "score": score}
+                         for index, score in enumerate(scores)]}
+
 
 def sigmoid(score: float) -> float:
     return 1 / (1 + math.exp(-score)) if score >= 0 else 1 - 1 / (1 + math.exp(min(score, 700)))
 
 
-def rerank_body(encoder: ScoresEncoder, usage: dict) -> dict:
-    return {"id": "rerank-" + encoder.request.id, "object": "list", "model": encoder.model,
-            "results": encoder.ranked("relevance_score", lambda text: {"document": {"text": text}}),
-            "usage": usage, "meta": {"billed_units": {"search_units": 1}}}
-
-
-def tei_body(encoder: ScoresEncoder, usage: dict) -> list[dict]:
-    return encoder.ranked("score", lambda text: {"text": text})
-
-
-def score_body(encoder: ScoresEncoder, usage: dict) -> dict:
-    scores = encoder.cosines if encoder.parsed.api == "cosines" else encoder.scores
-    return {"id": "score-" + encoder.request.id, "object": "list", "created": int(time.time()),
-            "model": encoder.model, "usage": usage,
-            "data": [{"index": index, "object": "score", "score": score}
-                     for index, score in enumerate(scores)]}
-
-
 FORMS: dict[str, Callable[[ScoresEncoder, dict], dict | list[dict]]] = {
-    "rerank": rerank_body, "llama rerank": rerank_body, "tei rerank": tei_body, "score": score_body,
-    "cosines": score_body}
+    "rerank": ScoresEncoder.rerank_body, "llama rerank": ScoresEncoder.rerank_body,
+    "tei rerank": ScoresEncoder.tei_body, "score": ScoresEncoder.score_body,
+    "cosines": ScoresEncoder.score_body}
 RETRIEVAL_ENCODERS: dict[str, type[Encoder]] = {
     **dict.fromkeys(("embeddings", "ollama embed", "ollama embeddings", "tei embed"), EmbeddingsEncoder),
     **dict.fromkeys(FORMS, ScoresEncoder)}

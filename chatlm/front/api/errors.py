@@ -1,6 +1,6 @@
-"""An error on its way to a client: one conversion, and the body in which the clients of each API read it.
+"""Errors on their way to a client: one conversion, and the body of each API.
 
-Errors are raised deep, and `public_error` alone makes of an exception what a client may see. Three sinks send
+Errors are raised deep. Only `public_error` turns an exception into what a client may see. Three sinks send
 that: a response (`errors_to_responses`), the last frame of a stream (`Encoder.failed`), and the result of a
 line of a batch (`failed_answer`)."""
 
@@ -12,8 +12,8 @@ from chatlm.common.log import log
 
 
 def public_error(error: BaseException | None) -> ChatServerError:
-    """What a client may see of an exception: our own errors as they are. Of others the log has the details,
-    and a client learns no more than whether memory is short."""
+    """What a client may see of an exception. Our own errors stay as they are. Others are logged with their
+    details, and a client only learns whether memory was short."""
     if isinstance(error, ChatServerError):
         return error
     lack = error and lack_of_memory(error)
@@ -29,7 +29,7 @@ def openai_error(error: ChatServerError) -> dict:
 
 
 def native_error(error: ChatServerError) -> dict:
-    """nanochat's, and OpenAI's for a client of that API whose base URL lacks /v1."""
+    """nanochat's body, and OpenAI's too, for an OpenAI client whose base URL lacks /v1."""
     return {"detail": str(error), **openai_error(error)}
 
 
@@ -53,12 +53,12 @@ def response_error(error: ChatServerError) -> dict:
 
 
 def is_plain(error: ChatServerError) -> bool:
-    """Is nanochat's `detail` all that its clients read of an error? `chat --url` needs the code of a prompt
-    that is too long."""
+    """Is nanochat's `detail` enough as the body of an error? Not if the prompt is too long: `chat --url`
+    reads the code of that error."""
     return error.status == 400 and error.code != TOO_LONG
 
 
 def failed_answer(error: BaseException) -> tuple[int, dict]:
-    """(status, body) of a line of a batch that has no answer: its endpoints are all OpenAI's."""
+    """(status, body) for a line of a batch that has no answer. Batches only have OpenAI's endpoints."""
     public = public_error(error)
     return public.status, openai_error(public)

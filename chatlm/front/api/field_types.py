@@ -1,4 +1,4 @@
-"""The types of fields that the APIs share, also of those that ask for a grammar."""
+"""The types of fields that the APIs share, including the fields that ask for a grammar."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from chatlm.common.text.calculations import STRAY_MARKS
 from chatlm.common.text.grammar import json_grammar, lark_grammar, require_llguidance
 from chatlm.common.text.patterns import check_regex, in_slashes
 from chatlm.front.api.fields import (
-    A_FUNCTION, A_TEXT, A_TOKEN, TEXT_OR_NULL, TEXT_OR_TOKEN, Field, FieldType, as_count, list_schema,
-    listed, matches, member_of, object_schema, prompt_list, read_choice, refused)
+    A_FUNCTION, A_TEXT, A_TOKEN, TEXT_OR_NULL, TEXT_OR_TOKEN, Field, FieldType, as_count, as_list, as_prompts,
+    list_schema, matches, object_schema, read_choice, refused, value_at)
 
 
 RESPONSE_FORMATS = ("text", "json_object", "json_schema", "json", "regex")
 
 
 def response_grammar(value: dict, param: str = "response_format") -> tuple[str, str]:
-    """The grammar for a response format ("" for plain text), and the field that asks for it."""
+    """The grammar of a response format, and the field that asks for it. Plain text has no grammar: ""."""
     format_type = value.get("type")
     if format_type == "text":
         return "", param
     if format_type not in RESPONSE_FORMATS:
         raise bad_value(param, format_type, "an object of type text, json_object, json_schema or regex")
     if format_type == "regex":
-        if not is_text(regex := value.get("value", value.get("regex"))):
+        regex = value.get("value", value.get("regex"))
+        if not is_text(regex):
             raise bad_value(param, value, "an object of type regex whose value is a regular expression")
         return other_grammar(regex, "regex", param)
     schema = format_schema(value, param)
@@ -44,18 +45,22 @@ def response_grammar(value: dict, param: str = "response_format") -> tuple[str, 
 
 
 def format_schema(value: dict, param: str):
-    """The schema in a response format; None if there is none, RequestError where two differ. OpenAI's is in
-    json_schema and llama-server's in schema. TGI's is in value; huggingface_hub turns OpenAI's into it."""
-    found = {}
-    if isinstance(holder := value.get("json_schema"), dict):
-        found["json_schema.schema"] = holder.get("schema")
-    found["schema"] = value.get("schema")
-    holder = value.get("value")
-    if isinstance(holder, dict) and "schema" in holder and "type" not in holder:
-        found["value.schema"] = holder["schema"]
+    """The schema in a response format; None if there is none. Raises RequestError if there are two that
+    differ.
+
+    OpenAI has it in json_schema, llama-server in schema. TGI has it in value, and huggingface_hub moves
+    OpenAI's there."""
+    schemas = {}
+    openai = value.get("json_schema")
+    if isinstance(openai, dict):
+        schemas["json_schema.schema"] = openai.get("schema")
+    schemas["schema"] = value.get("schema")
+    tgi = value.get("value")
+    if isinstance(tgi, dict) and "schema" in tgi and "type" not in tgi:
+        schemas["value.schema"] = tgi["schema"]
     else:
-        found["value"] = holder
-    schemas = {name: schema for name, schema in found.items() if schema is not None}
+        schemas["value"] = tgi
+    schemas = {name: schema for name, schema in schemas.items() if schema is not None}
     (first, schema), *others = schemas.items() or [("", None)]
     for name, other in others:
         if other != schema:
@@ -64,7 +69,7 @@ def format_schema(value: dict, param: str):
 
 
 def nested_grammar(value: dict, param: str) -> tuple[str, str]:
-    """response_grammar of `format` in a field that says more about the answer."""
+    """The response_grammar of a field that has the format in its member `format`."""
     form = value.get("format")
     if form is not None and not isinstance(form, dict):
         raise bad_value(param, form, "an object whose format is an object")
@@ -76,7 +81,7 @@ GBNF_RULE = re.compile(r"^\s*[A-Za-z0-9_-]+\s*::=", re.MULTILINE)  # a rule of L
 
 
 def other_grammar(value, language: str, param: str) -> tuple[str, str]:
-    """The grammar for a constraint of vLLM's or llama-server's, and the field that asks for it."""
+    """The grammar of a constraint of vLLM's or llama-server's, and the field that asks for it."""
     grammar = ""
     require_llguidance(param)
     try:
@@ -103,7 +108,7 @@ def other_grammar(value, language: str, param: str) -> tuple[str, str]:
 
 
 def structured_outputs(value: dict) -> tuple[str, str]:
-    """vLLM's structured_outputs: an object with one constraint."""
+    """The grammar of vLLM's structured_outputs, an object with one constraint."""
     constraints = {name: constraint for name, constraint in value.items()
                    if constraint is not None and constraint is not False}
     types = {field.name.removeprefix("guided_"): field.type for field in CONSTRAINT_FIELDS[:4]}
@@ -118,11 +123,11 @@ def structured_outputs(value: dict) -> tuple[str, str]:
 
 
 def one_constraint(values: Mapping) -> tuple[str, str]:
-    """The grammar that a request asks for, and the field that does; RequestError if several ask for different
-    ones. guidance's client says the same in two fields."""
-    asked = [values[name] for name in ("response_format", *(field.name for field in CONSTRAINT_FIELDS))
-             if name in values and values[name][0]]
-    (grammar, first), *others = asked or [("", "")]
+    """The grammar that a request asks for, and the field that asks for it. Raises RequestError if two fields
+    ask for different grammars. Two may ask for the same one, as guidance's client does."""
+    fields = ("response_format", *(field.name for field in CONSTRAINT_FIELDS))
+    grammars = [values[name] for name in fields if name in values and values[name][0]]
+    (grammar, first), *others = grammars or [("", "")]
     for other, second in others:
         if other != grammar:
             raise invalid(second, f"{first} and {second} exclude each other: they ask for different answers")
@@ -137,14 +142,14 @@ A_PICTURE = {
                     source=object_schema(["type", "data"], type={"enum": ["base64"]}, data=A_TEXT))}
 A_PART = object_schema(["type"], type={"enum": TEXT_PARTS}, text=TEXT_OR_NULL, refusal=TEXT_OR_NULL)
 CALCULATOR = {
-    "description": "calls of nanochat's calculator in an assistant's text, as answers have them",
+    "description": "calls of nanochat's calculator in an assistant's text, as in answers",
     **list_schema(object_schema(["start"], start=A_TOKEN, expression=TEXT_OR_NULL, result=TEXT_OR_NULL,
                                 cut={"type": "boolean"}, stray={"enum": [*STRAY_MARKS]}))}
 A_NANOCHAT_PART = {
-    "description": "of an assistant's content, as nanochat has it",
+    "description": "a part of an assistant's content, as nanochat has it",
     **object_schema(["type", "text"], type={"enum": ["text", "python", "python_output"]}, text=A_TEXT)}
 NATIVE_ROLES = ["system", "user", "assistant"]
-OPENAI_ROLES = ["system", "developer", "user", "assistant"]  # plus tool, if the model's template has tools
+OPENAI_ROLES = ["system", "developer", "user", "assistant"]  # also tool, if the model's template has tools
 
 NUMBER = FieldType("a finite number", {"type": "number"}, float)
 INTEGER = FieldType("an integer", {"type": "integer"}, as_count)
@@ -168,31 +173,42 @@ METADATA = FieldType(  # OpenAI's limits
     "an object of at most 16 names of up to 64 characters, each with a string of at most 512", {
         "type": "object", "maxProperties": 16, "propertyNames": {"pattern": r"^[\s\S]{0,64}$"},
         "additionalProperties": {"type": "string", "maxLength": 512}})
-LOGPROBS_OF_TEXT = "message.output_text.logprobs"  # of what `include` may ask for, the one that is here
+LOGPROBS_OF_TEXT = "message.output_text.logprobs"  # all that `include` may ask for here
 INCLUDE = FieldType("a list of strings", list_schema(A_TEXT), lambda value: LOGPROBS_OF_TEXT in value)
 TOKENS = FieldType(f"a list of at most {LIMITS.tokenized_characters:,} token ids",
                    list_schema(A_TOKEN, maxItems=LIMITS.tokenized_characters), tuple)
 STOP_TOKENS = FieldType(f"a list of at most {LIMITS.stop_tokens:,} token ids",
                         list_schema(A_TOKEN, maxItems=LIMITS.stop_tokens), tuple)
 STOP_TEXT = {"type": "string", "maxLength": LIMITS.stop_characters}
-STOP, FOUR_STOPS = (  # the latter on OpenAI's routes
-    FieldType(f"a string or a list of at most {most} strings, with at most {LIMITS.stop_characters:,} "
-              "characters together",
-              {"anyOf": [STOP_TEXT, list_schema(STOP_TEXT, maxItems=most)]},
-              lambda value: tuple(stop for stop in listed(value) if stop))
-    for most in (LIMITS.more_stop_strings, LIMITS.stop_strings))
+
+
+def stop_strings(most: int) -> FieldType:
+    return FieldType(
+        f"a string or a list of at most {most} strings, with at most {LIMITS.stop_characters:,} "
+        "characters together",
+        {"anyOf": [STOP_TEXT, list_schema(STOP_TEXT, maxItems=most)]},
+        lambda value: tuple(stop for stop in as_list(value) if stop))
+
+
+STOP = stop_strings(LIMITS.more_stop_strings)
+FOUR_STOPS = stop_strings(LIMITS.stop_strings)  # on OpenAI's routes
 MIXED = FieldType(f"a string, or a list of at most {LIMITS.tokenized_characters:,} strings and token ids",
                   {"anyOf": [A_TEXT, list_schema(TEXT_OR_TOKEN, maxItems=LIMITS.tokenized_characters)]},
-                  listed)
+                  as_list)
 SOME_TOKENS = list_schema(A_TOKEN, maxItems=LIMITS.prompt_tokens)
-PROMPTS, INPUTS = (
-    FieldType(f"a string, a list of at most {LIMITS.prompt_tokens:,} token ids, "
-              f"or a list of at most {most:,} of these", {"anyOf": [
-                  A_TEXT, SOME_TOKENS | {"minItems": 1},
-                  list_schema({"anyOf": [A_TEXT, SOME_TOKENS | {"minItems": fewest}]},
-                              minItems=1, maxItems=most)]}, prompt_list)
-    # a list of no token ids stands for a new document, which no client asks for so
-    for fewest, most in ((1, LIMITS.choices), (0, LIMITS.embeddings)))
+
+
+def texts_or_tokens(fewest: int, most: int) -> FieldType:
+    """A text, token ids, or a list of at most `most` of these, each with at least `fewest` token ids."""
+    several = list_schema({"anyOf": [A_TEXT, SOME_TOKENS | {"minItems": fewest}]}, minItems=1, maxItems=most)
+    return FieldType(
+        f"a string, a list of at most {LIMITS.prompt_tokens:,} token ids, "
+        f"or a list of at most {most:,} of these",
+        {"anyOf": [A_TEXT, SOME_TOKENS | {"minItems": 1}, several]}, as_prompts)
+
+
+PROMPTS = texts_or_tokens(1, LIMITS.choices)  # 1: no token ids would mean a new document
+INPUTS = texts_or_tokens(0, LIMITS.embeddings)
 EFFORTS = ["none", "minimal", "low", "medium", "high", "xhigh"]
 EFFORT = FieldType(", ".join(EFFORTS) + " or a number of tokens, at least 0",
                    {"anyOf": [{"enum": EFFORTS}, {"type": "integer", "minimum": 0}]},
@@ -237,9 +253,18 @@ MESSAGES_CHOICE = FieldType(
         object_schema(["type"], type={"enum": ["auto", "any", "none"]}),
         object_schema(["type", "name"], type={"enum": ["tool"]}, name=A_TEXT)]}, read_choice)
 
+
+
+def ollama_grammar(value: str | dict) -> tuple[str, str]:
+    """The grammar of Ollama's `format`: "", "json" or a JSON schema."""
+    if value == "":
+        return "", "format"
+    schema = {"type": "object"} if is_text(value) else value
+    return json_grammar(schema, "format"), "format"
+
+
 OLLAMA_FORMAT = FieldType('"json" or a JSON schema', {"anyOf": [{"enum": ["", "json"]}, {"type": "object"}]},
-                          lambda value: ("" if value == "" else json_grammar(
-                              {"type": "object"} if is_text(value) else value, "format"), "format"))
+                          ollama_grammar)
 SYSTEM = FieldType("a text or a list of text blocks", {"anyOf": [A_TEXT, list_schema({"type": "object"})]})
 NATIVE_MESSAGES = LIST._replace(details=list_schema(
     object_schema(["role", "content"], role={"enum": NATIVE_ROLES}, calculator=CALCULATOR, content={
@@ -251,17 +276,17 @@ OPENAI_MESSAGES = LIST._replace(details=list_schema(
     minItems=1))
 
 
-def constraint(name: str, language: str, allowed: str, schema: dict) -> Field:
+def constraint(name: str, language: str, allowed: str, schema: dict, doc: str = "") -> Field:
     convert = partial(other_grammar, language=language, param=name)
-    return Field(name, FieldType(allowed, schema, convert), f"the answer matches {allowed}")
+    return Field(name, FieldType(allowed, schema, convert), doc or f"the answer matches {allowed}")
 
 
 LLAMA_SERVERS = "of llama-server"  # a group
-CONSTRAINT_FIELDS = (  # as vLLM and llama-server have them; a request may have one
+CONSTRAINT_FIELDS = (  # vLLM's and llama-server's; a request may have one of them
     constraint("guided_json", "json", "a JSON schema", {"anyOf": [{"type": "object"}, A_TEXT]}),
     constraint("guided_regex", "regex", "a regular expression", A_TEXT),
     constraint("guided_choice", "choice", "a list of 1 to 1,000 strings",
-               list_schema(A_TEXT, minItems=1, maxItems=1000)),
+               list_schema(A_TEXT, minItems=1, maxItems=1000), "the answer is one of these strings"),
     constraint("guided_grammar", "grammar", "a grammar in Lark or GBNF", A_TEXT),
     constraint("grammar", "grammar", "a grammar in GBNF or Lark", A_TEXT)._replace(group=LLAMA_SERVERS),
     constraint("json_schema", "json", "a JSON schema", {"type": "object"})._replace(group=LLAMA_SERVERS),
@@ -272,14 +297,14 @@ CONSTRAINT_FIELDS = (  # as vLLM and llama-server have them; a request may have 
 )
 
 
-# `thinking` of Messages, and of those servers of Chat Completions whose models have it
+# `thinking` in Messages, and in Chat Completions on servers whose models have it
 WHETHER_TO_THINK = {"enum": ["enabled", "adaptive", "disabled"]}
 A_BUDGET = {"type": ["integer", "null"], "minimum": 0}
 THINKING = FieldType(
     "an object of type enabled, adaptive or disabled", object_schema(["type"], type=WHETHER_TO_THINK),
     lambda value: thinking(value["type"] != "disabled"),
     object_schema(["type"], type=WHETHER_TO_THINK, budget_tokens=A_BUDGET))
-# the same at the top level of Chat Completions, as whether the model thinks; None: as it likes
+# the same at the top level of Chat Completions -> whether the model thinks; None: it decides
 THINKS = {"enabled": True, "adaptive": True, "auto": None, "disabled": False}
 TOP_LEVEL_THINKING = FieldType(
     "an object of type enabled, adaptive, auto or disabled, or true or false",
@@ -290,13 +315,14 @@ TOP_LEVEL_THINKING = FieldType(
 
 
 def thinking(effort) -> dict:
-    """The template options for an effort or an on/off switch; None leaves it to the template."""
+    """The template options for an effort, or for a switch that is on or off. None leaves it to the
+    template."""
     if isinstance(effort, bool):
         return {"chat_template_kwargs": {"enable_thinking": effort, "thinking": effort}}
     return {"reasoning_effort": effort} if effort in EFFORTS else {}
 
 
-# where a body may say how many tokens the model may think, if it has the field; an effort may be a number too
+# the places in a body that may limit how many tokens the model thinks; at the latter a number is a limit
 BUDGETS = ("thinking_budget", "chat_template_kwargs.thinking_budget", "reasoning.max_tokens",
            "thinking.budget_tokens")
 EFFORT_BUDGETS = "reasoning_effort", "reasoning.effort", "output_config.effort", "think"
@@ -304,11 +330,11 @@ EFFORT_BUDGETS = "reasoning_effort", "reasoning.effort", "output_config.effort",
 
 def thinking_budget(body: Mapping, fields: Iterable[Field]) -> dict[str, int]:
     """The limit of tokens for thinking, under the name of the field that sets it; {} if there is none.
-    RequestError if two fields differ."""
+    Raises RequestError if two fields differ."""
     known = {field.name for field in fields}
     chosen = {}
     for path in (*BUDGETS, *EFFORT_BUDGETS):
-        value = member_of(body, path) if path.partition(".")[0] in known else None
+        value = value_at(body, path) if path.partition(".")[0] in known else None
         if value is not None and (path in BUDGETS or is_number(value)):
             chosen[path] = Field(path, INTEGER, "", 0, math.inf).read(value)
     (first, budget), *others = chosen.items() or [("", 0)]
@@ -318,7 +344,7 @@ def thinking_budget(body: Mapping, fields: Iterable[Field]) -> dict[str, int]:
     return {first: budget} if first else {}
 
 
-# where a body may turn thinking off, and with which values
+# the places in a body that may turn thinking off -> the values that do
 SWITCHED_OFF = {
     "enable_thinking": [False, "false", "False"], "thinking": [False], "thinking.type": ["disabled"],
     "think": [False], "reasoning_effort": ["none"], "reasoning.effort": ["none"]}
@@ -328,6 +354,6 @@ def turned_off(body: Mapping, fields: Iterable[Field]) -> str:
     """The field with which a body turns thinking off; "" if it does not."""
     known = {field.name for field in fields}
     for path, values in SWITCHED_OFF.items():
-        if path.partition(".")[0] in known and matches({"enum": values}, member_of(body, path)):
+        if path.partition(".")[0] in known and matches({"enum": values}, value_at(body, path)):
             return path
     return ""

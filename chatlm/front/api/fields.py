@@ -1,4 +1,4 @@
-"""Fields of request bodies: types, checks, error texts, their JSON schema."""
+"""Fields of request bodies: their types, checks, error texts and JSON schema."""
 
 from __future__ import annotations
 
@@ -35,14 +35,21 @@ def matches(schema: Mapping, value) -> bool:
         right_length = schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value))
         return right_length and all_match(schema.get("items", {}), value)
     if isinstance(value, dict):
-        known, names, others = (schema.get(key, {})
-                                for key in ("properties", "propertyNames", "additionalProperties"))
-        known_size = (len(value) <= schema.get("maxProperties", len(value))
-                      and set(schema.get("required", ())) <= value.keys())
-        return known_size and all(
-            re.search(names.get("pattern", ""), name) and matches(known.get(name, others), member)
-            for name, member in value.items())
+        return object_matches(schema, value)
     return not is_number(value) or schema.get("minimum", value) <= value <= schema.get("maximum", value)
+
+
+def object_matches(schema: Mapping, value: dict) -> bool:
+    """Do the number, names and values of an object's members match?"""
+    if len(value) > schema.get("maxProperties", len(value)):
+        return False
+    if not set(schema.get("required", ())) <= value.keys():
+        return False
+    properties = schema.get("properties", {})
+    others = schema.get("additionalProperties", {})
+    pattern = schema.get("propertyNames", {}).get("pattern", "")
+    return all(re.search(pattern, name) and matches(properties.get(name, others), member)
+               for name, member in value.items())
 
 
 def all_match(schema: Mapping, values: list) -> bool:
@@ -53,22 +60,22 @@ def all_match(schema: Mapping, values: list) -> bool:
 
 
 class FieldType(NamedTuple):
-    """What a field may hold: the source of its check, its error texts and its entry in /openapi.json."""
+    """What a field may hold. Its check, its error texts and its entry in /openapi.json all come from here."""
 
-    allowed: str                                      # for error texts
+    allowed: str                                         # in words, for error texts
     schema: dict
-    convert: Callable[[Any], Any] = lambda value: value  # makes ours of a value that matches the schema
-    details: dict = {}  # more schema, checked elsewhere with better errors
+    convert: Callable[[Any], Any] = lambda value: value  # turns a value that matches the schema into ours
+    details: dict = {}                                   # more schema; readers check it with better errors
 
 
-# Says of a body that was read, for a model, whether a field has no effect on the answer (idle.py)
+# Does a field have no effect on the answer, given the body that was read and its model? (idle.py)
 Idle = Callable[["ParsedBody", "Known"], bool]
 NO_IDLE: Mapping[str, Idle] = types.MappingProxyType({})
 ABSENT: Any = object()
 
 
 class Field(NamedTuple):
-    """One field of a request body. null means absent."""
+    """One field of a request body. A value of null means that it is absent."""
 
     name: str
     type: FieldType
@@ -77,11 +84,11 @@ class Field(NamedTuple):
     high: float = math.inf
     clamp: bool = False  # out of range: use the nearest bound instead of refusing
     required: bool = False
-    means: str = ""      # the field of Chat Completions that this one is called here
-    fills: str = ""      # "params" or "request": the object that has its value, under the name that it means
-    group: str = ""      # of fields that their readers treat alike
-    idle: Mapping[str, Idle] = NO_IDLE  # when its members have no effect; "": it itself
-    repeated: Any = ABSENT  # it comes back in the response; this is what comes where it is absent
+    means: str = ""      # the field of Chat Completions with the same meaning, if its name is another
+    fills: str = ""      # "params" or "request": which object gets the value, under the name that it means
+    group: str = ""      # fields of one group are treated alike by their readers
+    idle: Mapping[str, Idle] = NO_IDLE  # member -> when it has no effect; "": the field itself
+    repeated: Any = ABSENT  # if set, the response repeats the field; this is its value if it is absent
 
     @property
     def schema(self) -> dict:
@@ -95,52 +102,60 @@ class Field(NamedTuple):
 
     @property
     def described(self) -> dict:
-        """For /openapi.json."""
+        """Its entry in /openapi.json."""
         or_null = [] if self.required else [{"type": "null"}]
         return {"description": self.doc, "anyOf": [self.schema | self.type.details, *or_null]}
 
     @property
     def bounds(self) -> str:
-        """In words, exact to the last digit."""
-        low, high = (str(int(bound)) if bound < math.inf and bound % 1 == 0 else f"{bound:g}"
-                     for bound in (self.low, self.high))
+        """Its range in words, exact to the last digit."""
+        low, high = map(bound_in_words, (self.low, self.high))
         return f" from {low} to {high}" if self.high < math.inf else f" of at least {low}"
 
     def read(self, value):
+        """The value as the program uses it. Raises RequestError if it is not allowed."""
         schema = self.schema
         if not matches(schema, value):
             bounds = self.bounds if "minimum" in schema else ""
             raise bad_value(self.name, value, self.type.allowed + bounds)
-        return self.type.convert(min(max(value, self.low), self.high) if self.clamp else value)
+        if self.clamp:
+            value = min(max(value, self.low), self.high)
+        return self.type.convert(value)
+
+
+def bound_in_words(bound: float) -> str:
+    return str(int(bound)) if bound < math.inf and bound % 1 == 0 else f"{bound:g}"
 
 
 def refused(reason: str) -> FieldType:
-    """A field that no request may have."""
+    """The type of a field that no request may have."""
     return FieldType(f"left out: {reason}", {"enum": [None]})
 
 
 def as_count(value: float) -> int:
-    """A whole number; beyond 2**53 the exact value makes no difference to any answer."""
+    """A whole number. Beyond 2**53 the exact value makes no difference to any answer."""
     return min(int(value), 2**53)
 
 
-def listed(value) -> list:
-    """A single string becomes a list of one; strings become whole Unicode."""
-    return [whole_unicode(part) if is_text(part) else part for part in ([value] if is_text(value) else value)]
+def as_list(value) -> list:
+    """A list, in which strings are whole Unicode. A single string becomes a list of one."""
+    values = [value] if is_text(value) else value
+    return [whole_unicode(part) if is_text(part) else part for part in values]
 
 
-def prompt_list(value) -> tuple[str | tuple[int, ...], ...]:
-    """Like `listed`; a single list of token ids becomes a list of one too."""
-    prompts = [value] if type(value[0] if value else "") is int else listed(value)
+def as_prompts(value) -> tuple[str | tuple[int, ...], ...]:
+    """Texts and lists of token ids. A single one of either becomes a tuple of one."""
+    are_ids = bool(value) and type(value[0]) is int
+    prompts = [value] if are_ids else as_list(value)
     return tuple(prompt if is_text(prompt) else tuple(prompt) for prompt in prompts)
 
 
 class ToolChoice(NamedTuple):
-    """Whether the model calls functions, and which it may."""
+    """Whether the model calls functions, and which ones it may call."""
 
-    mode: str = "auto"                    # or none, required
+    mode: str = "auto"                           # or none, required
     names: tuple[str | None, ...] | None = None  # None: all
-    parallel: bool | None = None          # several calls, if it requires calls? None: it does not say
+    parallel: bool | None = None                 # may a required call be several? None: it does not say
 
 
 def tool_name(tool: dict) -> str | None:
@@ -148,8 +163,10 @@ def tool_name(tool: dict) -> str | None:
 
 
 def read_choice(value: str | dict, inside: str = "") -> ToolChoice:
-    """tool_choice of any API, in which allowed_tools are the object itself or its member `inside`. To choose
-    a tool that is ignored (see ParsedBody.ignored_tools) is no choice."""
+    """Read tool_choice, as any API has it. Choosing a tool that is ignored (see ParsedBody.ignored_tools) is
+    no choice.
+
+    inside: the member that has allowed_tools; "": they are the object itself."""
     if is_text(value):
         return ToolChoice(value)
     choice_type = value.get("type", "function")
@@ -164,24 +181,58 @@ def read_choice(value: str | dict, inside: str = "") -> ToolChoice:
     return ToolChoice(mode, parallel=None if one_call is None else one_call is False)
 
 
-def known_tools(tools: Seq[dict], types: Seq[str | None],
-                schema: str) -> tuple[tuple[dict, ...], tuple[str, ...]]:
-    """The functions among tools, as Chat Completions has them, and the types of the others.
+def flat_functions_among(tools: Seq[dict], types: Seq[str | None],
+                         schema: str) -> tuple[tuple[dict, ...], tuple[str, ...]]:
+    """The functions among tools, in the form of Chat Completions, and the types of the other tools.
 
-    Functions are of these `types`, and their parameters are in the member `schema`."""
+    types: those of functions. schema: the member that has a function's parameters."""
     functions = []
     others = []
     for index, tool in enumerate(tools):
         if tool.get("type") not in types:
             others.append(str(tool["type"]))
             continue
-        function = {"name": tool.get("name"), "description": tool.get("description"),
-                    "parameters": tool.get(schema), "strict": tool.get("strict") or None}
-        functions.append({"type": "function", "function": {
-            name: value for name, value in function.items() if value is not None}})
-        if not matches(A_FUNCTION, functions[-1]):
+        members = {"name": tool.get("name"), "description": tool.get("description"),
+                   "parameters": tool.get(schema), "strict": tool.get("strict") or None}
+        function = {"type": "function", "function": {
+            name: value for name, value in members.items() if value is not None}}
+        if not matches(A_FUNCTION, function):
             raise bad_value(f"tools[{index}]", tool, f"an object with a name and {schema}, an object")
+        functions.append(function)
     return tuple(functions), header_words(others)
+
+
+def functions_among(tools: Seq[dict]) -> tuple[tuple[dict, ...], tuple[str, ...]]:
+    """The functions among tools of Chat Completions, and the types of the other tools."""
+    functions = []
+    others = []
+    for index, tool in enumerate(tools):
+        if matches(A_FUNCTION, tool):
+            functions.append(tool)
+        elif tool["type"] == "function":
+            raise bad_value(f"tools[{index}]", tool,
+                            'an object with a function: {"name", "description", "parameters"}')
+        else:
+            others.append(tool["type"])
+    return tuple(functions), header_words(others)
+
+
+def no_tools(param: str) -> RequestError:
+    return RequestError("this model cannot call functions: leave out tools, tool_choice and messages about "
+                        "calls, or send tool_choice \"none\"",
+                        code="tools_not_supported", param=param)
+
+
+def allowed_tools(tools: Seq[dict], choice: ToolChoice) -> tuple[dict, ...]:
+    """The tools that may be called. Raises RequestError if the choice names others, or if it requires a call
+    and there are none."""
+    names = [tool["function"]["name"] for tool in tools]
+    if strange := [name for name in choice.names or () if name not in names]:
+        raise invalid("tool_choice", f"tool_choice names {shown(strange[0])}, which is not in tools")
+    allowed = tuple(tool for tool, name in zip(tools, names) if choice.names is None or name in choice.names)
+    if choice.mode == "required" and not allowed:
+        raise invalid("tool_choice", "tool_choice requires a call, but there are no tools")
+    return allowed
 
 
 def names_in(fields: Iterable[Field], group: str) -> tuple[str, ...]:
@@ -190,12 +241,12 @@ def names_in(fields: Iterable[Field], group: str) -> tuple[str, ...]:
 
 
 def without(fields: Iterable[Field], *others: Field) -> tuple[Field, ...]:
-    """Fields but for those with the names of others."""
+    """The fields, except those that have the name of one of the others."""
     names = {field.name for field in others}
     return tuple(field for field in fields if field.name not in names)
 
 
-def member_of(body: Mapping, path: str):
+def value_at(body: Mapping, path: str):
     """The value at a path like `reasoning.effort` in a body; None if there is none."""
     value = body
     for name in path.split("."):
@@ -217,8 +268,7 @@ def object_schema(required: Seq[str], **properties: dict) -> dict:
     return {"type": "object", "required": required, "properties": properties}
 
 
-A_TEXT = {"type": "string"}
-TEXT_OR_NULL = {"type": ["string", "null"]}
+A_TEXT, TEXT_OR_NULL = {"type": "string"}, {"type": ["string", "null"]}
 A_TOKEN = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 TEXT_OR_TOKEN = {"anyOf": [A_TEXT, A_TOKEN]}
 A_FUNCTION = object_schema(
@@ -226,6 +276,7 @@ A_FUNCTION = object_schema(
 
 
 def json_object(raw: bytes | bytearray) -> dict:
+    """Parse a body. Raises RequestError if it is no JSON object."""
     try:
         body = json.loads(raw.decode("utf-8-sig"))
     except RecursionError:
@@ -238,7 +289,8 @@ def json_object(raw: bytes | bytearray) -> dict:
 
 
 def parse_fields(body: dict, fields: Seq[Field]) -> dict:
-    """The checked values of the fields that are set, by name; unknown fields are ignored."""
+    """The values of the fields that are set, checked, by the names that they mean. Unknown fields are
+    ignored."""
     if missing := [field.name for field in fields if field.required and body.get(field.name) is None]:
         raise RequestError(f"{missing[0]} is missing", code="missing_required_parameter", param=missing[0])
     return {field.means or field.name: field.read(body[field.name])
@@ -246,38 +298,7 @@ def parse_fields(body: dict, fields: Seq[Field]) -> dict:
 
 
 def within_limit(what: str, count: int, limit: int, param: str):
+    """Raise RequestError if the count is above the limit."""
     if count > limit:
         raise RequestError(f"{what}: {count} given, at most {limit} allowed",
                            code="limit_exceeded", param=param)
-
-
-def functions_among(tools: Seq[dict]) -> tuple[tuple[dict, ...], tuple[str, ...]]:
-    """The functions among tools of Chat Completions, and the types of the others."""
-    functions = []
-    others = []
-    for index, tool in enumerate(tools):
-        if matches(A_FUNCTION, tool):
-            functions.append(tool)
-        elif tool["type"] == "function":
-            raise bad_value(f"tools[{index}]", tool,
-                            'an object with a function: {"name", "description", "parameters"}')
-        else:
-            others.append(tool["type"])
-    return tuple(functions), header_words(others)
-
-
-def no_tools(param: str) -> RequestError:
-    return RequestError("this model cannot call functions: leave out tools, tool_choice and messages about "
-                        "calls, or send tool_choice \"none\"",
-                        code="tools_not_supported", param=param)
-
-
-def allowed_tools(tools: Seq[dict], choice: ToolChoice) -> tuple[dict, ...]:
-    """The tools that may be called; RequestError if the choice names others, or requires a call of none."""
-    names = [tool["function"]["name"] for tool in tools]
-    if strange := [name for name in choice.names or () if name not in names]:
-        raise invalid("tool_choice", f"tool_choice names {shown(strange[0])}, which is not in tools")
-    allowed = tuple(tool for tool, name in zip(tools, names) if choice.names is None or name in choice.names)
-    if choice.mode == "required" and not allowed:
-        raise invalid("tool_choice", "tool_choice requires a call, but there are no tools")
-    return allowed

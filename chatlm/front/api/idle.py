@@ -1,4 +1,4 @@
-"""When a field that is read has no effect on an answer: conditions, named by the rows of the tables."""
+"""Conditions under which a field has no effect on an answer. The rows of the tables name them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def never_written(parsed: ParsedBody, known: Known) -> bool:
 
 
 def in_required_calls(parsed: ParsedBody, known: Known) -> bool:
-    """Required calls have no content beside them, in which alone stop strings are looked for."""
+    """Stop strings are looked for in the content alone, and required calls have none."""
     params = parsed.request.params
     return bool(params.grammar) and params.grammar_param == "tools"
 
@@ -53,7 +53,7 @@ def in_a_continued_text(parsed: ParsedBody, known: Known) -> bool:
     return bool(parsed.request.prompts)
 
 
-def thinking_of_ollama(parsed: ParsedBody, known: Known) -> bool:
+def ollama_without_thinking(parsed: ParsedBody, known: Known) -> bool:
     return without_thinking(parsed, known) or in_a_continued_text(parsed, known)
 
 
@@ -70,12 +70,12 @@ def with_tei(parsed: ParsedBody, known: Known) -> bool:
     return parsed.api == "tei rerank"
 
 
-def of_cosines(parsed: ParsedBody, known: Known) -> bool:
-    """Vectors are compared, which no instruction changes."""
+def for_cosines(parsed: ParsedBody, known: Known) -> bool:
+    """The scores are cosines of vectors, which no instruction changes."""
     return parsed.api == "cosines"
 
 
 def without_a_prompt(parsed: ParsedBody, known: Known) -> bool:
-    """The model has no prompt for these."""
+    """The model has no prompt for this type of input."""
     retrieval = parsed.request.retrieval
     return retrieval is not None and not retrieval.prompt

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence as Seq
 from typing import TYPE_CHECKING
 
 from chatlm.front.api.field_types import LOGPROBS_OF_TEXT
-from chatlm.front.api.fields import header_words, member_of
+from chatlm.front.api.fields import header_words, value_at
 from chatlm.front.api.tables import BODY_FIELDS, OLLAMA_OPTIONS
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ def unread(body: Mapping, fields: Seq[Field]) -> Iterator[str]:
             yield from (f"{name}.{member}" for member, inner in value.items()
                         if inner is not None and member not in members)
     meanings = {field.name: field.means or field.name for field in fields if body.get(field.name) is not None}
-    read = {meaning: name for name, meaning in meanings.items()}
-    yield from (name for name, meaning in meanings.items() if read[meaning] != name)
+    last = {meaning: name for name, meaning in meanings.items()}  # of several names, the last one is read
+    yield from (name for name, meaning in meanings.items() if last[meaning] != name)
 
 
 OFF = ("none", "disabled", "false", "False")  # values that ask for nothing
@@ -35,29 +35,33 @@ OFF = ("none", "disabled", "false", "False")  # values that ask for nothing
 
 def idle(body: Mapping, fields: Seq[Field], parsed: ParsedBody, known: Known,
          above: str = "") -> Iterator[str]:
-    """The fields that have no effect on this answer, as the conditions of their rows say. above: what goes
-    before their names."""
+    """The fields that have no effect on this answer, by the conditions in their rows. above: a prefix of
+    their names."""
     rows = {field.name: field for field in fields}
     for name in filter(rows.__contains__, body):
         for member, is_idle in rows[name].idle.items():
             path = f"{name}.{member}" if member else name
-            value = member_of(body, path)
+            value = value_at(body, path)
             if value and value not in OFF and is_idle(parsed, known):
                 yield above + path
 
 
 def idle_words(body: Mapping, parsed: ParsedBody, known: Known) -> Iterator[str]:
-    """Words in lists and objects of clients that ask for nothing that is here."""
+    """The entries of two fields that have no effect: in `include` those that this server cannot add, in
+    `chat_template_kwargs` variables that the template does not name."""
     if parsed.api == "responses":
-        yield from (f"include.{name}" for name in body.get("include") or () if name != LOGPROBS_OF_TEXT)
+        for name in body.get("include") or ():
+            if name != LOGPROBS_OF_TEXT:
+                yield f"include.{name}"
     if parsed.api in ("native", "chat", "functions"):
-        variables = body.get("chat_template_kwargs") or {}
-        yield from (f"chat_template_kwargs.{name}" for name in variables if name != "thinking_budget"
-                    and not re.search(rf"\b{re.escape(name)}\b", known.template))
+        for name in body.get("chat_template_kwargs") or {}:
+            is_in_template = re.search(rf"\b{re.escape(name)}\b", known.template)
+            if name != "thinking_budget" and not is_in_template:
+                yield f"chat_template_kwargs.{name}"
 
 
 def ignored_fields(route: str, body: Mapping, parsed: ParsedBody, known: Known) -> tuple[str, ...]:
-    """The fields of a body that was read into `parsed` that have no effect on its answer."""
+    """The fields of a body, which was read into `parsed`, that have no effect on its answer."""
     if parsed.api != "native" and route == "/chat/completions":  # see read_native_body
         route = "/v1/chat/completions"
     fields = BODY_FIELDS[route]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from chatlm.front.api.field_types import INTEGER, METADATA, TEXT
 from chatlm.front.api.fields import Field, FieldType, list_schema, object_schema
 
-ENDPOINTS = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"  # of a batch
+ENDPOINTS = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"  # for batches
 WINDOWS = {"1h": 3600, "6h": 6 * 3600, "12h": 12 * 3600, "24h": 86400, "48h": 2 * 86400, "72h": 3 * 86400,
-           "7d": 7 * 86400, "14d": 14 * 86400, "30d": 30 * 86400}  # seconds of a completion_window
+           "7d": 7 * 86400, "14d": 14 * 86400, "30d": 30 * 86400}  # completion_window -> seconds
 LAST_SECONDS = Field("expires_after[seconds]", INTEGER, "for how long it is kept", 3600, 30 * 86400)
 EXPIRY = FieldType(
     "an object of created_at and seconds, from 3600 to 2592000", object_schema(

@@ -1,4 +1,4 @@
-"""What is kept of the items of responses and conversations: what was understood of each, and nothing else."""
+"""Items of responses and conversations as they are kept: what the server understood of each, and no more."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from chatlm.common.errors import RequestError
 from chatlm.common.jsontext import as_json, dump, is_number, is_text, whole_unicode
 from chatlm.common.messages.protocol import KeptItem
-from chatlm.front.api.calculations import read_calculations
+from chatlm.front.api.earlier_calculations import read_calculations
 from chatlm.front.api.encode import calculator_member
 from chatlm.front.api.picture_parts import picture_in
 
@@ -21,10 +21,10 @@ AN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def kept_items(items: Iterable[Mapping], own_ids: bool = False) -> tuple[KeptItem, ...]:
-    """Items that response_messages has read, as they are kept. own_ids: those that have an id may keep it."""
+    """Items that response_messages has read, as they are kept. own_ids: an item that has an id keeps it."""
     kept = []
     for item in items:
-        whole = understood(item)
+        whole = understood_members(item)
         name = PREFIXES[whole["type"]] + secrets.token_hex(12)
         sent = item.get("id")
         if own_ids and is_text(sent) and AN_ID.fullmatch(sent):
@@ -36,8 +36,8 @@ def kept_items(items: Iterable[Mapping], own_ids: bool = False) -> tuple[KeptIte
     return tuple(kept)
 
 
-def understood(item: Mapping) -> dict:
-    """The members of an item that response_messages reads, in the form in which items are shown."""
+def understood_members(item: Mapping) -> dict:
+    """The members of an item that response_messages reads, in the form in which the API shows items."""
     kind = item.get("type") or "message"
     status = item.get("status")
     kept = {"type": kind, "status": status if status in STATUSES else "completed"}
@@ -64,10 +64,10 @@ def parts(content: Any, text_type: str) -> list[dict]:
     """The parts of a content, which may be one text."""
     if is_text(content):
         content = [{"type": text_type, "text": content}]
-    return [part_of(part, text_type) for part in content or ()]
+    return [understood_part(part, text_type) for part in content or ()]
 
 
-def part_of(part: Mapping, text_type: str) -> dict:
+def understood_part(part: Mapping, text_type: str) -> dict:
     kind = part["type"]
     if picture_in(part):
         return {"type": kind, "picture": part["picture"]}

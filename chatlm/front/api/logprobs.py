@@ -1,4 +1,4 @@
-"""Log-probabilities of an answer's tokens, as several APIs write them."""
+"""Log-probabilities of an answer's tokens, in the forms that several APIs share."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ def logprob_number(logprob: float | None) -> float | None:
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, list[int] | None]:
-    """A token as log-probabilities show it, and its bytes.
+    """The text that stands for a token in log-probabilities, and its bytes.
 
-    Special tokens show their name; a piece of a character is escaped as OpenAI does."""
+    A special token is shown by its name and has no bytes (None). A piece of a character is escaped as OpenAI
+    does it."""
     text = tokenizer.whole_text(token)
     spelled = tokenizer.token_bytes(token)
     if text is None:
@@ -28,32 +29,43 @@ def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, list[int] | None]
     return text, None if token in tokenizer.special_names else list(spelled)
 
 
-def listed(logprobs: Seq[TokenLogprob], params: AnswerParams) -> Iterator[TokenLogprob]:
-    """With as many of the likeliest tokens as `logprobs` asks for, since `prompt_logprobs` may want more, and
-    those that are named."""
-    return (scored._replace(top=tuple(
-        one for place, one in enumerate(scored.top)
-        if place < (params.logprobs or 0) or one[0] in params.logprob_ids)) for scored in logprobs)
+def with_requested_tops(logprobs: Seq[TokenLogprob], params: AnswerParams) -> Iterator[TokenLogprob]:
+    """Each token beside the alternatives that `logprobs` and `logprob_ids` ask for. A worker lists more of
+    them if `prompt_logprobs` asks for more."""
+    most = params.logprobs or 0
+    for scored in logprobs:
+        top = tuple(likely for place, likely in enumerate(scored.top)
+                    if place < most or likely[0] in params.logprob_ids)
+        yield scored._replace(top=top)
 
 
 def entries(logprobs: Seq[TokenLogprob], params: AnswerParams, tokenizer: Tokenizer) -> list[dict]:
-    """An object for each token."""
+    """OpenAI's object for each token."""
     def entry(token: int, logprob: float | None) -> dict:
         text, spelled = token_text(tokenizer, token)
         return {"id": token, "token": text, "logprob": logprob_number(logprob), "bytes": spelled}
-    return [{**entry(one.token, one.logprob), "top_logprobs": [entry(*likely) for likely in one.top],
-             **({"drafted": True} if one.drafted else {})} for one in listed(logprobs, params)]
+
+    objects = []
+    for scored in with_requested_tops(logprobs, params):
+        own = entry(scored.token, scored.logprob)
+        own["top_logprobs"] = [entry(*likely) for likely in scored.top]
+        if scored.drafted:
+            own["drafted"] = True
+        objects.append(own)
+    return objects
 
 
 class TokensOfText:
-    """Tells which tokens of an answer are behind its text, and not behind reasoning, calls or what separates
-    these. A step may bring tokens of several of them, and tokens whose text comes with a later step."""
+    """Finds the tokens behind each piece of an answer's text, reasoning and calls.
+
+    A step may bring tokens of several of these, tokens that separate them, and tokens whose text comes with
+    a later step."""
 
     def __init__(self, tokenizer: Tokenizer, skips_specials: bool = True):
         self.tokenizer = tokenizer
         self.skips_specials = skips_specials
         self.calls = CallFinder(tokenizer) if skips_specials and tokenizer and tokenizer.tool_tokens else None
-        # behind no text so far, each with the bytes that it has in the answer
+        # tokens whose text has not come yet, each with its bytes in the answer
         self.waiting: list[tuple[TokenLogprob, bytes]] = []
 
     def add(self, logprobs: Seq[TokenLogprob]):
@@ -67,11 +79,12 @@ class TokensOfText:
         return b"" if token in self.tokenizer.special_names else self.tokenizer.token_bytes(token)
 
     def take(self, added: str) -> tuple[TokenLogprob, ...]:
-        """Those behind the answer's next text, reasoning or call. Those before it are behind none."""
+        """The tokens behind the answer's next text, reasoning or call. Earlier ones that wait are dropped:
+        they are behind none."""
         whole = b"".join(spelled for _, spelled in self.waiting)
         text = added.encode("utf-8", "replace")
         begin = whole.find(text)
-        if begin < 0:  # a call that was rewritten, or bytes that are no characters: all that there is
+        if begin < 0:  # a call that was rewritten, or bytes that are no characters: take all that wait
             begin = 0
             text = whole
         found = []

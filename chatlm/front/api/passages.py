@@ -14,20 +14,21 @@ SOURCES = "source must be an object of type text, with data, or of type content,
 
 
 def passage_parts(block: dict, name: str) -> list[dict]:
-    """The parts of a block of type document or search_result: what it is called, then what it says.
+    """The parts of a block of type document or search_result: first its names, then its content. Raises
     RequestError for what is no text, such as a PDF."""
     if block["type"] == "search_result":
         heads = ("title", "source")
         content = block.get("content")
         where = f"{name}.content"
     else:
-        heads, (content, where) = ("title", "context"), content_of(block.get("source"), f"{name}.source")
+        heads = ("title", "context")
+        content, where = document_content(block.get("source"), f"{name}.source")
     head = [Field(f"{name}.{member}", TEXT, "").read(block[member]) for member in heads
             if block.get(member) is not None]
-    return [{"type": "text", "text": text} for text in head if text] + [*parts_of(content, where)]
+    return [{"type": "text", "text": text} for text in head if text] + [*text_parts(content, where)]
 
 
-def content_of(source, name: str) -> tuple[object, str]:
+def document_content(source, name: str) -> tuple[object, str]:
     """The content of a document, and its name for errors."""
     kind = source.get("type") if isinstance(source, dict) else None
     if kind == "text":
@@ -40,7 +41,7 @@ def content_of(source, name: str) -> tuple[object, str]:
     raise bad_value(name, source, SOURCES.removeprefix("source must be "))
 
 
-def parts_of(content, name: str) -> Iterator[dict]:
+def text_parts(content, name: str) -> Iterator[dict]:
     if is_text(content):
         yield {"type": "text", "text": content}
         return

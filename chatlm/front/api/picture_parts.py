@@ -1,7 +1,8 @@
-"""Pictures in request bodies: taken out before anything else reads these, in whichever form they came.
+"""Takes pictures out of request bodies before anything else reads these, in whichever form they came.
 
-A part of a message that was a picture then is {"type": "image", "picture": [width, height, digest]}, as is
-each of Ollama's `images`. So megabytes of base64 pass through nothing that copies, logs or keeps messages."""
+A part of a message that was a picture is {"type": "image", "picture": [width, height, digest]} afterwards,
+and so is each of Ollama's `images`. So nothing that copies, logs or keeps messages handles megabytes of
+base64."""
 
 from __future__ import annotations
 
@@ -27,15 +28,16 @@ if TYPE_CHECKING:
 FORM = "a data URI such as data:image/png;base64,... or base64 alone"
 
 
-def file_of(value: Any, name: str) -> bytes:
-    """The bytes of a picture file. RequestError for anything but a data URI or base64: this server fetches no
-    URL and opens no file that a client names."""
+def picture_bytes(value: Any, name: str) -> bytes:
+    """The bytes of a picture file. Raises RequestError for anything but a data URI or base64, since this
+    server fetches no URL and opens no file that a client names."""
     if not is_text(value) or not value:
         raise bad_value(name, value, FORM)
     head, comma, data = value.partition(",") if value[:5].lower() == "data:" else ("", "", value)
     if head and not (comma and head.lower().endswith(";base64")):
         raise bad_value(name, value[:100], FORM)
-    if scheme := not head and re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]{0,20}):", value[:40]):
+    scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]{0,20}):", value[:40])
+    if scheme and not head:
         kind = "fetches no URLs" if scheme[1].lower() in ("http", "https") else "reads no files"
         raise RequestError(f"{name} is {shown(value[:100])}: this server {kind}; send the image itself, as "
                            f"{FORM}", code="unsupported_image_url", param=name)
@@ -49,8 +51,8 @@ def file_of(value: Any, name: str) -> bytes:
 
 
 def sent_in(part: Any, name: str) -> tuple[Any, str] | None:
-    """What a part says of its picture, and the name of that for errors; None if it is no picture."""
-    if is_text(part):   # Ollama's
+    """The picture that a part has, as it was sent, and its name for errors; None if it is no picture."""
+    if is_text(part):  # Ollama's
         return part, name
     kind = part.get("type")
     value = part.get("image_url")
@@ -80,15 +82,15 @@ class Lifted(NamedTuple):
 
 @dataclass
 class Lift:
-    """The pictures of a body: their files, up to the first that cannot be used."""
+    """The pictures that were taken out of a body, up to the first that cannot be used."""
 
     files: list[Lifted] = field(default_factory=list)
     first: str = ""                      # the name of its first picture; "" if it has none
     problem: RequestError | None = None  # what is wrong with the first that cannot be used
 
     def check(self, refusal: str):
-        """RequestError for what is no picture file, and, with the reason `refusal` if there is one, for any
-        picture: a model that cannot see says so before it finds fault with a file."""
+        """Raise RequestError if the body has a picture that the model, or anyone, cannot use. refusal: why
+        the model cannot see; "": it can. That comes before what is wrong with a file."""
         if refusal and self.first:
             raise RequestError(f"{self.first}: {refusal}", code="unsupported_content", param=self.first)
         if self.problem:
@@ -96,8 +98,8 @@ class Lift:
 
 
 def lift_pictures(body: dict, before: list | None = None) -> Lift:
-    """Take the files of its pictures out of a body, which gets their numbers in their places. before: the
-    items that the body continues, which get them too."""
+    """Take the picture files out of a body, and put their indexes in their places. before: the items that
+    the body continues; their pictures are taken out too."""
     lift = Lift()
     try:
         for place, index, part, name in places(body, before):
@@ -108,14 +110,14 @@ def lift_pictures(body: dict, before: list | None = None) -> Lift:
             lift.first = lift.first or name
             within_limit("images", len(lift.files) + 1, LIMITS.pictures, name)
             place[index] = {"type": "image", "picture": len(lift.files)}
-            lift.files.append(Lifted(name, file_of(value, name)))
+            lift.files.append(Lifted(name, picture_bytes(value, name)))
     except RequestError as error:
         lift.problem = error
     return lift
 
 
 def fill_in(body: dict, pictures: Seq[Picture], before: list | None = None):
-    """Say of each picture that was lifted what it is: its size and its digest."""
+    """Replace the index of each lifted picture by its size and digest."""
     for place, index, part, _ in places(body, before) if pictures else ():
         if isinstance(part, dict) and part.get("type") == "image":
             picture = pictures[part["picture"]]
@@ -127,23 +129,24 @@ SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF
 
 
 def with_files(items: Seq[KeptItem], files: Mapping[bytes, bytes]) -> tuple[KeptItem, ...]:
-    """Items that are kept, with the files of their pictures, by digest, as a client sends them."""
+    """Items to keep, with their pictures in them again, as a client sends them. files: by digest."""
     return tuple(with_own_files(item, files) if b'"picture"' in item.body else item for item in items)
 
 
 def with_own_files(item: KeptItem, files: Mapping[bytes, bytes]) -> KeptItem:
-    found = json.loads(item.body)
-    for place, index, part, _ in places({"input": [found]}):
-        if shown_here := picture_in(part):
-            data = files[shown_here.digest]
+    body = json.loads(item.body)
+    for place, index, part, _ in places({"input": [body]}):
+        picture = picture_in(part)
+        if picture:
+            data = files[picture.digest]
             kind = next((kind for begin, kind in SIGNATURES.items() if data.startswith(begin)), "*")
             place[index] = {"type": "input_image", "detail": "auto",
                             "image_url": f"data:image/{kind};base64,{base64.b64encode(data).decode()}"}
-    return item._replace(body=json.dumps(found).encode())
+    return item._replace(body=json.dumps(body).encode())
 
 
 def picture_in(part: Any) -> Picture | None:
-    """The picture of a part that `fill_in` filled, without its pixels; None if it is none."""
+    """The picture of a part that `fill_in` has filled, without its pixels; None if it is no picture."""
     if not (isinstance(part, dict) and part.get("type") == "image"):
         return None
     match part.get("picture"):
@@ -153,14 +156,14 @@ def picture_in(part: Any) -> Picture | None:
 
 
 def with_pixels(request: Request, pictures: Seq[Picture]) -> Request:
-    """A request that was read, with the pixels of its pictures."""
-    of = {picture.digest: picture for picture in pictures}
+    """A request with the pixels of its pictures."""
+    by_digest = {picture.digest: picture for picture in pictures}
 
     def whole(some: Seq[Picture]) -> tuple[Picture, ...]:
-        if any(picture.digest not in of for picture in some):
+        if any(picture.digest not in by_digest for picture in some):
             raise RequestError("a part of type image is not among the pictures of the messages",
                                code="unsupported_content", param="messages")
-        return tuple(of[picture.digest] for picture in some)
+        return tuple(by_digest[picture.digest] for picture in some)
 
     messages = request.messages and tuple(
         replace(message, pictures=whole(message.pictures)) if message.pictures else message
@@ -169,8 +172,8 @@ def with_pixels(request: Request, pictures: Seq[Picture]) -> Request:
 
 
 def places(body: dict, before: list | None = None) -> Iterator[tuple[list, int, Any, str]]:
-    """(list, index, part, name for errors) of whatever may be a picture in a body, or in what it
-    continues."""
+    """Find whatever may be a picture in a body, or in the items that it continues. Yields (list, index in it,
+    part, name for errors)."""
     yield from ollama_images(body, "")
     for member, messages in (("messages", body.get("messages")), ("before_input", before),
                              ("input", body.get("input"))):
@@ -179,7 +182,7 @@ def places(body: dict, before: list | None = None) -> Iterator[tuple[list, int, 
                 name = f"{member}[{index}]"
                 yield from ollama_images(message, f"{name}.")
                 for inner in ("content", "output"):
-                    yield from parts_of(message.get(inner), f"{name}.{inner}")
+                    yield from content_parts(message.get(inner), f"{name}.{inner}")
 
 
 def ollama_images(holder: dict, name: str) -> Iterator[tuple[list, int, Any, str]]:
@@ -190,13 +193,13 @@ def ollama_images(holder: dict, name: str) -> Iterator[tuple[list, int, Any, str
         yield images, index, image, f"{name}images[{index}]"
 
 
-def parts_of(content: Any, name: str) -> Iterator[tuple[list, int, Any, str]]:
+def content_parts(content: Any, name: str) -> Iterator[tuple[list, int, Any, str]]:
     for index, part in enumerate(content if isinstance(content, list) else ()):
         if isinstance(part, dict):
             yield content, index, part, f"{name}[{index}]"
             inner = f"{name}[{index}]"
             source = part.get("source")
             if part.get("type") == "tool_result":
-                yield from parts_of(part.get("content"), f"{inner}.content")
+                yield from content_parts(part.get("content"), f"{inner}.content")
             if part.get("type") == "document" and isinstance(source, dict):
-                yield from parts_of(source.get("content"), f"{inner}.source.content")
+                yield from content_parts(source.get("content"), f"{inner}.source.content")

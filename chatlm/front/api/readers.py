@@ -1,15 +1,14 @@
-"""Readers of the routes' bodies. Those of routes that answer return a `ParsedBody`."""
+"""Readers of request bodies, one for each route. For a route that answers, it returns a `ParsedBody`."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence as Seq
 from dataclasses import replace
-from functools import partial
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import DEFAULT_MAX_TOKENS, LIMITS, Settings
-from chatlm.common.errors import RequestError, bad_value, invalid, shown
+from chatlm.common.errors import Overloaded, RequestError, bad_value, invalid
 from chatlm.common.jsontext import dump, is_text
 from chatlm.common.messages.protocol import ParsedBody
 from chatlm.common.messages.requests import (
@@ -17,59 +16,63 @@ from chatlm.common.messages.requests import (
 from chatlm.common.messages.wire import as_plain_json
 from chatlm.common.text.formats import CALL_FORMATS, knows_of_thinking, thoughts_of
 from chatlm.common.text.grammar import unusable_schema
-from chatlm.front.api.calculations import with_names_read
 from chatlm.front.api.call_grammars import call_grammar, parameter_types, tool_grammar
-from chatlm.front.api.conversation import (
+from chatlm.front.api.message_readers import (
     OTHER_BLOCKS, OTHER_ITEMS, SentMessage, anthropic_messages, chat_messages, custom_calls, joined_turns,
-    message_of, native_messages, openai_messages, other_types, response_messages, sent_messages,
+    message_from, native_messages, openai_messages, other_types, response_messages, sent_messages,
     template_options, without_others)
+from chatlm.front.api.earlier_calculations import with_names_read
 from chatlm.front.api.fields import (
-    ABSENT, ToolChoice, allowed_tools, functions_among, header_words, known_tools, member_of, names_in,
-    no_tools, parse_fields, within_limit)
+    ABSENT, ToolChoice, allowed_tools, flat_functions_among, functions_among, header_words, names_in,
+    no_tools, parse_fields, value_at, within_limit)
 from chatlm.front.api.field_types import OPENAI_ROLES, one_constraint, thinking, thinking_budget, turned_off
 from chatlm.front.api.ignored import ignored_fields, unread
-from chatlm.front.api.infill import infill_ends
+
 from chatlm.front.api.kept_items import kept_items
-from chatlm.front.api.retrieval import RETRIEVAL_READERS, check_route
+from chatlm.front.api.retrieval_readers import RETRIEVAL_READERS, check_route
 from chatlm.front.api.tables import (
     BODY_FIELDS, COMPARE_FIELDS, COMPLETION_FIELDS, CONTINUES, COUNTED_FIELDS, DRAWING_FIELDS, DRAWN,
     INFILL_FIELDS, LOOSE_ENDS, MANAGED_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS, OLLAMA_CHAT_FIELDS,
     OLLAMA_GENERATE_FIELDS, OLLAMA_OPTIONS, OLLAMA_SHOW_FIELDS, OPENAI_FIELDS, PARAMS_NAMES, REQUEST_NAMES,
     RESPONSES_FIELDS, SAMPLING_FIELDS, SOME, VARIANT_FIELDS, WHO)
-from chatlm.front.api.tokenization import apply_template, detokenize, rendered, tokenize
+from chatlm.front.api.tokenization import apply_template, conversation_tokens, detokenize, tokenize
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import Known
-    from chatlm.common.text.tokenizer import Tokenizer
+
     from chatlm.front.admission.prompts import PromptMaker
     from chatlm.front.api.fields import Field
 
 
+# what several APIs share
+
 def parse_answer(body: dict, fields: Seq[Field], known: Known) -> dict:
-    """The checked fields of a body with a conversation to answer. Where thinking is turned off and the
-    template cannot be told, it ends as soon as it begins."""
+    """Check the fields of a body with a conversation to answer.
+
+    If it turns thinking off and the template has no switch for that, the budget of thinking becomes 0."""
     values = parse_fields(body, fields)
     budget = thinking_budget(body, fields)
-    off = not budget and turned_off(body, fields)
-    if off and thoughts_of(known.template) and not knows_of_thinking(known.template):
-        budget = {off: 0}
+    if not budget:
+        off = turned_off(body, fields)
+        if off and thoughts_of(known.template) and not knows_of_thinking(known.template):
+            budget = {off: 0}
     return values | {"budget": budget}
 
 
 def sampling_params(values: Mapping, settings: Settings) -> SamplingParams:
-    """The request's values, else the defaults; the seed is random if none is set."""
+    """The request's values, else the defaults. The seed is random if none is set."""
     seed = settings.seed if settings.seed is not None else secrets.randbits(53)  # exact in JavaScript
     chosen: dict[str, Any] = {"seed": seed} | {
         name: value for name, (value, _) in sampling_defaults(settings).items()}
     if values.get("temperature", chosen["temperature"]) == 0:
         for name in names_in(SAMPLING_FIELDS, DRAWN):
             chosen.pop(name, None)
-    return SamplingParams(**chosen | among(values, *SAMPLING_NAMES))
+    return SamplingParams(**chosen | pick(values, *SAMPLING_NAMES))
 
 
 def make_request(values: Mapping, settings: Settings, params: AnswerParams = AnswerParams(),
                  **source) -> Request:
-    """A Request from the fields that every generating route shares, plus `params` and `source`."""
+    """A Request from the fields that every generating route has, plus `params` and `source`."""
     if "messages" in source:
         params, options = with_thinking_budget(params, values.get("budget", {}), settings,
                                                source.get("max_tokens"))
@@ -78,22 +81,24 @@ def make_request(values: Mapping, settings: Settings, params: AnswerParams = Ans
             source["messages"] = with_names_read(source["messages"])
     check_stops(values.get("stop", ()))
     params = replace(params, sampling=sampling_params(values, settings), chat="messages" in source,
-                     **among(values, *PARAMS_NAMES))
+                     **pick(values, *PARAMS_NAMES))
     return Request(params=params, low_priority=values.get("priority", False),
-                   **among(values, *REQUEST_NAMES), **source)
+                   **pick(values, *REQUEST_NAMES), **source)
 
 
 def check_stops(stops: Seq[str]):
-    """RequestError for stop strings that are too long together."""
-    if (size := sum(map(len, stops))) > LIMITS.stop_characters:
+    """Raise RequestError for stop strings that are too long together."""
+    size = sum(map(len, stops))
+    if size > LIMITS.stop_characters:
         raise invalid("stop", f"the stop strings have {size:,} characters together; at most "
                               f"{LIMITS.stop_characters:,} are allowed")
 
 
 def with_thinking_budget(params: AnswerParams, chosen: Mapping[str, int], settings: Settings,
                          max_tokens: int | None = None) -> tuple[AnswerParams, dict[str, int]]:
-    """The parameters with a budget of thinking, the request's (see thinking_budget) or else the server's, and
-    the template options that tell of it. RequestError if the request's is above `max_tokens`."""
+    """The parameters with a budget of thinking, and the template options that say it. chosen: the request's
+    budget (see thinking_budget); if it is empty, the server's budget counts. Raises RequestError if the
+    request's is above `max_tokens`."""
     budget = settings.reasoning_budget
     for name, budget in chosen.items():
         if budget > (max_tokens or budget):
@@ -102,7 +107,7 @@ def with_thinking_budget(params: AnswerParams, chosen: Mapping[str, int], settin
     return replace(params, last_thought=settings.reasoning_budget_message, **options), options
 
 
-def among(values: Mapping, *names: str) -> dict:
+def pick(values: Mapping, *names: str) -> dict:
     return {name: values[name] for name in names if name in values}
 
 
@@ -116,18 +121,17 @@ def openai_request(values: Mapping, settings: Settings, params: AnswerParams, **
 
 def parse_openai_request(values: Mapping, settings: Settings, tool_format: str | None = None,
                          messages: tuple[Message, ...] | None = None) -> Request:
-    """The checked OPENAI_FIELDS as a Request; its tools are functions. `tool_format` is how the model writes
-    calls, if it can. Other APIs have parsed their `messages` and template options."""
+    """The checked OPENAI_FIELDS as a Request; its tools are functions.
+
+    tool_format: how the model writes calls; None: it cannot. messages: other APIs have already parsed them
+    and their template options; None: they are among the fields."""
     logprobs = values.get("logprobs", False)
     top = values.get("top_logprobs", 0)
     if top and not logprobs:
         raise invalid("top_logprobs", "top_logprobs needs logprobs: true")
     choice = values.get("tool_choice", ToolChoice())
-    tools = values.get("tools", ())
     required = choice.mode == "required"
-    if choice.mode != "none" and (tools or required) and tool_format is None:
-        raise no_tools("tools" if tools else "tool_choice")
-    tools = () if choice.mode == "none" else allowed_tools(tools, choice)
+    tools = callable_tools(values.get("tools", ()), choice, tool_format)
     grammar, param = one_constraint(values)
     parallel = choice.parallel
     if parallel is None:
@@ -140,35 +144,90 @@ def parse_openai_request(values: Mapping, settings: Settings, tool_format: str |
         messages = openai_messages(values["messages"], tool_format is not None)
         options = template_options(values)
     functions = [tool["function"] for tool in tools]
-    names = tuple(function["name"] for function in functions)
-    types = ()
     strict = ()
-    if not grammar and any(function.get("strict") is True for function in functions):
+    if not grammar and any(map(is_strict, functions)):
+        strict = strict_grammars(functions, tool_format or "")
         param = "tools"
-        strict = tuple(call_grammar(function, tool_format or "") if function.get("strict") is True else ""
-                       for function in functions)
-        if sum(map(len, strict)) > 16 * LIMITS.grammar_characters:
-            raise unusable_schema("the parameters of all strict functions are too long", param)
-    if tool_format and CALL_FORMATS[tool_format].typed:
-        steps = iter(range(8192))  # of 11 us: a small schema can say much
-        types = tuple(parameter_types(tool, steps) for tool in tools)
-    if (size := len(as_plain_json((names, types)))) > LIMITS.tool_name_bytes:
-        raise invalid("tools", f"the names of all functions and parameters in tools take {size:,} bytes, "
-                               f"at most {LIMITS.tool_name_bytes:,} are allowed")
+    names = tuple(function["name"] for function in functions)
+    types = types_of_parameters(tools, names, tool_format)
     params = AnswerParams(grammar=grammar, grammar_param=param, logprobs=top if logprobs else None,
                           tool_names=names, tool_types=types, call_grammars=strict,
                           parallel_calls=required or parallel)
     return openai_request(values, settings, params, messages=messages, template_options=options, tools=tools)
 
 
-def without_lone_top(values: Mapping) -> dict:
-    """As in Ollama and Responses, where `top_logprobs` alone asks for nothing."""
-    alone = not values.get("logprobs")
-    return {name: value for name, value in values.items() if not (alone and name == "top_logprobs")}
+def callable_tools(tools: Seq[dict], choice: ToolChoice, tool_format: str | None) -> tuple[dict, ...]:
+    """The tools that the model may call. Raises RequestError if it cannot call any."""
+    if choice.mode == "none":
+        return ()
+    if tool_format is None:
+        if tools:
+            raise no_tools("tools")
+        if choice.mode == "required":
+            raise no_tools("tool_choice")
+    return allowed_tools(tools, choice)
 
+
+def is_strict(function: Mapping) -> bool:
+    return function.get("strict") is True
+
+
+def strict_grammars(functions: Seq[Mapping], tool_format: str) -> tuple[str, ...]:
+    """What the arguments of each function must match; "" for one that is not strict."""
+    grammars = tuple(call_grammar(function, tool_format) if is_strict(function) else ""
+                     for function in functions)
+    if sum(map(len, grammars)) > 16 * LIMITS.grammar_characters:
+        raise unusable_schema("the parameters of all strict functions are too long", "tools")
+    return grammars
+
+
+def types_of_parameters(tools: Seq[dict], names: Seq[str], tool_format: str | None) -> tuple[dict, ...]:
+    """The JSON types of each function's parameters, if calls in this format do not show them. Raises
+    RequestError for names that are too long together."""
+    types = ()
+    if tool_format and CALL_FORMATS[tool_format].typed:
+        steps = iter(range(8192))  # of 11 us: a small schema can say much
+        types = tuple(parameter_types(tool, steps) for tool in tools)
+    size = len(as_plain_json((names, types)))
+    if size > LIMITS.tool_name_bytes:
+        raise invalid("tools", f"the names of all functions and parameters in tools take {size:,} bytes, "
+                               f"at most {LIMITS.tool_name_bytes:,} are allowed")
+    return types
+
+
+def without_lone_top(values: Mapping) -> dict:
+    """The values for an API in which `top_logprobs` alone asks for nothing: Ollama's and Responses."""
+    if values.get("logprobs"):
+        return {**values}
+    return {name: value for name, value in values.items() if name != "top_logprobs"}
+
+
+def with_infill_ends(values: Mapping, known: Known, param: str | None = None) -> dict:
+    """The values of a body that fills in a gap. What the model writes after a gap is added to its
+    `stop_token_ids`. Raises RequestError, about the field `param`, if the model has no tokens for gaps."""
+    if known.infill is None:
+        raise Overloaded("the model is still loading", retry_after_s=2)
+    missing = known.infill.missing
+    if missing:
+        names = ", ".join(missing[:-1]) + " and " * (len(missing) > 1) + missing[-1]
+        raise RequestError(f"this model cannot fill in the middle: its tokenizer has no {names} "
+                           f"token{'s' * (len(missing) > 1)}", code="infill_not_supported", param=param)
+    own = values.get("stop_token_ids", ())
+    return {**values, "stop_token_ids": own if values.get("ignore_eos") else (*own, *known.infill.ends)}
+
+
+def parsed_body(api: str, values: Mapping, known: Known, request: Request, details: Mapping | None = None,
+                ignored_tools: tuple[str, ...] = ()) -> ParsedBody:
+    return ParsedBody(
+        request, stream=values.get("stream", False), echo=values.get("echo", False), api=api,
+        include_usage=values.get("stream_options", {}).get("include_usage") is True,
+        token_ids=values.get("return_token_ids", False), details=details or {}, ignored_tools=ignored_tools)
+
+
+# nanochat, OpenAI and llama-server
 
 def read_native_body(body: dict, known: Known) -> ParsedBody:
-    """nanochat's body; one that names a model comes from a client of OpenAI whose base URL lacks /v1."""
+    """nanochat's body. One that names a model comes from an OpenAI client whose base URL lacks /v1."""
     if body.get("model") is not None:
         return read_chat_body(body, known)
     values = parse_answer(body, NATIVE_FIELDS, known)
@@ -209,30 +268,32 @@ def read_completion_body(body: dict, known: Known) -> ParsedBody:
         if params.prompt_logprobs is not None:
             raise invalid("echo", "echo and logprobs exclude each other where there is a suffix, since the "
                                   "model reads the suffix before the answer")
-        values = values | infill_ends(values, known, "suffix")
+        values = with_infill_ends(values, known, "suffix")
         infill = Infill((suffix,))
     request = openai_request(values, known.settings, params, prompts=prompts, infill=infill)
     return scored_body("completion", values, known, request)
 
 
 def scored_body(api: str, values: Mapping, known: Known, request: Request) -> ParsedBody:
-    """With vLLM's `logprob_token_ids` and `prompt_logprobs`, if they are asked for."""
+    """A body of OpenAI's with vLLM's `logprob_token_ids` and `prompt_logprobs`, if it has them."""
     params = request.params
-    starts = values.get("prompt_logprobs_start", ())
-    if named := values.get("logprob_token_ids", ()):
+    token_ids = values.get("logprob_token_ids", ())
+    if token_ids:
         if params.logprobs is None:
             raise invalid("logprob_token_ids", "logprob_token_ids needs logprobs")
-        params = replace(params, logprob_ids=named)
+        params = replace(params, logprob_ids=token_ids)
     top = values.get("prompt_logprobs")
-    details = {}
+    starts = values.get("prompt_logprobs_start", ())
     if starts:
         name = "prompt_logprobs_start"
         count = len(request.prompts)
         if top is None or params.prompt_logprobs is not None:
             raise invalid(name, f"{name} needs prompt_logprobs, and excludes logprobs of an echo")
-        starts = starts * count if len(starts) == 1 else starts
+        if len(starts) == 1:
+            starts *= count
         if len(starts) != count:
             raise invalid(name, f"{name} has {len(starts)} numbers, but there are {count} prompts")
+    details = {}
     if top is not None:
         for name in ("stream", "suffix"):
             if values.get(name):
@@ -244,8 +305,7 @@ def scored_body(api: str, values: Mapping, known: Known, request: Request) -> Pa
 
 def read_infill_body(body: dict, known: Known) -> ParsedBody:
     """llama-server's body. Its `prompt` continues the text before the gap."""
-    values = parse_fields(body, INFILL_FIELDS)
-    values |= infill_ends(values, known)
+    values = with_infill_ends(parse_fields(body, INFILL_FIELDS), known)
     grammar, param = one_constraint(values)
     params = AnswerParams(grammar=grammar, grammar_param=param, logprobs=values.get("logprobs") or None)
     infill = Infill(tuple(values["input_suffix"]), tuple(values["input_prefix"]),
@@ -256,6 +316,8 @@ def read_infill_body(body: dict, known: Known) -> ParsedBody:
                        {"response_fields": values.get("response_fields", ())})
 
 
+# OpenAI's Responses
+
 def repeated_json(body: Mapping) -> bytes:
     """The members of a body that its response repeats in several events, encoded once for all of them."""
     repeated = {field.name: field.repeated for field in RESPONSES_FIELDS if field.repeated is not ABSENT}
@@ -264,7 +326,8 @@ def repeated_json(body: Mapping) -> bytes:
                  for name, value in repeated.items()}
     except RecursionError:
         raise RequestError("the body is nested too deeply") from None
-    if (size := sum(map(len, texts.values()))) > LIMITS.repeated_bytes:
+    size = sum(map(len, texts.values()))
+    if size > LIMITS.repeated_bytes:
         name = max(texts, key=lambda name: len(texts[name]))
         raise RequestError(f"{name} is too large: what the response repeats of the request takes {size:,} "
                            f"bytes as JSON, at most {LIMITS.repeated_bytes:,} are allowed",
@@ -276,25 +339,25 @@ CHAINED = names_in(RESPONSES_FIELDS, CONTINUES)
 
 
 def read_responses_body(body: dict, known: Known, before: Seq = ()) -> ParsedBody:
-    """before: the items of what the body continues."""
+    """before: the items that the body continues."""
     values = without_lone_top(parse_answer(body, RESPONSES_FIELDS, known))
     if "input" not in values and not any(values.get(name) for name in CHAINED):
         raise RequestError('One of "input", "prompt", "previous_response_id" or "conversation" must be '
                            "provided.", code="missing_required_parameter", param="input")
     details = kept_details(values, known)
-    tools, ignored = known_tools(values.get("tools", ()), ["function", None], "parameters")
+    tools, ignored = flat_functions_among(values.get("tools", ()), ["function", None], "parameters")
     ignored += other_types(values.get("input"), OTHER_ITEMS)
     sent = response_messages(values, before)
     messages = joined_turns(chat_messages(sent, known.tool_format is not None))
     request = parse_openai_request(values | {"tools": tools}, known.settings, known.tool_format, messages)
     parsed = parsed_body("responses", values, known, request, details, ignored)
-    return replace(parsed, repeated=repeated_json(body),
-                   kept=kept_items(input_items(values)) if details.get("store") else ())
+    kept = kept_items(input_items(values)) if details.get("store") else ()
+    return replace(parsed, repeated=repeated_json(body), kept=kept)
 
 
 def kept_details(values: Mapping, known: Known) -> dict:
-    """Whether a response is kept, and what it continues: for its encoder. RequestError if it continues what
-    this server cannot have kept."""
+    """What its encoder must know of a response that may be kept: whether it is, and what it continues.
+    Raises RequestError if it continues something on a server that keeps no answers."""
     chained = [name for name in CHAINED if values.get(name)]
     if known.settings.database is None:
         if chained:
@@ -307,25 +370,29 @@ def kept_details(values: Mapping, known: Known) -> dict:
 
 
 def input_items(values: Mapping) -> list:
+    """The input of a response as items."""
     items = values.get("input", "")
-    return [*without_others(items, OTHER_ITEMS)] if not is_text(items) else [
-        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": items}]}]
+    if is_text(items):
+        return [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": items}]}]
+    return [*without_others(items, OTHER_ITEMS)]
 
+
+# Anthropic's Messages
 
 def read_messages_body(body: dict, known: Known) -> ParsedBody:
-    """Anthropic's Messages API."""
     values = parse_answer(body, MESSAGES_FIELDS, known)
     messages, tools, ignored = anthropic_prompt(values, known.tool_format)
     options = anthropic_options(messages, body, values)
     values |= {"tools": tools, "template_options": options, "response_format": one_format(values)}
     request = parse_openai_request(values, known.settings, known.tool_format, messages)
-    thinks = member_of(body, "thinking.type") in ("enabled", "adaptive")
+    thinks = value_at(body, "thinking.type") in ("enabled", "adaptive")
     return parsed_body("messages", values, known, request, {"thinking": thinks}, ignored)
 
 
 def one_format(values: Mapping) -> tuple[str, str]:
     """The grammar of a body's format under its newer or its older name. RequestError if they differ."""
-    newer, older = (values.get(name, ("", "")) for name in ("response_format", "output_format"))
+    newer = values.get("response_format", ("", ""))
+    older = values.get("output_format", ("", ""))
     if newer[0] and older[0] and newer[0] != older[0]:
         raise invalid("output_format", "output_format and output_config.format differ: an answer has one "
                                        "format")
@@ -336,38 +403,47 @@ def anthropic_prompt(values: Mapping, tool_format: str | None) -> tuple[
         tuple[Message, ...], tuple[dict, ...], tuple[str, ...]]:
     """The messages, the functions, and the types of the tools that are ignored."""
     messages = chat_messages(anthropic_messages(values), tool_format is not None)
-    tools, ignored = known_tools(values.get("tools", ()), [None, "custom"], "input_schema")
+    tools, ignored = flat_functions_among(values.get("tools", ()), [None, "custom"], "input_schema")
     for message in values["messages"]:
         ignored += other_types(message.get("content"), OTHER_BLOCKS)
     return messages, tools, tuple(dict.fromkeys(ignored))
 
 
 def anthropic_options(messages: Seq[Message], body: Mapping, values: Mapping) -> dict:
-    """The template options: in this API, a last message of the assistant is one to continue."""
+    """The template options. In this API, a last message of the assistant is one to continue."""
     last = messages[-1]
     is_open = last.role == "assistant" and last.content and "tool_calls" not in (last.more or {})
-    effort = thinking(member_of(body, "output_config.effort"))
-    return {**({"continue_final_message": True} if is_open else {}), **effort,
-            **values.get("template_options", {})}
+    continues = {"continue_final_message": True} if is_open else {}
+    effort = thinking(value_at(body, "output_config.effort"))
+    return {**continues, **effort, **values.get("template_options", {})}
 
 
-def parsed_body(api: str, values: Mapping, known: Known, request: Request, details: Mapping | None = None,
-                ignored_tools: tuple[str, ...] = ()) -> ParsedBody:
-    return ParsedBody(
-        request, stream=values.get("stream", False), echo=values.get("echo", False), api=api,
-        include_usage=values.get("stream_options", {}).get("include_usage") is True,
-        token_ids=values.get("return_token_ids", False), details=details or {}, ignored_tools=ignored_tools)
+async def count_tokens(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
+    values = parse_fields(body, COUNTED_FIELDS)
+    tool_format = prompts.tokenizer.tool_format
+    messages, tools, _ = anthropic_prompt(values, tool_format)
+    if values.get("tool_choice", ToolChoice()).mode == "none":
+        tools = ()
+    if tools and not tool_format:
+        raise no_tools("tools")
+    options = anthropic_options(messages, body, values)
+    if budget := thinking_budget(body, COUNTED_FIELDS):
+        options["thinking_budget"] = max(budget.values())
+    ids = await conversation_tokens(prompts, messages, tools, client, options)
+    return dump({"input_tokens": len(ids)})
 
+
+# Ollama
 
 def read_ollama_chat(body: dict, known: Known) -> ParsedBody:
     values = parse_answer(body, OLLAMA_CHAT_FIELDS, known)
     values.setdefault("truncate", True)
     sent = sent_messages(values["messages"], [*OPENAI_ROLES, "tool"]) if values.get("messages") else ()
-    messages = chat_messages(map(ollama_message, sent), known.tool_format is not None)
+    messages = chat_messages(map(from_ollama, sent), known.tool_format is not None)
     return ollama_body("ollama chat", values, known, messages=messages)
 
 
-def ollama_message(message: SentMessage) -> SentMessage:
+def from_ollama(message: SentMessage) -> SentMessage:
     """A message of Ollama's as one of Chat Completions."""
     fields = message.fields
     return message._replace(fields={
@@ -378,22 +454,24 @@ def ollama_message(message: SentMessage) -> SentMessage:
 
 
 def with_images(content, images):
-    """A content of Ollama's as parts, if it has images: these come first."""
+    """Ollama's content as parts, if it has images, which come first; else as it is."""
     return [*images, {"type": "text", "text": content or ""}] if images else content
 
 
 def read_ollama_generate(body: dict, known: Known) -> ParsedBody:
+    api = "ollama generate"
     values = parse_answer(body, OLLAMA_GENERATE_FIELDS, known)
     prompt = values.get("prompt", "")
-    if suffix := values.get("suffix"):
-        return ollama_body("ollama generate", values | infill_ends(values, known, "suffix"), known,
-                           prompts=(prompt,), infill=Infill((suffix,)))
+    suffix = values.get("suffix")
+    if suffix:
+        values = with_infill_ends(values, known, "suffix")
+        return ollama_body(api, values, known, prompts=(prompt,), infill=Infill((suffix,)))
     if prompt and (values.get("raw", False) or not known.chats):
-        return ollama_body("ollama generate", values, known, prompts=(prompt,))
+        return ollama_body(api, values, known, prompts=(prompt,))
     system = (Message("system", values["system"]),) if "system" in values else ()
-    question = message_of("user", with_images(prompt, values.get("images")), {}, "images")
+    question = message_from("user", with_images(prompt, values.get("images")), {}, "images")
     messages = (*system, question) if prompt or question.pictures else ()
-    return ollama_body("ollama generate", values, known, messages=messages)
+    return ollama_body(api, values, known, messages=messages)
 
 
 def ollama_body(api: str, values: dict, known: Known, **source) -> ParsedBody:
@@ -413,9 +491,11 @@ def ollama_body(api: str, values: dict, known: Known, **source) -> ParsedBody:
 
 
 async def read_ollama_show(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
-    """The model's name. Of a very long one the start is enough, which is just as unknown."""
+    """The model's name. A very long name is cut: its start is just as unknown."""
     return parse_fields(body, OLLAMA_SHOW_FIELDS).get("model", "")[:1000].encode()
 
+
+# models and comparisons
 
 async def read_managed(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
     """Nothing: the body only names the model to load or unload."""
@@ -424,9 +504,10 @@ async def read_managed(body: dict, prompts: PromptMaker, client: str = "") -> by
 
 
 async def read_compare(body: dict, prompts: PromptMaker | None = None, client: str = "") -> bytes:
-    """The models that answer a body of /v1/compare, as JSON: `variants` has an object for each answer, whose
-    `step`, or `model` and `adapter`, choose the model; `seed` is for those without their own. The questions
-    are read by `read_variants`, for each model."""
+    """Who answers a body of /v1/compare, as JSON. `variants` has an object for each answer; its `step`, or
+    its `model` and `adapter`, choose the model. `seed` is for the answers that have none of their own.
+
+    The questions are read later by `read_variants`, for each model."""
     values = parse_fields(body, COMPARE_FIELDS)
     thinking_budget(body, COMPARE_FIELDS)
     if "prompt" in values and "messages" in values:
@@ -445,15 +526,20 @@ async def read_compare(body: dict, prompts: PromptMaker | None = None, client: s
                      [field._replace(name=f"variants[{index}].{field.name}") for field in VARIANT_FIELDS])
     variants = variants or [{"model": name} for name in values.get("models", ())]
     variants = variants or [{"step": step} for step in values.get("steps", ())]
-    # the start of a very long name is as unknown as all of it
-    who = [{name: value[:1000] if is_text(value := variant[name]) else value
-            for name in names_in(VARIANT_FIELDS, WHO) if name in variant} for variant in variants]
-    return dump({"seed": sampling_params(values, Settings()).seed, "variants": who})
+    seed = sampling_params(values, Settings()).seed
+    return dump({"seed": seed, "variants": list(map(who_answers, variants))})
+
+
+def who_answers(variant: Mapping) -> dict:
+    """The fields of a variant that choose its model. A very long name is cut: its start is as unknown."""
+    who = pick(variant, *names_in(VARIANT_FIELDS, WHO))
+    return {name: value[:1000] if is_text(value) else value for name, value in who.items()}
 
 
 def read_variants(body: dict, indices: Seq[int], seed: int, known: Known) -> list[ParsedBody]:
-    """The questions of some answers of a body of /v1/compare, all by one model. They share the messages that
-    are read here. Log-probabilities are requested to show how likely a differing token was."""
+    """The questions of a body of /v1/compare to one model, which gives the answers with these `indices`.
+    They share the messages, which are read once. Log-probabilities are requested to show how likely a token
+    was that differs."""
     values: dict[str, Any] = {"seed": seed, **parse_answer(body, COMPARE_FIELDS, known)}
     text = values.get("prompt")
     messages = ()
@@ -463,31 +549,16 @@ def read_variants(body: dict, indices: Seq[int], seed: int, known: Known) -> lis
     variants = values.get("variants", ())
     read = []
     for index in indices:
-        answered = values | parse_fields(variants[index] if variants else {}, DRAWING_FIELDS)
+        own = values | parse_fields(variants[index] if variants else {}, DRAWING_FIELDS)
         if text is None:
-            request = parse_openai_request(answered, known.settings, known.tool_format, messages)
+            request = parse_openai_request(own, known.settings, known.tool_format, messages)
         else:
-            request = openai_request(answered, known.settings, AnswerParams(), prompts=(text,))
+            request = openai_request(own, known.settings, AnswerParams(), prompts=(text,))
         read.append(ParsedBody(replace(request, params=replace(request.params, logprobs=0)), api="chat"))
     return read
 
 
-async def count_tokens(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
-    values = parse_fields(body, COUNTED_FIELDS)
-    tool_format = prompts.tokenizer.tool_format
-    messages, tools, _ = anthropic_prompt(values, tool_format)
-    if values.get("tool_choice", ToolChoice()).mode == "none":
-        tools = ()
-    if tools and not tool_format:
-        raise no_tools("tools")
-    options = anthropic_options(messages, body, values)
-    if budget := thinking_budget(body, COUNTED_FIELDS):
-        options["thinking_budget"] = max(budget.values())
-    ids = await rendered(prompts, messages, tools, client, options)
-    return dump({"input_tokens": len(ids)})
-
-
-# What reads the body of each route: into a ParsedBody for handle_answer, into a text for the others.
+# The reader of each route's body. It makes a ParsedBody for handle_answer, and a text for other routes.
 ANSWER_READERS: dict[str, Callable[..., ParsedBody]] = {
     "/chat/completions": read_native_body,
     "/v1/chat/completions": read_chat_body,
@@ -512,16 +583,19 @@ TEXT_READERS: dict[str, Callable] = {
 
 
 def read_answer(route: str, body: dict, known: Known, before: Seq | None = None) -> ParsedBody:
-    """The result of the route's reader for a body, on routes that answer. before: the items of what a
-    response continues; None: it continues nothing."""
+    """Read the body of a route that answers. before: the items that a response continues; None: it continues
+    nothing."""
     check_route(route, known)
-    parsed = ANSWER_READERS[route](body, known) if before is None else read_responses_body(
-        body, known, before)
+    if before is None:
+        parsed = ANSWER_READERS[route](body, known)
+    else:
+        parsed = read_responses_body(body, known, before)
     return replace(parsed, ignored_fields=ignored_fields(route, body, parsed, known))
 
 
 async def read_text(route: str, body: dict, prompts: PromptMaker, client: str = "") -> bytes:
-    """A line with the fields of a body that have no effect, followed by the result of the route's reader, on
-    other routes."""
+    """Read the body of any other route. Returns a line with the fields that have no effect, followed by what
+    the route's reader returns."""
     text = await TEXT_READERS[route](body, prompts, client)
-    return b"%s\n%s" % (", ".join(header_words(unread(body, BODY_FIELDS[route]))).encode(), text)
+    ignored = ", ".join(header_words(unread(body, BODY_FIELDS[route])))
+    return b"%s\n%s" % (ignored.encode(), text)

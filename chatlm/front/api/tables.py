@@ -10,8 +10,8 @@ from chatlm.common.jsontext import is_text, whole_unicode
 from chatlm.common.messages.requests import SAMPLING_FLAGS, SAMPLING_NAMES
 from chatlm.front.api import idle
 from chatlm.front.api.fields import (
-    A_TEXT, A_TOKEN, TEXT_OR_NULL, Field, FieldType, as_count, list_schema, listed, object_schema,
-    prompt_list, refused, without)
+    A_TEXT, A_TOKEN, TEXT_OR_NULL, Field, FieldType, as_count, as_list, as_prompts, list_schema,
+    object_schema, refused, without)
 from chatlm.front.api.field_types import (
     A_BUDGET, CAP, CONSTRAINT_FIELDS, LLAMA_SERVERS, EFFORT, FLAT_CHOICE, FOUR_STOPS, FUNCTIONS,
     FUNCTION_CALL, INCLUDE, INPUTS, INTEGER, LIST, LOGIT_BIAS, LOGPROBS_OF_TEXT, MESSAGES_CHOICE, METADATA,
@@ -26,7 +26,7 @@ SOME_TOOLS = Field(
     "X-Ignored-Tools")
 MODEL = Field("model", TEXT, "one of the served models; absent, empty or `default`: the default one")
 PARALLEL = Field("parallel_tool_calls", SWITCH,
-                 "false: at most one call; true: several also where tool_choice requires calls")
+                 "false: at most one call; true: several, even where tool_choice requires calls")
 RESPONSE_FORMAT = Field(
     "response_format", object_of("type", "json_schema", "schema", "value")._replace(
         convert=response_grammar),
@@ -43,30 +43,30 @@ REPETITION = Field(
     "stop_on_repetition", SWITCH,
     "end the answer where it only repeats itself; its stop_reason then is `repetition`",
     fills="params", idle={"": idle.under_a_grammar})
-LOW = Field("priority", PRIORITY, "`low`: wait until no other request does")
+LOW = Field("priority", PRIORITY, "`low`: wait as long as any other request waits")
 TRUNCATE = Field(
     "truncate", FieldType('"oldest" or "none"', {"enum": ["oldest", "none"]}, "oldest".__eq__),
-    "`oldest`: drop the oldest turns if not all fit; the timings say how many messages that were",
+    "`oldest`: drop the oldest turns if not all fit; the timings say how many messages were dropped",
     fills="request")
 COMMON_FIELDS = (  # for every route that generates
     STOPS,
     Field("skip_special_tokens", SWITCH,
-          "false: the answer's text has the names of special tokens, and in the assistant's messages those "
-          "of nanochat's calculator are these tokens", fills="params"),
+          "false: the answer's text has the names of special tokens; in the assistant's messages the names "
+          "of nanochat's calculator tokens are read as these tokens", fills="params"),
     IGNORE_EOS,
     REPETITION,
     LOW,
     TRUNCATE,
     Field("resumable", SWITCH, "number the events of a stream; GET /v1/streams/{id} continues one that broke "
                                "off", fills="request", idle={"": idle.without_stream}),
-    Field("progress", SWITCH, "begin a stream with events before the first token: place in the queue, tokens "
-                              "of the prompt, and how many are computed", fills="params",
+    Field("progress", SWITCH, "begin a stream with events that tell the place in the queue, the tokens of "
+                              "the prompt, and how many of these are computed", fills="params",
           idle={"": idle.without_stream}),
 )
 
 IDLE_THINKING = {"budget_tokens": idle.without_thoughts, "type": idle.without_thinking}
-SWITCHES = (  # further names of `chat_template_kwargs.enable_thinking`
-    Field("enable_thinking", SWITCH, "whether the model thinks, if its template knows that",
+SWITCHES = (  # other names of `chat_template_kwargs.enable_thinking`
+    Field("enable_thinking", SWITCH, "whether the model thinks, if its template supports that",
           idle={"": idle.without_thinking}),
     Field("thinking", TOP_LEVEL_THINKING, "the same; `budget_tokens` means thinking_budget",
           idle=IDLE_THINKING),
@@ -103,14 +103,15 @@ STARTS = FieldType(
 TOKEN_IDS = Field("return_token_ids", SWITCH, "`token_ids` beside each choice: those behind its text")
 
 BREAKERS = FieldType("a list of at most 64 strings, none above 40 characters",
-                     list_schema(A_TEXT | {"maxLength": 40}, maxItems=64), lambda value: tuple(listed(value)))
+                     list_schema(A_TEXT | {"maxLength": 40}, maxItems=64),
+                     lambda value: tuple(as_list(value)))
 STOP_IDS = Field("stop_token_ids", STOP_TOKENS, "tokens that end the answer", fills="params",
                  idle={"": idle.never_written})
 MIN_TOKENS = Field(
     "min_tokens", INTEGER, "do not end the answer before it has this many tokens; ignored where ignore_eos "
     "is", 0, math.inf, fills="params", idle={"": idle.under_a_grammar})
-DRAWN = "for drawn answers"  # a group: a model's own defaults of these leave greedy answers as they are
-SAMPLING_FIELDS = (  # for all but nanochat's route, which has those that are flags
+DRAWN = "for drawn answers"  # a group: a model's own defaults for these do not change greedy answers
+SAMPLING_FIELDS = (  # for all routes except nanochat's, which has only those that are flags
     MODEL,
     Field("stream", SWITCH, "server-sent events"),
     Field("temperature", NUMBER, "how random the answer is; 0 = greedy", 0, 2),
@@ -128,13 +129,13 @@ SAMPLING_FIELDS = (  # for all but nanochat's route, which has those that are fl
     Field("typical_p", NUMBER, "keep the most typical tokens up to this total probability; 1 = off", 0, 1),
     Field("xtc_probability", NUMBER, "how often XTC leaves out top choices; 0 = off", 0, 1),
     Field("xtc_threshold", NUMBER,
-          "of tokens at least this likely XTC leaves the least likely; above 0.5 = off", 0, 1),
+          "of the tokens at least this likely, XTC keeps only the least likely; above 0.5 = off", 0, 1),
     Field("dry_multiplier", NUMBER, "DRY's penalty for tokens that continue a repetition; 0 = off", 0, 100),
     Field("dry_base", NUMBER, "by what factor DRY's penalty grows with each token of the repetition", 1, 100),
     Field("dry_allowed_length", INTEGER, "tokens that DRY lets repeat without a penalty", 0, 2**31 - 1),
     Field("dry_penalty_last_n", INTEGER, "tokens in which DRY looks for repetitions; 0 = off, -1 = all",
           -1, 2**31 - 1),
-    Field("dry_sequence_breakers", BREAKERS, "texts that no repetition goes past"),
+    Field("dry_sequence_breakers", BREAKERS, "texts that end a repetition"),
     Field("top_n_sigma", NUMBER,
           "keep tokens within this many standard deviations of the largest logit; 0 or -1 = off", -1, 1000),
     *COMMON_FIELDS,
@@ -156,7 +157,7 @@ SHARED_FIELDS = (  # for Completions and Chat Completions
     *OPENAI_SAMPLING_FIELDS,
     Field("stream_options", object_of("include_usage"), "include_usage: end with a chunk that has the usage",
           idle={"": idle.without_stream}),
-    Field("n", INTEGER, "choices", 1, LIMITS.choices, fills="request"),
+    Field("n", INTEGER, "number of choices", 1, LIMITS.choices, fills="request"),
     PREFIX, TOKEN_IDS,
 )
 
@@ -169,7 +170,7 @@ OPENAI_FIELDS = (
     *SHARED_FIELDS,
     *TOKEN_CAPS,
     Field("modalities", FieldType('["text"], the only modality of this server',
-                                  list_schema({"enum": ["text"]})), "what the answer is"),
+                                  list_schema({"enum": ["text"]})), "the kinds of output"),
     Field("logprobs", SWITCH, "log-probabilities of the answer"),
     Field("top_logprobs", INTEGER, "alternatives listed for each token", 0, 20,
           idle={"": idle.without_logprobs}),
@@ -177,9 +178,9 @@ OPENAI_FIELDS = (
     Field("tools", TOOLS, "functions the model may call"),
     Field("tool_choice", TOOL_CHOICE, "auto, none, required, or one of the tools"),
     PARALLEL,
-    Field("functions", FUNCTIONS, "as tools, for older clients: a call comes as `function_call`",
+    Field("functions", FUNCTIONS, "like `tools`, for older clients; a call comes as `function_call`",
           means="tools"),
-    Field("function_call", FUNCTION_CALL, "as tool_choice", means="tool_choice"),
+    Field("function_call", FUNCTION_CALL, "like `tool_choice`, for older clients", means="tool_choice"),
     RESPONSE_FORMAT, *TEMPLATE_OPTIONS, *CONSTRAINT_FIELDS,
 )
 
@@ -190,8 +191,8 @@ COMPLETION_FIELDS = (
           -1, math.inf),
     Field("logprobs", INTEGER, "log-probabilities, with this many alternatives", 0, 20),
     PROMPT_LOGPROBS,
-    Field("prompt_logprobs_start", STARTS, "the first token that prompt_logprobs is computed for; what is "
-          "before it comes from the prefix cache, and has null"),
+    Field("prompt_logprobs_start", STARTS, "the first token that prompt_logprobs is computed for; tokens "
+          "before it may come from the prefix cache, and have null"),
     LOGPROB_IDS,
     Field("echo", SWITCH, "put the prompt before the answer, in the log-probabilities too"),
     Field("best_of", INTEGER, "must equal n", 1, LIMITS.choices),
@@ -223,7 +224,7 @@ INFILL_FIELDS = (  # as llama-server has them
     *(field for field in CONSTRAINT_FIELDS if field.group == LLAMA_SERVERS),
 )
 
-CONTINUES = "what a response continues"  # a group
+CONTINUES = "what a response continues"  # the name of a group
 RESPONSES_FIELDS = (
     Field("input", FieldType("a text or a list of items", {"anyOf": [A_TEXT, {"type": "array"}]}),
           "a text, or a list of messages, calls, their outputs and reasoning"),
@@ -237,7 +238,7 @@ RESPONSES_FIELDS = (
                                  object_schema([], effort=EFFORT_OR_NULL),
                                  lambda value: thinking(value.get("effort")),
                                  object_schema([], effort=EFFORT_OR_NULL, max_tokens=A_BUDGET)),
-          "`effort`: how much the model thinks, if its template knows that; `max_tokens`, or a number as "
+          "`effort`: how much the model thinks, if its template supports that; `max_tokens`, or a number as "
           "effort: most tokens that it thinks", means="template_options",
           idle={"effort": idle.without_thinking, "max_tokens": idle.without_thoughts},
           repeated={"effort": None, "summary": None}),
@@ -275,8 +276,8 @@ COUNTED_FIELDS = (
     Field("system", SYSTEM, "the system message, as a text or text blocks"),
     MODEL, SOME_TOOLS,
     Field("tool_choice", MESSAGES_CHOICE, "auto, any, none, or one of the tools"),
-    Field("thinking", THINKING, "whether the model thinks, if its template knows that; `budget_tokens`: most "
-          "tokens that it thinks", means="template_options", idle=IDLE_THINKING),
+    Field("thinking", THINKING, "whether the model thinks, if its template supports that; `budget_tokens`: "
+          "most tokens that it thinks", means="template_options", idle=IDLE_THINKING),
     OUTPUT_CONFIG,
 )
 MESSAGES_FIELDS = (
@@ -308,8 +309,8 @@ OLLAMA_FIELDS = (  # for both of Ollama's routes
     Field("think", FieldType(f"true, false, {EFFORT.allowed}",
                              {"anyOf": [{"enum": [True, False]}, *EFFORT.schema["anyOf"]]},
                              lambda value: thinking(value)),
-          "whether, or how much, the model thinks, if its template knows that; a number: most tokens that it "
-          "thinks", means="template_options", idle={"": idle.thinking_of_ollama}),
+          "whether, or how much, the model thinks, if its template supports that; a number: most tokens that "
+          "it thinks", means="template_options", idle={"": idle.ollama_without_thinking}),
     Field("logprobs", SWITCH, "log-probabilities of the answer's tokens"),
     Field("top_logprobs", INTEGER, "with `logprobs`: alternatives listed for each token", 0, 20,
           idle={"": idle.without_logprobs}),
@@ -334,9 +335,9 @@ PROMPT_NAME = Field("prompt_name", TEXT, "which prompt of the model goes before 
 INPUT_TYPE = Field("input_type", TEXT, "query, document or a prompt's name: which prompt goes before each "
                                        "text, if the model has it", idle={"": idle.without_a_prompt})
 POOLING = Field("pooling", FieldType('"mean" or "last"', {"enum": ["mean", "last"]}),
-                "of a chat model: the mean over the tokens of an input (the default), or its last token")
-CUT = Field("truncate", SWITCH, "a longer input than the context loses its end (default); false: refused",
-            means="cut")
+                "for a chat model: the mean over an input's tokens (the default), or its last token")
+CUT = Field("truncate", SWITCH, "an input longer than the context is cut at its end (default); false: it is "
+                                "refused", means="cut")
 EMBEDDING_FIELDS = (
     Field("input", INPUTS, "text, token ids, or a list of these", required=True),
     MODEL,
@@ -349,11 +350,11 @@ EMBEDDING_FIELDS = (
 OLLAMA_EMBED_FIELDS = (
     Field("input", INPUTS._replace(schema={"anyOf": [
         *INPUTS.schema["anyOf"], {"type": "array", "maxItems": 0}]}),
-          "text, or a list of texts; of none, no vectors", required=True),
+          "text, or a list of texts; an empty list gives no vectors", required=True),
     MODEL, POOLING, LOW, DIMENSIONS, CUT)
 OLLAMA_EMBEDDINGS_FIELDS = (  # of the older route
-    Field("prompt", TEXT._replace(convert=prompt_list), "a text; a longer one than the context loses its end",
-          required=True, means="input"),
+    Field("prompt", TEXT._replace(convert=as_prompts), "a text; one longer than the context is cut at its "
+          "end", required=True, means="input"),
     MODEL, POOLING)
 TEI_EMBED_FIELDS = (  # Text Embeddings Inference
     Field("inputs", INPUTS, "text, token ids, or a list of these", required=True, means="input"),
@@ -363,29 +364,29 @@ TEI_EMBED_FIELDS = (  # Text Embeddings Inference
 
 SOME_TEXTS = {"minItems": 1, "maxItems": LIMITS.embeddings}
 TEXTS = FieldType(f"a list of 1 to {LIMITS.embeddings:,} strings", list_schema(A_TEXT, **SOME_TEXTS),
-                  lambda value: tuple(listed(value)))
+                  lambda value: tuple(as_list(value)))
 DOCUMENTS = FieldType(
     f'a list of 1 to {LIMITS.embeddings:,} strings or objects with a string "text"',
     list_schema({"anyOf": [A_TEXT, object_schema(["text"], text=A_TEXT)]}, **SOME_TEXTS),
-    lambda value: tuple(listed([each if is_text(each) else each["text"] for each in value])))
+    lambda value: tuple(as_list([each if is_text(each) else each["text"] for each in value])))
 TEXT_OR_TEXTS = FieldType(f"a string or {TEXTS.allowed}", {"anyOf": [A_TEXT, TEXTS.schema]}, TEXTS.convert)
 INSTRUCTION = Field("instruction", TEXT, "what makes a document right for its query, if a model reads it",
-                    idle={"": idle.of_cosines})
+                    idle={"": idle.for_cosines})
 RAW = Field("use_activation", SWITCH, "false: raw scores, instead of those from 0 to 1")
 RERANK_FIELDS = (
     Field("query", TEXT, "what the documents are compared with", required=True),
     Field("documents", DOCUMENTS, "texts, or objects with a `text`"),
     Field("texts", TEXTS, "as TEI calls them; the answer then has TEI's form"),
     MODEL,
-    Field("top_n", INTEGER, "only the best so many", 1, math.inf),
+    Field("top_n", INTEGER, "return only this many of the best", 1, math.inf),
     Field("return_documents", SWITCH, "put each document beside its score", idle={"": idle.with_tei}),
     Field("max_tokens_per_doc", INTEGER, "read only the start of each document", 1, math.inf),
     RAW, INSTRUCTION, LOW,
     Field("raw_scores", SWITCH, "with `texts`: scores that may be below 0 and above 1",
           idle={"": idle.without_tei}),
     Field("return_text", SWITCH, "with `texts`: put each text beside its score", idle={"": idle.without_tei}),
-    Field("truncate", SWITCH, "with `texts`: one that is too long loses its end (default); false: a 400",
-          idle={"": idle.without_tei}),
+    Field("truncate", SWITCH, "with `texts`: one that is too long is cut at its end (default); false: it is "
+          "refused", idle={"": idle.without_tei}),
 )
 SCORE_FIELDS = (
     Field("text_1", TEXT_OR_TEXTS, "a text, or as many as text_2 has"),
@@ -405,8 +406,8 @@ TOKENIZE_FIELDS = (  # llama-server's, with `content`; vLLM's, with `prompt` or 
     MODEL,
     Field("content", MIXED, "text, or a list of texts and token ids"),
     Field("add_special", SWITCH, "begin `content` with bos if the model expects it"),
-    Field("parse_special", SWITCH, "read the names of special tokens in it as the tokens (the default)"),
-    Field("with_pieces", SWITCH, "return each token's text of it too"),
+    Field("parse_special", SWITCH, "read the names of special tokens in `content` as these tokens (default)"),
+    Field("with_pieces", SWITCH, "return the text of each token of `content` too"),
     Field("prompt", TEXT, "text, with the names of special tokens, as /v1/completions reads it"),
     TEMPLATE_FIELDS[0]._replace(required=False), *TEMPLATE_FIELDS[1:2], *TEMPLATE_OPTIONS,
     Field("add_special_tokens", SWITCH, "begin with bos if the model expects it: the default for `prompt`, "
@@ -415,12 +416,12 @@ TOKENIZE_FIELDS = (  # llama-server's, with `content`; vLLM's, with `prompt` or 
 )
 MANAGED_FIELDS = (MODEL,)
 
-WHO = "who answers"  # a group, of variants; and of the fields of which one must be there:
-SOME = "several answers"
+WHO = "who answers"       # a group: the fields of a variant that choose its model
+SOME = "several answers"  # a group: the fields that name several answers; one of them must be there
 STEP = Field("step", FieldType('a number of a step, or "latest"',
                                {"anyOf": [{"type": "integer", "minimum": 0}, {"enum": ["latest"]}]}),
              "one of the checkpoints of the run of `model`", group=WHO)
-DRAWING_FIELDS = (  # what draws tokens, and ends answers
+DRAWING_FIELDS = (  # how tokens are drawn, and what ends an answer
     *(field for field in SAMPLING_FIELDS
       if field in (*SAMPLED.values(), STOPS, STOP_IDS, MIN_TOKENS, IGNORE_EOS)),
     *TOKEN_CAPS)
@@ -449,7 +450,7 @@ COMPARE_FIELDS = (
     *TEMPLATE_OPTIONS,
 )
 
-BODY_FIELDS: dict[str, tuple[Field, ...]] = {  # of each route that takes a body
+BODY_FIELDS: dict[str, tuple[Field, ...]] = {  # route -> the fields of its body
     "/chat/completions": NATIVE_FIELDS, "/v1/chat/completions": OPENAI_FIELDS,
     "/v1/completions": COMPLETION_FIELDS, "/infill": INFILL_FIELDS, "/v1/embeddings": EMBEDDING_FIELDS,
     "/v1/responses": RESPONSES_FIELDS, "/v1/messages": MESSAGES_FIELDS,
@@ -465,7 +466,7 @@ BODY_FIELDS: dict[str, tuple[Field, ...]] = {  # of each route that takes a body
 HUB_NAME = Field("model", TEXT, "a short name, owner/name, or owner/name:FILE", required=True)
 EITHER_NAME = (Field("model", TEXT, "a short name, owner/name, or owner/name:FILE"),
                Field("name", TEXT, "the same, for older clients"))
-HUB_FIELDS: dict[str, tuple[Field, ...]] = {  # of routes about models that may not be served
+HUB_FIELDS: dict[str, tuple[Field, ...]] = {  # likewise for routes about models that may not be served
     "/models/download": (HUB_NAME, Field("stream", SWITCH, "server-sent events until the download has ended; "
                                          "otherwise the state after it was begun")),
     "/models/cancel": (HUB_NAME,), "/models/delete": (HUB_NAME,),
@@ -477,13 +478,13 @@ HUB_FIELDS: dict[str, tuple[Field, ...]] = {  # of routes about models that may 
 
 
 def meanings(fills: str) -> tuple[str, ...]:
-    """What the fields that fill an object of a request mean: the names that it has for their values."""
+    """The names under which an object of a request, "params" or "request", has the values of fields."""
     names = {field.means or field.name: None for fields in BODY_FIELDS.values() for field in fields
              if field.fills == fills}
     return tuple(names)
 
 
-# what has no effect where a grammar decides
+# fields that have no effect where a grammar decides
 LOOSE_ENDS = tuple(field.name for field in SAMPLING_FIELDS if field.idle.get("") is idle.under_a_grammar)
 PARAMS_NAMES = meanings("params")
 REQUEST_NAMES = meanings("request")

@@ -1,4 +1,4 @@
-"""Texts and token ids: the bodies of /tokenize, /detokenize and /apply-template, and what these answer."""
+"""Reads and answers the bodies of /tokenize, /detokenize and /apply-template."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from chatlm.common.errors import invalid
 from chatlm.common.jsontext import dump, is_text
 from chatlm.common.text.calculations import calculations_of, text_in
 from chatlm.front.admission.prompts import checked_ids
-from chatlm.front.api.conversation import openai_messages, template_options
+from chatlm.front.api.message_readers import openai_messages, template_options
 from chatlm.front.api.fields import functions_among, no_tools, parse_fields, within_limit
 from chatlm.front.api.tables import DETOKENIZE_FIELDS, TEMPLATE_FIELDS, TEMPLATE_OPTIONS, TOKENIZE_FIELDS
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 ENCODED = ("add_special_tokens", "return_token_strs")
-TO_TOKENIZE = {  # the fields that say what to tokenize -> those that may be beside them
+TO_TOKENIZE = {  # a field that says what to tokenize -> the fields that may be beside it
     "content": ("add_special", "parse_special", "with_pieces"), "prompt": ENCODED,
     "messages": (*ENCODED, "tools", *(field.name for field in TEMPLATE_OPTIONS))}
 
@@ -31,23 +31,23 @@ TO_TOKENIZE = {  # the fields that say what to tokenize -> those that may be bes
 async def tokenize(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
     """llama-server's response for `content`, vLLM's for `prompt` and `messages`."""
     values = parse_fields(body, TOKENIZE_FIELDS)
-    given = [name for name in TO_TOKENIZE if name in values]
-    if len(given) != 1:
-        raise invalid(given[1] if given else "content", "one of content, prompt and messages must say what "
-                      f"to tokenize, and {' and '.join(given) or 'none of them'} is here")
-    for name in {*itertools.chain.from_iterable(TO_TOKENIZE.values())} - {*TO_TOKENIZE[given[0]]}:
+    chosen = [name for name in TO_TOKENIZE if name in values]
+    if len(chosen) != 1:
+        raise invalid(chosen[1] if chosen else "content", "one of content, prompt and messages must say what "
+                      f"to tokenize, and {' and '.join(chosen) or 'none of them'} is here")
+    for name in {*itertools.chain.from_iterable(TO_TOKENIZE.values())} - {*TO_TOKENIZE[chosen[0]]}:
         if body.get(name) is not None:
-            raise invalid(name, f"{name} has no meaning beside {given[0]}")
-    if given == ["content"]:
+            raise invalid(name, f"{name} has no meaning beside {chosen[0]}")
+    if chosen == ["content"]:
         parts = values["content"]
         size = sum(len(part) for part in parts if is_text(part))
         within_limit("characters in content", size, LIMITS.tokenized_characters, "content")
-        return await prompts.run(partial(tokenized, prompts.tokenizer, values, parts), size + len(parts))
+        return await prompts.run(partial(tokens_body, prompts.tokenizer, values, parts), size + len(parts))
     return await prompt_tokens(values, prompts, client)
 
 
 async def prompt_tokens(values: Mapping, prompts: PromptMaker, client: str) -> bytes:
-    """vLLM's response for a prompt, which begins with bos as it is completed, or a conversation."""
+    """vLLM's response for a conversation, or for a prompt, which begins with bos as in /v1/completions."""
     tokenizer = prompts.tokenizer
     if "messages" in values:
         ids = await conversation_ids(values, prompts, client)
@@ -63,7 +63,7 @@ async def prompt_tokens(values: Mapping, prompts: PromptMaker, client: str) -> b
     return dump(body)
 
 
-def tokenized(tokenizer: Tokenizer, values: Mapping, parts: Seq[str | int]) -> bytes:
+def tokens_body(tokenizer: Tokenizer, values: Mapping, parts: Seq[str | int]) -> bytes:
     encode = tokenizer.encode_with_specials if values.get("parse_special", True) else tokenizer.encode
     ids = [token for part in parts for token in (encode(part) if isinstance(part, str) else [part])]
     ids = checked_ids(tokenizer.with_bos(ids) if values.get("add_special") else ids, tokenizer, "content")
@@ -78,19 +78,20 @@ def pieces_body(tokenizer: Tokenizer, tokens: Seq[int]) -> list[dict]:
 
 
 async def detokenize(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
-    """The response of /detokenize; special tokens appear by name."""
+    """The response of /detokenize. Special tokens are shown by name."""
     tokens = parse_fields(body, DETOKENIZE_FIELDS)["tokens"]
     tokenizer = prompts.tokenizer
     checked_ids(tokens, tokenizer, "tokens")
 
-    def shown_twice() -> bytes:  # for llama-server's clients and vLLM's
+    def shown_twice() -> bytes:  # llama-server's clients and vLLM's each read one of these
         text = tokenizer.show(tokens)
         return dump({"content": text, "prompt": text})
+
     return await prompts.run(shown_twice, len(tokens))
 
 
 def piece_body(tokenizer: Tokenizer, token: int) -> str | list[int]:
-    """llama-server's `piece`: a string, or a list of bytes if they are not whole characters."""
+    """llama-server's `piece`: a string, or a list of bytes if these are not whole characters."""
     text = tokenizer.whole_text(token)
     return list(tokenizer.shown_bytes(token)) if text is None else text
 
@@ -110,12 +111,12 @@ async def conversation_ids(values: Mapping, prompts: PromptMaker, client: str) -
     tools, _ = functions_among(values.get("tools", ()))
     if tools and not tool_format:
         raise no_tools("tools")
-    return await rendered(prompts, messages, tools, client, template_options(values))
+    return await conversation_tokens(prompts, messages, tools, client, template_options(values))
 
 
-async def rendered(prompts: PromptMaker, messages: Seq[Message], tools: Seq[dict], client: str,
+async def conversation_tokens(prompts: PromptMaker, messages: Seq[Message], tools: Seq[dict], client: str,
                    options: Mapping) -> tuple[int, ...]:
-    """The tokens of a conversation, which must not be too long to wait for."""
+    """The tokens of a conversation. Raises RequestError if it is too long to wait for."""
     size = sum(len(message.content) + len(text_in(calculations_of(message))) for message in messages)
     within_limit("characters in all messages", size, LIMITS.tokenized_characters, "messages")
     return await prompts.render(messages, tools, client, options)

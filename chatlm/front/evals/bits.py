@@ -65,6 +65,7 @@ async def score_text(scorer: PoolScorer, text: str, windows: int = WINDOWS) -> S
     for begin in range(0, len(waiting), windows):
         part = waiting[begin:begin + windows]
         found = await scorer.score([window.ids for window in part], [window.first for window in part], 0)
-        logprobs.extend(scored.logprob or 0.0 for window in found for scored in window)
-    # fsum is exact: the order in which windows end does not matter
+        for window in found:
+            logprobs.extend(scored.logprob or 0.0 for scored in window)
+    # fsum is exact, so the order in which windows end does not matter
     return Score(-math.fsum(logprobs) / math.log(2), max(size, 1), len(logprobs))

@@ -1,4 +1,5 @@
-"""nanochat's validation loss in bits per byte: rows of packed documents, each scored from its beginning.
+"""Computes nanochat's validation loss in bits per byte: rows of packed documents, each scored from its
+beginning.
 
 As upstream's dataloader.py and loss_eval.py at 92d63d4 on one GPU. `score` reads a text in overlapping
 windows, which is another quantity."""
@@ -23,7 +24,7 @@ from chatlm.common.hub.shards import BUFFERED, Packer, documents_of, last_shard
 from chatlm.front.aio import all_of
 
 if TYPE_CHECKING:
-    from chatlm.front.evals.kept import Kept
+    from chatlm.front.evals.answers_file import AnswersFile
     from chatlm.front.evals.scores import Scorer
 
 FETCHES = "python -m nanochat.dataset -n 1"  # what upstream fetches the validation shard with
@@ -126,7 +127,7 @@ def targets_of(scorer: Scorer) -> int:
     return min(MOST_TARGETS, scorer.room - 1)
 
 
-async def run_bpb(scorer: Scorer, texts: Texts, most: int | None, kept: Kept,
+async def run_bpb(scorer: Scorer, texts: Texts, most: int | None, kept: AnswersFile,
                   progress: Callable[[str, float], None]) -> BpbResult:
     """Score the rows that are not among `kept`: `most` of them, or as many as upstream does."""
     began_s = time.monotonic()
@@ -152,7 +153,7 @@ async def run_bpb(scorer: Scorer, texts: Texts, most: int | None, kept: Kept,
     async with aclosing(rows):
         shared = Shared(rows, count)
         await all_of(*(score_some(shared.numbered()) for _ in range(AT_ONCE)))
-    found = [item for place in places if (item := kept.find(TASK, place)) is not None]
+    found = [item for item in (kept.find(TASK, place) for place in places) if item is not None]
     if not found:
         raise ConfigError(f"{texts.path} has no text")
     return BpbResult(texts, targets, len(found), math.fsum(item["nats"] for item in found),
@@ -160,7 +161,8 @@ async def run_bpb(scorer: Scorer, texts: Texts, most: int | None, kept: Kept,
 
 
 async def scored_row(scorer: Scorer, place: int, row: Seq[int]) -> dict[str, Any]:
-    [scores], sizes = await scorer.score([row], [1], 0), await scorer.sizes(row[1:])
+    [scores] = await scorer.score([row], [1], 0)
+    sizes = await scorer.sizes(row[1:])
     nats = -math.fsum(one.logprob or 0.0 for one, size in zip(scores, sizes, strict=True) if size)
     return {"task": TASK, "item": place, "nats": nats, "bytes": sum(sizes)}
 

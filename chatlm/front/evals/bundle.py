@@ -15,8 +15,11 @@ from chatlm.common.errors import ConfigError, named, require_library, shown
 from chatlm.common.files import read_small
 from chatlm.common.hub.find import nanochat_base
 
-MULTIPLE_CHOICE, SCHEMA, LANGUAGE_MODELING = KINDS = "multiple_choice", "schema", "language_modeling"
-# the names in a bundle
+MULTIPLE_CHOICE = "multiple_choice"
+SCHEMA = "schema"
+LANGUAGE_MODELING = "language_modeling"
+KINDS = MULTIPLE_CHOICE, SCHEMA, LANGUAGE_MODELING
+# the names of files in a bundle
 TASKS = "core.yaml"
 BASELINES = "eval_meta_data.csv"
 ROWS = "eval_data"

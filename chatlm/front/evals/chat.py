@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from pathlib import Path
     from chatlm.front.evals.scores import Scorer
 
-LETTERS, NUMBER, PROGRAM = CHAT_KINDS = "letters", "number", "program"
+LETTERS = "letters"
+NUMBER = "number"
+PROGRAM = "program"
+CHAT_KINDS = LETTERS, NUMBER, PROGRAM
 FETCHES = "python -m scripts.chat_eval -i sft -a"  # and the task: what upstream fetches its data with
 ANSWER_TOKENS = 512
 SEED = 42                 # of the order of the rows
@@ -32,7 +35,7 @@ Runs = Callable[[str], Awaitable[bool]]  # runs a program; does it come to its e
 RULE = b"a program is right if its tests ran to their end"
 
 
-class Source(NamedTuple):
+class RowSource(NamedTuple):
     """Where the rows of a task come from."""
 
     label: str
@@ -48,12 +51,12 @@ class Source(NamedTuple):
 
 
 SOURCES = {source.label: source for source in (
-    Source("ARC-Easy", LETTERS, 0.25, "allenai/ai2_arc", "ARC-Easy", ("question", "choices", "answerKey")),
-    Source("ARC-Challenge", LETTERS, 0.25, "allenai/ai2_arc", "ARC-Challenge",
+    RowSource("ARC-Easy", LETTERS, 0.25, "allenai/ai2_arc", "ARC-Easy", ("question", "choices", "answerKey")),
+    RowSource("ARC-Challenge", LETTERS, 0.25, "allenai/ai2_arc", "ARC-Challenge",
            ("question", "choices", "answerKey")),
-    Source("MMLU", LETTERS, 0.25, "cais/mmlu", "all", ("question", "choices", "answer")),
-    Source("GSM8K", NUMBER, 0.0, "openai/gsm8k", "main", ("question", "answer")),
-    Source("HumanEval", PROGRAM, 0.0, "openai/openai_humaneval", "openai_humaneval",
+    RowSource("MMLU", LETTERS, 0.25, "cais/mmlu", "all", ("question", "choices", "answer")),
+    RowSource("GSM8K", NUMBER, 0.0, "openai/gsm8k", "main", ("question", "answer")),
+    RowSource("HumanEval", PROGRAM, 0.0, "openai/openai_humaneval", "openai_humaneval",
            ("prompt", "test", "entry_point")))}
 
 

@@ -49,4 +49,8 @@ def read_manifest(path: Path) -> list[str]:
 
 def read_table(paths: Seq[Path], columns: Seq[str]) -> list[dict]:
     """The rows of parquet, arrow or JSON lines files. ConfigError names what cannot be read."""
-    return [row for path in paths for part in read_parts(path, columns) for row in part]
+    rows = []
+    for path in paths:
+        for part in read_parts(path, columns):
+            rows += part
+    return rows

@@ -1,4 +1,5 @@
-"""Does the forward that serves the checkpoints of a run give them the loss that their training measured?"""
+"""Checks that the forward which serves a run's checkpoints gives them the loss that their training
+measured."""
 
 from __future__ import annotations
 
@@ -10,36 +11,39 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.val_bpb import (
-    Comparison, Evaluation, RowScore, chosen_rows, compare, former_size, is_of_known_texts, validation_shards)
+    Evaluation, LossComparison, RowScore, chosen_rows, compare, former_size, is_of_known_texts,
+    validation_shards)
 from chatlm.common.log import log
-from chatlm.front.evals.run_results import FORWARD, Result, forward_result
+from chatlm.front.evals.run_results import FORWARD, StepResult, forward_result
 from chatlm.front.evals.scores import PoolScorer
 
 if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer
-    from chatlm.front.evals.step_work import Work
+    from chatlm.front.evals.step_work import DutyWork
     from chatlm.front.pool.models import Model
     from chatlm.front.pool.pool import WorkerPool
 
 
 class ForwardCheck:
-    """Compares the val_bpb that base training wrote with our own, of the newest checkpoint of each run and of
-    each that comes. One that agrees speaks for the run's earlier ones; if one does not, they are compared
-    too. Each has then `own_val_bpb` and, where it does not agree, a `warning`."""
+    """Compares the val_bpb that base training wrote with our own.
+
+    It compares the newest checkpoint of each run, and each new one. If that one agrees, the run's earlier
+    checkpoints count as right; if not, they are compared too. A compared checkpoint has `own_val_bpb` and, if
+    it does not agree, a `warning`."""
 
     kind = FORWARD
     key = ""
 
     def __init__(self):
         self.agreed_s: dict[str, float] = {}  # by run: when the newest checkpoint that agrees was saved
-        self.said: set[tuple[str, str]] = set()  # runs and what was said of them
+        self.said: set[tuple[str, str]] = set()  # (run, warning) that the log has already
         self.rows: tuple[tuple, list[list[int]]] = ((), [])  # of the last shard, for the next checkpoint
 
     def done(self, model: Model) -> bool:
         return model.evaluation is None or model.is_compared or (
             model.saved_s <= self.agreed_s.get(run_of(model), -1.0))
 
-    def show(self, model: Model, result: Result):
+    def show(self, model: Model, result: StepResult):
         """What did not agree is compared again by the next server: the right texts may be here now."""
         if result.fields and result.fields["forward"]["agrees"]:
             model.is_compared = True
@@ -47,14 +51,14 @@ class ForwardCheck:
             run = run_of(model)
             self.agreed_s[run] = max(model.saved_s, self.agreed_s.get(run, -1.0))
 
-    async def find(self, work: Work) -> Result:
+    async def find(self, work: DutyWork) -> StepResult:
         """Compare a checkpoint, if its shard is here and can be read."""
         model = work.model
         evaluation = work.model.evaluation
         assert evaluation is not None and model.source is not None
         path = model.source.path
         lack = why_not(model, work.pool, evaluation)
-        found = list[Comparison]()
+        found = list[LossComparison]()
         for shard in [] if lack else await asyncio.to_thread(validation_shards, path):
             try:
                 found.append(await self._compare(work, evaluation, shard))
@@ -68,9 +72,9 @@ class ForwardCheck:
             return self._result(model, min(found, key=lambda one: abs(one.ours - one.theirs)), path)
         if lack:
             self._say(run_of(model), f"the val_bpb of {model.name} is not compared with our own: {lack}")
-        return Result(FORWARD)
+        return StepResult(FORWARD)
 
-    def _result(self, model: Model, found: Comparison, path: Path) -> Result:
+    def _result(self, model: Model, found: LossComparison, path: Path) -> StepResult:
         own = round(found.ours, 6) if math.isfinite(found.ours) else None
         model.own_val_bpb = own
         if found.agrees:
@@ -88,7 +92,7 @@ class ForwardCheck:
             self.said.add((run, about))
             log.warning("%s", text)
 
-    async def _compare(self, work: Work, evaluation: Evaluation, shard: Path) -> Comparison:
+    async def _compare(self, work: DutyWork, evaluation: Evaluation, shard: Path) -> LossComparison:
         model = work.model
         scorer = PoolScorer(work.pool, work.yields)
         scores = list[RowScore]()

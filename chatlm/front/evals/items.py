@@ -19,7 +19,7 @@ class BadItem(ValueError):
     """Upstream ends its run at this item."""
 
 
-class Span(NamedTuple):
+class ScoredSpan(NamedTuple):
     """The tokens of an option. Those from `start` on are scored."""
 
     ids: tuple[int, ...]
@@ -71,28 +71,28 @@ def shared(sequences: Seq[Seq[int]]) -> int:
     return min(map(len, sequences))
 
 
-def spans_of(kind: str, tokens: Seq[Seq[int]]) -> list[Span]:
+def spans_of(kind: str, tokens: Seq[Seq[int]]) -> list[ScoredSpan]:
     """What is scored of each option, from the tokens of `prompts_of`. BadItem where upstream asserts."""
     if kind == MULTIPLE_CHOICE:
         start = shared(tokens)
-        return [Span(tuple(ids), start) for ids in tokens]
+        return [ScoredSpan(tuple(ids), start) for ids in tokens]
     if kind == SCHEMA:
         count = shared([ids[::-1] for ids in tokens])
-        return [Span(tuple(ids), len(ids) - count) for ids in tokens]
+        return [ScoredSpan(tuple(ids), len(ids) - count) for ids in tokens]
     without, whole = tokens
     if len(without) >= len(whole) or list(whole[:len(without)]) != list(without):
         raise BadItem("the tokens of the prompt without its continuation are not the beginning of those "
                       "with it")
-    return [Span(tuple(whole), len(without))]
+    return [ScoredSpan(tuple(whole), len(without))]
 
 
-def fitted(span: Span, longest: int) -> Span:
+def fitted(span: ScoredSpan, longest: int) -> ScoredSpan:
     """The span in a context of `longest` tokens: what is too long loses its beginning. BadItem if that would
     be scored."""
     surplus = max(len(span.ids) - longest, 0)
     if surplus and span.start - surplus < 1:
         raise BadItem(f"{len(span.ids) - span.start:,} tokens are scored, but the context holds {longest:,}")
-    return Span(span.ids[surplus:], span.start - surplus)
+    return ScoredSpan(span.ids[surplus:], span.start - surplus)
 
 
 def verdict_of(kind: str, item: dict, scores: Seq[Seq[TokenLogprob]]) -> Verdict:

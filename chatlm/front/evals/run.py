@@ -1,4 +1,4 @@
-"""A task from its first item to its last: which are judged already, which remain, what they add up to."""
+"""Runs a task from its first item to its last, without those that are judged already, and adds them up."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from chatlm.front.evals.items import NEAR_TIE, BadItem, examples_of, fitted, pro
 
 if TYPE_CHECKING:
     from chatlm.front.evals.chat import Runs
-    from chatlm.front.evals.kept import Kept
+    from chatlm.front.evals.answers_file import AnswersFile
     from chatlm.front.evals.scores import Scorer
 
 
@@ -77,7 +77,7 @@ def drawn_items(task: Task, most: int | None) -> list:
     return drawn_problems(task, most) if task.kind in CHAT_KINDS else drawn_rows(task, most)
 
 
-async def run_task(scorer: Scorer, task: Task, most: int | None, kept: Kept,
+async def run_task(scorer: Scorer, task: Task, most: int | None, kept: AnswersFile,
                    progress: Callable[[str, float], None], at_once: int = AT_ONCE,
                    runs: Runs | None = None) -> TaskResult:
     """Judge the items of a task that are not among `kept`. runs: runs programs, for a task that needs it.
@@ -103,7 +103,8 @@ async def run_task(scorer: Scorer, task: Task, most: int | None, kept: Kept,
             progress(words, done / len(rows))
 
     await all_of(*(judge_some() for _ in range(at_once)))
-    items = [item for index in range(len(rows)) if (item := kept.find(task.label, index)) is not None]
+    found = [kept.find(task.label, index) for index in range(len(rows))]
+    items = [item for item in found if item is not None]
     near = sum(item["margin"] is not None and item["margin"] <= NEAR_TIE for item in items)
     return TaskResult(task, len(items), sum(item["correct"] for item in items), near,
                       sum(bool(item.get("cut")) for item in items), time.monotonic() - began_s,
@@ -123,6 +124,8 @@ async def judged(scorer: Scorer, task: Task, rows: list[dict], index: int) -> Ma
     by_place = dict(zip(asked, await scorer.score(ids, starts, top) if asked else ()))
     verdict = verdict_of(task.kind, item, [by_place.get(place, []) for place in range(len(spans))])
     cut = any(len(span.ids) < len(one.ids) for span, one in zip(spans, whole))
-    return {"correct": verdict.correct, "chosen": verdict.chosen,
-            "margin": verdict.margin if math.isfinite(verdict.margin) else None,
-            **({"cut": True} if cut else {})}
+    margin = verdict.margin if math.isfinite(verdict.margin) else None
+    body = {"correct": verdict.correct, "chosen": verdict.chosen, "margin": margin}
+    if cut:
+        body["cut"] = True
+    return body

@@ -19,7 +19,7 @@ from typing import Any
 
 from chatlm.common.errors import ConfigError, require_library
 from chatlm.common.log import log
-from chatlm.front.evals.kept import file_word
+from chatlm.front.evals.answers_file import file_word
 
 FLAG = "--run-log"
 VERSION = "brain.Event:2"          # what an event file begins with

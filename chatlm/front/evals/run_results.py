@@ -26,7 +26,7 @@ from chatlm.common.hub.nanochat import AS_TRAINED
 from chatlm.common.hub.written import is_number
 from chatlm.common.log import log
 from chatlm.front.evals.bits import Score
-from chatlm.front.evals.kept import file_word
+from chatlm.front.evals.answers_file import file_word
 from chatlm.front.pool.run_names import RunName
 
 if TYPE_CHECKING:
@@ -56,17 +56,17 @@ class StepOfRun(NamedTuple):
     digest: str     # of its weights
 
 
-class Result(NamedTuple):
-    """What was found of some weights."""
+class StepResult(NamedTuple):
+    """Something that was found out about some weights."""
 
-    kind: str           # one of KINDS
-    key: str = ""       # what was asked: see `text_key` and the two after it
-    fields: Mapping[str, Any] = {}  # of its line, beside the names of the step
+    kind: str      # one of KINDS
+    key: str = ""  # identifies the question: see `text_key`, `prompts_key`, `suite_key`
+    fields: Mapping[str, Any] = {}  # the members of its line, without those that name the step
     metrics: Mapping[str, float] = {}
     samples: tuple[dict[str, str], ...] = ()
-    verdicts: Mapping[str, str] = {}  # of each task, for each item 1 or 0
+    verdicts: Mapping[str, str] = {}  # by task: 1 or 0 for each item
     score: Score | None = None
-    made_by: str = ""   # digest of all else that decides it; "" of results of earlier versions
+    made_by: str = ""  # a digest of everything else that decides it; "" for results of earlier versions
 
 
 def text_key(text: str) -> str:
@@ -83,37 +83,38 @@ def suite_key(digest: str, most: int | None) -> str:
 
 def judged_metrics(body: Mapping[str, Any]) -> dict[str, float]:
     """The metrics in the results of a suite, by upstream's names."""
-    centered = {f"centered_results/{label}": value for label, value in body["centered_results"].items()}
-    means = {name: value for name, value in body.items()
-             if name.endswith(("core_metric", "core_standard_error"))}
-    return {name: value for name, value in {**centered, **means}.items() if is_number(value)}
+    metrics = {f"centered_results/{label}": value for label, value in body["centered_results"].items()}
+    for name, value in body.items():
+        if name.endswith(("core_metric", "core_standard_error")):
+            metrics[name] = value
+    return {name: value for name, value in metrics.items() if is_number(value)}
 
 
 @dataclass
 class StepResults:
-    """All results of a step, by kind, key and what made them."""
+    """All results of a step, by kind, key and `made_by`."""
 
     step: StepOfRun
-    results: dict[tuple[str, str, str], Result] = field(default_factory=dict)
+    results: dict[tuple[str, str, str], StepResult] = field(default_factory=dict)
 
 
 class RunResults:
-    """The results of all runs. They are read from the folder once, and what other servers add to the file of
-    a run is read before something is computed for it.
+    """The results of all runs, in a folder with a file for each run.
 
-    A folder that cannot be written costs one warning: results then stay in memory, and are written once that
-    is possible again."""
+    The folder is read once. What other servers add to a run's file is read before something is computed for
+    that run. If the folder cannot be written, there is one warning; results then stay in memory, and are
+    written when that is possible again."""
 
-    AGAIN_S = 30.0  # after a failure to write, before the next try without a new result
-    WARN_S = 3600.0  # after a warning, before the next one
+    AGAIN_S = 30.0  # between two tries to write what could not be written
+    WARN_S = 3600.0  # between two warnings
 
     def __init__(self, folder: Path | None, run_log: RunLog | None = None):
-        """folder: --results; None keeps results only in memory."""
+        """folder: --results; None keeps results in memory only."""
         self.folder = folder
         self.run_log = run_log
         self.asked: dict[str, str] = {WRITTEN: ""}  # by kind: the key whose results are shown
         self.folders: dict[str, dict[tuple[int, str], StepResults]] = {}  # by folder; by step and digest
-        self.of_weights: dict[str, dict[tuple[str, str, str], Result]] = {}  # by digest
+        self.of_weights: dict[str, dict[tuple[str, str, str], StepResult]] = {}  # by digest
         self.read_to: dict[Path, int] = {}    # bytes of each file that have been read
         self.unwritten: list[tuple[Path, bytes]] = []
         self.tried_s = 0.0
@@ -128,8 +129,9 @@ class RunResults:
 
     def _load(self):
         with self.turn:
-            for path in sorted(self.folder.glob("run-*.jsonl")) if self.folder else ():
-                self._read(path)
+            if self.folder:
+                for path in sorted(self.folder.glob("run-*.jsonl")):
+                    self._read(path)
 
     async def refresh(self, step: StepOfRun):
         """Read what other servers have added to the file of a step's run."""
@@ -141,7 +143,7 @@ class RunResults:
             self._read(path)
 
     def _read(self, path: Path):
-        """Read the lines of a file that are new. One that is broken is skipped, as a full disk leaves it."""
+        """Read the new lines of a file. Skips broken lines, which a full disk leaves behind."""
         begin = self.read_to.get(path, 0)
         try:
             with open_regular(path, os.O_RDONLY) as file:
@@ -159,8 +161,8 @@ class RunResults:
             self.warn(path, error)
         self.read_to[path] = begin
 
-    def _remember(self, step: StepOfRun, result: Result) -> bool:
-        """Returns whether it is new."""
+    def _remember(self, step: StepOfRun, result: StepResult) -> bool:
+        """Note a result. Returns whether it is new."""
         of_run = self.folders.setdefault(step.folder, {})
         known = of_run.setdefault((step.step, step.digest), StepResults(step))
         if not known.step.saved_s or 0 < step.saved_s < known.step.saved_s:
@@ -172,18 +174,18 @@ class RunResults:
         self.of_weights.setdefault(step.digest, {})[key] = result
         return is_new
 
-    def find(self, digest: str, kind: str, key: str, made_by: str) -> Result | None:
-        """The result of these weights, whichever step of whichever run has them."""
+    def find(self, digest: str, kind: str, key: str, made_by: str) -> StepResult | None:
+        """The result of these weights, whichever step of whichever run they belong to."""
         of_weights = self.of_weights.get(digest, {})
         return of_weights.get((kind, key, made_by)) or of_weights.get((kind, key, ""))
 
     # writing
 
-    async def add(self, step: StepOfRun, result: Result):
+    async def add(self, step: StepOfRun, result: StepResult):
         """Keep a result of a step."""
         await asyncio.to_thread(self._add, step, result)
 
-    def _add(self, step: StepOfRun, result: Result):
+    def _add(self, step: StepOfRun, result: StepResult):
         with self.turn:
             path = self._file_of(step) if self.folder else None
             if path:
@@ -198,7 +200,7 @@ class RunResults:
                 self._log(step)
 
     async def write_again(self):
-        """Try again to write what could not be written, now and then."""
+        """Try again to write what could not be written, if the last try is long enough ago."""
         if self.unwritten and time.monotonic() - self.tried_s > self.AGAIN_S:
             await asyncio.to_thread(self.write_now)
 
@@ -229,20 +231,25 @@ class RunResults:
     # showing
 
     def metrics_of(self, known: StepResults) -> dict[str, float]:
-        """Those that the training wrote, and those by what this server asks of each step."""
-        return {name: value for result in self._shown(known) for name, value in result.metrics.items()}
+        """The metrics of a step: those that its training wrote, and those that this server finds."""
+        metrics = {}
+        for result in self._shown(known):
+            metrics |= result.metrics
+        return metrics
 
-    def _shown(self, known: StepResults) -> list[Result]:
-        """The last result of each kind by what this server asks."""
+    def _shown(self, known: StepResults) -> list[StepResult]:
+        """The last result of each kind that answers what this server is asked."""
         last = {result.kind: result for result in [*known.results.values()]
                 if self.asked.get(result.kind) == result.key}
         return [last[kind] for kind in KINDS if kind in last]
 
     def removed(self, watched: Path, runs: Mapping[str, RunName], there: Collection[tuple[str, int]],
                 served: Collection[str] = ()) -> list[dict[str, Any]]:
-        """The steps of runs below a folder whose files are gone, as GET /v1/runs/ID lists them. runs: by
-        folder those that are there or were. there: folder and number of steps whose files are there. served:
-        digests of weights that are served; what only moved to another folder is not gone."""
+        """The steps of runs below the watched folder whose files are gone, as GET /v1/runs/ID lists them.
+
+        runs: by folder, the runs that are there or were there. there: (folder, number) of each step whose
+        files are there. served: digests of weights that are served; weights that have only moved to another
+        folder are not gone."""
         folders = {folder for folder, _ in there}
         taken = {name.run for name in runs.values()}
         found: list[dict[str, Any]] = []
@@ -251,7 +258,7 @@ class RunResults:
                 continue
             for known in self._curve(folder):
                 name = runs.get(folder)
-                is_other = name is None and known.step.run in taken  # another folder has got its name
+                is_other = name is None and known.step.run in taken  # another folder has its name now
                 moved = folder not in folders and known.step.digest in served
                 is_there = (folder, known.step.step) in there
                 if not (is_other or moved or is_there) and self.metrics_of(known):
@@ -261,14 +268,16 @@ class RunResults:
     def _removed(self, known: StepResults, name: RunName | None) -> dict[str, Any]:
         step = known.step
         name = name or RunName(step.run, step.lineage, step.stage, ())
+        samples = []
+        for result in self._shown(known):
+            samples += result.samples
         return {"model": name.step(step.step), "run": name.run, "lineage": name.lineage, "stage": name.stage,
                 "step": step.step, "state": "removed", "weights_digest": step.digest,
-                "metrics": self.metrics_of(known), "judged": False,
-                "samples": [sample for result in self._shown(known) for sample in result.samples]}
+                "metrics": self.metrics_of(known), "judged": False, "samples": samples}
 
     def _curve(self, folder: str) -> Iterator[StepResults]:
-        """The steps of a run's last training. One that began again at an earlier step has overtaken those
-        steps of the training before that are not earlier."""
+        """The steps of a run's last training, the newest first. If a training began again at an earlier step,
+        the steps of the previous training from there on do not count any more."""
         least = None
         for known in sorted([*self.folders[folder].values()],
                             key=lambda one: (one.step.saved_s, one.step.step), reverse=True):
@@ -277,7 +286,8 @@ class RunResults:
                 yield known
 
     def _log(self, step: StepOfRun):
-        """Write the metrics of a step into the files of --run-log; those of its whole run if it has none."""
+        """Write the metrics of a step to --run-log. If the log has nothing of its run yet, write the whole
+        run."""
         assert self.run_log
         steps = [known for known in self._curve(step.folder)
                  if self.run_log.is_new(step.run) or known.step.step == step.step]
@@ -287,28 +297,33 @@ class RunResults:
 
 
 def open_regular(path: Path, flags: int):
-    """The file, unbuffered if it is written. OSError unless it is a regular one: others may block."""
+    """Open a file; one that is written is unbuffered. Raises OSError unless it is a regular file, because
+    others may block."""
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a regular file")
     writes = bool(flags & os.O_RDWR)
-    return os.fdopen(descriptor, "r+b" if writes else "rb", buffering=0 if writes else -1)
+    if writes:
+        return os.fdopen(descriptor, "r+b", buffering=0)
+    return os.fdopen(descriptor, "rb")
 
 
 def append_line(path: Path, line: bytes):
-    """Add a line in one call, so that lines of several servers do not mix. OSError if that fails; a part of
-    the line may then be in the file, and the next one begins after it."""
+    """Add a line in one call, so that lines of several servers do not mix. Raises OSError if that fails; then
+    a part of the line may be in the file, and the next line begins after it."""
     with open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND) as file:
         size = file.seek(0, os.SEEK_END)
         if size:
             file.seek(size - 1)
-            line = b"\n" * (file.read(1) != b"\n") + line
-        if (written := file.write(line)) != len(line):
+            if file.read(1) != b"\n":
+                line = b"\n" + line
+        written = file.write(line)
+        if written != len(line):
             raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes could be written")
 
 
-def result_in(line: bytes) -> tuple[StepOfRun, Result] | None:
+def result_in(line: bytes) -> tuple[StepOfRun, StepResult] | None:
     """The result in a line; None if it has none, or is broken."""
     with suppress(ValueError, RecursionError, TypeError, KeyError, AttributeError):
         found = json.loads(line)
@@ -327,9 +342,9 @@ def result_in(line: bytes) -> tuple[StepOfRun, Result] | None:
     return None
 
 
-def result_of(found: Mapping[str, Any]) -> Result | None:
-    """The result that a line says. ValueError, KeyError, TypeError or AttributeError if a field is missing or
-    wrong."""
+def result_of(found: Mapping[str, Any]) -> StepResult | None:
+    """The result in a line's object. Raises ValueError, KeyError, TypeError or AttributeError if a member is
+    missing or wrong."""
     fields = {name: value for name, value in found.items() if name not in NAMES}
     if "text_digest" in found:
         bits = found["bits"]
@@ -339,27 +354,27 @@ def result_of(found: Mapping[str, Any]) -> Result | None:
             return None
         return text_result(str(found["text_digest"]), Score(bits, size, tokens))
     if "suite_digest" in found:
-        # KeyError for lines of earlier versions: a server makes new ones of the answers to the items
+        # KeyError for lines of earlier versions; a server makes new lines from the answers to the items
         verdicts = {str(label): str(right) for label, right in found["verdicts"].items()}
         key = suite_key(str(found["suite_digest"]), found["max_per_task"])
-        return Result(SUITE, key, fields, judged_metrics(found), verdicts=verdicts)
+        return StepResult(SUITE, key, fields, judged_metrics(found), verdicts=verdicts)
     if "samples" in found:
         samples = [{"prompt": str(one["prompt"]), "text": str(one["text"])} for one in found["samples"]]
         key = prompts_key([one["prompt"] for one in samples])
-        return Result(SAMPLES, key, {"samples": samples}, samples=tuple(samples))
+        return StepResult(SAMPLES, key, {"samples": samples}, samples=tuple(samples))
     if "forward" in found:
         return forward_result(found["forward"])
     metrics = {str(name): value for name, value in found["written"].items() if is_number(value)}
-    return Result(WRITTEN, "", fields, metrics)
+    return StepResult(WRITTEN, "", fields, metrics)
 
 
-def forward_result(found: Mapping[str, Any]) -> Result:
+def forward_result(found: Mapping[str, Any]) -> StepResult:
     """found: `own_val_bpb`, and whether it `agrees` with what training wrote."""
     own = found["own_val_bpb"]
     metrics = {"own_val_bpb": own} if is_number(own) else {}
-    return Result(FORWARD, "", {"forward": {**found, "agrees": found["agrees"] is True}}, metrics)
+    return StepResult(FORWARD, "", {"forward": {**found, "agrees": found["agrees"] is True}}, metrics)
 
 
-def text_result(key: str, score: Score) -> Result:
+def text_result(key: str, score: Score) -> StepResult:
     fields = {"text_digest": key, **score.as_json(), "bits": score.bits}
-    return Result(TEXT, key, fields, {"bits_per_byte": round(score.bits_per_byte, 6)}, score=score)
+    return StepResult(TEXT, key, fields, {"bits_per_byte": round(score.bits_per_byte, 6)}, score=score)

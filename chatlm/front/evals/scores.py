@@ -146,11 +146,16 @@ class PoolScorer:
     async def likelihoods(self, prompt: Seq[int], ids: Seq[int]) -> list[float]:
         params = AnswerParams(sampling=GREEDY, logprobs=0, logprob_ids=tuple(ids), ignore_eos=True)
         pieces = await self._pieces(prompt, 1, params)
-        found = dict([one for piece in pieces for logprob in piece.logprobs for one in logprob.top])
+        found = {}
+        for piece in pieces:
+            for logprob in piece.logprobs:
+                found |= dict(logprob.top)
         return [found[token] for token in ids]
 
     async def answer(self, prompt: Seq[int], max_tokens: int) -> str:
-        tokens = [token for piece in await self._pieces(prompt, max_tokens) for token in piece.tokens]
+        tokens = []
+        for piece in await self._pieces(prompt, max_tokens):
+            tokens += piece.tokens
         ends = tokens and tokens[-1] in self.tokenizer.stop_tokens
         return self.tokenizer.show(tokens[:-1] if ends else tokens)
 

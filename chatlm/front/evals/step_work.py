@@ -22,11 +22,11 @@ from chatlm.front.evals.bundle import read_suite
 from chatlm.front.evals.chat import chat_suite
 from chatlm.front.evals.flips import Verdicts
 from chatlm.front.evals.forward_check import ForwardCheck
-from chatlm.front.evals.kept import Kept, kept_name, results_folder
+from chatlm.front.evals.answers_file import AnswersFile, answers_file_name, results_folder
 from chatlm.front.evals.run import as_json, drawn_items, mean_of, run_task
 from chatlm.front.evals.run_log import RunLog
 from chatlm.front.evals.run_results import (
-    FORWARD, SAMPLES, SUITE, TEXT, WRITTEN, Result, RunResults, StepOfRun, judged_metrics, prompts_key,
+    FORWARD, SAMPLES, SUITE, TEXT, WRITTEN, StepResult, RunResults, StepOfRun, judged_metrics, prompts_key,
     suite_key, text_key, text_result)
 from chatlm.front.evals.samples import PROMPTS, SAMPLE_TOKENS
 from chatlm.front.evals.scores import PoolScorer
@@ -34,7 +34,7 @@ from chatlm.front.pool.models import Served
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.common.hub.steps import Step
+    from chatlm.common.hub.steps import RunStep
     from chatlm.front.evals.bundle import Suite
     from chatlm.front.pool.many import ManyModels
     from chatlm.front.pool.models import Model
@@ -51,48 +51,49 @@ class Postponed(ChatServerError):
 
 
 @dataclass
-class Work:
+class DutyWork:
     """What a duty works with."""
 
     model: Model
     pool: WorkerPool
-    yields: Callable[[], None]  # a duty calls it often; it may raise to end the work
+    yields: Callable[[], None]  # a duty calls it often; it may raise an exception to end the work
 
 
 class Duty(Protocol):
     """Something to find out once about each checkpoint."""
 
-    kind: str  # of its results
+    kind: str  # the kind and the key of its results
     key: str
 
     def done(self, model: Model) -> bool:
         ...
 
-    def show(self, model: Model, result: Result):
+    def show(self, model: Model, result: StepResult):
         """Let the model show a result, be it new or an old one."""
         ...
 
-    async def find(self, work: Work) -> Result:
+    async def find(self, work: DutyWork) -> StepResult:
         ...
 
 
 class TextDuty:
-    """--watch-text."""
+    """Scores --watch-text."""
 
     kind = TEXT
-    WINDOWS = 2  # computed at once
+    WINDOWS = 2  # computed at the same time
 
     def __init__(self, text: str):
-        self.text, self.key = text, text_key(text)
+        self.text = text
+        self.key = text_key(text)
 
     def done(self, model: Model) -> bool:
         return model.bits_per_byte is not None
 
-    def show(self, model: Model, result: Result):
+    def show(self, model: Model, result: StepResult):
         if result.score:
             model.bits_per_byte = result.score.bits_per_byte
 
-    async def find(self, work: Work) -> Result:
+    async def find(self, work: DutyWork) -> StepResult:
         work.model.scoring = True
         try:
             scorer = PoolScorer(work.pool, work.yields)
@@ -104,81 +105,86 @@ class TextDuty:
 
 
 class PromptsDuty:
-    """--watch-prompts."""
+    """Continues the prompts of --watch-prompts."""
 
     kind = SAMPLES
 
     def __init__(self, prompts: Seq[str]):
-        self.prompts, self.key = prompts, prompts_key(prompts)
+        self.prompts = prompts
+        self.key = prompts_key(prompts)
 
     def done(self, model: Model) -> bool:
         return bool(model.samples)
 
-    def show(self, model: Model, result: Result):
+    def show(self, model: Model, result: StepResult):
         model.samples = result.samples
 
-    async def find(self, work: Work) -> Result:
+    async def find(self, work: DutyWork) -> StepResult:
         scorer = PoolScorer(work.pool, work.yields)
         samples = [{"prompt": prompt, "text": await scorer.complete(prompt, SAMPLE_TOKENS)}
                    for prompt in self.prompts]
-        return Result(SAMPLES, self.key, {"samples": samples}, samples=tuple(samples))
+        return StepResult(SAMPLES, self.key, {"samples": samples}, samples=tuple(samples))
 
 
 class SuiteDuty:
-    """--watch-suite. The answers to its items are kept too, so that an evaluation that ended goes on."""
+    """Runs --watch-suite. It keeps the answers to the items, so that an evaluation that broke off can go
+    on."""
 
     kind = SUITE
 
     def __init__(self, suite: Suite, most: int | None, folder: Path | None,
                  unkept: Callable[[Path, OSError], None]):
-        """ConfigError for a task that cannot be read."""
+        """Raises ConfigError for a task that cannot be read."""
         self.suite = suite
         self.most = most
         self.folder = folder
         self.unkept = unkept
         self.key = suite_key(suite.digest, most)
         for task in suite.tasks:
-            drawn_items(task, most)  # what is broken is said at once
+            drawn_items(task, most)  # raises now if an item is broken
 
     def done(self, model: Model) -> bool:
         return model.judged is not None
 
-    def show(self, model: Model, result: Result):
+    def show(self, model: Model, result: StepResult):
         model.judged = dict(result.metrics)
         model.verdicts = Verdicts(self.suite, self.most, result.verdicts)
 
-    async def find(self, work: Work) -> Result:
+    async def find(self, work: DutyWork) -> StepResult:
         suite = self.suite
         model = work.model
         scorer = PoolScorer(work.pool, work.yields)
-        name = kept_name(model.settings, scorer, model.name, suite, self.most)
-        kept = await asyncio.to_thread(Kept, self.folder, name, self.unkept)
+        name = answers_file_name(model.settings, scorer, model.name, suite, self.most)
+        kept = await asyncio.to_thread(AnswersFile, self.folder, name, self.unkept)
         try:
             results = [await run_task(scorer, task, self.most, kept, lambda stage, fraction: None, at_once=1)
                        for task in suite.tasks]
         finally:
             kept.close()
         body = as_json(suite, results)
-        means = [f"{suite.mean} {mean_of(results)[0]:.4f}"] if suite.mean else [
-            f"{label} {value:.4f}" for label, value in body["results"].items()]
+        if suite.mean:
+            means = [f"{suite.mean} {mean_of(results)[0]:.4f}"]
+        else:
+            means = [f"{label} {value:.4f}" for label, value in body["results"].items()]
         log.info("the checkpoint %s: %s", model.name, ", ".join(means))
         del body["seconds"]
         verdicts = {one.task.label: one.verdicts for one in results}
         about = {"suite": suite.name, "suite_digest": suite.digest, "max_per_task": self.most}
-        return Result(SUITE, self.key, about | body | {"verdicts": verdicts}, judged_metrics(body),
+        return StepResult(SUITE, self.key, about | body | {"verdicts": verdicts}, judged_metrics(body),
                       verdicts=verdicts)
 
 
 class StepWork:
-    """Does its duties for one checkpoint after another, newest first, with rows and memory that nothing else
-    needs. What was found is kept in the checkpoint's model and in the results of its run."""
+    """Does its duties for one checkpoint after another, the newest first, with rows and memory that nothing
+    else needs. Results are kept in the checkpoint's model and in the results of its run."""
 
-    def __init__(self, many: ManyModels, models: Mapping[Step, Model]):
+    def __init__(self, many: ManyModels, models: Mapping[RunStep, Model]):
         self.many = many
         self.models = models
         settings = many.settings
-        self.failed: set[tuple[Step, str]] = set()
-        self.steps: WeakKeyDictionary[Model, tuple[StepOfRun, str]] = WeakKeyDictionary()  # see `described`
+        self.failed: set[tuple[RunStep, str]] = set()  # (step, kind of duty)
+        # what `describe_step` says of each model
+        self.steps: WeakKeyDictionary[Model, tuple[StepOfRun, str]] = WeakKeyDictionary()
         self.duties: list[Duty] = [ForwardCheck()]
         run_log = RunLog(settings.run_log) if settings.run_log is not None else None
         self.results = RunResults(kept_folder(settings), run_log)
@@ -201,26 +207,28 @@ class StepWork:
         served = {self.steps[model][0].digest for model in self.models.values() if model in self.steps}
         return self.results.removed(watched, runs, there, served)
 
-    async def opened(self, step: Step, model: Model):
-        """A checkpoint is served: note what its training wrote, and show what is known of its weights."""
+    async def opened(self, step: RunStep, model: Model):
+        """Note that a checkpoint is served now: keep what its training wrote, and show what is known about
+        its weights."""
         if not model.pool:
             return
-        self.steps[model] = await asyncio.to_thread(described, step, model, model.pool)
+        self.steps[model] = await asyncio.to_thread(describe_step, step, model, model.pool)
         await self.note_written(model)
         for duty in self.duties:
             await self._recall(duty, model)
 
     async def note_written(self, model: Model):
-        """Keep what its training wrote, also into a log, and later."""
+        """Keep what a checkpoint's training wrote about it, beside it and in logs."""
         if model in self.steps:
             found = {**model.logged, **model.written}
             fields = {"written": found} if found else {}
-            await self.results.add(self.steps[model][0], Result(WRITTEN, "", fields, found))
+            await self.results.add(self.steps[model][0], StepResult(WRITTEN, "", fields, found))
 
     async def _recall(self, duty: Duty, model: Model):
-        """Show a result that is kept of these weights, and keep it as this step's too."""
+        """Show a result that is known of these weights, and keep it as a result of this step too."""
         step, made_by = self.steps[model]
-        if found := self.results.find(step.digest, duty.kind, duty.key, made_by):
+        found = self.results.find(step.digest, duty.kind, duty.key, made_by)
+        if found:
             await self.results.add(step, found._replace(made_by=made_by))
             duty.show(model, found)
 
@@ -232,20 +240,26 @@ class StepWork:
             self.results.write_now()
 
     async def _do_next(self):
-        left = [(step, duty) for duty in self.duties for step, model in self.models.items()
-                if model in self.steps and model.pool and not duty.done(model)
-                and (step, duty.kind) not in self.failed and self._may_load(model)]
+        left = []
+        for step, model in self.models.items():
+            if model in self.steps and model.pool and self._may_load(model):
+                left += [(step, duty) for duty in self._duties_left(step, model)]
         if left:
-            # the forward before evaluations, which are not believed otherwise; of one step the first duty
-            await self._do(*max(left, key=lambda pair: (pair[1].kind == FORWARD, pair[0].changed_s)))
+            # check the forward first, since evaluations say nothing if it is wrong; then the newest step
+            step, duty = max(left, key=lambda pair: (pair[1].kind == FORWARD, pair[0].changed_s))
+            await self._do(step, duty)
         else:
             await asyncio.sleep(0.5)
         await self.results.write_again()
 
-    async def _do(self, step: Step, duty: Duty):
+    def _duties_left(self, step: RunStep, model: Model) -> list[Duty]:
+        return [duty for duty in self.duties
+                if not duty.done(model) and (step, duty.kind) not in self.failed]
+
+    async def _do(self, step: RunStep, duty: Duty):
         model = self.models[step]
         of_run, made_by = self.steps[model]
-        await self.results.refresh(of_run)  # another server may have done it
+        await self.results.refresh(of_run)  # another server may have done the duty
         await self._recall(duty, model)
         if duty.done(model) or not model.pool:
             return
@@ -257,7 +271,7 @@ class StepWork:
         pool = Served(model).pool
         was_loaded = model.state == "ready"
         try:
-            result = await duty.find(Work(model, pool, check_room))
+            result = await duty.find(DutyWork(model, pool, check_room))
             await self.results.add(of_run, result._replace(made_by=made_by))
             duty.show(model, result)
         except Postponed:
@@ -269,17 +283,21 @@ class StepWork:
             model.unload()
 
     def _may_load(self, model: Model) -> bool:
-        """Is it loaded, or is there free memory for it that no other model waits for?"""
-        place = model.place
+        """Whether a model is loaded, or fits into free memory that no other model waits for."""
+        share = model.share
         residency = self.many.residency
-        return place is not None and (
-            place.serves or place.missing <= residency.budget - residency.used
-            and not any(other.waits for other in residency.places if other is not place))
+        if share is None:
+            return False
+        if share.serves:
+            return True
+        if any(other.waits for other in residency.shares if other is not share):
+            return False
+        return share.missing <= residency.budget - residency.used
 
 
 def kept_folder(settings: Settings) -> Path | None:
-    """Where results are kept: nowhere if nothing is computed. ConfigError if --results names a folder that
-    cannot be made; the user's own folder can be done without."""
+    """The folder for results; None if nothing is computed, or if the user's own folder cannot be made. Raises
+    ConfigError if --results names a folder that cannot be made."""
     computes = settings.watch_text, settings.watch_prompts, settings.watch_suite
     if settings.results is None and computes == (None, None, None):
         return None
@@ -292,9 +310,9 @@ def kept_folder(settings: Settings) -> Path | None:
         return None
 
 
-def described(step: Step, model: Model, pool: WorkerPool) -> tuple[StepOfRun, str]:
-    """The names of a checkpoint in its results, and a digest of all that decides them beside its weights and
-    what was asked: its other files, and how it is computed here."""
+def describe_step(step: RunStep, model: Model, pool: WorkerPool) -> tuple[StepOfRun, str]:
+    """The names of a checkpoint in its results, and a digest of what decides these beside its weights and the
+    question: its other files, and how it is computed here."""
     files = []
     saved_ns = [0]
     for name, size, time_ns in step.stamp:
@@ -314,8 +332,8 @@ def described(step: Step, model: Model, pool: WorkerPool) -> tuple[StepOfRun, st
 
 
 def watched_prompts(path: str) -> tuple[str, ...]:
-    """The prompts in a file, one a line; the word nanochat means those of nanochat. ConfigError if there are
-    none."""
+    """The prompts in a file, one in each line; "nanochat" stands for nanochat's own. Raises ConfigError if
+    there are none."""
     if path == "nanochat":
         return PROMPTS
     prompts = tuple(line for line in read_text_of(path, "--watch-prompts").splitlines() if line.strip())

@@ -1,4 +1,4 @@
-"""The intake: the bytes of a body, for a route and from a caller, become a ParsedBody or a refusal.
+"""The intake turns the bytes of a request's body into a ParsedBody, or refuses it.
 
-Small bodies are read in the event loop, large ones in a sandbox, by the same functions (tasks.py). It knows
-nothing of HTTP."""
+Small bodies are read in the event loop and large ones in a sandbox, by the same functions (tasks.py). Nothing
+here knows about HTTP."""

@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 class Caller:
     """Who sent a body, and to which route."""
 
-    route: str             # its pattern; of a line of a batch its url
-    client: str            # who takes turns
-    owner: str             # of KV pages, and of grammars that were checked
-    bound: Seq[str] = ()   # models that its API key is limited to; () = all
+    route: str            # the route's pattern; for a line of a batch, its url
+    client: str           # takes turns with other clients
+    owner: str            # owns KV pages and checked grammars
+    bound: Seq[str] = ()  # the models that the API key is limited to; (): all
 
 
 @dataclass
 class Arrival:
-    """A body that was opened, here or in a sandbox."""
+    """A body that has been opened, in this process or in a sandbox."""
 
     caller: Caller
-    parts: Seq[bytes | bytearray]  # the body, and what was said before it: what a sandbox is sent
+    parts: Seq[bytes | bytearray]  # what a sandbox is sent: the body, then the items that it continues
     envelope: Envelope
-    number: int | None = None      # of the line of a batch that it is
-    ticket: int = 0                # under which a sandbox may still have it; 0: it is here
-    sandbox: Sandbox | SharedSandbox | None = None  # which one
-    pictures: tuple[Picture, ...] = ()  # that were decoded
-    files: Mapping[bytes, bytes] = field(default_factory=dict)  # of these, as they were sent, by digest
+    number: int | None = None      # its line number, if it is a line of a batch
+    ticket: int = 0                # identifies the body that a sandbox keeps open; 0: it is open here
+    sandbox: Sandbox | SharedSandbox | None = None  # the one that keeps it open
+    pictures: tuple[Picture, ...] = ()              # the decoded ones
+    files: Mapping[bytes, bytes] = field(default_factory=dict)  # digest -> the picture's file as it was sent
 
     @property
     def is_here(self) -> bool:

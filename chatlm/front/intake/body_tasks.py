@@ -1,4 +1,4 @@
-"""The sandbox's tasks for bodies of requests, which import what reads them."""
+"""The sandbox's tasks that read request bodies. This module imports all that reads them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.messages.protocol import Body, Result, SandboxConfig
+from chatlm.common.messages.protocol import Body, SandboxResult, SandboxConfig
 from chatlm.common.messages.requests import Message
 from chatlm.common.text.load import open_tokenizer
 from chatlm.front.admission.prompts import PromptMaker
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class BodyTasks:
-    """One method for each task, for one model. The body that they are about is on the shelf."""
+    """One method for each task, for one model. The open body is on the shelf."""
 
     def __init__(self, config: SandboxConfig, shelf: Shelf):
         self.config = config
@@ -42,46 +42,47 @@ class BodyTasks:
                            scored_length=self.config.scored_length)
 
     def open(self, route: str, number: int | None, most: int, *bodies: bytes) -> Body:
-        """What the front must know to choose a model; and the fields, if they take at most `most` bytes
-        without their pictures."""
+        """What the front needs to choose a model; also the fields, if they take at most `most` bytes without
+        their pictures."""
         envelope = self._opened(route, number, bodies)
         rest = envelope.rest(sum(map(len, bodies)), most)
         data = envelope.packed(rest)
         envelope.lift.files = []  # the front decodes them
         if rest:
-            self.shelf.body = None  # it is read there
+            self.shelf.body = None  # the front reads it
         return Body(data)
 
     def _opened(self, route: str, number: int | None, bodies: Seq[bytes]) -> Envelope:
-        """A body that was sent is always opened anew; only if none was sent is the shelf's meant, which then
-        has this task's ticket (`Shelf.turn_to`)."""
+        """The open body of a task. A body that was sent is always opened anew. If none was sent, it is the
+        one on the shelf, which then has this task's ticket (`Shelf.turn_to`)."""
         if bodies:
             self.shelf.body = open_body(route, number, *bodies)
         assert self.shelf.body, "the front thinks that this process has the body"
         return self.shelf.body
 
-    def forget(self) -> Result:
-        """Nothing: a task without a ticket has cleared the shelf."""
-        return Result(None)
+    def forget(self) -> SandboxResult:
+        """Do nothing: a task without a ticket has already cleared the shelf."""
+        return SandboxResult(None)
 
     def read(self, route: str, number: int | None, sizes: Seq, client: str, task: str, arguments: Seq,
-             *bodies: bytes) -> Body | Result:
-        """What one of TASKS makes of a body. sizes: of its pictures, which the front has decoded."""
+             *bodies: bytes) -> Body | SandboxResult:
+        """Run one of TASKS on a body. sizes: of its pictures, which the front has decoded."""
         envelope = self._opened(route, number, bodies)
         envelope.show(unpacked_sizes(sizes))
         reading = Reading(envelope, self.config.server, self.prompts, client)
         return asyncio.run(self._read(reading, TASKS[task], arguments))
 
     async def _read(self, reading: Reading, task: Callable[..., Awaitable[Any]],
-                    arguments: Seq) -> Body | Result:
-        found = await task(reading, *arguments)
-        if isinstance(found, bytes):
-            return Body(found)
+                    arguments: Seq) -> Body | SandboxResult:
+        result = await task(reading, *arguments)
+        if isinstance(result, bytes):
+            return Body(result)
         rendered: dict = {}
-        return Result([await self._admitted(parsed, rendered) for parsed in found])
+        return SandboxResult([await self._admitted(parsed, rendered) for parsed in result])
 
     async def _admitted(self, parsed: ParsedBody, rendered: dict) -> list:
-        """A body whose prompts fit, packed. rendered: what answers to one conversation share."""
+        """Make a body's prompts, check that they fit, and pack all of it. rendered: what several answers to
+        one conversation share."""
         admitted = await self.prompts.admit(parsed.request, rendered)
         lasting = parsed.lasting()
         request = replace(lasting.request, dropped_messages=admitted.dropped_messages,
@@ -91,6 +92,6 @@ class BodyTasks:
             request = replace(request, messages=texts)
         return packed_body(replace(lasting, request=request), admitted.prompt_ids or ())
 
-    def check_lines(self, numbers: Seq[int], refusal: str, lines: bytes) -> Result:
+    def check_lines(self, numbers: Seq[int], refusal: str, lines: bytes) -> SandboxResult:
         numbered = map(NumberedLine, numbers, lines.split(b"\n"))
-        return Result([[*checked] for checked in checked_lines(numbered, self.config.server, refusal)])
+        return SandboxResult([[*checked] for checked in checked_lines(numbered, self.config.server, refusal)])

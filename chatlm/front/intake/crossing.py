@@ -1,4 +1,4 @@
-"""How what was read crosses from a sandbox to the front."""
+"""Packs what a sandbox has read, so that it crosses to the front quickly."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from chatlm.front.admission.sandbox import WRITE_BYTES
 
 
 def packed_sizes(pictures: Seq[Picture]) -> list:
-    """All of pictures but their pixels, for a sandbox."""
+    """The sizes and digests of pictures, for a sandbox: it needs no pixels."""
     return [[each.width, each.height, base64.b64encode(each.digest).decode()] for each in pictures]
 
 
 def unpacked_sizes(values: Seq) -> list[Picture]:
-    """What packed_sizes packed."""
+    """Reverse packed_sizes."""
     return [Picture(width, height, b"", base64.b64decode(digest)) for width, height, digest in values]
 
 
 def packed_body(parsed: ParsedBody, prompt_ids: Seq[Seq[int]]) -> list:
-    """For the front: millions of ids as JSON numbers would stop its event loop while they are read.
+    """A body and the token ids of its prompts, for the front. The ids are bytes: millions of JSON numbers
+    would stop the front's event loop while it reads them.
 
-    Prompts that are ids are sent once."""
+    A prompt that a client sent as ids is sent once, not twice."""
     both = zip(parsed.request.prompts, prompt_ids)
     prompts = tuple(() if prompt == ids else prompt for prompt, ids in both)
     return [replace(parsed, request=replace(parsed.request, prompts=prompts, prompt_ids=None)),
@@ -35,21 +36,23 @@ def packed_body(parsed: ParsedBody, prompt_ids: Seq[Seq[int]]) -> list:
 
 
 def unpacked_body(values: Seq, vocab_size: int) -> ParsedBody:
-    """What packed_body packed. Equal ids are one object, so that each takes 8 bytes; where there are
-    pictures, whose rows have ids beyond the vocabulary, each is its own. Made piece by piece: other threads
-    get no turn within one call of C."""
+    """Reverse packed_body.
+
+    Equal ids become one shared int object, so each costs 8 bytes. Rows of pictures have ids beyond the
+    vocabulary, so ids beside pictures are not shared. The ids are converted in small pieces, because other
+    threads cannot run during a single C call."""
     parsed = object_restorer(ParsedBody)(values[0])
-    prompts = []
-    object_of = int if parsed.request.pictures else integers(vocab_size).__getitem__
+    object_of = int if parsed.request.pictures else shared_integers(vocab_size).__getitem__
+    all_ids = []
     for data in map(base64.b64decode, values[1]):
-        prompts.append(prompt := [])
+        ids = []
         for begin in range(0, len(data), WRITE_BYTES):
-            prompt.extend(map(object_of, array("I", data[begin:begin + WRITE_BYTES])))
-    ids = tuple(map(tuple, prompts))
-    prompts = tuple(own if prompt == () else prompt for prompt, own in zip(parsed.request.prompts, ids))
-    return replace(parsed, request=replace(parsed.request, prompts=prompts, prompt_ids=ids))
+            ids.extend(map(object_of, array("I", data[begin:begin + WRITE_BYTES])))
+        all_ids.append(tuple(ids))
+    prompts = tuple(ids if prompt == () else prompt for prompt, ids in zip(parsed.request.prompts, all_ids))
+    return replace(parsed, request=replace(parsed.request, prompts=prompts, prompt_ids=tuple(all_ids)))
 
 
 @functools.cache
-def integers(end: int) -> list[int]:
+def shared_integers(end: int) -> list[int]:
     return list(range(end))

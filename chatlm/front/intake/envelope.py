@@ -1,6 +1,6 @@
-"""What a body says before its model is known: that model's name, what it continues, its pictures.
+"""What a body says before its model is known: that model's name, what the body continues, its pictures.
 
-`open_body` parses a body, here or in a sandbox; nothing else does."""
+`open_body` parses a body, in the front or in a sandbox. Nothing else does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import NamedTuple, TYPE_CHECKING
 from chatlm.common.errors import RequestError
 from chatlm.common.jsontext import is_text
 from chatlm.front.api.batch_lines import Line, read_line
-from chatlm.front.api.conversation import chained_of
+from chatlm.front.api.message_readers import continued_ids
 from chatlm.front.api.fields import json_object
 from chatlm.front.api.picture_parts import Lift, Lifted, fill_in, lift_pictures
 from chatlm.front.api.tables import BODY_FIELDS
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 KEPT_ROUTE = "/v1/responses"
-MODEL_NAMES = {  # route -> the fields that may name its model, the first that does counts
+MODEL_NAMES = {  # route -> the fields that may name its model; the first one that is set counts
     route: ("model", *(field.name for field in fields if field.means == "model"))
     for route, fields in BODY_FIELDS.items()}
-LONGEST_NAME = 1000  # the start of a very long name is as unknown as all of it
+LONGEST_NAME = 1000  # a longer name is cut: its start is just as unknown
 SIZE = struct.Struct("<I")
 
 
@@ -39,30 +39,31 @@ class Chained(NamedTuple):
 
 @dataclass
 class Envelope:
-    """A body that is open. The files of its pictures are in `lift`; its fields have their numbers in their
-    places until `show` says what each is."""
+    """An open body. The files of its pictures are in `lift`. Where a picture was, `fields` has its index
+    there, until `show` replaces the index with the picture's size and digest."""
 
-    fields: dict | None      # None: they are left in the sandbox that opened the body
+    fields: dict | None      # None: they stay in the sandbox that opened the body
     model: str               # the name of its model; "" if it has none
-    names_model: bool        # is there any `model`, whatever that is?
+    names_model: bool        # does it have a `model` at all, of whatever type?
     chained: Chained
     lift: Lift
-    line: Line | None = None    # of a batch, whose body the fields are
+    line: Line | None = None    # the line of a batch that has these fields as its body
     before: list | None = None  # the items that the body continues; None: it continues nothing
     shown: bool = False
 
     def show(self, pictures: Seq[Picture]):
-        """Say of each picture in the fields what it is, once: several models may read them."""
+        """Put the size and digest of each picture into the fields. Does that once, although several models
+        may read them."""
         if pictures and not self.shown and self.fields is not None:
             fill_in(self.fields, pictures, self.before)
             self.shown = True
 
     def rest(self, size: int, most: int) -> bytes:
-        """The fields as JSON, if at most `most` bytes of a body of this size are left without its pictures;
-        else b""."""
-        files = sum(len(data) for _, data in self.lift.files)
-        text_bytes = size - files * 4 // 3
-        if not files or text_bytes > 2 * most:  # base64 may have line breaks
+        """The fields as JSON, if they take at most `most` bytes without the pictures; else b"".
+        size: bytes of the whole body."""
+        file_bytes = sum(len(data) for _, data in self.lift.files)
+        text_bytes = size - file_bytes * 4 // 3
+        if not file_bytes or text_bytes > 2 * most:  # twice: base64 may have line breaks
             return b""
         try:
             text = json.dumps([self.fields, self.before]).encode()
@@ -71,7 +72,7 @@ class Envelope:
         return text if len(text) <= most else b""
 
     def packed(self, rest: bytes) -> bytes:
-        """For the front. rest: the fields as JSON; b"": they stay here."""
+        """The envelope for the front. rest: the fields as JSON; b"": they stay here."""
         line = self.line
         problem = self.lift.problem
         head = {"model": self.model[:LONGEST_NAME], "names_model": self.names_model, "chained": self.chained,
@@ -88,7 +89,7 @@ def packed_problem(error: RequestError) -> dict:
 
 
 def unpacked_envelope(data: bytes) -> Envelope:
-    """What `Envelope.packed` packed."""
+    """Reverse `Envelope.packed`."""
     sections = []
     begin = 0
     while begin < len(data):
@@ -110,18 +111,20 @@ def unpacked_envelope(data: bytes) -> Envelope:
 
 def open_body(route: str, number: int | None, raw: bytes | bytearray,
               before: bytes | bytearray | None = None) -> Envelope:
-    """The body of a request to `route` or, with a number, of that line of a batch. before: a JSON list of the
-    items that it continues. RequestError if it is no JSON object, or no such line."""
+    """Parse the body of a request to `route` or, if it has a number, a line of a batch. Raises RequestError
+    if it is no JSON object, or no such line. before: the items that it continues, a JSON list."""
     line = None if number is None else read_line(number, bytes(raw))
     fields = line.body if line else json_object(raw)
-    return envelope_of(fields, route, line, None if before is None else json.loads(before))
+    return make_envelope(fields, route, line, None if before is None else json.loads(before))
 
 
-def envelope_of(fields: dict, route: str, line: Line | None = None, before: list | None = None) -> Envelope:
-    """The envelope of fields that are parsed already. They lose their pictures."""
+def make_envelope(fields: dict, route: str, line: Line | None = None, before: list | None = None) -> Envelope:
+    """The envelope of fields that are parsed already. Takes the pictures out of them."""
     route = line.url if line else route
     name = next(filter(None, map(fields.get, MODEL_NAMES[route])), "")
-    continues = route == KEPT_ROUTE and not line
+    chained = Chained()
+    if route == KEPT_ROUTE and not line:
+        chained = Chained(*continued_ids(fields))
     return Envelope(
-        fields, name if is_text(name) else "", fields.get("model") is not None,
-        Chained(*chained_of(fields)) if continues else Chained(), lift_pictures(fields, before), line, before)
+        fields, name if is_text(name) else "", fields.get("model") is not None, chained,
+        lift_pictures(fields, before), line, before)

@@ -1,4 +1,4 @@
-"""From the bytes of a body to what it asks of a model: opened, resolved, shown its pictures, read."""
+"""From the bytes of a body to what it asks of a model: open it, find the model, decode pictures, read it."""
 
 from __future__ import annotations
 
@@ -30,40 +30,41 @@ if TYPE_CHECKING:
     from chatlm.front.pool.pool import WorkerPool
 
 
-# (a body that continues something, what holds its bytes) -> what was said before: a JSON list of items
-Earlier = Callable[[Arrival, Holding], Awaitable[bytes]]
+# (a body that continues something, what holds its bytes) -> the earlier items, as a JSON list
+EarlierItems = Callable[[Arrival, Holding], Awaitable[bytes]]
 
 
-def tokenizer_of(pool: WorkerPool) -> Tokenizer:
+def loaded_tokenizer(pool: WorkerPool) -> Tokenizer:
     if pool.tokenizer is None:
         raise Overloaded("the model is still loading", retry_after_s=2)
     return pool.tokenizer
 
 
 class Intake:
-    """Reads bodies for routes, comparisons, uploads, batches and the terminal: each way reads one body alike.
+    """Reads bodies for routes, comparisons, uploads, batches and the terminal. A body is read the same way
+    wherever it comes from.
 
     A body goes through four steps. `open` parses it, here if it is small, in a sandbox if it is large.
-    `resolve` finds the model that it names. `see` decodes its pictures, if that model can see. Then one of
-    TASKS reads it, where it was opened. So a large body crosses to a sandbox once, or twice if another's task
-    came between; a small one never."""
+    `resolve` finds the model that it names. `decode_pictures` decodes its pictures, if that model can see.
+    Then one of TASKS reads it, where it was opened. So a small body never goes to a sandbox. A large one is
+    sent to a sandbox once, and a second time only if the sandbox had another task in between."""
 
     def __init__(self, catalogue: Catalogue):
         self.catalogue = catalogue
         self.budget = Budget(LIMITS.held_bytes)
         self.pixels = Budget(LIMITS.held_pixel_bytes, share=2)
-        self.earlier: Earlier | None = None  # set where answers are kept
-        self.tickets = itertools.count(1)    # of bodies that a sandbox keeps open
-        self.forgetting: set[asyncio.Task] = set()  # words to sandboxes that they may drop one
+        self.earlier_items: EarlierItems | None = None  # set by a server that keeps answers
+        self.tickets = itertools.count(1)               # for bodies that a sandbox keeps open
+        self.forgetting: set[asyncio.Task] = set()      # these tell sandboxes to drop a body
 
     # what a caller wants of a body
 
     async def answer(self, arrival: Arrival, reading: Holding,
                      holding: Holding) -> tuple[Served, ParsedBody]:
-        """The body of a route that answers. `reading` holds its bytes, and gives them back once it is read;
-        `holding` then accounts for what is kept of a large one."""
-        if self.earlier and any(arrival.envelope.chained):
-            before = await self.earlier(arrival, reading)
+        """Read the body of a route that answers. `reading` holds its bytes, and gives them back once it is
+        read. `holding` then accounts for what is kept of a large body."""
+        if self.earlier_items and any(arrival.envelope.chained):
+            before = await self.earlier_items(arrival, reading)
             async with self.opened(arrival.caller, *arrival.parts, before) as whole:
                 return await self._answer(whole, reading, holding)
         return await self._answer(arrival, reading, holding)
@@ -71,10 +72,10 @@ class Intake:
     async def _answer(self, arrival: Arrival, reading: Holding,
                       holding: Holding) -> tuple[Served, ParsedBody]:
         served = await self.resolve(arrival.envelope.model, arrival.caller.bound, holding)
-        await self.see(arrival, served, holding)
+        await self.decode_pictures(arrival, served, holding)
         [parsed] = await self._read(arrival, served, "answer", arrival.caller.route)
         reading.give_back_beyond(0)  # first, or a large body would be refused for its own size
-        parsed = replace(parsed, request=with_pixels(served.asked(parsed.request), arrival.pictures))
+        parsed = replace(parsed, request=with_pixels(served.with_versions(parsed.request), arrival.pictures))
         if parsed.kept and arrival.files:
             parsed = replace(parsed, kept=await asyncio.to_thread(with_files, parsed.kept, arrival.files))
             holding.keep(sum(len(item.body) for item in parsed.kept))
@@ -84,83 +85,84 @@ class Intake:
 
     async def text(self, arrival: Arrival, holding: Holding,
                    sees: bool = True) -> tuple[Served, str, bytes]:
-        """(model, fields without effect, text) for the body of any other route. sees: must the model see its
-        pictures?"""
+        """Read the body of any other route. Returns the model, the fields without effect, and the text to
+        answer with. sees: must the model see its pictures?"""
         served = await self.resolve(arrival.envelope.model, arrival.caller.bound, holding)
         if sees:
-            await self.see(arrival, served, holding)
+            await self.decode_pictures(arrival, served, holding)
         text = await self._read(arrival, served, "text", arrival.caller.route)
         ignored, _, text = text.partition(b"\n")
         return served, ignored.decode(), text
 
     async def variants(self, arrival: Arrival, holding: Holding, served: Served, indices: Seq[int],
                        seed: int) -> list[ParsedBody]:
-        """What a body of /v1/compare asks of one model, with or without adapters. indices: the numbers of its
-        answers. `holding` then accounts for what is kept of a large body."""
-        await self.see(arrival, served, holding)
+        """Read what a body of /v1/compare asks of one model, with or without adapters. indices: the numbers
+        of its answers. `holding` then accounts for what is kept of a large body."""
+        await self.decode_pictures(arrival, served, holding)
         read = await self._read(arrival, served, "variants", list(indices), seed)
         if not arrival.is_here:
             holding.keep(sum(parsed.size for parsed in read))
         return [replace(parsed, request=with_pixels(parsed.request, arrival.pictures)) for parsed in read]
 
     async def line(self, arrival: Arrival, served: Served, holding: Holding) -> ParsedBody:
-        """What a line of a batch asks for. RequestError as its route raises it."""
-        await self.see(arrival, served, holding)
+        """Read a line of a batch. Raises RequestError as its route would."""
+        await self.decode_pictures(arrival, served, holding)
         [parsed] = await self._read(arrival, served, "line")
         if not arrival.is_here:
             holding.keep(parsed.size)
-        return replace(parsed, request=with_pixels(served.asked(parsed.request), arrival.pictures))
+        return replace(parsed, request=with_pixels(served.with_versions(parsed.request), arrival.pictures))
 
     async def check_lines(self, caller: Caller, lines: Seq[NumberedLine]) -> list[CheckedLine]:
-        """What each line of a batch is, checked for the model that it names. Lines have no line break."""
+        """Check each line of a batch for the model that it names. Lines have no line break."""
         usual = self.catalogue.find("", caller.bound)
-        found = await self._check(caller, usual, lines)
-        of_model: dict[str, list[int]] = {}
-        for index, checked in enumerate(found):
-            if checked.model:
-                of_model.setdefault(checked.model, []).append(index)
-        for name, indices in of_model.items():
+        checked = await self._check(caller, usual, lines)
+        by_model: dict[str, list[int]] = {}
+        for index, line in enumerate(checked):
+            if line.model:
+                by_model.setdefault(line.model, []).append(index)
+        for name, indices in by_model.items():
             again = await self._check_again(
-                caller, name, usual, [lines[index] for index in indices], [found[index] for index in indices])
-            for index, checked in zip(indices, again):
-                found[index] = checked
-        return found
+                caller, name, usual, [lines[index] for index in indices],
+                [checked[index] for index in indices])
+            for index, line in zip(indices, again):
+                checked[index] = line
+        return checked
 
     async def _check_again(self, caller: Caller, name: str, usual: Served, lines: Seq[NumberedLine],
-                           found: Seq[CheckedLine]) -> Seq[CheckedLine]:
-        """Check lines for the model that they name. found: what the usual model finds of them."""
+                           checked: Seq[CheckedLine]) -> Seq[CheckedLine]:
+        """Check lines for the model that they name. checked: what the usual model says about them."""
         try:
             served = self.catalogue.find(name, caller.bound)
             if served.pool is usual.pool:
-                return found
+                return checked
         except ChatServerError as error:
-            return [checked._replace(problem=str(error)) for checked in found]
+            return [line._replace(problem=str(error)) for line in checked]
         try:
             return await self._check(caller, served, lines)
-        except ChatServerError:  # as while it loads: what is wrong shows when a line is run
-            return [checked._replace(problem="") for checked in found]
+        except ChatServerError:  # such as while the model loads: what is wrong shows when a line is run
+            return [line._replace(problem="") for line in checked]
 
     async def _check(self, caller: Caller, served: Served, lines: Seq[NumberedLine]) -> list[CheckedLine]:
-        """`checked_lines` by one model. Many are read in a sandbox: 200 MB take many seconds."""
-        refusal = self.blind(served.pool)
-        large = any(len(line.text) > LIMITS.inline_bytes for line in lines)
-        if large or len(lines) > 1:
+        """Check lines for one model. Many lines are read in a sandbox: 200 MB take many seconds."""
+        refusal = self.why_blind(served.pool)
+        is_large = any(len(line.text) > LIMITS.inline_bytes for line in lines)
+        if is_large or len(lines) > 1:
             try:
                 return await self._check_in_sandbox(caller, served, lines, refusal)
-            except RequestError as error:  # they are too complex, together at least
+            except RequestError as error:  # they are too complex, at least together
                 if len(lines) == 1:
                     return [CheckedLine(str(error))]
             except ChatServerError:        # such as Overloaded, while the model loads
-                if large:
+                if is_large:
                     raise
-        found: list[CheckedLine] = []
+        checked: list[CheckedLine] = []
         for line in lines:
             if len(line.text) > LIMITS.inline_bytes:
-                found += await self._check(caller, served, [line])
+                checked += await self._check(caller, served, [line])
             else:
-                found += checked_lines([line], served.known, refusal)
-                await asyncio.sleep(0)  # others get a turn
-        return found
+                checked += checked_lines([line], served.known, refusal)
+                await asyncio.sleep(0)  # let other tasks run
+        return checked
 
     async def _check_in_sandbox(self, caller: Caller, served: Served, lines: Seq[NumberedLine],
                                 refusal: str) -> list[CheckedLine]:
@@ -172,8 +174,8 @@ class Intake:
             return [CheckedLine(*values) for values in checked]
 
     async def extract(self, caller: Caller, name: str, boundary: str, body: bytes | bytearray) -> Seq:
-        """(text, pages, cut) of a document, as in `chatlm.front.api.documents.Extracted`. boundary: of the
-        form that the body is; "": the body is the file."""
+        """(text, pages, cut) of a document, as in `chatlm.front.api.documents.Extracted`. boundary: the
+        boundary of the form that the body is; "": the body is the file itself."""
         admission = self.catalogue.find("", caller.bound).pool.admission
         return await admission.extract(caller.client, name, boundary, body)
 
@@ -182,7 +184,7 @@ class Intake:
     @asynccontextmanager
     async def opened(self, caller: Caller, *parts: bytes | bytearray, number: int | None = None,
                      opener: Admission | None = None, times: int = 1) -> AsyncIterator[Arrival]:
-        """A body that is open as long as the block lasts, see `open`. Afterwards no sandbox keeps it."""
+        """Open a body (see `open`) for a `with` block. Afterwards no sandbox keeps it."""
         arrival = await self.open(caller, *parts, number=number, opener=opener, times=times)
         try:
             yield arrival
@@ -195,8 +197,9 @@ class Intake:
 
     async def open(self, caller: Caller, *parts: bytes | bytearray, number: int | None = None,
                    opener: Admission | None = None, times: int = 1) -> Arrival:
-        """Parse a body, with what was said before it, or with a number that line of a batch. times: how often
-        it may be read. opener: whose sandbox opens a large one; by default the usual model's."""
+        """Parse a body and, as a second part, the items that it continues. number: the body is this line of
+        a batch. times: how often it may be read. opener: has the sandbox that opens a large body; by default
+        that is the usual model's."""
         most = LIMITS.inline_bytes // times
         if sum(map(len, parts)) <= most:
             return Arrival(caller, parts, open_body(caller.route, number, *parts), number)
@@ -207,43 +210,43 @@ class Intake:
             data: Any = await sandbox.perform(
                 caller.client, "open", caller.route, number, most, bodies=parts, ticket=ticket)
         envelope = unpacked_envelope(data)
-        if envelope.fields is not None:
+        if envelope.fields is not None:  # without its pictures it is small
             return Arrival(caller, parts, envelope, number)
         return Arrival(caller, parts, envelope, number, ticket, sandbox)
 
     async def resolve(self, name: str, bound: Seq[str], holding: Holding) -> Served:
         """The model or adapter that a request asks for, with the version of its files. `holding` keeps the
-        version of the adapter. RequestError if there is none, or if it has failed."""
+        version of the adapter. Raises RequestError if there is none, or if it has failed."""
         served = self.catalogue.find(name, bound)
         pool = served.pool
         if served.adapter:
-            holding.others.enter_context(pool.adapters.holding(served.adapter.id))
+            holding.resources.enter_context(pool.adapters.holding(served.adapter.id))
         await pool.version.current()
         return served._replace(version=pool.version.number)
 
-    def seeing(self) -> list[str]:
+    def models_that_see(self) -> list[str]:
         """The names of the models that can see pictures."""
         return [model.name for model in self.catalogue.registry.models
                 if model.pool and model.pool.tokenizer and model.pool.tokenizer.spec.vision]
 
-    def blind(self, pool: WorkerPool) -> str:
-        """Why a model is shown no pictures; "" if it can see, or is still loading."""
+    def why_blind(self, pool: WorkerPool) -> str:
+        """Why a model cannot see pictures; "" if it can, or is still loading."""
         if pool.tokenizer is None or pool.tokenizer.spec.vision:
             return ""
-        others = ", ".join(map(shown, self.seeing()[:10]))
+        others = ", ".join(map(shown, self.models_that_see()[:10]))
         return "this model cannot see images" + (
             f"; of the models here, these can: {others}" if others else "")
 
-    async def see(self, arrival: Arrival, served: Served, holding: Holding):
-        """Decode a body's pictures, once however many models see them. Their pixels are held as long as
-        `holding`. RequestError if the model cannot see, or a picture cannot be read."""
+    async def decode_pictures(self, arrival: Arrival, served: Served, holding: Holding):
+        """Decode a body's pictures, once, however many models see them. Their pixels are held as long as
+        `holding`. Raises RequestError if the model cannot see, or if a picture cannot be read."""
         envelope = arrival.envelope
         client = arrival.caller.client
-        envelope.lift.check(self.blind(served.pool))
+        envelope.lift.check(self.why_blind(served.pool))
         if not envelope.lift.files or arrival.pictures:
             return
-        tokenizer_of(served.pool)      # while it loads, nobody knows whether it sees
-        kept = holding.others.enter_context(Holding(self.pixels, client))
+        loaded_tokenizer(served.pool)  # while it loads, nobody knows whether it sees
+        pixels = holding.resources.enter_context(Holding(self.pixels, client))
         pictures: list[Picture] = []
         for name, data in envelope.lift.files:
             try:
@@ -251,27 +254,27 @@ class Intake:
             except RequestError as error:
                 raise RequestError(f"{name}: {error}", status=error.status, code=error.code,
                                    param=name) from None
-            kept.keep(len(pictures[-1].pixels), "requests with images")
+            pixels.keep(len(pictures[-1].pixels), "requests with images")
         arrival.pictures = tuple(pictures)
         arrival.files = {picture.digest: data for picture, (_, data) in zip(pictures, envelope.lift.files)}
         envelope.show(pictures)
 
     async def _read(self, arrival: Arrival, served: Served, task: str, *arguments) -> Any:
-        """What one of TASKS makes of a body, here or in a sandbox: nothing else chooses."""
+        """Run one of TASKS on a body, here or in a sandbox. Only this method chooses where."""
         admission = served.pool.admission
         caller = arrival.caller
         if arrival.is_here and (admission.prompts or task != "text"):
             reading = Reading(arrival.envelope, served.known, admission.prompts, caller.client)
             return await TASKS[task](reading, *arguments)
         with admission.prepare(caller.client):
-            found: Any = await admission.sandboxes["bodies"].perform(
+            result: Any = await admission.sandboxes["bodies"].perform(
                 caller.client, "read", caller.route, arrival.number, packed_sizes(arrival.pictures),
                 caller.client, task, arguments, bodies=arrival.parts, ticket=arrival.ticket)
-            if isinstance(found, (bytes, bytearray)):
-                return found
-            vocab_size = tokenizer_of(served.pool).vocab_size
-            read = [await asyncio.to_thread(unpacked_body, values, vocab_size) for values in found]
-            del found
+            if isinstance(result, (bytes, bytearray)):
+                return result
+            vocab_size = loaded_tokenizer(served.pool).vocab_size
+            read = [await asyncio.to_thread(unpacked_body, values, vocab_size) for values in result]
+            del result
             for parsed in read:
                 await admission.check_grammar(parsed.request.params, caller.client, caller.owner)
             return read

@@ -1,4 +1,4 @@
-"""The sandbox process: tasks that a client can make slow, with limits on time and memory."""
+"""The sandbox process. It runs tasks that a client could make slow, with limits on time and memory."""
 
 from __future__ import annotations
 
@@ -14,44 +14,47 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import ConfigError, RequestError
 from chatlm.common.memory import give_memory_back, limit_memory
 from chatlm.common.messages.protocol import (
-    SANDBOX_MODELS, SANDBOX_OUT_OF_MEMORY, SANDBOX_PIPE, Begun, Refused, Result, SandboxConfig)
+    SANDBOX_MODELS, SANDBOX_OUT_OF_MEMORY, SANDBOX_PIPE, Begun, Refused, SandboxResult, SandboxConfig)
 from chatlm.common.processes.child import join_parent
 from chatlm.common.text.tokenizer import compile_chat_template, fill_template
 
 if TYPE_CHECKING:
+    from chatlm.common.messages.protocol import SandboxTask
+    from chatlm.common.messages.wire import Channel
     from chatlm.front.intake.envelope import Envelope
 
 
-# task -> the attribute of Tasks that has it
+# task -> the attribute of Tasks that runs it; Tasks itself runs all others
 PLACES = {**dict.fromkeys(("open", "read", "forget", "check_lines"), "bodies"), "extract": "documents",
           "decode_picture": "pictures"}
 PREPARE_S = 5.0  # processor seconds a sandbox may take to compile a template or open a tokenizer
 
 
 class Shelf:
-    """Keeps the open body of one ticket, for whichever model its tasks are."""
+    """Keeps the open body of one ticket, whichever model its tasks are for."""
 
     def __init__(self):
         self.ticket = 0
         self.body: Envelope | None = None
 
     def turn_to(self, ticket: int):
-        """A task with this ticket comes: drop the body unless it has the same one."""
+        """A task with this ticket has come: drop the open body if it has another ticket."""
         if not ticket or ticket != self.ticket:
             self.body = None
         self.ticket = ticket
 
 
 class Tasks:
-    """The tasks of a sandbox, for one model. Each imports what it needs: most sandboxes fill in templates,
-    and should be small and soon there."""
+    """The tasks of a sandbox, for one model. Each imports what it needs: most sandboxes only fill in
+    templates, and should start fast and stay small."""
 
     def __init__(self, config: SandboxConfig, shelf: Shelf):
         self.config = config
         self.shelf = shelf
 
     def task(self, name: str) -> Callable[..., Any]:
-        return getattr(getattr(self, PLACES[name]) if name in PLACES else self, name)
+        place = getattr(self, PLACES[name]) if name in PLACES else self
+        return getattr(place, name)
 
     @cached_property
     def template(self):
@@ -69,7 +72,7 @@ class Tasks:
 
     @cached_property
     def pictures(self):
-        from chatlm.front.api.pictures import PictureTasks
+        from chatlm.front.api.picture_files import PictureTasks
         return PictureTasks()
 
     def prepare(self, name: str):
@@ -79,20 +82,20 @@ class Tasks:
         elif name in PLACES:
             getattr(self, PLACES[name]).prepare(name)
 
-    def fill_template(self, arguments: dict) -> Result:
+    def fill_template(self, arguments: dict) -> SandboxResult:
         text = fill_template(self.template, arguments)
         if len(text) > LIMITS.rendered_characters:  # checked here because the front's event loop reads it
             raise too_large_to_count(f"the chat template turns the messages into {len(text)} characters, "
                                      f"at most {LIMITS.rendered_characters} are allowed", "messages")
-        return Result(text)
+        return SandboxResult(text)
 
-    def check_grammar(self, source: str, param: str) -> Result:
+    def check_grammar(self, source: str, param: str) -> SandboxResult:
         from chatlm.common.text.grammar import check_grammar
-        return Result(check_grammar(source, param))
+        return SandboxResult(check_grammar(source, param))
 
 
 def sandbox_main(arguments: Seq[str]) -> int:
-    """The role `sandbox FD PARENT`: run tasks until the front is gone."""
+    """Run the role `sandbox FD PARENT`: perform tasks until the front is gone."""
     channel = join_parent(arguments, SANDBOX_PIPE)
     with suppress(EOFError, ConnectionError):
         [config] = channel.receive(wait=True, most=1)
@@ -100,36 +103,45 @@ def sandbox_main(arguments: Seq[str]) -> int:
         limit_memory(config.memory)
         signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process whatever code is running
         shelf = Shelf()
-        models = {config.number: Tasks(config, shelf)}  # the last used last
+        models = {config.number: Tasks(config, shelf)}  # the most recently used last
         give_memory_back()
         while True:
-            [task] = run_task(channel.receive, True, 1)  # pyright: ignore[reportGeneralTypeIssues]  it refuses no message
-            if isinstance(task, SandboxConfig):
-                models.pop(task.number, None)
-                models[task.number] = Tasks(task, shelf)
+            [message] = run_task(channel.receive, True, 1)  # pyright: ignore[reportGeneralTypeIssues]  receiving refuses no message
+            if isinstance(message, SandboxConfig):
+                models.pop(message.number, None)
+                models[message.number] = Tasks(message, shelf)
                 for number in [*models][:-SANDBOX_MODELS]:
                     del models[number]
                 continue
-            models[task.model] = tasks = models.pop(task.model)
-            shelf.turn_to(task.ticket)
-            bodies = []
-            for _ in range(task.bodies):
-                bodies += run_task(channel.receive, True, 1)  # pyright: ignore[reportOperatorIssue]  nor is a body refused
-            channel.send(Begun())
-            signal.setitimer(signal.ITIMER_PROF, PREPARE_S)
-            run_task(tasks.prepare, task.name)  # an error shows when the task itself fails
-            signal.setitimer(signal.ITIMER_PROF, config.cpu_s)
-            reply = SANDBOX_PIPE.packed(run_task(tasks.task(task.name), *task.arguments,
-                                               *(message.data for message in bodies)))  # pyright: ignore[reportGeneralTypeIssues]  nor any of these
-            if len(reply) > getattr(Result, "MAX_BYTES"):
-                reply = SANDBOX_PIPE.packed(
-                    Refused("too complex: the result is too large", 400, "too_complex", None))
+            tasks = models.pop(message.model)
+            models[message.model] = tasks
+            shelf.turn_to(message.ticket)
+            reply = perform(message, tasks, channel, config.cpu_s)
             signal.setitimer(signal.ITIMER_PROF, 0)
             channel.connection.sendall(reply)
     return 0
 
 
+def perform(task: SandboxTask, tasks: Tasks, channel: Channel, cpu_s: float) -> bytes:
+    """Receive the bodies of a task and run it, within `cpu_s` seconds of processor time. Returns the packed
+    reply."""
+    bodies = []
+    for _ in range(task.bodies):
+        bodies += run_task(channel.receive, True, 1)  # pyright: ignore[reportOperatorIssue]  receiving refuses no body
+    channel.send(Begun())
+    signal.setitimer(signal.ITIMER_PROF, PREPARE_S)
+    run_task(tasks.prepare, task.name)  # an error shows when the task itself fails
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+    result = run_task(tasks.task(task.name), *task.arguments, *(message.data for message in bodies))
+    reply = SANDBOX_PIPE.packed(result)  # pyright: ignore[reportGeneralTypeIssues]  no task returns anything else
+    if len(reply) > getattr(SandboxResult, "MAX_BYTES"):
+        reply = SANDBOX_PIPE.packed(
+            Refused("too complex: the result is too large", 400, "too_complex", None))
+    return reply
+
+
 def run_task(task: Callable[..., Any], *arguments):
+    """The task's result; a Refused message if it raises an error that the client may see."""
     try:
         return task(*arguments)
     except RequestError as error:

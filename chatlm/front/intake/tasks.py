@@ -1,4 +1,4 @@
-"""What can be asked of an open body. Each task runs here for a small body, in a sandbox for a large one.
+"""The tasks that read an open body. Each runs in the front for a small body, in a sandbox for a large one.
 
 A new task is one function here and its caller in intake.py."""
 
@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence as Seq
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import RequestError
-from chatlm.front.api.batch_lines import problem_of, read_body_of, read_line
+from chatlm.front.api.batch_lines import read_line
 from chatlm.front.api.readers import read_answer, read_text, read_variants
 
 if TYPE_CHECKING:
@@ -32,23 +32,23 @@ class Reading(NamedTuple):
 
 
 async def answer(reading: Reading, route: str) -> list[ParsedBody]:
-    """The body of a route that answers."""
+    """Read the body of a route that answers."""
     return [read_answer(route, reading.fields, reading.known, reading.body.before)]
 
 
 async def line(reading: Reading) -> list[ParsedBody]:
-    """The body in a line of a batch."""
+    """Read the body in a line of a batch."""
     assert reading.body.line
-    return [read_body_of(reading.body.line, reading.known)]
+    return [reading.body.line.read_body(reading.known)]
 
 
 async def variants(reading: Reading, indices: Seq[int], seed: int) -> list[ParsedBody]:
-    """The questions of some of the answers to compare."""
+    """Read what a comparison asks of one model. indices: the numbers of its answers."""
     return read_variants(reading.fields, indices, seed, reading.known)
 
 
 async def text(reading: Reading, route: str) -> bytes:
-    """What a route that needs no worker answers, after a line with the fields that have no effect."""
+    """The response of a route that needs no worker, after a line that names the fields without effect."""
     assert reading.prompts
     return await read_text(route, reading.fields, reading.prompts, reading.client)
 
@@ -58,30 +58,30 @@ TASKS: dict[str, Callable[..., Awaitable[Any]]] = {
 
 
 class NumberedLine(NamedTuple):
-    """A line of a file that asks for something."""
+    """A line of a batch file that is not blank."""
 
     number: int  # from 1; blank lines count too
     text: bytes
 
 
 class CheckedLine(NamedTuple):
-    """A line of a batch, before it is run."""
+    """What a line of a batch asks for, and what is wrong with it."""
 
-    problem: str                  # what is wrong with it; "" if nothing
-    custom_id: str | None = None  # None: it is no request of a batch
+    problem: str                  # ""; or what is wrong
+    custom_id: str | None = None  # None: the line is no request of a batch
     url: str | None = None
-    model: str | None = None      # that it names; "" if none
+    model: str | None = None      # the model that it names; "": none
 
 
 def checked_lines(lines: Iterable[NumberedLine], known: Known, refusal: str) -> list[CheckedLine]:
-    """What each of these lines is, and what is wrong with its body for the model that is known. refusal: why
-    this model cannot see pictures."""
-    found = []
+    """Check lines of a batch for one model. refusal: why this model cannot see pictures."""
+    checked = []
     for number, text in lines:
         try:
             read = read_line(number, text)
         except RequestError as error:
-            found.append(CheckedLine(str(error)))
+            checked.append(CheckedLine(str(error)))
         else:
-            found.append(CheckedLine(problem_of(read, known, refusal), read.custom_id, read.url, read.model))
-    return found
+            problem = read.problem(known, refusal)
+            checked.append(CheckedLine(problem, read.custom_id, read.url, read.model))
+    return checked

@@ -1,4 +1,4 @@
-"""The adapters that are served along with a model, in all its workers."""
+"""The adapters that a pool serves along with its model, in all its workers."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Adapter:
     files: AdapterFiles
     required: bool            # named on the command line: the server does not start without it
     watched: bool = False     # removed when its folder is
-    problems: dict[int, str] = field(default_factory=dict)  # worker's number -> why it cannot use it
-    loaded: set[int] = field(default_factory=set)  # workers' numbers
+    problems: dict[int, str] = field(default_factory=dict)  # number of a worker -> why it cannot use it
+    loaded: set[int] = field(default_factory=set)           # numbers of the workers that have it
     nbytes: int = 0           # as reported by a worker
     digest: str = ""          # of its weights
     retired: bool = False     # new answers no longer use it
@@ -58,23 +58,27 @@ class Adapter:
 
 
 class PoolAdapters:
-    """The adapters of a pool. Every worker loads all of them: when it starts, and each new one as it comes.
-    Pipes keep their order, so an answer may follow at once. A new version of an adapter replaces the old one
-    once it is loaded; running answers finish on the old one, which is then dropped."""
+    """The adapters of a pool. Every worker loads all of them when it starts, and each new one when it comes.
+    Pipes keep their order, so an answer with the adapter may follow at once.
 
-    def __init__(self, settings: Settings, workers: Seq[Worker]):
-        """ConfigError for faults of --adapter that show without reading weights."""
+    A new version of an adapter replaces the old one once it is loaded. Running answers finish with the old
+    one, which is dropped after them."""
+
+    def __init__(self, settings: Settings, workers: Seq[Worker],
+                 names_in_use: Callable[[], Seq[str]] = lambda: ()):
+        """names_in_use: returns the names that an adapter may not have. Raises ConfigError for faults of
+        --adapter that show without reading weights."""
         self.settings = settings
         self.workers = workers
         named, self.folders = named_adapters(settings.adapter)
         self.all: dict[str, Adapter] = {}      # by id: all that a worker may still have
         self.serving: dict[str, Adapter] = {}  # by name
-        self.gone: set[str] = set()            # names of adapters whose files were removed
-        self.held: Counter[str] = Counter()    # id -> number of requests that use it
+        self.removed: set[str] = set()         # names of adapters whose files were removed
+        self.uses: Counter[str] = Counter()    # id -> number of requests that use it
         self.numbers = itertools.count(1)
-        self.started = False                   # from then on, no problem ends the server
-        self.taken: Callable[[], Seq[str]] = lambda: ()  # names that an adapter may not have
-        self.admit: Callable[[int], None] = lambda nbytes: None  # ConfigError: no room for that much more
+        self.started = False                   # True: no problem of an adapter ends the server any more
+        self.names_in_use = names_in_use
+        self.admit: Callable[[int], None] = lambda nbytes: None  # see ask_for_room
         for files in named:
             self.serve(files, required=True)
         self.watch = AdapterWatch(self)
@@ -84,9 +88,20 @@ class PoolAdapters:
         """Bytes of all adapters in all workers."""
         return len(self.workers) * sum(adapter.bytes for adapter in self.all.values())
 
+    def ask_for_room(self, admit: Callable[[int], None]):
+        """From now on, call this before adapters take that many more bytes. It raises ConfigError if there is
+        no room."""
+        self.admit = admit
+
+    def avoid_names(self, names_in_use: Callable[[], Seq[str]]):
+        """From now on, these are the names that an adapter may not have: see refuse_names."""
+        self.names_in_use = names_in_use
+        self.refuse_names()
+
     def refuse_names(self):
-        """ConfigError if a required adapter has the model's name; others with that name are not served."""
-        for name in {*self.serving} & {*self.taken()}:
+        """Raise ConfigError if a required adapter has the model's name. Others with that name are not
+        served."""
+        for name in {*self.serving} & {*self.names_in_use()}:
             if self.serving[name].required:
                 folder = self.serving[name].files.path
                 raise ConfigError(f"--adapter {name}={folder}: the model has the name {name}")
@@ -94,8 +109,8 @@ class PoolAdapters:
             self.retire(self.serving[name])
 
     def serve(self, files: AdapterFiles, required: bool = False, watched: bool = False):
-        """Have all workers load it. Answers use it once a worker has it, or at once if there is no older
-        version that they could use."""
+        """Have all workers load an adapter. Answers use it once a worker has it; or at once, if there is no
+        older version that they could use."""
         adapter = Adapter(f"{files.name}#{next(self.numbers)}", files, required, watched)
         self.all[adapter.id] = adapter
         ready = [worker for worker in self.workers if worker.state is State.READY]
@@ -106,7 +121,8 @@ class PoolAdapters:
             worker.send(self._loading(adapter))
 
     def _loading(self, adapter: Adapter) -> LoadAdapter:
-        """Ray nodes have their own copies of the files, which are compared only by digest."""
+        """The message to load an adapter. Ray nodes have their own copies of the files, which are only
+        compared by digest."""
         files = adapter.files
         stamp = () if self.settings.ray_address else files.stamp
         return LoadAdapter(adapter.id, str(files.path), stamp, adapter.digest)
@@ -115,7 +131,7 @@ class PoolAdapters:
         if older := self.serving.get(adapter.name):
             self.retire(older)
         self.serving[adapter.name] = adapter
-        self.gone.discard(adapter.name)
+        self.removed.discard(adapter.name)
 
     def retire(self, adapter: Adapter):
         """New answers no longer use it."""
@@ -126,31 +142,32 @@ class PoolAdapters:
     @contextmanager
     def holding(self, adapter_id: str) -> Iterator[None]:
         """A request uses this version, from when its model is looked up until its answers have ended."""
-        self.held[adapter_id] += 1
+        self.uses[adapter_id] += 1
         try:
             yield
         finally:
-            self.held[adapter_id] -= 1
-            if not self.held[adapter_id]:
-                del self.held[adapter_id]
+            self.uses[adapter_id] -= 1
+            if not self.uses[adapter_id]:
+                del self.uses[adapter_id]
 
     def drop_unused(self):
         """Have the workers drop retired adapters that no request uses."""
         retired = [adapter for adapter in self.all.values() if adapter.retired]
-        for adapter in (adapter for adapter in retired if adapter.id not in self.held):
+        for adapter in (adapter for adapter in retired if adapter.id not in self.uses):
             del self.all[adapter.id]
             for worker in self.workers:
                 if worker.state is State.READY:
                     worker.send(DropAdapter(adapter.id))
 
-    def greet(self, worker: Worker):
+    def send_all(self, worker: Worker):
         """Send all adapters to a worker that has just become ready."""
         for adapter in self.all.values():
             adapter.loaded.discard(worker.gpu)
             worker.send(self._loading(adapter))
 
-    def able(self, worker: Worker, adapter_id: str) -> bool:
-        """Should a worker get answers with this adapter? Yes if it has the adapter, or if no other has it."""
+    def may_run(self, worker: Worker, adapter_id: str) -> bool:
+        """Should a worker get answers with this adapter? Yes if it has the adapter, or if no other worker
+        has it."""
         adapter = self.all.get(adapter_id)
         if adapter is None or worker.gpu in adapter.loaded:
             return True
@@ -158,10 +175,13 @@ class PoolAdapters:
 
     def note(self, worker: Worker, message: AdapterLoaded) -> ConfigError | None:
         """Note what a worker reports about an adapter. Returns a ConfigError if the server cannot start."""
-        if (adapter := self.all.get(message.id)) is None:
+        adapter = self.all.get(message.id)
+        if adapter is None:
             return None
         more = message.nbytes - adapter.bytes
-        problem = message.problem or more > 0 and self.no_room(more)
+        problem = message.problem
+        if not problem and more > 0:
+            problem = self.no_room(more)
         if not problem:
             adapter.problems.pop(worker.gpu, None)
             adapter.loaded.add(worker.gpu)
@@ -208,13 +228,13 @@ class PoolAdapters:
 
     @property
     def settled(self) -> bool:
-        """Has a worker reported about each whether it can be served?"""
+        """Has a worker reported for each adapter whether it can be served?"""
         return all(adapter.loaded or adapter.problems for adapter in self.serving.values())
 
 
 class AdapterWatch:
-    """Has a pool serve the adapters that a folder contains now: a folder of --adapter, or the adapters below
-    --models that were made for the pool's model."""
+    """Keeps a pool's adapters up to date with a folder: one of --adapter, or those adapters below --models
+    that were made for the pool's model."""
 
     WATCH_S = 3.0  # between two scans
 
@@ -241,16 +261,16 @@ class AdapterWatch:
             if adapter.files.path not in there:
                 log.info("the adapter %s was removed", adapter.name)
                 adapters.retire(adapter)
-                adapters.gone.add(adapter.name)
+                adapters.removed.add(adapter.name)
         for files in settled:
             same = adapters.serving.get(files.name)
-            free = files.name not in adapters.taken() and (not same or same.files.path == files.path)
+            free = files.name not in adapters.names_in_use() and (not same or same.files.path == files.path)
             if free and self.fits(files):
                 adapters.serve(files, watched=True)
 
     def follow(self, adapter: Adapter) -> bool:
-        """Serve an adapter's current files, if they are not the version that a worker was to load. Returns
-        whether they are served."""
+        """Serve an adapter's current files, if they are not the version that a worker was told to load.
+        Returns whether they are served."""
         adapters = self.adapters
         now = adapter_at(adapter.files.path, adapter.name)
         if (not now.stamp or adapters.settings.ray_address or now.stamp == adapter.files.stamp
@@ -264,7 +284,7 @@ class AdapterWatch:
         return True
 
     def fits(self, files: AdapterFiles) -> bool:
-        """Is there room for it in addition to what is served? If not, that is logged once."""
+        """Is there room for an adapter beside what is served? If not, that is logged once."""
         problem = self.adapters.no_room(files.nbytes)
         if problem and self.sightings.refuse(files.stamp, for_good=False):
             stays = " (its older version stays)" if files.name in self.adapters.serving else ""

@@ -1,4 +1,4 @@
-"""What a server serves: models by name. Most servers have one model."""
+"""The catalogue: the models that a server serves, by name. Most servers have one model."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ if TYPE_CHECKING:
 
 
 class Catalogue:
-    """The catalogue of one model, whose pool speaks for the server. `ManyModels` is the one for several."""
+    """The catalogue of a server with one model, whose pool speaks for the server. `ManyModels` is the
+    catalogue of several."""
 
     def __init__(self, settings: Settings, *pools: WorkerPool):
         self.settings = settings
         self.draining = False
-        self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None  # stage, share
+        self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
         self.registry = Registry(*(
             Model(settings, pool, ModelChoice("", aliases=settings.served_model_name)) for pool in pools))
-        for self.pool in pools:
-            self.pool.on_progress = lambda stage, fraction: self.on_progress(stage, fraction)
+        for pool in pools:
+            self.pool = pool
+            pool.on_progress = lambda stage, fraction: self.on_progress(stage, fraction)
 
     @property
     def pools(self) -> list[WorkerPool]:
@@ -43,7 +45,7 @@ class Catalogue:
         await self.pool.wait_ready()
 
     async def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests and wait for the admitted ones; False if some still run after `timeout_s`."""
+        """Refuse new requests and wait for the admitted ones. False if some still run after `timeout_s`."""
         self.draining = True
         return all(await asyncio.gather(*(pool.drain(timeout_s) for pool in self.pools)))
 
@@ -53,7 +55,7 @@ class Catalogue:
     # requests
 
     def find(self, name: str, bound: Seq[str] = ()) -> Served:
-        """The model or adapter that a request asks for, with a key limited to the models in `bound`.
+        """The model or adapter that a request asks for, with a key limited to the models in `bound`. Raises
         RequestError 404 if there is none."""
         return self.registry.find(name, bound)
 
@@ -70,38 +72,44 @@ class Catalogue:
     # models of the hub that come and go while the server runs
 
     async def take_in(self, name: str, path: Path, aliases: Seq[str] = ()) -> str:
-        """Serve a model that was downloaded; returns "" or what the operator must do."""
+        """Serve a model that was downloaded. Returns "", or what the operator must do to have it served."""
         repository, _, file = name.partition(":")
         if self._of_hub(repository, file):
             return ""
         return f"this server has one model; to serve this one: {program_command()} {name}"
 
     def leave_out(self, repository: str, file: str):
-        """Stop serving what was downloaded of a repository, or one file of it. RequestError 409 for a model
-        that the command line names, and for files that workers of another model read when they start."""
-        if models := self._of_hub(repository, file):
+        """Stop serving the models of a repository, or of one file in it, that was downloaded. Raises
+        RequestError 409 for a model that the command line names, and for files that workers of another model
+        read when they start."""
+        models = self._of_hub(repository, file)
+        if models:
             raise RequestError(f"the server was started with {models[0].name}: it can be deleted once it is "
                                "served no longer", status=409, code="model_in_use", param="model")
-        self.keep_read_beside(repository, file)
+        self.check_unread(repository, file)
 
-    def keep_read_beside(self, repository: str, file: str, leaving: Seq[Model] = ()):
-        """RequestError 409 if a model, other than those that leave, reads files of a repository: to draft, to
-        see, or as adapters."""
+    def check_unread(self, repository: str, file: str, leaving: Seq[Model] = ()):
+        """Raise RequestError 409 if a model also reads these files: to draft, to see, or as an adapter.
+        Models that are `leaving` do not count."""
         for model in self.registry.models:
             if model.pool and model not in leaving and any(
-                    is_of_hub(path, repository, file) for path in model.pool.beside):
+                    is_of_hub(path, repository, file) for path in model.pool.other_files):
                 raise RequestError(f"{model.name} is served with files of it: it can be deleted once that is "
                                    "served no longer", status=409, code="model_in_use", param="model")
 
     def served_of_hub(self, repository: str, file: str) -> str:
-        """The name of the model that is served of a repository, or of this file of it; "" if none is."""
+        """The name of the served model that comes from a repository, or from this file in it; "" if there is
+        none."""
         return next((model.name for model in self._of_hub(repository, file) if model.pool), "")
 
     def _of_hub(self, repository: str, file: str) -> list[Model]:
         """The models whose files are of a repository in the hub's cache."""
-        found = [(model, model.source or (model.pool and model.pool.source))
-                 for model in self.registry.models]
-        return [model for model, source in found if source and is_of_hub(source.path, repository, file)]
+        models = []
+        for model in self.registry.models:
+            source = model.source or (model.pool and model.pool.source)
+            if source and is_of_hub(source.path, repository, file):
+                models.append(model)
+        return models
 
     # what the server shows
 

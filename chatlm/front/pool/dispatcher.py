@@ -1,4 +1,4 @@
-"""The queue in front of the workers: which answer runs where, and which events its reader gets."""
+"""The queue in front of the workers. It decides which answer runs where, and passes events to readers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import types
 from collections import Counter, deque
 from collections.abc import (
     AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence as Seq)
-from functools import partial
 from typing import TYPE_CHECKING
 
 from chatlm.common.client_words import rate_limited
@@ -20,8 +19,8 @@ from chatlm.common.lanes import Lanes
 from chatlm.common.messages.protocol import Cancel
 from chatlm.common.messages.requests import (
     Accepted, Ended, Event, Failed, Finished, Piece, PromptProgress, PromptScores, Request)
-from chatlm.front.pool.use import ModelUse
-from chatlm.front.pool.worker import RECENT_S, Job, Worker, batch_of, cost_of, share_device
+from chatlm.front.pool.model_use import ModelUse
+from chatlm.front.pool.worker import RECENT_S, Job, Worker
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -30,11 +29,14 @@ if TYPE_CHECKING:
 
 
 class WaitingQueue:
-    """Jobs that wait for a row. Jobs whose worker died come first; then those of the client with the fewest
-    rows, with clients that have equally many taking turns; then in the same order texts to embed or to rank,
-    and jobs in the background last, among which the order is the same."""
+    """Jobs that wait for a row, by rank: first those whose worker died, then answers, then texts to embed or
+    to rank. Jobs in the background come last; among these too, those whose worker died are first.
 
-    BACKGROUND = 3  # the first rank of jobs with low priority
+    Within a rank, the next job is the client's with the fewest rows. Clients that have equally many take
+    turns."""
+
+    DIED, ANSWER, TEXT = 0, 1, 2  # ranks
+    BACKGROUND_DIED, BACKGROUND = 3, 4
 
     def __init__(self):
         self.lanes = Lanes()
@@ -46,62 +48,116 @@ class WaitingQueue:
         ranked = sorted(self.lanes.by_client, key=operator.itemgetter(0))
         return itertools.chain.from_iterable(map(self.lanes.by_client.__getitem__, ranked))
 
-    @staticmethod
-    def _lane_of(job: Job) -> tuple[int, str]:
-        """A job's rank and client; jobs whose worker died share one lane, or two."""
-        rank = 4 if job.request.low_priority else 2 if job.request.params.pooling else 1
-        died = WaitingQueue.BACKGROUND if job.request.low_priority else 0
-        return (died, "") if job.failovers else (rank, job.request.client)
+    def _lane(self, job: Job) -> tuple[int, str]:
+        """A job's rank and client. Jobs whose worker died share a lane, whoever their client is."""
+        low = job.request.low_priority
+        if job.failovers:
+            return (self.BACKGROUND_DIED if low else self.DIED), ""
+        if low:
+            return self.BACKGROUND, job.request.client
+        rank = self.TEXT if job.request.params.pooling else self.ANSWER
+        return rank, job.request.client
 
     def append(self, job: Job):
-        self.lanes.append(self._lane_of(job), job)
+        self.lanes.append(self._lane(job), job)
 
     def append_first(self, job: Job):
-        self.lanes.append_first(self._lane_of(job), job)
+        self.lanes.append_first(self._lane(job), job)
 
     def first(self, rows: Mapping[tuple[bool, str], int] = types.MappingProxyType({})) -> Job | None:
-        """rows: how many each client has, in the background (True) and before it."""
+        """The next job. rows: (is it in the background?, client) -> how many rows the client has."""
+        def order(lane: tuple[int, str]) -> tuple[int, int]:
+            rank, client = lane
+            return rank, rows.get((rank >= self.BACKGROUND_DIED, client), 0)
+
         lanes = self.lanes.by_client
-        lane = min(lanes, key=lambda lane: (lane[0], rows.get((lane[0] >= self.BACKGROUND, lane[1]), 0)),
-                   default=None)
+        lane = min(lanes, key=order, default=None)
         return lanes[lane][0] if lane else None
 
     def take(self, job: Job):
         """Remove the job, which must be the first of its client."""
-        self.lanes.take(self._lane_of(job))
+        self.lanes.take(self._lane(job))
 
     def remove(self, job: Job):
-        self.lanes.remove(self._lane_of(job), job)
+        self.lanes.remove(self._lane(job), job)
 
 
-TEXTS = 16  # of a request that waits count as one answer for --max-queue
+TEXTS = 16  # that many texts of a request count as one waiting answer for --max-queue
 
 
-def waiting_of(models: Iterable[Dispatcher], low: bool = True) -> Counter[str]:
-    """What each client has waiting: answers and, since a request may have 2,048 texts, TEXTS of these as
-    one. low: with jobs in the background, which keep no others out."""
+def waiting_by_client(models: Iterable[Dispatcher], low: bool = True) -> Counter[str]:
+    """How much each client has waiting. A request may have 2,048 texts, so TEXTS of them count as one answer.
+    low: count jobs in the background too; they keep no others out."""
     waiting = Counter()
     texts = Counter()
-    for job in (job for model in models for job in model.pending):
-        if job.request.low_priority and not low:
-            break  # they come last
-        if job.request.params.pooling:
-            texts[job.request.id, job.request.client] += 1
-        else:
-            waiting[job.request.client] += 1
+    for model in models:
+        for job in model.pending:
+            if job.request.low_priority and not low:
+                break  # jobs in the background come last
+            if job.request.params.pooling:
+                texts[job.request.id, job.request.client] += 1
+            else:
+                waiting[job.request.client] += 1
     for (_, client), count in texts.items():
         waiting[client] += -(-count // TEXTS)
     return waiting
 
 
-def rows_of(workers: Iterable[Worker]) -> Counter[tuple[bool, str]]:
-    """How many rows each client has on these workers, in the background and before it."""
+def rows_by_client(workers: Iterable[Worker]) -> Counter[tuple[bool, str]]:
+    """How many rows each client has on these workers: (is it in the background?, client) -> rows."""
     return Counter((job.request.low_priority, job.request.client)
                    for worker in workers for job in worker.jobs.values())
 
 
+def jobs_for(request: Request, lengths: Seq[int], events: asyncio.Queue, arrived_s: float) -> list[Job]:
+    """The jobs of a request: n answers to its first prompt, then n to the next, and so on. lengths: for each
+    prompt, the most tokens of an answer."""
+    jobs: list[Job] = []
+    for index, (ids, length) in enumerate(zip(request.prompt_ids or (), lengths)):
+        scored = request.score_from[index] if request.score_from else 0
+        for _ in range(request.n):
+            jobs.append(Job(request, ids, length, events, arrived_s, choice=len(jobs),
+                            output_ids=[*request.prefix_token_ids], scored=scored))
+    return jobs
+
+
+class StagedJobs:
+    """The jobs of a request, and when each is submitted.
+
+    Answers to one prompt share its pages: the first is submitted, and the others once it has an event. Of a
+    request with many prompts, LIMITS.choices are submitted; each further one follows when an answer has
+    finished. With `score_from` the prompts begin alike, so the others wait until the first has cached that
+    beginning."""
+
+    def __init__(self, request: Request, jobs: Seq[Job], submit: Callable[[Seq[Job]], None]):
+        n = request.n
+        self.submit = submit
+        self.first_jobs = deque(jobs[::n])  # of each prompt, not submitted yet
+        self.others = {job.choice: jobs[job.choice + 1:job.choice + n] for job in jobs[::n]}
+        self.is_first_alone = bool(request.score_from)
+
+    def begin(self):
+        self.submit_prompts(1 if self.is_first_alone else LIMITS.choices)
+
+    def submit_prompts(self, most: int):
+        """Submit the first job of up to `most` further prompts."""
+        count = min(len(self.first_jobs), most)
+        if count:
+            self.submit([self.first_jobs.popleft() for _ in range(count)])
+
+    def note(self, event: Piece | PromptProgress | PromptScores | Finished):
+        """Submit the jobs that waited for this event."""
+        if isinstance(event, PromptProgress):
+            return
+        if self.is_first_alone:
+            self.is_first_alone = False
+            self.submit_prompts(LIMITS.choices - 1)
+        if event.choice in self.others and not isinstance(event, PromptScores):
+            self.submit(self.others.pop(event.choice))
+
+
 class Dispatcher:
-    """Distributes answers over a list of workers, which the placement fills and the supervisor keeps alive.
+    """Distributes answers over the workers, which the placement makes and the supervisor keeps alive.
 
     A job waits in `pending` until a ready worker has a free row. It then goes to the worker with the fewest
     outstanding tokens, unless another one has so much of the prompt cached that it would finish earlier. The
@@ -110,14 +166,14 @@ class Dispatcher:
     MAX_FAILOVERS = 3   # fail a request after this many worker deaths without a token in between
     POSITION_S = 0.25   # seconds between updates of a waiting client's position in the queue
     TURN_S = 0.005      # how long one request's events are handled before others get their turn
-    PREFIXES = 10_000   # remembered for each worker
-    STAY_S = 1.0        # that a job in the background stays at least with a worker that others use
+    PREFIXES = 10_000   # how many prefixes are remembered for each worker
+    STAY_S = 1.0        # a job in the background stays at least this long with a worker that others use
 
     def __init__(self, settings: Settings, workers: Seq[Worker], adapters: PoolAdapters,
                  all_models: list[Dispatcher] | None = None,
                  changed: Callable[[], None] = lambda: None):
-        """all_models: the dispatchers of a server's models, to which this one is added; they share limits
-        and turns. changed: called when a job arrives, ends or is moved."""
+        """all_models: the dispatchers of all models of a server, which share limits and turns; this one is
+        added to them. changed: called when a job arrives, ends or is moved."""
         self.settings = settings
         self.workers = workers
         self.adapters = adapters
@@ -126,60 +182,51 @@ class Dispatcher:
         self.jobs: dict[str, Job] = {}  # waiting and running
         self.pending = WaitingQueue()
         self.delayed = 0                # answers that outlived their worker
-        self.held = False               # do jobs wait even if workers are ready?
+        self.held = False               # True: jobs wait even if workers are ready
         self.use = ModelUse()
         self.changed = changed
 
     async def answer(self, request: Request, lengths: Seq[int], arrived_s: float,
                      loading: Callable[[], float | None] = lambda: None) -> AsyncGenerator[Event, None]:
-        """Accepted, then pieces, then Finished of each answer to an admitted request; closing the iterator at
-        any point cancels it. lengths: the most tokens for an answer to each of its prompts. loading: which
-        share of the model is loaded; None: all.
+        """Yield Accepted, then pieces, then Finished for each answer to an admitted request. Closing the
+        iterator at any point cancels the request.
+
+        lengths: for each of its prompts, the most tokens of an answer. loading: returns which share of the
+        model is loaded; None: all.
 
         Raises EngineFailure (workers died too often), Overloaded (shutdown) and RequestError (cancelled)."""
-        events = asyncio.Queue()
-        prompts = request.prompt_ids or ()
-        jobs = [Job(request, ids, length, events, arrived_s, choice, [*request.prefix_token_ids])
-                for choice, (ids, length) in
-                enumerate(pair for pair in zip(prompts, lengths) for _ in range(request.n))]
-        for job, first in zip(jobs, (first for first in request.score_from for _ in range(request.n))):
-            job.scored = first
-        heads = deque(jobs[::request.n])  # the first job of each prompt
-        follow = bool(request.score_from)  # do others wait until the first has cached what they share?
+        events: asyncio.Queue = asyncio.Queue()
+        jobs = jobs_for(request, lengths, events, arrived_s)
+        staged = StagedJobs(request, jobs, self._submit)
         try:
-            self._submit([heads.popleft() for _ in range(min(len(heads), 1 if follow else LIMITS.choices))])
-            lengths_of_prompts = tuple(map(len, prompts))
-            yield Accepted(sum(lengths_of_prompts), lengths_of_prompts if len(prompts) > 1 else ())
-            others = {job.choice: jobs[job.choice + 1:job.choice + request.n] for job in jobs[::request.n]}
+            staged.begin()
+            prompt_lengths = tuple(map(len, request.prompt_ids or ()))
+            yield Accepted(sum(prompt_lengths), prompt_lengths if len(prompt_lengths) > 1 else ())
             turn_s = time.monotonic()
             left = len(jobs)
-            untold = request.params.progress  # the length of the prompt
+            owes_progress = request.params.progress  # no event has told the length of the prompt yet
             while left:
                 waited = events.empty()
                 if not waited and time.monotonic() - turn_s > self.TURN_S:
                     waited = await asyncio.sleep(0, True)
                 if request.params.progress and jobs[0].worker is None:
                     async for progress in self._positions(jobs[0], events, loading):
-                        untold = False
+                        owes_progress = False
                         yield progress
                 event = await events.get() if events.empty() else events.get_nowait()
-                turn_s = time.monotonic() if waited else turn_s
+                if waited:
+                    turn_s = time.monotonic()
                 if isinstance(event, Exception):
                     raise event
-                if untold and not isinstance(event, PromptProgress):  # a short prompt is computed at once
+                if owes_progress and not isinstance(event, PromptProgress):  # a short prompt has no other
                     length = len(jobs[0].prompt_ids)
                     yield PromptProgress(0, length, length)
-                untold = False
-                if follow and not isinstance(event, PromptProgress):
-                    follow = False
-                    self._submit([heads.popleft() for _ in range(min(len(heads), LIMITS.choices - 1))])
-                if event.choice in others and not isinstance(event, (PromptProgress, PromptScores)):
-                    self._submit(others.pop(event.choice))  # now they can share the prompt's pages
+                owes_progress = False
+                staged.note(event)
                 yield event
                 if isinstance(event, Finished):
                     left -= 1
-                    if heads:
-                        self._submit([heads.popleft()])
+                    staged.submit_prompts(1)
         finally:
             event = None  # breaks a cycle: an exception refers to this frame, and the frame to it
             self._abandon(*jobs)
@@ -188,14 +235,15 @@ class Dispatcher:
 
     async def _positions(self, job: Job, events: asyncio.Queue,
                          loading: Callable[[], float | None]) -> AsyncIterator[PromptProgress]:
-        """Yield a job's position in the queue and how far its model is loaded, whenever one of them changes,
-        until the job starts or has an event."""
+        """Yield a job's position in the queue, and how much of its model is loaded, whenever one of them
+        changes, until the job starts or has an event."""
         shown = None
         while events.empty() and job.worker is None:
             position = next((number for number, waiting in enumerate(self.pending, 1) if waiting is job), 0)
             progress = PromptProgress(position, len(job.prompt_ids), loading=loading())
             if position and progress != shown:
-                yield (shown := progress)
+                shown = progress
+                yield progress
             await asyncio.sleep(self.POSITION_S)
 
     def _submit(self, jobs: Seq[Job]):
@@ -204,26 +252,26 @@ class Dispatcher:
             self.pending.append(job)
         self.use.note()
         if not all(job.request.low_priority for job in jobs):
-            self.use.note_asked()
+            self.use.note_request()
         self.dispatch()
         self.changed()
 
     def hold(self, held: bool):
-        """Have all jobs wait that do not run, or no longer."""
+        """With `held`, jobs that do not run yet have to wait, even if workers are ready."""
         self.held = held
 
     def idle_s(self, now: float) -> float:
-        """For how long it has had nothing to do."""
+        """For how many seconds it has had nothing to do."""
         return 0.0 if self.jobs else now - self.use.last_s
 
     @property
     def in_use(self) -> bool:
         """Has it running or recent requests, other than with low priority?"""
-        return self.busy or self.use.was_asked
+        return self.busy or self.use.was_requested
 
     @property
     def busy(self) -> bool:
-        """Are there jobs other than low-priority ones?"""
+        """Has it jobs other than low-priority ones?"""
         return not all(job.request.low_priority for job in self.jobs.values())
 
     @property
@@ -231,32 +279,41 @@ class Dispatcher:
         return any(worker.jobs for worker in self.workers)
 
     def check_capacity(self, request_id: str, client: str, preparing: Mapping[str, str], low: bool = False):
-        """Raise Overloaded if the queue is full or the client has reached its limit, RequestError if the id
-        is in use. preparing: id -> client of the requests being read, which count as waiting. low: is it for
-        the background, which keeps no other request out of the queue?"""
-        waiting = sum(waiting_of(self.all_models, low).values()) + len(preparing)
-        free_rows = sum(max(batch_of(worker) - (len(worker.jobs) if low else worker.interactive), 0)
+        """Raise Overloaded if the queue is full or if the client has reached its limit, RequestError if the
+        id is in use.
+
+        preparing: id -> client of the requests that are being read, which count as waiting. low: is the
+        request in the background? Such requests keep no others out of the queue."""
+        waiting = sum(waiting_by_client(self.all_models, low).values()) + len(preparing)
+        free_rows = sum(max(worker.rows - (len(worker.jobs) if low else worker.interactive), 0)
                         for worker in self.workers if worker.takes_jobs)
         if waiting >= self.settings.max_queue + free_rows and not self._may_exceed_queue(
                 client, preparing, low):
             raise rate_limited(f"{waiting} requests are already waiting (--max-queue)", 5)
-        if (limit := self.settings.max_concurrent_per_key) and limit <= len(
-                {job.request.id for model in self.all_models for job in model.jobs.values()
-                 if job.request.client == client}
-                | {other for other, owner in preparing.items() if owner == client}):
+        limit = self.settings.max_concurrent_per_key
+        if limit and len(self._requests_of(client, preparing)) >= limit:
             raise rate_limited(f"at most {limit} of your requests may run at a time "
                                "(--max-concurrent-per-key)")
         if request_id in preparing or any(request_id in model.jobs for model in self.all_models):
             raise RequestError(f"a request with the id {request_id!r} is already running",
                                status=409, code="duplicate_id")
 
+    def _requests_of(self, client: str, preparing: Mapping[str, str]) -> set[str]:
+        """The ids of a client's requests: waiting, running, or being read."""
+        ids = {request_id for request_id, owner in preparing.items() if owner == client}
+        for model in self.all_models:
+            ids |= {job.request.id for job in model.jobs.values() if job.request.client == client}
+        return ids
+
     def _may_exceed_queue(self, client: str, preparing: Mapping[str, str], low: bool) -> bool:
-        """May a client's request wait although the queue is full? Yes, while the client itself has less than
-        a quarter of the limit waiting, so that another client's backlog cannot keep it out. Never more than
-        twice as many requests as the limit wait; here one with a hundred answers counts once, or a few of
-        these would keep all other clients out."""
+        """May a client's request wait although the queue is full?
+
+        Yes, while the client itself has less than a quarter of the limit waiting, so that another client's
+        backlog cannot keep it out. But in all, at most twice the limit of requests wait. For that, a request
+        counts once however many answers it has. Else a few requests with a hundred answers each would keep
+        all other clients out."""
         limit = self.settings.max_queue
-        mine = waiting_of(self.all_models, low)[client] + list(preparing.values()).count(client)
+        mine = waiting_by_client(self.all_models, low)[client] + list(preparing.values()).count(client)
         requests = {job.request.id for model in self.all_models for job in model.pending
                     if low or not job.request.low_priority}
         return mine < limit // 4 and len(requests) + len(preparing) < 2 * limit
@@ -264,22 +321,24 @@ class Dispatcher:
     def dispatch(self):
         """Assign waiting jobs to workers with a free row, or with one that another client can spare."""
         while self.pending and not self.held:
-            rows = rows_of(worker for model in self.all_models for worker in model.workers)
-            if (job := self.pending.first(rows)) is None:
+            rows = rows_by_client(worker for model in self.all_models for worker in model.workers)
+            job = self.pending.first(rows)
+            if job is None:
                 return
             free = [worker for worker in self.workers if worker.can_take(job) and self._able(worker, job)]
-            if not (free := free or self._make_room(job)):
+            free = free or self._make_room(job)
+            if not free:
                 return
             self.pending.take(job)
             if job.dispatched_s is None:
                 job.dispatched_s = time.monotonic()
-            self._assign(job, min(free, key=partial(cost_of, job=job)))
+            self._assign(job, min(free, key=operator.methodcaller("cost", job)))
         if len(self.workers) > 1 and not self.held:
             self._spread()
 
     def _able(self, worker: Worker, job: Job) -> bool:
-        """May a worker run a job?"""
-        return self.adapters.able(worker, job.request.params.adapter)
+        """May a worker run a job? That depends on the job's adapter."""
+        return self.adapters.may_run(worker, job.request.params.adapter)
 
     def _assign(self, job: Job, worker: Worker):
         worker.assign(job)
@@ -288,32 +347,40 @@ class Dispatcher:
             del worker.prefixes[next(iter(worker.prefixes))]
 
     def _spread(self):
-        """Move a job in the background from a worker that has others to one that has none, on a device of its
-        own: it has to be computed again there, but here it would get only what the others leave."""
+        """Move a job in the background from a worker with interactive jobs to one without any, on a device of
+        its own. There it has to be computed again, but here it would only get what the others leave."""
         for worker in self.workers:
             if worker.interactive:
                 continue
-            for job in (job for other in self.workers if other.interactive and not share_device(worker, other)
-                        for job in other.jobs.values()):
-                if (job.worker and job.request.low_priority and self._able(worker, job)
-                        and worker.can_take(job) and time.monotonic() - job.assigned_s > self.STAY_S):
-                    job.worker.set_aside(job)
-                    return self._assign(job, worker)
+            for other in self.workers:
+                if not other.interactive or worker.shares_device(other):
+                    continue
+                for job in other.jobs.values():
+                    if job.request.low_priority and self._may_move(job, worker):
+                        other.set_aside(job)
+                        self._assign(job, worker)
+                        return
+
+    def _may_move(self, job: Job, worker: Worker) -> bool:
+        stayed_s = time.monotonic() - job.assigned_s
+        return self._able(worker, job) and worker.can_take(job) and stayed_s > self.STAY_S
 
     def _make_room(self, job: Job) -> list[Worker]:
-        """Set aside the youngest answer of the client with the most rows, if that client keeps at least as
-        many rows as the job's client then has. Returns the worker with the freed row.
+        """Set aside the youngest answer of the client with the most rows, if that client then still has at
+        least as many rows as the job's client. Returns the worker with the freed row, if there is one.
 
-        Otherwise one client's long answers could occupy all rows until they end. A text makes room for any
-        answer, since texts hardly go on beside answers. What is in the background makes room for, and takes
-        it from, others in the background alone."""
-        mine = job.request.low_priority
-        rows = Counter({client: count for (low, client), count in rows_of(self.workers).items()
-                        if low == mine})
-        running = [other for worker in self.workers if worker.takes_jobs and self._able(worker, job)
-                   and not (mine and len(worker.jobs) > batch_of(worker))
-                   for other in worker.jobs.values()
-                   if not other.failovers and other.request.low_priority == mine]
+        Without that, one client's long answers could occupy all rows until they end. A text makes room for
+        any answer, since texts hardly advance beside answers. Jobs in the background only make room for each
+        other."""
+        low = job.request.low_priority
+        rows = Counter({client: count for (is_low, client), count in rows_by_client(self.workers).items()
+                        if is_low == low})
+        running: list[Job] = []
+        for worker in self.workers:
+            is_overfull = low and len(worker.jobs) > worker.rows
+            if worker.takes_jobs and self._able(worker, job) and not is_overfull:
+                running += [other for other in worker.jobs.values()
+                            if not other.failovers and other.request.low_priority == low]
         texts = [other for other in running
                  if other.request.params.pooling and not job.request.params.pooling]
         [(rich, most)] = rows.most_common(1) or [("", 0)]
@@ -330,7 +397,7 @@ class Dispatcher:
         return [worker] if worker else []
 
     def deliver(self, worker: Worker, events: Seq[tuple[str, WorkerEvent]]):
-        """Pass on the events of a worker's step, each with the id of its answer."""
+        """Pass on the events of a worker's step. Each comes with the id of its answer."""
         now = time.monotonic()
         worker.recent.append((now, sum(len(event.tokens) for _, event in events if isinstance(event, Piece))))
         while worker.recent[0][0] < now - RECENT_S:
@@ -345,7 +412,7 @@ class Dispatcher:
         self.dispatch()
 
     def requeue(self, worker: Worker):
-        """A worker's process has ended: its jobs go to the front of the queue and continue elsewhere."""
+        """A worker's process has ended: put its jobs at the front of the queue, to continue elsewhere."""
         jobs = worker.forget_process()
         self.delayed += len(jobs)
         for job in jobs:
@@ -367,14 +434,15 @@ class Dispatcher:
         return bool(jobs)
 
     def cut(self, request_id: str, choice: int, cause: str):
-        """End one answer of a request where it is: it has the tokens that its reader has got, or will."""
+        """End one answer of a request where it is. It has the tokens that are already on their way to its
+        reader."""
         for job in [job for job in self.jobs.values()
                     if job.request.id == request_id and job.choice == choice]:
             job.cut(cause)
             self._abandon(job)
 
     async def end_thinking(self, request_id: str) -> bool:
-        """End the reasoning of a request's answers, which then continue; False if none is thinking now."""
+        """End the reasoning of a request's answers, which then continue. False if none is thinking now."""
         jobs = [job for job in self.jobs.values() if job.request.id == request_id]
         return any(await asyncio.gather(*(job.end_thinking() for job in jobs)))
 
@@ -384,7 +452,7 @@ class Dispatcher:
         self._abandon(*jobs)
 
     def _abandon(self, *jobs: Job):
-        """The reader left or the jobs failed: free their rows and pages within one step."""
+        """Free the rows and pages of jobs within one step: their reader left, or they failed."""
         for job in jobs:
             if self.jobs.get(job.id) is job:
                 if job.worker:

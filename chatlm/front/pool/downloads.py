@@ -1,6 +1,6 @@
-"""Downloads of models: one for each model, shared by all who ask for it.
+"""Downloads models from the hub. Each model has one download, which all who ask for it share.
 
-A download outlives the request that began it. Its process (the role `hub`) is ended to cancel it; what was
+A download outlives the request that began it. To cancel it, its process (the role `hub`) is ended. What was
 written stays in the cache, and the next download of the model continues there."""
 
 from __future__ import annotations
@@ -34,22 +34,23 @@ class HubProcess:
         self.command = command
 
     @asynccontextmanager
-    async def asked(self, message) -> AsyncIterator[AsyncIterator[Any]]:
-        """Yield what it answers, message by message; leaving the block ends it."""
+    async def answers(self, message) -> AsyncIterator[AsyncIterator[Any]]:
+        """Start it with a message, and yield an iterator of what it answers. Leaving the `with` block ends
+        it."""
         process, ours = start_child(self.command, "hub", process_environment(1))
         writer = None
         try:
             reader, writer = await asyncio.open_connection(sock=ours)
             writer.write(HUB_PIPE.packed(message))
 
-            async def answers() -> AsyncIterator[Any]:
+            async def received() -> AsyncIterator[Any]:
                 try:
                     while True:
                         yield await next_message(reader, HUB_PIPE)
                 except (asyncio.IncompleteReadError, ConnectionError, BadMessage):
                     status = await asyncio.to_thread(process.wait)
                     raise EngineFailure(f"the process for the hub ended: {exit_in_words(status)}") from None
-            yield answers()
+            yield received()
         finally:
             process.kill()
             if writer:
@@ -59,13 +60,13 @@ class HubProcess:
             await asyncio.shield(asyncio.to_thread(process.wait))
 
     async def result(self, message):
-        """Its only answer. ConfigError if that is a refusal."""
-        async with self.asked(message) as answers:
-            return checked(await anext(answers))
+        """Its only answer. Raises ConfigError if that is a refusal."""
+        async with self.answers(message) as answers:
+            return checked_answer(await anext(answers))
 
 
-def checked(message):
-    """A message from the process. ConfigError, or EngineFailure, if it says what is wrong."""
+def checked_answer(message):
+    """A message from the process. Raises ConfigError or EngineFailure if it reports an error."""
     match message:
         case Unusable(text):
             raise ConfigError(text)
@@ -81,18 +82,18 @@ class Download:
     RUNNING = ("waiting", "looking", "downloading", "checking", "opening")
 
     def __init__(self, name: str, asked: str, on_change: Callable[[], None] = lambda: None):
-        """name: of the hub; asked: the name by which it was asked for, such as a short one."""
+        """name: its name at the hub. asked: the name in the request, such as a short one."""
         self.name = name
         self.asked = asked
         self.on_change = on_change
         self.state = "waiting"
         self.done = 0
         self.whole = 0
-        self.error = ""    # why it failed
-        self.note = ""     # what remains to be done to use it
+        self.error = ""     # why it failed
+        self.note = ""      # what the operator has to do to use it
         self.served = False
-        self.usable = True  # if not, `note` says why no server like this one could serve it
-        self.stays = False  # does it go on when those who follow it have left?
+        self.usable = True  # False: no server like this one could serve it, and `note` says why
+        self.stays = False  # True: it continues when all who follow it have left
         self.followers = 0
         self.task: asyncio.Task | None = None
         self._changed = asyncio.Event()
@@ -114,7 +115,7 @@ class Download:
         self.on_change()
 
     async def states(self) -> AsyncIterator[dict]:
-        """Its body now and after each change, until it has ended. One that was slow to read misses some."""
+        """Yield its body now and after each change, until it has ended. A slow reader misses some."""
         while True:
             changed = self._changed
             running = self.running
@@ -125,9 +126,13 @@ class Download:
 
     @property
     def body(self) -> dict:
-        return {"model": self.name, "state": self.state, "done": self.done, "bytes": self.whole,
-                **({"error": self.error} if self.error else {}), "served": self.served,
-                **({"note": self.note} if self.note else {})}
+        body = {"model": self.name, "state": self.state, "done": self.done, "bytes": self.whole}
+        if self.error:
+            body["error"] = self.error
+        body["served"] = self.served
+        if self.note:
+            body["note"] = self.note
+        return body
 
 
 class Downloads:
@@ -147,7 +152,7 @@ class Downloads:
         self.running = asyncio.Semaphore(self.MOST_RUNNING)
         self.asking = asyncio.Semaphore(2)
         self.questions = 0
-        self.planning = asyncio.Lock()  # one at a time is measured against what has room
+        self.planning = asyncio.Lock()  # one download at a time is checked against the free room
         self.deleting: set[str] = set()
         self._changed = asyncio.Event()
 
@@ -157,7 +162,7 @@ class Downloads:
                                code="downloads_off")
 
     async def ask(self, kind: str, text: str) -> tuple[Offer, ...]:
-        """What the hub has. ConfigError if that cannot be said."""
+        """Ask the hub what it has. Raises ConfigError if it does not answer."""
         if self.questions >= self.MOST_QUESTIONS:
             raise Overloaded("the hub is being asked already", retry_after_s=2)
         self.questions += 1
@@ -173,7 +178,8 @@ class Downloads:
         return answer.offers
 
     def start(self, asked: str) -> Download:
-        """The download of a model, begun or joined. RequestError for what is no name of one."""
+        """Start the download of a model, or join the one that runs. Raises RequestError for what is no name
+        of a model."""
         self.check_allowed()
         name = joined_name(*named_model(asked))
         download = self.known.get(name)
@@ -196,12 +202,13 @@ class Downloads:
         self._changed = asyncio.Event()
 
     async def states(self) -> AsyncIterator[dict]:
-        """The body of each download, again after each change, until none is running."""
+        """Yield the body of each download, and again after each change, until none is running."""
         shown: dict[str, dict] = {}
         while True:
             changed = self._changed
             for download in [*self.known.values()]:
-                if shown.get(download.name) != (body := download.body):
+                body = download.body
+                if shown.get(download.name) != body:
                     shown[download.name] = body
                     yield body
             if not any(each.running for each in self.known.values()):
@@ -210,7 +217,8 @@ class Downloads:
 
     @asynccontextmanager
     async def following(self, download: Download) -> AsyncIterator[AsyncIterator[dict]]:
-        """Yield its states. When the last of those who follow it leaves, it ends, unless it `stays`."""
+        """Follow a download for a `with` block; yields its states. It ends when the last follower leaves,
+        unless it `stays`."""
         download.followers += 1
         try:
             yield download.states()
@@ -247,9 +255,9 @@ class Downloads:
             reserved = sum(each.missing for each in self.known.values() if each is not download)
             download.become("looking")
             message = HubFetch(download.name, self.settings.models_disk, reserved)
-            async with self.process.asked(message) as answers:
+            async with self.process.answers(message) as answers:
                 async for answer in answers:
-                    match checked(answer):
+                    match checked_answer(answer):
                         case HubProgress(stage, done, whole):
                             word = stage.partition(" ")[0]
                             download.become(word if word in Download.RUNNING else "downloading",
@@ -266,11 +274,11 @@ class Downloads:
                 self.planning.release()
 
     async def cancel(self, name: str) -> bool:
-        """End a download; False if none of the name is running. What was written stays."""
+        """End a download. What was written stays. Returns False if none with this name is running."""
         download = self.known.get(joined_name(*named_model(name)))
         if not (download and download.running and download.task):
             return False
-        if download.state == "opening":  # all of it is here
+        if download.state == "opening":  # all of it is here already
             await asyncio.wait([download.task])
             return False
         await end_tasks([download.task])
@@ -279,8 +287,8 @@ class Downloads:
         return True
 
     async def delete(self, name: str) -> int:
-        """End its download, no longer serve it, and remove it from the cache; returns the bytes. RequestError
-        409 if the command line names it, ConfigError if it is not in the cache."""
+        """End a model's download, stop serving it, and remove it from the cache; returns how many bytes that
+        freed. Raises RequestError 409 if the command line names it, ConfigError if it is not in the cache."""
         self.check_allowed()
         repository, file = named_model(name)
         self.catalogue.leave_out(repository, file)

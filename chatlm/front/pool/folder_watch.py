@@ -1,4 +1,4 @@
-"""Models below a folder, which may appear, change and disappear while the server runs."""
+"""Serves the models below a folder, which may appear, change and disappear while the server runs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from chatlm.front.pool.many import ManyModels
     from chatlm.front.pool.models import Model
     from chatlm.front.pool.pool import WorkerPool
-    from chatlm.front.pool.residency import Place
+    from chatlm.front.pool.residency import MemoryShare
 
 
 class FolderWatch:
-    """Serves the models that --models contains now.
+    """Keeps a server's models up to date with the folder of --models.
 
     Files that are still being written are left alone. If the files of a model in memory change, they are read
-    again once it has left memory. Until they stop changing, its requests get 503 with Retry-After."""
+    again once the model has left memory. Until they stop changing, its requests get 503 with Retry-After."""
 
     WATCH_S = 3.0  # between two scans
 
@@ -36,19 +36,20 @@ class FolderWatch:
         self.many = many
         self.registry = many.registry
         self.folder = Path(many.settings.models or "").expanduser()
-        self.sightings = Sightings(lambda: find_models(self.folder, self._going_on),
+        self.sightings = Sightings(lambda: find_models(self.folder, self._stop_if_closing),
                                    lambda: [model.stamp for model in self._mine.values()], self.WATCH_S)
 
-    def _going_on(self):
-        if self.many.closing:  # ends the thread, which the server would otherwise wait for
-            raise InterruptedError
+    def _stop_if_closing(self):
+        if self.many.closing:
+            raise InterruptedError  # ends the thread, which the server would otherwise wait for
 
     async def begin(self):
-        """Find the models at the start; the caller opens them."""
+        """Find the models at the start. The caller opens them."""
         await self.sightings.look()
-        found = [*self.sightings.there.values()]
-        for files, choice in zip(found, named_models(self.folder, found, taken=self._taken())):
-            if model := await self._resolve(choice, files):
+        there = [*self.sightings.there.values()]
+        for files, choice in zip(there, named_models(self.folder, there, taken=self._other_names())):
+            model = await self._resolve(choice, files)
+            if model:
                 self.registry.add(model)
 
     async def run(self):
@@ -56,17 +57,21 @@ class FolderWatch:
 
     @property
     def _mine(self) -> dict[Path, Model]:
-        """The models found below the folder."""
+        """Path -> model, for the models that were found below the folder."""
         return {Path(model.choice.path): model for model in self.registry.models if model.stamp}
 
     async def update(self, settled: Seq[Files]):
+        """Drop models whose files have changed or are gone, and serve what has become complete."""
         there = self.sightings.there
-        leaving = [self._let_go(model, path in there) for path, model in self._mine.items()
-                   if (path not in there or there[path].stamp != model.stamp) and not in_memory(model)]
+        leaving = []
+        for path, model in self._mine.items():
+            is_changed = path not in there or there[path].stamp != model.stamp
+            if is_changed and not in_memory(model):
+                leaving.append(self._let_go(model, path in there))
         self.name_models()  # before the first await: a name may move from one model to another
-        for pool, place in leaving:
+        for pool, share in leaving:
             if pool:
-                await self.many.remove(pool, place)
+                await self.many.remove(pool, share)
         known = self._mine
         for files, choice in self._named(settled):
             old = known.get(files.path)
@@ -77,41 +82,48 @@ class FolderWatch:
         await self.share_adapters()
 
     def is_coming(self, name: str) -> bool:
-        """Is it a name of a model whose files are there but still change, so that it is not served yet?"""
+        """Is it a name of a model that is not served yet, because its files are still changing?"""
         mine = self._mine
         new = [files for files in self.sightings.there.values() if files.path not in mine]
-        return bool(new) and any(
-            is_among(name, accepted_names((choice.name, *choice.aliases), choice.path))
-            for files, choice in self._named(new) if files.path not in mine)
+        if not new:
+            return False
+        choices = [choice for files, choice in self._named(new) if files.path not in mine]
+        return any(is_among(name, accepted_names((choice.name, *choice.aliases), choice.path))
+                   for choice in choices)
 
-    def _let_go(self, model: Model, there: bool) -> tuple[WorkerPool | None, Place | None]:
-        """Forget what was read of a model whose files changed or, if not `there`, were removed. Returns the
-        pool and the place that it had."""
+    def _let_go(self, model: Model, there: bool) -> tuple[WorkerPool | None, MemoryShare | None]:
+        """Forget what was read of a model, whose files have changed or, if not `there`, were removed. Returns
+        the pool and the share that it had."""
         if not there:
             log.info("the model %s was removed", model.name)
             self.registry.models.remove(model)
         elif model.pool or model.reason:
             log.info("the files of the model %s have changed", model.name)
         pool = model.pool
-        place = model.place
+        share = model.share
         model.pool = None
-        model.place = None
+        model.share = None
         model.source = None
         model.reason = ""
-        return pool, place
+        return pool, share
 
     async def _open(self, choice: ModelChoice, files: Files, old: Model | None):
         """Serve a new model, or the new version of an old one."""
-        if model := await self._resolve(choice, files):
-            await self.many.opener.open(model)
-            log.info("%s %s (%s)", "read again:" if old else "new model:", model.name,
-                     model.reason or shown_bytes(model.bytes))
-            at = self.registry.models.index(old) if old else len(self.registry.models)
-            self.registry.models[at:at + bool(old)] = [model]
-            self.many.serve(model)
+        model = await self._resolve(choice, files)
+        if model is None:
+            return
+        await self.many.opener.open(model)
+        log.info("%s %s (%s)", "read again:" if old else "new model:", model.name,
+                 model.reason or shown_bytes(model.bytes))
+        models = self.registry.models
+        if old:
+            models[models.index(old)] = model
+        else:
+            models.append(model)
+        self.many.serve(model)
 
     async def _resolve(self, choice: ModelChoice, files: Files) -> Model | None:
-        """None if it was removed meanwhile."""
+        """Find a model's files; None if they were removed meanwhile."""
         try:
             model = await self.many.opener.resolve(choice)
         except ConfigError:
@@ -119,14 +131,14 @@ class FolderWatch:
         model.stamp = files.stamp
         return model
 
-    def _taken(self, there: Container[Path] = ()) -> set[str]:
-        """Names of models that are not, or no longer, below the folder."""
+    def _other_names(self, there: Container[Path] = ()) -> set[str]:
+        """The names of models that are not below the folder, or no longer."""
         others = [model for model in self.registry.models
                   if not model.stamp or Path(model.choice.path) not in there]
         return {name for model in others for name in (model.name, *model.choice.aliases)}
 
     def name_models(self):
-        """Name the models after their current files: `latest` goes to the newest step that can be served."""
+        """Name the models after their current files. `latest` goes to the newest step that can be served."""
         there = self.sightings.there
         mine = self._mine
         for path in mine.keys() - there.keys():  # dropped once it is no longer in memory
@@ -135,37 +147,39 @@ class FolderWatch:
             mine[files.path].rename(choice.name, choice.aliases)
 
     def _named(self, new: Seq[Files] = ()) -> Iterator[tuple[Files, ModelChoice]]:
-        """What is served, and these new files, with the names that they should have."""
+        """The files that are served, and these new ones, with the names that they should have."""
         there = self.sightings.there
         mine = self._mine
         shown = [files for files in there.values() if files.path in mine or files in new]
         unable = {str(files.path) for files in shown if files.path not in mine or not mine[files.path].pool}
-        return zip(shown, named_models(self.folder, shown, unable, self._taken(there)))
+        return zip(shown, named_models(self.folder, shown, unable, self._other_names(there)))
 
     async def share_adapters(self):
-        """Give each adapter below the folder to the model it was made for. An adapter whose base cannot be
-        determined now stays where it is."""
+        """Give each adapter below the folder to the model that it was made for. An adapter whose base is
+        unclear now stays where it is."""
         models = [*self.registry.models]
-        found = await asyncio.to_thread(lambda: [
-            (files, made_for(files.path, models)) for files in adapters_below(self.folder)])
+        adapters = await asyncio.to_thread(lambda: [
+            (files, matching_bases(files.path, models)) for files in adapters_below(self.folder)])
+        unclear = [(files, bases) for files, bases in adapters if len(bases) != 1]
         self.sightings.note("adapters", {
             files.path: f"the adapter {files.name} is not served: its base_model_name_or_path matches "
                         f"{'several' if bases else 'none'} of the models"
-            for files, bases in found if files.stamp and len(bases) != 1})
+            for files, bases in unclear if files.stamp})
         for model in models:
-            if model.pool and not model.pool.adapters.folders:  # it watches those itself
-                watch = model.pool.adapters.watch
-                await watch.update(watch.sightings.compare(
-                    files if bases == [model] else AdapterFiles(files.path)
-                    for files, bases in found if bases == [model] or len(bases) != 1))
+            if not model.pool or model.pool.adapters.folders:  # such a pool watches its folders itself
+                continue
+            own = [files for files, bases in adapters if bases == [model]]
+            own += [AdapterFiles(files.path) for files, _ in unclear]  # these stay as they are
+            watch = model.pool.adapters.watch
+            await watch.update(watch.sightings.compare(own))
 
 
 def in_memory(model: Model) -> bool:
     """Is it in memory, or does a request wait for it?"""
-    return bool(model.pool and model.place and (model.place.taken or model.pool.dispatcher.jobs))
+    return bool(model.pool and model.share and (model.share.taken or model.pool.dispatcher.jobs))
 
 
-def made_for(folder: Path, models: Seq[Model]) -> list[Model]:
+def matching_bases(folder: Path, models: Seq[Model]) -> list[Model]:
     """The models that match the base in an adapter's config."""
     base = base_of(folder)
     return [model for model in models if base and model.source and not is_other_base(

@@ -1,4 +1,4 @@
-"""Many models behind one URL."""
+"""The catalogue of a server with several models."""
 
 from __future__ import annotations
 
@@ -21,38 +21,40 @@ from chatlm.common.log import log
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.pool.catalogue import Catalogue
-from chatlm.front.pool.folder_watch import FolderWatch, made_for
-from chatlm.front.pool.models import Registry, of_model
+from chatlm.front.pool.folder_watch import FolderWatch, matching_bases
+from chatlm.front.pool.models import Registry
 from chatlm.front.pool.names import default_among, is_among
-from chatlm.front.pool.opening import Opener
+from chatlm.front.pool.opener import Opener
 from chatlm.front.pool.residency import NoRoom, Residency, shown_bytes
-from chatlm.front.pool.watch import RunWatch
+from chatlm.front.pool.run_watch import RunWatch
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.common.hub.steps import Step
+    from chatlm.common.hub.steps import RunStep
     from chatlm.front.pool.models import Model, Served
     from chatlm.front.pool.pool import WorkerPool
-    from chatlm.front.pool.residency import Place
-    from chatlm.front.pool.watch import CheckpointWork
+    from chatlm.front.pool.residency import MemoryShare
+    from chatlm.front.pool.run_watch import CheckpointWork
 
 
-LEAVING_S = 3.0  # after a model's last request may have found it, before its pool is closed
+LEAVING_S = 3.0  # a dismissed model's pool is kept this long for requests that have just found the model
 
 
 class ManyModels(Catalogue):
-    """The catalogue of several models. `Survey` reads the headers of their files before the first request, so
-    requests are read and queued whether or not their model is loaded; `Residency` loads and unloads models
-    as requests ask for them. Each model has its own pool, tokenizer, template and prefix cache; all share the
-    sandboxes, the limits of the queue and the order in which clients are served."""
+    """The catalogue of several models.
 
-    COMING_S = 5       # a request for a model whose files are being written is told to come again after this
-    RETRY_S = 30.0   # a request for a model that failed longer ago than this has it tried again
+    `Survey` reads the headers of their files before the first request. So requests are read and queued
+    whether or not their model is loaded. `Residency` loads and unloads models as requests ask for them. Each
+    model has its own pool, tokenizer, template and prefix cache. All share the sandboxes, the limits of the
+    queue, and the order in which clients are served."""
+
+    COMING_S = 5    # Retry-After for a model whose files are being written
+    RETRY_S = 30.0  # a model that failed longer ago than this is tried again for the next request
 
     def __init__(self, settings: Settings, command: Seq[str] = PROCESS_COMMAND,
-                 step_work: Callable[[ManyModels, Mapping[Step, Model]], CheckpointWork] | None = None):
-        """step_work: makes what is done for the checkpoints of --watch, from these models by step; with
-        --watch it is needed."""
+                 step_work: Callable[[ManyModels, Mapping[RunStep, Model]], CheckpointWork] | None = None):
+        """step_work: makes the work for the checkpoints of --watch, from the served models by step. It is
+        needed with --watch."""
         if settings.ray_address:
             raise ConfigError("several models with --ray-address: a Ray cluster serves one model")
         if settings.served_model_name:
@@ -66,15 +68,15 @@ class ManyModels(Catalogue):
         self.opener = Opener(settings, command, self.residency, self.became_ready.is_set)
         self.stage = ("finding the models", 0.0)
         self.closing = False
-        self.leaving: list[WorkerPool] = []  # of models that requests can no longer find
-        self.taken_in: set[Model] = set()    # those that were downloaded for a client
+        self.leaving: list[WorkerPool] = []  # of dismissed models, which requests can no longer find
+        self.taken_in: set[Model] = set()    # models that were downloaded for a client
         self.taking = asyncio.Lock()
         self.watches: list[FolderWatch | RunWatch] = []  # of --models and --watch
         self.started_s = time.monotonic()
         self.tasks: set[asyncio.Task] = set()
 
     def run(self, what: str, work: Callable[[], Any]):
-        """Run work in the background, and again if it fails. A failure during start-up ends the server."""
+        """Run work in the background, again if it fails. A failure during start-up ends the server."""
         def failed(error: Exception) -> bool:
             if not self.became_ready.is_set():
                 known = isinstance(error, ChatServerError)
@@ -83,7 +85,8 @@ class ManyModels(Catalogue):
                 return False
             return not self.closing
 
-        self.tasks.add(task := asyncio.create_task(supervised(what, work, failed)))
+        task = asyncio.create_task(supervised(what, work, failed))
+        self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
     async def start(self):
@@ -103,7 +106,7 @@ class ManyModels(Catalogue):
             self.stage = (stage, fraction)
             loop.call_soon_threadsafe(self.on_progress, stage, fraction)
 
-        await self.opener.desk.sandboxes["templates"].start()
+        await self.opener.shared.sandboxes["templates"].start()
         for choice in self.settings.several:
             self.registry.add(await self.opener.resolve(choice, report))
         watch = FolderWatch(self) if self.settings.models is not None else None
@@ -142,27 +145,25 @@ class ManyModels(Catalogue):
 
     def serve(self, model: Model):
         """Accept requests for a model that has been opened."""
-        if model.pool and model.place:
+        if model.pool and model.share:
             pool = model.pool
-            pool.adapters.taken = partial(names_beside, model, self.registry.models)
-            pool.adapters.refuse_names()
-            pool.supervisor.gave_up = lambda: self.fail(model, pool.supervisor.failure)
-            pool.draining = self.draining
+            pool.join(names_in_use=partial(names_beside, model, self.registry.models),
+                      gave_up=partial(self.fail, model), draining=self.draining)
             self.run(f"starting the pool of {model.name}", pool.start)
 
     def fail(self, model: Model, error: ChatServerError | None):
-        """A worker of the model could not start: fail its requests and free its memory."""
+        """A worker of the model could not start: end its requests with an error, and free its memory."""
         pool = model.pool
-        place = model.place
+        share = model.share
         if pool is None or self.closing:
             return
         changed = isinstance(error, Changed)
         model.reason = str(error)
         model.pool = None
-        model.place = None
+        model.share = None
         model.failed_s = -math.inf if changed else time.monotonic()
         if changed and model.run:
-            model.reason = ""  # RunWatch reads them once they no longer change
+            model.reason = ""  # RunWatch reads the files once they no longer change
             failure = Overloaded(f"the files of the model {model.name!r} have changed",
                                  retry_after_s=self.COMING_S)
         elif changed:
@@ -172,12 +173,12 @@ class ManyModels(Catalogue):
             log.error("the model %s cannot be served: %s", model.name, model.reason)
             failure = EngineFailure(f"the model {model.name!r} cannot be served: {model.public_reason}")
         pool.dispatcher.fail(failure, *pool.dispatcher.jobs.values())
-        self.run(f"ending the workers of {model.name}", partial(self.remove, pool, place))
+        self.run(f"ending the workers of {model.name}", partial(self.remove, pool, share))
 
-    async def remove(self, pool: WorkerPool, place: Place | None):
+    async def remove(self, pool: WorkerPool, share: MemoryShare | None):
         await self.opener.close_pool(pool)
-        if place in self.residency.places:
-            self.residency.places.remove(place)
+        if share in self.residency.shares:
+            self.residency.shares.remove(share)
         self.residency.changed.set()
 
     # models that come and go while the server runs
@@ -212,13 +213,13 @@ class ManyModels(Catalogue):
         models = self._of_hub(repository, file)
         if not self.taken_in.issuperset(models):
             return super().leave_out(repository, file)
-        self.keep_read_beside(repository, file, leaving=models)
+        self.check_unread(repository, file, leaving=models)
         for model in models:
             self.taken_in.remove(model)
             self.dismiss(model)
 
     def dismiss(self, model: Model, wait_s: float = LEAVING_S):
-        """Stop accepting requests for a model; those that it has may end."""
+        """Stop accepting requests for a model. Those that it has may end."""
         self.registry.models.remove(model)
         if model.pool:
             self.leaving.append(model.pool)
@@ -226,23 +227,23 @@ class ManyModels(Catalogue):
 
     async def _end(self, model: Model, pool: WorkerPool, wait_s: float):
         """Close the pool of a model that requests can no longer find, once its answers have ended."""
-        await asyncio.sleep(wait_s)  # requests that just found it are still being read
-        while jobs := [*pool.dispatcher.jobs.values()]:
-            if not pool.supervisor.ready_workers:  # and no worker can start, since the files changed
+        await asyncio.sleep(wait_s)  # requests that have just found it are still being read
+        while pool.dispatcher.jobs:
+            if not pool.supervisor.ready_workers:  # and no worker can start, since the files have changed
                 pool.dispatcher.fail(Overloaded(
                     f"the files of the model {model.name!r} have changed, and the old ones are not in memory",
-                    retry_after_s=self.COMING_S), *jobs)
+                    retry_after_s=self.COMING_S), *pool.dispatcher.jobs.values())
             await asyncio.sleep(0.1)
         self.leaving.remove(pool)
         if model.pool:
-            await self.remove(pool, model.place)
+            await self.remove(pool, model.share)
 
     async def close(self):
         self.draining = True
         self.closing = True
         await end_tasks(self.tasks)
         await asyncio.gather(*(pool.close() for pool in self.pools), self.opener.survey.close(),
-                             self.opener.desk.close())
+                             self.opener.shared.close())
         await self.opener.prefixes.close()
 
     @property
@@ -283,18 +284,24 @@ class ManyModels(Catalogue):
         if model in self.registry.models:
             self.serve(model)
         elif model.pool:  # its files changed again meanwhile
-            await self.remove(model.pool, model.place)
+            await self.remove(model.pool, model.share)
         await self.opener.survey.close()
 
     # what the server shows
 
     def health(self) -> tuple[int, dict]:
-        """Ready if a request would be admitted, whether or not its model is loaded."""
+        """(HTTP status, body) of /health. It is ready if a request would be admitted, whether or not its
+        model is loaded."""
         started = self.became_ready.is_set() and not self.failure
         ready = started and not self.draining and any(pool.ready for pool in self.pools)
-        status = ("ok" if ready else "draining" if self.draining else
-                  "loading" if not started else "waiting" if is_waiting(self.settings, self.registry)
-                  else "unavailable")
+        if ready:
+            status = "ok"
+        elif self.draining:
+            status = "draining"
+        elif not started:
+            status = "loading"
+        else:
+            status = "waiting" if is_waiting(self.settings, self.registry) else "unavailable"
         bodies = [pool.health()[1] for pool in self.pools]
         body: dict = {"status": status, "ready": ready,
                       **{key: sum(one[key] for one in bodies) for key in ("num_gpus", "available_workers")}}
@@ -303,13 +310,14 @@ class ManyModels(Catalogue):
         elif status == "waiting":  # only the folder's name: /health needs no key
             body["loading"] = {"stage": "waiting for the first checkpoint in "
                                         f"{Path(self.settings.watch or '').absolute().name}", "fraction": 0.0}
-        if looping := [loop for one in bodies for loop in one.get("crash_loops", ())]:
+        looping = [loop for one in bodies for loop in one.get("crash_loops", ())]
+        if looping:
             body["crash_loops"] = looping
             body["status"] = "degraded" if ready else status
         return 200 if ready else 503, body
 
     def stats(self, seen: Seq[Served]) -> dict:
-        """The fields of one model's stats: sums where they can be added, else the default model's."""
+        """The fields of a single model's stats: sums if they can be added, else the default model's."""
         models = [*dict.fromkeys(one.model for one in seen)]
         stats = [{**model.pool.stats(), "name": model.name} for model in models if model.pool]
         sums = {key: sum(one[key] for one in stats) for key in (
@@ -335,9 +343,13 @@ class ManyModels(Catalogue):
         lines = [f"{count}{failed}; loaded models may take "
                  f"{shown_bytes(self.residency.budget)}{beside} (--models-memory)"]
         for model in models:
-            words = [f"{shown_bytes(model.bytes)}, context {model.pool.context_length:,}" if model.pool else
-                     "cannot be served (see above)", *["default"] * (model is default),
-                     *["pinned"] * model.choice.pin]
+            words = ["cannot be served (see above)"]
+            if model.pool:
+                words = [f"{shown_bytes(model.bytes)}, context {model.pool.context_length:,}"]
+            if model is default:
+                words.append("default")
+            if model.choice.pin:
+                words.append("pinned")
             lines.append(f"  {model.name}: {', '.join(words)}")
         if self.settings.verbose and (prefixes := self.opener.prefixes.line):
             lines.append(prefixes)
@@ -350,21 +362,22 @@ def is_waiting(settings: Settings, registry: Registry) -> bool:
 
 
 def names_beside(model: Model, models: Seq[Model]) -> list[str]:
-    """Names that an adapter of this model may not have: the model's own, those of other models and of their
-    adapters."""
-    others = [served for other in models if other is not model for served in of_model(other)]
+    """The names that an adapter of this model may not have: the model's own, and those of other models and
+    their adapters."""
+    others = [served for other in models if other is not model for served in other.served()]
     return [*model.accepted_names, *(name for served in others for name in served.names)]
 
 
 def give_adapters(words: Seq[str], models: Seq[Model]):
-    """Give each adapter of --adapter to the model it was made for. ConfigError unless exactly one fits."""
+    """Give each adapter of --adapter to the model that it was made for. Raises ConfigError unless exactly one
+    model fits."""
     named, folders = named_adapters(words)
     if folders:
         raise ConfigError(f"--adapter {folders[0]}: with several models, an adapter needs a name and a base: "
                           "put adapter = {NAME = \"FOLDER\"} into the base's table of [[models]], or put "
                           "models and adapters in one folder for --models")
     for files in named:
-        bases = made_for(files.path, models)
+        bases = matching_bases(files.path, models)
         if len(bases) != 1:
             which = "several" if bases else "none"
             raise ConfigError(f"--adapter {files.name}={files.path}: base_model_name_or_path in its "
@@ -376,11 +389,12 @@ def give_adapters(words: Seq[str], models: Seq[Model]):
 
 
 def check_served(models: Seq[Model]):
-    """Log which models cannot be served. ConfigError if none can."""
+    """Log which models cannot be served. Raises ConfigError if none can."""
     for model in models:
         if model.reason:  # an f-string: the log merges lines with equal format strings
             log.error(f"the model {model.name} cannot be served: {model.reason}")
     if models and not any(model.pool for model in models):
         first = models[0]
-        raise ConfigError(f"none of {len(models)} models can be served; {first.name}: {first.reason}"
-                          if len(models) > 1 else first.reason)
+        if len(models) == 1:
+            raise ConfigError(first.reason)
+        raise ConfigError(f"none of {len(models)} models can be served; {first.name}: {first.reason}")

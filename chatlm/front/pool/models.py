@@ -1,4 +1,4 @@
-"""The models of a server, and what a request can ask for: a model, alone or with an adapter."""
+"""The models of a server, and what a request can ask for: a model alone, or with an adapter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 from chatlm.common.config import ModelChoice
 from chatlm.common.errors import ConfigError, Overloaded, RequestError, without_folders
 from chatlm.front.pool.names import accepted_names, bound_among, is_among, named_among
-from chatlm.front.pool.pool import known_of
+from chatlm.front.pool.pool import known_about
 from chatlm.front.pool.versions import NO_CARD
 
 if TYPE_CHECKING:
@@ -20,40 +20,40 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource, Request
     from chatlm.front.pool.adapters import Adapter
     from chatlm.front.pool.pool import WorkerPool
-    from chatlm.front.pool.residency import Place
+    from chatlm.front.pool.residency import MemoryShare
     from chatlm.front.pool.run_names import RunName
 
 
 class Model:
-    """Files with names, and the pool that computes them."""
+    """A model of a server: its files, its names, and the pool that computes it."""
 
     def __init__(self, settings: Settings, pool: WorkerPool | None, choice: ModelChoice = ModelChoice("")):
-        """settings: this model's own; pool: None while it cannot be served. If `choice` has no name, the
+        """settings: this model's own. pool: None while it cannot be served. If `choice` has no name, the
         pool's is used."""
         self.settings = settings
         self.pool = pool
         self.choice = choice
-        self.place: Place | None = None      # its share of memory, if it is one of several models
-        # why and when it failed, for the operator
-        self.reason = ""
-        self.failed_s = 0.0
+        self.share: MemoryShare | None = None  # None: it is the only model
+        self.reason = ""                       # why it failed, for the operator
+        self.failed_s = 0.0                    # when it failed
         self.source: ModelSource | None = None
-        self.stamp: tuple = ()               # of its files, if --models found it
-        self.run: RunName | None = None      # of a checkpoint that --watch found
-        self.step = 0                        # of that run
-        self.bits_per_byte: float | None = None  # by --watch-text, of a checkpoint
-        self.scoring = False                 # is it scored now?
-        self.written: dict[str, float] = {}  # metrics that its training has written beside it
+        self.stamp: tuple = ()                 # of its files, if --models found it
+        # if --watch found it, it is a checkpoint of a training run:
+        self.run: RunName | None = None
+        self.step = 0
+        self.saved_s = 0.0                   # when its training wrote it
+        self.warning = ""                    # what to know before its metrics are believed
+        self.written: dict[str, float] = {}  # metrics that its training has written beside it,
         self.logged: dict[str, float] = {}   # and into the log of its stage
         self.stale: tuple[str, ...] = ()     # those of `written` that belong to an earlier step
-        self.saved_s = 0.0                   # when its training wrote it
         self.evaluation: Evaluation | None = None  # how training computed its val_bpb, if we can do it too
-        self.is_compared = False             # with our own
-        self.own_val_bpb: float | None = None
-        self.warning = ""                    # what to know before it is evaluated
-        self.judged: dict[str, float] | None = None  # metrics by --watch-suite, once it has ended
-        self.verdicts: Any = None            # and of its items: see evals.flips
-        self.samples: tuple[dict[str, str], ...] = ()  # by --watch-prompts
+        self.own_val_bpb: float | None = None      # the same, computed by us
+        self.is_compared = False                   # have the two been compared?
+        self.scoring = False                       # is --watch-text scored now?
+        self.bits_per_byte: float | None = None    # of --watch-text
+        self.judged: dict[str, float] | None = None    # metrics of --watch-suite, once that has ended
+        self.verdicts: Any = None                      # of the suite's items: see evals.flips
+        self.samples: tuple[dict[str, str], ...] = ()  # answers to --watch-prompts
 
     @property
     def name(self) -> str:
@@ -75,39 +75,39 @@ class Model:
         return is_among(name, self.accepted_names)
 
     def rename(self, name: str, aliases: tuple[str, ...]):
-        """Change its names, as happens to a step of a training run when the next step arrives."""
+        """Change its names. That happens to a step of a training run when the next step arrives."""
         self.choice = replace(self.choice, aliases=aliases)
         if name == self.name:
             return
         self.choice = replace(self.choice, name=name)
         if self.source:
             self.source = replace(self.source, name=name)
-        if self.place:
-            self.place.name = name
+        if self.share:
+            self.share.name = name
         if self.pool:
             self.pool.rename(name, self.source)
 
     def load(self):
         """Load it as if a request waited for it."""
-        if self.place and self.pool:
-            self.place.asked = not self.place.serves
+        if self.share and self.pool:
+            self.share.is_requested = not self.share.serves
             self.pool.changed()
         elif self.pool:
             self.pool.supervisor.load_for_request()
 
     def unload(self):
         """Unload it once its running answers have ended; the next request loads it again."""
-        if self.place and self.pool:
-            self.place.asked = False
-            self.place.leave()
+        if self.share and self.pool:
+            self.share.is_requested = False
+            self.share.leave()
             self.pool.changed()
         elif self.pool:
             self.pool.unload()
 
     @property
     def is_unnamed(self) -> bool:
-        """Is its name not known yet, since no worker has said it?"""
-        return self.place is None and self.pool is not None and self.pool.supervisor.card is NO_CARD
+        """Is its name unknown, since no worker has said it yet?"""
+        return self.share is None and self.pool is not None and self.pool.supervisor.card is NO_CARD
 
     @property
     def is_read(self) -> bool:
@@ -119,19 +119,20 @@ class Model:
         """unloaded, loading, ready or failed."""
         if self.pool is None:
             return "loading" if self.is_read else "failed"
-        if self.place:
+        if self.share:
             if self.pool.supervisor.ready_workers:
                 return "ready"
-            return "loading" if self.place.taken and not self.place.leaving else "unloaded"
+            return "loading" if self.share.taken and not self.share.leaving else "unloaded"
         if getattr(self.pool.supervisor, "unloaded", False):
             return "unloaded"
         return "ready" if self.pool.ready else "loading"
 
     @property
     def bytes(self) -> int:
-        """Bytes in memory; what it will need if it is not loaded."""
-        return (self.place.bytes or self.place.size) if self.place else (
-            self.pool.supervisor.card.facts.weights_bytes if self.pool else 0)
+        """Bytes in memory; if it is not loaded, what it will need."""
+        if self.share:
+            return self.share.bytes or self.share.size
+        return self.pool.supervisor.card.facts.weights_bytes if self.pool else 0
 
     @property
     def public_reason(self) -> str:
@@ -143,8 +144,8 @@ class Model:
         return without_folders(text)
 
     @property
-    def of_run(self) -> dict:
-        """The additional fields of a checkpoint; {} for other models."""
+    def run_fields(self) -> dict:
+        """The additional fields of a checkpoint in the API; {} for other models."""
         if not self.run:
             return {}
         return {"run": self.run.run, "lineage": self.run.lineage, "stage": self.run.stage, "step": self.step,
@@ -154,23 +155,35 @@ class Model:
     @property
     def remarks(self) -> dict:
         """What to know of a checkpoint before its metrics are believed; {} if there is nothing."""
-        return {**({"stale": [*self.stale]} if self.stale else {}),
-                **({"warning": self.warning} if self.warning else {})}
+        remarks: dict = {}
+        if self.stale:
+            remarks["stale"] = [*self.stale]
+        if self.warning:
+            remarks["warning"] = self.warning
+        return remarks
 
     @property
     def metrics(self) -> dict[str, float]:
-        """All that is known of how good a checkpoint is, by upstream's names where it has some."""
-        scored = {} if self.bits_per_byte is None else {"bits_per_byte": round(self.bits_per_byte, 6)}
-        own = {"own_val_bpb": round(self.own_val_bpb, 6)} if self.own_val_bpb is not None else {}
-        return {**self.logged, **self.written, **own, **scored, **(self.judged or {})}
+        """All that is known of how good a checkpoint is. Metrics of upstream have upstream's names."""
+        metrics = {**self.logged, **self.written}
+        if self.own_val_bpb is not None:
+            metrics["own_val_bpb"] = round(self.own_val_bpb, 6)
+        if self.bits_per_byte is not None:
+            metrics["bits_per_byte"] = round(self.bits_per_byte, 6)
+        return metrics | (self.judged or {})
+
+    def served(self) -> list[Served]:
+        """The model alone, and with each of its adapters."""
+        adapters = self.pool.adapters.serving.values() if self.pool else ()
+        return [Served(self), *(Served(self, adapter) for adapter in adapters)]
 
 
 class Served(NamedTuple):
-    """What a request can ask for: a model, or a model with one of its adapters."""
+    """What a request can ask for: a model alone, or with one of its adapters."""
 
     model: Model
     adapter: Adapter | None = None
-    version: int | None = None  # of the model's files, if a request holds it
+    version: int | None = None  # of the model's files, if this is for one request
 
     @property
     def _one(self) -> Model | Adapter:
@@ -200,8 +213,8 @@ class Served(NamedTuple):
 
     @property
     def known(self) -> Known:
-        """What readers of bodies need to know of it."""
-        return known_of(self.pool, self.model.settings)
+        """What readers of bodies need to know of the model."""
+        return known_about(self.pool, self.model.settings)
 
     @property
     def state(self) -> str:
@@ -214,7 +227,7 @@ class Served(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Bytes in memory; what it will need if it is not loaded."""
+        """Bytes in memory; if it is not loaded, what it will need."""
         return self._one.bytes
 
     @property
@@ -224,7 +237,7 @@ class Served(NamedTuple):
 
     @property
     def pool(self) -> WorkerPool:
-        """RequestError 503 if it has failed, Overloaded while its files are being read."""
+        """Raises RequestError 503 if the model has failed, Overloaded while its files are being read."""
         if self.model.is_read:
             raise Overloaded(f"the files of the model {self.name!r} are being read", retry_after_s=3)
         if self.failed or not self.model.pool:
@@ -232,8 +245,8 @@ class Served(NamedTuple):
                                code="model_failed", param="model")
         return self.model.pool
 
-    def asked(self, request: Request) -> Request:
-        """The request with the versions of the files and of the adapter that it holds."""
+    def with_versions(self, request: Request) -> Request:
+        """The request with the versions of the model's files and of the adapter."""
         adapter = self.adapter.id if self.adapter else ""
         return replace(request, version=self.version, params=replace(request.params, adapter=adapter))
 
@@ -245,19 +258,19 @@ class Registry:
         self.models = [*models]
 
     def listed(self, bound: Seq[str] = ()) -> list[Served]:
-        """What a key limited to `bound` may use: each model, followed by its adapters."""
-        return bound_among(bound, [served for model in self.models for served in of_model(model)])
+        """What an API key limited to the models in `bound` may use: each model, followed by its adapters."""
+        return bound_among(bound, [served for model in self.models for served in model.served()])
 
     def find(self, name: str, bound: Seq[str] = ()) -> Served:
-        """What a request asks for, with a key limited to `bound`. RequestError 404 if there is no such model.
-        While the only model loads, its name may not be known yet, so any name stands for it."""
+        """What a request asks for, with a key limited to `bound`. Raises RequestError 404 if there is no such
+        model. While the only model loads, its name may not be known yet. Then any name stands for it."""
         served = self.listed(bound)
         if len(self.models) == 1 and self.models[0].is_unnamed and not any(one.fits(name) for one in served):
             return Served(self.models[0])
         return named_among(name, served)
 
     def add(self, model: Model):
-        """ConfigError if another model has its name or one of its aliases."""
+        """Add a model. Raises ConfigError if another one has its name or one of its aliases."""
         for other in self.models:
             both = {*model.names} & {*other.names}
             if both:
@@ -266,13 +279,7 @@ class Registry:
         self.models.append(model)
 
     def renamed(self, choice: ModelChoice) -> ModelChoice:
-        """The choice without names that another model has."""
+        """The choice without the names that other models have."""
         taken = {name for model in self.models for name in model.names}
         name = choice.path if choice.name in taken else choice.name
         return replace(choice, name=name, aliases=tuple(set(choice.aliases) - taken))
-
-
-def of_model(model: Model) -> list[Served]:
-    """The model alone, and with each of its adapters."""
-    adapters = model.pool.adapters.serving.values() if model.pool else ()
-    return [Served(model), *(Served(model, adapter) for adapter in adapters)]

@@ -1,4 +1,4 @@
-"""Which model a name in a request stands for."""
+"""Finds the model that a name in a request stands for."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ def accepted_names(names: Iterable[str], path: str | None) -> list[str]:
 
 
 def is_among(name: str, names: Iterable[str]) -> bool:
-    return bool({name, name.removesuffix(":latest")} & {*names})  # Ollama's word for no tag
+    return bool({name, name.removesuffix(":latest")} & {*names})  # Ollama adds that if there is no tag
 
 
 def bound_among(bound: Seq[str], served: Iterable[Served]) -> list[Served]:
-    """What an API key limited to `bound` may use; everything if it has no limits."""
+    """What an API key limited to the models in `bound` may use; everything if that is empty."""
     return [one for one in served if not bound or any(map(one.fits, bound))]
 
 
 def default_among(served: Seq[Served]) -> Served | None:
-    """Which of these answers requests without a model: the one marked as default, else the first that can."""
+    """The one that answers requests without a model: the one marked as default, else the first that can."""
     marked = [one for one in served if one.model.choice.default and not one.adapter]
     return next((one for one in [*marked, *served] if one.model.pool), served[0] if served else None)
 
 
 def named_among(name: str, served: Seq[Served]) -> Served:
-    """The one with this name; "" and `default` stand for the default. RequestError 404 if there is none."""
+    """The one with this name; "" and `default` stand for the default. Raises RequestError 404 if there is
+    none."""
     default = default_among(served)
     if name in ("", "default") and default:
         return default
@@ -46,12 +47,12 @@ def named_among(name: str, served: Seq[Served]) -> Served:
     return fitting[0]
 
 
-def gone_adapter(name: str, models: Iterable[Model]) -> str:
+def removed_adapter(name: str, models: Iterable[Model]) -> str:
     """The adapter that had this name before its files were removed; "" if there was none."""
     base, _, adapter = name.removesuffix(":latest").rpartition("@")
-    gone = any(model.pool and adapter in model.pool.adapters.gone and (not base or model.fits(base))
-               for model in models)
-    return adapter if gone else ""
+    removed = any(model.pool and adapter in model.pool.adapters.removed and (not base or model.fits(base))
+                  for model in models)
+    return adapter if removed else ""
 
 
 def unknown_model(name: str, served: Seq[Served]) -> RequestError:
@@ -60,8 +61,9 @@ def unknown_model(name: str, served: Seq[Served]) -> RequestError:
     near = near or difflib.get_close_matches(name.lower(), names, 3)
     others = ", ".join(shown(one.name) for one in served[:8]) + ", ..." * (len(served) > 8)
     has = f"this server has {others}" if served else "this server has no model for you"
-    if adapter := gone_adapter(name, [one.model for one in served if not one.adapter]):
-        gone = f"is not here: the adapter {shown(adapter)} is no longer served: its files were removed"
-        return no_such_model(name, gone, has)
+    adapter = removed_adapter(name, [one.model for one in served if not one.adapter])
+    if adapter:
+        why = f"is not here: the adapter {shown(adapter)} is no longer served: its files were removed"
+        return no_such_model(name, why, has)
     suggestion = f"did you mean {' or '.join(shown(names[other]) for other in near)}?"
     return no_such_model(name, "does not exist", suggestion if near else has)

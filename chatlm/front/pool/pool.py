@@ -1,4 +1,4 @@
-"""The pool: the workers of a model, wherever they run, behind one `answer`."""
+"""The pool: the workers of a model, wherever they run, behind one method `answer`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from chatlm.front.admission.admission import Admission
 from chatlm.front.admission.known import known_with
 from chatlm.front.pool.adapters import PoolAdapters
 from chatlm.front.pool.dispatcher import Dispatcher
-from chatlm.front.pool.local import LocalDevices, cuda_device_count
+from chatlm.front.pool.local_devices import LocalDevices, cuda_device_count
 from chatlm.front.pool.names import accepted_names
 from chatlm.front.pool.prefixes import Prefixes
-from chatlm.front.pool.ray import RayNodes
+from chatlm.front.pool.ray_nodes import RayNodes
 from chatlm.front.pool.served_version import ServedVersion
 from chatlm.front.pool.supervisor import Supervisor
 from chatlm.front.pool.versions import NO_CARD
@@ -36,31 +36,32 @@ if TYPE_CHECKING:
     from chatlm.common.messages.protocol import Known, ModelCard
     from chatlm.common.messages.requests import Event, ModelSource, Request, TextSpec
     from chatlm.common.text.tokenizer import Tokenizer
-    from chatlm.front.admission.admission import Desk
+    from chatlm.front.admission.admission import SharedAdmission
     from chatlm.front.pool.supervisor import Placement
 
 
-def sampling_of(pool, settings: Settings) -> dict[str, tuple[float, str]]:
+def default_sampling(pool, settings: Settings) -> dict[str, tuple[float, str]]:
+    """Parameter -> its default for the pool's model, and where that comes from."""
     return sampling_defaults(with_own_sampling(settings, pool))
 
 
 @lru_cache(maxsize=4096)  # the list of models asks for each
 def checkpoint_facts(source: ModelSource) -> tuple[tuple[str, str | int], ...]:
-    """What the place of nanochat's checkpoint says of it; () for other models."""
-    found = checkpoint_at(source.path) if source.kind == "nanochat" else None
-    if found is None:
+    """What the path of a nanochat checkpoint says about it; () for other models."""
+    checkpoint = checkpoint_at(source.path) if source.kind == "nanochat" else None
+    if checkpoint is None:
         return ()
-    return ("tag", found.place.tag), ("stage", found.place.stage), ("step", found.step)
+    return ("tag", checkpoint.place.tag), ("stage", checkpoint.place.stage), ("step", checkpoint.step)
 
 
-def known_of(pool, settings: Settings) -> Known:
-    """All that readers of bodies need to know of a pool's model. Every command and route has it from here, so
-    that one body has one text."""
+def known_about(pool, settings: Settings) -> Known:
+    """All that readers of bodies need to know of a pool's model. Every command and route gets it here, so
+    that all of them read a body alike."""
     return known_with(with_own_sampling(settings, pool), pool.tokenizer, pool.supervisor.card.facts)
 
 
 def free_memory(pool: WorkerPool) -> float:
-    """Bytes that another model could take: of the first worker's GPU, else of this machine."""
+    """How many bytes another model could take: on the first worker's GPU, else on this machine."""
     for worker in pool.workers:
         if worker.device.startswith("cuda"):
             return (worker.gauges["memory_total"] or 0) - (worker.gauges["memory_used"] or 0)
@@ -69,41 +70,45 @@ def free_memory(pool: WorkerPool) -> float:
 
 @contextmanager
 def naming(source: ModelSource | None) -> Iterator[None]:
-    """A ConfigError says which model is broken."""
+    """Put the model's path in front of a ConfigError."""
     try:
         yield
     except ConfigError as error:
         raise ConfigError(f"{source and source.path}: {error}") from None
 
 
+TOOL_LINES = {
+    "native": "Tools: native, described by its chat template",
+    "generic": "Tools: described in a system prompt, since the chat template has no place for them"}
+
+
 class WorkerPool:
     """The replicas of a model behind one `answer`. A placement decides where they run, the supervisor keeps
-    them alive, the dispatcher distributes requests to them. This class has admission, the order of start and
-    end, and what /health, /stats and the start-up lines show."""
+    them alive, and the dispatcher distributes requests to them. This class admits requests, starts and ends
+    the other parts in order, and knows what /health, /stats and the start-up lines show."""
 
-    continues = True  # can it continue the last message of a conversation?
-    ends_thinking = True
-    chats = True  # does the model have a chat template?
-    continues_texts = False  # is it for texts, even if it has one? See Tokenizer.continues_texts
-    sees = False  # does it see pictures?
+    continues = True         # can it continue the last message of a conversation?
+    ends_thinking = True     # can it end reasoning on request?
+    chats = True             # does the model have a chat template?
+    continues_texts = False  # is it for texts even if it has a template? See Tokenizer.continues_texts
+    sees = False             # does it see pictures?
 
-    def __init__(self, settings: Settings, placement: Placement, desk: Desk | None = None,
+    def __init__(self, settings: Settings, placement: Placement, shared: SharedAdmission | None = None,
                  dispatchers: list[Dispatcher] | None = None, prefixes: Prefixes | None = None,
                  changed: Callable[[], None] | None = None):
-        """desk, dispatchers: shared by the models of a server with several. prefixes: memory that outlives
-        the workers; several models share it, and their catalogue starts and closes it. changed: called when
-        jobs come and go, by whoever decides when the model is loaded; None: the next job loads it."""
+        """shared, dispatchers: of a server with several models, which share them. prefixes: memory that
+        outlives the workers; several models share it, and their catalogue starts and closes it. changed:
+        called when jobs come and go, for whoever decides when the model is loaded; None: the next job loads
+        it."""
         self.prefixes = prefixes
-        self.alone = desk is None
+        self.alone = shared is None
         self.settings = settings
         self.placement = placement
         self.workers = placement.workers
-        self.admission = Admission(self._check_capacity, desk)
+        self.admission = Admission(self._check_capacity, shared)
         self.changed = changed or self._load_for_jobs
-        self.adapters = PoolAdapters(settings, self.workers)
+        self.adapters = PoolAdapters(settings, self.workers, self._own_names)
         self.dispatcher = Dispatcher(settings, self.workers, self.adapters, dispatchers, self.changed)
-        self.adapters.taken = lambda: accepted_names(
-            [self.model_name, *settings.served_model_name], settings.model)
         self.supervisor = Supervisor(
             settings, self.workers, self.dispatcher, self.adapters, prepare=self._open_tokenizer,
             expect=self._expect,
@@ -113,6 +118,18 @@ class WorkerPool:
         self.draining = False
         self.started_s = time.monotonic()
         self.created = int(time.time())
+
+    def join(self, names_in_use: Callable[[], Seq[str]], gave_up: Callable[[ChatServerError], None],
+             draining: bool):
+        """From now on, serve beside the other models of a server. names_in_use: returns the names that no
+        adapter may have. gave_up: called with the error if a worker cannot start. draining: is the server
+        about to end?"""
+        self.adapters.avoid_names(names_in_use)
+        self.supervisor.tell_failure_to(gave_up)
+        self.draining = draining
+
+    def _own_names(self) -> list[str]:
+        return accepted_names([self.model_name, *self.settings.served_model_name], self.settings.model)
 
     async def start(self):
         if self.prefixes and self.alone:
@@ -129,7 +146,7 @@ class WorkerPool:
         except ChatServerError:
             if not self.supervisor.became_ready.is_set():
                 raise
-            # else the files have changed, and `_open_tokenizer` will say so
+            # else the files have changed, and `_open_tokenizer` will report it
 
     async def _open_tokenizer(self, card: ModelCard):
         self.adapters.refuse_names()
@@ -154,7 +171,7 @@ class WorkerPool:
         return not self.dispatcher.jobs
 
     async def close(self):
-        """End every request with an error, after which it may be sent again, and make sure every worker has
+        """End every request with an error that allows to send it again, and make sure that every worker has
         ended."""
         self.draining = True
         self.dispatcher.fail(shutting_down(), *self.dispatcher.jobs.values())
@@ -163,7 +180,7 @@ class WorkerPool:
             await self.prefixes.close()
 
     async def answer(self, request: Request) -> AsyncGenerator[Event, None]:
-        """Accepted, then pieces, then Finished; closing the iterator at any point cancels the request.
+        """Yield Accepted, then pieces, then Finished. Closing the iterator at any point cancels the request.
 
         Raises RequestError (the prompt does not fit, ...), Overloaded (not ready, draining, queue full,
         shutdown) and EngineFailure (workers died too often)."""
@@ -184,13 +201,13 @@ class WorkerPool:
                     yield event
 
     def _load_for_jobs(self):
-        """The only model of a server is loaded again for the next job."""
+        """Load the only model of a server again, for the next job."""
         if self.dispatcher.jobs:
             self.supervisor.load_for_request()
 
     def unload(self):
-        """Unload the only model of a server once its running answers have ended; its queue is held until
-        then."""
+        """Unload the only model of a server once its running answers have ended. Until then its queue is
+        held."""
         if not self.dispatcher.running:
             self._unload_now()
         elif not self.dispatcher.held:
@@ -213,15 +230,15 @@ class WorkerPool:
         self.supervisor.version.rename(name)
 
     def cancel(self, request_id: str) -> bool:
-        """Stop a running request; its reader gets RequestError 'cancelled' instead of Finished."""
+        """Stop a running request. Its reader gets RequestError 'cancelled' instead of Finished."""
         return self.dispatcher.cancel(request_id)
 
     def cut(self, request_id: str, choice: int, cause: str):
-        """End one answer of a running request where it is, with this as its cause."""
+        """End one answer of a running request where it is, and give this as its cause."""
         self.dispatcher.cut(request_id, choice, cause)
 
     async def end_thinking(self, request_id: str) -> bool:
-        """End the reasoning of a running request, which then continues; False if it is not thinking now."""
+        """End the reasoning of a running request, which then continues. False if it is not thinking now."""
         return await self.dispatcher.end_thinking(request_id)
 
     def _check_capacity(self, request_id: str, client: str, low: bool = False):
@@ -230,7 +247,8 @@ class WorkerPool:
         opened = self.supervisor.became_ready.is_set() and self.supervisor.prepared
         if self.tokenizer is None or not opened:
             raise Overloaded(f"the model is still loading ({self.supervisor.loading[0]})", retry_after_s=2)
-        if reason := self.supervisor.in_vain:
+        reason = self.supervisor.why_unservable
+        if reason:
             raise Overloaded(f"the model cannot be loaded again: {without_folders(reason)}", retry_after_s=10)
         self.dispatcher.check_capacity(request_id, client, self.admission.preparing, low)
 
@@ -252,16 +270,17 @@ class WorkerPool:
 
     @property
     def checkpoint(self) -> dict[str, str | int]:
-        """Its run's tag, its stage (base, mid, sft, rl or chat) and its step; {} unless it is nanochat's."""
+        """The tag, the stage (base, mid, sft, rl or chat) and the step of nanochat's checkpoint; {} for other
+        models."""
         return dict(checkpoint_facts(self.source)) if self.source else {}
 
     @property
-    def beside(self) -> list[Path]:
+    def other_files(self) -> list[Path]:
         """What its workers read in addition to the model's files, when they start or later."""
         settings = self.placement.settings
-        named = [settings.draft_model, settings.mmproj, *settings.draft_text, *settings.lora]
+        flags = [settings.draft_model, settings.mmproj, *settings.draft_text, *settings.lora]
         adapters = [adapter.files.path for adapter in self.adapters.all.values()]
-        return [*(Path(name).expanduser() for name in named if name), *adapters, *self.adapters.folders]
+        return [*(Path(name).expanduser() for name in flags if name), *adapters, *self.adapters.folders]
 
     @property
     def model_name(self) -> str:
@@ -278,37 +297,53 @@ class WorkerPool:
 
     def describe(self) -> list[str]:
         """Lines for the start-up log; the last ones only with --verbose."""
-        sampling = ", ".join(f"{name} {value:g} ({origin})"
-                             for name, (value, origin) in sampling_of(self, self.settings).items())
-        tools = {"native": "Tools: native, described by its chat template",
-                 "generic": "Tools: described in a system prompt, since the chat template has no place "
-                            "for them"}
-        here = any(worker.device == "cuda:0" and not worker.node for worker in self.workers)
-        gpus = cuda_device_count() if here else 1
-        source = (self.source.chosen, self.source.alternatives) if self.source else ()
-        details = (self.prefixes and self.prefixes.line,
-                   self.settings.command == "serve" and self.tokenizer
-                   and tools.get(tools_of(self.tokenizer) or ""),
-                   (self.tokenizer is None or not self.tokenizer.spec.embedder) and
-                   f"Sampling unless a request says otherwise: {sampling}")
-        return [line for line in (*source, *self.supervisor.card.lines,
-                                  gpus > 1 and self.settings.num_gpus is None and
-                                  f"One of {gpus} GPUs is used; --num-gpus auto uses all",
-                                  *(worker.left_out for worker in self.workers if worker.problem),
-                                  warning_of(self.model_name, free_memory(self)),
-                                  *(details if self.settings.verbose else ())) if line]
+        lines = []
+        if self.source:
+            lines += [self.source.chosen, self.source.alternatives]
+        lines += self.supervisor.card.lines
+        is_on_first_gpu = any(worker.device == "cuda:0" and not worker.node for worker in self.workers)
+        gpus = cuda_device_count() if is_on_first_gpu else 1
+        if gpus > 1 and self.settings.num_gpus is None:
+            lines.append(f"One of {gpus} GPUs is used; --num-gpus auto uses all")
+        lines += [worker.left_out for worker in self.workers if worker.problem]
+        lines.append(warning_of(self.model_name, free_memory(self)))
+        if self.settings.verbose:
+            lines += self._details()
+        return [line for line in lines if line]
+
+    def _details(self) -> list[str]:
+        lines = []
+        if self.prefixes:
+            lines.append(self.prefixes.line)
+        if self.settings.command == "serve" and self.tokenizer:
+            lines.append(TOOL_LINES.get(tools_of(self.tokenizer) or "", ""))
+        if self.tokenizer is None or not self.tokenizer.spec.embedder:
+            sampling = ", ".join(f"{name} {value:g} ({origin})" for name, (value, origin)
+                                 in default_sampling(self, self.settings).items())
+            lines.append(f"Sampling unless a request says otherwise: {sampling}")
+        return lines
+
+    @property
+    def status(self) -> str:
+        """The word for it in /health."""
+        if self.ready:
+            return "ok"
+        if self.draining:
+            return "draining"
+        return "unavailable" if self.supervisor.became_ready.is_set() else "loading"
 
     def health(self) -> tuple[int, dict]:
+        """(HTTP status, body) of /health."""
         supervisor = self.supervisor
         available = sum(not worker.jobs for worker in supervisor.ready_workers)
-        status = ("ok" if self.ready else "draining" if self.draining else
-                  "unavailable" if supervisor.became_ready.is_set() else "loading")
+        status = self.status
         body = {"status": status, "ready": self.ready, "num_gpus": len(self.workers),
                 "available_workers": available}
         if status == "loading":
             stage, fraction = supervisor.loading
             body["loading"] = {"stage": stage, "fraction": round(fraction, 3)}
-        if looping := [worker for worker in self.workers if worker.crashes_in_row > 1]:
+        looping = [worker for worker in self.workers if worker.crashes_in_row > 1]
+        if looping:
             body["crash_loops"] = [{"gpu_id": worker.gpu, "crashes_in_row": worker.crashes_in_row}
                                    for worker in looping]
             body["status"] = "degraded" if self.ready else status
@@ -324,14 +359,14 @@ class WorkerPool:
                 "workers": [worker.stats() for worker in self.workers], "model": self.model_name,
                 "kernels": card.kernels, "decode_core": card.core, "row_invariant": card.row_invariant,
                 "sampling": {name: {"value": value, "from": origin} for name, (value, origin)
-                             in sampling_of(self, self.settings).items()},
+                             in default_sampling(self, self.settings).items()},
                 "prefixes": self.prefixes.stats() if self.prefixes else {},
                 "context_length": card.context_length, "queue_depth": len(self.dispatcher.pending),
                 "delayed_answers": self.dispatcher.delayed,
                 "uptime_s": round(time.monotonic() - self.started_s, 1), **self.placement.stats()}
 
 
-def pool_of(settings: Settings, worker_command: Seq[str] = PROCESS_COMMAND) -> WorkerPool:
+def make_pool(settings: Settings, worker_command: Seq[str] = PROCESS_COMMAND) -> WorkerPool:
     if settings.ray_address:
         return WorkerPool(settings, RayNodes(settings, worker_command))
     prefixes = Prefixes(settings)

@@ -1,8 +1,8 @@
 """Cached prefixes that outlive the workers: segments in memory, and a thread that stores them on disk.
 
-Workers append to segments in memory. This process owns the segments, so they survive any worker and end with
-the server, however it ends. A thread copies new records unchanged to --prefix-store while no answer is being
-computed, or before the memory would be overwritten. No worker ever waits for a disk write."""
+Workers append to segments in memory. This process owns the segments. So they survive any worker, and they end
+with the server, however it ends. A thread copies new records unchanged to --prefix-store while no answer is
+being computed, or before the memory would be overwritten. No worker ever waits for a disk write."""
 
 from __future__ import annotations
 
@@ -24,26 +24,25 @@ from chatlm.common.log import log
 from chatlm.common.memory import available_memory
 from chatlm.common.segments import HEADER_BYTES, SUFFIX, Entry, Record, Segment, check_folder, locked
 from chatlm.common.tiers import Tier
-from chatlm.front.pool.local import cuda_device_count
+from chatlm.front.pool.local_devices import cuda_device_count
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
 
-SHARE = 0.1             # share of the free memory for prefixes, without --prefix-memory
-STAGING_BYTES = 64 << 20  # the least memory when prefixes are stored on disk
-# in memory, which is also the most conversations kept there
-LEAST_SEGMENTS = 32
-SEGMENTS = 256
+SHARE = 0.1               # share of the free memory for prefixes, without --prefix-memory
+STAGING_BYTES = 64 << 20  # the least memory for prefixes that are stored on disk
+SEGMENTS = 256            # in memory; also the most conversations that can be kept there
+LEAST_SEGMENTS = 32       # if there can only be fewer, no prefixes are kept
 
 
 class Prefixes:
-    """The memory for a server's prefixes, and their store. All models of a server share it: a page's address
-    identifies its model."""
+    """The memory for a server's prefixes, and their store. All models of a server share it, since a page's
+    address identifies its model."""
 
     END_S = 5.0  # how long the end of the server waits for the store
 
     def __init__(self, settings: Settings):
-        """ConfigError if the store's folder cannot be used."""
+        """Raises ConfigError if the store's folder cannot be used."""
         self.store, self.files = None, list[FileIO]()
         self.count = segments_in_memory()
         self.bytes = memory_for(settings)
@@ -67,7 +66,8 @@ class Prefixes:
         return sum(os.fstat(file.fileno()).st_size for file in self.files)
 
     def start(self, busy: Callable[[], bool]):
-        """Allocate the memory and begin to store, before workers start. busy: are answers being computed?"""
+        """Allocate the memory and begin to store. This comes before workers start. busy: are answers being
+        computed?"""
         if self.bytes and not self.files:
             self.files = [FileIO(os.memfd_create(f"prefixes {number}"), "r+") for number in range(self.count)]
         if self.store and not self.store.thread:
@@ -94,9 +94,9 @@ class Prefixes:
 
     def stats(self) -> dict:
         """Its part of /stats."""
-        store = self.store
+        pages, stored_bytes = (self.store.pages, self.store.bytes) if self.store else (0, 0)
         return {"memory_bytes": self.used, "memory_limit": self.bytes,
-                "stored_pages": store.pages if store else 0, "stored_bytes": store.bytes if store else 0}
+                "stored_pages": pages, "stored_bytes": stored_bytes}
 
 
 def segments_in_memory() -> int:
@@ -107,16 +107,20 @@ def segments_in_memory() -> int:
 
 def why_none(settings: Settings) -> str:
     """Why prefixes cannot outlive a worker; "" if they can."""
+    if settings.ray_address:
+        return "the replicas are on Ray"
+    if ranks_per_replica(settings) > 1:
+        return "a replica has several ranks (--tp, --pp)"
     on_gpus = settings.device_type in ("auto", "cuda") and cuda_device_count() > 0
-    return ("the replicas are on Ray" if settings.ray_address else
-            "a replica has several ranks (--tp, --pp)" if ranks_per_replica(settings) > 1 else
-            "the KV cache is in the memory of a GPU" if on_gpus or settings.device_type == "mps" else
-            "this is not Linux" if not hasattr(os, "memfd_create") else "")
+    if on_gpus or settings.device_type == "mps":
+        return "the KV cache is in the memory of a GPU"
+    return "" if hasattr(os, "memfd_create") else "this is not Linux"
 
 
 def memory_for(settings: Settings) -> int:
     """Bytes of memory for prefixes, taken from --models-memory; 0 if none can be kept."""
-    if reason := why_none(settings):
+    reason = why_none(settings)
+    if reason:
         if settings.prefix_store or settings.prefix_memory:
             flag = "--prefix-store" if settings.prefix_store else "--prefix-memory"
             log.warning("%s: prefixes do not outlive their worker, because %s", flag, reason)
@@ -132,8 +136,8 @@ class StoreWriter:
     """Copies new records from segments in memory to segments in the store's folder, the least recently used
     ones first. So if the store is full, the most recently used ones are deleted last.
 
-    A record is written once, and synced to disk before anything relies on it. A failure loses pages, logs a
-    line, and is retried later."""
+    A record is written once, and synced to disk before anything relies on it. If that fails, pages are lost,
+    a line is logged, and the writer tries again later."""
 
     LOOK_S = 0.5              # between two scans of the memory
     RETRY_S = 60.0            # after a failure
@@ -145,31 +149,30 @@ class StoreWriter:
         self.folder = folder
         self.limit = limit
         self.memory = Tier(0, 0, 0)
-        self.tier = self._unseen()
-        # by segment in memory: its first key, and how many of its entries are finished
-        self.seen: dict[Segment, tuple[bytes, int]] = {}
+        self.tier = self._unscanned_tier()
+        # segment in memory -> its first key, and how many of its entries are finished
+        self.finished: dict[Segment, tuple[bytes, int]] = {}
         self.thread: threading.Thread | None = None
         self.stopping = threading.Event()
         self.deadline_s = 0.0
         self.trouble = ""
         self.retry_s = 0.0
-        # written so far
-        self.pages = 0
-        self.bytes = 0
+        self.pages = 0  # written so far
+        self.bytes = 0  # written so far
 
-    def _unseen(self) -> Tier:
+    def _unscanned_tier(self) -> Tier:
         """The store before its first scan."""
         tier = Tier(self.limit, max(min(64 << 20, self.limit // 8), 1 << 20), self.MOST_SEGMENTS)
         tier.names = self.memory.names
         return tier
 
     def start(self, memory: Seq[Segment], memory_bytes: int, busy: Callable[[], bool]):
-        """memory_bytes: limit of all segments in memory together."""
+        """Start the thread. memory_bytes: the limit of all segments in memory together."""
         self.memory = Tier(memory_bytes, 0, len(memory))
         self.busy = busy
         for segment in memory:
             self.memory.add(segment)
-        self.tier = self._unseen()
+        self.tier = self._unscanned_tier()
         self.thread = threading.Thread(target=self._run, name="prefix store", daemon=True)
         self.thread.start()
 
@@ -196,7 +199,7 @@ class StoreWriter:
                 if reason != self.trouble:
                     log.warning("prefixes are not stored in %s: %s", self.folder, reason)
                 self.trouble, self.retry_s = reason, time.monotonic() + self.RETRY_S
-                self.tier = self._unseen()
+                self.tier = self._unscanned_tier()
 
     def _may_write(self, news: Iterable[Segment]) -> bool:
         """Is no answer being computed, is half of the memory still unstored, or is the server ending?"""
@@ -206,8 +209,8 @@ class StoreWriter:
         return not self.busy() or 2 * behind > self.memory.limit
 
     def _done(self, segment: Segment) -> int:
-        """How many of its entries are finished."""
-        first, count = self.seen.get(segment, (b"", 0))
+        """How many entries of a segment are finished."""
+        first, count = self.finished.get(segment, (b"", 0))
         return min(count, len(segment.entries)) if segment.entries and segment.entries[0].key == first else 0
 
     def _copy_news(self):
@@ -220,11 +223,12 @@ class StoreWriter:
             while self._done(source) < len(source.entries) and self._may_write(news):
                 done = self._done(source)
                 count = self._store_some(source.entries[done:])
-                self.seen[source] = source.entries[0].key, done + count
+                self.finished[source] = source.entries[0].key, done + count
                 self.memory.look(source)
 
     def _store_some(self, entries: Seq[Entry]) -> int:
-        """Store about one batch, each record after those that it continues. Returns how many are finished."""
+        """Store about one batch. Each record comes after those that it continues. Returns how many entries
+        are finished."""
         wanted: list[Entry] = []
         known = set[bytes]()
         size = 0
@@ -233,12 +237,13 @@ class StoreWriter:
             chain = self._missing(entry, known)
             wanted += chain
             known |= {each.key for each in chain}
-            size = size + sum(each.size for each in chain)
-            count = count + 1
+            size += sum(each.size for each in chain)
+            count += 1
             if size >= self.BATCH_BYTES:
                 break
         while wanted:
-            self._store(run := next_run(wanted))
+            run = next_run(wanted)
+            self._store(run)
             del wanted[:len(run)]
         return count
 
@@ -249,14 +254,16 @@ class StoreWriter:
         while key and key not in self.tier.index and key not in known:
             if key not in self.memory.index:  # newer than the last scan?
                 self.memory.look_at_all()
-            if (found := self.memory.index.get(key)) is None:
+            in_memory = self.memory.index.get(key)
+            if in_memory is None:
                 return []
-            chain.insert(0, found)
-            key = found.parent
+            chain.insert(0, in_memory)
+            key = in_memory.parent
         return chain
 
     def _store(self, run: list[Entry]):
-        """Append a run of records of a segment in memory to one in the store, and sync them."""
+        """Append a run of records of a segment in memory to one in the store, and sync them. If there is no
+        room for all, the last ones are taken off `run`."""
         source = run[0].segment
         header = Record.unpack(os.pread(descriptor_of(source), HEADER_BYTES, run[0].begin))
         if header is None or header.key != run[0].key or (
@@ -267,8 +274,8 @@ class StoreWriter:
         while not self.tier.make_room(size + self.HEAD_BYTES, header, target):
             if len(run) == 1:
                 return
-            size = size - (run[-1].end - run[-1].begin)
-            run[:] = run[:-1]
+            last = run.pop()
+            size -= last.end - last.begin
         for segment in (*([target] if target else []), None):
             segment = segment or self._new()
             with self.tier.writing(segment, header) as descriptor:
@@ -301,7 +308,8 @@ class StoreWriter:
     def _new(self) -> Segment:
         name = f"{time.time_ns():x}-{secrets.token_hex(4)}{SUFFIX}"
         os.close(os.open(self.folder / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        self.tier.add(segment := Segment(self.folder / name, name))
+        segment = Segment(self.folder / name, name)
+        self.tier.add(segment)
         return segment
 
 

@@ -1,4 +1,4 @@
-"""Which of several models are in memory. No answer is ever cut short to free memory."""
+"""Decides which of several models are in memory. No answer is ever cut short to free memory."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 class Stay(enum.Enum):
     """How much memory a model holds, and whether it is about to release some."""
 
-    OUT = enum.auto()             # none: its workers have not started, or their processes have ended
-    IN = enum.auto()              # everything: it is loading or serving
-    EMPTYING = enum.auto()        # everything; its workers were asked to release their KV pages
-    EMPTIED = enum.auto()         # everything but its KV pages
-    LEAVING = enum.auto()         # everything, until its running answers, then its workers, have ended
-    LEAVING_EMPTIED = enum.auto()  # likewise, without its KV pages
+    OUT = enum.auto()              # none: its workers have not started, or their processes have ended
+    IN = enum.auto()               # all: it is loading or serving
+    EMPTYING = enum.auto()         # all; its workers were asked to release their KV pages
+    EMPTIED = enum.auto()          # all except its KV pages
+    LEAVING = enum.auto()          # all, until its running answers, and then its workers, have ended
+    LEAVING_EMPTIED = enum.auto()  # the same without its KV pages
 
 
-# Which transitions are allowed, and who requests them.
+# which transitions are allowed, and who requests them
 NEXT_STAYS = {
     Stay.OUT: {Stay.IN: "the residency, for a request or the operator"},
     Stay.IN: {Stay.EMPTYING: "the residency, for another model",
@@ -41,18 +41,19 @@ NEXT_STAYS = {
     Stay.LEAVING_EMPTIED: {Stay.OUT: "its workers, when their processes have ended"}}
 
 
-class Place:
+class MemoryShare:
     """A model's share of memory: how many bytes it holds, and whether it waits for them.
 
-    A model holds its bytes from when it begins to load. When others need them, its queued jobs are held, the
-    running ones end, its workers are ended, and the bytes are free once their processes are gone. If the
-    bytes of its KV pages are enough for the others, an idle model releases only these: its workers forget
-    the cached prefixes and stay alive. Before the model serves again, it waits to get those bytes back."""
+    A model takes its bytes when it begins to load. When others need them, its queued jobs are held. Once the
+    running ones have ended, its workers are ended, and the bytes are free when their processes are gone.
+
+    An idle model may release only its KV pages, if these are enough for the others: its workers forget the
+    cached prefixes and stay alive. Before the model serves again, it waits to get those bytes back."""
 
     def __init__(self, name: str, pool: WorkerPool, own_size: int, *, cache: int = 0, pinned: bool = False,
                  idle_s: float = 0.0):
-        """own_size: bytes without adapters; cache: how many of these are KV pages; pinned: only the operator
-        unloads it; idle_s: unload it after this many seconds without a request, 0 = never."""
+        """own_size: bytes without adapters. cache: how many of these are KV pages. pinned: only the operator
+        unloads it. idle_s: unload it after this many seconds without a request; 0: never."""
         self.name = name
         self.pool = pool
         self.own_size = own_size
@@ -60,13 +61,13 @@ class Place:
         self.pinned = pinned
         self.idle_s = idle_s
         self.stay = Stay.OUT
-        self.empties = True  # can its workers release KV pages alone?
-        self.asked = pinned  # was loading requested other than by a job?
-        self.taken_s = 0.0
+        self.empties = True         # can its workers release KV pages alone?
+        self.is_requested = pinned  # was loading requested by anything other than a job?
+        self.taken_s = 0.0          # when it last took its bytes
         self.waits_since_s: float | None = None
 
     def become(self, stay: Stay):
-        """Every transition goes through here. Jobs are held while the model lacks memory or is about to."""
+        """Every transition goes through here. Jobs are held while the model lacks memory, or soon will."""
         assert stay in NEXT_STAYS[self.stay], f"{self.name}: {self.stay.name} -> {stay.name}"
         self.stay = stay
         self.pool.dispatcher.hold(stay not in (Stay.OUT, Stay.IN))
@@ -95,7 +96,9 @@ class Place:
     @property
     def bytes(self) -> int:
         """Bytes that it holds now."""
-        return self.size - (self.cache if self.emptied else 0) if self.taken else 0
+        if not self.taken:
+            return 0
+        return self.size - self.cache if self.emptied else self.size
 
     @property
     def missing(self) -> int:
@@ -109,23 +112,22 @@ class Place:
     @property
     def waits(self) -> bool:
         may_take = Stay.IN in NEXT_STAYS[self.stay]
-        return may_take and bool(self.asked or len(self.pool.dispatcher.pending))
+        return may_take and bool(self.is_requested or len(self.pool.dispatcher.pending))
 
     def take(self):
         """Take the missing bytes: load, or get the KV pages back."""
-        before = self.stay
-        dispatcher = self.pool.dispatcher
-        log.info("loading %s (%s)" if before is Stay.OUT else "%s gets its KV pages back (%s)", self.name,
+        was_out = self.stay is Stay.OUT
+        log.info("loading %s (%s)" if was_out else "%s gets its KV pages back (%s)", self.name,
                  shown_bytes(self.missing))
         self.become(Stay.IN)
-        self.asked = False
+        self.is_requested = False
         self.taken_s = time.monotonic()
-        if before is Stay.OUT:
+        if was_out:
             self.pool.supervisor.load()
             return
         for worker in self.pool.workers:
             worker.use_cache()
-        dispatcher.dispatch()
+        self.pool.dispatcher.dispatch()
 
     def empty_cache(self):
         """Release the KV pages."""
@@ -141,7 +143,7 @@ class Place:
             self.go_on()
 
     def go_on(self):
-        """Advance whatever transition is under way."""
+        """Advance the transition that is under way, if any."""
         ready = self.pool.supervisor.ready_workers
         if self.stay in (Stay.EMPTYING, Stay.EMPTIED):
             for worker in self.pool.workers:  # including one that died and was restarted
@@ -154,8 +156,39 @@ class Place:
                 self.become(Stay.EMPTIED)
         if self.leaving and not self.pool.dispatcher.running:
             self.pool.supervisor.unload()
-            if self.pool.supervisor.gone:
+            if self.pool.supervisor.has_ended:
                 self.become(Stay.OUT)
+
+
+    @property
+    def is_idle(self) -> bool:
+        return bool(self.pool.supervisor.ready_workers) and not self.pool.dispatcher.jobs
+
+    @property
+    def coming(self) -> int:
+        """Bytes that it is about to release."""
+        if self.leaving:
+            return self.bytes
+        return self.cache if self.emptying else 0
+
+    @property
+    def spare(self) -> int:
+        """Bytes that it could release without being unloaded: those of its KV pages, while it is idle."""
+        return self.cache if self.serves and self.empties and self.is_idle else 0
+
+    def may_leave(self, now: float) -> bool:
+        """May others have its bytes? Not while it loads, nor in the first seconds after that."""
+        if self.stay not in (Stay.IN, Stay.EMPTIED) or self.pinned:
+            return False
+        supervisor = self.pool.supervisor
+        ready_s = [worker.ready_s for worker in supervisor.ready_workers]
+        if ready_s:
+            begin_s = max(min(ready_s), self.taken_s)
+        elif any(worker.crashes_in_row for worker in self.pool.workers):
+            begin_s = self.taken_s
+        else:
+            return False  # it loads
+        return now - begin_s >= max(Residency.KEEP_S, supervisor.load_s)
 
 
 class NoRoom(ConfigError):
@@ -163,49 +196,53 @@ class NoRoom(ConfigError):
 
 
 class Residency:
-    """Gives memory to the models that wait for it, the longest waiting first. To make room it unloads first
-    models that only run low-priority requests; then idle ones, least recently used first, or takes only
-    their KV pages if those are enough; then, of the busy ones, whichever was loaded first.
+    """Gives memory to the models that wait for it, the longest waiting first.
 
-    Every admitted model is eventually loaded, because each fits next to the pinned ones, which stay."""
+    To make room, it unloads models in this order: those that only run low-priority requests; idle ones, the
+    least recently used first; busy ones, the first loaded first. From an idle model it takes only the KV
+    pages if those are enough.
+
+    Every admitted model is eventually loaded, because each fits beside the pinned ones, which stay."""
 
     KEEP_S = 10.0  # a model stays at least this long, or as long as it took to load
     TICK_S = 0.1
 
     def __init__(self, budget: int):
-        """budget: 0 until it is known."""
-        self.budget, self.places = budget, list[Place]()
+        """budget: bytes for all models; 0 until it is known."""
+        self.budget = budget
+        self.shares: list[MemoryShare] = []
         self.changed = asyncio.Event()
 
-    def room_beside_pinned(self, *places: Place) -> int:
-        """How many bytes the pinned models leave for these places."""
-        return self.budget - sum(other.size for other in self.places if other.pinned and other not in places)
+    def room_beside_pinned(self, *shares: MemoryShare) -> int:
+        """How many bytes the pinned models leave for these shares."""
+        return self.budget - sum(other.size for other in self.shares if other.pinned and other not in shares)
 
-    def admit(self, place: Place, more: int = 0):
-        """Add a model, or allow a known one to grow by `more` bytes. NoRoom if it, or another model next to
-        it, could then never be loaded."""
-        size = place.size + more
-        room = self.room_beside_pinned(place)
-        others = [other for other in self.places if other is not place]
+    def admit(self, share: MemoryShare, more: int = 0):
+        """Add a model, or allow a known one to grow by `more` bytes. Raises NoRoom if it, or another model
+        beside it, could then never be loaded."""
+        size = share.size + more
+        room = self.room_beside_pinned(share)
+        others = [other for other in self.shares if other is not share]
         largest = max((other for other in others if not other.pinned), key=lambda other: other.size,
                       default=None)
         together = f"all models together may take {shown_bytes(self.budget)} (--models-memory)"
-        adapters = size - place.own_size
-        takes = f"it needs {shown_bytes(size)}" + (
-            f" with its adapters ({shown_bytes(adapters)})" if adapters else "")
+        adapters = size - share.own_size
+        takes = f"it needs {shown_bytes(size)}"
+        if adapters:
+            takes += f" with its adapters ({shown_bytes(adapters)})"
         if size > room == self.budget:
             raise NoRoom(f"{takes}, and {together}")
-        if size > room and place.pinned:
-            names = ", ".join(other.name for other in (*others, place) if other.pinned)
+        if size > room and share.pinned:
+            names = ", ".join(other.name for other in (*others, share) if other.pinned)
             raise NoRoom(f"the pinned models ({names}) need {shown_bytes(self.budget - room + size)}, and "
                          f"{together}")
         if size > room:
             raise NoRoom(f"{takes}, and the pinned models leave {shown_bytes(room)} of --models-memory")
-        if place.pinned and largest and largest.size > room - size:
+        if share.pinned and largest and largest.size > room - size:
             raise NoRoom(f"{takes} and is pinned, which leaves {shown_bytes(room - size)} of "
                          f"--models-memory, and {largest.name} needs {shown_bytes(largest.size)}")
-        if place not in self.places:
-            self.places.append(place)
+        if share not in self.shares:
+            self.shares.append(share)
             self.changed.set()
 
     async def run(self):
@@ -218,88 +255,70 @@ class Residency:
     @property
     def _unsettled(self) -> bool:
         return self.used > self.budget or any(
-            place.leaving or place.emptying or place.waits for place in self.places)
+            share.leaving or share.emptying or share.waits for share in self.shares)
 
     @property
     def used(self) -> int:
-        return sum(place.bytes for place in self.places)
+        return sum(share.bytes for share in self.shares)
 
     def settle(self, now: float):
-        """Advance all transitions, and load what fits, in order of waiting."""
-        for place in self.places:
-            place.go_on()
-            is_unused = place.taken and is_idle(place)
-            if place.idle_s and is_unused and place.pool.dispatcher.idle_s(now) > place.idle_s:
-                place.leave()
-            place.waits_since_s = (place.waits_since_s or now) if place.waits else None
+        """Advance all transitions, and load what fits, in the order of waiting."""
+        for share in self.shares:
+            share.go_on()
+            is_unused = share.taken and share.is_idle
+            if share.idle_s and is_unused and share.pool.dispatcher.idle_s(now) > share.idle_s:
+                share.leave()
+            if not share.waits:
+                share.waits_since_s = None
+            elif share.waits_since_s is None:
+                share.waits_since_s = now
         if self.used > self.budget:  # a loaded model was given adapters
             self._make_room(0, now)
-        spare = None  # bytes left over once the first in line that has to wait is served; None: none waits
-        for place in sorted(self.places, key=lambda place: place.waits_since_s or math.inf):
-            if not place.waits:
+        # Once the first share in line has to wait, the ones behind it only get what it will leave over.
+        has_to_wait = False
+        spare = math.inf
+        for share in sorted(self.shares, key=lambda share: share.waits_since_s or math.inf):
+            if not share.waits:
                 continue
-            free = self.budget - self.used
-            if (missing := place.missing) <= min(free, math.inf if spare is None else spare):
-                place.take()
-                spare = spare and spare - missing
-            elif spare is None:
-                spare = self._make_room(missing, now, place)
+            missing = share.missing
+            if missing <= min(self.budget - self.used, spare):
+                share.take()
+                spare -= missing
+            elif not has_to_wait:
+                has_to_wait = True
+                spare = self._make_room(missing, now, share)
                 if missing <= self.budget - self.used:  # freed at once: the unloaded ones had no process
-                    place.take()
+                    share.take()
 
-    def _make_room(self, missing: int, now: float, place: Place | None = None) -> float:
-        """Unload models other than `place`'s if that frees enough bytes. Returns how many bytes others may
-        take now: what will be left over, or infinity if unloading does not free enough."""
-        free = self.budget - self.used + sum(coming(other) for other in self.places)
-        others = sorted((other for other in self.places if other is not place and may_leave(other, now)),
+    def _make_room(self, missing: int, now: float, share: MemoryShare | None = None) -> float:
+        """Unload models other than `share`'s, if that frees enough bytes. Returns how many bytes others may
+        take now: what will be left over, or infinity if unloading cannot free enough."""
+        free = self.budget - self.used + sum(other.coming for other in self.shares)
+        others = sorted((other for other in self.shares if other is not share and other.may_leave(now)),
                         key=self._rank)
-        spare = sum(spare_of(other) for other in others)
-        leave = list[Place]()
+        spare = sum(other.spare for other in others)
+        leave = list[MemoryShare]()
         for other in others:
             if free + spare < missing:
                 leave.append(other)
-                free = free + other.bytes
-                spare = spare - spare_of(other)
+                free += other.bytes
+                spare -= other.spare
         if free + spare < missing:
             return math.inf
         for other in others:
             if other in leave:
                 other.leave()
-            elif free < missing and spare_of(other):
-                free += spare_of(other)
+            elif free < missing and other.spare:
+                free += other.spare
                 other.empty_cache()
         return free - missing
 
     @staticmethod
-    def _rank(place: Place) -> tuple[bool, bool, float]:
-        dispatcher = place.pool.dispatcher
+    def _rank(share: MemoryShare) -> tuple[bool, bool, float]:
+        """A sort key: who leaves first."""
+        dispatcher = share.pool.dispatcher
         busy = dispatcher.busy
-        return busy, not dispatcher.jobs, place.taken_s if dispatcher.jobs else dispatcher.use.last_s
-
-
-def is_idle(place: Place) -> bool:
-    return bool(place.pool.supervisor.ready_workers) and not place.pool.dispatcher.jobs
-
-
-def coming(place: Place) -> int:
-    """Bytes that it is about to release."""
-    return place.bytes if place.leaving else place.cache if place.emptying else 0
-
-
-def spare_of(place: Place) -> int:
-    """Bytes that it could release without being unloaded: those of its KV pages while it is idle."""
-    return place.cache if place.serves and place.empties and is_idle(place) else 0
-
-
-def may_leave(place: Place, now: float) -> bool:
-    """May others have its bytes? Not while it loads, nor in the first seconds after that."""
-    if place.stay not in (Stay.IN, Stay.EMPTIED) or place.pinned:
-        return False
-    workers = place.pool.workers
-    supervisor = place.pool.supervisor
-    begin_s = min((worker.ready_s for worker in supervisor.ready_workers), default=(
-        place.taken_s if any(worker.crashes_in_row for worker in workers) else math.inf))
-    return now - max(begin_s, place.taken_s) >= max(Residency.KEEP_S, supervisor.load_s)
+        return busy, not dispatcher.jobs, share.taken_s if dispatcher.jobs else dispatcher.use.last_s
 
 
 def shown_bytes(count: int) -> str:

@@ -1,4 +1,4 @@
-"""What people call the runs that --watch finds, and the steps of each.
+"""The names of the runs that --watch finds, and of their steps.
 
 A run is one stage of a nanochat tag, `d4-base`; all stages of the tag are its lineage, `d4`. Other runs have
 the name of their folder, and each is a lineage of its own."""
@@ -12,20 +12,20 @@ from chatlm.common.hub.nanochat import AS_TRAINED
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from chatlm.common.hub.steps import Step
+    from chatlm.common.hub.steps import RunStep
 
 
 class RunName(NamedTuple):
     run: str
     lineage: str
-    stage: str               # "" if it is not known
-    older: tuple[str, ...]   # what earlier versions of this server called it; a request may still do so
+    stage: str              # "" if it is unknown
+    older: tuple[str, ...]  # its names in earlier versions of this server; requests may still use them
 
     def step(self, number: int) -> str:
         return f"{self.run}@{number}"
 
     def older_steps(self, number: int) -> tuple[str, ...]:
-        """Other names of a step, of which one may also mean a step of another run."""
+        """Other names of a step. One of them may also be the name of another run's step."""
         return tuple(f"{name}@{number}" for name in self.older)
 
     @property
@@ -38,7 +38,7 @@ class RunName(NamedTuple):
 
     @property
     def order(self) -> tuple[str, int, str]:
-        """Lineages by name, and in each the stages as they are trained."""
+        """A sort key: lineages by name, and the stages of each in the order of training."""
         return self.lineage, AS_TRAINED.index(self.stage) if self.stage else -1, self.run
 
 
@@ -50,20 +50,20 @@ class RunNames:
         self.known: dict[Path, RunName] = {}
         self.furthest: dict[str, int] = {}  # by lineage: how far its training has come, of AS_TRAINED
 
-    def learn(self, steps: Iterable[Step]):
-        """Name the runs of these steps, which are all that are there."""
+    def learn(self, steps: Iterable[RunStep]):
+        """Give names to the runs of these steps, which are all that are there."""
         steps = [*steps]
         folders = {step.tag for step in steps}
         for step in steps:
             if step.run not in self.known:
-                self.known[step.run] = self._name_of(step, folders)
+                self.known[step.run] = self._make_name(step, folders)
 
     def of(self, run: Path) -> RunName:
         return self.known[run]
 
-    def _name_of(self, step: Step, folders: set[str]) -> RunName:
-        """The names of a step's run, whose path stands in for a name that is taken. A folder that really has
-        the name of a stage, such as `d4-base`, comes first."""
+    def _make_name(self, step: RunStep, folders: set[str]) -> RunName:
+        """The names of a step's run. If its name is taken, its path is used instead; a folder that is called
+        like a stage, such as `d4-base`, has the first right to that name."""
         place = step.place
         run = step.run
         inside = run.is_relative_to(self.folder) and run != self.folder
@@ -78,8 +78,8 @@ class RunNames:
         return RunName(name, lineage, place.stage, (step.tag, path))
 
     def is_furthest(self, run: Path) -> bool:
-        """Is it the stage to which the training of its lineage has come? A stage that was there once stays
-        the furthest if its files are removed, so that no earlier one takes its name in silence."""
+        """Is it the latest stage in the training of its lineage? A stage that was seen once stays the latest
+        even if its files are removed, so that an earlier one does not take its name silently."""
         name = self.known[run]
         stage = name.order[1]
         self.furthest[name.lineage] = max(stage, self.furthest.get(name.lineage, stage))

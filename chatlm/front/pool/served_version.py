@@ -1,4 +1,4 @@
-"""The version of a model's files that requests are read for."""
+"""The version of a model's files for which requests are read."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 
 class ServedVersion:
-    """What requests hold from when they are read until they are admitted: see Version."""
+    """The version of a pool's files as requests see it. A request is read for one version, and admitted only
+    if that is still the current one: see Version."""
 
-    LOOK_S = 0.5       # between two looks at whether it can be loaded at all
+    LOOK_S = 0.5       # between two checks whether it can be loaded at all
     PATIENCE_S = 60.0  # how long a request waits for a new version
 
     def __init__(self, supervisor: Supervisor):
@@ -33,13 +34,14 @@ class ServedVersion:
         supervisor = self.supervisor
         version = self.version
         may_be_old = supervisor.asleep and supervisor.prepared or version.cannot_open
-        for worker in supervisor.workers[:1] if may_be_old else ():
-            if worker.placement.renews and (source := await asyncio.to_thread(worker.placement.now)):
+        if may_be_old and supervisor.workers and supervisor.workers[0].placement.renews:
+            source = await asyncio.to_thread(supervisor.workers[0].placement.changed_source)
+            if source:
                 version.renew(source)
                 supervisor.load_for_request()
         deadline_s = time.monotonic() + self.PATIENCE_S
         while supervisor.became_ready.is_set() and not supervisor.prepared:
-            if reason := version.cannot_open or supervisor.in_vain:
+            if reason := version.cannot_open or supervisor.why_unservable:
                 raise Overloaded("the model's files have changed, and the new ones cannot be loaded: "
                                  f"{without_folders(reason)}", retry_after_s=10)
             if time.monotonic() > deadline_s:

@@ -1,11 +1,11 @@
-"""Supervision: a process that ends is started again, one that hangs is killed, an idle one unloaded."""
+"""Supervision: starts workers again that end, kills those that hang, and unloads an idle model."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 import typing
-from collections.abc import Awaitable, Callable, Sequence as Seq
+from collections.abc import Awaitable, Callable, Mapping, Sequence as Seq
 from dataclasses import replace
 from functools import partial
 from typing import Any, TYPE_CHECKING
@@ -18,7 +18,7 @@ from chatlm.common.messages.protocol import (
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.program import program_stamp
 from chatlm.front.aio import end_tasks, supervised
-from chatlm.front.pool.versions import Version, of_other_files
+from chatlm.front.pool.versions import Version, has_other_files
 from chatlm.front.pool.worker import Launcher, State, Worker
 
 if TYPE_CHECKING:
@@ -32,11 +32,11 @@ class Placement(Launcher, typing.Protocol):
     """Where workers run: on this machine's devices (`LocalDevices`) or on the nodes of a Ray cluster
     (`RayNodes`). It makes the workers and starts their processes."""
 
-    workers: list[Worker]  # shared with others; only the placement adds and removes
-    settings: Settings     # of the workers; paths in place of the names of models, once these were found
+    workers: list[Worker]  # shared with others; only the placement adds and removes some
+    settings: Settings     # of the workers; names of models become paths once these have been found
 
     async def start(self, supervisor: Supervisor):
-        """Have the supervisor keep each worker alive as soon as it may start."""
+        """Have the supervisor keep each worker alive, from when it may start."""
 
     def stats(self) -> dict:
         """Its part of /stats."""
@@ -47,53 +47,62 @@ class Supervisor:
     """Keeps workers alive and handles their messages: progress and the model's card while they load, then the
     steps, which it passes to the dispatcher. It knows whether a request would find a worker."""
 
-    ORPHAN_S = 300.0     # requests wait this long, plus twice the load time, while no worker is ready;
-    CRASHING_S = 60.0    # this long if a worker is in a crash loop
-    AWAITED_S = 1.0      # the rest of a worker that can start, while a request waits for it
+    # While no worker is ready, requests wait for twice the load time, and
+    ORPHAN_S = 300.0   # this long,
+    CRASHING_S = 60.0  # or only this long if a worker is in a crash loop.
+    AWAITED_S = 1.0    # pause before a restart, if the worker can start and a request waits for it
 
     def __init__(self, settings: Settings, workers: Seq[Worker], dispatcher: Dispatcher,
                  adapters: PoolAdapters, *, prepare: Callable[[ModelCard], Awaitable[None]],
                  report: Callable[[str, float], None], expect: Callable[[TextSpec], Awaitable[None]]):
-        """prepare: awaited once, with the card of the first worker that has read the model; expect: called
-        with the text that it will have.
-        report: called with the stage and share of loading."""
+        """prepare: awaited once, with the card of the first worker that has read the model. expect: awaited
+        before that, with the text that the card will have. report: called with the stage and the share of
+        loading."""
         self.settings = settings
         self.workers = workers
         self.dispatcher = dispatcher
         self.adapters = adapters
-        self.prepare, self.report, self.expect, self.stamp = prepare, report, expect, program_stamp()
+        self.prepare = prepare
+        self.report = report
+        self.expect = expect
+        self.stamp = program_stamp()
         self.version = Version(workers, dispatcher)
         self.closing = False
-        self.asleep = False                  # from unloading until the model is loaded again
+        self.asleep = False                  # True: unloaded, and not loaded again yet
         self.wanted = asyncio.Event()        # cleared: workers stay unloaded until `load`
         self.wanted.set()
-        self.loading = ("starting", 0.0)     # stage and share
+        self.loading = ("starting", 0.0)     # stage, share
         self.became_ready = asyncio.Event()  # also set when start-up failed
         self.failure: ChatServerError | None = None
-        self.gave_up: Callable[[], None] = lambda: None  # called after a failure
+        self.tell_failure: Callable[[ChatServerError], None] = lambda error: None  # see tell_failure_to
         self.served_s = time.monotonic()     # when a worker was last ready, or no request waited for one
         self.load_s = 0.0                    # seconds from start to ready of the last worker
         self.tasks: set[asyncio.Task] = set()
 
     def run(self, what: str, work: Callable[[], Any]):
-        """Run a part of the pool in the background. A failure before the pool is ready ends start-up; after
-        that, the part is run again."""
+        """Run a part of the pool in the background. If it fails before the pool is ready, start-up fails;
+        later, it is run again."""
         def failed(error: Exception) -> bool:
             if not self.became_ready.is_set():
                 known = isinstance(error, ChatServerError)
                 self.give_up(error if known else EngineFailure(f"{what} failed: {error}"))
             return not self.closing
 
-        self.tasks.add(task := asyncio.create_task(supervised(what, work, failed)))
+        task = asyncio.create_task(supervised(what, work, failed))
+        self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
+    def tell_failure_to(self, gave_up: Callable[[ChatServerError], None]):
+        """Have this called if start-up fails, or if a worker that is needed again later cannot start."""
+        self.tell_failure = gave_up
+
     def give_up(self, error: ChatServerError):
-        """Start-up has failed."""
+        """Note that start-up has failed."""
         self.failure = self.failure or error
         self.closing = True
         self.version.close()
         self.became_ready.set()
-        self.gave_up()
+        self.tell_failure(self.failure)
 
     @property
     def ready_workers(self) -> list[Worker]:
@@ -105,14 +114,14 @@ class Supervisor:
         return self.prepared and bool(self.asleep or self.ready_workers)
 
     def load_fraction(self) -> float | None:
-        """Which share of the model is loaded; None if all. One that is being unloaded counts as 0."""
+        """Which share of the model is loaded; None: all of it. While it is being unloaded, that is 0."""
         if self.dispatcher.held:
             return 0.0
         return None if self.ready_workers else round(self.loading[1], 3)
 
     async def keep_alive(self, worker: Worker):
-        """Restart the worker whenever it dies, after a wait that grows with each crash in a row."""
-        before = ""  # how the previous process ended
+        """Start the worker, and again whenever it dies, after a pause that grows with each crash in a row."""
+        last_ending = ""  # of the process before
         while True:
             await self.wanted.wait()
             worker.error = ""
@@ -126,37 +135,48 @@ class Supervisor:
                 return
             if self.closing or worker.state is State.UNLOADED or worker not in self.workers:
                 continue
-            self.asleep = False
-            worker.crashes_in_row += 1
-            how = ending = worker.error or worker.placement.end_in_words(worker)
-            if self.stamp != program_stamp():  # its messages may differ from ours
-                how += "; the program has changed since this server started: restart the server"
-            worker.last_end = how
+            ending = worker.error or worker.placement.end_in_words(worker)
             if worker.ready_s == ready_s:
                 worker.failed_starts += 1
-            if worker.failed_starts >= (2 if ending == before else 3):
-                worker.cannot_start = worker.cannot_start or how
-                if not worker.ready_s:
-                    return self.leave_out(worker, EngineFailure(
-                        f"worker {worker.gpu} cannot start: it ended {worker.failed_starts} times, the last "
-                        f"time at {self.loading[0]!r} ({how}; {available_memory() >> 20:,} MiB of memory are "
-                        "free)"))
-            before = ending
-            self.refuse_in_vain()
+            if error := self._note_death(worker, ending, is_same=ending == last_ending):
+                return self.leave_out(worker, error)
+            last_ending = ending
+            self.fail_in_vain()
             delay_s = min(30.0, 0.25 * 2 ** worker.crashes_in_row)
-            log.error("%s died (%s); restarting it in %.1f s", worker.where, how, delay_s)
-            await self._rest(worker, delay_s)
+            log.error("%s died (%s); restarting it in %.1f s", worker.where, worker.last_end, delay_s)
+            await self._pause(worker, delay_s)
             worker.restarts += 1
 
-    async def _rest(self, worker: Worker, delay_s: float):
-        """Wait before a worker is started again; not for long if requests wait for it, and it can start."""
-        end_s = time.monotonic() + delay_s
-        patient_s = end_s if worker.failed_starts else time.monotonic() + self.AWAITED_S
-        while (now := time.monotonic()) < end_s and not (self.dispatcher.jobs and now >= patient_s):
+    def _note_death(self, worker: Worker, ending: str, is_same: bool) -> EngineFailure | None:
+        """Note how a worker's process ended. Returns an error if the worker is given up: it never was ready,
+        and has failed to start three times, or twice in the same way. is_same: did the process before end in
+        the same way?"""
+        self.asleep = False
+        worker.crashes_in_row += 1
+        worker.last_end = ending
+        if self.stamp != program_stamp():  # its messages may differ from ours
+            worker.last_end += "; the program has changed since this server started: restart the server"
+        if worker.failed_starts < (2 if is_same else 3):
+            return None
+        worker.cannot_start = worker.cannot_start or worker.last_end
+        if worker.ready_s:
+            return None
+        return EngineFailure(
+            f"worker {worker.gpu} cannot start: it ended {worker.failed_starts} times, the last time at "
+            f"{self.loading[0]!r} ({worker.last_end}; {available_memory() >> 20:,} MiB of memory are free)")
+
+    async def _pause(self, worker: Worker, delay_s: float):
+        """Wait before a worker is started again. If it can start and a request waits for it, do not wait
+        longer than AWAITED_S."""
+        now = time.monotonic()
+        end_s = now + delay_s
+        enough_s = end_s if worker.failed_starts else now + self.AWAITED_S
+        while now < end_s and not (self.dispatcher.jobs and now >= enough_s):
             await asyncio.sleep(min(end_s - now, 0.25))
+            now = time.monotonic()
 
     async def _live(self, worker: Worker):
-        """One life of a worker's process; afterwards it has ended, and its jobs are back in the queue."""
+        """Run a worker's process until it ends. Afterwards its jobs are back in the queue."""
         try:
             await worker.listen(self.handle)
         except BadMessage as error:
@@ -165,12 +185,12 @@ class Supervisor:
         finally:
             worker.become(State.DEAD)
             try:
-                self.dispatcher.requeue(worker)  # first: a process stuck in its driver takes long to end
+                self.dispatcher.requeue(worker)  # first: a process that is stuck in its driver ends slowly
             finally:
                 await worker.end()
 
     def leave_out(self, worker: Worker, error: ChatServerError):
-        """A worker cannot start on its device. The others serve; if there are none, start-up has failed."""
+        """A worker cannot start on its device. The others serve; without any, start-up has failed."""
         worker.become(State.LEFT_OUT, str(error))
         if all(other.state is State.LEFT_OUT for other in self.workers):
             self.give_up(error)
@@ -178,15 +198,18 @@ class Supervisor:
             log.error("%s", worker.left_out)
 
     @property
-    def in_vain(self) -> str:
-        """Why no request will be served for now: no worker can start. "" while one may."""
+    def why_unservable(self) -> str:
+        """Why no worker can start, so that no request can be served now; "" while one may start."""
         reasons = [worker.cannot_start for worker in self.workers if worker.state is not State.LEFT_OUT]
-        return reasons[0] if all(reasons) and reasons and not self.asleep else ""
+        if self.asleep or not reasons or not all(reasons):
+            return ""
+        return reasons[0]
 
-    def refuse_in_vain(self):
-        """If no worker can start, end the requests that wait for one. Workers are tried again all the same:
-        their files, or the memory, may come back."""
-        if reason := self.in_vain:
+    def fail_in_vain(self):
+        """If no worker can start, end the requests that wait for one. Workers are tried again nevertheless:
+        their files or the memory may come back."""
+        reason = self.why_unservable
+        if reason:
             failure = EngineFailure(f"the model cannot be loaded again: {without_folders(reason)}")
             self.dispatcher.fail(failure, *self.dispatcher.jobs.values())
 
@@ -197,7 +220,8 @@ class Supervisor:
                 worker.gauges = gauges or worker.gauges
                 self.dispatcher.deliver(worker, events)
             case AdapterLoaded():
-                if error := self.adapters.note(worker, message):
+                error = self.adapters.note(worker, message)
+                if error:
                     self.give_up(error)
                 self._check_ready()
                 self.dispatcher.dispatch()
@@ -210,39 +234,17 @@ class Supervisor:
                     worker.spawned_s = time.monotonic()
             case ModelText(text):
                 worker.text = text
-                if not self.prepared:  # what is wrong with it is said before the weights are read
+                if not self.prepared:  # its faults are reported before the weights are read
                     self.run("opening the tokenizer", partial(self.expect, text))
             case ModelCard():
-                message = replace(message, text=worker.text or message.text)
-                worker.place = message.place
-                worker.text = None
-                self._note_drafts(worker, message.without)
-                if self.card.kernels and of_other_files(message, self.card):  # on a node of Ray's
-                    return self._refuse(worker)
-                if not self.card.kernels:  # so far only the headers of the model's files were read
-                    known = self.card
-                    self.version.note_card(message)
-                    if not self.prepared or (message.context_length, message.scored_length) != (
-                            known.context_length, known.scored_length):
-                        # build our tokenizer while the workers warm up
-                        self.run("opening the tokenizer", self._prepare)
+                self._note_card(worker, message)
             case Ready(gauges, faults):
-                worker.become(State.READY)
-                self.adapters.greet(worker)
-                worker.gauges = gauges
-                worker.kernel_faults = faults
-                if len(self.workers) > 1:
-                    log.info("%s is ready: %s", worker.where, worker.place)
-                self.asleep = False
-                self.load_s = worker.ready_s - worker.spawned_s
-                self.dispatcher.use.note()
-                self._check_ready()
-                self.dispatcher.dispatch()
+                self._note_ready(worker, gauges, faults)
             case Unusable(text):
                 worker.error = text
                 if not worker.ready_s:
                     self.leave_out(worker, ConfigError(text))
-                elif worker.state is State.LOADING:  # the next would say the same
+                elif worker.state is State.LOADING:  # the next process would say the same
                     worker.cannot_start = text
                 worker.kill()
             case Crashed(error, traceback):
@@ -253,10 +255,40 @@ class Supervisor:
             case _:
                 raise BadMessage(f"unexpected message from a worker: {type(message).__name__}")
 
+    def _note_card(self, worker: Worker, card: ModelCard):
+        """A worker has read the model."""
+        card = replace(card, text=worker.text or card.text)
+        worker.place = card.place
+        worker.text = None
+        self._note_drafts(worker, card.without)
+        known = self.card
+        if known.kernels:  # another worker has read the model before
+            if has_other_files(card, known):  # on a node of Ray's
+                self._refuse(worker)
+            return
+        self.version.note_card(card)
+        lengths = card.context_length, card.scored_length
+        if not self.prepared or lengths != (known.context_length, known.scored_length):
+            # build our tokenizer while the workers warm up
+            self.run("opening the tokenizer", self._prepare)
+
+    def _note_ready(self, worker: Worker, gauges: Mapping[str, float | None], faults: dict[str, str]):
+        worker.become(State.READY)
+        self.adapters.send_all(worker)
+        worker.gauges = gauges
+        worker.kernel_faults = faults
+        if len(self.workers) > 1:
+            log.info("%s is ready: %s", worker.where, worker.place)
+        self.asleep = False
+        self.load_s = worker.ready_s - worker.spawned_s
+        self.dispatcher.use.note()
+        self._check_ready()
+        self.dispatcher.dispatch()
+
     def _note_drafts(self, worker: Worker, without: tuple[str, ...]):
-        """Say once what workers draft without."""
+        """Log, once for all workers, which draft flags they do without."""
         if without and all(other.without != without for other in self.workers):
-            log.warning("%s starts without what drafts; its answers are the same, and may take longer: %s",
+            log.warning("%s starts without drafts; its answers are the same, and may take longer: %s",
                         worker.where, "; ".join(without))
         worker.without = without
 
@@ -271,7 +303,7 @@ class Supervisor:
 
     @property
     def prepared(self) -> bool:
-        """Is there a tokenizer for the version of the files that workers have or will read?"""
+        """Is there a tokenizer for the version of the files that the workers have or will read?"""
         return self.version.opened.is_set()
 
     def _refuse(self, worker: Worker):
@@ -289,7 +321,7 @@ class Supervisor:
         self._check_ready()
 
     async def begin_unloaded(self, card: ModelCard):
-        """Begin without workers: `card` has what the headers of the files say, enough to admit requests."""
+        """Begin without workers. `card` has what the headers of the files say: enough to admit requests."""
         self.wanted.clear()
         self.version.note_card(card)
         self.asleep = True
@@ -315,13 +347,13 @@ class Supervisor:
             if self.asleep or self.ready_workers or not self.dispatcher.pending:
                 self.served_s = time.monotonic()
             elif time.monotonic() - self.served_s > patience_s:
-                ended = next((f"; the last one ended: {without_folders(worker.last_end)}"
-                              for worker in self.workers if worker.last_end), "")
+                ends = [worker.last_end for worker in self.workers if worker.last_end]
+                ended = f"; the last one ended: {without_folders(ends[0])}" if ends else ""
                 self.dispatcher.fail(EngineFailure(f"no worker came back within {patience_s:.0f} s{ended}"),
                                      *self.dispatcher.pending)
 
     def unload_when_idle(self):
-        """--idle-unload: end the workers after that long without a request; /health polls do not count."""
+        """--idle-unload: end the workers after that long without a request. Polls of /health do not count."""
         idle_s = self.settings.idle_unload
         usable = [worker for worker in self.workers if worker.state is not State.LEFT_OUT]
         is_idle = idle_s and self.dispatcher.idle_s(time.monotonic()) > idle_s
@@ -350,15 +382,15 @@ class Supervisor:
         self.loading = ("unloaded", 0.0)
         self.wanted.clear()
         for worker in self.workers:
-            worker.cannot_start = ""  # the next request has it tried again
+            worker.cannot_start = ""  # for the next request it is tried again
             worker.failed_starts = 0
             if worker.state not in (State.LEFT_OUT, State.UNLOADED):
                 worker.become(State.UNLOADED)
                 worker.kill()
 
     @property
-    def gone(self) -> bool:
-        """Have all processes of workers ended, so that they hold no memory?"""
+    def has_ended(self) -> bool:
+        """Have all processes of the workers ended, so that they hold no memory?"""
         return not any(worker.process and worker.process.poll() is None for worker in self.workers)
 
     async def close(self):
@@ -370,4 +402,4 @@ class Supervisor:
             process.kill()
         await end_tasks(self.tasks)
         for process in processes:
-            await asyncio.to_thread(process.wait)  # harmless if its task has waited for it already
+            await asyncio.to_thread(process.wait)  # harmless if another task has waited for it already

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 class Survey:
-    """One process that surveys several models, one after another. It is started for the first, and again if
-    a model crashed it."""
+    """One process that surveys models, one after another. It is started for the first one, and again if a
+    model has crashed it."""
 
     PATIENCE_S = 300.0
 
@@ -31,7 +31,7 @@ class Survey:
         self.process: subprocess.Popen | None = None
 
     async def of(self, config: SurveyConfig) -> Surveyed:
-        """ConfigError if the model cannot be served."""
+        """Survey a model. Raises ConfigError if it cannot be served."""
         config = replace(config, settings=replace(config.settings, keys=(), api_key=()))
         source = config.source
         async with self.turn:
@@ -58,9 +58,10 @@ class Survey:
             self.process, ours = start_child(self.command, "survey", environment)
             self.reader, self.writer = await asyncio.open_connection(sock=ours)
         self.writer.write(SURVEY_PIPE.packed(config))
-        while isinstance(message := await next_message(self.reader, SURVEY_PIPE), Loading):
-            pass
-        return message
+        while True:
+            message = await next_message(self.reader, SURVEY_PIPE)
+            if not isinstance(message, Loading):
+                return message
 
     async def _end(self) -> int | None:
         process = self.process
@@ -72,6 +73,6 @@ class Survey:
         return await asyncio.to_thread(process.wait)
 
     async def close(self):
-        """End the process; it is started again when needed."""
+        """End the process. It is started again when it is needed."""
         async with self.turn:
             await self._end()

@@ -20,18 +20,20 @@ if TYPE_CHECKING:
     from chatlm.front.pool.worker import Worker
 
 
-# What is known before a worker has said what model it has.
+# stands for the card until a worker has said what model it has
 NO_CARD = ModelCard(TextSpec("", b""), "loading", 0, (), {}, False)
 
 
 class Version:
-    """Files may change while a model is served. No answer ever continues with other weights, and no prompt is
-    rendered for files other than those that the workers have. So before a worker reads the model, its files
-    are compared with the version of the other workers. These keep the old version until no answer is left;
-    then all workers and the front switch to the new one. If no worker has the old version any more, its
-    answers end with an error.
+    """Which version of the model's files a pool serves. Files may change at any time, but no answer ever
+    continues with other weights, and no prompt is rendered for files that the workers do not have.
 
-    One of several models gets a new pool instead when its files change, since it may need more memory."""
+    So before a worker reads the model, its files are compared with the version of the other workers. These
+    keep the old version until no answer is left. Then all workers and the front switch to the new one. If no
+    worker has the old version any more, its answers end with an error.
+
+    With several models, a model whose files have changed gets a new pool instead, since it may need more
+    memory."""
 
     LOOK_S = 0.5  # between two checks whether other workers still need the old version
 
@@ -41,11 +43,11 @@ class Version:
         self.number = 0
         self.card = NO_CARD
         self.opened = asyncio.Event()  # set while there is a tokenizer for this version
-        self.cannot_open = ""          # why no tokenizer can be made of the files that workers have
-        self.closed = False            # no worker starts any more
+        self.cannot_open = ""          # why the workers' files give no tokenizer; "": they do
+        self.closed = False            # True: no worker starts any more
 
     def note_card(self, card: ModelCard):
-        """This is what the headers of the files say, or what a worker has read."""
+        """Note what the headers of the files say, or what a worker has read."""
         self.card = card
 
     def rename(self, name: str):
@@ -56,7 +58,7 @@ class Version:
         self.opened.set()
 
     def note_unusable(self, reason: str):
-        """No tokenizer can be made of its files."""
+        """Its files give no tokenizer."""
         self.cannot_open = reason
 
     def close(self):
@@ -66,9 +68,12 @@ class Version:
         """Wait until a worker may read the current files. Returns why, if this pool may not serve them."""
         waits = False
         placement = worker.placement
-        if not placement.renews and placement.source and await asyncio.to_thread(placement.gone):
+        if not placement.renews and placement.source and await asyncio.to_thread(placement.is_gone):
             return Changed(which_changed(placement.source))
-        while not self.closed and (source := await asyncio.to_thread(placement.now)):
+        while not self.closed:
+            source = await asyncio.to_thread(placement.changed_source)
+            if source is None:
+                break
             if not placement.renews:
                 return Changed(which_changed(placement.source or source))
             holders = [other for other in self.workers if other is not worker
@@ -101,7 +106,7 @@ class Version:
 
     def refuse(self, worker: Worker) -> ConfigError | None:
         """A worker has read another version: the files changed meanwhile, or a Ray node has other files.
-        Returns why it is left out; None if all others switch to its version."""
+        Returns why the worker is left out; None if all others switch to its version."""
         placement = worker.placement
         if not placement.renews and placement.source:
             return Changed(which_changed(placement.source))
@@ -111,5 +116,6 @@ class Version:
         return None
 
 
-def of_other_files(card: ModelCard, known: ModelCard) -> bool:
+def has_other_files(card: ModelCard, known: ModelCard) -> bool:
+    """Were two cards read from different files?"""
     return (card.text, card.facts.digest) != (known.text, known.facts.digest)

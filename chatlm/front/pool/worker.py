@@ -37,8 +37,8 @@ TIMEABLE_S = 0.001  # report no speed for an answer whose tokens took less time 
 
 @dataclass(eq=False)
 class Job:
-    """One answer of a request in the front: the queue to its reader, and what another worker would need to
-    continue it."""
+    """One answer of a request, as the front has it: the queue to its reader, and all that another worker
+    needs to continue it."""
 
     request: Request
     prompt_ids: tuple[int, ...]
@@ -47,19 +47,19 @@ class Job:
     arrived_s: float
     choice: int = 0
     output_ids: list[int] = field(default_factory=list)  # begins with the request's prefix_token_ids
-    scored: int = 0        # prompt tokens whose log-probabilities have arrived, or are not wanted
+    scored: int = 0        # prompt tokens whose log-probabilities have arrived or are not wanted
     worker: Worker | None = None
     dispatched_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float = 0.0
-    failovers: int = 0  # workers that died with it since its last token
+    failovers: int = 0       # workers that died with it since its last token
     assigned_s: float = 0.0  # when its worker got it
-    set_aside: int = 0  # how often it lost its row to another client
+    set_aside: int = 0       # how often it lost its row to another client
     thinking: bool = False            # did its last piece end in reasoning?
-    thinking_ends: int | None = None  # from ThinkingEnds
-    asked: asyncio.Future[bool] | None = None  # waits for ThinkingEnds
-    spent_s: float = 0.0  # of its worker, as Usage.compute_s, as far as it has said so
-    left_s: float = 0.0   # of earlier ones
+    thinking_ends: int | None = None  # the position from ThinkingEnds
+    ending: asyncio.Future[bool] | None = None  # of its reasoning: waits for ThinkingEnds
+    spent_s: float = 0.0  # like Usage.compute_s, as last reported by its worker
+    left_s: float = 0.0   # the same for the workers that it has left
 
     @property
     def id(self) -> str:
@@ -68,12 +68,13 @@ class Job:
 
     @property
     def worker_id(self) -> str:
-        """Its id in a worker, new after each set-aside, so that late pieces of the old run are ignored."""
+        """Its id in a worker. It is new after each set-aside, so that late pieces of the old run are
+        ignored."""
         return f"{self.id}##{self.set_aside}" if self.set_aside else self.id
 
     @cached_property
     def prefixes(self) -> dict[int, int]:
-        """hash -> length of the prompt's first 64, 128, 256 .. tokens, to find a worker with them cached."""
+        """Hash -> length of the prompt's first 64, 128, 256 ... tokens, to find a worker with them cached."""
         owner = (self.request.params.owner, self.request.params.adapter)
         ids = self.prompt_ids
         return {hash((owner, ids[:64 << n])): 64 << n for n in range(16) if 64 << n <= len(ids)}
@@ -83,12 +84,18 @@ class Job:
         """Index of its prompt within the request."""
         return self.choice // self.request.n
 
-    def messages(self, told: set[int] | None) -> Iterator[Any]:
-        """The messages a worker still needs; `told`: the prompts it has, None if the request is new to it."""
+    def outstanding_tokens(self) -> int:
+        """The most tokens that a worker still has to compute for it."""
+        prompt = 0 if self.output_ids else len(self.prompt_ids)
+        return self.max_tokens - len(self.output_ids) + prompt
+
+    def messages(self, sent: set[int] | None) -> Iterator[Any]:
+        """The messages that a worker still needs. sent: the prompts that it has; None: the request is new to
+        it."""
         request = self.request
-        if told is None:
+        if sent is None:
             yield NewRequest(request.id, request.params)
-        if told is None or self.prompt not in told:
+        if sent is None or self.prompt not in sent:
             yield from map(of_picture, request.pictures)
             yield NewPrompt(request.id, self.prompt, self.prompt_ids, len(request.pictures))
         yield NewAnswer(self.worker_id, request.id, self.prompt, self.choice % request.n, self.max_tokens,
@@ -97,38 +104,42 @@ class Job:
 
     def end_thinking(self) -> asyncio.Future[bool]:
         """End its reasoning. The future's result says whether it was thinking."""
-        if self.asked is None or self.asked.done():
-            self.asked = asyncio.get_running_loop().create_future()
+        if self.ending is None or self.ending.done():
+            self.ending = asyncio.get_running_loop().create_future()
             if self.worker:
                 self.worker.send(EndThinking(self.worker_id))
             else:
                 self.leave_worker()
-        return self.asked
+        return self.ending
 
     def leave_worker(self):
-        """Wait for another worker, which continues after the last event of this one."""
+        """Wait for another worker, which will continue after the last event of this one."""
         self.worker = None
         self.left_s = self.left_s + self.spent_s
         self.spent_s = 0.0
         self.note_thinking_ends(len(self.output_ids) + 1 if self.thinking else None)
 
     def note_thinking_ends(self, position: int | None):
-        if self.asked and not self.asked.done():
-            self.asked.set_result(position is not None)
-            self.thinking_ends = position if self.thinking_ends is None else self.thinking_ends
+        """Its reasoning ends at a position, if that was asked for; None: it is not thinking."""
+        if self.ending and not self.ending.done():
+            self.ending.set_result(position is not None)
+            if self.thinking_ends is None:
+                self.thinking_ends = position
 
     def take(self, event: WorkerEvent, gpu: int):
-        """Note an event from a worker, and queue what the reader gets of it."""
-        if (news := self._noted(event, gpu)) is not None:
+        """Note an event from a worker, and queue what its reader gets."""
+        news = self._news(event, gpu)
+        if news is not None:
             self.events.put_nowait(news)
 
     def cut(self, cause: str):
-        """Its reader gets an end, as if it could have no more tokens."""
+        """End it for its reader, as if it could have no more tokens."""
         gpu = self.worker.gpu if self.worker else 0
         end = self._finished(Ended("length", cause, Usage(compute_s=self.spent_s), 0.0), gpu)
         self.events.put_nowait(replace(end, stop_reason=cause))
 
-    def _noted(self, event: WorkerEvent, gpu: int) -> Event | ChatServerError | None:
+    def _news(self, event: WorkerEvent, gpu: int) -> Event | ChatServerError | None:
+        """Note an event from a worker. Returns what its reader gets; None for nothing."""
         match event:
             case PromptProgress():
                 return event._replace(choice=self.choice)
@@ -211,10 +222,10 @@ NEXT_STATES = {
 class CacheState(enum.Enum):
     """Whether a worker has released the memory of its KV pages."""
 
-    HELD = enum.auto()      # it was not asked to, or may use the pages again
-    ASKED = enum.auto()     # it has not answered yet
-    EMPTY = enum.auto()     # it has
-    UNABLE = enum.auto()    # it cannot
+    HELD = enum.auto()    # no: it was not asked to, or may use the pages again
+    ASKED = enum.auto()   # it was asked to, and has not answered yet
+    EMPTY = enum.auto()   # yes
+    UNABLE = enum.auto()  # it cannot
 
 
 class Process(typing.Protocol):
@@ -228,20 +239,20 @@ class Process(typing.Protocol):
 
 
 class Launcher(typing.Protocol):
-    """Starts the processes of workers, and knows the model's files that these read."""
+    """Starts the processes of workers, and knows the model files that these read."""
 
-    source: ModelSource | None  # the model's files, once they were found
-    renews: bool                # does the pool switch to files that have changed? Else it ends
+    source: ModelSource | None  # the model's files, once they have been found
+    renews: bool                # True: the pool switches to changed files; False: it ends if files change
 
     async def open(self, worker: Worker) -> tuple[asyncio.StreamReader, WorkerConfig]:
         """Start a process and connect to it; sets the worker's process and writer. Returns the stream of its
-        messages, and the first message to send. Raises ConnectionError if it ended meanwhile."""
+        messages, and the first message to send to it. Raises ConnectionError if it ended meanwhile."""
         ...
 
-    def now(self) -> ModelSource | None:
+    def changed_source(self) -> ModelSource | None:
         """The source with the current version of its files; None if unchanged, or if they cannot be read."""
 
-    def gone(self) -> bool:
+    def is_gone(self) -> bool:
         """Do the files of its source no longer exist?"""
         ...
 
@@ -250,34 +261,12 @@ class Launcher(typing.Protocol):
         ...
 
 
-def batch_of(worker: Worker) -> int:
-    """How many jobs it runs at once: fewer than --max-batch if memory holds fewer states."""
-    return int(worker.gauges.get("max_batch") or worker.settings.max_batch)
-
-
-def share_device(one: Worker, other: Worker) -> bool:
-    """Do both compute on one machine's processors?"""
-    return one.device == other.device == "cpu" and one.node == other.node
-
-
-def cost_of(worker: Worker, job: Job) -> tuple[int, int]:
-    """What makes another worker better for this job: the most tokens that this one still has to compute
-    before or beside it, minus those of its prompt in the cache; before that, for a job in the background,
-    how many others it would wait for; after that, for any other job, how many it would set aside."""
-    spared = max((length for key, length in job.prefixes.items() if key in worker.prefixes), default=0)
-    low = job.request.low_priority
-    tokens = sum(other.max_tokens - len(other.output_ids)
-                 + (0 if other.output_ids else len(other.prompt_ids))
-                 for other in worker.jobs.values() if low or not other.request.low_priority) - spared
-    return (worker.interactive, tokens) if low else (tokens, len(worker.jobs) - worker.interactive)
-
-
 class Worker:
-    """The front's handle on one worker process: its pipe, its state, and the jobs it holds."""
+    """The front's handle on one worker process: its pipe, its state, and the jobs that it holds."""
 
-    HANG_S = 30.0           # a step or ping that takes longer than this and 20 x the slowest step hangs;
-    TEXT_TOKEN_S = 0.03     # more for each token of the longest text to embed, which a step may have whole
-    LOAD_HANG_S = 300.0     # so does a load without a new tensor for this long (slow disk or network)
+    HANG_S = 30.0           # a step or ping hangs if it takes longer than this, and than 20 slowest steps;
+    TEXT_TOKEN_S = 0.03     # plus this for each token of the longest text to embed: one step may have it all
+    LOAD_HANG_S = 300.0     # loading hangs if there is no new tensor for this long (slow disk or network)
     STABLE_S = 60.0         # a worker that lives this long is not in a crash loop
     OUTBOX_BYTES = 4 << 20  # a worker with this many unread bytes gets no more answers for now
     EXIT_S = 2.0            # a process that has closed its pipe is killed if it has not exited by then
@@ -286,27 +275,25 @@ class Worker:
                  node: str = ""):
         self.settings = settings
         self.placement = placement
-        # node: its machine, if it runs on Ray
         self.gpu = gpu
         self.device = device
-        self.node = node
-        # problem: why it is left out
+        self.node = node                     # its machine, if it runs on Ray; else ""
         self.state = State.LOADING
-        self.problem = ""
-        self.text: TextSpec | None = None    # of the card to come
-        self.place = ""                      # in words: its device and what it holds there
+        self.problem = ""                    # why it is left out
+        self.text: TextSpec | None = None    # of the card that will come
+        self.place = ""                      # in words: its device, and what it holds there
         self.jobs: dict[str, Job] = {}
         self.process: Process | None = None
         self.writer: asyncio.StreamWriter | None = None
         self.gauges: Mapping[str, float | None] = NO_GAUGES
         self.kernel_faults: dict[str, str] = {}
         self.restarts = 0
-        self.error = ""                      # why its process ended, if it or the front says so
+        self.error = ""                      # why its process ended, if the process or the front knows
         self.last_end = ""                   # how the process before this one ended
         self.crashes_in_row = 0              # reset by a finished answer or a minute of life
         self.failed_starts = 0               # processes in a row that ended before they were ready
-        self.cannot_start = ""               # why the next will not be either, as far as is known
-        self.without: tuple[str, ...] = ()   # what it drafts without: flags, each with the reason
+        self.cannot_start = ""               # why the next process will not get ready either; "": it may
+        self.without: tuple[str, ...] = ()   # the draft flags that it does without, each with the reason
         self.nice: int | None = None         # its niceness; None: the front's
         self.spawned_s = 0.0
         self.ready_s = 0.0
@@ -314,7 +301,7 @@ class Worker:
         self.awaited_s: float | None = None  # when the wait for its next message began; None: no wait
         self.recent: deque[tuple[float, int]] = deque()  # (time, tokens) of the last seconds
         self.prefixes: dict[int, int] = {}   # Job.prefixes of the jobs assigned to it
-        self.known: dict[str, set[int]] = {}  # the requests sent to it, and which of their prompts
+        self.sent_prompts: dict[str, set[int]] = {}  # request id -> which of its prompts were sent to it
         self.cache = CacheState.HELD
 
     def kill(self):
@@ -322,7 +309,7 @@ class Worker:
             self.process.kill()
 
     def become(self, state: State, problem: str = ""):
-        """Every transition goes through here. A worker ended on purpose does not become DEAD."""
+        """Every transition goes through here. A worker that was ended on purpose does not become DEAD."""
         if state is State.DEAD and self.state in (State.UNLOADED, State.LEFT_OUT):
             return
         assert state in NEXT_STATES[self.state], f"{self.where}: {self.state.value} -> {state.value}"
@@ -337,16 +324,16 @@ class Worker:
             self.cannot_start = ""
 
     async def listen(self, handle: Callable[[Worker, Any], None]):
-        """One life of its process: start it and pass on its messages until its pipe breaks."""
+        """Start its process and pass on its messages until its pipe breaks."""
         with suppress(asyncio.IncompleteReadError, ConnectionError):
             reader, config = await self.placement.open(self)
             self.send(config)
-            with suppress(OSError):  # a node may become unreachable in many ways
+            with suppress(OSError):  # there are many ways for a node to become unreachable
                 while True:
                     self.hear(await next_message(reader, WORKER_PIPE), handle)
 
     def hear(self, message, handle: Callable[[Worker, Any], None]):
-        """Pass a message on and restart the clock for the next one."""
+        """Pass a message on, and restart the clock for the next one."""
         now = time.monotonic()
         if isinstance(message, Stepped) and self.jobs:
             self.slowest_step_s = max(self.slowest_step_s, min(now - (self.awaited_s or now), 30.0))
@@ -377,7 +364,7 @@ class Worker:
         return f"{self.where} is left out: {self.problem}"
 
     def send(self, message):
-        """Queue a message, which the worker answers with at least one; never blocks."""
+        """Queue a message; never blocks. The worker answers every message with at least one of its own."""
         if self.awaited_s is None:
             self.awaited_s = time.monotonic()
         assert self.writer
@@ -388,9 +375,9 @@ class Worker:
         self.jobs[job.worker_id] = job
         job.worker = self
         job.assigned_s = time.monotonic()
-        for message in job.messages(self.known.get(job.request.id)):
+        for message in job.messages(self.sent_prompts.get(job.request.id)):
             self.send(message)
-        self.known.setdefault(job.request.id, set()).add(job.prompt)
+        self.sent_prompts.setdefault(job.request.id, set()).add(job.prompt)
 
     def set_aside(self, job: Job):
         """Stop computing a job; it continues later."""
@@ -400,14 +387,14 @@ class Worker:
         job.leave_worker()
 
     def empty_cache(self):
-        """Have it release the memory of its KV pages, unless it was already asked; it has no jobs."""
+        """Have it release the memory of its KV pages, unless it was asked already. It has no jobs now."""
         if self.state is State.READY and self.cache is CacheState.HELD:
             self.cache = CacheState.ASKED
             self.prefixes.clear()
             self.send(EmptyCache())
 
     def note_emptied(self, able: bool):
-        """It has released that memory, or said that it cannot."""
+        """It has released that memory, or has said that it cannot."""
         if self.cache is CacheState.ASKED:  # else it may use the pages again
             self.cache = CacheState.EMPTY if able else CacheState.UNABLE
 
@@ -416,49 +403,73 @@ class Worker:
         self.cache = CacheState.HELD
 
     def end_request(self, request_id: str):
-        if self.known.pop(request_id, None):
+        if self.sent_prompts.pop(request_id, None):
             self.send(EndOfRequest(request_id))
 
     def forget_process(self) -> list[Job]:
-        """Reset everything that its process knew, after its end. Returns the jobs that it held."""
+        """Reset everything that its process knew, once it has ended. Returns the jobs that it held."""
         jobs = list(self.jobs.values())
         self.jobs = {}
         self.gauges = NO_GAUGES
         self.awaited_s = None
         self.cache = CacheState.HELD
         self.prefixes.clear()
-        self.known.clear()
+        self.sent_prompts.clear()
         return jobs
+
+    @property
+    def rows(self) -> int:
+        """How many jobs it runs at once: --max-batch, or fewer if its memory holds fewer states."""
+        return int(self.gauges.get("max_batch") or self.settings.max_batch)
 
     @property
     def takes_jobs(self) -> bool:
         """Is it ready, and has it read its messages? (If not, this is checked again after its next step.)
 
-        A job that two workers in a row died with may be the cause: until it advances, no other joins it."""
+        If two workers in a row died with a job, that job may be the cause. So until it advances, no other job
+        joins it."""
         unread = self.writer.transport.get_write_buffer_size() if self.writer else 0
         return (self.state is State.READY and unread < self.OUTBOX_BYTES
                 and not any(job.failovers > 1 for job in self.jobs.values()))
 
     def can_take(self, job: Job) -> bool:
-        """Has it a free row for this job? Those in the background take none from others: it sets them
+        """Has it a free row for this job? Jobs in the background take no rows from others: it sets them
         aside."""
-        rows = len(self.jobs) if job.request.low_priority else self.interactive
-        alone = not (job.request.low_priority and job.failovers > 1 and self.jobs)  # see `takes_jobs`
-        return rows < batch_of(self) and self.takes_jobs and alone
+        used = len(self.jobs) if job.request.low_priority else self.interactive
+        suspect = job.request.low_priority and job.failovers > 1  # see `takes_jobs`
+        return used < self.rows and self.takes_jobs and not (suspect and self.jobs)
+
+    def cost(self, job: Job) -> tuple[int, int]:
+        """A sort key; lower is better for this job. Outstanding tokens minus cached ones come first, then the
+        number of background jobs that it would displace. For a job in the background, the number of
+        interactive jobs that it would wait for comes first, then the tokens."""
+        cached = max((length for key, length in job.prefixes.items() if key in self.prefixes), default=0)
+        low = job.request.low_priority
+        ahead = [other for other in self.jobs.values() if low or not other.request.low_priority]
+        tokens = sum(map(Job.outstanding_tokens, ahead)) - cached
+        return (self.interactive, tokens) if low else (tokens, len(self.jobs) - self.interactive)
+
+    def shares_device(self, other: Worker) -> bool:
+        """Do both compute on one machine's processors?"""
+        return self.device == other.device == "cpu" and self.node == other.node
 
     @property
     def interactive(self) -> int:
-        """How many of its jobs are not in the background."""
+        """How many of its jobs are interactive, not in the background."""
         return sum(not job.request.low_priority for job in self.jobs.values())
 
     @property
     def hung(self) -> bool:
         """Is a message overdue: a step, the answer to a ping or, while loading, a progress report?"""
-        texts = (len(job.prompt_ids) for job in self.jobs.values() if job.request.params.pooling)
-        hang_s = self.HANG_S + self.TEXT_TOKEN_S * max(texts, default=0)
-        patience_s = (patient(self.LOAD_HANG_S, self.nice) if self.state is State.LOADING else
-                      max(patient(hang_s, self.nice), 20 * self.slowest_step_s))
-        return self.awaited_s is not None and time.monotonic() - self.awaited_s > patience_s
+        if self.awaited_s is None:
+            return False
+        if self.state is State.LOADING:
+            patience_s = patient(self.LOAD_HANG_S, self.nice)
+        else:
+            texts = (len(job.prompt_ids) for job in self.jobs.values() if job.request.params.pooling)
+            hang_s = self.HANG_S + self.TEXT_TOKEN_S * max(texts, default=0)
+            patience_s = max(patient(hang_s, self.nice), 20 * self.slowest_step_s)
+        return time.monotonic() - self.awaited_s > patience_s
 
     def check_health(self):
         """Once a second: kill it if it hangs, ping it if it is idle, forget old crashes."""
@@ -485,4 +496,4 @@ class Worker:
                 "without": [*map(without_folders, self.without)], **self.gauges,
                 "running": len(self.jobs), "restarts": self.restarts, "kernel_faults": self.kernel_faults,
                 "crashes_in_row": self.crashes_in_row, "tokens_per_second": round(tokens_per_second, 1),
-                "batch_fill": min(round(len(self.jobs) / batch_of(self), 3), 1.0)}
+                "batch_fill": min(round(len(self.jobs) / self.rows, 3), 1.0)}

@@ -35,29 +35,38 @@ BACKLOG = 1024         # connections the system queues until they are accepted
 
 
 class Access:
-    """Who may use the server: API keys, names in the Host header, pages of other origins."""
+    """Decides who may use the server, by API keys, by the Host header, and by the origin of pages."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
 
     def client_of(self, http: web.Request) -> str:
-        """The client's name: its key's name, else its address. RequestError 401 without a required key."""
+        """The client's name: its key's name, else its address. Raises RequestError 401 if a key is required
+        and missing or unknown."""
         scheme, _, bearer = http.headers.get("Authorization", "").partition(" ")
-        key = (bearer.strip() if scheme.lower() == "bearer" else
-               http.headers.get("X-Api-Key", http.headers.get("Api-Key", "")))
+        if scheme.lower() == "bearer":
+            key = bearer.strip()
+        else:
+            key = http.headers.get("X-Api-Key", http.headers.get("Api-Key", ""))
         digest = ApiKey.hashed(key, "").digest
-        # compare with every key, without stopping at a match
+        # compare all keys, even after a match: the time must not tell which one it is
         keys = [known for known in self.settings.keys if hmac.compare_digest(known.digest, digest)]
         record = REQUEST_LOG.get()
-        if self.settings.keys and not keys and not record.route.open:
+        if keys:
+            record.bound = keys[0].models
+            record.role = keys[0].role
+            return keys[0].name
+        if self.settings.keys and not record.route.open:
             raise key_unknown() if key else key_needed()
-        record.bound, record.role = (keys[0].models, keys[0].role) if keys else ((), "")
-        return keys[0].name if keys else client_at(http.remote)
+        record.bound = ()
+        record.role = ""
+        return client_at(http.remote)
 
     def check_operator(self, http: web.Request, act: str = "load and unload models"):
-        """Refuse whoever may not load, unload, download and delete models. Keys with role=admin may, if any
-        key has a role, else those that are not limited to some models; without keys, only this machine may,
-        unless it is a proxy for others."""
+        """Refuse clients that may not load, unload, download and delete models.
+
+        If a key has a role, keys with role=admin may. If none has, keys that are not limited to some models
+        may. Without keys only this machine may, and not as a proxy for others."""
         if any(key.role for key in self.settings.keys) and REQUEST_LOG.get().role != "admin":
             raise RequestError(f"only an API key with role=admin may {act}", status=403, code="not_admin")
         if self.settings.keys and REQUEST_LOG.get().bound:
@@ -69,13 +78,15 @@ class Access:
                                code="not_local")
 
     def check_host(self, http: web.Request):
-        """Check the Host header: a foreign page can make its own name resolve to this server's address.
+        """Check the Host header, because a foreign page can make its own name resolve to this server's
+        address.
 
-        On loopback, accept only names of this machine; with --allowed-host, no other public names."""
+        A server on loopback accepts only names of this machine. One with --allowed-host accepts no other
+        public names."""
         name, _ = split_address(http.headers.get("Host", "localhost"))
-        strange = not is_loopback(name) and name not in self.settings.allowed_host
-        if strange and (is_loopback(self.settings.host)
-                        or self.settings.allowed_host and is_public_name(name)):
+        if is_loopback(name) or name in self.settings.allowed_host:
+            return
+        if is_loopback(self.settings.host) or self.settings.allowed_host and is_public_name(name):
             raise RequestError(f"this server does not answer to the name {shown(name)} (--allowed-host)",
                                status=403, code="host_not_allowed")
 
@@ -90,23 +101,27 @@ class Access:
                     "X-Request-Id", "Retry-After", "X-Ignored-Tools", "X-Ignored-Fields", "X-Over-Budget"))}
 
     def is_own(self, http: web.Request, origin: str) -> bool:
-        """Is this Origin the server's own: the address in the Host header, or an --allowed-host?
+        """Whether this Origin is the server's own: the address in the Host header, or an --allowed-host.
 
-        The scheme is ignored, because a proxy may have terminated TLS."""
+        Ignores the scheme, because a proxy may have terminated TLS."""
         scheme, _, address = origin.partition("://")
-        (name, port), own = split_address(address), split_address(http.headers.get("Host", ""))
-        allowed = name in self.settings.allowed_host and not port
-        return scheme in ("http", "https") and ((name, port) == own or allowed)
+        if scheme not in ("http", "https"):
+            return False
+        name, port = split_address(address)
+        if name in self.settings.allowed_host and not port:
+            return True
+        return (name, port) == split_address(http.headers.get("Host", ""))
 
     def check_origin(self, http: web.Request, works: bool = False):
-        """Refuse pages of other origins: a page can post even where it cannot read the response, and get what
-        makes the server work.
+        """Refuse pages of other origins. A page that cannot read a response can still post a request, and so
+        make the server work. works: this GET makes the server work too.
 
         Browsers send Origin with every post, but Sec-Fetch-Site only to addresses that they trust."""
         origin = http.headers.get("Origin")
         site = http.headers.get("Sec-Fetch-Site", "none")
-        foreign = origin is not None and not self.is_own(http, origin)
-        if foreign or (works or http.method not in ("GET", "HEAD")) and site not in ("none", "same-origin"):
+        is_foreign = origin is not None and not self.is_own(http, origin)
+        is_work = works or http.method not in ("GET", "HEAD")
+        if is_foreign or is_work and site not in ("none", "same-origin"):
             self.check_admitted(http)
 
     def check_admitted(self, http: web.Request):
@@ -116,7 +131,7 @@ class Access:
                                status=403, code="origin_not_allowed")
 
     def preflight(self, http: web.Request) -> web.Response:
-        """Tell a browser whether a page may send its request. Preflights carry no key, so need none."""
+        """Tell a browser whether a page may send its request. A preflight carries no key and needs none."""
         self.check_admitted(http)
         wanted = http.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type")
         return web.Response(status=204, headers={
@@ -136,38 +151,42 @@ class Access:
         policy = response.headers.get(POLICY, SECURITY_HEADERS[POLICY])  # a file may have its own
         response.headers.update(SECURITY_HEADERS | {POLICY: policy} | self.cors_headers(http)
                                 | REQUEST_LOG.get().headers)
-        if "Cache-Control" not in response.headers:  # files: revalidated each time, cheap with the ETag
-            response.headers["Cache-Control"] = "no-cache" if http.method in ("GET", "HEAD") else "no-store"
+        if "Cache-Control" not in response.headers:
+            is_read = http.method in ("GET", "HEAD")  # no-cache: browsers ask again, cheaply, by the ETag
+            response.headers["Cache-Control"] = "no-cache" if is_read else "no-store"
 
 
 class Owners:
-    """Who owns what requests leave in the server: their answers, and the KV pages of their prompts."""
+    """Names the owners of what requests leave in the server: answers, texts in the store, and KV pages."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
 
     def of_answer(self, request_id: str, client: str) -> str:
-        """The client's key. Without keys, whoever knows the answer's id, if it cannot be guessed; otherwise
-        the client's address, the last choice because a phone's changes with the network. The ids of a
+        """The owner of an answer: the client's key.
+
+        Without keys, an answer whose id cannot be guessed belongs to whoever knows the id (""). Any other
+        belongs to the client's address, although a phone's address changes with the network. The ids of a
         comparison's answers end in their numbers."""
         unguessable = re.fullmatch("[0-9a-f]{32}(-[0-9])?", request_id)
         return "" if not self.settings.keys and unguessable else client
 
     def of_texts(self, client: str) -> str:
-        """The owner of what a client leaves in the store: its key, as `of_pages`; without keys its address
-        after an @."""
+        """The owner of what a client leaves in the store: a hash of its key; without keys its address after
+        an @."""
         return f"key {self._digest(client, b'texts')}" if self.settings.keys else f"@{client}"
 
     def client_of(self, owner: str) -> str | None:
-        """The client whose texts have this owner; None if its key is no longer there."""
+        """The client whose texts have this owner; None if the server has no such key any more."""
         if not self.settings.keys:
             return owner[1:] if owner[:1] == "@" else None
         return next((key.name for key in self.settings.keys if self.of_texts(key.name) == owner), None)
 
     def of_pages(self, client: str) -> str:
-        """The owner of a client's KV pages and checked grammars, which clients of one owner share;
-        share_prefixes gives all keys the same. It is a hash of the key itself, since pages may outlast the
-        time for which a name belongs to one key."""
+        """The owner of a client's KV pages and checked grammars. Clients with the same owner share them; with
+        --share-prefixes all keys have the same.
+
+        It is a hash of the key, not its name: pages may live longer than a name belongs to one key."""
         if not self.settings.keys or self.settings.share_prefixes:
             return ""
         return self._digest(client, b"pages")
@@ -178,23 +197,26 @@ class Owners:
 
 
 class AccessLog:
-    """A middleware: one line in the log per request."""
+    """A middleware that logs one line per request."""
 
-    def __init__(self, routes: RouteTable, taken: Callable[[str], bool], metrics: Metrics | None):
+    def __init__(self, routes: RouteTable, is_id_in_use: Callable[[str], bool], metrics: Metrics | None):
         self.routes = routes
-        self.taken = taken
+        self.is_id_in_use = is_id_in_use
         self.metrics = metrics
 
     async def log(self, http: web.Request, handler: Callable) -> web.StreamResponse:
-        """Log one line per request, polls and the page's files only at debug level. 499: the client left
-        before the response."""
+        """Log one line per request; polls and the page's files only at level debug."""
         began_s = time.monotonic()
-        status = 499
-        wanted = re.sub(r"[^A-Za-z0-9._-]", "", http.headers.get("X-Request-Id", ""))[:64]
-        request_id = wanted if wanted and not self.taken(wanted) else secrets.token_hex(16)
+        status = 499  # the client left before the response
+        request_id = re.sub(r"[^A-Za-z0-9._-]", "", http.headers.get("X-Request-Id", ""))[:64]
+        if not request_id or self.is_id_in_use(request_id):
+            request_id = secrets.token_hex(16)
         route = self.routes.row_of(http)
-        api = Api.ANTHROPIC if route.pattern in OF_TWO_APIS and asks_as_anthropic(http) else route.api
-        REQUEST_LOG.set(record := RequestLog(request_id, client_at(http.remote), route, api))
+        api = route.api
+        if route.pattern in OF_TWO_APIS and asks_as_anthropic(http):
+            api = Api.ANTHROPIC
+        record = RequestLog(request_id, client_at(http.remote), route, api)
+        REQUEST_LOG.set(record)
         try:
             response = await handler(http)
             status = response.status
@@ -215,9 +237,9 @@ class AccessLog:
 
 
 def network_of(address: str) -> str:
-    """The network whose connections count together: an IPv4 address, or the IPv6 /64 that one client has.
+    """The network whose connections are counted together: an IPv4 address, or the IPv6 /64 that a client has.
 
-    "" is this machine, since a local proxy forwards everyone's connections."""
+    "" for this machine, since a local proxy forwards everyone's connections."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip  # an IPv4 client of a listener on ::
     if ip.is_loopback:
@@ -226,8 +248,10 @@ def network_of(address: str) -> str:
 
 
 def client_at(address: str | None) -> str:
-    """The client's name without a key: requests are counted per network, as connections are."""
-    return address and (network_of(address) or address) or ""
+    """The name of a client without a key: its network, so that requests are counted as connections are."""
+    if not address:
+        return ""
+    return network_of(address) or address
 
 
 def listen_on(host: str, port: int) -> socket.socket:
@@ -258,7 +282,8 @@ def is_loopback(host: str) -> bool:
 
 
 def is_public_name(host: str) -> bool:
-    """Could anyone point this name at an address of their choice? Not if it is an address or has no dot."""
+    """Whether anyone could point this name at an address of their choice. Nobody can if it is an address or
+    has no dot."""
     try:
         return not ipaddress.ip_address(host)
     except ValueError:

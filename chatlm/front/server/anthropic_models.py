@@ -11,7 +11,7 @@ from chatlm.common.errors import invalid, shown
 from chatlm.common.log import utc
 from chatlm.front.api.field_types import INTEGER, TEXT
 from chatlm.front.api.fields import A_TEXT, Field
-from chatlm.front.server.kept import asked
+from chatlm.front.server.stored_lists import query_value
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -30,12 +30,12 @@ A_PAGE = {"description": "with anthropic-version", "type": "object", "properties
 
 
 def asks_as_anthropic(http: web.Request) -> bool:
-    """Does the request come from a client of Anthropic's API?"""
+    """Whether the request comes from a client of Anthropic's API."""
     return "anthropic-version" in http.headers
 
 
 def anthropic_model(body: Mapping[str, Any]) -> dict:
-    """A model, from what /v1/models says of it to clients of OpenAI's."""
+    """A model in Anthropic's format, made of its body in OpenAI's format."""
     return {"type": "model", "id": body["id"], "display_name": body["id"],
             "created_at": utc(body["created"]), "max_input_tokens": body.get("context_length"),
             "max_tokens": body.get("context_length"), "lifecycle": "active", "deprecated_at": None,
@@ -43,11 +43,11 @@ def anthropic_model(body: Mapping[str, Any]) -> dict:
 
 
 def anthropic_page(http: web.Request, models: Seq[Mapping[str, Any]]) -> dict:
-    """The page of models that a request asks for. RequestError for one that names no page."""
+    """The page of models that a request asks for. Raises RequestError for a page that does not exist."""
     names = [model["id"] for model in models]
-    limit = asked(http, PAGE_LIMIT, 20)
-    after = asked(http, AFTER_ID, None)
-    before = asked(http, BEFORE_ID, None)
+    limit = query_value(http, PAGE_LIMIT, 20)
+    after = query_value(http, AFTER_ID, None)
+    before = query_value(http, BEFORE_ID, None)
     if after is not None and before is not None:
         raise invalid("after_id", "after_id and before_id exclude each other")
     if before is not None:

@@ -18,24 +18,23 @@ from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, Req
 from chatlm.common.jsontext import dump
 from chatlm.common.log import log
 from chatlm.front.aio import end_tasks, supervised
-from chatlm.front.api.batch_lines import Line, lasting_body, line_id, result_of, result_of_bad_line
-from chatlm.front.api.encoders import encoder_of
+from chatlm.front.api.batch_lines import Line, lasting_body, line_id, bad_line_result
+from chatlm.front.api.encoders import answer_encoder
 from chatlm.front.api.errors import failed_answer
 from chatlm.front.api.kept_fields import WINDOWS
 from chatlm.front.intake.arrival import Caller
 from chatlm.front.intake.budget import Holding
-from chatlm.front.intake.intake import tokenizer_of
+from chatlm.front.intake.intake import loaded_tokenizer
 from chatlm.front.lazy import web
-from chatlm.front.pool.worker import batch_of
 from chatlm.front.server.batch_turns import Lane, Turns, WaitingLine
 from chatlm.front.server.files import FileRoutes
-from chatlm.front.server.kept import AFTER, LIMIT, asked, now_s, send_page, stored
+from chatlm.front.server.stored_lists import AFTER, LIMIT, now_s, query_value, send_page, stored
 from chatlm.front.server.ledger import Amount, Charge, Ledger, claim_of, write
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.routes import Api, Route
 from chatlm.front.store import batches, files, quota, responses
 from chatlm.front.store.batches import Batch
-from chatlm.front.store.pages import Listed, Page, page_of
+from chatlm.front.store.pages import Listed, ListPage, page_of
 
 if TYPE_CHECKING:
     from chatlm.front.intake.intake import Intake
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     from chatlm.front.server.access import Owners
     from chatlm.front.server.answering import Answers
     from chatlm.front.server.bodies import Bodies
-    from chatlm.front.store.files import Row
+    from chatlm.front.store.files import LineRow
     from chatlm.front.store.store import Store
 
 
@@ -115,11 +114,11 @@ class BatchRoutes:
         return json_response(body)
 
     async def handle_list(self, http: web.Request) -> web.StreamResponse:
-        limit = asked(http, LIMIT, 20)
+        limit = query_value(http, LIMIT, 20)
         owner = self.owner
-        after = asked(http, AFTER, "")
+        after = query_value(http, AFTER, "")
 
-        def read(connection) -> Page:
+        def read(connection) -> ListPage:
             rows = files.listed(connection, "batches", Batch._fields, owner, after)
             bodies = (batches.shown_batch(connection, Batch(*row)) for row in rows)
             return page_of((Listed(body["id"], dump(body)) for body in bodies), limit)
@@ -155,21 +154,21 @@ BATCH_ROUTES: tuple[Route[BatchRoutes], ...] = (
 
 
 class UnderWay:
-    """A batch whose lines are answered."""
+    """The state of a batch while its lines are answered."""
 
     def __init__(self, batch: Batch, client: str, created: int):
         self.batch = batch
         self.client = client
-        self.created = created                 # when its input was uploaded
+        self.created = created          # when its input was uploaded
         self.tasks: set[asyncio.Task[None]] = set()
-        self.left = 0                          # lines that were read from the store and have no result yet
-        self.changed = asyncio.Event()         # set when a line has ended
+        self.left = 0                   # lines read from the store that have no result yet
+        self.changed = asyncio.Event()  # set when a line has ended
         self.failure: BaseException | None = None
 
 
 class BatchWorker:
-    """Answers the lines of unfinished batches, of all of them at a time, with as many lines under way as the
-    workers have rows. `Turns` says which line begins next."""
+    """Answers the lines of all unfinished batches at the same time. As many lines are under way as the
+    workers have rows. `Turns` chooses the line that begins next."""
 
     def __init__(self, store: Store, catalogue: Catalogue, intake: Intake, owners: Owners,
                  answers: Answers, ledger: Ledger, uploads: FileRoutes):
@@ -181,16 +180,16 @@ class BatchWorker:
         self.ledger = ledger
         self.files = uploads
         self.turns = Turns(self._room, ledger.wait_s)
-        self.timer: asyncio.TimerHandle | None = None       # until a line that was refused may try again
+        self.timer: asyncio.TimerHandle | None = None  # fires when a refused line may try again
         self.wake = asyncio.Event()
         self.swept_s = 0.0
-        self.stops: dict[str, asyncio.Event] = {}           # of each batch under way: was it cancelled?
+        self.stops: dict[str, asyncio.Event] = {}  # by batch under way: set when it is cancelled
         self.under_way: dict[str, UnderWay] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.task: asyncio.Task | None = None
 
     async def run(self):
-        """Until the server stops; what is not recorded then is done again after its next start."""
+        """Work until the server stops. Lines that have no result then are answered after its next start."""
         try:
             await self.catalogue.wait_ready()
             while not self.catalogue.draining:
@@ -210,10 +209,11 @@ class BatchWorker:
 
     async def _stored(self, function: Callable[[Any], T],
                       then: Callable[[T], None] = lambda found: None, adds_bytes: int = 0) -> T:
-        """What `function` returns, run in the store however long that cannot be used, as on a full disk.
-        Once it is done so is `then`, also if this is cancelled meanwhile."""
+        """Run `function` in the store, and try again while the store cannot be used, as on a full disk. When
+        it is done, call `then` with its result, even if this coroutine was cancelled meanwhile."""
         async def work() -> T:
-            then(found := await self.store.run(function, adds_bytes))
+            found = await self.store.run(function, adds_bytes)
+            then(found)
             return found
         while True:
             try:
@@ -222,8 +222,8 @@ class BatchWorker:
                 await asyncio.sleep(error.retry_after_s)
 
     async def _sweep(self):
-        """Delete what has expired, in small pieces, and give its bytes back; no longer than SWEEPING_S, after
-        which batches may begin."""
+        """Delete what has expired, in small pieces, and give its bytes back. Stops after SWEEPING_S, so that
+        batches may begin."""
         now = now_s()
         until_s = time.monotonic() + SWEEPING_S
         await self._stored(lambda connection: batches.forget(
@@ -231,25 +231,32 @@ class BatchWorker:
         for piece in (partial(responses.forget, now=now), files.purge, responses.purge, vacuum):
             while await self._stored(piece):
                 if time.monotonic() > until_s:
-                    self.wake.set()  # the next look goes on
+                    self.wake.set()  # so that the next round goes on here
                     return
 
     def _begin(self, batch: Batch):
         client = self.owners.client_of(batch.owner)
-        gone = client is None and time.time() < batch.expires  # without its key it waits until it expires
-        if batch.name in self.tasks or gone:
+        waits = client is None and time.time() < batch.expires  # its key is gone; wait until it expires
+        if batch.name in self.tasks or waits:
             return
+
+        def forget(ended: asyncio.Task):
+            del self.tasks[batch.name]
+            del self.stops[batch.name]
+
         self.stops[batch.name] = asyncio.Event()
-        self.tasks[batch.name] = task = asyncio.create_task(supervised(
+        task = asyncio.create_task(supervised(
             f"working on {batch.name}", partial(self._work, batch, client or ""), failed=lambda error: True))
-        task.add_done_callback(lambda ended: (self.tasks.pop(batch.name), self.stops.pop(batch.name)))
+        self.tasks[batch.name] = task
+        task.add_done_callback(forget)
 
     async def _work(self, batch: Batch, client: str):
-        """Bring a batch to its end, from wherever it is."""
+        """Bring a batch to its end, from whatever state it is in."""
         batch = await self._stored(partial(batches.named, name=batch.name))
-        if batch.status == "validating" and not await self._stored(
-                lambda connection: batches.begin(connection, batch, now_s())):
-            return
+        if batch.status == "validating":
+            has_begun = await self._stored(lambda connection: batches.begin(connection, batch, now_s()))
+            if not has_begun:
+                return
         stop = self.stops[batch.name]
         status = "completed"
         if batch.status == "cancelling":
@@ -262,12 +269,13 @@ class BatchWorker:
             if not lines.done():
                 status = "cancelled" if stop.is_set() else "expired"
         finally:
-            await end_tasks([stopped, *([] if lines.done() else [lines])])
+            await end_tasks([stopped] if lines.done() else [stopped, lines])
         if status == "completed":
-            lines.result()
-        while status == "expired" and await self._stored(partial(self._expire_some, batch),
-                                                         adds_bytes=EXPIRY_BYTES):
-            pass
+            lines.result()  # raises the failure, if there was one
+        if status == "expired":
+            expire = partial(self._expire_some, batch)
+            while await self._stored(expire, adds_bytes=EXPIRY_BYTES):
+                pass
         await self._stored(lambda connection: self._end(connection, batch, status))
 
     @staticmethod
@@ -279,7 +287,7 @@ class BatchWorker:
 
     @staticmethod
     def _expire_some(batch: Batch, connection) -> bool:
-        """Note for some lines without a result that the time is over; False if there are none."""
+        """Give some lines without a result the result that their time is over. False if there are none."""
         if batches.named(connection, batch.name).status != "in_progress":
             return False
         lines = batches.waiting_lines(connection, batch, 0, files.PART_LINES)
@@ -287,14 +295,15 @@ class BatchWorker:
         for number, _, _ in lines:
             row = batches.line(connection, batch, number)
             error = RequestError(EXPIRED[1], code=EXPIRED[0])
-            results.append((number, encoded(result_of_bad_line(number, error, row.custom_id)), True))
+            results.append((number, encoded(bad_line_result(number, error, row.custom_id)), True))
         batches.record(connection, batch, results)
         return bool(lines)
 
     async def _answer_all(self, batch: Batch, client: str):
-        """Answer and record the lines that have no result. A few of them wait in memory at a time."""
+        """Answer and record all lines that have no result. Only a few of them wait in memory at a time."""
         created = (await self._stored(partial(files.named, name=batch.input))).created
-        mine = self.under_way[batch.name] = UnderWay(batch, client, created)
+        mine = UnderWay(batch, client, created)
+        self.under_way[batch.name] = mine
         last = 0
         more = True
         try:
@@ -327,26 +336,26 @@ class BatchWorker:
         self._begin_lines()
 
     def _bound(self, client: str) -> Seq[str]:
-        """The models to which a client's key is limited."""
+        """The models that a client's key is limited to; () if it is not limited."""
         return next((key.models for key in self.catalogue.settings.keys if key.name == client), ())
 
     def _model_of(self, name: str, client: str) -> str:
-        """The name of the model that will answer a line; "" if none is known now."""
+        """The name of the model that will answer a line; "" if there is no such model now."""
         try:
             return self.catalogue.find(name, self._bound(client)).model.name
         except ChatServerError:
             return ""
 
     def _room(self, model: str) -> int:
-        """How many lines of a model may be under way: few while it is not in memory, which may take long."""
-        try:
-            pool = self.catalogue.find(model).pool if model else None
-        except ChatServerError:
-            pool = None
-        return SPARE + sum(map(batch_of, pool.supervisor.ready_workers if pool else ()))
+        """How many lines of a model may be under way. Few, while the model is not in memory."""
+        workers = ()
+        with suppress(ChatServerError):
+            if model:
+                workers = self.catalogue.find(model).pool.supervisor.ready_workers
+        return SPARE + sum(worker.rows for worker in workers)
 
     def _begin_lines(self):
-        """Begin the lines that may, and come back when one that was refused may try again."""
+        """Begin all lines that may begin, and come back when a refused one may try again."""
         while taken := self.turns.take():
             lane, line = taken
             mine = self.under_way[lane.batch]
@@ -356,11 +365,12 @@ class BatchWorker:
         if self.timer:
             self.timer.cancel()
             self.timer = None
-        if (pause_s := self.turns.pause_s()) is not None:
+        pause_s = self.turns.pause_s()
+        if pause_s is not None:
             self.timer = asyncio.get_running_loop().call_later(pause_s, self._begin_lines)
 
     def _end_line(self, mine: UnderWay, lane: Lane, line: WaitingLine, task: asyncio.Task[None]):
-        """A line has its result, or gives its slot back until there is room for it."""
+        """A line's task has ended: the line has its result, or was refused and gives its slot back."""
         mine.tasks.discard(task)
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
         if isinstance(error, Overloaded):
@@ -373,7 +383,7 @@ class BatchWorker:
         self._begin_lines()
 
     async def _answer_one(self, mine: UnderWay, line: WaitingLine):
-        """Answer and record a line. Overloaded if there is no room for it now."""
+        """Answer a line and record the result. Raises Overloaded if there is no room for it now."""
         charges = list[Charge]()
         with Holding(self.intake.budget, mine.client) as holding:
             if line.bytes > LIMITS.inline_bytes:
@@ -385,27 +395,30 @@ class BatchWorker:
                 for charge in charges:
                     self.ledger.release(charge)
 
-    async def _result(self, row: Row, mine: UnderWay, charges: list[Charge]) -> tuple[int, bytes, bool]:
-        """(number, text, whether it is an error) of a line's result."""
-        if full := await self._stored(partial(quota.refusal, owner=mine.batch.owner)):
-            return row.number, encoded(result_of_bad_line(row.number, full, row.custom_id)), True
+    async def _result(self, row: LineRow, mine: UnderWay, charges: list[Charge]) -> tuple[int, bytes, bool]:
+        """The result of a line: (number, text, whether it is an error)."""
         endpoint = mine.batch.endpoint
-        problem = row.problem or (row.url != endpoint and batches.wrong_url(
-            row.number, row.url or "", endpoint))
-        if problem:
-            error = RequestError(problem, code="invalid_line")
-            return row.number, encoded(result_of_bad_line(row.number, error, row.custom_id)), True
+        error = await self._stored(partial(quota.refusal, owner=mine.batch.owner))
+        if not error:
+            problem = row.problem
+            if not problem and row.url != endpoint:
+                problem = batches.wrong_url(row.number, row.url or "", endpoint)
+            if problem:
+                error = RequestError(problem, code="invalid_line")
+        if error:
+            return row.number, encoded(bad_line_result(row.number, error, row.custom_id)), True
         status, body = await self._answer(row, mine, charges)
         line = Line(row.number, row.custom_id or "", endpoint, {}, line_id(row.number, row.text.strip()))
-        return row.number, encoded(result_of(line, status, body)), status != 200
+        return row.number, encoded(line.result(status, body)), status != 200
 
     async def _record(self, batch: Batch, result: tuple[int, bytes, bool], charges: Seq[Charge]):
-        """Note a result and what it used, at once: so a line that is answered again after a crash is charged
-        once. A result that comes too late, as its batch was cancelled, costs nothing."""
+        """Record a result together with what it used, so that a line which is answered again after a crash is
+        charged once. A result that comes too late, because its batch was cancelled, costs nothing."""
         used = [self.ledger.used_by(charge) for charge in charges]
 
         def record(connection) -> bool:
-            if recorded := batches.record(connection, batch, [result]):
+            recorded = batches.record(connection, batch, [result])
+            if recorded:
                 write(connection, used)
             return recorded
 
@@ -414,9 +427,9 @@ class BatchWorker:
                 self.ledger.count(charge, row, amount if recorded else Amount())
         await self._stored(record, count, adds_bytes=len(result[1]))
 
-    async def _answer(self, row: Row, mine: UnderWay, charges: list[Charge]) -> tuple[int, dict]:
-        """(status, body) of the answer to a line, however often it has to be asked for. Overloaded if there
-        is no room for it now."""
+    async def _answer(self, row: LineRow, mine: UnderWay, charges: list[Charge]) -> tuple[int, dict]:
+        """The answer to a line: (status, body). Tries up to TRIES times if workers fail. Raises Overloaded if
+        there is no room for it now."""
         for left in reversed(range(TRIES)):
             try:
                 with Holding(self.intake.budget, mine.client) as holding:
@@ -432,7 +445,7 @@ class BatchWorker:
                     return failed_answer(error)
         raise AssertionError
 
-    async def _once(self, row: Row, client: str, created: int, holding: Holding,
+    async def _once(self, row: LineRow, client: str, created: int, holding: Holding,
                     charges: list[Charge]) -> dict:
         caller = Caller(row.url or "", client, self.owners.of_pages(client), self._bound(client))
         served = await self.intake.resolve(row.model or "", caller.bound, holding)
@@ -441,42 +454,46 @@ class BatchWorker:
             parsed = await self.intake.line(arrival, served, holding)
         request = parsed.request
         params = replace(request.params, client=client, owner=caller.owner)
-        encoder = encoder_of(parsed, served.name, tokenizer_of(served.pool))
-        # its own id: two batches may have the same line
+        encoder = answer_encoder(parsed, served.name, loaded_tokenizer(served.pool))
+        # a new id, because two batches may have the same line
         request = replace(request, id=secrets.token_hex(16), params=params, low_priority=True)
         del parsed, arrival
-        # Overloaded for a key that is refused then: its lines wait
         self.ledger.check_line(client, [claim_of(request, served.pool.context_length)])
         own = list[Charge]()
         try:
             async with self.answers.begin(served.pool, request, served.name, later=own) as (_, events):
                 whole = await encoder.collect_all(events, partial(self._hold_more, holding, len(row.text)))
         except BaseException:
-            for charge in own:  # a try that failed costs nothing
+            for charge in own:  # a failed try costs nothing
                 self.ledger.release(charge)
             raise
         charges += own
-        return lasting_body(await asyncio.to_thread(json.loads, whole) if len(whole) > LIMITS.inline_bytes
-                            else json.loads(whole), created)
+        if len(whole) > LIMITS.inline_bytes:
+            body = await asyncio.to_thread(json.loads, whole)
+        else:
+            body = json.loads(whole)
+        return lasting_body(body, created)
 
     @staticmethod
     def _hold_more(holding: Holding, line_bytes: int, size: int):
-        """An answer has `size` bytes more. Overloaded if others hold the memory for them, EngineFailure if
-        there is not enough for this line alone: its result does not depend on the moment."""
+        """Account for `size` more bytes of an answer.
+
+        Raises Overloaded if other requests hold the memory now, and EngineFailure if there would not be
+        enough for this line alone, so that a line's result does not depend on the moment."""
         try:
             holding.grow(size)
         except Overloaded as error:
             text = line_bytes if line_bytes > LIMITS.inline_bytes else 0
-            if holding.size + size + text > holding.budget.of_one:
+            if holding.size + size + text > holding.budget.per_client:
                 raise EngineFailure(str(error)) from None
             raise
 
 
 def vacuum(connection) -> bool:
-    """Give some of the file's free pages back to the disk. True if there may be more."""
+    """Give some of the file's free pages back to the disk. Returns whether there may be more."""
     free = connection.execute("PRAGMA freelist_count").fetchone()[0]
     for _ in range(min(free - KEPT_PAGES, VACUUMED_PAGES)):
-        # Python's sqlite3 takes one step of it, whatever the number
+        # Python's sqlite3 frees one page in a call, whatever number is given
         connection.execute("PRAGMA incremental_vacuum(1)")
     return free > KEPT_PAGES + VACUUMED_PAGES
 

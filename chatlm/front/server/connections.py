@@ -33,11 +33,12 @@ ACCEPTED_AT_ONCE = 32  # connections accepted before the event loop runs other w
 
 
 class ConnectionTable:
-    """Client connections, limited in total, and to a quarter of that per network (this machine excepted).
+    """The connections of clients. Their number is limited, and each network but this machine may have a
+    quarter.
 
     At a limit, a new connection replaces the one that has been idle longest. If all are busy, the new one is
-    surplus: it may ask for health and metrics, and anything else gets a 503. When there are SURPLUS of these,
-    the oldest makes room for the next."""
+    surplus: it may ask for health and metrics, and gets a 503 for anything else. When there are SURPLUS of
+    these, the oldest makes room for the next."""
 
     SURPLUS = 32
 
@@ -54,7 +55,8 @@ class ConnectionTable:
         if not crowded and len(self.all) < self.limit:
             return self._append(connection)
         candidates = mine if crowded else self.all
-        if idle := next((candidate for candidate in candidates if candidate.idle), None):
+        idle = next((candidate for candidate in candidates if candidate.idle), None)
+        if idle:
             log.warning("too many connections: closing idle ones for new ones")
             self._close(idle)
             return self._append(connection)
@@ -72,13 +74,13 @@ class ConnectionTable:
         connection.line.abort()
 
     def renew(self, connection):
-        """The connection sent a request: move it to the end of the order."""
+        """Note that a connection has sent a request: it is the last that may be replaced."""
         if connection in self.all:
             self.remove(connection)
             self._append(connection)
 
     def remove(self, connection):
-        """The connection ended; does nothing if it was already removed."""
+        """Forget a connection that has ended. Does nothing if it was removed before."""
         self.surplus.pop(connection, None)
         if self.all.pop(connection, connection) is None:
             mine = self.networks[connection.network]
@@ -89,8 +91,8 @@ class ConnectionTable:
 
 async def refuse_early(application: Callable, table: ConnectionTable, is_polled: Callable[[str], bool],
                        http: web.Request) -> web.StreamResponse:
-    """Runs before the application: refuses unknown Expect headers, and on surplus connections requests for
-    paths that are not polled. aiohttp fails on an Expect that is not ASCII."""
+    """Handle a request before the application does. Refuses unknown Expect headers, because aiohttp fails on
+    one that is not ASCII, and on surplus connections every path that is not polled."""
     if http.protocol in table.surplus and not is_polled(http.path):
         return early_response(overloaded("it has as many connections as it can serve"))
     if http.headers.get("Expect", "").lower() not in ("", "100-continue"):
@@ -103,17 +105,18 @@ async def refuse_early(application: Callable, table: ConnectionTable, is_polled:
 
 
 def with_single_slashes(make_request: Callable[..., web.BaseRequest]) -> Callable[..., web.BaseRequest]:
-    """Makes requests whose paths have one slash where clients sent several, because their base URL ends in
-    one. This comes before all else: what finds the route, checks the key and writes the log see one path.
-    Dots and percent signs stay as they are, so no part of a path becomes another."""
-    def made(message: Any, *more: Any) -> web.BaseRequest:
+    """Replace several slashes in paths by one; clients send several if their base URL ends in a slash.
+
+    This happens before anything else, so that routes, keys and the log see the same path. Dots and percent
+    signs stay as they are, so that no part of a path becomes another."""
+    def make(message: Any, *more: Any) -> web.BaseRequest:
         path = message.url.raw_path
         if "//" in path:
             url = message.url.with_path(re.sub("//+", "/", path), encoded=True, keep_query=True)
             message = message._replace(url=url)
         return make_request(message, *more)
 
-    return made
+    return make
 
 
 @functools.cache
@@ -132,7 +135,8 @@ def connection_class() -> Callable[..., web.RequestHandler]:
 
         def connection_made(self, transport: asyncio.BaseTransport):
             super().connection_made(transport)
-            self.line, (address, *_) = transport, transport.get_extra_info("peername")
+            self.line = transport
+            address, *_ = transport.get_extra_info("peername")
             self.network = network_of(address)
             limit_unread(transport.get_extra_info("socket"))
             self.table.add(self)
@@ -145,7 +149,8 @@ def connection_class() -> Callable[..., web.RequestHandler]:
 
         @property
         def idle(self) -> bool:
-            """True if no request is being answered; a response that the client has not read may remain."""
+            """Whether no request is being answered. The client may not have read all of the last response
+            yet."""
             return self.awaits_header or not self._request_count or self.line.is_closing()
 
         @property
@@ -163,8 +168,8 @@ def connection_class() -> Callable[..., web.RequestHandler]:
                 self.end_header()
 
         def await_header(self):
-            self.header_timer = (self.header_timer or
-                                 asyncio.get_running_loop().call_later(HEADER_S, self.force_close))
+            if not self.header_timer:
+                self.header_timer = asyncio.get_running_loop().call_later(HEADER_S, self.force_close)
 
         def end_header(self):
             if self.header_timer:
@@ -173,7 +178,8 @@ def connection_class() -> Callable[..., web.RequestHandler]:
 
         def handle_error(self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None,
                          message: str | None = None) -> web.Response:
-            """Answer what aiohttp could not parse; it is not logged, because it may contain a secret."""
+            """Answer bytes that aiohttp could not parse. They are not logged, because they may be a
+            secret."""
             if request.writer.output_size > 0:
                 raise ConnectionResetError("the response has begun, so it cannot become an error")
             if status >= 500:
@@ -186,37 +192,38 @@ def connection_class() -> Callable[..., web.RequestHandler]:
 
 
 def limit_unread(connection: socket.socket):
-    """Have the system end a connection if the client accepts no data for WRITE_S, whatever code is sending.
+    """Let the system end a connection whose client accepts no data for WRITE_S, whatever we are sending.
 
-    Only Linux can do this; elsewhere LIMITS.outbox_bytes limits streams."""
+    Only Linux can do this. Elsewhere LIMITS.outbox_bytes limits streams."""
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * WRITE_S))
 
 
 def room_for_connections(settings: Settings) -> int:
-    """Raise the process's descriptor limit as far as needed and allowed; return how many connections fit.
+    """Raise this process's limit of file descriptors as far as needed and allowed. Returns how many
+    connections fit.
 
-    Each takes one descriptor. Some are reserved for pipes, surplus connections, connections being accepted or
-    closed, and whatever else the process opens."""
+    A connection takes one descriptor. Some are reserved for pipes, surplus connections, connections that are
+    being accepted or closed, and whatever else the process opens."""
     import resource
-    kept = (128 + 2 * settings.num_workers + ConnectionTable.SURPLUS + 2 * ACCEPTED_AT_ONCE
-            + segments_in_memory())
-    wanted = kept + LIMITS.connections
+    reserved = (128 + 2 * settings.num_workers + ConnectionTable.SURPLUS + 2 * ACCEPTED_AT_ONCE
+                + segments_in_memory())
+    wanted = reserved + LIMITS.connections
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (wanted if limit == resource.RLIM_INFINITY else min(limit, wanted) for limit in limits)
     with suppress(OSError, ValueError):
         if soft < hard:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, limits[1]))
             soft = hard
-    return max(16, soft - kept)
+    return max(16, soft - reserved)
 
 
 @asynccontextmanager
 async def serving(app: web.Application, listener: socket.socket, connections: int = LIMITS.connections,
                   is_polled: Callable[[str], bool] = lambda path: False) -> AsyncIterator[web.AppRunner]:
-    """Serve `app` on a socket. When a client leaves, its handler is cancelled at once, and so is its work.
+    """Serve `app` on a socket. When a client leaves, its handler and its work are cancelled at once.
 
-    Paths that `is_polled` are served on surplus connections too."""
+    is_polled: whether a path is served on surplus connections too."""
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=2.0)
     loop = asyncio.get_running_loop()
     await runner.setup()

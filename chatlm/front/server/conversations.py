@@ -17,16 +17,16 @@ from chatlm.common.log import log
 from chatlm.common.messages.protocol import KeptItem
 from chatlm.common.messages.requests import Finished, Piece
 from chatlm.front.aio import supervised
-from chatlm.front.api.conversation import (
+from chatlm.front.api.message_readers import (
     OTHER_ITEMS, chat_messages, other_types, response_messages, without_others)
-from chatlm.front.api.encoders import ResponsesEncoder
+from chatlm.front.api.encode_responses import ResponsesEncoder
 from chatlm.front.api.errors import public_error, response_error
 from chatlm.front.api.kept_items import kept_items
 from chatlm.front.lazy import web
-from chatlm.front.server.kept import (
-    AFTER, DAY_S, LIMIT, ORDER, asked, now_s, send_list, send_parts, shown_item, stored, take_room)
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.routes import Api, Route
+from chatlm.front.server.stored_lists import (
+    AFTER, DAY_S, LIMIT, ORDER, now_s, query_value, send_list, send_parts, shown_item, stored, take_room)
 from chatlm.front.store import quota, responses
 from chatlm.front.store.pages import Listed, texts
 from chatlm.front.store.responses import NewResponse
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
     from chatlm.front.intake.budget import Holding
     from chatlm.front.server.access import Owners
     from chatlm.front.server.bodies import Bodies
-    from chatlm.front.store.pages import Page, Place
-    from chatlm.front.store.responses import Conversation
+    from chatlm.front.store.pages import ListPage, TextPlace
+    from chatlm.front.store.responses import ConversationRow
     from chatlm.front.store.store import Store
 
 
-class Keeper:
-    """Knows what was said before, and keeps answers."""
+class ResponseKeeper:
+    """Keeps the answers of /v1/responses in the store, and finds what was said before a request."""
 
     def __init__(self, store: Store | None, bodies: Bodies, owners: Owners, keep_days: int):
         self.store = store
@@ -52,10 +52,10 @@ class Keeper:
         self.owners = owners
         self.keep_s = keep_days * DAY_S
         self.routes = ConversationRoutes(self)
-        self.removed: Callable[[], None] = lambda: None  # is called when something was deleted
-        self.saving: set[asyncio.Task[None]] = set()  # answers whose clients have left
+        self.removed: Callable[[], None] = lambda: None  # called when something was deleted
+        self.saving: set[asyncio.Task[None]] = set()  # tasks that keep answers whose clients have left
         if store:
-            bodies.intake.earlier = self.earlier
+            bodies.intake.earlier_items = self.earlier
 
     async def close(self):
         if self.saving:
@@ -66,20 +66,23 @@ class Keeper:
         return self.owners.of_texts(REQUEST_LOG.get().client)
 
     async def earlier(self, arrival: Arrival, reading: Holding) -> bytes:
-        """What was said before a body that continues something: a JSON list of items. RequestError 404 if
-        that is not there. `reading` then accounts for these, if they are large."""
+        """The items that a body continues, as a JSON list. If they are large, `reading` then accounts for
+        them.
+
+        Raises RequestError 404 if there is nothing that the body could continue."""
         chained = arrival.envelope.chained
         what = {"previous": chained.response, "conversation": chained.conversation,
                 "owner": self.owners.of_texts(arrival.caller.client)}
         store = stored(self.store)
         size = await store.run(partial(responses.size_before, **what))
-        if size > LIMITS.inline_bytes:  # it is read only once there is memory for it
+        if size > LIMITS.inline_bytes:  # wait until there is memory for it
             await take_room(reading, sum(map(len, arrival.parts)) + 2 * size)
         return await store.run(partial(responses.before, **what))
 
     def answering(self, answering: AbstractAsyncContextManager,
                   encoder: Encoder) -> AbstractAsyncContextManager:
-        """An answer that is kept once it ends, however that is; others stay as they are."""
+        """Wrap an answer so that it is kept when it ends, however it ends. An answer that is not to be kept
+        is returned unchanged."""
         if not self.store or not encoder.parsed.is_kept or not isinstance(encoder, ResponsesEncoder):
             return answering
         return self._keeping(answering, encoder, self.owner)
@@ -92,8 +95,8 @@ class Keeper:
         size = copies * responses.bytes_of(parsed.kept) + len(parsed.repeated) + responses.ITEM_BYTES
         await stored(self.store).run(partial(
             quota.check, owner=owner, adds_bytes=size, otherwise=', or send "store": false'), adds_bytes=size)
-        # a second encoder has its end before the client has: what a client knows of is kept, but for
-        # log-probabilities
+        # A second encoder makes the kept copy, so that it is complete before the client has the end: what a
+        # client has seen is kept. It leaves out log-probabilities.
         params = replace(parsed.request.params, logprobs=None)
         twin = ResponsesEncoder(replace(parsed, request=replace(parsed.request, params=params)),
                                 encoder.model, encoder.tokenizer)
@@ -120,9 +123,10 @@ class Keeper:
                 yield event
         except Exception as error:
             if not kept:
-                code = getattr(error, "code", None)
-                body = twin.response("cancelled") if code == "cancelled" else twin.response(
-                    "failed", error=response_error(public_error(error)))
+                if getattr(error, "code", None) == "cancelled":
+                    body = twin.response("cancelled")
+                else:
+                    body = twin.response("failed", error=response_error(public_error(error)))
                 self._keep_later(twin, owner, body)
             raise
         except (GeneratorExit, asyncio.CancelledError):  # the client has left
@@ -153,7 +157,7 @@ class Keeper:
 class ConversationRoutes:
     """The handlers of kept responses and of conversations."""
 
-    def __init__(self, keeper: Keeper):
+    def __init__(self, keeper: ResponseKeeper):
         self.keeper = keeper
         self.store = keeper.store
         self.bodies = keeper.bodies
@@ -189,25 +193,26 @@ class ConversationRoutes:
         return json_response({"id": name, "object": "response", "deleted": True})
 
     async def handle_inputs(self, http: web.Request) -> web.StreamResponse:
-        """GET /v1/responses/{id}/input_items: what was asked, also by what it continues."""
+        """GET /v1/responses/{id}/input_items: the items of the request, and those of all that it
+        continues."""
         self._store_of(http.match_info["id"])
         return await self._send_items(http, responses.inputs)
 
     # lists and their rows
 
-    async def _read(self, place: Place, holding: Holding) -> bytes:
-        """The text that lies there. RequestError 404 if it was deleted meanwhile."""
+    async def _read(self, place: TextPlace, holding: Holding) -> bytes:
+        """The text at a place in the store. Raises RequestError 404 if it was deleted meanwhile."""
         await take_room(holding, place.bytes)
         [text] = await stored(self.store).run(partial(texts, places=[place]))
         if text is None:
             raise responses.refuse("item", place.name)
         return text
 
-    async def _send_items(self, http: web.Request, find: Callable[..., Page]) -> web.StreamResponse:
+    async def _send_items(self, http: web.Request, find: Callable[..., ListPage]) -> web.StreamResponse:
         """A page of the items that `find` finds in the store."""
-        limit = asked(http, LIMIT, 20)
-        after = asked(http, AFTER, "")
-        ascending = asked(http, ORDER, "desc") == "asc"
+        limit = query_value(http, LIMIT, 20)
+        after = query_value(http, AFTER, "")
+        ascending = query_value(http, ORDER, "desc") == "asc"
         store = stored(self.store)
         page = await store.run(partial(find, name=http.match_info["id"], owner=self.owner, after=after,
                                        ascending=ascending, limit=limit))
@@ -221,12 +226,12 @@ class ConversationRoutes:
     # conversations
 
     @staticmethod
-    def _body(row: Conversation) -> dict:
+    def _body(row: ConversationRow) -> dict:
         return {"id": row.name, "object": "conversation", "created_at": row.created,
                 "metadata": json.loads(row.metadata)}
 
     def _items(self, values: dict) -> tuple[KeptItem, ...]:
-        """The items of a body. RequestError for those that no response could read."""
+        """The items in a body. Raises RequestError for items that no response could read."""
         items = values.get("items", [])
         if any(message.pictures for message in chat_messages(response_messages({"input": items}), True)):
             raise RequestError("items: a conversation gets its pictures from responses",

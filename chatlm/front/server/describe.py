@@ -17,9 +17,9 @@ from chatlm.common.text.tokenizer import tools_of
 from chatlm.front.api.field_types import TEXT
 from chatlm.front.api.fields import A_TEXT, Field
 from chatlm.front.api.tables import OLLAMA_NAMES
-from chatlm.front.intake.intake import tokenizer_of
+from chatlm.front.intake.intake import loaded_tokenizer
 from chatlm.front.pool.names import default_among
-from chatlm.front.pool.pool import free_memory, sampling_of
+from chatlm.front.pool.pool import free_memory, default_sampling
 from chatlm.front.server.anthropic_models import (
     A_PAGE, PAGE_QUERY, anthropic_model, anthropic_page, asks_as_anthropic)
 from chatlm.front.server.responses import REQUEST_LOG, json_response, shows
@@ -122,7 +122,7 @@ def kind_of(tokenizer: Tokenizer) -> str:
 
 
 def abilities(tokenizer: Tokenizer) -> dict[str, bool]:
-    """What the model can do; an embedder or a reranker does nothing else."""
+    """What the model can do. A model that embeds or ranks texts can do nothing else."""
     embedder = tokenizer.spec.embedder
     chats = tokenizer.has_chat_template
     answers = embedder is None
@@ -141,15 +141,21 @@ def abilities(tokenizer: Tokenizer) -> dict[str, bool]:
 
 def embedder_body(embedder: Embedder, context_length: int) -> dict:
     """How a model embeds or ranks texts, as /v1/models describes it."""
-    ranks = embedder.pooling == "rank"
-    return {"max_tokens": min(embedder.longest, context_length), **({} if ranks else {
-        "pooling": embedder.pooling, "dimensions": embedder.dimensions or embedder.size,
-        "least_dimensions": embedder.least or embedder.size, "similarity": embedder.similarity,
-        "prompts": dict(embedder.prompts), "default_prompt": embedder.default_prompt or None})}
+    body = {"max_tokens": min(embedder.longest, context_length)}
+    if embedder.pooling == "rank":
+        return body
+    return body | {
+        "pooling": embedder.pooling,
+        "dimensions": embedder.dimensions or embedder.size,
+        "least_dimensions": embedder.least or embedder.size,
+        "similarity": embedder.similarity,
+        "prompts": dict(embedder.prompts),
+        "default_prompt": embedder.default_prompt or None,
+    }
 
 
 def model_body(served: Served, is_default: bool = True) -> dict:
-    """A served model as /v1/models describes it. Overloaded while the only model loads."""
+    """A served model as /v1/models describes it. Raises Overloaded while the only model loads."""
     if served.failed:
         return {"id": served.name, "object": "model", "created": int(time.time()), "owned_by": "chat_server",
                 "state": served.state, "reason": served.public_reason, "aliases": served.aliases}
@@ -157,30 +163,46 @@ def model_body(served: Served, is_default: bool = True) -> dict:
     pool = served.pool
     adapter = served.adapter
     tokenizer = served.pool.tokenizer
-    if tokenizer is None or not pool.ready and not model.place:
+    if tokenizer is None or not pool.ready and not model.share:
         raise Overloaded("the model is not ready")
-    able = abilities(tokenizer)
     facts = pool.supervisor.card.facts
-    return {"id": served.name, "object": "model", "created": pool.created,
-            "state": served.state,
-            **({"loading": pool.supervisor.load_fraction()} if served.state == "loading" else {}),
-            "bytes": served.bytes, "weights_bytes": served.bytes if adapter else facts.weights_bytes,
-            "aliases": served.aliases,
-            "type": kind_of(tokenizer),
-            "family": facts.family, "format": facts.format,
-            "default": is_default, "pinned": model.choice.pin,
-            "weights_digest": facts.digest + (f"+{adapter.digest}" if adapter else ""),
-            "arithmetic": facts.arithmetic, **pool.checkpoint, **model.of_run, "owned_by": "chat_server",
-            **({"better": better_model(free_memory(pool))} if only_demonstrates(served.name) else {}),
-            "root": pool.model_name,
-            "parent": pool.model_name if adapter else None, "tools": tools_of(tokenizer),
-            "context_length": pool.context_length, "max_model_len": pool.context_length,
-            "scored_length": pool.supervisor.card.longest,
-            "capabilities": able, **({"embedder": embedder_body(embedder, pool.context_length)}
-                                     if (embedder := tokenizer.spec.embedder) else {}),
-            "defaults": {"max_tokens": model.settings.max_tokens, **{
-                name: value for name, (value, _) in sampling_of(pool, model.settings).items()}},
-            "meta": {"n_vocab": tokenizer.vocab_size, "n_ctx": pool.context_length}}
+    embedder = tokenizer.spec.embedder
+    sampling = {name: value for name, (value, _) in default_sampling(pool, model.settings).items()}
+    body = {
+        "id": served.name,
+        "object": "model",
+        "created": pool.created,
+        "state": served.state,
+        "bytes": served.bytes,
+        "weights_bytes": served.bytes if adapter else facts.weights_bytes,
+        "aliases": served.aliases,
+        "type": kind_of(tokenizer),
+        "family": facts.family,
+        "format": facts.format,
+        "default": is_default,
+        "pinned": model.choice.pin,
+        "weights_digest": f"{facts.digest}+{adapter.digest}" if adapter else facts.digest,
+        "arithmetic": facts.arithmetic,
+        **pool.checkpoint,
+        **model.run_fields,
+        "owned_by": "chat_server",
+        "root": pool.model_name,
+        "parent": pool.model_name if adapter else None,
+        "tools": tools_of(tokenizer),
+        "context_length": pool.context_length,
+        "max_model_len": pool.context_length,
+        "scored_length": pool.supervisor.card.longest,
+        "capabilities": abilities(tokenizer),
+        "defaults": {"max_tokens": model.settings.max_tokens, **sampling},
+        "meta": {"n_vocab": tokenizer.vocab_size, "n_ctx": pool.context_length},
+    }
+    if served.state == "loading":
+        body["loading"] = pool.supervisor.load_fraction()
+    if only_demonstrates(served.name):
+        body["better"] = better_model(free_memory(pool))
+    if embedder:
+        body["embedder"] = embedder_body(embedder, pool.context_length)
+    return body
 
 
 A_NAME = Field("model", TEXT, "one of the served models; absent: the default one")
@@ -189,8 +211,8 @@ TOKENIZER_CLASSES = {"hf": "PreTrainedTokenizerFast", "nanochat": "RustBPETokeni
 
 
 def tokenizer_body(tokenizer: Tokenizer) -> dict:
-    """The response of /tokenizer_info, in the words of a tokenizer_config.json. Evaluators ask for it to know
-    which tokens begin and end a text."""
+    """The response of /tokenizer_info, in the form of a tokenizer_config.json. Programs that evaluate models
+    ask which tokens begin and end a text."""
     spec = tokenizer.spec
 
     def name_of(token: int | None) -> str | None:
@@ -208,7 +230,8 @@ def ollama_model(served: Served) -> dict:
     card = model_body(served)
     name = served.name
     facts = pool.supervisor.card.facts
-    name = name if ":" in name else name + ":latest"
+    if ":" not in name:
+        name += ":latest"
     count = facts.parameters
     size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"
     return {"name": name, "model": name, "modified_at": utc(card["created"]), "size": facts.weights_bytes,
@@ -219,8 +242,8 @@ def ollama_model(served: Served) -> dict:
                         "quantization_level": facts.weights.upper()}}
 
 
-# What /api/version says, since clients refuse servers that are older than what they use of Ollama: VS Code
-# those before 0.6.4, Codex those before 0.13.4. The first version with all that this server has of it.
+# What /api/version says: the first version of Ollama with everything that this server has of it. Clients
+# refuse older servers: VS Code those before 0.6.4, Codex those before 0.13.4.
 OLLAMA_VERSION = "0.14.0"
 CENTURY_S = 3e9
 
@@ -238,34 +261,39 @@ def ollama_models(seen: Iterable[Served]) -> dict:
 
 def ollama_running(seen: Iterable[Served]) -> dict:
     """The response of /api/ps."""
-    return {"models": [body for served in seen if not served.failed for body in ollama_loaded(served)]}
+    models = [ollama_loaded(served) for served in seen if not served.failed]
+    return {"models": [model for model in models if model]}
 
 
-def ollama_loaded(served: Served) -> list[dict]:
-    """A model as Ollama's /api/ps describes it if it is in memory; [] otherwise."""
+def ollama_loaded(served: Served) -> dict | None:
+    """A model as Ollama's /api/ps describes it; None if it is not in memory."""
     pool = served.pool
     settings = served.model.settings
     workers = [worker for worker in pool.stats()["workers"] if worker["state"] == "ready"]
     if not workers:
-        return []
+        return None
     on_gpus = sum(worker["memory_used"] for worker in workers if not worker["device"].startswith("cpu"))
-    return [ollama_model(served) | {
+    return ollama_model(served) | {
         "size": sum(worker["memory_used"] for worker in workers), "size_vram": on_gpus,
         "expires_at": utc(time.time() + (settings.idle_unload or CENTURY_S)),  # if no request comes
-        "context_length": pool.context_length}]
+        "context_length": pool.context_length}
 
 
 def stats_body(catalogue: Catalogue, seen: Seq[Served]) -> dict:
     """The response of /stats, limited to the models that the client's key may see."""
     default = default_among(seen)
-    return {**catalogue.stats(seen), "models": [
-        {"id": served.name, "state": served.state, "bytes": served.bytes,
-         **({"reason": served.public_reason} if served.failed else {
-             "context_length": served.pool.context_length, "running": sum(
-                 worker["running"] for worker in served.pool.stats()["workers"]),
-             "queue_depth": served.pool.stats()["queue_depth"]}),
-         **served.model.of_run, "default": served == default, "pinned": served.model.choice.pin}
-        for served in seen]}
+    return {**catalogue.stats(seen), "models": [model_stats(served, served == default) for served in seen]}
+
+
+def model_stats(served: Served, is_default: bool) -> dict:
+    body = {"id": served.name, "state": served.state, "bytes": served.bytes, **served.model.run_fields,
+            "default": is_default, "pinned": served.model.choice.pin}
+    if served.failed:
+        return body | {"reason": served.public_reason}
+    stats = served.pool.stats()
+    return body | {"context_length": served.pool.context_length,
+                   "running": sum(worker["running"] for worker in stats["workers"]),
+                   "queue_depth": stats["queue_depth"]}
 
 
 class ModelRoutes:
@@ -296,7 +324,7 @@ class ModelRoutes:
     async def handle_tokenizer(self, http: web.Request) -> web.Response:
         """GET /tokenizer_info, as vLLM has it."""
         served = self.catalogue.find(A_NAME.read(http.query.get("model", "")), REQUEST_LOG.get().bound)
-        return json_response(tokenizer_body(tokenizer_of(served.pool)))
+        return json_response(tokenizer_body(loaded_tokenizer(served.pool)))
 
     async def handle_load(self, http: web.Request) -> web.Response:
         """POST /models/load, as llama-server's router does: loading begins, and /v1/models shows progress."""
@@ -317,14 +345,14 @@ class ModelRoutes:
         with self.bodies.holding() as holding:
             served, _ = await self.bodies.text(http, holding)
         pool = served.pool
-        tokenizer = tokenizer_of(pool)
+        tokenizer = loaded_tokenizer(pool)
         model = ollama_model(served)
         able = model_body(served)["capabilities"]
         facts = pool.supervisor.card.facts
         capabilities = {"completion": able["completion"], "tools": able["tools"], "insert": able["infill"],
                         "thinking": able["reasoning"], "vision": able["vision"],
                         "embedding": able["embedding"] and not able["completion"]}
-        sampling = sampling_of(pool, served.model.settings)
+        sampling = default_sampling(pool, served.model.settings)
         return json_response({name: model[name] for name in ("modified_at", "details")} | {
             "template": tokenizer.spec.chat_template or "", "modelfile": "", "license": "",
             "parameters": "\n".join(f"{OLLAMA_NAMES.get(name, name):30} {value:g}"
@@ -361,12 +389,12 @@ MODEL_ROUTES: tuple[Route[ModelRoutes], ...] = (
 
 def openapi_operation(route: Route) -> dict:
     error = {"description": "what is wrong", "content": {"application/json": {"schema": {"type": "object"}}}}
-    operation = {"summary": route.doc, "responses": {"200": {"description": route.doc}, "default": error},
-                 "parameters": [
-                     *({"name": name, "in": "path", "required": True, "schema": A_TEXT}
-                       for name in re.findall(r"{(\w+)", route.path)),
-                     *({"name": field.name, "in": "query", "description": field.doc, "schema": field.schema}
-                       for field in route.query)]}
+    parameters = [{"name": name, "in": "path", "required": True, "schema": A_TEXT}
+                  for name in re.findall(r"{(\w+)", route.path)]
+    parameters += [{"name": field.name, "in": "query", "description": field.doc, "schema": field.schema}
+                   for field in route.query]
+    operation = {"summary": route.doc, "parameters": parameters,
+                 "responses": {"200": {"description": route.doc}, "default": error}}
     if route.fields:
         required = [field.name for field in route.fields if field.required]
         schema = {"type": "object", "required": required,
@@ -376,7 +404,9 @@ def openapi_operation(route: Route) -> dict:
             "X-Ignored-Fields": {"schema": A_TEXT, "description": "fields of the body without effect"}}
     if route.returns:
         operation["responses"]["200"]["content"] = {"application/json": {"schema": route.returns}}
-    return operation | ({"security": []} if route.open else {})
+    if route.open:
+        operation["security"] = []
+    return operation
 
 
 def openapi_document(routes: Iterable[Route], settings: Settings) -> dict:

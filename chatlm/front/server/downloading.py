@@ -16,7 +16,7 @@ from chatlm.common.hub.offers import (
 from chatlm.common.jsontext import dump
 from chatlm.common.memory import available_memory, read_bandwidth
 from chatlm.front.api.encode import Encoder, frame
-from chatlm.front.api.encoders import OllamaEncoder
+from chatlm.front.api.encode_ollama import OllamaEncoder
 from chatlm.front.api.field_types import TEXT
 from chatlm.front.api.fields import Field
 from chatlm.front.lazy import web
@@ -84,8 +84,8 @@ class DownloadRoutes:
             "found": [self._offer(offer, memory) for offer in found]})
 
     async def handle_look(self, http: web.Request) -> web.Response:
-        """GET /models/hub/NAME: what the hub has of a model. The first of `models` is the one that a download
-        of NAME would fetch; its `problem` says why this program cannot run it."""
+        """GET /models/hub/NAME: the forms of a model that the hub has. A download of NAME would fetch the
+        first of `models`; its `problem` says why this program cannot run it."""
         self._check(http)
         name = http.match_info["name"]
         room, memory = await asyncio.to_thread(self._room)
@@ -95,26 +95,26 @@ class DownloadRoutes:
                               "models": [self._offer(offer, memory) for offer in offers]})
 
     def _measure(self):
-        """Measure how quickly this machine reads memory: nearly all of the time of a token on a CPU. Other
-        work makes a measurement too small, so the best one counts."""
+        """Measure how fast this machine reads memory, which takes nearly all of a token's time on a CPU. The
+        best measurement counts, because other work can only make one too small."""
         if time.monotonic() < self.measure_after_s:
             return
         self.measure_after_s = time.monotonic() + MEASURE_S
-        on_cpu = all(worker["device"].startswith("cpu")
-                     for pool in self.catalogue.pools for worker in pool.stats()["workers"])
+        on_cpu = all(worker["device"].startswith("cpu") for worker in self._workers())
         if on_cpu and available_memory() > 1 << 30:
             measured = read_bandwidth(max(1, min(16, (os.cpu_count() or 2) // 2)))
             self.bandwidth = max(self.bandwidth, measured)
 
     def _expected_speed(self, offer: Offer) -> float | None:
-        """About how many tokens per second a model would write alone; None where that is not known."""
+        """Estimate how many tokens per second a model would write with nothing else running; None if that is
+        not known."""
         if not (self.bandwidth and offer.bytes):
             return None
         read_s = offer.bytes * active_share(offer.name) / (SHARE_OF_BANDWIDTH * self.bandwidth)
         return round(1 / (read_s + BESIDE_S), 1)
 
     def _room(self) -> tuple[dict, int]:
-        """Bytes free, and the most that a model may take in memory."""
+        """What /models/hub says about free bytes, and the most that a model may take in memory."""
         cache = hub_cache()
         memory = self._memory()
         there = next(path for path in (cache, *cache.parents) if path.exists())
@@ -122,13 +122,21 @@ class DownloadRoutes:
                 "models_disk": self.downloads.settings.models_disk}, memory
 
     def _memory(self) -> int:
-        """What a model may take: --models-memory, what a GPU has, or what is free beside the one model."""
-        if budget := getattr(getattr(self.catalogue, "residency", None), "budget", 0):
-            return budget
-        workers = [worker for pool in self.catalogue.pools for worker in pool.stats()["workers"]]
-        on_gpus = [worker["memory_total"] for worker in workers if not worker["device"].startswith("cpu")]
+        """The bytes that a model may take: --models-memory, else a GPU's memory, else what is free plus what
+        the served models take."""
+        residency = getattr(self.catalogue, "residency", None)
+        if residency and residency.budget:
+            return residency.budget
+        on_gpus = [worker["memory_total"] for worker in self._workers()
+                   if not worker["device"].startswith("cpu")]
         used = sum(model.bytes for model in self.catalogue.registry.models)
         return max(on_gpus, default=0) or available_memory() + used
+
+    def _workers(self) -> list[dict]:
+        workers = []
+        for pool in self.catalogue.pools:
+            workers += pool.stats()["workers"]
+        return workers
 
     def _offer(self, offer: Offer, memory: int) -> dict:
         repository, file = named_model(offer.name)

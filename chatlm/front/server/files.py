@@ -25,14 +25,14 @@ from chatlm.front.intake.budget import BODY_S
 from chatlm.front.intake.tasks import CheckedLine, NumberedLine
 from chatlm.front.lazy import aiohttp, web
 from chatlm.front.server.inflate import encoding_of
-from chatlm.front.server.kept import (
-    AFTER, DAY_S, ORDER, asked, now_s, number_in, send_page, send_part, stored, take_room)
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.routes import Api, Route
+from chatlm.front.server.stored_lists import (
+    AFTER, DAY_S, ORDER, now_s, number_in, query_value, send_page, send_part, stored, take_room)
 from chatlm.front.server.streams import BODY_BYTES_PER_S
 from chatlm.front.store import batches, files, quota
-from chatlm.front.store.files import File, Row
-from chatlm.front.store.pages import Listed, Page, page_of
+from chatlm.front.store.files import File, LineRow
+from chatlm.front.store.pages import Listed, ListPage, page_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,14 +108,14 @@ class FileRoutes:
 
     async def handle_list(self, http: web.Request) -> web.StreamResponse:
         store = stored(self.store)
-        limit = asked(http, FILES_LIMIT, 10_000)
-        ascending = asked(http, ORDER, "desc") == "asc"
-        purpose = asked(http, PURPOSE, "")
+        limit = query_value(http, FILES_LIMIT, 10_000)
+        ascending = query_value(http, ORDER, "desc") == "asc"
+        purpose = query_value(http, PURPOSE, "")
         chosen = f" AND state = {files.THERE}{f' AND purpose = {purpose!r}' if purpose else ''}"
         owner = self.owner
-        after = asked(http, AFTER, "")
+        after = query_value(http, AFTER, "")
 
-        def read(connection) -> Page:
+        def read(connection) -> ListPage:
             rows = files.listed(connection, "files", File._fields, owner, after, ascending, chosen)
             bodies = (File(*row).body for row in rows)
             return page_of((Listed(body["id"], dump(body)) for body in bodies), limit)
@@ -213,7 +213,7 @@ class Upload:
         self.bad = 0                  # of these, those that cannot be run as they are
         self.first_problem = ""
         self.waited_s = 0.0           # for the client
-        self.rows: list[Row] = []           # that are still to be stored
+        self.rows: list[LineRow] = []           # that are still to be stored
         self.custom_ids: set[bytes] = set()  # digests of those so far
 
     async def begin(self):
@@ -309,23 +309,23 @@ class Upload:
             await self.store.run(partial(files.add_lines, file=self.id, rows=rows),
                                  adds_bytes=sum(len(row.text) + LINE_BYTES for row in rows))
 
-    def _row(self, line: NumberedLine, checked: CheckedLine) -> Row:
+    def _row(self, line: NumberedLine, checked: CheckedLine) -> LineRow:
         """The line with what is wrong with it. What is wrong with the body of a request is only noted: when
         it is run, another model may be here."""
         number, text = line
         problem, custom_id, url, model = checked
         if custom_id is None:
             self._note(problem)
-            return Row(number, text, problem=storable(problem))
+            return LineRow(number, text, problem=storable(problem))
         digest = hashlib.blake2b(custom_id.encode("utf-8", "replace"), digest_size=12).digest()
         if digest in self.custom_ids:
             problem = f"line {number:,}: an earlier line has its custom_id, {shown(custom_id)}"
             self._note(problem)
-            return Row(number, text, custom_id, url, model, problem)
+            return LineRow(number, text, custom_id, url, model, problem)
         self.custom_ids.add(digest)
         if problem:
             self._note(f"line {number:,}: {problem}")
-        return Row(number, text, custom_id, url, model)
+        return LineRow(number, text, custom_id, url, model)
 
     def _note(self, problem: str):
         self.bad += 1

@@ -23,7 +23,8 @@ Buckets = list[tuple[float, float]]  # (upper bound in seconds, how many were at
 
 
 class Sample(NamedTuple):
-    """The server at one time. None: nothing happened since the sample before that could be timed."""
+    """The state of the server at one time. A time is None if there was nothing to measure since the last
+    sample."""
 
     at: float  # in seconds since 1970
     running: float
@@ -31,14 +32,14 @@ class Sample(NamedTuple):
     tokens_per_second: float
     kv_pages_used: float
     memory_used: float
-    ttft_ms: float | None      # the median,
+    ttft_ms: float | None  # median time to first token
     ttft_ms_p95: float | None
-    itl_ms: float | None       # between two tokens
+    itl_ms: float | None  # median time between two tokens
     itl_ms_p95: float | None
 
 
 def percentiles(now: Buckets, before: Buckets) -> list[float | None]:
-    """Of what a histogram counted between two looks at it, in milliseconds."""
+    """The percentiles SHARES, in milliseconds, of what a histogram has counted between two moments."""
     earlier = [count for _, count in before] or [0.0 for _ in now]
     counts = [(bound, count - less) for (bound, count), less in zip(now, earlier)]
     whole = counts[-1][1] if counts else 0
@@ -46,6 +47,7 @@ def percentiles(now: Buckets, before: Buckets) -> list[float | None]:
 
 
 def milliseconds_at(counts: Buckets, wanted: float) -> float:
+    """The time below which `wanted` measurements are, interpolated within its bucket."""
     low = 0.0
     below = 0.0
     for bound, count in counts:
@@ -58,7 +60,7 @@ def milliseconds_at(counts: Buckets, wanted: float) -> float:
 
 
 def mean_of(first: Sample, second: Sample) -> Sample:
-    """Two samples as one, at the time of the first: so the oldest stays where the server started."""
+    """The mean of two samples, at the time of the first, so that the oldest sample stays at the start."""
     values = []
     for one, other in zip(first[1:], second[1:]):
         known = [value for value in (one, other) if value is not None]
@@ -67,9 +69,10 @@ def mean_of(first: Sample, second: Sample) -> Sample:
 
 
 class History:
-    """Samples since the start, in bounded memory: the longer ago it was, the further apart they are.
+    """Samples of the server's state since its start, in bounded memory: when there are too many, two become
+    one.
 
-    A task looks at what /stats and /metrics count anyway; no request does anything for it."""
+    A task takes them from what /stats and /metrics count anyway, so they cost no request anything."""
 
     def __init__(self, catalogue: Catalogue, metrics: Metrics | None):
         self.catalogue = catalogue
@@ -118,8 +121,8 @@ class History:
             self.interval_s *= 2
 
     def body(self, seen: Seq[Served]) -> dict:
-        """The response of /stats/history. The samples count all models, so a key that may see only some of
-        them gets none."""
+        """The response of /stats/history. The samples count all models, so a key that may see only some
+        models gets no samples."""
         everything = len(seen) == len(self.catalogue.registry.listed())
         return {"since": round(self.began_s, 1), "interval_s": self.interval_s, "fields": Sample._fields,
                 "samples": [*self.samples] if everything else []}

@@ -40,7 +40,7 @@ ASSUMED = 256      # tokens of its key's budget that an answer without max_token
 PICTURED = 4096    # that a picture is thought to have, until its prompt is laid out
 
 
-class Row(NamedTuple):
+class UsageRow(NamedTuple):
     """Whose, of what, and when."""
 
     day: str   # of UTC: 2026-11-24
@@ -75,7 +75,7 @@ UPSERT = (f"INSERT INTO usage (day, key, model, background, {', '.join(AMOUNTS)}
           f"ON CONFLICT DO UPDATE SET {', '.join(f'{name} = {name} + excluded.{name}' for name in AMOUNTS)}")
 
 
-def write(connection: sqlite3.Connection, rows: Iterable[tuple[Row, Amount]]):
+def write(connection: sqlite3.Connection, rows: Iterable[tuple[UsageRow, Amount]]):
     """Add to the database."""
     connection.executemany(UPSERT, [(*row, *astuple(amount)) for row, amount in rows])
 
@@ -85,26 +85,26 @@ def today() -> str:
 
 
 def seconds_to_midnight() -> int:
-    """Until the next day of UTC begins."""
+    """Seconds until the next day begins in UTC."""
     return 86_400 - int(time.time()) % 86_400
 
 
 class Claim(NamedTuple):
-    """What a request may take of its key's budget."""
+    """The tokens that a request may take from its key's budget."""
 
-    prompt_tokens: int    # before they are counted, rather too many
-    answers: int          # to all of its prompts
-    most: int             # tokens of each; the first ASSUMED of one without max_tokens
-    grows: bool           # has it no max_tokens?
+    prompt_tokens: int  # an estimate from above until they are counted
+    answers: int        # to all of its prompts
+    most: int           # tokens of an answer; without max_tokens, the first ASSUMED
+    grows: bool         # it has no max_tokens, so an answer may get more
 
     @property
     def beyond_one(self) -> int:
-        """The tokens of all answers but one: that one may pass the budget."""
+        """The tokens of all answers but one. One answer may always exceed the budget."""
         return self.most * (self.answers - 1)
 
 
 def claim_of(request: Request, context_length: int) -> Claim:
-    """Of a request to a model with this context; 0: not known."""
+    """The claim of a request to a model with this context (0: not known)."""
     answers = max(len(request.prompts), 1) * request.n
     prompt = prompt_estimate(request)
     if request.params.pooling:
@@ -115,7 +115,7 @@ def claim_of(request: Request, context_length: int) -> Claim:
 
 
 def prompt_estimate(request: Request) -> int:
-    """Tokens of the prompts, each byte of a text as one until they are counted."""
+    """The tokens of the prompts. A text that is not tokenized yet counts a token for each byte."""
     if request.prompt_ids is not None:
         return sum(map(len, request.prompt_ids))
     texts = [message.content for message in request.messages or ()]
@@ -126,31 +126,34 @@ def prompt_estimate(request: Request) -> int:
 
 
 def beyond_one(claims: Iterable[Claim]) -> int:
-    """The tokens of all answers to several requests but the longest: that one may pass the budget."""
+    """The tokens of all answers to several requests but the longest. One answer may always exceed the
+    budget."""
     claims = [*claims]
-    return sum(claim.most * claim.answers for claim in claims) - max(
-        (claim.most for claim in claims), default=0)
+    longest = max((claim.most for claim in claims), default=0)
+    return sum(claim.most * claim.answers for claim in claims) - longest
 
 
 class Charge:
-    """What one request uses, as its client gets it. A piece counts once its reader asks for the next one, as
-    it has then been sent, and its tokens once they have text; what a client gets whole counts once it was
-    sent (`answering`)."""
+    """Counts what one request uses, as far as its client gets it.
 
-    def __init__(self, request: Request, row: Row, context_length: int = 0):
+    A piece of an answer counts once its reader asks for the next one, because it has been sent by then. Its
+    tokens count once they have text. An answer that is sent whole counts once it was sent (`answering`)."""
+
+    def __init__(self, request: Request, row: UsageRow, context_length: int = 0):
         self.row = row
         self.n = request.n
         self.prompts = max(len(request.prompts), 1)
         self.claim = claim_of(request, context_length)
-        self.ended: dict[int, Usage] = {}        # of answers that have, by choice
-        self.drawn: Counter[int] = Counter()     # tokens of the others that were sent
-        self.held: Counter[int] = Counter()      # those that have no text yet, such as half a character
-        self.granted: dict[int, int] = {}        # of those without max_tokens: what they may have
-        self.spent_s: dict[int, float] = {}      # of these
-        self.begun = False
-        self.void = False
+        # by choice:
+        self.ended: dict[int, Usage] = {}     # the usage of answers that have ended
+        self.drawn: Counter[int] = Counter()  # tokens of running answers that were sent
+        self.held: Counter[int] = Counter()   # their tokens without text yet, such as half a character
+        self.granted: dict[int, int] = {}     # tokens that answers without max_tokens may have
+        self.spent_s: dict[int, float] = {}   # computing time of running answers
+        self.begun = False  # the request was accepted
+        self.void = False   # its tokens do not count
         self.prompt_tokens: tuple[int, ...] = ()  # of each prompt, once they are counted
-        # an answer without max_tokens has had all that was granted: more of it is, or it is ended
+        # called when an answer without max_tokens has used its grant; the answer gets more, or is ended
         self.more: Callable[[int], None] = lambda choice: None
 
     async def watch(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
@@ -160,7 +163,7 @@ class Charge:
                 if isinstance(event, Accepted):
                     self.prompt_tokens = event.each or (event.prompt_tokens,)
                 yield event
-                self.begun = True  # it was accepted
+                self.begun = True
                 if isinstance(event, Finished):
                     self.ended[event.choice] = event.usage
                     self.drawn.pop(event.choice, None)
@@ -168,7 +171,7 @@ class Charge:
                     self.spent_s.pop(event.choice, None)
                 elif isinstance(event, Piece):
                     self.held[event.choice] += len(event.tokens)
-                    if event.deltas:  # else nothing of it was sent
+                    if event.deltas:  # otherwise none of its tokens was sent
                         self.drawn[event.choice] += self.held.pop(event.choice)
                         self.spent_s[event.choice] = event.spent_s
                     if self.claim.grows and self.taken(event.choice) >= self.grant(event.choice):
@@ -180,75 +183,77 @@ class Charge:
 
     @property
     def amount(self) -> Amount:
-        """As the field `usage` of the answer counts: each prompt once, each answer to it separately."""
-        found = Amount(int(self.begun), compute_s=sum(self.spent_s.values()) + sum(
-            usage.compute_s for usage in self.ended.values()))
+        """What the request has used. It counts like the field `usage` of an answer: each prompt once, each
+        answer to it separately."""
+        compute_s = sum(self.spent_s.values()) + sum(usage.compute_s for usage in self.ended.values())
+        used = Amount(int(self.begun), compute_s=compute_s)
         if self.void:
-            return found
-        found.completion_tokens += self._completed + self.drawn.total()
+            return used
+        used.completion_tokens += self._completed + self.drawn.total()
         for prompt in range(self.prompts):
             first = self.ended.get(prompt * self.n)
+            ended = [usage for choice, usage in self.ended.items() if choice // self.n == prompt]
+            was_sent = any(choice // self.n == prompt for choice in self.drawn)
             if first:
-                found.prompt_tokens += first.prompt_tokens
-                found.cached_tokens += first.cached_tokens
-            elif known := [usage for choice, usage in self.ended.items() if choice // self.n == prompt]:
-                found.prompt_tokens += known[0].prompt_tokens
-            elif prompt < len(self.prompt_tokens) and any(
-                    choice // self.n == prompt for choice in self.drawn):
-                found.prompt_tokens += self.prompt_tokens[prompt]
-        return found
+                used.prompt_tokens += first.prompt_tokens
+                used.cached_tokens += first.cached_tokens
+            elif ended:
+                used.prompt_tokens += ended[0].prompt_tokens
+            elif was_sent and prompt < len(self.prompt_tokens):
+                used.prompt_tokens += self.prompt_tokens[prompt]
+        return used
 
     @property
     def _completed(self) -> int:
         return sum(usage.completion_tokens for usage in self.ended.values())
 
     def taken(self, choice: int) -> int:
-        """The tokens so far of an answer that runs."""
+        """The tokens that a running answer has so far."""
         return self.drawn[choice] + self.held[choice]
 
     def grant(self, choice: int) -> int:
-        """How many tokens an answer may have."""
+        """The tokens that an answer may have."""
         return self.granted.get(choice, self.claim.most)
 
     def grow(self, choice: int):
-        """Let an answer have ASSUMED tokens more."""
+        """Grant an answer ASSUMED tokens more."""
         while self.taken(choice) >= self.grant(choice):
             self.granted[choice] = self.grant(choice) + ASSUMED
 
     @property
     def reserved(self) -> int:
-        """How many tokens of its key's budget it takes while it runs: its prompts, and of each answer as many
-        as it may have, or, without max_tokens, the next ASSUMED."""
+        """The tokens of its key's budget that it takes while it runs: its prompts, and all tokens that its
+        answers may have. For an answer without max_tokens these are the next ASSUMED."""
         running = {*self.drawn, *self.held}
-        others = self.claim.answers - len(self.ended) - len(running)
+        not_begun = self.claim.answers - len(self.ended) - len(running)
         prompts = sum(self.prompt_tokens) if self.prompt_tokens else self.claim.prompt_tokens
-        return prompts + self._completed + self.claim.most * others + sum(
-            max(self.grant(choice), self.taken(choice)) for choice in running)
+        granted = sum(max(self.grant(choice), self.taken(choice)) for choice in running)
+        return prompts + self._completed + self.claim.most * not_begun + granted
 
 
 class Ledger:
-    """Counts what requests use, once they have ended, and writes it to the database of --database, in the
-    order in which they end; without one it has what was used since the server started.
+    """Counts what requests have used when they end, and checks the budgets of keys.
 
-    What is written was sent before. A front that is killed loses what its running answers had used, and what
-    ended within the last moments and was not committed yet. What lines of batches use is committed with
-    their results."""
+    It writes to the database of --database, in the order in which requests end. Without a database it knows
+    what was used since the server started. Only what was sent is written. A front that is killed loses what
+    its running answers have used, and the last moments that were not committed yet. What lines of batches use
+    is committed together with their results."""
 
     def __init__(self, settings: Settings, store: Store | None):
         self.settings = settings
         self.store = store
         self.since = int(time.time())
-        self.rows: dict[Row, Amount] = {}        # all of them without a database, else those not written yet
-        self.totals: dict[bool, Amount] = defaultdict(Amount)  # of this run, in the background and before it
-        self.used: Counter[tuple[str, str]] = Counter()        # (day, key) -> tokens, for budgets
-        self.running: dict[str, dict[Charge, None]] = defaultdict(dict)  # of keys that have one, in order
-        self.pledges: dict[str, Charge] = {}     # by the ids of requests that are about to run
+        self.rows: dict[UsageRow, Amount] = {}  # those not written yet; without a database, all
+        self.totals: dict[bool, Amount] = defaultdict(Amount)  # since the start; True: in the background
+        self.used: Counter[tuple[str, str]] = Counter()  # (day, key) -> tokens, for budgets
+        self.running: dict[str, dict[Charge, None]] = defaultdict(dict)  # by key, in the order of their begin
+        self.pledges: dict[str, Charge] = {}  # by the ids of requests that are about to begin
         self.news = asyncio.Event()
         self.writer = None
         self.closing = False
 
     async def open(self, app: web.Application | None = None):
-        """Read what budgets have left today, and begin to write."""
+        """Read what keys have used today, and start to write."""
         if self.store:
             since = (date.fromisoformat(today()) - timedelta(1)).isoformat()
             found = await self.store.run(lambda db: db.execute(
@@ -267,21 +272,21 @@ class Ledger:
     # what was used
 
     def charge(self, request: Request, model: str, context_length: int = 0) -> Charge:
-        """The charge of a request that begins now. `settle` or `count` ends it, or `release`."""
+        """Begin to charge a request. `settle`, `count` or `release` ends the charge."""
         key = request.client if self.settings.keys else ""
         pledge = self.pledges.get(request.id)
-        if pledge and pledge.row.key == key:  # another key may have chosen the same id
+        if pledge and pledge.row.key == key:  # a request of another key may have the same id
             return self.pledges.pop(request.id)
-        # a file's name may have bytes that are no text
-        model = model.encode("utf-8", "replace").decode()
-        charge = Charge(request, Row("", key, model, request.low_priority), context_length)
-        if (known := self.key_of(key)) and known.tokens_per_day is not None:
+        model = model.encode("utf-8", "replace").decode()  # a file's name may have bytes that are no text
+        charge = Charge(request, UsageRow("", key, model, request.low_priority), context_length)
+        known = self.key_of(key)
+        if known and known.tokens_per_day is not None:
             self.running[key][charge] = None
         return charge
 
     @contextmanager
     def pledged(self, works: Iterable[tuple[WorkerPool, Request, str]]) -> Iterator[None]:
-        """Reserve what several requests may take together, until each of them begins."""
+        """Reserve what several requests may take together, until each of them has begun."""
         pledges = {request.id: self.charge(request, model, pool.context_length)
                    for pool, request, model in works}
         self.pledges |= pledges
@@ -289,18 +294,18 @@ class Ledger:
             yield
         finally:
             for request_id, charge in pledges.items():
-                if self.pledges.get(request_id) is charge:  # it has not begun
+                if self.pledges.get(request_id) is charge:  # the request has not begun
                     del self.pledges[request_id]
                     self.release(charge)
 
     def release(self, charge: Charge):
-        """A request that costs nothing has ended."""
+        """End the charge of a request that costs nothing."""
         self.running[charge.row.key].pop(charge, None)
         if not self.running[charge.row.key]:
             del self.running[charge.row.key]
 
     def settle(self, charge: Charge):
-        """Enter what a request has used, on the day on which it ends."""
+        """End a charge, and enter what the request has used under today's date."""
         row, amount = self.used_by(charge)
         self.count(charge, row, amount)
         if amount != Amount():
@@ -309,12 +314,12 @@ class Ledger:
                 del self.rows[min(self.rows)]
             self.news.set()
 
-    def used_by(self, charge: Charge) -> tuple[Row, Amount]:
-        """What a request has used that ends now."""
+    def used_by(self, charge: Charge) -> tuple[UsageRow, Amount]:
+        """The entry for a request that ends now."""
         return charge.row._replace(day=today()), charge.amount
 
-    def count(self, charge: Charge, row: Row, amount: Amount):
-        """Count what a request has used for the budget of its key, and for /metrics."""
+    def count(self, charge: Charge, row: UsageRow, amount: Amount):
+        """End a charge, and count what the request has used for its key's budget and for /metrics."""
         self.release(charge)
         if amount == Amount():
             return
@@ -324,7 +329,8 @@ class Ledger:
             del self.used[min(self.used)]
 
     async def _write(self):
-        """Add to the database what is new; what it refuses is tried again."""
+        """Write new entries to the database until the ledger is closed. What cannot be written is tried
+        again."""
         assert self.store
         while not self.closing or self.rows:
             await self.news.wait()
@@ -348,13 +354,14 @@ class Ledger:
         return next((key for key in self.settings.keys if key.name == client), None)
 
     def checked(self, client: str, claims: Seq[Claim]) -> bool:
-        """over_budget; a header of the response then says so."""
-        if over := self.over_budget(client, claims):
+        """Like `over_budget`. If the key is over its budget, a header of the response says so."""
+        over = self.over_budget(client, claims)
+        if over:
             REQUEST_LOG.get().headers["X-Over-Budget"] = f"background; renewed in {seconds_to_midnight()} s"
         return over
 
     def wait_s(self, client: str) -> int:
-        """Seconds until a line of a batch may begin whose key is refused now; 0: it may begin."""
+        """Seconds until a client's line of a batch may begin; 0 if it may begin now."""
         try:
             self.check_line(client)
         except Overloaded as error:
@@ -362,20 +369,23 @@ class Ledger:
         return 0
 
     def over_budget(self, client: str, claims: Seq[Claim] = ()) -> bool:
-        """Must requests of this client wait in the background, since its key has used its tokens of today?
-        Overloaded if the key is to be refused then. claims: of the requests."""
+        """Whether requests with these claims must run in the background, because the client's key has used
+        its tokens of today. Raises Overloaded if such a key is to be refused."""
         key = self.key_of(client)
-        if not key or key.tokens_per_day is None or self._fits(
-                key, self.reserved(key), beyond_one(claims)):
+        if not key or key.tokens_per_day is None:
+            return False
+        if self._fits(key, self.reserved(key), beyond_one(claims)):
             return False
         if key.refused:
             raise self._refusal(key, beyond_one(claims))
         return True
 
     def check_line(self, client: str, claims: Seq[Claim] = ()):
-        """Overloaded if a line of a batch must wait, since its key is refused now. Lines, which may wait long
-        in the background, begin only while half of what is left today is free, or nothing else runs: else a
-        batch would keep the other requests of its key out until its end."""
+        """Raise Overloaded if a line of a batch must wait, because its key is refused now.
+
+        Lines may wait long in the background. So they begin only while half of what is left today is free, or
+        nothing else of the key runs. Otherwise a batch would keep the key's other requests out until its
+        end."""
         self.over_budget(client, claims)
         key = self.key_of(client)
         if not key or not key.refused or key.tokens_per_day is None:
@@ -386,8 +396,8 @@ class Ledger:
             raise self._refusal(key, beyond_one(claims))
 
     def check_prompt(self, charge: Charge):
-        """Overloaded if the prompts of a request, which are counted now, do not fit into what those before it
-        leave of its key's budget, and the key is to be refused then."""
+        """Once a request's prompts are counted: raise Overloaded if they do not fit into what earlier
+        requests have left of the key's budget, and such a key is to be refused."""
         key = self.key_of(charge.row.key)
         if not key or not key.refused or key.tokens_per_day is None:
             return
@@ -396,11 +406,13 @@ class Ledger:
             raise self._refusal(key, needed)
 
     def grow(self, charge: Charge, choice: int, alone: bool = False) -> bool:
-        """May an answer without max_tokens have more tokens? alone: also above the budget, if nothing else of
-        its key runs."""
+        """Grant an answer without max_tokens more tokens, if the budget has them. Returns whether it did.
+
+        alone: exceed the budget if nothing else of the key runs."""
         key = self.key_of(charge.row.key)
-        fits = not key or not key.refused or key.tokens_per_day is None or self._fits(
-            key, self.reserved(key), 0)
+        fits = True
+        if key and key.refused and key.tokens_per_day is not None:
+            fits = self._fits(key, self.reserved(key), 0)
         if fits or alone and len(self.running[charge.row.key]) == 1:
             charge.grow(choice)
             return True
@@ -410,7 +422,7 @@ class Ledger:
         return self.used[today(), key.name] + reserved + needed < (key.tokens_per_day or 0)
 
     def _refusal(self, key: ApiKey, needed: int) -> Overloaded:
-        """Why a key is refused. needed: tokens that its request takes at least."""
+        """The error for a key that is refused. needed: the least tokens that its request takes."""
         until = seconds_to_midnight()
         budget = key.tokens_per_day or 0
         left = budget - self.used[today(), key.name]
@@ -425,32 +437,40 @@ class Ledger:
                           "midnight UTC", until)
 
     def reserved(self, key: ApiKey, before: Charge | None = None) -> int:
-        """How many tokens the running requests of a key take of its budget: else many that begin at once
-        would all find some left. before: only those that began before this one."""
-        found = 0
+        """The tokens that the running requests of a key take from its budget. Without it, many requests that
+        begin at once would all find tokens left. before: count only requests that began before this one."""
+        tokens = 0
         for charge in self.running.get(key.name, ()):
             if charge is before:
                 break
-            found += charge.reserved
-        return found
+            tokens += charge.reserved
+        return tokens
 
     # what is shown
 
     async def handle_usage(self, http: web.Request) -> web.Response:
-        """GET /v1/usage: of the request's own key; of all for one with role=admin, or without keys."""
+        """GET /v1/usage: what the request's key has used. A key with role=admin sees all keys; without keys
+        everybody sees everything."""
         first, last = days_of(http.query.get("from"), http.query.get("to"))
-        key = self.key_of(REQUEST_LOG.get().client)
-        own = None if key and key.admin else REQUEST_LOG.get().client if self.settings.keys else ""
+        client = REQUEST_LOG.get().client
+        key = self.key_of(client)
+        own = client if self.settings.keys else ""
+        if key and key.admin:
+            own = None
         found = await self.between(first, last, own)
-        total, rows = await asyncio.to_thread(shown_rows, found)  # they may be many
-        kept = ("in the database" if self.store else
-                "in memory, since the server started (--database keeps it)")
-        head = dump({
-            "object": "usage", "from": first, "to": last, "key": own, "kept": kept,
-            "since": None if self.store else self.since, "cut": len(found) == MOST_ROWS,
-            **({"budget": self.budget(key)} if key and key.tokens_per_day is not None else {}),
-            "total": body_of(total)})
-        return web.Response(body=b'%s, "data": [%s]}' % (head[:-1], rows), content_type="application/json")
+        total, rows = await asyncio.to_thread(shown_rows, found)  # there may be many
+        head = {"object": "usage", "from": first, "to": last, "key": own}
+        if self.store:
+            head |= {"kept": "in the database", "since": None}
+        else:
+            head |= {"kept": "in memory, since the server started (--database keeps it)",
+                     "since": self.since}
+        head["cut"] = len(found) == MOST_ROWS
+        if key and key.tokens_per_day is not None:
+            head["budget"] = self.budget(key)
+        head["total"] = body_of(total)
+        return web.Response(body=b'%s, "data": [%s]}' % (dump(head)[:-1], rows),
+                            content_type="application/json")
 
     def budget(self, key: ApiKey) -> dict:
         return {"tokens_per_day": key.tokens_per_day, "used_today": self.used[today(), key.name],
@@ -458,11 +478,11 @@ class Ledger:
                 "over_budget": "refuse" if key.refused else "background",
                 "renewed_in_s": seconds_to_midnight()}
 
-    async def between(self, first: str, last: str, own: str | None) -> list[tuple[Row, Amount]]:
-        """The rows of these days, newest first; own: of this key alone."""
+    async def between(self, first: str, last: str, own: str | None) -> list[tuple[UsageRow, Amount]]:
+        """The rows of these days, the newest first. own: of this key only."""
         if self.store:
             return await self.store.run(partial(read, first=first, last=last, own=own))
-        found: dict[Row, Amount] = {}
+        found: dict[UsageRow, Amount] = {}
         for row, amount in self.rows.items():
             if first <= row.day <= last and own in (None, row.key):
                 found[row] = amount
@@ -471,18 +491,18 @@ class Ledger:
 
 
 def read(connection: sqlite3.Connection, first: str, last: str,
-         own: str | None) -> list[tuple[Row, Amount]]:
-    """The newest MOST_ROWS of these days; own: of this key alone."""
-    return [(Row(day, name, model, bool(background)), Amount(*amounts))
+         own: str | None) -> list[tuple[UsageRow, Amount]]:
+    """The newest MOST_ROWS rows of these days. own: of this key only."""
+    return [(UsageRow(day, name, model, bool(background)), Amount(*amounts))
             for day, name, model, background, *amounts in connection.execute(
                 f"SELECT day, key, model, background, {', '.join(AMOUNTS)} FROM usage "
                 "WHERE day BETWEEN ? AND ? AND key = IFNULL(?, key) "
                 "ORDER BY day DESC, key, model, background LIMIT ?", (first, last, own, MOST_ROWS))]
 
 
-def shown_rows(found: Iterable[tuple[Row, Amount]]) -> tuple[Amount, bytes]:
-    """The sum of all rows, and the members of a JSON list of them, made one by one: other threads get no turn
-    within one call of C."""
+def shown_rows(found: Iterable[tuple[UsageRow, Amount]]) -> tuple[Amount, bytes]:
+    """The sum of all rows, and the members of a JSON list of them. The rows are made one by one, because
+    other threads get no turn within a single call of C."""
     total = Amount()
     rows = list[bytes]()
     for row, amount in found:
@@ -496,7 +516,8 @@ def body_of(amount: Amount) -> dict[str, float]:
 
 
 def days_of(first: str | None, last: str | None) -> tuple[str, str]:
-    """The days asked for; by default the last ones. RequestError for what is no day."""
+    """The first and the last day that are asked for; by default the last DAYS. Raises RequestError for text
+    that is no day."""
     found = []
     for name, text in (("from", first), ("to", last)):
         day = None

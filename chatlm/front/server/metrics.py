@@ -32,7 +32,8 @@ class Metrics:
     REASONS = ("stop", "length", "cancelled", "refused", "error")
 
     def __init__(self, catalogue: Catalogue, ledger: Ledger):
-        self.catalogue, self.library = catalogue, require_library("prometheus_client", "/metrics")
+        self.catalogue = catalogue
+        self.library = require_library("prometheus_client", "/metrics")
         self.ledger = ledger
         self.library.disable_created_metrics()  # else each counter also exports its start time
         self.registry = self.library.CollectorRegistry()
@@ -51,10 +52,14 @@ class Metrics:
             self.requests.labels(reason)
 
     def buckets(self, name: str) -> list[tuple[float, float]]:
-        """(upper bound, count up to it) of a histogram without labels: `ttft` or `itl`."""
+        """The buckets of the histogram `ttft` or `itl`: (upper bound in seconds, count up to it)."""
         histogram = {"ttft": self.ttft, "itl": self.itl}[name]
-        return [(float(sample.labels["le"]), sample.value) for family in histogram.collect()
-                for sample in family.samples if sample.name.endswith("_bucket")]
+        found = []
+        for family in histogram.collect():
+            for sample in family.samples:
+                if sample.name.endswith("_bucket"):
+                    found.append((float(sample.labels["le"]), sample.value))
+        return found
 
     def collect(self) -> Iterator[Any]:
         """prometheus_client calls this on each scrape; it returns what the pool counts."""
@@ -102,8 +107,9 @@ class Metrics:
         known = gauge("chat_server_checkpoint_metric", "what is known of how good a checkpoint is",
                       labels=["model", "metric"])
         for served in self.catalogue.registry.listed():
-            for name, value in () if served.adapter else served.model.metrics.items():
-                known.add_metric([served.name, name], value)
+            if not served.adapter:
+                for name, value in served.model.metrics.items():
+                    known.add_metric([served.name, name], value)
         yield known
         for family_type, name, doc in (
                 (gauge, "memory_used", "bytes of its GPU in use, else of its process"),
@@ -128,7 +134,8 @@ class Metrics:
         yield from self._usage()
 
     def _usage(self) -> Iterator[Any]:
-        """What the ledger has counted since the server started. Not by key: any key may read /metrics."""
+        """What the ledger has counted since the server started. It is not divided by keys, because any key
+        may read /metrics."""
         counter = self.library.metrics_core.CounterMetricFamily
         for name, doc in (
                 ("requests", "requests that were answered, also in part"),
@@ -138,12 +145,12 @@ class Metrics:
                 ("compute_s", "seconds of steps, each divided among the tokens in it")):
             unit = f"{name[:-2]}_seconds" if name.endswith("_s") else name
             family = counter(f"chat_server_usage_{unit}", doc, labels=["background"])
-            for background, amount in (*self.ledger.totals.items(),):
+            for background, amount in [*self.ledger.totals.items()]:
                 family.add_metric([str(background).lower()], getattr(amount, name))
             yield family
 
     async def watch(self, events: AsyncGenerator[Event, None], n: int) -> AsyncGenerator[Event, None]:
-        """Pass the events on, count and time them; each prompt has `n` answers."""
+        """Pass an answer's events on, and count and time them. n: answers to each prompt."""
         began_s = time.monotonic()
         reason = "cancelled"
         last_s: dict[int, float] = {}  # by choice
@@ -167,8 +174,10 @@ class Metrics:
                         self.tokens.labels("prompt_cached").inc(event.usage.cached_tokens)
                 yield event
         except Exception as error:
-            refused = isinstance(error, (Overloaded, RequestError))
-            reason = "error" if not refused else "cancelled" if error.code == "cancelled" else "refused"
+            if not isinstance(error, (Overloaded, RequestError)):
+                reason = "error"
+            elif error.code != "cancelled":
+                reason = "refused"
             raise
         finally:
             await events.aclose()

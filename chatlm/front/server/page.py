@@ -34,7 +34,7 @@ POLICY = "Content-Security-Policy"
 PREVIEW_POLICY = "sandbox allow-scripts; frame-ancestors 'self'"
 
 
-class Page:
+class PageFiles:
     """The page's files, in memory: a bundle has no folder to send them from, and no path is ever built from
     a request. Scripts and styles are compressed once, at the first request for them."""
 
@@ -77,9 +77,10 @@ class Page:
         return web.Response(body=body, headers=headers, content_type=content_type)
 
 
-PAGE_ROUTES: tuple[Route[Page], ...] = (
-    Route("GET", "/", Api.NANOCHAT, Page.handle_index, "the page", open=True),
-    Route("GET", "/static/{name:.+}", Api.NANOCHAT, Page.handle_file, "its files", open=True, quiet=True),
-    Route("GET", "/usage", Api.NANOCHAT, Page.handle_usage, "a page that shows what each API key used",
+PAGE_ROUTES: tuple[Route[PageFiles], ...] = (
+    Route("GET", "/", Api.NANOCHAT, PageFiles.handle_index, "the page", open=True),
+    Route("GET", "/static/{name:.+}", Api.NANOCHAT, PageFiles.handle_file, "its files", open=True,
+          quiet=True),
+    Route("GET", "/usage", Api.NANOCHAT, PageFiles.handle_usage, "a page that shows what each API key used",
           open=True),
 )

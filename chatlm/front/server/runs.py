@@ -46,8 +46,9 @@ A_RUN = {"type": "object", "properties": {**RUN_PARTS, "flips": {
 
 
 def steps_of_runs(seen: Seq[Served], removed: Seq[dict] = ()) -> dict[RunName, list[Served]]:
-    """The checkpoints of each run, all in order of training. removed: those whose files are gone, as
-    `Catalogue.removed_steps` has them; a run may have only such."""
+    """The served checkpoints of each run. Runs and checkpoints are in the order of training.
+
+    removed: steps whose files are gone (`Catalogue.removed_steps`). A run may have no other steps."""
     steps: dict[RunName, list[Served]] = {}
     for served in seen:
         if served.model.run and not served.adapter:
@@ -61,16 +62,21 @@ def steps_of_runs(seen: Seq[Served], removed: Seq[dict] = ()) -> dict[RunName, l
 
 
 def runs_named(name: str, seen: Seq[Served], removed: Seq[dict] = ()) -> dict[RunName, list[Served]]:
-    """The steps of a run, or of all runs of a lineage. RequestError 404 for no such."""
+    """The steps of a run, or of all runs of a lineage. Raises RequestError 404 if there is no such run."""
     steps = steps_of_runs(seen, removed)
-    found = {run: steps[run] for run in steps if name == run.run} or {
-        run: steps[run] for run in steps if name == run.lineage} or {
-        run: steps[run] for run in steps if name in run.older}
+    found = [run for run in steps if name == run.run]
     if not found:
-        names = ", ".join([*dict.fromkeys(each for run in steps for each in (run.lineage, run.run))][:20])
+        found = [run for run in steps if name == run.lineage]
+    if not found:
+        found = [run for run in steps if name in run.older]
+    if not found:
+        known: dict[str, None] = {}  # in order, each once
+        for run in steps:
+            known |= {run.lineage: None, run.run: None}
+        names = ", ".join([*known][:20])
         raise RequestError(f"there is no run {shown(name)} here; {names or 'none is watched'}",
                            status=404, code="not_found", param="tag")
-    return found
+    return {run: steps[run] for run in found}
 
 
 def run_parts(name: str, steps: Mapping[RunName, Seq[Served]]) -> dict:
@@ -89,8 +95,8 @@ def list_of_runs(seen: Seq[Served], removed: Seq[dict] = ()) -> dict:
 
 
 def run_body(name: str, seen: Seq[Served], removed: Seq[dict] = ()) -> dict:
-    """The response of /v1/runs/{tag}: checkpoints of a run or a lineage, and their metrics. RequestError 404
-    for no such."""
+    """The response of /v1/runs/{tag}: the checkpoints of a run or a lineage, and their metrics. Raises
+    RequestError 404 if there is no such run."""
     found = runs_named(name, seen, removed)
     steps = []
     for run, of_run in found.items():
@@ -109,13 +115,14 @@ def step_body(run: RunName, served: Served) -> dict:
 
 
 def verdicts_among(seen: Seq[Served], removed: Seq[dict], tag: str, name: str, step: str | None) -> Verdicts:
-    """Those of a run's step, which is given by its number or, in a lineage, by the model's name. RequestError
-    if it has none."""
+    """The verdicts on a run's step. `step` is its number or, in a lineage, the model's name. Raises
+    RequestError if the step has none."""
     judged: dict[str, Verdicts] = {}
     for steps in runs_named(tag, seen, removed).values():
         for served in steps:
             if served.model.verdicts:
-                judged[served.name] = judged[str(served.model.step)] = served.model.verdicts
+                judged[served.name] = served.model.verdicts
+                judged[str(served.model.step)] = served.model.verdicts
     found = judged.get(step or "")
     if found is None:
         steps = [each for each in judged if each.isdigit()]
@@ -139,13 +146,15 @@ class RunRoutes:
         return json_response(list_of_runs(*self._steps()))
 
     async def handle_run(self, http: web.Request) -> web.Response:
-        """With `before` and `after`, steps that --watch-suite has judged, also the items that differ."""
-        tag, (seen, removed) = http.match_info["tag"], self._steps()
+        """GET /v1/runs/{tag}. With ?before and ?after, two steps that --watch-suite has judged, the response
+        also lists the items on which they differ."""
+        tag = http.match_info["tag"]
+        seen, removed = self._steps()
         body = run_body(tag, seen, removed)
         if "before" in http.query or "after" in http.query:
             from chatlm.front.evals.flips import flips
-            before, after = (verdicts_among(seen, removed, tag, name, http.query.get(name))
-                             for name in ("before", "after"))
+            before = verdicts_among(seen, removed, tag, "before", http.query.get("before"))
+            after = verdicts_among(seen, removed, tag, "after", http.query.get("after"))
             try:
                 body["flips"] = await asyncio.to_thread(flips, before, after)
             except ConfigError as error:

@@ -58,7 +58,7 @@ async def read_bytes(http: web.Request, holding: Holding, most: int = 0) -> byte
     # how large a compressed body becomes is not known before
     expected = length if length and not encoding else most
     if length > LIMITS.inline_bytes:
-        await holding.room(expected)
+        await holding.wait_for(expected)
     async with AsyncExitStack() as reading:
         parts = await reading.enter_async_context(aclosing(arriving(http)))
         if encoding:
@@ -67,7 +67,7 @@ async def read_bytes(http: web.Request, holding: Holding, most: int = 0) -> byte
             body += part
             check_size(len(body), most)
             if len(body) > LIMITS.inline_bytes and not holding.size:
-                await holding.room(expected)
+                await holding.wait_for(expected)
     holding.give_back_beyond(len(body))
     return body
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping, Sequence as Seq
+from contextlib import suppress
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import RequestError, shown
 from chatlm.front.store import files
-from chatlm.front.store.files import Row
+from chatlm.front.store.files import LineRow
 
 if TYPE_CHECKING:
     import sqlite3
@@ -46,17 +47,29 @@ class Batch(NamedTuple):
     lasts: int | None
 
     def body(self, written: Mapping[str, int]) -> dict:
-        """As the API shows it. written: how many lines its files have, of those that are there."""
-        problems = json.loads(self.problems) if self.problems else None
-        return {"id": self.name, "object": "batch", "endpoint": self.endpoint, "model": None,
-                "errors": {"object": "list", "data": problems} if problems else None,
-                "input_file_id": self.input, "completion_window": self.window, "status": self.status,
-                "output_file_id": self.output if written.get(self.output) else None,
-                "error_file_id": self.errors if written.get(self.errors) else None,
-                "created_at": self.created, "expires_at": self.expires,
-                **dict.fromkeys(TIMES), **json.loads(self.times),
-                "request_counts": {"total": self.total, "completed": self.completed, "failed": self.failed},
-                "metadata": json.loads(self.metadata) if self.metadata else None}
+        """The batch as the API shows it. written: the lines of its output files, by name."""
+        errors = None
+        if self.problems:
+            errors = {"object": "list", "data": json.loads(self.problems)}
+        counts = {"total": self.total, "completed": self.completed, "failed": self.failed}
+        return {
+            "id": self.name,
+            "object": "batch",
+            "endpoint": self.endpoint,
+            "model": None,
+            "errors": errors,
+            "input_file_id": self.input,
+            "completion_window": self.window,
+            "status": self.status,
+            "output_file_id": self.output if written.get(self.output) else None,
+            "error_file_id": self.errors if written.get(self.errors) else None,
+            "created_at": self.created,
+            "expires_at": self.expires,
+            **dict.fromkeys(TIMES),
+            **json.loads(self.times),
+            "request_counts": counts,
+            "metadata": json.loads(self.metadata) if self.metadata else None,
+        }
 
 
 COLUMNS = ", ".join(Batch._fields)
@@ -76,7 +89,7 @@ def create(connection: sqlite3.Connection, owner: str, source: files.File, endpo
 
 
 def named(connection: sqlite3.Connection, name: str) -> Batch:
-    """LookupError if there is none."""
+    """The batch with this name. Raises LookupError if there is none."""
     row = connection.execute(f"SELECT {COLUMNS} FROM batches WHERE name = ?", (name,)).fetchone()
     if row is None:
         raise LookupError(name)
@@ -84,12 +97,11 @@ def named(connection: sqlite3.Connection, name: str) -> Batch:
 
 
 def found(connection: sqlite3.Connection, name: str, owner: str) -> Batch:
-    """The batch with this name that this owner may see; RequestError 404 if there is none."""
-    try:
-        if files.owns(owner, (batch := named(connection, name)).owner):
+    """The batch with this name, if this owner may see it. Raises RequestError 404 if there is none."""
+    with suppress(LookupError):
+        batch = named(connection, name)
+        if files.owns(owner, batch.owner):
             return batch
-    except LookupError:
-        pass
     raise RequestError(f"there is no batch {shown(name)}", status=404, code="not_found", param="id")
 
 
@@ -100,13 +112,13 @@ def shown_batch(connection: sqlite3.Connection, batch: Batch) -> dict:
 
 
 def unfinished(connection: sqlite3.Connection) -> list[Batch]:
-    """Those that have something to do, the oldest first."""
+    """The batches that are not finished, the oldest first."""
     return [Batch(*row) for row in connection.execute(
         f"SELECT {COLUMNS} FROM batches WHERE status IN (?, ?, ?) ORDER BY id", UNFINISHED)]
 
 
 def unfinished_of(connection: sqlite3.Connection, owner: str) -> int:
-    """How many batches of an owner have something to do."""
+    """How many batches of an owner are not finished."""
     return connection.execute("SELECT COUNT(*) FROM batches WHERE status IN (?, ?, ?) AND owner = ?",
                               (*UNFINISHED, owner)).fetchone()[0]
 
@@ -119,7 +131,7 @@ def reads(connection: sqlite3.Connection, file: files.File) -> str | None:
 
 
 def set_status(connection: sqlite3.Connection, batch: Batch, status: str, now: int, *passed: str):
-    """passed: statuses that it goes through at the same moment."""
+    """Give a batch a status, and note the time. passed: statuses that it passes through at the same time."""
     times = json.loads(named(connection, batch.name).times)
     times |= {f"{each}_at": now for each in (*passed, status)}
     connection.execute("UPDATE batches SET status = ?, times = ? WHERE id = ?",
@@ -127,7 +139,8 @@ def set_status(connection: sqlite3.Connection, batch: Batch, status: str, now: i
 
 
 def begin(connection: sqlite3.Connection, batch: Batch, now: int) -> bool:
-    """Validate its input; False if it has failed, since no line of it can be run."""
+    """Validate a batch's input. Returns False if the batch has failed, because none of its lines can be
+    run."""
     source = files.named(connection, batch.input)
     bad = connection.execute(
         "SELECT number, problem, url FROM lines WHERE file = ? AND (problem IS NOT NULL OR url <> ?) "
@@ -152,12 +165,12 @@ class Waiting(NamedTuple):
     """A request without a result."""
 
     number: int
-    model: str   # that its body names; "" for a line that cannot be run
+    model: str   # the model that its body names; "" for a line that cannot be run
     bytes: int   # of its text
 
 
 def waiting_lines(connection: sqlite3.Connection, batch: Batch, after: int, most: int) -> list[Waiting]:
-    """The first requests without a result of those after line `after`."""
+    """The first `most` requests after line `after` that have no result."""
     source, output, errors = (files.named(connection, name).id
                               for name in (batch.input, batch.output, batch.errors))
     return [Waiting(*row) for row in connection.execute(
@@ -169,19 +182,19 @@ def waiting_lines(connection: sqlite3.Connection, batch: Batch, after: int, most
         "ORDER BY number LIMIT ?", (source, after, output, errors, most))]
 
 
-def line(connection: sqlite3.Connection, batch: Batch, number: int) -> Row:
+def line(connection: sqlite3.Connection, batch: Batch, number: int) -> LineRow:
     source = files.named(connection, batch.input)
-    return Row(*connection.execute("SELECT number, text, custom_id, url, model, problem FROM lines "
+    return LineRow(*connection.execute("SELECT number, text, custom_id, url, model, problem FROM lines "
                                    "WHERE file = ? AND number = ?", (source.id, number)).fetchone())
 
 
 def record(connection: sqlite3.Connection, batch: Batch, results: Seq[tuple[int, bytes, bool]]) -> bool:
-    """Note (number, text, whether it is an error) of lines, unless the batch is no longer in progress; is
-    it?"""
+    """Write results of lines: (number, text, whether it is an error). Writes nothing and returns False if the
+    batch is no longer in progress."""
     if named(connection, batch.name).status != "in_progress":
         return False
     for name, failures in (batch.output, False), (batch.errors, True):
-        rows = [Row(number, text) for number, text, failed in results if failed is failures]
+        rows = [LineRow(number, text) for number, text, failed in results if failed is failures]
         if rows:
             files.add_lines(connection, files.named(connection, name).id, rows)
             column = "failed" if failures else "completed"
@@ -191,7 +204,7 @@ def record(connection: sqlite3.Connection, batch: Batch, results: Seq[tuple[int,
 
 
 def cancel(connection: sqlite3.Connection, name: str, owner: str, now: int) -> Batch:
-    """RequestError 409 if it is over."""
+    """Cancel a batch. Raises RequestError 409 if it is finished."""
     batch = found(connection, name, owner)
     if batch.status not in UNFINISHED:
         raise RequestError(f"a batch whose status is {batch.status} cannot be cancelled", status=409,
@@ -202,8 +215,11 @@ def cancel(connection: sqlite3.Connection, name: str, owner: str, now: int) -> B
 
 
 def end(connection: sqlite3.Connection, batch: Batch, status: str, now: int):
-    """Its files can be seen now; one without a line is removed."""
-    set_status(connection, batch, status, now, *(() if status == "failed" else ("finalizing",)))
+    """Finish a batch: show its output files, and remove those without a line."""
+    if status == "failed":
+        set_status(connection, batch, status, now)
+    else:
+        set_status(connection, batch, status, now, "finalizing")
     connection.execute("UPDATE batches SET ended = ? WHERE id = ?", (now, batch.id))
     expires = None if batch.lasts is None else now + batch.lasts
     for name in (batch.output, batch.errors):
@@ -213,7 +229,8 @@ def end(connection: sqlite3.Connection, batch: Batch, status: str, now: int):
 
 
 def forget(connection: sqlite3.Connection, now: int, keep_s: int, uploads: Seq[int]):
-    """Delete what has expired, and uploads that ended early. uploads: files that are being uploaded."""
+    """Delete batches and files that have expired, and files whose upload broke off. uploads: the files that
+    are being uploaded now."""
     connection.execute("DELETE FROM batches WHERE ended < ?", (now - keep_s,))
     connection.execute(
         f"UPDATE files SET state = {files.DELETED} WHERE state = {files.THERE} AND expires < ? AND name NOT "

@@ -42,7 +42,7 @@ class File(NamedTuple):
                 "status": "processed", "status_details": self.note}
 
 
-class Row(NamedTuple):
+class LineRow(NamedTuple):
     """A line of a file that a client uploads. One without a request is blank."""
 
     number: int
@@ -92,7 +92,7 @@ def found(connection: sqlite3.Connection, name: str, owner: str, param: str = "i
     raise RequestError(f"there is no file {shown(name)}", status=404, code="not_found", param=param)
 
 
-def add_lines(connection: sqlite3.Connection, file: int, rows: Seq[Row]):
+def add_lines(connection: sqlite3.Connection, file: int, rows: Seq[LineRow]):
     connection.executemany("INSERT INTO lines (file, number, text, custom_id, url, model, problem) "
                            "VALUES (?, ?, ?, ?, ?, ?, ?)", [(file, *row) for row in rows])
     connection.execute("UPDATE files SET bytes = bytes + ?, requests = requests + ? WHERE id = ?",

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 PAGE_BYTES = 4 << 20  # a page ends before the row with which it would have more, unless that is its first
 
 
-class Place(NamedTuple):
+class TextPlace(NamedTuple):
     """Where a JSON text lies, and its size: so it is read only once there is memory for it."""
 
     table: str
@@ -32,7 +32,7 @@ class Listed(NamedTuple):
         return len(self.text)
 
 
-class Page(NamedTuple):
+class ListPage(NamedTuple):
     """Rows of a list; more: whether others follow."""
 
     rows: Seq
@@ -43,19 +43,19 @@ class Page(NamedTuple):
         return sum(row.bytes for row in self.rows)
 
 
-def page_of(rows: Iterable[Place] | Iterable[Listed], limit: int) -> Page:
+def page_of(rows: Iterable[TextPlace] | Iterable[Listed], limit: int) -> ListPage:
     """The first `limit` of `rows`, or those before the page is too large."""
     shown = []
     size = 0
     for row in rows:
         size += row.bytes
         if len(shown) == limit or shown and size > PAGE_BYTES:
-            return Page(shown, True)
+            return ListPage(shown, True)
         shown.append(row)
-    return Page(shown, False)
+    return ListPage(shown, False)
 
 
-def texts(connection: sqlite3.Connection, places: Iterable[Place]) -> list[bytes | None]:
+def texts(connection: sqlite3.Connection, places: Iterable[TextPlace]) -> list[bytes | None]:
     """What lies there; None where it was deleted meanwhile."""
     found = []
     for place in places:

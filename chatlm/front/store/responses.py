@@ -15,7 +15,7 @@ from chatlm.common.errors import RequestError, bad_value, shown
 from chatlm.common.messages.protocol import KeptItem
 from chatlm.front.store import quota
 from chatlm.front.store.files import PART_BYTES, PART_LINES, owns
-from chatlm.front.store.pages import Page, Place, page_of
+from chatlm.front.store.pages import ListPage, TextPlace, page_of
 
 if TYPE_CHECKING:
     import sqlite3
@@ -27,10 +27,11 @@ INPUT = 0
 OUTPUT = 1
 WHOLE = 2
 ITEM_BYTES = 256              # that a row takes besides its text
-TABLES = (("responses", "parts", "response"), ("conversations", "items", "conversation"))  # and their texts
+# (a table, the table with its texts, the column there that refers to it)
+TABLES = (("responses", "parts", "response"), ("conversations", "items", "conversation"))
 
 
-class Kept(NamedTuple):
+class KeptResponse(NamedTuple):
     """A row of `responses`."""
 
     id: int
@@ -57,12 +58,13 @@ class NewResponse(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """That it takes, also of its conversation."""
+        """The bytes that it takes in the store, with the copies of its items in its conversation."""
+        copies = 2 if self.conversation else 1
         items = bytes_of([*self.input, *self.output])
-        return items * (2 if self.conversation else 1) + len(self.body) + ITEM_BYTES
+        return copies * items + len(self.body) + ITEM_BYTES
 
 
-class Conversation(NamedTuple):
+class ConversationRow(NamedTuple):
     """A row of `conversations`."""
 
     id: int
@@ -84,9 +86,10 @@ def refuse(what: str, name: str, param: str = "id") -> RequestError:
 # responses
 
 def keep(connection: sqlite3.Connection, new: NewResponse):
-    """Note a response, and add its items to its conversation, if that is still there."""
-    parts = [*((INPUT, *item) for item in new.input), *((OUTPUT, *item) for item in new.output),
-             (WHOLE, new.name, new.body)]
+    """Write a response, and add its items to its conversation, if that still exists."""
+    parts = [(INPUT, *item) for item in new.input]
+    parts += [(OUTPUT, *item) for item in new.output]
+    parts.append((WHOLE, new.name, new.body))
     size = bytes_of(new.input) + bytes_of(new.output) + len(new.body) + ITEM_BYTES
     row = connection.execute(
         "INSERT INTO responses (name, owner, created, expires, previous, conversation, bytes) VALUES "
@@ -101,31 +104,33 @@ def keep(connection: sqlite3.Connection, new: NewResponse):
         add_items(connection, conversation, [*new.input, *new.output], new.expires)
 
 
-def found(connection: sqlite3.Connection, name: str, owner: str, param: str = "id") -> Kept:
-    row = connection.execute(f"SELECT {', '.join(Kept._fields)} FROM responses "
+def response_named(connection: sqlite3.Connection, name: str, owner: str,
+                   param: str = "id") -> KeptResponse:
+    """The response with this name. Raises RequestError 404 if this owner has no such response."""
+    row = connection.execute(f"SELECT {', '.join(KeptResponse._fields)} FROM responses "
                              "WHERE name = ? AND NOT deleted", (name,)).fetchone()
     if row is None or not owns(owner, row[2]):
         raise refuse("response", name, param)
-    return Kept(*row)
+    return KeptResponse(*row)
 
 
-def whole_of(connection: sqlite3.Connection, name: str, owner: str) -> Place:
-    """Where all of a response lies."""
-    kept = found(connection, name, owner)
+def whole_of(connection: sqlite3.Connection, name: str, owner: str) -> TextPlace:
+    """The place of a whole response as JSON."""
+    kept = response_named(connection, name, owner)
     row, size = connection.execute("SELECT id, LENGTH(body) FROM parts WHERE response = ? AND kind = ?",
                                    (kept.id, WHOLE)).fetchone()
-    return Place("parts", row, name, size)
+    return TextPlace("parts", row, name, size)
 
 
 def delete(connection: sqlite3.Connection, name: str, owner: str):
-    kept = found(connection, name, owner)
+    kept = response_named(connection, name, owner)
     connection.execute("UPDATE responses SET deleted = 1 WHERE id = ?", (kept.id,))
 
 
 def chain(connection: sqlite3.Connection, name: str, owner: str, param: str = "id") -> list[int]:
-    """The ids of a response and of those that it continues, the newest first. RequestError 404 if one of them
-    is gone."""
-    first = found(connection, name, owner, param)
+    """The row ids of a response and of all responses that it continues, the newest first. Raises RequestError
+    404 if one of them is gone."""
+    first = response_named(connection, name, owner, param)
     rows = connection.execute(
         "WITH RECURSIVE chain (id, owner, previous, turn) AS ("
         "SELECT id, owner, previous, 1 FROM responses WHERE id = ? UNION ALL "
@@ -142,8 +147,8 @@ def chain(connection: sqlite3.Connection, name: str, owner: str, param: str = "i
 
 
 def inputs(connection: sqlite3.Connection, name: str, owner: str, after: str, ascending: bool,
-           limit: int) -> Page:
-    """A page of what a response was asked, also by what it continues."""
+           limit: int) -> ListPage:
+    """A page of the input of a response, after all that was said in the responses which it continues."""
     responses = chain(connection, name, owner)
     own = responses[0]
     order = "ASC" if ascending else "DESC"
@@ -151,15 +156,18 @@ def inputs(connection: sqlite3.Connection, name: str, owner: str, after: str, as
         responses.reverse()
     begin = None
     if after:
-        places = {response: row for response, row, kind in connection.execute(
-            "SELECT response, id, kind FROM parts WHERE name = ?", (after,))
-            if kind == INPUT or kind == OUTPUT and response != own}
+        places = {}  # response -> the row of the item `after` in it
+        for response, row, kind in connection.execute(
+                "SELECT response, id, kind FROM parts WHERE name = ?", (after,)):
+            if kind == INPUT or kind == OUTPUT and response != own:
+                places[response] = row
         among = [index for index, each in enumerate(responses) if each in places]
         if not among:
             raise bad_value("after", after, "the id of a row of the list")
-        responses, begin = responses[among[0]:], places[responses[among[0]]]
+        responses = responses[among[0]:]
+        begin = places[responses[0]]
 
-    def rows() -> Iterator[Place]:
+    def rows() -> Iterator[TextPlace]:
         for response in responses:
             kinds = (INPUT, INPUT if response == own else OUTPUT)
             first = begin if response == responses[0] else None
@@ -167,15 +175,15 @@ def inputs(connection: sqlite3.Connection, name: str, owner: str, after: str, as
                     "SELECT id, name, LENGTH(body) FROM parts WHERE response = ? AND kind IN (?, ?) "
                     f"AND (? IS NULL OR id {'>' if ascending else '<'} ?) ORDER BY id {order}",
                     (response, *kinds, first, first)):
-                yield Place("parts", *row)
+                yield TextPlace("parts", *row)
     return page_of(rows(), limit)
 
 
-# what is continued
+# what was said before
 
 def earlier(connection: sqlite3.Connection, column: str, previous: str, conversation: str,
             owner: str) -> Iterator:
-    """`column` of each item that was said up to a response, or in a conversation, in order."""
+    """`column` of each item up to the end of a response, or in a conversation, in order."""
     if conversation:
         row = conversation_named(connection, conversation, owner, "conversation")
         for (value,) in connection.execute(
@@ -190,7 +198,7 @@ def earlier(connection: sqlite3.Connection, column: str, previous: str, conversa
 
 
 def size_before(connection: sqlite3.Connection, previous: str, conversation: str, owner: str) -> int:
-    """How many bytes `before` has. RequestError if that is more than a body may have."""
+    """How many bytes `before` returns. Raises RequestError if that is more than a body may have."""
     size = 2
     for length in earlier(connection, "LENGTH(body)", previous, conversation, owner):
         size += length + 2
@@ -201,15 +209,15 @@ def size_before(connection: sqlite3.Connection, previous: str, conversation: str
 
 
 def before(connection: sqlite3.Connection, previous: str, conversation: str, owner: str) -> bytes:
-    """What was said up to a response, or in a conversation, as a JSON list of items without ids."""
-    size_before(connection, previous, conversation, owner)  # it may have grown
+    """All items up to the end of a response, or in a conversation, as a JSON list of items without ids."""
+    size_before(connection, previous, conversation, owner)  # checks again: it may have grown
     return b"[%s]" % b", ".join(earlier(connection, "body", previous, conversation, owner))
 
 
 # conversations
 
 def create_conversation(connection: sqlite3.Connection, owner: str, now: int, expires: int, metadata: str,
-                        items: Seq[KeptItem]) -> Conversation:
+                        items: Seq[KeptItem]) -> ConversationRow:
     quota.check(connection, owner, len(metadata) + bytes_of(items))
     name = f"conv_{secrets.token_hex(24)}"
     connection.execute(
@@ -221,15 +229,15 @@ def create_conversation(connection: sqlite3.Connection, owner: str, now: int, ex
 
 
 def conversation_named(connection: sqlite3.Connection, name: str, owner: str,
-                       param: str = "id") -> Conversation:
-    row = connection.execute(f"SELECT {', '.join(Conversation._fields)} FROM conversations "
+                       param: str = "id") -> ConversationRow:
+    row = connection.execute(f"SELECT {', '.join(ConversationRow._fields)} FROM conversations "
                              "WHERE name = ? AND NOT deleted", (name,)).fetchone()
     if row is None or not owns(owner, row[2]):
         raise refuse("conversation", name, param)
-    return Conversation(*row)
+    return ConversationRow(*row)
 
 
-def set_metadata(connection: sqlite3.Connection, name: str, owner: str, metadata: str) -> Conversation:
+def set_metadata(connection: sqlite3.Connection, name: str, owner: str, metadata: str) -> ConversationRow:
     row = conversation_named(connection, name, owner)
     more = len(metadata.encode()) - len(row.metadata.encode())
     if more > 0:
@@ -239,9 +247,10 @@ def set_metadata(connection: sqlite3.Connection, name: str, owner: str, metadata
     return row._replace(metadata=metadata)
 
 
-def add_items(connection: sqlite3.Connection, conversation: Conversation, items: Seq[KeptItem],
+def add_items(connection: sqlite3.Connection, conversation: ConversationRow, items: Seq[KeptItem],
               expires: int) -> list[KeptItem]:
-    """Returns the items as they are added: one whose name is taken there gets another."""
+    """Add items to a conversation. Returns them as they were added: an item whose name is taken there gets
+    another name."""
     added = []
     for item in items:
         taken = connection.execute("SELECT 1 FROM items WHERE conversation = ? AND name = ?",
@@ -258,14 +267,14 @@ def add_items(connection: sqlite3.Connection, conversation: Conversation, items:
 
 def extend(connection: sqlite3.Connection, name: str, owner: str, items: Seq[KeptItem],
            expires: int) -> list[KeptItem]:
-    """Add what a client says is part of a conversation."""
+    """Add a client's items to a conversation."""
     row = conversation_named(connection, name, owner)
     quota.check(connection, row.owner, bytes_of(items))
     return add_items(connection, row, items, expires)
 
 
 def items(connection: sqlite3.Connection, name: str, owner: str, after: str, ascending: bool,
-          limit: int) -> Page:
+          limit: int) -> ListPage:
     """A page of a conversation's items."""
     row = conversation_named(connection, name, owner)
     condition = ""
@@ -280,20 +289,20 @@ def items(connection: sqlite3.Connection, name: str, owner: str, after: str, asc
     rows = connection.execute(
         f"SELECT id, name, LENGTH(body) FROM items WHERE conversation = ? {condition} ORDER BY id {order}",
         (row.id, *begin))
-    return page_of((Place("items", *each) for each in rows), limit)
+    return page_of((TextPlace("items", *each) for each in rows), limit)
 
 
-def item_named(connection: sqlite3.Connection, conversation: str, name: str, owner: str) -> Place:
-    """Where an item of a conversation lies."""
+def item_named(connection: sqlite3.Connection, conversation: str, name: str, owner: str) -> TextPlace:
+    """The place of an item of a conversation."""
     row = conversation_named(connection, conversation, owner)
     place = connection.execute("SELECT id, name, LENGTH(body) FROM items WHERE conversation = ? AND name = ?",
                                (row.id, name)).fetchone()
     if place is None:
         raise refuse("item", name, "item")
-    return Place("items", *place)
+    return TextPlace("items", *place)
 
 
-def drop_item(connection: sqlite3.Connection, conversation: str, name: str, owner: str) -> Conversation:
+def drop_item(connection: sqlite3.Connection, conversation: str, name: str, owner: str) -> ConversationRow:
     place = item_named(connection, conversation, name, owner)
     row = conversation_named(connection, conversation, owner)
     connection.execute("DELETE FROM items WHERE id = ?", (place.row,))
@@ -307,10 +316,10 @@ def delete_conversation(connection: sqlite3.Connection, name: str, owner: str):
     connection.execute("UPDATE conversations SET deleted = 1 WHERE id = ?", (row.id,))
 
 
-# what is over
+# what has expired
 
 def forget(connection: sqlite3.Connection, now: int) -> bool:
-    """Mark some of what has expired as deleted. True if there is more."""
+    """Mark some rows that have expired as deleted. Returns whether there are more."""
     more = False
     for table, _, _ in TABLES:
         marked = connection.execute(
@@ -321,8 +330,8 @@ def forget(connection: sqlite3.Connection, now: int) -> bool:
 
 
 def purge(connection: sqlite3.Connection) -> bool:
-    """Remove some of what was deleted. True if there is more."""
-    left = PART_LINES  # rows
+    """Remove some rows that are marked as deleted. Returns whether there are more."""
+    left = PART_LINES  # rows that may still be removed now
     for table, parts, column in TABLES:
         while left > 0:
             row = connection.execute(f"SELECT id FROM {table} WHERE deleted = 1 LIMIT 1").fetchone()
@@ -339,8 +348,8 @@ def purge(connection: sqlite3.Connection) -> bool:
 
 def _purge_parts(connection: sqlite3.Connection, parts: str, column: str, owner: int,
                  most: int) -> int | None:
-    """Remove some of the texts of a row. Returns how many of `most` rows that was worth, where PART_BYTES are
-    worth PART_LINES; None if there are none left."""
+    """Remove some texts of a row. Returns how many rows the work was worth, at most about `most`; PART_BYTES
+    are worth as much as PART_LINES rows. None if the row has no texts left."""
     last = None
     size = 0
     count = 0

@@ -39,39 +39,40 @@ PRIVATE = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK  # with mode 060
 CHECKED_BYTES = 512 << 20    # that are checked before the start, within about a second; more beside the work
 
 
-# Of the disk, which what clients keep leaves free: so something can always be deleted, the ledger be written,
-# and the server be started
+# What clients store leaves this much of the disk free, so that texts can always be deleted, the ledger can be
+# written, and the server can start.
 RESERVE_BYTES = 64 << 20
 
 
-class Work(NamedTuple):
+class StoreWork(NamedTuple):
     function: Callable[[Any], Any]
     result: Future
-    adds_bytes: int  # of what clients keep
+    adds_bytes: int  # of clients' texts
 
 
 class Store:
-    """One file, in WAL mode with synchronous=FULL: what `run` has returned survives kill -9 and power cuts.
+    """The database: one file, in WAL mode with synchronous=FULL. When `run` returns, its work survives kill
+    -9 and power cuts.
 
-    All work is done in one thread, in the order in which it was asked for. What waits together is committed
-    together. Other programs may read the file, and copy it with SQLite's .backup, at any time; only one
-    server at a time has it.
+    One thread does all work, in the order in which it comes. Work that waits together is committed together.
+    Other programs may read the file, and copy it with SQLite's .backup, at any time. Only one server at a
+    time can use it.
 
-    Work that adds what clients keep says how much, and is refused where it would not leave RESERVE_BYTES
-    free. All other work (deletions, the ledger, the state of batches) may use those."""
+    Work that adds texts of clients says how many bytes, and is refused if it would not leave RESERVE_BYTES of
+    the disk. All other work (deletions, the ledger, the state of batches) may use these bytes."""
 
     def __init__(self, path: Path):
-        self.path, self.absolute = path, path.absolute()
-        self.waiting: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self.path = path
+        self.absolute = path.absolute()
+        self.waiting: queue.SimpleQueue[StoreWork | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._serve, name="store", daemon=True)
-        # damaged: that was found after the start
         self.closed = False
-        self.damaged = False
-        self.added_bytes = 0                # of what clients keep, in the transaction that runs
+        self.damaged = False  # a check after the start has found damage
+        self.added_bytes = 0  # of clients' texts, in the transaction that runs
 
     def open(self):
-        """Open or create it. ConfigError if it cannot be used; then nothing in it has changed, but that steps
-        to the current version may have been taken."""
+        """Open or create the file. Raises ConfigError if it cannot be used. Then nothing in it has changed,
+        except that it may have been brought closer to the current version."""
         try:
             import sqlite3
         except ImportError as error:
@@ -96,7 +97,7 @@ class Store:
         return ConfigError(f"--database {self.path}: {reason}")
 
     def _prepare_files(self):
-        """Lock it against other servers, and see that only this user can read it."""
+        """Lock the file against other servers, and let only this user read it."""
         if not self.path.parent.is_dir():
             self.path.parent.mkdir(parents=True, mode=0o700)
         self.lock = self._open_lock()
@@ -119,8 +120,8 @@ class Store:
         return open(os.open(self._beside("-lock"), PRIVATE, 0o600), "r+b")
 
     def _check_header(self, file: BinaryIO):
-        """ConfigError unless this is an empty file or one of ours. SQLite itself would already change
-        something: it removes the journal of a program that has crashed."""
+        """Raise ConfigError unless the file is empty or one of ours. We look before SQLite opens it, because
+        SQLite would change another program's file: it removes the journal of one that has crashed."""
         mode = os.fstat(file.fileno()).st_mode
         if not stat.S_ISREG(mode):
             raise self._unusable("it must be a regular file")
@@ -132,8 +133,9 @@ class Store:
 
     def _connect(self):
         journal = self.path.with_name(f"{self.path.name}-journal")
-        self.unchecked = (size := self.path.stat().st_size) > CHECKED_BYTES
-        if size and not journal.exists():  # else a start was killed: SQLite undoes it
+        size = self.path.stat().st_size
+        self.unchecked = size > CHECKED_BYTES
+        if size and not journal.exists():  # with a journal, a start was killed, and SQLite undoes it
             with closing(self._reader()) as reader:
                 self._check_version(reader)
                 if not self.unchecked:
@@ -150,20 +152,21 @@ class Store:
     def _writer(self) -> sqlite3.Connection:
         connection = self.library.connect(self.absolute, timeout=BUSY_S, isolation_level=None,
                                           check_same_thread=False)
-        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # of a new one
-        connection.execute("PRAGMA secure_delete = ON")         # deleted texts are overwritten
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # counts for a new file only
+        connection.execute("PRAGMA secure_delete = ON")         # overwrites deleted texts
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA synchronous = FULL")
         return connection
 
     def _note_places(self):
-        """Note which files have the names now."""
-        self.connection.execute("BEGIN IMMEDIATE")  # from now on there are those of BESIDE
+        """Note which files have our names now."""
+        self.connection.execute("BEGIN IMMEDIATE")  # makes the files of BESIDE
         self.connection.execute("COMMIT")
         self.places = {ending: self._place(ending) for ending in ("", "-lock", *BESIDE)}
 
     def _take_step(self, connection: sqlite3.Connection) -> bool:
-        """Take a step to the current version, or a part of one, and commit it. False if there was none."""
+        """Take the next step to the current version of the tables, or a part of it, and commit it. Returns
+        False if there was none."""
         connection.execute("BEGIN EXCLUSIVE")
         try:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
@@ -186,7 +189,7 @@ class Store:
                 connection.execute("ROLLBACK")
 
     def _statements(self, script: str) -> Iterator[str]:
-        """The statements of a script, one of which may have others in it."""
+        """The statements of a script. A statement, such as a trigger, may have others inside."""
         statement = ""
         for part in script.split(";")[:-1]:
             statement += part + ";"
@@ -205,8 +208,8 @@ class Store:
         return None
 
     def _check_places(self):
-        """See that the files that are open still have their names. OperationalError where what is committed
-        now would be lost; what can be put back is."""
+        """Check that the open files still have their names, and repair what can be repaired. Raises
+        OperationalError if what is committed now would be lost."""
         if self._place("") != self.places[""]:
             raise self.library.OperationalError(REPLACED)
         try:
@@ -232,14 +235,14 @@ class Store:
         log.warning("--database %s: its -lock was removed; it is locked again", self.path)
 
     def _open_again(self):
-        """SQLite goes on with a -wal or -shm that has lost its name, so a crash would lose what was committed
-        since. Move all of it to the file, and begin anew."""
-        with suppress(self.library.ProgrammingError):  # an attempt before has closed it and got no further
+        """Open the database again after its -wal or -shm was removed. SQLite would go on with the nameless
+        file, and a crash would lose what was committed since. So move all of it to the main file first."""
+        with suppress(self.library.ProgrammingError):  # an earlier attempt has closed it and got no further
             (busy, _, _) = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             if busy:
                 raise self.library.OperationalError("its -wal was removed while another program reads it")
             self.connection.close()
-        # what has their names now is not of this database, and SQLite would replay it
+        # files that have these names now belong to no database of ours, and SQLite would replay them
         for ending in BESIDE:
             if self._place(ending) not in (None, self.places[ending]):
                 self._beside(ending).unlink(missing_ok=True)
@@ -249,7 +252,7 @@ class Store:
                     "lost", self.path)
 
     def _reader(self) -> sqlite3.Connection:
-        """A connection that leaves everything as it is."""
+        """A connection that only reads."""
         uri = f"file:{quote(str(self.absolute))}?mode=ro"
         return self.library.connect(uri, uri=True, timeout=BUSY_S)
 
@@ -260,11 +263,12 @@ class Store:
                                  f"one knows {len(STEPS)}), so it was left as it is")
 
     def _check(self, reader: sqlite3.Connection):
-        if (found := reader.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-            raise self._unusable(f"it is damaged ({found}): restore a backup")
+        result = reader.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if result != "ok":
+            raise self._unusable(f"it is damaged ({result}): restore a backup")
 
     def _check_on(self):
-        """Check all of a large database while the server runs, and end it if it is damaged."""
+        """Check a large database while the server runs, and end the server if the database is damaged."""
         try:
             with closing(self._reader()) as reader:
                 self._check(reader)
@@ -276,17 +280,18 @@ class Store:
                 os.kill(os.getpid(), signal.SIGTERM)  # running answers may finish
 
     async def run(self, function: Callable[[sqlite3.Connection], T], adds_bytes: int = 0) -> T:
-        """What `function` returns, which runs in the store's thread within a transaction. If it raises,
-        what it has done is rolled back; once this returns, it is on the disk. adds_bytes: how much it adds of
-        what clients keep.
+        """Run `function` in the store's thread, within a transaction, and return its result. Its changes are
+        on the disk when this returns. If it raises, they are rolled back. If this is cancelled, they may be
+        done or not.
 
-        If this is cancelled, the work may be done or not. Overloaded if the database cannot be written now,
-        as on a full disk, or if what it adds would not leave RESERVE_BYTES of the disk; EngineFailure if it
-        is damaged; RequestError for a text that it cannot hold."""
+        adds_bytes: bytes of clients' texts that it adds.
+        Raises Overloaded if the database cannot be written now, as on a full disk, or if RESERVE_BYTES of the
+        disk would not be left; EngineFailure if the database is damaged; RequestError for a text that it
+        cannot hold."""
         if self.closed:
             raise Overloaded("the server is stopping")
         result: Future[T] = Future()
-        self.waiting.put(Work(function, result, adds_bytes))
+        self.waiting.put(StoreWork(function, result, adds_bytes))
         try:
             return await asyncio.wrap_future(result)
         except self.library.Error as error:
@@ -296,7 +301,7 @@ class Store:
                                code="invalid_value") from None
 
     def _failure(self, error: Exception) -> Exception:
-        """What a client may see of an error of SQLite's; wrong use of it is our own bug, and stays."""
+        """The error that a client sees for one of SQLite's. Wrong use of SQLite is our own bug, and stays."""
         if isinstance(error, self.library.OperationalError):
             log.error("--database %s: %s", self.path, error)
             return Overloaded(f"the server's database cannot be used now ({error})", retry_after_s=10)
@@ -306,7 +311,7 @@ class Store:
         return error
 
     def _serve(self):
-        """The thread: commit what waits together, until there is a None."""
+        """Run as the store's thread: commit what waits together, until None comes."""
         ends = False
         while not ends:
             group = [self.waiting.get()]
@@ -317,9 +322,11 @@ class Store:
             if works:
                 self._commit(works)
 
-    def _commit(self, works: list[Work]):
-        """Run and commit all of `works`; if the transaction breaks, each in one of its own. If none can
-        begin, as while another program writes, all fail: each would wait for it as long again."""
+    def _commit(self, works: list[StoreWork]):
+        """Run and commit all works together. If the transaction breaks, run each in its own.
+
+        If no transaction can begin, for example while another program writes, all works fail at once: each
+        would wait as long again."""
         settled: list[Callable[[], None]] = []
         self.added_bytes = 0
         try:
@@ -344,9 +351,9 @@ class Store:
         for settle in settled:
             settle()
 
-    def _run_one(self, work: Work) -> Callable[[], None]:
-        """Run a piece of work within the transaction; returns what tells its result after the commit. An
-        error that ended the whole transaction is raised."""
+    def _run_one(self, work: StoreWork) -> Callable[[], None]:
+        """Run one work within the transaction. Returns a function that sets its result, to be called after
+        the commit. Raises an error that has ended the whole transaction."""
         if work.adds_bytes and not self._leaves_reserve(work.adds_bytes):
             full = Overloaded("the disk with the server's database is almost full", retry_after_s=60)
             return partial(work.result.set_exception, full)
@@ -363,7 +370,8 @@ class Store:
         return partial(work.result.set_result, value)
 
     def _leaves_reserve(self, adds_bytes: int) -> bool:
-        """Whether RESERVE_BYTES are left once so much more is written: to the -wal, and then to the file."""
+        """Whether RESERVE_BYTES of the disk are left after so many more bytes. They are written twice: to the
+        -wal, and then to the file."""
         added_bytes = self.added_bytes + adds_bytes
         if disk_usage(self.absolute.parent).free - 2 * added_bytes < RESERVE_BYTES:
             return False
@@ -371,7 +379,7 @@ class Store:
         return True
 
     async def close(self):
-        """Finish what was asked for, and close the file."""
+        """Finish all work that waits, and close the file."""
         if not self.closed:
             self.closed = True
             self.waiting.put(None)
@@ -385,11 +393,12 @@ class Store:
 
 
 def store_path(named: str) -> Path:
-    """The file of --database. ConfigError if the user's home is unknown."""
+    """The file of --database. Raises ConfigError if the user's home is unknown."""
     state = os.environ.get("XDG_STATE_HOME")
+    if named == DATABASE and state:
+        return Path(state) / "chat_server" / "store.db"
     try:
-        return (Path(state) / "chat_server" / "store.db" if named == DATABASE and state else
-                Path(named).expanduser())
+        return Path(named).expanduser()
     except RuntimeError as error:
         raise ConfigError(f"--database {named}: {error}") from None
 

@@ -63,7 +63,9 @@ def check_against(patient: Patient) -> Findings:
     yield from strange_distances(far) if far else ()
     if patient.model.architecture.of_texts or patient.model.head.size or patient.model.ranking is not None:
         return
-    if (needed := max(map(memory_of, (patient, original)))) > (free := available_memory()):
+    needed = max(memory_of(patient), memory_of(original))
+    free = available_memory()
+    if needed > free:
         yield note(f"what they predict was not compared: that takes {needed / 1e9:,.1f} GB, and "
                    f"{free / 1e9:,.1f} GB are free")
         return
@@ -71,13 +73,14 @@ def check_against(patient: Patient) -> Findings:
 
 
 def shapes_of(model: Model) -> dict[str, tuple[int, ...]]:
-    """Without the vocabulary's, which may be padded, and whose head may be the embedding."""
+    """The shapes of all matrices but those of the vocabulary, which may be padded, or shared as embedding and
+    head."""
     return {name: shape for name, shape in model.shapes().items()
             if name not in ("head", "embed", "head_bias")}
 
 
 def other_arithmetic(own: LoadedModel, original: LoadedModel) -> Findings:
-    """Everything that the files of the two say differently."""
+    """The settings of the arithmetic about which the files of the two models disagree."""
     for name, ours, theirs in differences(own.spec, original.spec):
         yield error(f"{name} is {ours}; the original's is {theirs}", where=name,
                     advice="correct the file, or convert the original again")
@@ -87,7 +90,7 @@ def other_arithmetic(own: LoadedModel, original: LoadedModel) -> Findings:
 
 
 def reordered(own: LoadedModel, original: LoadedModel, name: str) -> bool:
-    """Are a tensor's rows or columns in another order in the original, because its format has another?"""
+    """Whether the original has a tensor's rows or columns in another order, because its format does."""
     layer, _, part = name.rpartition(".")
     if not part.startswith("mix_"):
         return False
@@ -96,7 +99,8 @@ def reordered(own: LoadedModel, original: LoadedModel, name: str) -> bool:
 
 
 def distances(own: LoadedModel, original: LoadedModel) -> dict[str, float]:
-    """Of each matrix: the length of its difference from the original's, relative to the original's."""
+    """For each matrix, the length of its difference from the original, relative to the length of the
+    original."""
     found = {}
     for name, tensor in own.tensors.items():
         other = original.tensors.get(name)
@@ -153,7 +157,7 @@ def settings_for(settings: Settings) -> Settings:
 
 
 def memory_of(patient: Patient) -> int:
-    """Bytes of a model, of its activations, and of what the original has predicted."""
+    """The bytes of a model, its activations, and the original's predictions."""
     made = patient.model.architecture
     predicted = 2 * 4 * TEXT_TOKENS * made.vocab_size
     return weight_bytes(patient.model, patient.settings.quantize) + 2 * CHUNK * row_bytes(made) + predicted
@@ -187,7 +191,8 @@ def compare(transformer: Transformer, judged: Seq[numpy.ndarray], ids: Seq[int])
     for at, q, p in zip(range(0, len(ids), CHUNK), logits_of(transformer, ids[:-1]), judged):
         V = min(q.shape[1], p.shape[1])
         rows = slice(max(SKIPPED - at, 0), None)
-        q, p = log_shares(q[rows, :V]), p[:len(q)][rows, :V]
+        p = p[:len(q)][rows, :V]
+        q = log_shares(q[rows, :V])
         # each token adds p log(p / q) - p + q, which is never negative
         shares = numpy.exp(p)
         kl += (shares * (p - q) - shares + numpy.exp(q)).sum(1).tolist()
@@ -224,7 +229,8 @@ def predictions(patient: Patient, original: Patient, far: Mapping[str, float]) -
 
 def kinds_that_cost(patient: Patient, original: Patient, own: Transformer, judged: Seq[numpy.ndarray],
                     ids: Seq[int], far: Mapping[str, float], until: float) -> Findings:
-    """How much smaller the KL is with the original's tensors of one kind, on the beginning of the text."""
+    """How much smaller the KL becomes with the original's tensors of one kind, for each kind, on the
+    beginning of the text."""
     regained = dict[str, float]()
     left = list[str]()
     base = compare(own, judged, ids).kl

@@ -1,4 +1,4 @@
-"""The table of checks: a new one is a row here, and a function of its module."""
+"""The table of checks. A new check is a row here and a function in its module."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from chatlm.worker.doctor.weights import check_weights
 
 
 class Check(NamedTuple):
-    """A check: its name is shown beside what it finds, and must not change."""
+    """A check. Its name is shown beside its findings, and must not change."""
 
     name: str
     function: Callable[[Patient], Findings]

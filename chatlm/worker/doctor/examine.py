@@ -27,11 +27,11 @@ OPENING = "opening"  # the name of what is said while the files are opened
 
 
 class OutOfTime(BaseException):
-    """No Exception: a template's errors are caught where it is filled in."""
+    """A check's time is over. It is no Exception, because templates catch those."""
 
 
-class Said(logging.Handler):
-    """Keeps what is logged, for findings."""
+class KeptLog(logging.Handler):
+    """A log handler that keeps records, which become findings."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
@@ -42,9 +42,9 @@ class Said(logging.Handler):
 
 
 def examine(channel: Channel, config: DoctorConfig):
-    """Open the model and run its checks. ConfigError if it cannot be opened."""
+    """Open the model and run its checks. Raises ConfigError if it cannot be opened."""
     patient = Patient(config.source, config.settings, config.against, config.threads)
-    said = Said()
+    said = KeptLog()
     log.addHandler(said)
     log.propagate = False  # what a worker would log is a finding here
     began_s = time.monotonic()
@@ -63,13 +63,13 @@ def examine(channel: Channel, config: DoctorConfig):
 
 
 def labelled(name: str, findings: Findings) -> tuple[Finding, ...]:
-    """Findings of a check; text from the model's files becomes safe to show."""
+    """The findings of a check with its name. Text from the model's files is made safe to show."""
     return tuple(finding._replace(check=name, what=printable(finding.what), where=printable(finding.where),
                                   advice=printable(finding.advice)) for finding in findings)
 
 
 def findings_of(check: Check, patient: Patient) -> list[Finding]:
-    """What a check finds. One that breaks or takes too long adds a finding of its own."""
+    """Run a check and yield its findings. A check that breaks or takes too long adds a finding about that."""
     findings = list[Finding]()
     try:
         with limited(check):
@@ -91,7 +91,7 @@ def findings_of(check: Check, patient: Patient) -> list[Finding]:
 
 @contextmanager
 def limited(check: Check) -> Iterator[None]:
-    """OutOfTime and MemoryError in what takes more than the check may."""
+    """Raise OutOfTime or MemoryError in code that takes more than the check may."""
     def stop(*_):
         raise OutOfTime
 

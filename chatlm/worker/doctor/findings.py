@@ -1,4 +1,4 @@
-"""Findings in the making: what a check yields before the examination has added the check's name."""
+"""Makes findings, as checks yield them: the examination adds the check's name."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def quoted(text: str) -> str:
 
 
 def worst(findings: Findings) -> str:
-    """The worst severity among findings; "" without any."""
+    """The worst severity among findings; "" if there are none."""
     found = {finding.severity for finding in findings}
     return next((severity for severity in SEVERITIES if severity in found), "")
 

@@ -1,4 +1,4 @@
-"""Which published tokenizer is this, and where does it differ from that one?"""
+"""Recognizes a published tokenizer, and finds where a model's tokenizer differs from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEAST_ALIKE = 0.5  # of the texts: two vocabularies hardly ever agree on one
 
 
 class Likeness(NamedTuple):
-    """The published tokenizer that is most like one."""
+    """The published tokenizer that is most like a given one."""
 
     name: str
     compared: int              # texts
@@ -27,7 +27,7 @@ def hash_of(ids: Seq[int]) -> bytes:
 
 
 def fingerprint(encode: Callable[[str], Seq[int]]) -> list[bytes]:
-    """The hash of each of FINGERPRINTED's ids. b"" for a text that cannot be encoded."""
+    """A hash of the ids of each text of FINGERPRINTED; b"" for a text that cannot be encoded."""
     def hashed(text: str) -> bytes:
         try:
             return hash_of(encode(text))
@@ -48,7 +48,8 @@ def unpacked(text: str) -> list[bytes]:
 
 def likeness(hashes: Seq[bytes], skipped: Callable[[str], bool],
              known: Mapping[str, str] = KNOWN) -> Likeness | None:
-    """The known tokenizer that agrees on most texts, if on half of them. `skipped`: texts not to compare."""
+    """The known tokenizer that agrees on the most texts, if it agrees on half of them. skipped: texts not to
+    compare."""
     best: Likeness | None = None
     places = [place for place, text in enumerate(FINGERPRINTED) if not skipped(text)]
     for name, spelled in known.items():

@@ -1,4 +1,5 @@
-"""What a model takes in memory at which context, whether that is here, and how fast it answers here."""
+"""Checks how much memory a model takes at which context, whether this machine has it, and how fast the model
+is here."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import numpy
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.memory import available_memory
-from chatlm.worker.build import plan_model, prefill_chunk
+from chatlm.worker.memory_plan import plan_model, prefill_chunk
 from chatlm.worker.doctor.findings import Findings, error, note, warning
 from chatlm.worker.doctor.running import CPU, ready, step
 from chatlm.worker.engine.kvcache import PagePool
@@ -23,7 +24,7 @@ from chatlm.worker.weights.sizes import weight_bytes
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.worker.build import MemoryPlan
+    from chatlm.worker.memory_plan import MemoryPlan
     from chatlm.worker.doctor.patient import Patient
     from chatlm.worker.model.kernels import Kernels
     from chatlm.worker.model.pages import LayerGroups
@@ -36,28 +37,27 @@ ANSWER = 32
 TRIAL_S = 2.0
 
 
-class Plan(NamedTuple):
-    """The memory of a model with some settings, on a CPU."""
+class FitPlan(NamedTuple):
+    """The memory that a model takes with some settings, on a CPU."""
 
     kernels: Kernels
     groups: LayerGroups
-    limits: dict[str, int]
     memory: MemoryPlan
     chunk: int
 
     @classmethod
-    def of(cls, model: LoadedModel, settings: Settings) -> Plan:
+    def of(cls, model: LoadedModel, settings: Settings) -> FitPlan:
         settings = replace(settings, drafts="none")
-        kernels, groups, limits, memory = plan_model(model, model.architecture, settings, CPU, RankAlone())
-        return cls(kernels, groups, limits, memory, prefill_chunk(settings, CPU))
+        plan = plan_model(model, model.architecture, settings, CPU, RankAlone())
+        return cls(plan.kernels, plan.groups, plan.memory, prefill_chunk(settings, CPU))
 
     def cache(self, context: int) -> int:
-        """Bytes of the keys, values and states of one sequence."""
+        """The bytes of one sequence's keys, values and states."""
         pages = PagePool(0, self.groups.windows).pages_for(context, self.chunk)
         return pages * self.memory.page_bytes + self.memory.state_bytes
 
     def longest(self, free: int, most: int) -> int:
-        """The longest context that fits in this much memory, in whole KiB of tokens; 0 if none."""
+        """The longest context that fits in this much memory, a multiple of 1,024 tokens; 0 if none fits."""
         low = 0
         high = most // 1024
         while low < high:
@@ -76,7 +76,7 @@ def check_fit(patient: Patient) -> Findings:
     model = patient.model
     settings = patient.settings
     free = available_memory()
-    plan = Plan.of(model, settings)
+    plan = FitPlan.of(model, settings)
     taken = plan.memory.taken
     most = model.context_length
     if model.architecture.of_texts:
@@ -107,19 +107,19 @@ def check_fit(patient: Patient) -> Findings:
 
 
 def dict_of(needed: dict[int, int]) -> dict[str, int]:
-    """For JSON, whose keys are texts."""
+    """The plan as an object of JSON."""
     return {str(context): size for context, size in needed.items()}
 
 
-def with_cache(patient: Patient, kind: str) -> Plan | None:
+def with_cache(patient: Patient, kind: str) -> FitPlan | None:
     """The plan with another type of keys and values; None if the model cannot have it."""
     try:
-        return Plan.of(patient.model, replace(patient.settings, kv_cache_dtype=kind))
+        return FitPlan.of(patient.model, replace(patient.settings, kv_cache_dtype=kind))
     except ConfigError:
         return None
 
 
-def lighter_flags(patient: Patient, plan: Plan) -> list[tuple[str, int]]:
+def lighter_flags(patient: Patient, plan: FitPlan) -> list[tuple[str, int]]:
     """(a flag that makes the weights smaller, the bytes that the model then takes)."""
     found = []
     taken = plan.memory.taken
@@ -132,14 +132,14 @@ def lighter_flags(patient: Patient, plan: Plan) -> list[tuple[str, int]]:
 
 
 def fits_blocks(model: LoadedModel, kind: str) -> bool:
-    """Types of 256 columns need rows that they divide."""
+    """Whether all rows can be divided into blocks of 256 columns, as some types need."""
     return not kind.endswith("_k") or model.architecture.width % 256 == 0
 
 
 def check_speed(patient: Patient) -> Findings:
     """Tokens per second: of a short trial, or of a large model from how fast memory is read."""
     model = patient.model
-    plan = Plan.of(model, patient.settings)
+    plan = FitPlan.of(model, patient.settings)
     needed = plan.memory.taken + plan.cache(PROMPT + ANSWER)
     if model.architecture.of_texts or needed > available_memory():
         return
@@ -166,7 +166,8 @@ def check_speed(patient: Patient) -> Findings:
 
 
 def bytes_per_token(model: LoadedModel, settings: Settings) -> int:
-    """Of weights that each token of one sequence reads: no embedding, and of experts those chosen."""
+    """The bytes of weights that each token of one sequence reads: all but the embedding, and of experts only
+    the chosen ones."""
     made = model.architecture
     idle = ["layer_embed"] if made.tied else ["embed", "layer_embed"]
     experts = [name for name in model.tensors if name.rpartition(".")[2].startswith("expert_")]
@@ -177,7 +178,8 @@ def bytes_per_token(model: LoadedModel, settings: Settings) -> int:
 
 
 def read_bandwidth(threads: int, size: int = 64 << 20) -> float:
-    """Bytes per second that this many threads read from memory together: the best of three."""
+    """The bytes per second that this many threads read from memory together; the best of three
+    measurements."""
     parts = [numpy.ones(size // 8, numpy.uint64) for _ in range(threads)]
     with ThreadPoolExecutor(threads) as pool:
         def once() -> float:

@@ -1,4 +1,4 @@
-"""Does our forward give a nanochat checkpoint the validation loss that its training measured?"""
+"""Checks that our forward gives a nanochat checkpoint the validation loss that its training measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.val_bpb import (
-    LEAST_ROWS, Comparison, Evaluation, RowScore, chosen_rows, compare, evaluation_of, former_size,
+    LEAST_ROWS, LossComparison, Evaluation, RowScore, chosen_rows, compare, evaluation_of, former_size,
     is_of_known_texts, validation_shards)
 from chatlm.common.memory import available_memory
 from chatlm.worker.doctor.findings import Findings, error, note, warning
@@ -34,17 +34,17 @@ ADVICE = "compare nanochat/gpt.py of the code that trained it with upstream's: s
 
 
 def is_trained(patient: Patient) -> bool:
-    """Has the training of this checkpoint written a loss that can be computed again?"""
+    """Whether the training of this checkpoint has written a loss that we can compute too."""
     return patient.kind == "nanochat" and evaluation_of(patient.path) is not None
 
 
 def check_forward(patient: Patient) -> Findings:
-    """val_bpb of the meta file against our own, on as many rows of the same texts as a minute allows."""
+    """Compare the meta file's val_bpb with our own, on as many rows of the same texts as a minute allows."""
     evaluation = evaluation_of(patient.path)
     assert evaluation is not None
     settings = settings_for(patient)
     lack = why_not(patient, settings, evaluation)
-    compared = list[Comparison]()
+    compared = list[LossComparison]()
     for shard in [] if lack else validation_shards(patient.path)[:MOST_SHARDS]:
         try:
             found = compared_on(patient, settings, evaluation, shard)
@@ -71,8 +71,8 @@ def check_forward(patient: Patient) -> Findings:
                       advice=advice, **facts_of(closest))
 
 
-def facts_of(found: Comparison) -> dict:
-    """For --json, which has no NaN."""
+def facts_of(found: LossComparison) -> dict:
+    """The facts for --json, which has no NaN."""
     ours = round(found.ours, 6) if found.ours == found.ours else None
     return {"val_bpb": found.theirs, "own_val_bpb": ours, "tolerance": round(found.tolerance, 6),
             "rows": found.rows, "of_rows": found.of_rows, "shard": found.shard}
@@ -87,14 +87,16 @@ def settings_for(patient: Patient) -> Settings:
 
 
 def memory_of(patient: Patient, settings: Settings) -> int:
-    """Bytes of a model, and of the activations of a step."""
+    """The bytes of a model and of a step's activations."""
     model = open_model(patient.source, settings, "cpu")
     return weight_bytes(model, None) + 3 * CHUNK * row_bytes(model.architecture)
 
 
 def why_not(patient: Patient, settings: Settings, evaluation: Evaluation) -> str:
     """Why nothing can be compared; "" if it can."""
-    if (needed := memory_of(patient, settings)) > (free := available_memory()):
+    needed = memory_of(patient, settings)
+    free = available_memory()
+    if needed > free:
         return f"that takes {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
     context = open_model(patient.source, settings, "cpu").context_length
     if evaluation.targets > context:
@@ -103,8 +105,9 @@ def why_not(patient: Patient, settings: Settings, evaluation: Evaluation) -> str
 
 
 def compared_on(patient: Patient, settings: Settings, evaluation: Evaluation,
-                shard: Path) -> Comparison | None:
-    """None if LIMIT_S was too short for enough rows. ConfigError if the shard cannot be read."""
+                shard: Path) -> LossComparison | None:
+    """Compare on a shard's rows. None if LIMIT_S is too short for enough rows. Raises ConfigError if the
+    shard cannot be read."""
     begin = [token for token in (patient.text.bos_token,) if token is not None]
     rows = chosen_rows(evaluation, shard, lambda text: begin + patient.tokenizer.encode(text))
     scores = list[RowScore]()
@@ -148,8 +151,9 @@ def nats_of(transformer: Transformer, row: Seq[int]) -> numpy.ndarray:
     return numpy.concatenate(found)
 
 
-def softcap_advice(patient: Patient, settings: Settings, evaluation: Evaluation, worse: Comparison) -> str:
-    """The flag with which it agrees, if it is a usual softcap; "" otherwise."""
+def softcap_advice(patient: Patient, settings: Settings, evaluation: Evaluation,
+                   worse: LossComparison) -> str:
+    """The flag with which the losses agree, if a usual softcap makes them; else ""."""
     shard = next((one for one in validation_shards(patient.path) if one.name == worse.shard), None)
     head = open_model(patient.source, settings, "cpu").architecture.head
     for softcap in SOFTCAPS:

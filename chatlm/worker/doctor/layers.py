@@ -1,4 +1,4 @@
-"""What trained layers have in common, and how a tensor that does not belong where it is stands out.
+"""Finds tensors that are not in their place, by what trained layers have in common.
 
 A layer reads and writes the same channels of the residual stream as its neighbours, with strengths that
 change little from one to the next. Random weights have no such profile: then nothing is concluded."""
@@ -23,7 +23,7 @@ NORMS = ("attention_norm", "ffn_norm", "output_norm", "down_norm")
 
 
 class Level(NamedTuple):
-    """A tensor that is larger or smaller than its neighbours let expect."""
+    """A tensor that is larger or smaller than one expects from its neighbours."""
 
     portrait: Portrait
     log_factor: float
@@ -65,7 +65,7 @@ def profile(values: numpy.ndarray) -> numpy.ndarray | None:
 
 
 def channel_profile(one: Portrait, width: int) -> numpy.ndarray | None:
-    """How strongly a tensor reads or writes each channel of the residual stream."""
+    """How strongly a tensor reads or writes each channel of the residual stream, as a profile."""
     if one.part in READERS and len(one.columns) == width:
         return profile(one.columns)
     if one.part in WRITERS and one.rows.size and one.rows.size % width == 0:  # experts are one below another
@@ -79,7 +79,8 @@ class Features:
     """The profiles of all layers: `by_kind[kind][layer]`; experts of a layer count as their mean."""
 
     def __init__(self, model: Model, kinds: Mapping[str, Seq[Portrait]]):
-        self.width, self.groups = model.width, groups_of(model)
+        self.width = model.width
+        self.groups = groups_of(model)
         self.by_kind: dict[str, dict[int, numpy.ndarray]] = {}
         for kind, of_kind in kinds.items():
             found: dict[int, list[numpy.ndarray]] = {}
@@ -92,7 +93,7 @@ class Features:
 
 
 def groups_of(model: Model) -> list[list[int]]:
-    """The layers that are built alike: of the same kinds of blocks and the same window."""
+    """Groups of layers that are built alike: with the same kinds of blocks and the same window."""
     alike: dict[tuple[type, type, int], list[int]] = {}
     for number, (layer, window) in enumerate(zip(model.layers, model.windows)):
         kind = type(layer.mixer), type(layer.feed), window
@@ -121,7 +122,7 @@ def exchanged_layers(features: Features) -> tuple[int, int, float] | None:
             order = [*range(L)]
             order[i] = j
             order[j] = i
-            near = {k for at in (i, j) for k in (at - 1, at) if 0 <= k < L - 1}
+            near = {k for k in (i - 1, i, j - 1, j) if 0 <= k < L - 1}
             gains = numpy.sum([alike[:, order[k], order[k + 1]] - alike[:, k, k + 1] for k in near], 0)
             gain = float(gains.mean())
             least = best[0] if best else LEAST_GAIN
@@ -148,7 +149,7 @@ def transposed(features: Features, kinds: Mapping[str, Seq[Portrait]],
             expected = expected_profile(features, kinds, kind, one)
             if expected is None or (own := profile(own)) is None:
                 continue
-            turned = [made for order in orders if (made := profile(other[order])) is not None]
+            turned = [one for one in (profile(other[order]) for order in orders) if one is not None]
             seen = max((float(made @ expected) for made in turned), default=0.0)
             if seen > least and seen > float(own @ expected) + 0.3:
                 found.append((one, seen))

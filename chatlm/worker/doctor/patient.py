@@ -1,4 +1,4 @@
-"""What the checks look at: a model whose files are opened once, when a check first needs them."""
+"""The model that checks look at. Its files are opened once, when a check first needs them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from functools import cached_property
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.text.load import open_tokenizer
-from chatlm.worker.weights.gguf import readable
-from chatlm.worker.weights.gguf_file import read_gguf
+from chatlm.worker.weights.gguf_file import read_gguf, readable
 from chatlm.worker.weights.litgpt import config_json
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.rules import read_json
@@ -38,7 +37,7 @@ class Patient:
 
     @property
     def kind(self) -> str:
-        """As of ModelSource: "gguf", "hf", "litgpt", "nanochat" or "nanogpt"."""
+        """The kind of ModelSource: "gguf", "hf", "litgpt", "nanochat" or "nanogpt"."""
         return self.source.kind
 
     @property
@@ -52,7 +51,7 @@ class Patient:
 
     @cached_property
     def floats(self) -> LoadedModel:
-        """The same with matrices that are float32 when read."""
+        """The same model, whose matrices are float32 when they are read."""
         return open_model(self.source, replace(self.settings, dtype="float32", quantize=None), "cpu")
 
     @property
@@ -61,7 +60,7 @@ class Patient:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """As the front has it."""
+        """The tokenizer as the front has it."""
         return open_tokenizer(self.text)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What the checks of weights keep of each tensor: it is read once, some rows at a time, and summed up."""
+"""Reads each tensor once, some rows at a time, and keeps statistics of it for the checks of weights."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Portrait:
 
     @property
     def kind(self) -> str:
-        """Its name without numbers: that of all layers' tensors like it."""
+        """Its name without numbers, which it shares with the other layers' tensors of its kind."""
         return re.sub(r"\d+", "{}", self.name)
 
     @property
@@ -66,7 +66,7 @@ class Portrait:
 
 
 def portraits(model: LoadedModel, threads: int = 1) -> list[Portrait]:
-    """Of each tensor that the model reads, whose matrices are float32 when read."""
+    """The portraits of all tensors of a model whose matrices are float32 when they are read."""
     tasks = [*tasks_of(model)]
     total = sum(math.prod(portrait.shape) for portrait, _ in tasks)
     every = -(-total // MOST_VALUES)
@@ -75,7 +75,8 @@ def portraits(model: LoadedModel, threads: int = 1) -> list[Portrait]:
 
 
 def head_rows(model: LoadedModel) -> int:
-    """Rows of a head of q and k, which are read together: a file may have them in another order."""
+    """How many rows a head of q and k has. They are read together, because a file may have them in another
+    order."""
     attentions = model.architecture.attentions
     return attentions[0].head_size if attentions else 1
 
@@ -89,7 +90,7 @@ def tasks_of(model: LoadedModel) -> Iterator[tuple[Portrait, Unread | MappedRows
 
 
 def drawn(portrait: Portrait, tensor: Unread | MappedRows, heads: int, every: int) -> Portrait:
-    """The portrait of a tensor, of which each `every`-th chunk is read."""
+    """The portrait of a tensor. Only each `every`-th chunk of it is read."""
     shape = portrait.shape
     with numpy.errstate(all="ignore"):
         if isinstance(tensor, Unread) and len(tensor.cut.full) == 1:
@@ -99,7 +100,8 @@ def drawn(portrait: Portrait, tensor: Unread | MappedRows, heads: int, every: in
         rows = math.prod(shape[:-1])
         columns = shape[-1]
         step = max(CHUNK // columns // heads, 1) * heads
-        portrait.rows, portrait.columns = numpy.full(rows, numpy.nan), numpy.zeros(columns)
+        portrait.rows = numpy.full(rows, numpy.nan)
+        portrait.columns = numpy.zeros(columns)
         usual = list[float]()
         for number, begin in enumerate(range(0, rows, step)):
             if number % every:
@@ -205,7 +207,7 @@ def compare_blocks(portrait: Portrait, sums: numpy.ndarray, largest: numpy.ndarr
 
 
 def of_kinds(drawn: Iterable[Portrait]) -> dict[str, list[Portrait]]:
-    """By kind, each in the order of the layers."""
+    """The portraits by kind, in the order of the layers."""
     found: dict[str, list[Portrait]] = {}
     for portrait in drawn:
         found.setdefault(portrait.kind, []).append(portrait)

@@ -1,4 +1,4 @@
-"""A model computes texts without an engine: for comparing what it predicts, and for timing it."""
+"""Computes texts with a model but without an engine, to compare its predictions and to time it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import PAGE_SIZE
 from chatlm.worker.arrays.kinds import Device
-from chatlm.worker.build import plan_model
+from chatlm.worker.memory_plan import plan_model
 from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ranks.ranks import RankAlone
@@ -21,7 +21,7 @@ CPU = Device("cpu")
 
 
 def row_bytes(model: Model) -> int:
-    """Roughly, of what a step holds for each of its tokens: logits, and what layers make."""
+    """A rough number of bytes that a step holds for each of its tokens: logits and activations."""
     width = model.feed.width if model.feed else 0
     return 4 * (model.vocab_size + 8 * (model.width + width))
 
@@ -29,11 +29,11 @@ def row_bytes(model: Model) -> int:
 def ready(model: LoadedModel, settings: Settings, tokens: int, shared: Mapping[str, Any] = {}) -> Transformer:
     """A model that is ready for one text of so many tokens; `model` loses its tensors. shared: weights that
     another one has packed."""
-    kernels, groups, limits, plan = plan_model(model, model.architecture, settings, CPU, RankAlone())
-    return Transformer(model.architecture, model.tensors, kernels, dtype=model.dtype, groups=groups,
-                       kv=plan.kv, num_pages=-(-tokens // PAGE_SIZE) * max(len(groups.windows), 1),
-                       num_slots=2,
-                       shared=shared, max_tokens=limits["max_tokens"], max_rows=limits["max_rows"])
+    plan = plan_model(model, model.architecture, settings, CPU, RankAlone())
+    num_pages = -(-tokens // PAGE_SIZE) * max(len(plan.groups.windows), 1)
+    return Transformer(model.architecture, model.tensors, plan.kernels, dtype=model.dtype, groups=plan.groups,
+                       kv=plan.memory.kv, num_pages=num_pages, num_slots=2, shared=shared,
+                       max_tokens=plan.max_tokens, max_rows=plan.max_rows)
 
 
 def step(transformer: Transformer, ids: Seq[int], begin: int, end: int, rows: Seq[int]) -> Any:

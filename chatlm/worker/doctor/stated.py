@@ -1,4 +1,4 @@
-"""Checks of what a model's files state about its weights: types, rotary scaling, a tied head."""
+"""Checks what a model's files state about its weights: types, rotary scaling, a tied head."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ FEW_BITS = 3.0  # of a weight: Q2_K, the types IQ2 and IQ1, ternary ones
 
 
 def check_types(patient: Patient) -> Findings:
-    """Tensors whose type is known to hurt."""
-    bits = {name: 8 * size / block for name, tensor in patient.gguf[1].items()
-            for block, size in (block_of(tensor.tensor_type.name),)}
+    """Find tensors in a type that is known to make a model worse."""
+    bits = {}  # of a weight, by tensor
+    for name, tensor in patient.gguf[1].items():
+        block, size = block_of(tensor.tensor_type.name)
+        bits[name] = 8 * size / block
     kinds = {name: tensor.tensor_type.name for name, tensor in patient.gguf[1].items()}
     head = "output.weight" if "output.weight" in bits else "token_embd.weight"
     if patient.floats.architecture.of_texts:
@@ -43,7 +45,7 @@ def check_types(patient: Patient) -> Findings:
 
 
 def check_rope(patient: Patient) -> Findings:
-    """Rotary scaling against the context."""
+    """Compare rotary scaling with the context."""
     scaling = stated_scaling(patient)
     context = patient.model.context_length
     kind, factor, original = (scaling.get(key) for key in ("type", "factor", "original"))
@@ -145,7 +147,7 @@ def unit(rows: numpy.ndarray) -> numpy.ndarray:
 
 
 def says_tied(patient: Patient) -> bool:
-    """Does config.json, or its part on the text model, say that the head is the embedding?"""
+    """Whether config.json, or its part on the text model, says that the head is the embedding."""
     config = patient.json("config.json")
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, Mapping)]
     stated = [part[TIED] for part in parts if TIED in part]

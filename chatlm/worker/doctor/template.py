@@ -97,7 +97,7 @@ class Chats:
             Message("tool", RESULT, {"tool_call_id": CALL["id"], "name": TOOL}), tools=TOOLS)
 
     def around(self, before: str, after: str) -> str:
-        """What the conversation of several turns has between two of its texts."""
+        """What stands between two texts of the conversation of several turns."""
         return self.turns.text.partition(before)[2].partition(after)[0]
 
 
@@ -136,7 +136,7 @@ def check_template(patient: Patient) -> Findings:
 
 
 def miscounted(rendered: Rendered, texts: Seq[str]) -> tuple[list[str], list[str]]:
-    """Which of the texts are lost, and which are there more than once."""
+    """The texts that the template loses, and those that it shows more than once."""
     counts = {text: rendered.text.count(text) for text in texts}
     return [text for text in texts if not counts[text]], [text for text in texts if counts[text] > 1]
 
@@ -177,7 +177,7 @@ def typed_specials(patient: Patient, chats: Chats) -> Findings:
 
 
 def prompts(patient: Patient, chats: Chats) -> Findings:
-    """Does the prompt end where the answer begins?"""
+    """Check that the prompt ends where the answer begins."""
     if chats.turns.refused or chats.unprompted.refused:
         return
     before = without_thoughts(chats, chats.around(FIRST, ANSWER))
@@ -199,7 +199,8 @@ def without_thoughts(chats: Chats, text: str) -> str:
 
 
 def ends(patient: Patient, chats: Chats) -> Findings:
-    """Does the template end answers with a token that ends them here, and begin them with none?"""
+    """Check that the template ends answers with a token that ends them here, and does not begin them with
+    one."""
     if chats.turns.refused:
         return
     tokenizer = chats.tokenizer
@@ -214,11 +215,14 @@ def ends(patient: Patient, chats: Chats) -> Findings:
         end = written[0]
         split = end not in named
         known = examples([*map(quoted, sorted(stops))]) or "nothing"
-        yield error(f"the template ends answers with {quoted(end)}, " + (
-            f"which is no token here: it splits into {len(tokenizer.encode(end))}" if split else
-            f"which does not end them here (what does: {known})"),
-            WHERE, "answers never end; " + ("its token has the wrong type, or is missing" if split else
-                                            "name it as eos or eot"))
+        if split:
+            why = f"which is no token here: it splits into {len(tokenizer.encode(end))}"
+            remedy = "its token has the wrong type, or is missing"
+        else:
+            why = f"which does not end them here (what does: {known})"
+            remedy = "name it as eos or eot"
+        yield error(f"the template ends answers with {quoted(end)}, {why}", WHERE,
+                    f"answers never end; {remedy}")
     eos = None if patient.text.eos_token is None else tokenizer.show([patient.text.eos_token])
     if eos and stops.intersection(written) and eos not in written:
         yield note(f"the template ends answers with {quoted(written[0])}, not with eos, {quoted(eos)}; both "
@@ -250,7 +254,7 @@ def names_in(tokenizer: Tokenizer, text: str) -> list[str]:
 
 
 def begins(patient: Patient, chats: Chats) -> Findings:
-    """BOS: once, where the model expects it."""
+    """Check that BOS comes once, where the model expects it."""
     tokenizer = chats.tokenizer
     bos = patient.text.bos_token
     ids = chats.one.ids
@@ -295,9 +299,14 @@ def features(patient: Patient, chats: Chats) -> Iterator:
     switched = chats.thoughtless.text not in ("", chats.one.text)
     kind = {"native": f"in the template's own form ({tokenizer.tool_format})",
             "generic": "described by this server, as the template has no place for them"}
-    yield note("; ".join([
-        "system messages: " + ("refused" if chats.system.refused else "yes"),
-        f"functions: {kind.get(tools_of(tokenizer) or '', 'no')}",
-        "thinking: " + (f"{thinks[0]} to {thinks[1]}, which "
-                        f"{'can' if switched else 'cannot'} be turned off" if thinks else "no"),
-        "continuing a message: " + ("no" if chats.goes_on.refused else "yes")]), WHERE)
+    thinking = "no"
+    if thinks:
+        able = "can" if switched else "cannot"
+        thinking = f"{thinks[0]} to {thinks[1]}, which {able} be turned off"
+    features = {
+        "system messages": "refused" if chats.system.refused else "yes",
+        "functions": kind.get(tools_of(tokenizer) or "", "no"),
+        "thinking": thinking,
+        "continuing a message": "no" if chats.goes_on.refused else "yes",
+    }
+    yield note("; ".join(f"{name}: {value}" for name, value in features.items()), WHERE)

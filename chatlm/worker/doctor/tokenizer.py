@@ -80,7 +80,7 @@ def check_added_tokens(patient: Patient) -> Findings:
 
 
 def check_ends(patient: Patient) -> Findings:
-    """Which tokens begin a text and end an answer."""
+    """Check the tokens that begin a text and end an answer."""
     tokenizer = patient.tokenizer
     text = patient.text
     ends = sorted(tokenizer.stop_tokens)
@@ -128,7 +128,7 @@ def key_of_eos(patient: Patient) -> str:
 
 
 def check_pre_tokenizer(patient: Patient) -> Findings:
-    """Does the file say how text is cut into words, in a way that is known?"""
+    """Check that the file says how text is cut into words, in a way that is known here."""
     if patient.text.kind == "nanochat" and json.loads(patient.text.payload)[0] not in NANOCHAT_SPLITS:
         yield note("text is cut into words by an expression that is not nanochat's own", "tokenizer.pkl")
     named = patient.metadata.get("tokenizer.ggml.pre")
@@ -164,7 +164,7 @@ def check_merges(patient: Patient) -> Findings:
 
 
 def check_ranks(patient: Patient) -> Findings:
-    """Of ranks without merges: each token is made of two that come before it."""
+    """Check ranks without merges: each token must consist of two that come before it."""
     _, ranks, _ = json.loads(patient.text.payload)
     orphans = [piece for piece, rank in ranks.items() if len(piece) > 1 and not any(
         max(ranks.get(piece[:cut], rank), ranks.get(piece[cut:], rank)) < rank
@@ -293,13 +293,14 @@ def added_texts(tokenizer: Tokenizer) -> Seq[str]:
 
 
 def check_likeness(patient: Patient) -> Findings:
-    """Does it encode as the published tokenizer that it is like?"""
+    """Check that it encodes as the published tokenizer that it is like."""
     tokenizer = patient.tokenizer
     names = added_texts(tokenizer)
     byte_level = getattr(tokenizer, "byte_level", True)
 
     def skipped(text: str) -> bool:
-        """Has it added tokens, or a space at its beginning, where converters of sentencepiece differ?"""
+        """Whether a text has added tokens, or a space at its beginning, about which converters of
+        sentencepiece differ."""
         return any(name in text for name in names) or not byte_level and text[0] in " \u2581"
 
     found = likeness(fingerprint(tokenizer.encode), skipped)

@@ -1,4 +1,4 @@
-"""Checks of a model's weights: what is never right, and what stands out among its layers."""
+"""Checks a model's weights for what is never right, and for what stands out among its layers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VOCABULARY = ("embed", "head", "layer_embed", "value_embed", "positions", "types
 
 
 def check_weights(patient: Patient) -> Findings:
-    """All values: NaN, zeros, scales, and how the layers go together."""
+    """Check all values for NaN, zeros and strange scales, and how the layers go together."""
     model = patient.floats
     drawn = portraits(model, patient.threads)
     kinds = of_kinds(drawn)
@@ -72,7 +72,7 @@ def first_of(kinds: Mapping[str, Seq[Portrait]], part: str) -> str:
 
 
 def of_one(one: Portrait) -> Findings:
-    """What is wrong with a tensor by itself."""
+    """Find what is wrong with a tensor by itself."""
     if one.bad:
         yield error(f"{one.name} has {one.bad:,} values that are NaN or infinite"
                     + (f", the first in row {one.first_bad:,}" if one.matrix else ""), where=one.name,
@@ -136,7 +136,7 @@ ROW_FACTOR = 200.0   # a row as its tensor's median row; good models: up to 10
 
 
 def strange_blocks(of_kind: Seq[Portrait]) -> Findings:
-    """Blocks and rows whose scale is not theirs."""
+    """Find blocks and rows that have a wrong scale."""
     usual = float(numpy.quantile([one.usual for one in of_kind], 0.9))  # heads differ much in some layers
     least = max(math.log(BLOCK_FACTOR), usual + math.log(4))
     straight = numpy.median([one.usual_leaning for one in of_kind]) < 0.25
@@ -159,7 +159,7 @@ def strange_blocks(of_kind: Seq[Portrait]) -> Findings:
 
 
 def levels(of_kind: Seq[Portrait]) -> Findings:
-    """Tensors that are larger or smaller than those of the neighbouring layers."""
+    """Find tensors that are larger or smaller than those of the neighbouring layers."""
     if not (of_kind[0].matrix or of_kind[0].part in NORMS):
         return
     for strange in strange_levels(of_kind):

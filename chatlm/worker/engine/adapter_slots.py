@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 class AdapterSlots:
-    """A slot number for each adapter, the same in all ranks; batches use it. It is never reused."""
+    """Each adapter has a slot number, by which batches name it. It is the same in all ranks, and never used
+    again."""
 
     def __init__(self, transformer: Transformer, ranks: RankZero | None):
         self.transformer = transformer
@@ -31,13 +32,16 @@ class AdapterSlots:
         self.thread = reading_thread()
         self.last = 0
 
+    def gauges(self) -> dict[str, float]:
+        return {"adapter_bytes": sum(self.sizes.values())}
+
     def load(self, adapter_id: str, folder: Path) -> tuple[int, str]:
         """`begin`, then `end`."""
         self.begin(adapter_id, folder)
         return self.end(adapter_id)
 
     def begin(self, adapter_id: str, folder: Path, stamp: Stamp = (), digest: str = ""):
-        """Start reading an adapter, in all ranks, while steps continue. Its files must match the stamp and
+        """Start to read an adapter, in all ranks, while steps continue. Its files must match the stamp and
         the digest, if given: unfinished answers depend on them."""
         self.last += 1
         if self.ranks:
@@ -46,17 +50,17 @@ class AdapterSlots:
 
     def _read(self, slot: int, folder: Path, stamp: Stamp, digest: str) -> tuple[int, str]:
         stamp = stamp or adapter_stamp(folder)
-        found = adapter_digest(folder)
-        if digest not in ("", found):
+        actual = adapter_digest(folder)
+        if digest not in ("", actual):
             raise Changed(folder)
         nbytes = self.transformer.load_adapter(slot, folder, stamp)
-        return nbytes, found
+        return nbytes, actual
 
     def has_ended(self, adapter_id: str) -> bool:
         return self.reading[adapter_id][1].done()
 
     def end(self, adapter_id: str) -> tuple[int, str]:
-        """Wait until an adapter is read, then accept answers with it; returns its bytes and a digest of its
+        """Wait until an adapter is read, then accept answers with it; returns its bytes and the digest of its
         files. ConfigError if it cannot be served."""
         slot, future = self.reading.pop(adapter_id)
         try:

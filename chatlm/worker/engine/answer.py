@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class RepeatedCalls:
-    """Holds back a call as long as it repeats the one before it: a model that must call functions, and may
+    """Holds back a call as long as it repeats the one before it. A model that must call functions, and may
     call several, repeats itself when it has nothing to add."""
 
     def __init__(self):
@@ -31,9 +31,8 @@ class RepeatedCalls:
         self.name = ""
         self.parts = []
         self.repeated = 0          # how many characters of the previous call were repeated
-        # complete: all of them were
-        self.holding = False
-        self.complete = False
+        self.holding = False       # does the call repeat the previous one so far?
+        self.complete = False      # were all of its characters repeated?
 
     def push(self, more: Delta) -> Delta:
         """What can be sent now."""
@@ -56,8 +55,8 @@ class RepeatedCalls:
 class AnswerText:
     """Turns tokens into reasoning, content, calls of functions and of the calculator.
 
-    Stop strings are searched for only in the content, where calls of the calculator do not separate it: who
-    sees the text alone sees none of them."""
+    Stop strings are searched for only in the content. Calls of the calculator do not separate it: a client
+    that gets only the text does not see them."""
 
     def __init__(self, work: Assignment, tokenizer: Tokenizer):
         self.params = params = work.params
@@ -68,15 +67,12 @@ class AnswerText:
         self.unsent: list[Delta] = []
         # the calculator's calls behind text that is held back, each with the number of characters before it
         self.pinned: deque[tuple[int, Delta]] = deque()
-        # characters of content so far, and those of them that can be sent
-        self.read = 0
-        self.shown = 0
-        # tokens and calls so far
-        self.count = 0
-        self.calls = 0
-        # tokens of reasoning, with its markers and without
-        self.reasoning_tokens = 0
-        self.thoughts = 0
+        self.read = 0    # characters of content so far,
+        self.shown = 0   # and those of them that could be sent
+        self.count = 0   # tokens so far
+        self.calls = 0   # calls so far
+        self.reasoning_tokens = 0  # tokens of reasoning, with its markers,
+        self.thoughts = 0          # and without
         self.repeated = RepeatedCalls() if params.grammar and params.grammar_param == "tools" else None
 
     @property
@@ -85,7 +81,7 @@ class AnswerText:
 
     @property
     def cut_by(self) -> str | None:
-        """Why the text ends here, if it does: its stop string, or a call too many."""
+        """Why the text ends here, if it does: a stop string, or a call too many."""
         if self.stops.stopped_by is not None:
             return self.stops.stopped_by
         if self.over_calls:
@@ -143,7 +139,7 @@ class AnswerText:
                 self._add(delta._replace(text=without_calls(delta.text)))
 
     def _add_content(self, text: str):
-        """Add text up to a stop string; stop strings in the first `min_tokens` tokens are ignored."""
+        """Add text up to a stop string. Stop strings in the first `min_tokens` tokens are ignored."""
         for delta in parts_of(self.decoder, text):
             if delta.kind == "calculator":
                 self.pinned.append((self.read, delta))
@@ -153,8 +149,8 @@ class AnswerText:
             self._show(self.stops.push(delta.text) if self.count > self.params.min_tokens else delta.text)
 
     def _show(self, text: str):
-        """Send content, with the calculator's calls between its characters. Those behind a stop string never
-        come."""
+        """Send content, with the calculator's calls between its characters. Calls behind a stop string are
+        never sent."""
         end = self.shown + len(text)
         while self.pinned and self.pinned[0][0] <= end:
             place, call = self.pinned.popleft()
@@ -179,10 +175,11 @@ def append_delta(deltas: list[Delta], delta: Delta):
 
 
 class Constraint:
-    """The grammar that an answer's tokens must follow: of its whole format, or of the call being written.
+    """The grammar that an answer's tokens must follow: that of its whole format, or of the call being
+    written.
 
-    An answer in a format is complete even if the model would never end it: when room is about to run out,
-    its end is written in place of a token. Not so calls: a truncated call must not be made."""
+    An answer in a format is completed even if the model would never end it: when room is about to run out,
+    its end is written in place of a token. A call is not: a truncated call must not be made."""
 
     NEAR = 32  # spare tokens below which the way to the end is computed after every token
 
@@ -193,7 +190,7 @@ class Constraint:
         self.compiled = compiled       # makes a grammar from its source
         self.of_calls = {name: with_markers(source, tokenizer.markers) for name, source in zip(
             params.tool_names, params.call_grammars) if source}
-        self.misfit = False            # do the tokens that the client chose break the grammar?
+        self.misfit = False            # do tokens that the client chose break the grammar?
         self.closes = bool(params.grammar) and params.grammar_param != "tools"
         self.closing_room = sys.maxsize  # room left at which it next computes its way to an end
         self.way_to_end: list[int] | None = None  # tokens with which it could end now, if computed
@@ -203,7 +200,7 @@ class Constraint:
         return self.grammar is not None or self.misfit
 
     def refusal(self, token: int) -> str | None:
-        """Feed the grammar a token that its mask allows; returns why the answer cannot go on, if it cannot.
+        """Feed the grammar a token that its mask allows. Returns why the answer cannot go on, None if it can.
 
         A grammar that breaks at such a token is renewed before the next mask (`AnswerMaker.masked`)."""
         if self.misfit:
@@ -220,8 +217,8 @@ class Constraint:
         self.closing(token, room)
 
     def closing(self, token: int, room: int) -> list[int] | None:
-        """The tokens to write in place of this one to complete the format, if the `room` tokens left after it
-        would be too few to do so; None if the token may stay."""
+        """The tokens that complete the format, to be written in place of this one, if the `room` tokens left
+        after it would be too few for that; None if the token may stay."""
         if not self.closes or not self.grammar or token in self.grammar.ends:
             return None
         before = self.way_to_end
@@ -246,20 +243,19 @@ class Constraint:
 
 
 class Answer:
-    """The text side of a sequence: token ids in, deltas out, and the decision to stop.
-
-    Rebuilt from the ids alone when a sequence is resumed after a worker died. `most`: the most tokens it may
-    have, if the context has no room for max_tokens."""
+    """The text side of a sequence: token ids in, deltas out, and the decision to stop. When a sequence is
+    resumed after a worker died, it is rebuilt from the ids alone."""
 
     def __init__(self, work: Assignment, tokenizer: Tokenizer, grammar: Grammar | None = None,
                  compiled: Callable[[str], Grammar] | None = None, most: int | None = None):
+        """most: tokens that it may have, where the context has no room for max_tokens."""
         self.work = work
         self.text = AnswerText(work, tokenizer)
         self.constraint = Constraint(work.params, tokenizer, grammar, compiled)
         self.thinking_ends = work.thinking_ends  # its reasoning ends after this many tokens; None: no limit
         self.thinking_ended = False    # did `_end_of_thinking` end it?
         self.tool = CalculatorTool(tokenizer, tokenizer.tool_tokens) if tokenizer.tool_tokens else None
-        # to write before anything is drawn: what the calculator says to the prompt, or to a chosen beginning
+        # tokens to write before any is drawn: the calculator's result for the prompt or a chosen beginning
         self.owed = self.tool.continue_prompt(work.prompt_ids) if self.tool else []
         self.repetition = RepetitionFinder() if work.params.stop_on_repetition else None
         self.repeats_itself = False
@@ -294,7 +290,9 @@ class Answer:
 
     def push(self, token: int, generated: int, room: int) -> list[int]:
         """Add the `generated`-th token and its text, with room for `room` more; it may end the answer.
-        Returns the tokens added: it and any forced after it; near the limit, those forced in its place."""
+
+        Returns the tokens added: this one and any forced after it; near the limit, those forced in its
+        place."""
         limit = "max_tokens" if generated + room >= self.work.max_tokens else "context_length"
         if self.owed and not self.constraint.holds:
             owed = self.owed[:room + 1]
@@ -367,14 +365,15 @@ class Answer:
 
     @property
     def awaits_grammar(self) -> bool:
-        """Has a call begun whose arguments must match a grammar?"""
+        """Has a call begun whose arguments must follow a grammar?"""
         if not (of_calls := self.constraint.of_calls) or not self.text.reader:
             return False
         begun = self.text.reader.deltas.begun_call
         return begun is not None and begun.name in of_calls
 
     def hold_call(self):
-        """Hold the arguments that begin here to their grammar, unless their first token already broke it."""
+        """Have the arguments that begin here follow their grammar, unless their first token already broke
+        it."""
         constraint = self.constraint
         reader = self.text.reader
         assert reader and reader.deltas.begun_call and constraint.compiled
@@ -386,8 +385,9 @@ class Answer:
     # the end of reasoning
 
     def end_thinking(self) -> int | None:
-        """End its reasoning with the next token. Returns the number of that token; None if it is not
-        reasoning now. With this number in the assignment, another worker ends it at the same position."""
+        """End its reasoning with the next token. Returns the number of that token, None if it is not
+        reasoning now. With this number in the assignment, another worker ends the reasoning at the same
+        position."""
         if not self.text.thinking:
             return None
         if self.thinking_ends is None:
@@ -395,8 +395,8 @@ class Answer:
         return self.thinking_ends
 
     def _end_of_thinking(self) -> list[int]:
-        """The tokens that end its reasoning here, if it has used up its budget or the client asked to end it;
-        usually none. Never in the middle of a character."""
+        """The tokens that end its reasoning here, usually none: if it has used up its budget, or the client
+        asked to end it. They never come in the middle of a character."""
         text = self.text
         params = self.work.params
         if not text.reader or not text.thinking or text.decoder.utf8.getstate()[0]:

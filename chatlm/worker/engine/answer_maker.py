@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class AnswerMaker:
     """Makes the Answer of each sequence, and computes the masks of its grammar.
 
-    Slow work happens in threads that serve clients in turn; `Output.preparing` is then the future that the
-    sequence must wait for before it may run."""
+    Slow work happens in threads that serve clients in turn. `SequenceOutput.preparing` is then the future
+    that the sequence must wait for before it may run."""
 
     KEPT_GRAMMARS = 16
     KEPT_GRAMMAR_BYTES = 64 << 20
@@ -38,35 +38,37 @@ class AnswerMaker:
         self.grammars: OrderedDict[tuple[str, str], Grammar] = OrderedDict()  # LRU, by owner and source
 
     def make(self, sequence: Sequence):
-        """Set `Output.answer`; if it needs a grammar, or its draws a preparation, in a thread, so that
-        no other answer waits (the first grammar also prepares the vocabulary)."""
+        """Set `SequenceOutput.answer`. A thread does it if the answer needs a grammar or its draws a
+        preparation, so that no other answer waits; the first grammar also prepares the vocabulary."""
         work = sequence.work
         if work.params.pooling:  # it becomes a vector, which has no text
             return
-        if (work.params.grammar or preparation(work.sampling)
-                or work.resumed_ids and any(work.params.call_grammars)):
+        resumes_calls = work.resumed_ids and any(work.params.call_grammars)
+        if work.params.grammar or preparation(work.sampling) or resumes_calls:
             self.remake(sequence)
         else:
             self._prepare(sequence)
 
     def remake(self, sequence: Sequence):
-        """Do it in the thread; also for an answer whose call now needs a grammar for its arguments."""
+        """Have the thread make the answer, or the grammar that an existing answer needs now."""
         client = sequence.work.params.client
         sequence.output.preparing = self.compiling.submit(client, self._prepare, sequence)
 
     def start_masks(self, sequences: Iterable[Sequence]):
-        """Start computing the masks of the next tokens, and of drafts, of those that go on with a grammar; if
-        the queue is long, they sit out steps until they are ready."""
+        """Start to compute the masks of the next tokens, and of drafts, for those that go on with a grammar.
+        If the queue is long, they sit out steps until their masks are ready."""
         for sequence in sequences:
-            if not sequence.finished and sequence.output.ready and (grammar := sequence.output.grammar):
-                behind_s = self.masking.behind_s
-                grammar.masks = self.masking.submit(sequence.work.params.client, grammar.compute_masks,
-                                                    sequence.draft.tokens)
-                if behind_s > self.MASK_PATIENCE_S:
-                    sequence.output.preparing = grammar.masks
+            grammar = None if sequence.finished or not sequence.output.ready else sequence.output.grammar
+            if not grammar:
+                continue
+            behind_s = self.masking.behind_s
+            grammar.masks = self.masking.submit(sequence.work.params.client, grammar.compute_masks,
+                                                sequence.draft.tokens)
+            if behind_s > self.MASK_PATIENCE_S:
+                sequence.output.preparing = grammar.masks
 
     def masked(self, sequence: Sequence, deadline_s: float) -> bool:
-        """Is the next mask ready by the deadline, or not needed? If not, sit out steps until it is."""
+        """Is the next mask ready by the deadline, or not needed? If not, the sequence sits out steps."""
         grammar = sequence.output.grammar
         if not grammar:
             return True
@@ -86,37 +88,49 @@ class AnswerMaker:
             return self.grammars[key].copy()
         self.tokenizer.grammar_vocabulary     # build it first: its memory belongs to no one grammar
         before = heap_bytes()
-        self.grammars[key] = grammar = Grammar(self.tokenizer, source)
+        grammar = Grammar(self.tokenizer, source)
+        self.grammars[key] = grammar
         grammar.matcher.compute_bitmask()     # makes it allocate all its memory
         grammar.size = heap_bytes() - before  # approximate: other threads allocate and free meanwhile
-        while (len(self.grammars) > self.KEPT_GRAMMARS
-               or sum(kept.size for kept in self.grammars.values()) > self.KEPT_GRAMMAR_BYTES):
+        while len(self.grammars) > self.KEPT_GRAMMARS or self._grammar_bytes() > self.KEPT_GRAMMAR_BYTES:
             self.grammars.popitem(last=False)
         return grammar.copy()
+
+    def _grammar_bytes(self) -> int:
+        return sum(grammar.size for grammar in self.grammars.values())
 
     def _prepare(self, sequence: Sequence):
         """Make the answer, or give an existing one the grammar that it needs now."""
         work = sequence.work
-        answer = sequence.output.answer
+        output = sequence.output
+        answer = output.answer
         try:
-            if sequence.output.kept is None and (prepare := preparation(work.sampling)):
-                sequence.output.kept = prepare(work.sampling, self.tokenizer, sequence.tokens)
-            compiled = partial(self.grammar, work.params.owner)
+            if output.kept is None and (prepare := preparation(work.sampling)):
+                output.kept = prepare(work.sampling, self.tokenizer, sequence.tokens)
             if answer and answer.awaits_grammar:
                 answer.hold_call()
-            elif answer and (broken := answer.grammar):
-                if compiled(broken.source).lexer is broken.lexer:
-                    del self.grammars[work.params.owner, broken.source]
-                answer.constraint.grammar = broken.renew(compiled(broken.source))
+            elif answer and answer.grammar:
+                answer.constraint.grammar = self._renewed(work.params.owner, answer.grammar)
             else:
-                source = work.params.grammar
-                if source and (reader := answer_reader(self.tokenizer, work.params, work.prompt_ids)):
-                    source = reader.grammar(work.params)  # of the whole answer
-                answer = Answer(work, self.tokenizer, compiled(source) if source else None, compiled,
-                                sequence.limit - len(work.prompt_ids))
+                answer = self._new_answer(sequence)
             if answer.grammar:
                 answer.grammar.masks.set_result(answer.grammar.compute_masks())
-            sequence.output.answer = answer
+            output.answer = answer
         except Exception:
-            sequence.output.answer = None  # so the answer fails when its next token is drawn
+            output.answer = None  # so the answer fails when its next token is drawn
             log.exception("failed to prepare an answer")
+
+    def _renewed(self, owner: str, broken: Grammar) -> Grammar:
+        """A grammar in the state of one that is broken, with another lexer."""
+        if self.grammar(owner, broken.source).lexer is broken.lexer:
+            del self.grammars[owner, broken.source]
+        return broken.renew(self.grammar(owner, broken.source))
+
+    def _new_answer(self, sequence: Sequence) -> Answer:
+        work = sequence.work
+        compiled = partial(self.grammar, work.params.owner)
+        source = work.params.grammar
+        if source and (reader := answer_reader(self.tokenizer, work.params, work.prompt_ids)):
+            source = reader.grammar(work.params)  # of the whole answer
+        return Answer(work, self.tokenizer, compiled(source) if source else None, compiled,
+                      sequence.limit - len(work.prompt_ids))

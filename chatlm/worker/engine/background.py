@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 
 
 class BackgroundLane:
-    """How many tokens of background sequences a step may compute beside interactive ones: as many as lengthen
-    it by at most SHARE, by the measured times of steps. Without interactive sequences there is no limit.
+    """How many tokens of background sequences a step may compute beside interactive ones: so many that it
+    takes at most SHARE longer, by the measured times of steps. Without interactive sequences there is no
+    limit.
 
-    A number of rows that was once measured while the machine was busy would never be tried again, so every
-    TRIAL-th step beside interactive answers has one row more than the times allow."""
+    A number of rows that was measured while the machine was busy would look slow and never be tried again. So
+    every TRIAL-th step beside interactive answers has one row more than the times allow."""
 
     SHARE = 0.05
     TRIAL = 256    # steps: too few for a hundredth of the gaps between tokens
@@ -35,17 +36,17 @@ class BackgroundLane:
         self.word: Word | None = None  # of workers that compute on the same processors
 
     def give_way_to(self, word: Word):
-        """From now on wait while other workers on the same processors write interactive answers."""
+        """Wait from now on while other workers on the same processors write interactive answers."""
         self.word = word
 
     def must_wait(self) -> bool:
-        """Is an interactive answer being written by another worker on the same processors, or was it a moment
-        ago? How much work here would lengthen its steps, nobody measures."""
+        """Is another worker on the same processors writing an interactive answer, or was it a moment ago?
+        Nobody measures how much work here would lengthen its steps."""
         return self.word is not None and self.word.others_write
 
     def room_beside(self, times: StepTimes, tokens: int, most: int) -> int:
-        """How many tokens, at most `most`, may join a step of so many tokens of interactive sequences. Those
-        of prompts count as rows, which need logits too: they take no longer."""
+        """How many tokens, at most `most`, may join a step with so many `tokens` of interactive sequences. A
+        token of a prompt counts as a row of logits, and takes no longer."""
         self.steps += 1
         alone, *longer = times.expected(tokens, tokens + most)
         room = bisect_right(longer, (1 + self.SHARE) * alone)
@@ -65,9 +66,11 @@ class BackgroundLane:
     def joins(self, sequence: Sequence) -> bool:
         """May it be computed beside interactive answers? Not if the whole step would then be drawn on the
         host, wait for a token, or have a shape that is not recorded."""
-        return (sequence.output.ready and not sequence.pooling and not sequence.scoring
-                and not sequence.needs_logits
-                and not (self.recorded and sequence.prefilling or self.ahead and sequence.work.needs_tokens))
+        if not sequence.output.ready or sequence.pooling or sequence.scoring or sequence.needs_logits:
+            return False
+        if self.recorded and sequence.prefilling:
+            return False
+        return not (self.ahead and sequence.work.needs_tokens)
 
 
 def in_background(sequences: Iterable[Sequence]) -> list[Sequence]:

@@ -1,4 +1,4 @@
-"""A step's plan as one batch for the model, and how each of its rows is drawn."""
+"""A step's plan as one batch for the model, and how a token is drawn from each of its rows of logits."""
 
 from __future__ import annotations
 
@@ -19,25 +19,29 @@ if TYPE_CHECKING:
 def make_batch(plan: Seq[Chunk], model: Model | None = None) -> Batch:
     """Flatten the plan into one forward pass of a model, sequence after sequence."""
     adapters = [chunk.sequence.adapter for chunk in plan]
-    shown = any(chunk.sequence.pooling or chunk.sequence.shown for chunk in plan)
-    batch = Batch([], [], [0], [], [], [], shown, [], [], [], adapters if any(adapters) else [])
-    token_ids, previous_token_ids, starts, lengths, tables, logit_rows, _, reads, *writes, _, _ = batch
+    reads_hidden = any(chunk.sequence.pooling or chunk.sequence.needs_hidden for chunk in plan)
+    batch = Batch([], [], [0], [], [], [], reads_hidden, state_reads=[], write_rows=[], write_slots=[],
+                  adapters=adapters if any(adapters) else [])
     for chunk in plan:
-        first, (before, *ids) = chunk.sequence.computed, chunk.ids
-        reads.append(chunk.reads)
-        writes[0].extend(len(token_ids) + token for token, _ in chunk.writes)
-        writes[1].extend(slot for _, slot in chunk.writes)
-        token_ids += ids
-        previous_token_ids += [before, *ids[:-1]]
-        starts.append(len(token_ids))
-        lengths.append(first + len(ids))
-        tables.append(chunk.sequence.pages)
-        logit_rows += range(len(token_ids) - chunk.rows, len(token_ids))
-    return of_pictures(batch, plan, model) if model and model.sees else batch
+        before, *ids = chunk.ids
+        begin = len(batch.token_ids)
+        end = begin + len(ids)
+        batch.token_ids.extend(ids)
+        batch.previous_token_ids.append(before)
+        batch.previous_token_ids.extend(ids[:-1])
+        batch.starts.append(end)
+        batch.lengths.append(chunk.sequence.computed + len(ids))
+        batch.tables.append(chunk.sequence.pages)
+        batch.logit_rows.extend(range(end - chunk.rows, end))
+        batch.state_reads.append(chunk.reads)
+        for token, slot in chunk.writes:
+            batch.write_rows.append(begin + token)
+            batch.write_slots.append(slot)
+    return with_pictures(batch, plan, model) if model and model.sees else batch
 
 
-def of_pictures(batch: Batch, plan: Seq[Chunk], model: Model) -> Batch:
-    """A batch with what rows of pictures need besides."""
+def with_pictures(batch: Batch, plan: Seq[Chunk], model: Model) -> Batch:
+    """The batch with what rows of pictures need too."""
     if model.picture_pad is not None:
         batch.previous_token_ids[:] = pad_ids(batch.token_ids, model.picture_pad, model.vocab_size)
     ahead = [0] * len(batch.token_ids)
@@ -63,8 +67,10 @@ def turns_of(plan: Seq[Chunk]) -> list[int]:
         first = chunk.sequence.computed
         count = len(chunk.ids) - 1
         sight = chunk.sequence.sight
-        turns += sight.turned(first, count, len(turns)) if sight and sight.turns else range(
-            first, first + count)
+        if sight and sight.turns:
+            turns += sight.turned(first, count, len(turns))
+        else:
+            turns += range(first, first + count)
     return turns
 
 
@@ -74,8 +80,8 @@ def sample_rows(plan: Seq[Chunk], eos_tokens: frozenset[int]) -> list[SampleRow]
 
 
 def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) -> SampleRow:
-    """How to draw a sequence's next token, or the one `offset` after it: parameters, absolute position, and
-    the tokens that penalties count."""
+    """How to draw a sequence's next token, or the one `offset` tokens after it: with which parameters, at
+    which absolute position, and which tokens penalties count."""
     work = sequence.work
     params = sequence.work.params
     sampling = sequence.work.sampling
@@ -85,7 +91,7 @@ def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) 
     return SampleRow(sampling, len(sequence.tokens) + offset, *sequence.counted, sequence.output.kept)
 
 
-def shown_rows(plan: Seq[Chunk]) -> list[tuple[int, numpy.ndarray, numpy.ndarray | None]]:
+def picture_rows(plan: Seq[Chunk]) -> list[tuple[int, numpy.ndarray, numpy.ndarray | None]]:
     """The rows of pictures in a step, as show_pictures takes them."""
     found = []
     begin = 0

@@ -12,11 +12,11 @@ import numpy
 
 from chatlm.common.log import log
 from chatlm.common.segments import PAGE, ROOT, STATE
-from chatlm.worker.engine.kept import owner_address, page_address
+from chatlm.worker.engine.kept_pages import owner_address, page_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence as Seq
-    from chatlm.worker.engine.kept import KeptPages
+    from chatlm.worker.engine.kept_pages import KeptPages
     from chatlm.worker.engine.kvcache import Content, Key, PagePool
     from chatlm.worker.model.transformer import Transformer
 
@@ -42,7 +42,7 @@ class Addresses:
 
 
 class PageBytes:
-    """The bytes of a model's KV pages and states."""
+    """The bytes of a model's KV pages and states, as arrays of uint8."""
 
     def __init__(self, transformer: Transformer, num_pages: int):
         layout = transformer.layout
@@ -82,16 +82,19 @@ class Copier:
     STEP_BYTES = 64 << 20  # copied between two steps
     LOOK_S = 0.25          # between two looks at what other workers have dropped
     STORED_S = 5.0         # while memory is full: the longest wait for its pages to be stored
+    RETRY_S = 60.0         # after a failure
 
     def __init__(self, pool: PagePool, kept: KeptPages, memory: PageBytes, counts: dict[str, int],
-                 look_at_store: Callable[[], None]):
+                 scan_store: Callable[[], None]):
+        """counts: of pages and bytes kept. scan_store: starts a scan, which shows what the store has
+        taken."""
         self.pool = pool
         self.kept = kept
         self.memory = memory
         self.counts = counts
-        self.look_at_store = look_at_store
-        self.retry_s = 0.0
-        self.trouble = ""
+        self.scan_store = scan_store
+        self.retry_s = 0.0  # when to try again after a failure
+        self.trouble = ""   # the last failure; "" once it is over
         self.full_s = 0.0   # since when memory has been full; 0: it is not
         self.looked_s = -self.LOOK_S
         self.waits = False  # for the store, to take pages out of memory
@@ -100,51 +103,58 @@ class Copier:
 
     def copy(self):
         """Keep the pages filled so far. Call it while no step is under way."""
-        pool = self.pool
+        now_s = time.monotonic()
         states = self.pool.states
-        now = time.monotonic()
-        began_s = time.thread_time()
-        if not self.kept.profile or now < self.retry_s or not (pool.fresh or states and states.fresh):
+        has_news = self.pool.fresh or states and states.fresh
+        if not self.kept.profile or now_s < self.retry_s or not has_news:
             return
-        left = self.STEP_BYTES
+        began_s = time.thread_time()
         self.copied = 0
-        if now - self.looked_s > self.LOOK_S:
-            self.looked_s = now
+        if now_s - self.looked_s > self.LOOK_S:
+            self.looked_s = now_s
             self.kept.look_at_memory()
         try:
-            while pool.fresh and self.copied < left:
-                key, content = pool.fresh[0]
-                self.waits = (pool.index.get(key) is content and not self._keep_chain(content.serial)
-                              and self._may_fit_soon(now))
-                if self.waits:
-                    break
-                pool.fresh.popleft()
-            while states and states.fresh and not pool.fresh and self.copied < left:
+            self._copy_pages(now_s)
+            while states and states.fresh and not self.pool.fresh and self.copied < self.STEP_BYTES:
                 self._keep_state(states.fresh.popleft())
             self.trouble = ""
         except OSError as error:
-            self.retry_s = now + 60.0
-            if self.trouble != (trouble := error.strerror or str(error)):
-                self.trouble = trouble
-                log.warning("prefixes are not kept in memory for a while: %s", trouble)
+            self._note_trouble(error.strerror or str(error), now_s)
         self.spent_s += time.thread_time() - began_s
+
+    def _copy_pages(self, now_s: float):
+        """Keep new pages in turn, until enough are copied or memory is full."""
+        pool = self.pool
+        while pool.fresh and self.copied < self.STEP_BYTES:
+            key, content = pool.fresh[0]
+            is_indexed = pool.index.get(key) is content
+            self.waits = is_indexed and not self._keep_chain(content.serial) and self._may_fit_soon(now_s)
+            if self.waits:
+                return
+            pool.fresh.popleft()
+
+    def _note_trouble(self, trouble: str, now_s: float):
+        self.retry_s = now_s + self.RETRY_S
+        if self.trouble != trouble:
+            self.trouble = trouble
+            log.warning("prefixes are not kept in memory for a while: %s", trouble)
 
     @property
     def behind(self) -> bool:
         """Are there pages to keep, and no failure that prevents it?"""
         return bool(self.kept.profile and self.pool.fresh and not self.trouble)
 
-    def _may_fit_soon(self, now: float) -> bool:
-        """Memory is full. Is it worth waiting until the store has taken some of it?"""
-        self.full_s = self.full_s or now
-        if self.kept.folder is None or now - self.full_s > self.STORED_S:
+    def _may_fit_soon(self, now_s: float) -> bool:
+        """Memory is full. Is it worth waiting until the store has taken some pages out of it?"""
+        self.full_s = self.full_s or now_s
+        if self.kept.folder is None or now_s - self.full_s > self.STORED_S:
             return False
-        self.look_at_store()
+        self.scan_store()
         return True
 
     def _keep_chain(self, serial: int | str) -> bool:
-        """Keep a page, and any before it that are no longer kept. False if there is no room."""
-        chain = []
+        """Keep a page, and those before it that are no longer kept. False if there is no room."""
+        chain = []  # from the page back to the first that is not kept
         addresses = self.pool.addresses
         while addresses and not isinstance(serial, str):
             address = addresses[serial]
@@ -170,9 +180,9 @@ class Copier:
         return all(window or page != self.pool.hole for page, window in zip(content.pages, self.pool.windows))
 
     def _keep_page(self, content: Content, address: bytes, parent: bytes, tokens: tuple[int, ...]) -> bool:
-        held = [page for page in content.pages if page != self.pool.hole]
+        pages = [page for page in content.pages if page != self.pool.hole]
         groups = sum(1 << group for group, page in enumerate(content.pages) if page != self.pool.hole)
-        payload = self.memory.pages(held)
+        payload = self.memory.pages(pages)
         if not self.kept.add(PAGE, address, payload, groups, tokens, parent):
             return False
         self.counts["kept_pages"] += 1
@@ -183,8 +193,9 @@ class Copier:
     def _keep_state(self, serial: int | str):
         states = self.pool.states
         address = self.pool.addresses and self.pool.addresses[serial]
-        if (states is None or address is None or serial not in states
-                or self.kept.key(STATE, address) in self.kept or not self._keep_chain(serial)):
+        if states is None or address is None or serial not in states:
+            return
+        if self.kept.key(STATE, address) in self.kept or not self._keep_chain(serial):
             return
         slot = (states.ends if serial in states.ends else states.passed)[serial]
         payload = self.memory.state(slot)

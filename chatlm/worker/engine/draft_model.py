@@ -1,12 +1,12 @@
 """A second, smaller model that drafts for the first: its tables of pages, and the steps that draft.
 
-It draws with the noise of the request's seed, position and token id, after the same parameters, so that at
-any temperature a draft is right wherever both models' noisy logits have the same maximum: with a probability
-of at least (1 - TV) / (1 + TV), TV being the distance of the two distributions (Daliri, Musco, Suresh,
-"Coupling without communication and drafter-invariant speculative decoding", 2024).
+It draws with the request's own parameters and noise, which depends on seed, position and token id. So at any
+temperature a draft is right wherever the noisy logits of both models have the same maximum: with a
+probability of at least (1 - TV) / (1 + TV), TV being the distance of the two distributions (Daliri, Musco,
+Suresh, "Coupling without communication and drafter-invariant speculative decoding", 2024).
 
-Its pages are its own. They follow a sequence: its prompt is computed in chunks once the sequence decodes,
-and where the sequence got other tokens than were drafted, their keys and values are written over."""
+Its pages are its own. They follow a sequence: its prompt is computed in chunks once the sequence decodes.
+Where the sequence got other tokens than were drafted, the keys and values of these are overwritten."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Follower:
     """A sequence as a drafting model sees it. `own` has the same tokens, and pages of that model's pool."""
 
     own: Sequence
-    guess: list[int] = field(default_factory=list)  # what was drafted last,
+    guess: list[int] = field(default_factory=list)  # the tokens that were drafted last,
     begin: int = 0                                  # from this position on
 
 
@@ -44,28 +44,33 @@ class Followers:
         self.of: dict[Sequence, Follower] = {}
 
     def follow(self, sequence: Sequence, work: Assignment, of_adapter: bool = False) -> Follower:
-        """The follower of a sequence. A new one begins with the longest prefix that has pages here; with
-        `of_adapter`, pages are those of its adapter."""
-        if (follower := self.of.get(sequence)) is None:
-            own = Sequence(work, sequence.tokens, sequence.limit)
-            if of_adapter:
-                own.adapter = sequence.adapter
-                own.adapter_digest = sequence.adapter_digest
-                own.serial = own.root
-            own.pages, own.serial = self.pool.match_prefix(own.tokens, own.root)
-            own.filled = len(own.pages)
-            own.computed = own.filled * self.pool.page_size
-            follower = self.of[sequence] = Follower(own)
+        """The follower of a sequence. A new one begins with the longest prefix that has pages here.
+
+        of_adapter: do pages depend on the sequence's adapter?"""
+        follower = self.of.get(sequence)
+        if follower:
+            return follower
+        own = Sequence(work, sequence.tokens, sequence.limit)
+        if of_adapter:
+            own.adapter = sequence.adapter
+            own.adapter_digest = sequence.adapter_digest
+        own.pages, own.serial = self.pool.match_prefix(own.tokens, own.root)
+        own.filled = len(own.pages)
+        own.computed = own.filled * self.pool.page_size
+        follower = Follower(own)
+        self.of[sequence] = follower
         return follower
 
-    def guessed(self, sequence: Sequence) -> Follower | None:
-        """Its follower, if that has drafted what comes next already."""
+    def with_guess(self, sequence: Sequence) -> Follower | None:
+        """The follower of a sequence if it has already drafted the tokens that come next."""
         follower = self.of.get(sequence)
-        return follower if follower and follower.guess and follower.begin == len(sequence.tokens) else None
+        if follower and follower.guess and follower.begin == len(sequence.tokens):
+            return follower
+        return None
 
     def settle(self, follower: Follower):
-        """Count as computed what was drafted and turned out right; the last token is always computed again,
-        since its logits are needed, and the last drafted one never was."""
+        """Count drafted tokens that turned out right as computed. The last one drafted never was; the last
+        token of the sequence is computed again, since its logits are needed."""
         own = follower.own
         guess = follower.guess[:-1]
         known = own.tokens[follower.begin:len(own.tokens) - 1]
@@ -78,9 +83,11 @@ class Followers:
     def grow(self, own: Sequence, length: int) -> bool:
         """Give it pages for so many tokens; False if they are not free."""
         rows = -(-length // self.pool.page_size)
-        if not (missing := self.tables.missing(own, rows, rows)):
+        missing = self.tables.missing(own, rows, rows)
+        if not missing:
             return True
-        if (pages := self.pool.allocate(len(missing))) is None:
+        pages = self.pool.allocate(len(missing))
+        if pages is None:
             return False
         self.tables.fill(own, missing, pages, rows)
         return True
@@ -107,7 +114,7 @@ class DraftModel:
     """Drafts with a model of its own, for several sequences in a batch: k tokens in k small steps."""
 
     name = "model"
-    sees_states = False
+    reads_hidden = False
 
     def __init__(self, transformer: Transformer, *, num_pages: int, max_batch: int, prefill_chunk: int,
                  vocab_size: int, stop_tokens: frozenset[int], called: str = ""):
@@ -136,26 +143,29 @@ class DraftModel:
     def end(self, sequence: Sequence):
         self.followers.release(sequence)
 
-    def see(self, sequence: Sequence, first: int, count: int, rows: numpy.ndarray):
-        """It needs no states of the model."""
+    def read_hidden(self, sequence: Sequence, first: int, count: int, rows: numpy.ndarray):
+        """It needs no hidden states of the model."""
 
     def draft(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, list[int]]:
-        """Draft up to so many tokens for each of these sequences, whose tokens must all be known. One whose
-        prompt has not been computed here yet is computed further, and gets none. No step may be under way
-        that needs these threads at the same time."""
+        """Draft up to so many tokens for each of these sequences, whose tokens must all be known. A prompt
+        that is not computed here yet is computed further; its sequence gets no draft now. No step that needs
+        these threads may be under way."""
         self.followers.release_waiting()
-        found = {sequence: self._useful(follower.guess) for sequence in wanted
-                 if (follower := self.followers.guessed(sequence))}  # it was left out of a step
-        plan, drafting = self._plan({s: length for s, length in wanted.items() if s not in found})
+        drafts: dict[Sequence, list[int]] = {}
+        for sequence in wanted:
+            follower = self.followers.with_guess(sequence)
+            if follower:  # the sequence was left out of a step
+                drafts[sequence] = self._useful(follower.guess)
+        plan, drafting = self._plan({s: length for s, length in wanted.items() if s not in drafts})
         self.computed = sum(chunk.count for chunk in plan)
         if not plan:
-            return found
+            return drafts
         drawn = self._draw(plan, [(follower.own, length) for _, follower, length in drafting])
         for (sequence, follower, _), tokens in zip(drafting, drawn):
             follower.begin = len(follower.own.tokens)
             follower.guess = tokens
-            found[sequence] = self._useful(tokens)
-        return found
+            drafts[sequence] = self._useful(tokens)
+        return drafts
 
     def _useful(self, tokens: list[int]) -> list[int]:
         """The draft up to its first stop token, and without what only this model's vocabulary has."""
@@ -184,8 +194,9 @@ class DraftModel:
             fresh = tokens[own.computed:]
             if not left or max(fresh) >= own_size or not self.followers.grow(own, len(tokens) + length - 1):
                 continue
-            if (count := min(len(fresh), left)) < len(fresh):
-                count -= (own.computed + count) % size  # pages are filled, so that others can share them
+            count = min(len(fresh), left)
+            if count < len(fresh):
+                count -= (own.computed + count) % size  # fill pages, so that others can share them
             if count > 0:
                 left -= count
                 plan.append((Chunk(own, count, int(count == len(fresh))), sequence, follower, length))
@@ -233,7 +244,7 @@ class DraftModel:
 
 
 def of_vocabulary(work: Assignment, vocab_size: int) -> Assignment:
-    """The same assignment, whose biases name only tokens of a vocabulary of this size."""
+    """The same assignment without biases of tokens that a vocabulary of this size lacks."""
     sampling = work.params.sampling
     biases = tuple(pair for pair in sampling.logit_bias if pair[0] < vocab_size)
     if len(biases) == len(sampling.logit_bias):

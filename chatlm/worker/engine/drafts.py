@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence as Seq
 from dataclasses import replace
 from typing import NamedTuple, Protocol, TYPE_CHECKING
 
-from chatlm.common.messages.requests import DraftCounts, Usage
+from chatlm.common.messages.requests import DRAFT_SOURCES, DraftCounts, Usage
 from chatlm.worker.engine.times import StepTimes, Times
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Draft(NamedTuple):
 NO_DRAFT = Draft()
 
 
-class Source(Protocol):
+class DraftSource(Protocol):
     """What proposes drafts. A draft is verified by the model's own draws, so no source changes a token.
 
     `name` is a field of DraftCounts. `begin` hears of a sequence when it is queued, `end` once it has ended,
@@ -55,8 +55,8 @@ class Source(Protocol):
 
 
 class Acceptance:
-    """How often a drafted token was right if all before it were, by source, by what the source thought of its
-    chance, and by its place in the draft."""
+    """How often a drafted token was right if all before it were: by its source, by the chance that the source
+    gave it, and by its place in the draft."""
 
     # TRUST: tokens that the source's own estimate counts as
     TRUST = 4.0
@@ -70,7 +70,8 @@ class Acceptance:
         self.counts: dict[tuple[str, int, int], list[float]] = {}  # [tokens, right ones]; new ones weigh most
 
     def measured(self, draft: Draft) -> tuple[list[float], list[list[float]]]:
-        """The chances as they were measured, and each token's counts; of fewer tokens if chances are tiny."""
+        """The chances of a draft's tokens as measured, and the counts of each; tokens with tiny chances are
+        left out."""
         before = 1.0
         chance = 1.0
         chances = []
@@ -90,7 +91,7 @@ class Acceptance:
         return chances, found
 
     def note(self, found: list[list[float]], right: int, known: int):
-        """Of a draft's first `known` tokens, the first `right` ones were right, and at most one was not."""
+        """The first `right` of a draft's first `known` tokens were right; at most one was not."""
         for i, counts in enumerate(found[:known]):
             if counts[0] >= self.MEMORY:
                 counts[:] = counts[0] * 0.75, counts[1] * 0.75
@@ -98,7 +99,7 @@ class Acceptance:
             counts[1] += i < right
 
 
-class Record:
+class DraftRecord:
     """What drafts gave one sequence, against what was expected of them."""
 
     MEMORY = 0.9
@@ -108,9 +109,8 @@ class Record:
         self.proposed = NO_DRAFT               # the newest draft, before it was cut
         self.chances: list[float] = []         # of its tokens, as measured for all sequences
         self.counts: list[list[float]] = []    # see Acceptance.measured
-        # tokens, the newest count most
-        self.expected = 0.0
-        self.right = 0.0
+        self.expected = 0.0  # tokens that were expected to be right; the newest count most
+        self.right = 0.0     # tokens that were
 
     @property
     def factor(self) -> float:
@@ -122,13 +122,14 @@ class Record:
 
 
 def can_draft(sequence: Sequence) -> bool:
-    """Can its next tokens be drafted: is it known to the sources, is only its newest token not computed, and
-    is its text and its grammar at hand?"""
+    """Can its next tokens be drafted? The sources must know it, only its newest token may be pending, and its
+    text and grammar must be ready."""
     return sequence.drafts and not sequence.finished and sequence.pending == 1 and sequence.output.ready
 
 
 def joined(forced: Draft, draft: Draft) -> Draft:
-    """What is forced, with the rest of another draft of the same sequence where that agrees."""
+    """The forced tokens, followed by the rest of another draft of the same sequence if it begins with
+    them."""
     count = len(forced.tokens)
     if draft.tokens[:count] != forced.tokens or len(draft.tokens) == count:
         return forced
@@ -164,11 +165,11 @@ def fitting(sequence: Sequence, draft: Draft) -> Draft:
     return draft.first(grammar.fitting(draft.tokens)) if grammar and draft.tokens else draft
 
 
-def of_vocabulary(draft: Draft, first_id: int | None) -> Draft:
-    """As much of a draft as are tokens; from first_id on ids are rows of pictures, which texts may have."""
-    if first_id is None or not draft.tokens or max(draft.tokens) < first_id:
+def tokens_of(draft: Draft, vocab_end: int | None) -> Draft:
+    """The draft up to its first id that is no token: texts may contain ids of rows of pictures."""
+    if vocab_end is None or not draft.tokens or max(draft.tokens) < vocab_end:
         return draft
-    return draft.first(next(i for i, token in enumerate(draft.tokens) if token >= first_id))
+    return draft.first(next(i for i, token in enumerate(draft.tokens) if token >= vocab_end))
 
 
 def by_source(draft: Draft, count: int) -> DraftCounts:
@@ -182,22 +183,33 @@ class Drafting:
     """Asks the sources, keeps the best draft of each sequence, cuts it to what pays, and counts what was
     drafted and accepted.
 
-    A drafted token pays if the step that also verifies it gives more tokens a second: the chance that it and
-    all before are right against the time that one more row takes. Both are measured. A draft that is not
-    verified is measured too: the tokens that come show whether it was right."""
+    A drafted token pays if a step that also verifies it gives more tokens a second: if the chance that it and
+    all before it are right outweighs the time of one more row. Both are measured. So is a draft that was not
+    verified: the tokens that come show whether it was right."""
 
-    def __init__(self, sources: Iterable[Source], times: Times | None = None):
+    def __init__(self, sources: Iterable[DraftSource], times: Times | None = None,
+                 vocab_end: int | None = None):
+        """vocab_end: ids from here on stand for rows of pictures; None: there are none."""
         self.sources = {source.name: source for source in sources}
         self.drafted = DraftCounts()
         self.accepted = DraftCounts()
         self.acceptance = Acceptance()
         self.times = times or Times()
-        self.records: dict[Sequence, Record] = {}
-        self.first_id: int | None = None  # from here on ids are no tokens
+        self.records: dict[Sequence, DraftRecord] = {}
+        self.vocab_end = vocab_end
+
+    def gauges(self) -> dict[str, float]:
+        """Tokens that were drafted and accepted, in all and by source."""
+        gauges: dict[str, float] = {}
+        for name, counts in (("drafted", self.drafted), ("accepted", self.accepted)):
+            gauges[f"{name}_tokens"] = counts.total
+            for source in DRAFT_SOURCES:
+                gauges[f"{name}_{source}"] = getattr(counts, source)
+        return gauges
 
     def begin(self, sequence: Sequence):
         sequence.drafts = True
-        self.records[sequence] = Record()
+        self.records[sequence] = DraftRecord()
         for source in self.sources.values():
             source.begin(sequence)
 
@@ -215,24 +227,25 @@ class Drafting:
             source.forget()
 
     def draft(self, sequences: Iterable[Sequence], running: Seq[Sequence], limits: StepLimits):
-        """Set the drafts of those of these sequences that can have one, for the next step of what runs, in
-        the background only while nothing else runs."""
+        """Set the drafts of those of these sequences that can have one, for the next step of what runs. Those
+        in the background have drafts only while nothing else runs."""
         interactive = [sequence for sequence in running if not sequence.work.background]
-        if able := [sequence for sequence in sequences if can_draft(sequence)
-                    and not (interactive and sequence.work.background)]:
-            answers = [sequence for sequence in interactive or running if not sequence.pooling]
-            tokens = sum(sequence.pending for sequence in answers if sequence.prefilling)
-            self.propose(able, -(-len(answers) // limits.stages), limits.draft_rows,
-                         min(tokens, limits.prefill_chunk) * self.times.token_s,
-                         any(sequence.needs_logits for sequence in answers))
+        able = [sequence for sequence in sequences
+                if can_draft(sequence) and not (interactive and sequence.work.background)]
+        if not able:
+            return
+        answers = [sequence for sequence in interactive or running if not sequence.pooling]
+        prompt_tokens = sum(sequence.pending for sequence in answers if sequence.prefilling)
+        self.propose(able, -(-len(answers) // limits.stages), limits.draft_rows,
+                     min(prompt_tokens, limits.prefill_chunk) * self.times.token_s,
+                     any(sequence.needs_logits for sequence in answers))
 
     def propose(self, sequences: Seq[Sequence], rows: int, most: int, other_s: float = 0.0,
                 on_host: bool = False):
-        """Set the drafts of these sequences: of each the one that is worth most, cut to what pays in a step
-        of `rows` rows without drafts, at most `most` with them, and `other_s` seconds of other work; does
-        the host need its logits?"""
-        times = self.times.of(on_host)
-        best = dict.fromkeys(sequences, NO_DRAFT)
+        """Set the drafts of these sequences: the one that is worth most, cut to what pays.
+
+        rows: of the step without drafts; it may have at most `most` with them. other_s: seconds of its other
+        work. on_host: does the host need its logits?"""
         for sequence in sequences:
             sequence.draft = NO_DRAFT
         forced: dict[Sequence, Draft] = {}
@@ -242,57 +255,71 @@ class Drafting:
                     forced[sequence] = draft
                 elif forced.get(sequence, NO_DRAFT).tokens:
                     draft = joined(forced[sequence], draft)
-                if (draft := fitting(sequence, of_vocabulary(draft, self.first_id))).tokens:
-                    record = self.records[sequence]
-                    chances, counts = self.acceptance.measured(draft)
-                    factor = record.factor
-                    measured = draft._replace(tokens=draft.tokens[:len(chances)], chances=tuple(
-                        min(factor * chance, 0.99) for chance in chances))
-                    if measured.worth > best[sequence].worth:
-                        record.proposed = draft
-                        record.chances = chances
-                        record.counts = counts
-                        best[sequence] = sequence.draft = measured  # later sources see it
-        for sequence, count in zip(best, self._counts(list(best.values()), times, rows, most, other_s)):
-            sequence.draft = best[sequence].first(count)
+                self._consider(sequence, fitting(sequence, tokens_of(draft, self.vocab_end)))
+        drafts = [sequence.draft for sequence in sequences]
+        counts = self._counts(drafts, self.times.of(on_host), rows, most, other_s)
+        for sequence, draft, count in zip(sequences, drafts, counts):
+            sequence.draft = draft.first(count)
+
+    def _consider(self, sequence: Sequence, draft: Draft):
+        """Make it the sequence's draft if it is worth more than that, as measured. Later sources see it."""
+        if not draft.tokens:
+            return
+        record = self.records[sequence]
+        chances, counts = self.acceptance.measured(draft)
+        factor = record.factor
+        measured = draft._replace(tokens=draft.tokens[:len(chances)],
+                                  chances=tuple(min(factor * chance, 0.99) for chance in chances))
+        if measured.worth > sequence.draft.worth:
+            record.proposed = draft
+            record.chances = chances
+            record.counts = counts
+            sequence.draft = measured
 
     def _counts(self, drafts: list[Draft], step_times: StepTimes, rows: int, most: int,
                 other_s: float) -> list[int]:
         """How many tokens of each draft to verify, so that the step gives the most tokens a second."""
-        ranked = sorted(((chance, -i, j) for j, draft in enumerate(drafts)
-                         for i, chance in enumerate(draft.chances)), reverse=True)[:max(most - rows, 0)]
+        ranked = []  # the likeliest tokens first: (chance, -place in its draft, draft)
+        for j, draft in enumerate(drafts):
+            for i, chance in enumerate(draft.chances):
+                ranked.append((chance, -i, j))
+        ranked = sorted(ranked, reverse=True)[:max(most - rows, 0)]
+        counts = [0] * len(drafts)
         if not ranked:
-            return [0] * len(drafts)
+            return counts
         times = step_times.expected(rows, rows + len(ranked))
         tokens = float(rows)
         best = rows / (times[0] + other_s)
         chosen = 0
         for count, (chance, _, _) in enumerate(ranked, 1):
             tokens += chance
-            if (rate := tokens / (times[count] + other_s)) > best:
+            rate = tokens / (times[count] + other_s)
+            if rate > best:
                 best = rate
                 chosen = count
-        counts = [0] * len(drafts)
         for _, _, j in ranked[:chosen]:
             counts[j] += 1
         return counts
 
     def judge(self, sequence: Sequence, verified: int, accepted: int, came: Seq[int]):
-        """Of the sequence's draft so many tokens were verified, and so many of these were right. `came`: the
-        tokens that came, which also say so of a draft that was cut."""
+        """So many tokens of the sequence's draft were verified, and so many of these were right. came: the
+        tokens that the sequence got, which also show whether the rest of a cut draft was right."""
         record = self.records[sequence]
-        if (proposed := record.proposed).tokens and proposed.at + len(came) == len(sequence.tokens):
+        proposed = record.proposed
+        if proposed.tokens and proposed.at + len(came) == len(sequence.tokens):
             self._measure(record, came)
         record.proposed = NO_DRAFT
-        if verified:
-            draft = sequence.draft
-            self.sources[draft.source].judge(sequence, draft, verified, accepted)
-            drafted, right = (by_source(draft, count) for count in (verified, accepted))
-            self.drafted = self.drafted + drafted
-            self.accepted = self.accepted + right
-            sequence.output.usage += Usage(drafted=drafted, accepted=right)
+        if not verified:
+            return
+        draft = sequence.draft
+        self.sources[draft.source].judge(sequence, draft, verified, accepted)
+        drafted = by_source(draft, verified)
+        right = by_source(draft, accepted)
+        self.drafted = self.drafted + drafted
+        self.accepted = self.accepted + right
+        sequence.output.usage += Usage(drafted=drafted, accepted=right)
 
-    def _measure(self, record: Record, came: Seq[int]):
+    def _measure(self, record: DraftRecord, came: Seq[int]):
         """Note which of a draft's first tokens were right, as far as the tokens that came show it."""
         known = 0
         right = 0

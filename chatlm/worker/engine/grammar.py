@@ -32,12 +32,12 @@ CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of a character that began earli
 
 
 class Grammar:
-    """Which tokens may come next. A thread computes the next token's mask in the background, and those after
-    each token of its draft.
+    """Which tokens may come next. A thread computes the mask of the next token in the background, and those
+    after each token of its draft.
 
-    Copies share a lexer, whose number of states is limited: those that drafts added, or hours of answers, may
-    break an answer's grammar, which then starts over with a new lexer (`renew`): once to go on without
-    drafts, so that they make no answer fail, and once more."""
+    Copies share a lexer with a limited number of states. The states that drafts add, or hours of answers, may
+    use them up, which breaks the grammar. It then starts over with a new lexer (`renew`): once without
+    drafts, so that these make no answer fail, and once more."""
 
     def __init__(self, tokenizer: Tokenizer, source: str):
         llguidance = require_library("llguidance", "constrained decoding")
@@ -47,8 +47,7 @@ class Grammar:
         self.ends = tokenizer.stop_tokens
         self.bytes = tokenizer.byte_tokens
         self.source, self.lexer = source, object()  # lexer: the same one in its copies
-        # fed: the tokens so far
-        self.fed = []
+        self.fed = []          # the tokens so far
         self.renewed = False
         self.follows_drafts = True
         self.size = 0                 # bytes, shared with its copies
@@ -71,7 +70,8 @@ class Grammar:
         return fresh
 
     def compute_masks(self, draft: Seq[int] = ()) -> list[bytes]:
-        """The mask of the next token, and that after each token of a draft, up to one that is not allowed."""
+        """The mask of the next token, and those after each token of a draft, up to one that is not
+        allowed."""
         matcher = self.matcher
         masks = [self.matcher.compute_bitmask()]
         fed = 0
@@ -87,8 +87,8 @@ class Grammar:
         return masks
 
     def allowed(self, vocab_size: int, row: int = 0) -> numpy.ndarray | None:
-        """The mask after `row` tokens of the draft, as one flag per token (vocab_size,); None if the draft
-        breaks the grammar before, so that what is drawn there does not matter."""
+        """The mask after `row` tokens of the draft, one flag per token (vocab_size,). None if the draft has
+        broken the grammar before that, so that what is drawn there does not matter."""
         masks = self.masks.result()
         if row >= len(masks):
             return None
@@ -96,7 +96,7 @@ class Grammar:
         return numpy.unpackbits(words, count=vocab_size, bitorder="little").astype(bool)
 
     def fitting(self, tokens: Seq[int]) -> int:
-        """How many of these tokens may follow, none of which ends the answer."""
+        """How many of these tokens may follow. One that ends the answer does not count."""
         count = next((i for i, token in enumerate(tokens) if token in self.ends), len(tokens))
         if not count or not self.follows_drafts or self.matcher.is_error():
             return 0
@@ -129,7 +129,8 @@ class Grammar:
 
     def way_to_end(self, most: int) -> list[int] | None:
         """The tokens of a short way from here to where the answer may end; None if it takes more than `most`.
-        Tries bytes (3 us each), beginning with those that end something. LookupError if there is no way."""
+
+        It tries bytes (3 us each), first those that end something. LookupError if there is no way."""
         matcher = self.matcher.deep_copy()
         way = bytearray()
         one = self.bytes
@@ -158,7 +159,7 @@ class Grammar:
 
     @property
     def may_renew(self) -> bool:
-        """Is it broken, perhaps only because its lexer is full, and may it start over with another one?"""
+        """Is it broken, perhaps only since its lexer is full, and may it start over with another lexer?"""
         return self.matcher.is_error() and not self.renewed
 
 

@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 import math
 import time
 from collections.abc import Callable, Sequence as Seq
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import numpy
 
-from chatlm.common.messages.requests import Embedding, Ended, Failed, PromptScores, TokenLogprob
+from chatlm.common.messages.requests import PromptScores, TokenLogprob
 from chatlm.worker.engine.batch import make_batch, sample_rows
-from chatlm.worker.model.head import Head
 from chatlm.worker.ops.sampling import clean_logits, penalize, sample_each, top_ids
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.requests import AnswerParams, WorkerEvent
+    from chatlm.common.messages.requests import WorkerEvent
     from chatlm.worker.engine.answer_maker import AnswerMaker
-    from chatlm.worker.engine.sequence import Chunk, Output, Sequence
+    from chatlm.worker.engine.embedding import Pooler
+    from chatlm.worker.engine.sequence import Chunk, Sequence
     from chatlm.worker.model.transformer import Transformer
+    from chatlm.worker.ops.rows import SampleRow
 
 
 class HostSteps:
     """Steps whose logits or hidden states the host needs. No other step may be under way meanwhile."""
 
-    def __init__(self, transformer: Transformer, steps, answers: AnswerMaker,
-                 emit: Callable[[Sequence, WorkerEvent], None], head: Head = Head()):
+    def __init__(self, transformer: Transformer, steps, answers: AnswerMaker, pooler: Pooler,
+                 emit: Callable[[Sequence, WorkerEvent], None]):
         self.transformer = transformer
         self.steps = steps
         self.answers = answers
+        self.pooler = pooler
         self.emit = emit
-        self.head = head
 
     def run(self, plan: Seq[Chunk]) -> tuple[list[Chunk], Callable[[], list[int]]]:
         """Run a step; returns the chunks that advanced, and a function that returns the drawn tokens."""
@@ -46,47 +45,43 @@ class HostSteps:
         self.transformer.arrays.wait(logits)
         for chunk, (first, last) in zip(plan, itertools.pairwise(batch.starts)):
             if chunk.sequence.pooling:
-                pool(self.transformer, chunk, first, last, self.head.pools)
-        late = []
-        deadline_s = time.monotonic() + self.answers.MASK_PATIENCE_S
-        for chunk in plan:
-            if chunk.draws and not self.answers.masked(chunk.sequence, deadline_s):
-                late.append(chunk)  # computed again once its mask is ready
-        rows = list(itertools.accumulate((chunk.rows for chunk in plan), initial=0))
+                self.pooler.pool(chunk, first, last)
+        late = self._without_mask(plan)
+        rows = itertools.accumulate((chunk.rows for chunk in plan), initial=0)
         spans = [(chunk, range(first, last))
                  for chunk, (first, last) in zip(plan, itertools.pairwise(rows)) if chunk not in late]
         tokens = self._draw(spans, logits)
         return [chunk for chunk, _ in spans], lambda: tokens
 
+    def _without_mask(self, plan: Seq[Chunk]) -> list[Chunk]:
+        """The chunks whose masks are late. They are computed again once their masks are ready."""
+        deadline_s = time.monotonic() + self.answers.MASK_PATIENCE_S
+        return [chunk for chunk in plan
+                if chunk.draws and not self.answers.masked(chunk.sequence, deadline_s)]
+
     def _token_types(self, plan: Seq[Chunk]) -> list[int]:
         """The type of each token of a step: 1 in the second text of a pair, else 0."""
         embedder = self.answers.tokenizer.spec.embedder
-        types = []
         between = embedder.between[:1] if embedder else ()
+        types: list[int] = []
         for chunk in plan:
             tokens = chunk.sequence.tokens
-            second = len(chunk.sequence.tokens)
+            second = len(tokens)  # where the second text begins
             if chunk.sequence.pooling == "rank" and self.transformer.model.token_types > 1:
                 second = next((i + 1 for i, token in enumerate(tokens) if (token,) == between), second)
             types += [int(i >= second) for i in range(len(tokens))]
         return types
 
     def _draw(self, spans: Seq[tuple[Chunk, range]], logits) -> list[int]:
-        """Score prompts, ban tokens the grammars reject, draw, and record logprobs.
+        """Score prompts, ban tokens that the grammars reject, draw, and record log-probabilities.
 
         spans: chunks and their rows of the logits (R, V)."""
-        drawn = []
+        drawn = self._score_prompts(spans, logits)
         plan = [chunk for chunk, _ in spans]
-        arrays = self.transformer.arrays
-        for chunk, mine in spans:
-            if chunk.sequence.scoring:
-                if scores := score_prompt(chunk, arrays.numpy(logits[mine.start:mine.stop])):
-                    # Sent at once: the scores of a long prompt take 100 MB.
-                    self.emit(chunk.sequence, PromptScores(scores))
-            drawn += mine[len(mine) - chunk.draws:]
         rows = sample_rows(plan, self.answers.tokenizer.stop_tokens)
         if not rows:
             return []
+        arrays = self.transformer.arrays
         logits = logits if len(drawn) == len(logits) else logits[drawn]  # (len(rows), V)
         draws = [(chunk, i) for chunk in plan for i in range(chunk.draws)]
         lines = {at: host_row(arrays.numpy(logits[at])) for at, (chunk, _) in enumerate(draws)
@@ -96,50 +91,34 @@ class HostSteps:
             if grammar and (allowed := grammar.allowed(len(line), i)) is not None:
                 line[arrays.of(~allowed)] = -math.inf
         tokens = sample_each(self.transformer.kernels.sample, logits, rows)
-        void = False
-        for at, (chunk, i) in enumerate(draws):
-            void = i > 0 and (void or tokens[at - 1] != chunk.draft[i - 1])
-            if at in lines and not void:
-                output = chunk.sequence.output
-                own = chunk.sequence.work.params
-                output.logprobs[i:] = [logprob_of(penalize(lines[at], rows[at]), tokens[at],
-                                                  own.logprobs or 0, own.logprob_ids)]
+        record_logprobs(draws, tokens, rows, lines)
         return tokens
 
-
-def pool(transformer: Transformer, chunk: Chunk, first: int, last: int, of_pairs: str = "last"):
-    """Pool the hidden states of a chunk, the rows [first, last) of the step; `of_pairs`: how those of a pair
-    are pooled. They are added one by one, so that the sum has the same bits however the prompt was split."""
-    output = chunk.sequence.output
-    pooling = chunk.sequence.pooling
-    pooling = of_pairs if pooling == "rank" else pooling
-    size = len(chunk.sequence.tokens)
-    computed = chunk.sequence.computed
-    unpooled = min(chunk.sequence.work.params.unpooled, size - 1)
-    start = min(first + max(unpooled - computed, 0), last)  # of the rows that count
-    rows = {"mean": (start, last), "cls": (start, start + 1), "last": (last - 1, last)}[pooling]
-    if pooling != "mean" or computed == 0:  # a sequence that was preempted starts over
-        output.pooled = 0.0
-    if rows[0] < last:
-        for row in transformer.hidden_states(*rows):
-            output.pooled = output.pooled + row
-    if pooling == "mean" and chunk.count == chunk.sequence.pending:
-        output.pooled = output.pooled / (size - unpooled)
+    def _score_prompts(self, spans: Seq[tuple[Chunk, range]], logits) -> list[int]:
+        """Send the scores of prompts; returns the rows of the logits from which tokens are drawn."""
+        drawn: list[int] = []
+        for chunk, rows in spans:
+            if chunk.sequence.scoring:
+                scores = score_prompt(chunk, self.transformer.arrays.numpy(logits[rows.start:rows.stop]))
+                if scores:  # sent at once: the scores of a long prompt take 100 MB
+                    self.emit(chunk.sequence, PromptScores(scores))
+            drawn += rows[len(rows) - chunk.draws:]
+        return drawn
 
 
-def embedding_events(pooled: numpy.ndarray, params: AnswerParams, output: Output) -> list[WorkerEvent]:
-    """The end of a sequence that was embedded: its vector (C,) float64, cut and scaled to length 1 as asked,
-    or the score (1,) of its pair, as it is."""
-    vector = pooled[:params.dimensions or None]
-    if params.normalized and params.pooling != "rank":
-        vector = vector / numpy.linalg.norm(vector)
-    with numpy.errstate(over="ignore"):
-        vector = vector.astype("<f4")
-    if not numpy.isfinite(vector).all():
-        return [Failed("the model's hidden states are not finite")]
-    usage = replace(output.usage, compute_s=output.compute_s)
-    return [Embedding(base64.b64encode(vector.tobytes()).decode()),
-            Ended("stop", None, usage, output.queued_s or 0.0)]
+def record_logprobs(draws: Seq[tuple[Chunk, int]], tokens: Seq[int], rows: Seq[SampleRow],
+                    lines: dict[int, Any]):
+    """Note the log-probabilities of drawn tokens in their sequences, but for those after a wrong draft.
+
+    draws: (chunk, index among its draws) of each token. lines: the clean logits of those wanted, by place."""
+    void = False
+    for at, (chunk, i) in enumerate(draws):
+        void = i > 0 and (void or tokens[at - 1] != chunk.draft[i - 1])
+        if at in lines and not void:
+            params = chunk.sequence.work.params
+            logprob = logprob_of(penalize(lines[at], rows[at]), tokens[at], params.logprobs or 0,
+                                 params.logprob_ids)
+            chunk.sequence.output.logprobs[i:] = [logprob]
 
 
 def host_row(logits: numpy.ndarray) -> numpy.ndarray:
@@ -148,8 +127,8 @@ def host_row(logits: numpy.ndarray) -> numpy.ndarray:
 
 
 def logprob_of(logits: numpy.ndarray, token: int, top: int, named: Seq[int] = ()) -> TokenLogprob:
-    """A token's log-probability in its row of clean logits (V,), the `top` most likely tokens, and those
-    `named` beside them."""
+    """A token's log-probability in its row of clean logits (V,), with those of the `top` most likely tokens
+    and of the tokens `named`."""
     with numpy.errstate(over="ignore"):
         weights = numpy.exp(logits - logits.max())
     total = float(logits.max()) + math.log(float(weights.sum(dtype=numpy.float64)))
@@ -159,13 +138,13 @@ def logprob_of(logits: numpy.ndarray, token: int, top: int, named: Seq[int] = ()
 
 
 def score_prompt(chunk: Chunk, logits) -> tuple[TokenLogprob, ...]:
-    """Log-probabilities of the prompt tokens one after the chunk's last, from their logits (rows, V).
-    Skips those already scored: a sequence that was preempted, or whose worker died, starts over."""
+    """Log-probabilities of the prompt tokens that follow those of a chunk, from their logits (rows, V).
+    Those already scored are left out: a sequence that was preempted, or whose worker died, starts over."""
     sequence = chunk.sequence
-    first = chunk.sequence.computed + chunk.count - len(logits)
+    output = sequence.output
     ids = sequence.work.prompt_ids
     top = sequence.work.params.prompt_logprobs
-    output = sequence.output
+    first = sequence.computed + chunk.count - len(logits)  # position of the first row's token
     scores = [TokenLogprob(ids[0], None)] if output.scored == 0 else []
     for position, line in enumerate(logits, first + 1):
         if max(1, output.scored) <= position < len(ids):

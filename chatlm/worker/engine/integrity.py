@@ -1,4 +1,4 @@
-"""Does everything that an engine counts have the right owners? For tests and soaks.
+"""Checks that everything an engine counts has the right owners. For tests and soaks.
 
     a page          is free, cached or referenced, and its references equal its entries in tables
     the index       points to pages that point back, and whose owners have the same tokens
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class IntegrityError(AssertionError):
-    """An engine's counts do not match what it has: a bug of ours. `faults` has one line for each."""
+    """An engine's counts do not match what it has: a bug of ours. `faults` has a line for each."""
 
     def __init__(self, faults: list[str]):
         super().__init__("; ".join(faults))
@@ -65,8 +65,13 @@ def count_faults(kind: str, refs: Seq[int], free: Seq[int], cached: Iterable[int
                    for name, held in Counter(found).items() if held > 1]
         if times[number] > 1:
             faults.append(f"{kind} {number} is in the free list {times[number]} times")
-        states = [state for state, holds in (("free", number in times), ("cached", number in cached),
-                                             ("referenced", counted > 0 or found)) if holds]
+        states = []
+        if number in times:
+            states.append("free")
+        if number in cached:
+            states.append("cached")
+        if counted > 0 or found:
+            states.append("referenced")
         if len(states) != 1:
             faults.append(f"{kind} {number} is {' and '.join(states) or 'lost: not free, cached or held'}")
     unknown = sorted((times.keys() | cached | holders.keys()) - {*range(len(refs))})
@@ -82,7 +87,8 @@ def page_faults(pool: PagePool, tables: Iterable[tuple[str, Seq[int]]]) -> list[
 
 
 def index_faults(pool: PagePool) -> list[str]:
-    """Faults of the prefix index: entries and pages that do not point to each other, and leftovers."""
+    """Faults of the prefix index: entries and pages that do not point to each other, and what should have
+    been forgotten."""
     faults = []
     free = {*pool.free}
     serials = set()
@@ -139,8 +145,11 @@ def queue_faults(queue: RunQueue, restorations: Seq[Restoration] = ()) -> list[s
         if sequence.finished:
             faults.append(f"answer {sequence.work.id} has ended, but is still scheduled")
     faults += [f"answer {s.work.id} is running, but has no pages" for s in queue.running if not s.pages]
-    faults += [f"answer {s.work.id} is waiting, but has {kind}" for s in queue.waiting for kind, held in (
-        ("pages", s.pages), ("states", s.states.slots), ("computed tokens", s.computed)) if held]
+    for waiting in queue.waiting:
+        holdings = {"pages": waiting.pages, "states": waiting.states.slots,
+                    "computed tokens": waiting.computed}
+        faults += [f"answer {waiting.work.id} is waiting, but has {kind}"
+                   for kind, held in holdings.items() if held]
     awaited = {id(sequence.restoration) for sequence in everyone}
     faults += [f"restoration {number} goes on, but no answer waits for it" for number, each
                in enumerate(restorations) if not each.over and id(each) not in awaited]

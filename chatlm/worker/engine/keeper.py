@@ -1,8 +1,8 @@
-"""Restores KV pages that an earlier process computed, for prompts that begin with the same tokens.
+"""Keeps KV pages for later processes, and restores those of earlier ones for prompts that begin alike.
 
 A waiting prompt is looked up by the addresses of its pages. A thread reads the kept pages that the prefix
-cache lacks; the engine copies them into free pages and adds them to the prefix index, where the scheduler
-finds them like any others. The prompt waits for as long as reading is ahead of computing it."""
+cache lacks. The engine copies them into free pages and adds them to the prefix index, where the scheduler
+finds them like any others. The prompt waits as long as reading is ahead of computing."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 from chatlm.common.log import log
 from chatlm.common.segments import PAGE, STATE
 from chatlm.worker.engine.copier import Addresses, Copier, PageBytes
-from chatlm.worker.engine.kept import owner_address, page_address
+from chatlm.worker.engine.kept_pages import owner_address, page_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from chatlm.common.segments import Record
-    from chatlm.worker.engine.kept import KeptPages
+    from chatlm.worker.engine.kept_pages import KeptPages
     from chatlm.worker.engine.kvcache import PagePool
     from chatlm.worker.engine.sequence import Sequence
     from chatlm.worker.engine.times import Times
@@ -37,23 +37,22 @@ class Restoration:
     addresses: list[bytes]   # of their pages
     begin: int               # how many of these pages the prefix cache had
     serial: int | str        # of the last content restored so far
-    pages: list[int]         # held for it: those from the prefix cache, then the restored ones
-    restores_state: bool
+    pages: list[int]         # that it holds: those from the prefix cache, then the restored ones
+    restores_state: bool     # also the state after the last page?
     began_s: float
     pages_read: int = 0      # so far, including those that the prefix cache had
     read_began_s: float = math.inf  # when the current read began; infinite while none is under way
-    over: bool = False       # nobody waits for it any more
+    over: bool = False       # does nobody wait for it any more?
     slot: int | None = None  # with the state after its tokens
     room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(Reader.BATCHES))
 
 
 class Pace:
-    """How long computing and reading take, as measured so far: for which kept pages does it pay to wait?"""
+    """Whether it pays to wait for kept pages, by how long computing and reading have taken so far."""
 
-    # a prompt waits this long, or this share of what it may save
-    GRACE_S = 0.03
-    GRACE_SHARE = 0.05
-    OVERHEAD_S = 0.0005   # of a restoration
+    GRACE_S = 0.03         # a prompt waits this long in any case,
+    GRACE_SHARE = 0.05     # or this share of the time that it may save
+    OVERHEAD_S = 0.0005    # of a restoration
     MEMORY_BYTE_S = 3e-10  # to read a byte of memory
 
     def __init__(self, page_size: int, times: Times):
@@ -63,8 +62,19 @@ class Pace:
 
     def pays(self, pages: int, size: int, on_disk: bool) -> bool:
         """Would computing the pages take longer than reading their `size` bytes? Yes if nobody knows."""
+        token_s = self.times.token_s
+        if not token_s:
+            return True
         read_s = self.OVERHEAD_S + size * (self.byte_s if on_disk else self.MEMORY_BYTE_S)
-        return not self.times.token_s or pages * self.page_size * self.times.token_s >= read_s
+        return pages * self.page_size * token_s >= read_s
+
+    def note_disk(self, byte_s: float):
+        """The disk has been measured before anything was read from it."""
+        self.byte_s = byte_s
+
+    def note_read(self, nbytes: int, seconds: float):
+        """So many bytes were read from the disk."""
+        self.byte_s += 0.3 * (seconds / nbytes - self.byte_s)
 
     def reads_faster(self, restoration: Restoration) -> bool:
         """Has reading brought more pages than computing would have by now?"""
@@ -72,27 +82,30 @@ class Pace:
             return False
         page_s = self.page_size * self.times.token_s
         pages_s = page_s * (len(restoration.addresses) - restoration.begin)
-        elapsed_s = time.monotonic() - restoration.began_s - max(self.GRACE_S, self.GRACE_SHARE * pages_s)
-        computed = elapsed_s / page_s if page_s else 0.0
-        return elapsed_s < 0 or restoration.pages_read - restoration.begin > computed
+        grace_s = max(self.GRACE_S, self.GRACE_SHARE * pages_s)
+        elapsed_s = time.monotonic() - restoration.began_s - grace_s
+        if elapsed_s < 0:
+            return True
+        computed = elapsed_s / page_s if page_s else 0.0  # pages that computing would have brought
+        return restoration.pages_read - restoration.begin > computed
 
 
 class Reader:
     """Threads that read kept pages ahead of the engine, and look at what other workers have stored."""
 
     LEAST_READ_BYTES = 1 << 20  # a smaller read does not update the measured speed
-    # read ahead of the engine
-    BATCHES = 32
-    BATCH_BYTES = 4 << 20
+    BATCHES = 32            # read ahead of the engine,
+    BATCH_BYTES = 4 << 20   # of at least so many bytes each
 
     def __init__(self, kept: KeptPages, pace: Pace):
         self.kept = kept
         self.pace = pace
         self.threads = ThreadPoolExecutor(2, "prefixes")
+        # records that were read; None: there are no more of this restoration
         self.arrived: deque[tuple[Restoration, list[tuple[Record, memoryview]] | None]] = deque()
         self.news = threading.Event()
-        self.look: Future | None = None  # the last scan of the store
-        self.looked_s = 0.0    # when it began
+        self.scan: Future | None = None  # the last one of the store
+        self.scanned_s = 0.0             # when it began
 
     def start(self, restoration: Restoration):
         self.threads.submit(self._read, restoration)
@@ -102,19 +115,21 @@ class Reader:
         self.news.wait(timeout_s)
         self.news.clear()
 
-    def looks(self, since_s: float) -> bool:
-        """Scan the store if a scan since then is due: other workers may have added pages. Is one under way
-        that a sequence should wait for?"""
-        if self.looked_s < since_s:
-            self.look_at_store()
-        return (self.look is not None and not self.look.done()
-                and time.monotonic() - self.looked_s < self.pace.GRACE_S)
+    def is_scanning(self, since_s: float) -> bool:
+        """Scan the store unless that was done since then: other workers may have added pages. Is a scan under
+        way that a sequence should wait for?"""
+        if self.scanned_s < since_s:
+            self.scan_store()
+        if self.scan is None or self.scan.done():
+            return False
+        return time.monotonic() - self.scanned_s < self.pace.GRACE_S
 
-    def look_at_store(self):
+    def scan_store(self):
         """Start a scan of the store, if one is due."""
-        if self.kept.may_look and (self.look is None or self.look.done()):
-            self.looked_s, self.look = time.monotonic(), self.threads.submit(self.kept.look_at_store)
-            self.look.add_done_callback(lambda look: self.news.set())
+        if self.kept.may_look and (self.scan is None or self.scan.done()):
+            self.scanned_s = time.monotonic()
+            self.scan = self.threads.submit(self.kept.look_at_store)
+            self.scan.add_done_callback(lambda scan: self.news.set())
 
     def _read(self, restoration: Restoration):
         """In a thread: read its records in batches, at most BATCHES ahead of the engine."""
@@ -135,8 +150,8 @@ class Reader:
                 batch.append(read)
                 size += read[0].size
                 if on_disk:
-                    disk_bytes = disk_bytes + read[0].size
-                    disk_s = disk_s + time.monotonic() - began_s
+                    disk_bytes += read[0].size
+                    disk_s += time.monotonic() - began_s
                 if size >= self.BATCH_BYTES:
                     self._hand_over(restoration, batch)
                     batch = []
@@ -144,7 +159,7 @@ class Reader:
             if batch:
                 self._hand_over(restoration, batch)
             if disk_bytes >= self.LEAST_READ_BYTES:
-                self.pace.byte_s += 0.3 * (disk_s / disk_bytes - self.pace.byte_s)
+                self.pace.note_read(disk_bytes, disk_s)
         except Exception:
             log.exception("failed to read kept pages")
         finally:
@@ -153,6 +168,7 @@ class Reader:
             self.news.set()
 
     def _hand_over(self, restoration: Restoration, batch: list[tuple[Record, memoryview]]):
+        """Give a batch to the engine, once it has taken enough of those before it."""
         restoration.read_began_s = math.inf  # now it waits for the engine, whose steps may be long
         while not restoration.room.acquire(timeout=1.0):
             if restoration.over:
@@ -162,7 +178,7 @@ class Reader:
         self.news.set()
 
 
-class Keeper:
+class PageKeeper:
     """Copies contents of the prefix index to kept pages, and back."""
 
     STUCK_S = 5.0         # a restoration is abandoned if one read takes longer
@@ -172,26 +188,50 @@ class Keeper:
         self.pool = pool
         self.kept = kept
         self.memory = PageBytes(transformer, pool.num_pages)
-        pool.addresses = Addresses()
+        pool.note_addresses(Addresses())
         self.pace = Pace(pool.page_size, times)
         self.reader = Reader(kept, self.pace)
         self.restorations: list[Restoration] = []
         self.counts: dict[str, int] = dict.fromkeys(
             ("restored_tokens", "restored_bytes", "kept_pages", "kept_bytes", "missed_pages"), 0)
         self.saved_s = 0.0     # computing time
-        self.copier = Copier(pool, kept, self.memory, self.counts, self.reader.look_at_store)
+        self.copier = Copier(pool, kept, self.memory, self.counts, self.reader.scan_store)
+
+    def gauges(self) -> dict[str, float]:
+        return {**self.counts, "prefill_saved_s": round(self.saved_s, 3),
+                "keeping_s": round(self.copier.spent_s, 3)}
 
     def begin(self, profile: Callable[[], bytes], patience_s: float):
         """Identify the weights and scan what is kept, in a thread; wait for it at most `patience_s`."""
-        def learn():
+        def identify():
             try:
-                self.kept.profile = profile()
+                self.kept.use_profile(profile())
                 self.kept.look_at_store()
-                self.pace.byte_s = self.kept.disk_byte_s() or self.pace.byte_s
+                byte_s = self.kept.disk_byte_s()
+                if byte_s:
+                    self.pace.note_disk(byte_s)
             except Exception as error:
                 log.warning("prefixes are neither kept nor restored: %s", error)
 
-        wait([self.reader.threads.submit(learn)], patience_s)
+        wait([self.reader.threads.submit(identify)], patience_s)
+
+    @property
+    def is_behind(self) -> bool:
+        """Are there pages to keep, and no failure that prevents it?"""
+        return self.copier.behind
+
+    @property
+    def waits_for_store(self) -> bool:
+        return self.copier.waits
+
+    @property
+    def has_arrivals(self) -> bool:
+        """Have pages been read that `adopt` can take over?"""
+        return bool(self.reader.arrived)
+
+    def wait(self, timeout_s: float):
+        """Wait for something to be read."""
+        self.reader.wait(timeout_s)
 
     def settle(self):
         """Keep the pages filled so far. Call it while no step is under way."""
@@ -205,49 +245,55 @@ class Keeper:
         if not self.kept.profile or sequence.uncached:
             return False
         if sequence.restoration is None:
-            if self.reader.looks(sequence.output.added_s):
+            if self.reader.is_scanning(sequence.output.added_s):
                 return True
             sequence.restoration = self._start_restoring(sequence)
         return self.pace.reads_faster(sequence.restoration)
 
     def _start_restoring(self, sequence: Sequence) -> Restoration:
-        """Start to restore the kept pages of a sequence; it is over at once if that would not pay."""
+        """Start to restore the kept pages of a sequence. It is over at once if that would not pay."""
         pool = self.pool
+        size = pool.page_size
+        table, serial = pool.match_prefix(sequence.tokens, sequence.root)
+        cached = len(table) // pool.groups
+        addresses, usable = self._kept_addresses(sequence, cached)
+        if addresses:
+            self.kept.use(self.kept.key(PAGE, addresses[-1]))
+        restoration = Restoration(
+            sequence.tokens[:usable * size], addresses[:usable], cached, serial, table, bool(pool.states),
+            time.monotonic(), cached)
+        self.counts["missed_pages"] += (len(sequence.tokens) - 1) // size - max(cached, usable)
+        if usable <= cached or not self._pays(restoration):
+            restoration.over = True
+            pool.release(table)
+            return restoration
+        self.restorations.append(restoration)
+        self.reader.start(restoration)
+        return restoration
+
+    def _kept_addresses(self, sequence: Sequence, cached: int) -> tuple[list[bytes], int]:
+        """The addresses of a prompt's pages, as far as they are cached or kept, and how many of these pages
+        can be used: with states, those up to the last state."""
         kept = self.kept
         size = self.pool.page_size
-        tokens = sequence.tokens
-        owner = sequence.root
-        table, serial = pool.match_prefix(tokens, owner)
-        begin = len(table) // pool.groups
-        end = 0
-        most = (len(tokens) - 1) // size
-        address = owner_address(owner)
-        addresses = []
         kept.look_at_memory()
-        for row in range(most):
-            address = page_address(address, tokens[row * size:(row + 1) * size])
-            if row >= begin and kept.key(PAGE, address) not in kept:
+        address = owner_address(sequence.root)
+        addresses: list[bytes] = []
+        usable = 0
+        for row in range((len(sequence.tokens) - 1) // size):
+            address = page_address(address, sequence.tokens[row * size:(row + 1) * size])
+            if row >= cached and kept.key(PAGE, address) not in kept:
                 break
             addresses.append(address)
-            if not pool.states or kept.key(STATE, address) in kept:
-                end = row + 1
-        if addresses:
-            kept.use(kept.key(PAGE, addresses[-1]))
-        found = Restoration(tokens[:end * size], addresses[:end], begin, serial, table, bool(pool.states),
-                            time.monotonic(), begin)
-        self.counts["missed_pages"] += most - max(begin, end)
-        if end <= begin or not self._pays(found):
-            found.over = True
-            pool.release(table)
-            return found
-        self.restorations.append(found)
-        self.reader.start(found)
-        return found
+            if not self.pool.states or kept.key(STATE, address) in kept:
+                usable = row + 1
+        return addresses, usable
 
-    def _pays(self, found: Restoration) -> bool:
-        pages = len(found.addresses) - found.begin
-        size = pages * self.memory.page_bytes + found.restores_state * self.memory.state_bytes
-        return self.pace.pays(pages, size, self.kept.on_disk(self.kept.key(PAGE, found.addresses[-1])))
+    def _pays(self, restoration: Restoration) -> bool:
+        pages = len(restoration.addresses) - restoration.begin
+        size = pages * self.memory.page_bytes + restoration.restores_state * self.memory.state_bytes
+        on_disk = self.kept.on_disk(self.kept.key(PAGE, restoration.addresses[-1]))
+        return self.pace.pays(pages, size, on_disk)
 
     def adopt(self):
         """Copy arrived records into pages. No step may be under way: it might still write to these pages."""
@@ -255,10 +301,13 @@ class Keeper:
         while self.reader.arrived and left > 0:
             restoration, batch = self.reader.arrived.popleft()
             for record, payload in batch or ():
-                if not restoration.over:
-                    left -= record.size
-                    (self._adopt_state if record.content == STATE else self._adopt_page)(
-                        restoration, record, payload)
+                if restoration.over:
+                    continue
+                left -= record.size
+                if record.content == STATE:
+                    self._adopt_state(restoration, payload)
+                else:
+                    self._adopt_page(restoration, record, payload)
             restoration.room.release()
             if batch is None:
                 self._end(restoration)
@@ -271,18 +320,20 @@ class Keeper:
                 self._end(restoration)
 
     def _adopt_page(self, restoration: Restoration, record: Record, payload: memoryview):
+        """Copy the next page of a prompt. If it cannot be used, the pages restored so far remain usable."""
         pool = self.pool
-        size = self.pool.page_size
+        size = pool.page_size
         row = len(restoration.pages) // pool.groups
         tokens = tuple(restoration.tokens[row * size:(row + 1) * size])
         present = [group for group in range(pool.groups) if record.groups >> group & 1]
         length = len(restoration.addresses) * size
         needed = [group for group, window in enumerate(pool.windows)
                   if row >= pool.first_seen(length, window)]
-        if (record.tokens != tokens or len(payload) != len(present) * self.memory.page_bytes
-                or not set(needed) <= set(present)
-                or (pages := pool.allocate(len(needed))) is None):
-            restoration.over = True  # the pages restored so far remain usable
+        fits = (record.tokens == tokens and len(payload) == len(present) * self.memory.page_bytes
+                and set(needed) <= set(present))
+        pages = pool.allocate(len(needed)) if fits else None
+        if pages is None:
+            restoration.over = True
             return
         parts = self.memory.parts(payload, len(present))
         table = [pool.hole] * pool.groups
@@ -295,10 +346,11 @@ class Keeper:
         self.counts["restored_bytes"] += len(payload)
         self.saved_s += size * self.pace.times.token_s
 
-    def _adopt_state(self, restoration: Restoration, record: Record, payload: memoryview):
+    def _adopt_state(self, restoration: Restoration, payload: memoryview):
         """Copy a state into a slot, which becomes a snapshot once all pages have arrived."""
         states = self.pool.states
-        if states is None or len(payload) != self.memory.state_bytes or (slot := states.allocate()) is None:
+        slot = states.allocate() if states and len(payload) == self.memory.state_bytes else None
+        if slot is None:
             restoration.over = True
             return
         self.memory.put_state(slot, payload)

@@ -3,15 +3,16 @@
 from dataclasses import dataclass
 
 
-# in a decode_core step take hardly longer than one row; on a GPU with bfloat16, not with packed weights
+# So many rows in a step of decode_core take hardly longer than one row: on a CPU, and on a GPU with bfloat16,
+# not with packed weights.
 FREE_ROWS = 8
 
 
 @dataclass
 class StepLimits:
-    """What a step may have at most."""
+    """The most that a step may have."""
 
-    max_batch: int           # running sequences, without those that are set aside
+    max_batch: int           # running sequences, but for those that are set aside
     prefill_chunk: int       # tokens of prompts
     max_rows: int            # rows of logits
     stages: int = 1          # of the model; as many steps may be under way

@@ -1,10 +1,10 @@
 """Drafts from text that was seen before: a sequence's own, its owner's other answers, the operator's texts.
 
-A text is indexed by its runs of two tokens; the places of a run are chained, latest first. A sequence keeps
-the places that its last tokens were found at: each new token drops those that went on differently, so a long
-match is not lost among many short ones. Places vote with the lengths of their matches. (Suffix trees, as in
-Oliaro et al., "SuffixDecoding", 2024, count all places; here the latest decide, which takes Python 10 us a
-token.)"""
+A text is indexed by its runs of two tokens; the places of a run are chained, latest first. For each sequence
+the places where its last tokens were found are kept. A new token drops the places where the text goes on
+differently, so a long match is not lost among many short ones. Places vote with the lengths of their matches.
+(Suffix trees, as in Oliaro et al., "SuffixDecoding", 2024, count all places. Here the latest decide, which
+takes Python 10 us a token.)"""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LENGTHS = 3, 4, 6, 8, 12, 16, 24, 32, 48, 64  # to which a longer match is measu
 LONGEST = 32   # tokens proposed
 PLACES = 8     # of a sequence's last tokens that are kept, in all texts
 LEAST = 0.05   # chance below which a token is not proposed
-# see Place
+# see Match
 TRUST = 0.25
 MOST_TRUST = 16.0
 LEAST_TRUST = 2.0
@@ -43,9 +43,8 @@ def run_key(first, second):
 
 
 class Text:
-    """Tokens, and where each run of RUN tokens ends in them. They are only ever added to.
-
-    Another thread may read while one adds."""
+    """Tokens, and where each run of RUN tokens ends in them. Both only ever grow, so that a thread may read
+    while another one adds."""
 
     def __init__(self, tokens: list[int] | array):
         self.tokens = tokens
@@ -90,8 +89,9 @@ class Text:
         return found
 
 
-class Store:
-    """Texts that all sequences of one owner look in, in parts of which the oldest is dropped first."""
+class TextStore:
+    """Texts in which all sequences of one owner look. They are in parts, of which the oldest is dropped
+    first."""
 
     def __init__(self):
         self.parts: list[Text] = [Text(array("i", [BETWEEN] * RUN))]
@@ -111,16 +111,16 @@ class Store:
         return sum(len(part.tokens) for part in self.parts)
 
 
-class Stores:
-    """What is kept of ended answers, by their owners, within a number of tokens; the part that was least
-    recently added to goes first. Adding happens in a thread."""
+class TextStores:
+    """The tokens of ended answers, by their owners, and the operator's texts. There is room for so many
+    tokens; the oldest part of the owner who added least recently goes first. A thread adds them."""
 
     PARTS = 16  # the share of the memory that is dropped at a time
 
     def __init__(self, num_tokens: int):
         self.num_tokens = num_tokens
-        self.by_owner: OrderedDict[tuple[str, ...], Store] = OrderedDict()
-        self.common = Store()                   # texts of the operator, for everybody; never dropped
+        self.by_owner: OrderedDict[tuple[str, ...], TextStore] = OrderedDict()
+        self.common = TextStore()                   # texts of the operator, for everybody; never dropped
         self.thread = ThreadPoolExecutor(1, "said")
         self.adding: Future | None = None       # the newest task of the thread
 
@@ -144,7 +144,7 @@ class Stores:
             self.adding = self.thread.submit(self._add, owner, tokens[-self.num_tokens:])
 
     def _add(self, owner: tuple[str, ...], tokens: list[int]):
-        store = self.by_owner.get(owner) or Store()
+        store = self.by_owner.get(owner) or TextStore()
         store.add(tokens, self.num_tokens // self.PARTS)
         self.by_owner[owner] = store
         self.by_owner.move_to_end(owner)
@@ -165,8 +165,8 @@ class Stores:
             self.adding.result()
 
 
-class Place(NamedTuple):
-    """Where the last tokens of a sequence were found: what may come next is text.tokens[end:]."""
+class Match(NamedTuple):
+    """A place where the last tokens of a sequence were found: text.tokens[end:] may come next."""
 
     text: Text
     end: int
@@ -177,9 +177,9 @@ class Place(NamedTuple):
     def weight(self) -> float:
         return self.length + TRUST * self.trust
 
-    def moved_on(self, new: Seq[int]) -> list[Place]:
-        """The place after the tokens that came, if they are those of the text; else, if it matched long, the
-        places where the text may go on as if a token had been replaced, inserted or left out."""
+    def moved_on(self, new: Seq[int]) -> list[Match]:
+        """The match after new tokens, if the text has them here too. Else, if the match was long, the places
+        where the text may go on as if a token had been replaced, inserted or left out."""
         text = self.text.tokens
         end = self.end
         many = len(new)
@@ -195,37 +195,29 @@ class Place(NamedTuple):
         for skipped, used in ((1, rest), (0, rest), (1, new[same:]), (2, new[same:])):
             begin = at + skipped
             if text[begin:begin + len(used)] == used and begin + len(used) < len(text):
-                found.append(Place(self.text, begin + len(used), len(used), trust))
+                found.append(Match(self.text, begin + len(used), len(used), trust))
         return found
 
 
-class Follower:
-    """The places of one sequence's last tokens, in its own text and in others."""
+class Matches:
+    """Where one sequence's last tokens were found, in its own text and in others."""
 
     def __init__(self, tokens: list[int], others: Seq[Text]):
         self.tokens = tokens      # the sequence's own list
         self.own = Text(tokens)
         self.texts = [self.own, *others]
-        self.places: list[Place] = []
-        self.seen = 0             # tokens that the places were moved on by
+        self.best: list[Match] = []  # the longest ones
+        self.moved = 0               # how many of the tokens they have been moved on by
 
-    def move_on(self) -> list[Place]:
-        """The places that the last tokens were found at, the longest matches first."""
+    def move_on(self) -> list[Match]:
+        """The places where the last tokens were found, the longest matches first."""
         tokens = self.tokens
         length = len(self.tokens)
         if length < RUN:
             return []
         self.own.index(length)
-        kept: dict[tuple[int, int], Place] = {}
-        if self.seen:
-            new = tokens[self.seen:]
-            packed = array("i", new)
-            for place in self.places:
-                for moved in place.moved_on(new if place.text is self.own else packed) if new else (place,):
-                    key = id(moved.text), moved.end
-                    if key not in kept or moved.weight > kept[key].weight:
-                        kept[key] = moved
-        self.seen = length
+        kept = self._moved_on(tokens[self.moved:]) if self.moved else {}
+        self.moved = length
         tail = tokens[-LENGTHS[-1]:]
         packed = array("i", tail)
         run = run_key(*tail[-RUN:])
@@ -233,10 +225,21 @@ class Follower:
             same = tail if text is self.own else packed
             for end in text.places(run, PLACES):
                 if (id(text), end) not in kept:
-                    kept[id(text), end] = Place(text, end, match_length(text.tokens, end, same))
+                    kept[id(text), end] = Match(text, end, match_length(text.tokens, end, same))
         # stable: where lengths are equal, places that were followed come first, then later ones
-        self.places = sorted(kept.values(), key=lambda place: -place.weight)[:PLACES]
-        return self.places
+        self.best = sorted(kept.values(), key=lambda match: -match.weight)[:PLACES]
+        return self.best
+
+    def _moved_on(self, new: list[int]) -> dict[tuple[int, int], Match]:
+        """The matches after new tokens, by text and place: at each place the best one."""
+        kept: dict[tuple[int, int], Match] = {}
+        packed = array("i", new)
+        for match in self.best:
+            for moved in match.moved_on(new if match.text is self.own else packed) if new else (match,):
+                key = id(moved.text), moved.end
+                if key not in kept or moved.weight > kept[key].weight:
+                    kept[key] = moved
+        return kept
 
     def propose(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """The likeliest continuation, and the chance of each token that it and all before are right."""
@@ -268,7 +271,8 @@ class Follower:
 
 
 def match_length(tokens: Seq[int], end: int, tail: Seq[int]) -> int:
-    """How many tokens before `end` are those of the tail, as one of LENGTHS; RUN are."""
+    """About how many tokens before `end` equal the last ones of the tail: one of LENGTHS, or RUN, which
+    do."""
     found = RUN
     for length in LENGTHS:
         if length > end or length > len(tail) or tokens[end - length:end] != tail[-length:]:
@@ -288,15 +292,15 @@ def common_length(one: Seq[int], other: Seq[int]) -> int:
 
 
 class Lookup:
-    """Looks up what followed a sequence's last tokens before: in its own prompt and answer, in what its owner
-    was answered lately with the same adapter, and in the operator's texts."""
+    """The source that looks up what followed a sequence's last tokens before: in its own prompt and answer,
+    in its owner's latest answers with the same adapter, and in the operator's texts."""
 
     name = "lookup"
 
     def __init__(self, num_tokens: int = 1 << 16):
         """num_tokens: of ended answers and the operator's texts to keep, 0: none."""
-        self.stores = Stores(num_tokens)
-        self.followers: dict[Sequence, Follower | None] = {}  # None: has not been asked yet
+        self.stores = TextStores(num_tokens)
+        self.matches: dict[Sequence, Matches | None] = {}  # None: has not been asked yet
 
     def read(self, texts: Seq[str], encode: Callable[[str], Seq[int]]):
         """Tokenize texts of the operator, in the thread; all answers may be drafted from them."""
@@ -304,26 +308,26 @@ class Lookup:
             self.stores.adding = self.stores.thread.submit(self.stores.add_common, text, encode)
 
     def begin(self, sequence: Sequence):
-        self.followers[sequence] = None
+        self.matches[sequence] = None
 
     def propose(self, sequences: Seq[Sequence]) -> list[Draft]:
         return [self._draft(sequence) for sequence in sequences]
 
     def _draft(self, sequence: Sequence) -> Draft:
-        if (follower := self.followers[sequence]) is None:
+        if (matches := self.matches[sequence]) is None:
             # marks beside log-probabilities say what repeats itself here: the page's token lens asks again
             marked = sequence.work.params.logprobs is not None
             others = [] if marked else self.stores.of(owner_of(sequence))
-            follower = self.followers[sequence] = Follower(sequence.tokens, others)
-        tokens, chances = follower.propose()
+            matches = self.matches[sequence] = Matches(sequence.tokens, others)
+        tokens, chances = matches.propose()
         return Draft(self.name, tokens, chances, len(sequence.tokens)) if tokens else NO_DRAFT
 
     def judge(self, sequence: Sequence, draft: Draft, verified: int, accepted: int):
         pass  # Drafting measures it
 
     def end(self, sequence: Sequence):
-        """Keep what was new in it, however it ended: what it had to compute of its prompt, and its answer."""
-        if self.followers.pop(sequence, None) is None:  # it has drawn no token that another one followed
+        """Keep what was new in it, however it ended: its answer, and what it had to compute of its prompt."""
+        if self.matches.pop(sequence, None) is None:  # it has drawn no token that another one followed
             return
         new = min(sequence.output.usage.cached_tokens, len(sequence.work.prompt_ids))
         self.stores.add(owner_of(sequence), [token for token in sequence.tokens[new:] if token >= 0])
@@ -333,7 +337,7 @@ class Lookup:
 
 
 def owner_of(sequence: Sequence) -> tuple[str, ...]:
-    """Whose text it is: one key's or, without keys, one address's, with one adapter. What is drafted shows in
-    how fast an answer comes, so nobody's text is drafted from another's."""
+    """Whose text it is: that of one key or, without keys, of one address, with one adapter. How fast an
+    answer comes shows what was drafted, so nobody's text is drafted from another's."""
     params = sequence.work.params
     return params.owner, params.client, sequence.adapter_digest

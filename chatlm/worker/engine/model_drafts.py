@@ -1,4 +1,5 @@
-"""A source of drafts that computes them: how many, by what they cost and how often they are right."""
+"""A source of drafts that computes them. It decides how many, by what they cost and how often they are
+right."""
 
 from __future__ import annotations
 
@@ -21,27 +22,26 @@ if TYPE_CHECKING:
 class Drafter(Protocol):
     """What computes drafts: a second model, or a model's own draft head."""
 
-    name: str          # of the source, a field of DraftCounts
-    sees_states: bool  # does it need the model's hidden states after each step?
+    name: str           # of the source, a field of DraftCounts
+    reads_hidden: bool  # does it need the model's hidden states after each step?
     transformer: Transformer
     followers: Followers
-    computed: int      # tokens in the first step of the last draft
-    longest: int       # tokens of a sequence that it can follow
+    computed: int       # tokens in the first step of the last draft
+    longest: int        # tokens of a sequence that it can follow
     steps: Steps
 
     def draft(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, list[int]]: ...
     def end(self, sequence: Sequence): ...
-    def see(self, sequence: Sequence, first: int, count: int, rows: numpy.ndarray): ...
+    def read_hidden(self, sequence: Sequence, first: int, count: int, rows: numpy.ndarray): ...
     def line(self) -> str: ...
 
 
 class Rate:
     """How often a drafted token of a sequence is right if all before it are; older drafts count less."""
 
-    MEMORY = 0.9           # weight of what was known, with each draft
-    # what is assumed before anything is known
-    RIGHT = 1.4
-    OF = 2.0
+    MEMORY = 0.9  # weight of what was known, with each draft
+    RIGHT = 1.4   # tokens assumed to be right before anything is known,
+    OF = 2.0      # of so many
 
     def __init__(self):
         self.right = 0.0
@@ -57,31 +57,33 @@ class Rate:
 
 
 def best_length(share: float, draft_s: float, step_s: Seq[float], most: int) -> int:
-    """How many tokens to draft, one after the other in `draft_s` each, if each is right with this probability
-    and a step that verifies k takes step_s[k]: what gives the most tokens in a second; 0 if that is none."""
+    """How many tokens to draft for the most tokens a second, 0 if drafts do not pay.
+
+    share: the probability that a token is right if those before it are. draft_s: to draft a token, one after
+    the other. step_s: of a step that verifies k tokens, by k."""
     best = 0
     best_speed = 1 / step_s[0]
     tokens = 1.0
     for length in range(1, most + 1):
         tokens += share ** length
-        if (speed := tokens / (step_s[length] + length * draft_s)) > best_speed:
+        speed = tokens / (step_s[length] + length * draft_s)
+        if speed > best_speed:
             best = length
             best_speed = speed
     return best
 
 
 class ModelDrafts:
-    """The source. Where no draft pays, one token is drafted after REST tokens all the same, then after twice
-    as many, to see whether that is still so. Answers that begin meanwhile wait as long: a second model would
-    have to compute their prompts too."""
+    """The source. Where no draft pays, it rests: it drafts one token after REST tokens, then after twice as
+    many, and so on, to see whether drafts pay now. Answers that begin meanwhile rest as long, since a second
+    model would have to compute their prompts too."""
 
-    # tokens of a draft before anything is measured, and at most
-    FIRST = 4
-    LONGEST = 7
-    REST = 64
-    LONGEST_SEEN = 256
-    LONGEST_REST = 4096
-    MOST_COMPUTED = 8      # tokens for each that drafts, in a first step that is measured: else with prompts
+    FIRST = 4              # tokens of a draft before anything is measured,
+    LONGEST = 7            # and at most
+    REST = 64              # tokens of the first rest,
+    LONGEST_REST = 4096    # and of the longest
+    LONGEST_WATCHED = 256  # the longest rest during which hidden states are read all the time
+    MOST_COMPUTED = 8      # tokens for each sequence in a first step that is timed; with more it has prompts
 
     def __init__(self, drafter: Drafter):
         self.drafter = drafter
@@ -98,11 +100,16 @@ class ModelDrafts:
         self.times = times
         self.draft_rows = draft_rows
 
+    def prepare_steps(self):
+        """Record the model's steps, where they can be recorded before they run."""
+        self.drafter.steps.prepare(lambda fraction: None)
+
     def begin(self, sequence: Sequence):
         self.rates[sequence] = Rate()
-        # it does not see: of a prompt with pictures it drafts nothing
-        self.resting[sequence] = sys.maxsize if sequence.sight else (
-            len(sequence.tokens) + self.rest if self.rest else 0)
+        if sequence.sight:
+            self.resting[sequence] = sys.maxsize  # it sees no pictures, and drafts nothing after them
+        else:
+            self.resting[sequence] = len(sequence.tokens) + self.rest if self.rest else 0
 
     def end(self, sequence: Sequence):
         self.drafter.end(sequence)
@@ -118,14 +125,16 @@ class ModelDrafts:
         """Will it soon draft for this sequence, so that steps must not begin ahead?"""
         return self.resting[sequence] <= len(sequence.tokens) + 3 <= self.drafter.longest
 
-    def sees(self, sequence: Sequence) -> bool:
+    def needs_hidden(self, sequence: Sequence) -> bool:
         """Are its hidden states needed after each step? Not while drafts have not paid for long."""
-        return self.drafter.sees_states and not sequence.sight and (
-            self.rest <= self.LONGEST_SEEN or len(sequence.tokens) + self.REST >= self.resting[sequence])
+        if not self.drafter.reads_hidden or sequence.sight:
+            return False
+        return (self.rest <= self.LONGEST_WATCHED
+                or len(sequence.tokens) + self.REST >= self.resting[sequence])
 
     def propose(self, sequences: Seq[Sequence]) -> list[Draft]:
-        lengths = {sequence: length for sequence in sequences
-                   if (length := self._length(sequence, len(sequences)))}
+        lengths = {sequence: self._length(sequence, len(sequences)) for sequence in sequences}
+        lengths = {sequence: length for sequence, length in lengths.items() if length}
         began_s = time.monotonic()
         drawn = self.drafter.draft(lengths)
         steps = max(map(len, drawn.values()), default=0)
@@ -134,8 +143,8 @@ class ModelDrafts:
         return [self._draft_of(sequence, drawn.get(sequence, ())) for sequence in sequences]
 
     def _length(self, sequence: Sequence, beside: int) -> int:
-        """How many tokens to draft for a sequence, one of so many; 0 if another source has drafted more that
-        is likely right than this one would."""
+        """How many tokens to draft for a sequence, one of `beside`; 0 if another source has already drafted
+        more tokens that are likely right than this one would."""
         most = min(self.LONGEST, self.draft_rows // beside - 1)
         share = self.rates[sequence].share
         if most < 1 or len(sequence.tokens) < self.resting[sequence]:
@@ -160,35 +169,40 @@ class ModelDrafts:
                      len(sequence.tokens))
 
 
-class ShownRows(NamedTuple):
+class HiddenRows(NamedTuple):
     """Where the hidden states of a sequence are after a step."""
 
     sequence: Sequence
-    first: int   # position
+    first: int   # position of the first
     count: int   # tokens; the rows after these are of a draft
     rows: range  # of the step
 
 
-def mark_shown(plan: Seq[Chunk], models: Seq[ModelDrafts]):
-    """Note in a plan's sequences whether their hidden states will be needed after its step."""
-    for chunk in plan if models else ():
-        chunk.sequence.shown = chunk.sequence.drafts and any(model.sees(chunk.sequence) for model in models)
+def mark_hidden(plan: Seq[Chunk], models: Seq[ModelDrafts]):
+    """Note in a plan's sequences whether a draft model needs their hidden states after the step."""
+    if not models:
+        return
+    for chunk in plan:
+        sequence = chunk.sequence
+        sequence.needs_hidden = sequence.drafts and any(model.needs_hidden(sequence) for model in models)
 
 
-def shown_by(chunks: Seq[Chunk]) -> list[ShownRows]:
-    """Whose hidden states a step shows that starts now."""
-    found = []
+def hidden_rows(chunks: Seq[Chunk]) -> list[HiddenRows]:
+    """The hidden states that are to be read after a step of these chunks."""
+    needed = []
     row = 0
     for chunk in chunks:
+        sequence = chunk.sequence
         end = row + chunk.count + len(chunk.draft)
-        if chunk.sequence.shown:
-            found.append(ShownRows(chunk.sequence, chunk.sequence.computed, chunk.count, range(row, end)))
+        if sequence.needs_hidden:
+            needed.append(HiddenRows(sequence, sequence.computed, chunk.count, range(row, end)))
         row = end
-    return found
+    return needed
 
 
-def show(shown: Seq[ShownRows], models: Seq[ModelDrafts], transformer: Transformer):
-    """Give the hidden states of a step that has ended to what drafts, before the next one overwrites them."""
-    for sequence, first, count, rows in shown:
+def hand_over_hidden(hidden: Seq[HiddenRows], models: Seq[ModelDrafts], transformer: Transformer):
+    """Give the hidden states of a finished step to what drafts, before the next step overwrites them."""
+    for sequence, first, count, rows in hidden:
         for model in models if sequence.drafts else ():
-            model.drafter.see(sequence, first, count, transformer.hidden_states(rows.start, rows.stop))
+            states = transformer.hidden_states(rows.start, rows.stop)
+            model.drafter.read_hidden(sequence, first, count, states)

@@ -46,8 +46,8 @@ class PieceTokenizer(HuggingFaceTokenizer):
 
 
 def open_for_answers(spec: TextSpec, vocabulary: Vocabulary | None = None) -> Tokenizer:
-    """The tokenizer for a TextSpec, as a table if that is certain to give the same texts. ConfigError if the
-    spec is broken; of one in a table, whoever opens it with the library will say so.
+    """The tokenizer for a TextSpec, as a table if that certainly gives the same texts. ConfigError if the
+    spec is broken, unless it is read as a table: whoever opens that with the library will say so.
 
     vocabulary: what the spec says, if it is known already."""
     if spec.kind == "hf":

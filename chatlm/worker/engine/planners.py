@@ -54,8 +54,8 @@ class StepPlan:
 
 class Planner(Protocol):
     """Plans one kind of work. Its chunks may take what earlier planners have left of the step's rows and
-    tokens, and pages as `RunQueue.grow` gives them: a sequence that gets none, or that a later one preempts,
-    has no chunk in the end (`RunQueue.prepared`)."""
+    tokens, and pages as `RunQueue.grow` gives them. A sequence that gets none has no chunk; neither has one
+    that a later sequence preempts (`RunQueue.prepared`)."""
 
     def add_to(self, plan: StepPlan): ...
 
@@ -124,10 +124,11 @@ class PromptPlanner:
         plan.chunks += self.share(prompts, self.limits.max_rows - plan.rows, most)
 
     def share(self, prompts: Seq[Sequence], rows: int, left: int, beside: bool = False) -> list[Chunk]:
-        """Share `left` tokens: at least half to the oldest, the rest shortest first. Unless `beside` others,
-        the oldest may exceed it for a picture that must be computed in one step.
+        """Share `left` tokens among prompts: at least half to the oldest, the rest to the shortest first.
+        Unless `beside` interactive answers, the oldest may exceed its share for a picture that one step must
+        compute.
 
-        Each may need one of the `rows` rows of logits; prompts being scored share the remaining rows."""
+        Each prompt may need one of the `rows` rows of logits; prompts being scored share the other rows."""
         oldest, *others = prompts
         others.sort(key=lambda sequence: sequence.pending)
         wanted = sum(sequence.pending for sequence in others)
@@ -137,7 +138,7 @@ class PromptPlanner:
             if sequence.restoration:
                 self.queue.catch_up(sequence)
             share = max(left // 2, left - wanted) if sequence is oldest else left
-            count = min(sequence.seen, share)
+            count = min(sequence.encoded, share)
             if sequence.scoring:
                 without_logits = max(sequence.unscored - sequence.computed, 0)
                 count = min(count, without_logits + 1 + rows)
@@ -153,8 +154,8 @@ class PromptPlanner:
 
 
 class TextPlanner:
-    """Texts to embed have steps of their own, so that those of answers are as fast as without them. While
-    answers are written there are few such steps, and short ones."""
+    """Texts to embed have steps of their own, so that the steps of answers are as fast as without them. While
+    answers are written, such steps are few and short."""
 
     EVERY_S = 2.0  # between two such steps beside answers
     STEP_S = 0.1   # about how long one is then
@@ -201,8 +202,8 @@ class TextPlanner:
 
 
 class BackgroundPlanner:
-    """Background work beside interactive sequences, as much as hardly lengthens the step: a token of each
-    answer in order of admission, then pieces of prompts."""
+    """Background work beside interactive sequences, so little that it hardly lengthens the step: a token of
+    each answer in order of admission, then pieces of prompts."""
 
     def __init__(self, queue: RunQueue, limits: StepLimits, lane: BackgroundLane, prompts: PromptPlanner,
                  times: Times):
@@ -238,7 +239,8 @@ class BackgroundPlanner:
             plan.chunks += self.prompts.share(prompts, rows - len(chunks), left, beside=True)
 
     def _rows_left(self, plan: StepPlan) -> int:
-        """Drafts are verified only in steps of few rows if rows are not exact, and without prompts."""
+        """How many rows of logits the step may still have. Unless rows are exact, a step with drafts has
+        few."""
         few = plan.has_drafts and not self.limits.exact_rows
         most = self.limits.draft_rows if few else self.limits.max_rows
         return most - plan.rows

@@ -1,4 +1,4 @@
-"""Whether an answer goes round in circles: its last tokens are one run of tokens again and again."""
+"""Whether an answer goes round in circles: it ends with the same run of tokens again and again."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ SEEN = 24            # a run is found by when the last so many tokens occurred b
 
 
 class RepetitionFinder:
-    """Reads an answer token by token and says when it only repeats itself: when it ends with ROUNDS times the
-    same run of tokens or more, LEAST tokens in all. What code, tables, lists and refrains repeat is less, or
-    varies."""
+    """Reads an answer token by token, and says when it only repeats itself: when it ends with the same run of
+    tokens at least ROUNDS times, with LEAST tokens in all. Code, tables, lists and refrains repeat less than
+    that, or vary."""
 
     def __init__(self):
         self.tokens = array("I")
 
     def push(self, token: int) -> bool:
-        """Is the answer a repetition with this token? 3 us."""
+        """Does the answer only repeat itself with this token? Takes 3 us."""
         self.tokens.append(token)
         if len(self.tokens) >= 2 * ROUNDS * LONGEST_RUN:
             del self.tokens[:-ROUNDS * LONGEST_RUN]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable, Iterator, Sequence as Seq
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from chatlm.common.messages.requests import Usage
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class RunQueue:
-    """The sequences that wait, and those that run: these hold pages.
+    """The sequences that wait, and those that run: only these hold pages.
 
     Clients share pages fairly: the one with the fewest is admitted first, the one with the most is preempted
-    first. Background sequences wait until no interactive one does. Once one is admitted they are set aside:
-    they keep their pages until an interactive sequence needs these. So there may be more running sequences
-    than rows."""
+    first. Background sequences wait until no interactive one does. Those that run are set aside when an
+    interactive one is admitted: they keep their pages until it needs them. So more sequences may run than a
+    step has rows."""
 
     def __init__(self, pool: PagePool, limits: StepLimits, lane: BackgroundLane):
         self.pool = pool
@@ -33,25 +34,50 @@ class RunQueue:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self.preemptions = 0
-        self.gates: list[Callable[[Sequence], bool]] = []   # must one that is ready wait all the same?
-        self.on_end: list[Callable[[Sequence], None]] = []  # called with each that is removed
+        self.gates: list[Callable[[Sequence], bool]] = []   # see add_gate
+        self.on_end: list[Callable[[Sequence], None]] = []  # see tell_ends_to
+
+    def add_gate(self, must_wait: Callable[[Sequence], bool]):
+        """Have a sequence that is ready wait all the same, as long as this says so."""
+        self.gates.append(must_wait)
+
+    @contextmanager
+    def without_gates(self) -> Iterator[None]:
+        """Meanwhile no gate keeps a ready sequence waiting."""
+        gates = self.gates
+        self.gates = []
+        try:
+            yield
+        finally:
+            self.gates = gates
+
+    def tell_ends_to(self, ended: Callable[[Sequence], None]):
+        """Call this with each sequence that is removed, however it ended."""
+        self.on_end.append(ended)
+
+    def gauges(self) -> dict[str, float]:
+        return {"running": len(self.running), "queued": len(self.waiting), "max_batch": self.limits.max_batch,
+                "preemptions": self.preemptions}
 
     def add(self, sequence: Sequence):
         sequence.output.added_s = time.monotonic()
         self.waiting.append(sequence)
 
     def cancel(self, request_id: str) -> list[Sequence]:
-        """Drop a request's sequences, running or waiting, and free their pages at once."""
-        gone = [s for s in (*self.running, *self.waiting) if s.work.id == request_id]
-        for sequence in gone:
+        """Drop a request's sequences, running or waiting, and free their pages at once; returns them."""
+        dropped = [s for s in (*self.running, *self.waiting) if s.work.id == request_id]
+        for sequence in dropped:
             self.remove(sequence)
-        return gone
+        return dropped
 
     def remove(self, sequence: Sequence):
-        (self.running if sequence.pages else self.waiting).remove(sequence)
+        if sequence.pages:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
         sequence.finished = True
         self.tables.release(sequence)
-        end_restoration(sequence)
+        sequence.end_restoration()
         for ended in self.on_end:
             ended(sequence)
 
@@ -91,15 +117,16 @@ class RunQueue:
         whole = -(-len(sequence.tokens) // size)
         near = whole if computed is None else min(whole, -(-computed // size))
         while sequence.pages and (missing := self.tables.missing(sequence, whole, near)):
-            if (pages := self.pool.allocate(len(missing))) is not None:
+            pages = self.pool.allocate(len(missing))
+            if pages is not None:
                 self.tables.fill(sequence, missing, pages, near)
             else:
-                self.preempt(richest(self.tables, in_background(self.running) or self.running))
+                self.preempt(self._richest(in_background(self.running) or self.running))
         return bool(sequence.pages)
 
     def grow_spare(self, sequence: Sequence, count: int) -> int:
-        """Give a running sequence pages for `count` more tokens, as far as nobody else needs these pages now;
-        returns how many of these tokens fit."""
+        """Give a running sequence pages for up to `count` more tokens, without taking any that others need
+        now; returns how many of these tokens fit."""
         groups = self.pool.groups
         length = len(sequence.tokens)
         slots = len(sequence.pages) // groups * self.pool.page_size
@@ -114,20 +141,22 @@ class RunQueue:
         self.running.remove(sequence)
         self.tables.release(sequence)
         self.waiting.appendleft(sequence)
-        end_restoration(sequence)
+        sequence.end_restoration()
         self.preemptions += 1
 
     def advance(self, chunk: Chunk):
-        """A chunk's step has started: its tokens count as computed.
-
-        Steps run in the order they start, so a later step that finds their pages reads them once written."""
+        """Count the tokens of a chunk whose step has started as computed. A later step may read their pages
+        at once: steps run in the order in which they start."""
         self.tables.advance(chunk.sequence, chunk.count)
 
     def prepared(self, chunks: Seq[Chunk]) -> list[Chunk]:
-        """The chunks of those that a later one has not preempted, with states where layers keep some."""
+        """The chunks whose sequences have not been preempted since, with the slots of their states where
+        layers keep some."""
         chunks = [chunk for chunk in chunks if chunk.sequence.pages]
         states = self.tables.states
-        return [chunk for chunk in map(states.prepare, chunks) if chunk] if states else chunks
+        if not states:
+            return chunks
+        return [chunk for chunk in map(states.prepare, chunks) if chunk]
 
     def catch_up(self, sequence: Sequence):
         """Skip tokens whose pages have entered the prefix index since the sequence was admitted."""
@@ -166,36 +195,38 @@ class RunQueue:
                 return
 
     def _next(self, ready: Seq[Sequence]) -> Sequence | None:
-        """Which of the ready sequences is to be admitted next: an interactive one, while there is one, then
-        one of the client with the fewest pages in its lane. None: there is no row for it."""
+        """The ready sequence to admit next, of the client with the fewest pages: an interactive one while
+        there is one. None if there is no row for it."""
         lane = [sequence for sequence in ready if not sequence.work.background] or ready
         if not lane or any(running.suspect for running in self.running):
             return None
         peers = self._peers(lane[0])
         if not self._has_row(lane[0].work.background, len(peers)):
             return None
-        holdings = holdings_of(self.tables, peers)
+        holdings = self._holdings(peers)
         return min(lane, key=lambda waiting: holdings[waiting.work.params.client])
 
     def _has_row(self, background: bool, peers: int) -> bool:
-        """May one more run in this lane, of which so many do? An interactive sequence takes the state of one
-        in the background, since there are no more states than rows."""
+        """May one more sequence run in this lane, beside `peers` others? There are no more states than rows,
+        so an interactive sequence may take the state of one in the background."""
         most = self.limits.max_batch
         count = len(self.running)
         if background:
             is_alone = peers == count
             return count < most and (is_alone or peers < self.lane.room)
-        if peers < most and self.tables.states and count >= most:
-            self.preempt(richest(self.tables, in_background(self.running)))
-        return peers < most
+        if peers >= most:
+            return False
+        if self.tables.states and count >= most:
+            self.preempt(self._richest(in_background(self.running)))
+        return True
 
     def _peers(self, sequence: Sequence) -> list[Sequence]:
-        """What runs in its lane: the background, or before it."""
+        """The running sequences in its lane: the interactive ones, or those in the background."""
         return [running for running in self.running if running.work.background == sequence.work.background]
 
     def _let_in(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence the pages of its cached prefix, and those that it lacks; False if there are
-        not enough."""
+        """Run a waiting sequence: give it the pages of its cached prefix, and those that it lacks. False if
+        there are not enough."""
         pool = self.pool
         size = self.pool.page_size
         length = len(sequence.tokens)
@@ -230,8 +261,9 @@ class RunQueue:
         return True
 
     def _make_room(self, newcomer: Sequence, needed: int) -> bool:
-        """Are there so many pages for it, and a page of each group for each running sequence that it could
-        otherwise preempt at once? Sequences that should give up theirs for it do."""
+        """Have sequences give up pages that a newcomer should have, until `needed` pages are available and,
+        for each running sequence that it would otherwise preempt at once, a page of each group. False if
+        there are not enough."""
         while True:
             peers = self._peers(newcomer)
             others = len(self.running) if newcomer.work.background else len(peers)
@@ -242,46 +274,38 @@ class RunQueue:
                 return False
 
     def _give_up_pages(self, newcomer: Sequence, needed: int, headroom: int, peers: Seq[Sequence]) -> bool:
-        """Preempt a sequence for one that needs so many pages: the youngest of the client with the most.
+        """Preempt the youngest sequence of the client with the most pages, for a newcomer that needs so many;
+        False if none should give way. peers: what runs in the newcomer's lane.
 
-        Only if that client would still hold at least as many as the newcomer's would then; one in the
-        background always, if that can be enough. peers: what runs in the newcomer's lane. Returns whether it
-        did."""
-        if not newcomer.work.background and (background := in_background(self.running)):
+        One in the background gives way to an interactive newcomer if that can be enough. A peer does only if
+        its client then still holds at least as many pages as the newcomer's client."""
+        background = [] if newcomer.work.background else in_background(self.running)
+        if background:
             if needed + headroom > self.pool.available + sum(map(self.tables.held, background)):
                 return False
-            self.preempt(richest(self.tables, background))
+            self.preempt(self._richest(background))
             return True
         if not peers:
             return False
-        holdings = holdings_of(self.tables, peers)
-        victim = richest(self.tables, peers)
+        holdings = self._holdings(peers)
+        victim = self._richest(peers)
         rich = victim.work.params.client
         client = newcomer.work.params.client
-        if rich == client or (holdings[rich] - self.tables.held(victim)
-                              < holdings[client] + needed + self.tables.held(newcomer)):
+        left = holdings[rich] - self.tables.held(victim)
+        if rich == client or left < holdings[client] + needed + self.tables.held(newcomer):
             return False
         self.preempt(victim)
         return True
 
+    def _holdings(self, sequences: Seq[Sequence]) -> Counter[str]:
+        """How many pages each client's sequences hold; the client of the youngest sequence comes first."""
+        holdings = Counter()
+        for sequence in reversed(sequences):
+            holdings[sequence.work.params.client] += self.tables.held(sequence)
+        return holdings
 
-def holdings_of(tables: PageTables, sequences: Seq[Sequence]) -> Counter[str]:
-    """How many pages each client's sequences hold; the client of the youngest sequence comes first."""
-    holdings = Counter()
-    for sequence in reversed(sequences):
-        holdings[sequence.work.params.client] += tables.held(sequence)
-    return holdings
-
-
-def richest(tables: PageTables, sequences: Seq[Sequence]) -> Sequence:
-    """The youngest of these sequences that belongs to the client that holds the most pages with them."""
-    holdings = holdings_of(tables, sequences)
-    rich = max(holdings, key=holdings.__getitem__)
-    return next(sequence for sequence in reversed(sequences) if sequence.work.params.client == rich)
-
-
-def end_restoration(sequence: Sequence):
-    """End the restoration of its pages: nobody waits for them any more."""
-    if sequence.restoration:
-        sequence.restoration.over = True
-        sequence.restoration = None
+    def _richest(self, sequences: Seq[Sequence]) -> Sequence:
+        """The youngest of these sequences of the client that holds the most pages with them."""
+        holdings = self._holdings(sequences)
+        rich = max(holdings, key=holdings.__getitem__)
+        return next(sequence for sequence in reversed(sequences) if sequence.work.params.client == rich)

@@ -13,6 +13,7 @@ from chatlm.worker.engine.run_queue import RunQueue
 from chatlm.worker.engine.times import Times
 
 if TYPE_CHECKING:
+    from chatlm.common.answering import Word
     from chatlm.worker.engine.sequence import Chunk
 
 
@@ -25,7 +26,7 @@ class Scheduler:
 
     def __init__(self, pool: PagePool, limits: StepLimits, times: Times | None = None,
                  lane: BackgroundLane | None = None):
-        """times: what was measured of steps; lane: how much of a step the background may have."""
+        """times: how long steps take. lane: how much of a step the background may have."""
         self.pool = pool
         self.limits = limits
         self.times = times or Times()
@@ -36,9 +37,13 @@ class Scheduler:
         self.texts = TextPlanner(self.queue, limits, self.prompts, self.times)
         self.background = BackgroundPlanner(self.queue, limits, self.lane, self.prompts, self.times)
 
+    def give_way_to(self, word: Word):
+        """Background work waits from now on while other workers on the same processors write answers."""
+        self.lane.give_way_to(word)
+
     def schedule(self) -> list[Chunk]:
-        """Plan the next step. A sequence may have no chunk in it: an answer that the token being drawn brings
-        to its limit, or one in the background."""
+        """Plan the next step. A running sequence may have no chunk in it: one in the background, or an answer
+        that reaches its limit with the token being drawn."""
         self.queue.admit()
         plan = StepPlan(self.queue.running)
         if plan.nobody_waits and self.lane.must_wait():

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Assignment:
-    """One answer to compute, as sent to a worker. `resumed_ids` are the tokens it already has: a worker that
+    """One answer to compute, as sent to a worker. It may already have tokens (`resumed_ids`): a worker that
     died had generated them, or its client chose them."""
 
     id: str
@@ -52,15 +52,15 @@ class Assignment:
 
     @cached_property
     def may_draft(self) -> bool:
-        """Can a step verify several of its tokens: do its draws depend on no token but through the logits and
-        a grammar?"""
+        """Can one step verify several of its tokens? Only if tokens affect its draws through the logits and a
+        grammar alone."""
         from chatlm.worker.ops.sampling import drawn_on_host
         return (self.params.prompt_logprobs is None and not self.sampling.counts_tokens
                 and not drawn_on_host(self.params.sampling))
 
     @cached_property
     def needs_tokens(self) -> bool:
-        """Must its last token be known before the step for the next one can start?"""
+        """Must a token be known before the step that draws the next one can start?"""
         return self.needs_logits or self.sampling.counts_tokens or any(self.params.call_grammars)
 
 
@@ -73,20 +73,20 @@ def without_tokens(work: Assignment, tokens: frozenset[int]) -> Assignment:
 
 
 @dataclass(eq=False)
-class Output:
+class SequenceOutput:
     """What the client of a sequence gets besides tokens: text, figures, log-probabilities, an embedding."""
 
     answer: Answer | None = None         # turns the tokens into text, and says where it ends
     preparing: Future | None = None      # work of a thread that the sequence must wait for
     kept: Any = None                     # see SampleRow.kept
-    usage: Usage = Usage()               # here so far: tokens cached at first admission, drafted ones
-    compute_s: float = 0.0               # its shares of the time of steps here
-    added_s: float = 0.0                 # when it was queued here
-    queued_s: float | None = None        # seconds it waited here before it first ran
+    usage: Usage = Usage()               # in this worker: tokens cached at first admission, drafted ones
+    compute_s: float = 0.0               # its shares of the time of steps in this worker
+    added_s: float = 0.0                 # when it was queued in this worker
+    queued_s: float | None = None        # how long it then waited before it first ran
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of the last step's tokens, if requested
-    scored: int = 0                      # prompt tokens whose log-probabilities were sent, by any worker, or
-                                         # are not wanted
-    pooled: Any = 0.0                    # float64 (C,): sum of its hidden states, or only the last one
+    scored: int = 0                      # prompt tokens whose log-probabilities are not wanted, or were sent,
+                                         # by any worker
+    pooled: Any = 0.0                    # float64 (C,): the sum of its hidden states, or one of them
 
     @property
     def ready(self) -> bool:
@@ -100,18 +100,19 @@ class Output:
 
 @dataclass(eq=False)
 class Sequence:
-    """Tokens being decoded: the first `computed` have keys and values in its pages; the rest are pending."""
+    """The tokens of an answer while it is computed. The first `computed` have keys and values in its pages;
+    the rest are pending."""
 
     work: Assignment
     tokens: list[int]                    # prompt and everything generated; ~row for one still being drawn
-    limit: int                           # maximum length of `tokens`
+    limit: int                           # the most tokens it may have
     adapter: int = 0                     # the slot of its adapter; 0: it has none
     adapter_digest: str = ""             # of the adapter's files
     finished: bool = False               # it ended or was cancelled
-    suspect: bool = False                # was in a failed step: runs alone until it produces a token
+    suspect: bool = False                # it was in a failed step: it runs alone until it has a new token
     drafts: bool = False                 # do the sources of drafts know it?
     draft: Draft = NO_DRAFT              # guessed next tokens, verified in the same step
-    shown: bool = False                  # are its hidden states needed after each step, to draft?
+    needs_hidden: bool = False           # does a drafter need its hidden states after each step?
     computed: int = 0
     pages: list[int] = field(default_factory=list)  # its table: in each row, one page of each group
     filled: int = 0                      # table rows in which layers with a window have been given pages
@@ -119,11 +120,17 @@ class Sequence:
     states: HeldStates = field(default_factory=HeldStates)
     sight: Sight | None = None           # of the pictures of its prompt
     restoration: Restoration | None = None  # of kept pages of its prompt, once they were looked up
-    output: Output = field(default_factory=Output)
+    output: SequenceOutput = field(default_factory=SequenceOutput)
+
+    def end_restoration(self):
+        """Nobody waits any more for the pages that are being restored for it."""
+        if self.restoration:
+            self.restoration.over = True
+            self.restoration = None
 
     @property
     def root(self) -> str:
-        """Who may share its KV pages, in this worker or a later one: only those with the same weights."""
+        """Who may share its KV pages, in this worker or a later one: its owner, with the same adapter."""
         owner = self.work.params.owner
         return f"{owner}\0{self.adapter_digest}" if self.adapter else owner
 
@@ -147,20 +154,20 @@ class Sequence:
 
     @property
     def unscored(self) -> int:
-        """How many tokens from the beginning of a prompt that is being scored need no logits: those whose
-        next token was scored before, or is not wanted."""
+        """How many of the first tokens of a prompt that is being scored need no logits, since the score of
+        the token after each was sent before, or is not wanted."""
         return max(self.output.scored - 1, 0)
 
     @property
     def cacheable(self) -> int:
-        """How many of its tokens need not be computed here if their pages are cached, but for the last."""
+        """How many of its tokens, but for the last, need not be computed here if their pages are cached."""
         if self.pooling == "mean":
             return 0
         return self.output.scored if self.scoring else len(self.tokens)
 
     @property
     def uncached(self) -> bool:
-        """Must some of its tokens be computed here, because scores or a mean need them?"""
+        """Must some of its tokens be computed here even if they are cached, for scores or a mean?"""
         return self.cacheable < len(self.tokens)
 
     @property
@@ -169,51 +176,53 @@ class Sequence:
 
     @property
     def counted(self) -> tuple[list[int], int]:
-        """The tokens that penalties count, and how many of them are of the prompt. Rows of pictures are no
-        tokens that could be drawn."""
+        """The tokens that penalties count, and how many of them are of the prompt. Rows of pictures do not
+        count: they are no tokens that could be drawn."""
         prompt = len(self.work.prompt_ids)
         if not self.sight or not self.work.needs_tokens:
             return self.tokens, prompt
         return self.sight.without_rows(self.tokens), prompt - len(self.sight.places)
 
     @property
-    def seen(self) -> int:
-        """How many of its pending tokens may be computed before a row of a picture that is not encoded."""
+    def encoded(self) -> int:
+        """How many of its pending tokens come before the first row of a picture that is not encoded yet."""
         return self.sight.known(self.computed, self.pending) if self.sight else self.pending
 
     def spans(self, first: int, end: int) -> list[tuple[int, int]]:
-        """The pictures, (begin, end) of each one's rows, whose rows see each other and are among these
-        tokens."""
+        """(begin, end) of each two-sided picture with rows among the tokens [first, end). The rows of such a
+        picture see each other, so that one step must compute them all."""
         return self.sight.spans(first, end) if self.sight and self.sight.two_sided else []
 
     def uncut(self, count: int, most: int) -> int:
-        """So many of the next `count` tokens that no picture whose rows see each other is cut: at its begin,
-        or, if the tokens begin in it, all of it, where `most` allow that. What precedes them may have cut
-        it: pages of its rows were computed with all of them."""
+        """Shrink `count` so that no two-sided picture is split. A chunk that starts inside one, since cached
+        pages have its first rows, takes all of the rest if `most` allows, else nothing."""
         if not self.sight:
             return count
         end = self.computed + count
         for begin, last in self.spans(self.computed, end):
-            if last > end and begin > self.computed:
+            if last <= end:
+                continue
+            if begin > self.computed:
                 end = begin
-            elif last > end:
+            else:
                 end = last if last - self.computed <= most else self.computed
         return end - self.computed
 
     @property
     def decodes(self) -> bool:
-        """Is one token left to compute, and can it be?"""
-        return self.pending == 1 and self.seen == 1
+        """Is one token left to compute, and can it be computed now?"""
+        return self.pending == 1 and self.encoded == 1
 
     @property
     def prefilling(self) -> bool:
+        """Are tokens of its prompt pending, besides the one that draws?"""
         return self.pending > (0 if self.pooling else 1)
 
 
 class Chunk(NamedTuple):
-    """Compute `count` pending tokens of `sequence`; if none are left after these, draw the next token.
+    """Compute `count` pending tokens of `sequence`; if these are the last ones, draw the next token.
 
-    The draft's tokens are computed too, as if all were right, and the token after each is drawn."""
+    The tokens of a draft are computed too, as if all were right, and the token after each is drawn."""
 
     sequence: Sequence
     count: int
@@ -224,7 +233,8 @@ class Chunk(NamedTuple):
 
     @property
     def ids(self) -> list[int]:
-        """The token before, -1 at the beginning, and those that are computed; of rows of pictures one id."""
+        """The token before (-1 at the beginning) and those that are computed; all rows of pictures have the
+        same id."""
         first = self.sequence.computed
         tokens = self.sequence.tokens
         ids = [tokens[first - 1] if first else -1, *tokens[first:first + self.count], *self.draft]
@@ -232,8 +242,7 @@ class Chunk(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """How many tokens, from the end, need logits: if the prompt is being scored, all those whose next
-        token is wanted; else `draws`."""
+        """How many tokens, from the end, need logits: `draws`, or more if the prompt is being scored."""
         sequence = self.sequence
         if not sequence.scoring:
             return self.draws

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False)
-class Seen:
+class EncodedPicture:
     """A picture, and its rows (tokens, width) float32 once the tower has computed them."""
 
     picture: Picture
@@ -34,31 +34,37 @@ class Seen:
     def nbytes(self) -> int:
         return len(self.picture.pixels) + (0 if self.rows is None else self.rows.nbytes)
 
+    @property
+    def turns(self) -> int:
+        """By how many positions it turns what follows it: the rows of its longer side; 0 without a grid."""
+        return max(self.layout.grid or (0,))
+
 
 class Sight:
-    """Where the rows of its pictures stand in a sequence's prompt.
+    """Where the rows of its pictures stand in a sequence's prompt: each row takes the place of a token.
 
-    In some models these turn by their place in the picture, and all after it as if it had as many tokens as
-    its longer side has rows (M-RoPE)."""
+    In some models rows turn by their time, row and column in the picture, and what follows a picture turns as
+    if it had only as many tokens as its longer side has rows (M-RoPE)."""
 
-    def __init__(self, first_id: int, places: list[int], owners: list[tuple[int, int]], seen: Seq[Seen],
-                 two_sided: bool = False, first_turn: int = 0):
-        """two_sided: rows of a picture see all of its rows, and must be computed in one step. first_turn: the
-        row of the rotary tables with the turn of a step's first row; 0: all turn by their position."""
+    def __init__(self, first_id: int, places: list[int], owners: list[tuple[int, int]],
+                 pictures: Seq[EncodedPicture], two_sided: bool = False, first_turn: int = 0):
+        """first_id: ids from here on stand for rows. places: of the rows in the prompt. owners: of each
+        place, (number of the picture, row). two_sided: rows of a picture see all of its rows, and must be
+        computed in one step. first_turn: the row of the rotary tables with the turn of a step's first row; 0:
+        all rows turn by their positions."""
         self.first_id = first_id
         self.places = places
         self.two_sided = two_sided
-        # of each place: (number of the picture, row)
         self.owners = owners
-        self.seen = seen
+        self.pictures = pictures
         self.first_turn = first_turn
         self.begins = [place for place, (_, row) in zip(places, owners) if row == 0]  # of each picture
-        self.turns = list[int]()  # by which the first row of each turns, and what follows the last
+        self.turns = list[int]()  # by which the first row of each picture turns
         if first_turn:
             lost = 0
-            for begin, each in zip(self.begins, seen):
+            for begin, each in zip(self.begins, pictures):
                 self.turns.append(begin - lost)
-                lost += each.layout.tokens - max(each.layout.grid or (0,))
+                lost += each.layout.tokens - each.turns
 
     def known(self, first: int, count: int) -> int:
         """How many of these tokens come before the first row that is not encoded."""
@@ -70,68 +76,83 @@ class Sight:
         at = bisect.bisect_left(self.places, first)
         while at < len(self.places):
             number, row = self.owners[at]
-            if (seen := self.seen[number]).rows is None:
+            picture = self.pictures[number]
+            if picture.rows is None:
                 return self.places[at]
-            at += seen.layout.tokens - row
+            at += picture.layout.tokens - row
         return None
 
-    def unknown(self, first: int) -> Seen | None:
-        """The next picture that the tokens from `first` on need, if its rows are not known."""
+    def missing_picture(self, first: int) -> EncodedPicture | None:
+        """The next picture that the tokens from `first` on need and that is not encoded."""
         place = self.missing(first)
-        return None if place is None else self.seen[self.owners[bisect.bisect_left(self.places, place)][0]]
+        if place is None:
+            return None
+        number, _ = self.owners[bisect.bisect_left(self.places, place)]
+        return self.pictures[number]
 
     def turned(self, first: int, count: int, begin: int) -> list[int]:
         """The rows of the rotary tables for these tokens, which begin in row `begin` of a step."""
         turns = []
         for place in range(first, first + count):
-            number = bisect.bisect_right(self.begins, place) - 1
-            layout = self.seen[max(number, 0)].layout
-            after = place - self.begins[number] - layout.tokens
+            number = bisect.bisect_right(self.begins, place) - 1  # of the picture here, or the one before
             if number < 0:
                 turns.append(place)
-            elif after < 0:
+                continue
+            picture = self.pictures[number]
+            after = place - self.begins[number] - picture.layout.tokens
+            if after < 0:
                 turns.append(self.first_turn + begin + place - first)
             else:
-                turns.append(self.turns[number] + max(layout.grid or (0,)) + after)
+                turns.append(self.turns[number] + picture.turns + after)
         return turns
 
-    def _places(self, number: int, rows: numpy.ndarray) -> numpy.ndarray | None:
-        """Time, row and column of a picture's rows."""
-        grid = self.seen[number].layout.grid
+    def _places_in(self, number: int, rows: numpy.ndarray) -> numpy.ndarray | None:
+        """Time, row and column (n, 3) of these rows of a picture, by which they turn."""
+        grid = self.pictures[number].layout.grid
         if not self.turns or not grid:
             return None
         return self.turns[number] + numpy.stack([0 * rows, rows // grid[0], rows % grid[0]], axis=1)
 
     def rows(self, first: int, count: int) -> list[tuple[int, numpy.ndarray, numpy.ndarray | None]]:
         """The rows among these tokens: (index in them, rows, places by which they turn) of each run."""
-        begin, end = (bisect.bisect_left(self.places, place) for place in (first, first + count))
-        found = []
+        begin = bisect.bisect_left(self.places, first)
+        end = bisect.bisect_left(self.places, first + count)
+        runs = []
         while begin < end:
-            last, (number, row) = begin + 1, self.owners[begin]
-            while (last < end and self.places[last] == self.places[last - 1] + 1
-                   and self.owners[last][0] == number):
-                last += 1
-            rows = self.seen[number].rows
+            last = self._end_of_run(begin, end)
+            number, row = self.owners[begin]
+            rows = self.pictures[number].rows
             assert rows is not None  # the scheduler has waited for them
-            count = last - begin
-            found.append((self.places[begin] - first, rows[row:row + count],
-                          self._places(number, numpy.arange(row, row + count))))
+            length = last - begin
+            runs.append((self.places[begin] - first, rows[row:row + length],
+                         self._places_in(number, numpy.arange(row, row + length))))
             begin = last
-        return found
+        return runs
+
+    def _end_of_run(self, begin: int, end: int) -> int:
+        """The end, at most `end`, of the rows that follow each other in one picture from `begin` on."""
+        number, _ = self.owners[begin]
+        last = begin + 1
+        while (last < end and self.places[last] == self.places[last - 1] + 1
+               and self.owners[last][0] == number):
+            last += 1
+        return last
 
     def spans(self, first: int, end: int) -> list[tuple[int, int]]:
         """(first place, that after the last) of each picture with rows among the tokens [first, end)."""
-        found = []
+        spans = []
         at = 0
         while at < len(self.places) and self.places[at] < end:
-            count = self.seen[self.owners[at][0]].layout.tokens
-            if (last := self.places[at] + count) > first:
-                found.append((self.places[at], last))
+            number, _ = self.owners[at]
+            count = self.pictures[number].layout.tokens
+            last = self.places[at] + count
+            if last > first:
+                spans.append((self.places[at], last))
             at += count
-        return found
+        return spans
 
     def as_one_id(self, ids: Iterable[int]) -> list[int]:
-        """The ids with that after the last of the vocabulary for every row."""
+        """The ids with the same one for every row: that after the last of the vocabulary."""
         return [min(token, self.first_id) for token in ids]
 
     def without_rows(self, tokens: Iterable[int]) -> list[int]:
@@ -139,35 +160,48 @@ class Sight:
 
 
 class Pictures:
-    """Encodes the pictures that running sequences wait for, the oldest sequence's first: with each call of
-    `advance` a part of one, so that others wait no longer. Rows are kept by the digest of the pixels."""
+    """Encodes the pictures that running sequences wait for, the oldest sequence's first. Each call of
+    `advance` computes a part of one, so that other answers wait no longer than for that. Rows are kept by the
+    digest of the pixels, for pictures that come again."""
 
-    KEPT_BYTES = 256 << 20  # of rows, for pictures that come again
+    KEPT_BYTES = 256 << 20
 
     def __init__(self, tower: Tower | None, first_turn: int = 0):
         """tower: None: the model sees nothing, and no sequence has a sight. first_turn: see Sight."""
         self.tower = tower
         self.first_turn = first_turn
-        self.seen: OrderedDict[bytes, Seen] = OrderedDict()
+        self.by_digest: OrderedDict[bytes, EncodedPicture] = OrderedDict()
         self.resizing = ThreadPoolExecutor(1, "pictures")
-        self.tiles: dict[bytes, Future[list[numpy.ndarray]]] = {}  # of pictures that are wanted
-        self.work: tuple[Seen, Generator[None, None, numpy.ndarray]] | None = None
+        self.tiles: dict[bytes, Future[list[numpy.ndarray]]] = {}  # of the picture that is wanted next
+        self.work: tuple[EncodedPicture, Generator[None, None, numpy.ndarray]] | None = None
         self.encoded = 0        # pictures
 
-    def sight(self, work: Assignment, vision: Vision) -> Sight:
-        """ValueError if the ids of its prompt are not those of its pictures."""
-        seen = [self._of(picture, vision) for picture in work.pictures]
-        self._forget()
-        counts = [(each.picture.digest, each.layout.tokens) for each in seen]
-        return Sight(vision.first_id, rows_in(vision, work.prompt_ids),
-                     row_places(vision, work.prompt_ids, counts), seen, vision.two_sided, self.first_turn)
+    def sight_of(self, work: Assignment) -> tuple[Sight | None, str]:
+        """What an answer sees, None if its prompt has no pictures; or why it cannot see them."""
+        if not work.pictures:
+            return None, ""
+        if self.tower is None:
+            return None, "this model cannot see images"
+        try:
+            return self._sight(work, self.tower.eyes.vision), ""
+        except ValueError as error:
+            return None, str(error)
 
-    def _of(self, picture: Picture, vision: Vision) -> Seen:
-        if (seen := self.seen.get(picture.digest)) is None:
+    def _sight(self, work: Assignment, vision: Vision) -> Sight:
+        """ValueError if the ids of its prompt are not those of its pictures."""
+        pictures = [self._known(picture, vision) for picture in work.pictures]
+        self._forget()
+        counts = [(each.picture.digest, each.layout.tokens) for each in pictures]
+        return Sight(vision.first_id, rows_in(vision, work.prompt_ids),
+                     row_places(vision, work.prompt_ids, counts), pictures, vision.two_sided, self.first_turn)
+
+    def _known(self, picture: Picture, vision: Vision) -> EncodedPicture:
+        """The picture as it is known here; a new one is not encoded yet."""
+        if picture.digest not in self.by_digest:
             layout = layout_of(vision, picture.width, picture.height)
-            seen = self.seen[picture.digest] = Seen(picture, layout)
-        self.seen.move_to_end(picture.digest)
-        return seen
+            self.by_digest[picture.digest] = EncodedPicture(picture, layout)
+        self.by_digest.move_to_end(picture.digest)
+        return self.by_digest[picture.digest]
 
     @property
     def preparing(self) -> list[Future]:
@@ -176,28 +210,42 @@ class Pictures:
 
     def advance(self, running: Iterable[Sequence]):
         """Do the next part of the picture that the oldest of these sequences needs first."""
-        wanted = [seen for sequence in running if sequence.sight
-                  and (seen := sequence.sight.unknown(sequence.computed))]
-        if not wanted or self.tower is None:
-            if self.tiles or self.work:
-                self.tiles = {}
-                self.work = None
+        if self.tower is None:
             return
-        seen = wanted[0]
-        if self.work is None or self.work[0] is not seen:
+        wanted = self._wanted(running)
+        if wanted is None:
+            self.tiles = {}
             self.work = None
-            digest = seen.picture.digest
-            if digest not in self.tiles:
-                self.tiles = {digest: self.resizing.submit(
-                    tiles_of, seen.picture, seen.layout, self.tower.eyes.filter)}
-            if not self.tiles[digest].done():
-                return
-            self.work = seen, self.tower.encode(self.tiles.pop(digest).result())
-        parts = self.work[1]
+            return
+        if self.work is None or self.work[0] is not wanted:
+            self.work = None
+            self.work = self._begin(wanted, self.tower)
+        if self.work is not None:
+            self._encode_part(*self.work)
+
+    def _wanted(self, running: Iterable[Sequence]) -> EncodedPicture | None:
+        for sequence in running:
+            if sequence.sight and (picture := sequence.sight.missing_picture(sequence.computed)):
+                return picture
+        return None
+
+    def _begin(self, wanted: EncodedPicture, tower: Tower
+               ) -> tuple[EncodedPicture, Generator[None, None, numpy.ndarray]] | None:
+        """Begin to encode a picture once a thread has resized it; None until then."""
+        digest = wanted.picture.digest
+        if digest not in self.tiles:
+            tiles = self.resizing.submit(tiles_of, wanted.picture, wanted.layout, tower.eyes.filter)
+            self.tiles = {digest: tiles}
+        if not self.tiles[digest].done():
+            return None
+        return wanted, tower.encode(self.tiles.pop(digest).result())
+
+    def _encode_part(self, picture: EncodedPicture, parts: Generator[None, None, numpy.ndarray]):
         try:
             next(parts)
         except StopIteration as done:
-            seen.rows, seen.picture = done.value, seen.picture._replace(pixels=b"")
+            picture.rows = done.value
+            picture.picture = picture.picture._replace(pixels=b"")
             self.encoded += 1
             self.work = None
             self._forget()
@@ -207,18 +255,7 @@ class Pictures:
 
     def _forget(self):
         """Drop the oldest pictures beyond what is kept; sequences have their own."""
-        held = sum(seen.nbytes for seen in self.seen.values())
-        while held > self.KEPT_BYTES and len(self.seen) > 1:
-            held -= self.seen.popitem(last=False)[1].nbytes
-
-
-def sight_of(pictures: Pictures, work: Assignment) -> tuple[Sight | None, str]:
-    """What an answer sees, None if nothing; or why it cannot be."""
-    if not work.pictures:
-        return None, ""
-    if pictures.tower is None:
-        return None, "this model cannot see images"
-    try:
-        return pictures.sight(work, pictures.tower.eyes.vision), ""
-    except ValueError as error:
-        return None, str(error)
+        held = sum(picture.nbytes for picture in self.by_digest.values())
+        while held > self.KEPT_BYTES and len(self.by_digest) > 1:
+            _, oldest = self.by_digest.popitem(last=False)
+            held -= oldest.nbytes

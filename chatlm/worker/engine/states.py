@@ -3,12 +3,12 @@
     a slot is free   in `free`, content meaningless
             | held   by `refs` >= 1 running sequences and snapshots
 
-A slot holds the state after some number of tokens, in all such layers. A running sequence has one; while a
-draft is verified it has one for each token of the draft and then keeps one of them. A snapshot is the state
-at the end of a content of the prefix index. It is found by the content's serial and shared without a copy,
-since a slot with several holders is never written. Snapshots are taken at the end of a prompt, every INTERVAL
-tokens, and at the last full page of an answer, where a conversation continues unless its template rewrites
-the answer."""
+A slot holds the state after some number of tokens, in all such layers. A running sequence has one slot; while
+a draft is verified it has one for each token of the draft, of which it then keeps one. A snapshot is the
+state at the end of a content of the prefix index. It is found by the content's serial, and shared without a
+copy, since a slot with several holders is never written. Snapshots are taken at the end of a prompt, every
+INTERVAL tokens, and at the last full page of an answer: there a conversation continues, unless its template
+rewrites the answer."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from chatlm.worker.engine.facts import StateFacts
+
 if TYPE_CHECKING:
     from chatlm.worker.engine.sequence import Chunk, Sequence
 
 
 class StatePool:
-    """Allocator of slots, and the snapshots among them, at most `most_snapshots`. No tensors here.
+    """Allocator of slots, of which at most `most_snapshots` are snapshots. No tensors here.
 
     The least recently used snapshot is evicted first, but ends of prompts only after all others: a
-    conversation continues from the last one it has."""
+    conversation continues from its last end of a prompt."""
 
     INTERVAL = 1024  # tokens between snapshots
 
@@ -33,9 +35,9 @@ class StatePool:
         self.most_snapshots = most_snapshots
         self.free = list(range(num_slots - 1, -1, -1))
         self.refs = [0] * num_slots
-        self.passed: OrderedDict[int | str, int] = OrderedDict()  # serial of a content -> slot
-        self.ends: OrderedDict[int | str, int] = OrderedDict()    # the same for ends of prompts
-        self.fresh: deque[int | str] = deque(maxlen=1 << 12)      # serials of those to copy to kept pages
+        self.ends: OrderedDict[int | str, int] = OrderedDict()    # of ends of prompts: serial -> slot
+        self.passed: OrderedDict[int | str, int] = OrderedDict()  # of all other contents
+        self.fresh: deque[int | str] = deque(maxlen=1 << 12)      # serials to copy to kept pages
 
     def __contains__(self, serial: int | str) -> bool:
         """Is there a snapshot after this content?"""
@@ -44,6 +46,13 @@ class StatePool:
     @property
     def snapshots(self) -> int:
         return len(self.passed) + len(self.ends)
+
+    def facts(self, bytes_each: int) -> StateFacts:
+        return StateFacts(self.num_slots, self.most_snapshots, bytes_each)
+
+    def gauges(self) -> dict[str, float]:
+        return {"states_used": self.num_slots - len(self.free), "states_total": self.num_slots,
+                "state_snapshots": self.snapshots}
 
     def allocate(self, evict: bool = True) -> int | None:
         """Take a slot, evicting snapshots if needed and allowed; None if all are held."""
@@ -69,8 +78,10 @@ class StatePool:
         return slot
 
     def keep(self, serial: int | str, slot: int, before: int | str | None):
-        """Make the state in a slot the snapshot of a content, unless it has one. `before`: if the content is
-        the end of a prompt, the end of the previous prompt of the conversation; else None."""
+        """Make the state in a slot the snapshot of a content, unless it has one.
+
+        before: the end of the previous prompt of the conversation, if the content is the end of one; else
+        None. The previous end is then an ordinary snapshot."""
         if before is not None and before in self.ends:
             self.passed[before] = self.ends.pop(before)
         if serial in self:
@@ -90,7 +101,8 @@ class StatePool:
                 self.release(snapshots.pop(serial))
 
     def _evict(self):
-        self.release((self.passed or self.ends).popitem(last=False)[1])
+        _, slot = (self.passed or self.ends).popitem(last=False)
+        self.release(slot)
 
 
 @dataclass(eq=False)
@@ -98,8 +110,8 @@ class HeldStates:
     """The states that a sequence holds. Serials are of contents of the prefix index."""
 
     slots: dict[int, int] = field(default_factory=dict)  # number of tokens -> slot with the state after them
-    began: int | str = ""     # the last end of a prompt that has a snapshot
-    answered: int | str = ""  # where its answer has its snapshot
+    began: int | str = ""     # serial of the last end of a prompt that has a snapshot
+    answered: int | str = ""  # serial of the content in its answer that has the snapshot
 
 
 class StateTables:
@@ -124,31 +136,46 @@ class StateTables:
         there is no slot for it now.
 
         It writes to the slot it reads, unless the slot has other holders or the step may be repeated."""
-        sequence = chunk.sequence
-        states = chunk.sequence.states.slots
         pool = self.pool
+        sequence = chunk.sequence
+        states = sequence.states.slots
         begin = sequence.computed
-        end = sequence.computed + chunk.count
+        end = begin + chunk.count
         for tokens in [tokens for tokens in states if tokens != begin]:
             pool.release(states.pop(tokens))  # of drafts that were wrong, and of steps that are repeated
-        own = states.get(begin)
-        if own is not None and pool.refs[own] == 1 and not chunk.on_host:
-            target = states.pop(begin)
-        elif (target := pool.allocate()) is None:
+        read = states.get(begin)
+        if read is not None and pool.refs[read] == 1 and not chunk.on_host:
+            written = states.pop(begin)
+        else:
+            written = pool.allocate()
+        if written is None:
             return None
-        states[end] = target
-        for i in range(1, len(chunk.draft) + 1):
-            if (slot := pool.allocate(evict=False)) is None:
-                chunk = chunk._replace(draft=chunk.draft[:i - 1], draws=i)
-                break
-            states[end + i] = slot
-        for point in {*range(-(-(begin + 1) // pool.INTERVAL) * pool.INTERVAL, end, pool.INTERVAL),
-                      self.end_of_prompt(sequence)}:
-            if begin < point < end and pool.most_snapshots and (slot := pool.allocate()) is not None:
-                states[point] = slot
+        states[end] = written
+        chunk = self._with_draft_slots(chunk)
+        self._add_snapshot_slots(sequence, begin, end)
         later = sorted((tokens, slot) for tokens, slot in states.items() if tokens > begin)
-        return chunk._replace(reads=0 if own is None else own,
+        return chunk._replace(reads=0 if read is None else read,
                               writes=tuple((tokens - begin - 1, slot) for tokens, slot in later))
+
+    def _with_draft_slots(self, chunk: Chunk) -> Chunk:
+        """Give each token of a chunk's draft a slot; the draft is cut where slots run out."""
+        end = chunk.sequence.computed + chunk.count
+        for i in range(1, len(chunk.draft) + 1):
+            slot = self.pool.allocate(evict=False)
+            if slot is None:
+                return chunk._replace(draft=chunk.draft[:i - 1], draws=i)
+            chunk.sequence.states.slots[end + i] = slot
+        return chunk
+
+    def _add_snapshot_slots(self, sequence: Sequence, begin: int, end: int):
+        """Give a sequence slots for the states at which snapshots are due between these tokens."""
+        interval = self.pool.INTERVAL
+        first = -(-(begin + 1) // interval) * interval
+        for point in {*range(first, end, interval), self.end_of_prompt(sequence)}:
+            if begin < point < end and self.pool.most_snapshots:
+                slot = self.pool.allocate()
+                if slot is not None:
+                    sequence.states.slots[point] = slot
 
     def pass_content(self, sequence: Sequence, end: int):
         """A content, sequence.serial, has been filled up to `end`. Keep the state there if a snapshot is due,
@@ -156,9 +183,10 @@ class StateTables:
         pool = self.pool
         serial = sequence.serial
         states = sequence.states
-        is_end = end == self.end_of_prompt(sequence)
-        if (slot := states.slots.get(end)) is None:
+        slot = states.slots.get(end)
+        if slot is None:
             return
+        is_end = end == self.end_of_prompt(sequence)
         if is_end or end % pool.INTERVAL == 0:
             pool.keep(serial, slot, states.began if is_end else None)
             pool.fresh.append(serial)

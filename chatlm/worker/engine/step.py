@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from chatlm.worker.engine.model_drafts import ShownRows
+    from chatlm.worker.engine.model_drafts import HiddenRows
     from chatlm.worker.engine.sequence import Chunk, Sequence
 
 
 @dataclass(eq=False)
-class Step:
-    """What is known of a step: once it was planned, once it has started, once its sequences have advanced."""
+class EngineStep:
+    """A step, of which more is known once it has started, and once its sequences have advanced."""
 
     chunks: Seq[Chunk]
     planned_s: float
@@ -21,9 +21,9 @@ class Step:
     alone: bool = False    # may it start only once all others have finished?
     # once it has started
     finish: Callable[[], list[int]] | None = None  # waits for its tokens
-    shown: Seq[ShownRows] = ()  # whose hidden states are read once it has finished
+    hidden: Seq[HiddenRows] = ()  # hidden states that are read once it has finished
     # once its sequences have advanced
-    # (None if ended or given forced tokens, draft) in row order
+    # (sequence, its draft) in the order of rows; None: the sequence has ended, or was given forced tokens
     drawing: list[tuple[Sequence | None, tuple[int, ...]]] = field(default_factory=list)
     tokens: int = 0        # how many it computes, without drafts
     rows: int = 0          # of answers and drafts, 0 if it also computes prompts
@@ -43,7 +43,8 @@ class Step:
         return all(chunk.sequence.work.background for chunk in self.chunks)
 
     def share_time(self, seconds: float, only: Sequence | None = None):
-        """Divide its time among the sequences in it, by their tokens, drafts included."""
+        """Divide its time among its sequences, by their tokens, drafts included. only: the one that gets its
+        share now; None: all do."""
         tokens = sum(chunk.count + len(chunk.draft) for chunk in self.chunks)
         for chunk in self.chunks:
             if only in (None, chunk.sequence):

@@ -1,4 +1,4 @@
-"""How long steps take on this machine, as measured. Whatever plans by time reads one `Times`."""
+"""How long steps take on this machine, as measured. All that plan by time read one `Times`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import time
 
 
 class StepTimes:
-    """How long a step takes by its rows, as measured; rows never seen are estimated from those that were."""
+    """How long a step takes by its number of rows. Numbers that were never measured are estimated from those
+    that were."""
 
-    SLOPE = 0.05  # of a row, in steps of one row, until two numbers of rows were measured
-    # weight of a measurement below and above the mean: others use the machine too
-    FASTER = 0.3
-    SLOWER = 0.05
-    MEMORY = 50   # measurements after which a number of rows counts no more than now
-    RENEWED = 16  # measurements after which the estimates are made again
+    SLOPE = 0.05   # of a row, in steps of one row, until two numbers of rows were measured
+    FASTER = 0.3   # weight of a measurement below the mean,
+    SLOWER = 0.05  # and above it: others use the machine too
+    MEMORY = 50    # measurements after which a number of rows counts no more than now
+    RENEWED = 16   # measurements after which the estimates are made again
 
     def __init__(self):
         self.measured: dict[int, tuple[float, int]] = {}  # rows -> (seconds, how often it was measured)
@@ -29,7 +29,7 @@ class StepTimes:
             self.estimates = []
 
     def expected(self, first: int, last: int) -> list[float]:
-        """Seconds of steps of first, first + 1, ... last rows, never falling."""
+        """Seconds of steps of first, first + 1, ... last rows; none is shorter than the one before."""
         if len(self.estimates) <= last:
             self.estimates = self._estimates(max(last, 64))
         return self.estimates[first:last + 1]
@@ -50,8 +50,8 @@ class StepTimes:
         return found
 
     def _never_falling(self) -> list[tuple[float, float]]:
-        """(rows, seconds): neighbours that fall are put together, by how often they were measured, so that
-        one slow step does not make all larger ones look slow."""
+        """(rows, seconds), in rising order of both. Neighbours whose seconds fall are averaged, by how often
+        they were measured, so that one slow step does not make all larger ones look slow."""
         pools: list[tuple[float, float, int]] = []
         for rows, (seconds, count) in sorted(self.measured.items()):
             pools.append((float(rows), seconds, count))
@@ -79,15 +79,15 @@ class Times:
         self.ended_s = 0.0            # when it ended
 
     def of(self, on_host: bool) -> StepTimes:
-        """Of steps of answers and drafts, by their rows."""
+        """The times of steps of answers and drafts, by their rows."""
         return self.host_rows if on_host else self.rows
 
     def note_step(self, planned_s: float, rows: int, tokens: int, on_host: bool):
         """A step that was planned at `planned_s` has ended now. rows: of answers and drafts, 0 if it also
-        computed prompts; tokens: all that it computed, without drafts.
+        computed prompts. tokens: all that it computed, without drafts.
 
-        What the host did since the step before counts as time of its rows, unless nothing was asked of it
-        meanwhile."""
+        The host's time between it and the step before counts for its rows, unless the host had nothing to do
+        then."""
         before_s = self.ended_s
         self.ended_s = time.monotonic()
         began_s = max(planned_s, before_s)
@@ -100,5 +100,5 @@ class Times:
             self.token_s += weight * (self.step_s / tokens - self.token_s)
 
     def skip(self):
-        """What was done until now is no part of the next step's time."""
+        """The time until now is no part of the next step's."""
         self.ended_s = time.monotonic()

@@ -13,39 +13,52 @@ if TYPE_CHECKING:
     from chatlm.worker.engine.engine import Engine
 
 
-def warm_up(engine: Engine, progress: Callable[[float], None]):
-    """Run a full prefill chunk and a step of each decode batch size, so no user pays for first calls."""
-    max_batch = engine.limits.max_batch
-    shapes = [(1, engine.first_chunk), *((1 << n, 1) for n in range(10) if 1 << n < max_batch),
-              (max_batch, 1)]
-    engine.steps.prepare(lambda fraction: progress(fraction / 2))
-    for model in engine.draft_models:
-        model.drafter.steps.prepare(lambda fraction: None)
-    for done, (rows, length) in enumerate(shapes):
-        progress(0.5 + done / len(shapes) / 2)
-        run_steps(engine, rows, length)
+class WarmUp:
+    """First calls are slow, so the worker makes them itself and no user pays for them.
 
+    On a GPU a step of each shape must be recorded: `complete` runs them all before the worker is ready. On a
+    CPU a first step is hardly slower than later ones: it only writes memory for the first time. So `begin`
+    computes one token, and `more` does the rest while nobody asks."""
 
-def warm_up_soon(engine: Engine):
-    """Compute one token; `warm_up_more` does the rest while nobody asks.
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.left: list[tuple[int, int]] = []  # (rows, tokens) of the steps that `begin` has left, next last
 
-    A CPU's first steps are hardly slower than later ones: they write memory for the first time."""
-    run_steps(engine, 1, 1)
-    engine.cold = [(FREE_ROWS, 1), (1, engine.first_chunk)]
+    @property
+    def is_due(self) -> bool:
+        return bool(self.left)
 
+    def complete(self, progress: Callable[[float], None]):
+        """Run a full prefill chunk and a step of each decode batch size."""
+        engine = self.engine
+        max_batch = engine.limits.max_batch
+        smaller = [1 << n for n in range(10) if 1 << n < max_batch]
+        shapes = [(1, engine.first_chunk), *((rows, 1) for rows in smaller), (max_batch, 1)]
+        engine.prepare_steps(lambda fraction: progress(fraction / 2))
+        for done, (rows, length) in enumerate(shapes):
+            progress(0.5 + done / len(shapes) / 2)
+            self._run(rows, length)
 
-def warm_up_more(engine: Engine):
-    """Run the next of the steps that `warm_up_soon` has left."""
-    run_steps(engine, *engine.cold.pop())
+    def begin(self):
+        """Compute one token, and leave the rest to `more`."""
+        self._run(1, 1)
+        self.left = [(FREE_ROWS, 1), (1, self.engine.first_chunk)]
 
+    def more(self):
+        """Run the next of the steps that are left."""
+        self._run(*self.left.pop())
 
-def run_steps(engine: Engine, rows: int, length: int):
-    """Compute this many prompts of this length, and a token of each; nothing of them is kept."""
-    with engine.apart():
-        for row in range(min(rows, engine.pool.num_pages // 2 // engine.pool.groups)):
-            ids = tuple((row + 7 * i) % engine.tokenizer.vocab_size for i in range(length))
-            engine.add(Assignment(f"warm-up {row}", ids, AnswerParams(), 1))
-        while engine.busy:
-            engine.step()
-    engine.events.clear()
-    engine.pool.forget_cached()
+    def skip(self):
+        """Leave out the steps that are left: requests run others like them."""
+        self.left.clear()
+
+    def _run(self, rows: int, length: int):
+        """Compute this many prompts of this length, and a token of each."""
+        engine = self.engine
+        rows = min(rows, engine.pool.num_pages // 2 // engine.pool.groups)
+        vocab_size = engine.tokenizer.vocab_size
+        works = []
+        for row in range(rows):
+            ids = tuple((row + 7 * i) % vocab_size for i in range(length))
+            works.append(Assignment(f"warm-up {row}", ids, AnswerParams(), 1))
+        engine.run_apart(works)

@@ -148,6 +148,19 @@ class Transformer:
         return sum({id(weight): weight.nbytes for weight in self.weights.values()}.values())
 
     @property
+    def mapped_bytes(self) -> int:
+        """Bytes of weights that stay in the file, of which a token reads one row."""
+        return self.layer_embed.file_bytes if self.layer_embed else 0
+
+    def token_bytes(self, lasting: bool = False) -> int:
+        """Bytes that this rank's layers cache per token; `lasting`: once it is outside all windows."""
+        units = 0
+        for attn, group in zip(self.model.by_layer, self.layout.group):
+            if attn and not (lasting and self.groups.windows[group]):
+                units += self.kv.slot_size(attn)
+        return units * self.layout.unit
+
+    @property
     def matrix_types(self) -> list[str]:
         """The types of the matrices, most common first: ["q4_1", "q8_0"]."""
         matrices = [w for w in self.weights.values() if getattr(w, "kind", None) or w.ndim > 1]

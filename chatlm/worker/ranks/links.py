@@ -1,9 +1,9 @@
-"""How rank 0 reaches the other ranks: processes that it starts, or under torchrun processes that connect by
+"""How rank 0 reaches the other ranks: processes that it starts or, under torchrun, processes that connect by
 TCP.
 
 Both classes have, for ranks 1, 2, ..: `arrivals`, which describe them, and `channels` to them. Both also have
-`after`, a socket to the same rank of the next stage; `pids` of this worker's processes on this machine; and
-`finds_models`: does each rank find the model's files itself?"""
+`after`, a socket to the rank with the same shard in the next stage; `pids`, of this worker's processes on
+this machine; and `finds_models`: does each rank find the model's files itself?"""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ class ProcessLinks:
         return "self", *(process.pid for process in self.processes)
 
     def open_meeting(self) -> tempfile.TemporaryDirectory:
-        """Where ranks that use torch.distributed meet: its `name` is a folder, or a prefix of keys."""
+        """Where ranks that use torch.distributed meet. Its `name` is a folder, or a prefix of keys."""
         return tempfile.TemporaryDirectory(prefix="chat_server-")
 
     def has_ended(self, rank: int) -> bool:
         return self.processes[rank - 1].poll() is not None
 
     def failure(self, rank: int) -> RanksFailed:
-        """The error that this rank has ended."""
+        """The error that says how this rank has ended."""
         process = self.processes[rank - 1]
         with suppress(subprocess.TimeoutExpired):
             process.wait(2)
@@ -103,7 +103,8 @@ class TcpLinks:
         self.arrivals, self.channels = map(list, zip(*(self.arrived[rank] for rank in range(1, self.count))))
 
     def _gather(self, host: str):
-        """Wait until all ranks have connected. If one leaves, all connect again, in a new life."""
+        """Wait until all ranks have connected. If one leaves, all connect again, to a new life of the
+        store."""
         with listen_as_master(host) as listener:
             together = False
             while not together:
@@ -120,7 +121,7 @@ class TcpLinks:
         return [*connections, self.after] if self.after else connections
 
     def _admit(self, door: Door) -> bool | None:
-        """Admit one more rank. Returns True once all are here, None before, False if one has left."""
+        """Admit one more rank. Returns True once all are here, None before that, False if one has left."""
         in_stages = self.count > self.tp
         with suppress(EOFError, OSError):  # it may connect again
             if in_stages and not self.after and (address := self.store.look(f"{self.life}/{self.tp}")):
@@ -134,7 +135,8 @@ class TcpLinks:
                     connection.close()
         if any(map(has_hung_up, self._connections())):
             return False
-        return len(self.arrived) == self.count - 1 and bool(self.after or not in_stages) or None
+        all_here = len(self.arrived) == self.count - 1 and (self.after or not in_stages)
+        return True if all_here else None
 
     def _report_missing(self):
         missing = sorted({*range(1, self.count)} - {*self.arrived})

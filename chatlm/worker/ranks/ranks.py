@@ -1,14 +1,14 @@
 """One model in several processes.
 
-Rank 0 is the worker process: only it has the engine, the text and the pipe to the front. It starts the
-others and sends them each step just before it starts the step itself. Every rank computes the step on its
+Rank 0 is the worker process: only it has the engine, the text and the pipe to the front. It starts the other
+ranks, and sends them each step just before it starts the step itself. Every rank computes the step on its
 shard, exchanges sums and logits with the others, and draws the tokens itself: a draw depends only on the
-logits, the request and the position. A rank that ends or hangs takes down the whole replica; the front starts
-another.
+logits, the request and the position. A rank that ends or hangs takes the whole replica with it; the front
+starts another one.
 
 With stages, rank s * tp + t has shard t of the layers of stage s. A batch passes through the stages in order,
-from each rank to the same rank of the next stage; the last stage draws and sends the tokens to rank 0.
-Batches of different sequences follow each other, so that all stages are busy.
+from each rank to the rank with the same shard in the next stage. The last stage draws, and sends the tokens
+to rank 0. Batches of different sequences follow each other, so that all stages are busy.
 
 torchrun starts a process for each rank, on one or several nodes. The process of rank 0 is then the front, and
 its worker starts no ranks: the other processes connect by TCP (`TcpLinks`, `serve_rank`)."""
@@ -29,6 +29,7 @@ from chatlm.common.messages.protocol import Ready, Unusable
 from chatlm.common.processes.torchrun import ranks_here, torchrun
 from chatlm.worker.ranks.messages import RANK_PIPE, RankAdapter, RankConfig, RankPages
 from chatlm.worker.ranks.steps import RankSteps, Stage, StagedSteps, join_ranks, rank_device
+from chatlm.worker.weights.shards import shard_model, stage_model
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -39,24 +40,31 @@ if TYPE_CHECKING:
     from chatlm.worker.model.kernels import Steps
     from chatlm.worker.model.transformer import Transformer
     from chatlm.worker.ranks.links import Links
+    from chatlm.worker.weights.rules import LoadedModel
 
 
 class RankAlone:
-    """The ranks of a model in a single process."""
+    """The ranks of a model in a single process: there is one."""
 
-    # here: how many of the ranks are on this machine
     rank = 0
-    tp = 1
+    tp = 1      # ranks of a stage
     stages = 1
-    here = 1
+    here = 1    # how many of the ranks are on this machine
     join: Any = None  # makes the ops that communicate with the other ranks of the stage
-    before: socket.socket | None = None
-    after: socket.socket | None = None
+    before: socket.socket | None = None  # to the same rank of the previous stage,
+    after: socket.socket | None = None   # and of the next one
 
-    def min_over_ranks(self, pages: int) -> int:
-        return pages
+    def min_over_ranks(self, count: int) -> int:
+        """The least of all ranks' counts."""
+        return count
+
+    def share_of(self, model: LoadedModel, quantize: str | None) -> LoadedModel:
+        """This rank's share of a model that is not read yet. ConfigError if it cannot be divided that way."""
+        stage = stage_model(model, self.rank // self.tp, self.stages)  # the same for all ranks of a stage
+        return shard_model(stage, self.rank % self.tp, self.tp, quantize)
 
     def divide(self, settings: Settings):
+        """Take the numbers of ranks from the settings."""
         self.tp = settings.tensor_parallel_size
         self.stages = settings.pipeline_parallel_size
         self.here = ranks_here(settings)
@@ -84,8 +92,8 @@ class OtherRank(RankAlone):
     def join(self, backend, part_bytes: int) -> dict[str, Callable]:
         return join_ranks(backend, self.config.address, self.rank % self.tp, self.tp, self.config.device)
 
-    def min_over_ranks(self, pages: int) -> int:
-        self.channel.send(RankPages(pages))
+    def min_over_ranks(self, count: int) -> int:
+        self.channel.send(RankPages(count))
         [fewest] = self.channel.receive(wait=True, most=1)
         return fewest.count
 
@@ -101,24 +109,18 @@ class RankZero(RankAlone):
         self.checksums: list[deque[int]] = [deque() for _ in range(self.tp)]  # of the ranks that draw
         self.channels = links.channels
         self.after = links.after
-        self.meeting: Any = None  # what the ranks of each stage meet in: memory, a folder or keys
+        self.meeting: Any = None  # where the ranks of each stage meet: in memory, a folder or keys
 
     def join(self, backend, part_bytes: int) -> dict[str, Callable]:
-        """Prepare what the ranks of each stage meet in, and send them their RankConfig."""
+        """Open the meetings of each stage's ranks, and send the other ranks their RankConfig."""
         config = self.config
+        core = decode_core()
         environment = {"CHAT_SERVER_KERNELS": os.environ.get("CHAT_SERVER_KERNELS", "")}
-        if core := decode_core():
+        if core:
             isa = core.info()["isa"]
             # another machine may lack amx
             environment["DECODE_CORE_ISA"] = "amx,avx512" if isa == "amx" else isa
-        if self.tp == 1:
-            addresses = [""] * self.stages
-        elif core and backend.join:
-            self.meeting = [core.RankMemory(self.tp, part_bytes) for _ in range(self.stages)]
-            addresses = [memory.path for memory in self.meeting]
-        else:
-            self.meeting = self.links.open_meeting()
-            addresses = [f"{self.meeting.name}/{stage}" for stage in range(self.stages)]
+        addresses = self._open_meetings(core if backend.join else None, part_bytes)
         source = None if self.links.finds_models else config.source
         for arrival, channel in zip(self.links.arrivals, self.channels):
             channel.send(RankConfig(
@@ -130,13 +132,24 @@ class RankZero(RankAlone):
             self.broadcast(Ready({}))
         return join_ranks(backend, addresses[0], 0, self.tp, config.device)
 
-    def min_over_ranks(self, pages: int) -> int:
-        fewest = min(pages, *(message.count for message in self._receive_from_all(RankPages)))
+    def _open_meetings(self, core: Any, part_bytes: int) -> list[str]:
+        """The addresses at which the ranks of each stage meet: in memory of decode_core (`core`) if it
+        computes, else where torch.distributed does."""
+        if self.tp == 1:
+            return [""] * self.stages
+        if core:
+            self.meeting = [core.RankMemory(self.tp, part_bytes) for _ in range(self.stages)]
+            return [memory.path for memory in self.meeting]
+        self.meeting = self.links.open_meeting()
+        return [f"{self.meeting.name}/{stage}" for stage in range(self.stages)]
+
+    def min_over_ranks(self, count: int) -> int:
+        fewest = min(count, *(message.count for message in self._receive_from_all(RankPages)))
         self.broadcast(RankPages(fewest))
         return fewest
 
     def wait_ready(self, progress: Progress):
-        """Wait until all ranks have loaded their shards."""
+        """Wait until all other ranks have loaded their shards."""
         self._receive_from_all(Ready, progress)
         self.meeting = None  # its memory stays as long as a rank has it
 
@@ -153,7 +166,7 @@ class RankZero(RankAlone):
         self.broadcast(RankAdapter(slot, folder, () if self.links.finds_models else stamp))
 
     def _receive_from_all(self, expected: type, progress: Progress = no_progress) -> list:
-        """The next message of this type from each other rank."""
+        """The next message of this type from each other rank; reports the progress of others meanwhile."""
         messages = []
         for rank, arrival in enumerate(self.links.arrivals, 1):
             while not isinstance(message := self._receive(rank, wait=True)[0], expected):
@@ -171,9 +184,12 @@ class RankZero(RankAlone):
             raise self.links.failure(rank) from None
 
     def note(self, rank: int, checksum: int):
-        """Note a rank's checksum; once all have reported, compare what they drew."""
+        """Note the checksum of what a rank of the last stage drew. Once all have reported, compare them."""
         self.checksums[rank].append(checksum)
-        if all(self.checksums) and len({checksums.popleft() for checksums in self.checksums}) > 1:
+        if not all(self.checksums):
+            return
+        drawn = {checksums.popleft() for checksums in self.checksums}
+        if len(drawn) > 1:
             raise RanksFailed("the ranks drew different tokens from the same logits")
 
     def check(self):
@@ -191,9 +207,11 @@ class RankZero(RankAlone):
         return self.tp * (self.stages - 1)
 
     def steps(self, steps: Steps, transformer: Transformer) -> RankSteps | StagedSteps:
+        """Steps that all ranks compute."""
         note = partial(self.note, 0)
-        return (RankSteps(steps, transformer, self.broadcast, note) if self.stages == 1 else
-                StagedSteps(Stage(steps, transformer, self), self, note))
+        if self.stages == 1:
+            return RankSteps(steps, transformer, self.broadcast, note)
+        return StagedSteps(Stage(steps, transformer, self), self, note)
 
     def from_last_stage(self, expected: type):
         """The last stage's next message about the oldest step under way."""

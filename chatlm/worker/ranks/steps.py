@@ -85,16 +85,18 @@ class DrawnTokens:
         self.steps = 0
 
     def add(self, tokens: list[int]) -> list[int]:
+        """Count the tokens of a step; returns them."""
         self.checksum = zlib.crc32(repr(tokens).encode(), self.checksum)
-        self.steps = self.steps + 1
+        self.steps += 1
         if self.steps % COMPARED_STEPS == 0:
             self.note(self.checksum)
         return tokens
 
 
 def rank_step(batch: Batch, rows: Seq[SampleRow]) -> RankStep:
-    """A step to send: without tokens that its draws do not depend on."""
-    return RankStep(batch, [row if row.params.counts_tokens else row._replace(tokens=()) for row in rows])
+    """A step to send, without the tokens that its draws do not depend on."""
+    sent = [row if row.params.counts_tokens else row._replace(tokens=()) for row in rows]
+    return RankStep(batch, sent)
 
 
 class RankSteps:
@@ -123,7 +125,7 @@ class RankSteps:
 
 
 class Stage:
-    """A rank's part of a step if the layers are divided into stages: it receives what the previous stage
+    """A rank's part of a step if the layers are divided into stages. It receives what the previous stage has
     computed, and passes its own result on; the last stage draws."""
 
     def __init__(self, steps: Steps, transformer: Transformer, ranks: RankAlone):
@@ -199,8 +201,8 @@ class StagedSteps:
 
 
 def received_steps(channel: Channel, transformer: Transformer) -> Iterator[RankStep]:
-    """The steps that rank 0 sends, until it is gone. Adapters are read in a thread meanwhile; the first step
-    that uses one waits for it."""
+    """The steps that rank 0 sends, until it has gone. A thread reads adapters meanwhile; the first step that
+    uses one waits for it."""
     same = functools.lru_cache(1024)(lambda params: params)  # decode_core compares them by identity
     thread = reading_thread()
     reading = dict[int, Future]()
@@ -235,7 +237,7 @@ def follow(channel: Channel, steps: RankSteps):
 
 
 def follow_stage(channel: Channel, stage: Stage, drawn: DrawnTokens):
-    """Compute this stage of the steps that rank 0 sends; one rank of the last stage replies."""
+    """Compute this stage of the steps that rank 0 sends. The first rank of the last stage replies."""
     closes = stage.transformer.model.closes
     speaks = stage.ranks.rank % stage.ranks.tp == 0
     for step in received_steps(channel, stage.transformer):

@@ -1,4 +1,4 @@
-"""LoRA adapters that are served alongside their base model, in the form that the base's products need."""
+"""LoRA adapters that are served beside their base model, in the form that the base's products need."""
 
 from __future__ import annotations
 
@@ -17,27 +17,30 @@ from chatlm.common.errors import ConfigError, printable
 from chatlm.worker.arrays import kinds
 from chatlm.worker.arrays.kinds import FLOATS, AdapterMatrix, as_kind, bits_of, contiguous, kind_of, zeros
 from chatlm.worker.model.tensors import Cut, Unread
-from chatlm.worker.weights.assemble import file_shapes
-from chatlm.worker.weights.lora import Change, read_adapter
+from chatlm.worker.weights.lora import Change, read_adapter, whole_shapes
 from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.sources import file_shapes
 
 if TYPE_CHECKING:
-    from chatlm.worker.weights.assemble import Sources
     from chatlm.worker.weights.lora import FileSlice
     from chatlm.worker.weights.rules import LoadedModel
+    from chatlm.worker.weights.sources import Sources
 
 MERGE = "--lora merges it into the weights at load"
 
 
 @dataclass(frozen=True)
 class Adaptable:
-    """A model's file names and layout of the matrices in an adapter, which uses Hugging Face's names."""
+    """What is needed to fit adapters to a model. They use Hugging Face's names and order of rows; the model's
+    files may have others."""
 
-    names: tuple[str, ...]  # the model's names
-    sources: Sources        # see tensor_sources
-    slices: Callable[[], Mapping[str, list[FileSlice]]]  # by Hugging Face's names; see gguf_slices
-    turned: Callable[[str, numpy.ndarray], numpy.ndarray]  # a file's rows in our order
-    ignored: dict[str, tuple[int, ...]]  # matrices that no layer reads: see unread_keys
+    names: tuple[str, ...]  # what the model is called
+    sources: Sources        # which rows of the files make each of our tensors
+    # Hugging Face's matrices -> where the files have their rows
+    slices: Callable[[], Mapping[str, list[FileSlice]]]
+    # (a file's matrix, its rows) -> the rows in our order
+    turned: Callable[[str, numpy.ndarray], numpy.ndarray]
+    ignored: dict[str, tuple[int, ...]]  # matrices that no layer reads; see unread_keys
     first_layer: int = 0    # of a stage
     tied: Sequence[str] = ()  # Hugging Face's names of an embedding and of the head that it is
 
@@ -50,10 +53,10 @@ class Part(NamedTuple):
 
 
 class AdapterReader:
-    """Reads adapter folders written by peft, as one rank of a model needs them."""
+    """Reads adapter folders that peft wrote, as far as one rank of a model needs them."""
 
     def __init__(self, model: LoadedModel, adaptable: Adaptable):
-        """Keeps no tensor of the model: they may be read and discarded afterwards."""
+        """Keeps no tensor of the model, so that they can be read and dropped afterwards."""
         self.adaptable = adaptable
         first = adaptable.first_layer
         whole = model_of(model.spec).tensors()
@@ -65,14 +68,14 @@ class AdapterReader:
                 self.cuts[own] = f"{int(layer) + first}.{part}" if dot else own, tensor.cut
 
     def read(self, folder: Path) -> dict[str, AdapterMatrix]:
-        """Our matrices' names -> what the adapter adds to their products. ConfigError if this adapter can
+        """Our matrices' names -> what the adapter adds to their products. ConfigError for an adapter that can
         only be merged."""
         slices = self.adaptable.slices()
         unread = self.adaptable.ignored
         shapes = file_shapes(self.adaptable.sources) | unread
-        whole = {theirs: (sum(shapes[file_slice.name][0] for file_slice in at), *shapes[at[0].name][1:])
-                 for theirs, at in slices.items()}
-        for embed, head in [self.adaptable.tied] if self.adaptable.tied else ():
+        whole = whole_shapes(shapes, slices)
+        if self.adaptable.tied:
+            embed, head = self.adaptable.tied
             whole[head] = whole[embed]
         parts: dict[str, list[Part]] = {}  # by the whole model's names
         rows = {theirs: (ours, before) for ours, (_, all_of) in self.adaptable.sources.items()
@@ -103,7 +106,7 @@ class AdapterReader:
 
 
 def rows_before(shapes: Iterable[tuple[int, ...]]) -> list[int]:
-    """For each of the parts that make up a matrix, how many rows precede it."""
+    """How many rows precede each of the parts that make up a matrix."""
     rows = 0
     before = []
     for shape in shapes:
@@ -113,7 +116,7 @@ def rows_before(shapes: Iterable[tuple[int, ...]]) -> list[int]:
 
 
 def joined(parts: list[Part], cut: Cut) -> AdapterMatrix:
-    """The parts of one matrix combined, as far as a rank has them."""
+    """The parts of one matrix as one, limited to a rank's share."""
     types = {kind_of(array) for part in parts for array in (part.change.a, part.change.b)}
     kind = types.pop() if len(types) == 1 else "float32"
     kind = kind if kind in FLOATS else "float32"
@@ -131,7 +134,8 @@ def joined(parts: list[Part], cut: Cut) -> AdapterMatrix:
 
 
 def adapter_reader(model: LoadedModel) -> Callable[[Path], dict[str, AdapterMatrix]] | None:
-    """The reader of adapters for a rank's share of a model not yet read; None if the model accepts none."""
+    """What reads adapters for a rank's share of a model; None if the model accepts none. Call it before the
+    weights are read."""
     return AdapterReader(model, model.adaptable).read if model.adaptable else None
 
 

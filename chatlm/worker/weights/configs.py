@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy
-
 from chatlm.common.errors import ConfigError, printable, shown
 from chatlm.common.log import log
 from chatlm.worker.model.blocks.mixers import Mixer
-from chatlm.worker.weights.assemble import fp8_block
 from chatlm.worker.weights.families import FAMILIES, TEXT_TYPES, VISION
 from chatlm.worker.weights.family import GATED, Family
+from chatlm.worker.weights.fp8 import fp8_block
 from chatlm.worker.weights.recipe import Attention, ModelSpec
+from chatlm.worker.weights.rope_scaling import ORIGINAL, ORIGINAL_RULE
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, ROPE_BASE,
     Rule, check_divides, checked)
@@ -40,7 +38,7 @@ HF_KEYS = {  # of a config.json; all others are bool
     "head_dim": Rule(int, 2, MOST_CHANNELS, optional=True),
     "max_position_embeddings": Rule(int, 16, MOST_POSITIONS),
     "sliding_window_pattern": Rule(int, 1, optional=True),
-    "original_max_position_embeddings": Rule(int, 2, MOST_POSITIONS),
+    ORIGINAL: ORIGINAL_RULE,
     "sliding_window": Rule(int, 1, MOST_POSITIONS, optional=True), "max_window_layers": Rule(int, 0),
     "layer_types": Rule(str, choices=LAYER_TYPES, many=True, optional=True),
     "num_experts": Rule(int, 1, MOST_EXPERTS, optional=True),
@@ -105,11 +103,13 @@ def unsupported(name: str) -> str:
 
 
 def changes_nothing(key: str, raw: Mapping) -> bool:
-    """Whether a key in no row only concerns generation, training or other programs, or disables something."""
-    windows = key in ("sliding_window", "max_window_layers") and not (
-        raw.get("sliding_window") and raw.get("use_sliding_window", True))
-    return key not in HF_ONLY and (
-        key.startswith("_") or key in GENERATION | OTHERS_AFFAIR or not raw[key] or windows)
+    """Does a key in no row only concern generation, training or other programs, or disable something?"""
+    if key in HF_ONLY:
+        return False
+    if key in ("sliding_window", "max_window_layers"):
+        if not (raw.get("sliding_window") and raw.get("use_sliding_window", True)):
+            return True
+    return key.startswith("_") or key in GENERATION | OTHERS_AFFAIR or not raw[key]
 
 
 def refuse_unknown(path: Path, family: str, raw: Mapping, known: Mapping):
@@ -119,9 +119,10 @@ def refuse_unknown(path: Path, family: str, raw: Mapping, known: Mapping):
         if key in known or key in HF_INERT or value in (None, HF_ONLY.get(key)):
             continue
         if not changes_nothing(key, raw):
-            raise ConfigError(f"{path}: {key} is {shown(value)}; " + (
-                f"in a {family} model it must be {json.dumps(HF_ONLY[key])}" if key in HF_ONLY else
-                f"this key is not supported in a {family} model. Supported: {', '.join(sorted(known))}"))
+            must = f"this key is not supported in a {family} model. Supported: {', '.join(sorted(known))}"
+            if key in HF_ONLY:
+                must = f"in a {family} model it must be {json.dumps(HF_ONLY[key])}"
+            raise ConfigError(f"{path}: {key} is {shown(value)}; {must}")
         ignored.append(printable(key))
     if ignored:
         log.info("%s: %s: ignored, since they have no effect here", path, ", ".join(ignored))
@@ -131,7 +132,7 @@ def family_config(path: Path, raw: Mapping) -> tuple[str, dict]:
     """The family of a config.json, and the checked values of the keys in its row and HF_DEFAULTS."""
     family = checked(path, "model_type", raw.get("model_type"), Rule(str))
     if "quantization_config" not in FAMILIES.get(family, FAMILIES["llama"]).config:
-        fp8_block(path, raw)
+        fp8_block(path, raw)  # refuses what is not read
     if family in VISION:
         family, raw = text_part(path, family, raw)
     if family == "nomic_bert" and raw.get("num_experts"):
@@ -140,29 +141,42 @@ def family_config(path: Path, raw: Mapping) -> tuple[str, dict]:
         raise ConfigError(f"{path}: {unsupported(family)}")
     row = FAMILIES[family]
     raw = with_layers_of_now(row.restated(path, raw))
-    defaults = HF_DEFAULTS | row.config
     for own, theirs in row.aliases.items():  # its own key wins, as in transformers
         raw = {**raw, own: raw[own] if raw.get(own) is not None else raw.get(theirs)}
+    defaults = HF_DEFAULTS | row.config
     refuse_unknown(path, family, raw, defaults)
-    config = {key: raw.get(key, default) for key, default in defaults.items()}
-    for key, default in defaults.items():
-        rule = row.keys.get(key) or HF_KEYS.get(key, Rule(bool) if isinstance(default, bool) else None)
-        if key in row.aliases.values():
-            continue  # checked under its own name
-        if key == "layer_types" and row.mixers:
-            rule = HF_KEYS[key]._replace(choices=(LAYER_TYPES[0], *row.mixers))
-        if key.startswith("hidden_act"):
-            any_of = row.activations is not GATED or default == "silu" and "activation" not in row.fields
-            rule = Rule(str, choices=tuple(row.activations) if any_of else (str(default),))
-        if rule and config[key] is None and not rule.optional:
-            config[key] = default
-        if rule:
-            checked(path, key, config[key], rule._replace(optional=rule.optional and key not in row.needed))
+    config = checked_config(path, row, raw, defaults)
     if packed := config.get("quantization_config"):
         method = packed.get("quant_method") if isinstance(packed, dict) else None
         checked(path, "quantization_config.quant_method", method, Rule(str, choices=("mxfp4",)))
     config |= {theirs: config[own] for own, theirs in row.aliases.items()}
     return family, config | row.complete(path, config)
+
+
+def checked_config(path: Path, row: Family, raw: Mapping, defaults: Mapping) -> dict:
+    """The values of these keys, checked, those of aliases under their own names."""
+    config = {key: raw.get(key, default) for key, default in defaults.items()}
+    for key, default in defaults.items():
+        rule = rule_of(row, key, default)
+        if rule is None or key in row.aliases.values():
+            continue
+        if config[key] is None and not rule.optional:
+            config[key] = default
+        checked(path, key, config[key], rule._replace(optional=rule.optional and key not in row.needed))
+    return config
+
+
+def rule_of(row: Family, key: str, default: Any) -> Rule | None:
+    """What a family's config may have under a key; None: it is checked elsewhere."""
+    if key == "layer_types" and row.mixers:
+        return HF_KEYS[key]._replace(choices=(LAYER_TYPES[0], *row.mixers))
+    if key.startswith("hidden_act"):
+        any_of = row.activations is not GATED or default == "silu" and "activation" not in row.fields
+        return Rule(str, choices=tuple(row.activations) if any_of else (str(default),))
+    rule = row.keys.get(key) or HF_KEYS.get(key)
+    if rule is None and isinstance(default, bool):
+        return Rule(bool)
+    return rule
 
 
 def with_layers_of_now(raw: Mapping) -> Mapping:
@@ -194,12 +208,20 @@ def text_part(path: Path, family: str, raw: Mapping) -> tuple[str, Mapping]:
         outer = LLAMA_SIZES | outer
     inner = {key: value for key, value in text.items() if key not in BESIDE_TEXT}
     for name in ("rope_scaling", "rope_parameters"):
-        if isinstance(rope := inner.get(name), dict):  # image positions have three axes, text positions one
-            rope = {key: value for key, value in rope.items() if not key.startswith("mrope_")}
-            inner[name] = rope | {key: "default" for key in ("type", "rope_type") if rope.get(key) == "mrope"}
+        if isinstance(rope := inner.get(name), dict):
+            inner[name] = of_text_positions(rope)
     if raw.get(TIED) is True and inner.get(TIED) is False:
         inner[TIED] = True  # both say it for the same two matrices; a head in the files still counts
     return kind, outer | inner
+
+
+def of_text_positions(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """An image model's rotary parameters for texts, whose positions have one axis, not three."""
+    own = {key: value for key, value in rope.items() if not key.startswith("mrope_")}
+    for key in ("type", "rope_type"):
+        if own.get(key) == "mrope":
+            own[key] = "default"
+    return own
 
 
 def complete_heads(path: Path, config: dict, names: Mapping[str, str] = {}):
@@ -223,8 +245,8 @@ def family_spec(path: Path, family: str, config: dict, rope: Mapping) -> ModelSp
     layers = config["num_hidden_layers"]
     types = config.get("layer_types") or [
         LAYER_TYPES[bool(row.has_window(config, layer))] for layer in range(layers)]
-    checked(path, "layer_types", types,
-            HF_KEYS["layer_types"]._replace(choices=(*LAYER_TYPES, *row.mixers)), layers)
+    choices = (*LAYER_TYPES, *row.mixers)
+    checked(path, "layer_types", types, HF_KEYS["layer_types"]._replace(choices=choices), layers)
     windows = (0,) * layers if row.own_attentions else windows_of(path, config, types)
     ffn_size, experts = feed_forward_fields(path, config)
     fields: dict[str, Any] = {
@@ -233,10 +255,11 @@ def family_spec(path: Path, family: str, config: dict, rope: Mapping) -> ModelSp
     local_base = fields.pop("local_rope_base", None)
     unrotated = row.unrotated(config, windows)
     if config.get("attention_bias"):
-        fields |= {"qkv_bias": True, "output_bias": config.get("attention_out_bias",
-                                                               row.fields.get("output_bias", True))}
+        usual = row.fields.get("output_bias", True)
+        fields |= {"qkv_bias": True, "output_bias": config.get("attention_out_bias", usual)}
     fields |= row.fields_of(path, config)
-    if of_texts := fields.get("of_texts", False):  # their windows are as wide on both sides together
+    of_texts = fields.get("of_texts", False)
+    if of_texts:  # their windows are as wide on both sides together
         windows = tuple(window // 2 for window in windows)
     spec = ModelSpec(
         vocab_size=config["vocab_size"], layers=layers, width=config["hidden_size"],
@@ -245,7 +268,9 @@ def family_spec(path: Path, family: str, config: dict, rope: Mapping) -> ModelSp
         norm_eps=config["rms_norm_eps"], tied_head=config["tie_word_embeddings"] and not of_texts,
         softcap=config.get("final_logit_softcapping") or 0.0,
         attention_softcap=config.get("attn_logit_softcapping") or 0.0, **fields)
-    return with_kinds(spec, windows, unrotated, local_base) if any(windows) or unrotated else spec
+    if any(windows) or unrotated:
+        spec = with_kinds(spec, windows, unrotated, local_base)
+    return spec
 
 
 def windows_of(path: Path, config: Mapping, types: Seq[str]) -> tuple[int, ...]:
@@ -281,8 +306,10 @@ def mixers_of(path: Path, row: Family, config: Mapping, types: Seq[str]) -> tupl
 
 def feed_forward_fields(path: Path, config: Mapping) -> tuple[int, dict]:
     """F, checked, and the spec's expert fields: none without experts."""
-    size, fields = expert_fields(path, config) if "num_experts" in config else (
-        config["intermediate_size"], {})
+    size = config["intermediate_size"]
+    fields = {}
+    if "num_experts" in config:
+        size, fields = expert_fields(path, config)
     checked(path, "the width of its feed-forward parts", size, HF_KEYS["intermediate_size"])
     return size, fields
 
@@ -296,108 +323,11 @@ def expert_fields(path: Path, config: Mapping) -> tuple[int, dict]:
     shared = config.get("shared_intermediate_size") or config.get("shared_expert_intermediate_size") or 0
     if not experts:
         return shared or config["intermediate_size"], {}
-    dense = config.get("mlp_only_layers") or range(config.get("num_dense_layers") or 0)
-    dense = tuple(layer for layer in range(layers)
-                  if layer in dense or (layer + 1) % config.get("decoder_sparse_step", 1))
+    stated = config.get("mlp_only_layers") or range(config.get("num_dense_layers") or 0)
+    step = config.get("decoder_sparse_step", 1)  # every such layer has experts
+    dense = tuple(layer for layer in range(layers) if layer in stated or (layer + 1) % step)
     return config["moe_intermediate_size"] or config["intermediate_size"], {
         "experts": experts, "shared_size": shared, "dense_layers": dense,
         "experts_per_token": checked(path, chosen, config[chosen], Rule(int, 1, experts)),
         "dense_size": config["intermediate_size"] if dense else 0,
         "shares_sum_to_one": config.get("norm_topk_prob", True)}
-
-
-def growing_queries(fields: Mapping, beta: float | None, original: int, context: int | None) -> dict:
-    """max_positions, and q_growth if the server's `context` makes Ministral 3's queries grow."""
-    if beta and (context or 0) > original:
-        return {"q_growth": (beta, original)}
-    return {"max_positions": min(fields["max_positions"], original if beta else MOST_POSITIONS)}
-
-
-ROPE_TYPES = {  # rope_type -> its parameters
-    "default": "",
-    **dict.fromkeys(("linear", "dynamic"), "factor original_max_position_embeddings finetuned"),
-    "llama3": "factor low_freq_factor high_freq_factor original_max_position_embeddings",
-    "yarn": "factor original_max_position_embeddings beta_fast beta_slow attention_factor mscale "
-            "mscale_all_dim truncate attn_factor extrapolation_factor finetuned",
-    "longrope": "short_factor long_factor original_max_position_embeddings factor attention_factor "
-                "short_mscale long_mscale"}
-ROPE_KEYS = {  # all others are positive numbers
-    "original_max_position_embeddings": HF_KEYS["original_max_position_embeddings"],
-    **dict.fromkeys(("truncate", "finetuned"), Rule(bool)), "extrapolation_factor": Rule(float, 1, 1),
-    **dict.fromkeys(("short_factor", "long_factor"), Rule(float, 0.01, 10**6, many=True)),
-    **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"), Rule(float, 0, 10**3, optional=True))}
-
-
-UNUSED_IN_ROPE = {"finetuned": False, "extrapolation_factor": 1.0}
-# of DeepSeek-R1-0528-Qwen3-8B; what vLLM multiplies the usual factor by
-ATTN_FACTOR = ("%s: %s has attn_factor %.3f, which is not used, as in transformers and llama.cpp: yarn "
-               "multiplies queries and keys by %.3f")
-
-
-def scaled_rope(path: Path, name: str, rope: Mapping, base: float, size: int, positions: int,
-                context: int | None) -> dict:
-    """max_positions and the fields that begin with rope_, as in transformers' modeling_rope_utils.py.
-
-    `rope` is a rope_scaling or rope_parameters object. longrope uses its long factors for all positions if
-    the server's `context` (None: the model's) is longer than the original one; dynamic scaling uses the
-    factor for the `context`."""
-    rope_type = checked(path, f"{name}.rope_type", rope.get("rope_type", rope.get("type", "default")),
-                   Rule(str, choices=tuple(ROPE_TYPES)))
-    known = [*ROPE_TYPES[rope_type].split(), "rope_type", "type", "rope_theta", "partial_rotary_factor"]
-    if unknown := [key for key in rope if key not in known and rope[key] is not None]:
-        raise ConfigError(f"{path}: {name} has the key {shown(unknown[0])}; known for the type {rope_type} "
-                          f"are {', '.join(known)}")
-
-    def value(key: str, default=None, length: int | None = None) -> Any:
-        setting = default if rope.get(key) is None else rope[key]
-        return checked(path, f"{name}.{key}", setting, ROPE_KEYS.get(key, Rule(float, 0.01, 10**6)), length)
-
-    fields = {"max_positions": positions, "rope_base": base, "rope_size": size}
-    if rope_type == "default":
-        return fields
-    for key, usual in UNUSED_IN_ROPE.items():  # checked alone
-        value(key, usual)
-    if rope_type == "dynamic":
-        factor = value("factor")
-        length = min(max(context or 0, positions), int(max(factor, 1) * positions))
-        stretched = base * (factor * length / positions - (factor - 1))**(size / max(size - 2, 1))
-        return fields | {"max_positions": length, "rope_base": stretched}
-    original = value("original_max_position_embeddings", positions)
-    half = size // 2
-    factor = value("factor", positions / original if rope_type in ("yarn", "longrope") else None)
-    growth = math.log(max(factor, 1))
-    frequencies = base ** -(numpy.arange(0, size, 2) / size)
-    if rope_type == "linear":
-        factors = numpy.full(half, factor)
-    elif rope_type == "longrope":
-        both = ("short", "long")
-        is_long = (context or positions) > original
-        factors = [numpy.asarray(value(f"{length}_factor", None, half)) for length in both][is_long]
-        own = value("attention_factor") or rope.get(key := f"{both[is_long]}_mscale") and value(key)
-        fields["rope_scale"] = own or math.sqrt(1 + growth / math.log(original))
-    else:  # 1 keeps a frequency, 0 divides it by the factor
-        if rope_type == "llama3":
-            low = value("low_freq_factor")
-            high = value("high_freq_factor")
-            kept = (original * frequencies / (2 * math.pi) - low) / (high - low or 1e-3)
-        else:
-            low, high = (size * math.log(original / (2 * math.pi * value(key, turns))) / (2 * math.log(base))
-                         for key, turns in (("beta_fast", 32.0), ("beta_slow", 1.0)))
-            if value("truncate", True):
-                low = math.floor(low)
-                high = math.ceil(high)
-            low = max(low, 0)
-            high = min(high, size - 1)
-            kept = 1 - (numpy.arange(half) - low) / (high - low or 1e-3)
-            over = value("mscale")
-            under = value("mscale_all_dim")
-            over, under = (over, under) if over and under else (1, 0)
-            fields["rope_scale"] = value("attention_factor") or (
-                (0.1 * over * growth + 1) / (0.1 * under * growth + 1))
-            unused = value("attn_factor", 1.0)
-            if unused != 1 and not math.isclose(unused, fields["rope_scale"], rel_tol=1e-4):
-                log.info(ATTN_FACTOR, path, name, unused, fields["rope_scale"])
-            fields["max_positions"] = max(positions, int(factor * original))
-        kept = numpy.clip(kept, 0, 1)
-        factors = 1 / (kept + (1 - kept) / factor)
-    return fields | {"rope_factors": tuple(factors.tolist())}

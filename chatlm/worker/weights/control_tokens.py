@@ -1,7 +1,7 @@
 """Tokens of GGUF files that mark turns, whatever type the file gives them.
 
 Some files, Google's own among them, say that such a token is an ordinary one. Then no text becomes it: the
-template's `<end_of_turn>` would be seven tokens that the model has never seen there. llama.cpp overrides
+template's `<end_of_turn>` would be seven tokens, which the model has never seen there. llama.cpp overrides
 these types too."""
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ LIKE_A_MARK = re.compile(
 
 
 def misnamed(tokens: Seq[str], types: Seq[int], ids: Iterable[int | None], template: str | None) -> list[int]:
-    """The ids of tokens that are control tokens although the file says otherwise: those that end a turn or
-    fill gaps, those that the metadata name (`ids`), and what the template writes around turns."""
+    """The ids of control tokens that the file gives another type: those that end a turn or fill gaps, those
+    that the metadata name (`ids`), and those that the template writes around turns."""
     named = {token for token in ids if token is not None and LIKE_A_NAME.fullmatch(tokens[token])}
     found = []
     for token, (text, kind) in enumerate(zip(tokens, types)):

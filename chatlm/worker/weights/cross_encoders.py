@@ -59,8 +59,8 @@ def folder_head(path: Path, config: Mapping, spec: ModelSpec, state: Mapping[str
 
 
 def makes_probabilities(path: Path, config: Mapping) -> bool:
-    """Are the scores of a folder's cross-encoder followed by a sigmoid? Its files may say that none is:
-    sentence-transformers has written it into three places, of which the latest counts first."""
+    """Does a sigmoid follow the scores of a folder's cross-encoder? Its files may say that it does not.
+    sentence-transformers has written it in three places; the latest one counts first."""
     key = "sbert_ce_default_activation_function"
     latest = path.with_name("config_sentence_transformers.json")
     more = config.get("sentence_transformers")
@@ -79,10 +79,10 @@ def makes_probabilities(path: Path, config: Mapping) -> bool:
 
 def gguf_head(path: Path, metadata: Mapping, spec: ModelSpec, pooling: str,
               stored: Mapping[str, Any]) -> Head:
-    """The head of a GGUF file's encoder, whose tensors are in `stored`: a cross-encoder's classifier, or
-    dense layers.
+    """The head of a GGUF file's encoder, from the tensors in `stored`: a cross-encoder's classifier, or dense
+    layers.
 
-    Files of BERT lack the pooler that its classifier needs, so they are refused; RoBERTa's are complete."""
+    Files of BERT lack the pooler that its classifier needs, so they are refused. RoBERTa's are complete."""
     def value(tensor: Any) -> numpy.ndarray:
         rows = floats(dequantize(tensor.tensor_type, numpy.asarray(tensor.data)))
         return rows.reshape(tuple(reversed(tensor.shape.tolist())))
@@ -111,7 +111,7 @@ def gguf_head(path: Path, metadata: Mapping, spec: ModelSpec, pooling: str,
 
 def floating(path: Path, name: str, tensor: Any, shape: tuple[int, ...],
              read: Callable[[Any], numpy.ndarray]) -> numpy.ndarray:
-    """A tensor as float32 of this shape. ConfigError if it has another one, or is missing."""
+    """A tensor as float32 of this shape. ConfigError if it has another shape or is missing."""
     if tensor is None:
         raise ConfigError(f"{path}: the tensors do not match this model: missing {name} {shape}")
     found = read(tensor)

@@ -1,4 +1,4 @@
-"""What the files of two models say differently."""
+"""In what the recipes of two models differ."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IGNORED = {"vocab_size", "tied_head", "max_positions", "answer_positions", "sees
 
 
 def differences(own: ModelSpec, original: ModelSpec) -> Iterator[tuple[str, str, str]]:
-    """(field, own value, the original's) of everything that the two say differently, in words."""
+    """(field, own value, the original's) in words, of every field that the two state differently."""
     for field in dataclasses.fields(own):
         ours = getattr(own, field.name)
         theirs = getattr(original, field.name)
@@ -37,7 +37,7 @@ def about_equal(ours: Any, theirs: Any) -> bool:
 
 
 def in_words(ours: Any, theirs: Any) -> tuple[str, str]:
-    """Two different values, of lists and objects the first different part."""
+    """Two different values; of lists and objects only the first part that differs."""
     if isinstance(ours, tuple) and isinstance(theirs, tuple) and len(ours) == len(theirs):
         i, pair = next((i, pair) for i, pair in enumerate(zip(ours, theirs)) if not about_equal(*pair))
         a, b = in_words(*pair)

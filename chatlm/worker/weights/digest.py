@@ -46,10 +46,11 @@ def fingerprint_of(files: Iterable[Path]) -> str:
 
 
 def sampled_digest(path: Path, adapters: Iterable[str] = ()) -> str:
-    """`weights_digest` in /v1/models: a hash of each weight file's size and of samples spread over it. Listed
-    models have it too, and hashing all of them in full would take as long as reading them. It distinguishes
-    models and training runs, wherever the files lie; it does not prove that a file is unchanged, so pages
-    that outlive the server use `whole_digest`."""
+    """`weights_digest` in /v1/models: a hash of each weight file's size and of samples spread over it.
+
+    Models that are only listed have it too; hashing all of them in full would take as long as reading them.
+    It tells models and training runs apart, wherever their files lie. It does not prove that a file is
+    unchanged, so pages that outlive the server use `whole_digest`."""
     digest = hashlib.sha256()
     for file in (*files_of_weights(path), *files_of_adapters(adapters)):
         with file.open("rb") as opened:
@@ -95,7 +96,7 @@ def whole_digest(files: list[Path], fingerprint: str, store: Path | None) -> str
 
 
 def arithmetic_of(transformer: Transformer, settings: Settings) -> list[str]:
-    """Everything but the weights that may change the bits of a page, or their layout."""
+    """Everything except the weights that may change the bits of a page, or their layout."""
     code = hashlib.sha256()
     core = decode_core()
     for name, text in program_sources().items():

@@ -18,30 +18,31 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.log import log
 from chatlm.worker.arrays.gguf_types import TYPES, block_of
 from chatlm.worker.arrays.packed import dequantize
-from chatlm.worker.weights.assemble import tensor_sources
 from chatlm.worker.weights.model_of import model_of
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.worker.weights.assemble import Sources
     from chatlm.worker.weights.family import Family
     from chatlm.worker.weights.recipe import ModelSpec
     from chatlm.worker.weights.rules import LoadedModel
 
 
 JOINED = ("join_embed", "join_hidden", "join_embed_norm", "join_hidden_norm")
-TABLE = {name: (f"{name}.weight",) for name in JOINED}
+Table = dict[str, tuple[str, ...]]
+TABLE: Table = {name: (f"{name}.weight",) for name in JOINED}
 FOLDER_NAMES = {"mtp.norm.weight": "model.norm.weight",
                 "mtp.pre_fc_norm_embedding.weight": "join_embed_norm.weight",
                 "mtp.pre_fc_norm_hidden.weight": "join_hidden_norm.weight"}
 GGUF_NAMES = {"nextn.shared_head_norm.weight": "output_norm.weight",
               "nextn.enorm.weight": "join_embed_norm.weight",
               "nextn.hnorm.weight": "join_hidden_norm.weight"}
+JOINT = "mtp.fc.weight"  # its first columns read the embedding, the others the model's state
+GGUF_JOINT = "nextn.eh_proj.weight"
 COPIES = ("nextn.embed_tokens.weight", "nextn.shared_head_head.weight")  # of the model's
 
 
 def head_spec(spec: ModelSpec, dense: bool) -> ModelSpec:
-    """The spec of a model's draft head. dense: its layer has no experts, although the model has."""
+    """The spec of a model's draft head. `dense`: its layer has no experts, although the model has."""
     layer = next(l for l, attn in enumerate(model_of(spec).by_layer) if attn)
     return replace(spec, layers=1, mixers=(), attentions=(spec.attention(layer),) if spec.attentions else (),
                    dense_layers=(0,) if dense else (), joins=True)
@@ -49,8 +50,8 @@ def head_spec(spec: ModelSpec, dense: bool) -> ModelSpec:
 
 def draft_head_of(settings: Settings, path: Path, make: Callable[[], LoadedModel | None]
                   ) -> LoadedModel | None:
-    """The draft head that `make` opens, where drafts may come from one. A faulty one is an error only if
-    --drafts asks for it."""
+    """The draft head that `make` opens, where drafts may come from one. One that is faulty is an error only
+    if --drafts asks for it."""
     if settings.drafts not in ("mtp", "auto"):
         return None
     try:
@@ -64,51 +65,59 @@ def draft_head_of(settings: Settings, path: Path, make: Callable[[], LoadedModel
 
 def folder_head(spec: ModelSpec, row: Family, state: Mapping[str, numpy.ndarray],
                 scales: Mapping[str, numpy.ndarray]
-                ) -> tuple[ModelSpec, Sources, dict[str, numpy.ndarray], dict[str, numpy.ndarray]] | None:
-    """The spec of a folder's draft head, its tensors' sources, the tensors and their scales, under the names
-    that a model of one layer has; None without one."""
-    fc = state.get("mtp.fc.weight")
-    if not row.has_draft_head or not isinstance(fc, numpy.ndarray) or "mtp.fc.weight" in scales:
+                ) -> tuple[ModelSpec, Table, dict[str, numpy.ndarray], dict[str, numpy.ndarray]] | None:
+    """A folder's draft head as a model of one layer: its spec, our tensors -> the names of its own, and these
+    tensors and their scales by such names. None if the folder has none."""
+    joint = state.get(JOINT)
+    if not row.has_draft_head or not isinstance(joint, numpy.ndarray) or JOINT in scales:
         return None
-
-    def named(tensors: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
-        return {FOLDER_NAMES.get(name, name.replace("mtp.layers.0.", "model.layers.0.")): tensor
-                for name, tensor in tensors.items() if name.startswith("mtp.") and name != "mtp.fc.weight"}
-
-    own = {name: tensor for name, tensor in named(state).items()
+    own = {name: tensor for name, tensor in of_one_layer(state).items()
            if not name.startswith("mtp.")}  # without a copy of the embedding
     dense = bool(spec.experts) and not any(".experts." in name for name in own)
-    shared = ("model.embed_tokens.weight", "lm_head.weight")[:1 + (not spec.tied_head)]
+    shared = ["model.embed_tokens.weight"]
+    if not spec.tied_head:
+        shared.append("lm_head.weight")
     own |= {name: state[name] for name in shared if name in state}
-    own = row.repack(own) | {"join_embed.weight": fc[:, :spec.width],
-                             "join_hidden.weight": fc[:, spec.width:]}
-    of_head = head_spec(spec, dense)
-    return of_head, tensor_sources(of_head, row.all_tensors | TABLE, spec.vocab_size), own, named(scales)
+    own = row.repack(own) | {"join_embed.weight": joint[:, :spec.width],
+                             "join_hidden.weight": joint[:, spec.width:]}
+    return head_spec(spec, dense), row.all_tensors | TABLE, own, of_one_layer(scales)
+
+
+def of_one_layer(tensors: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
+    """The tensors of a folder's draft head, except the joint one, by the names of a model of one layer."""
+    own = {}
+    for name, tensor in tensors.items():
+        if name.startswith("mtp.") and name != JOINT:
+            own[FOLDER_NAMES.get(name, name.replace("mtp.layers.0.", "model.layers.0."))] = tensor
+    return own
 
 
 def gguf_head(spec: ModelSpec, row: Family, stored: Mapping[str, Any]
-              ) -> tuple[ModelSpec, Sources, dict[str, Any]] | None:
+              ) -> tuple[ModelSpec, Table, dict[str, Any]] | None:
     """The same of a GGUF file, whose draft head is the layer after the model's."""
     prefix = f"blk.{spec.layers}."
-    if not row.has_draft_head or (joint := stored.get(f"{prefix}nextn.eh_proj.weight")) is None:
+    joint = stored.get(prefix + GGUF_JOINT)
+    if not row.has_draft_head or joint is None:
         return None
     own: dict[str, Any] = {}
     for name, tensor in stored.items():
         part = name.removeprefix(prefix)
-        if name != part and part not in COPIES and part != "nextn.eh_proj.weight":
+        if name != part and part not in (*COPIES, GGUF_JOINT):
             own[GGUF_NAMES.get(part, f"blk.0.{part}")] = tensor
     dense = bool(spec.experts) and not any("_exps." in name for name in own)
-    for name in ("token_embd.weight", "output_norm.weight", *["output.weight"] * (not spec.tied_head)):
+    shared = ["token_embd.weight", "output_norm.weight"]
+    if not spec.tied_head:
+        shared.append("output.weight")
+    for name in shared:
         if name in stored:
             own.setdefault(name, stored[name])
     own |= {f"{name}.weight": half for name, half in zip(JOINED, halves(joint))}
-    of_head = head_spec(spec, dense)
-    return of_head, tensor_sources(of_head, row.gguf_names | TABLE, spec.vocab_size), own
+    return head_spec(spec, dense), row.gguf_names | TABLE, own
 
 
 def halves(tensor: Any) -> tuple[Any, Any]:
-    """A gguf_header.Tensor with the first half of the columns, and one with the others; as floats if a block
-    is in both."""
+    """The first half of a gguf_header.Tensor's columns, and the second; as floats if a block has columns of
+    both."""
     columns, rows = map(int, tensor.shape)
     if columns % (2 * block_of(tensor.tensor_type.name)[0]):
         data = numpy.asarray(dequantize(tensor.tensor_type, tensor.data), numpy.float32)

@@ -1,4 +1,4 @@
-"""What the files of a model that was trained to embed texts say of it: pooling, lengths, prompts, tokens."""
+"""What the files of a model that embeds texts say about it: pooling, lengths, prompts, special tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence as Seq
 from pathlib import Path
-from typing import Any, TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.common.files import parse_json, read_small
@@ -46,8 +46,8 @@ def usual_prompts(*names: str) -> tuple[tuple[str, str], ...]:
 
 
 def pooling_of_gguf(path: Path, own: str, metadata: Mapping) -> str:
-    """A GGUF file's pooling: none, mean, last or rank, or cls of a model that sees whole texts. ConfigError
-    for one that such a model cannot have.
+    """A GGUF file's pooling: none, mean, last or rank; of a model whose tokens see the whole text, also cls.
+    ConfigError for one that such a model cannot have.
 
     `own` is the architecture and a dot. Without the key, llama.cpp's default is none: a chat model."""
     number = metadata.get(f"{own}pooling_type", 0)
@@ -73,7 +73,8 @@ def gguf_embedder(path: Path, metadata: Mapping, text: TextSpec, family: str,
                   spec: ModelSpec) -> Embedder | None:
     """How a GGUF file's model embeds texts; None if it chats or ranks.
 
-    Older files of Qwen3-Embedding lack add_eos_token, but the token that is pooled must be the end token."""
+    Older files of Qwen3-Embedding do not say add_eos_token, but the token that is pooled must be the end
+    token."""
     pooling = pooling_of_gguf(path, f"{metadata['general.architecture']}.", metadata)
     if spec.of_texts:
         begins, between, ends = frame_of(path, pipeline_of(path, text))
@@ -97,34 +98,50 @@ def gguf_embedder(path: Path, metadata: Mapping, text: TextSpec, family: str,
                     ends=() if end is None or not adds else (end,), prompts=QWEN_PROMPTS if is_qwens else ())
 
 
-def folder_embedder(folder: Path, pipeline, family: str, spec: ModelSpec,
-                    names: Seq[str] = ()) -> tuple[Embedder, Head]:
-    """How the model of a folder that sentence-transformers has written embeds texts, and its Dense modules.
-    Without a modules.json it takes the mean. `pipeline` is its tokenizer of the library `tokenizers`, `names`
-    what the model is called. ConfigError for a module, or a pooling, that this server does not have."""
+class Modules(NamedTuple):
+    """What the modules of a sentence-transformers folder make of a model's hidden states."""
+
+    pooling: str = "mean"
+    pools_prompt: bool = True
+    dense: tuple[Dense, ...] = ()
+    normalized: bool = False
+
+
+def folder_modules(folder: Path, spec: ModelSpec) -> Modules:
+    """What a folder's modules.json lists. ConfigError for a module or a pooling that this server does not
+    have."""
     path = folder / "modules.json"
-    pooling = "mean"
-    dense = []
-    normalized = False
-    pools_prompt = True
+    modules = Modules()
     for index, module in enumerate(modules_of(path) if path.exists() else []):
         kind = str(module.get("type")).rpartition(".")[2]
         place = module.get("path", "")
         if not isinstance(place, str) or not re.fullmatch(r"[\w-][\w .-]*|", place, re.ASCII):
             raise ConfigError(f"{path}: [{index}].path is {shown(place)}; it must be the name of a folder "
                               "there")
+        config = folder / place / "config.json"
         if kind == "Pooling":
-            pooling = folder_pooling(folder / place / "config.json", spec.of_texts)
-            pools_prompt = pools_prompts(folder / place / "config.json")
-        elif kind == "Dense" and not normalized:
-            dense.append(folder_dense(folder / place, dense[-1].weight.shape[0] if dense else spec.width))
+            modules = modules._replace(pooling=folder_pooling(config, spec.of_texts),
+                                       pools_prompt=pools_prompts(config))
+        elif kind == "Dense" and not modules.normalized:
+            width = modules.dense[-1].weight.shape[0] if modules.dense else spec.width
+            modules = modules._replace(dense=(*modules.dense, folder_dense(folder / place, width)))
         elif kind == "Normalize":
-            normalized = True
+            modules = modules._replace(normalized=True)
         elif kind != "Transformer" or place:
             where = f" in {place}" if kind == "Transformer" else ""
             raise ConfigError(f"{path}: [{index}].type is {shown(module.get('type'))}{where}; this server "
                               "has Transformer, at the top of the folder, Pooling, Dense and, last, "
                               "Normalize")
+    return modules
+
+
+def folder_embedder(folder: Path, pipeline, family: str, spec: ModelSpec,
+                    names: Seq[str] = ()) -> tuple[Embedder, Head]:
+    """How the model of a sentence-transformers folder embeds texts, and its Dense modules.
+
+    Without a modules.json it takes the mean. `pipeline` is the folder's tokenizer in the library
+    `tokenizers`, `names` are what the model is called."""
+    modules = folder_modules(folder, spec)
     begins, between, ends = frame_of(folder, pipeline)
     path = folder / "config_sentence_transformers.json"
     more = read_json(path, needed=False)
@@ -133,21 +150,29 @@ def folder_embedder(folder: Path, pipeline, family: str, spec: ModelSpec,
                       Rule(str, choices=tuple(prompts) or ("null",), optional=True))
     similarity = checked(path, "similarity_fn_name", more.get("similarity_fn_name") or SIMILARITIES[0],
                          Rule(str, choices=SIMILARITIES))
-    cuts = read_json(folder / "config.json").get("matryoshka_dimensions")
-    size = dense[-1].weight.shape[0] if dense else spec.width
-    rule = Rule(int, 1, size, many=True)
-    least = LEAST.get(family, 0) if cuts is None else min(
-        checked(folder / "config.json", "matryoshka_dimensions", cuts, rule), default=0)
+    head = Head(modules.dense)
+    size = head.size or spec.width
+    least = fewest_numbers(folder, family, size)
     cut = checked(path, "truncate_dim", more.get("truncate_dim"), Rule(int, 1, size, optional=True)) or 0
     if cut:
         least = min(least or cut, cut)
-    return Embedder(pooling, size, longest_of(folder, spec.max_positions), least, begins, ends, between,
-                    tuple(prompts.items()), default or "", similarity, dimensions=cut,
-                    pools_prompt=pools_prompt), Head(tuple(dense))
+    longest = longest_of(folder, spec.max_positions)
+    embedder = Embedder(modules.pooling, size, longest, least, begins, ends, between, tuple(prompts.items()),
+                        default or "", similarity, dimensions=cut, pools_prompt=modules.pools_prompt)
+    return embedder, head
+
+
+def fewest_numbers(folder: Path, family: str, size: int) -> int:
+    """The fewest numbers to which a vector of this size may be cut; 0: it may not."""
+    path = folder / "config.json"
+    cuts = read_json(path).get("matryoshka_dimensions")
+    if cuts is None:
+        return LEAST.get(family, 0)
+    return min(checked(path, "matryoshka_dimensions", cuts, Rule(int, 1, size, many=True)), default=0)
 
 
 def folder_dense(folder: Path, width: int) -> Dense:
-    """A Dense module: what its activation makes of weight x + bias."""
+    """A Dense module: its activation of weight x + bias."""
     path = folder / "config.json"
     config = read_json(path)
     size = checked(path, "in_features", config.get("in_features"), Rule(int, width, width))
@@ -177,24 +202,28 @@ def modules_of(path: Path) -> list[dict]:
 
 
 def folder_pooling(path: Path, of_texts: bool = False) -> str:
-    """What a Pooling module makes of the hidden states of a text's tokens: mean or last, or, where a token
-    sees the whole text, cls."""
+    """How a Pooling module combines the hidden states of a text's tokens: mean or last; where a token sees
+    the whole text, also cls."""
     config = read_json(path)
     modes = config.get("pooling_mode")
-    modes = modes if isinstance(modes, list) else [modes] if modes else [
-        key.removeprefix("pooling_mode_") for key, value in config.items()
-        if key.startswith("pooling_mode_") and value]
-    pooling = MODES.get(str(modes[0])) if len(modes) == 1 else None
+    if not modes and not isinstance(modes, list):  # as older files have it
+        flags = {key.removeprefix("pooling_mode_"): value for key, value in config.items()
+                 if key.startswith("pooling_mode_")}
+        modes = [mode for mode, is_used in flags.items() if is_used]
+    elif not isinstance(modes, list):
+        modes = [modes]
+    stated = modes[0] if len(modes) == 1 else modes
+    pooling = MODES.get(str(stated)) if len(modes) == 1 else None
     if pooling is None or pooling == "cls" and not of_texts:
-        kind = "attention to both sides it must be mean, cls" if of_texts else (
-            "causal attention it must be mean")
-        raise ConfigError(f"{path}: pooling_mode is {shown(modes[0] if len(modes) == 1 else modes)}; of a "
-                          f"model with {kind} or lasttoken")
+        allowed = "causal attention it must be mean"
+        if of_texts:
+            allowed = "attention to both sides it must be mean, cls"
+        raise ConfigError(f"{path}: pooling_mode is {shown(stated)}; of a model with {allowed} or lasttoken")
     return pooling
 
 
 def pools_prompts(path: Path) -> bool:
-    """Does a Pooling module count the tokens of a prompt? They are read by the model in either case."""
+    """Does a Pooling module count the tokens of a prompt? The model reads them in either case."""
     pools = checked(path, "include_prompt", read_json(path).get("include_prompt"), Rule(bool, optional=True))
     return pools is not False
 
@@ -212,7 +241,7 @@ def prompts_of(path: Path, prompts: Any) -> dict[str, str]:
 
 
 def longest_of(folder: Path, positions: int) -> int:
-    """The most tokens of a text, special ones included: the least of what the files say."""
+    """The most tokens that a text may have, special ones included: the lowest limit that the files state."""
     path = folder / "sentence_bert_config.json"
     other = folder / "tokenizer_config.json"
     config = read_json(path, needed=False)
@@ -234,9 +263,9 @@ def pipeline_of(path: Path, text: TextSpec) -> Any:
 
 def frame_of(folder: Path, pipeline) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """The special tokens that a tokenizer of the library `tokenizers` puts before a text, between the texts
-    of a pair, and after either. ConfigError if it does anything else."""
+    of a pair, and after either. ConfigError if it changes a text in any other way."""
     def inside(whole: list[int], part: list[int], first: int) -> int:
-        """Where `part` is in `whole`, from `first` on."""
+        """The position of `part` in `whole`, searched from `first` on."""
         found = next((at for at in range(first, len(whole) - len(part) + 1)
                       if whole[at:at + len(part)] == part), None)
         if found is None or not part:

@@ -15,7 +15,8 @@ LONGEST_WORD = 100  # characters; a longer one is unknown
 
 
 def text_of_encoder(value: Callable[..., Any]) -> TextSpec:
-    """The tokenizer (as the text of a tokenizer.json) of metadata that `value` reads and checks."""
+    """A GGUF file's tokenizer as the text of a tokenizer.json. `value` reads a key of its metadata and checks
+    it."""
     tokens = value("ggml.tokens")
     types = value("ggml.token_type", [1] * len(tokens), len(tokens))
     last = len(tokens) - 1
@@ -25,9 +26,9 @@ def text_of_encoder(value: Callable[..., Any]) -> TextSpec:
         ids = (value(f"ggml.{name}_token_id", high=last) for name in names)
         return next((token for token in ids if token is not None), None)
 
-    wordpiece = value("ggml.model") == "bert"
-    begin, end, unknown = (token_of(*(reversed(keys) if wordpiece else keys)) for keys in names)
-    if wordpiece:
+    is_wordpiece = value("ggml.model") == "bert"
+    begin, end, unknown = (token_of(*(reversed(keys) if is_wordpiece else keys)) for keys in names)
+    if is_wordpiece:
         tokens = [word_of(token, token_type) for token, token_type in zip(tokens, types)]
         unknown = index_of(tokens, "[UNK]") if unknown is None else unknown
         lower = value("ggml.normalizer.lowercase", not any(re.search("^[A-Z]", token) for token in tokens))
@@ -35,27 +36,36 @@ def text_of_encoder(value: Callable[..., Any]) -> TextSpec:
     else:
         scores = value("ggml.scores", None, len(tokens))
         unknown = index_of(tokens, "<unk>") if unknown is None else unknown
-        pipeline = unigram_pipeline(tokens, scores, unknown, charsmap_of(value), value(
-            "ggml.remove_extra_whitespaces", True), value("ggml.add_space_prefix", True))
+        pipeline = unigram_pipeline(
+            tokens, scores, unknown, charsmap_of(value), value("ggml.remove_extra_whitespaces", True),
+            value("ggml.add_space_prefix", True))
     begins = [begin] if begin is not None and value("ggml.add_bos_token", True) else []
     ends = [end] if end is not None and value("ggml.add_eos_token", True) else []
-    pipeline |= {"version": "1.0", "post_processor": framed(tokens, begins, ends, twice=not wordpiece),
-                 "added_tokens": [{"id": i, "content": token, "special": True, "normalized": False,
-                                   "single_word": False, "lstrip": False, "rstrip": False}
-                                  for i, (token, token_type) in enumerate(zip(tokens, types))
-                                  if token and token_type == CONTROL]}
+    pipeline |= {"version": "1.0",
+                 "post_processor": framed(tokens, begins, ends, twice=not is_wordpiece),
+                 "added_tokens": added_tokens(tokens, types)}
     return TextSpec("hf", json.dumps(pipeline, ensure_ascii=False).encode(), None,
                     frozenset(ends), begin, end, add_bos=bool(begins))
 
 
+def added_tokens(tokens: Seq[str], types: Seq[int]) -> list[dict]:
+    """The control tokens, as a tokenizer.json lists them."""
+    added = []
+    for token_id, (token, token_type) in enumerate(zip(tokens, types)):
+        if token and token_type == CONTROL:
+            added.append({"id": token_id, "content": token, "special": True, "normalized": False,
+                          "single_word": False, "lstrip": False, "rstrip": False})
+    return added
+
+
 def index_of(tokens: Seq[str], name: str) -> int:
-    """The id of a token; 0 if there is none."""
+    """The id of a token; 0 if the vocabulary has none."""
     return tokens.index(name) if name in tokens else 0
 
 
 def word_of(token: str, token_type: int) -> str:
-    """A token of a WordPiece vocabulary as its makers write it: llama.cpp marks the beginnings of words with
-    U+2581, instead of continuations with ##."""
+    """A token as WordPiece's makers write it. llama.cpp marks the beginnings of words with U+2581, they mark
+    continuations with ##."""
     if token.startswith("\u2581"):
         return token[1:]
     special = token_type == CONTROL or re.fullmatch(r"\[\w+\]", token)
@@ -74,8 +84,8 @@ def wordpiece_pipeline(tokens: Seq[str], unknown: str, lowercase: bool) -> dict:
 
 def unigram_pipeline(tokens: Seq[str], scores: Seq[float], unknown: int, charsmap: str,
                      trims: bool, space_prefix: bool) -> dict:
-    """sentencepiece's Unigram. `charsmap`: how it changes characters first, in base64; `trims`: runs of
-    spaces count as one, and those around the text as none."""
+    """sentencepiece's Unigram. `charsmap` (base64) changes characters first. `trims`: runs of spaces count as
+    one, and those around the text are dropped."""
     scheme = "always" if space_prefix else "never"
     mark = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": True}
     steps = [{"type": "WhitespaceSplit"}, mark] if trims else [mark]
@@ -91,8 +101,8 @@ def charsmap_of(value: Callable[..., Any]) -> str:
 
 
 def framed(tokens: Seq[str], begins: Seq[int], ends: Seq[int], twice: bool) -> dict | None:
-    """The post_processor that puts special tokens around a text, and between those of a pair: the one after a
-    text, in RoBERTa's vocabularies twice."""
+    """The post_processor that puts special tokens around a text, and between the texts of a pair, where
+    RoBERTa's vocabularies have two."""
     if not begins and not ends:
         return None
 

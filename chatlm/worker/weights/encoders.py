@@ -37,8 +37,8 @@ HEADS = r"(cls|pooler|classifier|lm_head|qa_outputs|head|decoder)\."
 
 
 def repack_bert(state: Mapping[str, numpy.ndarray], unused: int = 0) -> dict[str, numpy.ndarray]:
-    """The tensors of the encoder alone, under the names that they have today; `unused`: rows of the table of
-    positions before that of the first token."""
+    """The encoder's tensors under today's names. `unused`: how many rows of the table of positions come
+    before the first token's."""
     names = {name: re.sub(r"^(bert|roberta|xlm_roberta|mpnet)\.", "", name) for name in state}
     for name, ours in names.items():
         names[name] = re.sub(r"\.(gamma|beta)$", lambda old: {"gamma": ".weight", "beta": ".bias"}[old[1]],
@@ -63,7 +63,7 @@ def fields_of(config: Mapping, unused: int = 0) -> dict:
 
 
 def gguf_bert(header: Header) -> tuple[dict, dict]:
-    """Its epsilon, and how many types of tokens its table has."""
+    """The epsilon of its norms, and how many types of tokens its table has."""
     changes, _ = gguf_epsilon(header)
     types = header.stored.get("token_types.weight")
     return changes, {"type_vocab_size": 0 if types is None else int(types.shape[1])}

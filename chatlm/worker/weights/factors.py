@@ -1,5 +1,6 @@
-"""Factors beside the NVFP4 matrices of a GGUF file: NAME.scale multiplies NAME.weight; NAME.input_scale, for
-activations in 4 bits, changes nothing here. (Gemma 4's ffn_gate_inp.scale, beside floats, is another.)"""
+"""Factors beside the NVFP4 matrices of a GGUF file. NAME.scale multiplies NAME.weight. NAME.input_scale is
+for activations in 4 bits and changes nothing here. (Gemma 4's ffn_gate_inp.scale stands beside floats and
+means something else.)"""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ ROWS = 4096  # multiplied at a time
 
 
 def with_factors(path: Path, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without factors, by which their matrices are multiplied. ConfigError for factors that are
-    not one finite number, or one for each expert."""
+    """A file's tensors with each matrix multiplied by its factor, and without the factors. ConfigError for a
+    factor that is not one finite number, or one for each expert."""
     found = {name: match for name in stored
              if (match := re.fullmatch(r"(.*)\.(input_)?scale", name))
              and (matrix := stored.get(f"{match[1]}.weight")) and matrix.tensor_type.name == "NVFP4"}

@@ -8,9 +8,9 @@ from pathlib import Path
 from chatlm.worker.arrays.kinds import kind_of
 from chatlm.worker.weights import (
     encoders, gemma4, granite, layernorms, lfm2, nemotron, qwen35, rotary_encoders)
-from chatlm.worker.weights.assemble import Mxfp4
 from chatlm.worker.weights.family import (
     AFTER_ATTENTION, EXPERTS, HEAD_NORMS, QWEN_EXPERTS, SHARED_GATE, Family, Gguf, Header, expert_tensors)
+from chatlm.worker.weights.mxfp4 import Mxfp4
 from chatlm.worker.weights.rules import ROPE_BASE, Rule, checked
 
 
@@ -42,7 +42,8 @@ GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_sl
 
 
 def repack_gpt_oss(state: Mapping) -> dict:
-    """Its folders interleave the rows of gate and up, and store matrices (experts, in, out) or in MXFP4."""
+    """Folders of gpt-oss interleave the rows of gate and up, and store the experts' matrices as (experts, in,
+    out) or in MXFP4."""
     repacked = dict(state)
     for name, tensor in state.items():
         stem, _, ending = name.rpartition("_proj")
@@ -66,7 +67,7 @@ def repack_gpt_oss(state: Mapping) -> dict:
 
 
 def whole_norms(path: Path, config: Mapping) -> dict:
-    """q and k have a norm over all heads, before rope."""
+    """The sizes of norms over all heads of q and of k, which come before rope."""
     heads = config["num_attention_heads"], config["num_key_value_heads"]
     return {"qk_norm_weights": True, "qk_norm_sizes": tuple(count * config["head_dim"] for count in heads)}
 
@@ -85,7 +86,8 @@ def gguf_gemma3(header: Header) -> tuple[dict, dict]:
 
 
 def gemma_scale(largest: int) -> Callable[[Mapping], dict]:
-    """What llama.cpp divides scores by, which its files do not state; the largest model differs."""
+    """The number by which llama.cpp divides scores. Its files do not state it; the largest model has
+    another."""
     def unsaid(config: Mapping) -> dict:
         width = config["hidden_size"] // config["num_attention_heads"]
         is_largest = config["num_hidden_layers"] == largest
@@ -98,7 +100,7 @@ def qwen_window(config: Mapping, layer: int) -> bool:
 
 
 def rotated_smollm3(path: Path, config: Mapping) -> dict:
-    """Which layers rotate: all but every fourth, unless the config says."""
+    """Which layers rotate: all but every fourth, unless the config says otherwise."""
     layers = config["num_hidden_layers"]
     every = config["no_rope_layer_interval"]
     rotated = config["no_rope_layers"] or [int((layer + 1) % every > 0) for layer in range(layers)]
@@ -115,7 +117,7 @@ def rope_of_phi3(path: Path, name: str, config: Mapping, rope: dict) -> dict:
 
 
 def rope_of_hunyuan(path: Path, name: str, config: Mapping, rope: dict) -> dict:
-    """Its dynamic scaling is another base, whatever the length."""
+    """Hunyuan's dynamic scaling is a larger base, the same at every length."""
     if not rope.get("alpha") or (rope.get("rope_type") or rope.get("type")) != "dynamic":
         return rope
     size = config["head_dim"]

@@ -1,4 +1,4 @@
-"""`Family`: all that may differ between families of models, on the side of a folder and of a GGUF file."""
+"""`Family`: everything in which families of models may differ, in a folder and in a GGUF file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Header(NamedTuple):
-    """A GGUF file's metadata and tensors; `key` is one of its architecture's, without that name."""
+    """A GGUF file's metadata and tensors. Methods take the keys of its architecture, without that name."""
 
     path: Path
     metadata: Mapping
@@ -31,7 +31,7 @@ class Header(NamedTuple):
 
     @property
     def own(self) -> str:
-        """What its architecture's keys begin with."""
+        """What the keys of its architecture begin with."""
         return f"{self.metadata['general.architecture']}."
 
     def raw(self, key: str, default=None) -> Any:
@@ -41,7 +41,7 @@ class Header(NamedTuple):
         return self.read(self.path, self.metadata, self.own + key, *default, **bounds)
 
     def check(self, name: str, value: Any, *length: int, **bounds) -> Any:
-        """A value from elsewhere if the rule for this key or tensor allows it."""
+        """A value that was found elsewhere, if the rule for this key or tensor allows it."""
         return self.read(self.path, {}, name, value, *length, **bounds)
 
     def has(self, ending: str) -> bool:
@@ -52,18 +52,18 @@ class Header(NamedTuple):
 class Gguf(NamedTuple):
     """What is unusual about a family's GGUF files."""
 
-    architectures: str = ""  # its names in general.architecture
-    permuted: bool = False   # q and k have adjacent rotary pairs, unlike a folder's
-    variants: dict[str, str] = {}  # metadata that makes it another row: expert_count -> mixtral
-    names: dict[str, tuple[str, ...]] = {}  # of tensors, where they are not those of GGUF_NAMES
-    keys: Mapping[str, Rule] = {}           # metadata that no other family may have
-    ignored: frozenset[str] = frozenset()   # metadata that converters write in vain
-    # changes that make the metadata those of plain layers, and what a config.json would say instead
+    architectures: str = ""  # what general.architecture calls it, one or several names
+    permuted: bool = False   # rows of q and k have adjacent rotary pairs; in a folder they do not
+    variants: dict[str, str] = {}  # a key, unless it is 0 -> the row that it means: expert_count -> mixtral
+    names: dict[str, tuple[str, ...]] = {}  # of tensors that GGUF_NAMES names otherwise
+    keys: Mapping[str, Rule] = {}           # of metadata that only this family may have
+    ignored: frozenset[str] = frozenset()   # metadata that converters write and nobody needs
+    # -> changes that make the metadata those of plain layers, and what a config.json would say of others
     layers: Callable[[Header], tuple[dict, dict]] = lambda header: ({}, {})
-    unsaid: Callable[[Mapping], dict] = lambda config: {}  # what files imply but do not state
+    unsaid: Callable[[Mapping], dict] = lambda config: {}  # keys of a config that files imply
     repack: Callable[[dict], dict] = lambda stored: stored  # a file's tensors as `names` expects them
-    mscale_unknown: bool = False     # with yarn, see MSCALE_UNKNOWN
-    strips_specials: bool = False    # spaces after special tokens are dropped, in a sentencepiece vocabulary
+    mscale_unknown: bool = False     # files with yarn do not say all of it; see MSCALE_UNKNOWN
+    strips_specials: bool = False    # sentencepiece vocabularies drop the spaces after special tokens
 
 
 GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu",
@@ -73,50 +73,50 @@ GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gel
 class Family(NamedTuple):
     """How a family differs from llama (see transformers' modeling_<name>.py): a row of FAMILIES.
 
-    A `config` is a config.json with all defaults filled in; of a GGUF file it has the metadata's values."""
+    A `config` is a config.json with all defaults filled in. Of a GGUF file it has the metadata's values."""
 
     title: str         # the common names of its models
     config: dict       # its own config.json keys and their defaults
-    fields: dict = {}  # of ModelSpec
+    fields: dict = {}  # of ModelSpec, where they are not the defaults
     tensors: dict[str, tuple[str, ...]] = {}  # where its files differ from HF_TENSORS
     has_window: Callable[[Mapping, int], Any] = lambda config, layer: config.get("sliding_window")
     gguf: Gguf = Gguf()
-    keys: Mapping[str, Rule] = {}  # rules for keys of its own in `config` that are not bool
+    keys: Mapping[str, Rule] = {}  # of keys in `config` that are not bool
     one_more: bool = False  # its norms multiply by 1 + w
-    has_draft_head: bool = False  # may its files have one of the form of weights/draft_heads.py?
+    has_draft_head: bool = False  # its files may have one, as weights/draft_heads.py describes it
     repack: Callable[[dict], dict] = lambda state: state  # a folder's tensors as `tensors` expects them
-    # of a folder's matrix or bias, the rows in our order; None: they have it
+    # (spec, name, rows) of a folder's matrix or bias -> the rows in our order; None: they have it already
     ordered: Callable[[ModelSpec, str, numpy.ndarray], numpy.ndarray] | None = None
     activations: Mapping[str, str] = GATED  # hidden_act -> ModelSpec's activation
     interleaved: bool = False  # rotary pairs are adjacent, in a folder too
-    needed: tuple[str, ...] = ()  # keys without which transformers would run another model
-    # layer types besides attention; None: `layers` knows what they have instead
+    needed: tuple[str, ...] = ()  # keys that must be stated: transformers' default is another model
+    # layer types other than attention -> what makes their mixer; None: `layers` does
     mixers: Mapping[str, Callable[[Path, Mapping], Mixer | None]] = {}
-    aliases: dict[str, str] = {}  # its own keys -> the keys they replace
-    # a config.json in the terms of `config`, where a family's own has others
+    aliases: dict[str, str] = {}  # its own keys -> the usual keys that they replace
+    # a config.json in the terms of `config`, if the family's own has others
     restated: Callable[[Path, Mapping], Mapping] = lambda path, raw: raw
     complete: Callable[[Path, dict], dict] = lambda path, config: {}  # keys derived from a config
     fields_of: Callable[[Path, Mapping], dict] = lambda path, config: {}  # of ModelSpec, from a config
-    # a family of another structure builds these itself, from a complete config and the rest of the recipe
+    # what a family of another structure builds itself, from a complete config and the rest of the recipe
     layers: Callable[[Path, Mapping, ModelSpec], tuple[Layer, ...]] | None = None
     input: Callable[[Path, Mapping, ModelSpec], Input] | None = None
-    own_attentions: bool = False  # these have windows and rotation of their own
-    # layers that are not rotated, from a config and their windows
+    own_attentions: bool = False  # such layers have windows and rotation of their own
+    # (config, windows of layers) -> the layers whose heads do not turn
     unrotated: Callable[[Mapping, Seq[int]], set[int]] = lambda config, windows: set()
-    # a folder's rotary parameters, which its config has under this name, in the terms of ROPE_TYPES
+    # (path, name, config, the rotary parameters under that name) -> the same in the terms of SCALINGS
     rope_of: Callable[[Path, str, Mapping, dict], dict] = lambda path, name, config, rope: rope
-    queries_grow: bool = False  # by llama_4_scaling_beta among the rotary parameters
-    fused: Seq[tuple[str, tuple[str, ...]]] = ()  # (a matrix that `repack` splits, what its rows become)
-    # by which names adapters call a tensor of `tensors`: those of modules, where files have others
+    queries_grow: bool = False  # rotary parameters may have llama_4_scaling_beta
+    fused: Seq[tuple[str, tuple[str, ...]]] = ()  # (a matrix that `repack` splits, the matrices of its rows)
+    # what adapters call a tensor of `tensors`: they use the modules' names, where files have others
     in_adapters: Callable[[ModelSpec, str], Seq[str]] = lambda spec, name: (name,)
 
     def named_by_adapters(self, spec: ModelSpec,
                           slices: Mapping[str, list[FileSlice]]) -> dict[str, list[FileSlice]]:
-        """`slices` by the names of a folder's tensors -> by those that adapters use."""
+        """`slices` by the names of a folder's tensors -> the same by the names that adapters use."""
         return {called: at for name, at in slices.items() for called in self.in_adapters(spec, name)}
 
     def with_own_blocks(self, path: Path, config: Mapping, recipe: ModelSpec) -> ModelSpec:
-        """The recipe with what the family builds itself; its own layers have taken over the mixers."""
+        """The recipe with the blocks that the family builds itself. Such layers have their mixers in them."""
         if self.layers:
             recipe = replace(recipe, own_layers=self.layers(path, config, recipe), mixers=())
         if self.input:
@@ -140,7 +140,7 @@ class Family(NamedTuple):
 
 
 def is_one_more(row: Family, name: str) -> bool:
-    """Does a norm of a folder multiply by 1 + w? A GGUF file has the sum."""
+    """Does a folder's norm multiply by 1 + w? A GGUF file has the sum."""
     return row.one_more and re.search(r"(?<!linear_attn\.)norm\.weight$", name) is not None
 
 
@@ -164,7 +164,8 @@ SHARED_GATE = {"shared_gate": ("model.layers.{}.mlp.shared_expert_gate.weight",)
 
 
 def expert_tensors(experts: str, router: str, parts: Seq[str] = ("weight",)) -> dict[str, tuple[str, ...]]:
-    """Rows of HF_TENSORS for a family's router and experts; `experts` has {} if each has its own tensors."""
+    """Rows of HF_TENSORS for a family's router and experts. `experts` has a {} if each expert has its own
+    tensors."""
     names = {"router": router, "expert_gate_up": f"{experts}.gate_proj {experts}.up_proj",
              "expert_down": f"{experts}.down_proj"}
     return {f"{ours}_bias" if part == "bias" else ours: tuple(
@@ -173,7 +174,8 @@ def expert_tensors(experts: str, router: str, parts: Seq[str] = ("weight",)) -> 
 
 
 def of_mixer(name: str, tensor: numpy.ndarray) -> numpy.ndarray:
-    """A folder's tensor in GGUF's form: convolutions (C, 1, taps) as (C, taps), and the decay."""
+    """A folder's tensor as a GGUF file has it: convolutions (C, 1, taps) as (C, taps), and the decay of
+    A_log."""
     if re.search(r"\.(conv|conv1d)\.weight$", name) and tensor.ndim == 3:
         return tensor[:, 0]
     if not name.endswith(".A_log"):
@@ -182,14 +184,14 @@ def of_mixer(name: str, tensor: numpy.ndarray) -> numpy.ndarray:
 
 
 def in_two(tensor: numpy.ndarray, axis: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """The halves along an axis; if its length is odd the first is longer."""
+    """The two halves along an axis. Of an odd length the first is longer."""
     middle = -(-tensor.shape[axis] // 2)
     before = (slice(None),) * (axis % tensor.ndim)
     return tensor[(*before, slice(middle))], tensor[(*before, slice(middle, None))]
 
 
 def separate_experts(name: str, tensor: numpy.ndarray) -> dict[str, numpy.ndarray]:
-    """A folder's tensor; if it has the matrices of all experts, one of each."""
+    """A folder's tensor; one that has the matrices of all experts becomes one for each."""
     stem, _, part = name.rpartition(".")
     if not stem.endswith(".experts") or tensor.ndim != 3:
         return {name: tensor}
@@ -200,7 +202,7 @@ def separate_experts(name: str, tensor: numpy.ndarray) -> dict[str, numpy.ndarra
 
 
 def layers_of_kinds(header: Header, other: str) -> tuple[dict, dict]:
-    """`Gguf.layers` of a family in which some layers have type `other` instead of attention.
+    """`Gguf.layers` of a family in which some layers have the type `other` instead of attention.
 
     The metadata become those of a model of attention alone, without a draft head."""
     key = "attention.head_count_kv"

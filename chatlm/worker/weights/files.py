@@ -1,4 +1,4 @@
-"""Which files hold a folder's weights, and what is wrong with one that cannot be read."""
+"""Which files hold a model's weights, and what is wrong with a file that cannot be read."""
 
 from __future__ import annotations
 
@@ -19,48 +19,66 @@ from chatlm.worker.weights.rules import read_json
 
 
 WHOLE = "model.safetensors"
+MOST_NAMED = 8  # of files, by an error
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that the index names, or model.safetensors, or without either a numbered set. ConfigError
-    if one is missing. Beside a whole model.safetensors, an index of files that are not there counts for
-    nothing."""
-    index = folder / "model.safetensors.index.json"
+    """A folder's weights: the files that the index names, else model.safetensors, else a numbered set.
+    ConfigError if one is missing.
+
+    An index of files that are not there does not count beside a whole model.safetensors."""
     there = sorted(path.name for path in folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    numbered = numbered_set(there)
     names = [WHOLE]
     origin = "it must have"
-    sets = [match for name in there if (match := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.safetensors", name))]
-    numbered = next((match for match in sets if match[1] == "model"), sets[0] if sets else None)
     if index.exists():
-        files = read_json(index).get("weight_map")
+        indexed = files_in_index(index)
         origin = f"{index.name} names"
-        if not isinstance(files, dict) or not files or not all(
-                isinstance(name, str) and Path(name).name == name for name in files.values()):
-            raise ConfigError(f"{index}: weight_map must map each tensor to a file name in this folder")
-        if WHOLE in there and not set(files.values()) <= {*there}:
+        if WHOLE in there and not indexed <= {*there}:
             log.warning("%s names files that are not all there: %s is used", index, WHOLE)
         else:
-            names = sorted(set(files.values()))
-    elif names[0] not in there and numbered:
+            names = sorted(indexed)
+    elif WHOLE not in there and numbered:
         stem, count = numbered.groups()
         names = [f"{stem}-{number:05}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
         origin = f"according to the name of {numbered[0]} it must have"
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
-        has = f"it has {', '.join(there[:8])}" if there else "it has no *.safetensors"
-        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-        raise ConfigError(f"{folder}: {origin} {', '.join(missing[:8])}{more}, which "
-                          f"{'are' if missing[1:] else 'is'} missing; {has}")
+        has = f"it has {', '.join(there[:MOST_NAMED])}" if there else "it has no *.safetensors"
+        more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
+        are = "are" if len(missing) > 1 else "is"
+        raise ConfigError(f"{folder}: {origin} {', '.join(missing[:MOST_NAMED])}{more}, which {are} missing; "
+                          f"{has}")
     return [folder / name for name in names]
+
+
+def numbered_set(names: Iterable[str]) -> re.Match | None:
+    """One file of a numbered set, rather of model-*.safetensors than of another; None without any."""
+    matches = [re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.safetensors", name) for name in names]
+    sets = [match for match in matches if match]
+    return next((match for match in sets if match[1] == "model"), sets[0] if sets else None)
+
+
+def files_in_index(index: Path) -> set[str]:
+    """The names of the files that an index gives tensors. ConfigError if it is no such index."""
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(
+            isinstance(name, str) and Path(name).name == name for name in files.values()):
+        raise ConfigError(f"{index}: weight_map must map each tensor to a file name in this folder")
+    return set(files.values())
 
 
 def files_of_weights(path: Path) -> list[Path]:
     """All files with a model's weights; ConfigError if a folder lacks one."""
     if is_litgpt_folder(path):
         return [path / LITGPT_FILE]
+    if path.is_dir():
+        return weight_files(path)
     split = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
-    return weight_files(path) if path.is_dir() else sorted(
-        path.parent.glob(f"{glob.escape(split[1])}-*-of-{split[2]}.gguf")) if split else [path]
+    if split:
+        return sorted(path.parent.glob(f"{glob.escape(split[1])}-*-of-{split[2]}.gguf"))
+    return [path]
 
 
 def files_of_adapters(folders: Iterable[str]) -> list[Path]:

@@ -72,7 +72,7 @@ GGUF_TENSORS: dict[str, tuple[str, ...]] = {
 
 
 def complete(path: Path, config: Mapping) -> dict:
-    """A checked config, expressed in other families' keys."""
+    """The keys of other families that a checked config of Gemma 4 implies."""
     layers = config["num_hidden_layers"]
     experts = config["enable_moe_block"]
     types = config["layer_types"] or [LAYER_TYPES[(layer + 1) % 6 > 0] for layer in range(layers)]
@@ -83,8 +83,8 @@ def complete(path: Path, config: Mapping) -> dict:
 
 
 def sizes_of_full_layers(path: Path, config: Mapping, types: Seq[str]) -> tuple[int, int]:
-    """Head size and number of KV heads of layers with full attention. transformers writes them for each
-    layer since 5.23, before that once."""
+    """The head size and the number of KV heads of layers with full attention. transformers 5.23 and later
+    write them for each such layer, earlier ones once."""
     names = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
     rules = {"head_dim": KEYS["global_head_dim"], "num_key_value_heads": KEYS["num_global_key_value_heads"]}
     listed = config["per_layer_config"]
@@ -114,7 +114,7 @@ def sizes_of_full_layers(path: Path, config: Mapping, types: Seq[str]) -> tuple[
 
 
 def rope_of(path: Path, name: str, rope: Any, size: int) -> dict:
-    """The base and the factors of a Rope, from one type's entry in rope_parameters."""
+    """The base and the factors of a Rope, from the entry of one type of layer in rope_parameters."""
     if not isinstance(rope, dict):
         raise ConfigError(f"{path}: {name} is {shown(rope)}; it must be an object")
     type_ = checked(path, f"{name}.rope_type", rope.get("rope_type", "default"),
@@ -133,9 +133,11 @@ def rope_of(path: Path, name: str, rope: Any, size: int) -> dict:
 
 
 def layers_of(path: Path, config: Mapping, recipe: ModelSpec) -> tuple[Layer, ...]:
-    """Norms before and after each block. What follows attention is one dense block, which may be twice as
-    wide in layers that read others' keys, or experts beside a dense block. Then each layer adds its part of
-    the layer inputs, if the model has them, and multiplies x by a number."""
+    """Norms before and after each block. Attention is followed by one dense block, which may be twice as wide
+    in layers that read others' keys, or by experts beside a dense block.
+
+    After both blocks, each layer adds its part of the layer inputs, if the model has them, and multiplies x
+    by a number."""
     norm = RmsNorm(recipe.norm_eps)
     P = config["hidden_size_per_layer_input"]
     layers = []
@@ -154,7 +156,7 @@ def layers_of(path: Path, config: Mapping, recipe: ModelSpec) -> tuple[Layer, ..
 
 
 def input_of(path: Path, config: Mapping, recipe: ModelSpec) -> Input:
-    """The embedding * sqrt(C), and P numbers for each layer."""
+    """The embedding * sqrt(C), and P more numbers of a token for each layer."""
     P = config["hidden_size_per_layer_input"]
     vocabulary = config["vocab_size_per_layer_input"]
     if P and vocabulary != config["vocab_size"]:
@@ -165,10 +167,10 @@ def input_of(path: Path, config: Mapping, recipe: ModelSpec) -> Input:
 
 
 def attentions_of(path: Path, config: Mapping, recipe: ModelSpec) -> list[Attention]:
-    """How each layer attends. Full layers have heads of another size than sliding ones, and the last layers
-    read the keys and values of the last layer of their type that has some.
+    """How each layer attends. Full layers have heads of another size than sliding ones. The last layers read
+    the keys and values of the last layer of their type that has its own.
 
-    `config` is complete; its `rope_of_types`, if there, has rope_of's result for each type of layer."""
+    `config` is complete. `rope_of_types`, if it has that, is rope_of's result for each type of layer."""
     types = config["layer_types"]
     for key in ("rope_scaling", "partial_rotary_factor"):
         if config[key] is not None:
@@ -215,13 +217,14 @@ def attention_of(path: Path, config: Mapping, recipe: ModelSpec, type_: str, siz
 
 
 def repack(state: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
-    """A folder's tensors with separate experts."""
+    """A folder's tensors, with a matrix for each expert."""
     return {ours: part for name, tensor in state.items()
             for ours, part in separate_experts(name, tensor).items()}
 
 
 def gguf_layers(header: Header) -> tuple[dict, dict]:
-    """The metadata become those of sliding layers alone; the others are in what a config.json would say."""
+    """The metadata become those of sliding layers alone. What is different in full layers is stated as in a
+    config.json."""
     path = header.path
     own = header.own
     value = header.value
@@ -233,7 +236,7 @@ def gguf_layers(header: Header) -> tuple[dict, dict]:
     full = [l for l in range(layers) if not local[l]]
 
     def sizes(key: str, *groups: list[int]) -> list[int]:
-        """For each group of layers, the number that this key gives all of them."""
+        """The number under a key for each group of layers, which must be the same within a group."""
         found = header.raw(key)
         numbers: list[Any] = found if isinstance(found, list) and len(found) == layers else [found] * layers
         for group in groups:
@@ -274,7 +277,8 @@ def gguf_layers(header: Header) -> tuple[dict, dict]:
 
 
 def experts_apart(stored: Mapping) -> dict:
-    """The tensors with separate gate and up matrices for each expert; a file has one or two for all."""
+    """A file's tensors with a gate and an up matrix for each expert. Files have one or two for all
+    experts."""
     found = {}
     for name, tensor in stored.items():
         match = re.fullmatch(r"(blk\.\d+\.ffn_)(gate_up|gate|up)_exps\.weight", name)

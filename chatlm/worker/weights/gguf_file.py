@@ -1,13 +1,15 @@
-"""Reads GGUF files: their metadata and tensors, checked; the table of keys."""
+"""Reads GGUF files: their metadata, checked by the table of keys, and their tensors."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from chatlm.common.errors import ConfigError, shown
+from chatlm.common.errors import ConfigError, cannot_read, named, shown
 from chatlm.common.files import check_regular
 from chatlm.common.hub.huggingface import SPLIT_GGUF
 from chatlm.worker.arrays.gguf_types import WITHOUT_VALUES
@@ -22,8 +24,21 @@ from chatlm.worker.weights.splits import PRE_TOKENIZERS
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Whatever a damaged GGUF file makes fail within becomes a ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_read(error.filename or path, error) from None
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError, struct.error) as error:
+        reason = "a tensor's shape does not match its bytes" if "reshape" in str(error) else named(error)
+        raise ConfigError(f"{path} is not a readable GGUF file: {reason}") from None
+
+
 def read_gguf(path: Path) -> tuple[dict, dict]:
-    """(metadata, name -> Tensor mapped from the file), of all files if the model is split."""
+    """(metadata, name -> Tensor mapped from the file). A model that is split has the tensors of all its
+    files."""
     metadata, stored = read_gguf_file(path)
     count = checked(path, "split.count", metadata.get("split.count", 1), Rule(int, 0, 99_999))
     for index in range(2, count + 1):
@@ -36,8 +51,8 @@ def read_gguf(path: Path) -> tuple[dict, dict]:
 
 
 def read_gguf_file(path: Path, size: int = 0) -> tuple[dict, dict]:
-    """Like read_gguf, for one file. `size`: of the whole file, if only its beginning is here; its tensors
-    then have only shapes and types."""
+    """Like `read_gguf`, of one file. `size`: how long the file is, if only its beginning is here; then its
+    tensors have shapes and types alone."""
     check_regular(path)
     header = FileHeader(path, size)
     check_bytes(path, {name: tensor.n_bytes for name, tensor in header.tensors.items()})
@@ -45,7 +60,7 @@ def read_gguf_file(path: Path, size: int = 0) -> tuple[dict, dict]:
 
 
 def check_gguf_types(path: Path, stored: Mapping):
-    """ConfigError for a tensor whose type nothing here can dequantize."""
+    """ConfigError for a tensor of a type that nothing here can dequantize."""
     for name, tensor in stored.items():
         if tensor.tensor_type.name in WITHOUT_VALUES:
             raise ConfigError(f"{path}: {name} is of type {tensor.tensor_type.name}, which the gguf package "
@@ -112,9 +127,10 @@ GGUF_KEYS = {  # * stands for the architecture
 
 def gguf_value(path: Path, metadata: Mapping, key: str, default=None, length: int | None = None,
                **bounds) -> Any:
-    """A key's value, checked by its row of GGUF_KEYS narrowed by `bounds`; None if optional and missing.
+    """The value of a key, checked by its row of GGUF_KEYS, which `bounds` may narrow; None if it is optional
+    and missing.
 
-    A list with one number per layer counts as that number when all are equal."""
+    A list with one number per layer counts as that number if all are equal."""
     starred = "*." + key.partition(".")[2]
     rule = (GGUF_KEYS.get(key) or GGUF_KEYS[starred])._replace(**bounds)
     value = metadata.get(key, default)

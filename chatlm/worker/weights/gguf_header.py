@@ -1,4 +1,4 @@
-"""The header of a GGUF file: metadata, and where each tensor lies. It reads no byte beyond the file's end."""
+"""The header of a GGUF file: metadata, and where each tensor lies. It never reads beyond the file's end."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ SHORT_LIST = 1000
 
 
 class Texts(Sequence):
-    """A long list of strings in a file, decoded when they are asked for. A vocabulary of 49,152 objects that
-    lives while others are made leaves holes of 10 MB in a process's memory."""
+    """A long list of strings in a file, decoded whenever they are needed.
+
+    A vocabulary of 49,152 objects that lives while others are made would leave holes of 10 MB in a process's
+    memory."""
 
     def __init__(self, spelled: bytes, ends: array):
         # each string after its length; ends[0]: 0
@@ -94,7 +96,7 @@ class TensorInfo(NamedTuple):
 
 
 class FileHeader:
-    """Reads a file from its beginning. `size`: of the whole file, if only its beginning is here."""
+    """Reads a file from its beginning. `size`: how long the file is, if only its beginning is here."""
 
     def __init__(self, path: Path, size: int = 0):
         # copy on write, because torch does not accept read-only memory
@@ -208,7 +210,7 @@ class FileHeader:
 
 
 def rows_of(data: numpy.ndarray, kind: str, sizes: list[int]) -> numpy.ndarray:
-    """A tensor's bytes as its numbers, or of a packed type as rows of bytes."""
+    """A tensor's bytes as numbers; those of a packed type as rows of bytes."""
     if kind in DTYPES:
         return data.view(DTYPES[kind]).reshape(sizes[::-1])
     block, block_bytes = block_of(kind)
@@ -216,7 +218,7 @@ def rows_of(data: numpy.ndarray, kind: str, sizes: list[int]) -> numpy.ndarray:
 
 
 def check_end(path: Path, size: int, end: int, what: str = "its header goes on to"):
-    """ConfigError if something ends beyond the `size` bytes of a file."""
+    """ConfigError if something would end beyond the `size` bytes of a file."""
     if end > 1 << 50:  # a petabyte: no real file is that long
         raise ValueError(f"{what} byte {end:,}")
     if end > size:

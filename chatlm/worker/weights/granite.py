@@ -56,16 +56,19 @@ def mamba2_of(path: Path, config: Mapping) -> Mamba2:
 
 
 def fields_of(path: Path, config: Mapping) -> dict:
-    """The multipliers, and whether it rotates at all."""
+    """The multipliers of a recipe, and no rotation if the config asks for none."""
     fields = {"embedding_scale": config["embedding_multiplier"],
               "residual_scale": config["residual_multiplier"], "logit_scale": 1 / config["logits_scaling"]}
     if config["attention_multiplier"]:
         fields["q_scale"] = config["attention_multiplier"] * config["head_dim"]**0.5
-    return fields | ({} if config.get("position_embedding_type", "rope") == "rope" else {"rope_size": 0})
+    if config.get("position_embedding_type", "rope") != "rope":
+        fields["rope_size"] = 0
+    return fields
 
 
 def repack(state: Mapping) -> dict:
-    """Its folders fuse gate and up. A feed-forward part becomes a shared expert if there are others."""
+    """Granite's folders fuse gate and up. The dense feed-forward part becomes a shared expert where there are
+    other experts."""
     shared = "mlp.shared_expert." if any(".block_sparse_moe." in name for name in state) else "mlp."
     repacked = {}
     for name, tensor in state.items():
@@ -89,8 +92,10 @@ def gguf_multipliers(header: Header) -> tuple[dict, dict]:
 
 
 def gguf_dense(header: Header) -> tuple[dict, dict]:
-    rotates = header.raw("rope.scaling.finetuned") is not False
-    return {}, gguf_multipliers(header)[1] | ({} if rotates else {"position_embedding_type": "nope"})
+    _, config = gguf_multipliers(header)
+    if header.raw("rope.scaling.finetuned") is False:
+        config["position_embedding_type"] = "nope"
+    return {}, config
 
 
 def gguf_hybrid(header: Header) -> tuple[dict, dict]:

@@ -24,7 +24,7 @@ EPSILON = Rule(float, 0, 1)
 
 
 def both(tensors: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """A table like HF_TENSORS of these modules' weights and biases."""
+    """Rows like those of HF_TENSORS for the weights and the biases of these modules."""
     return {ours + ending: (f"{theirs}.{part}",) for ours, theirs in tensors.items()
             for ending, part in (("", "weight"), ("_bias", "bias"))}
 
@@ -64,7 +64,7 @@ GPT2_TENSORS = both({
 
 
 def repack_gpt2(state: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
-    """Its folders store matrices as (in, out), unless they are packed, those of the base model without a
+    """GPT-2's folders store matrices as (in, out), unless they are packed. Folders of the base model have no
     prefix."""
     def turned(name: str, tensor: numpy.ndarray) -> numpy.ndarray:
         as_inputs = tensor.ndim > 1 and kind_of(tensor) != "packed"
@@ -76,7 +76,7 @@ def repack_gpt2(state: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
 
 
 def contiguous_rows(spec: ModelSpec, name: str, rows: numpy.ndarray) -> numpy.ndarray:
-    """Kernels read whole rows, also of a matrix that is stored as (in, out)."""
+    """Kernels read whole rows, so a matrix that is stored as (in, out) is copied."""
     return contiguous(rows)
 
 
@@ -97,7 +97,7 @@ NEOX_TENSORS = both({
 
 
 def neox_rows(spec: ModelSpec, name: str, rows: numpy.ndarray) -> numpy.ndarray:
-    """Its folders group the rows of q, k and v by head."""
+    """GPT-NeoX' folders group the rows of q, k and v by head."""
     if ".query_key_value." not in name:
         return rows
     by_head = rows.reshape(spec.heads, 3, spec.head_size, *rows.shape[1:])

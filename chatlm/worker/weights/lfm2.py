@@ -54,7 +54,7 @@ MIXERS = {"conv": lambda path, config: ShortConv(config["conv_L_cache"], config[
 
 
 def complete(path: Path, config: Mapping) -> dict:
-    """The width of its feed-forward part and its layers' types, which older files state differently."""
+    """The width of the feed-forward parts and the layers' types. Older files state both differently."""
     layers = range(config["num_hidden_layers"])
     width = config["intermediate_size"]
     attention = layers if config["full_attn_idxs"] is None else config["full_attn_idxs"]

@@ -2,13 +2,14 @@
 
 litgpt has one block for all its models (github.com/Lightning-AI/litgpt, litgpt/model.py), which its Config
 describes. A model that computes what a Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE or Pythia does
-becomes a config.json of that family and tensors of its names, and `open_folder` does the rest. Any other is
+becomes a config.json of that family and tensors of its names, and `folder_model` does the rest. Any other is
 refused by the key that differs."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
@@ -18,19 +19,19 @@ from chatlm.common.errors import ConfigError, named, require_library, shown
 from chatlm.common.files import read_small
 from chatlm.common.hub.trainers import LITGPT_CONFIG, LITGPT_FILE
 from chatlm.common.log import log
+from chatlm.worker.weights.checkpoint_model import plain_state, without_tied_head
 from chatlm.worker.weights.families import FAMILIES
-from chatlm.worker.weights.huggingface import open_folder
-from chatlm.worker.weights.nanochat import plain_state
-from chatlm.worker.weights.nanogpt import without_tied_head
+from chatlm.worker.weights.folder_model import FolderConfig, folder_model
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, ROPE_BASE,
-    LoadedModel, Rule, check_divides, checked)
+    Rule, check_divides, checked)
 from chatlm.worker.weights.tied_heads import Pair, equal
 from chatlm.worker.weights.torch_file import load_checkpoint
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource, TextSpec
+    from chatlm.worker.weights.folder_model import FolderModel
 
 COUNT = Rule(int, 1, MOST_CHANNELS, optional=True)
 KEYS: dict[str, tuple[Any, Rule]] = {  # of model_config.yaml: litgpt's default, what is allowed
@@ -98,7 +99,7 @@ MOST_YAML_BYTES = 1 << 16  # litgpt's have 1 to 2 KB; a parser takes seconds for
 LLAMA3_ROPE = "factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"
 
 
-def open_litgpt(source: ModelSource, settings: Settings, device) -> LoadedModel:
+def read_litgpt_model(source: ModelSource, settings: Settings) -> FolderModel:
     path = source.path / LITGPT_CONFIG
     model = LitModel(path, model_config(path))
     raw = model.config_json()
@@ -107,9 +108,9 @@ def open_litgpt(source: ModelSource, settings: Settings, device) -> LoadedModel:
     if pair.head in state and equal(state[pair.head], state.get(pair.embed)):
         del state[pair.head]  # converted from a model with one matrix for both
     raw["tie_word_embeddings"] = pair.head not in state
-    opened = open_folder(source, settings, device, path, raw, lambda: (state, {}))
-    opened.text = in_prompt_style(source.path / "prompt_style.yaml", opened.text)
-    return opened
+    config = FolderConfig.of(path, raw, settings.context_length)
+    style = source.path / "prompt_style.yaml"
+    return folder_model(source, config, state, {}, partial(in_prompt_style, style))
 
 
 def config_json(folder: Path) -> dict:
@@ -119,8 +120,10 @@ def config_json(folder: Path) -> dict:
 
 
 def in_prompt_style(path: Path, text: TextSpec) -> TextSpec:
-    """The text with the template of the questions that the model was fine-tuned with, if litgpt says so
-    beside it. A style of a model, not of a dataset, is what the tokenizer's own template writes."""
+    """The text with the template by which the model was fine-tuned, if litgpt says so beside it.
+
+    A style that belongs to a dataset becomes a template. A style that belongs to a model is what the
+    tokenizer's own template writes."""
     if not path.exists():
         return text
     style = read_yaml(path).get("class_path")
@@ -151,7 +154,7 @@ def read_yaml(path: Path) -> dict:
 
 
 def model_config(path: Path) -> dict[str, Any]:
-    """The values of KEYS in a model_config.yaml, checked, with litgpt's defaults, and rope_adjustments."""
+    """The values of KEYS in a model_config.yaml, checked, with litgpt's defaults; and rope_adjustments."""
     stated = read_yaml(path)
     for key, value in stated.items():
         if key not in KNOWN and value:
@@ -171,8 +174,7 @@ def model_config(path: Path) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value of YAML as JSON could have it. What is in lists of lists, which may be endless, is only
-    named."""
+    """A value of YAML as JSON could have it. Lists within lists may be endless, so they are only named."""
     def scalar(value: Any) -> Any:
         return value if isinstance(value, (str, int, float, type(None))) else type(value).__name__
 
@@ -297,8 +299,8 @@ class LitModel(NamedTuple):
                 "rope_scaling": self.rope_scaling()}
 
     def expert_keys(self, family: str) -> dict:
-        """Those of a config.json. The shares of the chosen experts sum to one: litgpt takes the softmax of
-        their scores alone."""
+        """The keys of a config.json about experts. The shares of the chosen ones sum to one, since litgpt
+        takes the softmax of their scores alone."""
         config = self.config
         count = checked(self.path, "n_expert", config["n_expert"], Rule(int, 1, MOST_EXPERTS))
         chosen = checked(self.path, "n_expert_per_token", config["n_expert_per_token"], Rule(int, 1, count))
@@ -363,8 +365,8 @@ class LitModel(NamedTuple):
         return renamed
 
     def renamed(self, name: str, tensor: numpy.ndarray) -> dict[str, numpy.ndarray]:
-        """A tensor under transformers' name; that of queries, keys and values becomes three. One that is not
-        known, or of another size, stays as it is, which `check_names_and_shapes` reports."""
+        """A tensor under transformers' names; that of queries, keys and values becomes three. A tensor that
+        is not known, or of another size, keeps its name, and `check_names_and_shapes` reports it."""
         is_neox = self.config["mlp_class_name"] == NEOX
         names = NEOX_NAMES if is_neox else LLAMA_NAMES
         if name in names.once:
@@ -393,7 +395,7 @@ class LitModel(NamedTuple):
         return ".".join((block, *expert, names.get(module, module)))
 
     def by_head(self, part: str, rows: numpy.ndarray) -> numpy.ndarray:
-        """The rows of q, k and v of each head in turn, as litgpt stored them before December 2024, too."""
+        """The rows of q, k and v of each head in turn. So litgpt stored them itself before December 2024."""
         if part == "attn.attn":
             return rows
         by_kind = rows.reshape(3, self.groups, self.head_size, *rows.shape[1:])

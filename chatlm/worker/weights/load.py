@@ -1,73 +1,165 @@
-"""`open_model`: a `ModelSource` becomes a `LoadedModel`, whose weights are yet to be read."""
+"""`open_model`: a `ModelSource` becomes a `LoadedModel`, whose weights are yet to be read.
+
+docs/loading.md says of each step what it reads, decides and hands on."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.log import log
 from chatlm.worker.arrays.kinds import Device
-from chatlm.worker.weights.huggingface import open_hf
-from chatlm.worker.weights.litgpt import open_litgpt
-from chatlm.worker.weights.nanochat import open_nanochat
-from chatlm.worker.weights.nanogpt import open_nanogpt
-from chatlm.worker.weights.rules import check_rotary_memory
-from chatlm.worker.weights.vision import folder_eyes
+from chatlm.worker.model.kernels import choose_backend
+from chatlm.worker.weights.adapters import Adaptable
+from chatlm.worker.weights.draft_heads import draft_head_of
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.rules import LoadedModel, check_rotary_memory
+from chatlm.worker.weights.sources import check_names_and_shapes, tensor_sources, unread_keys
+from chatlm.worker.weights.tied_heads import merge_adapters
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.common.messages.requests import ModelSource
-    from chatlm.worker.weights.rules import LoadedModel
+    from chatlm.common.messages.requests import ModelSource, TextSpec
+    from chatlm.worker.model.tower import Eyes
+    from chatlm.worker.weights.sources import Sources
+    from chatlm.worker.weights.stored_model import Storage, StoredModel
 
 
-def open_model(source: ModelSource, settings: Settings,
-               device: str = "cpu") -> LoadedModel:
+def open_model(source: ModelSource, settings: Settings, device: str = "cpu") -> LoadedModel:
     """Everything of a model but its weights, which are read later, as --dtype or else the fastest type here.
 
     Norms and per-layer scalars stay float32. Raises ConfigError naming file, keys and shapes when the files
     are not a complete model of a known kind."""
-    if source.kind == "gguf":
-        from chatlm.worker.weights.gguf import open_gguf as opener
-    else:
-        opener = {"nanochat": open_nanochat, "nanogpt": open_nanogpt, "hf": open_hf,
-                  "litgpt": open_litgpt}[source.kind]
-    model = with_eyes(opener(source, settings, device), source, settings, device)
-    length = settings.context_length or model.context_length
-    if length > model.context_length:
-        raise ConfigError(f"--context-length {length} is more than the model's {model.context_length}, its "
-                          "own rope scaling included")
-    embeds = model.text.embedder is not None
-    model.spec = replace(model.spec, embeds=embeds)
-    if settings.context_length:
-        model.spec = replace(model.spec, max_positions=length, answer_positions=0)  # no longer than needed
-    check_rotary_memory(source.path, model.spec, model.spec.max_positions)
+    form = format_of(source.kind)
+    with form.readable(source.path):
+        stored = form.read(source, settings)
+        model = load(stored, settings, device)
+    add_eyes(model, source, settings, device)
+    set_context(model, source.path, settings.context_length)
     return model
 
 
-def with_eyes(model: LoadedModel, source: ModelSource, settings: Settings, device: str) -> LoadedModel:
-    """A loaded model that sees with what its files have; without that, and where towers are not computed, it
-    reads texts alone."""
-    if source.kind not in ("hf", "gguf") or model.text.embedder:
-        return model
+def load(stored: StoredModel, settings: Settings, device: str) -> LoadedModel:
+    """A model in its files becomes one that has only its weights left to read."""
+    sources = name_tensors(stored)
+    storage = stored.storage(settings, choose_backend(device, model_of(stored.spec)))
+    merged = merge_adapters(settings, stored, sources)
+    stored = merged.stored
+    sources = merged.sources
+    tensors = stored.tensors(settings, sources, merged.added, storage)
+    text, vocabulary = stored.text()
+    purpose = stored.purpose(text)
+    draft_head = draft_head_of(
+        settings, stored.source.path, lambda: load_draft_head(stored, settings, storage, text))
+    report = stored.report(sources, tensors, storage)
+    spec = stored.spec
+    targets = stored.targets(sources)
+    adaptable = Adaptable(
+        (*settings.served_model_name, *stored.names), sources, targets.slices, targets.turned,
+        unread_keys(spec), tied=merged.tied)
+    sizes = f"{stored.title}, {spec.layers} layers, width {spec.width}"
+    return LoadedModel(
+        spec, tensors, purpose.text, stored.source.name, sizes + report.details + merged.described,
+        storage.dtype, **report.sampling, family=stored.family, grows=report.grows, block=report.block,
+        adaptable=adaptable, head=purpose.head, vocabulary=vocabulary, draft_head=draft_head,
+        ranking=purpose.ranking)
+
+
+def name_tensors(stored: StoredModel) -> Sources:
+    """Which rows of the files' tensors make each of ours. ConfigError unless the files have these tensors and
+    no others."""
+    sources = tensor_sources(stored.spec, stored.table, stored.vocabulary_rows)
+    check_names_and_shapes(stored.source.path, stored.shapes(), sources)
+    return sources
+
+
+def load_draft_head(stored: StoredModel, settings: Settings, storage: Storage,
+                    text: TextSpec) -> LoadedModel | None:
+    """The draft head in a model's files as a model of its own; None if they have none. Adapters do not change
+    it."""
+    head = stored.draft_head()
+    if head is None:
+        return None
+    tensors = head.tensors(settings, name_tensors(head), {}, storage)
+    return LoadedModel(head.spec, tensors, text, head.source.name, "", storage.dtype, family=head.family)
+
+
+class Format(NamedTuple):
+    """How files of one kind are read. Within `readable`, whatever a damaged file makes fail becomes a
+    ConfigError."""
+
+    read: Callable[[ModelSource, Settings], StoredModel]
+    readable: Callable[[Path], AbstractContextManager] = lambda path: nullcontext()
+
+
+def format_of(kind: str) -> Format:
+    """How files of this kind are read. The modules of other formats are not imported, which shortens a
+    start."""
+    if kind == "gguf":
+        from chatlm.worker.weights.gguf_file import readable
+        from chatlm.worker.weights.gguf_model import read_gguf_model
+        return Format(read_gguf_model, readable)
+    if kind == "hf":
+        from chatlm.worker.weights.folder_model import read_folder_model
+        return Format(read_folder_model)
+    if kind == "litgpt":
+        from chatlm.worker.weights.litgpt import read_litgpt_model
+        return Format(read_litgpt_model)
+    if kind == "nanochat":
+        from chatlm.worker.weights.nanochat import read_nanochat_model
+        return Format(read_nanochat_model)
+    if kind == "nanogpt":
+        from chatlm.worker.weights.nanogpt import read_nanogpt_model
+        return Format(read_nanogpt_model)
+    raise KeyError(kind)
+
+
+def add_eyes(model: LoadedModel, source: ModelSource, settings: Settings, device: str):
+    """Give a model what it sees pictures with, if its files have that. Without it, and where towers are not
+    computed, it reads texts alone."""
+    if model.text.embedder:
+        return
     several = settings.tensor_parallel_size > 1 or settings.pipeline_parallel_size > 1
     try:
-        if source.kind == "gguf":
-            from chatlm.worker.weights.mmproj import gguf_eyes
-            eyes = gguf_eyes(source.path, settings, model, device)
-        else:
-            eyes = folder_eyes(source.path, settings, model.spec, model.dtype or "float32")
+        eyes = eyes_of(model, source, settings, device)
         if eyes and (several or Device(device).type != "cpu"):
             raise ConfigError("models see images only on a CPU, in one process")
     except ConfigError as error:
         if settings.mmproj:
             raise
         log.warning("%s reads texts alone: %s", model.name, error)
-        return model
+        return
     if eyes:
         model.spec = replace(
             model.spec, sees=True, deep_rows=len(eyes.deep), rope_axes=eyes.axes, two_sided=eyes.two_sided,
             picture_pad=eyes.pad)
         model.text = replace(model.text, vision=eyes.vision)
         model.eyes = eyes
-    return model
+
+
+def eyes_of(model: LoadedModel, source: ModelSource, settings: Settings, device: str) -> Eyes | None:
+    """What a folder or a GGUF model sees pictures with. Other formats have nothing of the kind."""
+    if source.kind == "gguf":
+        from chatlm.worker.weights.mmproj import gguf_eyes
+        return gguf_eyes(source.path, settings, model, device)
+    if source.kind == "hf":
+        from chatlm.worker.weights.vision import folder_eyes
+        return folder_eyes(source.path, settings, model.spec, model.dtype or "float32")
+    return None
+
+
+def set_context(model: LoadedModel, path: Path, stated: int | None):
+    """Give a model the context of --context-length, if that is `stated`. ConfigError if the model or the
+    memory has no room for it."""
+    length = stated or model.context_length
+    if length > model.context_length:
+        raise ConfigError(f"--context-length {length} is more than the model's {model.context_length}, its "
+                          "own rope scaling included")
+    model.spec = replace(model.spec, embeds=model.text.embedder is not None)
+    if stated:
+        model.spec = replace(model.spec, max_positions=length, answer_positions=0)  # no longer than needed
+    check_rotary_memory(path, model.spec, model.spec.max_positions)

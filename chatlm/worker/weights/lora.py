@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 class FileSlice(NamedTuple):
-    """The part of a Hugging Face matrix that a file stores in its matrix `name`: which rows and columns, in
-    the file's order."""
+    """The rows and columns of a Hugging Face matrix that a file stores in its matrix `name`, in the file's
+    order."""
 
     name: str
     rows: Any = slice(None)     # or indices
@@ -37,7 +37,7 @@ class FileSlice(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What an adapter adds to a weight (N, K): scaling * b @ a, with the rows in Hugging Face's order."""
+    """What an adapter adds to a weight (N, K): scaling * b @ a, with rows in Hugging Face's order."""
 
     a: Any           # (rank, K)
     b: Any           # (N, rank)
@@ -49,17 +49,17 @@ class Change(NamedTuple):
         return product.T if self.embedding else product
 
     def at(self, part: FileSlice) -> Change:
-        """The part that changes one of the file's matrices; an embedding is never split."""
+        """The part that changes one of the file's matrices. An embedding is never split."""
         return self if self.embedding else self._replace(a=self.a[:, part.columns], b=self.b[part.rows])
 
     def on(self, weight: numpy.ndarray, turned: Callable = lambda rows: rows) -> numpy.ndarray:
-        """The weight plus the change, whose rows are `turned` (reordered) first."""
+        """The weight plus the change, whose rows `turned` reorders first."""
         return floats(weight) + turned(self.delta())
 
 
 class Copy(NamedTuple):
-    """A whole matrix (N, K) or vector (N,) that replaces the model's. peft saves the embedding and the head
-    if it cannot tell whether they are still the base's, and what modules_to_save names."""
+    """A whole matrix (N, K) or vector (N,) that replaces the model's. peft saves what modules_to_save names,
+    and the embedding and the head if it cannot tell whether they are still the base's."""
 
     weight: Any
 
@@ -73,7 +73,10 @@ class Copy(NamedTuple):
         return turned(floats(self.weight))
 
 
+Changes = dict[str, list[Change | Copy]]  # of each matrix or vector
 LORA_KEYS = {"r": Rule(int, 1, 1 << 16), "lora_alpha": Rule(float, -10**6, 10**6), "use_rslora": Rule(bool)}
+PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}  # values for some modules, of the same keys
+MOST_NAMED = 12  # of a model's matrices, by an error
 # The layout of the product, or how training went; all other keys must be empty or false.
 LORA_INERT = set("""alpha_pattern auto_mapping base_model_name_or_path corda_config ensure_weight_tying
     eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern
@@ -83,8 +86,8 @@ LORA_INERT = set("""alpha_pattern auto_mapping base_model_name_or_path corda_con
 
 def fused_slices(slices: Mapping[str, list[FileSlice]], shapes: Mapping[str, tuple],
                  fused: Iterable[tuple[str, tuple[str, ...]]], layers: int) -> dict[str, list[FileSlice]]:
-    """`slices` by Hugging Face's names, and those of matrices `fused` in the folder, each with the rows of
-    several. `shapes` are by the file's names."""
+    """`slices` (by Hugging Face's names) and more for each matrix that the folder stores `fused`, made of the
+    slices of its parts. `shapes` are by the file's names."""
     more = {}
     for theirs, parts in ((name.format(layer), [part.format(layer) for part in parts])
                           for name, parts in fused for layer in range(layers)):
@@ -97,40 +100,49 @@ def fused_slices(slices: Mapping[str, list[FileSlice]], shapes: Mapping[str, tup
 
 def read_adapters(settings: Settings, shapes: Mapping[str, tuple], slices: Mapping[str, list[FileSlice]],
                   names: Iterable[str] = (),
-                  tied: Seq[str] = ()) -> tuple[dict[str, list[Change | Copy]], str]:
-    """What the --lora folders change in each matrix of a file, copies first, and a description.
+                  tied: Seq[str] = ()) -> tuple[Changes, str]:
+    """What the --lora folders change in each matrix of a file, copies first, and a description for the log.
 
-    `shapes` are by the file's names, `slices` by Hugging Face's; `names` are the model's own, as far as
-    known. `tied`: Hugging Face's names of an embedding and of the head that it is."""
-    whole = {theirs: (sum(shapes[file_slice.name][0] for file_slice in at), *shapes[at[0].name][1:])
-             for theirs, at in slices.items()}
-    added, described = add_adapters(settings, whole, names, tied)
-    placed: dict[str, list[Change | Copy]] = {}
+    `shapes` are by the file's names, `slices` by Hugging Face's. `names` are what the model is called, as far
+    as known. `tied`: Hugging Face's names of an embedding and of the head that is the same matrix."""
+    added, described = add_adapters(settings, whole_shapes(shapes, slices), names, tied)
+    placed: Changes = {}
     for theirs, changes in added.items():
         for file_slice in slices[theirs]:
             placed.setdefault(file_slice.name, []).extend(change.at(file_slice) for change in changes)
     return placed, described
 
 
+def whole_shapes(shapes: Mapping[str, tuple], slices: Mapping[str, list[FileSlice]]) -> dict[str, tuple]:
+    """The shapes of Hugging Face's matrices, which a file stores in these slices of its own."""
+    whole = {}
+    for theirs, parts in slices.items():
+        rows = sum(shapes[part.name][0] for part in parts)
+        whole[theirs] = (rows, *shapes[parts[0].name][1:])
+    return whole
+
+
 def add_adapters(settings: Settings, shapes: Mapping[str, tuple], names: Iterable[str],
-                 tied: Seq[str] = ()) -> tuple[dict[str, list[Change | Copy]], str]:
-    """Like read_adapters, by Hugging Face's names."""
-    added: dict[str, list[Change | Copy]] = {}
+                 tied: Seq[str] = ()) -> tuple[Changes, str]:
+    """Like `read_adapters`, by Hugging Face's names."""
+    added: Changes = {}
     folders = [Path(folder).expanduser() for folder in settings.lora]
     for folder in folders:
         for name, changes in read_adapter(folder, shapes, names, tied).items():
-            copies = [change for change in (*added.get(name, ()), *changes) if isinstance(change, Copy)]
+            both = (*added.get(name, ()), *changes)
+            copies = [change for change in both if isinstance(change, Copy)]
             if any(not same(copy.weight, copies[0].weight) for copy in copies):
                 raise ConfigError(f"--lora {folder} has its own {name}, and so does an earlier adapter; "
                                   "they cannot both replace the model's")
-            products = [change for change in (*added.get(name, ()), *changes) if isinstance(change, Change)]
-            added[name] = [*copies[:1], *products]
+            added[name] = [*copies[:1], *(change for change in both if isinstance(change, Change))]
+    if not added:
+        return added, ""
     names = ", ".join(printable(folder.name) for folder in folders)
-    return added, f"; LoRA {names} merged into {len(added)} matrices" if added else ""
+    return added, f"; LoRA {names} merged into {len(added)} matrices"
 
 
 def other_base(base, names: Iterable[str]) -> str:
-    """A note on an adapter that was made for a model with another name; "" if it was not."""
+    """A note that an adapter was made for a model with another name; "" if it was not."""
     if not is_other_base(base, names := [*names]):
         return ""
     return (f"this adapter was made for {shown(base)} (base_model_name_or_path), but the model is "
@@ -138,9 +150,9 @@ def other_base(base, names: Iterable[str]) -> str:
 
 
 def read_adapter(folder: Path, shapes: Mapping[str, tuple], names: Iterable[str] = (),
-                 tied: Seq[str] = ()) -> dict[str, list[Change | Copy]]:
-    """What one adapter changes in each matrix. One made for a model with another name is refused if it does
-    not fit; if it does, a warning says so, since the name may be a folder on another machine."""
+                 tied: Seq[str] = ()) -> Changes:
+    """What one adapter changes in each matrix. If it was made for a model with another name, it is refused if
+    it does not fit. If it fits, a warning says so: the name may be a folder on another machine."""
     path = folder / "adapter_config.json"
     config = lora_config(path)
     other = other_base(config.get("base_model_name_or_path"), names)
@@ -156,31 +168,28 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple], names: Iterable[str]
 
 
 def fitting_changes(folder: Path, config: dict, shapes: Mapping[str, tuple],
-                    tied: Seq[str] = ()) -> dict[str, list[Change | Copy]]:
-    """What an adapter with this config changes in matrices of these shapes. See peft's tuners/lora: scaling
+                    tied: Seq[str] = ()) -> Changes:
+    """What an adapter with this config changes in matrices of these shapes. As in peft's tuners/lora, scaling
     is alpha / rank, or alpha / sqrt(rank) with rslora."""
     path = folder / "adapter_config.json"
     tensors = folder / "adapter_model.safetensors"
     modules, copies = lora_pairs(tensors)
-    config |= {key: fitted_values(path, config[key], modules) for key in ("rank_pattern", "alpha_pattern")}
+    config |= {key: fitted_values(path, config[key], modules) for key in PATTERNS}
     targets = config.get("target_modules")
-    rule = Rule(str, many=True, optional=True)
-    saved = checked(path, "modules_to_save", config.get("modules_to_save"), rule) or ()
-    for name in saved:
-        if not any(f".{copy.rpartition('.')[0]}".endswith(f".{name}") for copy in copies):
-            raise ConfigError(f"{tensors}: {shown(name)} of modules_to_save is missing")
-    targeted = targeted_modules(path, targets, modules)
+    saved_modules = modules_to_save(path, config, tensors, copies)
+    target_modules = targeted_modules(path, targets, modules)
     changes = fitting_copies(tensors, copies, shapes)
-    share_copies(changes, tied, saved)
+    share_copies(changes, tied, saved_modules)
     # peft adds the head to an embedding that it shall stay tied to, and does not name it
-    ties = config.get("ensure_weight_tying") and any("Aembedding_" in modules[module] for module in targeted)
+    adds_head = config.get("ensure_weight_tying") and any(
+        "Aembedding_" in modules[module] for module in target_modules)
     for module, pair in modules.items():
         name = f"{module}.weight"
         if len(shapes.get(name, ())) != 2:
             matrices = [name for name, shape in shapes.items() if len(shape) == 2]
-            known = ", ".join(name.removesuffix(".weight") for name in matrices[:12])
+            known = ", ".join(name.removesuffix(".weight") for name in matrices[:MOST_NAMED])
             raise ConfigError(f"{tensors}: {module} is not a weight matrix of this model; it has {known} ..")
-        if module not in targeted and not ties:
+        if module not in target_modules and not adds_head:
             words = targets if isinstance(targets, str) else ", ".join(targets or ())
             raise ConfigError(f"{tensors}: {module} is not among the target_modules of {path.name}, which "
                               f"are {printable(words)}")
@@ -188,48 +197,68 @@ def fitting_changes(folder: Path, config: dict, shapes: Mapping[str, tuple],
     return changes
 
 
+def modules_to_save(path: Path, config: Mapping, tensors: Path, copies: Iterable[str]) -> Seq[str]:
+    """The modules that the config says were trained whole. ConfigError unless the file of `tensors` has
+    `copies` of all of them."""
+    rule = Rule(str, many=True, optional=True)
+    modules = checked(path, "modules_to_save", config.get("modules_to_save"), rule) or ()
+    copied = [f".{copy.rpartition('.')[0]}" for copy in copies]
+    for module in modules:
+        if not any(name.endswith(f".{module}") for name in copied):
+            raise ConfigError(f"{tensors}: {shown(module)} of modules_to_save is missing")
+    return modules
+
+
 def fitting_copies(path: Path, copies: Mapping[str, numpy.ndarray],
-                   shapes: Mapping[str, tuple]) -> dict[str, list[Change | Copy]]:
-    """Whole matrices and vectors of an adapter's file, checked."""
-    fitting: dict[str, list[Change | Copy]] = {}
+                   shapes: Mapping[str, tuple]) -> Changes:
+    """The whole matrices and vectors of an adapter's file. ConfigError if the model has none of that name and
+    shape."""
+    fitting: Changes = {}
     for name, tensor in copies.items():
         if shapes.get(name) != tuple(tensor.shape):
             has = f"is {shapes[name]}" if name in shapes else "does not exist"
             kind = "matrix" if tensor.ndim > 1 else "vector"
-            named = printable(name.removesuffix(".weight"))
-            raise ConfigError(f"{path} contains a whole {kind} {named} {tuple(tensor.shape)}, which in this "
+            module = printable(name.removesuffix(".weight"))
+            raise ConfigError(f"{path} contains a whole {kind} {module} {tuple(tensor.shape)}, which in this "
                               f"model {has}: it was made for another")
         fitting[name] = [Copy(tensor)]
     return fitting
 
 
-def share_copies(changes: dict[str, list[Change | Copy]], tied: Seq[str], saved: Iterable[str]):
-    """A whole embedding or head of a model that ties them is both, unless modules_to_save names it: such a
-    matrix was trained alone."""
-    for name, other in (tied, reversed(tied)) if tied else ():
-        trained = any(f".{name}".endswith(f".{module}.weight") for module in saved)
-        if name in changes and other not in changes and not trained:
+def share_copies(changes: Changes, tied: Seq[str], saved: Iterable[str]):
+    """In a model that ties them, a whole embedding or head is both. If modules_to_save names it, it was
+    trained alone, and is not."""
+    if not tied:
+        return
+    for name, other in (tied, reversed(tied)):
+        was_trained_alone = any(f".{name}".endswith(f".{module}.weight") for module in saved)
+        if name in changes and other not in changes and not was_trained_alone:
             changes[other] = list(changes[name])
 
 
+ORIGINAL = re.compile(r"\.original_module\.\w+$")  # the base's matrix, beside that of modules_to_save
+FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
+WHOLE = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer|\.modules_to_save)?(\.weight|\.bias)")
+
+
 def lora_pairs(path: Path) -> tuple[dict[str, dict[str, numpy.ndarray]], dict[str, numpy.ndarray]]:
-    """From an adapter's file: module -> its matrices A and B; and name -> a whole matrix or vector."""
+    """An adapter's file: module -> its matrices A and B; and name -> a whole matrix or vector."""
     modules: dict[str, dict[str, numpy.ndarray]] = {}
     copies: dict[str, numpy.ndarray] = {}
     for name, tensor in read_safetensors_file(path).items():
-        if re.search(r"\.original_module\.\w+$", name):  # the base's, next to that of modules_to_save
+        if ORIGINAL.search(name):
             continue
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?:\.weight)?", name)
-        whole = re.fullmatch(
-            r"base_model\.model\.(.+?)(?:\.base_layer|\.modules_to_save)?(\.weight|\.bias)", name)
+        factor = FACTOR.fullmatch(name)
+        whole = WHOLE.fullmatch(name)
         is_copy = whole and ".lora_" not in name and "float" in kind_of(tensor) and tensor.ndim in (1, 2)
-        if not (tensor.ndim == 2 if match else is_copy):
+        if not (tensor.ndim == 2 if factor else is_copy):
             raise ConfigError(f"{path}: {shown(name)} is neither lora_A nor lora_B nor a model's matrix or "
                               "vector")
         if tensor.size and not all_below(tensor):
             raise ConfigError(f"{path}: {printable(name)} has a value that is NaN or infinite")
-        if match:
-            modules.setdefault(of_language_model(match[1]), {})[match[3] + (match[2] or "")] = tensor
+        if factor:
+            module, embedding, which = factor.groups()
+            modules.setdefault(of_language_model(module), {})[which + (embedding or "")] = tensor
         elif whole:
             copies[of_language_model(whole[1]) + whole[2]] = tensor
     if not modules and not copies:
@@ -238,30 +267,32 @@ def lora_pairs(path: Path) -> tuple[dict[str, dict[str, numpy.ndarray]], dict[st
 
 
 def of_language_model(module: str) -> str:
-    """A module's name in a language model alone, as transformers calls it today."""
+    """A module's name in a language model without images, as transformers calls it today."""
     return re.sub(r"^backbone\.", "model.", module.replace("language_model.", "", 1))
 
 
 def lora_config(path: Path) -> dict:
-    """An adapter_config.json that only asks for a product to be added to the weights, checked."""
+    """An adapter_config.json, checked: it may ask only for products that are added to the weights."""
     config = read_json(path)
     checked(path, "peft_type", config.get("peft_type"), Rule(str, choices=("LORA",)))
     for key, rule in LORA_KEYS.items():
-        checked(path, key, config.setdefault(key, False if rule.value_type is bool else None), rule)
+        usual = False if rule.value_type is bool else None
+        checked(path, key, config.setdefault(key, usual), rule)
     for key, value in config.items():
-        usual = value in (None, False, "none", {}, [])
-        if key not in LORA_INERT and not usual and key not in LORA_KEYS:
+        asks_nothing = value in (None, False, "none", {}, [])
+        if key not in LORA_INERT and not asks_nothing and key not in LORA_KEYS:
             raise ConfigError(f"{path}: {key} is {shown(value)}; such adapters are not supported")
     start = config.get("init_lora_weights", True)
     if not isinstance(start, bool) and start not in ("gaussian", "eva", "orthogonal"):
         raise ConfigError(f"{path}: init_lora_weights is {shown(start)}, which changed the base model too; "
                           "convert the adapter to plain LoRA as peft documents")
-    for key in ("rank_pattern", "alpha_pattern"):
-        config[key] = pattern = config.get(key) or {}
-        if not isinstance(pattern, dict):
-            raise ConfigError(f"{path}: {key} is {shown(pattern)}; it must be an object")
-        for module, value in pattern.items():
-            checked(path, f"{key}.{module}", value, LORA_KEYS["r" if key[0] == "r" else "lora_alpha"])
+    for key, same_as in PATTERNS.items():
+        values = config.get(key) or {}
+        config[key] = values
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: {key} is {shown(values)}; it must be an object")
+        for module, value in values.items():
+            checked(path, f"{key}.{module}", value, LORA_KEYS[same_as])
     return config
 
 
@@ -273,9 +304,9 @@ for pattern in patterns:
 
 
 def matching(path: Path, patterns: Seq[str], texts: Iterable[str], before: str = "") -> list[set[str]]:
-    """For each regular expression from a file, the texts that `before` and then it match in full. If any of
-    them repeats something, another process does this, since some expressions would take years. ConfigError
-    for these, and for invalid ones."""
+    """For each regular expression of a file, the texts that match it in full after `before`. ConfigError for
+    one that is invalid or takes too long. Some would take years, so any that repeat something run in another
+    process."""
     texts = list(texts)
     wholes = [f"{before}(?:{pattern})" for pattern in patterns]
     pattern = ""
@@ -308,7 +339,8 @@ def fitted_values(path: Path, patterns: Mapping[str, float], modules: Iterable[s
 
 
 def targeted_modules(path: Path, targets, modules: Iterable[str]) -> set[str]:
-    """The modules that target_modules names: by a regular expression, or by a list of names or their ends."""
+    """The modules that target_modules names: by a regular expression, or by a list of names or ends of
+    names."""
     if isinstance(targets, str):
         return set(modules) if targets == "all-linear" else matching(path, [targets], modules)[0]
     ends = checked(path, "target_modules", targets, Rule(str, many=True, optional=True)) or ()

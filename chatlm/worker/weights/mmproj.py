@@ -1,4 +1,5 @@
-"""What a GGUF model sees pictures with: the file that llama.cpp calls mmproj, beside the model or named."""
+"""What a GGUF model sees pictures with: the file that llama.cpp calls mmproj, beside the model or named by
+--mmproj."""
 
 from __future__ import annotations
 
@@ -16,10 +17,11 @@ from chatlm.common.hub.stamps import mmproj_of
 from chatlm.worker.arrays.packed import dequantized
 from chatlm.worker.model.kernels import choose_backend
 from chatlm.worker.weights import qwen_towers
-from chatlm.worker.weights.assemble import check_names_and_shapes
-from chatlm.worker.weights.gguf import file_shape, gguf_tensors, readable
-from chatlm.worker.weights.gguf_file import check_gguf_types, read_gguf_file
+from chatlm.worker.weights.gguf_file import check_gguf_types, read_gguf_file, readable
+from chatlm.worker.weights.gguf_tensors import GgufTensors, file_shape
 from chatlm.worker.weights.rules import Rule, check_divides, checked
+from chatlm.worker.weights.sources import check_names_and_shapes
+from chatlm.worker.weights.stored_model import Storage
 from chatlm.worker.weights.towers import CLAMPS, FILE_TOWERS, clamps_of
 from chatlm.worker.weights.vision import SECTIONS, by_color, by_halves, tower_sources, unstored
 
@@ -31,14 +33,14 @@ if TYPE_CHECKING:
 
 
 def gguf_eyes(model: Path, settings: Settings, loaded: LoadedModel, device: str) -> Eyes | None:
-    """None if there is no such file."""
+    """What the model sees with; None if there is no such file."""
     path = mmproj_of(model, settings)
     if path is None:
         return None
     if not path.is_file():
         raise ConfigError(f"--mmproj {path}: there is no such file")
     with readable(path):
-        return eyes_of(path, model, settings, loaded, device, *read_gguf_file(path))
+        return eyes_in_file(path, model, settings, loaded, device, *read_gguf_file(path))
 
 
 class FileSays:
@@ -76,8 +78,8 @@ class FileSays:
         raise ConfigError(f"{self.path}: clip.vision.{problem}")
 
 
-def eyes_of(path: Path, model: Path, settings: Settings, loaded: LoadedModel, device: str,
-            metadata: Mapping[str, Any], stored: dict[str, Any]) -> Eyes:
+def eyes_in_file(path: Path, model: Path, settings: Settings, loaded: LoadedModel, device: str,
+                 metadata: Mapping[str, Any], stored: dict[str, Any]) -> Eyes:
     if metadata.get("general.architecture") != "clip":
         raise ConfigError(f"{path}: general.architecture is {shown(metadata.get('general.architecture'))}; a "
                           "file that sees images has clip")
@@ -93,58 +95,74 @@ def eyes_of(path: Path, model: Path, settings: Settings, loaded: LoadedModel, de
 
 def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: str, family: TowerFamily,
                  eyes: Eyes, stored: dict[str, Any]) -> dict[str, Any]:
-    """The tensors of Eyes. Layers stay as stored, all else becomes floats."""
+    """The tensors of Eyes. Layers stay as stored, everything else becomes floats."""
     spec = eyes.recipe
     stored = {name: tensor for name, tensor in stored.items()
               if not name.startswith(("a.", "mm.a."))}  # audio is not heard
     numbers = {name: float(stored.pop(name).data.reshape(-1)[0])
                for name in [*stored] if name.endswith(CLAMPS)}
-    for name in stored if family.axes else ():
-        if re.search(family.axes, name):
+    for name in stored:
+        if family.axes and re.search(family.axes, name):
             rows = stored[name].data
-            order = by_halves(len(rows), spec.head_size)
-            stored[name] = stored[name]._replace(data=rows[order])
+            stored[name] = stored[name]._replace(data=rows[by_halves(len(rows), spec.head_size)])
     check_gguf_types(path, stored)
-    for layer in range(spec.layers):  # old files have these two exchanged
-        up, down = (f"v.blk.{layer}.{name}" for name in ("ffn_up", "ffn_down"))
-        if f"{up}.weight" in stored and spec.ffn_size != spec.width and (
-                file_shape(up, stored[f"{up}.weight"])[0] == spec.width):
-            for part in ("weight", "bias"):
-                names = f"{up}.{part}", f"{down}.{part}"
-                stored |= dict(zip(names, [stored.pop(name) for name in names][::-1]))
-    for number, layer in enumerate(eyes.deep):
-        begin = f"v.deepstack.{layer}."
-        stored = {name.replace(begin, f"v.deepstack.{number}.") if name.startswith(begin) else name: tensor
-                  for name, tensor in stored.items()}
+    stored = with_names_of_now(stored, eyes)
     [kernel] = family.file_names["patch"]
     second = stored.pop(f"{kernel}.1", None)  # of a film of two pictures; both show the same one
     shapes = {name: file_shape(name, tensor) for name, tensor in stored.items()}
-    form = shapes.get(kernel, ())
+    form = shapes.get(kernel, ())  # (C, 3, p, p), or (C, 3 * p * p)
     if len(form) == 4:
         shapes[kernel] = form[0], math.prod(form[1:])
-    turned = [name for ours in family.transposed for name in family.file_names[ours]]
+    turned = {name for ours in family.transposed for name in family.file_names[ours]}
     shapes |= {name: shapes[name][::-1] for name in turned if name in shapes}
     sources = tower_sources(family, family.file_names, eyes, loaded.spec.width)
     check_names_and_shapes(path, shapes, sources)
     own = family.own(eyes, loaded.spec.width)
     layers = {name: source for name, source in sources.items() if name not in own}
-    tensors: dict[str, Any] = dict(gguf_tensors(path, settings, spec, layers, stored, loaded.dtype,
-                                               choose_backend(device, eyes.architecture), False, False))
+    backend = choose_backend(device, eyes.architecture)
+    storage = Storage(backend, loaded.dtype, None if loaded.dtype else backend.as_stored)
+    tensors: dict[str, Any] = dict(GgufTensors(path, settings, stored, storage).of(layers))
     for ours, shape in own.items():
         [name] = family.file_names[ours]
-        shape = shape[::-1] if name in turned else shape
-        columns = form[-1] if name == kernel else shape[-1]
-        data = stored[name].data.reshape(-1, stored[name].data.shape[-1])
-        tensors[ours] = dequantized((len(data), columns), [(stored[name]._replace(data=data), None)],
-                                    "float32").reshape(form if name == kernel else shape)
+        if name == kernel:
+            tensors[ours] = values_of(stored[name], form[-1]).reshape(form)
+        elif name in turned:
+            tensors[ours] = values_of(stored[name], shape[0]).reshape(shape[::-1])
+        else:
+            tensors[ours] = values_of(stored[name], shape[-1]).reshape(shape)
         if ours in family.planar:
-            tensors[ours] = by_color(tensors[ours].reshape(-1, 3, eyes.patch, eyes.patch)).reshape(shape)
+            whole = tensors[ours].shape
+            tensors[ours] = by_color(tensors[ours].reshape(-1, 3, eyes.patch, eyes.patch)).reshape(whole)
         if name in turned:
             tensors[ours] = numpy.ascontiguousarray(tensors[ours].T)
     if second is not None:
-        data = second.data.reshape(-1, second.data.shape[-1])
-        tensors["patch"] = tensors["patch"] + dequantized(
-            (len(data), form[-1]), [(second._replace(data=data), None)], "float32").reshape(form)
+        tensors["patch"] = tensors["patch"] + values_of(second, form[-1]).reshape(form)
     if len(form) == 4:
         tensors["patch"] = by_color(tensors["patch"])
     return tensors | unstored(eyes) | clamps_of(path, family.file_names, eyes.architecture, numbers)
+
+
+def with_names_of_now(stored: dict[str, Any], eyes: Eyes) -> dict[str, Any]:
+    """A file's tensors under the names that they have in new files, and deepstack by its number, not by the
+    layer that it follows."""
+    spec = eyes.recipe
+    for layer in range(spec.layers):  # old files have these two exchanged
+        up = f"v.blk.{layer}.ffn_up"
+        down = f"v.blk.{layer}.ffn_down"
+        weight = stored.get(f"{up}.weight")
+        if weight is not None and spec.ffn_size != spec.width and file_shape(up, weight)[0] == spec.width:
+            for part in ("weight", "bias"):
+                first = stored.pop(f"{up}.{part}")
+                second = stored.pop(f"{down}.{part}")
+                stored |= {f"{up}.{part}": second, f"{down}.{part}": first}
+    for number, layer in enumerate(eyes.deep):
+        begin = f"v.deepstack.{layer}."
+        stored = {name.replace(begin, f"v.deepstack.{number}.") if name.startswith(begin) else name: tensor
+                  for name, tensor in stored.items()}
+    return stored
+
+
+def values_of(tensor: Any, columns: int) -> numpy.ndarray:
+    """A gguf_header.Tensor as floats (rows, columns)."""
+    data = tensor.data.reshape(-1, tensor.data.shape[-1])
+    return dequantized((len(data), columns), [(tensor._replace(data=data), None)], "float32")

@@ -1,8 +1,7 @@
-"""`model_of`: the blocks of the model that a loader's recipe, a ModelSpec, describes."""
+"""`model_of`: a recipe becomes the blocks of a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -39,7 +38,7 @@ def model_of(recipe: ModelSpec) -> Model:
 
 
 def with_sight(model: Model, recipe: ModelSpec) -> Model:
-    """The same model with rows of pictures among its texts."""
+    """The same model for texts with rows of pictures among them."""
     assert isinstance(model.input, Input)
     layer_inputs = model.input.layers and replace(model.input.layers, pad=recipe.picture_pad)
     layers = []
@@ -56,8 +55,8 @@ def with_sight(model: Model, recipe: ModelSpec) -> Model:
 
 
 def stream_eps(recipe: ModelSpec) -> float:
-    """The eps of norms of x, which is kept divided by residual_scale: norms make of it what they would have
-    made of x itself."""
+    """The eps of norms that read x. x is kept divided by residual_scale, and with this eps norms give what
+    they would give of x itself."""
     return recipe.norm_eps / recipe.residual_scale**2
 
 

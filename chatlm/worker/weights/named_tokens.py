@@ -1,4 +1,5 @@
-"""Tokens that a folder's other files name and its tokenizer.json lacks, added as transformers adds them."""
+"""Tokens that a folder's other files name and its tokenizer.json lacks. They are added as transformers adds
+them."""
 
 from __future__ import annotations
 
@@ -20,9 +21,10 @@ MOST_NAMED = 5
 
 
 def tokenizer_options(folder: Path) -> dict[str, Any]:
-    """A folder's tokenizer_config.json, and what special_tokens_map.json names beside it.
+    """A folder's tokenizer_config.json, with what special_tokens_map.json names beside it.
 
-    Older files have no `added_tokens_decoder`; then the latter counts first, as in transformers."""
+    In older files, which have no `added_tokens_decoder`, special_tokens_map.json counts first, as in
+    transformers."""
     options = read_json(folder / "tokenizer_config.json", needed=False)
     named = read_json(folder / "special_tokens_map.json", needed=False)
     for key in (*ROLES, *LISTS):
@@ -33,11 +35,11 @@ def tokenizer_options(folder: Path) -> dict[str, Any]:
 
 def with_named_tokens(folder: Path, payload: bytes, pipeline: Any, options: Mapping,
                       vocab_size: int) -> bytes:
-    """A tokenizer.json with the tokens that `options` or added_tokens.json name; `pipeline`: its tokenizer of
-    the library `tokenizers`.
+    """A tokenizer.json with the tokens that `options` or added_tokens.json name. `pipeline` is its tokenizer
+    in the library `tokenizers`.
 
-    Those that the model has no row for, and those whose ids the files state differently, are left out.
-    ConfigError for what is no token."""
+    Tokens for which the model has no row are left out, and so are those whose ids the files state
+    differently. ConfigError for an entry that is no token."""
     special = {token["content"]: token for token in special_tokens(folder, options)}
     table = Table(pipeline, vocab_size)
     for token_id, token in decoder_tokens(folder, options, special):
@@ -57,7 +59,7 @@ def with_named_tokens(folder: Path, payload: bytes, pipeline: Any, options: Mapp
 
 
 class Table:
-    """The added tokens of a tokenizer, which others may join as its library would have it."""
+    """The added tokens of a tokenizer. Others can join as its library would add them."""
 
     def __init__(self, pipeline: Any, vocab_size: int):
         self.pipeline = pipeline
@@ -72,8 +74,8 @@ class Table:
         self.other_ids: list[str] = []  # texts whose ids the files state differently
 
     def put(self, token: dict, stated_id: int | None = None):
-        """Add a token, or give one that is there other flags. Its id is that of its text, or else the
-        next."""
+        """Add a token, or give one that is there other flags. It has the id of its text, or else the next
+        one."""
         text = token["content"]
         known = self.added[text]["id"] if text in self.added else self.pipeline.token_to_id(text)
         token_id = self.next_id if known is None else known
@@ -92,7 +94,7 @@ class Table:
 def decoder_tokens(folder: Path, options: Mapping,
                    special: Mapping[str, dict]) -> Iterator[tuple[int, dict]]:
     """The ids and tokens of added_tokens_decoder, in order, or of an older added_tokens.json. A token that is
-    named by its role is special, whatever is said of it here."""
+    named by its role is special, even if this file says otherwise."""
     path = folder / "tokenizer_config.json"
     stated = options.get(DECODER)
     if stated is None:
@@ -113,7 +115,7 @@ def decoder_tokens(folder: Path, options: Mapping,
 
 
 def special_tokens(folder: Path, options: Mapping) -> Iterator[dict]:
-    """What the files name by its role, or list as special."""
+    """The tokens that the files name by a role, or list as special."""
     path = folder / "tokenizer_config.json"
     for key in ROLES:
         value = options.get(key)
@@ -130,8 +132,8 @@ def special_tokens(folder: Path, options: Mapping) -> Iterator[dict]:
 
 
 def token_of(path: Path, key: str, value: Any, special: bool = False) -> dict | None:
-    """A token that a file writes as a text, or as an object with flags; None of one without a text.
-    ConfigError for anything else."""
+    """A token that a file writes as a text, or as an object with flags; None if it has no text. ConfigError
+    for anything else."""
     stated = {"content": value} if isinstance(value, str) else value
     if not isinstance(stated, dict) or not isinstance(stated.get("content", ""), str) or any(
             not isinstance(stated.get(flag, False), bool) for flag in FLAGS):

@@ -6,7 +6,7 @@ import io
 import json
 import pickle
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,6 @@ from chatlm.common.files import parse_json, read_small, truncated
 from chatlm.common.hub.nanochat import checkpoint_at, meta_of, nanochat_tokenizers
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import NANOCHAT_CHAT_TOKENS
-from chatlm.worker.arrays.kinds import kind_of
 from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.model.blocks.attention import Attention, HeadNorms, Scores, ValueEmbed
 from chatlm.worker.model.blocks.extras import Keep, Lambdas
@@ -27,15 +26,10 @@ from chatlm.worker.model.blocks.feed_forward import FeedForward
 from chatlm.worker.model.blocks.input import Input, Smear
 from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.norms import RmsNorm
-from chatlm.worker.model.kernels import choose_backend
-from chatlm.worker.weights.adapters import Adaptable
-from chatlm.worker.weights.assemble import assembled, check_names_and_shapes, file_shapes, tensor_sources
-from chatlm.worker.weights.lora import FileSlice, read_adapters
-from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.checkpoint_model import CheckpointModel, plain_state
 from chatlm.worker.weights.recipe import ModelSpec
 from chatlm.worker.weights.rules import (
-    MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, LoadedModel, Rule, check_bytes,
-    check_divides, checked, float_type)
+    MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, Rule, check_divides, checked)
 from chatlm.worker.weights.torch_file import PlainUnpickler, load_checkpoint
 from chatlm.worker.weights.trial import refuse_endless
 
@@ -45,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Generation(NamedTuple):
-    """One version of upstream's gpt.py (git log -p nanochat/gpt.py): what sets it apart."""
+    """What sets one version of upstream's gpt.py apart (git log -p nanochat/gpt.py)."""
 
     since: str
     short_window: Callable[[int], int] = lambda length: length // 2  # where model_config does not state it
@@ -72,36 +66,18 @@ GENERATIONS = {
 }
 
 
-def open_nanochat(source: ModelSource, settings: Settings, device) -> LoadedModel:
+def read_nanochat_model(source: ModelSource, settings: Settings) -> CheckpointModel:
     config = read_nanochat_config(source.path)
     text = read_nanochat_tokenizer(source.path, config["vocab_size"])
     checkpoint = checkpoint_at(source.path)  # all sources have the tokens of a chat
     text = replace(text, base=checkpoint is not None and checkpoint.place.stage == "base")
-    state = read_checkpoint(source.path)
+    state = plain_state(source.path, load_checkpoint(source.path))
     number = nanochat_generation(state)
     spec = nanochat_spec(config, number, settings.softcap or 15.0)
     padded = max(spec.vocab_size, len(state.get("transformer.wte.weight", ())))
-    sources = tensor_sources(spec, NANOCHAT_TENSORS, padded)
-    check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
-                           sources)
-    dtype = float_type(settings, choose_backend(device, model_of(spec)))
-    matrices = {name: shape for name, shape in file_shapes(sources).items() if len(shape) == 2}
-    slices = {theirs: [FileSlice(name)] for name in matrices for theirs in (name, name_in_transformers(name))}
-    names = source.name, str(source.path)
-    added, adapted = read_adapters(settings, matrices, slices, names)
-
-    def changed(name: str, tensor: numpy.ndarray) -> numpy.ndarray:
-        for change in added.get(name, ()):
-            tensor = change.on(tensor)
-        return tensor
-
-    tensors = assembled(source.path, settings, sources, state, dtype, changed)
-    since = GENERATIONS[number].since
-    description = f"nanochat generation {number} ({since}), {spec.layers} layers, width {spec.width}{adapted}"
-    adaptable = Adaptable((*settings.served_model_name, *names), sources, lambda: slices,
-                          lambda name, rows: rows, {})
-    return LoadedModel(spec, tensors, text, source.name, description, dtype, family="nanochat",
-                       adaptable=adaptable)
+    title = f"nanochat generation {number} ({GENERATIONS[number].since})"
+    return CheckpointModel(source, "nanochat", title, spec, NANOCHAT_TENSORS, padded, state, text,
+                           names_in_adapters)
 
 
 NANOCHAT_KEYS = {  # of model_config
@@ -112,7 +88,7 @@ NANOCHAT_KEYS = {  # of model_config
 
 
 def read_nanochat_config(model_path: Path) -> dict:
-    """`model_config` of meta_<step>.json next to the checkpoint."""
+    """The `model_config` of the meta_<step>.json beside the checkpoint, checked."""
     path = meta_of(model_path)
     try:
         data = read_small(path)
@@ -135,33 +111,10 @@ def read_nanochat_config(model_path: Path) -> dict:
     return config | {"window_pattern": pattern}
 
 
-def read_checkpoint(path: Path) -> dict[str, numpy.ndarray]:
-    return plain_state(path, load_checkpoint(path))
-
-
-def plain_state(path: Path, state: dict) -> dict[str, numpy.ndarray]:
-    """A state dict whose values are plain tensors. Its names lose the `_orig_mod.` of torch.compile."""
-    for name, value in state.items():
-        if not (type(name) is str and tensor_words(value) in PLAIN_TENSORS):
-            key = name if type(name) is str else f"a key of type {type(name).__name__}, not str,"
-            raise ConfigError(f"{path}: {key} is {tensor_words(value)}; it must be one of "
-                              f"{', '.join(PLAIN_TENSORS)}")
-    check_bytes(path, {name: value.nbytes for name, value in state.items()})
-    return {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
-
-
-PLAIN_TENSORS = "float32", "bfloat16", "float16", "float64"
-
-
-def tensor_words(value) -> str:
-    """What a state dict's value is, in words: "float32", "int64", "list"."""
-    return kind_of(value) if isinstance(value, numpy.ndarray) else type(value).__name__
-
-
 def nanochat_generation(state: Mapping[str, numpy.ndarray]) -> int:
     """The checkpoint's generation, recognized by its keys and the gate's width.
 
-    check_names_and_shapes reports keys that do not fit it later, as unknown or missing."""
+    `check_names_and_shapes` later reports the keys that do not belong to it."""
     gates = {tensor.shape[-1:] for name, tensor in state.items() if name.endswith("ve_gate.weight")}
     if any(name.startswith("smear_") for name in state):
         return 5
@@ -191,8 +144,8 @@ def nanochat_spec(config: Mapping, number: int, softcap: float) -> ModelSpec:
 
 
 def windows_of(config: Mapping, generation: Generation) -> list[int]:
-    """The window of each layer. Upstream's window of W covers the token itself and the W before it; the last
-    layer has the long one."""
+    """The window of each layer. Upstream's window of W covers the token itself and W tokens before it. The
+    last layer has the long one."""
     L = config["n_layer"]
     length = config["sequence_len"]
     pattern = config["window_pattern"]
@@ -204,7 +157,7 @@ def windows_of(config: Mapping, generation: Generation) -> list[int]:
 
 
 def input_of(generation: Generation, recipe: ModelSpec) -> Input:
-    """x0: the norm of the embedding, and a part of that of the previous token."""
+    """x0: the norm of the embedding. Smeared, it has a part of the previous token's too."""
     norm = RmsNorm(recipe.norm_eps, weights=False)
     smear = None
     if generation.smear_channels:
@@ -213,7 +166,7 @@ def input_of(generation: Generation, recipe: ModelSpec) -> Input:
 
 
 def layers_of(generation: Generation, recipe: ModelSpec, windows: list[int]) -> tuple[Layer, ...]:
-    """Norms have no weights. Every second layer, the last one included, adds an embedding of the token to
+    """Norms have no weights. Every second layer, counted from the last one, adds an embedding of the token to
     its values. x of the middle layer is kept for the end."""
     H = recipe.heads
     Hkv = recipe.kv_heads
@@ -250,6 +203,13 @@ IN_TRANSFORMERS = {  # upstream's modules -> their names in transformers' NanoCh
     "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
 
 
+def names_in_adapters(name: str, shape: tuple[int, ...]) -> Seq[str]:
+    """How adapters may call a tensor. They cannot change vectors."""
+    if len(shape) != 2:
+        return ()
+    return name, name_in_transformers(name)
+
+
 def name_in_transformers(name: str) -> str:
     for upstream, theirs in IN_TRANSFORMERS.items():
         name = name.replace(upstream, theirs)
@@ -268,7 +228,8 @@ class TokenizerUnpickler(PlainUnpickler):
 
 
 def read_encoding(data: bytes) -> tuple[str, dict[bytes, int], dict[str, int]]:
-    """(pattern, ranks, special tokens) of a pickled tiktoken Encoding; no two tokens share an id."""
+    """(pattern, ranks, special tokens) of a pickled tiktoken Encoding. ValueError if two tokens share an id
+    or a byte has none."""
     state = vars(TokenizerUnpickler(io.BytesIO(data)).load())
     ids = Rule(int, 0, MOST_TOKENS - 1)
     names = {"name", "pat_str", "mergeable_ranks", "special_tokens"}

@@ -1,11 +1,11 @@
-"""nanoGPT's checkpoints: ckpt.pt, with a vocabulary of characters or GPT-2's; and those of build-nanogpt."""
+"""Checkpoints of nanoGPT, whose vocabulary is of characters or GPT-2's, and of build-nanogpt."""
 
 from __future__ import annotations
 
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
@@ -17,22 +17,14 @@ from chatlm.common.files import read_small, read_text
 from chatlm.common.hub.trainers import BUILD_NANOGPT, is_build_nanogpt
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import open_tokenizer
-from chatlm.worker.arrays.kinds import address_of
-from chatlm.worker.model.kernels import choose_backend
-from chatlm.worker.weights.adapters import Adaptable
-from chatlm.worker.weights.assemble import (
-    UNREAD, assembled, check_names_and_shapes, file_shapes, tensor_sources)
+from chatlm.worker.weights.checkpoint_model import CheckpointModel, plain_state, without_tied_head
 from chatlm.worker.weights.huggingface import hf_text
 from chatlm.worker.weights.layernorms import GPT2_TENSORS
-from chatlm.worker.weights.lora import FileSlice
-from chatlm.worker.weights.model_of import model_of
-from chatlm.worker.weights.nanochat import (
-    PLAIN_TENSORS, plain_state, tensor_words)
 from chatlm.worker.weights.recipe import ModelSpec
 from chatlm.worker.weights.rules import (
-    MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, LoadedModel, Rule, check_divides,
-    checked, float_type, read_json)
-from chatlm.worker.weights.tied_heads import Pair, merge_adapters
+    MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, Rule, check_divides, checked,
+    read_json)
+from chatlm.worker.weights.safetensors_folder import UNREAD
 from chatlm.worker.weights.torch_file import PlainUnpickler, StandIn, load_checkpoint
 from chatlm.worker.weights.trial import refuse_endless
 
@@ -45,48 +37,35 @@ MODEL_ARGS = {
     "n_embd": Rule(int, 2, MOST_CHANNELS), "block_size": Rule(int, 16, MOST_POSITIONS),
     "vocab_size": Rule(int, 1, MOST_TOKENS), "bias": Rule(bool), "dropout": Rule(float, 0, 1)}
 GPT2_TOKENS = 50_257
+HEAD = "lm_head.weight"
 BPE_FILES = ("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")  # on the hub; by OpenAI
 
 
-def open_nanogpt(source: ModelSource, settings: Settings, device) -> LoadedModel:
+def read_nanogpt_model(source: ModelSource, settings: Settings) -> CheckpointModel:
     is_build = is_build_nanogpt(source.path)
     checkpoint = load_checkpoint(source.path, stand_ins=is_build)
-    args = build_args(source.path, checkpoint) if is_build else model_args(
-        source.path, checkpoint.get("model_args"), "model_args")
+    if is_build:
+        args = build_args(source.path, checkpoint)
+    else:
+        args = model_args(source.path, checkpoint.get("model_args"), "model_args")
     state = own_tensors(source.path, checkpoint.get("model"))
     text = nanogpt_text(source.path, checkpoint.get("config"), args["vocab_size"])
-    spec = nanogpt_spec(args, open_tokenizer(text).vocab_size, "lm_head.weight" not in state)
+    spec = nanogpt_spec(args, open_tokenizer(text).vocab_size, HEAD not in state)
     if is_build:
         spec = replace(spec, activation="gelu_tanh")
-    table = GPT2_TENSORS | {"head": ("lm_head.weight",)}
-    pair = Pair.of(table)
-    sources = tensor_sources(spec, table, args["vocab_size"])
-    check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
-                           sources)
-    dtype = float_type(settings, choose_backend(device, model_of(spec)))
-    matrices = {name: shape for name, shape in file_shapes(sources).items()
-                if ".wpe." not in name}
-    slices = {name: [FileSlice(name)] for name in matrices}
-    names = (source.name, str(source.path))
-    spec, sources, added, adapted, tied = merge_adapters(
-        settings, spec, sources, matrices, slices, names, pair, pair, (state,))
-
-    def changed(name: str, tensor: numpy.ndarray) -> numpy.ndarray:
-        for change in added.get(name, ()):
-            tensor = change.on(tensor)
-        return tensor
-
-    tensors = assembled(source.path, settings, sources, state, dtype, changed)
-    adaptable = Adaptable((*settings.served_model_name, *names), sources, lambda: slices,
-                          lambda name, rows: rows, {}, tied=tied)
     trainer = BUILD_NANOGPT if is_build else "nanoGPT"
-    description = f"{trainer}, {spec.layers} layers, width {spec.width}{adapted}"
-    return LoadedModel(spec, tensors, text, source.name, description, dtype, family="nanogpt",
-                       adaptable=adaptable)
+    return CheckpointModel(source, "nanogpt", trainer, spec, GPT2_TENSORS | {"head": (HEAD,)},
+                           args["vocab_size"], state, text, names_in_adapters)
+
+
+def names_in_adapters(name: str, shape: tuple[int, ...]) -> Seq[str]:
+    """How adapters may call a tensor. They cannot change the positions."""
+    return () if ".wpe." in name else (name,)
 
 
 def build_args(path: Path, checkpoint: Mapping) -> dict:
-    """build-nanogpt pickles the sizes as an object of its class GPTConfig. All its layers have biases."""
+    """The sizes of a model, which build-nanogpt pickles as an object of its class GPTConfig. All its layers
+    have biases."""
     config = checkpoint.get("config")
     stated = config.attributes if isinstance(config, StandIn) else {}
     plain = {str(name): value if isinstance(value, (int, float, str)) else type(value).__name__
@@ -108,7 +87,7 @@ def model_args(path: Path, stated, key: str) -> dict:
 
 
 def own_tensors(path: Path, state) -> dict[str, numpy.ndarray]:
-    """The model's tensors without masks, and without a head that is the embedding, as nanoGPT makes it."""
+    """The model's tensors, without masks and without a head that is the embedding."""
     if not isinstance(state, dict):
         raise ConfigError(f"{path}: model is {shown(state)}; it must be a state dict")
     own = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in state.items()
@@ -116,17 +95,8 @@ def own_tensors(path: Path, state) -> dict[str, numpy.ndarray]:
     return plain_state(path, without_tied_head(own))
 
 
-def without_tied_head(state: dict[str, Any]) -> dict[str, Any]:
-    """A state dict without a head that is the embedding, stored once."""
-    both = state.get("lm_head.weight"), state.get("transformer.wte.weight")
-    plain = all(tensor_words(tensor) in PLAIN_TENSORS for tensor in both)
-    if not plain or len({address_of(tensor) for tensor in both if tensor is not None}) != 1:
-        return state
-    return {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
-
-
 def nanogpt_spec(args: Mapping, vocab_size: int, tied: bool) -> ModelSpec:
-    """`vocab_size` is the tokenizer's: rows beyond it are padding, and such ids are never drawn."""
+    """`vocab_size` is the tokenizer's. Rows beyond it are padding, whose ids are never drawn."""
     C = args["n_embd"]
     H = args["n_head"]
     biased = args["bias"]
@@ -138,27 +108,30 @@ def nanogpt_spec(args: Mapping, vocab_size: int, tied: bool) -> ModelSpec:
 
 
 def nanogpt_text(path: Path, config, vocab_size: int) -> TextSpec:
-    """The tokenizer: meta.pkl next to the checkpoint, or where nanoGPT's data/<dataset> lies next to its
-    folder; for GPT-2's vocabulary the files of its BPE next to the checkpoint."""
+    """The tokenizer: meta.pkl beside the checkpoint, or in nanoGPT's data/<dataset> beside its folder. For
+    GPT-2's vocabulary, its files beside the checkpoint."""
     folder = path.parent
     looked_for = [path.with_name("meta.pkl")]
     dataset = config.get("dataset") if isinstance(config, dict) else None
     if isinstance(dataset, str) and dataset not in ("", "..") and Path(dataset).name == dataset:
         looked_for.append(folder.parent / "data" / dataset / "meta.pkl")
-    if found := next((meta for meta in looked_for if meta.exists()), None):
-        return fitting(found, path, characters_of(found), vocab_size)
+    for meta in looked_for:
+        if meta.exists():
+            return fitting(meta, path, characters_of(meta), vocab_size)
     if (folder / "tokenizer.json").exists():
         return fitting(folder / "tokenizer.json", path, hf_text(folder, vocab_size), vocab_size)
     for vocabulary, merges in BPE_FILES:
         if (folder / vocabulary).exists() and (folder / merges).exists():
             text = gpt2_text(folder / vocabulary, folder / merges)
             return fitting(folder / vocabulary, path, text, vocab_size)
-    needs = (f"{folder} needs GPT-2's tokenizer.json, or its vocab.json and merges.txt"
-             if vocab_size >= GPT2_TOKENS else "looked for " + ", ".join(map(str, looked_for)))
+    needs = "looked for " + ", ".join(map(str, looked_for))
+    if vocab_size >= GPT2_TOKENS:
+        needs = f"{folder} needs GPT-2's tokenizer.json, or its vocab.json and merges.txt"
     raise ConfigError(f"the tokenizer of {path} is missing: the model has {vocab_size:,} tokens; {needs}")
 
 
 def fitting(path: Path, model: Path, text: TextSpec, vocab_size: int) -> TextSpec:
+    """The text. ConfigError if the tokenizer at `path` has more tokens than the model."""
     if (size := open_tokenizer(text).vocab_size) > vocab_size:
         raise ConfigError(f"{path} does not fit {model}: it has {size:,} tokens, the model {vocab_size:,}")
     return text
@@ -174,9 +147,7 @@ def characters_of(path: Path) -> TextSpec:
     try:
         meta = MetaUnpickler(io.BytesIO(data)).load()
         ids, characters = (meta[key] for key in ("stoi", "itos"))
-        if not (type(ids) is type(characters) is dict and set(map(type, ids)) == {str}
-                and set(map(len, ids)) == {1} and sorted(ids.values()) == [*range(len(ids))]
-                and characters == {token: character for character, token in ids.items()}):
+        if not are_each_others(ids, characters):
             raise ValueError("stoi does not give each of some characters one of the ids from 0 on, or itos "
                              "is another table")
         payload = json.dumps([characters[token] for token in range(len(ids))])
@@ -185,6 +156,15 @@ def characters_of(path: Path) -> TextSpec:
         raise lack_of_memory(error) or ConfigError(
             f"{path} is not nanoGPT's vocabulary of characters: {named(error)}") from None
     return TextSpec("characters", payload.encode())
+
+
+def are_each_others(ids: Any, characters: Any) -> bool:
+    """Does one table give each character an id, from 0 on, and the other each id its character?"""
+    if not type(ids) is type(characters) is dict or set(map(type, ids)) != {str}:
+        return False
+    if set(map(len, ids)) != {1} or sorted(ids.values()) != [*range(len(ids))]:
+        return False
+    return characters == {token: character for character, token in ids.items()}
 
 
 def gpt2_text(vocabulary: Path, merges: Path) -> TextSpec:

@@ -1,4 +1,5 @@
-"""Nemotron-H and Nemotron 3: parts, each Mamba-2, attention or feed-forward, become layers of two."""
+"""Nemotron-H and Nemotron 3. Their files have a layer for each part (Mamba-2, attention or feed-forward);
+here a layer has two."""
 
 from __future__ import annotations
 
@@ -87,8 +88,8 @@ GGUF_TENSORS = {ours: tuple(f"blk.{{}}.{name}" for name in theirs.split()) for o
 
 
 def layers_of_parts(fed: Iterable[bool]) -> list[int]:
-    """The layer of each part: a feed-forward part belongs to the Mamba or attention that it follows, if it
-    does; else it is a layer of its own."""
+    """The number of the layer that each part belongs to. A feed-forward part belongs to the Mamba or
+    attention before it, or else to a layer of its own."""
     parts = list(fed)
     number = -1
     numbers = []
@@ -99,8 +100,8 @@ def layers_of_parts(fed: Iterable[bool]) -> list[int]:
 
 
 def layers_of(kinds: Seq[str]) -> dict:
-    """What a config says of layers of two parts that are made of parts of these kinds; `bare_layers` are
-    those without a feed-forward part."""
+    """What a config says of layers of two parts, made of parts of these kinds. `bare_layers` are those
+    without a feed-forward part."""
     numbers = layers_of_parts(kind in FED for kind in kinds)
     types = {}
     fed = {}
@@ -113,7 +114,7 @@ def layers_of(kinds: Seq[str]) -> dict:
 
 
 def in_pairs(path: Path, raw: Mapping) -> dict:
-    """A config.json whose layers are those of two parts."""
+    """A config.json whose layers have two parts."""
     key = "layers_block_type" if raw.get("layers_block_type") else "hybrid_override_pattern"
     pattern = raw.get(key)
     if not pattern:
@@ -134,7 +135,7 @@ def in_pairs(path: Path, raw: Mapping) -> dict:
 
 def renumbered(state: Mapping[str, Any], parts: str, names: Callable[[bool, str], str]) -> dict[str, Any]:
     """A file's tensors by the numbers of layers of two parts. `parts` matches the number of a part and the
-    rest of a tensor's name; `names` makes its new name, with {} for the layer, from that rest."""
+    rest of a tensor's name. From that rest `names` makes the new name, with {} for the layer."""
     found = {name: match for name in state if (match := re.match(parts, name))}
     fed = {int(match[1]): False for match in found.values()}
     for match in found.values():
@@ -151,7 +152,7 @@ def renumbered(state: Mapping[str, Any], parts: str, names: Callable[[bool, str]
 
 
 def repack(state: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
-    """A folder's tensors without draft heads, with separate experts."""
+    """A folder's tensors with a matrix for each expert, without draft heads."""
     def ours(is_fed: bool, name: str) -> str:
         part = "mlp" if is_fed else "mixer"
         return f"layers.{{}}.{part}_{name}" if name.startswith("norm.") else (
@@ -165,7 +166,7 @@ def repack(state: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
 
 
 def repack_gguf(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A GGUF file's tensors without those of a draft head."""
+    """A GGUF file's tensors, without a draft head's."""
     drafts = {match[0] for name in stored if (match := re.match(r"blk\.\d+\.(?=nextn\.)", name))}
     kept = {name: tensor for name, tensor in stored.items() if not name.startswith(tuple(drafts))}
     return renumbered(kept, r"blk\.(\d+)\.(.*)", lambda is_fed, name: (
@@ -199,7 +200,7 @@ def gguf_layers(header: Header) -> tuple[dict, dict]:
 
 
 def in_adapters(spec: ModelSpec, name: str) -> tuple[str]:
-    """How adapters call a tensor of TENSORS: their layers are parts, each of which is a `mixer`."""
+    """What adapters call a tensor of TENSORS. Their layers are parts, each with a `mixer`."""
     match = re.fullmatch(r"layers\.(\d+)\.(mixer|mlp)(_norm)?\.(.*)", name)
     if not match:
         return (re.sub(r"^backbone\.", "model.", name),)
@@ -223,7 +224,7 @@ def mamba2_of(path: Path, config: Mapping) -> Mamba2:
 
 
 def router_groups(path: Path, config: Mapping) -> tuple[int, int]:
-    """In how many groups its experts are, and of how many it chooses, checked."""
+    """How many groups the experts form, and how many of these a token may choose from, checked."""
     experts = config["num_experts"]
     count = config["n_group"]
     kept = config["topk_group"]
@@ -237,7 +238,7 @@ def router_groups(path: Path, config: Mapping) -> tuple[int, int]:
 
 
 def blocks_of(path: Path, config: Mapping, recipe: ModelSpec) -> tuple[Layer, ...]:
-    """A layer has a mixer, a feed-forward part, or both, each after a norm."""
+    """A layer has a mixer, a feed-forward part or both, each after a norm."""
     norm = RmsNorm(recipe.norm_eps)
     experts = experts_of(path, config, recipe) if recipe.experts else None
     width = recipe.dense_size if experts else recipe.ffn_size
@@ -256,8 +257,8 @@ def blocks_of(path: Path, config: Mapping, recipe: ModelSpec) -> tuple[Layer, ..
 
 
 def experts_of(path: Path, config: Mapping, recipe: ModelSpec) -> Experts:
-    """Experts that a router of sigmoids chooses and that may read and add to a product of x, beside one that
-    reads x itself."""
+    """Experts that a router of sigmoids chooses, beside one that all tokens take. They may read a product of
+    x, and add to x through another; the one beside them reads x itself."""
     router = Router(recipe.experts_per_token, "sigmoid", recipe.shares_sum_to_one, choice_bias=True,
                     groups=router_groups(path, config), scale=config["routed_scaling_factor"])
     shared = None

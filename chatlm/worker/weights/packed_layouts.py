@@ -17,11 +17,11 @@ CODES_AT_ONCE = 1 << 21  # of a matrix, so that what is made of them on the way 
 
 
 class NotExact(Exception):
-    """This matrix' numbers do not fit its type of tiles, so that it is multiplied out."""
+    """The matrix' numbers do not fit its type of tiles, so it is multiplied out."""
 
 
 class Layout(Protocol):
-    """A matrix (N, K) as a format stores it. `kind`: the type of tiles that holds its numbers, or "";
+    """A matrix (N, K) as a format stores it. `kind`: the type of tiles that holds its numbers, or "".
     `mapped`: the file's tensors."""
 
     @property
@@ -43,7 +43,7 @@ class Layout(Protocol):
 
 
 class PackedWeight:
-    """Some rows of a packed matrix, in place of an array (N, K): what they mean is made when it is needed."""
+    """Some rows of a packed matrix, in place of an array (N, K). Its values are made when they are needed."""
 
     ndim = 2
     kind = "packed"
@@ -62,13 +62,13 @@ class PackedWeight:
         return len(self.rows)
 
     def __getitem__(self, index) -> PackedWeight:
-        """Adjacent rows: families that fuse matrices are split so."""
+        """Some adjacent rows, as families need that split fused matrices."""
         [rows] = index if isinstance(index, tuple) else (index,)
         assert rows.step in (None, 1)
         return PackedWeight(self.layout, self.title, self.rows[rows])
 
     def chunks(self) -> Iterator[tuple[int, int, int, int]]:
-        """(first row here, last, first row of the layout, last) of some rows at a time, in whole eights."""
+        """(first row here, last, first row in the layout, last) of some rows at a time, in whole eights."""
         step = max(64, CODES_AT_ONCE // self.shape[1] // 64 * 64)
         for begin in range(0, len(self.rows), step):
             part = self.rows[begin:begin + step]
@@ -89,15 +89,15 @@ class PackedWeight:
         return made
 
     def as_blocks(self, ordered: Callable[[numpy.ndarray], numpy.ndarray]) -> Any:
-        """As a gguf_header.Tensor of its type of tiles, its rows `ordered`."""
+        """Like a gguf_header.Tensor of its type of tiles, with its rows `ordered`."""
         return SimpleNamespace(tensor_type=TYPES[self.layout.kind], data=ordered(self.blocks()))
 
 
 def unpacked(words: numpy.ndarray, bits: int, count: int, begin: int = 0,
              end: int | None = None) -> numpy.ndarray:
-    """Codes [begin, end) of the `count` in each row of 32-bit words (n, W), (n, end - begin) uint8.
+    """Codes [begin, end) of the `count` in each row of 32-bit words (n, W), as (n, end - begin) uint8.
 
-    They are a little-endian stream, or with fewer codes, as older files have them, whole ones a word."""
+    The words are a little-endian stream, or, in older files, each has as many whole codes as fit."""
     end = count if end is None else end
     stream = words.shape[1] == -(-count * bits // 32)
     each, width = (32, bits) if stream else (32 // bits, 1)  # codes, and the words that they fill
@@ -120,7 +120,7 @@ def unpacked(words: numpy.ndarray, bits: int, count: int, begin: int = 0,
 
 
 def word_counts(codes: int, bits: int) -> set[int]:
-    """How many words hold so many codes: a stream, or whole codes a word."""
+    """How many words may hold so many codes: as a stream, or with whole codes in each word."""
     return {-(-codes * bits // 32), -(-codes // (32 // bits))}
 
 
@@ -141,8 +141,8 @@ def awq_codes(words: numpy.ndarray, begin: int, end: int) -> numpy.ndarray:
 
 
 def halves_of(scales: numpy.ndarray) -> numpy.ndarray:
-    """Scales as float16. Those of bfloat16 must survive it; float32 is rounded, by at most 2^-11, which is
-    an eighth of what bfloat16 weights would lose. NotExact if one is too large or too small."""
+    """Scales as float16. Scales of bfloat16 must be exact in it; float32 is rounded, by at most 2^-11, an
+    eighth of what bfloat16 weights would lose. NotExact if one is too large or too small."""
     values = floats(scales)
     halves = values.astype(numpy.float16)
     if kind_of(scales) == "bfloat16":
@@ -157,10 +157,11 @@ def halves_of(scales: numpy.ndarray) -> numpy.ndarray:
 
 @dataclass
 class Grouped:
-    """w = scale * (code - zero): `group` adjacent columns share both, or those of one number in `order` (K,).
+    """w = scale * (code - zero). `group` adjacent columns share both; with an `order` (K,), the columns that
+    have the same number in it.
 
-    `codes(begin, end)` has those of some rows, (n, K) uint8 or, of 8 bits with a sign, int8. `scales` is
-    (N, G). `zeros(begin, end)`, (n, G) of small integers; None: 2^(bits - 1), or 0 with a sign."""
+    `codes(begin, end)` gives those of some rows, (n, K) uint8, or int8 if 8 bits have a sign. `scales` is (N,
+    G). `zeros(begin, end)` gives (n, G) of small integers; None: they are 2^(bits - 1), or 0 with a sign."""
 
     shape: tuple[int, int]
     bits: int
@@ -232,7 +233,7 @@ E2M1 = MXFP4_DOUBLED / 2
 
 
 def nibbles(packed: numpy.ndarray, high_first: bool = False) -> numpy.ndarray:
-    """The codes of bytes (n, B), two in each: (n, 2 B) uint8."""
+    """The two codes of each byte: (n, B) -> (n, 2 B) uint8."""
     codes = numpy.empty((*packed.shape, 2), numpy.uint8)
     numpy.right_shift(packed, 4, out=codes[..., 1 - high_first])
     numpy.bitwise_and(packed, 15, out=codes[..., int(high_first)])
@@ -241,7 +242,7 @@ def nibbles(packed: numpy.ndarray, high_first: bool = False) -> numpy.ndarray:
 
 @dataclass
 class Mx4:
-    """MXFP4: codes of e2m1 with an exponent for each 32 columns."""
+    """MXFP4: codes of e2m1, with an exponent for each 32 columns."""
 
     packed: numpy.ndarray     # (N, K / 2), the first code in the low nibble
     exponents: numpy.ndarray  # (N, K / 32)
@@ -268,7 +269,7 @@ class Mx4:
 
 
 class WithoutTiles:
-    """A layout whose numbers are in no type of tiles."""
+    """A layout whose numbers no type of tiles holds."""
 
     kind = ""
 
@@ -278,7 +279,7 @@ class WithoutTiles:
 
 @dataclass
 class Nv4(WithoutTiles):
-    """NVFP4: codes of e2m1, a scale of e4m3 for each 16 columns, and a factor for the matrix."""
+    """NVFP4: codes of e2m1, with a scale of e4m3 for each 16 columns and a factor for the matrix."""
 
     packed: numpy.ndarray   # (N, K / 2)
     scales: numpy.ndarray   # (N, K / 16)
@@ -303,7 +304,8 @@ class Nv4(WithoutTiles):
 
 @dataclass
 class Codebook(WithoutTiles):
-    """bitsandbytes' nf4 and fp4: `levels` (16,) times a scale for each `block` of the flattened matrix."""
+    """bitsandbytes' nf4 and fp4: one of `levels` (16,), times a scale for each `block` of the flattened
+    matrix."""
 
     shape: tuple[int, int]
     packed: numpy.ndarray   # (bytes,), the first code in the high nibble

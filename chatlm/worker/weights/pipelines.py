@@ -1,4 +1,4 @@
-"""What a GGUF file's vocabulary is as a tokenizer.json."""
+"""A GGUF file's vocabulary as the parts of a tokenizer.json."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def byte_level_pipeline(tokens: Seq[str], merges: list, pre: PreTokenizer) -> di
 
 
 def sentencepiece_pipeline(tokens: Seq[str], merges: list, unknown: str, space_prefix: bool) -> dict:
-    """llama's sentencepiece BPE: spaces are U+2581, the text gets a leading one if `space_prefix`.
+    """llama's sentencepiece BPE. Spaces are U+2581; with `space_prefix` a text begins with one.
 
     Unknown characters become bytes."""
     steps: list[dict] = [{"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]
@@ -50,9 +50,9 @@ def sentencepiece_pipeline(tokens: Seq[str], merges: list, unknown: str, space_p
 
 
 def merges_of_scores(tokens: Seq[str], scores: Seq[float], types: Seq[int]) -> list[tuple[str, str]]:
-    """The merges that a sentencepiece vocabulary leaves out.
+    """The merges, which a sentencepiece vocabulary does not list.
 
-    Two pieces merge if together they are a piece; the best score comes first."""
+    Two pieces merge if they are a piece together; the best score comes first."""
     usable = {token: score for token, score, token_type in zip(tokens, scores, types)
               if token_type not in (UNKNOWN, CONTROL, BYTE)}
     merges = [(score, len(token[:i]), token[:i], token[i:]) for token, score in usable.items()

@@ -1,4 +1,4 @@
-"""Checks of a model before its weights are downloaded: the role `preview`, which the download starts."""
+"""Checks a model before its weights are downloaded: the role `preview`, which the download starts."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from chatlm.common.errors import ConfigError, printable, shown
 from chatlm.common.files import Truncated
 from chatlm.worker.weights import qwen_towers
 from chatlm.worker.weights.families import GGUF_FAMILIES
-from chatlm.worker.weights.gguf import gguf_spec, gguf_text, readable
-from chatlm.worker.weights.gguf_file import ROPE_TENSORS, check_gguf_types, read_gguf_file
+from chatlm.worker.weights.gguf import gguf_spec, gguf_text
+from chatlm.worker.weights.gguf_file import ROPE_TENSORS, check_gguf_types, read_gguf_file, readable
 from chatlm.worker.weights.huggingface import hf_spec, hf_text
 from chatlm.worker.weights.towers import FILE_TOWERS
 
 
 def preview_folder(folder: Path):
-    """ConfigError if the server could not run the model in a folder without weights."""
+    """ConfigError if this server cannot run the model of a folder, whose weights are not there yet."""
     _, spec = hf_spec(folder / "config.json", None)
     if (folder / "tokenizer.json").exists():
         hf_text(folder, spec.vocab_size)
 
 
 def preview_gguf(path: Path, size: int):
-    """The same for the beginning of a GGUF file of `size` bytes. Truncated if the header is longer."""
+    """ConfigError if this server cannot run the model of a GGUF file of `size` bytes, of which only the
+    beginning is here. Truncated if the header goes on."""
     with readable(path):
         metadata, stored = read_gguf_file(path, size)
         known = metadata.get("general.architecture") in GGUF_FAMILIES
@@ -35,7 +36,7 @@ def preview_gguf(path: Path, size: int):
 
 
 def preview_eyes(path: Path, size: int):
-    """ConfigError if no mmproj that this server knows fits the model of a GGUF file of `size` bytes."""
+    """ConfigError if no known mmproj file fits the model of a GGUF file of `size` bytes."""
     with readable(path):
         metadata = read_gguf_file(path, size)[0]
         architecture = metadata.get("general.architecture")
@@ -48,7 +49,7 @@ def preview_eyes(path: Path, size: int):
 
 def preview_main(arguments: Seq[str]) -> int:
     """The role `preview PATH SIZE`, perhaps with `eyes`, or `preview FOLDER`. Exit status 1: stdout says what
-    is wrong; 2: not known yet."""
+    is wrong. 2: not known yet."""
     path, *size = arguments
     try:
         if size:

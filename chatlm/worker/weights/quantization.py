@@ -1,6 +1,6 @@
-"""Packed safetensors: what config.json says of them, and which of a folder's tensors form one matrix.
+"""Packed safetensors: what config.json says of them, and which of a folder's tensors form a matrix.
 
-A row of PACKINGS is a format; chatlm/worker/weights/packed_layouts.py has their arithmetic."""
+A row of PACKINGS is a format. chatlm/worker/weights/packed_layouts.py has the arithmetic."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ READ = ("AWQ (gemm, 4 bits), GPTQ (2, 3, 4, 8 bits), compressed-tensors, bitsand
         "modelopt (NVFP4, MXFP4, FP8), and FP8 (fp8, fbgemm_fp8)")
 CT_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision",
               "nvfp4-pack-quantized", "mxfp4-pack-quantized", "dense")
+OTHER_FILES = {"hf_quant_config": "modelopt", "quantize_config": "gptq", "quant_config": "awq"}  # -> method
 CT_TYPES = [("float", 4), ("float", 8), *(("int", bits) for bits in range(1, 9))]
 
 
 class Quantization(NamedTuple):
-    """A folder's `quantization_config`, of which `key` is the name in `path`."""
+    """A folder's `quantization_config`, or what stands for it. `key` is its name in `path`."""
 
     path: Path
     key: str
@@ -48,8 +49,8 @@ class Quantization(NamedTuple):
         return checked(self.path, f"{self.key}.{name}", self.stated.get(name, default), rule)
 
     def matches(self, key: str, pattern: str, module: str) -> bool:
-        """Does a module's name begin with this regular expression, which is under `key`? ConfigError if it
-        is none, or one that could take any time."""
+        """Does a module's name begin with a regular expression, which stands under `key`? ConfigError for one
+        that is invalid or could take any time."""
         try:
             expression = re.compile(pattern)
         except (re.error, OverflowError, RecursionError):
@@ -62,7 +63,8 @@ class Quantization(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """The tensors that form a matrix, by the endings of their names; `module` is what these begin with."""
+    """The tensors that form a matrix, by the endings of their names. `module` is what all these names begin
+    with."""
 
     folder: Path
     module: str
@@ -70,26 +72,26 @@ class Stored(NamedTuple):
     quantization: Quantization
 
     def error(self, ending: str, words: str) -> ConfigError:
-        """One that says this of a tensor."""
+        """An error that says this of a tensor."""
         return ConfigError(f"{self.folder}: {printable(f'{self.module}.{ending}')} {words}")
 
     def refuse(self, ending: str, must: str) -> NoReturn:
         tensor = self.tensors.get(ending)
-        its = "is missing" if tensor is None else f"is {kind_of(tensor)} {tuple(tensor.shape)}"
-        raise self.error(ending, f"{its}; it must be {must}")
+        state = "is missing" if tensor is None else f"is {kind_of(tensor)} {tuple(tensor.shape)}"
+        raise self.error(ending, f"{state}; it must be {must}")
 
     def take(self, ending: str, kinds: str, *shape: int | None) -> numpy.ndarray:
-        """A tensor, whose type is one of `kinds` and whose shape is this one. None: any size but 0."""
+        """A tensor whose type is one of `kinds` and whose shape is this one. None stands for any size but
+        0."""
         tensor = self.tensors.get(ending)
-        if tensor is None or kind_of(tensor) not in kinds.split() or len(tensor.shape) != len(shape) or any(
-                have != want if want is not None else have == 0 for have, want in zip(tensor.shape, shape)):
+        if tensor is None or kind_of(tensor) not in kinds.split() or not has_shape(tensor, shape):
             sizes = ", ".join("any" if size is None else str(size) for size in shape)
             self.refuse(ending, f"{' or '.join(kinds.split())} ({sizes})")
         return self.tensors[ending]
 
     def check_group(self, ending: str, group: int, K: int):
         if K % group:
-            raise self.error(ending, f"is of {K} inputs, which groups of {group} do not divide")
+            raise self.error(ending, f"has {K} input columns, not a multiple of the group size {group}")
 
     def given(self, ending: str) -> bool:
         return ending in self.tensors
@@ -97,6 +99,13 @@ class Stored(NamedTuple):
     @property
     def mapped(self) -> tuple[numpy.ndarray, ...]:
         return tuple(self.tensors.values())
+
+
+def has_shape(tensor: numpy.ndarray, shape: tuple[int | None, ...]) -> bool:
+    """Is a tensor of this shape? None stands for any size but 0."""
+    if len(tensor.shape) != len(shape):
+        return False
+    return all(has != 0 if size is None else has == size for has, size in zip(tensor.shape, shape))
 
 
 FLOAT = " ".join(FLOATS)
@@ -119,14 +128,15 @@ GROUP_SIZE = Rule(int, -1, MOST_CHANNELS)
 
 
 def groups_of(size: int, K: int) -> tuple[int, int]:
-    """How many of K columns share a scale, and how many such groups there are; of size -1 there is one."""
+    """How many of K columns share a scale, and how many such groups there are. Size -1 means one group."""
     size = K if size < 1 else size
     return size, -(-K // size)
 
 
 def overridden(quantization: Quantization, module: str) -> Quantization:
-    """GPTQ's settings of a module: those of the first rule in `dynamic` that matches its name."""
-    if not isinstance(rules := quantization.stated.get("dynamic") or {}, dict):
+    """GPTQ's settings of a module: those of the first rule in `dynamic` that matches its name count first."""
+    rules = quantization.stated.get("dynamic") or {}
+    if not isinstance(rules, dict):
         raise ConfigError(f"{quantization.path}: {quantization.key}.dynamic is {shown(rules)}; it must be an "
                           "object")
     for pattern, changes in rules.items():
@@ -137,37 +147,38 @@ def overridden(quantization: Quantization, module: str) -> Quantization:
 
 
 def gptq(stored: Stored) -> Layout:
-    its = overridden(stored.quantization, stored.module)
-    bits = its.get("bits", Rule(int, 2, 8))
+    settings = overridden(stored.quantization, stored.module)
+    bits = settings.get("bits", Rule(int, 2, 8))
     if bits not in (2, 3, 4, 8):
-        raise ConfigError(f"{its.path}: {its.key}.bits is {bits}; it must be 2, 3, 4 or 8")
-    later = its.stated.get("checkpoint_format") == "gptq_v2"
-    symmetric = its.get("sym", Rule(bool), True)
+        raise ConfigError(f"{settings.path}: {settings.key}.bits is {bits}; it must be 2, 3, 4 or 8")
+    is_v2 = settings.stated.get("checkpoint_format") == "gptq_v2"
+    is_symmetric = settings.get("sym", Rule(bool), True)
     qweight = stored.take("qweight", "int32", None, None)
     K = 32 * qweight.shape[0] // bits
     N = qweight.shape[1]
-    group, G = groups_of(its.get("group_size", GROUP_SIZE, -1), K)
+    group, G = groups_of(settings.get("group_size", GROUP_SIZE, -1), K)
     scales = stored.take("scales", FLOAT, G, N)
 
     def codes(begin: int, end: int) -> numpy.ndarray:
         return unpacked(qweight[:, begin:end].T, bits, K)
 
     def zeros(begin: int, end: int) -> numpy.ndarray:  # a field that is full has the zero point 2^bits
-        return unpacked(qzeros, bits, N, begin, end).T + numpy.uint16(not later)
+        return unpacked(qzeros, bits, N, begin, end).T + numpy.uint16(not is_v2)
 
-    if symmetric:
+    if is_symmetric:
         middle = 1 << bits - 1
         refuse_points(stored, "qzeros", lambda points: unpacked(points, bits, N), (middle - 1, middle))
     else:
         qzeros = stored.take("qzeros", "int32", G, -(-N * bits // 32))
     order = order_of(stored, "g_idx", K, group, G)
-    return Grouped((N, K), bits, group, codes, scales.T, stored.mapped, None if symmetric else zeros, order)
+    return Grouped((N, K), bits, group, codes, scales.T, stored.mapped, None if is_symmetric else zeros,
+                   order)
 
 
 def refuse_points(stored: Stored, ending: str, decode: Callable[[numpy.ndarray], numpy.ndarray],
                   usual: tuple[int, ...]):
-    """ConfigError if weights that are said to be symmetric have a tensor of other zero points, of which some
-    are looked at."""
+    """ConfigError if weights that are said to be symmetric have a tensor of other zero points. It looks at
+    some of them."""
     points = stored.tensors.get(ending)
     if points is not None and points.size and not any(
             (decode(points.reshape(*points.shape[:1] or (1,), -1)[:1]) == one).all() for one in usual):
@@ -176,7 +187,7 @@ def refuse_points(stored: Stored, ending: str, decode: Callable[[numpy.ndarray],
 
 
 def order_of(stored: Stored, ending: str, K: int, group: int, G: int) -> numpy.ndarray | None:
-    """The group of each column, if they are in another order than the groups."""
+    """The group of each column, if the columns are not in the order of the groups."""
     if not stored.given(ending):
         return None
     order = stored.take(ending, WHOLE, K)
@@ -195,27 +206,30 @@ class CtGroup(NamedTuple):
 
 
 def ct_groups(quantization: Quantization) -> list[CtGroup]:
-    """Its groups, at least one. ConfigError for one of another form."""
-    groups = quantization.stated.get("config_groups")
-    found = []
+    """compressed-tensors' groups of modules, at least one. ConfigError for a group of another form."""
     where = f"{quantization.path}: {quantization.key}.config_groups"
-    if not isinstance(groups := {} if groups is None else groups, dict):
-        raise ConfigError(f"{where} is {shown(groups)}; it must be an object")
-    for name, group in groups.items():
-        weights = group.get("weights") or {} if isinstance(group, dict) else group
-        targets = group.get("targets") or [] if isinstance(group, dict) else None
-        if not isinstance(weights, dict):
-            raise ConfigError(f"{where}.{printable(name)} is {shown(group)}; it must be an object, and so "
-                              "must its `weights`")
-        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-            raise ConfigError(f"{where}.{printable(name)}.targets is {shown(targets)}; it must be a list of "
-                              "texts")
-        found.append(CtGroup(name, tuple(targets), weights))
-    return found or [CtGroup("", (), {})]
+    stated = quantization.stated.get("config_groups")
+    if stated is None:
+        stated = {}
+    if not isinstance(stated, dict):
+        raise ConfigError(f"{where} is {shown(stated)}; it must be an object")
+    groups = [ct_group_of(f"{where}.{printable(name)}", name, group) for name, group in stated.items()]
+    return groups or [CtGroup("", (), {})]
+
+
+def ct_group_of(where: str, name: str, stated: Any) -> CtGroup:
+    is_object = isinstance(stated, dict)
+    weights = stated.get("weights") or {} if is_object else stated
+    targets = stated.get("targets") or [] if is_object else None
+    if not isinstance(weights, dict):
+        raise ConfigError(f"{where} is {shown(stated)}; it must be an object, and so must its `weights`")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise ConfigError(f"{where}.targets is {shown(targets)}; it must be a list of texts")
+    return CtGroup(name, tuple(targets), weights)
 
 
 def ct_group(quantization: Quantization, module: str) -> CtGroup:
-    """The group of a module: one that targets its name comes before one that targets its class."""
+    """The group of a module. A group that targets its name comes before one that targets its class."""
     groups = ct_groups(quantization)
 
     def matches(target: str) -> bool:
@@ -228,18 +242,18 @@ def ct_group(quantization: Quantization, module: str) -> CtGroup:
 
 def ct_bits(stored: Stored) -> tuple[int, CtGroup]:
     group = ct_group(stored.quantization, stored.module)
-    its = stored.quantization
-    key = f"{its.key}.config_groups.{printable(group.name)}.weights.num_bits"
-    return checked(its.path, key, group.weights.get("num_bits"), Rule(int, 1, 8)), group
+    quantization = stored.quantization
+    key = f"{quantization.key}.config_groups.{printable(group.name)}.weights.num_bits"
+    return checked(quantization.path, key, group.weights.get("num_bits"), Rule(int, 1, 8)), group
 
 
-def ct_columns(stored: Stored, its: CtGroup, N: int, K: int) -> tuple[numpy.ndarray, int]:
-    """The scales (N, G) and how many columns share one."""
+def ct_columns(stored: Stored, config: CtGroup, N: int, K: int) -> tuple[numpy.ndarray, int]:
+    """The scales (N, G), and how many columns share one."""
     scales = stored.tensors.get("weight_scale")
-    if its.weights.get("strategy") == "tensor" and scales is not None and scales.size == 1:
+    if config.weights.get("strategy") == "tensor" and scales is not None and scales.size == 1:
         return numpy.broadcast_to(floats(scales).reshape(1, 1), (N, 1)), K
-    where = f"{stored.quantization.key}.config_groups.{printable(its.name)}.weights.group_size"
-    size = checked(stored.quantization.path, where, its.weights.get("group_size") or -1, GROUP_SIZE)
+    where = f"{stored.quantization.key}.config_groups.{printable(config.name)}.weights.group_size"
+    size = checked(stored.quantization.path, where, config.weights.get("group_size") or -1, GROUP_SIZE)
     group, G = groups_of(size, K)
     stored.check_group("weight_scale", group, K)
     return stored.take("weight_scale", FLOAT, N, G), group
@@ -250,22 +264,21 @@ def ct_symmetric(group: CtGroup) -> bool:
 
 
 def ct_packed(stored: Stored) -> Layout:
-    bits, its = ct_bits(stored)
+    bits, config = ct_bits(stored)
     N, K = sizes_in(stored)
     packed = stored.take("weight_packed", "int32", N, None)
     if packed.shape[1] not in word_counts(K, bits):
         stored.refuse("weight_packed", f"{N} rows of {min(word_counts(K, bits))} words, for {K} inputs of "
                                        f"{bits} bits")
-    scales, group = ct_columns(stored, its, N, K)
+    scales, group = ct_columns(stored, config, N, K)
     G = scales.shape[1]
 
     def codes(begin: int, end: int) -> numpy.ndarray:
         return unpacked(packed[begin:end], bits, K)
 
     zeros = None
-    if ct_symmetric(its):
-        refuse_points(stored, "weight_zero_point", lambda points: points if kind_of(points) == "int8" else (
-            unpacked(points.T, bits, 32 // bits)), (0, 1 << bits - 1))
+    if ct_symmetric(config):
+        refuse_points(stored, "weight_zero_point", partial(ct_point_codes, bits=bits), (0, 1 << bits - 1))
     else:
         points = stored.take("weight_zero_point", "int32", None, G)
         if len(points) not in word_counts(N, bits):
@@ -275,18 +288,23 @@ def ct_packed(stored: Stored) -> Layout:
     return Grouped((N, K), bits, group, codes, scales, stored.mapped, zeros, order)
 
 
+def ct_point_codes(points: numpy.ndarray, bits: int) -> numpy.ndarray:
+    """Zero points of symmetric weights, which some files pack and some do not."""
+    return points if kind_of(points) == "int8" else unpacked(points.T, bits, 32 // bits)
+
+
 def ct_zeros(points: numpy.ndarray, bits: int, N: int, begin: int, end: int) -> numpy.ndarray:
     return unpacked(points.T, bits, N, begin, end).T
 
 
 def usual_order(stored: Stored) -> bool:
-    """Is there an order of columns? One of -1 stands for none."""
+    """Does the file state an order of columns? One of -1 stands for none."""
     order = stored.tensors.get("weight_g_idx")
     return order is not None and not (kind_of(order) in WHOLE.split() and (order == -1).all())
 
 
 def sizes_in(stored: Stored) -> tuple[int, int]:
-    """(N, K) of weight_shape."""
+    """(N, K), from weight_shape."""
     N, K = map(int, stored.take("weight_shape", WHOLE, 2))
     if not (0 < N <= 1 << 24 and 0 < K <= MOST_CHANNELS):
         raise stored.error("weight_shape", f"is {[N, K]}; these are no numbers of outputs and inputs")
@@ -294,12 +312,12 @@ def sizes_in(stored: Stored) -> tuple[int, int]:
 
 
 def ct_int8(stored: Stored) -> Layout:
-    _, its = ct_bits(stored)
+    _, config = ct_bits(stored)
     weight = stored.take("weight", "int8", None, None)
     N, K = weight.shape
-    scales, group = ct_columns(stored, its, N, K)
+    scales, group = ct_columns(stored, config, N, K)
     zeros = None
-    if ct_symmetric(its):
+    if ct_symmetric(config):
         refuse_points(stored, "weight_zero_point", lambda points: points, (0,))
     else:
         points = stored.take("weight_zero_point", "int8", *scales.shape)
@@ -332,7 +350,8 @@ def mxfp4(stored: Stored, codes: str = "weight_packed") -> Layout:
 
 
 def codebook_state(stored: Stored, ending: str) -> tuple[int, int, int, int | None, float]:
-    """(N, K, the blocksize, that of the scales of scales, what is added to them): JSON in bytes."""
+    """(N, K, the blocksize, the blocksize of the scales' scales, what is added to the scales), from JSON in
+    bytes."""
     try:
         state = json.loads(stored.take(ending, "uint8", None).tobytes())
         [N, K], block, inner = state["shape"], state["blocksize"], state.get("nested_blocksize")
@@ -381,7 +400,8 @@ def llm_int8(stored: Stored) -> Layout:
 
 
 class Packing(NamedTuple):
-    """A format: the tensor that has its codes, by ending and type, those that belong to it, its layout."""
+    """A format: the ending and the type of the tensor that has its codes, the tensors beside it, its
+    layout."""
 
     title: str
     methods: str
@@ -416,16 +436,16 @@ UNREAD_SCALES = r".*\.(input|output|[kqv])_(global_)?(scale|zero_point)(_inv)?$"
 
 
 def quantization_of(path: Path, config: Mapping) -> Quantization | None:
-    """What a config.json, or another file beside it, says of its folder's quantization."""
+    """What config.json, or another file beside it, says of a folder's quantization."""
     text = config.get("text_config")
-    for key, holder in (("", config), ("text_config.", text if isinstance(text, dict) else {})):
-        if (stated := holder.get("quantization_config")) is not None:
-            stated = stated if isinstance(stated, dict) else {}
-            if only_of_cache(stated):
-                continue
-            return Quantization(path, f"{key}quantization_config", with_method(stated))
-    for name, method in (("hf_quant_config", "modelopt"), ("quantize_config", "gptq"),
-                         ("quant_config", "awq")):
+    for prefix, holder in (("", config), ("text_config.", text if isinstance(text, dict) else {})):
+        stated = holder.get("quantization_config")
+        if stated is None:
+            continue
+        stated = stated if isinstance(stated, dict) else {}
+        if not only_of_cache(stated):
+            return Quantization(path, f"{prefix}quantization_config", with_method(stated))
+    for name, method in OTHER_FILES.items():
         other = path.with_name(f"{name}.json")
         if stated := read_json(other, needed=False):
             stated = stated.get("quantization", stated)
@@ -435,13 +455,14 @@ def quantization_of(path: Path, config: Mapping) -> Quantization | None:
 
 
 def only_of_cache(stated: Mapping) -> bool:
-    """Does it only say how others keep keys and values?"""
+    """Does it say only how others keep keys and values?"""
     own = [key for key, value in stated.items() if value not in (None, "", [], {})]
     return bool(own) and all(key.startswith("kv_cache") for key in own)
 
 
 def with_method(stated: Mapping) -> Mapping:
-    """bitsandbytes' older configs do not name their method, and modelopt has a name for each of its own."""
+    """bitsandbytes' older configs do not name their method, and modelopt has a name for each of its
+    formats."""
     method = stated.get("quant_method")
     if method is None and (stated.get("load_in_4bit") or stated.get("load_in_8bit")):
         method = "bitsandbytes"
@@ -452,38 +473,60 @@ def with_method(stated: Mapping) -> Mapping:
 
 def check_quantization(path: Path, config: Mapping) -> Quantization | None:
     """`quantization_of`. ConfigError if no row of PACKINGS reads such weights."""
-    if (found := quantization_of(path, config)) is None:
+    quantization = quantization_of(path, config)
+    if quantization is None:
         return None
-    stated = found.stated
-    reason = ""
-    method = stated.get("quant_method")
-    layout = stated.get("format")
-    if not isinstance(method, str) or method not in METHODS:
-        reason = f"{found.key}.quant_method is {shown(method)}"
-    elif method == "awq" and (version := str(stated.get("version") or "gemm").lower()) != "gemm":
-        reason = f"{found.key}.version is {shown(version)}, of which only gemm is read"
-    elif method == "awq" and (bits := stated.get("bits", stated.get("w_bit", 4))) != 4:
-        reason = f"{found.key}.bits is {shown(bits)}, and AWQ is read with 4"
-    elif method == "gptq" and (form := stated.get("checkpoint_format") or "gptq") not in GPTQ_FORMS:
-        reason = f"{found.key}.checkpoint_format is {shown(form)}"
-    elif method == "compressed-tensors":
-        sparse = stated.get("sparsity_config")
-        layout = sparse.get("format") if isinstance(sparse, dict) and sparse.get("format") else layout
-        if layout is not None and layout not in CT_FORMATS:
-            reason = f"{found.key}.quant_method is {shown(method)} of format {shown(layout)}"
-        for group in ct_groups(found):
-            size = group.weights.get("type"), group.weights.get("num_bits")
-            if not reason and group.weights and size not in CT_TYPES:
-                reason = (f"{found.key}.quant_method is {shown(method)}, and the weights of "
-                          f"{shown(group.name)} are of type {shown(size[0])} with {shown(size[1])} bits")
+    reason = why_unread(quantization)
     if reason:
-        raise ConfigError(f"{found.path}: {reason}; these packed weights are read: {READ}. Otherwise "
-                          f"{ADVICE}")
-    return found
+        raise ConfigError(f"{quantization.path}: {quantization.key}.{reason}; these packed weights are read: "
+                          f"{READ}. Otherwise {ADVICE}")
+    return quantization
+
+
+def why_unread(quantization: Quantization) -> str:
+    """Why no row of PACKINGS reads weights of this quantization, beginning with the key that says so; "" if
+    one does."""
+    stated = quantization.stated
+    method = stated.get("quant_method")
+    if not isinstance(method, str) or method not in METHODS:
+        return f"quant_method is {shown(method)}"
+    if method == "awq":
+        version = str(stated.get("version") or "gemm").lower()
+        if version != "gemm":
+            return f"version is {shown(version)}, of which only gemm is read"
+        bits = stated.get("bits", stated.get("w_bit", 4))
+        if bits != 4:
+            return f"bits is {shown(bits)}, and AWQ is read with 4"
+    if method == "gptq":
+        form = stated.get("checkpoint_format") or "gptq"
+        if form not in GPTQ_FORMS:
+            return f"checkpoint_format is {shown(form)}"
+    if method == "compressed-tensors":
+        return why_ct_unread(quantization)
+    return ""
+
+
+def why_ct_unread(quantization: Quantization) -> str:
+    """`why_unread` of compressed-tensors. ConfigError for groups of another form."""
+    stated = quantization.stated
+    layout = stated.get("format")
+    sparse = stated.get("sparsity_config")
+    if isinstance(sparse, dict) and sparse.get("format"):
+        layout = sparse["format"]
+    reasons = []
+    if layout is not None and layout not in CT_FORMATS:
+        reasons.append(f"quant_method is {shown(quantization.method)} of format {shown(layout)}")
+    for group in ct_groups(quantization):
+        kind = group.weights.get("type")
+        bits = group.weights.get("num_bits")
+        if group.weights and (kind, bits) not in CT_TYPES:
+            reasons.append(f"quant_method is {shown(quantization.method)}, and the weights of "
+                           f"{shown(group.name)} are of type {shown(kind)} with {shown(bits)} bits")
+    return reasons[0] if reasons else ""
 
 
 def join_packed(folder: Path, state: Mapping[str, numpy.ndarray]) -> dict[str, Any]:
-    """A folder's tensors, where those that form a packed matrix have become one PackedWeight, `.weight`."""
+    """A folder's tensors. Those that form a packed matrix become one PackedWeight, `.weight`."""
     path = folder / "config.json"
     config = read_json(path, needed=False)
     stated = quantization_of(path, config)
@@ -491,15 +534,22 @@ def join_packed(folder: Path, state: Mapping[str, numpy.ndarray]) -> dict[str, A
         return dict(state)
     quantization = check_quantization(path, config) or stated
     joined = {}
-    used = set()
+    joined_names = set()
     for module, packing in packed_modules(quantization.method, state):
-        endings = packing.codes, *packing.needed.split(), *packing.others.split()
-        names = {ending: f"{module}.{ending}" for ending in endings if f"{module}.{ending}" in state}
-        stored = Stored(folder, module, {ending: state[name] for ending, name in names.items()}, quantization)
-        joined[f"{module}.weight"] = PackedWeight(packing.layout(stored), packing.title)
-        used |= {*names.values()}
-    rest = {name: tensor for name, tensor in state.items()
-            if name not in used and not (joined and re.fullmatch(UNREAD_SCALES, name))}
+        names = {}
+        for ending in (packing.codes, *packing.needed.split(), *packing.others.split()):
+            name = f"{module}.{ending}"
+            if name in state:
+                names[ending] = name
+        tensors = {ending: state[name] for ending, name in names.items()}
+        layout = packing.layout(Stored(folder, module, tensors, quantization))
+        joined[f"{module}.weight"] = PackedWeight(layout, packing.title)
+        joined_names |= {*names.values()}
+    rest = {}
+    for name, tensor in state.items():
+        is_unread = joined and re.fullmatch(UNREAD_SCALES, name)
+        if name not in joined_names and not is_unread:
+            rest[name] = tensor
     return rest | joined
 
 
@@ -525,12 +575,14 @@ def without_zero_biases(state: Mapping[str, Any], expected: Mapping[str, Any]) -
 
 
 def origin_of(state: Mapping[str, Any], tiles: bool) -> str:
-    """In words, which formats a folder's matrices have, and how many of them are multiplied out. `tiles`: do
-    kernels read packed weights?"""
-    found = [tensor for tensor in state.values() if isinstance(tensor, PackedWeight)]
-    if not found:
+    """In words, which formats a folder's matrices have, and how many of them are multiplied out. `tiles`:
+    kernels read packed weights."""
+    packed = [tensor for tensor in state.values() if isinstance(tensor, PackedWeight)]
+    if not packed:
         return ""
-    floats = sum(not (tiles and tensor.layout.kind) for tensor in found)
-    several = f"{floats} of {len(found)}" if floats < len(found) else "all"
-    return (f", from {', '.join(dict.fromkeys(tensor.title for tensor in found))}"
-            + (f", {several} matrices multiplied out" if floats else ""))
+    origin = f", from {', '.join(dict.fromkeys(tensor.title for tensor in packed))}"
+    as_floats = sum(not (tiles and tensor.layout.kind) for tensor in packed)
+    if as_floats:
+        several = f"{as_floats} of {len(packed)}" if as_floats < len(packed) else "all"
+        origin += f", {several} matrices multiplied out"
+    return origin

@@ -50,7 +50,7 @@ def delta_rule_of_next(path: Path, config: Mapping) -> DeltaRule:
 
 
 def complete(path: Path, config: Mapping) -> dict:
-    """Its layers' types, and the rotary parameters of text: image positions do not rotate its pairs."""
+    """The layers' types, and the rotary parameters of texts, in which image positions turn nothing."""
     rope = {key: value for key, value in (config["rope_parameters"] or {}).items() if "mrope" not in key}
     every = config["full_attention_interval"]
     types = config["layer_types"] or [LAYER_TYPES[0] if (layer + 1) % every == 0 else "linear_attention"
@@ -59,7 +59,8 @@ def complete(path: Path, config: Mapping) -> dict:
 
 
 def repack(state: Mapping) -> dict:
-    """A folder's tensors without the draft head, the decay in GGUF's form, with separate experts."""
+    """A folder's tensors with a matrix for each expert and the decay in GGUF's form, without the draft
+    head."""
     repacked = {}
     for name, tensor in state.items():
         if not name.startswith("mtp."):

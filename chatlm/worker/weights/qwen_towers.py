@@ -12,7 +12,7 @@ from chatlm.worker.model.tower import deep_norm
 from chatlm.worker.weights.layernorms import ACTIVATIONS, both
 from chatlm.worker.weights.rules import MOST_LAYERS, Rule
 from chatlm.worker.weights.towers import (
-    CHANNELS, HEADS, LAYERS, SIDE, SIGLIP_FILE, TowerFamily, colors, eyes_of, of_grid, scaled, siglip,
+    CHANNELS, HEADS, LAYERS, SIDE, SIGLIP_FILE, TowerFamily, colors_of, make_eyes, of_grid, scaled, siglip,
     siglip_of_file)
 
 if TYPE_CHECKING:
@@ -45,13 +45,15 @@ FILE_NAMES = SIGLIP_FILE | both({
 
 def qwen_eyes(said: Said, model: ModelSpec, spec: ModelSpec, patch: int, shuffle: int, grid: int,
               deep: tuple[int, ...], pixels: tuple[int, int]) -> Eyes:
-    """spec: of the tower, with any number of patches. pixels: of a picture, the fewest and the most."""
-    unit, (mean, std) = patch * shuffle, colors(said)
+    """`spec` is the tower's, with any number of patches. `pixels`: the fewest and the most of a picture."""
+    unit = patch * shuffle
+    colors = colors_of(said)
     said.divides("the size of the tower's heads", spec.head_size, 4)
     if round(grid**0.5)**2 != grid:
         said.refuse(f"the table of places has {grid} rows; it must be a square")
-    if len(deep) > min(MOST_DEEP, model.layers) or [*deep] != sorted({*deep}) or deep and (
-            not 0 <= deep[0] <= deep[-1] < spec.layers):
+    rises = [*deep] == sorted({*deep})
+    is_inside = not deep or 0 <= deep[0] <= deep[-1] < spec.layers
+    if len(deep) > min(MOST_DEEP, model.layers) or not rises or not is_inside:
         said.refuse(f"deepstack is after the layers {list(deep)}; there are {spec.layers}, and {MOST_DEEP} "
                     "are the most")
     most = min(max(pixels[1] // unit**2, 1), MOST_ROWS)
@@ -61,9 +63,10 @@ def qwen_eyes(said: Said, model: ModelSpec, spec: ModelSpec, patch: int, shuffle
     longest = 1 + max(2 * fewest + 1, math.isqrt(side * fewest), min(math.isqrt(side * most), side // unit))
     vision = Vision("qwen3vl", model.vocab_size, MARKER, 0, most, unit=unit, fewest=fewest)
     spec = replace(spec, max_positions=max(most, longest) * shuffle**2)
-    return eyes_of(vision, spec, {}, patch, shuffle, "bicubic", mean, std, "merger", "bilinear",
-                "by_row_and_column", most=longest, hidden=spec.width * shuffle**2, grid=grid, deep=deep,
-                axes=said.sections())
+    return make_eyes(
+        vision, spec, patch, shuffle, colors, filter="bicubic", projector="merger", places="bilinear",
+        angles="by_row_and_column", most=longest, hidden=spec.width * shuffle**2, grid=grid, deep=deep,
+        axes=said.sections())
 
 
 def qwen_of_folder(said: Said, model: ModelSpec) -> Eyes:

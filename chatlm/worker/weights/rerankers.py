@@ -1,7 +1,7 @@
-"""Qwen3-Reranker: a causal model that answers whether a document is right for a query with yes or no.
+"""Qwen3-Reranker: a causal model that answers yes or no, whether a document is right for a query.
 
-Its score is the logit of "yes" minus that of "no" after a prompt with both, so a pair needs the last hidden
-state and one row instead of a head (https://arxiv.org/abs/2506.05176)."""
+Its score is the logit of "yes" minus that of "no" after a prompt with both. So a pair of texts needs only its
+last hidden state and one row in place of the head (https://arxiv.org/abs/2506.05176)."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ PROMPT = (
     'Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
     f'<Instruct>: {WEB_SEARCH}\n<Query>: {{query}}\n<Document>: {{document}}<|im_end|>\n'
     '<|im_start|>assistant\n<think>\n\n</think>\n\n')
+TEMPLATE = re.compile(r"[^{}]*\{query\}[^{}]*\{document\}[^{}]*")
 CLASSES = "cls.output.weight"  # a GGUF file's rows for yes and no
 SCORE = "score.weight"         # a folder's single row
 # architectures of a config.json whose models score or label texts, and write none
@@ -43,8 +44,8 @@ CANNOT = ("such a model scores or labels texts and writes none; of causal models
 
 
 def refuse_classifier(path: Path, config: Mapping, family: str):
-    """ConfigError for a config.json of a causal model that classifies, or gives rewards: it has no matrix
-    that makes tokens."""
+    """ConfigError for a config.json of a causal model that classifies or gives rewards: no matrix of it makes
+    tokens."""
     for name in architectures_of(config):
         may_rank = family in FAMILIES and name.endswith("ForSequenceClassification")
         if CLASSIFIERS.search(name) and not may_rank:
@@ -57,15 +58,16 @@ def architectures_of(config: Mapping) -> list[str]:
 
 
 def score_of(folder: Path, config: Mapping, family: str, names: Seq[str], score: Any, has_head: bool) -> Any:
-    """A folder's tensor SCORE if it is what the model ranks by; None of one that chats. ConfigError of any
-    other.
+    """A folder's tensor SCORE, if that is what the model ranks by; None of a model that chats. ConfigError of
+    any other.
 
-    `has_head`: is there a matrix that makes tokens?"""
-    said = architectures_of(config)
-    scores = any(map(CLASSIFIERS.search, said))
-    if score is None or not scores and (has_head or said):
-        if score is not None:
-            log.warning("%s: %s is not used: the model writes texts", folder, SCORE)
+    `has_head`: there is a matrix that makes tokens."""
+    if score is None:
+        return None
+    architectures = architectures_of(config)
+    classifies = any(map(CLASSIFIERS.search, architectures))
+    if not classifies and (has_head or architectures):
+        log.warning("%s: %s is not used: the model writes texts", folder, SCORE)
         return None
     if family not in FAMILIES:
         raise ConfigError(f"{folder} has {SCORE}, but no matrix that makes tokens; {CANNOT}")
@@ -76,37 +78,43 @@ def score_of(folder: Path, config: Mapping, family: str, names: Seq[str], score:
 
 def of_folder(folder: Path, config: Mapping, family: str, names: Seq[str], spec: ModelSpec, text: TextSpec,
               state: Mapping[str, Any], score: Any) -> tuple[TextSpec, numpy.ndarray | None]:
-    """The text of a folder's reranker, and the row (C,) that makes a hidden state a score; the text alone of
-    any other model. `score`: its tensor SCORE, if it has one. ConfigError if it ranks in another way."""
-    classifies = score is not None
-    if family not in FAMILIES or not (classifies or config.get("classifier_from_token")
-                                      or any(map(NAMED.search, names))):
+    """The text of a folder's reranker, and the row (C,) that makes a score of a hidden state; the text and
+    None of any other model. `score`: its tensor SCORE, if it has one. ConfigError if it ranks in another
+    way."""
+    stated = score is not None or config.get("classifier_from_token")
+    if family not in FAMILIES or not (stated or any(map(NAMED.search, names))):
         return text, None
     path = folder / "config.json"
-    if classifies:
-        if score.shape != (1, spec.width):
-            raise ConfigError(f"{folder}: {SCORE} is {tuple(score.shape)}; of a reranker it must be "
-                              f"{(1, spec.width)}")
+    if score is None:
+        ranking = yes_less_no(path, config, spec, text, state)
+    elif score.shape == (1, spec.width):
         ranking = floats(score)[0].astype(numpy.float64)
     else:
-        words = config.get("classifier_from_token") or ["no", "yes"]
-        if not (isinstance(words, list) and len(words) == 2 and all(isinstance(word, str) for word in words)):
-            raise ConfigError(f"{path}: classifier_from_token is {shown(words)}; it must be a list of two "
-                              "tokens, the second for relevant documents")
-        head = state["model.embed_tokens.weight" if spec.tied_head else "lm_head.weight"]
-        no, yes = (floats(head[token:token + 1])[0] for token in ids_of(path, text, words))
-        ranking = yes.astype(numpy.float64) - no
+        raise ConfigError(f"{folder}: {SCORE} is {tuple(score.shape)}; of a reranker it must be "
+                          f"{(1, spec.width)}")
     return as_reranker(path, text, spec, PROMPT), ranking
+
+
+def yes_less_no(path: Path, config: Mapping, spec: ModelSpec, text: TextSpec,
+                state: Mapping[str, Any]) -> numpy.ndarray:
+    """The row of the head for "yes" less that for "no", float64 (C,), by the config's own words for them."""
+    words = config.get("classifier_from_token") or ["no", "yes"]
+    if not (isinstance(words, list) and len(words) == 2 and all(isinstance(word, str) for word in words)):
+        raise ConfigError(f"{path}: classifier_from_token is {shown(words)}; it must be a list of two "
+                          "tokens, the second for relevant documents")
+    head = state["model.embed_tokens.weight" if spec.tied_head else "lm_head.weight"]
+    no, yes = (floats(head[token:token + 1])[0] for token in ids_of(path, text, words))
+    return yes.astype(numpy.float64) - no
 
 
 def of_gguf(path: Path, metadata: Mapping, family: str, spec: ModelSpec, text: TextSpec,
             stored: Mapping[str, Any], classes: Any) -> tuple[TextSpec, numpy.ndarray | None]:
-    """The same of a GGUF file; `classes`: its tensor CLASSES. Older files are those of a chat model."""
+    """Like `of_folder`, of a GGUF file. `classes`: its tensor CLASSES. Older files of rerankers look like
+    those of a chat model."""
     own = f"{metadata['general.architecture']}."
     pooling = pooling_of_gguf(path, own, metadata)
-    key = f"{own}classifier.output_labels"
-    named = NAMED.search(f"{metadata.get('general.name')} {path.name}")
-    if pooling != "rank" and not (pooling == "none" and named and family in FAMILIES):
+    is_named = NAMED.search(f"{metadata.get('general.name')} {path.name}")
+    if pooling != "rank" and not (pooling == "none" and is_named and family in FAMILIES):
         if classes is not None and spec.tied_head:
             raise ConfigError(f"{path} has {CLASSES}, but no output.weight and not the {own}pooling_type 4 "
                               f"(rank); {CANNOT}")
@@ -119,6 +127,7 @@ def of_gguf(path: Path, metadata: Mapping, family: str, spec: ModelSpec, text: T
         rows = ids_of(path, text, ["yes", "no"])
     else:
         head = classes
+        key = f"{own}classifier.output_labels"
         labels = metadata.get(key, ["yes", "no"])
         if sorted(map(str, labels)) != ["no", "yes"] or classes.shape.tolist() != [spec.width, 2]:
             shape = tuple(reversed(classes.shape.tolist()))
@@ -132,22 +141,22 @@ def of_gguf(path: Path, metadata: Mapping, family: str, spec: ModelSpec, text: T
 
 
 def ids_of(path: Path, text: TextSpec, words: Seq[str]) -> list[int]:
-    """The tokens of these words. ConfigError if one of them is not a single token."""
+    """The token of each of these words. ConfigError if a word is not a single token."""
     tokenizer = open_tokenizer(text)
     ids = [tokenizer.encode(word, begins=False) for word in words]
-    if wrong := [word for word, tokens in zip(words, ids) if len(tokens) != 1]:
-        raise ConfigError(f"{path}: {shown(wrong[0])} is not one token of the vocabulary, so the model has "
-                          "no score")
+    for word, tokens in zip(words, ids):
+        if len(tokens) != 1:
+            raise ConfigError(f"{path}: {shown(word)} is not one token of the vocabulary, so the model has "
+                              "no score")
     return [token for [token] in ids]
 
 
 def as_reranker(path: Path, text: TextSpec, spec: ModelSpec, template: Any) -> TextSpec:
-    """The text of a reranker: what the template has around the query and the document. ConfigError for one
-    that is no such template.
+    """The text of a reranker: what the template has around the query and the document. ConfigError if it is
+    no such template.
 
-    What comes before the last special token that precedes the query is the same for all pairs."""
-    if not isinstance(template, str) or not re.fullmatch(
-            r"[^{}]*\{query\}[^{}]*\{document\}[^{}]*", template):
+    Whatever precedes the last special token before the query is the same for all pairs."""
+    if not isinstance(template, str) or not TEMPLATE.fullmatch(template):
         raise ConfigError(f"{path}: its chat template `rerank` is {shown(template)}; it must have {{query}} "
                           "and then {document}, once each, and no other braces")
     tokenizer = open_tokenizer(text)

@@ -41,7 +41,7 @@ MODERN_TENSORS = both({
 
 
 def gguf_modern(header: Header) -> tuple[dict, dict]:
-    """Which layers see all of a text: the first of every three, where llama.cpp counts from the other end."""
+    """Which layers see all of a text: the first of every three. llama.cpp counts from the other end."""
     changes, _ = gguf_epsilon(header)
     period = header.raw("attention.sliding_window_pattern", 3)
     layers = header.value("block_count")
@@ -90,7 +90,7 @@ NOMIC_MOE_TENSORS = NOMIC_TENSORS | both({
 
 
 def restated_nomic(path: Path, raw: Mapping) -> Mapping:
-    """A config.json of either form in the terms of today's."""
+    """A config.json of either form in today's terms."""
     return restated(path, raw, FIXED_NOMIC) if "n_embd" in raw else raw
 
 
@@ -113,7 +113,7 @@ def restated(path: Path, raw: Mapping, fixed: Mapping[str, Any]) -> Mapping:
 
 
 def nomic_moe_fields(path: Path, config: Mapping) -> dict[str, Any]:
-    """Every so many layers, from the second on, one has experts instead of a feed-forward part."""
+    """Every nth layer, counted from the second, has experts instead of a feed-forward part."""
     every = config["moe_every_n_layers"]
     layers = config["num_hidden_layers"]
     experts = config["num_experts"]
@@ -125,7 +125,7 @@ def nomic_moe_fields(path: Path, config: Mapping) -> dict[str, Any]:
 
 
 def repack_nomic_moe(state: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
-    """The matrices of all experts as (experts, rows, columns); w2 is there with its inputs as rows."""
+    """The matrices of all experts as (experts, rows, columns). In the file, the rows of w2 are its inputs."""
     kept = without_heads(state, "bert.")
     for name in [name for name in kept if name.endswith("mlp.router.layer.weight")]:
         first, second = (name.replace("router.layer.weight", f"experts.mlp.{part}") for part in ("w1", "w2"))
@@ -139,7 +139,7 @@ def repack_nomic_moe(state: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndar
 
 
 def gguf_nomic_moe(header: Header) -> tuple[dict, dict]:
-    """Its files have no bias of the experts' sum, which llama.cpp's converter drops."""
+    """Its files have no bias of the experts' sum: llama.cpp's converter drops it."""
     changes, more = gguf_bert(header)
     every = header.value("moe_every_n_layers", 2, low=1)
     return changes, more | {"moe_every_n_layers": every, "experts_bias": False}
@@ -160,21 +160,21 @@ GTE_TENSORS = both({
 
 
 def repack_gte(state: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
-    """Its product of gates and ups has no bias, unlike all others: it gets one of zeros."""
+    """The product of gates and ups alone has no bias, so it gets one of zeros."""
     kept = without_heads(state, "new.")
     return kept | {name.replace(".weight", ".bias"): numpy.zeros(len(tensor), numpy.float32)
                    for name, tensor in kept.items() if name.endswith("mlp.up_gate_proj.weight")}
 
 
 def gates_first(spec: ModelSpec, name: str, rows: numpy.ndarray) -> numpy.ndarray:
-    """GTE has the rows of ups before those of gates."""
+    """GTE stores the rows of ups before those of gates."""
     if "up_gate_proj" not in name:
         return rows
     return numpy.concatenate((rows[len(rows) // 2:], rows[:len(rows) // 2]))
 
 
 def rope_of_gte(path: Path, name: str, config: Mapping, rope: dict) -> dict:
-    """Its ntk is a larger base with all frequencies divided alike, at every length."""
+    """GTE's ntk is a larger base, with all frequencies divided alike, at every length."""
     if (rope.get("rope_type") or rope.get("type")) != "ntk":
         return rope
     scale = checked(path, f"{name}.factor", rope.get("factor"), Rule(float, 1, 10**3))

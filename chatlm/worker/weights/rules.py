@@ -1,4 +1,4 @@
-"""Checks of the values in a model's files, key by key, and `LoadedModel`."""
+"""Checks of the values in a model's files, one key at a time; and `LoadedModel`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ V = TypeVar("V")
 
 @dataclass
 class LoadedModel:
-    """A model whose weights are still in its files; `tensors` has the names and shapes of
+    """A model whose weights are still in its files. `tensors` has the names and shapes of
     `architecture.tensors()`, without a tied head."""
 
     spec: ModelSpec
@@ -59,7 +59,7 @@ class LoadedModel:
 
     @property
     def architecture(self) -> Model:
-        """What computes it: the whole model, or the part of a rank or stage."""
+        """What computes it: the whole model, or the part of a rank or a stage."""
         return self.part or model_of(self.spec)
 
     @property
@@ -68,7 +68,7 @@ class LoadedModel:
 
 
 def float_type(settings: Settings, backend) -> str:
-    """The type of matrices that do not stay as stored: the one the user names, else the fastest one here."""
+    """The type of matrices that become floats: --dtype, else the fastest one here."""
     return settings.dtype or backend.dtype
 
 
@@ -84,7 +84,7 @@ LAYER_TYPES = ("full_attention", "sliding_attention")  # of config.json
 
 
 class Rule(NamedTuple):
-    """What a model file may hold under one key; the check and its error text are made from this row."""
+    """What a model's file may have under one key. Both the check and its error text are made from it."""
 
     value_type: type               # int, float (accepts an int too), bool or str
     low: float = -math.inf         # bounds of a number
@@ -115,9 +115,9 @@ class Rule(NamedTuple):
 
 
 def checked(path: Path, key: str, value: V | None, rule: Rule, length: int | None = None) -> V:
-    """A model file's value if `rule` allows it; a list must have `length` entries, if given.
+    """The value, if `rule` allows it; a list must have `length` entries, if that is given.
 
-    Otherwise raises ConfigError naming the file, the key, the value and what is allowed."""
+    Otherwise a ConfigError with the file, the key, the value and what is allowed."""
     result: Any = value
     if value is None and rule.optional:
         return result
@@ -150,8 +150,8 @@ DEFAULT_SAMPLING = {"temperature": 0.3, "min_p": 0.1, "frequency_penalty": 0.2, 
 
 
 def own_sampling(path: Path, stated: Mapping, prefix: str = "") -> dict:
-    """The fields `sampling`, `sampling_origin` and `notes` of a LoadedModel, from the values in its file: a
-    generation_config.json, or with a `prefix` GGUF metadata. A bad value is left out, with a note."""
+    """The fields `sampling`, `sampling_origin` and `notes` of a LoadedModel, from a generation_config.json,
+    or with a `prefix` from GGUF metadata. A bad value is left out, with a note."""
     sampling = {}
     notes = []
     for ours, (hf_key, gguf_key, rule) in SAMPLING_KEYS.items():
@@ -172,7 +172,7 @@ def own_sampling(path: Path, stated: Mapping, prefix: str = "") -> dict:
 
 
 def suppressed_in(path: Path, key: str, stated, vocab_size: int) -> frozenset[int]:
-    """The tokens of the vocabulary in a file's list of those that are never drawn."""
+    """The tokens that a file lists as never to be drawn, as far as the vocabulary has them."""
     ids = checked(path, key, stated, Rule(int, many=True, optional=True))
     found = frozenset(token for token in ids or () if 0 <= token < vocab_size)
     if len(found) == vocab_size:
@@ -181,21 +181,22 @@ def suppressed_in(path: Path, key: str, stated, vocab_size: int) -> frozenset[in
 
 
 def warn_of_templates(path: Path, names: Iterable[str]):
-    """Log a warning if a model has chat templates, but none for all chats."""
+    """Log a warning if a model has chat templates, but none for every chat."""
     if names := printable(", ".join(map(shown, names))):
         log.warning("%s has chat templates named %s, but none named \"default\": they are not "
                     "used", path, names)
 
 
 def check_divides(path: Path, key: str, size: int, divisor: int, of: str = ""):
-    """ConfigError unless `size` is a multiple of `divisor`; `of` says which sizes the divisor comes from."""
+    """ConfigError unless `size` is a multiple of `divisor`. `of` says which sizes the divisor is made of."""
     if size % divisor:
         of = of and f" ({of})"
         raise ConfigError(f"{path}: {key} is {size:,}; it must be a multiple of {divisor:,}{of}")
 
 
 def check_bytes(path: Path, sizes: Mapping[str, int]):
-    """ConfigError if tensors need more bytes than their file has: some share it, but copies would not."""
+    """ConfigError if tensors need more bytes than their file has. Tensors may share a file's bytes, but their
+    copies would not."""
     if (total := sum(sizes.values())) > path.stat().st_size:
         largest = max(sizes, key=sizes.__getitem__)
         raise ConfigError(f"{path} has {path.stat().st_size:,} bytes, but its tensors would take {total:,} "
@@ -203,7 +204,7 @@ def check_bytes(path: Path, sizes: Mapping[str, int]):
 
 
 def check_rotary_memory(path: Path, spec: ModelSpec, context_length: int):
-    """ConfigError if the rotary tables of this context, computed in float64, do not fit into memory."""
+    """ConfigError if the rotary tables of this context, in float64, do not fit into memory."""
     tables = {attn.rope for attn in model_of(spec).attentions}
     needed = 32 * context_length * sum(len(rope.frequencies) for rope in tables)
     free = available_memory()

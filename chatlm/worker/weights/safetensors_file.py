@@ -20,7 +20,7 @@ KINDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16
 
 
 def read_safetensors_file(path: Path) -> dict[str, numpy.ndarray]:
-    """The arrays of one file, mapped. The library checks the header, but its arrays cannot be bfloat16."""
+    """The arrays of one file, mapped. Its library checks the header, but has no arrays of bfloat16."""
     safetensors = require_library("safetensors", "a Hugging Face folder or a LoRA adapter")
     check_regular(path)
     try:

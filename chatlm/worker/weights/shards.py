@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def refuse_ranks(model: Model, tp: int, block: int):
-    """ConfigError if some rank would get nothing; `block` columns of a feed-forward block stay together."""
+    """ConfigError if some rank would get nothing. `block` columns of a feed-forward block stay together."""
     feed = model.feed
     blocks = -(-feed.width // block) if feed else tp
     whole = [attn for attn in model.attentions if attn.norms and attn.norms.whole]
@@ -41,15 +41,15 @@ def refuse_ranks(model: Model, tp: int, block: int):
 
 
 def dense_feeds(model: Model) -> list[FeedForward]:
-    """The dense feed-forward blocks of which each rank must have a part."""
+    """The dense feed-forward blocks, of which each rank must have a part."""
     feeds = [layer.feed for layer in model.layers]
     beside = [feed.dense for feed in feeds if isinstance(feed, ExpertsBesideDense)]
     return beside + [feed for feed in feeds if isinstance(feed, FeedForward)]
 
 
 def refuse_heads(mixer: Mixer, tp: int, most: int):
-    """ConfigError if the heads of a layer that keeps a state cannot be divided evenly among `tp` ranks; all
-    else in the model can be divided among up to `most`."""
+    """ConfigError if `tp` ranks cannot have equally many heads of a layer that keeps a state. Everything else
+    can be divided among up to `most`."""
     count = 0
     heads = ""
     if isinstance(mixer, DeltaRule):
@@ -65,7 +65,7 @@ def refuse_heads(mixer: Mixer, tp: int, most: int):
 
 
 def block_for(model: Model, tp: int, block: int) -> int:
-    """How many columns of a feed-forward block stay together, `block` or fewer; ConfigError if the model
+    """How many columns of a feed-forward block stay together, at most `block`. ConfigError if the model
     cannot be divided."""
     width = model.feed.width if model.feed else 0
     fitting = [smaller for smaller in (256, 32, TILE_ROWS)
@@ -76,13 +76,16 @@ def block_for(model: Model, tp: int, block: int) -> int:
 
 
 def shard_model(model: LoadedModel, rank: int, tp: int, quantize: str | None = None) -> LoadedModel:
-    """The share of one of `tp` ranks of a model not yet read, packed as --quantize says."""
+    """One rank's share of a model, divided among `tp` and packed as --quantize says. No weight is read
+    yet."""
     if tp == 1:
         return model
     whole = model.architecture
     tensors = dict(model.tensors)
-    packed_together = 256 if "_k" in (quantize or "") else 32 if quantize else 0
-    own, parts = whole.of_rank(rank, tp, block_for(whole, tp, max(model.block, packed_together)))
+    block = model.block
+    if quantize:
+        block = max(block, 256 if "_k" in quantize else 32)
+    own, parts = whole.of_rank(rank, tp, block_for(whole, tp, block))
     shapes = whole.shapes()
     for name, shape in own.shapes().items():
         part = parts[name]
@@ -94,19 +97,12 @@ def shard_model(model: LoadedModel, rank: int, tp: int, quantize: str | None = N
 
 
 def layers_of(model: Model, stage: int, stages: int) -> range:
-    """The layers of a stage; layers that share keys stay together. The head counts as the number of layers
-    that have as many weights."""
-    attn = model.attentions[0]
-    feed = model.feed
+    """The layers of a stage. Layers that share keys stay together. The head counts like as many layers as
+    have its weights."""
     layers = len(model.layers)
-    width = feed.width if feed else 0
-    if isinstance(feed, Experts):
-        width = feed.width * feed.router.chosen + (feed.shared.width if feed.shared else 0)
-    if isinstance(feed, ExpertsBesideDense):
-        width = feed.width * feed.router.chosen + feed.dense.width
-    layer = model.width * (2 * (attn.heads + attn.kv_heads) * attn.head_size + 3 * width)
-    total = layers + model.vocab_size * model.width / layer
+    total = layers + model.vocab_size * model.width / weights_of_layer(model)
     sources = {l: attn.source for l, attn in enumerate(model.by_layer) if attn and attn.source is not None}
+    # the layers with which a stage may begin
     firsts = [l for l in range(1, layers)
               if all(source >= l for reader, source in sources.items() if reader >= l)]
     if len(firsts) < stages - 1:
@@ -118,8 +114,20 @@ def layers_of(model: Model, stage: int, stages: int) -> range:
     return range(ends[stage], ends[stage + 1])
 
 
+def weights_of_layer(model: Model) -> int:
+    """About how many weights a step reads of a layer."""
+    attn = model.attentions[0]
+    feed = model.feed
+    width = feed.width if feed else 0
+    if isinstance(feed, Experts):
+        width = feed.width * feed.router.chosen + (feed.shared.width if feed.shared else 0)
+    if isinstance(feed, ExpertsBesideDense):
+        width = feed.width * feed.router.chosen + feed.dense.width
+    return model.width * (2 * (attn.heads + attn.kv_heads) * attn.head_size + 3 * width)
+
+
 def stage_model(model: LoadedModel, stage: int, stages: int) -> LoadedModel:
-    """The share of one of several stages, each with some layers, of a model not yet read."""
+    """One stage's share of a model: some of its layers. No weight is read yet."""
     if stages == 1:
         return model
     whole = model.architecture

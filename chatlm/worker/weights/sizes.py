@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def weight_bytes(model: LoadedModel, quantize: str | None, without: Seq[str] = ()) -> int:
-    """About how many bytes a model's weights will take; --quantize applies to float matrices."""
+    """About how many bytes a model's weights will take. --quantize applies to matrices of floats."""
     shapes = model.architecture.shapes()
     total = 0
     for name, tensor in model.tensors.items():

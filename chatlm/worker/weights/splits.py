@@ -1,4 +1,4 @@
-"""How published vocabularies cut text into words: their regular expressions."""
+"""How published vocabularies cut text into words, by regular expressions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class PreTokenizer(NamedTuple):
-    """How a byte-level vocabulary cuts text into words before its merges."""
+    """How a byte-level vocabulary cuts a text into words, before its merges."""
 
     splits: tuple[str, ...]      # each pattern cuts what those before it left
     gpt2: bool = False           # GPT-2's own pattern, built into `tokenizers`, comes last

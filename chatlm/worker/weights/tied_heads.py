@@ -1,9 +1,9 @@
 """Models whose output matrix is the embedding: files that have one of the two or both, and adapters that
-change only one."""
+change only one of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence as Seq
+from collections.abc import Mapping, Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
@@ -13,25 +13,27 @@ import numpy
 from chatlm.common.log import log
 from chatlm.worker.arrays.kinds import floats
 from chatlm.worker.weights.lora import Change, Copy, FileSlice, read_adapters
+from chatlm.worker.weights.sources import file_shapes, unread_keys
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.worker.weights.assemble import Sources
     from chatlm.worker.weights.family import Family
     from chatlm.worker.weights.recipe import ModelSpec
+    from chatlm.worker.weights.sources import Sources
+    from chatlm.worker.weights.stored_model import StoredModel
 
 COMPARED_ROWS = 1024  # at a time: a float32 copy of all would take gigabytes
 
 
 class Pair(NamedTuple):
-    """The names of both matrices in a file."""
+    """The names of both matrices."""
 
     embed: str
     head: str
 
     @classmethod
     def of(cls, table: Mapping[str, Seq[str]]) -> Pair:
-        """As `tensor_sources` has them."""
+        """As a table of names for `tensor_sources` has them."""
         return cls(table["embed"][0], table["head"][0])
 
     @classmethod
@@ -44,7 +46,8 @@ def head_of_folder(path: Path, spec: ModelSpec, row: Family, state: Mapping[str,
                    scales: Mapping[str, Any]) -> tuple[ModelSpec, dict[str, Any], dict[str, Any]]:
     """The spec, tensors and scales of a folder whose config says that the head is the embedding.
 
-    Of both, one is enough. A head that differs from the embedding is the model's own, as in transformers."""
+    One of the two matrices is enough. A head that differs from the embedding is the model's own, as in
+    transformers."""
     pair = Pair.of(row.all_tensors)
     state = dict(state)
     scales = dict(scales)
@@ -55,8 +58,8 @@ def head_of_folder(path: Path, spec: ModelSpec, row: Family, state: Mapping[str,
             if pair.head in tensors:
                 tensors[pair.embed] = tensors.pop(pair.head)
         return spec, state, scales
-    scale = scales.get(pair.head), scales.get(pair.embed)
-    if equal(state[pair.head], state[pair.embed]) and equal(*scale):
+    have_same_scales = equal(scales.get(pair.head), scales.get(pair.embed))
+    if have_same_scales and equal(state[pair.head], state[pair.embed]):
         for tensors in (state, scales):
             tensors.pop(pair.head, None)
         return spec, state, scales
@@ -66,7 +69,7 @@ def head_of_folder(path: Path, spec: ModelSpec, row: Family, state: Mapping[str,
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Have two of a file's matrices the same values? Packed ones are never compared: they are seldom
+    """Do two of a file's matrices have the same values? Packed ones are never compared, since few are
     exact."""
     if one is None or other is None:
         return one is other
@@ -74,43 +77,48 @@ def equal(one: Any, other: Any) -> bool:
         return False
     if not one.ndim:
         return bool(floats(one) == floats(other))
-    return all(numpy.array_equal(floats(one[row:row + COMPARED_ROWS]), floats(other[row:row + COMPARED_ROWS]))
-               for row in range(0, len(one), COMPARED_ROWS))
+    for first in range(0, len(one), COMPARED_ROWS):
+        rows = slice(first, first + COMPARED_ROWS)
+        if not numpy.array_equal(floats(one[rows]), floats(other[rows])):
+            return False
+    return True
 
 
 class Merged(NamedTuple):
-    """A model's files once adapters are merged into them."""
+    """A model in its files once adapters are merged into it."""
 
-    spec: ModelSpec
+    stored: StoredModel
     sources: Sources
-    added: dict[str, list[Change | Copy]]  # what changes in each of the file's tensors
+    added: dict[str, list[Change | Copy]]  # what changes in each of the files' tensors
     described: str
     tied: Seq[str]  # Hugging Face's names of an embedding and of the head that it still is
 
 
-def merge_adapters(settings: Settings, spec: ModelSpec, sources: Sources, shapes: Mapping[str, tuple],
-                   slices: Mapping[str, list[FileSlice]], names: Iterable[str], pair: Pair, theirs: Pair,
-                   tables: Iterable[dict[str, Any]]) -> Merged:
-    """`read_adapters`. Where they divide a tied pair (`theirs` in a folder, `pair` in the file), the model
-    gets a head of its own, which in the file's `tables` of tensors is still the embedding."""
-    if not spec.tied_head:
-        return Merged(spec, sources, *read_adapters(settings, shapes, slices, names), ())
-    shapes = {**shapes, pair.head: shapes[pair.embed]}
-    slices = {**slices, theirs.head: [FileSlice(pair.head)]}
-    added, described = read_adapters(settings, shapes, slices, names, theirs)
+def merge_adapters(settings: Settings, stored: StoredModel, sources: Sources) -> Merged:
+    """Read the adapters of --lora. Where they make a tied head and the embedding different matrices, the
+    model gets a head of its own, which in the files is still the embedding."""
+    targets = stored.targets(sources)
+    tied = targets.tied if stored.spec.tied_head else ()
+    if not settings.lora:
+        return Merged(stored, sources, {}, "", tied)
+    shapes = file_shapes(sources) | unread_keys(stored.spec)
+    slices = targets.slices()
+    if not tied:
+        return Merged(stored, sources, *read_adapters(settings, shapes, slices, stored.names), tied)
+    pair = Pair.of(stored.table)
+    shapes[pair.head] = shapes[pair.embed]
+    slices[targets.tied.head] = [FileSlice(pair.head)]
+    added, described = read_adapters(settings, shapes, slices, stored.names, tied)
     if not divided_by(added, pair):
-        return Merged(spec, sources, added, described, theirs)
-    for table in tables:
-        if pair.embed in table:
-            table[pair.head] = table[pair.embed]
+        return Merged(stored, sources, added, described, tied)
     shape, in_file = sources["embed"]
     sources = {**sources, "head": (shape, {pair.head: in_file[pair.embed]})}
-    return Merged(replace(spec, tied_head=False), sources, added, described, ())
+    return Merged(stored.with_own_head(), sources, added, described, ())
 
 
 def divided_by(added: dict[str, list[Change | Copy]], pair: Pair) -> bool:
-    """Do adapters make the head another matrix than the embedding? If not, `added` has for the embedding what
-    both become."""
+    """Do adapters make the head and the embedding different matrices? If not, `added` has for the embedding
+    what both become."""
     both = added.get(pair.embed, []), added.get(pair.head, [])
     copies = [change for changes in both for change in changes if isinstance(change, Copy)]
     if any(isinstance(change, Change) for changes in both for change in changes) or len(copies) == 1:

@@ -23,10 +23,10 @@ from chatlm.worker.weights.files import refuse_cut_checkpoint
 
 
 class PlainUnpickler(pickle._Unpickler):
-    """Loads no global: a hostile pickle can call nothing.
+    """Loads no global, so a hostile pickle can call nothing.
 
-    It extends pickle's Python class, because the C one allocates room for any memo index: six bytes took 4 GB
-    and 12 s."""
+    It extends pickle's Python class. The C one allocates room for any memo index: six bytes took 4 GB and 12
+    s."""
 
     owner = ""
     dispatch = dict(pickle._Unpickler.dispatch)
@@ -37,7 +37,7 @@ class PlainUnpickler(pickle._Unpickler):
 
 
 class Storage(NamedTuple):
-    """A class of storages by the type of its numbers."""
+    """A class of storages, by the type of its numbers."""
 
     kind: str
 
@@ -48,7 +48,7 @@ STORAGES = {"FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storag
 
 
 def rebuilt(storage: numpy.ndarray, offset: int, size: tuple, stride: tuple, *_) -> numpy.ndarray:
-    """A tensor in its storage, like torch._utils._rebuild_tensor_v2."""
+    """A tensor of its storage, as torch._utils._rebuild_tensor_v2 makes it."""
     numbers = offset, *size, *stride
     if not (len(size) == len(stride) and all(type(number) is int and number >= 0 for number in numbers)):
         raise pickle.UnpicklingError("the sizes of a tensor are not numbers")
@@ -64,7 +64,7 @@ CALLED = {("collections", "OrderedDict"): OrderedDict, ("torch._utils", "_rebuil
 
 
 class StandIn:
-    """Stands for an object whose class is not loaded. It keeps the attributes that its pickle sets."""
+    """Stands for an object whose class is not loaded. It keeps the attributes that the pickle sets."""
 
     attributes: Mapping = {}
 
@@ -79,7 +79,8 @@ class StandIn:
 
 
 def set_attributes(unpickler: Any):
-    """A state dict has the attribute _metadata, which nothing needs. Beside it only stand-ins have any."""
+    """A state dict has the attribute _metadata, which nothing needs. Of other objects only stand-ins have
+    attributes."""
     state = unpickler.stack.pop()
     owner = unpickler.stack[-1]
     if isinstance(owner, StandIn):
@@ -89,8 +90,8 @@ def set_attributes(unpickler: Any):
 
 
 class CheckpointUnpickler(PlainUnpickler):
-    """Loads tensors, as arrays, and no other object that is not Python's own. With `stand_ins`, these are
-    replaced by StandIns; without, they are errors."""
+    """Loads tensors, as arrays, and Python's own objects. Other objects are errors, or with `stand_ins`
+    StandIns."""
 
     owner = "checkpoint"
 
@@ -117,9 +118,9 @@ class CheckpointUnpickler(PlainUnpickler):
 
 
 def load_checkpoint(path: Path, stand_ins: bool = False) -> dict:
-    """What a file of torch.save holds, its tensors as arrays mapped from the file; runs no code from it.
+    """What a file of torch.save holds, its tensors as arrays mapped from the file. No code in it runs.
 
-    stand_ins: may it hold objects of a trainer's own classes, such as a config? Nothing of them is loaded."""
+    `stand_ins`: it may hold objects of the trainer's own classes, such as a config. They are not loaded."""
     check_regular(path)
     try:
         if not zipfile.is_zipfile(path):

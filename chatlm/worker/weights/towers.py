@@ -1,4 +1,5 @@
-"""The families of what sees pictures, each a row of `TOWERS`: names of tensors, and what files say."""
+"""The families of towers, which see pictures: each a row of `TOWERS`, with the names of its tensors and what
+its files say."""
 
 from __future__ import annotations
 
@@ -37,20 +38,20 @@ class Said(Protocol):
     shapes: dict[str, tuple[int, ...]]  # of the tensors of a GGUF file; of a folder's none
 
     def tower(self, key: str, rule: Rule, default: Any = None) -> Any:
-        """Of config.json's vision_config, or of a GGUF file's keys that begin with clip.vision."""
+        """From config.json's vision_config, or a GGUF file's keys that begin with clip.vision."""
 
     def model(self, key: str, rule: Rule, default: Any = None) -> Any:
-        """Of the rest of config.json; a GGUF file has none of these."""
+        """From the rest of config.json. A GGUF file has none of these."""
 
     def picture(self, key: str, rule: Rule, default: Any = None, length: int | None = None) -> Any:
-        """Of preprocessor_config.json, where the key may be a path such as size.longest_edge; in a GGUF file
-        as `tower`."""
+        """From preprocessor_config.json, where the key may be a path such as size.longest_edge. A GGUF file
+        has it where `tower` looks."""
 
     def divides(self, key: str, value: int, by: int):
-        """ConfigError unless `by` divides the value of a key."""
+        """ConfigError unless the value of a key is a multiple of `by`."""
 
     def sections(self) -> tuple[int, ...]:
-        """Of M-RoPE: how many pairs of a head of the text model turn by time, row and column."""
+        """M-RoPE: how many pairs of a text model's head turn by time, row and column."""
         ...
 
     def refuse(self, problem: str):
@@ -73,9 +74,15 @@ class TowerFamily(NamedTuple):
                     # ours are (i, i + D / 2)
 
 
-def eyes_of(vision: Vision, spec: ModelSpec, *more, **named) -> Eyes:
-    """Eyes whose layers this recipe describes."""
-    return Eyes(vision, model_of(spec), *more, recipe=spec, **named)
+Colors = tuple[tuple[float, ...], tuple[float, ...]]  # the mean and the standard deviation of each color
+HALVES: Colors = ((0.5,) * 3, (0.5,) * 3)
+UNCHANGED: Colors = ((0.0,) * 3, (1.0,) * 3)
+
+
+def make_eyes(vision: Vision, spec: ModelSpec, patch: int, shuffle: int, colors: Colors, **more: Any) -> Eyes:
+    """Eyes whose layers this recipe describes. Their tensors are still to be found."""
+    mean, std = colors
+    return Eyes(vision, model_of(spec), {}, patch, shuffle, mean=mean, std=std, recipe=spec, **more)
 
 
 # of a picture
@@ -105,14 +112,14 @@ SIGLIP_FILE = both({
 
 def tower_recipe(width: int, heads: int, kv_heads: int, head_size: int, ffn_size: int, patches: int,
                  layers: tuple[Layer, ...], norm: AnyNorm) -> ModelSpec:
-    """The recipe of a tower that has built its layers. norm: the last one, after these."""
+    """The recipe of a tower that has built its layers itself. `norm` comes after the last one."""
     return ModelSpec(0, len(layers), width, heads, kv_heads, head_size, ffn_size, patches, of_texts=True,
                      own_layers=layers, own_norm=norm)
 
 
 def siglip(said: Said, width: int, layers: int, heads: int, ffn_size: int, patches: int, eps: float,
            activation: str, rotates: bool = False) -> ModelSpec:
-    """rotates: heads turn by the place of their patch."""
+    """`rotates`: heads turn by the place of their patch."""
     said.divides("the tower's width", width, heads)
     size = width // heads
     norm = LayerNorm(eps, bias=True)
@@ -131,7 +138,7 @@ def siglip_layer(heads: int, head_size: int, ffn_size: int, norm: LayerNorm, act
 
 
 def siglip_of_folder(said: Said, patches: int, width: int, layers: int, heads: int) -> ModelSpec:
-    """patches: of a tile, at most. The others: defaults."""
+    """`patches`: the most in a tile. The others are defaults."""
     said.tower("num_channels", Rule(int, 3, 3), 3)
     return siglip(
         said, said.tower("hidden_size", CHANNELS, width), said.tower("num_hidden_layers", LAYERS, layers),
@@ -147,8 +154,7 @@ def siglip_of_file(said: Said, patches: int, rotates: bool = False) -> ModelSpec
         said.tower("attention.layer_norm_epsilon", Rule(float, 0, 1)), "gelu_tanh", rotates)
 
 
-def colors(said: Said) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each."""
+def colors_of(said: Said) -> Colors:
     rule = Rule(float, -10, 10, many=True)
     mean, std = (tuple(said.picture(f"image_{name}", rule, [0.5] * 3, 3)) for name in ("mean", "std"))
     if not all(std):
@@ -157,20 +163,20 @@ def colors(said: Said) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def scaled(said: Said, filters: int):
-    """Numbers of colors must become 0 to 1, and pictures be resized with this filter."""
+    """ConfigError unless colors become 0 to 1, and pictures are resized with this filter."""
     said.picture("resample", Rule(int, filters, filters), filters)
     said.picture("rescale_factor", Rule(float, 1 / 255 - 1e-9, 1 / 255 + 1e-9), 1 / 255)
 
 
 def square_grid(said: Said, side: int, patch: int, shuffle: int) -> int:
-    """The patches of a tile of side * side pixels, of which shuffle * shuffle become a row."""
+    """The patches of a tile of side * side pixels. shuffle * shuffle of them become one row."""
     said.divides("image_size", side, patch)
     said.divides("image_size / patch_size", side // patch, shuffle)
     return (side // patch) ** 2
 
 
 def of_grid(eyes: Eyes, width: int) -> Shapes:
-    """A patch's product, a row for each place, and a product for the rows of a square."""
+    """A product for each patch, a row for its place, and a product for the rows of each square."""
     C = eyes.recipe.width
     return {"patch": (C, 3 * eyes.patch**2), "patch_bias": (C,), "places": (eyes.patches, C),
             "project": (width, C * eyes.shuffle**2)}
@@ -181,7 +187,8 @@ def idefics3_of_folder(said: Said, model: ModelSpec) -> Eyes:
     patch = said.tower("patch_size", SIDE, 32)
     shuffle = said.model("scale_factor", Rule(int, 1, 64), 2)
     patches = square_grid(said, side, patch, shuffle)
-    spec, (mean, std) = siglip_of_folder(said, patches, 1152, 12, 16), colors(said)
+    spec = siglip_of_folder(said, patches, 1152, 12, 16)
+    colors = colors_of(said)
     scaled(said, 1)
     tile = said.picture("max_image_size.longest_edge", SIDE, side)
     if tile != side:
@@ -190,7 +197,7 @@ def idefics3_of_folder(said: Said, model: ModelSpec) -> Eyes:
     vision = Vision("idefics3", model.vocab_size, "<image>", side, patches // shuffle**2,
                     said.picture("size.longest_edge", SIDE, 4 * side),
                     said.picture("do_image_splitting", Rule(bool), True))
-    return eyes_of(vision, spec, {}, patch, shuffle, "lanczos", mean, std, "idefics3")
+    return make_eyes(vision, spec, patch, shuffle, colors, filter="lanczos", projector="idefics3")
 
 
 def idefics3_of_file(said: Said, model: ModelSpec) -> Eyes:
@@ -198,10 +205,11 @@ def idefics3_of_file(said: Said, model: ModelSpec) -> Eyes:
     patch = said.tower("patch_size", SIDE)
     shuffle = said.tower("projector.scale_factor", Rule(int, 1, 64))
     patches = square_grid(said, side, patch, shuffle)
-    spec, (mean, std) = siglip_of_file(said, patches), colors(said)
+    spec = siglip_of_file(said, patches)
+    colors = colors_of(said)
     vision = Vision("idefics3", model.vocab_size, "<image>", side, patches // shuffle**2,
                     said.picture("preproc_image_size", SIDE, 4 * side))
-    return eyes_of(vision, spec, {}, patch, shuffle, "lanczos", mean, std, "idefics3")
+    return make_eyes(vision, spec, patch, shuffle, colors, filter="lanczos", projector="idefics3")
 
 
 IDEFICS3 = TowerFamily(
@@ -211,25 +219,27 @@ IDEFICS3 = TowerFamily(
 
 def lfm2_eyes(said: Said, model: ModelSpec, spec: Callable[[int], ModelSpec], patch: int, shuffle: int,
               projector: str, hidden: int, grid: int) -> Eyes:
-    """spec: of the most patches in a tile."""
+    """`spec`: with the most patches of a tile."""
     unit = patch * shuffle
-    color = colors(said)
+    colors = colors_of(said)
     tile = said.picture("tile_size", SIDE, 512)
     tokens = said.picture("max_image_tokens", TOKENS, 256)
-    tiles = said.picture("min_tiles", TILES, 2), said.picture("max_tiles", TILES, 10)
+    fewest_tiles = said.picture("min_tiles", TILES, 2)
+    most_tiles = said.picture("max_tiles", TILES, 10)
     said.divides("tile_size", tile, unit)
-    if tiles[0] > tiles[1]:
-        said.refuse(f"min_tiles is {tiles[0]}, and max_tiles {tiles[1]}; it must not be more")
-    least = said.picture("min_image_tokens", TOKENS, 64)
+    if fewest_tiles > most_tiles:
+        said.refuse(f"min_tiles is {fewest_tiles}, and max_tiles {most_tiles}; it must not be more")
+    fewest = said.picture("min_image_tokens", TOKENS, 64)
     # the longest picture is at least one row high
-    most = max(math.isqrt(LIMITS.picture_side * max(tokens, least)) + 1, (tile // unit)**2)
+    most = max(math.isqrt(LIMITS.picture_side * max(tokens, fewest)) + 1, (tile // unit)**2)
     vision = Vision(
-        "lfm2", model.vocab_size, "<image>", tile, tokens, splits=said.picture(
-            "do_image_splitting", Rule(bool), True), unit=unit, fewest=least, tiles=tiles,
+        "lfm2", model.vocab_size, "<image>", tile, tokens,
+        splits=said.picture("do_image_splitting", Rule(bool), True), unit=unit, fewest=fewest,
+        tiles=(fewest_tiles, most_tiles),
         whole_from=said.picture("max_pixels_tolerance", Rule(float, 1, 100), 2.0),
         shows_whole=said.picture("use_thumbnail", Rule(bool), True))
-    return eyes_of(vision, spec(max(most, tokens) * shuffle**2), {}, patch, shuffle, "bilinear", *color,
-                projector, "spread", most=most, hidden=hidden, grid=grid)
+    return make_eyes(vision, spec(max(most, tokens) * shuffle**2), patch, shuffle, colors, filter="bilinear",
+                     projector=projector, places="spread", most=most, hidden=hidden, grid=grid)
 
 
 def lfm2_of_folder(said: Said, model: ModelSpec) -> Eyes:
@@ -276,7 +286,8 @@ LFM2 = TowerFamily(
 def gemma3_eyes(said: Said, model: ModelSpec, spec: ModelSpec, side: int, patch: int, shuffle: int) -> Eyes:
     tokens = (side // patch // shuffle)**2
     vision = Vision("gemma3", model.vocab_size, "<start_of_image>", side, tokens, two_sided=True)
-    return eyes_of(vision, spec, {}, patch, shuffle, "bilinear", *colors(said), "gemma3", two_sided="all")
+    return make_eyes(vision, spec, patch, shuffle, colors_of(said), filter="bilinear", projector="gemma3",
+                     two_sided="all")
 
 
 def gemma3_of_folder(said: Said, model: ModelSpec) -> Eyes:
@@ -350,7 +361,7 @@ def gemma4_vision(said: Said, model: ModelSpec, unit: int, two_sided: bool) -> V
 
 def gemma4_spec(said: Said, patches: int, width: int, layers: int, heads: tuple[int, int, int], ffn_size: int,
                 eps: float, base: float, clamped: bool) -> ModelSpec:
-    """heads: of queries, of keys, and their size. base: of the heads' rotation by places."""
+    """`heads`: of queries, of keys, and their size. `base`: of the heads' rotation by places."""
     count, kv_heads, size = heads
     said.divides("the number of heads", count, kv_heads)
     said.divides("the size of heads", size, 4)
@@ -361,10 +372,10 @@ def gemma4_spec(said: Said, patches: int, width: int, layers: int, heads: tuple[
 
 def gemma4_layer(heads: int, kv_heads: int, head_size: int, ffn_size: int, eps: float, base: float,
                  clamped: bool) -> Layer:
-    """Norms before and after each block, of q, k and v; scores are q k^T without another scale.
+    """Norms before and after each block, and of q, k and v. Scores are q k^T without another scale.
 
-    clamped: what products read and give is bounded. Then norms, gate and up are computed apart, since a
-    bound comes before and after each product."""
+    `clamped`: what products read and give is bounded. Then norms, gate and up are computed apart, since
+    bounds come before and after each product."""
     before = RmsNorm(eps, apart=clamped)
     after = RmsNorm(eps)
     attention = Attention(
@@ -378,13 +389,14 @@ def gemma4_layer(heads: int, kv_heads: int, head_size: int, ffn_size: int, eps: 
 def gemma4_eyes(said: Said, model: ModelSpec, spec: Callable[[int], ModelSpec], patch: int, shuffle: int,
                 grid: int, standard: bool, two_sided: bool, pad: int) -> Eyes:
     vision = gemma4_vision(said, model, patch * shuffle, two_sided)
-    return eyes_of(vision, spec(vision.tokens * shuffle**2), {}, patch, shuffle, "bicubic", (0.5,) * 3,
-                (0.5,) * 3, "gemma4_standard" if standard else "gemma4", "axes", "axes", grid=grid,
-                two_sided="windows" * two_sided, pad=pad)
+    return make_eyes(
+        vision, spec(vision.tokens * shuffle**2), patch, shuffle, HALVES, filter="bicubic",
+        projector="gemma4_standard" if standard else "gemma4", places="axes", angles="axes", grid=grid,
+        two_sided="windows" if two_sided else "", pad=pad)
 
 
 def gemma4_text(said: Said) -> tuple[bool, int]:
-    """Do rows of a picture see each other, and whose layers' inputs have they?"""
+    """Whether rows of a picture see each other, and which token's layer inputs they get."""
     rule = Rule(str, choices=("vision",), optional=True)
     ahead = said.model("text_config.use_bidirectional_attention", rule)
     return ahead == "vision", said.model("text_config.pad_token_id", Rule(int, 0, 1 << 24), 0)
@@ -392,8 +404,9 @@ def gemma4_text(said: Said) -> tuple[bool, int]:
 
 def gemma4_of_folder(said: Said, model: ModelSpec) -> Eyes:
     said.tower("hidden_activation", Rule(str, choices=("gelu_pytorch_tanh",)), "gelu_pytorch_tanh")
-    heads = said.tower("num_attention_heads", HEADS, 12)
-    heads = heads, said.tower("num_key_value_heads", HEADS, heads), said.tower("head_dim", CHANNELS, 64)
+    queries = said.tower("num_attention_heads", HEADS, 12)
+    keys = said.tower("num_key_value_heads", HEADS, queries)
+    heads = queries, keys, said.tower("head_dim", CHANNELS, 64)
     said.tower("rope_parameters.rope_type", Rule(str, choices=("axial", "default")), "axial")
     base = said.tower("rope_parameters.rope_theta", ROPE_BASE, 100.0)
     return gemma4_eyes(
@@ -425,21 +438,27 @@ def gemma4_of_file(said: Said, model: ModelSpec) -> Eyes:
 
 def clamps_of(path: Path, names: Mapping[str, tuple[str, ...]], model: Model,
               numbers: Mapping[str, float]) -> dict[str, numpy.ndarray]:
-    """The clamps of each layer from the numbers of a file, by their names there; none: the largest."""
+    """The clamps of each layer, from a file's numbers by their names there. Where it has none they are the
+    largest number."""
     if not any(layer.clamped for layer in model.layers):
         return {}
-    found = {}
+    clamps = {}
     parts = (*names["qkv"], *(names[part][0] for part in ("output", "gate", "up", "down")))
     for layer in range(len(model.layers)):
         stems = [re.sub(r"(\.linear)?\.weight$", "", part.format(layer)) for part in parts]
-        values = numpy.array([[numbers.get(stem + ending, MOST if ending.endswith("max") else -MOST)
-                               for ending in CLAMPS] for stem in stems]).clip(-MOST, MOST)
-        for alike in (slice(0, 3), slice(4, 6)):
-            if (values[alike, :2] != values[alike.start, :2]).any():
-                raise ConfigError(f"{path}: {stems[alike.start]} has another input_min or input_max than the "
+        values = numpy.array([clamps_of_product(stem, numbers) for stem in stems]).clip(-MOST, MOST)
+        for same_input in (slice(0, 3), slice(4, 6)):
+            first = same_input.start
+            if (values[same_input, :2] != values[first, :2]).any():
+                raise ConfigError(f"{path}: {stems[first]} has another input_min or input_max than the "
                                   "next products, which read the same; that is not supported")
-        found[f"{layer}.clamps"] = values.reshape(-1).astype(numpy.float32)
-    return found
+        clamps[f"{layer}.clamps"] = values.reshape(-1).astype(numpy.float32)
+    return clamps
+
+
+def clamps_of_product(stem: str, numbers: Mapping[str, float]) -> list[float]:
+    """The numbers of CLAMPS of a product whose names begin with this stem."""
+    return [numbers.get(stem + ending, MOST if ending.endswith("max") else -MOST) for ending in CLAMPS]
 
 
 def gemma4_own(eyes: Eyes, width: int) -> Shapes:
@@ -455,8 +474,8 @@ def bare_eyes(said: Said, model: ModelSpec, width: int, patch: int, grid: int, t
               pad: int) -> Eyes:
     vision = gemma4_vision(said, model, patch, two_sided)
     spec = ModelSpec(0, 0, width, 1, 1, 16, 16, vision.tokens, of_texts=True)
-    return eyes_of(vision, spec, {}, patch, 1, "bicubic", (0.0,) * 3, (1.0,) * 3, "gemma4_bare", "axes",
-                grid=grid, two_sided="windows" * two_sided, pad=pad)
+    return make_eyes(vision, spec, patch, 1, UNCHANGED, filter="bicubic", projector="gemma4_bare",
+                     places="axes", grid=grid, two_sided="windows" if two_sided else "", pad=pad)
 
 
 def bare_of_folder(said: Said, model: ModelSpec) -> Eyes:

@@ -1,4 +1,4 @@
-"""Tries a tokenizer with unpublished regular expressions on short texts before this process opens it: some
+"""Tries a tokenizer with unpublished regular expressions on short texts, before this process opens it. Some
 would take years, or any amount of memory. The trial runs in a process with limits on both."""
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ WALL_S = 600             # on a machine too busy to run it
 
 
 def refuse_endless(path: Path, spec: TextSpec):
-    """ConfigError if a tokenizer with unpublished expressions cannot be opened, or fails or takes too long
-    on short texts."""
+    """ConfigError if a tokenizer with unpublished expressions cannot be opened, or fails or takes too long on
+    short texts."""
     if has_known_splits(spec):
         return
     environment = os.environ | {"RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
@@ -78,8 +78,8 @@ def try_text(tokenizer: Tokenizer, text: str):
 
 
 def has_known_splits(spec: TextSpec) -> bool:
-    """Whether all of a tokenizer's expressions are published ones. A tokenizer.json is searched as bytes: to
-    parse one of 8 MB takes nearly as long as to try it."""
+    """Are all of a tokenizer's expressions published ones? A tokenizer.json is searched as bytes: parsing one
+    of 8 MB takes nearly as long as trying it."""
     if spec.kind != "hf":
         return KNOWN_SPLITS.issuperset(patterns_of(spec))
     if re.search(rb"\\u00(52|65|67|78)", spec.payload):  # escaped letters in a key that may spell Regex
@@ -106,8 +106,9 @@ MOST_TEXTS = 400
 
 
 def short_texts(patterns: Seq[str]) -> Iterator[str]:
-    """Each character of the expressions and each pair of adjacent ones, repeated many times, then a character
-    that none expects, and on another line what they do: the worst texts for expressions that backtrack."""
+    """The worst texts for expressions that backtrack: each character of the expressions, and each pair of
+    adjacent ones, repeated many times; then a character that none expects; and on another line what the
+    expressions look for."""
     characters = "a1 .\n\u00e9\u65e5" + "".join(patterns)
     runs = dict.fromkeys([*characters, *map("".join, zip(characters, characters[1:]))])
     asked = "".join(re.sub(r"[()\[\]{}*+?.^$|\\]", "", pattern) + pattern for pattern in patterns)[:1000]

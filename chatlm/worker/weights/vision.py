@@ -1,10 +1,11 @@
-"""What a folder sees pictures with: the settings and the tensors of a row of TOWERS."""
+"""What a folder sees pictures with: what its files say of a row of TOWERS, and its tensors."""
 
 from __future__ import annotations
 
 import math
 import re
-from functools import cached_property, reduce
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, TYPE_CHECKING
 
@@ -14,17 +15,19 @@ from chatlm.common.errors import ConfigError, shown
 from chatlm.worker.arrays.kinds import FLOATS, bits_of, floats, kind_of, of_kind
 from chatlm.worker.model.projectors import PROJECTORS
 from chatlm.worker.weights import qwen_towers
-from chatlm.worker.weights.assemble import IMAGES, assembled, check_names_and_shapes, tensor_sources
+from chatlm.worker.weights.array_tensors import ArrayTensors
 from chatlm.worker.weights.files import weight_files
 from chatlm.worker.weights.rules import Rule, check_divides, checked, read_json
 from chatlm.worker.weights.safetensors_file import read_safetensors_file
+from chatlm.worker.weights.safetensors_folder import IMAGES
+from chatlm.worker.weights.sources import check_names_and_shapes, tensor_sources
 from chatlm.worker.weights.towers import CLAMPS, TOWERS, clamps_of
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.worker.model.tower import Eyes
-    from chatlm.worker.weights.assemble import Sources
     from chatlm.worker.weights.recipe import ModelSpec
+    from chatlm.worker.weights.sources import Sources
     from chatlm.worker.weights.towers import TowerFamily
 
 
@@ -32,7 +35,7 @@ SECTIONS = Rule(int, 0, 1024, many=True)  # of M-RoPE
 
 
 class FolderSays:
-    """A `Said` of config.json, and of preprocessor_config.json or else processor_config.json."""
+    """`Said` of a config.json, and of preprocessor_config.json or else processor_config.json."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -79,16 +82,18 @@ class FolderSays:
 
 
 def value_at(raw: Any, path: str, default: Any) -> Any:
-    """A value in objects in objects, whose names are joined by dots."""
-    value = reduce(lambda value, name: value.get(name) if isinstance(value, dict) else None, path.split("."),
-                   raw)
+    """A value in nested objects. The path joins their names by dots."""
+    value = raw
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
     return default if value is None else value
 
 
 def folder_eyes(folder: Path, settings: Settings, model: ModelSpec, dtype: str) -> Eyes | None:
-    """None if the folder sees nothing, or nothing that this program knows."""
+    """What the folder sees with; None if it has nothing, or nothing that this program knows."""
     said = FolderSays(folder)
-    if (family := (TOWERS | qwen_towers.TOWERS).get(said.config.get("model_type", ""))) is None:
+    family = (TOWERS | qwen_towers.TOWERS).get(said.config.get("model_type", ""))
+    if family is None:
         return None
     eyes = family.of_folder(said, model)
     return eyes._replace(tensors=folder_tensors(folder, settings, family, eyes, model.width, dtype))
@@ -97,65 +102,83 @@ def folder_eyes(folder: Path, settings: Settings, model: ModelSpec, dtype: str) 
 def folder_tensors(folder: Path, settings: Settings, family: TowerFamily, eyes: Eyes, width: int,
                    dtype: str) -> dict[str, Any]:
     """The tensors of Eyes, yet to be read."""
-    found = {}
-    for path in weight_files(folder):
-        found |= {re.sub(r"^(model\.)?(vision_tower\.)?(vision_model\.|connector\.)?", "", name): tensor
-                  for name, tensor in read_safetensors_file(path).items()
-                  if re.match(rf"(model\.)?({IMAGES})\b", name)}
-    state = {name: tensor for name, tensor in found.items()
-             if not name.startswith(("head.", "audio_tower.", "embed_audio."))}
+    state = tower_state(folder)
     numbers = {name: float(floats(state.pop(name)).reshape(())) for name in [*state] if name.endswith(CLAMPS)}
     for name, tensor in state.items():
         if kind_of(tensor) not in FLOATS:
             raise ConfigError(f"{folder}: {shown(name)} is of type {kind_of(tensor)}; what sees images must "
                               f"be {', '.join(FLOATS)}")
+    state = in_our_layout(state, family, eyes.recipe.head_size)
+    sources = tower_sources(family, family.names, eyes, width)
+    check_names_and_shapes(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, sources)
+    tensors: dict[str, Any] = dict(ArrayTensors(folder, settings, state, dtype).of(sources))
+    return tensors | unstored(eyes) | clamps_of(folder, family.names, eyes.architecture, numbers)
+
+
+def tower_state(folder: Path) -> dict[str, Any]:
+    """A folder's tensors of what sees pictures, by their names from the tower's or the projector's on."""
+    state = {}
+    for path in weight_files(folder):
+        for name, tensor in read_safetensors_file(path).items():
+            if re.match(rf"(model\.)?({IMAGES})\b", name):
+                name = re.sub(r"^(model\.)?(vision_tower\.)?(vision_model\.|connector\.)?", "", name)
+                state[name] = tensor
+    return {name: tensor for name, tensor in state.items()
+            if not name.startswith(("head.", "audio_tower.", "embed_audio."))}
+
+
+def in_our_layout(state: Mapping[str, Any], family: TowerFamily, head_size: int) -> dict[str, Any]:
+    """A folder's tensors with rows, columns and values as ours have them."""
+    state = dict(state)
     [kernel] = family.names["patch"]
-    if (weight := state.get(kernel)) is not None and len(weight.shape) == 4:
+    weight = state.get(kernel)
+    if weight is not None and len(weight.shape) == 4:
         state[kernel] = of_kind(by_color(bits_of(weight)), kind_of(weight))
     if weight is not None and len(weight.shape) == 5:  # a picture is a film of so many equal ones
         state[kernel] = by_color(floats(weight).sum(axis=2))
-    for name in state if family.axes else ():
-        if re.search(family.axes, name):
+    for name in state:
+        if family.axes and re.search(family.axes, name):
             rows = bits_of(state[name])
-            state[name] = of_kind(rows[by_halves(len(rows), eyes.recipe.head_size)], kind_of(state[name]))
+            state[name] = of_kind(rows[by_halves(len(rows), head_size)], kind_of(state[name]))
     for ours in (*family.transposed, *family.swapped):
         [name] = family.names[ours]
-        if (weight := state.get(name)) is not None and len(weight.shape) > 1:
+        weight = state.get(name)
+        if weight is not None and len(weight.shape) > 1:
             swapped = numpy.ascontiguousarray(bits_of(weight).swapaxes(0, 1))
             state[name] = of_kind(swapped, kind_of(weight))
     for ours, more in family.added.items():
         [name] = family.names[ours]
         if name in state:
             state[name] = floats(state[name]) + numpy.float32(more)
-    sources = tower_sources(family, family.names, eyes, width)
-    check_names_and_shapes(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, sources)
-    return dict(assembled(folder, settings, sources, state, dtype)) | unstored(eyes) | clamps_of(
-        folder, family.names, eyes.architecture, numbers)
+    return state
 
 
 def by_halves(count: int, size: int) -> numpy.ndarray:
-    """The order of rows, of heads of this size, that makes a first and a second half of pairs of those of
-    each half."""
+    """An order of rows for heads of this size. In the file each half of a head has its own first and second
+    half of pairs; here the first halves come first."""
     order = numpy.arange(count).reshape(-1, 2, 2, size // 4)
     return order.swapaxes(1, 2).reshape(-1)
 
 
 def unstored(eyes: Eyes) -> dict[str, Any]:
-    """What stages have that no file does: a last norm that nothing reads."""
-    return {} if PROJECTORS[eyes.projector].normed else {
-        "final_norm": numpy.ones(eyes.recipe.width, numpy.float32)}
+    """The tensors of a stage that no file has: a last norm, which nothing reads."""
+    if PROJECTORS[eyes.projector].normed:
+        return {}
+    return {"final_norm": numpy.ones(eyes.recipe.width, numpy.float32)}
 
 
 def tower_sources(family: TowerFamily, names: Any, eyes: Eyes, width: int) -> Sources:
-    """Our tensors -> their shapes, and the file's."""
-    layers = tensor_sources(eyes.recipe, names, 0)
-    stored = {ours: source for ours, source in layers.items()
-              if ours not in unstored(eyes) and not ours.endswith(".clamps")}
-    return stored | {
-        ours: (shape, {names[ours][0]: shape}) for ours, shape in family.own(eyes, width).items()}
+    """The sources of a tower's layers and of its own tensors."""
+    sources: Sources = {}
+    for ours, source in tensor_sources(eyes.recipe, names, 0).items():
+        if ours not in unstored(eyes) and not ours.endswith(".clamps"):
+            sources[ours] = source
+    for ours, shape in family.own(eyes, width).items():
+        sources[ours] = shape, {names[ours][0]: shape}
+    return sources
 
 
 def by_color(kernel: numpy.ndarray) -> numpy.ndarray:
-    """A convolution's (C, 3, p, p) -> (C, p * p * 3): the numbers of a patch by row, column, color."""
+    """A convolution's (C, 3, p, p) as (C, p * p * 3): the numbers of a patch by row, column and color."""
     return numpy.ascontiguousarray(kernel.transpose(0, 2, 3, 1)).reshape(
         len(kernel), math.prod(kernel.shape[1:]))

@@ -1,4 +1,4 @@
-"""The tokens of a Hugging Face tokenizer as a table, and what its library would say of them."""
+"""The tokens of a Hugging Face tokenizer as a table, which answers as its library would."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 class Vocabulary(NamedTuple):
-    """A tokenizer.json's tokens, and how ids become text. It takes 0.6 MB for 49,152 tokens, where the
-    library takes 25 MB and 50 ms."""
+    """A tokenizer.json's tokens, and how ids become text. It takes 0.6 MB for 49,152 tokens; the library
+    takes 25 MB and 50 ms."""
 
     texts: bytes         # of all tokens, in order
     ends: array          # where the text before each begins, and the last one ends
@@ -23,8 +23,8 @@ class Vocabulary(NamedTuple):
 
 
 def vocabulary_from(texts: Seq[str], added: list[dict], decoder: dict | None) -> Vocabulary | None:
-    """`texts`: of the tokens that the model itself has. None where the library would give a text another id
-    than the file does."""
+    """`texts`: of the model's own tokens. None where the library would give a text another id than the file
+    does."""
     own = dict(zip(texts, itertools.count()))
     if len(own) < len(texts):
         return None
@@ -41,7 +41,7 @@ def vocabulary_from(texts: Seq[str], added: list[dict], decoder: dict | None) ->
 
 
 def vocabulary_in(text: TextSpec) -> Vocabulary | None:
-    """What a tokenizer.json says. Errors of any kind if it says it in an unusual way."""
+    """What a tokenizer.json says. It raises errors of any kind if the file says it in an unusual way."""
     state = json.loads(text.payload)
     vocab = state["model"]["vocab"]
     if isinstance(vocab, list):  # of a unigram model

@@ -31,7 +31,7 @@ from chatlm.common.text.grammar import check_grammar
 from chatlm.common.text.history import with_generic_tools
 from chatlm.common.text.load import open_tokenizer
 from chatlm.common.text.reader import answer_reader
-from chatlm.front.api.conversation import openai_messages
+from chatlm.front.api.message_readers import openai_messages
 from chatlm.front.api.encoders import ENCODERS
 from chatlm.front.api.fields import json_object
 from chatlm.front.api.kept_fields import STORE_FIELDS

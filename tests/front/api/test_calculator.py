@@ -8,9 +8,9 @@ import pytest
 
 from chatlm.common.config import Settings
 from chatlm.common.messages.requests import AnswerParams, Piece, Request, SamplingParams
-from chatlm.front.api.calculations import with_names_read
-from chatlm.front.api.conversation import openai_messages
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.api.earlier_calculations import with_names_read
+from chatlm.front.api.message_readers import openai_messages
+from chatlm.front.pool.pool import make_pool
 from chatlm.front.store.store import open_store
 from fake_pool import serving
 
@@ -497,7 +497,7 @@ async def test_arguments_of_a_function_have_no_trace_of_the_calculator(seen, url
 
 
 async def test_other_models_read_the_text_of_a_message_alone(default_model_path, started):
-    pool = await started(pool_of(Settings(model=str(default_model_path), kv_cache_memory=64 << 20)))
+    pool = await started(make_pool(Settings(model=str(default_model_path), kv_cache_memory=64 << 20)))
     prompts = pool.admission.prompts
     for calls in ([APPLES_CALL], []):
         messages = openai_messages(answered(content=APPLES_MESSAGE["content"], calculator=calls))

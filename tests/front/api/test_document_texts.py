@@ -4,7 +4,7 @@ import pytest
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError
-from chatlm.front.api.documents import Document, extracted, joined, part_of_form
+from chatlm.front.api.documents import Document, extract_text, join_parts, part_of_form
 
 import documents
 
@@ -13,7 +13,7 @@ for module in ("pypdfium2", "mammoth", "markdownify", "openpyxl", "pptx"):
 
 
 def text_of(data, name=""):
-    return extracted(data, name, 20)
+    return extract_text(data, name, 20)
 
 
 def refused(data, name=""):
@@ -127,13 +127,13 @@ def test_what_is_beyond_the_limit_of_characters_is_cut_and_said_so():
 
 
 def test_reading_ends_at_the_deadline_with_what_is_there():
-    read = joined("PDF", Document(iter("abc"), 3, "page", True), 0)
+    read = join_parts("PDF", Document(iter("abc"), 3, "page", True), 0)
     assert read == ("[page 1]\na", 3, "only up to page 1 of 3: the rest takes too long to read")
-    assert joined("PDF", Document(iter("a"), 1, "page"), 0).cut is None
+    assert join_parts("PDF", Document(iter("a"), 1, "page"), 0).cut is None
 
 
 def test_control_characters_and_halves_of_pairs_are_dropped():
-    assert joined("HTML", Document(["a\x00b\x1b[31m\ud800\r\nc  \n\u0085d\t e"]), 1e9).text == "ab[31m\n\nc\nd\t e"
+    assert join_parts("HTML", Document(["a\x00b\x1b[31m\ud800\r\nc  \n\u0085d\t e"]), 1e9).text == "ab[31m\n\nc\nd\t e"
 
 
 # forms

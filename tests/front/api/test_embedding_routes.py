@@ -18,7 +18,7 @@ from chatlm.front.admission.prompts import PromptMaker
 from chatlm.front.api import encode
 from chatlm.front.api.encode_retrieval import RETRIEVAL_ENCODERS
 from chatlm.front.api.encoders import ENCODERS
-from chatlm.front.api.retrieval import read_embedding_body
+from chatlm.front.api.retrieval_readers import read_embedding_body
 from answers import asked, ending
 from fake_pool import FakePool, Letters, serving
 from patching import patch

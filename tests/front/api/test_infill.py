@@ -13,7 +13,7 @@ from chatlm.common.errors import Overloaded, RequestError
 from chatlm.common.messages.protocol import Known
 from chatlm.common.messages.requests import AnswerParams, Infill, InfillTokens, Request, TextSpec
 from chatlm.common.text.load import HuggingFaceTokenizer, open_tokenizer
-from chatlm.front.admission.infill import InfillMaker
+from chatlm.front.admission.infill_prompts import InfillMaker
 from chatlm.front.admission.prompts import PromptMaker
 from chatlm.front.api.readers import read_answer
 from chatlm.worker.weights.gguf import gguf_text

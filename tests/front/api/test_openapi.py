@@ -18,7 +18,7 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.protocol import WORKER_PIPE, ModelCard, NewAnswer, NewPrompt
 from chatlm.front.api.fields import A_TOKEN, list_schema, matches
 from chatlm.front.api.field_types import CONSTRAINT_FIELDS
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.pool import make_pool
 from chatlm.front.server.describe import openapi_document
 from chatlm.worker.weights.nanochat import read_nanochat_tokenizer
 from answers import ending, said
@@ -80,7 +80,7 @@ def port(nanochat_fixtures):
     async def serve():
         source = resolve_model(Settings(model=str(nanochat_fixtures / "gen5")))
         text = read_nanochat_tokenizer(source.path, 284)
-        pool = pool_of(Settings())
+        pool = make_pool(Settings())
         pool.workers[:] = [EchoWorker(pool)]
         pool.supervisor.version.note_card(ModelCard(text, "fake", 64, (), {}, False))
         await pool.supervisor._prepare()

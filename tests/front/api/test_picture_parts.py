@@ -10,9 +10,9 @@ from chatlm.common.config import LIMITS, Settings
 from chatlm.common.errors import RequestError
 from chatlm.common.messages.protocol import Known
 from chatlm.common.vision.pictures import picture
-from chatlm.front.api.picture_parts import Lift, Lifted, fill_in, file_of, lift_pictures, with_pixels
+from chatlm.front.api.picture_parts import Lift, Lifted, fill_in, lift_pictures, picture_bytes, with_pixels
 from chatlm.front.api.readers import read_answer
-from chatlm.front.intake.envelope import Chained, Envelope, envelope_of, unpacked_envelope
+from chatlm.front.intake.envelope import Chained, Envelope, make_envelope, unpacked_envelope
 
 CAT, DOG = b"\x89PNG cat", b"\xff\xd8\xff dog"
 PICTURES = [picture(2, 1, b"catcat"), picture(1, 2, b"dogdog")]
@@ -60,7 +60,7 @@ BODIES = [
 @pytest.mark.parametrize("route, body, wanted", BODIES, ids=[f"{number} {route}" for number, (route, *_) in enumerate(BODIES)])
 def test_pictures_of_every_api_become_those_of_the_messages(route, body, wanted):
     fields = copy.deepcopy(body)
-    envelope = envelope_of(fields, route)
+    envelope = make_envelope(fields, route)
     assert [data for _, data in envelope.lift.files] == [CAT, DOG] and all(bare(data) not in json.dumps(fields) for data in (CAT, DOG))
     assert unpacked_envelope(envelope.packed(envelope.rest(10_000, 9000))) == envelope and unpacked_envelope(envelope.packed(b"")).fields is None
     envelope.show(PICTURES)
@@ -85,14 +85,14 @@ def test_a_body_without_pictures_stays_as_it_is():
     ("/etc/passwd!", "not base64"), ("a", "not base64"), ("%%%", "not base64"), ("", "must be a data URI"), (None, "must be a data URI"), (7, "must be a data URI"), ({"url": 1}, "must be a data URI")])
 def test_what_is_no_data_is_refused_and_nothing_is_fetched(value, said):
     with pytest.raises(RequestError, match=said) as refused:
-        file_of(value, "messages[0].content[1].image_url.url")
+        picture_bytes(value, "messages[0].content[1].image_url.url")
     assert refused.value.param == "messages[0].content[1].image_url.url" and len(str(refused.value)) < 500
 
 
 def test_base64_of_all_kinds_is_read():
     data = bytes(range(250, 256)) * 7
     for text in (bare(data), bare(data).rstrip("="), base64.urlsafe_b64encode(data).decode(), "\n".join(bare(data)), data_uri(data), "DATA:IMAGE/PNG;charset=x;BASE64," + bare(data)):
-        assert file_of(text, "x") == data
+        assert picture_bytes(text, "x") == data
 
 
 def test_too_many_and_too_large_ones_are_refused_by_name():
@@ -101,7 +101,7 @@ def test_too_many_and_too_large_ones_are_refused_by_name():
     with pytest.raises(RequestError, match="exceeds the maximum size of 10485760 bytes") as refused:
         lift_pictures({"messages": [{"role": "user", "content": [TEXT, part(bytes(LIMITS.picture_bytes + 2000))]}]}).check("")
     assert refused.value.status == 413 and refused.value.param == "messages[0].content[1].image_url.url"
-    assert len(file_of(bare(bytes(LIMITS.picture_bytes)), "x")) == LIMITS.picture_bytes
+    assert len(picture_bytes(bare(bytes(LIMITS.picture_bytes)), "x")) == LIMITS.picture_bytes
 
 
 def test_a_model_that_cannot_see_says_so_before_any_file_is_read():
@@ -140,7 +140,7 @@ def test_a_body_that_is_nested_too_deeply_is_refused():
 
 
 def test_fields_that_are_large_without_their_pictures_stay_where_they_are():
-    envelope = envelope_of({"messages": [{"role": "user", "content": [part(CAT), {"type": "text", "text": "x" * 800}]}]}, "/v1/chat/completions")
+    envelope = make_envelope({"messages": [{"role": "user", "content": [part(CAT), {"type": "text", "text": "x" * 800}]}]}, "/v1/chat/completions")
     size = len(json.dumps([envelope.fields, None]))
     assert len(envelope.rest(size, size)) == size and envelope.rest(size, size - 1) == b""
 

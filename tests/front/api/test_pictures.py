@@ -12,7 +12,7 @@ from chatlm.common.config import LIMITS    # noqa: E402
 from chatlm.common.errors import RequestError    # noqa: E402
 from chatlm.common.messages.protocol import NewPicture    # noqa: E402
 from chatlm.common.vision.pictures import picture, picture_of    # noqa: E402
-from chatlm.front.api.pictures import PictureTasks, pixels_of    # noqa: E402
+from chatlm.front.api.picture_files import PictureTasks, decode_file    # noqa: E402
 
 
 def noise(mode="RGB", size=(37, 23), seed=0):
@@ -29,7 +29,7 @@ def file_of(image, kind="PNG", **options):
 @pytest.mark.parametrize("kind, options", [("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 90}), ("GIF", {})])
 def test_pixels_are_those_that_pillow_reads(kind, options):
     data = file_of(noise(), kind, **options)
-    width, height, pixels = pixels_of(data)
+    width, height, pixels = decode_file(data)
     assert (width, height) == (37, 23) and pixels == Image.open(io.BytesIO(data)).convert("RGB").tobytes()
 
 
@@ -41,43 +41,43 @@ def test_a_photo_is_turned_as_its_camera_says(orientation, kind):
     exif[0x112] = orientation
     data = file_of(noise(), kind, exif=exif)
     turned = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    assert pixels_of(data) == (*turned.size, turned.convert("RGB").tobytes())
+    assert decode_file(data) == (*turned.size, turned.convert("RGB").tobytes())
 
 
 def test_what_is_transparent_is_white_also_in_palettes_and_grey():
     clear = noise("RGBA")
     clear.putalpha(0)
-    assert set(pixels_of(file_of(clear))[2]) == {255}
+    assert set(decode_file(file_of(clear))[2]) == {255}
     palette = noise("L").convert("P")
     palette.info["transparency"] = palette.getpixel((0, 0))
-    shown = pixels_of(file_of(palette, transparency=palette.getpixel((0, 0))))[2]
+    shown = decode_file(file_of(palette, transparency=palette.getpixel((0, 0))))[2]
     assert shown[:3] == b"\xff\xff\xff" and set(shown) != {255}
     grey = noise("LA")
     half = Image.new("RGBA", grey.size, "white")
     half.alpha_composite(grey.convert("RGBA"))
-    assert pixels_of(file_of(grey))[2] == half.convert("RGB").tobytes()
+    assert decode_file(file_of(grey))[2] == half.convert("RGB").tobytes()
 
 
 def test_grey_of_16_bits_keeps_its_upper_ones_and_inks_become_light():
     grey = Image.frombytes("I;16", (256, 2), 2 * struct.pack("<256H", *(value * 257 for value in range(256))))
-    assert pixels_of(file_of(grey))[2] == 2 * bytes(value for value in range(256) for _ in range(3))
+    assert decode_file(file_of(grey))[2] == 2 * bytes(value for value in range(256) for _ in range(3))
     inks = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
-    red = pixels_of(file_of(inks, "JPEG"))[2]
+    red = decode_file(file_of(inks, "JPEG"))[2]
     assert red[0] > 200 and red[1] < 60 and red[2] < 60
-    assert pixels_of(file_of(Image.new("1", (9, 3), 1)))[2] == b"\xff" * 81
+    assert decode_file(file_of(Image.new("1", (9, 3), 1)))[2] == b"\xff" * 81
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_the_first_frame_is_the_picture(kind):
     first, second = Image.new("RGB", (20, 20), "red"), Image.new("RGB", (20, 20), "blue")
-    width, height, pixels = pixels_of(file_of(first, kind, save_all=True, append_images=[second], lossless=True))
+    width, height, pixels = decode_file(file_of(first, kind, save_all=True, append_images=[second], lossless=True))
     assert (width, height) == (20, 20) and pixels[0] > 240 and pixels[2] < 15
 
 
 @pytest.mark.parametrize("kind, mode", [("JPEG", "RGB"), ("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "L")])
 def test_a_large_picture_is_made_smaller_and_keeps_its_shape(kind, mode):
     image = Image.linear_gradient("L").resize((4000, 3000)).convert(mode)
-    width, height, pixels = pixels_of(file_of(image, kind))
+    width, height, pixels = decode_file(file_of(image, kind))
     assert LIMITS.kept_pixels * 0.99 < width * height <= LIMITS.kept_pixels and abs(width / height - 4 / 3) < 0.002
     rows = [pixels[row * width * 3] for row in range(0, height, height // 7)]
     assert rows == sorted(rows) and rows[-1] - rows[0] > 200 and len(pixels) == width * height * 3
@@ -98,7 +98,7 @@ def png(width, height, rows=b"", kind=2):
 ], ids=str)
 def test_other_formats_lies_and_broken_files_are_refused(data, said):
     with pytest.raises(RequestError, match=said) as refused:
-        pixels_of(data)
+        decode_file(data)
     assert refused.value.status == 400 and len(str(refused.value)) < 400
 
 
@@ -111,16 +111,16 @@ def test_a_file_cut_anywhere_or_with_wrong_bytes_gives_pixels_of_its_size_or_an_
             if data:
                 data[generator.randrange(len(data))] = generator.randrange(256)
         try:
-            width, height, pixels = pixels_of(bytes(data))
+            width, height, pixels = decode_file(bytes(data))
         except RequestError as error:
             assert error.status == 400
         else:
             assert len(pixels) == width * height * 3 <= LIMITS.kept_pixels * 3
     with pytest.raises(RequestError, match="damaged"):
-        pixels_of(whole[:len(whole) // 2])
+        decode_file(whole[:len(whole) // 2])
 
 
 def test_the_task_returns_what_a_worker_gets():
     data = file_of(noise())
-    assert picture_of(NewPicture(PictureTasks().decode_picture(data).data)) == picture(*pixels_of(data))
+    assert picture_of(NewPicture(PictureTasks().decode_picture(data).data)) == picture(*decode_file(data))
     assert len({picture(*size, bytes(some)).digest for size, some in (((37, 23), noise().tobytes()), ((23, 37), noise().tobytes()), ((37, 23), 37 * 23 * 3))}) == 3

@@ -15,7 +15,7 @@ from chatlm.front.evals.bpb import Packer, read_texts, run_bpb
 from chatlm.front.evals.chat import chat_suite, drawn_problems, number_in, program_of
 from chatlm.front.evals.data import data_files
 from chatlm.front.evals.items import NEAR_TIE
-from chatlm.front.evals.kept import Kept
+from chatlm.front.evals.answers_file import AnswersFile
 from chatlm.front.evals.permuted import permutation
 from chatlm.front.evals.run import as_json, mean_of, run_task
 from chatlm.front.evals.scores import PoolScorer, cut_as_upstream
@@ -49,7 +49,7 @@ async def scorer(start_pool, request):
 
 
 async def judged_all(scorer, suite, folder, most=None, runs=None):
-    kept = Kept(folder, f"{most}")
+    kept = AnswersFile(folder, f"{most}")
     return [await run_task(scorer, task, most, kept, silent, runs=runs) for task in suite.tasks], kept
 
 
@@ -84,7 +84,7 @@ async def test_bits_per_byte_of_the_validation_shard_are_upstream_s(scorer, base
     write_shard(base / "base_data_climbmix")
     texts, asked = read_texts(None), []
     assert texts.name == "shard_06542.parquet"
-    result = await run_bpb(scorer, texts, 3, kept := Kept(tmp_path, "a"), lambda stage, fraction: asked.append(fraction))
+    result = await run_bpb(scorer, texts, 3, kept := AnswersFile(tmp_path, "a"), lambda stage, fraction: asked.append(fraction))
     assert result.bits_per_byte == pytest.approx(EXPECTED[request.node.callspec.params["scorer"]]["bpb"], rel=1e-5)
     assert (result.rows, result.targets, asked[-1]) == (3, 512, 1.0) and result.as_json()["val_bpb"] == round(result.bits_per_byte, 6)
     kept.close()
@@ -93,7 +93,7 @@ async def test_bits_per_byte_of_the_validation_shard_are_upstream_s(scorer, base
         async def score(self, prompts, starts, top):
             raise AssertionError("a row that is kept was scored again")
 
-    again = await run_bpb(Silent(scorer.pool), texts, 3, Kept(tmp_path, "a"), silent)
+    again = await run_bpb(Silent(scorer.pool), texts, 3, AnswersFile(tmp_path, "a"), silent)
     assert again._replace(seconds=0) == result._replace(seconds=0)
 
 
@@ -130,13 +130,13 @@ def test_documents_are_packed_as_upstream_packs_them():
 async def test_a_running_text_is_scored_in_rows_that_begin_afresh(scorer, base, tmp_path):
     (tmp_path / "text.txt").write_text(LONG_TEXT)
     texts = read_texts(str(tmp_path / "text.txt"))
-    result = await run_bpb(scorer, texts, None, Kept(tmp_path, "a"), silent)
+    result = await run_bpb(scorer, texts, None, AnswersFile(tmp_path, "a"), silent)
     begin, whole = await scorer.encode(["", LONG_TEXT])
     assert result.bytes == len(LONG_TEXT.encode()) and result.rows == -(-(len(whole) - 1) // 512) and "bpb" in result.as_json()
     [scores] = await scorer.score([begin + whole[513:1025]], [1], 0)
-    assert Kept(tmp_path, "a").find("bpb", 1)["nats"] == pytest.approx(-sum(one.logprob for one in scores))
+    assert AnswersFile(tmp_path, "a").find("bpb", 1)["nats"] == pytest.approx(-sum(one.logprob for one in scores))
     (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents()))
-    lines = await run_bpb(scorer, read_texts(str(tmp_path / "lines.jsonl")), 3, Kept(tmp_path, "b"), silent)
+    lines = await run_bpb(scorer, read_texts(str(tmp_path / "lines.jsonl")), 3, AnswersFile(tmp_path, "b"), silent)
     assert lines.bits_per_byte == pytest.approx(EXPECTED["gen5"]["bpb"], rel=1e-5)      # the shard's documents
 
 
@@ -147,7 +147,7 @@ async def test_texts_that_are_not_there_or_not_usable_are_one_line(scorer, base,
                               ("d.jsonl", b"[1]", "is not a text"), ("e.jsonl", b"", "no texts"), ("f.parquet", b"PAR1", "cannot read|needs the Python package")):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ConfigError, match=words) as error:
-            await run_bpb(scorer, read_texts(str(tmp_path / name)), 1, Kept(tmp_path, name), silent)
+            await run_bpb(scorer, read_texts(str(tmp_path / name)), 1, AnswersFile(tmp_path, name), silent)
         assert "\n" not in str(error.value)
     os.mkfifo(tmp_path / "pipe.txt")
     for path in (tmp_path / "pipe.txt", "/dev/zero", tmp_path):

@@ -16,8 +16,8 @@ from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import TokenLogprob
 from chatlm.front.evals.bundle import drawn_rows, read_rows, read_suite
-from chatlm.front.evals.items import NEAR_TIE, BadItem, Span, examples_of, fitted, prompts_of, spans_of, verdict_of
-from chatlm.front.evals.kept import Kept, kept_name
+from chatlm.front.evals.items import NEAR_TIE, BadItem, ScoredSpan, examples_of, fitted, prompts_of, spans_of, verdict_of
+from chatlm.front.evals.answers_file import AnswersFile, answers_file_name
 from chatlm.front.evals.run import as_json, mean_of, run_task
 from chatlm.front.evals.scores import PoolScorer
 from openai_routes import call
@@ -44,7 +44,7 @@ async def test_each_item_is_judged_as_upstream_judges_it(start_pool, suite, tmp_
     """Among them an empty range, equal options, a single one, and numbers; with all items, and with a cut."""
     pool = await start_pool(generation=generation, source="mid" if generation == "gen1" else None)
     for most in (None, 6):
-        kept = Kept(tmp_path, f"{most}")
+        kept = AnswersFile(tmp_path, f"{most}")
         results = [await run_task(PoolScorer(pool), task, most, kept, silent) for task in suite.tasks]
         for task, result in zip(suite.tasks, results):
             rows = drawn_rows(task, most)
@@ -69,7 +69,7 @@ async def test_a_text_that_the_model_continues_so_is_right_and_another_is_not(st
     (tmp_path / "say.jsonl").write_text("\n".join(map(json.dumps, rows)))
     task, = read_suite(str(tmp_path / "say.jsonl")).tasks
     task = task._replace(delimiter="")
-    kept = Kept(tmp_path, "x")
+    kept = AnswersFile(tmp_path, "x")
     await run_task(scorer, task, None, kept, silent)
     found = {json.dumps(row): kept.find("say", index)["correct"] for index, row in enumerate(drawn_rows(task, None))}
     assert [found[json.dumps(row)] for row in rows] == [True, False] * 3
@@ -166,16 +166,16 @@ def test_prompts_are_those_of_upstream_s_templates(suite):
 
 
 def test_spans_are_those_of_upstream():
-    assert spans_of("multiple_choice", [[0, 1, 2, 3], [0, 1, 4]]) == [Span((0, 1, 2, 3), 2), Span((0, 1, 4), 2)]
+    assert spans_of("multiple_choice", [[0, 1, 2, 3], [0, 1, 4]]) == [ScoredSpan((0, 1, 2, 3), 2), ScoredSpan((0, 1, 4), 2)]
     assert [span.empty for span in spans_of("multiple_choice", [[0, 1], [0, 1, 4], [0, 1]])] == [True, False, True]
-    assert spans_of("schema", [[0, 1, 5, 6], [0, 2, 3, 5, 6]]) == [Span((0, 1, 5, 6), 2), Span((0, 2, 3, 5, 6), 3)]
-    assert spans_of("language_modeling", [[0, 1], [0, 1, 2]]) == [Span((0, 1, 2), 2)]
+    assert spans_of("schema", [[0, 1, 5, 6], [0, 2, 3, 5, 6]]) == [ScoredSpan((0, 1, 5, 6), 2), ScoredSpan((0, 2, 3, 5, 6), 3)]
+    assert spans_of("language_modeling", [[0, 1], [0, 1, 2]]) == [ScoredSpan((0, 1, 2), 2)]
     for tokens in ([[0, 1], [0, 2, 3]], [[0, 1], [0, 1]], [[0, 1, 2], [0, 1]]):
         with pytest.raises(BadItem):
             spans_of("language_modeling", tokens)
-    assert fitted(Span(tuple(range(10)), 7), 5) == Span((5, 6, 7, 8, 9), 2) and fitted(Span((1, 2), 1), 5) == Span((1, 2), 1)
+    assert fitted(ScoredSpan(tuple(range(10)), 7), 5) == ScoredSpan((5, 6, 7, 8, 9), 2) and fitted(ScoredSpan((1, 2), 1), 5) == ScoredSpan((1, 2), 1)
     with pytest.raises(BadItem, match="9 tokens are scored, but the context holds 9"):
-        fitted(Span(tuple(range(10)), 1), 9)
+        fitted(ScoredSpan(tuple(range(10)), 1), 9)
 
 
 def option(*logprobs):
@@ -203,7 +203,7 @@ async def test_answers_of_another_arithmetic_are_kept_apart(start_pool, suite):
     """Here and behind a URL alike: the scorer says which it is, not this command's flags."""
     scorers = [PoolScorer(await start_pool(arithmetic=arithmetic)) for arithmetic in ("fast", "fine")]
     assert [scorer.arithmetic for scorer in scorers] == ["fast", "fine"]
-    assert len({kept_name(Settings(), scorer, "m", suite, None) for scorer in scorers}) == 2
+    assert len({answers_file_name(Settings(), scorer, "m", suite, None) for scorer in scorers}) == 2
 
 
 async def test_a_second_run_asks_nothing_and_one_after_a_kill_only_what_remains(start_pool, suite, tmp_path):
@@ -215,23 +215,23 @@ async def test_a_second_run_asks_nothing_and_one_after_a_kill_only_what_remains(
             asked.append(len(prompts))
             return await super().score(prompts, starts, top)
 
-    first = await run_task(Counting(pool), task, None, kept := Kept(tmp_path, "a"), silent)
+    first = await run_task(Counting(pool), task, None, kept := AnswersFile(tmp_path, "a"), silent)
     kept.close()
     assert len(asked) == first.items == 16 and kept.path.stat().st_mode & 0o777 == 0o600
-    again = await run_task(Counting(pool), task, None, Kept(tmp_path, "a"), silent)
+    again = await run_task(Counting(pool), task, None, AnswersFile(tmp_path, "a"), silent)
     assert len(asked) == 16 and again._replace(seconds=0) == first._replace(seconds=0)
     data = kept.path.read_bytes()
     kept.path.write_bytes(data[:len(data) // 2] + b'\x00{"item": []}\n{"task": "choose"}\n{"cut o')     # by a kill, and by others
-    rest = await run_task(Counting(pool), task, None, other := Kept(tmp_path, "a"), silent)
+    rest = await run_task(Counting(pool), task, None, other := AnswersFile(tmp_path, "a"), silent)
     assert 16 < len(asked) <= 16 + 9 and rest._replace(seconds=0) == first._replace(seconds=0)
     other.close()
-    assert len(Kept(tmp_path, "a").items) == 16
+    assert len(AnswersFile(tmp_path, "a").items) == 16
 
 
 async def test_a_run_that_is_cancelled_leaves_no_answer_running(start_pool, suite, tmp_path):
     pool = await start_pool()
     began = asyncio.Event()
-    run = asyncio.ensure_future(run_task(PoolScorer(pool), suite.tasks[1], None, Kept(tmp_path, "a"), lambda stage, fraction: began.set()))
+    run = asyncio.ensure_future(run_task(PoolScorer(pool), suite.tasks[1], None, AnswersFile(tmp_path, "a"), lambda stage, fraction: began.set()))
     await began.wait()
     run.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -244,7 +244,7 @@ async def test_an_item_longer_than_the_context_loses_its_beginning_and_is_counte
     rows = [{"query": " ".join(["sea"] * 90), "choices": ["a", "the cat"], "gold": 0}, {"query": "sea", "choices": ["a", "b"], "gold": 0}]
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
     task, = read_suite(str(tmp_path / "long.jsonl")).tasks
-    assert (await run_task(PoolScorer(pool), task, None, Kept(tmp_path, "x"), silent)).cut == 1
+    assert (await run_task(PoolScorer(pool), task, None, AnswersFile(tmp_path, "x"), silent)).cut == 1
 
 
 # the command

@@ -9,7 +9,7 @@ import pytest
 
 from bundles import write_bundle
 from chatlm.front.evals.scores import PoolScorer
-from chatlm.front.pool.watch import RunWatch
+from chatlm.front.pool.run_watch import RunWatch
 from fake_pool import serving
 from trained_base import VAL_BPB, write_base
 from watched import until, watching  # noqa: F401

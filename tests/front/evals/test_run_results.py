@@ -17,7 +17,7 @@ import tiny_training
 from chatlm.common.config import ApiKey
 from chatlm.front.evals import step_work
 from chatlm.front.evals.run_results import (
-    RunResults, Result, SAMPLES, Score, StepOfRun, TEXT, WRITTEN, result_in, text_result)
+    RunResults, StepResult, SAMPLES, Score, StepOfRun, TEXT, WRITTEN, result_in, text_result)
 from chatlm.front.evals.scores import PoolScorer
 from fake_pool import serving
 from real_server import get, server
@@ -282,7 +282,7 @@ async def known_steps(*steps):
     """The steps that are listed as removed, of lines in this order: (step, saved_s, digest)."""
     results = RunResults(None)
     for step, saved_s, digest in steps:
-        await results.add(StepOfRun("d2", "d2", "", step, "/runs/d2", saved_s, digest), Result(WRITTEN, metrics={"val_bpb": saved_s}))
+        await results.add(StepOfRun("d2", "d2", "", step, "/runs/d2", saved_s, digest), StepResult(WRITTEN, metrics={"val_bpb": saved_s}))
     return [(step["step"], step["metrics"]["val_bpb"]) for step in results.removed(Path("/runs"), {}, {("/runs/d2", 900)})]
 
 
@@ -298,7 +298,7 @@ async def test_a_training_that_began_again_has_overtaken_the_later_steps_of_the_
 async def test_results_of_another_folder_are_no_steps_of_this_one():
     results = RunResults(None)
     for folder in ("/runs/d2", "/runs-of-others/d2", ""):
-        await results.add(StepOfRun("d2", "d2", "", 3, folder, 1.0, "a" + folder), Result(WRITTEN, metrics={"val_bpb": 1.0}))
+        await results.add(StepOfRun("d2", "d2", "", 3, folder, 1.0, "a" + folder), StepResult(WRITTEN, metrics={"val_bpb": 1.0}))
     assert [step["weights_digest"] for step in results.removed(Path("/runs"), {}, set())] == ["a/runs/d2"]
 
 
@@ -308,7 +308,7 @@ async def test_of_results_that_other_flags_have_made_the_last_is_shown_and_of_an
     step = StepOfRun("d2", "d2", "", 3, "/runs/d2", 1.0, "a")
     for text, made_by, bits in (("text", "float32", 8.0), ("text", "bfloat16", 16.0), ("other", "bfloat16", 24.0)):
         await results.add(step, text_result(text, Score(bits, 1, 3))._replace(made_by=made_by))
-        await results.add(step, Result(SAMPLES, "prompts" * (text == "text"), samples=({"prompt": "a", "text": made_by},), made_by=made_by))
+        await results.add(step, StepResult(SAMPLES, "prompts" * (text == "text"), samples=({"prompt": "a", "text": made_by},), made_by=made_by))
     removed, = results.removed(Path("/runs"), {}, set())
     assert removed["metrics"] == {"bits_per_byte": 16.0} and removed["samples"] == [{"prompt": "a", "text": "bfloat16"}]
     assert results.find("a", TEXT, "text", "float32").score.bits == 8.0 and results.find("a", TEXT, "text", "float16") is None

@@ -12,7 +12,7 @@ import pytest
 
 from chatlm.common.config import LIMITS, Settings
 from chatlm.common.errors import ChatServerError, EngineFailure, RequestError
-from chatlm.common.messages.protocol import SANDBOX_PIPE, Body, Known, SandboxConfig, Task
+from chatlm.common.messages.protocol import SANDBOX_PIPE, Body, Known, SandboxConfig, SandboxTask
 from chatlm.common.messages.requests import InfillTokens
 from chatlm.common.messages.wire import Pipe
 from chatlm.common.vision.pictures import picture
@@ -22,7 +22,7 @@ from chatlm.front.intake import intake as intake_module
 from chatlm.front.intake.arrival import Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.intake.body_tasks import BodyTasks
-from chatlm.front.intake.envelope import MODEL_NAMES, envelope_of, unpacked_envelope
+from chatlm.front.intake.envelope import MODEL_NAMES, make_envelope, unpacked_envelope
 from chatlm.front.intake.intake import Intake
 from chatlm.front.intake.sandboxed import Shelf
 from chatlm.front.intake.tasks import NumberedLine
@@ -43,7 +43,7 @@ def crossings(monkeypatch):
     found, packed = [], Pipe.packed
 
     def noted(pipe, message):
-        if pipe is SANDBOX_PIPE and isinstance(message, Task):
+        if pipe is SANDBOX_PIPE and isinstance(message, SandboxTask):
             found.append([message.name, 0])
         elif pipe is SANDBOX_PIPE and isinstance(message, Body):
             found[-1][1] += 1
@@ -351,7 +351,7 @@ async def test_lines_are_checked_for_the_model_that_they_name_and_not_on_the_eve
 
 async def test_what_another_model_finds_wrong_counts_and_not_what_the_usual_one_does(models, intake, monkeypatch):
     two = models.find("two").pool
-    monkeypatch.setattr(intake, "blind", lambda pool: "this model cannot see images" if pool is two else "")
+    monkeypatch.setattr(intake, "why_blind", lambda pool: "this model cannot see images" if pool is two else "")
     shown = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}]}]}
     found = await checked_by(intake, 1, [request_line(**shown), request_line(**shown, model="two"), request_line(model="two")])
     assert [each.problem.partition(": ")[2] for each in found] == ["", "this model cannot see images", ""]
@@ -372,7 +372,7 @@ async def test_the_pictures_of_a_comparison_are_decoded_once(intake, monkeypatch
         decoded.append(data)
         return picture(2, 1, b"catcat")
 
-    monkeypatch.setattr(intake, "blind", lambda pool: "")
+    monkeypatch.setattr(intake, "why_blind", lambda pool: "")
     body = {"models": ["one", "two"], "messages": [{"role": "user", "content": [
         {"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}]}]}
     with holding_of(intake) as holding:
@@ -424,7 +424,7 @@ RICH = {
 def test_reading_a_body_leaves_it_as_it_was(route):
     """A body may be read by several models."""
     known = Known(Settings(), "tagged", infill=InfillTokens(1, 2, 3) if route == "/infill" else None)
-    envelope = envelope_of(copy.deepcopy(RICH[route]), route)
+    envelope = make_envelope(copy.deepcopy(RICH[route]), route)
     envelope.show([picture(2, 1, b"catcat")] * len(envelope.lift.files))
     before = copy.deepcopy(envelope.fields)
     first = read_answer(route, envelope.fields, known)
@@ -437,10 +437,10 @@ def test_reading_a_body_leaves_it_as_it_was(route):
 async def test_the_bytes_of_a_body_are_given_back_before_what_stays_of_it_is_taken():
     intake = Intake(Catalogue(Settings(), FakePool()))
     body = json.dumps({"prompt": "x" * 2000, "padding": LARGE}).encode()
-    intake.budget.of_one = len(body) + 1000          # not enough for both
+    intake.budget.per_client = len(body) + 1000          # not enough for both
     with holding_of(intake) as holding:
         with holding_of(intake) as reading:
-            await reading.room(len(body))
+            await reading.wait_for(len(body))
             arrival = await intake.open(caller_of("/v1/completions"), body)
             _, parsed = await intake.answer(arrival, reading, holding)
         assert intake.budget.used == holding.size == parsed.size

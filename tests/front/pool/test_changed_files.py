@@ -12,7 +12,7 @@ from chatlm.common.hub.adapters import adapter_at
 from chatlm.common.messages.protocol import AdapterLoaded
 from chatlm.front.pool.adapters import AdapterWatch
 from chatlm.front.pool.many import ManyModels
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.pool import make_pool
 from asking import ask, served, text_of
 from families import make_model, save
 from forked import DYING
@@ -43,7 +43,7 @@ def start(model, started, tmp_path, monkeypatch):
     monkeypatch.setenv("STRUCK", str(tmp_path))
 
     async def start(**changes):
-        return await started(pool_of(Settings(**{"model": str(model)} | TINY | changes), DYING))
+        return await started(make_pool(Settings(**{"model": str(model)} | TINY | changes), DYING))
 
     return start
 
@@ -367,7 +367,7 @@ async def test_a_request_has_the_version_of_its_adapter_that_was_served_when_it_
         may_render.set()
         assert await asked == before != await text_of(client, url, "ad0")
         pool.adapters.drop_unused()
-        assert [*pool.adapters.all.values()] == [pool.adapters.serving["ad0"]] and not pool.adapters.held
+        assert [*pool.adapters.all.values()] == [pool.adapters.serving["ad0"]] and not pool.adapters.uses
 
 
 async def test_a_server_is_not_ready_before_its_adapters_are(model, tmp_path):

@@ -15,7 +15,7 @@ from chatlm.common.messages.requests import Failed, Finished, Piece, PromptScore
 from chatlm.common.messages.wire import HEADER, unpacked
 from chatlm.front.pool.worker import Job
 from chatlm.worker.engine.sequence import Sequence
-from chatlm.worker.process import Inbox
+from chatlm.worker.inbox import Inbox
 from answers import asked, ending, said
 from nightly import by_day
 from pools import PlayedWorker, played_pool, work_of
@@ -94,7 +94,7 @@ async def test_what_answers_share_crosses_the_pipe_once(pool):
     assert (kinds["NewRequest"], kinds["NewPrompt"], kinds["NewAnswer"], kinds["EndOfRequest"]) == (1, 2, 8, 1)
     assert all(work.sampling.logit_bias == bias for work in worker.works.values())
     assert {work.prompt_ids for work in worker.works.values()} == {(1,) * 30, (2,) * 30}
-    assert not worker.known and not worker.inbox.params and not worker.inbox.prompts
+    assert not worker.sent_prompts and not worker.inbox.requests
 
 
 async def test_events_say_whose_they_are_and_end_with_the_last(pool):

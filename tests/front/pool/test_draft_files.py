@@ -11,7 +11,7 @@ import pytest
 from chatlm.common.config import ModelChoice, Settings
 from chatlm.common.errors import ConfigError
 from chatlm.front.pool.many import ManyModels
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.pool import make_pool
 from asking import ask, served, text_of
 from families import make_model, save
 from forked import DYING
@@ -52,7 +52,7 @@ def start(model, draft, text, started, tmp_path, monkeypatch):
 
     async def start(**changes):
         settings = Settings(**{"model": str(model), "draft_model": str(draft), "draft_text": (str(text),)} | TINY | changes)
-        return await started(pool_of(settings, DYING))
+        return await started(make_pool(settings, DYING))
 
     return start
 

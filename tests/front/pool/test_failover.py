@@ -26,8 +26,8 @@ from chatlm.common.text.formats import HARMONY
 from chatlm.common.text.grammar import check_grammar, json_grammar
 from chatlm.front.admission import prompts
 from chatlm.front.api.call_grammars import tool_grammar
-from chatlm.front.pool import local
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool import local_devices
+from chatlm.front.pool.pool import make_pool
 from answers import asked, calls_of
 from draft_heads import Head, save_with_head
 from fake_pool import conversation, frames, serving
@@ -195,10 +195,10 @@ async def test_workers_with_and_without_amx_continue_each_others_answers(start_p
     emulated, best = core._core.isas_for_tests()[0], core.info()["offered_isas"][0]
     started = []
 
-    def environment(threads, nice, original=local.process_environment):
+    def environment(threads, nice, original=local_devices.process_environment):
         started.append(best if started == [emulated] else emulated)
         return original(threads, nice) | {"DECODE_CORE_ISA": started[-1]}
-    patch(monkeypatch, local, "process_environment", environment)
+    patch(monkeypatch, local_devices, "process_environment", environment)
     pool = await start_pool(num_workers=2, model=str(default_model_path))
     request = dict(messages=(Message("user", "Tell me of rivers. " * 4),), chat=True, ignore_eos=True, max_tokens=20,
                    sampling=SamplingParams(temperature=1.0, seed=3))
@@ -520,7 +520,7 @@ async def test_a_worker_that_hangs_while_it_loads_again_keeps_no_answer_from_goi
 
 
 def test_each_report_of_a_load_gives_it_the_whole_time_again():
-    pool = pool_of(Settings())
+    pool = make_pool(Settings())
     (worker,) = pool.workers
     worker.awaited_s = time.monotonic() - patient(worker.LOAD_HANG_S) - 1
     assert worker.state == "loading" and worker.hung

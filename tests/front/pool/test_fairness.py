@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import time
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
@@ -13,7 +14,7 @@ from chatlm.common.errors import Overloaded
 from chatlm.common.messages.protocol import Cancel, NewAnswer
 from chatlm.common.messages.requests import Piece, SamplingParams
 from chatlm.common.processes.start import patient
-from chatlm.front.pool.dispatcher import WaitingQueue, waiting_of
+from chatlm.front.pool.dispatcher import WaitingQueue, waiting_by_client
 from chatlm.front.pool.worker import Job, State
 from answers import asked, ending, said
 from fake_pool import FakePool, conversation, serving
@@ -43,6 +44,14 @@ def test_texts_to_embed_go_after_answers_and_before_low_priority():
     assert drained(queue) == "answer t1 t2 low"
 
 
+def test_the_background_of_one_model_hides_no_answers_that_wait_for_another():
+    models = [SimpleNamespace(pending=WaitingQueue()) for _ in range(2)]
+    models[0].pending.append(job("low", "a", low=True))
+    models[1].pending.append(job("answer", "b"))
+    assert waiting_by_client(models, low=False) == {"b": 1}
+    assert waiting_by_client(models) == {"a": 1, "b": 1}
+
+
 async def test_a_text_makes_room_for_an_answer_and_texts_do_not_fill_the_queue():
     pool = played_pool(max_batch=2, max_queue=7)
     [worker] = pool.workers
@@ -53,7 +62,7 @@ async def test_a_text_makes_room_for_an_answer_and_texts_do_not_fill_the_queue()
     texts = [embed(name, 40) for name in ("x", "y")]
     for stream in texts:
         await anext(stream)
-    assert len(worker.jobs) == 2 and len(pool.dispatcher.pending) == 78 and sum(waiting_of([pool.dispatcher]).values()) == 6     # of 40: 3
+    assert len(worker.jobs) == 2 and len(pool.dispatcher.pending) == 78 and sum(waiting_by_client([pool.dispatcher]).values()) == 6     # of 40: 3
     answers = await submitted(pool, "a1")          # of the same client
     assert told(worker)[-1] == "a1" and [job.request.id for job in worker.jobs.values()] == ["x", "a1"]
     texts.append(embed("z", 40))

@@ -17,10 +17,11 @@ from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError, EngineFailure
 from chatlm.common.messages.protocol import ModelCard, WorkerConfig
 from chatlm.common.messages.requests import ModelSource
-from chatlm.front.pool import local
-from chatlm.front.pool.pool import pool_of
-from chatlm.worker.build import MemoryPlan, check_gpu, lack_of_gpu_memory
-from chatlm.worker.process import busy_share, device_use
+from chatlm.front.pool import local_devices
+from chatlm.front.pool.pool import make_pool
+from chatlm.worker.memory_plan import MemoryPlan
+from chatlm.worker.device import check_gpu, lack_of_gpu_memory
+from chatlm.worker.device_use import DeviceUse
 from patching import patch
 from pools import collect, greedy, tiny_settings
 
@@ -36,7 +37,7 @@ def box(monkeypatch):
     def fake(*words):
         there = [word for word in words if word != "missing"]
         monkeypatch.setenv("GPU_BOX", json.dumps(there))
-        patch(monkeypatch, local, "cuda_device_count", lambda: len(words))
+        patch(monkeypatch, local_devices, "cuda_device_count", lambda: len(words))
         monkeypatch.setattr(torch, "zeros", torch.zeros)        # fake_cuda replaces it
         monkeypatch.setattr(torch, "cuda", gpu_box_worker.fake_cuda(there))
         return [BAD[word].format(gpu, len(there)) if word in BAD else "" for gpu, word in enumerate(words)]
@@ -137,7 +138,7 @@ def test_too_little_for_a_kv_cache_names_what_is_enough(box, nanochat_fixtures, 
 def test_one_of_several_gpus_is_told_unless_the_number_was_given(box):
     box("fine", "fine", "fine")
     for changes, told in (({}, True), ({"num_gpus": "1"}, False), ({"num_gpus": "auto"}, False), ({"device_type": "cpu"}, False)):
-        pool = pool_of(Settings(**changes))
+        pool = make_pool(Settings(**changes))
         pool.supervisor.version.note_card(ModelCard(None, "m", 64, (), {}, False))
         pool.placement.source, pool.admission.prompts = config().source, SimpleNamespace(tokenizer=None)
         pool.settings = replace(pool.settings, command="chat")
@@ -152,10 +153,7 @@ def test_utilization_is_the_driver_s_by_the_gpu_s_own_id_and_none_without_its_li
     first, second = (torch.device(f"cuda:{gpu}") for gpu in (0, 1))
     for module, found in ((nvml, (0.25, 1.0)), (None, (None, None)), (SimpleNamespace(), (None, None))):
         monkeypatch.setitem(sys.modules, "pynvml", module)
-        busy_share.cache_clear()
-        device_use.cache_clear()
-        assert tuple(device_use(device, 1, ()) for device in (first, second)) == tuple(
-            (79 << 30, 80 << 30, share) for share in found)
-    busy_share.cache_clear()
-    used, total, share = device_use(torch.device("cpu"), 1, (os.getpid(),))
-    assert 0 < used < total and share is None
+        assert [DeviceUse(device).gauges() for device in (first, second)] == [
+            {"memory_used": 79 << 30, "memory_total": 80 << 30, "utilization": share} for share in found]
+    use = DeviceUse(torch.device("cpu"), (os.getpid(),)).gauges()
+    assert 0 < use["memory_used"] < use["memory_total"] and use["utilization"] is None

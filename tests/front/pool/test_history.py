@@ -22,7 +22,7 @@ from chatlm.front.pool.adapters import AdapterWatch
 from chatlm.front.pool.folder_watch import FolderWatch
 from chatlm.front.pool.many import ManyModels
 from chatlm.front.pool.residency import Residency
-from chatlm.front.pool.watch import RunWatch
+from chatlm.front.pool.run_watch import RunWatch
 from fake_pool import serving
 from families import as_gguf, make_model, save
 from forked import DYING

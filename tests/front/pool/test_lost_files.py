@@ -10,7 +10,7 @@ import pytest
 
 from chatlm.common.config import ModelChoice, Settings
 from chatlm.front.pool.many import ManyModels
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.pool import make_pool
 from asking import served
 from families import make_model, save
 from forked import DYING
@@ -118,7 +118,7 @@ async def test_where_a_file_is_lost_and_the_worker_dies_each_request_ends_and_th
         two = ModelChoice(str(files / "draft"), "two")
         models = await started(ManyModels(replace(given.settings, model=None, lora=(), several=(one, two)), DYING))
     else:
-        models = await started(pool_of(given.settings, DYING))
+        models = await started(make_pool(given.settings, DYING))
     async with served(models) as url:
         name = "one" if several else ""
         status, before = await answer(client, url, model=name)

@@ -12,9 +12,9 @@ import chat_server
 from chatlm.common.config import ApiKey, ModelChoice, Settings
 from chatlm.common.errors import ConfigError
 from chatlm.front.pool import many
-from chatlm.front.pool.local import LocalDevices
+from chatlm.front.pool.local_devices import LocalDevices
 from chatlm.front.pool.many import FolderWatch, ManyModels
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.pool import make_pool
 from chatlm.front.pool.residency import Residency
 from chatlm.front.pool.worker import State, Worker
 from fake_pool import frames, serving
@@ -58,7 +58,7 @@ def content(answer):
 async def alone(client, model, texts, **changes):
     """What a server of this model alone answers to each text."""
     settings = Settings(model=str(model), **TINY, **changes)
-    pool = pool_of(settings, DYING)
+    pool = make_pool(settings, DYING)
     await pool.start()
     try:
         await pool.wait_ready()
@@ -108,7 +108,7 @@ async def test_two_models_with_room_for_the_kv_pages_of_one_stay_loaded_and_answ
     monkeypatch.setattr(Residency, "KEEP_S", 0.0)
     models = await start_models("gen1", "gen5", models_memory=10 * MIB << 10, prefix_memory=0)     # so that what is emptied is gone
     sizes = {name: models.find(name).bytes for name in ("gen1", "gen5")}
-    models.residency.budget = sum(sizes.values()) - min(models.find(name).model.place.cache for name in sizes) // 2
+    models.residency.budget = sum(sizes.values()) - min(models.find(name).model.share.cache for name in sizes) // 2
     async with served(models) as url:
         found, pids = {}, {}
         for name in ("gen1", "gen5", "gen1"):
@@ -224,7 +224,7 @@ async def test_requests_that_come_before_all_headers_are_read_load_no_more_than_
 
     async def start_worker(placement, worker, original=LocalDevices.open):
         beside.append([model.name for model in models.registry.models
-                       if model.pool and model.pool.placement is not placement and not model.pool.supervisor.gone])
+                       if model.pool and model.pool.placement is not placement and not model.pool.supervisor.has_ended])
         return await original(placement, worker)
 
     monkeypatch.setattr(models.opener, "open", open_later)
@@ -332,13 +332,13 @@ async def test_models_of_several_ranks_answer_as_alone_are_counted_with_them_and
     models = await start_models("gen1", "gen5", tensor_parallel_size=2, models_memory=900 * MIB, prefix_memory=0)
     one, other = (models.find(name).model for name in ("gen1", "gen5"))
     assert all(400 * MIB < model.bytes < 450 * MIB for model in (one, other))
-    models.residency.budget = one.bytes + other.bytes - one.place.cache // 2
+    models.residency.budget = one.bytes + other.bytes - one.share.cache // 2
     async with served(models) as url:
         found = {}
         for model in (one, other):
             found[model.name] = content(await ask(client, url, model.name))
             model.pool.supervisor.load_s = 0.0      # its time is over at once
-        assert (one.state, one.place.empties, other.state) == ("unloaded", False, "ready")
+        assert (one.state, one.share.empties, other.state) == ("unloaded", False, "ready")
     for name, answer in found.items():
         assert await alone(client, nanochat_fixtures / name, ["hello"], tensor_parallel_size=2) == {"hello": answer}
 

@@ -16,10 +16,10 @@ from chatlm.common.messages.requests import Accepted, Finished, Request, TextSpe
 from chatlm.front.admission.admission import Admission
 from chatlm.front.pool.adapters import PoolAdapters
 from chatlm.front.pool.dispatcher import Dispatcher
-from chatlm.front.pool.local import LocalDevices
-from chatlm.front.pool.ray import RayNodes
+from chatlm.front.pool.local_devices import LocalDevices
+from chatlm.front.pool.ray_nodes import RayNodes
 from chatlm.front.pool.supervisor import Supervisor
-from chatlm.front.pool.use import ModelUse
+from chatlm.front.pool.model_use import ModelUse
 from chatlm.front.pool.worker import NEXT_STATES, State, Worker
 from answers import ending, said
 
@@ -79,7 +79,7 @@ class PlayedPlacement:
 
     source, renews = None, True
 
-    def now(self):
+    def changed_source(self):
         return None
 
     def __init__(self, *messages):

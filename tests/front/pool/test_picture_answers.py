@@ -8,7 +8,7 @@ import pytest
 from chatlm.common.config import Settings
 from chatlm.common.errors import EngineFailure, RequestError
 from chatlm.common.messages.requests import Message, SamplingParams
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.pool import make_pool
 from answers import asked
 from forked import DYING
 from image_conversations import picture_of_size
@@ -34,7 +34,7 @@ async def seeing_pool(started, seeing_folder, tmp_path, monkeypatch):
 
     async def start(**changes):
         settings = Settings(**{"model": str(seeing_folder), "dtype": "float32", "kv_cache_memory": 8 << 20, "prefill_chunk": 16, "stream_interval": 0.0, "draft_memory": 0} | changes)
-        pool = await started(pool_of(settings, worker_command=DYING))
+        pool = await started(make_pool(settings, worker_command=DYING))
         await all_ready(pool)
         return pool
 

@@ -15,7 +15,7 @@ from chatlm.common.config import ApiKey, ModelChoice, Settings
 from chatlm.common.errors import ConfigError, shown
 from chatlm.front.pool.adapters import AdapterWatch
 from chatlm.front.pool.many import FolderWatch, ManyModels
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.pool import make_pool
 from fake_pool import frames, serving
 from families import make_model, save
 from forked import DYING
@@ -40,7 +40,7 @@ def adapter(base, folder, seed=0, **config):
 def start(base, started):
     """A function that starts a server of the tiny model with adapters."""
     async def start(*adapters, **changes):
-        return await started(pool_of(Settings(model=str(base), adapter=adapters, **TINY | changes), DYING))
+        return await started(make_pool(Settings(model=str(base), adapter=adapters, **TINY | changes), DYING))
 
     return start
 
@@ -72,7 +72,7 @@ async def test_an_adapter_is_a_model_of_two_names_beside_its_base(start, base, c
     """Their answers differ, also from a base that has merged it at load only in its name; no name is unknown twice."""
     one, two = adapter(base, tmp_path / "one", 1), adapter(base, tmp_path / "two", 2)
     pool = await start(f"one={one}", f"two={two}")
-    merged = pool_of(Settings(model=str(base), lora=(str(one),), **TINY), DYING)
+    merged = make_pool(Settings(model=str(base), lora=(str(one),), **TINY), DYING)
     async with served(pool) as url:
         models = await listed(client, url)
         assert [*models] == ["tiny-llama", "one", "two"] and models["one"]["aliases"][0] == "tiny-llama@one"
@@ -235,7 +235,7 @@ def test_what_is_wrong_with_the_flag_is_one_line(word, message, base, tmp_path):
     adapter(base, tmp_path / "good")
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=message) as caught:
-        pool_of(parse_command_line([str(base), "--adapter", word.format(tmp_path)], {}))
+        make_pool(parse_command_line([str(base), "--adapter", word.format(tmp_path)], {}))
     assert "\n" not in str(caught.value)
 
 
@@ -278,7 +278,7 @@ async def test_of_several_models_each_has_its_adapters(base, client, tmp_path, m
             assert sorted(names) == ["blue", "on-red", "red"] and names["on-red"]["parent"] == "red"
             assert await text_of(client, url, "red@on-red") != await text_of(client, url, "red") == await text_of(client, url, "blue")
             assert (await ask(client, url, "blue@on-red"))[0] == 404
-            places = {model.name: model.place for model in models.registry.models}
+            places = {model.name: model.share for model in models.registry.models}
             names = await listed(client, url)
             assert places["red"].size == places["blue"].size + names["on-red"]["bytes"] and models.stats(models.registry.listed())["models_bytes"] == sum(place.bytes for place in places.values())
             without_adapters = places["blue"].size

@@ -16,7 +16,7 @@ from chatlm.common.config import ApiKey, ModelChoice, Settings, store_place
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import Message, SamplingParams
 from chatlm.common.segments import check_folder, segment_paths
-from chatlm.front.pool.opening import Opener
+from chatlm.front.pool.opener import Opener
 from chatlm.front.pool.residency import Residency
 from chatlm.front.pool.prefixes import STAGING_BYTES, Prefixes, memory_for
 from chatlm.front.pool.worker import State

@@ -31,8 +31,8 @@ from chatlm.common.processes.ray import ray_main
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.program import program_bytes
 from chatlm.front.admission.sandbox import next_message
-from chatlm.front.pool.pool import pool_of
-from chatlm.front.pool.ray import NodeShare, RayActor, node_shares
+from chatlm.front.pool.pool import make_pool
+from chatlm.front.pool.ray_nodes import NodeShare, RayActor, node_shares
 from patching import patch
 from pools import collect, greedy, tiny_settings
 
@@ -58,7 +58,7 @@ async def cluster(nanochat_fixtures, tmp_path, monkeypatch):
         if nodes is not None:
             set_nodes(**nodes)
         settings = tiny_settings(nanochat_fixtures, **{"ray_address": "auto", "num_workers": 0, "device_type": "cpu"} | changes)
-        pools.append(pool := pool_of(settings, worker_command=FAKE_RAY))
+        pools.append(pool := make_pool(settings, worker_command=FAKE_RAY))
         pool.placement.RETRY_S = 0.1
         await pool.start()
         if wait:

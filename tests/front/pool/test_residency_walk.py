@@ -6,7 +6,7 @@ from hypothesis import settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from chatlm.common.errors import ConfigError
-from chatlm.front.pool.residency import NEXT_STAYS, Place, Stay
+from chatlm.front.pool.residency import NEXT_STAYS, MemoryShare, Stay
 from chatlm.front.pool.worker import CacheState, State
 from played_models import Clock, Models
 
@@ -50,7 +50,7 @@ class Walk(RuleBasedStateMachine):
         options = {name: {"cache": min(size - 1, 3), "idle_s": idle} for name, size in zip(NAMES, sizes)}
         options["a"] |= {"pinned": pinned, "idle_s": 0.0}
         self.models = Models(self.clock, BUDGET, dict(zip(NAMES, sizes)), **options)
-        places, self.models.residency.places = self.models.residency.places, []
+        places, self.models.residency.shares = self.models.residency.shares, []
         for place in places:
             try:
                 self.models.residency.admit(place)
@@ -61,7 +61,7 @@ class Walk(RuleBasedStateMachine):
     def settle(self, seconds=0.0):
         self.models.settle(seconds)
 
-    def place(self, number) -> Place:
+    def place(self, number) -> MemoryShare:
         return [*self.models.by_name.values()][number % len(self.models.by_name)]
 
     @rule(number=strategies.integers(0, 3), low=strategies.booleans())
@@ -73,13 +73,13 @@ class Walk(RuleBasedStateMachine):
     @rule(number=strategies.integers(0, 3))
     def the_operator_loads(self, number):
         place = self.place(number)
-        place.asked = not place.serves
+        place.is_requested = not place.serves
         self.settle()
 
     @rule(number=strategies.integers(0, 3))
     def the_operator_unloads(self, number):
         place = self.place(number)
-        place.asked = False
+        place.is_requested = False
         place.leave()
         self.settle()
 

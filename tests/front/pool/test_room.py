@@ -14,8 +14,8 @@ from chatlm.common.hub.adapters import adapter_at
 from chatlm.common.messages.protocol import AdapterLoaded, DropAdapter
 from chatlm.front.evals.step_work import StepWork
 from chatlm.front.pool.many import FolderWatch, ManyModels
-from chatlm.front.pool.residency import Place, Residency
-from chatlm.front.pool.watch import RunWatch
+from chatlm.front.pool.residency import MemoryShare, Residency
+from chatlm.front.pool.run_watch import RunWatch
 from fake_pool import serving
 from families import make_model, save
 from forked import DYING
@@ -61,7 +61,7 @@ async def test_a_model_that_does_not_fit_beside_a_pinned_one_is_refused_again_wh
             assert status == 503 and "the pinned models leave" in body["error"]["message"]
             await until(lambda: models.registry.find("other").model.failed_s < float("inf"))
         assert (await ask(client, url, "pinned"))[0] == 200
-        assert [place.name for place in models.residency.places] == ["pinned"]
+        assert [place.name for place in models.residency.shares] == ["pinned"]
     assert len([line for line in caplog.messages if "other cannot be served" in line]) == 1
 
 
@@ -91,7 +91,7 @@ async def test_an_adapter_that_grows_beyond_the_memory_is_refused_and_its_base_a
     models = await started(ManyModels(Settings(several=(choice,), models=str(folder.parent), **TINY), DYING))
     async with serving(models, models.settings) as url:
         assert (await ask(client, url, "law"))[0] == 200 == (await ask(client, url, "base"))[0]
-        [place] = models.residency.places
+        [place] = models.residency.shares
         models.residency.budget, size = place.size + (3 << 20), place.size
         old = place.pool.adapters.serving["law"]
         random_adapter(folder, 1, {"self_attn.q_proj": (64, 64)}, rank=8192, base_model_name_or_path="base")
@@ -115,10 +115,10 @@ def test_an_adapter_that_takes_more_in_a_worker_than_it_seemed_to_is_refused_whe
     files = [adapter_at(random_adapter(tmp_path / name, 1, {"self_attn.q_proj": (64, 64)}), "law") for name in ("old", "new")]
     pool = played_pool()
     [worker], adapters, [old, new] = pool.workers, pool.adapters, files
-    place = Place("base", pool, 10 << 20)
+    place = MemoryShare("base", pool, 10 << 20)
     residency = Residency(place.size + 3 * old.nbytes)
     residency.admit(place)
-    adapters.admit = lambda more: residency.admit(place, more)
+    adapters.ask_for_room(lambda more: residency.admit(place, more))
     for version, nbytes in ((old, 1000), (new, old.nbytes), (new, 4 * old.nbytes)):
         adapters.serve(version)
         [adapter] = [adapter for adapter in adapters.all.values() if not adapter.loaded]
@@ -137,7 +137,7 @@ class Places:
         self.residency = Residency(budget)
 
     def place(self, name, size, **options):
-        return Place(name, played_pool(), size, **options)
+        return MemoryShare(name, played_pool(), size, **options)
 
     def admit(self, name, size, **options):
         self.residency.admit(self.place(name, size, **options))
@@ -154,7 +154,7 @@ def test_every_model_that_is_admitted_fits_beside_the_pinned_ones_in_whatever_or
             ("f", 1, {"pinned": True}, r"it needs 0.0 MB and is pinned, which leaves 0.0 MB of --models-memory, and b needs 0.0 MB")):
         with pytest.raises(ConfigError, match=words):
             places.admit(name, size, **options)
-    assert [place.name for place in places.residency.places] == ["a", "b", "c"]
+    assert [place.name for place in places.residency.shares] == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("grows, more, fits", [("a", 10, True), ("a", 11, False), ("b", 10, True), ("b", 11, False), ("c", 20, True), ("c", 21, False)])
@@ -163,13 +163,13 @@ def test_a_pinned_model_that_grows_leaves_room_for_the_largest_other(grows, more
     places.admit("a", 60, pinned=True)
     places.admit("b", 30)
     places.admit("c", 20)
-    place = next(place for place in places.residency.places if place.name == grows)
+    place = next(place for place in places.residency.shares if place.name == grows)
     if fits:
         places.residency.admit(place, more)
     else:
         with pytest.raises(ConfigError):
             places.residency.admit(place, more)
-    assert len(places.residency.places) == 3
+    assert len(places.residency.shares) == 3
 
 
 async def test_a_pinned_model_that_could_not_be_read_at_first_may_not_displace_what_serves(start_pinned, nanochat_fixtures, client, tmp_path):

@@ -20,7 +20,7 @@ from chatlm.common import config
 from chatlm.common.config import Settings
 from chatlm.common.errors import EngineFailure, Overloaded, RequestError
 from chatlm.common.messages import wire
-from chatlm.common.messages.protocol import SANDBOX_PIPE, Known, ModelCard, NewAnswer, NewPrompt, ParsedBody, Result, SandboxConfig
+from chatlm.common.messages.protocol import SANDBOX_PIPE, Known, ModelCard, NewAnswer, NewPrompt, ParsedBody, SandboxResult, SandboxConfig
 from chatlm.common.messages.requests import HistoryForm, Message, Piece, Request
 from chatlm.common.messages.wire import HEADER
 from chatlm.common.processes import start as processes_start
@@ -29,8 +29,8 @@ from chatlm.common.text.grammar import json_grammar
 from chatlm.common.text.history_forms import TEXT_ALONE
 from chatlm.common.text.tokenizer import compile_chat_template
 from chatlm.front.intake.crossing import packed_body, unpacked_body
-from chatlm.front.admission.sandbox import Sandbox, Turns, next_message
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.admission.sandbox import FairLock, Sandbox, next_message
+from chatlm.front.pool.pool import make_pool
 from chatlm.front.intake import budget as budgets
 from chatlm.worker.weights.gguf import gguf_text
 from chatlm.worker.weights.gguf_file import read_gguf
@@ -77,7 +77,7 @@ async def open_pool(chat_text):
     pools = []
 
     async def start(settings=Settings(), context_length=4096, **changes):
-        pool = pool_of(settings)
+        pool = make_pool(settings)
         limits = pool.admission
         limits.BODY_S = limits.TEMPLATE_S = limits.SCHEMA_S = 0.5
         pool.workers[:] = [EchoWorker(pool)]
@@ -359,7 +359,7 @@ async def test_what_stays_of_large_bodies_is_in_the_budget_until_their_answers_e
             unanswered.clear()
             while budget.used:
                 await asyncio.sleep(0.01)
-    assert not budget.of_client
+    assert not budget.used_by
 
 
 @pytest.mark.parametrize("parsed", [
@@ -367,8 +367,8 @@ async def test_what_stays_of_large_bodies_is_in_the_budget_until_their_answers_e
     ParsedBody(asked(messages=(), prompt_ids=(tuple(range(300)) * 300,)), repeated=b"\xff{}", ignored_tools=("x",)),
     ParsedBody(asked(prompts=("",), prompt_ids=((2**16,) * 70_000,)), api="completion", details={"a": [1]})])
 async def test_a_parsed_body_comes_from_its_sandbox_as_it_was_and_ids_are_shared(parsed):
-    result = Result(packed_body(parsed, parsed.request.prompt_ids))
-    values = wire.unpacked(Result, SANDBOX_PIPE.packed(result)[HEADER.size:]).value
+    result = SandboxResult(packed_body(parsed, parsed.request.prompt_ids))
+    values = wire.unpacked(SandboxResult, SANDBOX_PIPE.packed(result)[HEADER.size:]).value
     came = unpacked_body(values, 2**16 + 1)
     assert came == parsed
     ids = [each for prompt in came.request.prompt_ids for each in prompt]
@@ -381,7 +381,7 @@ async def test_a_large_message_is_decoded_in_a_thread_and_a_small_one_is_not(mon
     patch(monkeypatch, wire, "unpacked", lambda *given: decoded.append(threading.current_thread()) or unpacked(*given))
     for size, here in ((10, True), (300_000, False)):
         reader = asyncio.StreamReader()
-        reader.feed_data(SANDBOX_PIPE.packed(Result("x" * size)))
+        reader.feed_data(SANDBOX_PIPE.packed(SandboxResult("x" * size)))
         assert (await next_message(reader, SANDBOX_PIPE)).value == "x" * size
         assert (decoded.pop() is threading.current_thread()) is here
 
@@ -402,7 +402,7 @@ async def test_a_refused_body_is_freed_without_the_garbage_collector(open_pool):
 
 
 async def test_tasks_of_clients_take_turns(open_pool):
-    turns, order = Turns(), []
+    turns, order = FairLock(), []
 
     async def work(name):
         await turns.take(name[0])
@@ -414,7 +414,7 @@ async def test_tasks_of_clients_take_turns(open_pool):
     await asyncio.sleep(0)
     tasks[2].cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    assert order == ["a1", "a2", "b1", "c1", "a4"] and not turns.held
+    assert order == ["a1", "a2", "b1", "c1", "a4"] and not turns.is_taken
 
 
 async def test_a_client_that_leaves_costs_no_process_and_mixes_up_no_replies(open_pool):
@@ -481,7 +481,7 @@ async def test_a_sandbox_that_dies_while_it_is_told_its_task_is_replaced_and_the
         task = asyncio.ensure_future(sandbox.perform("a", *reading("/detokenize"), bodies=[body]))
         for _ in range(20):     # until it has sent what the pipe holds; the rest waits
             await asyncio.sleep(0)
-        assert sandbox.turns.held and (body is small or sandbox.writer.transport.get_write_buffer_size())
+        assert sandbox.turns.is_taken and (body is small or sandbox.writer.transport.get_write_buffer_size())
         os.kill(sandbox.process.pid, signal.SIGKILL)
         assert answered(await task) == text
     assert len(started) == 4        # two that opening the pool has started
@@ -544,7 +544,7 @@ async def test_a_sandbox_that_never_begins_is_given_up(chat_text, started):
     sandbox = Sandbox((sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"), SandboxConfig(known, chat_text, 64, 1.0, 1 << 30))
     with pytest.raises(EngineFailure, match="before it began, as 2 before it .*-9"):
         await sandbox.perform("a", "check_grammar", "x", "a")
-    assert len(started) == 3 and not sandbox.turns.held
+    assert len(started) == 3 and not sandbox.turns.is_taken
     await sandbox.close()
 
 

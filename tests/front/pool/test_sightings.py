@@ -15,7 +15,7 @@ from chatlm.common.hub.folder import find_models
 from chatlm.common.hub.stamps import Sighting
 from chatlm.common.hub.steps import find_steps
 from chatlm.front.pool.adapters import AdapterWatch
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.pool import make_pool
 from chatlm.front.pool.sightings import Sightings
 from families import make_model, save
 from fake_pool import serving
@@ -210,7 +210,7 @@ async def test_adapters_are_served_while_their_folder_is_away(started, client, t
     base = save(make_model("llama3.1"), tmp_path / "tiny-llama")
     layers, shapes = shapes_of(base)
     random_adapter(tmp_path / "all" / "one", layers, shapes)
-    pool = await started(pool_of(Settings(model=str(base), adapter=(str(tmp_path / "all"),), dtype="float32", kv_cache_memory=8 << 20), DYING))
+    pool = await started(make_pool(Settings(model=str(base), adapter=(str(tmp_path / "all"),), dtype="float32", kv_cache_memory=8 << 20), DYING))
     said = lambda: [line for line in caplog.messages if "there is no such folder" in line]
 
     async def status(url):

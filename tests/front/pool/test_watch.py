@@ -19,16 +19,16 @@ from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.steps import find_steps
 from chatlm.front.evals.step_work import StepWork
-from chatlm.front.pool.local import check_nice
+from chatlm.front.pool.local_devices import check_nice
 from chatlm.front.evals.bundle import read_suite
-from chatlm.front.evals.kept import Kept
+from chatlm.front.evals.answers_file import AnswersFile
 from chatlm.front.evals.run import as_json, run_task
 from chatlm.front.evals.scores import PoolScorer
-from chatlm.front.pool.local import niceness
+from chatlm.front.pool.local_devices import niceness
 from chatlm.front.pool.many import ManyModels
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.pool import make_pool
 from chatlm.front.pool.residency import Residency
-from chatlm.front.pool.watch import RunWatch
+from chatlm.front.pool.run_watch import RunWatch
 from fake_pool import frames, serving
 from forked import DYING
 from real_server import get, post, server
@@ -46,7 +46,7 @@ async def ask(client, url, model, text="hello", **changes):
 async def alone(client, path, text="hello"):
     """What a server of this checkpoint alone answers."""
     settings = Settings(model=str(path), **TINY)
-    pool = pool_of(settings, DYING)
+    pool = make_pool(settings, DYING)
     await pool.start()
     try:
         await pool.wait_ready()
@@ -509,7 +509,7 @@ async def test_suites_and_prompts_are_done_for_each_step_and_not_again_by_the_ne
             assert line["core_metric"] == steps[line["step"] // 30 - 1]["metrics"]["core_metric"] and line["max_per_task"] == 8 and line["tag"] == "d2-base"
             pool = await started_alone(run_folder, line["step"])
             suite = read_suite(str(tmp_path / "bundle"))
-            kept = Kept(tmp_path, f"own-{line['step']}")
+            kept = AnswersFile(tmp_path, f"own-{line['step']}")
             results = [await run_task(PoolScorer(pool), task, 8, kept, lambda stage, fraction: None) for task in suite.tasks]
             await pool.close()
             assert as_json(suite, results)["results"] == line["results"]
@@ -542,7 +542,7 @@ async def test_a_server_that_is_started_again_computes_nothing_again(run_folder,
 
 
 async def started_alone(run_folder, step):
-    pool = pool_of(Settings(**TINY | {"model": str(run_folder), "step": step}))
+    pool = make_pool(Settings(**TINY | {"model": str(run_folder), "step": step}))
     await pool.start()
     await pool.wait_ready()
     return pool
@@ -708,7 +708,7 @@ async def test_checkpoints_of_an_adapter_s_training_are_its_base_with_it_merged(
                 texts[name] = (await response.json())["choices"][0]["text"]
     for step, name in ((5, "my-run@5"), (10, "my-run@latest")):
         settings = Settings(model=str(base), lora=(str(tmp_path / "runs" / "my-run" / f"checkpoint-{step}"),), **TINY)
-        pool = pool_of(settings, DYING)
+        pool = make_pool(settings, DYING)
         await pool.start()
         await pool.wait_ready()
         async with serving(pool, settings) as url:

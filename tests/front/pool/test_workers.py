@@ -20,10 +20,10 @@ from chatlm.common.messages.requests import Accepted, Finished, Message, Piece, 
 from chatlm.common.processes.start import cpu_quota, physical_cores, threads_per_worker
 from chatlm.common.text import load
 from chatlm.front.admission import prompts
-from chatlm.front.pool import local
+from chatlm.front.pool import local_devices
 from chatlm.front.pool.catalogue import Catalogue
-from chatlm.front.pool.local import choose_devices
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.local_devices import choose_devices
+from chatlm.front.pool.pool import make_pool
 from chatlm.front.pool.worker import Worker
 from answers import asked
 from pools import collect, greedy, idle, tiny_settings
@@ -192,7 +192,7 @@ async def test_replicas_share_the_load_and_conversations_stay_where_their_prefix
 
 
 async def test_a_worker_that_cannot_start_is_reported_and_not_retried_for_ever(nanochat_fixtures):
-    pool = pool_of(tiny_settings(nanochat_fixtures), worker_command=(sys.executable, "-c", "raise SystemExit(3)"))
+    pool = make_pool(tiny_settings(nanochat_fixtures), worker_command=(sys.executable, "-c", "raise SystemExit(3)"))
     await pool.start()
     with pytest.raises(EngineFailure, match="exit status 3"):
         await pool.wait_ready()
@@ -204,7 +204,7 @@ async def test_a_broken_checkpoint_is_a_config_error_from_the_worker(nanochat_fi
     shutil.copytree(nanochat_fixtures / "gen5", tmp_path / "base")
     model = next((tmp_path / "base").glob("*/d4/model_*.pt"))
     model.write_bytes(model.read_bytes()[:1000])
-    pool = pool_of(Settings(model=str(tmp_path / "base")))
+    pool = make_pool(Settings(model=str(tmp_path / "base")))
     await pool.start()
     with pytest.raises(ConfigError, match=model.name):
         await pool.wait_ready()
@@ -230,7 +230,7 @@ async def test_a_template_that_refuses_the_trial_message_stops_nothing(tmp_path,
     template = "{% if " + what + " %}{{ raise_exception('not this') }}{% endif %}{{ messages[0].content }}"
     metadata = {**LLAMA_NUMBERS, **small_gguf_metadata("gpt-2"), "tokenizer.chat_template": template}
     (tmp_path / "tiny.gguf").write_bytes(gguf_bytes(metadata, random_llama()))
-    pool = pool_of(Settings(model=str(tmp_path / "tiny.gguf"), kv_cache_memory=8 << 20))
+    pool = make_pool(Settings(model=str(tmp_path / "tiny.gguf"), kv_cache_memory=8 << 20))
     await pool.start()
     try:
         await pool.wait_ready()
@@ -255,14 +255,14 @@ async def test_a_template_that_refuses_the_trial_message_stops_nothing(tmp_path,
 async def test_a_template_that_cannot_be_compiled_ends_start_up(tmp_path, template, words):
     metadata, path = {**LLAMA_NUMBERS, **small_gguf_metadata("gpt-2")}, tmp_path / "tiny.gguf"
     path.write_bytes(gguf_bytes(metadata | {"tokenizer.chat_template": template}, random_llama()))
-    error = await outcome_of_start(pool_of(Settings(model=str(path), kv_cache_memory=8 << 20)))
+    error = await outcome_of_start(make_pool(Settings(model=str(path), kv_cache_memory=8 << 20)))
     assert isinstance(error, ConfigError)
     assert str(error).startswith(f"{path}: the model's chat template {words}")
 
 
 async def test_a_tokenizer_that_fails_only_in_the_front_ends_start_up(nanochat_fixtures, monkeypatch, caplog):
     patching.patch(monkeypatch, load, "open_tokenizer", lambda text: {}["nothing"])
-    error = await outcome_of_start(pool_of(tiny_settings(nanochat_fixtures)))
+    error = await outcome_of_start(make_pool(tiny_settings(nanochat_fixtures)))
     assert isinstance(error, EngineFailure) and str(error) == "opening the tokenizer failed: 'nothing'"
     (record,) = [record for record in caplog.records if "opening the tokenizer failed" in record.getMessage()]
     assert record.exc_info
@@ -273,7 +273,7 @@ async def test_a_tokenizer_that_fails_only_in_the_front_ends_start_up(nanochat_f
     ((sys.executable, "-c", "import os; os.abort()"), r"it ended 2 times, .*killed by SIGABRT; [\d,]+ MiB"),
     ((sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"), "killed by SIGKILL, as the system does")])
 async def test_a_worker_that_cannot_run_ends_start_up_and_says_why(nanochat_fixtures, command, words):
-    error = await outcome_of_start(pool_of(tiny_settings(nanochat_fixtures), worker_command=command))
+    error = await outcome_of_start(make_pool(tiny_settings(nanochat_fixtures), worker_command=command))
     assert isinstance(error, EngineFailure) and re.search(words, str(error))
 
 
@@ -380,7 +380,7 @@ def torch_there(monkeypatch):
     ({"num_gpus": "9" * 5000}, "--num-gpus 9"), ({"device_type": "cuda"}, "no CUDA device"),
 ])
 def test_more_gpus_than_there_are_is_a_config_error(changes, message, monkeypatch, torch_there):
-    patching.patch(monkeypatch, local, "cuda_device_count", lambda: 0)
+    patching.patch(monkeypatch, local_devices, "cuda_device_count", lambda: 0)
     with pytest.raises(ConfigError, match=message):
         choose_devices(Settings(**changes))
 
@@ -389,11 +389,11 @@ def test_more_gpus_than_there_are_is_a_config_error(changes, message, monkeypatc
     (None, 8), ("", 0), ("-1", 0), ("0,1", 2), (" 0 , 1", 2), ("0,9", 1), ("9", 0), ("0,-1,2", 1), ("0,,1", 1), ("GPU-5,GPU-6,GPU-7", 3), ("MIG-5", 1)])
 def test_gpus_that_are_hidden_or_not_there_are_told_by_the_variable(visible, count, monkeypatch, torch_there):
     """As the driver reads it: what follows an entry that is not there does not count."""
-    patching.patch(monkeypatch, local, "device_files", lambda: 8)
+    patching.patch(monkeypatch, local_devices, "device_files", lambda: 8)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert local.cuda_device_count() == count
+    assert local_devices.cuda_device_count() == count
     said = "this machine has 8 CUDA" if visible is None else f"CUDA_VISIBLE_DEVICES={visible} shows {count} of 8 GPU"
     with pytest.raises(ConfigError, match=f"--num-gpus 9, but {said}"):
         choose_devices(Settings(num_gpus="9"))
@@ -403,7 +403,7 @@ def test_gpus_that_are_hidden_or_not_there_are_told_by_the_variable(visible, cou
 
 
 def test_replicas_on_gpus_are_counted_without_importing_torch(monkeypatch, torch_there):
-    patching.patch(monkeypatch, local, "cuda_device_count", lambda: 8)
+    patching.patch(monkeypatch, local_devices, "cuda_device_count", lambda: 8)
     assert choose_devices(Settings(num_gpus="auto")) == [f"cuda:{gpu}" for gpu in range(8)]
     assert choose_devices(Settings(num_gpus="3")) == ["cuda:0", "cuda:1", "cuda:2"]
     assert choose_devices(Settings(device_type="cpu", num_workers=2)) == ["cpu", "cpu"]

@@ -18,7 +18,7 @@ from chatlm.front.server import access, batch_turns, connections, ledger
 from chatlm.front.server.access import Owners
 from chatlm.front.server.batch_turns import LEAST_REST_S, LONGEST_REST_S, NEWCOMERS, Turns, WaitingLine
 from chatlm.front.store import batches, files
-from chatlm.front.store.files import Row
+from chatlm.front.store.files import LineRow
 from chatlm.front.store.store import Store
 from fake_pool import FakePool
 
@@ -224,7 +224,7 @@ class Place:
         def create(connection):
             owner = Owners(self.settings).of_texts(client)
             source = files.create(connection, owner, "in.jsonl", "batch", 1)
-            rows = [Row(number, json.dumps({
+            rows = [LineRow(number, json.dumps({
                 "custom_id": str(number), "method": "POST", "url": CHAT, "body": {
                     "model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": max_tokens, "n": n}}).encode() + b"\n", str(number), CHAT, model)
                 for number in range(1, count + 1)]
@@ -397,7 +397,7 @@ async def test_whether_an_answer_fits_into_memory_does_not_depend_on_the_others(
     settings = Settings(keys=(key_called("k"), key_called("l")))
     fits, large = pool_called("fits", pieces=["a" * 50_000] * 3), pool_called("large", pieces=["a" * 50_000] * 9)
     async with place_of(tmp_path / "store.db", settings, fits, large) as place:
-        place.memory.of_one = 200_000        # what one client may hold: two answers of the one kind, none of the other
+        place.memory.per_client = 200_000        # what one client may hold: two answers of the one kind, none of the other
         names = [await place.begun("k", "fits", 30), await place.begun("k", "large", 3), await place.begun("l", "fits", 30)]
         place.wake_up()
         counts = [(batch.completed, batch.failed) for batch in [await place.until(name, lambda batch: batch.status == "completed") for name in names]]

@@ -14,7 +14,7 @@ from chatlm.common.hub.offers import hub_cache
 from chatlm.front.pool import many
 from chatlm.front.pool.downloads import Download
 from chatlm.front.pool.many import ManyModels
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.pool import make_pool
 from fake_hub import fake_hub
 from fake_pool import FakePool, frames, serving
 from forked import DYING
@@ -220,7 +220,7 @@ async def test_what_a_model_is_served_with_is_not_deleted(several, client, hub, 
     if several:
         models = await started(ManyModels(replace(settings, several=(ModelChoice(str(target), "mine"),)), DYING))
     else:
-        models = await started(pool_of(replace(settings, model=str(target)), DYING))
+        models = await started(make_pool(replace(settings, model=str(target)), DYING))
     async with serving(models, models.settings) as url:
         for name in "org/drafts", "org/drafts:small.gguf", "org/texts":
             status, body = await call(client, "DELETE", url + "/api/delete", {"model": name})
@@ -231,7 +231,7 @@ async def test_what_a_model_is_served_with_is_not_deleted(several, client, hub, 
 
 async def test_a_model_that_can_never_be_loaded_is_kept_and_says_why(client, hub, models):
     async with serving(models, models.settings) as url:
-        models.residency.budget = models.registry.models[0].place.size
+        models.residency.budget = models.registry.models[0].share.size
         async with client.post(url + "/models/download", json={"model": "org/large", "stream": True}) as response:
             last = frames(await response.read())[-1]
         assert last["state"] == "done" and not last["served"] and "it cannot be served" in last["note"] and str(hub_cache()) not in last["note"]

@@ -15,7 +15,7 @@ import openai
 import psutil
 import pytest
 
-from chatlm.front.api.conversation import chat_messages, response_messages
+from chatlm.front.api.message_readers import chat_messages, response_messages
 from chatlm.front.api.kept_items import kept_items
 from real_server import SCRIPT, post, server
 

@@ -19,7 +19,7 @@ from chatlm.common.errors import RequestError
 from chatlm.common.messages.protocol import KeptItem
 from chatlm.front.admission.sandbox import WRITE_BYTES
 from chatlm.front.server.batches import vacuum
-from chatlm.front.server.kept import joined_small
+from chatlm.front.server.stored_lists import joined_small
 from chatlm.front.store import batches, files, migrate, quota, responses
 from chatlm.front.store.pages import PAGE_BYTES, texts
 from chatlm.front.store.responses import NewResponse
@@ -209,7 +209,7 @@ async def test_what_each_owner_holds_is_what_its_rows_take_whatever_happens(tmp_
             responses.delete(connection, some("response", owner), owner)
         elif act == 9:
             file = files.create(connection, owner, "x", "batch", 1, 10)
-            files.add_lines(connection, file.id, [files.Row(number, b"y" * chance.randrange(3000)) for number in range(1, 4)])
+            files.add_lines(connection, file.id, [files.LineRow(number, b"y" * chance.randrange(3000)) for number in range(1, 4)])
             connection.execute("UPDATE files SET state = 1 WHERE id = ?", (file.id,))
             mine.setdefault(("file", owner), []).append(file.name)
         elif act == 10:
@@ -258,7 +258,7 @@ async def test_no_work_of_a_client_looks_at_all_rows_of_a_table(tmp_path):
     def work(connection):
         connection.set_trace_callback(said.add)
         file = files.create(connection, "me", "x", "batch", 1, 10)
-        files.add_lines(connection, file.id, [files.Row(1, b"y", "a", "/v1/completions")])
+        files.add_lines(connection, file.id, [files.LineRow(1, b"y", "a", "/v1/completions")])
         connection.execute("UPDATE files SET state = 1 WHERE id = ?", (file.id,))
         file = files.found(connection, file.name, "me")
         for ascending, more in ((True, ""), (False, " AND state = 1"), (False, " AND state = 1 AND purpose = 'batch'")):

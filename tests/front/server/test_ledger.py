@@ -19,7 +19,7 @@ from chatlm.common.config import ApiKey, Settings, read_api_keys
 from chatlm.common.errors import ConfigError, Overloaded
 from chatlm.common.messages.requests import Accepted, Delta, Finished, Piece, Usage
 from chatlm.front.server import access, connections, ledger
-from chatlm.front.server.ledger import Amount, Ledger, Row, days_of
+from chatlm.front.server.ledger import Amount, Ledger, UsageRow, days_of
 from chatlm.front.store.store import Store
 from answers import asked, said
 from fake_pool import FakePool, catalogue_of, conversation, frames, serving
@@ -230,7 +230,7 @@ async def test_what_the_database_refuses_is_written_later(tmp_path, monkeypatch)
     await book.close()
     [(row, amount)] = await book.between("2000-01-01", "3000-01-01", None)
     await store.close()
-    assert row == Row(ledger.today(), "", "m?", False) and amount == Amount(5, 5, 0, 10)
+    assert row == UsageRow(ledger.today(), "", "m?", False) and amount == Amount(5, 5, 0, 10)
 
 
 async def test_without_a_database_memory_is_bounded(monkeypatch):

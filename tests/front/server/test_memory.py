@@ -90,11 +90,11 @@ async def test_one_client_holds_a_quarter_and_everything_is_given_back(limits, m
         with pytest.raises(Overloaded, match="stream them"):
             mine.grow(20)
         with pytest.raises(Overloaded):
-            await mine.room(20)
+            await mine.wait_for(20)
         with Holding(budget, "b") as other:
-            await other.room(100)
+            await other.wait_for(100)
             assert budget.used == 190
-    assert budget.used == 0 and not budget.of_client
+    assert budget.used == 0 and not budget.used_by
 
 
 def test_a_client_may_hold_the_share_that_a_budget_gives_it():
@@ -115,7 +115,7 @@ async def test_bodies_that_wait_for_the_same_room_never_take_more_than_there_is(
     async def read(client):
         nonlocal most
         with Holding(budget, client) as holding:
-            await holding.room(100)
+            await holding.wait_for(100)
             most = max(most, budget.used)
             await asyncio.sleep(0)
 

@@ -23,7 +23,7 @@ import chat_server
 from chatlm.common.config import Settings
 from chatlm.common.core import decode_core, torch_installed
 from chatlm.front.pool.catalogue import Catalogue
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.pool import make_pool
 from chatlm.front.server.access import listen_on
 from chatlm.front.server.connections import serving
 from nightly import by_day
@@ -153,7 +153,7 @@ def test_while_the_only_worker_restarts_another_model_s_name_is_a_404_and_its_ow
 @asynccontextmanager
 async def served(settings):
     """A WorkerPool behind the real HTTP front in this process: (pool, url)."""
-    pool = pool_of(settings, worker_command=DYING)
+    pool = make_pool(settings, worker_command=DYING)
     with listen_on("127.0.0.1", 0) as listener:
         async with serving(chat_server.create_app(Catalogue(settings, pool), settings), listener):
             try:

@@ -229,11 +229,11 @@ def test_a_head_is_shown_the_rows_of_its_text_where_an_answer_ends_before_a_step
     assert engine.steps.ahead
     seen = {}
 
-    def see(sequence, first, count, rows, original=engine.draft_models[0].drafter.see):
+    def read(sequence, first, count, rows, original=engine.draft_models[0].drafter.read_hidden):
         seen.setdefault(sequence.work.id, {}).update({first + i: row.copy() for i, row in enumerate(rows[:count])})
         original(sequence, first, count, rows)
 
-    monkeypatch.setattr(engine.draft_models[0].drafter, "see", see)
+    monkeypatch.setattr(engine.draft_models[0].drafter, "read_hidden", read)
     about, text, short = asking(engine, picture), asking(engine, text="And you, what do you say?"), asking(engine, text="Why?")
     alone = answer(engine, text, [], "alone")
     answer(engine, asking(engine, picture, text="Who?"), [picture], "encoded before")

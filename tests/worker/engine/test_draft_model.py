@@ -13,7 +13,8 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import Message, Piece, SamplingParams
 from chatlm.common.text.grammar import json_grammar
-from chatlm.worker.build import build_engine, prefill_chunk
+from chatlm.worker.build import build_engine
+from chatlm.worker.memory_plan import prefill_chunk
 from chatlm.worker.drafting import plan_draft_model
 from chatlm.worker.engine.integrity import check_integrity, follower_faults
 from chatlm.worker.engine.states import StatePool
@@ -300,5 +301,5 @@ def test_its_memory_is_in_the_plan(folder_of):
     assert planned.page_bytes == own.layout.page_bytes
     assert with_draft.pool.num_pages == (8 << 20) // (page_bytes + planned.page_bytes) < without.pool.num_pages
     held = own.weights_bytes + sum(buffer.nbytes for buffer in own.buffers.values())
-    assert 0.9 * held <= planned.taken <= 1.3 * held
+    assert 0.9 * held <= planned.nbytes <= 1.3 * held
     assert own.cache.nbytes == with_draft.pool.num_pages * planned.page_bytes

@@ -14,7 +14,7 @@ from chatlm.common.files import read_text_of
 from chatlm.common.messages.requests import AnswerParams, Message, SamplingParams
 from chatlm.common.text.grammar import json_grammar
 from chatlm.worker.engine.drafts import NO_DRAFT, Acceptance, Draft, Drafting
-from chatlm.worker.engine.lookup import BETWEEN, LONGEST, RUN, Follower, Lookup, Store, Stores, Text, common_length, match_length
+from chatlm.worker.engine.lookup import BETWEEN, LONGEST, RUN, Matches, Lookup, TextStore, TextStores, Text, common_length, match_length
 from chatlm.worker.engine.grammar import Grammar
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.sequence import Assignment, Sequence
@@ -65,7 +65,7 @@ def test_matches_are_measured_up_to_the_beginning_of_the_text():
 def proposals(tokens, answer, others=()):
     """What is proposed before each token of an answer."""
     live = list(tokens)
-    follower, found = Follower(live, others), []
+    follower, found = Matches(live, others), []
     for token in answer:
         found.append(follower.propose())
         live.append(token)
@@ -93,7 +93,7 @@ def test_of_two_continuations_the_one_of_the_longer_match_is_proposed_and_its_ch
 
 
 def test_texts_in_a_store_end_where_they_end():
-    store = Store()
+    store = TextStore()
     store.add([1, 2, 3, 4], 1000)
     store.add([5, 6, 7, 8], 1000)
     [(tokens, _)] = proposals([9, 1, 2, 3], [0], store.parts)
@@ -103,7 +103,7 @@ def test_texts_in_a_store_end_where_they_end():
 
 
 def test_the_memory_is_bounded_and_what_was_added_to_least_recently_goes_first():
-    stores = Stores(1000)
+    stores = TextStores(1000)
     for i in range(100):
         stores.add((f"owner {i % 5}",), list(range(i * 100, i * 100 + 60)))
         stores.settle()
@@ -114,7 +114,7 @@ def test_the_memory_is_bounded_and_what_was_added_to_least_recently_goes_first()
     assert list(stores.by_owner) == [] or sum(store.num_tokens for store in stores.by_owner.values()) <= 1000
     stores.add_common("x" * 5000, lambda text: list(range(len(text))))
     assert stores.common.num_tokens <= 500 + 2 * RUN + 1
-    assert Stores(0).add(("a",), [1, 2, 3, 4]) is None
+    assert TextStores(0).add(("a",), [1, 2, 3, 4]) is None
 
 
 def ended(lookup, one):
@@ -183,7 +183,7 @@ def test_looking_up_costs_little_for_hostile_text():
     for vocabulary in (1, 2, 5):
         dice = random.Random(vocabulary)
         live = [dice.randrange(vocabulary) for _ in range(20_000)]
-        follower = Follower(live, [])
+        follower = Matches(live, [])
         follower.propose()
         for _ in range(200):
             assert len(follower.move_on()) <= 8

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from chatlm.common.messages.requests import Failed, SamplingParams
-from chatlm.worker.engine import answer_maker, host
+from chatlm.worker.engine import answer_maker
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.planners import TextPlanner
 from engines import Pieces, load, make_engine, pieces, tensors_of
@@ -136,8 +136,8 @@ def test_it_starts_over_when_its_pages_are_taken_or_a_step_failed(nanochat_fixtu
         assert first.computed
         engine.queue.preempt(first)
         engine.step(), engine.step()
-        pool = host.pool
-        monkeypatch.setattr(host, "pool", lambda *chunk: pool(*chunk) or 1 / 0)
+        pool = engine.pooler.pool
+        monkeypatch.setattr(engine.pooler, "pool", lambda *chunk: pool(*chunk) or 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.step()
         monkeypatch.undo()

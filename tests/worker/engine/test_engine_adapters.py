@@ -16,7 +16,7 @@ from chatlm.common.messages.requests import AnswerParams, Ended, Failed, Piece, 
 from chatlm.worker.engine.adapter_slots import adapter_digest
 from chatlm.worker.engine.engine import ADAPTER_GONE
 from chatlm.worker.model.batch import Batch
-from chatlm.worker.process import Inbox
+from chatlm.worker.inbox import Inbox
 from engines import forward_logits, make_engine, run
 from lora import SMOLLM2, random_adapter
 from works import assignment
@@ -180,7 +180,7 @@ def test_answers_go_on_while_an_adapter_is_read(engine, alone, folders, monkeypa
         for name, event in engine.step():
             if isinstance(event, Piece):
                 tokens.setdefault(name, []).extend(event.tokens)
-        inbox.end_loading()
+        inbox.adapters.finish()
     assert tokens == alone and not told
     may_read.set()
     until_read(inbox)
@@ -191,14 +191,14 @@ def test_answers_go_on_while_an_adapter_is_read(engine, alone, folders, monkeypa
         inbox.obey(DropAdapter(name))
     until_read(inbox)
     assert [message.id for message in told[1:]] == ["broken", "another"] and "cannot read" in told[1].problem
-    assert sorted(engine.transformer.adapters) == [1, 2, 3, 4] and sorted(engine.adapters.sizes) == [1, 2, 3, 4] and not inbox.dropped
+    assert sorted(engine.transformer.adapters) == [1, 2, 3, 4] and sorted(engine.adapters.sizes) == [1, 2, 3, 4] and not inbox.adapters.dropped
 
 
 def until_read(inbox):
     """Until all adapters are read."""
-    while inbox.loading:
+    while inbox.adapters.folders:
         wait([future for _, future in inbox.engine.adapters.reading.values()])
-        inbox.end_loading()
+        inbox.adapters.finish()
 
 
 def texts_of(engine):
@@ -224,7 +224,7 @@ def test_while_an_adapter_is_read_the_base_answers_and_answers_with_the_adapter_
         inbox.obey(NewAnswer(name, name, 0, 0, 8))
     inbox.obey(Cancel("left"))
     inbox.obey(EndThinking("one"))
-    inbox.end_loading()
+    inbox.adapters.finish()
     tokens, ends = texts_of(engine)
     assert {*tokens} == {"base", "other"} and ends["one"] == ThinkingEnds(None) and not told
     may_read.set()

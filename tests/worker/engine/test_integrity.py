@@ -13,7 +13,7 @@ from chatlm.common.messages.requests import AnswerParams, SamplingParams
 from chatlm.worker.engine.integrity import IntegrityError, check_integrity, integrity_faults
 from chatlm.worker.engine.keeper import Restoration
 from chatlm.worker.engine.kvcache import Content
-from chatlm.worker.process import run_engine
+from chatlm.worker.loop import WorkerLoop
 from engines import make_engine
 from families import make_model, save
 from lora import random_adapter
@@ -278,12 +278,12 @@ def test_a_worker_checks_itself_whenever_it_is_idle_if_that_is_switched_on(folde
     messages = [NewRequest("r", AnswerParams(sampling=SamplingParams(temperature=0.0))), NewPrompt("r", 0, work("a", 7).prompt_ids),
                 NewAnswer("a", "r", 0, 0, 8)]
     with pytest.raises(EOFError):
-        run_engine(Front([Ping()], messages, [Ping()]), engine, CONFIG)
+        WorkerLoop(Front([Ping()], messages, [Ping()]), engine, CONFIG).run()
     assert caplog.messages.count("integrity check: no faults") == 3 * checks
     engine.pool.allocate(1)
     checked.made.discard(engine)
     front = Front([Ping()], [Ping()])
     with pytest.raises(IntegrityError if checks else EOFError, match="nobody holds it" if checks else None):
-        run_engine(front, engine, CONFIG)
+        WorkerLoop(front, engine, CONFIG).run()
     assert len(front.batches) == (1 if checks else 0)
     assert len(front.sent) == (2 if checks else 4)         # the front has heard of the answers that ended

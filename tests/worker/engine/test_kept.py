@@ -23,13 +23,13 @@ from chatlm.common.messages.requests import Ended, SamplingParams
 from chatlm.common.segments import HEADER_BYTES, MOST_GROUPS, PAGE, ROOT, STATE, Record, Segment, check_folder, locked, open_file, segment_paths
 from chatlm.common.tiers import listed_store, prune
 from chatlm.front.pool.prefixes import StoreWriter
-from chatlm.worker.engine.keeper import Keeper, Reader
-from chatlm.worker.engine.kept import KeptPages, checksum
+from chatlm.worker.engine.keeper import Reader
+from chatlm.worker.engine.kept_pages import KeptPages, checksum
 from chatlm.worker.engine.states import StatePool
-from chatlm.worker.engine.warm_up import warm_up, warm_up_more
+from chatlm.worker.engine.warm_up import WarmUp
 from chatlm.worker.model import pages as model_pages
 from chatlm.worker.model.pages import KvType
-from chatlm.worker.process import keep_prefixes
+from chatlm.worker.prefixes import PrefixPlan
 from chatlm.worker.weights.digest import arithmetic_of, files_of, fingerprint_of, profile_of, whole_digest
 from engines import chat_work, make_engine, pieces, tokens_of
 from families import make_model, save
@@ -63,7 +63,7 @@ def memory():
 def keep(engine, memory, store=None, profile=b"p" * 16, token_s=1.0):
     """Have an engine's pages outlive it; computing is slow, so that reading is worth it."""
     kept = KeptPages(memory.paths, memory.size, store, "the model")
-    engine.keep(keeper := Keeper(engine.pool, engine.transformer, kept, engine.times))
+    keeper = engine.keep(kept)
     keeper.begin(lambda: profile, 60)
     engine.times.token_s, keeper.pace.GRACE_S, engine.times.timed_tokens = token_s, 60.0, 1 << 30
     return engine
@@ -312,7 +312,7 @@ def test_whatever_the_steps_are_like_the_speed_of_computing_is_known_before_the_
     engine = keep(make(nanochat_fixtures / "gen5", **flags), memory)
     engine.times.timed_tokens = make(nanochat_fixtures / "gen5", **flags).times.timed_tokens
     engine.times.token_s = 0.0
-    warm_up(engine, lambda fraction: None)
+    WarmUp(engine).complete(lambda fraction: None)
     assert engine.keeper.pace.times is engine.times and engine.times.token_s > 0
     [work] = conversations(11, 1, most=60)
     work = dataclasses.replace(work, max_tokens=2)
@@ -356,14 +356,16 @@ def test_a_prompt_that_computes_goes_on_after_the_pages_that_arrive(stored, nano
 @torch.inference_mode()
 def test_a_first_step_that_fails_while_nobody_asks_leaves_pages_kept(nanochat_fixtures, memory, monkeypatch):
     engine = keep(make(nanochat_fixtures / "gen5"), memory)
-    engine.cold, engine.drafts = [(1, 1)], True
+    engine.drafts = True
+    warm_up = WarmUp(engine)
+    warm_up.left = [(1, 1)]
 
     def fail(batch, rows):
         raise MemoryError
 
     with monkeypatch.context() as patched, pytest.raises(MemoryError):
         patched.setattr(engine.steps, "start", fail)
-        warm_up_more(engine)
+        warm_up.more()
     engine.give_up()
     assert engine.queue.gates == [engine.keeper.awaits] and engine.drafts
     [work] = conversations(11, 1, most=60)
@@ -710,8 +712,9 @@ def test_a_model_with_many_groups_of_layers_keeps_and_restores_its_pages(tmp_pat
 
 
 def test_a_model_with_more_groups_than_a_record_names_keeps_nothing_and_says_so(caplog, nanochat_fixtures):
-    engine = SimpleNamespace(pool=SimpleNamespace(windows=(8,) * (MOST_GROUPS + 1)), keeper=None)
-    keep_prefixes(engine, WorkerConfig(Settings(), None, "cpu", 1, ("/nowhere",), 1 << 20), [], "stamp")
+    plan = PrefixPlan(WorkerConfig(Settings(), None, "cpu", 1, ("/nowhere",), 1 << 20))
+    plan.fingerprint = "stamp"
+    plan.keep(SimpleNamespace(page_groups=MOST_GROUPS + 1))
     assert [record.getMessage() for record in caplog.records] == ["prefixes are not kept: the layers of this model are in 257 groups, and at most 256 can be kept"]
 
 

@@ -13,7 +13,8 @@ from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import SamplingParams
-from chatlm.worker.build import build_engine, layers_of_floats
+from chatlm.worker.build import build_engine
+from chatlm.worker.memory_plan import layers_of_floats
 from chatlm.worker.model.kernels import Kernels, load_kernels
 from chatlm.worker.model.pages import KvType, PageLayout, group_layers
 from chatlm.worker.model.transformer import Transformer

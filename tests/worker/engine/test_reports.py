@@ -9,7 +9,7 @@ import torch
 from chatlm.common.config import Settings
 from chatlm.common.messages.protocol import NewAnswer, NewPrompt, NewRequest, Stepped
 from chatlm.common.messages.requests import AnswerParams, Delta, Ended, Failed, Piece, SamplingParams, TokenLogprob
-from chatlm.worker.process import run_engine
+from chatlm.worker.loop import WorkerLoop
 from chatlm.worker.engine.reports import together
 from engines import make_engine
 from works import assignment
@@ -43,7 +43,7 @@ def told(engine, interval_ms, works, later=()):
         for some in (works, later))
     front = Front(*first, later=second)
     with pytest.raises(EOFError):
-        run_engine(front, engine, SimpleNamespace(settings=Settings(stream_interval=interval_ms)))
+        WorkerLoop(front, engine, SimpleNamespace(settings=Settings(stream_interval=interval_ms))).run()
     return [message for message in front.sent if isinstance(message, Stepped)]
 
 

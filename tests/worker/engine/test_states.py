@@ -22,7 +22,7 @@ from chatlm.worker.engine.states import StatePool
 from chatlm.worker.model.batch import Sequences
 from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2
 from chatlm.worker.ops.mixers import OneEach, delta_rule_reference, mamba2_reference
-from chatlm.worker.process import gauges
+from chatlm.worker.gauges import Gauges
 from engines import make_engine, propose_partly_right, run, step_pieces, tokens_of
 from families import clear_cases, make_model, save
 from nightly import by_day
@@ -204,7 +204,7 @@ def test_states_and_snapshots_take_their_parts_of_the_kv_cache(made, kib, pages,
     assert states.num_slots == running + FREE_ROWS + states.most_snapshots
     allocated = sum(tensor.nbytes for layer in engine.transformer.states for tensor in layer)
     assert allocated == states.num_slots * engine.transformer.model.state_bytes
-    found = gauges(engine)
+    found = Gauges(engine).read()
     assert (found["states_total"], found["states_used"], found["state_bytes"]) == (states.num_slots, 0, 2048)
 
 

@@ -21,7 +21,7 @@ from chatlm.common.errors import RanksFailed
 from chatlm.common.messages.requests import Embedding, Message, Piece, SamplingParams
 from chatlm.common.processes import start
 from chatlm.common.text.grammar import json_grammar
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.pool import make_pool
 from chatlm.worker.ranks.links import ProcessLinks
 from chatlm.worker.ranks.ranks import RankZero
 from answers import asked
@@ -179,7 +179,7 @@ REQUESTS = {
 @contextlib.asynccontextmanager
 async def started_pool(model, tp, pp, kind="auto"):
     """A pool with one replica of tp * pp ranks."""
-    pool = pool_of(Settings(model=str(model), tensor_parallel_size=tp, pipeline_parallel_size=pp, kv_cache_memory=64 << 20, kv_cache_dtype=kind,
+    pool = make_pool(Settings(model=str(model), tensor_parallel_size=tp, pipeline_parallel_size=pp, kv_cache_memory=64 << 20, kv_cache_dtype=kind,
                             stream_interval=0))     # each step's piece by itself: tests act in mid-answer
     try:
         await pool.start()

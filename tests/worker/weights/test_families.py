@@ -16,7 +16,8 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.kinds import Norm
-from chatlm.worker.build import build_engine, plan_memory, weight_bytes
+from chatlm.worker.build import build_engine
+from chatlm.worker.memory_plan import plan_memory, weight_bytes
 from chatlm.worker.model import tensors as model_tensors
 from chatlm.worker.model.kernels import load_kernels
 from chatlm.worker.model.pages import KvType, PageLayout, group_layers

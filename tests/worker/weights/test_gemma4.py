@@ -26,9 +26,10 @@ from chatlm.worker.arrays.kinds import address_of
 from chatlm.worker.build import build_engine
 from chatlm.worker.model.kernels import choose_backend, load_kernels, not_compiled
 from chatlm.worker.model.tensors import MappedRows, advise
-from chatlm.worker.process import gauges
-from chatlm.worker.weights.gguf import gguf_text, mapped_table
+from chatlm.worker.gauges import Gauges
+from chatlm.worker.weights.gguf import gguf_text
 from chatlm.worker.weights.gguf_file import read_gguf
+from chatlm.worker.weights.gguf_tensors import mapped_table
 from chatlm.worker.weights.huggingface import hf_spec
 from chatlm.worker.weights.model_of import model_of
 from engines import tensors_of, tokens_of
@@ -321,7 +322,7 @@ def test_the_memory_line_and_the_gauges_say_what_stays_in_the_file_and_what_is_k
     kept = 4 * (3 * 2 * (2 * 16) + 2 * 2 * (2 * 32))     # of five layers with two heads of keys; the last three read theirs
     assert any("GB of embeddings of each layer stay in the file, of which a token reads one row" in line and f"({kept:,} bytes a token) = " in line
                for line in caplog.messages)
-    found = gauges(engine)
+    found = Gauges(engine).read()
     assert (found["kv_token_bytes"], found["mapped_bytes"]) == (kept, 4 * 288 * 8 * 32) and found.keys() == NO_GAUGES.keys()
 
 

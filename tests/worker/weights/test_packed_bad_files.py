@@ -132,7 +132,7 @@ def test_numbers_that_are_none_are_named_with_their_matrix(name, ending, value, 
 
 
 CONFIGS = [
-    ("awq", {"group_size": 40}, "down_proj.qweight is of 96 inputs, which groups of 40 do not divide"),
+    ("awq", {"group_size": 40}, "down_proj.qweight has 96 input columns, not a multiple of the group size 40"),
     ("awq", {"group_size": 16}, "it must be float32 or float16 or bfloat16 (6, 64)"),
     ("awq", {"group_size": "32"}, 'quantization_config.group_size is "32"; it must be an integer from -1'),
     ("gptq-4", {"bits": 5}, "quantization_config.bits is 5; it must be 2, 3, 4 or 8"),

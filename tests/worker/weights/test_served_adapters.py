@@ -76,6 +76,18 @@ def test_an_adapter_served_with_a_gguf_base_does_what_merging_it_does(name, tmp_
                 assert tokens == theirs and (logits - their_logits).abs().max() < 3e-4
 
 
+def test_an_adapter_is_served_with_a_head_that_a_merged_one_has_divided_from_the_embedding(tmp_path):
+    folder, first, second = tmp_path / "base", tmp_path / "first", tmp_path / "second"
+    save(make_model("llama3.2"), folder)
+    cases = clear_cases(adapt(make_model("llama3.2"), first, ["lm_head"], size=0.08), lengths=(9,), count=16)
+    adapt(make_model("llama3.2"), second, ["lm_head", "v_proj"], size=0.05)
+    both, ours = load(folder, lora=(str(first), str(second))), load(folder, lora=(str(first),))
+    expected = answers(transformer(both, kernels_of("reference", both.spec)), cases, count=1)
+    for backend in backends(ours):
+        beside = answers(WithAdapter(transformer(ours, kernels_of(backend, ours.spec)), second), cases, count=1)
+        assert (beside[0][1] - expected[0][1]).abs().max() < 3e-4
+
+
 @pytest.mark.parametrize("scheme", by_day(SCHEMES, "deepseek", "fbgemm"))
 def test_an_adapter_served_with_an_fp8_base_gives_what_peft_computes_with_the_weights_it_stands_for(scheme, tmp_path):
     model = make_model("qwen3")

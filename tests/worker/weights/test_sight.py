@@ -63,7 +63,7 @@ def test_the_second_question_about_a_picture_runs_no_tower(seeing):
     picture, engine = picture_of_size(90, 60), open_engine(folder)
     first = asking(engine, picture, text="What is this? It is a long question, so that pages are full after the picture.")
     answer(engine, first, [picture])
-    engine.pictures.seen.clear()                        # as if others had come since
+    engine.pictures.by_digest.clear()                        # as if others had come since
     answer(engine, first[:-3] + asking(engine, text="x")[-3:], [picture])
     assert engine.pictures.encoded == 1
 

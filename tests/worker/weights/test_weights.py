@@ -41,8 +41,7 @@ from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.tensors import dtype_of, tensor_of
 from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES
-from chatlm.worker.weights.gguf import readable
-from chatlm.worker.weights.gguf_file import read_gguf, read_gguf_file
+from chatlm.worker.weights.gguf_file import read_gguf, read_gguf_file, readable
 from chatlm.worker.weights.gguf_header import Texts
 from chatlm.worker.weights.load import open_model
 from engines import forward_logits, tensors_of

@@ -25,7 +25,7 @@ from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.connect import TRANSIT_BYTES, proof, tls_context
 from chatlm.common.processes.start import start_child
 from chatlm.front.admission.sandbox import next_message
-from chatlm.front.pool.local import draft_terms
+from chatlm.front.pool.local_devices import draft_terms
 from chatlm.front.pool.worker import State, Worker
 
 if TYPE_CHECKING:
@@ -47,33 +47,38 @@ class NodeShare(NamedTuple):
 
 
 def node_shares(settings: Settings, nodes: Seq[Node]) -> tuple[int, list[NodeShare]]:
-    """How many replicas are wanted, and the shares that the nodes offer, spread evenly over them."""
+    """How many replicas are wanted, and the shares that the nodes offer, spread evenly over the nodes."""
     ranks = ranks_per_replica(settings)
     if settings.device_type in ("auto", "cuda") and any(node.gpus for node in nodes):
         wanted = 0 if settings.num_gpus in (None, "auto") else int(settings.num_gpus)
-        rows = [[NodeShare(node, 0.0, ranks, MANY_THREADS)] * (node.gpus // ranks) for node in nodes]
+        by_node = [[NodeShare(node, 0.0, ranks, MANY_THREADS)] * (node.gpus // ranks) for node in nodes]
     else:
         nodes = [node for node in nodes if node.cpus >= ranks]
         wanted = settings.num_workers
         count = max(-(-wanted // max(len(nodes), 1)), 1)  # replicas per node
-        rows = [[NodeShare(node, node.cpus // count, 0, max(int(node.cpus) // (count * ranks), 1))] * count
-                for node in nodes]
-    shares = [share for round_ in itertools.zip_longest(*rows) for share in round_ if share]
+        by_node = []
+        for node in nodes:
+            threads = max(int(node.cpus) // (count * ranks), 1)
+            by_node.append([NodeShare(node, node.cpus // count, 0, threads)] * count)
+    shares = []
+    for one_of_each_node in itertools.zip_longest(*by_node):
+        shares += filter(None, one_of_each_node)
     return wanted or len(shares), shares
 
 
 class RayActor:
-    """A worker's process on a node: a Ray actor. The front talks to it over TCP, in the same messages that
-    local workers get through a pipe, after both sides have proven that they know the actor's secret."""
+    """A worker's process on a node, which is a Ray actor.
+
+    The front talks to it over TCP, in the same messages that local workers get through a pipe. Before that,
+    both sides prove that they know the actor's secret."""
 
     pid = None
 
     def __init__(self, share: NodeShare, tell: Callable[[Any], None]):
         """tell: sends a message to the Ray process."""
         self.request = StartActor(secrets.token_hex(16), share.node.id, share.cpus, share.gpus)
-        # why it ended
         self.tell = tell
-        self.reason = ""
+        self.reason = ""  # why it ended; "": it has not
         self.address: asyncio.Future[ActorAddress] = asyncio.get_running_loop().create_future()
         self.writer: asyncio.StreamWriter | None = None
 
@@ -95,9 +100,9 @@ class RayActor:
 
     def kill(self):
         self.tell(EndActor(self.request.actor))
-        self.ended("its connection ended")
+        self.note_end("its connection ended")
 
-    def ended(self, reason: str):
+    def note_end(self, reason: str):
         """The actor has ended, or could not be started."""
         self.reason = self.reason or reason
         if not self.address.done():
@@ -110,10 +115,10 @@ class RayActor:
 
 
 class RayNodes:
-    """The placement on a Ray cluster: a worker for each share of a node, added and removed with the nodes.
+    """The placement on a Ray cluster: a worker for each share of a node. Workers come and go with the nodes.
 
-    Ray runs in a separate process (`ray_main`). If that ends, running workers continue, and workers without
-    an actor wait until it is back."""
+    Ray runs in a separate process (`ray_main`). If that process ends, running workers continue, and workers
+    without an actor wait until it is back."""
 
     CONNECT_S = 20.0
     RETRY_S = 5.0
@@ -129,9 +134,8 @@ class RayNodes:
         self.numbers = itertools.count()
         self.nodes: Seq[Node] | None = None  # None until Ray has listed them
         self.writer: asyncio.StreamWriter | None = None  # to the Ray process
-        # when it last listed the nodes
-        self.problem = ""
-        self.heard_s = 0.0
+        self.problem = ""   # with the Ray process
+        self.heard_s = 0.0  # when it last listed the nodes
 
     async def start(self, supervisor: Supervisor):
         supervisor.run("talking to Ray", partial(self._follow, supervisor))
@@ -154,10 +158,10 @@ class RayNodes:
         return reader, WorkerConfig(settings, None, worker.device, share.threads,
                                     drafts=draft_terms(worker, self.renews, self.workers))
 
-    def now(self) -> None:
+    def changed_source(self) -> None:
         """None: the nodes have the files (see `Supervisor.handle`)."""
 
-    def gone(self) -> bool:
+    def is_gone(self) -> bool:
         return False
 
     def end_in_words(self, worker: Worker) -> str:
@@ -173,7 +177,7 @@ class RayNodes:
         return self.problem or ("its head does not answer" if self.heard_s else "connecting")
 
     def tell(self, message):
-        """Send a message to the Ray process, if it runs; the next one gets whatever still matters."""
+        """Send a message to the Ray process, if it runs. If not, the next one gets what still matters."""
         if self.writer:
             self.writer.write(RAY_PIPE.packed(message))
 
@@ -181,7 +185,7 @@ class RayNodes:
         return [(worker, worker.process) for worker in self.workers if isinstance(worker.process, RayActor)]
 
     async def _follow(self, supervisor: Supervisor):
-        """Start Ray processes one after another, and handle the messages of each until it ends."""
+        """Start one Ray process after another, and handle the messages of each until it ends."""
         while not supervisor.closing:
             process, ours = start_child(self.command, "ray", os.environ)
             try:
@@ -220,7 +224,7 @@ class RayNodes:
                     self.tell(EndActor(name))
             case ActorEnded(name, reason):
                 if name in actors:
-                    actors[name].ended(reason)
+                    actors[name].note_end(reason)
             case Unusable(text):
                 self.problem = text
                 if not self.heard_s:
@@ -237,7 +241,7 @@ class RayNodes:
                 self.workers.remove(worker)
                 del self.shares[worker]
                 if isinstance(worker.process, RayActor):
-                    worker.process.ended("its node has left")
+                    worker.process.note_end("its node has left")
         taken = Counter(share.node.id for share in self.shares.values())
         wanted, shares = node_shares(self.settings, nodes)
         for share in shares:

@@ -7,26 +7,26 @@ import time
 
 
 class ModelUse:
-    """When requests last used a model; only its dispatcher and its supervisor note that."""
+    """When requests last used a model. Only its dispatcher and its supervisor note that."""
 
     LATELY_S = 60.0
 
     def __init__(self):
         self.last_s = time.monotonic()  # when a job last arrived or ended, or a worker became ready
-        self.asked_s = -math.inf        # when a request last arrived, other than with low priority
+        self.request_s = -math.inf      # when a request last arrived, other than with low priority
 
     def note(self):
         self.last_s = time.monotonic()
 
-    def note_asked(self):
+    def note_request(self):
         """A request has arrived, other than with low priority."""
-        self.asked_s = time.monotonic()
+        self.request_s = time.monotonic()
 
     @property
-    def was_asked(self) -> bool:
+    def was_requested(self) -> bool:
         """Has a request arrived lately, other than with low priority?"""
-        return time.monotonic() - self.asked_s < self.LATELY_S
+        return time.monotonic() - self.request_s < self.LATELY_S
 
     def succeed(self, other: ModelUse):
-        """Those who have asked for another model ask for this one from now on."""
-        self.asked_s = other.asked_s
+        """Take over from another model: its requests will be for this one from now on."""
+        self.request_s = other.request_s

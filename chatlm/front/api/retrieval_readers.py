@@ -1,4 +1,4 @@
-"""Readers of the bodies that ask for vectors of texts, for a ranking of documents, or for scores of pairs."""
+"""Readers of bodies that ask for vectors of texts, for a ranking of documents, or for scores of pairs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import Overloaded, RequestError, bad_value, invalid, shown
 from chatlm.common.messages.protocol import ParsedBody
 from chatlm.common.messages.requests import AnswerParams, Request, Retrieval
-from chatlm.front.admission.retrieval import check_task, task_of
+from chatlm.front.admission.retrieval_prompts import check_task, task_for
 from chatlm.front.api.fields import parse_fields, within_limit
 from chatlm.front.api.tables import (
     EMBEDDING_FIELDS, OLLAMA_EMBED_FIELDS, OLLAMA_EMBEDDINGS_FIELDS, RERANK_FIELDS, SCORE_FIELDS,
@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 EMBEDDING_BODIES: dict[str, Seq[Field]] = {  # by the name of the encoder that answers
     "embeddings": EMBEDDING_FIELDS, "ollama embed": OLLAMA_EMBED_FIELDS,
     "ollama embeddings": OLLAMA_EMBEDDINGS_FIELDS, "tei embed": TEI_EMBED_FIELDS}
-INPUT_TYPES = {  # what clients call the sort of an input -> the names that models have for its prompt
+INPUT_TYPES = {  # a client's name for a kind of input -> the names that models have for its prompt
     "query": ("query", "search_query"), "search_query": ("query", "search_query"),
     **dict.fromkeys(("document", "passage", "search_document"), ("document", "passage", "search_document"))}
 
 
-def asked_of(values: Mapping, texts: Seq[Any], params: AnswerParams, retrieval: Retrieval) -> Request:
+def retrieval_request(values: Mapping, texts: Seq[Any], params: AnswerParams,
+                      retrieval: Retrieval) -> Request:
     """A request for vectors or scores of these texts."""
     return Request(params=params, low_priority=values.get("priority", False), prompts=tuple(texts),
                    truncate=retrieval.cut, retrieval=retrieval)
@@ -42,37 +43,39 @@ def read_embedding_body(body: dict, known: Known, api: str = "embeddings") -> Pa
     """OpenAI's Embeddings API, or with another `api` one of Ollama's or TEI's."""
     values = parse_fields(body, EMBEDDING_BODIES[api])
     embedder = known.embedder
-    params = AnswerParams(pooling=pooling_of(values, embedder), dimensions=dimensions_of(values, known),
+    params = AnswerParams(pooling=chosen_pooling(values, embedder),
+                          dimensions=chosen_dimensions(values, known),
                           normalized=values.get("normalize", api != "ollama embeddings"))
-    retrieval = Retrieval(prompt_of(values, embedder), cut=values.get("cut", api != "embeddings"))
+    retrieval = Retrieval(chosen_prompt(values, embedder), cut=values.get("cut", api != "embeddings"))
     name = EMBEDDING_BODIES[api][0].name
     inputs = values["input"]
     if api.startswith("ollama") and inputs in ((), ("",)):
-        return ParsedBody(asked_of(values, (), params, retrieval), stream=False, api=api,
+        return ParsedBody(retrieval_request(values, (), params, retrieval), stream=False, api=api,
                           details={"nothing": True})
     if not all(inputs):
         raise invalid(name, f"the {name} is empty" if len(inputs) == 1 else
                       f"{name}[{[*map(bool, inputs)].index(False)}] is empty")
-    return ParsedBody(asked_of(values, inputs, params, retrieval), stream=False, api=api,
+    return ParsedBody(retrieval_request(values, inputs, params, retrieval), stream=False, api=api,
                       details={"encoding": values.get("encoding_format", "float")})
 
 
-def pooling_of(values: Mapping, embedder: Embedder | None) -> str:
-    """How vectors are made; only chat models leave a choice. RequestError for another than the model's."""
-    asked = values.get("pooling")
+def chosen_pooling(values: Mapping, embedder: Embedder | None) -> str:
+    """How vectors are made. Only chat models leave a choice; for other models this raises RequestError if the
+    body names a pooling that is not theirs."""
+    pooling = values.get("pooling")
     if embedder is None:
-        return asked or "mean"
-    if asked not in (None, embedder.pooling):
-        raise bad_value("pooling", asked, f"{shown(embedder.pooling)}, for which this model was trained")
+        return pooling or "mean"
+    if pooling not in (None, embedder.pooling):
+        raise bad_value("pooling", pooling, f"{shown(embedder.pooling)}, for which this model was trained")
     return embedder.pooling
 
 
-def dimensions_of(values: Mapping, known: Known) -> int:
-    """How many numbers a vector keeps; 0: all. RequestError for what the model was not trained for, with the
-    width that its vectors have."""
-    asked = values.get("dimensions")
+def chosen_dimensions(values: Mapping, known: Known) -> int:
+    """How many numbers a vector keeps; 0: all. Raises RequestError for a number that the model was not
+    trained for; the error says the width of its vectors."""
+    dimensions = values.get("dimensions")
     embedder = known.embedder
-    if asked is None:
+    if dimensions is None:
         return embedder.dimensions if embedder else 0
     if embedder is None:
         width = known.width
@@ -83,26 +86,33 @@ def dimensions_of(values: Mapping, known: Known) -> int:
     if not width:
         raise Overloaded("the model is still loading", retry_after_s=2)
     least = embedder.least if embedder and embedder.least else width
-    if not least <= asked <= width:
+    if not least <= dimensions <= width:
         allowed = f"from {least} to {width}" if least < width else f"left out or {width}: {why}"
-        raise bad_value("dimensions", asked, allowed)
-    return asked
+        raise bad_value("dimensions", dimensions, allowed)
+    return dimensions
 
 
-def prompt_of(values: Mapping, embedder: Embedder | None) -> str:
-    """The text that goes before each input. RequestError for the name of one that the model does not have."""
+def chosen_prompt(values: Mapping, embedder: Embedder | None) -> str:
+    """The text that goes before each input. Raises RequestError if the body names a prompt that the model
+    does not have."""
     prompts = dict(embedder.prompts if embedder else ())
     name = values.get("prompt_name")
-    if name is not None and name not in prompts:
-        raise bad_value("prompt_name", name, f"one of {', '.join(map(shown, prompts))}" if prompts else
-                        "left out: this model has no prompts")
-    if name is None and (sort := values.get("input_type")) is not None:
-        name = next((own for own in (sort, *INPUT_TYPES.get(sort, ())) if own in prompts), "")
-    return prompts.get((embedder.default_prompt if embedder else "") if name is None else name, "")
+    if name is not None:
+        if name not in prompts:
+            allowed = "left out: this model has no prompts"
+            if prompts:
+                allowed = f"one of {', '.join(map(shown, prompts))}"
+            raise bad_value("prompt_name", name, allowed)
+        return prompts[name]
+    kind = values.get("input_type")
+    if kind is not None:
+        name = next((own for own in (kind, *INPUT_TYPES.get(kind, ())) if own in prompts), "")
+        return prompts.get(name, "")
+    return prompts.get(embedder.default_prompt, "") if embedder else ""
 
 
 def read_rerank_body(body: dict, known: Known, api: str = "rerank") -> ParsedBody:
-    """The rerank API of Jina, Cohere and vLLM, or llama-server's; with `texts` TEI's on either route."""
+    """The rerank API of Jina, Cohere and vLLM, or llama-server's; with `texts` TEI's, on either route."""
     values = parse_fields(body, RERANK_FIELDS)
     api = "tei rerank" if "texts" in values else api
     if ("texts" in values) == ("documents" in values):
@@ -113,18 +123,19 @@ def read_rerank_body(body: dict, known: Known, api: str = "rerank") -> ParsedBod
     if not values["query"].strip():
         raise invalid("query", "the query is empty")
     cuts = values.get("truncate", True) if api == "tei rerank" else api == "rerank"
-    retrieval = Retrieval(queries=(values["query"],), instruction=instruction_of(values, embedder),
+    retrieval = Retrieval(queries=(values["query"],), instruction=checked_instruction(values, embedder),
                           most=values.get("max_tokens_per_doc"), cut=cuts)
-    usual = api == "llama rerank" and not (embedder and embedder.form)  # it makes only these probabilities
-    raw = values.get("raw_scores", not values.get("use_activation", not usual))
+    # llama-server makes probabilities only for models whose query and document are one text
+    usually_raw = api == "llama rerank" and not (embedder and embedder.form)
+    raw = values.get("raw_scores", not values.get("use_activation", not usually_raw))
     shows = values.get("return_text" if api == "tei rerank" else "return_documents", False)
     details = {"top": values.get("top_n", len(documents)), "raw": raw,
                "documents": documents if shows else None}
-    request = asked_of(values, documents, AnswerParams(pooling="rank"), retrieval)
+    request = retrieval_request(values, documents, AnswerParams(pooling="rank"), retrieval)
     return ParsedBody(request, stream=False, api=api, details=details)
 
 
-def instruction_of(values: Mapping, embedder: Embedder | None) -> str | None:
+def checked_instruction(values: Mapping, embedder: Embedder | None) -> str | None:
     instruction = values.get("instruction")
     if instruction is not None and embedder and not embedder.instruction:
         raise bad_value("instruction", instruction, "left out: this model reads none")
@@ -132,7 +143,7 @@ def instruction_of(values: Mapping, embedder: Embedder | None) -> str | None:
 
 
 def read_score_body(body: dict, known: Known) -> ParsedBody:
-    """vLLM's: scores of pairs. A reranker reads each pair; an embedder's are the cosines of vectors."""
+    """vLLM's scores of pairs. A reranker reads each pair; for an embedder they are cosines of vectors."""
     values = parse_fields(body, SCORE_FIELDS)
     embedder = known.embedder
     if missing := [name for name in ("text_1", "text_2") if name not in values]:
@@ -147,31 +158,32 @@ def read_score_body(body: dict, known: Known) -> ParsedBody:
             raise invalid(name, f"{name}[{[bool(text.strip()) for text in texts].index(False)}] is empty")
     pooling = embedder.pooling if embedder else "rank"
     if pooling == "rank":
-        retrieval = Retrieval(queries=first, instruction=instruction_of(values, embedder))
+        retrieval = Retrieval(queries=first, instruction=checked_instruction(values, embedder))
         sigmoid = embedder is None or embedder.sigmoid
         details = {"raw": not values.get("use_activation", True) or not sigmoid, "pairs": len(second)}
-        request = asked_of(values, second, AnswerParams(pooling="rank"), retrieval)
+        request = retrieval_request(values, second, AnswerParams(pooling="rank"), retrieval)
         return ParsedBody(request, stream=False, api="score", details=details)
     within_limit("texts in text_1 and text_2", len(first) + len(second), LIMITS.embeddings, "text_2")
-    retrieval = Retrieval(prompt_of({}, embedder))
+    retrieval = Retrieval(chosen_prompt({}, embedder))
     params = AnswerParams(pooling=pooling, dimensions=embedder.dimensions if embedder else 0)
-    request = asked_of(values, (*first, *second), params, retrieval)
+    request = retrieval_request(values, (*first, *second), params, retrieval)
     return ParsedBody(request, stream=False, api="cosines", details={"pairs": len(second)})
 
 
-TASKS = {  # of the routes whose models need not be able to answer
+ROUTE_TASKS = {  # route -> what its model must be able to do, if that is not to answer
     **dict.fromkeys(("/v1/embeddings", "/api/embed", "/api/embeddings", "/embed"), "embed"),
     **dict.fromkeys(("/v1/rerank", "/rerank", "/v2/rerank", "/reranking", "/v1/reranking"), "rank")}
 SCORES = "/v1/score", "/score"
 
 
 def check_route(route: str, known: Known):
-    """RequestError if the model, where it is known, cannot do what the route is for."""
+    """Raise RequestError if the model cannot do what the route is for. Of a model that is still loading,
+    nobody knows."""
     if known.infill is None:
         return
-    task = TASKS.get(route, "answer")
+    task = ROUTE_TASKS.get(route, "answer")
     if route in SCORES:
-        task = task_of(known.embedder.pooling) if known.embedder else "rank"
+        task = task_for(known.embedder.pooling) if known.embedder else "rank"
     check_task(known.embedder, task)
 
 

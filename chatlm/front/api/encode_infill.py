@@ -1,44 +1,33 @@
-"""Filling in the middle of a text: which models can, and llama-server's format of such an answer."""
+"""The encoder of llama-server's /infill."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence as Seq
 from dataclasses import asdict
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.errors import Overloaded, RequestError
 from chatlm.common.jsontext import dump
 from chatlm.common.messages.requests import Piece
 from chatlm.front.api.encode import frame
 from chatlm.front.api.encode_openai import OpenAIEncoder
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.protocol import Known
     from chatlm.common.messages.requests import Accepted, Finished
     from chatlm.front.api.encode import Choice
 
 
-def infill_ends(values: Mapping, known: Known, param: str | None = None) -> dict[str, tuple[int, ...]]:
-    """The `stop_token_ids` of a body that fills in a gap: its own, and what the model writes after one.
-    RequestError, about the field `param`, if the model has no tokens for gaps."""
-    if known.infill is None:
-        raise Overloaded("the model is still loading", retry_after_s=2)
-    if missing := known.infill.missing:
-        names = ", ".join(missing[:-1]) + " and " * (len(missing) > 1) + missing[-1]
-        raise RequestError(f"this model cannot fill in the middle: its tokenizer has no {names} "
-                           f"token{'s' * (len(missing) > 1)}", code="infill_not_supported", param=param)
-    own = values.get("stop_token_ids", ())
-    return {"stop_token_ids": own if values.get("ignore_eos") else (*own, *known.infill.ends)}
-
-
-def nested(body: Mapping, path: str) -> list:
-    """The value at a path like `timings/prompt_n`, in a list; [] if there is none."""
-    value: Any = body
-    for name in path.split("/"):
-        if not isinstance(value, dict) or name not in value:
-            return []
-        value = value[name]
-    return [value]
+def chosen_fields(body: Mapping, paths: Seq[str]) -> dict[str, Any]:
+    """The values at paths like `timings/prompt_n`, by path; without paths that lead nowhere."""
+    chosen = {}
+    for path in paths:
+        value: Any = body
+        for name in path.split("/"):
+            if not isinstance(value, dict) or name not in value:
+                break
+            value = value[name]
+        else:
+            chosen[path] = value
+    return chosen
 
 
 class InfillEncoder(OpenAIEncoder):
@@ -46,8 +35,11 @@ class InfillEncoder(OpenAIEncoder):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        # for a whole body
-        self.texts, self.tokens, self.probabilities = list[str](), list[int](), list[dict]()
+        # for an answer that is sent whole
+        self.texts: list[str] = []
+        self.tokens: list[int] = []
+        self.probabilities: list[dict] = []
+        # for all answers
         self.prompt_tokens = 0
         self.predicted = 0
         self.has_new_line = False
@@ -65,7 +57,8 @@ class InfillEncoder(OpenAIEncoder):
                 "stop": False, "id_slot": -1, "tokens_predicted": self.predicted,
                 "tokens_evaluated": self.prompt_tokens, **probabilities}
 
-    def received(self, event: Piece | Finished) -> Piece:
+    def receive(self, event: Piece | Finished) -> Piece:
+        """Count an event; returns what to send of it."""
         part = self.take(self.choices[0], event)
         self.predicted += len(event.tokens) if isinstance(event, Piece) else 0
         self.has_new_line = self.has_new_line or "\n" in part.text
@@ -73,12 +66,14 @@ class InfillEncoder(OpenAIEncoder):
 
     def encode(self, event: Piece | Finished) -> bytes:
         choice = self.choices[0]
-        part = self.received(event)
-        more = frame(self.part(part)) if part.deltas or part.tokens or part.logprobs else b""
-        return more + (frame(self.final(choice)) if choice.done else b"")
+        part = self.receive(event)
+        frames = frame(self.part(part)) if part.deltas or part.tokens or part.logprobs else b""
+        if choice.done:
+            frames += frame(self.final(choice))
+        return frames
 
     def collect(self, event: Piece | Finished) -> int:
-        part = self.received(event)
+        part = self.receive(event)
         self.texts.append(part.text)
         self.tokens += part.tokens if self.parsed.token_ids else ()
         self.probabilities += self.entries(part.logprobs)
@@ -92,6 +87,9 @@ class InfillEncoder(OpenAIEncoder):
         usage = self.usage()
         request = self.request
         by_text = done.stop_reason in request.params.stop
+        stop_type = "word" if by_text else "eos"
+        if done.reason == "length":
+            stop_type = "limit"
         sampling = asdict(request.params.sampling)
         sampling["repeat_penalty"] = sampling.pop("repetition_penalty")
         del sampling["choice"]
@@ -102,14 +100,13 @@ class InfillEncoder(OpenAIEncoder):
                     "n_predict": -1 if request.max_tokens is None else request.max_tokens,
                     "stop": request.params.stop, "ignore_eos": request.params.ignore_eos},
                 "has_new_line": self.has_new_line, "truncated": bool(done.dropped_messages),
-                "stop_type": "limit" if done.reason == "length" else "word" if by_text else "eos",
+                "stop_type": stop_type,
                 "stopping_word": done.stop_reason if by_text else "",
                 "tokens_cached": usage.cached_tokens, "timings": self.timings(done)}
         if self.probabilities:
             body["completion_probabilities"] = self.probabilities
-        if names := self.parsed.details["response_fields"]:
-            return {name: value for name in names for value in nested(body, name)}
-        return body
+        paths = self.parsed.details["response_fields"]
+        return chosen_fields(body, paths) if paths else body
 
     def timings(self, done: Finished) -> dict:
         """llama-server's names for how long the prompt and the answer took."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.intake.budget import Holding
-    from chatlm.front.store.pages import Listed, Page
+    from chatlm.front.store.pages import Listed, ListPage
     from chatlm.front.store.store import Store
 
 
@@ -35,7 +35,7 @@ NO_STORE = "this server keeps nothing of this kind: it was started without --dat
 
 
 def stored(store: Store | None) -> Store:
-    """RequestError 404 without --database."""
+    """The store. Raises RequestError 404 if there is none, because the server runs without --database."""
     if store is None:
         raise RequestError(NO_STORE, status=404, code="no_database")
     return store
@@ -45,8 +45,8 @@ def now_s() -> int:
     return int(time.time())
 
 
-def asked(http: web.Request, field: Field, default: Any) -> Any:
-    """A parameter after the question mark."""
+def query_value(http: web.Request, field: Field, default: Any) -> Any:
+    """The value of a query parameter, checked by its field."""
     text = http.query.get(field.name)
     if text is None:
         return default
@@ -54,42 +54,45 @@ def asked(http: web.Request, field: Field, default: Any) -> Any:
 
 
 def number_in(text: str) -> int | str:
-    """The integer that a text says; any other text as it is, for its field to refuse."""
-    # isdigit would include "²", which int refuses
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else text
+    """The integer that a text is; any other text unchanged, so that its field refuses it."""
+    is_integer = text.isascii() and text.isdecimal()  # isdigit would accept "²", which int refuses
+    return int(text) if is_integer and len(text) < 10 else text
 
 
 def shown_item(name: str, body: bytes) -> bytes:
-    """A row of the list with its id, from its text without it."""
+    """A row of a list: its text in the store, to which its id is added."""
     return b'{"id": %s, %s' % (dump(name), body[1:])
 
 
 async def send_list(http: web.Request, rows: Seq[Listed], more: bool) -> web.StreamResponse:
-    """A page of a list. The caller holds the bytes of a large one."""
-    first, last = (dump(rows[place].name if rows else None) for place in (0, -1))
+    """Send a page of a list. If it is large, the caller holds its bytes of the memory budget."""
+    first = dump(rows[0].name if rows else None)
+    last = dump(rows[-1].name if rows else None)
     parts = [b'{"object": "list", "data": [']
     for index, row in enumerate(rows):
-        parts += [b", " * (index > 0), row.text]
+        if index:
+            parts.append(b", ")
+        parts.append(row.text)
     parts.append(b'], "has_more": %s, "first_id": %s, "last_id": %s}' % (dump(more), first, last))
     return await send_parts(http, parts)
 
 
-async def send_page(http: web.Request, bodies: Bodies, page: Page) -> web.StreamResponse:
-    """A page whose rows are Listed."""
+async def send_page(http: web.Request, bodies: Bodies, page: ListPage) -> web.StreamResponse:
+    """Send a page of a list, once the memory budget has room for it."""
     with bodies.holding() as holding:
         await take_room(holding, page.bytes)
         return await send_list(http, page.rows, page.more)
 
 
 async def take_room(holding: Holding, size: int):
-    """Take the bytes of what is read or sent whole, if it is large; no more than one client may have at all,
-    for which it would wait in vain."""
+    """Wait until the memory budget has room for `size` bytes, if these are many. Takes at most what one
+    client may have, because it would wait for more in vain."""
     if size > LIMITS.inline_bytes:
-        await holding.room(min(size, holding.budget.of_one - holding.size))
+        await holding.wait_for(min(size, holding.budget.per_client - holding.size))
 
 
 async def send_parts(http: web.Request, parts: Seq[bytes | memoryview]) -> web.StreamResponse:
-    """JSON in parts, of which large ones are sent in pieces, as fast as the client reads them."""
+    """Send JSON that consists of parts. Large parts are sent in pieces, as fast as the client reads."""
     size = sum(map(len, parts))
     if size <= LIMITS.inline_bytes:
         return web.Response(body=b"".join(parts), content_type="application/json")
@@ -97,13 +100,14 @@ async def send_parts(http: web.Request, parts: Seq[bytes | memoryview]) -> web.S
                                            "X-Request-Id": REQUEST_LOG.get().id})
     response.content_length = size
     await response.prepare(http)
-    for part in joined_small(parts) if http.method == "GET" else ():
-        await send_part(http, response, part)
+    if http.method == "GET":  # not HEAD
+        for part in joined_small(parts):
+            await send_part(http, response, part)
     return response
 
 
 def joined_small(parts: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
-    """The parts, of which small ones are joined: to write each would take long."""
+    """The parts, with small ones joined, because writing each by itself would take long."""
     small = list[bytes | memoryview]()
     size = 0
     for part in parts:
@@ -120,7 +124,7 @@ def joined_small(parts: Iterable[bytes | memoryview]) -> Iterator[bytes | memory
 
 
 async def send_part(http: web.Request, response: web.StreamResponse, part: bytes | memoryview):
-    """ConnectionAbortedError if the client does not read it."""
+    """Send a part in pieces. Raises ConnectionAbortedError if the client stops reading."""
     for begin in range(0, len(part), WRITE_BYTES):
         try:
             await asyncio.wait_for(response.write(memoryview(part)[begin:begin + WRITE_BYTES]), BODY_S)

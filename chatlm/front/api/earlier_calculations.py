@@ -1,4 +1,6 @@
-"""Calls of nanochat's calculator in messages that clients send back: see common/text/calculations.py."""
+"""Reads the calls of nanochat's calculator in messages that clients send back.
+
+See common/text/calculations.py for what such a call is."""
 
 from __future__ import annotations
 
@@ -13,12 +15,12 @@ from chatlm.common.text.calculations import STRAY_MARKS, moved, with_calls
 
 
 A_CALL = 'an object with "start", and with texts or null as "expression" and "result"'
-# nanochat's own parts of an assistant's content: what each is of a call
+# nanochat's own types of parts in an assistant's content -> the member of a call that the part is
 NANOCHAT_PARTS = {"python": "expression", "python_output": "result"}
 
 
 def read_calculations(sent: Any, text: str, name: str) -> list[dict]:
-    """The calls beside a text. RequestError for ones that cannot stand in it."""
+    """The calls beside a text. Raises RequestError for calls that cannot stand in it."""
     if sent is None:
         return []
     if not isinstance(sent, list):
@@ -33,13 +35,15 @@ def read_calculations(sent: Any, text: str, name: str) -> list[dict]:
         if type(start) is not int or not before <= start <= len(text):
             raise bad_value(f"{place}.start", start,
                             f"an integer from {before} to {len(text)}, the characters of the text")
-        calls.append({"start": start, **what_was_called(call, place)})
+        calls.append({"start": start, **read_calculation(call, place)})
         before = start
     return calls
 
 
-def what_was_called(call: Mapping, name: str) -> dict:
-    if (stray := call.get("stray")) is not None:
+def read_calculation(call: Mapping, name: str) -> dict:
+    """The checked members of a call, except its start."""
+    stray = call.get("stray")
+    if stray is not None:
         if not is_text(stray) or stray not in STRAY_MARKS:
             raise bad_value(f"{name}.stray", stray, f"one of {', '.join(STRAY_MARKS)}")
         return {"stray": stray}
@@ -58,13 +62,13 @@ def what_was_called(call: Mapping, name: str) -> dict:
 
 
 def is_nanochats(content: list) -> bool:
-    """Does a content have parts as nanochat's own conversations do?"""
+    """Does a content have parts of the types in nanochat's own conversations?"""
     types = [part.get("type") for part in content if isinstance(part, dict)]
     return any(is_text(each) and each in NANOCHAT_PARTS for each in types)
 
 
 def read_nanochat_parts(content: list, name: str) -> tuple[str, list[dict]]:
-    """The text and the calls of such a content. Its texts stand one behind the other without a line break."""
+    """The text and the calls of such a content. Its texts follow each other without a line break."""
     text = ""
     calls = list[dict]()
     for index, part in enumerate(content):
@@ -85,21 +89,21 @@ def read_nanochat_parts(content: list, name: str) -> tuple[str, list[dict]]:
 
 
 def calls_in_parts(content: Any, name: str) -> list[dict]:
-    """The calls beside the texts of a content's parts, which will stand on lines of their own."""
+    """The calls beside the texts of a content's parts. Each text will stand on lines of its own."""
     calls = list[dict]()
     begin = 0
     for index, part in enumerate(content if isinstance(content, list) else ()):
         text = part.get("text") if isinstance(part, dict) else None
         text = text if is_text(text) else ""
         if isinstance(part, dict) and part.get("calculator") is not None:
-            found = read_calculations(part["calculator"], whole_unicode(text), f"{name}[{index}].calculator")
-            calls += moved(found, begin)
+            own = read_calculations(part["calculator"], whole_unicode(text), f"{name}[{index}].calculator")
+            calls += moved(own, begin)
         begin += len(whole_unicode(text)) + 1
     return calls
 
 
 def with_calculations(message: Message, fields: Mapping, name: str) -> Message:
-    """The assistant's message with the calls that it had, beside it or beside the parts of its content."""
+    """A message of the assistant with its calls, which were beside it or beside the parts of its content."""
     if fields.get("calculator") is not None:
         calls = read_calculations(fields["calculator"], message.content, f"{name}.calculator")
     else:
@@ -108,9 +112,12 @@ def with_calculations(message: Message, fields: Mapping, name: str) -> Message:
 
 
 def with_names_read(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The messages of a request with `skip_special_tokens: false`: names of the calculator's tokens in what
-    the assistant said are these tokens, unless its calls stand beside."""
-    return tuple(
-        replace(message, more={**(message.more or {}), "special_tokens": True})
-        if message.role == "assistant" and "calculator" not in (message.more or {}) else message
-        for message in messages)
+    """The messages of a request with `skip_special_tokens: false`. If the names of the calculator's tokens
+    are in a text of the assistant, they are read as these tokens, unless its calls stand beside the text."""
+    read = []
+    for message in messages:
+        more = message.more or {}
+        if message.role == "assistant" and "calculator" not in more:
+            message = replace(message, more={**more, "special_tokens": True})
+        read.append(message)
+    return tuple(read)

@@ -1,4 +1,6 @@
-"""Answers to items that outlive the command: a file for a model's weights and a suite, a line for an item."""
+"""Keeps answers to the items of a suite in a file, a line for each item, so that a later run can go on.
+
+There is a file for each suite and each model's weights."""
 
 from __future__ import annotations
 
@@ -23,11 +25,14 @@ if TYPE_CHECKING:
 
 
 def results_folder(named: str | None) -> Path:
-    """--results, or the user's own folder; only its owner can read it. ConfigError if it cannot be made."""
+    """The folder of --results, or the user's own one, which only its owner can read. Raises ConfigError if it
+    cannot be made."""
     state = os.environ.get("XDG_STATE_HOME")
     try:
-        path = Path(named).expanduser() if named else Path(state or Path.home() / ".local" / "state") / (
-            "chat_server/evals")
+        if named:
+            path = Path(named).expanduser()
+        else:
+            path = Path(state or Path.home() / ".local" / "state") / "chat_server" / "evals"
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not named:
             path.chmod(0o700)
@@ -38,12 +43,14 @@ def results_folder(named: str | None) -> Path:
 
 
 def file_word(text: str) -> str:
-    """A name as a part of a file's name."""
+    """A name in the form that may be part of a file's name."""
     return re.sub(r"[^A-Za-z0-9._@-]+", "-", text)[:80].strip(".-") or "model"
 
 
-def kept_name(settings: Settings, scorer: Scorer, model: str, suite: Suite | Texts, cut: int | None) -> str:
-    """The name of the file for its answers: other weights, items, cut or arithmetic have another one."""
+def answers_file_name(settings: Settings, scorer: Scorer, model: str, suite: Suite | Texts,
+                      cut: int | None) -> str:
+    """The name of the file for a model's answers to a suite. Other weights, items, numbers of items or
+    arithmetic have another name."""
     most = cut or "all"
     key = json.dumps([scorer.digest, scorer.longest, scorer.room, suite.digest, most, settings.dtype,
                       settings.quantize, settings.kv_cache_dtype, scorer.arithmetic, settings.softcap,
@@ -52,9 +59,9 @@ def kept_name(settings: Settings, scorer: Scorer, model: str, suite: Suite | Tex
     return f"{file_word(model)}-{file_word(suite.name)}-{most}-{digest}"
 
 
-def kept_path(folder: Path, name: str) -> Path:
-    """The file with a name of `kept_name`; the one that a model with another name has left, if it is the only
-    one: names of models do not count."""
+def answers_file_path(folder: Path, name: str) -> Path:
+    """The file with a name of `answers_file_name`. If there is none, but one that the same weights have under
+    another model's name, it is that one."""
     path = folder / f"{name}.jsonl"
     digest = re.search(r"-[0-9a-f]{24}$", name)
     if digest and not path.exists():
@@ -62,20 +69,28 @@ def kept_path(folder: Path, name: str) -> Path:
     return path
 
 
-class Kept:
-    """The answers to one suite's items by one model. Whoever reads a file of another run finds its items; a
-    line that a kill cut off counts as absent."""
+def is_answer(item: Mapping) -> bool:
+    """Whether a line has the result of an item: a verdict, or the nats of a text. Raises KeyError if it has
+    neither."""
+    if type(item.get("correct")) is bool:
+        return isinstance(item["margin"], (int, float, type(None)))
+    return isinstance(item["nats"], float) and type(item["bytes"]) is int
+
+
+class AnswersFile:
+    """The answers of one model to one suite's items, those of earlier runs included. A line that a kill has
+    cut off counts as absent."""
 
     def __init__(self, folder: Path | None, name: str,
                  unkept: Callable[[Path, OSError], None] | None = None):
-        """folder: None keeps answers only in memory. unkept: hears that the file cannot be read or written;
-        answers then stay in memory too. Without it that is a ConfigError."""
+        """folder: None keeps answers in memory only. unkept: called if the file cannot be read or written;
+        then answers stay in memory. Without `unkept`, ConfigError is raised."""
         self.items: dict[tuple[str, int], Mapping] = {}
         self.writing: RawIOBase | None = None
         self.unkept = unkept
         if folder is None:
             return
-        self.path = kept_path(folder, name)
+        self.path = answers_file_path(folder, name)
         try:
             with suppress(FileNotFoundError):
                 self._read(self.path.read_bytes())
@@ -97,9 +112,7 @@ class Kept:
         for line in data.split(b"\n"):
             with suppress(ValueError, KeyError, TypeError, RecursionError):
                 item = json.loads(line)
-                if type(item.get("correct")) is bool and isinstance(
-                        item["margin"], (int, float, type(None))) or (
-                        isinstance(item["nats"], float) and type(item["bytes"]) is int):
+                if is_answer(item):
                     self.items[str(item["task"]), int(item["item"])] = item
 
     def find(self, task: str, index: int) -> Mapping | None:

@@ -36,8 +36,8 @@ class LocalDevices:
 
     def __init__(self, settings: Settings, command: Seq[str], source: ModelSource | None = None,
                  first: int = 0, prefixes: Prefixes | None = None, draft_stamp: Stamp | None = None):
-        """source: the model's files, if known; first: the number of the first worker; prefixes: memory for
-        prefixes that outlive workers; draft_stamp: see DraftTerms."""
+        """source: the model's files, if they are known. first: the number of the first worker. prefixes:
+        memory for prefixes that outlive workers. draft_stamp: see DraftTerms."""
         self.settings = settings
         self.command = command
         self.source = source
@@ -52,11 +52,11 @@ class LocalDevices:
         loop = asyncio.get_running_loop()
 
         def report(stage: str, fraction: float):
-            if supervisor.closing:  # raised in the thread: stops a download, which deletes what it has so far
-                raise InterruptedError
+            if supervisor.closing:
+                raise InterruptedError  # in the thread: stops a download, which deletes what it has so far
             loop.call_soon_threadsafe(supervisor.progress, stage, fraction)
 
-        if self.renews:  # else both were found before the memory was measured, and may be gone by now
+        if self.renews:  # else both were found before the memory was measured, and may be gone now
             self.source = await asyncio.to_thread(resolve_model, self.settings, report)
             self.settings = await asyncio.to_thread(with_draft_model, self.settings, report)
         for worker in self.workers:
@@ -83,15 +83,15 @@ class LocalDevices:
                                     (self.workers.index(worker), len(self.workers)), path_of_word(),
                                     draft_terms(worker, self.renews, self.workers, self.draft_stamp))
 
-    def now(self) -> ModelSource | None:
-        """The source with the current version of its files; None if unchanged, or if they cannot be read."""
+    def changed_source(self) -> ModelSource | None:
         if not (self.source and self.source.stamp):
             return None
         stamp = model_stamp(self.source.path, self.settings)
-        return replace(self.source, stamp=stamp) if stamp not in ((), self.source.stamp) else None
+        if stamp in ((), self.source.stamp):
+            return None
+        return replace(self.source, stamp=stamp)
 
-    def gone(self) -> bool:
-        """Do its files no longer exist?"""
+    def is_gone(self) -> bool:
         source = self.source
         return bool(source and source.stamp and not model_stamp(source.path, self.settings))
 
@@ -103,8 +103,10 @@ class LocalDevices:
 
 
 def draft_terms(worker: Worker, renews: bool, workers: Seq[Worker], stamp: Stamp | None = None) -> DraftTerms:
-    """Drafts are needed only until the first worker has begun to serve. One that could not begin again, and
-    nobody knows why, tries it without. `renews`: has the pool measured no memory before it starts?"""
+    """Must a worker have its drafts? Only until the first worker serves. After that, a worker that could not
+    start, for an unknown reason, tries it without drafts.
+
+    renews: see Launcher; a pool that does not renew has measured its memory before it starts."""
     needed = renews and not any(other.ready_s for other in workers)
     failed = ""
     if worker.failed_starts and not worker.cannot_start and not needed:
@@ -113,9 +115,9 @@ def draft_terms(worker: Worker, renews: bool, workers: Seq[Worker], stamp: Stamp
 
 
 def choose_devices(settings: Settings) -> list[str]:
-    """torch's device name for each replica, from the flags and the hardware, without importing torch.
+    """torch's device name for each replica, from the flags and the hardware. Does not import torch.
 
-    Raises ConfigError for more than one GPU replica without CUDA."""
+    Raises ConfigError for several GPU replicas without CUDA."""
     cuda = cuda_device_count() if settings.device_type in ("auto", "cuda") else 0
     wanted = settings.num_gpus or "1"
     ranks = ranks_here(settings)
@@ -141,14 +143,17 @@ def choose_devices(settings: Settings) -> list[str]:
 
 
 def niceness(settings: Settings) -> int | None:
-    """The niceness of workers, from --nice; None: the server's own."""
+    """The niceness of workers: --nice, or on a CPU 19 beside a training run and for `embed`. None: the
+    server's own."""
     yields = settings.watch is not None or settings.command == "embed"
-    return 19 if settings.nice is None and yields and choose_devices(settings)[0] == "cpu" else settings.nice
+    if settings.nice is None and yields and choose_devices(settings)[0] == "cpu":
+        return 19
+    return settings.nice
 
 
 def cuda_device_count() -> int:
-    """How many GPUs this process may use: from CUDA_VISIBLE_DEVICES and device files, since asking the driver
-    takes 1 s. None without torch."""
+    """How many GPUs this process may use; 0 without torch. It looks at CUDA_VISIBLE_DEVICES and the device
+    files, since asking the driver takes 1 s."""
     files = device_files() if torch_installed() else 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
@@ -160,7 +165,7 @@ def cuda_device_count() -> int:
 
 
 def shown_gpus(count: int) -> str:
-    """How many GPUs there are, for errors, and whether CUDA_VISIBLE_DEVICES hides others."""
+    """How many GPUs there are, in words, and whether CUDA_VISIBLE_DEVICES hides others."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     files = device_files()
     if not torch_installed():
@@ -171,7 +176,7 @@ def shown_gpus(count: int) -> str:
 
 
 def check_nice(nice: int):
-    """ConfigError if our processes are not allowed this niceness."""
+    """Raise ConfigError if our processes may not have this niceness."""
     now = os.getpriority(os.PRIO_PROCESS, 0)
     if nice >= now:
         return

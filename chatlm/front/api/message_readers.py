@@ -1,4 +1,4 @@
-"""Converts the messages of five APIs to ours."""
+"""Converts the messages of five APIs to the program's own `Message`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from chatlm.common.jsontext import as_json, is_text, whole_unicode
 from chatlm.common.messages.requests import Message
 from chatlm.common.text.calculations import calculations_of, moved, text_in, with_calls
 from chatlm.front.admission.prompts import turn_starts
-from chatlm.front.api.calculations import is_nanochats, read_nanochat_parts, with_calculations
+from chatlm.front.api.earlier_calculations import is_nanochats, read_nanochat_parts, with_calculations
 from chatlm.front.api.fields import A_FUNCTION, Field, list_schema, matches, no_tools, within_limit
 from chatlm.front.api.passages import passage_parts
 from chatlm.front.api.picture_parts import picture_in
@@ -25,7 +25,7 @@ from chatlm.front.api.tables import SWITCHES, TEMPLATE_OPTIONS
 
 
 class SentMessage(NamedTuple):
-    """A message of a body, whose other fields are those of Chat Completions unless an API is named."""
+    """A message of a body. Its fields are those of Chat Completions, unless a function names another API."""
 
     name: str  # for errors
     role: str
@@ -33,7 +33,7 @@ class SentMessage(NamedTuple):
 
 
 def sent_messages(messages: list, roles: Seq[str]) -> Iterator[SentMessage]:
-    """The messages of any API; `roles` are the allowed ones."""
+    """The messages of any API, checked to be objects with one of these roles."""
     if not messages:
         raise bad_value("messages", messages, "a list of at least one message")
     for index, message in enumerate(messages):
@@ -49,7 +49,7 @@ def sent_messages(messages: list, roles: Seq[str]) -> Iterator[SentMessage]:
 
 
 def template_options(values: Mapping) -> dict:
-    """The TEMPLATE_OPTIONS of a body whose messages were checked. RequestError if they contradict."""
+    """The TEMPLATE_OPTIONS of a body whose messages were checked. Raises RequestError if they contradict."""
     *earlier, last = values["messages"]
     for index, message in enumerate(earlier):
         if message.get("prefix"):
@@ -57,35 +57,44 @@ def template_options(values: Mapping) -> dict:
             raise invalid(param, f"{param}: only the last message can be continued")
     chosen = {option.name: values[option.name] for option in TEMPLATE_OPTIONS
               if option not in SWITCHES and values.get(option.name, "") != ""}
-    if switched := whether_to_think(values):
+    switched = whether_to_think(values)
+    if switched:
         chosen["chat_template_kwargs"] = {**switched, **chosen.get("chat_template_kwargs", {})}
     param = "continue_final_message"
     if last.get("prefix") is not None:
         param = f"messages[{len(earlier)}].prefix"
         chosen["continue_final_message"] = Field(param, SWITCH, "").read(last["prefix"])
-    if not chosen.get("continue_final_message"):
-        return chosen
-    reason = ("add_generation_prompt begins a new answer: leave it out or send false"
-              if chosen.get("add_generation_prompt") else
-              f"the last message must be the assistant's, not of role {last['role']}"
-              if last["role"] != "assistant" else
-              "the last message calls functions, so it is complete" if last.get("tool_calls") else "")
-    if reason:
-        raise invalid(param, f"{param}: {reason}")
+    if chosen.get("continue_final_message"):
+        check_continuable(last, chosen, param)
     return chosen
 
 
+def check_continuable(message: Mapping, options: Mapping, param: str):
+    """Raise RequestError if the last message of a conversation cannot be continued."""
+    reason = ""
+    if options.get("add_generation_prompt"):
+        reason = "add_generation_prompt begins a new answer: leave it out or send false"
+    elif message["role"] != "assistant":
+        reason = f"the last message must be the assistant's, not of role {message['role']}"
+    elif message.get("tool_calls"):
+        reason = "the last message calls functions, so it is complete"
+    if reason:
+        raise invalid(param, f"{param}: {reason}")
+
+
 def whether_to_think(values: Mapping) -> dict[str, bool]:
-    """The variables of the template that the SWITCHES of a body mean. RequestError if it says otherwise
-    elsewhere."""
-    asked = {switch.name: values[switch.name] for switch in SWITCHES if values.get(switch.name) is not None}
-    if not asked:
+    """The template's variables for the SWITCHES of a body. Raises RequestError if another field of the body
+    contradicts them."""
+    switches = {switch.name: values[switch.name] for switch in SWITCHES
+                if values.get(switch.name) is not None}
+    if not switches:
         return {}
-    (first, thinks), *_ = asked.items()
-    inside = values.get("chat_template_kwargs", {})
-    asked |= {f"chat_template_kwargs.{name}": inside[name] for name in ("enable_thinking", "thinking")
-              if isinstance(inside.get(name), bool)}
-    for name, other in asked.items():
+    (first, thinks), *_ = switches.items()
+    variables = values.get("chat_template_kwargs", {})
+    for name in ("enable_thinking", "thinking"):
+        if isinstance(variables.get(name), bool):
+            switches[f"chat_template_kwargs.{name}"] = variables[name]
+    for name, other in switches.items():
         if other != thinks:
             raise invalid(name, f"{first} and {name} say whether the model thinks, and they differ")
     return thinking(thinks)["chat_template_kwargs"]
@@ -93,31 +102,38 @@ def whether_to_think(values: Mapping) -> dict[str, bool]:
 
 def native_messages(messages: list, truncate: bool = False) -> tuple[tuple[Message, ...], int]:
     """Messages within the native API's limits, and how many of the oldest were dropped to fit."""
-    within_limit("messages", len(messages), LIMITS.truncated_messages if truncate else LIMITS.messages,
-                 "messages")
+    most = LIMITS.truncated_messages if truncate else LIMITS.messages
+    within_limit("messages", len(messages), most, "messages")
     sent = list(sent_messages(messages, NATIVE_ROLES))
+    newest = newest_turns(sent) if truncate else sent
+    within_limit("messages", len(newest), LIMITS.messages, "messages")
     parsed = []
-    kept = newest_turns(sent) if truncate else sent
-    within_limit("messages", len(kept), LIMITS.messages, "messages")
-    for name, role, fields in kept:
-        if not isinstance(content := fields.get("content"), list):
+    for name, role, fields in newest:
+        content = fields.get("content")
+        if not isinstance(content, list):
             content = Field(f"{name}.content", TEXT, "").read(content)
         more = earlier_reasoning(role, fields, name)
-        message = said_message(role, {**fields, "content": content}, more, name)
+        message = chat_message(role, {**fields, "content": content}, more, name)
         if role != "assistant":
             within_limit(f"characters in {name}", len(message.content), LIMITS.message_characters,
                          f"{name}.content")
         parsed.append(message)
-    size = sum(len(message.content) + len((message.more or {}).get("reasoning_content", ""))
-               + len(text_in(calculations_of(message))) for message in parsed)
+    size = sum(map(characters_in, parsed))
     within_limit("characters in all messages", size, LIMITS.total_characters, "messages")
-    return tuple(parsed), len(sent) - len(kept)
+    return tuple(parsed), len(sent) - len(newest)
+
+
+def characters_in(message: Message) -> int:
+    """How many characters of a message the model reads: its text, its reasoning and its calculations."""
+    reasoning = (message.more or {}).get("reasoning_content", "")
+    return len(message.content) + len(reasoning) + len(text_in(calculations_of(message)))
 
 
 def newest_turns(sent: list[SentMessage]) -> list[SentMessage]:
     """The system messages, the last turn, and as many turns before it as native_messages allows."""
     def size(message: SentMessage) -> float:
-        length = len(content) if isinstance(content := message.fields.get("content"), str) else 0
+        content = message.fields.get("content")
+        length = len(content) if isinstance(content, str) else 0
         limited = message.role not in ("assistant", "system")
         return math.inf if limited and length > LIMITS.message_characters else length
 
@@ -127,8 +143,8 @@ def newest_turns(sent: list[SentMessage]) -> list[SentMessage]:
     first = len(sent)
     for start in reversed(turn_starts([message.role for message in sent])):
         turn = [size(message) for message in sent[start:first] if message.role != "system"]
-        count = count + len(turn)
-        characters = characters + sum(turn)
+        count += len(turn)
+        characters += sum(turn)
         if first < len(sent) and (count > LIMITS.messages or characters > LIMITS.total_characters):
             break
         first = start
@@ -141,7 +157,7 @@ def openai_messages(messages: list, with_tools: bool = False) -> tuple[Message, 
 
 
 def is_custom(call) -> bool:
-    """Is this call, in a message of Chat Completions, of no function?"""
+    """Does this call, in a message of Chat Completions, call no function?"""
     return type_of(call) == "custom" and "function" not in call
 
 
@@ -151,14 +167,14 @@ def custom_calls(message) -> list[dict]:
 
 
 def without_custom_calls(sent: Iterable[SentMessage]) -> Iterator[SentMessage]:
-    """The messages without such calls and their results."""
-    skipped = set()
+    """The messages without custom calls and their results."""
+    skipped = set()  # ids of calls
     for name, role, fields in sent:
         if others := custom_calls(fields):
             skipped |= {call["id"] for call in others if is_text(call.get("id"))}
             fields = {**fields, "tool_calls": [*itertools.filterfalse(is_custom, fields["tool_calls"])]}
-        asked = fields.get("tool_call_id")
-        if role != "tool" or not is_text(asked) or asked not in skipped:
+        call_id = fields.get("tool_call_id")
+        if role != "tool" or not is_text(call_id) or call_id not in skipped:
             yield SentMessage(name, role, fields)
 
 
@@ -181,20 +197,20 @@ def chat_messages(sent: Iterable[SentMessage], with_tools: bool) -> tuple[Messag
             more["tool_calls"] = earlier_calls(calls, f"{name}.tool_calls")
         more |= earlier_reasoning(role, fields, name)
         role = {"developer": "system", "function": "tool"}.get(role, role)
-        parsed.append(said_message(role, fields, more, name))
+        parsed.append(chat_message(role, fields, more, name))
     return tuple(parsed)
 
 
 def earlier_reasoning(role: str, fields: Mapping, name: str) -> dict[str, str]:
-    """What the assistant thought before this message, which clients send under either name."""
+    """What the assistant thought before this message. Clients send it under either name."""
     for key in ("reasoning_content", "reasoning"):
         if role == "assistant" and fields.get(key):
             return {"reasoning_content": Field(f"{name}.{key}", TEXT, "").read(fields[key])}
     return {}
 
 
-# Calls of tools that no model has here, their results, and what goes with them: a conversation that another
-# server had may have some, and goes on without them.
+# Calls of tools that no model has here, with their results and what belongs to them. A conversation that
+# began on another server may have some. It continues without them.
 OTHER_ITEMS = frozenset((
     "additional_tools", "apply_patch_call", "apply_patch_call_output", "code_interpreter_call",
     "computer_call", "computer_call_output", "custom_tool_call", "custom_tool_call_output",
@@ -215,9 +231,9 @@ def type_of(item) -> str:
 
 
 def other_types(items, others: Collection[str]) -> tuple[str, ...]:
-    """Those of `others` that are among a list of items or blocks, each once."""
-    found = filter(others.__contains__, map(type_of, items if isinstance(items, list) else ()))
-    return tuple(dict.fromkeys(found))
+    """Which of the types `others` a list of items or blocks has, each once."""
+    types = map(type_of, items if isinstance(items, list) else ())
+    return tuple(dict.fromkeys(filter(others.__contains__, types)))
 
 
 def without_others(items: Iterable, others: Collection[str]) -> Iterator:
@@ -225,63 +241,66 @@ def without_others(items: Iterable, others: Collection[str]) -> Iterator:
 
 
 def response_messages(values: Mapping, earlier: Seq = ()) -> Iterator[SentMessage]:
-    """`instructions` and `input` of a response as messages of Chat Completions. earlier: the items of what it
+    """`instructions` and `input` of a response as messages of Chat Completions. earlier: the items that it
     continues."""
     if "instructions" in values:
         yield SentMessage("instructions", "system", {"content": values["instructions"]})
+    for item in earlier:
+        yield from item_messages(item, "before_input")
     items = values.get("input", "")
-    new = [{"role": "user", "content": items}] if is_text(items) else items
-    for index, item in enumerate([*earlier, *new], -len(earlier)):
-        name = "before_input" if index < 0 else "input" if is_text(items) else f"input[{index}]"
-        if not isinstance(item, dict):
-            raise bad_value(name, item, "an object with a type or a role")
-        item_type = item.get("type") or (
-            "message" if "role" in item or "id" not in item else "item_reference")
-        if item_type == "message":
-            if item.get("role") not in OPENAI_ROLES:
-                raise bad_value(f"{name}.role", item.get("role"), f"one of {', '.join(OPENAI_ROLES)}")
-            yield SentMessage(name, item["role"], {"content": item.get("content")})
-        elif item_type == "function_call":
-            yield SentMessage(name, "assistant", {"tool_calls": [
-                {"id": item.get("call_id"), "function": item}]})
-        elif item_type == "function_call_output":
-            yield SentMessage(name, "tool", {
-                "tool_call_id": item.get("call_id"), "content": item.get("output")})
-        elif item_type == "reasoning":
-            thought = content_text(item.get("content") or item.get("summary"), f"{name}.content")
-            yield SentMessage(name, "assistant", {"reasoning_content": thought})
-        elif not is_text(item_type) or item_type not in OTHER_ITEMS:
-            raise RequestError(
-                f"{name} is of type {shown(item_type)}; this server reads items of type "
-                "message, function_call, function_call_output and reasoning",
-                code="unsupported_item", param=name)
+    if is_text(items):
+        yield SentMessage("input", "user", {"content": items})
+        return
+    for index, item in enumerate(items):
+        yield from item_messages(item, f"input[{index}]")
 
 
-def chained_of(body: Mapping) -> tuple[str, str]:
-    """What a body continues: previous_response_id, and the id of a conversation; "" if neither."""
+def item_messages(item, name: str) -> Iterator[SentMessage]:
+    """The message for an item of a response, if it has one."""
+    if not isinstance(item, dict):
+        raise bad_value(name, item, "an object with a type or a role")
+    item_type = item.get("type") or (
+        "message" if "role" in item or "id" not in item else "item_reference")
+    if item_type == "message":
+        if item.get("role") not in OPENAI_ROLES:
+            raise bad_value(f"{name}.role", item.get("role"), f"one of {', '.join(OPENAI_ROLES)}")
+        yield SentMessage(name, item["role"], {"content": item.get("content")})
+    elif item_type == "function_call":
+        yield SentMessage(name, "assistant", {"tool_calls": [
+            {"id": item.get("call_id"), "function": item}]})
+    elif item_type == "function_call_output":
+        yield SentMessage(name, "tool", {
+            "tool_call_id": item.get("call_id"), "content": item.get("output")})
+    elif item_type == "reasoning":
+        thought = content_text(item.get("content") or item.get("summary"), f"{name}.content")
+        yield SentMessage(name, "assistant", {"reasoning_content": thought})
+    elif not is_text(item_type) or item_type not in OTHER_ITEMS:
+        raise RequestError(
+            f"{name} is of type {shown(item_type)}; this server reads items of type "
+            "message, function_call, function_call_output and reasoning",
+            code="unsupported_item", param=name)
+
+
+def continued_ids(body: Mapping) -> tuple[str, str]:
+    """What a body continues: its previous_response_id and the id of its conversation; "" for none."""
     conversation = body.get("conversation")
     if isinstance(conversation, dict):
         conversation = conversation.get("id")
-    previous = body.get("previous_response_id")
-    return previous if is_text(previous) else "", conversation if is_text(conversation) else ""
+    response = body.get("previous_response_id")
+    response, conversation = (name if is_text(name) else "" for name in (response, conversation))
+    return response, conversation
 
 
 def joined_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
-    """One message for each turn of the assistant, whose reasoning, text and calls are separate items, and one
-    for the system messages at the beginning. An empty question if there are no messages."""
+    """Join the messages that were separate items: the reasoning, text and calls of a turn of the assistant,
+    and the system messages at the beginning. Without any question, add an empty one."""
     turns: list[Message] = []
     for message in messages:
-        last = turns[-1] if turns and turns[-1].role == message.role else Message("", "")
-        before = last.more or {}
-        more = message.more or {}
-        if last.role == "system" and len(turns) == 1:
+        last = turns[-1] if turns and turns[-1].role == message.role else None
+        if last and last.role == "system" and len(turns) == 1:
             turns[-1] = replace(last, content=f"{last.content}\n\n{message.content}")
-        elif last.role == "assistant" and not (message.content and (last.content or "tool_calls" in before)):
-            calls = [*before.get("tool_calls", ()), *more.get("tool_calls", ())]
-            calculated = [*calculations_of(last), *moved(calculations_of(message), len(last.content))]
-            more = {**before, **more, **({"tool_calls": calls} if calls else {})}
-            more = with_calls(more, calculated)
-            turns[-1] = Message(last.role, last.content + message.content, more or None)
+        elif last and last.role == "assistant" and continues_turn(message, last):
+            turns[-1] = joined_answers(last, message)
         else:
             turns.append(message)
     if [turn.role for turn in turns] in ([], ["system"]):
@@ -289,8 +308,27 @@ def joined_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
     return tuple(turns)
 
 
+def continues_turn(message: Message, last: Message) -> bool:
+    """Does a message of the assistant belong to the turn of the one before it? A second text, or a text after
+    a call, begins a new turn."""
+    return not (message.content and (last.content or "tool_calls" in (last.more or {})))
+
+
+def joined_answers(first: Message, second: Message) -> Message:
+    """Two messages of the assistant as one."""
+    before = first.more or {}
+    after = second.more or {}
+    more = {**before, **after}
+    calls = [*before.get("tool_calls", ()), *after.get("tool_calls", ())]
+    if calls:
+        more["tool_calls"] = calls
+    calculations = [*calculations_of(first), *moved(calculations_of(second), len(first.content))]
+    more = with_calls(more, calculations)
+    return Message(first.role, first.content + second.content, more or None)
+
+
 def as_parts(block, name: str) -> list:
-    """A block of Anthropic's as parts of Chat Completions: one, unless it is a document or search result."""
+    """A block of Anthropic's as parts of Chat Completions. Only a document or a search result has several."""
     return passage_parts(block, name) if type_of(block) in ("document", "search_result") else [block]
 
 
@@ -311,51 +349,62 @@ def anthropic_messages(values: Mapping) -> Iterator[SentMessage]:
         system = [block for block in system if not str(block.get("text")).startswith(BILLING)]
     if system:
         yield SentMessage("system", "system", {"content": system})
-    for name, role, fields in sent_messages(values["messages"], NATIVE_ROLES):
-        if not isinstance(fields.get("content"), list):
-            yield SentMessage(name, role, {"content": fields.get("content")})
+    for message in sent_messages(values["messages"], NATIVE_ROLES):
+        if isinstance(message.fields.get("content"), list):
+            yield from block_messages(message)
+        else:
+            yield message._replace(fields={"content": message.fields.get("content")})
+
+
+def block_messages(message: SentMessage) -> Iterator[SentMessage]:
+    """A message of Anthropic's that is a list of blocks, as messages of Chat Completions: one for the result
+    of each call, then one for all other blocks."""
+    blocks: dict[str, list[tuple[str, dict]]] = {  # type -> blocks, each with its name for errors
+        "text": [], "thinking": [], "tool_use": [], "tool_result": []}
+    for index, block in enumerate(message.fields["content"]):
+        block_type = type_of(block)
+        if block_type == "redacted_thinking" or block_type in OTHER_BLOCKS:
             continue
-        blocks: dict[str, list[tuple[str, dict]]] = {  # with their names for errors, by type
-            "text": [], "thinking": [], "tool_use": [], "tool_result": []}
-        for index, block in enumerate(fields["content"]):
-            block_type = block.get("type") if isinstance(block, dict) else None
-            if block_type == "redacted_thinking" or type_of(block) in OTHER_BLOCKS:
-                continue
-            # anything else is refused as text parts are
-            block_type = block_type if is_text(block_type) and block_type in blocks else "text"
-            blocks[block_type].append((f"{name}.content[{index}]", block))
-        for block_name, block in blocks["tool_result"]:
-            yield SentMessage(block_name, "tool", {
-                "tool_call_id": block.get("tool_use_id"),
-                "content": result_content(block.get("content"), f"{block_name}.content")})
-        calls = [{"id": block.get("id"), "function": {**block, "arguments": block.get("input")}}
-                 for _, block in blocks["tool_use"]]
-        thoughts = "".join(content_text(block.get("thinking"), block_name)
-                           for block_name, block in blocks["thinking"])
-        texts = [part if picture_in(part) else {"type": "text", "text": part_text(part, block_name),
-                                                "calculator": part.get("calculator")}
-                 for block_name, block in blocks["text"] for part in as_parts(block, block_name)]
-        if texts or calls or thoughts or not blocks["tool_result"]:
-            yield SentMessage(name, role, {"content": texts, **({"tool_calls": calls} if calls else {}),
-                                           **({"reasoning_content": thoughts} if thoughts else {})})
+        if block_type not in blocks:
+            block_type = "text"  # part_text refuses it
+        blocks[block_type].append((f"{message.name}.content[{index}]", block))
+    for name, block in blocks["tool_result"]:
+        yield SentMessage(name, "tool", {
+            "tool_call_id": block.get("tool_use_id"),
+            "content": result_content(block.get("content"), f"{name}.content")})
+    fields: dict[str, Any] = {"content": []}
+    for name, block in blocks["text"]:
+        fields["content"] += [block_part(part, name) for part in as_parts(block, name)]
+    if blocks["tool_use"]:
+        fields["tool_calls"] = [
+            {"id": block.get("id"), "function": {**block, "arguments": block.get("input")}}
+            for _, block in blocks["tool_use"]]
+    thoughts = "".join(content_text(block.get("thinking"), name) for name, block in blocks["thinking"])
+    if thoughts:
+        fields["reasoning_content"] = thoughts
+    if fields != {"content": []} or not blocks["tool_result"]:
+        yield message._replace(fields=fields)
+
+
+def block_part(part, name: str) -> dict:
+    """A picture as it is, or a text with its calculations."""
+    if picture_in(part):
+        return part
+    return {"type": "text", "text": part_text(part, name), "calculator": part.get("calculator")}
 
 
 def earlier_calls(calls, name: str) -> list[dict]:
-    """The assistant's earlier calls, whose arguments are an object, or text where they are none."""
+    """The assistant's earlier calls. Their arguments are an object, or a text if that is no object."""
     if not matches(list_schema(A_FUNCTION), calls):
         raise bad_value(name, calls, "a list of calls, each with a function")
-    read = []
-    for call in calls:
-        function = {"name": call["function"]["name"],
-                    "arguments": earlier_arguments(call["function"].get("arguments"))}
-        call_id = {"id": str(call["id"])} if call.get("id") else {}
-        read.append({**call_id, "type": "function", "function": function})
-    return read
+    return [{**({"id": str(call["id"])} if call.get("id") else {}), "type": "function", "function": {
+        "name": call["function"]["name"],
+        "arguments": earlier_arguments(call["function"].get("arguments"))}} for call in calls]
 
 
 def earlier_arguments(sent: Any) -> dict | str:
-    """Arguments of an earlier call. Nothing is an object without members. What is no object, such as the
-    arguments of a call that a token limit cut, stays the text that it is."""
+    """Arguments of an earlier call. None at all become an empty object. A text that is no object stays a
+    text: a token limit may have cut it."""
     text = sent if is_text(sent) else ""
     if text.strip():
         with suppress(ValueError, RecursionError):
@@ -367,29 +416,32 @@ def earlier_arguments(sent: Any) -> dict | str:
     return whole_unicode(text) or as_json(sent)
 
 
-def said_message(role: str, fields: Mapping, more: Mapping, name: str) -> Message:
-    """A message of Chat Completions, with the calls of the calculator in it if it is the assistant's."""
+def chat_message(role: str, fields: Mapping, more: Mapping, name: str) -> Message:
+    """A message of Chat Completions. One of the assistant keeps its calls of the calculator."""
     content = fields.get("content")
     if role != "assistant":
-        return message_of(role, content, more, f"{name}.content")
+        return message_from(role, content, more, f"{name}.content")
     if isinstance(content, list) and is_nanochats(content):
         text, calls = read_nanochat_parts(content, f"{name}.content")
         return Message(role, text, with_calls(more, calls))
-    return with_calculations(message_of(role, content, more, f"{name}.content"), fields, name)
+    return with_calculations(message_from(role, content, more, f"{name}.content"), fields, name)
 
 
-def message_of(role: str, content, more: Mapping, name: str) -> Message:
+def message_from(role: str, content, more: Mapping, name: str) -> Message:
     """A message whose content is a string, null, or a list of texts and pictures."""
     pictures = [*map(picture_in, content)] if isinstance(content, list) else []
     if not any(pictures):
         return Message(role, content_text(content, name), more or None)
-    shown = []
-    parts = list[str | int]()
+    seen = []
+    parts = list[str | int]()  # texts, and indexes of pictures
     for index, (part, picture) in enumerate(zip(content, pictures)):
-        parts.append(part_text(part, f"{name}[{index}]") if picture is None else len(shown))
-        shown += [picture] if picture else []
+        if picture:
+            parts.append(len(seen))
+            seen.append(picture)
+        else:
+            parts.append(part_text(part, f"{name}[{index}]"))
     text = "".join(part for part in parts if isinstance(part, str))
-    return Message(role, text, more or None, tuple(shown), tuple(parts))
+    return Message(role, text, more or None, tuple(seen), tuple(parts))
 
 
 def content_text(content, name: str) -> str:

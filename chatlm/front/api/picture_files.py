@@ -1,4 +1,4 @@
-"""Pixels of picture files: PNG, JPEG, WebP and GIF, read by Pillow (the extra `images`). Runs only in a
+"""Decodes picture files with Pillow (the extra `images`): PNG, JPEG, WebP and GIF. Runs only in a
 sandbox."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from chatlm.common.errors import ConfigError, RequestError, named, require_libra
 from chatlm.common.messages.protocol import Body
 from chatlm.common.vision.pictures import of_picture, picture
 
-# By its first bytes a file is of one of these formats, whatever its name or media type says
+# format -> does a file have it, by its first bytes? and Pillow's module and class for it
 PLUGINS: dict[str, tuple[Callable[[bytes], bool], str, str]] = {
     "PNG": (lambda data: data.startswith(b"\x89PNG\r\n\x1a\n"), "PngImagePlugin", "PngImageFile"),
     "JPEG": (lambda data: data.startswith(b"\xff\xd8\xff"), "JpegImagePlugin", "JpegImageFile"),
@@ -29,8 +29,9 @@ def refusal(message: str, code: str = "unreadable_image") -> RequestError:
     return RequestError(message, code=code)
 
 
-def format_of(data: bytes) -> str:
-    """A picture file's format, one of PLUGINS. RequestError for others."""
+def detect_format(data: bytes) -> str:
+    """A picture file's format, one of PLUGINS, whatever its name or media type says. Raises RequestError for
+    other formats."""
     for name, (is_it, *_) in PLUGINS.items():
         if is_it(data):
             return name
@@ -42,9 +43,10 @@ def format_of(data: bytes) -> str:
     raise refusal(f"{DAMAGED_IMAGE}: it is {other}, allowed are {', '.join(PLUGINS)}", "unknown_format")
 
 
-def opened(data: bytes) -> tuple[Any, str]:
-    """A picture file, not yet decoded, and its format."""
-    _, module, kind = PLUGINS[name := format_of(data)]
+def open_picture(data: bytes) -> tuple[Any, str]:
+    """A picture file, not decoded yet, and its format."""
+    name = detect_format(data)
+    _, module, kind = PLUGINS[name]
     try:
         plugin = require_library(f"PIL.{module}", "looking at images")
     except ConfigError as error:
@@ -71,29 +73,29 @@ def check_size(width: int, height: int):
                       f"{LIMITS.picture_side} times the other", "too_complex")
 
 
-def pixels_of(data: bytes) -> tuple[int, int, bytes]:
-    """(width, height, RGB bytes row by row) of a picture file's first frame: turned as its EXIF data says,
-    on white where it is transparent, and made smaller where it has more than LIMITS.kept_pixels."""
-    image, name = opened(data)
+def decode_file(data: bytes) -> tuple[int, int, bytes]:
+    """(width, height, RGB bytes row by row) of a picture file's first frame. The frame is turned as its EXIF
+    data says, on white where it is transparent, and made smaller if it has more than LIMITS.kept_pixels."""
+    image, name = open_picture(data)
     check_size(*image.size)
     try:
-        return flat(image)
+        return to_rgb(image)
     except MemoryError:
         raise
     except Exception as error:
         raise damaged(name, error) from None
 
 
-def flat(image: Any) -> tuple[int, int, bytes]:
+def to_rgb(image: Any) -> tuple[int, int, bytes]:
     from PIL import Image, ImageOps
     width, height = image.size
     factor = math.sqrt(min(LIMITS.kept_pixels / (width * height), 1.0))
     smaller = max(int(width * factor), 1), max(int(height * factor), 1)
     orientation = image.getexif().get(ImageOps.ExifTags.Base.Orientation, 1)
     if factor < 1:
-        image.draft("RGB", smaller)     # a JPEG decodes at a half, a quarter or an eighth for much less
+        image.draft("RGB", smaller)  # decodes a JPEG at a half, a quarter or an eighth, which costs much less
     image.load()
-    if image.mode.startswith(("I", "F")):   # 16 bits of grey, of which Pillow would cut off the high ones
+    if image.mode.startswith(("I", "F")):  # 16 bits of grey: Pillow would clip them to 8
         image = image.point(lambda value: value / 257 if image.mode != "F" else value).convert("L")
     clear = image.mode in ("PA", "LA", "La", "RGBa") or "transparency" in image.info
     if clear or image.mode not in ("RGB", "RGBA", "L"):
@@ -119,4 +121,4 @@ class PictureTasks:
         """Nothing is shared between pictures."""
 
     def decode_picture(self, body: bytes) -> Body:
-        return Body(of_picture(picture(*pixels_of(bytes(body)))).data)
+        return Body(of_picture(picture(*decode_file(bytes(body)))).data)

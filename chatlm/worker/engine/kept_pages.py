@@ -1,4 +1,4 @@
-"""The kept pages of a model: which ones are in segments, in memory or in the store, and their bytes."""
+"""The kept pages of a model: which of them are in segments, in memory or in the store, and their bytes."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ COLUMNS = 130
 
 
 def checksum(payload) -> bytes:
-    """16 bytes. Words are summed in columns, at the speed of memory, and the sums are hashed. It detects
-    corruption by a disk, not deliberate changes."""
+    """16 bytes that detect corruption by a disk, not deliberate changes. Words are summed in columns, at the
+    speed of memory, and the sums are hashed."""
     data = numpy.asarray(payload, numpy.uint8)
     summed = len(data) // (8 * ROWS * COLUMNS) * 8 * ROWS * COLUMNS
     digest = hashlib.blake2b(data[summed:].tobytes(), digest_size=16)
@@ -50,8 +50,8 @@ def checksum(payload) -> bytes:
 
 
 class KeptPages:
-    """The records of one profile: in memory shared by all workers of this machine, and in the store. This
-    class writes only to memory."""
+    """The records of one profile (same weights, same arithmetic), in memory that all workers of this machine
+    share, and in the store. This class writes only to memory: the front copies that to the store."""
 
     TRIAL_BYTES = 4 << 20
     SEGMENTS = 16         # into which the memory is divided
@@ -69,6 +69,10 @@ class KeptPages:
             self.memory.add(Segment(path, path, open_file(path, writable=True)))
         self.most_bytes = memory_bytes
         self.looked_s = self.measured_s = -self.LOOK_S
+
+    def use_profile(self, profile: bytes):
+        """Find and add only records of this profile from now on. b"": none yet, so none are kept."""
+        self.profile = profile
 
     def key(self, content: int, address: bytes) -> bytes:
         return key_of(content, self.profile, address)
@@ -113,7 +117,7 @@ class KeptPages:
             self.memory.limit = min(self.most_bytes, self.memory.bytes + max(free, 0))
 
     def use(self, key: bytes):
-        """A chain was used up to this record: if it ends there, mark its segment as recently used."""
+        """Mark the segment that ends with this record as recently used: a chain was used up to here."""
         for tier in (self.memory, self.store):
             if (entry := tier.index.get(key)) and entry.segment.last == key:
                 with suppress(OSError):  # a read-only file system

@@ -1,4 +1,4 @@
-"""A training run as models: each complete checkpoint can be chosen, and `latest` is the newest."""
+"""Serves a training run: each complete checkpoint is a model, and `latest` is the newest one."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from chatlm.front.pool.run_names import RunNames
 from chatlm.front.pool.sightings import Sightings
 
 if TYPE_CHECKING:
-    from chatlm.common.hub.steps import Step
+    from chatlm.common.hub.steps import RunStep
     from chatlm.front.pool.many import ManyModels
     from chatlm.front.pool.models import Model
     from chatlm.front.pool.run_names import RunName
 
 
 class CheckpointWork(Protocol):
-    """What a server does for each checkpoint while nobody needs it: scores, evaluations (`StepWork`)."""
+    """What a server does for each checkpoint while no request needs it: scores, evaluations (`StepWork`)."""
 
     async def begin(self):
         """Awaited before the first checkpoint is opened."""
 
-    async def opened(self, step: Step, model: Model):
+    async def opened(self, step: RunStep, model: Model):
         """A checkpoint is served."""
 
     async def note_written(self, model: Model):
-        """What its training wrote of a checkpoint has changed."""
+        """What its training has written about a checkpoint has changed."""
 
     def removed(self, watched: Path, runs: Mapping[str, RunName],
                 there: Collection[tuple[str, int]]) -> list[dict[str, Any]]:
-        """The steps of runs below a folder whose files are gone. runs: by folder those that are there or
-        were. there: folder and number of steps whose files are there."""
+        """The steps of runs below a folder whose files are gone. runs: the runs that are or were there, by
+        folder. there: (folder, number) of the steps whose files are there."""
         ...
 
     async def run(self):
@@ -54,25 +54,25 @@ class CheckpointWork(Protocol):
 class RunWatch:
     """Serves the checkpoints below --watch while they are written.
 
-    Each checkpoint is a separate model, `RUN@STEP`, with its own workers, so weights never change during an
-    answer: `RUN@latest` is a name that moves from one model to the next. While the old model is in use, the
-    new one is loaded first if memory holds both; otherwise requests wait for it. The old one leaves memory
+    Each checkpoint is a model of its own, `RUN@STEP`, with its own workers. So weights never change during an
+    answer. `RUN@latest` is a name that moves from one model to the next. While the old model is in use, the
+    new one is loaded first, if memory holds both; otherwise requests wait for it. The old one leaves memory
     once its answers have ended and it has had no request for a while.
 
-    A model belongs to the version of its files that was complete: their stamp. Workers refuse other
-    versions, so an overwritten checkpoint becomes a new model, and the old one ends with its answers."""
+    A model belongs to one complete version of its files, which a stamp identifies. Workers refuse other
+    versions. So an overwritten checkpoint becomes a new model, and the old one ends with its answers."""
 
     WATCH_S = 2.0    # between two scans
-    AT_ONCE = 8      # checkpoints opened between two scans, newest first
+    AT_ONCE = 8      # this many checkpoints are opened between two scans, the newest first
     LEAVE_S = 30.0   # a step that is not the latest leaves memory this long after its last request
     SURVEY_S = 20.0  # the process that reads headers ends this long after the last checkpoint
 
     def __init__(self, many: ManyModels,
-                 step_work: Callable[[ManyModels, Mapping[Step, Model]], CheckpointWork]):
+                 step_work: Callable[[ManyModels, Mapping[RunStep, Model]], CheckpointWork]):
         self.many = many
         self.registry = many.registry
         self.folder = Path(many.settings.watch or "").expanduser().absolute()
-        self.models: dict[Step, Model] = {}  # being served
+        self.models: dict[RunStep, Model] = {}  # being served
         self.sightings = Sightings(  # folders without any file of a checkpoint are ignored
             lambda: [step for step in find_steps(self.folder) if step.stamp or not step.missing],
             lambda: [step.stamp for step in self.models], self.WATCH_S)
@@ -83,7 +83,7 @@ class RunWatch:
         self.work = step_work(many, self.models)
 
     async def begin(self):
-        """Open the last step of each run; the others follow while requests are served."""
+        """Open the last step of each run. The others follow while requests are served."""
         await self.work.begin()
         last = {step.run: step for step in await self.sightings.look()}
         await self._open([*last.values()])
@@ -99,8 +99,8 @@ class RunWatch:
         while (left_s := next_s - time.monotonic()) > 0:
             await asyncio.sleep(min(left_s, 0.1) if self.follow() else left_s)
 
-    async def update(self, settled: Seq[Step]):
-        """Serve checkpoints that have become complete, and stop serving those that changed or went."""
+    async def update(self, settled: Seq[RunStep]):
+        """Serve checkpoints that have become complete. Stop serving those that have changed or are gone."""
         await self._read_logs()  # first: nothing may wait between a dismissal and `follow`
         for step, model in [*self.models.items()]:
             now = self.sightings.there.get(step.path)
@@ -113,8 +113,8 @@ class RunWatch:
             await self.many.opener.survey.close()
 
     def is_coming(self, name: str) -> bool:
-        """Is it the name of a checkpoint whose files are there but not served yet? They are being written,
-        replaced or read. So is `latest` of a run that has only such."""
+        """Is it the name of a checkpoint that is not served yet, because its files are being written,
+        replaced or read? The same holds for `latest` of a run that only has such checkpoints."""
         for step in self.sightings.there.values():
             if step in self.models or self.sightings.is_final(step):
                 continue
@@ -132,7 +132,7 @@ class RunWatch:
         there = {(folders.get(step.run, ""), step.step) for step in self.sightings.there.values()}
         return self.work.removed(Path(os.path.realpath(self.folder)), runs, there)
 
-    async def _open(self, steps: Iterable[Step]):
+    async def _open(self, steps: Iterable[RunStep]):
         self.names.learn(self.sightings.there.values())  # whichever of them is complete first
         for step in steps:
             name = self.names.of(step.run).step(step.step)
@@ -144,7 +144,7 @@ class RunWatch:
             self.opened_s = time.monotonic()
             self.follow()
 
-    async def _open_one(self, step: Step, name: str):
+    async def _open_one(self, step: RunStep, name: str):
         path = str(step.path)
         merged = {}
         if step.adapts:  # served as its base with the adapter merged
@@ -175,23 +175,23 @@ class RunWatch:
         await self.work.opened(step, model)
 
     async def _read_logs(self):
-        """Add what the logs of stages say. A step's line may be written after its checkpoint; what was read
-        once stays when the log goes."""
-        of_runs = {step.run: step.path for step in self.models if step.place}
-        logged = await asyncio.to_thread(
-            lambda: {run: self.logs.metrics_of(path) for run, path in of_runs.items()})
+        """Add the metrics in the logs of stages. A step's line may be written after its checkpoint. Metrics
+        stay if their log is removed."""
+        paths = {step.run: step.path for step in self.models if step.place}
+        metrics = await asyncio.to_thread(
+            lambda: {run: self.logs.metrics_of(path) for run, path in paths.items()})
         for step, model in [*self.models.items()]:
-            found = model.logged | logged.get(step.run, {}).get(step.step, {})
-            if found != model.logged:
-                model.logged = found
+            logged = model.logged | metrics.get(step.run, {}).get(step.step, {})
+            if logged != model.logged:
+                model.logged = logged
                 await self.work.note_written(model)
 
-    def _refuse(self, step: Step, reason: str, is_whole: bool = False):
+    def _refuse(self, step: RunStep, reason: str, is_whole: bool = False):
         self.sightings.refuse(step.stamp, is_whole=is_whole)
         log.warning("%s", reason)
 
     def _give_latest(self):
-        """Give the last step of each run its names. If only runs are served, the most recently written one
+        """Give the last step of each run its names. If only runs are served, the one that was written last
         answers requests without a model."""
         only_runs = all(model in self.models.values() for model in self.registry.models)
         changed_s = {run: max(step.changed_s for step in self.models if step.run == run) for run in self.last}
@@ -203,8 +203,8 @@ class RunWatch:
             names = [name.latest, *[name.latest_of_lineage] * self.names.is_furthest(run)]
             model.choice = replace(model.choice, aliases=tuple(dict.fromkeys(names)), default=run == default)
 
-    def _dismiss(self, step: Step, why: str):
-        """Stop accepting requests for a checkpoint; those that it has may end."""
+    def _dismiss(self, step: RunStep, why: str):
+        """Stop accepting requests for a checkpoint. Those that it has may end."""
         model = self.models.pop(step)
         log.info("the checkpoint %s %s", model.name, why)
         if self.last.get(step.run) is model:
@@ -213,7 +213,7 @@ class RunWatch:
         self.many.dismiss(model, self.WATCH_S)
 
     def follow(self) -> bool:
-        """Move each run's `latest` to its newest step. Returns whether one of these is still loading."""
+        """Move each run's `latest` to its newest step. Returns whether such a step is still loading."""
         coming = False
         for run in {step.run for step in self.models}:
             able = {step.step: model for step, model in self.models.items() if step.run == run and model.pool}
@@ -230,8 +230,8 @@ class RunWatch:
                 continue
             if holder:
                 holder.choice = replace(holder.choice, aliases=(), default=False)
-                if holder.place:
-                    holder.place.idle_s = holder.place.idle_s or self.LEAVE_S
+                if holder.share:
+                    holder.share.idle_s = holder.share.idle_s or self.LEAVE_S
                 if holder.pool and newest.pool:
                     newest.pool.dispatcher.use.succeed(holder.pool.dispatcher.use)
             self.last[run] = newest
@@ -242,14 +242,14 @@ class RunWatch:
 
 
 def order(model: Model) -> tuple:
-    """Models of no run first, then the steps of each run."""
+    """A sort key: first the models of no run, then the steps of each run."""
     return model.run.order if model.run else ("", -1, ""), model.step
 
 
 def in_use(model: Model, residency: Residency) -> bool:
     """Is it in memory and recently used, and is there memory for a second one like it?"""
-    place = model.place
+    share = model.share
     pool = model.pool
-    if not (pool and place and place.taken and pool.dispatcher.in_use):
+    if not (pool and share and share.taken and pool.dispatcher.in_use):
         return False
-    return 2 * place.size <= residency.room_beside_pinned(place)
+    return 2 * share.size <= residency.room_beside_pinned(share)

@@ -1,4 +1,4 @@
-"""Makes a MODEL ready for requests before its weights are read."""
+"""Makes models ready for requests before their weights are read."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from chatlm.common.hub.stamps import model_stamp
 from chatlm.common.memory import available_memory
 from chatlm.common.messages.protocol import DraftTerms, SurveyConfig
 from chatlm.common.processes.torchrun import ranks_here
-from chatlm.front.admission.admission import Desk
-from chatlm.front.pool.local import LocalDevices, choose_devices, cuda_device_count
+from chatlm.front.admission.admission import SharedAdmission
+from chatlm.front.pool.local_devices import LocalDevices, choose_devices, cuda_device_count
 from chatlm.front.pool.models import Model
 from chatlm.front.pool.pool import WorkerPool
 from chatlm.front.pool.prefixes import Prefixes
-from chatlm.front.pool.residency import Place
+from chatlm.front.pool.residency import MemoryShare
 from chatlm.front.pool.survey import Survey
 
 if TYPE_CHECKING:
@@ -33,27 +33,28 @@ if TYPE_CHECKING:
 
 
 class Opener:
-    """Makes the pools of several models: each with its own settings and workers, plus what they share."""
+    """Makes the pools of several models. Each has its own settings and workers; the rest is shared."""
 
-    RESERVE = 0.1    # share of the free memory left to other programs, without --models-memory
+    RESERVE = 0.1  # without --models-memory, this share of the free memory is left to other programs
     # What a worker's process takes in addition to its model: torch and its buffers, on a GPU also CUDA's.
     # Measured on x86-64 Linux with two models of 6 MB, after an answer from each, by
-    #     grep -E "^(Rss|Pss|Private_Dirty)" /proc/PID/smaps_rollup    (pid: from workers in /stats)
-    # with decode_core 239, 181 and 154 MiB; without it, CHAT_SERVER_KERNELS=reference, 279, 225 and 180. The
-    # part that is not private is the libraries' files, which processes share and the system can drop.
+    #     grep -E "^(Rss|Pss|Private_Dirty)" /proc/PID/smaps_rollup    (PID: of a worker, from /stats)
+    # That gave 239, 181 and 154 MiB with decode_core, and 279, 225 and 180 MiB without it
+    # (CHAT_SERVER_KERNELS=reference). What is not private are the libraries' files, which processes share and
+    # the system can drop.
     PROCESS_BYTES = 200 << 20
     GPU_PROCESS_BYTES = 600 << 20
 
     def __init__(self, settings: Settings, command: Seq[str], residency: Residency,
                  started: Callable[[], bool] = lambda: False):
-        """started: does the server run? From then on a model is served without drafts that it cannot have."""
+        """started: has the server started? From then on, a model is served even if its drafts are broken."""
         self.settings = settings
         self.command = command
         self.residency = residency
         self.started = started
-        self.desk = Desk()
+        self.shared = SharedAdmission()
         self.survey = Survey(command)
-        self.workers = 0
+        self.workers = 0  # so far
         self.dispatchers: list[Dispatcher] = []
         self.prefixes = Prefixes(settings)
         budget = settings.models_memory  # None on a GPU: the survey reads how much it has
@@ -68,7 +69,8 @@ class Opener:
 
     async def resolve(self, choice: ModelChoice,
                       report: Callable[[str, float], None] = lambda stage, fraction: None) -> Model:
-        """ConfigError if the path does not exist; a broken file becomes a failed model."""
+        """Find a model's files. Raises ConfigError if the path does not exist. A broken file gives a failed
+        model."""
         changes = {"adapter": (), **choice.changes}
         if choice.replicas and self._on_gpus(self.settings):
             changes["num_gpus"] = str(choice.replicas)
@@ -96,8 +98,8 @@ class Opener:
         return model
 
     async def open(self, model: Model) -> ChatServerError | None:
-        """Read the headers of its files and make its pool, whose workers start when they are wanted. Returns
-        the error if that fails."""
+        """Read the headers of a model's files and make its pool. The workers start later, when they are
+        needed. Returns the error if that fails."""
         if model.source is None:
             return None
         pool = None
@@ -105,23 +107,24 @@ class Opener:
             stamp = await asyncio.to_thread(model_stamp, model.source.path, model.settings)
             model.source = replace(model.source, stamp=stamp)
             device = choose_devices(model.settings)[0]
-            replicas, process_bytes = self._beside(model.settings, device)
-            draft = model.settings.draft_model
-            draft_stamp = await asyncio.to_thread(
-                model_stamp, Path(draft), of_draft_model(model.settings)) if draft else ()
+            replicas, process_bytes = self._replica_costs(model.settings, device)
+            draft_stamp = ()
+            if model.settings.draft_model:
+                draft_stamp = await asyncio.to_thread(
+                    model_stamp, Path(model.settings.draft_model), of_draft_model(model.settings))
             surveyed = await self.survey.of(SurveyConfig(
                 model.settings, model.source, device, self.residency.budget or None, replicas, process_bytes,
                 DraftTerms(not self.started(), draft_stamp)))
             if surveyed.card.without:
-                draft_stamp = ()  # without it the memory was measured
+                draft_stamp = ()  # the memory was measured without it
             self.residency.budget = self.residency.budget or surveyed.budget
             cache = replicas * surveyed.cache
             size = cache + replicas * (surveyed.weights + surveyed.activations + process_bytes)
             pool = await self._pool(model, surveyed, draft_stamp)
-            place = Place(model.name, pool, size, cache=cache, pinned=model.choice.pin,
+            share = MemoryShare(model.name, pool, size, cache=cache, pinned=model.choice.pin,
                           idle_s=0.0 if model.choice.pin else model.settings.idle_unload)
-            self.residency.admit(place)
-            pool.adapters.admit = partial(self.residency.admit, place)
+            self.residency.admit(share)
+            pool.adapters.ask_for_room(partial(self.residency.admit, share))
         except ChatServerError as error:
             if pool:
                 await self.close_pool(pool)
@@ -130,7 +133,7 @@ class Opener:
             model.failed_s = time.monotonic()
             return error
         model.pool = pool
-        model.place = place
+        model.share = share
         model.reason = ""
         return None
 
@@ -138,7 +141,7 @@ class Opener:
         settings = replace(model.settings, kv_cache_memory=surveyed.kv_cache_memory, idle_unload=0.0)
         placement = LocalDevices(settings, self.command, model.source, self.workers, self.prefixes,
                                  draft_stamp)
-        pool = WorkerPool(settings, placement, self.desk, self.dispatchers, self.prefixes,
+        pool = WorkerPool(settings, placement, self.shared, self.dispatchers, self.prefixes,
                           changed=self.residency.changed.set)
         self.workers += len(pool.workers)
         try:
@@ -148,9 +151,9 @@ class Opener:
             raise
         return pool
 
-    def _beside(self, settings: Settings, device: str) -> tuple[int, int]:
-        """How many replicas share one memory, and how much of it a replica's processes take in addition to
-        the model. Each rank has its own GPU; on CPUs all ranks share the machine's memory."""
+    def _replica_costs(self, settings: Settings, device: str) -> tuple[int, int]:
+        """How many replicas share one memory, and how many bytes the processes of a replica take in addition
+        to the model. Each rank has its own GPU. On CPUs, all ranks share the machine's memory."""
         if device.startswith("cuda"):
             return 1, self.GPU_PROCESS_BYTES
         return max(settings.num_workers, 1), ranks_here(settings) * self.PROCESS_BYTES

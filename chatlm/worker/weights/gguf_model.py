@@ -1,0 +1,250 @@
+"""`GgufModel`: a GGUF file as a `StoredModel`."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence as Seq
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TYPE_CHECKING
+
+import numpy
+
+from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
+from chatlm.worker.model.blocks.mixers import DeltaRule
+from chatlm.worker.model.head import Head
+from chatlm.worker.model.tensors import TILE_ROWS
+from chatlm.worker.weights import cross_encoders, rerankers
+from chatlm.worker.weights.draft_heads import gguf_head
+from chatlm.worker.weights.embedders import gguf_embedder
+from chatlm.worker.weights.factors import with_factors
+from chatlm.worker.weights.families import FAMILIES
+from chatlm.worker.weights.family import is_one_more
+from chatlm.worker.weights.gguf import gguf_spec, gguf_texts
+from chatlm.worker.weights.gguf_file import ROPE_TENSORS, check_gguf_types, read_gguf
+from chatlm.worker.weights.gguf_tensors import GgufTensors, file_shape, growth
+from chatlm.worker.weights.lora import FileSlice, fused_slices
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.packed_rows import packed_together
+from chatlm.worker.weights.rules import own_sampling
+from chatlm.worker.weights.sources import file_shapes, unread_keys, without_shared
+from chatlm.worker.weights.stored_model import AdapterTargets, Purpose, Report, Storage, with_head_of
+from chatlm.worker.weights.tied_heads import Pair
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.common.messages.requests import ModelSource, TextSpec
+    from chatlm.worker.model.kernels import Backend
+    from chatlm.worker.model.tensors import MappedRows, Unread
+    from chatlm.worker.weights.family import Family
+    from chatlm.worker.weights.lora import Change, Copy
+    from chatlm.worker.weights.recipe import ModelSpec
+    from chatlm.worker.weights.sources import Sources
+    from chatlm.worker.weights.vocabulary import Vocabulary
+
+
+def read_gguf_model(source: ModelSource, settings: Settings) -> GgufModel:
+    metadata, stored = read_gguf(source.path)
+    types = Counter(tensor.tensor_type.name for tensor in stored.values())
+    model_type, spec = gguf_spec(source.path, metadata, stored, settings.context_length)
+    row = FAMILIES[model_type]
+    check_gguf_types(source.path, stored)
+    whole = row.gguf.repack(with_factors(source.path, stored))
+    stored = without_shared(spec, whole)
+    if metadata.get(f"{metadata['general.architecture']}.nextn_predict_layers"):
+        stored = without_draft_head(stored, spec.layers)
+    heads = {}
+    classes = None
+    if spec.of_texts:
+        heads = {name: tensor for name, tensor in stored.items() if re.match(r"(cls|dense_\d)\.", name)}
+        stored = {name: tensor for name, tensor in stored.items() if name not in heads}
+    else:
+        classes = stored.pop(rerankers.CLASSES, None)
+    return GgufModel(source, metadata, types, model_type, spec, row.gguf_names, stored, whole, heads, classes)
+
+
+def without_draft_head(stored: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """The tensors of a model of so many layers. Those after them are a draft head's."""
+    own = {}
+    for name, tensor in stored.items():
+        layer = re.match(r"blk\.(\d+)\.", name)
+        if layer is None or int(layer[1]) < layers:
+            own[name] = tensor
+    return own
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """The model of a GGUF file, or of several that it is split into. Tensors are gguf_header.Tensor."""
+
+    source: ModelSource
+    metadata: Mapping[str, Any]
+    types: Counter[str]        # how many tensors the file has of each type
+    model_type: str            # its row of FAMILIES
+    spec: ModelSpec
+    table: Mapping[str, tuple[str, ...]]
+    stored: dict[str, Any]     # the tensors that `table` names
+    whole: Mapping[str, Any]   # the file's tensors, a draft head's too
+    heads: Mapping[str, Any]   # of a model of whole texts: what follows it
+    classes: Any               # a reranker's rows for yes and no, if it has them
+
+    @property
+    def family(self) -> str:
+        return self.metadata["general.architecture"]
+
+    @property
+    def row(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    @property
+    def title(self) -> str:
+        return self.family
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.source.name, str(self.metadata.get("general.name") or "")
+
+    @property
+    def vocabulary_rows(self) -> int:
+        return self.spec.vocab_size
+
+    @property
+    def pairs(self) -> RopePairs:
+        """Which rows of q and k turn together, if they are adjacent."""
+        return RopePairs(self.spec.head_size, self.spec.rope_size or self.spec.head_size)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Without ROPE_TENSORS, which became spec.rope_factors."""
+        return {name: file_shape(name, tensor) for name, tensor in self.stored.items()
+                if name not in ROPE_TENSORS}
+
+    def storage(self, settings: Settings, backend: Backend) -> Storage:
+        """As in the file where kernels read its types, and unless --dtype asks for floats."""
+        dtype = settings.dtype
+        if self.spec.of_texts and self.types.keys() == {"F32"}:  # else it would become bfloat16
+            dtype = dtype or "float32"
+        if dtype or not backend.as_stored:
+            return Storage(backend, dtype or backend.dtype, None)
+        return Storage(backend, None, backend.as_stored)
+
+    def targets(self, sources: Sources) -> AdapterTargets:
+        slices = partial(gguf_slices, self.row, self.spec, self.table, sources)
+        turned = partial(in_our_order, self.pairs if self.row.interleaved else None)
+        return AdapterTargets(slices, turned, Pair.in_adapters(self.row, self.spec))
+
+    def with_own_head(self) -> GgufModel:
+        pair = Pair.of(self.table)
+        return replace(self, spec=replace(self.spec, tied_head=False),
+                       stored=with_head_of(self.stored, pair), whole=with_head_of(self.whole, pair))
+
+    def tensors(self, settings: Settings, sources: Sources, added: Mapping[str, list[Change | Copy]],
+                storage: Storage) -> dict[str, Unread | MappedRows]:
+        interleaved = self.row.interleaved
+        return GgufTensors(
+            self.source.path, settings, self.stored, storage,
+            self.pairs if interleaved or self.row.gguf.permuted else None,
+            self.pairs if interleaved else None, added).of(sources)
+
+    def text(self) -> tuple[TextSpec, Vocabulary | None]:
+        return gguf_texts(self.source.path, self.metadata)
+
+    def purpose(self, text: TextSpec) -> Purpose:
+        path = self.source.path
+        head = Head()
+        ranking = None
+        if not self.spec.of_texts:
+            text, ranking = rerankers.of_gguf(path, self.metadata, self.model_type, self.spec, text,
+                                              self.stored, self.classes)
+        embedder = gguf_embedder(path, self.metadata, text, self.model_type, self.spec)
+        if embedder is None:
+            return Purpose(text, ranking=ranking)
+        if self.spec.of_texts:
+            head = cross_encoders.gguf_head(path, self.metadata, self.spec, embedder.pooling, self.heads)
+        embedder = embedder._replace(size=head.size or embedder.size)
+        return Purpose(replace(text, embedder=embedder, chat_template=None), head, ranking)
+
+    def draft_head(self) -> GgufModel | None:
+        found = gguf_head(self.spec, self.row, self.whole)
+        if found is None:
+            return None
+        spec, table, stored = found
+        return replace(self, spec=spec, table=table, stored=stored)
+
+    def report(self, sources: Sources, tensors: Mapping[str, Unread | MappedRows],
+               storage: Storage) -> Report:
+        packed = storage.dtype is None
+        details = ", " + ", ".join(f"{count} {name}" for name, count in self.types.most_common())
+        if packed:
+            details += storage.backend.converted(sources, self.stored)
+        down = [packed_together(tensor) for name, tensor in self.stored.items() if ".ffn_down" in name]
+        mapped = sources["layer_embed"][1] if "layer_embed" in sources else ()
+        read = {name: tensor for name, tensor in self.stored.items() if name not in mapped}
+        return Report(details, max([TILE_ROWS, *down]), growth(tensors, read, packed),
+                      own_sampling(self.source.path, self.metadata, "general.sampling."))
+
+
+def in_our_order(pairs: RopePairs | None, name: str, rows: numpy.ndarray) -> numpy.ndarray:
+    """The rows of what an adapter changes in a file's matrix."""
+    return unpermute_rope(rows, pairs if re.search(r"attn_[qk]\.", name) else None)
+
+
+def gguf_slices(row: Family, spec: ModelSpec, table: Mapping[str, tuple[str, ...]],
+                sources: Sources) -> dict[str, list[FileSlice]]:
+    """By adapters' names, where a GGUF file stores the matrices of the model's folder; `table` has the names
+    in the file."""
+    layers = model_of(spec).layers
+    slices = {name: [FileSlice(name)] for name in unread_keys(spec)}
+    shapes = file_shapes(sources)
+    for ours in sources:
+        layer, _, part = ours.rpartition(".")
+        if part == "layer_embed":  # it stays in its file
+            continue
+        theirs = names_of(row.all_tensors, part, layer)
+        own = names_of(table, part, layer)
+        mixer = layers[int(layer)].mixer if layer else None
+        if isinstance(mixer, DeltaRule) and part in ("mix_in", "mix_out"):
+            slices |= linear_slices(mixer, theirs, own)
+            continue
+        for name, at in zip(theirs, own):
+            shape = shapes.get(at, ())
+            rows = slice(None)
+            if row.ordered and at in shapes:
+                rows = row.ordered(spec, name, numpy.arange(shape[0]))
+            if len(shape) == 2:
+                slices[name] = [FileSlice(at, rows)]
+            if is_norm(part, shape):
+                slices[name] = [FileSlice(at, plus=float(is_one_more(row, name)))]
+    slices = fused_slices(slices, shapes, row.fused, spec.layers)
+    return row.named_by_adapters(spec, slices)
+
+
+def names_of(table: Mapping[str, tuple[str, ...]], part: str, layer: str) -> list[str]:
+    """The tensors that a part of a layer is made of; none of experts, which adapters cannot change here."""
+    return [name.format(layer) for name in table.get(part, ()) if "expert" not in part]
+
+
+def is_norm(part: str, shape: tuple[int, ...]) -> bool:
+    """Is our tensor a norm's weight or bias, which a GGUF file has in the folder's order?"""
+    return len(shape) == 1 and part.removesuffix("_bias").endswith("norm")
+
+
+def linear_slices(mixer: DeltaRule, theirs: Seq[str], own: Seq[str]) -> dict[str, list[FileSlice]]:
+    """Where a GGUF file stores a folder's linear attention matrices: Qwen3.5's value heads are in another
+    order there, and Qwen3-Next's rows are not grouped by key head."""
+    Hk = mixer.key_heads
+    D = mixer.key_size
+    Dv = mixer.value_size
+    r = mixer.value_heads // mixer.key_heads
+    p, z, *_ = mixer.parts
+    if mixer.gates_by_key and len(own) > len(theirs):
+        *qkv, gates = numpy.split(numpy.arange(p + z).reshape(Hk, -1), (D, 2 * D, 2 * D + r * Dv), 1)
+        rows = numpy.concatenate([part.flatten() for part in qkv]), gates.flatten()
+        return {theirs[0]: [*map(FileSlice, own, rows)], theirs[1]: [FileSlice(own[2])]}
+    heads = numpy.arange(Hk * r)
+    heads = heads.reshape(Hk, r).T.flatten() if mixer.alternating else heads
+    values = (heads[:, None] * Dv + numpy.arange(Dv)).flatten()
+    if len(own) == 1:
+        return {theirs[0]: [FileSlice(own[0], columns=values)]}
+    rows = numpy.concatenate((numpy.arange(p - z), p - z + values)), values, heads, heads
+    return {name: [file_slice] for name, file_slice in zip(theirs, map(FileSlice, own, rows))}
