@@ -62,7 +62,8 @@ class AdaptedMatrices:
             R, K = added.a.shape
             N = matrix.rows
             if K != matrix.columns or tuple(added.b.shape) != (N, R) or added.scales.shape != (R,):
-                raise ValueError(f"{name}: a is {tuple(added.a.shape)} and b {tuple(added.b.shape)}; the matrix is {(N, matrix.columns)}")
+                raise ValueError(f"{name}: a is {tuple(added.a.shape)} and b {tuple(added.b.shape)}; the "
+                                 f"matrix is {(N, matrix.columns)}")
             kind, a = bits_of(f"{name}: a", added.a, tuple(CODES), R, K)
             b_kind, b = bits_of(f"{name}: b", added.b, tuple(CODES), N, R)
             _, scales = bits_of(f"{name}: scales", added.scales, FLOAT32, R)
@@ -75,8 +76,8 @@ class AdaptedMatrices:
             a = numpy.ascontiguousarray(a)
             tiles, packed = packed_tiles(b, gated, kind)
             packed = numpy.ascontiguousarray(packed)
-            adapter.add(number, CODES[kind], len(scales), K, address_of(a), address_of(scales), address_of(packed),
-                        packed.nbytes, tiles)
+            adapter.add(number, CODES[kind], len(scales), K, address_of(a), address_of(scales),
+                        address_of(packed), packed.nbytes, tiles)
             adapter.count_parts(a.nbytes, packed.nbytes, scales.nbytes, 16 * len(tiles))
         return adapter
 

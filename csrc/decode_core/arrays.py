@@ -41,7 +41,8 @@ def look_at(name: str, array, types: tuple, *shape, rows_apart: bool = False, wr
     for axis in reversed(range(len(size))):
         apart = rows_apart and axis == 0 and strides[0] >= expected
         if size[axis] > 1 and strides[axis] != expected and not apart:
-            raise ValueError(f"{name}: must be contiguous{' within each row, and its rows apart' if rows_apart else ''}")
+            raise ValueError(f"{name}: must be "
+                             f"contiguous{' within each row, and its rows apart' if rows_apart else ''}")
         expected *= size[axis]
     return address, kind, size, strides[0]
 

@@ -18,14 +18,17 @@ NORMS = {"none": 0, "before_rope": 1, "after_rope": 2}
 
 def check_cache(cache) -> tuple:
     """(address, type code, P, Hkv, D, elements from page to page) of one layer's cache."""
-    address, kind, (P, Hkv, _, size), apart = look_at("cache", cache, tuple(CACHE_CODES), None, None, 2, None, rows_apart=True, writable=True)
+    address, kind, (P, Hkv, _, size), apart = look_at("cache", cache, tuple(CACHE_CODES), None, None, 2, None,
+                                                      rows_apart=True, writable=True)
     if kind == "uint8":
         D, rest = divmod(size, PAGE_SIZE + 1)
         if rest or D & (D - 1) or not 32 <= D <= MAX_HEAD_SIZE:
-            raise ValueError(f"cache: of uint8 must be (P, Hkv, 2, 17 * D) with D a power of two from 32 to {MAX_HEAD_SIZE}, not {(P, Hkv, 2, size)}")
+            raise ValueError("cache: of uint8 must be (P, Hkv, 2, 17 * D) with D a power of two from 32 to "
+                             f"{MAX_HEAD_SIZE}, not {(P, Hkv, 2, size)}")
         return address, CACHE_CODES[kind], P, Hkv, D, apart
     if size % (PAGE_SIZE * 16) or not 0 < size <= PAGE_SIZE * MAX_HEAD_SIZE:
-        raise ValueError(f"cache: must be (P, Hkv, 2, 16 * D) with D a multiple of 16 up to {MAX_HEAD_SIZE}, not {(P, Hkv, 2, size)}")
+        raise ValueError(f"cache: must be (P, Hkv, 2, 16 * D) with D a multiple of 16 up to {MAX_HEAD_SIZE}, "
+                         f"not {(P, Hkv, 2, size)}")
     return address, CACHE_CODES[kind], P, Hkv, size // PAGE_SIZE, apart
 
 
@@ -94,10 +97,10 @@ def rope_job(cache: tuple, qkv: tuple, q: tuple, cos, sin, indices: tuple[int, i
         check_together("q_norm", q_norm, "k_norm", k_norm)
     q_norm_at = vector_or_none("q_norm", q_norm, "float32", D)
     k_norm_at = vector_or_none("k_norm", k_norm, "float32", D)
-    job = _core.rope_job(
-        T, row_stride, H, kv_heads, D, table[1], NORMS[norm], eps, post_scale,
-        q_scale * D**-0.5, gate_scale, value[1], gate[1], cache_code, table[0], pages, qkv_at,
-        *indices, cos_at, sin_at, q_norm_at, k_norm_at, value[0], gate[0], q_at, cache_at, apart, bool(value_norm), from_keys)
+    job = _core.rope_job(T, row_stride, H, kv_heads, D, table[1], NORMS[norm], eps, post_scale,
+                         q_scale * D**-0.5, gate_scale, value[1], gate[1], cache_code, table[0], pages,
+                         qkv_at, *indices, cos_at, sin_at, q_norm_at, k_norm_at, value[0], gate[0], q_at,
+                         cache_at, apart, bool(value_norm), from_keys)
     return job, table[0]
 
 
@@ -138,7 +141,8 @@ def paged_attention(q, cache, plan, out, *, window=0, softcap=0.0, sinks=None):
     if not isinstance(plan, _core.AttentionPlan):
         raise ValueError(f"plan: must come from plan_attention, not {type(plan).__name__}")
     if plan.num_pages != pages or plan.kv_heads != Hkv:
-        raise ValueError(f"cache: the plan is for {plan.num_pages} pages of {plan.kv_heads} kv heads, not {pages} of {Hkv}")
+        raise ValueError(f"cache: the plan is for {plan.num_pages} pages of {plan.kv_heads} kv heads, not "
+                         f"{pages} of {Hkv}")
     q_at = look_at("q", q, FLOAT32, plan.rows, plan.heads, D)[0]
     out_at, _, _, _ = look_at("out", out, FLOAT32, plan.rows, plan.heads * D, writable=True)
     if window < -1 or window > 2**31 - 1:

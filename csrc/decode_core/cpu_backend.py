@@ -125,7 +125,8 @@ class CpuBackend:
                 block += sizes.head_size            # 2 bytes of scale for 32 numbers, of 16 positions
             begin, apart = (places * layout.unit * size // memory.itemsize for places in layout.place(layer, num_pages))
             steps = tuple(step * memory.itemsize for step in (apart, 2 * block, block, 1))
-            return numpy.lib.stride_tricks.as_strided(memory[begin:], (num_pages, sizes.kv_heads, 2, block), steps, subok=True)
+            return numpy.lib.stride_tricks.as_strided(memory[begin:], (num_pages, sizes.kv_heads, 2, block),
+                                                      steps, subok=True)
 
         return whole, [sizes and pages(layer, sizes) for layer, sizes in enumerate(spec.by_layer)]
 
@@ -174,8 +175,9 @@ class ProgramSteps:
 
     def start(self, batch: Any, rows: Sequence[Any]) -> int:
         self.sampling = batch_of(rows, self.transformer.spec.vocab_size, self.sampling)
-        return self.program.start(*batch[:6], sampling=self.sampling, all_rows=batch.states, states=batch[7:10],
-                                  adapters=adapters_of(batch, self.transformer), ahead=batch.ahead, turns=batch.turns)
+        return self.program.start(*batch[:6], sampling=self.sampling, all_rows=batch.states,
+                                  states=batch[7:10], adapters=adapters_of(batch, self.transformer),
+                                  ahead=batch.ahead, turns=batch.turns)
 
     def finish(self, ticket: int) -> list[int]:
         return self.program.finish(ticket)

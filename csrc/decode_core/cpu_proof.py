@@ -72,8 +72,9 @@ class Chain:
         self.floats = {}                        # matrix -> its values, for the reference
         self.faults: dict[str, str] = {}        # op -> what is wrong; "": it is as its reference
         self.adapters: list[dict[str, AddedMatrices]] = [{}, {}]
-        self.spec = script.plain_sizes(vocab_size=200, layers=1, width=768, heads=4, kv_heads=2, head_size=HEAD_SIZE,
-                                       ffn_size=512, max_positions=PAGES * script.PAGE_SIZE)
+        self.spec = script.plain_sizes(vocab_size=200, layers=1, width=768, heads=4, kv_heads=2,
+                                       head_size=HEAD_SIZE, ffn_size=512,
+                                       max_positions=PAGES * script.PAGE_SIZE)
 
     def call(self, name: str, *arguments: Any, width: int, rows: int = T, label: str = "", **options: Any):
         """Record an op with a new output of this many columns, and return the output."""
@@ -129,7 +130,8 @@ class Chain:
         for kind in ("bf16", "q8_0", "q4_1"):        # these need no gguf package
             self.call("look_up", FileRows(kind, spec.vocab_size, C, dice, self.script), p.token_ids, width=C)
         for taps, bias in ((3, None), (5, dice.normal(C // 3))):
-            self.call("short_conv", x, dice.normal(taps * C // 3), (dice.normal(SLOTS, taps - 1, C // 3),), p.sequences, width=C // 3, bias=bias)
+            self.call("short_conv", x, dice.normal(taps * C // 3), (dice.normal(SLOTS, taps - 1, C // 3),),
+                      p.sequences, width=C // 3, bias=bias)
         for alternating, by_key in ((False, True), (True, False)):
             self.delta_rule(x, alternating, by_key)
         for part in ({}, {"groups": 1, "of_heads": 18, "first_head": 6}):
@@ -159,15 +161,18 @@ class Chain:
     def attention(self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: torch.Tensor, kept: str, norm_at: str) -> None:
         p = self.program
         options = {"width": 256, "label": f"paged_attention{kept}"}
-        q = self.call("rope_append", qkv, cos, sin, p.positions, p.slots, cache, width=256, label=f"rope_append{kept}", norm=norm_at)
+        q = self.call("rope_append", qkv, cos, sin, p.positions, p.slots, cache, width=256,
+                      label=f"rope_append{kept}", norm=norm_at)
         for window in WINDOWS:
             self.call("paged_attention", q, cache, p.attention, window, **options)
-            self.call("paged_attention", q, cache, p.attention, window, sinks=self.dice.normal(self.spec.heads), **options)
+            self.call("paged_attention", q, cache, p.attention, window,
+                      sinks=self.dice.normal(self.spec.heads), **options)
             self.call("paged_attention", q, cache, p.attention, window, two_sided=True, **options)
         self.call("paged_attention", q, cache, p.attention, 0, softcap=2.0, **options)
 
     def float_cache(self) -> torch.Tensor:
-        return self.dice.normal(PAGES, self.spec.kv_heads, 2, self.script.PAGE_SIZE * HEAD_SIZE, dtype=self.cache_type)
+        return self.dice.normal(PAGES, self.spec.kv_heads, 2, self.script.PAGE_SIZE * HEAD_SIZE,
+                                dtype=self.cache_type)
 
     def packed_cache(self) -> torch.Tensor:
         """Pages of q8_0, random values of about 1."""
@@ -197,8 +202,9 @@ class Chain:
                                    ("swiglu", {"sum_to_one": True, "jitter": 0.3})):
             first = gate_up if activation in GATES else up
             biases = torch.full((first.rows,), 0.3), down_bias         # all equal, because tiles have gates and ups in another order
-            self.call("experts", x, logits, first, down, width=self.spec.width, norm=None if "jitter" in router else norm,
-                      biases=biases, activation=activation, chosen=2, **router)
+            self.call("experts", x, logits, first, down, width=self.spec.width,
+                      norm=None if "jitter" in router else norm, biases=biases, activation=activation,
+                      chosen=2, **router)
 
     def adapted(self, x: torch.Tensor, norm: Any) -> None:
         """Products of floats with adapters of every type. Half of the ranks of each change only half of the outputs."""
@@ -211,8 +217,10 @@ class Chain:
                 a = self.dice.normal(ranks, self.spec.width)
                 b = self.dice.normal(rows, ranks)
                 b[:rows // 2, ranks // 2:] = 0
-                adapter[name] = AddedMatrices(a.to(FLOATS[kind]), b.to(FLOATS[kind]), 0.1 + self.dice.normal(ranks) / 20)
-            self.call("linear", x, self.matrix("f32", packed, rows), width=N, label="linear adapters", norm=norm, activation=activation, adapted=name)
+                adapter[name] = AddedMatrices(a.to(FLOATS[kind]), b.to(FLOATS[kind]),
+                                              0.1 + self.dice.normal(ranks) / 20)
+            self.call("linear", x, self.matrix("f32", packed, rows), width=N, label="linear adapters",
+                      norm=norm, activation=activation, adapted=name)
 
     def delta_rule(self, x: torch.Tensor, alternating: bool, by_key: bool) -> None:
         """A delta rule of unusual sizes."""
@@ -255,7 +263,8 @@ class Chain:
         self.call("linear", x, plain, width=N, label=label, **more)
         # clamped_swiglu is proved with experts: where it is steep, a small error here would become a large one
         for activation in ACTIVATIONS.keys() - {None, "clamped_swiglu"}:
-            self.call("linear", x, gates if activation in GATES else plain, width=N, label=label, activation=activation)
+            self.call("linear", x, gates if activation in GATES else plain, width=N, label=label,
+                      activation=activation)
 
     # ---- running
 
@@ -352,7 +361,8 @@ class Chain:
         size = self.script.PAGE_SIZE
         D = HEAD_SIZE
         slot_bytes = 2 * Hkv * (D + 2 * D // BLOCK)
-        layout = SimpleNamespace(size=slot_bytes, unit=1, types=("q8_0",), place=lambda layer, count: (0, slot_bytes))
+        layout = SimpleNamespace(size=slot_bytes, unit=1, types=("q8_0",),
+                                 place=lambda layer, count: (0, slot_bytes))
         _, [pages] = self.script.references["make_cache"](self.spec, layout, PAGES, cache.device)
         codes = cache[..., :size * D]
         scales = cache[..., size * D:].view(torch.float16).unflatten(-1, (D // BLOCK, size))
@@ -406,7 +416,8 @@ def prove_texts(script: SimpleNamespace, cache_type: torch.dtype, text: list[int
     width = (heads + 2 * chain.spec.kv_heads) * HEAD_SIZE
     cache = chain.float_cache()
     qkv = chain.call("embed", dice.normal(chain.spec.vocab_size, width), p.token_ids, width=width)
-    q = chain.call("rope_append", qkv, *script.rope_tables(chain.spec, torch.device("cpu")), p.positions, p.slots, cache, width=256, norm="none")
+    q = chain.call("rope_append", qkv, *script.rope_tables(chain.spec, torch.device("cpu")), p.positions,
+                   p.slots, cache, width=256, norm="none")
     for window in WINDOWS:
         for distances in (None, dice.normal(heads, 2 * (T + script.PAGE_SIZE))):
             chain.call("text_attention", q, cache, p.attention, window, width=256, distances=distances)

@@ -131,11 +131,13 @@ class CudaOps:
         cache = self.tensor(name, pages, dtypes, *shape, loose=3)
         per_load = 16 // SIZES[cache.dtype]
         if cache.shape[3] % 16 or not 0 < cache.shape[3] <= MAX_HEAD_SIZE:
-            raise ValueError(f"{name}: must be (P, Hkv, 16, D), D a multiple of 16 up to 256, not {cache.shape}")
+            raise ValueError(f"{name}: must be (P, Hkv, 16, D), D a multiple of 16 up to 256, not "
+                             f"{cache.shape}")
         D = cache.shape[3]
         packed = cache.dtype == "int8"
         if packed and (D < PACKED_BLOCK or D & (D - 1) or any(step % PACKED_BLOCK for step in cache.strides[:3])):
-            raise ValueError(f"{name}: of int8 must have a D that is a power of two from {PACKED_BLOCK}, not {D}")
+            raise ValueError(f"{name}: of int8 must have a D that is a power of two from {PACKED_BLOCK}, not "
+                             f"{D}")
         if cache.address % 16 or any(step % per_load for step in cache.strides[:3]):
             raise ValueError(f"{name}: pages, heads and slots must start at multiples of 16 bytes")
         if like and cache.strides != like.strides:
@@ -153,7 +155,8 @@ class CudaOps:
         *shape, D = pages.shape
         blocks = self.tensor(name, scales, ("float16",), *shape, D // PACKED_BLOCK, loose=3)
         if any(n > 1 and step * PACKED_BLOCK != apart for n, step, apart in zip(shape, blocks.strides, pages.strides)):
-            raise ValueError(f"{name}: must have the strides of the pages by {PACKED_BLOCK}, not {blocks.strides}")
+            raise ValueError(f"{name}: must have the strides of the pages by {PACKED_BLOCK}, not "
+                             f"{blocks.strides}")
         return blocks.address
 
     def turn(self, x, out, *, stream: int):
@@ -162,8 +165,10 @@ class CudaOps:
         y = self.tensor("out", out, LOGITS, *heads.shape)
         D = heads.shape[2]
         if not PACKED_BLOCK <= D <= MAX_HEAD_SIZE or D & (D - 1):
-            raise ValueError(f"x: must have a D that is a power of two from {PACKED_BLOCK} to {MAX_HEAD_SIZE}, not {D}")
-        call(self.core.cuda_turn, heads.address, heads.shape[0] * heads.shape[1], D, y.address, CODES[y.dtype], stream)
+            raise ValueError(f"x: must have a D that is a power of two from {PACKED_BLOCK} to "
+                             f"{MAX_HEAD_SIZE}, not {D}")
+        call(self.core.cuda_turn, heads.address, heads.shape[0] * heads.shape[1], D, y.address,
+             CODES[y.dtype], stream)
 
     def sample(self, logits, params, tokens, *, count_ids=None, counts=None, bias_ids=None, bias_values=None, stream: int):
         """One token for each row of logits (B, V) float32 or bfloat16 -> tokens (B,) int32.
@@ -183,8 +188,8 @@ class CudaOps:
         lists = [*self.pair("counts", count_ids, counts, "int32", x.dtype),
                  *self.pair("bias_values", bias_ids, bias_values, "float32", x.dtype)]
         out = self.tensor("tokens", tokens, ("int32",), B)
-        call(self.core.cuda_sample, x.address, CODES[x.dtype], x.strides[0], B, V, rows.address, *lists, out.address,
-             SAMPLE_THREADS, stream)
+        call(self.core.cuda_sample, x.address, CODES[x.dtype], x.strides[0], B, V, rows.address, *lists,
+             out.address, SAMPLE_THREADS, stream)
 
     def pair(self, name, ids, values, dtype, logits_dtype) -> tuple[int, int, int]:
         """(address of ids, address of values, how many) of a list; zeros without one."""
@@ -236,10 +241,11 @@ class CudaOps:
         positions_at = self.tensor("positions", positions, ("int64",), B).address
         slots_at = self.tensor("slots", slots, ("int64",), B).address
         scales = [self.scales("k_scales", k_scales, k), self.scales("v_scales", v_scales, k)]
-        call(self.core.cuda_rope_append, x.address, CODES[x.dtype], x.strides[0], B, H, Hkv, D, positions_at, slots_at, table.shape[0],
-             P * PAGE_SIZE, table.address, sines.address, table.shape[1], NORMS[norm],
-             q_weight, k_weight, float(eps), float(post_scale), float(q_scale * D**-0.5), *embeds,
-             float(gate_scale), q.address, k.address, v.address, *scales, CODES[k.dtype], *k.strides[:3], stream)
+        call(self.core.cuda_rope_append, x.address, CODES[x.dtype], x.strides[0], B, H, Hkv, D, positions_at,
+             slots_at, table.shape[0], P * PAGE_SIZE, table.address, sines.address, table.shape[1],
+             NORMS[norm], q_weight, k_weight, float(eps), float(post_scale), float(q_scale * D**-0.5),
+             *embeds, float(gate_scale), q.address, k.address, v.address, *scales, CODES[k.dtype],
+             *k.strides[:3], stream)
 
     def paged_attention(self, q, k_pages, v_pages, block_table, lengths, states, tickets, out, *, window=0, softcap=0.0,
                         sinks=None, k_scales=None, v_scales=None, stream: int):
@@ -260,7 +266,8 @@ class CudaOps:
         query = self.tensor("q", q, ("float32",), None, None, D)
         B, H = query.shape[:2]
         if B > MAX_ROWS or H == 0 or H % Hkv or Hkv > MAX_ROWS:
-            raise ValueError(f"q: must have at most {MAX_ROWS} rows and a multiple of {Hkv} heads, not {query.shape}")
+            raise ValueError(f"q: must have at most {MAX_ROWS} rows and a multiple of {Hkv} heads, not "
+                             f"{query.shape}")
         table = self.tensor("block_table", block_table, ("int32",), B, None, loose=1)
         W = table.shape[1]
         if not 0 < W <= (1 << 31) // PAGE_SIZE - CHUNK_SIZE:
@@ -280,9 +287,10 @@ class CudaOps:
         sinks_at = self.address_or_0("sinks", sinks, ("float32",), H)
         y = self.tensor("out", out, LOGITS, B, H * D)
         scales = [self.scales("k_scales", k_scales, k), self.scales("v_scales", v_scales, k)]
-        call(self.core.cuda_paged_attention, query.address, B, H, Hkv, D, k.address, v.address, *scales, CODES[k.dtype], P,
-             *k.strides[:3], table.address, table.strides[0], W, sizes.address, window, float(softcap), sinks_at,
-             max_chunks(W, window), MOST_SPANS, state.address, ticket.address, y.address, CODES[y.dtype], stream)
+        call(self.core.cuda_paged_attention, query.address, B, H, Hkv, D, k.address, v.address, *scales,
+             CODES[k.dtype], P, *k.strides[:3], table.address, table.strides[0], W, sizes.address, window,
+             float(softcap), sinks_at, max_chunks(W, window), MOST_SPANS, state.address, ticket.address,
+             y.address, CODES[y.dtype], stream)
 
     def multiply(self, x, blocks, out, *, kind: str, norm=None, bias=None, activation=None, residual=None,
                  stream: int):
@@ -307,7 +315,8 @@ class CudaOps:
         if kind in FLOATS and w.address % 16:
             raise ValueError("blocks: floats must start at a multiple of 16 bytes")
         if activation not in ACTIVATIONS:
-            raise ValueError(f"activation: must be one of {', '.join(map(str, ACTIVATIONS))}, not {activation!r}")
+            raise ValueError(f"activation: must be one of {', '.join(map(str, ACTIVATIONS))}, not "
+                             f"{activation!r}")
         halves = 2 if GATES.get(activation) else 1
         if w.shape[0] % halves:
             raise ValueError(f"blocks: must be gates and as many ups, not {w.shape[0]} rows")
@@ -316,9 +325,10 @@ class CudaOps:
         weight_at = self.address_or_0("norm", weight, ("float32",), width)
         bias_at = self.address_or_0("bias", bias, ("float32",), w.shape[0])
         residual_at, residual_stride = self.rows_or_0("residual", residual, y.shape)
-        call(self.core.cuda_multiply, x_at.address, CODES[x_at.dtype], x_at.strides[0], B, int(norm is not None), width, weight_at,
-             float(eps), w.address, BLOCK_CODES[kind], y.shape[1], columns, bias_at, ACTIVATIONS[activation],
-             residual_at, residual_stride, y.address, CODES[y.dtype], y.strides[0], stream)
+        call(self.core.cuda_multiply, x_at.address, CODES[x_at.dtype], x_at.strides[0], B,
+             int(norm is not None), width, weight_at, float(eps), w.address, BLOCK_CODES[kind], y.shape[1],
+             columns, bias_at, ACTIVATIONS[activation], residual_at, residual_stride, y.address,
+             CODES[y.dtype], y.strides[0], stream)
 
     def rows_or_0(self, name: str, rows, shape: tuple) -> tuple[int, int]:
         """(address, stride) of float32 rows that may be apart; zeros for None."""
@@ -331,7 +341,8 @@ class CudaOps:
         """Packed weights (N, bytes of a row) -> out (N, K) float32 or bfloat16."""
         w, columns = self.packed(blocks, kind)
         y = self.tensor("out", out, LOGITS, w.shape[0], columns)
-        call(self.core.cuda_dequantize, w.address, BLOCK_CODES[kind], w.shape[0], columns, y.address, CODES[y.dtype], stream)
+        call(self.core.cuda_dequantize, w.address, BLOCK_CODES[kind], w.shape[0], columns, y.address,
+             CODES[y.dtype], stream)
 
     def route(self, logits, ids, shares, *, sum_to_one: bool, slots=None, stream: int):
         """The n largest logits of each row (T, E) float32 -> ids (T, n) int32 and shares (T, n) float32.
@@ -343,10 +354,12 @@ class CudaOps:
         T, E = logits_at.shape
         chosen = self.tensor("ids", ids, ("int32",), T, None)
         if not 0 < chosen.shape[1] <= E <= MAX_EXPERTS:
-            raise ValueError(f"ids: must have 1 to {E} columns, of at most {MAX_EXPERTS} experts, not {chosen.shape[1]}")
+            raise ValueError(f"ids: must have 1 to {E} columns, of at most {MAX_EXPERTS} experts, not "
+                             f"{chosen.shape[1]}")
         weights = self.tensor("shares", shares, ("float32",), *chosen.shape)
         slots_at = self.address_or_0("slots", slots, ("int64",), T)
-        call(self.core.cuda_route, logits_at.address, slots_at, T, E, chosen.shape[1], int(bool(sum_to_one)), chosen.address, weights.address, stream)
+        call(self.core.cuda_route, logits_at.address, slots_at, T, E, chosen.shape[1], int(bool(sum_to_one)),
+             chosen.address, weights.address, stream)
 
     def group(self, ids, order, items, *, experts: int, item_pairs: int, stream: int):
         """Sort pairs by their expert: ids (P,) int32 -> order (P,) and items (most_items(experts, P, item_pairs), 3) int32.
@@ -361,7 +374,8 @@ class CudaOps:
         pairs = ids_at.shape[0]
         by_expert = self.tensor("order", order, ("int32",), pairs)
         made = self.tensor("items", items, ("int32",), most_items(experts, pairs, item_pairs), 3)
-        call(self.core.cuda_group, ids_at.address, pairs, experts, item_pairs, by_expert.address, made.address, made.shape[0], stream)
+        call(self.core.cuda_group, ids_at.address, pairs, experts, item_pairs, by_expert.address,
+             made.address, made.shape[0], stream)
 
     def multiply_experts(self, x, order, items, blocks, out, *, kind: str, gate=None, bias=None, shares=None, stream: int):
         """Each pair's x times its expert's weights -> out (P, N) float32 or bfloat16.
@@ -386,14 +400,16 @@ class CudaOps:
         if made.shape[0] > MAX_ROWS:
             raise ValueError(f"items: must be at most {MAX_ROWS}, not {made.shape[0]}")
         if x_at.address % 16 or columns % 8 or not rows or P % rows:
-            raise ValueError(f"x: must have rows at multiples of 16 bytes, of which each has as many of the {P} pairs, not {x_at.shape}")
+            raise ValueError("x: must have rows at multiples of 16 bytes, of which each has as many of the "
+                             f"{P} pairs, not {x_at.shape}")
         if not N or w.shape[0] % N or kind in FLOATS and w.address % 16:
-            raise ValueError(f"blocks: must have a multiple of {N} rows at a multiple of 16 bytes, not {w.shape[0]}")
+            raise ValueError(f"blocks: must have a multiple of {N} rows at a multiple of 16 bytes, not "
+                             f"{w.shape[0]}")
         bias_at = self.address_or_0("bias", bias, ("float32",), w.shape[0])
         shares_at = self.address_or_0("shares", shares, ("float32",), P)
-        call(self.core.cuda_multiply_experts, x_at.address, CODES[x_at.dtype], P // rows, pairs.address, made.address, made.shape[0],
-             w.address, BLOCK_CODES[kind], w.shape[0] // N, y.shape[1], columns, GATES[gate], bias_at, shares_at, y.address,
-             CODES[y.dtype], y.strides[0], stream)
+        call(self.core.cuda_multiply_experts, x_at.address, CODES[x_at.dtype], P // rows, pairs.address,
+             made.address, made.shape[0], w.address, BLOCK_CODES[kind], w.shape[0] // N, y.shape[1], columns,
+             GATES[gate], bias_at, shares_at, y.address, CODES[y.dtype], y.strides[0], stream)
 
     def shrink(self, adapters, matrix: int, x, sums, *, norm=None, stream: int):
         """The first half of what adapters add to the product with a matrix: scales * (A norm(x)) -> sums (B, MAX_RANKS) float32.
@@ -411,8 +427,8 @@ class CudaOps:
         made = self.tensor("sums", sums, ("float32",), B, MAX_RANKS)
         weight, eps = norm or (None, 0.0)
         weight_at = self.address_or_0("norm", weight, ("float32",), width)
-        call(self.core.cuda_shrink, tables.address, matrix, x_at.address, CODES[x_at.dtype], x_at.strides[0], B, int(norm is not None),
-             width, weight_at, float(eps), made.address, MAX_RANKS, stream)
+        call(self.core.cuda_shrink, tables.address, matrix, x_at.address, CODES[x_at.dtype], x_at.strides[0],
+             B, int(norm is not None), width, weight_at, float(eps), made.address, MAX_RANKS, stream)
 
     def expand(self, adapters, matrix: int, sums, y, out, *, activation=None, residual=None, stream: int):
         """The second half: residual + activation(y + B sums) -> out (B, N) float32 or bfloat16.
@@ -426,14 +442,17 @@ class CudaOps:
         B = made.shape[0]
         tables = self.tensor("adapters", adapters, ("int64",), *made.shape[:1])
         if activation not in ACTIVATIONS:
-            raise ValueError(f"activation: must be one of {', '.join(map(str, ACTIVATIONS))}, not {activation!r}")
+            raise ValueError(f"activation: must be one of {', '.join(map(str, ACTIVATIONS))}, not "
+                             f"{activation!r}")
         halves = 2 if GATES.get(activation) else 1
         if before.shape[0] != B or B > MAX_ROWS or before.shape[1] % halves:
-            raise ValueError(f"y: must have {B} rows, at most {MAX_ROWS}, and gates and as many ups, not {before.shape}")
+            raise ValueError(f"y: must have {B} rows, at most {MAX_ROWS}, and gates and as many ups, not "
+                             f"{before.shape}")
         to = self.tensor("out", out, LOGITS, B, before.shape[1] // halves, loose=1)
         residual_at, residual_stride = self.rows_or_0("residual", residual, to.shape)
-        call(self.core.cuda_expand, tables.address, matrix, B, made.address, MAX_RANKS, before.address, before.strides[0], to.shape[1],
-             ACTIVATIONS[activation], residual_at, residual_stride, to.address, CODES[to.dtype], to.strides[0], stream)
+        call(self.core.cuda_expand, tables.address, matrix, B, made.address, MAX_RANKS, before.address,
+             before.strides[0], to.shape[1], ACTIVATIONS[activation], residual_at, residual_stride,
+             to.address, CODES[to.dtype], to.strides[0], stream)
 
     def packed(self, blocks, kind: str, kinds=BLOCKS) -> tuple[SimpleNamespace, int]:
         """(the rows of a matrix, its columns). `blocks` are of the type `kind`, one of `kinds`."""

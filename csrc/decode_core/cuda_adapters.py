@@ -80,8 +80,10 @@ class AdapterOps:
         """residual + activation(y + what the rows' adapters add for norm(x)) -> out. x (T, >= K); y (T, N) float32."""
         x = x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
         sums = torch.empty(len(x), cuda.MAX_RANKS, device=x.device)
-        self.kernels.shrink(adapted.rows, adapted.matrix, x, sums, norm=norm and (norm.weight, norm.eps), stream=self.stream())
+        self.kernels.shrink(adapted.rows, adapted.matrix, x, sums, norm=norm and (norm.weight, norm.eps),
+                            stream=self.stream())
         made = out if out.dtype in (torch.float32, torch.bfloat16) else torch.empty_like(out, dtype=torch.float32)
-        self.kernels.expand(adapted.rows, adapted.matrix, sums, y, made, activation=activation, residual=residual, stream=self.stream())
+        self.kernels.expand(adapted.rows, adapted.matrix, sums, y, made, activation=activation,
+                            residual=residual, stream=self.stream())
         if made is not out:
             out.copy_(made)

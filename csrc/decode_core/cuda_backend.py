@@ -138,7 +138,8 @@ class CudaBackend:
         shape = (2, num_pages, first.kv_heads, self.script.PAGE_SIZE, first.head_size)
         dtype = next(filter(None, layout.types), "bfloat16")
         if dtype == "q8_0":
-            memory = self.script.zeroed((layers, num_pages * self.script.PAGE_SIZE * layout.own), torch.uint8, device)
+            memory = self.script.zeroed((layers, num_pages * self.script.PAGE_SIZE * layout.own), torch.uint8,
+                                        device)
             parts = [PackedPages.within(own, shape) for own in memory]
         else:
             memory = parts = self.script.zeroed((layers, *shape), getattr(torch, dtype), device)
@@ -180,10 +181,12 @@ class CudaBackend:
             table = plan.table[first]
             lengths = plan.lengths[first]
             if "paged_attention" in self.faults:
-                self.references.attend(heads[first], cache, table, lengths, out[first], window, softcap, sinks)
+                self.references.attend(heads[first], cache, table, lengths, out[first], window, softcap,
+                                       sinks)
             else:
                 workspace = plan.states, plan.tickets
-                self.attend(heads[first], cache, table, lengths, *workspace, out[first], window, softcap, sinks)
+                self.attend(heads[first], cache, table, lengths, *workspace, out[first], window, softcap,
+                            sinks)
         grouped_sinks = None if sinks is None else sinks.view(cache.shape[2], -1)       # (Hkv, H / Hkv)
         for prompt in plan.prompts[window]:
             kv = gathered(cache, prompt.pages)                                  # (2, Hkv, n, PAGE_SIZE, D)
@@ -191,7 +194,8 @@ class CudaBackend:
             own = out[prompt.rows]
             packed = isinstance(cache, PackedPages)
             made = torch.empty_like(own, dtype=torch.float32) if packed else own
-            self.prompts.attend(heads[prompt.rows].to(cache.dtype), kv, prompt, made, window, softcap, grouped_sinks)
+            self.prompts.attend(heads[prompt.rows].to(cache.dtype), kv, prompt, made, window, softcap,
+                                grouped_sinks)
             if packed:
                 self.turn_back(made, own)
 

@@ -95,9 +95,12 @@ class ExpertOps:
         """Sort the pairs by their expert -> shares (T * chosen,), and (order, items) as the kernel `group` gives them."""
         pairs = ids.numel()
         order = torch.empty(pairs, dtype=torch.int32, device=ids.device)
-        items = torch.empty(cuda.most_items(experts, pairs, item_pairs), 3, dtype=torch.int32, device=ids.device)
-        self.kernels.group(ids.view(-1), order, items, experts=experts, item_pairs=item_pairs, stream=self.stream())
+        items = torch.empty(cuda.most_items(experts, pairs, item_pairs), 3, dtype=torch.int32,
+                            device=ids.device)
+        self.kernels.group(ids.view(-1), order, items, experts=experts, item_pairs=item_pairs,
+                           stream=self.stream())
         return shares.view(-1), (order, items)
 
     def multiply(self, x, order, items, kind, blocks, out, **options) -> None:
-        self.kernels.multiply_experts(x, order, items, blocks, out, kind=kind, stream=self.stream(), **options)
+        self.kernels.multiply_experts(x, order, items, blocks, out, kind=kind, stream=self.stream(),
+                                      **options)

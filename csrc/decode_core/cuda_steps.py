@@ -254,7 +254,8 @@ class GraphSteps:
         # scored, which runs op by op
         decoded = -(-min(context_length, self.spec.context_length) // self.script.PAGE_SIZE)
         self.buckets = list(itertools.product(doubling(1, self.max_rows, 2), doubling(64, decoded, 4)))
-        largest = StepShape(most, self.max_rows, self.max_rows, max_pages, LIST_CAPACITY, LIST_CAPACITY, self.count)
+        largest = StepShape(most, self.max_rows, self.max_rows, max_pages, LIST_CAPACITY, LIST_CAPACITY,
+                            self.count)
         with torch.inference_mode():
             self.inputs = torch.empty(largest.bytes(), dtype=torch.uint8, device=transformer.device)
             # what the newest step draws
@@ -293,7 +294,8 @@ class GraphSteps:
             with_parts(fields, [CudaPlan(rows, table, fields.lengths, no_prompts, *self.workspace)
                                 for table in fields.table])
             fields.sequences = self.script.OneEach(fields.state_reads, fields.state_writes)
-            fill_step(self._host_fields(staging, shape), [NO_TOKENS] * self.count, [((), ())] * self.count, None)
+            fill_step(self._host_fields(staging, shape), [NO_TOKENS] * self.count, [((), ())] * self.count,
+                      None)
             self.queue.wait(self.queue.submit(lambda: staging.send(self.inputs, shape.bytes())))
         return shape, fields
 
@@ -371,7 +373,8 @@ class GraphSteps:
             adapted = any(batch.adapters)
             adapters = None
             tables = self._adapter_tables(batch) if adapted else None
-            fill_step(host, batches, [self.script.token_places(own) for own in batches], sampling, tables or ())
+            fill_step(host, batches, [self.script.token_places(own) for own in batches], sampling,
+                      tables or ())
             if adapted and tables is None:
                 adapters = self.script.RowAdapters.of(batch, self.transformer.adapters)
             staging.adapters = dict(self.transformer.adapters) if adapted else None
@@ -461,12 +464,14 @@ class GraphSteps:
         on_device   the step has adapters, and adapter_tables says which
         """
         if on_device:
-            fields.adapters = StepAdapters(self.backend.adapters.numbers, fields.adapter_tables, fields.logit_rows)
+            fields.adapters = StepAdapters(self.backend.adapters.numbers, fields.adapter_tables,
+                                           fields.logit_rows)
         drawn = torch.index_select(self.tokens, 0, (~fields.token_ids).clamp(min=0))
         fields.token_ids.copy_(torch.where(fields.token_ids < 0, drawn, fields.token_ids))
         self.backend.mixture.slots = fields.slots
         try:
-            self.transformer.compute(fields, self.transformer.cut(len(fields.token_ids), len(fields.logit_rows)))
+            self.transformer.compute(fields,
+                                     self.transformer.cut(len(fields.token_ids), len(fields.logit_rows)))
         finally:
             self.backend.mixture.slots = None
 

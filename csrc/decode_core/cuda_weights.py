@@ -130,8 +130,8 @@ class ProductOps:
         norm_of_kernel = norm and (norm.weight, norm.eps)
         if len(parts) == 1:
             [(kind, blocks)] = parts
-            return self.kernels.multiply(x, blocks, out, kind=kind, norm=norm_of_kernel, bias=bias, activation=activation,
-                                         residual=residual, stream=self.stream())
+            return self.kernels.multiply(x, blocks, out, kind=kind, norm=norm_of_kernel, bias=bias,
+                                         activation=activation, residual=residual, stream=self.stream())
         if cuda.GATES.get(activation):          # a gate and its up are in different parts
             both = torch.empty(len(x), weight.shape[0], device=x.device)
             self.few(x, weight, both, norm, bias)

@@ -156,7 +156,8 @@ class Program:
                     no sum
         """
         if ids not in (self.token_ids, self.previous_token_ids, self.positions):
-            raise ValueError(f"ids: must be program.token_ids, program.previous_token_ids or program.positions, not {ids!r}")
+            raise ValueError("ids: must be program.token_ids, program.previous_token_ids or "
+                             f"program.positions, not {ids!r}")
         if isinstance(table, Matrix):
             own = {"tiles": table.tiles}
             shape = (table.rows, table.columns)
@@ -167,8 +168,9 @@ class Program:
         if not 0 <= first < vocabulary:
             raise ValueError(f"part: must be a row and a larger number of rows, not {part!r}")
         out_at = self._buffers.written("out", out, TOKENS, shape[1])
-        self._record("embed", TOKENS, (table, out), table_rows=shape[0], first_row=first, vocabulary=vocabulary,
-                     previous_ids=ids is self.previous_token_ids, by_position=ids is self.positions, out=out_at, **own)
+        self._record("embed", TOKENS, (table, out), table_rows=shape[0], first_row=first,
+                     vocabulary=vocabulary, previous_ids=ids is self.previous_token_ids,
+                     by_position=ids is self.positions, out=out_at, **own)
 
     def look_up(self, table, ids, out, part=None) -> None:
         """Rows `ids` (token_ids or previous_token_ids) of a table that stays in its file -> out (max_tokens, K).
@@ -185,11 +187,14 @@ class Program:
             raise ValueError(f"ids: must be program.token_ids or program.previous_token_ids, not {ids!r}")
         out_at = self._buffers.written("out", out, TOKENS)
         if out_at[1] % COLUMNS[table.kind]:
-            raise ValueError(f"out: must have a multiple of {COLUMNS[table.kind]} columns for {table.kind}, not {out_at[1]}")
+            raise ValueError(f"out: must have a multiple of {COLUMNS[table.kind]} columns for {table.kind}, "
+                             f"not {out_at[1]}")
         row_bytes = _core.row_bytes(KINDS[table.kind], out_at[1])
         address, _, (rows, _), _ = look_at("table", table.table, ("uint8",), None, row_bytes)
-        self._record("embed", TOKENS, (table.table, out), table=address, file_type=KINDS[table.kind], file_row_bytes=row_bytes, table_rows=rows,
-                     first_row=0, vocabulary=(part or (0, rows))[1], previous_ids=ids is self.previous_token_ids, out=out_at)
+        self._record("embed", TOKENS, (table.table, out), table=address, file_type=KINDS[table.kind],
+                     file_row_bytes=row_bytes, table_rows=rows, first_row=0,
+                     vocabulary=(part or (0, rows))[1], previous_ids=ids is self.previous_token_ids,
+                     out=out_at)
 
     def layer_inputs(self, projected, rows, weight, eps: float, out) -> None:
         """(weight * rms(each part of projected) + sqrt(P) * rows) / sqrt(2) -> out, which may be projected.
@@ -201,22 +206,25 @@ class Program:
         other_at = self._buffers.read_like("rows", rows, rows_of, x_at[1])
         part = len(weight)
         if rows_of != TOKENS or part % 16 or x_at[1] % part:
-            raise ValueError(f"weight: must have a multiple of 16 values that divides {x_at[1]} columns of tokens, not {part}")
+            raise ValueError(f"weight: must have a multiple of 16 values that divides {x_at[1]} columns of "
+                             f"tokens, not {part}")
         weight_at = vector("weight", weight, "float32", part)
         out_at = self._buffers.written("out", out, TOKENS, x_at[1])
         if out_at[0] == other_at[0]:
             raise ValueError("out: may not be rows")
-        self._record("layer_inputs", TOKENS, (projected, rows, weight, out), projected=x_at, rows=other_at, weight=weight_at, part=part, eps=float(eps),
-                     out=out_at)
+        self._record("layer_inputs", TOKENS, (projected, rows, weight, out), projected=x_at, rows=other_at,
+                     weight=weight_at, part=part, eps=float(eps), out=out_at)
 
     def gate_input(self, gate, inputs, first: int, out) -> None:
         """gelu(gate) * inputs[:, first:first + P] -> out, which may be gate, both (max_tokens, P). gelu is that of tanh."""
         x_at, gate_rows = self._buffers.read("gate", gate, 16)
         inputs_at, inputs_rows = self._buffers.read("inputs", inputs, 16)
         if gate_rows != TOKENS or inputs_rows != TOKENS or first % 16 or not 0 <= first <= inputs_at[1] - x_at[1]:
-            raise ValueError(f"first: must be a multiple of 16 that leaves {x_at[1]} of {inputs_at[1]} columns of tokens, not {first!r}")
+            raise ValueError(f"first: must be a multiple of 16 that leaves {x_at[1]} of {inputs_at[1]} "
+                             f"columns of tokens, not {first!r}")
         out_at = self._buffers.written("out", out, TOKENS, x_at[1])
-        self._record("gate_input", TOKENS, (gate, inputs, out), gate=x_at, inputs=inputs_at, first=first, out=out_at)
+        self._record("gate_input", TOKENS, (gate, inputs, out), gate=x_at, inputs=inputs_at, first=first,
+                     out=out_at)
 
     def given(self, x) -> None:
         """The caller writes x (max_tokens, C) itself before it starts a step, while no earlier step is running."""
@@ -229,7 +237,8 @@ class Program:
         x_at, rows_of = self._buffers.read("x", x)
         if rows_of != TOKENS:
             raise ValueError("x: was gathered already")
-        self._record("gather_rows", LOGIT_ROWS, (x, out), x=x_at, out=self._buffers.written("out", out, LOGIT_ROWS, x_at[1]))
+        self._record("gather_rows", LOGIT_ROWS, (x, out), x=x_at,
+                     out=self._buffers.written("out", out, LOGIT_ROWS, x_at[1]))
 
     def linear(self, x, matrix, out, norm=None, bias=None, activation=None, residual=None, adapted=None) -> None:
         """out = residual + activation(norm(x) W^T + bias + what the rows' adapters add). residual may be out, x may not.
@@ -256,8 +265,9 @@ class Program:
         if adapted is not None and matrix.columns % 16 == 0:
             number = self.adapters.record(adapted, matrix, activation in GATES)
         has_norm, norm_at, eps, bias_at = before
-        self._record("linear", rows_of, (x, matrix, out, norm and norm[0], bias, residual), x=x_at, tiles=matrix.tiles, norm=has_norm,
-                     norm_weight=norm_at, eps=eps, bias=bias_at, activation=code, residual=residual_at, adapted=number, fine=self.fine, out=out_at)
+        self._record("linear", rows_of, (x, matrix, out, norm and norm[0], bias, residual), x=x_at,
+                     tiles=matrix.tiles, norm=has_norm, norm_weight=norm_at, eps=eps, bias=bias_at,
+                     activation=code, residual=residual_at, adapted=number, fine=self.fine, out=out_at)
 
     def experts(self, x, logits, gate_up, down, out, *, norm, biases, activation, chosen: int, sum_to_one: bool,
                 residual: bool = True, sigmoids: bool = False, choice_bias=None, groups: tuple[int, int] = (1, 1), share_scale: float = 1.0,
@@ -292,14 +302,17 @@ class Program:
         if not isinstance(chosen, int) or not 1 <= chosen <= min(E, MAX_CHOSEN):
             raise ValueError(f"chosen: must be 1 to {min(E, MAX_CHOSEN)} experts, not {chosen!r}")
         if activation not in ACTIVATIONS or activation is None:
-            raise ValueError(f"activation: must be one of {', '.join(filter(None, ACTIVATIONS))}, not {activation!r}")
+            raise ValueError(f"activation: must be one of {', '.join(filter(None, ACTIVATIONS))}, not "
+                             f"{activation!r}")
         count, kept_groups = groups
         if kept_groups < 1 or count > 1 and (E % count or E < 2 * count or not -(-chosen // (E // count)) <= kept_groups <= count):
-            raise ValueError(f"groups: must be numbers of groups of at least 2 of {E} experts, of which those kept have {chosen}, not {groups!r}")
+            raise ValueError(f"groups: must be numbers of groups of at least 2 of {E} experts, of which "
+                             f"those kept have {chosen}, not {groups!r}")
         halves = 2 if activation in GATES else 1
         for name, matrix, shape in (("gate_up", gate_up, (halves * E * F, C)), ("down", down, (E * C, F))):
             if (matrix.rows, matrix.columns) != shape or F % TILE_ROWS:
-                raise ValueError(f"{name}: must be {shape} for {E} experts, F a multiple of {TILE_ROWS}, not {(matrix.rows, matrix.columns)}")
+                raise ValueError(f"{name}: must be {shape} for {E} experts, F a multiple of {TILE_ROWS}, not "
+                                 f"{(matrix.rows, matrix.columns)}")
         weight, eps = norm or (None, 0.0)
         up_bias, down_bias = biases
         norm_at = vector_or_none("norm", weight, "float32", C)
@@ -310,12 +323,15 @@ class Program:
         out_at = self._buffers.written("out", out, TOKENS, C)
         routing = _core.Routing(E, chosen, bool(sum_to_one), bool(sigmoids), self._buffers.limits[TOKENS])
         kept = x, logits, gate_up, down, out, weight, *biases, choice_bias, scales, routing
-        self._record("route", TOKENS, kept, logits=logits_at, routing=routing, bias=choice_bias_at, scales=scales_at, sparse=jitter is not None,
-                     farthest=2 * float(jitter or 0), groups=count, kept_groups=kept_groups, scale=float(share_scale))
+        self._record("route", TOKENS, kept, logits=logits_at, routing=routing, bias=choice_bias_at,
+                     scales=scales_at, sparse=jitter is not None, farthest=2 * float(jitter or 0),
+                     groups=count, kept_groups=kept_groups, scale=float(share_scale))
         self._record("group", TOKENS, routing=routing)
-        self._record("gate_up", TOKENS, x=x_at, routing=routing, tiles=gate_up.tiles, norm=norm is not None, norm_weight=norm_at, eps=float(eps), bias=up_bias_at,
-                     activation=ACTIVATIONS[activation], columns=F, fine=self.fine)
-        self._record("down", TOKENS, routing=routing, tiles=down.tiles, bias=down_bias_at, columns=C, fine=self.fine)
+        self._record("gate_up", TOKENS, x=x_at, routing=routing, tiles=gate_up.tiles, norm=norm is not None,
+                     norm_weight=norm_at, eps=float(eps), bias=up_bias_at, activation=ACTIVATIONS[activation],
+                     columns=F, fine=self.fine)
+        self._record("down", TOKENS, routing=routing, tiles=down.tiles, bias=down_bias_at, columns=C,
+                     fine=self.fine)
         self._record("combine", TOKENS, x=x_at if residual else NONE, routing=routing, out=out_at)
 
     def backout(self, x, middle, backout_lambda, out) -> None:
@@ -331,8 +347,8 @@ class Program:
         if rows_of != TOKENS or not 0 < channels <= x_at[1]:
             raise ValueError(f"gate: must be (1, channels) for rows of tokens, not {(1, channels)}")
         out_at = self._buffers.written("out", out, rows_of, x_at[1])
-        self._record("smear", TOKENS, (x, previous, gate, out), x=x_at, previous=previous_at, gate=gate_at, channels=channels,
-                     smear_lambda=number(smear_lambda), out=out_at)
+        self._record("smear", TOKENS, (x, previous, gate, out), x=x_at, previous=previous_at, gate=gate_at,
+                     channels=channels, smear_lambda=number(smear_lambda), out=out_at)
 
     def mean_squares(self, qkv, q_norm, k_norm, sizes, out) -> None:
         """Of each row of qkv (max_tokens, q and k and v): the sum of the squares of q, and of k, over `sizes` -> out.
@@ -341,8 +357,10 @@ class Program:
         qkv_at, columns = self._of_whole_heads(qkv, q_norm, k_norm)
         out_at = self._buffers.written("out", out, TOKENS)
         if out_at[1] < 2 or not all(float(size) > 0 for size in sizes):
-            raise ValueError(f"out: must have at least 2 columns, and sizes be positive, not {out_at[1]} and {sizes}")
-        self._record("mean_squares", TOKENS, (qkv, out), x=qkv_at, q_size=float(sizes[0]), k_size=float(sizes[1]), out=out_at, **columns)
+            raise ValueError(f"out: must have at least 2 columns, and sizes be positive, not {out_at[1]} and "
+                             f"{sizes}")
+        self._record("mean_squares", TOKENS, (qkv, out), x=qkv_at, q_size=float(sizes[0]),
+                     k_size=float(sizes[1]), out=out_at, **columns)
 
     def norm_qk(self, qkv, q_norm, k_norm, means, eps: float, out) -> None:
         """q of each row of qkv over the root of its mean square, times q_norm, and k likewise -> out, which may be qkv.
@@ -355,7 +373,8 @@ class Program:
         weights = {"q_norm": vector("q_norm", q_norm, "float32", columns["q_columns"]),
                    "k_norm": vector("k_norm", k_norm, "float32", columns["k_columns"])}
         out_at = self._buffers.written("out", out, TOKENS, qkv_at[1])
-        self._record("norm_qk", TOKENS, (qkv, q_norm, k_norm, means, out), x=qkv_at, means=means_at, eps=float(eps), out=out_at, **weights, **columns)
+        self._record("norm_qk", TOKENS, (qkv, q_norm, k_norm, means, out), x=qkv_at, means=means_at,
+                     eps=float(eps), out=out_at, **weights, **columns)
 
     def _of_whole_heads(self, qkv, q_norm, k_norm) -> tuple[tuple[int, int], dict[str, int]]:
         """(address, columns) of qkv, and how many columns q and k have: as many as their weights."""
@@ -363,7 +382,8 @@ class Program:
         columns = {"q_columns": len(q_norm), "k_columns": len(k_norm)}
         whole = all(count > 0 and count % 16 == 0 for count in columns.values())
         if rows_of != TOKENS or not whole or sum(columns.values()) > qkv_at[1]:
-            raise ValueError(f"q_norm, k_norm: must have multiples of 16 columns, together at most qkv's {qkv_at[1]}, not {[*columns.values()]}")
+            raise ValueError("q_norm, k_norm: must have multiples of 16 columns, together at most qkv's "
+                             f"{qkv_at[1]}, not {[*columns.values()]}")
         return qkv_at, columns
 
     def scale_rows(self, x, scales, positions, out) -> None:
@@ -372,7 +392,8 @@ class Program:
         x_at, rows_of = self._buffers.read("x", x, 16)
         scales_at = vector("scales", scales, "float32", len(scales))
         out_at = self._buffers.written("out", out, rows_of, x_at[1])
-        self._record("scale_rows", rows_of, (x, scales, out), x=x_at, scales=scales_at, max_positions=len(scales), out=out_at)
+        self._record("scale_rows", rows_of, (x, scales, out), x=x_at, scales=scales_at,
+                     max_positions=len(scales), out=out_at)
 
     def softcap(self, logits, cap: float, out) -> None:
         """cap * tanh(logits / cap) -> out, which may be logits."""
@@ -395,12 +416,13 @@ class Program:
         address, _, (slots, before, C), _ = look_at("states", state, FLOAT32, None, None, None, writable=True)
         x_at, rows_of = self._buffers.read("x", x)
         if rows_of != TOKENS or x_at[1] != 3 * C or C % 16 or not 1 <= before < MAX_TAPS or not slots:
-            raise ValueError(f"states: must be (slots, 1 to {MAX_TAPS - 1}, a third of x's columns, a multiple of 16), not {(slots, before, C)}")
+            raise ValueError(f"states: must be (slots, 1 to {MAX_TAPS - 1}, a third of x's columns, a "
+                             f"multiple of 16), not {(slots, before, C)}")
         taps_at = vector("taps", taps, "float32", (before + 1) * C)
         bias_at = vector_or_none("bias", bias, "float32", C)
         out_at = self._buffers.written("out", out, TOKENS, C)
-        self._record("short_conv", TOKENS, (x, taps, state, out, bias), x=x_at, taps=taps_at, size=before + 1, bias=bias_at, states=address,
-                     num_slots=slots, out=out_at)
+        self._record("short_conv", TOKENS, (x, taps, state, out, bias), x=x_at, taps=taps_at, size=before + 1,
+                     bias=bias_at, states=address, num_slots=slots, out=out_at)
 
     def delta_rule(self, x, weights, mixer, eps: float, states, sequences, out) -> None:
         """x (max_tokens, p and z and b and a) -> out (max_tokens, Hv * Dv), token by token.
@@ -418,20 +440,24 @@ class Program:
         Dk = mixer.key_size
         Dv = mixer.value_size
         if not 2 <= K <= MAX_TAPS or min(Hk, Dk, Dv) < 1 or Hv < 1 or Hv % Hk or Dk % 16 or Dv % 16:
-            raise ValueError(f"mixer: must have 2 to {MAX_TAPS} taps, heads of multiples of 16, value heads a multiple of key heads, not {mixer}")
+            raise ValueError(f"mixer: must have 2 to {MAX_TAPS} taps, heads of multiples of 16, value heads "
+                             f"a multiple of key heads, not {mixer}")
         past, S = states
         channels = 2 * Hk * Dk + Hv * Dv
         past_at, _, (slots, *_), _ = look_at("states", past, FLOAT32, None, K - 1, channels, writable=True)
         S_at = look_at("states", S, FLOAT32, slots, Hv, Dk, Dv, writable=True)[0]
         x_at, rows_of = self._buffers.read("x", x)
         if rows_of != TOKENS or x_at[1] != channels + Hv * Dv + 2 * Hv or not slots:
-            raise ValueError(f"x: must be (max_tokens, {channels + Hv * Dv + 2 * Hv}), and states have a slot, not {x_at[1]} columns and {slots} slots")
+            raise ValueError(f"x: must be (max_tokens, {channels + Hv * Dv + 2 * Hv}), and states have a "
+                             f"slot, not {x_at[1]} columns and {slots} slots")
         sized = {"taps": K * channels, "decay": Hv, "dt_bias": Hv, "mix_norm": Dv}
         taps, decay, dt_bias, mix_norm = (vector(name, weights[name], "float32", size) for name, size in sized.items())
         out_at = self._buffers.written("out", out, TOKENS, Hv * Dv)
-        self._record("delta_rule", TOKENS, (x, past, S, out, *(weights[name] for name in sized)), x=x_at, size=K, key_heads=Hk, value_heads=Hv,
-                     key_size=Dk, value_size=Dv, alternating=mixer.alternating, gates_by_key=mixer.gates_by_key, heads_by_key=mixer.heads_by_key,
-                     taps=taps, decay=decay, dt_bias=dt_bias, norm=mix_norm, epsilon=float(eps), past=past_at, states=S_at, num_slots=slots, out=out_at)
+        self._record("delta_rule", TOKENS, (x, past, S, out, *(weights[name] for name in sized)), x=x_at,
+                     size=K, key_heads=Hk, value_heads=Hv, key_size=Dk, value_size=Dv,
+                     alternating=mixer.alternating, gates_by_key=mixer.gates_by_key,
+                     heads_by_key=mixer.heads_by_key, taps=taps, decay=decay, dt_bias=dt_bias, norm=mix_norm,
+                     epsilon=float(eps), past=past_at, states=S_at, num_slots=slots, out=out_at)
 
     def mamba2(self, x, weights, mixer, eps: float, states, sequences, out) -> None:
         """x (max_tokens, z and p and dt) -> out (max_tokens, H * P), token by token.
@@ -472,12 +498,15 @@ class Program:
         out_at = self._buffers.written("out", out, TOKENS, inner)
         u_at = (u.ctypes.data, channels)
         p_at = (x_at[0] + inner * u.itemsize, x_at[1])
-        self._record("convolve", TOKENS, (x, past, S, out, *(weights[name] for name in sized)), x=p_at, taps=at["taps"], size=K,
-                     bias=at.get("taps_bias", 0), states=past_at, num_slots=slots, out=u_at)
-        self._record("mamba2", TOKENS, x=x_at, u=u_at, heads=H, head_size=P, state_size=N, groups=G, first_head=mixer.first_head,
-                     group_heads=all_heads // G, decay=at["decay"], dt_bias=at["dt_bias"], skip=at["skip"], states=S_at, num_slots=slots, out=out_at)
+        self._record("convolve", TOKENS, (x, past, S, out, *(weights[name] for name in sized)), x=p_at,
+                     taps=at["taps"], size=K, bias=at.get("taps_bias", 0), states=past_at, num_slots=slots,
+                     out=u_at)
+        self._record("mamba2", TOKENS, x=x_at, u=u_at, heads=H, head_size=P, state_size=N, groups=G,
+                     first_head=mixer.first_head, group_heads=all_heads // G, decay=at["decay"],
+                     dt_bias=at["dt_bias"], skip=at["skip"], states=S_at, num_slots=slots, out=out_at)
         if not mixer.of_heads:
-            self._record("rms_norm", TOKENS, x=out_at, weight=at["mix_norm"], eps=float(eps), groups=G, out=out_at)
+            self._record("rms_norm", TOKENS, x=out_at, weight=at["mix_norm"], eps=float(eps), groups=G,
+                         out=out_at)
 
     def group_squares(self, x, mixer, out) -> None:
         """The sum of the squares of each group's columns in x (max_tokens, H * P) -> out (max_tokens, >= groups).
@@ -496,10 +525,12 @@ class Program:
         x_at, sizes = self._of_groups("x", x, mixer)
         squares_at, rows_of = self._buffers.read("squares", squares)
         if rows_of != TOKENS or squares_at[1] < mixer.groups:
-            raise ValueError(f"squares: must be (max_tokens, at least {mixer.groups}), not {squares_at[1]} columns")
+            raise ValueError(f"squares: must be (max_tokens, at least {mixer.groups}), not {squares_at[1]} "
+                             "columns")
         weight_at = vector("weight", weight, "float32", x_at[1])
         out_at = self._buffers.written("out", out, TOKENS, x_at[1])
-        self._record("norm_groups", TOKENS, (x, weight, squares, out), x=x_at, weight=weight_at, squares=squares_at, eps=float(eps), out=out_at, **sizes)
+        self._record("norm_groups", TOKENS, (x, weight, squares, out), x=x_at, weight=weight_at,
+                     squares=squares_at, eps=float(eps), out=out_at, **sizes)
 
     def _of_groups(self, name: str, x, mixer) -> tuple[tuple[int, int], dict[str, int]]:
         """A buffer of a Mamba layer's heads, and what says to which groups these belong."""
@@ -508,7 +539,8 @@ class Program:
         P = mixer.head_size
         all_heads = mixer.of_heads or mixer.heads
         if rows_of != TOKENS or x_at[1] != H * P or P % 16 or all_heads % mixer.groups or not 0 <= mixer.first_head <= all_heads - H:
-            raise ValueError(f"{name}: must be (max_tokens, {H * P}), of heads of a multiple of 16, in whole groups, not {x_at[1]} columns of {mixer}")
+            raise ValueError(f"{name}: must be (max_tokens, {H * P}), of heads of a multiple of 16, in whole "
+                             f"groups, not {x_at[1]} columns of {mixer}")
         return x_at, {"heads": H, "head_size": P, "first_head": mixer.first_head, "group_heads": all_heads // mixer.groups}
 
     def split_gates(self, x, head_size: int, gates, out) -> None:
@@ -518,11 +550,13 @@ class Program:
         x_at, rows_of = self._buffers.read("x", x)
         gates_at = self._buffers.written("gates", gates, rows_of)
         if gates_at[1] % head_size or x_at[1] <= 2 * gates_at[1]:
-            raise ValueError(f"gates: must have a multiple of {head_size} columns, and x more than twice as many, not {gates_at[1]} and {x_at[1]}")
+            raise ValueError(f"gates: must have a multiple of {head_size} columns, and x more than twice as "
+                             f"many, not {gates_at[1]} and {x_at[1]}")
         out_at = self._buffers.written("out", out, rows_of, x_at[1] - gates_at[1])
         if x_at[0] in (gates_at[0], out_at[0]):
             raise ValueError("out: may not be x")
-        self._record("split_gates", rows_of, (x, gates, out), x=x_at, head_size=head_size, gates=gates_at, out=out_at)
+        self._record("split_gates", rows_of, (x, gates, out), x=x_at, head_size=head_size, gates=gates_at,
+                     out=out_at)
 
     def rope_append(self, qkv, cos, sin, positions, slots, cache, out, *, value_embed=None, gate=None, **options) -> None:
         """decode_core.rope_append at the step's positions and slots: qkv -> out (max_tokens, H * D) and one layer's cache.
@@ -546,7 +580,8 @@ class Program:
         job, max_positions = rope_job(layer, qkv_at, (out_at[0], 0, H), cos, sin, (0, 0),
                                       value_at, gate_at, appends, **options)
         kept = qkv, cos, sin, cache, out, value_embed, gate, options.get("q_norm"), options.get("k_norm")
-        self._record("rope_append", TOKENS, kept, qkv=qkv_at, job=job, max_positions=max_positions, num_pages=pages, group=slots.group, out=out_at)
+        self._record("rope_append", TOKENS, kept, qkv=qkv_at, job=job, max_positions=max_positions,
+                     num_pages=pages, group=slots.group, out=out_at)
 
     def text_attention(self, q, cache, attention, window: int, out, distances=None) -> None:
         """softmax(q k + distances) v of each row over the positions of its text -> out, as wide as q.
@@ -573,7 +608,8 @@ class Program:
         cache_at, cache_kind, pages, Hkv, D, apart = check_cache(cache)
         H, rest = divmod(q_at[1], D)
         if rows_of != TOKENS or rest or H % Hkv or H // Hkv > 16:
-            raise ValueError(f"q: must have H * {D} columns, H a multiple of {Hkv} up to 16 times, not {q_at[1]}")
+            raise ValueError(f"q: must have H * {D} columns, H a multiple of {Hkv} up to 16 times, not "
+                             f"{q_at[1]}")
         if not isinstance(window, int) or not -1 <= window < 2**31:
             raise ValueError(f"window: must be a number of keys, 0 or -1, not {window!r}")
         out_at = self._buffers.written("out", out, rows_of, q_at[1])
@@ -581,11 +617,14 @@ class Program:
         if distances is not None:
             at, _, (_, columns), _ = look_at("distances", distances, FLOAT32, H, None)
             if columns % 2 or columns <= 2 * PAGE_SIZE or cache_kind == CACHE_CODES["uint8"]:
-                raise ValueError(f"distances: must have an even number of columns above {2 * PAGE_SIZE}, and the cache be of floats, not {columns}")
+                raise ValueError(f"distances: must have an even number of columns above {2 * PAGE_SIZE}, and "
+                                 f"the cache be of floats, not {columns}")
             more = {"distances": at, "reach": columns // 2}
-        self._record("paged_attention", TOKENS, (q, cache, out, sinks, distances), q=q_at, cache=cache_at, cache_type=cache_kind, num_pages=pages, heads=H,
-                     kv_heads=Hkv, head_size=D, window=max(window, 0), softcap=check_softcap(softcap), sinks=sinks_at(sinks, H),
-                     group=attention.group, page_stride=apart, of_texts=of_texts, two_sided=two_sided, out=out_at, **more)
+        self._record("paged_attention", TOKENS, (q, cache, out, sinks, distances), q=q_at, cache=cache_at,
+                     cache_type=cache_kind, num_pages=pages, heads=H, kv_heads=Hkv, head_size=D,
+                     window=max(window, 0), softcap=check_softcap(softcap), sinks=sinks_at(sinks, H),
+                     group=attention.group, page_stride=apart, of_texts=of_texts, two_sided=two_sided,
+                     out=out_at, **more)
 
     def pause(self) -> None:
         """Wait while an answer is written elsewhere on this machine, as `pause_while` says."""
@@ -600,7 +639,8 @@ class Program:
         residual_at = self._buffers.read_like_or_none("residual", residual, rows_of, x_at[1])
         handle = handle_of(ranks)
         out_at = self._buffers.written("out", out, rows_of, x_at[1])
-        self._record("all_reduce", rows_of, (x, handle, out, residual), x=x_at, ranks=handle, residual=residual_at, out=out_at)
+        self._record("all_reduce", rows_of, (x, handle, out, residual), x=x_at, ranks=handle,
+                     residual=residual_at, out=out_at)
         if x_at[0] != out_at[0]:
             self._buffers.lose(x_at)
 
@@ -649,8 +689,9 @@ class Program:
         if sampling is not None:
             sampling = sample_arguments(sampling, self.logits)
         reads, write_rows, write_slots = states
-        return self._program.start(token_ids, previous, starts, lengths, tables, logit_rows, sampling, all_rows, reads, write_rows,
-                                   write_slots, list(adapters), list(ahead), list(turns))
+        return self._program.start(token_ids, previous, starts, lengths, tables, logit_rows, sampling,
+                                   all_rows, reads, write_rows, write_slots, list(adapters), list(ahead),
+                                   list(turns))
 
     def finish(self, ticket: int) -> list[int]:
         """Wait for a step, without the GIL -> its tokens, one for each logit row; [] for a step without sampling.
@@ -679,7 +720,8 @@ class Program:
         _, columns = self._buffers.read("x", x, 16)[0]
         if not isinstance(count, int) or not 0 <= count <= columns:
             raise ValueError(f"count: must be 0 or up to {columns} columns, not {count!r}")
-        self._record_row("layer_norm", {"x": x, "weight": weight, "bias": bias, "eps": eps, "out": out}, count=count)
+        self._record_row("layer_norm", {"x": x, "weight": weight, "bias": bias, "eps": eps, "out": out},
+                         count=count)
 
     def _record_row(self, op: str, given: Mapping[str, Any], **options: Any) -> None:
         """Record an op whose row says all that must be checked."""
@@ -697,7 +739,8 @@ class Program:
             elif role != "reads":
                 fields[name] = vector(name, value, "float32", widths[columns])
             elif rows_of:
-                fields[name] = self._buffers.read_like(name, value, rows_of, widths.get(columns) or int(columns))
+                fields[name] = self._buffers.read_like(name, value, rows_of,
+                                                       widths.get(columns) or int(columns))
             else:
                 fields[name], rows_of = self._buffers.read(name, value, 16 if columns.endswith("16") else 1)
                 widths[columns] = fields[name][1]

@@ -207,8 +207,8 @@ def prove_prompts(backend: Any, device: torch.device) -> str:
                 lengths = torch.arange(*spans[number], device=device) + 1
                 got = torch.empty(len(rows), H * D, dtype=dtype, device=device)
                 want = torch.empty(len(rows), H * D, device=device)
-                backend.references.attend(rows.float(), cache.float(), table[number].expand(len(rows), -1), lengths, want, window,
-                                          spec.attention_softcap, extra)
+                backend.references.attend(rows.float(), cache.float(), table[number].expand(len(rows), -1),
+                                          lengths, want, window, spec.attention_softcap, extra)
                 kv = cache.transpose(1, 2)[:, :, prompt.pages.long()].flatten(2, 3)[:, :, :prompt.end - prompt.first]
                 backend.prompts.attend(rows, kv, prompt, got, window, spec.attention_softcap, grouped)
                 if fault := differs(got, want, "the output"):
@@ -356,7 +356,8 @@ def prove_adapters(backend: Any, device: torch.device) -> str:
             out = out[:, :N // 2]
         expected = torch.empty_like(out)
         script.finish_linear(want, expected, activation, residual)
-        backend.adapters.finish(x, norm, y, RowsOfMatrix(backend.adapters.numbers["proof"], rows), out, activation, residual)
+        backend.adapters.finish(x, norm, y, RowsOfMatrix(backend.adapters.numbers["proof"], rows), out,
+                                activation, residual)
         if fault := differs(out, expected, "what is added"):
             return f"{fault} ({str(kind)[6:]})"
     return ""

@@ -89,7 +89,8 @@ class Ranks:
         rows, columns = self._shape(x)
         out_at, _, (_, width), _ = look_at("out", out, FLOAT32, rows, None, writable=True)
         check_gathered(width, columns, self.count)
-        self.handle.exchange(False, rows, (look_at("x", x, FLOAT32, rows, columns)[0], columns), (out_at, width), (0, 0))
+        self.handle.exchange(False, rows, (look_at("x", x, FLOAT32, rows, columns)[0], columns),
+                             (out_at, width), (0, 0))
 
     def poison(self) -> None:
         """Tell the other ranks that this one cannot go on."""
@@ -101,7 +102,8 @@ class Ranks:
     def _shape(self, x) -> tuple[int, int]:
         rows, columns = look_at("x", x, FLOAT32, None, None)[2]
         if not rows * columns or rows * columns * 4 > self.part_bytes:
-            raise ValueError(f"x: must have 4 to {self.part_bytes} bytes, as the ranks' memory was made for, not {4 * rows * columns}")
+            raise ValueError(f"x: must have 4 to {self.part_bytes} bytes, as the ranks' memory was made for, "
+                             f"not {4 * rows * columns}")
         return rows, columns
 
 

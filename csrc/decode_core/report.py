@@ -75,7 +75,8 @@ class Report:
         if why:
             return self.say(f"\n{gpu}: references only, {why}")
         with torch.cuda.device(index):
-            backend = CudaBackend(self.script.plain_sizes(**LARGE | MIXTURE), self.script, kernels, device=device)
+            backend = CudaBackend(self.script.plain_sizes(**LARGE | MIXTURE), self.script, kernels,
+                                  device=device)
             self.with_cuda(backend, lambda: CudaQueue(device), gpu)
 
     def with_cuda(self, backend: Any, make_queue: Callable[[], Any], gpu: str, **sizes) -> None:

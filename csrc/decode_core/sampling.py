@@ -72,8 +72,8 @@ class SampleBatch:
         self.positions = self.records["position"]
         biases = [sorted(p.logit_bias, key=lambda pair: pair[0]) for p in self.params]      # stable: equal ids keep their order
         for i, pairs in enumerate(biases):
-            _require(not pairs or 0 <= pairs[0][0] and pairs[-1][0] < vocab_size, f"rows[{i}].params.logit_bias", pairs,
-                     f"of ids in [0, {vocab_size})")
+            _require(not pairs or 0 <= pairs[0][0] and pairs[-1][0] < vocab_size,
+                     f"rows[{i}].params.logit_bias", pairs, f"of ids in [0, {vocab_size})")
         flat = [pair for pairs in biases for pair in pairs]
         self.bias_ids = numpy.array([token for token, _ in flat], numpy.int32)
         with numpy.errstate(over="ignore"):
@@ -124,8 +124,8 @@ def batch_of(rows, vocab_size: int, last: SampleBatch | None) -> SampleBatch | N
 
 def sample(logits, batch: SampleBatch, tokens=None):
     """logits (B, V) float32, rows may be apart -> tokens (B,) int32. Without `tokens`, the batch's own array gets them."""
-    address, _, (rows, columns), stride = look_at("logits", logits, ("float32",), len(batch.params), batch.vocab_size,
-                                                  rows_apart=True)
+    address, _, (rows, columns), stride = look_at("logits", logits, ("float32",), len(batch.params),
+                                                  batch.vocab_size, rows_apart=True)
     records, count_ids, counts, bias_ids, bias_values, batch_tokens = batch._addresses
     if tokens is None:
         tokens = batch.tokens

@@ -69,7 +69,8 @@ class Matrix:
         if len(codes) == 1:
             self.tiles = arena._arena.allocate(codes[0], rows, columns)
         elif len(codes) != -(-rows // TILE_ROWS) or set(self.kinds) & set(SOURCES):
-            raise ValueError(f"kind: must be one for each of {-(-rows // TILE_ROWS)} tiles, and none of {', '.join(SOURCES)}")
+            raise ValueError(f"kind: must be one for each of {-(-rows // TILE_ROWS)} tiles, and none of "
+                             f"{', '.join(SOURCES)}")
         else:
             self.tiles = arena._arena.allocate_mixed(codes, rows, columns)
         self.rows = rows
@@ -90,8 +91,10 @@ class Matrix:
         """
         code = _kind("source_kind", source_kind)
         if source_kind not in SOURCES and source_kind not in self.kinds:
-            raise ValueError(f"source_kind: {source_kind} blocks fit {source_kind} tiles only, not {self.kind}")
-        address, kind, (rows, columns), stride = look_at("source", source, (*SOURCES.get(source_kind, ()), "uint8"), None, None,
+            raise ValueError(f"source_kind: {source_kind} blocks fit {source_kind} tiles only, not "
+                             f"{self.kind}")
+        address, kind, (rows, columns), stride = look_at("source", source,
+                                                         (*SOURCES.get(source_kind, ()), "uint8"), None, None,
                                                          rows_apart=True)
         raw = _core.row_bytes(code, self.columns)
         expected = raw if kind == "uint8" else self.columns
@@ -107,9 +110,11 @@ class Matrix:
             into = set(self.kinds[first_tile:first_tile + tiles * tile_step:tile_step])
         only_blocks = into & set(FROM_FILES)
         if source_kind in SOURCES and only_blocks:
-            raise ValueError(f"source_kind: nothing here quantizes to {' and '.join(sorted(only_blocks))}: give blocks of a file, not {source_kind}")
+            raise ValueError(f"source_kind: nothing here quantizes to {' and '.join(sorted(only_blocks))}: "
+                             f"give blocks of a file, not {source_kind}")
         if source_kind not in SOURCES and into - {source_kind}:
-            raise ValueError(f"source_kind: {source_kind} blocks fit {source_kind} tiles only, not {' and '.join(sorted(into))}")
+            raise ValueError(f"source_kind: {source_kind} blocks fit {source_kind} tiles only, not "
+                             f"{' and '.join(sorted(into))}")
         row_bytes = stride if kind == "uint8" else stride * raw // self.columns
         self.finite &= self.tiles.fill(address, code, row_bytes, rows, first_tile, tile_step)
 
@@ -129,7 +134,8 @@ def check_matrix(matrix, name: str = "matrix") -> None:
 def embed(matrix: Matrix, ids, out) -> None:
     """Row ids[i] of the matrix -> out[i]; ids (n,) int64, out (n, columns) float32."""
     check_matrix(matrix)
-    out_at, _, (rows, _), stride = look_at("out", out, FLOAT32, None, matrix.columns, rows_apart=True, writable=True)
+    out_at, _, (rows, _), stride = look_at("out", out, FLOAT32, None, matrix.columns, rows_apart=True,
+                                           writable=True)
     ids_at = vector("ids", ids, "int64", rows)
     if rows and not (0 <= int(ids.min()) and int(ids.max()) < matrix.rows):
         raise ValueError(f"ids: each must be a row of the matrix' {matrix.rows}")
@@ -142,7 +148,8 @@ def check_linear(matrix, width: int, norm, bias, activation) -> tuple[tuple[bool
     -> (is there a norm?, address of its weight, eps, address of the bias), the activation's code, the most columns of out
     """
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: must be one of {', '.join(map(repr, ACTIVATIONS))}, not {activation!r}")
+        raise ValueError(f"activation: must be one of {', '.join(map(repr, ACTIVATIONS))}, not "
+                         f"{activation!r}")
     if activation in GATES and matrix.tiles.count % 2:
         raise ValueError(f"matrix: {activation} takes an even number of tiles, not {matrix.tiles.count}")
     if norm is not None and (not isinstance(norm, tuple) or len(norm) != 2):
@@ -173,12 +180,14 @@ def multiply(x, matrix: Matrix, *, norm=None, bias=None, activation=None, residu
     _integer("_groups_at_once", _groups_at_once, 0, LIMIT)
     if activation in GATES and _tiles_at_once % 2:
         raise ValueError(f"_tiles_at_once: must be even for {activation}, not {_tiles_at_once}")
-    out_at, _, (_, width), out_stride = look_at("out", out, FLOAT32, rows, None, rows_apart=True, writable=True)
+    out_at, _, (_, width), out_stride = look_at("out", out, FLOAT32, rows, None, rows_apart=True,
+                                                writable=True)
     if not 1 <= width <= most:
         raise ValueError(f"out: must have 1 to {most} columns, not {width}")
     residual_at = 0
     residual_stride = 0
     if residual is not None:
-        residual_at, _, _, residual_stride = look_at("residual", residual, FLOAT32, rows, width, rows_apart=True)
-    matrix.tiles.multiply(x_at, rows, x_stride, *before, residual_at, residual_stride, code, out_at, out_stride, width, bool(fine),
-                          _tiles_at_once, _groups_at_once)
+        residual_at, _, _, residual_stride = look_at("residual", residual, FLOAT32, rows, width,
+                                                     rows_apart=True)
+    matrix.tiles.multiply(x_at, rows, x_stride, *before, residual_at, residual_stride, code, out_at,
+                          out_stride, width, bool(fine), _tiles_at_once, _groups_at_once)

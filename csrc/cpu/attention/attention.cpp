@@ -1,4 +1,4 @@
-// What surrounds the kernels of rope_append and paged_attention: dividing the work, sharing it out, checking indices.
+// All of rope_append and paged_attention but their kernels: it checks indices, divides the work and shares it out.
 #include "cpu/attention/attention_plan.h"
 
 #include <algorithm>
@@ -13,8 +13,8 @@
 namespace dc {
 namespace {
 
-constexpr int64_t ROWS_AT_ONCE = 16;            // of rope_append: a page, so that few cache lines of K have two writers
-constexpr int64_t RUNS_PER_THREAD = 2, LONGEST_RUN = 2;     // of paged_attention's items, 2 us or more each
+constexpr int64_t ROWS_AT_ONCE = 16;            // rope_append: a page, so that few cache lines of K have two writers
+constexpr int64_t RUNS_PER_THREAD = 2, LONGEST_RUN = 2;     // paged_attention: runs of its items, which take 2 us or more each
 // Less work than about 7 us stays with the caller: it gains little from a helper, and loses much where the helper sleeps or
 // another process has its CPU (measured next to one: 32 rows took 24 us instead of 3.5, attention to 128 positions 9 instead of 4).
 constexpr int64_t ROWS_WORTH_SHARING = 64;
@@ -149,7 +149,7 @@ AttentionPlan::Work AttentionPlan::divide(int window, int head_size, bool of_tex
         }
     }
     // Chunk after chunk over all sequences and heads: an item fetches as many pages of the next as it has itself, so a short
-    // last chunk must not stand before a whole one (16 rows of 264 positions, one thread: 4.5 ms for 30 layers in the order of rows, 3.7 in this one with fetch_keys).
+    // last chunk must not come before a whole one (16 rows of 264 positions, one thread: 4.5 ms for 30 layers in the order of rows, 3.7 in this one with fetch_keys).
     std::stable_sort(work.items.begin(), work.items.end(), [](const AttentionItem& a, const AttentionItem& b) {
         return (a.merge >= 0 ? a.chunk_begin : 0) < (b.merge >= 0 ? b.chunk_begin : 0);
     });

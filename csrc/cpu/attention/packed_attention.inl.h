@@ -1,11 +1,11 @@
 // op       paged_attention over pages of the type q8_0, whose queries, keys and values are turned (turn.inl.h)
 // shapes   q [T, Hq, D] float32 (scaled, turned), pages [P][Hk][2][17 * D] bytes (attention.h) -> out [T, Hq * D] float32, turned back
 // mapping  as paged_attention.inl.h; few queries share each load of K and V
-// cost     17 / 8 * D bytes of cache per (position, kv head); D / 4 integer instructions of 16 lanes per (query, 16 positions) for the
-//          scores, D / 16 multiply-adds per (query, position) for the values
-// numerics a query is rounded to integers by 32, as rows of products are. Of a score the sum of 32 products is exact; the blocks' sums
-//          times both scales are one chain in float32. A value's sum is one chain over the chunk's positions, each weight times the
-//          position's scale rounded once. All else as paged_attention.inl.h says.
+// cost     17 / 8 * D bytes of cache per (position, kv head). Scores take D / 4 integer instructions of 16 lanes per (query, 16
+//          positions), values D / 16 multiply-adds per (query, position)
+// numerics a query is rounded to integers in blocks of 32, as rows of x are for products. A score is a chain in float32 over these blocks:
+//          a block's sum of 32 products is exact, and is multiplied by both scales. A value's sum is one chain over the chunk's
+//          positions; each weight times the position's scale is rounded once. All else as paged_attention.inl.h says
 #include "cpu/attention/attention_states.inl.h"
 #include "cpu/tiles/dots.h"
 

@@ -1,13 +1,14 @@
-// op       paged_attention: softmax(q K^T) V, the scores capped if the job says so, over each row's own pages, for decode rows and for prompt chunks
+// op       paged_attention: softmax(q K^T) V over each row's own pages, for decode rows and for prompt chunks; a job may cap the scores
 // shapes   q [T, Hq, D] float32 (scaled), pages [P][Hk][2][16 * D] (attention.h) -> out [T, Hq * D] float32
-// mapping  one item = (rows of one sequence, kv head, chunks of 256 positions); the Hq / Hk heads of each row are the
-//          item's queries, of which 12 share each load of K and V in registers; in a chunk: all scores, softmax, weighted values
-// cost     2 * D * element size bytes of cache per (position, kv head), read once per item: the limit when decoding;
-//          2 * D fused multiply-adds per (query, position): the limit in prefill
-// numerics float32. A score is one chain over d; a value's sum one chain over the chunk's positions; exp's sum 16 lanes
-//          and a fixed tree. Chunks begin at multiples of 256 and merge in order. So the bits of a row depend on its
-//          own q, K, V and sinks alone: not on batch, threads, tiles or instruction set. Slots that a row does not see are
-//          never used, whatever they hold.
+// mapping  one item = (rows of one sequence, kv head, chunks of 256 positions). The Hq / Hk heads of each row are the item's
+//          queries; 12 of them share each load of K and V in registers. A chunk has all its scores first, then the softmax,
+//          then the weighted values
+// cost     decoding is bound by memory: 2 * D * element size bytes of cache per (position, kv head), read once per item.
+//          Prefill is bound by 2 * D fused multiply-adds per (query, position)
+// numerics float32. A score is one chain over d, a value's sum one chain over the chunk's positions, and the sum of exp 16 lanes
+//          and a fixed tree. Chunks begin at multiples of 256 and merge in order. So the bits of a row depend only on its own
+//          q, K, V and sinks, not on batch, threads, tiles or instruction set. Slots that a row does not see are never used,
+//          whatever they hold
 #include "cpu/attention/attention_states.inl.h"
 
 namespace dc {

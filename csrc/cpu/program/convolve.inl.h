@@ -6,9 +6,9 @@
 namespace dc {
 namespace DC_ISA {
 
-// use(row, taps[0] past[0] + ... + taps[size - 1] own(row)) of rows [begin, end), added up in this order, each product and sum
-// rounded. `past` has what own gave for the size - 1 rows before, the oldest first; it is moved on before `use`. A tap's
-// columns follow the ones of the tap before after `stride` floats.
+// Calls use(row, taps[0] past[0] + ... + taps[size - 1] own(row)) for the rows [begin, end). The sum is made in this order, and each
+// product and sum is rounded. `past` has what own() gave for the size - 1 rows before, the oldest first; it has moved on by a row when
+// `use` is called. From one tap to the next are `stride` floats.
 template <class Own, class Use>
 DC_INLINE void convolve(const float* taps, int64_t stride, int64_t size, int64_t begin, int64_t end, Lanes* past, Own own, Use use) {
     const int64_t before = size - 1;

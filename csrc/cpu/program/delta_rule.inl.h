@@ -1,14 +1,15 @@
 // op       delta_rule: a convolution over p, heads of length 1, the gated delta rule, a gated norm
 // shapes   x [rows][p, z, b, a] -> out [rows][Hv * Dv]; states [slots][Hv][Dk][Dv] and the last size - 1 rows' p
-// mapping  a chunk takes one key head with its value heads, all rows of all sequences. Rows go by in tiles of 32: the convolution
-//          of the tile, its gates, then for 16 to 64 columns of a value head's state all rows of the tile, while these columns
-//          lie in the first cache; last the norm. One row reads its state in its slot and writes it where it is to go
-// cost     4 Dk Dv multiply-adds for each row and value head, in registers. At 32 heads of 128 x 128 with AVX-512, a thread of a busy
-//          machine: 45 to 70 us a row of a prompt; 245 us for a row alone, which reads and writes 2 MiB: 9 and 2 % of a layer of
-//          Qwen3.5-4B in Q4_K
-// numerics float32. r = S^T k, o = S^T q: sums over Dk in order, fused; d = sigmoid(b) (v - g r), each product and sum rounded;
-//          S = fma(k, d, g S), g 0 where it is less than 4e-18. Lengths and norms: squares in 16 lanes, then a fixed tree. The same bits on every instruction set,
-//          however rows are cut
+// mapping  a chunk takes one key head with its value heads, for all rows of all sequences. Rows go by in tiles of 32. A tile has its
+//          convolution, then its gates. Then 16 to 64 columns of a value head's state at a time meet all rows of the tile, while
+//          these columns lie in the first cache. The norm comes last. A row that is alone reads its state from its slot and writes
+//          it straight to its new one
+// cost     4 Dk Dv multiply-adds for each row and value head, in registers. At 32 heads of 128 x 128 with AVX-512, on a thread of a
+//          busy machine: 45 to 70 us a row of a prompt (9 % of a layer of Qwen3.5-4B in Q4_K), and 245 us for a row alone, which
+//          reads and writes 2 MiB (2 %)
+// numerics float32. r = S^T k and o = S^T q are sums over Dk in order, fused. d = sigmoid(b) (v - g r), each product and sum
+//          rounded. S = fma(k, d, g S), where g is 0 if it is less than 4e-18. Lengths and norms: squares in 16 lanes, then a
+//          fixed tree. The bits are the same on every instruction set, and however rows are cut
 #include "cpu/program/convolve.inl.h"
 #include "cpu/program/delta_rule.h"
 
@@ -17,13 +18,13 @@ namespace DC_ISA {
 namespace {
 
 constexpr int64_t TILE = DeltaRule::TILE;
-constexpr int WIDE = REGISTERS >= 32 ? 4 : 1;   // lanes of the state's columns that are kept side by side
+constexpr int WIDE = REGISTERS >= 32 ? 4 : 1;   // so many lanes of the state's columns are in registers at once
 
 // Where a chunk keeps what it computes between its steps.
 struct Chunk {
     const DeltaRows& job;
     const DeltaRule& rule;
-    float *states;              // of each value head [Dk][Dv], in blocks of columns
+    float *states;              // a state [Dk][Dv] for each value head, in blocks of columns
     float *past;                // [size - 1][head_columns]: p of the rows before the tile
     float *u;                   // [TILE][head_columns]: q, k and the value heads' v
     float *gates, *betas;       // [heads_of_key][TILE]
@@ -46,7 +47,7 @@ struct Chunk {
     }
 };
 
-// u = silu of the convolution of `width` columns, which x has from x_at on, p from `channel` on and u from u_at on.
+// u = silu(the convolution), for `width` columns: x's from x_at on are p's from `channel` on, and become u's from u_at on.
 void convolve_part(const Chunk& chunk, int64_t begin, int64_t end, int64_t x_at, int64_t channel, int64_t u_at, int64_t width) {
     const DeltaRule& rule = chunk.rule;
     const StateRows& rows = chunk.job.rows;
@@ -95,7 +96,7 @@ void convolve_tile(const Chunk& chunk, int64_t begin, int64_t end) {
     }
 }
 
-// How much of the state is kept, and how much of what is new goes into it.
+// For each row: which part of the state is kept (gates), and which part of the new values goes into it (betas).
 void find_gates(const Chunk& chunk, int64_t begin, int64_t end) {
     const DeltaRule& rule = chunk.rule;
     for (int64_t of = 0; of < rule.heads_of_key(); of++) {
@@ -104,7 +105,7 @@ void find_gates(const Chunk& chunk, int64_t begin, int64_t end) {
         for (int64_t i = 0; i < end - begin; i++) a[i] = chunk.x(begin + i)[rule.a_at(j)] + rule.dt_bias[j], b[i] = chunk.x(begin + i)[rule.b_at(j)];
         for (int64_t i = 0; i < TILE; i += 16) {
             const Lanes power = all(rule.decay[j]) * softplus(load(a + i));
-            // below 4e-18 it is 0: it would change nothing but make subnormal numbers of the state, which take 100 cycles each
+            // below 4e-18 it is 0. It would change nothing, but turn the state into subnormal numbers, which take 100 cycles each
             store(chunk.gates + of * TILE + i, zero_below(power, all(-40.0f), exp_negative(power)));
             store(chunk.betas + of * TILE + i, sigmoid(load(b + i)));
         }
@@ -126,10 +127,10 @@ void dots(Columns S, int64_t rows, const float* k, Lanes* r) {
     for (int n = 0; n < N; n++) r[n] = sums[n];
 }
 
-// to = g from + k d^T;  o = to^T q;  r = to^T next, of the row that follows, if there is one.
+// to = g from + k d^T;  o = to^T q;  r = to^T next, where `next` is the k of the row that follows, if one does.
 template <int N, bool FOLLOWED>
 void update(Columns from, Columns to, int64_t rows, float g, const float* k, const Lanes* d, const float* q, const float* next, float* o, Lanes* r) {
-    Lanes outs[N], sums[N], added[N];           // not through pointers, which might be of the state: these stay in registers
+    Lanes outs[N], sums[N], added[N];           // not o and r themselves: those might point into the state, so they would not stay in registers
     for (int n = 0; n < N; n++) outs[n] = sums[n] = all(0.0f), added[n] = d[n];
     const Lanes keeps = all(g);
     for (int64_t i = 0; i < rows; i++) {
@@ -198,8 +199,8 @@ void delta_rule(const DeltaRows& job) {
         find_gates(chunk, begin, end);
         for (int64_t of = 0; of < rule.heads_of_key(); of++) {
             int64_t c = 0;
-            // a row alone reads its state from memory, in longer pieces: 245 us at 32 heads of 128 x 128, not 320. Not the last row of
-            // many: the tile before has left the state in pieces of the usual width
+            // A row that is alone reads its state from memory, so it takes pieces twice as wide: 245 us at 32 heads of 128 x 128, not
+            // 320. A last row that is alone in its tile may not: the tile before has left the state in pieces of the usual width.
             for (; job.rows.end - job.rows.begin == 1 && c + 32 * WIDE <= rule.value_size; c += 32 * WIDE) recur<2 * WIDE>(chunk, begin, end, of, c);
             for (; c + 16 * WIDE <= rule.value_size; c += 16 * WIDE) recur<WIDE>(chunk, begin, end, of, c);
             for (; c < rule.value_size; c += 16) recur<1>(chunk, begin, end, of, c);

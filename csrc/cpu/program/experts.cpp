@@ -1,4 +1,4 @@
-// What of experts.h is no chunk of rows: what is made when a layer is recorded, and `group`.
+// The parts of experts.h that are no chunks of rows: what is made when a layer is recorded, and `group`.
 #include "cpu/program/experts.h"
 
 #include <algorithm>

@@ -1,11 +1,11 @@
 // op       mamba2: a state that decays, takes up dt v B^T, and is read by C; a gate
 // shapes   x [rows][z, p, dt], u [rows][v, B, C] -> out [rows][H * P]; states [slots][H][N][P]
-// mapping  a chunk takes some heads, of each all rows of all sequences. A state lies in the caller's memory from row to row; one
-//          row reads it in its slot and writes it where it is to go
-// cost     2 N P multiply-adds and N P products for each row and head: 0.3 us at 64 x 128 and 2.6 GHz estimated, with AVX-512. One
-//          row: the states are read and written once, 3 MiB at 48 such heads
-// numerics float32. S = fma(B, dt v, decay S); y = S C: a sum over N in order, fused; fma(skip, v, y) * silu(z). The same bits on
-//          every instruction set, however rows are cut
+// mapping  a chunk takes some heads, each with all rows of all sequences. Between rows a state lies in the caller's memory. A row that
+//          is alone reads it from its slot and writes it straight to its new one
+// cost     2 N P multiply-adds and N P products for each row and head: by estimate 0.3 us at 64 x 128 and 2.6 GHz, with AVX-512. A row
+//          that is alone reads and writes the states once: 3 MiB at 48 such heads
+// numerics float32. S = fma(B, dt v, decay S). y = S C is a sum over N in order, fused. out = fma(skip, v, y) * silu(z). The bits are the
+//          same on every instruction set, and however rows are cut
 #include "cpu/program/mamba2.h"
 
 #include "cpu/lanes.h"
@@ -14,9 +14,9 @@ namespace dc {
 namespace DC_ISA {
 namespace {
 
-constexpr int WIDE = REGISTERS >= 32 ? 4 : 2;   // lanes of the state's columns that are kept side by side
+constexpr int WIDE = REGISTERS >= 32 ? 4 : 2;   // so many lanes of the state's columns are in registers at once
 
-// What one row does to 16 * COUNT columns of a state from `from` to `to`, which may be the same, and their part of out.
+// One row's step for 16 * COUNT columns of a state, and their part of out. The state goes from `from` to `to`, which may be the same.
 template <int COUNT>
 void advance(const Mamba2Rows& job, int64_t row, int64_t column, const float* from, float* to, float decay, float dt) {
     const Mamba2& layer = *job.layer;

@@ -120,7 +120,7 @@ void route(const float* logits, int64_t experts, int64_t chosen, bool sum_to_one
     for (int64_t j = 0; j < chosen; j++) shares[j] = exp_negative(shares[j] - largest) / total;
 }
 
-// Leaves scores only to the groups whose two best have the largest sum, of equal ones to the first.
+// Takes the scores of all groups away but those `kept` whose two best experts have the largest sum. Of equal groups the first stays.
 void keep_groups(float* scores, int64_t experts, int64_t groups, int64_t kept) {
     float best[MAX_EXPERTS];
     int32_t ids[MAX_EXPERTS];
@@ -135,7 +135,7 @@ void keep_groups(float* scores, int64_t experts, int64_t groups, int64_t kept) {
         if (best[e / each] < __builtin_inff()) scores[e] = -__builtin_inff();
 }
 
-// Shares are divided by e^(the largest logit) too if that is below 0, so that not all of them vanish.
+// With sum_to_one, if all logits are below 0, each share is first divided by e^(the largest logit), so that not all of them vanish.
 void route_sigmoids(const float* logits, const SigmoidRouter& router, int64_t experts, int64_t chosen, int32_t* ids, float* shares) {
     float scores[MAX_EXPERTS];
     for (int64_t e = 0; e < experts; e++) scores[e] = sigmoid(logits[e]) + (router.bias ? router.bias[e] : 0.0f);
@@ -156,7 +156,7 @@ void route_sigmoids(const float* logits, const SigmoidRouter& router, int64_t ex
     for (int64_t j = 0; j < chosen; j++) shares[j] = shares[j] / total * router.scale;
 }
 
-// Those above an expert have been chosen before it.
+// The experts above an expert are those that were chosen before it.
 void route_sparse(const float* logits, float farthest, int64_t experts, int64_t chosen, int32_t* ids, float* shares) {
     choose(logits, experts, chosen, ids);
     float near[MAX_EXPERTS];
@@ -193,11 +193,11 @@ void add_up(const float* const* parts, int64_t count, const float* x, int64_t co
     }
 }
 
-// own(x) of each row goes in, use(x, total) comes out; x is the row's from that column on. Rows go by in tiles, so that all columns
-// find their pages in the cache: rows lie far apart.
+// The convolution of columns [first, last): own(x) of each row goes in, and use(x, total) is what comes out, where x is the row from that
+// column on. Rows go by in tiles: they lie far apart, and so all columns of a tile find their pages in the cache.
 template <class Own, class Use>
 DC_INLINE void convolve_columns(const ConvRows& conv, int64_t first, int64_t last, Own own, Use use) {
-    constexpr int64_t TILE = MAX_TAPS;          // at least: only the first tile reads a state, which the second might find overwritten
+    constexpr int64_t TILE = MAX_TAPS;          // no less: only the first tile may read a state, as a later one might find it overwritten
     const StateRows& rows = conv.rows;
     const int64_t columns = conv.columns, before = conv.size - 1;
     for (int64_t begin = rows.begin; begin < rows.end; begin += TILE) {
@@ -239,7 +239,7 @@ void gated_add(const float* x, const float* added, float gate, int64_t columns, 
     for (int64_t c = 0; c < columns; c += 16) store(out + c, load(x + c) + share * load(added + c));
 }
 
-// Four ranks of A and ROWS rows of x at a time: each number that is read takes part in several products.
+// Four ranks of A and ROWS rows of x at a time, so that each number that is read is used in several products.
 template <int ROWS, class T>
 DC_INLINE void shrink_four(const T* a, int64_t columns, const float* const* x, const float* scales, float* const* u, int64_t rank) {
     Lanes sums[ROWS][4];

@@ -94,8 +94,8 @@ struct Ranks::Head {
 };
 
 struct Ranks::Line {
-    alignas(64) std::atomic<uint32_t> come;             // to this phase; what the others wait for
-    std::atomic<uint32_t> sleepers;                     // how many of them sleep on it
+    alignas(64) std::atomic<uint32_t> come;             // the last phase that it came to; the others wait for this
+    std::atomic<uint32_t> sleepers;                     // how many of the others sleep on `come`
     std::atomic<int64_t> bytes[2];                      // of its part in this phase and in the one before
     std::atomic<int32_t> cpu;                           // where it came to this phase
     alignas(64) std::atomic<int32_t> process;           // 0: has not joined
@@ -204,7 +204,7 @@ void Ranks::sleep_until(int other) {
     }
 }
 
-// A process that its parent has not waited for yet has ended, too: kill() would still find it.
+// A process whose parent has not waited for it yet has ended too, although kill() would still find it.
 bool Ranks::has_ended(int of) const {
     const pid_t process = line(of).process.load();
     if (!process) return false;                         // it starts; patience bounds how long

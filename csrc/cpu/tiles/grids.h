@@ -1,26 +1,27 @@
-// Types whose files store numbers of entries of a grid (grids.def): IQ2_*, IQ3_*, IQ1_*. Their tiles keep these numbers, so that they
-// take about what the file takes; a product makes codes of 256 columns of a tile, a byte each, in the L1 cache, for all rows of x
-// that meet them (`Expanded`, multiply_expanded in tiles.inl.h).
+// Types whose weights are looked up in a grid (grids.def): IQ2_*, IQ3_*, IQ1_*. Their files store the numbers of the grid's entries, and
+// so do their tiles, which are therefore about as large as the file. A product turns 256 columns of a tile into codes, a byte each, in
+// the L1 cache, for all rows of x that meet them (`Expanded`, multiply_expanded in tiles.inl.h).
 //
-// layout   a block of 32 columns of a tile, EACH columns an entry, n = 0 .. 32 / EACH - 1:
-//              low bytes of the numbers [n][16]
-//              SIGNED: 64 B of signs: of byte k % 4 of lane r, bit k / 4 is column k's
-//              more bits of the numbers [HIGH][n] u16, bit r = row r; of IQ1_* nibbles [n / 2][16], the upper ones entry n | 1's: three bits
-//              more, and the sign of what is added to 8 columns
-// mapping  a load from the grid for each entry, whose 8 columns of 16 rows are shuffled into words of 4; with VBMI a grid lies in registers,
-//          as two bytes of digits for an entry, and 64 entries are looked up at once. One row of x with AVX2: looked_up_row.inl.h; more
-//          than 8 with AVX-512: tile_pairs.inl.h
-// cost     of 32 columns: with VBMI 18 to 44 cycles on Zen 5, on Zen 4 45 to 47 and 85 to 100 of IQ1_*; by loads 46 to 90 on Zen 5, where an entry took
-//          GCC's three instructions for its number
-// numerics a code is a weight's integer plus 2^OFFSET_SHIFT, as everywhere: the entry plus that, or that minus the entry where the
-//          weight is negative. Scales are odd numbers, 1 .. 31, times one of 256 columns (OddScales), so x comes in steps (tiles.h): a group's
-//          integer sum is at most 256 * 62 * 31 * 127 < 2^26, and its high bytes have another one
+// layout   a block of 32 columns of a tile. An entry is EACH columns; n = 0 .. 32 / EACH - 1 counts them:
+//              [n][16] u8: the low byte of each number
+//              SIGNED: 64 B of signs. Bit k / 4 of byte k % 4 of lane r is the sign of column k
+//              [HIGH][n] u16: the numbers' other bits; bit r is that of row r
+//              IQ1_* instead: [n / 2][16] u8, two nibbles each, the upper one entry n | 1's. A nibble is three bits of the number, and
+//              the sign of what is added to the entry's 8 columns
+// mapping  one load from the grid for each entry; the 8 columns of 16 rows are then shuffled into words of 4 columns. With VBMI a grid lies
+//          in registers, two bytes of digits an entry, and 64 entries are looked up at once. One row of x with AVX2 has
+//          looked_up_row.inl.h; more than 8 rows with AVX-512 have tile_pairs.inl.h
+// cost     32 columns: with VBMI 18 to 44 cycles on Zen 5; on Zen 4 45 to 47, and 85 to 100 for IQ1_*. With loads 46 to 90 on Zen 5, where
+//          GCC took three instructions for an entry's number
+// numerics a code is a weight's integer plus 2^OFFSET_SHIFT, as everywhere: here plus or minus the entry, by the weight's sign. A scale is an
+//          odd number, 1 .. 31, times one float for 256 columns (OddScales), so x comes in steps (tiles.h). A group's integer sum is at most
+//          256 * 62 * 31 * 127 < 2^26; the high bytes of x have another sum
 // A part of formats.h, which includes it after what all types have in common.
 #pragma once
 
 namespace dc {
 
-// Entries as bytes: the magnitudes of 8 columns, or of 4; of IQ1_* codes, whose sign takes 2 away.
+// Entries as bytes: the magnitudes of 8 columns or of 4. IQ1_* has codes instead, from which a sign takes 2 away.
 template <int EACH, int COUNT>
 struct alignas(64) Grid { uint64_t of[COUNT]; };
 
@@ -31,7 +32,8 @@ extern const Grid<4, 256> GRID_IQ3_XXS;
 extern const Grid<4, 512> GRID_IQ3_S;
 extern const Grid<8, 2048> GRID_IQ1;
 
-// The same entries as digits, the lower 8 of their 16 or 12 bits and the others, and the magnitude of each digit, plus 2^OFFSET_SHIFT.
+// The same entries as digits. An entry is 16 or 12 bits: `low` has the lower 8, `high` the others. `magnitudes` has the magnitude of each
+// digit, plus 2^OFFSET_SHIFT.
 template <int COUNT>
 struct alignas(64) Digits { uint8_t low[COUNT], high[COUNT], magnitudes[64]; };
 
@@ -44,21 +46,21 @@ extern const Digits<2048> DIGITS_IQ1;
 
 namespace DC_ISA {
 
-// 8 signs of which a file stores 7: the eighth makes the number of minuses even.
+// 8 signs from the 7 that a file stores: the eighth makes the number of minuses even.
 static inline int eight_signs(int seven) { return seven | (__builtin_popcount(unsigned(seven)) & 1) << 7; }
 
 #if defined(__AVX2__)
 
-// 16 bytes of nibbles -> the upper bits, in their places, of 16 numbers: entry n's.
+// 16 bytes of nibbles -> the upper bits of the numbers of entry N, in their places, for 16 rows.
 template <int N>
 DC_INLINE __m256i upper_of_nibbles(const uint8_t* nibbles) {
     const __m256i both = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles + N / 2 * 16)));
-    return _mm256_slli_epi16(both, N % 2 ? 4 : 8);          // and above and below them other bits
+    return _mm256_slli_epi16(both, N % 2 ? 4 : 8);          // other bits remain above and below them
 }
 
 #endif
 
-// Of 16 entries of a grid: their numbers, of which low bytes and more bits lie apart, the planes of these STEP bytes from each other.
+// The numbers of 16 entries, from their low bytes and the planes of their other bits, which lie STEP bytes from each other.
 template <int HIGH, int STEP>
 DC_INLINE void numbers_of(const uint8_t* low, const uint8_t* high, uint16_t* to) {
 #if defined(__AVX2__)
@@ -86,8 +88,8 @@ DC_INLINE void numbers_of(const uint8_t* low, const uint8_t* high, uint16_t* to)
 
 #if defined(__AVX2__)
 
-// Entries of two or four numbers that lie side by side in memory. Assembler: GCC takes three instructions for a number where one and a half
-// suffice, and with many at once keeps them in memory.
+// The entries of two or four numbers that lie side by side in memory. It is assembler because GCC takes three instructions for a number where
+// one and a half suffice, and keeps many numbers in memory.
 template <class Number>
 struct TwoNumbers { Number of[2]; };
 template <class Number>
@@ -273,7 +275,7 @@ private:
 #define DC_VBMI __attribute__((target("avx512vbmi")))
 #define DC_VBMI_INLINE static inline __attribute__((always_inline, target("avx512vbmi")))
 
-// Of 64 numbers, each in a byte and (from its eighth on) a bit of each mask, the byte of a table.
+// The bytes of a table at 64 numbers. A number is a byte and, where it has more than 8 bits, a bit of each mask.
 template <int COUNT>
 DC_VBMI_INLINE __m512i bytes_of(const uint8_t* table, __m512i numbers, const __mmask64* bits) {
     if constexpr (COUNT == 128) return _mm512_permutex2var_epi8(_mm512_load_si512(table), numbers, _mm512_load_si512(table + 64));
@@ -285,7 +287,7 @@ DC_VBMI_INLINE __m512i bytes_of(const uint8_t* table, __m512i numbers, const __m
 
 struct alignas(64) Places { uint8_t of[64]; };
 
-// Entry N's digits in lane r: of row r the byte of `low` four times, or those of `low` and `high` twice.
+// Puts entry N's digits of row r into lane r: the byte of `low` four times, or (`both`) the bytes of `low` and `high` twice.
 constexpr Places places_of(int n, bool both) {
     Places places = {};
     for (int i = 0; i < 64; i++) places.of[i] = uint8_t(16 * n + i / 4 + (both && i % 2 ? 64 : 0));
@@ -294,7 +296,7 @@ constexpr Places places_of(int n, bool both) {
 template <int N, bool BOTH>
 inline constexpr Places PLACES = places_of(N, BOTH);
 
-// Of each lane the bytes that begin at bits 0, STEP, 2 STEP and 3 STEP.
+// Takes from each lane the bytes that begin at its bits 0, STEP, 2 STEP and 3 STEP.
 constexpr Places shifts_of(int step) {
     Places shifts = {};
     for (int i = 0; i < 64; i++) shifts.of[i] = uint8_t(i / 4 % 2 * 32 + i % 4 * step);
@@ -360,8 +362,8 @@ DC_VBMI_INLINE void expand_in_registers(const uint8_t* quants, uint8_t* to) {
 
 #endif
 
-// The same type with its codes as bytes and its scales as they are multiplied, aligned: f32 [16], what these share; i16 [8][16][2], the factors of
-// 16 columns; then the codes [8][8][64].
+// Type F as products take it: codes are bytes, scales are integer factors, and all is aligned. f32 [16], what the scales share; i16 [8][16][2], the
+// factors, one for 16 columns; then the codes [8][8][64].
 template <class F>
 struct Expanded : F {
     static constexpr int64_t FACTORS = 64, SCALE_BYTES = FACTORS + 64 * F::BLOCKS, BYTES = 512;
@@ -374,7 +376,8 @@ struct Expanded : F {
     DC_INLINE Whole factors(const uint8_t* group, int i) { return load_whole(group + FACTORS + 64 * i); }
 };
 
-// Scales of 4 bits, which stand for odd numbers: d * (2 s + 1) / OF. Of 16 columns, two in a byte, or of 32, of blocks i and i + 1.
+// Scales of 4 bits s, which stand for odd numbers: d * (2 s + 1) / OF. Two lie in a byte: those of a block's two times 16 columns (PARTS_ = 2),
+// or those of blocks i and i + 1, of 32 columns each.
 template <int OF, int PARTS_>
 struct OddScales {
     static constexpr int64_t BLOCKS = 8, SCALE_BYTES = 32 + 64 * PARTS_;     // d f16 [16]; u8 [4 PARTS][16]
@@ -387,7 +390,7 @@ struct OddScales {
         both = uint8_t((both & ~(15 << shift)) | s << shift);
     }
     DC_INLINE Lanes shared(const uint8_t* group) { return halves(group) * all(1.0f / OF); }
-    DC_INLINE Whole factors(const uint8_t* group, int i) {                   // where they are of 32 columns, two equal ones
+    DC_INLINE Whole factors(const uint8_t* group, int i) {                   // two equal ones where a scale is for 32 columns
         const uint8_t* const nibbles = group + 32 + 16 * (i * PARTS_ / 2);
         if constexpr (PARTS_ == 2) return odd_pairs<0, 1>(nibbles);
         else return i % 2 ? odd_pairs<1, 1>(nibbles) : odd_pairs<0, 0>(nibbles);

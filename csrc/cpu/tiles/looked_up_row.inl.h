@@ -1,12 +1,12 @@
-// One row of x times a tile whose type is looked up in a grid (grids.h), with registers of 256 bits: with AVX2, and with AVX-512 where it is
-// the faster way, of IQ1_* and without VBMI.
+// One row of x times a tile whose type is looked up in a grid (grids.h), in registers of 256 bits. It is for AVX2, and for AVX-512 where it is
+// faster: for IQ1_*, and without VBMI.
 //
-// mapping  a register has 8 columns of 4 rows of the tile: 0, 1, 4, 5 or 2, 3, 6, 7 of eight, as unpacking leaves their signs. Magnitudes go
-//          from the grid to the dot product without codes in between, and x takes the signs. Pairs of products are widened by the scales that
-//          they are multiplied by, and sums stay as they lie until the end of 256 columns
-// cost     of 32 columns with AVX2 on Zen 4, measured while x came in blocks: 63 to 81 cycles of IQ2_*, 106 and 119 of IQ3_*, 69 and 80 of
-//          IQ1_*. Looking up alone takes 41 to 44 of these, and 76 of IQ3_*, whose 8 columns are two entries: two and a half instructions for an entry, its
-//          number included
+// mapping  a register has 8 columns of 4 rows of the tile: of eight rows 0, 1, 4, 5 or 2, 3, 6, 7, as unpacking leaves their signs. Magnitudes go
+//          from the grid straight to the dot product, and x takes the signs. Pairs of products are widened by the multiplication with their
+//          scales. Sums stay in this order until the end of 256 columns
+// cost     32 columns with AVX2 on Zen 4, measured while x came in blocks: 63 to 81 cycles for IQ2_*, 106 and 119 for IQ3_*, 69 and 80 for IQ1_*.
+//          Of these the look-up takes 41 to 44, and 76 for IQ3_*, where 8 columns are two entries. An entry takes two and a half
+//          instructions, its number included
 // numerics the exact integer sums of the other kernels (step_rows)
 // A part of tiles.inl.h.
 #pragma once
@@ -59,14 +59,14 @@ DC_INLINE void add_scaled_pairs(__m256i pairs, __m256i factor, __m256i& sum) {
 // A row's sums of 256 columns with one of its bytes.
 struct LookedUpSums {
     __m256i products[4];                // of magnitudes: two words for each of rows 0, 1, 4, 5; 2, 3, 6, 7; 8 ..
-    Whole signs, x;                     // IQ1_*: what the signs of 8 columns add, and what the codes' offset is times
+    Whole signs, x;                     // IQ1_*: what the signs of 8 columns add, and what the codes' offset is multiplied by
 };
 
-// IQ1_*: what each sign of 8 columns adds, the sum of their x or minus it, and the sums of x, which the offset takes back.
+// IQ1_*: each sign adds the sum of its 8 columns' x, or minus it. The sums of x are for taking the codes' offset back.
 template <class F>
 DC_INLINE void take_offsets(const uint8_t* quants, Whole factors, const int8_t* x, const int16_t* x_sums, LookedUpSums& to) {
     const __m256i bytes = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)), _mm256_set1_epi8(-128));
-    alignas(32) int64_t sums[4];                                        // of 8 columns of x
+    alignas(32) int64_t sums[4];                                        // a sum for each 8 columns of x
     _mm256_store_si256(reinterpret_cast<__m256i*>(sums), _mm256_sub_epi64(_mm256_sad_epu8(bytes, _mm256_setzero_si256()), _mm256_set1_epi64x(1024)));
     const auto signed_sum = [&](auto n) __attribute__((always_inline)) {    // of 16 rows, at most 8 * 127
         constexpr int N = decltype(n)::value;

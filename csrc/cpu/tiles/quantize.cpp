@@ -1,9 +1,9 @@
 // op       quantize_block: floats -> one GGUF block of a quantized type
 // cost     one thread, a value: 1 to 4 ns; where the scale is searched 50 (q4_k, q5_k), 90 (iq4_nl, iq4_xs) and 160 (q6_k)
-// numerics q8_0, q4_0, q4_1, q5_0, q5_1, mxfp4 as ggml's reference, operation for operation, so equal to gguf.quants.quantize. The
-//          others have no reference that is fast; here the scale (and minimum) with the least squared error is taken of some
-//          candidates, each fitted by least squares to the codes that it gives, larger values weighing more. A value that is not
-//          finite gives some integer.
+// numerics q8_0, q4_0, q4_1, q5_0, q5_1, mxfp4 follow ggml's reference operation for operation, so they equal gguf.quants.quantize.
+//          The others have no reference that is fast. Here some scales (and minimums) are tried: each is fitted by least squares to
+//          the codes that it gives, larger values weighing more, and the one with the least error is taken. A value that is not
+//          finite gives some integer
 #include <algorithm>
 #include <cstring>
 
@@ -133,7 +133,7 @@ void quantize_u4(const float* x, int count, uint8_t* to) {
     }
 }
 
-// ---- by search: the scale (and minimum) of some candidates that leaves the least weighted squared error
+// ---- by search: some scales (and minimums) are tried, and the one with the least weighted squared error is taken
 
 float weight_of(float x, float mean_square) { return __builtin_sqrtf(mean_square) + __builtin_fabsf(x); }
 
@@ -143,7 +143,7 @@ float mean_square_of(const float* x, int count) {
     return sum / float(count);
 }
 
-constexpr int CANDIDATES = 9;           // scales from 0.9 to 1.1 of what the largest value would have
+constexpr int CANDIDATES = 9;           // scales from 0.9 to 1.1 times the one that the largest value asks for
 
 // x = scale * code + minimum with codes 0 .. most and minimum <= 0.
 Line fit_line(const float* x, int count, int most, uint8_t* codes) {
@@ -174,7 +174,7 @@ Line fit_line(const float* x, int count, int most, uint8_t* codes) {
     return best;
 }
 
-// x = scale * level, both of either sign; level(y) is the level next to y, and the largest value's is near `reach`.
+// x = scale * level, where both may have either sign. level(y) is the level next to y; the largest value's level is near `reach`.
 template <class Level>
 float fit_scale(const float* x, int count, float reach, Level level) {
     float largest = 0;

@@ -1,15 +1,18 @@
-// Four rows of x, a set, times two tiles whose codes were made bytes before (Unpacked), with registers of 512 bits: products of many rows, of any
-// type whose scales are not whole numbers (folded.inl.h has those).
+// Products of many rows, in registers of 512 bits: a set (four rows of x) times two tiles whose codes were turned into bytes beforehand (Unpacked).
+// It is for all types whose scales are not whole numbers; folded.inl.h has those.
 //
-// mapping  sums of two tiles and four rows in eight registers, their totals in eight more: each word of x is broadcast once for two dot products,
-//          each register of codes read once for four. With one tile and eight rows (q_rows) every dot product reads x itself, and loads are what
-//          there is too little of: two a cycle, as dot products
-// cost     of 32 columns on Zen 5, 4096 multiply-adds, alone in the first cache: 43 cycles, of types with two scales 51 (q_rows 47 and 57); with fine
-//          planes in 8 % of the blocks of x 47 and 56 (q_rows 56 and 67), as a plane costs its own row alone. 64 dot products are 32 cycles
-//          there; on Zen 4, where they are 64 cycles, 84 and 99: dot products, multiplications and fused multiply-adds share two pipes of 256 bits,
-//          80 and 96 cycles of them, and 8 more with minimums, so nothing else costs time. Products of 128 rows there, fine planes in 5 % of the
-//          blocks, codes made included, against q_rows: Q4_K 9 % faster, Q4_1 9 %, Q6_K 12 %, Q8_0 23 %; of 16 rows as fast
-// numerics those of q_rows. A row without a fine plane gets nothing from another's
+// mapping  eight registers have the sums of two tiles and four rows, eight more their totals. So each word of x is broadcast once for two dot
+//          products, and each register of codes is read once for four. With one tile and eight rows (q_rows) every dot product would read x, but
+//          a core can do only two loads a cycle, as many as dot products
+// cost     32 columns, which are 4096 multiply-adds, when all lies in the first cache. The second number is for types with two scales.
+//              Zen 5                                     43 and 51 cycles (q_rows 47 and 57)
+//              Zen 5, 8 % of x's blocks have fine planes 47 and 56 cycles (q_rows 56 and 67): here a plane costs time for its own row alone
+//              Zen 4                                     84 and 99 cycles
+//          The 64 dot products are 32 cycles on Zen 5 and 64 on Zen 4. There dot products, multiplications and fused multiply-adds share two pipes of
+//          256 bits and take 80 and 96 cycles of them, and 8 more with minimums: nothing else costs time.
+//          Whole products of 128 rows on Zen 4, the making of codes included and fine planes in 5 % of the blocks, against q_rows: Q4_K and Q4_1 9 %
+//          faster, Q6_K 12 %, Q8_0 23 %. Products of 16 rows are as fast
+// numerics those of q_rows. A row without a fine plane gets nothing from another row's
 // A part of tiles.inl.h.
 #pragma once
 
@@ -20,9 +23,9 @@ namespace {
 #if defined(__AVX512F__)
 
 constexpr bool EXPANDED_PAIRS = true;
-constexpr int64_t PAIR_BLOCKS = 16;                 // of both tiles, whose codes lie in the first cache together
+constexpr int64_t PAIR_BLOCKS = 16;                 // so many blocks of both tiles have their codes in the first cache together
 
-// From so many rows on it is faster: where codes are made before in any case, 8 are as fast either way.
+// It is faster from so many rows on. Where codes are made beforehand in any case, 8 rows are as fast either way.
 template <class F>
 constexpr int64_t PAIR_LEAST_ROWS = F::EXPANDS ? 9 : F::WHOLE_SCALES ? 17 : 25;
 
@@ -73,7 +76,7 @@ DC_INLINE __m512i word_of(const void* p) {          // in all lanes
     return _mm512_set1_epi32(word);
 }
 
-// low, high += chunks [FIRST, END) of both tiles' bytes times one row's values.
+// low += chunks [FIRST, END) of the first tile's bytes times one row's values; high += the same of the second tile's.
 template <int FIRST, int END>
 DC_INLINE void dot_row(const uint8_t* first, const uint8_t* second, const int8_t* x, __m512i& low, __m512i& high) {
 #pragma GCC unroll 8
@@ -84,7 +87,7 @@ DC_INLINE void dot_row(const uint8_t* first, const uint8_t* second, const int8_t
     }
 }
 
-// The same of the four rows of a set, STRIDE apart: sums [tile][row].
+// The same for the four rows of a set, which lie STRIDE apart.
 template <int FIRST, int END, int STRIDE>
 DC_INLINE void dot_rows(const uint8_t* first, const uint8_t* second, const int8_t* x, __m512i (&sum)[PAIR][SET_ROWS]) {
 #pragma GCC unroll 8
@@ -118,7 +121,8 @@ DC_INLINE void each_flagged(uint32_t flags, Each each) {
     });
 }
 
-// Where both planes make one sum (!FINE_APART): of the rows that have a fine one, 256 times the first plane's and this one's, and x's scale / 256.
+// For types whose two planes make one sum (!FINE_APART). Rows with a fine plane get the sum 256 * the first plane's + the fine plane's, and the
+// scale of x / 256.
 template <class E>
 DC_INLINE void add_fine_sums(const uint8_t* const (&group)[PAIR], int i, const int8_t* fine, const PanelSet* set, uint32_t flags, float (&scales)[SET_ROWS],
                              __m512i (&sum)[PAIR][SET_ROWS]) {
@@ -132,7 +136,7 @@ DC_INLINE void add_fine_sums(const uint8_t* const (&group)[PAIR], int i, const i
     });
 }
 
-// Part PART of a block onto the totals.
+// Adds part PART of a block to the totals.
 template <class E, int PART>
 DC_INLINE void add_part(const uint8_t* const (&group)[PAIR], int i, const int8_t* x, const PanelSet* set, uint32_t flags, Lanes (&total)[PAIR][SET_ROWS]) {
     __m512i sum[PAIR][SET_ROWS];
@@ -152,7 +156,7 @@ DC_INLINE void add_part(const uint8_t* const (&group)[PAIR], int i, const int8_t
     }
 }
 
-// What add_part adds, of row R's fine plane, onto that row's totals.
+// Does for row R's fine plane what add_part does for the first plane.
 template <class E, int PART, int R>
 DC_INLINE void add_fine_part(const uint8_t* const (&group)[PAIR], int i, const int8_t* fine, const PanelSet* set, Lanes (&total)[PAIR][SET_ROWS]) {
     __m512i sum[PAIR];
@@ -163,7 +167,7 @@ DC_INLINE void add_fine_part(const uint8_t* const (&group)[PAIR], int i, const i
     }
 }
 
-// What comes to the second cache meanwhile: of each tile so many bytes with each block.
+// What is fetched into the second cache meanwhile: so many bytes of each tile with each block.
 struct Fetching {
     const uint8_t* from[PAIR];
     int64_t bytes;
@@ -173,7 +177,7 @@ struct Fetching {
     }
 };
 
-// Rows row .. row + 3 of the panel, a set, onto y [2][4][16], the sums so far.
+// Adds rows row .. row + 3 of the panel, which are a set, to y [2][4][16], the sums so far.
 template <class E>
 __attribute__((noinline)) void pair_rows(const uint8_t* first, const uint8_t* second, int64_t blocks, Fetching& fetching, const PanelBlock* panel, int row,
                                          float* y, float* other_y) {

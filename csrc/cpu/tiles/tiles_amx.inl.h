@@ -1,11 +1,11 @@
-// op       multiply through AMX's tile registers: panels of 16 rows of x times q tiles; types whose x comes in steps go by
-//          tiles_amx_steps.inl.h, all others, and rows too few, by the kernels of VNNI
-// shapes   a unit = 16 rows of x, 16 rows of weights, a block of 32 columns: A = x8 or fine [16][32], B = codes [8][64], C = sums
-//          int32 [16][16]. A block in which a row has a fine plane is two units
-// mapping  as tiles.inl.h: a tile's weights meet one panel after another; the totals of 16 rows stay in 16 registers
-// cost     a unit takes 16 cycles of the tile registers and 47 of vector instructions, of which, next to tiles, only one per cycle of
-//          the expensive ones (fma, mul, conversions) runs; hence sums become floats by an addition (to_floats_cheaply). A sum is
-//          stored LAG units after its product and scaled a unit later; nibbles become bytes a block before their product
+// op       multiply through AMX's tile registers: panels of 16 rows of x times the q tiles of `is_wide`. Types whose x comes in steps
+//          have tiles_amx_steps.inl.h; all other types, and products of too few rows, have the kernels of VNNI
+// shapes   a unit = 16 rows of x, 16 rows of weights and a block of 32 columns: A = x8 or fine [16][32], B = codes [8][64], C = sums
+//          int32 [16][16]. A block in which any row has a fine plane is two units
+// mapping  as tiles.inl.h: a tile's weights meet one panel after another. The totals of 16 rows stay in 16 registers
+// cost     a unit takes 16 cycles of the tile registers and 47 of vector instructions. Next to tiles only one expensive instruction
+//          (fma, mul, conversions) runs per cycle, so sums become floats by an addition (to_floats_cheaply). A sum is stored LAG
+//          units after its product and scaled a unit later; nibbles become bytes a block before their product
 // numerics those of every instruction set (tiles.h): integer sums are exact, and each row's floats are added in the same order
 #include "cpu/lanes.h"
 #include "cpu/tiles/dots.h"
@@ -31,11 +31,11 @@ namespace dc {
 namespace DC_ISA {
 namespace {
 
-constexpr int LEAD = 3, LAG = 2, RING = 4;      // units: from product to scaling, from product to store; sums that are kept
-constexpr int UNROLLED = 4;                     // units; their registers repeat after this many
-constexpr int CODES = 8;                        // blocks of codes as bytes that are kept
-constexpr int64_t MOST_BLOCKS = 1024;           // of a row, that the list of units has room for
-constexpr int32_t MAGIC_BITS = 0x4B400000;      // of MAGIC as a float; a small integer added to them is added to the float
+constexpr int LEAD = 3, LAG = 2, RING = 4;      // in units: from product to scaling; from product to store; sums that are kept
+constexpr int UNROLLED = 4;                     // so many units are written out; then their registers repeat
+constexpr int CODES = 8;                        // so many blocks are kept with their codes as bytes
+constexpr int64_t MOST_BLOCKS = 1024;           // the list of units has room for a row of so many
+constexpr int32_t MAGIC_BITS = 0x4B400000;      // the bits of the float MAGIC: adding a small integer to them adds it to the float
 
 constexpr bool is_wide(Weight type) {
     return type == Weight::q8_0 || type == Weight::q4_0 || type == Weight::q4_1 || type == Weight::q4_k || type == Weight::q5_k ||
@@ -44,7 +44,7 @@ constexpr bool is_wide(Weight type) {
 
 // ---- units of a panel
 
-enum class Role : uint8_t { whole, first, second, none };       // a block without a fine plane; x8 of one with; its fine; nothing
+enum class Role : uint8_t { whole, first, second, none };       // a block without a fine plane; one with: its x8; its fine; no unit
 
 struct Unit {
     uint16_t block;
@@ -53,7 +53,8 @@ struct Unit {
 
 constexpr int64_t units_bound(int64_t blocks) { return 2 * blocks + UNROLLED + LEAD + 1; }
 
-// The units of a panel's first `rows` rows, filled up to a multiple of UNROLLED, and LEAD + 1 more that are only computed.
+// Lists the units of a panel's first `rows` rows. It is filled up to a multiple of UNROLLED, and LEAD + 1 more follow, which are computed
+// but not used.
 int list_units(const PanelBlock* panel, int64_t blocks, int64_t rows, Unit* to) {
     uint32_t real[PANEL_ROWS / SET_ROWS];       // of has_fine as a word: a byte a row
     for (int s = 0; s < PANEL_ROWS / SET_ROWS; s++) {
@@ -91,7 +92,7 @@ DC_INLINE Whole load_plus_magic(const int32_t* sums) {
     return {sum};
 }
 DC_INLINE Whole plus(Whole sum, int32_t offset) { return {_mm512_add_epi32(sum.v, _mm512_set1_epi32(offset))}; }
-DC_INLINE Lanes to_floats_cheaply(Whole sums) {         // that MAGIC_BITS were added to; exact up to 2^22
+DC_INLINE Lanes to_floats_cheaply(Whole sums) {         // the sums have MAGIC_BITS in them; exact up to 2^22
     return {_mm512_sub_ps(_mm512_castsi512_ps(sums.v), _mm512_set1_ps(MAGIC))};
 }
 #else
@@ -110,7 +111,7 @@ DC_INLINE Whole load_plus_magic(const int32_t* sums) { return load_plus(sums, MA
 DC_INLINE Lanes to_floats_cheaply(const Whole& sums) { return to_floats(plus(sums, -MAGIC_BITS)); }
 #endif
 
-// Of the rows of a set: first + minus * 2^SHIFT; with fine, first + (256 * minus + fine) * 2^SHIFT.
+// For each row of a set: first + minus * 2^SHIFT or, with `fine`, first + (256 * minus + fine) * 2^SHIFT.
 template <int SHIFT>
 DC_INLINE void put_offsets(int32_t* to, const int32_t* minus, const int32_t* fine, int32_t first) {
 #if defined(__AVX512F__)            // GCC 12 would compute them one by one
@@ -118,14 +119,14 @@ DC_INLINE void put_offsets(int32_t* to, const int32_t* minus, const int32_t* fin
     if (fine) sum = _mm_add_epi32(_mm_slli_epi32(sum, 8), _mm_load_si128(reinterpret_cast<const __m128i*>(fine)));
     _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm_add_epi32(_mm_slli_epi32(sum, SHIFT), _mm_set1_epi32(first)));
 #else
-    for (int r = 0; r < SET_ROWS; r++) {        // unsigned, since a row that x does not have is whatever lay there
+    for (int r = 0; r < SET_ROWS; r++) {        // unsigned, since x may lack the row, and then its sums are whatever lay there
         const uint32_t sum = fine ? 256 * uint32_t(minus[r]) + uint32_t(fine[r]) : uint32_t(minus[r]);
         to[r] = int32_t(uint32_t(first) + (sum << SHIFT));
     }
 #endif
 }
 
-// What takes the codes' offset back from the sums of 16 rows, and MAGIC_BITS where the sums are small: [16].
+// to [16] = for each row what is added to its sums: it takes the codes' offset back, and has MAGIC_BITS in it where sums are small.
 template <class F>
 DC_WIDE void find_offsets(const PanelBlock& x, Role role, int32_t* to) {
     for (int s = 0; s < PANEL_ROWS / SET_ROWS; s++, to += SET_ROWS) {
@@ -136,7 +137,7 @@ DC_WIDE void find_offsets(const PanelBlock& x, Role role, int32_t* to) {
     }
 }
 
-// A unit's sums onto the totals; `before`: those of the unit before, `i`: the block's place in its group.
+// Adds a unit's sums (`now`) to the totals. `before` has the sums of the unit before, and i is the block's place in its group.
 template <class F>
 DC_WIDE void add_unit(Role role, const PanelBlock& x, const uint8_t* group, int i, const int32_t* before, const int32_t* now,
                         Lanes (&total)[PANEL_ROWS]) {

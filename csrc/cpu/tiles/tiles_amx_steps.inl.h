@@ -1,15 +1,18 @@
-// Types whose scales are whole numbers (WHOLE_SCALES) through tile registers: two panels, 32 rows of x in steps (StepGroup), times 16 x 64 bytes of
-// two kinds: two tiles whose codes were multiplied by their scales before (Q2_K, Q3_K), or one tile whose products take two bytes each (IQ2_*, IQ3_*, IQ1_*).
+// Products through AMX's tile registers for types whose scales are whole numbers (WHOLE_SCALES). Two panels, which are 32 rows of x in steps
+// (StepGroup), meet 16 x 64 bytes at a time. With Q2_K and Q3_K these come from two tiles whose codes were multiplied by their scales beforehand;
+// with IQ2_*, IQ3_* and IQ1_* from one tile, where a code times its scale takes two bytes.
 //
-// layout   a wide group, of a tile's 256 columns: f32 [16], what its scales share; then the bytes [BLOCKS][8][64], as a folded group has them (folded.inl.h).
-//          Of Q2_K before these f32 [16], what its minimums share, and [24][64]: 64 rows of 8 columns of zeros, its minimums, and zeros again. Of types
-//          that are looked up the upper bytes of code times scale [BLOCKS][8][64], all signed, then the lower ones
-// mapping  A = x [16][64], B = codes [16][64], C = sums int32 [16][16]: four products for each 64 columns, whose sums need no scale until the 256 columns
-//          end. High bytes of x go the same way again, of the blocks that have any. Minimums are products too: a sum s of 16 columns of x becomes
-//          the bytes l and 8 h with s = l + 128 h, its minimum m the bytes m and 16 m
-// cost     of 256 columns 16 products and as many loads of registers, of 16 cycles each; 64 (of one tile 32) registers of sums are stored, loaded,
-//          converted, multiplied and added. So the sums of one lot are added while the next is multiplied
-// numerics those of step_rows: integer sums are exact; what passes 2^31 on the way comes back
+// layout   a wide group has a tile's 256 columns: f32 [16], what its scales share; then bytes.
+//              Q3_K        [BLOCKS][8][64], as in a folded group (folded.inl.h)
+//              Q2_K        f32 [16], what its minimums share; [24][64], which are 64 rows of 8 columns of zeros, its minimums and zeros again; then
+//                          as Q3_K
+//              with a grid the upper bytes of code times scale [BLOCKS][8][64], all signed, then the lower bytes
+// mapping  A = x [16][64], B = codes [16][64], C = sums int32 [16][16]. Each 64 columns take four products, and sums need no scale before the 256
+//          columns end. Blocks in which x has high bytes go the same way again with these. Minimums are products too: a sum s of 16 columns
+//          of x becomes the bytes l and 8 h, where s = l + 128 h, and its minimum m the bytes m and 16 m
+// cost     256 columns take 16 products and as many loads of registers, of 16 cycles each. Then 64 registers of sums (32 with one tile) are stored,
+//          loaded, converted, multiplied and added. So the sums of one lot are added while the next lot is multiplied
+// numerics those of step_rows: integer sums are exact, and sums that pass 2^31 on the way come back
 // A part of tiles_amx.inl.h.
 #pragma once
 
@@ -25,7 +28,7 @@ namespace {
 
 constexpr int WIDE_PANELS = 2, HALVES = PANEL_ROWS / GROUP_ROWS;
 constexpr int64_t STEP_PANELS_AT_ONCE = 8;              // 128 rows: their x in steps stays in the second cache
-constexpr int64_t WIDE_TOGETHER = 2;                    // groups of 256 columns whose bytes lie in the first cache together
+constexpr int64_t WIDE_TOGETHER = 2;                    // so many groups of 256 columns have their bytes in the first cache together
 
 // ---- bytes of a tile
 
@@ -40,7 +43,7 @@ struct WideFolded {
 };
 
 template <class F>
-DC_INLINE void put_minimums(const uint8_t* group, int i, uint8_t* to) {          // of each int16 the bytes m and 16 m
+DC_INLINE void put_minimums(const uint8_t* group, int i, uint8_t* to) {          // each int16 m becomes the bytes m and 16 m
     const Whole minimums = F::minimum_factors(group, i);
 #if defined(__AVX512F__)
     _mm512_store_si512(to, _mm512_mullo_epi16(minimums.v, _mm512_set1_epi16(0x1001)));
