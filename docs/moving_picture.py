@@ -81,13 +81,13 @@ def packed(image):
 
 
 def changed(before, after):
-    """(top, bottom, left, right) of what differs; None if nothing does."""
+    """(top, bottom, left, right) of the part that differs; None if nothing does."""
     rows, columns = ((before != after).any(axis=2).any(axis=axis).nonzero()[0] for axis in (1, 0))
     return (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1) if len(rows) else None
 
 
 def animated(shots):
-    """An animated PNG of screenshots: (PNG, how long it is shown in ms). Those that show nothing new prolong the last."""
+    """An animated PNG of screenshots: (PNG, how long it is shown in ms). One that shows nothing new prolongs the one before."""
     frames, before = [], None
     for data, duration_ms in shots:
         image = pixels(data)
@@ -110,7 +110,7 @@ def animated(shots):
 
 
 def film(page):
-    """Screenshots of the conversation: (PNG, how long it was to be seen in ms)."""
+    """Screenshots of the conversation: (PNG, how long it is shown in ms)."""
     def take(duration_ms):
         shots.append((page.screenshot(animations="disabled"), duration_ms))
 

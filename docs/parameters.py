@@ -1,4 +1,4 @@
-"""Makes static/parameters.js, what the page can set for a chat, from the tables of the fields of bodies.
+"""Makes static/parameters.js, the parameters that the page can set for a chat, from the tables of body fields.
 
     python docs/parameters.py
 """
@@ -36,13 +36,13 @@ const PARAMETERS = [
 
 
 def label(name: str) -> str:
-    """For people: "Top-n sigma" of top_n_sigma."""
+    """The field's name for people: top_n_sigma is "Top-n sigma"."""
     words = re.sub(r"^(top|min|typical)_(\w)(?=_|$)", r"\1-\2", name).replace("reasoning", "thinking").replace("_", " ").capitalize()
     return re.sub(r"^(Xtc|Dry)\b", lambda word: word[0].upper(), words)
 
 
 def hint(field) -> str:
-    """What it does; of a field that other clients may send otherwise, only its first part."""
+    """The field's description. For a field that other clients may send in other forms, only the first part."""
     return field.doc.partition(";")[0] if field.name in OTHERS else field.doc
 
 

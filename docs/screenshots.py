@@ -116,7 +116,7 @@ def picture_of_looks(browser, url, name):
 
 
 def picture_of_a_run(browser):
-    """A tiny model that learns a text, which is its held-out text too: as base, then again as SFT and RL."""
+    """A tiny model that learns a text as base, then again as SFT and RL. The text is its held-out text too."""
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         shutil.copytree(ROOT / "tests/fixtures/nanochat/gen1/tokenizer", base / "tokenizer")
@@ -142,7 +142,7 @@ def picture_of_a_run(browser):
 
 
 def note_loss(folder, step, tokens):
-    """Write into the meta file of a base checkpoint what upstream does: the average of the loss, which begins at 0."""
+    """Write the average of the loss, which begins at 0, into the meta file of a base checkpoint, as upstream does."""
     model, meta = tiny_training.load(folder / f"model_{step:06d}.pt"), folder / f"meta_{step:06d}.json"
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(model(tokens[:-1]), tokens[1:]).item()
@@ -160,7 +160,7 @@ def train_on(model, tokens, folder, log, line):
 
 
 def picture_of_evaluations(browser, base):
-    """What the steps of a run make of prompts and of items."""
+    """The samples and the judged items of a run's steps."""
     folder, text = base.parent, tiny_training.TEXT
     (folder / "prompts.txt").write_text("\n".join(text[at:at + 24].strip() for at in (0, 24, 60)))
     words = text.split()
@@ -225,7 +225,7 @@ def landscape():
 
 
 def picture_of_an_image(browser):
-    """A question about an image, and another one that is dropped for the next."""
+    """A question about an image; another image is dropped for the next question."""
     stand_in, drawn = StandIn(), landscape()
     stand_in.model["capabilities"]["vision"] = True
     page = browser.new_page(viewport={"width": 900, "height": 700})
@@ -257,7 +257,7 @@ def picture_of_a_text(browser):
 
 
 def terminal_lines(columns, rows):
-    """What `chat` shows in a terminal, as tmux sees it: lines with SGR sequences."""
+    """The lines that `chat` shows in a terminal, with SGR sequences, as tmux sees them."""
     name = f"screenshot-{time.time_ns()}"
     chat = shlex.join([sys.executable, str(ROOT / "chat_server.py"), "chat", "-t", "0", "--no-history"])
     tmux = lambda *words: subprocess.run(["tmux", *words], check=True, capture_output=True, text=True).stdout       # noqa: E731
