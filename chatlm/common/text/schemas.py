@@ -320,7 +320,7 @@ class SchemaForms:
                 anchors[f"#{part['$anchor']}"] = part
         return ids | anchors
 
-    def follow_path(self, reference: str):
+    def resolve(self, reference: str):
         """The schema that a $ref leads to."""
         self.spend()
         base, _, path = reference.partition("#")
@@ -337,7 +337,7 @@ class SchemaForms:
             reference = keyword(schema, "$ref")
             if reference is None:
                 break
-            schema = self.referred(reference)
+            schema = self.resolve(reference)
         return schema
 
     def forms(self, schemas: Iterable) -> list[Form]:
@@ -371,7 +371,7 @@ class SchemaForms:
             if own and name == ("properties" if "properties" in schema else None):
                 forms = self.both(forms, [(schema,)])
             elif name == "$ref" and keyword(schema, name) is not None:
-                forms = self.both(forms, self.forms_of(self.referred(schema[name])))
+                forms = self.both(forms, self.forms_of(self.resolve(schema[name])))
             elif name == "allOf":
                 forms = self.both(forms, self.forms(keyword(schema, name) or ()))
             elif name in CHOICES and keyword(schema, name):
