@@ -44,7 +44,7 @@
 // looked up in a grid have larger sums, so the high bytes of a row have a sum of their own. The step is that of the largest block
 // without outliers. A matrix with tiles of both kinds has x in both forms. The KL of rounding x alone, on the default model, is
 // 1.4e-4 in blocks and 4.9e-4 in steps; with a scale for 256 columns and one byte, as in llama.cpp, it is 6.7e-3
-// (bench/rounding_of_x.py).
+// (bench/RESULTS.md, "What the rounding of x costs").
 //
 // numerics  q8_0, q4_0, q4_1, u4_*: y = fma(d * dx, float(int32 sum), y) block after block, or fma(d / 256 * dx, float(256 * int32 sum +
 //           the fine one), y). The others (whose scales are products): y = fma(s * dx, float(int32 sum), y) for each scale s of the
