@@ -258,6 +258,12 @@ def clear_cases(model, lengths=(9, 40, 300), count=TOKENS, tried=8, seed=1, marg
 
 
 TOLERANCE = 1e-4        # of logits
+# Transformers' own float32 is as far from its float64 as ours: 1.3e-4 and 2.6e-4 for these two, on a CPU with AVX-512
+ROUNDED_MORE = {"qwen3next-dense": 4, "qwen3.5moe": 6}
+
+
+def tolerance_of(name):
+    return TOLERANCE * ROUNDED_MORE.get(name, 1)
 
 
 def load(folder, dtype="float32", **settings):
