@@ -207,7 +207,7 @@ class SchemaRules:
         types = types_among(form)
         values = values_among(form)
         if values is not None:
-            if text := self.listed(values, form):
+            if text := self.value_choices(values, form):
                 yield text
             return
         null, *booleans = map(as_json, self.notation.words)
@@ -241,7 +241,7 @@ class SchemaRules:
         text = finite_json({**schema, "x-guidance": {"whitespace_flexible": False}})
         return self.shared(f"%json {text}".replace("<[", "\\u003c["))
 
-    def listed(self, values: list, form: Form) -> str:
+    def value_choices(self, values: list, form: Form) -> str:
         """The expression for those of the values that fit the form; "" if none does."""
         self.schemas.spend(1 + len(values) // 100)
         if members_of(form, PART_KEYWORDS):

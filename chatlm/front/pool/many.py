@@ -334,7 +334,7 @@ class ManyModels(Catalogue):
 
     def describe(self) -> list[str]:
         models = self.registry.models
-        default = default_among(self.registry.listed())
+        default = default_among(self.registry.served_models())
         states = Counter(model.state for model in models)
         default = default and default.model
         failed = f", {states['failed']} of them failed" if states["failed"] else ""

@@ -257,14 +257,14 @@ class Registry:
     def __init__(self, *models: Model):
         self.models = [*models]
 
-    def listed(self, bound: Seq[str] = ()) -> list[Served]:
+    def served_models(self, bound: Seq[str] = ()) -> list[Served]:
         """What an API key limited to the models in `bound` may use: each model, followed by its adapters."""
         return bound_among(bound, [served for model in self.models for served in model.served()])
 
     def find(self, name: str, bound: Seq[str] = ()) -> Served:
         """What a request asks for, with a key limited to `bound`. Raises RequestError 404 if there is no such
         model. While the only model loads, its name may not be known yet. Then any name stands for it."""
-        served = self.listed(bound)
+        served = self.served_models(bound)
         if len(self.models) == 1 and self.models[0].is_unnamed and not any(one.fits(name) for one in served):
             return Served(self.models[0])
         return named_among(name, served)

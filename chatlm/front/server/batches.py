@@ -230,7 +230,7 @@ class BatchWorker:
         now = now_s()
         until_s = time.monotonic() + SWEEPING_S
         await self._stored(lambda connection: batches.forget(
-            connection, now, self.files.keep_s, self.files.held()))
+            connection, now, self.files.keep_s, self.files.uploads_under_way()))
         for piece in (partial(responses.forget, now=now), files.purge, responses.purge, vacuum):
             while await self._stored(piece):
                 if time.monotonic() > until_s:

@@ -304,12 +304,12 @@ class ModelRoutes:
         self.bodies = bodies
         self.access = access
 
-    def seen(self, bound: Seq[str]) -> list[Served]:
+    def visible(self, bound: Seq[str]) -> list[Served]:
         """The models that a client may see whose key is limited to `bound`."""
-        return self.catalogue.registry.listed(bound)
+        return self.catalogue.registry.served_models(bound)
 
     async def handle_list(self, http: web.Request) -> web.Response:
-        body = listed_body(self.seen(REQUEST_LOG.get().bound))
+        body = listed_body(self.visible(REQUEST_LOG.get().bound))
         if asks_as_anthropic(http):
             body = anthropic_page(http, body["data"])
         return json_response(body)
@@ -317,7 +317,7 @@ class ModelRoutes:
     async def handle_model(self, http: web.Request) -> web.Response:
         bound = REQUEST_LOG.get().bound
         served = self.catalogue.find(http.match_info["name"], bound)
-        default = default_among(self.seen(bound))
+        default = default_among(self.visible(bound))
         body = model_body(served, served == default)
         return json_response(anthropic_model(body) if asks_as_anthropic(http) else body)
 
@@ -370,7 +370,7 @@ MODEL_ROUTES: tuple[Route[ModelRoutes], ...] = (
     Route("GET", "/v1/models", Api.OPENAI, ModelRoutes.handle_list,
           "the served models, what each can do and its state; as in Anthropic's API for its clients",
           query=PAGE_QUERY, returns=MODELS_OF_BOTH),
-    Route("GET", "/models", Api.OPENAI, shows(lambda models, bound: listed_body(models.seen(bound))),
+    Route("GET", "/models", Api.OPENAI, shows(lambda models, bound: listed_body(models.visible(bound))),
           "the same, as in OpenAI's API",
           returns=MODELS),
     Route("GET", "/v1/models/{name:.+}", Api.OPENAI, ModelRoutes.handle_model,
@@ -379,9 +379,9 @@ MODEL_ROUTES: tuple[Route[ModelRoutes], ...] = (
     Route("POST", "/models/unload", Api.OPENAI, ModelRoutes.handle_unload,
           "unload a model once its answers have ended; the next request loads it again"),
     Route("GET", "/tokenizer_info", Api.OPENAI, ModelRoutes.handle_tokenizer, "its tokens", query=(A_NAME,)),
-    Route("GET", "/api/tags", Api.OLLAMA, shows(lambda models, bound: ollama_models(models.seen(bound))),
+    Route("GET", "/api/tags", Api.OLLAMA, shows(lambda models, bound: ollama_models(models.visible(bound))),
           "the served models in Ollama's format"),
-    Route("GET", "/api/ps", Api.OLLAMA, shows(lambda models, bound: ollama_running(models.seen(bound))),
+    Route("GET", "/api/ps", Api.OLLAMA, shows(lambda models, bound: ollama_running(models.visible(bound))),
           "the models in memory, and how much they take"),
     Route("POST", "/api/show", Api.OLLAMA, ModelRoutes.handle_ollama_show, "more of it"),
 )

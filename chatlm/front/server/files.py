@@ -65,7 +65,7 @@ class FileRoutes:
         self.uploads = set[Upload]()          # that arrive
         self.arriving: Counter[str] = Counter()
 
-    def held(self) -> list[int]:
+    def uploads_under_way(self) -> list[int]:
         """The files that arrive. In the store's thread: between its pieces of work it knows each."""
         return [upload.id for upload in [*self.uploads]]
 

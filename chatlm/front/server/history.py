@@ -95,7 +95,7 @@ class History:
             self.add(self.sample())
 
     def sample(self) -> Sample:
-        stats = self.catalogue.stats(self.catalogue.registry.listed())
+        stats = self.catalogue.stats(self.catalogue.registry.served_models())
         workers = stats.get("workers", ())
 
         def total(name: str) -> float:
@@ -123,6 +123,6 @@ class History:
     def body(self, seen: Seq[Served]) -> dict:
         """The response of /stats/history. The samples count all models, so a key that may see only some
         models gets no samples."""
-        everything = len(seen) == len(self.catalogue.registry.listed())
+        everything = len(seen) == len(self.catalogue.registry.served_models())
         return {"since": round(self.began_s, 1), "interval_s": self.interval_s, "fields": Sample._fields,
                 "samples": [*self.samples] if everything else []}

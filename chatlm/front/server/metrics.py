@@ -63,7 +63,7 @@ class Metrics:
 
     def collect(self) -> Iterator[Any]:
         """prometheus_client calls this on each scrape; it returns what the pool counts."""
-        stats = self.catalogue.stats(self.catalogue.registry.listed())
+        stats = self.catalogue.stats(self.catalogue.registry.served_models())
         families = self.library.metrics_core
         workers = stats["workers"]
         totals = {name: sum(worker[name] for worker in workers)
@@ -106,7 +106,7 @@ class Metrics:
         yield scores
         known = gauge("chat_server_checkpoint_metric", "what is known of how good a checkpoint is",
                       labels=["model", "metric"])
-        for served in self.catalogue.registry.listed():
+        for served in self.catalogue.registry.served_models():
             if not served.adapter:
                 for name, value in served.model.metrics.items():
                     known.add_metric([served.name, name], value)

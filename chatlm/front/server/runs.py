@@ -140,7 +140,7 @@ class RunRoutes:
     def _steps(self) -> tuple[list[Served], list[dict]]:
         """The models that the client's key may see, and steps whose files are gone."""
         bound = REQUEST_LOG.get().bound
-        return self.catalogue.registry.listed(bound), self.catalogue.removed_steps(bound)
+        return self.catalogue.registry.served_models(bound), self.catalogue.removed_steps(bound)
 
     async def handle_list(self, http: web.Request) -> web.Response:
         return json_response(list_of_runs(*self._steps()))

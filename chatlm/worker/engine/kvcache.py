@@ -274,7 +274,7 @@ class PageTables:
             table[entry] = page
         sequence.filled = max(sequence.filled, near)
 
-    def held(self, sequence: Sequence) -> int:
+    def held_pages(self, sequence: Sequence) -> int:
         """How many pages it holds."""
         holes = sequence.pages.count(self.pool.hole) if self.holes else 0
         return len(sequence.pages) - holes

@@ -243,7 +243,7 @@ class RunQueue:
         near = -(-min(length, cached * size + chunk) // size)
         missing = self.tables.missing(sequence, whole, near)
         # it may later hold more pages than it takes now
-        needed = max(len(missing), pool.pages_for(length, chunk) - self.tables.held(sequence))
+        needed = max(len(missing), pool.pages_for(length, chunk) - self.tables.held_pages(sequence))
         if not self._make_room(sequence, needed):
             self.tables.release(sequence)
             return False
@@ -281,7 +281,7 @@ class RunQueue:
         its client then still holds at least as many pages as the newcomer's client."""
         background = [] if newcomer.work.background else in_background(self.running)
         if background:
-            if needed + headroom > self.pool.available + sum(map(self.tables.held, background)):
+            if needed + headroom > self.pool.available + sum(map(self.tables.held_pages, background)):
                 return False
             self.preempt(self._richest(background))
             return True
@@ -291,8 +291,8 @@ class RunQueue:
         victim = self._richest(peers)
         rich = victim.work.params.client
         client = newcomer.work.params.client
-        left = holdings[rich] - self.tables.held(victim)
-        if rich == client or left < holdings[client] + needed + self.tables.held(newcomer):
+        left = holdings[rich] - self.tables.held_pages(victim)
+        if rich == client or left < holdings[client] + needed + self.tables.held_pages(newcomer):
             return False
         self.preempt(victim)
         return True
@@ -301,7 +301,7 @@ class RunQueue:
         """How many pages each client's sequences hold; the client of the youngest sequence comes first."""
         holdings = Counter()
         for sequence in reversed(sequences):
-            holdings[sequence.work.params.client] += self.tables.held(sequence)
+            holdings[sequence.work.params.client] += self.tables.held_pages(sequence)
         return holdings
 
     def _richest(self, sequences: Seq[Sequence]) -> Sequence:

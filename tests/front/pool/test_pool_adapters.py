@@ -280,7 +280,7 @@ async def test_of_several_models_each_has_its_adapters(base, client, tmp_path, m
             assert (await ask(client, url, "blue@on-red"))[0] == 404
             places = {model.name: model.share for model in models.registry.models}
             names = await listed(client, url)
-            assert places["red"].size == places["blue"].size + names["on-red"]["bytes"] and models.stats(models.registry.listed())["models_bytes"] == sum(place.bytes for place in places.values())
+            assert places["red"].size == places["blue"].size + names["on-red"]["bytes"] and models.stats(models.registry.served_models())["models_bytes"] == sum(place.bytes for place in places.values())
             without_adapters = places["blue"].size
             adapter(base, folder / "on-blue", 1, base_model_name_or_path="blue")
             while "on-blue" not in await listed(client, url):

@@ -370,7 +370,7 @@ def test_an_upload_that_is_only_beginning_is_not_taken_for_one_that_ended(tmp_pa
 
         async def forget():
             def work(connection):
-                batches.forget(connection, 0, 1, routes.held())
+                batches.forget(connection, 0, 1, routes.uploads_under_way())
                 states.append([state for (state,) in connection.execute("SELECT state FROM files")])
             await store.run(work)
         # the file is made before the other work begins, and its maker has not been told yet

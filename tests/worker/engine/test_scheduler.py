@@ -51,9 +51,9 @@ def test_a_table_gets_pages_as_far_as_its_groups_need_them_and_gives_back_those_
     entries = tables.missing(one, 4, 2)
     assert entries == [0, 2, 4, 6, 1, 3]
     tables.fill(one, entries, pool.allocate(6), 2)
-    assert tables.held(one) == 6 and one.pages[5] == one.pages[7] == hole and tables.missing(one, 4, 3) == [5]
+    assert tables.held_pages(one) == 6 and one.pages[5] == one.pages[7] == hole and tables.missing(one, 4, 3) == [5]
     tables.advance(one, 48)
-    assert one.computed == 48 and tables.held(one) == 4 and one.pages[1] == one.pages[3] == hole
+    assert one.computed == 48 and tables.held_pages(one) == 4 and one.pages[1] == one.pages[3] == hole
     tables.release(one)
     assert one.pages == [] and one.computed == 0 and pool.available == 20
 

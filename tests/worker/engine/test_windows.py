@@ -42,7 +42,7 @@ def check(engine, cases, works=None, **options):
         queue = engine.queue
         for sequence in queue.running:
             length = len(sequence.tokens) + (LONGEST + PAGE_SIZE) * sequence.drafts      # room for a draft
-            assert queue.tables.held(sequence) <= engine.pool.pages_for(length, queue.limits.prefill_chunk)
+            assert queue.tables.held_pages(sequence) <= engine.pool.pages_for(length, queue.limits.prefill_chunk)
         seen.most = max(seen.most, engine.pool.num_pages - engine.pool.available)
     result = run(engine, works or works_of(cases), on_step=on_step, **options)
     for i, case in enumerate(cases):
