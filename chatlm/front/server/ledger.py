@@ -191,15 +191,16 @@ class Charge:
             return used
         used.completion_tokens += self._completed + self.drawn.total()
         for prompt in range(self.prompts):
-            first = self.ended.get(prompt * self.n)
-            ended = [usage for choice, usage in self.ended.items() if choice // self.n == prompt]
-            was_sent = any(choice // self.n == prompt for choice in self.drawn)
+            choices = range(prompt * self.n, (prompt + 1) * self.n)
+            first = self.ended.get(choices[0])
             if first:
                 used.prompt_tokens += first.prompt_tokens
                 used.cached_tokens += first.cached_tokens
-            elif ended:
+                continue
+            ended = [self.ended[choice] for choice in choices if choice in self.ended]
+            if ended:
                 used.prompt_tokens += ended[0].prompt_tokens
-            elif was_sent and prompt < len(self.prompt_tokens):
+            elif prompt < len(self.prompt_tokens) and any(choice in self.drawn for choice in choices):
                 used.prompt_tokens += self.prompt_tokens[prompt]
         return used
 
