@@ -111,12 +111,8 @@ def search(hub, text: str) -> list[Offer]:
         if hub_model(name) is None or not is_plain_path(name):
             continue
         tags = each.get("tags") or ()
-        kind = ""
-        problem = "it has neither safetensors nor GGUF files"
-        for known in ("safetensors", "gguf"):
-            if known in tags:
-                kind = known
-                problem = ""
+        kind = next((kind for kind in ("gguf", "safetensors") if kind in tags), "")
+        problem = "" if kind else "it has neither safetensors nor GGUF files"
         offers.append(Offer(
             name, estimated_bytes(name, each, kind), kind=kind, gated=bool(each.get("gated")),
             downloads=each.get("downloads") or 0, problem=problem))

@@ -84,13 +84,13 @@ def restorer(annotation) -> Callable[[Any], Any] | None:
 @functools.cache
 def object_restorer(kind: type) -> Callable[[list], Any]:
     hints = typing.get_type_hints(kind)
-    make: Callable[[list], Any]
     if hasattr(kind, "_fields"):  # a NamedTuple
-        names = kind._fields
-        make = partial(tuple.__new__, kind)
-    else:
-        names = [field.name for field in dataclasses.fields(kind)]
-        make = lambda values: kind(**dict(zip(names, values)))  # noqa: E731
+        return fields_restorer([hints[name] for name in kind._fields], partial(tuple.__new__, kind))
+    names = [field.name for field in dataclasses.fields(kind)]
+
+    def make(values: list):
+        return kind(**dict(zip(names, values)))
+
     return fields_restorer([hints[name] for name in names], make)
 
 

@@ -59,9 +59,10 @@ class Scanner:
         """Write text up to the first of these signs; remove the sign and return it. If the answer was cut
         before one came, do not write the beginning of one of `dropped` at its end."""
         while True:
-            places = [(self.held.find(sign), sign) for sign in signs if sign in self.held]
-            if places:
-                place, sign = min(places)
+            places = [(self.held.find(sign), sign) for sign in signs]
+            found = [(place, sign) for place, sign in places if place >= 0]
+            if found:
+                place, sign = min(found)
                 write(self.take(place))
                 self.held = self.held[len(sign):]
                 return sign
