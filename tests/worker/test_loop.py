@@ -12,30 +12,10 @@ from chatlm.common.messages.wire import BadMessage
 from chatlm.worker.engine.warm_up import WarmUp
 from chatlm.worker.loop import WorkerLoop
 from engines import make_engine
+from worker_front import Front
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = SimpleNamespace(settings=Settings(stream_interval=0), device="cpu")
-
-
-class Front:
-    """The other end of a worker's pipe: it sends these batches, each when the worker has nothing to do, and hangs up."""
-
-    def __init__(self, *batches):
-        self.batches, self.sent = [*batches], []
-
-    def send(self, message):
-        self.sent.append(message)
-
-    def receive(self, wait, patience_s=None):
-        if not wait:
-            return []
-        if not self.batches:
-            raise EOFError
-        return self.batches.pop(0)
-
-    @property
-    def events(self):
-        return [event for message in self.sent if isinstance(message, Stepped) for event in message.events]
 
 
 def asking(name, prompt=(1, 2, 3), tokens=4):

@@ -17,6 +17,7 @@ from chatlm.worker.loop import WorkerLoop
 from engines import make_engine
 from families import make_model, save
 from lora import random_adapter
+from worker_front import Front
 from works import assignment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -250,23 +251,6 @@ def test_engines_are_checked_after_each_test_and_the_fixture_finds_a_leak(engine
     [page] = engine.pool.allocate(1)
     assert checked.take_faults() == [f"page {page}: references counted: 1, found: 0 (nobody holds it)"]
     assert engine not in checked.made
-
-
-class Front:
-    """The worker's channel to a front that sends these batches of messages, each when the worker is idle, and goes."""
-
-    def __init__(self, *batches):
-        self.batches, self.sent = [*batches], []
-
-    def send(self, message):
-        self.sent.append(message)
-
-    def receive(self, wait, patience_s=None):
-        if not wait:
-            return []
-        if not self.batches:
-            raise EOFError
-        return self.batches.pop(0)
 
 
 @torch.inference_mode()
