@@ -171,7 +171,7 @@ class MemoryPlan(NamedTuple):
     tower: int = 0        # bytes of what sees images
 
     @property
-    def taken(self) -> int:
+    def without_cache(self) -> int:
         """Bytes of everything but the KV cache."""
         return self.weights + self.adapters + self.activations + self.drafts + self.draft_model + self.tower
 
@@ -214,16 +214,16 @@ class MemoryPlan(NamedTuple):
         if settings.kv_cache_memory is not None:
             return settings.kv_cache_memory
         if self.device.type == "cuda":
-            return int(free - self.taken - total * (1 - settings.gpu_memory_utilization))
+            return int(free - self.without_cache - total * (1 - settings.gpu_memory_utilization))
         # other programs want memory too: one full context or 1 GiB, up to an eighth of free memory
-        free = max((free - self.prefixes) // max(settings.num_workers, 1) - self.taken, 0)
+        free = max((free - self.prefixes) // max(settings.num_workers, 1) - self.without_cache, 0)
         return min(max(1 << 30, self.full * self.page_bytes), free // 8)
 
     def _remedy(self, needed: int, free: int, total: int) -> str:
         """The flag and value that give the KV cache the bytes it needs."""
         if self.settings.kv_cache_memory is not None or self.device.type != "cuda":
             return f"--kv-cache-memory {(needed >> 20) + 1}M"
-        share = (total - free + self.taken + needed) / total
+        share = (total - free + self.without_cache + needed) / total
         remedy = f"--gpu-memory-utilization {math.ceil(share * 100) / 100:.2f}"
         return f"{remedy} (more than there is)" if share > 1 else remedy
 
@@ -253,7 +253,7 @@ class MemoryPlan(NamedTuple):
         operator has set one. A worker then takes that much, whatever is free when it starts."""
         if self.settings.kv_cache_memory is not None or self.of_step:
             return self
-        rest = budget - self.taken
+        rest = budget - self.without_cache
         cache = min(max(1 << 30, self.full * self.page_bytes), budget // 8, rest)
         least = self.fewest * self.page_bytes
         cache = max(cache, 2 * least if self.state_bytes else least)
@@ -264,7 +264,7 @@ class MemoryPlan(NamedTuple):
         fit."""
         free, total = self.memory()
         cache = self.cache_bytes(num_pages)
-        needed = self.taken + cache + self.prefixes
+        needed = self.without_cache + cache + self.prefixes
         line = (f"{self._sum(num_pages)} = {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free on "
                 f"{self.device}")
         if self.mapped:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence as Seq
-from dataclasses import replace
 from functools import partial
 from typing import Any, TYPE_CHECKING
 

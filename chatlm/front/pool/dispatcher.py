@@ -35,8 +35,12 @@ class WaitingQueue:
     Within a rank, the next job is the client's with the fewest rows. Clients that have equally many take
     turns."""
 
-    DIED, ANSWER, TEXT = 0, 1, 2  # ranks
-    BACKGROUND_DIED, BACKGROUND = 3, 4
+    # ranks
+    DIED = 0
+    ANSWER = 1
+    TEXT = 2
+    BACKGROUND_DIED = 3
+    BACKGROUND = 4
 
     def __init__(self):
         self.lanes = Lanes()

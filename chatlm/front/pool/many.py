@@ -364,8 +364,12 @@ def is_waiting(settings: Settings, registry: Registry) -> bool:
 def names_beside(model: Model, models: Seq[Model]) -> list[str]:
     """The names that an adapter of this model may not have: the model's own, and those of other models and
     their adapters."""
-    others = [served for other in models if other is not model for served in other.served()]
-    return [*model.accepted_names, *(name for served in others for name in served.names)]
+    names = [*model.accepted_names]
+    for other in models:
+        if other is not model:
+            for served in other.served():
+                names += served.names
+    return names
 
 
 def give_adapters(words: Seq[str], models: Seq[Model]):

@@ -62,9 +62,9 @@ class FitPlan(NamedTuple):
         high = most // 1024
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.memory.taken + self.cache(
+            low, high = (middle, high) if self.memory.without_cache + self.cache(
                 middle * 1024) <= free else (low, middle - 1)
-        return most if self.memory.taken + self.cache(most) <= free else 1024 * low
+        return most if self.memory.without_cache + self.cache(most) <= free else 1024 * low
 
 
 def gigabytes(size: float) -> str:
@@ -77,7 +77,7 @@ def check_fit(patient: Patient) -> Findings:
     settings = patient.settings
     free = available_memory()
     plan = FitPlan.of(model, settings)
-    taken = plan.memory.taken
+    taken = plan.memory.without_cache
     most = model.context_length
     if model.architecture.of_texts:
         yield note(f"takes {gigabytes(taken)}, of {gigabytes(free)} that are free", bytes=taken, free=free)
@@ -122,7 +122,7 @@ def with_cache(patient: Patient, kind: str) -> FitPlan | None:
 def lighter_flags(patient: Patient, plan: FitPlan) -> list[tuple[str, int]]:
     """(a flag that makes the weights smaller, the bytes that the model then takes)."""
     found = []
-    taken = plan.memory.taken
+    taken = plan.memory.without_cache
     if patient.settings.dtype == "float32":
         found.append(("--dtype bfloat16", taken - plan.memory.weights // 2))
     if plan.memory.quantizes:
@@ -140,7 +140,7 @@ def check_speed(patient: Patient) -> Findings:
     """Tokens per second: of a short trial, or of a large model from how fast memory is read."""
     model = patient.model
     plan = FitPlan.of(model, patient.settings)
-    needed = plan.memory.taken + plan.cache(PROMPT + ANSWER)
+    needed = plan.memory.without_cache + plan.cache(PROMPT + ANSWER)
     if model.architecture.of_texts or needed > available_memory():
         return
     quicker = "--quantize q4_k" if fits_blocks(model, "q4_k") else "--quantize q4_0"

@@ -235,7 +235,10 @@ class Matches:
         kept: dict[tuple[int, int], Match] = {}
         packed = array("i", new)
         for match in self.best:
-            for moved in match.moved_on(new if match.text is self.own else packed) if new else (match,):
+            followed = [match]
+            if new:
+                followed = match.moved_on(new if match.text is self.own else packed)
+            for moved in followed:
                 key = id(moved.text), moved.end
                 if key not in kept or moved.weight > kept[key].weight:
                     kept[key] = moved

@@ -189,13 +189,13 @@ class Pictures:
 
     def _sight(self, work: Assignment, vision: Vision) -> Sight:
         """ValueError if the ids of its prompt are not those of its pictures."""
-        pictures = [self._known(picture, vision) for picture in work.pictures]
+        pictures = [self._encoded_picture(picture, vision) for picture in work.pictures]
         self._forget()
         counts = [(each.picture.digest, each.layout.tokens) for each in pictures]
         return Sight(vision.first_id, rows_in(vision, work.prompt_ids),
                      row_places(vision, work.prompt_ids, counts), pictures, vision.two_sided, self.first_turn)
 
-    def _known(self, picture: Picture, vision: Vision) -> EncodedPicture:
+    def _encoded_picture(self, picture: Picture, vision: Vision) -> EncodedPicture:
         """The picture as it is known here; a new one is not encoded yet."""
         if picture.digest not in self.by_digest:
             layout = layout_of(vision, picture.width, picture.height)

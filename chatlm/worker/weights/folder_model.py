@@ -199,13 +199,13 @@ class FolderModel:
             tensor = turned(name, tensor)
             return floats(tensor) + 1 if is_one_more(row, name) else tensor
 
-        def kept(name: str, blocks: numpy.ndarray) -> numpy.ndarray:
+        def packed_rows(name: str, blocks: numpy.ndarray) -> numpy.ndarray:
             if name in added:
                 raise NotExact
             return turned(name, blocks)
 
         return ArrayTensors(self.source.path, settings, self.state, dtype, changed, storage.as_stored,
-                            kept).of(sources)
+                            packed_rows).of(sources)
 
     def text(self) -> tuple[TextSpec, Vocabulary | None]:
         return self.restyled(hf_text(self.source.path, self.spec.vocab_size)), None

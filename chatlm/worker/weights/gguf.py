@@ -8,7 +8,6 @@ import math
 import operator
 from collections.abc import Mapping, Sequence as Seq
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
