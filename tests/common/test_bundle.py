@@ -312,7 +312,7 @@ def test_an_untrusted_cache_gives_way_to_a_folder(trouble, bundled, tmp_path, ca
 @needs_core
 @pytest.mark.parametrize("trouble", ["a pipe", "a pipe as the folder", "a folder"])
 def test_a_pipe_as_the_library_holds_nothing_up(trouble, bundled, tmp_path, cache):
-    """Nor does a folder in the place of the unpacked library."""
+    """A pipe or a folder in the place of the unpacked library holds nothing up."""
     version(bundled, XDG_CACHE_HOME=cache)
     (library,) = cache.rglob("*.so")
     place = library.parent if "the folder" in trouble else library

@@ -348,7 +348,7 @@ def test_where_nothing_is_writable_one_line_says_why(packed, python, places, tmp
 
 
 def test_unused_trees_go_after_a_month(tmp_path):
-    """Those that are in use stay."""
+    """Trees that are in use stay, and others go after a month."""
     folder = tmp_path / "libraries"
     for name, days in (("old", 40), ("new", 2), ("mine", 40), ("held", 40), (".part-old", 0), (".part-held", 0)):
         (folder / name).mkdir(parents=True)
@@ -503,7 +503,7 @@ def test_a_model_too_large_for_the_disk_leaves_nothing(default_model_path, tmp_p
 
 
 def test_verify_reads_each_byte(talking, python, places, tmp_path):
-    """Verify reads each byte of the file and of what was unpacked."""
+    """`--verify` reads each byte of the file and of what was unpacked."""
     starts(python, talking, places)
     done = run(talking, "bundle", "--verify", python=python, env=places)
     assert done.returncode == 0 and done.stderr == ""

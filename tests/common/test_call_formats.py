@@ -121,7 +121,7 @@ def test_a_scanner_holds_back_what_may_be_a_sign(parts):
 
 
 def test_deltas_come_in_order_with_right_spaces(parts):
-    """With blank lines between parts, and no white space around reasoning."""
+    """Deltas come in order, with blank lines between parts and no white space around reasoning."""
     deltas = parts[1]
     deltas.begin("reasoning")
     for text in (" a ", "b ", ""):
@@ -170,7 +170,7 @@ def test_json_calls_need_no_other_reader(parts):
 
 @pytest.mark.parametrize("cut, closed", [(False, '{"x": "1"}'), (True, '{"x": "1')])
 def test_tag_calls_need_no_other_reader(parts, cut, closed):
-    """Calls in tags are closed unless they are cut."""
+    """Calls in tags are read alone, and closed unless they are cut."""
     scanner, deltas = parts
     reading = forever(lambda: (TaggedCalls(scanner, deltas, ["f"], CALL_FORMATS["qwen tags"], [{"x": "string"}]), scanner))
     assert driven(scanner, deltas, reading, "a<tool_call>\n<function=f>\n<para", "meter=x>\n1", cut=cut) == [("text", "a", ""), ("call", closed, "f")]
@@ -178,7 +178,7 @@ def test_tag_calls_need_no_other_reader(parts, cut, closed):
 
 @pytest.mark.parametrize("cut, closed", [(False, '{"x": "1", "y": [2]}'), (True, '{"x": "1", "y": [')])
 def test_value_calls_need_no_other_reader(parts, cut, closed):
-    """Calls of values are closed unless they are cut."""
+    """Calls of values are read alone, and closed unless they are cut."""
     scanner, deltas = parts
     reading = forever(lambda: (ValueCalls(scanner, deltas, ["f"], CALL_FORMATS["lfm2"]), scanner))
     assert driven(scanner, deltas, reading, "a<|tool_call_sta", 'rt|>[f(x="1', '", y=[2', cut=cut) == [("text", "a", ""), ("call", closed, "f")]

@@ -263,7 +263,7 @@ def test_an_answer_and_its_call_become_one_message(opened):
 
 
 def test_thousands_of_calls_are_all_in_the_prompt(opened):
-    """So are their results, all of one turn."""
+    """Thousands of calls and results of one turn are all in the prompt."""
     for name in ("wants ids", "refuses several calls", "results need their call", "neither", "names tool responses"):
         calls = [{"id": f"i{number}", "function": {"name": "weather", "arguments": "{}"}} for number in range(3000)]
         backwards = [{"role": "tool", "tool_call_id": f"i{number}", "content": "R1R"} for number in reversed(range(3000))]

@@ -97,7 +97,7 @@ def test_a_short_name_is_another_name_of_the_model(tmp_path):
 
 
 def test_embedders_and_rerankers_have_short_names():
-    """And the files of their modules come with them."""
+    """With their short names come the files of their modules."""
     wanted = ("all-minilm", "bge-m3", "nomic-embed-text", "nomic-embed-text-v2-moe", "mxbai-embed-large", "snowflake-arctic-embed", "embeddinggemma", "qwen3-embedding",
               "multilingual-e5", "bge-reranker-v2-m3", "qwen3-reranker")
     assert [name for name in wanted if name not in SHORT_NAMES] == []
@@ -386,7 +386,7 @@ def test_a_published_checkpoint_needs_all_its_files(names):
 
 
 def test_a_published_checkpoint_is_served_by_its_id(tmp_path, nanochat_fixtures):
-    """And again without the hub."""
+    """A published checkpoint is served by its id, and again without the hub."""
     [folder] = (nanochat_fixtures / "gen5").glob("*/d4")
     files = {TOKENIZER: (nanochat_fixtures / "gen5" / "tokenizer" / "tokenizer.pkl").read_bytes(), "README.md": b"# x",
              **{path.name: path.read_bytes() for path in folder.iterdir()}}

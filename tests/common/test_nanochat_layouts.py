@@ -135,7 +135,7 @@ def experiments(tmp_path, monkeypatch):
     ({"source": "sft", "model_tag": "d20"}, "chat/wide/d20/90"), ({"source": "rl"}, "rl/wide/d20/9"),
     ({"model_tag": "d26"}, "base/d26/5")])
 def test_the_unnamed_experiment_comes_first(experiments, flags, expected):
-    """And flags reach all experiments."""
+    """The experiment without a name comes first, and flags reach all."""
     for model in (None, str(experiments)):
         source = resolve_model(Settings(model=model, **flags))
         assert f"checkpoint {expected} " in source.chosen.replace(" (", "  (")
@@ -179,7 +179,7 @@ def test_else_the_newest_experiment_is_taken(experiments):
 
 
 def test_the_tokenizer_is_that_of_the_data_set(tmp_path, monkeypatch):
-    """Of the experiment's data set."""
+    """The tokenizer is that of the experiment's data set."""
     model = write(tmp_path / "experiments" / "mine" / "d4" / "base", 1) / "model_000001.pt"
     store, experiment = tmp_path / "datasets", tmp_path / "experiments" / "mine"
     monkeypatch.setenv("NANOCHAT_DATASET", "of the variable")

@@ -78,7 +78,7 @@ def test_each_text_flag_is_known_as_path_or_not():
 @pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize("path", ["x" * 100_000, "x/" * 20_000, "~nobody" + "y" * 3000])
 def test_an_endless_name_is_one_short_line(name, path, capsys):
-    """Whichever flag has it."""
+    """A name without end is refused with one short line, whichever flag has it."""
     words = [word.replace("*", path) for word in PATHS[name]]
     assert chat_server.main(words) == 2
     out, err = capsys.readouterr()
@@ -86,7 +86,7 @@ def test_an_endless_name_is_one_short_line(name, path, capsys):
 
 
 def test_an_impossible_name_in_a_config_is_refused(tmp_path):
-    """A long one too."""
+    """A long or impossible name in a config file is refused too."""
     for line in (f"models = '{'x' * 5000}'", f"model = '{'x' * 5000}'", f"[[models]]\npath = '{'x' * 5000}'", f"[[models]]\npath = 'a'\nlora = '{'x' * 5000}'",
                  'watch = "a\\u0000b"', 'model = "a\\u0000b"', f"adapter = {{one = '{'x' * 5000}'}}"):
         (tmp_path / "c.toml").write_text(line)

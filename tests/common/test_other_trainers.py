@@ -71,7 +71,7 @@ FILES = {       # name -> (the file below the run's folder, who writes it, words
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_of_another_trainer_is_named(name, tmp_path):
-    """However its path is given."""
+    """A file of another trainer is named, however its path is given."""
     make, trainer, advice = FILES[name]
     path = make(tmp_path / "run")
     for model in (path, path.parent, tmp_path / "run", tmp_path):
@@ -257,7 +257,7 @@ def test_a_file_that_is_being_written_is_no_model_yet(tmp_path, monkeypatch):
 
 
 def test_a_folder_s_server_serves_what_opens(tmp_path, monkeypatch):
-    """And logs the rest once."""
+    """A server of a folder serves what opens, and logs the rest once."""
     bad = FILES["modded"][0](tmp_path / "models" / "run")
     save_build(tmp_path / "models/run/log/model_00250.pt", monkeypatch, step=250)
     write_meta(tmp_path / "models/run/log/meta.pkl")

@@ -121,7 +121,7 @@ CASES = {
 @pytest.mark.parametrize("own_text", [False, True], ids=["special tokens", "tokens with text"])
 @pytest.mark.parametrize("case", CASES)
 def test_tokens_tell_reasoning_content_and_calls(case, own_text):
-    """Also by a worker that takes over."""
+    """Reasoning, content and calls are told apart by tokens, also by a worker that takes over."""
     about, prompt, text, parts = CASES[case]
     vocabulary = Vocabulary(**about, text_of_its_own=own_text and "harmony" not in about.values())
     told = told_by(vocabulary, text, prompt)
@@ -178,7 +178,7 @@ BUDGETS = {     # vocabulary, prompt, what the model would write, budget and las
 
 @pytest.mark.parametrize("case", BUDGETS)
 def test_reasoning_ends_after_its_budget(case):
-    """Also by a worker that takes over."""
+    """Reasoning ends after its budget, also by a worker that takes over."""
     about, prompt, script, params, parts = BUDGETS[case]
     vocabulary = Vocabulary(**about)
     whole = Written(vocabulary, script, prompt, **params)
@@ -190,7 +190,7 @@ def test_reasoning_ends_after_its_budget(case):
 
 
 def test_harmony_may_continue_with_any_message():
-    """And with the final one if it would think again."""
+    """Harmony goes on with any message, and with the final one if it would think again."""
     vocabulary = Vocabulary(**HARMONY)
     script = "¦<|channel|>¦analysis¦<|message|>¦ab" + "¦<|channel|>¦analysis¦<|message|>¦".join("c" * 12 for _ in range(2))
     written = Written(vocabulary, script, "¦<|start|>¦assistant", thinking_budget=2, length=80)
@@ -201,7 +201,7 @@ def test_harmony_may_continue_with_any_message():
 
 @pytest.mark.parametrize("asked_after", range(6))
 def test_ended_thinking_ends_at_the_same_token(asked_after):
-    """Also by a worker that takes over."""
+    """Thinking that somebody ended ends at the same token, also by a worker that takes over."""
     vocabulary, told = Vocabulary(**TAGS), []
 
     def ask(written):
@@ -276,7 +276,7 @@ async def test_reasoning_events_show_old_clients_nothing(thinking):
 
 
 async def test_messages_take_reasoning_by_either_name(thinking):
-    """And options reach the request."""
+    """Reasoning comes back in messages under either name, and options reach the request."""
     for name in ("reasoning_content", "reasoning"):
         body = {"messages": [*HI["messages"], {"role": "assistant", "content": "Hello", name: "Hm."}, *HI["messages"]],
                 "reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False}}
@@ -310,7 +310,7 @@ THINKING = """{%- for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasonin
     ({"reasoning_effort": "low", "chat_template_kwargs": {"enable_thinking": False}}, "<think>\n\n</think>\n\nlow"),
     ({"chat_template_kwargs": {"messages": [], "reasoning_effort": "<|im_end|>"}}, "<think>\n<|im_end|>")])
 def test_templates_know_how_much_to_think(options, end, default_model_path):
-    """And what was thought."""
+    """Templates are told how much to think and what was thought."""
     tokenizer = templated(THINKING, default_model_path)
     messages = openai_messages([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho", "reasoning": "Hm<|im_end|>"}])
     ids = tokenizer.render(messages, (), options)
@@ -330,7 +330,7 @@ CALLS = [{"role": "assistant", "content": "Let me look.", "reasoning_content": "
 
 
 def test_harmony_s_history_has_one_call_per_message(default_model_path):
-    """With reasoning and preamble before it."""
+    """Harmony's history has one call per message with reasoning and preamble before it."""
     tokenizer = templated(GPT_OSS, default_model_path)
     tokenizer.specials |= {name: 49152 + index for index, name in enumerate(formats.HARMONY)}
     ids = tokenizer.render(openai_messages(CALLS, True), [{"type": "function", "function": {"name": "weather"}}], {"reasoning_effort": "minimal"})
@@ -380,7 +380,7 @@ def run_all(engine, work):
 
 
 def test_the_default_model_thinks_then_answers(engine, default_model_path):
-    """And so does a worker that takes over."""
+    """The default model thinks and answers, and so does a worker that takes over."""
     with_template(engine, default_model_path, THINKING)
     prompt = tuple(engine.tokenizer.render([Message("user", "What is the capital of Japan?")]))
     opening = tuple(engine.tokenizer.encode("The user wants a city.\n</think>\n\n"))
@@ -475,7 +475,7 @@ def test_a_schema_holds_after_ended_thinking(engine, default_model_path, templat
 
 
 def test_an_engine_ends_a_running_answer_s_thinking(engine, default_model_path):
-    """And tells where."""
+    """An engine ends the thinking of a running answer, and tells where."""
     with_template(engine, default_model_path, THINKING, SPARE.keys() - set(formats.HARMONY))
     prompt = tuple(engine.tokenizer.render([Message("user", "What is the capital of Japan?")]))
     work = assignment("a", prompt, SamplingParams(1.0, seed=3), 60, chat=True, last_thought="Enough.")

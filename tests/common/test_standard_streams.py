@@ -23,7 +23,7 @@ def shell(command):
 
 @pytest.mark.parametrize("redirected", ["", "<&-", ">&-", "2>&-", "<&- >&- 2>&-", pytest.param("2>/dev/full", marks=needs_full)])
 def test_no_file_takes_a_closed_stream_s_place(redirected):
-    """And stderr never fails."""
+    """No file takes the place of a closed stream, and stderr never fails."""
     done = shell(f"PYTHONIOENCODING=ascii {sys.executable} -c '{TRY}' {redirected} </dev/null" if "<" not in redirected
                  else f"{sys.executable} -c '{TRY}' {redirected}")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr

@@ -65,7 +65,7 @@ def test_odd_variables_start_none_ahead(monkeypatch):
 
 @pytest.mark.parametrize("words", [["--help"], ["check"], ["serve", "--num-workers", "2"], ["--num-gpus=2"], ["chat", "--url", "x"], ["--config", "a.toml"]])
 def test_none_is_started_ahead_without_need(words):
-    """Where none or another is needed."""
+    """None is started ahead where none or another is needed."""
     start.start_worker_ahead(words)
     assert start.AHEAD == {}
 

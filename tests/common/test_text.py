@@ -43,7 +43,7 @@ def nanochat(nanochat_fixtures):
 
 
 def test_nanochat_prompts_have_upstream_s_ids(nanochat_fixtures):
-    """Of upstream's own renderer."""
+    """nanochat's prompts have the ids of upstream's own renderer."""
     for model_path in sorted(nanochat_fixtures.glob("gen*/*_checkpoints/d4/model_*.pt")):
         base = model_path.parent.parent.parent
         size = json.loads(next(model_path.parent.glob("meta_*.json")).read_text())["model_config"]["vocab_size"]
@@ -162,7 +162,7 @@ def test_llama_bpe_takes_whole_words_without_merges():
 
 
 def test_an_unknown_kind_of_tokenizer_is_named():
-    """Or of pre-tokenizer."""
+    """An unknown pre-tokenizer or tokenizer is named."""
     with pytest.raises(ConfigError, match='ggml.pre is "chameleon"; it must be one of default, gpt-2'):
         gguf_text("x.gguf", small_gguf_metadata("chameleon"))
     with pytest.raises(ConfigError, match='ggml.model is "rwkv"; it must be one of gpt2, llama'):
@@ -170,7 +170,7 @@ def test_an_unknown_kind_of_tokenizer_is_named():
 
 
 def test_sentencepiece_tokens_match_transformers():
-    """With byte fallback."""
+    """SentencePiece tokens are those of transformers with byte fallback."""
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
     metadata = sentencepiece_metadata()
     renames = GGUF_TOKENIZER_MAPPING["tokenizer"]
@@ -193,7 +193,7 @@ def templated(template):
 
 
 def test_a_raising_template_is_the_client_s_error():
-    """With its message."""
+    """A template that raises is the client's error with its message."""
     tokenizer = templated("{% if messages[0].role != 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}x")
     with pytest.raises(RequestError, match="roles must alternate") as caught:
         tokenizer.render([Message("assistant", "hi")])
@@ -258,7 +258,7 @@ def test_every_piece_is_whole_characters():
 
 
 def test_invalid_bytes_are_replaced_as_by_python():
-    """At once and exactly."""
+    """Invalid bytes are replaced at once and exactly as Python does."""
     pieces, _ = stream(b"a\xffb")
     assert pieces == ["a", "\ufffd", "b", ""]
     dice = random.Random(11)
@@ -270,7 +270,7 @@ def test_invalid_bytes_are_replaced_as_by_python():
 
 
 def test_bytes_of_an_unfinished_character_are_dropped():
-    """At the end."""
+    """The bytes of an unfinished character are dropped at the end."""
     pieces, _ = stream("é🎉".encode()[:5])
     assert pieces == ["", "é", "", "", "", ""]
 
@@ -297,7 +297,7 @@ def test_only_a_stop_string_s_prefix_is_held_back():
 
 
 def test_the_first_stop_string_to_end_cuts():
-    """And of those that end there, the longest."""
+    """Stop strings cut where the first one ends, and prefer the longest there."""
     dice = random.Random(3)
     for _ in range(3000):
         text = "".join(dice.choice("ab") for _ in range(dice.randrange(14)))
@@ -348,7 +348,7 @@ def test_answers_to_a_request_share_the_automaton():
 
 
 def test_any_number_of_stop_strings_is_found():
-    """As a plain search finds them."""
+    """Any number of stop strings is found, as a plain search finds them."""
     dice = random.Random(8)
     for _ in range(200):
         stops = list({"".join(dice.choice("abc日") for _ in range(dice.randrange(1, 12))) for _ in range(dice.randrange(1, 256))})

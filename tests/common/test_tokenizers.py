@@ -243,7 +243,7 @@ def with_tokens(family):
     lambda: llama_json(prepend_scheme="first"), lambda: llama_json(prepend_scheme="always"), lambda: llama_json(prepend_scheme="never"),
     lambda: with_tokens(trained("qwen2")), lambda: with_tokens(trained("gpt-4o"))], ids=["first", "always", "never", "qwen2", "o200k"])
 def test_a_tokenizer_json_gives_the_library_s_ids(family):
-    """With its special tokens."""
+    """A tokenizer.json gives the ids of the tokenizers library with its special tokens."""
     family = family()
     ours = open_tokenizer(TextSpec("hf", family.to_str().encode()))
     written = [f"{a}{b}{c}" for a, b, c in itertools.product(
@@ -451,7 +451,8 @@ TOOL_TEMPLATE = "\n   {% if tools %}\n{{ tools | tojson }}{% endif %}\n{% macro 
     [{"name": "default", "template": PLAIN_TEMPLATE}, {"name": "tool_use", "template": TOOL_TEMPLATE}],
     [{"name": "tool_use", "template": "{{ bos_token }}" + TOOL_TEMPLATE}, {"name": "default", "template": TOOL_TEMPLATE}]])
 def test_a_folder_s_chat_has_transformers_tokens(tmp_path, template, tools):
-    """Those of apply_chat_template, with a template for tools, and bos only from it."""
+    """A folder's chat has the tokens of apply chat template with a template for tools and BOS only from
+    it."""
     from transformers import AutoTokenizer
     families.write_tokenizer(tmp_path, template=None)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({

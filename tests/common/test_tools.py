@@ -194,7 +194,7 @@ HISTORY = [{"role": "user", "content": "Weather?"},
 
 @pytest.mark.parametrize("tool_format", FAMILIES)
 def test_calls_are_read_in_the_family_s_words(default_model_path, tool_format):
-    """As its template writes them."""
+    """Calls in the words of a family are read as its template writes them."""
     text = replace(load(default_model_path).text, chat_template=FAMILIES[tool_format])
     tokenizer = open_tokenizer(text)
     assert tokenizer.tool_format == tool_format and tokenizer.native_tools
@@ -310,7 +310,7 @@ def test_wrong_tags_are_read_as_far_as_possible(text, rest, calls):
     5, {"properties": 5}, {"properties": {"a": 5, "b": True}}, {"properties": {"a": {"$ref": "#/nope"}, "b": {"$ref": "#/properties/b"}, "c": {"type": [{}]}}},
     {"properties": {"a": {"anyOf": 5}, "b": {"enum": 5}, "c": {"enum": [1e999]}, "d": {"anyOf": [{"$ref": "#/properties/d"}] * 9}}}])
 def test_untyped_values_are_read_by_their_look(parameters):
-    """Where schemas say no types."""
+    """Schemas that say no types leave values to how they look."""
     types = parameter_types({"function": {"name": "f", "parameters": parameters}})
     assert set(types.values()) <= {""}
 
@@ -467,7 +467,7 @@ def test_a_model_without_tools_makes_required_calls(engine, tool_format, choice,
 
 
 def test_the_default_model_makes_several_calls(default_model_path):
-    """In tags; and so does a worker that takes over."""
+    """The default model makes several calls in tags, and so does a worker that takes over."""
     engine = make_engine(default_model_path, num_pages=200, max_batch=8, as_stored=True)
     engine.tokenizer = engine.answers.tokenizer = open_tokenizer(replace(load(default_model_path).text, chat_template=TAG_FAMILIES["qwen tags"]))
     tool = {"type": "function", "function": {"name": "trip", "parameters": {
@@ -565,7 +565,7 @@ def test_a_repeated_call_ends_the_answer(engine, tool_format, monkeypatch):
     ({"properties": {"a": {"type": "integer", "minimum": 5, "maximum": 4}}, "required": ["a"]}, ""),
     ({"properties": {"a": {"type": "nope"}}}, "type must be one of"), ({"type": "string"}, "no object fits")])
 def test_parameters_unfit_for_tags_are_refused(parameters, reason):
-    """Where a call is required."""
+    """Parameters that tags cannot have are refused where a call is required."""
     with pytest.raises(RequestError, match="(?i)tools.*" + reason):
         check_grammar(tool_grammar([{"function": {"name": "f", "parameters": parameters}}], "glm tags", True), "tools")
 
@@ -614,7 +614,7 @@ def test_a_repetitive_answer_is_cheap_to_read(monkeypatch):
 @pytest.mark.parametrize("tool_format, start, end", [("qwen tags", "<tool_call>\n<function=f>\n<parameter=", ">\n1\n</parameter>\n</function>"),
                                                      ("glm tags", "<tool_call>f\n<arg_key>", "</arg_key>\n<arg_value>1</arg_value>\n</tool_call>")])
 def test_parameter_names_in_tags_have_a_length(tool_format, start, end):
-    """And white space in them costs little."""
+    """Names of parameters in tags have a length, and white space in them costs little."""
     # 20,000 spaces: a search whose cost grows with their square takes minutes
     assert pushed(tool_format, start, [" " * 20_000, "a" + " " * 20_000 + "b", end, end])[1][0]["arguments"] == "{}"
     assert pushed(tool_format, start, [" a  b ", end])[1] == [{"name": "f", "arguments": '{"a  b": 1}'}]
@@ -631,7 +631,7 @@ VALUE = '{"a": ["x</parameter>\\"\\n</parameter>\\n</tool_call>"]}'
     ('say "x', "</parameter>\n<parameter=b>\n2</parameter>\n", '{"p": "say \\"x", "b": 2}')])
 @pytest.mark.parametrize("tokens", [{}, {"<tool_call>": 300, "</tool_call>": 301}], ids=["text", "tokens"])
 def test_a_value_ends_at_the_first_tag_outside_a_string(value, more, told, tokens):
-    """Of its JSON."""
+    """A value ends at the first tag that is not inside a string of its JSON."""
     text = f"<tool_call><function=f><parameter=p>\n{value}{more}" + "</function></tool_call>Done." * (more != "" and more != "</tool_call>")
     tokenizer = Marked("qwen tags", tokens)
     outer = re.split("(^<tool_call>|</tool_call>(?=Done|$))", text)
@@ -652,7 +652,7 @@ def test_an_answer_after_a_tag_call_gets_no_other_text(rest):
 
 
 def test_long_values_are_not_read_as_python():
-    """Nor are long expressions."""
+    """Long values and expressions are not read as Python."""
     assert typed_value("[True, 'a', None]", "") == '[true, "a", null]'
     for text in ("0x10", "1_000", "(1)", "[" + "'a'," * 3000 + "]"):
         assert typed_value(text, "") == json.dumps(text)
@@ -799,7 +799,7 @@ def test_large_shared_schema_members_are_read_rarely(monkeypatch):
 
 @pytest.mark.parametrize("tool_format", CALL_FORMATS)
 def test_lone_surrogates_in_a_function_are_refused(tool_format):
-    """In names and values, as such; whole pairs are not."""
+    """Lone surrogates in the names and values of a function are refused as such, and whole pairs are not."""
     half, whole = "\ud83d", "\U0001f600"
     for sign in (half, whole):
         for name, parameters in (("f" + sign, {}), ("f", {"properties": {sign: {}}, "additionalProperties": True}),
@@ -867,7 +867,7 @@ def test_the_default_model_s_free_calls_are_strict(engine, monkeypatch):
     ("seed tags", "<seed:tool_call>\n<function=weather>"), ("glm tags", "<tool_call>weather\n"), ("lfm2", "<|tool_call_start|>[weather("),
     ("gemma", "<|tool_call>call:weather{")])
 def test_strict_arguments_follow_the_schema(engine, tool_format, opening, monkeypatch):
-    """In the words of every family."""
+    """Arguments of a strict function follow its schema in the words of every family."""
     monkeypatch.setattr(engine.tokenizer, "tool_format", tool_format)
     begun = tuple(engine.tokenizer.encode(opening))
     work = strict_work(engine, "a", [("user", "Weather in Rome for 3 days?")], len(begun) + 60, resumed_ids=begun)
@@ -877,7 +877,7 @@ def test_strict_arguments_follow_the_schema(engine, tool_format, opening, monkey
 
 
 def test_harmony_s_strict_calls_are_held_from_a_marker():
-    """From the marker that begins their arguments."""
+    """A strict function of harmony's is held from the marker that begins its arguments."""
     tokenizer = Marked("harmony", {name: 300 + number for number, name in enumerate(HARMONY)})
     channel, constrain, message = (tokenizer.specials[f"<|{name}|>"] for name in ("channel", "constrain", "message"))
     request = strictly("harmony")
@@ -922,7 +922,7 @@ async def test_only_strict_functions_are_held(pool):
     ({"type": None}, '{"a": 1, "b": 2}', "5"), ({"anyOf": [{"properties": {"a": {}}}, {"required": ["b"]}]}, '{"b": 2}', '{"a": 1, "b": 2}'),
     ({"$ref": "#/$defs/x", "$defs": {"x": {"properties": {"a": {}}}}}, '{"a": 1}', '{"a": 1, "b": 2}')])
 def test_arguments_have_only_declared_keys(parameters, right, wrong):
-    """Even where the schema does not say so."""
+    """Arguments are an object of declared keys even where the schema does not say so."""
     import llguidance
     function = {"name": "f", "parameters": parameters}
     for grammar, text in ((call_grammar(function, "tagged"), "%s"), (tool_grammar([{"function": function}], "mistral name", False), "[TOOL_CALLS]f[ARGS]%s"),

@@ -38,7 +38,7 @@ def loop_of_base_train(steps, eval_every, save_every):
 @pytest.mark.parametrize("eval_every", (-1, 10, 25, 30, 1000))
 @pytest.mark.parametrize("save_every", (-1, 10, 50))
 def test_a_val_bpb_of_an_earlier_step_is_stale(steps, eval_every, save_every):
-    """As the loop of base_train says."""
+    """A val_bpb of an earlier step is stale, as the loop of base_train says."""
     config = {"depth": 4, "eval_every": eval_every, "save_every": save_every, "num_iterations": steps}
     for step, stale in loop_of_base_train(steps, eval_every, save_every):
         assert is_stale({"user_config": config}, step) == stale, step
@@ -47,7 +47,7 @@ def test_a_val_bpb_of_an_earlier_step_is_stale(steps, eval_every, save_every):
 
 
 def test_chat_sft_s_val_bpb_is_that_of_its_end():
-    """Also without evaluations before."""
+    """The val_bpb of chat_sft is that of its end, also without evaluations before."""
     for eval_every in (-1, 200):
         assert not is_stale({"user_config": {"eval_every": eval_every, "num_iterations": -1}}, 449)
 
@@ -119,7 +119,7 @@ def test_rewards_and_losses_are_read_from_logs(tmp_path):
 
 
 def test_of_a_huge_log_only_the_end_is_read(model, monkeypatch):
-    """And only after it has changed."""
+    """Of a huge log only the end is read, and only after it has changed."""
     folder = model.parent.parent.parent / "chatrl_checkpoints" / "d4"
     folder.mkdir(parents=True)
     log, reads, logs = folder / "rl.log", [], Logs()
