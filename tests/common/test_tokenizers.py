@@ -451,8 +451,7 @@ TOOL_TEMPLATE = "\n   {% if tools %}\n{{ tools | tojson }}{% endif %}\n{% macro 
     [{"name": "default", "template": PLAIN_TEMPLATE}, {"name": "tool_use", "template": TOOL_TEMPLATE}],
     [{"name": "tool_use", "template": "{{ bos_token }}" + TOOL_TEMPLATE}, {"name": "default", "template": TOOL_TEMPLATE}]])
 def test_a_folder_s_chat_has_transformers_tokens(tmp_path, template, tools):
-    """A folder's chat has the tokens of apply chat template with a template for tools and BOS only from
-    it."""
+    """A folder's chat has the tokens of apply_chat_template, with a template for tools and bos only from it."""
     from transformers import AutoTokenizer
     families.write_tokenizer(tmp_path, template=None)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({
