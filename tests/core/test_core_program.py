@@ -880,7 +880,8 @@ def test_drafts_may_follow_a_token_being_drawn():
     assert recorded.program.finish(two) == expected and np.array_equal(recorded.buffers.logits[:3], logits)
 
 
-def test_padding_and_rows_that_draw_nothing():
+def test_padding_disturbs_no_other_row():
+    """Nor does a row that draws nothing."""
     model, recorded = MODELS["llama"], Recorded("llama")
     step = make_step(model, [(0, 1), (0, 1), (0, 2)], "all", seed=5)
     expected, cache = recorded.run(step), recorded.cache.copy()
