@@ -71,7 +71,7 @@ def test_gemma_4_s_layouts_are_those_of_transformers(tokens):
 
 
 @pytest.mark.parametrize("kind, marker, more", [("gemma3", "<start_of_image>", {}), ("gemma4", "<|image|>", {"unit": 24}), ("lfm2", "<image>", {"unit": 16, "fewest": 4, "tiles": (2, 4), "whole_from": 2.0})])
-def test_text_that_spells_picture_marks_is_text(kind, marker, more):
+def test_picture_marks_in_a_text_stay_text(kind, marker, more):
     vision = Vision(kind, SEES.first_id, marker, 64, 16, **more)
     tokenizer, made = open_tokenizer(seeing_spec(TEMPLATES["both"].replace("<image>", marker), vision)), picture_of_size(40, 30)
     spelled = " ".join(SPECIALS)
