@@ -335,7 +335,7 @@ def test_drafts_change_no_token(backend, name, nanochat_fixtures, monkeypatch, r
     assert tokens[True] == tokens[False] and engine.drafting.accepted.total > 0
 
 
-def test_drafts_wait_for_prompts_in_odd_batches(nanochat_fixtures, monkeypatch):
+def test_drafts_wait_for_prompts_if_few_rows_are_alike(nanochat_fixtures, monkeypatch):
     """And there are none where a row's bits may depend on the others."""
     assert FREE_ROWS <= decode_core.cuda.MAX_PRODUCT_ROWS
     drafted = {}
