@@ -97,7 +97,7 @@ STEPS = (
     Step("kernels", "Tests of the CUDA kernels", 420, tests(
         "tests/core/test_core_cuda.py", "tests/core/test_cuda_packed.py", "tests/core/test_cuda_experts.py",
         "tests/core/test_cuda_adapters.py", "tests/core/test_cuda_packed_kv.py",
-        dry="emulation and (draws_the_references_tokens or no_rows_are_no_work)")),
+        dry="emulation and (draws_as_the_reference or no_rows_are_no_work)")),
     Step("graphs", "Tests of CUDA graphs, prompts and proofs", 300, tests(
         "tests/core/test_cuda_steps.py", "tests/core/test_cuda_proof.py", dry="emulation and the_decode_bench_runs")),
     Step("models", "The default model, nanochat's generations and tiny families against the CPU", 420, own("models")),

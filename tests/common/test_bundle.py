@@ -70,7 +70,8 @@ def alone(bundled, tmp_path):
     assert [path.name for path in folder.iterdir()] == [bundled.name]
 
 
-def test_a_bundle_alone_serves_the_page_and_the_apis_with_ranks_and_its_core_and_ends_on_ctrl_c(alone, cache, default_model_path, monkeypatch):
+def test_a_bundle_alone_serves_everything(alone, cache, default_model_path, monkeypatch):
+    """The page and the APIs, with ranks and its core; it ends on Ctrl-C."""
     monkeypatch.chdir("/")
     log = []
     with server("--tp", 2, "--verbose", script=alone, env=clean_environment(XDG_CACHE_HOME=cache), log=log) as (process, url):
@@ -106,7 +107,8 @@ def test_check_runs_from_a_bundle(alone):
 
 
 @pytest.mark.slow
-def test_check_and_both_commands_of_the_terminal_run_from_a_bundle(alone, default_model_path):
+def test_check_and_terminal_run_from_a_bundle(alone, default_model_path):
+    """`check` and both commands of the terminal run from a bundle."""
     assert "no op is wrong" in run(alone, "check").stdout or core.decode_core() is None
     for command in ("generate", "chat"):
         done = run(alone, command, "--prompt", "What is the capital of Japan?", "--temperature", "0", "--max-tokens", "12")
@@ -116,7 +118,8 @@ def test_check_and_both_commands_of_the_terminal_run_from_a_bundle(alone, defaul
 # making it
 
 
-def test_equal_inputs_make_equal_bytes_from_a_checkout_and_from_a_bundle_itself(bundled, tmp_path):
+def test_a_bundle_remakes_itself_to_the_byte(bundled, tmp_path):
+    """Equal inputs make equal bytes, from a checkout and from a bundle itself."""
     again, less = tmp_path / "again.pyz", tmp_path / "less.pyz"
     made = run(*BARE, bundled, "bundle", again)                  # no library is needed to pass the core on
     assert made.returncode == 0 and again.read_bytes() == bundled.read_bytes() and again.stat().st_mode & 0o700 == 0o700
@@ -127,7 +130,8 @@ def test_equal_inputs_make_equal_bytes_from_a_checkout_and_from_a_bundle_itself(
     assert again.read_bytes() == less.read_bytes()
 
 
-def test_a_python_without_any_library_makes_a_bundle_without_the_core_and_runs_it(tmp_path):
+def test_a_bare_python_makes_and_runs_a_bundle(tmp_path):
+    """A Python without any library makes a bundle without the core and runs it."""
     file = tmp_path / "new.pyz"
     made = run(*BARE, CHECKOUT / "chat_server.py", "bundle", file)
     (line,) = made.stdout.splitlines()
@@ -145,7 +149,8 @@ def test_a_core_of_another_seam_is_not_bundled(monkeypatch):
 @pytest.mark.parametrize("target, words", [
     ("missing/x.pyz", "there is no folder"), ("/proc/x.pyz", "No such file"), ("model.gguf", "exists and is not a bundle"),
     ("folder", "exists and is not a bundle"), ("/dev/null", "exists and is not a bundle"), ("x" * 300, "name too long")])
-def test_a_file_that_cannot_be_written_or_is_something_else_is_one_line(target, words, tmp_path):
+def test_an_unwritable_bundle_is_one_line(target, words, tmp_path):
+    """A file that cannot be written or is something else is one line."""
     (tmp_path / "model.gguf").write_text("GGUF")
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError, match=f"^cannot write .*{words}"):
@@ -154,7 +159,7 @@ def test_a_file_that_cannot_be_written_or_is_something_else_is_one_line(target, 
     assert (tmp_path / "model.gguf").read_text() == "GGUF"
 
 
-def test_a_bundle_that_is_replaced_is_whole_at_every_moment(tmp_path):
+def test_a_replaced_bundle_is_whole_at_all_times(tmp_path):
     file, link = tmp_path / "x.pyz", tmp_path / "link.pyz"
     bundle.write_bundle(file, bundle.Wanted(without_core=True))
     link.symlink_to(file)
@@ -183,19 +188,20 @@ def test_a_mistyped_command_is_told_its_name(capsys):
 # what it says where it cannot run
 
 
-def test_the_script_copied_alone_names_the_command_that_makes_a_bundle(tmp_path):
+def test_a_script_copied_alone_names_bundle(tmp_path):
+    """The script copied alone names the command that makes a bundle."""
     shutil.copy(CHECKOUT / "chat_server.py", tmp_path)
     assert "`python chat_server.py bundle`" in one_line(run(*BARE, tmp_path / "chat_server.py"))
 
 
 @pytest.mark.parametrize("models", [[], ["a"], ["a", "b"]])
-def test_a_python_without_libraries_is_told_which_to_install_in_one_line(models):
+def test_missing_libraries_are_named_in_one_line(models):
     """With several models a sandbox is being started when the server gives up."""
     line = one_line(run(*BARE, CHECKOUT / "chat_server.py", *models, "--port", "0"))
     assert "needs the Python packages aiohttp, numpy" in line or "a: No such file" in line or "no model at 'a'" in line
 
 
-def test_an_old_python_reads_the_first_code_of_a_bundle():
+def test_old_pythons_read_a_bundle_s_first_code():
     tree = ast.parse(bundle.MAIN, feature_version=(3, 4))
     assert not any(isinstance(node, (ast.JoinedStr, ast.NamedExpr, ast.AnnAssign)) for node in ast.walk(tree))
     test, stop = tree.body[4].test, tree.body[4].body[0]
@@ -232,7 +238,8 @@ def test_a_damaged_bundle_is_one_line(part, bundled, tmp_path):
     ({"platform": "Linux riscv64 cpython-311-riscv64-linux-gnu"}, "is for Linux riscv64 cpython-311-riscv64-linux-gnu, not for Linux"),
     ({"seam": "another"}, f"has another version (seam another instead of {core.seam()})"),
     ({"sha256": "0" * 64}, "is damaged; copy the bundle again")])
-def test_a_core_for_another_platform_or_seam_or_damaged_is_one_line_that_says_what_is_missing(changes, words, bundled, tmp_path, cache):
+def test_a_core_that_does_not_fit_is_one_line(changes, words, bundled, tmp_path, cache):
+    """A core for another platform or seam, or a damaged one: the line says what is missing."""
     other = changed(bundled, tmp_path / "other.pyz", about(bundled, **changes))
     line = run(*BARE, other, "--version", env=clean_environment(XDG_CACHE_HOME=cache)).stdout
     assert f"the bundle's decode_core {words}" in line and len(line.splitlines()) == 1
@@ -243,7 +250,7 @@ def test_a_core_for_another_platform_or_seam_or_damaged_is_one_line_that_says_wh
 
 
 @needs_core
-def test_a_library_that_the_system_refuses_is_one_line(bundled, tmp_path, cache):
+def test_a_library_the_system_refuses_is_one_line(bundled, tmp_path, cache):
     with zipfile.ZipFile(bundled) as source:
         name = unpack.about_core(source).library
     sums = {"sha256": hashlib.sha256(b"no library").hexdigest()}
@@ -253,7 +260,7 @@ def test_a_library_that_the_system_refuses_is_one_line(bundled, tmp_path, cache)
 
 
 @needs_core
-def test_a_byte_that_is_wrong_in_the_library_is_noticed(bundled, tmp_path, cache):
+def test_a_wrong_byte_in_the_library_is_noticed(bundled, tmp_path, cache):
     data = bytearray(bundled.read_bytes())
     with zipfile.ZipFile(bundled) as source:
         entry = source.getinfo(unpack.about_core(source).library)
@@ -265,7 +272,8 @@ def test_a_byte_that_is_wrong_in_the_library_is_noticed(bundled, tmp_path, cache
 
 
 @needs_core
-def test_processes_that_start_together_unpack_one_core_and_it_is_checked_each_time(bundled, cache):
+def test_starts_at_once_unpack_one_checked_core(bundled, cache):
+    """Processes that start together unpack one core, and it is checked each time."""
     environment = clean_environment(XDG_CACHE_HOME=cache)
     started = [subprocess.Popen([sys.executable, bundled, "--version"], stdout=subprocess.PIPE, text=True, env=environment) for _ in range(3)]
     lines = [process.communicate(timeout=60)[0] for process in started]
@@ -283,7 +291,8 @@ def test_processes_that_start_together_unpack_one_core_and_it_is_checked_each_ti
 
 @needs_core
 @pytest.mark.parametrize("trouble", ["no folder", "others may write there", "a link"])
-def test_a_cache_that_cannot_be_used_or_trusted_is_replaced_by_a_private_folder_that_goes_at_once(trouble, bundled, tmp_path, cache):
+def test_an_untrusted_cache_gives_way_to_a_folder(trouble, bundled, tmp_path, cache):
+    """A cache that cannot be used or trusted is replaced by a private folder that goes at once."""
     private, place = tmp_path / "private", cache / "chat_server" / "core"
     private.mkdir()
     if trouble == "no folder":
@@ -302,7 +311,8 @@ def test_a_cache_that_cannot_be_used_or_trusted_is_replaced_by_a_private_folder_
 
 @needs_core
 @pytest.mark.parametrize("trouble", ["a pipe", "a pipe as the folder", "a folder"])
-def test_a_pipe_or_a_folder_in_the_place_of_the_unpacked_library_holds_nothing_up(trouble, bundled, tmp_path, cache):
+def test_a_pipe_as_the_library_holds_nothing_up(trouble, bundled, tmp_path, cache):
+    """A pipe or a folder in the place of the unpacked library holds nothing up."""
     version(bundled, XDG_CACHE_HOME=cache)
     (library,) = cache.rglob("*.so")
     place = library.parent if "the folder" in trouble else library
@@ -314,7 +324,7 @@ def test_a_pipe_or_a_folder_in_the_place_of_the_unpacked_library_holds_nothing_u
 
 
 @needs_core
-def test_without_any_folder_that_can_be_written_references_run(bundled, tmp_path, monkeypatch):
+def test_without_a_writable_folder_references_run(bundled, tmp_path, monkeypatch):
     monkeypatch.setattr(unpack, "cache_folder", lambda: tmp_path / "file" / "core")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     (tmp_path / "file").write_text("")
@@ -335,7 +345,8 @@ def test_the_core_of_another_user_is_not_loaded(bundled, cache, monkeypatch):
             unpack.check_library(library, found)
 
 
-def test_libraries_of_other_versions_go_when_they_have_not_been_used(tmp_path):
+def test_unused_libraries_of_other_versions_go(tmp_path):
+    """Libraries of other versions go when they have not been used."""
     for name, days in (("old", 40), ("new", 2), ("mine", 40)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "library.so").write_text("")

@@ -83,7 +83,8 @@ def mapped_files(process):
 # running from it
 
 
-def test_it_serves_with_all_its_processes_from_its_own_libraries_alone(packed, python, places, tmp_path, default_model_path, monkeypatch):
+def test_a_server_runs_on_its_packed_libraries(packed, python, places, tmp_path, default_model_path, monkeypatch):
+    """It serves with all its processes from its own libraries alone."""
     monkeypatch.chdir("/")
     folder = tmp_path / "read only"
     folder.mkdir()
@@ -106,7 +107,8 @@ def test_it_serves_with_all_its_processes_from_its_own_libraries_alone(packed, p
     assert not list((tmp_path / "temporary").iterdir()) and len(trees(tmp_path / "home/.cache")) == 1
 
 
-def test_without_a_network_a_file_with_a_model_is_a_chat_that_maps_the_model_from_the_file(talking, python, places, tmp_path, default_model_path):
+def test_a_packed_model_chats_without_a_network(talking, python, places, tmp_path, default_model_path):
+    """The model is mapped from the bundle's file."""
     started = talking.read_bytes()
     assert started.startswith(default_model_path.read_bytes()) and len(started) - default_model_path.stat().st_size < 60e6
     alone = ["unshare", "-n"] if may("unshare", "-n", "true") else []
@@ -121,7 +123,8 @@ def test_without_a_network_a_file_with_a_model_is_a_chat_that_maps_the_model_fro
     assert all(tensor.data.filename == talking for tensor in read_gguf(talking)[1].values())
 
 
-def test_words_of_the_command_line_come_after_those_that_a_bundle_keeps(talking, packed, python, places):
+def test_command_line_words_follow_the_kept_ones(talking, packed, python, places):
+    """Words of the command line come after those that a bundle keeps."""
     def settings(file, *words):
         code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from chatlm.bundling import with_kept_words; print(with_kept_words(sys.argv[1:]))"
         return eval(run("-c", code, file, *words, python=python, env=places).stdout)
@@ -134,7 +137,8 @@ def test_words_of_the_command_line_come_after_those_that_a_bundle_keeps(talking,
     assert settings(packed, "x.gguf") == ["x.gguf"] and settings(packed) == []
 
 
-def test_the_packed_model_is_the_default_and_any_other_can_be_named(talking, python, places, nanochat_fixtures):
+def test_the_packed_model_is_only_the_default(talking, python, places, nanochat_fixtures):
+    """The packed model is the default, and any other can be named."""
     def chosen(*words, **more):
         code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from chatlm.cli import parse_command_line as parse; " \
                "from chatlm.common.hub.find import resolve_model; found = resolve_model(parse(sys.argv[1:], {})); print(found.name, found.path)"
@@ -149,7 +153,8 @@ def test_the_packed_model_is_the_default_and_any_other_can_be_named(talking, pyt
 # unpacking
 
 
-def test_starts_at_the_same_time_unpack_once_and_each_start_uses_that(packed, python, places, tmp_path):
+def test_starts_at_once_share_one_unpacked_tree(packed, python, places, tmp_path):
+    """Starts at the same time unpack once and each start uses that."""
     started = [subprocess.Popen([python, packed, "--version"], stdout=subprocess.PIPE, text=True, env=places, cwd="/") for _ in range(3)]
     assert all("decode_core runs with" in process.communicate(timeout=120)[0] for process in started)
     (tree,) = trees(tmp_path / "home/.cache")
@@ -161,7 +166,7 @@ def test_starts_at_the_same_time_unpack_once_and_each_start_uses_that(packed, py
     assert not list((tmp_path / "temporary").iterdir())
 
 
-def test_what_a_killed_start_leaves_goes_with_the_next(packed, python, places, tmp_path):
+def test_the_next_start_cleans_up_a_killed_one(packed, python, places, tmp_path):
     cache, temporary = tmp_path / "home/.cache", tmp_path / "temporary"
 
     def killed_while_it_writes(pattern, folder):
@@ -207,7 +212,7 @@ def cached_by_another(small):
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
-def test_a_tree_is_the_user_s_alone_whatever_the_umask(umask, small, cache):
+def test_a_tree_is_the_user_s_whatever_the_umask(umask, small, cache):
     before = os.umask(umask)
     try:
         tree = libraries.cached_tree(*small)
@@ -224,7 +229,7 @@ NOTES = {"a note of nothing": "{}", "a note that is no JSON": "{", "a deep note"
 @pytest.mark.parametrize("trouble", ["other bytes", "missing", "a link", "a pipe", "no note", "a note of nothing", "a note that is a pipe",
                                      "a note that is no JSON", "no lock", "a pipe as the lock", "others may write", "others may write to a folder",
                                      "a file as the tree", "a link as the tree", "a deep note", "one more module", "one more folder"])
-def test_a_tree_that_is_not_as_it_was_written_is_written_anew(trouble, small, cache, tmp_path):
+def test_a_changed_tree_is_written_anew(trouble, small, cache, tmp_path):
     tree = cached_by_another(small)
     file, note, first = tree / "site/b/c/d.so", tree / "note.json", tree.stat().st_ino
     times = file.stat()
@@ -258,7 +263,8 @@ def test_a_tree_that_is_not_as_it_was_written_is_written_anew(trouble, small, ca
     assert libraries.cached_tree(*small) == tree
 
 
-def test_a_tree_that_a_server_uses_while_it_is_written_anew_stays_for_it(small, cache):
+def test_a_rewritten_tree_stays_for_its_server(small, cache):
+    """A tree that a server uses while it is written anew stays for it."""
     tree = libraries.cached_tree(*small)        # held by this process
     (tree / "note.json").unlink()
     assert libraries.cached_tree(*small) == tree
@@ -275,7 +281,7 @@ def test_a_tree_of_another_user_is_not_used(small, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("trouble", ["others may write", "a link", "a file", "a pipe"])
-def test_a_cache_that_others_could_change_is_not_used(trouble, small, cache, tmp_path, monkeypatch):
+def test_a_cache_that_others_can_change_is_not_used(trouble, small, cache, tmp_path, monkeypatch):
     place = cache / "chat_server" / "libraries"
     place.parent.mkdir(parents=True)
     if trouble == "a link":
@@ -296,7 +302,7 @@ def test_a_cache_that_others_could_change_is_not_used(trouble, small, cache, tmp
     assert not tree.exists()
 
 
-def test_a_tree_in_a_home_that_became_read_only_is_used(small, cache):
+def test_a_tree_in_a_read_only_home_is_used(small, cache):
     tree = libraries.cached_tree(*small)
     places = cache, cache / "chat_server", tree.parent, tree
     for folder in places:
@@ -314,7 +320,8 @@ MOUNTED = {"read-only": "mount -t tmpfs -o ro none {home}", "noexec": "mount -t 
 
 
 @pytest.mark.parametrize("home", ["noexec", "none", *(pytest.param(each, marks=pytest.mark.slow) for each in ("read-only", "full", "of a file"))])
-def test_where_the_home_cannot_be_used_a_private_folder_is_which_goes_at_the_end(home, packed, python, places, tmp_path):
+def test_without_a_home_a_private_folder_is_used(home, packed, python, places, tmp_path):
+    """Where the home cannot be used, a private folder is, which goes at the end."""
     if home in MOUNTED:
         if not may("unshare", "-m", "true"):
             pytest.skip("this user may not mount")
@@ -329,7 +336,8 @@ def test_where_the_home_cannot_be_used_a_private_folder_is_which_goes_at_the_end
         assert list((tmp_path / "home").iterdir()) == []
 
 
-def test_where_nothing_can_be_written_one_line_names_all_reasons_and_the_remedy(packed, python, places, tmp_path):
+def test_where_nothing_is_writable_one_line_says_why(packed, python, places, tmp_path):
+    """One line names all reasons and the remedy."""
     code = f"mount -t tmpfs -o noexec none {tmp_path}/home; mount -t tmpfs -o size=20m none {tmp_path}/temporary; mount -t tmpfs -o noexec none /dev/shm"
     words = ["unshare", "-m", "sh", "-ec", f"{code}; exec \"$@\"", "sh", python, packed, "--version"]
     if not may("unshare", "-m", "true"):
@@ -339,7 +347,8 @@ def test_where_nothing_can_be_written_one_line_names_all_reasons_and_the_remedy(
     assert "set TMPDIR or XDG_CACHE_HOME to a folder of yours with 150 MB free" in line
 
 
-def test_trees_that_are_in_use_stay_and_others_go_after_a_month(tmp_path):
+def test_unused_trees_go_after_a_month(tmp_path):
+    """Trees that are in use stay, and others go after a month."""
     folder = tmp_path / "libraries"
     for name, days in (("old", 40), ("new", 2), ("mine", 40), ("held", 40), (".part-old", 0), (".part-held", 0)):
         (folder / name).mkdir(parents=True)
@@ -371,7 +380,8 @@ def about(file, **changes):
     ({"platform": "Linux riscv64 cpython-311-riscv64-linux-gnu"}, "on Linux riscv64, and this is Python"),
     ({"platform": "Linux x86_64 cpython-311-x86_64-linux-musl"}, "on Linux x86_64 with musl, and this is Python"),
     ({"glibc": "2.99"}, "was made for glibc 2.99 or newer, and this is 2.")])
-def test_a_wrong_python_or_platform_is_one_line_that_says_which_it_was_made_for(changes, words, packed, places, tmp_path):
+def test_a_wrong_python_or_platform_is_one_line(changes, words, packed, places, tmp_path):
+    """The line says for which it was made."""
     line = one_line(run(changed(packed, tmp_path / "other.pyz", about(packed, **changes)), "model.gguf", env=places))
     assert words in line and not list((tmp_path / "home").iterdir())
 
@@ -384,7 +394,8 @@ def test_a_python_that_is_here_and_fits_is_named(packed, places, tmp_path):
     assert one_line(run(other, env=places | {"PATH": str(tmp_path / "bin")})).endswith("; try python3.99, which is here")
 
 
-def test_a_byte_that_is_wrong_in_the_libraries_is_one_line_and_nothing_is_unpacked(packed, places, tmp_path):
+def test_a_wrong_byte_in_libraries_unpacks_nothing(packed, places, tmp_path):
+    """A byte that is wrong in the libraries is one line and nothing is unpacked."""
     data = bytearray(packed.read_bytes())
     with zipfile.ZipFile(packed) as source:
         entry = next(entry for entry in source.infolist() if entry.filename.endswith(".zip"))
@@ -399,7 +410,7 @@ def test_a_byte_that_is_wrong_in_the_libraries_is_one_line_and_nothing_is_unpack
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/outside", "a/../../outside"])
-def test_a_name_that_leads_out_of_the_tree_is_refused(name, tmp_path):
+def test_a_name_that_leaves_the_tree_is_refused(name, tmp_path):
     inner = program.archive({name: b"x"})
     outer = tmp_path / "x.pyz"
     outer.write_bytes(program.archive({"libraries/x.zip": inner}))
@@ -418,7 +429,8 @@ def test_equal_inputs_make_equal_bytes(packed, tmp_path):
     assert again.read_bytes() == packed.read_bytes()
 
 
-def test_a_bundle_makes_the_same_again_and_one_without_libraries(packed, python, places, tmp_path):
+def test_a_bundle_makes_itself_again(packed, python, places, tmp_path):
+    """A bundle makes the same again, and one without libraries."""
     again = tmp_path / "again.pyz"
     assert run(packed, "bundle", "--with-libraries", again, python=python, env=places).returncode == 0
     assert again.read_bytes() == packed.read_bytes() and packed.stat().st_size < 60e6
@@ -426,13 +438,14 @@ def test_a_bundle_makes_the_same_again_and_one_without_libraries(packed, python,
     assert "with decode_core for Linux" in run(packed, "bundle", plain, python=python, env=places).stdout
 
 
-def test_a_bundle_with_a_model_makes_the_same_again(talking, tmp_path):
+def test_a_bundle_with_a_model_makes_itself_again(talking, tmp_path):
     again = tmp_path / "again.pyz"
     made = run(talking, "bundle", "--with-libraries", "--with-model", talking, "--args", "--max-batch 3 --prefix /talk", again)
     assert made.returncode == 0 and again.read_bytes() == talking.read_bytes()
 
 
-def test_what_is_packed_is_what_is_installed_with_the_program_and_hides_nothing_of_python(packed):
+def test_what_is_installed_is_packed(packed):
+    """What is packed is what is installed with the program, and hides nothing of Python."""
     declared = re.search(r"^dependencies = \[\n(.*?)^\]", (CHECKOUT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)[1]
     wanted = {Requirement(each).name: Requirement(each).marker for each in re.findall(r'"([^"]+)"', declared)}
     assert wanted == {Requirement(each).name: Requirement(each).marker for each in gather.REQUIRED}
@@ -464,21 +477,22 @@ def test_what_is_packed_is_what_is_installed_with_the_program_and_hides_nothing_
     (["--args", "store x"], "cannot begin with store"), (["--args", "bundle x"], "cannot begin with bundle"),
     (["--with-model", "default", "--args", "x.gguf"], "--args names a MODEL"), (["--with-model", "default", "--args", "a b"], "--args names a MODEL"),
     (["--with-model", "default", "--args", "--port 80 --models x"], "--args names a MODEL")])
-def test_words_that_do_not_go_together_are_one_line(words, reason, tmp_path, monkeypatch, capsys):
+def test_words_that_conflict_are_one_line(words, reason, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert chat_server.main(["bundle", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert reason in line and "Traceback" not in line and list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_of_hugging_face_is_refused_as_a_model(tmp_path, capsys):
+def test_a_hugging_face_folder_cannot_be_packed(tmp_path, capsys):
+    """A folder of Hugging Face is refused as a model."""
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_text("{}")
     assert chat_server.main(["bundle", "--with-model", str(tmp_path)]) == 2
     assert "a bundle takes a model of one GGUF file, and this is Hugging Face folder" in capsys.readouterr().err
 
 
-def test_a_model_that_does_not_fit_on_the_disk_leaves_nothing(default_model_path, tmp_path):
+def test_a_model_too_large_for_the_disk_leaves_nothing(default_model_path, tmp_path):
     most = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({50 << 20},) * 2); import sys; sys.path.insert(0, {str(CHECKOUT)!r})"
     words = ["bundle", "--without-core", "--with-model", str(default_model_path), str(tmp_path / "x.pyz")]
     assert "File too large" in one_line(run("-c", f"{most}\nimport chat_server; sys.exit(chat_server.main({words!r}))"))
@@ -488,7 +502,8 @@ def test_a_model_that_does_not_fit_on_the_disk_leaves_nothing(default_model_path
 # checking it, and unpacking it
 
 
-def test_verify_reads_each_byte_of_the_file_and_of_what_was_unpacked(talking, python, places, tmp_path):
+def test_verify_reads_each_byte(talking, python, places, tmp_path):
+    """`--verify` reads each byte of the file and of what was unpacked."""
     starts(python, talking, places)
     done = run(talking, "bundle", "--verify", python=python, env=places)
     assert done.returncode == 0 and done.stderr == ""
@@ -517,7 +532,7 @@ def test_verify_finds_a_single_bit(part, talking, tmp_path, capsys):
     assert f"{file} is damaged (" in line and "copy it again" in line
 
 
-def test_it_unpacks_into_a_folder_that_runs_without_a_cache(talking, python, places, tmp_path):
+def test_an_unpacked_folder_runs_without_a_cache(talking, python, places, tmp_path):
     folder = tmp_path / "shared place"
     done = run(talking, "bundle", "--unpack", folder, python=python, env=places)
     assert f"{folder}: run it with Python {libraries.THIS_PYTHON}: python3 " in done.stdout
@@ -532,7 +547,8 @@ def test_it_unpacks_into_a_folder_that_runs_without_a_cache(talking, python, pla
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_nodes_of_ray_get_the_program_without_the_model(talking, default_model_path, monkeypatch, tmp_path):
+def test_nodes_of_ray_get_no_packed_model(talking, default_model_path, monkeypatch, tmp_path):
+    """Nodes of Ray get the program without the model."""
     monkeypatch.setattr(program, "program_root", lambda: talking)
     monkeypatch.setattr(contents, "program_root", lambda: talking)
     contents.own_contents.cache_clear()
@@ -546,7 +562,7 @@ def test_nodes_of_ray_get_the_program_without_the_model(talking, default_model_p
         assert sent.testzip() is None and "chatlm/common/processes/start.py" in sent.namelist()
 
 
-def test_pip_fetches_for_another_python_what_wheels_have_the_core_for(tmp_path, monkeypatch):
+def test_pip_fetches_what_wheels_have_the_core_for(tmp_path, monkeypatch):
     """Without pip and without another Python: what becomes of wheels."""
     wheel = tmp_path / f"chat_server-0.1.0-cp399-cp399-manylinux_2_17_{unpack.PLATFORM.split()[1]}.whl"
     files = program.program_sources() | {"decode_core/_core.cpython-399.so": Path(core.decode_core()._core.__file__).read_bytes(), "decode_core/__init__.py": b"",
@@ -563,7 +579,8 @@ def test_pip_fetches_for_another_python_what_wheels_have_the_core_for(tmp_path, 
 
 
 @pytest.mark.skipif(not shutil.which("readelf"), reason="binutils are not here")
-def test_what_libraries_need_of_glibc_is_what_readelf_says():
+def test_needs_of_glibc_are_those_of_readelf():
+    """What libraries need of glibc is what readelf says."""
     found = [path for distribution in gather.installed(("numpy", "tokenizers", "llguidance")) for path in map(distribution.locate_file, distribution.files)
              if ".so" in path.name] + [Path(core.decode_core()._core.__file__), Path(shutil.__file__).parent / "lib-dynload/_ctypes.so"]
     compared = set()
@@ -581,7 +598,8 @@ def needed_libraries(path):
     return set(re.findall(r"\(NEEDED\)\s+Shared library: \[(.*?)\]", said))
 
 
-def test_all_libraries_but_the_optional_need_no_newer_glibc_than_2_28_and_nothing_else_of_the_system(packed, tmp_path):
+def test_libraries_need_nothing_newer_than_glibc_2_28(packed, tmp_path):
+    """All libraries but the optional ones; and they need nothing else of the system."""
     with zipfile.ZipFile(packed) as source:
         compiled = {name: data for name, data in libraries.packed_files(source, libraries.fitting(source)) if data.startswith(b"\x7fELF")}
     assert len(compiled) > 20 and all(".so" in name for name in compiled)
@@ -598,7 +616,8 @@ def test_all_libraries_but_the_optional_need_no_newer_glibc_than_2_28_and_nothin
     assert needed - of_glibc - {Path(name).name for name in compiled} == {*libraries.SYSTEM} and of_glibc
 
 
-def test_a_library_that_the_system_lacks_is_one_line_and_leaves_nothing(small, cache, tmp_path, monkeypatch):
+def test_a_lacking_system_library_is_one_line(small, cache, tmp_path, monkeypatch):
+    """A library that the system lacks is one line and leaves nothing."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setitem(libraries.SYSTEM, "libnone.so.9", "none9, or none")
     with pytest.raises(ConfigError, match=r"^its libraries need libnone.so.9 of this system \(libnone.so.9: .*\); install the package none9, or none$"):
@@ -608,7 +627,8 @@ def test_a_library_that_the_system_lacks_is_one_line_and_leaves_nothing(small, c
     assert libraries.usable_tree(*small).parent.name == "libraries"
 
 
-def test_on_a_system_that_is_too_old_for_a_library_that_can_be_missing_it_is_as_if_it_were_not_installed(monkeypatch):
+def test_an_old_system_does_without_optional_libraries(monkeypatch):
+    """An optional library for which the system is too old counts as not installed."""
     needed = {path.partition("/")[0]: elf.glibc_of(data) for path, data in gather.installed_libraries().items() if "llguidance/_lib" in path}
     assert needed and {name: libraries.version_numbers(version) for name, version in libraries.OPTIONAL.items()} == needed
     for version, missing in (("2.29", True), ("2.30", False), ("", False)):
@@ -621,7 +641,7 @@ def test_on_a_system_that_is_too_old_for_a_library_that_can_be_missing_it_is_as_
             assert (importlib.util.find_spec("llguidance") is None) == missing
 
 
-def test_files_that_several_pythons_have_alike_are_packed_once():
+def test_files_shared_by_pythons_are_packed_once():
     made = [gather.Gathered(python, "", "", files) for python, files in (
         ("3.11", {"a.py": b"1", "b.so": b"2"}), ("3.12", {"a.py": b"1", "b.so": b"3"}), ("3.13", {"a.py": b"1", "b.so": b"3", "c": b""}))]
     assert dict(bundle.shared_files(made)) == {("3.11", "3.12", "3.13"): {"a.py": b"1"}, ("3.11",): {"b.so": b"2"},

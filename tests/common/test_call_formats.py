@@ -44,7 +44,8 @@ def read_in_pieces(reader, text, dice):
 
 
 @pytest.mark.parametrize("name", CALL_FORMATS)
-def test_a_call_as_a_row_says_it_is_what_its_grammar_allows_and_what_its_reader_finds(name):
+def test_a_row_s_calls_are_written_and_read(name):
+    """A call as a row says it is what its grammar allows and what its reader finds."""
     row, dice = CALL_FORMATS[name], random.Random(1)
     text = written(row)
     grammar = tool_grammar([WEATHER, {"function": {"name": "time"}}], name, True)
@@ -63,7 +64,7 @@ def test_a_new_family_s_format_is_one_row(monkeypatch):
     monkeypatch.setattr(formats, "CALL_FORMATS", {"ours": row, **CALL_FORMATS})
     assert formats.tool_format_of("{% if tools %}<call:") == "ours"
     monkeypatch.setitem(CALL_FORMATS, "ours", row)
-    test_a_call_as_a_row_says_it_is_what_its_grammar_allows_and_what_its_reader_finds("ours")
+    test_a_row_s_calls_are_written_and_read("ours")
 
 
 def test_no_row_hides_a_later_one():
@@ -98,7 +99,8 @@ def parts():
     return Scanner(Letters()), Deltas()
 
 
-def test_a_scanner_writes_up_to_a_sign_and_holds_back_what_may_begin_one(parts):
+def test_a_scanner_holds_back_what_may_be_a_sign(parts):
+    """A scanner writes up to a sign and holds back what may begin one."""
     scanner, said = parts[0], []
     reading = scanner.until(said.append, "<end>", "stop")
     scanner.held = "a<e"
@@ -118,7 +120,8 @@ def test_a_scanner_writes_up_to_a_sign_and_holds_back_what_may_begin_one(parts):
         assert [text for text in said if text] == rest
 
 
-def test_deltas_come_in_order_with_blank_lines_between_parts_and_no_white_space_around_reasoning(parts):
+def test_deltas_come_in_order_with_right_spaces(parts):
+    """Deltas come in order, with blank lines between parts and no white space around reasoning."""
     deltas = parts[1]
     deltas.begin("reasoning")
     for text in (" a ", "b ", ""):
@@ -140,7 +143,8 @@ def test_deltas_come_in_order_with_blank_lines_between_parts_and_no_white_space_
     assert deltas.take() == []
 
 
-def test_an_opening_waits_until_it_is_decided_whether_a_call_begins(parts):
+def test_an_opening_waits_until_a_call_is_certain(parts):
+    """An opening waits until it is decided whether a call begins."""
     scanner, deltas = parts
 
     def head(text):
@@ -156,7 +160,8 @@ def test_an_opening_waits_until_it_is_decided_whether_a_call_begins(parts):
     assert deltas.take() == [("text", "g", "")]
 
 
-def test_calls_in_json_are_read_without_the_other_readers(parts):
+def test_json_calls_need_no_other_reader(parts):
+    """Calls in JSON are read without the other readers."""
     scanner, deltas = parts
     reading = forever(lambda: (JsonCalls(scanner, deltas, ["f"], TAG), scanner))
     assert driven(scanner, deltas, reading, 'a<tool', '_call>{"name": "f", "argum', 'ents": {"x": "}"}}</tool_call>', "b") == [
@@ -164,39 +169,43 @@ def test_calls_in_json_are_read_without_the_other_readers(parts):
 
 
 @pytest.mark.parametrize("cut, closed", [(False, '{"x": "1"}'), (True, '{"x": "1')])
-def test_calls_in_tags_are_read_without_the_other_readers_and_closed_unless_they_are_cut(parts, cut, closed):
+def test_tag_calls_need_no_other_reader(parts, cut, closed):
+    """Calls in tags are read alone, and closed unless they are cut."""
     scanner, deltas = parts
     reading = forever(lambda: (TaggedCalls(scanner, deltas, ["f"], CALL_FORMATS["qwen tags"], [{"x": "string"}]), scanner))
     assert driven(scanner, deltas, reading, "a<tool_call>\n<function=f>\n<para", "meter=x>\n1", cut=cut) == [("text", "a", ""), ("call", closed, "f")]
 
 
 @pytest.mark.parametrize("cut, closed", [(False, '{"x": "1", "y": [2]}'), (True, '{"x": "1", "y": [')])
-def test_calls_of_values_are_read_without_the_other_readers_and_closed_unless_they_are_cut(parts, cut, closed):
+def test_value_calls_need_no_other_reader(parts, cut, closed):
+    """Calls of values are read alone, and closed unless they are cut."""
     scanner, deltas = parts
     reading = forever(lambda: (ValueCalls(scanner, deltas, ["f"], CALL_FORMATS["lfm2"]), scanner))
     assert driven(scanner, deltas, reading, "a<|tool_call_sta", 'rt|>[f(x="1', '", y=[2', cut=cut) == [("text", "a", ""), ("call", closed, "f")]
 
 
-def test_a_value_that_is_cut_while_its_end_is_in_doubt_is_not_made_up(parts):
+def test_no_end_is_made_up_for_a_cut_value(parts):
+    """A value that is cut while its end is in doubt is not made up."""
     scanner, deltas = parts
     reading = forever(lambda: (TaggedCalls(scanner, deltas, ["f"], CALL_FORMATS["qwen tags"]), scanner))
     assert driven(scanner, deltas, reading, '<tool_call>\n<function=f>\n<parameter=x>\n["a</parameter>\n', cut=True) == [("call", "", "f")]
 
 
-def test_reasoning_and_content_are_read_without_calls(parts):
+def test_reasoning_and_content_need_no_calls(parts):
+    """Reasoning and content are read without calls."""
     scanner, deltas = parts
     prose = Prose(scanner, deltas, JsonCalls(scanner, deltas, (), NO_CALLS), ("<think>", "</think>"))
     assert driven(scanner, deltas, prose.read(), "<think>a</th", "ink>b<tool_call>") == [("reasoning", "a", ""), ("text", "b<tool_call>", "")]
 
 
-def test_harmony_is_read_without_the_other_readers(parts):
+def test_harmony_needs_no_other_reader(parts):
     scanner, deltas = parts
     start, channel, _, message, end, *_ = map(scanner.sign, HARMONY)
     text = f'{channel}analysis{message}a{end}{start}assistant{channel}commentary to=functions.f {message}{{}}'
     assert driven(scanner, deltas, Harmony(scanner, deltas, ["f"]).read(), text[:30], text[30:]) == [("reasoning", "a", ""), ("call", "{}", "f")]
 
 
-def test_a_marker_in_the_arguments_of_a_whole_call_is_spelled_out():
+def test_a_marker_in_a_call_s_arguments_is_spelled():
     """It came out as the lone surrogate that stands for the token."""
     tokenizer = Letters()
     tokenizer.tool_format, tokenizer.thoughts, tokenizer.added = "tagged", ("<think>", "</think>"), {300: b"<think>"}

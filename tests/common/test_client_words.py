@@ -31,7 +31,7 @@ def matches(patterns, text):
 
 @pytest.mark.parametrize("bound", ["", "more than ", "at least "])
 @pytest.mark.parametrize("tokens, longest, limit", [(9031, 8192, 8192), (8192, 8192, 8191), (1_000_000, 512, 512)])
-def test_clients_see_that_a_prompt_is_too_long_and_by_how_much(tokens, longest, limit, bound):
+def test_clients_see_by_how_much_a_prompt_is_too_long(tokens, longest, limit, bound):
     error = too_long(tokens, longest, "messages", "messages", bound)
     assert matches(OVERFLOW, str(openai_error(error))) and str(error).startswith(f"This model's maximum context length is {longest} tokens. ")
     text = anthropic_error(error)["error"]["message"]
@@ -40,7 +40,7 @@ def test_clients_see_that_a_prompt_is_too_long_and_by_how_much(tokens, longest, 
     assert f"{tokens} tokens" in error.said_to(OLLAMA) and "the input length exceeds the context length" in error.said_to(OLLAMA)
 
 
-def test_a_conversation_that_is_too_large_to_count_is_too_long_too():
+def test_a_conversation_too_large_to_count_is_too_long():
     error = client_words.too_large_to_count("what was said before is too large: at most 9 bytes are allowed", "messages")
     texts = {name: patterns for name, patterns in OVERFLOW.items() if name != "others"}      # which look for numbers of tokens
     assert matches(texts, str(openai_error(error))) and matches(OVERFLOW_OF_MESSAGES, error.said_to(ANTHROPIC))

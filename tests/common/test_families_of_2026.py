@@ -103,7 +103,8 @@ def read(told):
 
 @pytest.mark.parametrize("family", TEMPLATES)
 @pytest.mark.parametrize("tokens", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["markers are tokens", "markers are text"])
-def test_calls_that_a_template_writes_are_read_back_at_every_cut_and_by_a_worker_that_takes_over(default_model_path, family, tokens):
+def test_template_calls_are_read_at_every_cut(default_model_path, family, tokens):
+    """Calls that a template writes are read back at every cut, and by a worker that takes over."""
     tokenizer = templated(default_model_path, family)
     row, tool_format = CALL_FORMATS[tokenizer.tool_format], tokenizer.tool_format
     assert tool_format == family.removeprefix("first ") and tokenizer.native_tools
@@ -146,7 +147,7 @@ ROME, NOW = ("trip", '{"text": "Rome"}'), ("time", "{}")
     ("[trip(stops=[{'at': 'Rome'], days=2)]", "", [("trip", '{"stops": [{"at": "Rome"}], "days": 2}')]), ("[trip(text=)]", "", [("trip", '{"text": null}')]),
     ('[{"name": "trip", "arguments": {"text": "Rome"}}]', "", [ROME]), ("[rm(x=1)]", None, []), ("[]", None, []), ("no call", None, []), ("[trip, time]", None, []),
     ("[trip(text='Rome'), rm(x='y')]", ", rm(x='y')]", [ROME])])
-def test_what_lfm2_writes_amiss_is_read_as_far_as_it_can_be(text, rest, calls):
+def test_what_lfm2_writes_amiss_is_read_if_possible(text, rest, calls):
     check_amiss("lfm2", text, rest, calls)
 
 
@@ -156,7 +157,7 @@ def test_what_lfm2_writes_amiss_is_read_as_far_as_it_can_be(text, rest, calls):
     ('call:trip{anything:{a b:{},c:[]},text:<|"|>}],{"\\n<|"|>,note:None}', "", [("trip", '{"anything": {"a b": {}, "c": []}, "text": "}],{\\"\\\\n", "note": null}')]),
     ('call:trip{text:<|"|>Rome', "", [ROME]), ('call:trip{stops:[{at:<|"|>Rome<|"|>', "", [("trip", '{"stops": [{"at": "Rome"}]}')]),
     ('call:trip{text:<|"|>Rome<|"|>}<|tool_call>call:time{}', "", [ROME, NOW]), ('call:trip{text:<|"|>Rome<|tool_call>call:time{}', "", [ROME, NOW]), ("call:rm{}", None, []), ("{}", None, [])])
-def test_what_gemma_writes_amiss_is_read_as_far_as_it_can_be(text, rest, calls):
+def test_what_gemma_writes_amiss_is_read_if_possible(text, rest, calls):
     check_amiss("gemma", text, rest, calls)
 
 
@@ -190,7 +191,8 @@ FREE = {"type": "object", "additionalProperties": {"type": "integer"}}
       'city:<|"|>R<|"|>,days:1,where:{s:<|"|>a<|"|>}', 'city:<|"|>R<|"|>,days:1,new:1']),
     ("lfm2", FREE, ["", "a=1", "a=1, b=2"], ['a="x"', "a b=1"]), ("gemma", FREE, ["", "a:1", "a:1,b:2"], ["a:true", "a{:1"]),
     ("lfm2", {}, ["", 'a="x"'], ["x"]), ("gemma", {"properties": {"a": {"const": "x"}}}, ["", 'a:<|"|>x<|"|>'], ['a:<|"|>y<|"|>', "b:1"])])
-def test_a_required_call_has_the_values_that_its_schema_allows_and_its_reader_finds_them(tool_format, parameters, allowed, refused):
+def test_a_required_call_has_allowed_values(tool_format, parameters, allowed, refused):
+    """A required call has the values that its schema allows, and its reader finds them."""
     function, row = {"name": "f", "parameters": parameters}, CALL_FORMATS[tool_format]
     grammar = tool_grammar([{"function": function}], tool_format, False)
     check_grammar(grammar, "tools")
@@ -214,7 +216,8 @@ def test_a_required_call_has_the_values_that_its_schema_allows_and_its_reader_fi
 
 @pytest.mark.parametrize("tool_format, parameters", [
     ("lfm2", {"properties": {"a=b": {}}}), ("lfm2", {"properties": {" a": {}}}), ("gemma", {"properties": {"a": {"type": "object", "properties": {"b:c": {}}}}})])
-def test_a_name_that_cannot_be_written_without_quotes_is_refused_where_a_call_is_required(tool_format, parameters):
+def test_a_required_call_needs_a_writable_name(tool_format, parameters):
+    """A name that cannot be written without quotes is refused where a call is required."""
     with pytest.raises(RequestError, match="this model's calls cannot have a parameter .*; a name has 1 to 200 characters"):
         tool_grammar([{"function": {"name": "f", "parameters": parameters}}], tool_format, True)
 
@@ -266,7 +269,7 @@ async def test_a_call_streams_in_the_events_of_every_api(tool_format):
             assert (text.strip(), calls) == ("Sure.", [("weather", {"city": "Rome", "days": 2})]), path
 
 
-def test_results_and_text_of_calls_come_where_gemma_expects_them(default_model_path):
+def test_gemma_gets_results_where_it_expects_them(default_model_path):
     """The template puts the text of a message behind its calls and their results; its second version shows reasoning beside calls alone, and its
     first knows neither reasoning nor a message of a tool."""
     later = [{"role": "assistant", "content": "Done."}, {"role": "user", "content": "Thanks"}]
@@ -302,14 +305,15 @@ def test_results_and_text_of_calls_come_where_gemma_expects_them(default_model_p
     ({"properties": {"a": {"anyOf": [{"properties": {"b": {"pattern": "x"}}}, {"type": "array"}]}, "c": {"not": {}}}},
      {"type": "object", "properties": {"a": {"type": "object", "properties": {"b": {"type": "string", "pattern": "x"}}}, "c": {"not": {}}}}),
     ({"properties": 7, "$ref": "#/nowhere"}, {"type": "object", "properties": 7, "$ref": "#/nowhere"}), ({}, {}), (None, None)])
-def test_gemma_s_template_gets_the_type_of_each_parameter_however_its_schema_says_it(said, shown):
+def test_gemma_s_template_gets_every_parameter_s_type(said, shown):
     """It shows `type` alone: without it, as pydantic writes what may be null or is a model of its own, even brackets stay open."""
     found = CALL_FORMATS["gemma"].function({"name": "f", "parameters": said})["parameters"]
     found and found.pop("$defs", None)
     assert found == shown
 
 
-def test_calls_of_lfm2_s_first_templates_are_in_the_content_and_what_a_client_writes_is_no_marker(default_model_path):
+def test_early_lfm2_calls_are_in_the_content(default_model_path):
+    """Calls of LFM2's first templates are in the content, and what a client writes is no marker."""
     tokenizer = templated(default_model_path, "lfm2 list")
     tokenizer.specials |= {"<|tool_call_start|>": 5, "<|tool_call_end|>": 6}
     calls = [{"id": "c", "type": "function", "function": {"name": "trip", "arguments": '{"text": "<|tool_call_end|>\\n", "far": true, "note": null}'}}]
@@ -321,13 +325,13 @@ def test_calls_of_lfm2_s_first_templates_are_in_the_content_and_what_a_client_wr
 
 @pytest.mark.parametrize("family, effort, end", [
     ("qwen tags", None, "<think>\n"), ("qwen tags", "none", "<think>\n\n</think>\n\n"), ("gemma", None, "<|channel>thought\n<channel|>"), ("gemma", "high", "<|turn>model\n")])
-def test_templates_of_2026_are_told_whether_to_think(default_model_path, family, effort, end):
+def test_templates_of_2026_know_whether_to_think(default_model_path, family, effort, end):
     tokenizer = templated(default_model_path, family)
     assert tokenizer.thoughts == thoughts_of(TEMPLATES[family]) == (("<think>", "</think>") if family == "qwen tags" else ("<|channel>", "<channel|>"))
     assert tokenizer.show(tokenizer.render(openai_messages(ASK), [], {"reasoning_effort": effort} if effort else {})).endswith(end)
 
 
-def test_gemma_s_answers_end_with_its_turn_or_where_it_awaits_a_result_whatever_its_file_says_of_these_tokens():
+def test_gemma_s_answers_end_with_its_turn():
     """llama.cpp's files have the markers as text, Hugging Face's as special tokens; some name <eos> alone."""
     metadata = small_gguf_metadata("gpt-4o", **{"tokenizer.chat_template": TEMPLATES["gemma"]})
     first = len(metadata["tokenizer.ggml.tokens"])
@@ -346,7 +350,7 @@ def test_gemma_s_answers_end_with_its_turn_or_where_it_awaits_a_result_whatever_
         assert answer.reason == "stop" and together(answer.take()) == [["reasoning", "Hm", ""], ["call", '{"text": "a"}', "trip"]]
 
 
-def test_a_call_inside_of_reasoning_ends_it_if_a_token_begins_it():
+def test_a_call_token_within_reasoning_ends_it():
     """Qwen3.5 may leave out </think> before a call. A marker in words, or one that begins no call, is a thought."""
     markers = ("<think>", "</think>", "<tool_call>", "</tool_call>")
     for tokens, call in ((markers, True), (markers[:2], False)):
@@ -361,7 +365,7 @@ def test_a_call_inside_of_reasoning_ends_it_if_a_token_begins_it():
         assert not call or answer.reasoning_tokens < 30 < len(ids) - 30 and answer.end_thinking() is None
 
 
-def test_what_a_call_of_values_tells_does_not_depend_on_how_it_is_cut():
+def test_a_call_of_values_reads_alike_however_cut():
     """Random calls, in pieces of any length and letter by letter."""
     dice = random.Random(3)
     signs = ["[", "]", "{", "}", "(", ")", ",", ":", "=", "'", '"', "\\", '<|"|>', "a", "7", " ", "\n", "None", "trip(", "call:trip{", "text=", "日"]
@@ -383,7 +387,8 @@ def test_what_a_call_of_values_tells_does_not_depend_on_how_it_is_cut():
                 assert kind != "call" or cut or isinstance(json.loads(said), dict), text
 
 
-def test_a_delta_of_a_call_in_reasoning_is_no_reasoning():
+def test_a_call_s_delta_within_reasoning_is_none():
+    """A delta of a call in reasoning is no reasoning."""
     tokenizer = Marked("lfm2", ("<think>", "</think>", "<|tool_call_start|>", "<|tool_call_end|>"), ("<think>", "</think>"))
     reader = AnswerReader(tokenizer, ["time"])
     reader.push(reader.scanner.signs("<think>Hm<|tool_call_start|>[time("))

@@ -27,7 +27,8 @@ def record(text):
 
 
 @pytest.mark.parametrize("text", ACTING)
-def test_what_acts_on_a_terminal_is_shown_as_an_escape(text, capsys):
+def test_terminal_codes_are_shown_as_escapes(text, capsys):
+    """What acts on a terminal is shown as an escape."""
     name = f"before{text}after"
     assert not ACTS.search(visible(name)) and visible(name) != name and visible(visible(name)) == visible(name)
     assert not ACTS.search(printable(name)) and not ACTS.search(str(ConfigError(name)))
@@ -48,13 +49,13 @@ def test_other_names_stay_as_they_are(text):
     assert visible(text) == text and text in TextLines().format(record(text))
 
 
-def test_a_line_end_in_a_name_begins_no_record_of_the_log():
+def test_a_line_end_in_a_name_begins_no_log_record():
     lines = TextLines().format(record("x\n2026-11-23 08:00:00,000 all is well")).split("\n")
     assert len(lines) == 2 and lines[1].startswith("    2026")
     assert "\n" not in JsonLines().format(record("x\ny"))
 
 
-def test_every_handler_of_the_log_shows_foreign_text(monkeypatch):
+def test_every_log_handler_shows_foreign_text(monkeypatch):
     for form in ("text", "json"):
         monkeypatch.setattr(logging.root, "handlers", [])
         start_logging(Settings(log_format=form))
@@ -69,7 +70,8 @@ def test_every_handler_of_the_log_shows_foreign_text(monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_a_server_of_files_with_such_names_writes_nothing_that_acts(tmp_path, form):
+def test_a_server_of_odd_file_names_writes_no_codes(tmp_path, form):
+    """A server of files with such names writes nothing that acts on a terminal."""
     for name in ("a\x1b[2J\u202egpj", "b\rc\u2066", "d\udcff"):
         (tmp_path / f"{name}.gguf").write_bytes(b"GGUF" + bytes(40))
     words = ["serve", "--models", str(tmp_path), "--port", "0", "--host", "127.0.0.1", "--log-format", form, "--device-type", "cpu"]

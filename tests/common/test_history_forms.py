@@ -100,7 +100,8 @@ def unescaped(text):
 
 @pytest.mark.parametrize("tools", TOOLS)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_no_arguments_of_an_earlier_call_are_refused_and_what_they_say_is_in_the_prompt(opened, name, tools):
+def test_no_arguments_of_earlier_calls_are_refused(opened, name, tools):
+    """What they say is in the prompt."""
     empty = prompt(opened[name], [asked(), called({}), result("R12R")], TOOLS[tools])
     for words, (arguments, shown) in WORDS.items():
         written = prompt(opened[name], [asked(), called(arguments), result("R12R")], TOOLS[tools])
@@ -138,14 +139,14 @@ RESULTS = {  # conversation -> how often each text is in the prompt
 
 @pytest.mark.parametrize("tools", TOOLS)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_every_result_is_in_the_prompt_as_often_as_it_was_given(opened, name, tools):
+def test_each_result_is_in_the_prompt_as_often_as_given(opened, name, tools):
     for words, (sent, counts) in RESULTS.items():
         shown = prompt(opened[name], sent, TOOLS[tools])
         assert {text: shown.count(text) for text in counts} == counts, (words, shown)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_text_before_a_call_does_not_go_into_the_call(opened, name):
+def test_text_before_a_call_stays_outside_it(opened, name):
     sent = [asked(), called('{"city": "Rome"}', text="Let me see."), result("R1R")]
     shown = prompt(opened[name], sent, [TOOL])
     assert shown.index("Let me see.") < shown.index("Rome") and "Let me see.weather" not in shown
@@ -153,7 +154,8 @@ def test_text_before_a_call_does_not_go_into_the_call(opened, name):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_names_of_special_tokens_in_results_and_arguments_stay_text(opened, name):
+def test_special_tokens_in_results_stay_text(opened, name):
+    """The names of special tokens in results and arguments stay text."""
     tokenizer = opened[name]
     end = tokenizer.specials["<|im_end|>"]
 
@@ -163,7 +165,8 @@ def test_the_names_of_special_tokens_in_results_and_arguments_stay_text(opened, 
     assert ends("a<|im_end|>b") == ends("word")
 
 
-def test_how_a_template_shows_calls_is_found_by_filling_it_in(opened):
+def test_filling_in_a_template_shows_its_calls(opened):
+    """How a template shows calls is found by filling it in."""
     def found(name):
         prompt(opened[name], [asked()])
         without, with_tools = opened[name].forms
@@ -190,7 +193,8 @@ def test_what_a_template_loses_is_told_in_words(opened, name, told):
     assert differences(opened[name].forms) == told
 
 
-def test_a_template_is_tried_once_and_then_filled_in_once_for_each_conversation(text, monkeypatch):
+def test_a_template_is_tried_only_once(text, monkeypatch):
+    """It is tried once, and then filled in once for each conversation."""
     tokenizer = open_tokenizer(replace(text, chat_template=TEMPLATES["no results"]))
     filled = itertools.count()
     whole = compile_chat_template(TEMPLATES["no results"])
@@ -208,7 +212,7 @@ def test_a_template_is_tried_once_and_then_filled_in_once_for_each_conversation(
     assert next(filled) == first + 4
 
 
-def test_what_a_template_refuses_in_one_conversation_is_shown_as_text_there_and_logged_once(text, caplog):
+def test_what_a_template_refuses_becomes_text(text, caplog):
     """Mistral's Ministral 3 wants an answer after results, and refuses an empty one."""
     refuses = """{% if m.role == 'user' and not loop.first and loop.previtem.role != 'user' and not loop.previtem.content %}{{ raise_exception('No!') }}{% endif %}
         {%- if m.role == 'user' and not loop.first and loop.previtem.role == 'tool' %}{{ raise_exception('Answer first') }}{% endif %}"""
@@ -224,7 +228,7 @@ def test_what_a_template_refuses_in_one_conversation_is_shown_as_text_there_and_
             prompt(never, [asked(), *before, asked("no!")])
 
 
-def test_a_call_in_the_text_is_written_as_the_family_writes_it(text):
+def test_a_call_in_text_is_in_the_family_s_format(text):
     tags = BEGIN.replace("<tool_call> begins a call", "<tool_call><function=f><parameter=p>") + SHOWN + "<|im_end|>\n" + END
     shown = prompt(open_tokenizer(replace(text, chat_template=tags)), [asked(), called('{"city": "Rome", "days": [3]}', "Bo", text="Well."), result("R1R")], [TOOL])
     assert "Well.\n<tool_call>\n<function=weather>\n<parameter=city>\nRome\n</parameter>\n<parameter=days>\n[3]\n</parameter>\n</function>\n</tool_call>\n" in shown
@@ -237,26 +241,29 @@ def test_a_call_in_the_text_is_written_as_the_family_writes_it(text):
 
 
 @pytest.mark.parametrize("arguments", ["{{ c.function.arguments | tojson }}", "{{ '' + c.function.arguments }}"])
-def test_deepseek_s_arguments_are_an_object_however_its_template_wants_them(text, arguments):
+def test_deepseek_s_arguments_are_an_object(text, arguments):
     """vLLM's template for V3.1 writes them as JSON, and the model's own adds them to a text."""
     source = template("<｜tool▁sep｜>" + arguments)
     assert open_tokenizer(replace(text, chat_template=source)).tool_format == "deepseek"
     assert '<｜tool▁sep｜>{"city": "Rome"}' in prompt(open_tokenizer(replace(text, chat_template=source)), RESULTS["one result"][0], [TOOL])
 
 
-def test_a_result_without_an_id_is_that_of_the_call_it_names_or_else_of_the_first_without_one(opened):
+def test_a_result_without_id_finds_its_call(opened):
+    """A result without an id is that of the call it names or else of the first without one."""
     calls = [{"id": sent, "function": {"name": name, "arguments": "{}"}} for sent, name in ((None, "time"), ("call00000", "weather"), (None, "weather"))]
     results = [{"role": "tool", "name": "weather", "content": "R1R"}, {"role": "tool", "content": "R2R"}, {"role": "tool", "tool_name": "weather", "content": "R3R"}]
     shown = prompt(opened["wants ids"], [asked(), called(tool_calls=calls), *results], [TOOL])
     assert re.findall(r"call\d{5}", shown) == ["call00001", "call00000", "call00002", "call00000", "call00001", "call00002"]
 
 
-def test_an_answer_and_its_call_in_two_messages_are_one_where_calls_are_text(opened):
+def test_an_answer_and_its_call_become_one_message(opened):
+    """An answer and its call in two messages are one where calls are text."""
     shown = prompt(opened["no place for tools"], [asked(), {"role": "assistant", "content": "Let me see."}, called('{"city": "Rome"}'), result("R1R")], [TOOL])
     assert shown.count("<|im_start|>assistant") == 2 and "Let me see.\n<tool_call>" in shown
 
 
-def test_thousands_of_calls_and_results_of_one_turn_are_all_in_the_prompt(opened):
+def test_thousands_of_calls_are_all_in_the_prompt(opened):
+    """Thousands of calls and results of one turn are all in the prompt."""
     for name in ("wants ids", "refuses several calls", "results need their call", "neither", "names tool responses"):
         calls = [{"id": f"i{number}", "function": {"name": "weather", "arguments": "{}"}} for number in range(3000)]
         backwards = [{"role": "tool", "tool_call_id": f"i{number}", "content": "R1R"} for number in reversed(range(3000))]

@@ -47,7 +47,8 @@ def answer(url, model="default"):
 
 
 @pytest.mark.slow
-def test_an_id_ends_in_a_server_that_answers_and_the_next_start_needs_no_hub(tmp_path):
+def test_an_id_becomes_a_server_that_answers(tmp_path):
+    """The next start needs no hub."""
     log = []
     with fake_hub(org__tiny={"README.md": b"# x", "tiny-Q4_K_M.gguf": TINY, "tiny-Q8_0.gguf": TINY[:100]}) as hub:
         env = environment(tmp_path, hub, HF_TOKEN="hf_mine")
@@ -95,7 +96,8 @@ def test_a_short_name_is_another_name_of_the_model(tmp_path):
                 answer(url, "qwen3-8b")
 
 
-def test_the_short_names_of_embedders_and_rerankers_and_the_files_of_their_modules():
+def test_embedders_and_rerankers_have_short_names():
+    """With their short names come the files of their modules."""
     wanted = ("all-minilm", "bge-m3", "nomic-embed-text", "nomic-embed-text-v2-moe", "mxbai-embed-large", "snowflake-arctic-embed", "embeddinggemma", "qwen3-embedding",
               "multilingual-e5", "bge-reranker-v2-m3", "qwen3-reranker")
     assert [name for name in wanted if name not in SHORT_NAMES] == []
@@ -106,7 +108,8 @@ def test_the_short_names_of_embedders_and_rerankers_and_the_files_of_their_modul
     assert sorted(found) == sorted(needed) and found.index("2_Dense/model.safetensors") > found.index("modules.json")
 
 
-def test_a_folder_of_safetensors_comes_with_its_shards_and_its_makers_sampling(tmp_path):
+def test_a_folder_comes_with_shards_and_sampling(tmp_path):
+    """A folder of safetensors comes with its shards and its makers' sampling."""
     model = families.make_model("qwen3")
     model.generation_config.update(do_sample=True, temperature=0.6, top_k=20)
     folder = families.save(model, tmp_path / "made", max_shard_size="300KB")
@@ -124,7 +127,7 @@ def test_a_folder_of_safetensors_comes_with_its_shards_and_its_makers_sampling(t
         assert "does not have all files of that model" in refused("org/folder", env | {"HF_HUB_OFFLINE": "1"})
 
 
-def test_a_cached_index_of_absent_shards_does_not_hide_the_whole_file_beside_it(tmp_path):
+def test_an_index_of_absent_shards_hides_no_file(tmp_path):
     """As caches have it that were filled before: today the index is left out where there is a whole file."""
     folder = families.save(families.make_model("qwen3"), tmp_path / "made")
     index = json.dumps({"weight_map": {"lm_head.weight": SHARDS[0]}}).encode()
@@ -150,7 +153,8 @@ SMALL = {"tokenizer.json": b"{}", "config.json": json.dumps({"model_type": "mamb
         ({"config.json": {}}, "config.json: model_type is "), ({"config.json": {"attention_sinks": 4}}, "config.json: attention_sinks is 4; this key is not supported in a qwen3 model"),
         ({"config.json": {"quantization_config": {"quant_method": "awq", "version": "gemv"}}}, "gemv"), ({"tokenizer.json": b'{"model": {"type": "Odd"}}'}, "tokenizer.json: "),
         ({"tokenizer.json": None, "tokenizer.model": b"x"}, "it has no tokenizer.json; it has tokenizer.model, which this server does not read")))])
-def test_a_folder_that_no_server_can_run_is_refused_before_its_weights_are_asked_for(tmp_path, changes, said):
+def test_an_unrunnable_folder_is_not_downloaded(tmp_path, changes, said):
+    """A folder that no server can run is refused before its weights are asked for."""
     files = {path.name: path.read_bytes() for path in families.save(families.make_model("qwen3"), tmp_path / "made").iterdir()} if changes else dict(SMALL)
     for name, change in changes.items():
         files[name] = json.dumps((json.loads(files[name]) if change else {}) | change).encode() if isinstance(change, dict) else change
@@ -164,7 +168,8 @@ def test_a_folder_that_no_server_can_run_is_refused_before_its_weights_are_asked
 @pytest.mark.parametrize("metadata, said", [
     ({"general.architecture": "rwkv7"}, "org/odd:odd.gguf is not downloaded: its file: this server cannot run rwkv7 yet; it runs: "),
     ({"tokenizer.ggml.pre": "unheard-of"}, "tokenizer.ggml.pre"), ({"llama.attention.odd": 3}, "llama.attention.odd is 3; this key is not supported in a llama model")])
-def test_a_gguf_file_that_no_server_can_run_is_refused_by_its_beginning(tmp_path, metadata, said):
+def test_an_unrunnable_gguf_is_refused_early(tmp_path, metadata, said):
+    """A GGUF file that no server can run is refused by its beginning."""
     odd = gguf_bytes({**LARGE_NUMBERS, **small_gguf_metadata("gpt-2"), **metadata}, random_llama(numbers=LARGE_NUMBERS)) + bytes(40 << 20)
     with fake_hub(org__odd={"odd.gguf": odd}) as hub:
         hub.cuts = {"odd.gguf": 25 << 20}       # a refusal comes before
@@ -204,7 +209,7 @@ PARTS = ["q8/a-Q8_0-00001-of-00002.gguf", "q8/a-Q8_0-00002-of-00002.gguf"]
     ("q8_0", ["a-Q8_0.gguf", "mmproj-a-Q8_0.gguf"], ["a-Q8_0.gguf"]), ("", ["a.gguf", "a-mmproj-f16.gguf", "x/imatrix_x.gguf"], ["a.gguf"]),
     ("mmproj-f16.gguf", ["a.gguf", "mmproj-f16.gguf"], ["mmproj-f16.gguf"]),
     ("", [*PARTS, "a-q4_k_m-00001-of-00001.gguf"], ["a-q4_k_m-00001-of-00001.gguf"]), (PARTS[1], [*PARTS, "b.gguf"], PARTS)])
-def test_only_the_files_that_make_up_a_model_are_fetched(file, names, found):
+def test_only_the_files_of_a_model_are_fetched(file, names, found):
     assert hub_files("org/name", file, names) == found
 
 
@@ -212,7 +217,7 @@ def test_only_the_files_that_make_up_a_model_are_fetched(file, names, found):
     ("a-Q8_0.gguf", ["mmproj-a-Q8_0.gguf", "mmproj-a-F16.gguf", "README.md"], ["mmproj-a-F16.gguf"]), ("a.gguf", ["x/mmproj-f16.gguf", "mmproj.txt"], []),
     ("x/a.gguf", ["x/mmproj-f16.gguf", "mmproj-f16.gguf"], ["x/mmproj-f16.gguf"]), ("mmproj-f16.gguf", ["mmproj-f16.gguf", "mmproj-f32.gguf"], []),
     ("config.json", ["mmproj-f16.gguf"], [])])
-def test_a_model_sees_with_the_best_file_in_its_folder(model, names, found):
+def test_a_model_sees_with_its_folder_s_best_file(model, names, found):
     assert mmproj_for(model, [model, *names]) == found
 
 
@@ -229,7 +234,7 @@ def fetched_files(tmp_path, hub, *models, before="", **bounds):
     return done.stdout.split(), done.stderr
 
 
-def test_what_a_model_sees_with_comes_with_it_and_goes_with_the_last_model(tmp_path, monkeypatch):
+def test_an_mmproj_comes_and_goes_with_its_models(tmp_path, monkeypatch):
     """A repository of two quantizations: the second download needs no second mmproj."""
     from chatlm.common.hub.offers import delete_model
     with fake_hub(org__seeing={"a-Q8_0.gguf": SEEING, "a-Q4_0.gguf": SEEING + b" ", "mmproj-a-f16.gguf": b"GGUF eyes", "mmproj-a-q8_0.gguf": b"GGUF others"}) as hub:
@@ -254,7 +259,7 @@ importlib.util.find_spec = lambda name, *more: None if name.split(".")[0] == "PI
     (TINY, "", {}, "mmproj.gguf is not downloaded: what models of the architecture \"llama\" with its tokens see images with is not known"),
     (SEEING, NO_PILLOW, {}, "mmproj.gguf is not downloaded: images are read with the Python package Pillow, which is not installed"),
     (SEEING, "", {"images": False}, "")], ids=["another family", "without Pillow", "unwanted"])
-def test_an_mmproj_that_cannot_be_used_is_not_downloaded(tmp_path, model, before, bounds, said):
+def test_a_useless_mmproj_is_not_downloaded(tmp_path, model, before, bounds, said):
     with fake_hub(org__seeing={"a.gguf": model, "mmproj.gguf": b"GGUF eyes"}) as hub:
         (path,), log = fetched_files(tmp_path, hub, "a.gguf", before=f"{before}\nimport logging; logging.basicConfig(level=logging.INFO)", **bounds)
         assert os.listdir(os.path.dirname(path)) == ["a.gguf"] and "mmproj.gguf" not in hub.fetched() and said in log and ("mmproj" in log) == bool(said)
@@ -285,7 +290,7 @@ def test_a_model_that_cannot_be_had_is_one_line(tmp_path, model, words):
         assert hub.fetched() == []
 
 
-def test_a_token_that_the_hub_does_not_know_is_named(tmp_path):
+def test_a_token_unknown_to_the_hub_is_named(tmp_path):
     with fake_hub(org__tiny={"tiny.gguf": TINY}) as hub:
         hub.token = "hf_other"
         assert "HTTP status 401; check HF_TOKEN" in refused("org/tiny", environment(tmp_path, hub, HF_TOKEN="hf_mine"))
@@ -293,7 +298,7 @@ def test_a_token_that_the_hub_does_not_know_is_named(tmp_path):
 
 @pytest.mark.parametrize("url, more, words", [
     ("http://127.0.0.1:9", {}, "http://127.0.0.1:9 cannot be reached"), ("http://127.0.0.1:9", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set")])
-def test_without_a_connection_a_model_that_is_not_cached_is_one_line(tmp_path, url, more, words):
+def test_offline_an_uncached_model_is_one_line(tmp_path, url, more, words):
     line = refused("org/tiny", environment(tmp_path, url, **more))
     assert words in line and f"the cache {tmp_path}/hf/hub does not have all files" in line
 
@@ -306,7 +311,7 @@ def test_a_hub_that_fails_is_one_line(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reset", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_download_that_breaks_goes_on_where_it_broke(tmp_path, reset):
+def test_a_broken_download_resumes_where_it_broke(tmp_path, reset):
     with fake_hub(org__tiny={"tiny.gguf": LARGE}) as hub:
         hub.cuts, hub.reset = {"tiny.gguf": 12 << 20}, reset
         with real_server.server("org/tiny", *FLAGS, env=environment(tmp_path, hub)) as (_, url):
@@ -316,7 +321,7 @@ def test_a_download_that_breaks_goes_on_where_it_broke(tmp_path, reset):
 
 
 @pytest.mark.slow
-def test_a_start_that_failed_half_way_is_continued_by_the_next_one(tmp_path):
+def test_the_next_start_continues_one_that_failed(tmp_path):
     with fake_hub(org__tiny={"tiny.gguf": LARGE}) as hub:
         env = environment(tmp_path, hub)
         assert "no room for org/tiny" in refused("org/tiny", env, limit=15 << 20)        # as on a full disk
@@ -331,7 +336,7 @@ def test_a_start_that_failed_half_way_is_continued_by_the_next_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_parts_that_do_not_fit_together_are_not_used(tmp_path):
+def test_parts_that_do_not_fit_are_not_used(tmp_path):
     with fake_hub(org__tiny={"tiny.gguf": LARGE}) as hub:
         env = environment(tmp_path, hub)
         refused("org/tiny", env, limit=15 << 20)
@@ -342,14 +347,14 @@ def test_parts_that_do_not_fit_together_are_not_used(tmp_path):
             answer(url)
 
 
-def test_without_the_library_one_line_says_how_to_install_it(monkeypatch):
+def test_a_missing_hub_library_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ConfigError, match=r"^the Hugging Face model org/name needs the Python package.* huggingface_hub.*pip install"):
         resolve_model(Settings(model="org/name"))
 
 
 @pytest.mark.parametrize("flag", [{"source": "sft"}, {"model_tag": "d20"}, {"step": 4}])
-def test_flags_of_nanochat_checkpoints_are_refused_for_an_id(flag):
+def test_nanochat_flags_are_refused_for_an_id(flag):
     with pytest.raises(ConfigError, match="only for nanochat checkpoints, and org/name is a Hugging Face id"):
         resolve_model(Settings(model="org/name", **flag))
 
@@ -370,17 +375,18 @@ CHECKPOINT, META, TOKENIZER = "model_000650.pt", "meta_000650.json", "tokenizer.
     ("", [f"experiments/x/d4/chat/{CHECKPOINT}", f"experiments/x/d4/chat/{META}", "datasets/climbmix/tokenizer/tokenizer.pkl"],
      [f"experiments/x/d4/chat/{META}", "datasets/climbmix/tokenizer/tokenizer.pkl", f"experiments/x/d4/chat/{CHECKPOINT}"]),
     ("", [CHECKPOINT, META, TOKENIZER, "only.gguf"], ["only.gguf"]), (CHECKPOINT, [CHECKPOINT, META, TOKENIZER, "only.gguf"], [META, TOKENIZER, CHECKPOINT])])
-def test_the_files_of_a_published_checkpoint_are_fetched(file, names, found):
+def test_a_published_checkpoint_s_files_are_fetched(file, names, found):
     assert hub_files("org/name", file, names) == found
 
 
 @pytest.mark.parametrize("names", [[CHECKPOINT, META], [CHECKPOINT, TOKENIZER], [META, TOKENIZER]])
-def test_a_published_checkpoint_without_one_of_its_files_is_none(names):
+def test_a_published_checkpoint_needs_all_its_files(names):
     with pytest.raises(ConfigError, match="org/name has no model.safetensors; it has no GGUF file"):
         hub_files("org/name", "", names)
 
 
-def test_a_published_checkpoint_is_served_by_its_id_and_again_without_the_hub(tmp_path, nanochat_fixtures):
+def test_a_published_checkpoint_is_served_by_its_id(tmp_path, nanochat_fixtures):
+    """A published checkpoint is served by its id, and again without the hub."""
     [folder] = (nanochat_fixtures / "gen5").glob("*/d4")
     files = {TOKENIZER: (nanochat_fixtures / "gen5" / "tokenizer" / "tokenizer.pkl").read_bytes(), "README.md": b"# x",
              **{path.name: path.read_bytes() for path in folder.iterdir()}}

@@ -51,7 +51,7 @@ def program(tmp_path):
     return folder
 
 
-def test_a_checkout_is_started_by_the_python_that_runs(program, tmp_path):
+def test_a_checkout_is_started_by_this_python(program, tmp_path):
     python = program / ".venv/bin/python"
     (program / ".venv/bin/hf").touch(0o755)
     assert said(python, program, program) == [".venv/bin/python chat_server.py", ".venv/bin/python -m pip install x", ".venv/bin/hf"]
@@ -81,7 +81,8 @@ def test_a_bundle_is_started_by_its_file(program):
         "\n  .venv/bin/python chat_server.pyz chat --continue" in done.stdout
 
 
-def test_a_python_that_lacks_libraries_names_the_environment_beside_the_script(program, tmp_path):
+def test_missing_libraries_name_the_environment(program, tmp_path):
+    """A Python that lacks libraries names the environment beside the script."""
     wrong = made_venv(tmp_path / "wrong")
     for words in (["--port", "0"], ["chat"], ["check"], ["generate", "-p", "Hello"]):
         done = subprocess.run([wrong, "chat_server.py", *words], cwd=program, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL,
@@ -98,7 +99,8 @@ def test_a_python_that_lacks_libraries_names_the_environment_beside_the_script(p
         assert "pip install" not in last
 
 
-def test_a_system_s_python_that_takes_no_packages_gets_an_environment(monkeypatch, tmp_path):
+def test_a_managed_python_gets_an_environment(monkeypatch, tmp_path):
+    """A system's Python that takes no packages gets an environment."""
     patch(monkeypatch, invocation, "root_of_program", lambda: tmp_path)
     patch(monkeypatch, invocation, "is_managed", lambda: True)
     (tmp_path / "requirements.txt").touch()
@@ -117,7 +119,8 @@ def old_python():
 
 
 @pytest.mark.skipif(old_python() is None, reason="there is no Python 3.9")
-def test_an_old_python_names_the_environment_beside_the_script(program):
+def test_an_old_python_names_the_environment(program):
+    """The one beside the script."""
     done = subprocess.run([old_python(), "chat_server.py"], cwd=program, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.startswith("chat_server needs Python 3.10 or newer, and this is 3.9.")
     assert done.stderr.endswith("; run `.venv/bin/python chat_server.py` instead\n")
@@ -158,7 +161,7 @@ def marks_of(process):
 @pytest.mark.parametrize("start, words, module", [
     ("script", [], "chatlm.common.errors"), ("script", ["chat"], "asyncio"), ("script", ["generate", "-p", "Hello"], "chatlm.cli"),
     ("script", ["check"], "chatlm.front.server.access"), ("command", ["chat"], "chatlm.cli")])
-def test_ctrl_c_while_the_program_starts_ends_it_without_a_word(start, words, module):
+def test_ctrl_c_during_a_start_ends_it_silently(start, words, module):
     status, rest = interrupted(start, words, module)
     assert status in (-signal.SIGINT, 130) and rest == ""       # 130: the command itself was already there to end
 
@@ -167,7 +170,7 @@ def test_where_ctrl_c_is_ignored_it_stays_so():
     assert interrupted("script", ["--version"], "chatlm.cli", ignored=True) == (0, "")
 
 
-def test_ctrl_c_ends_what_checks_the_kernels_without_a_traceback():
+def test_ctrl_c_ends_a_kernel_check_without_traceback():
     process = subprocess.Popen([sys.executable, CHECKOUT / "chat_server.py", "check"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
     assert process.stdout.readline().startswith("chat_server ")

@@ -69,14 +69,14 @@ def test_every_message_comes_out_as_it_went_in(message):
     assert found == message and repr(found) == repr(message)
 
 
-def test_a_request_comes_out_of_a_sandbox_as_it_went_in():
+def test_a_request_leaves_a_sandbox_as_it_entered():
     request = asked("r", (Message("user", "hi", {"tool_calls": [{"a": 1}]}), Message("assistant", "")), ("text", (1, 2, 3)), ((4, 5), ()),
                       tools=({"function": {"name": "f"}},), stop=("x",), grammar="g")
     for parsed in (ParsedBody(request, False, True, True), ParsedBody(asked("s", prompts=("a", "b")))):
         assert restorer(ParsedBody)(through_the_pipe(SandboxResult(parsed)).value) == parsed
 
 
-def test_there_is_an_example_of_every_message_and_each_has_a_limit():
+def test_every_message_has_an_example_and_a_limit():
     kinds = {kind for pipe in PIPES for kind in pipe.kinds}
     assert {type(message) for message in EXAMPLES} == kinds and len(kinds) > 25
     assert all(0 < kind.MAX_BYTES <= 256 << 20 for kind in kinds)
@@ -84,7 +84,8 @@ def test_there_is_an_example_of_every_message_and_each_has_a_limit():
 
 @pytest.mark.parametrize("header", [HEADER.pack(len(WORKER_PIPE.kinds), 0), HEADER.pack(255, 5), b"\x80\x04\x95\x10\x00",
                                     HEADER.pack(WORKER_PIPE.numbers[Cancel], Cancel.MAX_BYTES + 1), HEADER.pack(0, 2**32 - 1)])
-def test_a_header_of_an_unknown_kind_or_size_is_refused_before_its_body_is_read(header):
+def test_a_bad_header_is_refused_before_its_body(header):
+    """A header of an unknown kind or size is refused before its body is read."""
     with pytest.raises(BadMessage):
         WORKER_PIPE.kind_and_size(header)
 
@@ -110,7 +111,7 @@ def test_a_body_that_is_not_of_its_kind_is_refused(kind, body):
         unpacked(kind, body)
 
 
-def test_whatever_bytes_come_the_result_is_a_message_or_a_refusal():
+def test_any_bytes_give_a_message_or_a_refusal():
     generator = random.Random(5)
     for message in EXAMPLES * 40:
         body = bytearray(pipe_of(type(message)).packed(message)[HEADER.size:])

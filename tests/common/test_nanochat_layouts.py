@@ -134,7 +134,8 @@ def experiments(tmp_path, monkeypatch):
     ({"model_tag": "wide/d20", "source": "base"}, "base/wide/d20/900"), ({"source": "chat"}, "chat/wide/d20/90"),
     ({"source": "sft", "model_tag": "d20"}, "chat/wide/d20/90"), ({"source": "rl"}, "rl/wide/d20/9"),
     ({"model_tag": "d26"}, "base/d26/5")])
-def test_the_experiment_without_a_name_comes_first_and_flags_reach_all(experiments, flags, expected):
+def test_the_unnamed_experiment_comes_first(experiments, flags, expected):
+    """The experiment without a name comes first, and flags reach all."""
     for model in (None, str(experiments)):
         source = resolve_model(Settings(model=model, **flags))
         assert f"checkpoint {expected} " in source.chosen.replace(" (", "  (")
@@ -159,7 +160,7 @@ def test_a_variable_names_the_experiment(experiments, monkeypatch):
         resolve_model(Settings())
 
 
-def test_a_variable_names_the_folder_of_experiments(experiments, tmp_path_factory, monkeypatch):
+def test_a_variable_names_the_experiments_folder(experiments, tmp_path_factory, monkeypatch):
     other = tmp_path_factory.mktemp("runs")
     write(other / "huge" / "d32" / "chat", 77)
     monkeypatch.setenv("NANOCHAT_EXPERIMENTS_DIR", str(other))
@@ -169,14 +170,16 @@ def test_a_variable_names_the_folder_of_experiments(experiments, tmp_path_factor
         resolve_model(Settings())
 
 
-def test_without_an_unnamed_experiment_the_one_changed_last_is_taken(experiments):
+def test_else_the_newest_experiment_is_taken(experiments):
+    """Without an unnamed experiment, the one that changed last is taken."""
     shutil.rmtree(experiments / "experiments" / "default")
     shutil.rmtree(experiments / "base_checkpoints")
     write(experiments / "experiments" / "newest" / "d4" / "base", 1)
     assert "base/newest/d4/1" in resolve_model(Settings()).chosen
 
 
-def test_the_tokenizer_is_that_of_the_experiments_data_set(tmp_path, monkeypatch):
+def test_the_tokenizer_is_that_of_the_data_set(tmp_path, monkeypatch):
+    """The tokenizer is that of the experiment's data set."""
     model = write(tmp_path / "experiments" / "mine" / "d4" / "base", 1) / "model_000001.pt"
     store, experiment = tmp_path / "datasets", tmp_path / "experiments" / "mine"
     monkeypatch.setenv("NANOCHAT_DATASET", "of the variable")
@@ -194,14 +197,15 @@ def test_the_tokenizer_is_that_of_the_experiments_data_set(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"dataset": 5}', '{"dataset": "../.."}', "{" * 10_000, '{"dataset": ".."}'])
-def test_an_odd_description_of_an_experiment_leads_nowhere(tmp_path, text):
+def test_an_odd_experiment_description_leads_nowhere(tmp_path, text):
     model = write(tmp_path / "experiments" / "mine" / "d4" / "base", 1) / "model_000001.pt"
     (tmp_path / "experiments" / "mine" / "meta.json").write_text(text)
     assert all(tmp_path in Path(os.path.abspath(path)).parents for path in nanochat_tokenizers(model))
     assert nanochat_tokenizers(model)[-1] == tmp_path / "datasets" / "climbmix" / "tokenizer" / "tokenizer.pkl"
 
 
-def test_the_stage_of_published_weights_is_what_their_training_was_told(tmp_path):
+def test_published_weights_have_their_trained_stage(tmp_path):
+    """The stage of published weights is what their training was told."""
     base = write(tmp_path / "d34", 10, user_config={"depth": 34})
     chat = write(tmp_path / "talks", 10, user_config={"run": "dummy"})
     assert checkpoint_at(base / "model_000010.pt").place.stage == "base"
@@ -211,7 +215,7 @@ def test_the_stage_of_published_weights_is_what_their_training_was_told(tmp_path
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "eval", "score", "compare"])
-def test_a_command_says_that_a_named_place_has_no_checkpoint(tmp_path, monkeypatch, command):
+def test_a_named_place_without_checkpoint_is_told(tmp_path, monkeypatch, command):
     patching.patch(monkeypatch, default_model, "fetch_default_model", lambda progress: pytest.fail("fetched the default model"))
     for variable in ("NANOCHAT_BASE_DIR", "NANOCHAT_EXPERIMENTS_DIR"):
         monkeypatch.setenv(variable, str(tmp_path))
@@ -226,7 +230,8 @@ def test_generate_says_so_and_answers_nothing(tmp_path):
     assert "NANOCHAT_BASE_DIR is set, and there is no nanochat checkpoint" in done.stderr.splitlines()[-1]
 
 
-def test_a_flat_folder_without_tokenizer_says_where_it_was_looked_for(nanochat_fixtures, tmp_path):
+def test_a_missing_tokenizer_says_where_it_was_sought(nanochat_fixtures, tmp_path):
+    """A flat folder without a tokenizer says where it was looked for."""
     [base, model] = as_laid_out(nanochat_fixtures, "flat", tmp_path)
     (base / "tokenizer.pkl").unlink()
     settings = Settings(model=str(model))
@@ -242,14 +247,14 @@ def test_what_lies_in_no_layout_is_no_checkpoint(tmp_path):
     assert [step.step for step in find_steps(tmp_path / "deep" / "er")] == [1]
 
 
-def test_odd_names_of_experiments_become_names_of_models(tmp_path):
+def test_odd_experiment_names_become_model_names(tmp_path):
     write(tmp_path / "experiments" / "a\u202eb" / "d4" / "sft", 1)
     write(tmp_path / "experiments" / "c d" / "d4" / "sft", 1)
     found = find_models(tmp_path)
     assert [choice.name for choice in named_models(tmp_path, found)] == ["nanochat-a\ufffdb-d4-sft", "nanochat-c d-d4-sft"]
 
 
-def test_steps_of_both_layouts_are_in_the_order_of_training(tmp_path):
+def test_steps_of_both_layouts_are_in_training_order(tmp_path):
     write(tmp_path / "experiments" / "default" / "d4" / "rl", 9)
     write(tmp_path / "experiments" / "default" / "d4" / "base", 400)
     write(tmp_path / "chatsft_checkpoints" / "d4", 30)
@@ -269,7 +274,8 @@ def test_generation_6_is_served_from_its_own_layout(nanochat_fixtures):
     assert len(said) == 1 and said != {""}
 
 
-def test_the_fixture_of_generation_6_is_what_its_description_computes(nanochat_fixtures):
+def test_generation_6_computes_its_description(nanochat_fixtures):
+    """The fixture of generation 6 is what its description computes."""
     state = generation_6.random_state()
     saved = torch.load(next((nanochat_fixtures / "gen6").rglob("model_*.pt")))
     assert state.keys() == saved.keys() and all(torch.equal(state[name], saved[name]) for name in state)
@@ -279,7 +285,7 @@ def test_the_fixture_of_generation_6_is_what_its_description_computes(nanochat_f
         assert case["next_logits"] == pytest.approx(again["next_logits"], abs=1e-4)
 
 
-def test_a_window_that_the_meta_file_states_is_the_one_used(nanochat_fixtures, tmp_path):
+def test_the_window_of_the_meta_file_is_used(nanochat_fixtures, tmp_path):
     *_, model = as_laid_out(nanochat_fixtures, "datasets", tmp_path, "gen6")
     meta = model.with_name("meta_000650.json")
     stated = json.loads(meta.read_text())
@@ -296,13 +302,13 @@ def test_a_window_that_the_meta_file_states_is_the_one_used(nanochat_fixtures, t
             open_model(resolve_model(Settings(model=str(model))), Settings(model=str(model)))
 
 
-def test_a_base_folder_that_is_not_there_is_no_error(tmp_path, monkeypatch):
+def test_an_absent_base_folder_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     patching.patch(monkeypatch, default_model, "fetch_default_model", lambda *_: tmp_path / "default.gguf")
     assert "no nanochat checkpoint in" in resolve_model(Settings(command="generate")).chosen
 
 
-def test_the_validation_shard_is_that_of_the_data_set(tmp_path, monkeypatch):
+def test_the_validation_shard_is_the_data_set_s(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     folders = [tmp_path / name for name in ("datasets/mine", "datasets/climbmix", "base_data_climbmix", "base_data")]
     with pytest.raises(ConfigError, match=f"no shard is in {folders[1]}, {folders[2]}, {folders[3]}; "):

@@ -34,7 +34,8 @@ TYPED = [   # a line of a --config file, and what its refusal says
 
 
 @pytest.mark.parametrize("line, words", TYPED)
-def test_a_value_of_another_type_than_its_key_s_is_refused_and_named(tmp_path, line, words):
+def test_a_value_of_a_wrong_type_is_named(tmp_path, line, words):
+    """A value of another type than its key's is refused and named."""
     (tmp_path / "c.toml").write_text(line)
     with pytest.raises(ConfigError) as caught:
         parse_command_line(["--config", str(tmp_path / "c.toml")], {})
@@ -68,21 +69,24 @@ PATHS = {
 OTHERS = {"prompt_name", "served_model_name", "ray_address", "reasoning_budget_message", "system", "prompt", "url", "host", "prefix", "api_key", "allowed_host", "cors_origin"}
 
 
-def test_every_flag_that_takes_a_text_is_known_to_name_a_path_or_not():
+def test_each_text_flag_is_known_as_path_or_not():
+    """Every flag that takes a text is known to name a path or not."""
     texts = {flag.field for flag in FLAGS if flag.is_text and not flag.choices}
     assert texts == OTHERS | {name for name in PATHS if name.islower() and name not in ("bundle", "store")}
 
 
 @pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize("path", ["x" * 100_000, "x/" * 20_000, "~nobody" + "y" * 3000])
-def test_a_name_without_end_is_refused_with_one_short_line_whichever_flag_has_it(name, path, capsys):
+def test_an_endless_name_is_one_short_line(name, path, capsys):
+    """A name without end is refused with one short line, whichever flag has it."""
     words = [word.replace("*", path) for word in PATHS[name]]
     assert chat_server.main(words) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and len(err) < 1000 and ("home directory" in err if path[0] == "~" else "is too long" in err), err
 
 
-def test_a_long_or_impossible_name_in_a_config_file_is_refused_too(tmp_path):
+def test_an_impossible_name_in_a_config_is_refused(tmp_path):
+    """A long or impossible name in a config file is refused too."""
     for line in (f"models = '{'x' * 5000}'", f"model = '{'x' * 5000}'", f"[[models]]\npath = '{'x' * 5000}'", f"[[models]]\npath = 'a'\nlora = '{'x' * 5000}'",
                  'watch = "a\\u0000b"', 'model = "a\\u0000b"', f"adapter = {{one = '{'x' * 5000}'}}"):
         (tmp_path / "c.toml").write_text(line)
@@ -94,7 +98,7 @@ def test_a_long_or_impossible_name_in_a_config_file_is_refused_too(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config", "api_key_file", "text", "watch_text", "models", "watch", "lora", "adapter", "prefix_store", "MODEL", "bundle", "store"])
-def test_a_pipe_that_nobody_writes_to_ends_the_start_with_a_line(name, tmp_path, nanochat_fixtures):
+def test_a_pipe_without_a_writer_ends_the_start(name, tmp_path, nanochat_fixtures):
     """A process each: they must end by themselves."""
     os.mkfifo(tmp_path / "fifo")
     words = [word.replace("*", str(tmp_path / "fifo")).replace("gpt2", str(nanochat_fixtures / "gen5")) for word in PATHS[name]]
@@ -104,7 +108,8 @@ def test_a_pipe_that_nobody_writes_to_ends_the_start_with_a_line(name, tmp_path,
     assert ended.returncode == 2 and "fifo" in ended.stderr.splitlines()[-1] and "Traceback" not in ended.stderr, ended.stderr
 
 
-def test_a_pipe_with_a_writer_is_read_whole_however_late_it_writes(tmp_path, monkeypatch):
+def test_a_pipe_with_a_slow_writer_is_read_whole(tmp_path, monkeypatch):
+    """A pipe with a writer is read whole however late it writes."""
     monkeypatch.setattr(files, "WRITER_S", 30)
     os.mkfifo(tmp_path / "fifo")
     text, half, opened = "port = 8002\n" + "# x\n" * 100_000, threading.Event(), threading.Event()
@@ -136,7 +141,8 @@ def test_a_pipe_of_the_shell_s_may_be_empty(data):
     os.close(reading)
 
 
-def test_devices_folders_and_sockets_are_no_files_of_the_operator_s(tmp_path):
+def test_devices_and_folders_are_no_operator_files(tmp_path):
+    """Devices, folders and sockets are no files of the operator's."""
     for path, words in (("/dev/zero", "more than"), (str(tmp_path), "Is a directory"), (str(tmp_path / "none"), "No such file")):
         with pytest.raises(ConfigError, match=words):
             parse_command_line(["--config", path], {})

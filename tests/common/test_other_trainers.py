@@ -70,7 +70,8 @@ FILES = {       # name -> (the file below the run's folder, who writes it, words
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_of_another_trainer_is_named_however_its_path_is_given(name, tmp_path):
+def test_a_file_of_another_trainer_is_named(name, tmp_path):
+    """A file of another trainer is named, however its path is given."""
     make, trainer, advice = FILES[name]
     path = make(tmp_path / "run")
     for model in (path, path.parent, tmp_path / "run", tmp_path):
@@ -82,7 +83,8 @@ def test_a_file_of_another_trainer_is_named_however_its_path_is_given(name, tmp_
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_folders_that_are_watched_or_served_tell_of_such_a_file_and_go_on(name, tmp_path):
+def test_a_watched_folder_tells_of_foreign_files(name, tmp_path):
+    """Folders that are watched or served tell of a file of another trainer and go on."""
     make, trainer, advice = FILES[name]
     path = make(tmp_path / "run")
     write_meta(write(tmp_path / "own", random_state(ARGS), ARGS) / "meta.pkl")
@@ -108,7 +110,7 @@ def test_a_folder_of_parts_is_named(files, trainer, advice, tmp_path):
     assert any(trainer in each.trouble for each in find_models(tmp_path)) and any(trainer in each.trouble for each in find_steps(tmp_path))
 
 
-def test_litgpts_weights_in_parts_are_no_folder_that_opens(tmp_path):
+def test_litgpt_s_weights_in_parts_do_not_open(tmp_path):
     folder = tmp_path / "step-00001000"
     (folder / "lit_model.pth").mkdir(parents=True)
     (folder / "lit_model.pth" / "__0_0.distcp").write_bytes(b"x")
@@ -127,7 +129,8 @@ def test_a_config_beside_parts_says_so_too(tmp_path):
         resolve_model(Settings(model=str(tmp_path)))
 
 
-def test_an_unknown_file_of_torch_save_is_told_by_what_is_in_it(tmp_path):
+def test_an_unknown_torch_file_is_told_by_its_keys(tmp_path):
+    """An unknown file of torch.save is told by what is in it."""
     path = save(tmp_path / "weights.pt", {"generator": TENSORS, "discriminator": {}})
     with pytest.raises(ConfigError, match='is a file of torch.save by no trainer that this server knows .in it: "generator", "embed.weight", .*Hugging Face folder'):
         resolve_model(Settings(model=str(path)))
@@ -146,7 +149,8 @@ def zipped(path, pickled, name="archive/data.pkl"):
     return path
 
 
-def test_a_hostile_pickle_is_not_loaded_to_be_told(tmp_path, capfd):
+def test_a_hostile_pickle_is_named_without_loading(tmp_path, capfd):
+    """A hostile pickle is not loaded to be told."""
     path = save(tmp_path / "state_step000100.pt", {"step": 1, "code": "", "model": Evil(), "optimizers": []})
     with pytest.raises(ConfigError, match="modded-nanogpt"):
         resolve_model(Settings(model=str(path)))
@@ -162,7 +166,7 @@ def test_a_hostile_pickle_is_not_loaded_to_be_told(tmp_path, capfd):
     assert names_in(tmp_path / "bomb.pt") == ({}, set()) and capfd.readouterr().out == ""
 
 
-def test_files_beside_a_served_model_are_no_trouble(tmp_path):
+def test_files_beside_a_served_model_do_no_harm(tmp_path):
     folder = tmp_path / "checkpoint-500"
     save(folder / "optimizer.pt", {"state": {}}), save(folder / "training_args.bin", {"output_dir": "x"}), save(folder / "global_step500/mp_rank_00_model_states.pt", {})
     (folder / "config.json").write_text("{}")
@@ -170,7 +174,8 @@ def test_files_beside_a_served_model_are_no_trouble(tmp_path):
     assert [each.trouble for each in find_models(tmp_path)] == [""] and [each.trouble for each in find_steps(tmp_path)] == [""]
 
 
-def test_build_nanogpts_file_its_folder_and_a_step_open(tmp_path, monkeypatch):
+def test_build_nanogpt_files_and_folders_open(tmp_path, monkeypatch):
+    """build-nanogpt's file, its folder and a step open."""
     log = tmp_path / "build-nanogpt" / "log"
     files = {step: save_build(log / f"model_{step:05d}.pt", monkeypatch, step=step) for step in (5000, 15000, 19072)}
     write_meta(log / "meta.pkl")
@@ -198,7 +203,7 @@ def test_step_0_is_a_step(tmp_path, monkeypatch):
     assert [step.step for step in find_steps(tmp_path)] == [0] == [each.step for each in find_models(tmp_path)]
 
 
-def test_a_file_with_another_protocol_of_pickle_opens_too(tmp_path, monkeypatch):
+def test_another_pickle_protocol_opens_too(tmp_path, monkeypatch):
     path = save_build(tmp_path / "model_00100.pt", monkeypatch, step=100)
     state = torch.load(path, weights_only=False)
     torch.save(state, path, pickle_protocol=4)
@@ -206,7 +211,7 @@ def test_a_file_with_another_protocol_of_pickle_opens_too(tmp_path, monkeypatch)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-def test_folders_that_may_not_be_read_are_passed_over():
+def test_unreadable_folders_are_passed_over():
     code = ("import os, sys; sys.path.insert(0, sys.argv[1])\nfrom chatlm.common.hub.trainers import foreign_in, foreign\nfrom pathlib import Path\n"
             "os.setgid(65534); os.setuid(65534); print(foreign_in(Path(sys.argv[2])), '|', foreign(Path(sys.argv[2]) / 'shut' / 'x.pt'))")
     with tempfile.TemporaryDirectory() as base:     # pytest's folders are closed to others
@@ -230,7 +235,7 @@ def test_links_to_nowhere_and_pipes_are_passed_over(tmp_path):
     assert find_steps(tmp_path) == [] == find_models(tmp_path)
 
 
-def test_a_nanochat_file_with_the_same_name_stays_nanochats(tmp_path):
+def test_a_nanochat_file_of_that_name_stays_nanochat_s(tmp_path):
     write_checkpoint(tmp_path, 700)
     [step] = find_steps(tmp_path)
     whole = step.path.read_bytes()
@@ -251,7 +256,8 @@ def test_a_file_that_is_being_written_is_no_model_yet(tmp_path, monkeypatch):
     assert [step.step for step in find_steps(tmp_path)] == [100]
 
 
-def test_a_server_of_a_folder_serves_what_opens_and_logs_the_rest_once(tmp_path, monkeypatch):
+def test_a_folder_s_server_serves_what_opens(tmp_path, monkeypatch):
+    """A server of a folder serves what opens, and logs the rest once."""
     bad = FILES["modded"][0](tmp_path / "models" / "run")
     save_build(tmp_path / "models/run/log/model_00250.pt", monkeypatch, step=250)
     write_meta(tmp_path / "models/run/log/meta.pkl")
@@ -263,6 +269,6 @@ def test_a_server_of_a_folder_serves_what_opens_and_logs_the_rest_once(tmp_path,
     assert "".join(lines).count(f"not served: {bad} is a checkpoint of modded-nanogpt: its architecture") == 1
 
 
-def test_a_repository_of_litgpts_files_says_how_to_get_them():
+def test_a_litgpt_repository_says_how_to_get_it():
     with pytest.raises(ConfigError, match="org/tuned has no model.safetensors; it has no GGUF file; its files are litgpt's: download them into a folder"):
         hub_files("org/tuned", "", ["config.json", "lit_model.pth", "model_config.yaml", "tokenizer.json"])

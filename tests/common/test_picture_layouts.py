@@ -18,7 +18,7 @@ SIZES = [(1152, 864), (512, 512), (511, 513), (2048, 2048), (3000, 7), (9, 1000)
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("tile, longest", [(512, 2048), (384, 1536), (64, 100)])
-def test_layouts_of_smolvlm_are_those_of_transformers(size, tile, longest):
+def test_smolvlm_s_layouts_are_those_of_transformers(size, tile, longest):
     from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
     from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
     width, height = size
@@ -33,14 +33,14 @@ def test_layouts_of_smolvlm_are_those_of_transformers(size, tile, longest):
     assert layout.tokens == text.count("<image>")
 
 
-def test_the_photo_of_the_notes_has_862_rows_and_marks():
+def test_the_notes_photo_has_862_rows_and_marks():
     layout = layout_of(SEES, 1152, 864)
     assert (layout.columns, layout.rows, layout.tokens) == (4, 3, 13 * 64)
 
 
 @pytest.mark.parametrize("size, grid, rows", [((1152, 864), (3, 2, (576, 416)), 1770), ((1024, 1024), (2, 2, (512, 512)), 1280), ((2000, 500), (4, 1, (1024, 256)), 1280), ((720, 720), (0, 0, None), 256),
                                               ((48, 48), (0, 0, None), 64), ((1448, 362), (0, 0, None), 256), ((3000, 7), (0, 0, None), 94), ((800, 656), (0, 0, None), 238)])
-def test_layouts_of_lfm2_vl_are_those_of_its_processor(size, grid, rows):
+def test_lfm2_vl_s_layouts_are_its_processor_s(size, grid, rows):
     """transformers' needs torchvision, so its figures are here; all of 20,000 random sizes were equal (24 November 2026)."""
     layout = layout_of(SEES_LFM2, *size)
     assert (layout.columns, layout.rows, layout.whole) == grid and layout.tokens == rows
@@ -48,7 +48,7 @@ def test_layouts_of_lfm2_vl_are_those_of_its_processor(size, grid, rows):
 
 
 @pytest.mark.parametrize("size", SIZES + [(170, 100), (64, 64), (16_000, 90)])
-def test_layouts_of_qwen_are_those_of_transformers(size):
+def test_qwen_s_layouts_are_those_of_transformers(size):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
     width, height = size
     layout = layout_of(Vision("qwen3vl", 1000, "", 0, 1024, unit=32, fewest=64), width, height)
@@ -58,7 +58,7 @@ def test_layouts_of_qwen_are_those_of_transformers(size):
 
 
 @pytest.mark.parametrize("tokens", [280, 70])
-def test_layouts_of_gemma_4_are_those_of_transformers(tokens):
+def test_gemma_4_s_layouts_are_those_of_transformers(tokens):
     from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ratio_preserving_size
     vision = Vision("gemma4", 1000, "<|image|>", 0, tokens, unit=48)
     for width, height in [*SIZES, (20, 4000), (4000, 20)]:
@@ -71,7 +71,7 @@ def test_layouts_of_gemma_4_are_those_of_transformers(tokens):
 
 
 @pytest.mark.parametrize("kind, marker, more", [("gemma3", "<start_of_image>", {}), ("gemma4", "<|image|>", {"unit": 24}), ("lfm2", "<image>", {"unit": 16, "fewest": 4, "tiles": (2, 4), "whole_from": 2.0})])
-def test_text_that_spells_the_marks_of_any_family_is_text(kind, marker, more):
+def test_picture_marks_in_a_text_stay_text(kind, marker, more):
     vision = Vision(kind, SEES.first_id, marker, 64, 16, **more)
     tokenizer, made = open_tokenizer(seeing_spec(TEMPLATES["both"].replace("<image>", marker), vision)), picture_of_size(40, 30)
     spelled = " ".join(SPECIALS)
@@ -81,7 +81,7 @@ def test_text_that_spells_the_marks_of_any_family_is_text(kind, marker, more):
     assert tokenizer.show(token for token in ids if BYTES <= token < vision.first_id).split() == "".join(part for part in layout.parts if isinstance(part, str)).split()
 
 
-def test_ids_of_rows_depend_on_pixels_size_and_settings():
+def test_row_ids_depend_on_pixels_size_and_settings():
     one, other = picture_of_size(8, 6), picture_of_size(8, 6, seed=1)
     assert picture(6, 8, one.pixels).digest != one.digest
     ids = row_ids(SEES, one.digest, 832)
@@ -90,7 +90,7 @@ def test_ids_of_rows_depend_on_pixels_size_and_settings():
     assert not {*ids} & {*row_ids(SEES, other.digest, 832)} and ids != row_ids(SEES._replace(longest=1024), one.digest, 832)
 
 
-def test_a_prompt_must_have_the_rows_of_its_pictures():
+def test_a_prompt_must_have_its_pictures_rows():
     shown = [(picture_of_size(8, 6).digest, 2), (picture_of_size(9, 6).digest, 1)]
     ids = [5, *row_ids(SEES, *shown[0]), 7, *row_ids(SEES, *shown[1])]
     assert rows_in(SEES, ids) == [1, 2, 4] and row_places(SEES, ids, shown) == [(0, 0), (0, 1), (1, 0)]
@@ -119,7 +119,7 @@ TEMPLATES = {  # how the template reads contents -> it
 
 
 @pytest.mark.parametrize("kind", ["lists", "both", "texts"])
-def test_pictures_stand_where_the_messages_have_them(kind):
+def test_pictures_stand_where_messages_have_them(kind):
     """And no text that a user writes becomes one."""
     sees = SEES._replace(splits=False)
     tokenizer = open_tokenizer(seeing_spec(TEMPLATES[kind], sees))
@@ -134,13 +134,14 @@ def test_pictures_stand_where_the_messages_have_them(kind):
     assert "see <fake_token_around_image><global-img><fake_token_around_image>" + f"{spelled} and" in text and "yes" in text
 
 
-def test_a_template_that_leaves_a_picture_out_is_an_error():
+def test_a_template_without_the_picture_is_an_error():
     tokenizer = open_tokenizer(seeing_spec(TEMPLATES["blind"]))
     with pytest.raises(RequestError, match="shows 0 of 1 images"):
         tokenizer.render([Message("user", "what is this", None, (picture_of_size(4, 4),), ("what is this", 0))])
 
 
-def test_a_template_of_lists_alone_shows_texts_without_pictures():
+def test_a_list_template_shows_texts_alone():
+    """A template of lists alone shows texts without pictures."""
     tokenizer = open_tokenizer(seeing_spec(TEMPLATES["lists"]))
     assert tokenizer.show(tokenizer.render([Message("system", ""), Message("user", "hello")])) == "<|im_start|>System: <end_of_utterance>\nUser: hello<end_of_utterance>\n"
 
@@ -151,7 +152,7 @@ def test_a_model_of_texts_sees_no_picture():
         tokenizer.render([Message("user", "", None, (picture_of_size(4, 4),), (0,))])
 
 
-def test_what_a_model_sees_crosses_the_pipe_with_its_text():
+def test_pictures_cross_the_pipe_with_their_text():
     from chatlm.common.messages.wire import as_plain_json, object_restorer
     import json
     spec = seeing_spec(TEMPLATES["both"])

@@ -120,7 +120,8 @@ CASES = {
 
 @pytest.mark.parametrize("own_text", [False, True], ids=["special tokens", "tokens with text"])
 @pytest.mark.parametrize("case", CASES)
-def test_reasoning_content_and_calls_are_told_apart_by_tokens_also_by_a_worker_that_takes_over(case, own_text):
+def test_tokens_tell_reasoning_content_and_calls(case, own_text):
+    """Reasoning, content and calls are told apart by tokens, also by a worker that takes over."""
     about, prompt, text, parts = CASES[case]
     vocabulary = Vocabulary(**about, text_of_its_own=own_text and "harmony" not in about.values())
     told = told_by(vocabulary, text, prompt)
@@ -130,7 +131,8 @@ def test_reasoning_content_and_calls_are_told_apart_by_tokens_also_by_a_worker_t
         assert told_by(vocabulary, text, prompt, cut) == told[cut:]
 
 
-def test_reasoning_tokens_are_those_between_the_markers_and_these():
+def test_reasoning_tokens_include_the_markers():
+    """Reasoning tokens are those between the markers and these."""
     told = told_by(Vocabulary(**TAGS), "|<think>|four|</think>|content")
     assert told[-1][1] == 6
 
@@ -175,7 +177,8 @@ BUDGETS = {     # vocabulary, prompt, what the model would write, budget and las
 
 
 @pytest.mark.parametrize("case", BUDGETS)
-def test_reasoning_ends_after_its_budget_also_by_a_worker_that_takes_over(case):
+def test_reasoning_ends_after_its_budget(case):
+    """Reasoning ends after its budget, also by a worker that takes over."""
     about, prompt, script, params, parts = BUDGETS[case]
     vocabulary = Vocabulary(**about)
     whole = Written(vocabulary, script, prompt, **params)
@@ -186,7 +189,8 @@ def test_reasoning_ends_after_its_budget_also_by_a_worker_that_takes_over(case):
         assert (rest.ids, rest.told) == (whole.ids, whole.told[step:])
 
 
-def test_harmony_goes_on_with_any_message_and_with_the_final_one_if_it_would_think_again():
+def test_harmony_may_continue_with_any_message():
+    """Harmony goes on with any message, and with the final one if it would think again."""
     vocabulary = Vocabulary(**HARMONY)
     script = "¦<|channel|>¦analysis¦<|message|>¦ab" + "¦<|channel|>¦analysis¦<|message|>¦".join("c" * 12 for _ in range(2))
     written = Written(vocabulary, script, "¦<|start|>¦assistant", thinking_budget=2, length=80)
@@ -196,7 +200,8 @@ def test_harmony_goes_on_with_any_message_and_with_the_final_one_if_it_would_thi
 
 
 @pytest.mark.parametrize("asked_after", range(6))
-def test_thinking_that_somebody_ended_ends_at_the_same_token_by_a_worker_that_takes_over(asked_after):
+def test_ended_thinking_ends_at_the_same_token(asked_after):
+    """Thinking that somebody ended ends at the same token, also by a worker that takes over."""
     vocabulary, told = Vocabulary(**TAGS), []
 
     def ask(written):
@@ -222,7 +227,7 @@ def vocabulary_mark(name):
     return Vocabulary(**TAGS).ids[name]
 
 
-def test_stop_strings_are_looked_for_in_content_alone():
+def test_stop_strings_are_sought_in_content_alone():
     vocabulary = Vocabulary(**TAGS)
     told = told_by(vocabulary, '|<think>|END|</think>|a|<tool_call>|{"name": "time", "arguments": {"x": "END"}}|</tool_call>|b END c', stop=("END",))
     assert joined(told) == [("reasoning", "END"), ("text", "a"), ("call", ("time", '{"x": "END"}')), ("text", "b ")]
@@ -251,7 +256,7 @@ async def post(url, path, body):
 HI = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
-async def test_a_message_has_its_reasoning_under_both_names(thinking):
+async def test_a_message_has_both_names_of_reasoning(thinking):
     async with serving(thinking) as url:
         body = await post(url, "/v1/chat/completions", HI)
         *chunks, _ = await post(url, "/v1/chat/completions", HI | {"stream": True})
@@ -262,14 +267,16 @@ async def test_a_message_has_its_reasoning_under_both_names(thinking):
     assert deltas[1:4] == [{"reasoning_content": "Hm, ", "reasoning": "Hm, "}, {"reasoning_content": "well.", "reasoning": "well."}, {"content": "Hello"}]
 
 
-async def test_native_events_of_reasoning_have_no_token_that_old_clients_would_show(thinking):
+async def test_reasoning_events_show_old_clients_nothing(thinking):
+    """Native events of reasoning have no token that old clients would show."""
     async with serving(thinking) as url:
         events = await post(url, "/chat/completions", HI)
     assert events[:3] == [{"reasoning": "Hm, ", "gpu": 0}, {"reasoning": "well.", "gpu": 0}, {"token": "Hello", "gpu": 0}]
     assert events[3]["usage"]["reasoning_tokens"] == 0
 
 
-async def test_reasoning_comes_back_in_messages_under_either_name_and_options_reach_the_request(thinking):
+async def test_messages_take_reasoning_by_either_name(thinking):
+    """Reasoning comes back in messages under either name, and options reach the request."""
     for name in ("reasoning_content", "reasoning"):
         body = {"messages": [*HI["messages"], {"role": "assistant", "content": "Hello", name: "Hm."}, *HI["messages"]],
                 "reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False}}
@@ -302,7 +309,8 @@ THINKING = """{%- for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasonin
     ({}, "<think>\n"), ({"reasoning_effort": "none"}, "<think>\n\n</think>\n\nnone"), ({"reasoning_effort": "low"}, "<think>\nlow"),
     ({"reasoning_effort": "low", "chat_template_kwargs": {"enable_thinking": False}}, "<think>\n\n</think>\n\nlow"),
     ({"chat_template_kwargs": {"messages": [], "reasoning_effort": "<|im_end|>"}}, "<think>\n<|im_end|>")])
-def test_templates_are_told_how_much_to_think_and_what_was_thought(options, end, default_model_path):
+def test_templates_know_how_much_to_think(options, end, default_model_path):
+    """Templates are told how much to think and what was thought."""
     tokenizer = templated(THINKING, default_model_path)
     messages = openai_messages([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho", "reasoning": "Hm<|im_end|>"}])
     ids = tokenizer.render(messages, (), options)
@@ -321,7 +329,8 @@ CALLS = [{"role": "assistant", "content": "Let me look.", "reasoning_content": "
     {"role": "tool", "tool_call_id": "call_Bonn", "content": "10"}, {"role": "tool", "tool_call_id": "call_Rome", "content": "20"}]
 
 
-def test_harmony_s_history_has_one_call_per_message_with_reasoning_and_preamble_before_it(default_model_path):
+def test_harmony_s_history_has_one_call_per_message(default_model_path):
+    """Harmony's history has one call per message with reasoning and preamble before it."""
     tokenizer = templated(GPT_OSS, default_model_path)
     tokenizer.specials |= {name: 49152 + index for index, name in enumerate(formats.HARMONY)}
     ids = tokenizer.render(openai_messages(CALLS, True), [{"type": "function", "function": {"name": "weather"}}], {"reasoning_effort": "minimal"})
@@ -332,7 +341,7 @@ def test_harmony_s_history_has_one_call_per_message_with_reasoning_and_preamble_
     assert ids.count(tokenizer.specials["<|end|>"]) == 4
 
 
-def test_mistral_s_ids_of_calls_have_nine_characters(default_model_path):
+def test_mistral_s_call_ids_have_nine_characters(default_model_path):
     tokenizer = templated("{% for m in messages %}{% for c in m.tool_calls or [] %}{% if c.id | length != 9 %}{{ raise_exception('9') }}{% endif %}{{ c.id }} {% endfor %}"
                           "{% if m.role == 'tool' %}{{ m.tool_call_id }} {% endif %}{% endfor %}{% if tools %}[TOOL_CALLS]{% endif %}", default_model_path)
     text = tokenizer.show(tokenizer.render(openai_messages(CALLS, True)))
@@ -370,7 +379,8 @@ def run_all(engine, work):
     return pieces(engine, [work])[work.id]
 
 
-def test_the_default_model_thinks_and_answers_and_so_does_a_worker_that_takes_over(engine, default_model_path):
+def test_the_default_model_thinks_then_answers(engine, default_model_path):
+    """The default model thinks and answers, and so does a worker that takes over."""
     with_template(engine, default_model_path, THINKING)
     prompt = tuple(engine.tokenizer.render([Message("user", "What is the capital of Japan?")]))
     opening = tuple(engine.tokenizer.encode("The user wants a city.\n</think>\n\n"))
@@ -389,7 +399,8 @@ def test_the_default_model_thinks_and_answers_and_so_does_a_worker_that_takes_ov
 @pytest.mark.parametrize("template, names, opened", [
     (THINKING, SPARE.keys() - set(formats.HARMONY), True), (THINKING.replace("'<think>\n' if", "'' if"), SPARE.keys() - set(formats.HARMONY), False),
     (THINKING, (), True), (GPT_OSS, formats.HARMONY, False)], ids=["opened by the template", "opened by the model", "spelled out", "harmony"])
-def test_a_schema_holds_for_the_content_and_reasoning_before_it_is_free(engine, default_model_path, template, names, opened):
+def test_a_schema_leaves_reasoning_free(engine, default_model_path, template, names, opened):
+    """A schema holds for the content, and reasoning before it is free."""
     with_template(engine, default_model_path, template, names)
     prompt = tuple(engine.tokenizer.render([Message("user", "How old is Ann? Answer in JSON.")]))
     close = engine.tokenizer.specials.get("<|end|>" if "harmony" == engine.tokenizer.tool_format else "</think>")
@@ -412,7 +423,8 @@ def test_a_schema_holds_for_the_content_and_reasoning_before_it_is_free(engine, 
 
 
 @pytest.mark.parametrize("names", [SPARE.keys() - set(formats.HARMONY), pytest.param((), marks=pytest.mark.slow)], ids=["tokens", "spelled out"])
-def test_the_default_model_s_thinking_ends_at_one_place_alone_batched_drafted_and_resumed(engine, default_model_path, names, monkeypatch):
+def test_default_thinking_ends_at_one_place(engine, default_model_path, names, monkeypatch):
+    """The default model's: alone, batched, drafted and resumed."""
     draft_eagerly(monkeypatch)
     with_template(engine, default_model_path, THINKING, names)
     prompt = tuple(engine.tokenizer.render([Message("user", "Say it again: " + "one two three four five six. " * 8)]))
@@ -444,7 +456,8 @@ def test_the_default_model_s_thinking_ends_at_one_place_alone_batched_drafted_an
     (THINKING, SPARE.keys() - set(formats.HARMONY), ""), (THINKING, (), ""),
     pytest.param(THINKING.replace("'<think>\n' if", "'' if"), SPARE.keys() - set(formats.HARMONY), "<think>", marks=pytest.mark.slow),
     (GPT_OSS, formats.HARMONY, "<|channel|>analysis<|message|>")], ids=["opened by the template", "spelled out", "opened by the model", "harmony"])
-def test_a_schema_holds_after_thinking_that_a_budget_or_somebody_ended(engine, default_model_path, template, names, opening):
+def test_a_schema_holds_after_ended_thinking(engine, default_model_path, template, names, opening):
+    """A budget or somebody ended it."""
     with_template(engine, default_model_path, template, names)
     prompt = tuple(engine.tokenizer.render([Message("user", "How old is Ann? Answer in JSON.")]))
     work = assignment("a", prompt, SamplingParams(1.0, seed=3), 150, grammar=json_grammar(PERSON, "response_format"), grammar_param="response_format",
@@ -461,7 +474,8 @@ def test_a_schema_holds_after_thinking_that_a_budget_or_somebody_ended(engine, d
             assert [token for piece in rest for token in piece.tokens] == [token for piece in found[cut:] for token in piece.tokens]
 
 
-def test_an_engine_ends_the_thinking_of_a_running_answer_and_tells_where(engine, default_model_path):
+def test_an_engine_ends_a_running_answer_s_thinking(engine, default_model_path):
+    """An engine ends the thinking of a running answer, and tells where."""
     with_template(engine, default_model_path, THINKING, SPARE.keys() - set(formats.HARMONY))
     prompt = tuple(engine.tokenizer.render([Message("user", "What is the capital of Japan?")]))
     work = assignment("a", prompt, SamplingParams(1.0, seed=3), 60, chat=True, last_thought="Enough.")
@@ -484,7 +498,8 @@ def test_an_engine_ends_the_thinking_of_a_running_answer_and_tells_where(engine,
     assert [event.position for event in events_before if isinstance(event, ThinkingEnds)] == [1]     # before its first token
 
 
-def test_a_prompt_without_thinking_ends_the_reasoning_that_its_template_begins(default_model_path):
+def test_a_prompt_without_thinking_closes_it(default_model_path):
+    """It ends the reasoning that its template begins."""
     always = templated(THINKING.replace("if enable_thinking is undefined or enable_thinking", "if true"), default_model_path)
     knows = templated(THINKING, default_model_path)
     for tokenizer, options, end in ((always, {}, "<think>\n</think>"), (knows, {"thinking_budget": 0}, "<think>\n\n</think>\n\n")):
@@ -502,7 +517,7 @@ TIME = {"type": "function", "function": {"name": "time", "parameters": {"type": 
 
 @pytest.mark.parametrize("tool_format", ["tagged", "json", "mistral", "mistral name", "harmony"])
 @pytest.mark.parametrize("choice", by_day(["required", {"type": "function", "function": {"name": "weather"}}], "required"))
-def test_a_required_call_is_written_in_the_family_s_format(engine, default_model_path, tool_format, choice):
+def test_a_required_call_has_the_family_s_format(engine, default_model_path, tool_format, choice):
     with_template(engine, default_model_path, GPT_OSS if tool_format == "harmony" else "{{ messages[0].content }}<|im_start|>assistant\n",
                   formats.HARMONY if tool_format == "harmony" else ())
     engine.tokenizer.tool_format = tool_format
@@ -520,7 +535,7 @@ def test_a_required_call_is_written_in_the_family_s_format(engine, default_model
     assert names == ["weather"] and len(arguments["city"]) <= 10 or names == ["time"] and arguments == {} and choice == "required"
 
 
-def test_the_end_of_a_harmony_message_is_not_the_end_of_the_answer():
+def test_a_harmony_message_s_end_ends_no_answer():
     metadata = small_gguf_metadata("gpt-4o", **{"tokenizer.chat_template": GPT_OSS})
     first = len(metadata["tokenizer.ggml.tokens"]) - 1          # its last token is <|end|>, the file's eos
     metadata["tokenizer.ggml.tokens"] += ["<|return|>", "<|call|>", "<|start|>"]

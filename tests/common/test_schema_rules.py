@@ -142,7 +142,8 @@ PERSON = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"
     ({"type": "object", "properties": {"v": {"type": "integer"}, "next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, "required": ["v"]}, [{"v": 1, "next": {"v": 2, "next": None}}], [{"next": None}]),
     # what nothing fits is left out
     ({"type": "object", "properties": {"a": False, "b": {"type": "null"}}}, [{"b": None}, {}], [{"a": 1}]), ({"anyOf": [{"type": "integer", "enum": ["a"]}, {"type": "null"}]}, [None], ["\"a\""])])
-def test_a_schema_s_grammar_has_its_values_and_declared_keys_only(schema, allowed, refused):
+def test_a_grammar_has_only_declared_keys(schema, allowed, refused):
+    """A schema's grammar has its values and declared keys only."""
     assert [value for value in allowed if not fits(schema, value)] == [] and [value for value in refused if fits(schema, value)] == []
 
 
@@ -178,7 +179,8 @@ def test_what_a_schema_leaves_open_is_bounded(schema, text, most):
     ({"minItems": 3, "maxItems": 2, "type": "array"}, "no value satisfies it"), ({"type": "object", "properties": {"a": False}, "required": ["a"]}, "no value satisfies it"),
     ({"const": [1e999]}, "not finite"), ({"minItems": -1}, "minItems must be an integer"),
     ({"allOf": [{"anyOf": [{}, {"type": "null"}]}] * 16}, "too many schemas"), ({"enum": ["x" * 70_000]}, "at most 65536 characters")])
-def test_a_schema_that_no_grammar_can_follow_is_refused_with_the_reason(schema, said):
+def test_an_impossible_schema_is_refused_with_why(schema, said):
+    """A schema that no grammar can follow is refused with the reason."""
     with pytest.raises(RequestError, match=said) as refused:
         matcher_of(schema)
     assert refused.value.code == "invalid_json_schema"
@@ -187,20 +189,20 @@ def test_a_schema_that_no_grammar_can_follow_is_refused_with_the_reason(schema, 
 @pytest.mark.parametrize("keyword", ["pattern", "patternProperties", "propertyNames"])
 @pytest.mark.parametrize("pattern, reason", [("(ab", "unclosed group"), ("[a-", "unclosed character class"), ("(?=a)b", "look-around, including look-ahead and look-behind, is not supported"),
                                              ("a\\", "it ends within an escape"), ("a{3,1}", "invalid repetition count range"), (r"\cA", "unrecognized escape sequence")])
-def test_a_pattern_that_cannot_be_read_is_named_with_the_reason(keyword, pattern, reason):
+def test_an_unreadable_pattern_is_named_with_why(keyword, pattern, reason):
     schema = {"pattern": {"pattern": pattern}, "patternProperties": {"patternProperties": {pattern: {}}}, "propertyNames": {"propertyNames": {"pattern": pattern}}}[keyword]
     with pytest.raises(RequestError) as refused:
         matcher_of(schema | {"type": "string" if keyword == "pattern" else "object"})
     assert f"the pattern {json.dumps(pattern)} cannot be read: {reason}" in str(refused.value)
 
 
-def test_every_format_that_the_library_knows_is_enforced_and_ends():
+def test_every_known_format_is_enforced_and_ends():
     for name in FORMATS:
         assert not fits({"type": "string", "format": name}, '"#"')
     assert all(not fits({"type": "string", "format": name}, '"' + "1" * 400 + '"') for name in FORMAT_LENGTHS)
 
 
-def test_a_schema_that_is_small_but_says_much_costs_little(monkeypatch):
+def test_a_small_schema_that_says_much_costs_little(monkeypatch):
     from chatlm.common.text.schemas import SchemaForms
     spent, spend = [], SchemaForms.spend
     monkeypatch.setattr(SchemaForms, "spend", lambda self, count=1: spent.append(count) or spend(self, count))
@@ -305,18 +307,18 @@ def check_random_schemas(seeds):
     assert refused <= len(seeds) // 4, refused
 
 
-def test_random_texts_of_random_schemas_are_values_of_them():
+def test_random_texts_follow_their_random_schemas():
     check_random_schemas(range(30))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_random_texts_of_very_many_random_schemas_are_values_of_them():
+def test_random_texts_follow_very_many_random_schemas():
     check_random_schemas(range(100, 3000))
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_a_pattern_of_numbers_has_those_within_random_bounds(whole):
+def test_a_number_pattern_keeps_random_bounds(whole):
     """A number of the pattern is within the bounds as a reader of JSON sees it, with floats of 64 bits; those of few digits that are within them are in the pattern."""
 
     from decimal import Decimal

@@ -36,7 +36,7 @@ def test_a_mixture_reads_a_share_of_its_weights():
     assert active_share("Qwen/Qwen3-8B") == active_share("org/a4b") == 1
 
 
-def test_what_fits_best_is_quantized_and_the_largest_first():
+def test_the_best_fit_is_quantized_and_largest_first():
     needed, size, model = BETTER[2]
     names = [offer.name for offer in best_offers(needed / SHARE + 1)]
     assert names[0] == model and len(names) == 3
@@ -61,14 +61,15 @@ def test_an_odd_answer_of_a_search_is_no_model(hub, monkeypatch):
     assert search(library, "a") == []
 
 
-def test_a_hub_that_does_not_know_the_fields_is_asked_without_them(hub):
+def test_a_hub_is_asked_again_without_new_fields(hub):
+    """A hub that does not know the fields is asked without them."""
     library, server = hub
     server.knows_fields = False
     assert [offer.name for offer in search(library, "model")] == ["org/model_8B"]
     assert [path for _, path, *_ in server.requests] == ["api/models", "api/models"]
 
 
-def test_without_a_hub_a_search_ends_at_once_and_says_so(hub, monkeypatch):
+def test_without_a_hub_a_search_ends_at_once(hub, monkeypatch):
     library, _ = hub
     monkeypatch.setattr(library.constants, "ENDPOINT", "http://127.0.0.1:9")
     tries = []

@@ -22,7 +22,8 @@ def shell(command):
 
 
 @pytest.mark.parametrize("redirected", ["", "<&-", ">&-", "2>&-", "<&- >&- 2>&-", pytest.param("2>/dev/full", marks=needs_full)])
-def test_no_file_takes_the_place_of_a_closed_stream_and_stderr_never_fails(redirected):
+def test_no_file_takes_a_closed_stream_s_place(redirected):
+    """No file takes the place of a closed stream, and stderr never fails."""
     done = shell(f"PYTHONIOENCODING=ascii {sys.executable} -c '{TRY}' {redirected} </dev/null" if "<" not in redirected
                  else f"{sys.executable} -c '{TRY}' {redirected}")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
@@ -38,7 +39,7 @@ def test_an_answer_that_cannot_be_written_is_one_line(nanochat_fixtures):
 
 @pytest.mark.slow
 @needs_full
-def test_so_it_is_in_a_chat_and_in_a_check(nanochat_fixtures):
+def test_a_full_disk_is_one_line_in_chat_and_check(nanochat_fixtures):
     """Each ends at once: no message after the first is tried."""
     chat = f"printf 'one\\ntwo\\n' | {sys.executable} {SCRIPT} chat {nanochat_fixtures / 'gen5'} --max-tokens 2"
     for command in (chat, f"{sys.executable} {SCRIPT} check"):
@@ -50,7 +51,7 @@ def test_so_it_is_in_a_chat_and_in_a_check(nanochat_fixtures):
 @pytest.mark.slow
 @needs_full
 @pytest.mark.parametrize("bundled", [False, True])
-def test_without_a_stderr_the_answer_comes_all_the_same(nanochat_fixtures, tmp_path, bundled):
+def test_an_answer_needs_no_stderr(nanochat_fixtures, tmp_path, bundled):
     program = SCRIPT
     if bundled:
         program = tmp_path / "chat_server.pyz"

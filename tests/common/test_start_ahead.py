@@ -34,7 +34,8 @@ def nothing_is_left(monkeypatch):
     start.AHEAD.clear()
 
 
-def test_the_first_worker_is_the_one_that_was_started_ahead_and_the_key_is_not_in_its_environment(monkeypatch):
+def test_the_first_worker_is_the_one_started_ahead(monkeypatch):
+    """The key is not in its environment."""
     monkeypatch.setenv("CHAT_SERVER_API_KEY", "secret")
     start.start_worker_ahead(["model.gguf", "--port", "8080"])
     started, ours, _ = start.AHEAD[ROLE]
@@ -46,7 +47,7 @@ def test_the_first_worker_is_the_one_that_was_started_ahead_and_the_key_is_not_i
     assert process.wait(60) == 0
 
 
-def test_one_with_another_environment_ends_and_another_is_started():
+def test_one_with_another_environment_is_replaced():
     start.start_worker_ahead([])
     started, _, _ = start.AHEAD[ROLE]
     process, connection = start.start_child(start.PROCESS_COMMAND, "worker", environment(77))
@@ -55,19 +56,21 @@ def test_one_with_another_environment_ends_and_another_is_started():
     assert process.wait(60) == 0
 
 
-def test_none_is_started_ahead_where_variables_may_change_how_workers_start(monkeypatch):
+def test_odd_variables_start_none_ahead(monkeypatch):
+    """None is started ahead where variables may change how workers start."""
     monkeypatch.setenv("CHAT_SERVER_NUM_WORKERS", "2")
     start.start_worker_ahead([])
     assert start.AHEAD == {}
 
 
 @pytest.mark.parametrize("words", [["--help"], ["check"], ["serve", "--num-workers", "2"], ["--num-gpus=2"], ["chat", "--url", "x"], ["--config", "a.toml"]])
-def test_none_is_started_ahead_where_none_or_another_is_needed(words):
+def test_none_is_started_ahead_without_need(words):
+    """None is started ahead where none or another is needed."""
     start.start_worker_ahead(words)
     assert start.AHEAD == {}
 
 
-def test_a_worker_ends_with_a_server_that_could_not_start():
+def test_a_worker_ends_with_a_server_that_failed():
     marked = {**os.environ, "TEST_MARK": str(os.getpid())}
     done = subprocess.run([sys.executable, SCRIPT, "--port", "99999"], capture_output=True, text=True, env=marked, timeout=60)
     assert done.returncode == 2 and "99999" in done.stderr and "Traceback" not in done.stderr

@@ -42,7 +42,8 @@ def nanochat(nanochat_fixtures):
 # --- tokenizers ----------------------------------------------------------------------------------------------
 
 
-def test_nanochat_prompts_have_the_ids_of_upstreams_own_renderer(nanochat_fixtures):
+def test_nanochat_prompts_have_upstream_s_ids(nanochat_fixtures):
+    """nanochat's prompts have the ids of upstream's own renderer."""
     for model_path in sorted(nanochat_fixtures.glob("gen*/*_checkpoints/d4/model_*.pt")):
         base = model_path.parent.parent.parent
         size = json.loads(next(model_path.parent.glob("meta_*.json")).read_text())["model_config"]["vocab_size"]
@@ -54,7 +55,7 @@ def test_nanochat_prompts_have_the_ids_of_upstreams_own_renderer(nanochat_fixtur
             assert tokenizer.decode(case["greedy"]) == case["text"]
 
 
-def test_a_system_message_is_merged_into_the_first_user_message(nanochat):
+def test_a_system_message_joins_the_first_user_message(nanochat):
     merged = nanochat.render([Message("user", "Be brief.\n\nHi"), Message("assistant", "Yes?"), Message("user", "Go")])
     assert nanochat.render([Message("system", "Be brief."), Message("user", "Hi"), Message("assistant", "Yes?"),
                             Message("user", "Go")]) == merged
@@ -68,7 +69,7 @@ def test_a_last_message_is_continued_without_its_end(nanochat):
 
 
 @pytest.mark.parametrize("roles", [["system"], ["user", "system"], ["system", "assistant"], ["system", "system", "user"]])
-def test_a_system_message_elsewhere_is_the_clients_error(nanochat, roles):
+def test_a_late_system_message_is_the_client_s_error(nanochat, roles):
     with pytest.raises(RequestError) as caught:
         nanochat.render([Message(role, "x") for role in roles])
     assert caught.value.status == 400
@@ -87,7 +88,8 @@ def test_special_tokens_typed_by_a_user_stay_text(nanochat, smollm):
             assert tokenizer.encode_prompt(name)[-1] == tokenizer.specials[name]
 
 
-def test_marking_typed_special_tokens_does_not_change_how_their_text_is_tokenized(smollm):
+def test_marked_special_tokens_tokenize_the_same(smollm):
+    """Marking typed special tokens does not change how their text is tokenized."""
     tokens = smollm.render([Message("user", "see <|im_end|> here")])
     typed = smollm.encode("user\nsee <|im_end|> here")
     assert any(tokens[i:i + len(typed)] == typed for i in range(len(tokens)))
@@ -102,25 +104,27 @@ def test_text_survives_encoding_and_decoding(nanochat, smollm):
             assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_lone_surrogates_become_replacement_characters(nanochat, smollm):
+def test_lone_surrogates_become_replacements(nanochat, smollm):
     for tokenizer in (nanochat, smollm):
         assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
         assert "\ufffd" in tokenizer.decode(tokenizer.render([Message("user", "a\udfffb")]))
 
 
-def test_a_text_on_which_tiktokens_regex_overflows_is_the_clients_error(nanochat):
+def test_a_regex_overflow_is_the_client_s_error(nanochat):
+    """A text on which tiktoken's regex overflows."""
     with pytest.raises(RequestError, match="cannot be tokenized"):
         nanochat.render([Message("user", " " * (1 << 20) + "x")])
     assert nanochat.decode(nanochat.encode("still alive")) == "still alive"
 
 
-def test_special_tokens_and_ids_without_a_token_have_no_bytes(nanochat, smollm):
+def test_special_and_tokenless_ids_have_no_bytes(nanochat, smollm):
+    """Special tokens and ids without a token."""
     for tokenizer in (nanochat, smollm):
         for token in [*tokenizer.specials.values(), tokenizer.vocab_size, tokenizer.vocab_size + 7, 10**9, -1]:
             assert tokenizer.token_bytes(token) == b""
 
 
-def test_the_default_models_tokens_are_those_of_transformers(default_model_path, smollm):
+def test_default_tokens_are_those_of_transformers(default_model_path, smollm):
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
     theirs = AutoTokenizer.from_pretrained(str(default_model_path.parent), gguf_file=default_model_path.name)
@@ -139,7 +143,7 @@ def test_the_default_models_tokens_are_those_of_transformers(default_model_path,
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2"])
-def test_every_byte_level_pre_tokenizer_splits_as_transformers_does(pre):
+def test_byte_level_pre_tokenizers_match_transformers(pre):
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
     metadata = small_gguf_metadata(pre)
     renames = GGUF_TOKENIZER_MAPPING["tokenizer"]
@@ -151,19 +155,22 @@ def test_every_byte_level_pre_tokenizer_splits_as_transformers_does(pre):
     assert ours.decode(ours.encode(text)) == text
 
 
-def test_llama_bpe_takes_a_whole_word_of_the_vocabulary_without_merges():
+def test_llama_bpe_takes_whole_words_without_merges():
+    """Llama BPE takes a whole word of the vocabulary without merges."""
     words = {pre: open_tokenizer(gguf_text("x.gguf", small_gguf_metadata(pre))) for pre in ("llama-bpe", "gpt-2")}
     assert len(words["llama-bpe"].encode("ABC")) == 1 and len(words["gpt-2"].encode("ABC")) == 2
 
 
-def test_an_unknown_pre_tokenizer_or_tokenizer_is_named():
+def test_an_unknown_kind_of_tokenizer_is_named():
+    """An unknown pre-tokenizer or tokenizer is named."""
     with pytest.raises(ConfigError, match='ggml.pre is "chameleon"; it must be one of default, gpt-2'):
         gguf_text("x.gguf", small_gguf_metadata("chameleon"))
     with pytest.raises(ConfigError, match='ggml.model is "rwkv"; it must be one of gpt2, llama'):
         gguf_text("x.gguf", small_gguf_metadata("gpt-2", model="rwkv"))
 
 
-def test_sentencepiece_tokens_are_those_of_transformers_with_byte_fallback():
+def test_sentencepiece_tokens_match_transformers():
+    """SentencePiece tokens are those of transformers with byte fallback."""
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
     metadata = sentencepiece_metadata()
     renames = GGUF_TOKENIZER_MAPPING["tokenizer"]
@@ -185,7 +192,8 @@ def templated(template):
     return open_tokenizer(spec)
 
 
-def test_a_template_that_raises_is_the_clients_error_with_its_message():
+def test_a_raising_template_is_the_client_s_error():
+    """A template that raises is the client's error with its message."""
     tokenizer = templated("{% if messages[0].role != 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}x")
     with pytest.raises(RequestError, match="roles must alternate") as caught:
         tokenizer.render([Message("assistant", "hi")])
@@ -193,7 +201,8 @@ def test_a_template_that_raises_is_the_clients_error_with_its_message():
     assert tokenizer.decode(tokenizer.render([Message("user", "hi")])) == "x"
 
 
-def test_templates_have_the_functions_and_whitespace_rules_of_transformers():
+def test_templates_follow_transformers_rules():
+    """Templates have the functions and whitespace rules of transformers."""
     template = """{%- for m in messages %}
     {% generation %}
 {{ m | tojson }}{{ {'b': '<é>', 'a': 1} | tojson(indent=1) }}
@@ -204,7 +213,8 @@ def test_templates_have_the_functions_and_whitespace_rules_of_transformers():
     assert rendered == '{"role": "user", "content": "é"}{\n "b": "<é>",\n "a": 1\n}\n4<|end|>'
 
 
-def test_templates_are_sandboxed_and_broken_ones_are_a_config_error():
+def test_templates_are_sandboxed():
+    """Broken ones are a config error."""
     tokenizer = templated("{{ messages.__class__.__mro__ }}{{ messages.append(1) }}")
     with pytest.raises(RequestError):
         tokenizer.render([Message("user", "hi")])
@@ -247,7 +257,8 @@ def test_every_piece_is_whole_characters():
     assert [piece for piece in pieces if piece] == list(text)
 
 
-def test_invalid_bytes_are_replaced_at_once_and_exactly_as_python_does():
+def test_invalid_bytes_are_replaced_as_by_python():
+    """Invalid bytes are replaced at once and exactly as Python does."""
     pieces, _ = stream(b"a\xffb")
     assert pieces == ["a", "\ufffd", "b", ""]
     dice = random.Random(11)
@@ -258,7 +269,8 @@ def test_invalid_bytes_are_replaced_at_once_and_exactly_as_python_does():
         assert data.decode("utf-8", "replace").removeprefix(whole).strip("\ufffd") == ""
 
 
-def test_the_bytes_of_an_unfinished_character_are_dropped_at_the_end():
+def test_bytes_of_an_unfinished_character_are_dropped():
+    """The bytes of an unfinished character are dropped at the end."""
     pieces, _ = stream("é🎉".encode()[:5])
     assert pieces == ["", "é", "", "", "", ""]
 
@@ -268,13 +280,14 @@ def test_special_tokens_do_not_break_a_character():
     assert "".join(stream([first, 300, second])[0]) == "é"
 
 
-def test_a_stop_string_split_over_tokens_is_cut_out():
+def test_a_stop_string_over_several_tokens_is_cut_out():
     pieces, stops = stream(b"Answer.\nUser: more", ["\nUser:", "zzz"])
     assert "".join(pieces) == "Answer." and stops.stopped_by == "\nUser:"
     assert stops.push("A") == "" and stops.finish() == ""
 
 
-def test_only_a_proper_prefix_of_a_stop_string_is_held_back():
+def test_only_a_stop_string_s_prefix_is_held_back():
+    """Only a proper prefix of a stop string is held back."""
     pieces, stops = stream(b"abababac!", ["ababac"])
     # at the second "abab" the first "ab" can no longer begin a stop string
     assert pieces == ["", "", "", "", "", "ab", "", "", "", ""]
@@ -283,7 +296,8 @@ def test_only_a_proper_prefix_of_a_stop_string_is_held_back():
     assert pieces == ["", "<x", " ", "", "", "<s ", "", "", "", "<st"] and stops.stopped_by is None
 
 
-def test_stop_strings_cut_where_the_first_one_ends_and_prefer_the_longest_there():
+def test_the_first_stop_string_to_end_cuts():
+    """Stop strings cut where the first one ends, and prefer the longest there."""
     dice = random.Random(3)
     for _ in range(3000):
         text = "".join(dice.choice("ab") for _ in range(dice.randrange(14)))
@@ -315,7 +329,8 @@ class Counting(dict):
 
 @pytest.mark.parametrize("stops", [["a" * 50 + "b"], ["a" * length + "b" for length in range(1, 257)], ["a" * 8191 + "b"],
                                    [f"{'a' * 30}{number}" for number in range(250)]])
-def test_decoding_work_grows_linearly_with_the_answer_and_not_with_the_stop_strings(stops):
+def test_decoding_work_is_linear_in_the_answer(stops):
+    """It does not grow with the stop strings."""
     decoder, finder = StreamDecoder(ByteTokens()), StopFinder()
     finder.table = StopTable(stops)
     finder.table.next = found = Counting(finder.table.next)
@@ -324,14 +339,16 @@ def test_decoding_work_grows_linearly_with_the_answer_and_not_with_the_stop_stri
     assert found.asked <= 2 * 4000
 
 
-def test_the_answers_to_a_request_share_the_automaton_which_has_one_state_for_each_beginning():
+def test_answers_to_a_request_share_the_automaton():
+    """It has one state for each beginning."""
     text = "ab" * 2000
     stops = text, text[1:], text[:7] + "c"
     assert StopFinder(stops, "ann").table is StopFinder(stops, "ann").table is not StopFinder(stops, "bob").table
     assert len(StopTable(stops).length) == 1 + 4000 + 3999 + 1
 
 
-def test_any_number_of_stop_strings_is_found_as_a_plain_search_finds_them():
+def test_any_number_of_stop_strings_is_found():
+    """Any number of stop strings is found, as a plain search finds them."""
     dice = random.Random(8)
     for _ in range(200):
         stops = list({"".join(dice.choice("abc日") for _ in range(dice.randrange(1, 12))) for _ in range(dice.randrange(1, 256))})
@@ -403,7 +420,7 @@ def test_results_are_those_of_upstream():
     '"a".count(1)', '"a".upper()', '"a" * 9999999999', "__import__('os').system('true')", "[1].count(1)", "(lambda: 1)()", "x",
     '"a".count("a", start=1)', "1 if 1 else 2", "007", '"a".__class__', "f'{1}'.count('1')", "1 % 2", "1 << 99999", "\x00", "\t1", "1\n+1; 2",
     "(" * 300 + "1" + ")" * 300, "-" * 999 + "1"])
-def test_what_the_calculator_does_not_know_has_no_result(expression):
+def test_unknown_expressions_have_no_result(expression):
     assert calculate(expression) is None
 
 
@@ -411,7 +428,7 @@ def test_what_the_calculator_does_not_know_has_no_result(expression):
     "'a'.center(999999999999).count('a')", "'a'.zfill(99999).count('a')", "'ab'.join('cd'.join('ef')).count('a')", "b'ab'.hex().count('6')",
     "'a'.expandtabs(99999).count('a')", "'a'.encode().count(b'a')", "'a'.count('a').bit_length()", "'a'.count('a').real", "'a'.count('a') is 1",
     "(c for c in 'abc'.upper() if 'abc'.count('a'))", "'abc'.upper if 'abc'.count('a') else 1"])
-def test_what_upstream_computes_and_the_calculator_does_not_has_no_result(expression):
+def test_some_upstream_expressions_have_no_result(expression):
     """docs/models.md names these: what makes a text longer, attributes and methods of numbers, `is`, and what shows an address."""
     assert calculate(expression) is None
 
@@ -427,7 +444,7 @@ def test_the_calculator_works_in_any_thread():
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_a_stop_string_ends_no_answer_before_its_min_tokens(chat):
+def test_a_stop_string_respects_min_tokens(chat):
     """As eos does not. What the first tokens have of a stop string does not count for it either."""
     tokenizer = Letters()
     tokenizer.tool_format = "tagged"

@@ -107,7 +107,8 @@ def check_way_back(ours, text, tokens, expected):
 
 
 @pytest.mark.parametrize("pre", BYTE_LEVEL)
-def test_a_byte_level_tokenizer_of_a_gguf_file_gives_the_ids_of_the_family_s_own(pre, tmp_path):
+def test_a_gguf_s_byte_tokenizer_gives_the_family_s_ids(pre, tmp_path):
+    """A byte level tokenizer of a GGUF file gives the ids of the family's own."""
     family = trained(pre)
     ours = open_tokenizer(gguf_of(family, tmp_path, pre=pre))
     family.encode_special_tokens = True
@@ -124,20 +125,21 @@ def test_the_corpus_tells_every_two_families_apart(left, right):
     assert pieces[0] != pieces[1]
 
 
-def test_a_file_that_names_no_pre_tokenizer_is_cut_as_llama_cpp_cuts_it(tmp_path):
+def test_an_unnamed_pre_tokenizer_cuts_as_llama_cpp(tmp_path):
+    """A file that names no pre tokenizer is cut as llama.cpp cuts it."""
     family = trained("default")
     ours = open_tokenizer(gguf_of(family, tmp_path))
     assert all(ours.encode(text) == family.encode(text).ids for text in TEXTS if "<|im_" not in text)
 
 
 @pytest.mark.parametrize("pre, begins", [("llama-bpe", True), ("tekken", True), ("qwen2", False), ("gpt-4o", False), ("smollm", False)])
-def test_bos_begins_a_raw_prompt_where_the_family_has_it_so(pre, begins):
+def test_bos_begins_raw_prompts_of_its_families(pre, begins):
     tokenizer = open_tokenizer(gguf_text("x.gguf", small_gguf_metadata(pre) | {"tokenizer.ggml.bos_token_id": 3}))
     assert (tokenizer.encode_prompt("hello")[0] == 3) == begins
 
 
 @pytest.mark.parametrize("pre", ["viking", "Qwen2", ""])
-def test_an_unknown_pre_tokenizer_is_named_with_those_that_are_known(pre):
+def test_an_unknown_pre_tokenizer_names_the_known(pre):
     with pytest.raises(ConfigError, match=f'tokenizer.ggml.pre is "{pre}"; it must be one of default, .*llama-bpe.*tekken.*gpt-4o'):
         gguf_text("x.gguf", small_gguf_metadata(pre))
 
@@ -197,7 +199,8 @@ SPACES, GEMMA_USERS = [" " * n for n in range(2, 32)], ["<table>", "</table>", *
 
 @pytest.mark.parametrize("family, users", [(PREFIXED, ()), (PLAIN, ()), (PLAIN, (*SPACES, *GEMMA_USERS))],
                          ids=["llama 2, mistral", "without a space before", "gemma"])
-def test_a_sentencepiece_tokenizer_of_a_gguf_file_gives_sentencepiece_s_ids(family, users, tmp_path):
+def test_a_gguf_s_sentencepiece_gives_the_right_ids(family, users, tmp_path):
+    """A SentencePiece tokenizer of a GGUF file gives SentencePiece's ids."""
     ours, tokens, pieces = sentencepiece_gguf(tmp_path, users, **family)
     for text in [*TEXTS, "x<table>\n\n\n  y</table>"]:
         found = ours.encode(text)
@@ -205,7 +208,7 @@ def test_a_sentencepiece_tokenizer_of_a_gguf_file_gives_sentencepiece_s_ids(fami
         check_way_back(ours, text, found, text.replace("▁", " "))
 
 
-def test_after_phi_3_s_special_tokens_white_space_is_gone(tmp_path):
+def test_phi_3_s_special_tokens_eat_white_space(tmp_path):
     ours, *_ = sentencepiece_gguf(tmp_path, architecture="phi3")
     ids = ours.specials
     assert ours.encode_with_specials("<s> <|user|>\n \u3000Hi<|end|>\n<|endoftext|>\nx") == [
@@ -239,7 +242,8 @@ def with_tokens(family):
 @pytest.mark.parametrize("family", [
     lambda: llama_json(prepend_scheme="first"), lambda: llama_json(prepend_scheme="always"), lambda: llama_json(prepend_scheme="never"),
     lambda: with_tokens(trained("qwen2")), lambda: with_tokens(trained("gpt-4o"))], ids=["first", "always", "never", "qwen2", "o200k"])
-def test_a_tokenizer_json_gives_the_ids_of_the_tokenizers_library_with_its_special_tokens(family):
+def test_a_tokenizer_json_gives_the_library_s_ids(family):
+    """A tokenizer.json gives the ids of the tokenizers library with its special tokens."""
     family = family()
     ours = open_tokenizer(TextSpec("hf", family.to_str().encode()))
     written = [f"{a}{b}{c}" for a, b, c in itertools.product(
@@ -299,7 +303,7 @@ def test_so_does_that_of_a_gguf_file(tmp_path, default_model_path):
     lambda state: state["model"]["vocab"].update(zzz=5), lambda state: state["model"]["vocab"].update(zzz=99_999),
     lambda state: state["added_tokens"][0].update(content=""), lambda state: state.update(decoder={"type": "Metaspace", "replacement": "▁"}),
     lambda state: state.pop("added_tokens"), lambda state: state["added_tokens"].append({"id": 40_000, "content": "<far>", "special": True})])
-def test_where_the_library_might_say_something_else_it_is_asked(damage):
+def test_where_the_library_may_differ_it_is_asked(damage):
     state = json.loads(trained("qwen2").to_str())
     damage(state)
     spec = TextSpec("hf", json.dumps(state).encode())
@@ -356,7 +360,7 @@ CHATS = {
 
 @pytest.mark.parametrize("tools", [[], [WEATHER]], ids=["without tools", "with tools"])
 @pytest.mark.parametrize("chat", CHATS)
-def test_a_chat_is_rendered_as_apply_chat_template_renders_it(chat, tools):
+def test_a_chat_renders_as_apply_chat_template_does(chat, tools):
     from transformers import PreTrainedTokenizerFast
     family = trained("qwen2")
     theirs = PreTrainedTokenizerFast(tokenizer_object=family, bos_token="<|im_start|>", eos_token="<|im_end|>", chat_template=TEMPLATE)
@@ -395,7 +399,7 @@ TEMPLATES = {       # how families write a chat: ChatML, Llama 3, Mistral, Gemma
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("answer", ["The sky", "The sky\n\n", "", " 日本", "no <|im_end|> here", "<think>so</think>\n\nYes", "é"])
-def test_a_last_message_is_continued_where_apply_chat_template_continues_it(name, answer):
+def test_last_messages_continue_as_in_transformers(name, answer):
     """White space at its end stays, also where the template trims and transformers drops it: the answer ended there.
     Where the template drops thoughts, which transformers refuses, the rest is continued."""
     from transformers import PreTrainedTokenizerFast
@@ -417,7 +421,7 @@ def test_a_last_message_is_continued_where_apply_chat_template_continues_it(name
 
 
 @pytest.mark.parametrize("thought", ["Let me", "a\n", "<think>"])
-def test_an_answer_that_was_cut_in_its_thoughts_is_continued_there(thought):
+def test_an_answer_cut_in_thought_continues_there(thought):
     from transformers import PreTrainedTokenizerFast
     template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>\n{{ m.reasoning_content.lstrip('\n') }}"
                 "\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}")
@@ -430,7 +434,8 @@ def test_an_answer_that_was_cut_in_its_thoughts_is_continued_there(thought):
     assert ours.show(ours.render(openai_messages(chat), options={"continue_final_message": True})) == expected
 
 
-def test_a_template_that_leaves_out_the_last_message_cannot_continue_it():
+def test_a_template_must_show_what_it_continues():
+    """A template that leaves out the last message cannot continue it."""
     ours = open_tokenizer(TextSpec("hf", trained("qwen2").to_str().encode(), "{{ messages[0].content }}", bos_token=0, eos_token=1))
     with pytest.raises(RequestError, match="leaves out the last message"):
         ours.render(openai_messages([*TURNS, {"role": "assistant", "content": "x"}]), options={"continue_final_message": True})
@@ -445,7 +450,8 @@ TOOL_TEMPLATE = "\n   {% if tools %}\n{{ tools | tojson }}{% endif %}\n{% macro 
     "{{ bos_token }}" + PLAIN_TEMPLATE, PLAIN_TEMPLATE,
     [{"name": "default", "template": PLAIN_TEMPLATE}, {"name": "tool_use", "template": TOOL_TEMPLATE}],
     [{"name": "tool_use", "template": "{{ bos_token }}" + TOOL_TEMPLATE}, {"name": "default", "template": TOOL_TEMPLATE}]])
-def test_a_folder_s_chat_has_the_tokens_of_apply_chat_template_with_a_template_for_tools_and_bos_only_from_it(tmp_path, template, tools):
+def test_a_folder_s_chat_has_transformers_tokens(tmp_path, template, tools):
+    """A folder's chat has the tokens of apply_chat_template, with a template for tools and bos only from it."""
     from transformers import AutoTokenizer
     families.write_tokenizer(tmp_path, template=None)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({
@@ -461,7 +467,7 @@ def test_a_folder_s_chat_has_the_tokens_of_apply_chat_template_with_a_template_f
     assert ours.encode_prompt("hello")[0] == 256        # a raw prompt begins with bos
 
 
-def test_a_gguf_file_s_second_template_is_for_chats_with_tools():
+def test_a_gguf_s_second_template_is_for_tools():
     metadata = small_gguf_metadata("gpt-2") | {"tokenizer.chat_template": "plain", "tokenizer.chat_template.tool_use": "with {{ tools | length }}"}
     ours = open_tokenizer(gguf_text("x.gguf", metadata))
     assert ours.tool_format == "json"

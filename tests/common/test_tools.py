@@ -159,7 +159,8 @@ def told_by(ids, resumed=0, tokenizer=None, **params):
     (["a", OPEN, ASKS, CLOSE, "bc"], {"stop": ('a\n', "ab", "bc")}, "a", [ROME]),
     (["<tool_call> ", OPEN, ASKS, CLOSE], {"stop": ("Rome", "_call> ")}, "<tool", []),
     (["Well. ", OPEN, ASKS, CLOSE, OPEN, '{"name": "time"}', CLOSE, "!"], {"parallel_calls": False}, "Well. ", [ROME])])
-def test_tags_that_are_special_tokens_are_seen_and_ordinary_text_like_them_is_text(parts, params, rest, calls):
+def test_only_special_tokens_are_call_tags(parts, params, rest, calls):
+    """Tags that are special tokens are seen, and ordinary text like them is text."""
     ids = [token for part in parts for token in (part if isinstance(part, list) else part.encode())]
     told = told_by(ids, **params)
     assert together([delta for deltas in told for delta in deltas]) == (rest, calls)
@@ -192,7 +193,8 @@ HISTORY = [{"role": "user", "content": "Weather?"},
 
 
 @pytest.mark.parametrize("tool_format", FAMILIES)
-def test_calls_in_the_words_of_a_family_are_read_as_its_template_writes_them(default_model_path, tool_format):
+def test_calls_are_read_in_the_family_s_words(default_model_path, tool_format):
+    """Calls in the words of a family are read as its template writes them."""
     text = replace(load(default_model_path).text, chat_template=FAMILIES[tool_format])
     tokenizer = open_tokenizer(text)
     assert tokenizer.tool_format == tool_format and tokenizer.native_tools
@@ -253,7 +255,8 @@ told_of_trips = partial(told_with_types, tuple(map(parameter_types, (TRIP, TIME)
 
 @pytest.mark.parametrize("family", TAG_FAMILIES)
 @pytest.mark.parametrize("tokens", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["markers are tokens", "markers are text"])
-def test_calls_in_tags_are_told_as_json_of_the_types_that_the_tools_say(default_model_path, family, tokens):
+def test_calls_in_tags_have_the_tools_types(default_model_path, family, tokens):
+    """They are told as JSON of the types that the tools say."""
     tokenizer = open_tokenizer(replace(load(default_model_path).text, chat_template=TAG_FAMILIES[family]))
     tool_format = tokenizer.tool_format
     assert tool_format == " ".join(family.split()[:2]) and tokenizer.native_tools
@@ -292,7 +295,8 @@ def test_calls_in_tags_are_told_as_json_of_the_types_that_the_tools_say(default_
     ("a <function=rm> b <fun", "a <function=rm> b <fun", []), ("<tool_call>\n<function=time>\n</function>\nWell", "Well", [NOW]),
     ("<tool_call>\n<function=trip>\n<parameter=stops>\n[{'at': None}]\n</parameter>\n<parameter=far>\nFalse\n</parameter>\n<parameter=new>\nNaN\n</parameter></function></tool_call>",
      "", [TRIPS[0] | {"arguments": '{"stops": [{"at": null}], "far": false, "new": "NaN"}'}])])
-def test_what_models_write_amiss_in_tags_is_read_as_far_as_it_can_be(text, rest, calls):
+def test_wrong_tags_are_read_as_far_as_possible(text, rest, calls):
+    """What models write amiss in tags."""
     for tokens in ({}, {"<tool_call>": 300, "</tool_call>": 301}):
         reader = Marked("qwen tags", tokens)
         parts = re.split("(</?tool_call>)", text)
@@ -305,7 +309,8 @@ def test_what_models_write_amiss_in_tags_is_read_as_far_as_it_can_be(text, rest,
 @pytest.mark.parametrize("parameters", [
     5, {"properties": 5}, {"properties": {"a": 5, "b": True}}, {"properties": {"a": {"$ref": "#/nope"}, "b": {"$ref": "#/properties/b"}, "c": {"type": [{}]}}},
     {"properties": {"a": {"anyOf": 5}, "b": {"enum": 5}, "c": {"enum": [1e999]}, "d": {"anyOf": [{"$ref": "#/properties/d"}] * 9}}}])
-def test_schemas_that_say_no_types_leave_values_to_how_they_look(parameters):
+def test_untyped_values_are_read_by_their_look(parameters):
+    """Schemas that say no types leave values to how they look."""
     types = parameter_types({"function": {"name": "f", "parameters": parameters}})
     assert set(types.values()) <= {""}
 
@@ -328,7 +333,7 @@ def test_only_templates_that_read_tools_know_them(default_model_path):
     assert tool_format_of("You have no tools. {{ messages }}") is None
 
 
-def test_the_template_is_told_of_tools_and_earlier_calls(tokenizer):
+def test_the_template_gets_tools_and_earlier_calls(tokenizer):
     messages = openai_messages([
         {"role": "user", "content": "Weather?"},
         {"role": "assistant", "content": None, "tool_calls": [
@@ -344,7 +349,7 @@ def test_the_template_is_told_of_tools_and_earlier_calls(tokenizer):
     assert tokenizer.render(messages[:1]) == tokenizer.render(messages[:1], [])
 
 
-def test_what_is_nested_too_deeply_for_the_template_is_refused(tokenizer):
+def test_what_is_too_deep_for_the_template_is_refused(tokenizer):
     deep = {}
     for _ in range(3000):
         deep = {"a": deep}
@@ -353,7 +358,7 @@ def test_what_is_nested_too_deeply_for_the_template_is_refused(tokenizer):
 
 
 @pytest.mark.parametrize("field", ["tools", "response_format", "stream_options", "metadata"])
-async def test_what_a_field_may_hold_is_not_searched_to_its_bottom(pool, field):
+async def test_a_field_s_values_are_not_searched_deeply(pool, field):
     deep = {}
     for _ in range(500):                # json.loads takes more
         deep = {"a": deep}
@@ -364,7 +369,8 @@ async def test_what_a_field_may_hold_is_not_searched_to_its_bottom(pool, field):
             assert response.status in (200, 400), await response.text()
 
 
-async def test_a_call_is_a_message_with_tool_calls_and_no_text(pool):
+async def test_a_call_is_a_message_without_text(pool):
+    """It has tool_calls and no text."""
     async with serving(pool) as url, aiohttp.ClientSession() as client:
         body = await (await client.post(url + "/v1/chat/completions", json=ASK)).json()
     (choice,) = body["choices"]
@@ -374,7 +380,8 @@ async def test_a_call_is_a_message_with_tool_calls_and_no_text(pool):
     assert pool.requests[0].tools == (WEATHER, TIME)
 
 
-async def test_in_a_stream_a_call_comes_by_its_name_and_then_its_arguments_in_pieces_and_tags_never_show(pool):
+async def test_a_call_streams_its_name_then_its_arguments(pool):
+    """Arguments come in pieces, and tags never show."""
     pool.pieces = ["Sure. ", *CALL, "\n", '<tool_call>{"name": "time", "arguments": {}}</tool_call>']
     async with serving(pool) as url, aiohttp.ClientSession() as client:
         *chunks, done = frames(await (await client.post(url + "/v1/chat/completions", json=ASK | {"stream": True})).read())
@@ -391,7 +398,7 @@ async def test_in_a_stream_a_call_comes_by_its_name_and_then_its_arguments_in_pi
     ("mistral", 'Sure. [TOOL_CALLS][{"name": "time", "arguments": {}}, {"name": "weather", "arguments": {"city": "Rome"}}]'),
     ("lfm2", 'Sure. <|tool_call_start|>[time(), weather(city="Rome")]<|tool_call_end|>'),
     ("gemma", 'Sure. <|tool_call>call:time{}<tool_call|><|tool_call>call:weather{city:<|"|>Rome<|"|>}<tool_call|>')])
-def test_wherever_calls_are_cut_no_part_of_their_tags_is_text(tool_format, text):
+def test_no_part_of_a_cut_tag_is_text(tool_format, text):
     for cut in range(len(text)):
         told, calls = read(tool_format, [text[:cut]], cut=True)
         assert told == "Sure. "[:cut], text[:cut]
@@ -399,7 +406,8 @@ def test_wherever_calls_are_cut_no_part_of_their_tags_is_text(tool_format, text)
 
 
 @pytest.mark.parametrize("length, content, arguments", [(30, "", None), (51, None, '{"city')])
-async def test_a_call_that_is_cut_is_length_and_its_beginning_but_never_text(pool, length, content, arguments):
+async def test_a_cut_call_finishes_as_length(pool, length, content, arguments):
+    """It is its beginning, but never text."""
     pool.pieces, pool.reason, pool.stop_reason = [CALL[:length]], "length", "max_tokens"
     async with serving(pool) as url, aiohttp.ClientSession() as client:
         body = await (await client.post(url + "/v1/chat/completions", json=ASK)).json()
@@ -423,7 +431,7 @@ async def test_what_is_no_tool_is_400(pool, change, code):
 
 
 @pytest.mark.parametrize("tool_format", ["tagged", "json", "deepseek", "deepseek fenced", "kimi", "lfm2", "gemma", *TAG_FORMATS])
-def test_references_in_a_tool_s_parameters_are_to_these_parameters(tool_format):
+def test_a_tool_s_references_are_to_its_parameters(tool_format):
     """Nested models as pydantic writes them: $defs, and $refs to them that start at the parameters' root."""
     parameters = {"$defs": {"City": {"enum": ["Rome"]}}, "type": "object", "required": ["city"], "additionalProperties": False,
                   "properties": {"city": {"$ref": "#/$defs/City"}, "next": {"$ref": "#"}}}
@@ -442,7 +450,8 @@ def engine(default_model_path):
 @pytest.mark.parametrize("tool_format", by_day(["tagged", "json", "tagged by special tokens", "deepseek", "deepseek fenced", "kimi", "lfm2", "gemma",
                                                 *TAG_FORMATS], "tagged by special tokens", "deepseek fenced", "lfm2", "gemma", *list(TAG_FORMATS)[:1]))
 @pytest.mark.parametrize("choice", by_day(["required", {"type": "function", "function": {"name": "weather"}}], "required"))
-def test_a_required_call_is_made_by_a_model_that_has_never_heard_of_tools(engine, tool_format, choice, monkeypatch):
+def test_a_model_without_tools_makes_required_calls(engine, tool_format, choice, monkeypatch):
+    """A required call is made by a model that has never heard of tools."""
     if tool_format == "tagged by special tokens":
         tool_format = "tagged"
         monkeypatch.setitem(engine.tokenizer.specials, "<tool_call>", 1)
@@ -457,7 +466,8 @@ def test_a_required_call_is_made_by_a_model_that_has_never_heard_of_tools(engine
     assert text == "" and [call["name"] for call in calls] == ["weather"] and len(json.loads(calls[0]["arguments"])["city"]) <= 10
 
 
-def test_the_default_model_makes_several_calls_in_tags_and_so_does_a_worker_that_takes_over(default_model_path):
+def test_the_default_model_makes_several_calls(default_model_path):
+    """The default model makes several calls in tags, and so does a worker that takes over."""
     engine = make_engine(default_model_path, num_pages=200, max_batch=8, as_stored=True)
     engine.tokenizer = engine.answers.tokenizer = open_tokenizer(replace(load(default_model_path).text, chat_template=TAG_FAMILIES["qwen tags"]))
     tool = {"type": "function", "function": {"name": "trip", "parameters": {
@@ -489,19 +499,21 @@ def test_the_default_model_makes_several_calls_in_tags_and_so_does_a_worker_that
     ({"tool_choice": "required"}, False), ({"tool_choice": "required", "parallel_tool_calls": True}, True), ({"tool_choice": "required", "parallel_tool_calls": False}, False),
     ({"tool_choice": {"type": "function", "function": {"name": "weather"}}, "parallel_tool_calls": True}, False),
     ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [{"type": "function", "function": {"name": "weather"}}]}}, "parallel_tool_calls": True}, True)])
-def test_a_required_call_is_one_unless_parallel_calls_are_asked_for(body, many):
+def test_a_required_call_is_one_unless_parallel(body, many):
+    """A required call is one unless parallel calls are asked for."""
     request = parse_openai_request(parse_fields(ASK | {"tools": [WEATHER]} | body, OPENAI_FIELDS), Settings(), "tagged")
     assert ("{0,63}" in request.params.grammar.split("\ncall:")[0]) == many
 
 
 @pytest.mark.parametrize("choice, many", [({"type": "any"}, None), ({"type": "any", "disable_parallel_tool_use": True}, False), ({"type": "any", "disable_parallel_tool_use": False}, True),
                                           ({"type": "tool", "name": "f", "disable_parallel_tool_use": False}, False), ("required", None)])
-def test_a_choice_of_messages_says_itself_whether_several_calls_may_come(choice, many):
+def test_messages_choose_whether_calls_are_several(choice, many):
+    """A choice of Messages says itself whether several calls may come."""
     assert read_choice(choice) == ("required", ("f",) if "name" in choice else None, many)
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 99])
-def test_a_call_is_held_back_while_it_repeats_the_one_before(cut):
+def test_a_repeating_call_is_held_back(cut):
     def told(*calls):
         repeated, text = RepeatedCalls(), []
         for name, arguments in calls:
@@ -517,7 +529,7 @@ def test_a_call_is_held_back_while_it_repeats_the_one_before(cut):
 
 
 @pytest.mark.parametrize("tool_format", by_day(["tagged", "qwen tags"], "tagged"))
-def test_a_call_that_repeats_the_one_before_ends_the_answer_and_is_not_sent(engine, tool_format, monkeypatch):
+def test_a_repeated_call_ends_the_answer(engine, tool_format, monkeypatch):
     """The same after another worker takes over; without parallel calls there is one."""
     monkeypatch.setattr(engine.tokenizer, "tool_format", tool_format)
     tools = [{"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}}}
@@ -552,7 +564,8 @@ def test_a_call_that_repeats_the_one_before_ends_the_answer_and_is_not_sent(engi
     ({"properties": {"a>b": {}}}, "a>b"), ({"properties": {"a": {"type": "string", "pattern": "^a|(b$"}}}, "unclosed group"),
     ({"properties": {"a": {"type": "integer", "minimum": 5, "maximum": 4}}, "required": ["a"]}, ""),
     ({"properties": {"a": {"type": "nope"}}}, "type must be one of"), ({"type": "string"}, "no object fits")])
-def test_parameters_that_tags_cannot_have_are_refused_where_a_call_is_required(parameters, reason):
+def test_parameters_unfit_for_tags_are_refused(parameters, reason):
+    """Parameters that tags cannot have are refused where a call is required."""
     with pytest.raises(RequestError, match="(?i)tools.*" + reason):
         check_grammar(tool_grammar([{"function": {"name": "f", "parameters": parameters}}], "glm tags", True), "tools")
 
@@ -569,7 +582,7 @@ def pushed(tool_format, start, rest, types=()):
     return together(reader.take())
 
 
-def test_an_answer_costs_little_to_read_where_a_model_repeats_itself(monkeypatch):
+def test_a_repetitive_answer_is_cheap_to_read(monkeypatch):
     """Each piece that arrives has the reader search what is new, not all that it holds."""
     searched = []
 
@@ -600,7 +613,8 @@ def test_an_answer_costs_little_to_read_where_a_model_repeats_itself(monkeypatch
 
 @pytest.mark.parametrize("tool_format, start, end", [("qwen tags", "<tool_call>\n<function=f>\n<parameter=", ">\n1\n</parameter>\n</function>"),
                                                      ("glm tags", "<tool_call>f\n<arg_key>", "</arg_key>\n<arg_value>1</arg_value>\n</tool_call>")])
-def test_names_of_parameters_in_tags_have_a_length_and_white_space_in_them_costs_little(tool_format, start, end):
+def test_parameter_names_in_tags_have_a_length(tool_format, start, end):
+    """Names of parameters in tags have a length, and white space in them costs little."""
     # 20,000 spaces: a search whose cost grows with their square takes minutes
     assert pushed(tool_format, start, [" " * 20_000, "a" + " " * 20_000 + "b", end, end])[1][0]["arguments"] == "{}"
     assert pushed(tool_format, start, [" a  b ", end])[1] == [{"name": "f", "arguments": '{"a  b": 1}'}]
@@ -616,7 +630,8 @@ VALUE = '{"a": ["x</parameter>\\"\\n</parameter>\\n</tool_call>"]}'
     ('{"a": "x', '\n</parameter>\n<parameter=b>\n2\n</parameter>\n', '{"p": "{\\"a\\": \\"x", "b": 2}'),    # its string never ends
     ('say "x', "</parameter>\n<parameter=b>\n2</parameter>\n", '{"p": "say \\"x", "b": 2}')])
 @pytest.mark.parametrize("tokens", [{}, {"<tool_call>": 300, "</tool_call>": 301}], ids=["text", "tokens"])
-def test_a_value_ends_at_the_first_tag_that_is_not_inside_a_string_of_its_json(value, more, told, tokens):
+def test_a_value_ends_at_the_first_tag_outside_a_string(value, more, told, tokens):
+    """A value ends at the first tag that is not inside a string of its JSON."""
     text = f"<tool_call><function=f><parameter=p>\n{value}{more}" + "</function></tool_call>Done." * (more != "" and more != "</tool_call>")
     tokenizer = Marked("qwen tags", tokens)
     outer = re.split("(^<tool_call>|</tool_call>(?=Done|$))", text)
@@ -631,11 +646,13 @@ def test_a_value_ends_at_the_first_tag_that_is_not_inside_a_string_of_its_json(v
 
 
 @pytest.mark.parametrize("rest", ["", "\n", "<", "\n</tool", "<func"])
-def test_an_answer_that_ends_after_a_call_in_tags_gets_no_text_that_the_model_did_not_write(rest):
+def test_an_answer_after_a_tag_call_gets_no_other_text(rest):
+    """An answer that ends after a call in tags gets no text that the model did not write."""
     assert pushed("qwen tags", "<function=f>\n</function>", [rest]) == ("", [{"name": "f", "arguments": "{}"}])
 
 
-def test_long_values_and_expressions_are_not_read_as_python():
+def test_long_values_are_not_read_as_python():
+    """Long values and expressions are not read as Python."""
     assert typed_value("[True, 'a', None]", "") == '[true, "a", null]'
     for text in ("0x10", "1_000", "(1)", "[" + "'a'," * 3000 + "]"):
         assert typed_value(text, "") == json.dumps(text)
@@ -654,7 +671,7 @@ class Counted(dict):
         return super().keys()
 
 
-def test_schemas_that_are_small_but_say_much_cost_little(monkeypatch):
+def test_small_schemas_that_say_much_cost_little(monkeypatch):
     parameters = {"properties": {f"p{number}": {"$ref": "#/$defs/x"} for number in range(600)},
                   "$defs": {"x": {"anyOf": [Counted(enum=[*range(64)])] * 62}}}
     tools = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in "fg"]
@@ -672,7 +689,7 @@ def test_schemas_that_are_small_but_say_much_cost_little(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", STRING_FORMATS)
-def test_a_string_in_tags_has_the_format_that_it_has_in_json(kind):
+def test_a_string_in_tags_has_its_json_format(kind):
     """JSON grammars know more of months, and of IPv4 within IPv6."""
     import llguidance
     root = {"properties": {"a": {"type": "string", "format": kind}}}
@@ -691,7 +708,8 @@ def test_a_string_in_tags_has_the_format_that_it_has_in_json(kind):
 
 
 @pytest.mark.parametrize("tool_format", ["tagged", "qwen tags"])
-def test_names_that_do_not_fit_into_a_message_to_a_worker_are_refused(tool_format):
+def test_names_too_long_for_a_worker_are_refused(tool_format):
+    """Names that do not fit into a message to a worker."""
     long = {"type": "function", "function": {"name": "f" * 1_400_000}}
     many = {"type": "function", "function": {"name": "f", "parameters": {"properties": {f"{number:0199d}": {} for number in range(6_000)}}}}
     for tool in (long, *[many] * (tool_format == "qwen tags")):
@@ -705,7 +723,7 @@ def test_names_that_do_not_fit_into_a_message_to_a_worker_are_refused(tool_forma
     ({"type": "string", "anyOf": [{"format": "date"}, {"format": "time"}]}, "string"), ({"type": "string", "allOf": [{"minLength": 1}]}, "string"),
     ({"type": ["string", "null"], "enum": ["x", None]}, "null string"), ({"type": "integer", "enum": [1, 2]}, "integer"),
     ({"type": "string", "$ref": "#/$defs/few"}, "string")])
-def test_what_a_schema_says_beside_its_branches_counts(schema, types):
+def test_what_stands_beside_schema_branches_counts(schema, types):
     assert parameter_types({"function": {"parameters": {"properties": {"a": schema}, "$defs": {"few": {"maxLength": 3}}}}}) == {"a": types}
 
 
@@ -731,7 +749,7 @@ def test_what_a_schema_says_beside_its_branches_counts(schema, types):
     ({"properties": {"a": {}}, "additionalProperties": False}, [{"a": "x"}], [{"b": "x"}]), ({"additionalProperties": True}, [{"a": "x"}], []),
     ({"properties": {"a": {}}, "required": ["a"], "anyOf": [{"properties": {"b": {"type": "null"}}, "required": ["b"]}, {}]},
      [{"a": "x"}, {"a": "x", "b": "null"}], [{"b": "null"}, {"a": "x", "b": "y"}])])
-def test_a_required_call_in_tags_has_the_values_that_its_schema_allows(parameters, allowed, refused):
+def test_a_required_call_in_tags_has_allowed_values(parameters, allowed, refused):
     import llguidance
     grammar = tool_grammar([{"function": {"name": "f", "parameters": parameters}}], "qwen tags", False)
     check_grammar(grammar, "tools")
@@ -755,7 +773,7 @@ def test_a_required_call_in_tags_has_the_values_that_its_schema_allows(parameter
         ({"oneOf": "x"}, "oneOf must be a list of schemas, not \"x\""), ({"pattern": 5}, "pattern must be a string, not 5"), ({"pattern": "a\\"}, 'the pattern "a\\\\" cannot be read: it ends within an escape'), ({"format": []}, "format must be a string, not a list of 0"),
         ({"enum": {"x": 1}}, "enum must be a list, not an object of 1"), ({"$ref": 5}, "$ref must be a string, not 5"), ({"allOf": [False]}, "no value fits \"a\""))),
     ({"properties": {"a": {"type": "number", "maximum": float("nan")}}}, "maximum must be a finite number, not NaN")])
-def test_parameters_in_tags_with_a_wrong_keyword_are_refused_by_it(tool_format, parameters, said):
+def test_a_wrong_keyword_in_tag_parameters_is_refused(tool_format, parameters, said):
     """As for required calls, so for strict functions; what the model may call freely is only described to it."""
     function = {"name": "f", "parameters": parameters}
     for make in (lambda: tool_grammar([{"function": function}], tool_format, True), lambda: call_grammar(function, tool_format)):
@@ -765,7 +783,7 @@ def test_parameters_in_tags_with_a_wrong_keyword_are_refused_by_it(tool_format, 
     assert set(parameter_types({"function": function}).values()) <= {"", "string", "number", "integer number"}
 
 
-def test_large_members_of_a_schema_that_is_referred_to_often_are_read_a_few_times_only(monkeypatch):
+def test_large_shared_schema_members_are_read_rarely(monkeypatch):
     """A pattern of 50,000 slashes, referred to 60 times, held up the event loop for 1.5 s."""
     read, text_with = [], schema_rules.text_with
     patch(monkeypatch, schema_rules, "text_with", lambda pattern: read.append(len(pattern)) or text_with(pattern))
@@ -780,7 +798,8 @@ def test_large_members_of_a_schema_that_is_referred_to_often_are_read_a_few_time
 
 
 @pytest.mark.parametrize("tool_format", CALL_FORMATS)
-def test_lone_surrogates_in_the_names_and_values_of_a_function_are_refused_as_such_and_whole_pairs_are_not(tool_format):
+def test_lone_surrogates_in_a_function_are_refused(tool_format):
+    """Lone surrogates in the names and values of a function are refused as such, and whole pairs are not."""
     half, whole = "\ud83d", "\U0001f600"
     for sign in (half, whole):
         for name, parameters in (("f" + sign, {}), ("f", {"properties": {sign: {}}, "additionalProperties": True}),
@@ -789,7 +808,7 @@ def test_lone_surrogates_in_the_names_and_values_of_a_function_are_refused_as_su
                 check_grammar(tool_grammar([{"function": {"name": name, "parameters": parameters}}], tool_format, True), "tools")
 
 
-def test_a_token_without_a_text_or_a_name_fits_no_grammar():
+def test_a_token_without_text_or_name_fits_no_grammar():
     """The mask allowed such a token wherever one of several special tokens may come, and an answer that drew it failed."""
     for grammar in ('start: (<[300]> | <[301]>) "a"', 'start: (<[300]> | "b")'):
         made = Grammar(Marked("tagged", {"<a>": 300, "<b>": 301}), grammar)
@@ -814,7 +833,7 @@ def strict_work(engine, name, messages, tokens, **more):
                       call_grammars=request.params.call_grammars, grammar_param=request.params.grammar_param, **more)
 
 
-def test_a_call_that_the_default_model_makes_on_its_own_of_a_strict_function_follows_its_schema(engine, monkeypatch):
+def test_the_default_model_s_free_calls_are_strict(engine, monkeypatch):
     """The model repeats a call that the schema forbids; drafts propose it too. Preempted or taken over by another worker, it is the same."""
     draft_eagerly(monkeypatch)
     say = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "days": 3}}\n</tool_call>'
@@ -847,7 +866,8 @@ def test_a_call_that_the_default_model_makes_on_its_own_of_a_strict_function_fol
     ("deepseek fenced", "<｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"), ("qwen tags", "<tool_call>\n<function=weather>"),
     ("seed tags", "<seed:tool_call>\n<function=weather>"), ("glm tags", "<tool_call>weather\n"), ("lfm2", "<|tool_call_start|>[weather("),
     ("gemma", "<|tool_call>call:weather{")])
-def test_arguments_of_a_strict_function_follow_its_schema_in_the_words_of_every_family(engine, tool_format, opening, monkeypatch):
+def test_strict_arguments_follow_the_schema(engine, tool_format, opening, monkeypatch):
+    """Arguments of a strict function follow its schema in the words of every family."""
     monkeypatch.setattr(engine.tokenizer, "tool_format", tool_format)
     begun = tuple(engine.tokenizer.encode(opening))
     work = strict_work(engine, "a", [("user", "Weather in Rome for 3 days?")], len(begun) + 60, resumed_ids=begun)
@@ -856,7 +876,8 @@ def test_arguments_of_a_strict_function_follow_its_schema_in_the_words_of_every_
     assert re.match(r'{"city": "(Oslo|Bonn)", "days": [789]', calls)
 
 
-def test_a_strict_function_of_harmony_s_is_held_from_the_marker_that_begins_its_arguments():
+def test_harmony_s_strict_calls_are_held_from_a_marker():
+    """A strict function of harmony's is held from the marker that begins its arguments."""
     tokenizer = Marked("harmony", {name: 300 + number for number, name in enumerate(HARMONY)})
     channel, constrain, message = (tokenizer.specials[f"<|{name}|>"] for name in ("channel", "constrain", "message"))
     request = strictly("harmony")
@@ -872,14 +893,16 @@ def test_a_strict_function_of_harmony_s_is_held_from_the_marker_that_begins_its_
     assert not answer.grammar and not answer.awaits_grammar
 
 
-def test_what_begins_a_strict_call_and_breaks_its_schema_in_one_token_is_left_as_it_is(engine):
+def test_a_strict_call_broken_by_one_token_is_left(engine):
+    """What begins a strict call and breaks its schema in one token is left as it is."""
     answer = Answer(strict_work(engine, "a", [("user", "x")], 99), engine.tokenizer, None, lambda source: Grammar(engine.tokenizer, source))
     answer.text.reader.deltas.begun_call = Delta("call", '{"town', "weather")
     answer.hold_call()
     assert answer.grammar is None and not answer.awaits_grammar
 
 
-async def test_only_calls_of_strict_functions_are_held_to_their_schemas_and_what_cannot_be_enforced_is_400(pool):
+async def test_only_strict_functions_are_held(pool):
+    """To their schemas; what cannot be enforced is a 400."""
     loose = {"type": "function", "function": STRICT["function"] | {"name": "loose", "strict": False}}
     request = strictly("tagged", [loose, STRICT, TIME], stop=["x"])
     assert [bool(source) for source in request.params.call_grammars] == [False, True, False] and request.params.stop == ("x",) and not request.params.grammar
@@ -898,7 +921,8 @@ async def test_only_calls_of_strict_functions_are_held_to_their_schemas_and_what
     (None, "{}", '{"a": 1}'), ({}, '{"a": 1, "b": 2}', "5"), ({"properties": {}}, "{}", '{"a": 1}'), ({"properties": {"a": {"type": "integer"}}}, '{"a": 1}', '{"b": 1}'),
     ({"type": None}, '{"a": 1, "b": 2}', "5"), ({"anyOf": [{"properties": {"a": {}}}, {"required": ["b"]}]}, '{"b": 2}', '{"a": 1, "b": 2}'),
     ({"$ref": "#/$defs/x", "$defs": {"x": {"properties": {"a": {}}}}}, '{"a": 1}', '{"a": 1, "b": 2}')])
-def test_arguments_are_an_object_of_declared_keys_even_where_the_schema_does_not_say_so(parameters, right, wrong):
+def test_arguments_have_only_declared_keys(parameters, right, wrong):
+    """Arguments are an object of declared keys even where the schema does not say so."""
     import llguidance
     function = {"name": "f", "parameters": parameters}
     for grammar, text in ((call_grammar(function, "tagged"), "%s"), (tool_grammar([{"function": function}], "mistral name", False), "[TOOL_CALLS]f[ARGS]%s"),

@@ -37,7 +37,8 @@ def loop_of_base_train(steps, eval_every, save_every):
 @pytest.mark.parametrize("steps", (95, 100))
 @pytest.mark.parametrize("eval_every", (-1, 10, 25, 30, 1000))
 @pytest.mark.parametrize("save_every", (-1, 10, 50))
-def test_a_val_bpb_of_an_earlier_step_is_stale_as_the_loop_of_base_train_says(steps, eval_every, save_every):
+def test_a_val_bpb_of_an_earlier_step_is_stale(steps, eval_every, save_every):
+    """A val_bpb of an earlier step is stale, as the loop of base_train says."""
     config = {"depth": 4, "eval_every": eval_every, "save_every": save_every, "num_iterations": steps}
     for step, stale in loop_of_base_train(steps, eval_every, save_every):
         assert is_stale({"user_config": config}, step) == stale, step
@@ -45,18 +46,19 @@ def test_a_val_bpb_of_an_earlier_step_is_stale_as_the_loop_of_base_train_says(st
             assert is_stale({"user_config": config | {"num_iterations": -1}}, step) == stale, step
 
 
-def test_the_val_bpb_of_chat_sft_is_that_of_its_end_also_without_evaluations_before():
+def test_chat_sft_s_val_bpb_is_that_of_its_end():
+    """The val_bpb of chat_sft is that of its end, also without evaluations before."""
     for eval_every in (-1, 200):
         assert not is_stale({"user_config": {"eval_every": eval_every, "num_iterations": -1}}, 449)
 
 
-def test_the_mark_is_only_where_there_is_a_val_bpb(model):
+def test_only_a_val_bpb_has_the_mark(model):
     assert write(model, BASE) == ({"val_bpb": 1.25}, ("val_bpb",))
     for changed in ({"val_bpb": None}, {"val_bpb": float("inf")}, {"user_config": {}}, {"user_config": [1]}, {"user_config": {"eval_every": "250"}}):
         assert write(model, BASE | changed).stale == ()
 
 
-def test_the_training_loss_is_the_one_that_the_log_printed(model):
+def test_the_training_loss_is_the_one_in_the_log(model):
     average, beta = 0.0, 0.9
     for step in range(200):
         loss = 5 - step / 100
@@ -98,7 +100,8 @@ step 00450/00999 (45.05%) | loss: 9.000000 | base_train's counts from 0
 """
 
 
-def test_the_rewards_of_rl_and_the_losses_of_sft_are_read_from_their_logs(tmp_path):
+def test_rewards_and_losses_are_read_from_logs(tmp_path):
+    """Rewards of RL and losses of SFT."""
     tag = tmp_path / "experiments" / "default" / "d4"
     for stage in ("sft", "rl"):
         (tag / stage).mkdir(parents=True)
@@ -115,7 +118,8 @@ def test_the_rewards_of_rl_and_the_losses_of_sft_are_read_from_their_logs(tmp_pa
     assert len(Logs().metrics_of(folder / "model_000061.pt")) == 2
 
 
-def test_of_a_huge_log_only_the_end_is_read_and_only_after_it_has_changed(model, monkeypatch):
+def test_of_a_huge_log_only_the_end_is_read(model, monkeypatch):
+    """Of a huge log only the end is read, and only after it has changed."""
     folder = model.parent.parent.parent / "chatrl_checkpoints" / "d4"
     folder.mkdir(parents=True)
     log, reads, logs = folder / "rl.log", [], Logs()
@@ -140,7 +144,7 @@ def test_of_a_huge_log_only_the_end_is_read_and_only_after_it_has_changed(model,
     assert logs.metrics_of(folder / "model_000090.pt")[91] == {"reward": 1.0} and len(reads) == 2
 
 
-def test_a_log_that_is_a_link_a_pipe_or_a_folder_is_none(tmp_path):
+def test_a_log_is_no_link_pipe_or_folder(tmp_path):
     folder = tmp_path / "chatrl_checkpoints" / "d4"
     folder.mkdir(parents=True)
     (tmp_path / "elsewhere.log").write_text(RL_LOG)

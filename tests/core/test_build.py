@@ -36,13 +36,14 @@ def build(tmp_path, nvcc, **variables):
 
 
 @pytest.mark.parametrize("quick", (False, True))
-def test_only_where_a_quick_check_is_asked_for_is_cuda_compiled_for_one_gpu_and_hardly_optimized(tmp_path, quick):
+def test_only_a_quick_check_compiles_for_one_gpu(tmp_path, quick):
+    """Only where a quick check is asked for, CUDA is compiled for one GPU and hardly optimized."""
     assert build(tmp_path, COMPILER, **({"DECODE_CORE_QUICK": "1"} if quick else {})).returncode == 0
     calls = [line for line in (tmp_path / "log").read_text().splitlines() if "/nvcc " in line and ".cu " in line]
     assert calls and all(("-Ofc=max" in call) == quick and ("sm_80" in call) != quick and "sm_90" in call for call in calls)
 
 
-def test_an_nvcc_that_fails_costs_the_cuda_half_alone(tmp_path):
+def test_a_failing_nvcc_costs_the_cuda_half_alone(tmp_path):
     done = build(tmp_path, "#!/bin/sh\necho unsupported GNU version >&2\nexit 1\n")
     assert done.returncode == 0 and "decode_core's CUDA half was not compiled" in done.stderr, done.stderr
     *_, linked = (tmp_path / "log").read_text().splitlines()
@@ -52,7 +53,8 @@ def test_an_nvcc_that_fails_costs_the_cuda_half_alone(tmp_path):
     assert not [part for part in objects if "DECODE_CORE_CUDA" in made[part] or "/cuda/" in part]
 
 
-def test_without_a_compiler_only_a_python_with_torch_gets_the_program(tmp_path):
+def test_without_a_compiler_torch_gets_the_program(tmp_path):
+    """Without a compiler only a Python with torch gets the program."""
     done = build(tmp_path, COMPILER, CXX="false", DECODE_CORE_CUDA="0")
     if torch_installed():
         assert done.returncode == 0 and "chat_server still works, with slower kernels; install g++ or clang" in done.stderr, done.stderr
@@ -60,7 +62,8 @@ def test_without_a_compiler_only_a_python_with_torch_gets_the_program(tmp_path):
         assert done.returncode and done.stderr.splitlines()[-1].endswith("install g++ or clang, or torch, then run pip again"), done.stderr
 
 
-def test_where_no_apt_is_the_trial_on_aarch64_says_so_and_ends_well(tmp_path):
+def test_a_trial_on_aarch64_without_apt_ends_well(tmp_path):
+    """Where there is no apt, the trial on aarch64 says so and ends well."""
     for name in ("bash", "dirname", "uname"):
         (tmp_path / name).symlink_to(shutil.which(name))
     done = subprocess.run([tmp_path / "bash", "csrc/aarch64.sh"], cwd=ROOT, capture_output=True, text=True, timeout=60,

@@ -39,7 +39,7 @@ def rows_of(report):
 
 @pytest.mark.slow
 @needs_core
-def test_the_report_proves_and_measures_every_op_of_the_cpu():
+def test_the_report_proves_and_measures_every_cpu_op():
     import decode_core
     from decode_core import tiles
     run = check()
@@ -77,7 +77,7 @@ sys.exit(run_role("check"))
     pytest.param("softcap", "return original(self, x, 14.0, out)", {"softcap"}, marks=pytest.mark.slow),
     pytest.param("linear", "return original(self, x, rest[0], out, **more | {'norm': None})", None, marks=pytest.mark.slow),
     pytest.param("paged_attention", "return original(self, x, *rest[:2], 0, out, **more)", {"paged_attention", "paged_attention q8_0"}, marks=pytest.mark.slow)])
-def test_an_op_that_is_wrong_is_named_and_the_status_is_1(op, body, found):
+def test_a_wrong_op_is_named_and_the_status_is_1(op, body, found):
     run = subprocess.run([sys.executable, "-c", WRONG.format(folder=str(SCRIPT.parent), op=op, body=body)],
                          capture_output=True, text=True, timeout=300)
     wrong = {name for name, lines in rows_of(run.stdout).items() if "WRONG: the output differs by" in lines[0]}
@@ -87,13 +87,15 @@ def test_an_op_that_is_wrong_is_named_and_the_status_is_1(op, body, found):
 
 
 @pytest.mark.parametrize("words", [["model.gguf"], ["--port", "80"], ["--quick"]])
-def test_a_word_that_check_does_not_know_is_one_line_and_status_2(words):
+def test_an_unknown_word_of_check_is_one_line(words):
+    """A word that `check` does not know is one line and status 2."""
     run = check(*words)
     assert (run.returncode, run.stdout) == (2, "") and run.stderr.count("\n") == 1
     assert words[0] in run.stderr and "Traceback" not in run.stderr
 
 
-def test_a_copied_program_says_that_there_are_only_references(tmp_path):
+def test_a_copied_program_has_only_references(tmp_path):
+    """A copied program says that there are only references."""
     script = copy_program(tmp_path)
     (tmp_path / "decode_core.py").write_text("raise ImportError('not here')")
     run = check(script=script)
@@ -102,13 +104,14 @@ def test_a_copied_program_says_that_there_are_only_references(tmp_path):
     assert f"torch {torch.__version__}" in run.stdout
 
 
-def test_flags_of_the_environment_do_not_disturb_check(monkeypatch):
+def test_flags_of_the_environment_leave_check_alone(monkeypatch):
     settings = parse_command_line(["check"], {"CHAT_SERVER_PORT": "x", "CHAT_SERVER_CONFIG": "/nowhere"})
     assert settings.command == "check"
 
 
 @needs_core
-def test_a_type_without_the_gguf_package_is_not_proved_and_no_failure(monkeypatch):
+def test_a_type_without_gguf_is_no_failure(monkeypatch):
+    """A type without the gguf package is not proved."""
     from decode_core import cpu_proof, product_proof, report
     monkeypatch.setitem(sys.modules, "gguf", None)
     faults = cpu_proof.prove_cpu(for_decode_core())
@@ -123,7 +126,8 @@ def test_a_type_without_the_gguf_package_is_not_proved_and_no_failure(monkeypatc
 
 
 @needs_core
-def test_without_torch_numpy_proves_the_products_and_all_is_measured(monkeypatch):
+def test_without_torch_numpy_proves_the_products(monkeypatch):
+    """Without torch, numpy proves the products, and all is measured."""
     from decode_core import report, tiles
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(report, "time_cpu", lambda script: [report.Timed("sample", "1 row", 1e-6, 4000)])
@@ -168,7 +172,7 @@ class Place:
 
 @pytest.mark.slow
 @needs_core
-def test_every_kernel_of_a_gpu_is_proved_and_measured(emulation_library, monkeypatch):
+def test_every_gpu_kernel_is_proved_and_measured(emulation_library, monkeypatch):
     place = Place(emulation_library, monkeypatch)
     assert place.report.wrong == 0 and "cuda:0: a GPU copies" in place.lines[0]
     from decode_core import cuda
@@ -187,7 +191,8 @@ def test_a_wrong_kernel_of_a_gpu_is_not_measured(emulation_library, monkeypatch)
 
 
 @needs_core
-def test_a_graph_that_cannot_be_captured_is_a_failure_of_the_gpu(emulation_library, monkeypatch):
+def test_a_graph_that_is_not_captured_is_a_failure(emulation_library, monkeypatch):
+    """A graph that cannot be captured is a failure of the GPU."""
     from cuda_backends import HostQueue
 
     class NoGraphs(HostQueue):

@@ -75,7 +75,7 @@ class Model:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ranks", [1, 5, 16])
-def test_what_an_adapter_adds_is_what_float64_says(ranks, dtype):
+def test_an_adapter_adds_what_float64_says(ranks, dtype):
     model, matrices = Model("f32"), adapter(ranks, ranks, dtype)
     qkv, logits = model.step([7, 8], [model.program.adapters.pack(matrices), None])
     for found, expected in zip((qkv[0], logits[0]), model.exact(7, matrices)):
@@ -85,7 +85,8 @@ def test_what_an_adapter_adds_is_what_float64_says(ranks, dtype):
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_1", "f16"])
-def test_a_row_has_the_same_bits_with_any_others_on_any_threads_and_instructions(kind):
+def test_an_adapter_s_row_has_the_same_bits_anywhere(kind):
+    """A row has the same bits with any others on any threads and instructions."""
     model, isa, threads = Model(kind), _core.isa(), decode_core.get_threads()
     adapters = [None, *(model.program.adapters.pack(adapter(seed, ranks, dtype, names)) for seed, (ranks, dtype, names) in enumerate([
         (16, "bf16", ("qkv", "gate_up", "head")), (3, "f16", ("gate_up",)), (5, "f32", ("qkv", "head"))]))]
@@ -107,7 +108,8 @@ def test_a_row_has_the_same_bits_with_any_others_on_any_threads_and_instructions
         decode_core.set_threads(threads)
 
 
-def test_a_step_without_adapters_has_the_bits_of_a_program_that_knows_none():
+def test_adapters_leave_other_steps_bits_alone():
+    """A step without adapters has the bits of a program that knows none."""
     model, ids = Model(), [3, 9, 9, 1]
     plain = model.step(ids, ())
     for adapters in ([None] * 4, [None, model.program.adapters.pack(adapter(1, 4)), None, None]):
@@ -125,7 +127,8 @@ def test_an_adapter_may_go_while_its_step_runs():
     assert np.array_equal(model.buffers["logits"][:1], expected)
 
 
-def test_wrong_adapters_are_value_errors_and_change_nothing():
+def test_wrong_adapters_are_errors_without_effect():
+    """Wrong adapters are value errors and change nothing."""
     model, other = Model(), decode_core.Program(4, 4)
     pack = model.program.adapters.pack
     with pytest.raises(ValueError, match="the program has no such matrix"):

@@ -39,11 +39,12 @@ def product(matrix, x):
     (HAS_AMX, KEPT, errno.EPERM, "the operating system refuses AMX (Operation not permitted)"),
     (HAS_AMX, KEPT, errno.EINVAL, "the operating system refuses AMX (Invalid argument)"),       # Linux before 5.16
     (HAS_AMX, KEPT, 0, "")])
-def test_amx_needs_the_cpu_the_operating_system_and_its_permission(edx, xcr0, error, reason):
+def test_amx_needs_cpu_system_and_permission(edx, xcr0, error, reason):
+    """It needs the CPU, the operating system and its permission."""
     assert _core.amx_refusal_of(edx, xcr0, error) == reason
 
 
-def test_amx_is_offered_exactly_where_nothing_refuses_it():
+def test_amx_is_offered_where_nothing_refuses_it():
     info = decode_core.info()
     assert ("amx" in info["offered_isas"]) == ("amx_int8" in info["features"]) == (_core.amx_refusal() == "")
     assert info["offered_isas"][-1] == "portable" and "amx-emulated-portable" in EMULATED
@@ -58,7 +59,7 @@ def run_python(code, **environment):
                           env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment})
 
 
-def test_avx_vnni_is_offered_exactly_where_the_cpu_has_it():
+def test_avx_vnni_is_offered_where_the_cpu_has_it():
     info = decode_core.info()
     assert ("avxvnni" in info["offered_isas"]) == ("avx_vnni" in info["features"])
     assert ("avxvnni-evex" in _core.isas_for_tests()) == ("avx512_vnni" in info["features"])
@@ -67,7 +68,8 @@ def test_avx_vnni_is_offered_exactly_where_the_cpu_has_it():
         assert ("avx_vnni" in info["features"]) == ({"avx_vnni", "avx2", "fma", "f16c"} <= set(cpuinfo.read_text().split()))
 
 
-def test_neons_products_of_bytes_are_offered_exactly_where_the_cpu_has_them():
+def test_neon_s_byte_products_need_their_cpu():
+    """NEON's products of bytes are offered exactly where the CPU has them."""
     info, arm = decode_core.info(), platform.machine() in ("aarch64", "arm64")
     assert [name for name in info["offered_isas"] if name in ("i8mm", "dotprod", "neon")] == (
         [name for name, feature in (("i8mm", "i8mm"), ("dotprod", "asimddp")) if feature in info["features"]] + ["neon"] * arm)
@@ -76,7 +78,7 @@ def test_neons_products_of_bytes_are_offered_exactly_where_the_cpu_has_them():
             _core.set_isa(name)
 
 
-def test_of_several_instruction_sets_the_first_that_is_offered_is_taken():
+def test_the_first_offered_instruction_set_is_taken():
     best = decode_core.info()["offered_isas"]
     said = run_python("import decode_core; print(decode_core.info()['isa'])", DECODE_CORE_ISA="amx,avx512,avxvnni,avx2,i8mm,dotprod,neon,portable")
     assert said.stdout.split() == best[:1], said.stderr
@@ -89,7 +91,8 @@ WITH_TILES = ["q8_0", "q4_0", "q4_1", "q4_k", "q5_k", "mxfp4", "u4_g32", "u4_g12
 
 @pytest.mark.parametrize("kind", [*WITH_TILES, "q6_k", "f32"])
 @pytest.mark.parametrize("isa", EMULATED)
-def test_the_measurement_gives_a_number_of_rows_or_never(isa, kind):
+def test_the_measurement_gives_rows_or_never(isa, kind):
+    """The measurement gives a number of rows or never."""
     _core.set_isa(isa)
     assert _core.amx_rows(KINDS[kind], 576) == 1          # tests want tiles for every row
     least = _core.measure_amx_rows(KINDS[kind], 256)      # -1: the bits differ
@@ -101,7 +104,8 @@ def test_the_measurement_gives_a_number_of_rows_or_never(isa, kind):
 
 
 @pytest.mark.parametrize("kind, columns", [("q8_0", 32 * 1025), ("q2_k", 256 * 129)])
-def test_many_columns_go_by_tiles_or_are_left_to_other_kernels(kind, columns):
+def test_many_columns_go_by_tiles_or_elsewhere(kind, columns):
+    """Many columns go by tiles or are left to other kernels."""
     matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 32, columns)
     generator = np.random.default_rng(0)
     matrix.fill(generator.standard_normal((32, columns)).astype(np.float32), "f32")

@@ -148,7 +148,8 @@ SHAPES = [(9, 3, 64), (32, 8, 128), (16, 1, 80), (7, 1, 256), (4, 4, 16), (5, 1,
 
 @pytest.mark.parametrize("H, Hkv, D", SHAPES)
 @pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
-def test_attention_is_float64s_on_the_stored_cache(isa, kind, H, Hkv, D):
+def test_attention_matches_float64_on_its_cache(isa, kind, H, Hkv, D):
+    """Attention is that of float64 on the stored cache."""
     rng = numpy.random.default_rng(D + H)
     for length, rows in ((1, 1), (16, 1), (17, 3), (255, 1), (256, 1), (257, 2), (530, 5)):
         cache = Cache(-(-length // PAGE) + 2, Hkv, D, kind)
@@ -160,7 +161,8 @@ def test_attention_is_float64s_on_the_stored_cache(isa, kind, H, Hkv, D):
 
 
 @pytest.mark.parametrize("softcap", [0.5, 3.0, 50.0])
-def test_capped_scores_are_float64s_for_decode_rows_chunks_and_windows(isa, softcap):
+def test_capped_scores_match_float64(isa, softcap):
+    """Capped scores are those of float64 for decode rows, chunks and windows."""
     rng = numpy.random.default_rng(7)
     cache = Cache(40, 2, 32)
     for window, rows in ((0, 1), (0, 40), (100, 3), (300, 1)):
@@ -172,7 +174,8 @@ def test_capped_scores_are_float64s_for_decode_rows_chunks_and_windows(isa, soft
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])           # 30: a sink takes nearly all, or nothing
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
-def test_sinks_take_their_share_of_decode_rows_chunks_and_windows(isa, softcap, scale):
+def test_sinks_take_their_share(isa, softcap, scale):
+    """Sinks take their share of decode rows, chunks and windows."""
     rng = numpy.random.default_rng(4)
     cache = Cache(48, 2, 32)
     pages, q = sequence(rng, cache, 600, 40, 6, list(range(48)))
@@ -246,7 +249,7 @@ def batch_over(cache, sequence, rng, H, decode, chunks, longest):
 
 @pytest.mark.parametrize("window", [0, 100])
 @pytest.mark.parametrize("kind, H, Hkv, D", by_day([("float16", 9, 3, 64), ("float32", 4, 4, 48), ("bfloat16", 14, 2, 64)], ("float16", 9, 3, 64)))
-def test_a_rows_bits_depend_on_nothing_else_in_the_batch(isa, threads, window, kind, H, Hkv, D):
+def test_a_row_s_bits_do_not_depend_on_the_batch(isa, threads, window, kind, H, Hkv, D):
     """The same bits alone, in a batch, in a chunk of a prompt or one by one, on one thread or two."""
     cache, tables, lengths, starts, q = a_batch(numpy.random.default_rng(3), kind, H, Hkv, D)
     together = attend(q, cache, tables, lengths, starts, window=window)
@@ -271,7 +274,8 @@ def test_chunks_of_a_prompt_may_be_cut_anywhere(isa):
 
 
 @pytest.mark.parametrize("window", [0, 1100])
-def test_rows_that_take_turns_at_more_keys_than_a_cache_holds_have_the_bits_of_each_alone(isa, window):
+def test_rows_beyond_a_cache_have_their_bits_alone(isa, window):
+    """Rows that take turns at more keys than a cache holds have the bits of each alone."""
     rng = numpy.random.default_rng(8)
     cache = Cache(90, 1, 512, "float16")
     pages, q = sequence(rng, cache, 1300, 23, 8, [*range(90)])
@@ -328,7 +332,7 @@ def test_a_padding_sequence_gets_zeros():
     assert (out[1] == 0).all() and (out[0] == out[2]).all() and numpy.isfinite(out).all()
 
 
-def test_a_step_may_end_in_padding_or_be_nothing_else(isa):
+def test_a_step_may_end_in_padding_or_be_only_that(isa):
     cache, rng = Cache(20, 1, 32), numpy.random.default_rng(8)
     pages, q = sequence(rng, cache, 300, 1, 2, list(range(20)))
     for length in (300, 40):                # what is not a number stays where a padding row's sums would be
@@ -435,7 +439,8 @@ def test_rope_append_is_float64s(isa, name, H, Hkv, D):
 
 
 @pytest.mark.parametrize("D", [64, 128, 512])
-def test_values_may_be_made_of_keys_and_normalized_and_without_both_the_pages_stay(isa, D):
+def test_values_may_be_made_of_normalized_keys(isa, D):
+    """Values may be made of keys, and normalized; without both the pages stay."""
     call, oracle, cache, slots = rope_case("qwen3", 6, 2, D)
     T, (q, k, _) = len(slots), numpy.split(call["qkv"], [6 * D, 8 * D], axis=1)
     whole = run_rope(call | {"qkv": numpy.concatenate([q, k, k], axis=1)}, cache, slots, 6)
@@ -454,7 +459,8 @@ def test_values_may_be_made_of_keys_and_normalized_and_without_both_the_pages_st
     assert (bits(run_rope(alone | {"qkv": q.copy()}, made, slots, 6)) == bits(whole)).all() and made.store.tobytes() == before
 
 
-def test_pages_that_lie_apart_hold_and_give_the_same_bits(isa):
+def test_pages_lying_apart_give_the_same_bits(isa):
+    """Pages that lie apart hold and give the same bits."""
     found = []
     for apart in (0, 3):
         call, _, _, _ = rope_case("llama", 4, 2, 32, T=30)
@@ -465,7 +471,7 @@ def test_pages_that_lie_apart_hold_and_give_the_same_bits(isa):
 
 
 @pytest.mark.parametrize("cache_kind", ["float16", "bfloat16"])
-def test_narrow_caches_hold_the_float32_values_rounded_once(isa, cache_kind):
+def test_narrow_caches_round_float32_once(isa, cache_kind):
     stored = {}
     for kind in ("float32", cache_kind):
         call, _, cache, slots = rope_case("nanochat", 9, 3, 64, cache_kind=kind)
@@ -477,7 +483,7 @@ def test_narrow_caches_hold_the_float32_values_rounded_once(isa, cache_kind):
         assert (narrow == expected).all()
 
 
-def test_every_float16_is_widened_and_rounded_as_numpy_does(isa):
+def test_every_float16_is_rounded_as_by_numpy(isa):
     """All halves through attention's V (one key: out = v), and floats around every half through rope_append's V."""
     halves = numpy.arange(0x7C01, dtype=numpy.uint16)                           # 0 .. infinity
     halves = numpy.concatenate([halves, halves | 0x8000]).view(numpy.float16)
@@ -512,7 +518,8 @@ def test_every_float16_is_widened_and_rounded_as_numpy_does(isa):
 @pytest.mark.parametrize("name", ROPES)
 @pytest.mark.parametrize("cache_kind", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("D", [64, 80])
-def test_rope_append_has_the_same_bits_on_every_instruction_set(name, cache_kind, D):
+def test_rope_append_has_the_same_bits_everywhere(name, cache_kind, D):
+    """rope_append has the same bits on every instruction set."""
     def run():
         call, _, cache, slots = rope_case(name, 6, 2, D, cache_kind=cache_kind)
         return run_rope(call, cache, slots, 6).tobytes() + cache.store.tobytes()
@@ -520,7 +527,7 @@ def test_rope_append_has_the_same_bits_on_every_instruction_set(name, cache_kind
     assert all(other == first for other in others)
 
 
-def test_a_fused_multiply_add_rounds_once_on_every_instruction_set():
+def test_a_fused_multiply_add_rounds_once():
     """q = fma(a, cos, -(b * sin)) where one product lies halfway between two floats and the other decides;
     subnormals too."""
     rng, T = numpy.random.default_rng(10), 4000
@@ -544,7 +551,8 @@ def test_a_fused_multiply_add_rounds_once_on_every_instruction_set():
     assert (results[0][:, 0, :32] != bits(naive)).sum() > 1000
 
 
-def test_rope_appends_rows_do_not_depend_on_each_other_or_on_threads(isa, threads):
+def test_rope_append_s_rows_are_independent(isa, threads):
+    """The rows of rope_append do not depend on each other or on threads."""
     call, _, cache, slots = rope_case("nanochat", 9, 3, 64, T=150, cache_kind="float16")
     q = run_rope(call, cache, slots, 9)
     alone = Cache(12, 3, 64, "float16")
@@ -556,7 +564,8 @@ def test_rope_appends_rows_do_not_depend_on_each_other_or_on_threads(isa, thread
     assert (bits(run_rope(call, shared, slots, 9)) == bits(q)).all() and shared.store.tobytes() == cache.store.tobytes()
 
 
-def test_a_padding_row_is_left_alone_and_writes_nothing():
+def test_a_padding_row_is_left_alone():
+    """A padding row is left alone and writes nothing."""
     call, _, cache, slots = rope_case("llama", 4, 2, 32, T=3)
     slots[1], call["positions"][1] = -1, 10**9
     q = run_rope(call, cache, slots, 4)
@@ -764,7 +773,8 @@ def expected_packed(q, cache, pages, length, window=0, softcap=0.0, sinks=None):
 
 
 @pytest.mark.parametrize("H, Hkv, D", PACKED_SHAPES)
-def test_packed_attention_is_float64s_on_what_is_kept(isa, H, Hkv, D):
+def test_packed_attention_matches_float64(isa, H, Hkv, D):
+    """Packed attention is that of float64 on what is kept."""
     rng = numpy.random.default_rng(D + H)
     sinks = rng.standard_normal(H).astype(numpy.float32)
     for length, rows, options in ((1, 1, {}), (16, 1, {}), (17, 3, {}), (257, 2, {}), (530, 5, {"window": 100}), (530, 5, {"window": 7}),
@@ -780,7 +790,8 @@ def packed_batch(rng, H=9, Hkv=3, D=64, decode=20, chunks=(40, 7, 260)):
 
 
 @pytest.mark.parametrize("window", [0, 100])
-def test_a_rows_bits_depend_on_nothing_else_in_the_batch_over_packed_pages(isa, threads, window):
+def test_packed_pages_keep_a_row_s_bits(isa, threads, window):
+    """A row's bits depend on nothing else in the batch."""
     cache, tables, lengths, starts, q = packed_batch(numpy.random.default_rng(3))
     together = attend(q, cache, tables, lengths, starts, window=window)
     assert numpy.isfinite(together).all()
@@ -794,13 +805,15 @@ def test_a_rows_bits_depend_on_nothing_else_in_the_batch_over_packed_pages(isa, 
 
 
 @pytest.mark.parametrize("H, Hkv, D", PACKED_SHAPES)
-def test_every_instruction_set_gives_the_same_bits_over_packed_pages(H, Hkv, D):
+def test_packed_pages_give_the_same_bits_everywhere(H, Hkv, D):
+    """Every instruction set gives the same bits over packed pages."""
     cache, tables, lengths, starts, q = packed_batch(numpy.random.default_rng(5), H, Hkv, D, decode=3, chunks=(20, 3))
     first, *others = on_every_isa(lambda: attend(q, cache, tables, lengths, starts, window=200))
     assert numpy.isfinite(first).all() and all((bits(first) == bits(other)).all() for other in others)
 
 
-def test_what_lies_in_unused_packed_slots_does_not_matter_and_a_nan_stays_in_the_rows_that_see_it(isa):
+def test_unused_packed_slots_do_not_matter(isa):
+    """What lies in unused packed slots does not matter, and a NaN stays in the rows that see it."""
     rng = numpy.random.default_rng(7)
     cache = PackedCache(60, 3, 64)
     pages, q = packed_sequence(rng, cache, 407, 9, 9, rng.permutation(60).tolist())
@@ -818,7 +831,8 @@ def test_what_lies_in_unused_packed_slots_does_not_matter_and_a_nan_stays_in_the
 
 @pytest.mark.parametrize("name", ROPES)
 @pytest.mark.parametrize("H, Hkv, D", [(9, 3, 64), (3, 1, 128), (2, 2, 32)])
-def test_rope_append_keeps_turned_heads_to_half_a_step_of_their_scale(isa, name, H, Hkv, D):
+def test_rope_append_keeps_heads_to_half_a_step(isa, name, H, Hkv, D):
+    """rope_append keeps turned heads to half a step of their scale."""
     call, oracle, _, slots = rope_case(name, H, Hkv, D)
     call["qkv"][0] = oracle["qkv"][0] = 0                                # a head of zeros has a scale of 0
     cache = PackedCache(12, Hkv, D)
@@ -862,7 +876,8 @@ def test_a_head_that_cannot_be_turned_is_an_error(size):
 
 @pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16", "q8_0"])
 @pytest.mark.parametrize("H, Hkv, D", [(9, 3, 64), (4, 2, 128), (7, 1, 32)])
-def test_attention_and_its_cache_have_the_bits_of_record(isa, kind, H, Hkv, D):
+def test_attention_has_the_bits_of_record(isa, kind, H, Hkv, D):
+    """Attention and its cache have the bits of record."""
     generator, T, pages = exact(H), 300, list(range(19))[::-1]
     normal = lambda *shape: generator.standard_normal(shape, numpy.float32)
     cache = PackedCache(20, Hkv, D) if kind == "q8_0" else Cache(20, Hkv, D, kind)

@@ -129,7 +129,8 @@ def backend(request):
 @pytest.mark.parametrize("fault, complaint", [
     (0, None), (1, "another sum"), (2, "threads wait for ever"), (3, "lanes of a warp met at different operations"),
     (4, "another sum")])
-def test_the_emulation_shows_a_forgotten_or_divided_barrier(emulation, fault, complaint):
+def test_the_emulation_shows_a_lost_barrier(emulation, fault, complaint):
+    """The emulation shows a forgotten or divided barrier."""
     seen = set()
     for order, seeds in ((ASCENDING, 1), (DESCENDING, 1), (RANDOM, 20)):
         for seed in range(seeds):
@@ -187,7 +188,7 @@ def drawn_tokens(backend, logits, rows, dtype=None, gap=0):
 @pytest.mark.parametrize("vocabulary, count, threads", [
     (1, 40, 32), (2, 60, 32), (31, 400, 32), (257, 1200, 64), (1000, 1200, 128), (1024, 150, 1024), (3001, 600, 256),
     (5000, 150, 1024), (20011, 60, 1024), (49152, 24, 1024), (262144, 4, 1024)])
-def test_the_sampling_kernel_draws_the_references_tokens(backend, monkeypatch, vocabulary, count, threads):
+def test_the_sampling_kernel_draws_as_the_reference(backend, monkeypatch, vocabulary, count, threads):
     monkeypatch.setattr(wrappers, "SAMPLE_THREADS", threads)
     rng, count = np.random.default_rng(vocabulary), math.ceil(count * SHARE)
     logits, rows = random_logits(rng, count, vocabulary), random_rows(rng, count, vocabulary)
@@ -197,7 +198,8 @@ def test_the_sampling_kernel_draws_the_references_tokens(backend, monkeypatch, v
         assert drawn_tokens(backend, logits, rows).tolist() == expected.tolist()
 
 
-def test_tokens_ignore_the_row_index_the_batch_and_how_far_rows_lie_apart(backend):
+def test_tokens_ignore_their_row_and_batch(backend):
+    """Tokens ignore the row index, the batch and how far rows lie apart."""
     rng = np.random.default_rng(3)
     logits, rows = random_logits(rng, 12, 1001), random_rows(rng, 12, 1001)
     expected = sample_reference(logits, rows).tolist()
@@ -206,7 +208,8 @@ def test_tokens_ignore_the_row_index_the_batch_and_how_far_rows_lie_apart(backen
         assert got.tolist() == [expected[i] for i in order]
 
 
-def test_a_row_without_a_position_gets_no_token_and_disturbs_no_other(backend):
+def test_a_row_without_a_position_gets_no_token(backend):
+    """A row without a position gets no token and disturbs no other."""
     rng = np.random.default_rng(4)
     logits, rows = random_logits(rng, 3, 500), random_rows(rng, 3, 500)
     expected = sample_reference(logits, rows).tolist()
@@ -214,7 +217,8 @@ def test_a_row_without_a_position_gets_no_token_and_disturbs_no_other(backend):
     assert drawn_tokens(backend, logits, [rows[0], idle, rows[2]]).tolist() == [expected[0], -1, expected[2]]
 
 
-def test_bfloat16_logits_draw_what_their_exact_widening_draws(backend):
+def test_bfloat16_logits_draw_as_if_widened(backend):
+    """bfloat16 logits draw what their exact widening draws."""
     rng = np.random.default_rng(5)
     bits = random_logits(rng, 60, 3000).view(np.uint32) >> 16
     wide = (bits << 16).astype(np.uint32).view(np.float32)
@@ -224,7 +228,8 @@ def test_bfloat16_logits_draw_what_their_exact_widening_draws(backend):
             == sample_reference(wide, rows).tolist())
 
 
-def test_biases_of_one_id_add_up_in_order_and_overflowing_penalties_are_cleaned(backend):
+def test_biases_of_one_id_add_up_in_order(backend):
+    """Biases of one id add up in order, and overflowing penalties are cleaned."""
     logits = np.zeros((3, 40), np.float32)
     logits[1, 5] = np.inf
     logits[2, 7] = 3e38
@@ -284,8 +289,9 @@ def rope_oracle(x, cos, sin, norm, weight, eps):
     (5, 1, 80, 20, "torch.float32", "torch.float32", "after_rope", True, True, True),
     (2, 1, 256, 128, "torch.bfloat16", "torch.float16", "before_rope", False, False, False),
     (1, 1, 16, 2, "torch.float32", "torch.bfloat16", "none", False, True, False)])
-def test_rope_append_is_within_rounding_of_float64(backend, heads, kv_heads, size, rot, qkv_type, cache_type, norm, weighted,
-                                                   embed, slot_major):
+def test_rope_append_is_near_float64(backend, heads, kv_heads, size, rot, qkv_type, cache_type, norm, weighted,
+                                     embed, slot_major):
+    """rope_append is within rounding of float64."""
     rng, tensor = np.random.default_rng(size), backend.tensor
     rows, num_pages, max_positions, eps = 7, 5, 4096, 1e-5
     # with a gap between rows
@@ -393,8 +399,9 @@ def attention_oracle(q, k, v, dtype, table, length, window, softcap=0.0, sinks=N
     (4, 2, 80, "torch.float16", "torch.float32", True), (3, 1, 256, "torch.bfloat16", "torch.float32", False),
     (11, 1, 16, "torch.float32", "torch.bfloat16", True), (5, 1, 256, "torch.float32", "torch.float32", False),
     (2, 1, 256, "torch.float16", "torch.float32", False), (1, 1, 48, "torch.bfloat16", "torch.float32", False)])
-def test_attention_is_within_rounding_of_float64_for_ragged_rows_and_windows(backend, heads, kv_heads, size, dtype, out_type,
-                                                                             slot_major):
+def test_attention_is_near_float64(backend, heads, kv_heads, size, dtype, out_type,
+                                   slot_major):
+    """Attention is within rounding of float64 for ragged rows and windows."""
     lengths = [1, 16, 17, 256, 0, 257, 513, 770, -1]
     case = attention_case(size, len(lengths), heads, kv_heads, size, dtype, lengths, slot_major)
     q, k, v, _, table, _ = case
@@ -411,7 +418,8 @@ def test_attention_is_within_rounding_of_float64_for_ragged_rows_and_windows(bac
 
 
 @pytest.mark.parametrize("heads, softcap", [(2, 0.5), (8, 30.0)])
-def test_capped_scores_are_within_rounding_of_float64(backend, heads, softcap):
+def test_capped_scores_are_near_float64(backend, heads, softcap):
+    """Capped scores are within rounding of float64."""
     lengths = [1, 40, 300]
     q, *case = attention_case(3, len(lengths), heads, 2, 32, "torch.float32", lengths)
     for window in (0, 100):
@@ -422,7 +430,7 @@ def test_capped_scores_are_within_rounding_of_float64(backend, heads, softcap):
 
 
 @pytest.mark.parametrize("heads, dtype, softcap", [(2, "torch.float32", 0.0), (14, "torch.bfloat16", 0.0), (8, "torch.float16", 5.0)])
-def test_sinks_join_the_softmax_with_and_without_windows(backend, heads, dtype, softcap):
+def test_sinks_join_the_softmax(backend, heads, dtype, softcap):
     """Of sizes that take from nothing to nearly all of it, and one that takes all in float32."""
     lengths = [1, 40, 0, 300, 700]
     q, k, v, _, table, sizes = attention_case(heads, len(lengths), heads, 2, 64, dtype, lengths)
@@ -438,7 +446,8 @@ def test_sinks_join_the_softmax_with_and_without_windows(backend, heads, dtype, 
                 np.testing.assert_allclose(got[r].reshape(heads, 64), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
-def test_a_rows_attention_has_the_same_bits_in_any_batch_table_and_order_of_threads_and_blocks(backend):
+def test_a_row_s_attention_has_the_same_bits_anywhere(backend):
+    """A row's attention has the same bits in any batch, table and order of threads and blocks."""
     lengths = [700, 40, 1030, 256, 999]
     q, k, v, dtype, table, sizes = attention_case(1, 5, 6, 2, 64, "torch.float16", lengths)
     for window in (0, 300):
@@ -455,7 +464,7 @@ def test_a_rows_attention_has_the_same_bits_in_any_batch_table_and_order_of_thre
 
 
 @pytest.mark.parametrize("most_spans", [1, 3, 20])
-def test_long_rows_are_spans_of_several_chunks_which_are_merged_in_groups(backend, monkeypatch, most_spans):
+def test_long_rows_are_spans_merged_in_groups(backend, monkeypatch, most_spans):
     """With 20 spans and 1,200 keys, two groups of spans of one chunk; with 1, nothing is merged."""
     monkeypatch.setattr(wrappers, "MOST_SPANS", most_spans)
     lengths = [40, 64, 65, 0, 700, 1200, 1300, 2600]
@@ -471,7 +480,8 @@ def test_long_rows_are_spans_of_several_chunks_which_are_merged_in_groups(backen
             assert attend(backend, q[some], k, v, dtype, table[some], sizes[some], window).tobytes() == got[some].tobytes()
 
 
-def test_page_ids_out_of_range_are_masked_and_never_followed(backend):
+def test_page_ids_out_of_range_are_never_followed(backend):
+    """Page ids out of range are masked and never followed."""
     q, k, v, dtype, table, sizes = attention_case(2, 2, 2, 1, 32, "torch.float32", [40, 600])
     good = attend(backend, q, k, v, dtype, table, sizes, 0)
     table[0], table[1, 3] = 1 << 30, -1
@@ -484,7 +494,8 @@ def test_page_ids_out_of_range_are_masked_and_never_followed(backend):
 # --- captured in a CUDA graph --------------------------------------------------------------------------------------
 
 
-def test_a_captured_step_replays_what_eager_calls_compute_on_new_inputs(gpu):
+def test_a_captured_step_replays_on_new_inputs(gpu):
+    """A captured step replays what eager calls compute on new inputs."""
     torch, ops, tensor = gpu.torch, gpu.ops, gpu.tensor
     rng = np.random.default_rng(9)
     q, k, v, dtype, table, lengths = attention_case(9, 4, 8, 2, 128, "torch.bfloat16", [1000, 3, 400, 257])
@@ -523,7 +534,8 @@ def test_a_captured_step_replays_what_eager_calls_compute_on_new_inputs(gpu):
 
 @pytest.mark.slow       # setup.py compiles them with the same warnings
 @pytest.mark.parametrize("source", sorted(path.name for path in (CSRC / "cuda").glob("*.cu")))
-def test_nvcc_compiles_without_warnings_for_sm_80_and_sm_90(source, tmp_path):
+def test_nvcc_compiles_without_warnings(source, tmp_path):
+    """nvcc compiles without warnings for sm_80 and sm_90."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc here")
@@ -565,7 +577,7 @@ def call(op, core=None, **changes):
 
 
 @pytest.mark.parametrize("op", ARGUMENTS)
-def test_a_wrong_tensor_is_a_value_error_that_names_it(op):
+def test_a_wrong_tensor_is_a_named_value_error(op):
     call(op)                                                            # as it should be
     for name, array in ARGUMENTS[op]().items():
         elsewhere, trained, other = Tensor(array), Tensor(array), Tensor(array)
@@ -590,12 +602,14 @@ def test_a_wrong_tensor_is_a_value_error_that_names_it(op):
     ("paged_attention", "sinks", np.zeros(4, np.float16)), ("paged_attention", "softcap", -1.0),
     ("paged_attention", "states", np.zeros(9, np.float32)), ("paged_attention", "tickets", np.zeros(3, np.int32)),
     ("paged_attention", "block_table", np.zeros((2, 0), np.int32))])
-def test_a_wrong_size_or_option_is_a_value_error_that_names_it(op, name, wrong):
+def test_a_wrong_size_is_a_named_value_error(op, name, wrong):
+    """A wrong size or option is a value error that names it."""
     with pytest.raises(ValueError, match=name):
         call(op, **{name: wrong})
 
 
-def test_bfloat16_logits_with_penalties_are_refused():
+def test_bfloat16_logits_take_no_penalties():
+    """bfloat16 logits with penalties are refused."""
     ones = Tensor(np.ones(1, np.int32))
     with pytest.raises(ValueError, match="float32 logits"):
         call("sample", logits=Tensor(np.zeros((2, 8), np.uint16), "torch.bfloat16"), count_ids=ones, counts=ones)

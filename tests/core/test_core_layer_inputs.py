@@ -37,7 +37,8 @@ def made(kind, ids):
 
 
 @pytest.mark.parametrize("kind", COLUMNS)
-def test_a_table_in_a_file_gives_its_values_and_layers_what_the_references_make_of_them(kind):
+def test_a_table_in_a_file_gives_its_values(kind):
+    """A table in a file gives its values, and layers give what the references make of them."""
     if kind in ("f32", "f16", "bf16") or 256 % COLUMNS[kind] == 0:
         (rows, inputs, gated), table, projected, weight, gates = made(kind, IDS)
         torch.testing.assert_close(rows, table.values[IDS].float(), rtol=1e-6, atol=0)
@@ -48,7 +49,9 @@ def test_a_table_in_a_file_gives_its_values_and_layers_what_the_references_make_
         torch.testing.assert_close(gated, after, rtol=1e-5, atol=1e-5)
 
 
-def test_their_bits_are_the_same_alone_or_beside_others_on_every_instruction_set_and_by_any_number_of_threads():
+def test_layer_inputs_have_the_same_bits_anywhere():
+    """Their bits are the same alone or beside others, on every instruction set and by any number of
+    threads."""
     many = [i % ROWS for i in range(50)]
     expected = None
     for isa in ISAS:

@@ -35,13 +35,15 @@ def test_every_row_has_known_words():
         assert not any(role == "states" for role, _, _ in fields) or "num_slots" in [field for _, field, _ in fields], name
 
 
-def test_a_program_records_all_references_but_those_that_are_no_part_of_a_step_or_left_to_torch():
+def test_a_program_records_every_reference():
+    """A program records all references but those that are no part of a step or left to torch."""
     program = decode_core.Program(8, 2)
     assert {name for name in REFERENCES if not hasattr(program, name)} == {"pack", "make_cache", "plan_attention"}
     assert {name for name in _core.OPS if hasattr(program, name)} - REFERENCES.keys() == {"all_reduce", "all_gather"}
 
 
-def test_ops_recorded_by_their_row_alone_take_what_their_references_take():
+def test_ops_recorded_by_row_take_their_arguments():
+    """Ops that are recorded by their row alone take what their references take."""
     by_row = {name: method for name in _core.OPS if hasattr(method := getattr(decode_core.Program, name, None), "__signature__")}
     assert by_row.keys() == {"rms_norm", "copy", "mix", "gate", "gated_add", "clamp"}
     for name, method in by_row.items():
@@ -82,7 +84,8 @@ def test_columns_and_weights_of_a_row_are_checked():
         program.mix(x, x, 1.0, out=x)
 
 
-def test_the_compiled_half_refuses_fields_that_an_op_has_not_and_values_of_another_type():
+def test_the_compiled_half_refuses_wrong_fields():
+    """The compiled half refuses fields that an op has not and values of another type."""
     program, x = recorded()
     at, buffer = (x.ctypes.data, 16), _core.Program(8, 2)
     good = dict(logits=at, cap=2.0, out=at)

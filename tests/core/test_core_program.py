@@ -516,7 +516,8 @@ class Recorded:
         return self.program.finish(self.start(step))
 
 
-def test_a_buffer_is_read_only_once_an_op_has_written_it_and_while_no_other_rank_may_have_it():
+def test_a_buffer_is_read_only_when_it_is_ready():
+    """A buffer is read only once an op has written it, and while no other rank may have it."""
     buffers, x = Buffers(max_tokens=8, max_rows=2), np.zeros((8, 16), np.float32)
     with pytest.raises(ValueError, match="x: no op has written it yet"):
         buffers.read("x", x)
@@ -581,7 +582,7 @@ SCHEDULES = [(1, 0, False), (2, 0, False), (2, 2, True), (2, 1, False), (4, 4, F
 @pytest.mark.parametrize("logit_rows", by_day(["none", "one", "all"], "one"))
 @pytest.mark.parametrize("tokens", by_day(MIXES, 5, 21, 33))
 @pytest.mark.parametrize("name", MODELS)
-def test_a_step_has_the_bits_of_its_ops_called_one_by_one(name, tokens, logit_rows):
+def test_a_step_has_the_bits_of_its_ops_one_by_one(name, tokens, logit_rows):
     model, recorded = MODELS[name], Recorded(name)
     buffers, cache = model.buffers(), model.make_cache()
     for round, (threads, *schedule) in enumerate(SCHEDULES if SHARE > 0.05 else SCHEDULES[1::3]):      # few under the sanitizers
@@ -623,7 +624,7 @@ def test_a_step_has_the_bits_of_record(name, isa):
     (([-1], [0], [1]), "state_reads: must be a slot"), (([0], [0], []), "write_slots: must be a slot for each of write_rows"),
     (([0], [0], [SLOTS]), "write_slots: must be a slot"), (([0], [1, 0], [1, 2]), "write_rows: must be rows of the step, ascending"),
     (([0], [3], [1]), "write_rows: must be rows of the step"), (("0", [], []), "state_reads: a list of integers")])
-def test_a_wrong_slot_is_a_value_error_and_changes_nothing(states, words):
+def test_a_wrong_slot_is_an_error_without_effect(states, words):
     recorded = Recorded("convolutions")
     step = make_step(recorded.model, [(4, 3)], "one", seed=1)
     good, step.states = step.states, states
@@ -639,7 +640,7 @@ def test_a_wrong_slot_is_a_value_error_and_changes_nothing(states, words):
     (dict(states=(np.ones((4, 64, 16), np.float32),)), "states: must be"), (dict(states=(np.ones((4, 2, 16)),)), "states: must be float32"),
     (dict(taps=np.ones(47, np.float32)), "taps: must have the shape"), (dict(bias=np.ones(15, np.float32)), "bias: must have the shape"),
     (dict(sequences="sequences"), "sequences: must be <program.sequences>"), (dict(out=np.ones((8, 32), np.float32)), "out: must have the shape")])
-def test_a_wrong_short_convolution_is_a_value_error(change, words):
+def test_a_wrong_short_convolution_is_an_error(change, words):
     program, x = decode_core.Program(8, 2), np.zeros((8, 48), np.float32)
     program.embed(np.zeros((3, 48), np.float32), program.token_ids, x)
     good = dict(x=x, taps=np.ones(48, np.float32), states=(np.ones((4, 2, 16), np.float32),), sequences=program.sequences, out=np.ones((8, 16), np.float32))
@@ -691,7 +692,7 @@ def without(weights, name):
 
 
 @pytest.mark.parametrize("rows", [33, 65, 97])
-def test_a_row_alone_in_the_last_tile_of_a_wide_delta_rule_finds_the_state_of_the_tile_before(rows):
+def test_a_last_row_finds_its_tile_s_state(rows):
     """As in Qwen3.5, whose heads are 128 wide: a row that is a step's only one of a sequence reads its state otherwise."""
     rule = SimpleNamespace(size=4, key_heads=1, value_heads=2, key_size=16, value_size=128, alternating=False, gates_by_key=False, heads_by_key=False)
     mixed, width, sizes, shapes = shapes_of(rule)
@@ -736,7 +737,8 @@ def test_a_wrong_mamba_layer_is_a_value_error(name):
     assert program.describe()[1:] == ["convolve" + " bias" * mixer.taps_bias, "mamba2", "rms_norm"]
 
 
-def test_wrong_groups_of_a_part_of_a_mamba_layer_are_a_value_error():
+def test_wrong_mamba_groups_are_a_value_error():
+    """Wrong groups of a part of a Mamba layer are a value error."""
     mixer, program = MAMBAS["part of a mamba"], decode_core.Program(8, 2)
     x, squares, out = (np.zeros((8, columns), np.float32) for columns in (192, 16, 192))
     program.embed(np.zeros((3, 192), np.float32), program.token_ids, x)
@@ -775,7 +777,8 @@ def run_thousands(name, threads, *schedule):
 
 @pytest.mark.parametrize("schedule", [("llama", 2, 0, False), ("llama", 2, 2, True), ("llama", 4, 4, False), ("llama", 3, 2, False),
                                       ("experts", 2, 2, True), ("experts", 4, 4, False)])
-def test_thousands_of_steps_of_changing_shapes_give_the_same_tokens_as_the_first_time(schedule):
+def test_thousands_of_steps_give_the_first_tokens(schedule):
+    """Thousands of steps of changing shapes give the same tokens as the first time."""
     run_thousands(*schedule)
 
 
@@ -788,12 +791,13 @@ def run_until_chunks_were_done_again(*schedule):
 
 
 @pytest.mark.parametrize("schedule", [("llama", 2, 2, False, 0), ("llama", 4, 4, True, 0), ("experts", 2, 2, False, 0)])
-def test_chunks_that_two_threads_do_at_once_count_once(schedule):
+def test_a_chunk_done_by_two_threads_counts_once(schedule):
     run_until_chunks_were_done_again(*schedule)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="stops a single thread with a signal")
-def test_steps_go_on_without_threads_that_are_stopped_in_the_middle_of_a_chunk():
+def test_steps_go_on_without_stopped_threads():
+    """Steps go on without threads that are stopped in the middle of a chunk."""
     libc, pid, number, done = ctypes.CDLL(None), os.getpid(), signal.SIGRTMAX, threading.Event()
     threads = lambda: set(map(int, os.listdir("/proc/self/task")))                          # noqa: E731
     others, ours = threads(), threading.get_native_id()
@@ -850,7 +854,8 @@ def decode_alone(recorded, tables, prompts, count, pipelined):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_step_may_take_its_ids_from_the_one_before_which_still_runs(name, threads):
+def test_a_step_may_take_ids_of_a_running_one(name, threads):
+    """A step may take its ids from the one before, which still runs."""
     decode_core.set_threads(threads)
     tables, prompts = [[1, 2, 3, 4], [9, 8, 7, 6], [20, 22, 21, 23]], [[5, 6, 7], [1], [4, 4, 4, 9, 11]]
     one_by_one = decode_alone(Recorded(name), tables, prompts, 40, pipelined=False)
@@ -861,7 +866,7 @@ def test_a_step_may_take_its_ids_from_the_one_before_which_still_runs(name, thre
     assert not seeds_differ
 
 
-def test_drafted_rows_may_follow_a_token_that_is_still_being_drawn():
+def test_drafts_may_follow_a_token_being_drawn():
     model, recorded = MODELS["nanochat"], Recorded("nanochat")
     first = make_step(model, [(0, 4)], "one", seed=3)
     token, = recorded.run(first)
@@ -875,7 +880,8 @@ def test_drafted_rows_may_follow_a_token_that_is_still_being_drawn():
     assert recorded.program.finish(two) == expected and np.array_equal(recorded.buffers.logits[:3], logits)
 
 
-def test_a_padding_sequence_and_a_row_that_draws_nothing():
+def test_padding_disturbs_no_other_row():
+    """Nor does a row that draws nothing."""
     model, recorded = MODELS["llama"], Recorded("llama")
     step = make_step(model, [(0, 1), (0, 1), (0, 2)], "all", seed=5)
     expected, cache = recorded.run(step), recorded.cache.copy()
@@ -917,7 +923,7 @@ WRONG_STEPS = {
 
 
 @pytest.mark.parametrize("complaint", WRONG_STEPS)
-def test_a_wrong_step_is_a_value_error_and_changes_nothing(complaint):
+def test_a_wrong_step_is_an_error_without_effect(complaint):
     recorded = Recorded("llama")
     wrong = good_step()
     vars(wrong).update(WRONG_STEPS[complaint])
@@ -927,7 +933,7 @@ def test_a_wrong_step_is_a_value_error_and_changes_nothing(complaint):
     assert recorded.run(good_step()) == Recorded("llama").run(good_step())
 
 
-def test_tokens_turn_by_rows_of_the_tables_that_a_step_brings():
+def test_tokens_turn_by_the_steps_own_tables():
     """By those of their positions as without them; by others otherwise, and their attention sees what it did."""
     plain, step = Recorded("llama"), make_step(MODELS["llama"], [(3, 1), (0, 4)], "all", seed=0)
     own, turns = vars(step), [3, 0, 1, 2, 3]
@@ -954,7 +960,8 @@ def test_ids_that_cannot_be_drawn_are_refused():
     assert recorded.program.finish(ticket) == [-1]
 
 
-def test_at_most_two_steps_are_under_way_and_a_ticket_counts_once():
+def test_at_most_two_steps_are_under_way():
+    """At most two steps are under way, and a ticket counts once."""
     recorded, step = Recorded("llama"), good_step()
     one, two = recorded.start(step), recorded.start(step)
     with pytest.raises(ValueError, match="two steps are under way"):
@@ -1043,7 +1050,7 @@ def wrong_ops(p, m):
         yield ("" if argument == "x" else argument), lambda: p.experts(**(good | {argument: wrong}))
 
 
-def test_a_wrong_op_is_a_value_error_that_names_the_argument():
+def test_a_wrong_op_is_a_named_value_error():
     program, count = decode_core.Program(MAX_TOKENS, MAX_ROWS), 0
     for complaint, call in wrong_ops(program, MODELS["llama"]):
         with pytest.raises(ValueError, match=f"^{complaint}"):
@@ -1055,7 +1062,8 @@ def test_a_wrong_op_is_a_value_error_that_names_the_argument():
             decode_core.Program(*sizes)
 
 
-def test_nothing_is_recorded_after_the_first_step_or_behind_sample():
+def test_nothing_is_recorded_after_the_first_step():
+    """Nothing is recorded after the first step or behind sample."""
     recorded = Recorded("llama")
     with pytest.raises(ValueError, match="sample is the last"):
         recorded.program.copy(recorded.buffers.x, recorded.buffers.x0)
@@ -1068,7 +1076,7 @@ def test_nothing_is_recorded_after_the_first_step_or_behind_sample():
 
 # ---- life cycle of a Program
 
-def test_what_was_recorded_is_kept_alive_and_described():
+def test_what_was_recorded_stays_and_is_described():
     recorded = Recorded("nanochat")
     lines = recorded.program.describe()
     assert lines[0] == "embed" and lines[-1] == "sample (logit rows)" and "linear 128x96 norm relu2" in lines
@@ -1092,7 +1100,8 @@ def test_a_program_may_go_while_its_step_runs(threads):
         del recorded
 
 
-def test_programs_eager_ops_and_changes_of_threads_do_not_disturb_each_other():
+def test_programs_do_not_disturb_each_other():
+    """Programs, eager ops and changes of threads do not disturb each other."""
     model, results, stop = MODELS["llama"], {}, threading.Event()
 
     def decode(key):
@@ -1135,7 +1144,7 @@ FORK = """
 """
 
 
-def test_a_forked_child_runs_steps_with_threads_of_its_own():
+def test_a_forked_child_runs_steps_on_its_threads():
     here = os.path.dirname(__file__)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, *sys.path])}
     for _ in range(int(5 * SHARE) + 1):
@@ -1146,7 +1155,8 @@ def test_a_forked_child_runs_steps_with_threads_of_its_own():
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("tokens", [2, 100])        # divided products, divided rows
-def test_a_step_that_is_refused_memory_fails_and_the_next_one_has_it(threads, tokens):
+def test_a_step_without_memory_fails_alone(threads, tokens):
+    """A step that is refused memory fails, and the next one has it."""
     decode_core.set_threads(threads)
     step, free = make_step(MODELS["llama"], MIXES[tokens], "all", 1), Recorded("llama")
     expected, recorded = free.run(step), Recorded("llama")
@@ -1160,7 +1170,7 @@ def test_a_step_that_is_refused_memory_fails_and_the_next_one_has_it(threads, to
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_memory_that_is_refused_within_a_chunk_fails_that_step_alone(threads):
+def test_a_chunk_without_memory_fails_its_step_alone(threads):
     decode_core.set_threads(threads)
     wide = decode_core.Matrix(decode_core.Arena(1 << 20), "q8_0", 32, 4096)
     program, x, out = decode_core.Program(64, 4), np.zeros((64, 4096), np.float32), np.zeros((64, 32), np.float32)
@@ -1175,7 +1185,8 @@ def test_memory_that_is_refused_within_a_chunk_fails_that_step_alone(threads):
     assert run(64) == []
 
 
-def test_a_drawn_token_without_a_row_in_every_table_fails_the_step_that_takes_it():
+def test_a_drawn_token_needs_a_row_in_every_table():
+    """A drawn token without a row in every table fails the step that takes it."""
     model, C = MODELS["llama"], 64
     few = np.ones((5, C), np.float32)
     program, x, last = decode_core.Program(4, 4), *(np.zeros((4, C), np.float32) for _ in range(2))
@@ -1197,7 +1208,7 @@ def test_a_drawn_token_without_a_row_in_every_table_fails_the_step_that_takes_it
     assert program.finish(program.start(*step(4, -1))) == [300]
 
 
-def test_a_list_that_shrinks_while_it_is_read_is_read_to_its_new_end():
+def test_a_shrinking_list_is_read_to_its_new_end():
     recorded, step = Recorded("llama"), make_step(MODELS["llama"], MIXES[5], "all", 1)
 
     class Shrinking:
@@ -1233,21 +1244,24 @@ def simulate(steps, cost, stalls=lambda step: False):
     return wide
 
 
-def test_the_faster_width_is_found_and_probes_become_rare():
+def test_the_faster_width_is_found():
+    """The faster width is found, and probes become rare."""
     wide = simulate(20_000, lambda wide, _: 1.0 if wide else 1.3)
     assert wide[:64] == [True] * 64 and wide.count(False) < 150
     narrow = simulate(20_000, lambda wide, _: 1.3 if wide else 1.0)
     assert narrow[:64] == [True] * 64 and narrow.count(True) < 64 + 6 + 150
 
 
-def test_a_stall_brings_the_probe_forward_and_a_freed_core_is_found_again():
+def test_a_stall_brings_the_probe_forward():
+    """A stall brings the probe forward, and a freed core is found again."""
     hog = range(1000, 5000)                     # next to a busy program two threads stall and take four times as long
     wide = simulate(12_000, lambda wide, step: (4.0 if step in hog else 1.0) if wide else 1.5, lambda step: step in hog)
     assert wide[1000:5000].count(True) < 400 and wide[1000:1100].count(False) > 40
     assert wide[8000:].count(True) > 3900
 
 
-def test_stalls_that_cost_less_than_the_second_thread_gives_are_borne():
+def test_cheap_stalls_are_borne():
+    """Stalls that cost less than the second thread gives are borne."""
     wide = simulate(10_000, lambda wide, step: (2.0 if step % 10 == 0 else 1.0) if wide else 1.5, lambda step: step % 10 == 0)
     assert wide.count(True) > 9700
 

@@ -81,18 +81,21 @@ PHASES = """
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_every_rank_gets_the_bits_of_the_sum_in_the_order_of_the_ranks(count):
+def test_every_rank_gets_the_ordered_sum_s_bits(count):
+    """Every rank gets the bits of the sum in the order of the ranks."""
     with Started(count, PHASES.format(phases=100)) as started:
         assert started.said() == [["the same"]] * count
 
 
-def test_another_order_of_these_parts_gives_other_bits():
+def test_another_order_gives_other_bits():
+    """Another order of these parts gives other bits."""
     parts = [part(rank, 0, 1, 1024) for rank in range(3)]
     assert all_reduce_reference(parts).tobytes() != all_reduce_reference(parts[::-1]).tobytes()
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_thousands_of_phases_back_to_back_of_which_no_rank_skips_or_repeats_one(count):
+def test_no_rank_skips_or_repeats_a_phase(count):
+    """Of thousands of phases back to back, no rank skips or repeats one."""
     code = """
         big = np.empty((1, PART // 4), np.float32)
         for phase in range(5000):
@@ -108,7 +111,7 @@ def test_thousands_of_phases_back_to_back_of_which_no_rank_skips_or_repeats_one(
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="POSIX")
-def test_a_rank_that_is_stopped_for_a_while_is_waited_for():
+def test_a_rank_stopped_for_a_while_is_waited_for():
     code = """
         x = np.empty((1, 64), np.float32)
         for phase in range(2000):
@@ -159,7 +162,8 @@ def test_ranks_leave_their_wait_when_one_is_killed(count):
         assert started.memory.why() == why
 
 
-def test_ranks_leave_their_wait_when_one_is_killed_between_its_copy_and_its_sum():
+def test_ranks_leave_when_one_dies_within_a_sum():
+    """Ranks leave their wait when one is killed between its copy and its sum."""
     with Started(2, UNTIL_IT_FAILS) as started:     # phases follow one another: the signal comes somewhere within one
         for process in started.processes:
             assert process.stdout.readline() == "begun\n"
@@ -169,7 +173,7 @@ def test_ranks_leave_their_wait_when_one_is_killed_between_its_copy_and_its_sum(
         assert started.said(0)[0][0] == "the process of rank 1 has ended"
 
 
-def test_ranks_leave_their_wait_when_they_are_told_to_stop():
+def test_ranks_leave_their_wait_when_told_to_stop():
     with Started(3, UNTIL_IT_FAILS) as started:
         for process in started.processes:
             assert process.stdout.readline() == "begun\n"
@@ -179,7 +183,7 @@ def test_ranks_leave_their_wait_when_they_are_told_to_stop():
         assert started.said(2)[0][0] == "the ranks were told to stop"
 
 
-def test_a_rank_that_does_not_come_is_not_waited_for_for_ever():
+def test_an_absent_rank_is_not_awaited_for_ever():
     code = """
         if rank == 1:
             sys.stdin.readline()
@@ -193,7 +197,8 @@ def test_a_rank_that_does_not_come_is_not_waited_for_for_ever():
 
 
 @pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda process: ())(0)) < 2, reason="Linux, with two CPUs")
-def test_a_rank_that_waits_for_one_on_the_same_cpu_goes_to_another_and_is_not_bound_to_it():
+def test_a_rank_leaves_a_cpu_shared_with_another():
+    """A rank that waits for one on the same CPU goes to another, and is not bound to it."""
     code = """
         import time
         x, cpus = np.ones((1, 16), np.float32), os.sched_getaffinity(0)
@@ -338,26 +343,30 @@ TABLES = """
 
 
 @pytest.mark.parametrize("count, threads", [(2, 1), (3, 2)])
-def test_ranks_that_have_some_rows_of_a_table_each_look_up_the_bits_of_the_whole(count, threads):
+def test_ranks_look_up_the_bits_of_a_whole_table(count, threads):
+    """Ranks that have some rows of a table each look up the bits of the whole."""
     with Started(count, textwrap.dedent(TABLES.format(threads=threads))) as started:
         assert started.said() == [["True"] * (2 + len(_core.weight_types()) - len(_core.file_types()))] * count
 
 
 @pytest.mark.parametrize("count, threads", [(2, 1), (2, 3)])
-def test_products_that_are_written_where_the_others_read_them_give_the_same_bits(count, threads):
+def test_products_written_to_others_have_the_same_bits(count, threads):
+    """Products that are written where the others read them give the same bits."""
     code = textwrap.dedent(PROGRAM.format(threads=threads)) + textwrap.dedent(PRODUCTS)
     with Started(count, code) as started:
         assert started.said() == [["the same"]] * count
 
 
 @pytest.mark.parametrize("count, threads", [(2, 1), (2, 3), (3, 2)])
-def test_a_recorded_step_gives_the_bits_of_its_ops_however_it_is_divided(count, threads):
+def test_a_recorded_step_has_its_ops_bits(count, threads):
+    """A recorded step gives the bits of its ops, however it is divided."""
     code = textwrap.dedent(PROGRAM.format(threads=threads)) + textwrap.dedent(EXACT)
     with Started(count, code) as started:
         assert started.said() == [["the same"]] * count
 
 
-def test_a_step_under_way_fails_when_another_rank_is_killed():
+def test_a_step_fails_when_another_rank_is_killed():
+    """A step under way fails when another rank is killed."""
     code = textwrap.dedent(PROGRAM.format(threads=2)) + textwrap.dedent("""
         run(64)
         say("begun")

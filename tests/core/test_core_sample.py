@@ -81,7 +81,8 @@ def any_batch(rng, V):
 @pytest.mark.parametrize("V, rows", by_day([(1, 4000), (2, 8000), (5, 12000), (16, 12000), (63, 12000), (255, 12000), (256, 12000),
                                             (257, 12000), (1000, 12000), (5003, 3500), (20011, 900), (49152, 400), (151936, 80)],
                                            (1, 4000), (5, 12000), (257, 12000), (5003, 3500), (49152, 400)))
-def test_tokens_equal_the_references_on_every_instruction_set(V, rows):
+def test_tokens_equal_the_references_everywhere(V, rows):
+    """Tokens equal the reference's on every instruction set."""
     rng = np.random.default_rng(V)
     for _ in range(math.ceil(rows * SHARE / 20)):           # 100,880 rows in all
         logits, batch = any_batch(rng, V)
@@ -95,7 +96,8 @@ def test_tokens_equal_the_references_on_every_instruction_set(V, rows):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_model_like_rows_equal_the_references_at_usual_settings(isa):
+def test_model_like_rows_equal_the_references(isa):
+    """Rows like a model's equal the reference's at usual settings."""
     core.set_isa(isa)
     rng, V = np.random.default_rng(4), 49152
     settings = [dict(), dict(top_k=0), dict(top_k=0, top_p=0.95), dict(top_k=40, top_p=0.95), dict(top_k=0, min_p=0.05),
@@ -120,7 +122,8 @@ def test_tokens_have_the_bits_of_record(isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_top_p_is_of_all_that_top_k_kept_whatever_min_p_will_drop(isa):
+def test_top_p_counts_all_that_top_k_kept(isa):
+    """top_p is of all that top_k kept, whatever min_p will drop."""
     core.set_isa(isa)
     line = np.random.default_rng(5).standard_normal(5000).astype(np.float32)
     falling = np.sort(line.astype(np.float64))[::-1]
@@ -130,14 +133,15 @@ def test_top_p_is_of_all_that_top_k_kept_whatever_min_p_will_drop(isa):
     assert sampled(logits, rows) == sample_reference(logits, rows).tolist()
 
 
-def test_the_generator_gives_random123s_known_answers():
+def test_the_generator_gives_random123_s_answers():
     assert core._core.philox([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     assert core._core.philox([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
     assert core._core.philox([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0]) == [
         0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
 
 
-def test_a_row_draws_the_same_token_alone_in_any_order_and_at_any_stride():
+def test_a_row_draws_the_same_token_anywhere():
+    """A row draws the same token alone, in any order and at any stride."""
     rng = np.random.default_rng(7)
     logits, rows = any_batch(rng, 5000)
     together = sampled(logits, rows)
@@ -164,7 +168,8 @@ def test_a_row_with_a_negative_position_is_left_out():
     assert sampled(logits, rows) == [0, -1, 0]
 
 
-def test_a_sampler_keeps_up_with_answers_that_grow_and_batches_that_change():
+def test_a_sampler_follows_growing_answers():
+    """A sampler keeps up with answers that grow and batches that change."""
     rng, V = np.random.default_rng(10), 900
     sampler = core.Sampler()
     params = [any_params(rng, V) for _ in range(6)]
@@ -224,7 +229,8 @@ WRONG_CALLS = {
 
 
 @pytest.mark.parametrize("complaint", WRONG_CALLS)
-def test_a_wrong_call_is_a_value_error_that_names_the_argument(complaint):
+def test_a_wrong_sampling_call_names_the_argument(complaint):
+    """A wrong call is a value error that names the argument."""
     with pytest.raises(ValueError, match=complaint):
         WRONG_CALLS[complaint]()
 
@@ -250,12 +256,14 @@ def test_the_environment_forces_an_instruction_set(isa):
     assert said.stdout.strip() == isa, said.stderr
 
 
-def test_an_unknown_instruction_set_in_the_environment_is_an_import_error():
+def test_an_unknown_instruction_set_fails_the_import():
+    """An unknown instruction set in the environment is an import error."""
     said = run_python("import decode_core", DECODE_CORE_ISA="avx1024")
     assert said.returncode and "ImportError" in said.stderr and "avx1024" in said.stderr
 
 
-def test_a_missing_compiled_half_is_an_import_error_that_says_so(tmp_path):
+def test_a_missing_compiled_half_fails_the_import(tmp_path):
+    """A missing compiled half is an import error that says so."""
     package = tmp_path / "decode_core"
     package.mkdir()
     for source in Path(core.__file__).parent.glob("*.py"):
@@ -265,7 +273,7 @@ def test_a_missing_compiled_half_is_an_import_error_that_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("threads", [2, 3, 8])
-def test_the_number_of_threads_does_not_change_a_token(threads):
+def test_the_number_of_threads_changes_no_token(threads):
     rng = np.random.default_rng(threads)
     for _ in range(math.ceil(30 * SHARE)):
         logits, rows = any_batch(rng, 2000)
@@ -275,7 +283,7 @@ def test_the_number_of_threads_does_not_change_a_token(threads):
         assert [sampled(logits, rows) for _ in range(20)] == [alone] * 20
 
 
-def test_idle_helpers_go_to_sleep_and_wake_up_again():
+def test_idle_helpers_sleep_and_wake_up_again():
     logits, rows = any_batch(np.random.default_rng(1), 300)
     core.set_threads(4)
     for _ in range(3):
@@ -304,7 +312,7 @@ def test_several_python_threads_may_sample_at_once():
     assert got == [[tokens] * 30 for tokens in expected]
 
 
-def test_the_interpreter_goes_on_while_tokens_are_drawn():
+def test_python_goes_on_while_tokens_are_drawn():
     """With a huge switch interval the main thread runs during the call only if the call releases the GIL."""
     logits = np.zeros((48, 151936), np.float32)
     batch = core.SampleBatch([SampleRow(SamplingParams(top_k=0, top_p=0.9), 1)] * len(logits), logits.shape[1])

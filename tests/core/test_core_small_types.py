@@ -37,7 +37,8 @@ def blocks_of(kind, rows, columns, seed, constant, exponent):
 @given(seed=st.integers(0, 1 << 20), rows=st.sampled_from([1, 7, 16, 19, 35]), blocks=st.integers(1, 6), texts=st.sampled_from([1, 2, 5, 9, 17, 137]),
        constant=st.sampled_from([None, None, None, 0, 255, 0x55, 0xAA]), exponent=st.integers(-10, 6), spread=st.sampled_from([0.0, 4.0]))
 @pytest.mark.parametrize("kind", SCALES)
-def test_tiles_multiply_as_the_reference_says_with_the_same_bits_everywhere(kind, seed, rows, blocks, texts, constant, exponent, spread):
+def test_tiles_multiply_as_the_reference_says(kind, seed, rows, blocks, texts, constant, exponent, spread):
+    """Tiles multiply as the reference says, with the same bits everywhere."""
     K, dice = 256 * blocks, np.random.default_rng(seed)
     raw = blocks_of(kind, rows, K, seed, constant, exponent)
     matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, rows, K)
@@ -70,7 +71,8 @@ def test_tiles_multiply_as_the_reference_says_with_the_same_bits_everywhere(kind
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("kind", ["iq3_xxs", "iq2_xs", "iq1_m", "q2_k", "q3_k"])
 @pytest.mark.parametrize("isa", [decode_core.info()["isa"], *WIDE], ids=["best", *WIDE])
-def test_rows_of_a_step_keep_their_bits_however_they_are_divided(isa, kind, threads):
+def test_rows_keep_their_bits_however_divided(isa, kind, threads):
+    """Rows of a step keep their bits, however they are divided."""
     N, K, most, before = 80, 512, 200, (decode_core.info()["threads"], decode_core.info()["isa"])
     matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, N, K)
     matrix.fill(blocks_of(kind, N, K, 3, None, -8), kind)
@@ -96,7 +98,8 @@ def test_rows_of_a_step_keep_their_bits_however_they_are_divided(isa, kind, thre
 
 
 @pytest.mark.parametrize("kind", SCALES)
-def test_types_that_only_files_have_become_q8_0_on_cuda(kind):
+def test_types_of_files_become_q8_0_on_cuda(kind):
+    """Types that only files have become Q8_0 on CUDA."""
     weights = pytest.importorskip("decode_core.weights", exc_type=ImportError)
     tensors = [SimpleNamespace(tensor_type=SimpleNamespace(name=kind.upper()))]
     assert weights.becomes(tensors, [64]) == [kind.upper()]

@@ -167,7 +167,7 @@ def raw_blocks(kind, rows, columns, seed=0, **fields):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("N, K", [(16, 32), (48, 64), (49, 576), (960, 96), (33, 1536)])
-def test_a_product_is_that_of_the_dequantized_weights_and_x(isa, kind, N, K):
+def test_a_product_is_that_of_dequantized_weights(isa, kind, N, K):
     K = fitting(kind, K)
     matrix, x = make_matrix(kind, random(N, K, seed=N)), random(11, K, seed=K, scale=3)
     for seen in (x, with_outliers(x)):
@@ -178,7 +178,8 @@ def test_a_product_is_that_of_the_dequantized_weights_and_x(isa, kind, N, K):
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
-def test_blocks_that_stand_out_of_their_row_have_16_bits(isa, kind):
+def test_outlying_blocks_have_16_bits(isa, kind):
+    """Blocks that stand out of their row have 16 bits."""
     K = fitting(kind, 576)
     matrix, x = make_matrix(kind, random(48, K, seed=1)), random(12, K, seed=2)
     x[:, [100, 300]] = np.float32(57.3)
@@ -194,7 +195,8 @@ def test_blocks_that_stand_out_of_their_row_have_16_bits(isa, kind):
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
-def test_a_row_keeps_its_bits_next_to_rows_whose_blocks_are_fine(settings, kind):
+def test_a_row_keeps_its_bits_beside_fine_rows(settings, kind):
+    """A row keeps its bits next to rows whose blocks are fine."""
     K = fitting(kind, 576)
     matrix, plain = make_matrix(kind, random(48, K, seed=1)), random(16, K, seed=2)
     # nearly underflowing, nearly overflowing
@@ -213,7 +215,8 @@ def test_a_row_keeps_its_bits_next_to_rows_whose_blocks_are_fine(settings, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fine_products_have_16_bits_in_all_blocks_and_the_same_bits_everywhere(settings, kind):
+def test_fine_products_have_16_bits_everywhere(settings, kind):
+    """Fine products have 16 bits in all blocks and the same bits everywhere."""
     K = fitting(kind, 576)
     matrix, x = make_matrix(kind, random(48, K, seed=1)), with_outliers(random(19, K, seed=2))
     x[3, 64:128] = 0
@@ -259,7 +262,8 @@ def test_a_large_vocabulary_is_multiplied():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_products_have_the_bits_of_record_whatever_rows_go_together(isa, kind):
+def test_products_have_the_bits_of_record(isa, kind):
+    """Products have the bits of record, whatever rows go together."""
     generator, K = exact(KINDS.index(kind)), fitting(kind, 320)
     matrix, x = make_matrix(kind, generator.standard_normal((49, K), np.float32)), with_outliers(generator.standard_normal((21, K), np.float32))
     assert is_fine(x).any(1).sum() in range(5, 21)
@@ -302,7 +306,8 @@ def test_bits_depend_on_the_row_alone(settings, kind):
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
-def test_every_instruction_set_gives_the_same_bits_for_random_blocks(settings, kind):
+def test_random_blocks_have_the_same_bits_everywhere(settings, kind):
+    """Every instruction set gives the same bits for random blocks."""
     K = fitting(kind, 576)
     matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 64, K)
     matrix.fill(raw_blocks(kind, 64, K), kind)
@@ -316,14 +321,14 @@ def test_every_instruction_set_gives_the_same_bits_for_random_blocks(settings, k
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_the_norm_before_a_product_has_the_bits_of_rms_norm(isa, kind, weighted):
+def test_a_product_s_norm_has_the_bits_of_rms_norm(isa, kind, weighted):
     K = fitting(kind, 576)
     matrix, x, weight = make_matrix(kind, random(32, K)), random(9, K, seed=1), random(K, seed=2) if weighted else None
     np.testing.assert_array_equal(product(x, matrix, norm=(weight, 1e-5)), product(row_ops.rms_norm(x, weight, 1e-5), matrix))
 
 
 @pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0", "q4_1"])
-def test_bias_activation_and_residual_come_in_this_order(isa, kind):
+def test_bias_activation_and_residual_keep_this_order(isa, kind):
     matrix, x = make_matrix(kind, random(41, 64)), random(10, 64, seed=1)
     bias, residual, plain = random(41, seed=2), random(10, 41, seed=3), product(x, matrix)
     np.testing.assert_array_equal(product(x, matrix, bias=bias), plain + bias)
@@ -373,7 +378,7 @@ def test_an_activation_without_gates_is_its_formula(isa, activation):
 
 @pytest.mark.parametrize("kind", ["f32", "q8_0", "q4_1"])
 @pytest.mark.parametrize("columns", [1, 16, 31, 49])
-def test_nothing_is_written_beyond_the_columns_of_out(isa, kind, columns):
+def test_nothing_is_written_beyond_out_s_columns(isa, kind, columns):
     matrix, x = make_matrix(kind, random(49, 64)), random(9, 64, seed=1)
     paper = np.full((9, 80), -7, np.float32)
     residual = np.full((9, columns), 0.5, np.float32)
@@ -403,7 +408,8 @@ def test_integer_sums_are_exact_at_their_extremes(isa, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_blocks_of_zeros_and_tiny_values_count_as_zero(isa, kind):
+def test_blocks_of_tiny_values_count_as_zero(isa, kind):
+    """Blocks of zeros and tiny values count as zero."""
     K = fitting(kind, 96)
     weights, x = random(17, K), random(9, K, seed=1)
     weights[3], weights[5, 32:64], x[2], x[4, :32] = 0, 0, 0, 0
@@ -417,7 +423,7 @@ def test_blocks_of_zeros_and_tiny_values_count_as_zero(isa, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_row_that_is_not_finite_spoils_itself_only(isa, kind, bad):
+def test_a_row_that_is_not_finite_spoils_only_itself(isa, kind, bad):
     K = fitting(kind, 64)
     matrix, x = make_matrix(kind, np.abs(random(16, K)) + 1), random(9, K, seed=1)
     expected = product(x, matrix)
@@ -450,7 +456,8 @@ def with_zero_points(kind, raw):
 
 
 @pytest.mark.parametrize("kind", ["u4_g32", "u4_g128"])
-def test_packing_with_zero_points_is_about_as_good_as_q4_1(kind):
+def test_packing_with_zero_points_is_like_q4_1(kind):
+    """Packing with zero points is about as good as Q4_1."""
     weights = random(64, 2048)
     plain = ((make_matrix("q4_1", weights).dequantize() - weights) ** 2).mean()
     for scale in (1, 1e-2):
@@ -482,7 +489,8 @@ def test_packing_agrees_with_gguf(kind, N, K):
 @pytest.mark.parametrize("kind, normal, heavy", [("q4_k", 0.00512, 0.00980), ("q5_k", 0.00132, 0.00268), ("q6_k", 0.00032, 0.00083),
                                                  ("iq4_nl", 0.00581, 0.01131), ("iq4_xs", 0.00590, 0.01159),
                                                  ("q3_k", 0.02278, 0.03052), ("q2_k", 0.08819, 0.13095)])
-def test_packing_by_search_is_about_as_good_as_ggmls(kind, normal, heavy):
+def test_packing_by_search_is_like_ggml_s(kind, normal, heavy):
+    """Packing by search is about as good as ggml's."""
     plain = random(64, 2048)
     for weights, error in [(plain, normal), (plain * np.exp(random(64, 2048, seed=1)), heavy), (plain / 100, normal)]:
         packed = make_matrix(kind, weights).dequantize()
@@ -493,14 +501,16 @@ def test_packing_by_search_is_about_as_good_as_ggmls(kind, normal, heavy):
 
 
 @pytest.mark.parametrize("kind", PACKED)
-def test_what_was_packed_already_is_packed_to_the_same_values_or_close_by(kind):
+def test_repacking_keeps_values_or_comes_close(kind):
+    """What was packed already is packed to the same values or close by."""
     once = make_matrix(kind, random(32, 512, seed=3)).dequantize()
     twice = make_matrix(kind, once).dequantize()
     assert ((twice - once) ** 2).mean() < 2e-3 * (once**2).mean()
 
 
 @pytest.mark.parametrize("kind", FLOATS + PACKED)
-def test_float16_and_bfloat16_rows_are_widened_first(kind):
+def test_16_bit_rows_are_widened_first(kind):
+    """float16 and bfloat16 rows are widened first."""
     K = fitting(kind, 64)
     half = random(33, K).astype(np.float16)
     brain = (random(33, K, seed=1).view(np.uint32) >> 16).astype(np.uint16)
@@ -553,7 +563,7 @@ def infinite(source_kind, sign=0):
 
 @pytest.mark.parametrize("kind", FLOATS + PACKED)
 @pytest.mark.parametrize("source_kind", by_day(FLOATS, "bf16"))
-def test_filling_tells_of_floats_that_are_nan_or_infinite(kind, source_kind):
+def test_filling_tells_of_nan_or_infinite_floats(kind, source_kind):
     N, K = 33, fitting(kind, 72)
     unsigned, generator = infinite(source_kind)[0].dtype, np.random.default_rng(0)
     for row, column in [(0, 0), (15, K - 1), (16, 63), (N - 1, 64), (N - 1, K - 1)]:
@@ -576,7 +586,8 @@ def test_filling_tells_of_floats_that_are_nan_or_infinite(kind, source_kind):
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
-def test_filling_tells_of_a_files_scales_that_are_nan_or_infinite(kind):
+def test_filling_tells_of_a_file_s_infinite_scales(kind):
+    """Filling tells of a file's scales that are NaN or infinite."""
     N, K = 20, fitting(kind, 160)
     fields = {name: 3 for name in {"d", "m"} & set(np.dtype(LAYOUT[kind]).names)} | ({"s": 100} if kind == "mxfp4" else {})
     raw = raw_blocks(kind, N, K, **fields)
@@ -608,7 +619,8 @@ MIXES = [("q4_k", "q6_k"), ("q5_0", "q8_0"), ("q4_k", "q5_k", "q6_k", "iq4_xs", 
 
 
 @pytest.mark.parametrize("mix", MIXES, ids="+".join)
-def test_a_matrix_of_several_types_has_the_bits_of_its_parts(settings, mix):
+def test_a_mixed_matrix_has_the_bits_of_its_parts(settings, mix):
+    """A matrix of several types has the bits of its parts."""
     K, x = 512, with_outliers(random(37, 512, seed=9))      # three panels
     parts = [random(32, K, seed=i) for i in range(len(mix))]
     matrix = decode_core.Matrix(decode_core.Arena(1 << 20), [kind for kind in mix for _ in range(2)], 32 * len(mix), K)
@@ -659,7 +671,8 @@ def test_an_arena_grows_and_outlives_its_name():
 
 # ---- wrong calls
 
-def test_a_wrong_argument_is_a_value_error_that_names_it():
+def test_a_wrong_tile_argument_is_named():
+    """A wrong argument is a value error that names it."""
     arena = decode_core.Arena(1 << 20)
     q4, wide = decode_core.Matrix(arena, "q4_1", 48, 64), decode_core.Matrix(arena, "f32", 49, 33)
     x, out, rows = random(4, 64), np.empty((4, 48), np.float32), random(48, 64)
@@ -729,13 +742,15 @@ def test_no_rows_are_no_work():
     matrix.fill(np.empty((0, 64), np.float32), "f32")
 
 
-def test_cuda_numbers_the_types_of_blocks_as_the_list_of_weights_does():
+def test_cuda_numbers_types_as_the_weights_list_does():
+    """CUDA numbers the types of blocks as the list of weights does."""
     from decode_core import _core, cuda
     packed = [(kind, (columns, _core.row_bytes(code, columns))) for code, (kind, columns) in enumerate(_core.weight_types()) if columns > 1]
     assert [*cuda.BLOCKS.items()] == packed[:len(cuda.BLOCKS)] and [kind for kind, _ in packed[len(cuda.BLOCKS):]] == _core.file_types()
 
 
-def test_every_type_of_the_list_of_weights_has_its_blocks_in_chatlm():
+def test_every_weight_type_has_its_blocks_in_chatlm():
+    """Every type of the list of weights has its blocks in chatlm."""
     from chatlm.worker.arrays import gguf_types, packed
     from decode_core import _core
     blocks = {kind: (columns, _core.row_bytes(code, columns)) for code, (kind, columns) in enumerate(_core.weight_types()) if columns > 1}

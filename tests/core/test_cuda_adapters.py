@@ -48,7 +48,8 @@ def expected(owners, x, y, norm=None):
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_rows_of_several_adapters_and_of_none_are_within_rounding_of_float64(gpu, dtype):
+def test_rows_of_mixed_adapters_are_near_float64(gpu, dtype):
+    """Rows of several adapters and of none are within rounding of float64."""
     random = torch.Generator().manual_seed(4)
     x, y = torch.randn(5, WIDTH, generator=random).to(DTYPES[dtype]), torch.randn(5, N, generator=random)
     owners = [2, None, 0, 1, 2]
@@ -58,7 +59,8 @@ def test_rows_of_several_adapters_and_of_none_are_within_rounding_of_float64(gpu
         assert (outs[0] - want).abs().max() < 2e-6 * want.abs().max()
 
 
-def test_a_row_has_the_same_bits_alone_and_beside_rows_of_any_adapter(gpu):
+def test_a_row_beside_adapters_has_the_same_bits(gpu):
+    """A row has the same bits alone and beside rows of any adapter."""
     random = torch.Generator().manual_seed(5)
     x, y = torch.randn(32, WIDTH, generator=random), torch.randn(32, N, generator=random)
     owners, norm = [(0, 1, 2, None)[i % 4] for i in range(32)], Norm(torch.ones(WIDTH), 1e-5)
@@ -68,7 +70,7 @@ def test_a_row_has_the_same_bits_alone_and_beside_rows_of_any_adapter(gpu):
     assert torch.equal(added(gpu, owners[::-1], x.flip(0), y.flip(0), norm), together.flip(0))
 
 
-def test_a_product_with_adapters_ends_as_one_without(gpu):
+def test_a_product_with_adapters_ends_as_without(gpu):
     """Norm, bias, gate and residual are as of the reference, which knows the rows on the host; a matrix that no adapter has adds nothing."""
     random = torch.Generator().manual_seed(6)
     products = cuda_weights.ProductOps(gpu.ops, for_decode_core(), gpu.stream)
@@ -85,7 +87,8 @@ def test_a_product_with_adapters_ends_as_one_without(gpu):
     assert (outs[0][1] - outs[2][1]).abs().max() > 1 and torch.equal(outs[1][::2], outs[3][::2])
 
 
-def test_adapters_of_more_ranks_than_a_kernel_takes_have_no_table(gpu):
+def test_adapters_of_too_many_ranks_have_no_table(gpu):
+    """Adapters of more ranks than a kernel takes have no table."""
     ops = cuda_adapters.AdapterOps(gpu.ops, gpu.stream)
     large = AdapterMatrix(torch.zeros(cuda.MAX_RANKS + 1, 8), torch.zeros(8, cuda.MAX_RANKS + 1), torch.ones(cuda.MAX_RANKS + 1))
     assert ops.pack({"it": large}, gpu.device).table is None and ops.pack({"it": adapter(1, 3)}, gpu.device).table is not None

@@ -80,7 +80,8 @@ def gate_in_float64(activation, gate, up):
 
 
 @pytest.mark.parametrize("experts, chosen", [(1, 1), (7, 3), (32, 4), (33, 33), (128, 8), (1024, 64)])
-def test_each_row_goes_to_its_largest_logits_and_of_equal_ones_to_the_lower_ids(gpu, experts, chosen):
+def test_each_row_goes_to_its_largest_logits(gpu, experts, chosen):
+    """Each row goes to its largest logits, and of equal ones to the lower ids."""
     random = torch.Generator().manual_seed(experts)
     logits = torch.randn(13, experts, generator=random) * 3
     logits[4:8] = logits[4:8].round()
@@ -117,7 +118,7 @@ def test_every_pair_is_in_one_item_of_its_expert(gpu, experts, pairs, item_pairs
 
 @pytest.mark.parametrize("kind, gate", by_day(dict.fromkeys([*zip(KINDS, itertools.cycle(cuda.GATES)), *itertools.product(("mxfp4", "float32"), cuda.GATES)]),
                                               *itertools.product(("mxfp4",), cuda.GATES), *list(zip(KINDS, itertools.cycle(cuda.GATES)))[::3]))
-def test_each_pair_is_multiplied_by_its_experts_weights(gpu, kind, gate):
+def test_each_pair_takes_its_expert_s_weights(gpu, kind, gate):
     """Of few rows as in float64, of many within the rounding to bfloat16; experts without pairs, and with many."""
     E, N, K, chosen = 5, 21, max(72, cuda.BLOCKS.get(kind, (0, 0))[0] // 32 * 64), 3
     K = K if kind in cuda.FLOATS else K // cuda.BLOCKS[kind][0] * cuda.BLOCKS[kind][0]
@@ -159,7 +160,8 @@ def test_a_pairs_bits_depend_on_it_alone(gpu, kind):
 
 
 
-def test_a_wrong_argument_is_a_value_error_that_names_it(gpu):
+def test_a_wrong_expert_argument_is_named(gpu):
+    """A wrong argument is a value error that names it."""
     at = dict(device=gpu.device)
     blocks, _ = weights_of(gpu, "q4_0", 4 * 16, 64)
     order, items = grouped(gpu, torch.zeros(6, dtype=torch.int32), 4, FEW)
@@ -188,7 +190,7 @@ def test_a_wrong_argument_is_a_value_error_that_names_it(gpu):
 
 @pytest.mark.parametrize("gates, ups, downs", [("q4_k", "q4_k", "q6_k"), ("mxfp4", "mxfp4", "mxfp4"), ("q5_k", "iq4_xs", "q8_0")])
 @pytest.mark.parametrize("rows", by_day([1, 5, 33], 5))
-def test_experts_compute_what_their_reference_computes(gpu, gates, ups, downs, rows):
+def test_experts_compute_what_their_reference_does(gpu, gates, ups, downs, rows):
     """Also where gates are of another type than ups."""
     E, C, F, chosen = 6, 256, 256, 2
     w = [weights_of(gpu, kind, E * n, 256, seed=i) for i, (kind, n) in enumerate(((gates, F), (ups, F), (downs, C)))]
@@ -214,7 +216,7 @@ def test_experts_compute_what_their_reference_computes(gpu, gates, ups, downs, r
 
 
 @pytest.mark.parametrize("rows", by_day([1, 5, 33], 5))
-def test_experts_without_gates_compute_what_their_reference_computes(gpu, rows):
+def test_experts_without_gates_match_their_reference(gpu, rows):
     """Of sigmoids in groups, which torch chooses; they read x as it is, and padding has no expert."""
     E, C, F = 6, 256, 64
     (ups, wide_up), (downs, wide_down) = weights_of(gpu, "q8_0", E * F, C, seed=1), weights_of(gpu, "q8_0", E * C, F, seed=2)
@@ -262,7 +264,7 @@ def opened(path, monkeypatch, backend=None, dtype=None):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, kind", [
     pytest.param("qwen3moe", "q8_0", marks=pytest.mark.slow), pytest.param("gpt-oss", "mxfp4", marks=pytest.mark.slow), ("folder", "mxfp4")])
-def test_a_files_experts_stay_packed_and_logits_are_those_of_its_weights(emulated, expert_files, monkeypatch, name, kind):
+def test_a_file_s_experts_stay_packed(emulated, expert_files, monkeypatch, name, kind):
     """Chunks of 8 rows, whose products are all in float32, and two sequences' decode rows, beyond gpt-oss' window of 24."""
     # a folder's floats are bfloat16 for both
     exact = opened(expert_files[name], monkeypatch, dtype="bfloat16" if name == "folder" else "float32")
@@ -302,7 +304,8 @@ def test_graphs_of_experts_answer_as_ops_do(emulated, expert_files, monkeypatch,
     assert sum(a == b for a, b in zip(results[0].values(), results[1].values())) >= len(works) - 1       # padding may move a near tie
 
 
-def test_where_experts_are_wrong_their_weights_become_bfloat16_and_the_reference_computes(emulation_library, expert_files, monkeypatch, caplog):
+def test_wrong_experts_become_bfloat16(emulation_library, expert_files, monkeypatch, caplog):
+    """Where experts are wrong, their weights become bfloat16, and the reference computes."""
     ops = backends.wrong_ops(multiply_experts=lambda out: out.mul_(1.1))
     emulated = backends.Emulated(emulation_library, ops, faults=["experts"])
     model = opened(expert_files["gpt-oss"], monkeypatch, emulated.backend)
@@ -319,7 +322,7 @@ def test_where_experts_are_wrong_their_weights_become_bfloat16_and_the_reference
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt-oss", pytest.param("qwen3moe", marks=pytest.mark.slow)])
-def test_answers_of_experts_go_on_on_another_gpu_from_their_ids_and_without_drafts(emulated, expert_files, monkeypatch, name):
+def test_answers_of_experts_go_on_on_another_gpu(emulated, expert_files, monkeypatch, name):
     """Drafts are off: a row's last bits depend on its batch there. The same decides near ties when ids are computed again, in one chunk."""
     model = opened(expert_files[name], monkeypatch, emulated.backend)
     monkeypatch.setattr(cuda_steps, "CudaQueue", lambda device: backends.HostQueue())

@@ -85,7 +85,7 @@ def product(gpu, kind, blocks, x, gap=0):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_have_the_bits_that_the_gguf_package_gives(gpu, kind):
+def test_weights_have_the_gguf_package_s_bits(gpu, kind):
     for columns in {fitting(kind, n) for n in (32, 288, 1536)}:
         blocks = wild_blocks(kind, 5, columns, seed=columns)
         expected = torch.from_numpy(values(kind, blocks))
@@ -94,7 +94,8 @@ def test_weights_have_the_bits_that_the_gguf_package_gives(gpu, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_some_rows_of_a_table_are_looked_up_as_the_whole_and_other_ids_change_no_sum(gpu, kind):
+def test_a_part_of_a_table_looks_up_as_the_whole(gpu, kind):
+    """Some rows of a table are looked up as the whole, and other ids change no sum."""
     blocks, ids = wild_blocks(kind, 10, K := fitting(kind, 64)), torch.tensor([7, -1, 2, 9, 4, 3], device=gpu.device)
     products = cuda_weights.ProductOps(gpu.ops, for_decode_core(), gpu.stream)
     whole, parts = torch.empty(6, K, device=gpu.device), torch.empty(3, 6, K, device=gpu.device)
@@ -107,7 +108,8 @@ def test_some_rows_of_a_table_are_looked_up_as_the_whole_and_other_ids_change_no
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("N, K", by_day([(16, 32), (49, 576), (33, 1536)], (49, 576)))
-def test_a_product_is_that_of_the_dequantized_weights_in_float64(gpu, kind, N, K):
+def test_a_packed_product_is_near_float64(gpu, kind, N, K):
+    """A product is that of the dequantized weights in float64."""
     K = fitting(kind, K)
     blocks, generator = random_blocks.random_blocks(kind, N, K, seed=N), np.random.default_rng(K)
     w = values(kind, blocks).astype(np.float64)
@@ -123,7 +125,8 @@ def test_a_product_is_that_of_the_dequantized_weights_in_float64(gpu, kind, N, K
 
 
 @pytest.mark.parametrize("N, K", [(19, 8), (40, 1096), (3100, 72), (16500, 40)])     # blocks of 16, 8 and 4 warps, odd sizes
-def test_products_with_bfloat16_are_near_float64_and_a_rows_bits_its_own(gpu, N, K):
+def test_bfloat16_products_are_near_float64(gpu, N, K):
+    """Products with bfloat16 are near float64, and a row's bits are its own."""
     generator = np.random.default_rng(K)
     w = torch.from_numpy(generator.standard_normal((N, K)).astype(np.float32)).bfloat16()
     blocks, exact = w.view(torch.uint8).numpy(), w.double().numpy()
@@ -169,7 +172,8 @@ def surrounded(gpu, kind, x, blocks, norm, bias, activation, residual, out_dtype
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float32", "float16", "q4_k", "mxfp4"])
 @pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
-def test_what_surrounds_a_product_is_computed_with_it_and_a_rows_bits_depend_on_it_alone(gpu, kind, epilogue):
+def test_what_surrounds_a_product_is_fused(gpu, kind, epilogue):
+    """It is computed with it, and a row's bits depend on it alone."""
     norm, biased, activation, adds, out_dtype = epilogue
     N, K, dice = 22, 1280, proof.Dice(gpu.device, 3)                # 11 outputs with a gate
     [(_, matrix, wide)] = proof.matrices(for_decode_core(), dice, N, K, [kind])
@@ -203,7 +207,8 @@ def test_no_rows_are_no_work(gpu):
     assert dequantized(gpu, "q4_0", blocks[:0], 64, torch.float32).shape == (0, 64)
 
 
-def test_a_wrong_argument_is_a_value_error_that_names_it(gpu):
+def test_a_wrong_packed_argument_is_named(gpu):
+    """A wrong argument is a value error that names it."""
     blocks = torch.from_numpy(random_blocks.random_blocks("q4_0", 16, 64)).to(gpu.device)
     x, out = torch.zeros(2, 64, device=gpu.device), torch.zeros(2, 16, device=gpu.device)
     good = {"x": x, "blocks": blocks, "out": out, "kind": "q4_0"}
@@ -235,7 +240,7 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_layer_of_a_decode_step_is_six_kernels_and_a_rows_bits_do_not_depend_on_the_others(emulation_library, monkeypatch):
+def test_a_decode_layer_is_six_kernels(emulation_library, monkeypatch):
     """Of a llama: qkv, rope_append, attention, output, gate and up, down. Torch computes nothing between them, of up to 8 rows."""
     monkeypatch.setattr(cuda, "SAMPLE_THREADS", 32)
     emulated, dice = backends.Emulated(emulation_library, products=True), proof.Dice(torch.device("cpu"), 8)
@@ -316,7 +321,8 @@ def emulated(emulation_library, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_files_matrices_stay_packed_and_logits_are_those_of_its_weights(emulated, mixed_file, monkeypatch):
+def test_a_file_s_matrices_stay_packed(emulated, mixed_file, monkeypatch):
+    """A file's matrices stay packed, and logits are those of its weights."""
     path, packed_bytes = mixed_file
     exact = opened(path, monkeypatch, references, "float32")
     expected = transformer_of(exact, load_kernels("cpu"), "float32")
@@ -356,7 +362,7 @@ def test_graphs_of_packed_models_answer_as_ops_do(emulated, mixed_file, monkeypa
     assert sum(a == b for a, b in zip(results[0].values(), results[1].values())) >= 9     # padding to 16 rows may move a near tie
 
 
-def test_where_the_product_is_wrong_weights_become_bfloat16(emulation_library, mixed_file, monkeypatch):
+def test_a_wrong_product_makes_weights_bfloat16(emulation_library, mixed_file, monkeypatch):
     """What runs today where decode_core is missing; the report of the fault is test_cuda_proof's."""
     path, packed_bytes = mixed_file
     emulated = backends.Emulated(emulation_library, backends.wrong_ops(multiply=lambda out: out.mul_(1.1)), faults=["linear"])

@@ -28,7 +28,7 @@ def pages_of(floats, device):
 
 
 @pytest.mark.parametrize("size", [32, 128, 256])
-def test_heads_are_turned_as_the_reference_turns_them(gpu, size):
+def test_heads_are_turned_as_by_the_reference(gpu, size):
     x = torch.randn(3, 5, size, generator=torch.Generator().manual_seed(size))
     for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 5e-3)):
         out = torch.empty(3, 5, size, dtype=dtype, device=gpu.device)
@@ -37,7 +37,7 @@ def test_heads_are_turned_as_the_reference_turns_them(gpu, size):
 
 
 @pytest.mark.parametrize("size", by_day([32, 64, 128, 256], 64))
-def test_appended_keys_and_values_are_packed_as_the_reference_packs_them(gpu, size):
+def test_keys_and_values_are_packed_as_by_reference(gpu, size):
     """To a step of the scale; no other slot is touched, and no scale is that of another block."""
     H, Hkv, P, T = 4, 2, 4, 5
     random = torch.Generator().manual_seed(size)
@@ -76,7 +76,7 @@ def attended(gpu, q, cache, table, lengths, window=0, order=0, softcap=0.0, sink
 
 
 @pytest.mark.parametrize("heads, kv_heads, size", by_day([(2, 2, 32), (6, 2, 64), (10, 2, 128), (8, 1, 256)], (10, 2, 128), (2, 2, 32)))
-def test_attention_reads_packed_pages_to_within_rounding_of_float64(gpu, heads, kv_heads, size):
+def test_attention_over_packed_pages_is_near_float64(gpu, heads, kv_heads, size):
     """A row's bits are the same alone, in any order of threads and blocks, and with a wider table."""
     random = torch.Generator().manual_seed(heads)
     cache = pages_of(torch.randn(2, 12, kv_heads, 16, size, generator=random), gpu.device)
@@ -118,7 +118,7 @@ def small_model(size=32, **changes):
 
 
 @pytest.mark.parametrize("changes", by_day([{}, dict(sinks=True, attention_softcap=4.0)], dict(sinks=True, attention_softcap=4.0)))
-def test_logits_over_packed_pages_are_the_references(gpu, changes):
+def test_logits_over_packed_pages_match_references(gpu, changes):
     """Prompts in chunks, together with decode rows, through windows; float pages differ more."""
     spec, tensors = small_model(**changes)
     if changes:
@@ -134,7 +134,7 @@ def test_logits_over_packed_pages_are_the_references(gpu, changes):
     assert near < 3e-3 and near < far / 3       # a code may be the next one where a sum is on the edge
 
 
-def test_pages_have_the_bytes_of_the_layout_and_every_choice_is_one_for_cuda(gpu):
+def test_packed_pages_have_the_bytes_of_the_layout(gpu):
     """A backend without kernels for packed pages would say so in one line."""
     spec, tensors = small_model()
     kernels = gpu.kernels(spec)

@@ -92,8 +92,9 @@ def assert_reference_answers(engine, fixture, monkeypatch):
     (lambda result: result.add_(1), None), (refuse, "raises RuntimeError: CUDA: no kernel image"),
     pytest.param(one_value, None, marks=pytest.mark.slow), pytest.param(spoil_all, None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("op", by_day(["linear", "rope_append", "paged_attention", "sample"], "linear", "sample"))
-def test_a_kernel_that_is_wrong_or_raises_is_replaced_by_its_reference_and_named(
+def test_a_wrong_kernel_gives_way_to_its_reference(
         emulation_library, nanochat_fixtures, monkeypatch, caplog, op, how, said):
+    """A kernel that is wrong or raises is replaced by its reference and named."""
     fixture = engines.load(nanochat_fixtures / "gen5")
     kernel = {"linear": "multiply"}.get(op, op)
     emulated = backends.Emulated(emulation_library, backends.wrong_ops(**{kernel: how}), faults=[op])
@@ -109,7 +110,7 @@ def test_a_kernel_that_is_wrong_or_raises_is_replaced_by_its_reference_and_named
     assert_reference_answers(engine_of(kernels, fixture, monkeypatch), fixture, monkeypatch)
 
 
-def test_a_kernel_that_is_wrong_in_one_type_alone_is_found(emulation_library, nanochat_fixtures):
+def test_a_kernel_wrong_in_one_type_alone_is_found(emulation_library, nanochat_fixtures):
     spec = engines.load(nanochat_fixtures / "gen3").spec
     ops = backends.wrong_ops(paged_attention=only_in_bfloat16)
     backend = backends.Emulated(emulation_library, ops).backend(spec)
@@ -147,8 +148,9 @@ class FailingQueue(backends.HostQueue):
 
 
 @pytest.mark.parametrize("most, failed", [(2, 1), (0, 3)])
-def test_steps_whose_graph_cannot_be_captured_run_op_by_op(emulation_library, nanochat_fixtures, monkeypatch, caplog,
-                                                           most, failed):
+def test_steps_without_a_graph_run_op_by_op(emulation_library, nanochat_fixtures, monkeypatch, caplog,
+                                            most, failed):
+    """Steps whose graph cannot be captured run op by op."""
     fixture, queue = engines.load(nanochat_fixtures / "gen5"), FailingQueue(most)
     engine = engine_of(backends.Emulated(emulation_library).kernels(fixture.spec), fixture, monkeypatch, queue)
     fault = engine.kernels.backend.faults["graphs"]
@@ -158,7 +160,7 @@ def test_steps_whose_graph_cannot_be_captured_run_op_by_op(emulation_library, na
     assert (queue.replays > 0) is (most > 0)
 
 
-def test_a_device_that_is_lost_with_a_kernel_ends_the_start_in_one_line(nanochat_fixtures):
+def test_a_lost_device_ends_the_start_in_one_line(nanochat_fixtures):
     """Nothing can be computed on torch's meta device, as on a GPU after an illegal access."""
     spec = engines.load(nanochat_fixtures / "gen1").spec
     backend = backends.CudaBackend(backends.sizes_of(spec), for_decode_core(), None, device="meta")
@@ -176,7 +178,8 @@ def test_tolerances_know_nan_and_the_types():
 
 
 @pytest.mark.slow
-async def test_stats_and_log_name_what_does_not_run_and_answers_are_right(start_pool, emulation_library, monkeypatch, capfd):
+async def test_stats_and_log_name_what_does_not_run(start_pool, emulation_library, monkeypatch, capfd):
+    """Stats and log name what does not run, and answers are right."""
     monkeypatch.setenv("EMULATION", str(emulation_library))
     sizes = dict(max_batch=2, context_length=128, prefill_chunk=32, device_type="cpu")      # the emulation's, also where a GPU is
     pool = await start_pool(worker_command=FAULTY, **sizes)

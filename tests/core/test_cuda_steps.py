@@ -182,7 +182,7 @@ def adapted(engine, spec):
     return engine
 
 
-def test_answers_of_adapters_and_of_their_base_are_the_reference_engines(backend, nanochat_fixtures, monkeypatch):
+def test_adapters_answer_as_on_the_reference_engine(backend, nanochat_fixtures, monkeypatch):
     """In the same steps, drafted too; steps without adapters are graphs as before."""
     model = some_model("llama", nanochat_fixtures)
     works = [changed(work, adapter=("a1", "", "a2")[index % 3]) for index, work in enumerate(some_works(model[0].vocab_size))]
@@ -203,7 +203,7 @@ def logits_of(steps, rows, length=1, **more):
 
 
 @torch.inference_mode()
-def test_rows_with_adapters_are_graphs_with_the_bits_that_each_has_alone(nanochat_fixtures, emulation_library, monkeypatch):
+def test_graphs_with_adapters_have_each_row_s_bits(nanochat_fixtures, emulation_library, monkeypatch):
     """Adapters may come and go: the graphs stay. Where the kernels cannot, torch adds the same."""
     model = some_model("llama", nanochat_fixtures)
     engine = adapted(cuda_engine(backends.Emulated(emulation_library, products=True), model, monkeypatch, max_batch=2, context_length=64), model[0])
@@ -224,8 +224,9 @@ def test_rows_with_adapters_are_graphs_with_the_bits_that_each_has_alone(nanocha
 
 
 @torch.inference_mode()
-def test_a_graph_with_adapters_that_cannot_be_captured_is_tried_once_and_its_steps_run_op_by_op(
+def test_an_adapter_graph_is_captured_once_or_never(
         nanochat_fixtures, emulation_library, monkeypatch, caplog):
+    """A graph that cannot be captured is tried once, and its steps run op by op."""
     model, tries = some_model("llama", nanochat_fixtures), []
     engine = adapted(cuda_engine(backends.Emulated(emulation_library), model, monkeypatch, max_batch=3), model[0])
     monkeypatch.setattr(engine.steps.queue, "capture", lambda work: tries.append(1) or 1 / 0)
@@ -236,7 +237,8 @@ def test_a_graph_with_adapters_that_cannot_be_captured_is_tried_once_and_its_ste
 
 
 @torch.inference_mode()
-def test_rows_over_packed_pages_are_graphs_with_the_bits_that_each_has_alone(nanochat_fixtures, emulation_library, monkeypatch):
+def test_graphs_over_packed_pages_have_a_row_s_bits(nanochat_fixtures, emulation_library, monkeypatch):
+    """Rows over packed pages are graphs with the bits that each has alone."""
     spec, tensors = llama_like(32)
     model = spec, dict(tensors), some_model("llama", nanochat_fixtures)[2]
     options = dict(max_batch=2, context_length=64, kv=KvType("float32", packed=True))
@@ -249,7 +251,7 @@ def test_rows_over_packed_pages_are_graphs_with_the_bits_that_each_has_alone(nan
 
 
 @pytest.mark.parametrize("name", by_day(["gen1", "gen3", "gen5", "llama"], "llama"))
-def test_answers_that_come_and_go_are_the_reference_engines(backend, name, nanochat_fixtures, monkeypatch):
+def test_coming_and_going_answers_match_references(backend, name, nanochat_fixtures, monkeypatch):
     """Seven sequences for six rows; prompts of several chunks arrive between decode steps that are started
     ahead."""
     model = some_model(name, nanochat_fixtures)
@@ -261,7 +263,7 @@ def test_answers_that_come_and_go_are_the_reference_engines(backend, name, nanoc
 
 
 @pytest.mark.parametrize("name", by_day(HYBRIDS, "mamba"))
-def test_answers_of_layers_that_keep_states_are_the_reference_engines(backend, name, nanochat_fixtures, monkeypatch):
+def test_layers_with_states_answer_as_the_reference(backend, name, nanochat_fixtures, monkeypatch):
     """Decode steps are graphs, whose padding changes no state; the second time answers begin from snapshots."""
     model = some_model(name, nanochat_fixtures)
     works = some_works(model[0].vocab_size, 4, 9)
@@ -272,7 +274,8 @@ def test_answers_of_layers_that_keep_states_are_the_reference_engines(backend, n
 
 
 @torch.inference_mode()
-def test_padding_changes_no_state_and_a_first_token_finds_none(backend, nanochat_fixtures, monkeypatch):
+def test_padding_changes_no_state(backend, nanochat_fixtures, monkeypatch):
+    """Padding changes no state, and a first token finds none."""
     steps = steps_on(backend, some_model("mamba", nanochat_fixtures), monkeypatch)
     states = [state for layer in steps.transformer.states for state in layer]
     drawn = []
@@ -287,7 +290,8 @@ def test_padding_changes_no_state_and_a_first_token_finds_none(backend, nanochat
 
 
 @pytest.mark.slow
-def test_every_nanochat_generations_greedy_answers_are_upstreams(backend, nanochat_fixtures, monkeypatch):
+def test_nanochat_s_greedy_answers_are_upstream_s(backend, nanochat_fixtures, monkeypatch):
+    """The greedy answers of every nanochat generation are upstream's."""
     for generation in GENERATIONS:
         folder = nanochat_fixtures / generation
         cases = json.loads((folder / "oracle.json").read_text())["cases"][:2]
@@ -298,7 +302,7 @@ def test_every_nanochat_generations_greedy_answers_are_upstreams(backend, nanoch
 
 
 @pytest.mark.slow
-def test_graphs_give_what_the_ops_one_by_one_give(backend, nanochat_fixtures, monkeypatch):
+def test_graphs_give_what_single_ops_give(backend, nanochat_fixtures, monkeypatch):
     model = some_model("gen5", nanochat_fixtures)
     works = some_works(model[0].vocab_size, 5, 12)
     op_by_op = cuda_engine(backend, model, monkeypatch, prepare=False)
@@ -331,7 +335,7 @@ def test_drafts_change_no_token(backend, name, nanochat_fixtures, monkeypatch, r
     assert tokens[True] == tokens[False] and engine.drafting.accepted.total > 0
 
 
-def test_drafts_wait_for_prompts_where_only_few_rows_are_alike(nanochat_fixtures, monkeypatch):
+def test_drafts_wait_for_prompts_if_few_rows_are_alike(nanochat_fixtures, monkeypatch):
     """And there are none where a row's bits may depend on the others."""
     assert FREE_ROWS <= decode_core.cuda.MAX_PRODUCT_ROWS
     drafted = {}
@@ -357,7 +361,7 @@ def test_drafts_wait_for_prompts_where_only_few_rows_are_alike(nanochat_fixtures
 
 
 @pytest.mark.slow
-def test_penalties_and_biases_are_drawn_on_the_device(backend, nanochat_fixtures, monkeypatch):
+def test_penalties_and_biases_apply_on_the_device(backend, nanochat_fixtures, monkeypatch):
     """Penalties count all tokens, so the engine waits for each. Their lists are tensors of the graph, or too
     large for it."""
     model = some_model("gen3", nanochat_fixtures)
@@ -377,7 +381,7 @@ def test_penalties_and_biases_are_drawn_on_the_device(backend, nanochat_fixtures
     assert tight.steps.queue.replays == 0
 
 
-def test_steps_whose_logits_are_looked_at_replay_graphs_without_the_draw(backend, nanochat_fixtures, monkeypatch):
+def test_steps_for_logits_replay_drawless_graphs(backend, nanochat_fixtures, monkeypatch):
     """Log-probabilities, with penalties too, and a grammar next to an answer that needs none of these: only prompts run op by op."""
     model = some_model("gen5", nanochat_fixtures)
     schema = json_grammar({"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}, "response_format")
@@ -397,7 +401,8 @@ def test_steps_whose_logits_are_looked_at_replay_graphs_without_the_draw(backend
 
 
 @pytest.mark.slow
-def test_embeddings_among_answers_are_the_reference_engines(backend, nanochat_fixtures, monkeypatch):
+def test_embeddings_beside_answers_match_references(backend, nanochat_fixtures, monkeypatch):
+    """Embeddings among answers are those of the reference engine."""
     for name in ("gen5", "llama"):
         model = some_model(name, nanochat_fixtures)
         works = [*some_works(model[0].vocab_size, 3, 8), *(
@@ -409,7 +414,8 @@ def test_embeddings_among_answers_are_the_reference_engines(backend, nanochat_fi
             assert np.abs(ours - theirs).max() < 1e-4 and np.linalg.norm(ours) == pytest.approx(1)
 
 
-def test_forced_tokens_and_answers_that_end_while_the_next_step_runs_leave_nothing_behind(backend, nanochat_fixtures, monkeypatch):
+def test_ended_answers_leave_nothing_behind(backend, nanochat_fixtures, monkeypatch):
+    """Forced tokens and answers that end while the next step runs leave nothing behind."""
     model = some_model("gen5", nanochat_fixtures)
     works = [changed(work, ignore_eos=False, max_tokens=n, stop_token_ids=(100, 101, 102, 103, 104))
              for work, n in zip(some_works(model[0].vocab_size), (1, 2, 30, 1, 30, 3, 30))]
@@ -430,7 +436,7 @@ def test_preempted_sequences_are_computed_again(backend, name, nanochat_fixtures
     assert engine.queue.preemptions > 0
 
 
-def test_a_step_that_was_given_up_does_not_stop_the_next_ones(backend, nanochat_fixtures, monkeypatch):
+def test_a_given_up_step_does_not_stop_the_next(backend, nanochat_fixtures, monkeypatch):
     model = some_model("gen5", nanochat_fixtures)
     engine = cuda_engine(backend, model, monkeypatch, max_batch=2)
     works = some_works(model[0].vocab_size, 3, 8)
@@ -470,7 +476,8 @@ def steps_on(backend, model, monkeypatch, **sizes):
     return engine.steps
 
 
-def test_start_leaves_all_work_to_the_device_and_two_steps_may_wait_there(backend, nanochat_fixtures, monkeypatch):
+def test_start_leaves_all_work_to_the_device(backend, nanochat_fixtures, monkeypatch):
+    """Start leaves all work to the device, and two steps may wait there."""
     model = some_model("gen5", nanochat_fixtures)
     steps = steps_on(backend, model, monkeypatch)
     tables = [[3, 4], [9], [7]]
@@ -493,7 +500,7 @@ def test_start_leaves_all_work_to_the_device_and_two_steps_may_wait_there(backen
     assert drawn[0] == drawn[1] and len(drawn[0]) == 6
 
 
-def test_rows_may_change_places_and_number_between_steps_that_are_begun_ahead(backend, nanochat_fixtures, monkeypatch):
+def test_rows_may_move_between_steps_begun_ahead(backend, nanochat_fixtures, monkeypatch):
     """Row 2 of a step becomes row 0 of the next, in another graph, and runs together with a prompt in the one after
     that."""
     model = some_model("gen5", nanochat_fixtures)
@@ -526,7 +533,8 @@ class Halfway(backends.HostQueue):
         return done
 
 
-def test_a_step_that_fails_halfway_keeps_its_memory_until_its_work_is_done(emulation_library, nanochat_fixtures, monkeypatch):
+def test_a_step_failing_halfway_keeps_its_memory(emulation_library, nanochat_fixtures, monkeypatch):
+    """A step that fails halfway keeps its memory until its work is done."""
     backend = backends.Emulated(emulation_library)
     backend.queue = Halfway
     steps = steps_on(backend, some_model("gen1", nanochat_fixtures), monkeypatch, max_batch=2)
@@ -556,7 +564,7 @@ def test_padding_draws_nothing_and_stores_nothing(backend, nanochat_fixtures, mo
     assert changed.nonzero().tolist() == [[3, 0], [7, 0], [9, 0]]
 
 
-def test_the_smallest_graph_that_holds_a_step_is_replayed(backend, nanochat_fixtures, monkeypatch):
+def test_the_smallest_fitting_graph_is_replayed(backend, nanochat_fixtures, monkeypatch):
     steps = steps_on(backend, some_model("gen1", nanochat_fixtures), monkeypatch, max_batch=6, num_pages=80)
     most = steps.max_rows               # 6, or 8 where drafts are rows of a step
     assert most in (6, 8) and sorted(steps.graphs) == [(1, 32), (2, 32), (4, 32), (most, 32)]
@@ -569,7 +577,8 @@ def test_the_smallest_graph_that_holds_a_step_is_replayed(backend, nanochat_fixt
     assert steps._graph(prompt, sampling) is None
 
 
-def test_warming_an_engine_up_captures_every_graph_before_any_step(backend, nanochat_fixtures, monkeypatch):
+def test_warming_up_captures_every_graph(backend, nanochat_fixtures, monkeypatch):
+    """Warming an engine up captures every graph before any step."""
     engine = cuda_engine(backend, some_model("gen1", nanochat_fixtures), monkeypatch, prepare=False, max_batch=3)
     shares = []
     with torch.inference_mode():
@@ -582,7 +591,8 @@ def test_warming_an_engine_up_captures_every_graph_before_any_step(backend, nano
 
 
 @pytest.mark.parametrize("name", by_day(["gen1", "gen3", "gen5", "llama"], "gen3", "gen5"))
-def test_logits_of_prompts_chunks_and_decode_rows_are_the_references(backend, name, nanochat_fixtures):
+def test_logits_of_all_kinds_match_references(backend, name, nanochat_fixtures):
+    """Logits of prompts, chunks and decode rows are those of the references."""
     spec, tensors, _ = some_model(name, nanochat_fixtures)
     rng = np.random.default_rng(1)
     a, b, c = (rng.integers(0, spec.vocab_size, n).tolist() for n in (290, 45, 8))
@@ -600,7 +610,7 @@ def test_logits_of_prompts_chunks_and_decode_rows_are_the_references(backend, na
         assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-def test_prompts_with_sinks_or_caps_compute_few_scores_at_once(backend, monkeypatch):
+def test_sinks_and_caps_score_little_at_once(backend, monkeypatch):
     """So that a long context needs no memory for all scores of a chunk; beyond a window, and the rows that are left over."""
     spec, tensors = llama_like()
     spec = backends.with_windows(replace(spec, sinks=True, attention_softcap=4.0), (24, 0))
@@ -632,7 +642,7 @@ class Memory(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("softcap, sinks", [(4.0, False), (0.0, True), (4.0, True)])
-def test_the_query_heads_of_a_kv_head_share_its_keys_without_a_copy(softcap, sinks):
+def test_query_heads_share_their_keys_without_a_copy(softcap, sinks):
     """Keys and values for each query head would take gigabytes of a long context, and be written again for each slice."""
     (Hkv, G, t, S, D), random = (2, 8, 3, 1000, 32), torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(shape, generator=random) for shape in ((t, Hkv, G, D), (Hkv, S, D), (Hkv, S, D)))
@@ -665,7 +675,7 @@ def flash_attention(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, wi
     return torch.stack(rows).to(q.dtype)
 
 
-def test_prompts_are_attended_by_varlen_attn_where_torch_has_it(emulation_library, monkeypatch):
+def test_varlen_attn_attends_prompts_if_present(emulation_library, monkeypatch):
     """With the window that flash means; caps and sinks, and what fails its proof, do without."""
     monkeypatch.setattr(proof, "CUDA_PROOFS", {"prompt_attention": prove_prompts})
     spec, calls = backends.with_windows(llama_like()[0], (24, 0)), []
@@ -710,7 +720,8 @@ def test_large_windows_are_proved_too(emulation_library, monkeypatch):
     assert {*backend.faults} == {"paged_attention", "prompt_attention"}
 
 
-def test_flash_is_taken_only_with_all_that_is_asked_of_it(monkeypatch):
+def test_flash_is_taken_only_with_all_its_options(monkeypatch):
+    """Flash is taken only with all that is asked of it."""
     module = SimpleNamespace(varlen_attn=lambda q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False: None)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)       # torch 2.13's
     assert callable(cuda_prompts.flash())
@@ -748,7 +759,8 @@ def test_bfloat16_follows_float32(backend, nanochat_fixtures):
         assert fast.dtype == torch.float32 and (exact - fast).norm() < 0.03 * exact.norm()
 
 
-def test_sampling_on_the_device_draws_the_references_tokens_and_leaves_logits_alone(backend):
+def test_the_device_draws_the_reference_s_tokens(backend):
+    """Sampling on the device draws the reference's tokens, and leaves logits alone."""
     rng = np.random.default_rng(8)
     spec = llama_like()[0]
     kernels = backend.kernels(spec)
@@ -762,7 +774,8 @@ def test_sampling_on_the_device_draws_the_references_tokens_and_leaves_logits_al
 # --- the choice --------------------------------------------------------------------------------------------------
 
 
-def test_load_kernels_takes_decode_core_on_cuda_where_the_model_fits(monkeypatch):
+def test_load_kernels_takes_cuda_where_models_fit(monkeypatch):
+    """load_kernels takes decode_core on CUDA where the model fits."""
     spec = llama_like()[0]
     monkeypatch.setattr(seam, "cuda_ops", lambda _: SimpleNamespace())      # as where there is a GPU
     monkeypatch.setattr(cuda_backend, "prove_cuda", lambda backend, device: {})
@@ -786,7 +799,8 @@ def test_the_core_says_whether_cuda_can_be_used():
 
 
 @pytest.mark.parametrize("capability, able", [(75, False), (80, True), (86, True), (90, True), (120, True)])
-def test_a_gpu_older_than_the_kernels_gets_torch_and_one_line(monkeypatch, caplog, capability, able):
+def test_an_old_gpu_gets_torch_and_one_line(monkeypatch, caplog, capability, able):
+    """A GPU older than the kernels gets torch and one line."""
     core = SimpleNamespace(cuda_compiled=True, cuda_devices=lambda: 2, cuda_capability=lambda device: [90, capability][device])
     monkeypatch.setattr(seam, "_core", core)
     seam.say_once.cache_clear()

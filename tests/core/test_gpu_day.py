@@ -28,7 +28,8 @@ def run(tmp_path, monkeypatch, *steps, **more):
     return status, json.loads((tmp_path / "out" / "report.json").read_text()), (tmp_path / "out" / "report.md").read_text()
 
 
-def test_a_step_that_fails_does_not_stop_the_next_and_its_error_is_in_the_report(tmp_path, monkeypatch):
+def test_a_failed_step_does_not_stop_the_next(tmp_path, monkeypatch):
+    """A step that fails does not stop the next, and its error is in the report."""
     figure = {"name": "speed | of it", "value": 1234.5678, "unit": "tok/s", "goal": "at least 1,000", "met": True}
     status, told, text = run(
         tmp_path, monkeypatch,
@@ -45,7 +46,7 @@ def test_a_step_that_fails_does_not_stop_the_next_and_its_error_is_in_the_report
     assert "| good | speed \\| of it | 1,235 tok/s | at least 1,000 (met) |" in text
 
 
-def test_a_step_that_hangs_is_ended_with_all_that_it_started(tmp_path, monkeypatch):
+def test_a_hanging_step_ends_with_all_it_started(tmp_path, monkeypatch):
     child = "import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True).pid, flush=True)"
     status, told, _ = run(tmp_path, monkeypatch, gpu_day.Step("hangs", "Hangs", 2, python(child + "; time.sleep(600)")),
                           gpu_day.Step("leaves", "Leaves a process", 60, python(child)))
@@ -57,7 +58,8 @@ def test_a_step_that_hangs_is_ended_with_all_that_it_started(tmp_path, monkeypat
         assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-def test_steps_for_which_no_time_is_left_are_left_out_and_the_report_is_whole_after_each(tmp_path, monkeypatch):
+def test_steps_without_time_are_left_out(tmp_path, monkeypatch):
+    """Steps for which no time is left are left out, and the report is whole after each."""
     reports = []
 
     def look(day):
@@ -79,7 +81,7 @@ def test_tests_that_all_skip_have_not_held(tmp_path, monkeypatch):
     assert told["steps"][0]["status"] == "failed" and told["steps"][0]["note"] == "1 skipped"
 
 
-def test_the_figures_of_the_decode_bench_stand_next_to_their_goal():
+def test_bench_figures_stand_next_to_their_goal():
     log = "NVIDIA H200: copies 3.90 TB/s\nd32 batch 1 context 1024: step 1.100 ms, graph 0.990 ms, floor 0.900 ms: 1.22 and 1.10 times the floor; the draw's graph 9.5 us\n" \
           "llama-8b batch 8 context 1024: step 6.100 ms, graph 6.000 ms, floor 4.500 ms: 1.36 and 1.33 times the floor; the draw's graph 12.0 us\n"
     assert [(each["value"], each["met"]) for each in gpu_day.decode_figures(log)] == [

@@ -30,7 +30,8 @@ SPEC = ModelSpec(vocab_size=64, layers=1, width=32, heads=2, kv_heads=1, head_si
 
 
 @needs_core
-def test_importing_decode_core_loads_neither_torch_nor_the_script():
+def test_importing_decode_core_needs_no_torch():
+    """Importing decode_core loads neither torch nor the script."""
     code = "import decode_core, sys, json; print(json.dumps(sorted(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     loaded = json.loads(run.stdout)
@@ -49,7 +50,8 @@ def test_no_module_of_decode_core_imports_the_script():
 
 
 @needs_core
-def test_a_backend_has_what_the_references_backend_has():
+def test_every_backend_has_what_the_references_have():
+    """A backend has what the references' backend has."""
     from decode_core.cpu_backend import CpuBackend
     from decode_core.cuda_backend import CudaBackend
     names = {name for name in vars(Backend("cpu")) | vars(Backend) if not name.startswith("__")}
@@ -64,7 +66,8 @@ def test_a_backend_has_what_the_references_backend_has():
 
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "mps", "cuda:1", torch.device("meta")])
-def test_a_device_or_shape_without_kernels_gets_the_references(device):
+def test_shapes_without_kernels_get_the_references(device):
+    """A device or shape without kernels gets the references."""
     odd = replace(SPEC, head_size=528)
     backend = choose_backend(device, model_of(odd))
     assert type(backend) is Backend and backend.as_stored is None
@@ -76,7 +79,8 @@ def test_a_device_or_shape_without_kernels_gets_the_references(device):
 @needs_core
 @pytest.mark.parametrize("isa", ["portable", "dotprod"])
 @pytest.mark.parametrize("seconds, ours", [((1.0, 2.0), True), ((3.0, 2.0), False)])
-def test_kernels_that_may_be_slow_compute_where_they_are_no_slower_than_torch(monkeypatch, caplog, seconds, ours, isa):
+def test_portable_kernels_must_not_be_slower_than_torch(monkeypatch, caplog, seconds, ours, isa):
+    """Kernels that may be slow compute where they are no slower than torch."""
     from decode_core import cpu_backend, seam
     monkeypatch.delenv("DECODE_CORE_ISA", raising=False)
     monkeypatch.setattr(cpu_backend._core, "isa", lambda: isa)
@@ -121,7 +125,8 @@ def test_another_name_at_the_seam_is_another_seam(module, before, after):
     assert changed != seam_digest(read_checkout) == core.seam()
 
 
-def test_bodies_comments_types_and_helpers_are_no_part_of_the_seam():
+def test_the_seam_has_no_bodies_or_comments():
+    """Bodies, comments, types and helpers are no part of the seam."""
     kernels = read_checkout(KERNELS).replace("    packs_kv = True ", "    # comment\n    packs_kv = False ").replace('"""Choose each op', '"""Pick each op')
     basic = read_checkout(BASIC).replace("def mix_reference(", 'def helper(x):\n    return x\n\n\ndef mix_reference(').replace(
         "def mix_reference(x, x0, ", "def mix_reference(x: object, x0: object, ")
@@ -131,7 +136,8 @@ def test_bodies_comments_types_and_helpers_are_no_part_of_the_seam():
 
 
 @needs_core
-def test_ops_are_recorded_with_the_parameters_of_their_references():
+def test_ops_are_recorded_with_reference_parameters():
+    """Ops are recorded with the parameters of their references."""
     from decode_core import Program
     other_names = {"weight": "matrix", "plan": "attention"}
     for name, reference in for_decode_core().references.items():
@@ -158,7 +164,8 @@ def foreign_core(folder, text):
     *(pytest.param(*each, marks=pytest.mark.slow) for each in (
         ("def info(): raise SystemError('old')", "decode_core has another version (seam unknown instead of"),
         ("raise ImportError('no compiled half')", "decode_core is not installed, so slower")))])
-def test_a_core_of_another_version_is_named_and_left_alone(text, said, tmp_path):
+def test_a_core_of_another_version_is_left_alone(text, said, tmp_path):
+    """A core of another version is named and left alone."""
     env = foreign_core(tmp_path, text)
     run = subprocess.run([sys.executable, SCRIPT, "--version"], capture_output=True, text=True, env=env,
                          timeout=60)
@@ -178,8 +185,9 @@ BROKEN = "decode_core/_core.cpython-311-x86_64-linux-gnu.so: undefined symbol: _
     *(pytest.param(*each, marks=pytest.mark.slow) for each in (
         (f"raise ImportError({BROKEN!r})", "_core.cpython-399-sparc.so", BROKEN),
         ("raise OSError('built for another numpy')", "", "OSError: built for another numpy")))])
-def test_a_core_that_is_there_and_does_not_load_is_an_error_in_the_log(text, half, said, tmp_path,
-                                                                       nanochat_fixtures):
+def test_a_core_that_does_not_load_is_logged(text, half, said, tmp_path,
+                                             nanochat_fixtures):
+    """A core that is there and does not load is an error in the log."""
     env = foreign_core(tmp_path, text)
     if half:
         (tmp_path / "decode_core" / half).write_bytes(b"no library")
@@ -193,14 +201,14 @@ def test_a_core_that_is_there_and_does_not_load_is_an_error_in_the_log(text, hal
     assert checked.returncode == 1 and error in checked.stdout, checked
 
 
-def test_references_that_are_asked_for_are_no_error(tmp_path, monkeypatch, caplog):
+def test_chosen_references_are_no_error(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("CHAT_SERVER_KERNELS", "reference")
     load_kernels("cpu", model_of(SPEC))
     assert not caplog.records
 
 
 @needs_core
-def test_instructions_that_this_machine_lacks_end_the_start_with_one_line(nanochat_fixtures):
+def test_missing_instructions_end_the_start_in_a_line(nanochat_fixtures):
     line = "DECODE_CORE_ISA=sse2: amx, avx512, avxvnni, avx2, i8mm, dotprod, neon or portable, not sse2"
     code = "from chatlm.common.core import kernels_line; print(kernels_line())"
     command = [sys.executable, SCRIPT, nanochat_fixtures / "gen3", "--port", "0", "--host", "127.0.0.1"]
@@ -213,8 +221,9 @@ def test_instructions_that_this_machine_lacks_end_the_start_with_one_line(nanoch
 
 
 @pytest.mark.parametrize("model", ["gen3", pytest.param("default", marks=pytest.mark.slow)])
-def test_a_server_with_another_version_of_decode_core_says_so_and_runs_references(model, tmp_path, nanochat_fixtures,
-                                                                     default_model_path):
+def test_a_server_with_another_core_runs_references(model, tmp_path, nanochat_fixtures,
+                                                    default_model_path):
+    """A server with another version of decode_core says so and runs references."""
     log = []
     path = default_model_path if model == "default" else nanochat_fixtures / model
     with server(path, env=foreign_core(tmp_path, "SEAM = 0"), log=log) as (_, url):
@@ -228,7 +237,8 @@ def test_a_server_with_another_version_of_decode_core_says_so_and_runs_reference
 
 
 @needs_core
-def test_quantized_file_matrices_go_through_the_seam_unchanged():
+def test_file_matrices_pass_the_seam_unchanged():
+    """Quantized file matrices go through the seam unchanged."""
     gguf = pytest.importorskip("gguf")
     from decode_core.weights import QuantizedMatrix
     dice = numpy.random.default_rng(4)
@@ -242,7 +252,7 @@ def test_quantized_file_matrices_go_through_the_seam_unchanged():
 
 
 @needs_core
-def test_all_ways_to_run_steps_have_what_the_engine_calls():
+def test_every_runner_has_what_the_engine_calls():
     from decode_core.cpu_backend import ProgramSteps
     from decode_core.cuda_steps import GraphSteps
     wanted = {*Steps.__annotations__, "prepare", "start", "finish"}

@@ -47,7 +47,8 @@ def test_only_the_source_base_is_for_texts(base_checkpoint, tmp_path, source, is
     assert tokenizer.continues_texts == is_base and tokenizer.has_chat_template
 
 
-def test_the_server_says_that_it_is_for_texts_and_its_chat_routes_work(served):
+def test_a_base_server_names_itself_and_still_chats(served):
+    """The server says that its model is for texts, and its chat routes work."""
     listed, = get(served + "/v1/models")["data"]
     assert (listed["tag"], listed["stage"], listed["step"]) == ("d4", "base", 650)
     assert (listed["type"], listed["capabilities"]["chat"], listed["capabilities"]["completion"]) == ("text", True, True)
@@ -61,7 +62,7 @@ def test_the_server_says_that_it_is_for_texts_and_its_chat_routes_work(served):
     assert "".join(tokens) == chat
 
 
-def test_a_comparison_continues_a_text_or_answers_a_conversation(served):
+def test_a_comparison_takes_a_text_or_a_conversation(served):
     two = {"variants": [{}, {"temperature": 0.5, "seed": 3}]} | DRAWN
 
     def answers(**asked):
@@ -79,7 +80,7 @@ def test_a_comparison_continues_a_text_or_answers_a_conversation(served):
 
 
 @pytest.mark.slow
-def test_commands_continue_the_text_and_chat_on_demand(base_checkpoint, served, tmp_path):
+def test_commands_continue_texts_and_chat_on_demand(base_checkpoint, served, tmp_path):
     text, chat = text_of(served, prompt="Once upon"), chat_of(served, "Once upon")
     for words in ([base_checkpoint], [base_checkpoint, "-i", "base"], ["--url", served]):
         assert run("generate", *words, "-p", "Once upon")[0].rstrip("\n") == text.rstrip("\n")

@@ -48,7 +48,7 @@ def model(nanochat_fixtures):
     return nanochat_fixtures / "gen5"
 
 
-def test_each_line_has_its_answer_or_its_error_in_the_order_of_the_file(model, tmp_path):
+def test_answers_and_errors_keep_the_file_s_order(model, tmp_path):
     source = write(tmp_path / "in.jsonl", [
         chat("a", temperature=0), "", chat("b", n=2, seed=7), "no json", {"custom_id": "c", "url": "/v1/completions", "body": {"prompt": "Once", "max_tokens": 3}},
         chat("d", messages="x"), chat("e", stream=True), {"custom_id": "f", "url": "/v1/files", "body": {}},
@@ -68,7 +68,8 @@ def test_each_line_has_its_answer_or_its_error_in_the_order_of_the_file(model, t
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["in.jsonl", "out.jsonl", "out.jsonl.of"]
 
 
-def test_a_killed_run_goes_on_and_its_output_is_that_of_an_undisturbed_one(model, tmp_path):
+def test_a_killed_run_resumes_to_the_same_output(model, tmp_path):
+    """A killed run goes on and its output is that of an undisturbed one."""
     lines = [chat(f"line {number}", f"Tell me about {number}", max_tokens=8 + number % 20, temperature=number % 2) for number in range(300)]
     source = write(tmp_path / "in.jsonl", lines)
     assert batch(model, source, "-o", tmp_path / "undisturbed.jsonl")[0] == 0
@@ -88,7 +89,7 @@ def test_a_killed_run_goes_on_and_its_output_is_that_of_an_undisturbed_one(model
     assert without_time(tmp_path / "out.jsonl") == without_time(tmp_path / "undisturbed.jsonl")
 
 
-def test_a_server_answers_them_too_and_the_same(model, tmp_path):
+def test_a_server_answers_a_batch_the_same(model, tmp_path):
     called = {"tools": [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}], "tool_choice": "required"}
     source = write(tmp_path / "in.jsonl", [
         *(chat(str(number), f"Count to {number}", temperature=number % 2) for number in range(40)), chat("bad", temperature=9), chat("call", max_tokens=60, **called),
@@ -100,7 +101,7 @@ def test_a_server_answers_them_too_and_the_same(model, tmp_path):
     assert there == here and len(there) == 43 and any('"id": "call_' in line for line in there)
 
 
-def test_files_that_do_not_belong_together_are_refused_and_stay(model, tmp_path):
+def test_mismatched_files_are_refused_and_stay(model, tmp_path):
     source, out = write(tmp_path / "in.jsonl", [chat("a")]), tmp_path / "out.jsonl"
     out.write_text("mine\nand mine\n")
     part = tmp_path / "other.jsonl.part"
@@ -116,7 +117,8 @@ def test_files_that_do_not_belong_together_are_refused_and_stay(model, tmp_path)
     assert out.read_text() == "mine\nand mine\n" and part.read_text().endswith('cdef"}\n')
 
 
-def test_the_answers_of_another_model_or_with_other_settings_are_not_taken_for_these(model, nanochat_fixtures, tmp_path):
+def test_answers_of_other_settings_are_not_reused(model, nanochat_fixtures, tmp_path):
+    """The answers of another model or with other settings are not taken for these."""
     source, out = write(tmp_path / "in.jsonl", [chat("a", temperature=0)]), tmp_path / "out.jsonl"
     assert batch(model, source, "-o", out)[0] == 0
     before = out.read_bytes()
@@ -137,7 +139,7 @@ def test_the_answers_of_another_model_or_with_other_settings_are_not_taken_for_t
     (b"[1]", "must be an object, not a list of 1"), (b'{"custom_id": ""}', "custom_id must be a text"), (b'{"custom_id": "a", "method": "GET"}', "method must be POST"),
     (b'{"custom_id": "a", "url": "/v1/chat/completions"}', "body must be an object"), (b"[" * 100_000, "is not JSON"), (b"\xff", "is not JSON"),
     (b'{"custom_id": "%s"}' % (b"x" * 513), "at most 512 characters"), (b" " * ((16 << 20) + 1), "more than 16,777,216 bytes")])
-def test_what_is_wrong_with_a_line_is_said(text, reason):
+def test_a_wrong_line_is_explained(text, reason):
     with pytest.raises(RequestError, match="line 3: ") as caught:
         read_line(3, text)
     assert reason in str(caught.value)
@@ -150,7 +152,7 @@ def test_bodies_of_any_shape_are_kept(body):
     assert lasting_body(json.loads(json.dumps(body)), 7) == body
 
 
-def test_what_depends_on_the_moment_is_left_out():
+def test_what_changes_each_time_is_left_out():
     usage = {"prompt_tokens": 1, "prompt_tokens_details": {"cached_tokens": 1}, "completion_tokens_details": {"reasoning_tokens": 2, "accepted_prediction_tokens": 3}}
     assert lasting_body({"created": 1, "timings": {}, "usage": usage}, 7) == {
         "created": 7, "usage": {"prompt_tokens": 1, "completion_tokens_details": {"reasoning_tokens": 2}}}

@@ -44,7 +44,8 @@ def contents(folder):
 WHOLE = '{"line": 1}\n{"line": 3}\n{"line": 4}\n'
 
 
-def test_an_output_is_taken_for_done_only_if_all_that_it_is_of_is_the_same(source, tmp_path):
+def test_only_an_output_of_the_same_work_is_done(source, tmp_path):
+    """The input, the model and the settings must all be the same."""
     out = tmp_path / "out.jsonl"
     assert written(source, out) == 1 and out.read_text() == WHOLE
     assert written(source, out) is None
@@ -63,7 +64,7 @@ def test_an_output_is_taken_for_done_only_if_all_that_it_is_of_is_the_same(sourc
 
 
 @pytest.mark.parametrize("side", [None, "", "no JSON", "[1]", '{"input": "x"}', "[" * 100_000])
-def test_an_output_that_nothing_speaks_for_is_not_ours(source, tmp_path, side):
+def test_an_output_without_a_record_is_not_ours(source, tmp_path, side):
     out, beside = tmp_path / "out.jsonl", tmp_path / "out.jsonl.of"
     out.write_text(WHOLE)
     if side is not None:
@@ -77,7 +78,7 @@ def test_an_output_that_nothing_speaks_for_is_not_ours(source, tmp_path, side):
         assert beside.read_text() == side
 
 
-def test_what_another_model_has_begun_is_not_gone_on_with(source, tmp_path):
+def test_another_model_s_part_is_not_resumed(source, tmp_path):
     out = tmp_path / "out.jsonl"
     with contextlib.suppress(KeyboardInterrupt), OutputFile(str(out), InputFile(source)) as output:
         output.begin(OF)
@@ -112,7 +113,7 @@ HEAD = {"chat_server": "batch", "input": "x", "created": 1, "run": "0123456789ab
 
 @pytest.mark.parametrize("kind", [
     "folder", "fifo", "link", "dangling link", "", "\n", "mine", '{"input": "x", "model": "a", "created": 1}\n', "[1]\n", "[" * 100_000, json.dumps(HEAD | {"run": "../../x"}), json.dumps(HEAD | {"created": "x"})])
-def test_a_part_of_someone_else_stays_as_it_is(source, tmp_path, kind):
+def test_a_part_of_someone_else_is_left_alone(source, tmp_path, kind):
     part = tmp_path / "out.jsonl.part"
     foreign_file(part, kind)
     before, status = contents(tmp_path), os.lstat(part)
@@ -136,7 +137,8 @@ def test_no_output_can_be_the_input(source, tmp_path):
 @pytest.mark.parametrize("name, said", [
     (".", "is a folder; name a file in it"), ("..", "is a folder"), ("/", "is a folder"), ("", "is a folder"), ("folder", "is a folder"), ("new/", "is no name of a file"), ("fifo", "must be a regular file"),
     ("/dev/null", "must be a regular file"), ("loop", "Too many levels"), ("in.jsonl/out", "Not a directory"), ("no/out", "No such file"), ("n" * 252, "File name too long")])
-def test_what_cannot_become_a_file_is_refused_with_the_reason(source, tmp_path, monkeypatch, name, said):
+def test_an_impossible_output_is_refused(source, tmp_path, monkeypatch, name, said):
+    """What cannot become a file is refused with the reason."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "fifo")
@@ -146,14 +148,14 @@ def test_what_cannot_become_a_file_is_refused_with_the_reason(source, tmp_path, 
     assert sorted(os.listdir()) == before
 
 
-def test_an_input_that_cannot_be_read_twice_is_refused(tmp_path):
+def test_an_input_that_reads_once_is_refused(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for name in (tmp_path / "fifo", tmp_path, "/dev/null"):
         with pytest.raises(ConfigError, match="so it must be a regular file"):
             InputFile(tmp_path / name)
 
 
-def test_an_input_that_changes_meanwhile_has_no_output(source, tmp_path):
+def test_an_input_that_changes_gets_no_output(source, tmp_path):
     with pytest.raises(ConfigError, match="in.jsonl has changed while its lines were answered"), OutputFile(str(tmp_path / "out"), InputFile(source)) as output:
         output.begin(OF)
         output.write(BatchResult(1, "{}", False))
@@ -163,7 +165,7 @@ def test_an_input_that_changes_meanwhile_has_no_output(source, tmp_path):
     assert not (tmp_path / "out").exists() and (tmp_path / "out.part").exists()
 
 
-def test_the_file_that_a_link_names_gets_the_output(source, tmp_path):
+def test_a_link_s_target_gets_the_output(source, tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to("there/out")
     assert written(source, tmp_path / "link") == 1 and written(source, tmp_path / "link") is None
@@ -227,7 +229,8 @@ def dies_at(step):
         setattr(os, name, counted(getattr(os, name)))
 
 
-def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_output(source, tmp_path):
+def test_a_run_killed_at_any_moment_resumes(source, tmp_path):
+    """A run that is killed at any moment goes on to the same output."""
     undisturbed = 0
     for step in range(60):
         folder = tmp_path / str(step)

@@ -95,7 +95,7 @@ def by_route(client, source):
 
 @pytest.mark.timeout(400)
 @pytest.mark.slow
-def test_each_kind_of_line_is_answered_alike_by_the_command_and_the_routes(tmp_path):
+def test_command_and_routes_answer_each_kind_alike(tmp_path):
     folder, source = tmp_path / "seeing", tmp_path / "in.jsonl"
     folder.mkdir()
     save_sight(folder, "smolvlm", make_smolvlm())

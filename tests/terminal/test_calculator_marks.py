@@ -26,7 +26,7 @@ APPLES = said("Tom has 12+30 = ", call("12+30", "42"), "42 apples.")
 CALL = {"start": 16, "expression": "12+30", "result": "42"}
 
 
-def test_a_call_is_code_between_the_words_on_a_terminal(monkeypatch, capsys):
+def test_a_terminal_shows_calls_as_code(monkeypatch, capsys):
     console = Console(file=io.StringIO(), width=60, record=True, color_system="standard", force_terminal=False)
     writer = MarkdownWriter(console)
     for piece in (said("Tom has 12+30 = "), said(call("12+30", "42")), said("42 **apples**"), said(call("1/0", None)), said(call("`", "``")), said(" in all.")):
@@ -40,7 +40,7 @@ def test_a_call_is_code_between_the_words_on_a_terminal(monkeypatch, capsys):
     assert capsys.readouterr().out == "Tom has 12+30 = [12+30 = 42] 42 apples.\n"
 
 
-def test_a_model_cannot_send_control_sequences_within_a_call():
+def test_calls_send_no_control_sequences():
     console = Console(file=io.StringIO(), width=60, record=True, force_terminal=False)
     writer = MarkdownWriter(console)
     writer.push(said(call("1\x1b[31m\n\n# 2", "\x9b2J")))
@@ -48,7 +48,8 @@ def test_a_model_cannot_send_control_sequences_within_a_call():
     assert console.export_text() == "1[31m # 2 = 2J\n"
 
 
-def test_a_pipe_gets_the_text_alone_and_json_has_the_calls_beside_it(monkeypatch, capsys):
+def test_a_pipe_gets_text_and_json_gets_calls(monkeypatch, capsys):
+    """A pipe gets the text alone and JSON has the calls beside it."""
     assert chat_with(FakePool([APPLES]), monkeypatch, ["How many?"]) == 0
     assert capsys.readouterr().out == "Tom has 12+30 = 42 apples.\n"
     assert chat_with(FakePool([APPLES]), monkeypatch, ["How many?"], json=True) == 0
@@ -56,7 +57,7 @@ def test_a_pipe_gets_the_text_alone_and_json_has_the_calls_beside_it(monkeypatch
     assert (line["text"], line["calculator"]) == ("Tom has 12+30 = 42 apples.", [CALL])
 
 
-def test_calls_are_kept_with_a_chat_and_sent_back(tmp_path, monkeypatch, capsys):
+def test_calls_are_saved_and_sent_back(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pool = FakePool([APPLES])
     assert chat_with(pool, monkeypatch, ["How many?", "And?", "/save kept.json", "/clear", "/load kept.json", "More?"]) == 0
@@ -67,7 +68,7 @@ def test_calls_are_kept_with_a_chat_and_sent_back(tmp_path, monkeypatch, capsys)
     assert [node.get("calculator") for node in nodes] == [None, [CALL], None, [CALL]]
 
 
-def test_an_answer_that_goes_on_has_the_calls_of_both_parts(monkeypatch, tmp_path):
+def test_a_continued_answer_has_the_calls_of_both(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     pool = FakePool([said("ab", call("12", None, cut=True))], reason="length", stop_reason="max_tokens")
     assert chat_with(pool, monkeypatch, ["How many?", "/continue", "/save kept.json"]) == 0
@@ -75,7 +76,7 @@ def test_an_answer_that_goes_on_has_the_calls_of_both_parts(monkeypatch, tmp_pat
     assert answer["content"] == "abab" and answer["calculator"] == [{"start": 4, "expression": "12", "result": None, "cut": True}]      # the first is written again
 
 
-def test_a_server_s_calls_come_back_to_it(monkeypatch, tmp_path, capsys):
+def test_a_server_gets_its_own_calls_back(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     with fake_front([APPLES]) as url:
         for native in (False, True):
@@ -94,13 +95,13 @@ def test_a_server_s_calls_come_back_to_it(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("calls", [[{"start": 99, "expression": "1"}], "12", [{"start": 0}], [7], {"start": 0}])
-def test_calls_of_a_file_that_cannot_be_are_left_out(calls):
+def test_impossible_calls_in_a_file_are_left_out(calls):
     node = {"role": "assistant", "content": "Hi", "calculator": calls}
     [chat] = read_chats(json.dumps([{"role": "user", "content": "?"}, node]))
     assert chat.messages()[1].more is None and chat.lines()[1] == "Hi\n"
 
 
-def test_adjacent_answers_keep_their_calls_where_they_stand():
+def test_merged_answers_keep_their_calls_in_place():
     chat = Conversation()
     for text in ("Tom has 12+30 = 42 apples.", "Tom has 12+30 = 43 apples."):
         chat.add({"role": "assistant", "content": text, "parent": chat.leaf, "calculator": [CALL]})
@@ -109,6 +110,6 @@ def test_adjacent_answers_keep_their_calls_where_they_stand():
     assert chat.last_text() == "".join(f"Tom has 12+30 = <|python_start|>12+30<|python_end|><|output_start|>42<|output_end|>{number} apples." for number in (42, 43))
 
 
-def test_a_text_is_split_where_its_calls_stand():
+def test_a_text_is_split_at_its_calls():
     assert split_at_calls("ab", [CALL | {"start": 11}], 10) == [Delta("text", "a"), call("12+30", "42"), Delta("text", "b")]
     assert marked("ab", [{"start": 1, "stray": "python_end"}, {"start": 2, "expression": None, "result": "3"}]) == "ab [= 3]"

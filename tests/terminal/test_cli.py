@@ -51,12 +51,12 @@ def parsed(line="", **environment):
     (["word "], "word ", None), (["m.gguf", "Hello"], "m.gguf", "Hello"), (["qwen3:0.6b", "Hello"], "qwen3:0.6b", "Hello"), (["m.gguf", "Hello."], "m.gguf", "Hello."),
     (["Hello", "-t", "0", "m.gguf"], "m.gguf", "Hello"), (["Why?"], None, "Why?"), (["m.gguf", "Why?"], "m.gguf", "Why?"), (["你好"], None, "你好"), (["Hello"], "Hello", None),
     (["tiny", "Hello", "--url", "here"], "tiny", "Hello"), (["моя", "-p", "Hello"], "моя", "Hello")])
-def test_a_word_with_white_space_is_the_prompt_of_generate(words, model, prompt):
+def test_generate_takes_words_with_spaces_as_prompt(words, model, prompt):
     settings = parse_command_line(["generate", *words], {})
     assert (settings.model, settings.prompt) == (model, prompt)
 
 
-def test_a_model_whose_path_has_a_space_stays_the_model_of_generate(tmp_path):
+def test_generate_takes_a_model_path_with_a_space(tmp_path):
     path = tmp_path / "my model.gguf"
     path.write_bytes(b"GGUF")
     settings = parse_command_line(["generate", str(path), "Why is it?"], {"CHAT_SERVER_MODEL": "other"})
@@ -71,7 +71,7 @@ def test_generate_takes_one_prompt_and_one_model(words, error):
         parse_command_line(["generate", *words], {})
 
 
-def test_no_words_serve_with_the_table_s_defaults():
+def test_no_words_serve_with_the_defaults():
     assert parsed() == Settings()
 
 
@@ -88,7 +88,8 @@ def test_flags_and_model_come_in_any_order(line, changed):
     assert parsed(line) == dataclasses.replace(Settings(), **changed)
 
 
-def test_each_flag_has_an_environment_variable_and_the_flag_wins():
+def test_a_flag_wins_over_its_variable():
+    """Each flag has an environment variable, and the flag wins."""
     environment = {"CHAT_SERVER_PORT": "81", "CHAT_SERVER_LOG_CONVERSATIONS": "yes", "CHAT_SERVER_SERVED_MODEL_NAME": "a,b",
                    "CHAT_SERVER_MODEL": "m", "CHAT_SERVER_TOP_K": "", "CHAT_SERVER_DTYPE": "float32"}
     assert parsed("", **environment) == Settings(port=81, log_conversations=True, served_model_name=("a", "b"), model="m",
@@ -97,7 +98,8 @@ def test_each_flag_has_an_environment_variable_and_the_flag_wins():
     assert parsed(line, **environment) == Settings(port=82, served_model_name=("c",), model="other", dtype="bfloat16")
 
 
-def test_words_of_the_environment_may_be_of_any_case_and_have_spaces_between():
+def test_variables_ignore_case_and_spaces():
+    """Words of the environment may be of any case and have spaces between."""
     settings = parsed("", CHAT_SERVER_DTYPE="Float32", CHAT_SERVER_LOG_FORMAT="JSON", CHAT_SERVER_DRAFTS="FALSE",
                       CHAT_SERVER_SERVED_MODEL_NAME="a, b ,c")
     assert settings == Settings(dtype="float32", log_format="json", served_model_name=("a", "b", "c"), drafts="none")
@@ -113,13 +115,14 @@ def test_words_of_the_environment_may_be_of_any_case_and_have_spaces_between():
     ("--kv-cache-memory much", {}, "kv-cache-memory"), ("", {"CHAT_SERVER_PORT": "x"}, "CHAT_SERVER_PORT"),
     ("--kv-cache-memory " + "9" * 400 + "T", {}, "kv-cache-memory"), ("--kv-cache-memory 8388608T", {}, "kv-cache-memory"),
     ("", {"CHAT_SERVER_LOG_CONVERSATIONS": "perhaps"}, "true, yes"), ("", {"CHAT_SERVER_SOURCE": "moon"}, "CHAT_SERVER_SOURCE: argument -i/--source: invalid choice: 'moon'")])
-def test_what_cannot_be_is_a_config_error_that_names_it(line, environment, words):
+def test_a_wrong_value_is_a_config_error(line, environment, words):
     with pytest.raises(ConfigError, match=re.escape(words)):
         parsed(line, **environment)
 
 
 @pytest.mark.parametrize("number", ["0x" + "f" * 6000, "1" + "0" * 6000, "[1, 0o" + "7" * 9000 + "]"])
-def test_a_number_of_thousands_of_digits_in_a_config_file_is_a_config_error(tmp_path, number):
+def test_a_huge_number_in_a_config_is_an_error(tmp_path, number):
+    """A number of thousands of digits in a config file is a config error."""
     (tmp_path / "config.toml").write_text(f"port = {number}\n")
     with pytest.raises(ConfigError, match="config.toml: (Exceeds the limit|port must be a number)"):
         parse_command_line(["serve", "--config", str(tmp_path / "config.toml")], {})
@@ -128,13 +131,14 @@ def test_a_number_of_thousands_of_digits_in_a_config_file_is_a_config_error(tmp_
 @pytest.mark.parametrize("text, words", [
     ("[serve]\nport = 1", "[serve] is a table, but flags belong outside tables: `port = 8000`"),
     ("max-tokesn = 1", "there is no flag --max-tokesn; did you mean --max-tokens?")])
-def test_a_config_file_that_is_wrong_says_how_it_is_right(tmp_path, text, words):
+def test_a_wrong_config_file_says_what_is_right(tmp_path, text, words):
     (tmp_path / "config.toml").write_text(text)
     with pytest.raises(ConfigError, match=re.escape(words)):
         parse_command_line(["--config", str(tmp_path / "config.toml")], {})
 
 
-def test_a_config_error_is_one_line_and_status_2_and_the_version_is_printed():
+def test_a_config_error_is_one_line_and_status_2():
+    """A config error is one line and status 2, and the version is printed."""
     run = subprocess.run([sys.executable, chat_server.__file__, "chat", "--top-k", "x"], capture_output=True, text=True, timeout=60)
     assert run.returncode == 2 and run.stdout == "" and re.fullmatch(r"chat_server: [^\n]*--top-k[^\n]*\n", run.stderr)
     run = subprocess.run([sys.executable, chat_server.__file__, "--version"], capture_output=True, text=True, timeout=60)
@@ -150,7 +154,8 @@ def test_a_file_that_cannot_be_opened_is_named(flag, path, words):
         parse_command_line(["serve", flag, path], {})
 
 
-def test_the_help_and_the_log_say_that_a_key_on_the_command_line_is_seen(local_pool, capsys, caplog):
+def test_help_and_log_warn_of_a_visible_key(local_pool, capsys, caplog):
+    """A key on the command line can be seen by others, which the help and the log say."""
     with pytest.raises(SystemExit):
         parsed("serve --help")
     assert "other users can see it in `ps`" in " ".join(capsys.readouterr().out.split())
@@ -160,13 +165,14 @@ def test_the_help_and_the_log_say_that_a_key_on_the_command_line_is_seen(local_p
         assert ("read the key in the process list" in caplog.text) is said
 
 
-def test_no_process_that_the_server_starts_finds_a_key_in_its_environment(local_pool, monkeypatch):
+def test_no_child_process_inherits_a_key(local_pool, monkeypatch):
+    """No process that the server starts finds a key in its environment."""
     monkeypatch.setenv("CHAT_SERVER_API_KEY", "secret")
     run_main("generate", "--prompt", "Hi")
     assert "secret" not in os.environ.values() and "CHAT_SERVER_API_KEY" not in os.environ
 
 
-def test_the_help_of_each_command_lists_its_flags(capsys):
+def test_each_command_s_help_lists_its_flags(capsys):
     for command, flag, foreign in (("serve", "--port", "--prompt"), ("chat", "--system", "--port"), ("generate", "--url", "--host")):
         with pytest.raises(SystemExit) as left:
             parsed(f"{command} --help")
@@ -187,7 +193,8 @@ def test_the_help_has_every_flag_in_its_group(capsys):
     assert f"usage: {program_command()} [serve|chat|generate|compare|score|eval|embed|batch|check] [MODEL] [flags]\n" in text and text.count("MODEL may be") == 1
 
 
-def test_the_help_of_each_command_is_its_own_and_shows_examples_that_are_right(capsys, tmp_path):
+def test_each_command_s_help_has_right_examples(capsys, tmp_path):
+    """The help of each command is its own and shows examples that are right."""
     (tmp_path / "keys.txt").write_text("key")
     openings = set()
     for command in ("serve", "chat", "generate", "compare", "score", "check"):
@@ -209,7 +216,7 @@ def test_the_help_of_each_command_is_its_own_and_shows_examples_that_are_right(c
         assert f"\n  {line}\n" in text or f"\n  {line} " in text, line
 
 
-def test_all_packages_that_are_missing_are_named_at_once(monkeypatch):
+def test_all_missing_packages_are_named_at_once(monkeypatch):
     there = importlib.util.find_spec
     gone = {"gguf", "tokenizers"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name in gone else there(name, *more))
@@ -222,7 +229,7 @@ def test_all_packages_that_are_missing_are_named_at_once(monkeypatch):
         require_library("prometheus_client", "/metrics")
 
 
-def test_a_library_s_page_of_advice_is_left_out(monkeypatch, tmp_path):
+def test_a_library_s_advice_is_left_out(monkeypatch, tmp_path):
     (tmp_path / "page_of_advice.py").write_text("raise ImportError('\\nPLEASE READ THIS\\n\\nOriginal error was: libx.so: cannot open\\n')")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError, match=r"^x needs the Python package page_of_advice \(libx.so: cannot open\); install with"):
@@ -231,7 +238,7 @@ def test_a_library_s_page_of_advice_is_left_out(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("compilers, words", [((), "install a C++ compiler (Debian: apt install g++), then `"),
                                               (("g++",), "reference ops run; `")])
-def test_without_kernels_the_missing_compiler_is_named(monkeypatch, local_pool, capsys, compilers, words):
+def test_a_missing_compiler_is_named(monkeypatch, local_pool, capsys, compilers, words):
     monkeypatch.delenv("CXX", raising=False)
     patch(monkeypatch, core, "decode_core", lambda: None)
     patch(monkeypatch, core, "installed_core", lambda: None)
@@ -257,7 +264,8 @@ def run_main(*argv):
     return chat_server.main(argv)
 
 
-def test_generate_writes_the_answer_to_stdout_and_its_speed_to_stderr(local_pool, capsys):
+def test_generate_sends_its_speed_to_stderr(local_pool, capsys):
+    """`generate` writes the answer to stdout and its speed to stderr."""
     assert run_main("generate", "--prompt", "Hi", "--system", "Be brief", "-t", "0", "--seed", "4", "-m", "9") == 0
     out, err = capsys.readouterr()
     assert out == "Hello, world!\n" and re.search(r"^3 tokens in \d+ ms, 212 tok/s, first token after 8 ms$", err, re.M)
@@ -274,19 +282,21 @@ def test_generate_reads_stdin(local_pool, monkeypatch, words):
     assert local_pool.requests[0].messages[0].content == "two\nlines"
 
 
-def test_generate_without_a_prompt_says_what_is_missing(local_pool, monkeypatch, capsys):
+def test_generate_asks_for_a_missing_prompt(local_pool, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))
     assert run_main("generate") == 2
     assert "prompt" in capsys.readouterr().err and local_pool.requests == []
 
 
-def test_a_model_without_a_chat_template_continues_the_text(local_pool):
+def test_generate_continues_without_a_chat_template(local_pool):
+    """A model without a chat template continues the text."""
     local_pool.chats = False
     assert run_main("generate", "--prompt", "Once") == 0
     assert (local_pool.requests[0].prompts, local_pool.requests[0].messages) == (("Once",), None)
 
 
-async def test_chat_with_a_model_that_has_no_chat_template_continues_each_text(local_pool, typist, capsys):
+async def test_chat_continues_without_a_chat_template(local_pool, typist, capsys):
+    """`chat` with a model that has no chat template continues each text."""
     local_pool.chats, local_pool.continues = False, False
     typist.type("Once\nTwice\n/continue\n")
     typist.leave()
@@ -338,7 +348,7 @@ def typist(monkeypatch):
             thread.join()
 
 
-async def test_chat_keeps_the_conversation_until_it_is_cleared(local_pool, typist, capsys):
+async def test_chat_keeps_a_conversation_until_cleared(local_pool, typist, capsys):
     typist.type("One\n\n  \nTwo\n/clear\nThree\nclear\n/help\nquit\nnot reached\n")
     assert await chat(Settings(command="chat", system="Be brief")) == 0
     turns = [[(m.role, m.content) for m in request.messages] for request in local_pool.requests]
@@ -350,14 +360,14 @@ async def test_chat_keeps_the_conversation_until_it_is_cleared(local_pool, typis
 
 
 @pytest.mark.parametrize("last", ["exit\n", "/quit\n", "EXIT\n", "no newline at the end"])
-async def test_chat_ends_with_exit_quit_and_the_end_of_file(local_pool, typist, last):
+async def test_chat_ends_on_exit_quit_or_end_of_file(local_pool, typist, last):
     typist.type(last)
     typist.leave()
     assert await chat(Settings(command="chat")) == 0
     assert len(local_pool.requests) == (last[0] == "n")
 
 
-async def test_ctrl_c_stops_the_answer_but_not_the_program(local_pool, typist, capsys):
+async def test_ctrl_c_stops_only_the_answer(local_pool, typist, capsys):
     local_pool.pieces, local_pool.gate = ["Hel", "lo"], Tickets(1)
     task = asyncio.ensure_future(chat(Settings(command="chat")))
     typist.type("Hi\n")
@@ -394,7 +404,7 @@ async def test_ctrl_c_at_an_empty_prompt_leaves(local_pool, typist, capsys):
     assert await task == 0 and local_pool.closed
 
 
-async def test_an_error_is_shown_and_its_message_is_not_kept(local_pool, typist, capsys):
+async def test_a_failed_message_is_shown_and_dropped(local_pool, typist, capsys):
     local_pool.pieces = [EngineFailure("a worker died")]
     typist.type("Hi\n")
     task = asyncio.ensure_future(chat(Settings(command="chat")))
@@ -407,7 +417,8 @@ async def test_an_error_is_shown_and_its_message_is_not_kept(local_pool, typist,
     assert [m.content for m in local_pool.requests[1].messages] == ["Again"]
 
 
-async def test_an_answer_may_take_the_rest_of_the_context_and_old_turns_make_room(local_pool, typist, capsys):
+async def test_old_turns_make_room_for_an_answer(local_pool, typist, capsys):
+    """An answer may take the rest of the context and old turns make room."""
     plain, local_pool.answer = local_pool.answer, lambda request: with_dropped(request, plain)
     typist.type("One\nquit\n")
     assert await chat(Settings(command="chat")) == 0
@@ -420,7 +431,8 @@ async def with_dropped(request, answer):
         yield dataclasses.replace(event, dropped_messages=2) if isinstance(event, Finished) else event
 
 
-async def test_a_message_that_can_never_fit_is_refused_and_the_chat_goes_on(local_pool, typist, capsys):
+async def test_a_message_too_long_leaves_the_chat_alive(local_pool, typist, capsys):
+    """A message that can never fit is refused, and the chat goes on."""
     local_pool.refuse = RequestError("the prompt has 99 tokens, but the context holds 64", code="context_length_exceeded")
     typist.type("long\nquit\n")
     assert await chat(Settings(command="chat")) == 1
@@ -440,7 +452,7 @@ async def test_a_pasted_text_is_one_message(local_pool, monkeypatch):
     assert [m.content for m in local_pool.requests[0].messages] == ["first line\nsecond line"]
 
 
-def test_a_terminal_gets_no_control_characters_of_the_model(monkeypatch, capsys):
+def test_a_terminal_gets_no_control_characters(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     PlainWriter(silent=False).push(said("a\x1b[31mb\x07\n\tc\x9b"))
     assert capsys.readouterr().out == "a[31mb\n\tc"
@@ -474,7 +486,7 @@ async def test_a_remote_pool_yields_the_same_events():
 @pytest.mark.parametrize("error", [RequestError("the prompt has 9 tokens", code="context_length_exceeded"), RequestError("bad"),
                                    Overloaded("busy", retry_after_s=7), EngineFailure("broken")])
 @pytest.mark.parametrize("late", [False, True])
-async def test_a_remote_pool_raises_what_the_server_raised(error, late):
+async def test_a_remote_pool_raises_the_server_s_errors(error, late):
     async with serving(FakePool(["Hel", error]) if late else FakePool(refuse=error)) as url:
         pool = RemotePool(remote(url))
         await pool.start()
@@ -486,7 +498,8 @@ async def test_a_remote_pool_raises_what_the_server_raised(error, late):
     assert late or getattr(caught.value, "retry_after_s", 0) == getattr(error, "retry_after_s", 0)
 
 
-async def test_a_remote_pool_ends_thinking_where_the_server_can_and_sends_its_budget():
+async def test_a_remote_pool_ends_thinking():
+    """A remote pool ends thinking where the server can, and sends its budget."""
     local = FakePool(gate=asyncio.Event())
     async with serving(local) as url:
         pool = RemotePool(remote(url))
@@ -506,7 +519,7 @@ async def test_a_remote_pool_ends_thinking_where_the_server_can_and_sends_its_bu
         await pool.close()
 
 
-async def test_leaving_a_remote_answer_ends_it_on_the_server():
+async def test_leaving_a_remote_answer_cancels_it():
     local = FakePool(gate=asyncio.Event())
     async with serving(local) as url:
         pool = RemotePool(remote(url))
@@ -528,7 +541,8 @@ async def test_chat_talks_to_a_running_server(typist, capsys):
     assert capsys.readouterr().err.count("212 tok/s") == 2
 
 
-async def test_model_beside_url_chooses_there_or_is_refused(capsys):
+async def test_model_with_url_chooses_at_the_server(capsys):
+    """`--model` beside `--url` chooses there or is refused."""
     bodies = []
 
     async def answer(http):
@@ -559,13 +573,13 @@ async def test_model_beside_url_chooses_there_or_is_refused(capsys):
             await generate(Settings(command="generate", prompt="Hi", url=url, model="d20"))
 
 
-def test_flags_that_choose_a_model_here_are_refused_beside_url(capsys):
+def test_flags_of_a_local_model_are_refused_with_url(capsys):
     for words in ("-g d20", "-s 100", "--lora folder"):
         assert run_main("generate", "--prompt", "Hi", "--url", "localhost:1", *words.split()) == 2
         assert capsys.readouterr().err == f"chat_server: {words}: only for a model that is loaded here, but --url names a server\n"
 
 
-async def test_a_server_that_has_only_nanochat_s_route_is_asked_there(capsys):
+async def test_a_nanochat_only_server_is_asked_there(capsys):
     bodies = []
 
     async def answer(http):
@@ -596,7 +610,7 @@ async def answering(routes):
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-def test_no_server_is_one_line_that_names_the_url(capsys):
+def test_a_missing_server_is_named_by_its_url(capsys):
     with listen_on("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
     assert run_main("generate", "--prompt", "Hi", "--url", f"localhost:{port}") == 2
@@ -604,7 +618,7 @@ def test_no_server_is_one_line_that_names_the_url(capsys):
     assert (out, err) == ("", f"chat_server: no server answers at http://localhost:{port}: Connection refused\n")
 
 
-async def test_a_server_that_is_no_chat_server_is_named():
+async def test_a_server_of_another_kind_is_named():
     async def no_json(http):
         return web.Response(text="welcome")
     async with answering([web.get("/health", no_json)]) as url:
@@ -621,13 +635,14 @@ def test_drafts_can_be_chosen_or_switched_off(line, environment, drafts):
     assert parsed(line, **environment).drafts == drafts
 
 
-def test_the_word_after_a_bare_flag_of_drafts_is_the_model():
+def test_a_bare_draft_flag_leaves_the_model_alone():
+    """The word after a bare flag of drafts is the model."""
     settings = parsed("--drafts a.gguf")
     assert (settings.drafts, settings.model) == ("auto", "a.gguf")
 
 
 @pytest.mark.parametrize("line, environment", [("--drafts=maybe", {}), ("", {"CHAT_SERVER_DRAFTS": "maybe"})])
-def test_an_unknown_kind_of_drafts_is_refused_with_the_known_ones(line, environment):
+def test_an_unknown_kind_of_drafts_names_the_known(line, environment):
     with pytest.raises(ConfigError, match="none.*lookup.*mtp.*model.*auto"):
         parsed(line, **environment)
 
@@ -652,12 +667,12 @@ def refusal(line, **environment):
 @pytest.mark.parametrize("line, words", [
     ("--drafts magic", "invalid choice: 'magic'"), ("generate --drafts magic", "invalid choice: 'magic'"),
     ("--drafts lokup", "did you mean lookup?"), ("--quantize q4k", "did you mean q4_k?"), ("-i sfft", "did you mean sft?")])
-def test_a_value_that_a_flag_does_not_have_names_those_that_it_has(line, words):
+def test_a_wrong_choice_names_the_right_ones(line, words):
     said = refusal(line)
     assert words in said and all(kind in said for kind in ("lookup", "mtp", "model", "auto") if "drafts" in line)
 
 
-def test_a_model_may_follow_the_flag_of_drafts(tmp_path, monkeypatch):
+def test_a_model_may_follow_the_draft_flag(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     for model in ("folder", "qwen3:0.6b", "org/name", "model.gguf", "d20@100"):
@@ -668,19 +683,19 @@ def test_a_model_may_follow_the_flag_of_drafts(tmp_path, monkeypatch):
     ("generate Why is it", "unrecognized arguments: is it; Why was taken as MODEL, and a prompt of several words needs quotes"),
     ("generate a.gguf Hello you", "a.gguf was taken as MODEL"), ("generate Why not", "Why was taken as MODEL"), ("generate Hello world!", "Hello was taken as MODEL"),
     ("generate a.gguf Hello -p Hi", "a.gguf was taken as MODEL")])
-def test_generate_says_which_word_it_took_as_the_model(line, words):
+def test_generate_says_which_word_was_the_model(line, words):
     assert words in refusal(line)
 
 
 @pytest.mark.parametrize("command, asked, words", [
     ("generate", "", "Hello was taken as MODEL (a prompt of one word needs -p: `"), ("generate", "some text", "no model at 'Hello', and a prompt needs -p: `"),
     ("chat", "", "no model at 'Hello', and a prompt needs -p: `")])
-def test_one_word_that_is_no_model_may_have_been_the_prompt(command, asked, words):
+def test_a_lone_word_may_have_been_the_prompt(command, asked, words):
     done = subprocess.run([sys.executable, chat_server.__file__, command, "Hello"], input=asked, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and words in done.stderr and f"chat_server.py {command} -p Hello`" in done.stderr
 
 
-def test_embed_says_which_word_it_took_as_the_model(tmp_path):
+def test_embed_says_which_word_was_the_model(tmp_path):
     done = subprocess.run([sys.executable, chat_server.__file__, "embed", "texts.jsonl", "-o", tmp_path / "x"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "; texts.jsonl was taken as MODEL" in done.stderr
 
@@ -696,11 +711,12 @@ def test_a_mistyped_model_gets_a_guess(model, guess, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["Qwen/Qwen3-0.6B", "xyzzy", "/nowhere/x.gguf"])
-def test_what_is_right_or_like_nothing_gets_no_guess(model):
+def test_a_right_or_odd_word_gets_no_guess(model):
+    """What is right or like nothing that is known gets no guess."""
     assert near_model(model) == ""
 
 
-def test_the_guess_is_in_what_the_program_says(tmp_path):
+def test_the_program_s_error_shows_the_guess(tmp_path):
     (tmp_path / "model.gguf").touch()
     for model, words in ((tmp_path / "modle.gguf", f"did you mean {tmp_path}/model.gguf?"), ("smolm2", "did you mean smollm2? --help says"),
                          ("Qwen/Qwen3-0.6", "did you mean Qwen/Qwen3-0.6B?")):
@@ -710,7 +726,7 @@ def test_the_guess_is_in_what_the_program_says(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["embed", "batch"])
-def test_the_help_of_a_command_is_about_that_command(command, capsys):
+def test_a_command_s_help_is_about_it_alone(command, capsys):
     with pytest.raises(SystemExit):
         parsed(f"{command} --help")
     text = " ".join(capsys.readouterr().out.split())

@@ -35,7 +35,8 @@ def expected(made, folder, text):
     return unit(last_state(made, tokenizer.encode(text).ids))
 
 
-def test_a_vector_a_line_or_numpy_s_format_in_the_order_of_the_texts(model, tmp_path):
+def test_vectors_keep_the_order_of_the_texts(model, tmp_path):
+    """One vector a line, or numpy's format, in the order of the texts."""
     made, folder = model
     texts = [f"text {number} " * (number % 4 + 1) for number in range(600)]          # in three requests
     source = write_lines(tmp_path / "texts.jsonl", *[{"id": 5, "text": text} if number % 2 else text for number, text in enumerate(texts)])
@@ -52,7 +53,8 @@ def test_a_vector_a_line_or_numpy_s_format_in_the_order_of_the_texts(model, tmp_
     assert sorted(path.name for path in tmp_path.iterdir() if "part" in path.name) == []
 
 
-def test_prompts_dimensions_and_cuts_from_stdin_to_stdout(model, tmp_path):
+def test_embed_reads_stdin_with_all_its_options(model, tmp_path):
+    """Prompts, dimensions and cuts, from stdin to stdout."""
     made, folder = model
     status, out, _ = embed(folder, "-", "-o", "-", "--prompt-name", "query", "--dimensions", 40, "--truncate", given=json.dumps("x" * 500).encode())
     [vector] = map(json.loads, out.splitlines())
@@ -65,14 +67,16 @@ def test_prompts_dimensions_and_cuts_from_stdin_to_stdout(model, tmp_path):
     (["a", "b", 5], [], "line 3 is 5; it must be a text that is not empty, or an object with such a `text`", 2), ([{"txt": "a"}], [], "line 1 is an object of 1", 2),
     (["a", " "], [], 'line 2 is " "', 2), (["a", "x" * 100], [], "lines 1 to 2 of", 1), (["a"], ["--dimensions", 65], "dimensions must be from 32 to 64, not 65", 1),
     (["a"], ["--prompt-name", "no\x07ne"], 'prompt_name must be one of "query", "document"', 1), (["a"], ["--url", "x"], "--url is a flag of", 2)])
-def test_what_cannot_be_embedded_is_said_with_its_line_and_leaves_no_file(lines, words, message, wanted, model, tmp_path):
+def test_a_wrong_line_is_named_and_leaves_no_file(lines, words, message, wanted, model, tmp_path):
+    """What cannot be embedded is said with its line and leaves no file."""
     source, target = write_lines(tmp_path / "texts.jsonl", *lines), tmp_path / "vectors.npy"
     status, _, last = embed(model[1], source, "-o", target, *words)
     assert status == wanted and message in last, last
     assert [path.name for path in tmp_path.iterdir()] == ["texts.jsonl"]
 
 
-def test_files_that_cannot_be_read_or_written_and_other_models_are_refused(model, tmp_path):
+def test_embed_refuses_bad_files_and_models(model, tmp_path):
+    """Files that cannot be read or written and other models are refused."""
     source = write_lines(tmp_path / "texts.jsonl", "a")
     broken = tmp_path / "broken.jsonl"
     broken.write_text('"a"\n{"text": \n')
@@ -85,7 +89,8 @@ def test_files_that_cannot_be_read_or_written_and_other_models_are_refused(model
     assert not (tmp_path / "x").exists()
 
 
-def test_an_output_is_no_device_no_folder_and_not_the_input(model, tmp_path, small_disk):
+def test_embed_refuses_an_output_of_a_wrong_kind(model, tmp_path, small_disk):
+    """An output is no device, no folder and not the input."""
     source, link = write_lines(tmp_path / "texts.jsonl", *["a"] * 300), tmp_path / "link"
     link.symlink_to(source)
     os.mkfifo(tmp_path / "fifo")

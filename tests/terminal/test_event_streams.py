@@ -71,7 +71,8 @@ async def answered(pool):
     return "".join(event.text for event in events if isinstance(event, Piece)), events[-1]
 
 
-async def test_events_are_read_as_the_standard_says_however_they_are_cut():
+async def test_event_streams_follow_the_standard():
+    """Events are read as the standard says, however they are cut."""
     long = "x" * 300_000                    # more than aiohttp reads as one line
     whole = b": ping\r\n\r\n" + word("a").replace(b"\n", b"\r\n") + b'event: x\ndata:{"choices": [{"delta":\ndata: {"content": "b"}}]}\n\n' \
         + b"retry: 5\n\n" + word(long) + end() + b"data: [DONE]\n\n" + word("after the end")
@@ -82,46 +83,52 @@ async def test_events_are_read_as_the_standard_says_however_they_are_cut():
             assert text == "ab" + long and isinstance(last, Finished) and asked == ["/v1/chat/completions"]
 
 
-async def test_an_answer_whose_connection_breaks_before_its_figures_is_resumed_for_them():
+async def test_an_answer_cut_before_its_figures_resumes():
+    """An answer whose connection breaks before its figures is resumed for them."""
     async with server_of([word("a", 0), end(1)], [usage(7, 2), b"data: [DONE]\n\n"], breaks=[0]) as (pool, asked):
         text, last = await answered(pool)
         assert (text, last.reason, last.usage.completion_tokens) == ("a", "stop", 7)
         assert asked == ["/v1/chat/completions", "/v1/streams/r1?from=2"]
 
 
-async def test_an_answer_that_is_whole_but_for_its_figures_is_no_failure():
+async def test_an_answer_without_figures_is_no_failure():
+    """An answer that is whole but for its figures is no failure."""
     async with server_of([word("a", 0), end(1)], [], [], breaks=[0, 1, 2]) as (pool, asked):
         text, last = await answered(pool)
         assert (text, last.reason) == ("a", "stop") and not any("cancel" in path for path in asked)
 
 
-async def test_a_server_that_takes_up_an_answer_and_never_goes_on_with_it_is_given_up():
+async def test_a_resumed_answer_that_stalls_is_given_up():
+    """A server that takes up an answer and never goes on with it is given up."""
     async with server_of([word("a", 0)], *[[]] * 9, breaks=[0]) as (pool, asked):
         with pytest.raises(EngineFailure, match="it ended early"):
             await answered(pool)
         assert asked == ["/v1/chat/completions", *["/v1/streams/r1?from=1"] * 2, "/v1/cancel/r1"]
 
 
-async def test_a_stream_that_ends_in_the_middle_of_an_event_is_resumed_there():
+async def test_a_stream_cut_within_an_event_resumes():
+    """A stream that ends in the middle of an event is resumed there."""
     async with server_of([word("a", 0), word("b", 1)[:-9]], [word("b", 1), end(2), b"data: [DONE]\n\n"]) as (pool, asked):
         assert (await answered(pool))[0] == "ab"
         assert asked[1:] == ["/v1/streams/r1?from=1"]
 
 
-async def test_a_stream_without_numbers_that_ends_early_is_an_error_and_cancelled():
+async def test_an_unnumbered_stream_cut_early_fails():
+    """A stream without numbers that ends early is an error and cancelled."""
     async with server_of([word("a")]) as (pool, asked):
         with pytest.raises(EngineFailure, match="it ended early"):
             await answered(pool)
         assert asked == ["/v1/chat/completions", "/v1/cancel/r1"]
 
 
-async def test_an_event_that_is_no_object_is_not_a_chat_server_s():
+async def test_an_event_must_be_an_object():
+    """An event that is no object does not come from a chat server."""
     async with server_of([b"data: [1]\n\n"]) as (pool, _):
         with pytest.raises(EngineFailure, match="does not answer like a chat server"):
             await answered(pool)
 
 
-async def test_a_comparison_that_ends_early_is_an_error_and_not_an_answer():
+async def test_a_comparison_cut_early_is_an_error():
     token = event({"index": 0, "token": "a"})
     async with server_of([token], [token, event({"error": {"message": "no memory", "type": "server_error"}})],
                          [token, event({"index": 0, "error": {"message": "its own"}}), event({"done": True})]) as (pool, _):

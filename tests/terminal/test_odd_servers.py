@@ -70,7 +70,8 @@ async def answered_lines(tmp_path, *answers):
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[1]", b'"yes"', b"7", b"null", b'{"a": NaN}', b'{"a": [-Infinity]}', b'{"a": 1e999}', b'{"a":' * 100_000, b"\xff\xfe", b'{"a": 1} x', b'{"a"'])
-async def test_a_response_that_is_no_object_in_json_is_an_error_of_its_line(tmp_path, body):
+async def test_a_response_must_be_a_json_object(tmp_path, body):
+    """Any other response is an error of its line."""
     status, [line] = await answered_lines(tmp_path, (200, body))
     assert status == 1 and line["response"]["status_code"] == 502
     assert "answered with status 200, but not with a JSON object" in line["response"]["body"]["error"]["message"]
@@ -82,13 +83,14 @@ async def test_other_lines_have_their_answers(tmp_path):
     assert status == 1 and sorted(line["response"]["status_code"] for line in lines) == [200, 200, 400, 500, 502]
 
 
-async def test_a_response_that_is_cut_ends_the_command_and_the_same_command_goes_on(tmp_path):
+async def test_a_cut_response_ends_a_run_that_resumes(tmp_path):
+    """A response that is cut ends the command and the same command goes on."""
     with pytest.raises(EngineFailure, match="the connection to http://127.0.0.1:[0-9]+ broke"):
         await answered_lines(tmp_path, (200, b'{"choices": cut'))
     assert (tmp_path / "out.jsonl.part").exists() and not (tmp_path / "out.jsonl").exists()
 
 
-async def test_those_who_need_memory_take_it_in_turn():
+async def test_those_who_need_memory_take_turns():
     room, log = ByteBudget(10), []
     async with room.taken(6), room.taken(4):
         assert room.left == 0
@@ -170,7 +172,8 @@ async def evaluated(url, suite, tmp_path, seed):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-async def test_eval_of_a_server_that_spoils_its_responses_ends_with_a_line(nanochat_fixtures, tmp_path, monkeypatch, capsys):
+async def test_eval_of_a_broken_server_ends_with_a_line(nanochat_fixtures, tmp_path, monkeypatch, capsys):
+    """`eval` of a server that spoils its responses ends with a line."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     write_chat_data(tmp_path / "base")
     bundle = write_bundle(tmp_path / "bundle")
@@ -189,7 +192,7 @@ async def test_eval_of_a_server_that_spoils_its_responses_ends_with_a_line(nanoc
 
 @pytest.mark.parametrize("body, said", [
     (b"<html>", "no JSON object"), (b"{}", "KeyError: 'tokens'"), (b'{"tokens": "x"}', '"x" is not a list of tokens'), (b'{"tokens": [1.5]}', "a list of 1 is not a list of tokens"), (b'{"tokens": [1, 2]}', "is not one token")])
-async def test_a_token_that_no_tokens_are_is_named(tmp_path, body, said):
+async def test_a_wrong_token_is_named(tmp_path, body, said):
     model = {"id": "odd", "owned_by": "chat_server", "weights_digest": "0", "context_length": 64}
 
     def answer(method, path, asked):

@@ -95,7 +95,7 @@ def by_batch_command(folder, name, *words):
     return of_chat(json.loads(out.read_text())["response"]["body"])
 
 
-def test_the_batch_command_draws_as_the_models_file_says(model, tmp_path):
+def test_batch_draws_as_the_model_s_file_says(model, tmp_path):
     with server(model) as (_, url):
         served = of_routes(url)
         for name, value in USUAL.items():       # each of these has its effect, so none may be forgotten
@@ -108,7 +108,8 @@ def test_the_batch_command_draws_as_the_models_file_says(model, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["a tiny model", "the default model"])
-def test_every_route_and_command_gives_the_text_that_the_models_file_asks_for(which, model, default_model_path, tmp_path):
+def test_all_routes_draw_as_the_model_s_file_says(which, model, default_model_path, tmp_path):
+    """Every route and command gives the text that the model's file asks for."""
     model = model if which == "a tiny model" else default_model_path
     flags = "-p", "hello", "--seed", "7", "-m", "32", "--json"
     other = tmp_path / "other.gguf"
@@ -129,7 +130,8 @@ def test_every_route_and_command_gives_the_text_that_the_models_file_asks_for(wh
     assert {name: text for name, text in found.items() if text != found["generate"]} == {}
 
 
-def test_a_batch_does_not_go_on_with_other_defaults_of_the_models_file(tmp_path):
+def test_a_batch_stops_at_other_defaults(tmp_path):
+    """A batch does not go on with other defaults of the model's file."""
     path = write_model(tmp_path / "own.gguf", OWN)
     by_batch_command(tmp_path, "here", path)
     write_model(path, OWN | {"min_p": 0.2})     # a file of the same size, with the same weights
@@ -138,7 +140,7 @@ def test_a_batch_does_not_go_on_with_other_defaults_of_the_models_file(tmp_path)
     assert ended.returncode == 2 and "has answers with default min_p 0.1, not 0.2" in ended.stderr, ended.stderr
 
 
-def test_an_evaluation_draws_as_it_is_defined_whatever_the_models_file_says(model):
+def test_evaluations_ignore_the_model_s_file(model):
     """Its answers are the likeliest ones, and its samples are of temperature 1, here and at a server."""
     [here] = run("eval", model, "--suite", "sample", "--json")
     with server(model) as (_, url):

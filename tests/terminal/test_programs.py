@@ -45,7 +45,7 @@ async def verdicts(some):
     return {program.name: verdict for program, verdict in zip(some, found)}
 
 
-async def test_a_program_is_right_if_its_tests_ran_to_their_end(ways):
+async def test_a_right_program_ran_its_tests_to_the_end(ways):
     some = [program for program in judged_programs() if program.name in QUICK]
     assert len(some) == len(QUICK) and await verdicts(some) == {program.name: program.right for program in some}
 
@@ -59,7 +59,8 @@ async def test_all_recorded_verdicts_hold(ways):
 
 @pytest.mark.slow
 @pytest.mark.skipif("NANOCHAT_CHECKOUT" not in os.environ, reason="NANOCHAT_CHECKOUT names no checkout of nanochat")
-async def test_nanochat_s_own_code_gives_the_verdicts_that_are_recorded_for_it():
+async def test_nanochat_s_code_gives_the_recorded_verdicts():
+    """nanochat's own code gives the verdicts that are recorded for it."""
     path = Path(os.environ["NANOCHAT_CHECKOUT"], "nanochat", "execution.py")
     spec = importlib.util.spec_from_file_location("upstream_execution", path)
     upstream = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -76,7 +77,7 @@ async def test_nanochat_s_own_code_gives_the_verdicts_that_are_recorded_for_it()
     ("open('x', 'w').write('y' * (64 << 20))", False), ("open('x', 'w').write('y')", True), ("print('x' * 100_000_000)", True), ("\0", False), ("x = '\ud800'", False),
     ("import ctypes, os; ctypes.CDLL(None).kill(os.getpid(), 19)", False), (f"x = '{'y' * 1_000_000}'", True),
     ("import os\nfor n in 'abc': open(n, 'w')\nassert sorted(os.listdir('.')) == ['a', 'b', 'c']", True)])
-async def test_a_program_has_limits_and_a_folder_of_its_own(program, passes, monkeypatch):
+async def test_a_program_has_limits_and_its_own_folder(program, passes, monkeypatch):
     monkeypatch.setattr(programs, "SECONDS", 2.0)
     assert await Programs()(program) is passes
 
@@ -117,7 +118,8 @@ assert libc.posix_spawn(ctypes.byref(process), b'/bin/sleep', None, attributes, 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends what left its session")
 @pytest.mark.parametrize("ends", ["", "raise ValueError", "while True: pass", "os._exit(0)", "ctypes.CDLL(None).abort()"])
 @pytest.mark.parametrize("program", [FORKS, SPAWNS])
-async def test_processes_in_sessions_of_their_own_end_with_the_program(ways, tmp_path, monkeypatch, program, ends):
+async def test_processes_in_own_sessions_end_too(ways, tmp_path, monkeypatch, program, ends):
+    """Processes in sessions of their own end with the program."""
     monkeypatch.setattr(programs, "SECONDS", 1.0)
     path = tmp_path / "held"
     assert await Programs()(program.format(path=str(path)) + ends) is (ends == "")
@@ -133,7 +135,8 @@ assert pidfd >= 0 and libc.syscall(424, pidfd, 0, None, 0) == 0  # pidfd_send_si
 
 
 @pytest.mark.parametrize("ways", ["in a namespace"], indirect=True)
-async def test_a_program_in_a_namespace_cannot_signal_what_is_outside(ways):
+async def test_a_program_signals_nothing_outside(ways):
+    """A program in a namespace cannot signal what is outside."""
     assert await Programs()(SIGNAL.format(process="__import__('os').getpid()")) is True
     assert await Programs()(SIGNAL.format(process=os.getpid())) is False
     everything = "import ctypes\nctypes.CDLL(None).kill(-1, 9)"  # all that it can see: nothing but itself and process 1
@@ -141,7 +144,8 @@ async def test_a_program_in_a_namespace_cannot_signal_what_is_outside(ways):
     assert await Programs()("import os\nassert os.getppid() == 1") is True
 
 
-async def test_a_program_that_ends_its_runner_is_wrong_and_leaves_nothing(ways):
+async def test_a_program_that_ends_its_runner_is_wrong(ways):
+    """A program that ends its runner is wrong and leaves nothing."""
     parent = "import ctypes, os, time\nctypes.CDLL(None).kill(os.getppid(), 9)\ntime.sleep(0.2)"
     assert await Programs()(parent) is (ways == "in a namespace")  # there its parent takes no signals from it
 
@@ -152,7 +156,7 @@ STOPS = "import ctypes, os\nassert ctypes.CDLL(None).kill(os.getppid(), 19) == 0
 
 @pytest.mark.parametrize("program", [TRACES, STOPS])
 @pytest.mark.parametrize("ends", ["while True: pass", "os._exit(0)", ""])
-async def test_a_program_cannot_hold_up_those_that_wait_for_it(ways, monkeypatch, program, ends):
+async def test_a_program_holds_up_no_other(ways, monkeypatch, program, ends):
     monkeypatch.setattr(programs, "SECONDS", 1.0)
     monkeypatch.setattr(programs, "PATIENCE_S", 3.0)
     verdict = await Programs()(program + ends)
@@ -171,14 +175,14 @@ for n in range(1200):
 """
 
 
-async def test_a_folder_goes_however_deep_or_odd_it_is(ways, monkeypatch):
+async def test_a_folder_goes_however_deep_it_is(ways, monkeypatch):
     monkeypatch.setattr(programs, "SECONDS", 60.0)
     assert await Programs()(DEEP) is True
     odd = "import os\nfor n in range(20):\n    os.makedirs(f'{n}/x')\n    os.symlink('/', f'{n}/root')\n    os.mkfifo(f'{n}/fifo')\nos.mkdir('none', 0)\nos.mkdir(b'\\xff')"
     assert await Programs()(odd) is True
 
 
-def test_a_folder_that_is_removed_takes_no_other_with_it(tmp_path):
+def test_removing_a_folder_takes_no_other_along(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "kept").write_text("kept")
     folder = tmp_path / "folder"
@@ -193,7 +197,7 @@ def test_a_folder_that_is_removed_takes_no_other_with_it(tmp_path):
     assert not remove_folder(str(tmp_path / "file"))
 
 
-async def test_a_run_that_is_broken_off_ends_its_program(ways, tmp_path):
+async def test_a_broken_off_run_ends_its_program(ways, tmp_path):
     path = tmp_path / "held"
     running = asyncio.create_task(Programs()(FORKS.format(path=str(path)) + "while True: pass"))
     while not (path.exists() and is_held(path)):
@@ -204,7 +208,7 @@ async def test_a_run_that_is_broken_off_ends_its_program(ways, tmp_path):
     assert not is_held(path)
 
 
-def test_a_command_that_is_killed_takes_its_programs_along(ways, tmp_path):
+def test_a_killed_command_takes_its_programs_along(ways, tmp_path):
     path, code = tmp_path / "held", (
         "import asyncio, sys, tempfile; tempfile.tempdir = sys.argv[1]; import chatlm.terminal.programs as programs; programs.RUNNER = sys.argv[2]; "
         "asyncio.run(programs.Programs()(sys.argv[3]))")
@@ -217,7 +221,8 @@ def test_a_command_that_is_killed_takes_its_programs_along(ways, tmp_path):
         time.sleep(0.02)
 
 
-async def test_a_machine_that_can_run_none_is_named_and_no_program_is_judged(monkeypatch, tmp_path):
+async def test_a_machine_without_sandboxes_judges_nothing(monkeypatch, tmp_path):
+    """A machine that can run none is named and no program is judged."""
     monkeypatch.setattr(programs.tempfile, "tempdir", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="programs need a temporary folder: No such file"):
         await Programs()(GOOD)
@@ -244,7 +249,8 @@ async def test_a_full_disk_is_not_the_program_s_fault(ways, monkeypatch, small_d
     assert os.listdir(folder) == ["filling"]
 
 
-async def test_a_process_that_cannot_be_started_is_not_the_program_s_fault(ways, monkeypatch):
+async def test_a_failed_fork_is_not_the_program_s_fault(ways, monkeypatch):
+    """A process that cannot be started is not the program's fault."""
     broken = programs.RUNNER.replace("; main()", "; import chatlm.terminal.program_runner as r; r.run_program = None; main()")
     monkeypatch.setattr(programs, "RUNNER", broken)
     with pytest.raises(ConfigError, match="cannot run programs here: "):

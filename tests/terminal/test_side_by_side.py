@@ -33,19 +33,22 @@ def command(line):
 @pytest.mark.parametrize("line, words", [
     ("compare a -p x", "takes 2 to 8 MODELs, not 1"), (f"compare {'a b c ' * 3} -p x", "not 9"), ("compare a a -p x", "must be different"),
     ("score a", "needs --text"), ("score a --text /nowhere", "No such file"), ("score a --text /dev/null", "the file is empty")])
-def test_what_cannot_be_compared_or_scored_is_one_line_and_status_2(line, words, capsys):
+def test_a_wrong_comparison_is_one_line_and_status_2(line, words, capsys):
+    """What cannot be compared or scored is one line and status 2."""
     assert chat_server.main(shlex.split(line)) == 2
     assert re.search(words, capsys.readouterr().err) and capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("flag", ["--watch-text", "--watch-prompts", "--watch-suite", "--run-log"])
-def test_what_is_done_with_checkpoints_needs_the_folder(flag):
+def test_comparing_checkpoints_needs_the_folder(flag):
+    """What is done with checkpoints needs the folder."""
     with pytest.raises(ConfigError, match=f"{flag} is for the checkpoints of --watch"):
         command(f"serve {flag} book.txt")
 
 
 @pytest.mark.parametrize("length, context", [(1, 16), (2, 16), (16, 16), (17, 16), (24, 16), (25, 16), (100, 16), (33, 17), (50, 2)])
-def test_windows_score_each_token_once_after_at_least_half_a_context(length, context):
+def test_windows_score_each_token_once(length, context):
+    """Windows score each token once after at least half a context."""
     ids, scored = list(range(length)), []
     for window in windows_of(ids, context):
         assert len(window.ids) <= context and (window.first >= context // 2 or window.ids[0] == 0)
@@ -53,7 +56,8 @@ def test_windows_score_each_token_once_after_at_least_half_a_context(length, con
     assert scored == ids[1:]
 
 
-async def test_two_models_are_compared_here_and_at_a_server_with_equal_answers(nanochat_fixtures, capsys):
+async def test_two_models_compare_alike_here_and_remotely(nanochat_fixtures, capsys):
+    """Two models are compared here and at a server with equal answers."""
     names = [str(nanochat_fixtures / name) for name in ("gen1", "gen5")]
     flags = "-p 'hello there' --seed 4 -t 1 -m 16"
     settings = command(f"compare {names[0]} {names[1]} {flags} --dtype float32 --json")
@@ -74,7 +78,7 @@ async def test_two_models_are_compared_here_and_at_a_server_with_equal_answers(n
         await models.close()
 
 
-async def test_the_score_is_that_of_plain_torch_and_the_same_in_any_batch(nanochat_fixtures, tmp_path, capsys, start_pool):
+async def test_the_score_is_plain_torch_s_in_any_batch(nanochat_fixtures, tmp_path, capsys, start_pool):
     (tmp_path / "text").write_text(TEXT)
     base = nanochat_fixtures / "gen1"
     [path] = base.rglob("model_*.pt")
@@ -93,7 +97,7 @@ async def test_the_score_is_that_of_plain_torch_and_the_same_in_any_batch(nanoch
 
 
 @pytest.mark.slow
-def test_the_default_models_score_is_that_of_transformers(default_model_path, tmp_path):
+def test_the_default_score_is_that_of_transformers(default_model_path, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
     text = "The Apollo program was a human spaceflight program. It landed the first humans on the Moon in 1969. " * 12

@@ -54,20 +54,22 @@ TRICKY = ("snake_case_name, __init__ and **kwargs alone; `a*b` **bold `c` x** [x
 
 
 @pytest.mark.parametrize("text", [MARKDOWN, BLOCKS, HOSTILE, TRICKY], ids=["markdown", "blocks", "hostile", "tricky"])
-def test_an_answer_looks_the_same_however_it_is_cut(text):
+def test_an_answer_looks_the_same_however_cut(text):
     whole = drawn(text, len(text), styles=True)
     for size in (1, 3, 64):
         assert drawn(text, size, styles=True) == whole
 
 
-def test_headings_emphasis_lists_and_fences_are_drawn_without_their_marks():
+def test_markup_is_drawn_without_its_marks():
+    """Headings, emphasis, lists and fences are drawn without their marks."""
     text = "# Title\nA **bold** and *soft* `word`.\n\n- one\n2. two\n\n```py\nx = **1**\n```\n> said\n---\n"
     assert drawn(text, 4) == ("Title\n\nA bold and soft word.\n\n • one\n\n 2 two\n\nx = **1**\n\n▌ said\n\n" + "-" * 60 + "\n")
     styled = drawn(text, 4, styles=True)
     assert "\x1b[1mbold\x1b[0m" in styled and "\x1b[3msoft\x1b[0m" in styled and "\x1b[36mx = **1**\x1b[0m" in styled
 
 
-def test_what_is_no_markup_and_every_line_break_stays_as_it_is():
+def test_what_is_no_markup_stays_as_it_is():
+    """What is no markup and every line break stays as it is."""
     text = ("2*3 and snake_case_name, * alone, **not closed, $a_1 * b_2$, \\(x\\), C:\\new &lt; [1]\nroses are <b>red</b>\n"
             "    violets are blue\n====\n")
     assert drawn(text, 3, columns=200) == text.replace("    ", "")
@@ -84,20 +86,23 @@ def test_a_table_is_drawn_in_columns_that_fit():
     ("The quick brown fox jumps over the lazy dog, again and again. " * 4, 32),
     ("- " + "An item that goes on for long enough to be broken in several places. " * 2, 32),
     ("日本の首都は東京です。" * 8, 31), ("exactly ten x" * 3, 20)])
-def test_lines_break_at_spaces_and_between_letters_of_scripts_without_them(text, columns):
+def test_lines_break_where_their_script_allows(text, columns):
+    """Lines break at spaces and between letters of scripts without them."""
     lines = drawn(text, 3, columns=columns).rstrip("\n").split("\n")
     assert len(lines) > 1 and all(cell_len(line) <= columns for line in lines)
     words = " ".join(line.strip() for line in lines).replace("•", "-") if " " in text else "".join(lines)
     assert words == text.strip()
 
 
-def test_long_lines_of_code_are_not_broken_and_none_is_lost_in_a_list():
+def test_long_lines_of_code_stay_whole():
+    """Long lines of code are not broken and none is lost in a list."""
     code = "value = " + " + ".join(f"part_{number}" for number in range(20))
     assert drawn(f"```\n{code}\n```", 7) == code + "\n"
     assert re.findall(r"part_\d+", drawn(f"- so:\n  ```\n  {code}\n  ```", 7)) == re.findall(r"part_\d+", code)
 
 
-def test_what_is_drawn_again_fits_on_the_screen_and_ends_with_the_newest():
+def test_what_is_redrawn_fits_on_the_screen():
+    """What is drawn again fits on the screen and ends with the newest."""
     heights = []
 
     def each(writer):
@@ -131,7 +136,7 @@ def turns(pool):
     return [[(m.role, m.content) for m in request.messages] for request in pool.requests]
 
 
-def test_a_chat_that_is_saved_can_be_gone_on_with(tmp_path, monkeypatch, capsys):
+def test_a_saved_chat_can_go_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pool = FakePool()
     lines = ["/system Be brief", "/set top-k 7", "One", "/retry", "/save kept.json", "/clear", "/system", "/set topk", "/load kept.json",
@@ -148,7 +153,7 @@ def test_a_chat_that_is_saved_can_be_gone_on_with(tmp_path, monkeypatch, capsys)
     assert nodes[1]["timings"]["completion_tokens"] == 3 and nodes[1]["seed"] == pool.requests[0].params.sampling.seed
 
 
-def test_parameters_are_set_by_their_name_with_and_without_set(monkeypatch, capsys):
+def test_parameters_are_set_with_or_without_set(monkeypatch, capsys):
     pool = FakePool()
     lines = ["/temperature 0.25", "/top_p 0.5", "/TopK 7", "/set parameter max_tokens 9", "/set system Be brief", "/stop END", "One",
              "/temperature", "/Seed 5", "Two", "/temperature 9", "/temprature 1"]
@@ -162,7 +167,7 @@ def test_parameters_are_set_by_their_name_with_and_without_set(monkeypatch, caps
     assert "/set temperature: '9' is not a number from 0 to 2" in err and "there is no command /temprature; did you mean /temperature?" in err
 
 
-def test_save_replaces_no_file_but_the_chat_s_own(tmp_path, monkeypatch, capsys):
+def test_save_replaces_only_the_chat_s_own_file(tmp_path, monkeypatch, capsys):
     for name in ("notes.txt", "second.json.part"):
         (tmp_path / name).write_text("mine")
     two = {"conversations": [{"messages": [{"role": "user", "content": text}]} for text in ("First", "Second")]}
@@ -183,7 +188,8 @@ def test_save_replaces_no_file_but_the_chat_s_own(tmp_path, monkeypatch, capsys)
     ("not json", "not valid JSON"), ("[1]", "lacks a role"), ("{}", "no list"), ("[" * 9000, "not valid JSON"),
     ('{"messages": [{"role": "tool", "content": "x"}]}', "lacks a role"),
     ('{"conversations": [{"nodes": [{"id": "a", "role": "user", "content": "x"}, {"id": "a", "role": "user", "content": "y"}]}]}', "a duplicate one")])
-def test_a_file_that_is_no_conversation_is_refused_with_the_reason(text, words):
+def test_a_file_without_a_conversation_is_refused(text, words):
+    """A file that is no conversation is refused with the reason."""
     with pytest.raises(ValueError, match=words):
         read_chats(text)
 
@@ -200,7 +206,7 @@ def test_a_hostile_file_is_made_harmless():
     assert read_chats(json.dumps(found.exported()))[0].nodes == found.nodes
 
 
-def test_lists_of_messages_and_files_of_version_1_are_read():
+def test_message_lists_and_version_1_files_are_read():
     messages = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "# Hi\nthere"}, {"role": "assistant", "content": "Yes"}]
     for file in (messages, {"messages": messages}, {"messages": messages[1:], "settings": {"system": "Be brief", "temperature": 0.5}}):
         found, = read_chats(json.dumps(file))
@@ -210,7 +216,8 @@ def test_lists_of_messages_and_files_of_version_1_are_read():
 # commands
 
 
-def test_each_command_does_what_help_says_and_an_unknown_one_is_an_error(tmp_path, monkeypatch, capsys):
+def test_each_command_does_what_help_says(tmp_path, monkeypatch, capsys):
+    """Each command does what `/help` says, and an unknown one is an error."""
     (tmp_path / "letter.txt").write_text("Dear\nmodel\n")
     pool = FakePool()
     lines = ["/help", "/hlep", "//slash", f"/read {tmp_path}/letter.txt", "/edit Dear server", "/continue", "/show", "/stats",
@@ -231,7 +238,8 @@ def test_each_command_does_what_help_says_and_an_unknown_one_is_an_error(tmp_pat
 @pytest.mark.parametrize("typed, sent", [
     ("letter.txt", "Dear\nmodel\n"), ("letter.txt  Who wrote it?", "Dear\nmodel\n\nWho wrote it?"), ("my letter.txt", "Dear\nyou"),
     ("my letter.txt Why?", "Dear\nyou\n\nWhy?"), ("letter.txt letter.txt", "Dear\nmodel\n\nletter.txt")])
-def test_a_question_may_follow_the_name_of_the_file_that_read_sends(tmp_path, monkeypatch, typed, sent):
+def test_a_question_may_follow_a_read_file_s_name(tmp_path, monkeypatch, typed, sent):
+    """A question may follow the name of the file that `/read` sends."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "letter.txt").write_text("Dear\nmodel\n")
     (tmp_path / "my letter.txt").write_text("Dear\nyou")
@@ -239,7 +247,7 @@ def test_a_question_may_follow_the_name_of_the_file_that_read_sends(tmp_path, mo
     assert chat_with(pool, monkeypatch, [f"/read {typed}"]) == 0 and turns(pool) == [[("user", sent)]]
 
 
-def test_the_last_chat_is_gone_on_with(tmp_path, monkeypatch, capsys):
+def test_the_last_chat_can_go_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     with pytest.raises(ConfigError, match="--continue: there is no chat to continue"):
         chat_with(FakePool(), monkeypatch, ["One"], continue_=True)
@@ -260,14 +268,16 @@ def test_the_last_chat_is_gone_on_with(tmp_path, monkeypatch, capsys):
         chat_with(pool, monkeypatch, [], continue_=True)
 
 
-def test_retry_answers_again_with_another_seed_and_sends_nothing_twice(monkeypatch):
+def test_retry_draws_again_with_another_seed(monkeypatch):
+    """`/retry` answers again with another seed and sends nothing twice."""
     pool = FakePool()
     chat_with(pool, monkeypatch, ["/retry", "One", "/retry"])
     assert turns(pool) == [[("user", "One")]] * 2 and len({request.params.sampling.seed for request in pool.requests}) == 2
 
 
 @pytest.mark.parametrize("able", [True, False])
-def test_continue_goes_on_in_the_same_answer_where_the_server_can(tmp_path, monkeypatch, capsys, able):
+def test_continue_extends_the_same_answer(tmp_path, monkeypatch, capsys, able):
+    """`/continue` goes on in the same answer where the server can."""
     pool = FakePool(["Hello, ", "wor"], reason="length")
     pool.continues = able
     lines = ["/continue", "/set temperature 0.5", "One", "/continue", f"/save {tmp_path}/kept.json", "Two"]
@@ -295,7 +305,7 @@ def test_which_servers_can_continue_an_answer(model, able):
     assert not pool.continues
 
 
-def test_a_block_that_goes_on_is_drawn_from_its_beginning():
+def test_a_growing_block_is_drawn_from_its_start():
     console = Console(file=io.StringIO(), width=60, height=20, record=True, force_terminal=False)
     writer = MarkdownWriter(console, "First.\n\n```python\nx = 1\ny =")
     writer.push(said(" 2 * 3 * 4\n```\n*Done*"))
@@ -309,14 +319,15 @@ def test_a_block_is_one_message_also_in_a_pipe(monkeypatch):
     assert [messages[-1][1] for messages in turns(pool)] == ["/one\ntwo", "three", "open\nat the end"]
 
 
-def test_an_answer_that_repeats_itself_says_so_and_can_go_on(monkeypatch, capsys):
+def test_a_repeating_answer_says_so_and_can_go_on(monkeypatch, capsys):
     pool = FakePool(reason="stop", stop_reason="repetition")
     chat_with(pool, monkeypatch, ["One"])
     assert "ended because it repeats itself; /continue continues it" in capsys.readouterr().err
     assert pool.requests[0].params.stop_on_repetition
 
 
-def test_json_is_one_object_a_line_and_errors_are_too(monkeypatch, capsys):
+def test_json_prints_an_object_a_line(monkeypatch, capsys):
+    """JSON is one object a line and errors are too."""
     pool = FakePool(reason="length", stop_reason="max_tokens")
     assert chat_with(pool, monkeypatch, ["One", "/nothing"], json=True) == 1
     out, err = capsys.readouterr()
@@ -332,7 +343,7 @@ def test_generate_answers_as_json(monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["text"] == "Hello, world!"
 
 
-def test_reasoning_is_told_apart_and_not_sent_back(monkeypatch, capsys):
+def test_reasoning_is_separate_and_not_sent_back(monkeypatch, capsys):
     pool = FakePool([said(thought("Let me think. "), tokens=(1,)), "It is 42."])
     chat_with(pool, monkeypatch, ["One", "Two"], json=True)
     out = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -341,14 +352,14 @@ def test_reasoning_is_told_apart_and_not_sent_back(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("speed, shown", [(None, "3 tokens in 2.0 s, first token after 8 ms"), (7.25, "7.2 tok/s"), (37.4, ", 37 tok/s,")])
-def test_the_line_below_an_answer(speed, shown):
+def test_the_line_below_an_answer_has_its_figures(speed, shown):
     assert shown in summary(replace(finished("abc"), tokens_per_second=speed), 2.0)
 
 
 # a server that breaks
 
 
-def test_a_stream_that_breaks_is_taken_up_again(capsys):
+def test_a_stream_that_breaks_is_resumed(capsys):
     front = HeldFront()
     try:
         async def run():
@@ -443,7 +454,8 @@ def front():
     front.close()
 
 
-def test_messages_blocks_and_pastes_reach_the_server_as_they_were_typed(front, tmp_path):
+def test_messages_reach_the_server_as_typed(front, tmp_path):
+    """Messages, blocks and pastes reach the server as they were typed."""
     with chatting(front.url, tmp_path=tmp_path) as pty:
         for keys in ("Hello\r", "two\x1b\rlines\r", '"""\rfirst\rsecond"""\r', "\x1b[200~pasted\nlines\n\x1b[201~ and more\r"):
             pty.type(keys)
@@ -467,7 +479,8 @@ def test_help_wraps_at_words_beside_the_names(front, tmp_path):
         assert help in shown and name in shown          # no word is cut
 
 
-def test_ctrl_c_stops_the_answer_then_clears_the_line_then_leaves(tmp_path):
+def test_ctrl_c_stops_then_clears_then_leaves(tmp_path):
+    """Ctrl-C stops the answer, then clears the line, then leaves."""
     front = HeldFront()
     try:
         with chatting(front.url, tmp_path=tmp_path) as pty:
@@ -496,7 +509,7 @@ def test_ctrl_c_stops_the_answer_then_clears_the_line_then_leaves(tmp_path):
         front.close()
 
 
-def test_tab_ends_the_thinking_of_an_answer_which_goes_on(tmp_path):
+def test_tab_ends_the_thinking_alone(tmp_path):
     front = HeldFront()
     front.pool.tokenizer = Letters()
     front.pool.tokenizer.thoughts = ("<think>", "</think>")
@@ -522,7 +535,8 @@ def test_tab_ends_the_thinking_of_an_answer_which_goes_on(tmp_path):
         front.close()
 
 
-def test_the_history_is_kept_for_its_owner_alone_and_can_be_switched_off(front, tmp_path):
+def test_history_is_private_and_can_be_off(front, tmp_path):
+    """The history is kept for its owner alone and can be switched off."""
     with chatting(front.url, tmp_path=tmp_path) as pty:
         pty.type("Remember me\r")
         pty.expect("five")
@@ -555,7 +569,8 @@ def test_the_history_is_kept_for_its_owner_alone_and_can_be_switched_off(front, 
         "Remember me", "Remember me", "Forget me"]
 
 
-def test_commands_are_completed_and_edit_begins_with_the_old_text(front, tmp_path):
+def test_tab_completes_commands(front, tmp_path):
+    """Commands are completed, and `/edit` begins with the old text."""
     with chatting(front.url, tmp_path=tmp_path) as pty:
         pty.type("Hello\r")
         pty.expect("five")
@@ -570,7 +585,7 @@ def test_commands_are_completed_and_edit_begins_with_the_old_text(front, tmp_pat
     assert asked(front) == ["Hello", "Hello there"] and len(front.pool.requests[1].messages) == 1
 
 
-def test_a_loaded_chat_is_shown_without_control_sequences(front, tmp_path):
+def test_a_loaded_chat_has_no_control_sequences(front, tmp_path):
     messages = [{"role": "user", "content": "a\x1b]0;evil\x07b"}, {"role": "assistant", "content": "c\x1b[2Jd"}]
     (tmp_path / "chat.json").write_text(json.dumps(messages))
     with chatting(front.url, tmp_path=tmp_path) as pty:
@@ -597,7 +612,8 @@ def screen(raw, rows):
     return lines
 
 
-def test_the_queue_and_the_reading_of_the_prompt_are_shown_where_the_answer_will_begin(tmp_path):
+def test_waiting_is_shown_before_the_answer(tmp_path):
+    """The queue and the reading of the prompt are shown where the answer will begin."""
     told = PromptProgress(3, 200), PromptProgress(0, 200, 84)
     with fake_front([*told, "Hello."]) as url, chatting(url, tmp_path=tmp_path) as pty:
         start = len(pty.raw)
@@ -609,7 +625,8 @@ def test_the_queue_and_the_reading_of_the_prompt_are_shown_where_the_answer_will
 
 
 @pytest.mark.parametrize("no_color", [None, "1"])
-def test_an_answer_stays_on_the_screen_once_and_its_words_are_not_broken(tmp_path, no_color):
+def test_an_answer_stays_on_the_screen_once(tmp_path, no_color):
+    """An answer stays on the screen once and its words are not broken."""
     words = " ".join(f"word{number}" for number in range(60))
     with fake_front(["# Title\n\n", "Some **bo", "ld** text: ", words, "\n\n```py\nx = 1\n```\n"]) as url:
         with chatting(url, tmp_path=tmp_path, columns=50, rows=12, **({"NO_COLOR": no_color} if no_color else {})) as pty:
@@ -631,7 +648,8 @@ def test_a_pipe_gets_nothing_but_the_answers(front, tmp_path):
     assert "\x1b" not in run.stderr and "/save FILE" in run.stderr and run.stderr.count("5 tokens in") == 2
 
 
-def test_file_sends_the_text_of_a_document_and_says_first_what_it_lacks(tmp_path, monkeypatch, capsys):
+def test_file_sends_a_document_s_text(tmp_path, monkeypatch, capsys):
+    """`/file` sends the text of a document and says first what it lacks."""
     pytest.importorskip("pypdfium2")
     import documents
     (tmp_path / "my report.pdf").write_bytes(documents.pdf(["One", "", "Three"]))
@@ -645,7 +663,8 @@ def test_file_sends_the_text_of_a_document_and_says_first_what_it_lacks(tmp_path
     assert "error: the PDF is encrypted: save it without its password" in err and "none.docx" in err
 
 
-def test_image_sends_a_picture_which_stays_with_the_chat_and_moves_to_the_page(tmp_path, monkeypatch, capsys):
+def test_image_sends_a_picture_that_stays(tmp_path, monkeypatch, capsys):
+    """`/image` sends a picture, which stays with the chat and moves to the page."""
     image = pytest.importorskip("PIL.Image")
     from chatlm.front.admission.admission import Admission
     image.new("RGB", (4, 3), "red").save(tmp_path / "a red.png")
@@ -673,7 +692,8 @@ def test_image_sends_a_picture_which_stays_with_the_chat_and_moves_to_the_page(t
     assert "does not represent a valid image: it is of another format, allowed are PNG, JPEG, WebP, GIF" in err and "the file name is missing" in err
 
 
-def test_image_says_when_the_model_cannot_see_and_a_server_gets_parts(tmp_path, monkeypatch, capsys):
+def test_image_says_when_the_model_cannot_see(tmp_path, monkeypatch, capsys):
+    """`/image` says when the model cannot see, and a server gets parts."""
     (tmp_path / "red.gif").write_bytes(b"GIF89a...")
     monkeypatch.chdir(tmp_path)
     pool = FakePool()

@@ -75,7 +75,7 @@ def said(case, fixtures, default, folder):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_answers_are_those_of_a_worker_with_torch(case, nanochat_fixtures, default_model_path, tmp_path):
+def test_a_worker_without_torch_answers_the_same(case, nanochat_fixtures, default_model_path, tmp_path):
     found, mapped = said(case, nanochat_fixtures, default_model_path, tmp_path)
     noted = json.loads(NOTED.read_text())[case]
     for name, value in noted.items():

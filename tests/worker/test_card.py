@@ -13,11 +13,12 @@ ENGINE = EngineFacts(Device("cpu"), stages=1, tp=1, context_length=4096, scored_
                      kernel_names={}, row_invariant=True, weight_types="q4_1 (93 MiB)", matrix_type="q4_1", weights_bytes=97517568, cache=CACHE, states=None)
 
 
-def test_the_line_of_the_cache_says_how_many_tokens_it_holds():
+def test_the_cache_s_line_says_how_many_tokens_it_holds():
     assert cache_line(ENGINE) == ("KV cache: 2,048 pages of 16 tokens = 32,768 tokens (16 MiB); float16, 512 bytes a token; context 4,096 tokens")
 
 
-def test_where_windows_pass_pages_the_line_says_what_a_sequence_holds():
+def test_with_windows_the_line_counts_a_sequence():
+    """Where windows pass pages, the line says what a sequence holds."""
     cache = replace(CACHE, has_holes=True, lasting_token_bytes=128, types=("float16", "q8_0"))
     assert cache_line(replace(ENGINE, cache=cache)) == (
         "KV cache: 2,048 pages of 16 tokens in 3 layers, of which a sequence holds at most 40 (16 MiB); "

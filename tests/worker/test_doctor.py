@@ -34,7 +34,7 @@ def check(*words, **environment):
 
 
 @pytest.mark.parametrize("fault", OF_TEXT, ids=lambda fault: fault.name)
-def test_each_fault_of_a_tokenizer_or_template_is_found(fault, tmp_path):
+def test_each_tokenizer_or_template_fault_is_found(fault, tmp_path):
     diagnosis = diagnose(fault.mutate(fault.make(tmp_path)), only=fault.finds)
     assert diagnosis.finds(fault), [finding.what for finding in diagnosis.findings]
 
@@ -45,7 +45,8 @@ def test_the_models_without_their_faults_are_fine(make, tmp_path):
     assert (diagnosis.serious, diagnosis.refused) == ([], "")
 
 
-def test_nanochat_checkpoints_and_the_default_model_are_fine(nanochat_fixtures, default_model_path):
+def test_nanochat_and_the_default_model_are_fine(nanochat_fixtures, default_model_path):
+    """nanochat's checkpoints and the default model are fine."""
     for path in (*sorted(nanochat_fixtures.iterdir()), default_model_path):
         diagnosis = diagnose(path)
         assert (diagnosis.serious, diagnosis.refused) == ([], ""), path
@@ -62,7 +63,7 @@ def test_the_command_has_a_verdict_and_a_status(default_model_path, tmp_path):
     assert body["findings"][0]["check"] == "ends" and '" the"' in body["findings"][0]["what"]
 
 
-def test_the_template_of_another_process_cannot_hang_or_fill_it(tmp_path):
+def test_another_process_s_template_cannot_hang_it(tmp_path):
     """A loop without end, and one that fills memory, are findings; the checks after them are made."""
     for body, words in (("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "of the processor"),
                         ("{% set a = namespace(b='x' * 1000000) %}{% for i in range(20) %}{% set a.b = a.b + a.b %}{% endfor %}", "takes more memory")):
@@ -73,7 +74,7 @@ def test_the_template_of_another_process_cannot_hang_or_fill_it(tmp_path):
         assert finding.severity == "error" and words in finding.what, finding
 
 
-def test_a_template_has_the_time_that_a_server_gives_it():
+def test_a_template_has_the_time_a_server_gives_it():
     assert (template.COMPILE_S, template.FILL_S) == (PREPARE_S, Admission.TEMPLATE_S)
 
 
@@ -100,7 +101,8 @@ sys.exit(run_role(*sys.argv[1:]))
 """
 
 
-async def test_a_check_that_ends_its_process_or_hangs_is_a_finding_and_the_others_are_made(monkeypatch, nanochat_fixtures):
+async def test_a_check_that_dies_or_hangs_is_a_finding(monkeypatch, nanochat_fixtures):
+    """A check that ends its process or hangs is a finding, and the others are made."""
     monkeypatch.setattr(check_command, "PROCESS_COMMAND", (sys.executable, "-c", SICK))
     settings = Settings(command="check", model=str(nanochat_fixtures / "gen5"))
     report = await Examination(DoctorConfig(settings, resolve_model(settings), None, 1), no_progress).run()
@@ -117,7 +119,7 @@ def test_names_in_a_report_cannot_move_the_cursor():
     assert text.count("\n") == 2 and "\\x1b[31mred\\u202e (a b)" in text
 
 
-def test_the_worst_finding_is_shown_first_and_decides():
+def test_the_worst_finding_comes_first_and_decides():
     found = tuple(Finding("a", severity, severity) for severity in ("note", "warning", "error"))
     report = ModelReport("m", "d", (Examined("a", 0.0, found),))
     assert [finding.severity for finding in report.findings] == ["error", "warning", "note"] and report.verdict == "error"

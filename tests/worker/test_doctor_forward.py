@@ -32,7 +32,8 @@ def found(base, **settings):
     return [(finding.severity, finding.what, finding.advice) for finding in diagnosis.findings]
 
 
-def test_a_checkpoint_of_upstream_s_forward_has_the_loss_that_upstream_found(base, nanochat_fixtures):
+def test_an_upstream_checkpoint_has_upstream_s_loss(base, nanochat_fixtures):
+    """A checkpoint of upstream's forward has the loss that upstream found."""
     model = write_base(base, nanochat_fixtures)
     [(severity, what, _)] = found(base)
     assert severity == "note" and what.startswith("our forward agrees with the one that trained it to 0.01%: val_bpb 9.455772 there, 9.45577")
@@ -40,7 +41,8 @@ def test_a_checkpoint_of_upstream_s_forward_has_the_loss_that_upstream_found(bas
     assert found(base, quantize="q4_0")[0][:2] == ("note", what)     # the file is judged, not what it is served with
 
 
-def test_other_windows_and_another_softcap_are_noticed_and_the_softcap_is_named(base, nanochat_fixtures, tmp_path):
+def test_another_softcap_or_window_is_noticed(base, nanochat_fixtures, tmp_path):
+    """Other windows and another softcap are noticed, and the softcap is named."""
     write_base(base, nanochat_fixtures, config={"window_pattern": "L"})
     [(severity, what, advice)] = found(base)
     assert severity == "error" and what.startswith("this checkpoint was trained with another forward: val_bpb 9.4558 there, 9.")
@@ -50,7 +52,8 @@ def test_other_windows_and_another_softcap_are_noticed_and_the_softcap_is_named(
     assert severity == "error" and "trained with another forward" in what and advice.startswith("serve it with --softcap 15: val_bpb 9.4557")
 
 
-def test_of_published_weights_it_is_a_warning_that_names_the_other_reason(base, nanochat_fixtures, tmp_path, monkeypatch):
+def test_published_weights_get_only_a_warning(base, nanochat_fixtures, tmp_path, monkeypatch):
+    """Of published weights it is a warning that names the other reason."""
     model = write_base(tmp_path / "other", nanochat_fixtures, val_bpb=9.0)
     alone = tmp_path / "published"
     shutil.copytree(model.parent, alone)
@@ -66,7 +69,7 @@ def test_of_published_weights_it_is_a_warning_that_names_the_other_reason(base, 
     {"user_config": {"eval_every": 250, "save_every": 130, "num_iterations": 1000}},        # stale
     {"dataloader_state_dict": {"pq_idx": 0, "rg_idx": 3}},                                  # rows as before January 2026
     {"dataloader_state_dict": "epoch"}))
-def test_what_cannot_be_computed_again_is_not_compared(base, nanochat_fixtures, changes):
+def test_what_cannot_be_computed_is_not_compared(base, nanochat_fixtures, changes):
     model = write_base(base, nanochat_fixtures, **changes)
     assert evaluation_of(model) is None and found(base) == []
 
@@ -77,7 +80,7 @@ def test_a_loss_of_chats_is_not_compared(base, nanochat_fixtures):
     assert evaluation_of(base / "chatsft_checkpoints" / "d4" / model.name) is None and found(base) == []
 
 
-def test_rows_longer_than_the_context_are_not_compared(base, nanochat_fixtures):
+def test_rows_beyond_the_context_are_not_compared(base, nanochat_fixtures):
     write_base(base, nanochat_fixtures, max_seq_len=1 << 30, user_config={"eval_tokens": 1 << 38})
     [(severity, what, _)] = found(base)
     assert severity == "note" and "was not compared with our own: it was evaluated on rows of 1,073,741,824 tokens" in what
@@ -94,7 +97,7 @@ def write_table(path, columns):
     (lambda shard: shard.write_bytes(b""), "cannot read"), (lambda shard: write_table(shard, {"words": ["a"]}), "has no column `text`"),
     (lambda shard: write_table(shard, {"text": [1, 2]}), "is not a text"), (lambda shard: write_table(shard, {"text": [None]}), "is not a text"),
     (lambda shard: write_table(shard, {"text": []}), "has no texts"), (lambda shard: shutil.rmtree(shard.parent), "no validation shard is in its base")))
-def test_a_shard_that_is_missing_or_broken_is_a_note(base, nanochat_fixtures, spoil, words):
+def test_a_missing_or_broken_shard_is_a_note(base, nanochat_fixtures, spoil, words):
     write_base(base, nanochat_fixtures)
     [shard] = validation_shards(base / "base_checkpoints" / "d4" / "model_000650.pt")
     spoil(shard)
@@ -105,7 +108,7 @@ def test_a_shard_that_is_missing_or_broken_is_a_note(base, nanochat_fixtures, sp
         assert severity == "note" and words in what and "9.4558 was not compared" in what
 
 
-def test_of_several_data_sets_one_that_agrees_is_enough(base, nanochat_fixtures):
+def test_one_data_set_that_agrees_is_enough(base, nanochat_fixtures):
     model = write_base(base, nanochat_fixtures)
     (base / "datasets" / "climbmix").mkdir(parents=True)
     write_table(base / "datasets" / "climbmix" / "shard_00001.parquet", {"text": ["another text, of which there are many"] * 50})
@@ -113,14 +116,16 @@ def test_of_several_data_sets_one_that_agrees_is_enough(base, nanochat_fixtures)
     assert found(base)[0][0] == "note" and "shard_06542" in found(base)[0][1]
 
 
-def test_a_slow_machine_does_not_say_what_few_rows_cannot_tell(base, nanochat_fixtures, monkeypatch):
+def test_few_rows_of_a_slow_machine_decide_nothing(base, nanochat_fixtures, monkeypatch):
+    """A slow machine does not say what few rows cannot tell."""
     monkeypatch.setattr(forward, "LIMIT_S", 0.0)
     write_base(base, nanochat_fixtures, device_batch_size=4, user_config={"eval_tokens": 512 * 40})
     [(severity, what, _)] = found(base)
     assert severity == "note" and "8 rows take more than" in what
 
 
-def test_the_command_ends_with_1_and_says_both_numbers_as_json(base, nanochat_fixtures):
+def test_check_ends_with_1_and_json_has_both_numbers(base, nanochat_fixtures):
+    """The command ends with 1, and says both numbers as JSON."""
     write_base(base, nanochat_fixtures, val_bpb=9.0)
     done = subprocess.run([sys.executable, SCRIPT, "check", base, "--json"], capture_output=True, text=True, timeout=120)
     [finding] = [one for one in json.loads(done.stdout)["findings"] if one["check"] == "forward"]
@@ -134,7 +139,8 @@ def test_weights_that_are_not_numbers_differ(base, nanochat_fixtures):
     assert not compared.agrees and "1.000000 there, nan here" in compared.sentence
 
 
-def test_a_part_of_the_rows_or_those_of_several_gpus_may_differ_by_their_spread(base):
+def test_parts_of_the_rows_may_differ_by_their_spread(base):
+    """A part of the rows or those of several GPUs may differ by their spread."""
     rows = [RowScore(2000.0 + 40 * (number % 11), 3000, 3000) for number in range(64)]
     ours = compare(Evaluation(1.0, 512, 64, 1, False), rows, base, False).ours
     whole = compare(Evaluation(ours, 512, 64, 1, False), rows, base, False)
@@ -147,14 +153,16 @@ def test_a_part_of_the_rows_or_those_of_several_gpus_may_differ_by_their_spread(
         assert not compare(Evaluation(ours * (1 + off), 512, 6400, 1, False), rows, base, False).agrees
 
 
-def test_the_bytes_of_tokens_as_they_were_counted_until_july_are_tried_too(base):
+def test_token_bytes_as_counted_until_july_are_tried(base):
+    """The bytes of tokens as they were counted until July are tried too."""
     assert former_size("é".encode()) == 2 and former_size(b"\xc3") == 3
     scores = [RowScore(700.0, 1000, 1010)] * 8
     former = 8 * 700 / 0.6931471805599453 / 8080
     assert compare(Evaluation(former, 512, 8, 1, True), scores, base, True).agrees
 
 
-def test_the_rows_that_are_chosen_are_spread_over_all_and_the_same_each_time(base, nanochat_fixtures):
+def test_chosen_rows_are_spread_and_always_the_same(base, nanochat_fixtures):
+    """The rows that are chosen are spread over all, and the same each time."""
     model = write_base(base, nanochat_fixtures)
     [shard] = validation_shards(model)
     encode = lambda text: [0, *text.encode()]
@@ -165,7 +173,7 @@ def test_the_rows_that_are_chosen_are_spread_over_all_and_the_same_each_time(bas
     assert len(long) == 8       # of the first 128
 
 
-def test_a_shard_of_tiny_documents_is_not_packed_for_ever(base, nanochat_fixtures, monkeypatch):
+def test_tiny_documents_are_not_packed_for_ever(base, nanochat_fixtures, monkeypatch):
     monkeypatch.setattr(val_bpb, "PACKING_S", 0.2)
     model = write_base(base, nanochat_fixtures, device_batch_size=1000, user_config={"eval_tokens": 512_000})
     [shard] = validation_shards(model)
@@ -174,13 +182,14 @@ def test_a_shard_of_tiny_documents_is_not_packed_for_ever(base, nanochat_fixture
     assert Evaluation(1.0, 1, 1 << 30, 1, True).wanted == val_bpb.MOST_ROWS
 
 
-def test_a_row_group_too_large_to_be_read_as_a_whole_is_a_note(base, nanochat_fixtures, monkeypatch):
+def test_a_row_group_too_large_to_read_is_a_note(base, nanochat_fixtures, monkeypatch):
     monkeypatch.setattr(shards, "MOST_GROUP_BYTES", 100)
     write_base(base, nanochat_fixtures)
     assert found(base)[0][0] == "note" and "bytes in a row group; the limit is 100" in found(base)[0][1]
 
 
-def test_the_gpus_of_a_run_are_counted_by_the_parts_of_its_optimizer(base, nanochat_fixtures):
+def test_optimizer_parts_count_the_gpus_of_a_run(base, nanochat_fixtures):
+    """The GPUs of a run are counted by the parts of its optimizer."""
     model = write_base(base, nanochat_fixtures)
     for rank in range(1, 8):
         (model.parent / f"optim_000300_rank{rank}.pt").touch()

@@ -50,7 +50,7 @@ def test_random_weights_of_other_families_are_fine(name, tmp_path):
     assert (diagnosis.serious, diagnosis.refused) == ([], "")
 
 
-def test_a_folder_and_its_gguf_file_have_the_same_portraits(tmp_path):
+def test_a_folder_and_its_gguf_have_one_portrait(tmp_path):
     """Up to the order of rows, which llama.cpp changes."""
     model, drawn = make_model("llama3.2"), []
     as_gguf(tmp_path / "model.gguf", model)
@@ -65,7 +65,7 @@ def test_a_folder_and_its_gguf_file_have_the_same_portraits(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama3.2", "gpt-oss", "qwen3.5"])
-def test_a_folder_and_its_gguf_file_are_each_others_originals(name, tmp_path):
+def test_a_folder_and_its_gguf_are_mutual_originals(name, tmp_path):
     """Whatever the order of rows in each."""
     model, both = make_model(name), []
     as_gguf(tmp_path / "model.gguf", model)
@@ -77,7 +77,7 @@ def test_a_folder_and_its_gguf_file_are_each_others_originals(name, tmp_path):
     assert len(far) > 8 and max(far.values()) < 1e-6
 
 
-def test_the_portrait_of_a_bias_is_that_of_its_own_tensor(tmp_path):
+def test_a_bias_s_portrait_is_of_its_own_tensor(tmp_path):
     """q, k and v of a file are one vector here; each is read alone."""
     as_gguf(tmp_path / "model.gguf", make_model("qwen2.5"))
     settings = Settings(model=str(tmp_path / "model.gguf"))
@@ -86,7 +86,7 @@ def test_the_portrait_of_a_bias_is_that_of_its_own_tensor(tmp_path):
     assert biases and all(one.values.shape == one.shape for one in biases)
 
 
-def test_a_large_model_is_sampled_and_the_report_says_so(default_file, monkeypatch):
+def test_a_sampled_large_model_is_reported_so(default_file, monkeypatch):
     monkeypatch.setattr("chatlm.worker.doctor.weights.MOST_VALUES", 40_000_000)
     monkeypatch.setattr(portraits, "MOST_VALUES", 40_000_000)
     monkeypatch.setattr(portraits, "CHUNK", 1 << 16)
@@ -101,7 +101,8 @@ def test_only_the_strangest_of_neighbours_is_named():
     assert [(found.portrait.layer, round(numpy.exp(found.log_factor))) for found in strange_levels(kind)] == [(6, 5)]
 
 
-def test_profiles_are_correlations_and_flat_ones_are_none():
+def test_flat_profiles_are_no_correlations():
+    """Profiles are correlations, and flat ones are none."""
     dice = numpy.random.default_rng(1)
     values = numpy.exp(dice.standard_normal(100))
     assert profile(values) @ profile(values**3) == pytest.approx(1)
@@ -119,7 +120,7 @@ def test_a_model_is_its_own_original(tmp_path):
     assert severity == "note" and "mean KL 0 nats" in predicted and "the same at 100.0%" in predicted
 
 
-def test_what_is_not_the_originals_is_named(tmp_path):
+def test_what_is_not_the_original_s_is_named(tmp_path):
     original = small_gguf(tmp_path)
     other = rewritten(Path(shutil.copy(original, tmp_path / "other.gguf")), {"llama.rope.freq_base": 5000.0})
     with bytes_of(other, "blk.0.ffn_down.weight") as rows:
@@ -141,7 +142,8 @@ def test_the_kind_of_tensor_that_costs_is_named(tmp_path):
     assert [what.partition("regain: ")[2] for _, what in said if "regain" in what] == ["feed-forward down 100%"], said
 
 
-def test_an_original_of_another_vocabulary_or_shape_is_refused(tmp_path, nanochat_fixtures, default_file):
+def test_an_original_of_another_shape_is_refused(tmp_path, nanochat_fixtures, default_file):
+    """An original of another vocabulary or shape is refused."""
     path = small_gguf(tmp_path)
     [(severity, what)] = against(path, sorted(nanochat_fixtures.iterdir())[0])
     assert severity == "error" and "another vocabulary" in what
@@ -149,7 +151,8 @@ def test_an_original_of_another_vocabulary_or_shape_is_refused(tmp_path, nanocha
     assert said[-1] == ("error", "the original's tensors have other shapes, so the two cannot be compared")
 
 
-def test_memory_grows_with_the_context_and_flags_that_help_are_named(default_file, monkeypatch):
+def test_memory_grows_and_helpful_flags_are_named(default_file, monkeypatch):
+    """Memory grows with the context, and flags that help are named."""
     [fits] = diagnose(default_file, only=["memory"]).findings
     assert fits.severity == "note" and list(fits.facts["needed"]) == ["4096", "8192"]
     assert fits.facts["needed"]["8192"] > fits.facts["needed"]["4096"]

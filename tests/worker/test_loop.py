@@ -49,7 +49,8 @@ def broken(engine, monkeypatch, times):
     monkeypatch.setattr(engine.steps, "start", fail)
 
 
-def test_a_failed_step_costs_the_answer_in_it_and_the_next_answer_is_whole(engine, monkeypatch):
+def test_a_failed_step_costs_only_its_answer(engine, monkeypatch):
+    """A failed step costs the answer in it, and the next answer is whole."""
     broken(engine, monkeypatch, 1)
     front = Front(asking("lost"), asking("whole"))
     run(front, engine)
@@ -57,7 +58,8 @@ def test_a_failed_step_costs_the_answer_in_it_and_the_next_answer_is_whole(engin
     assert isinstance(failed, Failed) and "(ValueError)" in failed.message and isinstance(ended, Ended)
 
 
-def test_a_worker_survives_three_failed_steps_in_a_row_and_not_four(engine, monkeypatch):
+def test_a_worker_survives_three_failed_steps(engine, monkeypatch):
+    """A worker survives three failed steps in a row, and not four."""
     broken(engine, monkeypatch, 4)
     front = Front(*(asking(str(number)) for number in range(4)))
     loop = WorkerLoop(front, engine, CONFIG)
@@ -66,7 +68,7 @@ def test_a_worker_survives_three_failed_steps_in_a_row_and_not_four(engine, monk
     assert loop.failures == 4 and len([event for _, event in front.events if isinstance(event, Failed)]) == 3
 
 
-def test_a_step_that_is_computed_forgives_those_that_failed_before(engine, monkeypatch):
+def test_a_computed_step_forgives_failed_ones(engine, monkeypatch):
     front = Front(*(asking(str(number)) for number in range(6)))
     start = engine.steps.start
 
@@ -87,7 +89,7 @@ def test_an_error_of_the_gpu_ends_the_worker_at_once(engine, monkeypatch):
         WorkerLoop(Front(asking("a")), engine, CONFIG).run()
 
 
-def test_the_cache_is_emptied_once_nothing_is_computed(engine):
+def test_the_cache_is_emptied_when_nothing_runs(engine):
     prompt = tuple(range(3, 60))
     front = Front([*asking("a", prompt), EmptyCache()], [Ping()])
     run(front, engine)
@@ -96,7 +98,8 @@ def test_the_cache_is_emptied_once_nothing_is_computed(engine):
     assert front.sent[emptied] == CacheEmptied(True) and abs(ended - emptied) == 1 and not engine.pool.index
 
 
-def test_a_worker_warms_up_while_nobody_asks_and_leaves_that_to_what_is_asked(engine):
+def test_a_worker_warms_up_while_nobody_asks(engine):
+    """A worker warms up while nobody asks, and leaves that to what is asked."""
     with torch.inference_mode():
         alone, asked = WarmUp(engine), WarmUp(engine)
         alone.begin()
@@ -112,7 +115,7 @@ def test_a_worker_warms_up_while_nobody_asks_and_leaves_that_to_what_is_asked(en
     assert not asked.is_due
 
 
-def test_ready_has_every_gauge_and_the_faults_of_kernels(engine):
+def test_ready_has_every_gauge_and_kernel_fault(engine):
     front = Front()
     WorkerLoop(front, engine, CONFIG).report_ready()
     [ready] = front.sent

@@ -43,13 +43,14 @@ def test_the_bytes_of_all_ranks_are_counted(folder, tp, pp, monkeypatch):
     assert 0.7 * cache <= found.cache <= 1.3 * cache
 
 
-def test_a_model_that_cannot_be_divided_so_says_why(folder):
+def test_a_model_that_cannot_be_divided_says_why(folder):
     with pytest.raises(ConfigError, match="cannot be divided among 64 ranks"):
         survey(Settings(model=str(folder), tensor_parallel_size=64))
 
 
 @pytest.mark.parametrize("replicas", [1, 3])
-def test_the_pages_of_all_replicas_fit_next_to_weights_and_processes(folder, replicas):
+def test_all_replicas_pages_fit_beside_weights(folder, replicas):
+    """The pages of all replicas fit next to weights and processes."""
     settings, process_bytes = Settings(model=str(folder), dtype="float32", max_batch=8), 3 << 20
     own = survey(settings)
     room = 200 << 10    # that is left to the pages of each, less than an eighth of it all

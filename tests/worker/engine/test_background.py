@@ -59,7 +59,8 @@ def step(s):
     return {chunk.sequence.work.id: chunk.count for chunk in plan}
 
 
-def test_as_many_tokens_join_a_step_as_lengthen_it_by_a_twentieth():
+def test_tokens_lengthen_a_step_by_a_twentieth_at_most():
+    """As many tokens join a step as lengthen it by a twentieth."""
     lane = BackgroundLane()
     assert lane.room_beside(times_of(1.0, 1.02, 1.04, 1.06, 1.2), 1, 4) == 2
     assert lane.room_beside(times_of(1.0, 1.02, 1.04, 1.06, 1.2), 2, 3) == 2        # 1.04 and 1.06, of 1.02
@@ -68,13 +69,15 @@ def test_as_many_tokens_join_a_step_as_lengthen_it_by_a_twentieth():
     assert lane.room_beside(StepTimes(), 1, 0) == 0
 
 
-def test_a_number_of_rows_that_once_was_slow_is_tried_again_seldom():
+def test_a_slow_number_of_rows_is_seldom_tried():
+    """A number of rows that once was slow is tried again seldom."""
     lane, slow = BackgroundLane(), times_of(1.0, 3.0)
     rooms = Counter(lane.room_beside(slow, 1, 4) for _ in range(10 * lane.TRIAL))
     assert rooms == {0: 10 * (lane.TRIAL - 1), 1: 10}
 
 
-def test_background_prompts_have_short_steps_and_none_beside_what_would_be_longer():
+def test_background_prompts_have_short_steps():
+    """Background prompts have short steps, and none beside what would be longer."""
     lane = BackgroundLane()
     times = Times()
     times.rows = times_of(0.02, 0.025)
@@ -92,7 +95,8 @@ def test_background_prompts_have_short_steps_and_none_beside_what_would_be_longe
     assert step(s) == {"a": 64} and step(s) == {"a": 3} and step(s) == {"a": 1}
 
 
-def test_a_running_line_is_set_aside_with_its_pages_and_goes_on_where_it_was():
+def test_a_line_set_aside_goes_on_where_it_was():
+    """A running line is set aside with its pages, and goes on where it was."""
     s = scheduler(1.0, 1.2)
     for name in ("a", "b", "c", "d", "e"):
         s.queue.add(sequence(name, 20))
@@ -107,7 +111,8 @@ def test_a_running_line_is_set_aside_with_its_pages_and_goes_on_where_it_was():
     assert step(s) == dict.fromkeys("abcd", 1)
 
 
-def test_no_line_is_admitted_while_an_interactive_request_waits_or_has_no_room_for_it():
+def test_interactive_requests_are_admitted_first():
+    """No line is admitted while an interactive request waits or has no room for it."""
     s = scheduler(1.0, 1.01, 1.02, 1.2)
     for name in ("a", "B", "c", "D", "e", "F", "G", "H"):
         s.queue.add(sequence(name, 4))
@@ -124,7 +129,8 @@ def test_no_line_is_admitted_while_an_interactive_request_waits_or_has_no_room_f
     assert [each.work.id for each in s.queue.running] == list("Hac") and step(s) == {"H": 1, "a": 1, "c": 1}
 
 
-def test_drafts_of_interactive_answers_leave_less_room_and_lines_have_none(monkeypatch):
+def test_interactive_drafts_leave_lines_less_room(monkeypatch):
+    """Drafts of interactive answers leave less room, and lines have none."""
     s = scheduler(1.0, 1.02, 1.2, 1.4)
     s.queue.add(sequence("A", 4)), step(s), s.queue.add(sequence("a", 4)), step(s), step(s), step(s), step(s), step(s)
     interactive, line = s.queue.running
@@ -137,7 +143,8 @@ def test_drafts_of_interactive_answers_leave_less_room_and_lines_have_none(monke
     assert asked == [(["A"], 1), (["a"], 1)]
 
 
-def test_a_line_that_the_host_must_draw_waits_for_interactive_answers():
+def test_a_host_drawn_line_waits_for_answers():
+    """A line that the host must draw waits for interactive answers."""
     s = scheduler(1.0, 1.0, 1.0, 1.0)
     s.queue.add(sequence("A", 4)), step(s)
     masked = Sequence(assignment("a", (1, 2), SamplingParams(), 50, logprobs=3, background=True), [1, 2], 60)
@@ -147,7 +154,8 @@ def test_a_line_that_the_host_must_draw_waits_for_interactive_answers():
     assert step(s) == {"a": 2}
 
 
-def test_interactive_requests_take_the_pages_of_the_background_first_and_the_background_none_of_theirs():
+def test_interactive_requests_take_background_pages():
+    """Interactive requests take the pages of the background first, and the background takes none of theirs."""
     s = scheduler(1.0, 1.2, num_pages=12)
     s.queue.add(sequence("a", 60, "x")), s.queue.add(sequence("b", 60, "y"))
     step(s), step(s), step(s)
@@ -162,7 +170,8 @@ def test_interactive_requests_take_the_pages_of_the_background_first_and_the_bac
     assert {each.work.id for each in s.queue.running} == {"a", "b"}
 
 
-def test_an_interactive_prompt_that_cannot_fit_costs_the_background_nothing():
+def test_a_prompt_too_large_costs_lines_nothing():
+    """An interactive prompt that cannot fit costs the background nothing."""
     s = scheduler(1.0, 1.2, num_pages=12)
     s.queue.add(sequence("A", 80)), step(s), step(s)
     s.queue.add(sequence("a", 30)), step(s)
@@ -170,7 +179,8 @@ def test_an_interactive_prompt_that_cannot_fit_costs_the_background_nothing():
     assert [each.work.id for each in s.queue.running] == ["a", "B"] and s.queue.preemptions == 0
 
 
-def test_texts_in_the_background_wait_for_interactive_answers_and_answers_in_it_for_texts():
+def test_background_texts_and_answers_wait_in_turn():
+    """Texts in the background wait for interactive answers, and answers in it for texts."""
     s = scheduler(1.0, 1.0)
     text = lambda name, low: Sequence(assignment(name, (7,) * 20, SamplingParams(), 0, pooling="mean", background=low), [7] * 20, 20)    # noqa: E731
     s.queue.add(sequence("A", 4)), step(s)
@@ -185,7 +195,8 @@ def test_texts_in_the_background_wait_for_interactive_answers_and_answers_in_it_
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_traffic_of_both_lanes_ends_and_loses_no_page(seed):
+def test_random_traffic_of_both_lanes_loses_no_page(seed):
+    """Random traffic of both lanes ends and loses no page."""
     generator = random.Random(seed)
     s = scheduler(1.0, 1.02, 1.04, 1.2, num_pages=40, max_batch=6, prefill_chunk=32)
     alive, ended = [], Counter()
@@ -237,7 +248,8 @@ def written(engine, works, arriving=(), every=12):
 
 @pytest.mark.parametrize("room", [0, 2])
 @pytest.mark.parametrize("model", ["gen5", "qwen3.5"])      # only attention; layers with states, of which there are as many as rows
-def test_lines_that_are_set_aside_again_and_again_have_the_same_tokens(model, room, nanochat_fixtures, tmp_path, monkeypatch):
+def test_lines_set_aside_often_have_the_same_tokens(model, room, nanochat_fixtures, tmp_path, monkeypatch):
+    """Lines that are set aside again and again have the same tokens."""
     monkeypatch.setattr(StatePool, "INTERVAL", 32)
     path = nanochat_fixtures / model if model == "gen5" else save(make_model(model), tmp_path)
     engine = make_engine(path, num_pages=200, max_batch=3, num_snapshots=2)
@@ -258,7 +270,8 @@ def test_lines_that_are_set_aside_again_and_again_have_the_same_tokens(model, ro
     assert len(beside) >= 10 and max(beside) == room
 
 
-def test_the_first_token_of_a_chat_comes_with_the_step_after_its_arrival(nanochat_fixtures):
+def test_a_chat_s_first_token_comes_at_the_next_step(nanochat_fixtures):
+    """The first token of a chat comes with the step after its arrival."""
     engine = make_engine(nanochat_fixtures / "gen5", max_batch=4)
     lines, chats = works_of(engine)
     with torch.inference_mode():
@@ -277,7 +290,8 @@ def test_the_first_token_of_a_chat_comes_with_the_step_after_its_arrival(nanocha
             engine.step()
 
 
-def test_the_background_waits_while_another_worker_on_the_same_processors_writes(nanochat_fixtures):
+def test_lines_wait_while_another_worker_writes(nanochat_fixtures):
+    """The background waits while another worker on the same processors writes."""
     if not (path := answering.path_of_word()):
         pytest.skip("no memory file here")
     other = answering.Word(path)

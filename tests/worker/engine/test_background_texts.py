@@ -42,7 +42,8 @@ def embedder(request, tmp_path_factory):
     return encoders.engine_of(folder)[1]
 
 
-def test_layers_wait_while_another_worker_writes_and_the_vectors_stay_the_same(word, embedder):
+def test_layers_wait_while_another_worker_writes(word, embedder):
+    """Layers wait while another worker writes, and the vectors stay the same."""
     before = encoders.vectors(embedder, PROMPTS, pooling=embedder.answers.tokenizer.spec.embedder.pooling)
     waited = _core.paused_ns()
     share_word(embedder, answering.path_of_word())
@@ -53,7 +54,8 @@ def test_layers_wait_while_another_worker_writes_and_the_vectors_stay_the_same(w
     assert _core.paused_ns() - waited >= 30_000_000
 
 
-def test_a_writer_moves_the_word_on_and_leaves_it_alone_when_it_embeds(word, nanochat_fixtures):
+def test_a_writer_moves_the_word_on(word, nanochat_fixtures):
+    """A writer moves the word on, and leaves it alone when it embeds."""
     engine = make_engine(nanochat_fixtures / "gen5")
     share_word(engine, answering.path_of_word())
     pieces(engine, [assignment("text", PROMPTS[0], SamplingParams(), 0, pooling="mean")])
@@ -63,7 +65,8 @@ def test_a_writer_moves_the_word_on_and_leaves_it_alone_when_it_embeds(word, nan
     assert word.until.value >= begin + 1e9 * answering.LEAST_S
 
 
-def test_the_word_is_there_for_processes_that_this_one_starts():
+def test_child_processes_find_the_word():
+    """The word is there for processes that this one starts."""
     assert answering.path_of_word() == answering.path_of_word()
     assert answering.longest_pause_s(6) == answering.PAUSE_S and answering.longest_pause_s(24) * 24 == answering.STEP_S
 

@@ -46,7 +46,7 @@ def test_the_scheduler_decides_as_recorded(play, first, end):
     assert not differing, f"{len(differing)} of {end - first} traffics; the first: {differing[0]}"
 
 
-def test_recorded_traffic_has_answers_that_lose_their_pages_to_others():
+def test_recorded_answers_lose_pages_to_others():
     """Only few pages and long answers reach this."""
     lost = [int(line.split()[2]) for line in recorded()]
     assert sum(count > 0 for count in lost[:BY_DAY]) > 3 and sum(count > 0 for count in lost) > 100

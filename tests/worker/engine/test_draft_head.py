@@ -59,7 +59,7 @@ def with_random_head(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name, form", [*((name, "folder") for name in NAMES), ("qwen3.5", "file"), ("qwen3.5", "folder by torch")])
-def test_its_logits_are_those_of_its_formulas(name, form, with_random_head, tmp_path, monkeypatch, one_thread):
+def test_a_head_s_logits_are_those_of_its_formulas(name, form, with_random_head, tmp_path, monkeypatch, one_thread):
     """Of the first token of each draft, in an answer over several pages, from prompts in chunks: computed with the states of transformers' model."""
     model, head, path = with_random_head(name)
     if form == "file":
@@ -130,7 +130,7 @@ def test_answers_are_those_without_drafts(name, with_random_head, one_thread, mo
 
 
 @compiled
-def test_answers_of_an_adapter_and_in_a_grammar_are_the_same(with_random_head, tmp_path, one_thread, monkeypatch):
+def test_a_head_changes_no_adapter_or_grammar_answer(with_random_head, tmp_path, one_thread, monkeypatch):
     """The head reads the states that the adapter makes; its pages are the adapter's alone. A step for a grammar shows its states too."""
     draft_always(monkeypatch, 3)
     model, _, path = with_random_head("qwen3.5")
@@ -192,7 +192,7 @@ def right_by_construction(folder):
 
 
 @compiled
-def test_drafts_of_a_head_that_is_right_are_accepted(tmp_path, one_thread, monkeypatch):
+def test_drafts_of_a_right_head_are_accepted(tmp_path, one_thread, monkeypatch):
     path, first = right_by_construction(tmp_path)
     draft_always(monkeypatch, 4)
     engine = engine_of(path, dtype="float32")
@@ -207,7 +207,7 @@ def test_drafts_of_a_head_that_is_right_are_accepted(tmp_path, one_thread, monke
 
 
 @compiled
-def test_a_head_that_is_right_makes_fewer_steps_as_the_engine_chooses(tmp_path, one_thread, monkeypatch):
+def test_a_right_head_makes_fewer_steps(tmp_path, one_thread, monkeypatch):
     """By what is measured, which here is mostly Python; but how ever many are drafted, no step is wrong and the states are those of the answer."""
     path, first = right_by_construction(tmp_path)
     engine = engine_of(path, dtype="float32", drafts="auto")
@@ -221,7 +221,7 @@ def test_a_head_that_is_right_makes_fewer_steps_as_the_engine_chooses(tmp_path, 
 
 
 @compiled
-def test_a_head_is_shown_the_rows_of_its_text_where_an_answer_ends_before_a_step_with_pictures(tmp_path, one_thread, monkeypatch):
+def test_a_head_sees_rows_of_the_text_before_pictures(tmp_path, one_thread, monkeypatch):
     """The step is planned while the one under way draws the last token of the answer before it in the batch: its row is left out."""
     draft_always(monkeypatch, 2)
     folder, picture = save_qwen_with_head(tmp_path, make_qwen("qwen3_5")), picture_of_size(60, 40)
@@ -257,7 +257,7 @@ def test_a_head_is_shown_the_rows_of_its_text_where_an_answer_ends_before_a_step
         assert numpy.array_equal(row, seen["alone"][position]), position
 
 
-def test_a_head_that_cannot_be_used_is_refused_or_left_out(with_random_head, tmp_path):
+def test_an_unusable_head_is_refused_or_left_out(with_random_head, tmp_path):
     path = with_random_head("qwen3.5")[2]
     with pytest.raises(ConfigError, match="--drafts mtp needs the draft head of a model: its files have none"):
         engine_of(save(make_model("llama3.1"), tmp_path / "llama"))

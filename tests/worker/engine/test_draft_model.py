@@ -204,7 +204,7 @@ def test_a_bias_and_a_stop_token_change_nothing(folder_of, four_at_a_time, one_t
 
 
 @compiled
-def test_answers_of_an_adapter_and_in_a_grammar_are_the_same(two_sizes, tmp_path, four_at_a_time, one_thread):
+def test_drafting_changes_no_adapter_or_grammar_answer(two_sizes, tmp_path, four_at_a_time, one_thread):
     """The draft model has no adapter: it drafts as well as it can."""
     engine = drafting_engine(*two_sizes, kv_cache_memory=128 << 20)
     engine.adapters.load("one", random_adapter(tmp_path / "one", 30, SMOLLM2, 1, 16, 0.03))
@@ -242,7 +242,7 @@ def two_sizes(default_model_path, tmp_path_factory):
 
 @compiled
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_drafts_are_as_often_right_as_the_models_agree(temperature, two_sizes, monkeypatch):
+def test_drafts_are_as_often_right_as_models_agree(temperature, two_sizes, monkeypatch):
     """With the noise of the seed: at least (1 - TV) / (1 + TV) of first tokens, and more than with other noise.
 
     The bound holds for the mean; of the 150 or more draws, which the seeds fix, the share may be two standard deviations below, and must be two above that."""
@@ -273,7 +273,8 @@ def test_what_cannot_draft_is_refused(draft, reason, folder_of):
         drafting_engine(folder_of("llama3.1"), draft and folder_of(draft))
 
 
-def test_another_tokenizer_is_refused_by_its_first_difference(folder_of, tmp_path, default_model_path):
+def test_another_tokenizer_is_named_by_a_difference(folder_of, tmp_path, default_model_path):
+    """The error names the first difference."""
     import json
     folder = save(make_model("llama2"), tmp_path / "other")
     path = folder / "tokenizer.json"

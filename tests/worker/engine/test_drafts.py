@@ -40,7 +40,7 @@ def run_of(tokens, end):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_an_indexed_text_finds_the_places_that_a_plain_search_finds(seed):
+def test_an_index_finds_what_a_plain_search_finds(seed):
     """However the text has grown: token by token, or many at once."""
     dice = random.Random(seed)
     tokens = [dice.randrange(1 + seed) for _ in range(900)]
@@ -54,7 +54,7 @@ def test_an_indexed_text_finds_the_places_that_a_plain_search_finds(seed):
     assert len(text.before) == len(tokens)
 
 
-def test_matches_are_measured_up_to_the_beginning_of_the_text():
+def test_matches_reach_back_to_the_text_s_beginning():
     tokens = [1, 2, 3, 4, 5, 6, 7]
     assert match_length(tokens, 6, [1, 2, 3, 4, 5, 6]) == 6
     assert match_length(tokens, 6, [9, 2, 3, 4, 5, 6]) == 4
@@ -72,20 +72,22 @@ def proposals(tokens, answer, others=()):
     return found
 
 
-def test_what_followed_is_proposed_with_chances_that_fall():
+def test_continuations_are_proposed_with_falling_odds():
     text = list(range(100, 160))
     [*_, (tokens, chances)] = proposals([*text, 1, 2, 3], [*text[:10], 0])
     assert tokens == tuple(text[10:10 + LONGEST]) and sorted(chances, reverse=True) == list(chances) and 0.8 < chances[0] < 1
 
 
-def test_after_a_changed_an_added_and_a_dropped_token_the_text_is_still_followed():
+def test_changed_texts_are_still_followed():
+    """After a changed, an added and a dropped token, the text is still followed."""
     text = list(range(100, 160))
     for change, rest in (([*text[:20], 7], text[21:]), ([*text[:20], 7], text[20:]), ([*text[:20], text[21]], text[22:])):
         [*_, (tokens, _)] = proposals([*text, 1, 2, 3], [*change, rest[0], 0])
         assert tokens[:5] == tuple(rest[1:6])
 
 
-def test_of_two_continuations_the_one_of_the_longer_match_is_proposed_and_its_chance_is_shared():
+def test_the_longer_match_is_proposed_first():
+    """Of two continuations the one of the longer match is proposed, and its chance is shared."""
     text = [1, 2, 3, 4, 5, 6, 7, 8, 50, 51, 52, 9, 9, 7, 8, 60, 61, 62, 9, 9]
     [(tokens, chances)] = proposals([*text, 1, 2, 3, 4, 5, 6, 7, 8], [0])
     [(alone, certain)] = proposals([*text[:11], 9, 9, 1, 2, 3, 4, 5, 6, 7, 8], [0])
@@ -102,7 +104,8 @@ def test_texts_in_a_store_end_where_they_end():
     assert tokens == ()
 
 
-def test_the_memory_is_bounded_and_what_was_added_to_least_recently_goes_first():
+def test_memory_forgets_the_least_used_text_first():
+    """The memory is bounded, and what was added to least recently goes first."""
     stores = TextStores(1000)
     for i in range(100):
         stores.add((f"owner {i % 5}",), list(range(i * 100, i * 100 + 60)))
@@ -126,7 +129,8 @@ def ended(lookup, one):
 
 @pytest.mark.parametrize("other, shared", [
     ({}, True), ({"client": "bob"}, False), ({"owner": "other key"}, False)])
-def test_answers_are_drafted_from_those_of_the_same_owner_alone(other, shared):
+def test_drafts_come_from_the_owner_s_answers_alone(other, shared):
+    """Answers are drafted from those of the same owner alone."""
     lookup, text = Lookup(), list(range(100, 140))
     ended(lookup, sequence("a", [1, 2, 3], text, client="alice", owner="a key"))
     again = sequence("b", [5, 6, *text[:4]], **({"client": "alice", "owner": "a key"} | other))
@@ -135,7 +139,8 @@ def test_answers_are_drafted_from_those_of_the_same_owner_alone(other, shared):
     assert (draft.tokens[:5] == tuple(text[4:9])) is shared and bool(draft.tokens) is shared
 
 
-def test_an_answer_with_log_probabilities_is_drafted_from_its_own_text_alone():
+def test_scored_answers_draft_from_themselves_alone():
+    """An answer with log probabilities is drafted from its own text alone."""
     lookup, text = Lookup(), list(range(100, 140))
     ended(lookup, sequence("a", [1, 2, 3], text))
     again, repeating = sequence("b", [5, 6, *text[:4]], logprobs=0), sequence("c", [*text, 5, 6, *text[:4]], logprobs=0)
@@ -145,7 +150,7 @@ def test_an_answer_with_log_probabilities_is_drafted_from_its_own_text_alone():
     assert drafts[0] == NO_DRAFT and drafts[1].tokens[:3] == tuple(text[4:7])
 
 
-def test_another_adapter_s_answers_are_not_drafted_from():
+def test_adapters_do_not_draft_from_each_other():
     lookup, text = Lookup(), list(range(100, 140))
     ended(lookup, sequence("a", [1, 2, 3], text))
     again = sequence("b", [5, 6, *text[:4]])
@@ -154,7 +159,7 @@ def test_another_adapter_s_answers_are_not_drafted_from():
     assert lookup.propose([again]) == [NO_DRAFT]
 
 
-def test_everybody_is_drafted_from_the_operator_s_texts():
+def test_everybody_drafts_from_the_operator_s_texts():
     lookup = Lookup()
     lookup.read(["some text"], lambda text: list(range(200, 260)))
     lookup.stores.settle()
@@ -163,7 +168,8 @@ def test_everybody_is_drafted_from_the_operator_s_texts():
     assert lookup.propose([one])[0].tokens[:3] == (212, 213, 214)
 
 
-def test_what_was_said_is_forgotten_when_memory_is_wanted_for_another_model():
+def test_texts_are_forgotten_when_a_model_needs_memory():
+    """What was said is forgotten when memory is wanted for another model."""
     lookup = Lookup()
     ended(lookup, sequence("a", [1, 2, 3], range(100, 140)))
     assert lookup.stores.by_owner
@@ -261,7 +267,8 @@ def judged(made, one, right, tokens=8):
     return verified
 
 
-def test_drafts_that_are_always_wrong_stop_and_begin_again_once_they_would_have_been_right():
+def test_wrong_drafts_pause_until_they_would_be_right():
+    """Drafts that are always wrong stop, and begin again once they would have been right."""
     source = Fixed(range(8), [0.9 ** (i + 1) for i in range(8)])
     made, one = drafting(source, 0.1), sequence("a", [1, 2, 3])
     made.begin(one)
@@ -283,7 +290,8 @@ def test_usage_counts_by_source():
     assert (usage.drafted.lookup, usage.accepted.lookup, usage.drafted_tokens, usage.accepted_tokens, usage.drafted.forced) == (4, 2, 4, 2, 0)
 
 
-def test_step_times_are_estimated_between_and_beyond_what_was_measured():
+def test_step_times_are_estimated_from_neighbours():
+    """Step times are estimated between and beyond what was measured."""
     times = StepTimes()
     assert times.expected(1, 3) == pytest.approx([1, 1.05, 1.1])
     times.note(1, 2.0)
@@ -299,7 +307,8 @@ def test_step_times_are_estimated_between_and_beyond_what_was_measured():
     assert times.measured[9][0] < 1.06 * before
 
 
-def test_one_slow_step_does_not_make_steps_of_more_rows_look_slow():
+def test_one_slow_step_spoils_no_wider_estimate():
+    """One slow step does not make steps of more rows look slow."""
     times = StepTimes()
     for _ in range(20):
         for rows in (1, 8, 16):
@@ -360,7 +369,8 @@ def told(engine, works, drafts=True):
 
 @pytest.mark.skipif(decode_core() is None, reason="rows are invariant with decode_core alone")
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_answers_in_a_grammar_are_the_same_with_drafts_and_forced_tokens_take_fewer_steps(engine, eager, temperature):
+def test_forced_tokens_of_a_grammar_save_steps(engine, eager, temperature):
+    """Answers in a grammar are the same with drafts, and forced tokens take fewer steps."""
     plain = {"logprobs": 2}
     works = [in_grammar(engine, "a", temperature), in_grammar(engine, "b", temperature, **plain), chat_work(engine, "c", "List five towns.", temperature=temperature)]
     without, right, _ = told(engine, works, drafts=False)
@@ -377,7 +387,7 @@ def test_answers_in_a_grammar_are_the_same_with_drafts_and_forced_tokens_take_fe
 
 
 @pytest.mark.skipif(decode_core() is None, reason="rows are invariant with decode_core alone")
-def test_answers_of_an_adapter_are_the_same_with_drafts(engine, eager):
+def test_an_adapter_s_answers_are_alike_with_drafts(engine, eager):
     works = [chat_work(engine, f"{adapter} {temperature}", "Name five rivers.", temperature=temperature, seed=3) for adapter in ("", "other") for temperature in (0.0, 1.0)]
     works = [Assignment(work.id, work.prompt_ids, AnswerParams(sampling=work.params.sampling, adapter=work.id.split()[0] if work.id[0] != " " else ""), 40)
              for work in works]
@@ -405,7 +415,8 @@ def test_a_cancelled_answer_is_kept_for_its_owner(engine):
     assert list(part.tokens)[-len(said) - 1:-1] == said
 
 
-def test_the_masks_of_a_draft_are_those_after_each_of_its_tokens(engine):
+def test_a_draft_has_a_mask_after_each_token(engine):
+    """The masks of a draft are those after each of its tokens."""
     made = Grammar(engine.tokenizer, json_grammar(ADDRESS, ""))
     text = engine.tokenizer.encode('{"first_name": "Ada", "is_active_customer": true')
     masks = made.compute_masks(text)
@@ -421,7 +432,8 @@ def test_the_masks_of_a_draft_are_those_after_each_of_its_tokens(engine):
 
 
 @pytest.mark.parametrize("content, message", [(None, "No such file"), (b"", "the file is empty"), (b"\xff\xfe\x00", "not UTF-8 text")])
-def test_a_text_to_draft_from_that_cannot_be_read_is_an_error_that_names_it(tmp_path, content, message):
+def test_an_unreadable_draft_text_is_named(tmp_path, content, message):
+    """A text to draft from that cannot be read is an error that names it."""
     path = tmp_path / "manual.txt"
     if content is not None:
         path.write_bytes(content)
@@ -430,7 +442,7 @@ def test_a_text_to_draft_from_that_cannot_be_read_is_an_error_that_names_it(tmp_
 
 
 @pytest.mark.parametrize("kind, times", [("agents", 1.2), ("edits", 1.7), ("retries", 2.5), ("json", 1.3), ("prose", 1.0)])
-def test_transcripts_are_drafted_better_than_by_the_last_place_of_three_tokens_alone(engine, kind, times, monkeypatch):
+def test_transcripts_draft_better_than_by_last_place(engine, kind, times, monkeypatch):
     """bench/drafts.py, without steps: rows cost 6 % of a step of one row, which is counted and not measured."""
     monkeypatch.syspath_prepend(Path(__file__).resolve().parents[3] / "bench")
     bench = importlib.import_module("drafts")

@@ -62,7 +62,7 @@ def saved(tmp_path_factory):
 
 @pytest.mark.parametrize("reference", [True, False])
 @pytest.mark.parametrize("name", ["llama2", "gemma2", "odd llama2", "odd cohere2"])
-def test_they_are_transformers_hidden_states(saved, name, reference):
+def test_embeddings_are_transformers_hidden_states(saved, name, reference):
     """Prompts of one token, of a part of a chunk and of several chunks, side by side."""
     model, folder = saved[name]
     engine = make_engine(folder, num_pages=200, max_batch=4, prefill_chunk=64, reference=reference)
@@ -75,7 +75,7 @@ def test_they_are_transformers_hidden_states(saved, name, reference):
 
 
 @pytest.mark.parametrize("name", ["gen1", "gen5"])
-def test_upstream_s_logits_follow_from_a_nanochat_model_s_last_state(name, nanochat_fixtures):
+def test_upstream_s_logits_follow_from_the_last_state(name, nanochat_fixtures):
     """Its final norm has no weights, so a state has the length sqrt(C), whatever the embedding's."""
     path = nanochat_fixtures / name
     engine, spec, head = make_engine(path, num_pages=200, max_batch=8), load(path).spec, tensors_of(load(path))["head"].double().numpy()
@@ -90,7 +90,8 @@ PROMPTS = [np.random.default_rng(i).integers(0, 250, length).tolist() for i, len
 
 @pytest.mark.parametrize("name", ["gen3", "gen5"])
 @pytest.mark.parametrize("ahead", [False, True])
-def test_alone_in_a_batch_in_other_chunks_and_from_the_cache_they_are_the_same(nanochat_fixtures, name, ahead):
+def test_embeddings_are_the_same_however_computed(nanochat_fixtures, name, ahead):
+    """Alone, in a batch, in other chunks and from the cache they are the same."""
     path = nanochat_fixtures / name
     engine = make_engine(path, num_pages=200, max_batch=8, prefill_chunk=64)
     whole = make_engine(path, num_pages=200, max_batch=8, prefill_chunk=256)
@@ -116,13 +117,15 @@ def test_no_answer_is_made_for_a_vector(nanochat_fixtures, monkeypatch):
     assert engine.cancel("ending")
 
 
-def test_the_last_state_is_found_in_the_prefix_cache_and_the_mean_is_computed_whole(nanochat_fixtures):
+def test_a_last_state_is_cached_and_a_mean_is_not(nanochat_fixtures):
+    """The last state is found in the prefix cache, and the mean is computed whole."""
     engine = make_engine(nanochat_fixtures / "gen5", num_pages=200, max_batch=8, prefill_chunk=64)
     for pooling, cached in (("mean", 0), ("last", 144), ("mean", 0)):
         assert pieces(engine, [embedding("a", PROMPTS[2], pooling)])["a"].end.usage.cached_tokens == cached
 
 
-def test_it_starts_over_when_its_pages_are_taken_or_a_step_failed(nanochat_fixtures, monkeypatch):
+def test_embedding_restarts_after_a_failed_step(nanochat_fixtures, monkeypatch):
+    """It starts over when its pages are taken or a step failed."""
     monkeypatch.setattr(TextPlanner, "EVERY_S", 0.0)
     engine = make_engine(nanochat_fixtures / "gen5", num_pages=200, max_batch=8, prefill_chunk=16)
     wanted = alone(engine, embedding("a", PROMPTS[0]))
@@ -151,7 +154,8 @@ def test_it_starts_over_when_its_pages_are_taken_or_a_step_failed(nanochat_fixtu
     assert np.abs(vector(found) - wanted).max() <= (0 if engine.kernels.row_invariant else TOLERANCE)
 
 
-def test_a_whole_context_fits_and_a_cancelled_one_frees_its_pages(nanochat_fixtures):
+def test_a_whole_context_can_be_embedded(nanochat_fixtures):
+    """A whole context fits, and a cancelled one frees its pages."""
     engine = make_engine(nanochat_fixtures / "gen5", num_pages=40, max_batch=2, prefill_chunk=64, context_length=256)
     full = [i % 250 for i in range(engine.context_length)]
     [found] = vectors(engine, embedding("full", full))
@@ -170,7 +174,7 @@ def test_states_that_are_no_numbers_fail_it_alone(nanochat_fixtures, monkeypatch
     assert found["bad"].end == Failed("the model's hidden states are not finite") and np.isfinite(vector(found["good"])).all()
 
 
-def test_low_precision_weights_give_nearly_the_same(nanochat_fixtures):
+def test_low_precision_gives_nearly_the_same_vectors(nanochat_fixtures):
     """As a server runs the model: in the types of its file."""
     path = nanochat_fixtures / "gen5"
     exact, stored = (alone(make_engine(path, num_pages=200, as_stored=each), embedding("a", PROMPTS[0])) for each in (False, True))

@@ -63,7 +63,8 @@ def answers(engine, works):
     return tokens
 
 
-def test_the_default_model_knows_the_capital_of_japan_and_stops(default_model_path, reference):
+def test_the_default_model_knows_japan_s_capital(default_model_path, reference):
+    """The default model knows the capital of Japan and stops."""
     smollm = make_engine(default_model_path, num_pages=20, reference=reference, as_stored=True)
     result = run(smollm, [chat_work(smollm, "a", "What is the capital of Japan?")])
     assert result.text["a"] == "The capital of Japan is Tokyo."
@@ -71,7 +72,7 @@ def test_the_default_model_knows_the_capital_of_japan_and_stops(default_model_pa
 
 
 @pytest.mark.parametrize("temperature", [0.0, pytest.param(0.8, marks=pytest.mark.slow)])
-def test_an_answer_alone_equals_the_answer_in_a_batch_of_32(smollm, temperature):
+def test_an_answer_alone_equals_one_in_a_batch_of_32(smollm, temperature):
     works = [chat_work(smollm, f"w{i}", QUESTIONS[i % len(QUESTIONS)] + f" ({i})", 24, temperature=temperature, seed=i, top_k=0)
              for i in range(32)]
     together = run(smollm, works)
@@ -93,7 +94,8 @@ def test_the_prefill_chunk_changes_nothing(smollm, chunk):
         smollm.limits.prefill_chunk = before
 
 
-def test_conversations_a_b_a_reuse_their_prefix_and_answer_as_if_alone(smollm):
+def test_conversations_a_b_a_reuse_their_prefix(smollm):
+    """Conversations A, B, A reuse their prefix, and answer as if alone."""
     first = {name: chat_work(smollm, name, f"My name is {name}. " + QUESTIONS[i] * 3, 20)
              for i, name in enumerate(("Alice", "Bob"))}
     smollm.pool.forget_cached()
@@ -119,7 +121,8 @@ def test_conversations_a_b_a_reuse_their_prefix_and_answer_as_if_alone(smollm):
 
 
 @pytest.mark.slow
-def test_a_7000_token_prompt_never_holds_up_8_streaming_answers(smollm):
+def test_a_long_prompt_holds_up_no_streaming_answer(smollm):
+    """A 7000 token prompt never holds up 8 streaming answers."""
     smollm.pool.forget_cached()
     words = smollm.tokenizer.encode(" ".join(QUESTIONS) * 200)[:7000]
     streams = [chat_work(smollm, f"s{i}", QUESTIONS[i], 400) for i in range(8)]
@@ -139,7 +142,8 @@ def test_a_7000_token_prompt_never_holds_up_8_streaming_answers(smollm):
     assert prefilling.count(8) > 20
 
 
-def test_out_of_pages_answers_are_preempted_and_still_the_same(nanochat_fixtures, reference):
+def test_preempted_answers_stay_the_same(nanochat_fixtures, reference):
+    """Out of pages, answers are preempted and still the same."""
     roomy = make_engine(nanochat_fixtures / "gen5", num_pages=200, reference=reference)
     tight = make_engine(nanochat_fixtures / "gen5", num_pages=14, reference=reference)
     works = [assignment(f"w{i}", tuple(range(40 * i % 200 + 1, 40 * i % 200 + 21)), SamplingParams(temperature=0.9, seed=i), 60,
@@ -152,7 +156,8 @@ def test_out_of_pages_answers_are_preempted_and_still_the_same(nanochat_fixtures
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_every_nanochat_generation_answers_as_upstream_does_alone_and_together(nanochat_fixtures, generation, reference):
+def test_every_nanochat_generation_matches_upstream(nanochat_fixtures, generation, reference):
+    """Every nanochat generation answers as upstream does, alone and together."""
     engine = make_engine(nanochat_fixtures / generation, num_pages=200, reference=reference)
     cases = json.loads((nanochat_fixtures / generation / "oracle.json").read_text())["cases"]
     works = [assignment(f"c{i}", tuple(case["prompt_ids"]), SamplingParams(temperature=0.0), len(case["greedy"]), ignore_eos=True)
@@ -193,7 +198,7 @@ def test_steps_started_ahead_give_the_same_answers(smollm, gen5, nanochat_fixtur
 
 
 @pytest.mark.parametrize("ahead", by_day([False, True], True))
-def test_drafts_change_nothing_but_the_number_of_steps(smollm, ahead, monkeypatch):
+def test_drafts_change_only_the_number_of_steps(smollm, ahead, monkeypatch):
     draft_eagerly(monkeypatch)
     text = "Say it again, word for word: the quick brown fox jumps over the lazy dog and the cat sleeps by the fire."
     works = [chat_work(smollm, "greedy", text, 40), chat_work(smollm, "drawn", text, 40, temperature=0.3, seed=3),
@@ -220,7 +225,8 @@ def test_drafts_change_nothing_but_the_number_of_steps(smollm, ahead, monkeypatc
             assert result.end[work.id].stop_reason == plain.end[work.id].stop_reason
 
 
-def test_a_resumed_answer_goes_on_as_if_nothing_had_happened(gen5):
+def test_a_resumed_answer_goes_on_as_before(gen5):
+    """A resumed answer goes on as if nothing had happened."""
     work = assignment("a", tuple(range(30, 60)), SamplingParams(temperature=0.9, seed=5), 50, ignore_eos=True)
     whole = run(gen5, [work])
     for cut in (1, 7, 49):
@@ -231,7 +237,8 @@ def test_a_resumed_answer_goes_on_as_if_nothing_had_happened(gen5):
         assert before.text["a"] + after.text["a"] == whole.text["a"]
 
 
-def test_sampled_answers_depend_on_the_seed_and_on_nothing_else(smollm):
+def test_sampled_answers_depend_on_the_seed_alone(smollm):
+    """Sampled answers depend on the seed and on nothing else."""
     works = [chat_work(smollm, name, "Tell me a story.", 30, temperature=1.0, seed=seed) for name, seed in
              (("one", 1), ("again", 1), ("two", 2))]
     result = run(smollm, works)
@@ -244,7 +251,8 @@ def shared_bytes():
     return 1024 * int(re.findall(r"RssShmem:\s+(\d+)", Path("/proc/self/status").read_text())[0])
 
 
-def test_an_emptied_cache_takes_no_memory_and_the_answers_after_it_are_the_same(smollm):
+def test_an_emptied_cache_takes_no_memory(smollm):
+    """An emptied cache takes no memory, and the answers after it are the same."""
     engine = smollm
     engine.empty_cache()
     works = [chat_work(engine, name, "Tell me of the sea. " * 40, 24) for name in "ab"]
@@ -256,7 +264,8 @@ def test_an_emptied_cache_takes_no_memory_and_the_answers_after_it_are_the_same(
     assert again.tokens["b"] == first.tokens["a"] and again.end["b"].usage.cached_tokens == 0
 
 
-def test_a_stop_string_split_over_tokens_ends_the_answer_before_it(smollm):
+def test_a_stop_string_over_tokens_ends_before_it(smollm):
+    """A stop string split over tokens ends the answer before it."""
     plain = run(smollm, [chat_work(smollm, "a", "What is the capital of Japan?")])
     work = changed(chat_work(smollm, "b", "What is the capital of Japan?"), stop=("pan is To",))
     stopped = run(smollm, [work])
@@ -265,7 +274,8 @@ def test_a_stop_string_split_over_tokens_ends_the_answer_before_it(smollm):
     assert (stopped.end["b"].reason, stopped.end["b"].stop_reason) == ("stop", "pan is To")
 
 
-def test_max_tokens_context_min_tokens_and_stop_ids_end_answers_as_they_say(smollm, gen5):
+def test_every_limit_ends_answers_as_it_says(smollm, gen5):
+    """max_tokens, the context, min_tokens and stop ids end answers as they say."""
     work = chat_work(smollm, "a", "What is the capital of Japan?")
     answer = run(smollm, [work])
     cut = run(smollm, [changed(work, max_tokens=3)])
@@ -290,7 +300,7 @@ class ScriptedSteps(TracedSteps):
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("expression, answer", [
     ("12*(3+4)", "84"), ("'strawberry'.count('r')", "3"), ("2**9999", None), ("()", "()"), ("'file'.count('f')", None), ("1e5", None)])
-def test_nanochats_calculator_is_forced_into_the_answer(gen5, expression, answer, ahead):
+def test_nanochat_s_calculator_is_forced_into_answers(gen5, expression, answer, ahead):
     ids = gen5.tokenizer.tool_tokens
     script = [ids.python_start, *gen5.tokenizer.encode(expression), ids.python_end, *gen5.tokenizer.encode("ok")]
     forced = [ids.output_start, *gen5.tokenizer.encode(answer), ids.output_end] if answer else []
@@ -312,7 +322,8 @@ def test_nanochats_calculator_is_forced_into_the_answer(gen5, expression, answer
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_requests_that_come_and_go_at_random_moments_leave_nothing_behind(gen5, ahead):
+def test_random_requests_leave_nothing_behind(gen5, ahead):
+    """Requests that come and go at random moments leave nothing behind."""
     generator = random.Random(11)
     gen5.steps = TracedSteps(gen5.transformer, ahead)
     alive = set()
@@ -341,7 +352,7 @@ def test_weights_are_held_once(default_model_path):
     assert engine.transformer.weights["head"] is engine.transformer.weights["embed"]
 
 
-def test_the_chosen_sampler_draws_what_the_reference_draws(gen5):
+def test_the_chosen_sampler_draws_as_the_reference(gen5):
     params = [dict(temperature=0.0), dict(temperature=0.9, top_k=0), dict(temperature=1.5, top_p=0.8, min_p=0.02),
               dict(presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=1.2, logit_bias=((7, 5.0), (9, -100.0)))]
     works = [assignment(f"w{i}", tuple(range(30 + i, 60)), SamplingParams(seed=i, **given), 40, ignore_eos=True)
@@ -352,7 +363,8 @@ def test_the_chosen_sampler_draws_what_the_reference_draws(gen5):
 
 
 @torch.inference_mode()
-def test_a_step_lets_its_caller_report_when_the_next_one_has_started_and_never_twice(gen5):
+def test_a_step_reports_once_the_next_has_started(gen5):
+    """A step lets its caller report when the next one has started, and never twice."""
     happened, start = [], gen5.steps.start
     gen5.steps.start = lambda batch, rows: happened.append("start") or start(batch, rows)
     gen5.add(assignment("plain", (5, 6, 7), SamplingParams(seed=1), 4))

@@ -63,7 +63,7 @@ def rows_of(engine, adapters, lengths, adds=0):
     return forward_logits(engine.transformer, batch)
 
 
-def test_a_row_has_the_same_logits_alone_and_beside_31_rows_of_other_adapters(engine):
+def test_a_row_keeps_its_logits_beside_31_adapters(engine):
     """Few rows divide a product's tiles among threads, many are divided themselves."""
     slots = [index % 5 for index in range(32)]
     together = rows_of(engine, slots, [1] * 32)
@@ -110,7 +110,8 @@ def alone(engine):
     return found
 
 
-def test_answers_are_the_same_alone_together_and_cached(engine, alone):
+def test_adapter_answers_are_alike_alone_and_cached(engine, alone):
+    """Answers are the same alone, together and cached."""
     engine.pool.forget_cached()
     assert tokens_of(engine, works_of(engine)) == alone
     assert tokens_of(engine, works_of(engine)) == alone     # each finds its own pages alone
@@ -126,7 +127,8 @@ def test_the_prefix_cache_keeps_adapters_apart(engine):
 
 
 @pytest.mark.parametrize("limits", [{"prefill_chunk": 16}, {"num_pages": 14}], ids=["chunked", "preempted"])
-def test_answers_are_the_same_chunked_and_preempted(limits, default_model_path, folders, alone):
+def test_adapter_answers_survive_chunks_and_preemption(limits, default_model_path, folders, alone):
+    """Answers are the same chunked and preempted."""
     engine = make_engine(default_model_path, as_stored=True, max_batch=8, context_length=128, **{"num_pages": 60} | limits)
     for name, folder in folders.items():
         engine.adapters.load(name, folder)
@@ -134,7 +136,7 @@ def test_answers_are_the_same_chunked_and_preempted(limits, default_model_path, 
     assert bool(engine.queue.preemptions) == (limits.get("num_pages") == 14)
 
 
-def test_an_answer_goes_on_on_another_worker_as_it_would_have(engine, alone):
+def test_an_adapter_s_answer_moves_to_another_worker(engine, alone):
     """After a worker's death: the tokens so far come back, under the adapter's id."""
     work = works_of(engine)[0]
     engine.pool.forget_cached()
@@ -142,7 +144,8 @@ def test_an_answer_goes_on_on_another_worker_as_it_would_have(engine, alone):
     assert tokens_of(engine, [resumed])[work.id] == alone[work.id][9:]
 
 
-def test_loading_and_dropping_adapters_disturbs_no_other_answer(engine, alone, folders):
+def test_loading_an_adapter_disturbs_no_other_answer(engine, alone, folders):
+    """Loading and dropping adapters disturbs no other answer."""
     engine.pool.forget_cached()
     tokens, works = {}, works_of(engine)
     for work in works:
@@ -213,7 +216,8 @@ def texts_of(engine):
     return tokens, ends
 
 
-def test_while_an_adapter_is_read_the_base_answers_and_answers_with_the_adapter_wait_for_it_alone(engine, folders, monkeypatch):
+def test_only_an_adapter_s_answers_wait_for_it(engine, folders, monkeypatch):
+    """While an adapter is read the base answers, and only answers with the adapter wait for it."""
     told, may_read, read = [], threading.Event(), engine.transformer.read_adapter
     monkeypatch.setattr(engine.transformer, "read_adapter", lambda folder: may_read.wait() and read(folder))
     inbox = Inbox(engine, told.append)
@@ -234,7 +238,8 @@ def test_while_an_adapter_is_read_the_base_answers_and_answers_with_the_adapter_
     engine.adapters.drop("slow")
 
 
-def test_an_adapter_whose_files_are_not_those_that_were_seen_is_refused(engine, folders, tmp_path, monkeypatch):
+def test_an_adapter_whose_files_changed_is_refused(engine, folders, tmp_path, monkeypatch):
+    """An adapter whose files are not those that were seen is refused."""
     told = []
     folder = shutil.copytree(folders["down"], tmp_path / "down")
     stamp, digest = adapter_stamp(folder), adapter_digest(folder)
@@ -255,14 +260,14 @@ def test_an_adapter_whose_files_are_not_those_that_were_seen_is_refused(engine, 
     assert sorted(engine.transformer.adapters) == [1, 2, 3, 4]
 
 
-def test_an_adapter_that_is_broken_takes_no_slot(engine, tmp_path):
+def test_a_broken_adapter_takes_no_slot(engine, tmp_path):
     before = dict(engine.adapters.slots), dict(engine.transformer.adapters)
     with pytest.raises(Exception, match="cannot read|No such file"):
         engine.adapters.load("broken", Path(tmp_path))
     assert (dict(engine.adapters.slots), dict(engine.transformer.adapters)) == before
 
 
-def test_cached_pages_belong_to_an_adapters_files_whatever_its_slot_and_id(engine, folders, tmp_path):
+def test_cached_pages_belong_to_an_adapter_s_files(engine, folders, tmp_path):
     """So what outlives a worker is found by the next one, and never by another adapter in the same slot."""
     def root(adapter):
         engine.add(assignment(f"root {adapter}", prompt(engine, "a"), GREEDY, 1, adapter=adapter))
@@ -278,7 +283,7 @@ def test_cached_pages_belong_to_an_adapters_files_whatever_its_slot_and_id(engin
     engine.drop_adapter("other")
 
 
-def test_the_bytes_of_an_adapter_are_those_that_it_holds(engine, folders):
+def test_an_adapter_s_bytes_are_those_that_it_holds(engine, folders):
     """In memory, not in its file, nor with the zeros between the parts of a matrix; a small one has a whole page of its own."""
     held = []
     for name in ("all", "up"):

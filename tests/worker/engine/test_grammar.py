@@ -52,7 +52,8 @@ def text_of(found):
     return "".join(piece.text for piece in found)
 
 
-def test_answers_are_of_the_schema_whatever_the_seed_and_beside_free_ones(engine):
+def test_answers_follow_the_schema_at_any_seed(engine):
+    """Answers are of the schema, whatever the seed, and beside free ones."""
     works = [work(engine, f"g{seed}", PERSON, seed) for seed in range(4)]
     free = [assignment(f"f{seed}", works[0].prompt_ids, SamplingParams(1.0, seed=seed), 15, ignore_eos=True) for seed in range(2)]
     found = pieces(engine, works + free)
@@ -71,7 +72,8 @@ def test_answers_are_of_the_schema_whatever_the_seed_and_beside_free_ones(engine
         (piece.tokens for piece in found["f0"]), ())
 
 
-def test_greedy_answers_are_held_too_and_log_probabilities_are_the_models_own(engine):
+def test_greedy_answers_follow_the_schema_too(engine):
+    """Greedy answers are held too, and log probabilities are the model's own."""
     one = work(engine, "a", {"enum": ["yes", "no"]}, logprobs=2)
     found = pieces(engine, [changed(one, sampling=SamplingParams(0.0))])["a"]
     assert json.loads(text_of(found)) in ("yes", "no")
@@ -102,7 +104,7 @@ def drawn(found):
 
 @pytest.mark.parametrize("schema, most", [(ANYTHING, 9), (PERSON, 40), *(pytest.param(schema, most, marks=pytest.mark.slow) for schema, most in (
     (ANYTHING, 40), (LISTS, 48), ({"type": "array", "items": PERSON, "minItems": 1}, 90)))])
-def test_an_answer_that_would_go_on_ends_as_its_format_wants_before_its_last_token(engine, schema, most):
+def test_an_answer_out_of_tokens_ends_in_its_format(engine, schema, most):
     """Alone, beside others and by a worker that takes over; up to there it is the answer that has more tokens."""
     works = [changed(work(engine, f"g{seed}", schema, seed), max_tokens=most) for seed in range(3)]
     found = pieces(engine, works)
@@ -121,7 +123,8 @@ def test_an_answer_that_would_go_on_ends_as_its_format_wants_before_its_last_tok
         assert tokens[:cut] + rest == tokens
 
 
-def test_where_no_tokens_are_left_for_an_end_or_a_call_is_cut_it_stays_cut(engine):
+def test_what_has_no_tokens_for_its_end_stays_cut(engine):
+    """Where no tokens are left for an end, or a call is cut, it stays cut."""
     short, call = changed(work(engine, "a", PERSON), max_tokens=3), changed(work(engine, "b", ANYTHING, 1), max_tokens=12, grammar_param="tools")
     found = pieces(engine, [short, call])
     assert found["a"].end.reason == "length" and len(drawn(found["a"])) == 3
@@ -142,7 +145,7 @@ def test_the_way_to_the_end_of_a_value_is_short(engine, schema, begun, ended):
     assert engine.tokenizer.decode(way) == ended and (not way or guide.way_to_end(len(way) - 1) is None)
 
 
-def test_a_character_that_has_begun_is_finished_on_the_way(engine):
+def test_a_begun_character_is_finished_on_the_way(engine):
     guide, one = Grammar(engine.tokenizer, grammar(ANYTHING)), engine.tokenizer.byte_tokens
     written = [one[byte] for byte in '{"a": "ü'.encode()[:-1]]
     assert all(map(guide.feed, written))
@@ -150,7 +153,7 @@ def test_a_character_that_has_begun_is_finished_on_the_way(engine):
 
 
 @pytest.mark.parametrize("shape", [{"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": PERSON}}])
-def test_json_ends_where_it_is_complete_or_a_stop_string_begins(engine, shape):
+def test_json_ends_where_complete_or_at_a_stop_string(engine, shape):
     body = {"messages": [{"role": "user", "content": "Describe a person as JSON."}], "response_format": shape, "temperature": 1,
             "stop": [": "], "min_tokens": 50, "ignore_eos": True}
     values = parse_fields(body, OPENAI_FIELDS)
@@ -165,7 +168,7 @@ def test_json_ends_where_it_is_complete_or_a_stop_string_begins(engine, shape):
     assert any(found[each.id].end.stop_reason == ": " for each in works)
 
 
-def test_a_top_level_number_ends_where_the_model_ends_it(engine):
+def test_the_model_ends_a_top_level_number(engine):
     end = max(engine.tokenizer.stop_tokens)
     one = work(engine, "a", {"type": "integer"})
     one = changed(one, sampling=SamplingParams(1.0, seed=1, logit_bias=((end, 50.0),)))
@@ -173,7 +176,7 @@ def test_a_top_level_number_ends_where_the_model_ends_it(engine):
     assert found.end.reason == "stop" and found.end.stop_reason == "eos" and isinstance(json.loads(text_of(found)), int)
 
 
-def test_a_grammar_that_cannot_be_followed_fails_its_request_only(engine, monkeypatch):
+def test_an_impossible_grammar_fails_its_request_only(engine, monkeypatch):
     monkeypatch.setattr(Grammar, "feed", lambda self, token: False)
     free = assignment("f", (5, 6, 7), SamplingParams(0.0), 5, ignore_eos=True)
     found = pieces(engine, [work(engine, "a", PERSON), free])
@@ -196,7 +199,8 @@ def gate(monkeypatch):
 
 
 @torch.inference_mode()
-def test_others_go_on_while_a_grammar_is_made_and_cancelling_does_not_wait_for_it(engine, gate):
+def test_others_go_on_while_a_grammar_is_made(engine, gate):
+    """Others go on while a grammar is made, and cancelling does not wait for it."""
     engine.answers.grammars.clear()
     free = assignment("f", (5, 6, 7), SamplingParams(0.0), 60, ignore_eos=True)
     for each in (free, work(engine, "a", PERSON, 3), work(engine, "b", PERSON, 4)):
@@ -213,7 +217,8 @@ def test_others_go_on_while_a_grammar_is_made_and_cancelling_does_not_wait_for_i
     assert {name for name, _ in found} == {"a"} and text_of([piece for _, piece in found]) == text_of(pieces(engine, [work(engine, "a", PERSON, 3)])["a"])
 
 
-def test_a_grammar_is_compiled_once_for_all_answers_of_a_request_and_of_the_same_owner(engine, monkeypatch):
+def test_a_grammar_is_compiled_once_per_owner(engine, monkeypatch):
+    """A grammar is compiled once for all answers of a request and of the same owner."""
     made, original = [], Grammar.__init__
 
     def counted(*arguments):
@@ -231,7 +236,8 @@ def test_a_grammar_is_compiled_once_for_all_answers_of_a_request_and_of_the_same
 
 
 @torch.inference_mode()
-def test_grammars_of_clients_are_compiled_in_turn_and_those_of_who_left_not_at_all(engine, gate, monkeypatch):
+def test_clients_grammars_are_compiled_in_turn(engine, gate, monkeypatch):
+    """Grammars of clients are compiled in turn, and those of who left not at all."""
     order, original = [], AnswerMaker._prepare
 
     def noted(self, sequence):
@@ -249,7 +255,8 @@ def test_grammars_of_clients_are_compiled_in_turn_and_those_of_who_left_not_at_a
     assert order == ["a1", "b1", "a3"]
 
 
-def test_a_plain_answer_is_made_at_once_and_one_with_a_grammar_in_a_thread(engine):
+def test_only_grammar_answers_are_made_in_a_thread(engine):
+    """A plain answer is made at once, and one with a grammar in a thread."""
     maker, held, plain = AnswerMaker(engine.tokenizer), work(engine, "a", PERSON), assignment("b", (5, 6), SamplingParams(), 9)
     held, plain = (Sequence(each, [*each.prompt_ids], 200) for each in (held, plain))
     maker.make(plain)
@@ -260,7 +267,8 @@ def test_a_plain_answer_is_made_at_once_and_one_with_a_grammar_in_a_thread(engin
 
 
 @torch.inference_mode()
-def test_others_go_on_while_a_mask_is_computed_and_the_answer_is_the_same(engine, monkeypatch):
+def test_others_go_on_while_a_mask_is_computed(engine, monkeypatch):
+    """Others go on while a mask is computed, and the answer is the same."""
     undisturbed = pieces(engine, [work(engine, "a", PERSON, 3)])["a"]
     slow, original = threading.Event(), FairThread.submit
 
@@ -296,7 +304,7 @@ def test_an_answer_that_cannot_be_prepared_fails_alone(engine, monkeypatch, capl
 
 @pytest.mark.parametrize("schema", [{"type": "nope"}, {"$ref": "#/nope"}, {"not": {}}, {"type": "string", "pattern": "(?=x)"}, {"enum": []},
                                     {"type": "object", "properties": {"\ud800": {}}}])
-def test_a_schema_that_no_answer_can_be_held_to_is_refused(schema):
+def test_a_schema_that_cannot_be_enforced_is_refused(schema):
     with pytest.raises(RequestError) as refused:
         grammar(schema)
     assert refused.value.code == "invalid_json_schema" and refused.value.status == 400
@@ -312,7 +320,8 @@ def test_a_schema_nested_too_deeply_is_refused():
         grammar({"enum": ["x" * 70_000]})
 
 
-def test_a_schema_that_nothing_fulfils_is_an_error_and_not_an_answer(engine):
+def test_an_unfulfillable_schema_is_an_error(engine):
+    """A schema that nothing fulfils is an error and not an answer."""
     nothing = {"type": "string", "pattern": "^a$", "allOf": [{"pattern": "^b$"}]}
     with pytest.raises(RequestError, match="Unsatisfiable schema"):
         grammar(nothing)
@@ -354,7 +363,8 @@ def numbers(count, name=""):
 @pytest.mark.skipif(not heap_bytes(), reason="the heap of this system does not tell its size")
 @pytest.mark.parametrize("schema", [
     numbers(100), {"type": "object", "properties": {"x": {"type": "integer", "multipleOf": 99_991}}, "required": ["x"]}])
-def test_a_schema_that_takes_too_much_memory_to_follow_is_refused(schema):
+def test_a_schema_that_costs_much_memory_is_refused(schema):
+    """A schema that takes too much memory to follow is refused."""
     with pytest.raises(RequestError, match="too complex: following it takes more than 16 MiB") as caught:
         grammar(schema)
     assert (caught.value.code, caught.value.param) == ("invalid_json_schema", "response_format")
@@ -362,7 +372,8 @@ def test_a_schema_that_takes_too_much_memory_to_follow_is_refused(schema):
 
 
 @pytest.mark.skipif(not heap_bytes(), reason="the heap of this system does not tell its size")
-def test_compiled_schemas_are_kept_only_as_far_as_memory_goes(engine):
+def test_compiled_schemas_stay_while_memory_lasts(engine):
+    """Compiled schemas are kept only as far as memory goes."""
     engine.answers.grammars.clear()
     compiled = []
     for number in range(10):
@@ -376,7 +387,7 @@ def test_compiled_schemas_are_kept_only_as_far_as_memory_goes(engine):
 
 
 @pytest.mark.slow
-def test_what_earlier_answers_added_to_a_grammar_does_not_break_later_ones(default_model_path, monkeypatch):
+def test_earlier_answers_break_no_later_grammar(default_model_path, monkeypatch):
     """Copies of a grammar share its lexer's states, whose number is limited."""
     engine = make_engine(default_model_path, num_pages=100, max_batch=8, as_stored=True)
     prompt = tuple(engine.tokenizer.render([Message("user", "Toss a coin.")]))

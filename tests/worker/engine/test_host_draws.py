@@ -22,7 +22,8 @@ def works(**changes):
             for i, (name, params) in enumerate(settings.items())]
 
 
-def test_answers_are_the_same_alone_in_a_batch_with_drafts_and_by_the_reference(gen5):
+def test_host_draws_are_the_same_in_any_batch(gen5):
+    """Answers are the same alone, in a batch, with drafts and by the reference."""
     if not gen5.kernels.row_invariant:
         pytest.skip("the reference ops are not row-invariant")
     asked = works()

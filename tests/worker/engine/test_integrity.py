@@ -111,14 +111,15 @@ def test_a_page_that_was_freed_twice_is_named(engine):
     assert found(engine) == f"page {page} is in the free list 2 times"
 
 
-def test_a_page_that_is_freed_while_an_answer_has_it_is_named(engine):
+def test_a_page_freed_under_an_answer_is_named(engine):
     page = own_page(engine)
     engine.pool.release([page])
     assert f"page {page}: references counted: 0, found: 1 (answer a)" in found(engine)
     assert f"page {page} is free and referenced" in found(engine)
 
 
-def test_a_page_that_two_answers_own_is_named_with_both(engine):
+def test_a_page_that_two_answers_own_is_named(engine):
+    """A page that two answers own is named with both."""
     page = own_page(engine)
     engine.queue.running[1].pages.append(page)
     assert f"page {page}: references counted: 1, found: 2 (answer a, answer b)" in found(engine)
@@ -126,7 +127,7 @@ def test_a_page_that_two_answers_own_is_named_with_both(engine):
     assert f"page {page} is shared, but has no entry in the prefix index" in found(engine)
 
 
-def test_a_page_that_is_twice_in_one_table_is_named(engine):
+def test_a_page_that_is_twice_in_a_table_is_named(engine):
     page = shared_page(engine)
     engine.queue.running[1].pages.append(page)
     engine.pool.refs[page] += 1
@@ -134,7 +135,8 @@ def test_a_page_that_is_twice_in_one_table_is_named(engine):
 
 
 @pytest.mark.parametrize("change", [1, -1])
-def test_a_reference_count_that_is_too_high_or_too_low_is_named(engine, change):
+def test_a_wrong_reference_count_is_named(engine, change):
+    """A reference count that is too high or too low is named."""
     page = shared_page(engine)
     engine.pool.refs[page] += change
     assert found(engine) == f"page {page}: references counted: {2 + change}, found: 2 (answer b, answer d)"
@@ -151,7 +153,7 @@ def test_a_page_that_does_not_exist_is_named(engine):
     assert "page 12345 does not exist (answer a)" in found(engine)
 
 
-def test_an_index_entry_that_points_to_a_freed_page_is_named(engine):
+def test_an_index_entry_of_a_freed_page_is_named(engine):
     page, _ = engine.pool.evictable.popitem()
     serial = engine.pool.index[engine.pool.keys[page][1]].serial
     engine.pool.free.append(page)
@@ -160,7 +162,8 @@ def test_an_index_entry_that_points_to_a_freed_page_is_named(engine):
     assert f"the index entry {serial} points to page {page}, which does not have its key" in found(engine)
 
 
-def test_a_cached_page_without_an_index_entry_is_named(engine):
+def test_a_cached_page_without_an_entry_is_named(engine):
+    """What it lacks is an index entry."""
     page = next(iter(engine.pool.evictable))
     del engine.pool.index[engine.pool.keys[page][1]]
     assert found(engine) == f"page {page} has the key of an entry that does not have this page"
@@ -168,7 +171,8 @@ def test_a_cached_page_without_an_index_entry_is_named(engine):
     assert found(engine) == f"page {page} is cached, but has no entry in the prefix index"
 
 
-def test_an_index_entry_without_a_page_that_nobody_would_forget_is_named(engine):
+def test_an_index_entry_without_a_page_is_named(engine):
+    """An index entry without a page that nobody would forget is named."""
     engine.pool.last_serial += 1
     engine.pool.index["", (1,) * PAGE_SIZE] = Content(engine.pool.last_serial, [engine.pool.hole])
     assert found(engine) == f"the index entry {engine.pool.last_serial} has no page, and will never be forgotten"
@@ -176,13 +180,15 @@ def test_an_index_entry_without_a_page_that_nobody_would_forget_is_named(engine)
     assert "the index entry 1 has a serial that is not its own" in found(engine)
 
 
-def test_a_page_that_is_indexed_with_other_tokens_than_its_owner_has_is_named(engine):
+def test_a_page_indexed_with_wrong_tokens_is_named(engine):
+    """A page that is indexed with other tokens than its owner has is named."""
     engine.queue.running[1].tokens[3] += 1
     page = engine.queue.running[1].pages[0]
     assert found(engine) == f"the table of answer b has page {page} in row 0, which is indexed with other tokens"
 
 
-def test_an_answer_that_ended_or_waits_with_pages_is_named(engine):
+def test_a_waiting_answer_with_pages_is_named(engine):
+    """An answer that ended or waits with pages is named."""
     sequence = engine.queue.running.pop()
     engine.queue.waiting.append(sequence)
     assert found(engine).splitlines() == ["answer d is waiting, but has pages", "answer d is waiting, but has computed tokens"]
@@ -194,7 +200,7 @@ def test_an_answer_that_ended_or_waits_with_pages_is_named(engine):
     assert "answer d is running, but has no pages" in found(engine) and f"page {pages[-1]}: references counted: 1, found: 0" in found(engine)
 
 
-def test_a_restoration_that_nobody_waits_for_is_named(engine):
+def test_an_unawaited_restoration_is_named(engine):
     class Restoring:
         restorations = [Restoration([], [], 0, "", engine.pool.allocate(1), False, 0.0)]
 
@@ -209,7 +215,8 @@ def test_a_leaked_slot_of_a_state_is_named(stateful):
     assert found(stateful) == f"state slot {slot}: references counted: 1, found: 0 (nobody holds it)"
 
 
-def test_a_slot_of_a_state_that_is_freed_or_counted_wrongly_is_named_with_its_holder(stateful):
+def test_a_miscounted_slot_of_a_state_is_named(stateful):
+    """A slot of a state that is freed or counted wrongly is named with its holder."""
     states, [slot] = stateful.pool.states, {*stateful.queue.running[0].states.slots.values()}
     states.refs[slot] += 1
     counted = states.refs[slot]
@@ -232,12 +239,13 @@ def test_a_slot_that_no_adapter_has_is_named(engine):
     assert found(engine) == "adapter slot 7 has tensors, but no adapter has the slot"
 
 
-def test_an_adapter_that_is_dropped_under_an_answer_is_named(engine):
+def test_an_adapter_dropped_under_an_answer_is_named(engine):
     engine.adapters.drop("ad")
     assert found(engine) == "answer a has adapter slot 1, which no adapter with its digest has"
 
 
-def test_an_adapter_that_was_loaded_over_another_or_lacks_a_part_is_named(engine, folders):
+def test_an_incomplete_adapter_is_named(engine, folders):
+    """An adapter that was loaded over another or lacks a part is named."""
     engine.adapters.load("ad", folders["adapter"])
     assert {f"adapter slot 1 has {what}, but no adapter has the slot" for what in ("a digest", "a size", "tensors")} == {*found(engine).splitlines()}
     engine.adapters.slots |= {"ad": 1, "other": 1}
@@ -246,7 +254,8 @@ def test_an_adapter_that_was_loaded_over_another_or_lacks_a_part_is_named(engine
         fault.replace(" of ad", "") for fault in found(engine).splitlines()}
 
 
-def test_engines_are_checked_after_each_test_and_the_fixture_finds_a_leak(engine):
+def test_engines_are_checked_after_each_test(engine):
+    """Engines are checked after each test, and the fixture finds a leak."""
     assert engine in checked.made
     [page] = engine.pool.allocate(1)
     assert checked.take_faults() == [f"page {page}: references counted: 1, found: 0 (nobody holds it)"]
@@ -255,7 +264,8 @@ def test_engines_are_checked_after_each_test_and_the_fixture_finds_a_leak(engine
 
 @torch.inference_mode()
 @pytest.mark.parametrize("switch, checks", [("1", True), ("", False), (None, False)])
-def test_a_worker_checks_itself_whenever_it_is_idle_if_that_is_switched_on(folders, monkeypatch, caplog, switch, checks):
+def test_an_idle_worker_checks_itself_if_asked(folders, monkeypatch, caplog, switch, checks):
+    """A worker checks itself whenever it is idle, if that is switched on."""
     monkeypatch.setenv("CHAT_SERVER_CHECK_INTEGRITY", switch) if switch is not None else monkeypatch.delenv("CHAT_SERVER_CHECK_INTEGRITY", False)
     caplog.set_level("INFO")
     engine = make_engine(folders["llama"], num_pages=100, max_batch=4)

@@ -114,7 +114,8 @@ def make(folder, backend="decode_core", **options):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("generation", by_day(["gen1", "gen3", "gen5"], "gen5"))
 @torch.inference_mode()
-def test_restored_pages_equal_computed_ones_to_the_bit_in_random_conversations(nanochat_fixtures, tmp_path, generation, backend):
+def test_restored_pages_equal_computed_ones(nanochat_fixtures, tmp_path, generation, backend):
+    """Restored pages equal computed ones to the bit in random conversations."""
     for seed in range(2):
         memory, folder = Memory(), tmp_path / str(seed)
         folder.mkdir()
@@ -141,7 +142,8 @@ KEPT = [*((name, None) for name in ("lfm2", "qwen3.5", "granite4h", "gemma3", "g
 
 @pytest.mark.parametrize("name, kv", by_day(KEPT, ("lfm2", None), ("gemma3", None), ("gemma4", PACKED)))
 @torch.inference_mode()
-def test_snapshots_of_states_and_pages_of_layers_with_windows_are_restored_too(name, kv, tmp_path, memory, monkeypatch, one_thread):
+def test_states_and_windows_are_restored_too(name, kv, tmp_path, memory, monkeypatch, one_thread):
+    """Snapshots of states and pages of layers with windows are restored too."""
     monkeypatch.setattr(StatePool, "INTERVAL", 64)
     folder = save(make_model(name), tmp_path / "model")
     works = conversations(7)
@@ -159,7 +161,8 @@ def test_snapshots_of_states_and_pages_of_layers_with_windows_are_restored_too(n
 
 
 @torch.inference_mode()
-def test_an_owner_neither_reads_another_s_pages_nor_notices_them(nanochat_fixtures, memory):
+def test_an_owner_never_sees_another_s_pages(nanochat_fixtures, memory):
+    """An owner neither reads another's pages nor notices them."""
     first = keep(make(nanochat_fixtures / "gen5"), memory)
     [work] = conversations(1, 1)
     tokens_of(first, [changed(work, owner="alice")])
@@ -169,13 +172,15 @@ def test_an_owner_neither_reads_another_s_pages_nor_notices_them(nanochat_fixtur
 
 
 @torch.inference_mode()
-def test_pages_of_other_weights_or_another_arithmetic_are_not_found(nanochat_fixtures, memory):
+def test_pages_of_other_weights_are_not_found(nanochat_fixtures, memory):
+    """Pages of other weights or another arithmetic are not found."""
     [work] = conversations(2, 1)
     tokens_of(keep(make(nanochat_fixtures / "gen5"), memory), [work])
     assert cached(keep(make(nanochat_fixtures / "gen5"), memory, profile=b"q" * 16), work) == 0
 
 
-def test_the_profile_changes_with_weights_types_kernels_and_context(nanochat_fixtures, tmp_path):
+def test_the_profile_changes_with_what_changes_bits(nanochat_fixtures, tmp_path):
+    """The profile changes with weights, types, kernels and context."""
     engine, settings = make(nanochat_fixtures / "gen5"), Settings(model=str(nanochat_fixtures / "gen5"))
     source = resolve_model(settings)
     files = files_of(source, settings)
@@ -237,7 +242,8 @@ def noise(data, dice):
 
 @pytest.mark.parametrize("change", [cut, flip, zeroes, exchanged_sectors, noise])
 @torch.inference_mode()
-def test_a_store_that_was_tampered_with_costs_a_recomputation_and_never_a_wrong_token(stored, nanochat_fixtures, change, caplog):
+def test_a_tampered_store_never_gives_a_wrong_token(stored, nanochat_fixtures, change, caplog):
+    """A store that was tampered with costs a recomputation, and never a wrong token."""
     dice, [path] = random.Random(change.__name__), segment_paths(stored.folder)
     data, restored, trials = path.read_bytes(), [], 6
     for _ in range(trials):
@@ -252,7 +258,8 @@ def test_a_store_that_was_tampered_with_costs_a_recomputation_and_never_a_wrong_
 
 
 @torch.inference_mode()
-def test_a_store_that_is_deleted_while_a_server_uses_it_is_no_more_than_empty(stored, nanochat_fixtures, memory):
+def test_a_store_deleted_in_use_is_only_empty(stored, nanochat_fixtures, memory):
+    """A store that is deleted while a server uses it is no more than empty."""
     engine = keep(make(nanochat_fixtures / "gen5"), Memory(), stored.folder)
     assert len(engine.keeper.kept.store.index) >= stored.pages
     for path in segment_paths(stored.folder):
@@ -263,7 +270,8 @@ def test_a_store_that_is_deleted_while_a_server_uses_it_is_no_more_than_empty(st
 
 
 @torch.inference_mode()
-def test_a_disk_that_does_not_answer_holds_a_prompt_up_no_longer_than_its_grace(stored, nanochat_fixtures, monkeypatch):
+def test_a_silent_disk_delays_a_prompt_by_its_grace(stored, nanochat_fixtures, monkeypatch):
+    """A disk that does not answer holds a prompt up no longer than its grace."""
     engine = keep(make(nanochat_fixtures / "gen5"), Memory(), stored.folder)
     answers, began = Event(), Event()
 
@@ -282,7 +290,7 @@ def test_a_disk_that_does_not_answer_holds_a_prompt_up_no_longer_than_its_grace(
 
 @pytest.mark.parametrize("ahead", [1, 32])
 @torch.inference_mode()
-def test_a_long_step_is_not_taken_for_a_disk_that_does_not_answer(stored, nanochat_fixtures, monkeypatch, caplog, ahead):
+def test_a_long_step_is_no_silent_disk(stored, nanochat_fixtures, monkeypatch, caplog, ahead):
     """All that the disk is asked for comes while the engine computes: as much as is read ahead of it, or the whole prompt."""
     monkeypatch.setattr(Reader, "BATCHES", ahead)
     monkeypatch.setattr(Reader, "BATCH_BYTES", 1)
@@ -305,7 +313,7 @@ def test_a_long_step_is_not_taken_for_a_disk_that_does_not_answer(stored, nanoch
 @pytest.mark.parametrize("prefill_chunk, max_batch, context", [
     *itertools.product((1, 16, 48, 256), (1, 3, 16), (None,)), (256, 3, 96), (48, 1, 64)])
 @torch.inference_mode()
-def test_whatever_the_steps_are_like_the_speed_of_computing_is_known_before_the_first_prompt(
+def test_computing_speed_is_known_before_any_prompt(
         nanochat_fixtures, memory, tmp_path, prefill_chunk, max_batch, context):
     """Else nothing would seem worth reading."""
     flags = {"prefill_chunk": prefill_chunk, "max_batch": max_batch, "context_length": context}
@@ -323,7 +331,7 @@ def test_whatever_the_steps_are_like_the_speed_of_computing_is_known_before_the_
 
 
 @torch.inference_mode()
-def test_a_prompt_that_computes_goes_on_after_the_pages_that_arrive(stored, nanochat_fixtures, monkeypatch):
+def test_a_computing_prompt_takes_pages_that_arrive(stored, nanochat_fixtures, monkeypatch):
     """Computing begins although reading has, and takes over what is there first."""
     engine = keep(make(nanochat_fixtures / "gen5", prefill_chunk=32), Memory(), stored.folder)
     read, engine.keeper.pace.GRACE_S = engine.keeper.kept.read, 0.0
@@ -354,7 +362,8 @@ def test_a_prompt_that_computes_goes_on_after_the_pages_that_arrive(stored, nano
 
 
 @torch.inference_mode()
-def test_a_first_step_that_fails_while_nobody_asks_leaves_pages_kept(nanochat_fixtures, memory, monkeypatch):
+def test_a_failed_first_step_leaves_pages_kept(nanochat_fixtures, memory, monkeypatch):
+    """A first step that fails while nobody asks leaves pages kept."""
     engine = keep(make(nanochat_fixtures / "gen5"), memory)
     engine.drafts = True
     warm_up = WarmUp(engine)
@@ -374,7 +383,7 @@ def test_a_first_step_that_fails_while_nobody_asks_leaves_pages_kept(nanochat_fi
 
 
 @torch.inference_mode()
-def test_what_is_faster_computed_than_read_is_computed(stored, nanochat_fixtures):
+def test_what_is_computed_faster_than_read_is_computed(stored, nanochat_fixtures):
     engine = keep(make(nanochat_fixtures / "gen5"), Memory(), stored.folder)
     engine.times.token_s, engine.keeper.pace.byte_s = 1e-7, 1e-6
     assert cached(engine, stored.work) == 0 and engine.keeper.counts["missed_pages"] == 0
@@ -384,7 +393,8 @@ def test_what_is_faster_computed_than_read_is_computed(stored, nanochat_fixtures
 
 
 @torch.inference_mode()
-def test_what_the_last_step_has_filled_is_kept_before_anybody_hears_of_the_end(nanochat_fixtures, memory):
+def test_the_last_step_is_kept_before_the_end_is_told(nanochat_fixtures, memory):
+    """What the last step has filled is kept before anybody hears of the end."""
     [work] = conversations(4, 1)
     engine, events = keep(make(nanochat_fixtures / "gen5", prefill_chunk=512), memory), []
     engine.add(changed(work, logprobs=0, max_tokens=1))     # so the step that ends it is that of the prompt
@@ -395,7 +405,8 @@ def test_what_the_last_step_has_filled_is_kept_before_anybody_hears_of_the_end(n
 
 
 @torch.inference_mode()
-def test_a_prompt_of_which_nothing_is_kept_waits_for_no_other(stored, nanochat_fixtures, monkeypatch):
+def test_a_prompt_with_nothing_kept_waits_for_none(stored, nanochat_fixtures, monkeypatch):
+    """A prompt of which nothing is kept waits for no other."""
     engine, answers = keep(make(nanochat_fixtures / "gen5", max_batch=8), Memory(), stored.folder), Event()
     read, [fresh] = engine.keeper.kept.read, conversations(5, 1)
     alone = tokens_of(make(nanochat_fixtures / "gen5"), [fresh])
@@ -433,7 +444,7 @@ def test_nothing_is_read_for_who_has_gone(stored, nanochat_fixtures, monkeypatch
 
 
 @torch.inference_mode()
-def test_what_another_server_has_stored_meanwhile_is_found(stored, nanochat_fixtures):
+def test_what_another_server_stored_is_found(stored, nanochat_fixtures):
     """It is looked for when a prompt comes, which waits for that: 1 ms."""
     [work], memory = conversations(6, 1), Memory()
     engine = keep(make(nanochat_fixtures / "gen5"), Memory(), stored.folder)
@@ -444,7 +455,8 @@ def test_what_another_server_has_stored_meanwhile_is_found(stored, nanochat_fixt
     memory.close()
 
 
-def test_what_lies_on_the_disk_is_told_from_what_is_in_memory(stored, memory):
+def test_pages_on_disk_are_told_from_those_in_memory(stored, memory):
+    """What lies on the disk is told from what is in memory."""
     kept = KeptPages(memory.paths, memory.size, stored.folder, "m")
     kept.profile = b"p" * 16
     kept.look_at_memory()
@@ -481,7 +493,8 @@ def length_of(kept, numbers):
     return next((done for done, number in enumerate(numbers) if kept.read(kept.key(PAGE, address(number))) is None), len(numbers))
 
 
-def test_in_memory_ends_of_chains_go_least_recently_used_first_whichever_worker_kept_them(memory):
+def test_memory_drops_the_oldest_chain_ends_first(memory):
+    """In memory, ends of chains go least recently used first, whichever worker kept them."""
     workers = [opened(memory) for _ in range(2)]
     chains = [range(1000 * number, 1000 * number + 50) for number in range(1, 61)]     # 5 MB each: ten times what there is room for
     for number, chain in enumerate(chains):
@@ -500,7 +513,8 @@ def test_in_memory_ends_of_chains_go_least_recently_used_first_whichever_worker_
     assert not kept.add(PAGE, b"x" * 16, numpy.zeros(memory.size, numpy.uint8))
 
 
-def test_a_beginning_stays_as_long_as_chains_go_on_from_it(memory):
+def test_a_beginning_stays_while_chains_need_it(memory):
+    """A beginning stays as long as chains go on from it."""
     kept = opened(memory)
     keep_chain(kept, range(1, 100))             # ten pages of a system prompt, and the first conversation after it
     for number in range(2, 40):
@@ -509,21 +523,24 @@ def test_a_beginning_stays_as_long_as_chains_go_on_from_it(memory):
     assert all(length_of(opened(memory), range(1000 * number, 1000 * number + 90)) == 90 for number in (38, 39))
 
 
-def test_of_a_chain_that_is_longer_than_memory_the_beginning_is_kept_and_nothing_without_one(memory):
+def test_a_chain_longer_than_memory_keeps_its_start(memory):
+    """Of a chain that is longer than memory the beginning is kept, and nothing without one."""
     kept = opened(memory)
     keep_chain(kept, range(1, 50))
     assert 300 < keep_chain(kept, range(1000, 2000)) < 335
     assert length_of(kept, range(1, 50)) == 0 and length_of(opened(memory), range(1000, 2000)) > 300
 
 
-def test_as_many_ends_of_chains_are_kept_as_there_are_segments(memory):
+def test_a_store_keeps_an_end_for_each_segment(memory):
+    """As many ends of chains are kept as there are segments."""
     kept = opened(memory)
     for number in range(1, 200):
         assert keep_chain(kept, range(10 * number, 10 * number + 3), size=100) == 3
     assert [length_of(opened(memory), range(10 * number, 10 * number + 3)) for number in range(1, 200)] == [0] * 135 + [3] * 64
 
 
-def test_a_worker_that_died_over_a_record_leaves_the_others_and_a_segment_to_go_on_with(memory):
+def test_a_worker_that_dies_writing_harms_no_record(memory):
+    """A worker that died over a record leaves the others and a segment to go on with."""
     kept = opened(memory)
     keep_chain(kept, range(1, 4), size=1000)
     [segment] = [segment for segment in kept.memory.segments.values() if segment.entries]
@@ -535,7 +552,8 @@ def test_a_worker_that_died_over_a_record_leaves_the_others_and_a_segment_to_go_
     assert opened(memory).memory.index.keys() == after.memory.index.keys() and len(after.memory.index) == 3
 
 
-def test_a_checksum_tells_every_byte_and_sectors_that_are_exchanged():
+def test_a_checksum_tells_every_changed_byte():
+    """A checksum tells every byte and sectors that are exchanged."""
     dice = random.Random(0)
     for size in (0, 1, 8, 5000, 100_000, 1 << 20):
         data = numpy.frombuffer(dice.randbytes(size), numpy.uint8)
@@ -569,7 +587,8 @@ def stored_pages(folder):
     return {int.from_bytes(key[18:], "big") for key in [*kept.store.index] if kept.read(key)}
 
 
-def test_a_store_keeps_to_its_size_and_two_servers_write_to_it(tmp_path):
+def test_two_servers_keep_a_store_to_its_size(tmp_path):
+    """A store keeps to its size, and two servers write to it."""
     limit, memories = 16 << 20, [Memory(), Memory()]
     with writing(tmp_path, memories[0], limit) as one, writing(tmp_path, memories[1], limit) as two:
         for first in range(0, 400, 40):
@@ -586,7 +605,7 @@ def test_a_store_keeps_to_its_size_and_two_servers_write_to_it(tmp_path):
 
 
 @pytest.mark.parametrize("shared", [0, 7])
-def test_a_store_that_was_filled_ten_times_over_has_the_newest_conversations_that_fit_whole(tmp_path, shared):
+def test_a_refilled_store_has_the_newest_conversations(tmp_path, shared):
     """Conversations of 5 MB in 16 MB, which may have a beginning in common; each one's second half comes after another's first half."""
     limit, memory, begin, expected = 16 << 20, Memory(), ROOT, shared
     with writing(tmp_path, memory, limit) as writer:
@@ -610,7 +629,8 @@ def test_a_store_that_was_filled_ten_times_over_has_the_newest_conversations_tha
     memory.close()
 
 
-def test_what_is_too_long_for_a_store_keeps_its_beginning_and_the_next_one_comes_whole(tmp_path):
+def test_what_is_too_long_keeps_its_beginning(tmp_path):
+    """What is too long for a store keeps its beginning, and the next one comes whole."""
     memory = Memory()
     with writing(tmp_path, memory, 8 << 20):
         fill(memory, 0, 200)
@@ -622,7 +642,8 @@ def test_what_is_too_long_for_a_store_keeps_its_beginning_and_the_next_one_comes
     memory.close()
 
 
-def test_a_conversation_that_is_longer_than_memory_reaches_the_store_through_it(tmp_path):
+def test_memory_passes_long_conversations_to_the_store(tmp_path):
+    """A conversation that is longer than memory reaches the store through it."""
     memory = Memory(size=8 << 20)
     with writing(tmp_path, memory):
         kept, begin = opened(memory, tmp_path), ROOT
@@ -639,7 +660,7 @@ def test_a_conversation_that_is_longer_than_memory_reaches_the_store_through_it(
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_what_a_segment_cut_at_any_byte_has_left_is_a_beginning_and_it_goes_on_from_there(tmp_path, seed):
+def test_a_cut_segment_leaves_a_beginning_to_go_on(tmp_path, seed):
     """As kill -9 leaves it, in the middle of a record, of a header, of the head of a segment."""
     dice, memory = random.Random(seed), Memory()
     with writing(tmp_path, memory):
@@ -662,7 +683,8 @@ def test_what_a_segment_cut_at_any_byte_has_left_is_a_beginning_and_it_goes_on_f
     memory.close()
 
 
-def test_pages_that_a_server_deletes_leave_no_file_open_in_another_ones_workers(tmp_path):
+def test_deleted_pages_leave_no_file_open_elsewhere(tmp_path):
+    """Pages that a server deletes leave no file open in another one's workers."""
     memory = Memory()
     with writing(tmp_path, memory):
         for number in range(20):
@@ -696,7 +718,8 @@ def test_what_is_no_file_of_a_store_is_left_alone(tmp_path, memory, caplog):
 
 @pytest.mark.parametrize("groups", [17, 33, 66])
 @torch.inference_mode()
-def test_a_model_with_many_groups_of_layers_keeps_and_restores_its_pages(tmp_path, memory, monkeypatch, groups):
+def test_a_model_of_many_groups_restores_its_pages(tmp_path, memory, monkeypatch, groups):
+    """A model with many groups of layers keeps and restores its pages."""
     monkeypatch.setattr(model_pages, "MOST_GROUPS", groups - 1)
     layers = 32 if groups == 17 else groups - 1
     folder = save(make_model("gemma3", num_hidden_layers=layers, layer_types=["sliding_attention"] * (layers - 1) + ["full_attention"]), tmp_path)
@@ -711,14 +734,16 @@ def test_a_model_with_many_groups_of_layers_keeps_and_restores_its_pages(tmp_pat
     assert tokens_of(again, [work]) == expected and again.keeper.counts["restored_tokens"] == (len(work.prompt_ids) - 1) // PAGE_SIZE * PAGE_SIZE > 0
 
 
-def test_a_model_with_more_groups_than_a_record_names_keeps_nothing_and_says_so(caplog, nanochat_fixtures):
+def test_a_model_of_too_many_groups_keeps_nothing(caplog, nanochat_fixtures):
+    """A model with more groups than a record names keeps nothing, and says so."""
     plan = PrefixPlan(WorkerConfig(Settings(), None, "cpu", 1, ("/nowhere",), 1 << 20))
     plan.fingerprint = "stamp"
     plan.keep(SimpleNamespace(page_groups=MOST_GROUPS + 1))
     assert [record.getMessage() for record in caplog.records] == ["prefixes are not kept: the layers of this model are in 257 groups, and at most 256 can be kept"]
 
 
-def test_a_writer_goes_on_in_a_segment_that_another_has_left_torn(tmp_path, memory):
+def test_a_writer_goes_on_in_a_torn_segment(tmp_path, memory):
+    """A writer goes on in a segment that another has left torn."""
     fill(memory, 0, 5)
     with writing(tmp_path, memory):
         pass
@@ -731,7 +756,8 @@ def test_a_writer_goes_on_in_a_segment_that_another_has_left_torn(tmp_path, memo
     assert segment_paths(tmp_path) == [path] and stored_pages(tmp_path) == {*range(10)} and writer.pages == 5
 
 
-def test_a_full_disk_costs_one_line_and_the_store_goes_on_when_there_is_room(tmp_path, memory, caplog, monkeypatch):
+def test_a_full_disk_stops_the_store_for_a_while(tmp_path, memory, caplog, monkeypatch):
+    """A full disk costs one line, and the store goes on when there is room."""
     import resource
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     fill(memory, 0, 20)
@@ -751,7 +777,8 @@ def test_a_full_disk_costs_one_line_and_the_store_goes_on_when_there_is_room(tmp
 
 
 @torch.inference_mode()
-def test_memory_that_is_not_there_costs_one_line_and_pages_are_kept_again_when_it_is(nanochat_fixtures, memory, caplog):
+def test_missing_memory_stops_keeping_for_a_while(nanochat_fixtures, memory, caplog):
+    """Memory that is not there costs one line, and pages are kept again when it is."""
     import resource
     before, works = resource.getrlimit(resource.RLIMIT_FSIZE), conversations(8, 3)
     alone = tokens_of(make(nanochat_fixtures / "gen5"), works)
@@ -768,7 +795,7 @@ def test_memory_that_is_not_there_costs_one_line_and_pages_are_kept_again_when_i
 
 
 @torch.inference_mode()
-def test_a_read_only_store_is_read_and_costs_one_line(stored, nanochat_fixtures, memory, caplog):
+def test_a_read_only_store_is_read_and_says_so(stored, nanochat_fixtures, memory, caplog):
     [path], [other] = segment_paths(stored.folder), conversations(9, 1)
     path.chmod(0o400)
     stored.folder.chmod(0o500)
@@ -801,7 +828,7 @@ def test_a_read_only_store_is_read_and_costs_one_line(stored, nanochat_fixtures,
         stored.folder.chmod(0o700)
 
 
-def test_a_file_that_its_writer_went_on_with_elsewhere_is_not_taken_for_damaged(tmp_path, memory, caplog):
+def test_a_file_continued_elsewhere_is_not_damaged(tmp_path, memory, caplog):
     """A server saw records before they were synced, and their writer took them back."""
     fill(memory, 0, 3, size=1000)
     with writing(tmp_path, memory):
@@ -820,7 +847,8 @@ def test_a_file_that_its_writer_went_on_with_elsewhere_is_not_taken_for_damaged(
     assert reader.read(reader.key(PAGE, address(0))) is not None
 
 
-def test_a_store_waits_while_answers_are_computed_unless_the_memory_fills(tmp_path):
+def test_a_store_waits_while_answers_are_computed(tmp_path):
+    """A store waits while answers are computed, unless the memory fills."""
     memory = Memory()
     fill(memory, 0, 10)
     with writing(tmp_path, memory, busy=lambda: True) as writer:
@@ -835,7 +863,8 @@ def test_a_store_waits_while_answers_are_computed_unless_the_memory_fills(tmp_pa
     memory.close()
 
 
-def test_the_listing_names_models_and_pruning_leaves_what_is_written(tmp_path, memory):
+def test_listing_names_models_and_pruning_is_careful(tmp_path, memory):
+    """The listing names models, and pruning leaves what is written."""
     fill(memory, 0, 30)
     with writing(tmp_path, memory):
         pass
@@ -848,7 +877,7 @@ def test_the_listing_names_models_and_pruning_leaves_what_is_written(tmp_path, m
 
 
 @torch.inference_mode()
-def test_the_default_model_restores_a_prompt_to_the_bit(default_model_path, memory, tmp_path):
+def test_the_default_model_restores_a_prompt(default_model_path, memory, tmp_path):
     if decode_core() is None:
         pytest.skip("the promise is decode_core's")
     first = keep(make_engine(default_model_path, num_pages=100, max_batch=4, as_stored=True), big := Memory(size=256 << 20), tmp_path)

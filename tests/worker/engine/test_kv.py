@@ -22,7 +22,7 @@ def fill(pool, tokens, pages, serial=PagePool.ROOT, first=0):
     return serial
 
 
-def test_allocate_gives_distinct_pages_or_none_at_all():
+def test_allocate_gives_distinct_pages_or_none():
     pool = PagePool(8)
     pages = pool.allocate(5)
     assert len(set(pages)) == 5
@@ -31,7 +31,8 @@ def test_allocate_gives_distinct_pages_or_none_at_all():
     assert faults(pool, [pages]) == []
 
 
-def test_a_released_prefix_is_found_again_and_only_whole_pages_of_it():
+def test_a_released_prefix_is_found_in_whole_pages():
+    """A released prefix is found again, and only whole pages of it."""
     pool = PagePool(8)
     tokens = list(range(40))
     pages = pool.allocate(3)
@@ -42,7 +43,8 @@ def test_a_released_prefix_is_found_again_and_only_whole_pages_of_it():
     assert faults(pool, [matched]) == []
 
 
-def test_the_last_token_is_never_matched_because_its_logits_are_needed():
+def test_the_last_token_is_never_matched():
+    """The last token is never matched because its logits are needed."""
     pool = PagePool(8)
     tokens = list(range(2 * PAGE_SIZE))
     pages = pool.allocate(2)
@@ -51,7 +53,8 @@ def test_the_last_token_is_never_matched_because_its_logits_are_needed():
     assert matched == pages[:1]
 
 
-def test_equal_pages_below_different_prefixes_are_not_confused():
+def test_equal_pages_below_other_prefixes_differ():
+    """Equal pages below different prefixes are not confused."""
     pool = PagePool(8)
     same = [7] * PAGE_SIZE
     one, two = [1] * PAGE_SIZE + same, [2] * PAGE_SIZE + same
@@ -70,7 +73,8 @@ def test_tokens_with_equal_hashes_are_told_apart():
     assert pool.match_prefix([-2] * PAGE_SIZE + [0])[0] == []
 
 
-def test_a_prefix_computed_twice_is_indexed_once_and_the_copy_stays_private():
+def test_a_prefix_computed_twice_is_indexed_once():
+    """A prefix computed twice is indexed once, and the copy stays private."""
     pool = PagePool(8)
     tokens = list(range(2 * PAGE_SIZE))
     first, second = pool.allocate(2), pool.allocate(2)
@@ -80,7 +84,8 @@ def test_a_prefix_computed_twice_is_indexed_once_and_the_copy_stays_private():
     assert faults(pool, [first, first]) == []
 
 
-def test_eviction_takes_the_least_recently_released_and_the_end_of_a_chain_first():
+def test_eviction_takes_the_oldest_chain_end_first():
+    """Eviction takes the least recently released, and the end of a chain first."""
     pool = PagePool(4)
     old, young = list(range(2 * PAGE_SIZE)), list(range(100, 100 + 2 * PAGE_SIZE))
     old_pages = pool.allocate(2)
@@ -106,7 +111,8 @@ def test_a_shared_page_is_freed_by_its_last_owner():
     assert pool.available == 2
 
 
-def test_a_thousand_random_operations_keep_the_cache_whole():
+def test_random_operations_keep_the_cache_whole():
+    """A thousand random operations keep the cache whole."""
     generator = random.Random(1)
     pool = PagePool(24)
     owned = []      # (tokens, pages)
@@ -133,7 +139,7 @@ def test_a_leak_is_noticed():
     assert faults(pool, []) == ["page 0: references counted: 1, found: 0 (nobody holds it)"]
 
 
-def test_those_who_share_no_pages_find_their_own_only():
+def test_those_who_share_no_pages_find_only_their_own():
     pool = PagePool(8)
     tokens = list(range(40))
     for owner in ("alice", PagePool.ROOT):
@@ -155,7 +161,8 @@ def test_those_who_share_no_pages_find_their_own_only():
     ((24, 0, 24, 0), 99, [2, 2], 2, (0, 24)), ((0, 0, 0, 20), 99, [1, 1, 1, 1], 1, (0, 0, 0, 20)),
     (tuple(512 * (l % 6 < 5) for l in range(26)), 32768, [4, 4, 4, 4, 4, 4, 2], 4, (0, *[512] * 6)),        # Gemma 3 1B
     ((10, 20, 0, 300), 99, [2, 2], 2, (0, 20)), ((0,) + (9,) * 63, 99, [1, *[4] * 15, 3], 4, (0, *[9] * 16))])
-def test_layers_with_and_without_a_window_form_groups_of_equal_size(windows, context, groups, depth, reach):
+def test_layers_form_groups_of_equal_size(windows, context, groups, depth, reach):
+    """Layers with and without a window form groups of equal size."""
     attentions = [attention(4, 2, 8, window=window) for window in windows or (0,) * 4]
     made = group_layers(attentions, context)
     assert [len(each) for each in made.members] == groups and (made.depth, made.windows) == (depth, reach)
@@ -166,7 +173,8 @@ def test_layers_with_and_without_a_window_form_groups_of_equal_size(windows, con
     assert layout.size == 32 * depth and group_layers(attentions, context, apart=False).windows == (0,)
 
 
-def test_a_prefix_is_found_where_each_groups_window_is_whole_and_only_seen_pages_are_taken():
+def test_a_prefix_is_found_where_windows_are_whole():
+    """A prefix is found where each group's window is whole, and only seen pages are taken."""
     pool = PagePool(20, (0, 40))
     tokens = list(range(6 * PAGE_SIZE))
     table = pool.allocate(12)
@@ -185,7 +193,8 @@ def test_a_prefix_is_found_where_each_groups_window_is_whole_and_only_seen_pages
     assert rows < 5 and all(page != pool.hole for page in kept[::2])
 
 
-def test_a_thousand_random_operations_with_windows_keep_the_cache_whole():
+def test_random_windows_keep_the_cache_whole():
+    """A thousand random operations with windows keep the cache whole."""
     generator = random.Random(2)
     pool = PagePool(40, (0, 20, 40))
     owned = []

@@ -46,7 +46,7 @@ def check(entries, logits, tokens, top):
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_each_drawn_token_comes_with_how_likely_it_was(engine, ahead):
+def test_each_token_comes_with_its_likelihood(engine, ahead):
     """Beside an answer without log-probabilities, and at any temperature."""
     works = [assignment("a", PROMPT, SamplingParams(1.3, seed=1), 12, ignore_eos=True, logprobs=5),
              assignment("b", PROMPT[:20], SamplingParams(0.7, seed=2), 20, ignore_eos=True),
@@ -62,7 +62,7 @@ def test_each_drawn_token_comes_with_how_likely_it_was(engine, ahead):
 
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("scored", [False, True])
-def test_a_token_that_ends_an_answer_is_scored_where_the_prompt_is_too(engine, ahead, scored):
+def test_a_token_that_ends_an_answer_is_scored(engine, ahead, scored):
     """Evaluations take the last entry of an echoed prompt for the drawn token's."""
     plain = assignment("a", PROMPT, SamplingParams(0.0), 4, ignore_eos=True)
     drawn = [token for piece in pieces(engine, [plain])["a"] for token in piece.tokens]
@@ -84,7 +84,8 @@ def test_looking_at_logits_changes_no_answer(engine):
     assert [token for piece in looked for token in piece.tokens] == plain
 
 
-def test_penalties_and_bias_count_and_temperature_does_not(engine):
+def test_logprobs_count_bias_and_not_temperature(engine):
+    """Penalties and bias count, and temperature does not."""
     params = dict(logit_bias=((11, 30.0),), frequency_penalty=1.5, presence_penalty=0.5, repetition_penalty=1.3)
     work = assignment("a", PROMPT, SamplingParams(0.2, seed=5, **params), 6, ignore_eos=True, logprobs=3)
     found = pieces(engine, [work])["a"]
@@ -101,7 +102,7 @@ def scores_and_rest(found):
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_prompts_are_scored_whole_also_when_their_pages_are_cached_and_steps_have_few_rows(engine, ahead):
+def test_prompts_are_scored_whole_though_cached(engine, ahead):
     """75 tokens in steps of at most 8 rows of logits, some of which other answers take."""
     others = [assignment(f"o{i}", PROMPT[:30 + i], SamplingParams(1.0, seed=i), 40, ignore_eos=True) for i in range(4)]
     scored = [assignment(f"s{i}", PROMPT[i:], SamplingParams(0.0), 2, ignore_eos=True, logprobs=2, prompt_logprobs=2) for i in range(2)]
@@ -119,7 +120,8 @@ def test_prompts_are_scored_whole_also_when_their_pages_are_cached_and_steps_hav
         assert len(rest[0].tokens) == 1 and rest.end.usage.cached_tokens == 0
 
 
-def test_a_scored_prompt_that_is_preempted_is_scored_again_and_once(engine):
+def test_a_preempted_scored_prompt_is_scored_once(engine):
+    """A scored prompt that is preempted is scored again, and once."""
     works = [assignment("old", PROMPT, SamplingParams(0.0), 30, ignore_eos=True),
              assignment("s", PROMPT[:60], SamplingParams(0.0), 3, ignore_eos=True, prompt_logprobs=1)]
     events = []
@@ -138,7 +140,8 @@ def test_a_scored_prompt_that_is_preempted_is_scored_again_and_once(engine):
     check(scores[1:], logits_of(engine, PROMPT[:60])[:-1], PROMPT[1:60], 1)
 
 
-def test_a_prompt_whose_scores_were_sent_in_part_is_scored_on_from_there(engine):
+def test_a_half_scored_prompt_is_scored_on_from_there(engine):
+    """A prompt whose scores were sent in part is scored on from there."""
     whole, _ = scores_and_rest(pieces(engine, [assignment("a", PROMPT, SamplingParams(0.0), 2, ignore_eos=True, prompt_logprobs=1)])["a"])
     for scored in (1, 30, len(PROMPT)):
         work = assignment("b", PROMPT, SamplingParams(0.0), 2, ignore_eos=True, prompt_logprobs=1, scored=scored)
@@ -147,7 +150,8 @@ def test_a_prompt_whose_scores_were_sent_in_part_is_scored_on_from_there(engine)
 
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("first", [0, 1, 2, 16, 17, 40, 65, 74, 75, 90])
-def test_scores_from_a_token_on_take_what_is_before_it_from_the_cache_and_compute_only_their_own_logits(engine, ahead, first):
+def test_scores_from_a_token_on_use_the_cache(engine, ahead, first):
+    """Scores from a token on take what is before it from the cache, and compute only their own logits."""
     whole, _ = scores_and_rest(pieces(engine, [assignment("a", PROMPT, SamplingParams(0.0), 1, ignore_eos=True, prompt_logprobs=1)])["a"])
     for cached in (False, True):
         if not cached:
@@ -166,7 +170,7 @@ def test_scores_from_a_token_on_take_what_is_before_it_from_the_cache_and_comput
         assert rest.end.usage.cached_tokens == (max(most, 0) // PAGE_SIZE * PAGE_SIZE if cached else 0)
 
 
-def test_options_of_one_item_that_are_scored_together_share_its_pages(engine):
+def test_options_scored_together_share_their_pages(engine):
     """Some rows are other answers'; some options end early, some within a page."""
     options = [PROMPT[:60] + tuple(range(i, i + 3 * i + 1)) for i in range(4)]
     alone = []
@@ -184,7 +188,7 @@ def test_options_of_one_item_that_are_scored_together_share_its_pages(engine):
         assert all(math.isclose(entry.logprob, other.logprob, abs_tol=0 if engine.kernels.row_invariant else 1e-4) for entry, other in zip(scores, own))
 
 
-def test_named_tokens_are_listed_however_unlikely_they_are(engine):
+def test_named_tokens_are_listed_however_unlikely(engine):
     named = (200, 3, 77)
     plain = pieces(engine, [assignment("a", PROMPT, SamplingParams(0.0), 1, ignore_eos=True, logprobs=250)])["a"][0].logprobs[0]
     found = pieces(engine, [assignment("a", PROMPT, SamplingParams(0.0), 1, ignore_eos=True, logprobs=2, logprob_ids=named)])["a"][0].logprobs[0]
@@ -200,7 +204,8 @@ def test_the_token_that_ends_an_answer_has_no_logprob(engine):
     assert (found[0].tokens, found.end.reason, found[0].logprobs, len(found)) == ((end,), "stop", (), 1)
 
 
-def test_the_largest_and_smallest_numbers_stay_numbers():
+def test_extreme_logprobs_stay_numbers():
+    """The largest and smallest numbers stay numbers."""
     line = numpy.array([-numpy.inf, 3.4e38, 0.0, -3.4e38], dtype=numpy.float32)
     found = logprob_of(line, 2, 4)
     assert found.top[0] == (1, 0.0) and logprob_number(found.logprob) == -9999.0

@@ -47,7 +47,8 @@ def logits_of(folder, ids, kv, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", by_day(FAMILIES, "gemma2", "gemma4"))
-def test_logits_are_near_those_of_floats_and_both_backends_agree(made_model, name, backend):
+def test_packed_logits_are_near_those_of_floats(made_model, name, backend):
+    """Logits are near those of floats, and both backends agree."""
     folder, cases = made_model(name)
     ids = cases[0].prompt[:200]
     floats, packed = (logits_of(folder, ids, kv, backend) for kv in (KvType("float32"), PACKED))
@@ -58,7 +59,8 @@ def test_logits_are_near_those_of_floats_and_both_backends_agree(made_model, nam
         assert (packed - reference).abs().max() < 0.12 * spread
 
 
-def test_large_numbers_cost_no_others_their_precision_once_turned():
+def test_turning_keeps_large_numbers_from_others():
+    """Large numbers cost no others their precision once turned."""
     heads = torch.randn(7, 2, 64, generator=torch.Generator().manual_seed(1))
     heads[..., 5] = 60.0
     kept = PackedKv(torch.zeros(9, 2, 64, dtype=torch.int8), torch.zeros(9, 2, 2, dtype=torch.float16))
@@ -69,7 +71,8 @@ def test_large_numbers_cost_no_others_their_precision_once_turned():
     assert not kept.codes[6:8].any()
 
 
-def test_a_page_of_8_bits_has_34_bytes_for_32_numbers_and_tells_itself_from_others():
+def test_an_8_bit_page_has_34_bytes_for_32_numbers():
+    """A page of 8 bits has 34 bytes for 32 numbers, and tells itself from others."""
     attentions = [attention(8, 2, 64)] * 3
     layouts = {}
     for kv in (KvType("bfloat16"), KvType("float16"), KvType("float32"), PACKED):
@@ -90,7 +93,8 @@ def engine_of(path, *flags):
     return build_engine(resolve_model(settings), settings, torch.device("cpu"))[1]
 
 
-def test_twice_the_tokens_fit_and_each_type_can_be_chosen(default_model_path):
+def test_packed_pages_hold_twice_the_tokens(default_model_path):
+    """Twice the tokens fit, and each type can be chosen."""
     tokens = {}
     for kind in ("auto", "bfloat16", "float32", "q8_0"):
         engine = engine_of(default_model_path, "--kv-cache-dtype", kind, "--kv-cache-memory", "16M")
@@ -106,7 +110,8 @@ SAID_SINCE = "The grass is green. The sky is blue. The sun is yellow. Here we go
 
 
 @pytest.mark.parametrize("ago", by_day([600, 3000], 600))
-def test_a_number_said_long_ago_is_told_as_with_floats(default_model_path, ago):
+def test_a_packed_cache_remembers_an_old_number(default_model_path, ago):
+    """A number said long ago is told as with floats."""
     text = " ".join(f"The number of {name} is {number}." for name, number in NUMBERS.items()) + f" {SAID_SINCE * (ago // 23)}"
     told = {}
     for kind in ("auto", "q8_0"):
@@ -120,7 +125,8 @@ def test_a_number_said_long_ago_is_told_as_with_floats(default_model_path, ago):
 
 
 @pytest.mark.skipif(decode_core() is None, reason="the types and the promise are decode_core's")
-def test_with_experts_of_mxfp4_answers_are_the_same_alone_and_together(tmp_path, one_thread):
+def test_mxfp4_experts_answer_alike_over_packed_pages(tmp_path, one_thread):
+    """With experts of MXFP4, answers are the same alone and together."""
     save_packed(tmp_path)
     engine = engine_of(tmp_path, "--kv-cache-dtype", "q8_0", "--kv-cache-memory", "16M")
     assert engine.transformer.layout.types == ("q8_0",) * 4 and "mxfp4" in engine.transformer.matrix_types
@@ -136,7 +142,8 @@ def test_kernels_that_do_not_read_it_are_named():
     assert kernels.kv_type("bfloat16", None) == KvType("bfloat16")
 
 
-def test_heads_that_cannot_be_turned_stay_floats_and_the_log_or_an_error_says_so(made_model, caplog):
+def test_heads_that_cannot_be_turned_stay_floats(made_model, caplog):
+    """Heads that cannot be turned stay floats, and the log or an error says so."""
     engine = engine_of(made_model("gemma4")[0], "--kv-cache-dtype", "q8_0", "--kv-cache-memory", "16M", "--dtype", "float32")
     assert {*engine.transformer.layout.types} == {"q8_0", "float32"}
     assert "layers stay float32: their heads have a size of 16, and q8_0 needs heads whose size is a power of two, at least 32" in caplog.text

@@ -43,7 +43,8 @@ def test_a_run_is_noticed_after_so_many_tokens(length, count):
     assert noticed_at([60_000] * 3 + one * 400) == (count and count + 3)
 
 
-def test_random_runs_are_noticed_where_the_definition_says():
+def test_random_runs_are_noticed_by_the_definition():
+    """Random runs are noticed where the definition says."""
     chance = random.Random(3)
     for _ in range(60):
         tokens = []
@@ -64,12 +65,13 @@ REFRAIN = "Fa la la la la, la la la la!\n'Tis the season to be jolly, fa la la l
     "| a | b | c |\n|---|---|---|\n" + ROW * 15, "zeros = [" + "0, " * 100 + "0]", "\n".join(f"{number}. Buy milk and eggs at the shop on the corner" for number in range(1, 100)),
     "".join(f"Verse {number}: deck the halls with {word}.\n{REFRAIN}{REFRAIN}" for number, word in enumerate("holly ivy berries candles ribbons paper".split())),
     "=" * 80 + "\nTitle\n" + "=" * 80 + "\n", "    if (a) {\n" + "    }\n" * 12, "ha " * 100, "Row, row, row your boat, gently down the stream. " * 3])
-def test_code_tables_lists_and_refrains_are_no_repetitions(gguf_engine, text):
+def test_lists_and_refrains_are_no_repetitions(gguf_engine, text):
+    """Code, tables, lists and refrains are no repetitions."""
     assert noticed_at(gguf_engine.tokenizer.encode(text)) is None
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_an_answer_that_repeats_itself_ends_where_it_was_asked_to_and_else_goes_on(gguf_engine, ahead):
+def test_a_repeating_answer_ends_only_if_asked_to(gguf_engine, ahead):
     """The default model, greedy, goes on with a line that it has read twelve times."""
     prompt = tuple(gguf_engine.tokenizer.encode("The cat sat on the mat and looked at the dog.\n" * 12))
     sampling = SamplingParams(temperature=0.0)
@@ -83,7 +85,8 @@ def test_an_answer_that_repeats_itself_ends_where_it_was_asked_to_and_else_goes_
     assert ends["goes on"] == ("length", "max_tokens") and len(ids["later"]) == 300 and ends["later"] == ("stop", "repetition")
 
 
-def test_an_answer_that_another_worker_goes_on_with_ends_at_the_same_token(gguf_engine):
+def test_a_resumed_repetition_ends_at_the_same_token(gguf_engine):
+    """An answer that another worker goes on with ends at the same token."""
     prompt = tuple(gguf_engine.tokenizer.encode("The cat sat on the mat and looked at the dog.\n" * 12))
     whole = assignment("whole", prompt, SamplingParams(temperature=0.0), 400, ignore_eos=True, stop_on_repetition=True)
     ids = [token for piece in pieces(gguf_engine, [whole])["whole"] for token in piece.tokens]

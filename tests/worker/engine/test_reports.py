@@ -63,7 +63,8 @@ def read(messages):
     return {id: (tokens, "".join(text for _, text in texts), logprobs, ends) for id, (tokens, texts, logprobs, ends) in answers.items()}
 
 
-def test_short_steps_share_a_message_and_the_first_piece_and_the_end_do_not_wait(nanochat_fixtures):
+def test_short_steps_share_a_message(nanochat_fixtures):
+    """Short steps share a message, and the first piece and the end do not wait."""
     engine = make_engine(nanochat_fixtures / "gen5", max_batch=4)
     works = [assignment("a", tuple(range(3, 40)), SamplingParams(temperature=0.7, seed=3), 60, logprobs=2, ignore_eos=True),
              assignment("b", (1, 2, 3), SamplingParams(temperature=0.0), 25, ignore_eos=True)]
@@ -79,7 +80,8 @@ def test_short_steps_share_a_message_and_the_first_piece_and_the_end_do_not_wait
 
 
 @pytest.mark.parametrize("share", [-1.0, 1000.0])       # nothing of the background beside answers, all of it
-def test_beside_an_answer_the_background_makes_no_message_and_loses_nothing(nanochat_fixtures, share):
+def test_the_background_adds_no_message(nanochat_fixtures, share):
+    """Beside an answer the background makes no message, and loses nothing."""
     answer = assignment("a", (1, 2, 3), SamplingParams(seed=7), 150, ignore_eos=True)
     low = [assignment(f"low {index}", tuple(range(3, 40)), SamplingParams(seed=index), 20, ignore_eos=True, background=True) for index in range(6)]
     found = []
@@ -93,14 +95,15 @@ def test_beside_an_answer_the_background_makes_no_message_and_loses_nothing(nano
     assert before[1] < 40 < 80 < before[0], before       # each of the others has a first piece and an end
 
 
-def test_gauges_are_sent_when_nothing_is_left_to_do_and_now_and_then(nanochat_fixtures):
+def test_gauges_are_sent_when_idle_and_now_and_then(nanochat_fixtures):
+    """Gauges are sent when nothing is left to do, and now and then."""
     engine = make_engine(nanochat_fixtures / "gen5", max_batch=4)
     messages = told(engine, 0.0, [assignment("a", (1, 2, 3), SamplingParams(temperature=0.0), 60, ignore_eos=True)])
     assert messages[-1].gauges["running"] == 0 and messages[-1].gauges["kv_pages_total"] == engine.pool.num_pages
     assert any(not message.gauges for message in messages)
 
 
-def test_pieces_that_are_put_together_say_the_same():
+def test_merged_pieces_say_the_same():
     dice, kinds = random.Random(5), ("text", "reasoning", "call")
     for _ in range(300):
         events = []

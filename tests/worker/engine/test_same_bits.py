@@ -270,7 +270,7 @@ ON_TWO_BY_DAY = "llama3.1", "gpt-oss", "qwen3.5", "gen5"       # a second rank i
 @pytest.mark.skipif(decode_core() is None, reason="the promise is decode_core's")
 @pytest.mark.parametrize("name, ranks", by_day([(name, ranks) for ranks in (1, 2) for name in ROWS],
                                                *((name, 1) for name in BY_DAY), *((name, 2) for name in ON_TWO_BY_DAY)))
-def test_answers_have_the_same_bits_however_they_are_computed(name, ranks, path_of, request, monkeypatch, one_thread):
+def test_answers_have_the_same_bits_however_computed(name, ranks, path_of, request, monkeypatch, one_thread):
     monkeypatch.setattr(StatePool, "INTERVAL", 32)
     with torch.inference_mode():
         engine = engine_of(ROWS[name], path_of(name), ranks, request)

@@ -45,7 +45,8 @@ def step(s, next_token=1):
     return {chunk.sequence.work.id: chunk.count for chunk in plan}
 
 
-def test_a_table_gets_pages_as_far_as_its_groups_need_them_and_gives_back_those_that_a_window_has_passed():
+def test_a_table_has_the_pages_that_its_groups_need():
+    """A table gets pages as far as its groups need them, and gives back those that a window has passed."""
     pool, one = PagePool(20, (0, 16)), sequence("a", 64)
     tables, hole = PageTables(pool), 20
     entries = tables.missing(one, 4, 2)
@@ -58,13 +59,15 @@ def test_a_table_gets_pages_as_far_as_its_groups_need_them_and_gives_back_those_
     assert one.pages == [] and one.computed == 0 and pool.available == 20
 
 
-def test_a_prompt_is_computed_in_chunks_and_then_decodes_one_token_a_step():
+def test_a_prompt_comes_in_chunks_and_then_decodes():
+    """A prompt is computed in chunks, and then decodes one token a step."""
     s = scheduler()
     s.queue.add(sequence("a", 150))
     assert [step(s) for _ in range(5)] == [{"a": 64}, {"a": 64}, {"a": 22}, {"a": 1}, {"a": 1}]
 
 
-def test_decoding_sequences_run_in_every_step_beside_a_long_prompt():
+def test_decoding_runs_beside_a_long_prompt():
+    """Decoding sequences run in every step beside a long prompt."""
     s = scheduler(num_pages=600)
     for name in "abc":
         s.queue.add(sequence(name, [ord(name)] * 5))
@@ -76,7 +79,8 @@ def test_decoding_sequences_run_in_every_step_beside_a_long_prompt():
         assert counts["long"] == 64
 
 
-def test_a_slow_model_embeds_few_tokens_in_a_step_beside_answers_and_then_answers_for_long(monkeypatch):
+def test_a_slow_model_embeds_little_beside_answers(monkeypatch):
+    """A slow model embeds few tokens in a step beside answers, and then answers for long."""
     s, now = scheduler(), 1000.0
     monkeypatch.setattr(planners.time, "monotonic", lambda: now)
     s.times.token_s = 0.05                # 64 tokens would stop the answer for 3 s
@@ -90,7 +94,8 @@ def test_a_slow_model_embeds_few_tokens_in_a_step_beside_answers_and_then_answer
 
 
 @pytest.mark.parametrize("seconds, steps", [(1e9, [{"answer": 5}, {"answer": 1}, {"answer": 1}]), (0.0, [{"text": 64}, {"text": 6}, {"answer": 5}])])
-def test_texts_to_embed_have_steps_of_their_own_and_beside_answers_seldom_one(monkeypatch, seconds, steps):
+def test_texts_to_embed_have_their_own_steps(monkeypatch, seconds, steps):
+    """Texts to embed have steps of their own, and beside answers seldom one."""
     monkeypatch.setattr(planners.TextPlanner, "EVERY_S", seconds)
     s = scheduler()
     s.texts.last_s, s.times.token_s = time.monotonic(), 0.001
@@ -102,7 +107,8 @@ def test_texts_to_embed_have_steps_of_their_own_and_beside_answers_seldom_one(mo
     assert step(s) == ({} if seconds == 0 else {"text": 64})        # nobody writes any more
 
 
-def test_a_short_prompt_overtakes_a_long_one_and_the_long_one_keeps_half_the_budget():
+def test_a_short_prompt_overtakes_a_long_one():
+    """A short prompt overtakes a long one, and the long one keeps half the budget."""
     s = scheduler(num_pages=600)
     s.queue.add(sequence("long", 7000))
     step(s)
@@ -114,7 +120,8 @@ def test_a_short_prompt_overtakes_a_long_one_and_the_long_one_keeps_half_the_bud
         assert step(s)["long"] >= 32
 
 
-def test_waiting_sequences_are_admitted_in_order_when_a_row_is_free():
+def test_waiting_sequences_are_admitted_in_order():
+    """Waiting sequences are admitted in order when a row is free."""
     s = scheduler(max_batch=2)
     a, b, c = (sequence(name, [ord(name)] * 3) for name in "abc")
     for each in (a, b, c):
@@ -136,7 +143,8 @@ def test_a_cached_prefix_is_not_computed_again():
     assert b.output.usage.cached_tokens == 96
 
 
-def test_out_of_pages_the_youngest_gives_way_and_is_recomputed_with_nothing_lost():
+def test_out_of_pages_the_youngest_is_recomputed():
+    """Out of pages, the youngest gives way, and is recomputed with nothing lost."""
     s = scheduler(num_pages=6, max_batch=4)
     old, young = sequence("old", [1] * 30), sequence("young", [2] * 30)
     s.queue.add(old), s.queue.add(young)
@@ -151,7 +159,8 @@ def test_out_of_pages_the_youngest_gives_way_and_is_recomputed_with_nothing_lost
     assert young.tokens[:len(tokens)] == tokens and len(young.tokens) > len(tokens)
 
 
-def test_forced_tokens_that_need_pages_may_preempt_a_prompt_in_the_same_step():
+def test_forced_tokens_may_preempt_a_prompt_at_once():
+    """Forced tokens that need pages may preempt a prompt in the same step."""
     s = scheduler(num_pages=5, prefill_chunk=16)
     calling, prompt = sequence("calling", [1] * 12), sequence("prompt", [2] * 40)
     s.queue.add(calling)
@@ -180,7 +189,8 @@ def names(sequences):
     return [each.work.id for each in sequences]
 
 
-def test_a_client_that_holds_most_pages_gives_up_its_youngest_for_another():
+def test_the_largest_client_gives_up_its_youngest():
+    """A client that holds most pages gives up its youngest for another."""
     s = scheduler(num_pages=14)
     for name in "abc":
         s.queue.add(sequence(name, [ord(name)] * 60, "rich"))
@@ -194,7 +204,8 @@ def test_a_client_that_holds_most_pages_gives_up_its_youngest_for_another():
     assert names(s.queue.running) == ["a", "d"] and s.queue.preemptions < 5
 
 
-def test_who_holds_fewest_pages_is_admitted_first_and_a_large_prompt_of_another_waits_alone():
+def test_the_client_with_fewest_pages_goes_first():
+    """Who holds fewest pages is admitted first, and a large prompt of another waits alone."""
     s = scheduler(num_pages=12)
     s.queue.add(sequence("a", [1] * 100, "rich"))
     step(s)
@@ -204,7 +215,8 @@ def test_who_holds_fewest_pages_is_admitted_first_and_a_large_prompt_of_another_
     assert names(s.queue.running) == ["a", "small"] and names(s.queue.waiting) == ["large"]
 
 
-def test_who_needs_a_page_takes_it_from_the_client_with_most():
+def test_a_page_is_taken_from_the_client_with_most():
+    """Who needs a page takes it from the client with most."""
     s = scheduler(num_pages=9)
     s.queue.add(sequence("poor", [1] * 30, "p"))
     step(s)
@@ -216,7 +228,7 @@ def test_who_needs_a_page_takes_it_from_the_client_with_most():
     assert names(s.queue.running) == ["poor"]
 
 
-def test_a_sequence_that_a_later_one_preempts_gets_no_pages_for_its_draft():
+def test_a_preempted_sequence_gets_no_draft_pages():
     """It would be computed from pages without meaning, and nobody would give them back."""
     s = scheduler(num_pages=9)
     s.queue.add(rich := sequence("rich", [1] * 78, "r"))
@@ -228,7 +240,7 @@ def test_a_sequence_that_a_later_one_preempts_gets_no_pages_for_its_draft():
     assert ran == {"poor": 1} and names(s.queue.waiting) == ["rich"] and not rich.pages
 
 
-def test_the_oldest_prompt_keeps_its_half_of_a_step_in_which_an_answer_is_preempted():
+def test_the_oldest_prompt_keeps_its_half_of_a_step():
     """The answer is older, and has to be computed again; but not in this step, in which it has no pages and no row."""
     s = scheduler(prefill_chunk=32)
     s.queue.add(answer := sequence("answer", [1] * 300, "rich"))
@@ -247,7 +259,8 @@ def test_the_oldest_prompt_keeps_its_half_of_a_step_in_which_an_answer_is_preemp
 
 @pytest.mark.parametrize("drafts", [False, True])
 @pytest.mark.parametrize("clients", [1, 3])
-def test_random_traffic_loses_no_page_and_starves_nobody(clients, drafts):
+def test_random_traffic_starves_nobody(clients, drafts):
+    """Random traffic loses no page and starves nobody."""
     generator = random.Random(3)
     s = scheduler(num_pages=40, max_batch=6, prefill_chunk=32)
     alive, finished = [], 0

@@ -54,7 +54,8 @@ BY_DAY = [pytest.param("reference", marks=pytest.mark.slow), BACKENDS[1]]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_answers_are_transformers_in_chunks_together_cached_and_ahead(made, backend, monkeypatch):
+def test_states_give_transformers_answers(made, backend, monkeypatch):
+    """Answers are those of transformers in chunks, together, cached and ahead."""
     folder, cases = made
     monkeypatch.setattr(StatePool, "INTERVAL", 64)
     engine = make_engine(folder, num_pages=100, prefill_chunk=48, max_batch=4, reference=backend == "reference")
@@ -67,7 +68,8 @@ def test_answers_are_transformers_in_chunks_together_cached_and_ahead(made, back
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_answers_are_the_same_after_the_cache_was_emptied(made, backend):
+def test_answers_survive_an_emptied_cache(made, backend):
+    """Answers are the same after the cache was emptied."""
     folder, cases = made
     engine = make_engine(folder, num_pages=100, prefill_chunk=48, max_batch=4, reference=backend == "reference")
     check(engine, cases)
@@ -77,7 +79,8 @@ def test_answers_are_the_same_after_the_cache_was_emptied(made, backend):
 
 
 @pytest.mark.parametrize("backend", BY_DAY)
-def test_preempted_answers_go_on_from_a_snapshot_or_from_their_beginning(made, backend):
+def test_preempted_answers_go_on_from_a_snapshot(made, backend):
+    """Preempted answers go on from a snapshot or from their beginning."""
     folder, cases = made
     engine = make_engine(folder, num_pages=25, prefill_chunk=32, max_batch=4, context_length=264, reference=backend == "reference")
     check(engine, cases)
@@ -85,7 +88,8 @@ def test_preempted_answers_go_on_from_a_snapshot_or_from_their_beginning(made, b
 
 
 @pytest.mark.parametrize("backend", BY_DAY)
-def test_an_answer_resumed_elsewhere_stays_the_same(made, backend):
+def test_a_state_s_answer_is_the_same_elsewhere(made, backend):
+    """An answer that is resumed elsewhere stays the same."""
     folder, cases = made
     engine = make_engine(folder, num_pages=100, prefill_chunk=32, max_batch=4, reference=backend == "reference")
     for known in (1, 23):
@@ -105,7 +109,7 @@ def undisturbed(folder, works):
 
 @pytest.mark.skipif(decode_core() is None, reason="the promise is decode_core's")
 @pytest.mark.parametrize("seed", by_day([4, 5, 6], 5))
-def test_random_cuts_batches_chunks_drafts_preemptions_and_deaths_change_no_token(made, seed, monkeypatch):
+def test_random_cuts_and_deaths_change_no_token(made, seed, monkeypatch):
     """All at once. An engine that dies leaves the tokens that it told of, from which another one, of other sizes, goes on."""
     folder, cases = made
     works = [assignment(f"w{i}", tuple(case.prompt), SamplingParams(temperature=t, seed=i), 40, ignore_eos=True)
@@ -134,7 +138,7 @@ def test_random_cuts_batches_chunks_drafts_preemptions_and_deaths_change_no_toke
     assert tokens == expected and deaths and preemptions and accepted > 10
 
 
-def test_random_cuts_batches_and_evictions_change_no_token(made, monkeypatch):
+def test_random_cuts_and_evictions_change_no_token(made, monkeypatch):
     """With few slots too: then answers wait for one, and snapshots go."""
     folder, cases = made
     dice = random.Random(5)
@@ -146,7 +150,7 @@ def test_random_cuts_batches_and_evictions_change_no_token(made, monkeypatch):
         check(engine, cases[::-1], works_of(cases[::-1]), ahead=dice.random() < 0.5)
 
 
-def test_a_conversation_of_ten_turns_computes_little_again(made):
+def test_ten_turns_compute_little_again(made):
     """What each turn computes: its new tokens, the answer before, and what a page does not hold."""
     folder, _ = made
     engine = make_engine(folder, num_pages=100, prefill_chunk=64, max_batch=2, num_snapshots=3)
@@ -162,7 +166,7 @@ def test_a_conversation_of_ten_turns_computes_little_again(made):
     assert engine.pool.states.snapshots == 3
 
 
-def test_a_turn_after_a_long_answer_goes_on_from_its_last_page(made, monkeypatch):
+def test_a_turn_goes_on_from_the_last_page(made, monkeypatch):
     """Or, where a template says otherwise of the answer before, from the last snapshot before that."""
     folder, _ = made
     monkeypatch.setattr(StatePool, "INTERVAL", 32)
@@ -194,7 +198,8 @@ def test_owners_who_share_no_pages_share_no_states(made):
 
 
 @pytest.mark.parametrize("kib, pages, running, snapshots", [(1024, 96, 64, 96), (100, 9, 12, 9), (48, 4, 8, 5)])
-def test_states_and_snapshots_take_their_parts_of_the_kv_cache(made, kib, pages, running, snapshots):
+def test_states_take_their_parts_of_the_kv_cache(made, kib, pages, running, snapshots):
+    """States and snapshots take their parts of the KV cache."""
     if "lfm2" not in made[0].name or "moe" in made[0].name:
         pytest.skip("the numbers are LFM2's")
     settings = Settings(model=str(made[0]), dtype="float32", kv_cache_memory=kib << 10)
@@ -209,7 +214,8 @@ def test_states_and_snapshots_take_their_parts_of_the_kv_cache(made, kib, pages,
 
 
 @pytest.mark.skipif(decode_core() is None, reason="only decode_core quantizes")
-def test_quantize_packs_the_matrices_of_layers_that_keep_states_and_leaves_their_taps(made):
+def test_quantize_packs_layers_with_states(made):
+    """`--quantize` packs the matrices of layers that keep states, and leaves their taps."""
     settings = Settings(model=str(made[0]), quantize="q8_0", kv_cache_memory=1 << 20)
     _, engine = build_engine(resolve_model(settings), settings, torch.device("cpu"))
     weights = engine.transformer.weights
@@ -223,7 +229,8 @@ def test_quantize_packs_the_matrices_of_layers_that_keep_states_and_leaves_their
 # --- the ops -----------------------------------------------------------------------------------------------------
 
 
-def test_a_delta_rule_computes_its_formula_however_its_tokens_are_cut():
+def test_a_delta_rule_is_its_formula_however_cut():
+    """A delta rule computes its formula, however its tokens are cut."""
     dice = torch.Generator().manual_seed(2)
     mixer, T = DeltaRule(4, 2, 4, 8, 6), 23
     normal = lambda *shape: torch.randn(*shape, generator=dice)       # noqa: E731
@@ -250,7 +257,8 @@ def test_a_delta_rule_computes_its_formula_however_its_tokens_are_cut():
 
 
 @pytest.mark.parametrize("mixer, op", [(DeltaRule(4, 2, 4, 8, 6), delta_rule_reference), (Mamba2(3, 4, 5, 6, groups=2), mamba2_reference)])
-def test_rows_of_as_many_sequences_give_what_each_alone_gives_and_padding_writes_nothing(mixer, op):
+def test_many_sequences_give_what_each_alone_gives(mixer, op):
+    """Rows of as many sequences give what each alone gives, and padding writes nothing."""
     dice = torch.Generator().manual_seed(6)
     normal = lambda *shape: torch.randn(*shape, generator=dice)       # noqa: E731
     weights = {name: normal(*tensor.shape) for name, tensor in mixer.tensors(8).items()}
@@ -280,7 +288,8 @@ def check_cuts(op, x, weights, mixer, states, whole):
 
 
 @pytest.mark.parametrize("taps_bias", [True, False])
-def test_a_mamba_layer_computes_its_formula_however_its_tokens_are_cut(taps_bias):
+def test_a_mamba_layer_is_its_formula_however_cut(taps_bias):
+    """A Mamba layer computes its formula, however its tokens are cut."""
     dice = torch.Generator().manual_seed(4)
     mixer, T = Mamba2(3, 4, 5, 6, groups=2, taps_bias=taps_bias), 23
     normal = lambda *shape: torch.randn(*shape, generator=dice)       # noqa: E731
@@ -308,7 +317,8 @@ def test_a_mamba_layer_computes_its_formula_however_its_tokens_are_cut(taps_bias
 # --- the pool ----------------------------------------------------------------------------------------------------
 
 
-def test_the_end_of_a_conversations_prompt_is_evicted_last():
+def test_the_end_of_a_prompt_is_evicted_last():
+    """The end of a conversation's prompt is evicted last."""
     pool = StatePool(8, 3)
     for serial, before in ((1, None), (2, ""), (3, None)):
         pool.keep(serial, slot := pool.allocate(), before)
@@ -325,7 +335,8 @@ def test_the_end_of_a_conversations_prompt_is_evicted_last():
     assert [*pool.ends] == [5, 6, 7]
 
 
-def test_a_slot_that_is_needed_is_a_snapshots_unless_a_sequence_reads_it():
+def test_a_needed_slot_is_an_unread_snapshot_s():
+    """A slot that is needed is a snapshot's, unless a sequence reads it."""
     pool = StatePool(2, 2)
     for serial in (1, 2):
         pool.keep(serial, slot := pool.allocate(), None)

@@ -55,7 +55,8 @@ BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(de
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", by_day(WINDOWED, "gemma3", "cohere2"))
-def test_pages_are_given_back_and_answers_stay_transformers(made_model, name, backend):
+def test_windows_give_pages_back_and_keep_answers(made_model, name, backend):
+    """Pages are given back, and answers stay those of transformers."""
     folder, cases = made_model(name)
     engine = make_engine(folder, num_pages=400, prefill_chunk=32, max_batch=4, reference=backend == "reference", apart=True)
     groups = engine.transformer.groups
@@ -70,7 +71,8 @@ def test_pages_are_given_back_and_answers_stay_transformers(made_model, name, ba
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", by_day([*WINDOWED, *SHARED], "gemma2", "mistral"))
-def test_preempted_answers_stay_the_same_when_pages_are_few(made_model, name, backend):
+def test_few_pages_preempt_and_keep_answers(made_model, name, backend):
+    """Preempted answers stay the same when pages are few."""
     folder, cases = made_model(name)
     windows = make_engine(folder, num_pages=400, prefill_chunk=32, apart=True).transformer.groups.windows
     prompts = sum(PagePool(0, windows).pages_for(len(case.prompt), 32) for case in cases[:2])      # the first two are admitted
@@ -98,7 +100,7 @@ def sequence(name, tokens, limit=700):
 
 
 @pytest.mark.parametrize("windows", [(0, 40), (40,), (0, 0, 24, 100)])
-def test_random_traffic_with_few_pages_loses_and_leaks_nothing(windows):
+def test_random_traffic_with_few_pages_leaks_nothing(windows):
     """Sequences come, share prefixes, are preempted, cancelled and end; each page is owned as the tables say."""
     generator = random.Random(3)
     pool = PagePool(PagePool(0, windows).pages_for(700, 64) + 10, windows)
@@ -151,7 +153,7 @@ def test_cuda_steps_give_pages_back_too(made_model, name, request, monkeypatch):
     assert engine.steps.queue.replays > 3 and engine.pool.available == engine.pool.num_pages
 
 
-def test_contents_before_every_window_are_forgotten_oldest_first():
+def test_the_oldest_unseen_contents_go_first():
     """They are restored without a page, so that no page's eviction ends them."""
     pool, serial = PagePool(4, (16,)), PagePool.ROOT
     pool.MOST_BARE = 3

@@ -74,7 +74,8 @@ def oracle(spec, tensors, ids):
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("kv", [FLOATS, PACKED], ids=["float32", "q8_0"])
-def test_logits_are_those_of_the_definition_in_any_chunks_batches_and_groups_of_pages(name, apart, kv):
+def test_attention_kinds_match_their_definition(name, apart, kv):
+    """Logits are those of the definition in any chunks, batches and groups of pages."""
     spec, tensors = kinds_model(name)
     groups = group_layers(model_of(spec).by_layer, 512, apart, kv)
     model, count = transformer(model_of(spec), tensors, groups, kv=kv), len(groups.windows)
@@ -93,7 +94,8 @@ def test_logits_are_those_of_the_definition_in_any_chunks_batches_and_groups_of_
 
 @pytest.mark.parametrize("name", ["gemma 4", "heads"])
 @pytest.mark.parametrize("dtype, kv", [("float32", None), ("bfloat16", None), ("float32", PACKED)], ids=["float32", "bfloat16", "q8_0"])
-def test_decode_core_computes_each_layers_own_heads_with_the_same_bits_in_any_batch(name, dtype, kv):
+def test_each_layer_s_own_heads_have_the_same_bits(name, dtype, kv):
+    """decode_core computes each layer's own heads with the same bits in any batch."""
     pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
     spec, tensors = kinds_model(name)
     groups, results = group_layers(model_of(spec).by_layer, 512, kv=kv or FLOATS), []
@@ -115,7 +117,8 @@ def test_decode_core_computes_each_layers_own_heads_with_the_same_bits_in_any_ba
     assert np.abs(results[0].numpy() - want).max() < (0.06 if kv or dtype == "bfloat16" else 1e-4) * max(1, np.abs(want).max())
 
 
-def test_a_layer_that_reads_anothers_keys_has_neither_pages_nor_rows_for_keys():
+def test_a_layer_that_borrows_keys_has_no_pages():
+    """A layer that reads another's keys has neither pages nor rows for keys."""
     spec, _ = kinds_model("gemma 4")
     shapes = model_of(spec).shapes()
     assert shapes["4.qkv"] == (4 * 16, 48) and "4.k_norm" not in shapes and shapes["4.q_norm"] == (16,)
@@ -151,7 +154,8 @@ def gemma4(layers, every, shared, sliding, full):
     # 31B: 50 of 16 x 256, 10 of 4 x 512
     (gemma4(60, 6, 0, attention(32, 16, 256, window=1024), attention(32, 4, 512)), 11, 50 * 8192 + 10 * 4096, 1.0),
 ], ids=["E4B", "E2B", "26B-A4B", "31B"])
-def test_the_pages_of_published_sizes_waste_nothing_of_a_long_context(attentions, groups, kept, most):
+def test_pages_waste_nothing_of_a_long_context(attentions, groups, kept, most):
+    """The pages of published sizes waste nothing of a long context."""
     made = group_layers(attentions, 131_072)
     layout = PageLayout.of(made, attentions)
     assert len(made.windows) == groups and sum(its.slot_size for its in attentions) == kept
@@ -165,7 +169,7 @@ def test_the_pages_of_published_sizes_waste_nothing_of_a_long_context(attentions
 # --- several ranks -------------------------------------------------------------------------------------------------
 
 
-def test_each_kinds_heads_are_divided_by_themselves():
+def test_each_kind_s_heads_are_divided_separately():
     spec, _ = kinds_model("all")
     attentions = model_of(spec).by_layer
     assert [list(map(len, attentions[l].divided(1, 3, 1).values())) for l in (0, 1, 3)] == [[1, 1], [1, 1], [1, 1]]
@@ -173,7 +177,8 @@ def test_each_kinds_heads_are_divided_by_themselves():
     assert [list(map(list, full.divided(rank, 2, 1).values())) for rank in range(2)] == [[[0, 1], [0]], [[2, 3], [0]]]
 
 
-def test_a_layer_lives_in_the_stage_whose_keys_it_reads():
+def test_a_layer_lives_where_its_keys_are():
+    """A layer lives in the stage whose keys it reads."""
     spec, tensors = kinds_model("gemma 4")
     assert [layers_of(model_of(spec), stage, 2) for stage in range(2)] == [range(2), range(2, 7)]
     assert [layers_of(model_of(spec), stage, 3) for stage in range(3)] == [range(1), range(1, 2), range(2, 7)]
@@ -194,7 +199,8 @@ def test_a_layer_lives_in_the_stage_whose_keys_it_reads():
 # --- what an op refuses or leaves alone ----------------------------------------------------------------------------
 
 
-def test_values_may_be_keys_before_their_norm_and_are_normalized_themselves():
+def test_values_may_be_keys_before_their_norm():
+    """Values may be keys before their norm, and are normalized themselves."""
     k, out = load_kernels("cpu"), torch.empty(2, 16)
     cache, tables = torch.full((16, 2, 1, 8), 7.0), torch.zeros(4, 2)
     qkv = torch.randn(2, 24, generator=torch.Generator().manual_seed(1))

@@ -66,7 +66,7 @@ def normed(x, weight):
 
 @pytest.mark.parametrize("feed", FEEDS)
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_a_norm_after_any_block_is_of_what_it_adds(mixer, feed):
+def test_a_norm_after_a_block_is_of_what_it_adds(mixer, feed):
     """Once these norms were skipped after experts."""
     plain = Layer(MIXERS[mixer], FEEDS[feed], RMS, RMS)
     both = dataclasses.replace(plain, output_norm=RMS, down_norm=RMS)
@@ -83,7 +83,8 @@ def test_a_norm_after_any_block_is_of_what_it_adds(mixer, feed):
 
 
 @pytest.mark.parametrize("feed", FEEDS)
-def test_a_norm_of_the_sum_is_of_x_and_what_any_block_adds(feed):
+def test_a_norm_of_the_sum_takes_what_a_block_adds(feed):
+    """A norm of the sum is of x and what any block adds."""
     norm = LayerNorm(EPS, bias=True)
     plain = Layer(None, FEEDS[feed])
     summed = dataclasses.replace(plain, down_norm=norm, norms_of_sums=True)
@@ -94,7 +95,7 @@ def test_a_norm_of_the_sum_is_of_x_and_what_any_block_adds(feed):
     torch.testing.assert_close(found, torch.nn.functional.layer_norm(total, (C,), weight, bias, EPS), rtol=1e-4, atol=1e-4)
 
 
-def test_a_layer_may_have_no_mixer_or_no_feed_forward_block():
+def test_a_layer_may_lack_a_mixer_or_feed_forward():
     tensors = random_tensors(model_of_layer(Layer()))
     mixed, after, x = traced(model_of_layer(Layer()), tensors)
     assert torch.equal(mixed, x) and torch.equal(after, x)
@@ -102,7 +103,8 @@ def test_a_layer_may_have_no_mixer_or_no_feed_forward_block():
 
 # ---- axes
 
-def test_padding_spreads_each_run_and_each_part_of_a_unit():
+def test_padding_spreads_each_run_and_part():
+    """Padding spreads each run and each part of a unit."""
     axis, wide = (Run(2, 3, parts=2), Run(1, 2)), (Run(2, 4, parts=2), Run(1, 4))
     assert padded_places(axis, wide).tolist() == [0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 16, 17]
 
@@ -114,19 +116,22 @@ def test_a_rank_has_its_units_of_each_run():
     assert rank_part(gate_up, {"heads": range(2)}) == (0, ())          # nothing of it is divided
 
 
-def test_the_first_rank_alone_adds_the_bias_of_products_that_ranks_sum():
+def test_only_the_first_rank_adds_a_summed_bias():
+    """The first rank alone adds the bias of products that ranks sum."""
     layer = Layer(dataclasses.replace(ATTENTION, biases=("qkv", "output")), FeedForward(48, biased=True), RMS, RMS)
     parts = [model_of_layer(layer).of_rank(rank, 2)[1] for rank in range(2)]
     assert [part["0.output_bias"] for part in parts] == [(0, ()), None] == [part["0.down_bias"] for part in parts]
     assert all(part["0.qkv_bias"].ranges and part["0.gate_up_bias"].ranges for part in parts)
 
 
-def test_columns_are_divided_in_smaller_blocks_where_there_are_too_few():
+def test_few_columns_are_divided_in_smaller_blocks():
+    """Columns are divided in smaller blocks where there are too few."""
     assert [columns_of(96, rank, 2, 256) for rank in range(2)] == [range(0, 64), range(64, 96)]
     assert [columns_of(3, rank, 2, 256) for rank in range(2)] == [range(0, 2), range(2, 3)]
 
 
-def test_a_narrow_expert_that_all_tokens_take_is_computed_by_the_first_ranks_alone():
+def test_the_first_ranks_compute_a_narrow_expert():
+    """A narrow expert that all tokens take is computed by the first ranks alone."""
     experts = Experts(4, 16, Router(2), shared=FeedForward(1, prefix="shared_"))
     model = model_of_layer(Layer(ATTENTION, experts, RMS, RMS))
     refuse_ranks(model, 2, 1)
@@ -135,7 +140,8 @@ def test_a_narrow_expert_that_all_tokens_take_is_computed_by_the_first_ranks_alo
 
 
 @pytest.mark.parametrize("feed", [FeedForward(3), ExpertsBesideDense(4, 16, Router(2), FeedForward(3, prefix="shared_"), RMS)])
-def test_a_layer_of_which_a_rank_would_get_nothing_is_refused(feed):
+def test_a_layer_too_small_for_its_ranks_is_refused(feed):
+    """A layer of which a rank would get nothing is refused."""
     wide = Layer(ATTENTION, Experts(4, 16, Router(2)), RMS, RMS)
     model = dataclasses.replace(model_of_layer(wide), layers=(wide, Layer(ATTENTION, feed, RMS, RMS)))
     with pytest.raises(ConfigError, match="cannot be divided among 4 ranks: the feed-forward part of a layer has 3 columns"):
@@ -144,7 +150,7 @@ def test_a_layer_of_which_a_rank_would_get_nothing_is_refused(feed):
 
 # ---- padding, stages
 
-def test_heads_of_two_sizes_with_norms_stay_as_they_are():
+def test_heads_of_two_sizes_with_norms_stay_as_are():
     """Their norms have one eps each, but zeros make means smaller by another factor."""
     heads = [dataclasses.replace(ATTENTION, head_size=size, value_size=size, norms=HeadNorms("before_rope", EPS)) for size in (20, 24)]
     model = Model(V, C, 64, Input(), tuple(Layer(each, FeedForward(48), RMS, RMS) for each in heads), RMS, LmHead())
@@ -154,7 +160,8 @@ def test_heads_of_two_sizes_with_norms_stay_as_they_are():
     assert (padded.head_size, padded.norms.count, padded.norms.eps) == (32, 20, EPS * 20 / 32)
 
 
-def test_what_a_layer_keeps_for_the_head_is_passed_on_through_all_stages_after_it():
+def test_what_a_layer_keeps_reaches_the_head():
+    """What a layer keeps for the head is passed on through all stages after it."""
     layers = tuple(Layer(ATTENTION, FeedForward(48), RMS, RMS, before=(Lambdas(),), after=(Keep(),) * (number == 0)) for number in range(3))
     model = Model(V, C, 64, Input(keeps=True), layers, RMS, LmHead(backout=True))
     stages = [model.of_layers(range(number, number + 1)) for number in range(3)]
@@ -163,7 +170,8 @@ def test_what_a_layer_keeps_for_the_head_is_passed_on_through_all_stages_after_i
     assert all({*stage.passed_on(1)} <= {*stage.scratch()} for stage in stages)
 
 
-def test_a_layer_that_reads_anothers_keys_finds_it_in_its_stage():
+def test_a_layer_finds_borrowed_keys_in_its_stage():
+    """A layer that reads another's keys finds it in its stage."""
     layers = (Layer(ATTENTION, FeedForward(48)), Layer(ATTENTION, FeedForward(48)), Layer(dataclasses.replace(ATTENTION, source=1), FeedForward(48)))
     model = Model(V, C, 64, Input(), layers, RMS, LmHead(tied=True))
     last = model.of_layers(range(1, 3))

@@ -98,11 +98,12 @@ def agree_on_ops(cases):
     agree("ops", {case: "".join(map(letters, listed)) for case, listed in lines.items()}, lines)
 
 
-def test_every_family_and_shape_calls_the_recorded_ops():
+def test_every_family_calls_the_recorded_ops():
+    """Every family and shape calls the recorded ops."""
     agree_on_ops({name: (functools.partial(tiny_model, name), False, False) for name in SHAPES})
 
 
-def test_every_model_with_an_adapter_calls_the_recorded_ops():
+def test_adapters_call_the_recorded_ops():
     agree_on_ops({f"{name}, adapted": (functools.partial(tiny_model, name), True, False) for name in SHAPES if tiny_model(name).vocab_size})
 
 
@@ -129,13 +130,14 @@ def agree_on_bits(cases):
 
 @pytest.mark.skipif(decode_core() is None, reason="not built")
 class TestDecodeCore:
-    def test_it_finds_the_recorded_bits_of_every_family_and_shape(self):
+    def test_every_family_has_the_recorded_bits(self):
+        """The record has the bits of every family and shape."""
         agree_on_bits({name: (tiny_model(name), False) for name in SHAPES})
 
-    def test_it_finds_the_recorded_bits_with_an_adapter(self):
+    def test_adapters_have_the_recorded_bits(self):
         agree_on_bits({f"{name}, adapted": (tiny_model(name), True) for name in SHAPES if tiny_model(name).vocab_size})
 
-    def test_it_finds_the_recorded_bits_of_stages(self):
+    def test_stages_have_the_recorded_bits(self):
         cases = {}
         for name in SHAPES:
             for stage in range(2):
@@ -157,7 +159,7 @@ def facts(model):
 
 
 @pytest.mark.parametrize("name", by_day(MODELS, "qwen2moe"))
-def test_a_family_at_odd_sizes_is_computed_as_recorded(name):
+def test_odd_sizes_are_computed_as_recorded(name):
     found = {}
     for what, spec in odd_specs(name):
         found[what] = "-" * LETTERS if spec is None else letters(repr([sorted(fact.items()) if isinstance(fact, dict) else fact for fact in facts(model_of(spec))]))

@@ -120,7 +120,8 @@ def dry_penalties(tokens, p):
 
 
 @pytest.mark.parametrize("breakers", BREAKERS)
-def test_dry_subtracts_what_a_naive_search_finds_token_by_token_and_from_scratch(breakers):
+def test_dry_subtracts_what_a_naive_search_finds(breakers):
+    """DRY subtracts what a naive search finds, token by token and from scratch."""
     rng = np.random.default_rng(len(breakers))
     for case in range(40):
         p = SamplingParams(dry_multiplier=0.8, dry_base=float(rng.choice([1.0, 1.75, 2])), dry_allowed_length=int(rng.choice([0, 1, 2, 4])),
@@ -140,7 +141,8 @@ def test_dry_subtracts_what_a_naive_search_finds_token_by_token_and_from_scratch
             assert (scratch == found).all(), (case, count)
 
 
-def test_dry_knows_ids_without_a_token_and_text_that_changed():
+def test_dry_knows_ids_without_a_token():
+    """DRY knows ids without a token and text that changed."""
     p = SamplingParams(dry_multiplier=1.0, dry_penalty_last_n=-1, dry_sequence_breakers=("a",))
     kept, far = Repetition(p, WORDS), WORDS.vocab_size + 30
     for tokens in ([3, far, 3, 3, far, 3, 3, far, 3], [3, far, 3, far, far, far], [1] * 600, [1] * 601, [2, 1], []):
@@ -149,7 +151,7 @@ def test_dry_knows_ids_without_a_token_and_text_that_changed():
         assert (penalize(np.zeros(99, np.float32), row) == fresh).all()
 
 
-def test_the_penalty_of_a_long_repetition_is_finite():
+def test_a_long_repetition_s_penalty_is_finite():
     p = SamplingParams(dry_multiplier=100.0, dry_base=100.0, dry_penalty_last_n=-1)
     penalized = penalize(np.zeros(5, np.float32), SampleRow(p, 5, [1] * 5000))
     assert np.isfinite(penalized).all() and penalized[1] < -1e38 and not penalized[[0, 2, 3, 4]].any()
@@ -170,12 +172,13 @@ def test_the_survivors_are_those_of_the_definitions(V):
             assert survivors(line, params)[0].tolist() == kept(line, params), chosen
 
 
-def test_what_is_off_leaves_the_draw_to_compiled_samplers():
+def test_compiled_samplers_draw_what_needs_no_host():
+    """What is off leaves the draw to compiled samplers."""
     for off in (dict(), dict(top_n_sigma=0.0), dict(top_n_sigma=-1.0), dict(typical_p=1.0), dict(dry_base=2.0), dict(dry_multiplier=1.0, dry_penalty_last_n=0), dict(xtc_probability=0.0), dict(xtc_probability=1.0, xtc_threshold=0.51)):
         assert not drawn_on_host(SamplingParams(**off)), off
 
 
-def test_temperature_zero_takes_the_likeliest_survivor():
+def test_temperature_zero_takes_the_likeliest_left():
     for chosen in SETTINGS:
         params = SamplingParams(**(dict(top_k=0) | chosen | dict(temperature=0.0)))
         for line in lines(3, 200):
@@ -183,7 +186,8 @@ def test_temperature_zero_takes_the_likeliest_survivor():
             assert sample_reference(line[None], [SampleRow(params, 3)])[0] == best, chosen
 
 
-def test_xtc_acts_as_often_as_it_should_and_apart_from_the_draw():
+def test_xtc_acts_as_often_as_it_should():
+    """XTC acts as often as it should, and apart from the draw."""
     line, often = np.float32([3, 2.5, 0, -1]), 0.3
     acted = [0 not in survivors(line, SamplingParams(temperature=1.0, xtc_probability=often, seed=5), position)[0] for position in range(20_000)]
     assert abs(sum(acted) / 20_000 - often) < 5 * math.sqrt(often * (1 - often) / 20_000)      # a false alarm in 1.7 million
@@ -207,7 +211,8 @@ def test_hopeless_rows_give_defined_tokens(temperature):
             assert token in (None, drawn) and 0 <= drawn < len(line)
 
 
-def test_a_row_draws_the_same_token_alone_and_in_any_batch():
+def test_the_host_draws_the_same_token_in_any_batch():
+    """A row draws the same token alone and in any batch."""
     rng = np.random.default_rng(7)
     logits = (rng.standard_normal((40, 800)) * 3).astype(np.float32)
     rows = [SampleRow(SamplingParams(**(SETTINGS[i % len(SETTINGS)] | dict(seed=i, temperature=float(rng.choice([0, 0.5, 1, 1.4]))))),

@@ -29,7 +29,8 @@ def random(*shape, seed=[0]):
 
 
 @torch.inference_mode()     # as computed, since buffers for scores are kept
-def test_queries_of_latents_and_latents_as_values_give_what_heads_own_keys_and_values_give():
+def test_latents_give_what_heads_own_keys_give():
+    """Queries of latents and latents as values give what heads own keys and values give."""
     x, kv, weight = random(T, H * (PLAIN + TURNED)), random(T, KEPT + TURNED), 1 + random(KEPT) / 4
     k_up, v_up = random(H * KEPT, PLAIN) / 4, random(H * VALUE, KEPT) / 4
     angles, positions = random(64, TURNED // 2), torch.arange(T)
@@ -75,7 +76,8 @@ def close(found, logits):
 
 
 @pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None}, {"rope_interleave": False}, {"first_k_dense_replace": 3}], ids=["V3", "queries of x", "half-split pairs", "dense"])
-def test_a_tiny_deepseek_v3_has_the_logits_of_transformers_whether_tokens_are_cached_or_not(changes):
+def test_a_tiny_deepseek_v3_matches_transformers(changes):
+    """A tiny DeepSeek v3 has the logits of transformers whether tokens are cached or not."""
     theirs = tiny_deepseek(**changes)
     model, tensors = deepseek_blocks(theirs.config), deepseek_tensors(theirs)
     assert {name: tensor.shape for name, tensor in tensors.items()} == model.shapes()
@@ -89,7 +91,8 @@ def test_a_tiny_deepseek_v3_has_the_logits_of_transformers_whether_tokens_are_ca
     assert close(found[0], want[38]) and close(found[1], expected(theirs, other)[9])
 
 
-def test_two_ranks_of_a_tiny_deepseek_v3_and_two_stages_compute_it_together():
+def test_ranks_and_stages_of_a_deepseek_v3_agree():
+    """Two ranks of a tiny DeepSeek v3 and two stages compute it together."""
     theirs = tiny_deepseek()
     model, tensors, want = deepseek_blocks(theirs.config), deepseek_tensors(theirs), expected(theirs)
     meet, shared = threading.Barrier(2), [None, None]
@@ -144,7 +147,8 @@ def test_no_loader_makes_a_model_of_it_yet():
     assert "latent attention" in not_compiled(deepseek_blocks(tiny_deepseek().config))
 
 
-def test_an_adapter_changes_every_product_of_latent_attention_that_it_may():
+def test_an_adapter_changes_all_of_latent_attention():
+    """An adapter changes every product of latent attention that it may."""
     theirs = tiny_deepseek()
     model, tensors = deepseek_blocks(theirs.config), deepseek_tensors(theirs)
     adapter = exact_adapter(model)

@@ -48,7 +48,8 @@ def some_tokens(count, vocab_size, seed=1):
 
 
 @pytest.mark.parametrize("name", GENERATIONS)
-def test_logits_and_greedy_tokens_of_each_nanochat_generation_are_upstreams(name, nanochat_fixtures):
+def test_nanochat_s_logits_and_tokens_are_upstream_s(name, nanochat_fixtures):
+    """Logits and greedy tokens of each nanochat generation are upstreams."""
     model = transformer(*nanochat_like(nanochat_fixtures, name))
     pages = list(range(5, 30))
     for case in json.loads((nanochat_fixtures / name / "oracle.json").read_text())["cases"]:
@@ -71,7 +72,8 @@ def models(nanochat_fixtures):
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_chunks_batches_and_page_placement_do_not_change_logits(which, nanochat_fixtures):
+def test_chunks_and_pages_do_not_change_logits(which, nanochat_fixtures):
+    """Chunks batches and page placement do not change logits."""
     _, (spec, tensors) = list(models(nanochat_fixtures))[which]
     rng = np.random.default_rng(3)
     a, b, c = (some_tokens(n, spec.vocab_size, seed) for seed, n in enumerate((300, 45, 8)))
@@ -106,7 +108,8 @@ def test_bfloat16_follows_float32():
     assert (actual - expected).norm() < 0.03 * expected.norm()
 
 
-def test_a_step_without_logit_rows_fills_the_cache_and_returns_no_rows():
+def test_a_step_without_logit_rows_fills_the_cache():
+    """A step without logit rows fills the cache, and returns no rows."""
     spec, tensors = llama_like()
     model, tokens = transformer(spec, tensors), some_tokens(20, 100)
     batch = make_batch((tokens, 0, 19, [0, 1]))
@@ -152,7 +155,7 @@ def recording_kernels(calls, guard):
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_forward_is_a_list_of_ops_that_can_be_replayed_over_scribbled_buffers(which, nanochat_fixtures):
+def test_forward_is_a_list_of_replayable_ops(which, nanochat_fixtures):
     """What a recorder or a graph needs: nothing is computed between the ops, and every activation is in a
     buffer that one op writes before another reads it."""
     _, (spec, tensors) = list(models(nanochat_fixtures))[which]
@@ -187,7 +190,8 @@ def test_forward_is_a_list_of_ops_that_can_be_replayed_over_scribbled_buffers(wh
 # --- spec and weights --------------------------------------------------------------------------------------------
 
 
-def test_weights_are_taken_over_and_a_tied_head_is_the_embedding():
+def test_a_tied_head_is_the_embedding():
+    """Weights are taken over, and a tied head is the embedding."""
     spec, tensors = llama_like(tied_head=True)
     tensors["head"] = tensors["embed"]
     given = dict(tensors)
@@ -201,7 +205,8 @@ def test_page_bytes_is_what_a_page_takes():
     assert 7 * model.layout.page_bytes == model.cache.nbytes
 
 
-def test_expected_tensors_counts_the_parameters_of_smollm2():
+def test_expected_tensors_are_smollm2_s():
+    """expected_tensors counts the parameters of SmolLM2."""
     spec = ModelSpec(vocab_size=49152, layers=30, width=576, heads=9, kv_heads=3, head_size=64, ffn_size=1536,
                      max_positions=8192, tied_head=True)
     shapes = {name: shape for name, shape in model_of(spec).shapes().items() if name != "head"}

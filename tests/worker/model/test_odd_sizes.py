@@ -70,7 +70,8 @@ DAILY = "llama2", "gemma4", "qwen3.5moe", "granite4h", "lfm2moe", "gpt-oss", "qw
 
 
 @pytest.mark.parametrize("name", by_day(MODELS, *DAILY))
-def test_odd_sizes_are_computed_by_decode_core_or_by_torch_with_a_line_in_the_log(name, caplog):
+def test_odd_sizes_run_in_decode_core_or_torch(name, caplog):
+    """Odd sizes are computed by decode_core or by torch, with a line in the log."""
     compiled = left = 0
     for what, config in odd_configs(name):
         try:

@@ -46,14 +46,16 @@ def sigmoid(x):
 # --- the small ops -----------------------------------------------------------------------------------------------
 
 
-def test_embed_takes_rows_and_widens_them_and_survives_the_id_before_the_first():
+def test_embed_takes_rows_and_widens_them():
+    """Embed takes rows and widens them, and survives the id before the first."""
     table, out = random(10, 6, dtype=torch.bfloat16), torch.full((3, 6), math.nan)
     KERNELS.embed(table, torch.tensor([7, -1, 2]), out=out)
     assert torch.equal(out[[0, 2]], table[[7, 2]].float()) and out.isfinite().all()
 
 
 @pytest.mark.parametrize("rows", [4, 5, 9])
-def test_the_embeddings_of_ranks_add_up_to_the_bits_of_the_whole_table(rows):
+def test_rank_embeddings_add_up_to_the_whole_table(rows):
+    """The embeddings of ranks add up to the bits of the whole table."""
     table, ids = random(10, 6, dtype=torch.bfloat16), torch.tensor([7, -1, 2, 0, 9, 3, 4])
     table[3, 2], table[4, :2] = -0.0, torch.tensor([-0.0, 0.0])
     whole, parts = torch.empty(7, 6), torch.empty(-(-10 // rows), 7, 6)
@@ -98,7 +100,7 @@ def test_packed_and_plain_products_are_products(rows, kind, tolerance, bias):
 @pytest.mark.parametrize("norm", [None, Norm(None, 1e-5), Norm(random(96, seed=7), 1e-5)])
 @pytest.mark.parametrize("activation", [None, "relu2", "swiglu", "geglu"])
 @pytest.mark.parametrize("channels", [96, 12])
-def test_linear_norms_first_and_activates_and_adds_afterwards(norm, activation, channels):
+def test_linear_norms_then_activates_then_adds(norm, activation, channels):
     x, weight, residual = random(5, 96, seed=1), random(80, channels, seed=2), random(5, 80, seed=3)
     normed = f64(x) if norm is None else rms(f64(x)) * (1 if norm.weight is None else f64(norm.weight))
     y = normed[:, :channels] @ f64(weight).T
@@ -176,7 +178,8 @@ ROPE_VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", ROPE_VARIANTS)
-def test_rope_append_normalizes_rotates_gates_and_appends(variant):
+def test_rope_append_rotates_and_appends(variant):
+    """rope_append normalizes, rotates, gates and appends."""
     spec = SimpleNamespace(**ROPE_CALL | ROPE_VARIANTS[variant])
     spec.rope = lambda layer: Rope(spec.rope_size, spec.rope_base, spec.rope_factors, 1.0, spec.rope_direction, spec.rope_bfloat16)
     positions, slots = [0, 5, 6, 399], torch.tensor([40, 3, 17, 18])
@@ -233,7 +236,8 @@ def paged_batch(rng, sequences, num_pages, scattered):
     [(1, 1)], [(1, 16)], [(1, 75)], [(1, 5), (1, 90), (1, 32), (1, 33)], [(1, 40), (1, 40)],
     [(7, 7)], [(60, 60)], [(9, 41)], [(20, 52)], [(1, 33), (1, 2), (30, 70), (5, 5), (1, 64), (16, 16)],
 ], ids=str)
-def test_paged_attention_is_attention_over_each_rows_own_pages(sequences, window, scattered, monkeypatch):
+def test_paged_attention_stays_on_each_row_s_pages(sequences, window, scattered, monkeypatch):
+    """Paged attention is attention over each row's own pages."""
     rng = np.random.default_rng(5)
     batch = paged_batch(rng, sequences, 40, scattered)
     q, cache = random(batch.starts[-1], 6, 8, seed=1), random(40 * PAGE_SIZE, 2, 2, 8, seed=2)
@@ -248,7 +252,7 @@ def test_paged_attention_is_attention_over_each_rows_own_pages(sequences, window
     close(out, expected)
 
 
-def test_a_window_reads_only_the_pages_it_reaches_into():
+def test_a_window_reads_only_the_pages_it_reaches():
     batch = paged_batch(np.random.default_rng(0), [(1, 1600), (1, 1600), (20, 800)], 300, scattered=True)
     spans = KERNELS.plan_attention(batch, batch.positions, [64], "float32")[64]
     assert [span.mask.shape[-1] for span in spans] == [64, 96]        # 800 - 20 + 1 - 64 = 717, in the page that begins at 704
@@ -264,7 +268,8 @@ def test_every_op_has_an_implementation_and_a_name():
     assert KERNELS.row_invariant is False
 
 
-def test_sampling_takes_logits_of_any_type_and_returns_plain_ints():
+def test_sampling_takes_any_logits_and_gives_ints():
+    """Sampling takes logits of any type, and returns plain ints."""
     logits = torch.tensor([[0.0, 9, 1], [5, 0, 0]], dtype=torch.bfloat16)
     rows = [SampleRow(SamplingParams(temperature=0), 0)] * 2
     tokens = KERNELS.sample(logits, rows)

@@ -21,7 +21,8 @@ def odd(request):
 
 
 @pytest.mark.parametrize("odd", ODD, indirect=True)
-def test_a_folder_computes_what_transformers_computes(odd, tmp_path):
+def test_a_padded_folder_matches_transformers(odd, tmp_path):
+    """A folder computes what transformers computes."""
     cases, model = clear_cases(odd), load(save(odd, tmp_path))
     kernels = kernels_of("decode_core", model.spec)
     assert kernels.row_invariant and model.architecture.padded() != model.architecture
@@ -29,7 +30,7 @@ def test_a_folder_computes_what_transformers_computes(odd, tmp_path):
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-def test_a_gguf_file_with_odd_heads_computes_what_its_floats_compute(quantized, tmp_path):
+def test_a_gguf_with_odd_heads_computes_its_floats(quantized, tmp_path):
     """Packed, its output matrix is divided between blocks: it is multiplied out and packed again as Q8_0."""
     model = make_model("llama2", hidden_size=96, head_dim=24)
     cases = clear_cases(model, lengths=(9, 40))

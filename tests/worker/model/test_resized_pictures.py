@@ -26,7 +26,7 @@ SIDES = st.integers(1, 40) | st.integers(100, 400)
 
 @settings(max_examples=150, deadline=None)
 @given(size=st.tuples(SIDES, SIDES), wanted=st.tuples(SIDES, SIDES), lost=st.none() | st.integers(-1, 1), name=st.sampled_from(sorted(FILTERS)))
-def test_every_size_is_resized_in_pillows_order(size, wanted, lost, name):
+def test_every_size_is_resized_in_pillow_s_order(size, wanted, lost, name):
     Image = pytest.importorskip("PIL.Image", minversion="13")
     if lost is not None:        # near the border between the orders
         wanted = max(1, size[0] - max(0, (size[1] - wanted[1]) // 2) + lost), wanted[1]

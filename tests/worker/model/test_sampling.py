@@ -44,12 +44,13 @@ def many_draws(logits, count, position=0, step=1, **params):
     ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
      (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
 ])
-def test_philox_gives_random123s_known_answers(counter, key, words):
+def test_philox_gives_random123_s_known_answers(counter, key, words):
     columns = [np.array(values, np.uint64)[:, None].repeat(3, axis=1) for values in (counter, key)]
     assert philox(*columns).tolist() == [[word] * 3 for word in words]
 
 
-def test_the_noise_of_an_id_is_its_lane_of_the_counter_made_of_group_position_and_choice():
+def test_an_id_s_noise_is_its_lane_of_the_counter():
+    """The noise of an id is its lane of the counter made of group, position and choice."""
     seed, position, choice = 0xA409382212345678, 0x9876543210, 5
     ids = np.array([2, 3, 7, 49151])
     seeds = np.array([1, seed, seed, seed, seed], np.uint64)
@@ -60,14 +61,16 @@ def test_the_noise_of_an_id_is_its_lane_of_the_counter_made_of_group_position_an
         assert value == (int(philox(counter, key)[token % 4, 0]) + 0.5) / 2**32
 
 
-def test_the_contracts_logarithm_is_accurate_near_one_and_far_from_it():
+def test_the_contract_s_logarithm_is_accurate():
+    """The contract's logarithm is accurate near one and far from it."""
     rng = np.random.default_rng(1)
     x = np.concatenate([1 - (rng.integers(0, 2**32, 10000) + 0.5) / 2**32, 10.0 ** rng.uniform(-11, 2, 10000),
                         [1 - 2.0**-33, 2.0**-33, 0.7071067811865476, 0.70710678, 1.4142135]])
     assert np.max(np.abs(log_contract(x) / np.log(x) - 1)) < 1e-14
 
 
-def test_exponential_weights_are_exact_at_the_ends_and_close_between():
+def test_exponential_weights_are_exact_at_the_ends():
+    """Exponential weights are exact at the ends, and close between."""
     z = np.linspace(-30, 0, 100001, dtype=np.float32)
     weights = exp_weights(z)
     assert weights[-1] == 2**40 and exp_weights(np.float32([-np.inf, -27.71, -27.7])).tolist() == [0, 0, 1]
@@ -77,7 +80,8 @@ def test_exponential_weights_are_exact_at_the_ends_and_close_between():
     assert np.max(np.abs(weights[kept] - exact[kept]) / (1 + 4e-7 * exact[kept])) <= 1
 
 
-def test_uniform_noise_passes_a_chi_square_and_reaches_both_ends():
+def test_uniform_noise_passes_a_chi_square():
+    """Uniform noise passes a chi square and reaches both ends."""
     u = uniform_noise(np.arange(1_000_000), 9, 77, 0)
     counts = np.bincount((u * 1000).astype(int), minlength=1000)
     assert chi_square_p(counts, np.full(1000, 1e-3)) > 1e-4
@@ -140,14 +144,14 @@ def test_survivors_are_those_of_a_brute_force_sort(V):
             assert (z <= 0).all()
 
 
-def test_exactly_k_survive_and_the_lower_ids_win_the_ties():
+def test_exactly_k_survive_and_lower_ids_win_ties():
     logits = np.float32([1, 2, 2, 2, 2, 0])
     assert survivors(logits, SamplingParams(top_k=3))[0].tolist() == [1, 2, 3]
     wide = np.zeros(49152, np.float32)
     assert survivors(wide, SamplingParams(top_k=50))[0].tolist() == list(range(50))
 
 
-def test_top_p_keeps_the_lowest_ids_among_ties_at_the_cut():
+def test_top_p_keeps_the_lowest_ids_among_ties():
     ids, _ = survivors(np.zeros(8, np.float32), SamplingParams(temperature=1.0, top_k=0, top_p=0.5))
     assert ids.tolist() == [0, 1, 2, 3]
 
@@ -155,7 +159,8 @@ def test_top_p_keeps_the_lowest_ids_among_ties_at_the_cut():
 # --- edge rows and parameters ------------------------------------------------------------------------------------
 
 
-def test_temperature_zero_takes_the_largest_logit_and_the_lowest_id():
+def test_temperature_zero_takes_the_largest_logit():
+    """Temperature zero takes the largest logit and the lowest id."""
     assert draw([0, 5, 5, 1], temperature=0) == 1
     assert draw([np.nan, -1, -0.0, 0.0], temperature=0) == 2
 
@@ -168,12 +173,13 @@ def test_hopeless_rows_give_defined_tokens(temperature):
     assert draw([1.0, np.inf, 3e38, 5], temperature=temperature) == 1
 
 
-def test_a_tiny_temperature_is_greedy_and_top_k_one_is_greedy():
+def test_tiny_temperature_and_top_k_one_are_greedy():
     logits = np.random.default_rng(2).standard_normal(500)
     assert draw(logits, temperature=1e-6, seed=4) == draw(logits, top_k=1, seed=5) == draw(logits, temperature=0)
 
 
-def test_penalties_and_bias_apply_in_the_documented_order():
+def test_penalties_and_bias_apply_in_their_order():
+    """The order is the documented one."""
     row = SampleRow(SamplingParams(repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25,
                                    logit_bias=((1, 10.0), (4, -np.inf))), 5, [0, 3, 1, 1, 2], 2)
     penalized = penalize(np.float32([4, 4, -4, -4, 4]), row)
@@ -181,7 +187,7 @@ def test_penalties_and_bias_apply_in_the_documented_order():
     assert penalized.tolist() == [2, 2 - 1.0 - 0.25 + 10, -8 - 0.5 - 0.25, -8, -np.inf]
 
 
-def test_penalties_leave_the_callers_logits_alone():
+def test_penalties_leave_the_caller_s_logits_alone():
     logits = np.ones((1, 8), np.float32)
     sample_reference(logits, [SampleRow(SamplingParams(logit_bias=((3, 5.0),)), 0)])
     assert (logits == 1).all()
@@ -201,7 +207,8 @@ def mixed_rows(rng, count, V):
     return (rng.standard_normal((count, V)) * 3).astype(np.float32), rows
 
 
-def test_a_row_draws_the_same_token_alone_and_in_any_batch():
+def test_sampling_draws_the_same_token_in_any_batch():
+    """A row draws the same token alone and in any batch."""
     rng = np.random.default_rng(7)
     logits, rows = mixed_rows(rng, 32, 5000)
     together = sample_reference(logits, rows).tolist()
@@ -210,7 +217,8 @@ def test_a_row_draws_the_same_token_alone_and_in_any_batch():
     assert [together[i] for i in order] == sample_reference(logits[order], [rows[i] for i in order]).tolist()
 
 
-def test_a_draw_is_the_argmax_of_exact_scores_over_all_survivors():
+def test_a_draw_is_the_argmax_of_exact_scores():
+    """A draw is the argmax of exact scores over all survivors."""
     rng = np.random.default_rng(8)
     logits, rows = mixed_rows(rng, 64, 3000)
     for line, row, token in zip(logits, rows, sample_reference(logits, rows).tolist()):
@@ -220,7 +228,7 @@ def test_a_draw_is_the_argmax_of_exact_scores_over_all_survivors():
             assert token == ids[np.argmax(z.astype(np.float64) + noise)]
 
 
-def test_choices_and_seeds_and_positions_each_give_other_noise():
+def test_choices_seeds_and_positions_change_the_noise():
     base = dict(temperature=1.0, top_k=0, seed=3)
     others = ({}, {"seed": 4}, {"choice": 1}, {"seed": 3 + 2**40})
     drawn = [many_draws(np.zeros(1000), 64, **(base | other)).tolist() for other in others]
@@ -246,7 +254,7 @@ def chi_square_p(counts, probabilities):
 
 @pytest.mark.parametrize("params", by_day([dict(temperature=1.0, top_k=0), dict(temperature=0.7, top_k=40),
                                            dict(temperature=1.3, top_k=0, top_p=0.8)], dict(temperature=0.7, top_k=40)))
-def test_tokens_follow_the_softmax_law_of_the_survivors(params):
+def test_tokens_follow_the_softmax_of_the_survivors(params):
     """False alarms: 1e-4 for the chi-square; the total variation bound is 1.3 times its expectation at K bins."""
     logits = (np.random.default_rng(11).standard_normal(200) * 1.5).astype(np.float32)
     draws = 60_000
@@ -261,7 +269,8 @@ def test_tokens_follow_the_softmax_law_of_the_survivors(params):
 
 
 @pytest.mark.parametrize("other", [dict(position=1), dict(seed=22), dict(choice=1)])
-def test_neighbouring_positions_seeds_and_choices_are_independent(other):
+def test_neighbouring_draws_are_independent(other):
+    """Neighbouring positions, seeds and choices are independent."""
     logits = (np.random.default_rng(12).standard_normal(12)).astype(np.float32)
     base = dict(temperature=1.0, top_k=0, seed=21, position=0, step=2)
     first, second = many_draws(logits, 60_000, **base), many_draws(logits, 60_000, **(base | other))
@@ -283,7 +292,8 @@ def test_the_near_tie_helper_accepts_only_close_draws():
         assert_same_tokens_or_near_tie(Traced([1], [0.0]), Traced([2], [0.0]), margin=0)
 
 
-def test_small_changes_of_logits_change_tokens_only_at_near_ties():
+def test_small_changes_of_logits_matter_only_near_ties():
+    """Small changes of logits change tokens only at near ties."""
     rng = np.random.default_rng(13)
     for case in range(60):
         params = SamplingParams(temperature=0.8, top_k=int(rng.choice([0, 20])), top_p=float(rng.choice([1.0, 0.9])),

@@ -94,7 +94,8 @@ LAYOUTS = [pytest.param(("--tp", "2"), 1, "torch/reference", id="tp2"),
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout, each, kernels", LAYOUTS)
-def test_two_nodes_serve_and_go_on_with_the_same_text_when_a_rank_dies(layout, each, kernels, nanochat_fixtures):
+def test_two_nodes_keep_the_text_when_a_rank_dies(layout, each, kernels, nanochat_fixtures):
+    """Two nodes serve and go on with the same text when a rank dies."""
     with agents(nanochat_fixtures / "gen5", *layout, each=each) as (both, url):
         expected = text_of(url, tokens=tokens_of(layout))
         assert len(expected) > 20
@@ -119,7 +120,8 @@ def test_two_nodes_serve_and_go_on_with_the_same_text_when_a_rank_dies(layout, e
 @pytest.mark.timeout(400)       # a rank counts as hung after 30 s, or 20 of the slowest steps
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="POSIX")
 @pytest.mark.parametrize("layout", [("--tp", "2"), ("--pp", "2")])
-def test_a_rank_of_another_node_that_hangs_is_replaced_and_the_text_goes_on(layout, nanochat_fixtures):
+def test_a_hanging_remote_rank_is_replaced(layout, nanochat_fixtures):
+    """A rank of another node that hangs is replaced, and the text goes on."""
     with agents(nanochat_fixtures / "gen5", *layout) as (both, url):
         expected, [rank] = text_of(url, tokens=tokens_of(layout)), both.processes(1, "rank")
         assert text_of(url, lambda count: count == 1 and rank.suspend(), tokens_of(layout)) == expected
@@ -128,7 +130,7 @@ def test_a_rank_of_another_node_that_hangs_is_replaced_and_the_text_goes_on(layo
 
 
 @pytest.mark.slow
-def test_a_node_that_was_lost_comes_back_by_the_same_command(nanochat_fixtures):
+def test_a_lost_node_comes_back_by_the_same_command(nanochat_fixtures):
     with agents(nanochat_fixtures / "gen5", "--pp", "2") as (both, url):
         expected = text_of(url, tokens=300)
 
@@ -144,7 +146,7 @@ def test_a_node_that_was_lost_comes_back_by_the_same_command(nanochat_fixtures):
 
 
 @pytest.mark.slow
-def test_a_model_that_a_node_does_not_have_is_told_in_one_line(nanochat_fixtures, tmp_path):
+def test_a_node_without_the_model_is_told_in_one_line(nanochat_fixtures, tmp_path):
     both = Agents("gen5", "--tp", "2", folders=(nanochat_fixtures, tmp_path))
     try:
         line = wait_for(both.agents[0], "^chat_server: .*")
@@ -169,7 +171,8 @@ def started(monkeypatch):
     return start
 
 
-def test_what_torchrun_says_is_read_and_without_it_nothing_is(started):
+def test_what_torchrun_says_is_read(started):
+    """What torchrun says is read, and without it nothing is."""
     assert started()() == Torchrun(1, 0, 2, 1, "10.0.0.1", 29500)
     assert ranks_here(Settings(tensor_parallel_size=2)) == 1
     assert started(TORCHELASTIC_RUN_ID=None)(tensor_parallel_size=1) is None         # some clusters set the others everywhere
@@ -234,7 +237,8 @@ def come(store, life, frame):
     return connection
 
 
-def test_a_rank_that_leaves_before_all_have_come_meets_them_in_a_new_life(started, monkeypatch):
+def test_a_rank_that_leaves_early_returns_in_a_new_life(started, monkeypatch):
+    """A rank that leaves before all have come meets them in a new life."""
     started(RANK="0", WORLD_SIZE="3", MASTER_ADDR="127.0.0.1")
     store, (gather, one_is_there) = StoreInMemory(), tcp_links()
     patch(monkeypatch, processes_torchrun, "RankStore", lambda: store)
@@ -261,7 +265,8 @@ def test_a_rank_that_leaves_before_all_have_come_meets_them_in_a_new_life(starte
                 channel.connection.close()
 
 
-def test_a_rank_that_comes_after_its_front_has_ended_ends_too(started, monkeypatch):
+def test_a_rank_that_finds_no_front_ends_too(started, monkeypatch):
+    """A rank that comes after its front has ended ends too."""
     start, store = started()(), StoreInMemory()
     patch(monkeypatch, processes_torchrun, "RankStore", lambda: store)
     store.put("over", [1.0, 3])
@@ -302,7 +307,7 @@ def prove(newcomer, secret=SECRET, first=b""):
     newcomer.sendall(b"n" * 32 + proof(secret, "front", theirs + b"n" * 32) + first)
 
 
-def test_a_connection_is_admitted_only_with_the_secret(door):
+def test_only_the_secret_admits_a_connection(door):
     door = door()
     with ThreadPoolExecutor(1) as thread:
         host, port = door.listener.getsockname()
@@ -316,7 +321,8 @@ def test_a_connection_is_admitted_only_with_the_secret(door):
             assert admitted.recv(9) == b"x" and admitted.gettimeout() is peer.gettimeout() is first is None
 
 
-def test_who_knows_the_secret_waits_for_nobody_who_stands_in_the_door(door, connect):
+def test_who_knows_the_secret_waits_for_nobody(door, connect):
+    """Who knows the secret waits for nobody who stands in the door."""
     door = door()
     idle = [connect(door, b"x" * sent) for sent in (0, 1, 31, 63, 0, 63)]
     with ThreadPoolExecutor(1) as thread:
@@ -326,7 +332,7 @@ def test_who_knows_the_secret_waits_for_nobody_who_stands_in_the_door(door, conn
     assert len(door.newcomers) == len(idle)
 
 
-def test_a_byte_now_and_then_does_not_keep_a_newcomer_in_the_door(door, connect, monkeypatch, caplog):
+def test_single_bytes_keep_no_newcomer_in_the_door(door, connect, monkeypatch, caplog):
     """Bytes come as often as you like; the clock, which each look moves on, is all that counts."""
     door, clock, sent = door(), iter(range(0, 10**6, 2)), 0
     dripping = connect(door)
@@ -340,7 +346,8 @@ def test_a_byte_now_and_then_does_not_keep_a_newcomer_in_the_door(door, connect,
     assert 5 < sent < 30 and caplog.messages == ["a connection was refused: no proof within 60 s"]
 
 
-def test_where_newcomers_crowd_the_address_with_the_most_makes_room(door, connect):
+def test_the_address_with_most_newcomers_makes_room(door, connect):
+    """Where newcomers crowd, the address with the most makes room."""
     door = door()
     door.MOST = 8
     honest = connect(door, source="127.0.0.2")
@@ -362,7 +369,8 @@ GARBAGE = {name: HEADER.pack(0, len(body)) + body for name, body in {
 
 
 @pytest.mark.parametrize("frame", GARBAGE.values(), ids=GARBAGE)
-def test_a_first_frame_of_garbage_is_refused_in_one_line(frame, door, connect, caplog):
+def test_a_first_frame_of_garbage_is_one_line(frame, door, connect, caplog):
+    """Who sends one is refused."""
     door = door(first=ARRIVAL_PIPE)
     prove(connect_and_see(door, connect), first=frame)
     assert door.admit(0.05) is None and not door.newcomers
@@ -383,7 +391,8 @@ def connect_and_see(door, connect):
 
 
 @pytest.mark.parametrize("data", [b"", b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" + b"x" * 99, bytes(range(64)), b"\x16\x03\x01" + bytes(200)])
-def test_who_sends_no_proof_and_leaves_is_refused_in_one_line(data, door, connect, caplog):
+def test_who_leaves_without_proof_is_one_line(data, door, connect, caplog):
+    """Who sends no proof and leaves is refused in one line."""
     door = door(first=ARRIVAL_PIPE)
     newcomer = connect(door, data)
     newcomer.shutdown(socket.SHUT_WR)
@@ -391,7 +400,7 @@ def test_who_sends_no_proof_and_leaves_is_refused_in_one_line(data, door, connec
     assert len(caplog.messages) == 1 and "\n" not in caplog.text.strip()
 
 
-def test_ranks_find_each_other_beside_some_who_know_the_secret_and_send_nonsense(started, monkeypatch, caplog):
+def test_ranks_meet_among_who_send_nonsense(started, monkeypatch, caplog):
     """torchrun's store gives the secret to whoever reaches it."""
     started(RANK="0", WORLD_SIZE="3", MASTER_ADDR="127.0.0.1")
     store, (gather, _) = StoreInMemory(), tcp_links()
@@ -410,7 +419,7 @@ def test_ranks_find_each_other_beside_some_who_know_the_secret_and_send_nonsense
     assert len([line for line in caplog.messages if "refused" in line]) >= 4 and "Traceback" not in caplog.text
 
 
-def test_who_drips_to_one_that_dials_has_one_deadline_too():
+def test_who_drips_has_one_deadline_too():
     """A socket's own timeout begins anew with each byte."""
     class Dripping:
         timeouts = []

@@ -47,7 +47,8 @@ def bound(monkeypatch):
     return on
 
 
-def test_nodes_are_those_of_the_cpus_that_may_run_this_process(tmp_path):
+def test_nodes_are_those_of_the_allowed_cpus(tmp_path):
+    """Nodes are those of the CPUs that may run this process."""
     root = topology(tmp_path, "0-2,4", {0: "0-3,8-11", 1: "4-7,12-15", 2: "", 4: "16"})      # 2 has memory only, as CXL's
     assert numa_nodes(range(17), root) == {0: {0, 1, 2, 3, 8, 9, 10, 11}, 1: {4, 5, 6, 7, 12, 13, 14, 15}, 4: {16}}
     assert numa_nodes([1, 9, 6], root) == {0: {1, 9}, 1: {6}}       # by an affinity, a cpuset, or because others are offline
@@ -57,7 +58,7 @@ def test_nodes_are_those_of_the_cpus_that_may_run_this_process(tmp_path):
     assert numa_nodes(range(17), root) == {}
 
 
-def test_processes_are_divided_among_the_nodes_in_order():
+def test_processes_are_divided_among_nodes_in_order():
     assert shares_of_nodes(2, [0, 1]) == [[0], [1]]
     assert shares_of_nodes(4, [0, 1]) == [[0], [0], [1], [1]]
     assert shares_of_nodes(2, [0, 1, 2, 3]) == [[0, 1], [2, 3]]
@@ -75,7 +76,8 @@ def test_each_rank_is_bound_to_the_cpus_of_its_node(tmp_path, bound):
         assert place(1, 2, 2, root) and cpus == [[2, 3]]
 
 
-def test_nothing_is_bound_where_that_would_leave_cores_idle_or_there_is_one_node_or_process(tmp_path, bound):
+def test_nothing_is_bound_where_cores_would_idle(tmp_path, bound):
+    """Nothing is bound where that would leave cores idle or there is one node or process."""
     root = topology(tmp_path, "0-1", {0: "0-1,4-5", 1: "2-3,6-7"}, ("0,4", "1,5", "2,6", "3,7"))
     with bound(range(8)) as cpus:
         assert place(0, 3, 2, root) == "NUMA: node 0 has 2 core(s) for 4 threads, so no process is bound to a node"
@@ -94,7 +96,7 @@ def test_one_process_on_several_nodes_is_told_of_tp(tmp_path, bound):
         assert advice(2, root) == ""
 
 
-def test_a_system_that_refuses_is_a_line_and_no_death(tmp_path, monkeypatch):
+def test_a_system_that_refuses_is_only_a_line(tmp_path, monkeypatch):
     root = topology(tmp_path, "0-1", {0: "0", 1: "1"})
     monkeypatch.setattr(nodes.os, "sched_getaffinity", lambda pid: {0, 1})
 
@@ -105,7 +107,8 @@ def test_a_system_that_refuses_is_a_line_and_no_death(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(len(CPUS) < 2, reason="needs two CPUs")
-def test_all_threads_of_a_process_are_bound_and_those_that_it_starts(tmp_path):
+def test_all_threads_of_a_process_are_bound(tmp_path):
+    """All threads of a process are bound and those that it starts."""
     root = topology(tmp_path, "0-1", {0: str(CPUS[0]), 1: str(CPUS[1])})
     code = f"""
 import os, pathlib, threading
@@ -159,7 +162,8 @@ def where(process):
 @pytest.mark.parametrize("flags, line", [
     (("--tp", "2"), "2 processes are bound to nodes 0, 1, this one to node 0"), (("--num-workers", "2"), "2 processes are bound"), ((), "--tp 2 divides")],
     ids=["two ranks", "two workers", "one process"])
-def test_a_server_binds_its_ranks_and_its_workers_and_advises_where_there_is_one(nanochat_fixtures, two_nodes, flags, line):
+def test_a_server_binds_its_ranks_and_workers(nanochat_fixtures, two_nodes, flags, line):
+    """A server binds its ranks and its workers and advises where there is one."""
     log = []
     with server(nanochat_fixtures / "gen5", *flags, env=two_nodes, log=log) as (process, url):
         assert [text for text in log if "NUMA" in text and line in text], log

@@ -102,7 +102,8 @@ CASES = [pytest.param(layout, names, id=f"{layout}-{kind}", marks=[] if (layout,
 
 
 @pytest.mark.parametrize("layout, names", CASES)
-def test_every_family_and_generation_gives_the_logits_and_tokens_of_one_process(layout, names, folders, monkeypatch, kernels):
+def test_ranks_match_one_process_in_every_family(layout, names, folders, monkeypatch, kernels):
+    """Every family and generation gives the logits and tokens of one process."""
     tp, pp, name = LAYOUTS[layout]
     kernels(name)
     with group(monkeypatch, tp, pp) as ranks:
@@ -132,7 +133,8 @@ needs_core = pytest.mark.skipif(decode_core() is None, reason="decode_core is no
 @pytest.mark.slow
 @needs_core
 @pytest.mark.parametrize("tp, pp", [(2, 1), (1, 2)])
-def test_the_bits_of_a_text_alone_chunked_and_batched_are_the_same(tp, pp, default_model_path, monkeypatch):
+def test_a_text_has_the_same_bits_in_ranks(tp, pp, default_model_path, monkeypatch):
+    """The bits of a text alone, chunked and batched are the same."""
     with group(monkeypatch, tp, pp) as ranks:
         engine, found = ranks.engine(default_model_path), {}
         for way, (chunks, beside) in enumerate({"alone": ([40], 0), "chunked": ([7, 30, 3], 0), "batched": ([40], 9)}.values()):
@@ -197,7 +199,8 @@ async def embedding_of(pool):
 @pytest.mark.slow
 @needs_core
 @pytest.mark.parametrize("tp, pp, kind", [(2, 1, "auto"), (1, 2, "auto"), (2, 1, "q8_0")])
-async def test_the_text_of_two_ranks_is_the_same_alone_batched_cached_and_after_a_rank_was_killed(tp, pp, kind, default_model_path):
+async def test_two_ranks_keep_a_text_even_after_a_death(tp, pp, kind, default_model_path):
+    """The text of two ranks is the same alone, batched, cached and after a rank was killed."""
     async with started_pool(default_model_path, tp, pp, kind) as pool:
         worker = pool.workers[0]
         [other] = children(worker.process.pid)
@@ -229,7 +232,9 @@ async def test_the_text_of_two_ranks_is_the_same_alone_batched_cached_and_after_
 @needs_core
 @pytest.mark.parametrize("tp, pp", [(2, 1), (1, 2), (2, 2)])
 @pytest.mark.parametrize("name", ["lfm2", "lfm2moe", "qwen3.5", "granite4h", "granite4h-dense", *SHARED[:2]])   # granite4h-dense's heads are one group
-async def test_states_and_shared_keys_in_several_ranks_give_the_same_text_alone_batched_cached_drafted_and_after_a_death(name, tp, pp, folders):
+async def test_ranks_with_states_keep_a_text(name, tp, pp, folders):
+    """States and shared keys in several ranks give the same text alone, batched, cached, drafted and after a
+    death."""
     requests = {"drawn": dict(sampling=SamplingParams(seed=7)), "repeated": dict(question=8 * "one two three ", sampling=SamplingParams(temperature=0.0)),
                 "counted": dict(sampling=SamplingParams(seed=3, repetition_penalty=1.3)), "long": dict(question=12 * "The fox jumps over it. ", sampling=SamplingParams(seed=9))}
     async with started_pool(folders(name), tp, pp) as pool:
@@ -247,7 +252,7 @@ async def test_states_and_shared_keys_in_several_ranks_give_the_same_text_alone_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernels_name", ["", "reference"])
-def test_no_rank_outlives_a_front_that_was_killed(kernels_name, nanochat_fixtures):
+def test_no_rank_outlives_a_killed_front(kernels_name, nanochat_fixtures):
     with server(nanochat_fixtures / "gen5", "--tp", "2", "--pp", "2", "--kv-cache-memory", "8M",
                 env=os.environ | {"CHAT_SERVER_KERNELS": kernels_name}) as (front, url):
         ranks = children(front.pid)
@@ -261,7 +266,8 @@ def test_no_rank_outlives_a_front_that_was_killed(kernels_name, nanochat_fixture
 @pytest.mark.timeout(400)       # a rank counts as hung after 30 s, or 20 of the slowest steps
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="POSIX")
 @pytest.mark.parametrize("tp, pp", [(2, 1), (1, 2)])
-async def test_a_rank_that_hangs_is_replaced_with_its_replica_and_the_text_is_the_same(tp, pp, default_model_path):
+async def test_a_hanging_rank_is_replaced(tp, pp, default_model_path):
+    """A rank that hangs is replaced with its replica, and the text is the same."""
     async with started_pool(default_model_path, tp, pp) as pool:
         worker, expected = pool.workers[0], await text_of(pool, **REQUESTS["drawn"])
         [other] = children(worker.process.pid)
@@ -269,7 +275,8 @@ async def test_a_rank_that_hangs_is_replaced_with_its_replica_and_the_text_is_th
         assert worker.restarts == 1 and gone([other])
 
 
-def test_processes_are_linked_from_stage_to_stage_and_how_one_ended_is_said(monkeypatch):
+def test_processes_are_linked_stage_to_stage(monkeypatch):
+    """Processes are linked from stage to stage, and how one ended is said."""
     code = "import socket, sys; socket.socket(fileno=int(sys.argv[2])).recv(1); sys.exit(7)"
     patch(monkeypatch, start, "PROCESS_COMMAND", (sys.executable, "-c", code))
     links = ProcessLinks(SimpleNamespace(settings=Settings(pipeline_parallel_size=3), threads=1))
@@ -286,7 +293,7 @@ def test_processes_are_linked_from_stage_to_stage_and_how_one_ended_is_said(monk
 
 
 @needs_core
-async def test_a_replica_ends_when_a_rank_draws_other_tokens(monkeypatch):
+async def test_a_replica_ends_when_a_rank_draws_otherwise(monkeypatch):
     settings = Settings(tensor_parallel_size=3)
     ranks = RankZero(SimpleNamespace(settings=settings), SimpleNamespace(channels=[], after=None))
     for rank, checksum in ((1, 5), (0, 5), (1, 8), (2, 5), (2, 9)):
@@ -296,7 +303,8 @@ async def test_a_replica_ends_when_a_rank_draws_other_tokens(monkeypatch):
 
 
 @pytest.mark.slow
-def test_more_ranks_than_the_model_has_heads_are_refused_in_one_line(default_model_path):
+def test_more_ranks_than_heads_are_refused(default_model_path):
+    """More ranks than the model has heads are refused in one line."""
     run = subprocess.run([sys.executable, cs.__file__, "generate", str(default_model_path), "--tp", "10", "--prompt", "x"],
                          capture_output=True, text=True, timeout=60)
     assert run.returncode == 2 and "cannot be divided among 10 ranks: it has 9 query heads" in run.stderr.splitlines()[-1]

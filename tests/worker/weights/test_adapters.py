@@ -43,7 +43,8 @@ def test_an_adapter_is_merged_as_peft_merges_it(name, tmp_path):
 @pytest.mark.parametrize("name", by_day([
     "llama3.1", "gemma3", "phi3", "glm4", "lfm2", "lfm2moe", "granite4h", "granite4h-dense", "qwen3.5", "qwen3.5moe", "qwen3next", "gemma4", "gemma4moe", "gpt2", "pythia", "cohere2", "nemotron-h", "nemotron3"],
     "llama3.1", "gemma3", "phi3", "qwen3.5", "pythia", "nemotron3"))       # whose q and k are permuted, or not; with one matrix for three; with heads in another order
-def test_an_adapter_is_merged_into_the_same_model_as_gguf(name, tmp_path):
+def test_an_adapter_is_merged_into_a_gguf_too(name, tmp_path):
+    """An adapter is merged into the same model as GGUF."""
     whole = {"qwen3.5moe": "shared_expert_intermediate_size", "qwen3next": "shared_expert_intermediate_size", "lfm2moe": "moe_intermediate_size", "gemma4moe": "moe_intermediate_size", "nemotron3": "moe_shared_expert_intermediate_size",
              "granite4h": "shared_intermediate_size"}       # of blocks
     changes = {"gemma3": {"query_pre_attn_scalar": 32}, "granite4h-dense": {"position_embedding_type": None}}.get(name, {whole[name]: 64} if name in whole else {})
@@ -69,7 +70,7 @@ def test_an_adapter_is_merged_into_the_same_model_as_gguf(name, tmp_path):
                 assert (part - exact).abs().max() <= 0.57 * exact.abs().max() / 127      # half a step, and the rounding to float16
 
 
-def test_what_an_adapter_says_of_keys_that_a_layer_reads_from_another_is_ignored(tmp_path):
+def test_adapters_of_borrowed_keys_are_ignored(tmp_path):
     """Some programs that train give such layers matrices of their own, as the published files do, which nothing reads."""
     model = make_model("gemma4")
     paths = save(model, tmp_path / "base"), as_gguf(tmp_path / "base.gguf", model)
@@ -89,7 +90,8 @@ def test_what_an_adapter_says_of_keys_that_a_layer_reads_from_another_is_ignored
         load(paths[0], lora=lora)
 
 
-def test_several_adapters_add_up_and_the_embedding_counts_once_where_the_head_is_tied(tmp_path):
+def test_several_adapters_add_up(tmp_path):
+    """Several adapters add up, and the embedding counts once where the head is tied."""
     model = make_model("llama3.2")
     folder = save(model, tmp_path / "base")
     for name, targets in (("one", ["down_proj"]), ("two", ["down_proj", "embed_tokens"])):
@@ -141,7 +143,8 @@ def test_an_adapter_of_another_model_is_reported(wanted, has, told):
     assert ("this adapter was made for" in other_base(wanted, (has,))) == told
 
 
-def test_the_base_of_an_adapter_is_compared_with_the_name_of_a_folder_and_of_a_gguf(tmp_path, caplog):
+def test_an_adapter_s_base_is_compared_by_name(tmp_path, caplog):
+    """The base of an adapter is compared with the name of a folder and of a GGUF."""
     model = make_model("llama2")
     base, path = save(model, tmp_path / "base"), as_gguf(tmp_path / "base-F16.gguf", model)
     adapt(model, tmp_path / "adapter", targets=["q_proj"])
@@ -185,7 +188,8 @@ def broken_adapters(folder):
     yield "cannot read .*adapter_config.json"
 
 
-def test_whatever_is_wrong_with_an_adapter_is_one_line_that_names_it(tmp_path, nanochat_fixtures):
+def test_a_wrong_adapter_is_named_in_one_line(tmp_path, nanochat_fixtures):
+    """Whatever is wrong with an adapter is one line that names it."""
     folder, adapter = save(make_model("llama2"), tmp_path / "base"), tmp_path / "adapter"
     adapt(make_model("llama2"), adapter, targets=["q_proj"])
     load(folder, lora=(str(adapter),))
@@ -200,7 +204,7 @@ def test_whatever_is_wrong_with_an_adapter_is_one_line_that_names_it(tmp_path, n
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_fp8_weights_are_what_they_are_times_their_scales(scheme, tmp_path):
+def test_fp8_weights_are_multiplied_by_their_scales(scheme, tmp_path):
     model = make_model("llama2", intermediate_size=112)         # 112 is no multiple of 32: the last block is smaller
     ours = load(save_fp8(model, tmp_path, scheme))
     cases = clear_cases(model, lengths=(40,), count=16)
@@ -208,7 +212,7 @@ def test_fp8_weights_are_what_they_are_times_their_scales(scheme, tmp_path):
     check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16)
 
 
-def test_an_adapter_is_added_to_what_fp8_weights_mean(tmp_path):
+def test_an_adapter_is_added_to_what_fp8_means(tmp_path):
     model = make_model("qwen3")
     folder = save_fp8(model, tmp_path / "base", "deepseek")
     cases = clear_cases(adapt(model, tmp_path / "adapter"), lengths=(9,), count=16)
@@ -257,7 +261,7 @@ NORMS = {"llama2": ["input_layernorm", "post_attention_layernorm", "norm"], "gem
 
 
 @pytest.mark.parametrize("name", NORMS)
-def test_norms_that_an_adapter_trained_take_the_place_of_the_models(name, tmp_path):
+def test_trained_norms_replace_the_model_s(name, tmp_path):
     """Vectors of modules_to_save, with their biases; Gemma's norms multiply by 1 + w, which a GGUF file has summed up."""
     model = make_model(name, **{"gemma3": {"query_pre_attn_scalar": 32}}.get(name, {}))
     paths = [save(model, tmp_path / "base"), as_gguf(tmp_path / "base.gguf", model)]
@@ -282,7 +286,8 @@ def test_norms_that_an_adapter_trained_take_the_place_of_the_models(name, tmp_pa
         assert torch.equal(*(tensors_of(load(path, lora=(str(tmp_path / "adapter"),)))[key] for path in paths[1:]))
 
 
-def test_vectors_that_do_not_fit_are_refused_and_none_is_served_unmerged(tmp_path):
+def test_vectors_that_do_not_fit_are_refused(tmp_path):
+    """Vectors that do not fit are refused, and none is served unmerged."""
     model = make_model("llama2")
     paths = save(model, tmp_path / "base"), as_gguf(tmp_path / "base.gguf", model)
     adapt(model, tmp_path / "adapter", targets=["v_proj"], modules_to_save=["input_layernorm"])

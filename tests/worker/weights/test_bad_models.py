@@ -132,7 +132,8 @@ COUNT = "must be an integer from 1 to "
     ("tokenizer.ggml.bos_token_id", 1.0, "is 1.0; it must be an integer"),
     ("tokenizer.ggml.add_bos_token", 1, "is 1; it must be true or false"),
     ("tokenizer.ggml.add_bos_token", "yes", "it must be true or false")])
-def test_metadata_of_a_wrong_type_or_size_is_named_with_what_is_allowed(bad_gguf, key, value, words):
+def test_wrong_metadata_says_what_is_allowed(bad_gguf, key, value, words):
+    """Metadata of a wrong type or size is named with what is allowed."""
     error = bad_gguf({key: value})
     assert words in error and (key in error or "broken" in words or "embedding_length" in words)
 
@@ -149,7 +150,8 @@ def test_so_is_what_sentencepiece_needs(bad_gguf, key, value, words):
     assert words in bad_gguf({key: value}, base, random_llama(vocab=len(base["tokenizer.ggml.tokens"])))
 
 
-def test_a_context_that_memory_cannot_hold_is_refused_and_a_shorter_one_serves(tmp_path):
+def test_a_context_beyond_memory_is_refused(tmp_path):
+    """A context that memory cannot hold is refused, and a shorter one serves."""
     path = tmp_path / "tiny.gguf"
     path.write_bytes(gguf_bytes(METADATA | {"llama.context_length": 1 << 26}, random_llama()))
     if available_memory() < 64 << 30:
@@ -178,13 +180,14 @@ NAME = "blk.0.ffn_up.weight"        # (512, 256) float32, which is type 0
     ((512, 256), 24, 0, NAME + " is of type I8, which the gguf package cannot dequantize"),
     ((256, 512), 0, 0, NAME + " is (256, 512) instead of (512, 256)"),
     ((131072,), 0, 0, NAME + " is (131072,) instead of (512, 256)")])
-def test_a_tensor_that_is_not_in_the_file_as_announced_is_named(bad_gguf, shape, kind, offset, words):
+def test_a_tensor_unlike_its_announcement_is_named(bad_gguf, shape, kind, offset, words):
+    """A tensor that is not in the file as announced is named."""
     assert words in bad_gguf(infos={NAME: tensor_info(NAME, shape, kind, offset)})
 
 
 @pytest.mark.parametrize("name, words", [
     ("blk.0.attn_q.weight", "is there twice"), ("\x1b[2J\n", "unknown ")])
-def test_a_tensor_under_a_name_that_cannot_be_is_an_error(bad_gguf, name, words):
+def test_an_impossible_tensor_name_is_an_error(bad_gguf, name, words):
     assert words in bad_gguf(infos={"more": tensor_info(name, (1, 4), 0, 0)})
 
 
@@ -193,7 +196,7 @@ def test_tensors_that_share_their_bytes_are_refused(bad_gguf):
     assert re.search(r"tiny.gguf has [\d,]+ bytes, but its tensors would take [\d,]+", bad_gguf(infos=infos))
 
 
-def test_an_embedding_that_is_missing_or_flat_is_named(bad_gguf):
+def test_a_missing_or_flat_embedding_is_named(bad_gguf):
     tensors = random_llama()
     flat = tensors | {"token_embd.weight": tensors["token_embd.weight"].ravel()}
     assert "token_embd.weight is (69120,) instead of (270, 256)" in bad_gguf(tensors=flat)
@@ -278,7 +281,8 @@ def nanochat(nanochat_fixtures, tmp_path):
     ("window_pattern", "SQ", "it must be of S and L"),
     ("window_pattern", ["S"], "window_pattern is a list of 1"),
     ("n_experts", 8, "model_config has the key \"n_experts\"; known are sequence_len")])
-def test_a_meta_file_s_sizes_are_checked_before_anything_is_allocated(nanochat, key, value, words):
+def test_a_meta_file_s_sizes_are_checked_first(nanochat, key, value, words):
+    """A meta file's sizes are checked before anything is allocated."""
     meta = json.loads(nanochat.meta.read_text())
     meta["model_config"] = {k: v for k, v in {**meta["model_config"], key: value}.items() if v is not None}
     nanochat.meta.write_text(json.dumps(meta))
@@ -310,7 +314,7 @@ def test_a_meta_file_that_is_none_is_named(nanochat, text):
     (lambda: [torch.zeros(2)], "lm_head.weight is list; it must"),
     (lambda: torch.zeros(1).expand(1 << 20, 1 << 20), "would take 4,39"), (lambda: "x", "is str; it must")])
 @pytest.mark.parametrize("key", ["lm_head.weight", "transformer.h.1.attn.ve_gate.weight"])
-def test_what_is_no_dense_tensor_of_floats_is_named(nanochat, value, words, key):
+def test_what_is_no_dense_float_tensor_is_named(nanochat, value, words, key):
     state = torch.load(nanochat.model, weights_only=True)
     torch.save(state | {key: value()}, nanochat.model)
     error = nanochat.error()
@@ -318,7 +322,8 @@ def test_what_is_no_dense_tensor_of_floats_is_named(nanochat, value, words, key)
     assert key != "lm_head.weight" or words in error
 
 
-def test_tensors_that_share_memory_are_refused_before_they_are_copied(nanochat):
+def test_tensors_that_share_memory_are_refused(nanochat):
+    """Tensors that share memory are refused before they are copied."""
     state = torch.load(nanochat.model, weights_only=True)
     shared = torch.zeros(1000, 64)
     torch.save(state | {f"more.{i}": shared for i in range(100)}, nanochat.model)
@@ -383,7 +388,8 @@ def test_a_tokenizer_that_cannot_be_one_is_named(nanochat, content, words):
 
 
 @pytest.mark.parametrize("kind", ["gguf", "nanochat", "packed"])
-def test_a_mutated_file_is_a_model_or_one_line_and_takes_little_time_and_memory(kind, tmp_path):
+def test_a_mutated_file_is_a_model_or_one_line(kind, tmp_path):
+    """A mutated file is a model or one line, and takes little time and memory."""
     count = os.environ.get("MUTATIONS", "20" if kind == "gguf" else "40")        # of nanochat's the 32nd is the first model
     script = Path(__file__).parents[2] / "support" / "mutate_models.py"
     run = subprocess.run([sys.executable, script, kind, "7", count, tmp_path], capture_output=True, text=True,
@@ -429,7 +435,8 @@ CHECKPOINT = "lm_head.weight transformer.wte.weight value_embeds.1.weight resid_
 
 
 @pytest.mark.parametrize("name", CHECKPOINT)
-def test_a_checkpoint_s_tensor_with_nan_or_infinity_is_named(nanochat, name, kernels):
+def test_a_checkpoint_s_infinite_tensor_is_named(nanochat, name, kernels):
+    """A checkpoint's tensor with NaN or infinity is named."""
     state = torch.load(nanochat.model, weights_only=True)
     for value in (NAN, INFINITY, -INFINITY) if name == "transformer.h.3.attn.c_v.weight" else (NAN, -INFINITY):
         spoilt = state[name].clone()
@@ -439,7 +446,7 @@ def test_a_checkpoint_s_tensor_with_nan_or_infinity_is_named(nanochat, name, ker
         assert found == name and "NaN or infinite in " in fault
 
 
-def test_rows_that_fill_up_a_vocabulary_may_hold_anything(nanochat, kernels):
+def test_rows_that_fill_up_a_vocabulary_hold_anything(nanochat, kernels):
     state = torch.load(nanochat.model, weights_only=True)
     for name in ("lm_head.weight", "transformer.wte.weight"):
         assert len(state[name]) > 284
@@ -448,7 +455,8 @@ def test_rows_that_fill_up_a_vocabulary_may_hold_anything(nanochat, kernels):
     load(nanochat.path)
 
 
-def test_what_a_type_cannot_hold_is_refused_and_its_largest_number_is_not(nanochat, kernels):
+def test_what_a_type_cannot_hold_is_refused(nanochat, kernels):
+    """What a type cannot hold is refused, and its largest number is not."""
     state, name = torch.load(nanochat.model, weights_only=True), "transformer.h.0.mlp.c_fc.weight"
 
     def spoil(value, kind=torch.float64):
@@ -487,7 +495,8 @@ def test_what_quantizing_cannot_hold_is_refused(nanochat, quantize):
 
 @needs_core
 @pytest.mark.parametrize("name", ["transformer.h.3.attn.ve_gate.weight", "transformer.wte.weight"])
-def test_what_quantize_does_not_pack_may_be_as_large_as_its_type(nanochat, name):
+def test_unpacked_tensors_may_be_as_large_as_their_type(nanochat, name):
+    """What quantize does not pack may be as large as its type."""
     state = torch.load(nanochat.model, weights_only=True)
     state[name][1, 5] = 9e6
     torch.save(state, nanochat.model)
@@ -529,7 +538,8 @@ LAYER = "model.layers.2."
     ("qwen3moe", LAYER + "mlp.experts.4.up_proj.weight", torch.bfloat16), ("qwen3moe", LAYER + "mlp.gate.weight", torch.float32),
     ("phi3", LAYER + "mlp.gate_up_proj.weight", torch.float16), ("gpt-oss", LAYER + "self_attn.sinks", torch.bfloat16),
     ("gpt-oss", LAYER + "mlp.router.bias", torch.bfloat16)])
-def test_a_folder_s_tensor_with_nan_or_infinity_is_named(folders, tmp_path, family, name, kind, kernels):
+def test_a_folder_s_infinite_tensor_is_named(folders, tmp_path, family, name, kind, kernels):
+    """A folder's tensor with NaN or infinity is named."""
     folder, tensors = folders(family, tmp_path)
     for value in (NAN, -INFINITY):
         spoilt = tensors[name].to(kind)
@@ -539,7 +549,7 @@ def test_a_folder_s_tensor_with_nan_or_infinity_is_named(folders, tmp_path, fami
         assert found == name and "NaN or infinite in" in fault
 
 
-def test_a_head_that_is_tied_but_another_is_looked_at(folders, tmp_path, kernels):
+def test_a_tied_head_that_differs_is_looked_at(folders, tmp_path, kernels):
     folder, tensors = folders("llama3.2", tmp_path)
     rewrite(folder, tensors | {"lm_head.weight": torch.full_like(tensors["model.embed_tokens.weight"], NAN)})
     with pytest.raises(ConfigError, match="lm_head.weight has a value that is NaN or infinite"):
@@ -574,7 +584,8 @@ def test_mxfp4_scales_that_are_no_number_are_named(folders, tmp_path, kernels):
             assert refusal(folder)[0] == LAYER + "mlp.experts.up_proj.weight"       # odd rows
 
 
-def test_an_adapter_s_tensor_with_nan_is_named_and_what_it_makes_of_the_model_s(folders, tmp_path, kernels):
+def test_an_adapter_s_nan_is_named(folders, tmp_path, kernels):
+    """An adapter's tensor with NaN is named, and so is what it makes of the model's."""
     from safetensors.torch import save_file
     folder, tensors = folders("llama3.1", tmp_path / "base")
     adapter, module = tmp_path / "adapter", LAYER + "self_attn.v_proj"
@@ -613,7 +624,8 @@ def blocks_of(kind, shape):
 
 
 @pytest.mark.parametrize("name", F16_SCALES)
-def test_a_gguf_s_packed_tensor_whose_scale_is_no_number_is_named(tmp_path, name, kernels):
+def test_a_packed_gguf_scale_that_is_nan_is_named(tmp_path, name, kernels):
+    """A GGUF's packed tensor whose scale is no number is named."""
     kind, path = gguf.GGMLQuantizationType[name], tmp_path / "tiny.gguf"
     good = {key: (blocks_of(kind, each.shape), kind) if each.ndim == 2 else each for key, each in random_llama().items()}
     load(write_gguf(path, good, LLAMA_NUMBERS))
@@ -627,7 +639,7 @@ def test_a_gguf_s_packed_tensor_whose_scale_is_no_number_is_named(tmp_path, name
         assert found == tensor and "NaN or infinite" in fault
 
 
-def test_a_scale_of_iq1_m_that_lies_in_four_nibbles_is_looked_at(tmp_path, kernels):
+def test_an_iq1_m_scale_in_four_nibbles_is_looked_at(tmp_path, kernels):
     kind, path, good = gguf.GGMLQuantizationType["IQ1_M"], tmp_path / "tiny.gguf", random_llama()
     good = {key: (numpy.full((each.shape[0], each.shape[1] // 256 * 56), 0x21, numpy.uint8), kind) if each.ndim == 2 else each
             for key, each in good.items()}
@@ -642,7 +654,8 @@ def test_a_scale_of_iq1_m_that_lies_in_four_nibbles_is_looked_at(tmp_path, kerne
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
 @pytest.mark.parametrize("name", ["blk.0.attn_q.weight", "token_embd.weight", "blk.0.attn_norm.weight", "blk.0.ffn_down.weight"])
-def test_a_gguf_s_floats_with_nan_or_infinity_are_named(tmp_path, kind, name, kernels):
+def test_a_gguf_s_infinite_floats_are_named(tmp_path, kind, name, kernels):
+    """A GGUF's floats with NaN or infinity are named."""
     kind, path = gguf.GGMLQuantizationType[kind], tmp_path / "tiny.gguf"
     for value in (NAN, -INFINITY):
         tensors = random_llama()
@@ -651,7 +664,8 @@ def test_a_gguf_s_floats_with_nan_or_infinity_are_named(tmp_path, kind, name, ke
         assert refusal(write_gguf(path, tensors, LLAMA_NUMBERS))[0] == name
 
 
-def test_what_becomes_another_type_in_loading_and_overflows_there_is_refused(tmp_path, kernels):
+def test_an_overflow_in_loading_is_refused(tmp_path, kernels):
+    """What becomes another type in loading, and overflows there is refused."""
     path, q4, tensors = tmp_path / "tiny.gguf", gguf.GGMLQuantizationType["Q4_0"], random_llama()
     tensors["blk.0.attn_v.weight"][3, 5] = 1e8      # a float32 matrix among packed ones becomes Q8_0
     for name in ("blk.0.attn_q.weight", "blk.0.attn_k.weight"):
@@ -683,7 +697,7 @@ def test_each_rank_refuses_what_it_has_a_part_of(folders, tmp_path, tp):
 
 
 @pytest.mark.slow
-def test_a_rank_s_refusal_reaches_the_operator_in_one_line(nanochat):
+def test_a_rank_s_refusal_is_one_line(nanochat):
     state, name = torch.load(nanochat.model, weights_only=True), "transformer.h.3.mlp.c_fc.weight"
     state[name][-1, -1] = NAN                   # of rank 1
     torch.save(state, nanochat.model)

@@ -37,7 +37,8 @@ def changed_config(folder, **config):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["llama2", "llama3.2", "qwen3"])      # the second is tied, and the third a reranker's family
-def test_a_score_beside_the_head_of_a_chat_model_changes_nothing(name, backend, tmp_path, caplog):
+def test_a_score_beside_a_chat_head_changes_nothing(name, backend, tmp_path, caplog):
+    """A score beside the head of a chat model changes nothing."""
     model = make_model(name)
     ours = load(with_score(save(model, tmp_path), rows=3))
     cases = clear_cases(model, lengths=(9, 40), count=16)
@@ -46,7 +47,8 @@ def test_a_score_beside_the_head_of_a_chat_model_changes_nothing(name, backend, 
 
 
 @pytest.mark.parametrize("architectures", [None, [], "LlamaForCausalLM", [7]])
-def test_a_head_is_a_head_whatever_the_config_calls_the_model(architectures, tmp_path):
+def test_a_head_is_one_whatever_the_config_says(architectures, tmp_path):
+    """A head is a head, whatever the config calls the model."""
     ours = load(with_score(save(make_model("llama2"), tmp_path), architectures=architectures))
     assert not ours.spec.tied_head and ours.ranking is None
 
@@ -63,7 +65,8 @@ def classifier(name, folder, **config):
 
 @pytest.mark.parametrize("labels", [1, 2])
 @pytest.mark.parametrize("name", ["llama2", "llama3.2", "qwen2.5", "gemma2", "mistral", "gpt2"])
-def test_a_classifier_that_transformers_saves_is_refused_and_not_chatted_with(name, labels, tmp_path):
+def test_a_saved_classifier_is_refused(name, labels, tmp_path):
+    """A classifier that transformers saves is refused, and not chatted with."""
     folder = classifier(name, tmp_path, num_labels=labels)
     for look in (load, preview_folder):         # before its weights are downloaded too
         with pytest.raises(ConfigError, match=r"config.json: architectures is \"\w+ForSequenceClassification\"; such a model scores or labels texts and writes none") as caught:
@@ -72,19 +75,20 @@ def test_a_classifier_that_transformers_saves_is_refused_and_not_chatted_with(na
 
 
 @pytest.mark.parametrize("name", ["Qwen3ForTokenClassification", "LlamaForQuestionAnswering", "Qwen2ForRewardModel", "Qwen2ForProcessRewardModel", "LlamaForRewardModelWithGating"])
-def test_other_models_that_write_no_texts_are_refused_by_name(name, tmp_path):
+def test_models_that_write_no_texts_are_refused(name, tmp_path):
+    """Other models that write no texts are refused by name."""
     folder = changed_config(save(make_model("qwen3" if "Qwen3" in name else "llama2"), tmp_path), architectures=[name])
     with pytest.raises(ConfigError, match=f'architectures is "{name}"; such a model'):
         load(folder)
 
 
-def test_a_classifier_that_says_nothing_of_itself_is_refused(tmp_path):
+def test_an_unnamed_classifier_is_refused(tmp_path):
     folder = classifier("llama3.2", tmp_path, num_labels=1)
     with pytest.raises(ConfigError, match="has score.weight, but no matrix that makes tokens; such a model"):
         load(changed_config(folder, architectures=None))
 
 
-def test_a_reward_model_of_a_reranker_s_family_is_no_reranker(tmp_path):
+def test_a_reward_model_is_no_reranker(tmp_path):
     """Skywork-Reward-V2-Qwen3: one row too, but made for a conversation. Its name tells it apart."""
     folder = reranker_folder(tmp_path, make_qwen("Qwen3ForCausalLM", tie_word_embeddings=True))
     with_score(folder, architectures=["Qwen3ForSequenceClassification"], num_labels=1)
@@ -99,7 +103,8 @@ def test_a_reranker_of_several_labels_is_named(tmp_path):
         load(with_score(folder, rows=3, architectures=["Qwen3ForSequenceClassification"]))
 
 
-def test_a_classifier_s_rows_in_a_gguf_file_without_a_head_are_refused(tmp_path):
+def test_a_gguf_s_classifier_rows_are_refused(tmp_path):
+    """A classifier's rows in a GGUF file without a head are refused."""
     rows = np.ones((2, 64), np.float32)
     with pytest.raises(ConfigError, match="has cls.output.weight, but no output.weight and not the qwen3.pooling_type 4"):
         load(gguf_of(tmp_path / "tied.gguf", make_qwen("Qwen3ForCausalLM", tie_word_embeddings=True), classes=rows))
@@ -109,7 +114,7 @@ def test_a_classifier_s_rows_in_a_gguf_file_without_a_head_are_refused(tmp_path)
     check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16)
 
 
-def test_a_server_says_in_one_line_that_a_classifier_cannot_chat(tmp_path):
+def test_a_server_says_that_a_classifier_cannot_chat(tmp_path):
     folder = classifier("llama2", tmp_path, num_labels=1)
     assert MODELS["llama2"][0] == "llama"
     done = subprocess.run([sys.executable, str(Path(chat_server.__file__).resolve()), str(folder), "--port", "0"], capture_output=True, text=True, timeout=120)

@@ -39,7 +39,8 @@ def text_of(folder, metadata):
     (small_gguf_metadata("qwen2"), ["<|im_start|>", "<|im_end|>"], CHATML),
     (small_gguf_metadata("gpt-2"), ["<\uff5cUser\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"], "{% for m in messages %}<\uff5cUser\uff5c>{{ m.content }}<\uff5cend\u2581of\u2581sentence\uff5c>{% endfor %}"),
     (small_gguf_metadata("gpt-2"), ["[INST]", "[/INST]", "</s>"], "{% for m in messages %}[INST]{{ m.content }}[/INST]{% endfor %}")])
-def test_a_prompt_is_as_short_as_with_the_right_types(vocabulary, marks, template, kind, tmp_path, caplog):
+def test_wrong_types_do_not_lengthen_a_prompt(vocabulary, marks, template, kind, tmp_path, caplog):
+    """A prompt is as short as with the right types."""
     right, wrong = (text_of(tmp_path, with_marks(vocabulary, marks, template, each)) for each in (CONTROL, kind))
     ours = open_tokenizer(wrong)
     expected, found = open_tokenizer(right).render(TALK), ours.render(TALK)
@@ -76,7 +77,8 @@ def test_an_end_token_that_is_ordinary_text_stays_so(tmp_path):
     assert "he" not in open_tokenizer(text_of(tmp_path, metadata)).specials
 
 
-def test_tokens_that_fill_gaps_are_found_whatever_their_type(tmp_path):
+def test_tokens_that_fill_gaps_are_found(tmp_path):
+    """Tokens that fill gaps are found, whatever their type."""
     marks = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
     for kind in (NORMAL, USER_DEFINED, CONTROL):
         ours = open_tokenizer(text_of(tmp_path, with_marks(small_gguf_metadata("qwen2"), marks, "", kind)))
@@ -92,7 +94,8 @@ def of_normal_type(*names):
     return changes
 
 
-def test_the_default_model_answers_the_same_with_wrong_types_and_check_says_it(tmp_path, default_model_path):
+def test_the_default_model_bears_wrong_types(tmp_path, default_model_path):
+    """The default model answers the same with wrong types, and `check` says it."""
     path = rewritten(default_copy(tmp_path), of_normal_type("<|im_start|>", "<|im_end|>", "<|endoftext|>")(metadata_of(default_model_path)))
     [said] = [finding for finding in diagnose(path, only=("ends",)).findings if "count as control tokens here" in finding.what]
     assert "<|im_end|>" in said.what and "<|im_start|>" in said.what and said.severity == "warning"

@@ -52,7 +52,8 @@ def work(name, ids, pooling, **more):
 
 
 @pytest.mark.parametrize("form", ["folder", "folder without a head", "gguf", "q8_0"])
-async def test_the_vectors_of_qwen3_embedding_are_transformers_of_the_end_token(form, qwen, tokenizer, tmp_path):
+async def test_qwen3_embedding_s_vectors_match_transformers(form, qwen, tokenizer, tmp_path):
+    """The vectors of Qwen3-Embedding are those of transformers of the end token."""
     model = make_qwen(tie_word_embeddings="without" not in form)
     path = tmp_path / "tiny.gguf"
     if form.startswith("folder"):
@@ -71,7 +72,8 @@ async def test_the_vectors_of_qwen3_embedding_are_transformers_of_the_end_token(
 
 
 @pytest.mark.parametrize("form", ["folder", "gguf of a chat model", "gguf", "classifier"])
-async def test_the_scores_of_qwen3_reranker_are_those_of_its_makers_code(form, qwen, tokenizer, tmp_path):
+async def test_qwen3_reranker_s_scores_are_its_makers(form, qwen, tokenizer, tmp_path):
+    """The scores of Qwen3-Reranker are those of its makers' code."""
     rows = qwen.model.embed_tokens.weight.detach()[[NO, YES]].numpy()
     path = tmp_path / "tiny.gguf"
     if form == "folder":
@@ -114,7 +116,8 @@ class Escaped:
         return self.tokenizer.encode(text.replace("\ue000", ""))
 
 
-async def test_vectors_and_scores_do_not_depend_on_what_is_computed_beside_them(qwen, tmp_path):
+async def test_vectors_and_scores_ignore_their_neighbours(qwen, tmp_path):
+    """Vectors and scores do not depend on what is computed beside them."""
     folder = reranker_folder(tmp_path, qwen)
     engine = make_engine(folder, num_pages=400, max_batch=8, prefill_chunk=64)
     documents = [f"document number {i} " * (i % 7 + 1) for i in range(24)]
@@ -132,7 +135,8 @@ async def test_vectors_and_scores_do_not_depend_on_what_is_computed_beside_them(
         assert max(abs(a - b).max() for a, b in zip(together, alone)) < 1e-5
 
 
-def test_a_vector_is_cut_before_it_is_scaled_and_stays_as_it_is_if_asked(tmp_path):
+def test_a_vector_is_cut_before_it_is_scaled(tmp_path):
+    """A vector is cut before it is scaled, and stays as it is if asked."""
     engine = make_engine(embedder_folder(tmp_path), num_pages=60, max_batch=4)
     ids = [5, 6, 7, END]
     whole, raw, cut = numbers(engine, [work("a", ids, "last"), work("b", ids, "last", normalized=False), work("c", ids, "last", dimensions=40)])
@@ -144,7 +148,7 @@ def test_a_vector_is_cut_before_it_is_scaled_and_stays_as_it_is_if_asked(tmp_pat
     ({}, None), ({"qwen3.pooling_type": 0, "tokenizer.ggml.add_eos_token": True}, None), ({"qwen3.attention.causal": True}, None),
     ({"qwen3.pooling_type": 1}, ("mean", ())), ({"qwen3.pooling_type": 1, "tokenizer.ggml.add_eos_token": True}, ("mean", (END,))),
     ({"qwen3.pooling_type": 3}, ("last", (END,))), ({"qwen3.pooling_type": 3, "tokenizer.ggml.add_eos_token": False}, ("last", ()))])
-def test_the_pooling_and_the_end_token_of_a_gguf_file_are_honoured(changes, pooling, qwen, tmp_path):
+def test_a_gguf_s_pooling_and_end_token_are_honoured(changes, pooling, qwen, tmp_path):
     embedder = load(gguf_of(tmp_path / "tiny.gguf", qwen, **changes)).text.embedder
     assert (embedder and (embedder.pooling, embedder.ends)) == pooling
 
@@ -153,13 +157,14 @@ def test_the_pooling_and_the_end_token_of_a_gguf_file_are_honoured(changes, pool
     ({"qwen3.pooling_type": 2}, r"qwen3\.pooling_type is 2 \(cls\); in a qwen3 model it must be 0 \(none\), 1 \(mean\), 3 \(last\) or 4"),
     ({"qwen3.pooling_type": 9}, r"pooling_type is 9 \(unknown\)"), ({"qwen3.pooling_type": True}, r"pooling_type is true \(unknown\)"),
     ({"qwen3.pooling_type": -1}, r"is -1 \(unknown\)"), ({"qwen3.attention.causal": False}, r"qwen3\.attention\.causal is false: such")])
-def test_a_gguf_file_whose_vectors_are_made_otherwise_is_refused(changes, words, tmp_path):
+def test_a_gguf_of_another_kind_of_vector_is_refused(changes, words, tmp_path):
+    """Its vectors are made otherwise than here."""
     with pytest.raises(ConfigError, match=words) as caught:
         spec_of_changed_gguf(tmp_path, "qwen3", changes)
     assert "\n" not in str(caught.value)
 
 
-def test_a_reranker_that_is_described_otherwise_is_refused(qwen, tmp_path):
+def test_an_odd_description_of_a_reranker_is_refused(qwen, tmp_path):
     rows, rank = np.zeros((3, 64), np.float32), {"qwen3.pooling_type": 4}
     for changes, words in (
             (dict(classes=rows), r"cls.output.weight is \(3, 64\) and .*output_labels is a list of 2"),
@@ -198,13 +203,15 @@ LAST = POOLING | {"pooling_mode_lasttoken": True}
     ({"config_sentence_transformers": {"prompts": {"a": "x"}, "default_prompt_name": "b"}}, 'default_prompt_name is "b"; it must be one of a'),
     ({"config_sentence_transformers": {"similarity_fn_name": "hamming"}}, "similarity_fn_name is"),
     ({"sentence_bert_config": {"do_lower_case": True}}, "do_lower_case is true"), ({"sentence_bert_config": {"max_seq_length": 0}}, "max_seq_length is 0")])
-def test_a_folder_whose_vectors_are_made_otherwise_is_refused(changes, words, tmp_path):
+def test_a_folder_of_another_kind_of_vector_is_refused(changes, words, tmp_path):
+    """Its vectors are made otherwise than here."""
     with pytest.raises(ConfigError, match=words) as caught:
         load(embedder_folder(tmp_path, **changes))
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_s_lengths_prompts_and_similarity_are_read(tmp_path):
+def test_a_folder_s_prompts_and_lengths_are_read(tmp_path):
+    """Its similarity is read too."""
     folder = embedder_folder(tmp_path, sentence_bert_config={"max_seq_length": 40, "do_lower_case": False}, config_sentence_transformers={
         "prompts": {"query": "q: "}, "default_prompt_name": "query", "similarity_fn_name": "dot"})
     embedder = load(folder).text.embedder
@@ -215,7 +222,8 @@ def test_a_folder_s_lengths_prompts_and_similarity_are_read(tmp_path):
     assert load(folder).text.embedder.least == 16
 
 
-def test_the_frame_of_a_tokenizer_is_what_it_puts_around_texts(tmp_path):
+def test_a_tokenizer_s_frame_is_around_texts(tmp_path):
+    """The frame of a tokenizer is what it puts around texts."""
     from tokenizers.processors import TemplateProcessing
     write_tokenizer(tmp_path)
     pipeline = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))

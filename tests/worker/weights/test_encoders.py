@@ -52,7 +52,8 @@ def backend(request, monkeypatch):
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_folder_gives_the_vectors_of_transformers(made, name, backend, tmp_path):
+def test_an_encoder_folder_matches_transformers(made, name, backend, tmp_path):
+    """A folder gives the vectors of transformers."""
     save_folder(tmp_path, name, made(name))
     model, engine = engine_of(tmp_path)
     assert engine.kernels.row_invariant == (backend == "decode_core") and not not_compiled(model.architecture)
@@ -65,7 +66,8 @@ def test_a_folder_gives_the_vectors_of_transformers(made, name, backend, tmp_pat
 
 @COMPILED
 @pytest.mark.parametrize("name", MODELS)
-def test_sizes_that_are_no_multiples_of_16_are_computed_with_zeros_between(name, tmp_path):
+def test_odd_sizes_are_padded_with_zeros(name, tmp_path):
+    """Sizes that are no multiples of 16 are computed with zeros between."""
     model = make_encoder(name, hidden_size=88, intermediate_size=104, **{"head_dim": 20, "query_pre_attn_scalar": 20} if name == "gemma" else {})
     save_folder(tmp_path, name, model)
     loaded, engine = engine_of(tmp_path)
@@ -90,7 +92,8 @@ def test_the_tokens_are_those_of_its_makers(made, name, tmp_path):
 
 @COMPILED
 @pytest.mark.parametrize("name", MODELS)
-def test_the_bits_of_a_vector_do_not_depend_on_what_is_computed_beside_it(made, name, tmp_path):
+def test_a_vector_s_bits_ignore_its_neighbours(made, name, tmp_path):
+    """The bits of a vector do not depend on what is computed beside it."""
     save_folder(tmp_path, name, made(name))
     _, engine = engine_of(tmp_path, max_batch=16)
     dice = np.random.default_rng(3)
@@ -102,7 +105,8 @@ def test_the_bits_of_a_vector_do_not_depend_on_what_is_computed_beside_it(made, 
 
 
 @pytest.mark.parametrize("pooling, dense", [("mean", ()), ("cls", DENSE), ("last", DENSE[:1])])
-def test_the_modules_of_a_folder_decide_what_follows_the_model(made, pooling, dense, tmp_path):
+def test_a_folder_s_modules_follow_the_model(made, pooling, dense, tmp_path):
+    """The modules of a folder decide what follows the model."""
     after = save_folder(tmp_path, "bert", made("bert"), pooling, dense)
     model, engine = engine_of(tmp_path)
     embedder = model.text.embedder
@@ -125,7 +129,8 @@ def test_a_vector_that_is_not_normalized_is_a_mean(made, tmp_path):
 
 @pytest.mark.parametrize("kind, least", [("F32", CLOSE), ("F16", 1 - 2e-6), ("Q8_0", 0.999)])
 @pytest.mark.parametrize("name", FILES)
-def test_a_gguf_file_gives_the_vectors_of_transformers(made, name, kind, least, tmp_path):
+def test_an_encoder_gguf_matches_transformers(made, name, kind, least, tmp_path):
+    """A GGUF file gives the vectors of transformers."""
     path = tmp_path / "model.gguf"
     save_gguf(path, name, made(name), kind)
     model, engine = engine_of(path, None)
@@ -141,7 +146,7 @@ def test_a_gguf_file_gives_the_vectors_of_transformers(made, name, kind, least, 
         assert cosine(vector, expected(made(name), tokens)) > least
 
 
-def test_dense_layers_of_a_gguf_file_follow_the_mean(made, tmp_path, caplog):
+def test_dense_layers_of_a_gguf_follow_the_mean(made, tmp_path, caplog):
     after = save_folder(tmp_path, "gemma", made("gemma"), dense=((96, 64, "Identity", False), (64, 96, "Identity", False)))
     for dense in (after, ()):
         save_gguf(tmp_path / "model.gguf", "gemma", made("gemma"), dense=dense)
@@ -158,7 +163,7 @@ PAIRS = [("the cat", "a dog"), ("query", "abc xyz. " * 20), ("a", "b")]
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("gemma", "nomic", "gte")])
-def test_a_cross_encoder_gives_the_scores_of_transformers(made, name, backend, tmp_path):
+def test_a_cross_encoder_s_scores_match_transformers(made, name, backend, tmp_path):
     reranker = made(name, True)
     reranker.save_pretrained(tmp_path)
     theirs = write_tokenizer(tmp_path, name)
@@ -172,7 +177,8 @@ def test_a_cross_encoder_gives_the_scores_of_transformers(made, name, backend, t
     assert len({round(score, 2) for score in scores}) == len(PAIRS)
 
 
-def test_a_gguf_file_of_a_cross_encoder_gives_the_scores_of_transformers(made, tmp_path):
+def test_a_gguf_cross_encoder_matches_transformers(made, tmp_path):
+    """A GGUF file of a cross-encoder gives the scores of transformers."""
     reranker, path = made("xlm-roberta", True), tmp_path / "model.gguf"
     save_gguf(path, "xlm-roberta", reranker, pooling="rank")
     theirs = write_tokenizer(tmp_path, "xlm-roberta")
@@ -182,13 +188,14 @@ def test_a_gguf_file_of_a_cross_encoder_gives_the_scores_of_transformers(made, t
     assert scores == pytest.approx([expected_score(reranker, theirs.encode(*pair)) for pair in PAIRS], abs=1e-4)
 
 
-def test_a_gguf_file_of_a_bert_that_ranks_is_refused(made, tmp_path):
+def test_a_gguf_of_a_bert_that_ranks_is_refused(made, tmp_path):
     save_gguf(tmp_path / "model.gguf", "bert", made("bert"), **{"pooling_type": 4})
     with pytest.raises(ConfigError, match=r"pooling_type is 4 \(rank\), but the file lacks a part of the head"):
         engine_of(tmp_path / "model.gguf", None)
 
 
-def test_whether_a_score_is_a_probability_is_what_the_config_says(made, tmp_path):
+def test_the_config_says_if_scores_are_probabilities(made, tmp_path):
+    """Whether a score is a probability is what the config says."""
     made("bert", True).save_pretrained(tmp_path)
     write_tokenizer(tmp_path, "bert")
     config = json.loads((tmp_path / "config.json").read_text())
@@ -213,7 +220,7 @@ def test_whether_a_score_is_a_probability_is_what_the_config_says(made, tmp_path
     ({"2_Dense__config": {"in_features": 64, "out_features": 48, "activation_function": "torch.nn.Softmax"}}, 'activation_function is "softmax"; it must be one of'),
     ({"config": {"model_type": "bert", "position_embedding_type": "relative_key", **{}}}, "position_embedding_type"),
 ])
-def test_a_folder_that_would_be_computed_otherwise_is_refused(made, change, words, tmp_path):
+def test_a_folder_computed_otherwise_is_refused(made, change, words, tmp_path):
     save_folder(tmp_path, "bert", made("bert"), dense=DENSE[:1])
     if "config" in change:
         change["config"] = json.loads((tmp_path / "config.json").read_text()) | change["config"]
@@ -226,7 +233,7 @@ def test_a_folder_that_would_be_computed_otherwise_is_refused(made, change, word
 @pytest.mark.parametrize("changes, words", [
     ({"pooling_type": 0}, r"bert.pooling_type is 0 \(none\); in a bert model it must be 1 \(mean\), 2"), ({"pooling_type": 7}, r"is 7 \(unknown\)"),
     ({"attention.causal": True}, "bert.attention.causal is true: such embeddings are not supported; this server computes bert models with attention to both sides")])
-def test_a_gguf_file_that_would_be_computed_otherwise_is_refused(made, changes, words, tmp_path):
+def test_a_gguf_computed_otherwise_is_refused(made, changes, words, tmp_path):
     save_gguf(tmp_path / "model.gguf", "bert", made("bert"), **changes)
     with pytest.raises(ConfigError, match=words):
         engine_of(tmp_path / "model.gguf", None)
@@ -245,7 +252,7 @@ def test_a_broken_vocabulary_is_one_line(made, key, value, words, tmp_path, monk
     assert "\n" not in str(caught.value)
 
 
-def test_a_unigram_vocabulary_normalizes_as_its_file_says(made, tmp_path, monkeypatch):
+def test_a_unigram_vocabulary_normalizes_as_its_file(made, tmp_path, monkeypatch):
     """With runs of spaces trimmed or kept, and with and without a space before the text."""
     found = {}
     for trims in (True, False):
@@ -258,7 +265,8 @@ def test_a_unigram_vocabulary_normalizes_as_its_file_says(made, tmp_path, monkey
     assert found[False][1:4] == ["t", "h", "e"] and found[False].count("\u2581") == 2
 
 
-def test_names_of_older_files_and_heads_for_other_tasks(made, tmp_path):
+def test_older_names_of_tensors_are_read(made, tmp_path):
+    """Heads for other tasks are passed over."""
     from safetensors.torch import load_file, save_file
     import torch
     save_folder(tmp_path, "bert", made("bert"))
@@ -271,7 +279,8 @@ def test_names_of_older_files_and_heads_for_other_tasks(made, tmp_path):
     assert cosine(vectors(engine, [ids], pooling="mean")[0], expected(made("bert"), ids)) > CLOSE
 
 
-def test_a_worker_refuses_answers_and_texts_that_are_too_long(made, tmp_path):
+def test_a_worker_refuses_answers_and_long_texts(made, tmp_path):
+    """A worker refuses answers and texts that are too long."""
     save_folder(tmp_path, "bert", made("bert"))
     _, engine = engine_of(tmp_path)
     engine.add(Assignment("answer", (5, 6), AnswerParams(), 4))
@@ -281,7 +290,7 @@ def test_a_worker_refuses_answers_and_texts_that_are_too_long(made, tmp_path):
     assert all(isinstance(event, Failed) for _, event in engine.step()) and not engine.busy
 
 
-def test_a_text_that_is_cancelled_leaves_its_place_to_the_others(made, tmp_path):
+def test_a_cancelled_text_leaves_its_place_to_others(made, tmp_path):
     save_folder(tmp_path, "bert", made("bert"))
     _, engine = engine_of(tmp_path)
     for name in "abc":
@@ -291,7 +300,8 @@ def test_a_text_that_is_cancelled_leaves_its_place_to_the_others(made, tmp_path)
     assert engine.pool.available == engine.pool.num_pages
 
 
-def test_prompts_that_no_file_says_are_those_of_its_makers(made, tmp_path):
+def test_unsaid_prompts_are_those_of_the_makers(made, tmp_path):
+    """Prompts that no file says are those of its makers."""
     folder = tmp_path / "multilingual-e5-small"
     folder.mkdir()
     save_folder(folder, "xlm-roberta", made("xlm-roberta"))
@@ -379,7 +389,8 @@ def without_prompt(model, pipeline, prompt, text, pooling="mean"):
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
 @pytest.mark.parametrize("name", ["bert", "modernbert", "xlm-roberta"])
-def test_the_tokens_of_a_prompt_are_read_but_not_pooled_where_a_folder_says_so(made, name, pooling, tmp_path):
+def test_prompt_tokens_are_read_but_not_pooled(made, name, pooling, tmp_path):
+    """The tokens of a prompt are read but not pooled where a folder says so."""
     pipeline = six(tmp_path, name, made(name), pooling)
     with server(tmp_path, "--dtype", "float32") as (_, url):
         for prompt_name, prompt in (("query", "query: the "), ("document", ""), (None, "")):
@@ -391,7 +402,8 @@ def test_the_tokens_of_a_prompt_are_read_but_not_pooled_where_a_folder_says_so(m
         assert cosine(item["embedding"], expected(made(name), ids, {"lasttoken": "last"}.get(pooling, pooling))) > CLOSE - 1e-9
 
 
-def test_a_prompt_that_fills_the_longest_text_leaves_its_last_token(made, tmp_path):
+def test_a_filling_prompt_leaves_its_last_token(made, tmp_path):
+    """A prompt that fills the longest text leaves its last token."""
     six(tmp_path, "bert", made("bert"), prompts={"query": "cat " * 40})
     write_json(tmp_path, sentence_bert_config=SIX["sentence_bert_config"] | {"max_seq_length": 12})
     with server(tmp_path, "--dtype", "float32") as (_, url):
@@ -399,7 +411,8 @@ def test_a_prompt_that_fills_the_longest_text_leaves_its_last_token(made, tmp_pa
         assert abs(np.linalg.norm(item) - 1) < 1e-5
 
 
-def test_the_prompt_of_a_causal_model_is_left_out_of_the_mean_however_it_is_chunked(tmp_path):
+def test_a_causal_prompt_is_left_out_of_the_mean(tmp_path):
+    """The prompt of a causal model is left out of the mean, however it is chunked."""
     from engines import make_engine
     from families import make_model, save
     from works import assignment
@@ -413,7 +426,7 @@ def test_the_prompt_of_a_causal_model_is_left_out_of_the_mean_however_it_is_chun
         assert cosine(vector, wanted) > 0.999999
 
 
-def test_the_length_of_vectors_that_a_folder_says_is_the_usual_one(made, tmp_path):
+def test_a_folder_s_vector_length_is_the_usual_one(made, tmp_path):
     pipeline = six(tmp_path, "bert", made("bert"), truncate_dim=24)
     whole = without_prompt(made("bert"), pipeline, "", "the cats")
     with server(tmp_path, "--dtype", "float32") as (_, url):
@@ -430,7 +443,8 @@ def test_the_length_of_vectors_that_a_folder_says_is_the_usual_one(made, tmp_pat
         assert found == pytest.approx(cosine(whole[:24], other[:24]), abs=1e-5)
 
 
-def test_what_makes_scores_probabilities_is_read_from_the_latest_place(made, tmp_path):
+def test_the_latest_place_makes_scores_probabilities(made, tmp_path):
+    """What makes scores probabilities is read from the latest place."""
     made("bert", True).save_pretrained(tmp_path)
     write_tokenizer(tmp_path, "bert")
     write_json(tmp_path, modules=SIX["modules"][:1], config_sentence_transformers={"model_type": "CrossEncoder", "activation_fn": "torch.nn.modules.linear.Identity"})
@@ -445,7 +459,7 @@ def test_what_makes_scores_probabilities_is_read_from_the_latest_place(made, tmp
             engine_of(tmp_path)
 
 
-def test_gtes_ntk_is_a_larger_base_and_slower_rotation(tmp_path):
+def test_gte_s_ntk_is_a_larger_base_and_slower_turn(tmp_path):
     write_json(tmp_path, config=PUBLISHED["gte-multilingual"][0])
     _, spec = hf_spec(tmp_path / "config.json", None)
     frequencies = spec.rope_base ** (-np.arange(0, 64, 2) / 64) / np.array(spec.rope_factors)
@@ -477,7 +491,7 @@ def test_a_server_embeds_and_ranks(made, tmp_path):
         assert caught.value.code == 400
 
 
-def test_a_worker_killed_while_texts_are_embedded_costs_no_vector(made, tmp_path):
+def test_a_worker_killed_in_embedding_costs_no_vector(made, tmp_path):
     save_folder(tmp_path, "bert", made("bert"))
     texts = [f"the cat and {number} dogs " * 24 for number in range(1200)]
 

@@ -33,7 +33,8 @@ def factor(name, *values):
 
 
 @pytest.mark.parametrize("experts, factors", [(1, (0.37,)), (3, (0.5, -2.0, 1e-3)), (3, (7.0,))])
-def test_packed_matrices_are_multiplied_by_their_factor_or_by_that_of_each_expert(experts, factors):
+def test_packed_matrices_take_their_factor(experts, factors):
+    """Packed matrices are multiplied by their factor or by that of each expert."""
     matrix = nvfp4("m.weight", 5000, 64, experts)       # in two pieces
     found = with_factors(Path("f"), {"m.weight": matrix, "m.scale": factor("m.scale", *factors), "m.input_scale": factor("m.input_scale", 9.0)})
     assert found.keys() == {"m.weight"} and found["m.weight"].tensor_type.name == "Q8_0" and found["m.weight"].data.shape[:-1] == matrix.data.shape[:-1]
@@ -43,7 +44,8 @@ def test_packed_matrices_are_multiplied_by_their_factor_or_by_that_of_each_exper
     assert (np.abs(ours - wanted).max(1) < 0.005 * np.abs(wanted).max(1)).all()
 
 
-def test_a_factor_of_one_and_names_without_a_matrix_change_nothing():
+def test_a_factor_of_one_changes_nothing():
+    """A factor of one and names without a matrix change nothing."""
     stored = {"m.weight": nvfp4("m.weight", 16, 64), "m.scale": factor("m.scale", 1.0), "other.scale": factor("other.scale", 2.0)}
     assert with_factors(Path("f"), stored) == {"m.weight": stored["m.weight"], "other.scale": stored["other.scale"]}
 
@@ -54,7 +56,8 @@ def test_factors_that_are_impossible_are_named(values):
         with_factors(Path("f"), {"m.weight": nvfp4("m.weight", 16, 64), "m.scale": factor("m.scale", *values)})
 
 
-def test_a_model_with_factors_is_the_model_whose_matrices_are_multiplied(tmp_path, monkeypatch):
+def test_factors_multiply_a_model_s_matrices(tmp_path, monkeypatch):
+    """A model with factors is the model whose matrices are multiplied."""
     model, write, name = make_model("llama3.1"), tiny_gguf.write_gguf, "blk.0.ffn_up"
     rows, columns = model.model.layers[0].mlp.up_proj.weight.shape
     blocks = nvfp4("m", rows, columns).data

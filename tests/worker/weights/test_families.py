@@ -70,14 +70,16 @@ BY_DAY = "granite4", "olmo3", "glm4", "lfm2", "lfm2moe", "granite4h", "hunyuan",
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", by_day(MODELS, *OLDER, *BY_DAY))
-def test_a_folder_computes_what_transformers_computes(made, name, backend):
+def test_every_family_matches_transformers(made, name, backend):
+    """A folder computes what transformers computes."""
     folder, cases = made(name)
     model = load(folder)
     check(answers(transformer(model, kernels_of(backend, model.spec)), cases), cases, tolerance=tolerance_of(name))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_longrope_takes_its_short_factors_where_the_context_is_no_longer_than_the_original(made, backend, tmp_path):
+def test_longrope_takes_short_factors_if_short(made, backend, tmp_path):
+    """LongRoPE takes its short factors where the context is no longer than the original."""
     model = make_model("phi3-long")
     cases = clear_cases(model, lengths=(9, 40))         # and at most 64 tokens more: transformers stays with the short ones
     short = load(save(model, tmp_path), context_length=128)
@@ -92,7 +94,7 @@ def test_longrope_takes_its_short_factors_where_the_context_is_no_longer_than_th
 
 
 @pytest.mark.parametrize("name", by_day(["qwen3", "smollm3", "gemma2", "gemma3", "phi3-long", "gpt-oss", "qwen3moe-normed", "granite4", "qwen3moe-dense", "exaone4"], "qwen3"))
-def test_cuda_kernels_compute_what_transformers_computes(made, name, request):
+def test_cuda_kernels_match_transformers(made, name, request):
     backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="the compiled core is not installed")
     emulated = backends.Emulated(request.getfixturevalue("emulation_library"))
     folder, cases = made(name)
@@ -107,7 +109,8 @@ def packed_experts(folder):
     return folder, clear_cases(save_packed(folder))
 
 
-def test_a_folder_of_mxfp4_blocks_computes_what_transformers_makes_of_them(tmp_path):
+def test_a_folder_of_mxfp4_matches_transformers(tmp_path):
+    """A folder of MXFP4 blocks computes what transformers makes of them."""
     folder, cases = packed_experts(tmp_path)
     model = load(folder)
     # these logits have a standard deviation of 4: with AVX-512 one of 49,152 is 1.2e-4 away
@@ -131,7 +134,7 @@ def test_mxfp4_blocks_of_a_folder_stay_packed(tmp_path):
     (lambda t, at: t.pop(at + "down_proj_scales"), r"missing model.layers.1.mlp.experts.down_proj.weight \(7, 64, 96\)"),
     (lambda t, at: t.update({at + "gate_up_proj_bias": t[at + "gate_up_proj_bias"][:6]}), r"gate_proj.bias is \(6, 96\) instead of \(7, 96\)"),
     (lambda t, at: t.update({at + "down_proj_blocks": t[at + "down_proj_blocks"][..., :8]}), r"unknown .*down_proj_blocks \(7, 64, 3, 8\)")])
-def test_mxfp4_tensors_that_do_not_fit_each_other_are_named(change, words, tmp_path):
+def test_mxfp4_tensors_that_do_not_fit_are_named(change, words, tmp_path):
     folder, _ = packed_experts(tmp_path)
     tensors = load_file(folder / "model.safetensors")
     change(tensors, "model.layers.1.mlp.experts.")
@@ -140,7 +143,8 @@ def test_mxfp4_tensors_that_do_not_fit_each_other_are_named(change, words, tmp_p
         load(folder)
 
 
-def test_equal_router_logits_choose_the_experts_with_lower_ids(made):
+def test_equal_router_logits_choose_lower_ids(made):
+    """Equal router logits choose the experts with lower ids."""
     x, logits, out = torch.ones(1, 4), torch.tensor([[1.0, 2.0, 2.0, 2.0]]), torch.empty(1, 4)
     down = torch.arange(4.0).repeat_interleave(4)[:, None] * torch.ones(16, 2)      # expert e adds e times the same
     experts_reference(x, logits, torch.ones(16, 4), down, out, norm=Norm(None, 0.0), biases=(None, None),
@@ -149,7 +153,8 @@ def test_equal_router_logits_choose_the_experts_with_lower_ids(made):
     assert torch.allclose(out, 1 + 1.5 * 2 * gate)          # the mean of experts 1 and 2
 
 
-def test_bfloat16_follows_float32_and_rounds_the_scale_of_gemmas_embedding(made):
+def test_bfloat16_rounds_gemma_s_embedding_scale(made):
+    """bfloat16 follows float32, and rounds the scale of Gemma's embedding."""
     folder, cases = made("gemma2")
     model = load(folder, "bfloat16")
     assert model.dtype == "bfloat16" and tensors_of(model)["0.qkv"].dtype == torch.bfloat16
@@ -177,7 +182,7 @@ def test_the_same_model_as_gguf_computes_the_same(made, name, backend, tmp_path)
 
 
 @pytest.mark.skipif(decode_core() is None, reason="weights stay as stored only where decode_core runs")
-def test_parts_of_a_matrix_that_begin_within_a_tile_stay_packed(tmp_path):
+def test_parts_that_begin_within_a_tile_stay_packed(tmp_path):
     """Of four value heads the rows of b and a are four each; in one file these are of another type than b."""
     stored = as_gguf(tmp_path / "packed.gguf", make_model("qwen3.5"), quantized=True)
     metadata, tensors = read_gguf(stored)
@@ -197,7 +202,7 @@ def test_parts_of_a_matrix_that_begin_within_a_tile_stay_packed(tmp_path):
         assert (logits[1] - logits[0]).norm() < 0.1 * logits[0].norm()       # x is int8 there; a lost row makes 0.5 of it
 
 
-def test_the_draft_head_of_a_gguf_file_is_left_out(tmp_path):
+def test_the_draft_head_of_a_gguf_is_left_out(tmp_path):
     metadata, stored = read_gguf(as_gguf(tmp_path / "plain.gguf", make_model("qwen3.5")))
     tensors = {name: tensor.data for name, tensor in stored.items()}
     tensors |= {name.replace("blk.3.", "blk.4."): tensor.data for name, tensor in stored.items() if name.startswith("blk.3.")}
@@ -218,7 +223,7 @@ def in_file(rows, path):
 
 @pytest.mark.skipif(decode_core() is None, reason="the reference reorders its matrices")
 @pytest.mark.parametrize("form", ["folder", "blocks"])
-def test_matrices_are_packed_from_the_mapped_file_without_a_copy_in_between(form, tmp_path):
+def test_matrices_are_packed_from_the_mapped_file(form, tmp_path):
     """Neither q, k and v nor gate and up, nor all experts, are joined first; of what is kept nothing lies in the file."""
     path, matrices = tmp_path / "tiny.gguf", {"0.qkv": 3, "0.gate_up": 2, "0.output": 1}
     if form == "folder":
@@ -238,7 +243,8 @@ def test_matrices_are_packed_from_the_mapped_file_without_a_copy_in_between(form
 
 @pytest.mark.skipif(decode_core() is None, reason="weights stay as stored only where decode_core runs")
 @pytest.mark.parametrize("name", ["smollm3", "gemma3", "phi3", "qwen3moe", "gpt-oss"])
-def test_matrices_that_stay_quantized_compute_what_their_values_say(made, name, tmp_path):
+def test_quantized_matrices_compute_their_values(made, name, tmp_path):
+    """Matrices that stay quantized compute what their values say."""
     path = as_gguf(tmp_path / "tiny.gguf", make_model(name, **GGUF_MODELS[name]), quantized=True)
     prompt, exact, packed = list(range(3, 43)), load(path), load(path, None)
     experts = packed.spec.experts and ("mxfp4" if name == "gpt-oss" else "q8_0")
@@ -272,7 +278,7 @@ def test_matrices_that_stay_quantized_compute_what_their_values_say(made, name, 
     ("granite", "granite.ssm.state_size", 16, ""), ("granite", "granite.ssm.dt_b_c_rms", True, "granite.ssm.dt_b_c_rms is true; this key is not supported"),
     ("granite", "granite.residual_scale", 0.0, "residual_scale is 0.0; it must be a finite number from 0.0001"),
     ("exaone4", "exaone4.attention.sliding_window_pattern", 4, "")])
-def test_metadata_that_would_change_the_arithmetic_is_named(name, key, value, words, tmp_path):
+def test_metadata_that_changes_arithmetic_is_named(name, key, value, words, tmp_path):
     metadata, stored = read_gguf(as_gguf(tmp_path / "tiny.gguf", make_model(name)))
     kind, spec = gguf_spec(tmp_path / "tiny.gguf", metadata, stored, None)
     if not words:
@@ -288,7 +294,7 @@ DEEPSEEK = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rope", [DEEPSEEK, DEEPSEEK | {"attn_factor": 1.0, "attention_factor": 1.1386294361119891}], ids=["attn", "attention"])
-def test_the_folder_and_the_gguf_file_of_deepseeks_qwen3_are_one_model(rope, backend, tmp_path, caplog):
+def test_deepseek_s_qwen3_is_one_as_folder_and_gguf(rope, backend, tmp_path, caplog):
     """attn_factor, of which today's converter makes yarn_attn_factor: neither transformers nor llama.cpp uses it."""
     model = make_model("qwen3", rope_parameters=rope)
     cases = clear_cases(model, lengths=(9, 300), count=16)
@@ -313,7 +319,8 @@ def built(caplog, path, free, monkeypatch, **settings):
     return model, engine, next(line for line in caplog.messages if line.startswith("The model"))
 
 
-def test_a_line_says_before_loading_whether_the_model_fits_and_which_flag_helps(default_model_path, caplog, monkeypatch, tmp_path):
+def test_a_line_says_first_whether_the_model_fits(default_model_path, caplog, monkeypatch, tmp_path):
+    """A line says before loading whether the model fits, and which flag helps."""
     settings = Settings(model=str(default_model_path))
     model = open_model(resolve_model(settings), settings)
     kernels = load_kernels("cpu", model.architecture)
@@ -350,7 +357,8 @@ def test_a_line_says_before_loading_whether_the_model_fits_and_which_flag_helps(
 
 @pytest.mark.skipif(decode_core() is None, reason="only decode_core quantizes")
 @pytest.mark.parametrize("kind, kl", [("q8_0", ""), ("q4_k", ""), ("q4_0", ""), ("q3_k", "is 1.05"), ("q2_k", "is 6.2")])
-def test_what_quantized_floats_will_take_and_lose_is_known_before_they_are_read(kind, kl, tmp_path, caplog):
+def test_what_quantizing_costs_is_known_beforehand(kind, kl, tmp_path, caplog):
+    """What quantized floats will take and lose is known before they are read."""
     settings = Settings(model=str(save(make_model("llama2", hidden_size=256, intermediate_size=512), tmp_path)), quantize=kind)
     source = resolve_model(settings)
     needed = weight_bytes(open_model(source, settings), kind)
@@ -370,7 +378,8 @@ def spec_of(folder, config, context=None):
 
 
 @pytest.mark.parametrize("name", HUB_CONFIGS)
-def test_published_configs_mean_what_transformers_takes_them_to_mean(name, tmp_path):
+def test_published_configs_read_as_in_transformers(name, tmp_path):
+    """Published configs mean what transformers takes them to mean."""
     import transformers
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense import HunYuanDenseV1RotaryEmbedding
@@ -411,7 +420,8 @@ def test_published_configs_mean_what_transformers_takes_them_to_mean(name, tmp_p
 
 @pytest.mark.parametrize("name, width, ffn", [("LFM2-350M", 1024, 4608), ("LFM2-700M", 1536, 6912), ("LFM2-1.2B", 2048, 8192),
                                               ("LFM2-2.6B", 2048, 10752)])
-def test_published_configs_of_lfm2_mean_what_transformers_takes_them_to_mean(name, width, ffn, tmp_path):
+def test_lfm2_configs_read_as_in_transformers(name, width, ffn, tmp_path):
+    """Published configs of LFM2 mean what transformers takes them to mean."""
     import transformers
     spec, config = spec_of(tmp_path, LFM2_CONFIGS[name]), transformers.AutoConfig.from_pretrained(tmp_path)
     with torch.device("meta"):
@@ -437,7 +447,8 @@ def test_what_is_wrong_in_a_config_of_lfm2_is_named(key, value, words, tmp_path)
 
 
 @pytest.mark.parametrize("published", [LFM2_MOE, LFM2_MOE_TUNED])
-def test_the_published_config_of_lfm2_moe_means_what_transformers_takes_it_to_mean(published, tmp_path):
+def test_lfm2_moe_s_config_reads_as_in_transformers(published, tmp_path):
+    """The published config of LFM2-MoE means what transformers takes it to mean."""
     import transformers
     spec, config = spec_of(tmp_path, published), transformers.AutoConfig.from_pretrained(tmp_path)
     with torch.device("meta"):
@@ -454,7 +465,7 @@ def test_the_published_config_of_lfm2_moe_means_what_transformers_takes_it_to_me
     ("norm_topk_prob", 1, "norm_topk_prob is 1; it must be true or false"),
     ("routed_scaling_factor", 0, "routed_scaling_factor is 0; it must be a finite number from 0.0001"), ("num_dense_layers", -1, "num_dense_layers is -1; it must be an integer from 0"),
     ("layer_types", None, "layer_types is missing"), ("num_experts_per_tok", 33, "num_experts_per_tok is 33; it must be an integer from 1 to 32")])
-def test_what_is_wrong_in_a_config_of_lfm2_moe_is_named(key, value, words, tmp_path):
+def test_a_wrong_config_of_lfm2_moe_is_named(key, value, words, tmp_path):
     with pytest.raises(ConfigError) as caught:
         spec_of(tmp_path, LFM2_MOE | {key: value})
     assert words in str(caught.value)
@@ -462,13 +473,14 @@ def test_what_is_wrong_in_a_config_of_lfm2_moe_is_named(key, value, words, tmp_p
 
 @pytest.mark.parametrize("key, value, words", [("expert_gating_func", 1, "lfm2moe.expert_gating_func is 1; it must be 2"),
                                                ("expert_weights_scale", 0.0, "lfm2moe.expert_weights_scale is 0.0; it must be a finite number from")])
-def test_a_router_of_another_kind_in_a_gguf_file_is_named(key, value, words, tmp_path):
+def test_a_gguf_s_router_of_another_kind_is_named(key, value, words, tmp_path):
     with pytest.raises(ConfigError) as caught:
         spec_of_changed_gguf(tmp_path, "lfm2moe", {f"lfm2moe.{key}": value})
     assert words in str(caught.value)
 
 
-def test_sigmoids_choose_with_a_bias_that_the_shares_do_not_have():
+def test_a_choosing_bias_is_not_in_the_shares():
+    """Sigmoids choose with a bias that the shares do not have."""
     logits = torch.tensor([[2.0, 0.0, -1.0, 0.0]])
     for bias, chosen in ((None, [0, 1]), (torch.tensor([-1.0, 0.0, 0.9, 0.0]), [2, 1])):
         ids, shares = sigmoid_routes(logits, 2, True, bias)
@@ -477,7 +489,8 @@ def test_sigmoids_choose_with_a_bias_that_the_shares_do_not_have():
         assert torch.allclose(shares[0], scores[chosen] / scores[chosen].sum())
 
 
-def test_sigmoids_choose_in_the_groups_whose_two_best_have_the_largest_sum():
+def test_sigmoids_choose_in_the_best_groups():
+    """Sigmoids choose in the groups whose two best have the largest sum."""
     logits = torch.tensor([[3.0, -3.0, 0.5, 0.4, 0.9, -2.0]])      # sigmoids: 0.95 + 0.05, 0.62 + 0.60, 0.71 + 0.12
     for groups, chosen in (((1, 1), [0, 4]), ((3, 1), [2, 3]), ((3, 2), [0, 2]), ((3, 3), [0, 4])):
         ids, shares = sigmoid_routes(logits, 2, False, None, groups, 2.5)
@@ -557,7 +570,8 @@ def test_every_option_of_a_rope_type_is_transformers(rope, tmp_path):
     ("gpt-oss-20b", "quantization_config", [1], "quantization_config.quant_method is missing; it must be one of mxfp4"),
     ("Phi-4-mini", "full_attn_mod", 2, "full_attn_mod is 2; in a phi3 model it must be 1"),
     ("Phi-4-mini", "partial_rotary_factor", 0.01, "the number of rotated dimensions is 1; it must be a multiple of 2")])
-def test_a_key_that_would_change_the_arithmetic_is_named_with_what_is_known(base, key, value, words, tmp_path):
+def test_a_key_that_changes_arithmetic_is_named(base, key, value, words, tmp_path):
+    """A key that would change the arithmetic is named with what is known."""
     with pytest.raises(ConfigError) as caught:
         spec_of(tmp_path, HUB_CONFIGS[base] | {key: value})
     assert words in str(caught.value) and str(tmp_path / "config.json") in str(caught.value) and str(caught.value).isprintable()
@@ -589,7 +603,7 @@ def test_a_folder_is_served_and_chats(made, name):
 
 
 @pytest.mark.slow
-def test_so_is_one_with_the_tokenizer_and_template_of_smollm2(default_model_path, tmp_path):
+def test_a_folder_with_smollm2_s_template_chats(default_model_path, tmp_path):
     text = gguf_text(default_model_path, read_gguf(default_model_path)[0])
     model = make_model("llama3.2", vocab_size=49152, bos_token_id=1, eos_token_id=2)
     model.save_pretrained(tmp_path)
@@ -602,7 +616,8 @@ def text_of(folder, vocab_size=288):
     return hf_text(folder, vocab_size)
 
 
-def test_the_files_next_to_the_weights_determine_how_to_render_and_when_to_stop(tmp_path):
+def test_files_beside_weights_decide_rendering_and_stops(tmp_path):
+    """The files next to the weights determine how to render and when to stop."""
     write_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text('{"eos_token_id": 3, "bos_token_id": 7}')
     text = text_of(tmp_path)
@@ -623,7 +638,7 @@ def test_the_files_next_to_the_weights_determine_how_to_render_and_when_to_stop(
     assert text_of(tmp_path).chat_template is None
 
 
-def test_tokens_without_a_row_in_the_model_are_left_out(tmp_path):
+def test_tokens_without_a_row_are_left_out(tmp_path):
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     assert b"<|assistant|>" in text_of(tmp_path, 260).payload and b"<|assistant|>" not in text_of(tmp_path, 259).payload
@@ -631,7 +646,8 @@ def test_tokens_without_a_row_in_the_model_are_left_out(tmp_path):
         text_of(tmp_path, 255)
 
 
-def test_the_text_model_of_a_folder_with_images_is_served_alone(made, tmp_path):
+def test_only_the_text_model_is_served_of_images(made, tmp_path):
+    """The text model of a folder with images is served alone."""
     folder, cases = made("gemma3")
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": config, "vision_config": {}}))
@@ -685,7 +701,8 @@ def broken_folders(folder):
     yield "has no tokenizer.json; it has config.json, generation_config.json"
 
 
-def test_whatever_is_broken_in_a_folder_is_one_line_that_names_it(tmp_path):
+def test_a_broken_folder_is_named_in_one_line(tmp_path):
+    """Whatever is broken in a folder is one line that names it."""
     folder = save(make_model("llama3.2"), tmp_path)
     load(folder)
     for words in broken_folders(folder):

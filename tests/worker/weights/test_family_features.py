@@ -49,7 +49,8 @@ def spec_of(folder, config, context=None):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "cohere2"])
-def test_the_hidden_states_of_embeddings_are_those_after_the_final_layer_norm(name, tmp_path):
+def test_embeddings_follow_the_final_layer_norm(name, tmp_path):
+    """The hidden states of embeddings are those after the final layer norm."""
     model, prompt = make_model(name), list(range(3, 43))
     ours = transformer(load(save(model, tmp_path)), load_kernels("cpu"))
     forward_logits(ours, make_batch((prompt, 0, 40, [0, 1, 2]))._replace(states=True))
@@ -59,7 +60,7 @@ def test_the_hidden_states_of_embeddings_are_those_after_the_final_layer_norm(na
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.01, 0.3])
-def test_a_router_with_jitter_chooses_as_transformers_does(jitter):
+def test_a_router_with_jitter_matches_transformers(jitter):
     from transformers.models.phimoe.modeling_phimoe import sparsemixer
     logits = torch.randn(200, 16, generator=torch.Generator().manual_seed(1))
     logits[:20] -= 5            # all below zero
@@ -88,7 +89,8 @@ def test_phi_moe_has_two_experts_for_a_token(change, words, tmp_path):
     ("starcoder2", {"norm_type": "rms_norm"}, 'norm_type is "rms_norm"; it must be one of layer_norm'), ("starcoder2", {"mlp_type": "gated"}, 'mlp_type is "gated"; it must be one of default'),
     ("cohere2", {"use_parallel_block": False}, "use_parallel_block is false; in a cohere2 model it must be true"), ("cohere2", {"rotary_pct": 0.5}, "rotary_pct is 0.5; it must be 1"),
     ("cohere2", {"position_embedding_type": "alibi"}, 'position_embedding_type is "alibi"; it must be one of rope_gptj')])
-def test_what_a_family_with_layer_norms_cannot_have_is_named(kind, config, words, tmp_path):
+def test_a_layer_norm_family_s_limits_are_named(kind, config, words, tmp_path):
+    """What a family with layer norms cannot have is named."""
     with pytest.raises(ConfigError) as caught:
         spec_of(tmp_path, tiny_config(kind).to_dict() | {"model_type": MODELS[kind][0]} | config)
     assert words in str(caught.value)
@@ -103,7 +105,8 @@ NANO_9B = {"model_type": "nemotron_h", "hidden_size": 4480, "intermediate_size":
            "layer_norm_epsilon": 1e-5, "mlp_hidden_act": "relu2", "time_step_limit": [0.0, float("inf")], "rescale_prenorm_residual": True, "use_mamba_kernels": True}
 
 
-def test_a_published_nemotron_h_has_as_many_weights_as_transformers(tmp_path):
+def test_a_nemotron_h_has_transformers_weights(tmp_path):
+    """A published Nemotron-H has as many weights as transformers."""
     import transformers
     spec = spec_of(tmp_path, NANO_9B)
     with torch.device("meta"):
@@ -148,7 +151,8 @@ SUPER_120B = NANO_30B | {"hidden_size": 4096, "mamba_num_heads": 128, "moe_laten
 
 
 @pytest.mark.parametrize("config, billions, layers", [(NANO_30B, 31.6, 29), (SUPER_120B, 120.7, 48)])
-def test_a_published_nemotron_3_has_as_many_weights_as_transformers(config, billions, layers, tmp_path):
+def test_a_nemotron_3_has_transformers_weights(config, billions, layers, tmp_path):
+    """A published Nemotron 3 has as many weights as transformers."""
     import transformers
     spec = spec_of(tmp_path, config)
     with torch.device("meta"):
@@ -161,14 +165,16 @@ def test_a_published_nemotron_3_has_as_many_weights_as_transformers(config, bill
     assert experts.latent == (config.get("moe_latent_size") or 0) and not_compiled(model_of(spec)) == ""
 
 
-def test_parts_of_one_kind_after_another_are_layers_of_their_own(tmp_path):
+def test_consecutive_parts_of_a_kind_are_layers(tmp_path):
+    """Parts of one kind after another are layers of their own."""
     spec = spec_of(tmp_path, NANO_30B | {"hybrid_override_pattern": "EM-E*E-M", "num_hidden_layers": 8})
     assert [type(layer.mixer).__name__ for layer in spec.own_layers] == ["NoneType", "Mamba2", "NoneType", "Attention", "NoneType", "Mamba2"]
     assert [type(layer.feed).__name__ for layer in spec.own_layers] == ["Experts", "FeedForward", "Experts", "Experts", "FeedForward", "NoneType"]
     assert {layer.feed.width for layer in spec.own_layers if layer.feed} == {1856}
 
 
-def test_the_draft_heads_of_nemotron_3_are_left_out_and_its_newer_names_are_known(tmp_path):
+def test_nemotron_3_s_draft_heads_are_left_out(tmp_path):
+    """The draft heads of Nemotron 3 are left out, and its newer names are known."""
     model = make_model("nemotron3")
     plain = tensors_of(load(save(model, tmp_path / "folder")))
     weights = save(model, tmp_path / "newer") / "model.safetensors"
@@ -193,7 +199,7 @@ def test_the_draft_heads_of_nemotron_3_are_left_out_and_its_newer_names_are_know
     ("expert_group_used_count", 9, "the number of experts"), ("attention.head_count_kv", ["2"] * 5, 'head_count_kv is "2"; it must be an integer'),
     ("moe_latent_size", 33, ""), ("expert_weights_norm", 1, "expert_weights_norm is 1; it must be true or false"),
     ("expert_weights_scale", float("inf"), "expert_weights_scale is Infinity; it must be a finite number"), ("rope.scaling.factor", 2.0, "")])
-def test_what_is_wrong_in_the_metadata_of_a_nemotron_3_is_named(key, value, words, tmp_path):
+def test_a_nemotron_3_s_wrong_metadata_is_named(key, value, words, tmp_path):
     changes = {f"nemotron_h_moe.{key}": value} | ({"nemotron_h_moe.expert_group_count": 4} if "group" in key else {})
     if not words:
         spec = spec_of_changed_gguf(tmp_path, "nemotron3", changes)[1]
@@ -213,7 +219,8 @@ INERT = {"logit_scale": 0, "embedding_multiplier": 0.0, "attn_logit_softcapping"
          "_rope_scaling": {"type": "x"}, "max_window_layers": 28, "forced_eos_token_id": 2, "max_new_tokens": 100}
 
 
-def test_keys_that_change_nothing_are_ignored_and_named_in_one_line(caplog, tmp_path):
+def test_idle_keys_are_ignored_in_one_named_line(caplog, tmp_path):
+    """Keys that change nothing are ignored, and named in one line."""
     expected = spec_of(tmp_path, HUB_CONFIGS["Llama-3.2-1B"])
     caplog.clear()
     with caplog.at_level("INFO", logger="chat_server"):
@@ -239,7 +246,8 @@ VALUES = {"attn_implementation": "sdpa", "attn_impl": "flash", "experts_implemen
                   key for key in OTHERS_AFFAIR if re.search("dropout|coef|smoothing|layerdrop|init_std|initializer_factor", key)), 0.1)
 
 
-def test_keys_of_others_code_and_of_training_change_neither_a_llama_here_nor_one_by_transformers(tmp_path):
+def test_keys_of_training_change_no_llama(tmp_path):
+    """Keys of others' code and of training change neither a llama here nor one by transformers."""
     import transformers
     keys = {key: VALUES.get(key, True) for key in OTHERS_AFFAIR}
     expected, text = spec_of(tmp_path, HUB_CONFIGS["Llama-3.2-1B"]), torch.arange(20)[None]
@@ -269,14 +277,14 @@ def test_a_window_that_is_switched_off_changes_nothing(more, tmp_path):
     ({"use_rope": False}, "use_rope is false; in a llama model it must be true"),
     ({"residual_multiplier": 0.5}, "residual_multiplier is 0.5; this key is not supported"),
     ({"clip_qkv": 8.0}, "clip_qkv is 8.0; this key is not supported")])
-def test_keys_that_change_the_arithmetic_are_still_refused(more, words, tmp_path):
+def test_keys_that_change_arithmetic_are_refused(more, words, tmp_path):
     with pytest.raises(ConfigError) as caught:
         spec_of(tmp_path, HUB_CONFIGS["Llama-3.2-1B"] | more)
     assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["falcon_h1", "lfm3", "x\ny"])
-def test_an_unsupported_family_is_named_with_the_supported_ones(name, tmp_path):
+def test_an_unknown_family_names_the_supported_ones(name, tmp_path):
     words = f"this server cannot run {' '.join(name.split())} yet; it runs: Llama 2 and 3, SmolLM2, Mistral"
     with pytest.raises(ConfigError, match=words):
         spec_of(tmp_path, {"model_type": name})
@@ -289,13 +297,14 @@ def test_an_unsupported_family_is_named_with_the_supported_ones(name, tmp_path):
     ("layer_types", None, "layer_types is missing; it must be a list"), ("layer_types", ["mamba"] * 40, "none of its layers is full_attention"),
     ("mamba_d_head", "wide", 'mamba_d_head is "wide"; it must be an integer from 1'), ("mamba_n_groups", 5, "mamba_n_heads is 48; it must be a multiple of 5"),
     ("time_step_limit", [0.0, 0.1], "time_step_limit is a list of 2; it must be [0.0, Infinity]"), ("mamba_d_conv", 1, "mamba_d_conv is 1; it must be")])
-def test_what_is_wrong_in_a_config_with_mamba_layers_is_named(key, value, words, tmp_path):
+def test_a_wrong_config_of_mamba_layers_is_named(key, value, words, tmp_path):
     with pytest.raises(ConfigError) as caught:
         spec_of(tmp_path, GRANITE_H_TINY | {key: value})
     assert words in str(caught.value)
 
 
-def test_heads_that_share_no_whole_number_of_keys_and_a_feed_forward_part_without_width_are_named(tmp_path):
+def test_heads_without_whole_keys_are_named(tmp_path):
+    """Heads that share no whole number of keys, and a feed-forward part without width, are named."""
     text = QWEN35_4B["text_config"]
     with pytest.raises(ConfigError, match=r"linear_num_value_heads is 33; it must be a multiple of 16 \(linear_num_key_heads\)"):
         spec_of(tmp_path, text | {"linear_num_key_heads": 16, "linear_num_value_heads": 33})
@@ -305,7 +314,8 @@ def test_heads_that_share_no_whole_number_of_keys_and_a_feed_forward_part_withou
 
 
 @pytest.mark.parametrize("published, billions", [(GRANITE_H_TINY, 6.9), (QWEN3_NEXT, 79.7), (QWEN35_4B, 4.2), (QWEN36_35B, 34.7)])
-def test_published_hybrids_have_as_many_weights_as_transformers_and_their_cards_say(published, billions, tmp_path):
+def test_published_hybrids_have_transformers_weights(published, billions, tmp_path):
+    """Published hybrids have as many weights as transformers, and as their cards say."""
     import transformers
     spec, config = spec_of(tmp_path, published), transformers.AutoConfig.from_pretrained(tmp_path).get_text_config()
     with torch.device("meta"):
@@ -315,13 +325,14 @@ def test_published_hybrids_have_as_many_weights_as_transformers_and_their_cards_
     assert [mixer is None for mixer in spec.mixers] == [kind == "full_attention" for kind in config.layer_types]
 
 
-def test_published_sizes_of_qwen_3_5_make_states_of_this_many_mebibytes(tmp_path):
+def test_qwen_3_5_s_states_take_these_mebibytes(tmp_path):
+    """Published sizes of Qwen3.5 make states of this many mebibytes."""
     assert [model_of(spec_of(tmp_path, config)).state_bytes / 2**20 for config in (QWEN35_4B, QWEN36_35B)] == [50.25, 62.8125]
     with pytest.raises(ConfigError, match="attn_output_gate is false; in a qwen3_5_text model it must be true"):
         spec_of(tmp_path, QWEN35_4B | {"text_config": QWEN35_4B["text_config"] | {"attn_output_gate": False}})
 
 
-def test_the_published_config_of_granite_4_h_tiny_is_read(tmp_path):
+def test_granite_4_h_tiny_s_config_is_read(tmp_path):
     spec = spec_of(tmp_path, GRANITE_H_TINY)
     assert (spec.experts, spec.experts_per_token, spec.ffn_size, spec.shared_size, model_of(spec).paged_layers) == (64, 6, 512, 1024, 4)
     assert spec.attention(5).rope_size == 0 and model_of(spec).state_bytes == 36 * 4 * (48 * 64 * 128 + 3 * (3072 + 2 * 128))
@@ -341,7 +352,8 @@ SPEC = dict(vocab_size=64, layers=1, width=64, heads=4, kv_heads=4, head_size=16
     ({"mixers": (Mamba2(4, 3, 8, 16),)}, "for Mamba layer whose heads or channels are not multiples of 16"),
     ({"mixers": (Mamba2(4, 3, 16, 4),)}, "for Mamba layer whose heads or channels"),
     ({"own_layers": (Layer(PLAIN, Experts(4, 64, Router(2), latent=40)),)}, "for experts that read a width not a multiple of 16")])
-def test_torch_computes_what_decode_core_has_no_op_for_and_the_log_says_so(fields, words, caplog):
+def test_torch_computes_ops_that_decode_core_lacks(fields, words, caplog):
+    """torch computes what decode_core has no op for, and the log says so."""
     assert choose_backend("cpu", model_of(ModelSpec(**SPEC))).name != "torch/reference" and not not_compiled(model_of(ModelSpec(**SPEC)))
     assert {name.partition("/")[0] for name in load_kernels("cpu", model_of(ModelSpec(**SPEC))).names.values()} == {"decode_core"}
     assert choose_backend("cpu", model_of(ModelSpec(**SPEC | fields))).name == "torch/reference" and not caplog.messages       # who chooses for good says it
@@ -357,7 +369,8 @@ def test_torch_computes_what_decode_core_has_no_op_for_and_the_log_says_so(field
     ({"own_layers": (Layer(PLAIN, Experts(4, 64, Router(2, "sigmoid", groups=(2, 1)), "relu2", latent=32)),)}, "router of sigmoids"),
     ({"output_gate": True}, ""), ({"experts": 4, "shared_size": 64, "shared_gate": True}, "")])
 @pytest.mark.skipif(decode_core() is None, reason="not built")
-def test_some_ops_are_compiled_for_a_cpu_alone_and_torch_computes_these_on_a_gpu(fields, words, caplog, monkeypatch):
+def test_torch_computes_cpu_only_ops_on_a_gpu(fields, words, caplog, monkeypatch):
+    """Some ops are compiled for a CPU alone, and torch computes these on a GPU."""
     monkeypatch.setattr(decode_core().seam, "cuda_ops", lambda _: SimpleNamespace())       # as where there is a GPU
     spec = ModelSpec(**SPEC | fields)
     assert (not_compiled(model_of(spec), "cuda"), not_compiled(model_of(spec))) == ("", "")
@@ -375,7 +388,7 @@ def test_some_models_are_compiled_for_a_cpu_alone(fields, words):
     assert (not_compiled(model_of(ModelSpec(**SPEC | fields)), "cuda"), not_compiled(model_of(ModelSpec(**SPEC | fields)))) == (f"{words} on a GPU", "")
 
 
-def test_the_ops_of_these_models_are_what_their_names_say():
+def test_the_ops_of_these_models_do_what_they_say():
     x, added, gate, out = torch.ones(2, 3), torch.full((2, 3), 4.0), torch.tensor([[0.0], [-50.0]]), torch.empty(2, 3)
     gated_add_reference(x, added, gate, out)
     assert out.tolist() == [[3.0] * 3, [1.0] * 3]
@@ -394,7 +407,8 @@ def test_the_ops_of_these_models_are_what_their_names_say():
 # --- rotary embeddings -------------------------------------------------------------------------------------------
 
 
-def test_rotary_pairs_of_a_part_of_each_head_are_put_in_order():
+def test_partial_rotary_pairs_are_put_in_order():
+    """Rotary pairs of a part of each head are put in order."""
     rows = torch.arange(12)[:, None] * torch.ones(12, 2)
     assert unpermute_rope(rows.numpy(), RopePairs(6, 4))[:, 0].tolist() == [0, 2, 1, 3, 4, 5, 6, 8, 7, 9, 10, 11]
     assert unpermute_rope(rows[:, 0].numpy(), RopePairs(12, 12)).tolist() == [0, 2, 4, 6, 8, 10, 1, 3, 5, 7, 9, 11]
@@ -402,7 +416,8 @@ def test_rotary_pairs_of_a_part_of_each_head_are_put_in_order():
 
 
 @pytest.mark.parametrize("context", [None, 4096, 131072, 262144, 10**6])
-def test_dynamic_scaling_is_transformers_at_the_length_of_the_context(context, tmp_path):
+def test_dynamic_scaling_is_that_of_the_context(context, tmp_path):
+    """Dynamic scaling is that of transformers at the length of the context."""
     import transformers
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     config = HUB_CONFIGS["Llama-3.2-1B"] | {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
@@ -414,7 +429,7 @@ def test_dynamic_scaling_is_transformers_at_the_length_of_the_context(context, t
 
 
 @pytest.mark.parametrize("backend", ["reference", "decode_core"])
-def test_a_llama_that_rotates_a_part_of_its_heads_computes_what_phi3_does(backend, tmp_path):
+def test_a_partly_rotated_llama_matches_phi3(backend, tmp_path):
     """transformers' llama rotates all of a head; phi3 is a llama with fused matrices, and rotates as much as configured."""
     model = make_model("phi3", sliding_window=None, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5})
     cases = clear_cases(model, lengths=(9, 40))
@@ -438,7 +453,8 @@ def test_a_llama_that_rotates_a_part_of_its_heads_computes_what_phi3_does(backen
 
 
 @pytest.mark.slow
-def test_ministral_s_queries_grow_where_the_context_is_longer_than_the_original(tmp_path):
+def test_ministral_s_queries_grow_in_long_contexts(tmp_path):
+    """Ministral's queries grow where the context is longer than the original."""
     model = make_model("ministral3", rope_parameters=GROWING)
     folder, cases = save(model, tmp_path), clear_cases(model)           # of up to 364 tokens: three times the original
     short = load(folder)
@@ -474,7 +490,7 @@ BOTH = {        # model_type -> (text_config, the rest)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BOTH)
-def test_of_a_model_with_images_the_text_model_is_served(name, tmp_path):
+def test_an_image_model_s_text_model_is_served(name, tmp_path):
     import transformers
     text, rest = BOTH[name]
     config = transformers.AutoConfig.for_model(name, text_config=text, **rest)
@@ -495,7 +511,7 @@ def test_of_a_model_with_images_the_text_model_is_served(name, tmp_path):
 
 
 @pytest.mark.parametrize("drafts", [False, True])
-def test_the_tokens_that_a_model_suppresses_are_never_drawn(tmp_path, drafts):
+def test_suppressed_tokens_are_never_drawn(tmp_path, drafts):
     """As transformers' generate has it, which suppresses those that it would have drawn, again and again."""
     model, prompt, suppressed = make_model("llama3.2"), [5, 6, 7, 5, 6, 7, 5, 6], []
     works = [assignment("a", tuple(prompt), SamplingParams(temperature=0.0), 24, ignore_eos=True)]
@@ -515,7 +531,7 @@ def test_the_tokens_that_a_model_suppresses_are_never_drawn(tmp_path, drafts):
 
 @pytest.mark.parametrize("stated, words", [(5, "suppress_tokens is 5; it must be a list of integers"), ([1, "2"], 'suppress_tokens[1] is "2"; it must be an integer'),
                                            ([*range(300)], "suppress_tokens has all 288 tokens; at least one must be left"), (None, ""), ([], ""), ([-1, 288], "")])
-def test_a_list_of_suppressed_tokens_that_is_none_is_named(stated, words, tmp_path):
+def test_a_wrong_list_of_suppressed_tokens_is_named(stated, words, tmp_path):
     write_tokenizer(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"suppress_tokens": stated}))
     if not words:

@@ -48,7 +48,8 @@ def spec_of(folder, name, **changes):
 
 
 @pytest.mark.parametrize("name, billions, kib", [("gemma-4-E2B", 4.6, 18), ("gemma-4-E4B", 7.5, 56), ("gemma-4-31B", 30.7, 880), ("gemma-4-26B-A4B", 25.2, 220)])
-def test_published_configs_mean_what_transformers_takes_them_to_mean(name, billions, kib, tmp_path):
+def test_gemma_4_configs_read_as_in_transformers(name, billions, kib, tmp_path):
+    """Published configs mean what transformers takes them to mean."""
     import transformers
     spec = spec_of(tmp_path, name)
     config = transformers.AutoConfig.from_pretrained(tmp_path).get_text_config()
@@ -93,7 +94,7 @@ def test_what_is_wrong_in_a_config_is_named(change, words, tmp_path):
     assert words in str(caught.value) and str(tmp_path / "config.json") in str(caught.value)
 
 
-def test_a_config_may_list_the_sizes_of_full_layers_one_by_one(tmp_path):
+def test_a_config_may_list_full_layers_sizes_singly(tmp_path):
     sizes = {str(l): {"head_dim": 512, "num_key_value_heads": 2} for l in range(5, 30, 6)}
     once = spec_of(tmp_path, "gemma-4-26B-A4B")
     assert spec_of(tmp_path, "gemma-4-26B-A4B", per_layer_config={layer.zfill(2): size for layer, size in sizes.items()}) == once   # as transformers saves them
@@ -101,7 +102,7 @@ def test_a_config_may_list_the_sizes_of_full_layers_one_by_one(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gemma4", "gemma4moe"])
-def test_tiny_models_compute_what_transformers_computes_as_folder_and_as_gguf_file(name, tmp_path):
+def test_tiny_gemma_4_models_match_transformers(name, tmp_path):
     """A part, by day, of what test_families.py compares."""
     model = make_model(name)
     cases = clear_cases(model, lengths=(40,), count=8, tried=3)
@@ -118,7 +119,8 @@ def dense(tmp_path_factory):
     return save(model, tmp_path_factory.mktemp("gemma4")), model
 
 
-def test_a_folder_with_images_and_sound_whose_shared_layers_have_keys_is_the_same_text_model(dense, tmp_path):
+def test_a_gemma_4_with_images_is_its_text_model(dense, tmp_path):
+    """A folder with images and sound whose shared layers have keys is the same text model."""
     folder, _ = dense
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(GEMMA4_CONFIGS["gemma-4-E2B"] | {"text_config": config}))
@@ -152,7 +154,8 @@ def test_a_whole_unified_model_is_its_text_model(tmp_path):
     check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, chunk=30, count=8), cases, count=8)
 
 
-def test_a_unified_text_model_s_defaults_are_transformers(tmp_path):
+def test_a_unified_text_model_has_usual_defaults(tmp_path):
+    """Its defaults are those of transformers."""
     import transformers
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma4_unified", "text_config": {
         "hidden_size": 3840, "intermediate_size": 15_360, "num_hidden_layers": 48, "num_attention_heads": 16, "num_key_value_heads": 8,
@@ -167,7 +170,8 @@ def test_a_unified_text_model_s_defaults_are_transformers(tmp_path):
     assert not_compiled(model_of(spec)) == ""
 
 
-def test_a_gguf_file_may_have_gates_and_ups_apart_and_keys_of_layers_that_share_others(tmp_path):
+def test_a_gguf_may_have_gates_and_ups_apart(tmp_path):
+    """A GGUF file may have gates and ups apart and keys of layers that share others."""
     for name in ("gemma4moe", "gemma4"):
         path = as_gguf(tmp_path / f"{name}.gguf", make_model(name))
         metadata, stored = read_gguf(path)
@@ -223,7 +227,7 @@ def gemma4_tokenizers():
         "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.unknown_token_id": 3, "tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": True}
 
 
-def test_a_gguf_file_s_tokenizer_gives_the_ids_of_transformers(tmp_path):
+def test_a_gguf_s_tokenizer_matches_transformers(tmp_path):
     theirs, metadata = gemma4_tokenizers()
     path = write_gguf(tmp_path / "vocabulary.gguf", {}, {}, metadata)
     text = gguf_text(path, read_gguf(path)[0])
@@ -283,7 +287,8 @@ def forget(rows, path):
 
 
 @pytest.mark.parametrize("form", ["folder", "f32", "q8_0"])
-def test_a_token_reads_one_row_of_the_file_and_a_prompt_s_rows_are_read_ahead(form, tmp_path):
+def test_a_token_reads_one_row_of_the_file(form, tmp_path):
+    """A token reads one row of the file, and a prompt's rows are read ahead."""
     path, _ = large_table(tmp_path, form)
     settings = Settings(model=str(path), dtype="float32", max_batch=4, kv_cache_memory=4 << 20)
     model, engine = build_engine(resolve_model(settings), settings, torch.device("cpu"))
@@ -315,7 +320,8 @@ def test_a_token_reads_one_row_of_the_file_and_a_prompt_s_rows_are_read_ahead(fo
     assert all(held[row] for row in (5, 300, 301, 302, 599)) and sum(held) < 20
 
 
-def test_the_memory_line_and_the_gauges_say_what_stays_in_the_file_and_what_is_kept_of_a_token(dense, caplog):
+def test_gauges_say_what_stays_in_the_file(dense, caplog):
+    """The memory line and the gauges say what stays in the file and what is kept of a token."""
     settings = Settings(model=str(dense[0]), dtype="float32", kv_cache_memory=4 << 20, verbose=True)
     with caplog.at_level("INFO", logger="chat_server"):
         model, engine = build_engine(resolve_model(settings), settings, torch.device("cpu"))
@@ -328,7 +334,8 @@ def test_the_memory_line_and_the_gauges_say_what_stays_in_the_file_and_what_is_k
 
 @pytest.mark.skipif(decode_core() is None, reason="torch computes everything then")
 @pytest.mark.parametrize("name", GEMMA4_CONFIGS)
-def test_torch_computes_gemma_4_on_a_gpu_and_one_line_says_so(name, tmp_path, caplog):
+def test_torch_computes_gemma_4_on_a_gpu(name, tmp_path, caplog):
+    """torch computes Gemma 4 on a GPU, and one line says so."""
     spec = spec_of(tmp_path, name)
     assert choose_backend("cuda", model_of(spec)) and load_kernels("cuda", model_of(spec)).backend.name == "torch/reference"
     [line] = caplog.messages

@@ -29,7 +29,7 @@ def with_scales(folder, value=torch.tensor([0.25])):
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_scales_of_cached_keys_change_nothing_in_a_float_model(config, tmp_path):
+def test_key_scales_change_nothing_in_a_float_model(config, tmp_path):
     model = make_model("qwen3")
     folder = with_scales(save(model, tmp_path))
     path = folder / "config.json"
@@ -40,28 +40,30 @@ def test_scales_of_cached_keys_change_nothing_in_a_float_model(config, tmp_path)
 
 
 @pytest.mark.parametrize("value", [torch.tensor(0.5), torch.ones(2, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.int8), torch.ones(1).to(torch.float8_e4m3fn)])
-def test_scales_of_any_shape_and_type_are_passed_over(value, tmp_path):
+def test_key_scales_of_any_shape_are_passed_over(value, tmp_path):
+    """They may be of any type too."""
     folder = save(make_model("llama2"), tmp_path)
     before = tensors_of(load(folder))
     after = tensors_of(load(with_scales(folder, value)))
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_they_change_nothing_in_an_fp8_model(tmp_path):
+def test_key_scales_change_nothing_in_an_fp8_model(tmp_path):
     folder = save_fp8(make_model("llama2"), tmp_path, "fp8")
     before = tensors_of(load(folder))
     after = tensors_of(load(with_scales(folder)))
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_nvidias_file_beside_a_float_model_that_is_only_of_the_cache(tmp_path):
+def test_nvidia_s_cache_file_leaves_a_float_model_alone(tmp_path):
+    """NVIDIA's file is about the cache only."""
     folder = with_scales(save(make_model("llama2"), tmp_path))
     (folder / "hf_quant_config.json").write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}))
     assert load(folder).description.startswith("llama, 4 layers")
 
 
 @pytest.mark.parametrize("name", ["self_attn.q_proj.input_scale", "self_attn.other_scale", "mlp.down_proj.weight_scale"])
-def test_a_scale_of_something_else_in_a_float_model_is_still_named(name, tmp_path):
+def test_other_scales_in_a_float_model_are_named(name, tmp_path):
     folder = save(make_model("llama2"), tmp_path)
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {f"model.layers.0.{name}": torch.ones(1)}, folder / "model.safetensors")

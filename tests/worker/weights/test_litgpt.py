@@ -129,7 +129,8 @@ def test_a_folder_computes_litgpts_logits(name, backend, tmp_path):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_folder_is_the_same_model_as_a_hugging_face_folder_of_its_weights(name, tmp_path):
+def test_a_litgpt_folder_equals_hugging_face_s(name, tmp_path):
+    """A folder is the same model as a Hugging Face folder of its weights."""
     folder = copy_of(name, tmp_path)
     ours, theirs = load(folder), load(as_hugging_face(folder, tmp_path / "hf"))
     assert ours.spec == theirs.spec and bits(ours) == bits(theirs)
@@ -138,7 +139,7 @@ def test_a_folder_is_the_same_model_as_a_hugging_face_folder_of_its_weights(name
 
 
 @pytest.mark.parametrize("as_saved", [lambda tensor: tensor, torch.clone], ids=["one storage, as litgpt converts it", "two"])
-def test_a_head_with_the_embeddings_numbers_is_read_once(as_saved, tmp_path):
+def test_a_head_equal_to_the_embedding_is_read_once(as_saved, tmp_path):
     folder = copy_of("llama3", tmp_path)
     state = torch.load(folder / "lit_model.pth")
     torch.save(state | {"lm_head.weight": as_saved(state["transformer.wte.weight"])}, folder / "lit_model.pth")
@@ -146,7 +147,7 @@ def test_a_head_with_the_embeddings_numbers_is_read_once(as_saved, tmp_path):
     assert model.spec.tied_head and "head" not in model.tensors
 
 
-def test_an_adapter_of_the_hugging_face_model_is_merged(tmp_path):
+def test_a_hugging_face_adapter_is_merged(tmp_path):
     folder = copy_of("llama3", tmp_path)
     random_adapter(tmp_path / "adapter", 2, {"self_attn.q_proj": (32, 32), "self_attn.v_proj": (16, 32), "mlp.down_proj": (32, 48)})
     merged = [load(path, lora=(str(tmp_path / "adapter"),)) for path in (folder, as_hugging_face(folder, tmp_path / "hf"))]
@@ -185,7 +186,8 @@ def test_what_is_not_served_is_refused_by_its_key(changes, words, tmp_path):
     assert words in str(caught.value) and str(folder) in str(caught.value) and str(caught.value).isprintable()
 
 
-def test_keys_of_other_models_and_unknown_ones_that_are_off_change_nothing(tmp_path):
+def test_foreign_keys_that_are_off_change_nothing(tmp_path):
+    """Keys of other models and unknown ones that are off change nothing."""
     folder = copy_of("llama3", tmp_path)
     before = load(folder)
     change(folder, gelu_approximate="tanh", n_expert_per_token=2, a_new_key=False, another=None, sliding_window_size=256)
@@ -216,7 +218,8 @@ def test_a_hostile_config_is_one_line(content, words, tmp_path):
     ([1], "holds list instead of a state dict"), ({"model": Evil()}, "model is StandIn"), ({"x": torch.zeros(3)}, "missing model.embed_tokens.weight"),
     ({"lm_head.weight": torch.zeros(3, dtype=torch.int64)}, "lm_head.weight is int64"), ({"transformer.h.0.attn.qkv.weight": torch.tensor(1.0)}, "missing model.embed_tokens.weight"),
     ({"transformer.h.0.attn.attn.weight": torch.zeros(64)}, "q_proj.weight is (32,) instead of (32, 32)"), ({"lm_head.weight": torch.tensor(1.0), "transformer.wte.weight": torch.tensor(1.0)}, "missing")])
-def test_a_hostile_file_of_weights_is_one_line_and_runs_nothing(state, words, tmp_path, capfd):
+def test_a_hostile_weights_file_is_one_line(state, words, tmp_path, capfd):
+    """A hostile file of weights is one line, and runs nothing."""
     folder = copy_of("llama3", tmp_path)
     torch.save(state, folder / "lit_model.pth")
     with pytest.raises(ConfigError) as caught:
@@ -224,7 +227,7 @@ def test_a_hostile_file_of_weights_is_one_line_and_runs_nothing(state, words, tm
     assert words in str(caught.value) and str(caught.value).isprintable() and capfd.readouterr().out == ""
 
 
-def test_objects_of_a_training_beside_the_model_are_passed_over(tmp_path, capfd):
+def test_objects_of_a_training_are_passed_over(tmp_path, capfd):
     folder = copy_of("llama3", tmp_path)
     state = torch.load(folder / "lit_model.pth")
     before = bits(load(folder))
@@ -240,14 +243,15 @@ def test_a_cut_file_of_weights_is_named(tmp_path):
         load(folder)
 
 
-def test_without_a_tokenizer_json_the_error_says_how_to_get_one(tmp_path):
+def test_a_missing_tokenizer_json_says_how_to_get_one(tmp_path):
     folder = copy_of("llama3", tmp_path)
     (folder / "tokenizer.json").rename(folder / "tokenizer.model")
     with pytest.raises(ConfigError, match="has no tokenizer.json; it has tokenizer.model, which this server does not read"):
         load(folder)
 
 
-def test_the_folder_its_file_and_folders_of_folders_find_the_model(tmp_path):
+def test_folders_and_files_lead_to_the_model(tmp_path):
+    """The folder, its file and folders of folders find the model."""
     folder = copy_of("qwen3", tmp_path)
     for path in (folder, folder / "lit_model.pth"):
         source = resolve_model(Settings(model=str(path)))
@@ -261,7 +265,8 @@ def test_the_folder_its_file_and_folders_of_folders_find_the_model(tmp_path):
         resolve_model(Settings(model=str(folder), step=5))
 
 
-def test_steps_of_a_run_are_watched_and_its_folder_names_them(tmp_path):
+def test_a_run_s_steps_are_watched_and_named(tmp_path):
+    """Steps of a run are watched, and its folder names them."""
     run = tmp_path / "out"
     for name in ("step-000002", "step-000004", "final"):
         shutil.copytree(copy_of("llama3", tmp_path / "made" / name), run / name)
@@ -287,14 +292,16 @@ def test_other_weights_are_noticed(tmp_path):
         refuse_changed(source, settings)
 
 
-def test_hugging_face_files_that_it_was_made_from_count_where_they_still_lie_beside(tmp_path):
+def test_the_original_s_files_count_where_they_lie(tmp_path):
+    """Hugging Face files that it was made from count where they still lie beside."""
     folder = copy_of("llama3", tmp_path)
     for name in ("config.json", "model.safetensors"):
         shutil.copy(as_hugging_face(copy_of("llama3", tmp_path / "again"), tmp_path / "hf") / name if name == "config.json" else tmp_path / "hf" / name, folder / name)
     assert resolve_model(Settings(model=str(folder))).kind == "hf" and len(find_models(folder)) == 1
 
 
-def test_a_dataset_that_a_model_was_tuned_with_decides_how_chats_are_written(tmp_path):
+def test_a_tuning_dataset_decides_the_chat_format(tmp_path):
+    """A dataset that a model was tuned with decides how chats are written."""
     folder = copy_of("qwen3", tmp_path, template="{{ 'another' }}")
     tokenizer = open_tokenizer(load(folder).text)
     preamble = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -309,7 +316,7 @@ def test_a_dataset_that_a_model_was_tuned_with_decides_how_chats_are_written(tmp
     assert load(folder).text.chat_template == "{{ 'another' }}"
 
 
-def test_a_folder_is_served_quantized_and_with_an_adapter_beside_it(tmp_path):
+def test_a_folder_is_served_quantized_with_an_adapter(tmp_path):
     folder = copy_of("qwen3", tmp_path)
     random_adapter(tmp_path / "tuned", 2, {"self_attn.q_proj": (64, 32), "mlp.down_proj": (32, 48)}, size=1.0)
     hf = as_hugging_face(folder, tmp_path / "hf")

@@ -58,7 +58,8 @@ def test_every_format_goes_through_the_same_story(kind, model_of_format):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_what_later_adapters_need_of_a_model_keeps_none_of_its_tensors(kind, model_of_format):
+def test_what_adapters_need_keeps_no_tensor(kind, model_of_format):
+    """What later adapters need of a model keeps none of its tensors."""
     model = opened(model_of_format(kind))
     adaptable = model.adaptable
     mapped = [weakref.ref(array) for tensor in model.tensors.values() for array in tensor.mapped]
@@ -70,7 +71,7 @@ def test_what_later_adapters_need_of_a_model_keeps_none_of_its_tensors(kind, mod
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_context_that_the_model_does_not_have_is_refused(kind, model_of_format):
+def test_a_context_beyond_the_model_s_is_refused(kind, model_of_format):
     path = model_of_format(kind)
     longest = opened(path).context_length
     assert opened(path, context_length=32).context_length == 32
@@ -79,7 +80,7 @@ def test_a_context_that_the_model_does_not_have_is_refused(kind, model_of_format
 
 
 @pytest.mark.parametrize("kind, others", [("gguf", {"folder_model", "nanochat", "nanogpt", "litgpt"}), ("nanochat", {"gguf_model", "folder_model", "litgpt"})])
-def test_a_format_is_read_without_the_modules_of_others(kind, others, model_of_format):
+def test_a_format_needs_no_module_of_another(kind, others, model_of_format):
     code = ("import json, sys\nfrom chatlm.common.config import Settings\nfrom chatlm.common.hub.find import resolve_model\n"
             "from chatlm.worker.weights.load import open_model\nsettings = Settings(model=sys.argv[1])\nopen_model(resolve_model(settings), settings)\n"
             "print(json.dumps([name.rpartition('.')[2] for name in sys.modules if name.startswith('chatlm.worker.weights.')]))")

@@ -56,7 +56,7 @@ FILES = {
                                            (("<s>", "<|end|>", "<|user|>", "<|assistant|>"), ("<s>", "<|end|>", "<|user|>", "<|assistant|>"))],
                          ids=["all lack", "one lacks", "in the vocabulary"])
 @pytest.mark.parametrize("files", FILES.values(), ids=FILES)
-def test_tokens_that_other_files_name_are_those_of_transformers(files, lacks, inside, tmp_path):
+def test_tokens_in_other_files_match_transformers(files, lacks, inside, tmp_path):
     folder = folder_of(tmp_path, lacks, inside, **files)
     theirs, text = transformers.AutoTokenizer.from_pretrained(folder), hf_text(folder, ROWS)
     ours = open_tokenizer(text)
@@ -70,7 +70,8 @@ def test_tokens_that_other_files_name_are_those_of_transformers(files, lacks, in
     assert 257 not in ours.encode("<|end|>")
 
 
-def test_flags_of_the_decoder_count_before_those_of_tokenizer_json(tmp_path):
+def test_decoder_flags_win_over_tokenizer_json_s(tmp_path):
+    """Flags of the decoder count before those of tokenizer.json."""
     folder = folder_of(tmp_path, (), tokenizer_config={"bos_token": "<s>", "eos_token": "<|end|>", "added_tokens_decoder": IDS | {
         "258": flags("<|user|>", special=False), "259": flags("<|assistant|>", rstrip=True), "260": flags("<think>", special=False)}})
     theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), open_tokenizer(hf_text(folder, ROWS))
@@ -79,13 +80,14 @@ def test_flags_of_the_decoder_count_before_those_of_tokenizer_json(tmp_path):
     assert ours.encode("a<think>b") == theirs.encode("a<think>b", add_special_tokens=False)
 
 
-def test_a_name_that_both_files_have_differently_is_the_map_s_unless_there_is_a_decoder(tmp_path):
+def test_the_map_wins_unless_there_is_a_decoder(tmp_path):
+    """A name that both files have differently is the map's, unless there is a decoder."""
     for config, expected in ((NAMED, 256), (NAMED | {"added_tokens_decoder": IDS}, 257)):
         folder = folder_of(tmp_path, (), tokenizer_config=config, special_tokens_map={"eos_token": "<s>"})
         assert hf_text(folder, ROWS).eos_token == transformers.AutoTokenizer.from_pretrained(folder).eos_token_id == expected
 
 
-def test_tokens_without_a_row_and_those_with_other_ids_are_left_out(tmp_path, caplog):
+def test_tokens_without_a_row_or_id_are_left_out(tmp_path, caplog):
     """As tokens of a vocabulary that was never resized: transformers would look up rows that do not exist."""
     folder = folder_of(tmp_path, (), tokenizer_config=NAMED | {"pad_token": "<pad>", "added_tokens_decoder": IDS | {"300": flags("<far>"), "5": flags("<|end|>")}})
     for rows, specials in ((260, 4), (261, 5)):     # with one row more there is room for one
@@ -94,7 +96,7 @@ def test_tokens_without_a_row_and_those_with_other_ids_are_left_out(tmp_path, ca
     assert 'give these tokens other ids, which do not count: "<|end|>", "<far>"' in caplog.text
 
 
-def test_a_folder_that_names_nothing_more_keeps_its_bytes(tmp_path):
+def test_a_folder_that_names_no_more_keeps_its_bytes(tmp_path):
     write_tokenizer(tmp_path)
     assert hf_text(tmp_path, ROWS).payload == (tmp_path / "tokenizer.json").read_bytes()
 
@@ -118,14 +120,15 @@ def test_what_is_no_token_is_named(name, value, words, tmp_path):
     assert str(caught.value).startswith(f"{folder}/") and "\n" not in str(caught.value)
 
 
-def test_many_tokens_are_added_in_no_time_and_no_more_than_there_are_rows(tmp_path):
+def test_many_tokens_are_added_in_no_time(tmp_path):
+    """Many tokens are added in no time, and no more than there are rows."""
     decoder = {str(256 + i): flags(f"<t{i}>") for i in range(40_000)}
     folder = folder_of(tmp_path, tokenizer_config={"added_tokens_decoder": decoder})
     ours = open_tokenizer(hf_text(folder, 20_000))
     assert ours.vocab_size == 20_000 and ours.specials["<t19743>"] == 19_999
 
 
-def test_a_server_ends_answers_where_only_the_map_says_so(tmp_path):
+def test_a_server_ends_answers_where_the_map_says(tmp_path):
     from chatlm.common.config import Settings
     from chatlm.common.hub.find import resolve_model
     model = make_model("llama2")

@@ -52,7 +52,7 @@ class Case:
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(decode_core() is None, reason="not built"))])
 @pytest.mark.parametrize("bias, prefix, sizes", [(True, "", {}), (False, "_orig_mod.", {}), (True, "", {"n_embd": 100, "n_head": 5})])
-def test_a_checkpoint_computes_nanogpts_formula(bias, prefix, sizes, backend, tmp_path):
+def test_a_checkpoint_computes_nanogpt_s_formula(bias, prefix, sizes, backend, tmp_path):
     args = ARGS | {"bias": bias} | sizes
     state = random_state(args)
     write_meta(write(tmp_path, state, args, prefix) / "meta.pkl")
@@ -62,7 +62,7 @@ def test_a_checkpoint_computes_nanogpts_formula(bias, prefix, sizes, backend, tm
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(decode_core() is None, reason="not built"))])
-def test_build_nanogpts_checkpoint_computes_its_formula(backend, tmp_path, monkeypatch):
+def test_build_nanogpt_s_checkpoint_is_its_formula(backend, tmp_path, monkeypatch):
     state = random_state(ARGS)
     path = save_build(tmp_path / "log" / "model_05000.pt", monkeypatch, state)
     with pytest.raises(ConfigError, match="the tokenizer of .*model_05000.pt is missing"):
@@ -73,7 +73,8 @@ def test_build_nanogpts_checkpoint_computes_its_formula(backend, tmp_path, monke
     check(answers(transformer(model, kernels_of(backend, model.spec)), cases, count=32), cases, count=32)
 
 
-def test_build_nanogpts_padded_vocabulary_needs_gpt2s_tokenizer(tmp_path, monkeypatch):
+def test_build_nanogpt_s_padding_needs_gpt2_s_tokenizer(tmp_path, monkeypatch):
+    """build-nanogpt's padded vocabulary needs GPT-2's tokenizer."""
     sizes = {"vocab_size": 50_304, "n_embd": 16, "n_layer": 1, "block_size": 16}
     path = save_build(tmp_path / "log" / "model_00250.pt", monkeypatch, random_state(ARGS | sizes), **sizes)
     with pytest.raises(ConfigError, match="log needs GPT-2's tokenizer.json, or its vocab.json and merges.txt"):
@@ -85,7 +86,7 @@ def test_build_nanogpts_padded_vocabulary_needs_gpt2s_tokenizer(tmp_path, monkey
 @pytest.mark.parametrize("changes, words", [
     (dict(n_embd=66), "config.n_embd is 66; it must be a multiple of 4"), (dict(n_layer=[3]), 'config.n_layer is "list"; it must be an integer'),
     (dict(block_size=Fraction(3)), 'config.block_size is "StandIn"; it must be an integer'), (dict(n_layer=4), "missing transformer.h.3.ln_1.weight")])
-def test_what_is_wrong_with_build_nanogpts_sizes_is_named(changes, words, tmp_path, monkeypatch):
+def test_wrong_build_nanogpt_sizes_are_named(changes, words, tmp_path, monkeypatch):
     path = save_build(tmp_path / "log" / "model_00250.pt", monkeypatch, **changes)
     write_meta(path.with_name("meta.pkl"))
     with pytest.raises(ConfigError, match=words) as caught:
@@ -93,7 +94,8 @@ def test_what_is_wrong_with_build_nanogpts_sizes_is_named(changes, words, tmp_pa
     assert str(path) in str(caught.value) and str(caught.value).isprintable()
 
 
-def test_a_padded_vocabulary_is_cut_to_the_tokenizers_so_that_its_ids_are_never_drawn(tmp_path):
+def test_a_padded_vocabulary_is_cut(tmp_path):
+    """A padded vocabulary is cut to the tokenizer's, so that its ids are never drawn."""
     args = ARGS | {"vocab_size": 64}
     state = random_state(args)
     write_meta(write(tmp_path, state, args) / "meta.pkl")
@@ -111,7 +113,8 @@ def test_a_head_of_its_own_is_used(tmp_path):
     check(answers(transformer(model, kernels_of("reference", model.spec)), [case], count=32), [case], count=32)
 
 
-def test_masks_of_older_checkpoints_and_a_missing_optimizer_change_nothing(tmp_path):
+def test_older_masks_change_nothing(tmp_path):
+    """Masks of older checkpoints and a missing optimizer change nothing."""
     state = random_state(ARGS)
     old = {key: value for key, value in ARGS.items() if key not in ("bias", "dropout")}
     masks = {f"transformer.h.{l}.attn.bias": torch.ones(1, 1, 8, 8).tril() for l in range(3)}
@@ -120,7 +123,8 @@ def test_masks_of_older_checkpoints_and_a_missing_optimizer_change_nothing(tmp_p
     assert load(tmp_path / "ckpt.pt").spec == load(write(tmp_path, state, ARGS)).spec
 
 
-def test_the_vocabulary_is_next_to_the_checkpoint_or_in_the_data_next_to_its_folder(tmp_path):
+def test_the_vocabulary_is_beside_checkpoint_or_data(tmp_path):
+    """The vocabulary is next to the checkpoint or in the data next to its folder."""
     folder = write(tmp_path / "out-plays", random_state(ARGS), ARGS)
     with pytest.raises(ConfigError) as caught:
         load(folder)
@@ -152,7 +156,7 @@ class Evil:
     (pickle.dumps({"stoi": {"\ud800": 0}, "itos": {0: "\ud800"}}), "surrogate"), (pickle.dumps([1]), "is not nanoGPT's vocabulary"),
     (pickle.dumps({"stoi": {chr(i): i for i in range(61)}, "itos": dict(enumerate(map(chr, range(61))))}), "has 61 tokens, the model 60")],
     ids=["a call", "no itos", "cut", "one id twice", "two letters", "not from 0", "another itos", "no text", "a list", "too many"])
-def test_a_vocabulary_is_read_from_dict_str_and_int_alone(content, words, tmp_path, capsys):
+def test_a_vocabulary_is_only_dict_str_and_int(content, words, tmp_path, capsys):
     write(tmp_path, random_state(ARGS), ARGS)
     (tmp_path / "meta.pkl").write_bytes(content)
     with pytest.raises(ConfigError, match=words) as caught:
@@ -173,7 +177,8 @@ def write_bpe(folder, names=("vocab.json", "merges.txt")):
 
 
 @pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")])
-def test_gpt2s_vocabulary_comes_from_its_files_which_must_be_there(names, tmp_path):
+def test_gpt2_s_vocabulary_comes_from_its_files(names, tmp_path):
+    """GPT-2's vocabulary comes from its files, which must be there."""
     write(tmp_path, random_state(GPT2), GPT2)
     with pytest.raises(ConfigError, match="needs GPT-2's tokenizer.json, or its vocab.json and merges.txt"):
         load(tmp_path)
@@ -192,7 +197,7 @@ def test_gpt2s_vocabulary_comes_from_its_files_which_must_be_there(names, tmp_pa
     (dict(model_args=ARGS | {"n_embd": 66}), "n_embd is 66; it must be a multiple of 4"), (dict(model_args=ARGS | {"n_kv_head": 1}), 'has the key "n_kv_head"; known are n_layer'),
     (dict(model_args=ARGS | {"block_size": "512"}), 'block_size is "512"; it must be an integer'), (dict(model_args=ARGS | {"n_layer": 4}), "missing transformer.h.3.ln_1.weight"),
     (dict(model={}), "missing transformer.wte.weight")])
-def test_what_is_wrong_with_a_checkpoint_is_one_line_that_names_it(change, words, tmp_path):
+def test_a_wrong_checkpoint_is_named_in_one_line(change, words, tmp_path):
     torch.save({"model": random_state(ARGS), "model_args": ARGS} | change, tmp_path / "ckpt.pt")
     write_meta(tmp_path / "meta.pkl")
     with pytest.raises(ConfigError, match=words) as caught:

@@ -31,7 +31,7 @@ def compared(path, state, dtype="float32"):
     return min(cosine(vector, nomic_experts.expected(state, tokens)) for vector, tokens in zip(found, ids)), engine, ids, found
 
 
-def test_a_folder_gives_the_vectors_of_its_formulas(state, backend, tmp_path):
+def test_a_folder_gives_its_formula_s_vectors(state, backend, tmp_path):
     nomic_experts.save_folder(tmp_path, state)
     close, engine, ids, found = compared(tmp_path, state)
     assert close > 0.999999 and engine.kernels.row_invariant == (backend == "decode_core")
@@ -40,7 +40,8 @@ def test_a_folder_gives_the_vectors_of_its_formulas(state, backend, tmp_path):
 
 
 @pytest.mark.parametrize("kind, least", [("F32", 0.999999), ("F16", 0.99999), ("Q8_0", 0.999)])
-def test_a_gguf_file_gives_them_without_the_bias_that_it_lacks(state, backend, kind, least, tmp_path):
+def test_a_nomic_gguf_does_without_its_lacking_bias(state, backend, kind, least, tmp_path):
+    """A GGUF file gives them without the bias that it lacks."""
     if kind != "F32":       # with other bits a near tie of experts is decided otherwise: here all are chosen
         state = nomic_experts.weights(experts=nomic_experts.CHOSEN)
     nomic_experts.save_gguf(tmp_path / "model.gguf", state, kind)

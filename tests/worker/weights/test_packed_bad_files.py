@@ -118,7 +118,7 @@ NUMBERS = [("awq", "scales", NAN), ("awq", "scales", float("inf")), ("gptq-4-sym
 
 @pytest.mark.parametrize("kernels", ["decode_core", "reference"])
 @pytest.mark.parametrize("name, ending, value", NUMBERS)
-def test_numbers_that_are_none_are_named_with_their_matrix(name, ending, value, kernels, made, tmp_path, monkeypatch):
+def test_non_numbers_are_named_with_their_matrix(name, ending, value, kernels, made, tmp_path, monkeypatch):
     if kernels == "decode_core" and decode_core() is None:
         pytest.skip("decode_core is not installed")
     monkeypatch.setenv("CHAT_SERVER_KERNELS", kernels)
@@ -148,7 +148,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("name, changes, words", CONFIGS)
-def test_settings_that_do_not_fit_the_tensors_are_named(name, changes, words, made, tmp_path):
+def test_settings_that_do_not_fit_tensors_are_named(name, changes, words, made, tmp_path):
     folder = made(name, tmp_path)
     configure(folder, lambda config: config.update(changes))
     assert words in refusal(folder)

@@ -24,7 +24,8 @@ def floats(tmp_path_factory):
 
 
 @pytest.mark.parametrize("way", by_day(WAYS, "awq"))
-def test_the_default_model_answers_packed_as_what_its_weights_mean_does(way, floats, tmp_path):
+def test_the_default_model_answers_packed(way, floats, tmp_path):
+    """The default model answers packed as what its weights mean does."""
     scheme, kind = WAYS[way]
     plain = shutil.copytree(floats, tmp_path / "plain")
     folder = pack_folder(plain, tmp_path / "packed", scheme)

@@ -25,7 +25,8 @@ SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_packed_weights_compute_what_transformers_makes_of_their_values(name, tmp_path):
+def test_packed_weights_match_transformers(name, tmp_path):
+    """Packed weights compute what transformers makes of their values."""
     folder, meant = packed_model(make_model("llama3.1", **SIZES), tmp_path, name)
     cases = clear_cases(meant, lengths=(40,), count=16)
     ours = load(folder)
@@ -35,7 +36,7 @@ def test_packed_weights_compute_what_transformers_makes_of_their_values(name, tm
 
 @needs_core
 @pytest.mark.parametrize("name", [name for name, row in PACKED.items() if row.tiles])
-def test_tiles_hold_exactly_the_numbers_of_a_packed_file(name, tmp_path):
+def test_tiles_hold_exactly_a_packed_file_s_numbers(name, tmp_path):
     folder, meant = packed_model(make_model("llama3.1", **SIZES), tmp_path, name)
     model, values = load(folder, None), tensors_of(load(folder))
     read = {key: tensor.read() for key, tensor in model.tensors.items()}
@@ -63,7 +64,8 @@ FAMILIES = {        # a family, how it is packed, its matrices, changes of its c
 
 
 @pytest.mark.parametrize("case", FAMILIES)
-def test_packed_weights_of_other_families_compute_what_their_values_do(case, tmp_path):
+def test_other_packed_families_compute_their_values(case, tmp_path):
+    """Packed weights of other families compute what their values do."""
     name, packing, which, changes = FAMILIES[case]
     folder, meant = packed_model(make_model(name, **changes), tmp_path, packing, which=which)
     cases = clear_cases(meant, lengths=(40,), count=8)
@@ -108,7 +110,8 @@ def test_settings_may_be_in_a_file_of_their_own(name, file, config, tmp_path):
     assert same_values(folder, tmp_path / "plain")
 
 
-def test_an_image_model_s_settings_are_read_in_either_place(tmp_path):
+def test_an_image_model_s_settings_have_two_places(tmp_path):
+    """An image model's settings are read in either place."""
     folder, _ = tiny(tmp_path, "awq")
     tensors = load_file(folder / "model.safetensors")
     tensors = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
@@ -122,7 +125,8 @@ def test_an_image_model_s_settings_are_read_in_either_place(tmp_path):
         assert same_values(folder, tmp_path / "plain")
 
 
-def test_groups_of_compressed_tensors_may_differ_also_in_format(tmp_path):
+def test_compressed_groups_may_differ_in_format(tmp_path):
+    """Groups of compressed tensors may differ also in format."""
     folder, _ = tiny(tmp_path, "ct-4-asym", which=r".*mlp\..*_proj\.weight")
     packed, plain = (load_file(tmp_path / place / "model.safetensors") for place in ("packed", "plain"))
     for name in [name for name in plain if "self_attn" in name and name.endswith("_proj.weight")]:
@@ -165,7 +169,7 @@ def test_rules_of_gptq_change_or_leave_out_modules(tmp_path):
     assert same_values(folder, tmp_path / "plain")
 
 
-def test_biases_of_zeros_that_packers_write_are_left_out(tmp_path):
+def test_packers_zero_biases_are_left_out(tmp_path):
     folder, _ = packed_model(make_model("llama2", **SIZES), tmp_path, "gptq-4")
     tensors = load_file(folder / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.bias"
@@ -177,7 +181,8 @@ def test_biases_of_zeros_that_packers_write_are_left_out(tmp_path):
 
 
 @needs_core
-def test_a_matrix_whose_scales_are_no_float16_is_multiplied_out_alone(tmp_path):
+def test_a_matrix_with_odd_scales_is_multiplied_out(tmp_path):
+    """A matrix whose scales are no float16 is multiplied out alone."""
     folder, _ = tiny(tmp_path, "ct-4")
     plain = load_file(tmp_path / "plain" / "model.safetensors")
     tensors = load_file(folder / "model.safetensors")
@@ -229,7 +234,8 @@ def test_packed_heads_of_odd_sizes_are_computed_too(name, tmp_path):
     assert (logits - case.logits[0]).norm() < 0.06 * case.logits[0].norm()
 
 
-def test_an_adapter_is_merged_into_what_packed_weights_mean(tmp_path):
+def test_an_adapter_is_merged_into_packed_weights(tmp_path):
+    """An adapter is merged into what packed weights mean."""
     folder, meant = packed_model(make_model("qwen3"), tmp_path, "awq")
     merged = adapt(meant, tmp_path / "adapter")
     cases = clear_cases(merged, lengths=(9,), count=16)

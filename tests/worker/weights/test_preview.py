@@ -17,7 +17,8 @@ from tiny_gguf import LLAMA_NUMBERS, gguf_bytes, random_llama, small_gguf_metada
 GOOD = {**LLAMA_NUMBERS, **small_gguf_metadata("gpt-2")}
 
 
-def test_the_header_of_a_gguf_file_is_enough_and_less_is_too_little(tmp_path, default_model_path):
+def test_the_header_of_a_gguf_is_enough(tmp_path, default_model_path):
+    """The header of a GGUF file is enough, and less is too little."""
     path, whole = tmp_path / "part", default_model_path.read_bytes()
     for size in (10, 100_000, 1_000_000):
         path.write_bytes(whole[:size])
@@ -41,7 +42,8 @@ def test_a_gguf_file_is_refused_by_its_header(tmp_path, capsys, metadata, said):
 
 
 @pytest.mark.parametrize("kind", FILE_TOWERS | qwen_towers.FILE_TOWERS)
-def test_a_model_that_may_see_is_known_by_its_architecture_and_its_tokens(tmp_path, capsys, kind):
+def test_a_seeing_model_is_known_by_its_tokens(tmp_path, capsys, kind):
+    """A model that may see is known by its architecture and its tokens."""
     family, path = (FILE_TOWERS | qwen_towers.FILE_TOWERS)[kind], tmp_path / "model.gguf"
     assert {*family.architectures} <= {*GGUF_FAMILIES}
     for architecture, last, status in (*((each, family.token, 0) for each in family.architectures), ("qwen2vl", family.token, 1), (family.architectures[0], "<|other|>", 1)):
@@ -64,7 +66,7 @@ def test_a_folder_without_weights_is_enough(tmp_path):
         preview_folder(folder)
 
 
-def test_a_folder_s_packing_is_known_without_its_weights(tmp_path, capsys):
+def test_a_folder_s_packing_needs_no_weights(tmp_path, capsys):
     folder = save(make_model("qwen3"), tmp_path / "made")
     for weights in folder.glob("*.safetensors*"):
         weights.unlink()

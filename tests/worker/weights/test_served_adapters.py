@@ -49,7 +49,8 @@ def backends(model):
 
 
 @pytest.mark.parametrize("name", by_day(SERVED, "llama3.1", "gemma3", "phi3", "qwen2", "cohere2", "nemotron3-latent"))
-def test_an_adapter_served_with_its_base_gives_the_logits_and_tokens_of_pefts_merged_model(name, tmp_path):
+def test_a_served_adapter_matches_peft_s_merge(name, tmp_path):
+    """An adapter served with its base gives the logits and tokens of PEFT's merged model."""
     model = make_model(name, **ODD.get(name, {}))
     folder = save(model, tmp_path / "base")
     cases = clear_cases(adapt(model, tmp_path / "adapter", size=0.08, **SERVED[name]), lengths=(9, 40))
@@ -60,7 +61,7 @@ def test_an_adapter_served_with_its_base_gives_the_logits_and_tokens_of_pefts_me
 
 
 @pytest.mark.parametrize("name", by_day(["llama3.1", "phi3", "glm4", "gemma3", "qwen3.5", "granite4h", "pythia", "cohere2", "nemotron3"], "llama3.1", "phi3", "pythia", "nemotron3"))
-def test_an_adapter_served_with_a_gguf_base_does_what_merging_it_does(name, tmp_path):
+def test_an_adapter_served_on_gguf_is_as_merged(name, tmp_path):
     """Floats and packed weights; the rows of q and k lie otherwise in some of the files."""
     model = make_model(name, **{"gemma3": {"query_pre_attn_scalar": 32}, "granite4h": {"shared_intermediate_size": 64},
                                "nemotron3": {"moe_shared_expert_intermediate_size": 64}}.get(name, {}))
@@ -76,7 +77,8 @@ def test_an_adapter_served_with_a_gguf_base_does_what_merging_it_does(name, tmp_
                 assert tokens == theirs and (logits - their_logits).abs().max() < 3e-4
 
 
-def test_an_adapter_is_served_with_a_head_that_a_merged_one_has_divided_from_the_embedding(tmp_path):
+def test_an_adapter_may_divide_a_tied_head(tmp_path):
+    """An adapter is served with a head that a merged one has divided from the embedding."""
     folder, first, second = tmp_path / "base", tmp_path / "first", tmp_path / "second"
     save(make_model("llama3.2"), folder)
     cases = clear_cases(adapt(make_model("llama3.2"), first, ["lm_head"], size=0.08), lengths=(9,), count=16)
@@ -89,7 +91,8 @@ def test_an_adapter_is_served_with_a_head_that_a_merged_one_has_divided_from_the
 
 
 @pytest.mark.parametrize("scheme", by_day(SCHEMES, "deepseek", "fbgemm"))
-def test_an_adapter_served_with_an_fp8_base_gives_what_peft_computes_with_the_weights_it_stands_for(scheme, tmp_path):
+def test_an_adapter_served_on_fp8_matches_peft(scheme, tmp_path):
+    """An adapter served with an FP8 base gives what PEFT computes with the weights it stands for."""
     model = make_model("qwen3")
     folder = save_fp8(model, tmp_path / "base", scheme)
     cases = clear_cases(adapt(model, tmp_path / "adapter", size=0.08), lengths=(9, 40))
@@ -109,7 +112,7 @@ def nanochat_checkpoint(model, folder, fixture):
 
 
 @pytest.mark.parametrize("upstream", [False, True], ids=["transformers", "upstream"])
-def test_an_adapter_served_with_a_nanochat_checkpoint_gives_the_logits_and_tokens_of_pefts_merged_model(upstream, tmp_path, nanochat_fixtures, monkeypatch):
+def test_an_adapter_served_on_nanochat_matches_peft(upstream, tmp_path, nanochat_fixtures, monkeypatch):
     """Of transformers' names and of upstream's; and so does what is merged at load. transformers rotates in float32, the first generation in bfloat16."""
     monkeypatch.setitem(nanochat.GENERATIONS, 1, nanochat.GENERATIONS[1]._replace(rope_bfloat16=False))
     model = make_model("nanochat", attention_bias=False, vocab_size=283, intermediate_size=256, rms_norm_eps=1.1920929e-07)
@@ -134,7 +137,7 @@ def test_an_adapter_served_with_a_nanochat_checkpoint_gives_the_logits_and_token
 
 
 @pytest.mark.parametrize("name", by_day(["llama3.1", "phi3", "qwen3.5", "lfm2", "granite4h", "nemotron3-latent"], "llama3.1", "qwen3.5", "nemotron3-latent"))
-def test_ranks_and_stages_have_the_parts_of_an_adapter_that_fit_their_parts_of_the_weights(name, tmp_path):
+def test_ranks_have_their_parts_of_an_adapter(name, tmp_path):
     """What each rank's part adds to its part of a product is that part of what the whole adds."""
     model = make_model(name)
     folder = save(model, tmp_path / "base")
@@ -167,7 +170,8 @@ SERVED_IN_PART = {          # what of such an adapter can only be merged: what e
 
 
 @pytest.mark.parametrize("name", by_day(MODELS, "gemma4", "granite4-dense", "nemotron3", "phimoe", "qwen3.5moe", "gpt2"))
-def test_an_adapter_of_every_linear_module_is_merged_and_served_or_refused_by_name(name, tmp_path):
+def test_an_all_linear_adapter_is_served_or_refused(name, tmp_path):
+    """An adapter of every linear module is merged and served or refused by name."""
     for kind, changes in (("folder", {}), *([("file", GGUF_MODELS[name])] if name in GGUF_MODELS else [])):
         if name == "phi3-long":
             changes = changes | {"max_position_embeddings": 128}      # else transformers chooses its factors by the prompt's length
@@ -195,7 +199,8 @@ def test_an_adapter_of_every_linear_module_is_merged_and_served_or_refused_by_na
             assert (forward_logits(WithAdapter(beside, adapter).model, batch._replace(adapters=[1]))[0] - expected).abs().max() < 5e-4, kind
 
 
-def test_adapters_of_nemotron_may_name_its_parts_as_nvidia_does_and_a_part_that_does_not_exist_is_named(tmp_path):
+def test_nemotron_adapters_may_use_nvidia_s_names(tmp_path):
+    """Adapters of Nemotron may name its parts as NVIDIA does, and a part that does not exist is named."""
     model = make_model("nemotron3")
     folder = save(model, tmp_path / "base")
     adapt(model, tmp_path / "adapter", targets=["in_proj", "o_proj", "up_proj"])
@@ -212,7 +217,8 @@ def test_adapters_of_nemotron_may_name_its_parts_as_nvidia_does_and_a_part_that_
         read(tmp_path / "adapter")
 
 
-def test_adapters_of_a_nemotron_without_mamba_layers_change_the_parts_that_they_name(tmp_path):
+def test_adapters_change_a_nemotron_without_mamba(tmp_path):
+    """Adapters of a Nemotron without Mamba layers change the parts that they name."""
     model = make_model("nemotron-h", layers_block_type=["full_attention", "mlp", "full_attention", "mlp"])
     adapt(model, tmp_path / "adapter", targets=["o_proj", "up_proj"])
     expected = {"0.output", "0.up", "1.output", "1.up"}
@@ -242,7 +248,7 @@ def broken(folder):
     yield weights.unlink, "cannot read|No such file"
 
 
-def test_what_cannot_be_served_without_merging_is_one_line(tmp_path):
+def test_what_must_be_merged_is_one_line(tmp_path):
     model = make_model("llama3.1")
     folder = save(model, tmp_path / "base")
     adapt(model, tmp_path / "adapter", targets=["q_proj"])
@@ -255,7 +261,7 @@ def test_what_cannot_be_served_without_merging_is_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_an_adapter_of_routed_experts_is_refused_in_one_line(tmp_path):
+def test_an_adapter_of_routed_experts_is_one_line(tmp_path):
     model = make_model("qwen3moe")
     folder = save(model, tmp_path / "base")
     adapt(model, tmp_path / "adapter", targets=["q_proj"])
@@ -268,7 +274,9 @@ def test_an_adapter_of_routed_experts_is_refused_in_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_an_adapter_that_fits_but_names_another_base_is_served_with_a_warning_unless_the_operator_gives_the_model_that_name(tmp_path, caplog):
+def test_a_fitting_adapter_of_another_base_is_served(tmp_path, caplog):
+    """An adapter that fits but names another base is served with a warning, unless the operator gives the
+    model that name."""
     model = make_model("llama3.1")
     folder = save(model, tmp_path / "base")
     adapt(model, tmp_path / "adapter", targets=["q_proj"])

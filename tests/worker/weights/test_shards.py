@@ -101,7 +101,8 @@ HYBRIDS = {
 
 @pytest.mark.parametrize("tp", [1, 2, 3, 4, 6, 8])
 @pytest.mark.parametrize("name", HYBRIDS)
-def test_shards_of_layers_that_keep_states_cover_each_tensor_once(name, tp):
+def test_shards_with_states_cover_each_tensor_once(name, tp):
+    """Shards of layers that keep states cover each tensor once."""
     spec, block = HYBRIDS[name]
     check_every_part_is_given_out_once(spec, tp, block)
     model = model_of(spec)
@@ -111,7 +112,8 @@ def test_shards_of_layers_that_keep_states_cover_each_tensor_once(name, tp):
 
 @pytest.mark.parametrize("name, words", [("qwen3.5", "24 key heads in its linear attention, so --tp must be one of 1, 2, 3, 4, 6, 8, 12, 24"),
                                          ("groups", "48 heads in its Mamba layers, so --tp must be one of 1, 2, 3, 4, 6, 8, 12, 16, 24")])
-def test_heads_of_states_that_ranks_cannot_share_are_one_line_with_what_is_allowed(name, words):
+def test_heads_of_states_that_do_not_divide_are_named(name, words):
+    """Heads of states that ranks cannot share are one line with what is allowed."""
     with pytest.raises(ConfigError) as caught:
         refuse_ranks(model_of(HYBRIDS[name][0]), 5, 256)
     assert str(caught.value) == f"the model cannot be divided among 5 ranks: it has {words}"
@@ -119,11 +121,12 @@ def test_heads_of_states_that_ranks_cannot_share_are_one_line_with_what_is_allow
 
 @pytest.mark.parametrize("tp", [1, 2, 3, 4, 6, 8])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_shards_of_published_sizes_cover_each_tensor_once(name, tp):
+def test_published_shards_cover_each_tensor_once(name, tp):
     check_every_part_is_given_out_once(*PUBLISHED[name][:1], tp, PUBLISHED[name][1])
 
 
-def test_where_blocks_do_not_divide_the_first_ranks_have_one_more():
+def test_the_first_ranks_take_the_odd_blocks():
+    """Where blocks do not divide, the first ranks have one more."""
     spec, block = PUBLISHED["gpt-oss-120b"]
     for tp, blocks in ((4, [23, 23, 22, 22]), (8, [12] * 2 + [11] * 6)):
         assert [own.feed.width // block for own, _ in shares_of(model_of(spec), tp, block)] == blocks
@@ -235,12 +238,12 @@ def check_model(model):
 
 
 @pytest.mark.parametrize("name", by_day(MODELS, "llama3.1", "gemma3", "qwen3moe", "gpt-oss", "phi3", "lfm2moe", "qwen3.5", "qwen3next", "granite4h"))
-def test_the_ranks_of_every_family_together_are_the_model(name, tmp_path):
+def test_the_ranks_of_every_family_are_the_model(name, tmp_path):
     check_model(load(save(make_model(name), tmp_path)))
 
 
 @pytest.mark.parametrize("name", by_day(["qwen3.5", "qwen3next", "granite4h", "lfm2", "qwen3.5moe"], "qwen3.5"))
-def test_the_ranks_of_a_gguf_whose_layers_keep_states_together_are_the_model(name, tmp_path):
+def test_a_gguf_s_ranks_with_states_are_the_model(name, tmp_path):
     """Value heads of Qwen3.5 lie in another order there: a rank's columns of out_proj are not side by side."""
     check_model(load(as_gguf(tmp_path / "whole.gguf", make_model(name))))
     if name == "qwen3.5":       # with heads of whole blocks no packed value changes
@@ -250,7 +253,7 @@ def test_the_ranks_of_a_gguf_whose_layers_keep_states_together_are_the_model(nam
 
 @pytest.mark.parametrize("name, stages", [("lfm2", 3), ("qwen3.5", 4), ("granite4h", 2), ("gemma4", 4), ("gemma4moe", 3), ("gpt2", 2), ("cohere2", 3), ("nemotron-h", 3)])
 @torch.inference_mode()
-def test_each_stage_keeps_the_states_and_the_keys_of_its_own_layers(name, stages, tmp_path):
+def test_each_stage_keeps_its_own_states_and_keys(name, stages, tmp_path):
     """Some of these stages have layers with states alone, or none; the embeddings of each layer are passed on."""
     model, pages = load(save(make_model(name), tmp_path)), list(range(3, 9))
     tokens = torch.randint(0, 256, (41,), generator=torch.Generator().manual_seed(SEED)).tolist()
@@ -274,7 +277,8 @@ def test_each_stage_keeps_the_states_and_the_keys_of_its_own_layers(name, stages
 @pytest.mark.parametrize("name, tp, words, stages", [
     ("gemma-4-E2B", 9, "it has 8 query heads", 14), ("gemma-4-E4B", 9, "it has 8 query heads", 23), ("gemma-4-31B", 33, "it has 32 query heads", 60),
     ("gemma-4-26B-A4B", 17, "it has 16 query heads", 30)])
-def test_published_shapes_of_gemma_4_are_divided_by_the_heads_of_each_layer(name, tp, words, stages, tmp_path):
+def test_gemma_4_is_divided_by_each_layer_s_heads(name, tp, words, stages, tmp_path):
+    """Published shapes of Gemma 4 are divided by the heads of each layer."""
     (tmp_path / "config.json").write_text(json.dumps(GEMMA4_CONFIGS[name]))
     spec = hf_spec(tmp_path / "config.json", None)[1]
     own = [next(layer for layer in spec.own_layers if bool(layer.mixer.window) == limited) for limited in (True, False)]
@@ -294,13 +298,15 @@ def test_published_shapes_of_gemma_4_are_divided_by_the_heads_of_each_layer(name
 
 
 @pytest.mark.parametrize("name", GENERATIONS)
-def test_the_ranks_of_every_nanochat_generation_together_are_the_model(name, nanochat_fixtures):
+def test_ranks_of_every_nanochat_are_the_model(name, nanochat_fixtures):
+    """The ranks of every nanochat generation together are the model."""
     settings = Settings(model=str(nanochat_fixtures / name), dtype="float32")
     check_model(open_model(resolve_model(settings), settings))
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_the_ranks_of_a_model_whose_layers_attend_in_several_ways_together_are_the_model(name):
+def test_ranks_of_mixed_attention_are_the_model(name):
+    """The ranks of a model whose layers attend in several ways together are the model."""
     spec, tensors = kinds_model(name)
     check_every_part_is_given_out_once(spec, 2)
     check_the_ranks_together_are_the_model(loaded(spec, tensors), 2)

@@ -34,13 +34,14 @@ def kernels(request, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(40, 30), (64, 64), (300, 20)])
-def test_logits_from_pixels_are_those_of_transformers(seeing, kernels, size):
+def test_smolvlm_s_pixels_give_transformers_logits(seeing, kernels, size):
+    """Logits from pixels are those of transformers."""
     kind, folder, model = seeing
     engine = open_engine(folder, prefill_chunk=512)
     check_logits(engine, kernels, size, partial(expected_logits, model, kind))
 
 
-def test_answers_about_pictures_are_the_same_however_they_come(seeing):
+def test_picture_answers_are_the_same_however_they_come(seeing):
     """Alone, in other chunks, batched, cached, preempted: and as transformers' greedy tokens."""
     kind, folder, model = seeing
     picture = picture_of_size(90, 60)
@@ -57,7 +58,7 @@ def test_answers_about_pictures_are_the_same_however_they_come(seeing):
     assert answer(whole, ids_of_other, [other]) == together
 
 
-def test_the_second_question_about_a_picture_runs_no_tower(seeing):
+def test_a_second_picture_question_runs_no_tower(seeing):
     """A worker that has the pages of the prompt needs neither rows nor pixels."""
     _, folder, _ = seeing
     picture, engine = picture_of_size(90, 60), open_engine(folder)
@@ -68,7 +69,7 @@ def test_the_second_question_about_a_picture_runs_no_tower(seeing):
     assert engine.pictures.encoded == 1
 
 
-def test_steps_of_answers_come_between_the_parts_of_a_picture(seeing):
+def test_answers_step_between_a_picture_s_parts(seeing):
     _, folder, _ = seeing
     engine = open_engine(folder, prefill_chunk=16)
     engine.add(Assignment("text", asking(engine), AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True), 900))
@@ -87,7 +88,7 @@ def test_steps_of_answers_come_between_the_parts_of_a_picture(seeing):
     collect(engine)
 
 
-def test_pictures_that_are_not_those_of_the_prompt_fail_alone(seeing):
+def test_pictures_of_another_prompt_fail_alone(seeing):
     _, folder, _ = seeing
     engine, picture = open_engine(folder), picture_of_size(30, 30)
     ids = asking(engine, picture)
@@ -108,7 +109,8 @@ def test_penalties_and_drafts_know_no_rows(seeing):
     assert answer(drafting, ids, [picture, picture], tokens=24) == plain
 
 
-def test_a_second_model_drafts_for_texts_alone_beside_answers_about_pictures(seeing, monkeypatch):
+def test_a_draft_model_drafts_for_texts_alone(seeing, monkeypatch):
+    """A second model drafts for texts alone beside answers about pictures."""
     draft_always(monkeypatch, 4)
     _, folder, _ = seeing
     engine, picture = open_engine(folder, draft_model=str(folder), drafts="model"), picture_of_size(90, 60)
@@ -141,7 +143,7 @@ def test_files_with_an_mmproj_see_as_folders_do(seeing_files, tmp_path, how):
     assert np.abs(logits_of(engine, ids, pictures) - wanted).max() < 1e-4
 
 
-def test_an_mmproj_of_half_floats_stays_so_and_answers(seeing_files, tmp_path):
+def test_an_mmproj_of_half_floats_stays_so(seeing_files, tmp_path):
     path, model = seeing_files
     own = tmp_path / path.name
     own.write_bytes(path.read_bytes())
@@ -153,7 +155,7 @@ def test_an_mmproj_of_half_floats_stays_so_and_answers(seeing_files, tmp_path):
     assert len(answer(engine, ids, [picture])) == 8
 
 
-def test_beside_a_quantized_model_the_tower_is_quantized_and_sees_the_same(tmp_path):
+def test_beside_a_quantized_model_so_is_the_tower(tmp_path):
     """Its rows are nearly those of floats, though not the same; beside a model of floats it stays as it is."""
     model, picture = make_smolvlm("smolvlm"), picture_of_size(90, 60)
     quantized = GGMLQuantizationType.Q8_0

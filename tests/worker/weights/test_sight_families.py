@@ -32,13 +32,15 @@ def kernels(request, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(40, 30), (170, 100)])
-def test_logits_from_pixels_are_those_of_transformers(seeing, kernels, size):
+def test_other_families_pixels_match_transformers(seeing, kernels, size):
+    """Logits from pixels are those of transformers."""
     kind, folder, model = seeing
     engine = open_engine(folder, prefill_chunk=512)
     check_logits(engine, kernels, size, partial(expected, engine, kind, model))
 
 
-def test_answers_are_the_same_in_chunks_cached_and_again(seeing):
+def test_picture_answers_are_the_same_in_chunks(seeing):
+    """Answers are the same in chunks, cached and again."""
     kind, folder, model = seeing
     picture = picture_of_size(170, 100)
     engine = open_engine(folder)
@@ -55,7 +57,7 @@ def test_files_with_an_mmproj_see_as_folders_do(seeing, tmp_path):
     assert np.abs(logits_of(engine, ids, pictures) - expected(engine, kind, model, ids, pictures)[-16:]).max() < 1e-4
 
 
-def test_no_chunk_and_no_cached_page_cuts_a_picture_whose_rows_see_each_other(tmp_path):
+def test_no_chunk_or_page_cuts_a_two_sided_picture(tmp_path):
     """Pages end amid pictures, chunks of 20 tokens would, and prompts come together."""
     model = FAMILIES["gemma3"][0]()
     save_family(tmp_path, "gemma3", model)

@@ -29,13 +29,15 @@ def kernels(request, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(40, 30), (170, 30)])
-def test_logits_from_pixels_are_those_of_transformers(qwen, kernels, size):
+def test_qwen_s_pixels_give_transformers_logits(qwen, kernels, size):
+    """Logits from pixels are those of transformers."""
     folder, model = qwen
     engine = open_engine(folder, prefill_chunk=512)
     check_logits(engine, kernels, size, partial(expected, engine, model))
 
 
-def test_answers_are_transformers_in_chunks_cached_together_and_again(qwen):
+def test_qwen_s_picture_answers_match_transformers(qwen):
+    """Answers are those of transformers in chunks, cached, together and again."""
     folder, model = qwen
     picture, other = picture_of_size(170, 100), picture_of_size(50, 120, seed=2)
     engine = open_engine(folder)
@@ -59,7 +61,8 @@ def test_a_file_with_an_mmproj_sees_as_the_folder_does(qwen, tmp_path):
     ("vision_config", {"temporal_patch_size": 3}, "vision_config.temporal_patch_size is 3; it must be 2"),
     ("text_config", {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2]}}, "mrope_section"),
     ("text_config", {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": False}}, "mrope_interleaved must be true")])
-def test_a_folder_that_says_what_is_not_supported_is_a_model_of_texts(tmp_path, caplog, part, changes, said):
+def test_an_unsupported_sight_leaves_a_text_model(tmp_path, caplog, part, changes, said):
+    """A folder that says what is not supported is a model of texts."""
     save_qwen(tmp_path, make_qwen("qwen3_vl"))
     config = json.loads((tmp_path / "config.json").read_text())
     config[part] |= changes

@@ -110,7 +110,8 @@ def test_a_block_that_no_matrix_has_is_refused(folder, block):
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"])
-def test_pipes_devices_and_folders_are_named_without_waiting_for_them(folder, name):
+def test_pipes_and_devices_are_named_without_waiting(folder, name):
+    """Pipes, devices and folders are named without waiting for them."""
     path = folder / name
     for make, words in ((os.mkfifo, "a pipe"), (lambda path: path.symlink_to("/dev/zero"), "a device"), (os.mkdir, "a folder")):
         path.unlink(missing_ok=True)
@@ -129,7 +130,8 @@ def test_so_are_those_of_a_checkpoint(nanochat_fixtures, tmp_path, name):
     assert f"{path} is a device; it must be a regular file" in refusal(tmp_path / "base")
 
 
-def test_a_template_that_is_no_text_and_odd_names_of_templates(folder):
+def test_a_template_must_be_text_of_any_name(folder):
+    """A template that is no text is refused, and odd names of templates are borne."""
     (folder / "chat_template.jinja").unlink()
     for templates in ([{"name": ["x"], "template": "x"}], [{"name": {"a": 1}}], [3, None, {}], []):
         rewrite(folder / "tokenizer_config.json", {"chat_template": templates})
@@ -139,20 +141,21 @@ def test_a_template_that_is_no_text_and_odd_names_of_templates(folder):
     assert f"{path} is not UTF-8" in refusal(folder)
 
 
-def test_a_token_s_name_that_is_no_text_is_no_token(folder):
+def test_a_token_s_name_must_be_a_text(folder):
     rewrite(folder / "tokenizer_config.json", {"bos_token": "\ud800", "eos_token": {"content": "\udcff"}})
     read(folder)
 
 
 @pytest.mark.parametrize("part", ["normalizer", "decoder"])
-def test_a_tokenizer_that_makes_texts_endless_is_refused(folder, part):
+def test_a_tokenizer_of_endless_texts_is_refused(folder, part):
     def change(content):
         content[part] = {"type": "Sequence", f"{part}s": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40}
     rewrite(folder / "tokenizer.json", change)
     assert "could make a text 1,099,511,627,776 times as long" in refusal(folder)
 
 
-def test_a_tokenizer_s_padding_and_truncation_are_not_those_of_prompts(folder):
+def test_a_tokenizer_s_padding_is_not_a_prompt_s(folder):
+    """A tokenizer's padding and truncation are not those of prompts."""
     from chatlm.worker.weights.huggingface import hf_text
     expected = open_tokenizer(hf_text(folder, 288)).encode("some words to encode")
     rewrite(folder / "tokenizer.json", {
@@ -168,7 +171,8 @@ def test_a_rotary_base_that_turns_nothing_is_refused(tmp_path):
         assert "llama.rope.freq_base is 1.0; it must be a finite number from 2" in refusal(path)
 
 
-def test_a_tokenizer_that_puts_much_before_each_text_is_refused(folder):
+def test_a_tokenizer_that_adds_much_is_refused(folder):
+    """A tokenizer that puts much before each text is refused."""
     rewrite(folder / "tokenizer.json", {"normalizer": {"type": "Prepend", "prepend": "x" * 1000}})
     assert "could make a text 1,001 times as long" in refusal(folder)
     rewrite(folder / "tokenizer.json", {"normalizer": None, "post_processor": {
@@ -184,12 +188,14 @@ def splitting(pattern):
 @pytest.mark.parametrize("change", [
     splitting("(a+)+$"), splitting("(.*)*(.*)*x!"), splitting(r"(\w+\s?)+\.$"), splitting("((ab|a|b)*)*c"),
     {"normalizer": {"type": "Replace", "pattern": {"Regex": "( *)*,"}, "content": ","}}])
-def test_a_tokenizer_whose_expressions_take_years_is_refused(folder, change):
+def test_a_tokenizer_with_slow_patterns_is_refused(folder, change):
+    """A tokenizer whose expressions take years is refused."""
     rewrite(folder / "tokenizer.json", change)
     assert f"{folder / 'tokenizer.json'}: its regular expressions give up on a short text" in refusal(folder)
 
 
-def test_an_expression_that_gives_up_at_a_client_s_text_refuses_that_text(folder):
+def test_a_pattern_that_gives_up_refuses_that_text(folder):
+    """An expression that gives up at a client's text refuses that text."""
     rewrite(folder / "tokenizer.json", splitting("(a+)+$"))
     tokenizer = open_tokenizer(TextSpec("hf", (folder / "tokenizer.json").read_bytes()))
     assert tokenizer.encode("aaa")
@@ -197,7 +203,7 @@ def test_an_expression_that_gives_up_at_a_client_s_text_refuses_that_text(folder
         tokenizer.encode("a" * 40 + "!")
 
 
-def test_so_is_one_whose_trial_exceeds_a_limit(folder, monkeypatch):
+def test_a_tokenizer_that_fails_its_trial_is_refused(folder, monkeypatch):
     rewrite(folder / "tokenizer.json", splitting("a+"))
     read(folder)
     patch(monkeypatch, start, "PROCESS_COMMAND", (sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGPROF)"))
@@ -225,7 +231,8 @@ def test_published_expressions_need_no_trial(folder, monkeypatch):
     assert set(NANOCHAT_SPLITS) < KNOWN_SPLITS
 
 
-def test_of_two_numbered_sets_without_an_index_the_model_s_is_read(tmp_path):
+def test_the_model_s_set_of_two_numbered_ones_is_read(tmp_path):
+    """Of two numbered sets without an index, the model's is read."""
     for name in ("consolidated-00001-of-00002", "model-00001-of-00002", "model-00002-of-00002"):
         (tmp_path / f"{name}.safetensors").touch()
     assert [path.name[:11] for path in weight_files(tmp_path)] == ["model-00001", "model-00002"]
@@ -263,7 +270,7 @@ def adapter(folder, good, **config):
     ({"rank_pattern": {"q_proj": "x"}}, 'rank_pattern.q_proj is "x"'), ({"rank_pattern": [1]}, "rank_pattern is a list of 1; it must be an object"),
     ({"target_modules": "v_.*"}, "is not among the target_modules"), ({"target_modules": "x" * 5000}, "is not among the target_modules"),
     ({"rank_pattern": {"(.*)*(.*)*(.*)*x!": 4}}, "takes more than 1 s or too much memory")])
-def test_patterns_of_adapters_are_checked_and_bounded_in_time(folder, good, tmp_path, monkeypatch, config, words):
+def test_adapter_patterns_are_checked_and_bounded(folder, good, tmp_path, monkeypatch, config, words):
     if "takes" in words:
         patch(monkeypatch, lora, "PATTERN_SECONDS", 1)
     assert words in refusal(folder, lora=[adapter(tmp_path / "lora", good, **config)])
@@ -278,14 +285,15 @@ def test_patterns_choose_as_peft_s_do(folder, good, tmp_path, config, scaling):
     numpy.testing.assert_allclose(changed[0] - plain[0], numpy.full_like(plain[0], 4.0 * scaling), rtol=1e-5, atol=1e-5)
 
 
-def test_a_pattern_matches_in_another_process_as_in_this_one(tmp_path):
+def test_a_pattern_matches_alike_in_another_process(tmp_path):
     texts = ["a.b", "aab", "", "b"]
     for patterns in (["a+.?b", "a.b"], ["aa?.b|aab", "a.b"], ["a.b", "a.b"]):
         assert matching(tmp_path, patterns, texts) == [{"a.b", "aab"}] * 2
     assert matching(tmp_path, ["b"], texts, r"(?:.*\.)?") == [{"a.b", "b"}] and matching(tmp_path, [], texts) == []
 
 
-def test_of_many_patterns_the_one_that_takes_years_is_named_and_all_have_one_time(tmp_path, monkeypatch):
+def test_the_slow_one_of_many_patterns_is_named(tmp_path, monkeypatch):
+    """Of many patterns the one that takes years is named, and all have one time."""
     patch(monkeypatch, lora, "PATTERN_SECONDS", 1)
     with pytest.raises(ConfigError, match=r'"\(a\*\)\*b" takes more than 1 s'):
         matching(tmp_path, ["a*", *["b+"] * 300, "(a*)*b", "a+"], ["a" * 40])
@@ -310,7 +318,7 @@ def cut(path, size):
 
 
 @pytest.mark.parametrize("size", [0, 5, 8, 300, -100_000, -1])
-def test_a_cut_safetensors_file_says_how_long_it_should_be(folder, size):
+def test_a_cut_safetensors_file_says_its_right_length(folder, size):
     path = folder / "model.safetensors"
     whole, header = path.stat().st_size, 8 + int.from_bytes(path.read_bytes()[:8], "little")
     said, text = cut(path, size), refusal(folder)
@@ -355,7 +363,7 @@ def test_a_cut_small_file_is_named(good, nanochat_fixtures, tmp_path, name, shar
 
 
 @pytest.mark.parametrize("text", ["<html>}", '{"a": 1,}', "[1", "\0\0\0", '{"a": 1}}', "null"])
-def test_what_is_damaged_otherwise_is_not_called_truncated(folder, text):
+def test_other_damage_is_not_called_truncated(folder, text):
     (folder / "config.json").write_text(text)
     assert "truncated" not in refusal(folder)
 
@@ -369,7 +377,8 @@ def test_a_file_that_cannot_be_read_is_named_once(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "model_000650.pt", "tiny.gguf"])
-def test_a_pointer_of_git_s_is_named_with_the_size_of_what_it_stands_for(good, nanochat_fixtures, tmp_path, name):
+def test_a_git_pointer_is_named_with_its_file_s_size(good, nanochat_fixtures, tmp_path, name):
+    """A pointer of Git's is named with the size of what it stands for."""
     source = nanochat_fixtures / "gen5" if name == "model_000650.pt" else good
     folder = shutil.copytree(source, tmp_path / "model")
     path = next(folder.rglob(name), folder / name)
@@ -399,7 +408,8 @@ def shards(good, tmp_path):
     return folder, names
 
 
-def test_shards_are_one_model_with_and_without_an_index_and_each_may_be_cut(shards, good):
+def test_shards_are_one_model_without_an_index_too(shards, good):
+    """Shards are one model with and without an index, and each may be cut."""
     folder, names = shards
     expected = read(good)
     for index in (True, False):
@@ -412,7 +422,8 @@ def test_shards_are_one_model_with_and_without_an_index_and_each_may_be_cut(shar
     assert cut(folder / names[1], -7) + f"its tensors end at byte {whole:,}" in refusal(folder)
 
 
-def test_a_whole_file_beside_an_index_of_absent_shards_is_the_model(shards, good, caplog):
+def test_a_whole_file_beside_an_index_is_the_model(shards, good, caplog):
+    """A whole file beside an index of absent shards is the model."""
     folder, names = shards
     expected = read(good)
     shutil.copy(good / "model.safetensors", folder)
@@ -439,7 +450,8 @@ def test_a_shard_that_is_missing_is_named_once(shards):
     assert refusal(folder) == f"{folder}: it must have model.safetensors, which is missing; it has other.safetensors"
 
 
-def test_weights_in_another_format_are_named_and_so_is_an_adapter(folder, good, tmp_path):
+def test_weights_in_another_format_are_named(folder, good, tmp_path):
+    """Weights in another format are named, and so is an adapter."""
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     text = refusal(folder)
     assert "has a config.json, but no *.safetensors; pytorch_model.bin is in a format that this server does not read" in text
@@ -453,14 +465,14 @@ def test_weights_in_another_format_are_named_and_so_is_an_adapter(folder, good, 
     assert f"{folder} has model.safetensors, but no config.json" in refusal(folder)
 
 
-def test_without_a_tokenizer_json_the_line_says_what_is_there(folder):
+def test_a_missing_tokenizer_json_says_what_is_there(folder):
     (folder / "tokenizer.json").unlink()
     assert f"{folder} has no tokenizer.json; it has chat_template.jinja, config.json" in refusal(folder)
     (folder / "tokenizer.model").touch()
     assert f"{folder} has no tokenizer.json; it has tokenizer.model, which this server does not read. transformers can write one" in refusal(folder)
 
 
-def test_a_type_newer_than_this_program_is_not_called_truncated(tmp_path):
+def test_a_newer_type_is_not_called_truncated(tmp_path):
     path = tmp_path / "new.gguf"
     path.write_bytes(gguf_bytes(LLAMA_NUMBERS | small_gguf_metadata("gpt-2"), random_llama(),
                                 infos={"blk.0.ffn_up.weight": tensor_info("blk.0.ffn_up.weight", (512, 256), 200, 0)}))
@@ -470,7 +482,8 @@ def test_a_type_newer_than_this_program_is_not_called_truncated(tmp_path):
 # --- templates -----------------------------------------------------------------------------------------
 
 
-def test_a_template_is_found_in_chat_template_json_too_and_a_list_without_a_default_is_logged(folder, caplog):
+def test_a_template_is_found_in_json_too(folder, caplog):
+    """A template is found in chat_template.json too, and a list without a default is logged."""
     (folder / "chat_template.jinja").unlink()
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
     assert load(folder).text.chat_template == "{{ messages }}"
@@ -488,7 +501,8 @@ def test_a_template_is_found_in_chat_template_json_too_and_a_list_without_a_defa
     assert 'a.gguf has chat templates named "rag", but none named "default"' in caplog.text
 
 
-def test_a_model_without_a_template_says_at_start_that_it_cannot_chat(folder):
+def test_a_model_without_a_template_cannot_chat(folder):
+    """A model without a template says at start that it cannot chat."""
     settings = Settings(model=str(folder), kv_cache_memory=4 << 20)
     (folder / "chat_template.jinja").unlink()
     model, engine = build.build_engine(resolve_model(settings), settings, torch.device("cpu"))

@@ -48,7 +48,8 @@ def theirs(folder):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["llama3.2", "gpt2", "gptneox-serial", "cohere2"])
-def test_a_head_that_differs_from_the_embedding_is_used_though_the_config_says_they_are_tied(name, backend, tmp_path, caplog):
+def test_a_differing_head_beats_the_config(name, backend, tmp_path, caplog):
+    """A head that differs from the embedding is used, though the config says they are tied."""
     folder = with_head(name, save(make_model(name), tmp_path))
     cases = clear_cases(theirs(folder), lengths=(9, 40), count=16)
     ours = load(folder)
@@ -56,7 +57,7 @@ def test_a_head_that_differs_from_the_embedding_is_used_though_the_config_says_t
     check(answers(transformer(ours, kernels_of(backend, ours.spec)), cases, count=16), cases, count=16)
 
 
-def test_a_head_that_differs_in_one_row_alone_is_used_too(tmp_path):
+def test_a_head_that_differs_in_one_row_is_used_too(tmp_path):
     def almost(embed):
         return torch.cat([embed[:-1], embed[-1:] * 1.5])
     folder = with_head("gemma2", save(make_model("gemma2"), tmp_path), almost)
@@ -65,13 +66,13 @@ def test_a_head_that_differs_in_one_row_alone_is_used_too(tmp_path):
     assert not ours.spec.tied_head and torch.equal(own["head"][:-1], own["embed"][:-1]) and not torch.equal(own["head"], own["embed"])
 
 
-def test_a_head_that_equals_the_embedding_is_not_held_twice(tmp_path, caplog):
+def test_a_head_equal_to_the_embedding_is_held_once(tmp_path, caplog):
     folder = with_head("llama3.2", save(make_model("llama3.2"), tmp_path), torch.clone)
     assert load(folder).spec.tied_head and "differs" not in caplog.text
 
 
 @pytest.mark.parametrize("name", ["llama3.2", "gpt2", "gptneox-serial"])
-def test_a_tied_model_that_was_saved_with_its_head_alone_opens(name, tmp_path):
+def test_a_tied_model_saved_with_its_head_opens(name, tmp_path):
     model, (embed, head) = make_model(name), HEADS[name]
     folder = changed_file(save(model, tmp_path), lambda tensors: tensors.update({head: tensors.pop(embed)}))
     cases = clear_cases(theirs(folder), lengths=(9,), count=16)
@@ -102,7 +103,8 @@ def test_a_head_of_another_shape_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("root, inner, tied", [(True, None, True), (None, True, True), (True, False, True), (False, True, True), (False, False, False), (None, None, False)])
-def test_the_root_or_the_text_part_of_a_config_may_say_that_the_head_is_the_embedding(root, inner, tied, tmp_path):
+def test_root_or_text_config_may_tie_the_head(root, inner, tied, tmp_path):
+    """The root or the text part of a config may say that the head is the embedding."""
     model = make_model("llama3.2")
     folder = save(model, tmp_path)
     changed_file(folder, lambda tensors: [tensors.update({f"language_model.{name}": tensors.pop(name)}) for name in list(tensors)])
@@ -119,7 +121,7 @@ def test_the_root_or_the_text_part_of_a_config_may_say_that_the_head_is_the_embe
         assert plain.spec.tied_head and not own.spec.tied_head and torch.equal(tensors_of(own)["head"], 2 * tensors_of(plain)["embed"])
 
 
-def test_the_doctor_says_that_the_head_is_another_matrix(tmp_path):
+def test_the_doctor_names_a_head_of_its_own(tmp_path):
     from chatlm.common.config import Settings
     from chatlm.common.hub.find import resolve_model
     settings = Settings(model=str(with_head("llama3.2", save(make_model("llama3.2"), tmp_path))))
@@ -151,7 +153,8 @@ def adapted(model, folder, more=(), **options):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
-def test_an_adapter_of_the_head_or_the_embedding_changes_that_matrix_alone(options, tmp_path):
+def test_an_adapter_of_the_head_changes_it_alone(options, tmp_path):
+    """An adapter of the head or the embedding changes that matrix alone."""
     model = make_model("llama3.2")
     paths = save(model, tmp_path / "base"), as_gguf(tmp_path / "base.gguf", model)
     plain = tensors_of(load(paths[0]))["embed"]
@@ -166,7 +169,7 @@ def test_an_adapter_of_the_head_or_the_embedding_changes_that_matrix_alone(optio
         assert torch.equal(own.get("head", own["embed"]), plain) == (alone and "lm_head" not in names)
 
 
-def test_copies_that_are_still_the_base_s_keep_one_matrix(tmp_path):
+def test_unchanged_copies_keep_one_matrix(tmp_path):
     from lora import adapt
     folder = save(make_model("llama3.2"), tmp_path / "base")
     adapt(make_model("llama3.2"), tmp_path / "adapter", targets=["q_proj"], embeddings=True)
@@ -180,7 +183,8 @@ def test_copies_that_are_still_the_base_s_keep_one_matrix(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_an_adapter_of_a_tied_head_is_refused_where_it_is_not_merged(tmp_path):
+def test_an_unmerged_adapter_of_a_tied_head_is_refused(tmp_path):
+    """An adapter of a tied head is refused where it is not merged."""
     model = make_model("llama3.2")
     paths = save(model, tmp_path / "base"), as_gguf(tmp_path / "base.gguf", model)
     for name in ("products of the head", "head"):
@@ -192,7 +196,7 @@ def test_an_adapter_of_a_tied_head_is_refused_where_it_is_not_merged(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [(), ("--tensor-parallel-size", "2")], ids=["alone", "two ranks"])
-def test_an_adapter_of_the_default_models_head_leaves_its_embedding_as_it_is(flags, tmp_path, default_model_path):
+def test_an_adapter_of_a_head_spares_the_embedding(flags, tmp_path, default_model_path):
     """One that adds nothing changes no answer, although the head is now a matrix of its own."""
     from real_server import ask, post, server
     random, answers = torch.Generator().manual_seed(0), []

