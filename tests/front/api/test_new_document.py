@@ -37,13 +37,13 @@ def test_it_continues_the_token_between_documents(url):
     assert status == 200 and scored["choices"][0]["logprobs"]["token_logprobs"][0] is None
 
 
-def test_an_empty_prompt_is_still_refused_as_empty(url):
+def test_an_empty_prompt_is_refused_as_empty(url):
     for prompt in ("", [], [""], [[]], [[], "x"]):
         status, _, answer = call(url, COMPLETIONS, {"prompt": prompt, "max_tokens": 4})
         assert status == 400 and "prompt" in answer["error"]["message"], answer
 
 
-def test_a_nanochat_checkpoint_begins_with_its_bos(nanochat_fixtures):
+def test_a_nanochat_checkpoint_begins_with_bos(nanochat_fixtures):
     with server(nanochat_fixtures / "gen5") as (_, url):
         need_exact(url)
         tokens = call(url, "/tokenize", {"content": "<|bos|>"})[2]["tokens"]
@@ -60,7 +60,7 @@ class Marked(Letters):
 @pytest.mark.parametrize("tokenizer, start", [
     (Marked({"<|endoftext|>": 5}, bos_token=1, eos_token=2), (5,)), (Marked({"<|endoftext|>": 5}, bos_token=1, eos_token=2, add_bos=True), (1,)),
     (Marked(bos_token=1, eos_token=2), (1,)), (Marked(eos_token=2), (2,)), (Marked(eos_token=0), (0,)), (Marked(), ())])
-def test_where_that_token_is_missing_another_begins_a_text(tokenizer, start):
+def test_without_that_token_another_begins_a_text(tokenizer, start):
     assert tokenizer.document_start == start and isinstance(tokenizer, Tokenizer)
 
 

@@ -224,7 +224,7 @@ def test_no_body_is_answered_with_5xx(port, request):
 
 @relaxed
 @given(method=st.sampled_from(METHODS), target=odd_targets, headers=odd_headers, body=st.binary(max_size=20))
-def test_no_target_method_or_header_is_answered_with_5xx(port, method, target, headers, body):
+def test_no_odd_target_method_or_header_gives_5xx(port, method, target, headers, body):
     with contextlib.suppress(http.client.InvalidURL, UnicodeEncodeError):
         status, _ = exchange(port, method, target, body, headers)
         assert status < 500, (method, target, headers, status)
