@@ -43,7 +43,7 @@ def test_every_limit_of_the_program_is_in_it():
     assert named == {field.name for field in dataclasses.fields(Limits)} - clamped - inner
 
 
-def test_the_flags_routes_and_files_that_it_names_exist():
+def test_flags_routes_and_files_that_it_names_exist():
     flags = {f"--{name}" for flag in FLAGS for name in flag.names} | {"--version"}
     flags |= {f"--no-{flag.field}" for flag in FLAGS if flag.default is True or flag.off}
     assert set(re.findall(r"`(--[a-z-]+)", TEXT)) <= flags
