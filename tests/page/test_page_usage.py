@@ -18,7 +18,7 @@ def chat(url, key):
 
 
 @pytest.mark.parametrize("path", ["usage", "usage/"])
-def test_it_shows_what_a_typed_key_used_and_says_what_is_wrong(browser, path):    # noqa: F811
+def test_it_shows_what_a_typed_key_used(browser, path):    # noqa: F811
     with fake_front(keys=(ApiKey.hashed("secret", "<b>ann</b>"),)) as url, visitor(browser) as page:
         url = url.rstrip("/") + "/"
         chat(url, "secret")
