@@ -18,7 +18,7 @@ GOAL = load.Goal(ttft_s=0.5, tpot_s=0.1)
 ANSWERS = [load.Answer(1.0, 2.0, (1.2, 1.3, 1.5, 2.0), 10, 9), load.Answer(0.0, 4.0, (1.0, 4.0), 20, 31), load.Answer(2.0, 2.5, error="503")]
 
 
-def test_the_figures_of_known_times():
+def test_known_times_give_known_figures():
     figures = load.figures(ANSWERS, GOAL)
     assert {name: figures[name] for name in ("answers", "failed", "seconds", "tokens", "tokens a message")} == {
         "answers": 2, "failed": 1, "seconds": 4.0, "tokens": 40, "tokens a message": 20}

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_it_is_read_in_minutes():
+def test_the_readme_is_read_in_minutes():
     """It leads to every other document."""
     assert len(README.encode()) <= 14_000
     for path in (*ROOT.glob("docs/*.md"), *ROOT.glob("[A-Z]*.md"), ROOT / "bench/RESULTS.md", ROOT / "csrc/README.md"):
@@ -50,7 +50,7 @@ def test_there_are_exactly_two_set_up_commands():
     assert fenced("## Test") == [[commands[1]]]       # all that CI takes from this section
 
 
-def test_its_table_of_apis_names_real_routes():
+def test_the_readme_s_apis_name_real_routes():
     table = README.split("\n## API\n")[1].split("```")[0]
     named = re.findall(r"`(?:GET |POST )?(/[^`]*)`", table)
     assert len(named) > 20 and set(named) <= {route.pattern for route in chat_server.ROUTES}
@@ -75,7 +75,7 @@ def test_pasted_commands_name_their_python():
         assert bare == [], path
 
 
-def test_it_shows_the_page_first():
+def test_the_readme_shows_the_page_first():
     """Then it shows how to run and use it, then models, then figures."""
     order = ["docs/moving.png", "## Run", "## Use", "### With other programs", "## Models", "## API", "## How it compares", "## Test"]
     places = [README.index(f"\n{part}\n" if part.startswith("#") else part) for part in order]
@@ -119,7 +119,7 @@ def test_the_network_s_key_is_made_and_asked_for(tmp_path, default_model_path):
             process.stdout.close()
 
 
-def test_no_sentence_says_it_is_one_file():
+def test_no_sentence_says_the_program_is_one_file():
     """No sentence says that the program is one file."""
     documents = [path for folder in ("", "docs/", "csrc/") for path in ROOT.glob(f"{folder}*.md")]
     for path in (*documents, *(ROOT / name for name in ("chat_server.py", "pyproject.toml", "setup.py"))):

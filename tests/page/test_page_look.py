@@ -150,7 +150,7 @@ def go_to(page, name, key="Tab"):
         names.append(page.evaluate(FOCUSED))
 
 
-def test_the_keyboard_alone_reaches_all_of_it(asked):
+def test_the_keyboard_alone_reaches_every_look(asked):
     page = asked
     dialog = page.locator("dialog[open]")
     go_to(page, "Look inside", "Shift+Tab")

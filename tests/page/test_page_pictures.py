@@ -80,7 +80,7 @@ def test_a_dropped_or_pasted_picture_is_attached(page, seeing, how):
     assert data_of(sent(seeing)[0]) == ("data:image/png;base64", data)
 
 
-def test_it_goes_with_every_later_question(page, seeing):
+def test_a_picture_goes_with_every_later_question(page, seeing):
     attach(page, "tomato.png", file_of())
     button(page, "Send").click()
     expect_answered(page)
@@ -141,7 +141,7 @@ def test_a_blind_model_and_a_bad_picture_are_said(page, stand_in):
     expect(page.get_by_role("alert")).to_contain_text("broken.png is no image that this browser can read")
 
 
-def test_it_goes_out_and_in_again_with_the_chat(page, seeing, tmp_path):
+def test_a_picture_goes_out_and_in_with_its_chat(page, seeing, tmp_path):
     data = file_of()
     attach(page, "tomato.png", data)
     ask(page, "What is it?")

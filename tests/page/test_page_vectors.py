@@ -54,7 +54,7 @@ def test_what_the_server_refuses_is_said_as_text(page, embedder):
     assert len(embedder) == 2
 
 
-def test_a_chat_model_does_not_load_its_script(page):
+def test_a_chat_model_does_not_load_vectors_js(page):
     with fake_front() as url:
         open_page(page, url)
         expect(page.locator(".vectors")).to_have_count(0)

@@ -366,7 +366,7 @@ def test_without_a_template_ollama_continues_prompts():
 
 
 @pytest.mark.slow
-async def test_a_worker_s_death_is_a_pause_in_each(client, url, exact):
+async def test_a_death_is_a_pause_in_each_api(client, url, exact):
     wanted = DRAWN | {"max_tokens": 120, "max_output_tokens": 120, "ignore_eos": True}
     bodies = {path: body | wanted | {"stream": True} for path, body in BODIES.items()}
     for path in ("/api/chat", "/api/generate"):
@@ -547,7 +547,7 @@ ALLOWED = {"type": "allowed_tools", "mode": "auto", "tools": []}
     (CHAT, {"functions": [{"name": "x"}], "function_call": {"name": "y", "type": {"any": 1}}}, "tool_choice names \"y\""),
     (CHAT, {"functions": [{"name": "x"}], "function_call": {"name": "y", "type": "allowed_tools"}}, "tool_choice names \"y\""),
     (CHAT, {"response_format": {"type": "json_object", "schema": {"minimum": float("inf")}}}, "response_format cannot be enforced: minimum must be a finite number, not Infinity")])
-async def test_what_cannot_be_is_400_and_named(client, path, body, named):
+async def test_an_impossible_body_is_400_and_named(client, path, body, named):
     pool = FakePool()
     pool.tokenizer = Letters()
     pool.tokenizer.tool_format = "tagged"
@@ -801,7 +801,7 @@ async def test_a_message_streams_the_documented_events(client):
 @pytest.mark.parametrize("reason, stop_reason, status, stop", [
     ("stop", "eos", "completed", ("end_turn", None)), ("length", "max_tokens", "incomplete", ("max_tokens", None)),
     ("length", "context_length", "incomplete", ("model_context_window_exceeded", None)), ("stop", "END", "completed", ("stop_sequence", "END"))])
-async def test_how_an_answer_ended(client, reason, stop_reason, status, stop):
+async def test_each_api_says_how_an_answer_ended(client, reason, stop_reason, status, stop):
     async with serving(FakePool(["Hi"], reason=reason, stop_reason=stop_reason)) as url:
         last = (await streamed(client, url, RESPONSES, stop=["END"]))[-1]
         message = json.loads((await ask(client, url, MESSAGES, stop_sequences=["END"]))[2])
@@ -1022,7 +1022,7 @@ async def test_ollama_s_bodies_are_requests(client):
     assert pool.requests[4].params.grammar and not pool.requests[1].params.grammar and pool.requests[1].params.stop == ("x",)
 
 
-async def test_what_ollama_tells_of_the_model(client):
+async def test_ollama_s_api_tells_of_the_model(client):
     async with serving(FakePool()) as url:
         async with client.get(url + "/api/tags") as response:
             [model] = (await response.json())["models"]

@@ -150,7 +150,7 @@ def test_a_large_body_goes_through_a_sandbox(url):
     ({"input": "a", "dimensions": 256}, "dimensions", "left out or 576"), ({"input": "a", "pooling": "max"}, "pooling", '"mean" or "last"'),
     ({"input": "a", "encoding_format": "int8"}, "encoding_format", '"base64"'), ({"input": "a", "model": "gpt-4"}, "model", "fake-model"),
 ])
-async def test_what_cannot_be_is_refused_and_named(client, body, param, words):
+async def test_an_impossible_input_is_refused_and_named(client, body, param, words):
     class Admitting(FakePool):
         async def answer(self, request):
             request = await self.prompts.admit(request)

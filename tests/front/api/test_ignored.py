@@ -248,7 +248,7 @@ def test_an_effort_that_no_template_knows_is_named(route, more, name):
     assert read_answer(route, body, replace(KNOWN, template="{{ messages }}")).ignored_fields == (name,)
 
 
-async def test_the_header_names_them_on_every_route(client):
+async def test_the_header_names_ignored_fields_everywhere(client):
     """It does in streams, whole answers and for large bodies."""
     async with serving(FakePool()) as url:
         async def header(path, **more):

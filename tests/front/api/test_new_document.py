@@ -26,7 +26,8 @@ def written(url, **body):
     return [choice["text"] for choice in answer["choices"]], answer["usage"]["prompt_tokens"]
 
 
-def test_it_continues_the_token_between_documents(url):
+def test_an_absent_prompt_begins_a_new_document(url):
+    """It continues the token between documents."""
     need_exact(url)
     wanted = written(url, prompt="<|endoftext|>")
     assert written(url) == written(url, prompt=None) == written(url, padding="x" * 100_000) == wanted and wanted[1] == 1
@@ -64,7 +65,7 @@ def test_without_that_token_another_begins_a_text(tokenizer, start):
     assert tokenizer.document_start == start and isinstance(tokenizer, Tokenizer)
 
 
-def test_before_a_suffix_there_is_nothing():
+def test_an_absent_prompt_before_a_suffix_is_empty():
     known = Known(Settings(), None, infill=InfillTokens(1, 2, 3))
     assert read_answer(COMPLETIONS, {"suffix": "x"}, known).request.prompts == read_answer(COMPLETIONS, {"prompt": "", "suffix": "x"}, known).request.prompts
     assert json.dumps(read_answer(COMPLETIONS, {}, known).request.prompts) == "[[]]"

@@ -72,7 +72,7 @@ def test_a_text_to_continue_has_logprobs_and_a_format(url):
 
 
 @both
-def test_those_of_a_stop_string_are_left_out(url, path):
+def test_logprobs_of_a_stop_string_are_left_out(url, path):
     streamed, [whole] = (lines(url, path, logprobs=True, stream=stream, options={"stop": [" Japan is"]}) for stream in (True, False))
     assert text_of(streamed) == text_of([whole]) == "The capital of"
     assert "".join(entry["token"] for entry in whole["logprobs"]) == "The capital of" and scored(streamed) == scored([whole])
@@ -80,7 +80,8 @@ def test_those_of_a_stop_string_are_left_out(url, path):
 
 @both
 @pytest.mark.parametrize("more", [{"logprobs": 3}, {"logprobs": True, "top_logprobs": 21}, {"top_logprobs": -1}, {"logprobs": True, "top_logprobs": "2"}])
-def test_wrong_numbers_are_refused_by_name(url, path, more):
+def test_wrong_counts_of_logprobs_are_refused(url, path, more):
+    """The error names them."""
     status, _, body = call(url, path, BODIES[path] | more)
     assert status == 400 and list(more)[-1] in body["error"]
 

@@ -79,7 +79,7 @@ def test_every_token_of_odd_text_has_its_logprobs(url, more):
         assert [entry["id"] for event in events if event["type"] == "response.output_text.delta" for entry in event["logprobs"]] == found
 
 
-def test_without_include_there_are_none(url):
+def test_without_include_there_are_no_logprobs(url):
     for more, ignored in (({}, None), ({"include": []}, None), ({"top_logprobs": 2}, "top_logprobs"),
                           ({"include": ["reasoning.encrypted_content"]}, "include.reasoning.encrypted_content")):
         status, headers, body = asked(url, **more)
@@ -115,7 +115,7 @@ async def responses(client, pieces, **body):
             return [json.loads(line[6:]) for line in text.split("\n") if line.startswith("data: ")] if body.get("stream") else json.loads(text)
 
 
-async def test_a_text_has_those_of_its_own_tokens_only(client):
+async def test_a_text_has_only_its_own_tokens_logprobs(client):
     """In a step with a draft there may be tokens of reasoning, of a mark, of the text and of a call. Every byte is a token here, 256 is special."""
     scores = lambda text: tuple(score(byte) for byte in text)       # noqa: E731
     pieces = [said(thought("Hm"), logprobs=scores(b"Hm")), said(thought("m"), "So", logprobs=(*scores(b"m"), score(256), *scores(b"\n\nSo"))),

@@ -34,7 +34,7 @@ SWITCHED_ON = [{}, {"enable_thinking": True}, {"thinking": {"type": "enabled"}},
                {"thinking": True}, {"enable_thinking": None, "thinking": None}]
 
 
-def test_it_thinks_unless_switched_off(url):
+def test_a_model_thinks_unless_switched_off(url):
     """The switch is at the top level."""
     need_exact(url)
     off, on = chat(url, chat_template_kwargs={"enable_thinking": False}), chat(url)

@@ -116,7 +116,7 @@ async def test_events_name_their_choice(pool):
     assert {work.sampling.choice for name, work in worker.works.items() if name in ("a#1", "a#3")} == {1}
 
 
-async def test_one_that_fails_ends_all(pool):
+async def test_a_choice_that_fails_ends_all(pool):
     (worker,) = pool.workers
     events = await with_its_first_token(pool, n=3)
     pool.dispatcher.deliver(worker, [("a#1", Failed("the model failed"))])

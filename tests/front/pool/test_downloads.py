@@ -424,7 +424,7 @@ def test_no_downloads_allows_none():
 
 
 @pytest.mark.slow
-async def test_only_so_many_run_and_wait(hub, monkeypatch):
+async def test_only_so_many_downloads_run_and_wait(hub, monkeypatch):
     monkeypatch.setattr(Downloads, "MOST_WAITING", 3)
     hub.repositories |= {f"org/more{index}": {"large.gguf": LARGE} for index in range(3)}
     hub.held = {"large.gguf": 12 * MIB}
@@ -458,5 +458,5 @@ def test_the_cache_is_where_the_library_has_it(environment, monkeypatch):
     ("/c/models--org--a/snapshots/1/a-Q8_0.gguf", "org/a", "", True), ("/c/models--org--a/snapshots/1/a-Q8_0.gguf", "org/a", "q8_0", True),
     ("/c/models--org--a/snapshots/1/a-Q8_0.gguf", "org/a", "Q4_0", False), ("/c/models--org--a/snapshots/1", "org/a", "", True), ("/c/models--org--a/snapshots/1", "org/a", "Q8_0", False),
     ("/c/models--org--ab/snapshots/1/x.gguf", "org/a", "", False), ("/c/models--org--a/snapshots/1/s/a-Q8_0-00001-of-00002.gguf", "org/a", "s/a-Q8_0.gguf", True)])
-def test_whether_a_model_is_of_a_repository(path, repository, file, found):
+def test_a_path_tells_its_hub_repository(path, repository, file, found):
     assert is_of_hub(Path(path), repository, file) is found

@@ -163,7 +163,7 @@ async def test_any_history_of_a_folder_is_served_rightly(history, tmp_path):
     await history("models", scene, models=str(models))
 
 
-async def test_the_history_of_a_watched_run(history, nanochat_fixtures, tmp_path):
+async def test_any_history_of_a_watched_run_is_served(history, nanochat_fixtures, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(nanochat_fixtures / "gen1" / "tokenizer", base / "tokenizer")
     model = tiny_training.Model(tiny_training.CONFIG)

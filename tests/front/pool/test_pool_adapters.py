@@ -234,7 +234,7 @@ async def test_adapters_come_and_go_with_their_folders(start, base, client, tmp_
     ("latest={}", "may not be called \"latest\""), ("12={}", "neither `latest` nor a number"), ("a/b={}", "may not be called"),
     ("={}", "may not be called"), ("one=", "names no folder"), ("one={}/none", "there is no such folder"), ("one={}/file", "not a folder"),
     ("{}/good", "an adapter needs a name: good="), ("one={}", "there is no adapter_config.json with an adapter_model.safetensors")])
-def test_what_is_wrong_with_the_flag_is_one_line(word, message, base, tmp_path):
+def test_a_wrong_adapter_flag_is_one_line(word, message, base, tmp_path):
     adapter(base, tmp_path / "good")
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=message) as caught:

@@ -185,7 +185,8 @@ async def test_without_prefix_memory_nothing_is_kept(start_pool):
     assert (await answer(pool, "after unloading"))[1] == 0 and not any("outlive" in line for line in pool.describe())
 
 
-def test_how_much_memory_prefixes_get():
+def test_settings_say_how_much_prefixes_get():
+    """It is memory."""
     assert memory_for(Settings(prefix_memory=5 << 20)) == 5 << 20 and memory_for(Settings(command="chat")) == 0
     assert memory_for(Settings(prefix_memory=0, prefix_store="x")) == STAGING_BYTES and memory_for(Settings(ray_address="auto")) == 0
     assert 0 < memory_for(Settings()) < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 10

@@ -355,7 +355,7 @@ def test_no_memory_is_one_line_with_advice(error):
 
 @pytest.mark.parametrize("error", [
     ValueError("x"), OSError(errno.ENOENT, "No such file"), ConfigError("out of memory")])
-def test_other_errors_are_not_taken_for_it(error):
+def test_other_errors_are_not_lack_of_memory(error):
     assert lack_of_memory(error) is None
 
 

@@ -86,7 +86,7 @@ def test_a_query_for_no_page_is_refused(url, query, words):
     assert len(body["error"]["message"]) < 300
 
 
-def test_other_errors_have_that_shape_too(url):
+def test_other_errors_have_anthropics_shape_too(url):
     status, body = asked(url, "/v1/models/nope")
     assert status == 404 and body["error"]["type"] == "not_found_error" and body["error"]["message"].startswith("model: nope")
     status, body = asked(url, key="wrong")

@@ -348,7 +348,7 @@ def test_a_killed_batch_gives_the_same_output(model, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_ten_thousand_lines_with_twenty_kills(model, tmp_path):
+def test_ten_thousand_lines_outlast_twenty_kills(model, tmp_path):
     check_disturbed(*disturbed(model, tmp_path / "a.db", mixed_lines(10_000), [*range(200, 9800, 480)][:20]), 10_000)
 
 

@@ -78,7 +78,7 @@ async def test_any_other_compression_is_415(client, encoding):
             assert (status, headers["Accept-Encoding"]) == (415, "gzip, deflate") and "gzip or deflate" in answer and encoding[:20] in answer, answer
 
 
-async def test_two_headers_count_as_both(client):
+async def test_two_encoding_headers_count_as_both(client):
     async with serving(FakePool()) as url:
         headers = [("Content-Encoding", "identity"), ("Content-Encoding", "gzip")]
         async with client.post(url + OPENAI, data=gzipped(json.dumps(conversation()).encode()), headers=headers) as response:

@@ -78,7 +78,7 @@ def test_a_continued_response_sees_all_before_it(running):
     assert [item.content[0].text for item in page] == [each["content"] for each in said[::-1]]
 
 
-def test_what_asks_not_to_be_kept_is_not(running, store):
+def test_a_response_with_store_false_is_not_kept(running, store):
     response = ask(running, "a text that nobody keeps", store=False)
     assert response.store is False
     with pytest.raises(openai.NotFoundError):
@@ -232,7 +232,7 @@ def test_no_client_says_what_was_said_before(model, tmp_path, size):
         assert reader.execute("SELECT DISTINCT previous FROM responses WHERE previous IS NOT NULL").fetchall() == [(mine.id,)]
 
 
-def test_another_key_sees_none_of_it(model, tmp_path):
+def test_a_key_sees_no_other_key_s_responses(model, tmp_path):
     with keeping(model, tmp_path / "a.db", keys=("first-key", "second-key")) as client:
         response, other = ask(client), client.with_options(api_key="second-key")
         conversation = client.conversations.create(items=[{"type": "message", "role": "user", "content": "One"}])

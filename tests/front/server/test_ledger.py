@@ -260,7 +260,7 @@ def keys_of(tmp_path, *lines):
     return read_api_keys((), str(path))
 
 
-def test_the_fields_of_a_key(tmp_path):
+def test_the_fields_of_a_key_are_read(tmp_path):
     found = keys_of(tmp_path, "# keys", "alice: a tokens-per-day=1000", "bob: b:c=  models=x, y z tokens-per-day=0 over-budget=refuse", "r role=admin",
                     "c over-budget=background tokens-per-day=5")
     assert [(key.name, key.models, key.tokens_per_day, key.refused, key.admin) for key in found] == [

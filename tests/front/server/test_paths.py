@@ -88,7 +88,7 @@ async def test_percent_and_dots_are_not_read_as_slashes():
         assert status == 404 and "there is no /nothing/here" in text
 
 
-async def test_of_the_real_server_too(default_model_path):
+async def test_the_real_server_reads_odd_paths_too(default_model_path):
     with server(default_model_path) as (_, url):
         status, text, _ = await asked(url, "GET", "//v1//models")
         assert status == 200 and "SmolLM2" in text
