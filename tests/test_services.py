@@ -73,7 +73,7 @@ def check_container(text):
 
 
 def test_the_container_s_file_fits_the_program():
-    """Each line does."""
+    """Every line of it fits."""
     check_container(CONTAINER)
 
 
@@ -88,7 +88,7 @@ def test_a_line_that_does_not_fit_is_found(line, other):
 
 
 def test_the_container_s_start_is_understood():
-    """Its words are."""
+    """The command line reads its words."""
     for words in re.findall(r"podman run .*? chat_server( --.*?)?(?:  |\n|`)", CONTAINER + DEPLOYMENT):
         parse_command_line(shlex.split(words), {})
 

@@ -285,7 +285,7 @@ async def test_messages_limit_their_stop_sequences_alike(client):
 
 
 async def test_one_of_many_stop_strings_ends_an_answer(client, url):
-    """It is a real one."""
+    """The answer is a real one."""
     stops = [f"<|{number}|>" for number in range(13)]
     for path in (MESSAGES, "/api/chat", "/api/generate"):
         async with client.post(url + path, json=BODIES[path] | {"stream": False, "stop_sequences": [*stops, "Tok"], "max_tokens": 20,

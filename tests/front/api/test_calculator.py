@@ -363,7 +363,7 @@ async def test_impossible_calls_are_refused_with_a_reason(url, client):
 
 
 async def test_a_cut_call_is_written_again(seen, url, client):
-    """It is when its answer goes on."""
+    """That happens when its answer goes on."""
     path, found = url + "/v1/chat/completions", 0
     for most in range(2, 40, 3):
         drawn = drawing(Chat, 7, (*ALL_MARKS[:2], *b"12+x"), max_tokens=most)

@@ -69,7 +69,7 @@ def test_numbers_and_base64_are_the_same_floats(url):
 
 
 def test_texts_and_token_ids_are_the_same_input(url):
-    """They are alone and in lists."""
+    """They come alone or in lists."""
     ids = json.load(post(url + "/tokenize", {"content": TEXTS[0]}))["tokens"]
     wanted = vector_of(embedded(url, input=TEXTS[0]))
     for given in (ids, [ids], [TEXTS[0]], [TEXTS[0], ids], [[1], ids]):
@@ -124,7 +124,7 @@ def vectors_in(answer):
 
 
 def test_the_width_is_that_of_the_model(tmp_path):
-    """It is even where kernels compute a wider one."""
+    """Kernels may compute a wider one."""
     numbers = LLAMA_NUMBERS | {"llama.embedding_length": 72, "llama.feed_forward_length": 80}
     path = write_gguf(tmp_path / "odd.gguf", random_llama(numbers=numbers), numbers, small_gguf_metadata("gpt-2"))
     with server(path) as (_, url):

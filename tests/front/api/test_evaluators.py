@@ -91,7 +91,7 @@ def test_prompt_logprobs_may_begin_at_a_token(url):
 
 
 def test_named_tokens_are_among_the_logprobs(url):
-    """They are however unlikely."""
+    """They are there however unlikely they are."""
     letters = [call(url, "/tokenize", {"content": letter})[2]["tokens"][0] for letter in "ABCD"]
     for path, more in ((COMPLETIONS, {"logprobs": 1}), ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 1})):
         found = ask(url, path, logprob_token_ids=letters, max_tokens=1, return_token_ids=True, **more)["choices"][0]["logprobs"]["content"][0]

@@ -249,7 +249,7 @@ def test_an_effort_that_no_template_knows_is_named(route, more, name):
 
 
 async def test_the_header_names_ignored_fields_everywhere(client):
-    """It does in streams, whole answers and for large bodies."""
+    """Streams, whole answers and large bodies have it."""
     async with serving(FakePool()) as url:
         async def header(path, **more):
             async with client.post(url + path, json=BASE[path] | more) as response:

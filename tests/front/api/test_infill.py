@@ -521,7 +521,7 @@ def test_without_the_tokens_http_says_so(nanochat_fixtures):
 
 
 def test_a_base_model_continues_a_large_question(tmp_path):
-    """It does as it continues a small one."""
+    """It continues it like a small one."""
     save(make_model("qwen2", max_position_embeddings=1024), tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     with server(tmp_path) as (_, url):

@@ -57,7 +57,7 @@ async def test_extra_parameters_pass(client, pool):
 
 
 async def test_choices_and_logprobs_parse_everywhere(client, pool):
-    """They do in streams and whole."""
+    """They parse in streams and whole."""
     entry = TokenLogprob(72, -0.5, ((72, -0.5), (105, -1.25)))
     pool.pieces = [said("H", tokens=(72,), logprobs=(entry,)), said("i", tokens=(105,), logprobs=(TokenLogprob(105, -2.0),))]
     wanted = dict(model="fake-model", messages=HI, n=2, logprobs=True, top_logprobs=2)

@@ -391,7 +391,7 @@ def test_an_echo_has_an_entry_for_every_token(url, ending, streamed):
 
 
 def test_offsets_count_special_tokens_in_prompts(url):
-    """They do where the prompt spells them."""
+    """They count where the prompt spells them."""
     choice = ask(url, COMPLETIONS, prompt="<|im_start|>user\nOne é<|im_end|>\ntwo", echo=True, logprobs=0, max_tokens=2)["choices"][0]
     tokens, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
     assert "<|im_end|>" in tokens and [choice["text"][a:b] for a, b in zip(offsets, [*offsets[1:], None])] == tokens

@@ -45,7 +45,7 @@ def of_text(response):
 
 
 def test_responses_have_the_logprobs_of_chats(url):
-    """They do whole and in every event."""
+    """Whole answers and every event have them."""
     need_exact(url)
     wanted = ask(url, messages=[{"role": "user", "content": HI}], max_tokens=20, logprobs=True, top_logprobs=2)["choices"][0]
     status, headers, whole = asked(url, include=[LOGPROBS], top_logprobs=2)

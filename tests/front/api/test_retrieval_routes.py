@@ -132,7 +132,7 @@ def test_a_too_long_text_is_refused_or_cut(models, url):
 
 
 def test_documents_rank_by_transformers_scores(models, url):
-    """They do in each API's format."""
+    """Each API has its own format."""
     _, reranker, tokenizer, _ = models
     raw = [score(reranker, tokenizer, "what is deep?", document)[0] for document in DOCUMENTS]
     order = sorted(range(3), key=lambda index: -raw[index])

@@ -127,7 +127,7 @@ def test_without_thinking_the_first_block_is_text(url):
 
 
 def test_tokens_count_as_the_prompt_has_them(url):
-    """They do whether it thinks or not."""
+    """It may think or not."""
     counts = []
     for more in ({}, {"thinking": {"type": "disabled"}}, {"thinking": {"type": "enabled", "budget_tokens": 4}}):
         _, body = message(url, **more)

@@ -260,7 +260,7 @@ async def test_a_too_long_item_loses_its_beginning(start_pool, tmp_path):
 
 
 def test_the_eval_command_prints_a_table_or_json(nanochat_fixtures, tmp_path):
-    """It does here and through a server."""
+    """It runs here or through a server."""
     bundle, model = write_bundle(tmp_path / "bundle"), nanochat_fixtures / "gen5"
     code, table, errors = run_eval(model, "--dtype", "float32", "--suite", bundle, home=tmp_path)
     assert code == 0, errors

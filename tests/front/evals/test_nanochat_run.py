@@ -45,7 +45,7 @@ def test_items_are_equal_but_for_near_ties():
 
 
 def test_answers_are_equal_up_to_a_near_tie():
-    """They are to the first token that other arithmetic may change."""
+    """They are equal to the first token that other arithmetic may change."""
     assert compared_answers("tokens", [answer([1, 2, 3])], [[1, 2, 3]]) == ("tokens", "3 tokens", "3 tokens", "3 of 3 equal", True)
     assert not compared_answers("tokens", [answer([1, 2, 3])], [[1, 2, 4]]).fine
     tie = compared_answers("tokens", [answer([1, 2, 3], [1.0, 1e-4, 1.0]), answer([5])], [[1, 9], [5]])

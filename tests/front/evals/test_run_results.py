@@ -323,7 +323,7 @@ async def test_of_other_flags_the_last_result_is_shown():
 
 @pytest.mark.parametrize("name", ["pipe", "folder", "link"])
 async def test_what_is_no_file_is_left_alone(run_folder, watching, tmp_path, caplog, name):
-    """It is in the folder of results."""
+    """It lies in the folder of results."""
     list(tiny_training.train(run_folder, 20, 20))
     flags = asked(tmp_path)
     path = tmp_path / "results" / f"run-{RUN}.jsonl"

@@ -163,7 +163,7 @@ async def test_a_wrong_front_gets_no_other_client_s_body(models, intake, caplog)
 
 @pytest.mark.parametrize("model, fails", [("one", False), ("nobody", True)])
 async def test_a_body_is_forgotten_once_read(models, intake, crossings, model, fails):
-    """It is also where its model is not there."""
+    """One whose model is not there is forgotten too."""
     sandbox = models.find("").pool.admission.sandboxes["bodies"].sandbox
     if fails:
         with pytest.raises(RequestError):

@@ -111,7 +111,7 @@ async def test_changed_files_end_a_dead_worker_s_answer(
 
 
 async def test_a_living_replica_keeps_the_old_files(start, model, versions, client):
-    """It does until it is idle."""
+    """It keeps them until it is idle."""
     pool = await start(num_workers=2)
     await all_ready(pool)
     async with served(pool) as url:

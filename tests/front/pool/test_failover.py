@@ -475,7 +475,7 @@ async def test_a_worker_that_hangs_in_an_answer_is_replaced(start_pool, workers)
 
 @pytest.mark.slow
 async def test_an_idle_hanging_worker_is_replaced(start_pool):
-    """It is before anybody asks."""
+    """That happens before anybody asks."""
     pool = await start_pool(worker_command=(sys.executable, "-B", *PROCESS_COMMAND[1:]))        # not a forked one
     (worker,) = pool.workers
     os.kill(worker.process.pid, signal.SIGSTOP)

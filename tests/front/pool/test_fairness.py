@@ -109,7 +109,7 @@ def test_a_client_s_pile_delays_others_by_one_job():
 
 
 def test_low_priority_waits_and_takes_turns():
-    """It does until nothing else waits."""
+    """It waits until nothing else does."""
     queue = WaitingQueue()
     for name in "l1 l2 a1 m1 a2 b1".split():
         queue.append(job(name, name[0], low=name[0] in "lm"))
@@ -131,7 +131,7 @@ def test_the_client_with_fewest_rows_is_next():
 
 
 def test_jobs_of_a_dead_worker_go_first():
-    """They do in the background too."""
+    """The background has the same rule."""
     queue = WaitingQueue()
     for waiting in (job("a1", "a"), job("l1", "l", low=True, deaths=1), job("b1", "b", deaths=2), job("l2", "l", low=True, deaths=1)):
         queue.append(waiting)
@@ -373,7 +373,7 @@ async def test_a_killing_background_answer_runs_alone():
 
 
 async def test_an_answer_set_aside_is_the_same(start_pool):
-    """It is to the last word."""
+    """Not a word differs."""
     async def said(pool, name, client, tokens):
         wanted = asked(name, prompts=("The sea is",), max_tokens=tokens, client=client, ignore_eos=True,
                          sampling=SamplingParams(seed=5, temperature=1.0))

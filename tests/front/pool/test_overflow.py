@@ -66,7 +66,7 @@ async def test_whole_turns_go_and_no_more_than_needed(start_pool):
 
 
 async def test_a_last_message_too_long_alone_is_refused(start_pool):
-    """It is even where turns may go."""
+    """Even dropping turns does not help."""
     pool = await start_pool(context_length=128)
     messages = talk("q" * 30, "a" * 30, "l" * 200)
     with pytest.raises(RequestError, match=f"is 128 tokens. However, your messages resulted in {tokens_of(pool, messages[2:])} tokens"):
@@ -86,7 +86,7 @@ async def test_too_many_messages_never_reach_the_template(start_pool, monkeypatc
 
 
 async def test_short_messages_are_rendered_off_the_loop(start_pool, monkeypatch):
-    """They are many."""
+    """There are many of them."""
     pool = await start_pool()
     threads, render = [], pool.tokenizer.render
 

@@ -140,7 +140,7 @@ async def test_a_supervisor_hears_ready_and_end():
 
 
 async def test_a_broken_template_ends_the_start_early():
-    """It does before the weights are read."""
+    """The weights have not been read then."""
     placement = PlayedPlacement(ModelText(TextSpec("letters", b"", "broken")), Loading("weights", 0.1))     # a card never comes
     supervisor, _, cards = supervisor_of(placement)
     supervisor.run("running it", lambda: supervisor.keep_alive(placement.workers[0]))

@@ -71,7 +71,7 @@ async def test_a_death_with_own_positions_changes_no_token(seeing_pool, tmp_path
 
 @pytest.mark.parametrize("kind", ["lfm2_vl", "gemma3", "gemma4-small"])
 async def test_other_families_answer_the_same_again(seeing_pool, kind, tmp_path, tmp_path_factory):
-    """They do after a death and from the cache."""
+    """They answer so after a death and from the cache."""
     folder = tmp_path_factory.mktemp(kind)
     save_family(folder, kind, FAMILIES[kind][0]())
     pool = await seeing_pool(model=str(folder), num_workers=2)

@@ -88,7 +88,7 @@ async def test_a_second_model_drafts_after_a_restore(start_pool, tmp_path, nanoc
 
 
 async def test_a_server_restores_its_predecessor_s_store(start_pool, tmp_path):
-    """It does for the same owner alone."""
+    """The same owner alone has it."""
     pool = await start_pool(prefix_store=str(tmp_path / "store"), prefix_memory=0)
     text, _ = await answer(pool, "first", owner="alice")
     await pool.close()
@@ -186,7 +186,7 @@ async def test_without_prefix_memory_nothing_is_kept(start_pool):
 
 
 def test_settings_say_how_much_prefixes_get():
-    """It is memory."""
+    """They say how much memory."""
     assert memory_for(Settings(prefix_memory=5 << 20)) == 5 << 20 and memory_for(Settings(command="chat")) == 0
     assert memory_for(Settings(prefix_memory=0, prefix_store="x")) == STAGING_BYTES and memory_for(Settings(ray_address="auto")) == 0
     assert 0 < memory_for(Settings()) < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 10

@@ -117,7 +117,7 @@ PAGED = {name: {"cache": 3} for name in "ab"}
 
 
 async def test_idle_kv_pages_go_before_weights(clock):
-    """They do where they suffice."""
+    """They go alone where they suffice."""
     models = Models(clock, 16, {"a": 8, "b": 8, "c": 2}, **PAGED)
     a, b = models.by_name["a"], models.by_name["b"]
     models.serve("a"), models.serve("b")
@@ -228,7 +228,7 @@ async def test_idle_time_begins_with_the_last_answer_s_end(clock):
 
 
 async def test_a_model_that_dies_leaving_comes_back(clock):
-    """It does for its answer."""
+    """It comes back for its answer."""
     models = Models(clock, 10, {"a": 8, "b": 8})
     job = models.answering("a")
     waiting = models.ask("b")

@@ -53,7 +53,7 @@ async def until(condition):
 
 
 async def test_a_model_too_large_beside_a_pin_is_refused(start_pinned, nanochat_fixtures, client, caplog):
-    """It is again whenever it is tried."""
+    """Each later try is refused too."""
     models = await start_pinned(ModelChoice(str(nanochat_fixtures / "gen5"), "other"))
     models.RETRY_S = 0.0
     async with serving(models, models.settings) as url:
@@ -146,7 +146,7 @@ class Places:
 
 
 def test_every_admitted_model_fits_beside_the_pins():
-    """It does in whatever order they come."""
+    """They may come in any order."""
     places = Places(100)
     places.admit("a", 60, pinned=True)
     places.admit("b", 40)

@@ -160,7 +160,7 @@ async def test_a_grammar_is_checked_once_for_each_owner(open_pool, monkeypatch):
 
 
 async def test_requests_being_read_do_not_count_as_waiting(open_pool):
-    """They do not while rows are free."""
+    """This holds while rows are free."""
     pool = await open_pool(Settings(max_queue=0, max_batch=8))
     assert len(await asyncio.gather(*(said(pool, ask(str(number))) for number in range(8)))) == 8
 
@@ -525,7 +525,7 @@ async def test_a_sandbox_that_hangs_early_is_replaced(chat_text, count):
 
 
 async def test_a_task_that_ends_its_sandbox_is_refused(open_pool, started):
-    """It is at once."""
+    """The refusal comes at once."""
     pool = await open_pool(chat_template="{% if messages[0].content == 'trap' %}" + SLOW_TEMPLATE + "{% endif %}hi")
     before = len(started)
     with pytest.raises(RequestError, match="too complex"):
@@ -550,7 +550,7 @@ async def test_a_sandbox_killed_at_work_is_not_asked_again(open_pool, started):
 
 
 async def test_a_task_too_large_to_read_is_refused(chat_text, started):
-    """It is at once; its sandbox cannot read it."""
+    """The refusal comes at once; its sandbox cannot read it."""
     known = Known(Settings(), None)
     sandbox = Sandbox(PROCESS_COMMAND, SandboxConfig(known, replace(chat_text, payload=b""), 64, 5.0, 32 << 20))
     for task in (["check_grammar", "x" * (40 << 20), "a"], ["check_grammar", "\ud800" * (6 << 20), "a"]):

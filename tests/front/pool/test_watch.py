@@ -151,7 +151,7 @@ async def test_bad_checkpoints_are_told_once(
 
 
 async def test_health_says_what_an_empty_folder_waits_for(run_folder, watching, client):
-    """It does without its path."""
+    """It does not show the path."""
     models = await watching(run_folder)
     async with serving(models, models.settings) as url:
         async with client.get(url + "/health") as response:
@@ -250,7 +250,7 @@ async def test_an_overwritten_step_is_waited_for(run_folder, watching, client):
 
 
 async def test_a_refused_checkpoint_becomes_unknown(run_folder, watching, client):
-    """It does once nobody writes it."""
+    """That happens once nobody writes it."""
     list(tiny_training.train(run_folder, 2, 1))
     models = await watching(run_folder)
     async with serving(models, models.settings) as url:

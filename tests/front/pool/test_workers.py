@@ -68,7 +68,7 @@ async def test_a_reader_who_leaves_frees_everything(start_pool, pieces_before_le
 
 
 async def test_an_idle_model_unloads_and_comes_back(start_pool):
-    """It does for the next request."""
+    """It comes back for the next request."""
     pool = await start_pool(idle_unload=0.01)
     (worker,) = pool.workers
     before, pid = await collect(pool, greedy("a")), worker.process.pid

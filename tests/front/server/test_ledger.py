@@ -541,7 +541,7 @@ async def test_models_of_a_key_are_all_that_it_sees():
 
 @pytest.mark.parametrize("roles", [True, False])
 async def test_operators_need_their_role(roles):
-    """They do where any key has one."""
+    """This holds where any key has one."""
     async with serving(FakePool(), Settings(keys=(ALICE, ROOT) if roles else (ALICE,))) as url, client_of(url) as call:
         for path in ("/models/unload", "/models/load", "/models/download", "/models/delete"):
             response, body = await call(path, "a", {"model": "fake-model"})
