@@ -433,7 +433,7 @@ def test_settings_stand_beside_the_chat_and_follow_it(page, stand_in):
     expect(dialog).to_have_count(0)
 
 
-def test_a_slider_stays_within_its_parameter(opened_page):
+def test_a_slider_never_leaves_what_its_parameter_may_be(opened_page):
     wrong = opened_page.evaluate("""() => PARAMETERS.filter(({slider, min, max}) => slider && !(min <= slider[0] && slider[0] < slider[1] && slider[1] <= max && slider[2] > 0))
         .map(({name}) => name)""")
     without = opened_page.evaluate("PARAMETERS.filter(({slider}) => !slider).map(({name}) => name)")
