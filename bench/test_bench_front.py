@@ -22,7 +22,8 @@ def test_many_streams_lose_nothing():
 
 
 @pytest.mark.slow
-def test_readers_that_do_not_read_are_dropped_and_the_others_lose_nothing():
+def test_readers_that_do_not_read_are_dropped():
+    """The others lose nothing."""
     printed = run("--streams", 5, "--seconds", 3, "--slow-readers", 2, "--piece-bytes", 300_000)
     assert "lost events: 0; streams without their end: 0" in printed
     assert re.search(r"dropped before their end: 2 of 2", printed)

@@ -18,7 +18,7 @@ GOAL = load.Goal(ttft_s=0.5, tpot_s=0.1)
 ANSWERS = [load.Answer(1.0, 2.0, (1.2, 1.3, 1.5, 2.0), 10, 9), load.Answer(0.0, 4.0, (1.0, 4.0), 20, 31), load.Answer(2.0, 2.5, error="503")]
 
 
-def test_the_figures_of_known_times():
+def test_known_times_give_known_figures():
     figures = load.figures(ANSWERS, GOAL)
     assert {name: figures[name] for name in ("answers", "failed", "seconds", "tokens", "tokens a message")} == {
         "answers": 2, "failed": 1, "seconds": 4.0, "tokens": 40, "tokens a message": 20}
@@ -27,13 +27,15 @@ def test_the_figures_of_known_times():
     assert {name: figures[name] for name in expected} == pytest.approx(expected)
 
 
-def test_a_load_in_which_everything_failed_has_figures_and_a_plot():
+def test_a_load_that_failed_has_figures_and_a_plot():
+    """Everything in it failed."""
     results = {("batch", "one"): {"answers": ANSWERS[2:], "figures": load.figures(ANSWERS[2:], GOAL)}}
     assert results["batch", "one"]["figures"]["failed"] == 1 and "goodput" in load.table(results)
     tree.fromstring(load.plot(results, GOAL))
 
 
-def test_pieces_are_told_by_their_text_however_the_bytes_are_cut():
+def test_pieces_are_told_however_bytes_are_cut():
+    """They are told by their text."""
     def event(**delta):
         return b"data: " + json.dumps({"choices": [{"delta": delta}]}).encode() + b"\n\n"
     usage = b'data: {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}\n\ndata: [DONE]\n\n'
@@ -45,7 +47,8 @@ def test_pieces_are_told_by_their_text_however_the_bytes_are_cut():
     assert "too much" in load.read_answer((0.0, 9.0, [(1.0, event(content="a") + b'data: {"error": {"message": "too much"}}\n\n')])).error
 
 
-def test_poisson_arrivals_have_their_rate_and_are_the_same_for_each_server():
+def test_poisson_arrivals_have_their_rate():
+    """They are the same for each server."""
     arrivals = load.poisson_arrivals(50, 100, "seed")
     assert arrivals == load.poisson_arrivals(50, 100, "seed") == sorted(arrivals) and arrivals[-1] < 100
     assert abs(len(arrivals) - 5000) < 4 * 5000 ** 0.5     # a false alarm in 16,000
@@ -71,7 +74,7 @@ BOX = {"step_ms": {"1": 10.0, "11": 20.0}, "serial_ms": {"1": 0.0}, "broadcast_m
        "links": {"node": {"latency_us": 0, "GB_per_s": 1e9}, "net": {"latency_us": 1000, "GB_per_s": 1e9}}, "ranks_per_node": 8, "front_ms": {"1": 1e-6}}
 
 
-def test_links_that_cost_nothing_scale_as_the_arithmetic_says():
+def test_free_links_scale_as_the_arithmetic_says():
     assert scale_model.at(6, BOX["step_ms"]) == 15 and scale_model.at(21, BOX["step_ms"]) == 30 and scale_model.at(1, {"4": 3.0}) == 3.0
     assert scale_model.predicted(BOX, 1, 1, 1, 11) == pytest.approx((550, 50, 20))
     assert scale_model.predicted(BOX, 2, 1, 1, 22) == pytest.approx((1100, 50, 20))         # twice as many clients on two replicas
@@ -82,7 +85,8 @@ def test_links_that_cost_nothing_scale_as_the_arithmetic_says():
     assert [scale_model.predicted(slower, 2, 1, 1, count)[0] for count in (1, 2)] == pytest.approx([100, 100])      # and delay nobody
 
 
-def test_what_cannot_be_shared_and_the_links_bound_it():
+def test_links_and_what_is_not_shared_bound_it():
+    """What cannot be shared and the links bound it."""
     serial = BOX | {"serial_ms": {"1": 10.0}}
     assert scale_model.predicted(serial, 8, 8, 1, 1)[2] == pytest.approx(10)
     assert scale_model.predicted(BOX | {"ranks_per_node": 1}, 2, 2, 1, 1)[2] == pytest.approx(5 + 2 * 4 + 1)    # 9 exchanges of 1 ms
@@ -99,7 +103,8 @@ def test_what_else_takes_time_from_the_ranks():
         == pytest.approx([10, 10, 14, 9])
 
 
-def test_a_steps_uneven_shares_and_times_between_samples():
+def test_uneven_shares_slow_a_step_down():
+    """Times between samples are interpolated."""
     spec = SimpleNamespace(width=4, head_size=2, heads=3, kv_heads=3, layers=1, ffn_size=8, vocab_size=0)      # 96 weights in attention, 96 elsewhere
     assert [scale_model.unevenness(spec, tp) for tp in (1, 2, 3)] == pytest.approx([1, (96 * 4 / 3 + 96) / 192, 1])
     assert [scale_model.at_time(at_s, (0.0, 1.0, 3.0), (5, 6, 10)) for at_s in (0.5, 2.0, 4.0)] == [5.5, 8.0, 12.0]

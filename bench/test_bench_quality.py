@@ -22,5 +22,6 @@ def mean_kl(flags, rows):
                                          *((f"--quantize {kind}", 3e-4) for kind in (
                                              "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs",
                                              "mxfp4", "q3_k", "q2_k"))])
-def test_the_compiled_arithmetic_is_near_float32_on_its_own_weights_and_decodes_as_it_prefills(flags, most):
+def test_compiled_arithmetic_is_near_float32(flags, most):
+    """It has its own weights, and decodes as it prefills."""
     assert mean_kl(flags, rows=1) == mean_kl(flags, rows=32) < most

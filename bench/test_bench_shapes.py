@@ -46,7 +46,8 @@ def small_file(request, tmp_path_factory):
     return path, shape
 
 
-def test_a_small_file_of_each_shape_opens_and_its_logits_are_those_of_a_model(small_file):
+def test_a_small_file_of_each_shape_opens(small_file):
+    """Its logits are those of a model."""
     path, shape = small_file
     if shape.arch not in GGUF_FAMILIES:
         pytest.skip(f"{shape.arch} is not read yet")
@@ -58,7 +59,8 @@ def test_a_small_file_of_each_shape_opens_and_its_logits_are_those_of_a_model(sm
     assert logits.argmax(-1).unique().numel() > 1 and (logits.argmax(-1) != torch.tensor(prompt[9::10])).any()
 
 
-def test_states_forget_within_one_to_a_thousand_tokens_and_norms_are_ones(small_file):
+def test_states_forget_within_1000_tokens(small_file):
+    """They take at least one, and norms are ones."""
     tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(small_file[0]).tensors}
     assert all(np.isfinite(np.asarray(values, np.float32)).all() for values in tensors.values())
     for name, steps in tensors.items():
@@ -70,7 +72,7 @@ def test_states_forget_within_one_to_a_thousand_tokens_and_norms_are_ones(small_
 
 
 @pytest.mark.parametrize("name", ["qwen3.6-35b-a3b", "gemma-4-26b-a4b"])
-def test_a_file_of_few_experts_becomes_the_file_of_all(name, tmp_path):
+def test_a_file_of_few_experts_becomes_that_of_all(name, tmp_path):
     shape = reduced(family_shapes.SHAPES[name])
     few, many = (shape._replace(numbers=shape.numbers | {"expert_count": count}) for count in (family_shapes.FEW, 4 * family_shapes.FEW))
     family_shapes.write(tmp_path / "few.gguf", name, few, write_gguf(tmp_path / "tokenizer.gguf", {}, {}))
@@ -85,7 +87,7 @@ def test_a_file_of_few_experts_becomes_the_file_of_all(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gemma-4-e4b", "gemma-4-26b-a4b"])
-def test_layers_of_gemma_have_the_heads_of_their_kind(name):
+def test_layers_of_gemma_have_their_kind_s_heads(name):
     sizes = family_shapes.tensors(family_shapes.SHAPES[name], 49152)
     heads = {"gemma-4-e4b": [(8, 2), (8, 2)], "gemma-4-26b-a4b": [(16, 8), (16, 2)]}[name]
     sliding, full = ("blk.0.", "blk.1." if name == "gemma-4-e4b" else "blk.3.")
@@ -96,7 +98,8 @@ def test_layers_of_gemma_have_the_heads_of_their_kind(name):
 
 
 @pytest.mark.slow
-def test_a_second_turn_of_the_default_model_finds_the_first_in_the_cache():
+def test_a_second_turn_finds_the_first_in_the_cache():
+    """The default model has it."""
     command = [sys.executable, family_shapes.ROOT / "bench" / "compare.py", "--ours-only", "--only", "turn-2000", "--rounds", "1",
                "--server-args=--no-drafts"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

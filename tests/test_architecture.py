@@ -68,7 +68,7 @@ def wrong(text: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_what_a_change_touches_is_where_the_table_says(what):
+def test_a_change_touches_what_the_table_says(what):
     places = named(CHANGES[what])
     assert len(places) > 1 and wrong(CHANGES[what]) == []
 
@@ -98,7 +98,7 @@ def hunks(text: str) -> list[tuple[str, str]]:
     return found
 
 
-def test_the_diffs_of_changes_that_are_worked_through_still_fit():
+def test_the_diffs_of_worked_changes_still_fit():
     diffs = hunks((ROOT / "docs/changes.md").read_text(encoding="utf-8"))
     assert len(diffs) > 8
     for path, lines in diffs:
@@ -121,7 +121,8 @@ PROSE = ["The catalogue", "Versions", "Downloads", "Adapters", "Texts beside ans
 
 
 @pytest.mark.parametrize("title", PROSE)
-def test_names_in_prose_are_in_one_of_the_modules_that_it_names(title):
+def test_names_in_prose_are_in_the_modules_named(title):
+    """They are in one of the modules that it names."""
     text = re.sub("`linear`", "", SECTIONS[title])      # an op
     places = {path_of(place) for place, _ in named(text)}
     assert len(places) > 1 and [name for _, name in named(text) if name and not any(defines(place, name) for place in places)] == []
@@ -151,7 +152,7 @@ def test_the_page_of_loading_names_what_is_there():
     assert [name for _, name in words if name and not defines(ROOT / "chatlm", name)] == []
 
 
-def test_the_steps_of_the_usual_changes_name_what_is_there():
+def test_steps_of_usual_changes_name_what_is_there():
     steps = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("\n### Add a route")[1]
     assert len(named(steps)) > 30 and wrong(steps) == []
 
@@ -181,7 +182,7 @@ def test_each_package_says_what_it_is_for():
             assert "Never in here: " in text, path
 
 
-def test_the_layers_are_those_that_the_linter_checks():
+def test_the_layers_are_those_the_linter_checks():
     linter = configparser.ConfigParser()
     linter.read(ROOT / ".importlinter")
     contracts = {section["containers"]: " > ".join(section["layers"].split("\n")[1:])
@@ -196,14 +197,15 @@ def test_every_role_is_in_the_table_of_processes():
     assert {role: f"{module.replace('/', '.')}:{function}" for role, module, function in rows if role != "front"} == roles
 
 
-def test_the_life_of_a_request_in_the_manual_names_real_functions():
+def test_the_manual_s_life_of_a_request_is_real():
+    """It names real functions."""
     life = MANUAL.split("Life of a request")[1].split("docs/architecture.md")[0]
     names = re.findall(r"[A-Za-z_]+(?:\.[a-z_]+)?", re.sub(r"(front|worker) process", "", life))
     known = {name for path in MODULES for name in definitions(path)}
     assert len(names) > 25 and set(names) <= known
 
 
-def test_the_glossary_of_the_manual_names_what_is_there():
+def test_the_manual_s_glossary_names_what_is_there():
     names = re.findall(r"`([A-Za-z_]+)`", MANUAL.split("Glossary")[1].split("A worker that dies")[0])
     known = {known for path in MODULES for known in definitions(path)}
     assert len(names) > 10 and [name for name in names if name not in known] == ["n"]

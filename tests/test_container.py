@@ -77,7 +77,8 @@ def podman(tmp_path):
         shutil.rmtree(running, ignore_errors=True)
 
 
-def test_the_image_is_built_answers_as_a_user_of_its_own_and_stops_at_once(podman, tmp_path):
+def test_the_image_is_built_and_answers(podman, tmp_path):
+    """It has a user of its own and stops at once."""
     command, limits, base = podman
     text = (ROOT / "Containerfile").read_text()
     (tmp_path / "Containerfile").write_text(re.sub(r"(?m)^FROM \S+", f"FROM {base}", text))

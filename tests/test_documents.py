@@ -70,7 +70,7 @@ def commands(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", [*TODAY, *HISTORY], ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_link_within_the_repository_leads_somewhere(path):
+def test_every_link_in_the_repository_leads_somewhere(path):
     assert broken_links(path, text_of(path)) == []
 
 
@@ -150,7 +150,8 @@ def test_the_page_of_flags_is_made_from_the_table():
     assert all(f"| `--{flag.names[0]}`" in module.page() for flag in FLAGS)
 
 
-def test_every_route_is_in_the_page_of_apis_and_its_curls_send_fields_that_exist():
+def test_every_route_is_in_the_page_of_apis():
+    """Its curls send fields that exist."""
     text = text_of(ROOT / "docs/api.md")
     routes = {}
     for route in chat_server.ROUTES:
@@ -173,7 +174,8 @@ def test_every_route_is_in_the_page_of_apis_and_its_curls_send_fields_that_exist
     assert {field.name for field in CONSTRAINT_FIELDS} <= {*constraints}
 
 
-def test_the_table_of_families_is_made_from_the_rows_of_the_program_and_of_the_tests():
+def test_the_table_of_families_is_made_from_rows():
+    """They are those of the program and of the tests."""
     module, text = script_of_docs("families"), text_of(ROOT / "docs/models.md")
     assert text == module.page(text), "run python docs/families.py"
     table = text.split("| family |")[1].split("\n\n")[0]

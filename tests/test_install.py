@@ -42,7 +42,8 @@ def files_of(folder, pattern="*"):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob(pattern) if path.is_file() and "__pycache__" not in path.parts}
 
 
-def test_everything_is_installed_and_makes_the_same_bundle(checkout, tmp_path):
+def test_an_installation_makes_the_same_bundle(checkout, tmp_path):
+    """Everything is installed."""
     site = installed(checkout, tmp_path / "site")
     assert files_of(site / "chatlm", "*.py") == files_of(CHECKOUT / "chatlm", "*.py")
     assert files_of(site / "chatlm/static") == files_of(CHECKOUT / "static")
@@ -61,7 +62,8 @@ def other_seen(*arguments, **more):
     return subprocess.run([sys.executable, "-S", *map(str, arguments)], capture_output=True, text=True, check=True, timeout=60, **more).stdout.strip()
 
 
-def test_a_chatlm_elsewhere_that_differs_is_found_and_an_equal_one_is_not(checkout, tmp_path):
+def test_another_chatlm_that_differs_is_found(checkout, tmp_path):
+    """An equal one is not."""
     site = installed(checkout, tmp_path / "site")
     look = "import sys; sys.path[0] = {!r}; from chatlm.common.program import other_program; print(other_program())"
     ours, theirs, environment = look.format(str(checkout)), look.format(str(site)), os.environ | {"PYTHONPATH": str(site)}
@@ -75,7 +77,8 @@ def test_a_chatlm_elsewhere_that_differs_is_found_and_an_equal_one_is_not(checko
         shutil.copy(checkout / changed, site / changed)
 
 
-def test_a_checkout_that_differs_from_the_installed_chatlm_says_so_in_one_line_of_the_log(checkout, tmp_path, nanochat_fixtures):
+def test_a_differing_checkout_says_so_in_the_log(checkout, tmp_path, nanochat_fixtures):
+    """It differs from the installed chatlm, and the log has one line."""
     site = installed(checkout, tmp_path / "site")
     with open(checkout / "chatlm/common/log.py", "a") as file:
         file.write("# an edit\n")
@@ -88,14 +91,14 @@ def test_a_checkout_that_differs_from_the_installed_chatlm_says_so_in_one_line_o
     assert sum("differs" in line for line in log) == 1
 
 
-def test_a_bundle_does_not_look_for_another_chatlm(monkeypatch, tmp_path):
+def test_a_bundle_looks_for_no_other_chatlm(monkeypatch, tmp_path):
     monkeypatch.setattr(program, "program_root", lambda: Path(__file__))
     monkeypatch.setattr(sys, "path", ["", str(CHECKOUT)])
     assert program.other_program() is None
 
 
 @pytest.mark.parametrize("safe", ["", "1"])
-def test_children_find_pythons_own_modules_before_others(safe, tmp_path):
+def test_children_find_pythons_own_modules_first(safe, tmp_path):
     """The root of a checkout comes first; site-packages, the root of an installation, stays behind Python's library, and
     the current folder is nowhere."""
     root, here = tmp_path / "site", tmp_path / "here"
@@ -113,7 +116,8 @@ def test_children_find_pythons_own_modules_before_others(safe, tmp_path):
 
 
 @pytest.mark.slow
-def test_pip_installs_a_command_that_serves_from_another_folder(checkout, tmp_path, nanochat_fixtures):
+def test_pip_installs_a_command_that_serves(checkout, tmp_path, nanochat_fixtures):
+    """It serves from another folder."""
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True, timeout=60)
     (site,) = venv.glob("lib/python*/site-packages")

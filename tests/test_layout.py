@@ -65,7 +65,8 @@ def hidden_methods(node, kind):
     return {(kind.__name__, name) for name in stored if inspect.isfunction(inspect.getattr_static(kind, name, None))}
 
 
-def test_no_class_replaces_a_method_of_its_base_by_accident():
+def test_no_class_replaces_a_method_by_accident():
+    """The method is its base's."""
     classes = our_classes()
     assert len(classes) > 100 and [each for kind in classes for each in accidents(kind)] == []
     defined = [(node, kind) for node in nodes(ast.ClassDef) for kind in classes if kind.__name__ == node.name]
@@ -107,7 +108,8 @@ def test_every_background_task_is_supervised():
                     assert isinstance(work, ast.Call) and work.func.id == "supervised", call.lineno
 
 
-def test_the_flags_names_are_unique_and_their_settings_cross_a_pipe():
+def test_flags_have_unique_names():
+    """Their settings cross a pipe."""
     names = [flag.field for flag in FLAGS]
     assert len(set(names) | {"command", "model", "keys"}) == len(names) + 3
     settings = Settings(model="m", port=1)

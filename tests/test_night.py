@@ -23,7 +23,7 @@ def modules_of(path):
     return {path} if path.suffix == ".py" else {*path.rglob("test_*.py")}
 
 
-def test_every_test_module_is_in_one_part_of_the_night():
+def test_every_test_module_is_in_one_part_of_a_night():
     found = Counter()
     for part in PARTS.values():
         for pattern in part.split():
@@ -41,7 +41,8 @@ def test_a_word_that_ci_does_not_know_is_refused(words):
     assert (done.returncode, done.stdout) == (2, "") and "usage: .ci/run [nightly" in done.stderr
 
 
-def test_a_night_is_told_in_rows_and_fails_if_a_test_has_failed(tmp_path):
+def test_a_night_with_a_failed_test_fails(tmp_path):
+    """It is told in rows."""
     (tmp_path / "test_it.py").write_text(TESTS)
     xml = tmp_path / "night.xml"
     subprocess.run([sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", tmp_path, f"--junitxml={xml}", tmp_path], capture_output=True)

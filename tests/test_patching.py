@@ -20,7 +20,8 @@ def modules(monkeypatch):
     return types.SimpleNamespace(**found)
 
 
-def test_every_module_that_imported_an_object_gets_the_other_one_until_the_end(modules):
+def test_a_patch_reaches_every_importer(modules):
+    """Each gets the other object until the end."""
     limit, others = modules.defines.LIMIT, modules.other.LIMIT
     with pytest.MonkeyPatch.context() as monkeypatch:
         patch(monkeypatch, modules.defines, "LIMIT", [2])

@@ -21,14 +21,15 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_it_is_read_in_minutes_and_leads_to_every_other_document():
+def test_the_readme_is_read_in_minutes():
+    """It leads to every other document."""
     assert len(README.encode()) <= 14_000
     for path in (*ROOT.glob("docs/*.md"), *ROOT.glob("[A-Z]*.md"), ROOT / "bench/RESULTS.md", ROOT / "csrc/README.md"):
         assert f"]({path.relative_to(ROOT)}" in README or path.name == "README.md" == str(path.relative_to(ROOT)), path
 
 
 @pytest.mark.parametrize("minor", range(10, 15))
-def test_what_is_pinned_runs_on_every_python_that_is_claimed(minor):
+def test_what_is_pinned_runs_on_every_claimed_python(minor):
     assert 'requires-python = ">=3.10"' in (ROOT / "pyproject.toml").read_text() and "Python 3.10 or newer" in README
     rows = [Requirement(line) for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
     meant = [row for row in rows if row.marker is None or row.marker.evaluate({"python_version": f"3.{minor}"})]
@@ -40,7 +41,8 @@ def test_what_is_pinned_runs_on_every_python_that_is_claimed(minor):
                 assert f"3.{minor}.0" in SpecifierSet(found["Requires-Python"] or ""), row
 
 
-def test_there_are_exactly_two_set_up_and_go_commands_and_ci_runs_the_second():
+def test_there_are_exactly_two_set_up_commands():
+    """They set up and go; CI runs the second."""
     commands = re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)
     assert len(commands) == 2
     assert commands[0].endswith("chat_server.py") and commands[1].endswith("-m pytest -n 2 --dist loadfile")
@@ -48,7 +50,7 @@ def test_there_are_exactly_two_set_up_and_go_commands_and_ci_runs_the_second():
     assert fenced("## Test") == [[commands[1]]]       # all that CI takes from this section
 
 
-def test_its_table_of_apis_names_routes_that_exist():
+def test_the_readme_s_apis_name_real_routes():
     table = README.split("\n## API\n")[1].split("```")[0]
     named = re.findall(r"`(?:GET |POST )?(/[^`]*)`", table)
     assert len(named) > 20 and set(named) <= {route.pattern for route in chat_server.ROUTES}
@@ -66,36 +68,39 @@ def fenced(heading):
     return [block.splitlines() for block in re.findall(r"^```\w*\n(.*?)^```", section, re.MULTILINE | re.DOTALL)]
 
 
-def test_what_is_pasted_into_a_fresh_clone_names_the_python_of_its_environment():
+def test_pasted_commands_name_their_python():
+    """They are for a fresh clone and name the Python of its environment."""
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *ROOT.glob("docs/*.md")):
         bare = re.findall(r"(?<![\w/])python (?:chat_server\.py|bench/|docs/|setup\.py).*", path.read_text(encoding="utf-8"))
         assert bare == [], path
 
 
-def test_it_shows_the_page_first_then_how_to_run_and_use_it_then_models_then_figures():
+def test_the_readme_shows_the_page_first():
+    """Then it shows how to run and use it, then models, then figures."""
     order = ["docs/moving.png", "## Run", "## Use", "### With other programs", "## Models", "## API", "## How it compares", "## Test"]
     places = [README.index(f"\n{part}\n" if part.startswith("#") else part) for part in order]
     assert places == sorted(places)
 
 
 @pytest.mark.parametrize("program", ["Ollama", "LM Studio", "llama-server", "open-webui", "nanochat", "torchchat", "vllm"])
-def test_who_comes_from_another_program_finds_a_row(program):
+def test_who_comes_from_another_program_has_a_row(program):
     table = README.split("| coming from | ")[1].split("\n\n")[0]
     assert re.search(rf"^\| [^|]*{program}", table, re.MULTILINE)
 
 
-def test_flags_of_the_table_for_who_comes_from_elsewhere_exist():
+def test_the_flags_for_newcomers_exist():
+    """They are those of the table for who comes from elsewhere."""
     table = README.split("| coming from | ")[1].split("\n\n")[0]
     words = " ".join(line.split(" | ", 1)[1] for line in table.splitlines()[2:])
     assert {*re.findall(r"--([a-z-]+)", words)} <= {name for flag in FLAGS for name in flag.names}
 
 
 @pytest.mark.parametrize("program", ["open-webui serve", " claude\n", "\ncodex ", "\nOPENAI_API_BASE=", "Continue", "Cursor"])
-def test_the_settings_of_other_programs_are_there_to_copy(program):
+def test_other_programs_settings_are_there_to_copy(program):
     assert program in README.split("### With other programs")[1].split("\n## ")[0]
 
 
-def test_the_key_for_the_network_is_made_and_asked_for(tmp_path, default_model_path):
+def test_the_network_s_key_is_made_and_asked_for(tmp_path, default_model_path):
     (lines,) = [block for block in fenced("## Use") if block[0].startswith("[ -s ~/chat-key.txt ]")]
     script = "\n".join(lines).replace(".venv/bin/python chat_server.py", f"exec {sys.executable} {ROOT}/chat_server.py {default_model_path} --port 0 --host 127.0.0.1")
     for _ in range(2):      # pasted again, it is the same key
@@ -114,7 +119,8 @@ def test_the_key_for_the_network_is_made_and_asked_for(tmp_path, default_model_p
             process.stdout.close()
 
 
-def test_no_sentence_says_that_the_program_is_one_file():
+def test_no_sentence_says_the_program_is_one_file():
+    """No sentence says that the program is one file."""
     documents = [path for folder in ("", "docs/", "csrc/") for path in ROOT.glob(f"{folder}*.md")]
     for path in (*documents, *(ROOT / name for name in ("chat_server.py", "pyproject.toml", "setup.py"))):
         text = path.read_text(encoding="utf-8")

@@ -28,13 +28,13 @@ def defined(name):
 
 
 @pytest.mark.parametrize("what, number, unit, name", LIMITS)
-def test_its_limits_are_the_program_s(what, number, unit, name):
+def test_limits_in_security_md_are_the_program_s(what, number, unit, name):
     first, *rest = name.split(".")
     found = Settings() if first == "Settings" else defined(first)      # without any flag
     assert float(number.replace(",", "")) * UNITS[unit.strip()] == reduce(getattr, rest, found), what
 
 
-def test_every_limit_of_the_program_is_in_it():
+def test_security_md_has_every_limit():
     rows = re.findall(r"^\| .*\|$", TEXT.split("## Limits")[1], re.MULTILINE)
     assert len(LIMITS) == len(rows) - 1 > 30            # all but the heading
     clamped = {"temperature", "top_k", "max_tokens"}        # moved to the edge, not refused
@@ -43,7 +43,8 @@ def test_every_limit_of_the_program_is_in_it():
     assert named == {field.name for field in dataclasses.fields(Limits)} - clamped - inner
 
 
-def test_the_flags_routes_and_files_that_it_names_exist():
+def test_what_security_md_names_exists():
+    """It names flags, routes and files."""
     flags = {f"--{name}" for flag in FLAGS for name in flag.names} | {"--version"}
     flags |= {f"--no-{flag.field}" for flag in FLAGS if flag.default is True or flag.off}
     assert set(re.findall(r"`(--[a-z-]+)", TEXT)) <= flags

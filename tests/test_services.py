@@ -72,7 +72,8 @@ def check_container(text):
     assert url.port == Settings().port and any(route.pattern == url.path and route.open for route in chat_server.ROUTES)
 
 
-def test_each_line_of_the_container_s_file_fits_the_program():
+def test_the_container_s_file_fits_the_program():
+    """Every line of it fits."""
     check_container(CONTAINER)
 
 
@@ -86,12 +87,14 @@ def test_a_line_that_does_not_fit_is_found(line, other):
         check_container(CONTAINER.replace(line, other))
 
 
-def test_the_words_that_start_the_container_are_understood():
+def test_the_container_s_start_is_understood():
+    """The command line reads its words."""
     for words in re.findall(r"podman run .*? chat_server( --.*?)?(?:  |\n|`)", CONTAINER + DEPLOYMENT):
         parse_command_line(shlex.split(words), {})
 
 
-def test_the_systemd_unit_starts_the_installed_command_with_flags_that_exist(tmp_path, monkeypatch):
+def test_the_systemd_unit_starts_with_real_flags(tmp_path, monkeypatch):
+    """It starts the installed command."""
     unit = configparser.ConfigParser(interpolation=None)
     unit.optionxform = str
     unit.read(UNIT)
@@ -124,7 +127,8 @@ def said_by_systemd(unit):
     return "\n".join(line for line in done.stderr.splitlines() if unit.name in line)
 
 
-def test_the_launchd_unit_starts_the_installed_command_with_flags_that_exist(tmp_path):
+def test_the_launchd_unit_starts_with_real_flags(tmp_path):
+    """It starts the installed command."""
     unit = plistlib.loads((ROOT / "docs/services/chat_server.plist").read_bytes())
     command, *words = unit["ProgramArguments"]
     (tmp_path / "toml").write_text("")
@@ -132,7 +136,8 @@ def test_the_launchd_unit_starts_the_installed_command_with_flags_that_exist(tmp
     assert unit["ExitTimeOut"] > parse_command_line([words[0], str(tmp_path / "toml")], {}).drain_timeout
 
 
-def test_the_table_of_files_names_where_the_program_puts_them(monkeypatch, tmp_path):
+def test_the_table_of_files_names_real_places(monkeypatch, tmp_path):
+    """The program puts them there."""
     from chatlm.common import libraries, unpack
     from chatlm.common.hub.default_model import DEFAULT_FILE
     from chatlm.terminal.terminal import state_file
@@ -144,7 +149,7 @@ def test_the_table_of_files_names_where_the_program_puts_them(monkeypatch, tmp_p
         assert f"`~/{place.relative_to(tmp_path)}`" in table, place
 
 
-def test_a_source_archive_has_all_that_a_checkout_builds_tests_and_bundles(tmp_path):
+def test_a_source_archive_has_all_of_a_checkout(tmp_path):
     """The list of files is setuptools' own; a folder that git knows and it leaves out is a mistake."""
     if not (ROOT / ".git").exists() or not shutil.which("git"):
         pytest.skip("this is no checkout")
@@ -164,7 +169,8 @@ def test_the_release_names_what_it_needs():
 
 
 @pytest.mark.parametrize("glibc, fits", [("2.9", True), ("2.28", True), ("2.29", False), ("3.0", False)])
-def test_a_release_with_libraries_for_a_newer_glibc_than_promised_is_refused(glibc, fits, tmp_path):
+def test_libraries_for_a_newer_glibc_are_refused(glibc, fits, tmp_path):
+    """It is newer than a release promises."""
     import runpy
     import zipfile
     from chatlm.common.libraries import ABOUT, Libraries
@@ -179,7 +185,7 @@ def test_a_release_with_libraries_for_a_newer_glibc_than_promised_is_refused(gli
             release["check_bundle"](tmp_path / "x.pyz")
 
 
-def test_a_wheel_is_written_with_fixed_dates_modes_and_order(tmp_path):
+def test_a_wheel_has_fixed_dates_modes_and_order(tmp_path):
     import runpy
     import zipfile
     fixed_zip = runpy.run_path(str(ROOT / "release.py"))["fixed_zip"]

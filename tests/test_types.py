@@ -34,7 +34,7 @@ FAULTS = 3, 4, 10, 11, 12     # its lines
 
 
 @pytest.mark.skipif(importlib.util.find_spec("basedpyright") is None, reason="basedpyright is not installed")
-def test_the_type_checker_finds_only_the_errors_that_are_planted(tmp_path):
+def test_the_type_checker_finds_only_planted_errors(tmp_path):
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["basedpyright"]
     (tmp_path / "planted.py").write_text(PLANTED)
     paths = {name: [str(ROOT / path) for path in settings[name]] for name in ("include", "extraPaths")}
@@ -55,7 +55,8 @@ def ignores(text):
     return re.findall(r"#\s*(?:pyright|type):\s*(?:ignore|basic|strict|off)([^\s,#]*)(.*)", text)
 
 
-def test_what_the_type_checker_must_overlook_has_a_reason():
+def test_what_types_must_overlook_has_a_reason():
+    """The type checker must overlook it."""
     paths = [ROOT / "chat_server.py", *(ROOT / "chatlm").rglob("*.py"), *(ROOT / "csrc/decode_core").glob("*.py*")]
     found = [(path.name, *ignore) for path in paths for ignore in ignores(path.read_text(encoding="utf-8"))]
     assert [each for each in found if not re.fullmatch(r"\[report\w+\]", each[1]) or len(each[2].split()) < 3] == []

@@ -56,7 +56,7 @@ PLANTED = [     # module, import, the contract that it breaks
 LINES = "pool-line", "step-line"     # contracts
 
 
-def test_the_lines_of_the_pool_and_of_the_engines_step_hold_for_types_too(tmp_path):
+def test_the_pool_s_and_engine_s_lines_hold_for_types(tmp_path):
     """Other contracts leave out imports that only types need: where those make a circle, nobody can read one part alone."""
     config = tmp_path / "config"
     config.write_text((ROOT / ".importlinter").read_text().replace("exclude_type_checking_imports = True", "exclude_type_checking_imports = False"))
@@ -118,7 +118,8 @@ signal.signal(signal.SIGUSR1, tell)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads command lines in /proc")
-def test_no_process_has_imported_what_is_for_another_house(nanochat_fixtures, tmp_path):
+def test_no_process_imports_another_house_s_modules(nanochat_fixtures, tmp_path):
+    """No process has imported what is for another house."""
     (tmp_path / "sitecustomize.py").write_text(SPY)
     spied = {"SPY": str(tmp_path), "PYTHONPATH": str(tmp_path)}
     with server(nanochat_fixtures / "gen5", "--tp", "2", env=os.environ | spied) as (process, url):
@@ -145,10 +146,12 @@ def test_no_process_has_imported_what_is_for_another_house(nanochat_fixtures, tm
     assert ("torch" in modules["worker"] | modules["rank"]) == (decode_core() is None)
 
 
-def test_a_worker_joins_its_parent_before_it_imports_libraries():
+def test_a_worker_joins_its_parent_before_libraries():
+    """It imports them afterwards."""
     code = "import sys; from chatlm.worker import entry; print(sorted({'torch', 'numpy', 'gguf'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split() == ["[]"]
 
 
-def test_the_names_of_activations_without_gates_are_those_that_have_a_reference():
+def test_activations_without_gates_have_a_reference():
+    """Their names are those that have one."""
     assert set(UNGATED) == set(basic.UNGATED) and not set(UNGATED) & set(basic.GATES)

@@ -43,7 +43,7 @@ def test_stop_ends_the_answer_and_keeps_its_text(page, server_url):
     expect(button(page, "Regenerate")).to_be_enabled()
 
 
-def test_a_real_answer_goes_on_after_a_reload_and_can_be_stopped(page, server_url):
+def test_a_real_answer_goes_on_after_a_reload(page, server_url):
     open_page(page, server_url)
     command(page, "/seed 3")        # of a story that does not end by itself
     ask(page, "Write a very long story about a river, with many chapters.")
@@ -64,7 +64,7 @@ def test_escape_stops_the_answer_too(page, server_url):
     expect(answers(page)).to_contain_text("stopped")
 
 
-def test_an_edited_question_is_asked_anew_and_the_old_one_stays_beside_it(page, server_url):
+def test_an_edited_question_keeps_the_old_one_beside(page, server_url):
     open_page(page, server_url)
     command(page, "/temperature 0")
     command(page, "/maxtokens 24")
@@ -82,7 +82,7 @@ def test_an_edited_question_is_asked_anew_and_the_old_one_stays_beside_it(page, 
     expect_answered(page)
 
 
-def test_a_reload_keeps_conversation_settings_and_draft(page, server_url):
+def test_a_reload_keeps_chat_settings_and_draft(page, server_url):
     open_page(page, server_url)
     command(page, "/maxtokens 12")
     ask(page, "Say hello")
@@ -110,7 +110,7 @@ def test_the_page_works_with_the_keyboard_alone(page, server_url):
     expect(message_box(page)).to_have_value("")
 
 
-def test_the_real_server_counts_a_draft_and_an_answer_that_was_cut_can_go_on(page, server_url):
+def test_the_real_server_continues_a_cut_answer(page, server_url):
     def without_penalties(route):     # which count what an answer wrote itself, not what it goes on from
         route.continue_(post_data=json.dumps(route.request.post_data_json | {"frequency_penalty": 0, "presence_penalty": 0}))
     page.route("**/v1/chat/completions", without_penalties)
@@ -141,7 +141,7 @@ def test_the_real_server_counts_a_draft_and_an_answer_that_was_cut_can_go_on(pag
 
 # streams --------------------------------------------------------------------------------------------------------------
 
-def test_stop_closes_the_request_so_that_the_server_can_cancel_it(page, stand_in):
+def test_stop_closes_the_request(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "story")
     expect(answers(page)).to_contain_text("and then")
@@ -149,7 +149,7 @@ def test_stop_closes_the_request_so_that_the_server_can_cancel_it(page, stand_in
     assert stand_in.cancelled.wait(10)
 
 
-def test_live_figures_count_tokens_where_events_bring_several(page, stand_in):
+def test_live_figures_count_tokens_and_not_events(page, stand_in):
     stand_in.model["capabilities"] |= {"token_ids": True}
     open_page(page, stand_in.url)
     ask(page, "drafts")
@@ -160,7 +160,7 @@ def test_live_figures_count_tokens_where_events_bring_several(page, stand_in):
     expect(figures(answers(page))).to_contain_text("15 tokens")
 
 
-def test_an_answer_goes_on_in_its_chat_while_another_chat_is_shown(page, held_front):
+def test_an_answer_goes_on_while_another_chat_shows(page, held_front):
     ask_for_two_words(page, held_front)
     button(page, "New chat").click()
     expect(page.get_by_role("article")).to_have_count(0)
@@ -189,7 +189,7 @@ def expect_all_words(page):
 
 
 @pytest.mark.parametrize("seen", by_day(["nothing", "something"], "something"))
-def test_a_reload_in_the_middle_of_an_answer_loses_nothing(page, held_front, seen):
+def test_a_reload_in_an_answer_loses_nothing(page, held_front, seen):
     if seen == "something":
         ask_for_two_words(page, held_front)
     else:                   # not even the first word had come
@@ -210,7 +210,7 @@ def test_a_reload_in_the_middle_of_an_answer_loses_nothing(page, held_front, see
 
 
 @pytest.mark.parametrize("shown", by_day([True, False], False))
-def test_an_answer_that_ended_while_the_page_was_away_is_there_when_it_comes_back(page, held_front, shown):
+def test_an_answer_ended_while_away_is_there(page, held_front, shown):
     ask_for_two_words(page, held_front)
     if not shown:
         button(page, "New chat").click()
@@ -251,7 +251,7 @@ def test_a_dropped_connection_is_taken_up_again(page, held_front):
     assert len(held_front.pool.requests) == 1
 
 
-def test_while_the_network_is_away_the_page_says_so_and_goes_on_when_it_is_back(page, held_front):
+def test_the_page_says_when_the_network_is_away(page, held_front):
     ask_for_two_words(page, held_front)
     page.context.set_offline(True)
     held_front.drop()
@@ -262,7 +262,7 @@ def test_while_the_network_is_away_the_page_says_so_and_goes_on_when_it_is_back(
     expect_all_words(page)
 
 
-def test_enter_queues_the_next_question_while_an_answer_is_written(page, held_front):
+def test_enter_queues_a_question_during_an_answer(page, held_front):
     ask_for_two_words(page, held_front)
     message_box(page).fill("and then?")
     expect(button(page, "Send")).to_be_visible()                    # for a phone, whose Enter is a new line
@@ -283,7 +283,7 @@ def test_enter_queues_the_next_question_while_an_answer_is_written(page, held_fr
     expect(message_box(page)).to_have_value("")
 
 
-def test_a_queued_question_follows_an_answer_that_is_stopped_and_waits_while_another_chat_is_shown(page, stand_in):
+def test_a_queued_question_waits_for_its_chat(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "story")
     expect(said(answers(page))).to_contain_text("and then")
@@ -303,7 +303,7 @@ def test_a_queued_question_follows_an_answer_that_is_stopped_and_waits_while_ano
     assert [body["messages"][-1]["content"] for body in stand_in.bodies] == ["story", "elsewhere", "the next one"]
 
 
-def test_a_queued_question_is_not_sent_with_one_that_was_refused(page, stand_in):
+def test_a_queued_question_goes_with_no_refused_one(page, stand_in):
     open_page(page, stand_in.url)
     held = []
     page.route("**/chat/completions", lambda route: held.append(route))
@@ -318,7 +318,7 @@ def test_a_queued_question_is_not_sent_with_one_that_was_refused(page, stand_in)
     assert len(stand_in.bodies) == 1
 
 
-def test_while_the_server_is_away_enter_queues_the_question(page, held_front):
+def test_enter_queues_while_the_server_is_away(page, held_front):
     ask_for_two_words(page, held_front)
     message_box(page).fill("and then?")
     page.context.set_offline(True)
@@ -353,7 +353,7 @@ def test_stop_works_while_the_network_is_away(page, held_front):
     expect(answers(page)).to_contain_text("stopped")
 
 
-def test_a_server_that_no_longer_has_the_answer_leaves_it_as_interrupted(page, held_front):
+def test_a_forgotten_answer_stays_as_interrupted(page, held_front):
     ask_for_two_words(page, held_front)
     page.route("**/v1/streams/*", lambda route: route.fulfill(status=404, body="{}"))
     reload(page)
@@ -372,7 +372,7 @@ def test_waiting_is_shown_and_pings_are_no_text(page, stand_in):
     expect(said(answers(page))).to_have_text("Here I am.")
 
 
-def test_the_queue_and_the_reading_of_the_prompt_are_shown(page, stand_in):
+def test_the_page_shows_queue_and_prompt_progress(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "progress")
     expect(answers(page)).to_contain_text("Number 3 in the queue")
@@ -415,7 +415,7 @@ def test_reasoning_is_folded_and_not_sent_back(page, stand_in):
     assert len(set(stand_in.hurried)) == 1 and len(stand_in.hurried) == 2
 
 
-def test_characters_split_over_chunks_arrive_whole(page, stand_in):
+def test_characters_split_over_chunks_stay_whole(page, stand_in):
     page.add_init_script("""const real = fetch;
         const transform = (chunk, out) => chunk.forEach(byte => out.enqueue(Uint8Array.of(byte)));
         window.fetch = async (url, options) => {
@@ -432,7 +432,7 @@ def test_characters_split_over_chunks_arrive_whole(page, stand_in):
 
 # several answers to a question ----------------------------------------------------------------------------------------
 
-def test_regenerate_adds_an_answer_and_keeps_the_others(page, stand_in):
+def test_regenerate_keeps_the_other_answers(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "one")
     expect(answers(page)).to_contain_text("You said: one (answer 1)")
@@ -456,7 +456,7 @@ def test_regenerate_adds_an_answer_and_keeps_the_others(page, stand_in):
     expect(answers(page)).to_contain_text(["You said: one", "(answer 3)"])
 
 
-def test_an_answer_that_the_server_refuses_leaves_the_old_one(page, stand_in):
+def test_a_refused_answer_leaves_the_old_one(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "one")
     expect_answered(page)
@@ -486,7 +486,7 @@ def test_an_edit_in_the_middle_begins_a_branch(page, stand_in):
     expect(said(questions(page))).to_have_text(["one", "two"])
 
 
-def test_an_answer_can_be_edited_and_is_sent_as_edited(page, stand_in):
+def test_an_answer_is_sent_as_edited(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "one")
     expect_answered(page)
@@ -522,7 +522,7 @@ def test_continue_goes_on_with_a_cut_answer(page, stand_in, able, model):
         expect(questions(page)).to_have_count(2)
 
 
-def test_the_page_goes_on_with_texts_of_a_model_that_cannot_chat_and_asks_nothing_of_one_that_only_embeds(page):
+def test_a_base_model_continues_texts_on_the_page(page):
     """As /v1/models of the real server says it of a model without a chat template."""
     with fake_front(pieces=[" there", " was"], chats=False) as url:
         open_page(page, url)
@@ -548,7 +548,7 @@ def test_the_page_goes_on_with_texts_of_a_model_that_cannot_chat_and_asks_nothin
         expect(page.locator(".examples button")).to_have_count(0)
 
 
-def test_the_last_answer_can_be_continued_as_it_was_edited_and_no_other(page, stand_in):
+def test_only_the_last_edited_answer_can_go_on(page, stand_in):
     stand_in.model["capabilities"]["continue_final_message"] = True
     open_page(page, stand_in.url)
     ask(page, "half")
@@ -565,7 +565,7 @@ def test_the_last_answer_can_be_continued_as_it_was_edited_and_no_other(page, st
 
 
 @pytest.mark.parametrize("able", [True, False])
-def test_an_answer_that_was_cut_while_thinking_goes_on_thinking(page, stand_in, able):
+def test_an_answer_cut_in_thinking_goes_on_thinking(page, stand_in, able):
     stand_in.model["capabilities"] |= {"continue_final_message": True, "reasoning_history": able}
     open_page(page, stand_in.url)
     ask(page, "half a thought")
@@ -580,7 +580,7 @@ def test_an_answer_that_was_cut_while_thinking_goes_on_thinking(page, stand_in, 
 
 # errors ---------------------------------------------------------------------------------------------------------------
 
-def test_a_text_that_the_server_refuses_returns_to_the_composer_with_its_words(page, stand_in):
+def test_a_refused_text_returns_to_the_composer(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "refuse")
     expect(page.get_by_role("alert")).to_contain_text("Message 1 has 8,001 characters; the limit is 8,000 (HTTP 400)")
@@ -601,7 +601,7 @@ def test_a_text_that_the_server_refuses_returns_to_the_composer_with_its_words(p
     expect(said(questions(page))).to_have_text(["shorter"])
 
 
-def test_what_is_typed_meanwhile_follows_the_text_that_returns(page, held_front):
+def test_typed_words_follow_a_text_that_returns(page, held_front):
     open_page(page, held_front.url)
     held = []
     page.route("**/v1/chat/completions", lambda route: held.append(route))
@@ -615,7 +615,7 @@ def test_what_is_typed_meanwhile_follows_the_text_that_returns(page, held_front)
 
 
 @pytest.mark.parametrize("api", by_day(["v1", "native"], "v1"))
-def test_a_long_answer_does_not_end_the_conversation(page, api):
+def test_a_long_answer_ends_no_conversation(page, api):
     with fake_front(pieces=["word " * 2000, "word " * 2000]) as url:
         if api == "native":
             page.route("**/v1/models", lambda route: route.fulfill(status=404, body="{}"))
@@ -626,7 +626,7 @@ def test_a_long_answer_does_not_end_the_conversation(page, api):
         expect(page.get_by_role("alert")).to_have_count(0)
 
 
-def test_a_question_that_only_got_an_error_is_not_sent_again(page, stand_in):
+def test_a_question_with_only_an_error_is_not_resent(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "overload")
     expect(page.get_by_role("alert")).to_contain_text("The queue is full")
@@ -653,7 +653,7 @@ def test_an_overloaded_server_can_be_asked_again(page, stand_in, name):
 
 @pytest.mark.parametrize("question, text", [("broken", "The worker died"),
                                             pytest.param("cut off", "The server stopped in the middle of this answer", marks=pytest.mark.slow)])
-def test_an_error_in_the_stream_keeps_the_text_before_it(page, stand_in, question, text):
+def test_an_error_in_the_stream_keeps_earlier_text(page, stand_in, question, text):
     open_page(page, stand_in.url)
     ask(page, question)
     expect(page.get_by_role("alert")).to_contain_text(text)
@@ -670,7 +670,7 @@ def test_a_server_that_went_away_is_an_alert(page, stand_in):
     expect(page.get_by_role("alert")).to_contain_text("is the server running?")
 
 
-def test_while_the_model_loads_the_page_says_so_and_then_wakes_up(page, stand_in):
+def test_the_page_wakes_up_once_the_model_is_loaded(page, stand_in):
     stand_in.loading = {"stage": "reading weights", "fraction": 0.43}
     page.goto(stand_in.url)
     expect(page.get_by_text("reading weights 43\u00a0%")).to_have_count(1)          # once, not below the composer too
@@ -685,7 +685,7 @@ def test_while_the_model_loads_the_page_says_so_and_then_wakes_up(page, stand_in
     expect(answers(page)).to_contain_text("You said: early")
 
 
-def test_the_page_says_that_a_watched_folder_has_no_checkpoint_yet_and_shows_no_progress(page, stand_in):
+def test_the_page_says_that_no_checkpoint_is_there(page, stand_in):
     stand_in.status, stand_in.loading = "waiting", {"stage": "waiting for the first checkpoint in base", "fraction": 0.0}
     page.goto(stand_in.url)
     expect(page.get_by_text("Waiting for the first checkpoint in base.", exact=True)).to_have_count(1)
@@ -694,7 +694,7 @@ def test_the_page_says_that_a_watched_folder_has_no_checkpoint_yet_and_shows_no_
     expect(page.locator("#lamp.ready")).to_be_visible()
 
 
-def test_a_server_that_stops_in_between_can_be_asked_again_when_it_is_back(page, stand_in):
+def test_a_stopped_server_can_be_asked_again(page, stand_in):
     open_page(page, stand_in.url)
     stand_in.loading = {"stage": "reading weights", "fraction": None}
     ask(page, "hello")
@@ -711,7 +711,7 @@ def test_a_server_that_stops_in_between_can_be_asked_again_when_it_is_back(page,
 
 # both APIs ------------------------------------------------------------------------------------------------------------
 
-def test_a_server_that_has_only_nanochat_s_route_is_asked_there(page, stand_in):
+def test_nanochat_s_only_route_is_asked(page, stand_in):
     stand_in.model = None
     open_page(page, stand_in.url)
     expect(page.get_by_role("combobox", name="Model", exact=True)).to_have_value("stand-in-135m")
@@ -722,7 +722,7 @@ def test_a_server_that_has_only_nanochat_s_route_is_asked_there(page, stand_in):
     assert stand_in.bodies[0]["truncate"] == "oldest" and "stream" not in stand_in.bodies[0]
 
 
-def test_a_server_that_lists_models_but_has_only_nanochat_s_route_is_asked_there_too(page, stand_in):
+def test_nanochat_s_route_is_asked_despite_models(page, stand_in):
     page.route("**/v1/chat/completions", lambda route: route.fulfill(status=405, body="{}"))
     open_page(page, stand_in.url)
     for number in (1, 2):
@@ -732,7 +732,7 @@ def test_a_server_that_lists_models_but_has_only_nanochat_s_route_is_asked_there
 
 
 @pytest.mark.slow
-def test_the_real_server_says_how_much_of_a_long_prompt_it_has_read(page, server_url):
+def test_the_server_says_how_far_it_has_read(page, server_url):
     open_page(page, server_url)
     page.evaluate("""() => { window.said = new Set();
       new MutationObserver(() => said.add(document.querySelector("#log").textContent.match(/Reading the prompt, \\d+/)?.[0]))
@@ -743,7 +743,7 @@ def test_the_real_server_says_how_much_of_a_long_prompt_it_has_read(page, server
     assert page.evaluate("[...said].filter(Boolean).length") > 1
 
 
-def test_the_real_server_ends_an_answer_that_repeats_itself_and_it_can_go_on(page, server_url):
+def test_a_repeating_answer_ends_and_can_go_on(page, server_url):
     open_page(page, server_url)
     command(page, "/temperature 0")
     ask(page, "Write a poem about the sea.")

@@ -14,7 +14,7 @@ pytestmark = needs_browser
 
 # servers --------------------------------------------------------------------------------------------------------------
 
-def test_a_question_to_a_server_that_was_lost_waits_and_sends_itself(page):
+def test_a_question_to_a_lost_server_sends_itself(page):
     server = StandIn()
     url, port = server.url, int(server.url.split(":")[-1].strip("/"))
     open_page(page, url)
@@ -42,7 +42,7 @@ def test_a_question_to_a_server_that_was_lost_waits_and_sends_itself(page):
     expect(page.locator("#state")).to_have_text(f"The server at {url} no longer answers; still trying.")
 
 
-def test_a_server_that_refuses_the_page_is_told_from_one_that_is_not_there(page, stand_in):
+def test_a_refusing_server_is_told_from_a_missing_one(page, stand_in):
     page.route("http://127.0.0.1:8000/**", lambda route: route.abort())
     page.goto((ROOT / "static" / "index.html").as_uri())
     expect(page.get_by_text("No server answers at http://127.0.0.1:8000/; still trying.")).to_be_visible()
@@ -60,7 +60,7 @@ def pick(page, name, content):
     page.locator("#files-picker").set_input_files({"name": name, "mimeType": "text/plain", "buffer": content})
 
 
-def test_files_of_several_encodings_are_read_and_the_gauge_goes_on_after_stop_and_edit(page, stand_in):
+def test_files_of_several_encodings_are_read(page, stand_in):
     open_page(page, stand_in.url)
     gauge = page.locator("#context")
     ask(page, "progress")
@@ -116,7 +116,7 @@ def test_files_that_cannot_be_read_are_all_named(page, stand_in):
     expect(page.get_by_role("alert")).to_have_count(0)
 
 
-def test_the_gauge_counts_what_the_real_server_says_from_the_first_token_on(page, server_url):
+def test_the_gauge_counts_what_the_server_says(page, server_url):
     open_page(page, server_url)
     page.evaluate("""() => { window.gauges = []; const look = () => { const node = lastNode();
         if (isGrowing(node) && node.content) gauges.push($("context").textContent); requestAnimationFrame(look); }; look(); }""")
@@ -132,7 +132,7 @@ def full_answer(context=100, tokens=88):
     return {"prompt_tokens": context - tokens, "completion_tokens": tokens, "finish_reason": "length"}
 
 
-def test_continue_on_a_full_context_says_so_before_anything_is_read(page, stand_in):
+def test_continue_on_a_full_context_says_so_first(page, stand_in):
     stand_in.model |= {"context_length": 100}
     stand_in.model["capabilities"] |= {"continue_final_message": True}
     open_page(page, stand_in.url)
@@ -157,7 +157,7 @@ def test_continue_on_a_full_context_says_so_before_anything_is_read(page, stand_
     assert len(stand_in.bodies) == posted + 2
 
 
-def test_figures_after_continue_are_of_the_whole_answer(opened_page):
+def test_figures_after_continue_are_of_all_of_it(opened_page):
     whole = opened_page.evaluate("""() => {
         const first = {ttft_ms: 100, queue_ms: 3, prompt_tokens: 50, cached_tokens: 16, completion_tokens: 100, tokens_per_second: 50, finish_reason: "length"};
         const second = {ttft_ms: 400, queue_ms: 9, prompt_tokens: 150, cached_tokens: 144, completion_tokens: 20, tokens_per_second: 10, finish_reason: "stop"};
@@ -172,7 +172,7 @@ def test_figures_after_continue_are_of_the_whole_answer(opened_page):
 
 
 @pytest.mark.slow
-def test_the_real_server_refuses_an_attachment_that_the_page_said_is_too_long(page, server_url):
+def test_a_too_long_attachment_is_refused_as_foretold(page, server_url):
     open_page(page, server_url)
     ask(page, "Say yes.")
     expect(answers(page)).to_contain_text("token", timeout=SLOW_MS)
@@ -186,7 +186,7 @@ def test_the_real_server_refuses_an_attachment_that_the_page_said_is_too_long(pa
 # thoughts in the text -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("api", ["v1", pytest.param("native", marks=pytest.mark.slow)])
-def test_thoughts_in_the_text_of_another_server_are_folded_and_not_sent_back(page, stand_in, api):
+def test_another_server_s_thoughts_are_folded(page, stand_in, api):
     stand_in.model = stand_in.model | {"owned_by": "someone"} if api == "v1" else None
     open_page(page, stand_in.url)
     ask(page, "tags")
@@ -206,7 +206,7 @@ def test_thoughts_in_the_text_of_another_server_are_folded_and_not_sent_back(pag
 
 
 @pytest.mark.slow
-def test_our_server_s_text_keeps_its_tags_and_imported_thoughts_are_folded(page, stand_in, tmp_path):
+def test_our_server_s_text_keeps_its_tags(page, stand_in, tmp_path):
     open_page(page, stand_in.url)
     ask(page, "tags")
     expect_answered(page)
@@ -222,7 +222,7 @@ def test_our_server_s_text_keeps_its_tags_and_imported_thoughts_are_folded(page,
 
 # answers --------------------------------------------------------------------------------------------------------------
 
-def test_an_answer_without_a_word_says_so_and_nothing_is_empty_below_a_question(page, stand_in):
+def test_an_answer_without_a_word_says_so(page, stand_in):
     open_page(page, stand_in.url)
     for question, text in (("nothing", "The model gave no answer."), ("only thoughts", "The model thought about it but gave no answer."),
                            ("half a thought", "The model was still thinking when it reached the length limit.")):
@@ -317,7 +317,7 @@ def test_code_is_wrapped_and_saved(page, stand_in, tmp_path):
     assert saved.value.path().read_text().startswith("def swap(pair: tuple) -> tuple:\n")
 
 
-def test_all_chats_are_deleted_at_once_and_come_back(page, stand_in):
+def test_all_chats_are_deleted_and_come_back(page, stand_in):
     open_page(page, stand_in.url)
     for text in ("one", "two"):
         button(page, "New chat").click()
@@ -342,7 +342,7 @@ def test_all_chats_are_deleted_at_once_and_come_back(page, stand_in):
 
 
 @pytest.mark.slow
-def test_an_answer_that_ends_in_the_background_is_told(page, stand_in):
+def test_the_page_tells_of_an_answer_in_the_background(page, stand_in):
     page.context.grant_permissions(["notifications"])
     page.add_init_script("""window.notices = []; window.Notification = class {
         static requestPermission() { return Promise.resolve(window.permission ?? "denied"); }
@@ -375,7 +375,7 @@ def test_an_answer_that_ends_in_the_background_is_told(page, stand_in):
 
 
 @pytest.mark.slow
-def test_the_model_names_chats_where_that_is_switched_on(page, stand_in):
+def test_the_model_names_chats_if_wanted(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "are apples red?")
     expect_answered(page)
@@ -393,7 +393,7 @@ def test_the_model_names_chats_where_that_is_switched_on(page, stand_in):
 
 
 @pytest.mark.slow
-def test_the_default_model_names_a_chat_and_is_said_to_run_on_a_cpu(page, server_url):
+def test_the_default_model_names_a_chat_on_a_cpu(page, server_url):
     open_page(page, server_url)
     expect(page.get_by_text("Running on the CPU with 8,192 tokens of context.")).to_be_visible()
     button(page, "Settings").click()

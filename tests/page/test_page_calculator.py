@@ -28,7 +28,7 @@ def sent(front):
     return [(message.content, (message.more or {}).get("calculator")) for message in front.pool.requests[-1].messages if message.role == "assistant"]
 
 
-def test_a_call_is_a_card_while_it_streams_and_afterwards_and_goes_back(page, held_front):
+def test_a_call_is_a_card_and_goes_back(page, held_front):
     held_front.pool.pieces = APPLES
     open_page(page, held_front.url)
     ask(page, "How many?")
@@ -76,7 +76,7 @@ def test_what_is_copied_and_exported_is_sensible(page, held_front):
     assert brought["nodes"][1]["calculator"] == CALLS[:1]
 
 
-def test_an_edited_answer_keeps_the_calls_that_are_beside_no_change(page, held_front):
+def test_an_edited_answer_keeps_untouched_calls(page, held_front):
     held_front.pool.pieces = APPLES
     held_front.admit(100)
     open_page(page, held_front.url)
@@ -92,7 +92,7 @@ def test_an_edited_answer_keeps_the_calls_that_are_beside_no_change(page, held_f
     assert page.evaluate("[afterEdit('abc', 'abXc', [{start: 2}, {start: 3}]), afterEdit('a😀c', 'c', [{start: 2}])]") == [[{"start": 2}, {"start": 4}], [{"start": 0}]]
 
 
-def test_an_answer_that_was_cut_goes_on_with_the_whole_call(page, held_front):
+def test_a_cut_answer_goes_on_with_the_whole_call(page, held_front):
     held_front.pool.pieces, held_front.pool.reason, held_front.pool.stop_reason = [piece("One is "), piece(call("1", None, cut=True))], "length", "max_tokens"
     held_front.admit(100)
     open_page(page, held_front.url)
@@ -122,7 +122,7 @@ def test_an_answer_may_be_a_call_alone(page, held_front):
     assert sent(held_front) == [("", [{"start": 0, "expression": "6*7", "result": "42"}])]
 
 
-def test_no_text_can_forge_a_card_and_no_call_another_element(page, held_front):
+def test_no_text_can_forge_a_card(page, held_front):
     hostile = "<img src=x onerror='window.hacked=1'>`**x**|$y$ \n# z"
     held_front.pool.pieces = [piece("\ufdd00031\ufdd10032\ufdd2 and `c", call("1", "1"), "` and **b ", call(hostile, "<b>"), " c** and $x", call("2", "3"), "$\n```\n", call("4", "4"), "\n```\n"),
                               piece(call("9" * 900, None), call(None, "7"), Delta("calculator", '{"stray": "python_end"}'), "end")]
@@ -156,7 +156,7 @@ def test_compared_answers_have_cards_too(page, held_front):
     assert page.evaluate("lastNode().calculator") == CALLS
 
 
-def test_a_model_without_a_template_gets_its_marks_back(page, held_front):
+def test_without_a_template_marks_go_back(page, held_front):
     held_front.pool.tokenizer.has_chat_template = held_front.pool.chats = False
     held_front.pool.pieces = APPLES
     held_front.admit(100)
@@ -171,7 +171,7 @@ def test_a_model_without_a_template_gets_its_marks_back(page, held_front):
     assert "= <|python_start|>12+30<|python_end|><|output_start|>42<|output_end|>42 apples" in held_front.pool.requests[-1].prompts[0]
 
 
-def test_a_reload_while_an_answer_goes_on_loses_no_call_and_moves_none(page, held_front):
+def test_a_reload_loses_no_call_and_moves_none(page, held_front):
     pool = held_front.pool
     pool.pieces, pool.reason, pool.stop_reason = [piece("One is ", call("1+0", "1"), "1. ")], "length", "max_tokens"
     held_front.admit(1)

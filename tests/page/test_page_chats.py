@@ -23,7 +23,7 @@ def new_tab(page, url):
 
 # the list -------------------------------------------------------------------------------------------------------------
 
-def test_chats_are_listed_opened_renamed_pinned_and_found(page, stand_in):
+def test_chats_are_opened_renamed_pinned_and_found(page, stand_in):
     open_page(page, stand_in.url)
     for text in ("apples are red", "bananas are yellow", "cherries are red too"):
         button(page, "New chat").click()
@@ -54,7 +54,7 @@ def test_chats_are_listed_opened_renamed_pinned_and_found(page, stand_in):
     expect(said(questions(page))).to_have_text(["bananas are yellow"])
 
 
-def test_a_search_shows_where_the_words_are_and_is_cleared_with_a_cross(page, stand_in):
+def test_a_search_shows_where_the_words_are(page, stand_in):
     open_page(page, stand_in.url)
     for text in ("apples\n" + "and so on " * 30 + "the GOLDEN   pear <b>fell</b> far " + "from the tree " * 30, "bananas"):
         button(page, "New chat").click()
@@ -105,7 +105,7 @@ def test_a_deleted_chat_can_be_brought_back(page, stand_in):
 
 
 @pytest.mark.slow
-def test_the_back_button_and_the_address_find_chats(page, stand_in):
+def test_address_and_back_button_find_chats(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "first")
     expect_answered(page)
@@ -145,7 +145,7 @@ def test_drafts_belong_to_their_chats(page, stand_in):
     expect(message_box(other)).to_have_value("something new")
 
 
-def test_what_is_typed_while_a_draft_is_still_being_read_stays(page, stand_in):
+def test_words_typed_while_a_draft_is_read_stay(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "first")
     expect_answered(page)
@@ -180,7 +180,7 @@ def new_tab_of(context, url):
 
 # the tree -------------------------------------------------------------------------------------------------------------
 
-def test_a_message_can_be_deleted_with_what_follows_and_brought_back(page, stand_in):
+def test_a_deleted_message_can_be_brought_back(page, stand_in):
     open_page(page, stand_in.url)
     for number, text in enumerate(("one", "two"), 1):
         ask(page, text)
@@ -220,7 +220,7 @@ def test_a_branch_becomes_a_chat_of_its_own(page, stand_in):
 
 # several tabs ---------------------------------------------------------------------------------------------------------
 
-def test_a_second_tab_shows_the_same_chat_while_it_grows_and_may_stop_it(page, held_front):
+def test_a_second_tab_shows_the_growing_chat(page, held_front):
     open_page(page, held_front.url)
     ask(page, "count")
     held_front.admit(2)
@@ -241,7 +241,7 @@ def test_a_second_tab_shows_the_same_chat_while_it_grows_and_may_stop_it(page, h
     expect(said(answers(page)).last).to_have_text("one two three four five")
 
 
-def test_when_the_tab_that_reads_is_closed_the_other_goes_on(page, held_front):
+def test_another_tab_goes_on_for_a_closed_one(page, held_front):
     open_page(page, held_front.url)
     ask(page, "count")
     held_front.admit(2)
@@ -256,7 +256,7 @@ def test_when_the_tab_that_reads_is_closed_the_other_goes_on(page, held_front):
 
 
 @pytest.mark.parametrize("order", [(0, 1), pytest.param((1, 0), marks=pytest.mark.slow)])
-def test_two_tabs_that_ask_at_once_keep_both_questions_and_both_answers(page, stand_in, order):
+def test_two_tabs_that_ask_at_once_keep_both_answers(page, stand_in, order):
     open_page(page, stand_in.url)
     ask(page, "start")
     expect_answered(page)
@@ -292,7 +292,7 @@ def test_two_tabs_that_ask_at_once_keep_both_questions_and_both_answers(page, st
 
 
 @pytest.mark.slow
-def test_tabs_with_different_chats_leave_each_other_alone(page, stand_in):
+def test_tabs_with_other_chats_do_not_meddle(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "mine")
     expect_answered(page)
@@ -313,7 +313,7 @@ def test_tabs_with_different_chats_leave_each_other_alone(page, stand_in):
 
 # storage that fails ---------------------------------------------------------------------------------------------------
 
-def test_without_a_database_the_page_works_and_says_that_it_forgets(page, stand_in):
+def test_without_a_database_the_page_says_it_forgets(page, stand_in):
     page.add_init_script("Object.defineProperty(window, 'indexedDB', {value: undefined})")
     open_page(page, stand_in.url)
     expect(page.get_by_role("status").filter(has_text="stores nothing")).to_be_visible()
@@ -324,7 +324,7 @@ def test_without_a_database_the_page_works_and_says_that_it_forgets(page, stand_
     expect(said(answers(page))).to_contain_text("You said: hello")
 
 
-def test_where_storage_is_full_nothing_is_lost_and_it_is_written_when_there_is_room(page, stand_in):
+def test_full_storage_loses_nothing(page, stand_in):
     open_page(page, stand_in.url)
     # before the first write, because the browser remembers how much room there was
     browser = page.context.new_cdp_session(page)
@@ -344,7 +344,7 @@ def test_where_storage_is_full_nothing_is_lost_and_it_is_written_when_there_is_r
     expect(said(answers(page))).to_contain_text(["while it is full", "after"])
 
 
-def test_the_chat_of_the_page_s_first_versions_is_taken_over(page, stand_in):
+def test_the_first_versions_chat_is_taken_over(page, stand_in):
     old = {"turns": [{"role": "user", "content": "old question"},
                      {"role": "assistant", "content": "old **answer**", "stats": {"tokens_per_second": 31.5, "finish_reason": "stop"}}],
            "previous": [{"role": "user", "content": "older"}, {"role": "assistant", "content": "", "error": "it failed"}],
@@ -387,7 +387,7 @@ def imported(page, path, replace=None):
     button(dialog, "Import").click()
 
 
-def test_a_chat_with_all_its_branches_goes_out_and_in_again(page, stand_in, tmp_path):
+def test_a_chat_goes_out_and_in_with_its_branches(page, stand_in, tmp_path):
     open_page(page, stand_in.url)
     command(page, "/temperature 0.3")
     ask(page, "keep me")
@@ -412,7 +412,7 @@ def test_a_chat_with_all_its_branches_goes_out_and_in_again(page, stand_in, tmp_
     expect(answers(page)).to_contain_text("(answer 1)")
 
 
-def test_a_large_file_is_shown_before_it_is_written_and_other_tabs_take_it_over_at_once(page, stand_in):
+def test_a_large_file_is_shown_before_it_is_written(page, stand_in):
     open_page(page, stand_in.url)
     other = new_tab(page, stand_in.url)
     other.evaluate("""() => { const real = renderTurns; window.drawn = 0; renderTurns = () => { drawn++; return real(); }; }""")
@@ -429,7 +429,7 @@ def test_a_large_file_is_shown_before_it_is_written_and_other_tabs_take_it_over_
     expect(questions(other)).to_contain_text("5000/5000")
 
 
-def test_chats_move_between_the_page_and_the_terminal(page, stand_in, tmp_path):
+def test_chats_move_between_page_and_terminal(page, stand_in, tmp_path):
     open_page(page, stand_in.url)
     command(page, "/system Be brief")
     ask(page, "from the page")
@@ -494,7 +494,7 @@ def test_all_chats_go_out_together(page, stand_in, tmp_path):
     expect(chats(page)).to_have_text(["two", "two", "one"])
 
 
-def test_a_chat_as_markdown_and_as_a_page_that_needs_nothing_else(page, stand_in, tmp_path):
+def test_a_chat_goes_out_as_markdown_and_as_a_page(page, stand_in, tmp_path):
     open_page(page, stand_in.url)
     ask(page, "markdown")
     expect_answered(page)
@@ -523,7 +523,7 @@ LOOKS = """root => [...document.querySelectorAll(`${root} :is([class^=hljs-], th
 
 
 @pytest.mark.slow
-def test_an_exported_page_has_the_page_s_colours_of_code_and_alignments(page, stand_in, tmp_path):
+def test_an_exported_page_keeps_colours_and_alignment(page, stand_in, tmp_path):
     languages = {"python": "@a\nclass B:  # c\n    x = 1 + len('s')\n    self.x = None", "js": "const re = /x+/g; let a = `x ${b}`;",
                  "diff": "+ added\n- gone", "css": "a:hover { color: #fff; }", "xml": '<a b="c">d</a>', "markdown": "# head\n- item\n> quote"}
     text = "".join(f"```{name}\n{code}\n```\n\n" for name, code in languages.items())
@@ -556,7 +556,7 @@ BAD_FILES = {                  # name -> (text, what is said of it)
 }
 
 
-def test_a_file_that_is_no_conversation_changes_nothing(page, stand_in, tmp_path):
+def test_a_file_without_a_chat_changes_nothing(page, stand_in, tmp_path):
     open_page(page, stand_in.url)
     ask(page, "keep me")
     expect_answered(page)
@@ -599,7 +599,7 @@ def test_a_hostile_file_is_made_harmless(page, stand_in, tmp_path):
     assert page.evaluate("state.path.map(node => node.id)") == mine
 
 
-def test_a_list_of_messages_and_a_file_of_version_1_can_be_imported(page, stand_in, tmp_path):
+def test_messages_and_version_1_can_be_imported(page, stand_in, tmp_path):
     open_page(page, stand_in.url)
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello"},
                 {"role": "assistant", "content": "Hi!", "stats": {"tokens_per_second": 12.5}}]
@@ -621,7 +621,7 @@ def said_by(role, text="", **more):
     return {"author": {"role": role}, "create_time": 1700000001.5, "content": {"content_type": "text", "parts": [text]}, "recipient": "all", "metadata": {}} | more
 
 
-def test_an_export_of_chatgpt_can_be_imported_with_its_branches(page, stand_in, tmp_path):
+def test_chatgpt_s_export_comes_with_its_branches(page, stand_in, tmp_path):
     mapping = {"root": (None, None), "hidden": ("root", said_by("system")), "q": ("hidden", said_by("user", "What is a mill?")),
                "old": ("q", said_by("assistant", "A machine.", metadata={"model_slug": "gpt-4"})),
                "thought": ("q", said_by("assistant", content={"content_type": "thoughts", "thoughts": [{"summary": "s", "content": "Mills grind."}]})),
@@ -688,7 +688,7 @@ def test_only_chats_with_messages_are_exported(page, stand_in, tmp_path):
     assert [chat["title"] for chat in json.loads(path.read_text())["conversations"]] == ["one"]
 
 
-def test_a_title_follows_its_edited_question_until_it_is_renamed(page, stand_in):
+def test_a_title_follows_its_question_until_renamed(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "What is a mil?")
     expect_answered(page)

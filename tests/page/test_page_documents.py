@@ -15,7 +15,7 @@ def attach(page, name, content):
     page.locator("#files-picker").set_input_files({"name": name, "mimeType": "application/octet-stream", "buffer": content})
 
 
-def test_a_document_is_attached_as_text_with_its_pages_and_what_is_missing(page, server_url):
+def test_a_document_is_attached_as_text_with_pages(page, server_url):
     open_page(page, server_url)
     attach(page, "report.pdf", documents.pdf(["The treasure lies under the old oak.", "", "The end."]))
     chip = page.locator("#files li")
@@ -31,7 +31,7 @@ def test_a_document_is_attached_as_text_with_its_pages_and_what_is_missing(page,
     assert request.value.post_data_json["messages"][-1]["content"] == "Where is it?\n\nreport.pdf:\n```\n[page 1]\nThe treasure lies under the old oak.\n\n[page 3]\nThe end.\n```"
 
 
-def test_why_a_document_cannot_be_read_is_said_and_nothing_is_attached(page, server_url):
+def test_an_unreadable_document_says_why(page, server_url):
     open_page(page, server_url)
     attach(page, "secret.pdf", documents.ENCRYPTED_PDF)
     expect(page.get_by_role("alert")).to_contain_text("secret.pdf: The PDF is encrypted: save it without its password")

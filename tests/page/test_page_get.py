@@ -41,7 +41,7 @@ def search(page, words):
     button(region(page), "Search").click()
 
 
-def test_a_model_is_found_downloaded_cancelled_continued_used_and_deleted(page, hub, nanochat_fixtures):
+def test_a_model_is_found_downloaded_and_deleted(page, hub, nanochat_fixtures):
     hub.held = {"large-Q8_0.gguf": 12 << 20}
     with started_server("--models", str(nanochat_fixtures / "gen5"), "--kv-cache-memory", "4M") as url:
         open_page(page, url)
@@ -116,7 +116,7 @@ def open_hub(nanochat_fixtures):
         yield url
 
 
-def test_without_a_network_one_line_says_what_is_wrong_and_can_be_dismissed(page, hub, nanochat_fixtures, monkeypatch):
+def test_without_a_network_one_line_says_so(page, hub, nanochat_fixtures, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with open_hub(nanochat_fixtures) as url:
         open_page(page, url, "#get")
@@ -137,7 +137,7 @@ def test_without_a_network_one_line_says_what_is_wrong_and_can_be_dismissed(page
         expect(region(page).get_by_role("listitem")).to_have_count(0)
 
 
-def test_a_search_that_the_hub_leaves_waiting_shows_that_it_looks_and_names_no_result(page, stand_in):
+def test_a_waiting_search_shows_that_it_looks(page, stand_in):
     open_page(page, stand_in.url)
     known = {"memory": 9e9, "disk": 9e9, "models_disk": None, "cached": [], "downloads": [], "short_names": [], "found": [], "best": []}
     held = []
@@ -157,7 +157,7 @@ def test_a_search_that_the_hub_leaves_waiting_shows_that_it_looks_and_names_no_r
     expect(region(page).get_by_role("status")).to_be_hidden()
 
 
-def test_what_fits_best_stands_first_with_its_size_and_speed(page, hub, nanochat_fixtures):
+def test_what_fits_best_stands_first(page, hub, nanochat_fixtures):
     hub.repositories["org/large"]["large-F16.gguf"] = SMALL
     with open_hub(nanochat_fixtures) as url:
         open_page(page, url, "#get")
@@ -174,7 +174,7 @@ def test_what_fits_best_stands_first_with_its_size_and_speed(page, hub, nanochat
         expect(row(page, "org/large:large-Q8_0.gguf")).to_contain_text("fits best here")
 
 
-def test_a_stream_of_progress_that_breaks_is_followed_again(page, hub, nanochat_fixtures):
+def test_a_broken_progress_stream_is_followed_again(page, hub, nanochat_fixtures):
     hub.held = {"large-Q8_0.gguf": 12 << 20}
     broken = []
     with started_server("--models", str(nanochat_fixtures / "gen5"), "--kv-cache-memory", "4M") as url:

@@ -42,7 +42,7 @@ def front(page):
         yield page
 
 
-def test_a_slow_prompt_does_not_come_over_the_one_that_was_opened_after_it(front):
+def test_a_slow_prompt_does_not_replace_a_later_one(front):
     for count, text in enumerate(("first question", "second question"), 1):
         ask(front, text)
         expect_answered(front, count)
@@ -58,7 +58,7 @@ def test_a_slow_prompt_does_not_come_over_the_one_that_was_opened_after_it(front
     expect(front.locator("#prompt-counts")).not_to_contain_text("second question")
 
 
-def test_settings_show_the_template_of_their_own_model_and_never_an_earlier_one(front):
+def test_settings_show_their_own_model_s_template(front):
     hold(front, "apply-template")
     for _ in range(2):
         button(front, "Settings").click()
@@ -74,7 +74,7 @@ def models(*states):
     return [{"id": f"m{i}", "state": state, "owned_by": "chat_server", "capabilities": {}, "defaults": {}} for i, state in enumerate(states)]
 
 
-def test_a_late_list_of_models_does_not_come_over_a_newer_one(page, stand_in):
+def test_a_late_list_of_models_replaces_no_newer_one(page, stand_in):
     stand_in.several = models("ready", "loading")
     open_page(page, stand_in.url)
     hold(page, "v1/models")
@@ -87,7 +87,7 @@ def test_a_late_list_of_models_does_not_come_over_a_newer_one(page, stand_in):
     expect(choice.locator("option")).to_have_text(["m0 · loaded", "m1 · loaded", "m2 · loaded"])
 
 
-def test_an_old_list_is_shown_where_the_newer_one_never_comes(page, stand_in):
+def test_an_old_list_stays_if_no_newer_one_comes(page, stand_in):
     stand_in.several = models("ready", "unloaded")
     open_page(page, stand_in.url)
     hold(page, "v1/models")
@@ -97,7 +97,7 @@ def test_an_old_list_is_shown_where_the_newer_one_never_comes(page, stand_in):
     expect(page.get_by_role("combobox", name="Model", exact=True).locator("option").last).to_have_text("m1 · loaded")
 
 
-def test_a_look_at_the_server_is_for_the_view_that_asked_and_in_its_order(page, stand_in):
+def test_a_look_at_the_server_is_for_its_own_view(page, stand_in):
     open_page(page, stand_in.url)
     hold(page, "/stats")
     stand_in.restarts = 1
@@ -115,7 +115,7 @@ def test_a_look_at_the_server_is_for_the_view_that_asked_and_in_its_order(page, 
     page.evaluate("closeStatus()")
 
 
-def test_a_late_refusal_of_another_server_asks_for_no_key(page):
+def test_another_server_s_late_refusal_asks_no_key(page):
     with fake_front() as url, fake_front(cors_origin=(url.rstrip("/"),), keys=(ApiKey.hashed("key", "alice"),)) as locked:
         open_page(page, url)
         hold(page, locked + "(v1/models|stats)")
@@ -129,7 +129,7 @@ def test_a_late_refusal_of_another_server_asks_for_no_key(page):
         expect(page.locator("#lamp.ready")).to_be_visible()
 
 
-def test_a_late_word_about_a_schema_that_was_changed_since_is_not_shown(page, stand_in):
+def test_a_late_word_on_an_old_schema_is_not_shown(page, stand_in):
     stand_in.model["capabilities"] |= {"json_schema": True}
     open_page(page, stand_in.url)
     page.route("**/v1/chat/completions", lambda route: route.fulfill(status=400, json={"error": {"message": "this schema cannot be enforced"}}))
@@ -147,7 +147,7 @@ def test_a_late_word_about_a_schema_that_was_changed_since_is_not_shown(page, st
     expect(page.locator("#schema-problem")).to_contain_text("cannot be enforced")
 
 
-def test_a_late_health_does_not_lock_a_page_that_has_seen_the_server_since(page, stand_in):
+def test_a_late_health_does_not_lock_the_page(page, stand_in):
     open_page(page, stand_in.url)
     stand_in.loading = {"stage": "reading weights", "fraction": None}
     hold(page, "health")
@@ -159,7 +159,7 @@ def test_a_late_health_does_not_lock_a_page_that_has_seen_the_server_since(page,
     expect(page.locator("#lamp.ready")).to_be_visible()
 
 
-def test_a_question_of_the_page_waits_for_the_one_that_is_open(page, stand_in):
+def test_a_question_of_the_page_waits_for_an_open_one(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "one")
     expect_answered(page)
@@ -174,7 +174,7 @@ def test_a_question_of_the_page_waits_for_the_one_that_is_open(page, stand_in):
     assert page.evaluate("said") == [["First?", True], ["Second?", False]]
 
 
-def test_a_file_that_is_read_slowly_stays_with_the_chat_it_was_chosen_in(page, stand_in):
+def test_a_slowly_read_file_stays_with_its_chat(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "one")
     expect_answered(page)
@@ -191,7 +191,7 @@ def test_a_file_that_is_read_slowly_stays_with_the_chat_it_was_chosen_in(page, s
     expect(button(page, "Remove notes.txt")).to_be_visible()
 
 
-def test_a_chat_begun_before_the_stored_ones_are_read_stays_shown(page, stand_in):
+def test_an_early_chat_stays_when_stored_ones_come(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "one")
     expect_answered(page)

@@ -23,7 +23,7 @@ def asked(page, server_url):
     return page
 
 
-def test_a_lens_shows_what_stood_beside_each_token_and_branches_there(asked):
+def test_a_lens_shows_what_stood_beside_each_token(asked):
     page, first = asked, said(answers(asked)).inner_text()
     inside(answers(page), "Token lens")
     tokens = page.get_by_role("listbox", name="Tokens of the answer")
@@ -83,7 +83,7 @@ def test_a_lens_shows_what_stood_beside_each_token_and_branches_there(asked):
     expect(answers(page)).to_contain_text("2/3")
 
 
-def test_a_prompt_is_shown_with_its_special_tokens_and_counts(asked):
+def test_a_prompt_shows_its_special_tokens(asked):
     page = asked
     inside(answers(page), "Prompt")
     dialog = page.get_by_role("dialog", name="Prompt")
@@ -114,7 +114,7 @@ def test_the_server_is_drawn_at_a_glance(asked, server_url):
     assert not page.url.endswith("#server")
 
 
-def test_answers_stand_side_by_side_and_one_is_chosen(asked):
+def test_one_of_the_answers_side_by_side_is_chosen(asked):
     page, first = asked, said(answers(asked)).inner_text()
     inside(answers(page), "Compare")
     dialog = page.get_by_role("dialog", name="Compare")
@@ -150,7 +150,7 @@ def go_to(page, name, key="Tab"):
         names.append(page.evaluate(FOCUSED))
 
 
-def test_all_of_it_is_reached_and_used_with_the_keyboard_alone(asked):
+def test_the_keyboard_alone_reaches_every_look(asked):
     page = asked
     dialog = page.locator("dialog[open]")
     go_to(page, "Look inside", "Shift+Tab")
@@ -223,7 +223,7 @@ def test_the_labels_beside_a_chart_are_whole(opened_page, speed):
     opened_page.evaluate("closeStatus()")
 
 
-def test_all_of_the_page_but_the_font_of_formulas_takes_320_kb():
+def test_the_page_without_its_font_takes_320_kb():
     files = [path for pattern in ("*.*", "vendor/*.js", "vendor/*.css") for path in (ROOT / "static").glob(pattern)]
     assert 100_000 < sum(len(gzip.compress(path.read_bytes())) for path in files) < 320_000
 
@@ -231,7 +231,7 @@ def test_all_of_the_page_but_the_font_of_formulas_takes_320_kb():
 LOADED = "() => performance.getEntriesByType('resource').map(({name}) => name.split('/static/')[1]).filter(name => /\\.(js|css|woff2)$/.test(name))"
 
 
-def test_the_first_view_takes_200_kb_and_the_rest_loads_when_it_is_needed(page, stand_in):
+def test_the_first_view_takes_200_kb(page, stand_in):
     stand_in.model["capabilities"] |= {"token_ids": True, "compare": True}
     open_page(page, stand_in.url)
     ask(page, "one")
@@ -265,7 +265,7 @@ def test_the_first_view_takes_200_kb_and_the_rest_loads_when_it_is_needed(page, 
     came("curves.js", "run.js")
 
 
-def test_what_does_not_load_is_said_and_loads_once_the_server_is_there(page, stand_in):
+def test_a_failed_script_is_said_and_loads_later(page, stand_in):
     page.route("**/compare.js", lambda route: route.abort())
     stand_in.model["capabilities"] |= {"token_ids": True, "compare": True}
     open_page(page, stand_in.url)
@@ -279,7 +279,7 @@ def test_what_does_not_load_is_said_and_loads_once_the_server_is_there(page, sta
     expect(page.get_by_role("dialog", name="Compare")).to_be_visible()
 
 
-def test_a_library_that_does_not_load_leaves_plain_code_and_a_status_without_charts(page, stand_in):
+def test_a_missing_library_leaves_plain_code(page, stand_in):
     page.route(re.compile("highlight|katex|uplot"), lambda route: route.abort())
     open_page(page, stand_in.url)
     ask(page, "markdown")
@@ -319,7 +319,7 @@ def test_without_a_history_the_charts_begin_now(page, stand_in, answer):
     assert page.evaluate("glanced.samples[0].at > performance.timeOrigin / 1000 - 5")
 
 
-def test_the_status_says_what_a_worker_drafts_without_and_why_one_cannot_start(page, stand_in):
+def test_the_status_says_what_a_worker_lacks(page, stand_in):
     stand_in.worker = {"state": "ready", "problem": "", "without": ["--draft-model: <b>small.gguf</b> is no longer there"]}
     open_page(page, stand_in.url)
     page.evaluate("openStatus()")
@@ -329,14 +329,14 @@ def test_the_status_says_what_a_worker_drafts_without_and_why_one_cannot_start(p
     expect(page.locator("#status-workers")).to_contain_text("dead: exit status 3")
 
 
-def test_a_server_that_cannot_do_it_offers_none_of_it(page, stand_in):
+def test_a_server_without_a_feature_offers_none_of_it(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "one")
     expect_answered(page)
     expect(button(page, "Look inside")).to_have_count(0)
 
 
-def test_only_the_characters_that_differ_are_marked(opened_page):
+def test_only_differing_characters_are_marked(opened_page):
     page = opened_page
     page.evaluate("""() => { const node = newNode("x", null, "assistant", "", {seed: 3, model: state.model.name}); state.nodes.set(node.id, node);
         state.model.can = {token_ids: true, compare: true}; addNode(null, "user", "q"); window.told = addNode(state.leaf, "assistant", "a", {seed: 3, ids: [1], model: state.model.name}); refresh_(); }
@@ -359,7 +359,7 @@ def test_only_the_characters_that_differ_are_marked(opened_page):
     page.evaluate("newChat()")
 
 
-def test_differences_in_code_stay_marked_when_its_colours_come_late(page, stand_in):
+def test_code_differences_stay_with_late_colours(page, stand_in):
     stand_in.model["capabilities"] |= {"token_ids": True, "compare": True}
     open_page(page, stand_in.url)
     ask(page, "one")
@@ -372,7 +372,7 @@ def test_differences_in_code_stay_marked_when_its_colours_come_late(page, stand_
     expect(page.locator("#compare-columns pre .hljs-number mark")).to_have_text("1")
 
 
-def test_answers_side_by_side_are_markdown_and_done_closes_with_a_wrong_seed(opened_page):
+def test_answers_side_by_side_are_markdown(opened_page):
     page = opened_page
     page.evaluate("""() => { state.model.can = {token_ids: true, compare: true}; addNode(null, "user", "q");
         showLeaf(addNode(state.leaf, "assistant", "a", {seed: 3, ids: [1], model: state.model.name}).id); }""")
@@ -401,7 +401,7 @@ def test_answers_side_by_side_are_markdown_and_done_closes_with_a_wrong_seed(ope
     page.evaluate("newChat()")
 
 
-def test_a_training_run_is_compared_by_its_last_steps_with_one_seed_and_a_step_that_loads_says_so(page, stand_in):
+def test_a_run_is_compared_by_its_last_steps(page, stand_in):
     entry = {"owned_by": "chat_server", "context_length": 8192, "run": "d2", "capabilities": {"token_ids": True, "compare": True}, "defaults": {}}
     stand_in.several = [entry | {"id": f"d2@{step}", "step": step, "state": "ready", "aliases": ["d2@latest"] if step == 60 else []} for step in (20, 40, 60)]
     open_page(page, stand_in.url)

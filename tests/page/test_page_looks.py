@@ -59,7 +59,7 @@ ENDS = {"l": 0, "r": 1}
     (r"\begin{pmatrix} 1 & -2 \\ -33 & 4 \end{pmatrix}", "cc"),
     (r"\begin{gathered} a \\ bbb + ccc \end{gathered}", "c"),
 ])
-def test_columns_of_a_formula_are_aligned_as_it_says(drawn_formula, tex, columns):
+def test_columns_of_a_formula_are_aligned(drawn_formula, tex, columns):
     rows = drawn_formula(tex, CELLS)
     assert len(rows) > 1
     for number, align in enumerate(columns):
@@ -73,7 +73,7 @@ def test_columns_of_a_formula_are_aligned_as_it_says(drawn_formula, tex, columns
             assert row[1][0] - row[0][1] < 8
 
 
-def test_limits_tags_and_boxes_of_formulas_are_where_they_belong(drawn_formula):
+def test_limits_and_boxes_of_formulas_are_in_place(drawn_formula):
     limits = """math => { const [sign, below, above] = math.querySelector("msubsup").children;
         return [box(above).left + parseFloat(getComputedStyle(above).paddingLeft) - box(sign).right, parseFloat(getComputedStyle(math).fontSize)]; }"""
     for tex in (r"\int_0^1 x", r"\oint_C^D x", r"\iint_a^{b+c} x"):
@@ -115,7 +115,7 @@ def test_every_icon_is_seen_in_forced_colours(browser, stand_in, scheme):
         assert edges == ["1px", "1px"]
 
 
-def test_paper_gets_the_whole_chat_and_nothing_to_press(browser, stand_in):
+def test_paper_gets_the_whole_chat_and_no_buttons(browser, stand_in):
     with visitor(browser, color_scheme="dark", viewport={"width": 800, "height": 600}) as page:
         open_page(page, stand_in.url)
         show_chat(page, 25)
@@ -138,7 +138,7 @@ def test_paper_gets_the_whole_chat_and_nothing_to_press(browser, stand_in):
 
 # the first picture ----------------------------------------------------------------------------------------------------
 
-def test_the_landing_is_read_from_its_top_and_names_the_model_once(page, stand_in):
+def test_the_landing_is_read_from_its_top(page, stand_in):
     stand_in.model |= {"id": "SmolLM2-135M-x", "better": "Qwen/Qwen3-30B-A3B-GGUF:Qwen3-30B-A3B-Q4_K_M.gguf"}    # has the notice
     page.set_viewport_size({"width": 1280, "height": 420})
     open_page(page, stand_in.url)
@@ -166,7 +166,7 @@ PLACES = """() => Object.fromEntries(["header", "#new", "#search", "#log", "#com
 }))"""
 
 
-def test_nothing_moves_when_the_scripts_come_late_and_what_was_typed_stays(browser, stand_in):
+def test_late_scripts_move_nothing_on_the_page(browser, stand_in):
     held = []
     for sidebar in (True, False):
         with visitor(browser) as page:
@@ -189,7 +189,7 @@ def test_nothing_moves_when_the_scripts_come_late_and_what_was_typed_stays(brows
 
 # what is cut off, and what can be pressed -----------------------------------------------------------------------------
 
-def test_what_is_cut_off_has_a_shadow_and_what_can_be_pressed_an_edge(page, stand_in):
+def test_cut_parts_have_shadows_and_buttons_have_edges(page, stand_in):
     page.set_viewport_size({"width": 1280, "height": 800})
     open_page(page, stand_in.url)
     show_chat(page, 1)
@@ -215,7 +215,7 @@ def test_what_is_cut_off_has_a_shadow_and_what_can_be_pressed_an_edge(page, stan
 
 # quiet ----------------------------------------------------------------------------------------------------------------
 
-def test_one_quiet_line_stands_below_an_answer_and_more_comes_to_the_mouse_and_to_a_press(page, stand_in):
+def test_one_quiet_line_stands_below_an_answer(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "one")
     expect_answered(page)
@@ -242,7 +242,7 @@ def test_one_quiet_line_stands_below_an_answer_and_more_comes_to_the_mouse_and_t
     expect(line).to_have_text("another212.3 tok/s")             # the server has one, the chat another
 
 
-def test_the_figures_of_an_answer_without_a_speed_are_not_lost(page, stand_in):
+def test_figures_without_a_speed_are_not_lost(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "story")
     expect(answers(page)).to_contain_text("and then")
@@ -253,7 +253,7 @@ def test_the_figures_of_an_answer_without_a_speed_are_not_lost(page, stand_in):
     expect(line).to_have_text("stopped · first token after 81 ms")
 
 
-def test_a_tap_on_a_phone_shows_the_figures_beside_their_line_while_the_chat_scrolls(browser, stand_in):
+def test_a_tap_shows_figures_beside_their_line(browser, stand_in):
     with visitor(browser, viewport={"width": 390, "height": 780}, has_touch=True, is_mobile=True) as page:
         open_page(page, stand_in.url)
         show_chat(page, 3)
@@ -268,7 +268,7 @@ def test_a_tap_on_a_phone_shows_the_figures_beside_their_line_while_the_chat_scr
         expect(panel).to_have_count(0)                          # its line is out of sight
 
 
-def test_new_chat_stays_where_the_list_of_chats_is_hidden(browser, stand_in):
+def test_new_chat_stays_with_a_hidden_list(browser, stand_in):
     for options in ({}, {"viewport": {"width": 390, "height": 780}, "has_touch": True, "is_mobile": True}):
         with visitor(browser, **options) as page:
             open_page(page, stand_in.url)
@@ -285,7 +285,7 @@ def test_new_chat_stays_where_the_list_of_chats_is_hidden(browser, stand_in):
             expect(button(page, "New chat")).to_have_count(1)   # that of the list
 
 
-def test_deleting_all_chats_stands_apart_at_the_end(page, stand_in):
+def test_deleting_all_chats_stands_at_the_end(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "one")
     expect_answered(page)
@@ -297,7 +297,7 @@ def test_deleting_all_chats_stands_apart_at_the_end(page, stand_in):
     expect_accessible(page)
 
 
-def test_the_empty_page_greets_and_offers_a_better_model_as_a_button(page, stand_in):
+def test_the_empty_page_offers_a_better_model(page, stand_in):
     stand_in.model |= {"better": "Qwen/Qwen3-4B-GGUF:Qwen3-4B-Q4_K_M.gguf"}
     open_page(page, stand_in.url)
     log = page.get_by_role("log")
@@ -313,7 +313,7 @@ def test_the_empty_page_greets_and_offers_a_better_model_as_a_button(page, stand
     expect(button(log, "Get another model")).to_be_visible()
 
 
-def test_the_settings_have_sections_with_their_buttons_beside_them(page, stand_in):
+def test_settings_have_sections_with_their_buttons(page, stand_in):
     open_page(page, stand_in.url)
     button(page, "Settings").click()
     dialog = page.get_by_role("dialog", name="Settings")

@@ -28,7 +28,7 @@ def drawn(page, text, step=1):
     return page.evaluate(DRAWN, [text, step])
 
 
-def test_markdown_code_tables_and_formulas_are_drawn(page, stand_in):
+def test_markdown_tables_and_formulas_are_drawn(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "markdown")
     expect_answered(page)
@@ -56,7 +56,7 @@ def test_names_of_functions_stand_apart(opened_page, tex, spaces):
     }""", tex) == spaces
 
 
-def test_formulas_have_large_sums_and_brackets_and_their_font_comes_with_the_first_one(page, stand_in):
+def test_formulas_load_their_font_when_first_drawn(page, stand_in):
     fetched = []
     page.on("request", lambda request: fetched.append(request.url) if "woff2" in request.url else None)
     open_page(page, stand_in.url)
@@ -76,7 +76,7 @@ def test_formulas_have_large_sums_and_brackets_and_their_font_comes_with_the_fir
     assert total > 1.5 * letter and opening > 3 * letter and opening == closing, heights
 
 
-def test_an_open_code_block_is_already_code_and_finished_blocks_are_not_drawn_again(page, stand_in):
+def test_an_open_code_block_is_already_code(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "held markdown")
     expect(answers(page).locator("pre")).to_contain_text("a, b = pair")
@@ -113,7 +113,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_text_drawn_piece_by_piece_equals_text_drawn_at_once(opened_page, name):
+def test_text_drawn_in_pieces_equals_the_whole(opened_page, name):
     for step in (1, 3, 17):
         grown, whole, _ = drawn(opened_page, TEXTS[name], step)
         assert grown == whole
@@ -136,7 +136,7 @@ def test_text_drawn_piece_by_piece_equals_text_drawn_at_once(opened_page, name):
     ("<details>\n<summary>s</summary>\n\n" + "words in details " * 600, 600, 20),
     ("[^1]: " + "words of a footnote " * 500, 600, 20),
 ], ids=["words", "marks", "code", "long string", "plain code", "list", "code in a list", "quote", "table", "unclosed", "details", "footnote"])
-def test_the_work_of_a_frame_does_not_grow_with_the_answer(opened_page, text, characters, nodes):
+def test_a_frame_s_work_stays_as_answers_grow(opened_page, text, characters, nodes):
     assert len(text) > 8000
     _, _, most = drawn(opened_page, text, 12)
     assert most["characters"] <= characters and most["nodes"] <= nodes, most
@@ -185,7 +185,7 @@ WATCHED = """async ([text, step]) => {                // what is not allowed in 
 
 
 @pytest.mark.parametrize("name", HOSTILE_BLOCKS)
-def test_details_footnotes_and_environments_inject_nothing_wherever_they_are_cut(opened_page, name):
+def test_cut_details_and_footnotes_inject_nothing(opened_page, name):
     wrong, hacked, said = opened_page.evaluate(WATCHED, [HOSTILE_BLOCKS[name], 1])
     assert wrong == [] and hacked is None and said
     grown, whole, _ = drawn(opened_page, HOSTILE_BLOCKS[name])
@@ -198,7 +198,7 @@ def shown(page, text):
     return said(answers(page).last)
 
 
-def test_details_are_markdown_that_folds_and_what_is_never_closed_stays_open(opened_page):
+def test_details_fold_their_markdown(opened_page):
     answer = shown(opened_page, TEXTS["details"])
     details = answer.locator("details")
     assert details.evaluate_all("all => all.map(each => each.open)") == [False, True, False, False, True, True]
@@ -215,7 +215,7 @@ def test_details_are_markdown_that_folds_and_what_is_never_closed_stays_open(ope
     opened_page.evaluate("newChat()")
 
 
-def test_footnotes_stand_apart_and_their_marks_lead_there(opened_page):
+def test_marks_lead_to_footnotes_that_stand_apart(opened_page):
     answer = shown(opened_page, TEXTS["footnotes"])
     marks, notes = answer.locator(".note"), answer.locator(".footnote")
     expect(marks).to_have_text(["1", "why", "2"])
@@ -229,7 +229,7 @@ def test_footnotes_stand_apart_and_their_marks_lead_there(opened_page):
     opened_page.evaluate("newChat()")
 
 
-def test_environments_without_dollars_are_formulas_and_lists_of_latex_are_not(opened_page):
+def test_environments_are_formulas_without_dollars(opened_page):
     answer = shown(opened_page, TEXTS["environments"])
     expect(answer.locator("math")).to_have_count(4)
     expect(answer.locator("math mtable")).to_have_count(4)
@@ -238,7 +238,7 @@ def test_environments_without_dollars_are_formulas_and_lists_of_latex_are_not(op
     opened_page.evaluate("newChat()")
 
 
-def test_each_block_runs_in_the_direction_of_its_words(opened_page):
+def test_each_block_runs_in_its_words_direction(opened_page):
     answer = shown(opened_page, TEXTS["arabic"])
     directions = answer.evaluate("""body => [...body.querySelectorAll("h1, p, ul, blockquote, table, th, td, code")].map(each => [each.localName, getComputedStyle(each).direction])""")
     assert directions == [["h1", "ltr"], ["p", "rtl"], ["code", "ltr"], ["p", "ltr"], ["ul", "rtl"], ["p", "rtl"], ["p", "ltr"], ["blockquote", "rtl"], ["p", "rtl"],
@@ -285,7 +285,7 @@ def test_no_script_can_make_elements_from_text(browser, stand_in):
 
 
 @pytest.mark.parametrize("language", ["python", "text", "nonsense"])
-def test_long_code_is_laid_out_in_parts_that_nobody_sees(page, stand_in, language):
+def test_nobody_sees_the_parts_of_long_code(page, stand_in, language):
     code = "\n".join(f"line_{number} = {number}" + "\n" * (number % 7 == 0) for number in range(120))
     open_page(page, stand_in.url)
     ask(page, f"this\n```{language}\n{code}\n```")        # the answer says it again
@@ -314,7 +314,7 @@ def test_copy_code_copies_exactly_the_code(page, stand_in):
 
 
 @pytest.mark.parametrize("secure", [True, False])
-def test_an_answer_is_copied_with_its_looks_and_as_markdown(page, stand_in, secure):
+def test_an_answer_is_copied_with_its_looks(page, stand_in, secure):
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     if not secure:              # as on plain http from another machine
         page.add_init_script("navigator.clipboard.write = () => Promise.reject(new Error('not here'))")
@@ -334,7 +334,7 @@ def test_an_answer_is_copied_with_its_looks_and_as_markdown(page, stand_in, secu
     assert page.evaluate(read) == [MARKDOWN, ""]
 
 
-def test_a_question_shows_code_as_code_and_the_rest_as_typed(page, stand_in):
+def test_a_question_shows_its_code_as_code(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "Why does `x = [1]` and\n\n```python\ndef f():\n    return 1\n```\n\nnot *work*?\n# no heading")
     question = said(questions(page))
@@ -345,7 +345,7 @@ def test_a_question_shows_code_as_code_and_the_rest_as_typed(page, stand_in):
     expect(question.locator("h1, em")).to_have_count(0)
 
 
-def test_libraries_that_come_late_draw_what_was_drawn_without_them(page, stand_in):
+def test_late_libraries_draw_what_lacked_them(page, stand_in):
     held = []
     page.route(re.compile("highlight|katex"), lambda route: held.append(route))
     page.goto(stand_in.url, wait_until="domcontentloaded")
@@ -360,7 +360,7 @@ def test_libraries_that_come_late_draw_what_was_drawn_without_them(page, stand_i
 
 
 @pytest.mark.slow
-def test_a_chat_of_a_thousand_turns_is_drawn_where_it_is_looked_at(page, stand_in):
+def test_a_long_chat_is_drawn_where_it_is_looked_at(page, stand_in):
     open_page(page, stand_in.url)
     page.evaluate("""() => {
         const messages = [];
@@ -383,7 +383,7 @@ def test_a_chat_of_a_thousand_turns_is_drawn_where_it_is_looked_at(page, stand_i
     expect_answered(page, 1001)
 
 
-def test_turns_that_come_near_are_drawn_for_a_few_milliseconds_a_frame(page, stand_in):
+def test_near_turns_take_a_few_milliseconds_a_frame(page, stand_in):
     open_page(page, stand_in.url)
     most = page.evaluate("""async () => {
         const messages = [];
@@ -414,7 +414,7 @@ DEEP = {        # thousands of elements inside each other crash a browser's tab
 
 
 @pytest.mark.parametrize("name", DEEP)
-def test_what_is_nested_in_thousands_is_shown_and_the_page_goes_on(opened_page, name):
+def test_thousands_of_nested_parts_are_shown(opened_page, name):
     deepest, shown = opened_page.evaluate("""text => {
         const root = document.createElement("div");
         document.body.append(root);
@@ -428,7 +428,7 @@ def test_what_is_nested_in_thousands_is_shown_and_the_page_goes_on(opened_page, 
     opened_page.get_by_role("textbox", name="Message").fill("still here")
 
 
-def test_what_is_nested_as_people_do_is_drawn_as_before(opened_page):
+def test_usual_nesting_is_drawn_as_before(opened_page):
     text = "".join("  " * depth + f"- {depth}\n" for depth in range(20)) + "\n" + "> " * 20 + "deep\n\n"
     text += "$\\sqrt{\\sqrt{\\frac{1}{\\sqrt{\\frac{x^{2^{2^2}}}{y}}}}}$"
     html, whole, _ = drawn(opened_page, text)

@@ -16,7 +16,7 @@ pytestmark = needs_browser
 
 
 @pytest.mark.slow
-def test_a_chat_chooses_its_model_and_remembers_it(browser, nanochat_fixtures, tmp_path):
+def test_a_chat_remembers_its_model(browser, nanochat_fixtures, tmp_path):
     (tmp_path / "broken.gguf").write_bytes(b"nothing")
     (tmp_path / "config.toml").write_text("".join(f'[[models]]\nname = "{name}"\npath = "{path}"\ntemperature = 0\nmax-tokens = 16\n' for name, path in (
         ("first", nanochat_fixtures / "gen5"), ("second", nanochat_fixtures / "gen3"), ("broken", tmp_path / "broken.gguf"))))
@@ -118,7 +118,7 @@ def test_columns_of_a_comparison_have_adapters(browser, tmp_path):
         assert page.evaluate("lastNode().weights") == page.evaluate("weightsOf('tone')") != page.evaluate("weightsOf('law')")
 
 
-def test_each_answer_says_what_made_it_and_leads_to_a_comparison(page, stand_in):
+def test_each_answer_says_what_made_it(page, stand_in):
     of_run = {"owned_by": "chat_server", "context_length": 8192, "state": "ready", "capabilities": {"token_ids": True, "compare": True},
               "defaults": {"temperature": 0.7}}
     stand_in.several = [of_run | {"id": "d2@60", "run": "d2", "step": 60, "aliases": ["d2@latest"], "default": True},
@@ -155,7 +155,7 @@ def test_each_answer_says_what_made_it_and_leads_to_a_comparison(page, stand_in)
     expect(page.get_by_role("dialog", name="Settings")).to_be_visible()
 
 
-def test_sizes_a_failure_and_the_workers_of_each_model_are_shown(opened_page):
+def test_each_model_s_size_and_workers_are_shown(opened_page):
     page = opened_page
     listed = page.evaluate("""[{id: "one", state: "ready", bytes: 3e9, weights_bytes: 27e7}, {id: "two", state: "unloaded", bytes: 5e6, weights_bytes: 5e6},
         {id: "three", state: "failed", reason: "no such file"}].map(each => TEXT.modelIs(each, each.id))""")
@@ -172,7 +172,7 @@ def test_sizes_a_failure_and_the_workers_of_each_model_are_shown(opened_page):
 
 
 @pytest.mark.slow
-def test_a_base_checkpoint_is_written_with_and_chats_only_on_demand(browser, base_checkpoint):
+def test_a_base_checkpoint_chats_only_on_demand(browser, base_checkpoint):
     """nanochat's tokenizer has the tokens of a chat from the start, so this one could chat too: it would ramble."""
     with started_server(str(base_checkpoint), "--kv-cache-memory", "8M", "--temperature", "0", "--max-tokens", "6") as url, visitor(browser) as page:
         asked = []

@@ -61,7 +61,7 @@ def posts_answered(url):
     ("evil.test", "chat.test"), ("chat.test", "chat.test"), ("evil.test", "127.0.0.1"), ("127.0.0.2", "127.0.0.1"), ("localhost", "localhost")],
     ("evil.test", "chat.test"), ("127.0.0.2", "127.0.0.1")))
 @pytest.mark.parametrize("post", [FETCH, FORM], ids=["fetch", "form"])
-def test_a_page_of_another_origin_makes_the_server_compute_nothing(page, name, server_name, post):
+def test_a_foreign_page_makes_nothing_computed(page, name, server_name, post):
     with fake_front(host="127.0.0.1", allowed_host=("chat.test",)) as url, foreign_page(name) as foreign_url:
         target = url.replace("127.0.0.1", server_name) + "chat/completions"
         page.goto(foreign_url)
@@ -72,7 +72,7 @@ def test_a_page_of_another_origin_makes_the_server_compute_nothing(page, name, s
         assert posts_answered(url) == (0, {"403"})
 
 
-def test_the_server_s_own_page_is_none_by_a_name_and_plain_http(page):
+def test_the_page_may_ask_by_name_over_plain_http(page):
     with fake_front(host="127.0.0.1", allowed_host=("chat.test",)) as url:
         open_page(page, url.replace("127.0.0.1", "Chat.test."))
         ask(page, "hello")

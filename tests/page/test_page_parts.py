@@ -32,7 +32,7 @@ def names_of(script):
     return shared | set(re.findall(declared, outside, re.M)), set(re.findall(declared, script, re.M))
 
 
-def test_a_script_shares_the_names_that_it_says_and_nothing_else_of_it_is_known(opened_page):
+def test_a_script_shares_only_the_names_it_says(opened_page):
     tests = "".join(path.read_text() for folder in ("tests/page", "tests/support", "docs") for path in (ROOT / folder).glob("*.py"))
     count = 0
     for script, text in SCRIPTS.items():
@@ -47,7 +47,7 @@ def test_a_script_shares_the_names_that_it_says_and_nothing_else_of_it_is_known(
     assert count        # some names are a script's own
 
 
-def test_a_new_script_is_a_tag_in_the_page_and_what_it_registers(page, stand_in):
+def test_a_new_script_is_a_tag_and_its_registration(page, stand_in):
     page.route(stand_in.url, lambda route: route.fulfill(response=(had := route.fetch()), body=had.text().replace(
         '<script defer src="page.js">', '<script defer src="extra.js"></script>\n<script defer src="page.js">')))
     page.route("**/static/extra.js", lambda route: route.fulfill(body=EXTRA, content_type="text/javascript"))

@@ -40,7 +40,7 @@ def data_of(part):
     return head, base64.b64decode(data)
 
 
-def test_a_picture_is_attached_sent_first_and_shown_larger_when_clicked(page, seeing):
+def test_a_picture_is_attached_and_shown_larger(page, seeing):
     data = file_of()
     attach(page, "tomato.png", data)
     chip = page.locator("#files li")
@@ -71,7 +71,7 @@ CARRY = """([kind, data, name]) => {
 
 
 @pytest.mark.parametrize("how", ["drop", "paste"])
-def test_a_picture_that_is_dropped_or_pasted_is_attached(page, seeing, how):
+def test_a_dropped_or_pasted_picture_is_attached(page, seeing, how):
     data = file_of()
     page.evaluate(CARRY, [how, base64.b64encode(data).decode(), "tomato.png"])
     expect(page.locator("#files li img")).to_be_visible()
@@ -80,7 +80,7 @@ def test_a_picture_that_is_dropped_or_pasted_is_attached(page, seeing, how):
     assert data_of(sent(seeing)[0]) == ("data:image/png;base64", data)
 
 
-def test_it_stays_with_the_chat_goes_with_every_later_question_and_is_edited_with_its_own(page, seeing):
+def test_a_picture_goes_with_every_later_question(page, seeing):
     attach(page, "tomato.png", file_of())
     button(page, "Send").click()
     expect_answered(page)
@@ -100,7 +100,7 @@ def test_it_stays_with_the_chat_goes_with_every_later_question_and_is_edited_wit
     assert [part.get("text", "image") for part in sent(seeing)] == ["image", "Which colour?"]
 
 
-def test_a_draft_keeps_it_and_a_refused_one_comes_back(page, seeing):
+def test_a_draft_keeps_its_picture(page, seeing):
     attach(page, "tomato.png", file_of())
     message_box(page).fill("refuse this")
     settled(page)
@@ -113,7 +113,7 @@ def test_a_draft_keeps_it_and_a_refused_one_comes_back(page, seeing):
     expect(page.locator("#files li")).to_have_count(0)
 
 
-def test_a_photo_is_made_small_enough_and_other_formats_become_jpeg(page, seeing):
+def test_a_photo_is_made_small_and_becomes_jpeg(page, seeing):
     noise = Image.frombytes("RGB", (2600, 2000), random.Random(0).randbytes(2600 * 2000 * 3))
     target = io.BytesIO()
     noise.save(target, "JPEG", quality=95)
@@ -130,7 +130,7 @@ def test_a_photo_is_made_small_enough_and_other_formats_become_jpeg(page, seeing
     assert Image.open(io.BytesIO(old)).size == (60, 40)
 
 
-def test_a_model_that_cannot_see_and_a_file_that_is_no_picture_are_said(page, stand_in):
+def test_a_blind_model_and_a_bad_picture_are_said(page, stand_in):
     open_page(page, stand_in.url)
     attach(page, "tomato.png", file_of())
     expect(page.get_by_role("alert")).to_contain_text("stand-in-135m cannot see images")
@@ -141,7 +141,7 @@ def test_a_model_that_cannot_see_and_a_file_that_is_no_picture_are_said(page, st
     expect(page.get_by_role("alert")).to_contain_text("broken.png is no image that this browser can read")
 
 
-def test_it_goes_out_and_in_again_with_the_chat(page, seeing, tmp_path):
+def test_a_picture_goes_out_and_in_with_its_chat(page, seeing, tmp_path):
     data = file_of()
     attach(page, "tomato.png", data)
     ask(page, "What is it?")

@@ -76,7 +76,7 @@ def front(page):
         yield page
 
 
-def test_html_and_drawings_are_shown_on_a_click_and_nothing_else_is_offered(front):
+def test_only_html_and_drawings_have_a_preview(front):
     answer = shown(front, ("html", PAGE), ("svg", DRAWING), ("xml", f'<?xml version="1.0"?>\n{DRAWING}'), ("xml", "<note/>"), ("python", "x = 1"))
     previews = button(answer, "Preview")
     expect(previews).to_have_count(3)
@@ -98,14 +98,14 @@ def test_html_and_drawings_are_shown_on_a_click_and_nothing_else_is_offered(fron
     expect(answer.locator("iframe")).to_have_count(2)
 
 
-def test_an_answer_that_is_written_can_be_previewed_once_it_is_known_to_be_html(front):
+def test_a_growing_answer_can_be_previewed_as_html(front):
     ask(front, "one")
     expect_answered(front)
     button(answers(front), "Preview").click()
     expect(answers(front).frame_locator("iframe").locator("b")).to_have_text("bold")
 
 
-def test_code_in_a_preview_runs_nothing_loads_nothing_and_leads_nowhere(attacked, elsewhere):
+def test_code_in_a_preview_runs_nothing(attacked, elsewhere):
     url, connections = elsewhere
     answer = shown(attacked, ("html", HOSTILE.replace("ELSEWHERE", url)))
     button(answer, "Preview").click()
@@ -131,7 +131,7 @@ def allowing(page, *tags):
     page.route("**/preview.html", lambda route: route.fulfill(response=route.fetch(), body=text))
 
 
-def test_the_frame_s_own_policy_stops_what_would_pass_the_cleaning(attacked, elsewhere):
+def test_the_frame_s_own_policy_backs_the_cleaning(attacked, elsewhere):
     url, connections = elsewhere
     allowing(attacked, "script", "iframe", "frame", "frameset", "object", "base")
     answer = shown(attacked, ("html", HOSTILE.replace("ELSEWHERE", url)))
@@ -142,7 +142,7 @@ def test_the_frame_s_own_policy_stops_what_would_pass_the_cleaning(attacked, els
     assert connections == [] and attacked.evaluate("window.hacked") is None
 
 
-def test_a_frame_that_leads_elsewhere_is_stopped_by_the_page_s_policy(attacked, elsewhere):
+def test_the_page_s_policy_stops_a_frame_s_redirect(attacked, elsewhere):
     url, connections = elsewhere
     allowing(attacked, "meta")
     with attacked.expect_console_message(lambda message: url in message.text and "frame-src" in message.text or "default-src" in message.text):
@@ -150,7 +150,7 @@ def test_a_frame_that_leads_elsewhere_is_stopped_by_the_page_s_policy(attacked, 
     assert connections == []
 
 
-def test_the_frame_is_for_the_page_alone_and_admits_one_script():
+def test_the_frame_admits_one_script_of_the_page():
     text = (ROOT / "static/preview.html").read_text()
     script = re.search("<script>(.*?)</script>", text, re.S)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -38,7 +38,7 @@ def opened(page, stand_in, path="#run/d4"):
     expect(page.get_by_role("heading", name="Training run d4")).to_be_visible()
 
 
-def test_a_run_has_an_address_a_curve_and_a_row_for_each_step(page, stand_in):
+def test_a_run_has_an_address_a_curve_and_rows(page, stand_in):
     stand_in.several = steps("unloaded", "ready", "loading")
     open_page(page, stand_in.url)
     menu(page, "Training run")
@@ -64,7 +64,7 @@ def test_a_run_has_an_address_a_curve_and_a_row_for_each_step(page, stand_in):
 
 
 @pytest.mark.parametrize("path", ["#run", "#run/"])
-def test_the_address_without_a_tag_opens_the_run_and_does_not_trap_the_back_button(page, stand_in, path):
+def test_an_address_without_a_tag_opens_the_run(page, stand_in, path):
     stand_in.several = steps("ready", "ready")
     open_page(page, stand_in.url)
     page.evaluate("path => { location.hash = path; }", path)
@@ -80,7 +80,7 @@ def test_the_address_without_a_tag_opens_the_run_and_does_not_trap_the_back_butt
     expect(page.get_by_role("heading", name="Training run d4")).to_be_visible()
 
 
-def test_an_address_of_a_run_that_is_not_there_or_is_mistyped_says_so(page, stand_in):
+def test_a_wrong_address_of_a_run_says_so(page, stand_in):
     open_page(page, stand_in.url, "#run")
     expect(page.get_by_text("The server serves no training run")).to_be_visible()
     page.goto("about:blank")
@@ -88,7 +88,7 @@ def test_an_address_of_a_run_that_is_not_there_or_is_mistyped_says_so(page, stan
     expect(page.get_by_text("The server has no training run %E0%A4%A.")).to_be_visible()
 
 
-def test_the_curve_is_drawn_however_late_its_library_comes(page, stand_in):
+def test_a_curve_is_drawn_however_late_its_library_is(page, stand_in):
     held = []
     page.route("**/uplot*.js*", lambda route: held.append(route))
     stand_in.several = steps("unloaded", "ready", "ready")
@@ -101,7 +101,7 @@ def test_the_curve_is_drawn_however_late_its_library_comes(page, stand_in):
     expect(page.get_by_role("img", name="10: 2.990, 20: 2.980, 30: 2.970", exact=True)).to_be_visible()
 
 
-def test_a_click_on_a_point_begins_a_chat_with_that_step(page, stand_in):
+def test_a_click_on_a_point_begins_a_chat(page, stand_in):
     stand_in.several = steps("ready", "ready", "ready")
     opened(page, stand_in)
     page.wait_for_function("() => shownRun.charts.size")
@@ -116,7 +116,7 @@ def test_a_click_on_a_point_begins_a_chat_with_that_step(page, stand_in):
     assert stand_in.bodies[-1]["model"] == "d4@20"
 
 
-def test_the_slider_and_the_rows_do_with_the_keyboard_what_the_mouse_does_with_the_curve(page, stand_in):
+def test_slider_and_rows_serve_the_keyboard(page, stand_in):
     stand_in.several = steps("ready", "failed", "ready")
     opened(page, stand_in)
     slider = page.get_by_role("slider", name="Step")
@@ -136,7 +136,7 @@ def test_the_slider_and_the_rows_do_with_the_keyboard_what_the_mouse_does_with_t
     expect(page.get_by_role("combobox", name="Model", exact=True)).to_have_value("d4@30")
 
 
-def test_what_is_scored_is_said_and_the_focus_stays_when_the_list_changes(page, stand_in):
+def test_scores_are_said_and_the_focus_stays(page, stand_in):
     stand_in.several = steps("unloaded", "unloaded", "unloaded", scores=False)
     opened(page, stand_in)
     expect(page.locator("#run-caption")).to_contain_text("No step is scored yet. A server with --watch-text")
@@ -174,7 +174,7 @@ def test_the_metrics_of_a_run_are_a_choice(page, stand_in):
     expect_accessible(page)
 
 
-def test_several_runs_are_a_choice_and_one_that_is_not_there_says_so(page, stand_in):
+def test_several_runs_are_a_choice(page, stand_in):
     stand_in.several = steps("ready", "ready") + steps("ready", run="run a/b")
     stand_in.several[1]["default"] = False
     open_page(page, stand_in.url, "#run/none")

@@ -45,7 +45,7 @@ def answer_with_tokens(page, route, texts, bodies):
     page.route("**/tokenize", lambda call: call.fulfill(json={"tokens": [{"id": id_, "piece": texts[id_]} for id_ in call.request.post_data_json["content"]]}))
 
 
-def test_samples_are_a_table_of_steps_and_prompts_and_open_in_the_lens(page, run_of_three):
+def test_samples_open_in_the_lens(page, run_of_three):
     table = page.locator("#run-samples")
     expect(table.get_by_role("columnheader")).to_have_text(["Step", *PROMPTS])
     expect(table.locator("tbody tr")).to_have_count(2)                 # the latest first; step 10 has none
@@ -65,7 +65,7 @@ def test_samples_are_a_table_of_steps_and_prompts_and_open_in_the_lens(page, run
     expect(page.get_by_role("heading", name="Training run d4")).to_be_visible()
 
 
-def test_items_that_changed_between_two_steps_are_shown_and_open_in_the_lens(page, run_of_three):
+def test_changed_items_open_in_the_lens(page, run_of_three):
     _, flips, asked = run_of_three
     expect(page.get_by_label("From step")).to_have_value("d4@20")
     expect(page.get_by_label("to step")).to_have_value("d4@30")
@@ -92,7 +92,7 @@ def test_items_that_changed_between_two_steps_are_shown_and_open_in_the_lens(pag
     expect_accessible(page)
 
 
-def test_a_run_without_samples_and_suites_shows_neither_and_a_refusal_is_said(page, run_of_three):
+def test_a_run_without_samples_shows_none(page, run_of_three):
     found, _, _ = run_of_three
     expect(page.locator("#run-samples")).to_be_visible()
     page.route("**/v1/runs/d4?*", lambda route: route.fulfill(status=409, json={"error": {"message": "the files of --watch-suite have changed", "code": None}}))

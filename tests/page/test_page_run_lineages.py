@@ -105,7 +105,7 @@ def test_a_lineage_is_one_view_from_base_to_rl(page, stand_in, runs):
     expect_accessible(page)
 
 
-def test_training_loss_and_reward_have_charts_and_columns_of_their_own(page, stand_in, runs):
+def test_loss_and_reward_have_their_own_charts(page, stand_in, runs):
     opened(page, stand_in)
     expect(page.locator("#run-caption")).to_contain_text("Validation bits per byte, on each stage's own data, less is better.")
     expect(page.get_by_text("Training loss, nats per token, smoothed, less is better")).to_be_visible()
@@ -147,7 +147,7 @@ def test_a_stale_value_is_hollow_and_says_so(page, stand_in, runs):
     expect(page.locator("#run-chosen")).to_contain_text("Validation bits per byte: 0.900 (of an earlier step) · −0.100 since the step before · Training loss: 2.800")
 
 
-def test_a_removed_step_stays_in_the_curve_but_nobody_can_chat_with_it(page, stand_in, runs):
+def test_a_removed_step_stays_but_nobody_chats_with_it(page, stand_in, runs):
     opened(page, stand_in)
     expect(row(page, "d4-base@400")).to_contain_text("files removed")
     expect(row(page, "d4-base@400").get_by_role("button")).to_have_count(0)
@@ -165,7 +165,7 @@ def test_a_removed_step_stays_in_the_curve_but_nobody_can_chat_with_it(page, sta
     expect(curve(page, "reward")).to_have_attribute("aria-label", "d4-rl@60: 0.300, d4-rl@99: 0.495")
 
 
-def test_the_latest_step_is_chosen_until_the_reader_chooses(page, stand_in, runs):
+def test_the_latest_step_is_chosen_at_first(page, stand_in, runs):
     opened(page, stand_in)
     expect(page.locator("#run-chosen")).to_contain_text("d4-rl@99")
     runs.add("d4", "rl", 120, reward=0.6)
@@ -179,7 +179,7 @@ def test_the_latest_step_is_chosen_until_the_reader_chooses(page, stand_in, runs
 
 
 @pytest.mark.parametrize("path, metrics", [("#run/d4", ("val_bpb", "train_loss", "reward")), ("#run/d4-base", ("val_bpb", "train_loss"))])
-def test_what_is_drawn_as_steps_come_is_what_a_fresh_page_draws(page, stand_in, runs, path, metrics):
+def test_steps_that_come_draw_what_a_fresh_page_draws(page, stand_in, runs, path, metrics):
     opened(page, stand_in, path)
     drawn = """metric => shownRun.charts.get(metric).plot.ctx.canvas.toDataURL()"""
     for step in (2000, 3000, 4000):                             # beside them the reward has the same values, at other places
@@ -197,7 +197,7 @@ def test_what_is_drawn_as_steps_come_is_what_a_fresh_page_draws(page, stand_in, 
     assert [page.evaluate(drawn, metric) == before for metric, before in zip(metrics, live, strict=True)] == [True] * len(metrics)
 
 
-def test_a_run_of_which_nothing_but_scores_is_left_can_be_looked_at(page, stand_in, runs):
+def test_a_run_with_only_scores_can_be_looked_at(page, stand_in, runs):
     for step in runs.steps["d6"]:
         step["state"] = "removed"
     stand_in.several = runs.models()
@@ -251,14 +251,14 @@ def test_a_second_lineage_lies_in_the_same_charts(page, stand_in, runs):
 
 
 @pytest.mark.parametrize("path", ["#run/d4?with=d4-base", "#run/d4-base?with=d4", "#run/d4?with=gone", "#run/d4?with=%E0%A4%A", "#run/d4?with="])
-def test_a_second_run_that_is_the_same_or_not_there_changes_nothing(page, stand_in, runs, path):
+def test_a_useless_second_run_changes_nothing(page, stand_in, runs, path):
     opened(page, stand_in, path)
     models = page.locator("#run-steps tbody tr:not(.group)")
     expect(models).to_have_count(3 if "d4-base?" in path else 7)
     assert len(page.evaluate("shownRun.charts.get('val_bpb').plot.series")) == (2 if "d4-base?" in path else 3)
 
 
-def test_two_runs_are_drawn_by_tokens_where_both_know_them(page, stand_in, runs):
+def test_two_runs_are_drawn_by_tokens_if_known(page, stand_in, runs):
     opened(page, stand_in, "#run/d4-base?with=d6-base")
     page.get_by_role("combobox", name="Axis").select_option("tokens")
     page.wait_for_function("() => shownRun.charts.get('val_bpb').box.shown.layout.parts[0].by === 'tokens'")
@@ -281,7 +281,7 @@ def test_the_view_fits_a_phone(browser, stand_in, runs):
         expect_accessible(page)
 
 
-def test_a_thousand_steps_and_twenty_runs_change_only_what_is_new(page, stand_in):
+def test_a_thousand_steps_change_only_what_is_new(page, stand_in):
     known = Runs()
     for step in range(1, 801):
         known.add("d4", "base", 10 * step, val_bpb=1 + 1 / step, train_loss=3 + 1 / step)
@@ -325,7 +325,7 @@ def test_answers_that_are_no_runs_end_nothing(page, stand_in, runs, body):
     expect(page.get_by_role("combobox", name="Model", exact=True)).to_have_value("d4-base@1200")
 
 
-def test_names_and_warnings_are_text_whatever_they_hold(page, stand_in):
+def test_names_and_warnings_are_always_text(page, stand_in):
     known = Runs()
     evil = "<img src=x onerror=alert(1)>/../?with=&#"
     for step in (1, 2):
@@ -392,7 +392,7 @@ def expect_shown(page, steps):
 
 
 @pytest.mark.slow
-def test_a_real_run_from_base_to_rl_is_seen_while_it_trains(browser, trained):
+def test_a_real_run_is_seen_while_it_trains(browser, trained):
     base, save = trained
     with started_server("--watch", str(base), "--results", str(base.parent / "results"), "--nice", "0") as url, visitor(browser) as page:
         open_page(page, url, "#run/d4?with=d6")
@@ -423,7 +423,7 @@ def test_a_real_run_from_base_to_rl_is_seen_while_it_trains(browser, trained):
 
 
 @pytest.mark.slow
-def test_items_of_two_stages_of_a_real_run_are_compared(browser, trained, tmp_path):
+def test_items_of_two_real_stages_are_compared(browser, trained, tmp_path):
     base, _ = trained
     shutil.rmtree(base / "base_checkpoints" / "d6")
     words = "The cat sat on the mat. The dog ran after the cat.".split()

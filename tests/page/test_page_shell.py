@@ -51,7 +51,7 @@ def test_the_promised_accessible_names_are_there(page, stand_in):
     expect(button(log, "Next answer")).to_be_disabled()
 
 
-def test_a_screen_reader_hears_start_and_finish_but_not_every_token(page, stand_in):
+def test_a_screen_reader_hears_start_and_finish(page, stand_in):
     open_page(page, stand_in.url)
     expect(page.get_by_role("log")).to_have_attribute("aria-live", "off")
     ask(page, "held markdown")
@@ -102,7 +102,7 @@ def test_axe_finds_nothing_on_any_screen(browser, stand_in, scheme):
             stand_in.loop.call_soon_threadsafe(lambda: stand_in.held and stand_in.held.set())
 
 
-def test_axe_finds_nothing_on_a_phone_and_while_the_model_loads(browser, stand_in):
+def test_axe_finds_nothing_on_a_phone_or_while_loading(browser, stand_in):
     with visitor(browser, viewport={"width": 390, "height": 780}, has_touch=True, is_mobile=True) as page:
         open_page(page, stand_in.url)
         ask(page, "markdown")
@@ -167,7 +167,7 @@ def test_what_belongs_together_stands_together(page, stand_in, width):
     assert abs(widths[0] - widths[1]) < 1
 
 
-def test_the_theme_is_the_systems_until_one_is_chosen(browser, stand_in):
+def test_the_theme_is_the_system_s_until_chosen(browser, stand_in):
     with visitor(browser, color_scheme="dark") as page:
         open_page(page, stand_in.url)
         paper = "getComputedStyle(document.body).backgroundColor"
@@ -218,7 +218,7 @@ def test_on_a_phone_the_chats_are_a_drawer(browser, stand_in):
 
 # typing and scrolling -------------------------------------------------------------------------------------------------
 
-def test_enter_that_confirms_an_input_method_does_not_send(page, stand_in):
+def test_enter_for_an_input_method_does_not_send(page, stand_in):
     open_page(page, stand_in.url)
     message_box(page).focus()
     keyboard = page.context.new_cdp_session(page)
@@ -234,7 +234,7 @@ def test_enter_that_confirms_an_input_method_does_not_send(page, stand_in):
     expect(said(questions(page))).to_have_text(["日本"])
 
 
-def test_the_log_follows_its_end_until_the_reader_scrolls_up(page, stand_in):
+def test_the_log_follows_its_end_until_scrolled_up(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "paragraphs")
     expect(page.get_by_text("Paragraph 39.")).to_be_in_viewport()
@@ -265,7 +265,7 @@ def test_arrow_up_brings_back_what_was_asked(page, stand_in):
     expect(box).to_have_value("typed")
 
 
-def test_files_and_long_pastes_are_chips_and_go_along(page, stand_in):
+def test_files_and_long_pastes_are_chips(page, stand_in):
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     open_page(page, stand_in.url)
     attach(page, "fence.md", "```\ncode\n```\n")
@@ -298,7 +298,7 @@ def test_files_and_long_pastes_are_chips_and_go_along(page, stand_in):
     assert stand_in.bodies[-1]["messages"][-1]["content"] == content.replace("What is", "And")
 
 
-def test_what_is_too_long_is_said_before_it_is_sent(page, stand_in):
+def test_what_is_too_long_is_said_before_sending(page, stand_in):
     stand_in.model["context_length"] = 100
     open_page(page, stand_in.url)
     ask(page, "markdown")                                       # 12 + 99 tokens
@@ -321,7 +321,7 @@ def test_what_is_too_long_is_said_before_it_is_sent(page, stand_in):
 
 # commands, settings, keys ---------------------------------------------------------------------------------------------
 
-def test_settings_and_slash_commands_reach_the_server(page, stand_in):
+def test_settings_and_commands_reach_the_server(page, stand_in):
     stand_in.model["defaults"] = {"temperature": 0.8, "top_k": 50}
     open_page(page, stand_in.url)
     ask(page, "one")
@@ -367,7 +367,7 @@ def test_settings_and_slash_commands_reach_the_server(page, stand_in):
     assert "top_k" not in stand_in.bodies[3] and len(stand_in.bodies[3]["messages"]) == 1
 
 
-def test_a_command_that_is_wrong_is_an_error_and_stays_in_the_composer(page, stand_in):
+def test_a_wrong_command_stays_in_the_composer(page, stand_in):
     open_page(page, stand_in.url)
     wrong = [("/temprature 1", "There is no command /temprature."), ("/etc/passwd is what?", "no command /etc/passwd"),
              ("/topk many", "takes a number from 0 to 2147483647"), ("/temperature 3", "takes a number"), ("/topk 1.5", "takes a number"),
@@ -384,7 +384,7 @@ def test_a_command_that_is_wrong_is_an_error_and_stays_in_the_composer(page, sta
         assert stand_in.bodies[-1]["messages"][-1]["content"] == text
 
 
-def test_the_settings_stand_beside_the_chat_and_follow_it(page, stand_in):
+def test_settings_stand_beside_the_chat_and_follow_it(page, stand_in):
     stand_in.model["defaults"] = {"temperature": 0.8}
     open_page(page, stand_in.url)
     ask(page, "one")
@@ -440,7 +440,7 @@ def test_a_slider_never_leaves_what_its_parameter_may_be(opened_page):
     assert wrong == [] and without == ["reasoning_effort", "thinking_budget", "seed"]
 
 
-def test_commands_about_thinking_are_offered_where_the_model_thinks(page, stand_in):
+def test_thinking_commands_need_a_thinking_model(page, stand_in):
     stand_in.model["capabilities"] |= {"reasoning": False}
     open_page(page, stand_in.url)
     message_box(page).fill("/")
@@ -510,7 +510,7 @@ def test_the_keyboard_opens_what_the_mouse_opens(page, stand_in):
     expect(button(page, "Export")).to_have_count(0)
 
 
-def test_a_click_on_a_message_does_nothing_unless_the_reader_wants_it(page, stand_in):
+def test_a_click_on_a_message_does_nothing_unasked(page, stand_in):
     page.add_init_script("""localStorage.setItem("chat_server preferences", JSON.stringify({clicks: true}))""")      # as it used to be
     open_page(page, stand_in.url)
     ask(page, "one")
@@ -524,7 +524,7 @@ def test_a_click_on_a_message_does_nothing_unless_the_reader_wants_it(page, stan
 
 
 @pytest.mark.slow
-def test_a_plain_click_on_a_message_acts_as_it_used_to_and_can_be_switched_off(page, stand_in):
+def test_a_plain_click_can_act_as_it_used_to(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "one")
     expect_answered(page)
@@ -563,7 +563,7 @@ def test_the_page_works_under_a_sub_path(page):
     server.close()
 
 
-def test_the_page_works_under_the_server_s_own_prefix(page):
+def test_the_page_works_under_the_server_s_prefix(page):
     with fake_front(prefix="/deep/down") as url:
         open_page(page, url.rstrip("/"))            # the server adds the slash
         assert page.url == url
@@ -575,7 +575,7 @@ def page_file():
     return (ROOT / "static" / "index.html").as_uri()
 
 
-def test_the_page_opens_from_a_file_and_says_which_server_it_wants(page, stand_in):
+def test_a_page_from_a_file_says_which_server_it_wants(page, stand_in):
     page.route("http://127.0.0.1:8000/**", lambda route: route.abort())
     page.goto(page_file())
     expect(page.get_by_text("No server answers at http://127.0.0.1:8000/; still trying.")).to_be_visible()
@@ -597,7 +597,7 @@ def test_the_page_opens_from_a_file_and_says_which_server_it_wants(page, stand_i
     expect(answers(page)).to_contain_text("You said: hello")
 
 
-def test_a_server_in_the_address_is_asked_about_before_it_gets_anything_and_never_another_s_key(page, stand_in):
+def test_a_server_in_the_address_is_asked_about_first(page, stand_in):
     requests = []
     page.on("request", lambda request: requests.append(request))
     page.route("http://127.0.0.1:8000/**", lambda route: route.abort())
@@ -623,7 +623,7 @@ def test_a_server_in_the_address_is_asked_about_before_it_gets_anything_and_neve
     expect(page.get_by_role("dialog")).to_have_count(0)
 
 
-def test_a_server_with_keys_asks_for_one_and_the_page_keeps_it(page):
+def test_a_server_with_keys_asks_for_one(page):
     keys = (ApiKey.hashed("right key", "alice"),)
     with fake_front(keys=keys) as url:
         page.goto(url)
@@ -660,7 +660,7 @@ def test_a_server_with_keys_asks_for_one_and_the_page_keeps_it(page):
         expect(page.get_by_role("alert")).to_have_count(0)
 
 
-def test_a_page_from_a_file_talks_to_a_server_that_admits_it(page):
+def test_a_page_from_a_file_talks_to_a_willing_server(page):
     with fake_front(cors_origin=("null",), keys=(ApiKey.hashed("key", "alice"),)) as url:
         page.route("http://127.0.0.1:8000/**", lambda route: route.abort())
         page.goto(page_file())
@@ -684,7 +684,7 @@ def test_the_default_model_is_called_what_it_is(page, server_url, stand_in):
     expect(page.get_by_role("region", name="Get a model")).to_contain_text("A model may take")
 
 
-def test_every_word_of_the_page_is_in_the_table_of_strings():
+def test_every_word_is_in_the_table_of_strings():
     page = (ROOT / "static" / "index.html").read_text()
     body = re.sub(r"<!--.*?-->|<noscript>.*?</noscript>", "", page[page.index("<body>"):], flags=re.S)
     assert re.findall(r">\s*([^<>\s][^<>]*)<", body) == []
@@ -699,7 +699,7 @@ def test_every_word_of_the_page_is_in_the_table_of_strings():
     assert {"send", "cut"} <= given
 
 
-def test_the_settings_show_the_real_server_s_defaults(page):
+def test_settings_show_the_real_server_s_defaults(page):
     with fake_front(temperature=0.3, top_k=7) as url:
         open_page(page, url)
         button(page, "Settings").click()
@@ -709,7 +709,7 @@ def test_the_settings_show_the_real_server_s_defaults(page):
                      "Seed": "random"}
 
 
-def test_hidden_actions_leave_no_gap_and_the_speed_moves_no_button(page, stand_in):
+def test_hidden_actions_leave_no_gap(page, stand_in):
     open_page(page, stand_in.url)
     for count, text in ((1, "one"), (2, "half")):
         ask(page, text)

@@ -18,7 +18,7 @@ def chat(url, key):
 
 
 @pytest.mark.parametrize("path", ["usage", "usage/"])
-def test_it_shows_what_a_typed_key_used_and_says_what_is_wrong(browser, path):    # noqa: F811
+def test_the_usage_page_shows_what_a_key_used(browser, path):    # noqa: F811
     with fake_front(keys=(ApiKey.hashed("secret", "<b>ann</b>"),)) as url, visitor(browser) as page:
         url = url.rstrip("/") + "/"
         chat(url, "secret")
@@ -32,7 +32,7 @@ def test_it_shows_what_a_typed_key_used_and_says_what_is_wrong(browser, path):  
         expect_accessible(page)
 
 
-def test_it_uses_the_key_that_the_chat_page_keeps(browser):    # noqa: F811
+def test_the_usage_page_uses_the_chat_page_s_key(browser):    # noqa: F811
     with fake_front(keys=(ApiKey.hashed("secret", "ann"),)) as url, visitor(browser) as page:
         url = url.rstrip("/") + "/"
         page.add_init_script(f"localStorage.setItem('chat_server preferences', JSON.stringify({{keys: {{'{url.rstrip('/')}': 'secret'}}}}))")

@@ -33,7 +33,7 @@ def compare(page, text):
     button(page, "Compare").click()
 
 
-def test_texts_go_in_and_a_table_of_their_similarities_comes_out(page, embedder):
+def test_texts_become_a_table_of_similarities(page, embedder):
     compare(page, "a\n\n b \nc\n<b>d</b>\n")
     cells = page.locator(".vectors td")
     expect(cells).to_have_text("1.00 0.00 0.60 1.00 0.00 1.00 0.80 0.00 0.60 0.80 1.00 0.60 1.00 0.00 0.60 1.00".split())
@@ -54,7 +54,7 @@ def test_what_the_server_refuses_is_said_as_text(page, embedder):
     assert len(embedder) == 2
 
 
-def test_its_script_does_not_load_for_a_model_that_chats(page):
+def test_a_chat_model_does_not_load_vectors_js(page):
     with fake_front() as url:
         open_page(page, url)
         expect(page.locator(".vectors")).to_have_count(0)

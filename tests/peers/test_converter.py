@@ -70,7 +70,7 @@ def numbers(value):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_llama_cpp_converts_is_the_same_model(converted, name):
+def test_llama_cpp_converts_to_the_same_model(converted, name):
     folder = converted[name]
     assert not (folder / "refused").exists(), (folder / "refused").read_text()
     theirs, ours = load(folder), load(folder / "model.gguf")

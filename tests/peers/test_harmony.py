@@ -115,7 +115,7 @@ def test_prompts_have_the_ids_of_openai_harmony(ask, tokenizer):
     assert ours == ask(conversations=[([ASK, calling(1), RESULT, calling(2, "now", "{}"), result(2, "noon")], [WEATHER, NOW], "medium", date)])["conversations"][0]
 
 
-def test_the_vocabulary_is_the_one_of_openai_harmony(ask, tokenizer):
+def test_the_vocabulary_is_openai_harmony_s(ask, tokenizer):
     dice = random.Random(1)
     texts = ["".join(dice.choices("aB é日本́ßẞǅ \n\t\r.,;'’sSlL12٣🙂{}\"\\/<|>", k=dice.randrange(80))) for _ in range(300)] + [
         Path(__file__).read_text(), "I'LL we'Re 12345678", " " * 40]
@@ -169,7 +169,7 @@ def expected(messages):
     return parts
 
 
-def test_answers_are_read_as_openai_harmony_parses_them(ask, tokenizer):
+def test_answers_are_read_as_openai_harmony_s(ask, tokenizer):
     dice = random.Random(2)
     answers = [random_answer(dice, tokenizer) for _ in range(600)]
     prompt = tuple(tokenizer.encode_with_specials("<|start|>user<|message|>Hi<|end|><|start|>assistant"))

@@ -32,7 +32,8 @@ def peer():
     return run
 
 
-def test_transformers_computes_the_same_with_the_same_files(peer, tmp_path):
+def test_transformers_computes_the_same(peer, tmp_path):
+    """It has the same files."""
     # in float32; what else it runs on a CPU rounds activations, or computes in half precision
     names, model = ["ct-3", "ct-4", "ct-4-channel", "ct-8"], {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
     folders = [packed_model(make_model("llama3.1", **model), tmp_path / name, name)[0] for name in names]
@@ -46,7 +47,7 @@ def test_transformers_computes_the_same_with_the_same_files(peer, tmp_path):
         assert (logits - want[-1]).abs().max() < 1e-4
 
 
-def test_libraries_packed_weights_mean_what_they_say(peer, tmp_path):
+def test_packed_weights_mean_what_libraries_say(peer, tmp_path):
     peer(tmp_path)
     folders = sorted(tmp_path.iterdir())
     assert len(folders) == 21

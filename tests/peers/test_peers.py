@@ -89,7 +89,8 @@ def outcome(command, *arguments, cwd=None, limit_s=RUN_S):
 
 
 @pytest.mark.slow
-def test_langchain_chats_streams_scores_and_gets_objects(python, url):
+def test_langchain_chats_and_gets_objects(python, url):
+    """It streams and scores too."""
     found = outcome([python, HERE / "langchain_peer.py"], url)
     assert found["text"] == found["streamed"] == ANSWER and found["batch"] == [ANSWER, ANSWER] and found["with_system"]
     assert found["finish_reason"] == "stop" and found["usage"] == found["streamed_usage"] == 8 and found["logprobs"] == 7
@@ -98,7 +99,8 @@ def test_langchain_chats_streams_scores_and_gets_objects(python, url):
 
 
 @pytest.mark.slow
-def test_litellm_completes_streams_and_maps_errors(python, url):
+def test_litellm_completes_and_maps_errors(python, url):
+    """It streams too."""
     found = outcome([python, HERE / "litellm_peer.py"], url)
     assert found["text"] == found["streamed"] == ANSWER and found["choices"] == 2 and found["finish_reason"] == "stop"
     assert found["streamed_usage"] == [8] and (found["cut"], found["logprobs"]) == ("length", 3)
@@ -106,7 +108,7 @@ def test_litellm_completes_streams_and_maps_errors(python, url):
 
 
 @pytest.mark.slow
-def test_lm_eval_scores_and_generates_alone_and_in_batches(python, url, tmp_path, default_model_path):
+def test_lm_eval_scores_alone_and_in_batches(python, url, tmp_path, default_model_path):
     """The likelier endings win, and ids in batches give the same numbers as texts one by one."""
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
@@ -121,7 +123,7 @@ def test_lm_eval_scores_and_generates_alone_and_in_batches(python, url, tmp_path
 
 
 @pytest.mark.slow
-def test_lm_eval_gets_from_a_nanochat_checkpoint_what_its_own_backend_computes(python, nanochat_fixtures, tmp_path):
+def test_lm_eval_gets_what_nanochat_computes(python, nanochat_fixtures, tmp_path):
     """With the server's tokenizer and eight requests at a time: log-likelihoods, whether they are greedy, texts longer than the window,
     generated text."""
     torch = Path(importlib.util.find_spec("torch").origin).parents[1]
@@ -138,7 +140,7 @@ def test_lm_eval_gets_from_a_nanochat_checkpoint_what_its_own_backend_computes(p
 
 
 @pytest.mark.slow
-def test_inspect_ai_asks_chats_and_sums_the_log_probabilities_of_prompts(nanochat_fixtures, url, tmp_path):
+def test_inspect_ai_chats_and_scores_prompts(nanochat_fixtures, url, tmp_path):
     """On the default model and, with token ids, on a nanochat checkpoint, whose first log-probability upstream's code has found."""
     python = made_venv("inspect", "inspect.txt")
     prompts = [[1, 504, 3575, 282, 4649, 314, 7042, 30], [1, 504, 3575]]
@@ -155,7 +157,7 @@ def test_inspect_ai_asks_chats_and_sums_the_log_probabilities_of_prompts(nanocha
 
 
 @pytest.mark.slow
-def test_the_other_apis_packages_get_the_same_text_calls_and_objects(url):
+def test_other_apis_packages_get_the_same(url):
     """openai's Responses, anthropic's Messages and ollama's package."""
     found = outcome([made_venv("apis", "apis.txt"), HERE / "apis_peer.py"], url)
     responses, messages, ollama = found["responses"], found["messages"], found["ollama"]
@@ -170,7 +172,7 @@ def test_the_other_apis_packages_get_the_same_text_calls_and_objects(url):
 
 
 @pytest.mark.slow
-def test_ollamas_package_pulls_a_model_and_deletes_it(tmp_path, nanochat_fixtures):
+def test_ollamas_package_pulls_and_deletes_a_model(tmp_path, nanochat_fixtures):
     """From a hub on loopback, into a cache of its own."""
     numbers = LLAMA_NUMBERS | {"llama.feed_forward_length": 8192}
     text = {**small_gguf_metadata("gpt-2"), "tokenizer.chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}
@@ -187,7 +189,7 @@ def test_ollamas_package_pulls_a_model_and_deletes_it(tmp_path, nanochat_fixture
 
 @pytest.mark.slow
 @pytest.mark.timeout(INSTALL_S + AGENT_S + 60)
-def test_answers_of_declared_types_are_whole_whatever_the_seed(url):
+def test_answers_of_declared_types_are_whole(url):
     """The form, not the sense. OpenAI's two parse helpers, instructor in two modes, pydantic-ai and Anthropic's tools."""
     found = outcome([made_venv("typed", "typed.txt"), HERE / "typed_peer.py"], url, *range(20), limit_s=AGENT_S)
     assert found == dict.fromkeys(("chat.completions.parse", "responses.parse", "instructor", "instructor, JSON", "pydantic-ai", "anthropic"), {})
@@ -227,7 +229,7 @@ def test_claude_code_answers_through_messages(agents, stand_in_url, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(INSTALL_S + AGENT_S + 60)
 @pytest.mark.parametrize("run, route", [(run_codex, "/v1/responses"), (run_claude, "/v1/messages")])
-def test_the_agents_print_what_the_default_model_writes(agents, long_url, tmp_path, run, route):
+def test_agents_print_what_the_default_model_writes(agents, long_url, tmp_path, run, route):
     """They exit with 0, and the model has computed their whole prompts."""
     before = answered(long_url, route)
     assert run(agents, long_url, tmp_path, AGENT_S).strip()
@@ -244,7 +246,8 @@ def answered(url, route):
 
 
 @pytest.mark.slow
-def test_openai_agents_langchain_and_litellm_with_its_proxy_use_the_newer_routes(url):
+def test_agents_and_litellm_use_the_newer_routes(url):
+    """They are OpenAI's agents, LangChain and LiteLLM with its proxy."""
     found = outcome([made_venv("clients", "clients.txt"), HERE / "clients_peer.py"], url)
     agents, langchain, litellm, proxy = (found[name] for name in ("agents", "langchain", "litellm", "proxy"))
     assert agents["text"] == agents["streamed"] == ANSWER and agents["last"] == "response.completed"
@@ -256,7 +259,8 @@ def test_openai_agents_langchain_and_litellm_with_its_proxy_use_the_newer_routes
 
 
 @pytest.mark.slow
-def test_vercels_ai_package_generates_streams_and_gets_objects(node, url):
+def test_vercels_package_streams_and_gets_objects(node, url):
+    """It generates whole answers too."""
     script = shutil.copy(HERE / "vercel_peer.mjs", node)        # beside its node_modules, where node looks for them
     found = outcome(["node", script], url, cwd=node)
     assert found["text"] == found["streamed"] == ANSWER and found["finish_reason"] == found["streamed_finish"] == "stop"
@@ -276,7 +280,7 @@ def test_open_webui_answers_through_ollama_s_routes(url, tmp_path):
 
 
 @pytest.mark.slow
-def test_replicas_on_a_ray_cluster_outlive_a_node_and_the_head(default_model_path):
+def test_ray_replicas_outlive_a_node_and_the_head(default_model_path):
     python = made_venv("ray", "ray.txt")
     done = subprocess.run([python, HERE / "ray_peer.py", HERE.parents[1]], capture_output=True, text=True, timeout=RUN_S + INSTALL_S,
                           env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))})

@@ -69,7 +69,8 @@ def write_models(folder):
     return embedders, rankers
 
 
-def test_vectors_and_scores_are_sentence_transformers_own(python, tmp_path):
+def test_vectors_are_sentence_transformers_own(python, tmp_path):
+    """Scores are too."""
     embedders, rankers = write_models(tmp_path)
     jobs = [{"folder": str(place), "texts": TEXTS} for place in embedders.values()]
     jobs += [{"folder": str(embedders["qwen3"]), "texts": TEXTS, "prompt_name": "query"}]

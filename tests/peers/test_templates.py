@@ -156,14 +156,16 @@ def theirs(tokenizer, template, sent, tools):
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
-def test_a_prompt_is_that_of_apply_chat_template_or_there_is_a_reason(prompts, conversation):
+def test_a_prompt_is_apply_chat_template_s(prompts, conversation):
+    """Where it is not there is a reason."""
     reasons = {name: (row.reason, row.refused) for row in DIFFERENCES if conversation in row.conversations for name in row.templates}
     differing = {name: (reasons.get(name, ("no row", None))[0], expected is None)
                  for (name, shown), (prompt, expected) in prompts.items() if shown == conversation and prompt != expected}
     assert differing == reasons
 
 
-def test_what_is_refused_has_a_reason_too_and_apply_chat_template_refuses_it(prompts):
+def test_a_refused_conversation_has_a_reason_too(prompts):
+    """The function apply_chat_template refuses it as well."""
     refused = {case for case, (prompt, expected) in prompts.items() if prompt is None}
     assert refused == {(name, conversation) for row in REFUSALS for name in row.templates for conversation in row.conversations}
     assert all(prompts[case][1] is None for case in refused)
@@ -177,5 +179,6 @@ def test_every_result_is_in_the_prompt_once(prompts, conversation):
             assert [prompt.count(text) for text in results] == [1] * len(results), name
 
 
-def test_there_are_thirteen_conversations_and_dozens_of_templates(templates):
+def test_there_are_13_conversations_and_70_templates(templates):
+    """There may be more templates."""
     assert len(CONVERSATIONS) == 13 and len(templates) >= 70

@@ -128,7 +128,8 @@ def message_of(error, path):
 
 
 @every_api
-async def test_headers_leave_before_the_first_piece_and_a_reader_that_leaves_ends_the_work(client, path):
+async def test_headers_leave_before_text_on_every_route(client, path):
+    """A reader that leaves ends the work."""
     pool = FakePool(gate=asyncio.Event())
     async with serving(pool) as url:
         response = await client.post(url + path, json=ASKED[path] | {"stream": True})
@@ -139,7 +140,7 @@ async def test_headers_leave_before_the_first_piece_and_a_reader_that_leaves_end
 
 
 @every_api
-async def test_an_answer_is_cancelled_by_the_id_in_its_header(client, path):
+async def test_the_id_in_its_header_cancels_an_answer(client, path):
     pool = FakePool(gate=asyncio.Event())
     async with serving(pool) as url:
         async with client.post(url + path, json=ASKED[path] | {"stream": True}) as response:
@@ -151,7 +152,7 @@ async def test_an_answer_is_cancelled_by_the_id_in_its_header(client, path):
 
 @pytest.mark.parametrize("route", [each for each in chat_server.ROUTES if each.method not in ("GET", "HEAD")],
                          ids=lambda route: f"{route.method} {route.path}")
-async def test_no_route_reads_a_large_body_on_the_event_loop(client, route, monkeypatch):
+async def test_no_route_reads_a_large_body_on_the_loop(client, route, monkeypatch):
     """A route that reads JSON at all reads it with the one reader, which sends large bodies to a sandbox."""
     pool, read, reads = FakePool(), [], route.path in ANSWER_READERS | TEXT_READERS
     sandbox = pool.sandboxes["bodies"]
@@ -174,7 +175,8 @@ async def test_no_route_reads_a_large_body_on_the_event_loop(client, route, monk
 
 @pytest.mark.parametrize("size", [1, config.LIMITS.inline_bytes])
 @pytest.mark.parametrize("route", [*ANSWER_READERS, *TEXT_READERS])
-async def test_an_unknown_model_is_not_found_whatever_route_a_body_comes_to(client, route, size):
+async def test_no_route_finds_an_unknown_model(client, route, size):
+    """An unknown model is not found whatever route a body comes to."""
     async with serving(FakePool()) as url:
         async with client.post(url + route, json={"model": "nope", "x": "x" * size}) as response:
             assert response.status == 404 and "nope" in await response.text() and "fake-model" in await response.text()
@@ -186,7 +188,8 @@ def test_every_route_that_answers_is_tested():
 
 
 @every_route
-async def test_who_leaves_or_cancels_before_a_whole_answer_ends_the_work(client, path):
+async def test_who_leaves_before_a_whole_answer_ends_it(client, path):
+    """Who cancels it does too."""
     pool = FakePool(gate=asyncio.Event())
     async with serving(pool) as url:
         leaving = asyncio.create_task(ask(client, url, path, stream=False))
@@ -203,7 +206,8 @@ async def test_who_leaves_or_cancels_before_a_whole_answer_ends_the_work(client,
 
 
 @pytest.mark.parametrize("path, prefix", [(CHAT, "chatcmpl-"), ("/v1/completions", "cmpl-"), (RESPONSES, "resp_"), (MESSAGES, "msg_")])
-async def test_an_answer_has_its_request_s_id_by_which_it_is_cancelled(client, path, prefix):
+async def test_an_answer_is_cancelled_by_its_request_s_id(client, path, prefix):
+    """The answer has it."""
     async with serving(FakePool()) as url:
         _, headers, text = await ask(client, url, path)
         assert json.loads(text)["id"] == prefix + headers["X-Request-Id"] == prefix + bare_id(json.loads(text)["id"])
@@ -220,7 +224,7 @@ async def test_a_stream_is_taken_up_again(client, path):
 
 
 @every_route
-async def test_keys_are_asked_for_and_name_who_takes_turns(client, path):
+async def test_keys_are_needed_and_name_who_takes_turns(client, path):
     pool = FakePool()
     async with serving(pool, Settings(keys=(ApiKey.hashed("secret", "alice"),))) as url:
         status, headers, text = await ask(client, url, path)
@@ -232,7 +236,8 @@ async def test_keys_are_asked_for_and_name_who_takes_turns(client, path):
 
 
 @every_route
-async def test_a_draining_server_refuses_and_says_when_to_come_back(client, path):
+async def test_a_draining_server_says_when_to_come_back(client, path):
+    """It refuses the request."""
     pool = FakePool()
     pool.draining = True
     async with serving(pool) as url:
@@ -255,7 +260,7 @@ OPENAIS = {CHAT, "/v1/completions", RESPONSES}
 
 
 @every_api
-async def test_only_openais_routes_take_at_most_four_stop_strings(client, path):
+async def test_only_openais_routes_limit_stop_strings(client, path):
     """Continue sends up to 14 to /api/generate and /infill."""
     pool = FakePool()
     four, many, one = list("abcd"), [f"<{number}>" for number in range(256)], ["y" * 4096]
@@ -270,7 +275,8 @@ async def test_only_openais_routes_take_at_most_four_stop_strings(client, path):
                 assert status == 400 and "4,096" in text and "stop" in text
 
 
-async def test_messages_own_name_for_them_has_the_same_limit(client):
+async def test_messages_limit_their_stop_sequences_alike(client):
+    """Their own name for stop strings has the same limit."""
     pool = FakePool()
     async with serving(pool) as url:
         assert (await ask(client, url, MESSAGES, stop_sequences=[f"<{number}>" for number in range(64)]))[0] == 200
@@ -278,7 +284,8 @@ async def test_messages_own_name_for_them_has_the_same_limit(client):
         assert (await ask(client, url, MESSAGES, stop_sequences=["x"] * 257))[0] == 400
 
 
-async def test_one_of_many_stop_strings_ends_a_real_answer(client, url):
+async def test_one_of_many_stop_strings_ends_an_answer(client, url):
+    """The answer is a real one."""
     stops = [f"<|{number}|>" for number in range(13)]
     for path in (MESSAGES, "/api/chat", "/api/generate"):
         async with client.post(url + path, json=BODIES[path] | {"stream": False, "stop_sequences": [*stops, "Tok"], "max_tokens": 20,
@@ -288,7 +295,7 @@ async def test_one_of_many_stop_strings_ends_a_real_answer(client, url):
 
 
 @every_route
-async def test_a_slash_at_the_end_of_the_path_changes_nothing(client, path):
+async def test_a_slash_at_a_path_s_end_changes_nothing(client, path):
     async with serving(FakePool()) as url:
         status, _, text = await ask(client, url, path)
         async with client.post(url + path + "/", json=(ASKED | WHOLE)[path]) as response:
@@ -299,7 +306,8 @@ async def test_a_slash_at_the_end_of_the_path_changes_nothing(client, path):
 
 
 @pytest.mark.parametrize("path", WHOLE)
-async def test_a_failure_before_a_whole_answer_is_its_status(client, path):
+async def test_an_early_failure_is_the_answer_s_status(client, path):
+    """It comes before a whole answer."""
     async with serving(FakePool([EngineFailure("a worker died")])) as url:
         status, _, text = await ask(client, url, path)
     assert status == 500 and "a worker died" in message_of(text, path)
@@ -338,7 +346,8 @@ DRAWN = {"temperature": 1, "seed": 12, "max_tokens": 40, "max_output_tokens": 40
 
 
 @pytest.mark.parametrize("path", by_day([path for path in BODIES if path != "/v1/completions"], "/v1/chat/completions", "/v1/messages"))
-async def test_the_same_conversation_and_seed_give_the_same_text_whole_streamed_and_through_a_sandbox(client, url, exact, path):
+async def test_one_seed_gives_the_same_text_everywhere(client, url, exact, path):
+    """Whole, streamed and through a sandbox the same conversation has the same text."""
     wanted = whole_text(json.loads((await ask(client, url, CHAT, **DRAWN))[2]))
     assert len(wanted) > 10
     large = {"padding": "x" * (config.LIMITS.inline_bytes + 1)}
@@ -348,7 +357,8 @@ async def test_the_same_conversation_and_seed_give_the_same_text_whole_streamed_
             assert whole_text(json.loads((await ask(client, url, path, **DRAWN, **more))[2])) == wanted
 
 
-def test_of_a_model_without_a_chat_template_api_generate_continues_the_prompt():
+def test_without_a_template_ollama_continues_prompts():
+    """Of a model without a chat template API generate continues the prompt."""
     body = {"prompt": "Once", "system": "Be brief."}
     for chats, prompts, ignored in ((False, ("Once",), ("system",)), (True, None, ())):
         parsed = read_answer("/api/generate", body, Known(Settings(), None, chats=chats))
@@ -356,7 +366,7 @@ def test_of_a_model_without_a_chat_template_api_generate_continues_the_prompt():
 
 
 @pytest.mark.slow
-async def test_a_worker_s_death_is_a_pause_in_each(client, url, exact):
+async def test_a_death_is_a_pause_in_each_api(client, url, exact):
     wanted = DRAWN | {"max_tokens": 120, "max_output_tokens": 120, "ignore_eos": True}
     bodies = {path: body | wanted | {"stream": True} for path, body in BODIES.items()}
     for path in ("/api/chat", "/api/generate"):
@@ -392,7 +402,8 @@ async def test_a_worker_s_death_is_a_pause_in_each(client, url, exact):
 
 
 @pytest.mark.parametrize("path", [*BODIES, *WHOLE])
-async def test_more_answers_at_a_time_than_a_client_may_have_are_429(client, url, path):
+async def test_too_many_answers_of_a_client_are_429(client, url, path):
+    """They are more at a time than it may have."""
     slow = BODIES[CHAT] | {"stream": True, "ignore_eos": True, "max_tokens": 4000}
     async with contextlib.AsyncExitStack() as open_streams:
         for _ in range(9):
@@ -409,7 +420,8 @@ CALLS = [{"id": "call_1", "type": "function", "function": {"name": "add", "argum
 ADD = {"name": "add", "description": "adds", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
 
 
-def test_a_conversation_with_calls_and_results_is_the_same_in_all_three():
+def test_a_conversation_with_calls_is_alike_in_all():
+    """Results of calls too are the same in all three APIs."""
     chat = {"messages": [
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "1?\n2?"},
         {"role": "assistant", "content": "Let me see.", "tool_calls": CALLS}, {"role": "tool", "tool_call_id": "call_1", "content": "2"},
@@ -434,7 +446,7 @@ def test_a_conversation_with_calls_and_results_is_the_same_in_all_three():
     assert [parsed.ignored_tools for parsed in bodies] == [(), ("web_search", "custom"), ("web_search_20250305",)]
 
 
-def test_earlier_reasoning_is_read_in_each_api_that_has_it():
+def test_every_api_reads_earlier_reasoning():
     """Clients send back what the assistant thought, under each API's own name."""
     question, again = ({"role": "user", "content": text} for text in ("1?", "2?"))
     spoken = {"role": "assistant", "content": "One."}
@@ -449,7 +461,7 @@ def test_earlier_reasoning_is_read_in_each_api_that_has_it():
             ("1?", None), ("One.", {"reasoning_content": "Hm."}), ("2?", None)], reader.__name__
 
 
-async def test_tools_of_other_types_are_named_in_a_header(client, caplog):
+async def test_a_header_names_tools_of_other_types(client, caplog):
     caplog.set_level("INFO")
     tools = [{"type": "namespace", "name": "x"}, {"type": "web_search"}, {"type": "odd\r\ntype", "name": "y"}]
     async with serving(FakePool()) as url:
@@ -467,7 +479,7 @@ async def test_tools_of_other_types_are_named_in_a_header(client, caplog):
      {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "b"}]}, None),
     ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [{"type": "function", "function": {"name": "b"}}]}},
      {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "b"}]}, None)])
-def test_a_choice_of_tools_is_the_same_in_all_three(chat, responses, messages):
+def test_a_choice_of_tools_is_alike_in_all_three(chat, responses, messages):
     functions = [ADD | {"name": name} for name in "ab"]
     base = {"seed": 1}
     first = read_chat_body(base | BODIES[CHAT] | {"tool_choice": chat, "tools": [
@@ -484,7 +496,7 @@ def test_a_choice_of_tools_is_the_same_in_all_three(chat, responses, messages):
         assert third == first
 
 
-def test_formats_and_parameters_are_the_same_in_all_three():
+def test_formats_and_parameters_are_alike_in_all():
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     common = {"seed": 1, "temperature": 0.5, "top_p": 0.5}
     question = BODIES[CHAT]["messages"]
@@ -535,7 +547,7 @@ ALLOWED = {"type": "allowed_tools", "mode": "auto", "tools": []}
     (CHAT, {"functions": [{"name": "x"}], "function_call": {"name": "y", "type": {"any": 1}}}, "tool_choice names \"y\""),
     (CHAT, {"functions": [{"name": "x"}], "function_call": {"name": "y", "type": "allowed_tools"}}, "tool_choice names \"y\""),
     (CHAT, {"response_format": {"type": "json_object", "schema": {"minimum": float("inf")}}}, "response_format cannot be enforced: minimum must be a finite number, not Infinity")])
-async def test_what_cannot_be_is_400_and_named(client, path, body, named):
+async def test_an_impossible_body_is_400_and_named(client, path, body, named):
     pool = FakePool()
     pool.tokenizer = Letters()
     pool.tokenizer.tool_format = "tagged"
@@ -649,7 +661,8 @@ IMPOSSIBLE = {"properties": {"n": {"type": "null"}, "a": {"pattern": "^a", "cons
 @relaxed(max_examples=150, derandomize=True)
 @example(asked=(odd_bodies.required_call({"name": "f", "parameters": IMPOSSIBLE}), "glm tags"), seed=0)
 @odd
-def test_odd_tools_and_formats_are_answered_or_refused_by_name_in_every_api_and_tool_format(asked, seed):
+def test_odd_tools_are_answered_or_refused_by_name(asked, seed):
+    """So are odd formats, in every API and tool format."""
     check_odd_body(asked, seed)
 
 
@@ -657,12 +670,13 @@ def test_odd_tools_and_formats_are_answered_or_refused_by_name_in_every_api_and_
 @pytest.mark.timeout(900)
 @relaxed(max_examples=8_000)
 @odd
-def test_many_odd_tools_and_formats_are_answered_or_refused_by_name(asked, seed):
+def test_many_odd_tools_are_answered_or_refused(asked, seed):
+    """Formats are too; a refusal names them."""
     check_odd_body(asked, seed)
 
 
 @pytest.mark.parametrize("examples", [60, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
-async def test_no_odd_tools_or_formats_are_answered_with_5xx(examples):
+async def test_no_odd_tools_or_formats_give_5xx(examples):
     pool = FakePool()
     pool.tokenizer = Letters()
 
@@ -745,7 +759,7 @@ def test_a_chunk_has_one_entry_for_each_call(parts, cut):
             assert "".join(each["arguments"] for each in told) == '{"city": "Oslo"}'
 
 
-async def test_a_response_streams_the_documented_sequence(client):
+async def test_a_response_streams_the_documented_events(client):
     async with serving(FakePool(THOUGHT)) as url:
         events = await streamed(client, url, RESPONSES)
         whole = json.loads((await ask(client, url, RESPONSES))[2])
@@ -769,7 +783,7 @@ async def test_a_response_streams_the_documented_sequence(client):
     assert ids == {each["id"] for each in done}
 
 
-async def test_a_message_streams_the_documented_sequence(client):
+async def test_a_message_streams_the_documented_events(client):
     async with serving(FakePool(THOUGHT)) as url:
         events = await streamed(client, url, MESSAGES, thinking={"type": "enabled"})
         whole = json.loads((await ask(client, url, MESSAGES, thinking={"type": "enabled"}))[2])
@@ -787,7 +801,7 @@ async def test_a_message_streams_the_documented_sequence(client):
 @pytest.mark.parametrize("reason, stop_reason, status, stop", [
     ("stop", "eos", "completed", ("end_turn", None)), ("length", "max_tokens", "incomplete", ("max_tokens", None)),
     ("length", "context_length", "incomplete", ("model_context_window_exceeded", None)), ("stop", "END", "completed", ("stop_sequence", "END"))])
-async def test_how_an_answer_ended(client, reason, stop_reason, status, stop):
+async def test_each_api_says_how_an_answer_ended(client, reason, stop_reason, status, stop):
     async with serving(FakePool(["Hi"], reason=reason, stop_reason=stop_reason)) as url:
         last = (await streamed(client, url, RESPONSES, stop=["END"]))[-1]
         message = json.loads((await ask(client, url, MESSAGES, stop_sequences=["END"]))[2])
@@ -802,7 +816,7 @@ async def test_an_answer_without_text_has_an_empty_part(client):
         assert json.loads((await ask(client, url, MESSAGES))[2])["content"] == [{"type": "text", "text": ""}]
 
 
-async def test_a_silent_stream_of_messages_has_pings_of_its_own(client, monkeypatch):
+async def test_a_silent_stream_of_messages_has_own_pings(client, monkeypatch):
     patch(monkeypatch, config, "PING_S", 0.02)
     pool = FakePool(gate=asyncio.Event())
     async with serving(pool) as url:
@@ -864,7 +878,7 @@ async def test_what_a_response_repeats_is_bounded(client, name, value, monkeypat
         assert response.status == 400 and error["param"] == name and name in error["message"] and not pool.requests
 
 
-async def test_a_stream_may_begin_with_more_than_a_reader_may_leave_unread(client, monkeypatch):
+async def test_a_stream_may_begin_with_a_large_event(client, monkeypatch):
     """A reader whom the first event alone would make too slow: what it sent itself does not count."""
     patch(monkeypatch, config, "LIMITS", replace(config.LIMITS, outbox_bytes=1000))
     monkeypatch.setattr(asyncio.selector_events._SelectorSocketTransport, "get_write_buffer_size", lambda self: 100_000)
@@ -877,7 +891,8 @@ async def test_a_stream_may_begin_with_more_than_a_reader_may_leave_unread(clien
                 await response.read()
 
 
-async def test_a_response_is_not_kept_and_a_body_with_a_model_is_openai_s(client):
+async def test_a_body_with_a_model_is_openai_s(client):
+    """A response is not kept."""
     async with serving(FakePool()) as url:
         for method in ("GET", "DELETE"):
             async with client.request(method, url + "/v1/responses/resp_1") as response:
@@ -896,7 +911,8 @@ async def test_a_response_is_not_kept_and_a_body_with_a_model_is_openai_s(client
             assert (await response.json())["data"][0]["root"] == "fake-model"
 
 
-async def test_tokens_of_a_message_are_counted_as_its_prompt_has_them(client):
+async def test_count_tokens_counts_a_message_s_prompt(client):
+    """Tokens of a message are counted as its prompt has them."""
     pool = FakePool()
     async with serving(pool) as url:
         for body in (BODIES[MESSAGES], BODIES[MESSAGES] | {"system": "Be brief."}):
@@ -927,7 +943,8 @@ async def test_older_clients_functions_are_tools(client):
         ("assistant", {"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]}), ("tool", {"name": "add"})]
 
 
-def test_a_template_without_tools_is_told_of_them_by_a_system_prompt(default_model_path):
+def test_a_system_prompt_tells_a_template_of_tools(default_model_path):
+    """The template knows none itself."""
     from engines import load
     tokenizer = open_tokenizer(load(default_model_path).text)
     assert tokenizer.tool_format == "tagged" and not tokenizer.native_tools
@@ -945,7 +962,7 @@ def test_a_template_without_tools_is_told_of_them_by_a_system_prompt(default_mod
     assert len(first) == 1 and first[0].content.endswith("\n\nHi") and "adds" in first[0].content
 
 
-async def test_a_model_whose_template_knows_no_tools_calls_them(client, url):
+async def test_a_model_without_a_tool_template_calls_tools(client, url):
     """A required call is made by the grammar; what was called can be told of in the next turn."""
     strict = ADD | {"parameters": ADD["parameters"] | {"required": ["a"], "additionalProperties": False}}
     tools = [{"type": "function", "function": strict}]
@@ -1005,7 +1022,7 @@ async def test_ollama_s_bodies_are_requests(client):
     assert pool.requests[4].params.grammar and not pool.requests[1].params.grammar and pool.requests[1].params.stop == ("x",)
 
 
-async def test_what_ollama_tells_of_the_model(client):
+async def test_ollama_s_api_tells_of_the_model(client):
     async with serving(FakePool()) as url:
         async with client.get(url + "/api/tags") as response:
             [model] = (await response.json())["models"]
@@ -1026,7 +1043,7 @@ async def test_what_ollama_tells_of_the_model(client):
             assert response.status == 404 and "llama3" in (await response.json())["error"]
 
 
-def test_thinking_is_asked_for_in_each_api_s_words():
+def test_each_api_asks_for_thinking_in_its_words():
     options = lambda reader, **body: reader(body, KNOWN).request.template_options      # noqa: E731
     question = BODIES[CHAT]["messages"]
     assert options(read_responses_body, input="x", reasoning={"effort": "low", "summary": "auto"}) == {"reasoning_effort": "low"}
@@ -1058,7 +1075,8 @@ def asked_of(path, settings=Settings(), **body):
 
 
 @pytest.mark.parametrize("name", THOUGHTS)
-def test_each_api_has_a_budget_of_thinking_from_0_to_max_tokens(name):
+def test_each_api_has_a_budget_of_thinking(name):
+    """It goes from 0 to max_tokens."""
     path, said_so = THOUGHTS[name]
     most = 500 if path != "/chat/completions" else 512
     cap = {"/api/chat": {"options": {"num_predict": 500}}, "/api/generate": {"options": {"num_predict": 500}},
@@ -1077,7 +1095,8 @@ def test_each_api_has_a_budget_of_thinking_from_0_to_max_tokens(name):
     assert asked_of(path, **said_so(None)).params.thinking_budget is None
 
 
-def test_two_budgets_that_differ_are_refused_and_equal_ones_are_one():
+def test_two_budgets_that_differ_are_refused():
+    """Equal ones are one."""
     for path, body, names in (
             (CHAT, {"thinking_budget": 5, "reasoning_effort": 6}, ("thinking_budget", "reasoning_effort")),
             (CHAT, {"chat_template_kwargs": {"thinking_budget": 1}, "reasoning_effort": 0}, ("chat_template_kwargs.thinking_budget", "reasoning_effort")),
@@ -1094,7 +1113,8 @@ def test_two_budgets_that_differ_are_refused_and_equal_ones_are_one():
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_the_server_s_budget_is_that_of_requests_without_one(path):
+def test_a_server_s_budget_is_the_default(path):
+    """It is that of requests without one."""
     settings = Settings(reasoning_budget=7, reasoning_budget_message="Enough.")
     request = asked_of(path, settings, max_tokens=5)            # it may be more than the answer has
     assert (request.params.thinking_budget, request.params.last_thought) == ((7, "Enough.") if request.params.chat else (None, ""))
@@ -1104,7 +1124,7 @@ def test_the_server_s_budget_is_that_of_requests_without_one(path):
         assert asked_of(path, Settings(reasoning_budget=0)).params.thinking_budget == 0
 
 
-async def test_a_last_message_of_the_assistant_is_continued(client, url, exact):
+async def test_the_assistant_s_last_message_is_continued(client, url, exact):
     """Anthropic's prefill is continue_final_message."""
     messages = [*BODIES[CHAT]["messages"], {"role": "assistant", "content": "The capital of"}]
     prefilled = json.loads((await ask(client, url, MESSAGES, messages=messages, temperature=0))[2])
@@ -1126,7 +1146,7 @@ SEA = "Write a poem about the sea."
     (RESPONSES, {"max_output_tokens": 300, "input": SEA}, lambda reply: (reply["status"], "repetition", reply["usage"]["output_tokens"])),
     (MESSAGES, {"max_tokens": 300}, lambda reply: (reply["stop_reason"], "repetition", reply["usage"]["output_tokens"])),
     ("/api/chat", {"max_tokens": 300, "stream": False}, lambda reply: (reply["done_reason"], "repetition", reply["eval_count"]))])
-async def test_an_answer_ends_where_it_repeats_itself_in_every_api(client, url, path, body, ends):
+async def test_a_repeating_answer_ends_in_every_api(client, url, path, body, ends):
     """What the default model writes at temperature 0 about the sea goes round in circles after 220 tokens."""
     asked = ({} if "input" in body else {"messages": [{"role": "user", "content": SEA}]}) | {"temperature": 0} | body
     status, _, text = await ask(client, url, path, **asked, stop_on_repetition=True)

@@ -205,7 +205,7 @@ def drawing(route, seed, tokens, **more):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("route", [route for route in ROUTES if route is not Native])
-async def test_what_is_sent_back_has_the_tokens_that_the_model_wrote(seen, url, client, route, stream):
+async def test_a_sent_back_answer_has_its_tokens(seen, url, client, route, stream):
     """Whatever they are: whole calls and calls that were cut, results without a call, marks without a beginning."""
     if stream and route is Ollama:
         pytest.skip("its lines are objects, which another test reads")
@@ -223,7 +223,7 @@ async def test_what_is_sent_back_has_the_tokens_that_the_model_wrote(seen, url, 
 
 
 @pytest.mark.parametrize("route", [Chat, Native])
-async def test_the_text_of_an_answer_is_what_stands_outside_of_calls(seen, url, client, route):
+async def test_the_text_of_an_answer_is_outside_of_calls(seen, url, client, route):
     api, tokens = route(), apples(seen.pool.tokenizer)
     chosen = {"prefix_token_ids": tokens, "max_tokens": len(tokens) + 1}
     answer = await post(client, url + api.path, api.first(True) | chosen, True)
@@ -247,7 +247,7 @@ APPLES_MESSAGE = {"content": SAID + "42 apples.", "calculator": [APPLES_CALL]}
 APPLES_TEXT = SAID + "<|python_start|>12+30<|python_end|><|output_start|>42<|output_end|>42 apples."
 
 
-async def test_nanochats_own_parts_of_a_message_mean_the_same(seen, url, client):
+async def test_nanochats_parts_of_a_message_mean_the_same(seen, url, client):
     parts = [{"type": "text", "text": SAID}, {"type": "python", "text": "12+30"}, {"type": "python_output", "text": "42"}, {"type": "text", "text": "42 apples."}]
     whole = await prompt_of(seen, client, url, answered(**APPLES_MESSAGE))
     assert await prompt_of(seen, client, url, answered(content=parts)) == whole
@@ -255,7 +255,7 @@ async def test_nanochats_own_parts_of_a_message_mean_the_same(seen, url, client)
     assert [*whole[begin:begin + len(tokens)]] == tokens
 
 
-async def test_names_of_special_tokens_are_those_tokens_only_where_both_sides_know(seen, url, client):
+async def test_special_tokens_have_names_if_both_sides_know(seen, url, client):
     """The assistant's words, of a request that says so; not another token's name, and never anybody else's words."""
     whole = await prompt_of(seen, client, url, answered(**APPLES_MESSAGE))
     shown = answered(content=APPLES_TEXT)
@@ -272,7 +272,7 @@ async def test_names_of_special_tokens_are_those_tokens_only_where_both_sides_kn
         assert {*specials} <= {*turn} and specials.count("<|user_start|>") == sum(message["role"] == "user" for message in forged)
 
 
-async def test_an_answer_with_special_tokens_shown_goes_back_as_it_came(seen, url, client):
+async def test_shown_special_tokens_go_back_as_they_came(seen, url, client):
     for seed in range(4):
         body = {"messages": [USER], "skip_special_tokens": False} | drawing(Chat, seed, (*ALL_MARKS, *b"12+x"))
         [choice] = (await post(client, url + "/v1/chat/completions", body))["choices"]
@@ -285,7 +285,7 @@ async def test_an_answer_with_special_tokens_shown_goes_back_as_it_came(seen, ur
 
 
 @pytest.mark.parametrize("echo", [False, True])
-async def test_a_text_goes_on_with_the_tokens_that_it_has(seen, url, client, echo):
+async def test_a_text_goes_on_with_its_tokens(seen, url, client, echo):
     """Of completions a later prompt is the text with special tokens shown; beside the plain text stand the calls."""
     path, more = url + "/v1/completions", drawing(Chat, 3, (*ALL_MARKS, *b"12+x")) | {"echo": echo, "prompt": "12 "}
     [plain] = (await post(client, path, more))["choices"]
@@ -302,7 +302,7 @@ async def test_a_text_goes_on_with_the_tokens_that_it_has(seen, url, client, ech
     assert calls_only([call for chunk in chunks for call in chunk["choices"][0].get("calculator", ())]) == plain["calculator"]
 
 
-async def test_token_ids_that_are_echoed_show_their_calls_beside_the_text(seen, url, client):
+async def test_echoed_token_ids_show_calls_beside_the_text(seen, url, client):
     body = {"prompt": apples(seen.pool.tokenizer), "echo": True, "max_tokens": 0}
     [choice] = (await post(client, url + "/v1/completions", body))["choices"]
     assert (choice["text"], choice["calculator"]) == (SAID + "42 apples.", [APPLES_CALL])
@@ -310,7 +310,7 @@ async def test_token_ids_that_are_echoed_show_their_calls_beside_the_text(seen, 
     assert choice["text"] == APPLES_TEXT and "calculator" not in choice
 
 
-async def test_offsets_and_log_probabilities_are_of_the_text_that_is_shown(seen, url, client):
+async def test_offsets_and_logprobs_are_of_the_shown_text(seen, url, client):
     tokens = apples(seen.pool.tokenizer)
     for shown in (True, False):
         body = {"prompt": tokens, "echo": True, "max_tokens": 1, "logprobs": 1, "skip_special_tokens": not shown}
@@ -326,7 +326,7 @@ async def test_offsets_and_log_probabilities_are_of_the_text_that_is_shown(seen,
         assert "".join(scored["token"] for scored in part["logprobs"]) == part["text"] and part["calculator"]
 
 
-async def test_stop_strings_are_looked_for_in_the_text_alone(seen, url, client):
+async def test_stop_strings_are_sought_in_text_alone(seen, url, client):
     tokens, path = apples(seen.pool.tokenizer), url + "/v1/chat/completions"
 
     async def stopped(stop, **more):
@@ -350,7 +350,7 @@ REFUSED = [
     ([{"start": 0, "expression": "1", "cut": 3}], "true or false")]
 
 
-async def test_calls_that_cannot_be_are_refused_with_the_reason(url, client):
+async def test_impossible_calls_are_refused_with_a_reason(url, client):
     for path in ("/v1/chat/completions", "/chat/completions", "/v1/messages", "/v1/responses", "/api/chat", "/apply-template"):
         for calls, said in REFUSED:
             message = {"role": "assistant", "content": "hello", "calculator": calls}
@@ -362,7 +362,8 @@ async def test_calls_that_cannot_be_are_refused_with_the_reason(url, client):
                 assert response.status == 400 and said in text.replace("'", "").replace('\\"', '"') and "calculator" in text, (path, calls, text)
 
 
-async def test_a_call_that_was_cut_is_written_again_when_its_answer_goes_on(seen, url, client):
+async def test_a_cut_call_is_written_again(seen, url, client):
+    """That happens when its answer goes on."""
     path, found = url + "/v1/chat/completions", 0
     for most in range(2, 40, 3):
         drawn = drawing(Chat, 7, (*ALL_MARKS[:2], *b"12+x"), max_tokens=most)
@@ -384,7 +385,8 @@ async def test_a_call_that_was_cut_is_written_again_when_its_answer_goes_on(seen
     assert found > 1
 
 
-async def test_a_prompt_or_a_chosen_beginning_may_end_within_a_call(seen, url, client):
+async def test_a_prompt_may_end_within_a_call(seen, url, client):
+    """So may a chosen beginning of the answer."""
     path, encode = url + "/v1/completions", seen.pool.tokenizer.encode
     body = {"max_tokens": 8, "temperature": 0, "logit_bias": {str(PYTHON_END): 100}, "skip_special_tokens": False}
 
@@ -404,7 +406,7 @@ async def test_a_prompt_or_a_chosen_beginning_may_end_within_a_call(seen, url, c
         assert text.startswith("<|python_start|>12+3<|python_end|><|output_start|>15<|output_end|>"), text
 
 
-async def test_ollamas_lines_and_comparisons_have_the_calls_too(seen, url, client):
+async def test_ollama_and_comparisons_have_the_calls_too(seen, url, client):
     drawn = drawing(Ollama, 5, (*ALL_MARKS, *b"12+x"))
     whole = (await post(client, url + "/api/chat", {"messages": [USER], "stream": False} | drawn))["message"]
     async with client.post(url + "/api/chat", json={"messages": [USER]} | drawn) as response:
@@ -431,7 +433,7 @@ async def test_a_call_may_be_the_whole_answer(seen, url, client):
         assert await prompt_of(seen, client, url, [USER, message, AGAIN]) == expected
 
 
-async def test_openais_client_sends_the_calls_back_unasked(seen, url):
+async def test_openais_client_sends_calls_back_unasked(seen, url):
     client = openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
     body = {"model": "default", "messages": [USER], "seed": 5, "max_tokens": 40, "temperature": 2, "logit_bias": {str(token): 100 for token in (*ALL_MARKS, *b"12+x")}}
     whole = (await client.chat.completions.create(**body)).choices[0].message
@@ -467,7 +469,7 @@ async def test_conversations_keep_the_calls(seen, url, client):
 TOOL = {"type": "function", "function": {"name": "x", "parameters": {"type": "object", "properties": {}}}}
 
 
-async def test_calls_stand_in_the_text_beside_calls_of_functions(seen, url, client):
+async def test_calls_stand_beside_calls_of_functions(seen, url, client):
     """The reader of functions' calls may hold text back, or find no call in it after all."""
     found, path = 0, url + "/v1/chat/completions"
     letters = [token for part in ("<tool_call>", "12+") for token in seen.pool.tokenizer.encode(part)]
@@ -487,7 +489,8 @@ async def test_calls_stand_in_the_text_beside_calls_of_functions(seen, url, clie
     assert found > 3
 
 
-async def test_arguments_of_a_function_have_no_trace_of_the_calculator(seen, url, client):
+async def test_a_function_s_arguments_lack_the_calculator(seen, url, client):
+    """They have no trace of its calls."""
     encode = seen.pool.tokenizer.encode
     begin = [*encode('Ah <tool_call>\n{"name": "x", "arg'), PYTHON_START, *encode("1"), PYTHON_END, *encode('uments": {}}\n</tool_call>'), *encode(" ok")]
     body = {"messages": [USER], "tools": [TOOL], "prefix_token_ids": begin, "max_tokens": len(begin) + 1}
@@ -496,7 +499,8 @@ async def test_arguments_of_a_function_have_no_trace_of_the_calculator(seen, url
     assert all(call["function"]["name"] == "x" for call in choice["message"].get("tool_calls", ()))
 
 
-async def test_other_models_read_the_text_of_a_message_alone(default_model_path, started):
+async def test_other_models_read_the_text_alone(default_model_path, started):
+    """They read no calls in a message."""
     pool = await started(make_pool(Settings(model=str(default_model_path), kv_cache_memory=64 << 20)))
     prompts = pool.admission.prompts
     for calls in ([APPLES_CALL], []):
@@ -513,7 +517,7 @@ async def test_other_models_read_the_text_of_a_message_alone(default_model_path,
 
 
 @pytest.mark.slow
-async def test_a_message_with_very_many_calls_costs_nobody_else_time(seen, url, client):
+async def test_many_calls_in_a_message_delay_nobody(seen, url, client):
     many = [{"start": 0, "expression": "1"}] * 400_000
     async with client.post(url + "/v1/chat/completions", json={"messages": answered(content="", calculator=many)}) as response:
         assert response.status == 400, await response.text()

@@ -34,7 +34,8 @@ def answer(body):
 
 
 @pytest.mark.parametrize("path", [CHAT, OLLAMA])
-def test_they_are_left_out_of_the_prompt_and_named(url, path):
+def test_custom_tools_are_left_out_and_named(url, path):
+    """They are not in the prompt."""
     need_exact(url)
     for tools, functions in (([PATCH, SEARCH], []), ([PATCH, ADD, SEARCH, PATCH], [ADD])):
         for padding in ("", "x" * 100_000):
@@ -46,7 +47,8 @@ def test_they_are_left_out_of_the_prompt_and_named(url, path):
     assert call(url, "/apply-template", body)[2] == call(url, "/apply-template", body | {"tools": [ADD]})[2]
 
 
-def test_a_choice_of_one_is_no_choice_and_a_required_call_is_of_a_function(url):
+def test_a_choice_of_a_custom_tool_is_none(url):
+    """A required call is one of a function."""
     for choice in ({"type": "custom", "custom": {"name": "patch"}}, {"type": "web_search"}):
         assert read_answer(CHAT, {"messages": [HI], "tools": [PATCH, ADD], "tool_choice": choice}, KNOWN).request == read_answer(
             CHAT, {"messages": [HI], "tools": [ADD]}, KNOWN).request
@@ -58,7 +60,8 @@ def test_a_choice_of_one_is_no_choice_and_a_required_call_is_of_a_function(url):
     assert status == 400 and "not in tools" in body["error"]["message"]
 
 
-def test_allowed_tools_may_name_them_too_in_both_of_openai_s_apis():
+def test_allowed_tools_may_name_custom_ones():
+    """They may in both of OpenAI's APIs."""
     allowed = [{"type": "custom", "name": "patch", "custom": {"name": "patch"}}, {"type": "mcp", "server_label": "x"}]
     for path, tools, wrap, function in (
             (CHAT, [PATCH, ADD], lambda tools: {"allowed_tools": {"mode": "auto", "tools": tools}}, {"type": "function", "function": {"name": "add"}}),
@@ -80,7 +83,8 @@ def test_a_broken_function_is_no_other_tool(tool, named):
         assert caught.value.status == 400 and caught.value.param == named
 
 
-def test_calls_of_them_in_the_history_are_skipped_with_their_results_and_named(url):
+def test_earlier_custom_calls_are_skipped_and_named(url):
+    """Their results are skipped with them."""
     need_exact(url)
     custom = {"id": "c1", "type": "custom", "custom": {"name": "patch", "input": "*** Begin"}}
     function = {"id": "f1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
@@ -100,7 +104,7 @@ def test_calls_of_them_in_the_history_are_skipped_with_their_results_and_named(u
         assert status == (200 if call_ == {"type": "custom"} else 400), body
 
 
-def test_many_of_them_take_no_longer_than_as_many_functions():
+def test_many_custom_tools_take_no_longer():
     """A body of 64 KB is read on the event loop: nothing compares each call with each other."""
     calls = [{"type": "custom", "id": str(number)} for number in range(200_000)]
     messages = [HI, {"role": "assistant", "tool_calls": calls}, *({"role": "tool", "tool_call_id": str(number), "content": "x"} for number in range(1000)), HI]

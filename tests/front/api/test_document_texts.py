@@ -24,13 +24,15 @@ def refused(data, name=""):
 
 # formats
 
-def test_the_pages_of_a_pdf_are_numbered_and_those_without_text_are_named():
+def test_pages_of_a_pdf_are_numbered():
+    """Those without text are named."""
     assert text_of(documents.pdf(["Hello world\nsecond (line)", "", "Gr\xfc\xdfe \u2013 \u201cquoted\u201d"])) == (
         "[page 1]\nHello world\nsecond (line)\n\n[page 3]\nGr\xfc\xdfe \u2013 \u201cquoted\u201d", 3, "no text on page 2, which may be pictures")
     assert text_of(documents.pdf(["alone"])) == ("alone", 1, None)
 
 
-def test_a_docx_becomes_markdown_with_its_headings_lists_and_tables():
+def test_a_docx_becomes_markdown():
+    """It has its headings, lists and tables."""
     assert text_of(documents.docx()) == ("# A title\n\nSome text.", None, None)
     cell = "<w:tc><w:p><w:r><w:t>{}</w:t></w:r></w:p></w:tc>"
     table = "<w:tbl>" + "".join("<w:tr>" + "".join(cell.format(f"{row}{column}") for column in "ab") + "</w:tr>" for row in (1, 2)) + "</w:tbl>"
@@ -43,13 +45,14 @@ def test_slides_have_their_texts_tables_and_notes():
         "[slide 1]\nFirst\n\none\ntwo\n\nNotes: remember\n\n[slide 2]\nSecond\n\nthree", 2, None)
 
 
-def test_sheets_are_rows_of_cells_and_hidden_ones_are_said_to_be_left_out():
+def test_sheets_are_rows_of_cells():
+    """Hidden ones are said to be left out."""
     text, pages, cut = text_of(documents.xlsx({"Prices": [["name", "price"], ["tea | green", 2.5], [None, None], ["", True]], "Secret": [["x"]]}, ["Secret"]))
     assert text == "# Prices\n| name | price |\n| tea \\| green | 2.5 |\n|  | True |" and pages == 1
     assert cut == "hidden sheets are left out"
 
 
-def test_the_chapters_of_an_epub_come_in_the_order_of_its_spine():
+def test_an_epub_s_chapters_come_in_spine_order():
     chapters = {"two%20words.xhtml": "<html><head><title>no</title></head><body><h2>One</h2><p>a <a href='x'>link</a></p></body></html>", "b.xhtml": "<p>zwei \xe4</p>"}
     data = documents.epub(chapters, **{"book/two words.xhtml": chapters["two%20words.xhtml"]})
     assert text_of(data) == ("## One\n\na link\n\nzwei \xe4", 2, None)
@@ -59,14 +62,15 @@ def test_the_chapters_of_an_epub_come_in_the_order_of_its_spine():
     (b"<!DOCTYPE html><title>t</title><script>alert(1)</script><p>Caf\xc3\xa9<style>p{}</style>", ""), (b"\xef\xbb\xbf \n<html><p>Caf\xc3\xa9", ""),
     (b"<?xml version='1.0'?><!-- c --><html><p>Caf\xc3\xa9</p></html>", "x"), (b"<p>Caf\xc3\xa9</p>", "page.HTM"),
     (b"<html><meta charset=iso-8859-1><p>Caf\xe9", ""), ("<html><p>Caf\xe9".encode("utf-16"), "x.html")])
-def test_html_is_known_by_its_beginning_or_its_name(data, name):
+def test_html_is_known_by_beginning_or_name(data, name):
     if data[:2] == b"\xff\xfe":
         assert "none of the formats" in refused(data, name)
     else:
         assert text_of(data, name).text == "Caf\xe9"
 
 
-def test_html_keeps_lists_and_code_and_drops_what_a_reader_does_not_see():
+def test_html_keeps_lists_and_code():
+    """What a reader does not see is dropped."""
     html = b"<html><body><ul><li>a<li>b</ul><pre>x = 1\n  y</pre><img src=x alt=picture><template>t</template></body>"
     assert text_of(html).text == "* a\n* b\n\n```\nx = 1\n  y\n```"
 
@@ -85,7 +89,7 @@ def test_html_keeps_lists_and_code_and_drops_what_a_reader_does_not_see():
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(100), "old Office formats"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + "EncryptedPackage".encode("utf-16-le"), "is encrypted"),
     (documents.epub({"a.xhtml": "<p>x"}, **{"META-INF/encryption.xml": '<e><C xmlns="y" URI="book/a.xhtml"/></e>'}), "copy protection")])
-def test_what_cannot_be_read_is_refused_in_one_line(data, words):
+def test_an_unreadable_document_is_refused_in_a_line(data, words):
     said = refused(data)
     assert words in said and "\n" not in said and len(said) < 400
 
@@ -94,7 +98,8 @@ def test_fonts_of_a_book_may_be_encrypted():
     assert text_of(documents.epub({"a.xhtml": "<p>x"}, **{"META-INF/encryption.xml": '<e><C URI="book/font.otf"/></e>'})).text == "x"
 
 
-def test_an_archive_that_unpacks_to_more_than_allowed_is_refused_unread():
+def test_an_archive_bomb_is_refused_unread():
+    """It unpacks to more than is allowed."""
     assert "unpacked, the file has more" in refused(documents.docx(**{"word/big.xml": b" " * (257 << 20)}))
     assert "10,000 parts" in refused(documents.archive({f"word/{i}": "" for i in range(10_001)} | {"[Content_Types].xml": ""}, 0))
 
@@ -112,13 +117,14 @@ def test_entities_neither_grow_nor_read_files(tmp_path):
         assert "the secret" not in str(error)
 
 
-def test_thousands_of_nested_elements_are_read_all_the_same():
+def test_thousands_of_nested_elements_are_read():
     assert text_of(b"<html>" + b"<div>" * 20_000 + b"deep").text == "deep"
 
 
 # limits
 
-def test_what_is_beyond_the_limit_of_characters_is_cut_and_said_so():
+def test_text_beyond_the_limit_is_cut():
+    """It says so."""
     page = ("x" * 99 + "\n") * 40
     text, pages, cut = text_of(documents.pdf([page] * 300))
     assert len(text) <= LIMITS.extracted_characters and pages == 300
@@ -126,13 +132,15 @@ def test_what_is_beyond_the_limit_of_characters_is_cut_and_said_so():
     assert cut == f"only the first 1,048,576 characters, up to page {read} of 300" and f"[page {read}]\nx" in text
 
 
-def test_reading_ends_at_the_deadline_with_what_is_there():
+def test_reading_ends_at_the_deadline():
+    """What is there by then is returned."""
     read = join_parts("PDF", Document(iter("abc"), 3, "page", True), 0)
     assert read == ("[page 1]\na", 3, "only up to page 1 of 3: the rest takes too long to read")
     assert join_parts("PDF", Document(iter("a"), 1, "page"), 0).cut is None
 
 
-def test_control_characters_and_halves_of_pairs_are_dropped():
+def test_control_characters_and_surrogates_go():
+    """A half of a pair of surrogates is dropped."""
     assert join_parts("HTML", Document(["a\x00b\x1b[31m\ud800\r\nc  \n\u0085d\t e"]), 1e9).text == "ab[31m\n\nc\nd\t e"
 
 

@@ -74,7 +74,7 @@ def prompt_tokens(body):
 
 @pytest.mark.parametrize("what", by_day([*ARGUMENTS], "an object", "null", "a number", "cut"))
 @pytest.mark.parametrize("api", [chat, functions, responses, messages, ollama])
-def test_arguments_of_an_earlier_call_are_read_alike_by_every_api(running, api, what):
+def test_every_api_reads_earlier_arguments_alike(running, api, what):
     url, _ = running
     path, body = chat(ARGUMENTS[what])
     prompt = answered(url, "/apply-template", {"messages": body["messages"]})["prompt"]
@@ -83,12 +83,13 @@ def test_arguments_of_an_earlier_call_are_read_alike_by_every_api(running, api, 
     assert prompt_tokens(answered(url, *api(ARGUMENTS[what]))) == prompt_tokens(answered(url, path, body))
 
 
-def test_the_log_says_which_results_a_template_loses(running):
+def test_the_log_names_results_a_template_loses(running):
     assert "".join(running[1]).count("the model's chat template: it loses results of calls, which are shown as messages of the user") == 1
 
 
 @pytest.mark.parametrize("most", [18, 24, 30, 40])
-def test_a_call_of_the_server_that_max_tokens_cut_can_be_sent_back(running, most):
+def test_a_call_cut_by_max_tokens_goes_back(running, most):
+    """It is one of the server's own."""
     url, _ = running
     _, body = chat("{}")
     del body["messages"][1:]
@@ -103,7 +104,7 @@ def test_a_call_of_the_server_that_max_tokens_cut_can_be_sent_back(running, most
 
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/api/chat"])
-def test_the_other_apis_too_read_their_own_cut_calls_back(running, path):
+def test_other_apis_read_their_cut_calls_back(running, path):
     url, _ = running
     asked = {"role": "user", "content": "Weather?"}
     if path == "/v1/responses":
@@ -128,7 +129,8 @@ def test_the_other_apis_too_read_their_own_cut_calls_back(running, path):
 
 
 @pytest.mark.parametrize("arguments", ["null", "7", '{"city": "Rome'])
-def test_what_continues_a_kept_response_has_the_same_call_in_its_prompt(running, arguments):
+def test_a_continued_response_has_the_same_call(running, arguments):
+    """It is in the prompt."""
     url, _ = running
     _, body = responses(json.loads(arguments) if len(arguments) < 5 else arguments)
     whole = prompt_tokens(answered(url, "/v1/responses", body))

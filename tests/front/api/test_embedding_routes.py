@@ -48,7 +48,7 @@ def vector_of(answer, index=0):
     return np.array(answer["data"][index]["embedding"])
 
 
-def test_the_openai_package_gets_vectors_of_length_one_in_the_order_of_the_inputs(package, url):
+def test_the_openai_package_gets_unit_vectors(package, url):
     """It asks for base64 unless it is told otherwise, and makes lists of it."""
     answer = package.embeddings.create(model="default", input=TEXTS)
     vectors = np.array([each.embedding for each in answer.data])
@@ -68,7 +68,8 @@ def test_numbers_and_base64_are_the_same_floats(url):
     assert np.array_equal(np.array(numbers, "<f4"), np.frombuffer(base64.b64decode(packed), "<f4"))
 
 
-def test_texts_and_token_ids_alone_and_listed_are_the_same_input(url):
+def test_texts_and_token_ids_are_the_same_input(url):
+    """They come alone or in lists."""
     ids = json.load(post(url + "/tokenize", {"content": TEXTS[0]}))["tokens"]
     wanted = vector_of(embedded(url, input=TEXTS[0]))
     for given in (ids, [ids], [TEXTS[0]], [TEXTS[0], ids], [[1], ids]):
@@ -107,7 +108,7 @@ def test_ollama_s_routes_tell_of_the_default_model(url):
 
 @pytest.mark.parametrize("path, field", [("/v1/embeddings", "input"), ("/api/embed", "input"), ("/embed", "inputs")])
 @pytest.mark.parametrize("padding", ["", "x" * LIMITS.inline_bytes])
-def test_the_model_s_own_width_is_allowed_as_dimensions_and_named_where_another_is_refused(url, path, field, padding):
+def test_only_the_model_s_own_width_is_allowed(url, path, field, padding):
     """Clients of vector databases always say it. Small bodies are read in the front, large ones in a sandbox."""
     body = {field: TEXTS[0], "padding": padding}
     [vector] = vectors_in(json.load(post(url + path, body)))
@@ -122,7 +123,8 @@ def vectors_in(answer):
     return answer if isinstance(answer, list) else answer.get("embeddings") or [each["embedding"] for each in answer["data"]]
 
 
-def test_the_width_is_the_model_s_where_kernels_compute_a_wider_one(tmp_path):
+def test_the_width_is_that_of_the_model(tmp_path):
+    """Kernels may compute a wider one."""
     numbers = LLAMA_NUMBERS | {"llama.embedding_length": 72, "llama.feed_forward_length": 80}
     path = write_gguf(tmp_path / "odd.gguf", random_llama(numbers=numbers), numbers, small_gguf_metadata("gpt-2"))
     with server(path) as (_, url):
@@ -148,7 +150,7 @@ def test_a_large_body_goes_through_a_sandbox(url):
     ({"input": "a", "dimensions": 256}, "dimensions", "left out or 576"), ({"input": "a", "pooling": "max"}, "pooling", '"mean" or "last"'),
     ({"input": "a", "encoding_format": "int8"}, "encoding_format", '"base64"'), ({"input": "a", "model": "gpt-4"}, "model", "fake-model"),
 ])
-async def test_what_cannot_be_is_refused_and_named(client, body, param, words):
+async def test_an_impossible_input_is_refused_and_named(client, body, param, words):
     class Admitting(FakePool):
         async def answer(self, request):
             request = await self.prompts.admit(request)
@@ -161,7 +163,7 @@ async def test_what_cannot_be_is_refused_and_named(client, body, param, words):
 
 
 @pytest.mark.parametrize("text", ["abc" * 2000, "x" * (3 << 16), [97] * 5000])
-async def test_ollama_s_truncate_cuts_the_end_of_an_input_that_is_too_long(client, text):
+async def test_ollama_s_truncate_cuts_the_end_of_an_input(client, text):
     """It is on by default; false refuses such an input, and so does /v1/embeddings, which does not know the field."""
     admitted = []
 
@@ -183,7 +185,8 @@ async def test_ollama_s_truncate_cuts_the_end_of_an_input_that_is_too_long(clien
 
 
 @pytest.mark.slow
-def test_the_default_model_embeds_the_start_of_a_long_input(default_model_path):
+def test_the_default_model_embeds_a_long_start(default_model_path):
+    """It embeds the start of a long input."""
     with server(default_model_path, "--context-length", 256) as (_, url):
         ids = json.load(post(url + "/tokenize", {"content": "The river runs. " * 200}))["tokens"]
         cut, wanted = (json.load(post(url + "/api/embed", {"input": [given]})) for given in (ids, ids[:256]))
@@ -200,7 +203,7 @@ def test_a_whole_context_is_one_input(url):
         maker.answer_length(request, (1,) * (length + 1))
 
 
-async def test_many_inputs_leave_room_in_the_queue_for_others():
+async def test_many_inputs_leave_room_in_the_queue():
     """At most LIMITS.choices of a request wait or run at a time."""
     pool = played_pool(max_batch=4)
     parsed = read_embedding_body({"input": ["a"] * 1000}, Known(Settings(), None))
@@ -220,7 +223,8 @@ async def test_many_inputs_leave_room_in_the_queue_for_others():
     assert await waiting is None and not pool.dispatcher.jobs and not len(pool.dispatcher.pending)
 
 
-def test_an_encoder_of_vectors_or_scores_makes_no_decoder(monkeypatch):
+def test_an_encoder_makes_no_decoder(monkeypatch):
+    """It makes vectors or scores."""
     def refuse(*arguments):
         raise AssertionError("a decoder was made")
     patch(monkeypatch, encode, "answer_decoder", refuse)

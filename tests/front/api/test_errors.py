@@ -47,7 +47,7 @@ async def test_no_sink_tells_clients_of_the_inside(client, route, fault):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-async def test_neither_a_comparison_nor_a_recording_tells_of_the_inside(client, fault):
+async def test_comparison_and_recording_hide_the_inside(client, fault):
     error, said = FAULTS[fault]
     async with serving(FakePool(["a ", error])) as url:
         async with client.post(url + "/v1/compare", json=conversation() | {"variants": [{}, {"seed": 1}]}) as response:
@@ -61,7 +61,8 @@ async def test_neither_a_comparison_nor_a_recording_tells_of_the_inside(client, 
 
 
 @pytest.mark.parametrize("error", [RequestError("no", status=404, code="a", param="b"), Overloaded("later"), EngineFailure("broken"), too_long(9, 5, "messages", "m")])
-def test_our_own_errors_stay_as_they_are_in_every_shape(error):
+def test_our_own_errors_stay_in_every_shape(error):
+    """Their words stay as they are."""
     assert public_error(error) is error
     assert failed_answer(error) == (error.status, openai_error(error)) and native_error(error) == {"detail": str(error), **openai_error(error)}
     shapes = {"chat": openai_error(error), "messages": anthropic_error(error), "ollama chat": ollama_error(error), "embeddings": openai_error(error)}
@@ -71,6 +72,6 @@ def test_our_own_errors_stay_as_they_are_in_every_shape(error):
     assert json.loads(ENCODERS["native"].lone_failure(error)[6:]) == openai_error(error)
 
 
-def test_the_result_of_a_line_that_failed_is_openai_s():
+def test_a_failed_line_s_result_is_openai_s():
     assert failed_answer(ValueError("secret")) == (500, openai_error(EngineFailure("The server had an error processing your request. Its log has the details")))
     assert failed_answer(RequestError("no"))[0] == 400

@@ -25,7 +25,8 @@ def scores_of(url, prompt, top, **more):
     return ask(url, COMPLETIONS, prompt=prompt, prompt_logprobs=top, max_tokens=1, **more)["choices"][0]["prompt_logprobs"]
 
 
-def test_prompt_logprobs_are_those_of_an_echo_by_token_id(url):
+def test_prompt_logprobs_are_those_of_an_echo(url):
+    """They stand by token id."""
     need_exact(url)
     ids = call(url, "/tokenize", {"prompt": TEXT})[2]["tokens"]
     echoed = ask(url, COMPLETIONS, prompt=TEXT, echo=True, logprobs=3, return_token_ids=True, max_tokens=1)["choices"][0]["logprobs"]["content"]
@@ -40,7 +41,8 @@ def test_prompt_logprobs_are_those_of_an_echo_by_token_id(url):
         assert len(entry) == (3 if entry[str(token)]["rank"] <= 3 else 4)
 
 
-def test_prompt_logprobs_and_an_echo_each_list_as_many_as_they_ask_for(url):
+def test_prompt_logprobs_and_echo_count_apart(url):
+    """Each list as many as they ask for."""
     need_exact(url)
     alone = scores_of(url, TEXT, 1)
     answer = ask(url, COMPLETIONS, prompt=TEXT, prompt_logprobs=1, echo=True, logprobs=4, max_tokens=1)["choices"][0]
@@ -52,7 +54,8 @@ def test_prompt_logprobs_and_an_echo_each_list_as_many_as_they_ask_for(url):
     assert len(drawn["logprobs"]["tokens"]) == 1 and drawn["prompt_logprobs"] == alone
 
 
-def test_each_choice_of_a_completion_has_its_prompt_s_and_a_chat_has_them_beside_the_choices(url):
+def test_each_choice_has_its_prompt_s_logprobs(url):
+    """A chat has them beside the choices."""
     need_exact(url)
     choices = ask(url, COMPLETIONS, prompt=[TEXT, "Water"], n=2, prompt_logprobs=0, max_tokens=1)["choices"]
     assert [choice["prompt_logprobs"] for choice in choices] == [scores_of(url, TEXT, 0)] * 2 + [scores_of(url, "Water", 0)] * 2
@@ -69,7 +72,8 @@ def test_a_stream_has_no_prompt_logprobs(url):
     assert refused(url, COMPLETIONS, prompt_logprobs=1, suffix="x")[0] == 400
 
 
-def test_prompt_logprobs_from_a_token_on_are_those_of_the_whole(url):
+def test_prompt_logprobs_may_begin_at_a_token(url):
+    """They are then those of the whole."""
     need_exact(url)
     words = [TEXT, "The capital of France is a town", "Water"]
     whole = [scores_of(url, word, 1) for word in words]
@@ -86,7 +90,8 @@ def test_prompt_logprobs_from_a_token_on_are_those_of_the_whole(url):
         assert status == 400 and error["param"] == "prompt_logprobs_start", wrong
 
 
-def test_named_tokens_are_among_the_log_probabilities_however_unlikely(url):
+def test_named_tokens_are_among_the_logprobs(url):
+    """They are there however unlikely they are."""
     letters = [call(url, "/tokenize", {"content": letter})[2]["tokens"][0] for letter in "ABCD"]
     for path, more in ((COMPLETIONS, {"logprobs": 1}), ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 1})):
         found = ask(url, path, logprob_token_ids=letters, max_tokens=1, return_token_ids=True, **more)["choices"][0]["logprobs"]["content"][0]
@@ -141,7 +146,7 @@ def test_the_tokenizer_reads_vllm_s_fields(url):
         assert call(url, "/tokenize", body)[2]["error"]["param"] == name
 
 
-def test_tokenizer_info_names_the_tokens_around_a_text(url):
+def test_tokenizer_info_names_tokens_around_a_text(url):
     info = call(url, "/tokenizer_info")[2]
     assert (info["bos_token"], info["eos_token"], info["pad_token"]) == ("<|bos|>", "<|assistant_end|>", None) and info["tokenizer_class"]
     for name in (info["bos_token"], info["eos_token"]):

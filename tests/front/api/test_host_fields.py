@@ -46,12 +46,13 @@ EFFECTS = [({"dry_multiplier": 5, "dry_allowed_length": 1}, {"dry_multiplier": 0
 
 
 @pytest.mark.parametrize("acts, is_off", EFFECTS)
-def test_a_parameter_changes_the_answer_and_off_it_changes_nothing(url, acts, is_off):
+def test_a_parameter_that_is_off_changes_nothing(url, acts, is_off):
+    """One that is on changes the answer."""
     plain = content(url)
     assert content(url, **is_off) == plain != content(url, **acts)
 
 
-def test_answers_at_once_are_those_of_one_at_a_time(url):
+def test_answers_at_once_equal_those_one_by_one(url):
     asked = [acts for acts, _ in EFFECTS] + [{}, {"min_p": 0.1}]
     alone = [content(url, **changes) for changes in asked]
     with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
@@ -70,7 +71,7 @@ REFUSED = [("dry_multiplier", -1, "from 0 to 100"), ("dry_base", 0.5, "from 1 to
 
 
 @pytest.mark.parametrize("name, value, allowed", REFUSED)
-def test_a_bad_value_is_refused_and_the_error_says_what_is_allowed(url, name, value, allowed):
+def test_a_bad_value_is_refused_with_what_is_allowed(url, name, value, allowed):
     status, _, answer = call(url, CHAT, {"messages": HI, name: value})
     assert status == 400 and answer["error"]["param"] == name and allowed in answer["error"]["message"], answer
     assert len(answer["error"]["message"]) < 500

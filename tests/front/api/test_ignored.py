@@ -117,7 +117,8 @@ def parsed(route, body):
 
 @pytest.mark.parametrize("route, name", [
     (route, field.name) for route, fields in BODY_FIELDS.items() for field in fields if field.name not in ("model", "store")])     # which `Bodies.resolve` and `Keeper` read
-def test_a_field_of_the_tables_changes_the_request_or_is_refused(route, name):
+def test_a_known_field_has_an_effect_or_is_refused(route, name):
+    """A field of the tables changes the request or is refused."""
     without, body = sent(route, name)
     before, _ = parsed(route, without)
     try:
@@ -132,14 +133,15 @@ def test_a_field_of_the_tables_changes_the_request_or_is_refused(route, name):
 
 
 @pytest.mark.parametrize("name", [field.name for field in OLLAMA_OPTIONS])
-def test_an_option_of_ollama_s_changes_the_request(name):
+def test_ollama_s_options_change_the_request(name):
     (before, _), body = parsed("/api/chat", BASE["/api/chat"]), {"options": {name: (VALUES | OPTIONS)[name]}}
     after, ignored = parsed("/api/chat", BASE["/api/chat"] | body)
     assert before != after and ignored == ()
 
 
 @pytest.mark.parametrize("name", [field.name for field in DRAWING_FIELDS])
-def test_a_field_of_a_variant_changes_its_own_request_alone(name):
+def test_a_variant_s_field_changes_its_own_request(name):
+    """It changes no other."""
     body = {"messages": HI, "seed": 7, "variants": [{}, {name: VALUES[name]}, {}]}
     (first, second, third), of_all = (read_variants(asked, range(3), 7, KNOWN) for asked in (body, body | {"variants": [{}] * 3, name: VALUES[name]}))
     assert first == third != second == of_all[1]
@@ -234,18 +236,20 @@ def test_a_field_that_nothing_reads_is_named(route):
 
 
 @pytest.mark.parametrize("route, more, names", MEMBERS + BESIDE_OTHERS)
-def test_what_has_no_effect_beside_other_fields_is_named(route, more, names):
+def test_what_other_fields_make_useless_is_named(route, more, names):
+    """It has no effect beside them."""
     assert parsed(route, BASE[route] | more)[1] == tuple(names)
 
 
 @pytest.mark.parametrize("route, more, name", THINKING)
-def test_an_effort_is_named_where_the_template_knows_of_none(route, more, name):
+def test_an_effort_that_no_template_knows_is_named(route, more, name):
     body = BASE[route] | more
     assert read_answer(route, body, KNOWN).ignored_fields == ()
     assert read_answer(route, body, replace(KNOWN, template="{{ messages }}")).ignored_fields == (name,)
 
 
-async def test_the_header_names_them_streamed_whole_large_or_of_another_route(client):
+async def test_the_header_names_ignored_fields_everywhere(client):
+    """Streams, whole answers and large bodies have it."""
     async with serving(FakePool()) as url:
         async def header(path, **more):
             async with client.post(url + path, json=BASE[path] | more) as response:

@@ -87,13 +87,14 @@ def test_a_gguf_tells_of_them_by_id(tmp_path, names):
 
 
 @pytest.mark.parametrize("wrong", [10**6, -1, "5", True, 1.5, [5]])
-def test_ids_that_a_gguf_s_vocabulary_lacks_are_ignored(tmp_path, wrong):
+def test_ids_not_in_a_gguf_s_vocabulary_are_ignored(tmp_path, wrong):
     metadata, first = gguf_tokens(fim_pre=0, fim_suf=1)
     spec = gguf_text(tmp_path, metadata | {"tokenizer.ggml.fim_mid_token_id": wrong, "tokenizer.ggml.middle_token_id": first + 2})
     assert spec.infill == InfillTokens(first, first + 1, first + 2)     # the older name has a usable one
 
 
-def test_the_newer_of_two_names_in_a_gguf_counts_and_both_before_the_token_s_own_name(tmp_path):
+def test_a_gguf_s_newer_name_counts(tmp_path):
+    """Both names count before the token's own name."""
     metadata, first = gguf_tokens(fim_pre=0, fim_suf=1, fim_mid=2, middle=5)
     metadata["tokenizer.ggml.tokens"][first + 6] = "<|fim_middle|>"
     assert open_tokenizer(gguf_text(tmp_path, metadata)).infill_tokens.middle == first + 2
@@ -102,7 +103,7 @@ def test_the_newer_of_two_names_in_a_gguf_counts_and_both_before_the_token_s_own
 # prompts
 
 
-def test_a_prompt_has_prefix_suffix_and_middle_in_this_order(tokenizer):
+def test_a_prompt_has_prefix_suffix_then_middle(tokenizer):
     ids, cut = made(tokenizer, prefix=("def f(",), prompt="x", suffix=("return", 33, " 1"))
     assert ids == [PREFIX, *tokenizer.encode("def f(x"), SUFFIX, *tokenizer.encode("return"), 33, *tokenizer.encode(" 1"), MIDDLE] and not cut
 
@@ -135,14 +136,15 @@ def test_names_of_tokens_are_text_everywhere(tokenizer):
     assert tokenizer.decode(ids).count(text) == (8 if tokenizer.infill_tokens.file is not None else 6)
 
 
-def test_a_name_that_begins_within_another_is_text_too(tmp_path):
+def test_a_name_that_begins_within_another_is_text(tmp_path):
     tokenizer = tokenizer_with(tmp_path, ["<PRE>", "<SUF>", "<MID>", *GRANITE[4:5]], special=False)
     text = "<<PRE><PRE<SUF>>" * 3
     ids, _ = made(tokenizer, prefix=(text,))
     assert [token for token in ids if token >= 256] == [260, 261, 262] and tokenizer.decode(ids[1:-2]) == text
 
 
-def test_what_fits_is_never_cut_and_what_is_cut_is_far_from_the_gap(tokenizer):
+def test_only_what_does_not_fit_is_cut(tokenizer):
+    """What is cut is far from the gap."""
     dice = random.Random(4)
     for _ in range(200):
         before, after, context = dice.randrange(200), dice.randrange(200), dice.randrange(16, 300)
@@ -166,7 +168,7 @@ def test_what_fits_is_never_cut_and_what_is_cut_is_far_from_the_gap(tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["text", "ids", "file"])
-def test_a_long_text_is_cut_as_if_all_of_it_had_been_encoded(tmp_path, monkeypatch, kind):
+def test_a_long_text_is_cut_as_if_encoded_whole(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(InfillMaker, "SLICE_CHARACTERS", 50)
     tokenizer, encoded = tokenizer_with(tmp_path, QWEN, special=False), []
     encode = HuggingFaceTokenizer.encode
@@ -184,7 +186,7 @@ def test_a_long_text_is_cut_as_if_all_of_it_had_been_encoded(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("prompt, suffix", [("x" * 600, ""), ("", "y" * 600), ("x" * 300, "y" * 300), ("x" * 200_000, "")])
-async def test_where_nothing_may_be_cut_too_much_is_refused(tokenizer, prompt, suffix):
+async def test_where_nothing_may_be_cut_excess_is_refused(tokenizer, prompt, suffix):
     request = Request(prompts=(prompt,), infill=Infill((suffix,)))
     with pytest.raises(RequestError, match="context length is 512 tokens") as refused:
         await PromptMaker(tokenizer, 512).admit(request)
@@ -195,14 +197,16 @@ async def test_where_nothing_may_be_cut_too_much_is_refused(tokenizer, prompt, s
     assert len(admitted.prompt_ids[0]) == 511 and admitted.dropped_messages == 0
 
 
-async def test_a_context_without_room_for_a_gap_is_an_error_of_the_request(tokenizer):
+async def test_a_context_without_room_for_a_gap_is_an_error(tokenizer):
+    """It is one of the request."""
     with pytest.raises(RequestError, match="context length is 3 tokens"):
         await PromptMaker(tokenizer, 3).admit(Request(prompts=("x",), infill=Infill(("y",), cut=True)))
 
 
 @pytest.mark.parametrize("infill, name", [
     (Infill((5, 267), cut=True), "input_suffix"), (Infill((), (10**6, "a"), cut=True), "input_prefix"), (Infill(("x",)), "prompt")])
-async def test_ids_outside_the_vocabulary_are_refused_by_field(tokenizer, infill, name):
+async def test_ids_beyond_the_vocabulary_are_refused(tokenizer, infill, name):
+    """The error names the field."""
     with pytest.raises(RequestError, match=f"{name} has the token id .*; this model's ids are 0 to 266") as refused:
         await PromptMaker(tokenizer, 512).admit(Request(prompts=((5, 300),) if name == "prompt" else ("",), infill=infill))
     assert refused.value.param == name
@@ -243,7 +247,8 @@ def test_an_empty_suffix_is_none():
     ("/infill", GAP, None), ("/v1/completions", {"prompt": "a", "suffix": "b"}, "suffix"), ("/api/generate", {"prompt": "a", "suffix": "b"}, "suffix")])
 @pytest.mark.parametrize("tokens, lacks", [
     (InfillTokens(), "prefix, suffix and middle tokens"), (InfillTokens(1, None, 3), "suffix token"), (InfillTokens(1), "suffix and middle tokens")])
-def test_a_model_without_the_tokens_refuses_with_the_reason(path, body, param, tokens, lacks):
+def test_without_the_tokens_infill_says_why_not(path, body, param, tokens, lacks):
+    """The model lacks them."""
     with pytest.raises(RequestError) as refused:
         read(path, body, tokens)
     assert str(refused.value) == f"this model cannot fill in the middle: its tokenizer has no {lacks}"
@@ -266,7 +271,7 @@ WRONG = [  # a field of /infill, a value that it may not have, and what the erro
 
 
 @pytest.mark.parametrize("name, value, allowed", WRONG)
-def test_a_wrong_field_is_named_with_what_is_allowed(name, value, allowed):
+def test_a_wrong_field_names_what_is_allowed(name, value, allowed):
     with pytest.raises(RequestError) as refused:
         read("/infill", GAP | {name: value})
     assert refused.value.param == name and name in str(refused.value) and allowed in str(refused.value), str(refused.value)
@@ -280,7 +285,7 @@ def test_a_suffix_is_a_string(path, name, value):
     assert refused.value.param == "suffix"
 
 
-def test_echo_of_log_probabilities_and_a_suffix_exclude_each_other():
+def test_echoed_logprobs_exclude_a_suffix():
     with pytest.raises(RequestError, match="echo and logprobs exclude each other") as refused:
         read("/v1/completions", {"prompt": "a", "suffix": "b", "echo": True, "logprobs": 1})
     assert refused.value.param == "echo"
@@ -361,7 +366,8 @@ def test_a_stream_is_the_whole_answer_in_pieces(url):
 
 
 @pytest.mark.parametrize("token", [257, END, PAD, REPOSITORY, FILE])
-def test_the_gap_is_full_at_the_end_of_a_text_a_file_a_repository_or_padding(url, token):
+def test_any_end_token_fills_the_gap(url, token):
+    """The token ends a text, a file or a repository, or is padding."""
     bias = {str(token): 100}
     answer = infilled(url, logit_bias=bias, return_tokens=True)
     assert (answer["content"], answer["tokens"], answer["stop_type"], answer["stopping_word"]) == ("", [token], "eos", "")
@@ -385,7 +391,7 @@ def test_a_stop_string_ends_it_and_is_named(url):
     assert (ended["text"], ended["stop_reason"]) == (choice[:choice.index(stop)], stop)
 
 
-def test_no_tokens_wanted_means_the_prompt_is_computed(url):
+def test_no_wanted_tokens_compute_the_prompt_alone(url):
     text = "".join(random.Random(8).choices("abcdef", k=200))
     answer = infilled(url, input_prefix=text, n_predict=0)
     assert (answer["content"], answer["stop_type"]) == ("", "limit") and answer["tokens_cached"] < 100
@@ -398,7 +404,8 @@ def test_only_the_members_that_are_wanted_come(url):
     assert answer.keys() == {"content", "timings/prompt_n", "generation_settings/n_predict"} and answer["generation_settings/n_predict"] == 8
 
 
-def test_fields_of_llama_server_without_an_effect_are_named(url):
+def test_unused_fields_of_llama_server_are_named(url):
+    """They have no effect."""
     body = {"input_prefix": "a", "input_suffix": "b", "n_predict": 1, "samplers": ["infill"], "cache_prompt": True, "t_max_predict_ms": 5,
             "input_extra": [{"text": "x", "filename": "y", "time": 5}]}
     status, headers, _ = post(url, "/infill", body)
@@ -411,7 +418,8 @@ def test_a_grammar_decides_what_fills_the_gap(url):
     assert json.loads(infilled(url, json_schema={"type": "boolean"}, n_predict=20)["content"]) in (True, False)
 
 
-def test_a_body_of_16_mb_is_cut_to_what_is_next_to_the_gap(url):
+def test_a_body_of_16_mb_is_cut_around_the_gap(url):
+    """What is next to the gap stays."""
     parts = {"input_prefix": "left " * 1_200_000 + "def f(", "input_suffix": "return 1" + " right" * 900_000,
              "input_extra": [{"filename": "a", "text": "other " * 700_000}], "n_predict": 4, "temperature": 0, "seed": 1}
     data = json.dumps(parts).encode()
@@ -428,7 +436,7 @@ def test_a_body_of_16_mb_is_cut_to_what_is_next_to_the_gap(url):
     assert status == 413
 
 
-def test_many_names_of_tokens_and_many_files_are_no_burden(url):
+def test_many_token_names_and_files_are_no_burden(url):
     names = infilled(url, input_prefix="<|fim_middle|>" * 500_000, input_suffix=["<|fim_pad|>"] * 200_000, n_predict=1)
     assert names["truncated"] and names["tokens_evaluated"] == 1023
     files = infilled(url, input_extra=[{"text": ""}] * 300_000, n_predict=1)
@@ -444,7 +452,8 @@ def test_a_body_is_answered_alike_wherever_it_is_read(url):
     assert small == large
 
 
-def test_a_suffix_works_with_n_lists_logprobs_and_echo(url):
+def test_a_suffix_works_with_n_and_logprobs(url):
+    """It works with lists and echo too."""
     answer = completed(url, prompt=["def f(", "x ="], n=2, temperature=1, seed=5, logprobs=2, return_token_ids=True, ignore_eos=True)
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3] and answer["usage"]["prompt_tokens"] == 4 * 2 + 2 * 8 + 6 + 3
     assert answer["choices"][0]["text"] != answer["choices"][1]["text"]
@@ -460,7 +469,8 @@ def test_a_suffix_works_with_n_lists_logprobs_and_echo(url):
         assert completed(url, prompt=[tokens, "def f("], echo=True, padding=padding)["choices"][1]["text"] == "def f(" + plain
 
 
-def test_names_of_tokens_in_a_prompt_are_tokens_only_without_a_suffix(url):
+def test_token_names_are_tokens_without_a_suffix(url):
+    """In a prompt with one they are text."""
     assert completed(url, prompt="<s>", suffix="<|fim_middle|>")["usage"]["prompt_tokens"] == 4 + 3 + 14
     assert completed(url, prompt="<s>", suffix=None)["usage"]["prompt_tokens"] == 1
 
@@ -487,7 +497,8 @@ def test_the_model_says_that_it_can(url):
         assert json.load(response)["data"][0]["capabilities"]["infill"] is True
 
 
-def test_a_gguf_with_ids_in_its_metadata_fills_a_gap(tmp_path):
+def test_a_gguf_with_ids_fills_a_gap(tmp_path):
+    """They are in its metadata."""
     metadata, first = gguf_tokens(fim_pre=0, fim_suf=1, fim_mid=2, fim_sep=5)
     size = len(metadata["tokenizer.ggml.tokens"])
     path = write_gguf(tmp_path / "coder.gguf", random_llama(vocab=size), LLAMA_NUMBERS, metadata)
@@ -498,7 +509,8 @@ def test_a_gguf_with_ids_in_its_metadata_fills_a_gap(tmp_path):
         assert completed(url)["usage"]["prompt_tokens"] == 3 + 6 + 7
 
 
-def test_a_model_without_the_tokens_says_so_over_http(nanochat_fixtures):
+def test_without_the_tokens_http_says_so(nanochat_fixtures):
+    """A model without the tokens says so over HTTP."""
     with server(nanochat_fixtures / "gen5") as (_, url):
         for path, body in (("/infill", GAP), ("/v1/completions", {"prompt": "a", "suffix": "b"}), ("/api/generate", {"prompt": "a", "suffix": "b"})):
             for padding in ("", "x" * 100_000):
@@ -508,7 +520,8 @@ def test_a_model_without_the_tokens_says_so_over_http(nanochat_fixtures):
         assert "insert" not in json.loads(post(url, "/api/show", {})[2])["capabilities"]
 
 
-def test_a_large_question_to_a_base_model_is_continued_as_a_small_one_is(tmp_path):
+def test_a_base_model_continues_a_large_question(tmp_path):
+    """It continues it like a small one."""
     save(make_model("qwen2", max_position_embeddings=1024), tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     with server(tmp_path) as (_, url):

@@ -56,7 +56,7 @@ def test_each_route_with_a_body_is_tried_here():
     assert set(BODIES) == set(BODY_FIELDS)
 
 
-async def test_no_large_body_is_parsed_in_the_event_loop_of_the_front(models, client, parsed_here):
+async def test_no_large_body_is_parsed_on_the_event_loop(models, client, parsed_here):
     """Every route, with padding that no reader wants, and with much of what it reads."""
     async with serving(models, models.settings) as url:
         for route, body in BODIES.items():

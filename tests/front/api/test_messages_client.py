@@ -46,7 +46,8 @@ PASSAGES = [        # (a block, the text that it is)
 
 
 @pytest.mark.parametrize("block, words", PASSAGES)
-def test_documents_and_search_results_are_texts_beside_others_and_in_results_of_tools(url, block, words):
+def test_documents_and_search_results_are_texts(url, block, words):
+    """They are beside others and in results of tools."""
     need_exact(url)
     tools = [{"name": "look", "input_schema": {"type": "object", "properties": {}}}]
     call_ = {"role": "assistant", "content": [{"type": "tool_use", "id": "t1", "name": "look", "input": {}}]}
@@ -87,7 +88,8 @@ def test_a_picture_in_a_document_is_seen():
     assert [(each.width, each.height) for each in message.pictures] == [(8, 8)] and message.parts == ("T", 0, "x")
 
 
-def test_output_format_is_the_format_and_one_that_differs_from_the_other_is_refused(url):
+def test_output_format_is_the_format(url):
+    """One that differs from the other is refused."""
     need_exact(url)
     wanted = asked(url, "Is Tokyo big?", output_config={"format": FORM})[2]["content"]
     assert set(json.loads(wanted[0]["text"])) == {"big"}
@@ -101,7 +103,8 @@ def test_output_format_is_the_format_and_one_that_differs_from_the_other_is_refu
         assert status == 400 and named in body["error"]["message"], body
 
 
-def test_blocks_of_other_servers_tools_are_skipped_and_named(url):
+def test_blocks_of_other_servers_tools_are_skipped(url):
+    """They are named."""
     need_exact(url)
     used = [{"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {"query": "x"}},
             {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_1", "content": [{"type": "web_search_result", "url": "x", "title": "y"}]}]

@@ -26,7 +26,8 @@ def written(url, **body):
     return [choice["text"] for choice in answer["choices"]], answer["usage"]["prompt_tokens"]
 
 
-def test_it_continues_the_token_between_documents(url):
+def test_an_absent_prompt_begins_a_new_document(url):
+    """It continues the token between documents."""
     need_exact(url)
     wanted = written(url, prompt="<|endoftext|>")
     assert written(url) == written(url, prompt=None) == written(url, padding="x" * 100_000) == wanted and wanted[1] == 1
@@ -37,13 +38,13 @@ def test_it_continues_the_token_between_documents(url):
     assert status == 200 and scored["choices"][0]["logprobs"]["token_logprobs"][0] is None
 
 
-def test_an_empty_prompt_is_still_refused_as_empty(url):
+def test_an_empty_prompt_is_refused_as_empty(url):
     for prompt in ("", [], [""], [[]], [[], "x"]):
         status, _, answer = call(url, COMPLETIONS, {"prompt": prompt, "max_tokens": 4})
         assert status == 400 and "prompt" in answer["error"]["message"], answer
 
 
-def test_a_nanochat_checkpoint_begins_with_its_bos(nanochat_fixtures):
+def test_a_nanochat_checkpoint_begins_with_bos(nanochat_fixtures):
     with server(nanochat_fixtures / "gen5") as (_, url):
         need_exact(url)
         tokens = call(url, "/tokenize", {"content": "<|bos|>"})[2]["tokens"]
@@ -60,11 +61,11 @@ class Marked(Letters):
 @pytest.mark.parametrize("tokenizer, start", [
     (Marked({"<|endoftext|>": 5}, bos_token=1, eos_token=2), (5,)), (Marked({"<|endoftext|>": 5}, bos_token=1, eos_token=2, add_bos=True), (1,)),
     (Marked(bos_token=1, eos_token=2), (1,)), (Marked(eos_token=2), (2,)), (Marked(eos_token=0), (0,)), (Marked(), ())])
-def test_where_that_token_is_missing_another_begins_a_text(tokenizer, start):
+def test_without_that_token_another_begins_a_text(tokenizer, start):
     assert tokenizer.document_start == start and isinstance(tokenizer, Tokenizer)
 
 
-def test_before_a_suffix_there_is_nothing():
+def test_an_absent_prompt_before_a_suffix_is_empty():
     known = Known(Settings(), None, infill=InfillTokens(1, 2, 3))
     assert read_answer(COMPLETIONS, {"suffix": "x"}, known).request.prompts == read_answer(COMPLETIONS, {"prompt": "", "suffix": "x"}, known).request.prompts
     assert json.dumps(read_answer(COMPLETIONS, {}, known).request.prompts) == "[[]]"

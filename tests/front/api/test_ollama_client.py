@@ -40,7 +40,8 @@ def scored(answer):
 
 
 @both
-def test_logprobs_are_those_of_chat_completions_in_lines_and_whole(url, path):
+def test_ollama_logprobs_are_those_of_openai(url, path):
+    """They are in lines and whole those of Chat Completions."""
     need_exact(url)
     wanted = openai_answer(url, messages=BODIES[CHAT]["messages"], max_tokens=20, logprobs=True, top_logprobs=2)["choices"][0]
     plain, streamed, [whole] = (lines(url, path, **more) for more in ({}, {"logprobs": True, "top_logprobs": 2},
@@ -55,14 +56,15 @@ def test_logprobs_are_those_of_chat_completions_in_lines_and_whole(url, path):
 
 
 @both
-def test_without_top_logprobs_no_list_of_others_is_there(url, path):
+def test_without_top_logprobs_there_is_no_list(url, path):
+    """No list of other tokens is there."""
     for more in ({"logprobs": True}, {"logprobs": True, "top_logprobs": 0, "stream": False}):
         found = scored(lines(url, path, **more))
         assert found and all({"token", "logprob", "bytes"} <= entry.keys() and "top_logprobs" not in entry for entry in found)
     assert not scored(lines(url, path, logprobs=False, top_logprobs=3))
 
 
-def test_a_text_to_continue_has_them_too_and_a_format(url):
+def test_a_text_to_continue_has_logprobs_and_a_format(url):
     for more in ({"raw": True, "prompt": "The capital of Japan is"}, {"format": "json", "options": {"num_predict": 40}}):
         [whole] = lines(url, GENERATE, logprobs=True, top_logprobs=1, stream=False, **more)
         assert b"".join(bytes(entry["bytes"]) for entry in whole["logprobs"]).decode() == text_of([whole]) and whole["response"]
@@ -70,7 +72,7 @@ def test_a_text_to_continue_has_them_too_and_a_format(url):
 
 
 @both
-def test_those_of_a_stop_string_are_left_out(url, path):
+def test_logprobs_of_a_stop_string_are_left_out(url, path):
     streamed, [whole] = (lines(url, path, logprobs=True, stream=stream, options={"stop": [" Japan is"]}) for stream in (True, False))
     assert text_of(streamed) == text_of([whole]) == "The capital of"
     assert "".join(entry["token"] for entry in whole["logprobs"]) == "The capital of" and scored(streamed) == scored([whole])
@@ -78,7 +80,8 @@ def test_those_of_a_stop_string_are_left_out(url, path):
 
 @both
 @pytest.mark.parametrize("more", [{"logprobs": 3}, {"logprobs": True, "top_logprobs": 21}, {"top_logprobs": -1}, {"logprobs": True, "top_logprobs": "2"}])
-def test_wrong_numbers_are_refused_by_name(url, path, more):
+def test_wrong_counts_of_logprobs_are_refused(url, path, more):
+    """The error names them."""
     status, _, body = call(url, path, BODIES[path] | more)
     assert status == 400 and list(more)[-1] in body["error"]
 
@@ -87,7 +90,7 @@ def score(token):
     return TokenLogprob(token, -0.5, ((token, -0.5),))
 
 
-async def test_no_token_loses_its_own_in_reasoning_calls_or_characters_that_come_in_parts(client):
+async def test_no_token_loses_its_logprobs(client):
     """Each token's is in one line, whatever the step brought besides it."""
     pieces = [said(thought("Hm"), logprobs=(score(1),)), said(logprobs=(score(2),)), said(thought("m"), "So", logprobs=(score(3), score(4))),
               said(Delta("call", "", "add"), logprobs=(score(5),)), said(Delta("call", "{}"), logprobs=(score(6),)), said("!", logprobs=(score(7),)),
@@ -112,7 +115,7 @@ def turns(count, extra=()):
 
 
 @pytest.mark.parametrize("more", [{}, {"truncate": True}, {"truncate": None}])
-def test_a_conversation_that_is_too_long_loses_its_oldest_turns(url, more):
+def test_a_too_long_conversation_loses_oldest_turns(url, more):
     need_exact(url)
     [short] = lines(url, CHAT, messages=turns(0), stream=False)
     for stream in (False, True):
@@ -129,7 +132,8 @@ def test_large_bodies_are_cut_too(url):
     assert whole["dropped_messages"] >= 6
 
 
-def test_without_truncate_it_is_refused_and_so_is_a_last_message_that_alone_is_too_long(url):
+def test_without_truncate_an_overflow_is_refused(url):
+    """So is a last message that alone is too long."""
     for messages, more in ((turns(6), {"truncate": False}), ([SYSTEM, {"role": "user", "content": "sea " * 2000}], {}),
                            ([*turns(3), {"role": "user", "content": "sea " * 2000}], {"truncate": True})):
         status, _, body = call(url, CHAT, {"messages": messages} | more)
@@ -147,7 +151,7 @@ def test_results_of_tools_stay_with_their_calls(url):
     assert whole["dropped_messages"] % 4 == 0 and whole["dropped_messages"]
 
 
-def test_a_turn_of_many_calls_loses_its_oldest_ones_and_keeps_its_question(url):
+def test_a_turn_loses_its_oldest_calls_first(url):
     """As an agent has it, which calls tools for a long time: each call goes with its result, and the last one stays."""
     need_exact(url)
     def steps(numbers):
@@ -169,7 +173,7 @@ def test_a_turn_of_many_calls_loses_its_oldest_ones_and_keeps_its_question(url):
     assert prefilled["dropped_messages"] and prefilled["done"]
 
 
-def test_the_model_says_the_name_that_clients_show(url):
+def test_the_model_says_the_name_clients_show(url):
     _, _, shown = call(url, "/api/show", {"model": "default"})
     [model] = call(url, "/api/tags")[2]["models"]
     assert shown["model_info"]["general.basename"] + ":latest" == model["name"]

@@ -56,7 +56,8 @@ async def test_extra_parameters_pass(client, pool):
     assert (request.max_tokens, request.params.stop, request.params.ignore_eos, request.params.sampling.top_k) == (4, ("x",), True, 5)
 
 
-async def test_choices_and_logprobs_parse_whole_and_streamed(client, pool):
+async def test_choices_and_logprobs_parse_everywhere(client, pool):
+    """They parse in streams and whole."""
     entry = TokenLogprob(72, -0.5, ((72, -0.5), (105, -1.25)))
     pool.pieces = [said("H", tokens=(72,), logprobs=(entry,)), said("i", tokens=(105,), logprobs=(TokenLogprob(105, -2.0),))]
     wanted = dict(model="fake-model", messages=HI, n=2, logprobs=True, top_logprobs=2)
@@ -71,7 +72,8 @@ async def test_choices_and_logprobs_parse_whole_and_streamed(client, pool):
     assert sorted(streamed) == [(0, "H"), (0, "i"), (1, "H"), (1, "i")]
 
 
-async def test_text_completions_parse_with_echo_and_logprobs(client, pool):
+async def test_text_completions_parse_with_logprobs(client, pool):
+    """They have an echo."""
     scores = (TokenLogprob(79, None), TokenLogprob(240, -1.0, ((240, -1.0),)))
     pool.pieces = [PromptScores(scores[:1]), PromptScores(scores[1:]), said("!", tokens=(33,), logprobs=(TokenLogprob(33, -0.25),))]
     answer = await client.completions.create(model="fake-model", prompt=["Oh", [79, 240]], echo=True, logprobs=1, max_tokens=1)
@@ -120,7 +122,8 @@ async def test_an_unknown_model_is_not_found(client):
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 
 
-async def test_an_error_in_the_stream_is_raised_not_swallowed(client, pool):
+async def test_an_error_in_the_stream_is_raised(client, pool):
+    """It is not swallowed."""
     pool.pieces = ["Hel", EngineFailure("a worker died")]
     stream = await client.chat.completions.create(model="fake-model", messages=HI, stream=True)
     texts = []

@@ -49,7 +49,8 @@ def joined(chunks, index=0):
 # one body
 
 
-def test_a_completion_has_every_member_that_clients_read(url):
+def test_a_completion_has_all_that_clients_read(url):
+    """A completion has every member that clients read."""
     body = ask(url)
     assert body["object"] == "chat.completion" and body["model"] == call(url, "/v1/models")[2]["data"][0]["id"]
     assert re.fullmatch(r"chatcmpl-\w{32}", body["id"]) and type(body["created"]) is int and body["system_fingerprint"]
@@ -61,7 +62,8 @@ def test_a_completion_has_every_member_that_clients_read(url):
     assert usage["completion_tokens"] == 8 and usage["prompt_tokens_details"]["cached_tokens"] >= 0
 
 
-def test_finish_reason_tells_length_from_stop_and_stop_reason_the_cause(url):
+def test_finish_reason_tells_length_from_stop(url):
+    """Stop_reason names the cause."""
     cut, ended = ask(url, max_tokens=3)["choices"][0], ask(url)["choices"][0]
     assert (cut["finish_reason"], cut["stop_reason"]) == ("length", "max_tokens")
     assert (ended["finish_reason"], ended["stop_reason"]) == ("stop", "eos")
@@ -80,14 +82,16 @@ def test_special_tokens_never_show(url):
     assert body["usage"]["completion_tokens"] == 20 and "<|" not in content(body)
 
 
-def test_seeds_repeat_and_are_reported_also_when_they_were_drawn(url, exact):
+def test_seeds_repeat_and_are_reported(url, exact):
+    """Those that were drawn are too."""
     first = ask(url, temperature=1, seed=None)
     assert content(ask(url, temperature=1, seed=first["seed"])) == content(first)
     assert len({content(ask(url, temperature=1.5, top_k=0, seed=seed)) for seed in range(4)}) > 1
     assert ask(url, seed=-5)["seed"] == 2**64 - 5
 
 
-def test_a_seed_gives_the_same_text_whoever_else_is_there(url, exact):
+def test_a_seed_gives_one_text_beside_anybody(url, exact):
+    """The text does not depend on who else is there."""
     drawn = dict(temperature=1, min_p=0, max_tokens=16)
     wanted = dict(drawn, seed=7)
     alone = content(ask(url, **wanted))
@@ -100,7 +104,7 @@ def test_a_seed_gives_the_same_text_whoever_else_is_there(url, exact):
 # streams
 
 
-def test_what_a_stream_brings_is_what_the_whole_answer_has(url):
+def test_a_stream_brings_what_the_whole_answer_has(url):
     chunks = stream(url, stream_options={"include_usage": True})
     whole, usage = ask(url), chunks[-1]["usage"]
     assert joined(chunks) == content(whole) and usage["completion_tokens"] == whole["usage"]["completion_tokens"] == 8
@@ -121,7 +125,8 @@ def test_content_may_be_parts(url, parts):
     assert "Tokyo" in content(ask(url, messages=[{"role": "user", "content": parts}]))
 
 
-def test_developer_is_system_and_empty_and_null_contents_are_accepted(url):
+def test_developer_is_system(url):
+    """Empty and null contents are accepted."""
     messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": ""}, {"role": "assistant", "content": None},
                 {"role": "assistant", "content": ""}, *HI]
     system = [{"role": "system", "content": "Be brief."}, *messages[1:]]
@@ -130,7 +135,8 @@ def test_developer_is_system_and_empty_and_null_contents_are_accepted(url):
 
 @pytest.mark.parametrize("stop, text", [("Tokyo", "The capital of Japan is "), (["x!", " is"], "The capital of Japan"), ([], None), ("", None),
                                         (["The"], ""), ([" capital of", "capital"], "The ")])
-def test_stop_strings_end_the_answer_and_are_not_in_it(url, stop, text):
+def test_stop_strings_end_the_answer(url, stop, text):
+    """They are not in it."""
     whole = "The capital of Japan is Tokyo."
     assert content(ask(url, stop=stop)) == (whole if text is None else text)
     assert joined(stream(url, stop=stop)) == (whole if text is None else text)
@@ -145,17 +151,19 @@ def test_penalties_and_bias_change_the_answer(url):
     assert content(ask(url, logit_bias={str(token): 100}, max_tokens=3)) == " Tokyo Tokyo Tokyo"
 
 
-def test_a_bias_for_a_token_that_the_model_does_not_have_is_400(url):
+def test_a_bias_for_an_unknown_token_is_400(url):
     status, error = refused(url, logit_bias={"999999": 1})
     assert (status, error["param"]) == (400, "logit_bias")
 
 
-def test_a_context_overflow_is_an_error_with_both_numbers_and_never_cut_silently(url):
+def test_a_context_overflow_names_both_numbers(url):
+    """It is an error: nothing is cut silently."""
     status, error = refused(url, messages=[{"role": "user", "content": "word " * 600}])
     assert (status, error["code"]) == (400, "context_length_exceeded") and "512" in error["message"] and re.search(r"6\d\d", error["message"])
 
 
-def test_the_model_answers_to_its_own_name_and_those_it_is_served_under(url):
+def test_the_model_answers_to_all_of_its_names(url):
+    """They are its own and those under which it is served."""
     (model,) = call(url, "/v1/models")[2]["data"]
     assert model["context_length"] == 512
     assert model["defaults"] == {"temperature": 0.3, "top_k": 50, "top_p": 1.0, "min_p": 0.1, "repetition_penalty": 1.0,
@@ -171,7 +179,8 @@ def test_the_model_answers_to_its_own_name_and_those_it_is_served_under(url):
 # log-probabilities and several choices
 
 
-def test_logprobs_of_a_chat_have_a_token_its_bytes_and_alternatives(url):
+def test_chat_logprobs_have_token_bytes_and_others(url):
+    """Each entry has alternatives."""
     choice = ask(url, logprobs=True, top_logprobs=2)["choices"][0]
     entries = choice["logprobs"]["content"]
     assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == choice["message"]["content"]
@@ -189,7 +198,7 @@ def test_streamed_logprobs_are_those_of_the_whole(url):
     assert ask(url, logprobs=True, max_tokens=1)["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
 
 
-def test_logprobs_of_parts_of_characters_keep_their_bytes(url):
+def test_logprobs_keep_bytes_of_cut_characters(url):
     tokens = call(url, "/tokenize", {"content": "😀"})[2]["tokens"]
     bias = {str(token): 100 for token in tokens}
     choice = ask(url, logprobs=True, logit_bias=bias, max_tokens=6)["choices"][0]
@@ -198,7 +207,8 @@ def test_logprobs_of_parts_of_characters_keep_their_bytes(url):
     assert all("\ufffd" not in entry["token"] for entry in choice["logprobs"]["content"])
 
 
-def test_an_answer_goes_on_from_tokens_that_its_client_has_chosen(url, exact):
+def test_an_answer_goes_on_from_chosen_tokens(url, exact):
+    """Its client has chosen them."""
     drawn = dict(temperature=1, min_p=0, presence_penalty=0, frequency_penalty=0, seed=5, max_tokens=12)
     wanted = dict(drawn, return_token_ids=True)
     whole = ask(url, logprobs=True, top_logprobs=2, **wanted)["choices"][0]
@@ -224,12 +234,13 @@ def test_an_answer_goes_on_from_tokens_that_its_client_has_chosen(url, exact):
     ({"prefix_token_ids": [10**6]}, "prefix_token_ids has the token id 1000000"), ({"prefix_token_ids": "a"}, "prefix_token_ids"),
     ({"prefix_token_ids": [2]}, "has the token id 2, which ends the answer"), ({"prefix_token_ids": [5, 6, 7, 8]}, "has 4 tokens, but the answer may have 4"),
     ({"prefix_token_ids": [504], "guided_choice": ["yes", "no"]}, "prefix_token_ids do not follow guided_choice")])
-def test_tokens_with_which_no_answer_can_begin_are_refused(url, changes, words):
+def test_impossible_first_tokens_are_refused(url, changes, words):
+    """No answer can begin with them."""
     status, error = refused(url, **changes)
     assert status == 400 and words in error["message"]
 
 
-def test_n_choices_differ_and_the_first_is_that_of_n_1(url, exact):
+def test_n_choices_differ_and_the_first_is_n_1_s(url, exact):
     wanted = dict(temperature=1, seed=11, max_tokens=16, messages=[{"role": "user", "content": "Write a line of a poem. " * 4}])
     one, three = ask(url, **wanted), ask(url, n=3, **wanted)
     assert [choice["index"] for choice in three["choices"]] == [0, 1, 2]
@@ -247,7 +258,7 @@ def test_n_choices_differ_and_the_first_is_that_of_n_1(url, exact):
 
 
 @pytest.mark.parametrize("route", [CHAT, "/chat/completions", "prefix"])
-def test_a_cut_answer_is_continued_where_it_stopped(url, exact, route):
+def test_a_cut_answer_goes_on_where_it_stopped(url, exact, route):
     """What was cut and what continues it are together the answer that was not cut: same seed, same noise at each place."""
     path = CHAT if route == "prefix" else route
     question = [{"role": "user", "content": "Count from one to ten, in words."}]
@@ -289,7 +300,8 @@ def test_json_mode_gives_json(url):
     assert body["choices"][0]["finish_reason"] == "stop" and type(json.loads(content(body))) is dict
 
 
-def test_a_json_schema_is_kept_streamed_or_not_and_none_of_it_comes_twice(url):
+def test_a_json_schema_is_kept(url):
+    """It is streamed or not, and none of it comes twice."""
     schema = {"type": "object", "properties": {"city": {"enum": ["Tokyo", "Kyoto"]}, "big": {"type": "boolean"}},
               "required": ["city", "big"], "additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "city", "strict": True, "schema": schema}}
@@ -322,7 +334,7 @@ def test_a_streamed_text_completion_ends_once(url):
     assert last["choices"] == [] and last["usage"]["completion_tokens"] == 4
 
 
-def test_prompts_may_be_texts_or_token_ids_one_or_many(url):
+def test_prompts_are_texts_or_ids_one_or_many(url):
     ids = call(url, "/tokenize", {"content": "The capital of Japan is"})[2]["tokens"]
     text = ask(url, COMPLETIONS, max_tokens=3)["choices"][0]["text"]
     for prompt, count in ((ids, 1), (["The capital of Japan is"], 1), ([ids, ids], 2), (["The capital of Japan is", ids], 2)):
@@ -349,7 +361,7 @@ def test_echo_with_logprobs_scores_the_prompt(url):
 
 @pytest.mark.parametrize("ending", [{"stop_token_ids": [0]}, {"stop": " To"}, {"stop": "kyo"}, {"stop": "."}, {"logit_bias": {"2": 100}}, {}])
 @pytest.mark.parametrize("streamed", [False, True])
-def test_an_echo_has_an_entry_for_every_token_of_the_prompt_and_every_drawn_one(url, ending, streamed):
+def test_an_echo_has_an_entry_for_every_token(url, ending, streamed):
     """Also for one that ended the answer and is not in its text, as vLLM has it: lm-eval drops the last entry of each choice, and without
     it would drop a token of the continuation that it scores."""
     ids = call(url, "/tokenize", {"content": "The capital of Japan is"})[2]["tokens"]
@@ -378,13 +390,15 @@ def test_an_echo_has_an_entry_for_every_token_of_the_prompt_and_every_drawn_one(
             assert lists["text_offset"] == sorted(lists["text_offset"]) and lists["token_logprobs"][-1] <= 0
 
 
-def test_offsets_count_special_tokens_where_the_prompt_spells_them(url):
+def test_offsets_count_special_tokens_in_prompts(url):
+    """They count where the prompt spells them."""
     choice = ask(url, COMPLETIONS, prompt="<|im_start|>user\nOne é<|im_end|>\ntwo", echo=True, logprobs=0, max_tokens=2)["choices"][0]
     tokens, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
     assert "<|im_end|>" in tokens and [choice["text"][a:b] for a, b in zip(offsets, [*offsets[1:], None])] == tokens
 
 
-def test_a_likelier_text_scores_higher_and_batches_score_as_singles(url):
+def test_a_likelier_text_scores_higher(url):
+    """Batches score as singles do."""
     prompts = ["The capital of Japan is Tokyo.", "The capital of Japan is Banana."]
     wanted = dict(echo=True, logprobs=1, max_tokens=1)
     scores = [sum(choice["logprobs"]["token_logprobs"][1:-1]) for choice in ask(url, COMPLETIONS, prompt=prompts, **wanted)["choices"]]
@@ -421,7 +435,7 @@ def test_special_tokens_in_a_text_may_be_text(url):
     assert call(url, "/tokenize", {"content": ["a", parsed[1]]})[2]["tokens"] == parsed
 
 
-def test_the_template_s_text_is_what_a_chat_is_computed_from(url):
+def test_a_chat_is_computed_from_its_template_s_text(url):
     prompt = call(url, "/apply-template", {"messages": HI})[2]["prompt"]
     assert prompt.endswith("<|im_start|>user\nWhat is the capital of Japan?<|im_end|>\n<|im_start|>assistant\n")
     body = ask(url, COMPLETIONS, prompt=prompt)
@@ -435,7 +449,8 @@ def test_nonsense_to_the_tokenizer_is_400(url, path, body):
     assert status == 400 and answer["error"]["param"]
 
 
-def test_a_token_has_the_same_characters_as_a_log_probability_and_as_a_piece():
+def test_a_token_has_the_same_characters_everywhere():
+    """It has them as a log probability and as a piece."""
     tokenizer = Letters()
     for token, text in ((97, "a"), (0xc3, None), (256, "<|end|>")):
         spelled = tokenizer.shown_bytes(token)

@@ -53,7 +53,7 @@ def test_every_route_and_field_is_described():
     assert [list(each) for each in locked["security"]] == [["bearer"], ["header"]]
 
 
-async def test_the_server_offers_it():
+async def test_the_server_offers_its_openapi_document():
     async with serving(FakePool()) as url, importlib.import_module("aiohttp").ClientSession() as client:
         async with client.get(url + "/openapi.json") as response:
             assert await response.json() == openapi_document(chat_server.ROUTES, Settings())
@@ -162,7 +162,7 @@ def bodies(path):
     ({"type": "object", "required": ["a"], "properties": {"a": {"type": "string"}}}, [{"a": ""}, {"a": "", "b": 5}], [{}, {"a": 1}, [], "a"]),
     ({"type": "object", "propertyNames": {"pattern": "^[0-9]+$"}, "additionalProperties": {"type": "number"}}, [{}, {"1": 0.5}],
      [{"x": 1}, {"1": "x"}, {"-1": 1}])])
-def test_what_fits_a_schema(schema, fit, unfit):
+def test_matches_tells_what_fits_a_schema(schema, fit, unfit):
     assert [value for value in fit if not matches(schema, value)] == []
     assert [value for value in unfit if matches(schema, value)] == []
 
@@ -224,7 +224,7 @@ def test_no_body_is_answered_with_5xx(port, request):
 
 @relaxed
 @given(method=st.sampled_from(METHODS), target=odd_targets, headers=odd_headers, body=st.binary(max_size=20))
-def test_no_target_method_or_header_is_answered_with_5xx(port, method, target, headers, body):
+def test_no_odd_target_method_or_header_gives_5xx(port, method, target, headers, body):
     with contextlib.suppress(http.client.InvalidURL, UnicodeEncodeError):
         status, _ = exchange(port, method, target, body, headers)
         assert status < 500, (method, target, headers, status)

@@ -58,7 +58,8 @@ BODIES = [
 
 
 @pytest.mark.parametrize("route, body, wanted", BODIES, ids=[f"{number} {route}" for number, (route, *_) in enumerate(BODIES)])
-def test_pictures_of_every_api_become_those_of_the_messages(route, body, wanted):
+def test_every_api_s_pictures_join_the_messages(route, body, wanted):
+    """They become those of the messages."""
     fields = copy.deepcopy(body)
     envelope = make_envelope(fields, route)
     assert [data for _, data in envelope.lift.files] == [CAT, DOG] and all(bare(data) not in json.dumps(fields) for data in (CAT, DOG))
@@ -83,7 +84,8 @@ def test_a_body_without_pictures_stays_as_it_is():
     ("http://127.0.0.1/cat.png", "fetches no URLs"), ("https://example.org/cat.png", "fetches no URLs"), ("HTTPS://x/y", "fetches no URLs"), ("file:///etc/passwd", "reads no files"),
     ("ftp://x/y", "reads no files"), ("data:image/png,abc", "must be a data URI"), ("data:image/png;base64", "must be a data URI"),
     ("/etc/passwd!", "not base64"), ("a", "not base64"), ("%%%", "not base64"), ("", "must be a data URI"), (None, "must be a data URI"), (7, "must be a data URI"), ({"url": 1}, "must be a data URI")])
-def test_what_is_no_data_is_refused_and_nothing_is_fetched(value, said):
+def test_no_picture_is_fetched(value, said):
+    """What is no data is refused."""
     with pytest.raises(RequestError, match=said) as refused:
         picture_bytes(value, "messages[0].content[1].image_url.url")
     assert refused.value.param == "messages[0].content[1].image_url.url" and len(str(refused.value)) < 500
@@ -95,7 +97,8 @@ def test_base64_of_all_kinds_is_read():
         assert picture_bytes(text, "x") == data
 
 
-def test_too_many_and_too_large_ones_are_refused_by_name():
+def test_too_many_or_too_large_pictures_are_refused():
+    """The error names them."""
     with pytest.raises(RequestError, match="images: 17 given, at most 16 allowed"):
         lift_pictures({"messages": [{"role": "user", "content": [part(CAT)] * (LIMITS.pictures + 1)}]}).check("")
     with pytest.raises(RequestError, match="exceeds the maximum size of 10485760 bytes") as refused:
@@ -104,7 +107,7 @@ def test_too_many_and_too_large_ones_are_refused_by_name():
     assert len(picture_bytes(bare(bytes(LIMITS.picture_bytes)), "x")) == LIMITS.picture_bytes
 
 
-def test_a_model_that_cannot_see_says_so_before_any_file_is_read():
+def test_a_blind_model_says_so_before_reading_files():
     with pytest.raises(RequestError, match=r"^messages\[0\].content\[1\].image_url.url: this model cannot see images$") as refused:
         lift_pictures({"messages": [{"role": "user", "content": [TEXT, {"type": "image_url", "image_url": {"url": "%%%"}}]}]}).check("this model cannot see images")
     assert refused.value.code == "unsupported_content"
@@ -114,7 +117,8 @@ def test_a_model_that_cannot_see_says_so_before_any_file_is_read():
     ({"type": "image", "picture": 0}, "source must be"), ({"type": "image", "picture": [2, 1, "00"]}, "source must be"), ({"type": "image", "source": {"type": "file"}}, "source.type must be base64"),
     ({"type": "image", "source": {"type": "url", "url": "https://x/y"}}, "fetches no URLs"), ({"type": "input_image", "file_id": "file-1"}, "keeps no pictures"),
     ({"type": "input_audio", "input_audio": {}}, "must be a text or an image")], ids=str)
-def test_parts_that_are_no_pictures_of_the_body_are_refused(part, said):
+def test_parts_that_are_no_pictures_are_refused(part, said):
+    """They are none of the body's."""
     body = {"messages": [{"role": "user", "content": [part]}]}
     with pytest.raises(RequestError, match=said):
         lift = lift_pictures(body)
@@ -123,7 +127,8 @@ def test_parts_that_are_no_pictures_of_the_body_are_refused(part, said):
         read_answer("/v1/chat/completions", body, KNOWN)
 
 
-def test_a_picture_written_where_none_is_looked_for_is_an_error_not_another_s():
+def test_a_picture_in_the_wrong_place_is_an_error():
+    """It is not taken for another's."""
     forged = {"type": "image", "picture": [2, 1, PICTURES[0].digest.hex()]}
     body = {"max_tokens": 5, "system": [forged], "messages": [{"role": "user", "content": "x"}]}
     assert lift_pictures(body) == Lift()
@@ -131,7 +136,7 @@ def test_a_picture_written_where_none_is_looked_for_is_an_error_not_another_s():
         with_pixels(read_answer("/v1/messages", body, KNOWN).request, [])
 
 
-def test_a_body_that_is_nested_too_deeply_is_refused():
+def test_a_body_nested_too_deeply_is_refused():
     deep = []
     for _ in range(2000):
         deep = [deep]
@@ -139,7 +144,8 @@ def test_a_body_that_is_nested_too_deeply_is_refused():
         Envelope({"messages": deep}, "", False, Chained(), Lift([Lifted("x", b"data")])).rest(9, 9)
 
 
-def test_fields_that_are_large_without_their_pictures_stay_where_they_are():
+def test_fields_large_without_pictures_stay():
+    """They stay where they are."""
     envelope = make_envelope({"messages": [{"role": "user", "content": [part(CAT), {"type": "text", "text": "x" * 800}]}]}, "/v1/chat/completions")
     size = len(json.dumps([envelope.fields, None]))
     assert len(envelope.rest(size, size)) == size and envelope.rest(size, size - 1) == b""

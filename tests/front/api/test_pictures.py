@@ -44,7 +44,8 @@ def test_a_photo_is_turned_as_its_camera_says(orientation, kind):
     assert decode_file(data) == (*turned.size, turned.convert("RGB").tobytes())
 
 
-def test_what_is_transparent_is_white_also_in_palettes_and_grey():
+def test_transparent_pixels_are_white():
+    """They are in palettes and grey too."""
     clear = noise("RGBA")
     clear.putalpha(0)
     assert set(decode_file(file_of(clear))[2]) == {255}
@@ -58,7 +59,8 @@ def test_what_is_transparent_is_white_also_in_palettes_and_grey():
     assert decode_file(file_of(grey))[2] == half.convert("RGB").tobytes()
 
 
-def test_grey_of_16_bits_keeps_its_upper_ones_and_inks_become_light():
+def test_grey_of_16_bits_keeps_its_upper_bits():
+    """Inks become light."""
     grey = Image.frombytes("I;16", (256, 2), 2 * struct.pack("<256H", *(value * 257 for value in range(256))))
     assert decode_file(file_of(grey))[2] == 2 * bytes(value for value in range(256) for _ in range(3))
     inks = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
@@ -75,7 +77,7 @@ def test_the_first_frame_is_the_picture(kind):
 
 
 @pytest.mark.parametrize("kind, mode", [("JPEG", "RGB"), ("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "L")])
-def test_a_large_picture_is_made_smaller_and_keeps_its_shape(kind, mode):
+def test_a_large_picture_shrinks_and_keeps_its_shape(kind, mode):
     image = Image.linear_gradient("L").resize((4000, 3000)).convert(mode)
     width, height, pixels = decode_file(file_of(image, kind))
     assert LIMITS.kept_pixels * 0.99 < width * height <= LIMITS.kept_pixels and abs(width / height - 4 / 3) < 0.002
@@ -96,14 +98,16 @@ def png(width, height, rows=b"", kind=2):
     (png(60_000, 60_000), "60,000 times 60,000"), (png(40_000, 100), "one side"), (png(20, 20), "damaged"), (png(0, 5), "damaged"),
     (b"\x89PNG\r\n\x1a\n", "damaged"), (b"\xff\xd8\xff\xe0", "damaged"), (b"GIF89a", "damaged"), (b"RIFF\x10\0\0\0WEBPVP8 ", "damaged"),
 ], ids=str)
-def test_other_formats_lies_and_broken_files_are_refused(data, said):
+def test_other_formats_and_broken_files_are_refused(data, said):
+    """Files that lie about their format are too."""
     with pytest.raises(RequestError, match=said) as refused:
         decode_file(data)
     assert refused.value.status == 400 and len(str(refused.value)) < 400
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
-def test_a_file_cut_anywhere_or_with_wrong_bytes_gives_pixels_of_its_size_or_an_error(kind):
+def test_a_broken_file_gives_its_size_or_an_error(kind):
+    """It may be cut anywhere or have wrong bytes; its pixels are of its size."""
     whole, generator = file_of(noise(size=(64, 48)), kind), random.Random(kind)
     for _ in range(150):
         data = bytearray(whole[:generator.randrange(len(whole))] if generator.random() < 0.5 else whole)

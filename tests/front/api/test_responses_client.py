@@ -44,7 +44,8 @@ def of_text(response):
 # log-probabilities
 
 
-def test_they_are_those_of_chat_completions_whole_and_in_every_event(url):
+def test_responses_have_the_logprobs_of_chats(url):
+    """Whole answers and every event have them."""
     need_exact(url)
     wanted = ask(url, messages=[{"role": "user", "content": HI}], max_tokens=20, logprobs=True, top_logprobs=2)["choices"][0]
     status, headers, whole = asked(url, include=[LOGPROBS], top_logprobs=2)
@@ -62,7 +63,7 @@ def test_they_are_those_of_chat_completions_whole_and_in_every_event(url):
 
 
 @pytest.mark.parametrize("more", [{}, {"stop": ["e", "日"]}])
-def test_every_token_of_a_text_of_odd_characters_has_its_own(url, more):
+def test_every_token_of_odd_text_has_its_logprobs(url, more):
     """As in Chat Completions, but for those of a character that the answer did not finish: they are no text. Drafts, stop strings and characters of
     several tokens change nothing."""
     need_exact(url)
@@ -78,7 +79,7 @@ def test_every_token_of_a_text_of_odd_characters_has_its_own(url, more):
         assert [entry["id"] for event in events if event["type"] == "response.output_text.delta" for entry in event["logprobs"]] == found
 
 
-def test_without_include_there_are_none(url):
+def test_without_include_there_are_no_logprobs(url):
     for more, ignored in (({}, None), ({"include": []}, None), ({"top_logprobs": 2}, "top_logprobs"),
                           ({"include": ["reasoning.encrypted_content"]}, "include.reasoning.encrypted_content")):
         status, headers, body = asked(url, **more)
@@ -86,7 +87,8 @@ def test_without_include_there_are_none(url):
     assert all(event.get("logprobs", []) == [] for event in streamed(url))
 
 
-def test_a_large_body_and_a_format_have_them_and_a_kept_response_has_none(url):
+def test_large_bodies_and_formats_have_logprobs(url):
+    """A kept response has none."""
     for more in ({"padding": "x" * 100_000}, {"text": {"format": {"type": "json_object"}}}):
         _, _, body = asked(url, include=[LOGPROBS], **more)
         assert "".join(entry["token"] for entry in of_text(body)) == body["output"][-1]["content"][0]["text"]
@@ -95,7 +97,8 @@ def test_a_large_body_and_a_format_have_them_and_a_kept_response_has_none(url):
 
 
 @pytest.mark.parametrize("more", [{"include": LOGPROBS}, {"include": [5]}, {"include": [LOGPROBS], "top_logprobs": 21}, {"include": {}}])
-def test_what_is_no_list_or_out_of_range_is_refused_by_name(url, more):
+def test_wrong_logprobs_fields_are_refused_by_name(url, more):
+    """They are no list or out of range."""
     status, _, body = asked(url, **more)
     assert status == 400 and list(more)[-1] in body["error"]["message"]
 
@@ -112,7 +115,7 @@ async def responses(client, pieces, **body):
             return [json.loads(line[6:]) for line in text.split("\n") if line.startswith("data: ")] if body.get("stream") else json.loads(text)
 
 
-async def test_a_text_has_those_of_its_own_tokens_only(client):
+async def test_a_text_has_only_its_own_tokens_logprobs(client):
     """In a step with a draft there may be tokens of reasoning, of a mark, of the text and of a call. Every byte is a token here, 256 is special."""
     scores = lambda text: tuple(score(byte) for byte in text)       # noqa: E731
     pieces = [said(thought("Hm"), logprobs=scores(b"Hm")), said(thought("m"), "So", logprobs=(*scores(b"m"), score(256), *scores(b"\n\nSo"))),
@@ -127,7 +130,8 @@ async def test_a_text_has_those_of_its_own_tokens_only(client):
         [*b"So"], [*"日".encode()], [*b"!"]]
 
 
-async def test_a_text_that_spells_a_place_of_logprobs_is_not_filled(client):
+async def test_a_spelled_logprobs_place_is_not_filled(client):
+    """A text spells it."""
     for spelled in ('"logprobs": ["x"]', '", "logprobs": ["', as_json({"logprobs": ["0" * 24]})):
         pieces = [said(spelled, logprobs=(score(ord('"')),))]
         for stream in (False, True):
@@ -136,7 +140,7 @@ async def test_a_text_that_spells_a_place_of_logprobs_is_not_filled(client):
             assert whole["output"][0]["content"][0]["text"] == spelled and len(of_text(whole)) == 1
 
 
-async def test_what_the_last_events_of_a_stream_repeat_is_bounded(client):
+async def test_a_stream_s_last_events_repeat_little(client):
     """All is in the deltas. A whole answer has all too, which counts for what its client may hold."""
     pieces = [said("a", logprobs=(score(97, 20),)) for _ in range(LIMITS.repeated_bytes // 1000)]
     events = await responses(client, pieces, stream=True)
@@ -155,7 +159,8 @@ QUESTION = {"role": "user", "content": HI}
 SAID = {"role": "assistant", "content": [{"type": "output_text", "text": "Hm."}]}
 
 
-def test_their_calls_in_the_history_are_skipped_and_named(url):
+def test_other_tools_calls_are_skipped_and_named(url):
+    """They are in the history."""
     need_exact(url)
     _, headers, without = asked(url, input=[QUESTION, SAID, QUESTION])
     assert "X-Ignored-Tools" not in headers
@@ -169,7 +174,8 @@ def test_their_calls_in_the_history_are_skipped_and_named(url):
     assert status == 200, later
 
 
-def test_a_conversation_takes_no_such_items_and_says_so(url):
+def test_a_conversation_refuses_other_tools_items(url):
+    """It says so."""
     status, headers, conversation = call(url, CONVERSATIONS, {"items": [QUESTION, SEARCH, SAID]})
     assert status == 200 and headers["X-Ignored-Tools"] == "web_search_call"
     status, headers, added = call(url, f"{CONVERSATIONS}/{conversation['id']}/items", {"items": [PATCH]})
@@ -180,7 +186,8 @@ def test_a_conversation_takes_no_such_items_and_says_so(url):
 @pytest.mark.parametrize("item, named", [
     ({"type": "web_search"}, "web_search"), ({"type": "funtion_call"}, "funtion_call"), ({"type": "compaction"}, "compaction"), ({"type": ["x"]}, "input[1]"),
     ({"type": "item_reference", "id": "x"}, "item_reference"), ({"type": {}}, "input[1]"), ({"type": 5}, "input[1]")])
-def test_what_is_no_call_of_a_known_tool_is_still_refused_with_its_place(url, item, named):
+def test_an_unknown_tool_s_call_is_refused_by_place(url, item, named):
+    """What is no call of a known tool is still refused."""
     status, _, body = asked(url, input=[SEARCH, item])
     assert status == 400 and named in body["error"]["message"] and "input[1]" in body["error"]["message"]
 

@@ -82,7 +82,8 @@ def expected(models, text):
     return unit(last_state(models[0], ids_of(text)))
 
 
-def test_vectors_are_transformers_with_the_prompts_of_the_folder_and_the_end_token(models, url):
+def test_vectors_are_those_of_transformers(models, url):
+    """They have the prompts of the folder and the end token."""
     for text in ("a cat", "yes and no <|endoftext|>"):
         assert embedded(url, input=text)[0] @ expected(models, text) > 0.99999
         for more in ({"prompt_name": "query"}, {"input_type": "query"}, {"input_type": "search_query"}):
@@ -92,7 +93,8 @@ def test_vectors_are_transformers_with_the_prompts_of_the_folder_and_the_end_tok
     assert embedded(url, input=ids)[0] @ unit(last_state(models[0], ids)) > 0.99999 and ids[-1] == END
 
 
-def test_the_openai_package_cuts_vectors_where_the_model_allows_it(models, url):
+def test_the_openai_package_may_cut_vectors(models, url):
+    """It cuts them where the model allows it."""
     package = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
     answer = package.embeddings.create(model="embedder", input=DOCUMENTS, dimensions=40)
     for each, text in zip(answer.data, DOCUMENTS, strict=True):
@@ -116,7 +118,8 @@ def test_other_apis_have_the_same_vectors(models, url):
         assert answer["embeddings"] == [] and answer["prompt_eval_count"] == 0 and answer["model"] == "embedder"
 
 
-def test_what_is_too_long_is_refused_with_both_numbers_or_cut_before_the_end_token(models, url):
+def test_a_too_long_text_is_refused_or_cut(models, url):
+    """The error has both numbers; a cut comes before the end token."""
     text = "x" * 300
     status, message, param = refused(url, "/v1/embeddings", model="embedder", input=["a", text])
     assert (status, param) == (400, "input") and "maximum context length is 100 tokens" in message and "your input[1] resulted in 301 tokens" in message
@@ -128,7 +131,8 @@ def test_what_is_too_long_is_refused_with_both_numbers_or_cut_before_the_end_tok
         assert status == 400 and "301" in message and "100" in message
 
 
-def test_documents_are_ranked_by_transformers_scores_in_each_api_s_format(models, url):
+def test_documents_rank_by_transformers_scores(models, url):
+    """Each API has its own format."""
     _, reranker, tokenizer, _ = models
     raw = [score(reranker, tokenizer, "what is deep?", document)[0] for document in DOCUMENTS]
     order = sorted(range(3), key=lambda index: -raw[index])
@@ -148,7 +152,8 @@ def test_documents_are_ranked_by_transformers_scores_in_each_api_s_format(models
     assert asked(url, "/v1/rerank", **body | {"documents": DOCUMENTS[:1]}, instruction="Find seas")["results"][0]["relevance_score"] == pytest.approx(sigmoid(told), abs=1e-4)
 
 
-def test_scores_are_of_one_with_many_or_of_pairs_and_an_embedder_s_are_cosines(models, url):
+def test_scores_take_one_with_many_or_pairs(models, url):
+    """An embedder's scores are cosines."""
     _, reranker, tokenizer, _ = models
     for path in ("/v1/score", "/score"):
         one = asked(url, path, model="Tiny-Qwen3-Reranker", text_1="deep", text_2=DOCUMENTS)
@@ -195,7 +200,8 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}]}
     ("Tiny-Qwen3-Reranker", "/v1/embeddings", {"input": "a"}, "it makes no vectors"), ("Tiny-Qwen3-Reranker", "/embed", {"inputs": "a"}, "no vectors"),
     ("chat", "/v1/rerank", {"query": "a", "documents": ["b"]}, "this model answers, and makes vectors of texts (/v1/embeddings); it cannot rank"),
     ("chat", "/v1/score", {"text_1": "a", "text_2": "b"}, "it cannot rank documents, which takes a reranker")])
-def test_what_a_model_cannot_do_is_a_400_that_says_what_it_can(url, model, path, body, words):
+def test_a_model_s_400_says_what_it_can_do(url, model, path, body, words):
+    """What a model cannot do is a 400 that says what it can."""
     with pytest.raises(urllib.error.HTTPError) as caught:
         post(url + path, body | {"model": model})
     assert caught.value.code == 400 and words in caught.value.read().decode()
@@ -212,7 +218,8 @@ def test_what_a_model_cannot_do_is_a_400_that_says_what_it_can(url, model, path,
     ("/v1/rerank", {"query": "q" * 3000, "documents": ["b"] * 2000}, "the query is read again for each document, 6,000,000 characters in all"),
     ("/v1/score", {"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, "text_1 has 2 texts and text_2 has 3"), ("/v1/score", {"text_1": "a"}, "text_2 is missing"),
     ("/v1/score", {"text_1": "a", "text_2": ["b", ""]}, "text_2[1] is empty")])
-def test_bad_bodies_of_rerankers_are_refused_and_named(url, path, body, words):
+def test_bad_bodies_of_rerankers_are_named(url, path, body, words):
+    """They are refused."""
     status, message, _ = refused(url, path, model="Tiny-Qwen3-Reranker", **body)
     assert status == 400 and words in message, message
 
@@ -222,7 +229,8 @@ def test_bad_bodies_of_rerankers_are_refused_and_named(url, path, body, words):
     ({"input": "a", "dimensions": "32"}, "dimensions must be an integer"), ({"input": "a", "prompt_name": "nope\x07"}, 'one of "query", "document"'),
     ({"input": "a", "pooling": "mean"}, 'pooling must be "last", for which this model was trained'), ({"input": ["a"] * 2049}, "2,048"), ({"input": ["a", ""]}, "input[1] is empty"),
     ({"input": [["a"]]}, "input must be"), ({"input": ["x" * 90] * 2048 + []}, None), ({"input": [[1] * 99] * 2048}, None)])
-def test_bad_bodies_of_embedders_are_refused_and_named(url, body, words):
+def test_bad_bodies_of_embedders_are_named(url, body, words):
+    """They are refused."""
     if words is None:
         assert embedded(url, **body).shape == (2048, 64)
         return
@@ -230,7 +238,7 @@ def test_bad_bodies_of_embedders_are_refused_and_named(url, body, words):
     assert status == 400 and words in message, message
 
 
-def test_more_than_300_000_tokens_in_one_body_are_refused(url):
+def test_a_body_of_over_300_000_tokens_is_refused(url):
     for body, words in (({"input": [[1] * 400] * 800}, "input: 320,000 tokens given, at most 300,000 are allowed in one request"),
                         ({"input": ["word " * 80] * 800}, "input: 320,800 tokens given")):
         status, message, param = refused(url, "/v1/embeddings", model="chat", **body)
@@ -252,7 +260,8 @@ def test_each_model_says_what_it_can(url):
     assert len(asked(url, "/v1/embeddings", model="chat", input="a")["data"][0]["embedding"]) == 64
 
 
-def test_a_vector_is_the_same_beside_others_and_beside_an_answer(url):
+def test_a_vector_is_the_same_beside_anything(url):
+    """It is beside other vectors and beside an answer."""
     texts = [f"text number {number} " * (number % 5 + 1) for number in range(60)]
     alone = [asked(url, "/v1/embeddings", model="embedder", input=text, encoding_format="base64")["data"][0]["embedding"] for text in texts[::6]]
     together = asked(url, "/v1/embeddings", model="embedder", input=texts, encoding_format="base64")["data"]
@@ -264,7 +273,7 @@ def test_a_vector_is_the_same_beside_others_and_beside_an_answer(url):
     assert beside == pytest.approx(lone, abs=1e-5)
 
 
-async def test_clients_that_leave_and_a_worker_that_is_killed(running, client):
+async def test_vectors_outlast_lost_clients_and_workers(running, client):
     """A request whose client vanishes ends; one whose worker dies is answered by the next worker, with the same vectors."""
     _, url = running
     texts = [f"text {number} " * 9 for number in range(2000)]
@@ -287,7 +296,8 @@ def workers(url):
     return [worker for worker in get(url + "/stats")["workers"] if worker["pid"]]
 
 
-async def test_bodies_of_16_mb_are_read_in_a_sandbox_or_refused(url, client):
+async def test_bodies_of_16_mb_go_to_a_sandbox(url, client):
+    """They are read in it or refused."""
     def near(body, name):
         filler = (LIMITS.body_bytes - 1000 - len(json.dumps(body | {name: ""}))) * "x"
         return json.dumps(body | {name: filler})

@@ -38,7 +38,8 @@ def opened(path):
     return open_model(resolve_model(settings), settings)
 
 
-def test_a_request_wins_over_a_flag_a_flag_over_the_model_and_the_model_over_what_is_usual():
+def test_a_request_wins_over_flag_over_model():
+    """The model wins over what is usual."""
     settings = parse_command_line(["serve", "x.gguf", "--top-k", "3", "--min-p=0.0"], {"CHAT_SERVER_TOP_P": "0.7"})
     own = {"top_k": 64, "top_p": 0.95, "min_p": 0.1, "temperature": 1.0}
     settings = dataclasses.replace(settings, own_sampling=own, own_origin="its file")
@@ -50,7 +51,7 @@ def test_a_request_wins_over_a_flag_a_flag_over_the_model_and_the_model_over_wha
 
 
 @pytest.mark.parametrize("command, temperature", [("serve", 0.8), ("generate", 0.8), ("chat", 0.6)])
-def test_without_any_of_them_the_usual_values_hold(command, temperature):
+def test_without_any_of_them_usual_values_hold(command, temperature):
     settings = parse_command_line([command, "x.gguf"], {})
     assert {name: value for name, (value, _) in sampling_defaults(settings).items()} == USUAL | {"temperature": temperature}
     assert {origin for _, origin in sampling_defaults(settings).values()} == {"usual"}
@@ -66,7 +67,8 @@ def test_a_gguf_file_says_its_makers_values(tmp_path):
 @pytest.mark.parametrize("name, value, words", [
     ("temp", 7.5, "temp is 7.5; it must be a finite number from 0 to 2"), ("top_p", float("nan"), "top_p is NaN"),
     ("top_k", "many", 'top_k is "many"; it must be an integer from 0'), ("penalty_repeat", 0.0, "penalty_repeat is 0.0")])
-def test_a_value_that_cannot_be_is_ignored_with_a_line_and_the_others_hold(tmp_path, name, value, words):
+def test_an_impossible_value_is_ignored_with_a_line(tmp_path, name, value, words):
+    """The others hold."""
     model = opened(tiny(tmp_path, **{"min_p": 0.25, name: value}))
     assert model.sampling == {"min_p": 0.25}
     (note,) = model.notes
@@ -83,11 +85,13 @@ def test_generation_config_says_its_makers_values(tmp_path, found, sampling):
     assert told == {"sampling": sampling, "sampling_origin": "generation_config.json" if sampling else "", "notes": ()}
 
 
-def test_the_default_model_has_values_with_which_its_answers_end(default_model_path):
+def test_the_default_model_s_values_end_its_answers(default_model_path):
+    """The default model has values with which its answers end."""
     assert opened(default_model_path).sampling == {"temperature": 0.3, "min_p": 0.1, "frequency_penalty": 0.2, "presence_penalty": 0.2}
 
 
-def test_penalties_of_a_model_are_for_drawn_answers_and_a_request_s_own_for_all():
+def test_a_model_s_penalties_are_for_drawn_answers():
+    """A request's own are for all."""
     settings = Settings(own_sampling={"temperature": 0.3, "frequency_penalty": 0.2, "presence_penalty": 0.2, "repetition_penalty": 1.1}, own_origin="its file")
     drawn, greedy, asked = (sampling_params(values, settings) for values in ({}, {"temperature": 0}, {"temperature": 0, "frequency_penalty": 0.5}))
     assert (drawn.frequency_penalty, drawn.presence_penalty) == (0.2, 0.2) and (greedy.frequency_penalty, greedy.presence_penalty) == (0, 0)
@@ -96,7 +100,8 @@ def test_penalties_of_a_model_are_for_drawn_answers_and_a_request_s_own_for_all(
     assert by_flag.frequency_penalty == 0
 
 
-def test_the_log_stats_and_models_of_a_server_say_which_values_hold_and_where_they_come_from(tmp_path):
+def test_a_server_says_which_values_hold(tmp_path):
+    """Its log, stats and models say where they come from."""
     log = []
     path = tiny(tmp_path, temp=0.0, top_k=7, top_p=2.0)
     with real_server.server(path, "--min-p", "0.05", "--kv-cache-memory", "8M", "--verbose", log=log) as (_, url):
@@ -132,21 +137,22 @@ async def sent_by_a_terminal(server, parameters=None, **flags):
     return server.requests[0].params.sampling
 
 
-async def test_a_terminal_leaves_to_the_server_what_its_user_does_not_set():
+async def test_a_terminal_leaves_unset_values_to_the_server():
     server = FakePool()
     server.own_sampling = {"temperature": 0.3, "top_k": 11}, "its file"
     sampling = await sent_by_a_terminal(server)
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.3, 11, 1.0)
 
 
-async def test_a_terminal_sends_its_flags_and_what_the_user_set():
+async def test_a_terminal_sends_flags_and_user_s_values():
+    """A terminal sends its flags and what the user set."""
     server = FakePool()
     server.own_sampling = {"temperature": 0.3, "top_k": 11, "top_p": 0.5}, "its file"
     sampling = await sent_by_a_terminal(server, {"top_k": 5}, temperature=0.9)
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.9, 5, 0.5)
 
 
-async def test_show_in_a_terminal_names_the_values_of_the_server(monkeypatch, capsys):
+async def test_show_in_a_terminal_names_server_values(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", open(os.devnull))
     server = FakePool()
     server.own_sampling = {"temperature": 0.3}, "its file"
@@ -160,7 +166,8 @@ async def test_show_in_a_terminal_names_the_values_of_the_server(monkeypatch, ca
     assert "temperature  0.3" in capsys.readouterr().err
 
 
-def test_every_list_of_sampling_parameters_is_that_of_sampling_params():
+def test_every_list_of_parameters_is_the_same():
+    """It is that of sampling_params."""
     fields = {field.name for field in dataclasses.fields(SamplingParams)} - {"choice"}
     assert set(SAMPLED) == set(SAMPLING_NAMES) == fields                        # a row for each, and no row without
     assert set(SAMPLING_KEYS) == set(SAMPLING_DEFAULTS) == set(USUAL)           # what files of models may set

@@ -34,7 +34,8 @@ SWITCHED_ON = [{}, {"enable_thinking": True}, {"thinking": {"type": "enabled"}},
                {"thinking": True}, {"enable_thinking": None, "thinking": None}]
 
 
-def test_it_thinks_unless_it_is_switched_off_at_the_top_level(url):
+def test_a_model_thinks_unless_switched_off(url):
+    """The switch is at the top level."""
     need_exact(url)
     off, on = chat(url, chat_template_kwargs={"enable_thinking": False}), chat(url)
     assert on[0] and not off[0] and off[1]
@@ -43,7 +44,8 @@ def test_it_thinks_unless_it_is_switched_off_at_the_top_level(url):
     assert chat(url, thinking={"type": "disabled"}, padding="x" * 100_000) == (*off[:2], "padding")
 
 
-def test_nanochat_s_route_and_the_tokenizer_s_know_the_switches(url):
+def test_nanochat_and_the_tokenizer_know_switches(url):
+    """Nanochat's route and the tokenizer's know the switches."""
     for more in SWITCHED_OFF:
         with post(url + NATIVE, {"messages": HI, **DRAW, **more}) as response:
             assert not any("reasoning" in event for event in events(response))
@@ -65,7 +67,8 @@ def test_a_budget_beside_the_switch_is_the_budget(url):
     ({"enable_thinking": True, "thinking": {"type": "disabled"}}, "thinking"), ({"enable_thinking": False, "thinking": True}, "thinking"),
     ({"enable_thinking": False, "chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs.enable_thinking"),
     ({"thinking": {"type": "enabled"}, "chat_template_kwargs": {"thinking": False}}, "chat_template_kwargs.thinking")])
-def test_what_contradicts_itself_or_is_no_switch_is_refused_by_name(url, more, param):
+def test_a_contradictory_switch_is_refused(url, more, param):
+    """The error names it; it names what is no switch too."""
     for path in (CHAT, "/apply-template"):
         status, _, body = call(url, path, {"messages": HI, **more})
         assert (status, body["error"]["param"]) == (400, param), body
@@ -78,7 +81,8 @@ OFF = [(CHAT, {"enable_thinking": False}), (CHAT, {"thinking": {"type": "disable
 
 
 @pytest.mark.parametrize("path, more", OFF)
-def test_where_a_template_cannot_be_told_thinking_ends_as_it_begins(path, more):
+def test_an_untold_template_ends_thinking_at_once(path, more):
+    """It cannot be told, so thinking ends as it begins."""
     body = {"input": "Hi"} if path == RESPONSES else {"prompt": "Hi"} if path == "/api/generate" else {"messages": HI}
     budgets = {name: read_answer(path, body | more, Known(Settings(), None, template=template)).request.params.thinking_budget
                for name, template in TEMPLATES.items()}
@@ -103,7 +107,8 @@ def streamed(url, **changes):
         return events(response)
 
 
-def test_without_thinking_in_the_request_the_first_block_is_the_text(url):
+def test_without_thinking_the_first_block_is_text(url):
+    """The request has none."""
     need_exact(url)
     thoughts, text, _ = chat(url)
     assert thoughts and text
@@ -121,7 +126,8 @@ def test_without_thinking_in_the_request_the_first_block_is_the_text(url):
     assert message(url, thinking={"type": "disabled"})[0] == [("text", chat(url, enable_thinking=False)[1])]
 
 
-def test_tokens_are_counted_as_the_prompt_has_them_whether_it_thinks_or_not(url):
+def test_tokens_count_as_the_prompt_has_them(url):
+    """It may think or not."""
     counts = []
     for more in ({}, {"thinking": {"type": "disabled"}}, {"thinking": {"type": "enabled", "budget_tokens": 4}}):
         _, body = message(url, **more)
@@ -132,13 +138,14 @@ def test_tokens_are_counted_as_the_prompt_has_them_whether_it_thinks_or_not(url)
     assert counts[0] == counts[2] != counts[1]
 
 
-def test_an_answer_that_is_cut_while_it_thinks_has_an_empty_text(url):
+def test_an_answer_cut_in_thinking_has_no_text(url):
+    """Its text is empty."""
     blocks, body = message(url, max_tokens=2)
     assert blocks == [("text", "")] and body["stop_reason"] == "max_tokens" and body["usage"]["output_tokens"] == 2
     assert [event["content_block"]["type"] for event in streamed(url, max_tokens=2) if event["type"] == "content_block_start"] == ["text"]
 
 
-def test_other_apis_send_the_thoughts_beside_the_text(url):
+def test_other_apis_send_thoughts_beside_the_text(url):
     need_exact(url)
     thoughts, text, _ = chat(url)
     assert thoughts and text

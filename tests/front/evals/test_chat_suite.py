@@ -54,7 +54,8 @@ async def judged_all(scorer, suite, folder, most=None, runs=None):
 
 
 @pytest.mark.parametrize("scorer", EXPECTED, indirect=True)
-async def test_chat_tasks_and_long_texts_are_as_upstream_finds_them(scorer, base, tmp_path, request):
+async def test_chat_tasks_are_as_upstream_finds_them(scorer, base, tmp_path, request):
+    """Long texts are too."""
     wanted = EXPECTED[request.node.callspec.params["scorer"]]
     suite = chat_suite(False) if write_chat_data(base) else None
     assert [task.label for task in suite.tasks] == ["ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K"] and suite.mean == ""
@@ -79,7 +80,8 @@ async def test_chat_tasks_and_long_texts_are_as_upstream_finds_them(scorer, base
 
 
 @pytest.mark.parametrize("scorer", EXPECTED, indirect=True)
-async def test_bits_per_byte_of_the_validation_shard_are_upstream_s(scorer, base, tmp_path, request):
+async def test_validation_bits_per_byte_are_upstream_s(scorer, base, tmp_path, request):
+    """They are those of the validation shard."""
     pytest.importorskip("pyarrow")
     write_shard(base / "base_data_climbmix")
     texts, asked = read_texts(None), []
@@ -97,7 +99,8 @@ async def test_bits_per_byte_of_the_validation_shard_are_upstream_s(scorer, base
     assert again._replace(seconds=0) == result._replace(seconds=0)
 
 
-def test_the_validation_shard_is_found_in_todays_folder_and_in_both_older_ones(base, monkeypatch):
+def test_the_validation_shard_is_found(base, monkeypatch):
+    """It is in today's folder or in one of the two older ones."""
     pytest.importorskip("pyarrow")
     for folder in ("base_data", "base_data_climbmix", "datasets/climbmix"):     # the newest one counts
         write_shard(base / folder)
@@ -109,7 +112,7 @@ def test_the_validation_shard_is_found_in_todays_folder_and_in_both_older_ones(b
     assert read_texts(None).path == base / "datasets/remix/shard_06542.parquet"
 
 
-def test_documents_are_packed_as_upstream_packs_them():
+def test_documents_are_packed_as_upstream_does():
     packer, waiting = Packer(), [[document] * length for document, length in enumerate((5, 9, 3, 5, 2, 9, 30))]
     for document in waiting:
         packer.add(document)
@@ -127,7 +130,8 @@ def test_documents_are_packed_as_upstream_packs_them():
     assert rows == [[1] * 9 + [4] * 2, [5] * 9 + [2] * 2]
 
 
-async def test_a_running_text_is_scored_in_rows_that_begin_afresh(scorer, base, tmp_path):
+async def test_a_running_text_is_scored_in_fresh_rows(scorer, base, tmp_path):
+    """A running text is scored in rows that begin afresh."""
     (tmp_path / "text.txt").write_text(LONG_TEXT)
     texts = read_texts(str(tmp_path / "text.txt"))
     result = await run_bpb(scorer, texts, None, AnswersFile(tmp_path, "a"), silent)
@@ -140,7 +144,8 @@ async def test_a_running_text_is_scored_in_rows_that_begin_afresh(scorer, base, 
     assert lines.bits_per_byte == pytest.approx(EXPECTED["gen5"]["bpb"], rel=1e-5)      # the shard's documents
 
 
-async def test_texts_that_are_not_there_or_not_usable_are_one_line(scorer, base, tmp_path):
+async def test_unusable_texts_are_one_line(scorer, base, tmp_path):
+    """So are texts that are not there."""
     with pytest.raises(ConfigError, match=r"base_data_climbmix, .*base_data; in nanochat's checkout, `python -m nanochat.dataset -n 1` fetches it, or --text"):
         read_texts(None)
     for name, data, words in (("a.txt", b"", "no text"), ("b.txt", b"\xff\xfe\0", "not UTF-8"), ("c.jsonl", b"{", "line 1 is not JSON"),
@@ -165,7 +170,8 @@ def test_rows_come_in_numpy_s_order():
             assert permutation(seed, count) == numpy.random.default_rng(seed).permutation(count).tolist()
 
 
-def test_data_are_found_where_nanochat_keeps_them_and_where_it_did(base, tmp_path):
+def test_data_are_found_where_nanochat_keeps_them(base, tmp_path):
+    """They are also found where it kept them earlier."""
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.ipc
     write_chat_data(base, labels=["GSM8K"])
@@ -195,7 +201,7 @@ def test_data_are_found_where_nanochat_keeps_them_and_where_it_did(base, tmp_pat
         drawn_problems(task, None)
 
 
-def test_what_is_missing_is_named_with_what_fetches_it(base):
+def test_what_is_missing_names_what_fetches_it(base):
     with pytest.raises(ConfigError, match=r"`python -m scripts.chat_eval -i sft -a 'ARC-Easy\|ARC-Challenge\|MMLU\|GSM8K\|HumanEval'` fetches them"):
         chat_suite(True)
     write_chat_data(base, labels=["MMLU", "HumanEval"])
@@ -227,7 +233,8 @@ def test_a_broken_row_is_named(base, label, row, words):
 # answers
 
 
-def test_numbers_and_programs_are_found_in_answers_as_upstream_finds_them(base):
+def test_numbers_and_programs_are_found_in_answers(base):
+    """Upstream finds the same."""
     assert [number_in(text) for text in ("so\n#### 1,234 #### 5", "#### -7.", "####5", "", "#### x")] == ["1234", "-7.", None, None, None]
     write_chat_data(base, labels=["HumanEval"])
     problem = drawn_problems(chat_suite(True).tasks[0], None)[0]
@@ -237,7 +244,8 @@ def test_numbers_and_programs_are_found_in_answers_as_upstream_finds_them(base):
     assert cut_as_upstream([*range(3000), 7]) == [*range(2048), 7] and cut_as_upstream([1, 2, 3]) == [1, 2, 3]
 
 
-async def test_all_five_tasks_make_chatcore_and_programs_are_run(scorer, base, tmp_path):
+async def test_all_five_tasks_make_chatcore(scorer, base, tmp_path):
+    """Programs are run."""
     write_chat_data(base)
     ran = []
 
@@ -266,7 +274,8 @@ async def test_a_text_beyond_the_context_is_only_scored(start_pool):
 # the command
 
 
-def test_the_command_answers_chat_tasks_and_scores_rows_here_and_through_a_server(nanochat_fixtures, base, tmp_path):
+def test_the_command_answers_chat_tasks(nanochat_fixtures, base, tmp_path):
+    """It scores rows too, here and through a server."""
     write_chat_data(base)
     (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps(text) for text in documents()))
     model, found = nanochat_fixtures / "gen5", {}
@@ -289,6 +298,6 @@ def test_the_command_answers_chat_tasks_and_scores_rows_here_and_through_a_serve
 @pytest.mark.parametrize("words, named", [
     (("--suite", "chat"), "chat_eval -i sft -a"), (("--suite", "bpb"), "nanochat.dataset -n 1"), (("--suite", "bpb", "--text", "none.txt"), "none.txt"),
     (("--suite", "core", "--text", "x"), "--text is for --suite bpb"), (("--suite", "sample", "--confirm-run-unsafe-code"), "--confirm-run-unsafe-code is for --suite chat")])
-def test_wrong_words_about_these_suites_are_one_line(base, tmp_path, words, named):
+def test_wrong_words_about_chat_suites_are_one_line(base, tmp_path, words, named):
     done = subprocess.run([sys.executable, str(SCRIPT), "eval", *words], capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert done.returncode == 2 and done.stdout == "" and named in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

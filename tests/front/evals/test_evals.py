@@ -40,7 +40,7 @@ def suite(tmp_path):
 
 
 @pytest.mark.parametrize("generation", EXPECTED)
-async def test_each_item_is_judged_as_upstream_judges_it(start_pool, suite, tmp_path, generation):
+async def test_each_item_is_judged_as_upstream_does(start_pool, suite, tmp_path, generation):
     """Among them an empty range, equal options, a single one, and numbers; with all items, and with a cut."""
     pool = await start_pool(generation=generation, source="mid" if generation == "gen1" else None)
     for most in (None, 6):
@@ -60,7 +60,8 @@ async def test_each_item_is_judged_as_upstream_judges_it(start_pool, suite, tmp_
         assert body["core_metric"] == round(mean_of(results)[0], 6) == pytest.approx(sum(body["centered_results"].values()) / 5, abs=1e-5)
 
 
-async def test_a_text_that_the_model_continues_so_is_right_and_another_is_not(start_pool, tmp_path):
+async def test_only_a_text_the_model_continues_is_right(start_pool, tmp_path):
+    """A text that the model continues so is right and another is not."""
     pool = await start_pool()
     scorer, rows = PoolScorer(pool), []
     for context in ("the cat sat on", "rain fell over all", "a town by the"):
@@ -93,7 +94,8 @@ async def test_a_text_that_the_model_continues_so_is_right_and_another_is_not(st
     ("eval_meta_data.csv", "Eval Task,Random baseline\nchoose,many\n", ["eval_meta_data.csv", "many"]),
     ("eval_meta_data.csv", "Eval Task,Random baseline\n" + "".join(f"{task[0]},100\n" for task in TASKS), ["choose", "100"]),
     ("eval_data/part/who.jsonl", None, ["who.jsonl"])])
-def test_a_bundle_that_lacks_something_is_refused_in_one_line_that_names_it(tmp_path, file, text, words):
+def test_an_incomplete_bundle_is_refused_in_one_line(tmp_path, file, text, words):
+    """The line names what it lacks."""
     folder = write_bundle(tmp_path / "bundle")
     (folder / file).unlink() if text is None else (folder / file).write_text(text)
     with pytest.raises(ConfigError) as error:
@@ -105,7 +107,7 @@ def test_a_bundle_that_lacks_something_is_refused_in_one_line_that_names_it(tmp_
     ("{", "not JSON"), ("", "not JSON"), ("[]", "query"), ('{"query": "a", "choices": "bc", "gold": 0}', "choices"), ("[" * 100_000, "not JSON"),
     ('{"query": "a", "choices": ["b"], "gold": 1}', "gold is 1"), ('{"query": "a", "choices": [], "gold": 0}', "choices"),
     ('{"query": "a", "choices": ["b"], "gold": true}', "gold"), ('{"query": null, "choices": ["b"], "gold": 0}', "query")])
-def test_a_broken_row_is_named_with_its_file_and_line(suite, line, words):
+def test_a_broken_row_names_its_file_and_line(suite, line, words):
     task = suite.tasks[0]
     lines = task.path.read_text().splitlines()
     task.path.write_text("\n".join([*lines[:3], line, *lines[3:]]))
@@ -114,7 +116,8 @@ def test_a_broken_row_is_named_with_its_file_and_line(suite, line, words):
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
-def test_a_cut_below_the_examples_says_how_many_are_left(suite):
+def test_a_cut_below_the_examples_says_what_is_left(suite):
+    """It says how many items are left."""
     task = suite.tasks[3]
     assert len(drawn_rows(task, 4)) == 4
     with pytest.raises(ConfigError, match="go on needs 3 examples before each item, but only 2 other items are left by --max-per-task"):
@@ -124,7 +127,8 @@ def test_a_cut_below_the_examples_says_how_many_are_left(suite):
         drawn_rows(task, None)
 
 
-def test_a_file_of_rows_is_a_task_whose_baseline_is_the_chance_of_its_options(tmp_path):
+def test_a_file_of_rows_is_a_task(tmp_path):
+    """Its baseline is the chance of its options."""
     (tmp_path / "q.jsonl").write_text("\n".join(json.dumps({"query": "a", "choices": ["b", "c", "d", "e"], "gold": 1}) for _ in range(3)))
     task, = read_suite(str(tmp_path / "q.jsonl")).tasks
     assert (task.label, task.shots, task.baseline, task.delimiter) == ("q", 0, 0.25, " ")
@@ -139,7 +143,8 @@ def test_a_file_of_rows_is_a_task_whose_baseline_is_the_chance_of_its_options(tm
             read_suite(word)
 
 
-def test_without_a_bundle_core_names_what_fetches_it(tmp_path, monkeypatch):
+def test_without_a_bundle_core_names_how_to_get_it(tmp_path, monkeypatch):
+    """Without a bundle core names what fetches it."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     with pytest.raises(ConfigError, match=r"eval_bundle; in nanochat's checkout, `python -m scripts\.base_eval --eval core` fetches it"):
         read_suite("core")
@@ -185,12 +190,14 @@ def option(*logprobs):
 @pytest.mark.parametrize("scores, chosen", [
     ([option(-1, -3), option(-1.5)], 1), ([option(-1), option(-1)], 0), ([[], option(-1)], 0), ([option(-9), [], option(-1)], 2), ([[], []], 0),
     ([option(-2)], 0)])
-def test_the_least_mean_wins_the_first_on_ties_and_no_mean_only_as_the_first_option(scores, chosen):
+def test_the_least_mean_wins(scores, chosen):
+    """It is the first one on ties; no mean wins only as the first option."""
     verdict = verdict_of("multiple_choice", {"gold": 1}, scores)
     assert (verdict.chosen, verdict.correct) == (chosen, chosen == 1) and verdict.margin >= 0
 
 
-def test_a_continuation_is_right_if_every_token_is_the_likeliest_and_its_margin_is_the_least_lead():
+def test_a_continuation_needs_every_likeliest_token():
+    """Its margin is the least lead."""
     right, wrong = TokenLogprob(5, -0.1, ((5, -0.1), (6, -0.6))), TokenLogprob(6, -0.75, ((5, -0.25), (6, -0.75)))
     assert verdict_of("language_modeling", {}, [[right, right]]) == (True, None, 0.5)
     assert verdict_of("language_modeling", {}, [[right, wrong]]) == (False, None, 0.5)
@@ -199,14 +206,15 @@ def test_a_continuation_is_right_if_every_token_is_the_likeliest_and_its_margin_
 # answers that are kept
 
 
-async def test_answers_of_another_arithmetic_are_kept_apart(start_pool, suite):
+async def test_other_arithmetics_answers_are_kept_apart(start_pool, suite):
     """Here and behind a URL alike: the scorer says which it is, not this command's flags."""
     scorers = [PoolScorer(await start_pool(arithmetic=arithmetic)) for arithmetic in ("fast", "fine")]
     assert [scorer.arithmetic for scorer in scorers] == ["fast", "fine"]
     assert len({answers_file_name(Settings(), scorer, "m", suite, None) for scorer in scorers}) == 2
 
 
-async def test_a_second_run_asks_nothing_and_one_after_a_kill_only_what_remains(start_pool, suite, tmp_path):
+async def test_a_second_run_asks_nothing_again(start_pool, suite, tmp_path):
+    """One after a kill asks only what remains."""
     pool, task = await start_pool(), suite.tasks[0]
     asked = []
 
@@ -228,7 +236,7 @@ async def test_a_second_run_asks_nothing_and_one_after_a_kill_only_what_remains(
     assert len(AnswersFile(tmp_path, "a").items) == 16
 
 
-async def test_a_run_that_is_cancelled_leaves_no_answer_running(start_pool, suite, tmp_path):
+async def test_a_cancelled_run_leaves_no_answer_running(start_pool, suite, tmp_path):
     pool = await start_pool()
     began = asyncio.Event()
     run = asyncio.ensure_future(run_task(PoolScorer(pool), suite.tasks[1], None, AnswersFile(tmp_path, "a"), lambda stage, fraction: began.set()))
@@ -239,7 +247,8 @@ async def test_a_run_that_is_cancelled_leaves_no_answer_running(start_pool, suit
     assert pool.dispatcher.jobs == {}
 
 
-async def test_an_item_longer_than_the_context_loses_its_beginning_and_is_counted(start_pool, tmp_path):
+async def test_a_too_long_item_loses_its_beginning(start_pool, tmp_path):
+    """It is counted."""
     pool = await start_pool(context_length=64)
     rows = [{"query": " ".join(["sea"] * 90), "choices": ["a", "the cat"], "gold": 0}, {"query": "sea", "choices": ["a", "b"], "gold": 0}]
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -250,7 +259,8 @@ async def test_an_item_longer_than_the_context_loses_its_beginning_and_is_counte
 # the command
 
 
-def test_the_command_prints_a_table_or_json_here_and_through_a_server(nanochat_fixtures, tmp_path):
+def test_the_eval_command_prints_a_table_or_json(nanochat_fixtures, tmp_path):
+    """It runs here or through a server."""
     bundle, model = write_bundle(tmp_path / "bundle"), nanochat_fixtures / "gen5"
     code, table, errors = run_eval(model, "--dtype", "float32", "--suite", bundle, home=tmp_path)
     assert code == 0, errors
@@ -280,13 +290,13 @@ def test_the_command_prints_a_table_or_json_here_and_through_a_server(nanochat_f
 @pytest.mark.parametrize("words, named", [
     ((), "eval needs --suite"), (("--suite", "core"), "base_eval --eval core"), (("--suite", "x.jsonl"), "x.jsonl: No such file"),
     (("--suite", "core", "--max-per-task", "0"), "--max-per-task")])
-def test_wrong_words_are_one_line_and_exit_status_2(tmp_path, words, named):
+def test_wrong_eval_words_are_one_line_and_status_2(tmp_path, words, named):
     done = subprocess.run([sys.executable, str(SCRIPT), "eval", *words], capture_output=True, text=True, cwd=tmp_path, timeout=60,
                           env=os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)})
     assert done.returncode == 2 and done.stdout == "" and named in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
-def test_a_run_that_is_killed_goes_on_and_a_server_that_vanishes_is_one_line(nanochat_fixtures, tmp_path):
+def test_a_killed_run_goes_on(nanochat_fixtures, tmp_path):
     """No item is asked twice; a name with control characters cannot write to the terminal."""
     rows = [{"query": f"the cat {number}", "choices": ["sat", "ran on"], "gold": 0} for number in range(400)]
     (tmp_path / "q\x1b[31m\n.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -314,7 +324,7 @@ def test_a_run_that_is_killed_goes_on_and_a_server_that_vanishes_is_one_line(nan
     assert code in (1, 2) and url in errors.splitlines()[-1] and "Traceback" not in errors
 
 
-def test_a_results_folder_that_cannot_be_written_is_one_line(nanochat_fixtures, tmp_path):
+def test_an_unwritable_results_folder_is_one_line(nanochat_fixtures, tmp_path):
     bundle = write_bundle(tmp_path / "bundle")
     (tmp_path / "file").write_text("")
     code, _, errors = run_eval(nanochat_fixtures / "gen5", "--suite", bundle, "--results", Path(tmp_path / "file"), home=tmp_path)

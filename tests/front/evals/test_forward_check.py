@@ -42,7 +42,8 @@ def warnings(caplog):
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING and "val_bpb" in record.getMessage()]
 
 
-async def test_a_checkpoint_of_our_forward_has_its_own_val_bpb_and_no_warning(base, nanochat_fixtures, watching, client, caplog):
+async def test_our_own_forward_brings_no_warning(base, nanochat_fixtures, watching, client, caplog):
+    """A checkpoint of it has its own val_bpb."""
     write_base(base, nanochat_fixtures)
     models = await watching(base)
     async with serving(models, models.settings) as url:
@@ -53,8 +54,9 @@ async def test_a_checkpoint_of_our_forward_has_its_own_val_bpb_and_no_warning(ba
         await until(lambda: models.registry.models[0].state == "unloaded")     # nobody else has asked for it
 
 
-async def test_another_forward_is_said_once_and_with_the_step_before_its_suite_begins(base, nanochat_fixtures, watching, client, tmp_path, caplog,
+async def test_another_forward_is_said_once(base, nanochat_fixtures, watching, client, tmp_path, caplog,
                                                                                      monkeypatch):
+    """The line names the step, and comes before its suite begins."""
     older = write_base(base, nanochat_fixtures, config={"window_pattern": "L"})
     os.utime(older, (1, 1))
     copied(older, 900)
@@ -78,7 +80,8 @@ async def test_another_forward_is_said_once_and_with_the_step_before_its_suite_b
     assert len(warnings(caplog)) == 1 and "the checkpoint d4-base@900: this checkpoint was trained with another forward" in warnings(caplog)[0]
 
 
-async def test_one_that_agrees_speaks_for_older_steps_and_later_ones_are_compared_too(base, nanochat_fixtures, watching, caplog):
+async def test_an_agreeing_step_speaks_for_older_ones(base, nanochat_fixtures, watching, caplog):
+    """Later ones are compared too."""
     older = write_base(base, nanochat_fixtures)
     os.utime(older, (1, 1))
     copied(older, 900)
@@ -94,7 +97,8 @@ async def test_one_that_agrees_speaks_for_older_steps_and_later_ones_are_compare
 @pytest.mark.parametrize("spoil, words", (
     (lambda shard: shard.write_bytes(b"PAR1"), "cannot read"), (lambda shard: shutil.rmtree(shard.parent), None),
     (lambda shard: shard.write_bytes(b""), "cannot read")))
-async def test_a_shard_that_is_gone_or_broken_is_said_once_and_the_step_serves(base, nanochat_fixtures, watching, caplog, spoil, words):
+async def test_a_bad_shard_is_said_once(base, nanochat_fixtures, watching, caplog, spoil, words):
+    """It is gone or broken, and the step serves."""
     older = write_base(base, nanochat_fixtures)
     copied(older, 900)
     spoil(base / "base_data_climbmix" / "shard_06542.parquet")
@@ -106,7 +110,8 @@ async def test_a_shard_that_is_gone_or_broken_is_said_once_and_the_step_serves(b
     assert all(not model.warning for model in models.registry.models)
 
 
-async def test_a_shard_that_vanishes_between_two_steps_is_no_error(base, nanochat_fixtures, watching, caplog):
+async def test_a_shard_may_vanish_between_two_steps(base, nanochat_fixtures, watching, caplog):
+    """That is no error."""
     older = write_base(base, nanochat_fixtures)
     models = await watching(base)
     await until(lambda: any(model.is_compared for model in models.registry.models))
@@ -117,7 +122,8 @@ async def test_a_shard_that_vanishes_between_two_steps_is_no_error(base, nanocha
 
 
 @pytest.mark.parametrize("flags, words", (({"quantize": "q4_0", "dtype": None}, "fewer bits"), ({"context_length": 256}, None)))
-async def test_what_is_served_otherwise_than_trained_is_not_called_another_forward(base, nanochat_fixtures, watching, caplog, flags, words):
+async def test_a_model_served_otherwise_is_not_suspected(base, nanochat_fixtures, watching, caplog, flags, words):
+    """What is served otherwise than trained is not called another forward."""
     write_base(base, nanochat_fixtures)
     models = await watching(base, **flags)
     await until(lambda: any(model.is_compared for model in models.registry.models))
@@ -126,7 +132,8 @@ async def test_what_is_served_otherwise_than_trained_is_not_called_another_forwa
 
 
 @pytest.mark.parametrize("config, times", (({}, 1), ({"window_pattern": "L"}, 2)))
-async def test_the_next_server_compares_again_only_what_did_not_agree(base, nanochat_fixtures, watching, client, tmp_path, monkeypatch, config, times):
+async def test_the_next_server_compares_what_disagreed(base, nanochat_fixtures, watching, client, tmp_path, monkeypatch, config, times):
+    """It compares nothing else again."""
     write_base(base, nanochat_fixtures, config=config)
     scored, score = [], PoolScorer.score
 

@@ -31,7 +31,8 @@ def test_numbers_are_equal_up_to_a_limit():
     assert not compared_numbers("bpb", 2.5, 2.50003, 2e-5).fine and not compared_numbers("bpb", 2.5, float("nan"), 2e-5).fine
 
 
-def test_items_must_be_equal_unless_our_margin_is_a_near_tie():
+def test_items_are_equal_but_for_near_ties():
+    """They may differ where our margin is a near tie."""
     assert compared_items("task", "0110", kept("0110")) == ("task", "2 right", "2 right", "4 of 4 equal", True)
     assert compared_items("task", "0110", kept("0111")).result == "3 of 4 equal"
     assert not compared_items("task", "0110", kept("0111")).fine
@@ -43,7 +44,8 @@ def test_items_must_be_equal_unless_our_margin_is_a_near_tie():
     assert not compared_items("task", "010", {0: kept("0")[0], 2: kept("0")[0]}).fine       # an item that we never judged
 
 
-def test_answers_must_be_equal_to_the_first_token_that_other_arithmetic_may_change():
+def test_answers_are_equal_up_to_a_near_tie():
+    """They are equal to the first token that other arithmetic may change."""
     assert compared_answers("tokens", [answer([1, 2, 3])], [[1, 2, 3]]) == ("tokens", "3 tokens", "3 tokens", "3 of 3 equal", True)
     assert not compared_answers("tokens", [answer([1, 2, 3])], [[1, 2, 4]]).fine
     tie = compared_answers("tokens", [answer([1, 2, 3], [1.0, 1e-4, 1.0]), answer([5])], [[1, 9], [5]])
@@ -53,7 +55,8 @@ def test_answers_must_be_equal_to_the_first_token_that_other_arithmetic_may_chan
         assert not compared_answers("tokens", [answer([1, 2, 3], [1e-4] * 3)], [ours]).fine
 
 
-def test_forced_tokens_must_be_there_and_equal_with_all_before_them():
+def test_forced_tokens_must_be_equal():
+    """They must be there, and all before them is equal too."""
     called = answer([7, 8, 9, 3], forced=[1, 2])
     assert compared_forced("forced", [called], [[7, 8, 9, 3]]) == ("forced", "2 tokens", "2 tokens", "2 of 2 equal", True)
     assert compared_forced("forced", [called], [[7, 8, 1, 3]]).result == "1 of 2 equal"
@@ -77,7 +80,7 @@ def checkout_at(folder, experiments=False):
     return folder
 
 
-def test_a_checkout_says_how_it_lays_out_its_folders(tmp_path):
+def test_a_checkout_says_its_folder_layout(tmp_path):
     assert nanochat_run.layout_of(checkout_at(tmp_path / "a")) == "checkpoints"
     assert nanochat_run.layout_of(checkout_at(tmp_path / "b", experiments=True)) == "experiments"
     with pytest.raises(CannotRun, match="nanochat/gpt.py is missing"):
@@ -104,7 +107,8 @@ def test_what_cannot_run_is_one_line_and_status_2(tmp_path, monkeypatch, capsys)
     assert nanochat_run.main([str(checkout), "--text", str(old)]) == 2 and "--text: only 0 texts of 200 characters or more" in capsys.readouterr().err
 
 
-def test_a_script_that_fails_or_takes_too_long_is_named_and_nothing_is_left(tmp_path, monkeypatch, capsys):
+def test_a_failing_script_is_named(tmp_path, monkeypatch, capsys):
+    """It fails or takes too long, and nothing is left."""
     pytest.importorskip("pyarrow")
     monkeypatch.setattr(nanochat_run.signal, "signal", lambda *which: None)
     monkeypatch.setattr(nanochat_run, "PACKAGES", ())
@@ -123,7 +127,8 @@ def test_a_script_that_fails_or_takes_too_long_is_named_and_nothing_is_left(tmp_
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.skipif("NANOCHAT_CHECKOUT" not in os.environ, reason="NANOCHAT_CHECKOUT names no checkout of nanochat")
-def test_a_run_of_nanochats_own_code_is_served_as_nanochat_says(tmp_path):
+def test_a_run_of_nanochat_is_served_as_it_says(tmp_path):
+    """A run of nanochats own code is served as nanochat says."""
     python = os.environ.get("NANOCHAT_PYTHON", sys.executable)
     command = [sys.executable, SCRIPT, os.environ["NANOCHAT_CHECKOUT"], "--python", python, "--out", tmp_path / "base"]
     ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True, timeout=1400)

@@ -23,7 +23,8 @@ def as_float32(value):
     return struct.unpack("<f", struct.pack("<f", value))[0]
 
 
-async def test_tensorboard_reads_all_metrics_of_all_steps_once_after_any_number_of_starts(run_folder, watching, client, tmp_path):
+async def test_tensorboard_reads_all_metrics_once(run_folder, watching, client, tmp_path):
+    """It reads those of all steps, after any number of starts."""
     list(tiny_training.train(run_folder, 40, 20))
     for number, meta in enumerate(sorted(run_folder.rglob("meta_*.json"))):
         meta.write_text(json.dumps(json.loads(meta.read_text()) | {"val_bpb": 1.25 - number / 8}))
@@ -54,7 +55,8 @@ async def test_tensorboard_reads_all_metrics_of_all_steps_once_after_any_number_
     assert time_s == pytest.approx(file_of(run_folder, step).stat().st_mtime, abs=0.01)
 
 
-async def test_what_the_training_wrote_is_logged_without_anything_computed(run_folder, watching, tmp_path):
+async def test_a_training_s_own_metrics_are_logged(run_folder, watching, tmp_path):
+    """Nothing is computed for it."""
     list(tiny_training.train(run_folder, 20, 20))
     meta, = run_folder.rglob("meta_*.json")
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"val_bpb": 1.25, "total_batch_size": 64}))
@@ -65,7 +67,8 @@ async def test_what_the_training_wrote_is_logged_without_anything_computed(run_f
     await models.close()
 
 
-def test_files_of_other_servers_broken_ones_and_removed_ones(tmp_path, caplog):
+def test_foreign_broken_and_removed_logs_do_no_harm(tmp_path, caplog):
+    """They are files of other servers, broken ones and removed ones."""
     rows = [(10, 1.0, {"a": 1.0, "b": 2.0}), (20, 2.0, {"a": 3.0})]
     first, second = RunLog(str(tmp_path)), RunLog(str(tmp_path))
     first.write("wide/d4", rows)
@@ -91,7 +94,7 @@ def test_files_of_other_servers_broken_ones_and_removed_ones(tmp_path, caplog):
     assert not ours or "broken" in ours[0]
 
 
-def test_a_changed_value_is_written_and_the_same_is_not(tmp_path):
+def test_only_a_changed_value_is_written(tmp_path):
     log = RunLog(str(tmp_path))
     for value in (0.1, 0.1, 0.2, 0.2, 1e39, 1e40):
         log.write("d4", [(10, 0.0, {"a": value})])
@@ -99,7 +102,8 @@ def test_a_changed_value_is_written_and_the_same_is_not(tmp_path):
 
 
 @pytest.mark.parametrize("options", ["ro", "size=16k"])
-def test_a_full_disk_costs_one_warning_and_the_file_stays_whole(tmp_path, caplog, options):
+def test_a_full_disk_costs_a_log_one_warning(tmp_path, caplog, options):
+    """The file stays whole."""
     folder = tmp_path / "full"
     with mounted(folder, options.replace("ro", "size=1m")):
         log = RunLog(str(folder))
@@ -115,7 +119,7 @@ def test_a_full_disk_costs_one_warning_and_the_file_stays_whole(tmp_path, caplog
         assert {name: [step for step, *_ in found[name]] for name in metrics} == dict.fromkeys(metrics, [*range(20)])
 
 
-def test_a_folder_that_cannot_be_made_ends_the_start(tmp_path):
+def test_a_log_folder_not_to_be_made_ends_the_start(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "log", Path("/proc/log")):
         with pytest.raises(ConfigError, match="--run-log "):
@@ -140,7 +144,8 @@ print(sorted({{"tensorflow", "torch"}} & {{*sys.modules}}))"""
     assert scalars_in(tmp_path / "log") == {"d4": {"a": [(10, 1.0, 1.0)]}}
 
 
-def test_without_the_package_the_start_ends_with_the_command_that_installs_it(tmp_path, run_folder):
+def test_without_tensorboard_a_start_names_pip(tmp_path, run_folder):
+    """It ends with the command that installs the package."""
     (tmp_path / "without" / "tensorboard").mkdir(parents=True)
     (tmp_path / "without" / "tensorboard" / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'tensorboard'\")")
     list(tiny_training.train(run_folder, 20, 20))

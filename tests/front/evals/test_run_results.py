@@ -43,7 +43,8 @@ def lines_in(tmp_path, name=f"run-{RUN}.jsonl"):
     return [json.loads(line) for line in (tmp_path / "results" / name).read_text().splitlines()]
 
 
-async def test_scores_survive_a_restart_and_the_removal_of_a_step_and_nothing_is_computed_twice(run_folder, watching, client, tmp_path):
+async def test_scores_survive_a_restart(run_folder, watching, client, tmp_path):
+    """They survive the removal of a step, and nothing is computed twice."""
     list(tiny_training.train(run_folder, 60, 20))
     meta, = run_folder.rglob("meta_000020.json")
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"val_bpb": 1.25}))
@@ -79,7 +80,8 @@ async def test_scores_survive_a_restart_and_the_removal_of_a_step_and_nothing_is
     assert lines_in(tmp_path) == lines and steps[0]["metrics"]["val_bpb"] == 1.25
 
 
-async def test_another_text_other_weights_and_another_tokenizer_are_computed_again(run_folder, watching, client, tmp_path):
+async def test_another_text_is_computed_again(run_folder, watching, client, tmp_path):
+    """Other weights and another tokenizer are too."""
     list(tiny_training.train(run_folder, 40, 20))
     scores = []
 
@@ -109,7 +111,7 @@ async def test_another_text_other_weights_and_another_tokenizer_are_computed_aga
     assert await scored() == 8 and scores[-1][0] != scores[0][0]
 
 
-async def test_a_run_that_was_renamed_is_not_computed_again(run_folder, watching, client, tmp_path):
+async def test_a_renamed_run_is_not_computed_again(run_folder, watching, client, tmp_path):
     list(tiny_training.train(run_folder, 40, 20))
     flags = asked(tmp_path)
     models = await watching(run_folder, **flags)
@@ -130,7 +132,8 @@ async def test_a_run_that_was_renamed_is_not_computed_again(run_folder, watching
         await models.close()
 
 
-async def test_a_later_server_is_not_stopped_by_broken_lines_and_finds_results_of_earlier_versions(run_folder, watching, tmp_path):
+async def test_broken_lines_stop_no_later_server(run_folder, watching, tmp_path):
+    """It finds results of earlier versions."""
     list(tiny_training.train(run_folder, 20, 20))
     flags = asked(tmp_path)
     models = await watching(run_folder, **flags)
@@ -164,8 +167,9 @@ def lines_in_bytes(data):
 
 
 @pytest.mark.parametrize("options", ["ro", "size=16k"])
-async def test_a_folder_that_is_full_or_read_only_costs_one_warning_and_is_written_later(
+async def test_a_full_results_folder_costs_one_warning(
         run_folder, watching, client, tmp_path, caplog, monkeypatch, options):
+    """So does a read-only one; it is written later."""
     list(tiny_training.train(run_folder, 40, 20))
     flags, folder = asked(tmp_path), tmp_path / "results"
     monkeypatch.setattr(RunResults, "AGAIN_S", 0.0)
@@ -214,7 +218,7 @@ async def test_two_servers_share_a_folder_of_results(run_folder, watching, tmp_p
         await models.close()
 
 
-async def test_a_server_shows_what_another_has_found_meanwhile(run_folder, watching, tmp_path):
+async def test_a_server_shows_what_another_has_found(run_folder, watching, tmp_path):
     """It computes nothing that is in the file by the time at which it would begin."""
     training = tiny_training.train(run_folder, 20, 20)
     flags = asked(tmp_path)
@@ -229,7 +233,8 @@ async def test_a_server_shows_what_another_has_found_meanwhile(run_folder, watch
         await until(lambda: all_known(waiting, 1))
 
 
-async def test_a_hundred_thousand_results_are_read_beside_the_event_loop(tmp_path):
+async def test_100_000_results_are_read_beside_the_loop(tmp_path):
+    """It is the event loop."""
     step = StepOfRun("d2", "d2", "", 0, str(tmp_path / "d2"), 1.0, "0" * 64)
     with open(tmp_path / "run-d2.jsonl", "w") as file:
         for number in range(100_000):
@@ -286,7 +291,8 @@ async def known_steps(*steps):
     return [(step["step"], step["metrics"]["val_bpb"]) for step in results.removed(Path("/runs"), {}, {("/runs/d2", 900)})]
 
 
-async def test_a_training_that_began_again_has_overtaken_the_later_steps_of_the_one_before():
+async def test_a_new_training_overtakes_later_old_steps():
+    """A training that began again has overtaken the later steps of the one before."""
     first = [(step, step / 10, f"a{step}") for step in (100, 200, 300, 400)]
     assert sorted(await known_steps(*first)) == [(100, 10), (200, 20), (300, 30), (400, 40)]
     assert sorted(await known_steps(*first, (250, 50, "b"))) == [(100, 10), (200, 20), (250, 50)]       # it went on from 200
@@ -295,14 +301,15 @@ async def test_a_training_that_began_again_has_overtaken_the_later_steps_of_the_
     assert sorted(await known_steps(*first, (900, 50, "b"))) == [(100, 10), (200, 20), (300, 30), (400, 40)]     # 900 is there
 
 
-async def test_results_of_another_folder_are_no_steps_of_this_one():
+async def test_another_folder_s_results_are_none_of_this():
     results = RunResults(None)
     for folder in ("/runs/d2", "/runs-of-others/d2", ""):
         await results.add(StepOfRun("d2", "d2", "", 3, folder, 1.0, "a" + folder), StepResult(WRITTEN, metrics={"val_bpb": 1.0}))
     assert [step["weights_digest"] for step in results.removed(Path("/runs"), {}, set())] == ["a/runs/d2"]
 
 
-async def test_of_results_that_other_flags_have_made_the_last_is_shown_and_of_another_text_none():
+async def test_of_other_flags_the_last_result_is_shown():
+    """Of another text none is."""
     results = RunResults(None)
     results.asked |= {TEXT: "text", SAMPLES: "prompts"}
     step = StepOfRun("d2", "d2", "", 3, "/runs/d2", 1.0, "a")
@@ -315,7 +322,8 @@ async def test_of_results_that_other_flags_have_made_the_last_is_shown_and_of_an
 
 
 @pytest.mark.parametrize("name", ["pipe", "folder", "link"])
-async def test_what_is_no_file_in_the_folder_is_left_alone(run_folder, watching, tmp_path, caplog, name):
+async def test_what_is_no_file_is_left_alone(run_folder, watching, tmp_path, caplog, name):
+    """It lies in the folder of results."""
     list(tiny_training.train(run_folder, 20, 20))
     flags = asked(tmp_path)
     path = tmp_path / "results" / f"run-{RUN}.jsonl"
@@ -327,7 +335,8 @@ async def test_what_is_no_file_in_the_folder_is_left_alone(run_folder, watching,
     assert sum("results stay in memory" in line for line in caplog.messages) == 1
 
 
-async def test_a_key_sees_only_the_removed_steps_that_it_might_use(run_folder, watching, client, tmp_path):
+async def test_a_key_sees_only_its_removed_steps(run_folder, watching, client, tmp_path):
+    """It might use them."""
     list(tiny_training.train(run_folder, 60, 20))
     for meta in run_folder.rglob("meta_*.json"):
         meta.write_text(json.dumps(json.loads(meta.read_text()) | {"val_bpb": 1.25}))
@@ -347,7 +356,8 @@ async def test_a_key_sees_only_the_removed_steps_that_it_might_use(run_folder, w
         assert status == 200 and [step["state"] for step in body["steps"]] == ["removed"] * 3
 
 
-async def test_without_a_home_a_server_that_scores_starts_and_says_that_results_stay_in_memory(run_folder, watching, tmp_path, caplog, monkeypatch):
+async def test_without_a_home_results_stay_in_memory(run_folder, watching, tmp_path, caplog, monkeypatch):
+    """A server that scores starts and says so."""
     list(tiny_training.train(run_folder, 20, 20))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file" / "state"))
@@ -358,7 +368,7 @@ async def test_without_a_home_a_server_that_scores_starts_and_says_that_results_
 
 
 @pytest.mark.slow
-def test_servers_that_are_killed_at_any_moment_lose_no_line_and_double_none(nanochat_fixtures, tmp_path):
+def test_killed_servers_lose_and_double_no_line(nanochat_fixtures, tmp_path):
     """A checkpoint of nanochat's own code, and a command line each; the last server is killed by nobody."""
     shutil.copytree(nanochat_fixtures / "gen5", tmp_path / "base")
     flags = asked(tmp_path)

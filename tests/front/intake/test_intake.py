@@ -105,7 +105,8 @@ QUESTION = conversation() | SHORT
     ("/apply-template", conversation() | {"padding": LARGE}),
     ("/api/show", {"model": "two", "padding": LARGE}),
     ("/models/load", {"model": "two", "padding": LARGE})])
-async def test_a_large_body_crosses_once_and_a_small_one_never(models, crossings, route, body):
+async def test_only_a_large_body_crosses_once(models, crossings, route, body):
+    """A small one never does."""
     small = {name: value for name, value in body.items() if name != "padding"}
     async with serving(models, models.settings) as url:
         await post(url + route, body)
@@ -115,13 +116,15 @@ async def test_a_large_body_crosses_once_and_a_small_one_never(models, crossings
     assert [task for task in crossings if task[1]] == []
 
 
-async def test_a_comparison_s_body_crosses_once_however_many_models_read_it(models, crossings):
+async def test_a_comparison_s_body_crosses_once(models, crossings):
+    """It does, however many models read it."""
     async with serving(models, models.settings) as url:
         await post(url + "/v1/compare", QUESTION | {"models": ["one", "two", "one"]})
     assert [task for task in crossings if task[0] in ("open", "read")] == [["open", 1], ["read", 0], ["read", 0], ["read", 0]]
 
 
-def test_every_route_with_a_reader_is_a_row_of_the_names_of_models():
+def test_every_route_with_a_reader_names_its_models():
+    """It is a row of the names of models."""
     assert {*ANSWER_READERS, *TEXT_READERS} == {*MODEL_NAMES}
     assert MODEL_NAMES["/api/show"] == ("model", "name") and MODEL_NAMES[CHAT] == ("model",)
 
@@ -133,7 +136,7 @@ async def test_bodies_that_come_at_once_are_not_mixed_up(intake):
     assert found == again and len(set(found)) == 6
 
 
-async def test_two_open_bodies_stay_those_of_their_clients(intake, crossings):
+async def test_two_open_bodies_stay_their_clients_own(intake, crossings):
     texts = [f"{word} {LARGE}" for word in ("first", "second")]
     alone = [await tokens_of(intake, text) for text in texts]
     bodies = [json.dumps({"content": text}).encode() for text in texts]
@@ -146,7 +149,7 @@ async def test_two_open_bodies_stay_those_of_their_clients(intake, crossings):
         assert crossings[:4] == [["open", 1], ["open", 1], *sent]
 
 
-async def test_a_front_that_is_wrong_about_what_a_sandbox_has_gets_no_other_client_s_body(models, intake, caplog):
+async def test_a_wrong_front_gets_no_other_client_s_body(models, intake, caplog):
     """The guard: the process looks at the ticket itself. Here the front thinks that it has the first body, though the second came after it."""
     first, second = (json.dumps({"content": f"{word} {LARGE}"}).encode() for word in ("first", "second"))
     sandbox = models.find("").pool.admission.sandboxes["bodies"].sandbox
@@ -159,7 +162,8 @@ async def test_a_front_that_is_wrong_about_what_a_sandbox_has_gets_no_other_clie
 
 
 @pytest.mark.parametrize("model, fails", [("one", False), ("nobody", True)])
-async def test_a_body_is_forgotten_once_it_is_read_or_its_model_is_not_there(models, intake, crossings, model, fails):
+async def test_a_body_is_forgotten_once_read(models, intake, crossings, model, fails):
+    """One whose model is not there is forgotten too."""
     sandbox = models.find("").pool.admission.sandboxes["bodies"].sandbox
     if fails:
         with pytest.raises(RequestError):
@@ -170,7 +174,8 @@ async def test_a_body_is_forgotten_once_it_is_read_or_its_model_is_not_there(mod
     assert crossings[-1] == ["forget", 0] and sandbox.ticket == 0 and not intake.forgetting
 
 
-def test_a_sandbox_s_process_opens_what_it_is_sent_and_drops_what_has_another_ticket_or_none():
+def test_a_sandbox_drops_bodies_of_other_tickets():
+    """It drops those without one too, and opens what it is sent."""
     shelf = Shelf()
     tasks = BodyTasks(SandboxConfig(Known(Settings(), None), None, 0, 5.0, 0), shelf)
     for ticket, model in ((1, "a"), (1, "b"), (2, "c")):
@@ -186,7 +191,8 @@ def test_a_sandbox_s_process_opens_what_it_is_sent_and_drops_what_has_another_ti
         tasks.open("/tokenize", None, 9, b"{}")
 
 
-async def test_a_body_that_another_has_replaced_is_not_forgotten_again(models, intake, crossings):
+async def test_a_replaced_body_is_not_forgotten_again(models, intake, crossings):
+    """A body that another has replaced is not forgotten again."""
     async with intake.opened(caller_of("/tokenize"), json.dumps({"content": LARGE}).encode()):
         await tokens_of(intake, LARGE + "y")
         await asyncio.gather(*intake.forgetting)
@@ -195,7 +201,8 @@ async def test_a_body_that_another_has_replaced_is_not_forgotten_again(models, i
     assert crossings == []
 
 
-async def test_a_process_that_dies_between_open_and_read_costs_nothing(models, intake, crossings):
+async def test_a_process_dying_after_open_costs_nothing(models, intake, crossings):
+    """It dies between open and read."""
     sandbox = models.find("").pool.admission.sandboxes["bodies"].sandbox
     with holding_of(intake) as holding:
         async with intake.opened(caller_of("/tokenize"), json.dumps({"content": LARGE}).encode()) as arrival:
@@ -206,7 +213,8 @@ async def test_a_process_that_dies_between_open_and_read_costs_nothing(models, i
     assert text == await tokens_of(intake, LARGE) and sandbox.process.pid != pid
 
 
-async def test_a_client_that_vanishes_while_its_body_is_read_leaves_nothing(models, intake):
+async def test_a_client_lost_while_read_leaves_nothing(models, intake):
+    """It vanishes while its body is read."""
     for task in [asyncio.ensure_future(tokens_of(intake, f"{number} {LARGE}")) for number in range(4)]:
         await asyncio.sleep(0)
         task.cancel()
@@ -221,7 +229,8 @@ async def test_a_model_that_is_not_there_leaves_nothing(models, intake):
     assert models.find("").pool.admission.preparing == {}
 
 
-async def test_a_large_body_for_one_model_is_read_though_the_usual_one_has_failed(models, intake, monkeypatch):
+async def test_a_large_body_needs_only_its_own_model(models, intake, monkeypatch):
+    """The usual one has failed."""
     usual, pool = models.find("").model, models.find("").pool
     monkeypatch.setattr(usual, "pool", None)
     assert b'"tokens"' in await tokens_of(intake, LARGE, "two")
@@ -241,7 +250,7 @@ SENT = {  # bodies that are parsed in a sandbox, and what becomes of them
 
 
 @pytest.mark.parametrize("kind", SENT)
-async def test_no_bytes_end_the_server_or_keep_its_memory(models, kind):
+async def test_no_bytes_end_the_server_or_stay_in_memory(models, kind):
     make, status = SENT[kind]
     async with serving(models, models.settings) as url:
         for route in (CHAT, "/tokenize"):
@@ -306,7 +315,8 @@ def essence(request):
 
 @pytest.mark.parametrize("padding", [{}, {"padding": LARGE}], ids=["small", "large"])
 @pytest.mark.parametrize("body", BODIES, ids=range(len(BODIES)))
-async def test_a_route_a_line_an_upload_and_the_command_read_one_body_alike(models, intake, body, padding):
+async def test_all_readers_read_one_body_alike(models, intake, body, padding):
+    """They are a route, a line, an upload and the command."""
     body = body | padding
     by_route = await outcome(read_by_route(intake, body))
     by_line = await outcome(read_by_line(intake, body))
@@ -323,7 +333,7 @@ async def test_a_route_a_line_an_upload_and_the_command_read_one_body_alike(mode
         assert essence(await outcome(read_by_comparison(intake, body))) == essence(by_route)
 
 
-async def test_the_seed_of_a_line_follows_from_the_line_as_it_was_sent(intake):
+async def test_a_line_s_seed_follows_from_what_was_sent(intake):
     for body in (conversation(), conversation() | {"padding": LARGE}):
         parsed, text = await read_by_line(intake, body, 7)
         assert parsed.request.params.sampling.seed == int(line_id(7, text)[:12], 16)
@@ -336,7 +346,8 @@ def request_line(**body):
     return json.dumps({"custom_id": "a", "method": "POST", "url": CHAT, "body": conversation() | body}).encode()
 
 
-async def test_lines_are_checked_for_the_model_that_they_name_and_not_on_the_event_loop(intake, monkeypatch):
+async def test_lines_are_checked_for_the_model_they_name(intake, monkeypatch):
+    """They are not checked on the event loop."""
     def refuse(*arguments):
         raise AssertionError("lines were read on the event loop")
     patch(monkeypatch, intake_module, "checked_lines", refuse)
@@ -349,7 +360,8 @@ async def test_lines_are_checked_for_the_model_that_they_name_and_not_on_the_eve
     assert "temperature must be" in problems[4] and problems[5] == problems[4]
 
 
-async def test_what_another_model_finds_wrong_counts_and_not_what_the_usual_one_does(models, intake, monkeypatch):
+async def test_the_named_model_s_complaint_counts(models, intake, monkeypatch):
+    """What another model finds wrong counts and not what the usual one does."""
     two = models.find("two").pool
     monkeypatch.setattr(intake, "why_blind", lambda pool: "this model cannot see images" if pool is two else "")
     shown = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}]}]}
@@ -357,7 +369,7 @@ async def test_what_another_model_finds_wrong_counts_and_not_what_the_usual_one_
     assert [each.problem.partition(": ")[2] for each in found] == ["", "this model cannot see images", ""]
 
 
-async def test_what_stays_of_a_large_line_is_in_the_budget(intake):
+async def test_what_stays_of_a_large_line_is_budgeted(intake):
     text = request_line(padding=LARGE, max_tokens=1)
     with holding_of(intake) as holding:
         served = await intake.resolve("", (), holding)
@@ -365,7 +377,7 @@ async def test_what_stays_of_a_large_line_is_in_the_budget(intake):
         assert intake.budget.used == holding.size == parsed.size > 0
 
 
-async def test_the_pictures_of_a_comparison_are_decoded_once(intake, monkeypatch):
+async def test_a_comparison_s_pictures_are_decoded_once(intake, monkeypatch):
     decoded = []
 
     async def decode(data, client):
@@ -385,7 +397,8 @@ async def test_the_pictures_of_a_comparison_are_decoded_once(intake, monkeypatch
     assert len(decoded) == 1
 
 
-async def test_lines_that_are_too_complex_together_are_checked_one_by_one(intake, monkeypatch):
+async def test_lines_too_complex_together_go_one_by_one(intake, monkeypatch):
+    """Lines that are too complex together are checked one by one."""
     checked, together = [], intake._check_in_sandbox
 
     async def at_most_one(caller, served, lines, refusal):
@@ -434,7 +447,8 @@ def test_reading_a_body_leaves_it_as_it_was(route):
         again.api, again.stream, again.request.messages, again.request.prompts)
 
 
-async def test_the_bytes_of_a_body_are_given_back_before_what_stays_of_it_is_taken():
+async def test_a_body_is_given_back_before_its_rest_counts():
+    """The bytes of a body are given back before what stays of it is taken."""
     intake = Intake(Catalogue(Settings(), FakePool()))
     body = json.dumps({"prompt": "x" * 2000, "padding": LARGE}).encode()
     intake.budget.per_client = len(body) + 1000          # not enough for both

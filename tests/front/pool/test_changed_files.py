@@ -88,8 +88,9 @@ WEIGHTS = by_rename, in_place
 
 
 @pytest.mark.parametrize("change", by_day([by_rename, in_place, touched, tokenizer, template], in_place, template))
-async def test_an_answer_whose_worker_dies_after_its_files_have_changed_ends_with_an_error_and_the_next_one_is_of_the_new_files(
+async def test_changed_files_end_a_dead_worker_s_answer(
         change, start, model, versions, client):
+    """With an error; the next answer is of the new files."""
     pool = await start()
     async with served(pool) as url:
         before, digest, prompt = await text_of(client, url), await digest_of(client, url), await prompt_of(client, url)
@@ -109,7 +110,8 @@ async def test_an_answer_whose_worker_dies_after_its_files_have_changed_ends_wit
         assert await text_of(client, url) == after
 
 
-async def test_of_two_replicas_the_one_that_lives_goes_on_with_the_old_files_until_it_is_idle(start, model, versions, client):
+async def test_a_living_replica_keeps_the_old_files(start, model, versions, client):
+    """It keeps them until it is idle."""
     pool = await start(num_workers=2)
     await all_ready(pool)
     async with served(pool) as url:
@@ -127,7 +129,8 @@ async def test_of_two_replicas_the_one_that_lives_goes_on_with_the_old_files_unt
         assert {worker.state for worker in pool.workers} == {"ready"}
 
 
-async def test_files_that_change_while_the_model_is_unloaded_are_read_for_the_next_request(start, model, versions, client):
+async def test_files_changed_while_unloaded_are_read(start, model, versions, client):
+    """The next request has the new ones."""
     pool = await start(idle_unload=0.01)
     async with served(pool) as url:
         before = await text_of(client, url)
@@ -138,7 +141,8 @@ async def test_files_that_change_while_the_model_is_unloaded_are_read_for_the_ne
         assert await text_of(client, url) != before and await prompt_of(client, url) == "hello !"
 
 
-async def test_a_new_version_that_is_broken_is_refused_with_the_reason_until_it_is_whole(start, model, versions, client):
+async def test_a_broken_new_version_is_refused(start, model, versions, client):
+    """The error says why, until the version is whole."""
     pool = await start()
     async with served(pool) as url:
         digest = await digest_of(client, url)
@@ -153,7 +157,7 @@ async def test_a_new_version_that_is_broken_is_refused_with_the_reason_until_it_
         assert await digest_of(client, url) != digest
 
 
-async def test_a_new_template_that_is_broken_is_refused_with_the_reason_until_it_is_whole(start, model, versions, client):
+async def test_a_broken_new_template_is_refused(start, model, versions, client):
     """The worker does not need it, and is ready; the front cannot render a prompt."""
     pool = await start()
     async with served(pool) as url:
@@ -174,7 +178,8 @@ def adapter(model, folder, seed=0, **config):
     return random_adapter(folder, layers, shapes, seed, size=0.3, **config)
 
 
-async def test_an_adapter_that_is_merged_belongs_to_the_models_files(start, model, versions, client, tmp_path):
+async def test_a_merged_adapter_belongs_to_the_files(start, model, versions, client, tmp_path):
+    """They are those of the model."""
     folder = adapter(model, tmp_path / "merged", 1)
     pool = await start(lora=(str(folder),))
     async with served(pool) as url:
@@ -186,7 +191,8 @@ async def test_an_adapter_that_is_merged_belongs_to_the_models_files(start, mode
 
 
 @pytest.mark.parametrize("change", by_day([in_place, template], in_place))
-async def test_of_several_models_one_whose_files_change_ends_its_answers_and_is_opened_anew(change, started, start, model, versions, client):
+async def test_one_of_several_models_is_opened_anew(change, started, start, model, versions, client):
+    """Its files have changed; its answers end."""
     models = await started(ManyModels(Settings(several=(ModelChoice(str(model), "one"), ModelChoice(str(versions[1]), "two")), **TINY), DYING))
     async with served(models) as url:
         before, other = await text_of(client, url, "one"), await text_of(client, url, "two")
@@ -202,7 +208,8 @@ async def test_of_several_models_one_whose_files_change_ends_its_answers_and_is_
         assert change is template or after == other
 
 
-async def test_of_several_models_one_whose_files_change_before_it_is_loaded_again_is_opened_anew(started, model, versions, client):
+async def test_changed_files_are_opened_anew_before_a_load(started, model, versions, client):
+    """The model is one of several, and was unloaded."""
     models = await started(ManyModels(Settings(several=(ModelChoice(str(model), "one"), ModelChoice(str(versions[1]), "two")), **TINY), DYING))
     async with served(models) as url:
         before, other = await text_of(client, url, "one"), await text_of(client, url, "two")
@@ -215,7 +222,8 @@ async def test_of_several_models_one_whose_files_change_before_it_is_loaded_agai
         assert answer[1]["choices"][0]["message"]["content"] == other != before
 
 
-async def test_of_several_models_one_whose_files_are_gone_refuses_requests_at_once(started, model, versions, client):
+async def test_a_model_without_files_refuses_at_once(started, model, versions, client):
+    """It is one of several."""
     models = await started(ManyModels(Settings(several=(ModelChoice(str(model), "one"), ModelChoice(str(versions[1]), "two")), **TINY), DYING))
     async with served(models) as url:
         assert await text_of(client, url, "one")
@@ -253,8 +261,9 @@ def adapter_config(model, folder):
 
 
 @pytest.mark.parametrize("change", by_day([adapter_by_rename, adapter_in_place, adapter_touched, adapter_config], adapter_in_place))
-async def test_an_answer_of_an_adapter_whose_files_have_changed_ends_with_an_error_when_its_worker_dies_and_the_base_goes_on(
+async def test_a_changed_adapter_ends_its_dead_answer(
         change, start, model, client, tmp_path):
+    """It ends with an error when its worker dies, and the base goes on."""
     folder = adapter(model, tmp_path / "ad0", 1)
     pool = await start(adapter=(f"ad0={folder}",))
     async with served(pool) as url:
@@ -273,7 +282,8 @@ async def test_an_answer_of_an_adapter_whose_files_have_changed_ends_with_an_err
         assert await text_of(client, url, "ad0") == after
 
 
-async def test_an_answer_of_an_old_version_of_an_adapter_goes_on_where_another_worker_has_it(start, model, client, tmp_path):
+async def test_an_old_adapter_s_answer_goes_on_elsewhere(start, model, client, tmp_path):
+    """Another worker has the old version."""
     folder = adapter(model, tmp_path / "ad0", 1)
     pool = await start(adapter=(f"ad0={folder}",), num_workers=2)
     await all_ready(pool)
@@ -291,7 +301,8 @@ async def test_an_answer_of_an_old_version_of_an_adapter_goes_on_where_another_w
             await asyncio.sleep(0.02)
 
 
-async def test_a_broken_version_of_an_adapter_is_told_once_and_read_again_when_it_changes(start, model, client, tmp_path, monkeypatch, caplog):
+async def test_a_broken_adapter_is_told_once(start, model, client, tmp_path, monkeypatch, caplog):
+    """It is read again when it changes."""
     monkeypatch.setattr(AdapterWatch, "WATCH_S", 0.02)
     folder = adapter(model, tmp_path / "all" / "ad0", 1)
     pool = await start(adapter=(str(tmp_path / "all"),))
@@ -327,7 +338,8 @@ async def test_a_broken_version_of_an_adapter_is_told_once_and_read_again_when_i
         assert answer[1]["choices"][0]["message"]["content"] != before
 
 
-async def test_an_adapter_whose_folder_goes_and_comes_back_is_served_again(start, model, client, tmp_path, monkeypatch):
+async def test_an_adapter_that_comes_back_is_served_again(start, model, client, tmp_path, monkeypatch):
+    """Its folder had gone."""
     monkeypatch.setattr(AdapterWatch, "WATCH_S", 0.02)
     folder = adapter(model, tmp_path / "all" / "ad0", 1)
     pool = await start(adapter=(str(tmp_path / "all"),))
@@ -344,7 +356,7 @@ async def test_an_adapter_whose_folder_goes_and_comes_back_is_served_again(start
         assert pool.workers[0].restarts <= 1, "a worker did not say what it knew, and was taken for a hung one"
 
 
-async def test_a_request_has_the_version_of_its_adapter_that_was_served_when_it_came(start, model, client, tmp_path, monkeypatch):
+async def test_a_request_keeps_its_adapter_s_version(start, model, client, tmp_path, monkeypatch):
     """Also if another takes its place, and the workers would forget it, while its prompt is rendered."""
     folder = adapter(model, tmp_path / "ad0", 1)
     pool = await start(adapter=(f"ad0={folder}",))
@@ -370,7 +382,8 @@ async def test_a_request_has_the_version_of_its_adapter_that_was_served_when_it_
         assert [*pool.adapters.all.values()] == [pool.adapters.serving["ad0"]] and not pool.adapters.uses
 
 
-async def test_a_server_is_not_ready_before_its_adapters_are(model, tmp_path):
+async def test_a_server_is_ready_once_its_adapters_are(model, tmp_path):
+    """A server is not ready before its adapters are."""
     folder = adapter(model, tmp_path / "ad0", 1)
     pool = played_pool(adapter=(f"ad0={folder}",))
     supervisor, [worker] = pool.supervisor, pool.workers

@@ -65,7 +65,8 @@ async def with_its_first_token(pool, **more):
     return events
 
 
-async def test_the_others_start_when_the_first_has_computed_the_prompt_and_the_first_is_that_of_n_1(pool):
+async def test_other_choices_start_after_the_prompt(pool):
+    """The first one computes it, and is that of n=1."""
     (worker,) = pool.workers
     events = pool.answer(request(n=3))
     assert (await anext(events)).prompt_tokens == 2
@@ -97,7 +98,8 @@ async def test_what_answers_share_crosses_the_pipe_once(pool):
     assert not worker.sent_prompts and not worker.inbox.requests
 
 
-async def test_events_say_whose_they_are_and_end_with_the_last(pool):
+async def test_events_name_their_choice(pool):
+    """They end with the last one."""
     (worker,) = pool.workers
     events = pool.answer(request(n=2, prompts=((1,), (2, 3))))
     await anext(events)
@@ -114,7 +116,7 @@ async def test_events_say_whose_they_are_and_end_with_the_last(pool):
     assert {work.sampling.choice for name, work in worker.works.items() if name in ("a#1", "a#3")} == {1}
 
 
-async def test_one_that_fails_ends_all(pool):
+async def test_a_choice_that_fails_ends_all(pool):
     (worker,) = pool.workers
     events = await with_its_first_token(pool, n=3)
     pool.dispatcher.deliver(worker, [("a#1", Failed("the model failed"))])
@@ -125,7 +127,8 @@ async def test_one_that_fails_ends_all(pool):
 
 
 @pytest.mark.parametrize("changes", [dict(logprobs=1), dict(max_tokens=0, prompt_logprobs=1)])
-async def test_an_answer_that_fails_is_an_error_and_not_an_end(pool, changes):
+async def test_an_answer_that_fails_is_an_error(pool, changes):
+    """It is not taken for an end."""
     events = pool.answer(request(**changes))
     await anext(events)
     pool.dispatcher.deliver(pool.workers[0], [("a", Failed("the grammar became too large"))])
@@ -133,7 +136,8 @@ async def test_an_answer_that_fails_is_an_error_and_not_an_end(pool, changes):
         await anext(events)
 
 
-async def test_cancelling_by_the_request_s_id_stops_all_and_they_count_as_one_for_the_client(pool):
+async def test_the_request_s_id_cancels_all_its_choices(pool):
+    """They count as one for the client."""
     (worker,) = pool.workers
     events = await with_its_first_token(pool, n=3)
     second = pool.answer(replace(request(), id="b"))
@@ -148,7 +152,7 @@ async def test_cancelling_by_the_request_s_id_stops_all_and_they_count_as_one_fo
     await second.aclose()
 
 
-async def test_a_worker_that_dies_costs_no_answer_its_place(pool):
+async def test_a_dead_worker_costs_no_answer_its_place(pool):
     (worker,) = pool.workers
     events = await with_its_first_token(pool, n=2)
     worker.says("a#1", 66)
@@ -160,7 +164,8 @@ async def test_a_worker_that_dies_costs_no_answer_its_place(pool):
     await events.aclose()
 
 
-async def test_only_the_prompt_s_scores_are_wanted_with_max_tokens_0_and_a_resumed_answer_does_not_score_again(pool):
+async def test_max_tokens_0_wants_only_prompt_scores(pool):
+    """A resumed answer does not score again."""
     (worker,) = pool.workers
     events = pool.answer(request(max_tokens=0, prompt_logprobs=1))
     await anext(events)
@@ -202,7 +207,8 @@ async def ended_as(pool, how):
 
 
 @pytest.mark.parametrize("how", by_day(["ends", "fails", "is cancelled", "is left"], "fails", "is left"))
-async def test_whatever_becomes_of_an_answer_nothing_of_it_stays_in_memory(pool, how):
+async def test_no_answer_stays_in_memory(pool, how):
+    """Nothing does, whatever becomes of it."""
     await ended_as(pool, how)                   # caches that are filled once
     gc.collect()
     gc.disable()

@@ -102,7 +102,8 @@ def child_of():
     return child
 
 
-async def test_a_model_arrives_whole_and_is_taken_in_by_the_name_that_was_asked_for(hub):
+async def test_a_model_arrives_whole_by_its_name(hub):
+    """The name is the one that was asked for."""
     async with downloading() as downloads:
         state = await ended(downloads.start("org/large"))
         assert state == {"model": "org/large", "state": "done", "done": len(LARGE), "bytes": len(LARGE), "served": True}
@@ -114,7 +115,8 @@ async def test_a_model_arrives_whole_and_is_taken_in_by_the_name_that_was_asked_
     assert (offer.name, offer.bytes, offer.complete) == ("org/large:large.gguf", len(LARGE), True)
 
 
-async def test_a_connection_that_breaks_at_each_quarter_costs_nothing_but_the_rest(hub):
+async def test_a_broken_connection_costs_only_the_rest(hub):
+    """It breaks at each quarter."""
     quarters = [len(LARGE) * share // 4 for share in (1, 2, 3)]
     hub.breaks = {"large.gguf": [*quarters]}
     async with downloading() as downloads:
@@ -124,7 +126,8 @@ async def test_a_connection_that_breaks_at_each_quarter_costs_nothing_but_the_re
     assert hub.breaks["large.gguf"] == [] and len(set(starts)) == 3 and starts == sorted(starts) and 0 < starts[0] <= quarters[0]
 
 
-async def test_a_download_whose_process_is_killed_fails_and_the_next_one_continues_it(hub):
+async def test_a_killed_download_is_continued(hub):
+    """It fails, and the next one continues it."""
     hub.held = {"large.gguf": 22 * MIB}
     async with downloading() as downloads:
         download = downloads.start("org/large")
@@ -140,7 +143,8 @@ async def test_a_download_whose_process_is_killed_fails_and_the_next_one_continu
         assert ranges(hub) == [f"bytes={kept}-"] and downloads.catalogue.taken[0][1].read_bytes() == LARGE
 
 
-async def test_a_cancelled_download_ends_its_process_and_can_be_resumed(hub):
+async def test_a_cancelled_download_can_be_resumed(hub):
+    """Its process has ended."""
     hub.held = {"large.gguf": 22 * MIB}
     async with downloading() as downloads:
         download = downloads.start("org/large")
@@ -156,7 +160,8 @@ async def test_a_cancelled_download_ends_its_process_and_can_be_resumed(hub):
         assert (await ended(downloads.start("org/large")))["state"] == "done" and ranges(hub) == [f"bytes={kept}-"]
 
 
-async def test_two_clients_share_one_download_and_it_ends_with_the_last_that_follows_it(hub):
+async def test_two_clients_share_one_download(hub):
+    """It ends with the last one that follows it."""
     hub.held = {"large.gguf": 22 * MIB}
     async with downloading() as downloads:
         download = downloads.start("org/large")
@@ -178,7 +183,7 @@ async def test_two_clients_share_one_download_and_it_ends_with_the_last_that_fol
 
 
 @pytest.mark.slow
-async def test_two_servers_share_what_one_of_them_downloads(hub):
+async def test_two_servers_share_a_download(hub):
     hub.held = {"large.gguf": 22 * MIB}
     async with downloading() as one, downloading() as other:
         first = one.start("org/large")
@@ -194,7 +199,8 @@ async def test_two_servers_share_what_one_of_them_downloads(hub):
         assert not [*hub_cache().rglob(".chat_server.*")]
 
 
-async def test_a_file_that_changes_in_between_is_not_put_together_from_both(hub):
+async def test_a_changed_file_is_not_put_together(hub):
+    """It changes between two parts."""
     other = LARGE[:-1] + b"\1"
     hub.breaks = {"large.gguf": [len(LARGE) // 2]}
 
@@ -212,7 +218,8 @@ async def test_a_file_that_changes_in_between_is_not_put_together_from_both(hub)
 
 
 @pytest.mark.slow
-async def test_a_new_version_that_is_not_whole_yet_leaves_the_old_one_for_starts_without_a_connection(hub, monkeypatch):
+async def test_an_unfinished_version_leaves_the_old_one(hub, monkeypatch):
+    """The old one is there for starts without a connection."""
     async with downloading() as downloads:
         await ended(downloads.start("org/large"))
         main = hub_cache() / "models--org--large" / "refs" / "main"
@@ -228,7 +235,7 @@ async def test_a_new_version_that_is_not_whole_yet_leaves_the_old_one_for_starts
         assert main.read_text() == hub.revision("org/large") != before
 
 
-async def test_models_disk_is_checked_before_anything_is_fetched(hub):
+async def test_models_disk_is_checked_before_a_download(hub):
     async with downloading(models_disk=len(LARGE) - 1) as downloads:
         state = await ended(downloads.start("org/large"))
         assert state["state"] == "failed" and f"--models-disk allows {len(LARGE) - 1:,} bytes" in state["error"] and not hub.fetched()
@@ -241,7 +248,8 @@ async def test_models_disk_is_checked_before_anything_is_fetched(hub):
 
 
 @pytest.mark.slow
-async def test_models_disk_counts_what_other_downloads_still_need(hub):
+async def test_models_disk_counts_other_downloads_needs(hub):
+    """Models disk counts what other downloads still need."""
     hub.held = {"large.gguf": 12 * MIB}
     async with downloading(models_disk=len(LARGE) + len(SMALL) // 2) as downloads:
         download = downloads.start("org/large")
@@ -252,7 +260,8 @@ async def test_models_disk_counts_what_other_downloads_still_need(hub):
         assert (await ended(download))["state"] == "done"
 
 
-async def test_a_hub_that_says_too_little_about_a_size_does_not_get_round_models_disk(hub):
+async def test_an_unknown_size_does_not_pass_models_disk(hub):
+    """The hub says too little about it."""
     hub.sizes = {"large.gguf": 1000}
     async with downloading(models_disk=len(LARGE) - 1) as downloads:
         state = await ended(downloads.start("org/large"))
@@ -263,7 +272,7 @@ async def test_a_hub_that_says_too_little_about_a_size_does_not_get_round_models
 
 
 @pytest.mark.slow
-async def test_models_disk_is_checked_while_it_downloads(hub):
+async def test_models_disk_is_checked_during_a_download(hub):
     def grow(file, start):
         (hub_cache() / "models--org--other" / "blobs").mkdir(parents=True, exist_ok=True)
         with open(hub_cache() / "models--org--other" / "blobs" / "x", "wb") as blob:
@@ -279,7 +288,8 @@ async def test_models_disk_is_checked_while_it_downloads(hub):
         assert (await ended(downloads.start("org/large")))["state"] == "done" and ranges(hub)
 
 
-async def test_a_disk_that_is_full_is_one_line_and_what_is_here_stays(hub):
+async def test_a_full_disk_is_one_line(hub):
+    """What is here stays."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     async with downloading() as downloads:
         try:
@@ -308,7 +318,8 @@ async def test_what_cannot_be_had_is_one_line(hub, prepare, words):
         assert not [*hub_cache().rglob("*.gguf")] and not [*hub_cache().rglob(".chat_server.*")] and not downloads.catalogue.taken
 
 
-async def test_a_file_that_no_server_can_run_is_known_by_a_request_for_its_beginning(hub):
+async def test_an_unusable_file_is_known_by_its_beginning(hub):
+    """No server can run it; the beginning alone is requested."""
     hub.repositories["org/odd"]["odd.gguf"] = ODD + bytes(32 * MIB)
     async with downloading() as downloads:
         (offer,) = await downloads.ask("look", "org/odd")
@@ -320,7 +331,8 @@ async def test_a_file_that_no_server_can_run_is_known_by_a_request_for_its_begin
 
 
 @pytest.mark.slow
-async def test_a_folder_is_looked_at_by_its_config_and_each_quantization_has_a_row(hub):
+async def test_a_hub_folder_is_read_by_its_config(hub):
+    """Each quantization has a row."""
     config = {"model_type": "mamba2"}
     hub.repositories["org/both"] = {"config.json": json.dumps(config).encode(), "tokenizer.json": b"{}", "model.safetensors": b"x" * MIB,
                                     "b-Q4_K_M-00001-of-00002.gguf": SMALL, "b-Q4_K_M-00002-of-00002.gguf": SMALL, "b-Q8_0.gguf": SMALL, "mmproj.gguf": SMALL}
@@ -334,7 +346,7 @@ async def test_a_folder_is_looked_at_by_its_config_and_each_quantization_has_a_r
         assert "neither" in (await downloads.ask("search", "both"))[0].problem and not await downloads.ask("search", "nothing")
 
 
-async def test_a_model_that_is_being_downloaded_can_be_deleted(hub):
+async def test_a_model_can_be_deleted_while_it_downloads(hub):
     hub.held = {"large.gguf": 22 * MIB}
     async with downloading() as downloads:
         download = downloads.start("org/large")
@@ -347,7 +359,7 @@ async def test_a_model_that_is_being_downloaded_can_be_deleted(hub):
 
 
 @pytest.mark.slow
-async def test_what_another_program_downloads_is_not_deleted(hub):
+async def test_another_program_s_download_is_not_deleted(hub):
     hub.held = {"large.gguf": 22 * MIB}
     async with downloading() as one, downloading() as other:
         await under_way(one.start("org/large"))
@@ -412,7 +424,7 @@ def test_no_downloads_allows_none():
 
 
 @pytest.mark.slow
-async def test_only_so_many_run_and_wait(hub, monkeypatch):
+async def test_only_so_many_downloads_run_and_wait(hub, monkeypatch):
     monkeypatch.setattr(Downloads, "MOST_WAITING", 3)
     hub.repositories |= {f"org/more{index}": {"large.gguf": LARGE} for index in range(3)}
     hub.held = {"large.gguf": 12 * MIB}
@@ -446,5 +458,5 @@ def test_the_cache_is_where_the_library_has_it(environment, monkeypatch):
     ("/c/models--org--a/snapshots/1/a-Q8_0.gguf", "org/a", "", True), ("/c/models--org--a/snapshots/1/a-Q8_0.gguf", "org/a", "q8_0", True),
     ("/c/models--org--a/snapshots/1/a-Q8_0.gguf", "org/a", "Q4_0", False), ("/c/models--org--a/snapshots/1", "org/a", "", True), ("/c/models--org--a/snapshots/1", "org/a", "Q8_0", False),
     ("/c/models--org--ab/snapshots/1/x.gguf", "org/a", "", False), ("/c/models--org--a/snapshots/1/s/a-Q8_0-00001-of-00002.gguf", "org/a", "s/a-Q8_0.gguf", True)])
-def test_whether_a_model_is_of_a_repository(path, repository, file, found):
+def test_a_path_tells_its_hub_repository(path, repository, file, found):
     assert is_of_hub(Path(path), repository, file) is found

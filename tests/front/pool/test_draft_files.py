@@ -95,8 +95,9 @@ CHANGES = removed, cut, garbage, other_tokenizer, pipes
 
 
 @pytest.mark.parametrize("change", by_day(CHANGES, removed, cut))
-async def test_a_worker_that_starts_when_its_draft_files_are_gone_answers_without_them_and_says_so(
+async def test_a_worker_without_its_draft_files_answers(
         change, start, draft, text, trained, client, caplog):
+    """It says so."""
     pool = await start()
     async with served(pool) as url:
         before = await text_of(client, url)
@@ -129,7 +130,8 @@ def noise(draft, text, trained):
 
 
 @pytest.mark.parametrize("change", [another_training, noise])
-async def test_a_worker_drafts_with_the_files_that_are_there_when_it_starts_and_answers_stay_the_same(change, start, draft, text, trained, client, tmp_path):
+async def test_a_worker_drafts_with_the_files_it_finds(change, start, draft, text, trained, client, tmp_path):
+    """It takes those that are there when it starts, and answers stay the same."""
     (tmp_path / "draft-always").touch()
     pool = await start()
     async with served(pool) as url:
@@ -142,7 +144,7 @@ async def test_a_worker_drafts_with_the_files_that_are_there_when_it_starts_and_
         assert worker["restarts"] == 1 and worker["without"] == [] and worker["drafted_model"] > 0
 
 
-async def test_a_worker_that_dies_while_it_reads_what_drafts_starts_without_it(start, model, client, tmp_path, caplog):
+async def test_a_draft_that_kills_a_worker_is_left_out(start, model, client, tmp_path, caplog):
     """No message tells why: it is tried without."""
     pool = await start()
     async with served(pool) as url:
@@ -155,7 +157,8 @@ async def test_a_worker_that_dies_while_it_reads_what_drafts_starts_without_it(s
                                      for flag in ("--draft-text", "--draft-model")]
 
 
-async def test_a_worker_that_said_why_it_could_not_start_drafts_once_it_can(start, client):
+async def test_a_failed_worker_drafts_once_it_can(start, client):
+    """It has said why it could not start."""
     pool = await start()
     [worker] = pool.workers
     settings = pool.placement.settings
@@ -170,7 +173,7 @@ async def test_a_worker_that_said_why_it_could_not_start_drafts_once_it_can(star
 
 
 @pytest.mark.parametrize("ranks", by_day([1, 2], 1))
-async def test_a_draft_model_for_which_memory_no_longer_suffices_is_left_out(ranks, start, draft, trained, client):
+async def test_a_draft_model_without_memory_is_left_out(ranks, start, draft, trained, client):
     """The file was replaced by that of a model that is larger."""
     pool = await start(tensor_parallel_size=ranks)
     async with served(pool) as url:
@@ -183,14 +186,16 @@ async def test_a_draft_model_for_which_memory_no_longer_suffices_is_left_out(ran
         assert worker["restarts"] == 1 and len(worker["without"]) == 1 and "KV cache" in worker["without"][0]
 
 
-async def test_the_first_start_of_a_server_fails_where_a_flag_names_what_cannot_draft(start, draft, text):
+async def test_a_first_start_fails_on_a_useless_draft(start, draft, text):
+    """A flag names what cannot draft."""
     with pytest.raises(ConfigError, match="no model at"):
         await start(draft_model=str(draft) + "-none")
     with pytest.raises(ConfigError, match="--draft-text .*: No such file"):
         await start(draft_text=(str(text) + "-none",))
 
 
-async def test_a_second_replica_and_a_model_that_is_loaded_again_start_without_drafts_too(start, draft, text, trained, client):
+async def test_later_starts_go_on_without_drafts_too(start, draft, text, trained, client):
+    """They are a second replica, and a model that is loaded again."""
     pool = await start(num_workers=2, idle_unload=0.01)
     async with served(pool) as url:
         before = await text_of(client, url)
@@ -209,8 +214,9 @@ async def several(model, draft, text, trained, started, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change", [removed, another_training])
-async def test_of_several_models_one_whose_draft_files_change_is_served_without_them_as_its_memory_was_measured_with_the_old(
+async def test_a_changed_draft_is_left_out_of_many_models(
         change, several, draft, text, trained, client):
+    """Its memory was measured with the old files."""
     async with served(several) as url:
         before, other = await text_of(client, url, "one"), await text_of(client, url, "two")
         assert [worker["without"] for worker in (await stats_of(client, url))["workers"]] == [[], []]
@@ -227,7 +233,8 @@ async def test_of_several_models_one_whose_draft_files_change_is_served_without_
             assert len(worker["without"]) == len(expected) and all(word in reason for word, reason in zip(expected, worker["without"])), workers
 
 
-async def test_of_several_models_one_that_is_read_again_without_its_draft_model_is_served(several, model, draft, text, trained, client):
+async def test_a_model_of_several_loses_its_draft(several, model, draft, text, trained, client):
+    """It is read again without it and served."""
     async with served(several) as url:
         before, other = await text_of(client, url, "one"), await text_of(client, url, "two")
         removed(draft, text, trained)
@@ -246,7 +253,8 @@ async def test_of_several_models_one_that_is_read_again_without_its_draft_model_
 
 
 @pytest.mark.slow
-async def test_whatever_happens_to_the_draft_model_while_workers_die_answers_stay_the_same(start, draft, trained, client, tmp_path):
+async def test_a_draft_model_changes_no_answer(start, draft, trained, client, tmp_path):
+    """Something happens to it while workers die."""
     (tmp_path / "draft-always").touch()
     random, whole = Random(5), shutil.copytree(draft, tmp_path / "whole")
     pool = await start(num_workers=2)

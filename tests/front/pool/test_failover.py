@@ -126,7 +126,8 @@ async def answers(pool, request):
 
 
 @pytest.mark.parametrize("cases", [FEW, pytest.param([*CASES], marks=pytest.mark.slow)], ids=["few", "all"])
-async def test_a_worker_killed_at_any_moment_costs_a_pause_and_not_a_word(start_pool, tmp_path, cases):
+async def test_a_killed_worker_costs_no_word(start_pool, tmp_path, cases):
+    """It may be killed at any moment: there is a pause."""
     pool = await start_pool(num_workers=2, stream_interval=8.0, draft_memory=32 << 20)     # as in a server
     for number, (case, changes) in enumerate((case, CASES[case]) for case in cases):
         request = dict(messages=(Message("user", "hello"),), ignore_eos=True) | changes
@@ -148,7 +149,7 @@ async def test_a_worker_killed_at_any_moment_costs_a_pause_and_not_a_word(start_
 @pytest.mark.slow
 @pytest.mark.parametrize("name, kind", [*((name, "auto") for name in ("lfm2", "lfm2moe", "qwen3.5", "qwen3.5moe", "qwen3next", "granite4h", "granite4h-dense", "gemma4", "gemma4moe")),
                                         ("gemma4", "q8_0"), ("gpt-oss", "q8_0")])
-async def test_a_worker_killed_in_an_answer_of_a_model_of_unlike_layers_costs_not_a_word(start_pool, tmp_path, name, kind):
+async def test_a_killed_mixed_layer_worker_costs_no_word(start_pool, tmp_path, name, kind):
     """Keys and states are lost with it: the other one computes them again, from the prompt and the tokens that arrived."""
     folder = tmp_path / "model"
     folder.mkdir()
@@ -161,7 +162,7 @@ async def test_a_worker_killed_in_an_answer_of_a_model_of_unlike_layers_costs_no
     await idle(pool)
 
 
-async def test_a_worker_killed_in_an_answer_that_a_second_model_drafts_costs_not_a_word(start_pool, tmp_path, nanochat_fixtures):
+async def test_a_killed_drafting_worker_costs_no_word(start_pool, tmp_path, nanochat_fixtures):
     """The other worker's draft model computes the prompt and the tokens that arrived again. Without drafts the answers are the same."""
     plain = await start_pool(drafts="none")
     (tmp_path / "draft-always").touch()
@@ -176,7 +177,8 @@ async def test_a_worker_killed_in_an_answer_that_a_second_model_drafts_costs_not
     await idle(pool)
 
 
-async def test_a_worker_killed_in_an_answer_that_the_models_own_head_drafts_costs_not_a_word(start_pool, tmp_path):
+async def test_a_killed_worker_with_a_head_costs_no_word(start_pool, tmp_path):
+    """The model's own head drafts."""
     folder = tmp_path / "model"
     folder.mkdir()
     save_with_head(families.make_model("qwen3.5"), Head("qwen3.5"), folder)
@@ -190,7 +192,8 @@ async def test_a_worker_killed_in_an_answer_that_the_models_own_head_drafts_cost
 
 
 @pytest.mark.slow
-async def test_workers_with_and_without_amx_continue_each_others_answers(start_pool, tmp_path, monkeypatch, default_model_path):
+async def test_workers_with_amx_continue_those_without(start_pool, tmp_path, monkeypatch, default_model_path):
+    """Those without continue theirs as well."""
     core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
     emulated, best = core._core.isas_for_tests()[0], core.info()["offered_isas"][0]
     started = []
@@ -225,7 +228,8 @@ def thinking_model(tmp_path):
     return path, drawn_from([*letters, first], messages=(Message("user", "hello"),), chat=True, ignore_eos=True, max_tokens=80, last_thought="hello")
 
 
-async def test_a_worker_killed_in_reasoning_that_has_a_budget_ends_it_at_the_same_letter(start_pool, tmp_path):
+async def test_a_killed_worker_keeps_a_thinking_budget(start_pool, tmp_path):
+    """The reasoning ends at the same letter."""
     path, request = thinking_model(tmp_path)
     pool = await start_pool(model=str(path))
     request |= dict(thinking_budget=20)
@@ -239,7 +243,8 @@ async def test_a_worker_killed_in_reasoning_that_has_a_budget_ends_it_at_the_sam
     await idle(pool)
 
 
-async def test_an_answer_goes_on_from_chosen_tokens_in_its_reasoning_and_after_it(start_pool, tmp_path):
+async def test_an_answer_goes_on_from_tokens_it_is_given(start_pool, tmp_path):
+    """They end in its reasoning or after it."""
     path, request = thinking_model(tmp_path)
     pool = await start_pool(model=str(path))
     request |= dict(thinking_budget=20)
@@ -256,7 +261,8 @@ async def test_an_answer_goes_on_from_chosen_tokens_in_its_reasoning_and_after_i
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["alive", "killed"])
-async def test_thinking_that_somebody_ends_ends_once_and_where_it_did_also_across_a_dead_worker(start_pool, tmp_path, client, killed):
+async def test_thinking_is_ended_once_despite_a_death(start_pool, tmp_path, client, killed):
+    """It ends where it did, also across a dead worker."""
     path, request = thinking_model(tmp_path)
     request |= dict(max_tokens=LONG)
     pool = await start_pool(model=str(path))
@@ -281,7 +287,8 @@ async def test_thinking_that_somebody_ends_ends_once_and_where_it_did_also_acros
     await idle(pool)
 
 
-async def test_an_answer_that_waits_for_a_worker_ends_its_thinking_where_it_was_heard_last(start_pool, tmp_path):
+async def test_a_waiting_answer_can_end_its_thinking(start_pool, tmp_path):
+    """It ends where it was heard last."""
     path, request = thinking_model(tmp_path)
     request |= dict(max_tokens=LONG)
     pool = await start_pool(model=str(path))
@@ -309,7 +316,7 @@ async def test_an_answer_that_waits_for_a_worker_ends_its_thinking_where_it_was_
 
 
 @pytest.mark.parametrize("moment", ["arguments", "reasoning"])
-async def test_a_worker_killed_in_the_middle_of_a_function_call_or_of_reasoning_costs_no_letter_of_it(start_pool, tmp_path, moment):
+async def test_a_killed_worker_costs_no_letter_of_a_call(start_pool, tmp_path, moment):
     """The tags are special tokens; letters and other tokens are drawn at random, as are these tags in ordinary tokens."""
     words = ['{"name": "f", "arguments": {"', "<tool", "_call>"]
     metadata = tiny_gguf.small_gguf_metadata("gpt-2")
@@ -343,7 +350,7 @@ TOOL = {"function": {"name": "f", "parameters": {"type": "object", "properties":
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["reasoning", "arguments"])
-async def test_a_worker_with_experts_killed_in_a_harmony_channel_costs_no_letter_of_reasoning_or_call(start_pool, tmp_path, moment):
+async def test_a_killed_worker_costs_no_harmony_letter(start_pool, tmp_path, moment):
     """A tiny gpt-oss with experts in MXFP4 thinks in the analysis channel, then calls a function in the commentary channel."""
     metadata = tiny_gguf.small_gguf_metadata("gpt-4o", **{"tokenizer.chat_template": HARMONY_TEMPLATE})
     metadata["tokenizer.ggml.tokens"] += [name for name in HARMONY if name not in metadata["tokenizer.ggml.tokens"]]
@@ -368,7 +375,8 @@ async def test_a_worker_with_experts_killed_in_a_harmony_channel_costs_no_letter
 
 
 @pytest.mark.slow
-async def test_a_worker_killed_in_one_of_several_calls_in_tags_costs_no_letter_of_their_json(start_pool, tmp_path):
+async def test_a_killed_worker_costs_no_letter_in_tags(start_pool, tmp_path):
+    """It is in one of several calls, whose text is JSON."""
     metadata = tiny_gguf.small_gguf_metadata("gpt-2")
     metadata["tokenizer.chat_template"] = "{% if tools %}<tool_call><function=f><parameter=city>{% endif %}"
     vocab = len(metadata["tokenizer.ggml.tokens"])
@@ -391,7 +399,8 @@ async def test_a_worker_killed_in_one_of_several_calls_in_tags_costs_no_letter_o
     await idle(pool)
 
 
-async def test_with_one_worker_streams_wait_for_its_restart_and_go_on(start_pool):
+async def test_one_worker_s_streams_wait_for_its_restart(start_pool):
+    """They go on then."""
     pool = await start_pool(max_batch=2)
     names = ["kill-prefill", "kill-decode", "bystander 1", "bystander 2"]       # two in the batch, two in the queue
     got = await asyncio.gather(*(answers(pool, asked(name, **LONG_PROMPT)) for name in names))
@@ -400,7 +409,8 @@ async def test_with_one_worker_streams_wait_for_its_restart_and_go_on(start_pool
     await idle(pool)
 
 
-async def test_a_worker_killed_when_an_answer_is_set_aside_for_its_pages_costs_not_a_word(start_pool, tmp_path):
+async def test_an_eviction_and_a_kill_cost_no_word(start_pool, tmp_path):
+    """An answer is set aside for its pages, and its worker is killed then."""
     pool = await start_pool(kv_cache_memory=37 * 16_384, max_batch=4)       # for some 150 tokens of each, and they share none
     works = [LONG_PROMPT | {"max_tokens": 150, "prompts": (tuple(range(100 + i, 220 + i)),)} for i in range(4)]
     worker = pool.workers[0]
@@ -416,7 +426,8 @@ async def test_a_worker_killed_when_an_answer_is_set_aside_for_its_pages_costs_n
     await idle(pool)
 
 
-async def test_a_stream_goes_on_across_a_dead_worker_and_a_lost_connection(start_pool):
+async def test_a_stream_outlasts_a_worker_and_a_connection(start_pool):
+    """A stream goes on across a dead worker and a lost connection."""
     pool = await start_pool()
     body = conversation("Why? " * 20) | {"temperature": 1, "seed": 5, "max_tokens": 60, "ignore_eos": True, "stream": True, "resumable": True}
     async with serving(pool) as url, aiohttp.ClientSession() as client:
@@ -451,7 +462,7 @@ async def stopped_worker(pool):
 
 
 @pytest.mark.parametrize("workers", by_day([1, 2], 1))
-async def test_a_worker_that_hangs_while_it_answers_is_replaced(start_pool, workers):
+async def test_a_worker_that_hangs_in_an_answer_is_replaced(start_pool, workers):
     pool = await start_pool(num_workers=workers)
     disturbed = asyncio.ensure_future(answers(pool, asked("hang-decode", **LONG_PROMPT)))
     worker = await stopped_worker(pool)
@@ -463,7 +474,8 @@ async def test_a_worker_that_hangs_while_it_answers_is_replaced(start_pool, work
 
 
 @pytest.mark.slow
-async def test_an_idle_worker_that_hangs_is_replaced_before_anybody_asks(start_pool):
+async def test_an_idle_hanging_worker_is_replaced(start_pool):
+    """That happens before anybody asks."""
     pool = await start_pool(worker_command=(sys.executable, "-B", *PROCESS_COMMAND[1:]))        # not a forked one
     (worker,) = pool.workers
     os.kill(worker.process.pid, signal.SIGSTOP)
@@ -476,7 +488,8 @@ async def test_an_idle_worker_that_hangs_is_replaced_before_anybody_asks(start_p
     assert (await collect(pool, greedy("after")))[2].usage.completion_tokens == 40
 
 
-async def test_an_idle_worker_that_answers_pings_lives_on(start_pool):
+async def test_an_idle_worker_with_pings_lives_on(start_pool):
+    """An idle worker that answers pings lives on."""
     pool = await start_pool()
     (worker,) = pool.workers
     while worker.awaited_s is not None:             # an answer to an earlier ping may be on its way
@@ -489,7 +502,8 @@ async def test_an_idle_worker_that_answers_pings_lives_on(start_pool):
     assert not worker.hung and worker.restarts == 0
 
 
-async def test_a_worker_that_hangs_in_its_first_load_is_replaced(start_pool, tmp_path, caplog):
+async def test_a_worker_hanging_in_its_load_is_replaced(start_pool, tmp_path, caplog):
+    """It is the first load."""
     (tmp_path / "hang-load").touch()
     pool = await start_pool(wait=False)
     worker = await stopped_worker(pool)
@@ -502,7 +516,8 @@ async def test_a_worker_that_hangs_in_its_first_load_is_replaced(start_pool, tmp
 
 
 @pytest.mark.slow
-async def test_a_worker_that_hangs_while_it_loads_again_keeps_no_answer_from_going_on(start_pool, tmp_path):
+async def test_a_worker_hanging_in_a_load_holds_nobody_up(start_pool, tmp_path):
+    """An answer goes on while a worker loads again."""
     pool = await start_pool()
     (worker,) = pool.workers
     undisturbed = await answers(pool, asked("undisturbed", **LONG_PROMPT))
@@ -519,7 +534,8 @@ async def test_a_worker_that_hangs_while_it_loads_again_keeps_no_answer_from_goi
     await idle(pool)
 
 
-def test_each_report_of_a_load_gives_it_the_whole_time_again():
+def test_each_load_report_renews_its_time():
+    """Each report of a load gives it the whole time again."""
     pool = make_pool(Settings())
     (worker,) = pool.workers
     worker.awaited_s = time.monotonic() - patient(worker.LOAD_HANG_S) - 1
@@ -528,7 +544,8 @@ def test_each_report_of_a_load_gives_it_the_whole_time_again():
     assert not worker.hung
 
 
-async def test_the_request_that_kills_workers_is_given_up_and_those_beside_it_are_not(start_pool):
+async def test_only_the_request_that_kills_is_given_up(start_pool):
+    """Those beside it are not."""
     pool = await start_pool()
     undisturbed = await collect(pool, greedy("undisturbed", max_tokens=30))
     names = ["a", "b", "poison", "c"]
@@ -540,7 +557,8 @@ async def test_the_request_that_kills_workers_is_given_up_and_those_beside_it_ar
 
 
 @pytest.mark.slow
-async def test_an_answer_survives_more_deaths_than_a_request_may_cause(start_pool):
+async def test_an_answer_survives_many_deaths(start_pool):
+    """They are more than a request may cause."""
     pool = await start_pool(num_workers=2)
     pool.dispatcher.MAX_FAILOVERS, deaths = 2, []
     undisturbed = await collect(pool, greedy("undisturbed", max_tokens=200))
@@ -556,7 +574,7 @@ async def test_an_answer_survives_more_deaths_than_a_request_may_cause(start_poo
     await idle(pool)
 
 
-async def test_a_worker_s_death_says_when_the_program_has_changed_on_disk(start_pool, caplog, monkeypatch):
+async def test_a_death_says_that_the_program_has_changed(start_pool, caplog, monkeypatch):
     """Its successor is of another version, which may send messages that the front does not know; that is a death too."""
     pool = await start_pool()
     (worker,) = pool.workers
@@ -572,7 +590,8 @@ async def test_a_worker_s_death_says_when_the_program_has_changed_on_disk(start_
     assert changed in caplog.text and "worker 0 (cpu): unknown message 99" in caplog.text and worker.crashes_in_row == 1
 
 
-async def test_a_crash_loop_backs_off_and_shows_until_an_answer_is_finished(start_pool, caplog):
+async def test_a_crash_loop_backs_off(start_pool, caplog):
+    """It shows until an answer is finished."""
     pool = await start_pool()
     (worker,) = pool.workers
     for crash in (1, 2):
@@ -588,7 +607,7 @@ async def test_a_crash_loop_backs_off_and_shows_until_an_answer_is_finished(star
     assert pool.health()[1]["status"] == "ok" and pool.stats()["workers"][0]["crashes_in_row"] == 0
 
 
-async def test_a_request_does_not_wait_for_the_rest_of_a_worker_that_can_start(start_pool):
+async def test_a_worker_that_can_start_is_not_waited_for(start_pool):
     """It has died often, though never while it loaded."""
     pool = await start_pool()
     (worker,) = pool.workers
@@ -611,7 +630,8 @@ async def test_an_answer_whose_text_fails_fails_alone(start_pool):
     await idle(pool)
 
 
-async def test_a_step_that_fails_fails_only_the_request_that_is_its_cause(start_pool, monkeypatch):
+async def test_a_failed_step_fails_only_its_cause(start_pool, monkeypatch):
+    """A step that fails fails only the request that is its cause."""
     pool = await start_pool()
     patch(monkeypatch, prompts, "checked_ids", lambda ids, *request: tuple(ids))
     undisturbed = await collect(pool, greedy("undisturbed", max_tokens=100))
@@ -633,7 +653,7 @@ async def stopped_in_an_answer(pool):
     return stream
 
 
-async def test_requests_that_no_worker_comes_back_for_get_an_honest_error(start_pool, tmp_path):
+async def test_requests_without_a_worker_get_an_error(start_pool, tmp_path):
     """It hangs in its load, and nothing is known of why."""
     pool = await start_pool()
     pool.supervisor.CRASHING_S = pool.supervisor.ORPHAN_S = pool.supervisor.load_s = 0.0
@@ -647,7 +667,8 @@ async def test_requests_that_no_worker_comes_back_for_get_an_honest_error(start_
 
 
 @pytest.mark.parametrize("cause", ["it dies", "it says why"])
-async def test_where_no_worker_can_start_again_requests_end_with_the_reason_and_are_served_once_one_can(start_pool, caplog, cause):
+async def test_without_any_worker_requests_get_the_reason(start_pool, caplog, cause):
+    """They are served once one can start."""
     pool = await start_pool()
     (worker,), placement = pool.workers, pool.placement
     undisturbed = await collect(pool, greedy("undisturbed"))
@@ -674,7 +695,8 @@ async def test_where_no_worker_can_start_again_requests_end_with_the_reason_and_
     await idle(pool)
 
 
-async def test_a_worker_that_is_killed_since_it_hangs_is_not_said_to_lack_memory(start_pool, tmp_path, caplog):
+async def test_a_hang_is_not_taken_for_lack_of_memory(start_pool, tmp_path, caplog):
+    """The worker is killed since it hangs."""
     pool = await start_pool()
     (worker,) = pool.workers
     stream = await stopped_in_an_answer(pool)

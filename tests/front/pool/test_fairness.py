@@ -37,14 +37,16 @@ def text(name, client=""):
     return Job(asked(name, prompts=((1,),), client=client, pooling="mean"), (1,), 8, None, 0.0)
 
 
-def test_texts_to_embed_go_after_answers_and_before_low_priority():
+def test_texts_go_between_answers_and_background():
+    """Texts to embed go after answers and before low priority."""
     queue = WaitingQueue()
     for each in (job("low", low=True), text("t1"), text("t2", "other"), job("answer", "late")):
         queue.append(each)
     assert drained(queue) == "answer t1 t2 low"
 
 
-def test_the_background_of_one_model_hides_no_answers_that_wait_for_another():
+def test_the_background_hides_no_other_model_s_wait():
+    """Answers that wait for another model are seen."""
     models = [SimpleNamespace(pending=WaitingQueue()) for _ in range(2)]
     models[0].pending.append(job("low", "a", low=True))
     models[1].pending.append(job("answer", "b"))
@@ -52,7 +54,8 @@ def test_the_background_of_one_model_hides_no_answers_that_wait_for_another():
     assert waiting_by_client(models) == {"a": 1, "b": 1}
 
 
-async def test_a_text_makes_room_for_an_answer_and_texts_do_not_fill_the_queue():
+async def test_a_text_makes_room_for_an_answer():
+    """Texts do not fill the queue."""
     pool = played_pool(max_batch=2, max_queue=7)
     [worker] = pool.workers
 
@@ -74,7 +77,7 @@ async def test_a_text_makes_room_for_an_answer_and_texts_do_not_fill_the_queue()
     assert not pool.dispatcher.jobs and not worker.jobs and not len(pool.dispatcher.pending)
 
 
-async def test_a_long_text_may_take_long_in_its_one_step():
+async def test_a_long_text_may_take_long_in_one_step():
     pool = played_pool()
     [worker] = pool.workers
     worker.TEXT_TOKEN_S = 10.0
@@ -86,7 +89,8 @@ async def test_a_long_text_may_take_long_in_its_one_step():
     assert not worker.jobs and worker.hung
 
 
-def test_clients_take_turns_and_each_is_served_in_order():
+def test_clients_take_turns():
+    """Each is served in order."""
     queue = WaitingQueue()
     for name in "a1 a2 a3 b1 c1 b2".split():
         queue.append(job(name, name[0]))
@@ -94,7 +98,8 @@ def test_clients_take_turns_and_each_is_served_in_order():
     assert drained(queue) == "a1 b1 c1 a2 b2 a3" and len(queue) == 0
 
 
-def test_a_pile_of_one_client_delays_another_by_one_job_only():
+def test_a_client_s_pile_delays_others_by_one_job():
+    """A pile of one client delays another by one job only."""
     queue = WaitingQueue()
     for index in range(1000):
         queue.append(job(f"a{index}", "a"))
@@ -103,14 +108,16 @@ def test_a_pile_of_one_client_delays_another_by_one_job_only():
     assert drained(queue).split().index("b") == 1
 
 
-def test_low_priority_waits_until_nothing_else_does_and_takes_turns_too():
+def test_low_priority_waits_and_takes_turns():
+    """It waits until nothing else does."""
     queue = WaitingQueue()
     for name in "l1 l2 a1 m1 a2 b1".split():
         queue.append(job(name, name[0], low=name[0] in "lm"))
     assert drained(queue) == "a1 b1 a2 l1 m1 l2"
 
 
-def test_of_clients_that_wait_the_one_with_fewest_rows_is_next():
+def test_the_client_with_fewest_rows_is_next():
+    """It is one of those that wait."""
     queue = WaitingQueue()
     for name in "a1 b1 c1 b2".split():
         queue.append(job(name, name[0]))
@@ -123,7 +130,8 @@ def test_of_clients_that_wait_the_one_with_fewest_rows_is_next():
     assert order == ["b1", "c1", "b2", "a1"]
 
 
-def test_jobs_whose_worker_died_go_first_in_the_background_too():
+def test_jobs_of_a_dead_worker_go_first():
+    """The background has the same rule."""
     queue = WaitingQueue()
     for waiting in (job("a1", "a"), job("l1", "l", low=True, deaths=1), job("b1", "b", deaths=2), job("l2", "l", low=True, deaths=1)):
         queue.append(waiting)
@@ -131,7 +139,8 @@ def test_jobs_whose_worker_died_go_first_in_the_background_too():
     assert drained(queue) == "b1 a1 l1 l2 m1"
 
 
-def test_leaving_jobs_leave_no_trace_whatever_the_order():
+def test_jobs_that_leave_leave_no_trace():
+    """Their order does not matter."""
     generator = random.Random(3)
     queue, waiting = WaitingQueue(), []
     for index in range(2000):
@@ -158,7 +167,8 @@ def request(name, client, low=False):
     return asked(name, prompts=((1, 2),), client=client, low_priority=low)
 
 
-async def test_the_pool_gives_rows_in_turn_and_refuses_above_the_limits(pool):
+async def test_rows_are_given_in_turn_within_limits(pool):
+    """The pool refuses what is above them."""
     streams = {}
     for name, low in (("a1", False), ("l1", True), ("a2", False), ("b1", False)):
         streams[name] = pool.answer(request(name, name[0], low))
@@ -195,7 +205,8 @@ async def submitted(pool, *names, low=False):
     return streams
 
 
-async def test_the_pile_of_one_client_does_not_use_up_the_queue_for_others():
+async def test_a_client_s_pile_leaves_room_in_the_queue():
+    """The others have it."""
     pool = played_pool(max_batch=1, max_queue=8)
     pool.workers[0].become(State.DEAD)          # so all of them wait
 
@@ -223,7 +234,8 @@ async def test_the_pile_of_one_client_does_not_use_up_the_queue_for_others():
     assert not len(pool.dispatcher.pending)
 
 
-async def test_the_many_answers_of_one_request_do_not_use_up_the_queue_for_others():
+async def test_one_request_s_answers_leave_queue_room():
+    """There are many of them."""
     pool = played_pool(max_batch=1, max_queue=8)
     pool.workers[0].become(State.DEAD)
 
@@ -245,7 +257,8 @@ async def test_the_many_answers_of_one_request_do_not_use_up_the_queue_for_other
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def test_a_client_with_all_rows_gives_up_its_youngest_for_another_until_they_have_as_many():
+async def test_a_client_with_all_rows_gives_some_up():
+    """The youngest go to another until they have as many."""
     pool = played_pool(max_batch=4)
     [worker] = pool.workers
     streams = await submitted(pool, "a1", "a2", "a3", "a4", "a5")
@@ -264,14 +277,16 @@ async def test_a_client_with_all_rows_gives_up_its_youngest_for_another_until_th
 
 
 @pytest.mark.parametrize("holder, newcomer", [("a", "a"), ("ab", "c"), ("aab", "b")])
-async def test_nobody_gives_up_a_row_for_its_own_client_or_to_have_fewer_than_another(holder, newcomer):
+async def test_nobody_gives_up_a_row_for_nothing(holder, newcomer):
+    """It is not given for its own client, nor to have fewer than another."""
     pool = played_pool(max_batch=len(holder))
     await submitted(pool, *(f"{client}{number}" for number, client in enumerate(holder)))
     await submitted(pool, f"{newcomer}9")
     assert len(told(pool.workers[0])) == len(holder)
 
 
-async def test_low_priority_takes_nobodys_row_even_of_its_own_client_and_stays_with_its_worker():
+async def test_low_priority_takes_nobodys_row():
+    """It takes not even its own client's, and stays with its worker."""
     pool = played_pool(max_batch=2)
     [worker] = pool.workers
     await submitted(pool, "a1", "l1", "l2", low=True)
@@ -288,7 +303,7 @@ async def test_low_priority_takes_nobodys_row_even_of_its_own_client_and_stays_w
     assert told(worker)[-1] == "l2"
 
 
-async def test_one_client_s_long_answers_in_the_background_share_their_rows_with_another_s():
+async def test_background_answers_share_rows():
     """Else the batch of one key would wait until lines of another end, maybe for an hour. Chats keep their rows."""
     pool = played_pool(max_batch=4)
     [worker] = pool.workers
@@ -313,7 +328,8 @@ async def of_two(kinds="cuda"):
     return pool, *pool.workers
 
 
-async def test_the_background_goes_to_a_worker_without_chats_and_a_chat_to_the_one_with_least_of_it():
+async def test_the_background_avoids_chats():
+    """It goes to a worker without any; a chat goes to the one with least of it."""
     pool, first, second = await of_two()
     await submitted(pool, "a1")
     await submitted(pool, "l1", "l2", low=True)
@@ -327,7 +343,8 @@ async def test_the_background_goes_to_a_worker_without_chats_and_a_chat_to_the_o
 
 
 @pytest.mark.parametrize("kinds", ["cuda", "cpu"])
-async def test_the_background_moves_away_from_chats_to_another_device_but_not_at_once(kinds):
+async def test_the_background_moves_away_from_chats(kinds):
+    """It goes to another device, but not at once."""
     pool, first, second = await of_two(kinds)
     await submitted(pool, "l1", "l2", low=True)
     await submitted(pool, "b1", "b2")
@@ -340,7 +357,8 @@ async def test_the_background_moves_away_from_chats_to_another_device_but_not_at
     assert ("stop l1" in told(first)) == ("l1##1" in told(second)) == (kinds == "cuda")
 
 
-async def test_an_answer_in_the_background_that_killed_two_workers_runs_where_nothing_else_does():
+async def test_a_killing_background_answer_runs_alone():
+    """It has killed two workers."""
     pool, first, second = await of_two()
     await submitted(pool, "b1", "c1")
     await submitted(pool, "l1", low=True)
@@ -354,7 +372,8 @@ async def test_an_answer_in_the_background_that_killed_two_workers_runs_where_no
     assert job.worker is second
 
 
-async def test_an_answer_that_was_set_aside_is_the_same_to_the_last_word(start_pool):
+async def test_an_answer_set_aside_is_the_same(start_pool):
+    """Not a word differs."""
     async def said(pool, name, client, tokens):
         wanted = asked(name, prompts=("The sea is",), max_tokens=tokens, client=client, ignore_eos=True,
                          sampling=SamplingParams(seed=5, temperature=1.0))
@@ -391,7 +410,8 @@ async def test_a_priority_that_is_none_is_400(priority):
             assert response.status == 400 and json.loads(await response.read())["error"]["param"] == "priority"
 
 
-async def test_without_keys_a_client_is_its_address_and_with_keys_its_key():
+async def test_a_client_is_its_key_or_its_address():
+    """With keys it is its key."""
     pool = FakePool()
     keys = (ApiKey.hashed("secret", "alice"),)
     async with aiohttp.ClientSession() as client:

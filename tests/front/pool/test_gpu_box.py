@@ -50,7 +50,7 @@ async def until(condition):
 
 
 @pytest.mark.timeout(120)
-async def test_gpus_that_cannot_be_used_say_so_and_the_others_serve(start_pool, box):
+async def test_unusable_gpus_say_so_and_others_serve(start_pool, box):
     problems = box("busy", "fine", "old", "missing")
     pool = await start_pool(BOX_WORKER, wait=False, num_gpus="4")
     await pool.wait_ready()
@@ -69,7 +69,8 @@ async def test_gpus_that_cannot_be_used_say_so_and_the_others_serve(start_pool, 
 
 
 @pytest.mark.timeout(120)
-async def test_a_box_without_a_usable_gpu_does_not_start_and_says_why(start_pool, box):
+async def test_a_box_without_a_usable_gpu_does_not_start(start_pool, box):
+    """It says why."""
     problems = box("busy", "old")
     pool = await start_pool(BOX_WORKER, wait=False, num_gpus="auto")
     with pytest.raises(ConfigError) as error:
@@ -78,7 +79,8 @@ async def test_a_box_without_a_usable_gpu_does_not_start_and_says_why(start_pool
 
 
 @pytest.mark.timeout(120)
-async def test_a_prefill_that_runs_out_of_gpu_memory_fails_alone_and_the_flag_is_told(start_pool, box, capfd):
+async def test_a_prefill_without_gpu_memory_fails_alone(start_pool, box, capfd):
+    """The flag is told."""
     box("fine")
     pool = await start_pool(BOX_WORKER, kv_cache_memory=None)
     began = asyncio.Event()
@@ -118,7 +120,8 @@ def config(**changes):
     ({}, "--gpu-memory-utilization 0.79 would"), ({"gpu_memory_utilization": 0.5}, "--gpu-memory-utilization 0.39 would"),
     ({"gpu_memory_utilization": 0.1}, "a larger GPU"), ({"kv_cache_memory": 20 << 30}, "--kv-cache-memory 11468M would"),
     ({"kv_cache_memory": 1 << 30}, "a larger GPU")])
-def test_the_advice_names_the_flag_that_is_in_force_and_a_value_that_fits(box, changes, remedy):
+def test_the_advice_names_a_flag_and_a_fitting_value(box, changes, remedy):
+    """The flag is the one in force."""
     box("fine")
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has ...")
     assert remedy in str(lack_of_gpu_memory(error, config(**changes)))
@@ -127,7 +130,7 @@ def test_the_advice_names_the_flag_that_is_in_force_and_a_value_that_fits(box, c
 
 @pytest.mark.parametrize("changes, needed", [
     ({"gpu_memory_utilization": 0.3}, r"--gpu-memory-utilization 0\.99$"), ({"kv_cache_memory": 1}, r"--kv-cache-memory 1M$")])
-def test_too_little_for_a_kv_cache_names_what_is_enough(box, nanochat_fixtures, changes, needed):
+def test_too_small_a_kv_cache_names_what_is_enough(box, nanochat_fixtures, changes, needed):
     box("fine")
     settings = tiny_settings(nanochat_fixtures, **{"kv_cache_memory": None} | changes)
     plan = MemoryPlan(settings, torch.device("cuda:0"), weights=0, activations=0, page_bytes=1 << 14, full=40, fewest=10)
@@ -135,7 +138,8 @@ def test_too_little_for_a_kv_cache_names_what_is_enough(box, nanochat_fixtures, 
         plan.pages()
 
 
-def test_one_of_several_gpus_is_told_unless_the_number_was_given(box):
+def test_one_of_several_gpus_is_told(box):
+    """It is not where the number was given."""
     box("fine", "fine", "fine")
     for changes, told in (({}, True), ({"num_gpus": "1"}, False), ({"num_gpus": "auto"}, False), ({"device_type": "cpu"}, False)):
         pool = make_pool(Settings(**changes))
@@ -145,7 +149,8 @@ def test_one_of_several_gpus_is_told_unless_the_number_was_given(box):
         assert any(line == "One of 3 GPUs is used; --num-gpus auto uses all" for line in pool.describe()) is told
 
 
-def test_utilization_is_the_driver_s_by_the_gpu_s_own_id_and_none_without_its_library(box, monkeypatch):
+def test_utilization_is_the_driver_s(box, monkeypatch):
+    """It goes by the GPU's own id; without the driver's library there is none."""
     box("fine", "fine")
     shares = {"GPU-uuid-0": 25, "GPU-uuid-1": 100}
     nvml = SimpleNamespace(nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=lambda uuid: uuid,

@@ -120,7 +120,8 @@ def moved_in(source, target):
     os.replace(part, target)
 
 
-async def test_the_history_of_a_folder_of_models_and_adapters(history, tmp_path):
+async def test_any_history_of_a_folder_is_served_rightly(history, tmp_path):
+    """The folder has models and adapters."""
     models, kept = tmp_path / "models", tmp_path / "kept"
     models.mkdir()
     kept.mkdir()
@@ -162,7 +163,7 @@ async def test_the_history_of_a_folder_of_models_and_adapters(history, tmp_path)
     await history("models", scene, models=str(models))
 
 
-async def test_the_history_of_a_watched_run(history, nanochat_fixtures, tmp_path):
+async def test_any_history_of_a_watched_run_is_served(history, nanochat_fixtures, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(nanochat_fixtures / "gen1" / "tokenizer", base / "tokenizer")
     model = tiny_training.Model(tiny_training.CONFIG)

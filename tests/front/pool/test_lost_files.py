@@ -108,8 +108,9 @@ async def answer(client, url, struck="", model=""):
 @pytest.mark.parametrize("kind, change, several", by_day(
     [(kind, change, several) for kind in KINDS for change in CHANGES for several in (False, True) if not (several and kind in OF_ONE)],
     ("merged adapter", removed, True), ("mmproj", a_pipe, False)))
-async def test_where_a_file_is_lost_and_the_worker_dies_each_request_ends_and_the_log_names_the_file(
+async def test_a_lost_file_ends_each_request_and_is_logged(
         kind, change, several, files, started, client, tmp_path, monkeypatch, caplog):
+    """Its worker has died."""
     monkeypatch.setenv("STRUCK", str(tmp_path))
     root = shutil.copytree(files, tmp_path / "files")
     given = with_(kind, root)

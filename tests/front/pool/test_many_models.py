@@ -73,7 +73,7 @@ async def listed(client, url, **headers):
         return {model["id"]: model for model in (await response.json())["data"]}
 
 
-async def test_each_model_answers_as_it_does_alone_and_they_take_turns(start_models, nanochat_fixtures, client, monkeypatch):
+async def test_each_model_answers_as_alone(start_models, nanochat_fixtures, client, monkeypatch):
     """The memory holds one of them. Meanwhile their requests wait in the queue, and hear how far the model is."""
     monkeypatch.setattr(Residency, "KEEP_S", 0.2)
     models = await start_models("gen1", "gen5", models_memory=230 * MIB, prefix_memory=0)
@@ -104,7 +104,8 @@ async def test_each_model_answers_as_it_does_alone_and_they_take_turns(start_mod
     assert {text: got[text, "gen5"] for text in texts} == expected
 
 
-async def test_two_models_with_room_for_the_kv_pages_of_one_stay_loaded_and_answer_as_before(start_models, client, nanochat_fixtures, monkeypatch):
+async def test_two_models_share_the_kv_pages_of_one(start_models, client, nanochat_fixtures, monkeypatch):
+    """They stay loaded and answer as before."""
     monkeypatch.setattr(Residency, "KEEP_S", 0.0)
     models = await start_models("gen1", "gen5", models_memory=10 * MIB << 10, prefix_memory=0)     # so that what is emptied is gone
     sizes = {name: models.find(name).bytes for name in ("gen1", "gen5")}
@@ -124,7 +125,8 @@ async def test_two_models_with_room_for_the_kv_pages_of_one_stay_loaded_and_answ
         assert states["gen1"]["bytes"] == sizes["gen1"]
 
 
-async def test_names_aliases_defaults_keys_and_who_may_load(start_models, nanochat_fixtures, client):
+async def test_a_name_or_alias_finds_its_model(start_models, nanochat_fixtures, client):
+    """Defaults do too; keys decide who sees and loads what."""
     keys = (ApiKey.hashed("all", "owner"), ApiKey.hashed("some", "bob", ("gen3", "small")), ApiKey.hashed("none", "eve", ("other",)))
     several = (ModelChoice(str(nanochat_fixtures / "gen1"), "first"), ModelChoice(str(nanochat_fixtures / "gen2"), "chief", default=True),
                ModelChoice(str(nanochat_fixtures / "gen3"), "gen3", ("small", "gpt-4o")))
@@ -159,7 +161,8 @@ async def test_names_aliases_defaults_keys_and_who_may_load(start_models, nanoch
             await asyncio.sleep(0.02)
 
 
-async def test_a_broken_file_among_good_ones_says_why_and_new_files_are_seen(start_models, nanochat_fixtures, client, tmp_path, monkeypatch):
+async def test_a_broken_file_says_why_and_new_ones_show(start_models, nanochat_fixtures, client, tmp_path, monkeypatch):
+    """A broken file among good ones says why and new files are seen."""
     monkeypatch.setattr(FolderWatch, "WATCH_S", 0.1)
     (tmp_path / "models" / "broken").mkdir(parents=True)
     (tmp_path / "models" / "broken" / "model.gguf").write_bytes(b"GGUF" + bytes(40))
@@ -183,7 +186,7 @@ async def test_a_broken_file_among_good_ones_says_why_and_new_files_are_seen(sta
             await asyncio.sleep(0.05)
 
 
-async def test_while_headers_are_still_read_a_request_is_told_to_come_again(nanochat_fixtures, started, client, tmp_path, monkeypatch, caplog):
+async def test_a_request_before_all_headers_comes_again(nanochat_fixtures, started, client, tmp_path, monkeypatch, caplog):
     """Its model has not failed. What has failed is said once, when the server starts."""
     (tmp_path / "bad.gguf").write_bytes(b"garbage, which is no model")
     several = (*choices(nanochat_fixtures, "gen1"), ModelChoice(str(tmp_path / "bad.gguf"), "bad"))
@@ -209,7 +212,7 @@ async def test_while_headers_are_still_read_a_request_is_told_to_come_again(nano
     assert len([line for line in shown if "garb" in line]) == 1 and "  bad: cannot be served (see above)" in shown
 
 
-async def test_requests_that_come_before_all_headers_are_read_load_no_more_than_the_memory_holds(nanochat_fixtures, started, client, monkeypatch):
+async def test_early_requests_load_only_what_fits(nanochat_fixtures, started, client, monkeypatch):
     """The third model is opened late. Two others have been opened, and are asked for: they take turns as later."""
     monkeypatch.setattr(Residency, "KEEP_S", 0.0)
     names = "gen1", "gen5", "gen3"
@@ -253,7 +256,8 @@ async def outcome(**settings):
         await models.close()
 
 
-async def test_what_cannot_be_served_ends_the_start_with_one_line(nanochat_fixtures, tmp_path):
+async def test_what_cannot_be_served_ends_the_start(nanochat_fixtures, tmp_path):
+    """The reason is one line."""
     one, other = choices(nanochat_fixtures, "gen1", "gen2")
     (tmp_path / "empty").mkdir()
     bad = [(dict(models=str(tmp_path / "empty")), "contains no GGUF file"), (dict(models=str(tmp_path / "none")), "there is no such folder"),
@@ -272,7 +276,7 @@ async def test_what_cannot_be_served_ends_the_start_with_one_line(nanochat_fixtu
 
 
 @pytest.mark.slow
-async def test_a_model_whose_worker_cannot_start_fails_alone_and_is_tried_again(start_models, nanochat_fixtures, client, tmp_path):
+async def test_a_failing_worker_fails_its_model_alone(start_models, nanochat_fixtures, client, tmp_path):
     """Its files are whole when the server starts, and later not."""
     folder = shutil.copytree(nanochat_fixtures / "gen5", tmp_path / "gen5")
     several = (*choices(nanochat_fixtures, "gen1"), ModelChoice(str(folder), "late"))
@@ -297,7 +301,7 @@ async def test_a_model_whose_worker_cannot_start_fails_alone_and_is_tried_again(
 
 
 @pytest.mark.slow
-async def test_replicas_of_several_models_share_requests_and_take_turns(start_models, nanochat_fixtures, client, monkeypatch):
+async def test_replicas_of_several_models_take_turns(start_models, nanochat_fixtures, client, monkeypatch):
     """A model leaves with all its replicas; the one that has more is counted so."""
     monkeypatch.setattr(Residency, "KEEP_S", 0.2)
     paths = {"two": nanochat_fixtures / "gen1", "one": nanochat_fixtures / "gen5", "most": nanochat_fixtures / "gen2"}
@@ -326,7 +330,7 @@ async def test_replicas_of_several_models_share_requests_and_take_turns(start_mo
 
 
 @pytest.mark.slow
-async def test_models_of_several_ranks_answer_as_alone_are_counted_with_them_and_leave_whole(start_models, nanochat_fixtures, client, monkeypatch):
+async def test_models_of_several_ranks_answer_as_alone(start_models, nanochat_fixtures, client, monkeypatch):
     """The KV pages of one would suffice, but its ranks cannot give them back alone."""
     monkeypatch.setattr(Residency, "KEEP_S", 0.0)
     models = await start_models("gen1", "gen5", tensor_parallel_size=2, models_memory=900 * MIB, prefix_memory=0)
@@ -344,8 +348,9 @@ async def test_models_of_several_ranks_answer_as_alone_are_counted_with_them_and
 
 
 @pytest.mark.slow
-async def test_twelve_models_random_traffic_little_memory_and_killed_workers_lose_no_answer(
+async def test_twelve_models_lose_no_answer(
         start_models, nanochat_fixtures, client, tmp_path, monkeypatch):
+    """There are random traffic, little memory and killed workers."""
     from families import make_model, save
     from generations import GENERATIONS
     monkeypatch.setattr(Residency, "KEEP_S", 1.0)
@@ -386,7 +391,7 @@ async def test_twelve_models_random_traffic_little_memory_and_killed_workers_los
         assert {model["state"] for model in (await listed(client, url)).values()} <= {"ready", "loading", "unloaded"}
 
 
-def test_the_script_serves_many_where_several_are_named(monkeypatch):
+def test_the_script_serves_many_named_models(monkeypatch):
     made = []
     monkeypatch.setattr(many, "ManyModels", lambda settings, **more: made.append(settings) or (_ for _ in ()).throw(ConfigError("seen")))
     assert chat_server.main(["serve", "a", "b", "--port", "0"]) == 2 and [choice.path for choice in made[0].several] == ["a", "b"]

@@ -59,7 +59,8 @@ def checkpoint(nanochat_fixtures, base, step):
     return folder / f"model_{step:06d}.pt"
 
 
-async def test_latest_and_the_name_without_a_step_follow_the_steps_of_a_folder(start_folder, nanochat_fixtures, client, tmp_path):
+async def test_latest_follows_the_steps_of_a_folder(start_folder, nanochat_fixtures, client, tmp_path):
+    """So does the name without a step."""
     base = tmp_path / "models" / "base"
     shutil.copytree(nanochat_fixtures / "gen5", base)
     [first] = base.rglob("model_*.pt")
@@ -89,7 +90,7 @@ async def test_latest_and_the_name_without_a_step_follow_the_steps_of_a_folder(s
         assert (await ask(client, url, "d4@latest"))[0] == 200
 
 
-async def test_a_file_that_is_replaced_while_its_model_is_unloaded_is_waited_for_and_stays_the_default(start_folder, nanochat_fixtures, client, tmp_path):
+async def test_a_replaced_file_stays_the_default(start_folder, nanochat_fixtures, client, tmp_path):
     """It is never unknown; nor is one that could not be read and now can."""
     for name in ("gen5", "gen3"):
         shutil.copytree(nanochat_fixtures / name, tmp_path / "models" / name)
@@ -123,7 +124,8 @@ async def test_a_file_that_is_replaced_while_its_model_is_unloaded_is_waited_for
         assert (await ask(client, url, name))[1]["choices"][0]["message"]["content"] == before
 
 
-async def test_a_step_that_is_removed_and_written_anew_is_waited_for_while_it_is_written(start_folder, nanochat_fixtures, client, tmp_path):
+async def test_a_rewritten_step_is_waited_for(start_folder, nanochat_fixtures, client, tmp_path):
+    """It was removed, and is being written anew."""
     base = tmp_path / "models" / "base"
     shutil.copytree(nanochat_fixtures / "gen5", base)
     paths = [checkpoint(nanochat_fixtures, base, step) for step in (651, 652)]
@@ -148,7 +150,8 @@ async def test_a_step_that_is_removed_and_written_anew_is_waited_for_while_it_is
         assert (await ask(client, url, "d4@652"))[0] == 200 and (await ask(client, url, "d4@653"))[0] == 404
 
 
-async def test_a_key_learns_nothing_of_models_that_it_may_not_use_while_they_are_written(start_folder, nanochat_fixtures, tmp_path):
+async def test_a_key_learns_of_no_other_models(start_folder, nanochat_fixtures, tmp_path):
+    """It may not use them; they are being written."""
     base = tmp_path / "models" / "base"
     shutil.copytree(nanochat_fixtures / "gen5", base)
     models = await start_folder()
@@ -176,7 +179,8 @@ def odd_files(folder):
     (folder / "up").symlink_to(folder.parent)
 
 
-def test_links_in_a_circle_end_and_folders_that_are_linked_are_seen(tmp_path):
+def test_circular_links_end(tmp_path):
+    """Folders that are linked are seen."""
     odd_files(tmp_path / "models")
     write_tiny_gguf(tmp_path / "elsewhere" / "inside" / "linked.gguf")
     (tmp_path / "models" / "link").symlink_to(tmp_path / "elsewhere")
@@ -186,7 +190,8 @@ def test_links_in_a_circle_end_and_folders_that_are_linked_are_seen(tmp_path):
     assert len(places) == len({*places}) < 300
 
 
-async def test_odd_files_below_models_stop_nothing_and_each_is_said_once(start_folder, nanochat_fixtures, client, tmp_path, caplog):
+async def test_odd_files_below_models_stop_nothing(start_folder, nanochat_fixtures, client, tmp_path, caplog):
+    """Each is said once."""
     odd_files(tmp_path / "models")
     shutil.copytree(nanochat_fixtures / "gen5", tmp_path / "models" / "gen5")
     models = await start_folder()
@@ -208,7 +213,7 @@ async def test_odd_files_below_models_stop_nothing_and_each_is_said_once(start_f
         assert len(said(words)) == 1, (words, caplog.messages)
 
 
-def test_a_signal_ends_a_server_that_is_still_looking_at_the_folder(tmp_path, monkeypatch):
+def test_a_signal_ends_a_search_of_the_folder(tmp_path, monkeypatch):
     """Its thread looks no further than the folder that it is at."""
     def stopped():
         raise InterruptedError
@@ -219,7 +224,7 @@ def test_a_signal_ends_a_server_that_is_still_looking_at_the_folder(tmp_path, mo
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names of bytes")
-async def test_a_name_that_is_no_text_is_shown_so_that_it_can_be_asked(start_folder, client, tmp_path):
+async def test_a_name_that_is_no_text_can_be_asked_for(start_folder, client, tmp_path):
     """Control characters too, which would reach the terminal; and two such names stay apart."""
     write_tiny_gguf(tmp_path / "tiny.gguf")
     for name in (b"caf\xe9.gguf", b"caf\xe8.gguf", b"\x1b[31mred\xe2\x80\xaefdp.gguf", b"new\nline.gguf"):

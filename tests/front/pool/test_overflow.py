@@ -31,7 +31,8 @@ def tokens_of(pool, messages):
     return len(pool.tokenizer.render(messages))
 
 
-async def test_a_conversation_that_is_too_long_is_refused_with_both_numbers_or_loses_its_oldest_turns(start_pool):
+async def test_a_too_long_conversation_is_refused_or_cut(start_pool):
+    """The error has both numbers; else the oldest turns go."""
     pool = await start_pool(context_length=128)
     messages = talk("q" * 40, "a" * 30, "r" * 40, "b" * 20, "last?", system="Rule!")
     greedy = SamplingParams(temperature=0.0)
@@ -64,7 +65,8 @@ async def test_whole_turns_go_and_no_more_than_needed(start_pool):
         assert (done.dropped_messages, done.usage.prompt_tokens) == (dropped, tokens_of(pool, talk(*turns)[dropped:])), turns
 
 
-async def test_a_last_message_that_is_too_long_alone_is_refused_even_so(start_pool):
+async def test_a_last_message_too_long_alone_is_refused(start_pool):
+    """Even dropping turns does not help."""
     pool = await start_pool(context_length=128)
     messages = talk("q" * 30, "a" * 30, "l" * 200)
     with pytest.raises(RequestError, match=f"is 128 tokens. However, your messages resulted in {tokens_of(pool, messages[2:])} tokens"):
@@ -74,7 +76,8 @@ async def test_a_last_message_that_is_too_long_alone_is_refused_even_so(start_po
 
 
 @pytest.mark.parametrize("truncate", [False, True])
-async def test_more_messages_than_the_context_has_tokens_never_reach_the_template(start_pool, monkeypatch, truncate):
+async def test_too_many_messages_never_reach_the_template(start_pool, monkeypatch, truncate):
+    """They are more than the context has tokens."""
     pool = await start_pool(context_length=128)
     monkeypatch.setattr(pool.tokenizer, "render", None)
     with pytest.raises(RequestError, match="is 128 tokens. However, your messages resulted in at least 129 tokens") as refused:
@@ -82,7 +85,8 @@ async def test_more_messages_than_the_context_has_tokens_never_reach_the_templat
     assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "messages")
 
 
-async def test_many_short_messages_are_rendered_off_the_event_loop(start_pool, monkeypatch):
+async def test_short_messages_are_rendered_off_the_loop(start_pool, monkeypatch):
+    """There are many of them."""
     pool = await start_pool()
     threads, render = [], pool.tokenizer.render
 
@@ -134,7 +138,8 @@ NATIVE_TRUNCATIONS = (      # system message, turns, the messages that are dropp
 
 
 @pytest.mark.parametrize("system, turns, dropped", NATIVE_TRUNCATIONS, ids=range(len(NATIVE_TRUNCATIONS)))
-async def test_the_native_limits_hold_for_what_truncation_leaves(system, turns, dropped):
+async def test_native_limits_hold_for_truncated_chats(system, turns, dropped):
+    """They hold for what truncation leaves."""
     messages = spoken(*turns, system=system)
     async with serving(pool := FakePool()) as url, aiohttp.ClientSession() as client:
         response = await client.post(url + "/chat/completions", json={"messages": messages, "truncate": "oldest"})
@@ -144,7 +149,7 @@ async def test_the_native_limits_hold_for_what_truncation_leaves(system, turns, 
     assert pool.requests[0].dropped_messages == dropped
 
 
-async def test_system_messages_and_the_last_turn_are_never_truncated():
+async def test_system_and_last_turn_are_never_truncated():
     system = {"role": "system", "content": "Rule!"}
     between = [*spoken("q", 33000), system, *spoken("last?", "I think")]
     async with serving(pool := FakePool()) as url, aiohttp.ClientSession() as client:
@@ -165,7 +170,8 @@ async def test_system_messages_and_the_last_turn_are_never_truncated():
         assert "messages: 501 given, at most 500" in await refusal(spoken(*[""] * 501), "none")
 
 
-async def test_what_the_limits_drop_and_what_the_context_drops_is_said_together(start_pool):
+async def test_limits_and_context_say_their_cuts_together(start_pool):
+    """What the limits drop and what the context drops is said together."""
     pool = await start_pool(context_length=128)
     async with serving(pool) as url, aiohttp.ClientSession() as client:
         body = {"messages": spoken(9000, 10, 60, 40, "last?"), "truncate": "oldest", "temperature": 0, "max_tokens": 8}
@@ -176,7 +182,8 @@ async def test_what_the_limits_drop_and_what_the_context_drops_is_said_together(
         assert said["timings"]["dropped_messages"] == 4
 
 
-async def test_with_hardly_any_kv_memory_every_answer_under_load_is_as_alone(start_pool, nanochat_fixtures):
+async def test_with_little_kv_memory_answers_are_as_alone(start_pool, nanochat_fixtures):
+    """There is hardly any, and load."""
     roomy = await start_pool()
     model = load(nanochat_fixtures / "gen5")
     page = PageLayout.of(group_layers(model.architecture.by_layer, 0, apart=False), model.architecture.by_layer, KvType("float32")).page_bytes
@@ -203,7 +210,8 @@ async def leave_after(pool, request, pieces):
     await stream.aclose()
 
 
-async def test_memory_that_runs_out_in_a_step_costs_few_requests_and_no_worker(start_pool):
+async def test_memory_lost_in_a_step_costs_few_requests(start_pool):
+    """It costs no worker."""
     pool = await start_pool()
     requests = [asked(f"crowd-{i}", prompts=((5, 6, i),), max_tokens=30, ignore_eos=True) for i in range(5)]
     got = await asyncio.gather(*(collect(pool, request) for request in requests), return_exceptions=True)
@@ -214,7 +222,8 @@ async def test_memory_that_runs_out_in_a_step_costs_few_requests_and_no_worker(s
     await idle(pool)
 
 
-async def test_a_text_far_beyond_the_context_is_refused_before_all_of_it_is_tokenized(start_pool, monkeypatch):
+async def test_a_vast_text_is_refused_untokenized(start_pool, monkeypatch):
+    """It is far beyond the context; not all of it is tokenized."""
     pool = await start_pool(context_length=128)
     taken, encode = [], pool.tokenizer.encode
     monkeypatch.setattr(pool.tokenizer, "encode", lambda text: taken.append(len(text)) or encode(text))

@@ -35,7 +35,8 @@ def worker_in(state, worker_class=Worker, placement=None):
     return worker
 
 
-def test_a_worker_changes_only_to_what_may_follow_and_what_was_ended_on_purpose_does_not_die():
+def test_a_worker_changes_only_to_what_may_follow():
+    """What was ended on purpose does not die."""
     for state, successor in itertools.product(State, State):
         worker = worker_in(state)
         if successor is State.DEAD and state in (State.UNLOADED, State.LEFT_OUT):
@@ -58,7 +59,8 @@ class SilentWorker(Worker):
         self.sent.append(message)
 
 
-async def test_a_dispatcher_moves_an_answer_from_a_dead_worker_to_another():
+async def test_an_answer_moves_from_a_dead_worker():
+    """A dispatcher moves it to another."""
     workers = [worker_in(State.READY, SilentWorker), worker_in(State.LOADING, SilentWorker)]
     dispatcher = Dispatcher(Settings(max_batch=1), workers, PoolAdapters(Settings(), workers))
     events = dispatcher.answer(Request("a", prompt_ids=((1, 2),), max_tokens=5), [5], 0.0)
@@ -120,7 +122,8 @@ def supervisor_of(placement, **settings):
     return supervisor, dispatcher, cards
 
 
-async def test_a_supervisor_hears_a_worker_get_ready_and_takes_its_jobs_away_when_it_ends():
+async def test_a_supervisor_hears_ready_and_end():
+    """It takes the jobs of a worker away when it ends."""
     card = ModelCard(TextSpec("letters", b""), "m", 64, (), {}, False, place="cpu with 1 thread")
     placement = PlayedPlacement(Loading("weights", 0.5), card, Ready({}))
     [worker] = placement.workers
@@ -136,7 +139,8 @@ async def test_a_supervisor_hears_a_worker_get_ready_and_takes_its_jobs_away_whe
     assert placement.killed
 
 
-async def test_a_broken_chat_template_ends_the_start_before_the_weights_are_read():
+async def test_a_broken_template_ends_the_start_early():
+    """The weights have not been read then."""
     placement = PlayedPlacement(ModelText(TextSpec("letters", b"", "broken")), Loading("weights", 0.1))     # a card never comes
     supervisor, _, cards = supervisor_of(placement)
     supervisor.run("running it", lambda: supervisor.keep_alive(placement.workers[0]))
@@ -145,7 +149,8 @@ async def test_a_broken_chat_template_ends_the_start_before_the_weights_are_read
     await supervisor.close()
 
 
-async def test_the_template_of_a_card_to_come_is_compiled_before_the_card_comes():
+async def test_a_template_is_compiled_before_its_card():
+    """The card comes later."""
     admission = Admission(lambda request, client, low: None)
     text = TextSpec("hf", json.dumps({"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None,
                                       "decoder": None, "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}).encode(), "{% if %}")
@@ -154,7 +159,8 @@ async def test_the_template_of_a_card_to_come_is_compiled_before_the_card_comes(
     await admission.close()
 
 
-async def test_a_worker_that_cannot_be_used_is_left_out_and_without_another_start_up_has_failed():
+async def test_an_unusable_worker_is_left_out():
+    """Without another one start-up has failed."""
     placement = PlayedPlacement(Unusable("no such GPU"))
     supervisor, dispatcher, _ = supervisor_of(placement)
     await asyncio.wait_for(supervisor.keep_alive(placement.workers[0]), 20)     # it is not tried again
@@ -162,7 +168,8 @@ async def test_a_worker_that_cannot_be_used_is_left_out_and_without_another_star
     assert isinstance(supervisor.failure, ConfigError) and supervisor.became_ready.is_set()
 
 
-async def test_a_worker_that_ends_twice_by_the_same_exception_while_it_loads_is_left_out_and_by_another_is_tried_again(caplog):
+async def test_a_worker_failing_alike_twice_is_left_out(caplog):
+    """It ends by one exception while it loads; by another it is tried again."""
     placement, lives = PlayedPlacement(), [("KeyError: 'a'", ""), ("KeyError: 'b'", ""), ("KeyError: 'b'", "Traceback ...")]
     [worker] = placement.workers
     opens = placement.open
@@ -179,7 +186,8 @@ async def test_a_worker_that_ends_twice_by_the_same_exception_while_it_loads_is_
     assert "Traceback" not in caplog.text
 
 
-async def test_so_is_one_that_is_killed_twice_in_the_same_way():
+async def test_a_worker_killed_alike_twice_is_left_out():
+    """So is one that is killed twice in the same way."""
     placement, ends = PlayedPlacement(), ["exit status 1", "killed by SIGBUS", "killed by SIGBUS", "killed by SIGBUS"]
     [worker] = placement.workers
     opens = placement.open
@@ -195,7 +203,8 @@ async def test_so_is_one_that_is_killed_twice_in_the_same_way():
     assert ends == ["killed by SIGBUS"] and "it ended 3 times" in str(supervisor.failure) and "(killed by SIGBUS; " in str(supervisor.failure)
 
 
-async def test_idle_workers_are_unloaded_once_and_a_request_would_still_be_served():
+async def test_idle_workers_are_unloaded_once():
+    """A request would still be served."""
     placement = PlayedPlacement()
     [worker] = placement.workers
     supervisor, dispatcher, _ = supervisor_of(placement, idle_unload=1.0)
@@ -213,7 +222,8 @@ async def test_idle_workers_are_unloaded_once_and_a_request_would_still_be_serve
     assert not supervisor.asleep                # there is nothing to unload
 
 
-async def test_a_local_worker_gets_a_process_and_its_end_is_told():
+async def test_a_local_worker_s_end_is_told():
+    """It has a process."""
     placement = LocalDevices(Settings(num_workers=2, device_type="cpu"), (sys.executable, "-c", "raise SystemExit(3)"))
     worker, other = placement.workers
     await worker.listen(lambda worker, message: None)
@@ -222,7 +232,8 @@ async def test_a_local_worker_gets_a_process_and_its_end_is_told():
     assert worker.process.returncode == 3 and placement.end_in_words(worker) == "exit status 3"
 
 
-async def test_workers_on_ray_follow_the_nodes_and_an_actor_that_nobody_awaits_is_ended():
+async def test_ray_workers_follow_the_nodes():
+    """An actor that nobody awaits is ended."""
     placement, sent, tasks = RayNodes(Settings(ray_address="auto", num_workers=0, device_type="cpu"), ()), [], []
     placement.tell = sent.append
     supervisor = SimpleNamespace(run=lambda what, work: tasks.append(what), keep_alive=print, progress=lambda stage, fraction: tasks.append(stage))

@@ -49,7 +49,7 @@ def about(name, *pictures, text="What is this, and why is it here?", **more):
 
 
 @pytest.mark.parametrize("moment", ["queued", "prefill", "decode", "unsent"])
-async def test_a_worker_that_dies_with_a_picture_changes_no_token(seeing_pool, moment, tmp_path):
+async def test_a_death_with_a_picture_changes_no_token(seeing_pool, moment, tmp_path):
     pool = await seeing_pool(num_workers=2)
     text, tokens, whole = await collect(pool, about("calm", PHOTO))
     assert (await collect(pool, about(f"kill-{moment}-1", PHOTO, picture_of_size(40, 40))))[1] == (await collect(pool, about("calm too", PHOTO, picture_of_size(40, 40))))[1]
@@ -59,7 +59,8 @@ async def test_a_worker_that_dies_with_a_picture_changes_no_token(seeing_pool, m
     await all_ready(pool)
 
 
-async def test_a_worker_that_dies_changes_no_token_where_positions_are_not_those_of_tokens(seeing_pool, tmp_path, tmp_path_factory):
+async def test_a_death_with_own_positions_changes_no_token(seeing_pool, tmp_path, tmp_path_factory):
+    """Positions are not those of tokens there."""
     folder = tmp_path_factory.mktemp("qwen")
     save_qwen(folder, make_qwen("qwen3_5"))
     pool = await seeing_pool(model=str(folder), num_workers=2)
@@ -69,7 +70,8 @@ async def test_a_worker_that_dies_changes_no_token_where_positions_are_not_those
 
 
 @pytest.mark.parametrize("kind", ["lfm2_vl", "gemma3", "gemma4-small"])
-async def test_other_families_too_answer_the_same_after_a_death_and_from_the_cache(seeing_pool, kind, tmp_path, tmp_path_factory):
+async def test_other_families_answer_the_same_again(seeing_pool, kind, tmp_path, tmp_path_factory):
+    """They answer so after a death and from the cache."""
     folder = tmp_path_factory.mktemp(kind)
     save_family(folder, kind, FAMILIES[kind][0]())
     pool = await seeing_pool(model=str(folder), num_workers=2)
@@ -82,7 +84,8 @@ async def test_other_families_too_answer_the_same_after_a_death_and_from_the_cac
     assert cached[1] == tokens and cached[2].usage.cached_tokens > 0 and cached[2].usage.prompt_tokens > 16
 
 
-async def test_usage_counts_the_rows_of_pictures_and_a_second_question_finds_them_cached(seeing_pool):
+async def test_usage_counts_the_rows_of_pictures(seeing_pool):
+    """A second question finds them cached."""
     pool = await seeing_pool(num_workers=1)
     first = (await collect(pool, about("first", PHOTO)))[2].usage
     plain = (await collect(pool, about("plain")))[2].usage
@@ -92,7 +95,8 @@ async def test_usage_counts_the_rows_of_pictures_and_a_second_question_finds_the
     await idle(pool)
 
 
-async def test_more_pictures_than_are_allowed_or_fit_are_refused_before_they_wait(seeing_pool):
+async def test_too_many_pictures_are_refused_unqueued(seeing_pool):
+    """They are more than are allowed or fit."""
     pool = await seeing_pool(num_workers=1, context_length=512)
     with pytest.raises(RequestError, match="17 images; 16 are the most"):
         await collect(pool, about("many", *[PHOTO] * 17))
@@ -110,7 +114,7 @@ async def test_a_text_model_says_that_it_cannot_see(start_pool):
     await idle(pool)
 
 
-async def test_turns_that_are_dropped_take_their_pictures_with_them(seeing_pool):
+async def test_dropped_turns_take_their_pictures_along(seeing_pool):
     pool = await seeing_pool(num_workers=1, context_length=208)
     turn = about("x", PHOTO).messages[0]
     request = asked("cut", messages=(turn, Message("assistant", "It is a cat."), Message("user", "And then? " * 8)), sampling=SamplingParams(temperature=0.0), max_tokens=4, truncate=True)
@@ -118,7 +122,7 @@ async def test_turns_that_are_dropped_take_their_pictures_with_them(seeing_pool)
     await idle(pool)
 
 
-async def test_after_a_restart_a_stored_picture_needs_no_tower(seeing_pool, tmp_path):
+async def test_a_stored_picture_needs_no_tower(seeing_pool, tmp_path):
     """The pages of its rows are found by its digest; of another picture none are, and its answer is that of no store."""
     store = {"num_workers": 1, "prefix_store": str(tmp_path / "store"), "prefix_memory": 0}
     pool = await seeing_pool(**store)
@@ -135,7 +139,7 @@ async def test_after_a_restart_a_stored_picture_needs_no_tower(seeing_pool, tmp_
     assert other[1] != tokens and other[2].usage.cached_tokens < 40
 
 
-async def test_an_answer_about_a_picture_does_not_go_on_with_another_mmproj(seeing_pool, tmp_path):
+async def test_a_picture_s_answer_keeps_its_mmproj(seeing_pool, tmp_path):
     """It belongs to the model's files, named or not. What comes then is of the new one, as in a new server."""
     model = write_qwen(tmp_path, make_qwen("qwen3_vl"))
     (tmp_path / "other").mkdir()

@@ -68,7 +68,7 @@ async def listed(client, url, headers=None):
         return {model["id"]: model for model in (await response.json())["data"]}
 
 
-async def test_an_adapter_is_a_model_of_two_names_beside_its_base(start, base, client, tmp_path):
+async def test_an_adapter_is_a_model_of_two_names(start, base, client, tmp_path):
     """Their answers differ, also from a base that has merged it at load only in its name; no name is unknown twice."""
     one, two = adapter(base, tmp_path / "one", 1), adapter(base, tmp_path / "two", 2)
     pool = await start(f"one={one}", f"two={two}")
@@ -105,7 +105,8 @@ async def test_an_adapter_is_a_model_of_two_names_beside_its_base(start, base, c
         await merged.close()
 
 
-async def test_a_comparison_below_an_adapter_names_other_adapters_of_its_base(start, base, client, tmp_path):
+async def test_a_comparison_names_adapters_of_one_base(start, base, client, tmp_path):
+    """They are others than its own."""
     pool = await start(*(f"{name}={adapter(base, tmp_path / name, seed)}" for seed, name in enumerate(("one", "two"))))
     async with served(pool) as url:
         for model in ("one", "tiny-llama@one", "tiny-llama", ""):
@@ -128,7 +129,7 @@ async def test_a_key_may_be_bound_to_an_adapter(start, base, client, tmp_path):
         assert status == 404
 
 
-async def test_no_name_of_an_adapter_that_is_shown_has_the_path_of_its_base(start, base, client, tmp_path):
+async def test_shown_adapter_names_lack_their_base_s_path(start, base, client, tmp_path):
     """Which a request may use all the same."""
     folder = adapter(base, tmp_path / "one")
     keys = ApiKey.hashed("all", "all"), ApiKey.hashed("bound", "bound", ("one",))
@@ -146,7 +147,7 @@ async def test_no_name_of_an_adapter_that_is_shown_has_the_path_of_its_base(star
             assert (await ask(client, url, f"{base}@one", long, headers=headers, max_tokens=1))[1]["error"]["code"] == "context_length_exceeded"
 
 
-async def test_an_answer_of_an_adapter_goes_on_after_its_worker_has_died(start, base, client, tmp_path):
+async def test_an_adapter_s_answer_outlasts_its_worker(start, base, client, tmp_path):
     folder = adapter(base, tmp_path / "one")
     pool = await start(f"one={folder}", num_workers=2)
     async with served(pool) as url:
@@ -171,7 +172,8 @@ async def test_an_answer_of_an_adapter_goes_on_after_its_worker_has_died(start, 
 
 
 @pytest.mark.parametrize("sizes", by_day([{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}], {"tensor_parallel_size": 2}), ids=lambda sizes: next(iter(sizes)))
-async def test_ranks_give_each_adapter_the_same_text_alone_beside_others_and_after_a_death(sizes, start, base, client, tmp_path):
+async def test_ranks_give_each_adapter_the_same_text(sizes, start, base, client, tmp_path):
+    """It is the same alone, beside others and after a death."""
     words = [f"{name}={adapter(base, tmp_path / name, seed)}" for seed, name in enumerate(("one", "two"))]
     pool = await start(*words, **sizes)
     async with served(pool) as url:
@@ -185,7 +187,8 @@ async def test_ranks_give_each_adapter_the_same_text_alone_beside_others_and_aft
         assert await asyncio.gather(*together) == alone * 2
 
 
-async def test_adapters_come_change_and_go_with_their_folders(start, base, client, tmp_path, monkeypatch, caplog):
+async def test_adapters_come_and_go_with_their_folders(start, base, client, tmp_path, monkeypatch, caplog):
+    """They change with them too."""
     monkeypatch.setattr(AdapterWatch, "WATCH_S", 0.05)
     watched = tmp_path / "adapters"
     adapter(base, watched / "first", 1)
@@ -231,7 +234,7 @@ async def test_adapters_come_change_and_go_with_their_folders(start, base, clien
     ("latest={}", "may not be called \"latest\""), ("12={}", "neither `latest` nor a number"), ("a/b={}", "may not be called"),
     ("={}", "may not be called"), ("one=", "names no folder"), ("one={}/none", "there is no such folder"), ("one={}/file", "not a folder"),
     ("{}/good", "an adapter needs a name: good="), ("one={}", "there is no adapter_config.json with an adapter_model.safetensors")])
-def test_what_is_wrong_with_the_flag_is_one_line(word, message, base, tmp_path):
+def test_a_wrong_adapter_flag_is_one_line(word, message, base, tmp_path):
     adapter(base, tmp_path / "good")
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=message) as caught:
@@ -239,7 +242,7 @@ def test_what_is_wrong_with_the_flag_is_one_line(word, message, base, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-async def test_a_server_does_not_start_with_an_adapter_that_it_cannot_serve(start, base, tmp_path):
+async def test_an_unusable_adapter_ends_the_start(start, base, tmp_path):
     good = adapter(base, tmp_path / "good")
     for words, message in (
             ([f"one={good}", f"one={good}"], "has the name one too"), ([f"tiny-llama={good}"], "the model has the name tiny-llama"),
@@ -250,7 +253,7 @@ async def test_a_server_does_not_start_with_an_adapter_that_it_cannot_serve(star
             await start(*words)
 
 
-def test_a_table_of_the_configuration_names_adapters(base, tmp_path):
+def test_a_configuration_table_names_adapters(base, tmp_path):
     config = tmp_path / "config.toml"
     config.write_text(f'model = "{base}"\n[adapter]\none = "/a"\ntwo = "/b"\n')
     assert parse_command_line(["--config", str(config)], {}).adapter == ("one=/a", "two=/b")

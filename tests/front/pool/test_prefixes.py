@@ -39,7 +39,8 @@ async def answer(pool, name, **changes):
     return text, done.usage.cached_tokens
 
 
-async def test_a_prefix_outlives_unloading_and_the_death_of_its_worker(start_pool):
+async def test_a_prefix_outlives_its_worker(start_pool):
+    """It outlives unloading too."""
     pool = await start_pool(verbose=True)
     text, before = await answer(pool, "first")
     assert before == 0
@@ -55,7 +56,7 @@ async def test_a_prefix_outlives_unloading_and_the_death_of_its_worker(start_poo
     assert pool.stats()["prefixes"]["memory_bytes"] > 0 and any("outlive" in line for line in pool.describe())
 
 
-async def test_another_replica_reads_what_a_dead_one_has_kept(start_pool):
+async def test_a_replica_reads_what_a_dead_one_kept(start_pool):
     pool = await start_pool(num_workers=2)
     text, _ = await answer(pool, "first")
     [worker] = [worker for worker in pool.workers if worker.prefixes]
@@ -68,7 +69,7 @@ async def test_another_replica_reads_what_a_dead_one_has_kept(start_pool):
     assert again == text and cached > 200 and other.gauges["restored_tokens"] == cached
 
 
-async def test_a_second_model_drafts_for_a_prompt_that_was_restored(start_pool, tmp_path, nanochat_fixtures, monkeypatch):
+async def test_a_second_model_drafts_after_a_restore(start_pool, tmp_path, nanochat_fixtures, monkeypatch):
     """It has no pages of the prompt, and computes it."""
     monkeypatch.setenv("STRUCK", str(tmp_path))
     (tmp_path / "draft-always").touch()
@@ -86,7 +87,8 @@ async def test_a_second_model_drafts_for_a_prompt_that_was_restored(start_pool, 
     assert cached > 200
 
 
-async def test_a_server_restores_what_one_before_has_stored_for_the_same_owner_alone(start_pool, tmp_path):
+async def test_a_server_restores_its_predecessor_s_store(start_pool, tmp_path):
+    """The same owner alone has it."""
     pool = await start_pool(prefix_store=str(tmp_path / "store"), prefix_memory=0)
     text, _ = await answer(pool, "first", owner="alice")
     await pool.close()
@@ -102,7 +104,7 @@ async def test_a_server_restores_what_one_before_has_stored_for_the_same_owner_a
         assert any(restored) == found
 
 
-async def test_two_servers_use_one_folder_at_the_same_time(start_pool, tmp_path):
+async def test_two_servers_use_one_folder_at_once(start_pool, tmp_path):
     one, other = [await start_pool(prefix_store=str(tmp_path), prefix_memory=0) for _ in range(2)]
     await answer(other, "before", owner="else")     # it has looked into the store, which was empty
     text, _ = await answer(one, "first")
@@ -117,7 +119,8 @@ FLAGS = {"dtype": {"dtype": "bfloat16"}, "kv": {"kv_cache_dtype": "bfloat16"}, "
 
 
 @pytest.mark.parametrize("name", by_day(FLAGS, "kv", "arithmetic"))
-async def test_after_a_restart_with_other_flags_nothing_is_restored_and_answers_are_those_of_no_store(start_pool, tmp_path, name):
+async def test_other_flags_restore_nothing(start_pool, tmp_path, name):
+    """Answers after the restart are those of no store."""
     changes, store = FLAGS[name], {"prefix_store": str(tmp_path), "prefix_memory": 0}
 
     async def once(**flags):
@@ -150,7 +153,8 @@ async def asked_by(start_pool, client, keys, questions, **flags):
     return [cached > 200 for _, cached in found]
 
 
-async def test_a_key_neither_reads_nor_notices_what_another_has_asked(start_pool, client, tmp_path):
+async def test_a_key_notices_no_other_key_s_prefixes(start_pool, client, tmp_path):
+    """It does not read them either."""
     keys = tuple(ApiKey.hashed(name, name) for name in ("alice", "bob"))
     store = {"prefix_store": str(tmp_path / "store")}
     assert await asked_by(start_pool, client, keys, ["alice"], **store) == [False]
@@ -174,14 +178,15 @@ async def test_pages_of_another_type_are_never_restored(start_pool, tmp_path):
         await pool.close()
 
 
-async def test_without_memory_for_prefixes_nothing_is_kept(start_pool):
+async def test_without_prefix_memory_nothing_is_kept(start_pool):
     pool = await start_pool(prefix_memory=0, verbose=True)
     await answer(pool, "first")
     pool.supervisor.unload()
     assert (await answer(pool, "after unloading"))[1] == 0 and not any("outlive" in line for line in pool.describe())
 
 
-def test_how_much_memory_prefixes_get():
+def test_settings_say_how_much_prefixes_get():
+    """They say how much memory."""
     assert memory_for(Settings(prefix_memory=5 << 20)) == 5 << 20 and memory_for(Settings(command="chat")) == 0
     assert memory_for(Settings(prefix_memory=0, prefix_store="x")) == STAGING_BYTES and memory_for(Settings(ray_address="auto")) == 0
     assert 0 < memory_for(Settings()) < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 10
@@ -189,7 +194,8 @@ def test_how_much_memory_prefixes_get():
     assert [str(store_place(text)[0]) for text in ("a:b", "a:2G", "a:b:1G")] == ["a:b", "a", "a:b"]
 
 
-def test_the_memory_of_prefixes_is_part_of_models_memory(nanochat_fixtures):
+def test_prefixes_count_in_models_memory(nanochat_fixtures):
+    """The memory of prefixes is part of models memory."""
     several = ModelChoice(str(nanochat_fixtures / "gen1")), ModelChoice(str(nanochat_fixtures / "gen5"))
     for prefix_memory, kept in ((None, 10 << 20), (30 << 20, 30 << 20), (0, 0)):
         residency = Residency(0)
@@ -203,12 +209,13 @@ def test_the_memory_of_prefixes_is_part_of_models_memory(nanochat_fixtures):
     ({"tensor_parallel_size": 2, "prefix_store": "/nowhere/x"}, "--prefix-store: prefixes .* several ranks"),
     ({"device_type": "mps", "prefix_memory": 5}, "--prefix-memory: prefixes .* a GPU"), ({"ray_address": "auto", "prefix_memory": 5}, "Ray"),
     ({"tensor_parallel_size": 2}, None)])
-def test_where_nothing_can_outlive_a_worker_the_log_says_why_if_it_was_asked_for(flags, why, caplog):
+def test_useless_prefix_flags_log_why(flags, why, caplog):
+    """Nothing can outlive a worker there; nobody is told who did not ask for it."""
     assert Prefixes(Settings(**flags)).bytes == 0
     assert [bool(re.search(why or "", record.getMessage())) for record in caplog.records] == [True] * bool(why)
 
 
-def test_a_folder_that_cannot_be_trusted_is_refused(tmp_path):
+def test_an_untrusted_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="--prefix-store .*file: it is not a folder"):
         Prefixes(Settings(prefix_store=str(tmp_path / "file")))
@@ -234,7 +241,8 @@ def answered(url, body):
     return reply["choices"][0]["message"]["content"], reply["usage"]["prompt_tokens_details"]["cached_tokens"]
 
 
-def test_a_server_that_ends_stores_its_prefixes_and_the_command_store_lists_them(nanochat_fixtures, tmp_path):
+def test_a_server_stores_its_prefixes_at_its_end(nanochat_fixtures, tmp_path):
+    """The command store lists them."""
     flags = nanochat_fixtures / "gen5", "--dtype", "float32", "--prefix-store", f"{tmp_path}:100M", "-v"
     with server(*flags, log=(log := [])) as (process, url):
         first = [answered(url, long_question(number)) for number in range(4)]
@@ -264,7 +272,7 @@ def get_text(url):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)       # seven servers
-def test_servers_killed_at_random_moments_leave_a_store_that_is_right(default_model_path, tmp_path):
+def test_killed_servers_leave_a_right_store(default_model_path, tmp_path):
     """The default model: reading what it takes a second to compute is worth it on any disk."""
     dice, expected = random.Random(5), {}
     for kv in ("auto", "q8_0"):

@@ -11,7 +11,8 @@ async def events_of(pool, **more):
     return [event async for event in pool.answer(asked(messages=LONG, max_tokens=3, **more))]
 
 
-async def test_a_prompt_is_read_step_by_step_and_only_who_asks_is_told(start_pool):
+async def test_a_prompt_is_read_step_by_step(start_pool):
+    """Only who asks is told."""
     pool = await start_pool(prefill_chunk=16)
     asked, silent = await events_of(pool, id="a", progress=True), await events_of(pool, id="b")
     told = [event for event in asked if isinstance(event, PromptProgress)]
@@ -23,7 +24,7 @@ async def test_a_prompt_is_read_step_by_step_and_only_who_asks_is_told(start_poo
     assert [piece.text for piece in asked if isinstance(piece, Piece)]
 
 
-async def test_who_waits_is_told_the_position_in_the_queue(start_pool):
+async def test_who_waits_is_told_the_queue_position(start_pool):
     pool = await start_pool(max_batch=1, prefill_chunk=16)
     holding = pool.answer(asked(id="first", messages=(Message("user", "Hi"),), max_tokens=10_000, ignore_eos=True))
     await anext(holding)
@@ -38,7 +39,8 @@ async def test_who_waits_is_told_the_position_in_the_queue(start_pool):
         assert isinstance(rest[-1], Finished) and all(event.queue_position < 2 for event in rest if isinstance(event, PromptProgress))
 
 
-async def test_the_length_of_a_short_prompt_is_told_before_the_first_token(start_pool, client):
+async def test_a_short_prompt_s_length_is_told_first(start_pool, client):
+    """It is told before the first token."""
     pool = await start_pool()
     async with serving(pool) as url:
         body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "stream": True, "stream_options": {"include_usage": True}}
@@ -50,7 +52,8 @@ async def test_the_length_of_a_short_prompt_is_told_before_the_first_token(start
     assert not any("progress" in event for event in without)
 
 
-async def test_both_apis_show_it_and_a_whole_answer_does_not(start_pool, client):
+async def test_both_apis_show_progress(start_pool, client):
+    """A whole answer does not."""
     pool = await start_pool(prefill_chunk=16)
     async with serving(pool) as url:
         for route, more in (("/chat/completions", {}), ("/v1/chat/completions", {"stream": True})):

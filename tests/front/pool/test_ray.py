@@ -88,7 +88,7 @@ async def answers(pool, *requests):
 
 
 @pytest.mark.slow
-async def test_replicas_on_two_nodes_serve_as_local_ones_do(cluster, start_pool):
+async def test_replicas_on_two_nodes_serve_as_local_ones(cluster, start_pool):
     local = await start_pool()
     pool = await cluster({"a": 1, "b": 2})
     requests = [greedy(f"{index}", text=f"hello {index}") for index in range(6)]
@@ -99,7 +99,8 @@ async def test_replicas_on_two_nodes_serve_as_local_ones_do(cluster, start_pool)
     assert any("nanochat" in line for line in pool.describe())      # the nodes found the model, not the front
 
 
-async def test_a_node_that_dies_in_mid_answer_changes_no_text_and_one_that_comes_serves(cluster, start_pool, tmp_path):
+async def test_a_node_that_dies_changes_no_text(cluster, start_pool, tmp_path):
+    """It dies in mid answer; one that comes serves."""
     cache = tmp_path / "cache"
     [wanted] = await answers(await start_pool(), greedy("local", 200, ignore_eos=True))
     pool = await cluster({"a": 1, "b": 1})
@@ -120,7 +121,8 @@ async def test_a_node_that_dies_in_mid_answer_changes_no_text_and_one_that_comes
 
 
 @pytest.mark.slow
-async def test_who_waits_for_a_row_is_told_the_position_as_on_one_machine(cluster):
+async def test_on_ray_who_waits_is_told_the_position(cluster):
+    """It is as on one machine."""
     pool = await cluster({"a": 1}, max_batch=1)
     holding = pool.answer(greedy("first", 10_000, ignore_eos=True))
     assert await anext(holding) and await anext(holding)
@@ -134,7 +136,8 @@ async def test_who_waits_for_a_row_is_told_the_position_as_on_one_machine(cluste
 
 
 @pytest.mark.slow
-async def test_a_replica_of_two_ranks_is_on_one_node_that_has_cpus_for_both(cluster):
+async def test_two_ranks_are_on_one_node(cluster):
+    """It has CPUs for both."""
     pool = await cluster({"a": 1, "b": 2}, tensor_parallel_size=2)
     [worker] = pool.workers
     assert worker.node == "host of b" and "2 ranks (--pp 1 --tp 2)" in worker.place
@@ -142,7 +145,8 @@ async def test_a_replica_of_two_ranks_is_on_one_node_that_has_cpus_for_both(clus
 
 
 @pytest.mark.slow
-async def test_without_its_head_what_runs_goes_on_and_new_places_wait(cluster):
+async def test_without_its_head_a_cluster_goes_on(cluster):
+    """New places wait."""
     pool = await cluster({"a": 1})
     lost = []
 
@@ -158,7 +162,7 @@ async def test_without_its_head_what_runs_goes_on_and_new_places_wait(cluster):
     assert pool.stats()["ray"]["state"] == "connected" and pool.workers[0].restarts == 0
 
 
-async def test_a_cluster_that_is_not_there_is_a_config_error(cluster):
+async def test_a_missing_cluster_is_a_config_error(cluster):
     pool = await cluster(None, wait=False)
     with pytest.raises(ConfigError, match="--ray-address auto: Could not find any running Ray instance"):
         await pool.wait_ready()
@@ -172,7 +176,8 @@ async def test_a_node_without_the_model_is_named(cluster, tmp_path):
 
 
 @pytest.mark.slow
-async def test_no_node_yet_is_a_state_and_the_first_that_comes_serves(cluster):
+async def test_the_first_node_that_comes_serves(cluster):
+    """That there is none yet is a state."""
     pool = await cluster({}, wait=False)
     await until(lambda: "waiting for a node" in pool.supervisor.loading[0])
     cluster.set_nodes(late=1)
@@ -190,7 +195,8 @@ async def test_no_node_yet_is_a_state_and_the_first_that_comes_serves(cluster):
     ({"device_type": "cpu", "num_workers": 0}, [("a", 4, 2)], (1, ["a4"])),
     ({"tensor_parallel_size": 2}, [("a", 4, 5), ("c", 8, 1)], (2, ["a0", "a0"])),
     ({"tensor_parallel_size": 2, "num_workers": 0}, [("a", 1, 0), ("c", 3, 0)], (1, ["c3"]))])
-def test_shares_of_nodes_are_gpus_or_whole_nodes_and_spread(changes, nodes, expected):
+def test_node_shares_are_gpus_or_whole_nodes(changes, nodes, expected):
+    """They are spread."""
     wanted, shares = node_shares(Settings(ray_address="auto", **changes), [Node(name, name, cpus, gpus) for name, cpus, gpus in nodes])
     assert (wanted, [f"{share.node.id}{share.cpus:g}" for share in shares]) == expected
 
@@ -255,7 +261,8 @@ async def exchange(actor, port, secret, tls=""):
     return heard
 
 
-def test_actors_that_are_asked_for_before_ray_runs_are_left_for_it(monkeypatch):
+def test_early_actors_are_left_for_ray(monkeypatch):
+    """They are asked for before Ray runs."""
     ours, theirs = (Channel(end, RAY_PIPE) for end in socket.socketpair())
     patch(monkeypatch, child, "join_parent", lambda *arguments: theirs)
     patch(monkeypatch, errors, "require_library", lambda name, purpose: (_ for _ in ()).throw(ConfigError("no ray")))
@@ -268,7 +275,8 @@ def test_actors_that_are_asked_for_before_ray_runs_are_left_for_it(monkeypatch):
         channel.connection.close()
 
 
-async def test_messages_pass_once_both_know_the_secret_after_others_were_refused(waiting_worker):
+async def test_messages_pass_once_both_know_the_secret(waiting_worker):
+    """Others were refused before."""
     process, port, secret = waiting_worker()
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await actor_of_front().connect(ActorAddress("x", "127.0.0.1", port, SECRET.hex()), "")
@@ -283,7 +291,7 @@ async def test_messages_pass_once_both_know_the_secret_after_others_were_refused
     actor.writer.close()
 
 
-async def test_a_worker_that_does_not_know_the_secret_is_told_nothing():
+async def test_a_worker_without_the_secret_learns_nothing():
     told = []
 
     async def impostor(reader, writer):
@@ -301,7 +309,8 @@ async def test_a_worker_that_does_not_know_the_secret_is_told_nothing():
     assert told[1] == b""
 
 
-async def test_with_certificates_it_is_tls_and_another_authority_is_refused(waiting_worker, certificates):
+async def test_certificates_make_it_tls(waiting_worker, certificates):
+    """Another authority is refused."""
     ours, others = certificates
     process, port, secret = waiting_worker(ours)
     for tls in (others, ""):
@@ -315,7 +324,8 @@ async def test_with_certificates_it_is_tls_and_another_authority_is_refused(wait
 
 
 @pytest.mark.parametrize("frame", [b"GET / HTTP/1.1\r\n\r\n", WORKER_PIPE.packed(Ping()), HEADER.pack(0, 3) + b"[5]"])
-def test_a_worker_refuses_a_first_frame_of_garbage_in_one_line(frame):
+def test_a_garbage_frame_is_refused_in_one_line(frame):
+    """It is the first frame of a worker."""
     with subprocess.Popen([*PROCESS_COMMAND, "worker", "127.0.0.1,", str(os.getpid())], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         port, secret = json.loads(process.stdout.readline())
         with dial("127.0.0.1", port, bytes.fromhex(secret)) as front:
@@ -325,7 +335,8 @@ def test_a_worker_refuses_a_first_frame_of_garbage_in_one_line(frame):
         assert line.startswith(b"the other end of the connection sends messages that are not ours: ")
 
 
-def test_a_folder_without_certificates_is_a_config_error(tmp_path):
+def test_a_folder_without_certificates_is_refused(tmp_path):
+    """It is a config error."""
     with pytest.raises(ConfigError, match="--ray-tls .*ca.pem"):
         tls_context(str(tmp_path), False)
     assert tls_context("", True) is None and ssl.HAS_TLSv1_3

@@ -17,7 +17,8 @@ def clock(monkeypatch):
     return clock
 
 
-async def test_models_are_loaded_when_asked_as_far_as_the_bytes_suffice(clock):
+async def test_models_load_as_far_as_bytes_suffice(clock):
+    """They are loaded when asked for."""
     models = Models(clock, 10, {"a": 4, "b": 6, "c": 1})
     assert models.settle() == ""
     models.ask("a"), models.ask("b")
@@ -27,7 +28,7 @@ async def test_models_are_loaded_when_asked_as_far_as_the_bytes_suffice(clock):
     assert models.settle() == "ab"      # both answer
 
 
-async def test_of_idle_models_the_one_not_used_for_longest_leaves_first(clock):
+async def test_the_longest_idle_model_leaves_first(clock):
     models = Models(clock, 10, {"a": 4, "b": 4, "c": 4})
     models.serve("a"), models.serve("b")
     models.settle(5)
@@ -37,7 +38,7 @@ async def test_of_idle_models_the_one_not_used_for_longest_leaves_first(clock):
     assert models.settle() == "ac"
 
 
-async def test_an_idle_model_keeps_its_place_for_its_time_too(clock):
+async def test_an_idle_model_keeps_its_place_in_its_time(clock):
     models = Models(clock, 10, {"a": 8, "b": 8})
     models.serve("a", seconds=4)
     models.ask("b")
@@ -46,7 +47,8 @@ async def test_an_idle_model_keeps_its_place_for_its_time_too(clock):
     assert models.settle() == "b"
 
 
-async def test_no_model_leaves_that_does_not_make_enough_room(clock):
+async def test_no_model_leaves_for_too_little_room(clock):
+    """No model leaves that does not make enough room."""
     models = Models(clock, 10, {"a": 4, "b": 6, "c": 10})
     models.serve("a")
     running = models.answering("b")
@@ -59,7 +61,8 @@ async def test_no_model_leaves_that_does_not_make_enough_room(clock):
     assert models.settle() == "c"
 
 
-async def test_an_answer_under_way_is_never_cut_and_two_large_models_take_turns(clock):
+async def test_no_running_answer_is_cut_for_a_load(clock):
+    """Two large models take turns."""
     models = Models(clock, 10, {"a": 8, "b": 8})
     job = models.answering("a", seconds=4)
     waiting = models.ask("b")
@@ -83,7 +86,8 @@ async def test_an_answer_under_way_is_never_cut_and_two_large_models_take_turns(
     assert late.worker is not None
 
 
-async def test_a_model_that_took_long_to_load_keeps_its_place_for_as_long(clock):
+async def test_a_slow_load_keeps_its_place_as_long(clock):
+    """A model that took long to load keeps its place for as long."""
     models = Models(clock, 10, {"a": 8, "b": 8})
     models.answering("a", seconds=60)
     models.ask("b")
@@ -93,7 +97,8 @@ async def test_a_model_that_took_long_to_load_keeps_its_place_for_as_long(clock)
     assert models.by_name["a"].leaving
 
 
-async def test_first_comes_who_waits_longest_and_small_ones_do_not_take_what_it_waits_for(clock):
+async def test_who_waits_longest_comes_first(clock):
+    """Small ones do not take what it waits for."""
     models = Models(clock, 10, {"a": 8, "b": 9, "c": 2, "d": 1})
     job = models.answering("a")
     models.ask("b")
@@ -111,7 +116,8 @@ async def test_first_comes_who_waits_longest_and_small_ones_do_not_take_what_it_
 PAGED = {name: {"cache": 3} for name in "ab"}
 
 
-async def test_kv_pages_of_idle_models_go_before_weights_where_they_suffice(clock):
+async def test_idle_kv_pages_go_before_weights(clock):
+    """They go alone where they suffice."""
     models = Models(clock, 16, {"a": 8, "b": 8, "c": 2}, **PAGED)
     a, b = models.by_name["a"], models.by_name["b"]
     models.serve("a"), models.serve("b")
@@ -135,7 +141,8 @@ async def test_kv_pages_of_idle_models_go_before_weights_where_they_suffice(cloc
     assert a.emptying
 
 
-async def test_weights_go_only_of_those_whose_kv_pages_do_not_suffice(clock):
+async def test_weights_go_where_kv_pages_do_not_suffice(clock):
+    """Only those models lose theirs."""
     models = Models(clock, 16, {"a": 8, "b": 8, "c": 10, "d": 16}, **PAGED)
     models.serve("a"), models.serve("b")
     models.settle(12)
@@ -150,7 +157,8 @@ async def test_weights_go_only_of_those_whose_kv_pages_do_not_suffice(clock):
     assert models.settle() == "d" and not models.by_name["b"].emptied
 
 
-async def test_a_model_whose_worker_keeps_its_kv_pages_leaves_whole_and_is_not_asked_again(clock):
+async def test_a_model_that_keeps_its_pages_leaves_whole(clock):
+    """Its worker keeps its KV pages, and is not asked again."""
     models = Models(clock, 10, {"a": 8, "c": 4}, a=PAGED["a"])
     for _ in range(2):
         models.serve("a")
@@ -166,7 +174,8 @@ async def test_a_model_whose_worker_keeps_its_kv_pages_leaves_whole_and_is_not_a
         models.settle(12)
 
 
-async def test_a_request_that_comes_while_kv_pages_go_waits_and_a_worker_that_dies_then_changes_nothing(clock):
+async def test_a_request_waits_while_kv_pages_go(clock):
+    """A worker that dies then changes nothing."""
     models = Models(clock, 10, {"a": 8, "c": 4}, a=PAGED["a"])
     a = models.by_name["a"]
     models.serve("a")
@@ -189,7 +198,8 @@ async def test_a_request_that_comes_while_kv_pages_go_waits_and_a_worker_that_di
     assert models.by_name["c"].leaving and job.worker is None
 
 
-async def test_a_pinned_model_is_loaded_at_once_and_stays(clock):
+async def test_a_pinned_model_is_loaded_and_stays(clock):
+    """It is loaded at once."""
     models = Models(clock, 10, {"a": 8, "b": 8, "c": 2}, a={"pinned": True})
     assert models.settle() == "a"
     models.load("a")
@@ -206,7 +216,7 @@ async def test_an_idle_model_leaves_after_its_own_time(clock):
     assert models.settle() == "b"
 
 
-async def test_the_time_of_an_idle_model_begins_when_its_last_answer_ends(clock):
+async def test_idle_time_begins_with_the_last_answer_s_end(clock):
     models = Models(clock, 10, {"a": 2, "b": 2}, a={"idle_s": 30})
     models.serve("a"), models.serve("b")
     job = models.ask("a")
@@ -217,7 +227,8 @@ async def test_the_time_of_an_idle_model_begins_when_its_last_answer_ends(clock)
     assert models.settle() == "b"
 
 
-async def test_a_model_that_dies_while_it_leaves_comes_back_for_its_answer(clock):
+async def test_a_model_that_dies_leaving_comes_back(clock):
+    """It comes back for its answer."""
     models = Models(clock, 10, {"a": 8, "b": 8})
     job = models.answering("a")
     waiting = models.ask("b")
@@ -235,7 +246,7 @@ async def test_a_model_that_dies_while_it_leaves_comes_back_for_its_answer(clock
     assert job.worker is not None and job.failovers == 1
 
 
-async def test_a_request_for_a_model_that_gave_up_its_kv_pages_is_seen_at_once(clock):
+async def test_a_request_after_lost_pages_is_seen_at_once(clock):
     """The clock stands still, so only what wakes the loop can."""
     models = Models(clock, 10, {"a": 8, "c": 4}, a=PAGED["a"])
     models.serve("a")
@@ -259,7 +270,8 @@ async def test_a_request_for_a_model_that_gave_up_its_kv_pages_is_seen_at_once(c
     assert job.worker is not None
 
 
-async def test_an_answer_whose_worker_died_is_seen_at_once_by_who_gives_models_their_turns(clock):
+async def test_a_dead_worker_s_answer_is_seen_at_once(clock):
+    """Who gives models their turns sees it."""
     models = Models(clock, 10, {"a": 8})
     models.answering("a")
     models.residency.changed.clear()
@@ -269,7 +281,8 @@ async def test_an_answer_whose_worker_died_is_seen_at_once_by_who_gives_models_t
     assert models.residency.changed.is_set()
 
 
-async def test_a_model_that_only_computes_for_low_priority_leaves_before_an_idle_one_that_was_asked(clock):
+async def test_a_background_model_leaves_first(clock):
+    """It computes for low priority only; an idle one that was asked stays."""
     models = Models(clock, 10, {"asked": 5, "scored": 5, "new": 5})
     models.serve("asked")
     models.serve("scored")
@@ -280,7 +293,8 @@ async def test_a_model_that_only_computes_for_low_priority_leaves_before_an_idle
     assert models.by_name["scored"].leaving and not models.by_name["asked"].leaving and job.worker is not None
 
 
-async def test_where_an_adapter_comes_to_a_loaded_model_others_leave_until_the_bytes_suffice(clock):
+async def test_an_adapter_makes_others_leave(clock):
+    """It comes to a loaded model; they leave until the bytes suffice."""
     models = Models(clock, 10, {"a": 5, "b": 5}, **PAGED)
     models.serve("a"), models.serve("b")
     models.settle(12)

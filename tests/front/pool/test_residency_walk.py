@@ -178,7 +178,8 @@ class Walk(RuleBasedStateMachine):
         assert not self.jobs, f"requests that wait for ever: {[(job.id, place.stay) for job in self.jobs for place in self.models.by_name.values()]}"
 
 
-def test_whatever_happens_no_request_waits_for_ever_no_answer_is_cut_and_the_bytes_suffice():
+def test_no_request_waits_for_ever():
+    """Whatever happens, no answer is cut and the bytes suffice."""
     run_state_machine_as_test(Walk, settings=settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True))
 
 

@@ -52,7 +52,8 @@ async def until(condition):
             await asyncio.sleep(0.01)
 
 
-async def test_a_model_that_does_not_fit_beside_a_pinned_one_is_refused_again_whenever_it_is_tried(start_pinned, nanochat_fixtures, client, caplog):
+async def test_a_model_too_large_beside_a_pin_is_refused(start_pinned, nanochat_fixtures, client, caplog):
+    """Each later try is refused too."""
     models = await start_pinned(ModelChoice(str(nanochat_fixtures / "gen5"), "other"))
     models.RETRY_S = 0.0
     async with serving(models, models.settings) as url:
@@ -65,7 +66,8 @@ async def test_a_model_that_does_not_fit_beside_a_pinned_one_is_refused_again_wh
     assert len([line for line in caplog.messages if "other cannot be served" in line]) == 1
 
 
-async def test_a_new_file_and_a_new_checkpoint_that_do_not_fit_are_refused(start_pinned, nanochat_fixtures, client, tmp_path, caplog):
+async def test_new_files_that_do_not_fit_are_refused(start_pinned, nanochat_fixtures, client, tmp_path, caplog):
+    """A new checkpoint is too."""
     caplog.set_level(logging.INFO, logger="chat_server")
     (tmp_path / "models").mkdir()
     shutil.copytree(nanochat_fixtures / "gen1" / "tokenizer", tmp_path / "run" / "tokenizer")
@@ -81,7 +83,7 @@ async def test_a_new_file_and_a_new_checkpoint_that_do_not_fit_are_refused(start
 
 
 @pytest.mark.parametrize("pinned", [False, True])
-async def test_an_adapter_that_grows_beyond_the_memory_is_refused_and_its_base_and_old_version_go_on(
+async def test_an_adapter_beyond_memory_is_refused(
         pinned, started, client, tmp_path, monkeypatch, caplog):
     """Below --models, of a base that is pinned or is not; the same for a new adapter."""
     monkeypatch.setattr(FolderWatch, "WATCH_S", 0.05)
@@ -110,7 +112,7 @@ async def test_an_adapter_that_grows_beyond_the_memory_is_refused_and_its_base_a
         await until(lambda: place.pool.adapters.serving["law"] is not old)      # a smaller one fits
 
 
-def test_an_adapter_that_takes_more_in_a_worker_than_it_seemed_to_is_refused_when_that_is_known(tmp_path, caplog):
+def test_an_adapter_larger_than_it_seemed_is_refused(tmp_path, caplog):
     """The worker drops it; its older version goes on."""
     files = [adapter_at(random_adapter(tmp_path / name, 1, {"self_attn.q_proj": (64, 64)}), "law") for name in ("old", "new")]
     pool = played_pool()
@@ -143,7 +145,8 @@ class Places:
         self.residency.admit(self.place(name, size, **options))
 
 
-def test_every_model_that_is_admitted_fits_beside_the_pinned_ones_in_whatever_order_they_come():
+def test_every_admitted_model_fits_beside_the_pins():
+    """They may come in any order."""
     places = Places(100)
     places.admit("a", 60, pinned=True)
     places.admit("b", 40)
@@ -158,7 +161,8 @@ def test_every_model_that_is_admitted_fits_beside_the_pinned_ones_in_whatever_or
 
 
 @pytest.mark.parametrize("grows, more, fits", [("a", 10, True), ("a", 11, False), ("b", 10, True), ("b", 11, False), ("c", 20, True), ("c", 21, False)])
-def test_a_pinned_model_that_grows_leaves_room_for_the_largest_other(grows, more, fits):
+def test_a_growing_pin_leaves_room_for_the_largest(grows, more, fits):
+    """The largest other model has room."""
     places = Places(100)
     places.admit("a", 60, pinned=True)
     places.admit("b", 30)
@@ -172,7 +176,7 @@ def test_a_pinned_model_that_grows_leaves_room_for_the_largest_other(grows, more
     assert len(places.residency.shares) == 3
 
 
-async def test_a_pinned_model_that_could_not_be_read_at_first_may_not_displace_what_serves(start_pinned, nanochat_fixtures, client, tmp_path):
+async def test_a_late_pin_displaces_nothing(start_pinned, nanochat_fixtures, client, tmp_path):
     """It is tried again when its file is whole."""
     folder = shutil.copytree(nanochat_fixtures / "gen5", tmp_path / "gen5")
     [weights] = folder.rglob("model_*.pt")

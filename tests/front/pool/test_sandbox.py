@@ -107,7 +107,8 @@ def ask(name, text="hello", **more):
 
 
 @pytest.mark.parametrize("how", by_day(["response_format", "tools", "large"], "tools"))
-async def test_a_schema_that_would_take_the_machine_is_a_400_and_others_go_on(open_pool, how):
+async def test_a_greedy_schema_is_a_400(open_pool, how):
+    """It would take the machine; others go on."""
     pool = await open_pool()
     pool.tokenizer.tool_format = "tagged"
     schema = many_patterns(24)
@@ -130,7 +131,8 @@ async def test_a_schema_that_would_take_the_machine_is_a_400_and_others_go_on(op
     assert not pool.admission.preparing and not pool.dispatcher.jobs
 
 
-async def test_schemas_are_checked_after_the_limits_of_queue_and_key(open_pool):
+async def test_schemas_are_checked_after_the_limits(open_pool):
+    """They are those of queue and key."""
     pool = await open_pool(Settings(max_concurrent_per_key=1, max_queue=0, max_batch=1))
     hostile = ask("a", client="me", grammar=json_grammar(many_patterns(24), ""))
     first = asyncio.ensure_future(said(pool, hostile))
@@ -157,12 +159,14 @@ async def test_a_grammar_is_checked_once_for_each_owner(open_pool, monkeypatch):
     assert checked == ["a", "b"]
 
 
-async def test_requests_that_are_read_do_not_count_as_waiting_while_rows_are_free(open_pool):
+async def test_requests_being_read_do_not_count_as_waiting(open_pool):
+    """This holds while rows are free."""
     pool = await open_pool(Settings(max_queue=0, max_batch=8))
     assert len(await asyncio.gather(*(said(pool, ask(str(number))) for number in range(8)))) == 8
 
 
-async def test_large_bodies_may_come_under_the_same_id_of_several_clients(open_pool, monkeypatch):
+async def test_clients_may_share_an_id(open_pool, monkeypatch):
+    """Their large bodies come under the same one."""
     pool, bodies = await open_pool(), [json.dumps({"messages": [{"role": "user", "content": text}]}).encode() for text in "abc"]
     patch(monkeypatch, config, "LIMITS", replace(config.LIMITS, inline_bytes=10))
     async with serving(pool) as url, aiohttp.ClientSession(headers={"X-Request-Id": "order-1"}) as session:
@@ -175,7 +179,8 @@ async def test_large_bodies_may_come_under_the_same_id_of_several_clients(open_p
 @pytest.mark.parametrize("template", by_day([
     SLOW_TEMPLATE, "{{ 'a' * 10000000000 }}", "{% for i in range(9999) %}{{ 'a' * 100000 }}{% endfor %}",
     "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "{{ '%10000000000d' % 1 }}"], SLOW_TEMPLATE, "{{ 'a' * 10000000000 }}"))
-async def test_a_template_that_takes_too_much_is_refused_and_the_server_starts(open_pool, template, caplog):
+async def test_a_greedy_template_is_refused(open_pool, template, caplog):
+    """It takes too much, and the server starts."""
     pool = await open_pool(chat_template=template)
     assert pool.ready and "chats may be refused" in caplog.text
     with pytest.raises(RequestError, match="too complex|template refused|too long|tokens and the context"):
@@ -184,7 +189,7 @@ async def test_a_template_that_takes_too_much_is_refused_and_the_server_starts(o
 
 
 @pytest.mark.slow
-async def test_what_compiling_a_template_takes_counts_against_no_request(open_pool):
+async def test_compiling_a_template_counts_for_nobody(open_pool):
     """jinja computes constants when it compiles: here for more than the half second that a request gets."""
     slow, took_s = "{{ ('abcdefgh' * 10000000) | upper | lower | length }}", 0.0
     while took_s < 1:
@@ -198,14 +203,16 @@ async def test_what_compiling_a_template_takes_counts_against_no_request(open_po
     assert await said(pool, ask("b")) == "1"
 
 
-async def test_what_a_template_makes_too_long_does_not_cross_the_pipe(open_pool, monkeypatch):
+async def test_too_long_a_prompt_does_not_cross_the_pipe(open_pool, monkeypatch):
+    """A template makes it."""
     pool = await open_pool(chat_template="{{ 'ab ' * 2000000 }}", context_length=10**7)
     with pytest.raises(RequestError, match="6000000 characters.*4194304") as refused:
         await said(pool, ask("a"))
     assert refused.value.code == "context_length_exceeded"
 
 
-async def test_a_template_is_filled_in_as_it_would_be_here(open_pool):
+async def test_a_template_renders_as_it_would_here(open_pool):
+    """A template is filled in as it would be here."""
     pool = await open_pool()
     messages = [Message("system", "Be <|im_start|> brief \U0001f600\ud800"), Message("user", "x\u2028\ty"), Message("assistant", ""), Message("user", "z")]
     assert await pool.admission.prompts.render(messages, (), "me") == tuple(pool.tokenizer.render(messages))
@@ -240,7 +247,8 @@ TOLD = ("{% if tools %}{{ tools | tojson }}<tool_call>{% endif %}{% for m in mes
         "{% for c in m.tool_calls or [] %}{% for name, value in c.function.arguments | items %}{{ name + '=' + value }}{% endfor %}{% endfor %}{% endif %}{% endfor %}")
 
 
-async def test_results_that_a_template_loses_are_in_the_prompt_wherever_a_body_is_read_and_the_log_says_so(open_pool, monkeypatch, caplog):
+async def test_lost_results_are_in_the_prompt_anyhow(open_pool, monkeypatch, caplog):
+    """The template loses them wherever a body is read, and the log says so."""
     pool = await open_pool(chat_template=TOLD)
     assert caplog.text.count("the model's chat template: it loses results of calls, which are shown as messages of the user") == 1
     async with serving(pool, pool.settings) as url, aiohttp.ClientSession() as client:
@@ -256,7 +264,8 @@ async def test_results_that_a_template_loses_are_in_the_prompt_wherever_a_body_i
 
 
 @pytest.mark.parametrize("forever", by_day([SLOW_TEMPLATE, "{{ 'ab ' * 2000000 }}", "{{ 'a' * 10000000000 }}"], "{{ 'ab ' * 2000000 }}"))
-async def test_a_template_that_never_ends_with_calls_is_shown_them_as_text(open_pool, forever):
+async def test_an_endless_template_sees_calls_as_text(open_pool, forever):
+    """It never ends with calls."""
     pool = await open_pool(chat_template=TOLD.replace("{% if m.role", f"{{% if m.tool_calls %}}{forever}{{% endif %}}{{% if m.role"))
     assert pool.ready and pool.tokenizer.forms == (TEXT_ALONE, TEXT_ALONE)
     async with serving(pool, pool.settings) as url, aiohttp.ClientSession() as client:
@@ -265,7 +274,8 @@ async def test_a_template_that_never_ends_with_calls_is_shown_them_as_text(open_
 
 
 @pytest.mark.parametrize("forever", by_day([SLOW_TEMPLATE, "{{ 'ab ' * 2000000 }}"], "{{ 'ab ' * 2000000 }}"))
-async def test_a_conversation_with_calls_that_no_form_ends_is_refused_and_others_go_on(open_pool, forever):
+async def test_calls_that_no_form_ends_are_refused(open_pool, forever):
+    """Others than their conversation go on."""
     pool = await open_pool(chat_template=f"{{% if messages | length > 1 %}}{forever}{{% endif %}}" + TOLD)
     assert pool.ready and pool.tokenizer.forms == (HistoryForm(), HistoryForm())
     async with serving(pool, pool.settings) as url, aiohttp.ClientSession() as client:
@@ -274,7 +284,7 @@ async def test_a_conversation_with_calls_that_no_form_ends_is_refused_and_others
                 assert response.status == status, await response.text()
 
 
-async def test_a_text_route_with_a_body_of_millions_of_items_is_refused(open_pool):
+async def test_a_text_route_refuses_millions_of_items(open_pool):
     pool = await open_pool()
     async with serving(pool) as url, aiohttp.ClientSession() as client:
         for route, body in (("/tokenize", {"content": [1] * 5_000_000}), ("/detokenize", {"tokens": [1] * 5_000_000}),
@@ -297,7 +307,8 @@ def junk(**more):
     ("/v1/chat/completions", 0),
     *[pytest.param(route, inline, marks=pytest.mark.slow) for route, inline in (
         ("/v1/responses", 0), ("/v1/responses", 1 << 20), ("/v1/chat/completions", 1 << 20), ("/v1/messages", 0), ("/api/chat", 1 << 20))]])
-async def test_what_made_the_prompt_does_not_stay_until_the_answer_ends(open_pool, route, inline, monkeypatch):
+async def test_the_makings_of_a_prompt_are_freed_early(open_pool, route, inline, monkeypatch):
+    """What made it does not stay until the answer ends."""
     patch(monkeypatch, config, "LIMITS", replace(config.LIMITS, inline_bytes=inline))
     pool = await open_pool()
     pool.tokenizer.tool_format = "tagged"
@@ -322,7 +333,8 @@ async def test_what_made_the_prompt_does_not_stay_until_the_answer_ends(open_poo
         assert not [each for each in gc.get_objects() if type(each) is list and each and type(each[0]) is float and each[0] == 12345.5]
 
 
-async def test_what_stays_of_large_bodies_is_in_the_budget_until_their_answers_end(open_pool, monkeypatch):
+async def test_large_bodies_count_until_their_answers_end(open_pool, monkeypatch):
+    """What stays of them is in the budget."""
     budget, followed = budgets.Budget(4 * 650_000), asyncio.Event()
     patch(monkeypatch, budgets, "Budget", lambda total, share=4: budget)
     pool = await open_pool(context_length=50_000)
@@ -366,7 +378,8 @@ async def test_what_stays_of_large_bodies_is_in_the_budget_until_their_answers_e
     ParsedBody(asked(prompts=("a", (1, 2), ()), prompt_ids=((3,), (1, 2), ())), echo=True),
     ParsedBody(asked(messages=(), prompt_ids=(tuple(range(300)) * 300,)), repeated=b"\xff{}", ignored_tools=("x",)),
     ParsedBody(asked(prompts=("",), prompt_ids=((2**16,) * 70_000,)), api="completion", details={"a": [1]})])
-async def test_a_parsed_body_comes_from_its_sandbox_as_it_was_and_ids_are_shared(parsed):
+async def test_a_parsed_body_comes_back_as_it_was(parsed):
+    """It comes from its sandbox, and ids are shared."""
     result = SandboxResult(packed_body(parsed, parsed.request.prompt_ids))
     values = wire.unpacked(SandboxResult, SANDBOX_PIPE.packed(result)[HEADER.size:]).value
     came = unpacked_body(values, 2**16 + 1)
@@ -376,7 +389,8 @@ async def test_a_parsed_body_comes_from_its_sandbox_as_it_was_and_ids_are_shared
     assert all(prompt is own for prompt, own in zip(came.request.prompts, came.request.prompt_ids) if not isinstance(prompt, str))
 
 
-async def test_a_large_message_is_decoded_in_a_thread_and_a_small_one_is_not(monkeypatch):
+async def test_a_large_message_is_decoded_in_a_thread(monkeypatch):
+    """A small one is not."""
     decoded, unpacked = [], wire.unpacked
     patch(monkeypatch, wire, "unpacked", lambda *given: decoded.append(threading.current_thread()) or unpacked(*given))
     for size, here in ((10, True), (300_000, False)):
@@ -386,7 +400,7 @@ async def test_a_large_message_is_decoded_in_a_thread_and_a_small_one_is_not(mon
         assert (decoded.pop() is threading.current_thread()) is here
 
 
-async def test_a_refused_body_is_freed_without_the_garbage_collector(open_pool):
+async def test_a_refused_body_is_freed_without_collection(open_pool):
     """A collection that frees many bodies of 16 MiB at once blocked the event loop for 0.2 s."""
     pool = await open_pool()
     gc.disable()
@@ -417,7 +431,8 @@ async def test_tasks_of_clients_take_turns(open_pool):
     assert order == ["a1", "a2", "b1", "c1", "a4"] and not turns.is_taken
 
 
-async def test_a_client_that_leaves_costs_no_process_and_mixes_up_no_replies(open_pool):
+async def test_a_client_that_leaves_mixes_up_no_replies(open_pool):
+    """It costs no process."""
     pool = await open_pool()
     sandbox = pool.admission.sandboxes["bodies"]
     large = json.dumps({"content": "x " * 100_000}).encode()
@@ -449,14 +464,16 @@ def answered(body):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGPROF, signal.SIGABRT])
-async def test_a_sandbox_that_is_killed_from_outside_is_replaced_and_the_task_done(open_pool, number):
+async def test_a_killed_sandbox_is_replaced(open_pool, number):
+    """Something outside kills it, and the task is done."""
     pool = await open_pool()
     sandbox = pool.admission.sandboxes["templates"]
     os.kill(sandbox.process.pid, number)
     assert await said(pool, ask("a")) == await said(pool, ask("b"))     # it ignores SIGTERM: the front decides
 
 
-async def test_all_sandboxes_may_be_killed_between_two_requests(open_pool, monkeypatch):
+async def test_all_sandboxes_may_be_killed_while_idle(open_pool, monkeypatch):
+    """They are between two requests."""
     pool = await open_pool()
     patch(monkeypatch, config, "LIMITS", replace(config.LIMITS, inline_bytes=100))
     small, large = conversation("hi"), conversation("x " * 100) | {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "boolean"}}}}
@@ -471,7 +488,8 @@ async def test_all_sandboxes_may_be_killed_between_two_requests(open_pool, monke
                 process.kill()
 
 
-async def test_a_sandbox_that_dies_while_it_is_told_its_task_is_replaced_and_the_task_done(open_pool, started):
+async def test_a_sandbox_that_dies_early_is_replaced(open_pool, started):
+    """It dies while it is told its task, which is done."""
     pool = await open_pool()
     sandbox = pool.admission.sandboxes["bodies"]
     small, large = (json.dumps({"tokens": [5] * count}).encode() for count in (1, 100_000))
@@ -494,7 +512,8 @@ class Impatient(Sandbox):
 
 
 @pytest.mark.parametrize("count", [1, 200_000])
-async def test_a_sandbox_that_hangs_before_it_has_read_its_task_is_replaced_and_the_task_done(chat_text, count):
+async def test_a_sandbox_that_hangs_early_is_replaced(chat_text, count):
+    """It hangs before it has read its task, which is done."""
     sandbox = Impatient(PROCESS_COMMAND, SandboxConfig(Known(Settings(), None), chat_text, 64, 5.0, 1 << 30))
     sandbox.waits, body = iter(()), json.dumps({"tokens": [5] * count}).encode()
     expected = await sandbox.perform("a", *reading("/detokenize"), bodies=[body])
@@ -505,7 +524,8 @@ async def test_a_sandbox_that_hangs_before_it_has_read_its_task_is_replaced_and_
     await sandbox.close()
 
 
-async def test_a_task_that_ends_its_sandbox_is_refused_at_once(open_pool, started):
+async def test_a_task_that_ends_its_sandbox_is_refused(open_pool, started):
+    """The refusal comes at once."""
     pool = await open_pool(chat_template="{% if messages[0].content == 'trap' %}" + SLOW_TEMPLATE + "{% endif %}hi")
     before = len(started)
     with pytest.raises(RequestError, match="too complex"):
@@ -514,7 +534,7 @@ async def test_a_task_that_ends_its_sandbox_is_refused_at_once(open_pool, starte
     assert await said(pool, ask("b")) and len(started) == before + 1
 
 
-async def test_a_sandbox_that_is_killed_while_it_works_is_not_asked_again(open_pool, started):
+async def test_a_sandbox_killed_at_work_is_not_asked_again(open_pool, started):
     """The kernel kills it like this when the task has taken the machine's memory."""
     pool = await open_pool()
     await pool.admission.close()
@@ -529,7 +549,8 @@ async def test_a_sandbox_that_is_killed_while_it_works_is_not_asked_again(open_p
     assert len(started) == before + 1
 
 
-async def test_a_task_too_large_for_its_sandbox_to_read_is_refused_at_once(chat_text, started):
+async def test_a_task_too_large_to_read_is_refused(chat_text, started):
+    """The refusal comes at once; its sandbox cannot read it."""
     known = Known(Settings(), None)
     sandbox = Sandbox(PROCESS_COMMAND, SandboxConfig(known, replace(chat_text, payload=b""), 64, 5.0, 32 << 20))
     for task in (["check_grammar", "x" * (40 << 20), "a"], ["check_grammar", "\ud800" * (6 << 20), "a"]):

@@ -44,7 +44,7 @@ def sightings(taken=(), find=list):
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(STATES, strategies.sets(strategies.tuples(strategies.sampled_from(NAMES), strategies.integers(1, 3))))
-def test_each_version_that_stands_still_is_offered_once_and_only_what_is_not_there_has_gone(looks, bad):
+def test_each_still_version_is_offered_once(looks, bad):
     """A model of the rule: nothing else is kept than the last known version of each file, and which ones the caller has."""
     taken, known, refused = {}, {}, set()
     watched = Sightings(list, lambda: taken.values(), 0.0)
@@ -67,7 +67,8 @@ def test_each_version_that_stands_still_is_offered_once_and_only_what_is_not_the
                 taken[each.path.name] = each.stamp
 
 
-def test_at_the_first_look_files_that_were_changed_long_ago_stand_still(tmp_path):
+def test_old_files_stand_still_at_the_first_look(tmp_path):
+    """They were changed long ago."""
     for name, age_s in (("old", 60), ("new", 0)):
         (tmp_path / f"{name}.gguf").write_bytes(b"1")
         os.utime(tmp_path / f"{name}.gguf", (tmp_path.stat().st_mtime - age_s,) * 2)
@@ -76,7 +77,8 @@ def test_at_the_first_look_files_that_were_changed_long_ago_stand_still(tmp_path
     assert [each.name for each in watched.compare(watched.find())] == ["new", "old"]
 
 
-def test_a_version_for_which_there_is_no_room_is_offered_again_and_told_once():
+def test_a_version_without_room_is_offered_again():
+    """It is told once."""
     watched = sightings()
     watched.compare([sighting("a", 1)])
     news = []
@@ -87,7 +89,8 @@ def test_a_version_for_which_there_is_no_room_is_offered_again_and_told_once():
     assert watched.refuse(offered.stamp) and not watched.compare([sighting("a", 1)])       # that it is broken too is news
 
 
-def test_trouble_is_told_once_and_again_when_it_changes_or_comes_back(caplog):
+def test_trouble_is_told_once(caplog):
+    """It is told again when it changes or comes back."""
     watched = sightings()
     for trouble in ("one", "one", "two", "two", "", "two"):
         watched.compare([Sighting(Path("/f/a"), trouble=trouble)])
@@ -95,7 +98,8 @@ def test_trouble_is_told_once_and_again_when_it_changes_or_comes_back(caplog):
     assert caplog.messages == ["one", "two", "two", "two"]
 
 
-async def test_a_folder_that_cannot_be_looked_at_is_told_once_and_what_was_there_stays(caplog):
+async def test_an_unreadable_folder_is_told_once(caplog):
+    """What was there stays."""
     seen = []
     outcomes = [None, None, ConfigError("no such folder"), OSError("stale handle"), OSError("stale handle"), None, OSError("stale handle")]
 
@@ -139,7 +143,7 @@ KINDS = [(find_models, model_in, "x.gguf"), (find_steps, checkpoint_in, "checkpo
 
 
 @pytest.mark.parametrize("find, make, name", KINDS, ids=lambda each: getattr(each, "__name__", ""))
-def test_what_is_below_a_folder_that_cannot_be_read_has_not_gone(find, make, name, tmp_path, caplog):
+def test_what_an_unreadable_folder_holds_stays(find, make, name, tmp_path, caplog):
     """Its mode forbids it for a while; what goes meanwhile elsewhere has gone."""
     for folder in ("one", "two"):
         make(tmp_path / "watched" / folder)
@@ -163,7 +167,8 @@ def test_what_is_below_a_folder_that_cannot_be_read_has_not_gone(find, make, nam
 
 
 @pytest.mark.parametrize("find, make, name", KINDS[:3], ids=lambda each: getattr(each, "__name__", ""))
-async def test_nothing_goes_when_the_watched_folder_itself_goes_away_or_is_a_link_to_nothing(find, make, name, tmp_path, caplog):
+async def test_nothing_goes_with_the_watched_folder(find, make, name, tmp_path, caplog):
+    """It goes away, or is a link to nothing."""
     make(tmp_path / "watched" / "one")
     looks, counts = [], []
     watched = Sightings(lambda: find(tmp_path / "watched"), list, 0.0)
@@ -190,7 +195,8 @@ async def test_nothing_goes_when_the_watched_folder_itself_goes_away_or_is_a_lin
 
 
 @pytest.mark.parametrize("empty", ["adapter_config.json", "adapter_model.safetensors"])
-def test_an_adapter_with_an_empty_file_or_a_link_to_nothing_is_there_and_not_offered(empty, tmp_path):
+def test_an_adapter_with_an_empty_file_is_there(empty, tmp_path):
+    """One with a link to nothing is too; neither is offered."""
     adapter_in(tmp_path / "one")
     watched = Sightings(lambda: adapters_in(tmp_path), list, 0.0)
     watched.compare(watched.find())
@@ -204,7 +210,7 @@ def test_an_adapter_with_an_empty_file_or_a_link_to_nothing_is_there_and_not_off
     assert not watched.compare(watched.find()) and not watched.there
 
 
-async def test_adapters_are_served_while_their_folder_is_away(started, client, tmp_path, monkeypatch, caplog):
+async def test_adapters_outlast_their_folder_s_absence(started, client, tmp_path, monkeypatch, caplog):
     """They were all taken for gone."""
     monkeypatch.setattr(AdapterWatch, "WATCH_S", 0.02)
     base = save(make_model("llama3.1"), tmp_path / "tiny-llama")

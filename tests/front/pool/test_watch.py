@@ -92,17 +92,20 @@ async def swaps_under_load(run_folder, watching, client, count, talkers):
             assert await alone(client, file_of(run_folder, step), text) == content, step
 
 
-async def test_each_new_checkpoint_answers_as_alone_and_no_answer_is_lost_at_five_swaps(run_folder, watching, client):
+async def test_five_swaps_of_checkpoints_lose_no_answer(run_folder, watching, client):
+    """Each new one answers as alone."""
     await swaps_under_load(run_folder, watching, client, 5, 2)
 
 
 @pytest.mark.slow
-async def test_each_new_checkpoint_answers_as_alone_and_no_answer_is_lost_at_fifty_swaps(run_folder, watching, client):
+async def test_fifty_swaps_of_checkpoints_lose_no_answer(run_folder, watching, client):
+    """Each new one answers as alone."""
     await swaps_under_load(run_folder, watching, client, 50, 6)
 
 
-async def test_half_written_broken_replaced_and_deleted_checkpoints_are_told_once_and_the_others_serve(
+async def test_bad_checkpoints_are_told_once(
         run_folder, watching, client, caplog):
+    """They are half written, broken, replaced and deleted; the others serve."""
     caplog.set_level(logging.INFO, logger="chat_server")
     list(tiny_training.train(run_folder, 4, 1))
     folder, whole = file_of(run_folder, 1).parent, file_of(run_folder, 1).read_bytes()
@@ -147,7 +150,8 @@ async def test_half_written_broken_replaced_and_deleted_checkpoints_are_told_onc
     assert len(lines("d2-base@4 was replaced")) == len(lines("d2-base@4 was removed")) == 1
 
 
-async def test_health_says_what_an_empty_watched_folder_waits_for_without_its_path(run_folder, watching, client):
+async def test_health_says_what_an_empty_folder_waits_for(run_folder, watching, client):
+    """It does not show the path."""
     models = await watching(run_folder)
     async with serving(models, models.settings) as url:
         async with client.get(url + "/health") as response:
@@ -162,7 +166,7 @@ async def test_health_says_what_an_empty_watched_folder_waits_for_without_its_pa
             assert response.status == 200 and "loading" not in await response.json()
 
 
-async def test_a_worker_refuses_files_that_are_not_those_that_were_seen(run_folder, watching, client):
+async def test_a_worker_refuses_files_it_has_not_seen(run_folder, watching, client):
     """It dies while it answers, and its checkpoint was replaced meanwhile: the answer must not go on with other weights."""
     list(tiny_training.train(run_folder, 2, 1))
     models = await watching(run_folder)
@@ -179,7 +183,8 @@ async def test_a_worker_refuses_files_that_are_not_those_that_were_seen(run_fold
         assert status == 503 and "have changed" in body["error"]["message"], body       # to be asked again: the new files are read meanwhile
 
 
-def test_runs_are_found_four_folders_deep_and_links_are_not_followed(tmp_path):
+def test_runs_are_found_four_folders_deep(tmp_path):
+    """Links are not followed."""
     for folder, name in (("a/b/checkpoint-5", "model.safetensors"), ("a/b/c/d/checkpoint-6", "model.safetensors"),
                          ("a/b/c/checkpoint-4", "notes"), ("checkpoint-7", "x.safetensors"),
                          ("base_checkpoints/d4", "model_000010.pt"), ("other/d4", "model_000011.pt"), ("checkpoint-8", "notes")):
@@ -203,7 +208,7 @@ def test_runs_are_found_four_folders_deep_and_links_are_not_followed(tmp_path):
             find_steps(path)
 
 
-async def test_a_step_that_is_overwritten_is_waited_for_and_not_said_to_be_unknown(run_folder, watching, client):
+async def test_an_overwritten_step_is_waited_for(run_folder, watching, client):
     """A training that starts again writes over the steps of the one before, for longer than a scan takes."""
     list(tiny_training.train(run_folder, 4, 1))
     models = await watching(run_folder)
@@ -244,7 +249,8 @@ async def test_a_step_that_is_overwritten_is_waited_for_and_not_said_to_be_unkno
             assert status == 503 and int(later) > 0, text
 
 
-async def test_a_refused_checkpoint_is_unknown_once_nobody_writes_it(run_folder, watching, client):
+async def test_a_refused_checkpoint_becomes_unknown(run_folder, watching, client):
+    """That happens once nobody writes it."""
     list(tiny_training.train(run_folder, 2, 1))
     models = await watching(run_folder)
     async with serving(models, models.settings) as url:
@@ -283,7 +289,8 @@ async def test_files_that_are_put_back_are_read_again(run_folder, watching, clie
         assert (await ask(client, url, "d2-base@2"))[1]["choices"][0]["message"]["content"] == before
 
 
-async def test_two_stages_of_a_tag_have_names_and_the_last_written_is_the_default(run_folder, watching, client):
+async def test_two_stages_of_a_tag_have_names(run_folder, watching, client):
+    """The last written is the default."""
     list(tiny_training.train(run_folder, 2, 1))
     shutil.copytree(run_folder / "base_checkpoints", run_folder / "chatsft_checkpoints")
     for file in (run_folder / "chatsft_checkpoints" / "d2").iterdir():
@@ -297,7 +304,8 @@ async def test_two_stages_of_a_tag_have_names_and_the_last_written_is_the_defaul
         assert (await ask(client, url, "d2-sft@latest", ignored="x" * 70_000))[1]["model"] == "d2-sft@2"
 
 
-async def test_a_lineage_goes_on_to_its_next_stage_and_never_back_in_silence(run_folder, watching, client):
+async def test_a_lineage_goes_on_to_its_next_stage(run_folder, watching, client):
+    """It never goes back in silence."""
     list(tiny_training.train(run_folder, 2, 1))
     models = await watching(run_folder)
     async with serving(models, models.settings) as url:
@@ -323,7 +331,7 @@ async def test_a_lineage_goes_on_to_its_next_stage_and_never_back_in_silence(run
         assert (await ask(client, url, "d2-base@latest"))[1]["model"] == "d2-base@2"
 
 
-async def test_a_folder_that_has_the_name_of_a_stage_wins(run_folder, watching, client):
+async def test_a_folder_named_as_a_stage_wins(run_folder, watching, client):
     list(tiny_training.train(run_folder, 1, 1))
     shutil.copytree(run_folder / "base_checkpoints" / "d2", run_folder / "base_checkpoints" / "d2-base")
     models = await watching(run_folder)
@@ -334,7 +342,8 @@ async def test_a_folder_that_has_the_name_of_a_stage_wins(run_folder, watching, 
 
 
 @pytest.mark.slow
-async def test_old_steps_take_turns_where_memory_holds_one(run_folder, watching, client, monkeypatch):
+async def test_old_steps_take_turns_in_small_memory(run_folder, watching, client, monkeypatch):
+    """It holds one."""
     monkeypatch.setattr(Residency, "KEEP_S", 0.1)
     list(tiny_training.train(run_folder, 3, 1))
     models = await watching(run_folder, models_memory=230 * MIB, prefix_memory=0)
@@ -353,7 +362,8 @@ async def compared(client, url, struck=None, **body):
         return response.status, frames(await response.read()) if response.status == 200 else await response.json()
 
 
-async def test_steps_are_compared_with_the_same_noise_and_it_is_said_where_each_leaves_the_first(run_folder, watching, client, tmp_path, monkeypatch):
+async def test_steps_are_compared_with_the_same_noise(run_folder, watching, client, tmp_path, monkeypatch):
+    """The answer says where each leaves the first."""
     (tmp_path / "struck").mkdir()
     monkeypatch.setenv("STRUCK", str(tmp_path / "struck"))
     list(tiny_training.train(run_folder, 6, 2))
@@ -388,7 +398,8 @@ async def test_steps_are_compared_with_the_same_noise_and_it_is_said_where_each_
         await until(lambda: not any(model.pool.dispatcher.jobs for model in models.registry.models))
 
 
-async def test_what_cannot_be_compared_is_refused_before_the_stream(run_folder, watching, client):
+async def test_bad_comparisons_are_refused_unstreamed(run_folder, watching, client):
+    """What cannot be compared is refused before the stream."""
     list(tiny_training.train(run_folder, 2, 1))
     models = await watching(run_folder)
     async with serving(models, models.settings) as url:
@@ -407,7 +418,8 @@ async def test_what_cannot_be_compared_is_refused_before_the_stream(run_folder, 
         assert not any(model.pool.dispatcher.jobs for model in models.registry.models)
 
 
-async def test_each_checkpoint_is_scored_and_metrics_and_stats_have_the_number(run_folder, watching, client, tmp_path):
+async def test_each_checkpoint_is_scored(run_folder, watching, client, tmp_path):
+    """Metrics and stats have the number."""
     (tmp_path / "text.txt").write_text(tiny_training.TEXT * 3)
     list(tiny_training.train(run_folder, 60, 30))
     models = await watching(run_folder, watch_text=str(tmp_path / "text.txt"))
@@ -427,7 +439,8 @@ async def test_each_checkpoint_is_scored_and_metrics_and_stats_have_the_number(r
         await until(lambda: all(model.state == "unloaded" for model in models.registry.models))     # nobody else has asked for them
 
 
-async def test_a_run_has_the_metrics_of_its_steps_also_those_that_the_training_wrote(run_folder, watching, client, tmp_path):
+async def test_a_run_has_the_metrics_of_its_steps(run_folder, watching, client, tmp_path):
+    """It has those that the training wrote too."""
     list(tiny_training.train(run_folder, 60, 30))
     for step, more in ((30, {"val_bpb": 1.25, "total_batch_size": 1000, "loop_state": {"min_val_bpb": 1.2, "total_training_time": 7}}),
                        (60, {"val_bpb": "low", "total_batch_size": True, "loop_state": [float("nan")]})):
@@ -448,7 +461,8 @@ async def test_a_run_has_the_metrics_of_its_steps_also_those_that_the_training_w
                 assert response.status == 404 and len(await response.text()) < 500 and "d2" in (await response.json())["error"]["message"]
 
 
-async def test_a_stale_val_bpb_is_marked_and_a_reward_is_read_from_a_log_that_is_written_later(nanochat_fixtures, tmp_path, watching, client, monkeypatch):
+async def test_a_stale_val_bpb_is_marked(nanochat_fixtures, tmp_path, watching, client, monkeypatch):
+    """A reward is read from a log that is written later."""
     monkeypatch.setattr(RunWatch, "WATCH_S", 0.1)
     shutil.copytree(nanochat_fixtures / "gen3", tmp_path / "base")
     folder = tmp_path / "base" / "chatrl_checkpoints" / "d4"
@@ -474,7 +488,7 @@ async def test_a_stale_val_bpb_is_marked_and_a_reward_is_read_from_a_log_that_is
         assert rl.metrics == {"reward": 0.5}
 
 
-async def test_suites_and_prompts_are_done_for_each_step_and_not_again_by_the_next_server(run_folder, watching, client, tmp_path):
+async def test_suites_are_done_once_for_each_step(run_folder, watching, client, tmp_path):
     """The newest first, beside a text to score; the numbers are those of `eval`, and lines in the run's file."""
     list(tiny_training.train(run_folder, 60, 30))
     (tmp_path / "text.txt").write_text(tiny_training.TEXT)
@@ -520,7 +534,7 @@ async def test_suites_and_prompts_are_done_for_each_step_and_not_again_by_the_ne
         assert item["correct"] == (verdicts[60][item["task"], item["item"]] == "1") and item["texts"] and item["chat"] is False
 
 
-async def test_a_server_that_is_started_again_computes_nothing_again(run_folder, watching, client, tmp_path, monkeypatch):
+async def test_a_restarted_server_computes_nothing_again(run_folder, watching, client, tmp_path, monkeypatch):
     list(tiny_training.train(run_folder, 30, 30))
     (tmp_path / "prompts.txt").write_text("the cat")
     flags = dict(watch_suite=f"{write_bundle(tmp_path / 'bundle')}:4", watch_prompts=str(tmp_path / "prompts.txt"), results=str(tmp_path / "results"))
@@ -549,7 +563,8 @@ async def started_alone(run_folder, step):
 
 
 @pytest.mark.parametrize("flag", ["watch_suite", "watch_text"])
-async def test_an_evaluation_steps_aside_for_a_question_and_goes_on_after_it(run_folder, watching, client, tmp_path, flag):
+async def test_an_evaluation_steps_aside_for_a_question(run_folder, watching, client, tmp_path, flag):
+    """It goes on after it."""
     list(tiny_training.train(run_folder, 30, 30))
     (tmp_path / "text.txt").write_text(tiny_training.TEXT * 60)
     asked_for = {"watch_suite": str(write_bundle(tmp_path / "bundle")), "watch_text": str(tmp_path / "text.txt")}
@@ -571,7 +586,8 @@ async def test_an_evaluation_steps_aside_for_a_question_and_goes_on_after_it(run
 
 @pytest.mark.parametrize("flag, value, words", [("watch_suite", "nothing", "--watch-suite nothing"), ("watch_suite", "BUNDLE:2", "needs 2 examples"),
                                                 ("watch_prompts", "EMPTY", "--watch-prompts")])
-async def test_a_suite_or_prompts_that_cannot_be_used_end_the_start(run_folder, tmp_path, flag, value, words):
+async def test_an_unusable_suite_ends_the_start(run_folder, tmp_path, flag, value, words):
+    """Unusable prompts do too."""
     list(tiny_training.train(run_folder, 30, 30))
     (tmp_path / "empty.txt").write_text("\n")
     value = value.replace("BUNDLE", str(write_bundle(tmp_path / "bundle"))).replace("EMPTY", str(tmp_path / "empty.txt"))
@@ -579,7 +595,7 @@ async def test_a_suite_or_prompts_that_cannot_be_used_end_the_start(run_folder, 
         RunWatch(ManyModels(Settings(**TINY | {"watch": str(run_folder), flag: value, "results": str(tmp_path)})), StepWork)
 
 
-async def test_scoring_leaves_the_step_loaded_that_people_talk_to(run_folder, watching, client, tmp_path, monkeypatch, caplog):
+async def test_scoring_leaves_the_step_in_use_loaded(run_folder, watching, client, tmp_path, monkeypatch, caplog):
     """Memory holds one step; the others are scored once there is room."""
     monkeypatch.setattr(Residency, "KEEP_S", 0.1)
     caplog.set_level(logging.INFO, logger="chat_server")
@@ -612,7 +628,7 @@ def test_a_text_to_score_must_be_there(run_folder, tmp_path):
             RunWatch(ManyModels(Settings(watch=str(run_folder), watch_text=str(tmp_path / name))), StepWork)
 
 
-def test_the_small_training_is_nanochats_first_generation(nanochat_fixtures):
+def test_the_small_training_is_nanochats_first(nanochat_fixtures):
     """Its own code against upstream's oracle."""
     base = nanochat_fixtures / "gen1"
     [path] = base.rglob("model_*.pt")
@@ -622,7 +638,7 @@ def test_the_small_training_is_nanochats_first_generation(nanochat_fixtures):
         assert torch.allclose(logits, torch.tensor(case["next_logits"]), atol=2e-3)
 
 
-async def test_latest_stays_on_a_step_that_answers_while_the_next_one_turns_out_to_be_broken(run_folder, watching, client):
+async def test_latest_stays_while_the_next_is_broken(run_folder, watching, client):
     """Its headers are right, and its weights are no numbers: that is seen when they are read, before the name goes to it."""
     list(tiny_training.train(run_folder, 2, 1))
     models = await watching(run_folder)
@@ -639,7 +655,8 @@ async def test_latest_stays_on_a_step_that_answers_while_the_next_one_turns_out_
 
 
 @pytest.mark.slow
-async def test_checkpoints_of_a_trainer_are_watched_and_its_own_files_replace_nothing(tmp_path, watching, client, monkeypatch):
+async def test_checkpoints_of_a_trainer_are_watched(tmp_path, watching, client, monkeypatch):
+    """Its own files replace nothing."""
     from families import make_model, save
     monkeypatch.setattr(RunWatch, "WATCH_S", 0.1)
     for step in (3, 10):
@@ -661,7 +678,7 @@ async def test_checkpoints_of_a_trainer_are_watched_and_its_own_files_replace_no
         assert models.registry.models[:2] == known
 
 
-def test_workers_of_a_server_that_watches_leave_the_processor_to_the_training(run_folder):
+def test_workers_of_a_watch_yield_to_the_training(run_folder):
     """Workers are as nice as --nice says, and so are their sessions, among which Linux divides the processor first. The
     front, its sandboxes and the process that reads headers are as nice as the server was started: beside a training
     that takes all cores they would list nothing."""
@@ -678,7 +695,8 @@ def test_workers_of_a_server_that_watches_leave_the_processor_to_the_training(ru
         assert {psutil.Process(pid).nice() for pid in others} == {psutil.Process().nice()}
 
 
-def test_a_niceness_that_the_system_does_not_allow_ends_the_start(monkeypatch):
+def test_a_forbidden_niceness_ends_the_start(monkeypatch):
+    """The system does not allow it."""
     def refused(which, who, nice):
         raise PermissionError(13, "Permission denied")
 
@@ -689,7 +707,8 @@ def test_a_niceness_that_the_system_does_not_allow_ends_the_start(monkeypatch):
 
 
 @pytest.mark.slow
-async def test_checkpoints_of_an_adapter_s_training_are_its_base_with_it_merged(tmp_path, watching, client, caplog):
+async def test_adapter_checkpoints_are_merged_into_the_base(tmp_path, watching, client, caplog):
+    """They are of its training."""
     from families import make_model, save
     from lora import adapt
     base = save(make_model("llama3.2"), tmp_path / "base")

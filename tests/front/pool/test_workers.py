@@ -32,7 +32,7 @@ from tiny_gguf import LLAMA_NUMBERS, gguf_bytes, random_llama, small_gguf_metada
 pytestmark = pytest.mark.timeout(120)
 
 
-async def test_an_answer_through_a_worker_equals_upstreams(start_pool, nanochat_fixtures):
+async def test_an_answer_of_a_worker_equals_upstreams(start_pool, nanochat_fixtures):
     oracle = json.loads((nanochat_fixtures / "gen5/oracle.json").read_text())["cases"][0]
     pool = await start_pool()
     request = asked("a", messages=tuple(Message(**m) for m in oracle["messages"]), ignore_eos=True,
@@ -44,7 +44,7 @@ async def test_an_answer_through_a_worker_equals_upstreams(start_pool, nanochat_
     await idle(pool)
 
 
-async def test_many_answers_at_once_equal_the_same_answers_alone(start_pool):
+async def test_many_answers_at_once_equal_those_alone(start_pool):
     pool = await start_pool()
     names = [f"question {i}" for i in range(12)]
     alone = [await collect(pool, greedy(name, text=name)) for name in names]
@@ -67,7 +67,8 @@ async def test_a_reader_who_leaves_frees_everything(start_pool, pieces_before_le
     assert (await collect(pool, greedy("after")))[2].usage.completion_tokens > 0
 
 
-async def test_an_idle_model_leaves_memory_and_comes_back_for_the_next_request(start_pool):
+async def test_an_idle_model_unloads_and_comes_back(start_pool):
+    """It comes back for the next request."""
     pool = await start_pool(idle_unload=0.01)
     (worker,) = pool.workers
     before, pid = await collect(pool, greedy("a")), worker.process.pid
@@ -80,7 +81,8 @@ async def test_an_idle_model_leaves_memory_and_comes_back_for_the_next_request(s
     assert worker.restarts == 0 and worker.crashes_in_row == 0 and worker.process.pid != pid
 
 
-async def test_the_operator_unloads_the_only_model_after_its_answers_and_a_request_brings_it_back(start_pool):
+async def test_an_operator_unloads_the_only_model(start_pool):
+    """It ends its answers first, and a request brings it back."""
     pool = await start_pool()
     model, (worker,) = Catalogue(pool.settings, pool).registry.models[0], pool.workers
     before = await collect(pool, greedy("a"))
@@ -108,7 +110,8 @@ async def test_a_running_answer_keeps_the_model_loaded(start_pool):
     await stream.aclose()
 
 
-async def test_a_full_queue_refuses_and_says_when_to_come_back(start_pool):
+async def test_a_full_queue_says_when_to_come_back(start_pool):
+    """It refuses the request."""
     pool = await start_pool(max_batch=1, max_queue=1)
     running, queued = (pool.answer(greedy(name, max_tokens=400, ignore_eos=True)) for name in ("running", "queued"))
     await anext(running), await anext(running), await anext(queued)
@@ -122,7 +125,8 @@ async def test_a_full_queue_refuses_and_says_when_to_come_back(start_pool):
     await idle(pool)
 
 
-async def test_draining_refuses_newcomers_and_finishes_what_runs(start_pool):
+async def test_draining_refuses_newcomers(start_pool):
+    """It finishes what runs."""
     pool = await start_pool()
     running = pool.answer(greedy("running", max_tokens=30, ignore_eos=True))
     await anext(running)
@@ -136,7 +140,8 @@ async def test_draining_refuses_newcomers_and_finishes_what_runs(start_pool):
     assert await drained
 
 
-async def test_closing_the_pool_ends_streams_with_an_error_and_not_a_fake_finish(start_pool):
+async def test_closing_the_pool_ends_streams_with_an_error(start_pool):
+    """It fakes no finish."""
     pool = await start_pool()
     stream = pool.answer(greedy("a", max_tokens=400, ignore_eos=True))
     await anext(stream), await anext(stream)
@@ -147,7 +152,8 @@ async def test_closing_the_pool_ends_streams_with_an_error_and_not_a_fake_finish
     assert (ended.value.status, ended.value.retry_after_s) == (503, 10)
 
 
-async def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(start_pool):
+async def test_a_prompt_beyond_the_context_is_refused(start_pool):
+    """The error has both numbers."""
     pool = await start_pool(context_length=64)
     with pytest.raises(RequestError, match=r"maximum context length is 64 tokens. However, your prompt resulted in \d+ tokens") as refused:
         await collect(pool, asked("a", prompts=(tuple([5] * 64),)))
@@ -160,7 +166,8 @@ async def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(sta
     (dict(prompts=((5, 100_000),)), "prompt"), (dict(prompts=((5, -1),)), "prompt"),
     (dict(prompts=((5,),), stop_token_ids=(284,)), "stop_token_ids"),
     (dict(prompts=((5,),), sampling=SamplingParams(logit_bias=((3, 1.0), (999, 1.0)))), "logit_bias")])
-async def test_token_ids_that_the_model_does_not_have_are_refused(start_pool, wrong, name):
+async def test_unknown_token_ids_are_refused(start_pool, wrong, name):
+    """The model does not have them."""
     pool = await start_pool()
     with pytest.raises(RequestError, match="this model's ids are 0 to 283") as refused:
         await collect(pool, asked("a", **wrong))
@@ -177,7 +184,8 @@ async def test_two_requests_with_one_id_are_refused(start_pool):
     await first.aclose()
 
 
-async def test_replicas_share_the_load_and_conversations_stay_where_their_prefix_is(start_pool):
+async def test_replicas_share_the_load(start_pool):
+    """Conversations stay where their prefix is."""
     pool = await start_pool(num_workers=2)
     both = [pool.answer(greedy(f"r{i}", max_tokens=400, ignore_eos=True)) for i in range(2)]
     for stream in both:
@@ -191,7 +199,8 @@ async def test_replicas_share_the_load_and_conversations_stay_where_their_prefix
     assert [finished.usage.cached_tokens for finished in last] == [0, 128, 128, 128]
 
 
-async def test_a_worker_that_cannot_start_is_reported_and_not_retried_for_ever(nanochat_fixtures):
+async def test_a_worker_that_cannot_start_is_reported(nanochat_fixtures):
+    """It is not retried for ever."""
     pool = make_pool(tiny_settings(nanochat_fixtures), worker_command=(sys.executable, "-c", "raise SystemExit(3)"))
     await pool.start()
     with pytest.raises(EngineFailure, match="exit status 3"):
@@ -199,7 +208,8 @@ async def test_a_worker_that_cannot_start_is_reported_and_not_retried_for_ever(n
     await pool.close()
 
 
-async def test_a_broken_checkpoint_is_a_config_error_from_the_worker(nanochat_fixtures, tmp_path):
+async def test_a_worker_s_broken_checkpoint_is_refused(nanochat_fixtures, tmp_path):
+    """It is a config error."""
     import shutil
     shutil.copytree(nanochat_fixtures / "gen5", tmp_path / "base")
     model = next((tmp_path / "base").glob("*/d4/model_*.pt"))
@@ -226,7 +236,8 @@ async def outcome_of_start(pool):
 
 
 @pytest.mark.parametrize("what, hi_is_taken", [("messages[0].content == 'hello'", True), ("true", False)])
-async def test_a_template_that_refuses_the_trial_message_stops_nothing(tmp_path, caplog, what, hi_is_taken):
+async def test_a_template_may_refuse_the_trial_message(tmp_path, caplog, what, hi_is_taken):
+    """It stops nothing."""
     template = "{% if " + what + " %}{{ raise_exception('not this') }}{% endif %}{{ messages[0].content }}"
     metadata = {**LLAMA_NUMBERS, **small_gguf_metadata("gpt-2"), "tokenizer.chat_template": template}
     (tmp_path / "tiny.gguf").write_bytes(gguf_bytes(metadata, random_llama()))
@@ -252,7 +263,7 @@ async def test_a_template_that_refuses_the_trial_message_stops_nothing(tmp_path,
     ("{% for %}", "does not parse: line 1"), ("{{ messages | nonsense }}", "does not parse"),
     ("{% for a in b %}" * 25 + "{% endfor %}" * 25, "cannot be compiled: SyntaxError"),
     ("{{ " + "(" * 5000 + ")" * 5000 + " }}", "")])
-async def test_a_template_that_cannot_be_compiled_ends_start_up(tmp_path, template, words):
+async def test_an_uncompilable_template_ends_start_up(tmp_path, template, words):
     metadata, path = {**LLAMA_NUMBERS, **small_gguf_metadata("gpt-2")}, tmp_path / "tiny.gguf"
     path.write_bytes(gguf_bytes(metadata | {"tokenizer.chat_template": template}, random_llama()))
     error = await outcome_of_start(make_pool(Settings(model=str(path), kv_cache_memory=8 << 20)))
@@ -260,7 +271,8 @@ async def test_a_template_that_cannot_be_compiled_ends_start_up(tmp_path, templa
     assert str(error).startswith(f"{path}: the model's chat template {words}")
 
 
-async def test_a_tokenizer_that_fails_only_in_the_front_ends_start_up(nanochat_fixtures, monkeypatch, caplog):
+async def test_a_tokenizer_bad_in_the_front_ends_start_up(nanochat_fixtures, monkeypatch, caplog):
+    """It opens in the worker."""
     patching.patch(monkeypatch, load, "open_tokenizer", lambda text: {}["nothing"])
     error = await outcome_of_start(make_pool(tiny_settings(nanochat_fixtures)))
     assert isinstance(error, EngineFailure) and str(error) == "opening the tokenizer failed: 'nothing'"
@@ -272,13 +284,15 @@ async def test_a_tokenizer_that_fails_only_in_the_front_ends_start_up(nanochat_f
     (("/nowhere/python",), "running worker 0 failed: .*No such file.*/nowhere/python"),
     ((sys.executable, "-c", "import os; os.abort()"), r"it ended 2 times, .*killed by SIGABRT; [\d,]+ MiB"),
     ((sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"), "killed by SIGKILL, as the system does")])
-async def test_a_worker_that_cannot_run_ends_start_up_and_says_why(nanochat_fixtures, command, words):
+async def test_a_worker_that_cannot_run_ends_start_up(nanochat_fixtures, command, words):
+    """It says why."""
     error = await outcome_of_start(make_pool(tiny_settings(nanochat_fixtures), worker_command=command))
     assert isinstance(error, EngineFailure) and re.search(words, str(error))
 
 
 @pytest.mark.slow
-async def test_a_fault_in_the_watch_is_logged_and_the_watch_goes_on(start_pool, monkeypatch, caplog):
+async def test_a_fault_in_the_watch_is_logged(start_pool, monkeypatch, caplog):
+    """The watch goes on."""
     pool = await start_pool()
     (worker,) = pool.workers
     pid, faults, original = worker.process.pid, iter([ZeroDivisionError("a fault")]), worker.check_health
@@ -297,7 +311,8 @@ async def test_a_fault_in_the_watch_is_logged_and_the_watch_goes_on(start_pool, 
     assert "watching the workers failed: a fault" in caplog.text and (await collect(pool, greedy("a")))[1]
 
 
-async def test_a_fault_of_the_front_ends_a_worker_and_the_next_one_serves(start_pool, monkeypatch, caplog):
+async def test_a_fault_of_the_front_ends_a_worker(start_pool, monkeypatch, caplog):
+    """The next one serves."""
     pool = await start_pool()
     (worker,) = pool.workers
     pid = worker.process.pid
@@ -310,7 +325,7 @@ async def test_a_fault_of_the_front_ends_a_worker_and_the_next_one_serves(start_
     assert not psutil.pid_exists(pid) and (await collect(pool, greedy("a")))[1]
 
 
-def test_the_memory_that_is_left_is_that_of_the_narrowest_cgroup(tmp_path):
+def test_memory_left_is_the_narrowest_cgroup_s(tmp_path):
     assert cgroup_memory(tmp_path) == float("inf")
     for name, text in (("memory.max", "max"), ("memory.current", "5"), ("memory.stat", "anon 3\n")):
         (tmp_path / name).write_text(text + "\n")
@@ -332,18 +347,20 @@ def test_the_memory_that_is_left_is_that_of_the_narrowest_cgroup(tmp_path):
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes.\nmore"),
     ImportError("libtorch_cpu.so: failed to map segment from shared object"),
     RuntimeError("can't start new thread"), RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")])
-def test_no_memory_is_one_line_with_advice_whoever_says_it(error):
+def test_no_memory_is_one_line_with_advice(error):
+    """It is, whoever says it."""
     text = str(lack_of_memory(error))
     assert text.startswith("not enough memory (") and "ulimit -v" in text and text.isprintable()
 
 
 @pytest.mark.parametrize("error", [
     ValueError("x"), OSError(errno.ENOENT, "No such file"), ConfigError("out of memory")])
-def test_other_errors_are_not_taken_for_it(error):
+def test_other_errors_are_not_lack_of_memory(error):
     assert lack_of_memory(error) is None
 
 
-async def test_a_step_that_fails_fails_its_requests_and_the_worker_goes_on(start_pool, monkeypatch):
+async def test_a_failed_step_fails_its_requests(start_pool, monkeypatch):
+    """The worker goes on."""
     pool = await start_pool()
     patching.patch(monkeypatch, prompts, "checked_ids", lambda ids, *request: tuple(ids))
     with pytest.raises(EngineFailure, match="failed while computing"):      # an id outside the vocabulary
@@ -354,7 +371,8 @@ async def test_a_step_that_fails_fails_its_requests_and_the_worker_goes_on(start
     await idle(pool)
 
 
-def test_threads_follow_physical_cores_affinity_and_quota(tmp_path):
+def test_threads_follow_cores_affinity_and_quota(tmp_path):
+    """The cores are physical ones."""
     for cpu, siblings in enumerate(("0,4", "1,5", "2,6", "3,7", "0,4", "1,5", "2,6", "3,7")):
         folder = tmp_path / f"cpu{cpu}/topology"
         folder.mkdir(parents=True)
@@ -379,7 +397,8 @@ def torch_there(monkeypatch):
     ({"num_gpus": "0"}, "--num-gpus 0"), ({"num_gpus": "\u00b2"}, "--num-gpus \u00b2"),
     ({"num_gpus": "9" * 5000}, "--num-gpus 9"), ({"device_type": "cuda"}, "no CUDA device"),
 ])
-def test_more_gpus_than_there_are_is_a_config_error(changes, message, monkeypatch, torch_there):
+def test_more_gpus_than_there_are_is_refused(changes, message, monkeypatch, torch_there):
+    """It is a config error."""
     patching.patch(monkeypatch, local_devices, "cuda_device_count", lambda: 0)
     with pytest.raises(ConfigError, match=message):
         choose_devices(Settings(**changes))
@@ -387,7 +406,7 @@ def test_more_gpus_than_there_are_is_a_config_error(changes, message, monkeypatc
 
 @pytest.mark.parametrize("visible, count", [
     (None, 8), ("", 0), ("-1", 0), ("0,1", 2), (" 0 , 1", 2), ("0,9", 1), ("9", 0), ("0,-1,2", 1), ("0,,1", 1), ("GPU-5,GPU-6,GPU-7", 3), ("MIG-5", 1)])
-def test_gpus_that_are_hidden_or_not_there_are_told_by_the_variable(visible, count, monkeypatch, torch_there):
+def test_the_variable_tells_of_hidden_gpus(visible, count, monkeypatch, torch_there):
     """As the driver reads it: what follows an entry that is not there does not count."""
     patching.patch(monkeypatch, local_devices, "device_files", lambda: 8)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -402,7 +421,8 @@ def test_gpus_that_are_hidden_or_not_there_are_told_by_the_variable(visible, cou
             choose_devices(Settings(device_type="cuda"))
 
 
-def test_replicas_on_gpus_are_counted_without_importing_torch(monkeypatch, torch_there):
+def test_gpu_replicas_are_counted_without_torch(monkeypatch, torch_there):
+    """It is not imported."""
     patching.patch(monkeypatch, local_devices, "cuda_device_count", lambda: 8)
     assert choose_devices(Settings(num_gpus="auto")) == [f"cuda:{gpu}" for gpu in range(8)]
     assert choose_devices(Settings(num_gpus="3")) == ["cuda:0", "cuda:1", "cuda:2"]
@@ -412,7 +432,8 @@ def test_replicas_on_gpus_are_counted_without_importing_torch(monkeypatch, torch
 
 
 @pytest.mark.parametrize("changes", [{"num_gpus": "2"}, {"device_type": "cuda"}])
-def test_without_torch_the_cpu_computes_and_a_wanted_gpu_is_an_error_that_says_how_to_install_it(changes, monkeypatch):
+def test_without_torch_the_cpu_computes(changes, monkeypatch):
+    """A wanted GPU is an error that says how to install it."""
     patching.patch(monkeypatch, core, "torch_installed", lambda: False)
     patching.patch(monkeypatch, core, "device_files", lambda: 8)
     assert choose_devices(Settings()) == choose_devices(Settings(num_gpus="auto")) == ["cpu"]
@@ -421,14 +442,16 @@ def test_without_torch_the_cpu_computes_and_a_wanted_gpu_is_an_error_that_says_h
 
 
 @pytest.mark.parametrize("there, devices", [(True, ["mps"]), (False, ["cpu"])])
-def test_on_a_mac_torch_computes_where_it_is_installed(there, devices, monkeypatch):
+def test_on_a_mac_installed_torch_computes(there, devices, monkeypatch):
+    """On a mac torch computes where it is installed."""
     patching.patch(monkeypatch, core, "torch_installed", lambda: there)
     patching.patch(monkeypatch, core, "device_files", lambda: 0)
     monkeypatch.setattr(sys, "platform", "darwin")
     assert choose_devices(Settings()) == devices
 
 
-def test_sizes_are_parsed_with_suffixes_and_nonsense_is_refused():
+def test_sizes_have_suffixes():
+    """Nonsense is refused."""
     assert [size(text) for text in ("65536", "512M", "1.5G", "2gib")] == [65536, 512 << 20, 3 << 29, 2 << 30]
     for text in ("", "lots", "-1G", "1X", "9" * 400, "8388608T"):
         with pytest.raises(argparse.ArgumentTypeError):

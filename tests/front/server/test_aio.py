@@ -10,7 +10,7 @@ from chatlm.front.pool.residency import Residency
 
 
 @pytest.mark.parametrize("turns", range(6))
-async def test_a_loop_that_waits_for_an_event_ends_whenever_it_is_cancelled(turns):
+async def test_wait_for_loses_no_cancellation(turns):
     """wait_for, before Python 3.12, loses a cancellation that comes some turns of the event loop after its event."""
     residency = Residency(1)
     task = asyncio.create_task(residency.run())
@@ -23,7 +23,7 @@ async def test_a_loop_that_waits_for_an_event_ends_whenever_it_is_cancelled(turn
     assert task.done()
 
 
-async def test_tasks_end_however_they_take_their_cancellation(recwarn):
+async def test_tasks_end_however_they_are_cancelled(recwarn):
     async def loses_two():
         for _ in range(2):
             try:
@@ -49,7 +49,8 @@ async def test_tasks_end_however_they_take_their_cancellation(recwarn):
     await end_tasks([])
 
 
-async def test_what_fails_is_run_again_ever_more_seldom_and_soon_once_it_has_run_for_long(monkeypatch, caplog):
+async def test_what_fails_is_run_again_ever_more_seldom(monkeypatch, caplog):
+    """What has run for long is run again soon."""
     now_s, pauses, runs = [0.0], [], []
 
     async def sleep(pause_s):

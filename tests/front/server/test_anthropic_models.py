@@ -37,7 +37,7 @@ def ids(body):
     return [model["id"] for model in body["data"]]
 
 
-def test_models_have_the_shape_of_the_client_s_api(url):
+def test_models_have_the_shape_of_anthropics_client(url):
     status, body = asked(url)
     assert status == 200 and ids(body) == NAMES and (body["has_more"], body["first_id"], body["last_id"]) == (False, NAMES[0], NAMES[-1])
     for model in body["data"]:
@@ -53,7 +53,7 @@ def test_models_have_the_shape_of_the_client_s_api(url):
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 5, 1000])
-def test_pages_follow_each_other_in_both_directions(url, limit):
+def test_model_pages_go_forward_and_backward(url, limit):
     found, query = [], {}
     while True:
         status, body = asked(url, limit=limit, **query)
@@ -79,13 +79,14 @@ def test_pages_follow_each_other_in_both_directions(url, limit):
     ({"limit": 0}, "limit must be an integer from 1 to 1000"), ({"limit": 1001}, "from 1 to 1000"), ({"limit": "x"}, "limit must be an integer"),
     ({"limit": "1" * 5000}, "limit must be"), ({"limit": "\u00b2"}, "limit must be"), ({"limit": ""}, "limit must be"), ({"after_id": "nope"}, "after_id must be the id of one"),
     ({"before_id": ""}, "before_id must be"), ({"before_id": "model1", "after_id": "model2"}, "exclude each other"), ({"after_id": "x" * 4000}, "after_id")])
-def test_a_query_that_names_no_page_is_refused_in_anthropics_shape(url, query, words):
+def test_a_query_for_no_page_is_refused(url, query, words):
+    """A query that names no page is refused in Anthropic's shape."""
     status, body = asked(url, **query)
     assert status == 400 and (body["type"], body["error"]["type"]) == ("error", "invalid_request_error") and words in body["error"]["message"]
     assert len(body["error"]["message"]) < 300
 
 
-def test_other_errors_have_that_shape_too(url):
+def test_other_errors_have_anthropics_shape_too(url):
     status, body = asked(url, "/v1/models/nope")
     assert status == 404 and body["error"]["type"] == "not_found_error" and body["error"]["message"].startswith("model: nope")
     status, body = asked(url, key="wrong")
@@ -93,7 +94,7 @@ def test_other_errors_have_that_shape_too(url):
     assert asked(url, "/v1/models/nope", {})[1]["error"]["code"] == "model_not_found"
 
 
-def test_a_key_that_is_limited_to_some_models_sees_these_alone(tmp_path):
+def test_a_limited_key_lists_only_its_models(tmp_path):
     metadata = small_gguf_metadata("gpt-2")
     paths = [write_gguf(tmp_path / f"{name}.gguf", random_llama(), LLAMA_NUMBERS, metadata) for name in NAMES[:2]]
     keys = tmp_path / "keys"

@@ -24,13 +24,15 @@ def generated(arithmetic, isa):
 
 
 @pytest.mark.usefixtures("default_model_path")
-def test_fine_arithmetic_answers_as_float32_does_on_every_instruction_set():
+def test_fine_answers_are_those_of_float32():
+    """They are on every instruction set."""
     for isa in {*core.info()["offered_isas"]} - {"portable"}:       # which takes long, and has the bits of record
         assert generated("fine", isa) == IN_FLOAT32, isa
     assert generated("fast", core.info()["isa"]) != IN_FLOAT32      # else this shows nothing: take another question
 
 
-def test_one_server_keeps_both_arithmetics_apart_and_says_which_is_which(default_model_path, tmp_path):
+def test_one_server_keeps_both_arithmetics_apart(default_model_path, tmp_path):
+    """It also says which answer has which."""
     config = tmp_path / "both.toml"
     config.write_text("".join(f'[[models]]\nname = "{name}"\npath = "{default_model_path}"\narithmetic = "{name}"\n' for name in ("fast", "fine")))
     with server("--config", config) as (process, url):
@@ -44,7 +46,8 @@ def test_one_server_keeps_both_arithmetics_apart_and_says_which_is_which(default
         assert {model["id"]: model["arithmetic"] for model in get(url + "/v1/models")["data"]} == {"fast": "fast", "fine": "fine"}
 
 
-def test_a_fine_answer_whose_worker_is_killed_goes_on_in_fine_arithmetic(default_model_path):
+def test_a_fine_answer_survives_its_worker(default_model_path):
+    """A fine answer whose worker is killed goes on in fine arithmetic."""
     log = []
     with server("--arithmetic", "fine", "--num-workers", "2", "--no-drafts", log=log) as (process, url):
         assert any("fine arithmetic" in line for line in log)

@@ -99,7 +99,7 @@ def test_bad_lines_are_errors_and_the_others_run(running):
     assert [found["custom_id"] for found in errors] == [None, None, "c", "a", "d", None, "f", "g"]
 
 
-def test_the_bytes_of_a_line_make_it_an_error_line_alone(running):
+def test_any_bytes_spoil_only_their_own_line(running):
     """Whatever they are: no upload fails for one."""
     good = [json.dumps(ask_line(name, max_tokens=1)).encode() for name in ("b\0\x1b[1m\u202e\r\n", "c", "d")]
     half = json.dumps(ask_line("e")).encode().replace(b'"e"', b'"\\ud800"')
@@ -115,7 +115,7 @@ def test_the_bytes_of_a_line_make_it_an_error_line_alone(running):
                     (None, "line 9: is not JSON in UTF-8"), (None, "line 10: is not JSON in UTF-8")]
 
 
-def test_blank_lines_are_found_as_a_plain_split_finds_them():
+def test_blank_lines_are_those_of_a_plain_split():
     dice = random.Random(5)
     for _ in range(2000):
         data = b"".join(dice.choice((b"\n", b"\n", b" ", b"\r\n", b"\t", b"\x0b\x0c", b"a", b"{}", b"\x1c", b"\xa0", b"\0")) for _ in range(dice.randrange(1, 30)))
@@ -145,13 +145,14 @@ def test_a_name_that_no_text_can_be_is_refused(running):
         assert found.value.code == 400 and b"half of a character" in found.value.read()
 
 
-def test_a_batch_without_a_line_that_can_run_has_failed_and_says_why(running):
+def test_a_batch_of_bad_lines_fails_and_says_why(running):
     batch = ended(running, begun(running, ["no", "json"]))
     assert batch.status == "failed" and [(error.line, error.code) for error in batch.errors.data] == [(1, "invalid_line"), (2, "invalid_line")]
     assert batch.output_file_id is None and batch.request_counts.failed == 2
 
 
-def test_lists_have_pages_and_what_was_deleted_is_gone(running):
+def test_batches_are_listed_in_pages(running):
+    """What was deleted is gone from them."""
     files = [running.files.create(file=(f"{index}.jsonl", jsonl([ask_line("a")])), purpose="batch") for index in range(5)]
     names = [file.id for file in files]
     page = running.files.list(limit=2, purpose="batch")
@@ -174,7 +175,8 @@ def test_lists_have_pages_and_what_was_deleted_is_gone(running):
         ended(running, batch)
 
 
-def test_a_cancelled_batch_keeps_what_it_has_and_its_input_can_be_deleted_only_then(running):
+def test_a_cancelled_batch_keeps_its_answers(running):
+    """Its input can be deleted only then."""
     batch = begun(running, [ask_line(str(index), max_tokens=200, ignore_eos=True) for index in range(2000)])
     while not running.batches.retrieve(batch.id).request_counts.completed:
         time.sleep(0.01)
@@ -228,7 +230,8 @@ ODD_FORMS = {
 
 
 @pytest.mark.parametrize("what", ODD_FORMS)
-def test_forms_that_cannot_be_read_are_refused_and_leave_nothing(running, what):
+def test_an_unreadable_form_leaves_nothing(running, what):
+    """Forms that cannot be read are refused."""
     body, said = ODD_FORMS[what]
     before = [file.id for file in running.files.list()]
     request = urllib.request.Request(f"{running.base_url}files", body, {"Content-Type": "multipart/form-data; boundary=edge"})
@@ -271,7 +274,7 @@ def test_an_upload_that_is_cut_leaves_nothing(model, tmp_path):
             time.sleep(0.02)
 
 
-def test_files_can_be_uploaded_at_once_and_each_has_its_own_lines(running):
+def test_uploads_at_once_keep_their_lines_apart(running):
     contents = [jsonl([ask_line(f"{index}-{number}", "x" * 200) for number in range(300)]) for index in range(4)]
     with ThreadPoolExecutor(4) as threads:
         files = [*threads.map(lambda data: running.files.create(file=("in.jsonl", data), purpose="batch"), contents)]
@@ -338,18 +341,20 @@ def check_disturbed(batch, found, undisturbed, count):
     assert batch.request_counts.failed == len(found[1].splitlines()) and batch.request_counts.completed == len(found[0].splitlines())
 
 
-def test_a_batch_goes_on_after_kills_and_its_output_is_that_of_an_undisturbed_one(model, tmp_path):
+def test_a_killed_batch_gives_the_same_output(model, tmp_path):
+    """A batch goes on after kills; its output is that of an undisturbed one."""
     check_disturbed(*disturbed(model, tmp_path / "a.db", mixed_lines(240), [1, 25, 50]), 240)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_ten_thousand_lines_with_twenty_kills(model, tmp_path):
+def test_ten_thousand_lines_outlast_twenty_kills(model, tmp_path):
     check_disturbed(*disturbed(model, tmp_path / "a.db", mixed_lines(10_000), [*range(200, 9800, 480)][:20]), 10_000)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of another process")
-def test_a_batch_waits_while_nothing_can_be_written_and_then_goes_on(model, tmp_path):
+def test_a_batch_waits_while_the_disk_is_full(model, tmp_path):
+    """A batch waits while nothing can be written and then goes on."""
     with batching(model, tmp_path / "a.db") as (process, client):
         batch = begun(client, [ask_line(str(number), max_tokens=30, ignore_eos=True) for number in range(300)])
         while answered_lines(tmp_path / "a.db") < 20:
@@ -375,7 +380,8 @@ def again(client, batch):
     return client.files.content(batch.output_file_id).content
 
 
-def test_a_batch_goes_on_after_another_program_has_held_the_store_and_chats_do_meanwhile(model, tmp_path):
+def test_a_batch_outlasts_a_held_store(model, tmp_path):
+    """A batch goes on after another program has held the store, and chats do meanwhile."""
     with batching(model, tmp_path / "a.db") as (process, client):
         batch = begun(client, [ask_line(str(number), max_tokens=30) for number in range(200)])
         while answered_lines(tmp_path / "a.db") < 20:
@@ -394,7 +400,7 @@ def test_a_batch_goes_on_after_another_program_has_held_the_store_and_chats_do_m
         assert again(client, batch) == whole and len(whole.splitlines()) == 200
 
 
-def test_a_batch_that_fails_is_tried_again_until_it_can_go_on(model, tmp_path):
+def test_a_failing_batch_is_tried_until_it_goes_on(model, tmp_path):
     """Another program has put a trigger into the store: recording a line is an error that is none of a full disk's."""
     def change(statement):
         with closing(sqlite3.connect(tmp_path / "a.db", isolation_level=None, timeout=60)) as other:
@@ -415,7 +421,7 @@ def test_a_batch_that_fails_is_tried_again_until_it_can_go_on(model, tmp_path):
         check_charges(tmp_path / "a.db", whole, 2)
 
 
-def test_the_batch_of_a_key_without_budget_waits_and_holds_no_other_up(model, tmp_path):
+def test_a_batch_without_budget_holds_nobody_up(model, tmp_path):
     """Its lines wait without a slot; with tokens again they are answered, to the byte as others'."""
     def keys(tokens):
         (tmp_path / "keys").write_text(f"broke: first-key tokens-per-day={tokens} over-budget=refuse\nfree: second-key\n")
@@ -441,7 +447,8 @@ def test_the_batch_of_a_key_without_budget_waits_and_holds_no_other_up(model, tm
         assert [line.replace(b'"created": %d' % created[0], b'"created": %d' % created[1]) for line in done] == answers.splitlines()
 
 
-def test_long_lines_of_one_key_make_room_for_another_s_and_are_the_same(model, tmp_path):
+def test_long_lines_make_room_for_another_key(model, tmp_path):
+    """Their answers stay the same."""
     long = [ask_line(str(number), f"Tell me about {number}", max_tokens=300, ignore_eos=True) for number in range(40)]
     with batching(model, tmp_path / "a.db", "--max-batch", "2", keys=("first-key", "second-key")) as (_, client):
         other = client.with_options(api_key="second-key")
@@ -454,7 +461,7 @@ def test_long_lines_of_one_key_make_room_for_another_s_and_are_the_same(model, t
         assert client.files.content(slow.output_file_id).content == again(client, slow)
 
 
-def test_a_cancelled_batch_costs_what_its_output_has(model, tmp_path):
+def test_a_cancelled_batch_costs_what_it_has_written(model, tmp_path):
     for number in range(3):
         with batching(model, tmp_path / f"{number}.db") as (process, client):
             batch = begun(client, [ask_line(str(number), max_tokens=20) for number in range(300)])
@@ -466,14 +473,15 @@ def test_a_cancelled_batch_costs_what_its_output_has(model, tmp_path):
             check_charges(tmp_path / f"{number}.db", client.files.content(batch.output_file_id).content if batch.output_file_id else b"", 1)
 
 
-def test_a_large_line_is_read_in_a_sandbox_and_its_answer_is_that_of_a_small_one(running):
+def test_a_large_line_is_answered_like_a_small_one(running):
+    """It is read in a sandbox."""
     lines = [ask_line("small", "Hello", seed=5), ask_line("large", "Hello", seed=5, extra="x" * 200_000)]
     batch = ended(running, begun(running, lines))
     small, large = (found["response"]["body"] for found in results(running, batch.output_file_id))
     assert small["choices"] == large["choices"] and small["usage"] == large["usage"]
 
 
-def test_the_ids_of_calls_and_items_follow_from_the_line(running):
+def test_ids_of_calls_and_items_follow_from_the_line(running):
     lines = [{"custom_id": "a", "method": "POST", "url": "/v1/responses", "body": {"input": "Hi", "max_output_tokens": 16}}]
     batch = ended(running, begun(running, lines, "/v1/responses"))
     again = ended(running, running.batches.create(input_file_id=batch.input_file_id, endpoint=batch.endpoint, completion_window="24h"))
@@ -484,7 +492,7 @@ def test_the_ids_of_calls_and_items_follow_from_the_line(running):
         running.responses.retrieve(found["response"]["body"]["id"])
 
 
-def test_what_was_drafted_is_not_in_a_batch_s_output(running):
+def test_a_batch_output_shows_no_drafts(running):
     """It depends on what was said and measured before: an answer to the same question has it, where it is shown."""
     body = ask_line("a", "one two three " * 20, max_tokens=60, temperature=0, ignore_eos=True, logprobs=True)["body"]
     batch = begun(running, [{"custom_id": str(number), "method": "POST", "url": "/v1/chat/completions", "body": body} for number in range(4)])
@@ -502,7 +510,7 @@ def test_a_line_continues_no_response(running, name):
     assert "left out in a batch" in running.files.content(batch.error_file_id).text
 
 
-def test_the_store_can_be_backed_up_while_a_batch_runs(model, tmp_path):
+def test_a_backup_works_while_a_batch_runs(model, tmp_path):
     with batching(model, tmp_path / "a.db") as (_, client):
         batch = begun(client, [ask_line(str(number), max_tokens=30, ignore_eos=True) for number in range(300)])
         while not answered_lines(tmp_path / "a.db"):
@@ -518,7 +526,8 @@ def test_the_store_can_be_backed_up_while_a_batch_runs(model, tmp_path):
         assert client.files.content(copied.output_file_id).content == whole
 
 
-def test_an_expired_batch_has_an_error_for_each_line_that_is_left(model, tmp_path):
+def test_an_expired_batch_has_errors_for_its_rest(model, tmp_path):
+    """An expired batch has an error for each line that is left."""
     with batching(model, tmp_path / "a.db") as (_, client):
         batch = begun(client, [ask_line(str(number), max_tokens=400, ignore_eos=True) for number in range(700)])
         while not answered_lines(tmp_path / "a.db"):
@@ -535,7 +544,8 @@ def test_an_expired_batch_has_an_error_for_each_line_that_is_left(model, tmp_pat
         assert numbers == [*range(700)]
 
 
-def test_a_batch_whose_key_is_gone_waits_until_it_expires(model, tmp_path):
+def test_a_batch_whose_key_is_gone_expires(model, tmp_path):
+    """It waits until then."""
     def status():
         with closing(sqlite3.connect(tmp_path / "a.db")) as reader:
             return reader.execute("SELECT status, completed FROM batches").fetchone()
@@ -560,7 +570,7 @@ def test_a_batch_whose_key_is_gone_waits_until_it_expires(model, tmp_path):
     assert status() == ("expired", left[1])
 
 
-def test_what_is_deleted_is_no_longer_in_the_store(model, tmp_path):
+def test_what_is_deleted_leaves_the_store(model, tmp_path):
     with batching(model, tmp_path / "a.db") as (process, client):
         batch = ended(client, begun(client, [ask_line(str(number), "a-secret-word" * 600, truncate="oldest", max_tokens=4) for number in range(700)]))
         assert sum((tmp_path / name).stat().st_size for name in ("a.db", "a.db-wal")) > 5 << 20
@@ -595,7 +605,7 @@ def test_uploads_that_are_no_batch_are_refused(running):
     assert file.expires_at == file.created_at + 7200
 
 
-def test_without_the_flag_these_routes_say_which_flag(model):
+def test_without_the_flag_batch_routes_name_it(model):
     with server(model) as (_, url):
         client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
         for call in (lambda: client.files.list(), lambda: client.files.create(file=("a", b"x"), purpose="batch"), lambda: client.files.content("file-1"),
@@ -605,7 +615,7 @@ def test_without_the_flag_these_routes_say_which_flag(model):
                 call()
 
 
-def test_files_and_batches_belong_to_the_key_that_made_them(model, tmp_path):
+def test_a_key_sees_only_its_files_and_batches(model, tmp_path):
     with batching(model, tmp_path / "a.db", keys=("first-key", "second-key")) as (_, client):
         batch = ended(client, begun(client, [ask_line("a")]))
         other = client.with_options(api_key="second-key")

@@ -73,7 +73,8 @@ class Server:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_every_unblocked_batch_ends_whatever_the_others_do(seed):
+def test_every_unblocked_batch_ends(seed):
+    """It does so whatever the others do."""
     server = Server(seed)
     dice = server.dice
     models = [f"m{number}" for number in range(dice.randrange(1, 4))]
@@ -112,7 +113,8 @@ def test_every_unblocked_batch_ends_whatever_the_others_do(seed):
     assert server.attempts - before <= (200 if server.refusing else 0)
 
 
-def test_a_client_that_comes_has_its_turn_after_at_most_one_line_of_each_other():
+def test_a_new_client_soon_has_its_turn():
+    """A client that comes has its turn after at most one line of each other."""
     server = Server(1)
     server.room["m"] = 4
     for client in "abcde":
@@ -127,7 +129,8 @@ def test_a_client_that_comes_has_its_turn_after_at_most_one_line_of_each_other()
     assert len(server.done) - ended <= 4 + 2 * 5, "it waited longer than for those before it"
 
 
-def test_a_client_begins_though_another_has_all_slots_for_hours():
+def test_a_client_begins_though_no_slot_is_free():
+    """Another client has all of them for hours."""
     turns = Turns(lambda model: 4, lambda client: 0, lambda: 0.0)
     for number in range(50):
         turns.add("long", "b", "m", WaitingLine(number, 1))
@@ -148,7 +151,7 @@ def test_a_client_begins_though_another_has_all_slots_for_hours():
     assert done == 20 * 3 and turns.of_model["m"] == 4
 
 
-def test_new_batches_of_one_client_do_not_keep_another_out():
+def test_new_batches_do_not_keep_another_client_out():
     """A client whose batches have one line each is always new; it takes its turn all the same."""
     server = Server(2)
     server.room["m"] = 1
@@ -161,7 +164,7 @@ def test_new_batches_of_one_client_do_not_keep_another_out():
     assert sum(client == "patient" for client, *_ in server.done) >= 10
 
 
-def test_what_is_refused_for_itself_alone_does_not_hold_up_its_batch():
+def test_a_refused_line_does_not_hold_up_its_batch():
     """A line that needs more memory than there is."""
     server = Server(3)
     server.room["m"] = 4
@@ -177,7 +180,8 @@ def test_what_is_refused_for_itself_alone_does_not_hold_up_its_batch():
     assert refused < 20 and server.now_s < 300
 
 
-def test_after_a_refusal_one_line_tries_and_each_that_ends_lets_one_more_begin():
+def test_after_a_refusal_lines_begin_one_by_one():
+    """After a refusal one line tries and each that ends lets one more begin."""
     now_s = 0.0
     turns = Turns(lambda model: 10, lambda client: 0, lambda: now_s)
     for number in range(100):
@@ -194,7 +198,8 @@ def test_after_a_refusal_one_line_tries_and_each_that_ends_lets_one_more_begin()
     assert [turns.take() is not None for _ in range(3)] == [True, True, False]
 
 
-def test_a_batch_that_is_removed_begins_nothing_and_its_lines_still_end():
+def test_a_removed_batch_begins_nothing():
+    """Its lines that run still end."""
     turns = Turns(lambda model: 10, lambda client: 0, lambda: 0.0)
     for batch in "xy":
         for number in range(9):
@@ -278,7 +283,7 @@ def key_called(name, **more):
     return ApiKey.hashed(name, name, **more)
 
 
-async def test_batches_that_wait_hold_no_other_key_up_and_go_on_when_they_can(tmp_path):
+async def test_waiting_batches_hold_no_other_key_up(tmp_path):
     """For a budget, for a queue, for a model that never gets memory: each has many batches of many lines."""
     broke = key_called("broke", tokens_per_day=0, refused=True)
     others = tuple(map(key_called, ("refused", "stuck", "free", "late")))
@@ -318,7 +323,7 @@ def place_requests(*pools):
     return [request for pool in pools for request in pool.requests]
 
 
-async def test_nothing_is_tried_in_a_loop_while_batches_wait(tmp_path, monkeypatch):
+async def test_waiting_batches_try_nothing_in_a_loop(tmp_path, monkeypatch):
     reads, line = [], batches.line
 
     def read(connection, batch, number):
@@ -340,7 +345,7 @@ async def test_nothing_is_tried_in_a_loop_while_batches_wait(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("max_tokens, n", [(None, 1), (600, 1), (600, 3)])
-async def test_a_batch_passes_its_key_s_budget_by_one_answer_and_its_lines_are_whole(tmp_path, max_tokens, n):
+async def test_a_batch_passes_a_budget_by_one_answer(tmp_path, max_tokens, n):
     """An answer without max_tokens is not cut in a batch, whose files must not depend on the moment: it gives way, and is asked for again."""
     broke = key_called("broke", tokens_per_day=3000, refused=True)
     pool = pool_called("open", pieces=["a"] * 500)
@@ -358,7 +363,8 @@ async def test_a_batch_passes_its_key_s_budget_by_one_answer_and_its_lines_are_w
         assert {choice["finish_reason"] for body in bodies for choice in body["choices"]} == {"stop"}
 
 
-async def test_after_midnight_the_batch_of_a_key_with_new_tokens_goes_on_by_itself(tmp_path, monkeypatch):
+async def test_after_midnight_a_batch_goes_on_by_itself(tmp_path, monkeypatch):
+    """It is the batch of a key that has new tokens."""
     clock = SimpleNamespace(time=lambda: 1_700_000_000.0)       # 22:13:20
     monkeypatch.setattr(ledger, "time", clock)
     monkeypatch.setattr(batch_turns, "LEAST_REST_S", 0.01)
@@ -376,7 +382,8 @@ async def test_after_midnight_the_batch_of_a_key_with_new_tokens_goes_on_by_itse
         assert (await place.until(name, lambda batch: batch.status == "completed")).completed == 10
 
 
-async def test_a_batch_leaves_half_of_what_is_left_to_the_other_requests_of_its_key(tmp_path):
+async def test_a_batch_leaves_half_of_the_budget(tmp_path):
+    """It leaves half of what is left to the other requests of its key."""
     pool = pool_called("open", gate=asyncio.Event())
     settings = Settings(keys=(key_called("k", tokens_per_day=3000, refused=True),))
     async with place_of(tmp_path / "store.db", settings, pool) as place:
@@ -392,7 +399,7 @@ async def test_a_batch_leaves_half_of_what_is_left_to_the_other_requests_of_its_
         assert (await place.until(name, lambda batch: batch.status == "completed")).completed == 50
 
 
-async def test_whether_an_answer_fits_into_memory_does_not_depend_on_the_others(tmp_path):
+async def test_an_answer_fits_whatever_the_others_take(tmp_path):
     """Those that fit alone are asked for again until they do; one that never does is an error each time."""
     settings = Settings(keys=(key_called("k"), key_called("l")))
     fits, large = pool_called("fits", pieces=["a" * 50_000] * 3), pool_called("large", pieces=["a" * 50_000] * 9)

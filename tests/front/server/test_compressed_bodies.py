@@ -55,7 +55,7 @@ async def inflated(data, encoding="gzip", size=0):
 
 
 @pytest.mark.parametrize("encoding, compressed", WAYS)
-async def test_a_compressed_body_is_read_as_the_body_itself(client, encoding, compressed):
+async def test_a_compressed_body_is_read_as_the_plain_one(client, encoding, compressed):
     pool = FakePool()
     pool.context_length = 1 << 20
     async with serving(pool) as url:
@@ -70,14 +70,15 @@ async def test_a_compressed_body_is_read_as_the_body_itself(client, encoding, co
 
 
 @pytest.mark.parametrize("encoding", ["br", "zstd", "compress", "gzip, gzip", "deflate, gzip", "gzip, br", "x", "g" * 5000])
-async def test_any_other_compression_is_415_that_says_which_can_be_read(client, encoding):
+async def test_any_other_compression_is_415(client, encoding):
+    """The error says which can be read."""
     async with serving(FakePool()) as url:
         for path in (NATIVE, OPENAI, "/v1/messages", "/api/chat", "/tokenize"):
             status, headers, answer = await ask(client, url + path, json.dumps(conversation()).encode(), encoding)
             assert (status, headers["Accept-Encoding"]) == (415, "gzip, deflate") and "gzip or deflate" in answer and encoding[:20] in answer, answer
 
 
-async def test_two_headers_count_as_both(client):
+async def test_two_encoding_headers_count_as_both(client):
     async with serving(FakePool()) as url:
         headers = [("Content-Encoding", "identity"), ("Content-Encoding", "gzip")]
         async with client.post(url + OPENAI, data=gzipped(json.dumps(conversation()).encode()), headers=headers) as response:
@@ -93,7 +94,8 @@ BODY = json.dumps(conversation()).encode()
     (b"this is not gzip", "not valid gzip"), (BODY, "not valid gzip"), (gzipped(BODY)[:-1], "ends before"), (gzipped(BODY)[:12], "ends before"),
     (b"\x1f", "ends before"), (b"", "ends before"), (gzipped(BODY) + b"x", "more after the end"), (gzipped(BODY) * 2, "more after the end"),
     (gzipped(BODY)[:-8] + b"\0" * 8, "not valid gzip"), (gzipped(b"no json"), "not valid JSON")])
-async def test_data_that_is_broken_cut_off_or_goes_on_is_400_and_the_connection_goes_on(client, data, words):
+async def test_broken_compressed_data_is_400(client, data, words):
+    """Data that is broken, cut off or goes on is refused, and the connection goes on."""
     async with serving(FakePool()) as url:
         for path in (NATIVE, OPENAI):
             status, _, answer = await ask(client, url + path, data, "gzip")
@@ -103,7 +105,7 @@ async def test_data_that_is_broken_cut_off_or_goes_on_is_400_and_the_connection_
 
 @pytest.mark.parametrize("encoding, compressed", [each for each in WAYS if each[0] in ("gzip", "deflate")])
 @pytest.mark.parametrize("length", [0, 1, inflate.SLICE_BYTES - 1, inflate.SLICE_BYTES, 2 * inflate.SLICE_BYTES, 3 * inflate.SLICE_BYTES + 1])
-async def test_content_of_any_length_comes_whole_in_slices(encoding, compressed, length):
+async def test_content_of_any_length_comes_in_slices(encoding, compressed, length):
     for content in (b"\0" * length, random.Random(length).randbytes(length)):
         for size in (0, 1 if length < 2 else 1000):
             parts = await inflated(compressed(content), encoding, size)
@@ -136,7 +138,7 @@ def bomb(size, level=9):
     return b"".join([stream.compress(BODY), *(stream.compress(b" " * (1 << 20)) for _ in range(size >> 20)), stream.flush()])
 
 
-async def test_what_inflates_to_more_than_a_body_may_have_is_413_and_is_never_in_memory(client):
+async def test_a_body_that_inflates_too_far_is_413(client):
     """A gigabyte in a megabyte: no more of it is inflated than the limit."""
     data = bomb(1 << 30)
     assert len(data) < 1_100_000
@@ -156,7 +158,7 @@ async def test_what_inflates_to_more_than_a_body_may_have_is_413_and_is_never_in
     assert len(pool.requests) == 2
 
 
-async def test_an_inflated_body_counts_as_what_it_is_and_not_as_what_was_sent(client, monkeypatch):
+async def test_an_inflated_body_counts_as_what_it_is(client, monkeypatch):
     """Of a budget for two bodies a client has a quarter: room is taken for all that a compressed body may become, as for one without a length."""
     patch(monkeypatch, config, "LIMITS", replace(LIMITS, held_bytes=4 * LIMITS.body_bytes - 4))
     patch(monkeypatch, streams, "BODY_S", 0.5)
@@ -166,7 +168,7 @@ async def test_an_inflated_body_counts_as_what_it_is_and_not_as_what_was_sent(cl
         assert (await ask(client, url + OPENAI, gzipped(BODY), "gzip"))[0] == 200      # a small one holds nothing
 
 
-async def test_once_it_is_read_a_body_holds_no_more_than_it_has(client, monkeypatch):
+async def test_a_body_once_read_holds_only_its_size(client, monkeypatch):
     """Room for all that a compressed body may become is taken while it arrives; others of its client go on while it is parsed."""
     patch(monkeypatch, config, "LIMITS", replace(LIMITS, held_bytes=4 * LIMITS.body_bytes + 4_000_000))      # a client's share: one body and a million bytes
     patch(monkeypatch, streams, "BODY_S", 0.5)
@@ -191,7 +193,8 @@ async def test_once_it_is_read_a_body_holds_no_more_than_it_has(client, monkeypa
         assert (await first)[0] == (await second)[0] == 200
 
 
-async def test_a_form_with_a_file_is_not_read_compressed(client, tmp_path):
+async def test_a_compressed_form_with_a_file_is_refused(client, tmp_path):
+    """A form with a file is not read compressed."""
     settings = Settings(database=tmp_path / "kept.db", keys=(ApiKey.hashed("k", "ann"),))
     store = await open_store(settings)
     with access.listen_on("127.0.0.1", 0) as listener:
@@ -202,7 +205,8 @@ async def test_a_form_with_a_file_is_not_read_compressed(client, tmp_path):
             assert status == 415 and "must not be compressed" in answer
 
 
-def test_the_real_server_answers_a_compressed_body_as_the_plain_one(default_model_path):
+def test_the_real_server_answers_a_compressed_body(default_model_path):
+    """It answers it as it does the plain one."""
     def post(data, **headers):
         request = urllib.request.Request(url + OPENAI, data, {"Content-Type": "application/json", **headers})
         try:

@@ -80,7 +80,8 @@ async def asking(url, pool, count, address="127.0.0.1"):
 # how many
 
 
-async def test_where_there_is_no_room_the_connection_that_was_idle_for_longest_goes():
+async def test_the_longest_idle_connection_makes_room():
+    """Where there is no room the connection that was idle for longest goes."""
     async with serving(FakePool(), connections=16) as url:
         clients = [await Client.connect(url) for _ in range(16)]
         for client in [*clients[1:], clients[0]]:           # so the second has been idle for longest
@@ -93,7 +94,8 @@ async def test_where_there_is_no_room_the_connection_that_was_idle_for_longest_g
             assert await client.lives()
 
 
-async def test_one_that_has_sent_no_request_or_half_of_one_counts_as_idle():
+async def test_a_connection_without_a_request_is_idle():
+    """A connection that has sent half of a request is idle too."""
     async with serving(FakePool(), connections=16) as url:
         silent = [await Client.connect(url) for _ in range(16)]
         for client in silent[8:]:
@@ -103,7 +105,8 @@ async def test_one_that_has_sent_no_request_or_half_of_one_counts_as_idle():
         assert [await client.ended() for client in silent] == [b""] * 16
 
 
-async def test_a_running_answer_is_never_closed_for_a_new_connection():
+async def test_no_running_answer_ends_for_a_connection():
+    """A running answer is never closed for a new connection."""
     pool = FakePool(gate=asyncio.Event())
     async with serving(pool, connections=16) as url:
         running = await asking(url, pool, 15)
@@ -114,7 +117,8 @@ async def test_a_running_answer_is_never_closed_for_a_new_connection():
             assert b'"done": true' in await client.reader.readuntil(b"\r\n0\r\n\r\n")
 
 
-async def test_where_every_connection_has_an_answer_health_is_told_and_anything_else_is_503():
+async def test_a_server_full_of_answers_is_503():
+    """Where every connection has an answer, health is told, and anything else is 503."""
     pool = FakePool(gate=asyncio.Event())
     async with serving(pool, Settings(prefix="/chat"), connections=16) as url:
         running = [await Client.connect(url) for _ in range(16)]
@@ -143,7 +147,8 @@ async def test_where_every_connection_has_an_answer_health_is_told_and_anything_
         assert (await late.header()).startswith(b"HTTP/1.1 200")
 
 
-async def test_more_surplus_connections_than_a_few_push_the_oldest_out():
+async def test_surplus_connections_push_the_oldest_out():
+    """More surplus connections than a few push the oldest out."""
     pool = FakePool(gate=asyncio.Event())
     async with serving(pool, connections=16) as url:
         running = await asking(url, pool, 16)
@@ -160,7 +165,8 @@ async def test_more_surplus_connections_than_a_few_push_the_oldest_out():
             client.writer.close()
 
 
-async def test_one_network_has_a_quarter_and_the_others_the_rest(monkeypatch):
+async def test_one_network_has_a_quarter_of_connections(monkeypatch):
+    """The others have the rest."""
     patch(monkeypatch, access, "network_of", lambda address: "" if address == "127.0.0.1" else address)
     pool = FakePool(gate=asyncio.Event())
     async with serving(pool, connections=16) as url:
@@ -179,7 +185,7 @@ async def test_one_network_has_a_quarter_and_the_others_the_rest(monkeypatch):
             assert b'"done": true' in await client.reader.readuntil(b"\r\n0\r\n\r\n")
 
 
-async def test_nothing_is_kept_of_connections_that_have_ended(monkeypatch):
+async def test_ended_connections_leave_nothing_kept(monkeypatch):
     tables = []
 
     class Kept(ConnectionTable):
@@ -207,7 +213,8 @@ async def test_nothing_is_kept_of_connections_that_have_ended(monkeypatch):
     ("127.0.0.1", ""), ("127.8.9.1", ""), ("::1", ""), ("::ffff:127.0.0.1", ""),
     ("192.0.2.7", "192.0.2.7"), ("::ffff:192.0.2.7", "192.0.2.7"), ("fe80::1%eth0", "fe80::/64"),
     ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"), ("2001:db8:1:3::1", "2001:db8:1:3::/64")])
-def test_connections_count_by_address_and_those_of_ipv6_by_64_bits_of_it(address, network):
+def test_ipv6_connections_count_by_64_bits(address, network):
+    """Those of IPv4 count by their address."""
     assert network_of(address) == network
     # and so do requests; this machine is known by its addresses
     assert client_at(address) == (network or address)
@@ -233,7 +240,7 @@ def limited(soft, hard):
 @pytest.mark.parametrize("soft, hard, raised, room", [
     (256, 1024, 1024, 734), (1024, 1024, 1024, 734), (256, 18_000, 8674, 8192), (64, 64, 64, 16),
     (18_000, 18_000, 18_000, 8192)])
-def test_the_limit_of_descriptors_is_raised_as_far_as_it_is_needed(soft, hard, raised, room):
+def test_the_descriptor_limit_is_raised_as_needed(soft, hard, raised, room):
     if hard > resource.getrlimit(resource.RLIMIT_NOFILE)[1]:
         pytest.skip("this process has a lower hard limit")
     code = "import resource; " \
@@ -263,7 +270,8 @@ async def server_of_its_own(folder, fixtures, descriptors):
         await server.communicate()
 
 
-async def test_idle_connections_beyond_the_descriptors_keep_nobody_out(tmp_path, nanochat_fixtures):
+async def test_idle_connections_keep_nobody_out(tmp_path, nanochat_fixtures):
+    """There are more of them here than descriptors."""
     async with server_of_its_own(tmp_path, nanochat_fixtures, 400) as (url, log):
         idle = [await Client.connect(url) for _ in range(600)]
         client = await Client.connect(url)
@@ -275,8 +283,9 @@ async def test_idle_connections_beyond_the_descriptors_keep_nobody_out(tmp_path,
         assert log.stat().st_size < 4000 and "out of system resource" not in log.read_text()
 
 
-async def test_a_server_that_runs_out_of_descriptors_says_so_shortly_and_serves_when_there_are_some(
+async def test_running_out_of_descriptors_is_said_shortly(
         tmp_path, nanochat_fixtures):
+    """The server serves again when there are some."""
     too_few = 24            # for the 16 connections that are always allowed
     async with server_of_its_own(tmp_path, nanochat_fixtures, too_few) as (url, log):
         idle = [await Client.connect(url) for _ in range(40)]
@@ -290,7 +299,8 @@ async def test_a_server_that_runs_out_of_descriptors_says_so_shortly_and_serves_
 # the log
 
 
-def test_what_is_logged_again_and_again_is_written_once_a_second_with_its_number():
+def test_a_repeated_line_is_logged_once_a_second():
+    """It says how often it came."""
     code = """import logging
 from chatlm.common.config import Settings
 from chatlm.common.log import log, start_logging
@@ -362,7 +372,7 @@ UNREAD = {      # the request, and whether its answer never ends
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux ends such connections")
 @pytest.mark.parametrize("request_, held", UNREAD.values(), ids=UNREAD)
 @pytest.mark.parametrize("size", by_day([60_000, 6_000_000], 6_000_000))
-async def test_a_response_that_nobody_reads_ends_its_connection(monkeypatch, caplog, request_, held, size):
+async def test_an_unread_response_ends_its_connection(monkeypatch, caplog, request_, held, size):
     pool = FakePool(["x" * min(size, 500_000)] * max(1, size // 500_000))
     if held:
         pool.gate = HeldAfter(1)
@@ -387,7 +397,8 @@ class HeldAfter:
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux ends such connections")
-async def test_a_client_that_reads_now_and_then_gets_all_of_a_long_response(monkeypatch):
+async def test_a_slow_reader_gets_all_of_a_long_response(monkeypatch):
+    """A client that reads now and then gets all of a long response."""
     pool = FakePool(["x" * 500_000] * 12)
     async with counted(monkeypatch, pool) as (url, none_left):
         connection = await silent_reader(url, posted(b"/v1/chat/completions"))

@@ -66,7 +66,7 @@ async def test_behind_nginx_the_page_and_both_apis_work(tmp_path):
 
 
 @needs_nginx
-async def test_behind_nginx_the_server_s_own_pages_may_post_and_others_may_not(tmp_path):
+async def test_behind_nginx_only_own_pages_may_post(tmp_path):
     pool, names = FakePool(), {"allowed_host": ("chat.example",)}
     async with behind_nginx(tmp_path, pool, **names) as url, aiohttp.ClientSession() as client:
         port = url.split(":")[2].split("/")[0]
@@ -89,7 +89,8 @@ async def test_behind_nginx_the_server_s_own_pages_may_post_and_others_may_not(t
 
 @needs_nginx
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (Debian: apt install chromium-headless-shell)")
-async def test_the_page_chats_through_nginx_under_a_name_of_its_own(tmp_path):
+async def test_the_page_chats_through_nginx_by_name(tmp_path):
+    """The page chats through nginx under a name of its own."""
     playwright = pytest.importorskip("playwright.async_api")
     nginx = behind_nginx(tmp_path, FakePool(), allowed_host=("chat.test",))
     async with nginx as url, playwright.async_playwright() as driver:
@@ -116,7 +117,8 @@ class FirstPieceFree:
 
 
 @needs_nginx
-async def test_nginx_passes_each_piece_on_at_once_and_tells_when_the_client_leaves(tmp_path):
+async def test_nginx_passes_each_piece_on_at_once(tmp_path):
+    """It also tells when the client leaves."""
     pool = FakePool(["one", "two"], gate=FirstPieceFree())
     async with behind_nginx(tmp_path, pool) as url, aiohttp.ClientSession() as client:
         async with client.post(url + "/chat/completions", json=conversation()) as response:
@@ -131,7 +133,8 @@ async def test_nginx_passes_each_piece_on_at_once_and_tells_when_the_client_leav
 
 @needs_nginx
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
-async def test_an_upgrade_to_http2_does_not_hang_behind_nginx_nor_without(tmp_path):
+async def test_an_http2_upgrade_does_not_hang(tmp_path):
+    """It hangs neither behind nginx nor without it."""
     async with behind_nginx(tmp_path, FakePool()) as proxied, serving(FakePool()) as direct:
         for url in (proxied, direct):
             curl = await asyncio.create_subprocess_exec(

@@ -54,7 +54,7 @@ def refused(url, path, body, key=KEY, headers=()):
 
 @pytest.mark.parametrize("path", CHATS)
 @pytest.mark.parametrize("size", [CONTEXT, CONTEXT + 9, 2000, 100_000, 400_000])
-def test_a_prompt_that_is_too_long(url, path, size):
+def test_clients_know_the_error_of_a_long_prompt(url, path, size):
     """From one that leaves no room for an answer to bodies that another process reads."""
     if path.endswith("count_tokens") and size < 100_000:
         return      # it is counted
@@ -73,7 +73,7 @@ def test_a_prompt_that_is_too_long(url, path, size):
 
 
 @pytest.mark.parametrize("path", CHATS)
-def test_an_unknown_model(url, path):
+def test_clients_know_the_error_of_an_unknown_model(url, path):
     status, said, code = refused(url, path, CHATS[path]("hello") | {"model": "gpt-4o"})
     assert status == 404
     if path in OPENAI:
@@ -86,14 +86,15 @@ def test_an_unknown_model(url, path):
 
 @pytest.mark.parametrize("path", CHATS)
 @pytest.mark.parametrize("key", ["", "wrong"])
-def test_a_key_that_is_missing_or_wrong(url, path, key):
+def test_clients_know_the_error_of_a_wrong_key(url, path, key):
+    """A missing key has it too."""
     status, said, code = refused(url, path, CHATS[path]("hello"), key=key)
     assert status == 401 and ("Incorrect API key provided" in said if path in OPENAI else "x-api-key" in said if path in MESSAGES else "unauthorized" in said)
     assert path in OLLAMA or code == {"/v1/messages": "authentication_error", "/v1/messages/count_tokens": "authentication_error"}.get(path, "invalid_api_key")
 
 
 @pytest.mark.parametrize("path", CHATS)
-def test_a_body_that_is_too_large(url, path):
+def test_clients_know_the_error_of_a_large_body(url, path):
     status, said, code = refused(url, path, {}, headers={"Content-Length": str(17 << 20)})
     assert status == 413 and said == "Request entity too large: the body exceeds the maximum size of 16777216 bytes"
     assert path in OLLAMA or code == ("request_too_large" if path in MESSAGES else "request_entity_too_large")
@@ -110,7 +111,7 @@ def an_endless_answer(url):
 
 
 @pytest.mark.parametrize("path", [path for path in CHATS if not path.endswith("count_tokens")])
-def test_too_many_requests_of_one_key(url, path):
+def test_clients_know_the_error_of_many_requests(url, path):
     with an_endless_answer(url):
         status, said, code = refused(url, path, CHATS[path]("hello"))
     assert status == 429 and said == ("Rate limit reached: at most 1 of your requests may run at a time (--max-concurrent-per-key). "

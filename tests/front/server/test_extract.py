@@ -43,7 +43,7 @@ def extract(url, data, name="", kind="application/octet-stream", key="k"):
         return error.code, json.load(error)
 
 
-def test_a_document_is_the_body_or_a_file_of_a_form(url, tmp_path):
+def test_a_document_is_the_body_or_a_form_s_file(url, tmp_path):
     data = documents.pdf(["one", "two"])
     expected = {"text": "[page 1]\none\n\n[page 2]\ntwo", "pages": 2, "cut": None}
     assert extract(url, data) == (200, expected)
@@ -53,7 +53,8 @@ def test_a_document_is_the_body_or_a_file_of_a_form(url, tmp_path):
     assert extract(url, b"<p>text", "a.html") == (200, {"text": "text", "pages": None, "cut": None})
 
 
-def test_refusals_say_what_is_wrong_and_what_is_allowed(url):
+def test_document_refusals_say_what_is_allowed(url):
+    """They also say what is wrong."""
     for data, name, words, code in (
             (b"", "", "the body is empty", 400), (b"text", "a\x1b[31m.txt", '"a\\u001b[31m.txt" is of none of the formats that can be read: PDF, DOCX', 400),
             (documents.ENCRYPTED_PDF, "", "encrypted: save it without its password", 400), (documents.pdf([""]), "", "has no text", 400),
@@ -64,14 +65,14 @@ def test_refusals_say_what_is_wrong_and_what_is_allowed(url):
     assert extract(url, documents.pdf(["x"]), key="wrong")[0] == 401
 
 
-def test_a_document_that_takes_too_much_is_refused_and_the_next_one_is_read(url):
+def test_a_document_bomb_is_refused(url):
     """A DOCX of 250 KB, whose only word has 240 million letters, fills the sandbox's memory."""
     status, body = extract(url, documents.docx(f"<w:p><w:r><w:t>{'x' * 240_000_000}</w:t></w:r></w:p>"))
     assert status == 400 and "too complex: this takes more than 12 s of processor time or 1024 MiB" in body["detail"], body
     assert extract(url, documents.pdf(["alive"]))[1]["text"] == "alive"
 
 
-def test_broken_documents_of_every_format_are_answered_and_leave_no_process(running):
+def test_broken_documents_leave_no_process(running):
     """Bytes are changed, cut and repeated at random; whatever the libraries do, each gets text or a reason."""
     process, url = running
     dice = random.Random(65)
@@ -102,7 +103,8 @@ def waits_until(condition):
         os.sched_yield()
 
 
-def test_a_client_that_leaves_and_others_that_chat_are_not_disturbed(running):
+def test_a_document_disturbs_nobody_who_chats(running):
+    """A client that leaves and others that chat are not disturbed."""
     process, url = running
     host, port = url.removeprefix("http://").split(":")
     data = documents.pdf(["word " * 300] * 400)
@@ -124,7 +126,8 @@ def test_a_client_that_leaves_and_others_that_chat_are_not_disturbed(running):
     waits_until(lambda: not sandboxes_of_documents(process))
 
 
-def test_without_its_libraries_the_server_says_what_to_install(nanochat_fixtures, tmp_path):
+def test_without_its_libraries_extract_names_them(nanochat_fixtures, tmp_path):
+    """The server says what to install."""
     for name in ("pypdfium2", "bs4"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('no such thing')")
     with server(nanochat_fixtures / "gen5", env=os.environ | {"PYTHONPATH": str(tmp_path)}) as (_, url):
@@ -134,7 +137,8 @@ def test_without_its_libraries_the_server_says_what_to_install(nanochat_fixtures
 
 
 @pytest.mark.slow
-def test_the_default_model_answers_about_a_document():
+def test_the_default_model_reads_a_document():
+    """The default model answers about a document."""
     with server() as (_, url):
         _, read = extract(url, documents.pdf(["The treasure lies under the old oak tree.", "Nothing else."]))
         answer = json.load(post(url + "/v1/chat/completions", ask(f"{read['text']}\n\nWhere does the treasure lie?", max_tokens=30)))

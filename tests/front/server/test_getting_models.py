@@ -89,13 +89,13 @@ async def test_only_an_operator_gets_and_deletes_models(client, hub, method, pat
 @pytest.mark.parametrize("body, words", by_day([
     ({}, "model"), ({"model": 3}, "model must be"), ({"model": "../../x"}, "model must be the name of a model of the Hugging Face hub"), ({"model": "/etc/passwd"}, "model must be the name"),
     ({"model": "a/b:../c"}, "model must be the name"), ({"model": "a/b\u0000"}, "model must be the name"), ({"model": "file:///x"}, "model must be the name")], ({"model": "a/b:../c"}, "model must be the name")))
-async def test_a_body_that_names_no_model_of_the_hub_is_refused(client, hub, method, path, body, words):
+async def test_a_body_without_a_hub_model_is_refused(client, hub, method, path, body, words):
     async with serving(FakePool()) as url:
         status, refusal = await call(client, method, url + path, body)
         assert status == 400 and words in json.dumps(refusal) and not hub.requests
 
 
-async def test_a_downloaded_model_is_served_answers_and_leaves_again(client, hub, models):
+async def test_a_downloaded_model_is_served_and_removed(client, hub, models):
     async with serving(models, models.settings) as url:
         async with client.post(url + "/models/download", json={"model": "org/small", "stream": True, "odd": 1}) as response:
             assert response.headers["Content-Type"].startswith("text/event-stream") and response.headers["X-Ignored-Fields"] == "odd"
@@ -116,7 +116,7 @@ async def test_a_downloaded_model_is_served_answers_and_leaves_again(client, hub
         assert (await call(client, "POST", url + "/models/delete", {"model": "org/small"}))[0] == 404
 
 
-async def test_a_model_that_is_deleted_while_it_answers_ends_its_answer_first(client, hub, models):
+async def test_a_deleted_model_ends_its_answer_first(client, hub, models):
     async with serving(models, models.settings) as url:
         await call(client, "POST", url + "/api/pull", {"model": "org/small", "stream": False})
         body = question("org/small", max_tokens=200, ignore_eos=True, stream=True)
@@ -155,7 +155,8 @@ async def test_ollamas_clients_pull_and_delete(client, hub, models):
         assert status == 500 and "has no such model" in body["error"]
 
 
-async def test_a_pull_whose_only_client_leaves_is_cancelled_and_the_next_one_continues(client, hub):
+async def test_a_pull_ends_with_its_last_client(client, hub):
+    """The next one continues it."""
     hub.held = {"large.gguf": 12 << 20}
     async with serving(FakePool()) as url:
         async with client.post(url + "/api/pull", json={"model": "org/large"}) as response:
@@ -167,14 +168,15 @@ async def test_a_pull_whose_only_client_leaves_is_cancelled_and_the_next_one_con
         assert (await call(client, "POST", url + "/api/pull", {"model": "org/large", "stream": False}))[0] == 200
 
 
-async def test_a_server_of_one_model_says_how_to_serve_another(client, hub):
+async def test_a_server_of_one_model_says_how_to_add_more(client, hub):
+    """A server of one model says how to serve another."""
     async with serving(FakePool()) as url:
         async with client.post(url + "/models/download", json={"model": "org/small", "stream": True}) as response:
             last = frames(await response.read())[-1]
         assert last["state"] == "done" and last["served"] is False and "python chat_server.py org/small" in last["note"]
 
 
-async def test_a_download_is_begun_followed_and_cancelled(client, hub):
+async def test_a_download_can_be_followed_and_cancelled(client, hub):
     hub.held = {"large.gguf": 12 << 20}
     async with serving(FakePool()) as url:
         status, state = await call(client, "POST", url + "/models/download", {"model": "org/large"})
@@ -188,7 +190,7 @@ async def test_a_download_is_begun_followed_and_cancelled(client, hub):
         assert (await call(client, "POST", url + "/models/cancel", {"model": "org/large"}))[0] == 404
 
 
-async def test_a_model_that_the_command_line_names_is_not_deleted(client, hub, started, tmp_path):
+async def test_a_model_of_the_command_line_is_not_deleted(client, hub, started, tmp_path):
     snapshot = hub_cache() / "models--org--mine" / "snapshots" / "1"
     snapshot.mkdir(parents=True)
     (snapshot / "small.gguf").write_bytes(SMALL)
@@ -210,7 +212,7 @@ def in_the_cache(repository, **files):
 
 
 @pytest.mark.parametrize("several", [True, False])
-async def test_what_a_model_is_served_with_is_not_deleted(several, client, hub, started, nanochat_fixtures):
+async def test_what_serves_a_model_is_not_deleted(several, client, hub, started, nanochat_fixtures):
     """Its draft model, and the texts that it drafts from: its workers read them whenever they start."""
     drafts = in_the_cache("org/drafts", small__gguf=SMALL)
     texts = in_the_cache("org/texts", manual__txt=b"hello hello")
@@ -229,7 +231,8 @@ async def test_what_a_model_is_served_with_is_not_deleted(several, client, hub, 
     assert (drafts / "small.gguf").exists() and (texts / "manual.txt").exists() and not (hub_cache() / "models--org--other").exists()
 
 
-async def test_a_model_that_can_never_be_loaded_is_kept_and_says_why(client, hub, models):
+async def test_a_model_that_never_loads_is_kept(client, hub, models):
+    """The server says why it can never be loaded."""
     async with serving(models, models.settings) as url:
         models.residency.budget = models.registry.models[0].share.size
         async with client.post(url + "/models/download", json={"model": "org/large", "stream": True}) as response:
@@ -256,7 +259,8 @@ async def test_a_strange_search_is_refused(client, hub):
 
 
 @pytest.mark.slow
-def test_a_server_that_is_killed_takes_its_download_along_and_the_next_one_continues_it(hub, tmp_path, nanochat_fixtures):
+def test_a_killed_server_s_download_is_continued(hub, tmp_path, nanochat_fixtures):
+    """It ends with the server, and the next one continues it."""
     hub.held = {"large.gguf": 22 << 20}
     environment = {name: value for name, value in os.environ.items() if not name.startswith("CHAT_SERVER_")}
     flags = "--models", nanochat_fixtures / "gen5", "--kv-cache-memory", "4M"

@@ -21,7 +21,8 @@ FEW = ["nobody reads", "other origins", "8 variants"]
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("attacks", [FEW, pytest.param(ATTACKS, marks=pytest.mark.slow)], ids=["few", "all"])
-def test_no_attack_ends_a_server_or_a_worker_nor_leaves_anything_behind(attacks, tmp_path, default_model_path):
+def test_no_attack_ends_a_process(attacks, tmp_path, default_model_path):
+    """No attack ends a server or a worker, nor leaves anything behind."""
     command = [sys.executable, SCRIPT, "--scale", "0.1", "--seconds", "1" if attacks is FEW else "3", "--json", tmp_path / "rows"]
     command += ["--only", *attacks]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

@@ -49,7 +49,7 @@ async def ask(client, url, body, **options):
 
 
 @pytest.mark.parametrize("path", [NATIVE, OPENAI])
-async def test_the_headers_of_a_stream_keep_proxies_from_holding_it(client, path):
+async def test_stream_headers_keep_proxies_from_buffering(client, path):
     async with serving(FakePool()) as url:
         async with client.post(url + path, json=conversation() | {"stream": True}) as response:
             assert response.status == 200
@@ -69,7 +69,8 @@ async def test_the_native_stream_has_pieces_then_done(client):
                            "timings": {"queue_ms": 0.2, "ttft_ms": 8.1, "tokens_per_second": 212.3, "drafted_tokens": 0, "accepted_tokens": 0}}]
 
 
-async def test_text_passes_unharmed_and_every_line_reader_sees_one_line(client):
+async def test_every_line_reader_sees_one_line(client):
+    """Text passes unharmed."""
     pieces = ["日本", "🎉", "a\u2028b\u2029c\x85d", 'quote " \\ \n\r\n data: x']
     async with serving(FakePool(pieces)) as url:
         status, body = await ask(client, url + NATIVE, conversation())
@@ -87,7 +88,7 @@ async def test_headers_leave_before_the_first_piece(client):
             assert frames(await response.read())[-1]["done"]
 
 
-async def test_defaults_come_from_the_operator_and_the_request_wins(client):
+async def test_a_request_wins_over_operator_defaults(client):
     pool = FakePool()
     async with serving(pool, Settings(temperature=0.3, top_k=7, max_tokens=99)) as url:
         await ask(client, url + NATIVE, conversation())
@@ -100,7 +101,8 @@ async def test_defaults_come_from_the_operator_and_the_request_wins(client):
     assert (second.params.sampling.top_p, second.params.sampling.min_p) == (0.5, 0.1)
 
 
-async def test_null_is_unset_and_unknown_fields_are_ignored(client):
+async def test_null_and_unknown_fields_are_ignored(client):
+    """Null means that a field is unset."""
     pool = FakePool()
     async with serving(pool) as url:
         nulls = dict.fromkeys(["temperature", "max_tokens", "top_k", "top_p", "min_p", "seed", "stop", "ignore_eos"])
@@ -109,7 +111,7 @@ async def test_null_is_unset_and_unknown_fields_are_ignored(client):
     assert (pool.requests[0].params.sampling.temperature, pool.requests[0].max_tokens) == (0.8, 512)
 
 
-async def test_requests_without_a_seed_get_different_ones(client):
+async def test_requests_without_a_seed_differ(client):
     pool = FakePool()
     async with serving(pool) as url:
         for _ in range(2):
@@ -161,7 +163,7 @@ async def test_wrong_types_and_values_are_400_and_named(client, path, field, lit
     ([{"role": "user", "content": "a"}] * 501, ("501", "500")),
     ([{"role": "user", "content": "a" * 8001}], ("8001", "8000")),
     ([{"role": "user", "content": "a" * 8000}] * 4 + [{"role": "user", "content": "b"}], ("32001", "32000"))])
-async def test_the_native_limits_name_the_limit_and_the_value(client, messages, numbers):
+async def test_native_limits_name_limit_and_value(client, messages, numbers):
     async with serving(FakePool()) as url:
         status, answer = await ask(client, url + NATIVE, {"messages": messages})
     assert status == 400
@@ -232,7 +234,7 @@ def test_no_json_object_breaks_the_parsers(body):
 # the OpenAI API
 
 
-async def test_the_openai_stream_has_exactly_openai_s_shape(client):
+async def test_the_stream_has_exactly_openai_s_shape(client):
     async with serving(FakePool(["Hel", "", "lo"])) as url:
         status, body = await ask(client, url + OPENAI, conversation() | {"stream": True, "seed": 5})
     events = frames(body)
@@ -247,7 +249,7 @@ async def test_the_openai_stream_has_exactly_openai_s_shape(client):
     assert not any("usage" in event for event in events)
 
 
-async def test_the_usage_chunk_comes_only_when_asked_for(client):
+async def test_the_usage_chunk_comes_only_on_request(client):
     async with serving(FakePool()) as url:
         _, asked = await ask(client, url + OPENAI, conversation() | {"stream": "true", "stream_options": {"include_usage": True}})
         _, refused = await ask(client, url + OPENAI, conversation() | {"stream": True, "stream_options": {"include_usage": False}})
@@ -270,7 +272,8 @@ async def test_the_whole_completion_has_openai_s_shape(client):
     assert body["seed"] == 2**64 - 1 and isinstance(body["created"], int)
 
 
-async def test_content_may_be_text_null_or_text_parts_and_developer_is_system(client):
+async def test_content_may_be_text_null_or_text_parts(client):
+    """The role developer is system."""
     pool = FakePool()
     messages = [{"role": "developer", "content": [{"type": "text", "text": "Be"}, {"type": "text", "text": "brief"}]},
                 {"role": "user", "content": "Hi", "name": None}, {"role": "assistant", "content": None, "tool_calls": None},
@@ -299,7 +302,8 @@ async def test_content_may_be_text_null_or_text_parts_and_developer_is_system(cl
     ({"stop_token_ids": [-1]}, "invalid_value"), ({"seed": 2**64}, "invalid_value"),
     ({"stop": ["x" * 4097]}, "invalid_value"), ({"stop": ["x" * 4000, "y" * 97]}, "invalid_value"), ({"stop": ["a", "b", "c", "d", "e"]}, "invalid_value"), ({"stop_token_ids": [1] * 1001}, "invalid_value"),
     ({"logit_bias": {str(token): 1 for token in range(2**18 + 1)}}, "invalid_value")])
-async def test_what_is_not_supported_or_out_of_range_is_400_with_a_code_and_names_the_parameter(client, body, code):
+async def test_an_unsupported_parameter_is_400_and_named(client, body, code):
+    """A parameter that is out of range is refused alike; the error has a code."""
     for stream in (False, True):        # before the first byte, so that a stream has a status too
         async with serving(FakePool()) as url:
             status, answer = await ask(client, url + OPENAI, conversation() | {"stream": stream} | body)
@@ -327,7 +331,7 @@ async def test_harmless_parameters_are_accepted(client, body):
     (Settings(), {}, None), (Settings(max_tokens=40), {}, 40), (Settings(max_tokens=40), {"max_tokens": -1}, None),
     (Settings(), {"max_tokens": 9}, 9), (Settings(), {"max_tokens": 9, "max_completion_tokens": 5}, 5),
     (Settings(), {"max_completion_tokens": 10**9}, 10**9), (Settings(max_tokens=40), {"max_tokens": None}, 40)])
-async def test_the_answer_goes_up_to_the_context_unless_capped(client, settings, body, cap):
+async def test_an_uncapped_answer_goes_up_to_the_context(client, settings, body, cap):
     pool = FakePool()
     async with serving(pool, settings) as url:
         assert (await ask(client, url + OPENAI, conversation() | body))[0] == 200
@@ -347,7 +351,7 @@ async def test_openai_parameters_reach_the_sampler(client):
     assert (request.params.stop, request.params.stop_token_ids, request.params.min_tokens) == (("a", "b"), (4,), 2)
 
 
-async def test_the_openai_api_has_no_text_limits_of_its_own(client):
+async def test_the_openai_api_has_no_text_limits(client):
     async with serving(FakePool()) as url:
         assert (await ask(client, url + OPENAI, {"messages": [{"role": "user", "content": "a" * 70}] * 600}))[0] == 200
 
@@ -364,7 +368,8 @@ async def test_the_model_is_known_by_its_names_only(client, name, status):
         assert json.loads(body)["error"]["code"] == "model_not_found"
 
 
-async def test_models_lists_one_real_id_under_both_paths(client):
+async def test_models_lists_one_real_id(client):
+    """Both paths show it."""
     async with serving(FakePool()) as url:
         lists = [await (await client.get(url + path)).json() for path in ("/v1/models", "/models")]
         one = await (await client.get(url + "/v1/models/fake-model")).json()
@@ -382,7 +387,8 @@ async def test_models_lists_one_real_id_under_both_paths(client):
     (RequestError("the prompt has 9 tokens, the context 8", code="context_length_exceeded"), 400, "context_length_exceeded"),
     (Overloaded("queue full", retry_after_s=7), 503, "overloaded"), (Overloaded("slow down", status=429), 429, "rate_limit_exceeded"),
     (EngineFailure("a worker died"), 500, "engine_failure"), (ZeroDivisionError("secret"), 500, "engine_failure")])
-async def test_what_the_pool_refuses_is_a_real_status_even_for_streams(client, path, error, status, code):
+async def test_a_refusal_of_the_pool_is_a_real_status(client, path, error, status, code):
+    """Streams have it too."""
     async with serving(FakePool(refuse=error)) as url:
         async with client.post(url + path, json=conversation() | {"stream": True}) as response:
             body = await response.json()
@@ -394,7 +400,8 @@ async def test_what_the_pool_refuses_is_a_real_status_even_for_streams(client, p
 
 @pytest.mark.parametrize("path", [NATIVE, OPENAI])
 @pytest.mark.parametrize("error", [EngineFailure("a worker died"), ZeroDivisionError("secret"), ConnectionResetError("pipe")])
-async def test_an_error_after_the_first_byte_is_one_error_frame_and_the_end(client, path, error):
+async def test_a_late_error_is_one_frame_and_the_end(client, path, error):
+    """It comes after the first byte."""
     async with serving(FakePool(["Hel", error])) as url:
         status, body = await ask(client, url + path, conversation() | {"stream": True})
     assert status == 200 and set(frames(body)[-1]) == {"error"} and b"secret" not in body
@@ -403,7 +410,7 @@ async def test_an_error_after_the_first_byte_is_one_error_frame_and_the_end(clie
 
 
 @pytest.mark.parametrize("path", [NATIVE, OPENAI])
-async def test_an_answer_without_an_end_is_an_error_not_an_end(client, path):
+async def test_an_answer_without_an_end_is_an_error(client, path):
     class Forgetful(FakePool):
         async def answer(self, request):
             yield Accepted(7)
@@ -414,7 +421,7 @@ async def test_an_answer_without_an_end_is_an_error_not_an_end(client, path):
         assert path == NATIVE or (await ask(client, url + path, conversation()))[0] == 500
 
 
-async def test_an_error_in_a_whole_completion_is_a_status(client):
+async def test_an_error_of_a_whole_completion_is_a_status(client):
     async with serving(FakePool(["Hel", EngineFailure("a worker died")])) as url:
         assert (await ask(client, url + OPENAI, conversation()))[0] == 500
 
@@ -429,7 +436,8 @@ async def test_404_and_405_have_the_shape_of_their_api(client):
         assert (await wrong_openai.json())["error"]["type"] == "invalid_request_error"
 
 
-async def test_a_browser_that_asks_for_what_is_not_there_gets_a_page_with_a_link_to_the_chat(client):
+async def test_a_browser_s_404_is_a_page_with_a_link(client):
+    """The link leads to the chat."""
     browser = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
     async with serving(FakePool(), Settings(prefix="/chat")) as url:
         missing = await client.get(url + "/a<b>/c", headers=browser)
@@ -443,7 +451,7 @@ async def test_a_browser_that_asks_for_what_is_not_there_gets_a_page_with_a_link
 # well-behaved streams
 
 
-async def test_a_silent_stream_carries_pings_of_their_own(client, monkeypatch):
+async def test_a_silent_stream_carries_pings(client, monkeypatch):
     patch(monkeypatch, config, "PING_S", 0.01)
     pool = FakePool(["one"], gate=asyncio.Event())
     async with serving(pool) as url:
@@ -456,7 +464,7 @@ async def test_a_silent_stream_carries_pings_of_their_own(client, monkeypatch):
 
 
 @pytest.mark.parametrize("path, stream", [(NATIVE, True), (OPENAI, True), (OPENAI, False)])
-async def test_a_client_that_leaves_ends_its_work_at_once(path, stream):
+async def test_a_client_that_leaves_ends_its_work(path, stream):
     pool = FakePool(gate=asyncio.Event())
     async with serving(pool) as url:
         async with aiohttp.ClientSession() as leaving:
@@ -467,7 +475,7 @@ async def test_a_client_that_leaves_ends_its_work_at_once(path, stream):
     assert len(pool.requests) == 1
 
 
-async def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_its_work():
+async def test_a_client_that_leaves_midstream_ends_its_work():
     pool = FakePool(["x"] * 1000)
     pool.gate = asyncio.Event()
     async with serving(pool) as url:
@@ -479,7 +487,8 @@ async def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_its_work():
         await pool.until_open(0)
 
 
-async def test_a_client_that_leaves_just_before_the_headers_is_no_error_in_the_log(client, caplog, monkeypatch):
+async def test_a_client_gone_before_headers_logs_no_error(client, caplog, monkeypatch):
+    """A client that leaves just before the headers is no error in the log."""
     class Leaving(web.StreamResponse):
         async def prepare(self, http):
             http.transport.abort()
@@ -496,7 +505,8 @@ async def test_a_client_that_leaves_just_before_the_headers_is_no_error_in_the_l
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
-async def test_a_reader_that_does_not_read_is_dropped_without_slowing_others(client, monkeypatch):
+async def test_a_reader_that_does_not_read_is_dropped(client, monkeypatch):
+    """It does not slow others."""
     patch(monkeypatch, config, "LIMITS", replace(LIMITS, outbox_bytes=1 << 16))
     pool = FakePool(["x" * 10_000] * 5_000)         # 50 MB: more than any socket buffer
     async with serving(pool) as url:
@@ -511,7 +521,7 @@ async def test_a_reader_that_does_not_read_is_dropped_without_slowing_others(cli
 
 
 @pytest.mark.parametrize("path", [NATIVE, OPENAI])
-async def test_an_answer_is_cancelled_by_the_id_of_its_header(client, path):
+async def test_an_answer_is_cancelled_by_its_header_s_id(client, path):
     pool = FakePool(gate=asyncio.Event())
     async with serving(pool) as url:
         async with client.post(url + path, json=conversation() | {"stream": True}, headers={"X-Request-Id": "my id/1"}) as response:
@@ -525,7 +535,8 @@ async def test_an_answer_is_cancelled_by_the_id_of_its_header(client, path):
 @pytest.mark.parametrize("path, body, answers", [
     ("/v1/compare", conversation() | {"variants": [{}, {"seed": 1}, {"seed": 2}]}, 3), (OPENAI, conversation() | {"n": 3, "stream": True}, 1),
     ("/v1/completions", {"prompt": ["a", "b"], "n": 2, "stream": True}, 1)])
-async def test_all_answers_of_a_request_are_cancelled_by_the_id_of_its_header(client, path, body, answers):
+async def test_one_id_cancels_all_answers_of_a_request(client, path, body, answers):
+    """It is the id of the response's header."""
     pool = FakePool(gate=asyncio.Event())
     async with serving(pool) as url:
         async with client.post(url + path, json=body) as response:
@@ -541,7 +552,8 @@ async def test_all_answers_of_a_request_are_cancelled_by_the_id_of_its_header(cl
         assert (await client.post(f"{url}/v1/cancel/{request_id}")).status == 404
 
 
-async def test_one_answer_of_a_comparison_is_cancelled_alone_and_a_client_that_leaves_cancels_all(client):
+async def test_one_answer_of_a_comparison_is_cancelled(client):
+    """A client that leaves cancels all of them."""
     pool = FakePool(gate=asyncio.Event())
     body = conversation() | {"variants": [{}, {"seed": 1}]}
     async with serving(pool) as url:
@@ -561,7 +573,8 @@ async def test_one_answer_of_a_comparison_is_cancelled_alone_and_a_client_that_l
         await pool.until_open(0)
 
 
-async def test_a_comparison_tells_clients_no_more_of_a_fault_than_other_routes(client):
+async def test_a_comparison_tells_no_more_of_a_fault(client):
+    """Other routes tell clients as little."""
     async with serving(FakePool(["a ", KeyError("inside")])) as url:
         async with client.post(url + "/v1/compare", json=conversation() | {"variants": [{}, {"seed": 1}]}) as response:
             text = await response.text()
@@ -595,7 +608,7 @@ async def test_a_request_id_in_use_is_not_shared(client):
             assert re.fullmatch("[0-9a-f]{32}", second.headers["X-Request-Id"])
 
 
-async def test_an_upgrade_attempt_to_http2_is_answered_over_http1():
+async def test_an_http2_upgrade_is_answered_over_http1():
     async with serving(FakePool(["hi"])) as url:
         reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
         body = json.dumps(conversation()).encode()
@@ -606,7 +619,8 @@ async def test_an_upgrade_attempt_to_http2_is_answered_over_http1():
     assert answer.startswith(b"HTTP/1.1 200") and b'"done": true' in answer
 
 
-async def test_over_http_1_0_a_stream_ends_with_its_connection_even_if_that_was_to_be_kept():
+async def test_an_http_1_0_stream_ends_its_connection():
+    """The connection ends even if it was to be kept."""
     async with serving(FakePool(["hi"])) as url:
         reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
         body = json.dumps(conversation()).encode()
@@ -629,7 +643,8 @@ async def test_a_connection_is_kept_after_a_stream(client):
 # health, page, log
 
 
-async def test_health_while_loading_is_503_with_the_stage(client):
+async def test_health_while_loading_is_503(client):
+    """It says the stage."""
     pool = FakePool()
     pool.ready = False
     async with serving(pool) as url:
@@ -646,7 +661,8 @@ async def test_health_while_loading_is_503_with_the_stage(client):
         assert (await (await client.get(url + "/stats")).json())["model"] == "fake-model"
 
 
-async def test_scripts_and_styles_come_compressed_to_those_who_take_it():
+async def test_scripts_and_styles_come_compressed():
+    """They do so for those who take it."""
     import aiohttp
     async with serving(FakePool()) as url, aiohttp.ClientSession(auto_decompress=False) as client:
         whole = page_files()["chat.js"]
@@ -664,7 +680,8 @@ async def test_scripts_and_styles_come_compressed_to_those_who_take_it():
         assert 50_000 < total < 320_000         # all of it; test_page_look.py has what comes before the first answer
 
 
-async def test_the_page_comes_with_a_base_a_strict_policy_and_fresh_files(client, tmp_path, monkeypatch):
+async def test_the_page_has_a_base_and_a_strict_policy(client, tmp_path, monkeypatch):
+    """Its files are fresh."""
     (tmp_path / "static").mkdir()
     (tmp_path / "static/index.html").write_text("<html><head></head></html>")
     (tmp_path / "static/chat.js").write_text("let a;")
@@ -692,14 +709,14 @@ async def test_the_page_comes_with_a_base_a_strict_policy_and_fresh_files(client
             writer.close()
 
 
-async def test_without_a_page_the_root_says_so_in_one_line(client, tmp_path, monkeypatch):
+async def test_without_a_page_the_root_says_so(client, tmp_path, monkeypatch):
     patch(monkeypatch, program, "program_root", lambda: tmp_path)
     async with serving(FakePool()) as url:
         response = await client.get(url + "/")
         assert response.status == 200 and "static/" in await response.text()
 
 
-async def test_the_log_has_one_line_a_request_and_no_texts(client, caplog):
+async def test_the_log_has_a_line_per_request_and_no_text(client, caplog):
     with caplog.at_level(logging.INFO, logger="chat_server"):
         async with serving(FakePool()) as url:
             await ask(client, url + NATIVE, conversation("my secret question"))
@@ -709,7 +726,7 @@ async def test_the_log_has_one_line_a_request_and_no_texts(client, caplog):
     assert re.match(r"POST /chat/completions 200 \d+ ms 7\+3 tokens stop", lines[0]) and " 404 " in lines[1]
 
 
-async def test_texts_are_logged_when_the_operator_wants_them(client, caplog):
+async def test_an_operator_can_have_texts_logged(client, caplog):
     with caplog.at_level(logging.INFO, logger="chat_server"):
         async with serving(FakePool(), Settings(log_conversations=True)) as url:
             await ask(client, url + NATIVE, conversation("my question"))
@@ -736,7 +753,8 @@ class Server:
         return found
 
 
-async def test_the_server_listens_while_it_loads_and_says_when_it_is_ready(client, capsys, monkeypatch):
+async def test_the_server_listens_while_it_loads(client, capsys, monkeypatch):
+    """It says when it is ready."""
     listeners, listen_on = [], access.listen_on
     patch(monkeypatch, access, "listen_on", lambda *at: listeners.append(listen_on(*at)) or listeners[-1])
     pool = FakePool()
@@ -754,7 +772,8 @@ async def test_the_server_listens_while_it_loads_and_says_when_it_is_ready(clien
     assert await server.task == 0 and pool.closed
 
 
-async def test_sigterm_lets_running_answers_finish_and_refuses_new_ones(client, capsys):
+async def test_sigterm_lets_running_answers_finish(client, capsys):
+    """New ones are refused."""
     pool = FakePool(["one"], gate=asyncio.Event())
     server = Server(pool, capsys)
     url = (await server.printed(r"  (http://\S+)\n"))[1]
@@ -780,7 +799,7 @@ async def test_a_second_signal_stops_now(client, capsys):
     assert pool.open == 0
 
 
-async def test_a_failed_start_closes_the_pool_and_raises(capsys):
+async def test_a_failed_start_closes_the_pool(capsys):
     pool = FakePool()
     pool.failure = ConfigError("no such model")
     with pytest.raises(ConfigError, match="no such model"):
@@ -788,14 +807,15 @@ async def test_a_failed_start_closes_the_pool_and_raises(capsys):
     assert pool.closed
 
 
-async def test_the_network_is_warned_about_only_when_it_can_reach_the_port(capsys):
+async def test_a_warning_comes_only_with_a_reachable_port(capsys):
+    """The network is warned about only when it can reach the port."""
     chat_server.announce(FakePool(), Settings(host="0.0.0.0"), 8000)
     chat_server.announce(FakePool(), Settings(host="127.0.0.1"), 8001)
     open_, closed = capsys.readouterr().out.split("8001")[0].split("Model:")[1:]
     assert "http://127.0.0.1:8000" in open_ and "Warning: anyone" in open_ and "Warning" not in closed
 
 
-def test_a_busy_port_is_one_clear_line_and_status_2():
+def test_a_busy_port_is_one_line_and_status_2():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -809,12 +829,13 @@ def test_a_busy_port_is_one_clear_line_and_status_2():
 @pytest.mark.parametrize("host, words", [("no.such.host.invalid", "cannot listen on no.such.host.invalid"),
                                          ("192.0.2.77", "cannot listen on 192.0.2.77"),
                                          ("\u00e4" * 70 + ".x", "cannot listen on"), ("a..b", "cannot listen on a..b")])
-def test_an_address_that_cannot_be_had_is_a_config_error(host, words):
+def test_an_address_not_to_be_had_is_a_config_error(host, words):
     with pytest.raises(ConfigError, match=words):
         access.listen_on(host, 0)
 
 
-def test_an_ipv6_address_is_listened_on_and_printed_in_brackets():
+def test_an_ipv6_address_is_printed_in_brackets():
+    """The server listens on it."""
     if not socket.has_ipv6 or not Path("/proc/net/if_inet6").exists() or not Path("/proc/net/if_inet6").read_text():
         pytest.skip("this machine has no IPv6")
     with access.listen_on("::1", 0) as listener:
@@ -822,7 +843,7 @@ def test_an_ipv6_address_is_listened_on_and_printed_in_brackets():
     assert server_urls("::1", 80) == ["http://[::1]:80"]
 
 
-def test_the_front_of_a_server_needs_neither_torch_nor_numpy():
+def test_the_front_needs_neither_torch_nor_numpy():
     code = f"""
 import asyncio, sys
 sys.path[:0] = [{str(Path(chat_server.__file__).parent)!r}, {str(Path(__file__).parents[2] / "support")!r}]

@@ -61,7 +61,8 @@ def test_a_response_is_kept_and_found_and_deleted(running):
         ask(running, previous_response_id=response.id)
 
 
-def test_what_continues_a_response_is_answered_as_the_whole_conversation_is(running):
+def test_a_continued_response_sees_all_before_it(running):
+    """What continues a response is answered as the whole conversation is."""
     first = ask(running, "One")
     second = ask(running, "Two", previous_response_id=first.id)
     third = ask(running, [{"role": "user", "content": "Three"}], previous_response_id=second.id)
@@ -77,7 +78,7 @@ def test_what_continues_a_response_is_answered_as_the_whole_conversation_is(runn
     assert [item.content[0].text for item in page] == [each["content"] for each in said[::-1]]
 
 
-def test_what_asks_not_to_be_kept_is_not(running, store):
+def test_a_response_with_store_false_is_not_kept(running, store):
     response = ask(running, "a text that nobody keeps", store=False)
     assert response.store is False
     with pytest.raises(openai.NotFoundError):
@@ -87,7 +88,8 @@ def test_what_asks_not_to_be_kept_is_not(running, store):
         assert b"a text that nobody keeps" not in path.read_bytes()
 
 
-def test_a_streamed_response_is_kept_before_its_client_has_its_end(running):
+def test_a_streamed_response_is_kept_before_its_end(running):
+    """It is kept before its client has the end."""
     with running.responses.stream(model="default", input="Hello", max_output_tokens=16, temperature=0) as stream:
         for event in stream:
             if event.type in ("response.completed", "response.incomplete"):
@@ -103,7 +105,8 @@ def begun(client):
     return stream, name
 
 
-def test_a_streamed_response_that_cannot_be_kept_does_not_say_that_it_is_complete(running, store):
+def test_an_unkept_stream_is_not_complete(running, store):
+    """A streamed response that cannot be kept does not say that it is complete."""
     with closing(sqlite3.connect(store, isolation_level=None)) as other:
         stream, _ = begun(running)
         other.execute("BEGIN IMMEDIATE")        # for longer than the store waits
@@ -132,7 +135,8 @@ def status_of(client, name, deadline_s):
             time.sleep(0.02)
 
 
-def test_a_response_whose_client_leaves_is_kept_as_cancelled(running):
+def test_a_lost_client_s_response_is_kept(running):
+    """It is kept as cancelled."""
     deadline_s, status = time.monotonic() + 100, None
     while status != "cancelled":        # the tiny model may have ended its answer before the server sees that the client has left
         assert status in (None, "incomplete") and time.monotonic() < deadline_s
@@ -142,7 +146,8 @@ def test_a_response_whose_client_leaves_is_kept_as_cancelled(running):
     assert running.responses.retrieve(name).output_text
 
 
-def test_one_that_is_cancelled_by_its_id_is_kept_as_such(running):
+def test_a_response_cancelled_by_id_is_kept(running):
+    """It is kept as cancelled."""
     deadline_s, status = time.monotonic() + 100, None
     while status != "cancelled":        # as above, it may have ended
         assert status in (None, "incomplete") and time.monotonic() < deadline_s
@@ -154,7 +159,7 @@ def test_one_that_is_cancelled_by_its_id_is_kept_as_such(running):
         status = status_of(running, name, deadline_s)
 
 
-def test_a_large_conversation_is_continued_in_a_sandbox(running):
+def test_a_large_conversation_goes_on_in_a_sandbox(running):
     first = ask(running, [{"role": "user", "content": "One"}, *({"role": "user", "content": "x" * 30} for _ in range(20))], truncation="auto")
     large = [{"role": "user", "content": "y" * 100_000}]
     with pytest.raises(openai.BadRequestError, match="tokens"):
@@ -206,7 +211,7 @@ def test_a_name_with_escapes_continues_like_any(running):
 
 
 @pytest.mark.parametrize("size", [0, 100_000])
-def test_a_client_cannot_say_itself_what_was_said_before(model, tmp_path, size):
+def test_no_client_says_what_was_said_before(model, tmp_path, size):
     """Neither beside a name that hides in escapes, of another key's response or of its own, nor alone."""
     with keeping(model, tmp_path / "a.db", keys=("first-key", "second-key")) as client:
         mine, other = ask(client), client.with_options(api_key="second-key")
@@ -227,7 +232,7 @@ def test_a_client_cannot_say_itself_what_was_said_before(model, tmp_path, size):
         assert reader.execute("SELECT DISTINCT previous FROM responses WHERE previous IS NOT NULL").fetchall() == [(mine.id,)]
 
 
-def test_another_key_sees_none_of_it(model, tmp_path):
+def test_a_key_sees_no_other_key_s_responses(model, tmp_path):
     with keeping(model, tmp_path / "a.db", keys=("first-key", "second-key")) as client:
         response, other = ask(client), client.with_options(api_key="second-key")
         conversation = client.conversations.create(items=[{"type": "message", "role": "user", "content": "One"}])
@@ -240,7 +245,8 @@ def test_another_key_sees_none_of_it(model, tmp_path):
         assert client.responses.retrieve(response.id) and client.conversations.retrieve(conversation.id)
 
 
-def test_they_outlive_the_server_until_their_days_are_over(model, tmp_path):
+def test_responses_outlive_the_server(model, tmp_path):
+    """They are there until their days are over."""
     with keeping(model, tmp_path / "a.db") as client:
         first, conversation = ask(client, "One"), client.conversations.create(items=[{"type": "message", "role": "user", "content": "One"}])
     with keeping(model, tmp_path / "a.db") as client:
@@ -263,7 +269,8 @@ def test_they_outlive_the_server_until_their_days_are_over(model, tmp_path):
             client.conversations.retrieve(conversation.id)
 
 
-def test_what_was_kept_before_and_after_its_wal_was_removed_survives_a_kill(model, tmp_path):
+def test_kept_responses_survive_a_lost_wal(model, tmp_path):
+    """What was kept before and after the WAL was removed survives a kill."""
     with keeping(model, tmp_path / "a.db") as client:
         before = ask(client, "One")
         (tmp_path / "a.db-wal").unlink()
@@ -272,7 +279,8 @@ def test_what_was_kept_before_and_after_its_wal_was_removed_survives_a_kill(mode
         assert len(client.responses.input_items.list(after.id).data) == 3 and client.responses.retrieve(before.id).output_text == before.output_text
 
 
-def test_without_the_flag_a_response_continues_nothing_and_the_error_names_the_flag(model):
+def test_without_the_flag_nothing_is_continued(model):
+    """The error names the flag."""
     with server(model) as (_, url):
         client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
         response = ask(client, store=True)
@@ -285,7 +293,8 @@ def test_without_the_flag_a_response_continues_nothing_and_the_error_names_the_f
                 call()
 
 
-def test_items_that_are_too_much_for_a_page_come_in_several(running):
+def test_a_long_conversation_comes_in_pages(running):
+    """Items that are too much for a page come in several."""
     conversation = running.conversations.create()
     for number in range(90):
         running.conversations.items.create(conversation.id, items=[{"type": "message", "role": "user", "content": f"{number:03}" + "x" * 60_000}])
@@ -325,7 +334,8 @@ UNREAD = [
 
 
 @pytest.mark.parametrize("size", [1, 8000])       # the second one is read in a sandbox
-def test_only_what_was_understood_of_items_is_kept(running, store, size):
+def test_only_understood_items_are_kept(running, store, size):
+    """Only what was understood of items is kept."""
     text = json.dumps(UNREAD).replace(JUNK, JUNK * size)
     first = ask(running, json.loads(text), truncation="auto", extra_body={"junk": JUNK * size})
     shown = running.responses.input_items.list(first.id, order="asc").data
@@ -343,7 +353,8 @@ def test_only_what_was_understood_of_items_is_kept(running, store, size):
         assert JUNK.encode() not in path.read_bytes()
 
 
-def test_calls_and_their_outputs_are_kept_as_they_were_understood():
+def test_calls_and_their_outputs_are_kept():
+    """They are kept as they were understood."""
     items = [{"type": "function_call", "call_id": 5, "name": "f", "arguments": {"a": 1}, "junk": JUNK}, {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"b": 2}'},
              {"type": "function_call_output", "call_id": "c", "output": "x", "name": JUNK}, {"type": "function_call_output", "output": [{"type": "input_text", "text": "y", "z": JUNK}]},
              {"type": "function_call_output", "call_id": {"a": JUNK}, "output": None}, {"role": "user"}, {"role": "user", "content": "half \ud800"},
@@ -356,7 +367,7 @@ def test_calls_and_their_outputs_are_kept_as_they_were_understood():
     assert [item.body for item in kept_items(again)] == [item.body for item in kept]
 
 
-def test_a_conversation_of_another_address_without_keys_grows_too(model, tmp_path):
+def test_without_keys_an_id_opens_a_conversation(model, tmp_path):
     """Whoever knows its id may continue it, so what they say belongs to it."""
     with keeping(model, tmp_path / "a.db") as client:
         conversation = client.conversations.create()
@@ -378,7 +389,8 @@ sys.exit(chat_server.main())
 """
 
 
-def test_a_key_that_keeps_too_much_is_refused_until_it_deletes_some_and_others_are_not(model, tmp_path):
+def test_a_key_that_keeps_too_much_is_refused(model, tmp_path):
+    """Until it deletes some; others are not refused."""
     script = tmp_path / "little_room.py"
     script.write_text(LITTLE_ROOM.format(root=str(SCRIPT.parent)))
     with server(model, f"--database={tmp_path / 'a.db'}", "--api-key", "first-key", "--api-key", "second-key", script=script) as (_, url):
@@ -430,7 +442,8 @@ def test_a_key_that_keeps_too_much_is_refused_until_it_deletes_some_and_others_a
 
 
 @pytest.mark.slow
-def test_a_large_conversation_costs_what_a_page_of_it_does(model, tmp_path):
+def test_a_large_conversation_costs_one_page(model, tmp_path):
+    """It costs what a page of it does."""
     with keeping(model, tmp_path / "a.db") as client:
         url, front = str(client.base_url), psutil.Process().children()[-1]
         conversation = client.conversations.create().id
@@ -466,7 +479,8 @@ def small_disk(folder, size):
 
 
 @pytest.mark.slow
-def test_readers_that_are_slow_hold_no_more_memory_than_the_budget_has(model, tmp_path):
+def test_slow_readers_stay_within_the_budget(model, tmp_path):
+    """They hold no more memory than it has."""
     with server(model, f"--database={tmp_path / 'a.db'}", "--api-key", "first-key", "--api-key", "second-key") as (process, url), ExitStack() as readers:
         client, front = openai.OpenAI(base_url=url + "/v1", api_key="first-key", max_retries=0), psutil.Process(process.pid)
         conversation = client.conversations.create()
@@ -488,7 +502,8 @@ def test_readers_that_are_slow_hold_no_more_memory_than_the_budget_has(model, tm
 
 
 @pytest.mark.slow
-def test_a_disk_that_one_key_fills_leaves_room_to_delete_to_count_and_to_start(model, tmp_path):
+def test_a_full_disk_leaves_room_to_delete(model, tmp_path):
+    """A disk that one key fills leaves room to delete, to count and to start."""
     with small_disk(tmp_path / "disk", "100m") as disk:
         with keeping(model, disk / "a.db", keys=("first-key", "second-key")) as client:
             other, kept, conversation = client.with_options(api_key="second-key"), ask(client), client.conversations.create()

@@ -59,7 +59,8 @@ def walked(find, limit, ascending):
         after = found[-1]
 
 
-async def test_pages_of_a_conversation_are_its_items_in_order_whatever_their_sizes(tmp_path):
+async def test_pages_hold_items_in_order(tmp_path):
+    """They do so whatever the sizes of the conversation's items."""
     store = opened(tmp_path / "a.db")
     sizes = [10, 10, PAGE_BYTES, 10, PAGE_BYTES + 1, PAGE_BYTES * 2, *[PAGE_BYTES // 3] * 7, *[100] * 30]
     new = [item(number, size) for number, size in enumerate(sizes)]
@@ -88,7 +89,8 @@ async def test_pages_of_a_conversation_are_its_items_in_order_whatever_their_siz
     await store.close()
 
 
-async def test_pages_of_what_a_response_was_asked_go_through_all_that_it_continues(tmp_path):
+async def test_input_pages_go_through_all_continued(tmp_path):
+    """Pages of what a response was asked go through all that it continues."""
     store, chain, said = opened(tmp_path / "a.db"), [], []
 
     def work(connection):
@@ -116,7 +118,7 @@ async def test_pages_of_what_a_response_was_asked_go_through_all_that_it_continu
     await store.close()
 
 
-async def test_what_was_said_before_is_measured_before_it_is_read(tmp_path, monkeypatch):
+async def test_earlier_items_are_measured_before_reading(tmp_path, monkeypatch):
     store = opened(tmp_path / "a.db")
     new = [item(number, LIMITS.body_bytes // 3) for number in range(3)]
 
@@ -136,7 +138,8 @@ async def test_what_was_said_before_is_measured_before_it_is_read(tmp_path, monk
     await store.close()
 
 
-async def test_an_item_whose_id_is_taken_gets_another_and_is_deleted_alone(tmp_path):
+async def test_a_taken_item_id_is_replaced(tmp_path):
+    """An item whose id is taken gets another and is deleted alone."""
     store = opened(tmp_path / "a.db")
 
     def work(connection):
@@ -152,7 +155,7 @@ async def test_an_item_whose_id_is_taken_gets_another_and_is_deleted_alone(tmp_p
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_small_parts_are_sent_together_and_all_in_order(seed):
+def test_small_parts_are_sent_together_in_order(seed):
     chance = random.Random(seed)
     parts = [b"%d " % number * chance.choice([0, 1, 20, 300_000, 30_000]) for number in range(100)]
     sent = [*joined_small(parts)]
@@ -178,7 +181,8 @@ def check_holdings(connection):
 
 
 @pytest.mark.parametrize("seed", range(5))
-async def test_what_each_owner_holds_is_what_its_rows_take_whatever_happens(tmp_path, seed):
+async def test_each_owner_holds_what_its_rows_take(tmp_path, seed):
+    """It does so whatever happens."""
     store, chance = opened(tmp_path / "a.db"), random.Random(seed)
     owners, mine = ["key a", "key b", "@10.0.0.1"], {}
 
@@ -251,7 +255,7 @@ async def test_what_each_owner_holds_is_what_its_rows_take_whatever_happens(tmp_
     await store.close()
 
 
-async def test_no_work_of_a_client_looks_at_all_rows_of_a_table(tmp_path):
+async def test_no_work_of_a_client_scans_a_table(tmp_path):
     """Nor does what is looked for again and again: it would take ever longer, for all keys."""
     store, said = opened(tmp_path / "a.db"), set()
 
@@ -296,7 +300,8 @@ async def test_no_work_of_a_client_looks_at_all_rows_of_a_table(tmp_path):
     await store.close()
 
 
-async def test_a_deletion_reads_nothing_and_is_purged_in_small_pieces(tmp_path):
+async def test_a_deletion_is_purged_in_small_pieces(tmp_path):
+    """It reads nothing."""
     store, pieces = opened(tmp_path / "a.db"), []
     new = [item(number, 100_000) for number in range(200)]
     name = (await store.run(lambda connection: responses.create_conversation(connection, "me", 1, FAR, "{}", new))).name
@@ -327,7 +332,8 @@ async def test_a_deletion_reads_nothing_and_is_purged_in_small_pieces(tmp_path):
     await store.close()
 
 
-async def test_who_has_kept_enough_is_refused_and_others_are_not(tmp_path, monkeypatch):
+async def test_an_owner_with_enough_is_refused(tmp_path, monkeypatch):
+    """Who has kept enough is refused, and others are not."""
     monkeypatch.setattr(quota, "LIMITS", type("Small", (), {"kept_bytes": 20_000}))
     store = opened(tmp_path / "a.db")
     create = partial(responses.create_conversation, now=1, expires=FAR, metadata="{}")
@@ -353,7 +359,7 @@ def kept_of(connection):
     return items, parts, connection.execute("SELECT name, owner, created, expires, previous, conversation FROM responses ORDER BY id").fetchall()
 
 
-async def test_a_database_of_an_earlier_version_has_the_same_in_it(tmp_path):
+async def test_an_older_database_keeps_its_contents(tmp_path):
     old_database(tmp_path / "a.db")
     with closing(sqlite3.connect(tmp_path / "a.db")) as reader:
         was = [json.loads(body) for (body,) in reader.execute("SELECT body FROM items ORDER BY id")]
@@ -379,7 +385,8 @@ async def test_a_database_of_an_earlier_version_has_the_same_in_it(tmp_path):
 
 
 @pytest.mark.parametrize("pieces", range(12))
-def test_a_start_that_is_killed_while_it_brings_a_database_up_to_date_goes_on_at_the_next(tmp_path, monkeypatch, pieces):
+def test_a_killed_upgrade_goes_on_at_the_next_start(tmp_path, monkeypatch, pieces):
+    """It was killed while it brought a database up to date."""
     old_database(tmp_path / "a.db")
     monkeypatch.setattr(migrate, "MOVED_ROWS", 1)
     left = iter(range(pieces))
@@ -408,7 +415,8 @@ def test_a_start_that_is_killed_while_it_brings_a_database_up_to_date_goes_on_at
     assert (len(items), len(parts), len(rows)) == (6, 12, 4)
 
 
-def test_a_real_server_goes_on_with_what_an_earlier_version_has_kept(nanochat_fixtures, tmp_path):
+def test_a_real_server_reads_an_older_database(nanochat_fixtures, tmp_path):
+    """It goes on with what an earlier version has kept."""
     old_database(tmp_path / "a.db")
     with server(nanochat_fixtures / "gen5", f"--database={tmp_path / 'a.db'}", "--api-key", "first-key", "--api-key", "second-key") as (_, url):
         client = openai.OpenAI(base_url=url + "/v1", api_key="first-key", max_retries=0)
@@ -480,7 +488,8 @@ asyncio.run(main())
 
 
 @pytest.mark.slow
-def test_what_is_kept_and_deleted_survives_kills_at_any_moment(tmp_path):
+def test_kept_rows_survive_kills_at_any_moment(tmp_path):
+    """Deletions survive too."""
     chance, items, kept, gone, unsure = random.Random(1), {}, set(), set(), set()
     for seed in range(20):
         process = subprocess.Popen([sys.executable, "-c", BUSY, str(tmp_path / "a.db"), str(seed)], cwd=OLD.parents[2], stdout=subprocess.PIPE, text=True)

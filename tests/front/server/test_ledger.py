@@ -64,7 +64,7 @@ def told(body):
     return json.loads(body)["usage"]
 
 
-async def test_each_key_sees_its_own_use_and_an_admin_all():
+async def test_a_key_sees_its_own_use_and_an_admin_all():
     total, by_key = Counter(), {"a": Counter(), "b": Counter()}
     async with serving(FakePool(), Settings(keys=(ALICE, BOB, ROOT))) as url, client_of(url) as call:
         for key, more in (("a", {}), ("a", {"stream": True, "stream_options": {"include_usage": True}}), ("b", {"n": 3}),
@@ -89,7 +89,7 @@ async def test_each_key_sees_its_own_use_and_an_admin_all():
         assert f'chat_server_usage_completion_tokens_total{{background="false"}} {total["generated"] - 3}.0'.encode() in metrics
 
 
-async def test_all_apis_texts_and_comparisons_are_counted(monkeypatch):
+async def test_all_apis_texts_and_comparisons_count(monkeypatch):
     async with serving(FakePool()) as url, client_of(url) as call:
         said_so = Counter()
         _, body = await call("/v1/messages", None, conversation() | {"max_tokens": 50})
@@ -109,7 +109,8 @@ async def test_all_apis_texts_and_comparisons_are_counted(monkeypatch):
         assert (await usage(call))["key"] == "" and (await usage(call))["since"]
 
 
-async def test_a_client_that_vanishes_is_charged_what_was_sent_and_one_that_waits_for_all_nothing():
+async def test_a_vanished_client_pays_what_was_sent():
+    """One that waits for the whole answer pays nothing."""
     room = asyncio.Semaphore(5)
     pool = FakePool(["a"] * 100, gate=SimpleNamespace(wait=room.acquire))
     async with serving(pool) as url, aiohttp.ClientSession(url) as session, client_of(url) as call:
@@ -131,7 +132,7 @@ async def test_a_client_that_vanishes_is_charged_what_was_sent_and_one_that_wait
         assert (await usage(call))["total"] == total | {"requests": 2}
 
 
-async def test_pieces_count_once_their_reader_asks_for_more():
+async def test_pieces_count_once_the_next_is_asked_for():
     async def events():
         yield Accepted(7)
         for number in range(3):
@@ -147,7 +148,7 @@ async def test_pieces_count_once_their_reader_asks_for_more():
         assert charge.amount == expected, read
 
 
-async def test_tokens_without_text_count_once_their_text_is_sent():
+async def test_tokens_count_once_their_text_is_sent():
     """Half a character, or what may become a stop string: a client that is cut off before has never got them."""
     pieces = Piece((1, 2), TEXT, spent_s=1.0), Piece((3,), spent_s=2.0), Piece((4, 5), spent_s=3.0), Piece((6,), TEXT, spent_s=4.0), Piece((7,))
 
@@ -166,14 +167,16 @@ async def test_tokens_without_text_count_once_their_text_is_sent():
         assert charge.amount == expected, (count, ends)
 
 
-async def test_choices_of_one_prompt_share_it_also_if_only_some_ended():
+async def test_choices_of_one_prompt_share_its_charge():
+    """They do so also if only some have ended."""
     charge = Ledger(Settings(), None).charge(asked("x", prompts=((1,), (2,)), n=2), "m")
     charge.begun, charge.ended = True, {1: Usage(5, 2, 1), 2: Usage(6, 3, 4)}
     charge.drawn[0] += 7
     assert charge.amount == Amount(1, 11, 4, 12)
 
 
-async def test_the_database_keeps_it_over_restarts_and_a_day_ends_at_midnight_utc(tmp_path, monkeypatch):
+async def test_usage_outlasts_restarts(tmp_path, monkeypatch):
+    """A day ends at midnight UTC."""
     settings = Settings(keys=(ALICE, ROOT))
     clock = SimpleNamespace(time=lambda: 1_700_000_000.0)        # 2023-11-14, 22:13:20
     monkeypatch.setattr(ledger, "time", clock)
@@ -201,12 +204,13 @@ async def test_a_day_that_is_none_is_400(query, words):
         assert response.status == 400 and words in json.loads(body)["error"]["message"]
 
 
-def test_the_first_and_the_last_day_that_there_are():
+def test_the_first_and_the_last_day_are_allowed():
     assert days_of("0001-01-01", "9999-12-31") == ("0001-01-01", "9999-12-31")
     assert days_of(None, "0001-01-02") == ("0001-01-01", "0001-01-02") and days_of("9999-12-31", None) == ("9999-12-31", "9999-12-31")
 
 
-async def test_what_the_database_refuses_is_written_later(tmp_path, monkeypatch):
+async def test_usage_the_database_refuses_comes_later(tmp_path, monkeypatch):
+    """What it refuses is written later."""
     monkeypatch.setattr(ledger, "RETRY_S", 0.0)
     refusals = [Overloaded("the disk is full")] * 3
 
@@ -256,7 +260,7 @@ def keys_of(tmp_path, *lines):
     return read_api_keys((), str(path))
 
 
-def test_the_fields_of_a_key(tmp_path):
+def test_the_fields_of_a_key_are_read(tmp_path):
     found = keys_of(tmp_path, "# keys", "alice: a tokens-per-day=1000", "bob: b:c=  models=x, y z tokens-per-day=0 over-budget=refuse", "r role=admin",
                     "c over-budget=background tokens-per-day=5")
     assert [(key.name, key.models, key.tokens_per_day, key.refused, key.admin) for key in found] == [
@@ -269,7 +273,8 @@ def test_the_fields_of_a_key(tmp_path):
     ("tokens-per-day=", "tokens-per-day= must be"), ("tokens-per-day=1 tokens-per-day=2", "has tokens-per-day= twice"), ("role=root", "role= must be admin"),
     ("rol=admin", 'there is no field "rol" of a key'), ("over-budget=refuse", "over-budget= needs tokens-per-day="),
     ("tokens-per-day=1 over-budget=later", "over-budget= must be refuse or background"), ("models=", "models= must be"), ("models=,", "models= must be")])
-def test_a_bad_line_is_one_error_that_names_line_and_field_and_never_the_key(tmp_path, fields, words):
+def test_a_bad_key_line_is_named_without_the_key(tmp_path, fields, words):
+    """It is one error that names line and field and never the key."""
     with pytest.raises(ConfigError) as error:
         keys_of(tmp_path, "alice: a", f"bob: SECRET {fields}")
     assert "line 2" in str(error.value) and words in str(error.value) and "SECRET" not in str(error.value) and "\n" not in str(error.value)
@@ -281,20 +286,23 @@ def test_a_bad_line_is_one_error_that_names_line_and_field_and_never_the_key(tmp
     (("bob: a tokens-per-day=5", "bob: b tokens-per-day=5 over-budget=refuse"), "another over-budget="),
     (("SECRET", "line-1: b role=admin"), "line 2: the key's name"), (("SECRET", "SECRET role=admin"), "line 2: the key is that of --api-key-file"),
     (("bob: SECRET", "carol: SECRET"), 'where it has the name "bob"'), (("bob: SECRET", "carol: SECRET tokens-per-day=1"), "another tokens-per-day=")])
-def test_what_is_said_twice_of_a_name_or_a_key_is_refused_if_it_differs(tmp_path, lines, words):
+def test_contradictions_of_a_key_are_refused(tmp_path, lines, words):
+    """What is said twice of a name or a key is refused if it differs."""
     with pytest.raises(ConfigError) as error:
         keys_of(tmp_path, *lines)
     assert words in str(error.value) and "SECRET" not in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_key_of_the_command_line_does_not_lift_the_limits_that_the_file_gives_it(tmp_path):
+def test_a_flag_s_key_lifts_no_limit_of_the_file(tmp_path):
+    """A key of the command line does not lift the limits that the file gives it."""
     (tmp_path / "keys").write_text("bob: SECRET tokens-per-day=5")
     (tmp_path / "keys").chmod(0o600)
     with pytest.raises(ConfigError, match="line 1: the key is that of --api-key number 1, with another tokens-per-day="):
         read_api_keys(["SECRET"], str(tmp_path / "keys"))
 
 
-def test_a_name_may_have_several_keys_with_the_same_fields(tmp_path):
+def test_one_name_may_have_several_keys(tmp_path):
+    """The keys have the same fields."""
     found = keys_of(tmp_path, "bob: a models=x,y tokens-per-day=5", "bob: b tokens-per-day=5 models=y,x", "c", "c")
     assert [key.name for key in found] == ["bob", "bob", "line-3", "line-4"]
 
@@ -305,7 +313,8 @@ def test_a_name_that_cannot_be_shown_is_refused(tmp_path, name):
         keys_of(tmp_path, f"{name}: SECRET")
 
 
-async def test_over_its_budget_a_key_waits_in_the_background_or_is_refused_until_midnight(tmp_path, monkeypatch):
+async def test_over_its_budget_a_key_waits_or_is_refused(tmp_path, monkeypatch):
+    """It waits in the background, or is refused until midnight."""
     keys = keys_of(tmp_path, "alice: a tokens-per-day=20", "bob: b tokens-per-day=20 over-budget=refuse", "carol: c")
     clock = SimpleNamespace(time=lambda: 1_700_000_000.0)
     monkeypatch.setattr(ledger, "time", clock)
@@ -331,7 +340,8 @@ async def test_over_its_budget_a_key_waits_in_the_background_or_is_refused_until
         assert response.status == 200
 
 
-async def test_what_runs_takes_from_the_budget_so_that_many_at_once_do_not_pass_it(tmp_path):
+async def test_running_answers_take_from_the_budget(tmp_path):
+    """Many answers at once do not pass it."""
     keys, gate = keys_of(tmp_path, "alice: a tokens-per-day=1000", "bob: b tokens-per-day=1000 over-budget=refuse"), asyncio.Event()
     pool, settings = FakePool(gate=gate), Settings(keys=keys)
     async with serving(pool, settings) as url, client_of(url) as call:
@@ -355,7 +365,8 @@ async def test_what_runs_takes_from_the_budget_so_that_many_at_once_do_not_pass_
             assert response.status == 200 and "X-Over-Budget" not in response.headers
 
 
-async def test_a_request_whose_answers_do_not_fit_together_says_what_is_left(tmp_path, monkeypatch):
+async def test_answers_too_long_together_name_the_rest(tmp_path, monkeypatch):
+    """A request whose answers do not fit together says what is left."""
     monkeypatch.setattr(ledger, "time", SimpleNamespace(time=lambda: 1_700_000_000.0))
     keys = keys_of(tmp_path, "bob: b tokens-per-day=1000 over-budget=refuse")
     pool = FakePool()
@@ -370,7 +381,8 @@ async def test_a_request_whose_answers_do_not_fit_together_says_what_is_left(tmp
         assert (await usage(call, "b"))["budget"]["reserved"] == 0
 
 
-async def test_a_comparison_is_reserved_whole_before_any_of_its_answers_begins(tmp_path):
+async def test_a_comparison_is_reserved_whole(tmp_path):
+    """It is reserved before any of its answers begins."""
     keys, gate = keys_of(tmp_path, "bob: b tokens-per-day=2000 over-budget=refuse"), asyncio.Event()
     pool = FakePool(gate=gate)
     async with serving(pool, Settings(keys=keys)) as url, client_of(url) as call:
@@ -387,7 +399,8 @@ async def test_a_comparison_is_reserved_whole_before_any_of_its_answers_begins(t
         assert found["budget"] == found["budget"] | {"used_today": 4 * 10, "reserved": 0}
 
 
-async def test_prompts_that_do_not_fit_into_what_is_left_are_refused_before_they_cost_anything(tmp_path):
+async def test_a_prompt_beyond_the_budget_costs_nothing(tmp_path):
+    """Prompts that do not fit into what is left are refused before they cost anything."""
     keys = keys_of(tmp_path, "bob: b tokens-per-day=12 over-budget=refuse", "alice: a tokens-per-day=12")
     pool = FakePool()
     async with serving(pool, Settings(keys=keys)) as url, client_of(url) as call:
@@ -407,7 +420,7 @@ async def first_ended(tasks, count):
     return [task.result() for task in tasks if task.done()]
 
 
-async def test_without_max_tokens_an_answer_ends_where_the_budget_does(tmp_path):
+async def test_an_uncapped_answer_ends_with_the_budget(tmp_path):
     """Of a key that is refused then; one that goes on in the background has all of its answer."""
     keys = keys_of(tmp_path, "alice: a tokens-per-day=1000", "bob: b tokens-per-day=1000 over-budget=refuse")
     pool = FakePool(["a"] * 3000)
@@ -423,7 +436,8 @@ async def test_without_max_tokens_an_answer_ends_where_the_budget_does(tmp_path)
         assert response.status == 429
 
 
-async def test_an_answer_without_max_tokens_reserves_what_it_has_and_the_next_256(tmp_path):
+async def test_an_uncapped_answer_reserves_256_more(tmp_path):
+    """It reserves what it has and the next 256 tokens."""
     room = asyncio.Semaphore(0)
     pool = FakePool(["a"] * 600, gate=SimpleNamespace(wait=room.acquire))
     keys = keys_of(tmp_path, "alice: a tokens-per-day=100000")
@@ -441,7 +455,7 @@ async def test_an_answer_without_max_tokens_reserves_what_it_has_and_the_next_25
 
 
 @pytest.mark.parametrize("seed", range(12))
-async def test_the_sum_of_charges_is_what_was_computed_and_a_budget_is_passed_by_one_answer(seed):
+async def test_the_sum_of_charges_is_what_was_computed(seed):
     """Requests of all kinds at once: a budget is passed at most by the tokens of one answer, and the 256 of each without max_tokens."""
     dice = random.Random(seed)
     budget = dice.randrange(100, 6000)
@@ -492,7 +506,8 @@ async def test_the_sum_of_charges_is_what_was_computed_and_a_budget_is_passed_by
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_completion_of_several_prompts_that_is_cut_charges_the_prompts_whose_answers_began(stream):
+async def test_a_cut_completion_charges_begun_prompts(stream):
+    """Of several prompts it charges those whose answers began."""
     room = asyncio.Semaphore(0)
     pool = FakePool(["a"] * 4, gate=SimpleNamespace(wait=room.acquire))
     async with serving(pool) as url, aiohttp.ClientSession(url) as session, client_of(url) as call:
@@ -525,7 +540,8 @@ async def test_models_of_a_key_are_all_that_it_sees():
 
 
 @pytest.mark.parametrize("roles", [True, False])
-async def test_operators_need_the_role_where_any_key_has_one(roles):
+async def test_operators_need_their_role(roles):
+    """This holds where any key has one."""
     async with serving(FakePool(), Settings(keys=(ALICE, ROOT) if roles else (ALICE,))) as url, client_of(url) as call:
         for path in ("/models/unload", "/models/load", "/models/download", "/models/delete"):
             response, body = await call(path, "a", {"model": "fake-model"})
@@ -537,7 +553,7 @@ async def test_operators_need_the_role_where_any_key_has_one(roles):
 
 # workers and fronts that die
 
-async def test_workers_that_die_change_nothing_in_the_account(start_pool, tmp_path, monkeypatch):
+async def test_workers_that_die_change_no_account(start_pool, tmp_path, monkeypatch):
     monkeypatch.setenv("STRUCK", str(tmp_path))
     pool = await start_pool(prefill_chunk=16, stream_interval=0.0, num_workers=2)
     dice, total = random.Random(4), Counter()
@@ -565,7 +581,8 @@ async def test_workers_that_die_change_nothing_in_the_account(start_pool, tmp_pa
         assert len(answer["data"]) >= 3
 
 
-async def test_a_real_answer_that_the_budget_ends_frees_its_rows_and_is_charged_what_it_had(tmp_path, nanochat_fixtures):
+async def test_a_budget_that_ends_an_answer_frees_rows(tmp_path, nanochat_fixtures):
+    """The answer is charged what it had."""
     (tmp_path / "keys").write_text("bob: b tokens-per-day=400 over-budget=refuse\nroot: r role=admin\n")
     (tmp_path / "keys").chmod(0o600)
     with server(nanochat_fixtures / "gen5", "--dtype", "float32", "--api-key-file", tmp_path / "keys") as (_, url):
@@ -590,7 +607,7 @@ async def stats_of(call):
 
 
 @pytest.mark.slow
-def test_a_front_that_is_killed_has_written_no_more_than_it_has_sent(tmp_path, nanochat_fixtures):
+def test_a_killed_front_has_charged_only_what_it_sent(tmp_path, nanochat_fixtures):
     """kill -9 while clients stream: what the database has is at most what they got, and all that ended some time before."""
     sent, whole = 0, 0
     for attempt in range(3):

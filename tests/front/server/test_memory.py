@@ -35,7 +35,8 @@ async def unfinished(url, size, sent):
     return reader, writer
 
 
-async def test_bodies_beyond_the_budget_wait_and_small_ones_do_not(limits, monkeypatch):
+async def test_bodies_beyond_the_budget_wait(limits, monkeypatch):
+    """Small ones do not."""
     limits(held_bytes=4 * 400 * KB)
     budget = Budget(config.LIMITS.held_bytes)
     patch(monkeypatch, budgets, "Budget", lambda total, share=4: budget)
@@ -53,7 +54,8 @@ async def test_bodies_beyond_the_budget_wait_and_small_ones_do_not(limits, monke
             await asyncio.sleep(0.01)
 
 
-async def test_a_body_that_finds_no_room_is_503_with_when_to_come_back(limits, monkeypatch):
+async def test_a_body_without_room_is_503(limits, monkeypatch):
+    """It says when to come back."""
     limits(held_bytes=4 * 300 * KB)
     budget = Budget(config.LIMITS.held_bytes)
     patch(monkeypatch, budgets, "Budget", lambda total, share=4: budget)
@@ -81,7 +83,8 @@ async def test_a_body_that_comes_too_slowly_is_408(limits, monkeypatch):
         writer.close()
 
 
-async def test_one_client_holds_a_quarter_and_everything_is_given_back(limits, monkeypatch):
+async def test_one_client_holds_a_quarter_of_memory(limits, monkeypatch):
+    """Everything is given back."""
     patch(monkeypatch, budgets, "BODY_S", 0.01)
     limits(inline_bytes=0)
     budget = Budget(400)
@@ -97,7 +100,8 @@ async def test_one_client_holds_a_quarter_and_everything_is_given_back(limits, m
     assert budget.used == 0 and not budget.used_by
 
 
-def test_a_client_may_hold_the_share_that_a_budget_gives_it():
+def test_a_budget_s_share_is_open_to_a_client():
+    """A client may hold the share that a budget gives it."""
     for share, most in ((4, 100), (2, 200)):
         budget = Budget(400, share)
         with Holding(budget, "a") as mine:
@@ -107,7 +111,8 @@ def test_a_client_may_hold_the_share_that_a_budget_gives_it():
         assert budget.used == 0
 
 
-async def test_bodies_that_wait_for_the_same_room_never_take_more_than_there_is():
+async def test_waiting_bodies_never_take_too_much():
+    """Bodies that wait for the same room never take more than there is."""
     budget, most = Budget(400), 0
     budget.take("first", 100)
     budget.take("second", 100)
@@ -129,7 +134,8 @@ async def test_bodies_that_wait_for_the_same_room_never_take_more_than_there_is(
 
 @pytest.mark.parametrize("route, more", [("/v1/chat/completions", {"logprobs": True, "top_logprobs": 2}),
                                          ("/v1/completions", {"logprobs": 2, "prompt": "x"})])
-async def test_a_whole_answer_beyond_the_budget_is_an_error_and_a_streamed_one_goes_on(limits, route, more):
+async def test_a_whole_answer_beyond_memory_is_an_error(limits, route, more):
+    """A streamed one goes on."""
     limits(held_bytes=4 * 20 * KB, inline_bytes=KB)
     top = ((72, -0.5), (73, -1.25))
     pool = FakePool([said("H", tokens=(72,), logprobs=(TokenLogprob(72, -0.5, top),))] * 200)

@@ -41,7 +41,8 @@ async def metrics(client, url):
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
 
 
-async def test_a_prompt_with_several_answers_counts_once_as_in_usage(client):
+async def test_a_prompt_of_several_answers_counts_once(client):
+    """Usage counts it once too."""
     async with serving(FakePool(["a", "b", "c"])) as url:
         async with client.post(url + OPENAI, json=conversation() | {"n": 3}) as response:
             usage = (await response.json())["usage"]
@@ -79,7 +80,7 @@ async def test_what_fails_is_counted_by_its_reason(client, error, reason):
         f'chat_server_requests_total{{finish_reason="{reason}"}}': 1}
 
 
-async def test_a_client_that_leaves_is_counted_as_cancelled(client):
+async def test_a_client_that_leaves_counts_as_cancelled(client):
     pool = FakePool(gate=asyncio.Event())
     async with serving(pool) as url:
         async with client.post(url + NATIVE, json=conversation()) as response:
@@ -110,7 +111,8 @@ async def test_the_gauges_are_the_pool_s_at_that_moment(client):
         ("drafted", "lookup"): 9, ("accepted", "lookup"): 8, ("drafted", "forced"): 3}
 
 
-async def test_without_prometheus_client_the_server_serves_and_metrics_say_why_not(client, monkeypatch):
+async def test_without_prometheus_metrics_say_why(client, monkeypatch):
+    """The server serves all the same."""
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     async with serving(FakePool()) as url:
         assert (await client.post(url + NATIVE, json=conversation())).status == 200
@@ -121,7 +123,8 @@ async def test_without_prometheus_client_the_server_serves_and_metrics_say_why_n
 # logs and ids
 
 
-async def test_every_response_has_an_id_and_it_is_the_client_s_if_it_gave_one(client):
+async def test_every_response_has_an_id(client):
+    """It is the client's, if the client gave one."""
     async with serving(FakePool()) as url:
         for method, path in (("GET", "/"), ("GET", "/health"), ("GET", "/nothing"), ("POST", NATIVE), ("POST", OPENAI), ("GET", "/static/chat.js")):
             async with client.request(method, url + path, json=conversation()) as drawn:
@@ -130,7 +133,7 @@ async def test_every_response_has_an_id_and_it_is_the_client_s_if_it_gave_one(cl
                 assert given.headers["X-Request-Id"] == "trace-1.2_3", path
 
 
-async def test_the_id_of_a_completion_is_the_one_in_the_header_and_in_the_log(client, caplog):
+async def test_a_completion_has_the_id_of_header_and_log(client, caplog):
     with caplog.at_level(logging.INFO, logger="chat_server"):
         async with serving(FakePool(), Settings(keys=(ApiKey.hashed("key", "alice"),))) as url:
             async with client.post(url + OPENAI, json=conversation(), headers={"X-Request-Id": "mine", "X-Api-Key": "key"}) as response:
@@ -142,7 +145,8 @@ def json_lines(records):
     return [json.loads(JsonLines().format(record)) for record in records]
 
 
-async def test_the_log_as_json_has_the_fields_of_each_request_and_no_text(client, caplog):
+async def test_the_json_log_has_fields_and_no_text(client, caplog):
+    """It has the fields of each request."""
     with caplog.at_level(logging.INFO, logger="chat_server"):
         async with serving(FakePool()) as url:
             await (await client.post(url + NATIVE, json=conversation("my secret"), headers={"X-Request-Id": "x"})).read()
@@ -158,7 +162,8 @@ async def test_the_log_as_json_has_the_fields_of_each_request_and_no_text(client
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_the_log_counts_all_choices_and_says_in_which_ways_they_ended(client, caplog, stream):
+async def test_the_log_counts_choices_and_their_ends(client, caplog, stream):
+    """The log counts all choices and says in which ways they ended."""
     class Cutting(FakePool):
         async def answer(self, request):        # choice 1 is cut; each prompt has 7 tokens, 3 of them cached
             async for event in super().answer(request):
@@ -175,7 +180,8 @@ async def test_the_log_counts_all_choices_and_says_in_which_ways_they_ended(clie
     assert " 14+8 tokens length,stop " in line["message"]
 
 
-async def test_polls_are_not_logged_but_attempts_without_a_key_are_with_their_address(client, caplog):
+async def test_polls_are_not_logged_but_missing_keys_are(client, caplog):
+    """Attempts without a key are logged with their address."""
     with caplog.at_level(logging.INFO, logger="chat_server"):
         async with serving(FakePool(), Settings(keys=(ApiKey.hashed("key", "alice"),))) as url:
             for path in ("/health", "/livez", "/readyz", "/stats", "/metrics"):
@@ -185,7 +191,7 @@ async def test_polls_are_not_logged_but_attempts_without_a_key_are_with_their_ad
     assert re.fullmatch(r"GET /stats 401 \d+ ms  \[127.0.0.1 x\]", record.getMessage())
 
 
-def test_a_json_line_holds_a_whole_traceback_and_stays_one_line():
+def test_a_traceback_stays_one_json_line():
     try:
         raise ZeroDivisionError("one\ntwo")
     except ZeroDivisionError:
@@ -212,7 +218,7 @@ if "-c" in sys.orig_argv:           # a worker or a sandbox
 """
 
 
-def test_each_line_of_a_json_log_is_json_from_the_start_to_the_stop(nanochat_fixtures, tmp_path):
+def test_each_line_of_a_json_log_is_json(nanochat_fixtures, tmp_path):
     """Also what libraries write past the log, in workers and sandboxes too."""
     (tmp_path / "sitecustomize.py").write_text(NOISE)
     log, environment = [], os.environ | {"PYTHONPATH": str(tmp_path)}
@@ -234,7 +240,8 @@ def test_each_line_of_a_json_log_is_json_from_the_start_to_the_stop(nanochat_fix
     assert [(line["path"], line["status"]) for line in lines if line.get("id") == "page"] == [("/", 200), ("/static/none.js", 404)]
 
 
-def test_the_log_says_in_few_lines_what_runs_and_ends_with_the_address(nanochat_fixtures, log_shown):
+def test_the_log_ends_with_the_address(nanochat_fixtures, log_shown):
+    """It says in few lines what runs."""
     shown = log_shown(nanochat_fixtures / "gen5")
     lines = [line for line in shown if not re.search(r" \.\.\.$|the chatlm in .* runs", line)]
     assert [line.split()[0] for line in lines] == ["nanochat", "Model", "Running", "KV", "Application", "http://127.0.0.1:%s" % lines[-1].split(":")[-1]], lines
@@ -276,7 +283,8 @@ def test_long_lines_for_a_terminal_wrap_at_words(monkeypatch):
 
 
 @pytest.mark.parametrize("words", [["no-such-model"], ["--max-batch", "x"]])
-def test_why_the_server_does_not_start_is_json_too(words):
+def test_a_failed_start_is_json_too(words):
+    """It is the line that says why the server does not start."""
     run = subprocess.run([sys.executable, chat_server.__file__, *words, "--log-format=json"], capture_output=True, text=True, timeout=60)
     *_, last = [json.loads(line) for line in run.stderr.splitlines()]
     assert (run.returncode, run.stdout, last["level"]) == (2, "", "error")
@@ -288,7 +296,7 @@ class Screen(io.StringIO):
         return True
 
 
-def test_a_line_of_the_log_takes_the_place_of_the_bar_that_shows_progress(monkeypatch):
+def test_a_log_line_replaces_the_progress_bar(monkeypatch):
     screen = Screen()
     monkeypatch.setattr(sys, "stderr", screen)
     handler, progress = CalmLog(), ProgressDisplay()
@@ -314,7 +322,8 @@ async def test_bytes_that_are_no_http_are_not_logged(caplog):
 # draining
 
 
-async def test_answers_that_outlast_the_drain_time_out_end_with_an_error_event(client, capsys):
+async def test_answers_beyond_the_drain_time_get_an_error(client, capsys):
+    """They end with an error event."""
     pool = FakePool(["one"], gate=asyncio.Event())
     server = asyncio.ensure_future(chat_server.serve_forever(Settings(host="127.0.0.1", port=0, drain_timeout=0.01), Catalogue(Settings(), pool)))
     printed = ""
@@ -336,7 +345,7 @@ def configured(tmp_path, text, line="", **environment):
     return parse_command_line([*line.split(), "--config", str(path)], environment)
 
 
-def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path):
+def test_flags_win_over_environment_over_file(tmp_path):
     text = 'model = "from-file"\nport = 1\nmax-batch = 2\ntop_p = 0.5\nserved-model-name = ["a", "b"]\nlog-conversations = true\n' \
            'api-key = "secret"\nkv-cache-memory = "1G"\nmax-new-tokens = 7\nprompt = "of another command"\n'
     settings = configured(tmp_path, text, "--port 3", CHAT_SERVER_MAX_BATCH="4", CHAT_SERVER_PORT="5")
@@ -370,7 +379,8 @@ def test_a_prefix_that_is_no_path_is_refused(wrong):
         parse_command_line(["--prefix", wrong], {})
 
 
-async def test_everything_is_served_under_the_prefix_and_nothing_elsewhere(client, capsys):
+async def test_everything_is_served_under_the_prefix(client, capsys):
+    """Nothing is served elsewhere."""
     settings = Settings(prefix="/deep/chat", keys=(ApiKey.hashed("key", "alice"),))
     async with serving(FakePool(), settings) as url:
         bare = await client.get(url + "/deep/chat", allow_redirects=False)

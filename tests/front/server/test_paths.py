@@ -38,7 +38,8 @@ async def test_slashes_too_many_are_one(target):
         assert "X-Content-Type-Options: nosniff" in head and "X-Request-Id" in head     # as any other response
 
 
-async def test_a_client_whose_base_url_ends_in_a_slash_is_answered_streamed_and_whole(client):
+async def test_a_base_url_may_end_in_a_slash(client):
+    """Whole and streamed answers come all the same."""
     pool = FakePool()
     async with serving(pool, Settings(prefix="/chat")) as url:
         for path in ("//chat//v1/chat/completions", "/chat//v1//chat/completions/"):
@@ -49,7 +50,7 @@ async def test_a_client_whose_base_url_ends_in_a_slash_is_answered_streamed_and_
 
 
 @pytest.mark.parametrize("method, path", [(route.method, route.pattern) for route in chat_server.ROUTES if not route.open])
-async def test_no_spelling_of_a_path_opens_what_needs_a_key(method, path):
+async def test_no_spelling_of_a_path_avoids_a_key(method, path):
     """Whatever is in front of it or in it, a route that needs a key is refused without one, or not there."""
     path = re.sub(r"{\w+}", "x", path)
     inner = path[1:]
@@ -65,7 +66,8 @@ async def test_no_spelling_of_a_path_opens_what_needs_a_key(method, path):
             assert "fake-model" not in text and "models" not in text or opened or "there is no" in text
 
 
-async def test_a_key_that_is_limited_or_no_operator_gains_nothing_by_slashes():
+async def test_slashes_give_a_limited_key_nothing():
+    """They give a key that is no operator's nothing either."""
     async with serving(FakePool(), Settings(keys=KEYS)) as url:
         for path in ("/models/load", "//models/load", "/models//unload", "//models///delete", "//api//pull"):
             status, text, _ = await asked(url, "POST", path, {"Authorization": "Bearer some"}, b'{"model": "fake-model"}')
@@ -86,7 +88,7 @@ async def test_percent_and_dots_are_not_read_as_slashes():
         assert status == 404 and "there is no /nothing/here" in text
 
 
-async def test_of_the_real_server_too(default_model_path):
+async def test_the_real_server_reads_odd_paths_too(default_model_path):
     with server(default_model_path) as (_, url):
         status, text, _ = await asked(url, "GET", "//v1//models")
         assert status == 200 and "SmolLM2" in text

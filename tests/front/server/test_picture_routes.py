@@ -72,7 +72,7 @@ def refusal(url, body, route="/v1/chat/completions"):
 
 
 @pytest.mark.parametrize("size", [(90, 60), (700, 500)])     # the second one is read in a sandbox
-def test_a_kept_response_is_continued_with_its_pictures(url, size):
+def test_a_kept_response_goes_on_with_its_pictures(url, size):
     greedy = {"temperature": 0, "max_output_tokens": 16, "ignore_eos": True}
     source = part(file_of(size))["image_url"]["url"]
     shown = {"role": "user", "content": [{"type": "input_image", "image_url": source}, {"type": "input_text", "text": QUESTION}]}
@@ -90,7 +90,7 @@ def test_a_kept_response_is_continued_with_its_pictures(url, size):
     assert newest["content"][0]["text"] == "And now?" and oldest["content"][0]["image_url"] == source
 
 
-def test_every_api_shows_the_model_the_same_picture(url):
+def test_every_api_shows_the_same_picture(url):
     text, usage = answer(url, part(PHOTO))
     assert len(text) > 3 and answer(url, part(OTHER))[0] != text != answer(url)[0]
     greedy = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
@@ -108,7 +108,8 @@ def test_every_api_shows_the_model_the_same_picture(url):
     assert text.startswith(chat["message"]["content"]) and chat["message"]["content"] == generated["response"] and chat["prompt_eval_count"] == usage["prompt_tokens"]
 
 
-def test_the_openai_package_sends_one_and_streams_the_answer(url):
+def test_the_openai_package_sends_a_picture(url):
+    """It streams the answer."""
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
     stream = client.chat.completions.create(model="sees", messages=asked(part(PHOTO))["messages"], temperature=0, max_tokens=12, stream=True, extra_body={"ignore_eos": True})
@@ -116,21 +117,22 @@ def test_the_openai_package_sends_one_and_streams_the_answer(url):
     assert client.models.list().data[0].model_extra["capabilities"]["vision"] is True
 
 
-def test_a_format_changes_nothing_that_its_pixels_do_not_and_a_second_question_is_cached(url):
+def test_only_a_picture_s_pixels_count(url):
+    """A format changes nothing that they do not, and a second question is cached."""
     text, usage = answer(url, part(PHOTO))
     webp = file_of(kind="WEBP", lossless=True)
     again, cached = answer(url, part(webp))
     assert again == text and cached["prompt_tokens_details"]["cached_tokens"] > 0 and cached["prompt_tokens"] == usage["prompt_tokens"]
 
 
-def test_a_stream_about_a_picture_is_replayed_as_it_was(url):
+def test_a_picture_s_stream_is_replayed_as_it_was(url):
     first = [line for line in post(f"{url}/v1/chat/completions", asked(part(PHOTO), stream=True, resumable=True)) if line.startswith(b"data: {")]
     again = [line for line in urllib.request.urlopen(f"{url}/v1/streams/{json.loads(first[0][6:])['id']}") if line.startswith(b"data: {")]
     said = "".join(choice["delta"].get("content") or "" for choice in sum((json.loads(line[6:])["choices"] for line in first), []))
     assert again == first and said == answer(url, part(PHOTO))[0]
 
 
-def test_a_body_of_megabytes_is_read_as_a_small_one(url):
+def test_a_body_of_megabytes_is_read_like_a_small_one(url):
     large = file_of((1400, 1100), seed=3)       # noise: 4.6 MB, more than is read in the event loop
     assert len(large) > 4 << 20
     first, usage = answer(url, part(large))
@@ -154,16 +156,18 @@ def bomb(width, height):
 @pytest.mark.parametrize("image, said", [
     ("http://127.0.0.1:1/cat.png", "fetches no URLs"), ("file:///etc/passwd", "reads no files"), ("!!", "not base64"), (bare(b"<svg/>"), "an SVG"),
     (bare(PHOTO[:-40]), "damaged"), (bare(struct.pack("<4sIQ", b"II*\0", 8, 0) * 9), "a TIFF"), (bare(bomb(9000, 8000)), "at most 64 million"), (bare(bomb(6000, 3)), "one side")])
-def test_what_is_no_picture_is_a_400_with_the_reason(url, image, said):
+def test_what_is_no_picture_is_a_400(url, image, said):
+    """It gives the reason."""
     status, error = refusal(url, asked({"type": "image_url", "image_url": {"url": image}}))
     assert status == 400 and said in error["message"] and error["param"] == "messages[0].content[0].image_url.url"
 
 
-def test_the_largest_picture_that_is_allowed_is_read_within_the_limits(url):
+def test_the_largest_allowed_picture_is_read(url):
+    """It is read within the limits."""
     assert answer(url, part(bomb(8000, 8000)))[1]["prompt_tokens"] > 40
 
 
-def test_as_many_large_pictures_as_are_allowed_are_answered_and_their_memory_is_given_back(url):
+def test_many_large_pictures_give_their_memory_back(url):
     """Of a client, and again: the pixels of one such request are all that it may hold."""
     flat = []
     for level in range(16):
@@ -173,19 +177,20 @@ def test_as_many_large_pictures_as_are_allowed_are_answered_and_their_memory_is_
         assert answer(url, *flat)[1]["prompt_tokens"] > 16 * 40
 
 
-def test_a_body_of_sixty_megabytes_of_pictures_is_answered(url):
+def test_sixty_megabytes_of_pictures_are_answered(url):
     noise = file_of((1400, 1100), seed=3)
     body = asked(*[part(noise)] * 10)
     assert 58 << 20 < len(json.dumps(body)) < 64 << 20
     assert json.load(post(f"{url}/v1/chat/completions", body))["usage"]["prompt_tokens"] > 10 * 40
 
 
-def test_seventeen_are_too_many_and_a_bad_one_among_good_ones_is_named(url):
+def test_seventeen_pictures_are_too_many(url):
+    """A bad one among good ones is named."""
     assert refusal(url, asked(*[part(PHOTO)] * 17))[1]["message"].startswith("images: 17 given, at most 16")
     assert refusal(url, asked(part(PHOTO), part(b"no")))[1]["param"] == "messages[0].content[1].image_url.url"
 
 
-def test_text_that_spells_the_marks_of_a_picture_is_text(url):
+def test_text_that_spells_picture_marks_is_text(url):
     plain = {"messages": [{"role": "user", "content": "<image> <fake_token_around_image>"}], "max_tokens": 3, "temperature": 0}
     assert json.load(post(f"{url}/v1/chat/completions", plain))["usage"]["prompt_tokens"] < 80
     shown = json.load(post(f"{url}/apply-template", asked(part(PHOTO))))["prompt"]
@@ -195,7 +200,8 @@ def test_text_that_spells_the_marks_of_a_picture_is_text(url):
     assert counted["input_tokens"] == answer(url, part(PHOTO))[1]["prompt_tokens"]
 
 
-async def test_many_clients_with_pictures_who_vanish_leave_a_server_that_answers(url):
+async def test_clients_with_pictures_may_vanish(url):
+    """A server that many of them leave still answers."""
     text = answer(url, part(PHOTO))[0]
     generator = random.Random(7)
 
@@ -214,7 +220,7 @@ async def test_many_clients_with_pictures_who_vanish_leave_a_server_that_answers
     assert all(worker["state"] == "ready" for worker in get(f"{url}/stats")["workers"])
 
 
-def test_of_two_models_the_one_that_cannot_see_names_the_other(folder, nanochat_fixtures):
+def test_a_blind_model_names_the_one_that_sees(folder, nanochat_fixtures):
     with server(nanochat_fixtures / "gen5", folder, "--dtype", "float32", "--no-drafts") as (_, url):
         able = {model["id"]: model["capabilities"]["vision"] for model in get(f"{url}/v1/models")["data"]}
         assert sorted(able.values()) == [False, True]
@@ -230,7 +236,8 @@ def test_of_two_models_the_one_that_cannot_see_names_the_other(folder, nanochat_
         assert "cannot see images" in refusal(url, asked(part(PHOTO), models=[sees, blind]), "/v1/compare")[1]["message"]
 
 
-def test_the_command_batch_shows_the_model_what_a_server_shows_it(url, folder, tmp_path):
+def test_the_command_batch_shows_the_same_picture(url, folder, tmp_path):
+    """It shows the model what a server shows it."""
     large = part(file_of((300, 200), seed=5))       # of 240 KB as base64: it is opened in a sandbox
     lines = [{"custom_id": str(number), "url": "/v1/chat/completions", "body": asked(each)} for number, each in enumerate((part(PHOTO), large))]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -241,7 +248,8 @@ def test_the_command_batch_shows_the_model_what_a_server_shows_it(url, folder, t
 
 
 @pytest.mark.slow
-def test_a_response_of_sixty_megabytes_of_pictures_is_kept_shown_and_deleted(url):
+def test_a_response_of_60_mb_of_pictures_is_kept(url):
+    """It is shown and deleted too."""
     source = part(file_of((1400, 1100), seed=3))["image_url"]["url"]
     shown = {"role": "user", "content": [*[{"type": "input_image", "image_url": source}] * 10, {"type": "input_text", "text": QUESTION}]}
     response = json.load(post(f"{url}/v1/responses", {"input": [shown], "max_output_tokens": 16}))

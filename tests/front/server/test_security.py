@@ -34,7 +34,7 @@ ALICE, BOB = {"Authorization": "Bearer alices-secret"}, {"X-Api-Key": "bobs-secr
     ("GET", "//stats"), ("GET", "/%73tats"), ("GET", "/livez/../stats")])
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer"}, {"X-Api-Key": ""},
                                      {"Authorization": "Basic alices-secret"}, {"Authorization": "Bearer alices-secre"}])
-async def test_without_a_right_key_everything_else_is_401(client, method, path, headers):
+async def test_without_a_right_key_all_else_is_401(client, method, path, headers):
     pool = FakePool()
     async with serving(pool, Settings(keys=KEYS)) as url:
         target = aiohttp.client.URL(url + path, encoded=True)
@@ -56,7 +56,7 @@ async def test_any_of_the_keys_opens_in_either_header(client, headers):
         assert (await client.get(url + "/v1/models", headers=headers)).status == 200
 
 
-async def test_the_page_and_the_health_checks_need_no_key(client):
+async def test_page_and_health_need_no_key(client):
     async with serving(FakePool(), Settings(keys=KEYS)) as url:
         for path in ("/", "/static/chat.js", "/livez", "/readyz", "/health"):
             assert (await client.get(url + path)).status == 200, path
@@ -78,7 +78,8 @@ async def test_only_its_own_key_stops_an_answer(client):
             assert (await client.post(url + "/v1/cancel/both", headers=ALICE)).status == 200
 
 
-def test_keys_come_from_flags_files_and_the_environment_and_only_hashes_stay(tmp_path):
+def test_keys_come_from_flags_files_and_environment(tmp_path):
+    """Only their hashes stay."""
     path = tmp_path / "keys"
     path.write_text("# people\nalice: sk-one\n\nsk-two\ncarol: sk:four\n")
     settings = parse_command_line(["--api-key-file", str(path), "--api-key", "sk-three"], {})
@@ -88,14 +89,15 @@ def test_keys_come_from_flags_files_and_the_environment_and_only_hashes_stay(tmp
     assert "sk-" not in repr(settings) and b"sk-" not in pickle.dumps(settings)
 
 
-def test_a_key_may_have_colons_and_no_part_of_it_is_a_name(tmp_path):
+def test_a_key_may_have_colons(tmp_path):
+    """No part of it is a name."""
     path = tmp_path / "keys"
     path.write_text("carol: sk:with:colons\n")
     assert read_api_keys((), str(path)) == (ApiKey.hashed("sk:with:colons", "carol"),)
 
 
 @pytest.mark.parametrize("content", [None, "", "# only a comment\n", b"\xff\xfe", "alice: sk-one\nbob:\n", "alice: sk-one\n:\n"])
-def test_a_key_file_without_keys_does_not_open_the_server(tmp_path, content):
+def test_a_file_without_keys_opens_no_server(tmp_path, content):
     path = tmp_path / "keys"
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -105,7 +107,7 @@ def test_a_key_file_without_keys_does_not_open_the_server(tmp_path, content):
         read_api_keys(("",), None)
 
 
-async def test_the_terminal_chat_brings_its_key_to_a_server():
+async def test_the_terminal_chat_brings_its_key():
     async with serving(FakePool(), Settings(keys=KEYS)) as url:
         for key, fails in (("alices-secret", False), ("wrong", True)):
             settings = parse_command_line(["chat", "--url", url, "--api-key", key], {})
@@ -129,7 +131,8 @@ async def test_a_key_is_never_logged(client, caplog):
     assert "POST /chat/completions 200" in caplog.text and "secret" not in caplog.text
 
 
-async def test_an_open_server_on_the_network_is_warned_about_and_a_locked_one_is_not(capsys):
+async def test_an_open_server_on_the_network_is_warned_of(capsys):
+    """A locked one is not."""
     for host, keys in (("0.0.0.0", ()), ("0.0.0.0", KEYS), ("127.0.0.1", ())):
         chat_server.announce(FakePool(), Settings(host=host, keys=keys), 8000)
         assert ("Warning" in capsys.readouterr().out) == (host == "0.0.0.0" and not keys)
@@ -144,7 +147,7 @@ def preflight(client, url, origin, **headers):
 
 
 @pytest.mark.parametrize("origin", ["https://chat.example.org", "null", "http://127.0.0.1:3000"])
-async def test_by_default_no_other_origin_may_do_anything(client, origin):
+async def test_by_default_other_origins_may_do_nothing(client, origin):
     pool = FakePool()
     async with serving(pool) as url:
         answers = [await preflight(client, url, origin), await client.get(url + "/v1/models", headers={"Origin": origin}),
@@ -160,7 +163,8 @@ async def test_by_default_no_other_origin_may_do_anything(client, origin):
     ("https://a.example", "https://a.example", True), ("https://a.example", "https://b.example", False),
     ("https://a.example", "https://a.example.evil", False), ("https://a.example", "null", False), ("null", "null", True),
     ("null", "https://a.example", False), ("*", "https://a.example", True), ("*", "null", True)])
-async def test_a_named_origin_passes_the_preflight_without_a_key_and_reads_even_errors(client, allowed, origin, admitted):
+async def test_a_named_origin_passes_the_preflight(client, allowed, origin, admitted):
+    """It needs no key there, and reads even errors."""
     async with serving(FakePool(), Settings(keys=KEYS, cors_origin=("https://other.example", allowed))) as url:
         asked = await preflight(client, url, origin, **{"Access-Control-Request-Private-Network": "true"})
         assert asked.status == (204 if admitted else 403)
@@ -177,7 +181,7 @@ async def test_a_named_origin_passes_the_preflight_without_a_key_and_reads_even_
         assert cross.status == (200 if admitted else 403)
 
 
-async def test_the_page_itself_and_programs_are_no_other_origin(client):
+async def test_page_and_programs_are_no_other_origin(client):
     async with serving(FakePool()) as url:
         same = {"Origin": url, "Sec-Fetch-Site": "same-origin"}
         for headers in (same, {"Sec-Fetch-Site": "none"}, {}, {"Origin": url}):
@@ -203,7 +207,8 @@ FOREIGN = [
 
 @pytest.mark.parametrize("host, origin", OWN + FOREIGN)
 @pytest.mark.parametrize("path", ["/v1/models", NATIVE])
-async def test_an_origin_is_the_server_s_own_by_name_and_port_whatever_the_scheme(client, host, origin, path):
+async def test_an_origin_is_own_by_name_and_port(client, host, origin, path):
+    """Its scheme does not matter."""
     async with serving(FakePool(), parse_command_line(["--allowed-host", "Chat.Example"], {})) as url:
         headers, method = {"Host": host, "Origin": origin}, "POST" if path == NATIVE else "GET"
         async with client.request(method, url + path, json=conversation(), headers=headers) as response:
@@ -213,7 +218,7 @@ async def test_an_origin_is_the_server_s_own_by_name_and_port_whatever_the_schem
                 assert response.status == 403 and "origin_not_allowed" in await response.text()
 
 
-async def test_an_own_origin_is_not_enough_where_the_browser_says_that_it_is_another(client):
+async def test_a_browser_may_refute_an_own_origin(client):
     """A server behind TLS and a page that came by plain http, which anybody on the way may have written."""
     pool = FakePool()
     async with serving(pool) as url:
@@ -223,7 +228,8 @@ async def test_an_own_origin_is_not_enough_where_the_browser_says_that_it_is_ano
 
 
 @pytest.mark.parametrize("wrong", ["https://a.example/", "a.example", "https://a.example/path", ""])
-def test_an_origin_with_a_path_is_refused_at_the_start(wrong):
+def test_an_origin_with_a_path_is_refused(wrong):
+    """The server does not start."""
     with pytest.raises(ConfigError, match="origin"):
         parse_command_line([f"--cors-origin={wrong}"], {})
 
@@ -236,7 +242,7 @@ def test_an_origin_with_a_path_is_refused_at_the_start(wrong):
     ("localhost.:8000", 200), ("Chat.Example.", 200),
     ("evil.example", 403), ("evil.example:8000", 403), ("127.0.0.1.evil.example", 403), ("localhost.evil.example", 403), ("[::2]", 403),
     ("x y", 403), ("", 403)])
-async def test_on_loopback_only_names_of_this_machine_are_answered(client, name, status):
+async def test_loopback_answers_only_this_machine_s_names(client, name, status):
     for settings in (Settings(host="127.0.0.1", allowed_host=("chat.example",)), Settings(host="localhost", allowed_host=("chat.example",))):
         async with serving(FakePool(), settings) as url:
             async with client.get(url + "/", headers={"Host": name}) as response:
@@ -248,13 +254,15 @@ async def test_on_loopback_only_names_of_this_machine_are_answered(client, name,
 @pytest.mark.parametrize("name, status", [
     ("chat.example", 200), ("chat.example:8000", 200), ("localhost", 200), ("192.0.2.7:8000", 200), ("[2001:db8::7]:8000", 200), ("gpu-box:8000", 200),
     ("evil.example", 403), ("192.0.2.7.evil.example", 403), ("192.0.2", 403), ("0x7f.1", 403)])
-async def test_an_allowed_host_keeps_other_names_out_on_every_address(client, name, status):
+async def test_an_allowed_host_keeps_other_names_out(client, name, status):
+    """They are kept out on every address."""
     async with serving(FakePool(), Settings(host="0.0.0.0", allowed_host=("chat.example",))) as url:
         async with client.get(url + "/", headers={"Host": name}) as response:
             assert response.status == status
 
 
-async def test_every_response_has_the_security_headers_and_no_versions(client):
+async def test_responses_have_security_headers(client):
+    """None of them tells a version."""
     async with serving(FakePool()) as url:
         for method, path in (("GET", "/"), ("GET", "/static/chat.js"), ("GET", "/nothing"), ("POST", NATIVE), ("GET", "/health")):
             async with client.request(method, url + path, json=conversation()) as response:
@@ -271,7 +279,8 @@ async def connect(url):
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /chat/compl", b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: "])
-async def test_a_connection_without_a_whole_header_is_closed(monkeypatch, sent):
+async def test_a_connection_without_a_header_is_closed(monkeypatch, sent):
+    """A header that is cut does not count."""
     patch(monkeypatch, connections, "HEADER_S", 0.05)
     async with serving(FakePool()) as url:
         reader, writer = await connect(url)
@@ -287,7 +296,8 @@ async def until_header_time_is_over(url):
     writer.close()
 
 
-async def test_a_connection_that_has_brought_a_request_may_be_silent_for_longer(client, monkeypatch):
+async def test_a_used_connection_may_be_silent_longer(client, monkeypatch):
+    """A connection that has brought a request may be silent for longer."""
     patch(monkeypatch, connections, "HEADER_S", 0.05)
     pool = FakePool(gate=asyncio.Event())
     async with serving(pool) as url:
@@ -301,7 +311,8 @@ async def test_a_connection_that_has_brought_a_request_may_be_silent_for_longer(
         writer.close()
 
 
-async def test_every_later_request_has_no_longer_for_its_header(monkeypatch):
+async def test_later_headers_have_the_same_time_limit(monkeypatch):
+    """Every later request has no longer for its header."""
     patch(monkeypatch, connections, "HEADER_S", 0.05)
     async with serving(FakePool()) as url:
         reader, writer = await connect(url)
@@ -326,7 +337,8 @@ async def test_every_later_request_has_no_longer_for_its_header(monkeypatch):
         writer.close()
 
 
-async def test_a_connection_is_kept_between_requests_only_for_a_while(monkeypatch):
+async def test_a_connection_is_kept_only_for_a_while(monkeypatch):
+    """The limit holds between requests."""
     patch(monkeypatch, connections, "KEEP_ALIVE_S", 0.05)
     async with serving(FakePool()) as url:
         reader, writer = await connect(url)
@@ -335,7 +347,8 @@ async def test_a_connection_is_kept_between_requests_only_for_a_while(monkeypatc
         writer.close()
 
 
-async def test_a_slow_body_and_an_answer_that_takes_long_are_not_taken_for_a_header(client, monkeypatch):
+async def test_a_slow_body_is_not_taken_for_a_header(client, monkeypatch):
+    """An answer that takes long is not taken for one either."""
     patch(monkeypatch, connections, "HEADER_S", 0.05)
     pool = FakePool(gate=asyncio.Event())
     async with serving(pool) as url:
@@ -386,7 +399,7 @@ def posted(header=b"", path=b"/v1/chat/completions", body=json.dumps(conversatio
 
 @pytest.mark.parametrize("expected", [b"\xe9", b"\xff\xfe", "jeżeli".encode(), b"more", b"100-continue, more", b"100-continue\xa0"])
 @pytest.mark.parametrize("path", [b"/v1/chat/completions", b"/chat/completions", b"/nothing", b"/livez"])
-async def test_an_unknown_expectation_is_417_in_our_form(expected, path):
+async def test_an_unknown_expectation_is_417(expected, path):
     pool = FakePool()
     async with serving(pool) as url:
         status, header, body = await exchange(url, posted(b"Expect: " + expected + b"\r\n", path))
@@ -396,7 +409,7 @@ async def test_an_unknown_expectation_is_417_in_our_form(expected, path):
 
 
 @pytest.mark.parametrize("expected", [b"100-continue", b"100-Continue"])
-async def test_a_client_that_waits_for_100_continue_is_told_to_go_on(expected):
+async def test_a_client_waiting_for_100_is_told_to_go_on(expected):
     async with serving(FakePool()) as url:
         reader, writer = await connect(url)
         request = posted(b"Expect: " + expected + b"\r\n")

@@ -31,7 +31,8 @@ from pools import DYING, idle
 from real_server import SCRIPT, ask, copy_program, events, get, gone, post, server, wait_for
 
 
-def test_the_default_model_answers_over_both_apis_and_the_page_is_served(default_model_path):
+def test_the_default_model_answers_over_both_apis(default_model_path):
+    """The page is served."""
     with server() as (process, url):
         answer = events(post(url + "/chat/completions", ask("What is the capital of Japan?")))
         assert "".join(event.get("token", "") for event in answer) == "The capital of Japan is Tokyo."
@@ -47,7 +48,8 @@ def test_the_default_model_answers_over_both_apis_and_the_page_is_served(default
         assert stats["kernels"]["sample"] == (f"decode_core/{core.info()['isa']}" if core else "numpy/reference")
 
 
-def test_torch_is_loaded_by_a_worker_without_decode_core_alone_and_the_worker_opens_no_port(nanochat_fixtures):
+def test_only_a_worker_without_core_loads_torch(nanochat_fixtures):
+    """Torch is loaded by a worker without decode_core alone, and the worker opens no port."""
     with server(nanochat_fixtures / "gen5") as (process, url):
         events(post(url + "/chat/completions", ask("hello", max_tokens=5)))
         assert not [m.path for m in psutil.Process(process.pid).memory_maps() if "libtorch" in m.path]
@@ -59,7 +61,7 @@ def test_torch_is_loaded_by_a_worker_without_decode_core_alone_and_the_worker_op
 @pytest.mark.parametrize("number, answering", [
     (signal.SIGKILL, True),
     *(pytest.param(*each, marks=pytest.mark.slow) for each in ((signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGKILL, False)))])
-def test_however_the_front_ends_no_process_is_left(nanochat_fixtures, number, answering):
+def test_however_the_front_ends_no_process_stays(nanochat_fixtures, number, answering):
     with server(nanochat_fixtures / "gen5", "--num-workers", "2") as (process, url):
         children = psutil.Process(process.pid).children(recursive=True)
         if answering:
@@ -72,7 +74,7 @@ def test_however_the_front_ends_no_process_is_left(nanochat_fixtures, number, an
         assert gone(children)
 
 
-def test_killing_the_front_while_it_loads_leaves_nothing(nanochat_fixtures):
+def test_a_front_killed_while_loading_leaves_nothing(nanochat_fixtures):
     process = subprocess.Popen([sys.executable, SCRIPT, nanochat_fixtures / "gen5", "--port", "0"], stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
         if "importing libraries" in line:
@@ -87,7 +89,8 @@ def test_killing_the_front_while_it_loads_leaves_nothing(nanochat_fixtures):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the process list stays as it is")
 @pytest.mark.parametrize("flags", [("--api-key=sesame wörd", "--api-key", "more"), pytest.param(("--api-key", "sesame wörd"), marks=pytest.mark.slow)])
-def test_an_api_key_of_the_command_line_leaves_the_process_list_and_still_opens(nanochat_fixtures, flags):
+def test_a_flag_s_key_leaves_the_process_list(nanochat_fixtures, flags):
+    """It still opens the server."""
     log = []
     with server(nanochat_fixtures / "gen5", *flags, log=log) as (process, url):
         shown = psutil.Process(process.pid).cmdline()
@@ -107,7 +110,8 @@ def limited(megabytes):
 
 
 @pytest.mark.parametrize("megabytes", by_day([200, 620, 720], 620))
-def test_too_little_memory_is_one_line_wherever_it_runs_out(nanochat_fixtures, megabytes):
+def test_too_little_memory_is_one_line(nanochat_fixtures, megabytes):
+    """It is, wherever memory runs out."""
     command = [sys.executable, SCRIPT, "generate", nanochat_fixtures / "gen5", "--prompt", "Hi", "-m", "3"]
     run = subprocess.run(command, preexec_fn=limited(megabytes), capture_output=True, text=True, timeout=100)
     lines = run.stderr.splitlines()
@@ -118,14 +122,15 @@ def test_too_little_memory_is_one_line_wherever_it_runs_out(nanochat_fixtures, m
         assert "not enough memory" in lines[-1] or "MiB of memory are free" in lines[-1]
 
 
-def test_the_memory_that_is_left_is_within_the_process_s_limit():
+def test_memory_left_is_within_the_process_s_limit():
     code = "from chatlm.common.memory import available_memory; print(available_memory())"
     run = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, preexec_fn=limited(500),
                          capture_output=True, text=True, timeout=60, check=True)
     assert 0 < int(run.stdout) < 500 << 20
 
 
-def test_an_answer_whose_worker_is_killed_goes_on_where_it_was(nanochat_fixtures):
+def test_an_answer_goes_on_after_a_killed_worker(nanochat_fixtures):
+    """It goes on where it was."""
     with server(nanochat_fixtures / "gen5", "--dtype", "float32") as (process, url):    # float32: no near ties in 300 tokens
         before = events(post(url + "/chat/completions", ask("hello", max_tokens=300, ignore_eos=True)))
         stream = post(url + "/chat/completions", ask("hello", max_tokens=300, ignore_eos=True))
@@ -140,7 +145,8 @@ def test_an_answer_whose_worker_is_killed_goes_on_where_it_was(nanochat_fixtures
         wait_for(process, "restarting")
 
 
-def test_while_the_only_worker_restarts_another_model_s_name_is_a_404_and_its_own_waits(nanochat_fixtures):
+def test_a_restarting_model_keeps_its_name(nanochat_fixtures):
+    """Another model's name is a 404 meanwhile, and its own waits."""
     with server(nanochat_fixtures / "gen5", "--served-model-name", "mine") as (process, url):
         os.kill(get(url + "/stats")["workers"][0]["pid"], signal.SIGKILL)
         wait_for(process, "restarting")
@@ -164,7 +170,8 @@ async def served(settings):
                 await pool.close()
 
 
-async def test_200_clients_who_vanish_at_random_moments_leave_nothing_behind(nanochat_fixtures):
+async def test_200_vanishing_clients_leave_nothing(nanochat_fixtures):
+    """They vanish at random moments."""
     generator = random.Random(7)
     async with served(Settings(model=str(nanochat_fixtures / "gen5"), kv_cache_memory=1 << 20, max_batch=8)) as (pool, url):
 
@@ -252,7 +259,8 @@ def copied(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["nanochat", "gguf"])
-def test_a_copy_of_the_program_and_the_page_is_a_working_deployment(form, copied, tmp_path, nanochat_fixtures, default_model_path):
+def test_a_copy_of_program_and_page_works(form, copied, tmp_path, nanochat_fixtures, default_model_path):
+    """It is a working deployment."""
     python = bare_python(tmp_path / "venv", LIBRARIES[form])
     model = nanochat_fixtures / "gen5" if form == "nanochat" else default_model_path
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "GOMP_SPINCOUNT": "1000"}
@@ -270,7 +278,8 @@ def test_a_copy_of_the_program_and_the_page_is_a_working_deployment(form, copied
 
 @pytest.mark.parametrize("form, missing", [("gguf", "tokenizers"), *(pytest.param(*each, marks=pytest.mark.slow) for each in (
     ("nanochat", "torch"), ("nanochat", "tiktoken"), ("nanochat", "aiohttp"), ("nanochat", "numpy"), ("gguf", "jinja2")))])
-def test_each_missing_library_is_one_line_with_the_pip_command(form, missing, copied, tmp_path, nanochat_fixtures, default_model_path):
+def test_each_missing_library_names_the_pip_command(form, missing, copied, tmp_path, nanochat_fixtures, default_model_path):
+    """It does so in one line."""
     python = bare_python(tmp_path / "venv", LIBRARIES[form])
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     (site / missing).unlink()
@@ -292,7 +301,7 @@ def smollm_url(default_model_path):
         yield url
 
 
-def test_the_openai_package_chats_with_the_real_model(smollm_url):
+def test_the_openai_package_chats_with_a_real_model(smollm_url):
     openai = pytest.importorskip("openai")
     with openai.OpenAI(base_url=smollm_url + "/v1", api_key="none", max_retries=0) as client:
         question = {"model": client.models.list().data[0].id, "temperature": 0,
@@ -317,7 +326,8 @@ def cli(*arguments, stdin=None):
     return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], input=stdin, capture_output=True, text=True, timeout=90)
 
 
-def test_generate_answers_with_a_pool_of_its_own_from_a_flag_and_from_stdin(default_model_path, nanochat_fixtures):
+def test_generate_needs_no_server(default_model_path, nanochat_fixtures):
+    """It answers with a pool of its own, from a flag and from stdin."""
     said = cli("generate", "--prompt", "What is the capital of Japan?", "-t", "0")
     assert (said.returncode, said.stdout) == (0, "The capital of Japan is Tokyo.\n")
     assert re.search(r"^8 tokens in [\d.]+ m?s", said.stderr, re.MULTILINE)
@@ -325,7 +335,8 @@ def test_generate_answers_with_a_pool_of_its_own_from_a_flag_and_from_stdin(defa
     assert piped.returncode == 0 and "3 tokens" in piped.stderr
 
 
-def test_chat_with_a_running_server_remembers_clears_and_quits(smollm_url):
+def test_chat_with_a_server_remembers_and_clears(smollm_url):
+    """It quits too."""
     said = cli("chat", "--url", smollm_url, "-t", "0", "-m", "30",
                stdin="What is the capital of Japan?\nAnd of France?\nclear\nAnd of France?\nquit\nnever read\n")
     assert said.returncode == 0

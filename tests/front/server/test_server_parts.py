@@ -55,12 +55,13 @@ def logged(path, client="alice"):
     ("/chat/v1/nothing", None, "", Api.OPENAI), ("/chat/v1/messages/x", None, "", Api.ANTHROPIC),
     ("/chat/api/nothing", None, "", Api.OLLAMA), ("/chat/chat/completions", None, "", Api.NANOCHAT),
     ("/chat/tokenize/x", None, "", Api.OPENAI), ("", None, "", Api.NANOCHAT)])
-def test_a_request_has_the_row_that_answers_it_else_the_api_of_the_path_most_like_its_own(path, resource, pattern, api):
+def test_a_request_has_its_row_or_the_nearest_api(path, resource, pattern, api):
+    """A request has the row that answers it else the API of the path most like its own."""
     row = TABLE.row_of(Arriving(path, resource))
     assert (row.pattern, row.api) == (pattern, api) and (not row.open or row is ROW[pattern])
 
 
-def test_health_and_metrics_are_polled_and_nothing_else():
+def test_only_health_and_metrics_are_polled():
     polled = {route.path for route in chat_server.ROUTES if TABLE.is_polled("/chat" + route.path)}
     assert polled == {"/health", "/livez", "/readyz", "/stats", "/metrics"}
     assert TABLE.is_polled("/chat/health/") and not TABLE.is_polled("/chat/nothing")
@@ -75,7 +76,7 @@ def test_an_error_has_the_shape_of_its_api(path, names):
     assert isinstance(error_shape(RequestError("no"))["error"], str) if path == "/api/tags" else True
 
 
-def test_an_answer_has_an_owner_and_so_have_its_pages():
+def test_an_answer_and_its_pages_have_an_owner():
     number, alone, together = "0" * 32, Settings(keys=KEYS), Settings(keys=KEYS, share_prefixes=True)
     assert [Owners(Settings()).of_answer(name, "192.0.2.7") for name in (number, "mine")] == ["", "192.0.2.7"]
     assert [Owners(alone).of_answer(name, "alice") for name in (number, "mine")] == ["alice"] * 2
@@ -96,7 +97,8 @@ def test_only_open_routes_need_no_key():
 
 
 @pytest.mark.parametrize("taken", [(), ("mine",)])
-async def test_the_log_notes_row_and_id_of_a_request_and_an_id_of_another_is_not_used_again(caplog, taken):
+async def test_the_log_notes_row_and_id_of_a_request(caplog, taken):
+    """An id of another is not used again."""
     async def handler(http):
         assert (REQUEST_LOG.get().route, REQUEST_LOG.get().api) == (ROW["/api/tags"], Api.OLLAMA)
         return response
@@ -110,14 +112,16 @@ async def test_the_log_notes_row_and_id_of_a_request_and_an_id_of_another_is_not
 
 @pytest.mark.parametrize("body, api", [
     (conversation() | {"model": "fake-model"}, Api.OPENAI), (conversation(), Api.NANOCHAT), (conversation('"model": 1'), Api.NANOCHAT)])
-async def test_a_body_is_read_by_the_reader_of_its_route_and_may_be_of_openai_on_nanochat_s(body, api):
+async def test_a_body_is_read_by_its_route_s_reader(body, api):
+    """On nanochat's route it may be one of OpenAI."""
     bodies, record = Bodies(Intake(Catalogue(Settings(), FakePool())), Owners(Settings())), logged("/chat/completions")
     with bodies.holding() as holding:
         _, parsed = await bodies.answer(Arriving(body=json.dumps(body).encode()), holding)
     assert record.api is api and parsed.api == {Api.OPENAI: "chat", Api.NANOCHAT: "native"}[api] and parsed.request.messages
 
 
-async def test_a_large_body_is_read_in_a_sandbox_for_its_owner():
+async def test_a_large_body_is_read_in_a_sandbox():
+    """The sandbox works for the body's owner."""
     pool, checked = FakePool(), []
 
     async def check_grammar(params, client, owner):
@@ -135,7 +139,7 @@ async def test_a_large_body_is_read_in_a_sandbox_for_its_owner():
     assert checked == [("alice", Owners(settings).of_pages("alice"))] and not bodies.intake.budget.used
 
 
-async def test_the_model_is_described_to_who_asks_for_one_of_its_names():
+async def test_a_model_is_described_by_any_of_its_names():
     pool = FakePool()
     only = Catalogue(Settings(), pool)
     models = ModelRoutes(only, Bodies(Intake(only), Owners(Settings())), Access(Settings()))

@@ -15,7 +15,7 @@ def sample(at, value=0.0, time=None):
     return Sample(float(at), *[value] * 5, *[time] * 4)
 
 
-def test_two_samples_become_one_where_there_are_too_many():
+def test_too_many_samples_are_merged_in_pairs():
     kept = History(None, None)
     now_s, week_s = 0.0, 7 * 86400
     while now_s < week_s:
@@ -29,12 +29,13 @@ def test_two_samples_become_one_where_there_are_too_many():
     assert len(times) > MOST_SAMPLES / 3
 
 
-def test_what_could_not_be_timed_does_not_count_in_a_mean():
+def test_untimed_answers_do_not_count_in_a_mean():
     assert mean_of(sample(1, 2.0), sample(2, 4.0, 8.0)) == sample(1, 3.0, 8.0)
     assert mean_of(sample(1), sample(2)).ttft_ms is None
 
 
-def test_percentiles_are_of_what_came_between_two_looks():
+def test_percentiles_are_of_what_came_between_looks():
+    """They are of what came between two looks."""
     before = [(0.1, 5.0), (0.2, 5.0), (float("inf"), 5.0)]
     assert percentiles(before, before) == [None, None] == percentiles([], [])
     median, high = percentiles([(0.1, 5.0), (0.2, 15.0), (float("inf"), 15.0)], before)
@@ -55,7 +56,8 @@ async def until_sampled(client, url, key=None):
         await asyncio.sleep(0.01)
 
 
-async def test_the_history_is_shown_to_who_may_see_all_models_and_sends_bounded_rows(client, monkeypatch):
+async def test_the_history_is_for_who_sees_all_models(client, monkeypatch):
+    """It sends bounded rows."""
     monkeypatch.setattr(history, "FIRST_INTERVAL_S", 0.01)
     keys = ApiKey.hashed("some", "some", ("another-model",)), ApiKey.hashed("whole", "whole")
     async with serving(FakePool(), Settings(keys=keys)) as url:
@@ -74,7 +76,8 @@ async def test_no_task_is_left_when_the_server_ends(client, monkeypatch):
     assert not [task for task in asyncio.all_tasks() if "_watch" in repr(task.get_coro()) or "history" in repr(task.get_coro())]
 
 
-async def test_an_answer_is_seen_in_the_times_of_the_next_sample(client, monkeypatch):
+async def test_an_answer_is_in_the_next_sample(client, monkeypatch):
+    """It is seen in the sample's times."""
     pytest.importorskip("prometheus_client")
     monkeypatch.setattr(history, "FIRST_INTERVAL_S", 0.01)
     async with serving(FakePool()) as url:

@@ -45,7 +45,8 @@ def error_in(text):
 
 
 @pytest.mark.timeout(120)
-def test_answers_that_are_cut_are_503_whole_and_an_error_in_a_stream(default_model_path):
+def test_cut_answers_are_503_or_an_error_event(default_model_path):
+    """Whole ones are 503, streams get an error."""
     with server(default_model_path, "--drain-timeout", "60") as (process, url):
         whole = [Asked(url, path, body) for path, body in WHOLE.items()]
         streams = [Asked(url, path, body | {"stream": True}) for path, body in STREAMED.items()]

@@ -41,7 +41,7 @@ def names(path):
         return [name for (name,) in reader.execute("SELECT name FROM files ORDER BY id")]
 
 
-async def test_what_run_returned_is_seen_by_other_programs(tmp_path):
+async def test_what_run_returned_other_programs_see(tmp_path):
     store = opened(tmp_path / "a.db")
     assert await asyncio.gather(*(store.run(add(f"n{index}")) for index in range(20))) == [*range(1, 21)]
     assert names(tmp_path / "a.db") == [f"n{index}" for index in range(20)]
@@ -50,7 +50,8 @@ async def test_what_run_returned_is_seen_by_other_programs(tmp_path):
         await store.run(add("late"))
 
 
-async def test_work_that_fails_leaves_nothing_and_its_neighbours_are_committed(tmp_path):
+async def test_failed_work_leaves_nothing(tmp_path):
+    """Its neighbours are committed."""
     store = opened(tmp_path / "a.db")
 
     def broken(connection):
@@ -62,7 +63,8 @@ async def test_work_that_fails_leaves_nothing_and_its_neighbours_are_committed(t
     await store.close()
 
 
-async def test_a_transaction_that_breaks_as_a_whole_is_done_again_piece_by_piece(tmp_path):
+async def test_a_broken_transaction_is_done_in_pieces(tmp_path):
+    """One that breaks as a whole is done again piece by piece."""
     store = opened(tmp_path / "a.db")
 
     def ends_the_transaction(connection):
@@ -74,7 +76,8 @@ async def test_a_transaction_that_breaks_as_a_whole_is_done_again_piece_by_piece
     await store.close()
 
 
-async def test_a_database_that_cannot_grow_is_an_overload_and_works_again_later(tmp_path):
+async def test_a_full_database_is_an_overload(tmp_path):
+    """It cannot grow; it works again later."""
     store = opened(tmp_path / "a.db")
     (pages,) = await store.run(lambda connection: connection.execute("PRAGMA page_count").fetchone())
     await store.run(lambda connection: connection.execute(f"PRAGMA max_page_count = {pages}").fetchone())
@@ -88,7 +91,8 @@ async def test_a_database_that_cannot_grow_is_an_overload_and_works_again_later(
     await store.close()
 
 
-async def test_while_another_program_writes_all_that_waits_fails_together_and_works_again_later(tmp_path, monkeypatch):
+async def test_a_locked_database_fails_what_waits(tmp_path, monkeypatch):
+    """While another program writes, all that waits fails together and works again later."""
     monkeypatch.setattr(stores, "BUSY_S", 0.5)
     store, begun = opened(tmp_path / "a.db"), []
     store.connection.set_trace_callback(lambda statement: begun.append(statement) if statement.startswith("BEGIN") else None)
@@ -102,7 +106,8 @@ async def test_while_another_program_writes_all_that_waits_fails_together_and_wo
     await store.close()
 
 
-async def test_nothing_is_committed_to_a_file_that_was_removed_or_replaced(tmp_path, monkeypatch):
+async def test_a_removed_file_gets_no_commits(tmp_path, monkeypatch):
+    """Nor does one that was replaced."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     store = opened(Path("a.db"))
@@ -127,7 +132,7 @@ async def test_nothing_is_committed_to_a_file_that_was_removed_or_replaced(tmp_p
 
 @pytest.mark.parametrize("change", ["removed", "replaced by an earlier one", "moved away"])
 @pytest.mark.parametrize("endings", [("-wal",), ("-shm",), ("-wal", "-shm")])
-async def test_nothing_is_lost_when_what_lies_beside_it_is_removed_while_it_runs(tmp_path, monkeypatch, change, endings):
+async def test_nothing_is_lost_with_the_files_beside(tmp_path, monkeypatch, change, endings):
     """A crash right after the next commit included: what was committed before it was in a file without a name."""
     store = opened(tmp_path / "a.db")
     beside = [tmp_path / f"a.db{ending}" for ending in endings]
@@ -153,7 +158,8 @@ async def test_nothing_is_lost_when_what_lies_beside_it_is_removed_while_it_runs
     assert len(names(tmp_path / "a.db")) == 23
 
 
-async def test_a_store_whose_beside_cannot_be_opened_again_works_once_it_can(tmp_path, monkeypatch):
+async def test_a_store_recovers_the_files_beside_it(tmp_path, monkeypatch):
+    """One that cannot open them again works once it can."""
     store, refused = opened(tmp_path / "a.db"), []
     await store.run(add("one"))
     writer = store._writer
@@ -172,7 +178,8 @@ async def test_a_store_whose_beside_cannot_be_opened_again_works_once_it_can(tmp
     await store.close()
 
 
-async def test_a_lock_that_was_removed_is_taken_again_unless_another_server_has_it(tmp_path):
+async def test_a_removed_lock_is_taken_again(tmp_path):
+    """It is not while another server has it."""
     store = opened(tmp_path / "a.db")
     (tmp_path / "a.db-lock").unlink()
     await store.run(add("one"))
@@ -188,7 +195,8 @@ async def test_a_lock_that_was_removed_is_taken_again_unless_another_server_has_
     assert names(tmp_path / "a.db") == ["one", "theirs", "two"]
 
 
-async def test_what_clients_add_leaves_a_reserve_that_all_other_work_may_use(tmp_path, monkeypatch):
+async def test_clients_leave_a_reserve_in_the_store(tmp_path, monkeypatch):
+    """All other work may use it."""
     free = {"bytes": stores.RESERVE_BYTES + 10_000}
     monkeypatch.setattr(stores, "disk_usage", lambda path: SimpleNamespace(free=free["bytes"]))
     store = opened(tmp_path / "a.db")
@@ -207,7 +215,8 @@ async def test_what_clients_add_leaves_a_reserve_that_all_other_work_may_use(tmp
     await store.close()
 
 
-async def test_only_its_user_can_read_it_and_what_lies_beside_it(tmp_path):
+async def test_only_its_user_can_read_the_store(tmp_path):
+    """Nobody else can read what lies beside it either."""
     before = os.umask(0)
     try:
         store = opened(tmp_path / "new" / "a.db")
@@ -231,7 +240,7 @@ async def refusal(path):
     return str(found.value)
 
 
-async def test_a_store_that_another_server_uses_is_refused(tmp_path):
+async def test_a_store_of_another_server_is_refused(tmp_path):
     store = opened(tmp_path / "a.db")
     assert "another server uses it" in await refusal(tmp_path / "a.db")
     await store.run(add("still mine"))
@@ -249,7 +258,8 @@ def closed_store(path):
 
 
 @pytest.mark.parametrize("what", ["newer", "damaged", "foreign", "no database", "cut", "folder", "pipe"])
-def test_a_store_that_cannot_be_used_is_refused_in_one_line_and_left_as_it_is(tmp_path, what):
+def test_an_unusable_store_is_refused_in_one_line(tmp_path, what):
+    """It is left as it is."""
     path = tmp_path / "a.db"
     if what in ("newer", "damaged", "cut"):
         closed_store(path)
@@ -280,7 +290,8 @@ def test_a_store_that_cannot_be_used_is_refused_in_one_line_and_left_as_it_is(tm
     assert (path.read_bytes() if regular else None) == before
 
 
-def test_a_large_store_is_checked_while_the_server_runs_which_ends_if_it_is_damaged(tmp_path, nanochat_fixtures):
+def test_a_damaged_large_store_ends_the_server(tmp_path, nanochat_fixtures):
+    """A large store is checked while the server runs."""
     path = tmp_path / "a.db"
     closed_store(path)
     data = bytearray(path.read_bytes())
@@ -301,7 +312,7 @@ async def test_a_locked_store_is_refused(tmp_path, monkeypatch):
     other.close()
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+def test_a_folder_without_write_access_is_refused(tmp_path):
     folder = tmp_path / "read-only"
     folder.mkdir(mode=0o500)
     found = []
@@ -352,7 +363,8 @@ def test_sqlite_is_imported_only_with_the_flag(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "None False\n"
 
 
-async def test_without_a_path_it_is_among_the_user_s_state(tmp_path, monkeypatch):
+async def test_without_a_path_the_store_is_user_state(tmp_path, monkeypatch):
+    """It is among the user's state."""
     from chatlm.cli import parse_command_line
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     settings = parse_command_line(["serve", "model.gguf", "--database"], {})
@@ -362,7 +374,7 @@ async def test_without_a_path_it_is_among_the_user_s_state(tmp_path, monkeypatch
     await store.close()
 
 
-def test_an_upload_that_is_only_beginning_is_not_taken_for_one_that_ended(tmp_path):
+def test_a_beginning_upload_is_not_an_ended_one(tmp_path):
     async def run():
         store, states = opened(tmp_path / "a.db"), []
         routes = FileRoutes(store, None, None, 1, lambda: None)

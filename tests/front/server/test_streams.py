@@ -89,7 +89,8 @@ async def test_events_have_ids_only_when_asked_for(client, front):
 
 @pytest.mark.parametrize("path, first", [(NATIVE, 0), (OPENAI, 1)])     # OpenAI's event 0 is the role
 @pytest.mark.parametrize("how", ["from", "Last-Event-ID", "both"])
-async def test_a_lost_connection_is_taken_up_again_where_it_was(client, front, path, first, how):
+async def test_a_lost_connection_is_taken_up_again(client, front, path, first, how):
+    """The reader goes on where it was."""
     pool, url = front
     response = await client.post(url + path, json=RESUMABLE)
     pool.gate.admit(2)
@@ -125,7 +126,7 @@ async def test_several_readers_follow_one_answer(client, front):
     assert words(read[0]) == "".join(WORDS) and read == [read[0]] * 4
 
 
-async def test_a_reader_at_the_end_is_told_that_there_is_no_more(client, front):
+async def test_a_reader_at_the_end_learns_of_the_end(client, front):
     pool, url = front
     pool.gate.admit(5)
     async with client.post(url + NATIVE, json=RESUMABLE) as response:
@@ -135,7 +136,8 @@ async def test_a_reader_at_the_end_is_told_that_there_is_no_more(client, front):
     assert (await client.get(address, params={"from": count})).status == 204
 
 
-async def test_without_a_reader_the_answer_ends_after_the_grace_and_what_it_had_stays(client, front, monkeypatch):
+async def test_an_unread_answer_ends_after_the_grace(client, front, monkeypatch):
+    """What it had stays."""
     patch(monkeypatch, server_recordings, "GRACE_S", 0.05)
     pool, url = front
     response = await client.post(url + NATIVE, json=RESUMABLE)
@@ -148,7 +150,8 @@ async def test_without_a_reader_the_answer_ends_after_the_grace_and_what_it_had_
     assert words(events[:-1]) == "one two " and json.loads(events[-1][1])["error"]["code"] == "cancelled"
 
 
-async def test_a_reader_who_comes_back_in_time_keeps_the_answer_alive(client, front, monkeypatch):
+async def test_a_reader_back_in_time_keeps_the_answer(client, front, monkeypatch):
+    """The answer lives on."""
     patch(monkeypatch, server_recordings, "GRACE_S", 123)
     graces, pool, url = [], *front
     loop = asyncio.get_running_loop()
@@ -168,7 +171,7 @@ async def test_a_reader_who_comes_back_in_time_keeps_the_answer_alive(client, fr
         assert words(await read_all(again)) == "".join(WORDS[1:])
 
 
-async def test_an_ordinary_stream_still_ends_with_its_connection(client, front):
+async def test_a_plain_stream_ends_with_its_connection(client, front):
     pool, url = front
     response = await client.post(url + NATIVE, json=conversation())
     pool.gate.admit(1)
@@ -210,7 +213,8 @@ async def test_a_position_that_is_none_is_400(client, front, query, headers):
     assert again.status == 400 and (await again.json())["error"]["code"] == "invalid_value"
 
 
-async def test_only_its_own_key_reads_and_stops_a_stream(client):
+async def test_only_its_own_key_reads_a_stream(client):
+    """Nobody else stops it either."""
     pool = FakePool(WORDS)
     pool.gate = Turnstile()
     keys = read_api_keys(("key-a", "key-b"), None)
@@ -227,7 +231,8 @@ async def test_only_its_own_key_reads_and_stops_a_stream(client):
 
 
 @pytest.mark.parametrize("name, status", [("ab" * 16, 200), ("my-chat", 404)])
-async def test_without_keys_an_unguessable_id_is_enough_and_another_belongs_to_its_address(client, front, monkeypatch, name, status):
+async def test_without_keys_a_stream_s_id_is_enough(client, front, monkeypatch, name, status):
+    """One that can be guessed belongs to its address."""
     pool, url = front
     pool.gate.admit(5)
     response = await client.post(url + NATIVE, json=RESUMABLE, headers={"X-Request-Id": name})
@@ -236,7 +241,8 @@ async def test_without_keys_an_unguessable_id_is_enough_and_another_belongs_to_i
     assert (await client.get(f"{url}/v1/streams/{name}")).status == status
 
 
-async def test_the_id_of_a_kept_stream_is_not_given_to_another(client, front):
+async def test_a_kept_stream_keeps_its_id(client, front):
+    """Its id is not given to another."""
     pool, url = front
     pool.gate.admit(10)
     headers = {"X-Request-Id": "twice"}
@@ -246,7 +252,8 @@ async def test_the_id_of_a_kept_stream_is_not_given_to_another(client, front):
     assert first.headers["X-Request-Id"] == "twice" != second.headers["X-Request-Id"]
 
 
-async def test_what_is_kept_is_bounded_and_the_oldest_goes_first(client, front, monkeypatch):
+async def test_the_oldest_kept_stream_goes_first(client, front, monkeypatch):
+    """What is kept is bounded."""
     patch(monkeypatch, config, "LIMITS", replace(LIMITS, recorded_bytes=20_000))
     pool, url = front
     names = []
@@ -271,7 +278,7 @@ async def test_what_is_kept_is_bounded_and_the_oldest_goes_first(client, front, 
         assert [number for number, _ in await read_all(rest)] == list(range(first, 141))
 
 
-async def test_one_client_s_answers_push_out_none_of_another(client, monkeypatch):
+async def test_a_client_s_streams_push_out_no_others(client, monkeypatch):
     patch(monkeypatch, config, "LIMITS", replace(LIMITS, recorded_bytes=20_000))
     pool, keys = FakePool(WORDS), read_api_keys(("key-a", "key-b"), None)
     a, b = ({"Authorization": f"Bearer {key}"} for key in ("key-a", "key-b"))
@@ -294,7 +301,7 @@ async def test_one_client_s_answers_push_out_none_of_another(client, monkeypatch
         assert [await kept(name, a) for name in mine] == [True] * 3 and not await kept(theirs[-1], b)
 
 
-async def test_what_is_no_longer_kept_is_nowhere_in_memory(client, front, monkeypatch):
+async def test_dropped_streams_leave_memory(client, front, monkeypatch):
     patch(monkeypatch, config, "LIMITS", replace(LIMITS, recorded_bytes=8_000))
     pool, url = front
     made, make = [], server_recordings.Recording
@@ -311,7 +318,7 @@ async def test_what_is_no_longer_kept_is_nowhere_in_memory(client, front, monkey
     assert len(made) == 30 and 0 < alive <= 8, f"{alive} recordings of at least 1,000 bytes, where 8,000 may be kept"
 
 
-async def test_an_ended_answer_is_forgotten_after_its_time(client, front, monkeypatch):
+async def test_an_ended_answer_is_forgotten_in_time(client, front, monkeypatch):
     pool, url = front
     addresses = []
     for kept_s in (600.0, 0.0):
@@ -325,7 +332,7 @@ async def test_an_ended_answer_is_forgotten_after_its_time(client, front, monkey
     assert (await client.get(addresses[0])).status == 200
 
 
-async def test_many_answers_at_once_share_what_may_be_kept(client, front, monkeypatch):
+async def test_many_answers_share_what_may_be_kept(client, front, monkeypatch):
     patch(monkeypatch, config, "LIMITS", replace(LIMITS, recorded_bytes=20_000))
     pool, url = front
     responses = [await client.post(url + NATIVE, json=RESUMABLE) for _ in range(30)]
@@ -335,7 +342,7 @@ async def test_many_answers_at_once_share_what_may_be_kept(client, front, monkey
     await pool.until_open(0)
 
 
-async def test_a_follower_who_reads_slowly_gets_everything(client, front, monkeypatch):
+async def test_a_slow_follower_gets_everything(client, front, monkeypatch):
     patch(monkeypatch, config, "LIMITS", replace(LIMITS, outbox_bytes=1 << 16))
     pool, url = front
     pool.pieces = ["x" * 10_000] * 1_000            # 10 MB: more than any socket buffer
@@ -346,7 +353,8 @@ async def test_a_follower_who_reads_slowly_gets_everything(client, front, monkey
     assert len(await read_all(response)) == 1001
 
 
-async def test_a_client_that_leaves_within_its_body_is_no_error_in_the_log(front, caplog, monkeypatch):
+async def test_a_client_leaving_in_its_body_is_no_error(front, caplog, monkeypatch):
+    """The log has no error."""
     met = asyncio.Event()
 
     async def lost(self):
@@ -365,7 +373,8 @@ async def test_a_client_that_leaves_within_its_body_is_no_error_in_the_log(front
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-async def test_a_client_that_leaves_at_the_very_end_is_no_error_in_the_log(client, front, caplog, monkeypatch):
+async def test_a_client_leaving_at_the_end_is_no_error(client, front, caplog, monkeypatch):
+    """The log has no error."""
     async def gone(self, data=b""):
         raise aiohttp.ClientConnectionResetError("Cannot write to closing transport")
 
@@ -380,7 +389,8 @@ async def test_a_client_that_leaves_at_the_very_end_is_no_error_in_the_log(clien
 
 @pytest.mark.parametrize("encoder, members", [
     (NativeEncoder, {"error"}), (OpenAIEncoder, {"error"}), (MessagesEncoder, {"type", "error"}), (ResponsesEncoder, {"type", "code", "message", "param"})])
-async def test_a_recording_ends_after_an_error_as_streams_of_its_api_do(encoder, members):
+async def test_a_recording_ends_after_an_error(encoder, members):
+    """Streams of its API end so too."""
     async def frames():
         yield b'data: {"token": "one"}\n\n'
         raise ZeroDivisionError("a fault")
@@ -396,7 +406,8 @@ async def test_a_recording_ends_after_an_error_as_streams_of_its_api_do(encoder,
     assert json.loads(late.decode().partition("data: ")[2]).keys() == members
 
 
-async def test_a_recording_that_breaks_off_says_so_to_its_reader_and_in_the_log(caplog):
+async def test_a_cut_recording_says_so(caplog):
+    """It says so to its reader and in the log."""
     async def frames():
         yield b'data: {"token": "one"}\n\n'
         raise ZeroDivisionError("a fault")
