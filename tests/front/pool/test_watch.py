@@ -335,7 +335,7 @@ async def test_a_folder_that_has_the_name_of_a_stage_wins(run_folder, watching, 
 
 @pytest.mark.slow
 async def test_old_steps_take_turns_where_memory_holds_one(run_folder, watching, client, monkeypatch):
-    monkeypatch.setattr(Residency, "KEEP_S", 0.1)
+    monkeypatch.setattr(Residency, "STAY_LOADS", 0.1)
     list(tiny_training.train(run_folder, 3, 1))
     models = await watching(run_folder, models_memory=230 * MIB, prefix_memory=0)
     async with serving(models, models.settings) as url:
@@ -581,7 +581,7 @@ async def test_a_suite_or_prompts_that_cannot_be_used_end_the_start(run_folder, 
 
 async def test_scoring_leaves_the_step_loaded_that_people_talk_to(run_folder, watching, client, tmp_path, monkeypatch, caplog):
     """Memory holds one step; the others are scored once there is room."""
-    monkeypatch.setattr(Residency, "KEEP_S", 0.1)
+    monkeypatch.setattr(Residency, "STAY_LOADS", 0.1)
     caplog.set_level(logging.INFO, logger="chat_server")
     (tmp_path / "text.txt").write_text(tiny_training.TEXT * 3)
     training = tiny_training.train(run_folder, 3, 1)
