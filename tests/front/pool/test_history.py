@@ -84,7 +84,7 @@ def history(monkeypatch, tmp_path, client, started, caplog):
     """A function that plays a scene against a server with these settings, and compares what was seen."""
     for watch in (FolderWatch, RunWatch, AdapterWatch):
         monkeypatch.setattr(watch, "WATCH_S", 0.1)
-    monkeypatch.setattr(Residency, "KEEP_S", 0.1)
+    monkeypatch.setattr(Residency, "STAY_LOADS", 0.1)
     caplog.set_level(logging.INFO)
 
     async def play(name, scene, **settings):

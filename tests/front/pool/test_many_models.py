@@ -75,7 +75,7 @@ async def listed(client, url, **headers):
 
 async def test_each_model_answers_as_alone(start_models, nanochat_fixtures, client, monkeypatch):
     """The memory holds one of them. Meanwhile their requests wait in the queue, and hear how far the model is."""
-    monkeypatch.setattr(Residency, "KEEP_S", 0.2)
+    monkeypatch.setattr(Residency, "STAY_LOADS", 0.2)
     models = await start_models("gen1", "gen5", models_memory=230 * MIB, prefix_memory=0)
     async with served(models) as url:
         before = await listed(client, url)
@@ -104,9 +104,20 @@ async def test_each_model_answers_as_alone(start_models, nanochat_fixtures, clie
     assert {text: got[text, "gen5"] for text in texts} == expected
 
 
+async def test_models_that_have_answered_change_at_once(start_models, client, monkeypatch):
+    """Without an early leave the third answer would take a thousand times as long as a load."""
+    monkeypatch.setattr(Residency, "STAY_LOADS", 1000.0)
+    models = await start_models("gen1", "gen5", models_memory=230 * MIB, prefix_memory=0)
+    models.residency.loading_time.credit_s = models.residency.loading_time.CREDIT_S
+    async with served(models) as url, asyncio.timeout(60):
+        for name in ("gen1", "gen5", "gen1", "gen5"):
+            assert content(await ask(client, url, name))
+            assert models.residency.used <= models.residency.budget
+
+
 async def test_two_models_share_the_kv_pages_of_one(start_models, client, nanochat_fixtures, monkeypatch):
     """They stay loaded and answer as before."""
-    monkeypatch.setattr(Residency, "KEEP_S", 0.0)
+    monkeypatch.setattr(Residency, "STAY_LOADS", 0.0)
     models = await start_models("gen1", "gen5", models_memory=10 * MIB << 10, prefix_memory=0)     # so that what is emptied is gone
     sizes = {name: models.find(name).bytes for name in ("gen1", "gen5")}
     models.residency.budget = sum(sizes.values()) - min(models.find(name).model.share.cache for name in sizes) // 2
@@ -214,7 +225,7 @@ async def test_a_request_before_all_headers_comes_again(nanochat_fixtures, start
 
 async def test_early_requests_load_only_what_fits(nanochat_fixtures, started, client, monkeypatch):
     """The third model is opened late. Two others have been opened, and are asked for: they take turns as later."""
-    monkeypatch.setattr(Residency, "KEEP_S", 0.0)
+    monkeypatch.setattr(Residency, "STAY_LOADS", 0.0)
     names = "gen1", "gen5", "gen3"
     several = choices(nanochat_fixtures, *names)
     models = ManyModels(Settings(several=several, models_memory=230 * MIB, prefix_memory=0, **TINY), DYING)
@@ -303,7 +314,7 @@ async def test_a_failing_worker_fails_its_model_alone(start_models, nanochat_fix
 @pytest.mark.slow
 async def test_replicas_of_several_models_take_turns(start_models, nanochat_fixtures, client, monkeypatch):
     """A model leaves with all its replicas; the one that has more is counted so."""
-    monkeypatch.setattr(Residency, "KEEP_S", 0.2)
+    monkeypatch.setattr(Residency, "STAY_LOADS", 0.2)
     paths = {"two": nanochat_fixtures / "gen1", "one": nanochat_fixtures / "gen5", "most": nanochat_fixtures / "gen2"}
     replicas = {"two": None, "one": 1, "most": 3}
     several = tuple(ModelChoice(str(path), name, replicas=replicas[name]) for name, path in paths.items())
@@ -332,7 +343,7 @@ async def test_replicas_of_several_models_take_turns(start_models, nanochat_fixt
 @pytest.mark.slow
 async def test_models_of_several_ranks_answer_as_alone(start_models, nanochat_fixtures, client, monkeypatch):
     """The KV pages of one would suffice, but its ranks cannot give them back alone."""
-    monkeypatch.setattr(Residency, "KEEP_S", 0.0)
+    monkeypatch.setattr(Residency, "STAY_LOADS", 0.0)
     models = await start_models("gen1", "gen5", tensor_parallel_size=2, models_memory=900 * MIB, prefix_memory=0)
     one, other = (models.find(name).model for name in ("gen1", "gen5"))
     assert all(400 * MIB < model.bytes < 450 * MIB for model in (one, other))
@@ -353,7 +364,7 @@ async def test_twelve_models_lose_no_answer(
     """There are random traffic, little memory and killed workers."""
     from families import make_model, save
     from generations import GENERATIONS
-    monkeypatch.setattr(Residency, "KEEP_S", 1.0)
+    monkeypatch.setattr(Residency, "STAY_LOADS", 1.0)
     paths = {name: nanochat_fixtures / name for name in GENERATIONS}
     for name in ("llama3.2", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "smollm3"):
         paths[name] = save(make_model(name), tmp_path / name)

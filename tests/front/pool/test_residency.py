@@ -42,7 +42,7 @@ async def test_an_idle_model_keeps_its_place_in_its_time(clock):
     models = Models(clock, 10, {"a": 8, "b": 8})
     models.serve("a", seconds=4)
     models.ask("b")
-    assert models.settle(9.9) == "a" and not models.by_name["a"].leaving   # quiet for 9.9 s
+    assert models.settle(11.9) == "a" and not models.by_name["a"].leaving   # quiet for three times its load, nearly
     models.settle(0.2)
     assert models.settle() == "b"
 
@@ -51,13 +51,13 @@ async def test_no_model_leaves_for_too_little_room(clock):
     """No model leaves that does not make enough room."""
     models = Models(clock, 10, {"a": 4, "b": 6, "c": 10})
     models.serve("a")
-    running = models.answering("b")
+    running = models.answering("b", seconds=4)
     models.settle(9)
     models.ask("c")
     assert models.settle() == "ab"      # a's time is over, but a alone would not do
     models.end("b", running)
     assert models.settle() == "ab"      # b's is not
-    models.settle(1)
+    models.settle(3)
     assert models.settle() == "c"
 
 
@@ -66,7 +66,7 @@ async def test_no_running_answer_is_cut_for_a_load(clock):
     models = Models(clock, 10, {"a": 8, "b": 8})
     job = models.answering("a", seconds=4)
     waiting = models.ask("b")
-    assert models.settle(9) == "a" and not models.by_name["a"].leaving      # its 10 s are not over
+    assert models.settle(11) == "a" and not models.by_name["a"].leaving     # its 12 s are not over
     models.settle(1.1)
     assert models.by_name["a"].leaving and job.worker is not None           # it drains
     late = models.ask("a", "late")
@@ -77,7 +77,7 @@ async def test_no_running_answer_is_cut_for_a_load(clock):
     assert models.settle() == "b"
     models.load("b", seconds=4)
     assert waiting.worker is not None
-    assert models.settle(9) == "b"
+    assert models.settle(11) == "b" and not models.by_name["b"].leaving
     models.settle(2)
     models.end("b", waiting)
     models.settle()
@@ -91,10 +91,81 @@ async def test_a_slow_load_keeps_its_place_as_long(clock):
     models = Models(clock, 10, {"a": 8, "b": 8})
     models.answering("a", seconds=60)
     models.ask("b")
-    models.settle(59)
+    models.settle(179)
     assert not models.by_name["a"].leaving
     models.settle(1.5)
     assert models.by_name["a"].leaving
+
+
+async def test_an_idle_model_that_has_answered_leaves_at_once(clock):
+    models = Models(clock, 10, {"a": 8, "b": 8, "c": 8})
+    models.settle()
+    models.settle(40)       # a quiet time, which earns ten seconds of loading
+    models.serve("a", seconds=2)
+    waiting = models.ask("b")
+    models.settle()
+    assert models.settle() == "b"
+    models.load("b", seconds=2)
+    models.ask("c")
+    assert models.settle() == "b" and not models.by_name["b"].leaving       # it still answers
+    models.end("b", waiting)
+    models.settle()
+    assert models.settle() == "c"
+
+
+async def test_a_model_that_the_operator_loaded_is_not_early(clock):
+    """Nothing was asked of it, so nobody knows when it has served its purpose."""
+    models = Models(clock, 10, {"a": 8, "b": 8})
+    models.settle()
+    models.settle(40)
+    models.by_name["a"].is_requested = True
+    models.settle()
+    models.load("a", seconds=2)
+    models.ask("b")
+    assert models.settle(5.9) == "a" and not models.by_name["a"].leaving
+    models.settle(0.2)
+    assert models.settle() == "b"
+
+
+@pytest.mark.parametrize("load_s, answer_s, pause_s", [
+    ({"a": 1.5, "b": 1.5}, 0.2, 0.0), ({"a": 0.4, "b": 12.0}, 1.0, 0.0), ({"a": 3.0, "b": 1.0}, 0.1, 2.5),
+    ({"a": 2.0, "b": 2.0}, 30.0, 0.0)])
+async def test_two_alternating_clients_lose_a_quarter_at_most(clock, load_s, answer_s, pause_s):
+    """Each asks for its model as soon as the other one was answered, without mercy."""
+    models = Models(clock, 10, {"a": 8, "b": 8})
+    models.settle()
+    begin_s, lost_s, waits_s = clock.now, 0.0, []
+    for turn in range(60):
+        name = "ab"[turn % 2]
+        asked_s, job = clock.now, models.ask(name)
+        while models.settle() != name:
+            models.settle(0.1)
+        waits_s.append(clock.now - asked_s)
+        models.load(name, load_s[name])
+        lost_s += load_s[name]
+        models.settle()
+        models.settle(answer_s)
+        models.end(name, job)
+        models.settle(pause_s)
+        assert lost_s - load_s[name] <= (clock.now - begin_s) / 4 + 0.1 * turn      # a step of this test is 0.1 s
+    assert lost_s <= (clock.now - begin_s) / 4 + load_s[name]
+    assert max(waits_s) <= 3 * max(load_s.values()) + 0.2
+
+
+async def test_one_change_after_a_quiet_time_waits_for_nothing(clock):
+    """As somebody does who asks another model now and then."""
+    models = Models(clock, 10, {"a": 8, "b": 8})
+    models.settle()
+    for name in "abababab":
+        models.settle(7)
+        asked_s = clock.now
+        models.ask(name)
+        models.settle()
+        models.settle()
+        assert models.inside() == name and clock.now == asked_s
+        models.load(name, 1.5)
+        [job] = models.by_name[name].pool.dispatcher.jobs.values()
+        models.end(name, job)
 
 
 async def test_who_waits_longest_comes_first(clock):
@@ -136,8 +207,8 @@ async def test_idle_kv_pages_go_before_weights(clock):
     assert job.worker is not None and b.emptied and a.serves and models.inside() == "abc" and models.residency.used == 15
     models.end("a", job)
     models.ask("b")
-    assert models.settle(9) == "abc" and a.serves       # it keeps its pages as long as a place
-    models.settle(2)
+    assert models.settle(2) == "abc" and a.serves       # it keeps its pages as long as a place
+    models.settle(1)
     assert a.emptying
 
 

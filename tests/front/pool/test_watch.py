@@ -344,7 +344,7 @@ async def test_a_folder_named_as_a_stage_wins(run_folder, watching, client):
 @pytest.mark.slow
 async def test_old_steps_take_turns_in_small_memory(run_folder, watching, client, monkeypatch):
     """It holds one."""
-    monkeypatch.setattr(Residency, "KEEP_S", 0.1)
+    monkeypatch.setattr(Residency, "STAY_LOADS", 0.1)
     list(tiny_training.train(run_folder, 3, 1))
     models = await watching(run_folder, models_memory=230 * MIB, prefix_memory=0)
     async with serving(models, models.settings) as url:
@@ -597,7 +597,7 @@ async def test_an_unusable_suite_ends_the_start(run_folder, tmp_path, flag, valu
 
 async def test_scoring_leaves_the_step_in_use_loaded(run_folder, watching, client, tmp_path, monkeypatch, caplog):
     """Memory holds one step; the others are scored once there is room."""
-    monkeypatch.setattr(Residency, "KEEP_S", 0.1)
+    monkeypatch.setattr(Residency, "STAY_LOADS", 0.1)
     caplog.set_level(logging.INFO, logger="chat_server")
     (tmp_path / "text.txt").write_text(tiny_training.TEXT * 3)
     training = tiny_training.train(run_folder, 3, 1)
