@@ -1,4 +1,4 @@
-"""Makes the table of families in docs/models.md: the families from the program's rows, the comparisons from the tests' rows.
+"""Makes the table of families in docs/models/families.md: the families from the program's rows, the comparisons from the tests' rows.
 
     python docs/families.py
 """
@@ -25,7 +25,7 @@ folders. [What has been tested](#what-has-been-tested) says more.
 |---|---|---|---|---|
 """
 END = "\nAny other family is an error"
-STATES, NEEDS, ENCODES = "#models-whose-layers-keep-a-state", "#what-some-families-need", "#embedders-and-rerankers"
+STATES, NEEDS, ENCODES = "#models-whose-layers-keep-a-state", "#what-some-families-need", "embedders.md#embedders-and-rerankers"
 NOTES = {       # by model_type: what a reader wants to know beside the title
     "llama": f"3.1, 3.2, 3.3 too; SmolVLM and Idefics 3 [with images]({NEEDS}); LLaVA's text model",
     "mistral": "the text model of Small 3.1 and 3.2",
@@ -59,7 +59,7 @@ NOTES = {       # by model_type: what a reader wants to know beside the title
 FORMULAS = {"nomic_bert_moe": "its formulas"}   # families that transformers lacks are compared with these
 LIKE_OTHERS = {"xlm-roberta": ("bert",), "granitemoehybrid": ("granite", "granitemoe")}     # such models without Mamba layers have these files
 CHECKPOINTS = (
-    f"| nanochat, generations 1 to {len(GENERATIONS)} ([layouts](#checkpoints-of-nanochat)) | a checkpoint | upstream's answers, 5; "
+    f"| nanochat, generations 1 to {len(GENERATIONS)} ([layouts](checkpoints.md#checkpoints-of-nanochat)) | a checkpoint | upstream's answers, 5; "
     "a second implementation, 1 | | |\n"
     f"| nanoGPT, build-nanogpt ([their vocabulary]({NEEDS})) | a checkpoint | its formula | | |\n")
 
@@ -103,12 +103,12 @@ def row(names: list[str]) -> str:
 
 
 def page(text: str) -> str:
-    """The text of docs/models.md with its table made anew."""
+    """The text of docs/models/families.md with its table made anew."""
     before, rest = text.split("## Families\n", 1)
     after = rest.split(END, 1)[1]
     return before + HEADING + "".join(map(row, groups())) + CHECKPOINTS + END + after
 
 
 if __name__ == "__main__":
-    path = DOCS / "models.md"
+    path = DOCS / "models" / "families.md"
     path.write_text(page(path.read_text(encoding="utf-8")), encoding="utf-8")

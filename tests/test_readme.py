@@ -25,6 +25,8 @@ def test_it_is_read_in_minutes_and_leads_to_every_other_document():
     assert len(README.encode()) <= 14_000
     for path in (*ROOT.glob("docs/*.md"), *ROOT.glob("[A-Z]*.md"), ROOT / "bench/RESULTS.md", ROOT / "csrc/README.md"):
         assert f"]({path.relative_to(ROOT)}" in README or path.name == "README.md" == str(path.relative_to(ROOT)), path
+    for page in ROOT.glob("docs/*/*.md"):       # pages of a document, which leads to them
+        assert f"]({page.relative_to(ROOT / 'docs')})" in page.parent.with_suffix(".md").read_text(encoding="utf-8"), page
 
 
 @pytest.mark.parametrize("minor", range(10, 15))
@@ -67,7 +69,7 @@ def fenced(heading):
 
 
 def test_what_is_pasted_into_a_fresh_clone_names_the_python_of_its_environment():
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *ROOT.glob("docs/*.md")):
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *ROOT.glob("docs/**/*.md")):
         bare = re.findall(r"(?<![\w/])python (?:chat_server\.py|bench/|docs/|setup\.py).*", path.read_text(encoding="utf-8"))
         assert bare == [], path
 
@@ -115,7 +117,7 @@ def test_the_key_for_the_network_is_made_and_asked_for(tmp_path, default_model_p
 
 
 def test_no_sentence_says_that_the_program_is_one_file():
-    documents = [path for folder in ("", "docs/", "csrc/") for path in ROOT.glob(f"{folder}*.md")]
+    documents = [path for folder in ("", "docs/**/", "csrc/") for path in ROOT.glob(f"{folder}*.md")]
     for path in (*documents, *(ROOT / name for name in ("chat_server.py", "pyproject.toml", "setup.py"))):
         text = path.read_text(encoding="utf-8")
         assert re.findall(r"readable\s+file|copy\s+of\s+(?:this|the)\s+(?:file|script)|top\s+to\s+bottom|reference\s+in\s+the\s+file|not\s+this\s+file",
