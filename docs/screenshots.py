@@ -59,7 +59,7 @@ def picture_of_page(browser, url, name):
         ask(page, question)
         expect_answered(page, count)
     page.mouse.move(0, 0)
-    page.evaluate("() => Promise.all(libraries.values()).then(() => null)")
+    page.evaluate("() => Promise.all(Parts.libraries.values()).then(() => null)")
     if name != "phone":
         questions(page).first.scroll_into_view_if_needed()
     page.screenshot(path=DOCS / f"{name}.png")

@@ -7,6 +7,8 @@
 
 {
 
+const {TEXT, element} = Parts;
+
 const STRAY = {python_end: "<|python_end|>", output_end: "<|output_end|>"};
 const isTextOrNothing = value => value === null || value === undefined || isText(value);
 
@@ -126,12 +128,12 @@ function calculationCard({expression, result}) {
 const plainWithCards = node => splitAtCalls(node.content, node.calculator)
   .flatMap(piece => isText(piece) ? [piece] : piece.stray ? [] : [calculationCard(piece)]);
 
-register({
+Parts.register({
   strings: {
     calculated: "Calculator",
   },
 });
 
-share({charactersIn, checkedCalculations, movedCalls, calculationsOf, beforeGoingOn, afterEdit, withNames, withCode, withCards, cardToken,
+Parts.share({charactersIn, checkedCalculations, movedCalls, calculationsOf, beforeGoingOn, afterEdit, withNames, withCode, withCards, cardToken,
   plainCards, calculationCard, plainWithCards});
 }

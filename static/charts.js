@@ -3,6 +3,8 @@
 
 {
 
+const {TEXT, $, number} = Parts;
+
 const FONT = `11px ${getComputedStyle(document.documentElement).fontFamily}`;
 const LOOKS = [{colour: "--accent", dash: []}, {colour: "--amber", dash: [6, 4]}];       // of the first run and of the second, which has other marks too
 
@@ -142,5 +144,5 @@ function resolved(variable) {
   return getComputedStyle($("status")).outlineColor;
 }
 
-share({makeChart, drawChart, makeStepChart, drawStepChart});
+Parts.share({makeChart, drawChart, makeStepChart, drawStepChart});
 }

@@ -8,6 +8,8 @@
 
 {
 
+const {TEXT, wait, newest} = Parts;
+
 const NO_MODEL = {name: "", context: 0, devices: [], workers: 0, can: {}, defaults: {}, ours: false, api: "v1"};
 
 const state = {
@@ -705,7 +707,7 @@ function say(text) {
   announce(text);
 }
 
-register({
+Parts.register({
   bind() {
     Object.assign(store, {onNews: hearNews, onMessage: hearTab, onTrouble: render});
     addEventListener("pagehide", () => {
@@ -728,7 +730,7 @@ register({
   },
 });
 
-share({NO_MODEL, state, STORE, store, lastNode, canAsk, loadPreferences, changePreferences, changeChat, showLeaf, opening,
+Parts.share({NO_MODEL, state, STORE, store, lastNode, canAsk, loadPreferences, changePreferences, changeChat, showLeaf, opening,
   openChat, newChat, lastPlace, deleteChats, removeChats, bringBack, addChat, deleteNode, offerUndo, branchFrom,
   draftKey, saveDraft, loadDraft, addToDraft, addNode, ask, removeNodes, regenerate, answerAgain, answer,
   messagesToSend, canGoOn, goOn, wholeOf, editQuestion, editAnswer, countsOf, liveSpeed, stopAnswer, answerNow, adoptAll, say});

@@ -3,6 +3,8 @@
 
 {
 
+const {TEXT, $, element, setText, number, plural, newest, composing, narrow} = Parts;
+
 const rows = new Map();           // id of a chat -> its row
 let listed = "";                  // a key of what the list shows, which is rebuilt only when it changes
 
@@ -204,7 +206,7 @@ async function deleteAll() {
   }
 }
 
-register({
+Parts.register({
   strings: {
     chat: "Chat", menu: "Menu", showChats: "Show or hide chats", untitled: "Untitled chat", title: "Title", pin: "Pin", more: "More",
     pinned: "Pinned", today: "Today", yesterday: "Yesterday", lastWeek: "Previous 7 days", lastMonth: "Previous 30 days",
@@ -324,7 +326,7 @@ function pageOf({title}, path) {
 async function exportPage() {
   const {chat, path} = state;
   pageOf(chat, path);
-  await Promise.all(libraries.values());
+  await Promise.all(Parts.libraries.values());
   download(pageOf(chat, path), `${fileName(chat)}.html`, "text/html");
 }
 
@@ -389,7 +391,7 @@ async function takeOverOldChat() {
   if (!store.trouble) localStorage.removeItem(STORE);
 }
 
-register({
+Parts.register({
   strings: {
     notJson: name => `${name} is not a conversation: it is not valid JSON.`,
     notAChat: name => `${name} is not a conversation: it must be JSON with "conversations", with a list "messages" of {role, content}, or an export of ChatGPT or Open WebUI.`,
@@ -408,5 +410,5 @@ register({
   menuEnd: () => state.chats.size ? [[TEXT.deleteAll, "delete", deleteAll, "", true]] : [],
 });
 
-share({withChats, showSidebar, startNewChat, download, importAll, takeOverOldChat});
+Parts.share({withChats, showSidebar, startNewChat, download, importAll, takeOverOldChat});
 }

@@ -6,6 +6,8 @@ let compared = null;
 
 {
 
+const {TEXT, $, element, setText, number, composing} = Parts;
+
 const MOST_COLUMNS = 4;
 const VARIED = ["temperature", "top_k", "seed"];      // what each column may vary, besides its model
 
@@ -45,7 +47,7 @@ const pathAbove = node => node.question === undefined ? pathTo(state.nodes, node
 function addColumn(model = compared.node.model, ownSeed = compared.node.seed + compared.columns.length) {
   const {node: {parameters = {}, seed}} = compared, values = {...parameters, seed: ownSeed};
   const column = {text: "", reasoning: "", calculator: [], end: null, differs: null}, controls = VARIED.map(name => {
-    const {min, max, step} = PARAMETERS.find(each => each.name === name), usual = state.model.defaults[name];
+    const {min, max, step} = Parameters.all.find(each => each.name === name), usual = state.model.defaults[name];
     const field = element("input", {type: "number", min, max, step, value: values[name] ?? "", placeholder: usual ?? TEXT.default,
       onkeydown: event => { if (event.key === "Enter" && !composing(event)) { event.preventDefault(); if (!compared.controller) startCompare(); } }});       // not Done
     return [name, field, element("label", {}, element("span", {textContent: TEXT.parameters[name]}), field)];
@@ -143,7 +145,7 @@ function drawCompared(column, first) {
   if (marks) markDifferences(column.body, first.body);
   if (marks && typeof hljs === "undefined" && !column.plainCode && column.body.querySelector("pre")) {
     column.plainCode = true;                             // to be highlighted draws it anew, without marks
-    need("highlight").then(() => { column.drawn = undefined; if (compared) updateCompare(); });
+    Parts.need("highlight").then(() => { column.drawn = undefined; if (compared) updateCompare(); });
   }
 }
 
@@ -253,7 +255,7 @@ async function startCompare() {
 // What is wrong with a field of a column; "" if nothing is. The dialog closes in any case.
 function wrongField({fields}, i) {
   for (const name of VARIED) {
-    const parameter = PARAMETERS.find(each => each.name === name), {value, validity} = fields[name];
+    const parameter = Parameters.all.find(each => each.name === name), {value, validity} = fields[name];
     const wrong = validity.badInput || value !== "" && parameterValue(parameter, value) === undefined;
     fields[name].setAttribute("aria-invalid", wrong);
     if (wrong) return `${TEXT.column(i + 1)}, ${TEXT.parameters[name]}: ${TEXT.badField(parameter)}`;
@@ -287,7 +289,7 @@ function goOnWith({text, reasoning, calculator, end, fields}) {
   showLeaf(made.id);
 }
 
-register({
+Parts.register({
   strings: {
     identical: "Identical to the first answer.",
     sameSoFar: "The same as the first answer, as far as both go.", addColumn: "Add a column",
@@ -303,5 +305,5 @@ register({
   render() { if (compared) updateCompare(); },
 });
 
-share({openCompare, compareModels});
+Parts.share({openCompare, compareModels});
 }

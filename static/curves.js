@@ -66,5 +66,5 @@ function curvesOf(views, metric, layout) {
   return {points, looks, data: [places, ...columns.map(column => places.map(x => column.get(x) ?? null))]};
 }
 
-share({layOut, placeIn, knowsTokens, curvesOf, metricOf, placeOfStage});
+Parts.share({layOut, placeIn, knowsTokens, curvesOf, metricOf, placeOfStage});
 }

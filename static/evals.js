@@ -3,6 +3,8 @@
 
 {
 
+const {TEXT, $, element, number, inOrder} = Parts;
+
 // `before` and `after`: the names of the chosen steps.
 const shownFlips = {run: "", before: null, after: null, found: null, error: "", isNews: inOrder()};
 
@@ -85,7 +87,7 @@ function fillFlips(list) {
   return list.replaceChildren(element("p", {role: "status", textContent: TEXT.flipCounts(found)}), element("ul", {className: "flips"}, ...items));
 }
 
-register({
+Parts.register({
   strings: {
     samples: "Samples", lensOf: (model, what) => `Token lens: ${model}, ${what}`, flips: "Items that changed", flipsBefore: "From step", flipsAfter: "to step", showFlips: "Show items",
     nowRight: "Now right", nowWrong: "Now wrong", rightOption: "(right)", rightIs: text => `Right: ${text.trim()}`,

@@ -5,6 +5,8 @@ let getting = null;               // {info: the last answer of models/hub, words
 
 {
 
+const {TEXT, $, element, setText, number, wait, inOrder} = Parts;
+
 const MOST_SHOWN = 200;
 const RETRY_MS = 3000;            // after the connection that follows downloads broke
 
@@ -241,7 +243,7 @@ function renderGet() {
   if (focused) $("get").querySelector(`[data-act="${CSS.escape(focused)}"]`)?.focus();
 }
 
-register({
+Parts.register({
   strings: {
     lookingNow: "Looking…", aboutBytes: size => `about ${size}`, seeFiles: "see its files", fitsBest: "fits best here", fitBestHere: "Fits best here", expected: speed => `about ${speed < 10 ? speed.toFixed(1) : number(Math.round(speed))} tok/s`,
     dismissNamed: name => `Dismiss ${name}`, servedAs: "served", inCache: "here, not served", tooLarge: "does not fit in memory", noDisk: "does not fit on the disk", fits: "fits",
@@ -272,5 +274,5 @@ register({
   render: renderGet,
 });
 
-share({openGet});
+Parts.share({openGet});
 }

@@ -5,6 +5,8 @@
 
 {
 
+const {TEXT, $, element, setText, number, plural, newest} = Parts;
+
 const BESIDE = 5;                 // alternatives listed for each token
 const SHADES = [0.8, 0.5, 0.2, 0.05];         // class p1 .. p4: how many of these exceed a token's probability
 
@@ -299,7 +301,7 @@ function countsNodes(messages, tokens) {
     element("b", {textContent: TEXT.roles[role] ?? role}), element("span", {textContent: content.slice(0, 200)}), element("small", {textContent: TEXT.tokens(count)})));
 }
 
-register({
+Parts.register({
   strings: {
     lensOn: "Token lens: on.", legend: "Probability of each token:", closeLens: "Close the lens",
     shareRange: (least, most) => most === 1 ? `${100 * least}\u00a0% or more` : least ? `${100 * least} to ${100 * most}\u00a0%` : `under ${100 * most}\u00a0%`,
@@ -317,5 +319,5 @@ register({
   },
 });
 
-share({toggleLens, runAgain, openPrompt, updateLens, openLens});
+Parts.share({toggleLens, runAgain, openPrompt, updateLens, openLens});
 }

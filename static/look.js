@@ -6,6 +6,8 @@
 
 {
 
+const {TEXT, element, setText, number} = Parts;
+
 const lenses = new Map();         // id of a node -> {tokens, at, text, controller}, while its lens is on
 
 const canLook = node => Number.isSafeInteger(node.seed) && !node.edited && !isGrowing(node) && state.model.api !== "none" &&
@@ -35,10 +37,10 @@ function updateInside(view) {
   if (view.lens || lenses.has(view.node.id)) updateLens(view);
 }
 
-shareLate("lens", "toggleLens", "runAgain", "openPrompt", "openLens");
-shareLate("compare", "openCompare", "compareModels");
+Parts.shareLate("lens", "toggleLens", "runAgain", "openPrompt", "openLens");
+Parts.shareLate("compare", "openCompare", "compareModels");
 
-register({
+Parts.register({
   strings: {
     lens: "Token lens", on: "on", again: "Check that it repeats", prompt: "Prompt", compare: "Compare", step: "Step",
     compareHint: "The same question, answered at the same time. What differs from the first answer is marked.", tokenId: id => `token ${id}`,
@@ -91,11 +93,11 @@ function updateMaker(view) {
   view.maker.replaceChildren(compares && text ? element("button", {type: "button", title: TEXT.compareHint, textContent: text, onclick: () => openCompare(view.node)}) : text);
 }
 
-register({
+Parts.register({
   strings: {
     modelBy: (name, {run, step, id} = {}, base) => run && step !== undefined ? `${run}, step ${number(step)}` : base && base !== id ? `${name}, adapter of ${base}` : name,
   },
 });
 
-share({makerOf, lenses, weightsOf, systemOf, madeBy, baseOf, stepsOfRun});
+Parts.share({makerOf, lenses, weightsOf, systemOf, madeBy, baseOf, stepsOfRun});
 }

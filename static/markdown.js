@@ -11,6 +11,8 @@
 
 {
 
+const {TEXT, element} = Parts;
+
 // characters parsed, nodes made or replaced: the tests read them
 const markdownWork = {characters: 0, nodes: 0};
 
@@ -63,12 +65,6 @@ menclose[notation~="downdiagonalstrike"] { background: linear-gradient(to top ri
 const drawnStyle = new CSSStyleSheet();
 drawnStyle.replaceSync(DRAWN_STYLE);
 document.adoptedStyleSheets.push(drawnStyle);
-
-function element(tag, properties = {}, ...children) {
-  const node = Object.assign(document.createElement(tag), properties);
-  node.append(...children);
-  return node;
-}
 
 // text within lines ---------------------------------------------------------------------------------------------------
 
@@ -180,7 +176,7 @@ function mathNode(tex, display) {
 
 function newFormula(tex, display) {
   if (tex.length > MOST_TEX) return null;
-  if (typeof katex === "undefined") { need("katex", drawFormulas); return null; }
+  if (typeof katex === "undefined") { Parts.need("katex", drawFormulas); return null; }
   const html = mathOf(tex, display);
   return html && deepest(html) <= MOST_NESTED ? withClasses(cleanFragment(html)) : null;
 }
@@ -494,7 +490,7 @@ function codeBox(language, code) {
 // Whether code is a page or a drawing; some models call a drawing XML.
 const isDrawable = (language, text) => /^(x?html?|svg)$/i.test(language) || /^xml$/i.test(language) && /^\s*(<\?xml[^>]*>\s*)?<svg[\s>]/.test(text);
 
-shareLate("preview", "togglePreview");
+Parts.shareLate("preview", "togglePreview");
 
 // File extensions that differ from the language's name.
 const EXTENSIONS = {python: "py", javascript: "js", typescript: "ts", bash: "sh", shell: "sh", ruby: "rb", rust: "rs", markdown: "md", perl: "pl",
@@ -513,7 +509,7 @@ class CodeText {
     this.drawn = text;
     const known = typeof hljs !== "undefined" && Boolean(hljs.getLanguage(this.language));
     if (typeof hljs !== "undefined") this.settle(text, known);
-    else need("highlight", drawCode);
+    else Parts.need("highlight", drawCode);
     const rest = text.slice(this.settled);
     const lit = known && !this.stuck && rest && (final || rest.length < 2 * CODE_STEP);
     this.setRest(lit ? this.highlighted(rest).fragment : rest);
@@ -877,5 +873,5 @@ const expandTabs = space => {
   return " ".repeat(width);
 };
 
-share({markdownWork, DRAWN_STYLE, element, mathNode, codeBox, CodeText, MarkdownView});
+Parts.share({markdownWork, DRAWN_STYLE, mathNode, codeBox, CodeText, MarkdownView});
 }

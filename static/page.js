@@ -6,6 +6,8 @@ let started = false;
 
 {
 
+const {TEXT, $, element, setText, number, plural, wait, newest, composing, narrow, touch} = Parts;
+
 // rendering -----------------------------------------------------------------------------------------------------------
 
 // Makes the page show `state`; changes only what differs.
@@ -22,7 +24,7 @@ function render() {
   if (!hasEnd() && ($("log").childElementCount !== 1 || !$("log").contains(empty.node))) $("log").scrollTop = 0;
   syncChildren($("log"), [...(turns.length ? turns : [emptyPage()]), ...(state.notice ? [noticeOf(state.notice)] : [])]);
   renderToasts();
-  for (const part of parts) part.render?.();
+  for (const part of Parts.all) part.render?.();
   followEnd();
 }
 
@@ -47,7 +49,7 @@ function emptyPage() {
   page.append(element("p", {textContent: serverText() || TEXT.running(model.devices.map(TEXT.device), model.context)}));
   if (model.base) page.append(baseNotice(model.api !== "text"));
   else if (model.api === "text") page.append(noticeOf(TEXT.completes));
-  if (model.api === "none" && model.can.embedding && model.ours) need("vectors").then(() => { if (typeof showVectors === "function") showVectors(page, model); });
+  if (model.api === "none" && model.can.embedding && model.ours) Parts.need("vectors").then(() => { if (typeof showVectors === "function") showVectors(page, model); });
   if (model.better !== undefined) page.append(betterModel(model.better));
   if (phase === "loading" && !loading.waits) {
     const bar = element("progress", loading.fraction ? {max: 1, value: loading.fraction} : {});
@@ -112,9 +114,9 @@ function onScroll() {
 }
 
 // The view shown instead of the chat, or undefined.
-const openView = () => parts.find(({view}) => view?.isOpen?.())?.view;
-const viewAt = hash => parts.find(({view}) => view?.hash && (hash === view.hash || hash.startsWith(`${view.hash}/`)))?.view;
-const closeViews = () => parts.forEach(({view}) => view?.close?.());
+const openView = () => Parts.all.find(({view}) => view?.isOpen?.())?.view;
+const viewAt = hash => Parts.all.find(({view}) => view?.hash && (hash === view.hash || hash.startsWith(`${view.hash}/`)))?.view;
+const closeViews = () => Parts.all.forEach(({view}) => view?.close?.());
 
 // menus ---------------------------------------------------------------------------------------------------------------
 
@@ -175,7 +177,7 @@ function askInDialog(title, body, no, yes, deletes = false) {
 
 // menu and theme ------------------------------------------------------------------------------------------------------
 
-const mainMenu = () => [...parts.flatMap(({menu}) => menu?.() ?? []), ...parts.flatMap(({menuEnd}) => menuEnd?.() ?? [])];
+const mainMenu = () => [...Parts.all.flatMap(({menu}) => menu?.() ?? []), ...Parts.all.flatMap(({menuEnd}) => menuEnd?.() ?? [])];
 
 const THEMES = ["", "light", "dark"];
 
@@ -187,7 +189,7 @@ function nextTheme() {
   announce(TEXT.themeIs(TEXT.themes[theme]));
 }
 
-const recolour = () => parts.forEach(({recoloured}) => recoloured?.());
+const recolour = () => Parts.all.forEach(({recoloured}) => recoloured?.());
 
 // composer -------------------------------------------------------------------------------------------------------------
 
@@ -430,12 +432,12 @@ function promptCommands() {
 
 // The samplers last; those of thinking only where the model thinks.
 const commandNames = () => [...Object.keys(COMMANDS), ...promptCommands().keys(),
-  ...PARAMETERS.map(({command}) => command).filter(name => name !== "effort" && name !== "budget" || state.model.can.reasoning !== false)];
+  ...Parameters.all.map(({command}) => command).filter(name => name !== "effort" && name !== "budget" || state.model.can.reasoning !== false)];
 
 // The parameter of a command, or of its name in the API, however it is spelled: topp, top_p, Top-P.
 function parameterOf(text) {
   const word = text.toLowerCase().replace(/[-_]/g, "");
-  return PARAMETERS.find(({name, command}) => [command, name.replaceAll("_", "")].includes(word));
+  return Parameters.all.find(({name, command}) => [command, name.replaceAll("_", "")].includes(word));
 }
 
 // A command's argument, in words; "" if it takes none.
@@ -453,7 +455,7 @@ function setNamed(text) {
   const [, name, value] = /^(?:parameter\s+)?(\S*)\s*([^]*)$/.exec(text), parameter = parameterOf(name);
   if (name === "system") return COMMANDS.system(value);
   if (parameter) return setParameter(parameter, value);
-  if (name !== "stop") return TEXT.badName(name, [...PARAMETERS.map(each => each.name), "stop", "system"]);
+  if (name !== "stop") return TEXT.badName(name, [...Parameters.all.map(each => each.name), "stop", "system"]);
   const {stop, ...others} = state.chat.parameters;
   changeChat(state.chat, {parameters: value ? {...others, stop: [value]} : others});
   return say(TEXT.parameterIs(TEXT.stopString, value ? `“${value}”` : undefined));
@@ -543,7 +545,7 @@ function renderGauge() {
   $("gauge").style.setProperty("--draft", Math.min(1, draft / context));
 }
 
-register({
+Parts.register({
   strings: {
     messageHint: "Ask anything", textHint: "Text to continue", attach: "Attach files", latest: "Jump to latest", removeFile: name => `Remove ${name}`,
     characters: count => plural(count, "character", "characters"), pasted: count => `Pasted text${count ? ` ${count + 1}` : ""}.txt`,
@@ -620,15 +622,6 @@ function onEscape() {
 
 // start ---------------------------------------------------------------------------------------------------------------
 
-// Texts are in TEXT: data-text names a node's text, data-label its accessible name, data-hint its placeholder.
-function fillStrings(names) {
-  const named = attribute => [...document.querySelectorAll(`[data-${attribute}]`)].filter(({dataset}) => names.includes(dataset[attribute]));
-  for (const node of named("text")) node.textContent = TEXT[node.dataset.text];
-  for (const node of named("label")) node.setAttribute("aria-label", TEXT[node.dataset.label]);
-  for (const node of named("label").filter(({localName}) => localName === "button")) node.title = TEXT[node.dataset.label];
-  for (const node of named("hint")) node.placeholder = TEXT[node.dataset.hint];
-}
-
 function listKeys() {
   $("keys").append(...TEXT.keys.map(([keys, what]) => element("div", {}, element("dt", {}, ...keys.split(" ").map(key => element("kbd", {textContent: key}))),
     element("dd", {textContent: what}))));
@@ -638,9 +631,7 @@ function listKeys() {
 async function start() {
   const isFirst = opening();
   loadPreferences();
-  bound = true;
-  fillStrings(Object.keys(TEXT));
-  for (const part of parts) part.bind?.();
+  Parts.bindAll();
   listKeys();
   render();
   if (!touch.matches) focusAfterClick();
@@ -659,7 +650,7 @@ async function start() {
   started = true;
 }
 
-register({
+Parts.register({
   strings: {
     welcome: hour => `${hour < 5 || hour >= 18 ? "Good evening." : hour < 12 ? "Good morning." : "Good afternoon."} What would you like to know?`, welcomeText: "How should the text begin?",
     device: name => name === "cpu" ? "the CPU" : name === "cuda" || name === "mps" ? "the GPU" : name.replace(/^cuda:/, "GPU "),
@@ -690,8 +681,8 @@ register({
     [TEXT.shortcuts, "keys", () => $("keys-dialog").showModal()]],
 });
 
-share({render, announce, usedTokens, tokensAlone, followEnd, openView, viewAt, closeViews, openMenu, placeMenu, confirmed, onEnter, fitHeight, setDraft,
-  focusAfterClick, renderState, fillStrings, start});
+Parts.share({render, announce, usedTokens, tokensAlone, followEnd, openView, viewAt, closeViews, openMenu, placeMenu, confirmed, onEnter, fitHeight, setDraft,
+  focusAfterClick, renderState, start});
 }
 
 start();

@@ -3,6 +3,8 @@
 
 {
 
+const {TEXT, element} = Parts;
+
 const MOST_HEIGHT = 0.7;          // of the window
 
 // Opens a preview below the bar of a code block, or closes it.
@@ -21,11 +23,11 @@ function togglePreview(clicked) {
   return box.querySelector(".code-bar").after(element("div", {className: "preview"}, frame, element("p", {className: "hint", textContent: TEXT.previewHint})));
 }
 
-register({
+Parts.register({
   strings: {
     previewOf: "Preview of the code", previewHint: "Scripts do not run here, and nothing is loaded from elsewhere.",
   },
 });
 
-share({togglePreview});
+Parts.share({togglePreview});
 }

@@ -7,6 +7,8 @@ let shownRun = null;
 
 {
 
+const {TEXT, $, element, setText, number, plural, inOrder} = Parts;
+
 const LOOK_MS = 2000;             // between two looks at the server
 const REST = 5;                   // so many times the duration of a look, if that is more
 const BITS = "bits_per_byte";
@@ -82,7 +84,7 @@ function changeOf(step) {
 
 // Without a name: the lineage of the chat's model, else the first one, once the server has listed its models.
 async function openRun(given, other = "") {
-  await need("curves");
+  await Parts.need("curves");
   if (typeof layOut !== "function") { say(TEXT.notLoaded); return; }
   const name = given || runsOf()[0] || "", beside = other === name ? "" : other, isOpen = Boolean(shownRun), unnamed = /^#run\/?$/.test(location.hash);
   const hash = addressOf(name, beside);
@@ -95,7 +97,7 @@ async function openRun(given, other = "") {
   if (!isOpen) $("run").focus({preventScroll: true});
   look();
   listRuns(shownRun);
-  await Promise.all([need("charts"), need("uplot")]);
+  await Promise.all([Parts.need("charts"), Parts.need("uplot")]);
   render();
 }
 
@@ -137,7 +139,7 @@ async function lookAtRun(mine, name) {
   page.text = text;
   try { page.steps = (JSON.parse(text).steps ?? []).filter(step => typeof step?.model === "string"); } catch (error) { return; }
   if (name === mine.name) mine.found = page.steps;
-  if (page.steps.some(({samples, judged}) => samples?.length || judged)) need("evals").then(() => { if (mine === shownRun) { mine.drawn = []; render(); } });
+  if (page.steps.some(({samples, judged}) => samples?.length || judged)) Parts.need("evals").then(() => { if (mine === shownRun) { mine.drawn = []; render(); } });
   render();
 }
 
@@ -245,7 +247,7 @@ function showWarnings(steps) {
 
 // What other scripts show of the run; drawn anew only if the samples and verdicts have changed.
 function showMore(steps) {
-  const {name, found} = shownRun, drawers = parts.filter(({run}) => run);
+  const {name, found} = shownRun, drawers = Parts.all.filter(({run}) => run);
   const key = JSON.stringify([name, drawers.length, steps.map(({id}) => id), found.map(({model, weights_digest: digest, judged, samples}) => [model, digest, judged, samples])]);
   if (shownRun.more === key) return;
   shownRun.more = key;
@@ -466,7 +468,7 @@ function stagesText(steps) {
   return stages.length > 1 ? `: ${stages.map(([run, own]) => `${number(own.length)} of ${own[0].stage || run}`).join(", ")}` : "";
 }
 
-register({
+Parts.register({
   strings: {
     runTitle: name => `Training run ${name}`, noRun: name => name ? `The server has no training run ${name}.` : "The server serves no training run: --watch serves one.",
     runAbout: (steps, latest) => [plural(steps.length, "step", "steps") + (stagesText(steps) || (steps.length > 1 ? `, ${number(steps[0].step)} to ${number(steps.at(-1).step)}` : "")),
@@ -511,5 +513,5 @@ register({
   recoloured() { shownRun?.charts.forEach(({plot}) => plot.redraw()); },
 });
 
-share({openRun});
+Parts.share({openRun});
 }

@@ -7,29 +7,14 @@
 
 {
 
+const {TEXT, wait, newest, inOrder} = Parts;
+
 const PAGE_HOME = location.protocol === "file:" ? "http://127.0.0.1:8000/"
   // keeps a path prefix; see <base> in index.html
   : location.origin + location.pathname.replace(/(\/static)?\/[^/]*$/, "/");
 const SILENCE_MS = 30000;         // the server pings every 10 s
 const FOREVER_MS = 2 ** 31 - 1;
 const CONTINUING = ["vllm", "sglang", "llamacpp"];     // can continue a last message, but do not list it as a capability
-const wait = ms => new Promise(resolve => setTimeout(resolve, ms));
-
-// Guards the page against late responses. `const isMine = begin()` before a request; its response counts
-// only if `isMine()`, which holds until the next one begins.
-function newest() {
-  let count = 0;
-  return () => { const mine = ++count; return () => mine === count; };
-}
-
-// The same for polling: a response counts unless a later one has already arrived.
-function inOrder() {
-  let begun = 0, come = 0;
-  return () => {
-    const mine = ++begun;
-    return () => { const counts = mine > come; come = Math.max(come, mine); return counts; };
-  };
-}
 
 // address -------------------------------------------------------------------------------------------------------------
 
@@ -377,7 +362,7 @@ function readProgress({progress, prompt_progress: theirs}) {
 
 const loadingText = ({stage, fraction, waits}) => waits ? sentence(stage) : TEXT.loading(stage || TEXT.starting, fraction);
 
-register({
+Parts.register({
   strings: {
     connecting: "Connecting…", noServer: home => `No server answers at ${home}; still trying.`,
     serverLost: home => `The server at ${home} no longer answers; still trying.`,
@@ -394,7 +379,7 @@ register({
   },
 });
 
-share({PAGE_HOME, SILENCE_MS, FOREVER_MS, wait, newest, inOrder, serverHome, originOf, serverKey, serverAddress, Lost,
+Parts.share({PAGE_HOME, SILENCE_MS, FOREVER_MS, serverHome, originOf, serverKey, serverAddress, Lost,
   Refused, request, post, jsonOf, errorOf, errorText, sentence, HEALTH_MS, watchServer, isAway, untilReady, serverText,
   chatModel, useModel, loadModel, lookAtModels, countTokens, tokensAround, templateText, ROUTES, modelOfSeveral,
   modelNamed, postAnswer, textToContinue, accepted, reconnected, serverEvents, readEvent});

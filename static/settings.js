@@ -3,6 +3,8 @@
 
 {
 
+const {TEXT, $, element, setText, number, plural, wait, newest, composing} = Parts;
+
 const settingsFields = () => [...$("settings-dialog").querySelectorAll("[data-parameter]")];
 
 const templateAsked = newest();
@@ -12,7 +14,7 @@ function openSettings() {
   const dialog = $("settings-dialog");
   showSettings();
   $("template").textContent = "";
-  $("more-parameters").open = PARAMETERS.some(({name, folded}) => folded && state.chat.parameters[name] !== undefined);
+  $("more-parameters").open = Parameters.all.some(({name, folded}) => folded && state.chat.parameters[name] !== undefined);
   document.documentElement.classList.toggle("with-settings", roomy.matches);
   roomy.matches ? dialog.show() : dialog.showModal();
   $("settings").setAttribute("aria-expanded", "true");
@@ -83,7 +85,7 @@ function parameterRow(parameter) {
 // Makes the slider and the sentence of a row follow its field.
 function showParameter(field) {
   const name = field.dataset.parameter, row = field.closest(".parameter"), range = row.querySelector("[type=range]"), hint = row.querySelector(".hint");
-  const parameter = PARAMETERS.find(each => each.name === name), value = parameterValue(parameter, field.value);
+  const parameter = Parameters.all.find(each => each.name === name), value = parameterValue(parameter, field.value);
   const wrong = Boolean(field.validity?.badInput || field.value && value === undefined);
   field.setAttribute("aria-invalid", wrong);
   hint.classList.toggle("wrong", wrong);
@@ -100,7 +102,7 @@ const NEUTRAL = {temperature: 1, top_p: 1, typical_p: 1, repetition_penalty: 1, 
 
 function takeSettings() {
   const parameters = {};
-  for (const parameter of PARAMETERS.filter(({apart}) => !apart)) {
+  for (const parameter of Parameters.all.filter(({apart}) => !apart)) {
     const field = settingsFields().find(each => each.dataset.parameter === parameter.name);
     const value = parameterValue(parameter, field.value);
     if (value !== undefined) parameters[parameter.name] = value;
@@ -116,7 +118,7 @@ function takeSettings() {
 
 // What differs from a model's defaults, in words: "temperature 0.2", "system prompt".
 function changesOf({parameters = {}, system = ""}, defaults = {}) {
-  const set = PARAMETERS.filter(({name}) => parameters[name] !== undefined && parameters[name] !== defaults[name]);
+  const set = Parameters.all.filter(({name}) => parameters[name] !== undefined && parameters[name] !== defaults[name]);
   const others = {system: system.trim(), tools: parameters.tools?.length, response_format: parameters.response_format, stop: parameters.stop?.length};
   return [...set.map(({name}) => TEXT.isSet(TEXT.parameters[name], parameters[name])), ...Object.keys(others).filter(name => others[name]).map(name => TEXT.others[name])];
 }
@@ -274,7 +276,7 @@ function talkInTurns(inTurns) {
   render();
 }
 
-register({
+Parts.register({
   strings: {
     inTurns: "Chat with it all the same", inTexts: "Write with it",
     settingsInstructions: "Instructions", settingsPresets: "Presets", settingsParameters: "Parameters", settingsChat: "Keep or reset", settingsPage: "This page",
@@ -307,7 +309,7 @@ register({
     bytes: count => count < 1e9 ? `${number(Math.round(count / 1e6))} MB` : `${number(count / 1e9)} GB`,
   },
   bind() {
-    const dialog = $("settings-dialog"), rows = folded => PARAMETERS.filter(each => !each.apart && Boolean(each.folded) === folded).map(parameterRow);
+    const dialog = $("settings-dialog"), rows = folded => Parameters.all.filter(each => !each.apart && Boolean(each.folded) === folded).map(parameterRow);
     $("settings").onclick = () => dialog.open ? dialog.close() : openSettings();
     $("changed").onclick = () => { if (!dialog.open) openSettings(); };
     $("settings").setAttribute("aria-expanded", "false");
@@ -516,7 +518,7 @@ function calculated(text) {
   return at === parts.length && Number.isFinite(found) ? String(found) : "";
 }
 
-register({
+Parts.register({
   strings: {
     toolsAndFormat: "Functions and answer format", functions: "Functions that the model may call (JSON)", addCalculator: "Add a calculator",
     schema: "JSON schema of answers", budget: "Thinking budget", noLimit: "no limit", notValidJson: why => `This is not valid JSON: ${why}.`,
@@ -609,7 +611,7 @@ function takePrompts(text) {
   if (brought.length) keepPrompts(here);
 }
 
-register({
+Parts.register({
   strings: {
     prompts: "Prompts", promptName: "Name of the prompt", promptUse: "What it is", promptText: "Text of the prompt", starter: "Starter", usePrompt: "Use",
     savePrompt: "Save prompt", promptTaken: name => `Another prompt is called “${name}”.`, noPrompts: "None yet.", promptsHint: "A system prompt is sent to the model first. A starter begins a message and is offered on the empty page. A slash and its name in the message box use either.",
@@ -619,6 +621,6 @@ register({
   },
 });
 
-share({changesOf, openServer, keyText, wantKey, useServer, wantedServer, chooseModel, talkInTurns, growCalls, isAnswered, messagesOfCalls, calculated,
+Parts.share({changesOf, openServer, keyText, wantKey, useServer, wantedServer, chooseModel, talkInTurns, growCalls, isAnswered, messagesOfCalls, calculated,
   ownPrompts, keepPrompts, usePrompt, takePrompts});
 }

@@ -5,6 +5,8 @@ let glanced = null;                // {samples, looks: histograms of the first a
 
 {
 
+const {TEXT, $, element, setText, number, plural, inOrder} = Parts;
+
 const STATUS_MS = 2000;           // between two polls of the server
 const WINDOW = 15;                // polls that a point's percentiles cover
 const MOST_SAMPLES = 1800;        // an hour's worth
@@ -25,7 +27,7 @@ function openStatus() {
   glanced = {isNews: inOrder(), samples: [], looks: [], charts: null, timer: setInterval(lookAtServer, STATUS_MS)};
   render();
   $("status").focus({preventScroll: true});
-  Promise.all([need("charts"), need("uplot"), lookBack(glanced)]).then(lookAtServer);
+  Promise.all([Parts.need("charts"), Parts.need("uplot"), lookBack(glanced)]).then(lookAtServer);
 }
 
 // What the server sampled before the view was opened. One that keeps no history, or does not show it to this key, is drawn from now on.
@@ -130,7 +132,7 @@ function drawCharts(samples) {
   }
 }
 
-register({
+Parts.register({
   strings: {
     noStatus: "Server status is unavailable.", milliseconds: ms => ms < 999.5 ? `${ms < 9.95 ? ms.toFixed(1) : Math.round(ms)} ms` : TEXT.seconds(ms / 1000),
     status: {throughput: "Tokens per second", firstToken: "First token (median / 95 %)", interToken: "Between tokens (median / 95 %)", requests: "Running / waiting",
@@ -148,5 +150,5 @@ register({
   recoloured() { glanced?.charts?.forEach(({plot}) => plot.redraw()); },
 });
 
-share({openStatus, closeStatus, lookAtServer, addSample, showStatus});
+Parts.share({openStatus, closeStatus, lookAtServer, addSample, showStatus});
 }

@@ -153,5 +153,5 @@ class Store {
   }
 }
 
-share({Store});
+Parts.share({Store});
 }

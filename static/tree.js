@@ -17,6 +17,8 @@
 
 {
 
+const {TEXT} = Parts;
+
 const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), byte => byte.toString(16).padStart(2, "0")).join("");
 
 function newConversation(more = {}) {
@@ -418,7 +420,7 @@ function parameterValue({min, max, step, choices}, text) {
 
 function checkedParameters(given) {
   const checked = {};
-  for (const parameter of PARAMETERS) {
+  for (const parameter of Parameters.all) {
     const value = parameterValue(parameter, given[parameter.name] ?? "");
     if (value !== undefined) checked[parameter.name] = value;
   }
@@ -428,7 +430,7 @@ function checkedParameters(given) {
   return checked;
 }
 
-share({newId, newConversation, newNode, childrenOf, pathTo, leafBelow, withDescendants, failed, isGrowing, messagesOf,
+Parts.share({newId, newConversation, newNode, childrenOf, pathTo, leafBelow, withDescendants, failed, isGrowing, messagesOf,
   newestMessages, titleOf, ThoughtTags, composeMessage, textOf, DOCUMENT, languageOf, partsOf, isText, isObject, exportOf,
   importOf, untagged, parameterValue, checkedParameters});
 }

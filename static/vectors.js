@@ -3,6 +3,8 @@
 
 {
 
+const {TEXT, element, number, newest} = Parts;
+
 const MOST_TEXTS = 24;            // more make a table that nobody reads
 const LONGEST_SHOWN = 28;         // characters of a text in the table
 const asking = newest();
@@ -66,12 +68,12 @@ function similarities(texts, vectors) {
   return element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows));
 }
 
-register({
+Parts.register({
   strings: {
     vectorTexts: "Texts, one on each line", vectorCompare: "Compare",
     vectorSize: size => `Cosines of vectors of ${number(size)} numbers.`,
     vectorExamples: ["A cat sleeps on the sofa.", "The kitten naps on a couch.", "Interest rates rose again in March."],
   },
 });
-share({showVectors});
+Parts.share({showVectors});
 }

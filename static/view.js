@@ -7,6 +7,8 @@
 
 {
 
+const {TEXT, $, element, setText, number, plural, composing} = Parts;
+
 const AT_ONCE = 12;               // the last turns, drawn when a chat opens
 const views = new Map();          // id of a node -> its view
 let viewsOf = null;               // the chat they belong to
@@ -198,7 +200,7 @@ function completeAnswer(view) {
   view.nothing = element("p", {className: "nothing"});
   figuresLine(view);
   view.copy = iconButton(TEXT.copy, "copy", clicked => copyRich(view, clicked));
-  const brought = parts.flatMap(({answer}) => answer?.buttons?.(view) ?? []);
+  const brought = Parts.all.flatMap(({answer}) => answer?.buttons?.(view) ?? []);
   view.inside = button(TEXT.lookInside, "lens", clicked => openMenu(clicked, looksOf(view)));
   view.actions = element("div", {className: "actions"}, siblingsBar(view), view.copy, view.retry, view.inside, ...brought, view.goOn,
     iconButton(TEXT.more, "more", clicked => openMenu(clicked, answerMenu(view))), view.speed);
@@ -207,7 +209,7 @@ function completeAnswer(view) {
   view.body.onclick = event => clickToAct(event, () => regenerate(view.node));
 }
 
-const looksOf = view => parts.flatMap(({answer}) => answer?.looks?.(view) ?? []);
+const looksOf = view => Parts.all.flatMap(({answer}) => answer?.looks?.(view) ?? []);
 
 function updateAnswer(view) {
   const {node} = view, growing = isGrowing(node), run = state.runs.get(node.id);
@@ -222,7 +224,7 @@ function updateAnswer(view) {
   view.actions.classList.toggle("growing", growing);
   view.retry.disabled = view.goOn.disabled = !canAsk();
   view.copy.hidden = !node.content;
-  for (const {answer} of parts) answer?.update?.(view, growing);
+  for (const {answer} of Parts.all) answer?.update?.(view, growing);
   view.inside.hidden = !looksOf(view).length;
   view.inside.classList.toggle("on", lenses.has(node.id));
   view.goOn.hidden = growing || !canGoOn(node) || node !== lastNode() || !(view.plain || node.error || node.edited ||
@@ -467,7 +469,7 @@ function copied(clicked) {
   clicked.addEventListener("animationend", () => clicked.classList.remove("done"), {once: true});
 }
 
-register({
+Parts.register({
   strings: {
     lookInside: "Look inside", copied: "Copied", copyMarkdown: "Copy as Markdown", branch: "Branch into a new chat", deleteMessage: "Delete from here on",
     editedText: "Edited text", cancel: "Cancel", update: "Update", save: "Save", edited: "edited",
@@ -505,6 +507,6 @@ register({
   },
 });
 
-share({views, button, iconButton, renderTurns, complete, questionNodes, codeBlock, updateAnswer, growingText, liveSpeedText,
+Parts.share({views, button, iconButton, renderTurns, complete, questionNodes, codeBlock, updateAnswer, growingText, liveSpeedText,
   paint, mouse, copyText, copied});
 }

@@ -3,6 +3,8 @@
 
 {
 
+const {TEXT} = Parts;
+
 // All stages of a tag are one lineage; a run without stages is its own.
 const lineageOf = model => model?.lineage || model?.run;
 
@@ -17,11 +19,11 @@ function decoded(text) {
   try { return decodeURIComponent(text); } catch (error) { return text; }
 }
 
-shareLate("status", "openStatus");
-shareLate("run", "openRun");
-shareLate("get", "openGet");
+Parts.shareLate("status", "openStatus");
+Parts.shareLate("run", "openRun");
+Parts.shareLate("get", "openGet");
 
-register({
+Parts.register({
   strings: {
     serverStatus: "Server status", usageOfServer: "Usage by day, key and model", backToChat: "Back to the chat", trainingRun: "Training run", getModel: "Get a model", searchModels: "Search the hub, or a name such as owner/name", searchHub: "Search",
   },
@@ -32,15 +34,15 @@ register({
   view: {hash: "#run", open: hash => openRun(...hash.slice("#run/".length).split("?with=").map(decoded))},
 });
 
-register({
+Parts.register({
   menu: () => state.model.ours ? [[TEXT.serverStatus, "chart", () => openStatus()]] : [],
   view: {hash: "#server", open: () => openStatus()},
 });
 
-register({
+Parts.register({
   menu: () => state.model.ours ? [[TEXT.getModel, "export", () => openGet()]] : [],
   view: {hash: "#get", open: () => openGet()},
 });
 
-share({runsOf, lineageOf});
+Parts.share({runsOf, lineageOf});
 }

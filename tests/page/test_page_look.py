@@ -274,7 +274,7 @@ def test_what_does_not_load_is_said_and_loads_once_the_server_is_there(page, sta
     inside(answers(page), "Compare")
     expect(page.get_by_role("log").get_by_text("This part of the page could not be loaded: is the server running?")).to_be_visible()
     page.unroute("**/compare.js")
-    page.evaluate("libraries.delete('compare')")            # as after five seconds
+    page.evaluate("Parts.libraries.delete('compare')")            # as after five seconds
     inside(answers(page), "Compare")
     expect(page.get_by_role("dialog", name="Compare")).to_be_visible()
 

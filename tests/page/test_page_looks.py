@@ -302,7 +302,7 @@ def test_the_empty_page_greets_and_offers_a_better_model_as_a_button(page, stand
     open_page(page, stand_in.url)
     log = page.get_by_role("log")
     expect(log.get_by_role("heading")).to_have_text(re.compile("^Good (morning|afternoon|evening). What would you like to know?"))
-    assert page.evaluate("[0, 5, 12, 18].map(hour => TEXT.welcome(hour).split(' ')[1])") == ["evening.", "morning.", "afternoon.", "evening."]
+    assert page.evaluate("[0, 5, 12, 18].map(hour => Parts.TEXT.welcome(hour).split(' ')[1])") == ["evening.", "morning.", "afternoon.", "evening."]
     expect(log).not_to_contain_text("python")
     expect_accessible(page)
     button(log, "Get a better one: Qwen3-4B").click()

@@ -392,7 +392,7 @@ def test_turns_that_come_near_are_drawn_for_a_few_milliseconds_a_frame(page, sta
         const drawn = () => [...views.values()].filter(view => view.complete).length;
         let clock = 0, before = drawn(), most = 0;
         performance.now = () => clock += 10;                // as if each turn took long
-        $("log").scrollTop = 0;
+        Parts.$("log").scrollTop = 0;
         for (let frame = 0; frame < 300 && state.path.some(node => !views.get(node.id).complete && near20(node)); frame++) {
             await new Promise(requestAnimationFrame);
             most = Math.max(most, drawn() - before);
@@ -403,7 +403,7 @@ def test_turns_that_come_near_are_drawn_for_a_few_milliseconds_a_frame(page, sta
     }""")
     assert most == 1 and answers(page).first.locator("strong").inner_text() == "1"
     assert page.locator(".turn:not(:has(.actions))").count() > 100
-    page.evaluate("() => { $('log').scrollTop = $('log').scrollHeight; }")     # what is drawn and out of sight costs a frame nothing
+    page.evaluate("() => { Parts.$('log').scrollTop = Parts.$('log').scrollHeight; }")     # what is drawn and out of sight costs a frame nothing
     page.wait_for_function("() => !document.querySelector('.turn:has(.actions) .body').checkVisibility({contentVisibilityAuto: true})")
 
 

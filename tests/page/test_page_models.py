@@ -158,7 +158,7 @@ def test_each_answer_says_what_made_it_and_leads_to_a_comparison(page, stand_in)
 def test_sizes_a_failure_and_the_workers_of_each_model_are_shown(opened_page):
     page = opened_page
     listed = page.evaluate("""[{id: "one", state: "ready", bytes: 3e9, weights_bytes: 27e7}, {id: "two", state: "unloaded", bytes: 5e6, weights_bytes: 5e6},
-        {id: "three", state: "failed", reason: "no such file"}].map(each => TEXT.modelIs(each, each.id))""")
+        {id: "three", state: "failed", reason: "no such file"}].map(each => Parts.TEXT.modelIs(each, each.id))""")
     assert listed == ["one · loaded · 270 MB + 2.7 GB KV", "two · 5 MB", "three · failed: no such file"]
     rows = page.evaluate("""async () => {
         const workers = ["one", "two"].map((model, gpu_id) => ({model, gpu_id, device: "cpu", state: "ready"}));

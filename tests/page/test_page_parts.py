@@ -10,12 +10,12 @@ pytestmark = needs_browser
 
 STATIC = ROOT / "static"
 SCRIPTS = {path.name: path.read_text() for path in STATIC.glob("*.js")}
-EXTRA = """register({
+EXTRA = """Parts.register({
   strings: {extra: "Extra words", extraButton: "Say it"},
-  bind() { document.body.dataset.bound = TEXT.extra; },
-  menu: () => [[TEXT.extra, "chart", () => { location.hash = "#extra"; }]],
+  bind() { document.body.dataset.bound = Parts.TEXT.extra; },
+  menu: () => [[Parts.TEXT.extra, "chart", () => { location.hash = "#extra"; }]],
   render() { document.body.dataset.rendered = state.path.length; },
-  answer: {buttons: view => [view.extra = iconButton(TEXT.extraButton, "chart", () => say(view.node.content))],
+  answer: {buttons: view => [view.extra = iconButton(Parts.TEXT.extraButton, "chart", () => say(view.node.content))],
            update(view, growing) { view.extra.disabled = growing; }},
   view: {hash: "#extra", open() { document.body.dataset.open = "yes"; render(); }, isOpen: () => "open" in document.body.dataset,
          close() { delete document.body.dataset.open; }},
@@ -26,7 +26,10 @@ EXTRA = """register({
 
 def names_of(script):
     """(shared with other scripts, declared at the outer level of the script)"""
-    shared = {name for each in re.findall(r"^share\(\{(.*?)\}\);", script, re.M | re.S) for name in re.findall(r"[\w$]+", each)}
+    owner = re.search(r"^const (\w+) = \(\(\) => \{$", script, re.M)
+    if owner:
+        return {owner[1]}, set(re.findall(r"^(?:const|let|(?:async )?function\*?|class) ([\w$]+)", script, re.M))
+    shared = {name for each in re.findall(r"^Parts\.share\(\{(.*?)\}\);", script, re.M | re.S) for name in re.findall(r"[\w$]+", each)}
     outside = script[:script.index("\n{\n")] if "\n{\n" in script else script
     declared = r"^(?:const|let|(?:async )?function\*?|class) ([\w$]+)"
     return shared | set(re.findall(declared, outside, re.M)), set(re.findall(declared, script, re.M))
@@ -70,8 +73,8 @@ def test_a_new_script_is_a_tag_in_the_page_and_what_it_registers(page, stand_in)
 
 def test_no_two_scripts_register_one_word(opened_page):
     with pytest.raises(playwright.Error, match="two scripts register send"):
-        opened_page.evaluate("""register({strings: {send: "Post", extra: "Extra"}})""")
-    assert opened_page.evaluate("[TEXT.send, TEXT.extra]") == ["Send", None]
+        opened_page.evaluate("""Parts.register({strings: {send: "Post", extra: "Extra"}})""")
+    assert opened_page.evaluate("[Parts.TEXT.send, Parts.TEXT.extra]") == ["Send", None]
 
 
 def test_an_element_is_bound_by_one_script_alone():

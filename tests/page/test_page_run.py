@@ -192,7 +192,7 @@ def test_several_runs_are_a_choice_and_one_that_is_not_there_says_so(page, stand
 def test_others_add_to_the_view_of_a_run(page, stand_in):
     stand_in.several = steps("ready", "ready")
     open_page(page, stand_in.url)
-    page.evaluate("register({run: {nodes: steps => [element('p', {textContent: `${steps.length} steps of ${steps[0].run}`})]}})")
+    page.evaluate("Parts.register({run: {nodes: steps => [Parts.element('p', {textContent: `${steps.length} steps of ${steps[0].run}`})]}})")
     menu(page, "Training run")
     expect(page.locator("#run-more")).to_have_text("2 steps of d4")
 
