@@ -99,8 +99,8 @@ def measure_answers(browser, rate):
 
 
 SEED = """turns => {
-  const chat = newConversation({title: "long"}), nodes = [];
-  for (let i = 0; i < turns; i++) nodes.push(newNode(chat.id, nodes.at(-1)?.id ?? null, i % 2 ? "assistant" : "user",
+  const chat = Tree.newConversation({title: "long"}), nodes = [];
+  for (let i = 0; i < turns; i++) nodes.push(Tree.newNode(chat.id, nodes.at(-1)?.id ?? null, i % 2 ? "assistant" : "user",
     i % 2 ? "An **answer** with `code`\\n\\n```py\\nx = 1\\n```\\n\\n" + "and words ".repeat(40) : `Question ${i}`));
   chat.leaf = nodes.at(-1).id;
   addChat(chat, nodes);

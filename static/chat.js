@@ -14,7 +14,7 @@ const NO_MODEL = {name: "", context: 0, devices: [], workers: 0, can: {}, defaul
 
 const state = {
   chats: new Map(),               // id -> conversation, all stored ones
-  chat: newConversation(),        // the one that is shown; stored with its first message
+  chat: Tree.newConversation(),        // the one that is shown; stored with its first message
   nodes: new Map(),               // its nodes
   children: new Map(),            // childrenOf(nodes)
   leaf: null,                     // id of the last node shown in this tab; chat.leaf is restored on the next visit
@@ -46,7 +46,7 @@ const SAVE_MS = 500;              // a growing answer is stored this often
 
 const lastNode = () => state.path.at(-1);
 // a question waits for an unreachable server, but not for a loading one, which may turn out to serve another model
-const canAsk = () => !isGrowing(lastNode()) && !["connecting", "loading"].includes(state.phase) && state.model.api !== "none";
+const canAsk = () => !Tree.isGrowing(lastNode()) && !["connecting", "loading"].includes(state.phase) && state.model.api !== "none";
 const isStored = chat => state.chats.has(chat.id);
 
 // preferences ---------------------------------------------------------------------------------------------------------
@@ -77,9 +77,9 @@ function changeChat(chat, changes) {
 
 // Updates what is derived from nodes and leaf.
 function refresh() {
-  state.children = childrenOf(state.nodes);
-  if (!state.nodes.has(state.leaf)) state.leaf = leafBelow(state.children, null);
-  state.path = pathTo(state.nodes, state.leaf);
+  state.children = Tree.childrenOf(state.nodes);
+  if (!state.nodes.has(state.leaf)) state.leaf = Tree.leafBelow(state.children, null);
+  state.path = Tree.pathTo(state.nodes, state.leaf);
   render();
 }
 
@@ -100,7 +100,7 @@ async function openChat(id, known = null) {
   state.nodes = new Map(nodes.map(node => [node.id, state.runs.get(node.id)?.node ?? node]));
   for (const run of state.runs.values()) if (run.chat.id === id) state.nodes.set(run.node.id, run.node);
   showChat(chat, chat.leaf);
-  for (const node of state.nodes.values()) if (isGrowing(node)) adopt(node, chat);
+  for (const node of state.nodes.values()) if (Tree.isGrowing(node)) adopt(node, chat);
   await loadDraft(id);
 }
 
@@ -116,7 +116,7 @@ function showChat(chat, leaf) {
 function newChat() {
   opening();
   state.nodes = new Map();
-  showChat(newConversation({parameters: {...state.preferences.defaults.parameters}, system: state.preferences.defaults.system ?? "",
+  showChat(Tree.newConversation({parameters: {...state.preferences.defaults.parameters}, system: state.preferences.defaults.system ?? "",
     ...(state.chat.model ? {model: state.chat.model} : {})}), null);
   loadDraft("new");
 }
@@ -166,7 +166,7 @@ function addChat(chat, nodes) {
 }
 
 function deleteNode(node) {
-  const ids = withDescendants(state.children, node.id), nodes = ids.map(id => state.nodes.get(id)), {chat} = state;
+  const ids = Tree.withDescendants(state.children, node.id), nodes = ids.map(id => state.nodes.get(id)), {chat} = state;
   for (const id of ids) {
     stopRun(id);
     state.nodes.delete(id);
@@ -177,7 +177,7 @@ function deleteNode(node) {
     changeChat(chat, {leaf: nodes.at(-1).id});
     openChat(chat.id);
   });
-  if (!state.nodes.has(state.leaf)) state.leaf = leafBelow(childrenOf(state.nodes), node.parent);
+  if (!state.nodes.has(state.leaf)) state.leaf = Tree.leafBelow(Tree.childrenOf(state.nodes), node.parent);
   showLeaf(state.leaf);
 }
 
@@ -214,11 +214,11 @@ function numbered(title) {
 
 // A new chat with the messages up to a node.
 function branchFrom(node) {
-  const chat = newConversation({...state.chat, id: newId(), created: Date.now(), updated: Date.now(), pinned: false, running: null,
+  const chat = Tree.newConversation({...state.chat, id: Tree.newId(), created: Date.now(), updated: Date.now(), pinned: false, running: null,
     title: numbered(state.chat.title)});
   let parent = null;
-  const nodes = pathTo(state.nodes, node.id).map(each => {
-    const copy = {...each, id: newId(), conversation: chat.id, parent, stream: null};
+  const nodes = Tree.pathTo(state.nodes, node.id).map(each => {
+    const copy = {...each, id: Tree.newId(), conversation: chat.id, parent, stream: null};
     parent = copy.id;
     return copy;
   });
@@ -263,7 +263,7 @@ async function addToDraft(key, files) {
 // asking --------------------------------------------------------------------------------------------------------------
 
 function addNode(parent, role, content, more = {}) {
-  const {chat} = state, node = newNode(chat.id, parent, role, content, more);
+  const {chat} = state, node = Tree.newNode(chat.id, parent, role, content, more);
   state.nodes.set(node.id, node);
   if (!isStored(chat)) storeNewChat(chat, content || (more.pictures?.[0].name ?? ""));
   store.change("nodes", node.id, {...node});
@@ -273,7 +273,7 @@ function addNode(parent, role, content, more = {}) {
 }
 
 function storeNewChat(chat, content) {
-  chat.title = titleOf(content);
+  chat.title = Tree.titleOf(content);
   state.chats.set(chat.id, chat);
   store.change("conversations", chat.id, {...chat});
   store.change("drafts", "new", null);
@@ -284,7 +284,7 @@ function storeNewChat(chat, content) {
 // Sends a message as a child of `parent`. If the server refuses its content, it returns to the composer.
 function ask(text, files = [], parent = state.leaf, onRefused = () => {}) {
   if (!canAsk() || !text.trim() && !files.length) return false;
-  const before = state.leaf, {content, ...more} = state.model.api === "text" && !files.length ? {content: text} : composeMessage(text, files);
+  const before = state.leaf, {content, ...more} = state.model.api === "text" && !files.length ? {content: text} : Tree.composeMessage(text, files);
   Object.assign(state, {notice: "", refusal: "", editing: null});
   dropUndo();
   const question = addNode(parent, "user", content, more);
@@ -326,7 +326,7 @@ function regenerate(node) {
   if (!canAsk() || !question) return;
   Object.assign(state, {notice: "", refusal: "", editing: null});
   dropUndo();
-  answerAgain(question, {}, () => { if (failed(node)) forget(node); });
+  answerAgain(question, {}, () => { if (Tree.failed(node)) forget(node); });
 }
 
 // An additional answer. It is removed if the server refuses the request.
@@ -350,16 +350,16 @@ function forget(node) {
 function answer(question, onRefusal, onAccepted = () => {}, more = {}) {
   const {chat} = state, made = madeBy(chat, {parameters: {...chat.parameters}, ...more});
   if (state.models.length > 1 && chat.model !== state.model.name) changeChat(chat, {model: state.model.name});
-  const node = addNode(question.id, "assistant", "", {stream: {id: newId(), next: 0}, ...made});
+  const node = addNode(question.id, "assistant", "", {stream: {id: Tree.newId(), next: 0}, ...made});
   state.following = true;
   refresh();
-  const path = pathTo(state.nodes, question.id);
+  const path = Tree.pathTo(state.nodes, question.id);
   return runAnswer(node, chat, run => connect(run, messagesToSend(path, made.system ?? ""), onAccepted), onRefusal);
 }
 
 function messagesToSend(path, system) {
   if (state.model.api === "text") return Object.assign(path.map(node => ({role: node.role, content: withNames(node)})).filter(({content}) => content), {dropped: 0});
-  const {messages, dropped} = newestMessages(messagesOf(path, system, Boolean(state.model.can.reasoning_history)), state.model.context);
+  const {messages, dropped} = Tree.newestMessages(Tree.messagesOf(path, system, Boolean(state.model.can.reasoning_history)), state.model.context);
   return Object.assign(messages, {dropped});
 }
 
@@ -404,8 +404,8 @@ async function goOn(node) {
   if (await isFull()) return say(TEXT.noRoom(state.model.context));
   if (!canAsk() || node !== lastNode()) return;
   const before = {note: node.note, error: node.error, timings: node.timings, parameters: node.parameters, calculator: node.calculator};
-  Object.assign(node, {stream: {id: newId(), next: 0, begin: charactersIn(node.content)}, calculator: beforeGoingOn(node), note: null, error: null, timings: null, earlier: node.timings, continued: true, parameters: state.chat.parameters});
-  const messages = messagesToSend(pathTo(state.nodes, node.id), state.chat.system);
+  Object.assign(node, {stream: {id: Tree.newId(), next: 0, begin: charactersIn(node.content)}, calculator: beforeGoingOn(node), note: null, error: null, timings: null, earlier: node.timings, continued: true, parameters: state.chat.parameters});
+  const messages = messagesToSend(Tree.pathTo(state.nodes, node.id), state.chat.system);
   if (!node.content && !node.calculator.length) messages.push({role: "assistant", content: "", ...(node.reasoning ? {reasoning_content: node.reasoning} : {})});      // cut off while thinking
   runAnswer(node, state.chat, run => connect(run, messages, () => {}, true), error => {
     Object.assign(node, before, {earlier: null});
@@ -423,8 +423,8 @@ async function isFull() {
 
 // The title of a chat follows its first question, unless it has got another one, and goes back with a refused question.
 function editQuestion(node, text) {
-  const {chat} = state, before = chat.title, title = titleOf(text), follows = !state.nodes.has(node.parent) && before === titleOf(node.content);
-  if (!ask(text, partsOf(node).files, node.parent, () => { if (follows && chat.title === title) changeChat(chat, {title: before}); })) return false;
+  const {chat} = state, before = chat.title, title = Tree.titleOf(text), follows = !state.nodes.has(node.parent) && before === Tree.titleOf(node.content);
+  if (!ask(text, Tree.partsOf(node).files, node.parent, () => { if (follows && chat.title === title) changeChat(chat, {title: before}); })) return false;
   if (follows && text.trim()) { changeChat(chat, {title}); render(); }
   return true;
 }
@@ -443,7 +443,7 @@ function editAnswer(node, text) {
 // next events, or null if there are no more.
 async function runAnswer(node, chat, connecting, onRefusal = () => false) {
   const run = {node, chat, controller: new AbortController(), progress: null, chunks: 0, prompt: 0, tokens: 0, firstAt: 0, lastAt: 0,
-    tags: node.content ? null : new ThoughtTags(), resumable: true, waiting: false, lost: false, resumed: false, saving: 0, frame: 0, dropped: 0,
+    tags: node.content ? null : new Tree.ThoughtTags(), resumable: true, waiting: false, lost: false, resumed: false, saving: 0, frame: 0, dropped: 0,
     thought: node.earlier && !node.content ? node.thought ?? 0 : 0};
   state.runs.set(node.id, run);
   changeChat(chat, {running: node.id});
@@ -488,12 +488,12 @@ const TITLE_TOKENS = 24, TITLE_CHARACTERS = 1500;      // limits: the title, and
 async function nameChat(chat, node) {
   if (!state.preferences.titles || state.model.api !== "v1" || !node.content) return;
   const nodes = await store.read("nodes", chat.id), question = nodes.find(({id}) => id === node.parent), before = chat.title;
-  if (nodes.length !== 2 || before !== titleOf(question?.content ?? "")) return;
+  if (nodes.length !== 2 || before !== Tree.titleOf(question?.content ?? "")) return;
   const part = text => text.slice(0, TITLE_CHARACTERS), content = TEXT.titleRequest(part(question.content), part(node.content));
   const made = await jsonOf(post(ROUTES.v1, {messages: [{role: "user", content}], max_tokens: TITLE_TOKENS, temperature: 0,
     ...(state.model.ours ? {priority: "low", reasoning_effort: "none"} : {}), ...modelNamed(chat.model)}));
-  const said = made?.choices?.[0]?.message?.content, text = isText(said) ? said : "";
-  const title = titleOf((untagged({content: text}).content ?? text).replace(/^\W*title\W+/i, "").replace(/["“”*]|\.\W*$/g, ""));
+  const said = made?.choices?.[0]?.message?.content, text = Tree.isText(said) ? said : "";
+  const title = Tree.titleOf((Tree.untagged({content: text}).content ?? text).replace(/^\W*title\W+/i, "").replace(/["“”*]|\.\W*$/g, ""));
   if (!title || chat.title !== before || !isStored(chat)) return;
   changeChat(chat, {title});
   render();
@@ -620,7 +620,7 @@ function stopRun(id) {
 // Stops the growing answer on screen, even if another tab is receiving it.
 function stopAnswer() {
   const node = lastNode();
-  if (!isGrowing(node) || stopRun(node.id)) return;
+  if (!Tree.isGrowing(node) || stopRun(node.id)) return;
   store.tell({stop: node.id});
   request(`v1/cancel/${node.stream.id}`, {method: "POST"}).catch(() => {});
 }
@@ -635,12 +635,12 @@ const claimed = new Set();        // ids of nodes that another tab has just clai
 
 // Resumes an answer that no tab is receiving: the page was left, or the receiving tab was closed.
 async function adopt(node, chat) {
-  if (!isGrowing(node) || state.runs.has(node.id)) return;
+  if (!Tree.isGrowing(node) || state.runs.has(node.id)) return;
   if (store.channel) {
     claimed.delete(node.id);
     store.tell({who: node.id});
     await wait(ANSWER_MS);
-    if (claimed.has(node.id) || !isGrowing(node) || state.runs.has(node.id)) return;
+    if (claimed.has(node.id) || !Tree.isGrowing(node) || state.runs.has(node.id)) return;
   }
   runAnswer(node, chat, takeUp);
 }
@@ -653,7 +653,7 @@ function hearTab({who, mine, stop, left}) {
 }
 
 function adoptOrphans() {
-  for (const node of state.nodes.values()) if (isGrowing(node)) adopt(node, state.chat);
+  for (const node of state.nodes.values()) if (Tree.isGrowing(node)) adopt(node, state.chat);
 }
 
 // When the page opens: resumes the answers in the other chats.
@@ -672,7 +672,7 @@ function hearNews(news) {
     if (kind === "conversations") hearChat(id, record);
     else if (kind === "nodes" && hearNode(id, record)) leaf = id;
   }
-  if (leaf && !state.editing) state.leaf = leafBelow(childrenOf(state.nodes), leaf);
+  if (leaf && !state.editing) state.leaf = Tree.leafBelow(Tree.childrenOf(state.nodes), leaf);
   refresh();
 }
 

@@ -184,7 +184,7 @@ function showFound() {
   if (!state.path.some(has)) {
     const elsewhere = [...state.nodes.values()].find(has);
     if (!elsewhere) return;
-    showLeaf(leafBelow(state.children, elsewhere.id));
+    showLeaf(Tree.leafBelow(state.children, elsewhere.id));
   }
   state.following = false;
   complete(views.get(state.path.find(has).id));
@@ -267,7 +267,7 @@ function showImport(chats, name) {
 async function exportChats(chats) {
   const nodes = new Map();
   for (const chat of chats) nodes.set(chat.id, chat.id === state.chat.id ? [...state.nodes.values()] : await store.read("nodes", chat.id));
-  const file = exportOf(chats.filter(({id}) => nodes.get(id).length), chat => nodes.get(chat.id), chats.length === state.chats.size ? ownPrompts() : []);
+  const file = Tree.exportOf(chats.filter(({id}) => nodes.get(id).length), chat => nodes.get(chat.id), chats.length === state.chats.size ? ownPrompts() : []);
   const name = chats.length === 1 ? fileName(chats[0]) : `chats-${file.exported.slice(0, 10)}`;
   download(JSON.stringify(file, null, 2), `${name}.json`, "application/json");
 }
@@ -333,7 +333,7 @@ async function exportPage() {
 // Shows what a file contains, and stores it if the reader agrees.
 async function importFile(file) {
   try {
-    const text = await file.text(), chats = importOf(text, file.name);
+    const text = await file.text(), chats = Tree.importOf(text, file.name);
     for (const each of chats) each.twin = await twinOf(each);
     if (!await showImport(chats, file.name)) return;
     importAll(chats, file.name);
@@ -379,7 +379,7 @@ async function takeOverOldChat() {
   const {system, ...parameters} = old.settings ?? {};
   for (const [i, turns] of [old.previous, old.turns].entries()) {
     if (!Array.isArray(turns) || !turns.length) continue;
-    const {conversation, nodes} = importOf(JSON.stringify({messages: turns, system, parameters, updated: Date.now() + i}))[0];
+    const {conversation, nodes} = Tree.importOf(JSON.stringify({messages: turns, system, parameters, updated: Date.now() + i}))[0];
     turns.forEach((turn, i) => { if (turn.stream?.id) Object.assign(nodes[i], {stream: turn.stream}); });
     addChat(conversation, nodes);
   }

@@ -41,7 +41,7 @@ function continuesTexts(node, columns) {
   return columns.every(({model, adapter}) => (state.models.find(({id}) => id === (adapter.value || model.value)) ?? chatModel())?.type === "text");
 }
 
-const pathAbove = node => node.question === undefined ? pathTo(state.nodes, node.parent) : [{role: "user", content: node.question}];
+const pathAbove = node => node.question === undefined ? Tree.pathTo(state.nodes, node.parent) : [{role: "user", content: node.question}];
 
 // Adds a column with the answer's own parameters and the next seed.
 function addColumn(model = compared.node.model, ownSeed = compared.node.seed + compared.columns.length) {
@@ -256,7 +256,7 @@ async function startCompare() {
 function wrongField({fields}, i) {
   for (const name of VARIED) {
     const parameter = Parameters.all.find(each => each.name === name), {value, validity} = fields[name];
-    const wrong = validity.badInput || value !== "" && parameterValue(parameter, value) === undefined;
+    const wrong = validity.badInput || value !== "" && Tree.parameterValue(parameter, value) === undefined;
     fields[name].setAttribute("aria-invalid", wrong);
     if (wrong) return `${TEXT.column(i + 1)}, ${TEXT.parameters[name]}: ${TEXT.badField(parameter)}`;
   }

@@ -15,9 +15,9 @@ const SHADES = [0.8, 0.5, 0.2, 0.05];         // class p1 .. p4: how many of the
 // Generates an answer again with the same inputs: {ids, entries, text, reasoning}. A stopped answer ends where it was stopped.
 async function replay(node, {more = {}, signal, onToken = () => {}}) {
   const {parameters = {}, continued, prefix, seed, model, note, ids: before} = node, {max_tokens: most, ...others} = parameters;
-  const messages = messagesToSend(pathTo(state.nodes, node.parent), systemOf(node));
+  const messages = messagesToSend(Tree.pathTo(state.nodes, node.parent), systemOf(node));
   const stop = new AbortController(), made = {ids: [...prefix ?? []], entries: [], text: "", reasoning: "", calculator: []};
-  const response = await postAnswer({messages, id: newId(), signal: AbortSignal.any([signal, stop.signal]), model,
+  const response = await postAnswer({messages, id: Tree.newId(), signal: AbortSignal.any([signal, stop.signal]), model,
     parameters: {...others, ...(most && !continued ? {max_tokens: most} : {}), seed, ...(prefix ? {prefix_token_ids: prefix} : {}),
       resumable: false, progress: false, ...more}});
   for await (const {event} of serverEvents(response.body, FOREVER_MS)) {
@@ -46,7 +46,7 @@ async function piecesOf(ids, model) {
 function spelled(tokens) {
   const decoder = new TextDecoder(), encoder = new TextEncoder();
   return tokens.map(({id, piece, special = false}) => ({id, special,
-    text: decoder.decode(isText(piece) ? encoder.encode(piece) : new Uint8Array(piece), {stream: true})}));
+    text: decoder.decode(Tree.isText(piece) ? encoder.encode(piece) : new Uint8Array(piece), {stream: true})}));
 }
 
 // Replays the answer and reports whether its tokens are the same; a different answer is kept as a sibling.
@@ -215,7 +215,7 @@ function branchAt(node, {tokens}, at, {id}) {
 const lensAsked = newest();
 
 async function openLens(title, model, {question, text, most = 0}) {
-  const isMine = lensAsked(), node = {id: `lens-${newId()}`}, dialog = $("lens-dialog");
+  const isMine = lensAsked(), node = {id: `lens-${Tree.newId()}`}, dialog = $("lens-dialog");
   const view = {node, article: dialog, body: $("lens-text"), isDialog: true}, lens = {tokens: [], at: -1, text: TEXT.connecting, drawn: null};
   dialog.querySelector(".lens")?.remove();
   setText($("lens-title"), title);
@@ -242,7 +242,7 @@ async function openLens(title, model, {question, text, most = 0}) {
 
 // The prompt of an answer: {messages, tokens}; no tokens if the server does not show them.
 async function promptOf(node) {
-  const {timings = {}, parameters = {}, model} = node, path = pathTo(state.nodes, node.parent);
+  const {timings = {}, parameters = {}, model} = node, path = Tree.pathTo(state.nodes, node.parent);
   const all = messagesToSend(path, systemOf(node)), dropped = Math.max(0, (timings.dropped_messages ?? 0) - all.dropped);
   const fixed = all[0]?.role === "system" ? 1 : 0, messages = [...all.slice(0, fixed), ...all.slice(fixed + dropped)];
   const effort = parameters.reasoning_effort ? {reasoning_effort: parameters.reasoning_effort} : {};

@@ -10,7 +10,7 @@ const {TEXT, element, setText, number} = Parts;
 
 const lenses = new Map();         // id of a node -> {tokens, at, text, controller}, while its lens is on
 
-const canLook = node => Number.isSafeInteger(node.seed) && !node.edited && !isGrowing(node) && state.model.api !== "none" &&
+const canLook = node => Number.isSafeInteger(node.seed) && !node.edited && !Tree.isGrowing(node) && state.model.api !== "none" &&
   Boolean(state.model.can.token_ids);
 
 // The inputs of an answer besides its parameters.
@@ -55,7 +55,7 @@ Parts.register({
       ...(canAsk() || lenses.has(view.node.id) ? [[TEXT.lens, "lens", () => toggleLens(view), lenses.has(view.node.id) ? TEXT.on : ""]] : []),
       ...(view.checking ? [] : [[TEXT.again, "play", () => runAgain(view)]])]),
     ...(canCompare(view.node) ? [[TEXT.compare, "columns", () => openCompare(view.node)]] : []),
-    ...(state.model.can.token_ids && !view.node.edited && !isGrowing(view.node) ? [[TEXT.prompt, "prompt", () => openPrompt(view.node)]] : [])],
+    ...(state.model.can.token_ids && !view.node.edited && !Tree.isGrowing(view.node) ? [[TEXT.prompt, "prompt", () => openPrompt(view.node)]] : [])],
     update(view) {
       updateInside(view);
       updateMaker(view);
@@ -84,7 +84,7 @@ function severalModels() {
 
 // The name of an answer's model before its figures. Where answers can be compared, it opens the comparison.
 function updateMaker(view) {
-  const {node} = view, text = severalModels() && !isGrowing(node) ? makerOf(node, false) : "", compares = canCompare(node), key = `${compares} ${text}`;
+  const {node} = view, text = severalModels() && !Tree.isGrowing(node) ? makerOf(node, false) : "", compares = canCompare(node), key = `${compares} ${text}`;
   view.maker ??= element("span", {className: "maker"});
   if (!view.maker.parentNode) view.speed.prepend(view.maker);
   if (text) view.speed.hidden = false;

@@ -215,7 +215,7 @@ function fitHeight(field) {
   field.style.height = `${field.scrollHeight + field.offsetHeight - field.clientHeight}px`;
 }
 
-const draftContent = () => composeMessage(state.draft.text, state.draft.files).content;
+const draftContent = () => Tree.composeMessage(state.draft.text, state.draft.files).content;
 
 function setDraft(text, files = state.draft.files, store = true) {
   const newFiles = files !== state.draft.files;
@@ -224,7 +224,7 @@ function setDraft(text, files = state.draft.files, store = true) {
   fitHeight($("message"));
   if (newFiles) $("files").replaceChildren(...files.map(fileChip));
   if (store) saveDraft();
-  renderComposer(isGrowing(lastNode()));
+  renderComposer(Tree.isGrowing(lastNode()));
   offerCommands();
   countDraft();
 }
@@ -285,10 +285,10 @@ async function readPicture(file) {
 // A file's {text}, with its {encoding}, or a document's {pages, cut}, which the server reads.
 async function readFile(file) {
   if (isPicture(file)) return readPicture(file);
-  const isDocument = DOCUMENT.test(file.name), most = isDocument ? MOST_DOCUMENT : MOST_FILE;
+  const isDocument = Tree.DOCUMENT.test(file.name), most = isDocument ? MOST_DOCUMENT : MOST_FILE;
   if (file.size > most) throw new Error(TEXT.fileTooLarge(file.name, most));
   if (!isDocument || !state.model.ours) {
-    const read = textOf(new Uint8Array(await file.arrayBuffer()));
+    const read = Tree.textOf(new Uint8Array(await file.arrayBuffer()));
     if (!read) throw new Error(TEXT.notText(file.name));
     return read;
   }
@@ -371,7 +371,7 @@ let recalled = 0;                 // how far ArrowUp has gone back
 
 // ArrowUp in an empty composer brings back earlier questions of this chat, ArrowDown later ones.
 function recall(event) {
-  const said = state.path.filter(node => node.role === "user").map(node => partsOf(node).text).reverse();
+  const said = state.path.filter(node => node.role === "user").map(node => Tree.partsOf(node).text).reverse();
   const shown = recalled && state.draft.text === said[recalled - 1];
   if (!shown && state.draft.text) return;
   if (!shown) recalled = 0;
@@ -392,7 +392,7 @@ function submitDraft() {
     if (state.draft.text === text) setDraft("", []);
     return;
   }
-  const growing = isGrowing(lastNode());
+  const growing = Tree.isGrowing(lastNode());
   if (!command && growing) state.queued.add(state.chat.id);
   else if (!command) state.refusal = TEXT.notReady;
   renderComposer(growing);
@@ -463,7 +463,7 @@ function setNamed(text) {
 
 // Sets a parameter; without a value, back to the server's default. Returns a message if the value is invalid.
 function setParameter(parameter, text) {
-  const {name, command, min, max, choices} = parameter, value = parameterValue(parameter, text);
+  const {name, command, min, max, choices} = parameter, value = Tree.parameterValue(parameter, text);
   if (text && value === undefined) return choices ? TEXT.badChoice(command, text, choices) : TEXT.badParameter(command, text, min, max);
   const {[name]: old, ...others} = state.chat.parameters;
   changeChat(state.chat, {parameters: text ? {...others, [name]: value} : others});
@@ -501,9 +501,9 @@ function renderComposer(growing) {
 // The line below the composer, with the gauge of the context.
 function renderState() {
   const last = lastNode(), run = state.runs.get(last?.id);
-  const shownInTurn = isGrowing(last) && !last.content && !run?.lost;
+  const shownInTurn = Tree.isGrowing(last) && !last.content && !run?.lost;
   $("state").classList.toggle("lost", Boolean(run?.lost));
-  setText($("state"), shownInTurn ? "" : isGrowing(last) ? growingText(last, run) + (run ? liveSpeedText(run) : "")
+  setText($("state"), shownInTurn ? "" : Tree.isGrowing(last) ? growingText(last, run) + (run ? liveSpeedText(run) : "")
     : state.path.length ? serverText() : "");             // the empty page shows it itself
   $("enter-key").hidden = state.phase !== "locked";
   renderGauge();
@@ -513,7 +513,7 @@ function renderState() {
 async function tokensAlone(path) {
   const {used, guessed} = usedTokens(), question = path.findLastIndex(({role}) => role === "user");
   if (used && !guessed && (question === 0 || state.model.api === "text" || !state.model.ours)) return used;       // these leave nothing out
-  const text = await templateText(messagesOf(path.slice(Math.max(0, question)), state.chat.system));
+  const text = await templateText(Tree.messagesOf(path.slice(Math.max(0, question)), state.chat.system));
   return text === null ? 0 : await countTokens(text) ?? 0;
 }
 
@@ -538,7 +538,7 @@ function renderGauge() {
   // what is too long is said once, with one number of tokens: here, or by the server that refused it
   $("gauge").hidden = !context || !used && !draft || tooLong;
   setText($("warning"), !context || tooLong && state.refusal ? "" : tooLong ? TEXT.tooLong(alone, context, state.draft.files.length)
-    : path.length && used + draft + kept > context && !isGrowing(lastNode()) ? (ours ? TEXT.willDrop : TEXT.full) : "");
+    : path.length && used + draft + kept > context && !Tree.isGrowing(lastNode()) ? (ours ? TEXT.willDrop : TEXT.full) : "");
   if ($("gauge").hidden) return;
   setText($("context"), TEXT.used(used, draft, context, guessed > 0));
   $("gauge").style.setProperty("--used", Math.min(1, used / context));
@@ -593,7 +593,7 @@ Parts.register({
     }
   },
   render() {
-    renderComposer(isGrowing(lastNode()));
+    renderComposer(Tree.isGrowing(lastNode()));
     renderState();
   },
 });

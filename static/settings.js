@@ -25,7 +25,7 @@ function openSettings() {
 async function showTemplate(pause = 300) {
   const isMine = templateAsked();
   await wait(pause);
-  const text = isMine() ? await templateText(messagesOf([{role: "user", content: "…"}], state.chat.system)) : null;
+  const text = isMine() ? await templateText(Tree.messagesOf([{role: "user", content: "…"}], state.chat.system)) : null;
   if (!isMine()) return;
   $("template").parentElement.hidden = text === null;
   $("template").textContent = text ?? "";
@@ -85,7 +85,7 @@ function parameterRow(parameter) {
 // Makes the slider and the sentence of a row follow its field.
 function showParameter(field) {
   const name = field.dataset.parameter, row = field.closest(".parameter"), range = row.querySelector("[type=range]"), hint = row.querySelector(".hint");
-  const parameter = Parameters.all.find(each => each.name === name), value = parameterValue(parameter, field.value);
+  const parameter = Parameters.all.find(each => each.name === name), value = Tree.parameterValue(parameter, field.value);
   const wrong = Boolean(field.validity?.badInput || field.value && value === undefined);
   field.setAttribute("aria-invalid", wrong);
   hint.classList.toggle("wrong", wrong);
@@ -104,7 +104,7 @@ function takeSettings() {
   const parameters = {};
   for (const parameter of Parameters.all.filter(({apart}) => !apart)) {
     const field = settingsFields().find(each => each.dataset.parameter === parameter.name);
-    const value = parameterValue(parameter, field.value);
+    const value = Tree.parameterValue(parameter, field.value);
     if (value !== undefined) parameters[parameter.name] = value;
     showParameter(field);
   }
@@ -139,7 +139,7 @@ function choosePreset(name) {
   const {presets} = state.preferences;
   const preset = name.startsWith("=") ? {parameters: PRESETS[name.slice(1)], system: state.chat.system} : presets[name];
   if (!preset) return;
-  changeChat(state.chat, {parameters: checkedParameters(preset.parameters ?? {}), system: preset.system ?? ""});
+  changeChat(state.chat, {parameters: Tree.checkedParameters(preset.parameters ?? {}), system: preset.system ?? ""});
   showSettings();
   $("preset").value = name;
   $("delete-preset").hidden = name.startsWith("=");
@@ -364,8 +364,8 @@ const budgetIndex = budget => BUDGETS.findIndex(each => each === null || each >=
 function readFunctions(text) {
   if (!text.trim()) return {tools: []};
   const found = readJson(text), listed = found.value === undefined ? [] : [found.value].flat();
-  const tools = listed.map(each => isObject(each?.function) ? {...each, type: "function"} : {type: "function", function: each});
-  const wrong = tools.findIndex(({function: each}) => !isObject(each) || !/^[\w.-]{1,64}$/.test(each.name ?? "") || !isObject(each.parameters ?? {}));
+  const tools = listed.map(each => Tree.isObject(each?.function) ? {...each, type: "function"} : {type: "function", function: each});
+  const wrong = tools.findIndex(({function: each}) => !Tree.isObject(each) || !/^[\w.-]{1,64}$/.test(each.name ?? "") || !Tree.isObject(each.parameters ?? {}));
   return found.problem ? found : wrong >= 0 ? {problem: TEXT.badFunction(wrong + 1)} : {tools};
 }
 
@@ -373,7 +373,7 @@ function readFunctions(text) {
 function readSchema(text) {
   if (!text.trim()) return {};
   const {value, problem} = readJson(text);
-  return problem ? {problem} : !isObject(value) ? {problem: TEXT.badSchema}
+  return problem ? {problem} : !Tree.isObject(value) ? {problem: TEXT.badSchema}
     : {format: value.type === "json_object" || value.type === "json_schema" ? value : {type: "json_schema", json_schema: {name: "answer", schema: value}}};
 }
 
@@ -447,7 +447,7 @@ function addCalculator() {
 // Adds an event's call deltas to an answer's calls.
 function growCalls(node, news) {
   for (const {index = 0, id, function: delta = {}} of news) {
-    const calls = node.calls ??= [], call = calls[index] ??= {id: id ?? newId(), name: "", arguments: ""};
+    const calls = node.calls ??= [], call = calls[index] ??= {id: id ?? Tree.newId(), name: "", arguments: ""};
     call.name ||= delta.name ?? "";
     call.arguments += delta.arguments ?? "";
   }
@@ -534,7 +534,7 @@ Parts.register({
 // prompts --------------------------------------------------------------------------------------------------------------
 
 // A prompt is {name, text, starter}: a starter begins a message, any other is a system prompt.
-const isPrompt = value => isObject(value) && isText(value.name) && isText(value.text) && Boolean(value.name.trim() && value.text.trim());
+const isPrompt = value => Tree.isObject(value) && Tree.isText(value.name) && Tree.isText(value.text) && Boolean(value.name.trim() && value.text.trim());
 const ownPrompts = () => state.preferences.prompts.filter(isPrompt);
 
 let editedPrompt = null;          // the name of the saved prompt that the fields below the list change

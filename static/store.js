@@ -120,7 +120,7 @@ class Store {
   leave() {
     const changes = [...this.writing.values(), ...this.waiting.values()];
     if (!changes.length || !this.db) return;
-    try { localStorage.setItem(`${this.name} left ${newId()}`, JSON.stringify(changes)); } catch (error) { /* too large */ }
+    try { localStorage.setItem(`${this.name} left ${Tree.newId()}`, JSON.stringify(changes)); } catch (error) { /* too large */ }
   }
 
   // Writes the changes that closed pages left there.

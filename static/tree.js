@@ -15,7 +15,7 @@
 // the list, and the files that ChatGPT and Open WebUI export.
 "use strict";
 
-{
+const Tree = (() => {
 
 const {TEXT} = Parts;
 
@@ -430,7 +430,7 @@ function checkedParameters(given) {
   return checked;
 }
 
-Parts.share({newId, newConversation, newNode, childrenOf, pathTo, leafBelow, withDescendants, failed, isGrowing, messagesOf,
-  newestMessages, titleOf, ThoughtTags, composeMessage, textOf, DOCUMENT, languageOf, partsOf, isText, isObject, exportOf,
-  importOf, untagged, parameterValue, checkedParameters});
-}
+return Object.freeze({newId, newConversation, newNode, childrenOf, pathTo, leafBelow, withDescendants, failed, isGrowing, messagesOf, newestMessages,
+  titleOf, ThoughtTags, composeMessage, textOf, DOCUMENT, languageOf, partsOf, isText, isObject, exportOf, importOf, untagged, parameterValue,
+  checkedParameters});
+})();

@@ -62,7 +62,7 @@ function viewOf(node, atOnce) {
   article.append(body);
   view = {node, article, body, complete: false};
   views.set(node.id, view);
-  if (atOnce || isGrowing(node)) complete(view);
+  if (atOnce || Tree.isGrowing(node)) complete(view);
   else {
     body.textContent = node.content;
     article.classList.add("far");
@@ -94,7 +94,7 @@ function updateView(view) {
 function siblingsBar(view) {
   const step = by => {
     const {siblings, at} = siblingsOf(view.node);
-    showLeaf(leafBelow(state.children, siblings[at + by].id));
+    showLeaf(Tree.leafBelow(state.children, siblings[at + by].id));
     views.get(siblings[at + by].id)?.actions?.querySelector(`.siblings button:${by < 0 ? "first" : "last"}-of-type`)?.focus();
   };
   const question = view.node.role === "user";
@@ -130,10 +130,10 @@ function completeQuestion(view) {
 }
 
 function updateQuestion(view) {
-  view.edit.disabled = isGrowing(lastNode());
+  view.edit.disabled = Tree.isGrowing(lastNode());
   if (view.drawn === view.node.content || view.editor) return;
   view.drawn = view.node.content;
-  const {text, files} = partsOf(view.node);
+  const {text, files} = Tree.partsOf(view.node);
   view.body.replaceChildren(...files.filter(({picture}) => picture).map(pictureNode), ...questionNodes(text),
     ...files.filter(({picture}) => !picture).map(fileNode));
 }
@@ -173,7 +173,7 @@ function showPicture(name, picture) {
 function fileNode({name, text}) {
   const node = element("details", {className: "file"}, element("summary", {}, element("span", {className: "icon i-file", textContent: name}),
     element("small", {textContent: TEXT.characters(text.length)})));
-  node.addEventListener("toggle", () => { if (node.open && !node.children[1]) node.append(codeBlock(languageOf(name), text)); });
+  node.addEventListener("toggle", () => { if (node.open && !node.children[1]) node.append(codeBlock(Tree.languageOf(name), text)); });
   return node;
 }
 
@@ -212,7 +212,7 @@ function completeAnswer(view) {
 const looksOf = view => Parts.all.flatMap(({answer}) => answer?.looks?.(view) ?? []);
 
 function updateAnswer(view) {
-  const {node} = view, growing = isGrowing(node), run = state.runs.get(node.id);
+  const {node} = view, growing = Tree.isGrowing(node), run = state.runs.get(node.id);
   drawAnswer(view, growing);
   view.thinking.hidden = !node.reasoning || lenses.has(node.id);
   drawThoughts(view);
@@ -247,7 +247,7 @@ function drawAnswer(view, growing) {
 
 // Reasoning is drawn when it is opened; while it streams in it is shown until the answer begins.
 function drawThoughts(view) {
-  const {node} = view, growing = isGrowing(node);
+  const {node} = view, growing = Tree.isGrowing(node);
   if (growing && !node.content && node.reasoning && view.opened === undefined) view.thinking.open = view.opened = true;
   if (view.opened && node.content) view.thinking.open = view.opened = false;
   view.thinking.firstChild.dataset.time = [node.thought > 999 ? TEXT.seconds(node.thought / 1000) : "",
@@ -291,7 +291,7 @@ const liveSpeedText = run => run.chunks > 1 && !run.lost
 // The note shown for an answer without text.
 function nothingText(node) {
   const {content, error, note, reasoning, timings} = node;
-  if (isGrowing(node) || error || content.trim() || node.calls?.length || node.calculator?.length) return "";
+  if (Tree.isGrowing(node) || error || content.trim() || node.calls?.length || node.calculator?.length) return "";
   return note ? TEXT.nothingBefore(TEXT.notes[note] ?? note) : !reasoning ? TEXT.nothing
     : timings?.finish_reason === "length" ? TEXT.onlyThoughts : TEXT.thoughtNothing;
 }
@@ -404,14 +404,14 @@ function clickToAct(event, act, always = false) {
 }
 
 function startEdit(id) {
-  if (isGrowing(lastNode())) return;
+  if (Tree.isGrowing(lastNode())) return;
   state.editing = id;
   render();
 }
 
 function startEditing(view) {
   const {node, body} = view, question = node.role === "user";
-  const field = element("textarea", {value: question ? partsOf(node).text : node.content, rows: 1, dir: "auto"});
+  const field = element("textarea", {value: question ? Tree.partsOf(node).text : node.content, rows: 1, dir: "auto"});
   field.setAttribute("aria-label", TEXT.editedText);
   const cancel = () => { state.editing = null; render(); focusAfterClick(); };
   const save = () => {

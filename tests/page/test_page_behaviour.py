@@ -119,7 +119,7 @@ def test_files_that_cannot_be_read_are_all_named(page, stand_in):
 def test_the_gauge_counts_what_the_real_server_says_from_the_first_token_on(page, server_url):
     open_page(page, server_url)
     page.evaluate("""() => { window.gauges = []; const look = () => { const node = lastNode();
-        if (isGrowing(node) && node.content) gauges.push(Parts.$("context").textContent); requestAnimationFrame(look); }; look(); }""")
+        if (Tree.isGrowing(node) && node.content) gauges.push(Parts.$("context").textContent); requestAnimationFrame(look); }; look(); }""")
     ask(page, "Write a very long story about a river, with many chapters.")
     page.wait_for_function("() => gauges.length > 20", timeout=SLOW_MS)
     button(page, "Stop").click()

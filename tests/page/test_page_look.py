@@ -64,8 +64,8 @@ def test_a_lens_shows_what_stood_beside_each_token_and_branches_there(asked):
     inside(answers(page), "Token lens")
     expect(answers(page).get_by_text("Choose a token to see")).to_be_visible(timeout=SLOW_MS)
     assert page.evaluate("lenses.get(lastNode().id).tokens.slice(0, -1).every(token => token.share > 0)")
-    exported = page.evaluate("exportOf([state.chat], () => [...state.nodes.values()])")
-    page.evaluate("text => importAll(importOf(text), 'it')", json.dumps(exported))
+    exported = page.evaluate("Tree.exportOf([state.chat], () => [...state.nodes.values()])")
+    page.evaluate("text => importAll(Tree.importOf(text), 'it')", json.dumps(exported))
     settled(page)
     brought = page.evaluate("({...lastNode()})")
     assert [brought[name] for name in ("ids", "prefix", "weights", "seed", "content")] == [node[name] for name in ("ids", "prefix", "weights", "seed", "content")]
@@ -338,7 +338,7 @@ def test_a_server_that_cannot_do_it_offers_none_of_it(page, stand_in):
 
 def test_only_the_characters_that_differ_are_marked(opened_page):
     page = opened_page
-    page.evaluate("""() => { const node = newNode("x", null, "assistant", "", {seed: 3, model: state.model.name}); state.nodes.set(node.id, node);
+    page.evaluate("""() => { const node = Tree.newNode("x", null, "assistant", "", {seed: 3, model: state.model.name}); state.nodes.set(node.id, node);
         state.model.can = {token_ids: true, compare: true}; addNode(null, "user", "q"); window.told = addNode(state.leaf, "assistant", "a", {seed: 3, ids: [1], model: state.model.name}); refresh_(); }
     """.replace("refresh_();", "showLeaf(told.id);"))
     inside(answers(page), "Compare")

@@ -50,8 +50,8 @@ def test_a_call_is_a_card_whose_result_is_sent_back(page, stand_in):
     assert [(message["role"], message.get("tool_call_id")) for message in last["messages"][-2:]] == [("tool", call["id"]) for call in calls]
     assert [message["content"] for message in last["messages"][-2:]] == ["42", "sunny"]
     expect(card.get_by_role("textbox")).to_have_count(0)
-    exported = page.evaluate("exportOf([state.chat], () => [...state.nodes.values()])")
-    brought = page.evaluate("text => importOf(text)", json.dumps(exported))[0]
+    exported = page.evaluate("Tree.exportOf([state.chat], () => [...state.nodes.values()])")
+    brought = page.evaluate("text => Tree.importOf(text)", json.dumps(exported))[0]
     assert [node["calls"][0]["result"] for node in brought["nodes"] if "calls" in node] == ["42"] and len(brought["conversation"]["parameters"]["tools"]) == 2
 
 
