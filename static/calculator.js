@@ -5,7 +5,7 @@
 // trained models write. Copied text has the words alone: they repeat the result.
 "use strict";
 
-{
+const Calculator = (() => {
 
 const {TEXT, element} = Parts;
 
@@ -134,6 +134,6 @@ Parts.register({
   },
 });
 
-Parts.share({charactersIn, checkedCalculations, movedCalls, calculationsOf, beforeGoingOn, afterEdit, withNames, withCode, withCards, cardToken,
-  plainCards, calculationCard, plainWithCards});
-}
+return Object.freeze({charactersIn, checked: checkedCalculations, moved: movedCalls, callsOf: calculationsOf, beforeGoingOn, afterEdit, withNames,
+  withCode, withCards, token: cardToken, plainCards, card: calculationCard, plainWithCards});
+})();

@@ -358,7 +358,7 @@ function answer(question, onRefusal, onAccepted = () => {}, more = {}) {
 }
 
 function messagesToSend(path, system) {
-  if (state.model.api === "text") return Object.assign(path.map(node => ({role: node.role, content: withNames(node)})).filter(({content}) => content), {dropped: 0});
+  if (state.model.api === "text") return Object.assign(path.map(node => ({role: node.role, content: Calculator.withNames(node)})).filter(({content}) => content), {dropped: 0});
   const {messages, dropped} = Tree.newestMessages(Tree.messagesOf(path, system, Boolean(state.model.can.reasoning_history)), state.model.context);
   return Object.assign(messages, {dropped});
 }
@@ -404,7 +404,7 @@ async function goOn(node) {
   if (await isFull()) return say(TEXT.noRoom(state.model.context));
   if (!canAsk() || node !== lastNode()) return;
   const before = {note: node.note, error: node.error, timings: node.timings, parameters: node.parameters, calculator: node.calculator};
-  Object.assign(node, {stream: {id: Tree.newId(), next: 0, begin: charactersIn(node.content)}, calculator: beforeGoingOn(node), note: null, error: null, timings: null, earlier: node.timings, continued: true, parameters: state.chat.parameters});
+  Object.assign(node, {stream: {id: Tree.newId(), next: 0, begin: Calculator.charactersIn(node.content)}, calculator: Calculator.beforeGoingOn(node), note: null, error: null, timings: null, earlier: node.timings, continued: true, parameters: state.chat.parameters});
   const messages = messagesToSend(Tree.pathTo(state.nodes, node.id), state.chat.system);
   if (!node.content && !node.calculator.length) messages.push({role: "assistant", content: "", ...(node.reasoning ? {reasoning_content: node.reasoning} : {})});      // cut off while thinking
   runAnswer(node, state.chat, run => connect(run, messages, () => {}, true), error => {
@@ -431,7 +431,7 @@ function editQuestion(node, text) {
 
 // The edited answer becomes a sibling of the old one.
 function editAnswer(node, text) {
-  const {reasoning, model, parameters} = node, calculator = afterEdit(node.content, text, node.calculator);
+  const {reasoning, model, parameters} = node, calculator = Calculator.afterEdit(node.content, text, node.calculator);
   addNode(node.parent, "assistant", text, {reasoning, model, parameters, edited: true, ...(calculator.length ? {calculator} : {})});
   state.editing = null;
   refresh();
@@ -554,7 +554,7 @@ function noteFacts({node, dropped}, {gpu, model, seed, timings, usage, reason, c
 
 function grow(run, {text, reasoning, moved = false, calculator = []}) {
   const {node} = run, now = performance.now();
-  if (calculator.length) node.calculator = [...node.calculator ?? [], ...calculationsOf(calculator, node.stream.begin)];
+  if (calculator.length) node.calculator = [...node.calculator ?? [], ...Calculator.callsOf(calculator, node.stream.begin)];
   if (moved) {
     Object.assign(node, {reasoning: node.content, content: ""});
     paint(node);                                         // once with no text: a view only ever grows

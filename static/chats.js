@@ -283,7 +283,7 @@ function download(text, name, type) {
 function markdownOf({title, system}, path) {
   const parts = [`# ${title || TEXT.chat}`, ...(system.trim() ? [`> ${system.trim().replace(/\n/g, "\n> ")}`] : [])];
   for (const {role, content, model, pictures = [], calculator} of path) {
-    parts.push(`## ${role === "user" ? TEXT.you : model || TEXT.assistant}`, ...pictures.map(({name, picture}) => `![${name.replace(/[[\]]/g, "")}](${picture})`), withCode({content, calculator}));
+    parts.push(`## ${role === "user" ? TEXT.you : model || TEXT.assistant}`, ...pictures.map(({name, picture}) => `![${name.replace(/[[\]]/g, "")}](${picture})`), Calculator.withCode({content, calculator}));
   }
   return parts.join("\n\n") + "\n";
 }

@@ -138,7 +138,7 @@ function drawCompared(column, first) {
   if (column.drawn === key) return;
   column.drawn = key;
   for (const [box, content, calculator] of [[column.thoughts, column.reasoning], [column.answer, column.text, column.calculator]]) {
-    if (compared.writes) { box.replaceChildren(...plainWithCards({content, calculator})); box.style.whiteSpace = "pre-wrap"; continue; }
+    if (compared.writes) { box.replaceChildren(...Calculator.plainWithCards({content, calculator})); box.style.whiteSpace = "pre-wrap"; continue; }
     if (!box.markdown || marks) box.markdown = new MarkdownView(box);
     box.markdown.update(content, ended, calculator);
   }
@@ -269,7 +269,7 @@ function hearCompared(columns, {index, differs, token = "", reasoning = "", calc
   if (!column) return;
   column.text += token;
   column.reasoning += reasoning;
-  column.calculator.push(...calculationsOf([calculator].flat()));
+  column.calculator.push(...Calculator.callsOf([calculator].flat()));
   if (reason) column.end = {...end, reason};
 }
 

@@ -22,7 +22,7 @@ async function replay(node, {more = {}, signal, onToken = () => {}}) {
       resumable: false, progress: false, ...more}});
   for await (const {event} of serverEvents(response.body, FOREVER_MS)) {
     const {text, reasoning, ids, logprobs, calculator} = readEvent(event);
-    made.calculator.push(...calculationsOf(calculator));
+    made.calculator.push(...Calculator.callsOf(calculator));
     made.text += text;
     made.reasoning += reasoning;
     made.ids.push(...ids);
@@ -288,7 +288,7 @@ function countsNodes(messages, tokens) {
   const text = tokens.map(token => token.text).join("");
   let at = 0, token = 0, offset = 0;
   const counts = messages.map(({role, content, calculator}) => {
-    const said = withNames({content, calculator}).trim(), start = text.indexOf(said, at);
+    const said = Calculator.withNames({content, calculator}).trim(), start = text.indexOf(said, at);
     if (start < 0) return {role, content, count: 0};
     at = start + said.length;
     for (; token < tokens.length && offset + tokens[token].text.length <= start; token++) offset += tokens[token].text.length;

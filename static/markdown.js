@@ -90,7 +90,7 @@ const noteToken = {name: "note", level: "inline",
 
 const noteKey = label => `^${label.toLowerCase()}`;
 
-const markdown = new marked.Marked({gfm: true, breaks: true, extensions: [mathToken, noteToken, cardToken]});
+const markdown = new marked.Marked({gfm: true, breaks: true, extensions: [mathToken, noteToken, Calculator.token]});
 
 function inlineTokens(text, links) {
   markdownWork.characters += text.length;
@@ -113,14 +113,14 @@ const DRAWN = {
   strong: token => [element("strong", {}, ...inlineNodes(token.tokens))],
   em: token => [element("em", {}, ...inlineNodes(token.tokens))],
   del: token => [element("del", {}, ...inlineNodes(token.tokens))],
-  codespan: token => [element("code", {textContent: plainCards(token.text)})],
+  codespan: token => [element("code", {textContent: Calculator.plainCards(token.text)})],
   br: () => [element("br")],
   link: token => [linkNode(token.href, inlineNodes(token.tokens))],
   // nothing is fetched without a click
   image: token => [linkNode(token.href, [token.text || token.href])],
-  math: token => [mathNode(plainCards(token.tex), token.display)],
+  math: token => [mathNode(Calculator.plainCards(token.tex), token.display)],
   note: token => [noteMark(token.label)],
-  calculation: token => [calculationCard(token)],
+  calculation: token => [Calculator.card(token)],
 };
 
 // A footnote's mark, which leads to the footnote of the same answer.
@@ -386,7 +386,7 @@ class Code extends Leaf {
     this.text += this.line + "\n";
     Object.assign(this, {line: null, blanks: 0});
   }
-  draw(final = false) { this.code.update(plainCards(this.text + (this.line ?? "")), final); }
+  draw(final = false) { this.code.update(Calculator.plainCards(this.text + (this.line ?? "")), final); }
   end() {
     if (this.line !== null) this.set(this.line, true);
     this.draw(true);
@@ -613,7 +613,7 @@ class MarkdownView {
   // Draws text that extends what was drawn before. `finished`: nothing follows, so open blocks end here. calls: the calculator's,
   // of a text that has some.
   update(content, finished = false, calls = []) {
-    const text = withCards(content, calls);
+    const text = Calculator.withCards(content, calls);
     if (text.length < this.length || this.finished || calls.length && !text.startsWith(this.source ?? "")) this.restart();
     this.source = calls.length ? text : "";
     this.length = text.length;

@@ -86,7 +86,7 @@ function saidIn({content, pictures = []}) {
 
 // Another message of the same role.
 function addTo(last, said, calls) {
-  const begin = isText(last.content) ? charactersIn(last.content) + 2 : 0, all = [...last.calculator ?? [], ...movedCalls(calls, begin)];
+  const begin = isText(last.content) ? Calculator.charactersIn(last.content) + 2 : 0, all = [...last.calculator ?? [], ...Calculator.moved(calls, begin)];
   last.content = joined(last.content, said);
   if (all.length) last.calculator = all;
 }
@@ -379,7 +379,7 @@ function checkedChat(chat) {
 }
 
 function checkedNode(node) {
-  const {attachments, timings, parameters, calculator, ...fields} = pick(node, NODE_FIELDS), calculations = checkedCalculations(calculator, node.content);
+  const {attachments, timings, parameters, calculator, ...fields} = pick(node, NODE_FIELDS), calculations = Calculator.checked(calculator, node.content);
   if (calculations.length && fields.role === "assistant") fields.calculator = calculations;
   const good = ({name, at, length} = {}) => isText(name) && Number.isInteger(at) && Number.isInteger(length) &&
     at >= 0 && length > 0 && at + length <= node.content.length;

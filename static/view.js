@@ -235,10 +235,10 @@ function updateAnswer(view) {
 }
 
 function drawAnswer(view, growing) {
-  const {node: {content, calculator = []}} = view, drawn = calculator.length ? withCards(content, calculator) : content;
+  const {node: {content, calculator = []}} = view, drawn = calculator.length ? Calculator.withCards(content, calculator) : content;
   const plain = state.model.api === "text";             // a text that grows
   if (view.editor || view.drawn === drawn && view.finished === !growing && view.plain === plain) return;
-  if (plain) view.body.replaceChildren(...plainWithCards(view.node));
+  if (plain) view.body.replaceChildren(...Calculator.plainWithCards(view.node));
   else if (view.plain) { view.body.replaceChildren(); view.markdown = new MarkdownView(view.body); }
   Object.assign(view, {drawn, finished: !growing, plain});
   view.body.classList.toggle("markdown", !plain);

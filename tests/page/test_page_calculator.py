@@ -67,7 +67,7 @@ def test_what_is_copied_and_exported_is_sensible(page, held_front):
     assert re.sub("<[^>]*>", "", html).strip() == "😀 Tom has 12+30 = 42 apples, and 5*5 is 25."
     page.evaluate("getSelection().selectAllChildren(document.querySelector('.assistant .body'))")
     assert page.evaluate("String(getSelection())").strip() == "😀 Tom has 12+30 = 42 apples, and 5*5 is 25."
-    assert page.evaluate("withCode(state.path[1])") == "😀 Tom has 12+30 =  `12+30 = 42` 42 apples, and **5*5** is  `5*5 = 25` 25."
+    assert page.evaluate("Calculator.withCode(state.path[1])") == "😀 Tom has 12+30 =  `12+30 = 42` 42 apples, and **5*5** is  `5*5 = 25` 25."
     exported = page.evaluate("Tree.exportOf([state.chat], () => [...state.nodes.values()])")
     [brought] = page.evaluate("text => Tree.importOf(text)", json.dumps(exported))
     assert brought["nodes"][1]["calculator"] == CALLS
@@ -89,7 +89,7 @@ def test_an_edited_answer_keeps_the_calls_that_are_beside_no_change(page, held_f
     ask(page, "And?")
     expect_answered(page, 2)
     assert sent(held_front) == [("😀 Ann has 12+30 = 42 pears, and **5*5** is 25.", [CALLS[1] | {"start": 43}])]
-    assert page.evaluate("[afterEdit('abc', 'abXc', [{start: 2}, {start: 3}]), afterEdit('a😀c', 'c', [{start: 2}])]") == [[{"start": 2}, {"start": 4}], [{"start": 0}]]
+    assert page.evaluate("[Calculator.afterEdit('abc', 'abXc', [{start: 2}, {start: 3}]), Calculator.afterEdit('a😀c', 'c', [{start: 2}])]") == [[{"start": 2}, {"start": 4}], [{"start": 0}]]
 
 
 def test_an_answer_that_was_cut_goes_on_with_the_whole_call(page, held_front):
