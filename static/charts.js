@@ -86,7 +86,7 @@ const labelOf = ({by}, value) => by === "tokens" ? new Intl.NumberFormat(undefin
 function ticksIn(part, width) {
   const {low, high} = part, most = Math.max(1, Math.floor(width / LABEL_PX)), every = WHOLE.find(each => Math.floor(high / each) - Math.ceil(low / each) < most) ?? WHOLE.at(-1);
   const first = Math.ceil(low / every) * every, values = first > high ? [low] : Array.from({length: Math.floor((high - first) / every) + 1}, (_, i) => first + i * every);
-  return values.map(value => ({at: placeIn(part, value), text: labelOf(part, value)}));
+  return values.map(value => ({at: Curves.placeIn(part, value), text: labelOf(part, value)}));
 }
 
 // A band for each stage, with its name.

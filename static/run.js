@@ -18,13 +18,13 @@ const LESS_IS_BETTER = [BITS, "val_bpb", "min_val_bpb", "own_val_bpb", "train_lo
 const MOST_SPOKEN = 40;           // points of a curve that its label has; the table has all
 
 const write = value => Math.abs(value) < 1000 ? value.toFixed(3) : new Intl.NumberFormat(undefined, {notation: "compact", maximumSignificantDigits: 4}).format(value);
-const isScored = step => metricOf(step, BITS) !== undefined;
-const hasValue = step => metricOf(step, shownRun.metric) !== undefined;
+const isScored = step => Curves.metricOf(step, BITS) !== undefined;
+const hasValue = step => Curves.metricOf(step, shownRun.metric) !== undefined;
 const isGone = step => step.state === "removed";
 const answersNow = step => step.state !== "failed" && !isGone(step);
 const unique = values => [...new Set(values)];
 const nameOf = metric => TEXT.metrics[metric] ?? metric;
-const written = (step, metric) => `${write(metricOf(step, metric))}${step.stale.includes(metric) ? ` ${TEXT.ofEarlierStep}` : ""}`;
+const written = (step, metric) => `${write(Curves.metricOf(step, metric))}${step.stale.includes(metric) ? ` ${TEXT.ofEarlierStep}` : ""}`;
 
 // the steps ------------------------------------------------------------------------------------------------------------
 
@@ -44,7 +44,7 @@ function stepsOf(name) {
   const entries = new Map(listed.map(each => [each.id, each])), found = new Map((page.steps ?? []).map(step => [step.model, step]));
   const ids = (own.length ? own : listed.filter(each => lineageOf(each) === name)).map(({id}) => id);
   const view = unique([...found.keys(), ...ids]).map(id => stepOf(id, entries.get(id), found.get(id)))
-    .sort((a, b) => placeOfStage(a.stage) - placeOfStage(b.stage) || (a.run < b.run ? -1 : a.run > b.run ? 1 : a.step - b.step));
+    .sort((a, b) => Curves.placeOfStage(a.stage) - Curves.placeOfStage(b.stage) || (a.run < b.run ? -1 : a.run > b.run ? 1 : a.step - b.step));
   const key = JSON.stringify(view);
   Object.assign(page, {models, merged: page.steps}, page.key === key ? {} : {key, view});
   page.view.forEach((step, i) => { step.previous = page.view[i - 1]; });
@@ -76,7 +76,7 @@ function changeOf(step) {
   let last = step.previous;
   while (last?.run === step.run && !hasValue(last)) last = last.previous;
   if (last?.run !== step.run || !hasValue(step)) return "";
-  const by = metricOf(step, shownRun.metric) - metricOf(last, shownRun.metric);
+  const by = Curves.metricOf(step, shownRun.metric) - Curves.metricOf(last, shownRun.metric);
   return `${by < 0 ? "−" : "+"}${write(Math.abs(by))}`;
 }
 
@@ -85,7 +85,7 @@ function changeOf(step) {
 // Without a name: the lineage of the chat's model, else the first one, once the server has listed its models.
 async function openRun(given, other = "") {
   await Parts.need("curves");
-  if (typeof layOut !== "function") { say(TEXT.notLoaded); return; }
+  if (typeof Curves === "undefined") { say(TEXT.notLoaded); return; }
   const name = given || runsOf()[0] || "", beside = other === name ? "" : other, isOpen = Boolean(shownRun), unnamed = /^#run\/?$/.test(location.hash);
   const hash = addressOf(name, beside);
   if (location.hash !== hash) history[unnamed ? "replaceState" : "pushState"](null, "", location.pathname + location.search + hash);
@@ -201,7 +201,7 @@ function fillChoices(metrics) {
   fillSelect($("run-other"), [["", TEXT.none], ...beside.map(each => [each, each])], other);
   $("run-other").parentElement.hidden = !beside.length;
   fillSelect($("run-axis"), [["step", TEXT.bySteps], ["tokens", TEXT.byTokens]], axis);
-  $("run-axis").parentElement.hidden = !allSteps().length || !knowsTokens(bothRuns());
+  $("run-axis").parentElement.hidden = !allSteps().length || !Curves.knowsTokens(bothRuns());
 }
 
 // Map: lineage -> its runs, of what is served and what the server has listed.
@@ -261,14 +261,14 @@ function drawCurves() {
   setText($("run-caption"), several ? TEXT.curve(captionOf(metric)) : all.length ? TEXT.noCurve(scored.length) : "");
   $("run-curve").hidden = !several;
   showLegend(all);
-  const others = OWN_CHARTS.filter(each => each !== metric && all.filter(step => metricOf(step, each) !== undefined).length > 1);
+  const others = OWN_CHARTS.filter(each => each !== metric && all.filter(step => Curves.metricOf(step, each) !== undefined).length > 1);
   const wanted = [...(several ? [metric] : []), ...others];
   for (const each of [...charts.keys()]) {
     const isMain = charts.get(each).box === $("run-curve");
     if (!wanted.includes(each) || isMain !== (each === metric)) removeChart(each);
   }
   if (typeof uPlot !== "function" || typeof makeStepChart !== "function" || !all.length) return;
-  const layout = layOut(shown, axis);
+  const layout = Curves.layOut(shown, axis);
   for (const each of wanted) drawMetric(each, each === metric ? $("run-curve") : figureOf(each), layout);
   $("run-charts").append(...others.map(each => $(`run-chart-${each}`).parentElement).filter((figure, i) => $("run-charts").children[i] !== figure));
 }
@@ -291,7 +291,7 @@ function figureOf(metric) {
 }
 
 function drawMetric(metric, box, layout) {
-  const {charts} = shownRun, curves = curvesOf(bothRuns(), metric, layout), kind = JSON.stringify([curves.looks, layout.isPlain]);
+  const {charts} = shownRun, curves = Curves.of(bothRuns(), metric, layout), kind = JSON.stringify([curves.looks, layout.isPlain]);
   if (charts.has(metric) && charts.get(metric).kind !== kind) charts.get(metric).plot.destroy();
   box.shown = {...curves, layout};
   if (charts.get(metric)?.kind !== kind) charts.set(metric, madeChart(metric, box, curves, kind));
@@ -348,7 +348,7 @@ function placeMark(metric) {
 // Which curve is whose, and what the marks mean; only what is needed.
 function showLegend(all) {
   const {name, other} = shownRun, shown = [shownRun.metric, ...OWN_CHARTS];
-  const isStale = all.some(step => step.stale.some(metric => shown.includes(metric) && metricOf(step, metric) !== undefined));
+  const isStale = all.some(step => step.stale.some(metric => shown.includes(metric) && Curves.metricOf(step, metric) !== undefined));
   const entries = [...(other ? [["first", name], ["second", other]] : []), ...(isStale ? [["stale", TEXT.staleMark]] : []),
     ...(all.some(({warning}) => warning) ? [["warned", TEXT.warningMark]] : [])];
   const legend = $("run-legend"), key = JSON.stringify(entries);
@@ -372,7 +372,7 @@ function showStep() {
   slider.max = Math.max(0, steps.length - 1);
   slider.value = at;
   slider.setAttribute("aria-valuetext", step?.id ?? "");
-  const values = !step ? [] : unique([metric, ...shownRun.charts.keys()]).filter(each => metricOf(step, each) !== undefined)
+  const values = !step ? [] : unique([metric, ...shownRun.charts.keys()]).filter(each => Curves.metricOf(step, each) !== undefined)
     .map(each => [TEXT.valueIs(nameOf(each), written(step, each)), each === metric && changeOf(step) ? TEXT.changeIs(changeOf(step)) : ""]).flat();
   setText($("run-chosen"), !step ? "" : [step.id, ...values, isGone(step) ? TEXT.filesRemoved : "", step.reason, step.warning].filter(Boolean).join(" · "));
   $("run-chat").hidden = Boolean(step) && isGone(step);
@@ -444,7 +444,7 @@ function groupRow(steps, columns) {
 }
 
 function rowOf(step, {others, isGrouped, compares}) {
-  const {id, state: loaded, loading, scoring, reason, warning} = step, {metric, rows} = shownRun, shown = each => metricOf(step, each) === undefined ? "" : written(step, each);
+  const {id, state: loaded, loading, scoring, reason, warning} = step, {metric, rows} = shownRun, shown = each => Curves.metricOf(step, each) === undefined ? "" : written(step, each);
   const about = [TEXT.modelStates[loaded] ?? TEXT.stepStates[loaded] ?? loaded, loading ? `${Math.floor(100 * loading)}\u00a0%` : "", scoring ? TEXT.scoring : "", reason, warning].filter(Boolean).join(" ");
   const texts = [isGrouped ? id : number(step.step), shown(metric), changeOf(step), ...others.map(shown), about];
   const acts = [...(isGone(step) ? [] : [["new", TEXT.chatWith(id), () => chatWith(stepNamed(id)), !answersNow(step)],
