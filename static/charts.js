@@ -1,7 +1,7 @@
 // Charts of the server's status and of a training run, drawn by uPlot in the page's colours.
 "use strict";
 
-{
+const Charts = (() => {
 
 const {TEXT, $, number} = Parts;
 
@@ -144,5 +144,5 @@ function resolved(variable) {
   return getComputedStyle($("status")).outlineColor;
 }
 
-Parts.share({makeChart, drawChart, makeStepChart, drawStepChart});
-}
+return Object.freeze({make: makeChart, draw: drawChart, makeOfSteps: makeStepChart, drawOfSteps: drawStepChart});
+})();

@@ -163,7 +163,7 @@ function renderRun() {
   if (!shownRun) return;
   if (!shownRun.name && runsOf().length) { openRun(); return; }
   const {name, other, metric, axis, found, listed} = shownRun, steps = stepsOf(name), all = allSteps();
-  const inputs = [name, other, metric, axis, found, listed, steps, otherSteps(), runsOf().join("\n"), typeof makeStepChart, typeof uPlot, state.phase];
+  const inputs = [name, other, metric, axis, found, listed, steps, otherSteps(), runsOf().join("\n"), typeof Charts, typeof uPlot, state.phase];
   if (inputs.length === shownRun.drawn.length && inputs.every((input, i) => input === shownRun.drawn[i])) return;
   if (shownRun.follows || !stepNamed(shownRun.at)) shownRun.at = steps.at(-1)?.id ?? null;
   const metrics = metricsOf(all);
@@ -267,7 +267,7 @@ function drawCurves() {
     const isMain = charts.get(each).box === $("run-curve");
     if (!wanted.includes(each) || isMain !== (each === metric)) removeChart(each);
   }
-  if (typeof uPlot !== "function" || typeof makeStepChart !== "function" || !all.length) return;
+  if (typeof uPlot !== "function" || typeof Charts === "undefined" || !all.length) return;
   const layout = Curves.layOut(shown, axis);
   for (const each of wanted) drawMetric(each, each === metric ? $("run-curve") : figureOf(each), layout);
   $("run-charts").append(...others.map(each => $(`run-chart-${each}`).parentElement).filter((figure, i) => $("run-charts").children[i] !== figure));
@@ -295,13 +295,13 @@ function drawMetric(metric, box, layout) {
   if (charts.has(metric) && charts.get(metric).kind !== kind) charts.get(metric).plot.destroy();
   box.shown = {...curves, layout};
   if (charts.get(metric)?.kind !== kind) charts.set(metric, madeChart(metric, box, curves, kind));
-  drawStepChart(charts.get(metric).plot, box, curves, layout);
+  Charts.drawOfSteps(charts.get(metric).plot, box, curves, layout);
   box.setAttribute("aria-label", spoken(curves, layout, metric));
 }
 
 function madeChart(metric, box, {looks}, kind) {
   const mark = element("i", {className: "mark", hidden: true}), tip = element("span", {className: "tip", hidden: true});
-  const plot = makeStepChart(box, {write, looks, onDraw: () => placeMark(metric)});
+  const plot = Charts.makeOfSteps(box, {write, looks, onDraw: () => placeMark(metric)});
   plot.over.append(mark, tip);
   plot.over.onmousemove = event => choose(nearest(plot, box, event)?.id);
   plot.over.onclick = event => chatWith(nearest(plot, box, event));

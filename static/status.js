@@ -110,7 +110,7 @@ function showStatus(stats, {samples, looks}) {
   fillTable("status-workers", [...(several ? ["model"] : []), "worker", "device", "state", "running", "restarts"], workers.map(each => [...(several ? [each.model] : []),
     each.gpu_id, each.node ? `${each.node} ${each.device}` : each.device, TEXT.workerState(each), number(each.running ?? 0), number(each.restarts ?? 0)]));
   $("status-runs").replaceChildren(...runsOf().map(run => button(`${TEXT.trainingRun} ${run}`, "chart", () => openRun(run))));
-  if (typeof uPlot === "function" && typeof makeChart === "function") drawCharts(samples);
+  if (typeof uPlot === "function" && typeof Charts !== "undefined") drawCharts(samples);
 }
 
 function fillTable(id, names, rows) {
@@ -123,12 +123,12 @@ function drawCharts(samples) {
   glanced.charts ??= CHARTS.map(([name, write, values]) => {
     const box = element("div", {className: "chart", role: "img"});
     $("status-charts").append(element("figure", {}, element("figcaption", {textContent: TEXT.status[name]}), box));
-    return {name, write, values, box, plot: makeChart(box, {write, lines: values(samples[0]).length})};
+    return {name, write, values, box, plot: Charts.make(box, {write, lines: values(samples[0]).length})};
   });
   for (const {values, plot, box, name, write} of glanced.charts) {
     const lines = samples.map(values), now = lines.at(-1).map(value => value === null ? "–" : write(value)).join(" / ");
     box.setAttribute("aria-label", `${TEXT.status[name]}: ${now}`);
-    drawChart(plot, box, [samples.map(({at}) => at), ...lines[0].map((_, line) => lines.map(each => each[line]))]);
+    Charts.draw(plot, box, [samples.map(({at}) => at), ...lines[0].map((_, line) => lines.map(each => each[line]))]);
   }
 }
 

@@ -94,7 +94,7 @@ def test_the_curve_is_drawn_however_late_its_library_comes(page, stand_in):
     stand_in.several = steps("unloaded", "ready", "ready")
     open_page(page, stand_in.url)
     menu(page, "Training run")
-    page.wait_for_function("() => typeof makeStepChart === 'function'")
+    page.wait_for_function("() => typeof Charts !== 'undefined'")
     page.evaluate("render()")           # as when the answer about the run's steps comes
     for route in held:
         route.continue_()
