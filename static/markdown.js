@@ -490,7 +490,7 @@ function codeBox(language, code) {
 // Whether code is a page or a drawing; some models call a drawing XML.
 const isDrawable = (language, text) => /^(x?html?|svg)$/i.test(language) || /^xml$/i.test(language) && /^\s*(<\?xml[^>]*>\s*)?<svg[\s>]/.test(text);
 
-Parts.shareLate("preview", "togglePreview");
+const togglePreview = Parts.late("preview", () => Preview, "toggle");
 
 // File extensions that differ from the language's name.
 const EXTENSIONS = {python: "py", javascript: "js", typescript: "ts", bash: "sh", shell: "sh", ruby: "rb", rust: "rs", markdown: "md", perl: "pl",

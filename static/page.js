@@ -49,7 +49,7 @@ function emptyPage() {
   page.append(element("p", {textContent: serverText() || TEXT.running(model.devices.map(TEXT.device), model.context)}));
   if (model.base) page.append(baseNotice(model.api !== "text"));
   else if (model.api === "text") page.append(noticeOf(TEXT.completes));
-  if (model.api === "none" && model.can.embedding && model.ours) Parts.need("vectors").then(() => { if (typeof showVectors === "function") showVectors(page, model); });
+  if (model.api === "none" && model.can.embedding && model.ours) Parts.need("vectors").then(() => { if (typeof Vectors !== "undefined") Vectors.show(page, model); });
   if (model.better !== undefined) page.append(betterModel(model.better));
   if (phase === "loading" && !loading.waits) {
     const bar = element("progress", loading.fraction ? {max: 1, value: loading.fraction} : {});

@@ -1,7 +1,7 @@
 // Shows a block of HTML or SVG code as it looks, in a frame (preview.html) without the page's origin, scripts and network.
 "use strict";
 
-{
+const Preview = (() => {
 
 const {TEXT, element} = Parts;
 
@@ -29,5 +29,5 @@ Parts.register({
   },
 });
 
-Parts.share({togglePreview});
-}
+return Object.freeze({toggle: togglePreview});
+})();

@@ -1,7 +1,7 @@
 // The panel of a model that makes vectors of texts: texts in, a table of their similarities out. It loads when such a model is behind the URL.
 "use strict";
 
-{
+const Vectors = (() => {
 
 const {TEXT, element, number, newest} = Parts;
 
@@ -75,5 +75,5 @@ Parts.register({
     vectorExamples: ["A cat sleeps on the sofa.", "The kitten naps on a couch.", "Interest rates rose again in March."],
   },
 });
-Parts.share({showVectors});
-}
+return Object.freeze({show: showVectors});
+})();
