@@ -69,11 +69,11 @@ async function findFlips(name) {
 }
 
 function renderFlips() {
-  if ($("flips") && shownRun) fillFlips($("flips"));
+  if ($("flips") && Run.shown) fillFlips($("flips"));
 }
 
 function fillFlips(list) {
-  const {found, error, after: model} = shownFlips, isGone = shownRun.found.find(step => step.model === model)?.state === "removed";
+  const {found, error, after: model} = shownFlips, isGone = Run.shown.found.find(step => step.model === model)?.state === "removed";
   if (error || !found) return list.replaceChildren(...(error ? [element("p", {textContent: error})] : []));
   const items = found.items.map(item => {
     const last = item.texts.map(text => item.chat ? text : text.slice(text.lastIndexOf("\n\n") + 1).trim());
@@ -93,6 +93,6 @@ Parts.register({
     nowRight: "Now right", nowWrong: "Now wrong", rightOption: "(right)", rightIs: text => `Right: ${text.trim()}`,
     flipCounts: ({gained, lost, items}) => `${number(gained)} now right, ${number(lost)} now wrong${gained + lost > items.length ? `; the first ${number(items.length)}:` : "."}`,
   },
-  run: {nodes: (steps, found) => steps.length ? [...samplesOf(found ?? []), ...flipsOf(shownRun.name, found ?? [])] : []},
+  run: {nodes: (steps, found) => steps.length ? [...samplesOf(found ?? []), ...flipsOf(Run.shown.name, found ?? [])] : []},
 });
 }

@@ -1,11 +1,11 @@
 // Models to download, at /#get: those with short names, what the hub finds, the files of each, what is in the cache, downloads under way.
 "use strict";
 
-let getting = null;               // {info: the last answer of models/hub, words: what was searched, foundFor: what `info` answers, asking: how many questions run, looked: name -> its files, downloads: name -> state, following, dismissed} while the view is open
-
-{
+const Get = (() => {
 
 const {TEXT, $, element, setText, number, wait, inOrder} = Parts;
+
+let getting = null;               // {info: the last answer of models/hub, words: what was searched, foundFor: what `info` answers, asking: how many questions run, looked: name -> its files, downloads: name -> state, following, dismissed} while the view is open
 
 const MOST_SHOWN = 200;
 const RETRY_MS = 3000;            // after the connection that follows downloads broke
@@ -274,5 +274,5 @@ Parts.register({
   render: renderGet,
 });
 
-Parts.share({openGet});
-}
+return Object.freeze({open: openGet});
+})();

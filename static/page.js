@@ -74,7 +74,7 @@ function baseNotice(inTurns) {
 function betterModel(name) {
   const label = name ? TEXT.getBetter(name.split("/").at(-1).replace(/(-GGUF)?:.*/i, "")) : TEXT.getAnother;
   return element("div", {className: "notice better"}, element("span", {textContent: TEXT.demonstration}),
-    element("button", {type: "button", className: "icon plain i-export", textContent: label, onclick: () => openGet()}));
+    element("button", {type: "button", className: "icon plain i-export", textContent: label, onclick: () => Views.openGet()}));
 }
 
 function renderToasts() {

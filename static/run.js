@@ -2,12 +2,12 @@
 // loaded and scored now, a chat with a step, two steps side by side. Where the steps lie in the charts is in curves.js.
 "use strict";
 
-// While the view is open {name, other: of a second run, at: the chosen step, follows: it is the latest one until the reader chooses, metric, axis, pages: what /v1/runs has of each name, charts, rows, timer}
-let shownRun = null;
-
-{
+const Run = (() => {
 
 const {TEXT, $, element, setText, number, plural, inOrder} = Parts;
+
+// While the view is open {name, other: of a second run, at: the chosen step, follows: it is the latest one until the reader chooses, metric, axis, pages: what /v1/runs has of each name, charts, rows, timer}
+let shownRun = null;
 
 const LOOK_MS = 2000;             // between two looks at the server
 const REST = 5;                   // so many times the duration of a look, if that is more
@@ -42,7 +42,7 @@ function stepsOf(name) {
   if (page.models === models && page.merged === page.steps && page.view) return page.view;
   const listed = models.filter(each => !each.now && each.run), own = listed.filter(({run}) => run === name);
   const entries = new Map(listed.map(each => [each.id, each])), found = new Map((page.steps ?? []).map(step => [step.model, step]));
-  const ids = (own.length ? own : listed.filter(each => lineageOf(each) === name)).map(({id}) => id);
+  const ids = (own.length ? own : listed.filter(each => Views.lineageOf(each) === name)).map(({id}) => id);
   const view = unique([...found.keys(), ...ids]).map(id => stepOf(id, entries.get(id), found.get(id)))
     .sort((a, b) => Curves.placeOfStage(a.stage) - Curves.placeOfStage(b.stage) || (a.run < b.run ? -1 : a.run > b.run ? 1 : a.step - b.step));
   const key = JSON.stringify(view);
@@ -86,7 +86,7 @@ function changeOf(step) {
 async function openRun(given, other = "") {
   await Parts.need("curves");
   if (typeof Curves === "undefined") { say(TEXT.notLoaded); return; }
-  const name = given || runsOf()[0] || "", beside = other === name ? "" : other, isOpen = Boolean(shownRun), unnamed = /^#run\/?$/.test(location.hash);
+  const name = given || Views.runsOf()[0] || "", beside = other === name ? "" : other, isOpen = Boolean(shownRun), unnamed = /^#run\/?$/.test(location.hash);
   const hash = addressOf(name, beside);
   if (location.hash !== hash) history[unnamed ? "replaceState" : "pushState"](null, "", location.pathname + location.search + hash);
   const known = shownRun?.listed ?? [];
@@ -161,9 +161,9 @@ const lastQuestion = () => state.path.findLast(({role}) => role === "user")?.con
 function renderRun() {
   $("run").hidden = !shownRun;
   if (!shownRun) return;
-  if (!shownRun.name && runsOf().length) { openRun(); return; }
+  if (!shownRun.name && Views.runsOf().length) { openRun(); return; }
   const {name, other, metric, axis, found, listed} = shownRun, steps = stepsOf(name), all = allSteps();
-  const inputs = [name, other, metric, axis, found, listed, steps, otherSteps(), runsOf().join("\n"), typeof Charts, typeof uPlot, state.phase];
+  const inputs = [name, other, metric, axis, found, listed, steps, otherSteps(), Views.runsOf().join("\n"), typeof Charts, typeof uPlot, state.phase];
   if (inputs.length === shownRun.drawn.length && inputs.every((input, i) => input === shownRun.drawn[i])) return;
   if (shownRun.follows || !stepNamed(shownRun.at)) shownRun.at = steps.at(-1)?.id ?? null;
   const metrics = metricsOf(all);
@@ -208,7 +208,7 @@ function fillChoices(metrics) {
 function lineagesOf(listed) {
   const lineages = new Map(listed.map(({id, runs}) => [id, new Set(runs?.map(run => run.id))]));
   for (const model of state.models.filter(({run}) => run)) {
-    const lineage = lineageOf(model);
+    const lineage = Views.lineageOf(model);
     if (!lineages.has(lineage)) lineages.set(lineage, new Set());
     lineages.get(lineage).add(model.run);
   }
@@ -513,5 +513,5 @@ Parts.register({
   recoloured() { shownRun?.charts.forEach(({plot}) => plot.redraw()); },
 });
 
-Parts.share({openRun});
-}
+return Object.freeze({open: openRun, get shown() { return shownRun; }});
+})();

@@ -1,11 +1,11 @@
 // The server at a glance, at /#server: /stats and /metrics, drawn since the server started.
 "use strict";
 
-let glanced = null;                // {samples, looks: histograms of the first and the latest polls, charts, timer} while the view is open
-
-{
+const Status = (() => {
 
 const {TEXT, $, element, setText, number, plural, inOrder} = Parts;
+
+let glanced = null;                // {samples, looks: histograms of the first and the latest polls, charts, timer} while the view is open
 
 const STATUS_MS = 2000;           // between two polls of the server
 const WINDOW = 15;                // polls that a point's percentiles cover
@@ -109,7 +109,7 @@ function showStatus(stats, {samples, looks}) {
   const several = new Set(workers.map(({model}) => model)).size > 1;
   fillTable("status-workers", [...(several ? ["model"] : []), "worker", "device", "state", "running", "restarts"], workers.map(each => [...(several ? [each.model] : []),
     each.gpu_id, each.node ? `${each.node} ${each.device}` : each.device, TEXT.workerState(each), number(each.running ?? 0), number(each.restarts ?? 0)]));
-  $("status-runs").replaceChildren(...runsOf().map(run => button(`${TEXT.trainingRun} ${run}`, "chart", () => openRun(run))));
+  $("status-runs").replaceChildren(...Views.runsOf().map(run => button(`${TEXT.trainingRun} ${run}`, "chart", () => Views.openRun(run))));
   if (typeof uPlot === "function" && typeof Charts !== "undefined") drawCharts(samples);
 }
 
@@ -150,5 +150,5 @@ Parts.register({
   recoloured() { glanced?.charts?.forEach(({plot}) => plot.redraw()); },
 });
 
-Parts.share({openStatus, closeStatus, lookAtServer, addSample, showStatus});
-}
+return Object.freeze({open: openStatus, close: closeStatus, look: lookAtServer, addSample, show: showStatus, get shown() { return glanced; }});
+})();

@@ -1,7 +1,7 @@
 // The views that have an address of their own: the server's status, training runs. They are loaded when they are opened.
 "use strict";
 
-{
+const Views = (() => {
 
 const {TEXT} = Parts;
 
@@ -19,9 +19,9 @@ function decoded(text) {
   try { return decodeURIComponent(text); } catch (error) { return text; }
 }
 
-Parts.shareLate("status", "openStatus");
-Parts.shareLate("run", "openRun");
-Parts.shareLate("get", "openGet");
+const openStatus = Parts.late("status", () => Status, "open");
+const openRun = Parts.late("run", () => Run, "open");
+const openGet = Parts.late("get", () => Get, "open");
 
 Parts.register({
   strings: {
@@ -44,5 +44,5 @@ Parts.register({
   view: {hash: "#get", open: () => openGet()},
 });
 
-Parts.share({runsOf, lineageOf});
-}
+return Object.freeze({runsOf, lineageOf, openStatus, openRun, openGet});
+})();

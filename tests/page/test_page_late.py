@@ -101,18 +101,18 @@ def test_a_look_at_the_server_is_for_the_view_that_asked_and_in_its_order(page, 
     open_page(page, stand_in.url)
     hold(page, "/stats")
     stand_in.restarts = 1
-    page.evaluate("openStatus()")
+    page.evaluate("Views.openStatus()")
     page.wait_for_function("() => late.length === 1")
-    page.evaluate("closeStatus()")
+    page.evaluate("Status.close()")
     stand_in.restarts = 2
-    page.evaluate("openStatus()")
+    page.evaluate("Views.openStatus()")
     page.wait_for_function("() => late.length === 2")
     stand_in.restarts = 3
-    page.evaluate("void lookAtServer()")
+    page.evaluate("void Status.look()")
     deliver(page, 2, 0, 1)
-    assert page.evaluate("glanced.samples.length") == 1
+    assert page.evaluate("Status.shown.samples.length") == 1
     expect(page.locator("#status-workers")).to_contain_text("3")
-    page.evaluate("closeStatus()")
+    page.evaluate("Status.close()")
 
 
 def test_a_late_refusal_of_another_server_asks_for_no_key(page):

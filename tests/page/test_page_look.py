@@ -103,7 +103,7 @@ def test_the_server_is_drawn_at_a_glance(asked, server_url):
     expect(region.get_by_role("img")).to_have_count(6, timeout=SLOW_MS)
     expect(region.locator("canvas")).to_have_count(6)
     expect(region).to_contain_text("Workers ready1 / 1")
-    assert page.evaluate("glanced.samples.length > 0 && glanced.samples[0].at < performance.timeOrigin / 1000")       # since the server started
+    assert page.evaluate("Status.shown.samples.length > 0 && Status.shown.samples[0].at < performance.timeOrigin / 1000")       # since the server started
     expect(region.get_by_role("link", name="Usage by day, key and model")).to_have_attribute("href", f"{server_url}usage")
     expect(message_box(page)).to_be_hidden()
     expect_accessible(page)
@@ -211,16 +211,16 @@ def test_all_of_it_is_reached_and_used_with_the_keyboard_alone(asked):
 def test_the_labels_beside_a_chart_are_whole(opened_page, speed):
     rooms = opened_page.evaluate("""async speed => {
         const workers = [{gpu_id: 0, device: "cpu", state: "ready", tokens_per_second: speed, memory_used: 987e9, kv_pages_used: 4e6, kv_pages_total: 5e6}];
-        await openStatus();
-        for (const queued of [0, 98765]) addSample(glanced, {workers, queue_depth: queued}, new Map());
-        showStatus({workers}, glanced);
+        await Views.openStatus();
+        for (const queued of [0, 98765]) Status.addSample(Status.shown, {workers, queue_depth: queued}, new Map());
+        Status.show({workers}, Status.shown);
         await new Promise(requestAnimationFrame);
         const canvas = document.createElement("canvas").getContext("2d");
         canvas.font = `11px ${getComputedStyle(document.documentElement).fontFamily}`;
-        return glanced.charts.map(({plot: {axes: [, axis]}}) => axis._size - Math.max(...axis._values.map(text => canvas.measureText(text).width)));
+        return Status.shown.charts.map(({plot: {axes: [, axis]}}) => axis._size - Math.max(...axis._values.map(text => canvas.measureText(text).width)));
     }""", speed)
     assert len(rooms) > 4 and min(rooms) >= 5, rooms      # uPlot leaves 5 pixels between labels and chart
-    opened_page.evaluate("closeStatus()")
+    opened_page.evaluate("Status.close()")
 
 
 def test_all_of_the_page_but_the_font_of_formulas_takes_320_kb():
@@ -261,7 +261,7 @@ def test_the_first_view_takes_200_kb_and_the_rest_loads_when_it_is_needed(page, 
     menu(page, "Server status")
     expect(page.locator("#status-charts canvas").first).to_be_visible()
     came("status.js", "charts.js", "vendor/uplot.iife.min.js")
-    page.evaluate("void openRun('d4')")
+    page.evaluate("void Views.openRun('d4')")
     came("curves.js", "run.js")
 
 
@@ -286,7 +286,7 @@ def test_a_library_that_does_not_load_leaves_plain_code_and_a_status_without_cha
     expect_answered(page)
     expect(answers(page).locator("pre").first).to_contain_text("return b, a")
     expect(answers(page).locator("code.tex").first).to_be_visible()
-    page.evaluate("openStatus()")
+    page.evaluate("Views.openStatus()")
     expect(page.locator("#status-workers")).to_contain_text("cpu")
     expect(page.locator("#status-charts canvas")).to_have_count(0)
 
@@ -298,7 +298,7 @@ def test_the_charts_begin_when_the_server_did(page, stand_in):
     page.route("**/stats/history", lambda route: route.fulfill(json={"fields": FIELDS, "samples": [[1.7e9, 1, 2, 30, 4, 5e9, 60, 70, None, None]]}))
     open_page(page, stand_in.url, "#server")
     expect(page.locator("#status-charts canvas")).to_have_count(6)
-    assert page.evaluate("glanced.samples.slice(0, 1)") == [{"at": 1.7e9, "running": 1, "queued": 2, "speed": 30, "pages": 4, "memory": 5e9,
+    assert page.evaluate("Status.shown.samples.slice(0, 1)") == [{"at": 1.7e9, "running": 1, "queued": 2, "speed": 30, "pages": 4, "memory": 5e9,
                                                              "firstToken": [60, 70], "interToken": [None, None]}]
 
 
@@ -307,7 +307,7 @@ def test_a_lonely_value_of_a_chart_is_a_point(page, stand_in):
     page.route("**/stats/history", lambda route: route.fulfill(json={"fields": FIELDS, "samples": rows}))
     open_page(page, stand_in.url, "#server")
     expect(page.locator("#status-charts canvas")).to_have_count(6)
-    drawn = page.evaluate("(plot => plot.series[1].points.filter(plot, 1))(glanced.charts.find(({name}) => name === 'firstToken').plot)")
+    drawn = page.evaluate("(plot => plot.series[1].points.filter(plot, 1))(Status.shown.charts.find(({name}) => name === 'firstToken').plot)")
     assert drawn == [1]
 
 
@@ -316,16 +316,16 @@ def test_without_a_history_the_charts_begin_now(page, stand_in, answer):
     page.route("**/stats/history", lambda route: route.fulfill(**answer))
     open_page(page, stand_in.url, "#server")
     expect(page.locator("#status-charts canvas")).to_have_count(6)
-    assert page.evaluate("glanced.samples[0].at > performance.timeOrigin / 1000 - 5")
+    assert page.evaluate("Status.shown.samples[0].at > performance.timeOrigin / 1000 - 5")
 
 
 def test_the_status_says_what_a_worker_drafts_without_and_why_one_cannot_start(page, stand_in):
     stand_in.worker = {"state": "ready", "problem": "", "without": ["--draft-model: <b>small.gguf</b> is no longer there"]}
     open_page(page, stand_in.url)
-    page.evaluate("openStatus()")
+    page.evaluate("Views.openStatus()")
     expect(page.locator("#status-workers")).to_contain_text("ready; without --draft-model: <b>small.gguf</b> is no longer there")
     stand_in.worker = {"state": "dead", "problem": "exit status 3", "without": []}
-    page.evaluate("void lookAtServer()")
+    page.evaluate("void Status.look()")
     expect(page.locator("#status-workers")).to_contain_text("dead: exit status 3")
 
 

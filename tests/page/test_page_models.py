@@ -162,13 +162,13 @@ def test_sizes_a_failure_and_the_workers_of_each_model_are_shown(opened_page):
     assert listed == ["one · loaded · 270 MB + 2.7 GB KV", "two · 5 MB", "three · failed: no such file"]
     rows = page.evaluate("""async () => {
         const workers = ["one", "two"].map((model, gpu_id) => ({model, gpu_id, device: "cpu", state: "ready"}));
-        await openStatus();
-        addSample(glanced, {workers}, new Map());
-        showStatus({workers, models: [{id: "three", state: "failed", reason: "no such file"}]}, glanced);
+        await Views.openStatus();
+        Status.addSample(Status.shown, {workers}, new Map());
+        Status.show({workers, models: [{id: "three", state: "failed", reason: "no such file"}]}, Status.shown);
         return ["models", "workers"].map(name => [...document.querySelectorAll(`#status-${name} tr`)].map(row => row.textContent));
     }""")
     assert rows[0][1] == "threefailed: no such file" and [row[:5] for row in rows[1]] == ["Model", "one0c", "two1c"]
-    page.evaluate("closeStatus()")
+    page.evaluate("Status.close()")
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ def row(page, step):
 
 def point(page, step):
     """Where a step's point lies in the window."""
-    return page.evaluate("""step => { const {plot, box} = [...shownRun.charts.values()][0], {left, top} = plot.over.getBoundingClientRect();
+    return page.evaluate("""step => { const {plot, box} = [...Run.shown.charts.values()][0], {left, top} = plot.over.getBoundingClientRect();
         return [left + plot.valToPos(box.shown.points.find(point => point.step.step === step).x, "x"), top + plot.over.clientHeight / 2]; }""", step)
 
 
@@ -46,7 +46,7 @@ def test_a_run_has_an_address_a_curve_and_a_row_for_each_step(page, stand_in):
     curve = region.get_by_role("img", name="10: 2.990, 20: 2.980, 30: 2.970", exact=True)
     expect(curve).to_be_visible()
     painted = """canvas => canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.some(Boolean)"""
-    page.wait_for_function("() => shownRun.charts.size")
+    page.wait_for_function("() => Run.shown.charts.size")
     assert curve.locator("canvas").evaluate(painted)
     expect(region.get_by_role("row").nth(1)).to_contain_text(re.compile(r"30.*2\.970.*−0\.010.*loading"))      # the latest first
     expect(row(page, 20)).to_contain_text("loaded")
@@ -104,7 +104,7 @@ def test_the_curve_is_drawn_however_late_its_library_comes(page, stand_in):
 def test_a_click_on_a_point_begins_a_chat_with_that_step(page, stand_in):
     stand_in.several = steps("ready", "ready", "ready")
     opened(page, stand_in)
-    page.wait_for_function("() => shownRun.charts.size")
+    page.wait_for_function("() => Run.shown.charts.size")
     page.mouse.move(*point(page, 20))
     expect(page.locator("#run-chosen")).to_have_text("d4@20 · Bits per byte: 2.980 · −0.010 since the step before")
     x, y = page.locator("#run .mark").evaluate("mark => { const {x, y, width} = mark.getBoundingClientRect(); return [x + width / 2, y]; }")
