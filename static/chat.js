@@ -348,7 +348,7 @@ function forget(node) {
 // A new answer below `question`. `onRefusal(error, node)` returns true if it has undone it; `onAccepted`
 // runs when the server accepts.
 function answer(question, onRefusal, onAccepted = () => {}, more = {}) {
-  const {chat} = state, made = madeBy(chat, {parameters: {...chat.parameters}, ...more});
+  const {chat} = state, made = Look.madeBy(chat, {parameters: {...chat.parameters}, ...more});
   if (state.models.length > 1 && chat.model !== state.model.name) changeChat(chat, {model: state.model.name});
   const node = addNode(question.id, "assistant", "", {stream: {id: Tree.newId(), next: 0}, ...made});
   state.following = true;

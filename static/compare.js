@@ -1,12 +1,12 @@
 // Answers side by side: the same question to two to four models, steps of a training run, adapters or sets of parameters.
 "use strict";
 
-// While the dialog is open {node, columns: [{text, reasoning, end, differs, controls}], controller, writes}; `writes`: the columns continue a text.
-let compared = null;
-
-{
+const Compare = (() => {
 
 const {TEXT, $, element, setText, number, composing} = Parts;
+
+// While the dialog is open {node, columns: [{text, reasoning, end, differs, controls}], controller, writes}; `writes`: the columns continue a text.
+let compared = null;
 
 const MOST_COLUMNS = 4;
 const VARIED = ["temperature", "top_k", "seed"];      // what each column may vary, besides its model
@@ -24,7 +24,7 @@ function openCompare(node, models = stepsBeside(node)) {
 
 // Of a training run: the answer's step, or the one before the latest, against the latest. Else twice the answer's own model.
 function stepsBeside(node) {
-  const chosen = state.models.find(({id}) => id === node.model) ?? chatModel(), steps = stepsOfRun(chosen?.run), own = chosen?.now ?? chosen?.id;
+  const chosen = state.models.find(({id}) => id === node.model) ?? chatModel(), steps = Look.stepsOfRun(chosen?.run), own = chosen?.now ?? chosen?.id;
   return steps.length > 1 ? [own === steps.at(-1) ? steps.at(-2) : own, steps.at(-1)] : [undefined, undefined];
 }
 
@@ -53,9 +53,9 @@ function addColumn(model = compared.node.model, ownSeed = compared.node.seed + c
     return [name, field, element("label", {}, element("span", {textContent: TEXT.parameters[name]}), field)];
   });
   column.fields = Object.fromEntries(controls);
-  const bases = state.models.filter(each => baseOf(each) === each), chosen = state.models.find(({id}) => id === model) ?? chatModel();
+  const bases = state.models.filter(each => Look.baseOf(each) === each), chosen = state.models.find(({id}) => id === model) ?? chatModel();
   column.model = element("select", {}, ...bases.map(optionOf));
-  column.model.value = baseOf(chosen)?.id;
+  column.model.value = Look.baseOf(chosen)?.id;
   column.adapter = element("select");
   column.thoughts = element("div", {className: "markdown thoughts"});
   column.answer = element("div", {className: "markdown"});
@@ -84,7 +84,7 @@ const optionOf = ({id, state: loaded}) => element("option", {value: id, textCont
 function adaptersOf({model, adapter}) {
   const label = element("label", {}, element("span", {textContent: TEXT.adapter}), adapter);
   const show = (chosen = "") => {
-    const listed = state.models.filter(each => baseOf(each) !== each && baseOf(each).id === model.value);
+    const listed = state.models.filter(each => Look.baseOf(each) !== each && Look.baseOf(each).id === model.value);
     label.hidden = !listed.length;
     adapter.replaceChildren(element("option", {value: "", textContent: TEXT.none}), ...listed.map(optionOf));
     adapter.value = listed.some(({id}) => id === chosen) ? chosen : "";
@@ -95,7 +95,7 @@ function adaptersOf({model, adapter}) {
 // For a step of a training run, a slider over the run's steps: [label, function that shows it].
 function stepsOf(column) {
   const slider = element("input", {type: "range", min: 0, step: 1}), label = element("label", {}, element("span", {textContent: TEXT.step}), slider);
-  const ownSteps = () => stepsOfRun(state.models.find(({id}) => id === column.model.value)?.run);
+  const ownSteps = () => Look.stepsOfRun(state.models.find(({id}) => id === column.model.value)?.run);
   const show = () => {
     const steps = ownSteps();
     label.hidden = steps.length < 2;
@@ -236,7 +236,7 @@ async function startCompare() {
   const variants = columns.map(({model, adapter, fields}) => ({...(state.models.length > 1 ? {model: adapter.value || model.value} : {}),
     ...Object.fromEntries(VARIED.filter(name => fields[name].value !== "").map(name => [name, Number(fields[name].value)]))}));
   try {
-    const asked = mine.writes ? {prompt: textToContinue(pathAbove(node))} : {messages: [...messagesToSend(pathAbove(node), systemOf(node))]};
+    const asked = mine.writes ? {prompt: textToContinue(pathAbove(node))} : {messages: [...messagesToSend(pathAbove(node), Look.systemOf(node))]};
     const response = await accepted(await post("v1/compare", {...asked, ...parameters, truncate: "oldest", variants}, {signal: controller.signal}));
     for await (const {event} of serverEvents(response.body, FOREVER_MS)) {
       if (event.error && event.index === undefined) throw new Refused(sentence(errorText(event)), {status: 0});
@@ -283,7 +283,7 @@ function goOnWith({text, reasoning, calculator, end, fields}) {
     useModel();
   }
   for (const name of VARIED) if (name !== "seed" && fields[name].value !== "") parameters[name] = Number(fields[name].value);
-  const made = addNode(node.parent, "assistant", text, {...madeBy({system: systemOf(node)}, {model: end.model, weights: weightsOf(end.model), system: systemOf(node)}), parameters, seed: end.seed,
+  const made = addNode(node.parent, "assistant", text, {...Look.madeBy({system: Look.systemOf(node)}, {model: end.model, weights: Look.weightsOf(end.model), system: Look.systemOf(node)}), parameters, seed: end.seed,
     ...(reasoning ? {reasoning} : {}), ...(calculator.length ? {calculator} : {}), timings: {...end.timings, ...end.usage, finish_reason: end.reason}});
   $("compare-dialog").close();
   showLeaf(made.id);
@@ -305,5 +305,5 @@ Parts.register({
   render() { if (compared) updateCompare(); },
 });
 
-Parts.share({openCompare, compareModels});
-}
+return Object.freeze({open: openCompare, compareModels, get shown() { return compared; }});
+})();

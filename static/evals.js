@@ -28,7 +28,7 @@ function samplesOf(found) {
     const texts = new Map(samples.map(({prompt, text}) => [prompt, text]));
     return element("tr", {}, element("td", {textContent: nameOf(each)}), ...prompts.map(prompt => element("td", {}, ...(texts.has(prompt) ? [
       element("span", {textContent: texts.get(prompt), dir: "auto"}),
-      ...(loaded === "removed" ? [] : [lensButton(TEXT.lensOf(model, prompt), () => openLens(model, model, {text: prompt, most: SAMPLE_TOKENS}))])] : []))));
+      ...(loaded === "removed" ? [] : [lensButton(TEXT.lensOf(model, prompt), () => Look.openLens(model, model, {text: prompt, most: SAMPLE_TOKENS}))])] : []))));
   });
   const table = element("div", {className: "table", tabIndex: 0}, element("table", {id: "run-samples"}, element("thead", {}, head), element("tbody", {}, ...rows.reverse())));
   return [element("h3", {textContent: TEXT.samples}), table];
@@ -81,7 +81,7 @@ function fillFlips(list) {
       element("b", {textContent: item.correct ? TEXT.nowRight : TEXT.nowWrong}), " ", element("small", {textContent: `${item.task} · ${number(item.item)}`}),
       ...last.map((text, at) => element("p", {dir: "auto"}, text, ...(item.gold === at ? [" ", element("small", {textContent: TEXT.rightOption})] : []),
         ...(isGone ? [] : [lensButton(TEXT.lensOf(model, `${item.task} ${item.item}${last.length > 1 ? `, ${at + 1}` : ""}`),
-          () => openLens(model, model, item.chat ? {question: text} : {text: item.texts[at]}))]))),
+          () => Look.openLens(model, model, item.chat ? {question: text} : {text: item.texts[at]}))]))),
       ...(typeof item.gold === "string" ? [element("small", {textContent: TEXT.rightIs(item.gold)})] : []));
   });
   return list.replaceChildren(element("p", {role: "status", textContent: TEXT.flipCounts(found)}), element("ul", {className: "flips"}, ...items));

@@ -3,7 +3,7 @@
 // The token lens is a replay that asks for log-probabilities; "Check that it repeats" compares a replay's tokens.
 "use strict";
 
-{
+const Lens = (() => {
 
 const {TEXT, $, element, setText, number, plural, newest} = Parts;
 
@@ -15,7 +15,7 @@ const SHADES = [0.8, 0.5, 0.2, 0.05];         // class p1 .. p4: how many of the
 // Generates an answer again with the same inputs: {ids, entries, text, reasoning}. A stopped answer ends where it was stopped.
 async function replay(node, {more = {}, signal, onToken = () => {}}) {
   const {parameters = {}, continued, prefix, seed, model, note, ids: before} = node, {max_tokens: most, ...others} = parameters;
-  const messages = messagesToSend(Tree.pathTo(state.nodes, node.parent), systemOf(node));
+  const messages = messagesToSend(Tree.pathTo(state.nodes, node.parent), Look.systemOf(node));
   const stop = new AbortController(), made = {ids: [...prefix ?? []], entries: [], text: "", reasoning: "", calculator: []};
   const response = await postAnswer({messages, id: Tree.newId(), signal: AbortSignal.any([signal, stop.signal]), model,
     parameters: {...others, ...(most && !continued ? {max_tokens: most} : {}), seed, ...(prefix ? {prefix_token_ids: prefix} : {}),
@@ -56,7 +56,7 @@ async function runAgain(view) {
   const report = text => { node.verdict = text; setText(view.verdict, text); };
   try {
     const made = await replay(node, {signal: controller.signal, onToken: count => report(TEXT.runningAgain(count))});
-    const at = await firstDifference(node, made), other = node.weights && node.weights !== weightsOf(node.model) ? TEXT.otherWeights : "";
+    const at = await firstDifference(node, made), other = node.weights && node.weights !== Look.weightsOf(node.model) ? TEXT.otherWeights : "";
     report([at === null ? TEXT.sameAgain(made.ids.length) : TEXT.differsAt(at), other].filter(Boolean).join(" "));
     if (at !== null && state.chat.id === chat.id) keepBeside(node, made);
   } catch (error) {
@@ -76,26 +76,26 @@ async function firstDifference({ids, content, reasoning = "", model}, made) {
 }
 
 function keepBeside(node, {text, reasoning, ids, calculator}) {
-  const {leaf} = state, {parameters, seed, prefix} = node, system = systemOf(node);
-  addNode(node.parent, "assistant", text, {...madeBy({system}), ids, parameters, seed, ...(prefix ? {prefix} : {}), ...(reasoning ? {reasoning} : {}), ...(calculator.length ? {calculator} : {})});
+  const {leaf} = state, {parameters, seed, prefix} = node, system = Look.systemOf(node);
+  addNode(node.parent, "assistant", text, {...Look.madeBy({system}), ids, parameters, seed, ...(prefix ? {prefix} : {}), ...(reasoning ? {reasoning} : {}), ...(calculator.length ? {calculator} : {})});
   showLeaf(leaf);
 }
 
 // the lens ------------------------------------------------------------------------------------------------------------
 
 function toggleLens(view) {
-  const {node} = view, on = lenses.get(node.id);
+  const {node} = view, on = Look.lensOf(node.id);
   if (on) {
     on.controller.abort();
-    lenses.delete(node.id);
+    Look.dropLens(node.id);
   } else lookThrough(node);
   updateAnswer(view);
 }
 
 async function lookThrough(node) {
   const lens = {tokens: [], at: -1, text: TEXT.reading(0), controller: new AbortController(), drawn: null};
-  const show = () => { const view = views.get(node.id); if (lenses.get(node.id) === lens && view?.complete) updateLens(view); };
-  lenses.set(node.id, lens);
+  const show = () => { const view = views.get(node.id); if (Look.lensOf(node.id) === lens && view?.complete) updateLens(view); };
+  Look.keepLens(node.id, lens);
   try {
     const forced = forcedEntries(node), made = await replay(node, {more: state.model.api === "text" ? {logprobs: BESIDE + 1} : {logprobs: true, top_logprobs: BESIDE + 1}, signal: lens.controller.signal,
       onToken: count => { lens.text = TEXT.looking(count); show(); }});
@@ -130,7 +130,7 @@ function joined(tokens, entries) {
 }
 
 function updateLens(view) {
-  const {node} = view, lens = lenses.get(node.id);
+  const {node} = view, lens = Look.lensOf(node.id);
   view.article.classList.toggle("looked-through", Boolean(lens));
   if (!lens) { view.lens?.remove(); view.lens = null; return; }
   if (!view.lens) makeLens(view);
@@ -149,7 +149,7 @@ function makeLens(view) {
   view.lens = element("div", {className: "lens"}, legend, list);
   Object.assign(view.lens, {list, hint: element("p", {className: "hint"}), panel: element("div", {className: "beside"})});
   view.lens.append(view.lens.panel, view.lens.hint);
-  const lens = () => lenses.get(view.node.id), at = target => target.dataset?.at === undefined ? -1 : Number(target.dataset.at);
+  const lens = () => Look.lensOf(view.node.id), at = target => target.dataset?.at === undefined ? -1 : Number(target.dataset.at);
   list.onmouseover = ({target}) => { if (mouse.matches && at(target) >= 0) chooseToken(view, lens(), at(target)); };
   list.onclick = ({target}) => { if (at(target) >= 0) chooseToken(view, lens(), at(target)); };
   list.onkeydown = event => {
@@ -207,7 +207,7 @@ function chooseToken(view, lens, at) {
 // Starts another answer to the same question, with this token at this position and otherwise the same inputs.
 function branchAt(node, {tokens}, at, {id}) {
   const {parameters = {}, seed} = node, prefix = [...tokens.slice(0, at).map(token => token.id), id];
-  answerAgain(state.nodes.get(node.parent), {prefix, ids: [...prefix], parameters: {...parameters, seed}, system: systemOf(node)});
+  answerAgain(state.nodes.get(node.parent), {prefix, ids: [...prefix], parameters: {...parameters, seed}, system: Look.systemOf(node)});
 }
 
 // The tokens of a text that is no answer of this chat, in a dialog. `ask` is what a model is asked: a question in a chat, or a text whose own
@@ -220,9 +220,9 @@ async function openLens(title, model, {question, text, most = 0}) {
   dialog.querySelector(".lens")?.remove();
   setText($("lens-title"), title);
   setText($("lens-text"), question ?? (most ? text : ""));
-  lenses.set(node.id, lens);
+  Look.keepLens(node.id, lens);
   updateLens(view);
-  dialog.onclose = () => lenses.delete(node.id);
+  dialog.onclose = () => Look.dropLens(node.id);
   dialog.showModal();
   const more = {...modelOfSeveral(model), temperature: 0, return_token_ids: true};
   try {
@@ -235,7 +235,7 @@ async function openLens(title, model, {question, text, most = 0}) {
   } catch (error) {
     lens.text = error.message;
   }
-  if (isMine() && lenses.has(node.id)) updateLens(view);
+  if (isMine() && Look.lensOf(node.id)) updateLens(view);
 }
 
 // the prompt -----------------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ async function openLens(title, model, {question, text, most = 0}) {
 // The prompt of an answer: {messages, tokens}; no tokens if the server does not show them.
 async function promptOf(node) {
   const {timings = {}, parameters = {}, model} = node, path = Tree.pathTo(state.nodes, node.parent);
-  const all = messagesToSend(path, systemOf(node)), dropped = Math.max(0, (timings.dropped_messages ?? 0) - all.dropped);
+  const all = messagesToSend(path, Look.systemOf(node)), dropped = Math.max(0, (timings.dropped_messages ?? 0) - all.dropped);
   const fixed = all[0]?.role === "system" ? 1 : 0, messages = [...all.slice(0, fixed), ...all.slice(fixed + dropped)];
   const effort = parameters.reasoning_effort ? {reasoning_effort: parameters.reasoning_effort} : {};
   const wanted = state.model.api === "text" ? ["tokenize", {content: textToContinue(messages), add_special: true}]
@@ -319,5 +319,5 @@ Parts.register({
   },
 });
 
-Parts.share({toggleLens, runAgain, openPrompt, updateLens, openLens});
-}
+return Object.freeze({open: openLens, toggle: toggleLens, update: updateLens, runAgain, openPrompt});
+})();

@@ -4,11 +4,15 @@
 // again: a replay.
 "use strict";
 
-{
+const Look = (() => {
 
 const {TEXT, element, setText, number} = Parts;
 
 const lenses = new Map();         // id of a node -> {tokens, at, text, controller}, while its lens is on
+const lensOf = id => lenses.get(id);
+const keepLens = (id, lens) => { lenses.set(id, lens); };
+const dropLens = id => { lenses.delete(id); };
+const dropLenses = () => { lenses.clear(); };
 
 const canLook = node => Number.isSafeInteger(node.seed) && !node.edited && !Tree.isGrowing(node) && state.model.api !== "none" &&
   Boolean(state.model.can.token_ids);
@@ -34,11 +38,15 @@ const stepsOfRun = run => run ? state.models.filter(each => each.run === run && 
 function updateInside(view) {
   if (!view.verdict.parentNode) view.actions.before(view.verdict);
   setText(view.verdict, view.node.verdict ?? "");
-  if (view.lens || lenses.has(view.node.id)) updateLens(view);
+  if (view.lens || lenses.has(view.node.id)) Lens.update(view);
 }
 
-Parts.shareLate("lens", "toggleLens", "runAgain", "openPrompt", "openLens");
-Parts.shareLate("compare", "openCompare", "compareModels");
+const toggleLens = Parts.late("lens", () => Lens, "toggle");
+const openLens = Parts.late("lens", () => Lens, "open");
+const openPrompt = Parts.late("lens", () => Lens, "openPrompt");
+const runAgain = Parts.late("lens", () => Lens, "runAgain");
+const openCompare = Parts.late("compare", () => Compare, "open");
+const compareModels = Parts.late("compare", () => Compare, "compareModels");
 
 Parts.register({
   strings: {
@@ -99,5 +107,5 @@ Parts.register({
   },
 });
 
-Parts.share({makerOf, lenses, weightsOf, systemOf, madeBy, baseOf, stepsOfRun});
-}
+return Object.freeze({makerOf, weightsOf, systemOf, madeBy, baseOf, stepsOfRun, lensOf, keepLens, dropLens, dropLenses, openLens, compareModels});
+})();

@@ -397,7 +397,7 @@ const latestTwo = () => shownRun.other ? bothRuns().map(steps => steps.findLast(
 function compareSteps(names) {
   const question = $("run-question").value.trim();
   if (!question) return $("run-question").focus();
-  return compareModels(question, names);
+  return Look.compareModels(question, names);
 }
 
 // the table ------------------------------------------------------------------------------------------------------------

@@ -256,7 +256,7 @@ function renderModels() {
   $("model-loading").value = loading ?? 0;
   models.forEach((each, i) => {
     const {id, state: loaded, reason} = each, option = select.options[i];
-    setText(option, models.length > 1 ? TEXT.modelIs(each, baseOf(each).id) : id);
+    setText(option, models.length > 1 ? TEXT.modelIs(each, Look.baseOf(each).id) : id);
     Object.assign(option, {disabled: loaded === "failed", title: reason ?? ""});
   });
   select.value = model.name;

@@ -46,7 +46,7 @@ function iconButton(label, icon, onclick) {
 }
 
 function renderTurns() {
-  if (viewsOf !== state.chat.id) { views.clear(); lenses.clear(); near.disconnect(); viewsOf = state.chat.id; }
+  if (viewsOf !== state.chat.id) { views.clear(); Look.dropLenses(); near.disconnect(); viewsOf = state.chat.id; }
   const {path} = state, articles = path.map((node, i) => viewOf(node, path.length - i <= AT_ONCE).article);
   path.forEach(node => updateView(views.get(node.id)));
   for (const id of views.keys()) if (!state.nodes.has(id)) views.delete(id);
@@ -214,7 +214,7 @@ const looksOf = view => Parts.all.flatMap(({answer}) => answer?.looks?.(view) ??
 function updateAnswer(view) {
   const {node} = view, growing = Tree.isGrowing(node), run = state.runs.get(node.id);
   drawAnswer(view, growing);
-  view.thinking.hidden = !node.reasoning || lenses.has(node.id);
+  view.thinking.hidden = !node.reasoning || Boolean(Look.lensOf(node.id));
   drawThoughts(view);
   view.status.hidden = !growing || node.content !== "" || Boolean(node.calculator?.length);
   view.doing.textContent = view.status.hidden ? "" : growingText(node, run);
@@ -226,7 +226,7 @@ function updateAnswer(view) {
   view.copy.hidden = !node.content;
   for (const {answer} of Parts.all) answer?.update?.(view, growing);
   view.inside.hidden = !looksOf(view).length;
-  view.inside.classList.toggle("on", lenses.has(node.id));
+  view.inside.classList.toggle("on", Boolean(Look.lensOf(node.id)));
   view.goOn.hidden = growing || !canGoOn(node) || node !== lastNode() || !(view.plain || node.error || node.edited ||
     ["stopped", "interrupted"].includes(node.note) || node.timings?.finish_reason === "length" || node.timings?.stop_reason === "repetition");
   setText(view.nothing, nothingText(node));
@@ -336,7 +336,7 @@ function updateFigures(view, growing) {
 // All that is known of an answer, line by line.
 function figureLines(node) {
   const {words, figures} = speedOf(node);
-  return [makerOf(node), [...words, ...figures].join(" · "), node.timings?.prompt_tokens ? TEXT.details(node.timings) : ""].filter(Boolean);
+  return [Look.makerOf(node), [...words, ...figures].join(" · "), node.timings?.prompt_tokens ? TEXT.details(node.timings) : ""].filter(Boolean);
 }
 
 function showFigures(view) {

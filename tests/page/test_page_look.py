@@ -39,9 +39,9 @@ def test_a_lens_shows_what_stood_beside_each_token_and_branches_there(asked):
     expect(answers(page).locator(".legend span")).to_have_text(["80\u00a0% or more", "50 to 80\u00a0%", "20 to 50\u00a0%", "5 to 20\u00a0%", "under 5\u00a0%",
                                                                     "drafted this time"])
     page.evaluate("""(() => {
-        const lens = lenses.get(lastNode().id);
+        const lens = Look.lensOf(lastNode().id);
         lens.tokens = lens.tokens.map((token, i) => ({...token, drafted: i === 2}));
-        updateLens(views.get(lastNode().id));
+        Lens.update(views.get(lastNode().id));
     })()""")
     expect(tokens.locator(".drafted")).to_have_count(1)
     tokens.press("Home")
@@ -50,7 +50,7 @@ def test_a_lens_shows_what_stood_beside_each_token_and_branches_there(asked):
     tokens.press("ArrowRight")
     expect(panel).to_contain_text("drafted this time")
     expect_accessible(page)
-    lens = page.evaluate("lenses.get(lastNode().id).tokens.map(({id, share, beside}) => [id, share, beside?.length])")
+    lens = page.evaluate("Look.lensOf(lastNode().id).tokens.map(({id, share, beside}) => [id, share, beside?.length])")
     before = [token[0] for token in lens[:2]]
     tokens.press("ArrowDown")
     page.keyboard.press("Enter")
@@ -63,7 +63,7 @@ def test_a_lens_shows_what_stood_beside_each_token_and_branches_there(asked):
     expect(answers(page)).to_contain_text(f"the same {len(node['ids'])} tokens", timeout=SLOW_MS)
     inside(answers(page), "Token lens")
     expect(answers(page).get_by_text("Choose a token to see")).to_be_visible(timeout=SLOW_MS)
-    assert page.evaluate("lenses.get(lastNode().id).tokens.slice(0, -1).every(token => token.share > 0)")
+    assert page.evaluate("Look.lensOf(lastNode().id).tokens.slice(0, -1).every(token => token.share > 0)")
     exported = page.evaluate("Tree.exportOf([state.chat], () => [...state.nodes.values()])")
     page.evaluate("text => importAll(Tree.importOf(text), 'it')", json.dumps(exported))
     settled(page)
@@ -72,7 +72,7 @@ def test_a_lens_shows_what_stood_beside_each_token_and_branches_there(asked):
     reload(page)
     inside(answers(page), "Token lens")
     expect(answers(page).get_by_text("Choose a token to see")).to_be_visible(timeout=SLOW_MS)
-    seen = page.evaluate("lenses.get(lastNode().id).tokens.map(({id, share, beside}) => [id, share, beside?.length])")
+    seen = page.evaluate("Look.lensOf(lastNode().id).tokens.map(({id, share, beside}) => [id, share, beside?.length])")
     assert [token[0] for token in seen] == node["ids"] and all(share > 0 and count == 5 for _, share, count in seen[:-1])
     # what was forced has the probability that it had when it was drawn; the default model's penalties cost its last digits
     assert [token[1] for token in seen[:2]] == pytest.approx([token[1] for token in lens[:2]], rel=1e-6) and [token[0] for token in seen[:2]] == before
@@ -347,7 +347,7 @@ def test_only_the_characters_that_differ_are_marked(opened_page):
     button(dialog, "Add a column").click()
     page.evaluate("""() => {
         const texts = ["The capital is Tokyo, a large city.", "The capital is Tokyo, a larger town!", "The capital is Tokyo, a large city.", "The capital"];
-        compared.columns.forEach((column, i) => Object.assign(column, {text: texts[i], end: {model: "m"}, differs: i === 1 ? {position: 6, probabilities: [0.45, null]} : null}));
+        Compare.shown.columns.forEach((column, i) => Object.assign(column, {text: texts[i], end: {model: "m"}, differs: i === 1 ? {position: 6, probabilities: [0.45, null]} : null}));
         render(); }""")
     columns = dialog.get_by_role("region")
     expect(columns.nth(1).locator("mark")).to_have_text(["r", "town!"])
@@ -367,7 +367,7 @@ def test_differences_in_code_stay_marked_when_its_colours_come_late(page, stand_
     inside(answers(page), "Compare")
     expect(page.get_by_role("dialog", name="Compare")).to_be_visible()
     assert page.evaluate("typeof hljs") == "undefined"
-    page.evaluate("""() => { compared.columns.forEach((column, i) => Object.assign(column, {text: "```py\\nx = " + i + "\\n```", end: {model: "m"}, differs: i ? {position: 6} : null}));
+    page.evaluate("""() => { Compare.shown.columns.forEach((column, i) => Object.assign(column, {text: "```py\\nx = " + i + "\\n```", end: {model: "m"}, differs: i ? {position: 6} : null}));
         render(); }""")
     expect(page.locator("#compare-columns pre .hljs-number mark")).to_have_text("1")
 
@@ -380,7 +380,7 @@ def test_answers_side_by_side_are_markdown_and_done_closes_with_a_wrong_seed(ope
     dialog = page.get_by_role("dialog", name="Compare")
     page.evaluate("""() => {
         const texts = ["A **bold** word.\\n\\n- one\\n- two\\n\\n```py\\nx = 1\\n```\\n\\n$x^2$ end", "A **bald** word.\\n\\n- one\\n- three\\n\\n```py\\nx = 2\\n```\\n\\n$x^3$ end <img src=x onerror=alert(1)>"];
-        compared.columns.forEach((column, i) => Object.assign(column, {text: texts[i], reasoning: "So *it* is.", end: {model: "m"}, differs: i ? {position: 6, probabilities: []} : null}));
+        Compare.shown.columns.forEach((column, i) => Object.assign(column, {text: texts[i], reasoning: "So *it* is.", end: {model: "m"}, differs: i ? {position: 6, probabilities: []} : null}));
         render(); }""")
     columns = dialog.get_by_role("region")
     expect(columns.nth(0).locator("strong")).to_have_text("bold")
@@ -391,7 +391,7 @@ def test_answers_side_by_side_are_markdown_and_done_closes_with_a_wrong_seed(ope
     expect(columns.nth(1).locator("pre mark")).to_have_text("2")
     expect(columns.nth(1).locator("mark math, mark code.tex")).to_have_count(1)
     expect(columns.nth(1).locator("img")).to_have_count(0)
-    assert page.evaluate("compared.columns[1].answer.textContent").endswith("end <img src=x onerror=alert(1)>")
+    assert page.evaluate("Compare.shown.columns[1].answer.textContent").endswith("end <img src=x onerror=alert(1)>")
     seed = columns.nth(1).get_by_role("spinbutton", name="Seed")
     seed.fill("-5")
     seed.press("Enter")                                       # begins, and does not close the dialog

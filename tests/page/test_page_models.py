@@ -110,12 +110,12 @@ def test_columns_of_a_comparison_have_adapters(browser, tmp_path):
         button(dialog, "Compare").click()
         expect(dialog.get_by_role("button", name="Continue with this")).to_have_count(3, timeout=SLOW_MS)
         expect_accessible(page)
-        assert page.evaluate("compared.columns.map(({end}) => end.model)") == ["law", "tone", "tiny"]
-        assert len(set(page.evaluate("compared.columns.map(({end}) => end.seed)"))) == 1
+        assert page.evaluate("Compare.shown.columns.map(({end}) => end.model)") == ["law", "tone", "tiny"]
+        assert len(set(page.evaluate("Compare.shown.columns.map(({end}) => end.seed)"))) == 1
         dialog.get_by_role("button", name="Continue with this").nth(1).click()
         inside(answers(page), "Check that it repeats")
         expect(answers(page)).to_contain_text("It repeats: the same 8 tokens.", timeout=SLOW_MS)
-        assert page.evaluate("lastNode().weights") == page.evaluate("weightsOf('tone')") != page.evaluate("weightsOf('law')")
+        assert page.evaluate("lastNode().weights") == page.evaluate("Look.weightsOf('tone')") != page.evaluate("Look.weightsOf('law')")
 
 
 def test_each_answer_says_what_made_it_and_leads_to_a_comparison(page, stand_in):

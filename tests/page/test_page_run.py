@@ -219,8 +219,8 @@ def test_a_run_that_trains_is_seen_step_by_step(browser, nanochat_fixtures, tmp_
         dialog = page.get_by_role("dialog", name="Compare")
         columns = dialog.get_by_role("region")
         expect(columns.get_by_role("button", name="Continue with this")).to_have_count(2, timeout=4 * SLOW_MS)
-        assert page.evaluate("compared.columns.map(({end}) => end.model)") == ["d2-base@40", "d2-base@60"]
-        assert len(set(page.evaluate("compared.columns.map(({end}) => end.seed)"))) == 1
+        assert page.evaluate("Compare.shown.columns.map(({end}) => end.model)") == ["d2-base@40", "d2-base@60"]
+        assert len(set(page.evaluate("Compare.shown.columns.map(({end}) => end.seed)"))) == 1
         expect(dialog.get_by_text("hello", exact=True)).to_be_visible()
         expect_accessible(page)
         written = columns.nth(0).locator(".compared").inner_text()

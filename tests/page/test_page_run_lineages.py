@@ -242,8 +242,8 @@ def test_a_second_lineage_lies_in_the_same_charts(page, stand_in, runs):
     page.get_by_role("slider", name="Step").press("End")
     expect(page.locator("#run-chosen")).to_contain_text("d6-sft@300")                       # the keyboard reaches both
     button(page, "Latest against latest").click()
-    page.wait_for_function("() => typeof compared === 'object' && compared?.columns.length === 2")
-    assert page.evaluate("compared.columns.map(({model}) => model.value)") == ["d4-rl@99", "d6-sft@300"]
+    page.wait_for_function("() => typeof Compare !== 'undefined' && Compare.shown?.columns.length === 2")
+    assert page.evaluate("Compare.shown.columns.map(({model}) => model.value)") == ["d4-rl@99", "d6-sft@300"]
     page.keyboard.press("Escape")
     beside.select_option("none")
     expect(page.locator("#run-steps").get_by_role("rowheader")).to_have_count(3)
