@@ -310,7 +310,7 @@ function pageOf({title}, path) {
     const said = element("div", {className: role === "user" ? "said question" : "said"});
     said.append(...pictures.map(({name, picture}) => element("img", {src: picture, alt: name})));
     if (role === "user") said.append(...questionNodes(content));
-    else new MarkdownView(said).update(content, true, calculator);
+    else new Markdown.View(said).update(content, true, calculator);
     said.querySelectorAll("button").forEach(button => button.remove());
     body.append(element("h2", {className: "speaker", textContent: role === "user" ? TEXT.you : model || TEXT.assistant}), said);
   }
@@ -319,7 +319,7 @@ function pageOf({title}, path) {
   return `<!doctype html>\n<html lang="${document.documentElement.lang}"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <meta name="viewport" content="width=device-width">${element("title", {textContent: title || TEXT.chat}).outerHTML}
-<style>:root{color-scheme:light dark;${root.join(";")}}\n${PAGE_STYLE}${DRAWN_STYLE}</style></head>\n${body.outerHTML}</html>\n`;
+<style>:root{color-scheme:light dark;${root.join(";")}}\n${PAGE_STYLE}${Markdown.DRAWN_STYLE}</style></head>\n${body.outerHTML}</html>\n`;
 }
 
 // Drawn twice where that needs libraries which nothing shown has needed.

@@ -139,7 +139,7 @@ function drawCompared(column, first) {
   column.drawn = key;
   for (const [box, content, calculator] of [[column.thoughts, column.reasoning], [column.answer, column.text, column.calculator]]) {
     if (compared.writes) { box.replaceChildren(...Calculator.plainWithCards({content, calculator})); box.style.whiteSpace = "pre-wrap"; continue; }
-    if (!box.markdown || marks) box.markdown = new MarkdownView(box);
+    if (!box.markdown || marks) box.markdown = new Markdown.View(box);
     box.markdown.update(content, ended, calculator);
   }
   if (marks) markDifferences(column.body, first.body);

@@ -9,7 +9,7 @@
 // from HTML text. Only KaTeX's output is HTML, and it goes through DOMPurify.
 "use strict";
 
-{
+const Markdown = (() => {
 
 const {TEXT, element} = Parts;
 
@@ -873,5 +873,5 @@ const expandTabs = space => {
   return " ".repeat(width);
 };
 
-Parts.share({markdownWork, DRAWN_STYLE, mathNode, codeBox, CodeText, MarkdownView});
-}
+return Object.freeze({DRAWN_STYLE, mathNode, codeBox, CodeText, View: MarkdownView, get work() { return {...markdownWork}; }});
+})();

@@ -152,9 +152,9 @@ function questionNodes(text) {
 }
 
 function codeBlock(language, text) {
-  const code = new CodeText(language);
+  const code = new Markdown.CodeText(language);
   code.update(text, true);
-  return codeBox(language, code.element);
+  return Markdown.codeBox(language, code.element);
 }
 
 // A thumbnail, which opens the picture.
@@ -181,7 +181,7 @@ function fileNode({name, text}) {
 
 function completeAnswer(view) {
   view.body.classList.add("markdown");
-  view.markdown = new MarkdownView(view.body);
+  view.markdown = new Markdown.View(view.body);
   view.thinking = element("details", {className: "thinking", hidden: true}, element("summary", {textContent: TEXT.thinking}));
   view.thoughts = element("div", {className: "markdown"});
   view.thinking.append(view.thoughts);
@@ -239,7 +239,7 @@ function drawAnswer(view, growing) {
   const plain = state.model.api === "text";             // a text that grows
   if (view.editor || view.drawn === drawn && view.finished === !growing && view.plain === plain) return;
   if (plain) view.body.replaceChildren(...Calculator.plainWithCards(view.node));
-  else if (view.plain) { view.body.replaceChildren(); view.markdown = new MarkdownView(view.body); }
+  else if (view.plain) { view.body.replaceChildren(); view.markdown = new Markdown.View(view.body); }
   Object.assign(view, {drawn, finished: !growing, plain});
   view.body.classList.toggle("markdown", !plain);
   if (!plain) view.markdown.update(content, !growing, calculator);
@@ -254,7 +254,7 @@ function drawThoughts(view) {
     node.timings?.reasoning_tokens ? TEXT.tokens(node.timings.reasoning_tokens) : ""].filter(Boolean).join(" · ");
   if (!view.thinking.open || view.thoughtsDrawn === node.reasoning) return;
   view.thoughtsDrawn = node.reasoning;
-  view.thoughtsView ??= new MarkdownView(view.thoughts);
+  view.thoughtsView ??= new Markdown.View(view.thoughts);
   view.thoughtsView.update(node.reasoning ?? "", !growing || node.content !== "");
 }
 
@@ -432,7 +432,7 @@ function stopEditing(view) {
   Object.assign(view, {editor: null, drawn: null});
   view.article.classList.remove("editing");
   view.body.replaceChildren();
-  if (view.markdown) view.markdown = new MarkdownView(view.body);
+  if (view.markdown) view.markdown = new Markdown.View(view.body);
 }
 
 const copyText = (text, clicked) => copyTypes({"text/plain": text}, clicked);

@@ -35,7 +35,7 @@ def drawn_formula(opened_page):
         const answer = document.createElement("div");
         answer.className = "markdown";
         document.getElementById("log").replaceChildren(answer);
-        answer.append(mathNode(tex, true));
+        answer.append(Markdown.mathNode(tex, true));
         const box = node => node.getBoundingClientRect();
         return ({measure})(answer.querySelector("math"));
     }}""", tex)

@@ -11,12 +11,12 @@ from page_server import BLOCKS, HOSTILE, MARKDOWN
 pytestmark = needs_browser
 
 DRAWN = """([text, step]) => {            // text drawn in steps, and at once; and the most that any step parsed and made
-    const [grown, whole] = [0, 1].map(() => new MarkdownView(document.createElement("div")));
+    const [grown, whole] = [0, 1].map(() => new Markdown.View(document.createElement("div")));
     const most = {characters: 0, nodes: 0};
     for (let end = 0; end < text.length; end += step) {
-        const before = {...markdownWork};
+        const before = {...Markdown.work};
         grown.update(text.slice(0, end));
-        for (const name in most) most[name] = Math.max(most[name], markdownWork[name] - before[name]);
+        for (const name in most) most[name] = Math.max(most[name], Markdown.work[name] - before[name]);
     }
     grown.update(text, true);
     whole.update(text, true);
@@ -49,7 +49,7 @@ def test_markdown_code_tables_and_formulas_are_drawn(page, stand_in):
 def test_names_of_functions_stand_apart(opened_page, tex, spaces):
     assert opened_page.evaluate("""tex => {
         const node = document.createElement("p");
-        node.append(mathNode(tex, false));
+        node.append(Markdown.mathNode(tex, false));
         node.querySelector("annotation").remove();
         for (const space of node.querySelectorAll("mspace")) space.textContent = space.getAttribute("width") === "0.17em" ? "_" : "?";
         return node.textContent.replaceAll("\u2061", "");
@@ -69,7 +69,7 @@ def test_formulas_have_large_sums_and_brackets_and_their_font_comes_with_the_fir
         const node = document.createElement("p");
         node.className = "markdown";
         document.querySelector(".body.markdown").append(node);
-        node.append(mathNode(tex, true));
+        node.append(Markdown.mathNode(tex, true));
         return [...node.querySelectorAll("mo, mi")].map(each => each.getBoundingClientRect().height);
     }""", r"\sum x \begin{pmatrix} 1 \\ 2 \\ 3 \end{pmatrix}")
     total, letter, opening, closing = heights
@@ -166,11 +166,11 @@ WATCHED = """async ([text, step]) => {                // what is not allowed in 
     });
     const lookAtFormulas = () => root.querySelectorAll("math *").forEach(node => { for (const {name} of node.attributes) if (/^(on|href|src|style|id|name|xlink)/.test(name)) wrong.add(name); });
     for (let end = 0; end <= text.length; end += step) {
-        const view = new MarkdownView(root);
+        const view = new Markdown.View(root);
         view.update(text.slice(0, end), true);       // as if the answer ended here
         look();
     }
-    const grown = new MarkdownView(root);
+    const grown = new Markdown.View(root);
     for (let end = 0; end < text.length; end += step) { grown.update(text.slice(0, end)); look(); }
     grown.update(text, true);
     look();
@@ -418,7 +418,7 @@ def test_what_is_nested_in_thousands_is_shown_and_the_page_goes_on(opened_page, 
     deepest, shown = opened_page.evaluate("""text => {
         const root = document.createElement("div");
         document.body.append(root);
-        new MarkdownView(root).update(text, true);
+        new Markdown.View(root).update(text, true);
         const depth = node => Math.max(0, ...Array.from(node.children, each => 1 + depth(each)));
         const found = [depth(root), root.offsetHeight >= 0 && root.textContent.length > 0];
         root.remove();
