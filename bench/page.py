@@ -105,7 +105,7 @@ SEED = """turns => {
   chat.leaf = nodes.at(-1).id;
   addChat(chat, nodes);
   render();
-  return store.flushing.then(() => chat.id);
+  return Store.flushing.then(() => chat.id);
 }"""
 OPEN = """async id => {
   const began = performance.now();

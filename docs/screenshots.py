@@ -73,7 +73,7 @@ def look_through(page):
 
 def look_at_the_server(page):
     page.evaluate("Views.openStatus()")
-    page.evaluate("for (const topic of ['rivers', 'hills', 'stars']) post(ROUTES.v1, {messages: [{role: 'user', content: topic}], max_tokens: 120})")
+    page.evaluate("for (const topic of ['rivers', 'hills', 'stars']) Server.post(Server.ROUTES.v1, {messages: [{role: 'user', content: topic}], max_tokens: 120})")
     page.wait_for_function("() => Status.shown.samples.length > 6 && Status.shown.samples.at(-1).speed < 20")
     page.evaluate("document.getElementById('status-charts').scrollIntoView()")
 

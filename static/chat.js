@@ -40,8 +40,6 @@ const state = {
     notify: false},
 };
 
-const STORE = "chat_server " + PAGE_HOME;
-const store = new Store(STORE);
 const SAVE_MS = 500;              // a growing answer is stored this often
 
 const lastNode = () => state.path.at(-1);
@@ -72,7 +70,7 @@ function changePreferences(changes) {
 
 function changeChat(chat, changes) {
   Object.assign(chat, changes);
-  if (isStored(chat)) store.change("conversations", chat.id, changes);
+  if (isStored(chat)) Store.change("conversations", chat.id, changes);
 }
 
 // Updates what is derived from nodes and leaf.
@@ -95,7 +93,7 @@ const opening = newest();         // only the newest request to open a chat coun
 async function openChat(id, known = null) {
   const isMine = opening(), chat = state.chats.get(id);
   if (!chat) return newChat();
-  const nodes = known ?? await store.read("nodes", id);
+  const nodes = known ?? await Store.read("nodes", id);
   if (!isMine()) return;
   state.nodes = new Map(nodes.map(node => [node.id, state.runs.get(node.id)?.node ?? node]));
   for (const run of state.runs.values()) if (run.chat.id === id) state.nodes.set(run.node.id, run.node);
@@ -107,7 +105,7 @@ async function openChat(id, known = null) {
 function showChat(chat, leaf) {
   closeViews();
   Object.assign(state, {chat, leaf, notice: "", refusal: "", editing: null, following: true});
-  if (state.models.length > 1 || state.model.base) useModel();
+  if (state.models.length > 1 || state.model.base) Server.useModel();
   state.toasts = state.toasts.filter(toast => toast.chat !== chat.id);
   rememberPlace();
   refresh();
@@ -125,10 +123,10 @@ function newChat() {
 function rememberPlace() {
   const hash = isStored(state.chat) ? `#${state.chat.id}` : "";
   if (location.hash !== hash) history.pushState(null, "", location.pathname + location.search + hash);
-  try { localStorage.setItem(`${STORE} last`, isStored(state.chat) ? state.chat.id : ""); } catch (error) { /* no matter */ }
+  try { localStorage.setItem(`${Store.name} last`, isStored(state.chat) ? state.chat.id : ""); } catch (error) { /* no matter */ }
 }
 
-const lastPlace = () => { try { return localStorage.getItem(`${STORE} last`); } catch (error) { return null; } };
+const lastPlace = () => { try { return localStorage.getItem(`${Store.name} last`); } catch (error) { return null; } };
 
 // Deletes chats, and offers to bring them back.
 async function deleteChats(chats, text) {
@@ -141,12 +139,12 @@ async function deleteChats(chats, text) {
 // Deletes records of chats, and returns them as [{chat, nodes}].
 async function removeChats(chats) {
   const gone = [];
-  for (const {id} of chats) store.change("conversations", id, null);  // at once: the page may be closed while messages are read
+  for (const {id} of chats) Store.change("conversations", id, null);  // at once: the page may be closed while messages are read
   for (const {running, ...chat} of chats) {
-    const nodes = await store.read("nodes", chat.id);
+    const nodes = await Store.read("nodes", chat.id);
     for (const node of nodes) {
       stopRun(node.id);
-      store.change("nodes", node.id, null);
+      Store.change("nodes", node.id, null);
     }
     state.chats.delete(chat.id);
     gone.push({chat, nodes: nodes.map(node => ({...node, stream: null}))});
@@ -161,8 +159,8 @@ function bringBack(gone) {
 
 function addChat(chat, nodes) {
   state.chats.set(chat.id, chat);
-  store.change("conversations", chat.id, chat);
-  for (const node of nodes) store.change("nodes", node.id, node);
+  Store.change("conversations", chat.id, chat);
+  for (const node of nodes) Store.change("nodes", node.id, node);
 }
 
 function deleteNode(node) {
@@ -170,10 +168,10 @@ function deleteNode(node) {
   for (const id of ids) {
     stopRun(id);
     state.nodes.delete(id);
-    store.change("nodes", id, null);
+    Store.change("nodes", id, null);
   }
   offerUndo(TEXT.deletedMessages(ids.length), () => {
-    for (const each of nodes) store.change("nodes", each.id, {...each, stream: null});
+    for (const each of nodes) Store.change("nodes", each.id, {...each, stream: null});
     changeChat(chat, {leaf: nodes.at(-1).id});
     openChat(chat.id);
   });
@@ -236,17 +234,17 @@ let unread = null;                // {key} of the draft whose stored files are s
 // The text also goes into this tab's own storage, which is synchronous and which no other tab touches.
 function saveDraft() {
   const {text, files} = state.draft, key = draftKey();
-  try { sessionStorage.setItem(`${STORE} draft ${key}`, text); } catch (error) { /* the other storage has it */ }
-  if (key !== unread?.key) store.change("drafts", key, text || files.length ? {id: key, text, files, created: Date.now()} : null);
+  try { sessionStorage.setItem(`${Store.name} draft ${key}`, text); } catch (error) { /* the other storage has it */ }
+  if (key !== unread?.key) Store.change("drafts", key, text || files.length ? {id: key, text, files, created: Date.now()} : null);
 }
 
 // Shows this tab's text at once and the rest once it is read; text typed in between stays.
 async function loadDraft(key) {
   let text = null;
-  try { text = sessionStorage.getItem(`${STORE} draft ${key}`); } catch (error) { /* the other storage has it */ }
+  try { text = sessionStorage.getItem(`${Store.name} draft ${key}`); } catch (error) { /* the other storage has it */ }
   const mine = unread = {key};
   setDraft(text ?? "", [], false);
-  const shown = state.draft, stored = (await store.read("drafts")).find(draft => draft.id === key);
+  const shown = state.draft, stored = (await Store.read("drafts")).find(draft => draft.id === key);
   if (unread !== mine) return;                           // another one is being read by now
   unread = null;
   if (key !== draftKey()) return;
@@ -256,8 +254,8 @@ async function loadDraft(key) {
 
 // Keeps files in the draft of a chat that is not shown.
 async function addToDraft(key, files) {
-  const stored = (await store.read("drafts")).find(draft => draft.id === key);
-  store.change("drafts", key, {text: "", ...stored, id: key, files: [...stored?.files ?? [], ...files], created: Date.now()});
+  const stored = (await Store.read("drafts")).find(draft => draft.id === key);
+  Store.change("drafts", key, {text: "", ...stored, id: key, files: [...stored?.files ?? [], ...files], created: Date.now()});
 }
 
 // asking --------------------------------------------------------------------------------------------------------------
@@ -266,7 +264,7 @@ function addNode(parent, role, content, more = {}) {
   const {chat} = state, node = Tree.newNode(chat.id, parent, role, content, more);
   state.nodes.set(node.id, node);
   if (!isStored(chat)) storeNewChat(chat, content || (more.pictures?.[0].name ?? ""));
-  store.change("nodes", node.id, {...node});
+  Store.change("nodes", node.id, {...node});
   state.leaf = node.id;
   changeChat(chat, {leaf: node.id, updated: node.created});
   return node;
@@ -275,9 +273,9 @@ function addNode(parent, role, content, more = {}) {
 function storeNewChat(chat, content) {
   chat.title = Tree.titleOf(content);
   state.chats.set(chat.id, chat);
-  store.change("conversations", chat.id, {...chat});
-  store.change("drafts", "new", null);
-  try { sessionStorage.removeItem(`${STORE} draft new`); } catch (error) { /* it was not there */ }
+  Store.change("conversations", chat.id, {...chat});
+  Store.change("drafts", "new", null);
+  try { sessionStorage.removeItem(`${Store.name} draft new`); } catch (error) { /* it was not there */ }
   rememberPlace();
 }
 
@@ -302,13 +300,13 @@ function removeNodes(ids, leaf) {
   const {chat} = state;
   for (const id of ids) {
     state.nodes.delete(id);
-    store.change("nodes", id, null);
+    Store.change("nodes", id, null);
   }
   state.leaf = leaf;
   changeChat(chat, {leaf});
   if (state.nodes.size) return;
   state.chats.delete(chat.id);                          // its first message was refused
-  store.change("conversations", chat.id, null);
+  Store.change("conversations", chat.id, null);
   rememberPlace();
 }
 
@@ -341,7 +339,7 @@ function answerAgain(question, more, onAccepted = () => {}) {
 
 function forget(node) {
   state.nodes.delete(node.id);
-  store.change("nodes", node.id, null);
+  Store.change("nodes", node.id, null);
   refresh();
 }
 
@@ -369,7 +367,7 @@ async function connect(run, messages, onAccepted, goOn = false) {
   const model = state.model.name;                       // this chat's, even if another is shown later
   const seed = goOn && Number.isSafeInteger(node.seed) ? {seed: node.seed} : node.prefix ? {prefix_token_ids: node.prefix} : {};
   const response = await onceReady(run, () =>
-    postAnswer({messages, parameters: {...seed, ...node.parameters}, id: node.stream.id, signal, model, goOn}));
+    Server.postAnswer({messages, parameters: {...seed, ...node.parameters}, id: node.stream.id, signal, model, goOn}));
   run.resumable = response.headers.has("X-Request-Id");
   node.stream = {...node.stream, id: response.headers.get("X-Request-Id") ?? node.stream.id};
   onAccepted();
@@ -382,13 +380,13 @@ async function onceReady(run, post) {
     if (state.phase === "locked") openServer();
     run.waiting = state.phase !== "ready";
     render();
-    await untilReady(run.controller.signal);
+    await Server.untilReady(run.controller.signal);
     run.waiting = false;
     try {
       return await post();
     } catch (error) {
       const away = error.status === undefined || error.status === 503;
-      if (error.name === "AbortError" || !(error.status === 401 && state.phase === "locked" || away && await isAway())) throw error;
+      if (error.name === "AbortError" || !(error.status === 401 && state.phase === "locked" || away && await Server.isAway())) throw error;
     }
   }
 }
@@ -487,11 +485,11 @@ const TITLE_TOKENS = 24, TITLE_CHARACTERS = 1500;      // limits: the title, and
 // Lets the model title a chat after its first answer, when the server is otherwise idle.
 async function nameChat(chat, node) {
   if (!state.preferences.titles || state.model.api !== "v1" || !node.content) return;
-  const nodes = await store.read("nodes", chat.id), question = nodes.find(({id}) => id === node.parent), before = chat.title;
+  const nodes = await Store.read("nodes", chat.id), question = nodes.find(({id}) => id === node.parent), before = chat.title;
   if (nodes.length !== 2 || before !== Tree.titleOf(question?.content ?? "")) return;
   const part = text => text.slice(0, TITLE_CHARACTERS), content = TEXT.titleRequest(part(question.content), part(node.content));
-  const made = await jsonOf(post(ROUTES.v1, {messages: [{role: "user", content}], max_tokens: TITLE_TOKENS, temperature: 0,
-    ...(state.model.ours ? {priority: "low", reasoning_effort: "none"} : {}), ...modelNamed(chat.model)}));
+  const made = await Server.jsonOf(Server.post(Server.ROUTES.v1, {messages: [{role: "user", content}], max_tokens: TITLE_TOKENS, temperature: 0,
+    ...(state.model.ours ? {priority: "low", reasoning_effort: "none"} : {}), ...Server.modelNamed(chat.model)}));
   const said = made?.choices?.[0]?.message?.content, text = Tree.isText(said) ? said : "";
   const title = Tree.titleOf((Tree.untagged({content: text}).content ?? text).replace(/^\W*title\W+/i, "").replace(/["“”*]|\.\W*$/g, ""));
   if (!title || chat.title !== before || !isStored(chat)) return;
@@ -504,8 +502,8 @@ async function readAnswer(run, response) {
     try {
       return await readEvents(run, response);
     } catch (error) {
-      if (error instanceof Lost) watchServer();
-      if (!(error instanceof Lost) || !run.resumable) throw error;
+      if (error instanceof Server.Lost) Server.watch();
+      if (!(error instanceof Server.Lost) || !run.resumable) throw error;
       response = await takeUp(run);
       if (!response) { run.node.note = "interrupted"; return undefined; }
     }
@@ -515,8 +513,8 @@ async function readAnswer(run, response) {
 async function readEvents(run, response) {
   const {node} = run;
   let ended = false;
-  for await (const {id, event} of serverEvents(response.body, run.resumable ? SILENCE_MS : FOREVER_MS)) {
-    const news = untaggedNews(run, readEvent(event));
+  for await (const {id, event} of Server.events(response.body, run.resumable ? Server.SILENCE_MS : Server.FOREVER_MS)) {
+    const news = untaggedNews(run, Server.readEvent(event));
     if (id) node.stream = {...node.stream, next: Number(id) + 1};
     run.progress = news.progress ?? (news.text || news.reasoning ? null : run.progress);
     if (news.prompt) run.prompt = news.prompt;
@@ -529,7 +527,7 @@ async function readEvents(run, response) {
     ended ||= news.reason !== null;
     noteFacts(run, news, ended);
   }
-  if (!ended) throw new Lost(TEXT.endedEarly);
+  if (!ended) throw new Server.Lost(TEXT.endedEarly);
 }
 
 // Other servers may leave reasoning in the text, between tags.
@@ -593,7 +591,7 @@ function saveGrown(run) {
   const {content, reasoning, thought, stream, ended, note, error, remedy, timings, earlier, model, seed, ids, continued, calls, calculator} = run.node;
   clearTimeout(run.saving);
   run.saving = 0;
-  store.change("nodes", run.node.id, {content, reasoning, thought, stream, ended, note, error, remedy, timings, earlier, model, seed, ids, continued, calls, calculator});
+  Store.change("nodes", run.node.id, {content, reasoning, thought, stream, ended, note, error, remedy, timings, earlier, model, seed, ids, continued, calls, calculator});
 }
 
 // The token counts so far of a growing answer and its prompt; null if the prompt's is unknown.
@@ -602,7 +600,7 @@ const countsOf = run => run?.prompt ? {prompt_tokens: run.prompt, completion_tok
 // Tokens per second since the first event, which may hold several (drafts); where the server counts none, each event counts as one.
 const liveSpeed = run => Math.max(1, (run.tokens || run.chunks) - run.first) / Math.max(0.001, (run.lastAt - run.firstAt) / 1000);
 
-const takeUp = run => reconnected(run.node.stream, run.controller.signal, lost => {
+const takeUp = run => Server.reconnected(run.node.stream, run.controller.signal, lost => {
   Object.assign(run, {lost, resumed: !lost});
   render();
 });
@@ -613,7 +611,7 @@ function stopRun(id) {
   if (!run) return false;
   run.stopped = true;
   run.controller.abort();
-  request(`v1/cancel/${run.node.stream.id}`, {method: "POST"}).catch(() => {});
+  Server.request(`v1/cancel/${run.node.stream.id}`, {method: "POST"}).catch(() => {});
   return true;
 }
 
@@ -621,12 +619,12 @@ function stopRun(id) {
 function stopAnswer() {
   const node = lastNode();
   if (!Tree.isGrowing(node) || stopRun(node.id)) return;
-  store.tell({stop: node.id});
-  request(`v1/cancel/${node.stream.id}`, {method: "POST"}).catch(() => {});
+  Store.tell({stop: node.id});
+  Server.request(`v1/cancel/${node.stream.id}`, {method: "POST"}).catch(() => {});
 }
 
 // Ends the thinking of a growing answer, which continues with its content. False if the server did not do so.
-const answerNow = node => request(`v1/cancel/${node.stream.id}?reasoning=true`, {method: "POST"}).then(response => response.ok, () => false);
+const answerNow = node => Server.request(`v1/cancel/${node.stream.id}?reasoning=true`, {method: "POST"}).then(response => response.ok, () => false);
 
 // other tabs ----------------------------------------------------------------------------------------------------------
 
@@ -636,9 +634,9 @@ const claimed = new Set();        // ids of nodes that another tab has just clai
 // Resumes an answer that no tab is receiving: the page was left, or the receiving tab was closed.
 async function adopt(node, chat) {
   if (!Tree.isGrowing(node) || state.runs.has(node.id)) return;
-  if (store.channel) {
+  if (Store.channel) {
     claimed.delete(node.id);
-    store.tell({who: node.id});
+    Store.tell({who: node.id});
     await wait(ANSWER_MS);
     if (claimed.has(node.id) || !Tree.isGrowing(node) || state.runs.has(node.id)) return;
   }
@@ -646,7 +644,7 @@ async function adopt(node, chat) {
 }
 
 function hearTab({who, mine, stop, left}) {
-  if (who && state.runs.has(who)) store.tell({mine: who});
+  if (who && state.runs.has(who)) Store.tell({mine: who});
   if (mine) claimed.add(mine);
   if (stop) stopRun(stop);
   if (left) adoptOrphans();
@@ -660,7 +658,7 @@ function adoptOrphans() {
 async function adoptAll() {
   for (const chat of state.chats.values()) {
     if (!chat.running || chat.id === state.chat.id) continue;
-    const node = (await store.read("nodes", chat.id)).find(({id}) => id === chat.running);
+    const node = (await Store.read("nodes", chat.id)).find(({id}) => id === chat.running);
     if (node) adopt(node, chat);
   }
 }
@@ -709,11 +707,11 @@ function say(text) {
 
 Parts.register({
   bind() {
-    Object.assign(store, {onNews: hearNews, onMessage: hearTab, onTrouble: render});
+    Store.listen({onNews: hearNews, onMessage: hearTab, onTrouble: render});
     addEventListener("pagehide", () => {
       for (const run of state.runs.values()) saveGrown(run);
-      store.leave();
-      if (state.runs.size) store.tell({left: true});
+      Store.leave();
+      if (state.runs.size) Store.tell({left: true});
     });
     addEventListener("popstate", () => {
       const view = viewAt(location.hash);
@@ -730,7 +728,7 @@ Parts.register({
   },
 });
 
-Parts.share({NO_MODEL, state, STORE, store, lastNode, canAsk, loadPreferences, changePreferences, changeChat, showLeaf, opening,
+Parts.share({NO_MODEL, state, lastNode, canAsk, loadPreferences, changePreferences, changeChat, showLeaf, opening,
   openChat, newChat, lastPlace, deleteChats, removeChats, bringBack, addChat, deleteNode, offerUndo, branchFrom,
   draftKey, saveDraft, loadDraft, addToDraft, addNode, ask, removeNodes, regenerate, answerAgain, answer,
   messagesToSend, canGoOn, goOn, wholeOf, editQuestion, editAnswer, countsOf, liveSpeed, stopAnswer, answerNow, adoptAll, say});

@@ -105,7 +105,7 @@ async function search(query) {
   words = query.toLowerCase().split(/\s+/).filter(Boolean);
   $("search-clear").hidden = !query;
   if (!words.length) { state.found = null; return render(); }
-  const texts = new Map([...state.chats.values()].map(({id, title}) => [id, title.toLowerCase()])), nodes = await store.read("nodes");
+  const texts = new Map([...state.chats.values()].map(({id, title}) => [id, title.toLowerCase()])), nodes = await Store.read("nodes");
   for (const {conversation, content} of nodes) {
     if (texts.has(conversation)) texts.set(conversation, `${texts.get(conversation)}\n${content.toLowerCase()}`);
   }
@@ -266,7 +266,7 @@ function showImport(chats, name) {
 
 async function exportChats(chats) {
   const nodes = new Map();
-  for (const chat of chats) nodes.set(chat.id, chat.id === state.chat.id ? [...state.nodes.values()] : await store.read("nodes", chat.id));
+  for (const chat of chats) nodes.set(chat.id, chat.id === state.chat.id ? [...state.nodes.values()] : await Store.read("nodes", chat.id));
   const file = Tree.exportOf(chats.filter(({id}) => nodes.get(id).length), chat => nodes.get(chat.id), chats.length === state.chats.size ? ownPrompts() : []);
   const name = chats.length === 1 ? fileName(chats[0]) : `chats-${file.exported.slice(0, 10)}`;
   download(JSON.stringify(file, null, 2), `${name}.json`, "application/json");
@@ -347,7 +347,7 @@ async function importFile(file) {
 async function twinOf({conversation, nodes}) {
   for (const chat of state.chats.values()) {
     if (chat.created !== conversation.created) continue;
-    const stored = await store.read("nodes", chat.id), first = list => list.find(({parent}) => parent === null)?.content;
+    const stored = await Store.read("nodes", chat.id), first = list => list.find(({parent}) => parent === null)?.content;
     if (first(stored) === first(nodes)) return {chat, count: stored.length};
   }
   return null;
@@ -374,7 +374,7 @@ const countMessages = chats => chats.reduce((count, {nodes}) => count + nodes.le
 // Imports the one chat of an older version of the page, and deletes it there once it is stored here.
 async function takeOverOldChat() {
   let old = null;
-  try { old = JSON.parse(localStorage.getItem(STORE)); } catch (error) { /* none */ }
+  try { old = JSON.parse(localStorage.getItem(Store.name)); } catch (error) { /* none */ }
   if (!Array.isArray(old?.turns)) return;
   const {system, ...parameters} = old.settings ?? {};
   for (const [i, turns] of [old.previous, old.turns].entries()) {
@@ -384,11 +384,11 @@ async function takeOverOldChat() {
     addChat(conversation, nodes);
   }
   const {url, key} = old.server ?? {};
-  const home = url ? serverAddress(url) : PAGE_HOME;
+  const home = url ? Server.addressOf(url) : Server.PAGE_HOME;
   if (url && home) changePreferences({server: home, servers: [...state.preferences.servers, home]});
-  if (key && home) changePreferences({keys: {...state.preferences.keys, [originOf(home)]: key}});
-  await store.flushing;
-  if (!store.trouble) localStorage.removeItem(STORE);
+  if (key && home) changePreferences({keys: {...state.preferences.keys, [Server.originOf(home)]: key}});
+  await Store.flushing;
+  if (!Store.trouble) localStorage.removeItem(Store.name);
 }
 
 Parts.register({

@@ -24,7 +24,7 @@ function openCompare(node, models = stepsBeside(node)) {
 
 // Of a training run: the answer's step, or the one before the latest, against the latest. Else twice the answer's own model.
 function stepsBeside(node) {
-  const chosen = state.models.find(({id}) => id === node.model) ?? chatModel(), steps = Look.stepsOfRun(chosen?.run), own = chosen?.now ?? chosen?.id;
+  const chosen = state.models.find(({id}) => id === node.model) ?? Server.chatModel(), steps = Look.stepsOfRun(chosen?.run), own = chosen?.now ?? chosen?.id;
   return steps.length > 1 ? [own === steps.at(-1) ? steps.at(-2) : own, steps.at(-1)] : [undefined, undefined];
 }
 
@@ -38,7 +38,7 @@ function compareModels(question, models) {
 // Whether the models are to continue a text: so does the chat of an answer, and of a question without a chat so do they if all are for texts.
 function continuesTexts(node, columns) {
   if (node.question === undefined) return state.model.api === "text";
-  return columns.every(({model, adapter}) => (state.models.find(({id}) => id === (adapter.value || model.value)) ?? chatModel())?.type === "text");
+  return columns.every(({model, adapter}) => (state.models.find(({id}) => id === (adapter.value || model.value)) ?? Server.chatModel())?.type === "text");
 }
 
 const pathAbove = node => node.question === undefined ? Tree.pathTo(state.nodes, node.parent) : [{role: "user", content: node.question}];
@@ -53,7 +53,7 @@ function addColumn(model = compared.node.model, ownSeed = compared.node.seed + c
     return [name, field, element("label", {}, element("span", {textContent: TEXT.parameters[name]}), field)];
   });
   column.fields = Object.fromEntries(controls);
-  const bases = state.models.filter(each => Look.baseOf(each) === each), chosen = state.models.find(({id}) => id === model) ?? chatModel();
+  const bases = state.models.filter(each => Look.baseOf(each) === each), chosen = state.models.find(({id}) => id === model) ?? Server.chatModel();
   column.model = element("select", {}, ...bases.map(optionOf));
   column.model.value = Look.baseOf(chosen)?.id;
   column.adapter = element("select");
@@ -232,14 +232,14 @@ async function startCompare() {
   setText($("compare-problem"), "");
   mine.writes = continuesTexts(node, columns);
   updateCompare();
-  const {tools, response_format, seed, ...parameters} = node.parameters ?? {}, watch = setInterval(lookAtModels, 1000);       // for steps that load
+  const {tools, response_format, seed, ...parameters} = node.parameters ?? {}, watch = setInterval(Server.lookAtModels, 1000);       // for steps that load
   const variants = columns.map(({model, adapter, fields}) => ({...(state.models.length > 1 ? {model: adapter.value || model.value} : {}),
     ...Object.fromEntries(VARIED.filter(name => fields[name].value !== "").map(name => [name, Number(fields[name].value)]))}));
   try {
-    const asked = mine.writes ? {prompt: textToContinue(pathAbove(node))} : {messages: [...messagesToSend(pathAbove(node), Look.systemOf(node))]};
-    const response = await accepted(await post("v1/compare", {...asked, ...parameters, truncate: "oldest", variants}, {signal: controller.signal}));
-    for await (const {event} of serverEvents(response.body, FOREVER_MS)) {
-      if (event.error && event.index === undefined) throw new Refused(sentence(errorText(event)), {status: 0});
+    const asked = mine.writes ? {prompt: Server.textToContinue(pathAbove(node))} : {messages: [...messagesToSend(pathAbove(node), Look.systemOf(node))]};
+    const response = await Server.accepted(await Server.post("v1/compare", {...asked, ...parameters, truncate: "oldest", variants}, {signal: controller.signal}));
+    for await (const {event} of Server.events(response.body, Server.FOREVER_MS)) {
+      if (event.error && event.index === undefined) throw new Server.Refused(Server.sentence(Server.errorText(event)), {status: 0});
       hearCompared(columns, event);
       if (mine === compared) updateCompare();
     }
@@ -280,7 +280,7 @@ function goOnWith({text, reasoning, calculator, end, fields}) {
     newChat();
     changeChat(state.chat, {model: end.model});
     node.parent = addNode(null, "user", node.question).id;
-    useModel();
+    Server.useModel();
   }
   for (const name of VARIED) if (name !== "seed" && fields[name].value !== "") parameters[name] = Number(fields[name].value);
   const made = addNode(node.parent, "assistant", text, {...Look.madeBy({system: Look.systemOf(node)}, {model: end.model, weights: Look.weightsOf(end.model), system: Look.systemOf(node)}), parameters, seed: end.seed,

@@ -58,7 +58,7 @@ function flipsOf(name, found) {
 async function findFlips(name) {
   const {before, after} = shownFlips, isNews = shownFlips.isNews();
   try {
-    const response = await accepted(await request(`v1/runs/${encodeURIComponent(name)}?${new URLSearchParams({before, after})}`));
+    const response = await Server.accepted(await Server.request(`v1/runs/${encodeURIComponent(name)}?${new URLSearchParams({before, after})}`));
     const {flips} = await response.json();
     if (!isNews() || shownFlips.run !== name || shownFlips.before !== before || shownFlips.after !== after) return;
     Object.assign(shownFlips, {found: flips, error: ""});

@@ -29,7 +29,7 @@ async function answerOf(response) {
   const mine = getting;
   try {
     const found = await response;
-    if (!found.ok) throw await errorOf(found);
+    if (!found.ok) throw await Server.errorOf(found);
     if (mine && mine === getting) mine.problem = "";
     return await found.json();
   } catch (error) {
@@ -45,7 +45,7 @@ async function lookAtHub() {
   const mine = getting, isNews = mine.isNews(), {words} = mine;
   mine.asking++;
   render();
-  const found = await answerOf(request(`models/hub${words ? `?search=${encodeURIComponent(words)}` : ""}`));
+  const found = await answerOf(Server.request(`models/hub${words ? `?search=${encodeURIComponent(words)}` : ""}`));
   mine.asking--;
   if (mine !== getting) return;
   if (!found || !isNews()) return render();
@@ -63,9 +63,9 @@ async function follow() {
   if (!mine || mine.following || ![...mine.downloads.values()].some(isRunning)) return;
   const {signal} = mine.following = new AbortController();
   try {
-    const response = await request("models/downloads", {signal});
-    if (!response.ok) throw await errorOf(response);
-    for await (const {event} of serverEvents(response.body, SILENCE_MS)) {
+    const response = await Server.request("models/downloads", {signal});
+    if (!response.ok) throw await Server.errorOf(response);
+    for await (const {event} of Server.events(response.body, Server.SILENCE_MS)) {
       const before = mine.downloads.get(event.model);
       mine.downloads.set(event.model, event);
       if (!isRunning(event) && (!before || isRunning(before))) ended(event);
@@ -83,11 +83,11 @@ async function follow() {
 
 function ended({model, state: how, error, note}) {
   announce({done: note || TEXT.gotModel(model), failed: error, cancelled: TEXT.cancelledModel(model)}[how] ?? "");
-  lookAtModels(true);
+  Server.lookAtModels(true);
 }
 
 async function get(name) {
-  const found = await answerOf(post("models/download", {model: name}));
+  const found = await answerOf(Server.post("models/download", {model: name}));
   if (!found || !getting) return;
   getting.downloads.set(found.model, found);
   getting.dismissed.delete(found.model);
@@ -98,16 +98,16 @@ async function get(name) {
 }
 
 async function cancel(name) {
-  await answerOf(post("models/cancel", {model: name}));
+  await answerOf(Server.post("models/cancel", {model: name}));
   if (getting) lookAtHub();
 }
 
 async function remove(name, bytes) {
   const sure = await confirmed(TEXT.deleteModel(name), [element("p", {textContent: TEXT.deleteModelHint(TEXT.bytes(bytes))})], TEXT.keepModel, TEXT.delete, true);
   if (!sure || !getting) return;
-  await answerOf(post("models/delete", {model: name}));
+  await answerOf(Server.post("models/delete", {model: name}));
   getting?.looked.clear();
-  lookAtModels(true);
+  Server.lookAtModels(true);
   if (getting) lookAtHub();
 }
 
@@ -117,7 +117,7 @@ async function look(name) {
   if (mine.looked.delete(name)) return render();
   mine.looked.set(name, {models: null});
   render();
-  const found = await answerOf(request(`models/hub/${name.split("/").map(encodeURIComponent).join("/")}`));
+  const found = await answerOf(Server.request(`models/hub/${name.split("/").map(encodeURIComponent).join("/")}`));
   if (mine !== getting || !mine.looked.has(name)) return;
   if (found) mine.looked.set(name, found);
   else mine.looked.delete(name);
@@ -201,7 +201,7 @@ function downloadRow({model, state: how, done, bytes, error, note}) {
 }
 
 async function chatWithModel(name) {
-  await lookAtModels(true);
+  await Server.lookAtModels(true);
   newChat();
   chooseModel(name);
   focusAfterClick();

@@ -17,11 +17,11 @@ async function replay(node, {more = {}, signal, onToken = () => {}}) {
   const {parameters = {}, continued, prefix, seed, model, note, ids: before} = node, {max_tokens: most, ...others} = parameters;
   const messages = messagesToSend(Tree.pathTo(state.nodes, node.parent), Look.systemOf(node));
   const stop = new AbortController(), made = {ids: [...prefix ?? []], entries: [], text: "", reasoning: "", calculator: []};
-  const response = await postAnswer({messages, id: Tree.newId(), signal: AbortSignal.any([signal, stop.signal]), model,
+  const response = await Server.postAnswer({messages, id: Tree.newId(), signal: AbortSignal.any([signal, stop.signal]), model,
     parameters: {...others, ...(most && !continued ? {max_tokens: most} : {}), seed, ...(prefix ? {prefix_token_ids: prefix} : {}),
       resumable: false, progress: false, ...more}});
-  for await (const {event} of serverEvents(response.body, FOREVER_MS)) {
-    const {text, reasoning, ids, logprobs, calculator} = readEvent(event);
+  for await (const {event} of Server.events(response.body, Server.FOREVER_MS)) {
+    const {text, reasoning, ids, logprobs, calculator} = Server.readEvent(event);
     made.calculator.push(...Calculator.callsOf(calculator));
     made.text += text;
     made.reasoning += reasoning;
@@ -39,7 +39,7 @@ async function replay(node, {more = {}, signal, onToken = () => {}}) {
 
 // The text of each token; a character split across tokens goes to its last one: [{id, text, special}]. Throws what postAnswer does.
 async function piecesOf(ids, model) {
-  const response = await accepted(await post("tokenize", {content: ids, with_pieces: true, ...modelOfSeveral(model)}));
+  const response = await Server.accepted(await Server.post("tokenize", {content: ids, with_pieces: true, ...Server.modelOfSeveral(model)}));
   return spelled((await response.json()).tokens);
 }
 
@@ -113,8 +113,8 @@ async function lookThrough(node) {
 async function forcedEntries(node) {
   const {prefix = [], model} = node, {tokens} = prefix.length ? await promptOf(node) : {};
   if (!tokens) return [];
-  const read = await jsonOf(post(ROUTES.text, {prompt: [...tokens.map(({id}) => id), ...prefix], max_tokens: 0, echo: true, logprobs: BESIDE + 1,
-    return_token_ids: true, ...modelOfSeveral(model)}));
+  const read = await Server.jsonOf(Server.post(Server.ROUTES.text, {prompt: [...tokens.map(({id}) => id), ...prefix], max_tokens: 0, echo: true, logprobs: BESIDE + 1,
+    return_token_ids: true, ...Server.modelOfSeveral(model)}));
   return read?.choices?.[0]?.logprobs?.content?.slice(-prefix.length) ?? [];
 }
 
@@ -224,11 +224,11 @@ async function openLens(title, model, {question, text, most = 0}) {
   updateLens(view);
   dialog.onclose = () => Look.dropLens(node.id);
   dialog.showModal();
-  const more = {...modelOfSeveral(model), temperature: 0, return_token_ids: true};
+  const more = {...Server.modelOfSeveral(model), temperature: 0, return_token_ids: true};
   try {
-    const response = await accepted(await (question === undefined
-      ? post(ROUTES.text, {prompt: text, logprobs: BESIDE + 1, max_tokens: most, ...(most ? {} : {echo: true}), ...more})
-      : post(ROUTES.v1, {messages: [{role: "user", content: question}], logprobs: true, top_logprobs: BESIDE + 1, max_tokens: 1, ...more})));
+    const response = await Server.accepted(await (question === undefined
+      ? Server.post(Server.ROUTES.text, {prompt: text, logprobs: BESIDE + 1, max_tokens: most, ...(most ? {} : {echo: true}), ...more})
+      : Server.post(Server.ROUTES.v1, {messages: [{role: "user", content: question}], logprobs: true, top_logprobs: BESIDE + 1, max_tokens: 1, ...more})));
     const entries = (await response.json()).choices[0].logprobs.content.filter(({logprob}) => typeof logprob === "number");
     lens.tokens = joined(await piecesOf(entries.map(({id}) => id), model), entries);
     lens.text = TEXT.lensLook;
@@ -246,9 +246,9 @@ async function promptOf(node) {
   const all = messagesToSend(path, Look.systemOf(node)), dropped = Math.max(0, (timings.dropped_messages ?? 0) - all.dropped);
   const fixed = all[0]?.role === "system" ? 1 : 0, messages = [...all.slice(0, fixed), ...all.slice(fixed + dropped)];
   const effort = parameters.reasoning_effort ? {reasoning_effort: parameters.reasoning_effort} : {};
-  const wanted = state.model.api === "text" ? ["tokenize", {content: textToContinue(messages), add_special: true}]
+  const wanted = state.model.api === "text" ? ["tokenize", {content: Server.textToContinue(messages), add_special: true}]
     : ["apply-template", {messages, ...effort, ...(parameters.tools ? {tools: parameters.tools} : {})}];
-  const found = await jsonOf(post(wanted[0], {...wanted[1], with_pieces: true, ...modelOfSeveral(model)}));
+  const found = await Server.jsonOf(Server.post(wanted[0], {...wanted[1], with_pieces: true, ...Server.modelOfSeveral(model)}));
   return {messages, tokens: found?.tokens && spelled(found.tokens)};
 }
 

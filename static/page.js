@@ -43,10 +43,10 @@ const empty = {key: "", node: null};
 
 function emptyPage() {
   const {model, phase, loading} = state;
-  const key = JSON.stringify([model.name, model.api, model.better, model.base, model.devices, model.context, phase, serverText(), canAsk(), ownPrompts()]);
+  const key = JSON.stringify([model.name, model.api, model.better, model.base, model.devices, model.context, phase, Server.trouble(), canAsk(), ownPrompts()]);
   if (empty.key === key) return empty.node;
   const page = element("section", {className: "empty"}, element("h2", {textContent: model.api === "text" ? TEXT.welcomeText : TEXT.welcome(new Date().getHours())}));
-  page.append(element("p", {textContent: serverText() || TEXT.running(model.devices.map(TEXT.device), model.context)}));
+  page.append(element("p", {textContent: Server.trouble() || TEXT.running(model.devices.map(TEXT.device), model.context)}));
   if (model.base) page.append(baseNotice(model.api !== "text"));
   else if (model.api === "text") page.append(noticeOf(TEXT.completes));
   if (model.api === "none" && model.can.embedding && model.ours) Parts.need("vectors").then(() => { if (typeof Vectors !== "undefined") Vectors.show(page, model); });
@@ -250,7 +250,7 @@ async function countDraft() {
   if (text) await wait(300);
   if (!isMine()) return;
   const [tokens, around] = !text || state.model.api !== "v1" ? [0, 0] :
-    await Promise.all([long ? Math.round(text.length / TOKEN_CHARACTERS) : countTokens(text), tokensAround(state.chat.system)]);
+    await Promise.all([long ? Math.round(text.length / TOKEN_CHARACTERS) : Server.countTokens(text), Server.tokensAround(state.chat.system)]);
   if (!isMine()) return;
   state.counted = {text, tokens: tokens ?? 0, around};
   renderGauge();
@@ -292,8 +292,8 @@ async function readFile(file) {
     if (!read) throw new Error(TEXT.notText(file.name));
     return read;
   }
-  const response = await request(`extract?name=${encodeURIComponent(file.name)}`, {method: "POST", body: file});
-  if (!response.ok) throw new Error(TEXT.unread(file.name, (await errorOf(response)).message));
+  const response = await Server.request(`extract?name=${encodeURIComponent(file.name)}`, {method: "POST", body: file});
+  if (!response.ok) throw new Error(TEXT.unread(file.name, (await Server.errorOf(response)).message));
   const {text, pages, cut} = await response.json();
   return {text, pages, cut};
 }
@@ -494,8 +494,8 @@ function renderComposer(growing) {
   if (queued && canAsk()) queueMicrotask(sendQueued);
   setText($("refusal"), state.refusal);
   $("refusal").hidden = !state.refusal;
-  setText($("trouble"), store.trouble ? TEXT.trouble[store.trouble] : "");
-  $("trouble").hidden = !store.trouble;
+  setText($("trouble"), Store.trouble ? TEXT.trouble[Store.trouble] : "");
+  $("trouble").hidden = !Store.trouble;
 }
 
 // The line below the composer, with the gauge of the context.
@@ -504,7 +504,7 @@ function renderState() {
   const shownInTurn = Tree.isGrowing(last) && !last.content && !run?.lost;
   $("state").classList.toggle("lost", Boolean(run?.lost));
   setText($("state"), shownInTurn ? "" : Tree.isGrowing(last) ? growingText(last, run) + (run ? liveSpeedText(run) : "")
-    : state.path.length ? serverText() : "");             // the empty page shows it itself
+    : state.path.length ? Server.trouble() : "");             // the empty page shows it itself
   $("enter-key").hidden = state.phase !== "locked";
   renderGauge();
 }
@@ -513,8 +513,8 @@ function renderState() {
 async function tokensAlone(path) {
   const {used, guessed} = usedTokens(), question = path.findLastIndex(({role}) => role === "user");
   if (used && !guessed && (question === 0 || state.model.api === "text" || !state.model.ours)) return used;       // these leave nothing out
-  const text = await templateText(Tree.messagesOf(path.slice(Math.max(0, question)), state.chat.system));
-  return text === null ? 0 : await countTokens(text) ?? 0;
+  const text = await Server.templateText(Tree.messagesOf(path.slice(Math.max(0, question)), state.chat.system));
+  return text === null ? 0 : await Server.countTokens(text) ?? 0;
 }
 
 // {used, guessed}: the path's tokens when the server last counted them, and an estimate of those added since.
@@ -636,11 +636,11 @@ async function start() {
   render();
   if (!touch.matches) focusAfterClick();
   const asking = wantedServer();
-  await store.open();
-  store.recover();
-  for (const chat of await store.read("conversations")) state.chats.set(chat.id, chat);
+  await Store.open();
+  Store.recover();
+  for (const chat of await Store.read("conversations")) state.chats.set(chat.id, chat);
   await takeOverOldChat();
-  if (!asking) watchServer();
+  if (!asking) Server.watch();
   const {hash} = location, view = viewAt(hash), wanted = [hash.slice(1), lastPlace()].find(id => state.chats.has(id)) ?? "";
   const typed = $("message").value;                     // while the scripts were loading
   await (isFirst() ? openChat(wanted) : loadDraft(draftKey()));         // the reader may have begun a chat

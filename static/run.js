@@ -112,7 +112,7 @@ function showBeside(other) {
 
 // Runs whose models are all gone are only in this list.
 async function listRuns(mine) {
-  const found = await jsonOf(request("v1/runs", {signal: AbortSignal.timeout(HEALTH_MS)}));
+  const found = await Server.jsonOf(Server.request("v1/runs", {signal: AbortSignal.timeout(Server.HEALTH_MS)}));
   if (!Array.isArray(found?.data) || mine !== shownRun) return;
   mine.listed = found.data;
   render();
@@ -123,7 +123,7 @@ async function look() {
   const mine = shownRun, turn = ++mine.turn, began = performance.now();
   clearTimeout(mine.timer);
   if (!document.hidden) {
-    lookAtModels();
+    Server.lookAtModels();
     await Promise.all([mine.name, mine.other].filter(Boolean).map(name => lookAtRun(mine, name)));
   }
   if (mine === shownRun && turn === mine.turn) mine.timer = setTimeout(look, Math.max(LOOK_MS, REST * (performance.now() - began)));
@@ -134,7 +134,7 @@ async function lookAtRun(mine, name) {
   page.isNews ??= inOrder();
   mine.pages.set(name, page);
   const isNews = page.isNews();
-  const text = await request(`v1/runs/${encodeURIComponent(name)}`, {signal: AbortSignal.timeout(HEALTH_MS)}).then(response => response.ok ? response.text() : "").catch(() => "");
+  const text = await Server.request(`v1/runs/${encodeURIComponent(name)}`, {signal: AbortSignal.timeout(Server.HEALTH_MS)}).then(response => response.ok ? response.text() : "").catch(() => "");
   if (!text || mine !== shownRun || !isNews() || page.text === text) return;
   page.text = text;
   try { page.steps = (JSON.parse(text).steps ?? []).filter(step => typeof step?.model === "string"); } catch (error) { return; }
@@ -171,7 +171,7 @@ function renderRun() {
   shownRun.drawn[2] = shownRun.metric;
   fillChoices(metrics);
   setText($("run-title"), name ? TEXT.runTitle(name) : TEXT.trainingRun);
-  setText($("run-about"), steps.length ? TEXT.runAbout(steps, steps.findLast(step => !isGone(step))) : state.phase === "ready" ? TEXT.noRun(name) : serverText());
+  setText($("run-about"), steps.length ? TEXT.runAbout(steps, steps.findLast(step => !isGone(step))) : state.phase === "ready" ? TEXT.noRun(name) : Server.trouble());
   setText($("run-now"), nowText(all));
   showWarnings(all);
   $("run-compare").hidden = latestTwo().length < 2 || !latestTwo().some(({compares}) => compares);       // a new step may be in one list before it is in the other

@@ -5,7 +5,7 @@
 // knows the difference.
 "use strict";
 
-{
+const Server = (() => {
 
 const {TEXT, wait, newest, inOrder} = Parts;
 
@@ -379,8 +379,8 @@ Parts.register({
   },
 });
 
-Parts.share({PAGE_HOME, SILENCE_MS, FOREVER_MS, serverHome, originOf, serverKey, serverAddress, Lost,
-  Refused, request, post, jsonOf, errorOf, errorText, sentence, HEALTH_MS, watchServer, isAway, untilReady, serverText,
-  chatModel, useModel, loadModel, lookAtModels, countTokens, tokensAround, templateText, ROUTES, modelOfSeveral,
-  modelNamed, postAnswer, textToContinue, accepted, reconnected, serverEvents, readEvent});
-}
+return Object.freeze({PAGE_HOME, SILENCE_MS, FOREVER_MS, home: serverHome, originOf, key: serverKey, addressOf: serverAddress, Lost, Refused, request,
+  post, jsonOf, errorOf, errorText, sentence, HEALTH_MS, watch: watchServer, isAway, untilReady, trouble: serverText, chatModel, useModel, loadModel,
+  lookAtModels, countTokens, tokensAround, templateText, ROUTES, modelOfSeveral, modelNamed, postAnswer, textToContinue, accepted, reconnected,
+  events: serverEvents, readEvent});
+})();

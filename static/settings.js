@@ -25,7 +25,7 @@ function openSettings() {
 async function showTemplate(pause = 300) {
   const isMine = templateAsked();
   await wait(pause);
-  const text = isMine() ? await templateText(Tree.messagesOf([{role: "user", content: "…"}], state.chat.system)) : null;
+  const text = isMine() ? await Server.templateText(Tree.messagesOf([{role: "user", content: "…"}], state.chat.system)) : null;
   if (!isMine()) return;
   $("template").parentElement.hidden = text === null;
   $("template").textContent = text ?? "";
@@ -89,7 +89,7 @@ function showParameter(field) {
   const wrong = Boolean(field.validity?.badInput || field.value && value === undefined);
   field.setAttribute("aria-invalid", wrong);
   hint.classList.toggle("wrong", wrong);
-  setText(hint, wrong ? TEXT.badField(parameter) : sentence(TEXT.parameterHints[name]));
+  setText(hint, wrong ? TEXT.badField(parameter) : Server.sentence(TEXT.parameterHints[name]));
   row.querySelector("button").hidden = !field.value && !wrong;
   if (!range) return;
   if (name === "max_tokens") range.max = state.model.context || parameter.slider[1];
@@ -178,8 +178,8 @@ async function changeSwitch(box) {
 function openServer() {
   if ($("server-dialog").open) return;
   $("server-url").value = state.preferences.server;
-  $("server-url").placeholder = PAGE_HOME;
-  $("server-key").value = serverKey();
+  $("server-url").placeholder = Server.PAGE_HOME;
+  $("server-key").value = Server.key();
   const locked = state.phase === "locked";                    // a guest needs one field
   setText($("server-title"), locked ? TEXT.keyTitle : TEXT.server);
   $("another-server").open = !locked;
@@ -211,33 +211,33 @@ function wantKey(key) {
 
 // Applies the dialog's fields. A key typed for another server does not count for this one.
 function takeServer(event) {
-  const typed = $("server-url").value.trim(), home = typed ? serverAddress(typed) : "";
+  const typed = $("server-url").value.trim(), home = typed ? Server.addressOf(typed) : "";
   if (home === null) {
     event.preventDefault();
     return showProblems(TEXT.noAddress(typed), "");
   }
-  const key = $("server-key").value, origin = originOf(home || PAGE_HOME), {[origin]: old, ...keys} = state.preferences.keys;
+  const key = $("server-key").value, origin = Server.originOf(home || Server.PAGE_HOME), {[origin]: old, ...keys} = state.preferences.keys;
   changePreferences({keys: key ? {...keys, [origin]: key} : keys});
   useServer(home);
   return undefined;
 }
 
 function useServer(home) {
-  const {servers} = state.preferences, server = home === PAGE_HOME ? "" : home;
+  const {servers} = state.preferences, server = home === Server.PAGE_HOME ? "" : home;
   changePreferences({server, servers: server && !servers.includes(server) ? [...servers, server] : servers});
   Object.assign(state, {phase: "connecting", reached: "", models: [], model: {...NO_MODEL}});
   render();
-  watchServer();
+  Server.watch();
 }
 
 // ?server= names a server for this page to use. Nothing is sent to an unknown one until the reader agrees.
 function wantedServer() {
   const given = new URLSearchParams(location.search).get("server");
-  const home = given ? serverAddress(given) : null;
-  if (!home || home === serverHome()) return false;
-  if (home === PAGE_HOME || state.preferences.servers.includes(home)) { changePreferences({server: home === PAGE_HOME ? "" : home}); return false; }
+  const home = given ? Server.addressOf(given) : null;
+  if (!home || home === Server.home()) return false;
+  if (home === Server.PAGE_HOME || state.preferences.servers.includes(home)) { changePreferences({server: home === Server.PAGE_HOME ? "" : home}); return false; }
   confirmed(TEXT.askTitle, [element("p", {textContent: TEXT.askServer(home)})], TEXT.dontUseIt, TEXT.useIt)
-    .then(yes => yes ? useServer(home) : watchServer());
+    .then(yes => yes ? useServer(home) : Server.watch());
   return true;
 }
 
@@ -264,15 +264,15 @@ function renderModels() {
 
 function chooseModel(name) {
   changeChat(state.chat, {model: name});
-  useModel();
+  Server.useModel();
   render();
-  loadModel();
+  Server.loadModel();
 }
 
 // Makes what is typed in this chat messages to a base checkpoint, or a text again.
 function talkInTurns(inTurns) {
   changeChat(state.chat, {inTurns});
-  useModel();
+  Server.useModel();
   render();
 }
 
@@ -341,7 +341,7 @@ Parts.register({
     $("enter-key").onclick = openServer;
     $("server-reset").onclick = () => { $("server-url").value = $("server-key").value = ""; };
     $("models").onchange = () => chooseModel($("models").value);
-    for (const event of ["pointerdown", "focus"]) $("models").addEventListener(event, lookAtModels);
+    for (const event of ["pointerdown", "focus"]) $("models").addEventListener(event, Server.lookAtModels);
   },
   menu: () => [...(state.model.base ? [state.chat.inTurns ? [TEXT.inTexts, "edit", () => talkInTurns(false)] : [TEXT.inTurns, "prompt", () => talkInTurns(true)]] : []),
     [TEXT.prompts, "prompt", openPrompts], [TEXT.server, "server", () => openServer()]],
@@ -409,8 +409,8 @@ async function checkTools(wanted) {
   const isMine = checking();
   await wait(500);
   if (!isMine() || state.phase !== "ready") return;
-  const asked = await post(ROUTES.v1, {messages: [{role: "user", content: "a"}], max_tokens: 1, priority: "low", ...wanted, ...modelOfSeveral()}).catch(() => null);
-  const problem = asked?.status === 400 ? (await errorOf(asked)).message : "";
+  const asked = await Server.post(Server.ROUTES.v1, {messages: [{role: "user", content: "a"}], max_tokens: 1, priority: "low", ...wanted, ...Server.modelOfSeveral()}).catch(() => null);
+  const problem = asked?.status === 400 ? (await Server.errorOf(asked)).message : "";
   if (isMine() && problem) setText($(wanted.response_format ? "schema-problem" : "functions-problem"), problem);
 }
 
@@ -472,7 +472,7 @@ function updateCalls(view, growing) {
   if (growing || !calls.length || isAnswered(node)) return;
   view.calls.append(element("button", {type: "button", className: "primary", textContent: TEXT.sendResults, onclick: () => {
     calls.forEach((call, i) => { call.result = fields[i].value; });
-    store.change("nodes", node.id, {calls});
+    Store.change("nodes", node.id, {calls});
     answer(node, (error, made) => { removeNodes([made.id], node.id); state.refusal = error.message; return true; });
     focusAfterClick();
   }}));

@@ -32,7 +32,7 @@ function openStatus() {
 
 // What the server sampled before the view was opened. One that keeps no history, or does not show it to this key, is drawn from now on.
 async function lookBack(mine) {
-  const past = await jsonOf(request("stats/history", {signal: AbortSignal.timeout(HEALTH_MS)}));
+  const past = await Server.jsonOf(Server.request("stats/history", {signal: AbortSignal.timeout(Server.HEALTH_MS)}));
   if (mine !== glanced || !Array.isArray(past?.samples) || !Array.isArray(past.fields)) return;
   const at = Object.fromEntries(past.fields.map((name, i) => [name, i]));
   mine.samples.unshift(...past.samples.filter(Array.isArray).map(values => {
@@ -52,12 +52,12 @@ function closeStatus() {
 
 async function lookAtServer() {
   if (document.hidden && glanced?.samples.length) return;
-  const mine = glanced, isNews = mine?.isNews(), options = {signal: AbortSignal.timeout(HEALTH_MS)};
-  const [stats, metrics] = await Promise.all([jsonOf(request("stats", options)),
-    request("metrics", options).then(response => response.ok ? response.text() : "").catch(() => "")]);
+  const mine = glanced, isNews = mine?.isNews(), options = {signal: AbortSignal.timeout(Server.HEALTH_MS)};
+  const [stats, metrics] = await Promise.all([Server.jsonOf(Server.request("stats", options)),
+    Server.request("metrics", options).then(response => response.ok ? response.text() : "").catch(() => "")]);
   if (!mine || mine !== glanced || !isNews()) return;
   if (stats) addSample(glanced, stats, readMetrics(metrics));
-  setText($("status-about"), stats ? TEXT.statusAbout(stats) : serverText() || TEXT.noStatus);
+  setText($("status-about"), stats ? TEXT.statusAbout(stats) : Server.trouble() || TEXT.noStatus);
   if (stats) showStatus(stats, glanced);
 }
 
@@ -145,7 +145,7 @@ Parts.register({
   view: {isOpen: () => Boolean(glanced), close: closeStatus},
   render() {
     $("status").hidden = !glanced;
-    $("status-usage").firstChild.href = `${serverHome()}usage`;
+    $("status-usage").firstChild.href = `${Server.home()}usage`;
   },
   recoloured() { glanced?.charts?.forEach(({plot}) => plot.redraw()); },
 });

@@ -48,8 +48,8 @@ function makePanel(name) {
 }
 
 async function vectorsOf(model, input) {
-  const response = await post("v1/embeddings", {model, input});
-  if (!response.ok) throw await errorOf(response);
+  const response = await Server.post("v1/embeddings", {model, input});
+  if (!response.ok) throw await Server.errorOf(response);
   return (await response.json()).data.map(({embedding}) => embedding);
 }
 

@@ -277,7 +277,7 @@ function updateAlert(view, growing) {
 // What an answer is doing or waiting for.
 function growingText(node, run) {
   if (!run) return TEXT.inOtherTab;
-  if (run.waiting) return `${serverText()} ${TEXT.sentThen}`;
+  if (run.waiting) return `${Server.trouble()} ${TEXT.sentThen}`;
   const {progress} = run, doing = run.lost ? TEXT.lost : progress?.loading ? TEXT.loadingModel(progress.loading.model, progress.loading.fraction)
     : progress?.queued ? TEXT.queued(progress.queued)
     : progress?.read !== undefined ? TEXT.reading(progress.read)

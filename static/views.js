@@ -10,7 +10,7 @@ const lineageOf = model => model?.lineage || model?.run;
 
 // The lineages of the server's training runs, that of the chat's model first.
 function runsOf() {
-  const own = lineageOf(chatModel()), runs = new Set(state.models.map(lineageOf).filter(Boolean));
+  const own = lineageOf(Server.chatModel()), runs = new Set(state.models.map(lineageOf).filter(Boolean));
   return [...runs].sort((a, b) => (b === own) - (a === own));
 }
 

@@ -134,7 +134,7 @@ def test_the_real_server_counts_a_draft_and_an_answer_that_was_cut_can_go_on(pag
     assert page.evaluate("state.path.at(-1).timings.prompt_tokens") == prompt
     cut = page.evaluate("() => state.path.at(-1)")
     # together they are what the same seed gives in one go
-    whole = page.evaluate("""seed => post("v1/chat/completions", {messages: [{role: "user", content: "Tell me about Japan."}], seed,
+    whole = page.evaluate("""seed => Server.post("v1/chat/completions", {messages: [{role: "user", content: "Tell me about Japan."}], seed,
         max_tokens: 9}).then(response => response.json()).then(body => body.choices[0].message.content)""", cut["seed"])
     assert cut["content"] == whole and questions(page).count() == 1
 

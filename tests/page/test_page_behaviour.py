@@ -335,7 +335,7 @@ def test_all_chats_are_deleted_at_once_and_come_back(page, stand_in):
     expect(chats(page)).to_have_count(0)
     expect(page.get_by_role("article")).to_have_count(0)
     settled(page)
-    assert page.evaluate("store.read('nodes')") == []
+    assert page.evaluate("Store.read('nodes')") == []
     button(page, "Undo").click()
     expect(chats(page)).to_have_text(["two", "one"])
     expect(said(questions(page))).to_have_count(1)

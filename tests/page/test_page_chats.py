@@ -156,9 +156,16 @@ def test_what_is_typed_while_a_draft_is_still_being_read_stays(page, stand_in):
     chats(page).click()
     expect(message_box(page)).to_have_value("")
     settled(page)
-    page.evaluate("""() => {
-        const read = store.read.bind(store), gate = new Promise(resolve => window.letGo = resolve);
-        store.read = async (...wanted) => { await gate; return read(...wanted); };
+    page.evaluate("""() => {                            // reading the database takes until letGo()
+        const gate = new Promise(resolve => window.letGo = resolve);
+        for (const {prototype} of [IDBObjectStore, IDBIndex]) {
+            const real = prototype.getAll;
+            prototype.getAll = function (...wanted) {
+                const request = real.apply(this, wanted), held = {get result() { return request.result; }};
+                request.onsuccess = () => gate.then(() => held.onsuccess());
+                return held;
+            };
+        }
     }""")
     button(page, "New chat").click()
     expect(message_box(page)).to_have_value("old")
@@ -266,8 +273,8 @@ def test_two_tabs_that_ask_at_once_keep_both_questions_and_both_answers(page, st
         expect(said(answers(tab))).to_contain_text("You said: start")
         tab.evaluate("""() => {
             window.late = [];
-            window.hear = store.channel.onmessage;
-            store.channel.onmessage = event => late.push(event);
+            window.hear = Store.channel.onmessage;
+            Store.channel.onmessage = event => late.push(event);
         }""")
         tab.route("**/v1/chat/completions", lambda route: held.append(route))
     for number, tab in enumerate(tabs):
@@ -278,7 +285,7 @@ def test_two_tabs_that_ask_at_once_keep_both_questions_and_both_answers(page, st
         expect(answers(tabs[number]).last).to_contain_text(f"You said: question {number}")
         settled(tabs[number])
     for tab in tabs:
-        tab.evaluate("() => { store.channel.onmessage = hear; late.forEach(hear); }")
+        tab.evaluate("() => { Store.channel.onmessage = hear; late.forEach(hear); }")
         expect(questions(tab).last).to_contain_text("/2")
     reload(page)
     texts = set()
@@ -417,7 +424,7 @@ def test_a_large_file_is_shown_before_it_is_written_and_other_tabs_take_it_over_
     other = new_tab(page, stand_in.url)
     other.evaluate("""() => { const real = renderTurns; window.drawn = 0; renderTurns = () => { drawn++; return real(); }; }""")
     nodes = [{"id": f"n{i}", "parent": None, "role": "user", "content": f"question {i}", "created": 10**12 + i} for i in range(5000)]
-    shown = page.evaluate("""text => { importAll(Tree.importOf(text), "it"); return [state.nodes.size, Boolean(store.flushing)]; }""",
+    shown = page.evaluate("""text => { importAll(Tree.importOf(text), "it"); return [state.nodes.size, Boolean(Store.flushing)]; }""",
                           json.dumps({"title": "many", "nodes": nodes}))
     assert shown == [5000, True]
     expect(said(questions(page))).to_have_text(["question 4999"])

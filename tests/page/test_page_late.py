@@ -78,10 +78,10 @@ def test_a_late_list_of_models_does_not_come_over_a_newer_one(page, stand_in):
     stand_in.several = models("ready", "loading")
     open_page(page, stand_in.url)
     hold(page, "v1/models")
-    page.evaluate("void lookAtModels()")
+    page.evaluate("void Server.lookAtModels()")
     page.wait_for_function("() => late.length === 1")
     stand_in.several = models("ready", "ready", "ready")
-    page.evaluate("void lookAtModels()")
+    page.evaluate("void Server.lookAtModels()")
     deliver(page, 1, 0)
     choice = page.get_by_role("combobox", name="Model", exact=True)
     expect(choice.locator("option")).to_have_text(["m0 · loaded", "m1 · loaded", "m2 · loaded"])
@@ -92,7 +92,7 @@ def test_an_old_list_is_shown_where_the_newer_one_never_comes(page, stand_in):
     open_page(page, stand_in.url)
     hold(page, "v1/models")
     stand_in.several = models("ready", "ready")
-    page.evaluate("() => { lookAtModels(); lookAtModels(); }")
+    page.evaluate("() => { Server.lookAtModels(); Server.lookAtModels(); }")
     deliver(page, 0)
     expect(page.get_by_role("combobox", name="Model", exact=True).locator("option").last).to_have_text("m1 · loaded")
 
@@ -121,7 +121,7 @@ def test_a_late_refusal_of_another_server_asks_for_no_key(page):
         hold(page, locked + "(v1/models|stats)")
         page.evaluate("home => useServer(home)", locked)
         page.wait_for_function("() => late.length === 2")
-        page.evaluate("() => { release(); useServer(PAGE_HOME); }")
+        page.evaluate("() => { release(); useServer(Server.PAGE_HOME); }")
         expect(page.locator("#lamp.ready")).to_be_visible()
         page.evaluate("() => late.forEach(deliver => deliver())")
         page.evaluate(SETTLED)
@@ -151,10 +151,10 @@ def test_a_late_health_does_not_lock_a_page_that_has_seen_the_server_since(page,
     open_page(page, stand_in.url)
     stand_in.loading = {"stage": "reading weights", "fraction": None}
     hold(page, "health")
-    page.evaluate("void isAway()")
+    page.evaluate("void Server.isAway()")
     page.wait_for_function("() => late.length === 1")
     stand_in.loading = None
-    page.evaluate("void isAway()")
+    page.evaluate("void Server.isAway()")
     deliver(page, 1, 0)
     expect(page.locator("#lamp.ready")).to_be_visible()
 

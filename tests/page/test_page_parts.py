@@ -28,7 +28,7 @@ def names_of(script):
     """(shared with other scripts, declared at the outer level of the script)"""
     owner = re.search(r"^const (\w+) = \(\(\) => \{$", script, re.M)
     if owner:
-        return {owner[1]}, set(re.findall(r"^(?:const|let|(?:async )?function\*?|class) ([\w$]+)", script, re.M))
+        return {owner[1]}, set()
     shared = {name for each in re.findall(r"^Parts\.share\(\{(.*?)\}\);", script, re.M | re.S) for name in re.findall(r"[\w$]+", each)}
     outside = script[:script.index("\n{\n")] if "\n{\n" in script else script
     declared = r"^(?:const|let|(?:async )?function\*?|class) ([\w$]+)"
