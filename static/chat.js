@@ -6,7 +6,7 @@
 // and calls `render` (page.js).
 "use strict";
 
-{
+const Chat = (() => {
 
 const {TEXT, wait, newest} = Parts;
 
@@ -728,8 +728,8 @@ Parts.register({
   },
 });
 
-Parts.share({NO_MODEL, state, lastNode, canAsk, loadPreferences, changePreferences, changeChat, showLeaf, opening,
-  openChat, newChat, lastPlace, deleteChats, removeChats, bringBack, addChat, deleteNode, offerUndo, branchFrom,
-  draftKey, saveDraft, loadDraft, addToDraft, addNode, ask, removeNodes, regenerate, answerAgain, answer,
-  messagesToSend, canGoOn, goOn, wholeOf, editQuestion, editAnswer, countsOf, liveSpeed, stopAnswer, answerNow, adoptAll, say});
-}
+return Object.freeze({NO_MODEL, state, lastNode, canAsk, loadPreferences, changePreferences, change: changeChat, showLeaf, opening, open: openChat,
+  openNew: newChat, lastPlace, deleteChats, removeChats, bringBack, addChat, deleteNode, offerUndo, branchFrom, draftKey, saveDraft, loadDraft,
+  addToDraft, addNode, ask, removeNodes, regenerate, answerAgain, answer, messagesToSend, canGoOn, goOn, wholeOf, editQuestion, editAnswer, countsOf,
+  liveSpeed, stopAnswer, answerNow, adoptAll, say});
+})();

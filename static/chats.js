@@ -9,13 +9,13 @@ const rows = new Map();           // id of a chat -> its row
 let listed = "";                  // a key of what the list shows, which is rebuilt only when it changes
 
 function renderChats() {
-  const chats = [...state.chats.values()].filter(({id}) => !state.found || state.found.has(id))
+  const chats = [...Chat.state.chats.values()].filter(({id}) => !Chat.state.found || Chat.state.found.has(id))
     .sort((a, b) => b.pinned - a.pinned || b.updated - a.updated);
   const today = new Date().setHours(0, 0, 0, 0);
-  const key = JSON.stringify([today, state.chat.id, state.found !== null, chats.map(chat => [chat.id, chat.title, chat.pinned, chat.running, dayOf(chat, today), state.found?.get(chat.id)])]);
+  const key = JSON.stringify([today, Chat.state.chat.id, Chat.state.found !== null, chats.map(chat => [chat.id, chat.title, chat.pinned, chat.running, dayOf(chat, today), Chat.state.found?.get(chat.id)])]);
   if (key === listed) return;
   listed = key;
-  for (const id of rows.keys()) if (!state.chats.has(id)) rows.delete(id);
+  for (const id of rows.keys()) if (!Chat.state.chats.has(id)) rows.delete(id);
   const groups = new Map();
   for (const chat of chats) {
     const day = dayOf(chat, today);
@@ -24,7 +24,7 @@ function renderChats() {
   }
   keepFocus(() => $("chats").replaceChildren(
     ...[...groups].flatMap(([day, rows]) => [element("h2", {textContent: day}), element("ul", {}, ...rows)]),
-    ...(chats.length ? [] : [element("p", {className: "hint", textContent: state.found ? TEXT.nothingFound : TEXT.noChats})])));
+    ...(chats.length ? [] : [element("p", {className: "hint", textContent: Chat.state.found ? TEXT.nothingFound : TEXT.noChats})])));
 }
 
 // Rows that move in the document lose the focus, so it is restored.
@@ -48,29 +48,29 @@ function rowOf(chat) {
   row.link.textContent = chat.title || TEXT.untitled;
   row.link.title = row.link.textContent;
   row.link.classList.toggle("running", Boolean(chat.running));
-  if (chat.id === state.chat.id) row.link.setAttribute("aria-current", "page");
+  if (chat.id === Chat.state.chat.id) row.link.setAttribute("aria-current", "page");
   else row.link.removeAttribute("aria-current");
   row.pin.setAttribute("aria-pressed", chat.pinned);
-  const snippet = state.found?.get(chat.id) ?? "";
+  const snippet = Chat.state.found?.get(chat.id) ?? "";
   setText(row.snippet, snippet);
   row.snippet.hidden = !snippet;
   return row.item;
 }
 
 function newRow(id) {
-  const chat = () => state.chats.get(id);
+  const chat = () => Chat.state.chats.get(id);
   const row = {link: element("a", {href: `${location.pathname}${location.search}#${id}`, dir: "auto"})};
   row.link.onclick = event => {
     if (event.ctrlKey || event.metaKey || event.shiftKey) return;      // opens in another tab or window
     event.preventDefault();
-    openChat(id).then(focusAfterClick).then(showFound);
+    Chat.open(id).then(focusAfterClick).then(showFound);
     showSidebar(!narrow.matches);
   };
-  row.pin = iconButton(TEXT.pin, "pin", () => { changeChat(chat(), {pinned: !chat().pinned}); render(); });
+  row.pin = iconButton(TEXT.pin, "pin", () => { Chat.change(chat(), {pinned: !chat().pinned}); render(); });
   row.rename = iconButton(TEXT.rename, "edit", () => renameChat(row, chat()));
   row.snippet = element("small", {className: "snippet", dir: "auto", hidden: true, onclick: () => row.link.click()});
   row.item = element("li", {}, row.link, element("div", {className: "row-actions"}, row.pin, row.rename,
-    iconButton(TEXT.delete, "delete", () => { deleteChats([chat()], TEXT.deleted(chat().title)); $("search").focus(); })), row.snippet);
+    iconButton(TEXT.delete, "delete", () => { Chat.deleteChats([chat()], TEXT.deleted(chat().title)); $("search").focus(); })), row.snippet);
   return row;
 }
 
@@ -81,7 +81,7 @@ function renameChat(row, chat) {
     if (!field.isConnected) return;
     field.onblur = null;
     field.replaceWith(row.link);
-    if (title.trim()) changeChat(chat, {title: title.trim()});
+    if (title.trim()) Chat.change(chat, {title: title.trim()});
     render();
   };
   field.onblur = () => end(field.value);
@@ -104,16 +104,16 @@ async function search(query) {
   const isMine = searching();
   words = query.toLowerCase().split(/\s+/).filter(Boolean);
   $("search-clear").hidden = !query;
-  if (!words.length) { state.found = null; return render(); }
-  const texts = new Map([...state.chats.values()].map(({id, title}) => [id, title.toLowerCase()])), nodes = await Store.read("nodes");
+  if (!words.length) { Chat.state.found = null; return render(); }
+  const texts = new Map([...Chat.state.chats.values()].map(({id, title}) => [id, title.toLowerCase()])), nodes = await Store.read("nodes");
   for (const {conversation, content} of nodes) {
     if (texts.has(conversation)) texts.set(conversation, `${texts.get(conversation)}\n${content.toLowerCase()}`);
   }
   if (!isMine()) return;
-  state.found = new Map([...texts].filter(([, text]) => words.every(word => text.includes(word))).map(([id]) => [id, ""]));
+  Chat.state.found = new Map([...texts].filter(([, text]) => words.every(word => text.includes(word))).map(([id]) => [id, ""]));
   findSnippets(nodes);
   render();
-  announce(TEXT.found(state.found.size));
+  announce(TEXT.found(Chat.state.found.size));
 }
 
 const BEFORE = 30, AFTER = 90;    // characters of a snippet around the first word found
@@ -122,14 +122,14 @@ const BEFORE = 30, AFTER = 90;    // characters of a snippet around the first wo
 function findSnippets(nodes) {
   const best = new Map();
   for (const {conversation, content, created} of nodes) {
-    const title = state.found.has(conversation) ? state.chats.get(conversation).title.toLowerCase() : "";
+    const title = Chat.state.found.has(conversation) ? Chat.state.chats.get(conversation).title.toLowerCase() : "";
     const missing = title ? words.filter(word => !title.includes(word)) : [], text = missing.length ? content.toLowerCase() : "";
     const has = words.filter(word => text.includes(word)), first = missing.find(word => has.includes(word)), known = best.get(conversation);
     if (first && !(known?.count > has.length || known?.count === has.length && known.created <= created)) best.set(conversation, {count: has.length, created, content, at: text.indexOf(first)});
   }
   for (const [id, {content, at}] of best) {
     const start = Math.max(0, at - BEFORE), end = at + AFTER, part = content.slice(start, end).replace(/[*`]+|<\/?(?:details|summary)>/g, "").replace(/\s+/g, " ");
-    state.found.set(id, `${start ? "…" : ""}${part}${end < content.length ? "…" : ""}`);
+    Chat.state.found.set(id, `${start ? "…" : ""}${part}${end < content.length ? "…" : ""}`);
   }
 }
 
@@ -148,7 +148,7 @@ function showSidebar(shown) {
 function toggleSidebar() {
   const shown = !withChats();
   showSidebar(shown);
-  if (!narrow.matches) changePreferences({sidebar: shown});
+  if (!narrow.matches) Chat.changePreferences({sidebar: shown});
   if (shown && narrow.matches) $("new").focus();
 }
 
@@ -181,28 +181,28 @@ function rangesOf(root) {
 function showFound() {
   const has = ({content}) => words.some(word => content.toLowerCase().includes(word));
   if (!words.length) return;
-  if (!state.path.some(has)) {
-    const elsewhere = [...state.nodes.values()].find(has);
+  if (!Chat.state.path.some(has)) {
+    const elsewhere = [...Chat.state.nodes.values()].find(has);
     if (!elsewhere) return;
-    showLeaf(Tree.leafBelow(state.children, elsewhere.id));
+    Chat.showLeaf(Tree.leafBelow(Chat.state.children, elsewhere.id));
   }
-  state.following = false;
-  complete(views.get(state.path.find(has).id));
-  views.get(state.path.find(has).id).article.scrollIntoView({block: "center"});
+  Chat.state.following = false;
+  complete(views.get(Chat.state.path.find(has).id));
+  views.get(Chat.state.path.find(has).id).article.scrollIntoView({block: "center"});
   markWords();
 }
 
 function startNewChat() {
-  newChat();
+  Chat.openNew();
   announce(TEXT.newChat);
   showSidebar(!narrow.matches && withChats());
   focusAfterClick();
 }
 
 async function deleteAll() {
-  const count = state.chats.size, body = [element("p", {textContent: TEXT.deleteAllHint})];
+  const count = Chat.state.chats.size, body = [element("p", {textContent: TEXT.deleteAllHint})];
   if (await confirmed(TEXT.deleteAllTitle(count), body, TEXT.cancel, TEXT.delete, true)) {
-    await deleteChats([...state.chats.values()], TEXT.deletedChats(count));
+    await Chat.deleteChats([...Chat.state.chats.values()], TEXT.deletedChats(count));
   }
 }
 
@@ -228,8 +228,8 @@ Parts.register({
       else if (event.key === "ArrowDown" && first) { event.preventDefault(); first.focus(); }
       else if (event.key === "Escape" && event.target.value) { event.stopPropagation(); event.target.value = ""; search(""); }
     };
-    narrow.addEventListener("change", () => showSidebar(!narrow.matches && state.preferences.sidebar));
-    showSidebar(!narrow.matches && state.preferences.sidebar);
+    narrow.addEventListener("change", () => showSidebar(!narrow.matches && Chat.state.preferences.sidebar));
+    showSidebar(!narrow.matches && Chat.state.preferences.sidebar);
   },
   render() {
     renderChats();
@@ -241,10 +241,10 @@ Parts.register({
 
 // A chat without messages is not exported.
 const exportMenu = () => {
-  const ofChat = state.path.length > 0, hasAny = state.chats.size > 0 || ownPrompts().length > 0;
-  return [...(ofChat ? [[TEXT.thisChat, "export", () => exportChats([state.chat])]] : []),
-    ...(hasAny ? [[TEXT.allChats, "export", () => exportChats([...state.chats.values()])]] : []),
-    ...(ofChat ? [[TEXT.asMarkdown, "export", () => download(markdownOf(state.chat, state.path), `${fileName(state.chat)}.md`, "text/markdown")],
+  const ofChat = Chat.state.path.length > 0, hasAny = Chat.state.chats.size > 0 || ownPrompts().length > 0;
+  return [...(ofChat ? [[TEXT.thisChat, "export", () => exportChats([Chat.state.chat])]] : []),
+    ...(hasAny ? [[TEXT.allChats, "export", () => exportChats([...Chat.state.chats.values()])]] : []),
+    ...(ofChat ? [[TEXT.asMarkdown, "export", () => download(markdownOf(Chat.state.chat, Chat.state.path), `${fileName(Chat.state.chat)}.md`, "text/markdown")],
       [TEXT.asPage, "export", exportPage]] : [])];
 };
 
@@ -266,8 +266,8 @@ function showImport(chats, name) {
 
 async function exportChats(chats) {
   const nodes = new Map();
-  for (const chat of chats) nodes.set(chat.id, chat.id === state.chat.id ? [...state.nodes.values()] : await Store.read("nodes", chat.id));
-  const file = Tree.exportOf(chats.filter(({id}) => nodes.get(id).length), chat => nodes.get(chat.id), chats.length === state.chats.size ? ownPrompts() : []);
+  for (const chat of chats) nodes.set(chat.id, chat.id === Chat.state.chat.id ? [...Chat.state.nodes.values()] : await Store.read("nodes", chat.id));
+  const file = Tree.exportOf(chats.filter(({id}) => nodes.get(id).length), chat => nodes.get(chat.id), chats.length === Chat.state.chats.size ? ownPrompts() : []);
   const name = chats.length === 1 ? fileName(chats[0]) : `chats-${file.exported.slice(0, 10)}`;
   download(JSON.stringify(file, null, 2), `${name}.json`, "application/json");
 }
@@ -324,7 +324,7 @@ function pageOf({title}, path) {
 
 // Drawn twice where that needs libraries which nothing shown has needed.
 async function exportPage() {
-  const {chat, path} = state;
+  const {chat, path} = Chat.state;
   pageOf(chat, path);
   await Promise.all(Parts.libraries.values());
   download(pageOf(chat, path), `${fileName(chat)}.html`, "text/html");
@@ -339,13 +339,13 @@ async function importFile(file) {
     importAll(chats, file.name);
     takePrompts(text);
   } catch (error) {
-    say(error.message);
+    Chat.say(error.message);
   }
 }
 
 // The stored copy of an imported chat: begun in the same millisecond with the same message. {chat, count} or null.
 async function twinOf({conversation, nodes}) {
-  for (const chat of state.chats.values()) {
+  for (const chat of Chat.state.chats.values()) {
     if (chat.created !== conversation.created) continue;
     const stored = await Store.read("nodes", chat.id), first = list => list.find(({parent}) => parent === null)?.content;
     if (first(stored) === first(nodes)) return {chat, count: stored.length};
@@ -356,15 +356,15 @@ async function twinOf({conversation, nodes}) {
 // Stores chats. A `twin` marked `replace` is deleted.
 async function importAll(chats, name) {
   const messages = countMessages(chats), text = TEXT.imported(chats.length, messages, name);
-  for (const {conversation, nodes} of chats) addChat(conversation, nodes);
-  const opened = openChat(chats[0]?.conversation.id, chats[0]?.nodes);
-  const gone = await removeChats(chats.filter(({twin}) => twin?.replace).map(({twin}) => twin.chat));
+  for (const {conversation, nodes} of chats) Chat.addChat(conversation, nodes);
+  const opened = Chat.open(chats[0]?.conversation.id, chats[0]?.nodes);
+  const gone = await Chat.removeChats(chats.filter(({twin}) => twin?.replace).map(({twin}) => twin.chat));
   await opened;
-  say(text);
+  Chat.say(text);
   if (!gone.length) return;
-  offerUndo(TEXT.replaced(gone.length), async () => {
-    await removeChats(chats.map(({conversation}) => conversation));
-    bringBack(gone);
+  Chat.offerUndo(TEXT.replaced(gone.length), async () => {
+    await Chat.removeChats(chats.map(({conversation}) => conversation));
+    Chat.bringBack(gone);
   });
   render();
 }
@@ -381,12 +381,12 @@ async function takeOverOldChat() {
     if (!Array.isArray(turns) || !turns.length) continue;
     const {conversation, nodes} = Tree.importOf(JSON.stringify({messages: turns, system, parameters, updated: Date.now() + i}))[0];
     turns.forEach((turn, i) => { if (turn.stream?.id) Object.assign(nodes[i], {stream: turn.stream}); });
-    addChat(conversation, nodes);
+    Chat.addChat(conversation, nodes);
   }
   const {url, key} = old.server ?? {};
   const home = url ? Server.addressOf(url) : Server.PAGE_HOME;
-  if (url && home) changePreferences({server: home, servers: [...state.preferences.servers, home]});
-  if (key && home) changePreferences({keys: {...state.preferences.keys, [Server.originOf(home)]: key}});
+  if (url && home) Chat.changePreferences({server: home, servers: [...Chat.state.preferences.servers, home]});
+  if (key && home) Chat.changePreferences({keys: {...Chat.state.preferences.keys, [Server.originOf(home)]: key}});
   await Store.flushing;
   if (!Store.trouble) localStorage.removeItem(Store.name);
 }
@@ -407,7 +407,7 @@ Parts.register({
     $("import-file").onchange = async ({target}) => { if (target.files[0]) await importFile(target.files[0]); target.value = ""; };
   },
   menu: () => [...(exportMenu().length ? [[TEXT.export, "export", () => openMenu($("menu"), exportMenu())]] : []), [TEXT.import, "import", () => $("import-file").click()]],
-  menuEnd: () => state.chats.size ? [[TEXT.deleteAll, "delete", deleteAll, "", true]] : [],
+  menuEnd: () => Chat.state.chats.size ? [[TEXT.deleteAll, "delete", deleteAll, "", true]] : [],
 });
 
 Parts.share({withChats, showSidebar, startNewChat, download, importAll, takeOverOldChat});

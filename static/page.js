@@ -12,17 +12,17 @@ const {TEXT, $, element, setText, number, plural, wait, newest, composing, narro
 
 // Makes the page show `state`; changes only what differs.
 function render() {
-  const {chat, model, phase} = state;
+  const {chat, model, phase} = Chat.state;
   setText($("title"), chat.title || TEXT.newChat);
   const completing = model.api === "text";
   document.body.classList.toggle("completing", completing);
   $("message").placeholder = completing ? TEXT.textHint : TEXT.messageHint;
-  document.title = (state.ended ? TEXT.endedMark : "") + titleOfTab(chat, model);
+  document.title = (Chat.state.ended ? TEXT.endedMark : "") + titleOfTab(chat, model);
   $("lamp").className = phase;
   $("log").hidden = document.querySelector("body > footer").hidden = Boolean(openView());
   const turns = renderTurns();
   if (!hasEnd() && ($("log").childElementCount !== 1 || !$("log").contains(empty.node))) $("log").scrollTop = 0;
-  syncChildren($("log"), [...(turns.length ? turns : [emptyPage()]), ...(state.notice ? [noticeOf(state.notice)] : [])]);
+  syncChildren($("log"), [...(turns.length ? turns : [emptyPage()]), ...(Chat.state.notice ? [noticeOf(Chat.state.notice)] : [])]);
   renderToasts();
   for (const part of Parts.all) part.render?.();
   followEnd();
@@ -42,8 +42,8 @@ const noticeOf = text => element("p", {className: "notice", textContent: text});
 const empty = {key: "", node: null};
 
 function emptyPage() {
-  const {model, phase, loading} = state;
-  const key = JSON.stringify([model.name, model.api, model.better, model.base, model.devices, model.context, phase, Server.trouble(), canAsk(), ownPrompts()]);
+  const {model, phase, loading} = Chat.state;
+  const key = JSON.stringify([model.name, model.api, model.better, model.base, model.devices, model.context, phase, Server.trouble(), Chat.canAsk(), ownPrompts()]);
   if (empty.key === key) return empty.node;
   const page = element("section", {className: "empty"}, element("h2", {textContent: model.api === "text" ? TEXT.welcomeText : TEXT.welcome(new Date().getHours())}));
   page.append(element("p", {textContent: Server.trouble() || TEXT.running(model.devices.map(TEXT.device), model.context)}));
@@ -59,7 +59,7 @@ function emptyPage() {
   const starters = ownPrompts().filter(({starter}) => starter), examples = ["text", "none"].includes(model.api) || starters.length ? [] : TEXT.examples;
   page.append(element("div", {className: "examples"}, ...starters.map(prompt =>
     element("button", {type: "button", textContent: prompt.name, title: prompt.text, onclick: () => usePrompt(prompt)})), ...examples.map(text =>
-    element("button", {type: "button", textContent: text, disabled: !canAsk(), onclick: () => { ask(text); focusAfterClick(); }}))));
+    element("button", {type: "button", textContent: text, disabled: !Chat.canAsk(), onclick: () => { Chat.ask(text); focusAfterClick(); }}))));
   Object.assign(empty, {key, node: page});
   return page;
 }
@@ -78,11 +78,11 @@ function betterModel(name) {
 }
 
 function renderToasts() {
-  const {toasts} = state, shown = $("toasts");
+  const {toasts} = Chat.state, shown = $("toasts");
   if (shown.toasts === toasts) return;
   shown.toasts = toasts;
   shown.replaceChildren(...toasts.map(toast => {
-    const close = act => { state.toasts = state.toasts.filter(each => each !== toast); act(); render(); };
+    const close = act => { Chat.state.toasts = Chat.state.toasts.filter(each => each !== toast); act(); render(); };
     return element("div", {className: "toast"}, element("span", {textContent: toast.text}),
       element("button", {type: "button", className: "plain", textContent: toast.label, onclick: () => close(toast.act)}),
       iconButton(TEXT.dismiss, "close", () => close(() => {})));
@@ -95,22 +95,22 @@ function announce(text) { $("announcer").textContent = text; }
 let lastTop = 0;
 
 // The empty page stays at its top.
-const hasEnd = () => state.path.length > 0 || state.notice !== "";
+const hasEnd = () => Chat.state.path.length > 0 || Chat.state.notice !== "";
 const atEnd = slack => $("log").scrollHeight - $("log").scrollTop - $("log").clientHeight <= slack;
 
 function followEnd() {
   const log = $("log");
-  if (state.following && hasEnd()) log.scrollTop = log.scrollHeight;
-  $("latest").hidden = state.following || !hasEnd() || atEnd(40);
+  if (Chat.state.following && hasEnd()) log.scrollTop = log.scrollHeight;
+  $("latest").hidden = Chat.state.following || !hasEnd() || atEnd(40);
 }
 
 function onScroll() {
   const top = $("log").scrollTop;
-  if (atEnd(2)) state.following = true;
-  else if (top < lastTop - 1) state.following = false;
+  if (atEnd(2)) Chat.state.following = true;
+  else if (top < lastTop - 1) Chat.state.following = false;
   lastTop = top;
   document.body.classList.toggle("scrolled", top > 2);
-  $("latest").hidden = state.following || !hasEnd() || atEnd(40);
+  $("latest").hidden = Chat.state.following || !hasEnd() || atEnd(40);
 }
 
 // The view shown instead of the chat, or undefined.
@@ -182,8 +182,8 @@ const mainMenu = () => [...Parts.all.flatMap(({menu}) => menu?.() ?? []), ...Par
 const THEMES = ["", "light", "dark"];
 
 function nextTheme() {
-  const theme = THEMES[(THEMES.indexOf(state.preferences.theme) + 1) % THEMES.length];
-  changePreferences({theme});
+  const theme = THEMES[(THEMES.indexOf(Chat.state.preferences.theme) + 1) % THEMES.length];
+  Chat.changePreferences({theme});
   document.documentElement.dataset.theme = theme;
   recolour();
   announce(TEXT.themeIs(TEXT.themes[theme]));
@@ -215,23 +215,23 @@ function fitHeight(field) {
   field.style.height = `${field.scrollHeight + field.offsetHeight - field.clientHeight}px`;
 }
 
-const draftContent = () => Tree.composeMessage(state.draft.text, state.draft.files).content;
+const draftContent = () => Tree.composeMessage(Chat.state.draft.text, Chat.state.draft.files).content;
 
-function setDraft(text, files = state.draft.files, store = true) {
-  const newFiles = files !== state.draft.files;
-  state.draft = {text, files};
+function setDraft(text, files = Chat.state.draft.files, store = true) {
+  const newFiles = files !== Chat.state.draft.files;
+  Chat.state.draft = {text, files};
   if ($("message").value !== text) $("message").value = text;
   fitHeight($("message"));
   if (newFiles) $("files").replaceChildren(...files.map(fileChip));
-  if (store) saveDraft();
-  renderComposer(Tree.isGrowing(lastNode()));
+  if (store) Chat.saveDraft();
+  renderComposer(Tree.isGrowing(Chat.lastNode()));
   offerCommands();
   countDraft();
 }
 
 function fileChip(file) {
   const remove = iconButton(TEXT.removeFile(file.name), "close", () => {
-    setDraft(state.draft.text, state.draft.files.filter(each => each !== file));
+    setDraft(Chat.state.draft.text, Chat.state.draft.files.filter(each => each !== file));
     $("message").focus();
   });
   if (file.picture) {
@@ -249,10 +249,10 @@ async function countDraft() {
   const isMine = counting(), text = draftContent(), long = text.length > 400000;
   if (text) await wait(300);
   if (!isMine()) return;
-  const [tokens, around] = !text || state.model.api !== "v1" ? [0, 0] :
-    await Promise.all([long ? Math.round(text.length / TOKEN_CHARACTERS) : Server.countTokens(text), Server.tokensAround(state.chat.system)]);
+  const [tokens, around] = !text || Chat.state.model.api !== "v1" ? [0, 0] :
+    await Promise.all([long ? Math.round(text.length / TOKEN_CHARACTERS) : Server.countTokens(text), Server.tokensAround(Chat.state.chat.system)]);
   if (!isMine()) return;
-  state.counted = {text, tokens: tokens ?? 0, around};
+  Chat.state.counted = {text, tokens: tokens ?? 0, around};
   renderGauge();
 }
 
@@ -267,7 +267,7 @@ const asData = blob => new Promise((resolve, reject) => {
 
 // A picture file as {picture}: as it is, or drawn anew if it is large or of a format that only the browser knows.
 async function readPicture(file) {
-  if (!state.model.can.vision) throw new Error(TEXT.blind(state.model.name));
+  if (!Chat.state.model.can.vision) throw new Error(TEXT.blind(Chat.state.model.name));
   let shown;
   try { shown = await createImageBitmap(file); } catch (error) { throw new Error(TEXT.badPicture(file.name)); }
   const {width, height} = shown, factor = Math.min(1, Math.sqrt(MOST_PIXELS / (width * height)));
@@ -287,7 +287,7 @@ async function readFile(file) {
   if (isPicture(file)) return readPicture(file);
   const isDocument = Tree.DOCUMENT.test(file.name), most = isDocument ? MOST_DOCUMENT : MOST_FILE;
   if (file.size > most) throw new Error(TEXT.fileTooLarge(file.name, most));
-  if (!isDocument || !state.model.ours) {
+  if (!isDocument || !Chat.state.model.ours) {
     const read = Tree.textOf(new Uint8Array(await file.arrayBuffer()));
     if (!read) throw new Error(TEXT.notText(file.name));
     return read;
@@ -300,27 +300,27 @@ async function readFile(file) {
 
 // Attaches text files and documents to the message; other files are refused with the reason.
 async function addFiles(list) {
-  const files = [], problems = [], {chat} = state;
+  const files = [], problems = [], {chat} = Chat.state;
   const told = more => [...problems.slice(0, MOST_PROBLEMS), ...problems.length > MOST_PROBLEMS ? [TEXT.moreFiles(problems.length - MOST_PROBLEMS)] : [], ...more].join("\n");
   for (const file of list) {
-    const reading = setTimeout(() => { state.refusal = told([TEXT.readingFile(file.name)]); render(); }, 300);
+    const reading = setTimeout(() => { Chat.state.refusal = told([TEXT.readingFile(file.name)]); render(); }, 300);
     try {
       files.push({name: file.name, ...await readFile(file)});
     } catch (error) {
       problems.push(error.message);
     }
     clearTimeout(reading);
-    state.refusal = told([]);
+    Chat.state.refusal = told([]);
   }
-  if (draftKey(chat) !== draftKey()) return addToDraft(draftKey(chat), files);    // another chat is shown now
-  setDraft(state.draft.text, [...state.draft.files, ...files]);
+  if (Chat.draftKey(chat) !== Chat.draftKey()) return Chat.addToDraft(Chat.draftKey(chat), files);    // another chat is shown now
+  setDraft(Chat.state.draft.text, [...Chat.state.draft.files, ...files]);
   return $("message").focus();
 }
 
 function onPaste(event) {
   const {files} = event.clipboardData, text = event.clipboardData.getData("text/plain");
   if (files.length && !text) addFiles(files);
-  else if (text.length >= LONG_PASTE) setDraft(state.draft.text, [...state.draft.files, {name: TEXT.pasted(state.draft.files.length), text}]);
+  else if (text.length >= LONG_PASTE) setDraft(Chat.state.draft.text, [...Chat.state.draft.files, {name: TEXT.pasted(Chat.state.draft.files.length), text}]);
   else return;
   event.preventDefault();
 }
@@ -329,7 +329,7 @@ function onPaste(event) {
 const offered = {names: [], at: 0, closed: ""};       // `closed`: the text for which Escape has closed the list
 
 function offerCommands() {
-  const {text, files} = state.draft, begun = /^\/([^\s/]*)$/.exec(text)?.[1].toLowerCase();
+  const {text, files} = Chat.state.draft, begun = /^\/([^\s/]*)$/.exec(text)?.[1].toLowerCase();
   const names = begun === undefined || files.length || text === offered.closed ? [] : commandNames().filter(name => name.startsWith(begun));
   if (names.join() !== offered.names.join()) Object.assign(offered, {names, at: 0});
   if (text !== offered.closed) offered.closed = "";
@@ -359,8 +359,8 @@ function onCommandKey(event) {
   const {names, at} = offered, name = names[at], step = {ArrowDown: 1, ArrowUp: -1}[event.key];
   if (!name || composing(event) || event.shiftKey) return;
   if (step) offered.at = (at + step + names.length) % names.length;
-  else if (event.key === "Escape") offered.closed = state.draft.text;
-  else if (event.key === "Tab" || event.key === "Enter" && state.draft.text !== `/${name}`) completeCommand(name);
+  else if (event.key === "Escape") offered.closed = Chat.state.draft.text;
+  else if (event.key === "Tab" || event.key === "Enter" && Chat.state.draft.text !== `/${name}`) completeCommand(name);
   else return;
   event.preventDefault();
   event.stopImmediatePropagation();
@@ -371,9 +371,9 @@ let recalled = 0;                 // how far ArrowUp has gone back
 
 // ArrowUp in an empty composer brings back earlier questions of this chat, ArrowDown later ones.
 function recall(event) {
-  const said = state.path.filter(node => node.role === "user").map(node => Tree.partsOf(node).text).reverse();
-  const shown = recalled && state.draft.text === said[recalled - 1];
-  if (!shown && state.draft.text) return;
+  const said = Chat.state.path.filter(node => node.role === "user").map(node => Tree.partsOf(node).text).reverse();
+  const shown = recalled && Chat.state.draft.text === said[recalled - 1];
+  if (!shown && Chat.state.draft.text) return;
   if (!shown) recalled = 0;
   const to = recalled + (event.key === "ArrowUp" ? 1 : -1);
   if (to < 0 || to > said.length) return;
@@ -383,26 +383,26 @@ function recall(event) {
 }
 
 function submitDraft() {
-  const {text, files} = state.draft, trimmed = text.trim();
-  state.refusal = "";
+  const {text, files} = Chat.state.draft, trimmed = text.trim();
+  Chat.state.refusal = "";
   const command = trimmed.startsWith("/") && !trimmed.startsWith("//") && !files.length;
   if (!trimmed && !files.length) return;
-  const said = state.model.api === "text" ? text : trimmed;
-  if (command ? runCommand(trimmed) : ask(said.replace(/^\/\//, "/"), files)) {
-    if (state.draft.text === text) setDraft("", []);
+  const said = Chat.state.model.api === "text" ? text : trimmed;
+  if (command ? runCommand(trimmed) : Chat.ask(said.replace(/^\/\//, "/"), files)) {
+    if (Chat.state.draft.text === text) setDraft("", []);
     return;
   }
-  const growing = Tree.isGrowing(lastNode());
-  if (!command && growing) state.queued.add(state.chat.id);
-  else if (!command) state.refusal = TEXT.notReady;
+  const growing = Tree.isGrowing(Chat.lastNode());
+  if (!command && growing) Chat.state.queued.add(Chat.state.chat.id);
+  else if (!command) Chat.state.refusal = TEXT.notReady;
   renderComposer(growing);
 }
 
 // Sends the draft that waits for its chat's answer to end.
 function sendQueued() {
-  const {text, files} = state.draft;                    // empty while it is still being read
-  if (!state.queued.has(state.chat.id) || !canAsk() || !text.trim() && !files.length) return;
-  state.queued.delete(state.chat.id);
+  const {text, files} = Chat.state.draft;                    // empty while it is still being read
+  if (!Chat.state.queued.has(Chat.state.chat.id) || !Chat.canAsk() || !text.trim() && !files.length) return;
+  Chat.state.queued.delete(Chat.state.chat.id);
   submitDraft();
 }
 
@@ -412,9 +412,9 @@ function focusAfterClick() { $(touch.matches ? "log" : "message").focus({prevent
 // commands ------------------------------------------------------------------------------------------------------------
 
 const COMMANDS = {
-  system: value => { changeChat(state.chat, {system: value}); say(value ? TEXT.systemIs(value) : TEXT.systemIsEmpty); },
-  clear: () => newChat(),
-  help: () => say(TEXT.help(commandNames().map(name => [`/${name}`, valueOf(name)].join(" ").trim()))),
+  system: value => { Chat.change(Chat.state.chat, {system: value}); Chat.say(value ? TEXT.systemIs(value) : TEXT.systemIsEmpty); },
+  clear: () => Chat.openNew(),
+  help: () => Chat.say(TEXT.help(commandNames().map(name => [`/${name}`, valueOf(name)].join(" ").trim()))),
   set: value => setNamed(value),
 };
 
@@ -432,7 +432,7 @@ function promptCommands() {
 
 // The samplers last; those of thinking only where the model thinks.
 const commandNames = () => [...Object.keys(COMMANDS), ...promptCommands().keys(),
-  ...Parameters.all.map(({command}) => command).filter(name => name !== "effort" && name !== "budget" || state.model.can.reasoning !== false)];
+  ...Parameters.all.map(({command}) => command).filter(name => name !== "effort" && name !== "budget" || Chat.state.model.can.reasoning !== false)];
 
 // The parameter of a command, or of its name in the API, however it is spelled: topp, top_p, Top-P.
 function parameterOf(text) {
@@ -456,18 +456,18 @@ function setNamed(text) {
   if (name === "system") return COMMANDS.system(value);
   if (parameter) return setParameter(parameter, value);
   if (name !== "stop") return TEXT.badName(name, [...Parameters.all.map(each => each.name), "stop", "system"]);
-  const {stop, ...others} = state.chat.parameters;
-  changeChat(state.chat, {parameters: value ? {...others, stop: [value]} : others});
-  return say(TEXT.parameterIs(TEXT.stopString, value ? `“${value}”` : undefined));
+  const {stop, ...others} = Chat.state.chat.parameters;
+  Chat.change(Chat.state.chat, {parameters: value ? {...others, stop: [value]} : others});
+  return Chat.say(TEXT.parameterIs(TEXT.stopString, value ? `“${value}”` : undefined));
 }
 
 // Sets a parameter; without a value, back to the server's default. Returns a message if the value is invalid.
 function setParameter(parameter, text) {
   const {name, command, min, max, choices} = parameter, value = Tree.parameterValue(parameter, text);
   if (text && value === undefined) return choices ? TEXT.badChoice(command, text, choices) : TEXT.badParameter(command, text, min, max);
-  const {[name]: old, ...others} = state.chat.parameters;
-  changeChat(state.chat, {parameters: text ? {...others, [name]: value} : others});
-  return say(TEXT.parameterIs(TEXT.parameters[name], value));
+  const {[name]: old, ...others} = Chat.state.chat.parameters;
+  Chat.change(Chat.state.chat, {parameters: text ? {...others, [name]: value} : others});
+  return Chat.say(TEXT.parameterIs(TEXT.parameters[name], value));
 }
 
 // Runs "/name value". Returns false, with the reason in state.refusal, if it fails.
@@ -475,7 +475,7 @@ function runCommand(text) {
   const [, word, argument] = /^\/(\S*)\s*([^]*)$/.exec(text.trim()), name = word.toLowerCase(), value = argument.trim();
   const prompt = promptCommands().get(name), parameter = parameterOf(name);
   const problem = Object.hasOwn(COMMANDS, name) ? COMMANDS[name](value) : prompt ? usePrompt(prompt, value) : parameter ? setParameter(parameter, value) : TEXT.noCommand(word);
-  if (problem) state.refusal = problem;
+  if (problem) Chat.state.refusal = problem;
   return !problem;
 }
 
@@ -483,45 +483,45 @@ function runCommand(text) {
 
 function renderComposer(growing) {
   const sent = document.activeElement === $("send") || document.activeElement === $("stop");
-  const written = Boolean(state.draft.text.trim() || state.draft.files.length);
-  $("send").hidden = growing && (!written || state.queued.has(state.chat.id));      // it queues: a phone's Enter is a new line
+  const written = Boolean(Chat.state.draft.text.trim() || Chat.state.draft.files.length);
+  $("send").hidden = growing && (!written || Chat.state.queued.has(Chat.state.chat.id));      // it queues: a phone's Enter is a new line
   $("stop").hidden = !growing;
   if (sent) focusAfterClick();
-  $("send").disabled = !written || !canAsk() && !growing;
-  const queued = state.queued.has(state.chat.id);
+  $("send").disabled = !written || !Chat.canAsk() && !growing;
+  const queued = Chat.state.queued.has(Chat.state.chat.id);
   setText($("queued"), queued ? TEXT.queuedQuestion : "");
   $("queued").hidden = !queued;
-  if (queued && canAsk()) queueMicrotask(sendQueued);
-  setText($("refusal"), state.refusal);
-  $("refusal").hidden = !state.refusal;
+  if (queued && Chat.canAsk()) queueMicrotask(sendQueued);
+  setText($("refusal"), Chat.state.refusal);
+  $("refusal").hidden = !Chat.state.refusal;
   setText($("trouble"), Store.trouble ? TEXT.trouble[Store.trouble] : "");
   $("trouble").hidden = !Store.trouble;
 }
 
 // The line below the composer, with the gauge of the context.
 function renderState() {
-  const last = lastNode(), run = state.runs.get(last?.id);
+  const last = Chat.lastNode(), run = Chat.state.runs.get(last?.id);
   const shownInTurn = Tree.isGrowing(last) && !last.content && !run?.lost;
   $("state").classList.toggle("lost", Boolean(run?.lost));
   setText($("state"), shownInTurn ? "" : Tree.isGrowing(last) ? growingText(last, run) + (run ? liveSpeedText(run) : "")
-    : state.path.length ? Server.trouble() : "");             // the empty page shows it itself
-  $("enter-key").hidden = state.phase !== "locked";
+    : Chat.state.path.length ? Server.trouble() : "");             // the empty page shows it itself
+  $("enter-key").hidden = Chat.state.phase !== "locked";
   renderGauge();
 }
 
 // What question and answer take up of the context, as the server counts; 0 if it cannot.
 async function tokensAlone(path) {
   const {used, guessed} = usedTokens(), question = path.findLastIndex(({role}) => role === "user");
-  if (used && !guessed && (question === 0 || state.model.api === "text" || !state.model.ours)) return used;       // these leave nothing out
-  const text = await Server.templateText(Tree.messagesOf(path.slice(Math.max(0, question)), state.chat.system));
+  if (used && !guessed && (question === 0 || Chat.state.model.api === "text" || !Chat.state.model.ours)) return used;       // these leave nothing out
+  const text = await Server.templateText(Tree.messagesOf(path.slice(Math.max(0, question)), Chat.state.chat.system));
   return text === null ? 0 : await Server.countTokens(text) ?? 0;
 }
 
 // {used, guessed}: the path's tokens when the server last counted them, and an estimate of those added since.
 function usedTokens() {
   let guessed = 0;
-  for (const node of state.path.toReversed()) {
-    const {prompt_tokens: prompt, completion_tokens: count = 0} = countsOf(state.runs.get(node.id)) ?? node.timings ?? node.earlier ?? {};
+  for (const node of Chat.state.path.toReversed()) {
+    const {prompt_tokens: prompt, completion_tokens: count = 0} = Chat.countsOf(Chat.state.runs.get(node.id)) ?? node.timings ?? node.earlier ?? {};
     if (prompt) return {used: prompt + count, guessed};
     guessed += Math.ceil((node.content.length + (node.reasoning?.length ?? 0)) / TOKEN_CHARACTERS);
   }
@@ -529,7 +529,7 @@ function usedTokens() {
 }
 
 function renderGauge() {
-  const {path, model: {context, ours}, counted, chat: {parameters}} = state;
+  const {path, model: {context, ours}, counted, chat: {parameters}} = Chat.state;
   const {used: known, guessed} = usedTokens(), used = known + guessed;
   const current = counted.text && counted.text === draftContent(), draft = current ? counted.tokens : 0;
   const alone = draft && draft + counted.around, tooLong = alone >= context;
@@ -537,8 +537,8 @@ function renderGauge() {
   const kept = ours ? Math.min(parameters.max_tokens ?? Infinity, Math.floor(context / 4)) : 0;
   // what is too long is said once, with one number of tokens: here, or by the server that refused it
   $("gauge").hidden = !context || !used && !draft || tooLong;
-  setText($("warning"), !context || tooLong && state.refusal ? "" : tooLong ? TEXT.tooLong(alone, context, state.draft.files.length)
-    : path.length && used + draft + kept > context && !Tree.isGrowing(lastNode()) ? (ours ? TEXT.willDrop : TEXT.full) : "");
+  setText($("warning"), !context || tooLong && Chat.state.refusal ? "" : tooLong ? TEXT.tooLong(alone, context, Chat.state.draft.files.length)
+    : path.length && used + draft + kept > context && !Tree.isGrowing(Chat.lastNode()) ? (ours ? TEXT.willDrop : TEXT.full) : "");
   if ($("gauge").hidden) return;
   setText($("context"), TEXT.used(used, draft, context, guessed > 0));
   $("gauge").style.setProperty("--used", Math.min(1, used / context));
@@ -574,10 +574,10 @@ Parts.register({
   bind() {
     const message = $("message");
     $("composer").onsubmit = event => { event.preventDefault(); submitDraft(); };
-    $("stop").onclick = stopAnswer;
+    $("stop").onclick = Chat.stopAnswer;
     $("attach").onclick = () => $("files-picker").click();
     $("files-picker").onchange = async ({target}) => { await addFiles(target.files); target.value = ""; };
-    message.oninput = ({target}) => { recalled = 0; state.refusal = ""; state.queued.delete(state.chat.id); setDraft(target.value); };
+    message.oninput = ({target}) => { recalled = 0; Chat.state.refusal = ""; Chat.state.queued.delete(Chat.state.chat.id); setDraft(target.value); };
     message.onpaste = onPaste;
     message.addEventListener("keydown", onCommandKey);
     $("commands").onmousedown = event => event.preventDefault();           // the focus stays in the message
@@ -593,7 +593,7 @@ Parts.register({
     }
   },
   render() {
-    renderComposer(Tree.isGrowing(lastNode()));
+    renderComposer(Tree.isGrowing(Chat.lastNode()));
     renderState();
   },
 });
@@ -616,8 +616,8 @@ function onKey(event) {
 
 function onEscape() {
   if (narrow.matches && withChats()) { showSidebar(false); $("chats-toggle").focus(); }
-  else if (openView()) openChat(state.chat.id).then(focusAfterClick);
-  else stopAnswer();
+  else if (openView()) Chat.open(Chat.state.chat.id).then(focusAfterClick);
+  else Chat.stopAnswer();
 }
 
 // start ---------------------------------------------------------------------------------------------------------------
@@ -629,8 +629,8 @@ function listKeys() {
 
 // The stored chats load a moment later; the page is usable before that.
 async function start() {
-  const isFirst = opening();
-  loadPreferences();
+  const isFirst = Chat.opening();
+  Chat.loadPreferences();
   Parts.bindAll();
   listKeys();
   render();
@@ -638,15 +638,15 @@ async function start() {
   const asking = wantedServer();
   await Store.open();
   Store.recover();
-  for (const chat of await Store.read("conversations")) state.chats.set(chat.id, chat);
+  for (const chat of await Store.read("conversations")) Chat.state.chats.set(chat.id, chat);
   await takeOverOldChat();
   if (!asking) Server.watch();
-  const {hash} = location, view = viewAt(hash), wanted = [hash.slice(1), lastPlace()].find(id => state.chats.has(id)) ?? "";
+  const {hash} = location, view = viewAt(hash), wanted = [hash.slice(1), Chat.lastPlace()].find(id => Chat.state.chats.has(id)) ?? "";
   const typed = $("message").value;                     // while the scripts were loading
-  await (isFirst() ? openChat(wanted) : loadDraft(draftKey()));         // the reader may have begun a chat
+  await (isFirst() ? Chat.open(wanted) : Chat.loadDraft(Chat.draftKey()));         // the reader may have begun a chat
   view?.open(hash);
-  if (typed && !state.draft.text) setDraft(typed);
-  adoptAll();
+  if (typed && !Chat.state.draft.text) setDraft(typed);
+  Chat.adoptAll();
   started = true;
 }
 
@@ -671,13 +671,13 @@ Parts.register({
   },
   bind() {
     $("menu").onclick = () => openMenu($("menu"), mainMenu());
-    $("latest").onclick = () => { state.following = true; followEnd(); focusAfterClick(); };
+    $("latest").onclick = () => { Chat.state.following = true; followEnd(); focusAfterClick(); };
     $("log").addEventListener("scroll", onScroll, {passive: true});
     document.addEventListener("keydown", onKey);
     new ResizeObserver(followEnd).observe($("log"));
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);
   },
-  menu: () => [[TEXT.theme, "theme", nextTheme, TEXT.themes[state.preferences.theme]],
+  menu: () => [[TEXT.theme, "theme", nextTheme, TEXT.themes[Chat.state.preferences.theme]],
     [TEXT.shortcuts, "keys", () => $("keys-dialog").showModal()]],
 });
 

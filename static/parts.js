@@ -82,7 +82,7 @@ function late(script, owner, name) {
   const found = () => { try { return owner(); } catch (error) { return null; } };
   return async (...given) => {
     if (!found()) await need(script);
-    return found() ? found()[name](...given) : say(TEXT.notLoaded);
+    return found() ? found()[name](...given) : Chat.say(TEXT.notLoaded);
   };
 }
 
@@ -125,7 +125,7 @@ function shareLate(script, ...names) {
   for (const name of names) {
     const load = async (...given) => {
       await need(script);
-      return globalThis[name] === load ? say(TEXT.notLoaded) : globalThis[name](...given);
+      return globalThis[name] === load ? Chat.say(TEXT.notLoaded) : globalThis[name](...given);
     };
     share({[name]: load});
   }

@@ -38,7 +38,7 @@ const warningText = warning => typeof warning === "string" ? warning : warning?.
 
 // The steps of a run, else of a lineage of this name, in order of training. The array is the same one as long as nothing of it has changed.
 function stepsOf(name) {
-  const page = shownRun.pages.get(name) ?? {}, {models} = state;
+  const page = shownRun.pages.get(name) ?? {}, {models} = Chat.state;
   if (page.models === models && page.merged === page.steps && page.view) return page.view;
   const listed = models.filter(each => !each.now && each.run), own = listed.filter(({run}) => run === name);
   const entries = new Map(listed.map(each => [each.id, each])), found = new Map((page.steps ?? []).map(step => [step.model, step]));
@@ -85,7 +85,7 @@ function changeOf(step) {
 // Without a name: the lineage of the chat's model, else the first one, once the server has listed its models.
 async function openRun(given, other = "") {
   await Parts.need("curves");
-  if (typeof Curves === "undefined") { say(TEXT.notLoaded); return; }
+  if (typeof Curves === "undefined") { Chat.say(TEXT.notLoaded); return; }
   const name = given || Views.runsOf()[0] || "", beside = other === name ? "" : other, isOpen = Boolean(shownRun), unnamed = /^#run\/?$/.test(location.hash);
   const hash = addressOf(name, beside);
   if (location.hash !== hash) history[unnamed ? "replaceState" : "pushState"](null, "", location.pathname + location.search + hash);
@@ -154,7 +154,7 @@ function closeRun() {
 }
 
 // What the chat asked last, or the first example.
-const lastQuestion = () => state.path.findLast(({role}) => role === "user")?.content ?? TEXT.examples[0];
+const lastQuestion = () => Chat.state.path.findLast(({role}) => role === "user")?.content ?? TEXT.examples[0];
 
 // the view -------------------------------------------------------------------------------------------------------------
 
@@ -163,7 +163,7 @@ function renderRun() {
   if (!shownRun) return;
   if (!shownRun.name && Views.runsOf().length) { openRun(); return; }
   const {name, other, metric, axis, found, listed} = shownRun, steps = stepsOf(name), all = allSteps();
-  const inputs = [name, other, metric, axis, found, listed, steps, otherSteps(), Views.runsOf().join("\n"), typeof Charts, typeof uPlot, state.phase];
+  const inputs = [name, other, metric, axis, found, listed, steps, otherSteps(), Views.runsOf().join("\n"), typeof Charts, typeof uPlot, Chat.state.phase];
   if (inputs.length === shownRun.drawn.length && inputs.every((input, i) => input === shownRun.drawn[i])) return;
   if (shownRun.follows || !stepNamed(shownRun.at)) shownRun.at = steps.at(-1)?.id ?? null;
   const metrics = metricsOf(all);
@@ -171,7 +171,7 @@ function renderRun() {
   shownRun.drawn[2] = shownRun.metric;
   fillChoices(metrics);
   setText($("run-title"), name ? TEXT.runTitle(name) : TEXT.trainingRun);
-  setText($("run-about"), steps.length ? TEXT.runAbout(steps, steps.findLast(step => !isGone(step))) : state.phase === "ready" ? TEXT.noRun(name) : Server.trouble());
+  setText($("run-about"), steps.length ? TEXT.runAbout(steps, steps.findLast(step => !isGone(step))) : Chat.state.phase === "ready" ? TEXT.noRun(name) : Server.trouble());
   setText($("run-now"), nowText(all));
   showWarnings(all);
   $("run-compare").hidden = latestTwo().length < 2 || !latestTwo().some(({compares}) => compares);       // a new step may be in one list before it is in the other
@@ -207,7 +207,7 @@ function fillChoices(metrics) {
 // Map: lineage -> its runs, of what is served and what the server has listed.
 function lineagesOf(listed) {
   const lineages = new Map(listed.map(({id, runs}) => [id, new Set(runs?.map(run => run.id))]));
-  for (const model of state.models.filter(({run}) => run)) {
+  for (const model of Chat.state.models.filter(({run}) => run)) {
     const lineage = Views.lineageOf(model);
     if (!lineages.has(lineage)) lineages.set(lineage, new Set());
     lineages.get(lineage).add(model.run);
@@ -384,7 +384,7 @@ function showStep() {
 
 function chatWith(step) {
   if (!step || !answersNow(step)) return;
-  newChat();
+  Chat.openNew();
   chooseModel(step.id);
   focusAfterClick();
 }

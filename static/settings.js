@@ -14,7 +14,7 @@ function openSettings() {
   const dialog = $("settings-dialog");
   showSettings();
   $("template").textContent = "";
-  $("more-parameters").open = Parameters.all.some(({name, folded}) => folded && state.chat.parameters[name] !== undefined);
+  $("more-parameters").open = Parameters.all.some(({name, folded}) => folded && Chat.state.chat.parameters[name] !== undefined);
   document.documentElement.classList.toggle("with-settings", roomy.matches);
   roomy.matches ? dialog.show() : dialog.showModal();
   $("settings").setAttribute("aria-expanded", "true");
@@ -25,7 +25,7 @@ function openSettings() {
 async function showTemplate(pause = 300) {
   const isMine = templateAsked();
   await wait(pause);
-  const text = isMine() ? await Server.templateText(Tree.messagesOf([{role: "user", content: "…"}], state.chat.system)) : null;
+  const text = isMine() ? await Server.templateText(Tree.messagesOf([{role: "user", content: "…"}], Chat.state.chat.system)) : null;
   if (!isMine()) return;
   $("template").parentElement.hidden = text === null;
   $("template").textContent = text ?? "";
@@ -38,11 +38,11 @@ function closeSettings() {
 }
 
 // What the fields show, as text: the panel follows when the chat, its model or a command changes it.
-const settingsShown = () => JSON.stringify([state.chat.id, state.chat.system, state.chat.parameters, state.model]);
+const settingsShown = () => JSON.stringify([Chat.state.chat.id, Chat.state.chat.system, Chat.state.chat.parameters, Chat.state.model]);
 let lastShown = "";
 
 function showSettings() {
-  const {chat: {system, parameters}, model: {defaults}, preferences} = state;
+  const {chat: {system, parameters}, model: {defaults}, preferences} = Chat.state;
   lastShown = settingsShown();
   if ($("settings-dialog").open && $("system").value !== system) showTemplate();        // a command or a prompt has changed it
   $("system").value = system;
@@ -50,9 +50,9 @@ function showSettings() {
   for (const field of settingsFields()) {
     const name = field.dataset.parameter, usual = defaults[name];
     field.value = parameters[name] ?? "";
-    if (name === "reasoning_effort") field.closest(".parameter").hidden = state.model.can.reasoning === false && !field.value;
+    if (name === "reasoning_effort") field.closest(".parameter").hidden = Chat.state.model.can.reasoning === false && !field.value;
     field.placeholder = name === "seed" ? TEXT.random : usual !== undefined && usual !== null ? String(usual)
-      : name === "max_tokens" && state.model.api === "v1" ? TEXT.restOfContext : TEXT.default;
+      : name === "max_tokens" && Chat.state.model.api === "v1" ? TEXT.restOfContext : TEXT.default;
     showParameter(field);
   }
   showTools();
@@ -92,9 +92,9 @@ function showParameter(field) {
   setText(hint, wrong ? TEXT.badField(parameter) : Server.sentence(TEXT.parameterHints[name]));
   row.querySelector("button").hidden = !field.value && !wrong;
   if (!range) return;
-  if (name === "max_tokens") range.max = state.model.context || parameter.slider[1];
+  if (name === "max_tokens") range.max = Chat.state.model.context || parameter.slider[1];
   range.classList.toggle("unset", value === undefined);
-  range.value = value ?? state.model.defaults[name] ?? (name === "max_tokens" ? range.max : NEUTRAL[name] ?? range.min);
+  range.value = value ?? Chat.state.model.defaults[name] ?? (name === "max_tokens" ? range.max : NEUTRAL[name] ?? range.min);
 }
 
 // Where a slider stands without a value, if the server names no default: where the parameter has no effect.
@@ -111,7 +111,7 @@ function takeSettings() {
   const stop = $("stop-strings").value.split("\n").filter(Boolean).slice(0, 4);
   if (stop.length) parameters.stop = stop;
   Object.assign(parameters, takeTools());
-  changeChat(state.chat, {system: $("system").value, parameters});
+  Chat.change(Chat.state.chat, {system: $("system").value, parameters});
   lastShown = settingsShown();
   render();
 }
@@ -125,7 +125,7 @@ function changesOf({parameters = {}, system = ""}, defaults = {}) {
 
 // The chip beside the model: what this chat has changed; in a narrow window, how much.
 function renderChanged() {
-  const changed = changesOf(state.chat, state.model.defaults);
+  const changed = changesOf(Chat.state.chat, Chat.state.model.defaults);
   const [all, count] = $("changed").children;
   setText(all, changed.join(" · "));
   setText(count, TEXT.changes(changed.length));
@@ -136,10 +136,10 @@ function renderChanged() {
 const PRESETS = {precise: {temperature: 0.2, top_p: 0.9}, creative: {temperature: 1.1, min_p: 0.05}, repeatable: {temperature: 0}};
 
 function choosePreset(name) {
-  const {presets} = state.preferences;
-  const preset = name.startsWith("=") ? {parameters: PRESETS[name.slice(1)], system: state.chat.system} : presets[name];
+  const {presets} = Chat.state.preferences;
+  const preset = name.startsWith("=") ? {parameters: PRESETS[name.slice(1)], system: Chat.state.chat.system} : presets[name];
   if (!preset) return;
-  changeChat(state.chat, {parameters: Tree.checkedParameters(preset.parameters ?? {}), system: preset.system ?? ""});
+  Chat.change(Chat.state.chat, {parameters: Tree.checkedParameters(preset.parameters ?? {}), system: preset.system ?? ""});
   showSettings();
   $("preset").value = name;
   $("delete-preset").hidden = name.startsWith("=");
@@ -149,8 +149,8 @@ function choosePreset(name) {
 function savePreset() {
   const name = $("preset-name").value.trim().replace(/^=+/, "");
   if (!name) return $("preset-name").focus();
-  const {system, parameters} = state.chat;
-  changePreferences({presets: {...state.preferences.presets, [name]: {system, parameters}}});
+  const {system, parameters} = Chat.state.chat;
+  Chat.changePreferences({presets: {...Chat.state.preferences.presets, [name]: {system, parameters}}});
   $("preset-name").value = "";
   showSettings();
   $("preset").value = name;
@@ -158,8 +158,8 @@ function savePreset() {
 }
 
 function deletePreset() {
-  const {[$("preset").value]: gone, ...presets} = state.preferences.presets;
-  changePreferences({presets});
+  const {[$("preset").value]: gone, ...presets} = Chat.state.preferences.presets;
+  Chat.changePreferences({presets});
   showSettings();
 }
 
@@ -170,23 +170,23 @@ async function changeSwitch(box) {
     box.checked = false;
     setText($("notify-refused"), TEXT.notifyRefused);
   }
-  changePreferences({[box.id]: box.checked});
+  Chat.changePreferences({[box.id]: box.checked});
 }
 
 // servers -------------------------------------------------------------------------------------------------------------
 
 function openServer() {
   if ($("server-dialog").open) return;
-  $("server-url").value = state.preferences.server;
+  $("server-url").value = Chat.state.preferences.server;
   $("server-url").placeholder = Server.PAGE_HOME;
   $("server-key").value = Server.key();
-  const locked = state.phase === "locked";                    // a guest needs one field
+  const locked = Chat.state.phase === "locked";                    // a guest needs one field
   setText($("server-title"), locked ? TEXT.keyTitle : TEXT.server);
   $("another-server").open = !locked;
   $("server-reset").hidden = locked;
   $("server-key").placeholder = locked ? "" : TEXT.none;
   $("server-dialog").showModal();
-  showProblems("", locked && state.refusedKey ? TEXT.wrongKey : "");
+  showProblems("", locked && Chat.state.refusedKey ? TEXT.wrongKey : "");
 }
 
 // Shows the problems with the address and the key, each below its field.
@@ -199,12 +199,12 @@ function showProblems(address, key) {
   $(address ? "server-url" : "server-key").focus();
 }
 
-const keyText = () => state.refusedKey ? TEXT.wrongKey : TEXT.keyWanted;
+const keyText = () => Chat.state.refusedKey ? TEXT.wrongKey : TEXT.keyWanted;
 
 // Opens the Server dialog, once for each refused key: the reader may close it unchanged.
 function wantKey(key) {
-  const news = state.refusedKey !== key;
-  Object.assign(state, {phase: "locked", refusedKey: key});
+  const news = Chat.state.refusedKey !== key;
+  Object.assign(Chat.state, {phase: "locked", refusedKey: key});
   render();
   if (news) openServer();
 }
@@ -216,16 +216,16 @@ function takeServer(event) {
     event.preventDefault();
     return showProblems(TEXT.noAddress(typed), "");
   }
-  const key = $("server-key").value, origin = Server.originOf(home || Server.PAGE_HOME), {[origin]: old, ...keys} = state.preferences.keys;
-  changePreferences({keys: key ? {...keys, [origin]: key} : keys});
+  const key = $("server-key").value, origin = Server.originOf(home || Server.PAGE_HOME), {[origin]: old, ...keys} = Chat.state.preferences.keys;
+  Chat.changePreferences({keys: key ? {...keys, [origin]: key} : keys});
   useServer(home);
   return undefined;
 }
 
 function useServer(home) {
-  const {servers} = state.preferences, server = home === Server.PAGE_HOME ? "" : home;
-  changePreferences({server, servers: server && !servers.includes(server) ? [...servers, server] : servers});
-  Object.assign(state, {phase: "connecting", reached: "", models: [], model: {...NO_MODEL}});
+  const {servers} = Chat.state.preferences, server = home === Server.PAGE_HOME ? "" : home;
+  Chat.changePreferences({server, servers: server && !servers.includes(server) ? [...servers, server] : servers});
+  Object.assign(Chat.state, {phase: "connecting", reached: "", models: [], model: {...Chat.NO_MODEL}});
   render();
   Server.watch();
 }
@@ -235,7 +235,7 @@ function wantedServer() {
   const given = new URLSearchParams(location.search).get("server");
   const home = given ? Server.addressOf(given) : null;
   if (!home || home === Server.home()) return false;
-  if (home === Server.PAGE_HOME || state.preferences.servers.includes(home)) { changePreferences({server: home === Server.PAGE_HOME ? "" : home}); return false; }
+  if (home === Server.PAGE_HOME || Chat.state.preferences.servers.includes(home)) { Chat.changePreferences({server: home === Server.PAGE_HOME ? "" : home}); return false; }
   confirmed(TEXT.askTitle, [element("p", {textContent: TEXT.askServer(home)})], TEXT.dontUseIt, TEXT.useIt)
     .then(yes => yes ? useServer(home) : Server.watch());
   return true;
@@ -245,7 +245,7 @@ function wantedServer() {
 
 // The list of the server's models; if there are several, with each one's state and size.
 function renderModels() {
-  const {model} = state, models = state.models.length || !model.name ? state.models : [{id: model.name}], select = $("models");
+  const {model} = Chat.state, models = Chat.state.models.length || !model.name ? Chat.state.models : [{id: model.name}], select = $("models");
   setText($("model"), models.length ? "" : TEXT.chat);
   select.hidden = !models.length;
   const ids = models.map(({id}) => id).join("\n");
@@ -263,7 +263,7 @@ function renderModels() {
 }
 
 function chooseModel(name) {
-  changeChat(state.chat, {model: name});
+  Chat.change(Chat.state.chat, {model: name});
   Server.useModel();
   render();
   Server.loadModel();
@@ -271,7 +271,7 @@ function chooseModel(name) {
 
 // Makes what is typed in this chat messages to a base checkpoint, or a text again.
 function talkInTurns(inTurns) {
-  changeChat(state.chat, {inTurns});
+  Chat.change(Chat.state.chat, {inTurns});
   Server.useModel();
   render();
 }
@@ -330,10 +330,10 @@ Parts.register({
     $("save-preset").onclick = savePreset;
     $("delete-preset").onclick = deletePreset;
     $("preset-name").onkeydown = event => { if (event.key === "Enter") { event.preventDefault(); savePreset(); } };
-    $("settings-reset").onclick = () => { changeChat(state.chat, {system: "", parameters: {}}); showSettings(); render(); };
+    $("settings-reset").onclick = () => { Chat.change(Chat.state.chat, {system: "", parameters: {}}); showSettings(); render(); };
     $("for-new-chats").onclick = () => {
-      const {system, parameters} = state.chat;
-      changePreferences({defaults: {system, parameters}});
+      const {system, parameters} = Chat.state.chat;
+      Chat.changePreferences({defaults: {system, parameters}});
       announce(TEXT.usedForNew);
       copied($("for-new-chats"));
     };
@@ -343,7 +343,7 @@ Parts.register({
     $("models").onchange = () => chooseModel($("models").value);
     for (const event of ["pointerdown", "focus"]) $("models").addEventListener(event, Server.lookAtModels);
   },
-  menu: () => [...(state.model.base ? [state.chat.inTurns ? [TEXT.inTexts, "edit", () => talkInTurns(false)] : [TEXT.inTurns, "prompt", () => talkInTurns(true)]] : []),
+  menu: () => [...(Chat.state.model.base ? [Chat.state.chat.inTurns ? [TEXT.inTexts, "edit", () => talkInTurns(false)] : [TEXT.inTurns, "prompt", () => talkInTurns(true)]] : []),
     [TEXT.prompts, "prompt", openPrompts], [TEXT.server, "server", () => openServer()]],
   render() {
     renderModels();
@@ -392,7 +392,7 @@ const checking = newest();
 
 // The parameters from these fields. The server then checks what the page cannot: whether a schema can be enforced.
 function takeTools() {
-  const {tools, problem: first} = readFunctions($("functions").value), {format, problem: second} = readSchema($("schema").value), {parameters} = state.chat;
+  const {tools, problem: first} = readFunctions($("functions").value), {format, problem: second} = readSchema($("schema").value), {parameters} = Chat.state.chat;
   setText($("functions-problem"), first ?? "");
   setText($("schema-problem"), second ?? "");
   const index = Number($("budget").value);
@@ -408,7 +408,7 @@ function takeTools() {
 async function checkTools(wanted) {
   const isMine = checking();
   await wait(500);
-  if (!isMine() || state.phase !== "ready") return;
+  if (!isMine() || Chat.state.phase !== "ready") return;
   const asked = await Server.post(Server.ROUTES.v1, {messages: [{role: "user", content: "a"}], max_tokens: 1, priority: "low", ...wanted, ...Server.modelOfSeveral()}).catch(() => null);
   const problem = asked?.status === 400 ? (await Server.errorOf(asked)).message : "";
   if (isMine() && problem) setText($(wanted.response_format ? "schema-problem" : "functions-problem"), problem);
@@ -416,7 +416,7 @@ async function checkTools(wanted) {
 
 function showTools() {
   checking();
-  const {parameters} = state.chat, {can, api} = state.model;
+  const {parameters} = Chat.state.chat, {can, api} = Chat.state.model;
   $("functions").value = functionsText(parameters.tools);
   $("schema").value = schemaText(parameters.response_format);
   setText($("functions-problem"), "");
@@ -473,7 +473,7 @@ function updateCalls(view, growing) {
   view.calls.append(element("button", {type: "button", className: "primary", textContent: TEXT.sendResults, onclick: () => {
     calls.forEach((call, i) => { call.result = fields[i].value; });
     Store.change("nodes", node.id, {calls});
-    answer(node, (error, made) => { removeNodes([made.id], node.id); state.refusal = error.message; return true; });
+    Chat.answer(node, (error, made) => { Chat.removeNodes([made.id], node.id); Chat.state.refusal = error.message; return true; });
     focusAfterClick();
   }}));
 }
@@ -535,7 +535,7 @@ Parts.register({
 
 // A prompt is {name, text, starter}: a starter begins a message, any other is a system prompt.
 const isPrompt = value => Tree.isObject(value) && Tree.isText(value.name) && Tree.isText(value.text) && Boolean(value.name.trim() && value.text.trim());
-const ownPrompts = () => state.preferences.prompts.filter(isPrompt);
+const ownPrompts = () => Chat.state.preferences.prompts.filter(isPrompt);
 
 let editedPrompt = null;          // the name of the saved prompt that the fields below the list change
 
@@ -571,7 +571,7 @@ function showPrompts() {
 }
 
 function keepPrompts(prompts) {
-  changePreferences({prompts});
+  Chat.changePreferences({prompts});
   showPrompts();
   render();
 }
@@ -580,7 +580,7 @@ function keepPrompts(prompts) {
 function usePrompt({text, starter}, more = "") {
   $("prompts-dialog").close();
   if (starter) setDraft(more ? `${text.replace(/\s*$/, "")} ${more}` : text);
-  else { changeChat(state.chat, {system: text}); say(TEXT.systemIs(text)); }
+  else { Chat.change(Chat.state.chat, {system: text}); Chat.say(TEXT.systemIs(text)); }
   focusAfterClick();
 }
 

@@ -46,10 +46,10 @@ function iconButton(label, icon, onclick) {
 }
 
 function renderTurns() {
-  if (viewsOf !== state.chat.id) { views.clear(); Look.dropLenses(); near.disconnect(); viewsOf = state.chat.id; }
-  const {path} = state, articles = path.map((node, i) => viewOf(node, path.length - i <= AT_ONCE).article);
+  if (viewsOf !== Chat.state.chat.id) { views.clear(); Look.dropLenses(); near.disconnect(); viewsOf = Chat.state.chat.id; }
+  const {path} = Chat.state, articles = path.map((node, i) => viewOf(node, path.length - i <= AT_ONCE).article);
   path.forEach(node => updateView(views.get(node.id)));
-  for (const id of views.keys()) if (!state.nodes.has(id)) views.delete(id);
+  for (const id of views.keys()) if (!Chat.state.nodes.has(id)) views.delete(id);
   return articles;
 }
 
@@ -82,7 +82,7 @@ function complete(view) {
 
 function updateView(view) {
   if (!view.complete) return;
-  const {node} = view, editing = state.editing === node.id;
+  const {node} = view, editing = Chat.state.editing === node.id;
   if (editing !== Boolean(view.editor)) editing ? startEditing(view) : stopEditing(view);
   view.actions.hidden = editing;
   updateSiblings(view);
@@ -94,7 +94,7 @@ function updateView(view) {
 function siblingsBar(view) {
   const step = by => {
     const {siblings, at} = siblingsOf(view.node);
-    showLeaf(Tree.leafBelow(state.children, siblings[at + by].id));
+    Chat.showLeaf(Tree.leafBelow(Chat.state.children, siblings[at + by].id));
     views.get(siblings[at + by].id)?.actions?.querySelector(`.siblings button:${by < 0 ? "first" : "last"}-of-type`)?.focus();
   };
   const question = view.node.role === "user";
@@ -105,7 +105,7 @@ function siblingsBar(view) {
 }
 
 function siblingsOf(node) {
-  const siblings = state.children.get(state.nodes.has(node.parent) ? node.parent : null) ?? [node];
+  const siblings = Chat.state.children.get(Chat.state.nodes.has(node.parent) ? node.parent : null) ?? [node];
   return {siblings, at: siblings.indexOf(node)};
 }
 
@@ -126,11 +126,11 @@ function completeQuestion(view) {
     iconButton(TEXT.more, "more", clicked => openMenu(clicked, messageMenu(view))));
   view.article.append(view.actions);
   // in a text that a model continues, the buttons of one's own words are hidden from the mouse
-  view.body.onclick = event => clickToAct(event, () => startEdit(view.node.id), state.model.api === "text");
+  view.body.onclick = event => clickToAct(event, () => startEdit(view.node.id), Chat.state.model.api === "text");
 }
 
 function updateQuestion(view) {
-  view.edit.disabled = Tree.isGrowing(lastNode());
+  view.edit.disabled = Tree.isGrowing(Chat.lastNode());
   if (view.drawn === view.node.content || view.editor) return;
   view.drawn = view.node.content;
   const {text, files} = Tree.partsOf(view.node);
@@ -190,13 +190,13 @@ function completeAnswer(view) {
   view.now = button(TEXT.answerNow, "forward", async clicked => {
     clicked.disabled = true;
     focusAfterClick();
-    clicked.disabled = await answerNow(view.node);
+    clicked.disabled = await Chat.answerNow(view.node);
   }, {hidden: true});
   view.status = element("p", {className: "status"}, element("span", {className: "dots"}, element("i"), element("i"), element("i")),
     view.doing, view.now);
   view.alert = element("div");
-  view.retry = iconButton(TEXT.regenerate, "again", () => { regenerate(view.node); focusAfterClick(); });
-  view.goOn = button(TEXT.goOn, "forward", () => { goOn(view.node); focusAfterClick(); });
+  view.retry = iconButton(TEXT.regenerate, "again", () => { Chat.regenerate(view.node); focusAfterClick(); });
+  view.goOn = button(TEXT.goOn, "forward", () => { Chat.goOn(view.node); focusAfterClick(); });
   view.nothing = element("p", {className: "nothing"});
   figuresLine(view);
   view.copy = iconButton(TEXT.copy, "copy", clicked => copyRich(view, clicked));
@@ -206,28 +206,28 @@ function completeAnswer(view) {
     iconButton(TEXT.more, "more", clicked => openMenu(clicked, answerMenu(view))), view.speed);
   view.article.prepend(view.thinking);
   view.article.append(view.nothing, view.status, view.alert, view.actions);
-  view.body.onclick = event => clickToAct(event, () => regenerate(view.node));
+  view.body.onclick = event => clickToAct(event, () => Chat.regenerate(view.node));
 }
 
 const looksOf = view => Parts.all.flatMap(({answer}) => answer?.looks?.(view) ?? []);
 
 function updateAnswer(view) {
-  const {node} = view, growing = Tree.isGrowing(node), run = state.runs.get(node.id);
+  const {node} = view, growing = Tree.isGrowing(node), run = Chat.state.runs.get(node.id);
   drawAnswer(view, growing);
   view.thinking.hidden = !node.reasoning || Boolean(Look.lensOf(node.id));
   drawThoughts(view);
   view.status.hidden = !growing || node.content !== "" || Boolean(node.calculator?.length);
   view.doing.textContent = view.status.hidden ? "" : growingText(node, run);
   if (!growing) view.now.disabled = false;
-  view.now.hidden = view.status.hidden || !node.reasoning || !state.model.can.reasoning_budget;
+  view.now.hidden = view.status.hidden || !node.reasoning || !Chat.state.model.can.reasoning_budget;
   updateAlert(view, growing);
   view.actions.classList.toggle("growing", growing);
-  view.retry.disabled = view.goOn.disabled = !canAsk();
+  view.retry.disabled = view.goOn.disabled = !Chat.canAsk();
   view.copy.hidden = !node.content;
   for (const {answer} of Parts.all) answer?.update?.(view, growing);
   view.inside.hidden = !looksOf(view).length;
   view.inside.classList.toggle("on", Boolean(Look.lensOf(node.id)));
-  view.goOn.hidden = growing || !canGoOn(node) || node !== lastNode() || !(view.plain || node.error || node.edited ||
+  view.goOn.hidden = growing || !Chat.canGoOn(node) || node !== Chat.lastNode() || !(view.plain || node.error || node.edited ||
     ["stopped", "interrupted"].includes(node.note) || node.timings?.finish_reason === "length" || node.timings?.stop_reason === "repetition");
   setText(view.nothing, nothingText(node));
   view.nothing.hidden = !view.nothing.textContent;
@@ -236,7 +236,7 @@ function updateAnswer(view) {
 
 function drawAnswer(view, growing) {
   const {node: {content, calculator = []}} = view, drawn = calculator.length ? Calculator.withCards(content, calculator) : content;
-  const plain = state.model.api === "text";             // a text that grows
+  const plain = Chat.state.model.api === "text";             // a text that grows
   if (view.editor || view.drawn === drawn && view.finished === !growing && view.plain === plain) return;
   if (plain) view.body.replaceChildren(...Calculator.plainWithCards(view.node));
   else if (view.plain) { view.body.replaceChildren(); view.markdown = new Markdown.View(view.body); }
@@ -259,7 +259,7 @@ function drawThoughts(view) {
 }
 
 const REMEDIES = {key: {label: () => TEXT.enterKey, act: () => openServer()},
-  again: {label: () => TEXT.tryAgain, act: node => regenerate(node)}};
+  again: {label: () => TEXT.tryAgain, act: node => Chat.regenerate(node)}};
 
 function updateAlert(view, growing) {
   const {node} = view, text = growing ? "" : node.error ?? "";
@@ -271,7 +271,7 @@ function updateAlert(view, growing) {
     view.alert.replaceChildren(...(text ? [element("div", {className: "alert", role: "alert"}, element("p", {textContent: text}), act)] : []));
   }
   const act = view.alert.querySelector("button");
-  if (act) act.disabled = !canAsk() && node.remedy !== "key";
+  if (act) act.disabled = !Chat.canAsk() && node.remedy !== "key";
 }
 
 // What an answer is doing or waiting for.
@@ -286,7 +286,7 @@ function growingText(node, run) {
 }
 
 const liveSpeedText = run => run.chunks > 1 && !run.lost
-  ? ` · ${TEXT.speed(liveSpeed(run))} · ${TEXT.tokens((run.node.earlier?.completion_tokens ?? 0) + (run.tokens || run.chunks))}` : "";
+  ? ` · ${TEXT.speed(Chat.liveSpeed(run))} · ${TEXT.tokens((run.node.earlier?.completion_tokens ?? 0) + (run.tokens || run.chunks))}` : "";
 
 // The note shown for an answer without text.
 function nothingText(node) {
@@ -308,7 +308,7 @@ function speedOf({timings, note, edited, error}) {
   if (first !== undefined) figures.push(TEXT.firstToken(first));
   if (count) figures.push(TEXT.tokens(count));
   if (count > 1 && speed > 0) figures.push(TEXT.seconds(((first ?? 0) + (facts.waited_ms ?? 0)) / 1000 + (count - 1) / speed));
-  if (state.model.workers > 1 && facts.gpu !== undefined) figures.push(TEXT.worker(facts.gpu));
+  if (Chat.state.model.workers > 1 && facts.gpu !== undefined) figures.push(TEXT.worker(facts.gpu));
   return {words, figures, timed: speed > 0 || Boolean(facts.measured)};
 }
 
@@ -375,7 +375,7 @@ function pinFigures(view) {
 
 // One frame of a growing answer.
 function paint(node) {
-  const view = state.chat.id === node.conversation && views.get(node.id);
+  const view = Chat.state.chat.id === node.conversation && views.get(node.id);
   if (!view || !view.article.isConnected) return;
   updateAnswer(view);
   renderState();
@@ -385,7 +385,7 @@ function paint(node) {
 // acting on a message -------------------------------------------------------------------------------------------------
 
 function messageMenu({node}) {
-  return [[TEXT.branch, "branch", () => branchFrom(node)], [TEXT.deleteMessage, "delete", () => deleteNode(node)]];
+  return [[TEXT.branch, "branch", () => Chat.branchFrom(node)], [TEXT.deleteMessage, "delete", () => Chat.deleteNode(node)]];
 }
 
 function answerMenu(view) {
@@ -399,13 +399,13 @@ const mouse = matchMedia("(hover: hover) and (pointer: fine)");
 
 function clickToAct(event, act, always = false) {
   const own = event.target.closest("a, button, summary, pre, input, textarea, details");
-  if (!always && !state.preferences.actOnClick || !mouse.matches || own || event.detail > 1 || String(getSelection()) || !canAsk()) return;
+  if (!always && !Chat.state.preferences.actOnClick || !mouse.matches || own || event.detail > 1 || String(getSelection()) || !Chat.canAsk()) return;
   act();
 }
 
 function startEdit(id) {
-  if (Tree.isGrowing(lastNode())) return;
-  state.editing = id;
+  if (Tree.isGrowing(Chat.lastNode())) return;
+  Chat.state.editing = id;
   render();
 }
 
@@ -413,9 +413,9 @@ function startEditing(view) {
   const {node, body} = view, question = node.role === "user";
   const field = element("textarea", {value: question ? Tree.partsOf(node).text : node.content, rows: 1, dir: "auto"});
   field.setAttribute("aria-label", TEXT.editedText);
-  const cancel = () => { state.editing = null; render(); focusAfterClick(); };
+  const cancel = () => { Chat.state.editing = null; render(); focusAfterClick(); };
   const save = () => {
-    if (question ? editQuestion(node, field.value) : field.value.trim() && (editAnswer(node, field.value), true)) focusAfterClick();
+    if (question ? Chat.editQuestion(node, field.value) : field.value.trim() && (Chat.editAnswer(node, field.value), true)) focusAfterClick();
   };
   if (question) onEnter(field, save);
   field.addEventListener("keydown", event => { if (event.key === "Escape" && !composing(event)) { event.stopPropagation(); cancel(); } });

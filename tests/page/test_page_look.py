@@ -39,9 +39,9 @@ def test_a_lens_shows_what_stood_beside_each_token_and_branches_there(asked):
     expect(answers(page).locator(".legend span")).to_have_text(["80\u00a0% or more", "50 to 80\u00a0%", "20 to 50\u00a0%", "5 to 20\u00a0%", "under 5\u00a0%",
                                                                     "drafted this time"])
     page.evaluate("""(() => {
-        const lens = Look.lensOf(lastNode().id);
+        const lens = Look.lensOf(Chat.lastNode().id);
         lens.tokens = lens.tokens.map((token, i) => ({...token, drafted: i === 2}));
-        Lens.update(views.get(lastNode().id));
+        Lens.update(views.get(Chat.lastNode().id));
     })()""")
     expect(tokens.locator(".drafted")).to_have_count(1)
     tokens.press("Home")
@@ -50,34 +50,34 @@ def test_a_lens_shows_what_stood_beside_each_token_and_branches_there(asked):
     tokens.press("ArrowRight")
     expect(panel).to_contain_text("drafted this time")
     expect_accessible(page)
-    lens = page.evaluate("Look.lensOf(lastNode().id).tokens.map(({id, share, beside}) => [id, share, beside?.length])")
+    lens = page.evaluate("Look.lensOf(Chat.lastNode().id).tokens.map(({id, share, beside}) => [id, share, beside?.length])")
     before = [token[0] for token in lens[:2]]
     tokens.press("ArrowDown")
     page.keyboard.press("Enter")
     expect(answers(page)).to_contain_text("2/2")
     expect_answered(page)
-    node = page.evaluate("({...lastNode()})")
+    node = page.evaluate("({...Chat.lastNode()})")
     assert node["ids"][:2] == before and node["prefix"] == node["ids"][:3] and len(node["ids"]) <= 16 and node["seed"] == 5
-    assert node["weights"] == page.evaluate("state.models[0].weights_digest") and re.fullmatch("[0-9a-f]{64}", node["weights"])
+    assert node["weights"] == page.evaluate("Chat.state.models[0].weights_digest") and re.fullmatch("[0-9a-f]{64}", node["weights"])
     inside(answers(page), "Check that it repeats")
     expect(answers(page)).to_contain_text(f"the same {len(node['ids'])} tokens", timeout=SLOW_MS)
     inside(answers(page), "Token lens")
     expect(answers(page).get_by_text("Choose a token to see")).to_be_visible(timeout=SLOW_MS)
-    assert page.evaluate("Look.lensOf(lastNode().id).tokens.slice(0, -1).every(token => token.share > 0)")
-    exported = page.evaluate("Tree.exportOf([state.chat], () => [...state.nodes.values()])")
+    assert page.evaluate("Look.lensOf(Chat.lastNode().id).tokens.slice(0, -1).every(token => token.share > 0)")
+    exported = page.evaluate("Tree.exportOf([Chat.state.chat], () => [...Chat.state.nodes.values()])")
     page.evaluate("text => importAll(Tree.importOf(text), 'it')", json.dumps(exported))
     settled(page)
-    brought = page.evaluate("({...lastNode()})")
+    brought = page.evaluate("({...Chat.lastNode()})")
     assert [brought[name] for name in ("ids", "prefix", "weights", "seed", "content")] == [node[name] for name in ("ids", "prefix", "weights", "seed", "content")]
     reload(page)
     inside(answers(page), "Token lens")
     expect(answers(page).get_by_text("Choose a token to see")).to_be_visible(timeout=SLOW_MS)
-    seen = page.evaluate("Look.lensOf(lastNode().id).tokens.map(({id, share, beside}) => [id, share, beside?.length])")
+    seen = page.evaluate("Look.lensOf(Chat.lastNode().id).tokens.map(({id, share, beside}) => [id, share, beside?.length])")
     assert [token[0] for token in seen] == node["ids"] and all(share > 0 and count == 5 for _, share, count in seen[:-1])
     # what was forced has the probability that it had when it was drawn; the default model's penalties cost its last digits
     assert [token[1] for token in seen[:2]] == pytest.approx([token[1] for token in lens[:2]], rel=1e-6) and [token[0] for token in seen[:2]] == before
     inside(answers(page), "Token lens")
-    page.evaluate("lastNode().ids[4]++")          # as if it had been made by another model
+    page.evaluate("Chat.lastNode().ids[4]++")          # as if it had been made by another model
     inside(answers(page), "Check that it repeats")
     expect(answers(page)).to_contain_text("it differs from token 5 on", timeout=SLOW_MS)
     expect(answers(page)).to_contain_text("2/3")
@@ -90,7 +90,7 @@ def test_a_prompt_is_shown_with_its_special_tokens_and_counts(asked):
     expect(dialog.locator("#prompt-text .special").first).to_have_text("<|im_start|>")
     expect(dialog.locator("#prompt-text")).to_contain_text("What is the capital of Japan?<|im_end|>")
     expect(dialog.locator("#prompt-counts li").first).to_have_text(re.compile(r"^YouWhat is the capital of Japan\?7 tokens"))
-    count = page.evaluate("lastNode().timings.prompt_tokens")
+    count = page.evaluate("Chat.lastNode().timings.prompt_tokens")
     expect(dialog.locator("#prompt-facts")).to_have_text(re.compile(rf"^{count} tokens of [\d,]+"))
     expect_accessible(page)
     button(dialog, "Done").click()
@@ -132,7 +132,7 @@ def test_answers_stand_side_by_side_and_one_is_chosen(asked):
     columns.nth(2).get_by_role("button", name="Continue with this").click()
     expect(answers(page)).to_contain_text("2/2")
     assert said(answers(page)).inner_text().split() == text.split()
-    assert page.evaluate("lastNode().parameters.temperature") == 0
+    assert page.evaluate("Chat.lastNode().parameters.temperature") == 0
     inside(answers(page), "Check that it repeats")
     expect(answers(page)).to_contain_text("It repeats: the same", timeout=SLOW_MS)
 
@@ -338,9 +338,9 @@ def test_a_server_that_cannot_do_it_offers_none_of_it(page, stand_in):
 
 def test_only_the_characters_that_differ_are_marked(opened_page):
     page = opened_page
-    page.evaluate("""() => { const node = Tree.newNode("x", null, "assistant", "", {seed: 3, model: state.model.name}); state.nodes.set(node.id, node);
-        state.model.can = {token_ids: true, compare: true}; addNode(null, "user", "q"); window.told = addNode(state.leaf, "assistant", "a", {seed: 3, ids: [1], model: state.model.name}); refresh_(); }
-    """.replace("refresh_();", "showLeaf(told.id);"))
+    page.evaluate("""() => { const node = Tree.newNode("x", null, "assistant", "", {seed: 3, model: Chat.state.model.name}); Chat.state.nodes.set(node.id, node);
+        Chat.state.model.can = {token_ids: true, compare: true}; Chat.addNode(null, "user", "q"); window.told = Chat.addNode(Chat.state.leaf, "assistant", "a", {seed: 3, ids: [1], model: Chat.state.model.name}); refresh_(); }
+    """.replace("refresh_();", "Chat.showLeaf(told.id);"))
     inside(answers(page), "Compare")
     dialog = page.get_by_role("dialog", name="Compare")
     button(dialog, "Add a column").click()
@@ -356,7 +356,7 @@ def test_only_the_characters_that_differ_are_marked(opened_page):
     expect(columns.nth(3)).to_contain_text("m · The same as the first answer, as far as both go.")
     expect(dialog.locator("mark")).to_have_count(2)
     page.keyboard.press("Escape")
-    page.evaluate("newChat()")
+    page.evaluate("Chat.openNew()")
 
 
 def test_differences_in_code_stay_marked_when_its_colours_come_late(page, stand_in):
@@ -374,8 +374,8 @@ def test_differences_in_code_stay_marked_when_its_colours_come_late(page, stand_
 
 def test_answers_side_by_side_are_markdown_and_done_closes_with_a_wrong_seed(opened_page):
     page = opened_page
-    page.evaluate("""() => { state.model.can = {token_ids: true, compare: true}; addNode(null, "user", "q");
-        showLeaf(addNode(state.leaf, "assistant", "a", {seed: 3, ids: [1], model: state.model.name}).id); }""")
+    page.evaluate("""() => { Chat.state.model.can = {token_ids: true, compare: true}; Chat.addNode(null, "user", "q");
+        Chat.showLeaf(Chat.addNode(Chat.state.leaf, "assistant", "a", {seed: 3, ids: [1], model: Chat.state.model.name}).id); }""")
     inside(answers(page), "Compare")
     dialog = page.get_by_role("dialog", name="Compare")
     page.evaluate("""() => {
@@ -398,7 +398,7 @@ def test_answers_side_by_side_are_markdown_and_done_closes_with_a_wrong_seed(ope
     expect(dialog.get_by_role("alert")).to_have_text("Answer 2, Seed: This must be a whole number from 0 to 9,007,199,254,740,991.")
     button(dialog, "Done").click()
     expect(dialog).to_be_hidden()
-    page.evaluate("newChat()")
+    page.evaluate("Chat.openNew()")
 
 
 def test_a_training_run_is_compared_by_its_last_steps_with_one_seed_and_a_step_that_loads_says_so(page, stand_in):
@@ -410,7 +410,7 @@ def test_a_training_run_is_compared_by_its_last_steps_with_one_seed_and_a_step_t
     page.route("**/v1/compare", lambda route: None)                  # no answer yet
     dialog = page.get_by_role("dialog", name="Compare")
     for own, steps in (("d2@60", ["d2@40", "d2@60"]), ("d2@20", ["d2@20", "d2@60"])):
-        page.evaluate("own => { lastNode().model = own; render(); }", own)
+        page.evaluate("own => { Chat.lastNode().model = own; render(); }", own)
         inside(answers(page), "Compare")
         expect(dialog).to_be_visible()
         assert dialog.get_by_role("slider", name="Step").evaluate_all("all => all.map(each => each.getAttribute('aria-valuetext'))") == steps

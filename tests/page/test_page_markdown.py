@@ -194,7 +194,7 @@ def test_details_footnotes_and_environments_inject_nothing_wherever_they_are_cut
 
 def shown(page, text):
     """The answer with this text, in a chat."""
-    page.evaluate("""text => { newChat(); addNode(null, "user", "q"); showLeaf(addNode(state.leaf, "assistant", text, {}).id); }""", text)
+    page.evaluate("""text => { Chat.openNew(); Chat.addNode(null, "user", "q"); Chat.showLeaf(Chat.addNode(Chat.state.leaf, "assistant", text, {}).id); }""", text)
     return said(answers(page).last)
 
 
@@ -212,7 +212,7 @@ def test_details_are_markdown_that_folds_and_what_is_never_closed_stays_open(ope
     expect(answer.locator("> p").nth(1)).to_have_text("after </details> it")
     expect(answer).to_contain_text("</details> stray")
     expect_accessible(opened_page)
-    opened_page.evaluate("newChat()")
+    opened_page.evaluate("Chat.openNew()")
 
 
 def test_footnotes_stand_apart_and_their_marks_lead_there(opened_page):
@@ -226,7 +226,7 @@ def test_footnotes_stand_apart_and_their_marks_lead_there(opened_page):
     assert opened_page.evaluate("""() => { let led = null; for (const note of document.querySelectorAll(".footnote")) note.scrollIntoView = () => { led = note.dataset.note; };
         document.querySelectorAll(".note a")[1].click(); return led; }""") == "^why"
     expect_accessible(opened_page)
-    opened_page.evaluate("newChat()")
+    opened_page.evaluate("Chat.openNew()")
 
 
 def test_environments_without_dollars_are_formulas_and_lists_of_latex_are_not(opened_page):
@@ -235,7 +235,7 @@ def test_environments_without_dollars_are_formulas_and_lists_of_latex_are_not(op
     expect(answer.locator("math mtable")).to_have_count(4)
     expect(answer).to_contain_text("\\begin{itemize}")
     expect(answer).to_contain_text("never $$ closed")
-    opened_page.evaluate("newChat()")
+    opened_page.evaluate("Chat.openNew()")
 
 
 def test_each_block_runs_in_the_direction_of_its_words(opened_page):
@@ -246,7 +246,7 @@ def test_each_block_runs_in_the_direction_of_its_words(opened_page):
     left, right = answer.locator("p").first.evaluate("""each => { const range = document.createRange(); range.selectNodeContents(each);
         const words = range.getBoundingClientRect(), box = each.parentElement.getBoundingClientRect(); return [words.left - box.left, box.right - words.right]; }""")
     assert right < 5 < left
-    opened_page.evaluate("newChat()")
+    opened_page.evaluate("Chat.openNew()")
 
 
 def test_a_hostile_answer_is_inert(page, stand_in):
@@ -393,12 +393,12 @@ def test_turns_that_come_near_are_drawn_for_a_few_milliseconds_a_frame(page, sta
         let clock = 0, before = drawn(), most = 0;
         performance.now = () => clock += 10;                // as if each turn took long
         Parts.$("log").scrollTop = 0;
-        for (let frame = 0; frame < 300 && state.path.some(node => !views.get(node.id).complete && near20(node)); frame++) {
+        for (let frame = 0; frame < 300 && Chat.state.path.some(node => !views.get(node.id).complete && near20(node)); frame++) {
             await new Promise(requestAnimationFrame);
             most = Math.max(most, drawn() - before);
             before = drawn();
         }
-        function near20(node) { return state.path.indexOf(node) < 20; }
+        function near20(node) { return Chat.state.path.indexOf(node) < 20; }
         return most;
     }""")
     assert most == 1 and answers(page).first.locator("strong").inner_text() == "1"

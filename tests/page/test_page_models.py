@@ -65,7 +65,7 @@ def test_steps_of_a_training_stand_on_a_slider(browser, nanochat_fixtures, tmp_p
         expect(choice.locator("option").nth(2)).to_have_text(re.compile("^d2-base@latest · now d2-base@60"), timeout=4 * SLOW_MS)
         ask(page, "hello again")
         expect_answered(page, 2)
-        assert page.evaluate("state.path.filter(({role}) => role === 'assistant').map(({model}) => model)") == ["d2-base@20", "d2-base@60"]
+        assert page.evaluate("Chat.state.path.filter(({role}) => role === 'assistant').map(({model}) => model)") == ["d2-base@20", "d2-base@60"]
         inside(answers(page).last, "Compare")
         dialog = page.get_by_role("dialog", name="Compare")
         slider, columns = dialog.get_by_role("slider", name="Step"), dialog.get_by_role("region")
@@ -115,7 +115,7 @@ def test_columns_of_a_comparison_have_adapters(browser, tmp_path):
         dialog.get_by_role("button", name="Continue with this").nth(1).click()
         inside(answers(page), "Check that it repeats")
         expect(answers(page)).to_contain_text("It repeats: the same 8 tokens.", timeout=SLOW_MS)
-        assert page.evaluate("lastNode().weights") == page.evaluate("Look.weightsOf('tone')") != page.evaluate("Look.weightsOf('law')")
+        assert page.evaluate("Chat.lastNode().weights") == page.evaluate("Look.weightsOf('tone')") != page.evaluate("Look.weightsOf('law')")
 
 
 def test_each_answer_says_what_made_it_and_leads_to_a_comparison(page, stand_in):
@@ -135,7 +135,7 @@ def test_each_answer_says_what_made_it_and_leads_to_a_comparison(page, stand_in)
     maker = answers(page).locator(".maker")
     for model, name, changes in (("stand-in-135m", "stand-in-135m", "temperature 0.7 · top-k 3 · system prompt"),        # not listed: nothing is known of its defaults
                                  ("d2@60", "d2, step 60", "top-k 3 · system prompt"), ("law", "law, adapter of d2@60", "top-k 3 · system prompt")):
-        page.evaluate("model => { lastNode().model = model; render(); }", model)
+        page.evaluate("model => { Chat.lastNode().model = model; render(); }", model)
         expect(maker).to_have_text(name)
         expect(figures(answers(page)).locator("p").first).to_have_text(f"{name} · {changes}")
         page.keyboard.press("Escape")

@@ -230,4 +230,4 @@ def test_a_run_that_trains_is_seen_step_by_step(browser, nanochat_fixtures, tmp_
         expect(page.get_by_role("combobox", name="Model", exact=True)).to_have_value("d2-base@40")
         ask(page, "and now?")
         expect_answered(page, 2)
-        assert page.evaluate("lastNode().model") == "d2-base@40"
+        assert page.evaluate("Chat.lastNode().model") == "d2-base@40"

@@ -414,7 +414,7 @@ def test_a_real_run_from_base_to_rl_is_seen_while_it_trains(browser, trained):
         button(page, "Chat with d4-rl@120").click()
         ask(page, "hello")
         expect_answered(page)
-        assert page.evaluate("lastNode().model") == "d4-rl@120"
+        assert page.evaluate("Chat.lastNode().model") == "d4-rl@120"
         shutil.rmtree(base / "chatrl_checkpoints")
         menu(page, "Training run")                                  # the lineage of the chat's model
         expect(page.get_by_role("heading", name="Training run d4")).to_be_visible()
