@@ -555,7 +555,7 @@ function grow(run, {text, reasoning, moved = false, calculator = []}) {
   if (calculator.length) node.calculator = [...node.calculator ?? [], ...Calculator.callsOf(calculator, node.stream.begin)];
   if (moved) {
     Object.assign(node, {reasoning: node.content, content: ""});
-    paint(node);                                         // once with no text: a view only ever grows
+    Turns.paint(node);                                         // once with no text: a view only ever grows
   }
   if (!run.chunks++) { Object.assign(run, {firstAt: now, first: run.tokens || 1}); announce(TEXT.answering); }
   run.lastAt = now;
@@ -565,7 +565,7 @@ function grow(run, {text, reasoning, moved = false, calculator = []}) {
 }
 
 function paintSoon(run) {
-  run.frame ||= requestAnimationFrame(() => { run.frame = 0; paint(run.node); });
+  run.frame ||= requestAnimationFrame(() => { run.frame = 0; Turns.paint(run.node); });
 }
 
 // The facts about an answer that went on: what was said of its parts, together. The later prompt has the earlier part in it.

@@ -3,7 +3,7 @@
 
 {
 
-const {TEXT, $, element, setText, number, plural, newest, composing, narrow} = Parts;
+const {TEXT, $, element, iconButton, setText, number, plural, newest, composing, narrow} = Parts;
 
 const rows = new Map();           // id of a chat -> its row
 let listed = "";                  // a key of what the list shows, which is rebuilt only when it changes
@@ -187,8 +187,7 @@ function showFound() {
     Chat.showLeaf(Tree.leafBelow(Chat.state.children, elsewhere.id));
   }
   Chat.state.following = false;
-  complete(views.get(Chat.state.path.find(has).id));
-  views.get(Chat.state.path.find(has).id).article.scrollIntoView({block: "center"});
+  Turns.scrollTo(Chat.state.path.find(has).id);
   markWords();
 }
 
@@ -309,7 +308,7 @@ function pageOf({title}, path) {
   for (const {role, content, model, pictures = [], calculator} of path) {
     const said = element("div", {className: role === "user" ? "said question" : "said"});
     said.append(...pictures.map(({name, picture}) => element("img", {src: picture, alt: name})));
-    if (role === "user") said.append(...questionNodes(content));
+    if (role === "user") said.append(...Turns.questionNodes(content));
     else new Markdown.View(said).update(content, true, calculator);
     said.querySelectorAll("button").forEach(button => button.remove());
     body.append(element("h2", {className: "speaker", textContent: role === "user" ? TEXT.you : model || TEXT.assistant}), said);

@@ -3,7 +3,7 @@
 
 const Compare = (() => {
 
-const {TEXT, $, element, setText, number, composing} = Parts;
+const {TEXT, $, element, iconButton, setText, number, composing} = Parts;
 
 // While the dialog is open {node, columns: [{text, reasoning, end, differs, controls}], controller, writes}; `writes`: the columns continue a text.
 let compared = null;

@@ -3,7 +3,7 @@
 
 const Get = (() => {
 
-const {TEXT, $, element, setText, number, wait, inOrder} = Parts;
+const {TEXT, $, element, iconButton, setText, number, wait, inOrder} = Parts;
 
 let getting = null;               // {info: the last answer of models/hub, words: what was searched, foundFor: what `info` answers, asking: how many questions run, looked: name -> its files, downloads: name -> state, following, dismissed} while the view is open
 

@@ -5,7 +5,7 @@
 
 const Lens = (() => {
 
-const {TEXT, $, element, setText, number, plural, newest} = Parts;
+const {TEXT, $, element, setText, number, plural, newest, mouse} = Parts;
 
 const BESIDE = 5;                 // alternatives listed for each token
 const SHADES = [0.8, 0.5, 0.2, 0.05];         // class p1 .. p4: how many of these exceed a token's probability
@@ -89,12 +89,12 @@ function toggleLens(view) {
     on.controller.abort();
     Look.dropLens(node.id);
   } else lookThrough(node);
-  updateAnswer(view);
+  Turns.update(view);
 }
 
 async function lookThrough(node) {
   const lens = {tokens: [], at: -1, text: TEXT.reading(0), controller: new AbortController(), drawn: null};
-  const show = () => { const view = views.get(node.id); if (Look.lensOf(node.id) === lens && view?.complete) updateLens(view); };
+  const show = () => { const view = Turns.viewOf(node.id); if (Look.lensOf(node.id) === lens && view?.complete) updateLens(view); };
   Look.keepLens(node.id, lens);
   try {
     const forced = forcedEntries(node), made = await replay(node, {more: Chat.state.model.api === "text" ? {logprobs: BESIDE + 1} : {logprobs: true, top_logprobs: BESIDE + 1}, signal: lens.controller.signal,

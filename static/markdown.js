@@ -468,7 +468,7 @@ class MathBlock extends Leaf {
 // The box around a code block, with its language and a button. `copyText` is the page's.
 function codeBox(language, code) {
   const copy = element("button", {type: "button", className: "icon plain i-copy", textContent: TEXT.copyCode,
-    onclick: event => copyText(code.textContent.replace(/\n$/, ""), event.currentTarget)});
+    onclick: event => Turns.copyText(code.textContent.replace(/\n$/, ""), event.currentTarget)});
   const act = (label, icon, onclick) => {
     const made = element("button", {type: "button", className: `icon plain i-${icon}`, title: label, onclick});
     made.setAttribute("aria-label", label);

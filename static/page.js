@@ -6,7 +6,7 @@ let started = false;
 
 {
 
-const {TEXT, $, element, setText, number, plural, wait, newest, composing, narrow, touch} = Parts;
+const {TEXT, $, element, button, iconButton, setText, number, plural, wait, newest, composing, narrow, touch} = Parts;
 
 // rendering -----------------------------------------------------------------------------------------------------------
 
@@ -20,7 +20,7 @@ function render() {
   document.title = (Chat.state.ended ? TEXT.endedMark : "") + titleOfTab(chat, model);
   $("lamp").className = phase;
   $("log").hidden = document.querySelector("body > footer").hidden = Boolean(openView());
-  const turns = renderTurns();
+  const turns = Turns.render();
   if (!hasEnd() && ($("log").childElementCount !== 1 || !$("log").contains(empty.node))) $("log").scrollTop = 0;
   syncChildren($("log"), [...(turns.length ? turns : [emptyPage()]), ...(Chat.state.notice ? [noticeOf(Chat.state.notice)] : [])]);
   renderToasts();
@@ -503,7 +503,7 @@ function renderState() {
   const last = Chat.lastNode(), run = Chat.state.runs.get(last?.id);
   const shownInTurn = Tree.isGrowing(last) && !last.content && !run?.lost;
   $("state").classList.toggle("lost", Boolean(run?.lost));
-  setText($("state"), shownInTurn ? "" : Tree.isGrowing(last) ? growingText(last, run) + (run ? liveSpeedText(run) : "")
+  setText($("state"), shownInTurn ? "" : Tree.isGrowing(last) ? Turns.growingText(last, run) + (run ? Turns.liveSpeedText(run) : "")
     : Chat.state.path.length ? Server.trouble() : "");             // the empty page shows it itself
   $("enter-key").hidden = Chat.state.phase !== "locked";
   renderGauge();

@@ -90,6 +90,7 @@ function late(script, owner, name) {
 
 const $ = id => document.getElementById(id);
 const touch = matchMedia("(pointer: coarse)");
+const mouse = matchMedia("(hover: hover) and (pointer: fine)");
 const narrow = matchMedia("(max-width: 860px)");
 // while true, Enter confirms a word of an input method
 const composing = event => event.isComposing || event.keyCode === 229;
@@ -100,6 +101,18 @@ function element(tag, properties = {}, ...children) {
   const node = Object.assign(document.createElement(tag), properties);
   node.append(...children);
   return node;
+}
+
+function button(label, icon, onclick, properties = {}) {
+  return element("button", {type: "button", className: `icon plain i-${icon}`, textContent: label,
+    onclick: event => onclick(event.currentTarget), ...properties});
+}
+
+// A button with only an icon.
+function iconButton(label, icon, onclick) {
+  const made = button("", icon, onclick, {title: label});
+  made.setAttribute("aria-label", label);
+  return made;
 }
 
 const wait = ms => new Promise(resolve => setTimeout(resolve, ms));
@@ -121,15 +134,7 @@ function inOrder() {
 }
 
 const share = names => Object.assign(globalThis, names);
-function shareLate(script, ...names) {
-  for (const name of names) {
-    const load = async (...given) => {
-      await need(script);
-      return globalThis[name] === load ? Chat.say(TEXT.notLoaded) : globalThis[name](...given);
-    };
-    share({[name]: load});
-  }
-}
 
-return Object.freeze({TEXT, number, plural, all, register, bindAll, libraries, need, late, share, shareLate, $, touch, narrow, composing, setText, element, wait, newest, inOrder});
+return Object.freeze({TEXT, number, plural, all, register, bindAll, libraries, need, late, share, $, touch, mouse, narrow, composing, setText, element, button,
+  iconButton, wait, newest, inOrder});
 })();

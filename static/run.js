@@ -4,7 +4,7 @@
 
 const Run = (() => {
 
-const {TEXT, $, element, setText, number, plural, inOrder} = Parts;
+const {TEXT, $, element, iconButton, setText, number, plural, inOrder} = Parts;
 
 // While the view is open {name, other: of a second run, at: the chosen step, follows: it is the latest one until the reader chooses, metric, axis, pages: what /v1/runs has of each name, charts, rows, timer}
 let shownRun = null;

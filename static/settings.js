@@ -3,7 +3,7 @@
 
 {
 
-const {TEXT, $, element, setText, number, plural, wait, newest, composing} = Parts;
+const {TEXT, $, element, iconButton, setText, number, plural, wait, newest, composing} = Parts;
 
 const settingsFields = () => [...$("settings-dialog").querySelectorAll("[data-parameter]")];
 
@@ -335,7 +335,7 @@ Parts.register({
       const {system, parameters} = Chat.state.chat;
       Chat.changePreferences({defaults: {system, parameters}});
       announce(TEXT.usedForNew);
-      copied($("for-new-chats"));
+      Turns.copied($("for-new-chats"));
     };
     $("server-dialog").querySelector("form").onsubmit = takeServer;
     $("enter-key").onclick = openServer;
@@ -481,7 +481,7 @@ function updateCalls(view, growing) {
 function cardOf(call, growing) {
   let shownArguments = call.arguments;
   try { shownArguments = JSON.stringify(JSON.parse(call.arguments), null, 2); } catch (error) { /* incomplete */ }
-  const node = element("section", {className: "card"}, element("p", {className: "icon i-function", textContent: call.name}), codeBlock("json", shownArguments));
+  const node = element("section", {className: "card"}, element("p", {className: "icon i-function", textContent: call.name}), Turns.codeBlock("json", shownArguments));
   node.setAttribute("aria-label", TEXT.callOf(call.name));
   if (growing) return {node};
   if (call.result !== undefined) {

@@ -3,7 +3,7 @@
 
 const Status = (() => {
 
-const {TEXT, $, element, setText, number, plural, inOrder} = Parts;
+const {TEXT, $, element, button, setText, number, plural, inOrder} = Parts;
 
 let glanced = null;                // {samples, looks: histograms of the first and the latest polls, charts, timer} while the view is open
 

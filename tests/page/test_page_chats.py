@@ -422,7 +422,7 @@ def test_a_chat_with_all_its_branches_goes_out_and_in_again(page, stand_in, tmp_
 def test_a_large_file_is_shown_before_it_is_written_and_other_tabs_take_it_over_at_once(page, stand_in):
     open_page(page, stand_in.url)
     other = new_tab(page, stand_in.url)
-    other.evaluate("""() => { const real = renderTurns; window.drawn = 0; renderTurns = () => { drawn++; return real(); }; }""")
+    other.evaluate("() => { window.drawn = 0; Parts.register({render() { drawn++; }}); }")
     nodes = [{"id": f"n{i}", "parent": None, "role": "user", "content": f"question {i}", "created": 10**12 + i} for i in range(5000)]
     shown = page.evaluate("""text => { importAll(Tree.importOf(text), "it"); return [Chat.state.nodes.size, Boolean(Store.flushing)]; }""",
                           json.dumps({"title": "many", "nodes": nodes}))

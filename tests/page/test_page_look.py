@@ -41,7 +41,7 @@ def test_a_lens_shows_what_stood_beside_each_token_and_branches_there(asked):
     page.evaluate("""(() => {
         const lens = Look.lensOf(Chat.lastNode().id);
         lens.tokens = lens.tokens.map((token, i) => ({...token, drafted: i === 2}));
-        Lens.update(views.get(Chat.lastNode().id));
+        Lens.update(Turns.viewOf(Chat.lastNode().id));
     })()""")
     expect(tokens.locator(".drafted")).to_have_count(1)
     tokens.press("Home")

@@ -389,11 +389,11 @@ def test_turns_that_come_near_are_drawn_for_a_few_milliseconds_a_frame(page, sta
         const messages = [];
         for (let i = 0; i < 200; i++) messages.push({role: i % 2 ? "assistant" : "user", content: `**${i}**`});
         await importAll(Tree.importOf(JSON.stringify({messages})), "it");
-        const drawn = () => [...views.values()].filter(view => view.complete).length;
+        const drawn = () => Chat.state.path.filter(({id}) => Turns.viewOf(id)?.complete).length;
         let clock = 0, before = drawn(), most = 0;
         performance.now = () => clock += 10;                // as if each turn took long
         Parts.$("log").scrollTop = 0;
-        for (let frame = 0; frame < 300 && Chat.state.path.some(node => !views.get(node.id).complete && near20(node)); frame++) {
+        for (let frame = 0; frame < 300 && Chat.state.path.some(node => !Turns.viewOf(node.id).complete && near20(node)); frame++) {
             await new Promise(requestAnimationFrame);
             most = Math.max(most, drawn() - before);
             before = drawn();

@@ -15,7 +15,7 @@ EXTRA = """Parts.register({
   bind() { document.body.dataset.bound = Parts.TEXT.extra; },
   menu: () => [[Parts.TEXT.extra, "chart", () => { location.hash = "#extra"; }]],
   render() { document.body.dataset.rendered = Chat.state.path.length; },
-  answer: {buttons: view => [view.extra = iconButton(Parts.TEXT.extraButton, "chart", () => Chat.say(view.node.content))],
+  answer: {buttons: view => [view.extra = Parts.iconButton(Parts.TEXT.extraButton, "chart", () => Chat.say(view.node.content))],
            update(view, growing) { view.extra.disabled = growing; }},
   view: {hash: "#extra", open() { document.body.dataset.open = "yes"; render(); }, isOpen: () => "open" in document.body.dataset,
          close() { delete document.body.dataset.open; }},

@@ -5,9 +5,9 @@
 // skips its layout and paint (.far in chat.css): otherwise scrolling past hundreds of them is slow.
 "use strict";
 
-{
+const Turns = (() => {
 
-const {TEXT, $, element, setText, number, plural, composing} = Parts;
+const {TEXT, $, element, button, iconButton, setText, number, plural, composing, mouse} = Parts;
 
 const AT_ONCE = 12;               // the last turns, drawn when a chat opens
 const views = new Map();          // id of a node -> its view
@@ -31,18 +31,6 @@ function completeSome() {
     if (performance.now() > end) break;
   }
   drawing = came.size ? requestAnimationFrame(completeSome) : 0;
-}
-
-function button(label, icon, onclick, properties = {}) {
-  return element("button", {type: "button", className: `icon plain i-${icon}`, textContent: label,
-    onclick: event => onclick(event.currentTarget), ...properties});
-}
-
-// A button with only an icon.
-function iconButton(label, icon, onclick) {
-  const made = button("", icon, onclick, {title: label});
-  made.setAttribute("aria-label", label);
-  return made;
 }
 
 function renderTurns() {
@@ -87,6 +75,12 @@ function updateView(view) {
   view.actions.hidden = editing;
   updateSiblings(view);
   (node.role === "user" ? updateQuestion : updateAnswer)(view);
+}
+
+// Draws a turn, wherever it is, and scrolls to it.
+function scrollTo(id) {
+  complete(views.get(id));
+  views.get(id).article.scrollIntoView({block: "center"});
 }
 
 // siblings ------------------------------------------------------------------------------------------------------------
@@ -395,8 +389,6 @@ function answerMenu(view) {
 
 // If enabled, a mouse click on a question edits it, and one on an answer regenerates it; but not a click that
 // ends a selection or hits an interactive element.
-const mouse = matchMedia("(hover: hover) and (pointer: fine)");
-
 function clickToAct(event, act, always = false) {
   const own = event.target.closest("a, button, summary, pre, input, textarea, details");
   if (!always && !Chat.state.preferences.actOnClick || !mouse.matches || own || event.detail > 1 || String(getSelection()) || !Chat.canAsk()) return;
@@ -507,6 +499,6 @@ Parts.register({
   },
 });
 
-Parts.share({views, button, iconButton, renderTurns, complete, questionNodes, codeBlock, updateAnswer, growingText, liveSpeedText,
-  paint, mouse, copyText, copied});
-}
+return Object.freeze({render: renderTurns, update: updateAnswer, paint, viewOf: id => views.get(id), scrollTo, questionNodes, codeBlock, growingText,
+  liveSpeedText, copyText, copied});
+})();
