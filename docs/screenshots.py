@@ -184,7 +184,7 @@ def picture_of_a_preview(browser):
     stand_in = StandIn()
     page = browser.new_page(viewport={"width": 900, "height": 620})
     open_page(page, stand_in.url)
-    page.evaluate("text => importAll(Tree.importOf(text), 'it')", json.dumps({"messages": [
+    page.evaluate("text => Chats.importAll(Tree.importOf(text), 'it')", json.dumps({"messages": [
         {"role": "user", "content": "Draw the flag of Japan as SVG."}, {"role": "assistant", "content": FLAG}]}))
     button(page, "Preview").click()
     expect(page.frame_locator("iframe").locator("circle")).to_be_visible()
@@ -231,7 +231,7 @@ def picture_of_an_image(browser):
     page = browser.new_page(viewport={"width": 900, "height": 700})
     open_page(page, stand_in.url)
     data = base64.b64encode(drawn).decode()
-    page.evaluate("text => importAll(Tree.importOf(text), 'it')", json.dumps({"messages": [
+    page.evaluate("text => Chats.importAll(Tree.importOf(text), 'it')", json.dumps({"messages": [
         {"role": "user", "content": "Which colours have the sails?", "pictures": [{"name": "sails.png", "picture": f"data:image/png;base64,{data}"}]},
         {"role": "assistant", "content": "The boat has **two sails**: the large one is white, the small one before the mast is red."}]}))
     page.reload()

@@ -1,7 +1,7 @@
 // The list of chats, their search, and export and import of chats as files.
 "use strict";
 
-{
+const Chats = (() => {
 
 const {TEXT, $, element, iconButton, setText, number, plural, newest, composing, narrow} = Parts;
 
@@ -409,5 +409,5 @@ Parts.register({
   menuEnd: () => Chat.state.chats.size ? [[TEXT.deleteAll, "delete", deleteAll, "", true]] : [],
 });
 
-Parts.share({withChats, showSidebar, startNewChat, download, importAll, takeOverOldChat});
-}
+return Object.freeze({withChats, showSidebar, startNew: startNewChat, download, importAll, takeOverOldChat});
+})();

@@ -476,7 +476,7 @@ function codeBox(language, code) {
   };
   const wrap = act(TEXT.wrap, "wrap", () => wrap.setAttribute("aria-pressed", pre.classList.toggle("wrapped")));
   wrap.setAttribute("aria-pressed", "false");
-  const save = act(TEXT.downloadCode, "export", () => download(code.textContent, `code.${EXTENSIONS[language] ?? (/^[a-z0-9]{1,8}$/.exec(language) ?? "txt")}`, "text/plain"));
+  const save = act(TEXT.downloadCode, "export", () => Chats.download(code.textContent, `code.${EXTENSIONS[language] ?? (/^[a-z0-9]{1,8}$/.exec(language) ?? "txt")}`, "text/plain"));
   const preview = element("button", {type: "button", className: "preview-code icon plain i-play", textContent: TEXT.preview,
     hidden: !isDrawable(language, code.textContent), onclick: ({currentTarget}) => togglePreview(currentTarget)});
   preview.setAttribute("aria-pressed", "false");

@@ -607,15 +607,15 @@ function onKey(event) {
   if (composing(event)) return;
   if (event.key === "Escape" && !dialog) return onEscape();
   if (dialog) return;
-  if (control && !event.shiftKey && event.key.toLowerCase() === "k") { showSidebar(true); $("search").focus(); $("search").select(); }
-  else if (control && event.shiftKey && event.key.toLowerCase() === "o") startNewChat();
+  if (control && !event.shiftKey && event.key.toLowerCase() === "k") { Chats.showSidebar(true); $("search").focus(); $("search").select(); }
+  else if (control && event.shiftKey && event.key.toLowerCase() === "o") Chats.startNew();
   else if (event.key === "?" && !typing(event.target)) $("keys-dialog").showModal();
   else return;
   event.preventDefault();
 }
 
 function onEscape() {
-  if (narrow.matches && withChats()) { showSidebar(false); $("chats-toggle").focus(); }
+  if (narrow.matches && Chats.withChats()) { Chats.showSidebar(false); $("chats-toggle").focus(); }
   else if (openView()) Chat.open(Chat.state.chat.id).then(focusAfterClick);
   else Chat.stopAnswer();
 }
@@ -639,7 +639,7 @@ async function start() {
   await Store.open();
   Store.recover();
   for (const chat of await Store.read("conversations")) Chat.state.chats.set(chat.id, chat);
-  await takeOverOldChat();
+  await Chats.takeOverOldChat();
   if (!asking) Server.watch();
   const {hash} = location, view = viewAt(hash), wanted = [hash.slice(1), Chat.lastPlace()].find(id => Chat.state.chats.has(id)) ?? "";
   const typed = $("message").value;                     // while the scripts were loading

@@ -424,7 +424,7 @@ def test_a_large_file_is_shown_before_it_is_written_and_other_tabs_take_it_over_
     other = new_tab(page, stand_in.url)
     other.evaluate("() => { window.drawn = 0; Parts.register({render() { drawn++; }}); }")
     nodes = [{"id": f"n{i}", "parent": None, "role": "user", "content": f"question {i}", "created": 10**12 + i} for i in range(5000)]
-    shown = page.evaluate("""text => { importAll(Tree.importOf(text), "it"); return [Chat.state.nodes.size, Boolean(Store.flushing)]; }""",
+    shown = page.evaluate("""text => { Chats.importAll(Tree.importOf(text), "it"); return [Chat.state.nodes.size, Boolean(Store.flushing)]; }""",
                           json.dumps({"title": "many", "nodes": nodes}))
     assert shown == [5000, True]
     expect(said(questions(page))).to_have_text(["question 4999"])
@@ -537,7 +537,7 @@ def test_an_exported_page_has_the_page_s_colours_of_code_and_alignments(page, st
     text += "| a | b | c |\n|:--|:-:|--:|\n| 1 | 2 | 3 |\n\n$$\\begin{aligned} a &= b \\end{aligned}$$"
     messages = [{"role": "user", "content": "Look:\n```python\nx = 'y'\n```"}, {"role": "assistant", "content": text}]
     open_page(page, stand_in.url)
-    page.evaluate("text => importAll(Tree.importOf(text), 'it')", json.dumps({"messages": messages}))
+    page.evaluate("text => Chats.importAll(Tree.importOf(text), 'it')", json.dumps({"messages": messages}))
     expect(page.locator(".assistant .hljs-keyword").first).to_be_visible()
     reader = page.context.new_page()
     reader.goto(exported(page, tmp_path, "HTML page").as_uri())

@@ -65,7 +65,7 @@ def test_a_lens_shows_what_stood_beside_each_token_and_branches_there(asked):
     expect(answers(page).get_by_text("Choose a token to see")).to_be_visible(timeout=SLOW_MS)
     assert page.evaluate("Look.lensOf(Chat.lastNode().id).tokens.slice(0, -1).every(token => token.share > 0)")
     exported = page.evaluate("Tree.exportOf([Chat.state.chat], () => [...Chat.state.nodes.values()])")
-    page.evaluate("text => importAll(Tree.importOf(text), 'it')", json.dumps(exported))
+    page.evaluate("text => Chats.importAll(Tree.importOf(text), 'it')", json.dumps(exported))
     settled(page)
     brought = page.evaluate("({...Chat.lastNode()})")
     assert [brought[name] for name in ("ids", "prefix", "weights", "seed", "content")] == [node[name] for name in ("ids", "prefix", "weights", "seed", "content")]

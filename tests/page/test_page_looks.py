@@ -20,7 +20,7 @@ def show_chat(page, turns):
     """Shows a chat whose answers have wide code and a wide table."""
     messages = [message for number in range(turns) for message in
                 ({"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": ANSWER})]
-    page.evaluate("text => importAll(Tree.importOf(text), 'it')", json.dumps({"messages": messages}))
+    page.evaluate("text => Chats.importAll(Tree.importOf(text), 'it')", json.dumps({"messages": messages}))
     settled(page)
     expect(page.get_by_role("article").last.locator("strong")).to_be_visible()
 

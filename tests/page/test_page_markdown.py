@@ -365,7 +365,7 @@ def test_a_chat_of_a_thousand_turns_is_drawn_where_it_is_looked_at(page, stand_i
     page.evaluate("""() => {
         const messages = [];
         for (let i = 0; i < 1000; i++) messages.push({role: "user", content: `question ${i}`}, {role: "assistant", content: `**answer** ${i}\\n\\n- a\\n- b`});
-        return importAll(Tree.importOf(JSON.stringify({messages, title: "long"})), "it");
+        return Chats.importAll(Tree.importOf(JSON.stringify({messages, title: "long"})), "it");
     }""")
     expect(answers(page)).to_have_count(1000)
     expect(answers(page).last).to_contain_text("answer 999")
@@ -388,7 +388,7 @@ def test_turns_that_come_near_are_drawn_for_a_few_milliseconds_a_frame(page, sta
     most = page.evaluate("""async () => {
         const messages = [];
         for (let i = 0; i < 200; i++) messages.push({role: i % 2 ? "assistant" : "user", content: `**${i}**`});
-        await importAll(Tree.importOf(JSON.stringify({messages})), "it");
+        await Chats.importAll(Tree.importOf(JSON.stringify({messages})), "it");
         const drawn = () => Chat.state.path.filter(({id}) => Turns.viewOf(id)?.complete).length;
         let clock = 0, before = drawn(), most = 0;
         performance.now = () => clock += 10;                // as if each turn took long
