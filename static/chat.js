@@ -36,8 +36,6 @@ const state = {
   model: {...NO_MODEL},           // the chat's model
   refusedKey: null,               // the API key that the server last refused, "" if none was sent
   following: true,                // the log scrolls as an answer grows
-  preferences: {theme: "", actOnClick: false, sidebar: true, server: "", servers: [], keys: {}, presets: {}, prompts: [], defaults: {}, titles: false,
-    notify: false},
 };
 
 const SAVE_MS = 500;              // a growing answer is stored this often
@@ -46,25 +44,6 @@ const lastNode = () => state.path.at(-1);
 // a question waits for an unreachable server, but not for a loading one, which may turn out to serve another model
 const canAsk = () => !Tree.isGrowing(lastNode()) && !["connecting", "loading"].includes(state.phase) && state.model.api !== "none";
 const isStored = chat => state.chats.has(chat.id);
-
-// preferences ---------------------------------------------------------------------------------------------------------
-
-const PREFERENCES = "chat_server preferences";      // theme.js reads them too
-
-function loadPreferences() {
-  try {
-    const stored = JSON.parse(localStorage.getItem(PREFERENCES));
-    for (const [name, value] of Object.entries(stored ?? {})) {
-      if (typeof value === typeof state.preferences[name]) state.preferences[name] = value;
-    }
-  } catch (error) { /* storage is off or damaged: use defaults */ }
-}
-
-function changePreferences(changes) {
-  loadPreferences();                                  // another tab may have changed some
-  Object.assign(state.preferences, changes);
-  try { localStorage.setItem(PREFERENCES, JSON.stringify(state.preferences)); } catch (error) { /* for this visit only */ }
-}
 
 // chats ---------------------------------------------------------------------------------------------------------------
 
@@ -114,7 +93,7 @@ function showChat(chat, leaf) {
 function newChat() {
   opening();
   state.nodes = new Map();
-  showChat(Tree.newConversation({parameters: {...state.preferences.defaults.parameters}, system: state.preferences.defaults.system ?? "",
+  showChat(Tree.newConversation({parameters: {...Settings.preferences.defaults.parameters}, system: Settings.preferences.defaults.system ?? "",
     ...(state.chat.model ? {model: state.chat.model} : {})}), null);
   loadDraft("new");
 }
@@ -197,7 +176,7 @@ function noticeEnd({node, chat}, failed) {
   if (chat.id !== state.chat.id) showToast({text, label: TEXT.show, act: () => openChat(chat.id), chat: chat.id});
   if (!away) return;
   if (document.hidden) state.ended++;
-  if (!state.preferences.notify) return;
+  if (!Settings.preferences.notify) return;
   try {
     const notice = new Notification(text, {body: node.content.slice(0, 200), tag: node.id});
     notice.onclick = () => { window.focus(); openChat(chat.id); notice.close(); };
@@ -377,7 +356,7 @@ async function connect(run, messages, onAccepted, goOn = false) {
 // Posts; if the server is unreachable or wants a key, posts again once that has changed. Stop ends the wait.
 async function onceReady(run, post) {
   for (;;) {
-    if (state.phase === "locked") openServer();
+    if (state.phase === "locked") Settings.openServer();
     run.waiting = state.phase !== "ready";
     render();
     await Server.untilReady(run.controller.signal);
@@ -484,7 +463,7 @@ const TITLE_TOKENS = 24, TITLE_CHARACTERS = 1500;      // limits: the title, and
 
 // Lets the model title a chat after its first answer, when the server is otherwise idle.
 async function nameChat(chat, node) {
-  if (!state.preferences.titles || state.model.api !== "v1" || !node.content) return;
+  if (!Settings.preferences.titles || state.model.api !== "v1" || !node.content) return;
   const nodes = await Store.read("nodes", chat.id), question = nodes.find(({id}) => id === node.parent), before = chat.title;
   if (nodes.length !== 2 || before !== Tree.titleOf(question?.content ?? "")) return;
   const part = text => text.slice(0, TITLE_CHARACTERS), content = TEXT.titleRequest(part(question.content), part(node.content));
@@ -520,7 +499,7 @@ async function readEvents(run, response) {
     if (news.prompt) run.prompt = news.prompt;
     if (news.ids.length) (node.ids ??= []).push(...news.ids);
     run.tokens = news.usage?.completion_tokens || run.tokens + news.ids.length;
-    growCalls(node, news.calls);
+    Settings.growCalls(node, news.calls);
     const grown = news.text || news.reasoning || news.moved || news.calls.length || news.calculator.length;
     if (grown) grow(run, news);
     if (grown || news.progress) paintSoon(run);
@@ -718,17 +697,11 @@ Parts.register({
       if (view) view.open(location.hash);
       else if (openView() || location.hash.slice(1) !== state.chat.id) openChat(location.hash.slice(1));
     });
-    addEventListener("storage", event => {
-      if (event.key !== PREFERENCES) return;
-      loadPreferences();
-      document.documentElement.dataset.theme = state.preferences.theme;
-      render();
-    });
     setInterval(adoptOrphans, 5000);
   },
 });
 
-return Object.freeze({NO_MODEL, state, lastNode, canAsk, loadPreferences, changePreferences, change: changeChat, showLeaf, opening, open: openChat,
+return Object.freeze({NO_MODEL, state, lastNode, canAsk, change: changeChat, showLeaf, opening, open: openChat,
   openNew: newChat, lastPlace, deleteChats, removeChats, bringBack, addChat, deleteNode, offerUndo, branchFrom, draftKey, saveDraft, loadDraft,
   addToDraft, addNode, ask, removeNodes, regenerate, answerAgain, answer, messagesToSend, canGoOn, goOn, wholeOf, editQuestion, editAnswer, countsOf,
   liveSpeed, stopAnswer, answerNow, adoptAll, say});

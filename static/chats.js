@@ -148,7 +148,7 @@ function showSidebar(shown) {
 function toggleSidebar() {
   const shown = !withChats();
   showSidebar(shown);
-  if (!narrow.matches) Chat.changePreferences({sidebar: shown});
+  if (!narrow.matches) Settings.change({sidebar: shown});
   if (shown && narrow.matches) $("new").focus();
 }
 
@@ -227,8 +227,8 @@ Parts.register({
       else if (event.key === "ArrowDown" && first) { event.preventDefault(); first.focus(); }
       else if (event.key === "Escape" && event.target.value) { event.stopPropagation(); event.target.value = ""; search(""); }
     };
-    narrow.addEventListener("change", () => showSidebar(!narrow.matches && Chat.state.preferences.sidebar));
-    showSidebar(!narrow.matches && Chat.state.preferences.sidebar);
+    narrow.addEventListener("change", () => showSidebar(!narrow.matches && Settings.preferences.sidebar));
+    showSidebar(!narrow.matches && Settings.preferences.sidebar);
   },
   render() {
     renderChats();
@@ -240,7 +240,7 @@ Parts.register({
 
 // A chat without messages is not exported.
 const exportMenu = () => {
-  const ofChat = Chat.state.path.length > 0, hasAny = Chat.state.chats.size > 0 || ownPrompts().length > 0;
+  const ofChat = Chat.state.path.length > 0, hasAny = Chat.state.chats.size > 0 || Settings.ownPrompts().length > 0;
   return [...(ofChat ? [[TEXT.thisChat, "export", () => exportChats([Chat.state.chat])]] : []),
     ...(hasAny ? [[TEXT.allChats, "export", () => exportChats([...Chat.state.chats.values()])]] : []),
     ...(ofChat ? [[TEXT.asMarkdown, "export", () => download(markdownOf(Chat.state.chat, Chat.state.path), `${fileName(Chat.state.chat)}.md`, "text/markdown")],
@@ -266,7 +266,7 @@ function showImport(chats, name) {
 async function exportChats(chats) {
   const nodes = new Map();
   for (const chat of chats) nodes.set(chat.id, chat.id === Chat.state.chat.id ? [...Chat.state.nodes.values()] : await Store.read("nodes", chat.id));
-  const file = Tree.exportOf(chats.filter(({id}) => nodes.get(id).length), chat => nodes.get(chat.id), chats.length === Chat.state.chats.size ? ownPrompts() : []);
+  const file = Tree.exportOf(chats.filter(({id}) => nodes.get(id).length), chat => nodes.get(chat.id), chats.length === Chat.state.chats.size ? Settings.ownPrompts() : []);
   const name = chats.length === 1 ? fileName(chats[0]) : `chats-${file.exported.slice(0, 10)}`;
   download(JSON.stringify(file, null, 2), `${name}.json`, "application/json");
 }
@@ -336,7 +336,7 @@ async function importFile(file) {
     for (const each of chats) each.twin = await twinOf(each);
     if (!await showImport(chats, file.name)) return;
     importAll(chats, file.name);
-    takePrompts(text);
+    Settings.takePrompts(text);
   } catch (error) {
     Chat.say(error.message);
   }
@@ -384,8 +384,8 @@ async function takeOverOldChat() {
   }
   const {url, key} = old.server ?? {};
   const home = url ? Server.addressOf(url) : Server.PAGE_HOME;
-  if (url && home) Chat.changePreferences({server: home, servers: [...Chat.state.preferences.servers, home]});
-  if (key && home) Chat.changePreferences({keys: {...Chat.state.preferences.keys, [Server.originOf(home)]: key}});
+  if (url && home) Settings.change({server: home, servers: [...Settings.preferences.servers, home]});
+  if (key && home) Settings.change({keys: {...Settings.preferences.keys, [Server.originOf(home)]: key}});
   await Store.flushing;
   if (!Store.trouble) localStorage.removeItem(Store.name);
 }

@@ -30,7 +30,7 @@ function stepsBeside(node) {
 
 // Asks several models a question that no chat has, with one seed.
 function compareModels(question, models) {
-  const {parameters = {}} = Chat.state.preferences.defaults, seed = parameters.seed ?? Math.floor(Math.random() * 2 ** 31);
+  const {parameters = {}} = Settings.preferences.defaults, seed = parameters.seed ?? Math.floor(Math.random() * 2 ** 31);
   openCompare({question, model: models.at(-1), system: "", parameters, seed}, models);
   return startCompare();
 }

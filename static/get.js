@@ -203,7 +203,7 @@ function downloadRow({model, state: how, done, bytes, error, note}) {
 async function chatWithModel(name) {
   await Server.lookAtModels(true);
   Chat.openNew();
-  chooseModel(name);
+  Settings.chooseModel(name);
   focusAfterClick();
 }
 

@@ -76,7 +76,7 @@ Parts.register({
 // The model of an answer, with the step of a training run or the base of an adapter, and, on the whole, what its chat had changed.
 function makerOf(node, whole = true) {
   const listed = Chat.state.models.find(({id, now}) => !now && id === node.model), {defaults} = listed ?? {};
-  const changed = !whole ? [] : changesOf({parameters: node.parameters, system: systemOf(node)}, defaults);
+  const changed = !whole ? [] : Settings.changesOf({parameters: node.parameters, system: systemOf(node)}, defaults);
   return node.model ? [TEXT.modelBy(node.model, listed, baseOf(listed)?.id), ...changed].join(" · ") : "";
 }
 

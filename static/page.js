@@ -43,7 +43,7 @@ const empty = {key: "", node: null};
 
 function emptyPage() {
   const {model, phase, loading} = Chat.state;
-  const key = JSON.stringify([model.name, model.api, model.better, model.base, model.devices, model.context, phase, Server.trouble(), Chat.canAsk(), ownPrompts()]);
+  const key = JSON.stringify([model.name, model.api, model.better, model.base, model.devices, model.context, phase, Server.trouble(), Chat.canAsk(), Settings.ownPrompts()]);
   if (empty.key === key) return empty.node;
   const page = element("section", {className: "empty"}, element("h2", {textContent: model.api === "text" ? TEXT.welcomeText : TEXT.welcome(new Date().getHours())}));
   page.append(element("p", {textContent: Server.trouble() || TEXT.running(model.devices.map(TEXT.device), model.context)}));
@@ -56,9 +56,9 @@ function emptyPage() {
     bar.setAttribute("aria-label", TEXT.loadingLabel);
     page.append(bar);
   }
-  const starters = ownPrompts().filter(({starter}) => starter), examples = ["text", "none"].includes(model.api) || starters.length ? [] : TEXT.examples;
+  const starters = Settings.ownPrompts().filter(({starter}) => starter), examples = ["text", "none"].includes(model.api) || starters.length ? [] : TEXT.examples;
   page.append(element("div", {className: "examples"}, ...starters.map(prompt =>
-    element("button", {type: "button", textContent: prompt.name, title: prompt.text, onclick: () => usePrompt(prompt)})), ...examples.map(text =>
+    element("button", {type: "button", textContent: prompt.name, title: prompt.text, onclick: () => Settings.usePrompt(prompt)})), ...examples.map(text =>
     element("button", {type: "button", textContent: text, disabled: !Chat.canAsk(), onclick: () => { Chat.ask(text); focusAfterClick(); }}))));
   Object.assign(empty, {key, node: page});
   return page;
@@ -67,7 +67,7 @@ function emptyPage() {
 // What stands below a base checkpoint: that it is for texts, and the way to chat with it, or back.
 function baseNotice(inTurns) {
   return element("div", {className: "notice better"}, element("span", {textContent: inTurns ? TEXT.baseChats : TEXT.baseWrites}),
-    element("button", {type: "button", className: `icon plain i-${inTurns ? "edit" : "prompt"}`, textContent: inTurns ? TEXT.inTexts : TEXT.inTurns, onclick: () => { talkInTurns(!inTurns); focusAfterClick(); }}));
+    element("button", {type: "button", className: `icon plain i-${inTurns ? "edit" : "prompt"}`, textContent: inTurns ? TEXT.inTexts : TEXT.inTurns, onclick: () => { Settings.talkInTurns(!inTurns); focusAfterClick(); }}));
 }
 
 // What stands below a model that only demonstrates: a way to one that fits this machine.
@@ -182,8 +182,8 @@ const mainMenu = () => [...Parts.all.flatMap(({menu}) => menu?.() ?? []), ...Par
 const THEMES = ["", "light", "dark"];
 
 function nextTheme() {
-  const theme = THEMES[(THEMES.indexOf(Chat.state.preferences.theme) + 1) % THEMES.length];
-  Chat.changePreferences({theme});
+  const theme = THEMES[(THEMES.indexOf(Settings.preferences.theme) + 1) % THEMES.length];
+  Settings.change({theme});
   document.documentElement.dataset.theme = theme;
   recolour();
   announce(TEXT.themeIs(TEXT.themes[theme]));
@@ -350,7 +350,7 @@ function offerCommands() {
 function completeCommand(name) {
   const prompt = promptCommands().get(name);
   setDraft(prompt ? "" : valueOf(name) ? `/${name} ` : `/${name}`);
-  if (prompt) usePrompt(prompt);
+  if (prompt) Settings.usePrompt(prompt);
   else $("message").focus();
 }
 
@@ -421,7 +421,7 @@ const COMMANDS = {
 // Map: the word after the slash -> a saved prompt. Commands of the same name come first.
 function promptCommands() {
   const found = new Map();
-  for (const prompt of ownPrompts()) {
+  for (const prompt of Settings.ownPrompts()) {
     const word = prompt.name.toLowerCase().match(/[\p{L}\p{M}\p{N}]+/gu)?.join("-") ?? "prompt";
     let free = word;
     for (let count = 2; Object.hasOwn(COMMANDS, free) || parameterOf(free) || found.has(free); count++) free = `${word}-${count}`;
@@ -474,7 +474,7 @@ function setParameter(parameter, text) {
 function runCommand(text) {
   const [, word, argument] = /^\/(\S*)\s*([^]*)$/.exec(text.trim()), name = word.toLowerCase(), value = argument.trim();
   const prompt = promptCommands().get(name), parameter = parameterOf(name);
-  const problem = Object.hasOwn(COMMANDS, name) ? COMMANDS[name](value) : prompt ? usePrompt(prompt, value) : parameter ? setParameter(parameter, value) : TEXT.noCommand(word);
+  const problem = Object.hasOwn(COMMANDS, name) ? COMMANDS[name](value) : prompt ? Settings.usePrompt(prompt, value) : parameter ? setParameter(parameter, value) : TEXT.noCommand(word);
   if (problem) Chat.state.refusal = problem;
   return !problem;
 }
@@ -630,12 +630,12 @@ function listKeys() {
 // The stored chats load a moment later; the page is usable before that.
 async function start() {
   const isFirst = Chat.opening();
-  Chat.loadPreferences();
+  Settings.load();
   Parts.bindAll();
   listKeys();
   render();
   if (!touch.matches) focusAfterClick();
-  const asking = wantedServer();
+  const asking = Settings.wantedServer();
   await Store.open();
   Store.recover();
   for (const chat of await Store.read("conversations")) Chat.state.chats.set(chat.id, chat);
@@ -677,7 +677,7 @@ Parts.register({
     new ResizeObserver(followEnd).observe($("log"));
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);
   },
-  menu: () => [[TEXT.theme, "theme", nextTheme, TEXT.themes[Chat.state.preferences.theme]],
+  menu: () => [[TEXT.theme, "theme", nextTheme, TEXT.themes[Settings.preferences.theme]],
     [TEXT.shortcuts, "keys", () => $("keys-dialog").showModal()]],
 });
 

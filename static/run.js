@@ -385,7 +385,7 @@ function showStep() {
 function chatWith(step) {
   if (!step || !answersNow(step)) return;
   Chat.openNew();
-  chooseModel(step.id);
+  Settings.chooseModel(step.id);
   focusAfterClick();
 }
 

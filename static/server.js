@@ -18,14 +18,14 @@ const CONTINUING = ["vllm", "sglang", "llamacpp"];     // can continue a last me
 
 // address -------------------------------------------------------------------------------------------------------------
 
-const serverHome = () => Chat.state.preferences.server || PAGE_HOME;
+const serverHome = () => Settings.preferences.server || PAGE_HOME;
 const serverUrl = path => serverHome() + path;
 const originOf = url => new URL(url).origin;
 const pageOrigin = () => location.protocol === "file:" ? "null" : location.origin;
 const isElsewhere = () => originOf(serverHome()) !== location.origin;
 
 // A key is sent only to the origin it was entered for.
-const serverKey = () => Chat.state.preferences.keys[originOf(serverHome())] ?? "";
+const serverKey = () => Settings.preferences.keys[originOf(serverHome())] ?? "";
 
 // "host:8000", "http://host/chat" ... as a base address that ends in a slash; null if it is not an address.
 function serverAddress(text) {
@@ -53,7 +53,7 @@ async function request(path, options = {}) {
   if (key) headers.Authorization = `Bearer ${key}`;
   try {
     const response = await fetch(home + path, {...options, headers});
-    if (response.status === 401 && home === serverHome() && key === serverKey()) wantKey(key);
+    if (response.status === 401 && home === serverHome() && key === serverKey()) Settings.wantKey(key);
     return response;
   } catch (error) {
     if (error.name === "AbortError") throw error;
@@ -162,7 +162,7 @@ function serverText() {
     case "loading": return loadingText(Chat.state.loading);
     case "unreachable": return (Chat.state.reached === home ? TEXT.serverLost : TEXT.noServer)(home);
     case "refusing": return TEXT.refusesPage(home, pageOrigin());
-    case "locked": return keyText();
+    case "locked": return Settings.keyText();
     default: return "";
   }
 }

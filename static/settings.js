@@ -1,9 +1,35 @@
 // The settings of a chat and of the page: parameters, functions and formats, saved prompts, and the server.
 "use strict";
 
-{
+const Settings = (() => {
 
 const {TEXT, $, element, iconButton, setText, number, plural, wait, newest, composing} = Parts;
+
+// preferences ----------------------------------------------------------------------------------------------------------
+
+const PREFERENCES = "chat_server preferences";      // theme.js and usage.js read them too
+
+let preferences = Object.freeze({theme: "", actOnClick: false, sidebar: true, server: "", servers: [], keys: {}, presets: {}, prompts: [], defaults: {}, titles: false,
+  notify: false});
+
+function loadPreferences() {
+  const known = {...preferences};
+  try {
+    const stored = JSON.parse(localStorage.getItem(PREFERENCES));
+    for (const [name, value] of Object.entries(stored ?? {})) {
+      if (typeof value === typeof known[name]) known[name] = value;
+    }
+  } catch (error) { /* storage is off or damaged: use defaults */ }
+  preferences = Object.freeze(known);
+}
+
+function changePreferences(changes) {
+  loadPreferences();                                  // another tab may have changed some
+  preferences = Object.freeze({...preferences, ...changes});
+  try { localStorage.setItem(PREFERENCES, JSON.stringify(preferences)); } catch (error) { /* for this visit only */ }
+}
+
+// the dialog -------------------------------------------------------------------------------------------------------------
 
 const settingsFields = () => [...$("settings-dialog").querySelectorAll("[data-parameter]")];
 
@@ -42,7 +68,7 @@ const settingsShown = () => JSON.stringify([Chat.state.chat.id, Chat.state.chat.
 let lastShown = "";
 
 function showSettings() {
-  const {chat: {system, parameters}, model: {defaults}, preferences} = Chat.state;
+  const {chat: {system, parameters}, model: {defaults}} = Chat.state;
   lastShown = settingsShown();
   if ($("settings-dialog").open && $("system").value !== system) showTemplate();        // a command or a prompt has changed it
   $("system").value = system;
@@ -136,7 +162,7 @@ function renderChanged() {
 const PRESETS = {precise: {temperature: 0.2, top_p: 0.9}, creative: {temperature: 1.1, min_p: 0.05}, repeatable: {temperature: 0}};
 
 function choosePreset(name) {
-  const {presets} = Chat.state.preferences;
+  const {presets} = preferences;
   const preset = name.startsWith("=") ? {parameters: PRESETS[name.slice(1)], system: Chat.state.chat.system} : presets[name];
   if (!preset) return;
   Chat.change(Chat.state.chat, {parameters: Tree.checkedParameters(preset.parameters ?? {}), system: preset.system ?? ""});
@@ -150,7 +176,7 @@ function savePreset() {
   const name = $("preset-name").value.trim().replace(/^=+/, "");
   if (!name) return $("preset-name").focus();
   const {system, parameters} = Chat.state.chat;
-  Chat.changePreferences({presets: {...Chat.state.preferences.presets, [name]: {system, parameters}}});
+  changePreferences({presets: {...preferences.presets, [name]: {system, parameters}}});
   $("preset-name").value = "";
   showSettings();
   $("preset").value = name;
@@ -158,8 +184,8 @@ function savePreset() {
 }
 
 function deletePreset() {
-  const {[$("preset").value]: gone, ...presets} = Chat.state.preferences.presets;
-  Chat.changePreferences({presets});
+  const {[$("preset").value]: gone, ...presets} = preferences.presets;
+  changePreferences({presets});
   showSettings();
 }
 
@@ -170,14 +196,14 @@ async function changeSwitch(box) {
     box.checked = false;
     setText($("notify-refused"), TEXT.notifyRefused);
   }
-  Chat.changePreferences({[box.id]: box.checked});
+  changePreferences({[box.id]: box.checked});
 }
 
 // servers -------------------------------------------------------------------------------------------------------------
 
 function openServer() {
   if ($("server-dialog").open) return;
-  $("server-url").value = Chat.state.preferences.server;
+  $("server-url").value = preferences.server;
   $("server-url").placeholder = Server.PAGE_HOME;
   $("server-key").value = Server.key();
   const locked = Chat.state.phase === "locked";                    // a guest needs one field
@@ -216,15 +242,15 @@ function takeServer(event) {
     event.preventDefault();
     return showProblems(TEXT.noAddress(typed), "");
   }
-  const key = $("server-key").value, origin = Server.originOf(home || Server.PAGE_HOME), {[origin]: old, ...keys} = Chat.state.preferences.keys;
-  Chat.changePreferences({keys: key ? {...keys, [origin]: key} : keys});
+  const key = $("server-key").value, origin = Server.originOf(home || Server.PAGE_HOME), {[origin]: old, ...keys} = preferences.keys;
+  changePreferences({keys: key ? {...keys, [origin]: key} : keys});
   useServer(home);
   return undefined;
 }
 
 function useServer(home) {
-  const {servers} = Chat.state.preferences, server = home === Server.PAGE_HOME ? "" : home;
-  Chat.changePreferences({server, servers: server && !servers.includes(server) ? [...servers, server] : servers});
+  const {servers} = preferences, server = home === Server.PAGE_HOME ? "" : home;
+  changePreferences({server, servers: server && !servers.includes(server) ? [...servers, server] : servers});
   Object.assign(Chat.state, {phase: "connecting", reached: "", models: [], model: {...Chat.NO_MODEL}});
   render();
   Server.watch();
@@ -235,7 +261,7 @@ function wantedServer() {
   const given = new URLSearchParams(location.search).get("server");
   const home = given ? Server.addressOf(given) : null;
   if (!home || home === Server.home()) return false;
-  if (home === Server.PAGE_HOME || Chat.state.preferences.servers.includes(home)) { Chat.changePreferences({server: home === Server.PAGE_HOME ? "" : home}); return false; }
+  if (home === Server.PAGE_HOME || preferences.servers.includes(home)) { changePreferences({server: home === Server.PAGE_HOME ? "" : home}); return false; }
   confirmed(TEXT.askTitle, [element("p", {textContent: TEXT.askServer(home)})], TEXT.dontUseIt, TEXT.useIt)
     .then(yes => yes ? useServer(home) : Server.watch());
   return true;
@@ -333,7 +359,7 @@ Parts.register({
     $("settings-reset").onclick = () => { Chat.change(Chat.state.chat, {system: "", parameters: {}}); showSettings(); render(); };
     $("for-new-chats").onclick = () => {
       const {system, parameters} = Chat.state.chat;
-      Chat.changePreferences({defaults: {system, parameters}});
+      changePreferences({defaults: {system, parameters}});
       announce(TEXT.usedForNew);
       Turns.copied($("for-new-chats"));
     };
@@ -341,6 +367,12 @@ Parts.register({
     $("enter-key").onclick = openServer;
     $("server-reset").onclick = () => { $("server-url").value = $("server-key").value = ""; };
     $("models").onchange = () => chooseModel($("models").value);
+    addEventListener("storage", event => {
+      if (event.key !== PREFERENCES) return;
+      loadPreferences();
+      document.documentElement.dataset.theme = preferences.theme;
+      render();
+    });
     for (const event of ["pointerdown", "focus"]) $("models").addEventListener(event, Server.lookAtModels);
   },
   menu: () => [...(Chat.state.model.base ? [Chat.state.chat.inTurns ? [TEXT.inTexts, "edit", () => talkInTurns(false)] : [TEXT.inTurns, "prompt", () => talkInTurns(true)]] : []),
@@ -535,7 +567,7 @@ Parts.register({
 
 // A prompt is {name, text, starter}: a starter begins a message, any other is a system prompt.
 const isPrompt = value => Tree.isObject(value) && Tree.isText(value.name) && Tree.isText(value.text) && Boolean(value.name.trim() && value.text.trim());
-const ownPrompts = () => Chat.state.preferences.prompts.filter(isPrompt);
+const ownPrompts = () => preferences.prompts.filter(isPrompt);
 
 let editedPrompt = null;          // the name of the saved prompt that the fields below the list change
 
@@ -571,7 +603,7 @@ function showPrompts() {
 }
 
 function keepPrompts(prompts) {
-  Chat.changePreferences({prompts});
+  changePreferences({prompts});
   showPrompts();
   render();
 }
@@ -621,6 +653,7 @@ Parts.register({
   },
 });
 
-Parts.share({changesOf, openServer, keyText, wantKey, useServer, wantedServer, chooseModel, talkInTurns, growCalls, isAnswered, messagesOfCalls, calculated,
-  ownPrompts, keepPrompts, usePrompt, takePrompts});
-}
+return Object.freeze({changesOf, openServer, keyText, wantKey, useServer, wantedServer, chooseModel, talkInTurns, growCalls, isAnswered,
+  messagesOfCalls, calculated, ownPrompts, keepPrompts, usePrompt, takePrompts, change: changePreferences, load: loadPreferences,
+  get preferences() { return preferences; }});
+})();

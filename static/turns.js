@@ -252,7 +252,7 @@ function drawThoughts(view) {
   view.thoughtsView.update(node.reasoning ?? "", !growing || node.content !== "");
 }
 
-const REMEDIES = {key: {label: () => TEXT.enterKey, act: () => openServer()},
+const REMEDIES = {key: {label: () => TEXT.enterKey, act: () => Settings.openServer()},
   again: {label: () => TEXT.tryAgain, act: node => Chat.regenerate(node)}};
 
 function updateAlert(view, growing) {
@@ -391,7 +391,7 @@ function answerMenu(view) {
 // ends a selection or hits an interactive element.
 function clickToAct(event, act, always = false) {
   const own = event.target.closest("a, button, summary, pre, input, textarea, details");
-  if (!always && !Chat.state.preferences.actOnClick || !mouse.matches || own || event.detail > 1 || String(getSelection()) || !Chat.canAsk()) return;
+  if (!always && !Settings.preferences.actOnClick || !mouse.matches || own || event.detail > 1 || String(getSelection()) || !Chat.canAsk()) return;
   act();
 }
 

@@ -582,7 +582,7 @@ def test_a_hostile_file_is_made_harmless(page, stand_in, tmp_path):
     ask(page, "keep me")
     expect_answered(page)
     mine = page.evaluate("Chat.state.path.map(node => node.id)")
-    before = page.evaluate("JSON.stringify(Chat.state.preferences)")
+    before = page.evaluate("JSON.stringify(Settings.preferences)")
     nodes = [{"id": mine[0], "parent": "b", "role": "user", "content": "<img src=x onerror='window.hacked = 1'>", "conversation": "x"},
              {"id": "b", "parent": mine[0], "role": "assistant", "content": "[x](javascript:window.hacked=2)",
               "stream": {"id": "../../v1/cancel", "next": 0}, "timings": {"tokens_per_second": "<b>9</b>", "ttft_ms": 5},
@@ -597,7 +597,7 @@ def test_a_hostile_file_is_made_harmless(page, stand_in, tmp_path):
     expect(answers(page)).to_contain_text("first token after 5 ms")
     expect(button(page, "Send")).to_be_visible()                       # nothing streams
     assert page.evaluate("[window.hacked, ({}).polluted]") == [None, None]
-    assert page.evaluate("JSON.stringify(Chat.state.preferences)") == before
+    assert page.evaluate("JSON.stringify(Settings.preferences)") == before
     ask(page, "go on")
     expect_answered(page, 2)
     assert {name: value for name, value in stand_in.bodies[-1].items() if name in ("temperature", "seed", "stop", "top_k")} == {"seed": 4}

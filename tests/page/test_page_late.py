@@ -119,9 +119,9 @@ def test_a_late_refusal_of_another_server_asks_for_no_key(page):
     with fake_front() as url, fake_front(cors_origin=(url.rstrip("/"),), keys=(ApiKey.hashed("key", "alice"),)) as locked:
         open_page(page, url)
         hold(page, locked + "(v1/models|stats)")
-        page.evaluate("home => useServer(home)", locked)
+        page.evaluate("home => Settings.useServer(home)", locked)
         page.wait_for_function("() => late.length === 2")
-        page.evaluate("() => { release(); useServer(Server.PAGE_HOME); }")
+        page.evaluate("() => { release(); Settings.useServer(Server.PAGE_HOME); }")
         expect(page.locator("#lamp.ready")).to_be_visible()
         page.evaluate("() => late.forEach(deliver => deliver())")
         page.evaluate(SETTLED)
