@@ -104,7 +104,7 @@ SEED = """turns => {
     i % 2 ? "An **answer** with `code`\\n\\n```py\\nx = 1\\n```\\n\\n" + "and words ".repeat(40) : `Question ${i}`));
   chat.leaf = nodes.at(-1).id;
   Chat.addChat(chat, nodes);
-  render();
+  Page.render();
   return Store.flushing.then(() => chat.id);
 }"""
 OPEN = """async id => {

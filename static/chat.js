@@ -20,10 +20,6 @@ const state = {
   leaf: null,                     // id of the last node shown in this tab; chat.leaf is restored on the next visit
   path: [],                       // the nodes that are shown
   runs: new Map(),                // id of a node -> the answer that this tab is receiving into it, in any chat
-  draft: {text: "", files: []},   // what is in the composer
-  counted: {text: "", tokens: 0, around: 0},          // tokens of the draft as counted by the server, and of the template around it
-  refusal: "",                    // why the server refused the message
-  queued: new Set(),              // ids of the chats whose drafts are sent when their answers have ended
   notice: "",                     // the page's own notice below the turns
   toasts: [],                     // {text, label, act, undo, chat} above the composer: the last deletion, answers of other chats
   ended: 0,                       // answers that ended while this tab was hidden
@@ -57,7 +53,7 @@ function refresh() {
   state.children = Tree.childrenOf(state.nodes);
   if (!state.nodes.has(state.leaf)) state.leaf = Tree.leafBelow(state.children, null);
   state.path = Tree.pathTo(state.nodes, state.leaf);
-  render();
+  Page.render();
 }
 
 function showLeaf(id) {
@@ -78,12 +74,13 @@ async function openChat(id, known = null) {
   for (const run of state.runs.values()) if (run.chat.id === id) state.nodes.set(run.node.id, run.node);
   showChat(chat, chat.leaf);
   for (const node of state.nodes.values()) if (Tree.isGrowing(node)) adopt(node, chat);
-  await loadDraft(id);
+  await Composer.loadDraft(id);
 }
 
 function showChat(chat, leaf) {
-  closeViews();
-  Object.assign(state, {chat, leaf, notice: "", refusal: "", editing: null, following: true});
+  Page.closeViews();
+  Object.assign(state, {chat, leaf, notice: "", editing: null, following: true});
+  Composer.refuse("");
   if (state.models.length > 1 || state.model.base) Server.useModel();
   state.toasts = state.toasts.filter(toast => toast.chat !== chat.id);
   rememberPlace();
@@ -95,7 +92,7 @@ function newChat() {
   state.nodes = new Map();
   showChat(Tree.newConversation({parameters: {...Settings.preferences.defaults.parameters}, system: Settings.preferences.defaults.system ?? "",
     ...(state.chat.model ? {model: state.chat.model} : {})}), null);
-  loadDraft("new");
+  Composer.loadDraft("new");
 }
 
 // The address names the chat shown, so that a reload, a bookmark and the back button find it.
@@ -112,7 +109,7 @@ async function deleteChats(chats, text) {
   const gone = await removeChats(chats);
   offerUndo(text, () => bringBack(gone));
   if (!isStored(state.chat)) newChat();
-  else render();
+  else Page.render();
 }
 
 // Deletes records of chats, and returns them as [{chat, nodes}].
@@ -165,7 +162,7 @@ function offerUndo(text, restore) {
 // The newest three; a deletion can be undone until the next one.
 function showToast(toast) {
   state.toasts = [...state.toasts.filter(({undo}) => !(undo && toast.undo)), toast].slice(-3);
-  announce(toast.text);
+  Page.announce(toast.text);
 }
 
 const dropUndo = () => { state.toasts = state.toasts.filter(({undo}) => !undo); };
@@ -204,39 +201,6 @@ function branchFrom(node) {
   openChat(chat.id);
 }
 
-// drafts --------------------------------------------------------------------------------------------------------------
-
-const draftKey = (chat = state.chat) => isStored(chat) ? chat.id : "new";
-
-let unread = null;                // {key} of the draft whose stored files are still being read: they must not be overwritten
-
-// The text also goes into this tab's own storage, which is synchronous and which no other tab touches.
-function saveDraft() {
-  const {text, files} = state.draft, key = draftKey();
-  try { sessionStorage.setItem(`${Store.name} draft ${key}`, text); } catch (error) { /* the other storage has it */ }
-  if (key !== unread?.key) Store.change("drafts", key, text || files.length ? {id: key, text, files, created: Date.now()} : null);
-}
-
-// Shows this tab's text at once and the rest once it is read; text typed in between stays.
-async function loadDraft(key) {
-  let text = null;
-  try { text = sessionStorage.getItem(`${Store.name} draft ${key}`); } catch (error) { /* the other storage has it */ }
-  const mine = unread = {key};
-  setDraft(text ?? "", [], false);
-  const shown = state.draft, stored = (await Store.read("drafts")).find(draft => draft.id === key);
-  if (unread !== mine) return;                           // another one is being read by now
-  unread = null;
-  if (key !== draftKey()) return;
-  const changed = state.draft !== shown;
-  setDraft(changed ? state.draft.text : text ?? stored?.text ?? "", [...stored?.files ?? [], ...state.draft.files], changed);
-}
-
-// Keeps files in the draft of a chat that is not shown.
-async function addToDraft(key, files) {
-  const stored = (await Store.read("drafts")).find(draft => draft.id === key);
-  Store.change("drafts", key, {text: "", ...stored, id: key, files: [...stored?.files ?? [], ...files], created: Date.now()});
-}
-
 // asking --------------------------------------------------------------------------------------------------------------
 
 function addNode(parent, role, content, more = {}) {
@@ -253,8 +217,7 @@ function storeNewChat(chat, content) {
   chat.title = Tree.titleOf(content);
   state.chats.set(chat.id, chat);
   Store.change("conversations", chat.id, {...chat});
-  Store.change("drafts", "new", null);
-  try { sessionStorage.removeItem(`${Store.name} draft new`); } catch (error) { /* it was not there */ }
+  Composer.dropNewDraft();
   rememberPlace();
 }
 
@@ -262,13 +225,14 @@ function storeNewChat(chat, content) {
 function ask(text, files = [], parent = state.leaf, onRefused = () => {}) {
   if (!canAsk() || !text.trim() && !files.length) return false;
   const before = state.leaf, {content, ...more} = state.model.api === "text" && !files.length ? {content: text} : Tree.composeMessage(text, files);
-  Object.assign(state, {notice: "", refusal: "", editing: null});
+  Object.assign(state, {notice: "", editing: null});
+  Composer.refuse("");
   dropUndo();
   const question = addNode(parent, "user", content, more);
   answer(question, (error, node) => {
     if (![400, 413, 422].includes(error.status)) return false;
     removeNodes([node.id, question.id], before);
-    giveBack(text, files, error.message);
+    Composer.giveBack(text, files, error.message);
     onRefused();
     return true;
   });
@@ -289,19 +253,13 @@ function removeNodes(ids, leaf) {
   rememberPlace();
 }
 
-// Puts the text back into the composer, before anything typed since.
-function giveBack(text, files, reason) {
-  state.refusal = reason;
-  state.queued.delete(state.chat.id);                   // the draft is another one now
-  setDraft([text, state.draft.text].filter(each => each.trim()).join("\n\n"), [...files, ...state.draft.files]);
-}
-
 // Another answer to the same question. The old one stays, unless it was an empty failure and the server
 // accepts the new one.
 function regenerate(node) {
   const question = state.nodes.get(node.parent);
   if (!canAsk() || !question) return;
-  Object.assign(state, {notice: "", refusal: "", editing: null});
+  Object.assign(state, {notice: "", editing: null});
+  Composer.refuse("");
   dropUndo();
   answerAgain(question, {}, () => { if (Tree.failed(node)) forget(node); });
 }
@@ -311,7 +269,7 @@ function answerAgain(question, more, onAccepted = () => {}) {
   const before = state.leaf;
   answer(question, (error, made) => {
     removeNodes([made.id], before);
-    state.refusal = error.message;
+    Composer.refuse(error.message);
     return true;
   }, onAccepted, more);
 }
@@ -358,7 +316,7 @@ async function onceReady(run, post) {
   for (;;) {
     if (state.phase === "locked") Settings.openServer();
     run.waiting = state.phase !== "ready";
-    render();
+    Page.render();
     await Server.untilReady(run.controller.signal);
     run.waiting = false;
     try {
@@ -386,23 +344,23 @@ async function goOn(node) {
   if (!node.content && !node.calculator.length) messages.push({role: "assistant", content: "", ...(node.reasoning ? {reasoning_content: node.reasoning} : {})});      // cut off while thinking
   runAnswer(node, state.chat, run => connect(run, messages, () => {}, true), error => {
     Object.assign(node, before, {earlier: null});
-    state.refusal = error.message;
+    Composer.refuse(error.message);
     return true;
   });
 }
 
 // Whether the last question and its answer alone fill the context: then the server has no older message to leave out.
 async function isFull() {
-  const {context} = state.model, {used, guessed} = usedTokens();
+  const {context} = state.model, {used, guessed} = Composer.usedTokens();
   if (!context || used + guessed <= context - LEAST_ROOM) return false;
-  return await tokensAlone(state.path) > context - LEAST_ROOM;
+  return await Composer.tokensAlone(state.path) > context - LEAST_ROOM;
 }
 
 // The title of a chat follows its first question, unless it has got another one, and goes back with a refused question.
 function editQuestion(node, text) {
   const {chat} = state, before = chat.title, title = Tree.titleOf(text), follows = !state.nodes.has(node.parent) && before === Tree.titleOf(node.content);
   if (!ask(text, Tree.partsOf(node).files, node.parent, () => { if (follows && chat.title === title) changeChat(chat, {title: before}); })) return false;
-  if (follows && text.trim()) { changeChat(chat, {title}); render(); }
+  if (follows && text.trim()) { changeChat(chat, {title}); Page.render(); }
   return true;
 }
 
@@ -425,8 +383,8 @@ async function runAnswer(node, chat, connecting, onRefusal = () => false) {
   state.runs.set(node.id, run);
   changeChat(chat, {running: node.id});
   saveGrown(run);
-  render();
-  announce(TEXT.waiting);
+  Page.render();
+  Page.announce(TEXT.waiting);
   let response = null, failure = null;
   try {
     response = await connecting(run);
@@ -449,14 +407,14 @@ function endRun(run, failure, onRefusal) {
   else if (failure) Object.assign(node, {error: failure.message, remedy: failure.status === 401 ? "key" : "again"});
   if (!node.timings) node.timings = {...countsOf(run), ...(run.chunks > 1 ? {measured: liveSpeed(run)} : {})};
   if (node.earlier) Object.assign(node, {timings: wholeOf(node.earlier, node.timings), earlier: null});
-  if (!state.nodes.has(node.id) && state.chat.id === chat.id) return render();       // deleted in the meantime
+  if (!state.nodes.has(node.id) && state.chat.id === chat.id) return Page.render();       // deleted in the meantime
   if (!failure || state.chat.id !== chat.id || !onRefusal(failure, node)) saveGrown(run);
   if (state.chat.id === chat.id) refresh();
-  else render();
-  announce(failure && !run.stopped ? "" : node.note ? TEXT.answerStopped : TEXT.answerFinished);
+  else Page.render();
+  Page.announce(failure && !run.stopped ? "" : node.note ? TEXT.answerStopped : TEXT.answerFinished);
   if (!run.stopped) noticeEnd(run, failure);
   if (!failure) nameChat(chat, node);
-  render();
+  Page.render();
 }
 
 const TITLE_TOKENS = 24, TITLE_CHARACTERS = 1500;      // limits: the title, and each message it is made from
@@ -473,7 +431,7 @@ async function nameChat(chat, node) {
   const title = Tree.titleOf((Tree.untagged({content: text}).content ?? text).replace(/^\W*title\W+/i, "").replace(/["“”*]|\.\W*$/g, ""));
   if (!title || chat.title !== before || !isStored(chat)) return;
   changeChat(chat, {title});
-  render();
+  Page.render();
 }
 
 async function readAnswer(run, response) {
@@ -536,7 +494,7 @@ function grow(run, {text, reasoning, moved = false, calculator = []}) {
     Object.assign(node, {reasoning: node.content, content: ""});
     Turns.paint(node);                                         // once with no text: a view only ever grows
   }
-  if (!run.chunks++) { Object.assign(run, {firstAt: now, first: run.tokens || 1}); announce(TEXT.answering); }
+  if (!run.chunks++) { Object.assign(run, {firstAt: now, first: run.tokens || 1}); Page.announce(TEXT.answering); }
   run.lastAt = now;
   if (reasoning) Object.assign(node, {reasoning: (node.reasoning ?? "") + reasoning, thought: run.thought + Math.round(now - run.firstAt)});
   node.content += text;
@@ -581,7 +539,7 @@ const liveSpeed = run => Math.max(1, (run.tokens || run.chunks) - run.first) / M
 
 const takeUp = run => Server.reconnected(run.node.stream, run.controller.signal, lost => {
   Object.assign(run, {lost, resumed: !lost});
-  render();
+  Page.render();
 });
 
 // Closing the connection is not enough: the server would wait for the page to reconnect.
@@ -680,29 +638,29 @@ function hearChat(id, record) {
 function say(text) {
   state.notice = text;
   state.following = true;
-  render();
-  announce(text);
+  Page.render();
+  Page.announce(text);
 }
 
 Parts.register({
   bind() {
-    Store.listen({onNews: hearNews, onMessage: hearTab, onTrouble: render});
+    Store.listen({onNews: hearNews, onMessage: hearTab, onTrouble: Page.render});
     addEventListener("pagehide", () => {
       for (const run of state.runs.values()) saveGrown(run);
       Store.leave();
       if (state.runs.size) Store.tell({left: true});
     });
     addEventListener("popstate", () => {
-      const view = viewAt(location.hash);
+      const view = Page.viewAt(location.hash);
       if (view) view.open(location.hash);
-      else if (openView() || location.hash.slice(1) !== state.chat.id) openChat(location.hash.slice(1));
+      else if (Page.openView() || location.hash.slice(1) !== state.chat.id) openChat(location.hash.slice(1));
     });
     setInterval(adoptOrphans, 5000);
   },
 });
 
 return Object.freeze({NO_MODEL, state, lastNode, canAsk, change: changeChat, showLeaf, opening, open: openChat,
-  openNew: newChat, lastPlace, deleteChats, removeChats, bringBack, addChat, deleteNode, offerUndo, branchFrom, draftKey, saveDraft, loadDraft,
-  addToDraft, addNode, ask, removeNodes, regenerate, answerAgain, answer, messagesToSend, canGoOn, goOn, wholeOf, editQuestion, editAnswer, countsOf,
+  openNew: newChat, lastPlace, deleteChats, removeChats, bringBack, addChat, deleteNode, offerUndo, branchFrom, isStored,
+  addNode, ask, removeNodes, regenerate, answerAgain, answer, messagesToSend, canGoOn, goOn, wholeOf, editQuestion, editAnswer, countsOf,
   liveSpeed, stopAnswer, answerNow, adoptAll, say});
 })();

@@ -63,10 +63,10 @@ function newRow(id) {
   row.link.onclick = event => {
     if (event.ctrlKey || event.metaKey || event.shiftKey) return;      // opens in another tab or window
     event.preventDefault();
-    Chat.open(id).then(focusAfterClick).then(showFound);
+    Chat.open(id).then(Composer.focusAfterClick).then(showFound);
     showSidebar(!narrow.matches);
   };
-  row.pin = iconButton(TEXT.pin, "pin", () => { Chat.change(chat(), {pinned: !chat().pinned}); render(); });
+  row.pin = iconButton(TEXT.pin, "pin", () => { Chat.change(chat(), {pinned: !chat().pinned}); Page.render(); });
   row.rename = iconButton(TEXT.rename, "edit", () => renameChat(row, chat()));
   row.snippet = element("small", {className: "snippet", dir: "auto", hidden: true, onclick: () => row.link.click()});
   row.item = element("li", {}, row.link, element("div", {className: "row-actions"}, row.pin, row.rename,
@@ -82,7 +82,7 @@ function renameChat(row, chat) {
     field.onblur = null;
     field.replaceWith(row.link);
     if (title.trim()) Chat.change(chat, {title: title.trim()});
-    render();
+    Page.render();
   };
   field.onblur = () => end(field.value);
   field.onkeydown = event => {
@@ -104,7 +104,7 @@ async function search(query) {
   const isMine = searching();
   words = query.toLowerCase().split(/\s+/).filter(Boolean);
   $("search-clear").hidden = !query;
-  if (!words.length) { Chat.state.found = null; return render(); }
+  if (!words.length) { Chat.state.found = null; return Page.render(); }
   const texts = new Map([...Chat.state.chats.values()].map(({id, title}) => [id, title.toLowerCase()])), nodes = await Store.read("nodes");
   for (const {conversation, content} of nodes) {
     if (texts.has(conversation)) texts.set(conversation, `${texts.get(conversation)}\n${content.toLowerCase()}`);
@@ -112,8 +112,8 @@ async function search(query) {
   if (!isMine()) return;
   Chat.state.found = new Map([...texts].filter(([, text]) => words.every(word => text.includes(word))).map(([id]) => [id, ""]));
   findSnippets(nodes);
-  render();
-  announce(TEXT.found(Chat.state.found.size));
+  Page.render();
+  Page.announce(TEXT.found(Chat.state.found.size));
 }
 
 const BEFORE = 30, AFTER = 90;    // characters of a snippet around the first word found
@@ -193,14 +193,14 @@ function showFound() {
 
 function startNewChat() {
   Chat.openNew();
-  announce(TEXT.newChat);
+  Page.announce(TEXT.newChat);
   showSidebar(!narrow.matches && withChats());
-  focusAfterClick();
+  Composer.focusAfterClick();
 }
 
 async function deleteAll() {
   const count = Chat.state.chats.size, body = [element("p", {textContent: TEXT.deleteAllHint})];
-  if (await confirmed(TEXT.deleteAllTitle(count), body, TEXT.cancel, TEXT.delete, true)) {
+  if (await Page.confirmed(TEXT.deleteAllTitle(count), body, TEXT.cancel, TEXT.delete, true)) {
     await Chat.deleteChats([...Chat.state.chats.values()], TEXT.deletedChats(count));
   }
 }
@@ -259,7 +259,7 @@ function showImport(chats, name) {
     row.append(element("label", {className: "check"}, box, element("span", {textContent: TEXT.replace(size(twin.count, twin.chat.updated))})));
     return row;
   });
-  return confirmed(TEXT.importTitle(name), [element("p", {textContent: TEXT.brings(chats.length, countMessages(chats))}),
+  return Page.confirmed(TEXT.importTitle(name), [element("p", {textContent: TEXT.brings(chats.length, countMessages(chats))}),
     element("ul", {className: "imports"}, ...rows)], TEXT.leaveIt, TEXT.import);
 }
 
@@ -365,7 +365,7 @@ async function importAll(chats, name) {
     await Chat.removeChats(chats.map(({conversation}) => conversation));
     Chat.bringBack(gone);
   });
-  render();
+  Page.render();
 }
 
 const countMessages = chats => chats.reduce((count, {nodes}) => count + nodes.length, 0);
@@ -405,7 +405,7 @@ Parts.register({
   bind() {
     $("import-file").onchange = async ({target}) => { if (target.files[0]) await importFile(target.files[0]); target.value = ""; };
   },
-  menu: () => [...(exportMenu().length ? [[TEXT.export, "export", () => openMenu($("menu"), exportMenu())]] : []), [TEXT.import, "import", () => $("import-file").click()]],
+  menu: () => [...(exportMenu().length ? [[TEXT.export, "export", () => Page.openMenu($("menu"), exportMenu())]] : []), [TEXT.import, "import", () => $("import-file").click()]],
   menuEnd: () => Chat.state.chats.size ? [[TEXT.deleteAll, "delete", deleteAll, "", true]] : [],
 });
 

@@ -14,7 +14,7 @@ function openGet() {
   if (location.hash !== "#get") history.pushState(null, "", `${location.pathname}${location.search}#get`);
   if (getting) return;
   getting = {info: null, words: "", foundFor: "", asking: 0, looked: new Map(), downloads: new Map(), dismissed: new Set(), isNews: inOrder(), following: null, problem: "", drawn: ""};
-  render();
+  Page.render();
   $("get").focus({preventScroll: true});
   lookAtHub();
 }
@@ -35,7 +35,7 @@ async function answerOf(response) {
   } catch (error) {
     if (error.name !== "AbortError" && mine && mine === getting) {
       mine.problem = error.message.replace(/ \(HTTP \d+\)/, "");
-      render();
+      Page.render();
     }
     return null;
   }
@@ -44,14 +44,14 @@ async function answerOf(response) {
 async function lookAtHub() {
   const mine = getting, isNews = mine.isNews(), {words} = mine;
   mine.asking++;
-  render();
+  Page.render();
   const found = await answerOf(Server.request(`models/hub${words ? `?search=${encodeURIComponent(words)}` : ""}`));
   mine.asking--;
   if (mine !== getting) return;
-  if (!found || !isNews()) return render();
+  if (!found || !isNews()) return Page.render();
   Object.assign(mine, {info: found, foundFor: words});
   mine.downloads = new Map(found.downloads.map(each => [each.model, each]));
-  render();
+  Page.render();
   follow();
 }
 
@@ -69,12 +69,12 @@ async function follow() {
       const before = mine.downloads.get(event.model);
       mine.downloads.set(event.model, event);
       if (!isRunning(event) && (!before || isRunning(before))) ended(event);
-      render();
+      Page.render();
     }
   } catch (error) {
     if (mine !== getting) return;
     mine.problem = error.message.replace(/ \(HTTP \d+\)/, "");
-    render();
+    Page.render();
     await wait(RETRY_MS);
   }
   mine.following = null;
@@ -82,7 +82,7 @@ async function follow() {
 }
 
 function ended({model, state: how, error, note}) {
-  announce({done: note || TEXT.gotModel(model), failed: error, cancelled: TEXT.cancelledModel(model)}[how] ?? "");
+  Page.announce({done: note || TEXT.gotModel(model), failed: error, cancelled: TEXT.cancelledModel(model)}[how] ?? "");
   Server.lookAtModels(true);
 }
 
@@ -91,7 +91,7 @@ async function get(name) {
   if (!found || !getting) return;
   getting.downloads.set(found.model, found);
   getting.dismissed.delete(found.model);
-  render();
+  Page.render();
   $("get").querySelector(`[data-act="${CSS.escape(`close ${found.model}`)}"]`)?.focus();
   if (isRunning(found)) follow();
   else lookAtHub();
@@ -103,7 +103,7 @@ async function cancel(name) {
 }
 
 async function remove(name, bytes) {
-  const sure = await confirmed(TEXT.deleteModel(name), [element("p", {textContent: TEXT.deleteModelHint(TEXT.bytes(bytes))})], TEXT.keepModel, TEXT.delete, true);
+  const sure = await Page.confirmed(TEXT.deleteModel(name), [element("p", {textContent: TEXT.deleteModelHint(TEXT.bytes(bytes))})], TEXT.keepModel, TEXT.delete, true);
   if (!sure || !getting) return;
   await answerOf(Server.post("models/delete", {model: name}));
   getting?.looked.clear();
@@ -114,14 +114,14 @@ async function remove(name, bytes) {
 // Shows the files of a model, or hides them.
 async function look(name) {
   const mine = getting;
-  if (mine.looked.delete(name)) return render();
+  if (mine.looked.delete(name)) return Page.render();
   mine.looked.set(name, {models: null});
-  render();
+  Page.render();
   const found = await answerOf(Server.request(`models/hub/${name.split("/").map(encodeURIComponent).join("/")}`));
   if (mine !== getting || !mine.looked.has(name)) return;
   if (found) mine.looked.set(name, found);
   else mine.looked.delete(name);
-  render();
+  Page.render();
 }
 
 // what is drawn ---------------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ function downloadRow({model, state: how, done, bytes, error, note}) {
     row.append(bar, element("span", {textContent: bytes ? TEXT.bytesOf(TEXT.bytes(done), TEXT.bytes(bytes)) : ""}), act(model, "close", TEXT.cancelNamed(model), () => cancel(model)));
   } else if (how !== "done") {
     row.append(act(model, "again", how === "failed" ? TEXT.tryDownload(model) : TEXT.resumeNamed(model), () => get(model)),
-      act(model, "close", TEXT.dismissNamed(model), () => { getting.dismissed.add(model); render(); }));
+      act(model, "close", TEXT.dismissNamed(model), () => { getting.dismissed.add(model); Page.render(); }));
   } else if (!note) {
     row.append(act(model, "new", TEXT.chatWithModel(model), () => chatWithModel(model)));
   }
@@ -204,7 +204,7 @@ async function chatWithModel(name) {
   await Server.lookAtModels(true);
   Chat.openNew();
   Settings.chooseModel(name);
-  focusAfterClick();
+  Composer.focusAfterClick();
 }
 
 function hereRow(each, info) {
@@ -259,7 +259,7 @@ Parts.register({
   bind() {
     $("get-problem").lastElementChild.onclick = () => {
       if (getting) getting.problem = "";
-      render();
+      Page.render();
       $("get-words").focus();
     };
     $("get-search").onsubmit = event => {

@@ -62,7 +62,7 @@ async function runAgain(view) {
   } catch (error) {
     report(error.message);
   }
-  announce(node.verdict);
+  Page.announce(node.verdict);
   view.checking = false;
 }
 

@@ -115,6 +115,21 @@ function iconButton(label, icon, onclick) {
   return made;
 }
 
+// Calls `act` on Enter, except while composing, with Shift, and on touch keyboards, where Enter is a new line.
+function onEnter(field, act) {
+  field.enterKeyHint = touch.matches ? "enter" : "send";
+  field.addEventListener("keydown", event => {
+    if (event.key !== "Enter" || event.shiftKey || composing(event) || touch.matches) return;
+    event.preventDefault();
+    act();
+  });
+}
+
+function fitHeight(field) {
+  field.style.height = "auto";
+  field.style.height = `${field.scrollHeight + field.offsetHeight - field.clientHeight}px`;
+}
+
 const wait = ms => new Promise(resolve => setTimeout(resolve, ms));
 
 // Guards the page against late responses. `const isMine = begin()` before a request; its response counts
@@ -133,8 +148,6 @@ function inOrder() {
   };
 }
 
-const share = names => Object.assign(globalThis, names);
-
-return Object.freeze({TEXT, number, plural, all, register, bindAll, libraries, need, late, share, $, touch, mouse, narrow, composing, setText, element, button,
-  iconButton, wait, newest, inOrder});
+return Object.freeze({TEXT, number, plural, all, register, bindAll, libraries, need, late, $, touch, mouse, narrow, composing, setText, element, button,
+  iconButton, onEnter, fitHeight, wait, newest, inOrder});
 })();

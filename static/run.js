@@ -93,12 +93,12 @@ async function openRun(given, other = "") {
   closeRun();
   shownRun = {name, other: beside, at: null, follows: true, metric: BITS, chosen: false, axis: "step", listed: known, pages: new Map(), found: [], charts: new Map(), rows: new Map(), drawn: [], turn: 0, timer: 0};
   $("run-question").value ||= lastQuestion();
-  render();
+  Page.render();
   if (!isOpen) $("run").focus({preventScroll: true});
   look();
   listRuns(shownRun);
   await Promise.all([Parts.need("charts"), Parts.need("uplot")]);
-  render();
+  Page.render();
 }
 
 const addressOf = (name, other) => name ? `#run/${encodeURIComponent(name)}${other ? `?with=${encodeURIComponent(other)}` : ""}` : "#run";
@@ -106,7 +106,7 @@ const addressOf = (name, other) => name ? `#run/${encodeURIComponent(name)}${oth
 function showBeside(other) {
   shownRun.other = other;
   history.replaceState(null, "", location.pathname + location.search + addressOf(shownRun.name, other));
-  render();
+  Page.render();
   look();
 }
 
@@ -115,7 +115,7 @@ async function listRuns(mine) {
   const found = await Server.jsonOf(Server.request("v1/runs", {signal: AbortSignal.timeout(Server.HEALTH_MS)}));
   if (!Array.isArray(found?.data) || mine !== shownRun) return;
   mine.listed = found.data;
-  render();
+  Page.render();
 }
 
 // One look after the other, with a rest between them that grows with what a look costs.
@@ -139,8 +139,8 @@ async function lookAtRun(mine, name) {
   page.text = text;
   try { page.steps = (JSON.parse(text).steps ?? []).filter(step => typeof step?.model === "string"); } catch (error) { return; }
   if (name === mine.name) mine.found = page.steps;
-  if (page.steps.some(({samples, judged}) => samples?.length || judged)) Parts.need("evals").then(() => { if (mine === shownRun) { mine.drawn = []; render(); } });
-  render();
+  if (page.steps.some(({samples, judged}) => samples?.length || judged)) Parts.need("evals").then(() => { if (mine === shownRun) { mine.drawn = []; Page.render(); } });
+  Page.render();
 }
 
 function closeRun() {
@@ -386,7 +386,7 @@ function chatWith(step) {
   if (!step || !answersNow(step)) return;
   Chat.openNew();
   Settings.chooseModel(step.id);
-  focusAfterClick();
+  Composer.focusAfterClick();
 }
 
 const compareWithBefore = step => compareSteps([before(step)?.id, step?.id]);
@@ -495,8 +495,8 @@ Parts.register({
     $("run-step").oninput = ({target}) => choose(allSteps()[target.value]?.id);
     $("run-chat").onclick = () => chatWith(stepNamed(shownRun.at));
     $("run-before").onclick = () => compareWithBefore(stepNamed(shownRun.at));
-    $("run-metric").onchange = ({target}) => { Object.assign(shownRun, {metric: target.value, chosen: true}); render(); };
-    $("run-axis").onchange = ({target}) => { shownRun.axis = target.value; render(); };
+    $("run-metric").onchange = ({target}) => { Object.assign(shownRun, {metric: target.value, chosen: true}); Page.render(); };
+    $("run-axis").onchange = ({target}) => { shownRun.axis = target.value; Page.render(); };
     $("run-other").onchange = ({target}) => showBeside(target.value);
     $("runs").onchange = ({target}) => openRun(target.value, shownRun.other);
     $("run-compare").onsubmit = event => {

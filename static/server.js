@@ -106,7 +106,7 @@ async function watchServer() {
     if (found.phase === "ready") return describeServer(isMine);
     const news = found.phase !== Chat.state.phase || JSON.stringify(found.loading) !== JSON.stringify(Chat.state.loading);
     Object.assign(Chat.state, found);
-    if (news) render();
+    if (news) Page.render();
     await wait(pause);
   }
 }
@@ -134,7 +134,7 @@ async function isAway() {
   if (!isNews()) return Chat.state.phase !== "ready";        // a later check has finished
   if (found.phase === "ready") return false;
   Object.assign(Chat.state, found);
-  render();
+  Page.render();
   watchServer();
   return true;
 }
@@ -175,7 +175,7 @@ async function describeServer(isMine) {
   Object.assign(Chat.state, {phase: Chat.state.refusedKey === key ? "locked" : "ready", loading: {stage: "", fraction: null}, reached: home});
   if (isNews()) Chat.state.models = listedModels(models);
   useModel(stats, Boolean(models?.data));
-  render();
+  Page.render();
   if (Chat.state.phase === "ready") waiting.splice(0).forEach(resolve => resolve());
 }
 
@@ -223,7 +223,7 @@ async function lookAtModels(anew = false) {
   if (!models?.data || home !== serverHome() || !isNews()) return;
   Chat.state.models = listedModels(models);
   useModel();
-  render();
+  Page.render();
   if (Chat.state.models.some(each => each.state === "loading")) looking = setTimeout(lookAtModels, LOADING_MS);
 }
 
@@ -374,7 +374,7 @@ Parts.register({
   },
   bind() {
     setInterval(glance, GLANCE_MS);
-    document.addEventListener("visibilitychange", () => { if (!document.hidden) { Chat.state.ended = 0; render(); } glance(); });
+    document.addEventListener("visibilitychange", () => { if (!document.hidden) { Chat.state.ended = 0; Page.render(); } glance(); });
     for (const event of ["online", "offline", "focus"]) addEventListener(event, glance);
   },
 });

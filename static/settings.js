@@ -60,7 +60,7 @@ async function showTemplate(pause = 300) {
 function closeSettings() {
   document.documentElement.classList.remove("with-settings");
   $("settings").setAttribute("aria-expanded", "false");
-  render();
+  Page.render();
 }
 
 // What the fields show, as text: the panel follows when the chat, its model or a command changes it.
@@ -139,7 +139,7 @@ function takeSettings() {
   Object.assign(parameters, takeTools());
   Chat.change(Chat.state.chat, {system: $("system").value, parameters});
   lastShown = settingsShown();
-  render();
+  Page.render();
 }
 
 // What differs from a model's defaults, in words: "temperature 0.2", "system prompt".
@@ -169,7 +169,7 @@ function choosePreset(name) {
   showSettings();
   $("preset").value = name;
   $("delete-preset").hidden = name.startsWith("=");
-  render();
+  Page.render();
 }
 
 function savePreset() {
@@ -180,7 +180,7 @@ function savePreset() {
   $("preset-name").value = "";
   showSettings();
   $("preset").value = name;
-  announce(TEXT.presetSaved(name));
+  Page.announce(TEXT.presetSaved(name));
 }
 
 function deletePreset() {
@@ -231,7 +231,7 @@ const keyText = () => Chat.state.refusedKey ? TEXT.wrongKey : TEXT.keyWanted;
 function wantKey(key) {
   const news = Chat.state.refusedKey !== key;
   Object.assign(Chat.state, {phase: "locked", refusedKey: key});
-  render();
+  Page.render();
   if (news) openServer();
 }
 
@@ -252,7 +252,7 @@ function useServer(home) {
   const {servers} = preferences, server = home === Server.PAGE_HOME ? "" : home;
   changePreferences({server, servers: server && !servers.includes(server) ? [...servers, server] : servers});
   Object.assign(Chat.state, {phase: "connecting", reached: "", models: [], model: {...Chat.NO_MODEL}});
-  render();
+  Page.render();
   Server.watch();
 }
 
@@ -262,7 +262,7 @@ function wantedServer() {
   const home = given ? Server.addressOf(given) : null;
   if (!home || home === Server.home()) return false;
   if (home === Server.PAGE_HOME || preferences.servers.includes(home)) { changePreferences({server: home === Server.PAGE_HOME ? "" : home}); return false; }
-  confirmed(TEXT.askTitle, [element("p", {textContent: TEXT.askServer(home)})], TEXT.dontUseIt, TEXT.useIt)
+  Page.confirmed(TEXT.askTitle, [element("p", {textContent: TEXT.askServer(home)})], TEXT.dontUseIt, TEXT.useIt)
     .then(yes => yes ? useServer(home) : Server.watch());
   return true;
 }
@@ -291,7 +291,7 @@ function renderModels() {
 function chooseModel(name) {
   Chat.change(Chat.state.chat, {model: name});
   Server.useModel();
-  render();
+  Page.render();
   Server.loadModel();
 }
 
@@ -299,7 +299,7 @@ function chooseModel(name) {
 function talkInTurns(inTurns) {
   Chat.change(Chat.state.chat, {inTurns});
   Server.useModel();
-  render();
+  Page.render();
 }
 
 Parts.register({
@@ -356,11 +356,11 @@ Parts.register({
     $("save-preset").onclick = savePreset;
     $("delete-preset").onclick = deletePreset;
     $("preset-name").onkeydown = event => { if (event.key === "Enter") { event.preventDefault(); savePreset(); } };
-    $("settings-reset").onclick = () => { Chat.change(Chat.state.chat, {system: "", parameters: {}}); showSettings(); render(); };
+    $("settings-reset").onclick = () => { Chat.change(Chat.state.chat, {system: "", parameters: {}}); showSettings(); Page.render(); };
     $("for-new-chats").onclick = () => {
       const {system, parameters} = Chat.state.chat;
       changePreferences({defaults: {system, parameters}});
-      announce(TEXT.usedForNew);
+      Page.announce(TEXT.usedForNew);
       Turns.copied($("for-new-chats"));
     };
     $("server-dialog").querySelector("form").onsubmit = takeServer;
@@ -371,7 +371,7 @@ Parts.register({
       if (event.key !== PREFERENCES) return;
       loadPreferences();
       document.documentElement.dataset.theme = preferences.theme;
-      render();
+      Page.render();
     });
     for (const event of ["pointerdown", "focus"]) $("models").addEventListener(event, Server.lookAtModels);
   },
@@ -505,8 +505,8 @@ function updateCalls(view, growing) {
   view.calls.append(element("button", {type: "button", className: "primary", textContent: TEXT.sendResults, onclick: () => {
     calls.forEach((call, i) => { call.result = fields[i].value; });
     Store.change("nodes", node.id, {calls});
-    Chat.answer(node, (error, made) => { Chat.removeNodes([made.id], node.id); Chat.state.refusal = error.message; return true; });
-    focusAfterClick();
+    Chat.answer(node, (error, made) => { Chat.removeNodes([made.id], node.id); Composer.refuse(error.message); return true; });
+    Composer.focusAfterClick();
   }}));
 }
 
@@ -605,15 +605,15 @@ function showPrompts() {
 function keepPrompts(prompts) {
   changePreferences({prompts});
   showPrompts();
-  render();
+  Page.render();
 }
 
 // `more`: what the reader has written behind the name of a starter.
 function usePrompt({text, starter}, more = "") {
   $("prompts-dialog").close();
-  if (starter) setDraft(more ? `${text.replace(/\s*$/, "")} ${more}` : text);
+  if (starter) Composer.setDraft(more ? `${text.replace(/\s*$/, "")} ${more}` : text);
   else { Chat.change(Chat.state.chat, {system: text}); Chat.say(TEXT.systemIs(text)); }
-  focusAfterClick();
+  Composer.focusAfterClick();
 }
 
 function savePrompt() {
@@ -628,7 +628,7 @@ function savePrompt() {
   else prompts[at] = prompt;
   keepPrompts(prompts);
   editPrompt(null);
-  return announce(TEXT.presetSaved(prompt.name));
+  return Page.announce(TEXT.presetSaved(prompt.name));
 }
 
 // Imports the prompts that are new; one whose name is taken gets another.

@@ -25,7 +25,7 @@ function openStatus() {
   if (location.hash !== "#server") history.pushState(null, "", `${location.pathname}${location.search}#server`);
   if (glanced) return;
   glanced = {isNews: inOrder(), samples: [], looks: [], charts: null, timer: setInterval(lookAtServer, STATUS_MS)};
-  render();
+  Page.render();
   $("status").focus({preventScroll: true});
   Promise.all([Parts.need("charts"), Parts.need("uplot"), lookBack(glanced)]).then(lookAtServer);
 }

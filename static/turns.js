@@ -7,7 +7,7 @@
 
 const Turns = (() => {
 
-const {TEXT, $, element, button, iconButton, setText, number, plural, composing, mouse} = Parts;
+const {TEXT, $, element, button, iconButton, onEnter, fitHeight, setText, number, plural, composing, mouse} = Parts;
 
 const AT_ONCE = 12;               // the last turns, drawn when a chat opens
 const views = new Map();          // id of a node -> its view
@@ -117,7 +117,7 @@ function completeQuestion(view) {
   view.edit = iconButton(TEXT.edit, "edit", () => startEdit(view.node.id));
   view.actions = element("div", {className: "actions"}, siblingsBar(view), view.edit,
     iconButton(TEXT.copy, "copy", clicked => copyText(view.node.content, clicked)),
-    iconButton(TEXT.more, "more", clicked => openMenu(clicked, messageMenu(view))));
+    iconButton(TEXT.more, "more", clicked => Page.openMenu(clicked, messageMenu(view))));
   view.article.append(view.actions);
   // in a text that a model continues, the buttons of one's own words are hidden from the mouse
   view.body.onclick = event => clickToAct(event, () => startEdit(view.node.id), Chat.state.model.api === "text");
@@ -183,21 +183,21 @@ function completeAnswer(view) {
   view.doing = element("span");
   view.now = button(TEXT.answerNow, "forward", async clicked => {
     clicked.disabled = true;
-    focusAfterClick();
+    Composer.focusAfterClick();
     clicked.disabled = await Chat.answerNow(view.node);
   }, {hidden: true});
   view.status = element("p", {className: "status"}, element("span", {className: "dots"}, element("i"), element("i"), element("i")),
     view.doing, view.now);
   view.alert = element("div");
-  view.retry = iconButton(TEXT.regenerate, "again", () => { Chat.regenerate(view.node); focusAfterClick(); });
-  view.goOn = button(TEXT.goOn, "forward", () => { Chat.goOn(view.node); focusAfterClick(); });
+  view.retry = iconButton(TEXT.regenerate, "again", () => { Chat.regenerate(view.node); Composer.focusAfterClick(); });
+  view.goOn = button(TEXT.goOn, "forward", () => { Chat.goOn(view.node); Composer.focusAfterClick(); });
   view.nothing = element("p", {className: "nothing"});
   figuresLine(view);
   view.copy = iconButton(TEXT.copy, "copy", clicked => copyRich(view, clicked));
   const brought = Parts.all.flatMap(({answer}) => answer?.buttons?.(view) ?? []);
-  view.inside = button(TEXT.lookInside, "lens", clicked => openMenu(clicked, looksOf(view)));
+  view.inside = button(TEXT.lookInside, "lens", clicked => Page.openMenu(clicked, looksOf(view)));
   view.actions = element("div", {className: "actions"}, siblingsBar(view), view.copy, view.retry, view.inside, ...brought, view.goOn,
-    iconButton(TEXT.more, "more", clicked => openMenu(clicked, answerMenu(view))), view.speed);
+    iconButton(TEXT.more, "more", clicked => Page.openMenu(clicked, answerMenu(view))), view.speed);
   view.article.prepend(view.thinking);
   view.article.append(view.nothing, view.status, view.alert, view.actions);
   view.body.onclick = event => clickToAct(event, () => Chat.regenerate(view.node));
@@ -261,7 +261,7 @@ function updateAlert(view, growing) {
     view.alerted = text;
     const remedy = REMEDIES[node.remedy] ?? REMEDIES.again;
     const act = element("button", {type: "button", className: "plain", textContent: remedy.label(),
-      onclick: () => { remedy.act(view.node); focusAfterClick(); }});
+      onclick: () => { remedy.act(view.node); Composer.focusAfterClick(); }});
     view.alert.replaceChildren(...(text ? [element("div", {className: "alert", role: "alert"}, element("p", {textContent: text}), act)] : []));
   }
   const act = view.alert.querySelector("button");
@@ -340,7 +340,7 @@ function showFigures(view) {
   panel.setAttribute("aria-label", TEXT.figures);
   view.short.after(panel);
   panel.showPopover();
-  placeMenu(panel, view.short.getBoundingClientRect());
+  Page.placeMenu(panel, view.short.getBoundingClientRect());
   view.short.setAttribute("aria-expanded", "true");
   Object.assign(shownFigures, {view, panel});
 }
@@ -357,7 +357,7 @@ function keepFiguresBeside() {
   if (!view) return;
   const line = view.short.getBoundingClientRect(), log = $("log").getBoundingClientRect();
   if (line.bottom < log.top || line.top > log.bottom) hideFigures();
-  else placeMenu(panel, line);
+  else Page.placeMenu(panel, line);
 }
 
 function pinFigures(view) {
@@ -372,8 +372,8 @@ function paint(node) {
   const view = Chat.state.chat.id === node.conversation && views.get(node.id);
   if (!view || !view.article.isConnected) return;
   updateAnswer(view);
-  renderState();
-  followEnd();
+  Composer.renderState();
+  Page.followEnd();
 }
 
 // acting on a message -------------------------------------------------------------------------------------------------
@@ -398,16 +398,16 @@ function clickToAct(event, act, always = false) {
 function startEdit(id) {
   if (Tree.isGrowing(Chat.lastNode())) return;
   Chat.state.editing = id;
-  render();
+  Page.render();
 }
 
 function startEditing(view) {
   const {node, body} = view, question = node.role === "user";
   const field = element("textarea", {value: question ? Tree.partsOf(node).text : node.content, rows: 1, dir: "auto"});
   field.setAttribute("aria-label", TEXT.editedText);
-  const cancel = () => { Chat.state.editing = null; render(); focusAfterClick(); };
+  const cancel = () => { Chat.state.editing = null; Page.render(); Composer.focusAfterClick(); };
   const save = () => {
-    if (question ? Chat.editQuestion(node, field.value) : field.value.trim() && (Chat.editAnswer(node, field.value), true)) focusAfterClick();
+    if (question ? Chat.editQuestion(node, field.value) : field.value.trim() && (Chat.editAnswer(node, field.value), true)) Composer.focusAfterClick();
   };
   if (question) onEnter(field, save);
   field.addEventListener("keydown", event => { if (event.key === "Escape" && !composing(event)) { event.stopPropagation(); cancel(); } });
@@ -456,7 +456,7 @@ async function copyTypes(texts, clicked) {
 }
 
 function copied(clicked) {
-  announce(TEXT.copied);
+  Page.announce(TEXT.copied);
   clicked.classList.add("done");
   clicked.addEventListener("animationend", () => clicked.classList.remove("done"), {once: true});
 }

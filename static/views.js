@@ -28,7 +28,7 @@ Parts.register({
     serverStatus: "Server status", usageOfServer: "Usage by day, key and model", backToChat: "Back to the chat", trainingRun: "Training run", getModel: "Get a model", searchModels: "Search the hub, or a name such as owner/name", searchHub: "Search",
   },
   bind() {
-    for (const leave of document.querySelectorAll("button.leave")) leave.onclick = () => Chat.open(Chat.state.chat.id).then(focusAfterClick);
+    for (const leave of document.querySelectorAll("button.leave")) leave.onclick = () => Chat.open(Chat.state.chat.id).then(Composer.focusAfterClick);
   },
   menu: () => runsOf().slice(0, 1).map(run => [TEXT.trainingRun, "chart", () => openRun(run), run]),
   view: {hash: "#run", open: hash => openRun(...hash.slice("#run/".length).split("?with=").map(decoded))},

@@ -130,7 +130,7 @@ def test_the_real_server_counts_a_draft_and_an_answer_that_was_cut_can_go_on(pag
     expect(said(answers(page))).to_have_text(re.compile(f"{re.escape(before)}.+", re.DOTALL), timeout=SLOW_MS)
     expect_answered(page)
     expect(figures(answers(page))).to_contain_text("9 tokens")          # of both parts
-    expect(page.locator("#context")).to_have_text(f"{page.evaluate('state.path.at(-1).timings.prompt_tokens') + 9} of 8,192 tokens")
+    expect(page.locator("#context")).to_have_text(f"{page.evaluate('Chat.state.path.at(-1).timings.prompt_tokens') + 9} of 8,192 tokens")
     assert page.evaluate("Chat.state.path.at(-1).timings.prompt_tokens") == prompt
     cut = page.evaluate("() => Chat.state.path.at(-1)")
     # together they are what the same seed gives in one go

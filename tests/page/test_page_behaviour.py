@@ -141,7 +141,7 @@ def test_continue_on_a_full_context_says_so_before_anything_is_read(page, stand_
     button(page, "Continue").click()
     expect(said(answers(page))).to_have_text(re.compile("Once upon a time.+"))
     posted = len(stand_in.bodies)
-    page.evaluate("facts => { Object.assign(Chat.lastNode(), {timings: facts, note: null}); render(); }", full_answer())
+    page.evaluate("facts => { Object.assign(Chat.lastNode(), {timings: facts, note: null}); Page.render(); }", full_answer())
     button(page, "Continue").click()
     full = page.get_by_role("log").get_by_text("The question and this answer fill the context of 100 tokens, so the answer cannot go on.")
     expect(full).to_be_visible()
@@ -151,7 +151,7 @@ def test_continue_on_a_full_context_says_so_before_anything_is_read(page, stand_
     expect(answers(page)).to_have_count(2)
     expect_answered(page, 2)
     expect(full).to_have_count(0)
-    page.evaluate("facts => { Object.assign(Chat.lastNode(), {timings: facts, note: null}); render(); }", full_answer())
+    page.evaluate("facts => { Object.assign(Chat.lastNode(), {timings: facts, note: null}); Page.render(); }", full_answer())
     button(page, "Continue").click()
     expect(said(answers(page).last)).to_have_text(re.compile("Once upon a time.+"))
     assert len(stand_in.bodies) == posted + 2

@@ -164,7 +164,7 @@ def test_a_question_of_the_page_waits_for_the_one_that_is_open(page, stand_in):
     ask(page, "one")
     expect_answered(page)
     page.evaluate("""() => { window.said = [];
-        for (const title of ["First?", "Second?"]) confirmed(title, [], "No", "Yes").then(yes => said.push([title, yes])); }""")
+        for (const title of ["First?", "Second?"]) Page.confirmed(title, [], "No", "Yes").then(yes => said.push([title, yes])); }""")
     dialog = page.locator("#ask-dialog")
     expect(dialog).to_contain_text("First?")
     button(dialog, "Yes").click()
@@ -206,7 +206,7 @@ def test_a_chat_begun_before_the_stored_ones_are_read_stays_shown(page, stand_in
     button(page, "New chat").click()
     command(page, "/seed 3")
     page.evaluate("opened()")
-    page.wait_for_function("() => started")
+    page.wait_for_function("() => Page.started")
     expect(chats(page)).to_have_count(1)
     expect(questions(page)).to_have_count(0)
     assert page.evaluate("Chat.state.chat.parameters") == {"seed": 3}

@@ -348,7 +348,7 @@ def test_only_the_characters_that_differ_are_marked(opened_page):
     page.evaluate("""() => {
         const texts = ["The capital is Tokyo, a large city.", "The capital is Tokyo, a larger town!", "The capital is Tokyo, a large city.", "The capital"];
         Compare.shown.columns.forEach((column, i) => Object.assign(column, {text: texts[i], end: {model: "m"}, differs: i === 1 ? {position: 6, probabilities: [0.45, null]} : null}));
-        render(); }""")
+        Page.render(); }""")
     columns = dialog.get_by_role("region")
     expect(columns.nth(1).locator("mark")).to_have_text(["r", "town!"])
     expect(columns.nth(1).locator(".hint")).to_have_text("m · Differs from token 7 on: the first answer's token had a probability of 45\u00a0%, this one ended there.")
@@ -368,7 +368,7 @@ def test_differences_in_code_stay_marked_when_its_colours_come_late(page, stand_
     expect(page.get_by_role("dialog", name="Compare")).to_be_visible()
     assert page.evaluate("typeof hljs") == "undefined"
     page.evaluate("""() => { Compare.shown.columns.forEach((column, i) => Object.assign(column, {text: "```py\\nx = " + i + "\\n```", end: {model: "m"}, differs: i ? {position: 6} : null}));
-        render(); }""")
+        Page.render(); }""")
     expect(page.locator("#compare-columns pre .hljs-number mark")).to_have_text("1")
 
 
@@ -381,7 +381,7 @@ def test_answers_side_by_side_are_markdown_and_done_closes_with_a_wrong_seed(ope
     page.evaluate("""() => {
         const texts = ["A **bold** word.\\n\\n- one\\n- two\\n\\n```py\\nx = 1\\n```\\n\\n$x^2$ end", "A **bald** word.\\n\\n- one\\n- three\\n\\n```py\\nx = 2\\n```\\n\\n$x^3$ end <img src=x onerror=alert(1)>"];
         Compare.shown.columns.forEach((column, i) => Object.assign(column, {text: texts[i], reasoning: "So *it* is.", end: {model: "m"}, differs: i ? {position: 6, probabilities: []} : null}));
-        render(); }""")
+        Page.render(); }""")
     columns = dialog.get_by_role("region")
     expect(columns.nth(0).locator("strong")).to_have_text("bold")
     expect(columns.nth(0).locator(".thoughts em")).to_have_text("it")
@@ -410,7 +410,7 @@ def test_a_training_run_is_compared_by_its_last_steps_with_one_seed_and_a_step_t
     page.route("**/v1/compare", lambda route: None)                  # no answer yet
     dialog = page.get_by_role("dialog", name="Compare")
     for own, steps in (("d2@60", ["d2@40", "d2@60"]), ("d2@20", ["d2@20", "d2@60"])):
-        page.evaluate("own => { Chat.lastNode().model = own; render(); }", own)
+        page.evaluate("own => { Chat.lastNode().model = own; Page.render(); }", own)
         inside(answers(page), "Compare")
         expect(dialog).to_be_visible()
         assert dialog.get_by_role("slider", name="Step").evaluate_all("all => all.map(each => each.getAttribute('aria-valuetext'))") == steps

@@ -238,7 +238,7 @@ def test_one_quiet_line_stands_below_an_answer_and_more_comes_to_the_mouse_and_t
     figures(answer)
     message_box(page).click()
     expect(more).to_have_count(0)
-    page.evaluate("Chat.lastNode().model = 'another'; render()")
+    page.evaluate("Chat.lastNode().model = 'another'; Page.render()")
     expect(line).to_have_text("another212.3 tok/s")             # the server has one, the chat another
 
 
@@ -249,7 +249,7 @@ def test_the_figures_of_an_answer_without_a_speed_are_not_lost(page, stand_in):
     button(page, "Stop").click()
     line = answers(page).locator(".short")
     expect(line).to_contain_text("stopped")
-    page.evaluate("Chat.lastNode().timings = {ttft_ms: 81, completion_tokens: 3, finish_reason: 'stop'}; render()")
+    page.evaluate("Chat.lastNode().timings = {ttft_ms: 81, completion_tokens: 3, finish_reason: 'stop'}; Page.render()")
     expect(line).to_have_text("stopped · first token after 81 ms")
 
 

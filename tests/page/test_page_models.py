@@ -135,7 +135,7 @@ def test_each_answer_says_what_made_it_and_leads_to_a_comparison(page, stand_in)
     maker = answers(page).locator(".maker")
     for model, name, changes in (("stand-in-135m", "stand-in-135m", "temperature 0.7 · top-k 3 · system prompt"),        # not listed: nothing is known of its defaults
                                  ("d2@60", "d2, step 60", "top-k 3 · system prompt"), ("law", "law, adapter of d2@60", "top-k 3 · system prompt")):
-        page.evaluate("model => { Chat.lastNode().model = model; render(); }", model)
+        page.evaluate("model => { Chat.lastNode().model = model; Page.render(); }", model)
         expect(maker).to_have_text(name)
         expect(figures(answers(page)).locator("p").first).to_have_text(f"{name} · {changes}")
         page.keyboard.press("Escape")

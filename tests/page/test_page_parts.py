@@ -17,7 +17,7 @@ EXTRA = """Parts.register({
   render() { document.body.dataset.rendered = Chat.state.path.length; },
   answer: {buttons: view => [view.extra = Parts.iconButton(Parts.TEXT.extraButton, "chart", () => Chat.say(view.node.content))],
            update(view, growing) { view.extra.disabled = growing; }},
-  view: {hash: "#extra", open() { document.body.dataset.open = "yes"; render(); }, isOpen: () => "open" in document.body.dataset,
+  view: {hash: "#extra", open() { document.body.dataset.open = "yes"; Page.render(); }, isOpen: () => "open" in document.body.dataset,
          close() { delete document.body.dataset.open; }},
   recoloured() { document.body.dataset.recoloured = "yes"; },
 });

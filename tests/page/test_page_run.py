@@ -95,7 +95,7 @@ def test_the_curve_is_drawn_however_late_its_library_comes(page, stand_in):
     open_page(page, stand_in.url)
     menu(page, "Training run")
     page.wait_for_function("() => typeof Charts !== 'undefined'")
-    page.evaluate("render()")           # as when the answer about the run's steps comes
+    page.evaluate("Page.render()")           # as when the answer about the run's steps comes
     for route in held:
         route.continue_()
     expect(page.get_by_role("img", name="10: 2.990, 20: 2.980, 30: 2.970", exact=True)).to_be_visible()

@@ -275,7 +275,7 @@ def opened_page(browser):
 
 def settled(page):
     """Wait until the page has opened its storage and written all pending changes."""
-    page.wait_for_function("() => started && !Store.flushing")
+    page.wait_for_function("() => Page.started && !Store.flushing")
 
 
 def reload(page):
