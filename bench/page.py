@@ -92,7 +92,7 @@ def measure_answers(browser, rate):
 
         def answer():
             ask(page, question)
-            page.wait_for_function("() => Chat.state.path.at(-1)?.timings", timeout=2e5)
+            page.wait_for_function("() => Chat.path.at(-1)?.timings", timeout=2e5)
         told(question, traced(browser, page, answer))
         page.close()
     server.close()

@@ -10,11 +10,9 @@ const Chat = (() => {
 
 const {TEXT, wait, newest} = Parts;
 
-const NO_MODEL = {name: "", context: 0, devices: [], workers: 0, can: {}, defaults: {}, ours: false, api: "v1"};
-
 const state = {
   chats: new Map(),               // id -> conversation, all stored ones
-  chat: Tree.newConversation(),        // the one that is shown; stored with its first message
+  chat: Tree.newConversation(),   // the one that is shown; stored with its first message
   nodes: new Map(),               // its nodes
   children: new Map(),            // childrenOf(nodes)
   leaf: null,                     // id of the last node shown in this tab; chat.leaf is restored on the next visit
@@ -24,21 +22,13 @@ const state = {
   toasts: [],                     // {text, label, act, undo, chat} above the composer: the last deletion, answers of other chats
   ended: 0,                       // answers that ended while this tab was hidden
   editing: null,                  // id of the node being edited
-  found: null,                    // id of each chat that matches the search -> the text around a word found; null without a search
-  phase: "connecting",            // connecting, loading, ready, unreachable, refusing (this page), locked (without a key)
-  reached: "",                    // the last server that was ready
-  loading: {stage: "", fraction: null},
-  models: [],                     // the server's models, from /v1/models
-  model: {...NO_MODEL},           // the chat's model
-  refusedKey: null,               // the API key that the server last refused, "" if none was sent
-  following: true,                // the log scrolls as an answer grows
 };
 
 const SAVE_MS = 500;              // a growing answer is stored this often
 
 const lastNode = () => state.path.at(-1);
 // a question waits for an unreachable server, but not for a loading one, which may turn out to serve another model
-const canAsk = () => !Tree.isGrowing(lastNode()) && !["connecting", "loading"].includes(state.phase) && state.model.api !== "none";
+const canAsk = () => !Tree.isGrowing(lastNode()) && !["connecting", "loading"].includes(Server.phase) && Server.model.api !== "none";
 const isStored = chat => state.chats.has(chat.id);
 
 // chats ---------------------------------------------------------------------------------------------------------------
@@ -55,6 +45,14 @@ function refresh() {
   state.path = Tree.pathTo(state.nodes, state.leaf);
   Page.render();
 }
+
+// Reads the stored chats, when the page starts.
+async function readStored() {
+  for (const chat of await Store.read("conversations")) state.chats.set(chat.id, chat);
+}
+
+// The node of this id is edited; null: none is.
+const edit = id => { state.editing = id; };
 
 function showLeaf(id) {
   state.leaf = id;
@@ -79,9 +77,10 @@ async function openChat(id, known = null) {
 
 function showChat(chat, leaf) {
   Page.closeViews();
-  Object.assign(state, {chat, leaf, notice: "", editing: null, following: true});
+  Object.assign(state, {chat, leaf, notice: "", editing: null});
+  Page.follow();
   Composer.refuse("");
-  if (state.models.length > 1 || state.model.base) Server.useModel();
+  if (Server.models.length > 1 || Server.model.base) Server.useModel();
   state.toasts = state.toasts.filter(toast => toast.chat !== chat.id);
   rememberPlace();
   refresh();
@@ -165,6 +164,7 @@ function showToast(toast) {
   Page.announce(toast.text);
 }
 
+const dropToast = toast => { state.toasts = state.toasts.filter(each => each !== toast); };
 const dropUndo = () => { state.toasts = state.toasts.filter(({undo}) => !undo); };
 
 // Announces that an answer has ended, if its reader is looking at something else.
@@ -224,7 +224,7 @@ function storeNewChat(chat, content) {
 // Sends a message as a child of `parent`. If the server refuses its content, it returns to the composer.
 function ask(text, files = [], parent = state.leaf, onRefused = () => {}) {
   if (!canAsk() || !text.trim() && !files.length) return false;
-  const before = state.leaf, {content, ...more} = state.model.api === "text" && !files.length ? {content: text} : Tree.composeMessage(text, files);
+  const before = state.leaf, {content, ...more} = Server.model.api === "text" && !files.length ? {content: text} : Tree.composeMessage(text, files);
   Object.assign(state, {notice: "", editing: null});
   Composer.refuse("");
   dropUndo();
@@ -284,24 +284,24 @@ function forget(node) {
 // runs when the server accepts.
 function answer(question, onRefusal, onAccepted = () => {}, more = {}) {
   const {chat} = state, made = Look.madeBy(chat, {parameters: {...chat.parameters}, ...more});
-  if (state.models.length > 1 && chat.model !== state.model.name) changeChat(chat, {model: state.model.name});
+  if (Server.models.length > 1 && chat.model !== Server.model.name) changeChat(chat, {model: Server.model.name});
   const node = addNode(question.id, "assistant", "", {stream: {id: Tree.newId(), next: 0}, ...made});
-  state.following = true;
+  Page.follow();
   refresh();
   const path = Tree.pathTo(state.nodes, question.id);
   return runAnswer(node, chat, run => connect(run, messagesToSend(path, made.system ?? ""), onAccepted), onRefusal);
 }
 
 function messagesToSend(path, system) {
-  if (state.model.api === "text") return Object.assign(path.map(node => ({role: node.role, content: Calculator.withNames(node)})).filter(({content}) => content), {dropped: 0});
-  const {messages, dropped} = Tree.newestMessages(Tree.messagesOf(path, system, Boolean(state.model.can.reasoning_history)), state.model.context);
+  if (Server.model.api === "text") return Object.assign(path.map(node => ({role: node.role, content: Calculator.withNames(node)})).filter(({content}) => content), {dropped: 0});
+  const {messages, dropped} = Tree.newestMessages(Tree.messagesOf(path, system, Boolean(Server.model.can.reasoning_history)), Server.model.context);
   return Object.assign(messages, {dropped});
 }
 
 async function connect(run, messages, onAccepted, goOn = false) {
   const {node, controller: {signal}} = run;
   run.dropped = messages.dropped;
-  const model = state.model.name;                       // this chat's, even if another is shown later
+  const model = Server.model.name;                       // this chat's, even if another is shown later
   const seed = goOn && Number.isSafeInteger(node.seed) ? {seed: node.seed} : node.prefix ? {prefix_token_ids: node.prefix} : {};
   const response = await onceReady(run, () =>
     Server.postAnswer({messages, parameters: {...seed, ...node.parameters}, id: node.stream.id, signal, model, goOn}));
@@ -314,8 +314,8 @@ async function connect(run, messages, onAccepted, goOn = false) {
 // Posts; if the server is unreachable or wants a key, posts again once that has changed. Stop ends the wait.
 async function onceReady(run, post) {
   for (;;) {
-    if (state.phase === "locked") Settings.openServer();
-    run.waiting = state.phase !== "ready";
+    if (Server.phase === "locked") Settings.openServer();
+    run.waiting = Server.phase !== "ready";
     Page.render();
     await Server.untilReady(run.controller.signal);
     run.waiting = false;
@@ -323,20 +323,20 @@ async function onceReady(run, post) {
       return await post();
     } catch (error) {
       const away = error.status === undefined || error.status === 503;
-      if (error.name === "AbortError" || !(error.status === 401 && state.phase === "locked" || away && await Server.isAway())) throw error;
+      if (error.name === "AbortError" || !(error.status === 401 && Server.phase === "locked" || away && await Server.isAway())) throw error;
     }
   }
 }
 
-const canGoOn = node => Boolean(node.content || node.calculator?.length || node.reasoning && !node.error && state.model.can.reasoning_history && state.model.can.continue_final_message);
+const canGoOn = node => Boolean(node.content || node.calculator?.length || node.reasoning && !node.error && Server.model.can.reasoning_history && Server.model.can.continue_final_message);
 
 const LEAST_ROOM = 16;            // tokens of the context without which it is not worth while to read it all again
 
 // Continues an answer that was cut off: in the same node if the server can, otherwise by asking for more.
 async function goOn(node) {
   if (!canAsk()) return;
-  if (!state.model.can.continue_final_message) return ask(TEXT.pleaseContinue);
-  if (await isFull()) return say(TEXT.noRoom(state.model.context));
+  if (!Server.model.can.continue_final_message) return ask(TEXT.pleaseContinue);
+  if (await isFull()) return say(TEXT.noRoom(Server.model.context));
   if (!canAsk() || node !== lastNode()) return;
   const before = {note: node.note, error: node.error, timings: node.timings, parameters: node.parameters, calculator: node.calculator};
   Object.assign(node, {stream: {id: Tree.newId(), next: 0, begin: Calculator.charactersIn(node.content)}, calculator: Calculator.beforeGoingOn(node), note: null, error: null, timings: null, earlier: node.timings, continued: true, parameters: state.chat.parameters});
@@ -351,7 +351,7 @@ async function goOn(node) {
 
 // Whether the last question and its answer alone fill the context: then the server has no older message to leave out.
 async function isFull() {
-  const {context} = state.model, {used, guessed} = Composer.usedTokens();
+  const {context} = Server.model, {used, guessed} = Composer.usedTokens();
   if (!context || used + guessed <= context - LEAST_ROOM) return false;
   return await Composer.tokensAlone(state.path) > context - LEAST_ROOM;
 }
@@ -362,6 +362,18 @@ function editQuestion(node, text) {
   if (!ask(text, Tree.partsOf(node).files, node.parent, () => { if (follows && chat.title === title) changeChat(chat, {title: before}); })) return false;
   if (follows && text.trim()) { changeChat(chat, {title}); Page.render(); }
   return true;
+}
+
+// Sends the results of an answer's calls, from which the model goes on in a new node.
+function sendResults(node, results) {
+  const {calls} = node;
+  calls.forEach((call, i) => { call.result = results[i]; });
+  Store.change("nodes", node.id, {calls});
+  answer(node, (error, made) => {
+    removeNodes([made.id], node.id);
+    Composer.refuse(error.message);
+    return true;
+  });
 }
 
 // The edited answer becomes a sibling of the old one.
@@ -421,12 +433,12 @@ const TITLE_TOKENS = 24, TITLE_CHARACTERS = 1500;      // limits: the title, and
 
 // Lets the model title a chat after its first answer, when the server is otherwise idle.
 async function nameChat(chat, node) {
-  if (!Settings.preferences.titles || state.model.api !== "v1" || !node.content) return;
+  if (!Settings.preferences.titles || Server.model.api !== "v1" || !node.content) return;
   const nodes = await Store.read("nodes", chat.id), question = nodes.find(({id}) => id === node.parent), before = chat.title;
   if (nodes.length !== 2 || before !== Tree.titleOf(question?.content ?? "")) return;
   const part = text => text.slice(0, TITLE_CHARACTERS), content = TEXT.titleRequest(part(question.content), part(node.content));
   const made = await Server.jsonOf(Server.post(Server.ROUTES.v1, {messages: [{role: "user", content}], max_tokens: TITLE_TOKENS, temperature: 0,
-    ...(state.model.ours ? {priority: "low", reasoning_effort: "none"} : {}), ...Server.modelNamed(chat.model)}));
+    ...(Server.model.ours ? {priority: "low", reasoning_effort: "none"} : {}), ...Server.modelNamed(chat.model)}));
   const said = made?.choices?.[0]?.message?.content, text = Tree.isText(said) ? said : "";
   const title = Tree.titleOf((Tree.untagged({content: text}).content ?? text).replace(/^\W*title\W+/i, "").replace(/["“”*]|\.\W*$/g, ""));
   if (!title || chat.title !== before || !isStored(chat)) return;
@@ -469,7 +481,7 @@ async function readEvents(run, response) {
 
 // Other servers may leave reasoning in the text, between tags.
 function untaggedNews(run, news) {
-  if (state.model.ours || news.reasoning) run.tags = null;
+  if (Server.model.ours || news.reasoning) run.tags = null;
   return run.tags && news.text ? {...news, ...run.tags.push(news.text)} : news;
 }
 
@@ -637,7 +649,7 @@ function hearChat(id, record) {
 
 function say(text) {
   state.notice = text;
-  state.following = true;
+  Page.follow();
   Page.render();
   Page.announce(text);
 }
@@ -650,6 +662,11 @@ Parts.register({
       Store.leave();
       if (state.runs.size) Store.tell({left: true});
     });
+    document.addEventListener("visibilitychange", () => {
+      if (document.hidden) return;
+      state.ended = 0;
+      Page.render();
+    });
     addEventListener("popstate", () => {
       const view = Page.viewAt(location.hash);
       if (view) view.open(location.hash);
@@ -659,8 +676,12 @@ Parts.register({
   },
 });
 
-return Object.freeze({NO_MODEL, state, lastNode, canAsk, change: changeChat, showLeaf, opening, open: openChat,
-  openNew: newChat, lastPlace, deleteChats, removeChats, bringBack, addChat, deleteNode, offerUndo, branchFrom, isStored,
-  addNode, ask, removeNodes, regenerate, answerAgain, answer, messagesToSend, canGoOn, goOn, wholeOf, editQuestion, editAnswer, countsOf,
-  liveSpeed, stopAnswer, answerNow, adoptAll, say});
+return Object.freeze({
+  get chats() { return state.chats; }, get current() { return state.chat; }, get nodes() { return state.nodes; },
+  get children() { return state.children; }, get leaf() { return state.leaf; }, get path() { return state.path; }, get runs() { return state.runs; },
+  get notice() { return state.notice; }, get toasts() { return state.toasts; }, get ended() { return state.ended; },
+  get editing() { return state.editing; }, lastNode, canAsk, change: changeChat, showLeaf, opening, open: openChat, openNew: newChat, lastPlace,
+  deleteChats, removeChats, bringBack, addChat, deleteNode, offerUndo, branchFrom, isStored, addNode, ask, regenerate, answerAgain, messagesToSend,
+  canGoOn, goOn, wholeOf, editQuestion, editAnswer, countsOf, liveSpeed, stopAnswer, answerNow, adoptAll, say, dropToast, readStored, edit,
+  sendResults});
 })();

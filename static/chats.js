@@ -9,13 +9,13 @@ const rows = new Map();           // id of a chat -> its row
 let listed = "";                  // a key of what the list shows, which is rebuilt only when it changes
 
 function renderChats() {
-  const chats = [...Chat.state.chats.values()].filter(({id}) => !Chat.state.found || Chat.state.found.has(id))
+  const chats = [...Chat.chats.values()].filter(({id}) => !matches || matches.has(id))
     .sort((a, b) => b.pinned - a.pinned || b.updated - a.updated);
   const today = new Date().setHours(0, 0, 0, 0);
-  const key = JSON.stringify([today, Chat.state.chat.id, Chat.state.found !== null, chats.map(chat => [chat.id, chat.title, chat.pinned, chat.running, dayOf(chat, today), Chat.state.found?.get(chat.id)])]);
+  const key = JSON.stringify([today, Chat.current.id, matches !== null, chats.map(chat => [chat.id, chat.title, chat.pinned, chat.running, dayOf(chat, today), matches?.get(chat.id)])]);
   if (key === listed) return;
   listed = key;
-  for (const id of rows.keys()) if (!Chat.state.chats.has(id)) rows.delete(id);
+  for (const id of rows.keys()) if (!Chat.chats.has(id)) rows.delete(id);
   const groups = new Map();
   for (const chat of chats) {
     const day = dayOf(chat, today);
@@ -24,7 +24,7 @@ function renderChats() {
   }
   keepFocus(() => $("chats").replaceChildren(
     ...[...groups].flatMap(([day, rows]) => [element("h2", {textContent: day}), element("ul", {}, ...rows)]),
-    ...(chats.length ? [] : [element("p", {className: "hint", textContent: Chat.state.found ? TEXT.nothingFound : TEXT.noChats})])));
+    ...(chats.length ? [] : [element("p", {className: "hint", textContent: matches ? TEXT.nothingFound : TEXT.noChats})])));
 }
 
 // Rows that move in the document lose the focus, so it is restored.
@@ -48,17 +48,17 @@ function rowOf(chat) {
   row.link.textContent = chat.title || TEXT.untitled;
   row.link.title = row.link.textContent;
   row.link.classList.toggle("running", Boolean(chat.running));
-  if (chat.id === Chat.state.chat.id) row.link.setAttribute("aria-current", "page");
+  if (chat.id === Chat.current.id) row.link.setAttribute("aria-current", "page");
   else row.link.removeAttribute("aria-current");
   row.pin.setAttribute("aria-pressed", chat.pinned);
-  const snippet = Chat.state.found?.get(chat.id) ?? "";
+  const snippet = matches?.get(chat.id) ?? "";
   setText(row.snippet, snippet);
   row.snippet.hidden = !snippet;
   return row.item;
 }
 
 function newRow(id) {
-  const chat = () => Chat.state.chats.get(id);
+  const chat = () => Chat.chats.get(id);
   const row = {link: element("a", {href: `${location.pathname}${location.search}#${id}`, dir: "auto"})};
   row.link.onclick = event => {
     if (event.ctrlKey || event.metaKey || event.shiftKey) return;      // opens in another tab or window
@@ -104,16 +104,16 @@ async function search(query) {
   const isMine = searching();
   words = query.toLowerCase().split(/\s+/).filter(Boolean);
   $("search-clear").hidden = !query;
-  if (!words.length) { Chat.state.found = null; return Page.render(); }
-  const texts = new Map([...Chat.state.chats.values()].map(({id, title}) => [id, title.toLowerCase()])), nodes = await Store.read("nodes");
+  if (!words.length) { matches = null; return Page.render(); }
+  const texts = new Map([...Chat.chats.values()].map(({id, title}) => [id, title.toLowerCase()])), nodes = await Store.read("nodes");
   for (const {conversation, content} of nodes) {
     if (texts.has(conversation)) texts.set(conversation, `${texts.get(conversation)}\n${content.toLowerCase()}`);
   }
   if (!isMine()) return;
-  Chat.state.found = new Map([...texts].filter(([, text]) => words.every(word => text.includes(word))).map(([id]) => [id, ""]));
+  matches = new Map([...texts].filter(([, text]) => words.every(word => text.includes(word))).map(([id]) => [id, ""]));
   findSnippets(nodes);
   Page.render();
-  Page.announce(TEXT.found(Chat.state.found.size));
+  Page.announce(TEXT.found(matches.size));
 }
 
 const BEFORE = 30, AFTER = 90;    // characters of a snippet around the first word found
@@ -122,14 +122,14 @@ const BEFORE = 30, AFTER = 90;    // characters of a snippet around the first wo
 function findSnippets(nodes) {
   const best = new Map();
   for (const {conversation, content, created} of nodes) {
-    const title = Chat.state.found.has(conversation) ? Chat.state.chats.get(conversation).title.toLowerCase() : "";
+    const title = matches.has(conversation) ? Chat.chats.get(conversation).title.toLowerCase() : "";
     const missing = title ? words.filter(word => !title.includes(word)) : [], text = missing.length ? content.toLowerCase() : "";
     const has = words.filter(word => text.includes(word)), first = missing.find(word => has.includes(word)), known = best.get(conversation);
     if (first && !(known?.count > has.length || known?.count === has.length && known.created <= created)) best.set(conversation, {count: has.length, created, content, at: text.indexOf(first)});
   }
   for (const [id, {content, at}] of best) {
     const start = Math.max(0, at - BEFORE), end = at + AFTER, part = content.slice(start, end).replace(/[*`]+|<\/?(?:details|summary)>/g, "").replace(/\s+/g, " ");
-    Chat.state.found.set(id, `${start ? "…" : ""}${part}${end < content.length ? "…" : ""}`);
+    matches.set(id, `${start ? "…" : ""}${part}${end < content.length ? "…" : ""}`);
   }
 }
 
@@ -155,6 +155,7 @@ function toggleSidebar() {
 // highlighting matches ----------------------------------------------------------------------------------------------------
 
 let words = [];                   // of the search, in lower case
+let matches = null;               // id of each chat that matches the search -> the text around a word found; null without a search
 let marking = 0;
 
 function markWords() {
@@ -181,13 +182,13 @@ function rangesOf(root) {
 function showFound() {
   const has = ({content}) => words.some(word => content.toLowerCase().includes(word));
   if (!words.length) return;
-  if (!Chat.state.path.some(has)) {
-    const elsewhere = [...Chat.state.nodes.values()].find(has);
+  if (!Chat.path.some(has)) {
+    const elsewhere = [...Chat.nodes.values()].find(has);
     if (!elsewhere) return;
-    Chat.showLeaf(Tree.leafBelow(Chat.state.children, elsewhere.id));
+    Chat.showLeaf(Tree.leafBelow(Chat.children, elsewhere.id));
   }
-  Chat.state.following = false;
-  Turns.scrollTo(Chat.state.path.find(has).id);
+  Page.stopFollowing();
+  Turns.scrollTo(Chat.path.find(has).id);
   markWords();
 }
 
@@ -199,9 +200,9 @@ function startNewChat() {
 }
 
 async function deleteAll() {
-  const count = Chat.state.chats.size, body = [element("p", {textContent: TEXT.deleteAllHint})];
+  const count = Chat.chats.size, body = [element("p", {textContent: TEXT.deleteAllHint})];
   if (await Page.confirmed(TEXT.deleteAllTitle(count), body, TEXT.cancel, TEXT.delete, true)) {
-    await Chat.deleteChats([...Chat.state.chats.values()], TEXT.deletedChats(count));
+    await Chat.deleteChats([...Chat.chats.values()], TEXT.deletedChats(count));
   }
 }
 
@@ -240,10 +241,10 @@ Parts.register({
 
 // A chat without messages is not exported.
 const exportMenu = () => {
-  const ofChat = Chat.state.path.length > 0, hasAny = Chat.state.chats.size > 0 || Settings.ownPrompts().length > 0;
-  return [...(ofChat ? [[TEXT.thisChat, "export", () => exportChats([Chat.state.chat])]] : []),
-    ...(hasAny ? [[TEXT.allChats, "export", () => exportChats([...Chat.state.chats.values()])]] : []),
-    ...(ofChat ? [[TEXT.asMarkdown, "export", () => download(markdownOf(Chat.state.chat, Chat.state.path), `${fileName(Chat.state.chat)}.md`, "text/markdown")],
+  const ofChat = Chat.path.length > 0, hasAny = Chat.chats.size > 0 || Settings.ownPrompts().length > 0;
+  return [...(ofChat ? [[TEXT.thisChat, "export", () => exportChats([Chat.current])]] : []),
+    ...(hasAny ? [[TEXT.allChats, "export", () => exportChats([...Chat.chats.values()])]] : []),
+    ...(ofChat ? [[TEXT.asMarkdown, "export", () => download(markdownOf(Chat.current, Chat.path), `${fileName(Chat.current)}.md`, "text/markdown")],
       [TEXT.asPage, "export", exportPage]] : [])];
 };
 
@@ -265,8 +266,8 @@ function showImport(chats, name) {
 
 async function exportChats(chats) {
   const nodes = new Map();
-  for (const chat of chats) nodes.set(chat.id, chat.id === Chat.state.chat.id ? [...Chat.state.nodes.values()] : await Store.read("nodes", chat.id));
-  const file = Tree.exportOf(chats.filter(({id}) => nodes.get(id).length), chat => nodes.get(chat.id), chats.length === Chat.state.chats.size ? Settings.ownPrompts() : []);
+  for (const chat of chats) nodes.set(chat.id, chat.id === Chat.current.id ? [...Chat.nodes.values()] : await Store.read("nodes", chat.id));
+  const file = Tree.exportOf(chats.filter(({id}) => nodes.get(id).length), chat => nodes.get(chat.id), chats.length === Chat.chats.size ? Settings.ownPrompts() : []);
   const name = chats.length === 1 ? fileName(chats[0]) : `chats-${file.exported.slice(0, 10)}`;
   download(JSON.stringify(file, null, 2), `${name}.json`, "application/json");
 }
@@ -323,7 +324,7 @@ function pageOf({title}, path) {
 
 // Drawn twice where that needs libraries which nothing shown has needed.
 async function exportPage() {
-  const {chat, path} = Chat.state;
+  const {current: chat, path} = Chat;
   pageOf(chat, path);
   await Promise.all(Parts.libraries.values());
   download(pageOf(chat, path), `${fileName(chat)}.html`, "text/html");
@@ -344,7 +345,7 @@ async function importFile(file) {
 
 // The stored copy of an imported chat: begun in the same millisecond with the same message. {chat, count} or null.
 async function twinOf({conversation, nodes}) {
-  for (const chat of Chat.state.chats.values()) {
+  for (const chat of Chat.chats.values()) {
     if (chat.created !== conversation.created) continue;
     const stored = await Store.read("nodes", chat.id), first = list => list.find(({parent}) => parent === null)?.content;
     if (first(stored) === first(nodes)) return {chat, count: stored.length};
@@ -406,7 +407,7 @@ Parts.register({
     $("import-file").onchange = async ({target}) => { if (target.files[0]) await importFile(target.files[0]); target.value = ""; };
   },
   menu: () => [...(exportMenu().length ? [[TEXT.export, "export", () => Page.openMenu($("menu"), exportMenu())]] : []), [TEXT.import, "import", () => $("import-file").click()]],
-  menuEnd: () => Chat.state.chats.size ? [[TEXT.deleteAll, "delete", deleteAll, "", true]] : [],
+  menuEnd: () => Chat.chats.size ? [[TEXT.deleteAll, "delete", deleteAll, "", true]] : [],
 });
 
 return Object.freeze({withChats, showSidebar, startNew: startNewChat, download, importAll, takeOverOldChat});

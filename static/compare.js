@@ -24,7 +24,7 @@ function openCompare(node, models = stepsBeside(node)) {
 
 // Of a training run: the answer's step, or the one before the latest, against the latest. Else twice the answer's own model.
 function stepsBeside(node) {
-  const chosen = Chat.state.models.find(({id}) => id === node.model) ?? Server.chatModel(), steps = Look.stepsOfRun(chosen?.run), own = chosen?.now ?? chosen?.id;
+  const chosen = Server.models.find(({id}) => id === node.model) ?? Server.chatModel(), steps = Look.stepsOfRun(chosen?.run), own = chosen?.now ?? chosen?.id;
   return steps.length > 1 ? [own === steps.at(-1) ? steps.at(-2) : own, steps.at(-1)] : [undefined, undefined];
 }
 
@@ -37,23 +37,23 @@ function compareModels(question, models) {
 
 // Whether the models are to continue a text: so does the chat of an answer, and of a question without a chat so do they if all are for texts.
 function continuesTexts(node, columns) {
-  if (node.question === undefined) return Chat.state.model.api === "text";
-  return columns.every(({model, adapter}) => (Chat.state.models.find(({id}) => id === (adapter.value || model.value)) ?? Server.chatModel())?.type === "text");
+  if (node.question === undefined) return Server.model.api === "text";
+  return columns.every(({model, adapter}) => (Server.models.find(({id}) => id === (adapter.value || model.value)) ?? Server.chatModel())?.type === "text");
 }
 
-const pathAbove = node => node.question === undefined ? Tree.pathTo(Chat.state.nodes, node.parent) : [{role: "user", content: node.question}];
+const pathAbove = node => node.question === undefined ? Tree.pathTo(Chat.nodes, node.parent) : [{role: "user", content: node.question}];
 
 // Adds a column with the answer's own parameters and the next seed.
 function addColumn(model = compared.node.model, ownSeed = compared.node.seed + compared.columns.length) {
   const {node: {parameters = {}, seed}} = compared, values = {...parameters, seed: ownSeed};
   const column = {text: "", reasoning: "", calculator: [], end: null, differs: null}, controls = VARIED.map(name => {
-    const {min, max, step} = Parameters.all.find(each => each.name === name), usual = Chat.state.model.defaults[name];
+    const {min, max, step} = Parameters.all.find(each => each.name === name), usual = Server.model.defaults[name];
     const field = element("input", {type: "number", min, max, step, value: values[name] ?? "", placeholder: usual ?? TEXT.default,
       onkeydown: event => { if (event.key === "Enter" && !composing(event)) { event.preventDefault(); if (!compared.controller) startCompare(); } }});       // not Done
     return [name, field, element("label", {}, element("span", {textContent: TEXT.parameters[name]}), field)];
   });
   column.fields = Object.fromEntries(controls);
-  const bases = Chat.state.models.filter(each => Look.baseOf(each) === each), chosen = Chat.state.models.find(({id}) => id === model) ?? Server.chatModel();
+  const bases = Server.models.filter(each => Look.baseOf(each) === each), chosen = Server.models.find(({id}) => id === model) ?? Server.chatModel();
   column.model = element("select", {}, ...bases.map(optionOf));
   column.model.value = Look.baseOf(chosen)?.id;
   column.adapter = element("select");
@@ -84,7 +84,7 @@ const optionOf = ({id, state: loaded}) => element("option", {value: id, textCont
 function adaptersOf({model, adapter}) {
   const label = element("label", {}, element("span", {textContent: TEXT.adapter}), adapter);
   const show = (chosen = "") => {
-    const listed = Chat.state.models.filter(each => Look.baseOf(each) !== each && Look.baseOf(each).id === model.value);
+    const listed = Server.models.filter(each => Look.baseOf(each) !== each && Look.baseOf(each).id === model.value);
     label.hidden = !listed.length;
     adapter.replaceChildren(element("option", {value: "", textContent: TEXT.none}), ...listed.map(optionOf));
     adapter.value = listed.some(({id}) => id === chosen) ? chosen : "";
@@ -95,12 +95,12 @@ function adaptersOf({model, adapter}) {
 // For a step of a training run, a slider over the run's steps: [label, function that shows it].
 function stepsOf(column) {
   const slider = element("input", {type: "range", min: 0, step: 1}), label = element("label", {}, element("span", {textContent: TEXT.step}), slider);
-  const ownSteps = () => Look.stepsOfRun(Chat.state.models.find(({id}) => id === column.model.value)?.run);
+  const ownSteps = () => Look.stepsOfRun(Server.models.find(({id}) => id === column.model.value)?.run);
   const show = () => {
     const steps = ownSteps();
     label.hidden = steps.length < 2;
     slider.max = steps.length - 1;
-    slider.value = steps.indexOf(Chat.state.models.find(({id}) => id === column.model.value)?.now ?? column.model.value);
+    slider.value = steps.indexOf(Server.models.find(({id}) => id === column.model.value)?.now ?? column.model.value);
     slider.setAttribute("aria-valuetext", column.model.value);
   };
   slider.oninput = () => { column.model.value = ownSteps()[slider.value]; show(); };
@@ -126,7 +126,7 @@ const hasEnded = ({end}) => Boolean(end) && !end.error;
 
 // What a column waits for, or how its answer compares to the first column's.
 function aboutColumn(column, first) {
-  const {end, differs, model, adapter} = column, wanted = adapter.value || model.value, entry = Chat.state.models.find(({id}) => id === wanted);
+  const {end, differs, model, adapter} = column, wanted = adapter.value || model.value, entry = Server.models.find(({id}) => id === wanted);
   if (!end && !wholeText(column)) return !compared.controller ? "" : entry?.state === "loading" ? TEXT.loadingModel(wanted, entry.loading) : TEXT.waitingForFirst;
   const same = column !== first && hasEnded(column) && hasEnded(first) && (wholeText(column) === wholeText(first) ? TEXT.identical : TEXT.sameSoFar);
   return [end?.error?.message, end?.model, differs ? TEXT.differsFrom(differs) : same].filter(Boolean).join(" · ");
@@ -233,7 +233,7 @@ async function startCompare() {
   mine.writes = continuesTexts(node, columns);
   updateCompare();
   const {tools, response_format, seed, ...parameters} = node.parameters ?? {}, watch = setInterval(Server.lookAtModels, 1000);       // for steps that load
-  const variants = columns.map(({model, adapter, fields}) => ({...(Chat.state.models.length > 1 ? {model: adapter.value || model.value} : {}),
+  const variants = columns.map(({model, adapter, fields}) => ({...(Server.models.length > 1 ? {model: adapter.value || model.value} : {}),
     ...Object.fromEntries(VARIED.filter(name => fields[name].value !== "").map(name => [name, Number(fields[name].value)]))}));
   try {
     const asked = mine.writes ? {prompt: Server.textToContinue(pathAbove(node))} : {messages: [...Chat.messagesToSend(pathAbove(node), Look.systemOf(node))]};
@@ -278,7 +278,7 @@ function goOnWith({text, reasoning, calculator, end, fields}) {
   const {node} = compared, parameters = {...node.parameters};
   if (node.question !== undefined) {
     Chat.openNew();
-    Chat.change(Chat.state.chat, {model: end.model});
+    Chat.change(Chat.current, {model: end.model});
     node.parent = Chat.addNode(null, "user", node.question).id;
     Server.useModel();
   }

@@ -55,8 +55,8 @@ async function countDraft() {
   const isMine = counting(), text = draftContent(), long = text.length > 400000;
   if (text) await wait(300);
   if (!isMine()) return;
-  const [tokens, around] = !text || Chat.state.model.api !== "v1" ? [0, 0] :
-    await Promise.all([long ? Math.round(text.length / TOKEN_CHARACTERS) : Server.countTokens(text), Server.tokensAround(Chat.state.chat.system)]);
+  const [tokens, around] = !text || Server.model.api !== "v1" ? [0, 0] :
+    await Promise.all([long ? Math.round(text.length / TOKEN_CHARACTERS) : Server.countTokens(text), Server.tokensAround(Chat.current.system)]);
   if (!isMine()) return;
   state.counted = {text, tokens: tokens ?? 0, around};
   renderGauge();
@@ -73,7 +73,7 @@ const asData = blob => new Promise((resolve, reject) => {
 
 // A picture file as {picture}: as it is, or drawn anew if it is large or of a format that only the browser knows.
 async function readPicture(file) {
-  if (!Chat.state.model.can.vision) throw new Error(TEXT.blind(Chat.state.model.name));
+  if (!Server.model.can.vision) throw new Error(TEXT.blind(Server.model.name));
   let shown;
   try { shown = await createImageBitmap(file); } catch (error) { throw new Error(TEXT.badPicture(file.name)); }
   const {width, height} = shown, factor = Math.min(1, Math.sqrt(MOST_PIXELS / (width * height)));
@@ -93,7 +93,7 @@ async function readFile(file) {
   if (isPicture(file)) return readPicture(file);
   const isDocument = Tree.DOCUMENT.test(file.name), most = isDocument ? MOST_DOCUMENT : MOST_FILE;
   if (file.size > most) throw new Error(TEXT.fileTooLarge(file.name, most));
-  if (!isDocument || !Chat.state.model.ours) {
+  if (!isDocument || !Server.model.ours) {
     const read = Tree.textOf(new Uint8Array(await file.arrayBuffer()));
     if (!read) throw new Error(TEXT.notText(file.name));
     return read;
@@ -106,7 +106,7 @@ async function readFile(file) {
 
 // Attaches text files and documents to the message; other files are refused with the reason.
 async function addFiles(list) {
-  const files = [], problems = [], {chat} = Chat.state;
+  const files = [], problems = [], chat = Chat.current;
   const told = more => [...problems.slice(0, MOST_PROBLEMS), ...problems.length > MOST_PROBLEMS ? [TEXT.moreFiles(problems.length - MOST_PROBLEMS)] : [], ...more].join("\n");
   for (const file of list) {
     const reading = setTimeout(() => { state.refusal = told([TEXT.readingFile(file.name)]); Page.render(); }, 300);
@@ -177,7 +177,7 @@ let recalled = 0;                 // how far ArrowUp has gone back
 
 // ArrowUp in an empty composer brings back earlier questions of this chat, ArrowDown later ones.
 function recall(event) {
-  const said = Chat.state.path.filter(node => node.role === "user").map(node => Tree.partsOf(node).text).reverse();
+  const said = Chat.path.filter(node => node.role === "user").map(node => Tree.partsOf(node).text).reverse();
   const shown = recalled && state.draft.text === said[recalled - 1];
   if (!shown && state.draft.text) return;
   if (!shown) recalled = 0;
@@ -191,7 +191,7 @@ function recall(event) {
 // Puts the text back into the composer, before anything typed since.
 function giveBack(text, files, reason) {
   state.refusal = reason;
-  state.queued.delete(Chat.state.chat.id);                   // the draft is another one now
+  state.queued.delete(Chat.current.id);                   // the draft is another one now
   setDraft([text, state.draft.text].filter(each => each.trim()).join("\n\n"), [...files, ...state.draft.files]);
 }
 
@@ -200,13 +200,13 @@ function submitDraft() {
   state.refusal = "";
   const command = trimmed.startsWith("/") && !trimmed.startsWith("//") && !files.length;
   if (!trimmed && !files.length) return;
-  const said = Chat.state.model.api === "text" ? text : trimmed;
+  const said = Server.model.api === "text" ? text : trimmed;
   if (command ? runCommand(trimmed) : Chat.ask(said.replace(/^\/\//, "/"), files)) {
     if (state.draft.text === text) setDraft("", []);
     return;
   }
   const growing = Tree.isGrowing(Chat.lastNode());
-  if (!command && growing) state.queued.add(Chat.state.chat.id);
+  if (!command && growing) state.queued.add(Chat.current.id);
   else if (!command) state.refusal = TEXT.notReady;
   renderComposer(growing);
 }
@@ -214,8 +214,8 @@ function submitDraft() {
 // Sends the draft that waits for its chat's answer to end.
 function sendQueued() {
   const {text, files} = state.draft;                    // empty while it is still being read
-  if (!state.queued.has(Chat.state.chat.id) || !Chat.canAsk() || !text.trim() && !files.length) return;
-  state.queued.delete(Chat.state.chat.id);
+  if (!state.queued.has(Chat.current.id) || !Chat.canAsk() || !text.trim() && !files.length) return;
+  state.queued.delete(Chat.current.id);
   submitDraft();
 }
 
@@ -227,7 +227,7 @@ function focusAfterClick() { $(touch.matches ? "log" : "message").focus({prevent
 // Shows why something was refused, from the next drawing on; "" for nothing.
 const refuse = reason => { state.refusal = reason; };
 
-const draftKey = (chat = Chat.state.chat) => Chat.isStored(chat) ? chat.id : "new";
+const draftKey = (chat = Chat.current) => Chat.isStored(chat) ? chat.id : "new";
 
 let unread = null;                // {key} of the draft whose stored files are still being read: they must not be overwritten
 
@@ -267,7 +267,7 @@ async function addToDraft(key, files) {
 // commands ------------------------------------------------------------------------------------------------------------
 
 const COMMANDS = {
-  system: value => { Chat.change(Chat.state.chat, {system: value}); Chat.say(value ? TEXT.systemIs(value) : TEXT.systemIsEmpty); },
+  system: value => { Chat.change(Chat.current, {system: value}); Chat.say(value ? TEXT.systemIs(value) : TEXT.systemIsEmpty); },
   clear: () => Chat.openNew(),
   help: () => Chat.say(TEXT.help(commandNames().map(name => [`/${name}`, valueOf(name)].join(" ").trim()))),
   set: value => setNamed(value),
@@ -287,7 +287,7 @@ function promptCommands() {
 
 // The samplers last; those of thinking only where the model thinks.
 const commandNames = () => [...Object.keys(COMMANDS), ...promptCommands().keys(),
-  ...Parameters.all.map(({command}) => command).filter(name => name !== "effort" && name !== "budget" || Chat.state.model.can.reasoning !== false)];
+  ...Parameters.all.map(({command}) => command).filter(name => name !== "effort" && name !== "budget" || Server.model.can.reasoning !== false)];
 
 // The parameter of a command, or of its name in the API, however it is spelled: topp, top_p, Top-P.
 function parameterOf(text) {
@@ -311,8 +311,8 @@ function setNamed(text) {
   if (name === "system") return COMMANDS.system(value);
   if (parameter) return setParameter(parameter, value);
   if (name !== "stop") return TEXT.badName(name, [...Parameters.all.map(each => each.name), "stop", "system"]);
-  const {stop, ...others} = Chat.state.chat.parameters;
-  Chat.change(Chat.state.chat, {parameters: value ? {...others, stop: [value]} : others});
+  const {stop, ...others} = Chat.current.parameters;
+  Chat.change(Chat.current, {parameters: value ? {...others, stop: [value]} : others});
   return Chat.say(TEXT.parameterIs(TEXT.stopString, value ? `“${value}”` : undefined));
 }
 
@@ -320,8 +320,8 @@ function setNamed(text) {
 function setParameter(parameter, text) {
   const {name, command, min, max, choices} = parameter, value = Tree.parameterValue(parameter, text);
   if (text && value === undefined) return choices ? TEXT.badChoice(command, text, choices) : TEXT.badParameter(command, text, min, max);
-  const {[name]: old, ...others} = Chat.state.chat.parameters;
-  Chat.change(Chat.state.chat, {parameters: text ? {...others, [name]: value} : others});
+  const {[name]: old, ...others} = Chat.current.parameters;
+  Chat.change(Chat.current, {parameters: text ? {...others, [name]: value} : others});
   return Chat.say(TEXT.parameterIs(TEXT.parameters[name], value));
 }
 
@@ -339,11 +339,11 @@ function runCommand(text) {
 function renderComposer(growing) {
   const sent = document.activeElement === $("send") || document.activeElement === $("stop");
   const written = Boolean(state.draft.text.trim() || state.draft.files.length);
-  $("send").hidden = growing && (!written || state.queued.has(Chat.state.chat.id));      // it queues: a phone's Enter is a new line
+  $("send").hidden = growing && (!written || state.queued.has(Chat.current.id));      // it queues: a phone's Enter is a new line
   $("stop").hidden = !growing;
   if (sent) focusAfterClick();
   $("send").disabled = !written || !Chat.canAsk() && !growing;
-  const queued = state.queued.has(Chat.state.chat.id);
+  const queued = state.queued.has(Chat.current.id);
   setText($("queued"), queued ? TEXT.queuedQuestion : "");
   $("queued").hidden = !queued;
   if (queued && Chat.canAsk()) queueMicrotask(sendQueued);
@@ -355,28 +355,28 @@ function renderComposer(growing) {
 
 // The line below the composer, with the gauge of the context.
 function renderState() {
-  const last = Chat.lastNode(), run = Chat.state.runs.get(last?.id);
+  const last = Chat.lastNode(), run = Chat.runs.get(last?.id);
   const shownInTurn = Tree.isGrowing(last) && !last.content && !run?.lost;
   $("state").classList.toggle("lost", Boolean(run?.lost));
   setText($("state"), shownInTurn ? "" : Tree.isGrowing(last) ? Turns.growingText(last, run) + (run ? Turns.liveSpeedText(run) : "")
-    : Chat.state.path.length ? Server.trouble() : "");             // the empty page shows it itself
-  $("enter-key").hidden = Chat.state.phase !== "locked";
+    : Chat.path.length ? Server.trouble() : "");             // the empty page shows it itself
+  $("enter-key").hidden = Server.phase !== "locked";
   renderGauge();
 }
 
 // What question and answer take up of the context, as the server counts; 0 if it cannot.
 async function tokensAlone(path) {
   const {used, guessed} = usedTokens(), question = path.findLastIndex(({role}) => role === "user");
-  if (used && !guessed && (question === 0 || Chat.state.model.api === "text" || !Chat.state.model.ours)) return used;       // these leave nothing out
-  const text = await Server.templateText(Tree.messagesOf(path.slice(Math.max(0, question)), Chat.state.chat.system));
+  if (used && !guessed && (question === 0 || Server.model.api === "text" || !Server.model.ours)) return used;       // these leave nothing out
+  const text = await Server.templateText(Tree.messagesOf(path.slice(Math.max(0, question)), Chat.current.system));
   return text === null ? 0 : await Server.countTokens(text) ?? 0;
 }
 
 // {used, guessed}: the path's tokens when the server last counted them, and an estimate of those added since.
 function usedTokens() {
   let guessed = 0;
-  for (const node of Chat.state.path.toReversed()) {
-    const {prompt_tokens: prompt, completion_tokens: count = 0} = Chat.countsOf(Chat.state.runs.get(node.id)) ?? node.timings ?? node.earlier ?? {};
+  for (const node of Chat.path.toReversed()) {
+    const {prompt_tokens: prompt, completion_tokens: count = 0} = Chat.countsOf(Chat.runs.get(node.id)) ?? node.timings ?? node.earlier ?? {};
     if (prompt) return {used: prompt + count, guessed};
     guessed += Math.ceil((node.content.length + (node.reasoning?.length ?? 0)) / TOKEN_CHARACTERS);
   }
@@ -384,7 +384,7 @@ function usedTokens() {
 }
 
 function renderGauge() {
-  const {path, model: {context, ours}, chat: {parameters}} = Chat.state, {counted} = state;
+  const {path, current: {parameters}} = Chat, {model: {context, ours}} = Server, {counted} = state;
   const {used: known, guessed} = usedTokens(), used = known + guessed;
   const current = counted.text && counted.text === draftContent(), draft = current ? counted.tokens : 0;
   const alone = draft && draft + counted.around, tooLong = alone >= context;
@@ -432,7 +432,7 @@ Parts.register({
     $("stop").onclick = Chat.stopAnswer;
     $("attach").onclick = () => $("files-picker").click();
     $("files-picker").onchange = async ({target}) => { await addFiles(target.files); target.value = ""; };
-    message.oninput = ({target}) => { recalled = 0; state.refusal = ""; state.queued.delete(Chat.state.chat.id); setDraft(target.value); };
+    message.oninput = ({target}) => { recalled = 0; state.refusal = ""; state.queued.delete(Chat.current.id); setDraft(target.value); };
     message.onpaste = onPaste;
     message.addEventListener("keydown", onCommandKey);
     $("commands").onmousedown = event => event.preventDefault();           // the focus stays in the message

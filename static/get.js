@@ -226,7 +226,7 @@ function renderGet() {
   $("get-problem").hidden = !problem;
   if (isNew) $("get-problem").scrollIntoView({block: "nearest"});
   $("get-now").hidden = !(isSearching || asking && !info);
-  const key = JSON.stringify([info, words, isSearching, isFound, [...looked], [...downloads], [...dismissed], Chat.state.models.map(({id}) => id)]);
+  const key = JSON.stringify([info, words, isSearching, isFound, [...looked], [...downloads], [...dismissed], Server.models.map(({id}) => id)]);
   if (getting.drawn === key) return;
   getting.drawn = key;
   const focused = document.activeElement?.dataset?.act;

@@ -15,7 +15,7 @@ const SHADES = [0.8, 0.5, 0.2, 0.05];         // class p1 .. p4: how many of the
 // Generates an answer again with the same inputs: {ids, entries, text, reasoning}. A stopped answer ends where it was stopped.
 async function replay(node, {more = {}, signal, onToken = () => {}}) {
   const {parameters = {}, continued, prefix, seed, model, note, ids: before} = node, {max_tokens: most, ...others} = parameters;
-  const messages = Chat.messagesToSend(Tree.pathTo(Chat.state.nodes, node.parent), Look.systemOf(node));
+  const messages = Chat.messagesToSend(Tree.pathTo(Chat.nodes, node.parent), Look.systemOf(node));
   const stop = new AbortController(), made = {ids: [...prefix ?? []], entries: [], text: "", reasoning: "", calculator: []};
   const response = await Server.postAnswer({messages, id: Tree.newId(), signal: AbortSignal.any([signal, stop.signal]), model,
     parameters: {...others, ...(most && !continued ? {max_tokens: most} : {}), seed, ...(prefix ? {prefix_token_ids: prefix} : {}),
@@ -51,14 +51,14 @@ function spelled(tokens) {
 
 // Replays the answer and reports whether its tokens are the same; a different answer is kept as a sibling.
 async function runAgain(view) {
-  const {node} = view, {chat} = Chat.state, controller = new AbortController();
+  const {node} = view, {current: chat} = Chat, controller = new AbortController();
   view.checking = true;
   const report = text => { node.verdict = text; setText(view.verdict, text); };
   try {
     const made = await replay(node, {signal: controller.signal, onToken: count => report(TEXT.runningAgain(count))});
     const at = await firstDifference(node, made), other = node.weights && node.weights !== Look.weightsOf(node.model) ? TEXT.otherWeights : "";
     report([at === null ? TEXT.sameAgain(made.ids.length) : TEXT.differsAt(at), other].filter(Boolean).join(" "));
-    if (at !== null && Chat.state.chat.id === chat.id) keepBeside(node, made);
+    if (at !== null && Chat.current.id === chat.id) keepBeside(node, made);
   } catch (error) {
     report(error.message);
   }
@@ -76,7 +76,7 @@ async function firstDifference({ids, content, reasoning = "", model}, made) {
 }
 
 function keepBeside(node, {text, reasoning, ids, calculator}) {
-  const {leaf} = Chat.state, {parameters, seed, prefix} = node, system = Look.systemOf(node);
+  const {leaf} = Chat, {parameters, seed, prefix} = node, system = Look.systemOf(node);
   Chat.addNode(node.parent, "assistant", text, {...Look.madeBy({system}), ids, parameters, seed, ...(prefix ? {prefix} : {}), ...(reasoning ? {reasoning} : {}), ...(calculator.length ? {calculator} : {})});
   Chat.showLeaf(leaf);
 }
@@ -97,7 +97,7 @@ async function lookThrough(node) {
   const show = () => { const view = Turns.viewOf(node.id); if (Look.lensOf(node.id) === lens && view?.complete) updateLens(view); };
   Look.keepLens(node.id, lens);
   try {
-    const forced = forcedEntries(node), made = await replay(node, {more: Chat.state.model.api === "text" ? {logprobs: BESIDE + 1} : {logprobs: true, top_logprobs: BESIDE + 1}, signal: lens.controller.signal,
+    const forced = forcedEntries(node), made = await replay(node, {more: Server.model.api === "text" ? {logprobs: BESIDE + 1} : {logprobs: true, top_logprobs: BESIDE + 1}, signal: lens.controller.signal,
       onToken: count => { lens.text = TEXT.looking(count); show(); }});
     const at = node.ids?.length ? await firstDifference(node, made) : null;
     lens.tokens = joined(await piecesOf(made.ids, node.model), [...await forced, ...made.entries]);
@@ -207,7 +207,7 @@ function chooseToken(view, lens, at) {
 // Starts another answer to the same question, with this token at this position and otherwise the same inputs.
 function branchAt(node, {tokens}, at, {id}) {
   const {parameters = {}, seed} = node, prefix = [...tokens.slice(0, at).map(token => token.id), id];
-  Chat.answerAgain(Chat.state.nodes.get(node.parent), {prefix, ids: [...prefix], parameters: {...parameters, seed}, system: Look.systemOf(node)});
+  Chat.answerAgain(Chat.nodes.get(node.parent), {prefix, ids: [...prefix], parameters: {...parameters, seed}, system: Look.systemOf(node)});
 }
 
 // The tokens of a text that is no answer of this chat, in a dialog. `ask` is what a model is asked: a question in a chat, or a text whose own
@@ -242,11 +242,11 @@ async function openLens(title, model, {question, text, most = 0}) {
 
 // The prompt of an answer: {messages, tokens}; no tokens if the server does not show them.
 async function promptOf(node) {
-  const {timings = {}, parameters = {}, model} = node, path = Tree.pathTo(Chat.state.nodes, node.parent);
+  const {timings = {}, parameters = {}, model} = node, path = Tree.pathTo(Chat.nodes, node.parent);
   const all = Chat.messagesToSend(path, Look.systemOf(node)), dropped = Math.max(0, (timings.dropped_messages ?? 0) - all.dropped);
   const fixed = all[0]?.role === "system" ? 1 : 0, messages = [...all.slice(0, fixed), ...all.slice(fixed + dropped)];
   const effort = parameters.reasoning_effort ? {reasoning_effort: parameters.reasoning_effort} : {};
-  const wanted = Chat.state.model.api === "text" ? ["tokenize", {content: Server.textToContinue(messages), add_special: true}]
+  const wanted = Server.model.api === "text" ? ["tokenize", {content: Server.textToContinue(messages), add_special: true}]
     : ["apply-template", {messages, ...effort, ...(parameters.tools ? {tools: parameters.tools} : {})}];
   const found = await Server.jsonOf(Server.post(wanted[0], {...wanted[1], with_pieces: true, ...Server.modelOfSeveral(model)}));
   return {messages, tokens: found?.tokens && spelled(found.tokens)};
@@ -263,7 +263,7 @@ async function openPrompt(node) {
   const {messages, tokens} = await promptOf(node), {timings = {}} = node;
   if (!isMine()) return undefined;
   if (!tokens) return setText($("prompt-text"), TEXT.noPrompt);
-  const cached = timings.cached_tokens ?? 0, context = Chat.state.model.context;
+  const cached = timings.cached_tokens ?? 0, context = Server.model.context;
   $("prompt-text").replaceChildren(...promptNodes(tokens, cached));
   $("prompt-counts").replaceChildren(...countsNodes(messages, tokens));
   setText($("prompt-facts"), TEXT.promptFacts({tokens: tokens.length, context, cached, dropped: timings.dropped_messages ?? 0}));

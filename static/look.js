@@ -14,26 +14,26 @@ const keepLens = (id, lens) => { lenses.set(id, lens); };
 const dropLens = id => { lenses.delete(id); };
 const dropLenses = () => { lenses.clear(); };
 
-const canLook = node => Number.isSafeInteger(node.seed) && !node.edited && !Tree.isGrowing(node) && Chat.state.model.api !== "none" &&
-  Boolean(Chat.state.model.can.token_ids);
+const canLook = node => Number.isSafeInteger(node.seed) && !node.edited && !Tree.isGrowing(node) && Server.model.api !== "none" &&
+  Boolean(Server.model.can.token_ids);
 
 // The inputs of an answer besides its parameters.
-const madeBy = (chat, more = {}) => ({model: Chat.state.model.name, ...(Chat.state.model.weights ? {weights: Chat.state.model.weights} : {}),
+const madeBy = (chat, more = {}) => ({model: Server.model.name, ...(Server.model.weights ? {weights: Server.model.weights} : {}),
   ...(chat.system.trim() ? {system: chat.system} : {}), ...more});
 
 // The digest of a listed model's weights.
-const weightsOf = name => Chat.state.models.find(({id}) => id === name)?.weights_digest ?? Chat.state.model.weights;
+const weightsOf = name => Server.models.find(({id}) => id === name)?.weights_digest ?? Server.model.weights;
 
 // An answer's system prompt; answers from older versions of the page lack it.
-const systemOf = ({system, ids}) => system ?? (ids ? "" : Chat.state.chat.system);
+const systemOf = ({system, ids}) => system ?? (ids ? "" : Chat.current.system);
 
-const canCompare = node => canLook(node) && Boolean(Chat.state.model.can.compare) && ["v1", "text"].includes(Chat.state.model.api) && Boolean(node.content);
+const canCompare = node => canLook(node) && Boolean(Server.model.can.compare) && ["v1", "text"].includes(Server.model.api) && Boolean(node.content);
 
 // An adapter's base model, if it is listed; else the model itself.
-const baseOf = model => model?.parent && Chat.state.models.find(({id, root, parent}) => !parent && [id, root].includes(model.parent)) || model;
+const baseOf = model => model?.parent && Server.models.find(({id, root, parent}) => !parent && [id, root].includes(model.parent)) || model;
 
 // The names of a training run's steps, the earliest first.
-const stepsOfRun = run => run ? Chat.state.models.filter(each => each.run === run && !each.now).sort((a, b) => a.step - b.step).map(({id}) => id) : [];
+const stepsOfRun = run => run ? Server.models.filter(each => each.run === run && !each.now).sort((a, b) => a.step - b.step).map(({id}) => id) : [];
 
 function updateInside(view) {
   if (!view.verdict.parentNode) view.actions.before(view.verdict);
@@ -63,7 +63,7 @@ Parts.register({
       ...(Chat.canAsk() || lenses.has(view.node.id) ? [[TEXT.lens, "lens", () => toggleLens(view), lenses.has(view.node.id) ? TEXT.on : ""]] : []),
       ...(view.checking ? [] : [[TEXT.again, "play", () => runAgain(view)]])]),
     ...(canCompare(view.node) ? [[TEXT.compare, "columns", () => openCompare(view.node)]] : []),
-    ...(Chat.state.model.can.token_ids && !view.node.edited && !Tree.isGrowing(view.node) ? [[TEXT.prompt, "prompt", () => openPrompt(view.node)]] : [])],
+    ...(Server.model.can.token_ids && !view.node.edited && !Tree.isGrowing(view.node) ? [[TEXT.prompt, "prompt", () => openPrompt(view.node)]] : [])],
     update(view) {
       updateInside(view);
       updateMaker(view);
@@ -75,7 +75,7 @@ Parts.register({
 
 // The model of an answer, with the step of a training run or the base of an adapter, and, on the whole, what its chat had changed.
 function makerOf(node, whole = true) {
-  const listed = Chat.state.models.find(({id, now}) => !now && id === node.model), {defaults} = listed ?? {};
+  const listed = Server.models.find(({id, now}) => !now && id === node.model), {defaults} = listed ?? {};
   const changed = !whole ? [] : Settings.changesOf({parameters: node.parameters, system: systemOf(node)}, defaults);
   return node.model ? [TEXT.modelBy(node.model, listed, baseOf(listed)?.id), ...changed].join(" · ") : "";
 }
@@ -84,7 +84,7 @@ const several = {key: "", are: false};
 
 // Do this chat's answers, or the server, have more than one model? Else nobody asks which one wrote an answer.
 function severalModels() {
-  const {path, models} = Chat.state, key = [path.length, path[0]?.id, Chat.lastNode()?.id, Chat.lastNode()?.model, ...models.map(({id}) => id)].join("\n");
+  const {path} = Chat, {models} = Server, key = [path.length, path[0]?.id, Chat.lastNode()?.id, Chat.lastNode()?.model, ...models.map(({id}) => id)].join("\n");
   if (several.key === key) return several.are;
   const names = [...models.filter(({now}) => !now).map(({id}) => id), ...path.map(({model}) => model)].filter(Boolean);
   return Object.assign(several, {key, are: new Set(names).size > 1}).are;

@@ -12,17 +12,17 @@ let started = false;              // the page has opened its storage and shows a
 
 // Makes the page show `state`; changes only what differs.
 function render() {
-  const {chat, model, phase} = Chat.state;
+  const {model, phase} = Server, chat = Chat.current;
   setText($("title"), chat.title || TEXT.newChat);
   const completing = model.api === "text";
   document.body.classList.toggle("completing", completing);
   $("message").placeholder = completing ? TEXT.textHint : TEXT.messageHint;
-  document.title = (Chat.state.ended ? TEXT.endedMark : "") + titleOfTab(chat, model);
+  document.title = (Chat.ended ? TEXT.endedMark : "") + titleOfTab(chat, model);
   $("lamp").className = phase;
   $("log").hidden = document.querySelector("body > footer").hidden = Boolean(openView());
   const turns = Turns.render();
   if (!hasEnd() && ($("log").childElementCount !== 1 || !$("log").contains(empty.node))) $("log").scrollTop = 0;
-  syncChildren($("log"), [...(turns.length ? turns : [emptyPage()]), ...(Chat.state.notice ? [noticeOf(Chat.state.notice)] : [])]);
+  syncChildren($("log"), [...(turns.length ? turns : [emptyPage()]), ...(Chat.notice ? [noticeOf(Chat.notice)] : [])]);
   renderToasts();
   for (const part of Parts.all) part.render?.();
   followEnd();
@@ -42,7 +42,7 @@ const noticeOf = text => element("p", {className: "notice", textContent: text});
 const empty = {key: "", node: null};
 
 function emptyPage() {
-  const {model, phase, loading} = Chat.state;
+  const {model, phase, loading} = Server;
   const key = JSON.stringify([model.name, model.api, model.better, model.base, model.devices, model.context, phase, Server.trouble(), Chat.canAsk(), Settings.ownPrompts()]);
   if (empty.key === key) return empty.node;
   const page = element("section", {className: "empty"}, element("h2", {textContent: model.api === "text" ? TEXT.welcomeText : TEXT.welcome(new Date().getHours())}));
@@ -78,11 +78,11 @@ function betterModel(name) {
 }
 
 function renderToasts() {
-  const {toasts} = Chat.state, shown = $("toasts");
+  const {toasts} = Chat, shown = $("toasts");
   if (shown.toasts === toasts) return;
   shown.toasts = toasts;
   shown.replaceChildren(...toasts.map(toast => {
-    const close = act => { Chat.state.toasts = Chat.state.toasts.filter(each => each !== toast); act(); render(); };
+    const close = act => { Chat.dropToast(toast); act(); render(); };
     return element("div", {className: "toast"}, element("span", {textContent: toast.text}),
       element("button", {type: "button", className: "plain", textContent: toast.label, onclick: () => close(toast.act)}),
       iconButton(TEXT.dismiss, "close", () => close(() => {})));
@@ -92,25 +92,29 @@ function renderToasts() {
 function announce(text) { $("announcer").textContent = text; }
 
 // The log follows the answer until the reader scrolls up, and again once they are back at the end.
+let following = true;
 let lastTop = 0;
 
+const follow = () => { following = true; };
+const stopFollowing = () => { following = false; };
+
 // The empty page stays at its top.
-const hasEnd = () => Chat.state.path.length > 0 || Chat.state.notice !== "";
+const hasEnd = () => Chat.path.length > 0 || Chat.notice !== "";
 const atEnd = slack => $("log").scrollHeight - $("log").scrollTop - $("log").clientHeight <= slack;
 
 function followEnd() {
   const log = $("log");
-  if (Chat.state.following && hasEnd()) log.scrollTop = log.scrollHeight;
-  $("latest").hidden = Chat.state.following || !hasEnd() || atEnd(40);
+  if (following && hasEnd()) log.scrollTop = log.scrollHeight;
+  $("latest").hidden = following || !hasEnd() || atEnd(40);
 }
 
 function onScroll() {
   const top = $("log").scrollTop;
-  if (atEnd(2)) Chat.state.following = true;
-  else if (top < lastTop - 1) Chat.state.following = false;
+  if (atEnd(2)) following = true;
+  else if (top < lastTop - 1) following = false;
   lastTop = top;
   document.body.classList.toggle("scrolled", top > 2);
-  $("latest").hidden = Chat.state.following || !hasEnd() || atEnd(40);
+  $("latest").hidden = following || !hasEnd() || atEnd(40);
 }
 
 // The view shown instead of the chat, or undefined.
@@ -209,7 +213,7 @@ function onKey(event) {
 
 function onEscape() {
   if (narrow.matches && Chats.withChats()) { Chats.showSidebar(false); $("chats-toggle").focus(); }
-  else if (openView()) Chat.open(Chat.state.chat.id).then(Composer.focusAfterClick);
+  else if (openView()) Chat.open(Chat.current.id).then(Composer.focusAfterClick);
   else Chat.stopAnswer();
 }
 
@@ -231,10 +235,10 @@ async function start() {
   const asking = Settings.wantedServer();
   await Store.open();
   Store.recover();
-  for (const chat of await Store.read("conversations")) Chat.state.chats.set(chat.id, chat);
+  await Chat.readStored();
   await Chats.takeOverOldChat();
   if (!asking) Server.watch();
-  const {hash} = location, view = viewAt(hash), wanted = [hash.slice(1), Chat.lastPlace()].find(id => Chat.state.chats.has(id)) ?? "";
+  const {hash} = location, view = viewAt(hash), wanted = [hash.slice(1), Chat.lastPlace()].find(id => Chat.chats.has(id)) ?? "";
   const typed = $("message").value;                     // while the scripts were loading
   await (isFirst() ? Chat.open(wanted) : Composer.loadDraft(Composer.draftKey()));         // the reader may have begun a chat
   view?.open(hash);
@@ -264,7 +268,7 @@ Parts.register({
   },
   bind() {
     $("menu").onclick = () => openMenu($("menu"), mainMenu());
-    $("latest").onclick = () => { Chat.state.following = true; followEnd(); Composer.focusAfterClick(); };
+    $("latest").onclick = () => { following = true; followEnd(); Composer.focusAfterClick(); };
     $("log").addEventListener("scroll", onScroll, {passive: true});
     document.addEventListener("keydown", onKey);
     new ResizeObserver(followEnd).observe($("log"));
@@ -274,7 +278,7 @@ Parts.register({
     [TEXT.shortcuts, "keys", () => $("keys-dialog").showModal()]],
 });
 
-return Object.freeze({render, announce, followEnd, openView, viewAt, closeViews, openMenu, placeMenu, confirmed, start, get started() { return started; }});
+return Object.freeze({render, announce, follow, stopFollowing, followEnd, openView, viewAt, closeViews, openMenu, placeMenu, confirmed, start, get started() { return started; }});
 })();
 
 Page.start();

@@ -38,7 +38,7 @@ const warningText = warning => typeof warning === "string" ? warning : warning?.
 
 // The steps of a run, else of a lineage of this name, in order of training. The array is the same one as long as nothing of it has changed.
 function stepsOf(name) {
-  const page = shownRun.pages.get(name) ?? {}, {models} = Chat.state;
+  const page = shownRun.pages.get(name) ?? {}, {models} = Server;
   if (page.models === models && page.merged === page.steps && page.view) return page.view;
   const listed = models.filter(each => !each.now && each.run), own = listed.filter(({run}) => run === name);
   const entries = new Map(listed.map(each => [each.id, each])), found = new Map((page.steps ?? []).map(step => [step.model, step]));
@@ -154,7 +154,7 @@ function closeRun() {
 }
 
 // What the chat asked last, or the first example.
-const lastQuestion = () => Chat.state.path.findLast(({role}) => role === "user")?.content ?? TEXT.examples[0];
+const lastQuestion = () => Chat.path.findLast(({role}) => role === "user")?.content ?? TEXT.examples[0];
 
 // the view -------------------------------------------------------------------------------------------------------------
 
@@ -163,7 +163,7 @@ function renderRun() {
   if (!shownRun) return;
   if (!shownRun.name && Views.runsOf().length) { openRun(); return; }
   const {name, other, metric, axis, found, listed} = shownRun, steps = stepsOf(name), all = allSteps();
-  const inputs = [name, other, metric, axis, found, listed, steps, otherSteps(), Views.runsOf().join("\n"), typeof Charts, typeof uPlot, Chat.state.phase];
+  const inputs = [name, other, metric, axis, found, listed, steps, otherSteps(), Views.runsOf().join("\n"), typeof Charts, typeof uPlot, Server.phase];
   if (inputs.length === shownRun.drawn.length && inputs.every((input, i) => input === shownRun.drawn[i])) return;
   if (shownRun.follows || !stepNamed(shownRun.at)) shownRun.at = steps.at(-1)?.id ?? null;
   const metrics = metricsOf(all);
@@ -171,7 +171,7 @@ function renderRun() {
   shownRun.drawn[2] = shownRun.metric;
   fillChoices(metrics);
   setText($("run-title"), name ? TEXT.runTitle(name) : TEXT.trainingRun);
-  setText($("run-about"), steps.length ? TEXT.runAbout(steps, steps.findLast(step => !isGone(step))) : Chat.state.phase === "ready" ? TEXT.noRun(name) : Server.trouble());
+  setText($("run-about"), steps.length ? TEXT.runAbout(steps, steps.findLast(step => !isGone(step))) : Server.phase === "ready" ? TEXT.noRun(name) : Server.trouble());
   setText($("run-now"), nowText(all));
   showWarnings(all);
   $("run-compare").hidden = latestTwo().length < 2 || !latestTwo().some(({compares}) => compares);       // a new step may be in one list before it is in the other
@@ -207,7 +207,7 @@ function fillChoices(metrics) {
 // Map: lineage -> its runs, of what is served and what the server has listed.
 function lineagesOf(listed) {
   const lineages = new Map(listed.map(({id, runs}) => [id, new Set(runs?.map(run => run.id))]));
-  for (const model of Chat.state.models.filter(({run}) => run)) {
+  for (const model of Server.models.filter(({run}) => run)) {
     const lineage = Views.lineageOf(model);
     if (!lineages.has(lineage)) lineages.set(lineage, new Set());
     lineages.get(lineage).add(model.run);

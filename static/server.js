@@ -16,6 +16,18 @@ const SILENCE_MS = 30000;         // the server pings every 10 s
 const FOREVER_MS = 2 ** 31 - 1;
 const CONTINUING = ["vllm", "sglang", "llamacpp"];     // can continue a last message, but do not list it as a capability
 
+const NO_MODEL = {name: "", context: 0, devices: [], workers: 0, can: {}, defaults: {}, ours: false, api: "v1"};
+
+const state = {
+  phase: "connecting",            // connecting, loading, ready, unreachable, refusing (this page), locked (without a key)
+  reached: "",                    // the last server that was ready
+  loading: {stage: "", fraction: null},
+  models: [],                     // the server's models, from /v1/models
+  model: {...NO_MODEL},           // the chat's model
+  stats: null,                    // the server's, from /stats
+  refusedKey: null,               // the API key that the server last refused, "" if none was sent
+};
+
 // address -------------------------------------------------------------------------------------------------------------
 
 const serverHome = () => Settings.preferences.server || PAGE_HOME;
@@ -53,12 +65,20 @@ async function request(path, options = {}) {
   if (key) headers.Authorization = `Bearer ${key}`;
   try {
     const response = await fetch(home + path, {...options, headers});
-    if (response.status === 401 && home === serverHome() && key === serverKey()) Settings.wantKey(key);
+    if (response.status === 401 && home === serverHome() && key === serverKey()) lock(key);
     return response;
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Error(TEXT.noAnswer(home, originOf(home) !== location.origin && pageOrigin()));
   }
+}
+
+// The server wants another key. The Server dialog opens once for each refused key: the reader may close it unchanged.
+function lock(key) {
+  const isNews = state.refusedKey !== key;
+  Object.assign(state, {phase: "locked", refusedKey: key});
+  Page.render();
+  if (isNews) Settings.openServer();
 }
 
 const post = (path, body, options = {}) => request(path, {...options, method: "POST", body: JSON.stringify(body),
@@ -96,6 +116,13 @@ const watching = newest();        // only the newest watcher of /health continue
 const healthAsked = inOrder(), listing = inOrder();
 const waiting = [];               // resolvers, called when the server is ready
 
+// Forgets the server that was used before, and watches the one whose address is set now.
+function startAnew() {
+  Object.assign(state, {phase: "connecting", reached: "", models: [], model: {...NO_MODEL}});
+  Page.render();
+  watchServer();
+}
+
 // Polls /health until the server is ready, then reads its models.
 async function watchServer() {
   const isMine = watching();
@@ -104,8 +131,8 @@ async function watchServer() {
     if (!isMine()) return;
     isNews();
     if (found.phase === "ready") return describeServer(isMine);
-    const news = found.phase !== Chat.state.phase || JSON.stringify(found.loading) !== JSON.stringify(Chat.state.loading);
-    Object.assign(Chat.state, found);
+    const news = found.phase !== state.phase || JSON.stringify(found.loading) !== JSON.stringify(state.loading);
+    Object.assign(state, found);
     if (news) Page.render();
     await wait(pause);
   }
@@ -131,9 +158,9 @@ async function askHealth() {
 async function isAway() {
   const home = serverHome(), isNews = healthAsked(), found = await askHealth();
   if (home !== serverHome()) return false;
-  if (!isNews()) return Chat.state.phase !== "ready";        // a later check has finished
+  if (!isNews()) return state.phase !== "ready";        // a later check has finished
   if (found.phase === "ready") return false;
-  Object.assign(Chat.state, found);
+  Object.assign(state, found);
   Page.render();
   watchServer();
   return true;
@@ -141,28 +168,28 @@ async function isAway() {
 
 // Checks the server while the page is idle.
 function glance() {
-  if (Chat.state.phase !== "ready" || document.hidden) return;
+  if (state.phase !== "ready" || document.hidden) return;
   isAway();
   lookAtModels();
 }
 
 // Resolves when the server is ready; rejects when the signal aborts.
 const untilReady = signal => new Promise((resolve, reject) => {
-  if (Chat.state.phase === "ready") return resolve();
+  if (state.phase === "ready") return resolve();
   waiting.push(resolve);
   return signal.addEventListener("abort", () => reject(signal.reason));
 });
 
 // Why the server cannot be used; "" if it can.
 function serverText() {
-  if (Chat.state.phase === "ready" && Chat.state.model.api === "none") return (Chat.state.model.can.rerank ? TEXT.onlyRanks : TEXT.onlyEmbeds)(Chat.state.model.name);
+  if (state.phase === "ready" && state.model.api === "none") return (state.model.can.rerank ? TEXT.onlyRanks : TEXT.onlyEmbeds)(state.model.name);
   const home = serverHome();
-  switch (Chat.state.phase) {
+  switch (state.phase) {
     case "connecting": return TEXT.connecting;
-    case "loading": return loadingText(Chat.state.loading);
-    case "unreachable": return (Chat.state.reached === home ? TEXT.serverLost : TEXT.noServer)(home);
+    case "loading": return loadingText(state.loading);
+    case "unreachable": return (state.reached === home ? TEXT.serverLost : TEXT.noServer)(home);
     case "refusing": return TEXT.refusesPage(home, pageOrigin());
-    case "locked": return Settings.keyText();
+    case "locked": return state.refusedKey ? TEXT.wrongKey : TEXT.keyWanted;
     default: return "";
   }
 }
@@ -171,12 +198,12 @@ async function describeServer(isMine) {
   const home = serverHome(), key = serverKey(), options = {signal: AbortSignal.timeout(HEALTH_MS)}, isNews = listing();
   const [models, stats] = await Promise.all([jsonOf(request("v1/models", options)), jsonOf(request("stats", options))]);
   if (!isMine()) return;
-  if (models ?? stats) Chat.state.refusedKey = null;
-  Object.assign(Chat.state, {phase: Chat.state.refusedKey === key ? "locked" : "ready", loading: {stage: "", fraction: null}, reached: home});
-  if (isNews()) Chat.state.models = listedModels(models);
+  if (models ?? stats) state.refusedKey = null;
+  Object.assign(state, {phase: state.refusedKey === key ? "locked" : "ready", loading: {stage: "", fraction: null}, reached: home});
+  if (isNews()) state.models = listedModels(models);
   useModel(stats, Boolean(models?.data));
   Page.render();
-  if (Chat.state.phase === "ready") waiting.splice(0).forEach(resolve => resolve());
+  if (state.phase === "ready") waiting.splice(0).forEach(resolve => resolve());
 }
 
 // Only our own server's list is a choice of models; of another's list, the first is used.
@@ -189,26 +216,26 @@ const listedModels = models => {
 const withLatest = model => model.run && model.aliases?.includes(`${model.run}@latest`) ? [{...model, id: `${model.run}@latest`, now: model.id}, model] : [model];
 
 // The list's entry for the chat's model: the one stored in the chat, perhaps by an older name, else the server's default.
-const chatModel = () => Chat.state.models.find(({id}) => id === Chat.state.chat.model) ?? Chat.state.models.find(({aliases}) => aliases?.includes(Chat.state.chat.model)) ?? Chat.state.models.find(each => each.default) ?? Chat.state.models[0];
+const chatModel = () => state.models.find(({id}) => id === Chat.current.model) ?? state.models.find(({aliases}) => aliases?.includes(Chat.current.model)) ?? state.models.find(each => each.default) ?? state.models[0];
 
 // Makes the chat's model `state.model`. `base`: it is for texts and can chat all the same, which the chat may ask for (`inTurns`).
-function useModel(stats = Chat.state.stats, lists = true) {
-  const listed = Chat.state.models, entry = chatModel() ?? {};
+function useModel(stats = state.stats, lists = true) {
+  const listed = state.models, entry = chatModel() ?? {};
   const devices = new Set((stats?.workers ?? []).map(worker => worker.device));
   const can = {continue_final_message: CONTINUING.includes(entry.owned_by), ...entry.capabilities};
-  const base = entry.type === "text" && can.chat !== false, chats = can.chat !== false && (!base || Boolean(Chat.state.chat.inTurns));
+  const base = entry.type === "text" && can.chat !== false, chats = can.chat !== false && (!base || Boolean(Chat.current.inTurns));
   const api = !lists ? "native" : chats ? "v1" : can.completion !== false ? "text" : "none";
   if (api === "text") can.continue_final_message = true;
-  Chat.state.stats = stats;
-  Chat.state.model = {name: entry.id ?? stats?.model ?? "", context: entry.context_length ?? stats?.context_length ?? 0,
+  state.stats = stats;
+  state.model = {name: entry.id ?? stats?.model ?? "", context: entry.context_length ?? stats?.context_length ?? 0,
     devices: [...devices], workers: listed.length > 1 ? 1 : stats?.workers?.length ?? 0, can,
     defaults: entry.defaults ?? {}, weights: entry.weights_digest ?? "", better: entry.better, base, ours: entry.owned_by === "chat_server", api};
 }
 
 // Asks the server to load the chosen model, if it allows that; a question would load it too.
 async function loadModel() {
-  if (Chat.state.models.find(({id}) => id === Chat.state.model.name)?.state !== "unloaded") return;
-  await jsonOf(post("models/load", {model: Chat.state.model.name}));
+  if (state.models.find(({id}) => id === state.model.name)?.state !== "unloaded") return;
+  await jsonOf(post("models/load", {model: state.model.name}));
   lookAtModels();
 }
 
@@ -218,13 +245,13 @@ let looking = 0;
 // The states of several models change all the time. `anew`: there may be more, or fewer, than before.
 async function lookAtModels(anew = false) {
   clearTimeout(looking);
-  if (Chat.state.models.length < 2 && !anew || Chat.state.phase !== "ready") return;
+  if (state.models.length < 2 && !anew || state.phase !== "ready") return;
   const home = serverHome(), isNews = listing(), models = await jsonOf(request("v1/models", {signal: AbortSignal.timeout(HEALTH_MS)}));
   if (!models?.data || home !== serverHome() || !isNews()) return;
-  Chat.state.models = listedModels(models);
+  state.models = listedModels(models);
   useModel();
   Page.render();
-  if (Chat.state.models.some(each => each.state === "loading")) looking = setTimeout(lookAtModels, LOADING_MS);
+  if (state.models.some(each => each.state === "loading")) looking = setTimeout(lookAtModels, LOADING_MS);
 }
 
 // The number of tokens of a text; null if the server does not count them.
@@ -237,7 +264,7 @@ async function countTokens(content) {
 const around = new Map();
 function tokensAround(system) {
   const messages = [...(system.trim() ? [{role: "system", content: system}] : []), {role: "user", content: "a"}];
-  const key = JSON.stringify([serverHome(), Chat.state.model.name, system]);
+  const key = JSON.stringify([serverHome(), state.model.name, system]);
   if (!around.has(key)) around.set(key, templateText(messages).then(text => text && countTokens(text)).then(count => Math.max(0, (count ?? 1) - 1)));
   return around.get(key);
 }
@@ -252,29 +279,29 @@ async function templateText(messages) {
 
 const ROUTES = {v1: "v1/chat/completions", native: "chat/completions", text: "v1/completions"};
 
-const modelOfSeveral = (name = Chat.state.model.name) => Chat.state.models.length > 1 ? {model: name || Chat.state.model.name} : {};
+const modelOfSeveral = (name = state.model.name) => state.models.length > 1 ? {model: name || state.model.name} : {};
 
 // Other servers require the model's name.
-const modelNamed = name => Chat.state.model.ours || !Chat.state.model.name ? modelOfSeveral(name) : {model: Chat.state.model.name};
+const modelNamed = name => state.model.ours || !state.model.name ? modelOfSeveral(name) : {model: state.model.name};
 
 // Asks for an answer and returns its response once the server has accepted. Throws Refused, Lost, or what
 // fetch throws.
 async function postAnswer({messages, parameters, id, signal, model, goOn = false}) {
-  const body = {messages, resumable: true, ...(Chat.state.model.ours ? {stop_on_repetition: true} : {}), truncate: "oldest", progress: true, ...(Chat.state.model.can.token_ids && Chat.state.model.api !== "native" ? {return_token_ids: true} : {}),
+  const body = {messages, resumable: true, ...(state.model.ours ? {stop_on_repetition: true} : {}), truncate: "oldest", progress: true, ...(state.model.can.token_ids && state.model.api !== "native" ? {return_token_ids: true} : {}),
     ...parameters};
   const headers = {Accept: "text/event-stream", "X-Request-Id": id};
   const streamed = {stream: true, stream_options: {include_usage: true, continuous_usage_stats: true}, ...modelNamed(model)};
-  if (Chat.state.model.api === "text") {
+  if (state.model.api === "text") {
     const {messages: _, truncate, ...others} = body;
     return accepted(await post(ROUTES.text, {prompt: textToContinue(messages), ...others, ...streamed}, {headers, signal}));
   }
-  if (Chat.state.model.api === "v1") {
+  if (state.model.api === "v1") {
     const more = {...streamed, ...(goOn ? {continue_final_message: true, add_generation_prompt: false} : {})};
     const response = await post(ROUTES.v1, {...body, ...more}, {headers, signal});
     if (![404, 405].includes(response.status)) return accepted(response);
     const error = await errorOf(response);
     if (error.code === "model_not_found") throw error;
-    Chat.state.model.api = "native";
+    state.model.api = "native";
   }
   return accepted(await post(ROUTES.native, body, {headers, signal}));
 }
@@ -374,13 +401,14 @@ Parts.register({
   },
   bind() {
     setInterval(glance, GLANCE_MS);
-    document.addEventListener("visibilitychange", () => { if (!document.hidden) { Chat.state.ended = 0; Page.render(); } glance(); });
+    document.addEventListener("visibilitychange", glance);
     for (const event of ["online", "offline", "focus"]) addEventListener(event, glance);
   },
 });
 
-return Object.freeze({PAGE_HOME, SILENCE_MS, FOREVER_MS, home: serverHome, originOf, key: serverKey, addressOf: serverAddress, Lost, Refused, request,
-  post, jsonOf, errorOf, errorText, sentence, HEALTH_MS, watch: watchServer, isAway, untilReady, trouble: serverText, chatModel, useModel, loadModel,
+return Object.freeze({get phase() { return state.phase; }, get loading() { return state.loading; }, get models() { return state.models; },
+  get model() { return state.model; }, get refusedKey() { return state.refusedKey; }, PAGE_HOME, SILENCE_MS, FOREVER_MS, home: serverHome, originOf, key: serverKey, addressOf: serverAddress, Lost, Refused, request,
+  post, jsonOf, errorOf, errorText, sentence, HEALTH_MS, watch: watchServer, startAnew, isAway, untilReady, trouble: serverText, chatModel, useModel, loadModel,
   lookAtModels, countTokens, tokensAround, templateText, ROUTES, modelOfSeveral, modelNamed, postAnswer, textToContinue, accepted, reconnected,
   events: serverEvents, readEvent});
 })();

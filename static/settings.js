@@ -40,7 +40,7 @@ function openSettings() {
   const dialog = $("settings-dialog");
   showSettings();
   $("template").textContent = "";
-  $("more-parameters").open = Parameters.all.some(({name, folded}) => folded && Chat.state.chat.parameters[name] !== undefined);
+  $("more-parameters").open = Parameters.all.some(({name, folded}) => folded && Chat.current.parameters[name] !== undefined);
   document.documentElement.classList.toggle("with-settings", roomy.matches);
   roomy.matches ? dialog.show() : dialog.showModal();
   $("settings").setAttribute("aria-expanded", "true");
@@ -51,7 +51,7 @@ function openSettings() {
 async function showTemplate(pause = 300) {
   const isMine = templateAsked();
   await wait(pause);
-  const text = isMine() ? await Server.templateText(Tree.messagesOf([{role: "user", content: "…"}], Chat.state.chat.system)) : null;
+  const text = isMine() ? await Server.templateText(Tree.messagesOf([{role: "user", content: "…"}], Chat.current.system)) : null;
   if (!isMine()) return;
   $("template").parentElement.hidden = text === null;
   $("template").textContent = text ?? "";
@@ -64,11 +64,11 @@ function closeSettings() {
 }
 
 // What the fields show, as text: the panel follows when the chat, its model or a command changes it.
-const settingsShown = () => JSON.stringify([Chat.state.chat.id, Chat.state.chat.system, Chat.state.chat.parameters, Chat.state.model]);
+const settingsShown = () => JSON.stringify([Chat.current.id, Chat.current.system, Chat.current.parameters, Server.model]);
 let lastShown = "";
 
 function showSettings() {
-  const {chat: {system, parameters}, model: {defaults}} = Chat.state;
+  const {system, parameters} = Chat.current, {defaults} = Server.model;
   lastShown = settingsShown();
   if ($("settings-dialog").open && $("system").value !== system) showTemplate();        // a command or a prompt has changed it
   $("system").value = system;
@@ -76,9 +76,9 @@ function showSettings() {
   for (const field of settingsFields()) {
     const name = field.dataset.parameter, usual = defaults[name];
     field.value = parameters[name] ?? "";
-    if (name === "reasoning_effort") field.closest(".parameter").hidden = Chat.state.model.can.reasoning === false && !field.value;
+    if (name === "reasoning_effort") field.closest(".parameter").hidden = Server.model.can.reasoning === false && !field.value;
     field.placeholder = name === "seed" ? TEXT.random : usual !== undefined && usual !== null ? String(usual)
-      : name === "max_tokens" && Chat.state.model.api === "v1" ? TEXT.restOfContext : TEXT.default;
+      : name === "max_tokens" && Server.model.api === "v1" ? TEXT.restOfContext : TEXT.default;
     showParameter(field);
   }
   showTools();
@@ -118,9 +118,9 @@ function showParameter(field) {
   setText(hint, wrong ? TEXT.badField(parameter) : Server.sentence(TEXT.parameterHints[name]));
   row.querySelector("button").hidden = !field.value && !wrong;
   if (!range) return;
-  if (name === "max_tokens") range.max = Chat.state.model.context || parameter.slider[1];
+  if (name === "max_tokens") range.max = Server.model.context || parameter.slider[1];
   range.classList.toggle("unset", value === undefined);
-  range.value = value ?? Chat.state.model.defaults[name] ?? (name === "max_tokens" ? range.max : NEUTRAL[name] ?? range.min);
+  range.value = value ?? Server.model.defaults[name] ?? (name === "max_tokens" ? range.max : NEUTRAL[name] ?? range.min);
 }
 
 // Where a slider stands without a value, if the server names no default: where the parameter has no effect.
@@ -137,7 +137,7 @@ function takeSettings() {
   const stop = $("stop-strings").value.split("\n").filter(Boolean).slice(0, 4);
   if (stop.length) parameters.stop = stop;
   Object.assign(parameters, takeTools());
-  Chat.change(Chat.state.chat, {system: $("system").value, parameters});
+  Chat.change(Chat.current, {system: $("system").value, parameters});
   lastShown = settingsShown();
   Page.render();
 }
@@ -151,7 +151,7 @@ function changesOf({parameters = {}, system = ""}, defaults = {}) {
 
 // The chip beside the model: what this chat has changed; in a narrow window, how much.
 function renderChanged() {
-  const changed = changesOf(Chat.state.chat, Chat.state.model.defaults);
+  const changed = changesOf(Chat.current, Server.model.defaults);
   const [all, count] = $("changed").children;
   setText(all, changed.join(" · "));
   setText(count, TEXT.changes(changed.length));
@@ -163,9 +163,9 @@ const PRESETS = {precise: {temperature: 0.2, top_p: 0.9}, creative: {temperature
 
 function choosePreset(name) {
   const {presets} = preferences;
-  const preset = name.startsWith("=") ? {parameters: PRESETS[name.slice(1)], system: Chat.state.chat.system} : presets[name];
+  const preset = name.startsWith("=") ? {parameters: PRESETS[name.slice(1)], system: Chat.current.system} : presets[name];
   if (!preset) return;
-  Chat.change(Chat.state.chat, {parameters: Tree.checkedParameters(preset.parameters ?? {}), system: preset.system ?? ""});
+  Chat.change(Chat.current, {parameters: Tree.checkedParameters(preset.parameters ?? {}), system: preset.system ?? ""});
   showSettings();
   $("preset").value = name;
   $("delete-preset").hidden = name.startsWith("=");
@@ -175,7 +175,7 @@ function choosePreset(name) {
 function savePreset() {
   const name = $("preset-name").value.trim().replace(/^=+/, "");
   if (!name) return $("preset-name").focus();
-  const {system, parameters} = Chat.state.chat;
+  const {system, parameters} = Chat.current;
   changePreferences({presets: {...preferences.presets, [name]: {system, parameters}}});
   $("preset-name").value = "";
   showSettings();
@@ -206,13 +206,13 @@ function openServer() {
   $("server-url").value = preferences.server;
   $("server-url").placeholder = Server.PAGE_HOME;
   $("server-key").value = Server.key();
-  const locked = Chat.state.phase === "locked";                    // a guest needs one field
+  const locked = Server.phase === "locked";                    // a guest needs one field
   setText($("server-title"), locked ? TEXT.keyTitle : TEXT.server);
   $("another-server").open = !locked;
   $("server-reset").hidden = locked;
   $("server-key").placeholder = locked ? "" : TEXT.none;
   $("server-dialog").showModal();
-  showProblems("", locked && Chat.state.refusedKey ? TEXT.wrongKey : "");
+  showProblems("", locked && Server.refusedKey ? TEXT.wrongKey : "");
 }
 
 // Shows the problems with the address and the key, each below its field.
@@ -223,16 +223,6 @@ function showProblems(address, key) {
   }
   if (address) $("another-server").open = true;
   $(address ? "server-url" : "server-key").focus();
-}
-
-const keyText = () => Chat.state.refusedKey ? TEXT.wrongKey : TEXT.keyWanted;
-
-// Opens the Server dialog, once for each refused key: the reader may close it unchanged.
-function wantKey(key) {
-  const news = Chat.state.refusedKey !== key;
-  Object.assign(Chat.state, {phase: "locked", refusedKey: key});
-  Page.render();
-  if (news) openServer();
 }
 
 // Applies the dialog's fields. A key typed for another server does not count for this one.
@@ -251,9 +241,7 @@ function takeServer(event) {
 function useServer(home) {
   const {servers} = preferences, server = home === Server.PAGE_HOME ? "" : home;
   changePreferences({server, servers: server && !servers.includes(server) ? [...servers, server] : servers});
-  Object.assign(Chat.state, {phase: "connecting", reached: "", models: [], model: {...Chat.NO_MODEL}});
-  Page.render();
-  Server.watch();
+  Server.startAnew();
 }
 
 // ?server= names a server for this page to use. Nothing is sent to an unknown one until the reader agrees.
@@ -271,7 +259,7 @@ function wantedServer() {
 
 // The list of the server's models; if there are several, with each one's state and size.
 function renderModels() {
-  const {model} = Chat.state, models = Chat.state.models.length || !model.name ? Chat.state.models : [{id: model.name}], select = $("models");
+  const {model} = Server, models = Server.models.length || !model.name ? Server.models : [{id: model.name}], select = $("models");
   setText($("model"), models.length ? "" : TEXT.chat);
   select.hidden = !models.length;
   const ids = models.map(({id}) => id).join("\n");
@@ -289,7 +277,7 @@ function renderModels() {
 }
 
 function chooseModel(name) {
-  Chat.change(Chat.state.chat, {model: name});
+  Chat.change(Chat.current, {model: name});
   Server.useModel();
   Page.render();
   Server.loadModel();
@@ -297,7 +285,7 @@ function chooseModel(name) {
 
 // Makes what is typed in this chat messages to a base checkpoint, or a text again.
 function talkInTurns(inTurns) {
-  Chat.change(Chat.state.chat, {inTurns});
+  Chat.change(Chat.current, {inTurns});
   Server.useModel();
   Page.render();
 }
@@ -356,9 +344,9 @@ Parts.register({
     $("save-preset").onclick = savePreset;
     $("delete-preset").onclick = deletePreset;
     $("preset-name").onkeydown = event => { if (event.key === "Enter") { event.preventDefault(); savePreset(); } };
-    $("settings-reset").onclick = () => { Chat.change(Chat.state.chat, {system: "", parameters: {}}); showSettings(); Page.render(); };
+    $("settings-reset").onclick = () => { Chat.change(Chat.current, {system: "", parameters: {}}); showSettings(); Page.render(); };
     $("for-new-chats").onclick = () => {
-      const {system, parameters} = Chat.state.chat;
+      const {system, parameters} = Chat.current;
       changePreferences({defaults: {system, parameters}});
       Page.announce(TEXT.usedForNew);
       Turns.copied($("for-new-chats"));
@@ -375,7 +363,7 @@ Parts.register({
     });
     for (const event of ["pointerdown", "focus"]) $("models").addEventListener(event, Server.lookAtModels);
   },
-  menu: () => [...(Chat.state.model.base ? [Chat.state.chat.inTurns ? [TEXT.inTexts, "edit", () => talkInTurns(false)] : [TEXT.inTurns, "prompt", () => talkInTurns(true)]] : []),
+  menu: () => [...(Server.model.base ? [Chat.current.inTurns ? [TEXT.inTexts, "edit", () => talkInTurns(false)] : [TEXT.inTurns, "prompt", () => talkInTurns(true)]] : []),
     [TEXT.prompts, "prompt", openPrompts], [TEXT.server, "server", () => openServer()]],
   render() {
     renderModels();
@@ -424,7 +412,7 @@ const checking = newest();
 
 // The parameters from these fields. The server then checks what the page cannot: whether a schema can be enforced.
 function takeTools() {
-  const {tools, problem: first} = readFunctions($("functions").value), {format, problem: second} = readSchema($("schema").value), {parameters} = Chat.state.chat;
+  const {tools, problem: first} = readFunctions($("functions").value), {format, problem: second} = readSchema($("schema").value), {parameters} = Chat.current;
   setText($("functions-problem"), first ?? "");
   setText($("schema-problem"), second ?? "");
   const index = Number($("budget").value);
@@ -440,7 +428,7 @@ function takeTools() {
 async function checkTools(wanted) {
   const isMine = checking();
   await wait(500);
-  if (!isMine() || Chat.state.phase !== "ready") return;
+  if (!isMine() || Server.phase !== "ready") return;
   const asked = await Server.post(Server.ROUTES.v1, {messages: [{role: "user", content: "a"}], max_tokens: 1, priority: "low", ...wanted, ...Server.modelOfSeveral()}).catch(() => null);
   const problem = asked?.status === 400 ? (await Server.errorOf(asked)).message : "";
   if (isMine() && problem) setText($(wanted.response_format ? "schema-problem" : "functions-problem"), problem);
@@ -448,7 +436,7 @@ async function checkTools(wanted) {
 
 function showTools() {
   checking();
-  const {parameters} = Chat.state.chat, {can, api} = Chat.state.model;
+  const {parameters} = Chat.current, {can, api} = Server.model;
   $("functions").value = functionsText(parameters.tools);
   $("schema").value = schemaText(parameters.response_format);
   setText($("functions-problem"), "");
@@ -503,9 +491,7 @@ function updateCalls(view, growing) {
   view.calls.replaceChildren(...cards.map(card => card.node));
   if (growing || !calls.length || isAnswered(node)) return;
   view.calls.append(element("button", {type: "button", className: "primary", textContent: TEXT.sendResults, onclick: () => {
-    calls.forEach((call, i) => { call.result = fields[i].value; });
-    Store.change("nodes", node.id, {calls});
-    Chat.answer(node, (error, made) => { Chat.removeNodes([made.id], node.id); Composer.refuse(error.message); return true; });
+    Chat.sendResults(node, fields.map(({value}) => value));
     Composer.focusAfterClick();
   }}));
 }
@@ -612,7 +598,7 @@ function keepPrompts(prompts) {
 function usePrompt({text, starter}, more = "") {
   $("prompts-dialog").close();
   if (starter) Composer.setDraft(more ? `${text.replace(/\s*$/, "")} ${more}` : text);
-  else { Chat.change(Chat.state.chat, {system: text}); Chat.say(TEXT.systemIs(text)); }
+  else { Chat.change(Chat.current, {system: text}); Chat.say(TEXT.systemIs(text)); }
   Composer.focusAfterClick();
 }
 
@@ -653,7 +639,7 @@ Parts.register({
   },
 });
 
-return Object.freeze({changesOf, openServer, keyText, wantKey, useServer, wantedServer, chooseModel, talkInTurns, growCalls, isAnswered,
+return Object.freeze({changesOf, openServer, useServer, wantedServer, chooseModel, talkInTurns, growCalls, isAnswered,
   messagesOfCalls, calculated, ownPrompts, keepPrompts, usePrompt, takePrompts, change: changePreferences, load: loadPreferences,
   get preferences() { return preferences; }});
 })();

@@ -34,10 +34,10 @@ function completeSome() {
 }
 
 function renderTurns() {
-  if (viewsOf !== Chat.state.chat.id) { views.clear(); Look.dropLenses(); near.disconnect(); viewsOf = Chat.state.chat.id; }
-  const {path} = Chat.state, articles = path.map((node, i) => viewOf(node, path.length - i <= AT_ONCE).article);
+  if (viewsOf !== Chat.current.id) { views.clear(); Look.dropLenses(); near.disconnect(); viewsOf = Chat.current.id; }
+  const {path} = Chat, articles = path.map((node, i) => viewOf(node, path.length - i <= AT_ONCE).article);
   path.forEach(node => updateView(views.get(node.id)));
-  for (const id of views.keys()) if (!Chat.state.nodes.has(id)) views.delete(id);
+  for (const id of views.keys()) if (!Chat.nodes.has(id)) views.delete(id);
   return articles;
 }
 
@@ -70,7 +70,7 @@ function complete(view) {
 
 function updateView(view) {
   if (!view.complete) return;
-  const {node} = view, editing = Chat.state.editing === node.id;
+  const {node} = view, editing = Chat.editing === node.id;
   if (editing !== Boolean(view.editor)) editing ? startEditing(view) : stopEditing(view);
   view.actions.hidden = editing;
   updateSiblings(view);
@@ -88,7 +88,7 @@ function scrollTo(id) {
 function siblingsBar(view) {
   const step = by => {
     const {siblings, at} = siblingsOf(view.node);
-    Chat.showLeaf(Tree.leafBelow(Chat.state.children, siblings[at + by].id));
+    Chat.showLeaf(Tree.leafBelow(Chat.children, siblings[at + by].id));
     views.get(siblings[at + by].id)?.actions?.querySelector(`.siblings button:${by < 0 ? "first" : "last"}-of-type`)?.focus();
   };
   const question = view.node.role === "user";
@@ -99,7 +99,7 @@ function siblingsBar(view) {
 }
 
 function siblingsOf(node) {
-  const siblings = Chat.state.children.get(Chat.state.nodes.has(node.parent) ? node.parent : null) ?? [node];
+  const siblings = Chat.children.get(Chat.nodes.has(node.parent) ? node.parent : null) ?? [node];
   return {siblings, at: siblings.indexOf(node)};
 }
 
@@ -120,7 +120,7 @@ function completeQuestion(view) {
     iconButton(TEXT.more, "more", clicked => Page.openMenu(clicked, messageMenu(view))));
   view.article.append(view.actions);
   // in a text that a model continues, the buttons of one's own words are hidden from the mouse
-  view.body.onclick = event => clickToAct(event, () => startEdit(view.node.id), Chat.state.model.api === "text");
+  view.body.onclick = event => clickToAct(event, () => startEdit(view.node.id), Server.model.api === "text");
 }
 
 function updateQuestion(view) {
@@ -206,14 +206,14 @@ function completeAnswer(view) {
 const looksOf = view => Parts.all.flatMap(({answer}) => answer?.looks?.(view) ?? []);
 
 function updateAnswer(view) {
-  const {node} = view, growing = Tree.isGrowing(node), run = Chat.state.runs.get(node.id);
+  const {node} = view, growing = Tree.isGrowing(node), run = Chat.runs.get(node.id);
   drawAnswer(view, growing);
   view.thinking.hidden = !node.reasoning || Boolean(Look.lensOf(node.id));
   drawThoughts(view);
   view.status.hidden = !growing || node.content !== "" || Boolean(node.calculator?.length);
   view.doing.textContent = view.status.hidden ? "" : growingText(node, run);
   if (!growing) view.now.disabled = false;
-  view.now.hidden = view.status.hidden || !node.reasoning || !Chat.state.model.can.reasoning_budget;
+  view.now.hidden = view.status.hidden || !node.reasoning || !Server.model.can.reasoning_budget;
   updateAlert(view, growing);
   view.actions.classList.toggle("growing", growing);
   view.retry.disabled = view.goOn.disabled = !Chat.canAsk();
@@ -230,7 +230,7 @@ function updateAnswer(view) {
 
 function drawAnswer(view, growing) {
   const {node: {content, calculator = []}} = view, drawn = calculator.length ? Calculator.withCards(content, calculator) : content;
-  const plain = Chat.state.model.api === "text";             // a text that grows
+  const plain = Server.model.api === "text";             // a text that grows
   if (view.editor || view.drawn === drawn && view.finished === !growing && view.plain === plain) return;
   if (plain) view.body.replaceChildren(...Calculator.plainWithCards(view.node));
   else if (view.plain) { view.body.replaceChildren(); view.markdown = new Markdown.View(view.body); }
@@ -302,7 +302,7 @@ function speedOf({timings, note, edited, error}) {
   if (first !== undefined) figures.push(TEXT.firstToken(first));
   if (count) figures.push(TEXT.tokens(count));
   if (count > 1 && speed > 0) figures.push(TEXT.seconds(((first ?? 0) + (facts.waited_ms ?? 0)) / 1000 + (count - 1) / speed));
-  if (Chat.state.model.workers > 1 && facts.gpu !== undefined) figures.push(TEXT.worker(facts.gpu));
+  if (Server.model.workers > 1 && facts.gpu !== undefined) figures.push(TEXT.worker(facts.gpu));
   return {words, figures, timed: speed > 0 || Boolean(facts.measured)};
 }
 
@@ -369,7 +369,7 @@ function pinFigures(view) {
 
 // One frame of a growing answer.
 function paint(node) {
-  const view = Chat.state.chat.id === node.conversation && views.get(node.id);
+  const view = Chat.current.id === node.conversation && views.get(node.id);
   if (!view || !view.article.isConnected) return;
   updateAnswer(view);
   Composer.renderState();
@@ -397,7 +397,7 @@ function clickToAct(event, act, always = false) {
 
 function startEdit(id) {
   if (Tree.isGrowing(Chat.lastNode())) return;
-  Chat.state.editing = id;
+  Chat.edit(id);
   Page.render();
 }
 
@@ -405,7 +405,7 @@ function startEditing(view) {
   const {node, body} = view, question = node.role === "user";
   const field = element("textarea", {value: question ? Tree.partsOf(node).text : node.content, rows: 1, dir: "auto"});
   field.setAttribute("aria-label", TEXT.editedText);
-  const cancel = () => { Chat.state.editing = null; Page.render(); Composer.focusAfterClick(); };
+  const cancel = () => { Chat.edit(null); Page.render(); Composer.focusAfterClick(); };
   const save = () => {
     if (question ? Chat.editQuestion(node, field.value) : field.value.trim() && (Chat.editAnswer(node, field.value), true)) Composer.focusAfterClick();
   };

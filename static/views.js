@@ -10,7 +10,7 @@ const lineageOf = model => model?.lineage || model?.run;
 
 // The lineages of the server's training runs, that of the chat's model first.
 function runsOf() {
-  const own = lineageOf(Server.chatModel()), runs = new Set(Chat.state.models.map(lineageOf).filter(Boolean));
+  const own = lineageOf(Server.chatModel()), runs = new Set(Server.models.map(lineageOf).filter(Boolean));
   return [...runs].sort((a, b) => (b === own) - (a === own));
 }
 
@@ -28,19 +28,19 @@ Parts.register({
     serverStatus: "Server status", usageOfServer: "Usage by day, key and model", backToChat: "Back to the chat", trainingRun: "Training run", getModel: "Get a model", searchModels: "Search the hub, or a name such as owner/name", searchHub: "Search",
   },
   bind() {
-    for (const leave of document.querySelectorAll("button.leave")) leave.onclick = () => Chat.open(Chat.state.chat.id).then(Composer.focusAfterClick);
+    for (const leave of document.querySelectorAll("button.leave")) leave.onclick = () => Chat.open(Chat.current.id).then(Composer.focusAfterClick);
   },
   menu: () => runsOf().slice(0, 1).map(run => [TEXT.trainingRun, "chart", () => openRun(run), run]),
   view: {hash: "#run", open: hash => openRun(...hash.slice("#run/".length).split("?with=").map(decoded))},
 });
 
 Parts.register({
-  menu: () => Chat.state.model.ours ? [[TEXT.serverStatus, "chart", () => openStatus()]] : [],
+  menu: () => Server.model.ours ? [[TEXT.serverStatus, "chart", () => openStatus()]] : [],
   view: {hash: "#server", open: () => openStatus()},
 });
 
 Parts.register({
-  menu: () => Chat.state.model.ours ? [[TEXT.getModel, "export", () => openGet()]] : [],
+  menu: () => Server.model.ours ? [[TEXT.getModel, "export", () => openGet()]] : [],
   view: {hash: "#get", open: () => openGet()},
 });
 

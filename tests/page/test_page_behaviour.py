@@ -211,13 +211,13 @@ def test_our_server_s_text_keeps_its_tags_and_imported_thoughts_are_folded(page,
     ask(page, "tags")
     expect_answered(page)
     expect(said(answers(page))).to_contain_text("It is x < 5.")
-    assert page.evaluate("Chat.state.path[1].content").startswith("<think>")
+    assert page.evaluate("Chat.path[1].content").startswith("<think>")
     (tmp_path / "other.json").write_text('[{"role": "user", "content": "<think>q"}, {"role": "assistant", "content": "<think>a</think>b"}]')
     page.locator("#import-file").set_input_files(tmp_path / "other.json")
     button(page.get_by_role("dialog"), "Import").click()
     expect(said(questions(page))).to_have_text("<think>q")
     expect(said(answers(page))).to_have_text("b")
-    assert page.evaluate("Chat.state.path[1].reasoning") == "a"
+    assert page.evaluate("Chat.path[1].reasoning") == "a"
 
 
 # answers --------------------------------------------------------------------------------------------------------------

@@ -67,8 +67,8 @@ def test_what_is_copied_and_exported_is_sensible(page, held_front):
     assert re.sub("<[^>]*>", "", html).strip() == "😀 Tom has 12+30 = 42 apples, and 5*5 is 25."
     page.evaluate("getSelection().selectAllChildren(document.querySelector('.assistant .body'))")
     assert page.evaluate("String(getSelection())").strip() == "😀 Tom has 12+30 = 42 apples, and 5*5 is 25."
-    assert page.evaluate("Calculator.withCode(Chat.state.path[1])") == "😀 Tom has 12+30 =  `12+30 = 42` 42 apples, and **5*5** is  `5*5 = 25` 25."
-    exported = page.evaluate("Tree.exportOf([Chat.state.chat], () => [...Chat.state.nodes.values()])")
+    assert page.evaluate("Calculator.withCode(Chat.path[1])") == "😀 Tom has 12+30 =  `12+30 = 42` 42 apples, and **5*5** is  `5*5 = 25` 25."
+    exported = page.evaluate("Tree.exportOf([Chat.current], () => [...Chat.nodes.values()])")
     [brought] = page.evaluate("text => Tree.importOf(text)", json.dumps(exported))
     assert brought["nodes"][1]["calculator"] == CALLS
     exported["conversations"][0]["nodes"][1]["calculator"] = [{"start": 999, "expression": "1"}, {"start": 0, "expression": {}}, 7, CALLS[0] | {"more": 1}]

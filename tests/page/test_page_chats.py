@@ -424,7 +424,7 @@ def test_a_large_file_is_shown_before_it_is_written_and_other_tabs_take_it_over_
     other = new_tab(page, stand_in.url)
     other.evaluate("() => { window.drawn = 0; Parts.register({render() { drawn++; }}); }")
     nodes = [{"id": f"n{i}", "parent": None, "role": "user", "content": f"question {i}", "created": 10**12 + i} for i in range(5000)]
-    shown = page.evaluate("""text => { Chats.importAll(Tree.importOf(text), "it"); return [Chat.state.nodes.size, Boolean(Store.flushing)]; }""",
+    shown = page.evaluate("""text => { Chats.importAll(Tree.importOf(text), "it"); return [Chat.nodes.size, Boolean(Store.flushing)]; }""",
                           json.dumps({"title": "many", "nodes": nodes}))
     assert shown == [5000, True]
     expect(said(questions(page))).to_have_text(["question 4999"])
@@ -581,7 +581,7 @@ def test_a_hostile_file_is_made_harmless(page, stand_in, tmp_path):
     open_page(page, stand_in.url)
     ask(page, "keep me")
     expect_answered(page)
-    mine = page.evaluate("Chat.state.path.map(node => node.id)")
+    mine = page.evaluate("Chat.path.map(node => node.id)")
     before = page.evaluate("JSON.stringify(Settings.preferences)")
     nodes = [{"id": mine[0], "parent": "b", "role": "user", "content": "<img src=x onerror='window.hacked = 1'>", "conversation": "x"},
              {"id": "b", "parent": mine[0], "role": "assistant", "content": "[x](javascript:window.hacked=2)",
@@ -603,7 +603,7 @@ def test_a_hostile_file_is_made_harmless(page, stand_in, tmp_path):
     assert {name: value for name, value in stand_in.bodies[-1].items() if name in ("temperature", "seed", "stop", "top_k")} == {"seed": 4}
     chats(page).filter(has_text="keep me").click()
     expect(said(questions(page))).to_have_text(["keep me"])               # its nodes were not replaced
-    assert page.evaluate("Chat.state.path.map(node => node.id)") == mine
+    assert page.evaluate("Chat.path.map(node => node.id)") == mine
 
 
 def test_a_list_of_messages_and_a_file_of_version_1_can_be_imported(page, stand_in, tmp_path):
@@ -644,8 +644,8 @@ def test_an_export_of_chatgpt_can_be_imported_with_its_branches(page, stand_in, 
     expect(said(questions(page))).to_have_text(["What is a mill?", "And this?"])
     expect(said(answers(page))).to_have_text("It grinds corn.")
     expect(answers(page)).to_contain_text("2/2")
-    assert page.evaluate("(({title, created}) => [title, created])(Chat.state.chat)") == ["Mills", 1700000000250]
-    assert page.evaluate("(({model, reasoning}) => [model, reasoning])(Chat.state.path[1])") == ["gpt-5", "Mills grind."]
+    assert page.evaluate("(({title, created}) => [title, created])(Chat.current)") == ["Mills", 1700000000250]
+    assert page.evaluate("(({model, reasoning}) => [model, reasoning])(Chat.path[1])") == ["gpt-5", "Mills grind."]
     button(page, "Previous answer").click()
     expect(said(answers(page))).to_have_text("A machine.")
     ask(page, "and?")
@@ -667,7 +667,7 @@ def test_an_export_of_open_webui_can_be_imported(page, stand_in, tmp_path):
     expect(said(answers(page))).to_have_text("Hi.")
     expect(answers(page)).to_contain_text("1/2")
     assert page.evaluate("(({reasoning, model}) => [reasoning, model])(Chat.lastNode())") == ["Two\nlines.", "llama3.2:1b"]
-    assert page.evaluate("(({system, pinned, created}) => [system, pinned, created])(Chat.state.chat)") == ["Be kind.", True, 1700000000000]
+    assert page.evaluate("(({system, pinned, created}) => [system, pinned, created])(Chat.current)") == ["Be kind.", True, 1700000000000]
     chats(page).filter(has_text="In a row").click()
     expect(said(answers(page))).to_have_text("two")
     (tmp_path / "nothing.json").write_text(json.dumps([{"title": "x", "mapping": {}}]))
@@ -685,7 +685,7 @@ def test_only_chats_with_messages_are_exported(page, stand_in, tmp_path):
         button(page, "New chat").click()
         ask(page, text)
         expect_answered(page)
-    page.evaluate("Chat.deleteNode(Chat.state.path[0])")                      # the chat stays, without messages
+    page.evaluate("Chat.deleteNode(Chat.path[0])")                      # the chat stays, without messages
     button(page, "Menu").click()
     button(page, "Export").click()
     expect(button(page, "All chats (JSON)")).to_be_visible()
@@ -711,7 +711,7 @@ def test_a_title_follows_its_edited_question_until_it_is_renamed(page, stand_in)
     page.get_by_role("textbox", name="Edited text").fill("refuse this")
     page.evaluate("""() => { const real = window.fetch; window.fetch = async (url, options) => {
         const response = await real(url, options);
-        if (/completions/.test(url)) Chat.change(Chat.state.chat, {title: "Mills"});           // before the page hears of the refusal
+        if (/completions/.test(url)) Chat.change(Chat.current, {title: "Mills"});           // before the page hears of the refusal
         return response;
     }; }""")
     button(page, "Update").click()

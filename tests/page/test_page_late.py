@@ -209,7 +209,7 @@ def test_a_chat_begun_before_the_stored_ones_are_read_stays_shown(page, stand_in
     page.wait_for_function("() => Page.started")
     expect(chats(page)).to_have_count(1)
     expect(questions(page)).to_have_count(0)
-    assert page.evaluate("Chat.state.chat.parameters") == {"seed": 3}
+    assert page.evaluate("Chat.current.parameters") == {"seed": 3}
     message_box(page).fill("two")
     button(page, "Send").click()
     expect(said(questions(page))).to_have_text(["two"])

@@ -58,13 +58,13 @@ def test_a_lens_shows_what_stood_beside_each_token_and_branches_there(asked):
     expect_answered(page)
     node = page.evaluate("({...Chat.lastNode()})")
     assert node["ids"][:2] == before and node["prefix"] == node["ids"][:3] and len(node["ids"]) <= 16 and node["seed"] == 5
-    assert node["weights"] == page.evaluate("Chat.state.models[0].weights_digest") and re.fullmatch("[0-9a-f]{64}", node["weights"])
+    assert node["weights"] == page.evaluate("Server.models[0].weights_digest") and re.fullmatch("[0-9a-f]{64}", node["weights"])
     inside(answers(page), "Check that it repeats")
     expect(answers(page)).to_contain_text(f"the same {len(node['ids'])} tokens", timeout=SLOW_MS)
     inside(answers(page), "Token lens")
     expect(answers(page).get_by_text("Choose a token to see")).to_be_visible(timeout=SLOW_MS)
     assert page.evaluate("Look.lensOf(Chat.lastNode().id).tokens.slice(0, -1).every(token => token.share > 0)")
-    exported = page.evaluate("Tree.exportOf([Chat.state.chat], () => [...Chat.state.nodes.values()])")
+    exported = page.evaluate("Tree.exportOf([Chat.current], () => [...Chat.nodes.values()])")
     page.evaluate("text => Chats.importAll(Tree.importOf(text), 'it')", json.dumps(exported))
     settled(page)
     brought = page.evaluate("({...Chat.lastNode()})")
@@ -338,8 +338,8 @@ def test_a_server_that_cannot_do_it_offers_none_of_it(page, stand_in):
 
 def test_only_the_characters_that_differ_are_marked(opened_page):
     page = opened_page
-    page.evaluate("""() => { const node = Tree.newNode("x", null, "assistant", "", {seed: 3, model: Chat.state.model.name}); Chat.state.nodes.set(node.id, node);
-        Chat.state.model.can = {token_ids: true, compare: true}; Chat.addNode(null, "user", "q"); window.told = Chat.addNode(Chat.state.leaf, "assistant", "a", {seed: 3, ids: [1], model: Chat.state.model.name}); refresh_(); }
+    page.evaluate("""() => { const node = Tree.newNode("x", null, "assistant", "", {seed: 3, model: Server.model.name}); Chat.nodes.set(node.id, node);
+        Server.model.can = {token_ids: true, compare: true}; Chat.addNode(null, "user", "q"); window.told = Chat.addNode(Chat.leaf, "assistant", "a", {seed: 3, ids: [1], model: Server.model.name}); refresh_(); }
     """.replace("refresh_();", "Chat.showLeaf(told.id);"))
     inside(answers(page), "Compare")
     dialog = page.get_by_role("dialog", name="Compare")
@@ -374,8 +374,8 @@ def test_differences_in_code_stay_marked_when_its_colours_come_late(page, stand_
 
 def test_answers_side_by_side_are_markdown_and_done_closes_with_a_wrong_seed(opened_page):
     page = opened_page
-    page.evaluate("""() => { Chat.state.model.can = {token_ids: true, compare: true}; Chat.addNode(null, "user", "q");
-        Chat.showLeaf(Chat.addNode(Chat.state.leaf, "assistant", "a", {seed: 3, ids: [1], model: Chat.state.model.name}).id); }""")
+    page.evaluate("""() => { Server.model.can = {token_ids: true, compare: true}; Chat.addNode(null, "user", "q");
+        Chat.showLeaf(Chat.addNode(Chat.leaf, "assistant", "a", {seed: 3, ids: [1], model: Server.model.name}).id); }""")
     inside(answers(page), "Compare")
     dialog = page.get_by_role("dialog", name="Compare")
     page.evaluate("""() => {

@@ -194,7 +194,7 @@ def test_details_footnotes_and_environments_inject_nothing_wherever_they_are_cut
 
 def shown(page, text):
     """The answer with this text, in a chat."""
-    page.evaluate("""text => { Chat.openNew(); Chat.addNode(null, "user", "q"); Chat.showLeaf(Chat.addNode(Chat.state.leaf, "assistant", text, {}).id); }""", text)
+    page.evaluate("""text => { Chat.openNew(); Chat.addNode(null, "user", "q"); Chat.showLeaf(Chat.addNode(Chat.leaf, "assistant", text, {}).id); }""", text)
     return said(answers(page).last)
 
 
@@ -389,16 +389,16 @@ def test_turns_that_come_near_are_drawn_for_a_few_milliseconds_a_frame(page, sta
         const messages = [];
         for (let i = 0; i < 200; i++) messages.push({role: i % 2 ? "assistant" : "user", content: `**${i}**`});
         await Chats.importAll(Tree.importOf(JSON.stringify({messages})), "it");
-        const drawn = () => Chat.state.path.filter(({id}) => Turns.viewOf(id)?.complete).length;
+        const drawn = () => Chat.path.filter(({id}) => Turns.viewOf(id)?.complete).length;
         let clock = 0, before = drawn(), most = 0;
         performance.now = () => clock += 10;                // as if each turn took long
         Parts.$("log").scrollTop = 0;
-        for (let frame = 0; frame < 300 && Chat.state.path.some(node => !Turns.viewOf(node.id).complete && near20(node)); frame++) {
+        for (let frame = 0; frame < 300 && Chat.path.some(node => !Turns.viewOf(node.id).complete && near20(node)); frame++) {
             await new Promise(requestAnimationFrame);
             most = Math.max(most, drawn() - before);
             before = drawn();
         }
-        function near20(node) { return Chat.state.path.indexOf(node) < 20; }
+        function near20(node) { return Chat.path.indexOf(node) < 20; }
         return most;
     }""")
     assert most == 1 and answers(page).first.locator("strong").inner_text() == "1"

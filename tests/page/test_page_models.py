@@ -65,7 +65,7 @@ def test_steps_of_a_training_stand_on_a_slider(browser, nanochat_fixtures, tmp_p
         expect(choice.locator("option").nth(2)).to_have_text(re.compile("^d2-base@latest · now d2-base@60"), timeout=4 * SLOW_MS)
         ask(page, "hello again")
         expect_answered(page, 2)
-        assert page.evaluate("Chat.state.path.filter(({role}) => role === 'assistant').map(({model}) => model)") == ["d2-base@20", "d2-base@60"]
+        assert page.evaluate("Chat.path.filter(({role}) => role === 'assistant').map(({model}) => model)") == ["d2-base@20", "d2-base@60"]
         inside(answers(page).last, "Compare")
         dialog = page.get_by_role("dialog", name="Compare")
         slider, columns = dialog.get_by_role("slider", name="Step"), dialog.get_by_role("region")

@@ -14,7 +14,7 @@ EXTRA = """Parts.register({
   strings: {extra: "Extra words", extraButton: "Say it"},
   bind() { document.body.dataset.bound = Parts.TEXT.extra; },
   menu: () => [[Parts.TEXT.extra, "chart", () => { location.hash = "#extra"; }]],
-  render() { document.body.dataset.rendered = Chat.state.path.length; },
+  render() { document.body.dataset.rendered = Chat.path.length; },
   answer: {buttons: view => [view.extra = Parts.iconButton(Parts.TEXT.extraButton, "chart", () => Chat.say(view.node.content))],
            update(view, growing) { view.extra.disabled = growing; }},
   view: {hash: "#extra", open() { document.body.dataset.open = "yes"; Page.render(); }, isOpen: () => "open" in document.body.dataset,

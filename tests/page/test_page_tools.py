@@ -29,7 +29,7 @@ def test_a_call_is_a_card_whose_result_is_sent_back(page, stand_in):
     functions.fill('{"name": "look_up", "parameters": {"type": "object"}}')
     button(page, "Add a calculator").click()
     expect(page.locator("#budget-text")).to_have_text("20 tokens")       # between two places
-    assert page.evaluate("Chat.state.chat.parameters.thinking_budget") == 20
+    assert page.evaluate("Chat.current.parameters.thinking_budget") == 20
     page.get_by_role("slider", name="Thinking budget").fill("2")
     expect(page.locator("#budget-text")).to_have_text("64 tokens")
     expect_accessible(page)
@@ -50,7 +50,7 @@ def test_a_call_is_a_card_whose_result_is_sent_back(page, stand_in):
     assert [(message["role"], message.get("tool_call_id")) for message in last["messages"][-2:]] == [("tool", call["id"]) for call in calls]
     assert [message["content"] for message in last["messages"][-2:]] == ["42", "sunny"]
     expect(card.get_by_role("textbox")).to_have_count(0)
-    exported = page.evaluate("Tree.exportOf([Chat.state.chat], () => [...Chat.state.nodes.values()])")
+    exported = page.evaluate("Tree.exportOf([Chat.current], () => [...Chat.nodes.values()])")
     brought = page.evaluate("text => Tree.importOf(text)", json.dumps(exported))[0]
     assert [node["calls"][0]["result"] for node in brought["nodes"] if "calls" in node] == ["42"] and len(brought["conversation"]["parameters"]["tools"]) == 2
 
