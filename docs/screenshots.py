@@ -90,7 +90,7 @@ def look_at_the_prompt(page):
 
 
 def keep_prompts(page):
-    page.evaluate("Settings.keepPrompts([{name: 'Pirate', text: 'Talk like a pirate.'}, {name: 'Shorter', text: 'Say this in ten words: ', starter: true}])")
+    page.evaluate("Prompts.keep([{name: 'Pirate', text: 'Talk like a pirate.'}, {name: 'Shorter', text: 'Say this in ten words: ', starter: true}])")
     menu(page, "Prompts")
 
 

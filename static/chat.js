@@ -1,9 +1,9 @@
-// The conversation: one plain `state`, the chats and their nodes, questions, and the answers being written.
+// The conversation: the chats and their nodes, questions, and the answers being written.
 //
 // The path of a message: `ask` adds the user's node, `answer` the assistant's. `runAnswer` reads the stream
 // (`readAnswer`; `takeUp` resumes it when the connection or the page was lost). Every event grows the node,
-// `paint` draws it once per frame, and `saveGrown` stores it now and then. Everything else changes `state`
-// and calls `render` (page.js).
+// `Turns.paint` draws it once per frame, and `saveGrown` stores it now and then. Everything else changes `state`
+// and calls `Page.render`.
 "use strict";
 
 const Chat = (() => {
@@ -469,7 +469,7 @@ async function readEvents(run, response) {
     if (news.prompt) run.prompt = news.prompt;
     if (news.ids.length) (node.ids ??= []).push(...news.ids);
     run.tokens = news.usage?.completion_tokens || run.tokens + news.ids.length;
-    Settings.growCalls(node, news.calls);
+    Calls.grow(node, news.calls);
     const grown = news.text || news.reasoning || news.moved || news.calls.length || news.calculator.length;
     if (grown) grow(run, news);
     if (grown || news.progress) paintSoon(run);
@@ -677,11 +677,12 @@ Parts.register({
 });
 
 return Object.freeze({
-  get chats() { return state.chats; }, get current() { return state.chat; }, get nodes() { return state.nodes; },
-  get children() { return state.children; }, get leaf() { return state.leaf; }, get path() { return state.path; }, get runs() { return state.runs; },
-  get notice() { return state.notice; }, get toasts() { return state.toasts; }, get ended() { return state.ended; },
-  get editing() { return state.editing; }, lastNode, canAsk, change: changeChat, showLeaf, opening, open: openChat, openNew: newChat, lastPlace,
-  deleteChats, removeChats, bringBack, addChat, deleteNode, offerUndo, branchFrom, isStored, addNode, ask, regenerate, answerAgain, messagesToSend,
-  canGoOn, goOn, wholeOf, editQuestion, editAnswer, countsOf, liveSpeed, stopAnswer, answerNow, adoptAll, say, dropToast, readStored, edit,
-  sendResults});
+  get chats() { return state.chats; }, get current() { return state.chat; }, get nodes() { return state.nodes; }, get children() { return state.children; },
+  get leaf() { return state.leaf; }, get path() { return state.path; }, get runs() { return state.runs; }, get notice() { return state.notice; },
+  get toasts() { return state.toasts; }, get ended() { return state.ended; }, get editing() { return state.editing; },
+  lastNode, canAsk, isStored, canGoOn, countsOf, liveSpeed, wholeOf, messagesToSend,
+  readStored, lastPlace, opening, open: openChat, openNew: newChat, change: changeChat, showLeaf, addChat, deleteChats, removeChats, bringBack, branchFrom,
+  addNode, deleteNode, edit, editQuestion, editAnswer, offerUndo, dropToast, say,
+  ask, regenerate, answerAgain, sendResults, goOn, stopAnswer, answerNow, adoptAll,
+});
 })();

@@ -241,7 +241,7 @@ Parts.register({
 
 // A chat without messages is not exported.
 const exportMenu = () => {
-  const ofChat = Chat.path.length > 0, hasAny = Chat.chats.size > 0 || Settings.ownPrompts().length > 0;
+  const ofChat = Chat.path.length > 0, hasAny = Chat.chats.size > 0 || Prompts.own().length > 0;
   return [...(ofChat ? [[TEXT.thisChat, "export", () => exportChats([Chat.current])]] : []),
     ...(hasAny ? [[TEXT.allChats, "export", () => exportChats([...Chat.chats.values()])]] : []),
     ...(ofChat ? [[TEXT.asMarkdown, "export", () => download(markdownOf(Chat.current, Chat.path), `${fileName(Chat.current)}.md`, "text/markdown")],
@@ -267,7 +267,7 @@ function showImport(chats, name) {
 async function exportChats(chats) {
   const nodes = new Map();
   for (const chat of chats) nodes.set(chat.id, chat.id === Chat.current.id ? [...Chat.nodes.values()] : await Store.read("nodes", chat.id));
-  const file = Tree.exportOf(chats.filter(({id}) => nodes.get(id).length), chat => nodes.get(chat.id), chats.length === Chat.chats.size ? Settings.ownPrompts() : []);
+  const file = Tree.exportOf(chats.filter(({id}) => nodes.get(id).length), chat => nodes.get(chat.id), chats.length === Chat.chats.size ? Prompts.own() : []);
   const name = chats.length === 1 ? fileName(chats[0]) : `chats-${file.exported.slice(0, 10)}`;
   download(JSON.stringify(file, null, 2), `${name}.json`, "application/json");
 }
@@ -337,7 +337,7 @@ async function importFile(file) {
     for (const each of chats) each.twin = await twinOf(each);
     if (!await showImport(chats, file.name)) return;
     importAll(chats, file.name);
-    Settings.takePrompts(text);
+    Prompts.take(text);
   } catch (error) {
     Chat.say(error.message);
   }

@@ -156,7 +156,7 @@ function offerCommands() {
 function completeCommand(name) {
   const prompt = promptCommands().get(name);
   setDraft(prompt ? "" : valueOf(name) ? `/${name} ` : `/${name}`);
-  if (prompt) Settings.usePrompt(prompt);
+  if (prompt) Prompts.use(prompt);
   else $("message").focus();
 }
 
@@ -276,7 +276,7 @@ const COMMANDS = {
 // Map: the word after the slash -> a saved prompt. Commands of the same name come first.
 function promptCommands() {
   const found = new Map();
-  for (const prompt of Settings.ownPrompts()) {
+  for (const prompt of Prompts.own()) {
     const word = prompt.name.toLowerCase().match(/[\p{L}\p{M}\p{N}]+/gu)?.join("-") ?? "prompt";
     let free = word;
     for (let count = 2; Object.hasOwn(COMMANDS, free) || parameterOf(free) || found.has(free); count++) free = `${word}-${count}`;
@@ -329,7 +329,7 @@ function setParameter(parameter, text) {
 function runCommand(text) {
   const [, word, argument] = /^\/(\S*)\s*([^]*)$/.exec(text.trim()), name = word.toLowerCase(), value = argument.trim();
   const prompt = promptCommands().get(name), parameter = parameterOf(name);
-  const problem = Object.hasOwn(COMMANDS, name) ? COMMANDS[name](value) : prompt ? Settings.usePrompt(prompt, value) : parameter ? setParameter(parameter, value) : TEXT.noCommand(word);
+  const problem = Object.hasOwn(COMMANDS, name) ? COMMANDS[name](value) : prompt ? Prompts.use(prompt, value) : parameter ? setParameter(parameter, value) : TEXT.noCommand(word);
   if (problem) state.refusal = problem;
   return !problem;
 }

@@ -465,7 +465,7 @@ class MathBlock extends Leaf {
 
 // code ----------------------------------------------------------------------------------------------------------------
 
-// The box around a code block, with its language and a button. `copyText` is the page's.
+// The box around a code block, with its language and a button.
 function codeBox(language, code) {
   const copy = element("button", {type: "button", className: "icon plain i-copy", textContent: TEXT.copyCode,
     onclick: event => Turns.copyText(code.textContent.replace(/\n$/, ""), event.currentTarget)});

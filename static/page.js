@@ -10,7 +10,7 @@ let started = false;              // the page has opened its storage and shows a
 
 // rendering -----------------------------------------------------------------------------------------------------------
 
-// Makes the page show `state`; changes only what differs.
+// Makes the page show what the scripts know; changes only what differs.
 function render() {
   const {model, phase} = Server, chat = Chat.current;
   setText($("title"), chat.title || TEXT.newChat);
@@ -43,7 +43,7 @@ const empty = {key: "", node: null};
 
 function emptyPage() {
   const {model, phase, loading} = Server;
-  const key = JSON.stringify([model.name, model.api, model.better, model.base, model.devices, model.context, phase, Server.trouble(), Chat.canAsk(), Settings.ownPrompts()]);
+  const key = JSON.stringify([model.name, model.api, model.better, model.base, model.devices, model.context, phase, Server.trouble(), Chat.canAsk(), Prompts.own()]);
   if (empty.key === key) return empty.node;
   const page = element("section", {className: "empty"}, element("h2", {textContent: model.api === "text" ? TEXT.welcomeText : TEXT.welcome(new Date().getHours())}));
   page.append(element("p", {textContent: Server.trouble() || TEXT.running(model.devices.map(TEXT.device), model.context)}));
@@ -56,9 +56,9 @@ function emptyPage() {
     bar.setAttribute("aria-label", TEXT.loadingLabel);
     page.append(bar);
   }
-  const starters = Settings.ownPrompts().filter(({starter}) => starter), examples = ["text", "none"].includes(model.api) || starters.length ? [] : TEXT.examples;
+  const starters = Prompts.own().filter(({starter}) => starter), examples = ["text", "none"].includes(model.api) || starters.length ? [] : TEXT.examples;
   page.append(element("div", {className: "examples"}, ...starters.map(prompt =>
-    element("button", {type: "button", textContent: prompt.name, title: prompt.text, onclick: () => Settings.usePrompt(prompt)})), ...examples.map(text =>
+    element("button", {type: "button", textContent: prompt.name, title: prompt.text, onclick: () => Prompts.use(prompt)})), ...examples.map(text =>
     element("button", {type: "button", textContent: text, disabled: !Chat.canAsk(), onclick: () => { Chat.ask(text); Composer.focusAfterClick(); }}))));
   Object.assign(empty, {key, node: page});
   return page;

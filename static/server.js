@@ -406,9 +406,12 @@ Parts.register({
   },
 });
 
-return Object.freeze({get phase() { return state.phase; }, get loading() { return state.loading; }, get models() { return state.models; },
-  get model() { return state.model; }, get refusedKey() { return state.refusedKey; }, PAGE_HOME, SILENCE_MS, FOREVER_MS, home: serverHome, originOf, key: serverKey, addressOf: serverAddress, Lost, Refused, request,
-  post, jsonOf, errorOf, errorText, sentence, HEALTH_MS, watch: watchServer, startAnew, isAway, untilReady, trouble: serverText, chatModel, useModel, loadModel,
-  lookAtModels, countTokens, tokensAround, templateText, ROUTES, modelOfSeveral, modelNamed, postAnswer, textToContinue, accepted, reconnected,
-  events: serverEvents, readEvent});
+return Object.freeze({
+  get phase() { return state.phase; }, get loading() { return state.loading; }, get models() { return state.models; }, get model() { return state.model; },
+  get refusedKey() { return state.refusedKey; },
+  PAGE_HOME, HEALTH_MS, SILENCE_MS, FOREVER_MS, ROUTES, Lost, Refused,
+  home: serverHome, key: serverKey, addressOf: serverAddress, originOf, request, post, jsonOf, accepted, errorOf, errorText, sentence,
+  watch: watchServer, startAnew, isAway, untilReady, trouble: serverText, chatModel, useModel, loadModel, lookAtModels, modelOfSeveral, modelNamed,
+  countTokens, tokensAround, templateText, textToContinue, postAnswer, reconnected, events: serverEvents, readEvent,
+});
 })();

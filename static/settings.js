@@ -1,4 +1,4 @@
-// The settings of a chat and of the page: parameters, functions and formats, saved prompts, and the server.
+// The settings of a chat and of the page: parameters, functions and formats, the server and its models.
 "use strict";
 
 const Settings = (() => {
@@ -364,7 +364,7 @@ Parts.register({
     for (const event of ["pointerdown", "focus"]) $("models").addEventListener(event, Server.lookAtModels);
   },
   menu: () => [...(Server.model.base ? [Chat.current.inTurns ? [TEXT.inTexts, "edit", () => talkInTurns(false)] : [TEXT.inTurns, "prompt", () => talkInTurns(true)]] : []),
-    [TEXT.prompts, "prompt", openPrompts], [TEXT.server, "server", () => openServer()]],
+    [TEXT.prompts, "prompt", () => Prompts.open()], [TEXT.server, "server", () => openServer()]],
   render() {
     renderModels();
     renderChanged();
@@ -462,184 +462,20 @@ function addCalculator() {
   $("functions").dispatchEvent(new Event("input", {bubbles: true}));
 }
 
-// calls -----------------------------------------------------------------------------------------------------------------
-
-// Adds an event's call deltas to an answer's calls.
-function growCalls(node, news) {
-  for (const {index = 0, id, function: delta = {}} of news) {
-    const calls = node.calls ??= [], call = calls[index] ??= {id: id ?? Tree.newId(), name: "", arguments: ""};
-    call.name ||= delta.name ?? "";
-    call.arguments += delta.arguments ?? "";
-  }
-}
-
-// Calls without results are left out of what the model gets; the reader may ask a new question instead.
-const isAnswered = ({calls}) => Boolean(calls?.every(({result}) => result !== undefined));
-
-function messagesOfCalls({content, calls, calculator = []}) {
-  return [{role: "assistant", content, ...(calculator.length ? {calculator} : {}), tool_calls: calls.map(({id, name, arguments: args}) => ({id, type: "function", function: {name, arguments: args}}))},
-    ...calls.map(({id, result}) => ({role: "tool", tool_call_id: id, content: result}))];
-}
-
-function updateCalls(view, growing) {
-  const {node} = view, key = JSON.stringify([node.calls ?? [], growing]);
-  if (view.callsDrawn === key) return;
-  view.callsDrawn = key;
-  view.calls ??= element("div", {className: "calls"});
-  if (!view.calls.isConnected) view.nothing.before(view.calls);
-  const calls = node.calls ?? [], cards = calls.map(call => cardOf(call, growing)), fields = cards.map(card => card.field);
-  view.calls.replaceChildren(...cards.map(card => card.node));
-  if (growing || !calls.length || isAnswered(node)) return;
-  view.calls.append(element("button", {type: "button", className: "primary", textContent: TEXT.sendResults, onclick: () => {
-    Chat.sendResults(node, fields.map(({value}) => value));
-    Composer.focusAfterClick();
-  }}));
-}
-
-function cardOf(call, growing) {
-  let shownArguments = call.arguments;
-  try { shownArguments = JSON.stringify(JSON.parse(call.arguments), null, 2); } catch (error) { /* incomplete */ }
-  const node = element("section", {className: "card"}, element("p", {className: "icon i-function", textContent: call.name}), Turns.codeBlock("json", shownArguments));
-  node.setAttribute("aria-label", TEXT.callOf(call.name));
-  if (growing) return {node};
-  if (call.result !== undefined) {
-    node.append(element("p", {className: "hint", textContent: TEXT.result}), element("pre", {textContent: call.result, tabIndex: 0}));
-    return {node};
-  }
-  const field = element("textarea", {rows: 2, value: call.name === "calculator" ? calculated(call.arguments) : ""});
-  node.append(element("label", {}, element("span", {textContent: TEXT.result}), field));
-  return {node, field};
-}
-
-// The value of {"expression": "2 * (3 + 4)"}; "" if it has none.
-function calculated(text) {
-  const {value} = readJson(text), parts = String(value?.expression ?? "").replace(/,/g, "").match(/\d+\.?\d*(?:e[+-]?\d+)?|\.\d+|[-+*/()]|\S/gi) ?? [];
-  let at = 0;
-  const factor = () => {
-    const part = parts[at++];
-    if (part === "-" || part === "+") return (part === "-" ? -1 : 1) * factor();
-    if (part !== "(") return Number(part ?? NaN);
-    const inner = whole();
-    return parts[at++] === ")" ? inner : NaN;
-  };
-  const term = () => {
-    let found = factor();
-    while ("*/".includes(parts[at] ?? " ")) found = parts[at++] === "*" ? found * factor() : found / factor();
-    return found;
-  };
-  const whole = () => {
-    let found = term();
-    while ("+-".includes(parts[at] ?? " ")) found = parts[at++] === "+" ? found + term() : found - term();
-    return found;
-  };
-  const found = whole();
-  return at === parts.length && Number.isFinite(found) ? String(found) : "";
-}
-
 Parts.register({
   strings: {
     toolsAndFormat: "Functions and answer format", functions: "Functions that the model may call (JSON)", addCalculator: "Add a calculator",
     schema: "JSON schema of answers", budget: "Thinking budget", noLimit: "no limit", notValidJson: why => `This is not valid JSON: ${why}.`,
     badFunction: count => `Function ${count} needs a name of letters, digits, _, - and ., and parameters that are a JSON schema.`,
-    badSchema: "A JSON schema is an object, such as {\"type\": \"object\", \"properties\": {...}}.", callOf: name => `Call of ${name}`, result: "Result", sendResults: "Send results",
+    badSchema: "A JSON schema is an object, such as {\"type\": \"object\", \"properties\": {...}}.",
   },
   bind() {
     $("add-calculator").onclick = addCalculator;
   },
-  answer: {update: updateCalls},
 });
 
-// prompts --------------------------------------------------------------------------------------------------------------
-
-// A prompt is {name, text, starter}: a starter begins a message, any other is a system prompt.
-const isPrompt = value => Tree.isObject(value) && Tree.isText(value.name) && Tree.isText(value.text) && Boolean(value.name.trim() && value.text.trim());
-const ownPrompts = () => preferences.prompts.filter(isPrompt);
-
-let editedPrompt = null;          // the name of the saved prompt that the fields below the list change
-
-function openPrompts() {
-  editPrompt(null);
-  showPrompts();
-  $("prompts-dialog").showModal();
-}
-
-// Fills the fields with a saved prompt, which Save then replaces; null: with nothing, for a new one.
-function editPrompt(prompt) {
-  editedPrompt = prompt?.name ?? null;
-  $("prompt-name").value = prompt?.name ?? "";
-  $("prompt-words").value = prompt?.text ?? "";
-  if (prompt) $("prompt-use").value = prompt.starter ? "starter" : "system";
-  setText($("prompt-problem"), "");
-}
-
-function showPrompts() {
-  const prompts = ownPrompts();
-  $("prompts").replaceChildren(...prompts.map(prompt => {
-    const use = element("button", {type: "button", className: "plain", textContent: TEXT.usePrompt, onclick: () => usePrompt(prompt)});
-    use.setAttribute("aria-label", `${TEXT.usePrompt}: ${prompt.name}`);
-    return element("li", {}, element("b", {textContent: prompt.name}), element("span", {textContent: prompt.text}),
-      element("small", {textContent: prompt.starter ? TEXT.starter : TEXT.systemPrompt}), use,
-      iconButton(`${TEXT.edit}: ${prompt.name}`, "edit", () => { editPrompt(prompt); $("prompt-words").focus(); }),
-      iconButton(`${TEXT.delete}: ${prompt.name}`, "delete", () => {
-        keepPrompts(ownPrompts().filter(({name}) => name !== prompt.name));
-        if (editedPrompt === prompt.name) editedPrompt = null;
-        $("prompt-name").focus();
-      }));
-  }), ...(prompts.length ? [] : [element("li", {className: "hint", textContent: TEXT.noPrompts})]));
-}
-
-function keepPrompts(prompts) {
-  changePreferences({prompts});
-  showPrompts();
-  Page.render();
-}
-
-// `more`: what the reader has written behind the name of a starter.
-function usePrompt({text, starter}, more = "") {
-  $("prompts-dialog").close();
-  if (starter) Composer.setDraft(more ? `${text.replace(/\s*$/, "")} ${more}` : text);
-  else { Chat.change(Chat.current, {system: text}); Chat.say(TEXT.systemIs(text)); }
-  Composer.focusAfterClick();
-}
-
-function savePrompt() {
-  const prompt = {name: $("prompt-name").value.trim(), text: $("prompt-words").value, starter: $("prompt-use").value === "starter"};
-  if (!isPrompt(prompt)) return $(prompt.name ? "prompt-words" : "prompt-name").focus();
-  const prompts = ownPrompts(), place = name => prompts.findIndex(each => each.name === name), at = place(editedPrompt ?? prompt.name);
-  if (editedPrompt !== null && prompt.name !== editedPrompt && place(prompt.name) >= 0) {
-    setText($("prompt-problem"), TEXT.promptTaken(prompt.name));
-    return $("prompt-name").focus();
-  }
-  if (at < 0) prompts.push(prompt);
-  else prompts[at] = prompt;
-  keepPrompts(prompts);
-  editPrompt(null);
-  return Page.announce(TEXT.presetSaved(prompt.name));
-}
-
-// Imports the prompts that are new; one whose name is taken gets another.
-function takePrompts(text) {
-  const here = ownPrompts(), brought = [readJson(text).value?.prompts ?? []].flat().filter(isPrompt).filter(each => !here.some(own => own.text === each.text));
-  const names = new Set(here.map(({name}) => name));
-  for (const {name, text: words, starter} of brought) {
-    const free = [name, ...Array.from({length: 1000}, (_, i) => `${name} (${i + 2})`)].find(each => !names.has(each));
-    names.add(free);
-    here.push({name: free, text: words, starter: Boolean(starter)});
-  }
-  if (brought.length) keepPrompts(here);
-}
-
-Parts.register({
-  strings: {
-    prompts: "Prompts", promptName: "Name of the prompt", promptUse: "What it is", promptText: "Text of the prompt", starter: "Starter", usePrompt: "Use",
-    savePrompt: "Save prompt", promptTaken: name => `Another prompt is called “${name}”.`, noPrompts: "None yet.", promptsHint: "A system prompt is sent to the model first. A starter begins a message and is offered on the empty page. A slash and its name in the message box use either.",
-  },
-  bind() {
-    $("save-prompt").onclick = savePrompt;
-  },
+return Object.freeze({
+  get preferences() { return preferences; }, load: loadPreferences, change: changePreferences,
+  changesOf, openServer, useServer, wantedServer, chooseModel, talkInTurns, readJson,
 });
-
-return Object.freeze({changesOf, openServer, useServer, wantedServer, chooseModel, talkInTurns, growCalls, isAnswered,
-  messagesOfCalls, calculated, ownPrompts, keepPrompts, usePrompt, takePrompts, change: changePreferences, load: loadPreferences,
-  get preferences() { return preferences; }});
 })();

@@ -69,7 +69,7 @@ const isGrowing = node => Boolean(node?.stream);
 function messagesOf(path, system = "", withReasoning = false) {
   const messages = system.trim() ? [{role: "system", content: system}] : [];
   for (const [i, {role, reasoning, calculator = []}] of path.entries()) {
-    if (role === "assistant" && Settings.isAnswered(path[i])) { messages.push(...Settings.messagesOfCalls(path[i])); continue; }
+    if (role === "assistant" && Calls.isAnswered(path[i])) { messages.push(...Calls.messagesOf(path[i])); continue; }
     const said = saidIn(path[i]), last = messages.at(-1), calls = role === "assistant" ? calculator : [];
     if (!said.length && !calls.length || role === "user" && failed(path[i + 1])) continue;
     if (last?.role === role && !last.tool_calls) addTo(last, said, calls);

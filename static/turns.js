@@ -1,4 +1,4 @@
-// The turns: one view of each node that is shown. `render` (page.js) calls `renderTurns`, a growing answer `paint`.
+// The turns: one view of each node that is shown. `Page.render` calls `render`, a growing answer `paint`.
 //
 // A long chat opens fast because a turn far from the window is only plain text. It is drawn, with its
 // buttons, when it comes near (`complete`). While such a turn is out of sight, drawn or not, the browser

@@ -57,7 +57,7 @@ def test_a_call_is_a_card_whose_result_is_sent_back(page, stand_in):
 
 @pytest.mark.parametrize("expression, value", [("2*(3+4)-1", "13"), ("-1.5e1 / 4", "-3.75"), ("1,000 * 2", "2000"), ("1/0", ""), ("2 +", ""), ("alert(1)", ""), ("", "")])
 def test_the_calculator_works_out_arithmetic_and_nothing_else(opened_page, expression, value):
-    assert opened_page.evaluate("text => Settings.calculated(text)", json.dumps({"expression": expression})) == value
+    assert opened_page.evaluate("text => Calls.calculated(text)", json.dumps({"expression": expression})) == value
 
 
 def test_an_answer_follows_the_schema_of_its_chat(page, server_url):
@@ -103,17 +103,17 @@ def test_prompts_are_kept_and_exported_and_found_words_are_marked(page, stand_in
         menu(page, "Export", "All chats (JSON)")
     exported = json.loads(saved.value.path().read_text())
     assert [prompt["name"] for prompt in exported["prompts"]] == ["Pirate", "Shorter"]
-    page.evaluate("Settings.keepPrompts([{name: 'Pirate', text: 'Arr.', starter: false}])")
+    page.evaluate("Prompts.keep([{name: 'Pirate', text: 'Arr.', starter: false}])")
     page.locator("#import-file").set_input_files(saved.value.path())
     button(page.get_by_role("dialog"), "Import").click()
-    page.wait_for_function("() => Settings.ownPrompts().length === 3")
-    assert page.evaluate("Settings.ownPrompts().map(({name}) => name)") == ["Pirate", "Pirate (2)", "Shorter"]
+    page.wait_for_function("() => Prompts.own().length === 3")
+    assert page.evaluate("Prompts.own().map(({name}) => name)") == ["Pirate", "Pirate (2)", "Shorter"]
     settled(page)
 
 
 def test_prompts_are_edited_and_stand_in_the_slash_menu(page, stand_in):
     open_page(page, stand_in.url)
-    page.evaluate("""Settings.keepPrompts([{name: "Polite mail", text: "Rewrite politely:", starter: true}, {name: "Pirate", text: "Arr.", starter: false},
+    page.evaluate("""Prompts.keep([{name: "Polite mail", text: "Rewrite politely:", starter: true}, {name: "Pirate", text: "Arr.", starter: false},
         {name: "Temperature", text: "How warm is it?", starter: true}, {name: "Höflich!", text: "Bitte: ", starter: true}])""")
     menu(page, "Prompts")
     dialog = page.get_by_role("dialog", name="Prompts")
@@ -130,7 +130,7 @@ def test_prompts_are_edited_and_stand_in_the_slash_menu(page, stand_in):
     title.fill("Captain")
     button(dialog, "Save prompt").click()
     expect(dialog.get_by_role("alert")).to_have_count(0)
-    assert page.evaluate("Settings.ownPrompts().map(({name, text}) => [name, text])")[:2] == [["Polite mail", "Rewrite politely:"], ["Captain", "Talk like a pirate."]]
+    assert page.evaluate("Prompts.own().map(({name, text}) => [name, text])")[:2] == [["Polite mail", "Rewrite politely:"], ["Captain", "Talk like a pirate."]]
     page.keyboard.press("Escape")
     menu(page, "Prompts")
     expect(title).to_have_value("")
