@@ -554,6 +554,9 @@ const takeUp = run => Server.reconnected(run.node.stream, run.controller.signal,
   Page.render();
 });
 
+// What came of generating an answer again; it is not stored.
+const noteVerdict = (node, text) => { node.verdict = text; };
+
 // Closing the connection is not enough: the server would wait for the page to reconnect.
 function stopRun(id) {
   const run = state.runs.get(id);
@@ -683,6 +686,6 @@ return Object.freeze({
   lastNode, canAsk, isStored, canGoOn, countsOf, liveSpeed, wholeOf, messagesToSend,
   readStored, lastPlace, opening, open: openChat, openNew: newChat, change: changeChat, showLeaf, addChat, deleteChats, removeChats, bringBack, branchFrom,
   addNode, deleteNode, edit, editQuestion, editAnswer, offerUndo, dropToast, say,
-  ask, regenerate, answerAgain, sendResults, goOn, stopAnswer, answerNow, adoptAll,
+  ask, regenerate, answerAgain, noteVerdict, sendResults, goOn, stopAnswer, answerNow, adoptAll,
 });
 })();

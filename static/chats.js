@@ -145,6 +145,17 @@ function showSidebar(shown) {
   $("shade").hidden = !drawer;
 }
 
+function closeDrawer() {
+  showSidebar(false);
+  $("chats-toggle").focus();
+}
+
+function startSearch() {
+  showSidebar(true);
+  $("search").focus();
+  $("search").select();
+}
+
 function toggleSidebar() {
   const shown = !withChats();
   showSidebar(shown);
@@ -406,9 +417,9 @@ Parts.register({
   bind() {
     $("import-file").onchange = async ({target}) => { if (target.files[0]) await importFile(target.files[0]); target.value = ""; };
   },
-  menu: () => [...(exportMenu().length ? [[TEXT.export, "export", () => Page.openMenu($("menu"), exportMenu())]] : []), [TEXT.import, "import", () => $("import-file").click()]],
+  menu: () => [...(exportMenu().length ? [[TEXT.export, "export", anchor => Page.openMenu(anchor, exportMenu())]] : []), [TEXT.import, "import", () => $("import-file").click()]],
   menuEnd: () => Chat.chats.size ? [[TEXT.deleteAll, "delete", deleteAll, "", true]] : [],
 });
 
-return Object.freeze({withChats, showSidebar, startNew: startNewChat, download, importAll, takeOverOldChat});
+return Object.freeze({withChats, closeDrawer, startSearch, startNew: startNewChat, download, importAll, takeOverOldChat});
 })();

@@ -188,10 +188,13 @@ function recall(event) {
   setDraft(said[to - 1] ?? "");
 }
 
+// Shows why something was refused, from the next drawing on; "" for nothing.
+const refuse = reason => { state.refusal = reason; };
+
 // Puts the text back into the composer, before anything typed since.
 function giveBack(text, files, reason) {
   state.refusal = reason;
-  state.queued.delete(Chat.current.id);                   // the draft is another one now
+  state.queued.delete(Chat.current.id);                 // the draft is another one now
   setDraft([text, state.draft.text].filter(each => each.trim()).join("\n\n"), [...files, ...state.draft.files]);
 }
 
@@ -223,9 +226,6 @@ function sendQueued() {
 function focusAfterClick() { $(touch.matches ? "log" : "message").focus({preventScroll: true}); }
 
 // stored drafts -------------------------------------------------------------------------------------------------------
-
-// Shows why something was refused, from the next drawing on; "" for nothing.
-const refuse = reason => { state.refusal = reason; };
 
 const draftKey = (chat = Chat.current) => Chat.isStored(chat) ? chat.id : "new";
 
@@ -430,6 +430,7 @@ Parts.register({
     const message = $("message");
     $("composer").onsubmit = event => { event.preventDefault(); submitDraft(); };
     $("stop").onclick = Chat.stopAnswer;
+    $("enter-key").onclick = Settings.openServer;
     $("attach").onclick = () => $("files-picker").click();
     $("files-picker").onchange = async ({target}) => { await addFiles(target.files); target.value = ""; };
     message.oninput = ({target}) => { recalled = 0; state.refusal = ""; state.queued.delete(Chat.current.id); setDraft(target.value); };
@@ -448,10 +449,14 @@ Parts.register({
     }
   },
   render() {
+    $("message").placeholder = Server.model.api === "text" ? TEXT.textHint : TEXT.messageHint;
     renderComposer(Tree.isGrowing(Chat.lastNode()));
     renderState();
   },
 });
 
-return Object.freeze({get draft() { return state.draft; }, setDraft, refuse, loadDraft, draftKey, dropNewDraft, giveBack, usedTokens, tokensAlone, renderState, focusAfterClick});
+return Object.freeze({
+  get draft() { return state.draft; }, get typed() { return $("message").value; },
+  setDraft, loadDraft, draftKey, dropNewDraft, giveBack, refuse, usedTokens, tokensAlone, renderState, focusAfterClick,
+});
 })();

@@ -53,7 +53,7 @@ function spelled(tokens) {
 async function runAgain(view) {
   const {node} = view, {current: chat} = Chat, controller = new AbortController();
   view.checking = true;
-  const report = text => { node.verdict = text; setText(view.verdict, text); };
+  const report = text => { Chat.noteVerdict(node, text); setText(view.verdict, text); };
   try {
     const made = await replay(node, {signal: controller.signal, onToken: count => report(TEXT.runningAgain(count))});
     const at = await firstDifference(node, made), other = node.weights && node.weights !== Look.weightsOf(node.model) ? TEXT.otherWeights : "";

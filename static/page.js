@@ -1,5 +1,4 @@
-// The page around the turns: rendering, menus, keys, and the start. Other scripts register their parts
-// (parts.js).
+// The frame of the page: rendering, menus, questions in a dialog, keys, and the start. The other scripts register their parts (parts.js).
 "use strict";
 
 const Page = (() => {
@@ -14,9 +13,7 @@ let started = false;              // the page has opened its storage and shows a
 function render() {
   const {model, phase} = Server, chat = Chat.current;
   setText($("title"), chat.title || TEXT.newChat);
-  const completing = model.api === "text";
-  document.body.classList.toggle("completing", completing);
-  $("message").placeholder = completing ? TEXT.textHint : TEXT.messageHint;
+  document.body.classList.toggle("completing", model.api === "text");
   document.title = (Chat.ended ? TEXT.endedMark : "") + titleOfTab(chat, model);
   $("lamp").className = phase;
   $("log").hidden = document.querySelector("body > footer").hidden = Boolean(openView());
@@ -204,7 +201,7 @@ function onKey(event) {
   if (composing(event)) return;
   if (event.key === "Escape" && !dialog) return onEscape();
   if (dialog) return;
-  if (control && !event.shiftKey && event.key.toLowerCase() === "k") { Chats.showSidebar(true); $("search").focus(); $("search").select(); }
+  if (control && !event.shiftKey && event.key.toLowerCase() === "k") Chats.startSearch();
   else if (control && event.shiftKey && event.key.toLowerCase() === "o") Chats.startNew();
   else if (event.key === "?" && !typing(event.target)) $("keys-dialog").showModal();
   else return;
@@ -212,7 +209,7 @@ function onKey(event) {
 }
 
 function onEscape() {
-  if (narrow.matches && Chats.withChats()) { Chats.showSidebar(false); $("chats-toggle").focus(); }
+  if (narrow.matches && Chats.withChats()) Chats.closeDrawer();
   else if (openView()) Chat.open(Chat.current.id).then(Composer.focusAfterClick);
   else Chat.stopAnswer();
 }
@@ -239,7 +236,7 @@ async function start() {
   await Chats.takeOverOldChat();
   if (!asking) Server.watch();
   const {hash} = location, view = viewAt(hash), wanted = [hash.slice(1), Chat.lastPlace()].find(id => Chat.chats.has(id)) ?? "";
-  const typed = $("message").value;                     // while the scripts were loading
+  const {typed} = Composer;                             // while the scripts were loading
   await (isFirst() ? Chat.open(wanted) : Composer.loadDraft(Composer.draftKey()));         // the reader may have begun a chat
   view?.open(hash);
   if (typed && !Composer.draft.text) Composer.setDraft(typed);
@@ -278,7 +275,10 @@ Parts.register({
     [TEXT.shortcuts, "keys", () => $("keys-dialog").showModal()]],
 });
 
-return Object.freeze({render, announce, follow, stopFollowing, followEnd, openView, viewAt, closeViews, openMenu, placeMenu, confirmed, start, get started() { return started; }});
+return Object.freeze({
+  get started() { return started; }, start,
+  render, announce, follow, stopFollowing, followEnd, openView, viewAt, closeViews, openMenu, placeMenu, confirmed,
+});
 })();
 
 Page.start();

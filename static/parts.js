@@ -148,6 +148,8 @@ function inOrder() {
   };
 }
 
-return Object.freeze({TEXT, number, plural, all, register, bindAll, libraries, need, late, $, touch, mouse, narrow, composing, setText, element, button,
-  iconButton, onEnter, fitHeight, wait, newest, inOrder});
+return Object.freeze({
+  all, register, bindAll, libraries, need, late,
+  TEXT, number, plural, $, element, button, iconButton, onEnter, fitHeight, setText, wait, newest, inOrder, composing, touch, mouse, narrow,
+});
 })();

@@ -352,7 +352,6 @@ Parts.register({
       Turns.copied($("for-new-chats"));
     };
     $("server-dialog").querySelector("form").onsubmit = takeServer;
-    $("enter-key").onclick = openServer;
     $("server-reset").onclick = () => { $("server-url").value = $("server-key").value = ""; };
     $("models").onchange = () => chooseModel($("models").value);
     addEventListener("storage", event => {

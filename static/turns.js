@@ -499,6 +499,7 @@ Parts.register({
   },
 });
 
-return Object.freeze({render: renderTurns, update: updateAnswer, paint, viewOf: id => views.get(id), scrollTo, questionNodes, codeBlock, growingText,
-  liveSpeedText, copyText, copied});
+return Object.freeze({
+  viewOf: id => views.get(id), render: renderTurns, update: updateAnswer, paint, scrollTo, questionNodes, codeBlock, growingText, liveSpeedText, copyText, copied,
+});
 })();

@@ -126,3 +126,12 @@ def test_an_element_is_bound_by_one_script_alone():
         for name in set(re.findall(r"""\$\("([\w-]+)"\)(?:\.querySelector\("form"\))?\.(?:on\w+ =|addEventListener)""", text)):
             bound.setdefault(name, []).append(script)
     assert bound and {name: scripts for name, scripts in bound.items() if len(scripts) > 1} == {}
+
+
+def test_an_element_is_one_script_s_alone():
+    used = {}
+    for script, text in SCRIPTS.items():
+        for name in set(re.findall(r"""\$\("([\w-]+)"\)""", text)):
+            used.setdefault(name, set()).add(script)
+    shared = {name: scripts for name, scripts in used.items() if len(scripts) > 1}
+    assert used and set(shared) == {"log", "status"}, shared        # where the turns stand; where charts resolve colours
