@@ -114,6 +114,14 @@ def test_a_new_script_is_a_tag_in_the_page_and_what_it_registers(page, stand_in)
     expect(answers(page)).to_have_count(1)
 
 
+def test_a_late_script_without_its_object_is_said(page, stand_in):
+    open_page(page, stand_in.url)
+    for wrong in ("() => Missing", "() => { throw new ReferenceError(); }"):
+        page.evaluate(f"async () => {{ Chat.say(''); await Parts.late('charts', {wrong}, 'open')(); }}")
+        expect(page.get_by_role("log").locator(".notice")).to_have_text("This part of the page could not be loaded: is the server running?")
+    assert page.evaluate("Parts.late('curves', () => Curves, 'placeOfStage')('sft')") == 2          # base, mid, sft
+
+
 def test_no_two_scripts_register_one_word(opened_page):
     with pytest.raises(playwright.Error, match="two scripts register send"):
         opened_page.evaluate("""Parts.register({strings: {send: "Post", extra: "Extra"}})""")
