@@ -25,7 +25,8 @@ from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES, VISION
 ROOT = Path(__file__).resolve().parent.parent
 HISTORY = sorted((ROOT / "bench" / "history").glob("*.md"))
 TODAY = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md")),
-         ROOT / "bench" / "RESULTS.md", ROOT / "csrc" / "README.md"]
+         ROOT / "bench" / "RESULTS.md", ROOT / "csrc" / "README.md",
+         ROOT / "static" / "README.md"]
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 OTHERS_FLAGS = {           # of torchrun, Docker, apt, pip, xcode-select, Ray, pytest, vLLM and nanochat, and of the program without a row in FLAGS
     "compile", "nnodes", "node-rank", "master-addr", "nproc-per-node", "cache-dir", "install-recommends", "create-home", "max-num-seqs", "max-model-len",
