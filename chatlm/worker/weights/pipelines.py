@@ -59,3 +59,11 @@ def merges_of_scores(tokens: Seq[str], scores: Seq[float], types: Seq[int]) -> l
               for i in range(1, len(token)) if token[:i] in usable and token[i:] in usable]
     merges.sort(key=lambda merge: merge[:2], reverse=True)
     return [(left, right) for _, _, left, right in merges]
+
+
+def merges_of_ids(tokens: Seq[str]) -> list[tuple[str, str]]:
+    """The merges of a vocabulary whose ids are ranks, as tiktoken's are: of two neighbours that are a token
+    together, those with the least id merge first."""
+    known = set(tokens)
+    return [(token[:cut], token[cut:]) for token in tokens for cut in range(1, len(token))
+            if token[:cut] in known and token[cut:] in known]
