@@ -43,7 +43,7 @@ def born(monkeypatch):
     return servers
 
 
-def test_our_server_answers_and_is_gone_afterwards(nanochat_fixtures):
+def test_our_server_answers_and_leaves_nothing(nanochat_fixtures):
     with our_server(nanochat_fixtures / "gen5", *SMALL) as server:
         family = server.processes()
         assert server.get("/health")["status"] == "ok" and server.ready_s > 0 and len(family) > 1
@@ -55,7 +55,7 @@ def test_our_server_answers_and_is_gone_afterwards(nanochat_fixtures):
     assert server.process.returncode == 0 and not any(process.is_running() for process in family)
 
 
-def test_a_server_that_is_stopped_or_whose_worker_was_killed_is_gone_after_an_error(nanochat_fixtures):
+def test_a_stopped_server_is_gone_after_an_error(nanochat_fixtures):
     with pytest.raises(ZeroDivisionError):
         with our_server(nanochat_fixtures / "gen5", *SMALL) as server:
             family = server.processes()
@@ -65,13 +65,13 @@ def test_a_server_that_is_stopped_or_whose_worker_was_killed_is_gone_after_an_er
     assert not any(process.is_running() for process in family)
 
 
-def test_one_that_ends_at_once_shows_its_last_words():
+def test_a_server_that_fails_shows_its_last_words():
     with pytest.raises(NotReady, match=r"(?s)chat_server ended with status 2: .*no-such-model.*no-such-model"):
         with our_server("/no-such-model.gguf"):
             raise AssertionError("it is ready")
 
 
-def test_one_that_is_never_ready_is_waited_for_so_long_and_then_killed_with_its_children(born):
+def test_one_that_is_never_ready_is_killed(born):
     with pytest.raises(NotReady, match=r"(?s)mule is not ready after 2 s: .*born"):
         with started([sys.executable, "-c", STUBBORN], "mule", limit_s=2, stop_limit_s=0.1):
             raise AssertionError("it is ready")
@@ -80,14 +80,14 @@ def test_one_that_is_never_ready_is_waited_for_so_long_and_then_killed_with_its_
     assert not [process for process in psutil.process_iter(["cmdline"]) if server.command[-1] in (process.info["cmdline"] or ())]
 
 
-def test_what_does_not_end_is_killed_with_its_children():
+def test_a_stubborn_server_and_its_children_are_killed():
     with started([sys.executable, "-c", STUBBORN], ready="/livez", stop_limit_s=0.1) as server:
         family = server.processes()
         assert len(family) == 2
     assert not any(process.is_running() for process in family)
 
 
-def test_a_script_that_is_told_to_end_ends_its_server_first(tmp_path):
+def test_a_script_ends_its_server_on_sigterm(tmp_path):
     script = textwrap.dedent(f"""
         import sys, time
         sys.path.insert(0, {str(BENCH)!r})
@@ -105,7 +105,7 @@ def test_a_script_that_is_told_to_end_ends_its_server_first(tmp_path):
     assert len(family) == 2 and not any(process.is_running() for process in family)
 
 
-def test_its_log_can_have_a_name_and_is_continued(tmp_path, nanochat_fixtures):
+def test_a_named_log_is_continued(tmp_path, nanochat_fixtures):
     log = tmp_path / "log"
     log.write_text("before\n")
     with our_server(nanochat_fixtures / "gen5", *SMALL, log=log) as server:
