@@ -138,7 +138,7 @@ def test_bos_begins_raw_prompts_of_its_families(pre, begins):
     assert (tokenizer.encode_prompt("hello")[0] == 3) == begins
 
 
-@pytest.mark.parametrize("pre", ["viking", "Qwen2", ""])
+@pytest.mark.parametrize("pre", ["vikings", "Qwen2", ""])
 def test_an_unknown_pre_tokenizer_names_the_known(pre):
     with pytest.raises(ConfigError, match=f'tokenizer.ggml.pre is "{pre}"; it must be one of default, .*llama-bpe.*tekken.*gpt-4o'):
         gguf_text("x.gguf", small_gguf_metadata(pre))

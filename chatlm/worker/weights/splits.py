@@ -86,13 +86,13 @@ NANOCHAT_SPLITS = [nanochat_split(r"\p{N}{1,2}"), nanochat_split(r"\p{N}{1,3}")]
 PRE_TOKENIZERS = {name: row for names, row in {  # by tokenizer.ggml.pre
     "default": PreTokenizer((  # llama.cpp's guess for a file that names none
         r"[\p{P}$+<=>^~|]+", GPT2_SPLIT, r"\p{N}+", "[0-9]{3}")),
-    "falcon": PreTokenizer((PUNCTUATION, GPT2_SPLIT, "[0-9][0-9][0-9]")),
     # GPT-2's own pattern
     "gpt-2 phi-2 olmo exaone4 granite-docling mpt jais trillion gigachat a.x-4.0 mellum jina-es jina-de "
     "jina-v2-es jina-v2-de roberta-bpe jina-v1-en jina-v2-code": PreTokenizer((), gpt2=True),
     "modern-bert": PreTokenizer((), gpt2=True, nfc=True),
     "smollm starcoder refact codeshell exaone minerva-7b mellum2": PreTokenizer((r"\p{N}",), gpt2=True),
     "command-r": PreTokenizer((r"\p{N}",), gpt2=True, nfc=True),
+    "falcon": PreTokenizer((PUNCTUATION, GPT2_SPLIT, "[0-9][0-9][0-9]")),
     "chameleon": PreTokenizer(CHAMELEON_SPLITS, gpt2=True, add_bos=True),
     # Llama 3's, of numbers with up to three digits
     "llama-bpe llama3 llama-v3 falcon3 pixtral lfm2 falcon-h1 midm-2.0 jina-v5-nano": PreTokenizer(
