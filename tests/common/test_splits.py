@@ -8,8 +8,8 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.weights.gguf import gguf_text
 from chatlm.worker.weights.splits import GPT2_SPLIT, PIECES_WITH_MERGES, PRE_TOKENIZERS
-from test_tokenizers import TEXTS, split
 from tiny_gguf import small_gguf_metadata
+from tokenizer_texts import TEXTS, split
 from tokenizers import pre_tokenizers
 
 # tokenizer.ggml.pre, as llama.cpp b11434 reads it
