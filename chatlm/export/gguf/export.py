@@ -20,8 +20,9 @@ from chatlm.export.gguf import encoding
 from chatlm.export.gguf.importance import Importance, read_importance
 from chatlm.export.gguf.mixes import EMBEDDINGS, FLOATS, Mix, TypeRules, mix_of
 from chatlm.export.gguf.packers import pack
-from chatlm.export.gguf.sources import Written, WrittenTensor, written_model
+from chatlm.export.gguf.sources import written_model
 from chatlm.export.gguf.unfinished import UnfinishedFile, digest_of
+from chatlm.export.gguf.written import Written, WrittenTensor
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource
@@ -44,16 +45,17 @@ class Result(NamedTuple):
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.types.items())
         bits = 8 * self.n_bytes / max(self.weights, 1)
         yield (f"{visible(str(self.path))}: {self.n_bytes / 1e9:,.2f} GB, {bits:.2f} bits for each of "
-               f"{self.weights / 1e6:,.0f} million weights ({kinds})")
+               f"{self.weights / 1e6:,.1f} million weights ({kinds})")
 
 
 def export_gguf(source: ModelSource, output: Path, *, type: str, imatrix: Path | None = None,
-                progress: Progress = lambda stage, fraction: None, threads: int = 1) -> Result:
+                progress: Progress = lambda stage, fraction: None, threads: int = 1,
+                softcap: float | None = None) -> Result:
     """Write the model to `output` as a file of this type. The file appears once it is complete; after a kill
     the same call goes on. ConfigError for whatever is wrong with the model, the type or the disk."""
     name, mix = mix_of(type)
     importance = read_importance(imatrix) if imatrix else None
-    model = written_model(source)
+    model = written_model(source, softcap)
     refuse_own_file(model, output)
     if model.is_quantized and mix.is_quantized:
         log.warning("%s is quantized already: what it has lost stays lost; make the file of the original if "
@@ -66,7 +68,7 @@ def export_gguf(source: ModelSource, output: Path, *, type: str, imatrix: Path |
     layout = encoding.layout_of(
         pairs, [(tensor.matrix.name, tensor.matrix.sizes, types[tensor.matrix.name])
                 for tensor in model.tensors])
-    job = digest_of(__version__, model.stamps(), name, importance_stamp(imatrix), layout.size)
+    job = digest_of(__version__, model.stamps(), name, softcap, importance_stamp(imatrix), layout.size)
     file = UnfinishedFile(output, job)
     try:
         file.reserve(layout.size)

@@ -12,7 +12,7 @@ from chatlm.common.hub.nanochat import checkpoint_at, meta_of
 from chatlm.common.text.load import byte_of_character
 from chatlm.export.gguf import encoding
 from chatlm.export.gguf.mixes import Matrix, Shape, order_of
-from chatlm.export.gguf.sources import Written, WrittenTensor
+from chatlm.export.gguf.written import Written, WrittenTensor
 from chatlm.worker.arrays.kinds import bits_of, floats, kind_of
 from chatlm.worker.weights.nanochat import (
     GENERATIONS, nanochat_generation, read_nanochat_config, read_nanochat_model)
@@ -61,7 +61,8 @@ def written_tensor(name: str, array: numpy.ndarray) -> WrittenTensor:
     def raw(begin: int, end: int) -> numpy.ndarray:
         return numpy.ascontiguousarray(bits_of(data[begin:end])).view(numpy.uint8)
 
-    return WrittenTensor(Matrix(name, sizes, kind), rows, raw if kind == KINDS.get(kind_of(array)) else None)
+    is_stored_so = kind == KINDS.get(kind_of(array))
+    return WrittenTensor(Matrix(name, sizes, kind), rows, raw if is_stored_so else None)
 
 
 def metadata_of(source: ModelSource, architecture: str, config: dict,
@@ -69,7 +70,8 @@ def metadata_of(source: ModelSource, architecture: str, config: dict,
     generation = GENERATIONS[int(architecture.removeprefix("nanochat"))]
     width = config["n_embd"]
     own = f"{architecture}."
-    pairs = {"general.architecture": encoding.of_text(architecture), "general.type": encoding.of_text("model"),
+    pairs = {"general.architecture": encoding.of_text(architecture),
+             "general.type": encoding.of_text("model"),
              "general.name": encoding.of_text(source.name), "general.license": encoding.of_text("mit")}
     checkpoint = checkpoint_at(source.path)
     if checkpoint is not None:

@@ -1,8 +1,8 @@
 """nanochat's models in GGUF files, which `quantize` and `export` write: architectures nanochat1 to nanochat6.
 
 The generation is in the architecture's name, because no key says what else differs. Only this program reads
-such files. They lack the rows by which upstream pads the vocabulary. The tokenizer is there as its tokens in GPT-2's letters, and the expression that cuts texts into
-words has a key of its own."""
+such files. They lack the rows by which upstream pads the vocabulary. The tokenizer is there as its tokens in
+GPT-2's letters, and the expression that cuts texts into words has a key of its own."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ NORMAL = 1
 CONTROL = 3
 UNUSED = 5
 
-GGUF_NAMES = {  # upstream's tensor (of layer {}) -> its name in a GGUF file; others keep theirs
+# upstream's tensor (of layer {}) -> its name in a GGUF file; others keep theirs
+GGUF_NAMES: dict[str, str] = {
     "transformer.wte.weight": "token_embd.weight", "lm_head.weight": "output.weight",
     "transformer.h.{}.attn.c_q.weight": "blk.{}.attn_q.weight",
     "transformer.h.{}.attn.c_k.weight": "blk.{}.attn_k.weight",
@@ -59,8 +60,9 @@ GGUF_NAMES = {  # upstream's tensor (of layer {}) -> its name in a GGUF file; ot
     "transformer.h.{}.mlp.c_proj.weight": "blk.{}.ffn_down.weight",
     "value_embeds.{}.weight": "blk.{}.value_embd.weight"}
 UPSTREAM_NAMES = {theirs: upstream for upstream, theirs in GGUF_NAMES.items()}
-TABLE = {ours: tuple(GGUF_NAMES.get(name, name) for name in names)
-         for ours, names in NANOCHAT_TENSORS.items()}
+TABLE: dict[str, tuple[str, ...]] = {
+    ours: tuple(GGUF_NAMES[name] if name in GGUF_NAMES else name for name in names)
+    for ours, names in NANOCHAT_TENSORS.items()}
 
 
 def renamed(name: str, table: Mapping[str, str]) -> str:
@@ -176,8 +178,8 @@ def text_in(path: Path, metadata: Mapping[str, Any], vocab_size: int) -> TextSpe
     missing = [name for name in NANOCHAT_CHAT_TOKENS if name not in specials]
     lacking = set(map(chr, range(256))) - ranks.keys()
     if missing or lacking or len(ranks) + len(specials) != types.count(NORMAL) + types.count(CONTROL):
-        raise ConfigError(f"{path}: tokenizer.ggml.tokens: {len(lacking)} bytes have no token, some have two, "
-                          f"or special tokens are missing: {', '.join(missing) or 'none'}")
+        raise ConfigError(f"{path}: tokenizer.ggml.tokens: {len(lacking)} bytes have no token, some tokens "
+                          f"are there twice, or special ones are missing: {', '.join(missing) or 'none'}")
     bos = specials["<|bos|>"]
     end = specials["<|assistant_end|>"]
     payload = json.dumps((pattern, ranks, specials)).encode()

@@ -13,8 +13,8 @@ from chatlm.common.messages.requests import ModelSource
 from chatlm.common.text.load import open_tokenizer
 from chatlm.export.gguf import encoding
 from chatlm.export.gguf.export import export_gguf
+from chatlm.export.gguf.gguf_source import pairs_of, written_gguf
 from chatlm.export.gguf.packers import pack
-from chatlm.export.gguf.sources import pairs_of, written_gguf
 from chatlm.worker.arrays.gguf_types import TYPES
 from chatlm.worker.arrays.kinds import floats
 from chatlm.worker.arrays.packed import dequantize
