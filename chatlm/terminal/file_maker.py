@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,8 @@ async def result_of(role: str, pipe: Pipe, message: QuantizeConfig | ImatrixConf
                     raise EngineFailure(error)
     except (asyncio.IncompleteReadError, ConnectionError):
         status = await asyncio.to_thread(process.wait)
+        if status == -getattr(signal, "SIGBUS", 0):  # a mapped file lacks what it had
+            raise ConfigError("the model's files became shorter while they were read") from None
         raise EngineFailure(f"{role}: the process ended, {exit_in_words(status)}") from None
     finally:
         writer.close()

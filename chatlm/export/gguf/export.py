@@ -21,7 +21,7 @@ from chatlm.export.gguf.importance import Importance, read_importance
 from chatlm.export.gguf.mixes import EMBEDDINGS, FLOATS, Mix, TypeRules, mix_of
 from chatlm.export.gguf.packers import pack
 from chatlm.export.gguf.sources import written_model
-from chatlm.export.gguf.unfinished import UnfinishedFile, digest_of
+from chatlm.export.gguf.unfinished import CHANGED, UnfinishedFile, digest_of
 from chatlm.export.gguf.written import Written, WrittenTensor
 
 if TYPE_CHECKING:
@@ -68,12 +68,15 @@ def export_gguf(source: ModelSource, output: Path, *, type: str, imatrix: Path |
     layout = encoding.layout_of(
         pairs, [(tensor.matrix.name, tensor.matrix.sizes, types[tensor.matrix.name])
                 for tensor in model.tensors])
-    job = digest_of(__version__, model.stamps(), name, softcap, importance_stamp(imatrix), layout.size)
+    stamps = model.stamps()
+    job = digest_of(__version__, stamps, name, softcap, importance_stamp(imatrix), layout.size)
     file = UnfinishedFile(output, job)
     try:
         file.reserve(layout.size)
         with ThreadPoolExecutor(threads) as pool:
             write_tensors(file, layout, packing, pool, threads, progress)
+        if model.has_changed(stamps):
+            raise ConfigError(f"{CHANGED}; {visible(str(output))} is not complete")
         file.finish()
     finally:
         file.close()

@@ -20,6 +20,7 @@ from chatlm.common.errors import ConfigError, visible
 with suppress(ImportError):  # Windows has none; there nothing is locked
     import fcntl
 
+CHANGED = "the model's files have changed while they were read"
 SAFE_EVERY = 64 << 20  # bytes after which the disk is asked to have them
 
 
@@ -45,6 +46,8 @@ def named_errors(path: Path) -> Iterator[None]:
 
 
 def cannot_write(path: Path, error: OSError) -> ConfigError:
+    if error.errno == errno.EFAULT:  # what was to be written is memory that is mapped from a file
+        return ConfigError(f"{CHANGED}; {visible(str(path))} is not complete")
     kept = ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         kept = "; make room and run the same command, which goes on where it was"

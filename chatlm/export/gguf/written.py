@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -47,10 +48,17 @@ class Written:
     files: tuple[Path, ...]   # that it is read from
     is_quantized: bool        # is any of its tensors of a quantized type?
 
-    def stamps(self) -> list[tuple]:
-        """What tells these files from others of the same names."""
-        found = []
+    def stamps(self) -> dict[str, tuple[int, int, int]]:
+        """Inode, size and time of each file that is still there: what tells it from others of its name."""
+        found = {}
         for path in self.files:
-            stat = path.stat()
-            found.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino))
+            with suppress(FileNotFoundError):
+                stat = path.stat()
+                found[str(path.resolve())] = stat.st_ino, stat.st_size, stat.st_mtime_ns
         return found
+
+    def has_changed(self, before: dict[str, tuple[int, int, int]]) -> bool:
+        """Was a file written to since then? One that was replaced or removed is still mapped as it was."""
+        now = self.stamps()
+        return any(name in now and now[name][0] == stamp[0] and now[name] != stamp
+                   for name, stamp in before.items())

@@ -258,8 +258,8 @@ def kinds_that_cost(patient: Patient, original: Patient, own: Transformer, judge
 
 def tensors_that_cost(patient: Patient, original: Patient, own: Transformer, judged: Seq[numpy.ndarray],
                       ids: Seq[int], far: Mapping[str, float], until: float) -> Findings:
-    """How much smaller the KL becomes with the original's tensor in place of each that differs. Those that are
-    farthest from the original's come first, as far as there is time."""
+    """How much smaller the KL becomes with the original's tensor in place of each that differs. Those that
+    are farthest from the original's come first, as far as there is time."""
     base = compare(own, judged, ids).kl
     changed = sorted((name for name in far if far[name] >= 1e-6), key=lambda name: -far[name])
     regained = dict[str, float]()

@@ -14,6 +14,7 @@ from chatlm.common.messages.requests import ModelSource
 from chatlm.export.gguf.export import export_gguf
 from chatlm.export.gguf.importance import Importance, Sums, read_importance, write_importance
 from chatlm.export.gguf.measure import measure_importance
+from chatlm.export.gguf.packers import pack
 from chatlm.worker.arrays.gguf_types import TYPES
 from chatlm.worker.arrays.packed import dequantize
 from chatlm.worker.weights.gguf_file import read_gguf
@@ -117,6 +118,18 @@ def test_importance_of_another_model_is_refused(model, tmp_path):
 def test_a_type_that_needs_importance_says_so(model, tmp_path):
     with pytest.raises(ConfigError, match="--type Q2_K_S needs --imatrix"):
         export_gguf(source_of(model), tmp_path / "out.gguf", type="Q2_K_S")
+
+
+def test_each_expert_is_packed_by_its_own_importance(tmp_path):
+    random = np.random.default_rng(3)
+    experts = random.standard_normal((3, 8, 64)).astype(np.float32)
+    write_gguf(tmp_path / "model.gguf", {"blk.0.ffn_up_exps.weight": experts}, LLAMA_NUMBERS | {"llama.expert_count": 3})
+    sums = Sums(random.random((3, 64), np.float32), np.array([4, 0, 9], np.float32))
+    write_importance(Importance({"blk.0.ffn_up_exps.weight": sums}), tmp_path / "imatrix.gguf")
+    export_gguf(source_of(tmp_path / "model.gguf"), tmp_path / "out.gguf", type="Q4_0", imatrix=tmp_path / "imatrix.gguf")
+    stored = read_gguf(tmp_path / "out.gguf")[1]["blk.0.ffn_up_exps.weight"].data
+    for packed, rows, means in zip(stored, experts, sums.means):
+        assert np.array_equal(packed, pack("Q4_0", rows, means))
 
 
 def inputs_by_hand(tensors, ids):

@@ -192,6 +192,75 @@ def test_a_tensor_that_is_not_finite_is_named(tmp_path):
     assert not (tmp_path / "out.gguf").exists()
 
 
+def test_a_model_that_is_written_to_meanwhile_is_refused(tmp_path):
+    model = tiny_model(tmp_path / "tiny.gguf")
+
+    def progress(stage, fraction):
+        with model.open("r+b") as file:
+            file.seek(-100, os.SEEK_END)
+            file.write(b"other")
+
+    with pytest.raises(ConfigError, match="have changed while they were read"):
+        export_gguf(source_of(model), tmp_path / "out.gguf", type="Q8_0", progress=progress)
+    assert not (tmp_path / "out.gguf").exists()
+    export_gguf(source_of(model), tmp_path / "out.gguf", type="Q8_0")  # it begins anew
+    export_gguf(source_of(model), tmp_path / "whole.gguf", type="Q8_0")
+    assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("change", ("replaced", "removed"))
+def test_a_model_that_is_replaced_or_removed_meanwhile_is_written_as_it_was(change, tmp_path):
+    model = tiny_model(tmp_path / "tiny.gguf")
+    export_gguf(source_of(model), tmp_path / "whole.gguf", type="Q8_0")
+
+    def progress(stage, fraction):
+        if change == "replaced":
+            os.replace(tiny_model(tmp_path / "other.gguf", seed=1), model)
+        else:
+            model.unlink(missing_ok=True)
+
+    export_gguf(source_of(model), tmp_path / "out.gguf", type="Q8_0", progress=progress)
+    assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+CUT = """
+import os, sys
+from pathlib import Path
+from chatlm.common.errors import ConfigError
+from chatlm.common.messages.requests import ModelSource
+from chatlm.export.gguf.export import export_gguf
+source = ModelSource("gguf", Path(sys.argv[1]), "tiny", "")
+try:
+    export_gguf(source, Path(sys.argv[2]), type="F32", progress=lambda *_: os.truncate(source.path, 9000))
+except ConfigError as error:
+    print(error)
+"""
+
+
+def test_a_model_that_is_cut_meanwhile_is_refused(tmp_path):
+    model = tiny_model(tmp_path / "tiny.gguf")
+    done = subprocess.run([sys.executable, "-c", CUT, model, tmp_path / "out.gguf"], cwd=REPOSITORY, check=False,
+                          env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGBUS or "have changed while they were read" in done.stdout
+    assert not (tmp_path / "out.gguf").exists()
+
+
+SPLIT = (1, 4)  # of the parts that a model is split into: where the second begins, and the third
+
+
+def test_a_split_model_becomes_one_file(model, tmp_path):
+    tensors = [*random_llama().items()]
+    bounds = (0, *SPLIT, len(tensors))
+    for number in range(3):
+        own = dict(tensors[bounds[number]:bounds[number + 1]])
+        numbers = LLAMA_NUMBERS | {"split.count": 3, "split.no": number, "split.tensors.count": len(tensors)}
+        write_gguf(tmp_path / f"tiny-{number + 1:05}-of-00003.gguf", own, numbers)
+    export_gguf(source_of(tmp_path / "tiny-00001-of-00003.gguf"), tmp_path / "out.gguf", type="Q8_0")
+    export_gguf(source_of(model), tmp_path / "whole.gguf", type="Q8_0")
+    assert contents(tmp_path / "out.gguf") == contents(tmp_path / "whole.gguf")
+    assert not any(key.startswith("split.") for key in read_gguf(tmp_path / "out.gguf")[0])
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
