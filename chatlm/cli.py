@@ -107,9 +107,9 @@ python chat_server.py [serve|chat|generate|compare|score|eval|embed|batch|check]
   python chat_server.py check model.gguf                    a verdict of a few lines
   python chat_server.py check model-Q4_K_M.gguf --against model-BF16.gguf --json"""),
     "quantize": Help("python chat_server.py quantize MODEL -o FILE.gguf [--type TYPE] [flags]",
-        "Write a model as one GGUF file of a smaller type: a GGUF file, or a nanochat checkpoint. The types "
-        "and their mixes are llama-quantize's, and so are the bytes. The file appears once it is complete, "
-        "and a command that was interrupted goes on when it runs again.", """
+        "Write a model as one GGUF file of a smaller type: a GGUF file, a nanochat checkpoint or a plain "
+        "Hugging Face folder. The types and their mixes are llama-quantize's, and so are the bytes. The file "
+        "appears once it is complete, and a command that was interrupted goes on when it runs again.", """
   python chat_server.py quantize model-BF16.gguf -o model-Q4_K_M.gguf
   python chat_server.py quantize model-BF16.gguf -o model-Q3_K_M.gguf --type q3_k_m --imatrix imatrix.gguf
   python chat_server.py quantize ~/.cache/nanochat -g d20 -o d20-Q8_0.gguf --type q8_0"""),

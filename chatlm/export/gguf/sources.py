@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
+from chatlm.export.gguf.folder import written_folder
 from chatlm.export.gguf.gguf_source import written_gguf
 from chatlm.export.gguf.nanochat import written_nanochat
 
@@ -19,5 +20,7 @@ def written_model(source: ModelSource, softcap: float | None = None) -> Written:
         return written_gguf(source.path)
     if source.kind == "nanochat":
         return written_nanochat(source, softcap)
-    raise ConfigError(f"{source.path}: GGUF files and nanochat checkpoints can be written as GGUF files; "
-                      "convert a Hugging Face folder with llama.cpp's convert_hf_to_gguf.py first")
+    if source.kind == "hf":
+        return written_folder(source)
+    raise ConfigError(f"{source.path}: a {source.kind} model cannot be written as a GGUF file; GGUF files, "
+                      "nanochat checkpoints and Hugging Face folders can")
