@@ -11,6 +11,7 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import ModelSource
 from chatlm.common.text.load import open_tokenizer
 from chatlm.export.gguf.export import export_gguf
+from chatlm.export.gguf.measure import measure_importance
 from chatlm.worker.doctor.hard_texts import HARD_TEXTS
 from chatlm.worker.doctor.running import ready, step
 from chatlm.worker.weights.gguf_file import read_gguf
@@ -57,6 +58,19 @@ def test_the_tokenizer_and_the_template_come_back(tmp_path):
     for text in HARD_TEXTS:
         assert tokenizers[0].encode(text) == tokenizers[1].encode(text), text
     assert (ours.chat_template, ours.bos_token, ours.eos_token) == (theirs.chat_template, theirs.bos_token, theirs.eos_token)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_importance_of_a_folder_is_that_of_its_file(name, tmp_path):
+    source = folder_source(save(make_model(name, **FOLDERS[name]), tmp_path / "folder"))
+    export_gguf(source, tmp_path / "out.gguf", type="F32")
+    settings = Settings(context_length=64, dtype="float32")
+    text = "It was the best of times, it was the worst of times. " * 20
+    ours, theirs = (measure_importance(each, settings, text, "text.txt").importance
+                    for each in (source, file_source(tmp_path / "out.gguf")))
+    assert ours.tensors.keys() == theirs.tensors.keys() and "blk.3.ffn_down.weight" in ours.tensors
+    for tensor, sums in ours.tensors.items():
+        np.testing.assert_allclose(sums.means, theirs.tensors[tensor].means, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ("gemma3", "phi3", "gpt-oss"))
