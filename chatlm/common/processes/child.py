@@ -33,6 +33,8 @@ ROLES = {
     "trial": "chatlm.worker.weights.trial:trial_main",
     "doctor": "chatlm.worker.entry:doctor_role",
     "check": "chatlm.worker.model.kernels:check_main",
+    "quantize": "chatlm.export.gguf.roles:quantize_role",
+    "imatrix": "chatlm.export.gguf.roles:imatrix_role",
 }
 
 
