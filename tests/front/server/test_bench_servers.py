@@ -1,5 +1,6 @@
 """bench/servers.py: a server is ready when it is used, and nothing of it is left afterwards, whatever happens."""
 
+import argparse
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 BENCH = Path(__file__).resolve().parents[3] / "bench"
 sys.path.insert(0, str(BENCH))
 
+import contestants      # noqa: E402
 from servers import NotReady, Refused, Server, our_server, started      # noqa: E402
 
 SMALL = "--kv-cache-memory", "16M"
@@ -111,3 +113,19 @@ def test_a_named_log_is_continued(tmp_path, nanochat_fixtures):
     with our_server(nanochat_fixtures / "gen5", *SMALL, log=log) as server:
         assert "importing libraries" in server.last_words()
     assert log.read_text().startswith("before\n")
+
+
+def test_a_server_of_others_is_measured_and_left_running(nanochat_fixtures):
+    """bench/compare.py --url: its processor time counts, and it goes on."""
+    with our_server(nanochat_fixtures / "gen1", *SMALL) as server:
+        name, url, model = contestants.running_server(f"mine={server.url},gen1")
+        other = contestants.server_of(contestants.Running(name, url=url, served_name=model), None, None, {})
+        other.wait_until_ready(0)
+        before_s = other.processor_s()
+        server.post("/v1/completions", {"prompt": "a b c " * 50, "max_tokens": 100, "ignore_eos": True})
+        assert other.processor_s() > before_s > 0
+        other.terminate(), other.stop()
+        assert server.alive and server.get("/health")["ready"]
+    for wrong in ("mine", "mine=http://example.org:80", "=http://127.0.0.1:1", "mine=http://127.0.0.1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="it must be NAME=http"):
+            contestants.running_server(wrong)
