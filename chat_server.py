@@ -625,6 +625,9 @@ def main(argv: Seq[str] | None = None) -> int:
             lines = bundle_lines(argv[1:])
         elif argv[:1] == ["store"]:
             lines = listed_store(*parse_store_words(argv[1:]))
+        elif argv[:1] == ["export"]:
+            from chatlm.export.command import export_lines  # here, because it imports the worker's loaders
+            lines = export_lines(argv[1:])
         if lines is not None:
             for line in lines:
                 print(visible(line))
