@@ -162,7 +162,8 @@ def config_of_gguf(stored: GgufModel, family: str) -> dict[str, Any]:
                                                    "partial_rotary_factor")}
     config["rope_parameters"] = rope
     text, _ = stored.text()
-    config |= {"bos_token_id": text.bos_token, "eos_token_id": text.eos_token}
+    # transformers' defaults are tokens of other vocabularies
+    config |= {"bos_token_id": text.bos_token, "eos_token_id": text.eos_token, "pad_token_id": text.eos_token}
     return config
 
 
