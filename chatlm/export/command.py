@@ -21,6 +21,7 @@ from chatlm.export.card import LICENSE, Card, license_of, tags_of, training_fact
 from chatlm.export.families import family_model
 from chatlm.export.hub_folder import write_folder
 from chatlm.export.nanochat import as_transformers_own, with_own_code
+from chatlm.export.rounding import difference
 from chatlm.export.unfinished import unfinished
 from chatlm.worker.weights.checkpoint_model import CheckpointModel
 from chatlm.worker.weights.gguf_model import GgufModel
@@ -128,7 +129,8 @@ def hub_model(merged: Merged, settings: Settings, chosen: str) -> HubModel:
     stored = merged.stored
     if isinstance(stored, CheckpointModel) and stored.family == "nanochat":
         if chosen == "transformers":
-            return as_transformers_own(stored, merged.added, settings.dtype, "")
+            return as_transformers_own(stored, merged.added, settings.dtype,
+                                       lambda: difference(stored, settings))
         return with_own_code(stored, merged.added, settings.dtype)
     if chosen == "transformers":
         raise ConfigError(f"--format transformers is for nanochat checkpoints of generation 1, and this is "

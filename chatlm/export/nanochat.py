@@ -6,7 +6,7 @@ so those have a model_type of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, TYPE_CHECKING
 
@@ -48,9 +48,9 @@ def with_own_code(stored: CheckpointModel, added: Mapping[str, list[Change | Cop
 
 
 def as_transformers_own(stored: CheckpointModel, added: Mapping[str, list[Change | Copy]], dtype: str | None,
-                        difference: str) -> HubModel:
-    """A checkpoint of generation 1 as transformers' model. `difference`: a sentence about what the rounding
-    changes. ConfigError for other generations."""
+                        difference: Callable[[], str]) -> HubModel:
+    """A checkpoint of generation 1 as transformers' model. `difference` computes a sentence about what the
+    rounding changes. ConfigError for other generations."""
     number = nanochat_generation(stored.state)
     if number != 1:
         raise ConfigError(f"--format transformers: transformers' own nanochat is generation 1, and this is "
@@ -61,7 +61,7 @@ def as_transformers_own(stored: CheckpointModel, added: Mapping[str, list[Change
         "architectures": ["NanoChatForCausalLM"], "model_type": "nanochat", "attention_bias": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": base}}
     return HubModel(config, weights_of(stored, added, dtype), stored.tokenizer,
-                    notes=(UNROUNDED + difference,))
+                    notes=(UNROUNDED + difference(),))
 
 
 def sizes_of(stored: CheckpointModel, dtype: str | None) -> dict[str, Any]:
