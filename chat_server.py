@@ -628,6 +628,9 @@ def main(argv: Seq[str] | None = None) -> int:
         elif argv[:1] == ["export"]:
             from chatlm.export.command import export_lines  # here, because it imports the worker's loaders
             lines = export_lines(argv[1:])
+        elif argv[:1] == ["push"]:
+            from chatlm.export.push import push_lines
+            lines = push_lines(argv[1:])
         if lines is not None:
             for line in lines:
                 print(visible(line))

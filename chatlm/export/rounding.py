@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 256
 TEXT = """\
-The rotary embedding turns each pair of numbers of a query and of a key by an angle that grows with the position of
-their token, so that a product of the two depends on how far they are apart. Near the beginning of a text the angles
-are small, and rounding them changes little; far from it the fast pairs have turned many times. A model that was
-trained with rounded angles has learned with them, and computes slightly other numbers without.
+The rotary embedding turns each pair of numbers of a query and of a key by an angle that grows with the
+position of their token, so that a product of the two depends on how far they are apart. Near the beginning of
+a text the angles are small, and rounding them changes little; far from it the fast pairs have turned many
+times. A model that was trained with rounded angles has learned with them, and computes slightly other numbers
+without.
 """ * 3
 
 
