@@ -42,9 +42,9 @@ from pathlib import Path
 import aiohttp
 import load
 import psutil
+from servers import our_server
 
-sys.path[:0] = [str(load.ROOT), str(load.ROOT / "tests" / "support")]
-import real_server      # noqa: E402
+sys.path.insert(0, str(load.ROOT))
 
 ROWS = ("TTFT mean, ms", "TTFT p50, ms", "TPOT mean, ms", "TPOT p50, ms", "chunk gap mean, ms", "chunk gap p50, ms", "seconds mean", "tok/s", "tool's CPU s",
         "TTFT mean over /metrics', ms", "TPOT mean by /metrics'", "seconds by /metrics'")
@@ -213,9 +213,9 @@ def main():
         write_tokenizer(arguments.model, folder / "tokenizer")
         os.sched_setaffinity(0, cpus if arguments.same_cpus else cpus[:half])
         command = ("serve", *filter(None, [arguments.model]), "--device-type", "cpu", "--no-drafts")
-        with real_server.server(*command, env=os.environ | {"CHAT_SERVER_CONFIG": ""}) as (process, url):
+        with our_server(*command, env=os.environ | {"CHAT_SERVER_CONFIG": ""}) as server:
             os.sched_setaffinity(0, cpus if arguments.same_cpus else cpus[half:] or cpus)
-            model = real_server.get(f"{url}/v1/models")["data"][0]["id"]
+            model = server.get("/v1/models")["data"][0]["id"]
             tools = {"load.py": by_load}
             for name, run in (("guidellm", by_guidellm), ("aiperf", by_aiperf)):
                 if venv := getattr(arguments, name):
@@ -228,9 +228,9 @@ def main():
                         def turn(name=name, streams=streams):
                             scratch = Path(tempfile.mkdtemp(dir=folder))
                             texts = [load.prompt(arguments.input_tokens, next(seeds)) for _ in range(max(8, arguments.questions * streams))]
-                            before, values = tools[name](url, texts, streams, tokens, scratch)
-                            return values + beside_server(values, before, server_times(url))
-                        values = undisturbed(turn, psutil.Process(process.pid), arguments.retries, name)
+                            before, values = tools[name](server.url, texts, streams, tokens, scratch)
+                            return values + beside_server(values, before, server_times(server.url))
+                        values = undisturbed(turn, server.front, arguments.retries, name)
                         found[name].append(values)
                         print(f"{streams} streams, {name}:", *(f"{row} {load.cell(value)};" for row, value in zip(ROWS, values)), file=sys.stderr, flush=True)
                 print(f"\n{table(found, streams)}", flush=True)

@@ -13,15 +13,14 @@ import asyncio
 import json
 import random
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import aiohttp
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+from servers import our_server
+
 WORDS = "river stone light copper garden winter music letter window story engine harbour".split()
 
 
@@ -160,9 +159,8 @@ def main():
     options = parser.parse_args()
     if options.url:
         return asyncio.run(measure(options.url, options))
-    from real_server import server
-    with tempfile.TemporaryDirectory() as folder, server(options.model, "--max-queue", "256", f"--database={folder}/store.db") as (_, url):
-        asyncio.run(measure(url, options))
+    with tempfile.TemporaryDirectory() as folder, our_server(options.model, "--max-queue", "256", f"--database={folder}/store.db") as server:
+        asyncio.run(measure(server.url, options))
 
 
 if __name__ == "__main__":

@@ -8,36 +8,35 @@ which evaluations begin again. The goal: p99 within 10 %.
 """
 
 import argparse
-import json
 import shutil
 import signal
 import statistics
 import sys
 import tempfile
 import time
-import urllib.request
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
+from servers import our_server
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 
-def tell_all(process, number):
-    """A signal for a server, which then starts no more processes, and for its workers, of which some may just have ended."""
-    process.send_signal(number)
-    for worker in psutil.Process(process.pid).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            worker.send_signal(number)
+STEP, STEP_LIMIT_S = "d12-base@3", 60.0     # the last of the run
 
 
-def chat(url, model, gaps, firsts):
+def wait_for_model(server, name):
+    deadline_s = time.monotonic() + STEP_LIMIT_S
+    while name not in (found := [model["id"] for model in server.get("/v1/models")["data"]]):
+        if time.monotonic() > deadline_s:
+            sys.exit(f"{name} is not served, but {', '.join(found)}")
+        time.sleep(0.2)
+
+
+def chat(server, model, gaps, firsts):
     body = {"model": model, "prompt": "the cat", "stream": True, "max_tokens": 100, "ignore_eos": True, "temperature": 0, "return_token_ids": True}
-    request = urllib.request.Request(url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
     last = began = time.monotonic()
-    with urllib.request.urlopen(request) as response:
+    with server.open("/v1/completions", body) as response:
         for line in response:
             if b"token_ids" in line:
                 now = time.monotonic()
@@ -45,11 +44,11 @@ def chat(url, model, gaps, firsts):
                 last = now
 
 
-def turn(url, model, options):
+def turn(server, model, options):
     gaps, firsts = [], []
     end = time.monotonic() + options.seconds
     while time.monotonic() < end:
-        chat(url, model, gaps, firsts)
+        chat(server, model, gaps, firsts)
         time.sleep(options.pause)
     return gaps, firsts
 
@@ -68,7 +67,6 @@ def main():
     options = parser.parse_args()
     import bundles
     import tiny_training
-    from real_server import server
     with tempfile.TemporaryDirectory() as folder:
         base, results = Path(folder) / "run", Path(folder) / "results"
         shutil.copytree(ROOT / "tests" / "fixtures" / "nanochat" / "gen1" / "tokenizer", base / "tokenizer")
@@ -79,20 +77,18 @@ def main():
         rows = [{"query": bundles.words(i, 12), "choices": [bundles.words(i + place, 3) for place in range(4)], "gold": i % 4} for i in range(options.items)]
         suite = bundles.write_bundle(Path(folder) / "bundle", [("choose", "multiple_choice", 5, {}, 25.0)], lambda label, kind: rows)
         common = ("--watch", base, "--nice", "0", "--no-drafts")
-        with server(*common) as (alone, alone_url), server(*common, "--watch-suite", suite, "--results", results) as (beside, beside_url):
-            for url in (alone_url, beside_url):
-                while b"d12@3" not in urllib.request.urlopen(url + "/v1/models").read():
-                    time.sleep(0.2)
-                chat(url, "d12@3", [], [])
-            tell_all(beside, signal.SIGSTOP)
+        with our_server(*common) as alone, our_server(*common, "--watch-suite", suite, "--results", results) as beside:
+            for server in (alone, beside):
+                wait_for_model(server, STEP)
+                chat(server, STEP, [], [])
+            beside.signal_all(signal.SIGSTOP)
             found = {"alone": ([], []), "beside": ([], [])}
             for _ in range(options.rounds):
-                for name, awake, asleep, url in (("alone", alone, beside, alone_url), ("beside", beside, alone, beside_url)):
-                    tell_all(asleep, signal.SIGSTOP)
-                    tell_all(awake, signal.SIGCONT)
-                    for kept, new in zip(found[name], turn(url, "d12@3", options)):
+                for name, awake, asleep in (("alone", alone, beside), ("beside", beside, alone)):
+                    asleep.signal_all(signal.SIGSTOP)
+                    awake.signal_all(signal.SIGCONT)
+                    for kept, new in zip(found[name], turn(awake, STEP, options)):
                         kept += new
-            tell_all(alone, signal.SIGCONT)
         judged = sum(len(path.read_bytes().split(b"\n")) - 1 for path in results.glob("*.jsonl"))
     one, other = (show(name, *found[name]) for name in ("alone", "beside"))
     print(f"p99 beside evaluations is {other / one:.3f} of that alone; {judged} items were judged meanwhile, each once")

@@ -9,20 +9,17 @@ Stretched: the makers' processor makes the picture fill a square or its tiles, w
 """
 
 import argparse
-import base64
-import json
 import math
 import shlex
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "bench")]
 from image_conversations import byte_tokenizer     # noqa: E402
-from pictures import LFM2_TILES, Server, photo     # noqa: E402
+from pictures import LFM2_TILES, photo     # noqa: E402
+from servers import started     # noqa: E402
 
 LETTER = byte_tokenizer().token_to_id("a")
 QUESTION = "What is this?"
@@ -62,28 +59,18 @@ def ours(server, uri, tokens):
     """For each token of an answer of As {id of a token: logarithm of its probability}."""
     body = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": QUESTION}]}], "max_tokens": tokens, "temperature": 0,
             "logit_bias": {str(LETTER): 100}, "logprobs": True, "top_logprobs": MOST}
-    return steps_of(post(server, "/v1/chat/completions", body)["choices"][0]["logprobs"]["content"])
+    return steps_of(server.post("/v1/chat/completions", body)["choices"][0]["logprobs"]["content"])
 
 
 def theirs(server, uri, tokens, prompt):
-    with urllib.request.urlopen(f"{server.url}/props") as response:
-        marker = json.load(response)["media_marker"]
+    marker = server.get("/props")["media_marker"]
     body = {"prompt": {"prompt_string": prompt.replace("<MARKER>", marker), "multimodal_data": [uri.partition(",")[2]]}, "n_predict": tokens, "temperature": 0, "n_probs": MOST,
             "cache_prompt": False, "logit_bias": [[LETTER, 100]]}
-    return steps_of(post(server, "/completion", body)["completion_probabilities"])
+    return steps_of(server.post("/completion", body)["completion_probabilities"])
 
 
 def steps_of(content):
     return [{each["id"]: each["logprob"] for each in one["top_logprobs"]} for one in content]
-
-
-def post(server, route, body):
-    request = urllib.request.Request(server.url + route, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=300) as response:
-            return json.load(response)
-    except urllib.error.HTTPError as error:
-        raise SystemExit(f"{server.name}: {error.read().decode()}") from None
 
 
 def difference(one, other):
@@ -104,26 +91,22 @@ def main():
     parser.add_argument("--pictures", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=4)
     parser.add_argument("--families", nargs="*", default=[*PROMPTS])
-    parser.add_argument("--log", default="/dev/null")
+    parser.add_argument("--log", help="the servers' logs go into this file")
     asked = parser.parse_args()
     makers = {maker.__name__: maker for maker in (smolvlm, lfm2_vl, gemma3, qwen3_vl)}
     print("family, picture: largest difference, of how many; difference between two pictures")
     for name in asked.families:
-        with tempfile.TemporaryDirectory() as folder, open(asked.log, "a") as log:
+        with tempfile.TemporaryDirectory() as folder:
             model, eyes, sizes = makers[name](Path(folder))
-            servers = []
-            try:
-                servers.append(Server("chat_server", [*shlex.split(asked.ours), "serve", str(model), "--mmproj", str(eyes), "--drafts", "none", "--dtype", "float32"], log))
-                servers.append(Server("llama-server", [asked.llama_server, "-m", str(model), "--mmproj", str(eyes), "-t", "2", "-c", "8192", "-np", "1", "-fa", "off", "-ctk", "f32", "-ctv", "f32"], log))
+            our_command = [*shlex.split(asked.ours), "serve", model, "--mmproj", eyes, "--drafts", "none", "--dtype", "float32"]
+            their_command = [asked.llama_server, "-m", model, "--mmproj", eyes, "-t", "2", "-c", "8192", "-np", "1", "-fa", "off", "-ctk", "f32", "-ctv", "f32"]
+            with started(our_command, "chat_server", log=asked.log) as us, started(their_command, "llama-server", log=asked.log) as them:
                 for size, (width, height) in sizes.items():
                     uris = [photo(width, height, seed) for seed in range(asked.pictures)]
-                    mine = [ours(servers[0], uri, asked.tokens) for uri in uris]
-                    found = [difference(each, theirs(servers[1], uri, asked.tokens, PROMPTS[name])) for each, uri in zip(mine, uris)]
+                    mine = [ours(us, uri, asked.tokens) for uri in uris]
+                    found = [difference(each, theirs(them, uri, asked.tokens, PROMPTS[name])) for each, uri in zip(mine, uris)]
                     matter = min(difference(a, b)[0] for a, b in zip(mine, mine[1:])) if len(mine) > 1 else 0.0
                     print(f"{name}, {width} x {height} ({size}): {max(each for each, _ in found):.2e}, {sum(count for _, count in found)}; {matter:.2e}", flush=True)
-            finally:
-                for server in servers:
-                    server.stop()
 
 
 if __name__ == "__main__":

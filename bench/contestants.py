@@ -22,7 +22,7 @@ import aiohttp
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-START_LIMIT_S = 120
+START_LIMIT_S = 300      # vLLM compiles its model at its first start
 STOP_LIMIT_S = 15
 OURS = (sys.executable, str(ROOT / "chat_server.py"))
 
@@ -104,7 +104,8 @@ class Vllm(Contestant):
                 "--port", str(port), "--max-num-seqs", str(layout.slots), "--max-model-len", str(layout.context)]
 
     def environment(self):
-        return {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        return {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
+                "HF_HUB_OFFLINE": "1"}
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,14 @@ Speeds are of the tokens after an answer's first one, ways in turns; the median 
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from quality import build_engine        # noqa: E402
+from servers import started     # noqa: E402
 
 from chatlm.common.messages.requests import AnswerParams, Piece, SamplingParams, Usage      # noqa: E402
 from chatlm.common.text.grammar import json_grammar     # noqa: E402
@@ -242,30 +241,13 @@ def structured(arguments):
 SPECS = "none", "ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod", "ngram-cache"
 
 
-def post(url, body):
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=600) as answer:
-        return json.load(answer)
-
-
 def theirs(arguments, prompts, spec):
     """llama-server's tokens per second by kind."""
-    port = arguments.port
-    command = [arguments.llama_server, "-m", arguments.model, "--port", str(port), "-c", "16384", "-np", "1", "-t", "2", "--spec-type", spec]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(600):
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                    break
-            except OSError:
-                time.sleep(0.5)
-        return {kind: speed([post(f"http://127.0.0.1:{port}/completion", {
+    command = [arguments.llama_server, "-m", arguments.model, "-c", "16384", "-np", "1", "-t", "2", "--spec-type", spec]
+    with started(command, "llama-server") as server:
+        return {kind: speed([server.post("/completion", {
             "prompt": list(ids), "n_predict": arguments.tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": True})["timings"] for ids in several])
                 for kind, several in prompts.items()}
-    finally:
-        server.terminate()
-        server.wait(30)
 
 
 def speed(timings):
@@ -328,7 +310,6 @@ def main():
     parser.add_argument("--slope", type=float, default=0.06)
     parser.add_argument("--structured", action="store_true")
     parser.add_argument("--llama-server")
-    parser.add_argument("--port", type=int, default=16240)
     parser.add_argument("--tokens", type=int, default=200, help="of each answer that is compared with llama-server's")
     arguments = parser.parse_args()
     if arguments.llama_server and not arguments.model:

@@ -6,16 +6,15 @@ The two take turns; each round has new ids, so that no prefix is cached. Medians
 """
 
 import argparse
-import json
 import random
 import statistics
 import sys
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "tests" / "support")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from chatlm.common.hub.default_model import fetch_default_model    # noqa: E402
-from real_server import post, server        # noqa: E402
+from servers import our_server        # noqa: E402
 
 BODIES = {"/v1/embeddings": ("input", {}), "/v1/embeddings of the last token": ("input", {"pooling": "last"}),
           "/v1/completions": ("prompt", {"max_tokens": 1})}
@@ -28,12 +27,12 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=default)
     asked, dice = parser.parse_args(), random.Random(1)
     found = {name: [] for name in BODIES}
-    with server(asked.model or fetch_default_model()) as (_, url):
+    with our_server(asked.model or fetch_default_model()) as server:
         for _ in range(asked.rounds + 1):           # the first one warms up
             for name, (field, more) in BODIES.items():
                 ids = [[dice.randrange(5000) for _ in range(asked.tokens)] for _ in range(asked.inputs)]
                 began_s = time.perf_counter()
-                answer = json.load(post(url + name.split()[0], {field: ids, **more}))
+                answer = server.post(name.split()[0], {field: ids, **more})
                 found[name].append(time.perf_counter() - began_s)
                 assert len(answer.get("data") or answer["choices"]) == asked.inputs
     for name, seconds in found.items():

@@ -14,13 +14,15 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "bench")]
 
+from servers import our_server, started     # noqa: E402
+
+VLLM_START_LIMIT_S = 900.0      # it compiles, too
 QUESTIONS = ("What is the capital of France?", "Write a short story about a boat.", "Count from one to twenty.")
 KILLED_AFTER = 2        # events of an answer, then its worker is killed
 LONG = "Explain in detail how a ship crosses an ocean."
@@ -184,21 +186,21 @@ def read_events(response, when=lambda count: None):
 
 
 def server(arguments):
-    import psutil
     import real_server
     count = 200 if arguments.device == "cpu" else 400
     replicas = ("--num-workers", "2") if arguments.device == "cpu" else ("--num-gpus", "auto")
     # each step's piece by itself, so that the kill meets the middle of an answer
-    with real_server.server(*replicas, "--stream-interval", "0", *flags_of(arguments)) as (process, url):
-        workers = real_server.get(url + "/stats")["workers"]
+    with our_server(*replicas, "--stream-interval", "0", *flags_of(arguments)) as ours:
+        url, process = ours.url, ours.process
+        workers = ours.get("/stats")["workers"]
         note(f"{len(workers)} replicas")
         expected = text_of(read_events(asked(url, LONG, count)))
-        children = psutil.Process(process.pid).children(recursive=True)
+        children = ours.processes()[1:]
         killed = []
 
         def kill_the_busy_one(events):
             if events >= KILLED_AFTER and not killed:
-                busy = [worker for worker in real_server.get(url + "/stats")["workers"] if worker["running"]]
+                busy = [worker for worker in ours.get("/stats")["workers"] if worker["running"]]
                 killed.extend(worker["pid"] for worker in busy[:1])
                 for pid in killed:
                     os.kill(pid, signal.SIGKILL)
@@ -223,27 +225,20 @@ def server(arguments):
 def ranks(arguments):
     """Two ranks of one replica: on two GPUs, or both on one if NCCL allows it, which is reported."""
     import torch
-    import real_server
     dry = arguments.device == "cpu"
     count, layout = (40 if dry else 200), (["--tp", str(arguments.tp)] if arguments.tp > 1 else ["--pp", str(arguments.pp)])
     if not dry and torch.cuda.device_count() < 2:
         leave_out("one GPU: NCCL does not put two ranks on one GPU, and chat_server gives each rank its own")
-    with real_server.server(*flags_of(arguments)) as (_, url):
-        expected = text_of(read_events(asked(url, LONG, count)))
+    with our_server(*flags_of(arguments)) as ours:
+        expected = text_of(read_events(asked(ours.url, LONG, count)))
     if arguments.torchrun:
-        port = real_server.free_port()
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "chat_server.py"), "--distributed", *layout,
-                   *flags_of(arguments), "--port", str(port), "--host", "127.0.0.1"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        try:
-            url = real_server.wait_for(process, r"(http://127\.0\.0\.1:\d+)")
-            got = measured_answer(url, count)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / "chat_server.py", "--distributed", *layout,
+                   *flags_of(arguments)]
+        running = started(command, "torchrun")
     else:
-        with real_server.server(*layout, *flags_of(arguments)) as (_, url):
-            got = measured_answer(url, count)
+        running = our_server(*layout, *flags_of(arguments))
+    with running as ours:
+        got = measured_answer(ours.url, count)
     same = os.path.commonprefix([expected, got])
     figure(f"{' '.join(layout)}: letters that are those of one rank", f"{len(same)} of {len(expected)}", goal="all, or up to a near tie")
     assert len(got) > count and len(same) > 20, f"other text than one rank's:\n{expected[:200]!r}\n{got[:200]!r}"
@@ -257,12 +252,11 @@ def measured_answer(url, count):
 
 
 def memory(arguments):
-    import real_server
     for share in ("0.85", "0.80"):
         more = [] if arguments.device == "cpu" else ["--gpu-memory-utilization", share]
-        with real_server.server(*more, *flags_of(arguments)) as (_, url):
-            worker = real_server.get(url + "/stats")["workers"][0]
-            assert text_of(read_events(asked(url, QUESTIONS[0], 8)))
+        with our_server(*more, *flags_of(arguments)) as ours:
+            worker = ours.get("/stats")["workers"][0]
+            assert text_of(read_events(asked(ours.url, QUESTIONS[0], 8)))
             note(f"utilization {share}: {json.dumps({name: worker[name] for name in worker if 'memory' in name or 'page' in name})}")
     cache = "4000G" if arguments.device == "cuda" else "1K"     # the CPU's memory is only allocated when it is used
     done = subprocess.run([sys.executable, ROOT / "chat_server.py", "generate", "--prompt", "x", "--device-type", arguments.device, "--kv-cache-memory", cache],
@@ -288,11 +282,10 @@ def model_for_speed(arguments):
 
 
 def load(arguments):
-    import real_server
     sizes = ["--questions", "2", "--input-tokens", "32", "--output-tokens", "8"] if arguments.device == "cpu" else ["--output-tokens", "256"]
     path = arguments.out / "load.json"
-    with real_server.server(*model_for_speed(arguments), *flags_of(arguments)) as (_, url):
-        subprocess.run([sys.executable, ROOT / "bench" / "load.py", f"ours={url}", "--only", "interactive,batch", "--json", path, *sizes], check=True)
+    with our_server(*model_for_speed(arguments), *flags_of(arguments)) as ours:
+        subprocess.run([sys.executable, ROOT / "bench" / "load.py", f"ours={ours.url}", "--only", "interactive,batch", "--json", path, *sizes], check=True)
     for row in json.loads(path.read_text()):
         guide = f"{'875' if row['load'].startswith('batch') else '37'} in the guide's table (its machine)"
         figure(f"{row['load']}: tok/s", row["figures"]["tok/s total"], "tok/s", guide)
@@ -311,12 +304,11 @@ def first_token_ms(url, tokens, seed):
 
 
 def prefill(arguments):
-    import real_server
     long = 200 if arguments.device == "cpu" else 2000
-    with real_server.server(*model_for_speed(arguments), *flags_of(arguments)) as (_, url):
-        first_token_ms(url, 40, 0)
+    with our_server(*model_for_speed(arguments), *flags_of(arguments)) as ours:
+        first_token_ms(ours.url, 40, 0)
         for tokens in (40, long):
-            taken = statistics.median(first_token_ms(url, tokens, seed) for seed in range(1, 6))
+            taken = statistics.median(first_token_ms(ours.url, tokens, seed) for seed in range(1, 6))
             figure(f"first token of a prompt of {tokens} tokens", taken, "ms")
             if tokens == long:
                 figure("prefill", tokens / taken * 1e3, "tok/s")
@@ -324,7 +316,6 @@ def prefill(arguments):
 
 def vllm(arguments):
     """vLLM and this server on the same folder, in turns, by bench/load.py. If vLLM is not on the PATH, pip installs it into the folder."""
-    import real_server
     if arguments.device == "cpu":
         leave_out("needs a GPU")
     program = shutil.which("vllm") or installed_vllm(arguments.out / "scratch" / "vllm")
@@ -332,11 +323,11 @@ def vllm(arguments):
     for turn in range(2):
         for name in ("ours", "vllm"):
             if name == "ours":
-                with real_server.server("serve", model, *flags_of(arguments)) as (_, url):
-                    ask_load(name, url, path)
+                running = our_server("serve", model, *flags_of(arguments))
             else:
-                with vllm_server(program, model) as url:
-                    ask_load(name, url, path)
+                running = started([program, "serve", model, "--max-model-len", "4096"], name, limit_s=VLLM_START_LIMIT_S)
+            with running as serving:
+                ask_load(name, serving.url, path)
             for row in json.loads(path.read_text()):
                 figure(f"{name}, turn {turn + 1}, {row['load']}", row["figures"]["tok/s total"], "tok/s")
 
@@ -354,27 +345,6 @@ def installed_vllm(folder):
     except (OSError, subprocess.SubprocessError) as error:
         leave_out("pip cannot install vllm here: " + (str(getattr(error, "stderr", "") or error).strip().splitlines() or ["no reason"])[-1][:200])
     return str(folder / "bin" / "vllm")
-
-
-class vllm_server:
-    def __init__(self, program, model):
-        import real_server
-        self.port = real_server.free_port()
-        self.process = subprocess.Popen([program, "serve", model, "--port", str(self.port), "--host", "127.0.0.1", "--max-model-len", "4096"],
-                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    def __enter__(self):
-        import real_server
-        real_server.wait_for(self.process, "startup complete")
-        threading.Thread(target=self.process.stdout.read, daemon=True).start()
-        return f"http://127.0.0.1:{self.port}"
-
-    def __exit__(self, *error):
-        self.process.terminate()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
 
 
 STEPS = {step.__name__: step for step in (machine, models, server, ranks, memory, load, prefill, vllm)}

@@ -41,6 +41,8 @@ from pathlib import Path
 import aiohttp
 import psutil
 
+import servers
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(ROOT))
 import chat_server      # noqa: E402
@@ -121,21 +123,17 @@ class Server:
     def begin(self):
         """Start the process."""
         limit = self.memory + (12 << 30)        # of address space, in case the watchdog is too slow
-        words = [sys.executable, __file__, "serve", str(os.getpid()), self.folder / "pauses", self.model]
-        words += ["--host", "127.0.0.1", "--port", "0", "--kv-cache-memory", "256M"]
-        words += ["--api-key-file", self.folder / "keys"]
-        with open(self.folder / "log", "ab") as log:
-            self.process = subprocess.Popen(
-                words, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
-                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
+        words = [sys.executable, __file__, "serve", os.getpid(), self.folder / "pauses", self.model]
+        words += ["--kv-cache-memory", "256M", "--api-key-file", self.folder / "keys"]
+        self.running = servers.Server(
+            words, "chat_server", log=self.folder / "log", start_new_session=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
+        self.process, self.url = self.running.process, self.running.url
 
     def start(self):
         """Start it and wait until it serves."""
         self.begin()
-        found = (re.search(r"http://127\.0\.0\.1:\d+", line) for line in self.process.stdout)
-        if (address := next(filter(None, found), None)) is None:
-            raise SystemExit("the server did not start:\n" + (self.folder / "log").read_text()[-2000:])
-        self.url = address[0]
+        self.running.wait_until_ready()
 
     @property
     def alive(self):
@@ -147,16 +145,13 @@ class Server:
 
     def cpu_share(self, seconds):
         """The share of a core that the front takes."""
-        front = psutil.Process(self.process.pid)
+        front = self.running.front
         before = sum(front.cpu_times()[:2])
         time.sleep(seconds)
         return (sum(front.cpu_times()[:2]) - before) / seconds
 
     def stop(self):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)         # and its workers with it
-        self.process.wait()
-        self.process.stdout.close()
+        self.running.stop(0)
 
 
 class Elsewhere:
@@ -673,13 +668,12 @@ async def hostile_model(template, attacker):
     with tempfile.TemporaryDirectory() as folder:
         server = Server(Path(folder), attacker.server.memory, template)
         server.begin()
-        killing = asyncio.get_running_loop().call_later(15, server.process.kill)
-        printed = await asyncio.to_thread(lambda: any("http://" in line for line in server.process.stdout))
-        killing.cancel()
-        ended = None if printed else server.process.wait()
-        last = (Path(folder) / "log").read_text().splitlines()[-1]
-        how = "serves" if printed else f"ended with {ended}: {last[:100]}"
-        attacker.got["neither up nor ended" if ended == -signal.SIGKILL else how] = 1
+        with contextlib.suppress(servers.NotReady):
+            await asyncio.to_thread(server.running.wait_until_ready, 15)
+        serves, ended = server.running.ready_s is not None, server.process.poll()
+        last = server.running.last_words().splitlines()[-1]
+        how = "serves" if serves else f"ended with {ended}: {last[:100]}"
+        attacker.got["neither up nor ended" if not serves and ended is None else how] = 1
         server.stop()
 
 

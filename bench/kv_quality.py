@@ -8,19 +8,16 @@ its cache, with flash attention; ours computes the text in chunks of 256 tokens,
 """
 
 import argparse
-import json
 import math
 import statistics
-import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from quality import DOCUMENTS, build_engine, fetch_default_model, our_logits    # noqa: E402
+from servers import started    # noqa: E402
 
 KEPT = 2000
 
@@ -31,33 +28,17 @@ def ours(model, kind, ids, judged):
     return torch.log_softmax(our_logits(engine.transformer, ids, 256)[-judged:].double(), 1)
 
 
-def post(url, body):
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=600) as answer:
-        return json.load(answer)
-
-
-def theirs(program, model, kind, ids, judged, vocabulary, port):
+def theirs(program, model, kind, ids, judged, vocabulary):
     """Logprobs (judged, V) of llama-server with this type of KV cache; -inf for all but the likeliest."""
-    command = [program, "-m", str(model), "--port", str(port), "-c", str(len(ids) + 16), "-np", "1", "-ctk", kind, "-ctv", kind, "-fa", "on"]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(300):
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                    break
-            except OSError:
-                time.sleep(0.5)
+    command = [program, "-m", model, "-c", len(ids) + 16, "-np", "1", "-ctk", kind, "-ctv", kind, "-fa", "on"]
+    with started(command, "llama-server") as server:
         found = torch.full((judged, vocabulary), -math.inf, dtype=torch.float64)
         for row, end in enumerate(range(len(ids) - judged + 1, len(ids) + 1)):
-            answer = post(f"http://127.0.0.1:{port}/completion", {
+            answer = server.post("/completion", {
                 "prompt": ids[:end], "n_predict": 1, "n_probs": KEPT, "temperature": 0, "cache_prompt": True})
             for token in answer["completion_probabilities"][0]["top_logprobs"]:
                 found[row, token["id"]] = token["logprob"]
         return found
-    finally:
-        server.terminate()
-        server.wait(30)
 
 
 def divergence(p, q):
@@ -73,7 +54,6 @@ def main():
     parser.add_argument("--llama-server", help="the binary to compare with")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--judged", type=int, default=64)
-    parser.add_argument("--port", type=int, default=8951)
     parser.add_argument("--text", nargs="+", type=Path, default=DOCUMENTS)
     arguments = parser.parse_args()
     model = arguments.model or str(fetch_default_model())
@@ -82,7 +62,7 @@ def main():
     judge = ours(model, "float32", ids, arguments.judged)
     rows = {f"ours, {kind}": divergence(judge, ours(model, kind, ids, arguments.judged)) for kind in ("auto", "bfloat16", "q8_0")}
     if arguments.llama_server:
-        args = arguments.judged, judge.shape[1], arguments.port
+        args = arguments.judged, judge.shape[1]
         judge = theirs(arguments.llama_server, model, "f32", ids, *args)
         for kind in ("f16", "q8_0"):
             rows[f"llama-server, {kind}"] = divergence(judge, theirs(arguments.llama_server, model, kind, ids, *args))

@@ -18,7 +18,6 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -37,9 +36,9 @@ from chatlm.common.processes.ray import ray_main    # noqa: E402
 from chatlm.common.processes.child import die_with_parent, join_parent    # noqa: E402
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.pool import make_pool    # noqa: E402
-from chatlm.front.server.access import listen_on    # noqa: E402
 from chatlm.worker.weights.nanochat import read_nanochat_tokenizer    # noqa: E402
 from patching import replace_everywhere     # noqa: E402
+from servers import free_port, started     # noqa: E402
 
 # of the first process: the others inherit fewer
 CORES = list(map(int, os.environ.setdefault("FAKE_CORES", ",".join(map(str, sorted(os.sched_getaffinity(0))))).split(",")))
@@ -167,8 +166,7 @@ def main():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--ray", action="store_true")
     args = parser.parse_args()
-    with listen_on("127.0.0.1", 0) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     os.environ |= {"FAKE_RATE": str(args.rate), "FAKE_PIECE_BYTES": str(args.piece_bytes)}
     if args.ray:    # its nodes hand these variables to the workers
         os.sched_setaffinity(0, OTHER_CORES)
@@ -179,16 +177,12 @@ def main():
         for _ in range(10):     # its dashboard and agents take many seconds to start, on the clients' core
             if psutil.cpu_percent(2.0) < 20:
                 break
-    server = subprocess.Popen([sys.executable, __file__, "front", str(port), str(args.workers), str(os.getpid())],
-                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
-        next(line for line in server.stdout if "startup complete" in line)
-        os.sched_setaffinity(0, OTHER_CORES)
-        gc.disable()        # so that pauses of the clients do not count as the front's
-        asyncio.run(load(port, psutil.Process(server.pid), args))
+        with started([sys.executable, __file__, "front", port, args.workers, os.getpid()], port=port) as server:
+            os.sched_setaffinity(0, OTHER_CORES)
+            gc.disable()        # so that pauses of the clients do not count as the front's
+            asyncio.run(load(port, server.front, args))
     finally:
-        server.terminate()
-        server.wait(60)
         if args.ray:
             cluster.shutdown()
 

@@ -23,6 +23,7 @@ sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(ROOT))
 import chat_server      # noqa: E402
 from chatlm.common.memory import tune_gc    # noqa: E402
 from chatlm.common.config import LIMITS, Settings    # noqa: E402
+from servers import free_port, started    # noqa: E402
 
 NATIVE, CHAT, COMPLETIONS, TOKENIZE = "/chat/completions", "/v1/chat/completions", "/v1/completions", "/tokenize"
 COMPARE = "/v1/compare"
@@ -85,7 +86,7 @@ def answers():
     yield COMPLETIONS, "echo of a long prompt", ('{"prompt": "' + "word " * 4000 + '", "echo": true, "logprobs": 20, "max_tokens": 1}').encode()
 
 
-def watched_server():
+def watched_server(port):
     """The server with every callback of its loop timed; each line on stdin asks for the longest since the
     previous line."""
     longest = [0.0, ""]
@@ -109,7 +110,7 @@ def watched_server():
 
     asyncio.events.Handle._run = timed
     tune_gc()
-    asyncio.run(serve(Settings(host="127.0.0.1", port=0)))
+    asyncio.run(serve(Settings(host="127.0.0.1", port=port)))
 
 
 def post(port, route, body):
@@ -127,13 +128,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="bodies whose route or kind contains this")
     args = parser.parse_args()
-    server = subprocess.Popen([sys.executable, __file__, "server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        port = int(next(line for line in server.stdout if "http://127.0.0.1" in line).rsplit(":", 1)[1])
-
+    port = free_port()
+    with started([sys.executable, __file__, "server", port], port=port, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         def longest():
-            print(file=server.stdin, flush=True)
-            return json.loads(server.stdout.readline())
+            print(file=server.process.stdin, flush=True)
+            return next(json.loads(line) for line in server.process.stdout if line.startswith("["))     # after what a start writes
 
         sizes = {"inline": LIMITS.inline_bytes, "1 MiB": 1 << 20, "largest": LIMITS.body_bytes - 1}
         cases = [(name, *each) for name, size in sizes.items() for each in bodies(size)] + [("answer", *each) for each in answers()]
@@ -148,10 +147,7 @@ def main():
             shown = f"   {where}" if took_s > 0.02 else ""
             print(f"{1e3 * took_s:7.1f} ms  {size:8} {route:22} {what:26} {len(body):>10,} bytes -> {sorted(statuses)}{shown}", flush=True)
         print(f"longest: {1e3 * worst:.1f} ms")
-    finally:
-        server.terminate()
-        server.wait(60)
 
 
 if __name__ == "__main__":
-    watched_server() if sys.argv[1:] == ["server"] else main()
+    watched_server(int(sys.argv[2])) if sys.argv[1:2] == ["server"] else main()

@@ -38,6 +38,8 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
+from servers import NotReady, our_server
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
@@ -458,7 +460,6 @@ def run(options):
     layout_of(options.checkout)
     check_python(options.python)
     from nanochat_data import texts_below, write_data
-    from real_server import server
     with base_folder(options.out) as base:
         nanochat = Nanochat(options, base)
         print(f"nanochat {nanochat.commit}, folders of {nanochat.layout}", flush=True)
@@ -469,8 +470,8 @@ def run(options):
         nanochat.prepare()
         if options.base_only:
             return train(nanochat) or []
-        with server("--watch", base, "--dtype", "float32", "--no-downloads", "--nice", "5", env=nanochat.env_of_ours) as (_, url):
-            ours = Ours(url, nanochat)
+        with our_server("--watch", base, "--dtype", "float32", "--no-downloads", "--nice", "5", env=nanochat.env_of_ours, ready="/livez") as server:
+            ours = Ours(server.url, nanochat)
             train(nanochat, ours)
             return [*compare(nanochat, ours)]
 
@@ -485,7 +486,7 @@ def main(words=None):
     began_s = time.monotonic()
     try:
         rows = run(options_of(words))
-    except (CannotRun, ImportError, AssertionError, OSError, subprocess.TimeoutExpired) as error:      # AssertionError: no server
+    except (CannotRun, ImportError, AssertionError, NotReady, OSError, subprocess.TimeoutExpired) as error:
         print(f"nanochat_run: {error}", file=sys.stderr)
         return 2
     print("", *table(rows) if rows else (), f"{time.monotonic() - began_s:.0f} s", sep="\n")

@@ -2,7 +2,7 @@
 
     PYTHON bench/openvino_server.py FOLDER --port 8000 [--slots 16]
 
-FOLDER is what `optimum-cli export openvino` or `export_openvino.py` of this folder writes. PYTHON needs
+FOLDER is what `optimum-cli export openvino` writes. PYTHON needs
 openvino-genai and aiohttp. Requests are batched by the library's ContinuousBatchingPipeline; one thread steps
 it, and each request's tokens go to its client as they come. Every answer has exactly max_tokens tokens.
 """
@@ -69,14 +69,14 @@ async def chat(request):
     steps.add(prompt, config, queue)
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)
-    tokens = []
+    count = 0
     ended = False
     while not ended:
         more, ended = await queue.get()
-        tokens += more
-        text = steps.tokenizer.decode(tokens[-64:])     # enough to measure with; a real server decodes in pieces
+        count += len(more)
+        text = steps.tokenizer.decode(more)     # each piece alone: enough to measure with
         await response.write(frame({"choices": [{"index": 0, "delta": {"content": text or " "}, "finish_reason": None}]}))
-    usage = {"prompt_tokens": prompt.shape[1], "completion_tokens": len(tokens)}
+    usage = {"prompt_tokens": prompt.shape[1], "completion_tokens": count}
     await response.write(frame({"choices": [], "usage": usage}) + b"data: [DONE]\n\n")
     return response
 

@@ -92,24 +92,24 @@ def measure_answers(browser, rate):
 
         def answer():
             ask(page, question)
-            page.wait_for_function("() => state.path.at(-1)?.timings", timeout=2e5)
+            page.wait_for_function("() => Chat.path.at(-1)?.timings", timeout=2e5)
         told(question, traced(browser, page, answer))
         page.close()
     server.close()
 
 
 SEED = """turns => {
-  const chat = newConversation({title: "long"}), nodes = [];
-  for (let i = 0; i < turns; i++) nodes.push(newNode(chat.id, nodes.at(-1)?.id ?? null, i % 2 ? "assistant" : "user",
+  const chat = Tree.newConversation({title: "long"}), nodes = [];
+  for (let i = 0; i < turns; i++) nodes.push(Tree.newNode(chat.id, nodes.at(-1)?.id ?? null, i % 2 ? "assistant" : "user",
     i % 2 ? "An **answer** with `code`\\n\\n```py\\nx = 1\\n```\\n\\n" + "and words ".repeat(40) : `Question ${i}`));
   chat.leaf = nodes.at(-1).id;
-  addChat(chat, nodes);
-  render();
-  return store.flushing.then(() => chat.id);
+  Chat.addChat(chat, nodes);
+  Page.render();
+  return Store.flushing.then(() => chat.id);
 }"""
 OPEN = """async id => {
   const began = performance.now();
-  await openChat(id);
+  await Chat.open(id);
   await new Promise(done => requestAnimationFrame(() => setTimeout(done)));
   return performance.now() - began;
 }"""
@@ -129,7 +129,7 @@ def measure_long_chat(browser):
     chat = page.evaluate(SEED, 1000)
     times = []
     for _ in range(5):
-        page.evaluate("() => newChat()")
+        page.evaluate("() => Chat.openNew()")
         times.append(page.evaluate(OPEN, chat))
     print(f"{'1,000 turns':32} opened in {statistics.median(times):.0f} ms (largest of 5: {max(times):.0f} ms)")
     told("scrolling through 1,000 turns", traced(browser, page, lambda: page.evaluate(SCROLL)))

@@ -13,16 +13,15 @@ import base64
 import io
 import json
 import shlex
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
+
+from servers import started
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
@@ -81,33 +80,16 @@ def photo(width, height, seed):
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-class Server:
-    def __init__(self, name, command, log):
-        self.name = name
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
-        self.process = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", self.url.rpartition(":")[2]], stdout=log, stderr=log, cwd=ROOT)
-        while True:
-            try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
-                    return
-            except OSError:
-                assert self.process.poll() is None, f"{name} ended: see {log.name}"
-                time.sleep(0.2)
+class Contestant:
+    """What is measured of a server."""
 
-    def stop(self):
-        self.process.terminate()
-        self.process.wait()
+    def __init__(self, server):
+        self.server, self.name = server, server.name
 
     def ask(self, content, tokens=1, stream=False):
         body = {"messages": [{"role": "user", "content": content}], "max_tokens": tokens, "temperature": 0, "stream": stream,
                 "ignore_eos": True, "logit_bias": {str(LETTER): 100}}
-        headers = {"Content-Type": "application/json"}
-        try:
-            return urllib.request.urlopen(urllib.request.Request(f"{self.url}/v1/chat/completions", json.dumps(body).encode(), headers), timeout=600)
-        except urllib.error.HTTPError as error:
-            raise SystemExit(f"{self.name}: {error.read().decode()}") from None
+        return self.server.open("/v1/chat/completions", body)
 
     def first_token_s(self, content):
         began_s = time.perf_counter()
@@ -148,12 +130,12 @@ def about(uri):
     return [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": "What is this?"}]
 
 
-def measure(servers, asked, tokens_of_text):
+def measure(contestants, asked, tokens_of_text):
     found, seed = {}, 0
     keep = lambda what, server, value: found.setdefault((what, server.name), []).append(value)     # noqa: E731
     for number in range(asked.rounds + 1):
         uri = photo(asked.width, asked.height, number)
-        for server in servers:
+        for server in contestants:
             first_s, tokens = server.first_token_s(about(uri))
             again_s, _ = server.first_token_s(about(uri))
             if number:
@@ -161,7 +143,7 @@ def measure(servers, asked, tokens_of_text):
                 keep("first token, the same again", server, again_s)
                 keep("tokens", server, tokens)
     for number in range(asked.rounds):
-        for server in servers:
+        for server in contestants:
             keep("longest gap, alone", server, server.longest_gap_s(None))
             keep("longest gap, beside a text", server, server.longest_gap_s(f"{number}{server.name}" + "a" * tokens_of_text))
             keep("longest gap, beside a photo", server, server.longest_gap_s(about(photo(asked.width, asked.height, 1000 + number))))
@@ -176,24 +158,22 @@ def main():
     parser.add_argument("--shape", choices=tuple(SHAPES), default="smolvlm-256m")
     parser.add_argument("--llama-server")
     parser.add_argument("--ours", default=f"{sys.executable} {ROOT / 'chat_server.py'}")
-    parser.add_argument("--log", default="/dev/null")
-    asked, servers = parser.parse_args(), []
+    parser.add_argument("--log", help="the servers' logs go into this file")
+    asked, contestants = parser.parse_args(), []
     global LETTER
     import torch
     from image_conversations import byte_tokenizer
     torch.manual_seed(0)
     LETTER = byte_tokenizer().token_to_id("a")
-    with tempfile.TemporaryDirectory() as folder, open(asked.log, "w") as log:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         write, tokens_of_text = SHAPES[asked.shape]
         model, eyes = write(Path(folder), asked.tower)
-        try:
-            servers.append(Server("chat_server", [*shlex.split(asked.ours), "serve", str(model), "--drafts", "none"], log))
-            if asked.llama_server:
-                servers.append(Server("llama-server", [asked.llama_server, "-m", str(model), "--mmproj", str(eyes), "-t", "2", "-c", "16384", "-np", "2"], log))
-            found = measure(servers, asked, tokens_of_text)
-        finally:
-            for server in servers:
-                server.stop()
+        commands = {"chat_server": [*shlex.split(asked.ours), "serve", model, "--drafts", "none"]}
+        if asked.llama_server:
+            commands["llama-server"] = [asked.llama_server, "-m", model, "--mmproj", eyes, "-t", "2", "-c", "16384", "-np", "2"]
+        for name, command in commands.items():
+            contestants.append(Contestant(stack.enter_context(started(command, name, log=asked.log, cwd=ROOT))))
+        found = measure(contestants, asked, tokens_of_text)
     print(f"{asked.shape}, {asked.width} x {asked.height}, tower in {asked.tower}, {asked.rounds} rounds; medians")
     for what in dict.fromkeys(what for what, _ in found):
         values = {name: statistics.median(found[what, name]) for each, name in found if each == what}

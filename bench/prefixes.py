@@ -11,58 +11,46 @@ what the front uses until everything is stored.
 import argparse
 import json
 import random
-import signal
-import sys
 import tempfile
 import time
-import urllib.request
-from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
-
-from real_server import server    # noqa: E402
+from servers import our_server
 
 
-def first_token_s(url, ids):
+def first_token_s(server, ids):
     """(seconds to an answer of one token, cached tokens of the prompt)."""
-    body = json.dumps({"prompt": ids, "max_tokens": 1, "temperature": 0}).encode()
     began_s = time.monotonic()
-    request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=3600) as response:
+    with server.open("/v1/completions", {"prompt": ids, "max_tokens": 1, "temperature": 0}, timeout_s=3600) as response:
         usage = json.load(response)["usage"]
     return time.monotonic() - began_s, usage["prompt_tokens_details"]["cached_tokens"]
 
 
-def stats(url):
-    with urllib.request.urlopen(f"{url}/stats", timeout=60) as response:
-        body = json.load(response)
+def stats(server):
+    body = server.get("/stats")
     return body["prefixes"], body["workers"][0]
 
 
 def measure(flags, count, dice, folder):
     """Seconds cold, warm and restored, bytes stored per token, and the share of processor time that keeping took."""
     ids, store = [dice.randrange(100, 1000) for _ in range(count)], ("--prefix-store", folder, "--context-length", count + 64)
-    with server(*flags, *store) as (process, url):
-        front = psutil.Process(process.pid)
-        first_token_s(url, ids[:64][::-1])     # one-time costs of the first answers
-        cold_s, cached = first_token_s(url, ids)
+    with our_server(*flags, *store) as server:
+        front = server.front
+        first_token_s(server, ids[:64][::-1])     # one-time costs of the first answers
+        cold_s, cached = first_token_s(server, ids)
         assert cached == 0
         busy_s = sum(front.cpu_times()[:2])
-        while stats(url)[0]["stored_pages"] < count // 16:
+        while stats(server)[0]["stored_pages"] < count // 16:
             time.sleep(0.2)
         stored_s = sum(front.cpu_times()[:2]) - busy_s
-        warm_s, cached = min(first_token_s(url, ids) for _ in range(3))
+        warm_s, cached = min(first_token_s(server, ids) for _ in range(3))
         assert cached > count - 32
-        bytes_per_token = stats(url)[0]["stored_bytes"] / count
-        share = (stats(url)[1]["keeping_s"] + stored_s) / (cold_s * psutil.cpu_count())
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-    with server(*flags, *store) as (process, url):
-        first_token_s(url, ids[:64][::-1])
-        restored_s, cached = first_token_s(url, ids)
+        bytes_per_token = stats(server)[0]["stored_bytes"] / count
+        share = (stats(server)[1]["keeping_s"] + stored_s) / (cold_s * psutil.cpu_count())
+    with our_server(*flags, *store) as server:
+        first_token_s(server, ids[:64][::-1])
+        restored_s, cached = first_token_s(server, ids)
         assert cached > count - 32, f"only {cached} tokens were restored before it began to compute"
     return cold_s, warm_s, restored_s, bytes_per_token, share
 

@@ -4,7 +4,7 @@ weights.
     python bench/quality.py [MODEL] [--llama-perplexity PATH] [--text FILE ...] [--chunks 8] [--own-weights]
                             [--server-args "..."]
 
-Real text (by default README.md and docs/*.md) is cut into chunks of 512 tokens. At the positions of
+Real text (by default README.md and what is below docs/) is cut into chunks of 512 tokens. At the positions of
 each chunk's second half the next-token distributions are compared: top-1 agreement and mean KL(float32 ||
 measured) with their standard errors, largest KL, perplexity. For a GGUF file the judge is transformers in
 float32 on the dequantized weights; for a nanochat checkpoint it is our reference ops in float32.
@@ -35,7 +35,7 @@ import numpy
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 sys.path.insert(0, str(ROOT))
 from chatlm import cli    # noqa: E402
 from chatlm.common.config import PAGE_SIZE    # noqa: E402

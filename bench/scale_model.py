@@ -47,9 +47,9 @@ import agreement
 import aiohttp
 import load
 import psutil
+from servers import our_server
 
-sys.path[:0] = [str(load.ROOT), str(load.ROOT / "tests" / "support")]
-import real_server      # noqa: E402
+sys.path.insert(0, str(load.ROOT))
 
 # 1. the model ----------------------------------------------------------------------------------------------------
 
@@ -277,10 +277,10 @@ def layout_server(model, replicas, tp, most):
                "--device-type", "cpu", "--kv-cache-memory", "512M")
     cpus = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, cpus[:replicas * tp])
-    with real_server.server(*command, env=os.environ | {"CHAT_SERVER_CONFIG": ""}) as (process, url):
+    with our_server(*command, env=os.environ | {"CHAT_SERVER_CONFIG": ""}) as server:
         os.sched_setaffinity(0, cpus)
-        os.sched_setaffinity(process.pid, cpus[replicas * tp:] or cpus)
-        yield url, process.pid
+        os.sched_setaffinity(server.process.pid, cpus[replicas * tp:] or cpus)
+        yield server.url, server.process.pid
 
 
 async def check(arguments):

@@ -23,7 +23,6 @@ import asyncio
 import json
 import os
 import random
-import re
 import signal
 import statistics
 import sys
@@ -34,7 +33,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import aiohttp
-import psutil
+
+from servers import our_server
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = ("/chat/completions", "/v1/chat/completions")
@@ -313,20 +313,13 @@ def question_of(body):
 
 
 async def soak(options):
-    command = [sys.executable, ROOT / "chat_server.py", options.model, "--port", "0", "--host", "127.0.0.1", "--dtype", "float32",
+    command = [options.model, "--dtype", "float32",
                "--num-workers", str(options.workers), "--max-batch", "4", "--kv-cache-memory", "512K",
                *(word for key in (STAYS, LEAVES) for word in ("--api-key", key["Authorization"][7:]))]
-    server = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=open(options.log, "w"), env=ENVIRONMENT)
-    try:
-        while not (found := re.search(rb"http://127\.0\.0\.1:\d+", line := await server.stdout.readline())):
-            if not line:
-                raise SystemExit("the server did not start")
+    with our_server(*command, env=ENVIRONMENT, log=options.log, stop_limit_s=0) as server:
         timeout = aiohttp.ClientTimeout(total=None, sock_read=240)
         async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
-            return await Soak(options, found[0].decode(), session, psutil.Process(server.pid)).run()
-    finally:
-        server.kill()
-        await server.wait()
+            return await Soak(options, server.url, session, server.front).run()
 
 
 if __name__ == "__main__":
@@ -341,6 +334,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         options.log = options.log or Path(folder) / "log"
+        Path(options.log).unlink(missing_ok=True)       # what another run wrote
         if options.changing:
             from soak_changing import soak_changing
             sys.exit(asyncio.run(soak_changing(options, Path(folder))))

@@ -14,7 +14,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -24,6 +23,8 @@ from pathlib import Path
 import aiohttp
 import psutil
 
+import servers
+from servers import free_port
 from soak import ENVIRONMENT, exit_on_faults, integrity_checks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,32 +82,31 @@ class Server:
     """The server's process; after a restart it is a new one at the same address."""
 
     def __init__(self, options, folder):
-        self.log = open(options.log, "w")
-        self.words = ["--models", folder / "models", "--prefix-store", f"{folder / 'store'}:64M", "--models-memory", "760M",
-                      "--prefix-memory", "16M", "--dtype", "float32", "--max-batch", "4", "--kv-cache-memory", "512K", "--host", "127.0.0.1"]
-        self.url, self.process = "", None
+        self.log, self.port = options.log, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.command = [sys.executable, ROOT / "chat_server.py", "--models", folder / "models", "--prefix-store", f"{folder / 'store'}:64M",
+                        "--models-memory", "760M", "--prefix-memory", "16M", "--dtype", "float32", "--max-batch", "4", "--kv-cache-memory", "512K",
+                        "--host", "127.0.0.1", "--port", self.port]
+        self.running = None
         self.life = 0       # counts each end and each restart: odd while it runs
 
     async def start(self):
-        port = self.url.rpartition(":")[2] or "0"
-        self.process = await asyncio.create_subprocess_exec(
-            sys.executable, ROOT / "chat_server.py", *map(str, self.words), "--port", port, stdout=subprocess.PIPE, stderr=self.log, env=ENVIRONMENT)
-        while not (found := re.search(rb"http://127\.0\.0\.1:\d+", line := await self.process.stdout.readline())):
-            if not line:
-                raise SystemExit("the server did not start")
-        self.url, self.front = found[0].decode(), psutil.Process(self.process.pid)
+        self.running = servers.Server(self.command, "chat_server", port=self.port, log=self.log, env=ENVIRONMENT)
+        await asyncio.to_thread(self.running.wait_until_ready)
+        self.front = self.running.front
         self.life += 1
 
     async def restart(self):
+        """End the front alone: its workers must notice that."""
         self.life += 1
-        self.process.send_signal(random.choice((signal.SIGTERM, signal.SIGKILL)))
-        await self.process.wait()
+        self.running.process.send_signal(random.choice((signal.SIGTERM, signal.SIGKILL)))
+        await asyncio.to_thread(self.running.process.wait)
+        await self.end()
         await self.start()
 
     async def end(self):
-        with suppress(ProcessLookupError):
-            self.process.kill()
-        await self.process.wait()
+        if self.running:
+            await asyncio.to_thread(self.running.stop, 0)
 
 
 class ChangingSoak:

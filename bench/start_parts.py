@@ -16,9 +16,10 @@ import shlex
 import subprocess
 import sys
 import time
-import urllib.request
 from collections import Counter
 from pathlib import Path
+
+from servers import our_server
 
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)     # with it each process that starts compiles our modules anew
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,32 +118,17 @@ def children(pid):
 
 
 def server_table(more):
-    port = 20000 + os.getpid() % 20000
-    url, begun = f"http://127.0.0.1:{port}", time.perf_counter()
-    server = subprocess.Popen([sys.executable, ROOT / "chat_server.py", "--host", "127.0.0.1", "--port", str(port), *more],
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while time.perf_counter() - begun < 120 and server.poll() is None:
-            try:
-                if urllib.request.urlopen(f"{url}/health").status == 200:
-                    break
-            except OSError:
-                time.sleep(0.005)
-        ready_s = time.perf_counter() - begun
-        body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}).encode()
-        urllib.request.urlopen(urllib.request.Request(f"{url}/v1/chat/completions", body, {"Content-Type": "application/json"})).read()
-        columns = {"front": memories(server.pid)}
-        for number, child in enumerate(children(server.pid), 1):
+    with our_server(*more) as server:
+        server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64})
+        columns = {"front": memories(server.process.pid)}
+        for number, child in enumerate(children(server.process.pid), 1):
             command = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
             role = next((name for name in ("worker", "sandbox") if name.encode() in command), "other")
             columns[role if role not in columns else f"{role} {number}"] = memories(child)
-    finally:
-        server.terminate()
-        server.wait(30)
     sums = {sort: [(pss[sort], rss[sort]) for pss, rss in columns.values()] for _, rss in columns.values() for sort in rss}
     rows = sorted(sums.items(), key=lambda item: -sum(pss for pss, _ in item[1]))
     rows.append(("together", [tuple(sum(memory.values()) for memory in pair) for pair in columns.values()]))
-    lines = [f"ready after {ready_s:.2f} s", "", f"| mapping, MB: PSS, RSS | {' | '.join(columns)} | all: PSS |", "|---" * (len(columns) + 2) + "|"]
+    lines = [f"ready after {server.ready_s:.2f} s", "", f"| mapping, MB: PSS, RSS | {' | '.join(columns)} | all: PSS |", "|---" * (len(columns) + 2) + "|"]
     for sort, pairs in rows:
         cells = [f"{pss:.0f}, {rss:.0f}" for pss, rss in pairs]
         lines.append(f"| {sort} | {' | '.join(cells)} | {sum(pss for pss, _ in pairs):.0f} |")

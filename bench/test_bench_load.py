@@ -10,9 +10,7 @@ from types import SimpleNamespace
 import load
 import pytest
 import scale_model
-
-sys.path.insert(0, str(load.ROOT / "tests" / "support"))
-import real_server      # noqa: E402
+from servers import our_server
 
 GOAL = load.Goal(ttft_s=0.5, tpot_s=0.1)
 ANSWERS = [load.Answer(1.0, 2.0, (1.2, 1.3, 1.5, 2.0), 10, 9), load.Answer(0.0, 4.0, (1.0, 4.0), 20, 31), load.Answer(2.0, 2.5, error="503")]
@@ -57,8 +55,8 @@ def test_poisson_arrivals_have_their_rate():
 
 def test_every_load_against_the_real_server(tmp_path):
     files = {name: tmp_path / name for name in ("svg", "json", "prompts")}
-    with real_server.server("serve", load.ROOT / "tests/fixtures/nanochat/gen5", "--device-type", "cpu") as (_, url):
-        command = [sys.executable, Path(load.__file__), f"fixture={url}", "--questions", 2, "--clients", 3, "--input-tokens", 24, "--output-tokens", 5,
+    with our_server("serve", load.ROOT / "tests/fixtures/nanochat/gen5", "--device-type", "cpu") as server:
+        command = [sys.executable, Path(load.__file__), f"fixture={server.url}", "--questions", 2, "--clients", 3, "--input-tokens", 24, "--output-tokens", 5,
                    "--rates", "20", "--seconds", 0.2, *(each for name, path in files.items() for each in (f"--{name}", path))]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr.count("\n") == 4, done.stderr

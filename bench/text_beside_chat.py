@@ -11,10 +11,6 @@ embedded, 8 in a request and 32 requests at a time; what is left of them goes on
 import argparse
 import asyncio
 import itertools
-import os
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,14 +22,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests" / "support")]
 import aiohttp          # noqa: E402
 
 from load import Server, percentile, prompt, read_answer      # noqa: E402
+from servers import our_server      # noqa: E402
 
 TOGETHER, AT_ONCE, ANSWER_TOKENS = 8, 32, 200
 
 
-def start_server(shape, folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def models_of(shape, folder):
+    """The chat model and the embedder."""
     from chatlm.common.hub.default_model import fetch_default_model
     models = [str(fetch_default_model())]
     if shape != "none":
@@ -42,9 +37,7 @@ def start_server(shape, folder):
         name, sizes = SHAPES[shape]
         encoders.save_gguf(Path(folder) / "embedder.gguf", name, encoders.make_encoder(name, **sizes), "Q8_0")
         models.append(str(Path(folder) / "embedder.gguf"))
-    log = open(Path(folder) / "log", "w")
-    command = [sys.executable, str(ROOT / "chat_server.py"), "serve", *models, "--port", str(port), "--host", "127.0.0.1"]
-    return f"http://127.0.0.1:{port}", subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    return models
 
 
 async def embed_all(session, url, model, bodies, done):
@@ -100,14 +93,6 @@ def line(name, gaps):
 
 async def main(args, url):
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(None)) as session:
-        for _ in range(600):
-            try:
-                async with session.get(f"{url}/health") as response:
-                    if response.status == 200:
-                        break
-            except aiohttp.ClientError:
-                pass
-            await asyncio.sleep(0.2)
         async with session.get(f"{url}/v1/models") as response:
             models = [one["id"] for one in (await response.json())["data"]]
         embedder = models[0] if args.shape == "none" else next(model for model in models if "embedder" in model)
@@ -146,12 +131,5 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=10.0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        where, process = start_server(arguments.shape, scratch)
-        try:
-            asyncio.run(main(arguments, where))
-        except Exception:
-            print((Path(scratch) / "log").read_text()[-3000:])
-            raise
-        finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
+        with our_server(*models_of(arguments.shape, scratch)) as ours:
+            asyncio.run(main(arguments, ours.url))

@@ -9,13 +9,10 @@ llama-server --embedding with the same Q8_0 and F16 files, 32 texts (--together)
 """
 
 import argparse
-import json
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +22,7 @@ import numpy as np      # noqa: E402
 import torch            # noqa: E402
 
 import encoders         # noqa: E402  of the tests
+from servers import started     # noqa: E402
 
 SHAPES = {
     "minilm": ("bert", dict(vocab_size=320, hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12)),
@@ -50,9 +48,6 @@ class Ours:
     def embed(self, ids):
         encoders.vectors(self.engine, ids, pooling="mean")
 
-    def close(self):
-        pass
-
 
 class Torch:
     def __init__(self, model, threads):
@@ -63,37 +58,22 @@ class Torch:
     def embed(self, ids):
         self.model(input_ids=torch.tensor(ids)).last_hidden_state.mean(1)
 
-    def close(self):
-        pass
-
 
 class Llama:
-    """llama-server, as long as it is open."""
+    """A llama-server that runs."""
 
-    def __init__(self, binary, path, threads):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.name, self.log = f"llama-server {path.stem}", tempfile.TemporaryFile()
-        command = [binary, "-m", str(path), "--embedding", "--port", str(self.port), "-t", str(threads), "-b", "2048", "-ub", "2048", "-c", "4096"]
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log)
-        while self.process.poll() is None:
-            try:
-                self.embed([[5, 6, 7]])
-                return
-            except OSError:
-                time.sleep(0.1)
-        self.log.seek(0)
-        sys.exit(f"llama-server ended: {self.log.read()[-2000:].decode(errors='replace')}")
+    def __init__(self, server):
+        self.server, self.name = server, server.name
+        self.embed([[5, 6, 7]])
 
     def embed(self, ids):
-        body = json.dumps({"input": ids}).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/v1/embeddings", body, {"Content-Type": "application/json"})
-        return urllib.request.urlopen(request, timeout=300).read()
+        with self.server.open("/v1/embeddings", {"input": ids}) as response:
+            return response.read()
 
-    def close(self):
-        self.process.kill()
-        self.process.wait()
+
+def llama_server(binary, path, threads):
+    command = [binary, "-m", path, "--embedding", "-t", threads, "-b", "2048", "-ub", "2048", "-c", "4096"]
+    return started(command, f"llama-server {path.stem}")
 
 
 def main():
@@ -116,16 +96,14 @@ def main():
         (folder / "float32").mkdir()
         encoders.save_folder(folder / "float32", name, model)
         contestants = [*map(Ours, (*files, folder / "float32")), Torch(model, args.threads)]
-        try:
-            contestants += [Llama(args.llama_server, path, args.threads) for path in files if args.llama_server]
+        with ExitStack() as stack:
+            for path in files if args.llama_server else ():
+                contestants.append(Llama(stack.enter_context(llama_server(args.llama_server, path, args.threads))))
             best = {each.name: [0.0] * len(LENGTHS) for each in contestants}
             for _ in range(args.rounds):
                 for i, ids in enumerate(texts):
                     for each in contestants:
                         best[each.name][i] = max(best[each.name][i], rate(lambda: each.embed(ids), args.seconds, args.together))
-        finally:
-            for each in contestants:
-                each.close()
     print(f"{args.shape}, texts/s of {', '.join(map(str, LENGTHS))} tokens, {args.threads} threads")
     for contestant, rates in best.items():
         print(f"{contestant:24}" + "".join(f"{each:10.1f}" for each in rates))

@@ -8,7 +8,6 @@ the medians, and by how much it is slower next to the server. --asked: one clien
 """
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -18,11 +17,9 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
+from servers import our_server
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
@@ -64,32 +61,10 @@ class Training:
         return (self.steps - before) / (time.monotonic() - began_s)
 
 
-def ask_forever(url, ended, counts):
+def ask_forever(server, ended, counts):
     body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 64, "ignore_eos": True}
     while not ended.is_set():
-        request = urllib.request.Request(url + "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=600) as response:
-            counts.append(json.load(response)["usage"]["completion_tokens"])
-
-
-def processes_of(server):
-    return [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
-
-
-def tell(server, number):
-    for process in processes_of(server):
-        with suppress(psutil.NoSuchProcess):
-            process.send_signal(number)
-
-
-def processor_s(server):
-    """Processor seconds of the server's processes, including those that have ended and were waited for."""
-    total = 0.0
-    for process in processes_of(server):
-        with suppress(psutil.NoSuchProcess):
-            times = process.cpu_times()
-            total += times.user + times.system + times.children_user + times.children_system
-    return total
+        counts.append(server.post("/v1/chat/completions", body)["usage"]["completion_tokens"])
 
 
 def main():
@@ -99,29 +74,26 @@ def main():
     parser.add_argument("--text")
     parser.add_argument("--asked", action="store_true")
     options = parser.parse_args()
-    from real_server import server
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "tests" / "fixtures" / "nanochat" / "gen1" / "tokenizer", Path(folder) / "tokenizer")
         training, ended, counts = Training(folder, options.every), threading.Event(), []
         try:
             more = ["--watch-text", options.text, "--results", f"{folder}/results"] if options.text else []
-            with server("--watch", folder, "--nice", options.nice, *more) as (process, url):
-                while urllib.request.urlopen(url + "/v1/models").read().count(b'"run"') < 1:
-                    time.sleep(0.5)
+            with our_server("--watch", folder, "--nice", options.nice, *more) as server:     # ready once there is a checkpoint
                 if options.asked:
-                    threading.Thread(target=ask_forever, args=(url, ended, counts), daemon=True).start()
+                    threading.Thread(target=ask_forever, args=(server, ended, counts), daemon=True).start()
                 training.speed(5)
                 beside, alone, taken_s = [], [], 0.0
                 for turn in range(options.rounds):
-                    before_s = processor_s(process)
+                    before_s = server.processor_s()
                     beside.append(training.speed(options.seconds))
-                    taken_s += processor_s(process) - before_s
-                    tell(process, signal.SIGSTOP)
+                    taken_s += server.processor_s() - before_s
+                    server.signal_all(signal.SIGSTOP)
                     alone.append(training.speed(options.seconds))
-                    tell(process, signal.SIGCONT)
+                    server.signal_all(signal.SIGCONT)
                     print(f"round {turn + 1}: {alone[-1]:.2f} steps/s alone, {beside[-1]:.2f} beside the server", flush=True)
                 ended.set()
-                models = json.load(urllib.request.urlopen(url + "/v1/models"))["data"]
+                models = server.get("/v1/models")["data"]
         finally:
             training.process.kill()
             training.process.wait()

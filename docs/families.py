@@ -1,4 +1,4 @@
-"""Makes the table of families in docs/models.md: the families from the program's rows, the comparisons from the tests' rows.
+"""Makes the table of families in docs/models/families.md: the families from the program's rows, the comparisons from the tests' rows.
 
     python docs/families.py
 """
@@ -25,16 +25,19 @@ folders. [What has been tested](#what-has-been-tested) says more.
 |---|---|---|---|---|
 """
 END = "\nAny other family is an error"
-STATES, NEEDS, ENCODES = "#models-whose-layers-keep-a-state", "#what-some-families-need", "#embedders-and-rerankers"
+# headings, of that page unless another is named
+STATES, IMAGES, GEMMA_4 = "#models-whose-layers-keep-a-state", "#images", "#gemma-4"
+POSITIONS, VOCABULARIES, GGUF = "#positions-sizes-and-tokens", "#checkpoints-without-a-vocabulary", "#where-a-gguf-file-and-its-folder-differ"
+ENCODES = "embedders.md#embedders-and-rerankers"
 NOTES = {       # by model_type: what a reader wants to know beside the title
-    "llama": f"3.1, 3.2, 3.3 too; SmolVLM and Idefics 3 [with images]({NEEDS}); LLaVA's text model",
+    "llama": f"3.1, 3.2, 3.3 too; SmolVLM and Idefics 3 [with images]({IMAGES}); LLaVA's text model",
     "mistral": "the text model of Small 3.1 and 3.2",
-    "ministral3": f"the text model of `mistral3`, [up to 16,384 tokens]({NEEDS})",
+    "ministral3": f"the text model of `mistral3`, [up to 16,384 tokens]({POSITIONS})",
     "qwen2": "the text model of Qwen2-VL and Qwen2.5-VL",
     "qwen3": "the text model of Qwen3-VL",
     "qwen3_moe": "30B-A3B, 235B-A22B",
-    "gemma3_text": f"with and without [images]({NEEDS}); EmbeddingGemma is [an encoder]({ENCODES})",
-    "gemma4_text": f"E2B, E4B, 12B, 26B-A4B, 31B; [with images]({NEEDS}), [its embeddings of each layer]({NEEDS})",
+    "gemma3_text": f"with and without [images]({IMAGES}); EmbeddingGemma is [an encoder]({ENCODES})",
+    "gemma4_text": f"E2B, E4B, 12B, 26B-A4B, 31B; [with images]({IMAGES}), [its embeddings of each layer]({GEMMA_4})",
     "gpt_oss": "20b, 120b, with experts in MXFP4 or bfloat16",
     "granite": "3.1, 3.2, 3.3 too",
     "granitemoehybrid": f"most layers of the h- models are Mamba-2, [their states]({STATES})",
@@ -43,12 +46,12 @@ NOTES = {       # by model_type: what a reader wants to know beside the title
     "hunyuan_v1_dense": "Hunyuan-MT and Hy-MT too",
     "gpt2": "DistilGPT-2 too",
     "cohere": "Command R, Aya",
-    "phimoe": f"[its rotary factor in a GGUF file]({NEEDS})",
+    "phimoe": f"[its rotary factor in a GGUF file]({GGUF})",
     "cohere2": "Command R7B, Command A",
     "qwen3_5_text": f"the text model of those with images, [its states]({STATES})",
     "qwen3_5_moe_text": f"the text model of those with images, [its states]({STATES})",
     "qwen3_next": f"[its states]({STATES})",
-    "lfm2": f"350M, 700M, 1.2B, 2.6B and dense LFM2.5; LFM2-VL [with images]({NEEDS}), [its states]({STATES})",
+    "lfm2": f"350M, 700M, 1.2B, 2.6B and dense LFM2.5; LFM2-VL [with images]({IMAGES}), [its states]({STATES})",
     "lfm2_moe": f"8B-A1B, 24B-A2B, LFM2.5 with experts, [its states]({STATES})",
     "nemotron_h": f"Nemotron Nano v2, 3 Nano and 3 Super, [its states]({STATES})",
     "nanochat": "in transformers' format",
@@ -59,9 +62,9 @@ NOTES = {       # by model_type: what a reader wants to know beside the title
 FORMULAS = {"nomic_bert_moe": "its formulas"}   # families that transformers lacks are compared with these
 LIKE_OTHERS = {"xlm-roberta": ("bert",), "granitemoehybrid": ("granite", "granitemoe")}     # such models without Mamba layers have these files
 CHECKPOINTS = (
-    f"| nanochat, generations 1 to {len(GENERATIONS)} ([layouts](#checkpoints-of-nanochat)) | a checkpoint | upstream's answers, 5; "
+    f"| nanochat, generations 1 to {len(GENERATIONS)} ([layouts](checkpoints.md#checkpoints-of-nanochat)) | a checkpoint | upstream's answers, 5; "
     "a second implementation, 1 | | |\n"
-    f"| nanoGPT, build-nanogpt ([their vocabulary]({NEEDS})) | a checkpoint | its formula | | |\n")
+    f"| nanoGPT, build-nanogpt ([their vocabulary]({VOCABULARIES})) | a checkpoint | its formula | | |\n")
 
 
 def groups() -> list[list[str]]:
@@ -103,12 +106,12 @@ def row(names: list[str]) -> str:
 
 
 def page(text: str) -> str:
-    """The text of docs/models.md with its table made anew."""
+    """The text of docs/models/families.md with its table made anew."""
     before, rest = text.split("## Families\n", 1)
     after = rest.split(END, 1)[1]
     return before + HEADING + "".join(map(row, groups())) + CHECKPOINTS + END + after
 
 
 if __name__ == "__main__":
-    path = DOCS / "models.md"
+    path = DOCS / "models" / "families.md"
     path.write_text(page(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -28,7 +28,7 @@ A flag's value comes from the first of these that sets it:
 4. the default
 
 In the environment MODEL is `CHAT_SERVER_MODEL`, in the file `model = "model.gguf"`. For several models the file has a `[[models]]` table for each
-([models](models.md#many-models)). To turn a switch off, put `no` before its name, as in `--no-drafts`, or write `false`
+([models](models/many.md#many-models)). To turn a switch off, put `no` before its name, as in `--no-drafts`, or write `false`
 in the environment and the file. Sizes have the suffixes K, M, G and T.
 
 A row names the commands that take its flag. If it names none, these commands take it: {', '.join(f'`{name}`' for name in EVERYWHERE.split())}. "also check" adds `check` to them.

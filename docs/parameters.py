@@ -29,9 +29,9 @@ HEAD = """\
 // value and its step. `folded`: shown under "More parameters"; `apart`: not among the settings.
 "use strict";
 
-{
+const Parameters = (() => {
 
-const PARAMETERS = [
+const all = [
 """
 
 
@@ -72,7 +72,7 @@ def script() -> str:
     strings = {"parameters": {field.name: label(field.name) for field in chosen}, "parameterHints": {field.name: hint(field) for field in chosen}}
     texts = ",\n".join(f"    {key}: {{\n" + "".join(f"      {name}: {json.dumps(text)},\n" for name, text in each.items()) + "    }"
                        for key, each in strings.items())
-    return f"{HEAD}{rows}];\n\nregister({{\n  strings: {{\n{texts},\n  }},\n}});\n\nshare({{PARAMETERS}});\n}}\n"
+    return f"{HEAD}{rows}];\n\nParts.register({{\n  strings: {{\n{texts},\n  }},\n}});\n\nreturn Object.freeze({{all}});\n}})();\n"
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def picture_of_page(browser, url, name):
         ask(page, question)
         expect_answered(page, count)
     page.mouse.move(0, 0)
-    page.evaluate("() => Promise.all(libraries.values()).then(() => null)")
+    page.evaluate("() => Promise.all(Parts.libraries.values()).then(() => null)")
     if name != "phone":
         questions(page).first.scroll_into_view_if_needed()
     page.screenshot(path=DOCS / f"{name}.png")
@@ -72,9 +72,9 @@ def look_through(page):
 
 
 def look_at_the_server(page):
-    page.evaluate("openStatus()")
-    page.evaluate("for (const topic of ['rivers', 'hills', 'stars']) post(ROUTES.v1, {messages: [{role: 'user', content: topic}], max_tokens: 120})")
-    page.wait_for_function("() => glanced.samples.length > 6 && glanced.samples.at(-1).speed < 20")
+    page.evaluate("Views.openStatus()")
+    page.evaluate("for (const topic of ['rivers', 'hills', 'stars']) Server.post(Server.ROUTES.v1, {messages: [{role: 'user', content: topic}], max_tokens: 120})")
+    page.wait_for_function("() => Status.shown.samples.length > 6 && Status.shown.samples.at(-1).speed < 20")
     page.evaluate("document.getElementById('status-charts').scrollIntoView()")
 
 
@@ -90,7 +90,7 @@ def look_at_the_prompt(page):
 
 
 def keep_prompts(page):
-    page.evaluate("keepPrompts([{name: 'Pirate', text: 'Talk like a pirate.'}, {name: 'Shorter', text: 'Say this in ten words: ', starter: true}])")
+    page.evaluate("Prompts.keep([{name: 'Pirate', text: 'Talk like a pirate.'}, {name: 'Shorter', text: 'Say this in ten words: ', starter: true}])")
     menu(page, "Prompts")
 
 
@@ -184,7 +184,7 @@ def picture_of_a_preview(browser):
     stand_in = StandIn()
     page = browser.new_page(viewport={"width": 900, "height": 620})
     open_page(page, stand_in.url)
-    page.evaluate("text => importAll(importOf(text), 'it')", json.dumps({"messages": [
+    page.evaluate("text => Chats.importAll(Tree.importOf(text), 'it')", json.dumps({"messages": [
         {"role": "user", "content": "Draw the flag of Japan as SVG."}, {"role": "assistant", "content": FLAG}]}))
     button(page, "Preview").click()
     expect(page.frame_locator("iframe").locator("circle")).to_be_visible()
@@ -231,7 +231,7 @@ def picture_of_an_image(browser):
     page = browser.new_page(viewport={"width": 900, "height": 700})
     open_page(page, stand_in.url)
     data = base64.b64encode(drawn).decode()
-    page.evaluate("text => importAll(importOf(text), 'it')", json.dumps({"messages": [
+    page.evaluate("text => Chats.importAll(Tree.importOf(text), 'it')", json.dumps({"messages": [
         {"role": "user", "content": "Which colours have the sails?", "pictures": [{"name": "sails.png", "picture": f"data:image/png;base64,{data}"}]},
         {"role": "assistant", "content": "The boat has **two sails**: the large one is white, the small one before the mast is red."}]}))
     page.reload()

@@ -1,7 +1,9 @@
 // Charts of the server's status and of a training run, drawn by uPlot in the page's colours.
 "use strict";
 
-{
+const Charts = (() => {
+
+const {TEXT, $, number} = Parts;
 
 const FONT = `11px ${getComputedStyle(document.documentElement).fontFamily}`;
 const LOOKS = [{colour: "--accent", dash: []}, {colour: "--amber", dash: [6, 4]}];       // of the first run and of the second, which has other marks too
@@ -84,7 +86,7 @@ const labelOf = ({by}, value) => by === "tokens" ? new Intl.NumberFormat(undefin
 function ticksIn(part, width) {
   const {low, high} = part, most = Math.max(1, Math.floor(width / LABEL_PX)), every = WHOLE.find(each => Math.floor(high / each) - Math.ceil(low / each) < most) ?? WHOLE.at(-1);
   const first = Math.ceil(low / every) * every, values = first > high ? [low] : Array.from({length: Math.floor((high - first) / every) + 1}, (_, i) => first + i * every);
-  return values.map(value => ({at: placeIn(part, value), text: labelOf(part, value)}));
+  return values.map(value => ({at: Curves.placeIn(part, value), text: labelOf(part, value)}));
 }
 
 // A band for each stage, with its name.
@@ -142,5 +144,5 @@ function resolved(variable) {
   return getComputedStyle($("status")).outlineColor;
 }
 
-share({makeChart, drawChart, makeStepChart, drawStepChart});
-}
+return Object.freeze({make: makeChart, draw: drawChart, makeOfSteps: makeStepChart, drawOfSteps: drawStepChart});
+})();

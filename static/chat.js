@@ -1,85 +1,58 @@
-// The conversation: one plain `state`, the chats and their nodes, questions, and the answers being written.
+// The conversation: the chats and their nodes, questions, and the answers being written.
 //
 // The path of a message: `ask` adds the user's node, `answer` the assistant's. `runAnswer` reads the stream
 // (`readAnswer`; `takeUp` resumes it when the connection or the page was lost). Every event grows the node,
-// `paint` draws it once per frame, and `saveGrown` stores it now and then. Everything else changes `state`
-// and calls `render` (page.js).
+// `Turns.paint` draws it once per frame, and `saveGrown` stores it now and then. Everything else changes `state`
+// and calls `Page.render`.
 "use strict";
 
-{
+const Chat = (() => {
 
-const NO_MODEL = {name: "", context: 0, devices: [], workers: 0, can: {}, defaults: {}, ours: false, api: "v1"};
+const {TEXT, wait, newest} = Parts;
 
 const state = {
   chats: new Map(),               // id -> conversation, all stored ones
-  chat: newConversation(),        // the one that is shown; stored with its first message
+  chat: Tree.newConversation(),   // the one that is shown; stored with its first message
   nodes: new Map(),               // its nodes
   children: new Map(),            // childrenOf(nodes)
   leaf: null,                     // id of the last node shown in this tab; chat.leaf is restored on the next visit
   path: [],                       // the nodes that are shown
   runs: new Map(),                // id of a node -> the answer that this tab is receiving into it, in any chat
-  draft: {text: "", files: []},   // what is in the composer
-  counted: {text: "", tokens: 0, around: 0},          // tokens of the draft as counted by the server, and of the template around it
-  refusal: "",                    // why the server refused the message
-  queued: new Set(),              // ids of the chats whose drafts are sent when their answers have ended
   notice: "",                     // the page's own notice below the turns
   toasts: [],                     // {text, label, act, undo, chat} above the composer: the last deletion, answers of other chats
   ended: 0,                       // answers that ended while this tab was hidden
   editing: null,                  // id of the node being edited
-  found: null,                    // id of each chat that matches the search -> the text around a word found; null without a search
-  phase: "connecting",            // connecting, loading, ready, unreachable, refusing (this page), locked (without a key)
-  reached: "",                    // the last server that was ready
-  loading: {stage: "", fraction: null},
-  models: [],                     // the server's models, from /v1/models
-  model: {...NO_MODEL},           // the chat's model
-  refusedKey: null,               // the API key that the server last refused, "" if none was sent
-  following: true,                // the log scrolls as an answer grows
-  preferences: {theme: "", actOnClick: false, sidebar: true, server: "", servers: [], keys: {}, presets: {}, prompts: [], defaults: {}, titles: false,
-    notify: false},
 };
 
-const STORE = "chat_server " + PAGE_HOME;
-const store = new Store(STORE);
 const SAVE_MS = 500;              // a growing answer is stored this often
 
 const lastNode = () => state.path.at(-1);
 // a question waits for an unreachable server, but not for a loading one, which may turn out to serve another model
-const canAsk = () => !isGrowing(lastNode()) && !["connecting", "loading"].includes(state.phase) && state.model.api !== "none";
+const canAsk = () => !Tree.isGrowing(lastNode()) && !["connecting", "loading"].includes(Server.phase) && Server.model.api !== "none";
 const isStored = chat => state.chats.has(chat.id);
-
-// preferences ---------------------------------------------------------------------------------------------------------
-
-const PREFERENCES = "chat_server preferences";      // theme.js reads them too
-
-function loadPreferences() {
-  try {
-    const stored = JSON.parse(localStorage.getItem(PREFERENCES));
-    for (const [name, value] of Object.entries(stored ?? {})) {
-      if (typeof value === typeof state.preferences[name]) state.preferences[name] = value;
-    }
-  } catch (error) { /* storage is off or damaged: use defaults */ }
-}
-
-function changePreferences(changes) {
-  loadPreferences();                                  // another tab may have changed some
-  Object.assign(state.preferences, changes);
-  try { localStorage.setItem(PREFERENCES, JSON.stringify(state.preferences)); } catch (error) { /* for this visit only */ }
-}
 
 // chats ---------------------------------------------------------------------------------------------------------------
 
 function changeChat(chat, changes) {
   Object.assign(chat, changes);
-  if (isStored(chat)) store.change("conversations", chat.id, changes);
+  if (isStored(chat)) Store.change("conversations", chat.id, changes);
 }
 
 // Updates what is derived from nodes and leaf.
 function refresh() {
-  state.children = childrenOf(state.nodes);
-  if (!state.nodes.has(state.leaf)) state.leaf = leafBelow(state.children, null);
-  state.path = pathTo(state.nodes, state.leaf);
-  render();
+  state.children = Tree.childrenOf(state.nodes);
+  if (!state.nodes.has(state.leaf)) state.leaf = Tree.leafBelow(state.children, null);
+  state.path = Tree.pathTo(state.nodes, state.leaf);
+  Page.render();
 }
+
+// Reads the stored chats, when the page starts.
+async function readStored() {
+  for (const chat of await Store.read("conversations")) state.chats.set(chat.id, chat);
+}
+
+// The node of this id is edited; null: none is.
+const edit = id => { state.editing = id; };
 
 function showLeaf(id) {
   state.leaf = id;
@@ -93,19 +66,21 @@ const opening = newest();         // only the newest request to open a chat coun
 async function openChat(id, known = null) {
   const isMine = opening(), chat = state.chats.get(id);
   if (!chat) return newChat();
-  const nodes = known ?? await store.read("nodes", id);
+  const nodes = known ?? await Store.read("nodes", id);
   if (!isMine()) return;
   state.nodes = new Map(nodes.map(node => [node.id, state.runs.get(node.id)?.node ?? node]));
   for (const run of state.runs.values()) if (run.chat.id === id) state.nodes.set(run.node.id, run.node);
   showChat(chat, chat.leaf);
-  for (const node of state.nodes.values()) if (isGrowing(node)) adopt(node, chat);
-  await loadDraft(id);
+  for (const node of state.nodes.values()) if (Tree.isGrowing(node)) adopt(node, chat);
+  await Composer.loadDraft(id);
 }
 
 function showChat(chat, leaf) {
-  closeViews();
-  Object.assign(state, {chat, leaf, notice: "", refusal: "", editing: null, following: true});
-  if (state.models.length > 1 || state.model.base) useModel();
+  Page.closeViews();
+  Object.assign(state, {chat, leaf, notice: "", editing: null});
+  Page.follow();
+  Composer.refuse("");
+  if (Server.models.length > 1 || Server.model.base) Server.useModel();
   state.toasts = state.toasts.filter(toast => toast.chat !== chat.id);
   rememberPlace();
   refresh();
@@ -114,37 +89,37 @@ function showChat(chat, leaf) {
 function newChat() {
   opening();
   state.nodes = new Map();
-  showChat(newConversation({parameters: {...state.preferences.defaults.parameters}, system: state.preferences.defaults.system ?? "",
+  showChat(Tree.newConversation({parameters: {...Settings.preferences.defaults.parameters}, system: Settings.preferences.defaults.system ?? "",
     ...(state.chat.model ? {model: state.chat.model} : {})}), null);
-  loadDraft("new");
+  Composer.loadDraft("new");
 }
 
 // The address names the chat shown, so that a reload, a bookmark and the back button find it.
 function rememberPlace() {
   const hash = isStored(state.chat) ? `#${state.chat.id}` : "";
   if (location.hash !== hash) history.pushState(null, "", location.pathname + location.search + hash);
-  try { localStorage.setItem(`${STORE} last`, isStored(state.chat) ? state.chat.id : ""); } catch (error) { /* no matter */ }
+  try { localStorage.setItem(`${Store.name} last`, isStored(state.chat) ? state.chat.id : ""); } catch (error) { /* no matter */ }
 }
 
-const lastPlace = () => { try { return localStorage.getItem(`${STORE} last`); } catch (error) { return null; } };
+const lastPlace = () => { try { return localStorage.getItem(`${Store.name} last`); } catch (error) { return null; } };
 
 // Deletes chats, and offers to bring them back.
 async function deleteChats(chats, text) {
   const gone = await removeChats(chats);
   offerUndo(text, () => bringBack(gone));
   if (!isStored(state.chat)) newChat();
-  else render();
+  else Page.render();
 }
 
 // Deletes records of chats, and returns them as [{chat, nodes}].
 async function removeChats(chats) {
   const gone = [];
-  for (const {id} of chats) store.change("conversations", id, null);  // at once: the page may be closed while messages are read
+  for (const {id} of chats) Store.change("conversations", id, null);  // at once: the page may be closed while messages are read
   for (const {running, ...chat} of chats) {
-    const nodes = await store.read("nodes", chat.id);
+    const nodes = await Store.read("nodes", chat.id);
     for (const node of nodes) {
       stopRun(node.id);
-      store.change("nodes", node.id, null);
+      Store.change("nodes", node.id, null);
     }
     state.chats.delete(chat.id);
     gone.push({chat, nodes: nodes.map(node => ({...node, stream: null}))});
@@ -159,23 +134,23 @@ function bringBack(gone) {
 
 function addChat(chat, nodes) {
   state.chats.set(chat.id, chat);
-  store.change("conversations", chat.id, chat);
-  for (const node of nodes) store.change("nodes", node.id, node);
+  Store.change("conversations", chat.id, chat);
+  for (const node of nodes) Store.change("nodes", node.id, node);
 }
 
 function deleteNode(node) {
-  const ids = withDescendants(state.children, node.id), nodes = ids.map(id => state.nodes.get(id)), {chat} = state;
+  const ids = Tree.withDescendants(state.children, node.id), nodes = ids.map(id => state.nodes.get(id)), {chat} = state;
   for (const id of ids) {
     stopRun(id);
     state.nodes.delete(id);
-    store.change("nodes", id, null);
+    Store.change("nodes", id, null);
   }
   offerUndo(TEXT.deletedMessages(ids.length), () => {
-    for (const each of nodes) store.change("nodes", each.id, {...each, stream: null});
+    for (const each of nodes) Store.change("nodes", each.id, {...each, stream: null});
     changeChat(chat, {leaf: nodes.at(-1).id});
     openChat(chat.id);
   });
-  if (!state.nodes.has(state.leaf)) state.leaf = leafBelow(childrenOf(state.nodes), node.parent);
+  if (!state.nodes.has(state.leaf)) state.leaf = Tree.leafBelow(Tree.childrenOf(state.nodes), node.parent);
   showLeaf(state.leaf);
 }
 
@@ -186,9 +161,10 @@ function offerUndo(text, restore) {
 // The newest three; a deletion can be undone until the next one.
 function showToast(toast) {
   state.toasts = [...state.toasts.filter(({undo}) => !(undo && toast.undo)), toast].slice(-3);
-  announce(toast.text);
+  Page.announce(toast.text);
 }
 
+const dropToast = toast => { state.toasts = state.toasts.filter(each => each !== toast); };
 const dropUndo = () => { state.toasts = state.toasts.filter(({undo}) => !undo); };
 
 // Announces that an answer has ended, if its reader is looking at something else.
@@ -197,7 +173,7 @@ function noticeEnd({node, chat}, failed) {
   if (chat.id !== state.chat.id) showToast({text, label: TEXT.show, act: () => openChat(chat.id), chat: chat.id});
   if (!away) return;
   if (document.hidden) state.ended++;
-  if (!state.preferences.notify) return;
+  if (!Settings.preferences.notify) return;
   try {
     const notice = new Notification(text, {body: node.content.slice(0, 200), tag: node.id});
     notice.onclick = () => { window.focus(); openChat(chat.id); notice.close(); };
@@ -212,11 +188,11 @@ function numbered(title) {
 
 // A new chat with the messages up to a node.
 function branchFrom(node) {
-  const chat = newConversation({...state.chat, id: newId(), created: Date.now(), updated: Date.now(), pinned: false, running: null,
+  const chat = Tree.newConversation({...state.chat, id: Tree.newId(), created: Date.now(), updated: Date.now(), pinned: false, running: null,
     title: numbered(state.chat.title)});
   let parent = null;
-  const nodes = pathTo(state.nodes, node.id).map(each => {
-    const copy = {...each, id: newId(), conversation: chat.id, parent, stream: null};
+  const nodes = Tree.pathTo(state.nodes, node.id).map(each => {
+    const copy = {...each, id: Tree.newId(), conversation: chat.id, parent, stream: null};
     parent = copy.id;
     return copy;
   });
@@ -225,71 +201,38 @@ function branchFrom(node) {
   openChat(chat.id);
 }
 
-// drafts --------------------------------------------------------------------------------------------------------------
-
-const draftKey = (chat = state.chat) => isStored(chat) ? chat.id : "new";
-
-let unread = null;                // {key} of the draft whose stored files are still being read: they must not be overwritten
-
-// The text also goes into this tab's own storage, which is synchronous and which no other tab touches.
-function saveDraft() {
-  const {text, files} = state.draft, key = draftKey();
-  try { sessionStorage.setItem(`${STORE} draft ${key}`, text); } catch (error) { /* the other storage has it */ }
-  if (key !== unread?.key) store.change("drafts", key, text || files.length ? {id: key, text, files, created: Date.now()} : null);
-}
-
-// Shows this tab's text at once and the rest once it is read; text typed in between stays.
-async function loadDraft(key) {
-  let text = null;
-  try { text = sessionStorage.getItem(`${STORE} draft ${key}`); } catch (error) { /* the other storage has it */ }
-  const mine = unread = {key};
-  setDraft(text ?? "", [], false);
-  const shown = state.draft, stored = (await store.read("drafts")).find(draft => draft.id === key);
-  if (unread !== mine) return;                           // another one is being read by now
-  unread = null;
-  if (key !== draftKey()) return;
-  const changed = state.draft !== shown;
-  setDraft(changed ? state.draft.text : text ?? stored?.text ?? "", [...stored?.files ?? [], ...state.draft.files], changed);
-}
-
-// Keeps files in the draft of a chat that is not shown.
-async function addToDraft(key, files) {
-  const stored = (await store.read("drafts")).find(draft => draft.id === key);
-  store.change("drafts", key, {text: "", ...stored, id: key, files: [...stored?.files ?? [], ...files], created: Date.now()});
-}
-
 // asking --------------------------------------------------------------------------------------------------------------
 
 function addNode(parent, role, content, more = {}) {
-  const {chat} = state, node = newNode(chat.id, parent, role, content, more);
+  const {chat} = state, node = Tree.newNode(chat.id, parent, role, content, more);
   state.nodes.set(node.id, node);
   if (!isStored(chat)) storeNewChat(chat, content || (more.pictures?.[0].name ?? ""));
-  store.change("nodes", node.id, {...node});
+  Store.change("nodes", node.id, {...node});
   state.leaf = node.id;
   changeChat(chat, {leaf: node.id, updated: node.created});
   return node;
 }
 
 function storeNewChat(chat, content) {
-  chat.title = titleOf(content);
+  chat.title = Tree.titleOf(content);
   state.chats.set(chat.id, chat);
-  store.change("conversations", chat.id, {...chat});
-  store.change("drafts", "new", null);
-  try { sessionStorage.removeItem(`${STORE} draft new`); } catch (error) { /* it was not there */ }
+  Store.change("conversations", chat.id, {...chat});
+  Composer.dropNewDraft();
   rememberPlace();
 }
 
 // Sends a message as a child of `parent`. If the server refuses its content, it returns to the composer.
 function ask(text, files = [], parent = state.leaf, onRefused = () => {}) {
   if (!canAsk() || !text.trim() && !files.length) return false;
-  const before = state.leaf, {content, ...more} = state.model.api === "text" && !files.length ? {content: text} : composeMessage(text, files);
-  Object.assign(state, {notice: "", refusal: "", editing: null});
+  const before = state.leaf, {content, ...more} = Server.model.api === "text" && !files.length ? {content: text} : Tree.composeMessage(text, files);
+  Object.assign(state, {notice: "", editing: null});
+  Composer.refuse("");
   dropUndo();
   const question = addNode(parent, "user", content, more);
   answer(question, (error, node) => {
     if (![400, 413, 422].includes(error.status)) return false;
     removeNodes([node.id, question.id], before);
-    giveBack(text, files, error.message);
+    Composer.giveBack(text, files, error.message);
     onRefused();
     return true;
   });
@@ -300,21 +243,14 @@ function removeNodes(ids, leaf) {
   const {chat} = state;
   for (const id of ids) {
     state.nodes.delete(id);
-    store.change("nodes", id, null);
+    Store.change("nodes", id, null);
   }
   state.leaf = leaf;
   changeChat(chat, {leaf});
   if (state.nodes.size) return;
   state.chats.delete(chat.id);                          // its first message was refused
-  store.change("conversations", chat.id, null);
+  Store.change("conversations", chat.id, null);
   rememberPlace();
-}
-
-// Puts the text back into the composer, before anything typed since.
-function giveBack(text, files, reason) {
-  state.refusal = reason;
-  state.queued.delete(state.chat.id);                   // the draft is another one now
-  setDraft([text, state.draft.text].filter(each => each.trim()).join("\n\n"), [...files, ...state.draft.files]);
 }
 
 // Another answer to the same question. The old one stays, unless it was an empty failure and the server
@@ -322,9 +258,10 @@ function giveBack(text, files, reason) {
 function regenerate(node) {
   const question = state.nodes.get(node.parent);
   if (!canAsk() || !question) return;
-  Object.assign(state, {notice: "", refusal: "", editing: null});
+  Object.assign(state, {notice: "", editing: null});
+  Composer.refuse("");
   dropUndo();
-  answerAgain(question, {}, () => { if (failed(node)) forget(node); });
+  answerAgain(question, {}, () => { if (Tree.failed(node)) forget(node); });
 }
 
 // An additional answer. It is removed if the server refuses the request.
@@ -332,42 +269,42 @@ function answerAgain(question, more, onAccepted = () => {}) {
   const before = state.leaf;
   answer(question, (error, made) => {
     removeNodes([made.id], before);
-    state.refusal = error.message;
+    Composer.refuse(error.message);
     return true;
   }, onAccepted, more);
 }
 
 function forget(node) {
   state.nodes.delete(node.id);
-  store.change("nodes", node.id, null);
+  Store.change("nodes", node.id, null);
   refresh();
 }
 
 // A new answer below `question`. `onRefusal(error, node)` returns true if it has undone it; `onAccepted`
 // runs when the server accepts.
 function answer(question, onRefusal, onAccepted = () => {}, more = {}) {
-  const {chat} = state, made = madeBy(chat, {parameters: {...chat.parameters}, ...more});
-  if (state.models.length > 1 && chat.model !== state.model.name) changeChat(chat, {model: state.model.name});
-  const node = addNode(question.id, "assistant", "", {stream: {id: newId(), next: 0}, ...made});
-  state.following = true;
+  const {chat} = state, made = Look.madeBy(chat, {parameters: {...chat.parameters}, ...more});
+  if (Server.models.length > 1 && chat.model !== Server.model.name) changeChat(chat, {model: Server.model.name});
+  const node = addNode(question.id, "assistant", "", {stream: {id: Tree.newId(), next: 0}, ...made});
+  Page.follow();
   refresh();
-  const path = pathTo(state.nodes, question.id);
+  const path = Tree.pathTo(state.nodes, question.id);
   return runAnswer(node, chat, run => connect(run, messagesToSend(path, made.system ?? ""), onAccepted), onRefusal);
 }
 
 function messagesToSend(path, system) {
-  if (state.model.api === "text") return Object.assign(path.map(node => ({role: node.role, content: withNames(node)})).filter(({content}) => content), {dropped: 0});
-  const {messages, dropped} = newestMessages(messagesOf(path, system, Boolean(state.model.can.reasoning_history)), state.model.context);
+  if (Server.model.api === "text") return Object.assign(path.map(node => ({role: node.role, content: Calculator.withNames(node)})).filter(({content}) => content), {dropped: 0});
+  const {messages, dropped} = Tree.newestMessages(Tree.messagesOf(path, system, Boolean(Server.model.can.reasoning_history)), Server.model.context);
   return Object.assign(messages, {dropped});
 }
 
 async function connect(run, messages, onAccepted, goOn = false) {
   const {node, controller: {signal}} = run;
   run.dropped = messages.dropped;
-  const model = state.model.name;                       // this chat's, even if another is shown later
+  const model = Server.model.name;                       // this chat's, even if another is shown later
   const seed = goOn && Number.isSafeInteger(node.seed) ? {seed: node.seed} : node.prefix ? {prefix_token_ids: node.prefix} : {};
   const response = await onceReady(run, () =>
-    postAnswer({messages, parameters: {...seed, ...node.parameters}, id: node.stream.id, signal, model, goOn}));
+    Server.postAnswer({messages, parameters: {...seed, ...node.parameters}, id: node.stream.id, signal, model, goOn}));
   run.resumable = response.headers.has("X-Request-Id");
   node.stream = {...node.stream, id: response.headers.get("X-Request-Id") ?? node.stream.id};
   onAccepted();
@@ -377,59 +314,71 @@ async function connect(run, messages, onAccepted, goOn = false) {
 // Posts; if the server is unreachable or wants a key, posts again once that has changed. Stop ends the wait.
 async function onceReady(run, post) {
   for (;;) {
-    if (state.phase === "locked") openServer();
-    run.waiting = state.phase !== "ready";
-    render();
-    await untilReady(run.controller.signal);
+    if (Server.phase === "locked") Settings.openServer();
+    run.waiting = Server.phase !== "ready";
+    Page.render();
+    await Server.untilReady(run.controller.signal);
     run.waiting = false;
     try {
       return await post();
     } catch (error) {
       const away = error.status === undefined || error.status === 503;
-      if (error.name === "AbortError" || !(error.status === 401 && state.phase === "locked" || away && await isAway())) throw error;
+      if (error.name === "AbortError" || !(error.status === 401 && Server.phase === "locked" || away && await Server.isAway())) throw error;
     }
   }
 }
 
-const canGoOn = node => Boolean(node.content || node.calculator?.length || node.reasoning && !node.error && state.model.can.reasoning_history && state.model.can.continue_final_message);
+const canGoOn = node => Boolean(node.content || node.calculator?.length || node.reasoning && !node.error && Server.model.can.reasoning_history && Server.model.can.continue_final_message);
 
 const LEAST_ROOM = 16;            // tokens of the context without which it is not worth while to read it all again
 
 // Continues an answer that was cut off: in the same node if the server can, otherwise by asking for more.
 async function goOn(node) {
   if (!canAsk()) return;
-  if (!state.model.can.continue_final_message) return ask(TEXT.pleaseContinue);
-  if (await isFull()) return say(TEXT.noRoom(state.model.context));
+  if (!Server.model.can.continue_final_message) return ask(TEXT.pleaseContinue);
+  if (await isFull()) return say(TEXT.noRoom(Server.model.context));
   if (!canAsk() || node !== lastNode()) return;
   const before = {note: node.note, error: node.error, timings: node.timings, parameters: node.parameters, calculator: node.calculator};
-  Object.assign(node, {stream: {id: newId(), next: 0, begin: charactersIn(node.content)}, calculator: beforeGoingOn(node), note: null, error: null, timings: null, earlier: node.timings, continued: true, parameters: state.chat.parameters});
-  const messages = messagesToSend(pathTo(state.nodes, node.id), state.chat.system);
+  Object.assign(node, {stream: {id: Tree.newId(), next: 0, begin: Calculator.charactersIn(node.content)}, calculator: Calculator.beforeGoingOn(node), note: null, error: null, timings: null, earlier: node.timings, continued: true, parameters: state.chat.parameters});
+  const messages = messagesToSend(Tree.pathTo(state.nodes, node.id), state.chat.system);
   if (!node.content && !node.calculator.length) messages.push({role: "assistant", content: "", ...(node.reasoning ? {reasoning_content: node.reasoning} : {})});      // cut off while thinking
   runAnswer(node, state.chat, run => connect(run, messages, () => {}, true), error => {
     Object.assign(node, before, {earlier: null});
-    state.refusal = error.message;
+    Composer.refuse(error.message);
     return true;
   });
 }
 
 // Whether the last question and its answer alone fill the context: then the server has no older message to leave out.
 async function isFull() {
-  const {context} = state.model, {used, guessed} = usedTokens();
+  const {context} = Server.model, {used, guessed} = Composer.usedTokens();
   if (!context || used + guessed <= context - LEAST_ROOM) return false;
-  return await tokensAlone(state.path) > context - LEAST_ROOM;
+  return await Composer.tokensAlone(state.path) > context - LEAST_ROOM;
 }
 
 // The title of a chat follows its first question, unless it has got another one, and goes back with a refused question.
 function editQuestion(node, text) {
-  const {chat} = state, before = chat.title, title = titleOf(text), follows = !state.nodes.has(node.parent) && before === titleOf(node.content);
-  if (!ask(text, partsOf(node).files, node.parent, () => { if (follows && chat.title === title) changeChat(chat, {title: before}); })) return false;
-  if (follows && text.trim()) { changeChat(chat, {title}); render(); }
+  const {chat} = state, before = chat.title, title = Tree.titleOf(text), follows = !state.nodes.has(node.parent) && before === Tree.titleOf(node.content);
+  if (!ask(text, Tree.partsOf(node).files, node.parent, () => { if (follows && chat.title === title) changeChat(chat, {title: before}); })) return false;
+  if (follows && text.trim()) { changeChat(chat, {title}); Page.render(); }
   return true;
+}
+
+// Sends the results of an answer's calls, from which the model goes on in a new node.
+function sendResults(node, results) {
+  const {calls} = node;
+  calls.forEach((call, i) => { call.result = results[i]; });
+  Store.change("nodes", node.id, {calls});
+  answer(node, (error, made) => {
+    removeNodes([made.id], node.id);
+    Composer.refuse(error.message);
+    return true;
+  });
 }
 
 // The edited answer becomes a sibling of the old one.
 function editAnswer(node, text) {
-  const {reasoning, model, parameters} = node, calculator = afterEdit(node.content, text, node.calculator);
+  const {reasoning, model, parameters} = node, calculator = Calculator.afterEdit(node.content, text, node.calculator);
   addNode(node.parent, "assistant", text, {reasoning, model, parameters, edited: true, ...(calculator.length ? {calculator} : {})});
   state.editing = null;
   refresh();
@@ -441,13 +390,13 @@ function editAnswer(node, text) {
 // next events, or null if there are no more.
 async function runAnswer(node, chat, connecting, onRefusal = () => false) {
   const run = {node, chat, controller: new AbortController(), progress: null, chunks: 0, prompt: 0, tokens: 0, firstAt: 0, lastAt: 0,
-    tags: node.content ? null : new ThoughtTags(), resumable: true, waiting: false, lost: false, resumed: false, saving: 0, frame: 0, dropped: 0,
+    tags: node.content ? null : new Tree.ThoughtTags(), resumable: true, waiting: false, lost: false, resumed: false, saving: 0, frame: 0, dropped: 0,
     thought: node.earlier && !node.content ? node.thought ?? 0 : 0};
   state.runs.set(node.id, run);
   changeChat(chat, {running: node.id});
   saveGrown(run);
-  render();
-  announce(TEXT.waiting);
+  Page.render();
+  Page.announce(TEXT.waiting);
   let response = null, failure = null;
   try {
     response = await connecting(run);
@@ -470,31 +419,31 @@ function endRun(run, failure, onRefusal) {
   else if (failure) Object.assign(node, {error: failure.message, remedy: failure.status === 401 ? "key" : "again"});
   if (!node.timings) node.timings = {...countsOf(run), ...(run.chunks > 1 ? {measured: liveSpeed(run)} : {})};
   if (node.earlier) Object.assign(node, {timings: wholeOf(node.earlier, node.timings), earlier: null});
-  if (!state.nodes.has(node.id) && state.chat.id === chat.id) return render();       // deleted in the meantime
+  if (!state.nodes.has(node.id) && state.chat.id === chat.id) return Page.render();       // deleted in the meantime
   if (!failure || state.chat.id !== chat.id || !onRefusal(failure, node)) saveGrown(run);
   if (state.chat.id === chat.id) refresh();
-  else render();
-  announce(failure && !run.stopped ? "" : node.note ? TEXT.answerStopped : TEXT.answerFinished);
+  else Page.render();
+  Page.announce(failure && !run.stopped ? "" : node.note ? TEXT.answerStopped : TEXT.answerFinished);
   if (!run.stopped) noticeEnd(run, failure);
   if (!failure) nameChat(chat, node);
-  render();
+  Page.render();
 }
 
 const TITLE_TOKENS = 24, TITLE_CHARACTERS = 1500;      // limits: the title, and each message it is made from
 
 // Lets the model title a chat after its first answer, when the server is otherwise idle.
 async function nameChat(chat, node) {
-  if (!state.preferences.titles || state.model.api !== "v1" || !node.content) return;
-  const nodes = await store.read("nodes", chat.id), question = nodes.find(({id}) => id === node.parent), before = chat.title;
-  if (nodes.length !== 2 || before !== titleOf(question?.content ?? "")) return;
+  if (!Settings.preferences.titles || Server.model.api !== "v1" || !node.content) return;
+  const nodes = await Store.read("nodes", chat.id), question = nodes.find(({id}) => id === node.parent), before = chat.title;
+  if (nodes.length !== 2 || before !== Tree.titleOf(question?.content ?? "")) return;
   const part = text => text.slice(0, TITLE_CHARACTERS), content = TEXT.titleRequest(part(question.content), part(node.content));
-  const made = await jsonOf(post(ROUTES.v1, {messages: [{role: "user", content}], max_tokens: TITLE_TOKENS, temperature: 0,
-    ...(state.model.ours ? {priority: "low", reasoning_effort: "none"} : {}), ...modelNamed(chat.model)}));
-  const said = made?.choices?.[0]?.message?.content, text = isText(said) ? said : "";
-  const title = titleOf((untagged({content: text}).content ?? text).replace(/^\W*title\W+/i, "").replace(/["“”*]|\.\W*$/g, ""));
+  const made = await Server.jsonOf(Server.post(Server.ROUTES.v1, {messages: [{role: "user", content}], max_tokens: TITLE_TOKENS, temperature: 0,
+    ...(Server.model.ours ? {priority: "low", reasoning_effort: "none"} : {}), ...Server.modelNamed(chat.model)}));
+  const said = made?.choices?.[0]?.message?.content, text = Tree.isText(said) ? said : "";
+  const title = Tree.titleOf((Tree.untagged({content: text}).content ?? text).replace(/^\W*title\W+/i, "").replace(/["“”*]|\.\W*$/g, ""));
   if (!title || chat.title !== before || !isStored(chat)) return;
   changeChat(chat, {title});
-  render();
+  Page.render();
 }
 
 async function readAnswer(run, response) {
@@ -502,8 +451,8 @@ async function readAnswer(run, response) {
     try {
       return await readEvents(run, response);
     } catch (error) {
-      if (error instanceof Lost) watchServer();
-      if (!(error instanceof Lost) || !run.resumable) throw error;
+      if (error instanceof Server.Lost) Server.watch();
+      if (!(error instanceof Server.Lost) || !run.resumable) throw error;
       response = await takeUp(run);
       if (!response) { run.node.note = "interrupted"; return undefined; }
     }
@@ -513,26 +462,26 @@ async function readAnswer(run, response) {
 async function readEvents(run, response) {
   const {node} = run;
   let ended = false;
-  for await (const {id, event} of serverEvents(response.body, run.resumable ? SILENCE_MS : FOREVER_MS)) {
-    const news = untaggedNews(run, readEvent(event));
+  for await (const {id, event} of Server.events(response.body, run.resumable ? Server.SILENCE_MS : Server.FOREVER_MS)) {
+    const news = untaggedNews(run, Server.readEvent(event));
     if (id) node.stream = {...node.stream, next: Number(id) + 1};
     run.progress = news.progress ?? (news.text || news.reasoning ? null : run.progress);
     if (news.prompt) run.prompt = news.prompt;
     if (news.ids.length) (node.ids ??= []).push(...news.ids);
     run.tokens = news.usage?.completion_tokens || run.tokens + news.ids.length;
-    growCalls(node, news.calls);
+    Calls.grow(node, news.calls);
     const grown = news.text || news.reasoning || news.moved || news.calls.length || news.calculator.length;
     if (grown) grow(run, news);
     if (grown || news.progress) paintSoon(run);
     ended ||= news.reason !== null;
     noteFacts(run, news, ended);
   }
-  if (!ended) throw new Lost(TEXT.endedEarly);
+  if (!ended) throw new Server.Lost(TEXT.endedEarly);
 }
 
 // Other servers may leave reasoning in the text, between tags.
 function untaggedNews(run, news) {
-  if (state.model.ours || news.reasoning) run.tags = null;
+  if (Server.model.ours || news.reasoning) run.tags = null;
   return run.tags && news.text ? {...news, ...run.tags.push(news.text)} : news;
 }
 
@@ -552,12 +501,12 @@ function noteFacts({node, dropped}, {gpu, model, seed, timings, usage, reason, c
 
 function grow(run, {text, reasoning, moved = false, calculator = []}) {
   const {node} = run, now = performance.now();
-  if (calculator.length) node.calculator = [...node.calculator ?? [], ...calculationsOf(calculator, node.stream.begin)];
+  if (calculator.length) node.calculator = [...node.calculator ?? [], ...Calculator.callsOf(calculator, node.stream.begin)];
   if (moved) {
     Object.assign(node, {reasoning: node.content, content: ""});
-    paint(node);                                         // once with no text: a view only ever grows
+    Turns.paint(node);                                         // once with no text: a view only ever grows
   }
-  if (!run.chunks++) { Object.assign(run, {firstAt: now, first: run.tokens || 1}); announce(TEXT.answering); }
+  if (!run.chunks++) { Object.assign(run, {firstAt: now, first: run.tokens || 1}); Page.announce(TEXT.answering); }
   run.lastAt = now;
   if (reasoning) Object.assign(node, {reasoning: (node.reasoning ?? "") + reasoning, thought: run.thought + Math.round(now - run.firstAt)});
   node.content += text;
@@ -565,7 +514,7 @@ function grow(run, {text, reasoning, moved = false, calculator = []}) {
 }
 
 function paintSoon(run) {
-  run.frame ||= requestAnimationFrame(() => { run.frame = 0; paint(run.node); });
+  run.frame ||= requestAnimationFrame(() => { run.frame = 0; Turns.paint(run.node); });
 }
 
 // The facts about an answer that went on: what was said of its parts, together. The later prompt has the earlier part in it.
@@ -591,7 +540,7 @@ function saveGrown(run) {
   const {content, reasoning, thought, stream, ended, note, error, remedy, timings, earlier, model, seed, ids, continued, calls, calculator} = run.node;
   clearTimeout(run.saving);
   run.saving = 0;
-  store.change("nodes", run.node.id, {content, reasoning, thought, stream, ended, note, error, remedy, timings, earlier, model, seed, ids, continued, calls, calculator});
+  Store.change("nodes", run.node.id, {content, reasoning, thought, stream, ended, note, error, remedy, timings, earlier, model, seed, ids, continued, calls, calculator});
 }
 
 // The token counts so far of a growing answer and its prompt; null if the prompt's is unknown.
@@ -600,10 +549,13 @@ const countsOf = run => run?.prompt ? {prompt_tokens: run.prompt, completion_tok
 // Tokens per second since the first event, which may hold several (drafts); where the server counts none, each event counts as one.
 const liveSpeed = run => Math.max(1, (run.tokens || run.chunks) - run.first) / Math.max(0.001, (run.lastAt - run.firstAt) / 1000);
 
-const takeUp = run => reconnected(run.node.stream, run.controller.signal, lost => {
+const takeUp = run => Server.reconnected(run.node.stream, run.controller.signal, lost => {
   Object.assign(run, {lost, resumed: !lost});
-  render();
+  Page.render();
 });
+
+// What came of generating an answer again; it is not stored.
+const noteVerdict = (node, text) => { node.verdict = text; };
 
 // Closing the connection is not enough: the server would wait for the page to reconnect.
 function stopRun(id) {
@@ -611,20 +563,20 @@ function stopRun(id) {
   if (!run) return false;
   run.stopped = true;
   run.controller.abort();
-  request(`v1/cancel/${run.node.stream.id}`, {method: "POST"}).catch(() => {});
+  Server.request(`v1/cancel/${run.node.stream.id}`, {method: "POST"}).catch(() => {});
   return true;
 }
 
 // Stops the growing answer on screen, even if another tab is receiving it.
 function stopAnswer() {
   const node = lastNode();
-  if (!isGrowing(node) || stopRun(node.id)) return;
-  store.tell({stop: node.id});
-  request(`v1/cancel/${node.stream.id}`, {method: "POST"}).catch(() => {});
+  if (!Tree.isGrowing(node) || stopRun(node.id)) return;
+  Store.tell({stop: node.id});
+  Server.request(`v1/cancel/${node.stream.id}`, {method: "POST"}).catch(() => {});
 }
 
 // Ends the thinking of a growing answer, which continues with its content. False if the server did not do so.
-const answerNow = node => request(`v1/cancel/${node.stream.id}?reasoning=true`, {method: "POST"}).then(response => response.ok, () => false);
+const answerNow = node => Server.request(`v1/cancel/${node.stream.id}?reasoning=true`, {method: "POST"}).then(response => response.ok, () => false);
 
 // other tabs ----------------------------------------------------------------------------------------------------------
 
@@ -633,32 +585,32 @@ const claimed = new Set();        // ids of nodes that another tab has just clai
 
 // Resumes an answer that no tab is receiving: the page was left, or the receiving tab was closed.
 async function adopt(node, chat) {
-  if (!isGrowing(node) || state.runs.has(node.id)) return;
-  if (store.channel) {
+  if (!Tree.isGrowing(node) || state.runs.has(node.id)) return;
+  if (Store.channel) {
     claimed.delete(node.id);
-    store.tell({who: node.id});
+    Store.tell({who: node.id});
     await wait(ANSWER_MS);
-    if (claimed.has(node.id) || !isGrowing(node) || state.runs.has(node.id)) return;
+    if (claimed.has(node.id) || !Tree.isGrowing(node) || state.runs.has(node.id)) return;
   }
   runAnswer(node, chat, takeUp);
 }
 
 function hearTab({who, mine, stop, left}) {
-  if (who && state.runs.has(who)) store.tell({mine: who});
+  if (who && state.runs.has(who)) Store.tell({mine: who});
   if (mine) claimed.add(mine);
   if (stop) stopRun(stop);
   if (left) adoptOrphans();
 }
 
 function adoptOrphans() {
-  for (const node of state.nodes.values()) if (isGrowing(node)) adopt(node, state.chat);
+  for (const node of state.nodes.values()) if (Tree.isGrowing(node)) adopt(node, state.chat);
 }
 
 // When the page opens: resumes the answers in the other chats.
 async function adoptAll() {
   for (const chat of state.chats.values()) {
     if (!chat.running || chat.id === state.chat.id) continue;
-    const node = (await store.read("nodes", chat.id)).find(({id}) => id === chat.running);
+    const node = (await Store.read("nodes", chat.id)).find(({id}) => id === chat.running);
     if (node) adopt(node, chat);
   }
 }
@@ -670,7 +622,7 @@ function hearNews(news) {
     if (kind === "conversations") hearChat(id, record);
     else if (kind === "nodes" && hearNode(id, record)) leaf = id;
   }
-  if (leaf && !state.editing) state.leaf = leafBelow(childrenOf(state.nodes), leaf);
+  if (leaf && !state.editing) state.leaf = Tree.leafBelow(Tree.childrenOf(state.nodes), leaf);
   refresh();
 }
 
@@ -700,36 +652,40 @@ function hearChat(id, record) {
 
 function say(text) {
   state.notice = text;
-  state.following = true;
-  render();
-  announce(text);
+  Page.follow();
+  Page.render();
+  Page.announce(text);
 }
 
-register({
+Parts.register({
   bind() {
-    Object.assign(store, {onNews: hearNews, onMessage: hearTab, onTrouble: render});
+    Store.listen({onNews: hearNews, onMessage: hearTab, onTrouble: Page.render});
     addEventListener("pagehide", () => {
       for (const run of state.runs.values()) saveGrown(run);
-      store.leave();
-      if (state.runs.size) store.tell({left: true});
+      Store.leave();
+      if (state.runs.size) Store.tell({left: true});
+    });
+    document.addEventListener("visibilitychange", () => {
+      if (document.hidden) return;
+      state.ended = 0;
+      Page.render();
     });
     addEventListener("popstate", () => {
-      const view = viewAt(location.hash);
+      const view = Page.viewAt(location.hash);
       if (view) view.open(location.hash);
-      else if (openView() || location.hash.slice(1) !== state.chat.id) openChat(location.hash.slice(1));
-    });
-    addEventListener("storage", event => {
-      if (event.key !== PREFERENCES) return;
-      loadPreferences();
-      document.documentElement.dataset.theme = state.preferences.theme;
-      render();
+      else if (Page.openView() || location.hash.slice(1) !== state.chat.id) openChat(location.hash.slice(1));
     });
     setInterval(adoptOrphans, 5000);
   },
 });
 
-share({NO_MODEL, state, STORE, store, lastNode, canAsk, loadPreferences, changePreferences, changeChat, showLeaf, opening,
-  openChat, newChat, lastPlace, deleteChats, removeChats, bringBack, addChat, deleteNode, offerUndo, branchFrom,
-  draftKey, saveDraft, loadDraft, addToDraft, addNode, ask, removeNodes, regenerate, answerAgain, answer,
-  messagesToSend, canGoOn, goOn, wholeOf, editQuestion, editAnswer, countsOf, liveSpeed, stopAnswer, answerNow, adoptAll, say});
-}
+return Object.freeze({
+  get chats() { return state.chats; }, get current() { return state.chat; }, get nodes() { return state.nodes; }, get children() { return state.children; },
+  get leaf() { return state.leaf; }, get path() { return state.path; }, get runs() { return state.runs; }, get notice() { return state.notice; },
+  get toasts() { return state.toasts; }, get ended() { return state.ended; }, get editing() { return state.editing; },
+  lastNode, canAsk, isStored, canGoOn, countsOf, liveSpeed, wholeOf, messagesToSend,
+  readStored, lastPlace, opening, open: openChat, openNew: newChat, change: changeChat, showLeaf, addChat, deleteChats, removeChats, bringBack, branchFrom,
+  addNode, deleteNode, edit, editQuestion, editAnswer, offerUndo, dropToast, say,
+  ask, regenerate, answerAgain, noteVerdict, sendResults, goOn, stopAnswer, answerNow, adoptAll,
+});
+})();

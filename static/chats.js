@@ -1,19 +1,21 @@
 // The list of chats, their search, and export and import of chats as files.
 "use strict";
 
-{
+const Chats = (() => {
+
+const {TEXT, $, element, iconButton, setText, number, plural, newest, composing, narrow} = Parts;
 
 const rows = new Map();           // id of a chat -> its row
 let listed = "";                  // a key of what the list shows, which is rebuilt only when it changes
 
 function renderChats() {
-  const chats = [...state.chats.values()].filter(({id}) => !state.found || state.found.has(id))
+  const chats = [...Chat.chats.values()].filter(({id}) => !matches || matches.has(id))
     .sort((a, b) => b.pinned - a.pinned || b.updated - a.updated);
   const today = new Date().setHours(0, 0, 0, 0);
-  const key = JSON.stringify([today, state.chat.id, state.found !== null, chats.map(chat => [chat.id, chat.title, chat.pinned, chat.running, dayOf(chat, today), state.found?.get(chat.id)])]);
+  const key = JSON.stringify([today, Chat.current.id, matches !== null, chats.map(chat => [chat.id, chat.title, chat.pinned, chat.running, dayOf(chat, today), matches?.get(chat.id)])]);
   if (key === listed) return;
   listed = key;
-  for (const id of rows.keys()) if (!state.chats.has(id)) rows.delete(id);
+  for (const id of rows.keys()) if (!Chat.chats.has(id)) rows.delete(id);
   const groups = new Map();
   for (const chat of chats) {
     const day = dayOf(chat, today);
@@ -22,7 +24,7 @@ function renderChats() {
   }
   keepFocus(() => $("chats").replaceChildren(
     ...[...groups].flatMap(([day, rows]) => [element("h2", {textContent: day}), element("ul", {}, ...rows)]),
-    ...(chats.length ? [] : [element("p", {className: "hint", textContent: state.found ? TEXT.nothingFound : TEXT.noChats})])));
+    ...(chats.length ? [] : [element("p", {className: "hint", textContent: matches ? TEXT.nothingFound : TEXT.noChats})])));
 }
 
 // Rows that move in the document lose the focus, so it is restored.
@@ -46,29 +48,29 @@ function rowOf(chat) {
   row.link.textContent = chat.title || TEXT.untitled;
   row.link.title = row.link.textContent;
   row.link.classList.toggle("running", Boolean(chat.running));
-  if (chat.id === state.chat.id) row.link.setAttribute("aria-current", "page");
+  if (chat.id === Chat.current.id) row.link.setAttribute("aria-current", "page");
   else row.link.removeAttribute("aria-current");
   row.pin.setAttribute("aria-pressed", chat.pinned);
-  const snippet = state.found?.get(chat.id) ?? "";
+  const snippet = matches?.get(chat.id) ?? "";
   setText(row.snippet, snippet);
   row.snippet.hidden = !snippet;
   return row.item;
 }
 
 function newRow(id) {
-  const chat = () => state.chats.get(id);
+  const chat = () => Chat.chats.get(id);
   const row = {link: element("a", {href: `${location.pathname}${location.search}#${id}`, dir: "auto"})};
   row.link.onclick = event => {
     if (event.ctrlKey || event.metaKey || event.shiftKey) return;      // opens in another tab or window
     event.preventDefault();
-    openChat(id).then(focusAfterClick).then(showFound);
+    Chat.open(id).then(Composer.focusAfterClick).then(showFound);
     showSidebar(!narrow.matches);
   };
-  row.pin = iconButton(TEXT.pin, "pin", () => { changeChat(chat(), {pinned: !chat().pinned}); render(); });
+  row.pin = iconButton(TEXT.pin, "pin", () => { Chat.change(chat(), {pinned: !chat().pinned}); Page.render(); });
   row.rename = iconButton(TEXT.rename, "edit", () => renameChat(row, chat()));
   row.snippet = element("small", {className: "snippet", dir: "auto", hidden: true, onclick: () => row.link.click()});
   row.item = element("li", {}, row.link, element("div", {className: "row-actions"}, row.pin, row.rename,
-    iconButton(TEXT.delete, "delete", () => { deleteChats([chat()], TEXT.deleted(chat().title)); $("search").focus(); })), row.snippet);
+    iconButton(TEXT.delete, "delete", () => { Chat.deleteChats([chat()], TEXT.deleted(chat().title)); $("search").focus(); })), row.snippet);
   return row;
 }
 
@@ -79,8 +81,8 @@ function renameChat(row, chat) {
     if (!field.isConnected) return;
     field.onblur = null;
     field.replaceWith(row.link);
-    if (title.trim()) changeChat(chat, {title: title.trim()});
-    render();
+    if (title.trim()) Chat.change(chat, {title: title.trim()});
+    Page.render();
   };
   field.onblur = () => end(field.value);
   field.onkeydown = event => {
@@ -102,16 +104,16 @@ async function search(query) {
   const isMine = searching();
   words = query.toLowerCase().split(/\s+/).filter(Boolean);
   $("search-clear").hidden = !query;
-  if (!words.length) { state.found = null; return render(); }
-  const texts = new Map([...state.chats.values()].map(({id, title}) => [id, title.toLowerCase()])), nodes = await store.read("nodes");
+  if (!words.length) { matches = null; return Page.render(); }
+  const texts = new Map([...Chat.chats.values()].map(({id, title}) => [id, title.toLowerCase()])), nodes = await Store.read("nodes");
   for (const {conversation, content} of nodes) {
     if (texts.has(conversation)) texts.set(conversation, `${texts.get(conversation)}\n${content.toLowerCase()}`);
   }
   if (!isMine()) return;
-  state.found = new Map([...texts].filter(([, text]) => words.every(word => text.includes(word))).map(([id]) => [id, ""]));
+  matches = new Map([...texts].filter(([, text]) => words.every(word => text.includes(word))).map(([id]) => [id, ""]));
   findSnippets(nodes);
-  render();
-  announce(TEXT.found(state.found.size));
+  Page.render();
+  Page.announce(TEXT.found(matches.size));
 }
 
 const BEFORE = 30, AFTER = 90;    // characters of a snippet around the first word found
@@ -120,14 +122,14 @@ const BEFORE = 30, AFTER = 90;    // characters of a snippet around the first wo
 function findSnippets(nodes) {
   const best = new Map();
   for (const {conversation, content, created} of nodes) {
-    const title = state.found.has(conversation) ? state.chats.get(conversation).title.toLowerCase() : "";
+    const title = matches.has(conversation) ? Chat.chats.get(conversation).title.toLowerCase() : "";
     const missing = title ? words.filter(word => !title.includes(word)) : [], text = missing.length ? content.toLowerCase() : "";
     const has = words.filter(word => text.includes(word)), first = missing.find(word => has.includes(word)), known = best.get(conversation);
     if (first && !(known?.count > has.length || known?.count === has.length && known.created <= created)) best.set(conversation, {count: has.length, created, content, at: text.indexOf(first)});
   }
   for (const [id, {content, at}] of best) {
     const start = Math.max(0, at - BEFORE), end = at + AFTER, part = content.slice(start, end).replace(/[*`]+|<\/?(?:details|summary)>/g, "").replace(/\s+/g, " ");
-    state.found.set(id, `${start ? "…" : ""}${part}${end < content.length ? "…" : ""}`);
+    matches.set(id, `${start ? "…" : ""}${part}${end < content.length ? "…" : ""}`);
   }
 }
 
@@ -143,16 +145,28 @@ function showSidebar(shown) {
   $("shade").hidden = !drawer;
 }
 
+function closeDrawer() {
+  showSidebar(false);
+  $("chats-toggle").focus();
+}
+
+function startSearch() {
+  showSidebar(true);
+  $("search").focus();
+  $("search").select();
+}
+
 function toggleSidebar() {
   const shown = !withChats();
   showSidebar(shown);
-  if (!narrow.matches) changePreferences({sidebar: shown});
+  if (!narrow.matches) Settings.change({sidebar: shown});
   if (shown && narrow.matches) $("new").focus();
 }
 
 // highlighting matches ----------------------------------------------------------------------------------------------------
 
 let words = [];                   // of the search, in lower case
+let matches = null;               // id of each chat that matches the search -> the text around a word found; null without a search
 let marking = 0;
 
 function markWords() {
@@ -179,32 +193,31 @@ function rangesOf(root) {
 function showFound() {
   const has = ({content}) => words.some(word => content.toLowerCase().includes(word));
   if (!words.length) return;
-  if (!state.path.some(has)) {
-    const elsewhere = [...state.nodes.values()].find(has);
+  if (!Chat.path.some(has)) {
+    const elsewhere = [...Chat.nodes.values()].find(has);
     if (!elsewhere) return;
-    showLeaf(leafBelow(state.children, elsewhere.id));
+    Chat.showLeaf(Tree.leafBelow(Chat.children, elsewhere.id));
   }
-  state.following = false;
-  complete(views.get(state.path.find(has).id));
-  views.get(state.path.find(has).id).article.scrollIntoView({block: "center"});
+  Page.stopFollowing();
+  Turns.scrollTo(Chat.path.find(has).id);
   markWords();
 }
 
 function startNewChat() {
-  newChat();
-  announce(TEXT.newChat);
+  Chat.openNew();
+  Page.announce(TEXT.newChat);
   showSidebar(!narrow.matches && withChats());
-  focusAfterClick();
+  Composer.focusAfterClick();
 }
 
 async function deleteAll() {
-  const count = state.chats.size, body = [element("p", {textContent: TEXT.deleteAllHint})];
-  if (await confirmed(TEXT.deleteAllTitle(count), body, TEXT.cancel, TEXT.delete, true)) {
-    await deleteChats([...state.chats.values()], TEXT.deletedChats(count));
+  const count = Chat.chats.size, body = [element("p", {textContent: TEXT.deleteAllHint})];
+  if (await Page.confirmed(TEXT.deleteAllTitle(count), body, TEXT.cancel, TEXT.delete, true)) {
+    await Chat.deleteChats([...Chat.chats.values()], TEXT.deletedChats(count));
   }
 }
 
-register({
+Parts.register({
   strings: {
     chat: "Chat", menu: "Menu", showChats: "Show or hide chats", untitled: "Untitled chat", title: "Title", pin: "Pin", more: "More",
     pinned: "Pinned", today: "Today", yesterday: "Yesterday", lastWeek: "Previous 7 days", lastMonth: "Previous 30 days",
@@ -226,8 +239,8 @@ register({
       else if (event.key === "ArrowDown" && first) { event.preventDefault(); first.focus(); }
       else if (event.key === "Escape" && event.target.value) { event.stopPropagation(); event.target.value = ""; search(""); }
     };
-    narrow.addEventListener("change", () => showSidebar(!narrow.matches && state.preferences.sidebar));
-    showSidebar(!narrow.matches && state.preferences.sidebar);
+    narrow.addEventListener("change", () => showSidebar(!narrow.matches && Settings.preferences.sidebar));
+    showSidebar(!narrow.matches && Settings.preferences.sidebar);
   },
   render() {
     renderChats();
@@ -239,10 +252,10 @@ register({
 
 // A chat without messages is not exported.
 const exportMenu = () => {
-  const ofChat = state.path.length > 0, hasAny = state.chats.size > 0 || ownPrompts().length > 0;
-  return [...(ofChat ? [[TEXT.thisChat, "export", () => exportChats([state.chat])]] : []),
-    ...(hasAny ? [[TEXT.allChats, "export", () => exportChats([...state.chats.values()])]] : []),
-    ...(ofChat ? [[TEXT.asMarkdown, "export", () => download(markdownOf(state.chat, state.path), `${fileName(state.chat)}.md`, "text/markdown")],
+  const ofChat = Chat.path.length > 0, hasAny = Chat.chats.size > 0 || Prompts.own().length > 0;
+  return [...(ofChat ? [[TEXT.thisChat, "export", () => exportChats([Chat.current])]] : []),
+    ...(hasAny ? [[TEXT.allChats, "export", () => exportChats([...Chat.chats.values()])]] : []),
+    ...(ofChat ? [[TEXT.asMarkdown, "export", () => download(markdownOf(Chat.current, Chat.path), `${fileName(Chat.current)}.md`, "text/markdown")],
       [TEXT.asPage, "export", exportPage]] : [])];
 };
 
@@ -258,14 +271,14 @@ function showImport(chats, name) {
     row.append(element("label", {className: "check"}, box, element("span", {textContent: TEXT.replace(size(twin.count, twin.chat.updated))})));
     return row;
   });
-  return confirmed(TEXT.importTitle(name), [element("p", {textContent: TEXT.brings(chats.length, countMessages(chats))}),
+  return Page.confirmed(TEXT.importTitle(name), [element("p", {textContent: TEXT.brings(chats.length, countMessages(chats))}),
     element("ul", {className: "imports"}, ...rows)], TEXT.leaveIt, TEXT.import);
 }
 
 async function exportChats(chats) {
   const nodes = new Map();
-  for (const chat of chats) nodes.set(chat.id, chat.id === state.chat.id ? [...state.nodes.values()] : await store.read("nodes", chat.id));
-  const file = exportOf(chats.filter(({id}) => nodes.get(id).length), chat => nodes.get(chat.id), chats.length === state.chats.size ? ownPrompts() : []);
+  for (const chat of chats) nodes.set(chat.id, chat.id === Chat.current.id ? [...Chat.nodes.values()] : await Store.read("nodes", chat.id));
+  const file = Tree.exportOf(chats.filter(({id}) => nodes.get(id).length), chat => nodes.get(chat.id), chats.length === Chat.chats.size ? Prompts.own() : []);
   const name = chats.length === 1 ? fileName(chats[0]) : `chats-${file.exported.slice(0, 10)}`;
   download(JSON.stringify(file, null, 2), `${name}.json`, "application/json");
 }
@@ -281,7 +294,7 @@ function download(text, name, type) {
 function markdownOf({title, system}, path) {
   const parts = [`# ${title || TEXT.chat}`, ...(system.trim() ? [`> ${system.trim().replace(/\n/g, "\n> ")}`] : [])];
   for (const {role, content, model, pictures = [], calculator} of path) {
-    parts.push(`## ${role === "user" ? TEXT.you : model || TEXT.assistant}`, ...pictures.map(({name, picture}) => `![${name.replace(/[[\]]/g, "")}](${picture})`), withCode({content, calculator}));
+    parts.push(`## ${role === "user" ? TEXT.you : model || TEXT.assistant}`, ...pictures.map(({name, picture}) => `![${name.replace(/[[\]]/g, "")}](${picture})`), Calculator.withCode({content, calculator}));
   }
   return parts.join("\n\n") + "\n";
 }
@@ -296,7 +309,7 @@ code,.code{background:var(--sunken);border-radius:.4rem}code{padding:.1em .35em;
 .code{margin:.8em 0;white-space:normal}.code-bar{padding:.4rem .8rem 0;font-size:.8rem;color:var(--soft)}
 pre{margin:0;padding:.2rem .8rem .8rem;overflow:auto;tab-size:4;font:.875rem/1.5 ui-monospace,monospace}
 pre code{padding:0;background:none;font:inherit}
-table{border-collapse:collapse}:is(td,th){border:1px solid #8888;padding:.3rem .7rem;text-align:left}li p{margin:.2rem 0}
+table{border-collapse:collapse}:is(td,th){border:1px solid #8888;padding:.3rem .7rem;text-align:start}li p{margin:.2rem 0}
 blockquote{margin-inline:0;padding-left:1em;border-left:3px solid var(--line);color:var(--soft)}
 .question{white-space:pre-wrap}.question img{display:block;max-width:100%;max-height:24rem;margin-bottom:.5rem}:is(.table,math){overflow:auto hidden}
 @media print{pre{white-space:pre-wrap;overflow-wrap:anywhere}}`;
@@ -307,8 +320,8 @@ function pageOf({title}, path) {
   for (const {role, content, model, pictures = [], calculator} of path) {
     const said = element("div", {className: role === "user" ? "said question" : "said"});
     said.append(...pictures.map(({name, picture}) => element("img", {src: picture, alt: name})));
-    if (role === "user") said.append(...questionNodes(content));
-    else new MarkdownView(said).update(content, true, calculator);
+    if (role === "user") said.append(...Turns.questionNodes(content));
+    else new Markdown.View(said).update(content, true, calculator);
     said.querySelectorAll("button").forEach(button => button.remove());
     body.append(element("h2", {className: "speaker", textContent: role === "user" ? TEXT.you : model || TEXT.assistant}), said);
   }
@@ -317,35 +330,35 @@ function pageOf({title}, path) {
   return `<!doctype html>\n<html lang="${document.documentElement.lang}"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <meta name="viewport" content="width=device-width">${element("title", {textContent: title || TEXT.chat}).outerHTML}
-<style>:root{color-scheme:light dark;${root.join(";")}}\n${PAGE_STYLE}${DRAWN_STYLE}</style></head>\n${body.outerHTML}</html>\n`;
+<style>:root{color-scheme:light dark;${root.join(";")}}\n${PAGE_STYLE}${Markdown.DRAWN_STYLE}</style></head>\n${body.outerHTML}</html>\n`;
 }
 
 // Drawn twice where that needs libraries which nothing shown has needed.
 async function exportPage() {
-  const {chat, path} = state;
+  const {current: chat, path} = Chat;
   pageOf(chat, path);
-  await Promise.all(libraries.values());
+  await Promise.all(Parts.libraries.values());
   download(pageOf(chat, path), `${fileName(chat)}.html`, "text/html");
 }
 
 // Shows what a file contains, and stores it if the reader agrees.
 async function importFile(file) {
   try {
-    const text = await file.text(), chats = importOf(text, file.name);
+    const text = await file.text(), chats = Tree.importOf(text, file.name);
     for (const each of chats) each.twin = await twinOf(each);
     if (!await showImport(chats, file.name)) return;
     importAll(chats, file.name);
-    takePrompts(text);
+    Prompts.take(text);
   } catch (error) {
-    say(error.message);
+    Chat.say(error.message);
   }
 }
 
 // The stored copy of an imported chat: begun in the same millisecond with the same message. {chat, count} or null.
 async function twinOf({conversation, nodes}) {
-  for (const chat of state.chats.values()) {
+  for (const chat of Chat.chats.values()) {
     if (chat.created !== conversation.created) continue;
-    const stored = await store.read("nodes", chat.id), first = list => list.find(({parent}) => parent === null)?.content;
+    const stored = await Store.read("nodes", chat.id), first = list => list.find(({parent}) => parent === null)?.content;
     if (first(stored) === first(nodes)) return {chat, count: stored.length};
   }
   return null;
@@ -354,17 +367,17 @@ async function twinOf({conversation, nodes}) {
 // Stores chats. A `twin` marked `replace` is deleted.
 async function importAll(chats, name) {
   const messages = countMessages(chats), text = TEXT.imported(chats.length, messages, name);
-  for (const {conversation, nodes} of chats) addChat(conversation, nodes);
-  const opened = openChat(chats[0]?.conversation.id, chats[0]?.nodes);
-  const gone = await removeChats(chats.filter(({twin}) => twin?.replace).map(({twin}) => twin.chat));
+  for (const {conversation, nodes} of chats) Chat.addChat(conversation, nodes);
+  const opened = Chat.open(chats[0]?.conversation.id, chats[0]?.nodes);
+  const gone = await Chat.removeChats(chats.filter(({twin}) => twin?.replace).map(({twin}) => twin.chat));
   await opened;
-  say(text);
+  Chat.say(text);
   if (!gone.length) return;
-  offerUndo(TEXT.replaced(gone.length), async () => {
-    await removeChats(chats.map(({conversation}) => conversation));
-    bringBack(gone);
+  Chat.offerUndo(TEXT.replaced(gone.length), async () => {
+    await Chat.removeChats(chats.map(({conversation}) => conversation));
+    Chat.bringBack(gone);
   });
-  render();
+  Page.render();
 }
 
 const countMessages = chats => chats.reduce((count, {nodes}) => count + nodes.length, 0);
@@ -372,24 +385,24 @@ const countMessages = chats => chats.reduce((count, {nodes}) => count + nodes.le
 // Imports the one chat of an older version of the page, and deletes it there once it is stored here.
 async function takeOverOldChat() {
   let old = null;
-  try { old = JSON.parse(localStorage.getItem(STORE)); } catch (error) { /* none */ }
+  try { old = JSON.parse(localStorage.getItem(Store.name)); } catch (error) { /* none */ }
   if (!Array.isArray(old?.turns)) return;
   const {system, ...parameters} = old.settings ?? {};
   for (const [i, turns] of [old.previous, old.turns].entries()) {
     if (!Array.isArray(turns) || !turns.length) continue;
-    const {conversation, nodes} = importOf(JSON.stringify({messages: turns, system, parameters, updated: Date.now() + i}))[0];
+    const {conversation, nodes} = Tree.importOf(JSON.stringify({messages: turns, system, parameters, updated: Date.now() + i}))[0];
     turns.forEach((turn, i) => { if (turn.stream?.id) Object.assign(nodes[i], {stream: turn.stream}); });
-    addChat(conversation, nodes);
+    Chat.addChat(conversation, nodes);
   }
   const {url, key} = old.server ?? {};
-  const home = url ? serverAddress(url) : PAGE_HOME;
-  if (url && home) changePreferences({server: home, servers: [...state.preferences.servers, home]});
-  if (key && home) changePreferences({keys: {...state.preferences.keys, [originOf(home)]: key}});
-  await store.flushing;
-  if (!store.trouble) localStorage.removeItem(STORE);
+  const home = url ? Server.addressOf(url) : Server.PAGE_HOME;
+  if (url && home) Settings.change({server: home, servers: [...Settings.preferences.servers, home]});
+  if (key && home) Settings.change({keys: {...Settings.preferences.keys, [Server.originOf(home)]: key}});
+  await Store.flushing;
+  if (!Store.trouble) localStorage.removeItem(Store.name);
 }
 
-register({
+Parts.register({
   strings: {
     notJson: name => `${name} is not a conversation: it is not valid JSON.`,
     notAChat: name => `${name} is not a conversation: it must be JSON with "conversations", with a list "messages" of {role, content}, or an export of ChatGPT or Open WebUI.`,
@@ -404,9 +417,9 @@ register({
   bind() {
     $("import-file").onchange = async ({target}) => { if (target.files[0]) await importFile(target.files[0]); target.value = ""; };
   },
-  menu: () => [...(exportMenu().length ? [[TEXT.export, "export", () => openMenu($("menu"), exportMenu())]] : []), [TEXT.import, "import", () => $("import-file").click()]],
-  menuEnd: () => state.chats.size ? [[TEXT.deleteAll, "delete", deleteAll, "", true]] : [],
+  menu: () => [...(exportMenu().length ? [[TEXT.export, "export", anchor => Page.openMenu(anchor, exportMenu())]] : []), [TEXT.import, "import", () => $("import-file").click()]],
+  menuEnd: () => Chat.chats.size ? [[TEXT.deleteAll, "delete", deleteAll, "", true]] : [],
 });
 
-share({withChats, showSidebar, startNewChat, download, importAll, takeOverOldChat});
-}
+return Object.freeze({withChats, closeDrawer, startSearch, startNew: startNewChat, download, importAll, takeOverOldChat});
+})();

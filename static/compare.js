@@ -1,10 +1,12 @@
 // Answers side by side: the same question to two to four models, steps of a training run, adapters or sets of parameters.
 "use strict";
 
+const Compare = (() => {
+
+const {TEXT, $, element, iconButton, setText, number, composing} = Parts;
+
 // While the dialog is open {node, columns: [{text, reasoning, end, differs, controls}], controller, writes}; `writes`: the columns continue a text.
 let compared = null;
-
-{
 
 const MOST_COLUMNS = 4;
 const VARIED = ["temperature", "top_k", "seed"];      // what each column may vary, besides its model
@@ -22,38 +24,38 @@ function openCompare(node, models = stepsBeside(node)) {
 
 // Of a training run: the answer's step, or the one before the latest, against the latest. Else twice the answer's own model.
 function stepsBeside(node) {
-  const chosen = state.models.find(({id}) => id === node.model) ?? chatModel(), steps = stepsOfRun(chosen?.run), own = chosen?.now ?? chosen?.id;
+  const chosen = Server.models.find(({id}) => id === node.model) ?? Server.chatModel(), steps = Look.stepsOfRun(chosen?.run), own = chosen?.now ?? chosen?.id;
   return steps.length > 1 ? [own === steps.at(-1) ? steps.at(-2) : own, steps.at(-1)] : [undefined, undefined];
 }
 
 // Asks several models a question that no chat has, with one seed.
 function compareModels(question, models) {
-  const {parameters = {}} = state.preferences.defaults, seed = parameters.seed ?? Math.floor(Math.random() * 2 ** 31);
+  const {parameters = {}} = Settings.preferences.defaults, seed = parameters.seed ?? Math.floor(Math.random() * 2 ** 31);
   openCompare({question, model: models.at(-1), system: "", parameters, seed}, models);
   return startCompare();
 }
 
 // Whether the models are to continue a text: so does the chat of an answer, and of a question without a chat so do they if all are for texts.
 function continuesTexts(node, columns) {
-  if (node.question === undefined) return state.model.api === "text";
-  return columns.every(({model, adapter}) => (state.models.find(({id}) => id === (adapter.value || model.value)) ?? chatModel())?.type === "text");
+  if (node.question === undefined) return Server.model.api === "text";
+  return columns.every(({model, adapter}) => (Server.models.find(({id}) => id === (adapter.value || model.value)) ?? Server.chatModel())?.type === "text");
 }
 
-const pathAbove = node => node.question === undefined ? pathTo(state.nodes, node.parent) : [{role: "user", content: node.question}];
+const pathAbove = node => node.question === undefined ? Tree.pathTo(Chat.nodes, node.parent) : [{role: "user", content: node.question}];
 
 // Adds a column with the answer's own parameters and the next seed.
 function addColumn(model = compared.node.model, ownSeed = compared.node.seed + compared.columns.length) {
   const {node: {parameters = {}, seed}} = compared, values = {...parameters, seed: ownSeed};
   const column = {text: "", reasoning: "", calculator: [], end: null, differs: null}, controls = VARIED.map(name => {
-    const {min, max, step} = PARAMETERS.find(each => each.name === name), usual = state.model.defaults[name];
+    const {min, max, step} = Parameters.all.find(each => each.name === name), usual = Server.model.defaults[name];
     const field = element("input", {type: "number", min, max, step, value: values[name] ?? "", placeholder: usual ?? TEXT.default,
       onkeydown: event => { if (event.key === "Enter" && !composing(event)) { event.preventDefault(); if (!compared.controller) startCompare(); } }});       // not Done
     return [name, field, element("label", {}, element("span", {textContent: TEXT.parameters[name]}), field)];
   });
   column.fields = Object.fromEntries(controls);
-  const bases = state.models.filter(each => baseOf(each) === each), chosen = state.models.find(({id}) => id === model) ?? chatModel();
+  const bases = Server.models.filter(each => Look.baseOf(each) === each), chosen = Server.models.find(({id}) => id === model) ?? Server.chatModel();
   column.model = element("select", {}, ...bases.map(optionOf));
-  column.model.value = baseOf(chosen)?.id;
+  column.model.value = Look.baseOf(chosen)?.id;
   column.adapter = element("select");
   column.thoughts = element("div", {className: "markdown thoughts"});
   column.answer = element("div", {className: "markdown"});
@@ -82,7 +84,7 @@ const optionOf = ({id, state: loaded}) => element("option", {value: id, textCont
 function adaptersOf({model, adapter}) {
   const label = element("label", {}, element("span", {textContent: TEXT.adapter}), adapter);
   const show = (chosen = "") => {
-    const listed = state.models.filter(each => baseOf(each) !== each && baseOf(each).id === model.value);
+    const listed = Server.models.filter(each => Look.baseOf(each) !== each && Look.baseOf(each).id === model.value);
     label.hidden = !listed.length;
     adapter.replaceChildren(element("option", {value: "", textContent: TEXT.none}), ...listed.map(optionOf));
     adapter.value = listed.some(({id}) => id === chosen) ? chosen : "";
@@ -93,12 +95,12 @@ function adaptersOf({model, adapter}) {
 // For a step of a training run, a slider over the run's steps: [label, function that shows it].
 function stepsOf(column) {
   const slider = element("input", {type: "range", min: 0, step: 1}), label = element("label", {}, element("span", {textContent: TEXT.step}), slider);
-  const ownSteps = () => stepsOfRun(state.models.find(({id}) => id === column.model.value)?.run);
+  const ownSteps = () => Look.stepsOfRun(Server.models.find(({id}) => id === column.model.value)?.run);
   const show = () => {
     const steps = ownSteps();
     label.hidden = steps.length < 2;
     slider.max = steps.length - 1;
-    slider.value = steps.indexOf(state.models.find(({id}) => id === column.model.value)?.now ?? column.model.value);
+    slider.value = steps.indexOf(Server.models.find(({id}) => id === column.model.value)?.now ?? column.model.value);
     slider.setAttribute("aria-valuetext", column.model.value);
   };
   slider.oninput = () => { column.model.value = ownSteps()[slider.value]; show(); };
@@ -124,7 +126,7 @@ const hasEnded = ({end}) => Boolean(end) && !end.error;
 
 // What a column waits for, or how its answer compares to the first column's.
 function aboutColumn(column, first) {
-  const {end, differs, model, adapter} = column, wanted = adapter.value || model.value, entry = state.models.find(({id}) => id === wanted);
+  const {end, differs, model, adapter} = column, wanted = adapter.value || model.value, entry = Server.models.find(({id}) => id === wanted);
   if (!end && !wholeText(column)) return !compared.controller ? "" : entry?.state === "loading" ? TEXT.loadingModel(wanted, entry.loading) : TEXT.waitingForFirst;
   const same = column !== first && hasEnded(column) && hasEnded(first) && (wholeText(column) === wholeText(first) ? TEXT.identical : TEXT.sameSoFar);
   return [end?.error?.message, end?.model, differs ? TEXT.differsFrom(differs) : same].filter(Boolean).join(" · ");
@@ -136,14 +138,14 @@ function drawCompared(column, first) {
   if (column.drawn === key) return;
   column.drawn = key;
   for (const [box, content, calculator] of [[column.thoughts, column.reasoning], [column.answer, column.text, column.calculator]]) {
-    if (compared.writes) { box.replaceChildren(...plainWithCards({content, calculator})); box.style.whiteSpace = "pre-wrap"; continue; }
-    if (!box.markdown || marks) box.markdown = new MarkdownView(box);
+    if (compared.writes) { box.replaceChildren(...Calculator.plainWithCards({content, calculator})); box.style.whiteSpace = "pre-wrap"; continue; }
+    if (!box.markdown || marks) box.markdown = new Markdown.View(box);
     box.markdown.update(content, ended, calculator);
   }
   if (marks) markDifferences(column.body, first.body);
   if (marks && typeof hljs === "undefined" && !column.plainCode && column.body.querySelector("pre")) {
     column.plainCode = true;                             // to be highlighted draws it anew, without marks
-    need("highlight").then(() => { column.drawn = undefined; if (compared) updateCompare(); });
+    Parts.need("highlight").then(() => { column.drawn = undefined; if (compared) updateCompare(); });
   }
 }
 
@@ -230,14 +232,14 @@ async function startCompare() {
   setText($("compare-problem"), "");
   mine.writes = continuesTexts(node, columns);
   updateCompare();
-  const {tools, response_format, seed, ...parameters} = node.parameters ?? {}, watch = setInterval(lookAtModels, 1000);       // for steps that load
-  const variants = columns.map(({model, adapter, fields}) => ({...(state.models.length > 1 ? {model: adapter.value || model.value} : {}),
+  const {tools, response_format, seed, ...parameters} = node.parameters ?? {}, watch = setInterval(Server.lookAtModels, 1000);       // for steps that load
+  const variants = columns.map(({model, adapter, fields}) => ({...(Server.models.length > 1 ? {model: adapter.value || model.value} : {}),
     ...Object.fromEntries(VARIED.filter(name => fields[name].value !== "").map(name => [name, Number(fields[name].value)]))}));
   try {
-    const asked = mine.writes ? {prompt: textToContinue(pathAbove(node))} : {messages: [...messagesToSend(pathAbove(node), systemOf(node))]};
-    const response = await accepted(await post("v1/compare", {...asked, ...parameters, truncate: "oldest", variants}, {signal: controller.signal}));
-    for await (const {event} of serverEvents(response.body, FOREVER_MS)) {
-      if (event.error && event.index === undefined) throw new Refused(sentence(errorText(event)), {status: 0});
+    const asked = mine.writes ? {prompt: Server.textToContinue(pathAbove(node))} : {messages: [...Chat.messagesToSend(pathAbove(node), Look.systemOf(node))]};
+    const response = await Server.accepted(await Server.post("v1/compare", {...asked, ...parameters, truncate: "oldest", variants}, {signal: controller.signal}));
+    for await (const {event} of Server.events(response.body, Server.FOREVER_MS)) {
+      if (event.error && event.index === undefined) throw new Server.Refused(Server.sentence(Server.errorText(event)), {status: 0});
       hearCompared(columns, event);
       if (mine === compared) updateCompare();
     }
@@ -253,8 +255,8 @@ async function startCompare() {
 // What is wrong with a field of a column; "" if nothing is. The dialog closes in any case.
 function wrongField({fields}, i) {
   for (const name of VARIED) {
-    const parameter = PARAMETERS.find(each => each.name === name), {value, validity} = fields[name];
-    const wrong = validity.badInput || value !== "" && parameterValue(parameter, value) === undefined;
+    const parameter = Parameters.all.find(each => each.name === name), {value, validity} = fields[name];
+    const wrong = validity.badInput || value !== "" && Tree.parameterValue(parameter, value) === undefined;
     fields[name].setAttribute("aria-invalid", wrong);
     if (wrong) return `${TEXT.column(i + 1)}, ${TEXT.parameters[name]}: ${TEXT.badField(parameter)}`;
   }
@@ -267,7 +269,7 @@ function hearCompared(columns, {index, differs, token = "", reasoning = "", calc
   if (!column) return;
   column.text += token;
   column.reasoning += reasoning;
-  column.calculator.push(...calculationsOf([calculator].flat()));
+  column.calculator.push(...Calculator.callsOf([calculator].flat()));
   if (reason) column.end = {...end, reason};
 }
 
@@ -275,19 +277,19 @@ function hearCompared(columns, {index, differs, token = "", reasoning = "", calc
 function goOnWith({text, reasoning, calculator, end, fields}) {
   const {node} = compared, parameters = {...node.parameters};
   if (node.question !== undefined) {
-    newChat();
-    changeChat(state.chat, {model: end.model});
-    node.parent = addNode(null, "user", node.question).id;
-    useModel();
+    Chat.openNew();
+    Chat.change(Chat.current, {model: end.model});
+    node.parent = Chat.addNode(null, "user", node.question).id;
+    Server.useModel();
   }
   for (const name of VARIED) if (name !== "seed" && fields[name].value !== "") parameters[name] = Number(fields[name].value);
-  const made = addNode(node.parent, "assistant", text, {...madeBy({system: systemOf(node)}, {model: end.model, weights: weightsOf(end.model), system: systemOf(node)}), parameters, seed: end.seed,
+  const made = Chat.addNode(node.parent, "assistant", text, {...Look.madeBy({system: Look.systemOf(node)}, {model: end.model, weights: Look.weightsOf(end.model), system: Look.systemOf(node)}), parameters, seed: end.seed,
     ...(reasoning ? {reasoning} : {}), ...(calculator.length ? {calculator} : {}), timings: {...end.timings, ...end.usage, finish_reason: end.reason}});
   $("compare-dialog").close();
-  showLeaf(made.id);
+  Chat.showLeaf(made.id);
 }
 
-register({
+Parts.register({
   strings: {
     identical: "Identical to the first answer.",
     sameSoFar: "The same as the first answer, as far as both go.", addColumn: "Add a column",
@@ -303,5 +305,5 @@ register({
   render() { if (compared) updateCompare(); },
 });
 
-share({openCompare, compareModels});
-}
+return Object.freeze({open: openCompare, compareModels, get shown() { return compared; }});
+})();

@@ -4,7 +4,7 @@
 // of one run, that is of one stage, so no line joins two stages. Two lineages share the scales, stage by stage.
 "use strict";
 
-{
+const Curves = (() => {
 
 const STAGES = ["base", "mid", "sft", "chat", "rl"];     // in order of training
 const LEAST_SHARE = 0.35;         // of the widest stage's width, for a stage with few steps
@@ -66,5 +66,5 @@ function curvesOf(views, metric, layout) {
   return {points, looks, data: [places, ...columns.map(column => places.map(x => column.get(x) ?? null))]};
 }
 
-share({layOut, placeIn, knowsTokens, curvesOf, metricOf, placeOfStage});
-}
+return Object.freeze({layOut, placeIn, knowsTokens, of: curvesOf, metricOf, placeOfStage});
+})();

@@ -3,6 +3,8 @@
 
 {
 
+const {TEXT, $, element, number, inOrder} = Parts;
+
 // `before` and `after`: the names of the chosen steps.
 const shownFlips = {run: "", before: null, after: null, found: null, error: "", isNews: inOrder()};
 
@@ -26,7 +28,7 @@ function samplesOf(found) {
     const texts = new Map(samples.map(({prompt, text}) => [prompt, text]));
     return element("tr", {}, element("td", {textContent: nameOf(each)}), ...prompts.map(prompt => element("td", {}, ...(texts.has(prompt) ? [
       element("span", {textContent: texts.get(prompt), dir: "auto"}),
-      ...(loaded === "removed" ? [] : [lensButton(TEXT.lensOf(model, prompt), () => openLens(model, model, {text: prompt, most: SAMPLE_TOKENS}))])] : []))));
+      ...(loaded === "removed" ? [] : [lensButton(TEXT.lensOf(model, prompt), () => Look.openLens(model, model, {text: prompt, most: SAMPLE_TOKENS}))])] : []))));
   });
   const table = element("div", {className: "table", tabIndex: 0}, element("table", {id: "run-samples"}, element("thead", {}, head), element("tbody", {}, ...rows.reverse())));
   return [element("h3", {textContent: TEXT.samples}), table];
@@ -56,7 +58,7 @@ function flipsOf(name, found) {
 async function findFlips(name) {
   const {before, after} = shownFlips, isNews = shownFlips.isNews();
   try {
-    const response = await accepted(await request(`v1/runs/${encodeURIComponent(name)}?${new URLSearchParams({before, after})}`));
+    const response = await Server.accepted(await Server.request(`v1/runs/${encodeURIComponent(name)}?${new URLSearchParams({before, after})}`));
     const {flips} = await response.json();
     if (!isNews() || shownFlips.run !== name || shownFlips.before !== before || shownFlips.after !== after) return;
     Object.assign(shownFlips, {found: flips, error: ""});
@@ -67,11 +69,11 @@ async function findFlips(name) {
 }
 
 function renderFlips() {
-  if ($("flips") && shownRun) fillFlips($("flips"));
+  if ($("flips") && Run.shown) fillFlips($("flips"));
 }
 
 function fillFlips(list) {
-  const {found, error, after: model} = shownFlips, isGone = shownRun.found.find(step => step.model === model)?.state === "removed";
+  const {found, error, after: model} = shownFlips, isGone = Run.shown.found.find(step => step.model === model)?.state === "removed";
   if (error || !found) return list.replaceChildren(...(error ? [element("p", {textContent: error})] : []));
   const items = found.items.map(item => {
     const last = item.texts.map(text => item.chat ? text : text.slice(text.lastIndexOf("\n\n") + 1).trim());
@@ -79,18 +81,18 @@ function fillFlips(list) {
       element("b", {textContent: item.correct ? TEXT.nowRight : TEXT.nowWrong}), " ", element("small", {textContent: `${item.task} · ${number(item.item)}`}),
       ...last.map((text, at) => element("p", {dir: "auto"}, text, ...(item.gold === at ? [" ", element("small", {textContent: TEXT.rightOption})] : []),
         ...(isGone ? [] : [lensButton(TEXT.lensOf(model, `${item.task} ${item.item}${last.length > 1 ? `, ${at + 1}` : ""}`),
-          () => openLens(model, model, item.chat ? {question: text} : {text: item.texts[at]}))]))),
+          () => Look.openLens(model, model, item.chat ? {question: text} : {text: item.texts[at]}))]))),
       ...(typeof item.gold === "string" ? [element("small", {textContent: TEXT.rightIs(item.gold)})] : []));
   });
   return list.replaceChildren(element("p", {role: "status", textContent: TEXT.flipCounts(found)}), element("ul", {className: "flips"}, ...items));
 }
 
-register({
+Parts.register({
   strings: {
     samples: "Samples", lensOf: (model, what) => `Token lens: ${model}, ${what}`, flips: "Items that changed", flipsBefore: "From step", flipsAfter: "to step", showFlips: "Show items",
     nowRight: "Now right", nowWrong: "Now wrong", rightOption: "(right)", rightIs: text => `Right: ${text.trim()}`,
     flipCounts: ({gained, lost, items}) => `${number(gained)} now right, ${number(lost)} now wrong${gained + lost > items.length ? `; the first ${number(items.length)}:` : "."}`,
   },
-  run: {nodes: (steps, found) => steps.length ? [...samplesOf(found ?? []), ...flipsOf(shownRun.name, found ?? [])] : []},
+  run: {nodes: (steps, found) => steps.length ? [...samplesOf(found ?? []), ...flipsOf(Run.shown.name, found ?? [])] : []},
 });
 }

@@ -1,9 +1,11 @@
 // Models to download, at /#get: those with short names, what the hub finds, the files of each, what is in the cache, downloads under way.
 "use strict";
 
-let getting = null;               // {info: the last answer of models/hub, words: what was searched, foundFor: what `info` answers, asking: how many questions run, looked: name -> its files, downloads: name -> state, following, dismissed} while the view is open
+const Get = (() => {
 
-{
+const {TEXT, $, element, iconButton, setText, number, wait, inOrder} = Parts;
+
+let getting = null;               // {info: the last answer of models/hub, words: what was searched, foundFor: what `info` answers, asking: how many questions run, looked: name -> its files, downloads: name -> state, following, dismissed} while the view is open
 
 const MOST_SHOWN = 200;
 const RETRY_MS = 3000;            // after the connection that follows downloads broke
@@ -12,7 +14,7 @@ function openGet() {
   if (location.hash !== "#get") history.pushState(null, "", `${location.pathname}${location.search}#get`);
   if (getting) return;
   getting = {info: null, words: "", foundFor: "", asking: 0, looked: new Map(), downloads: new Map(), dismissed: new Set(), isNews: inOrder(), following: null, problem: "", drawn: ""};
-  render();
+  Page.render();
   $("get").focus({preventScroll: true});
   lookAtHub();
 }
@@ -27,13 +29,13 @@ async function answerOf(response) {
   const mine = getting;
   try {
     const found = await response;
-    if (!found.ok) throw await errorOf(found);
+    if (!found.ok) throw await Server.errorOf(found);
     if (mine && mine === getting) mine.problem = "";
     return await found.json();
   } catch (error) {
     if (error.name !== "AbortError" && mine && mine === getting) {
       mine.problem = error.message.replace(/ \(HTTP \d+\)/, "");
-      render();
+      Page.render();
     }
     return null;
   }
@@ -42,14 +44,14 @@ async function answerOf(response) {
 async function lookAtHub() {
   const mine = getting, isNews = mine.isNews(), {words} = mine;
   mine.asking++;
-  render();
-  const found = await answerOf(request(`models/hub${words ? `?search=${encodeURIComponent(words)}` : ""}`));
+  Page.render();
+  const found = await answerOf(Server.request(`models/hub${words ? `?search=${encodeURIComponent(words)}` : ""}`));
   mine.asking--;
   if (mine !== getting) return;
-  if (!found || !isNews()) return render();
+  if (!found || !isNews()) return Page.render();
   Object.assign(mine, {info: found, foundFor: words});
   mine.downloads = new Map(found.downloads.map(each => [each.model, each]));
-  render();
+  Page.render();
   follow();
 }
 
@@ -61,18 +63,18 @@ async function follow() {
   if (!mine || mine.following || ![...mine.downloads.values()].some(isRunning)) return;
   const {signal} = mine.following = new AbortController();
   try {
-    const response = await request("models/downloads", {signal});
-    if (!response.ok) throw await errorOf(response);
-    for await (const {event} of serverEvents(response.body, SILENCE_MS)) {
+    const response = await Server.request("models/downloads", {signal});
+    if (!response.ok) throw await Server.errorOf(response);
+    for await (const {event} of Server.events(response.body, Server.SILENCE_MS)) {
       const before = mine.downloads.get(event.model);
       mine.downloads.set(event.model, event);
       if (!isRunning(event) && (!before || isRunning(before))) ended(event);
-      render();
+      Page.render();
     }
   } catch (error) {
     if (mine !== getting) return;
     mine.problem = error.message.replace(/ \(HTTP \d+\)/, "");
-    render();
+    Page.render();
     await wait(RETRY_MS);
   }
   mine.following = null;
@@ -80,46 +82,46 @@ async function follow() {
 }
 
 function ended({model, state: how, error, note}) {
-  announce({done: note || TEXT.gotModel(model), failed: error, cancelled: TEXT.cancelledModel(model)}[how] ?? "");
-  lookAtModels(true);
+  Page.announce({done: note || TEXT.gotModel(model), failed: error, cancelled: TEXT.cancelledModel(model)}[how] ?? "");
+  Server.lookAtModels(true);
 }
 
 async function get(name) {
-  const found = await answerOf(post("models/download", {model: name}));
+  const found = await answerOf(Server.post("models/download", {model: name}));
   if (!found || !getting) return;
   getting.downloads.set(found.model, found);
   getting.dismissed.delete(found.model);
-  render();
+  Page.render();
   $("get").querySelector(`[data-act="${CSS.escape(`close ${found.model}`)}"]`)?.focus();
   if (isRunning(found)) follow();
   else lookAtHub();
 }
 
 async function cancel(name) {
-  await answerOf(post("models/cancel", {model: name}));
+  await answerOf(Server.post("models/cancel", {model: name}));
   if (getting) lookAtHub();
 }
 
 async function remove(name, bytes) {
-  const sure = await confirmed(TEXT.deleteModel(name), [element("p", {textContent: TEXT.deleteModelHint(TEXT.bytes(bytes))})], TEXT.keepModel, TEXT.delete, true);
+  const sure = await Page.confirmed(TEXT.deleteModel(name), [element("p", {textContent: TEXT.deleteModelHint(TEXT.bytes(bytes))})], TEXT.keepModel, TEXT.delete, true);
   if (!sure || !getting) return;
-  await answerOf(post("models/delete", {model: name}));
+  await answerOf(Server.post("models/delete", {model: name}));
   getting?.looked.clear();
-  lookAtModels(true);
+  Server.lookAtModels(true);
   if (getting) lookAtHub();
 }
 
 // Shows the files of a model, or hides them.
 async function look(name) {
   const mine = getting;
-  if (mine.looked.delete(name)) return render();
+  if (mine.looked.delete(name)) return Page.render();
   mine.looked.set(name, {models: null});
-  render();
-  const found = await answerOf(request(`models/hub/${name.split("/").map(encodeURIComponent).join("/")}`));
+  Page.render();
+  const found = await answerOf(Server.request(`models/hub/${name.split("/").map(encodeURIComponent).join("/")}`));
   if (mine !== getting || !mine.looked.has(name)) return;
   if (found) mine.looked.set(name, found);
   else mine.looked.delete(name);
-  render();
+  Page.render();
 }
 
 // what is drawn ---------------------------------------------------------------------------------------------------------
@@ -191,7 +193,7 @@ function downloadRow({model, state: how, done, bytes, error, note}) {
     row.append(bar, element("span", {textContent: bytes ? TEXT.bytesOf(TEXT.bytes(done), TEXT.bytes(bytes)) : ""}), act(model, "close", TEXT.cancelNamed(model), () => cancel(model)));
   } else if (how !== "done") {
     row.append(act(model, "again", how === "failed" ? TEXT.tryDownload(model) : TEXT.resumeNamed(model), () => get(model)),
-      act(model, "close", TEXT.dismissNamed(model), () => { getting.dismissed.add(model); render(); }));
+      act(model, "close", TEXT.dismissNamed(model), () => { getting.dismissed.add(model); Page.render(); }));
   } else if (!note) {
     row.append(act(model, "new", TEXT.chatWithModel(model), () => chatWithModel(model)));
   }
@@ -199,10 +201,10 @@ function downloadRow({model, state: how, done, bytes, error, note}) {
 }
 
 async function chatWithModel(name) {
-  await lookAtModels(true);
-  newChat();
-  chooseModel(name);
-  focusAfterClick();
+  await Server.lookAtModels(true);
+  Chat.openNew();
+  Settings.chooseModel(name);
+  Composer.focusAfterClick();
 }
 
 function hereRow(each, info) {
@@ -224,7 +226,7 @@ function renderGet() {
   $("get-problem").hidden = !problem;
   if (isNew) $("get-problem").scrollIntoView({block: "nearest"});
   $("get-now").hidden = !(isSearching || asking && !info);
-  const key = JSON.stringify([info, words, isSearching, isFound, [...looked], [...downloads], [...dismissed], state.models.map(({id}) => id)]);
+  const key = JSON.stringify([info, words, isSearching, isFound, [...looked], [...downloads], [...dismissed], Server.models.map(({id}) => id)]);
   if (getting.drawn === key) return;
   getting.drawn = key;
   const focused = document.activeElement?.dataset?.act;
@@ -241,7 +243,7 @@ function renderGet() {
   if (focused) $("get").querySelector(`[data-act="${CSS.escape(focused)}"]`)?.focus();
 }
 
-register({
+Parts.register({
   strings: {
     lookingNow: "Looking…", aboutBytes: size => `about ${size}`, seeFiles: "see its files", fitsBest: "fits best here", fitBestHere: "Fits best here", expected: speed => `about ${speed < 10 ? speed.toFixed(1) : number(Math.round(speed))} tok/s`,
     dismissNamed: name => `Dismiss ${name}`, servedAs: "served", inCache: "here, not served", tooLarge: "does not fit in memory", noDisk: "does not fit on the disk", fits: "fits",
@@ -257,7 +259,7 @@ register({
   bind() {
     $("get-problem").lastElementChild.onclick = () => {
       if (getting) getting.problem = "";
-      render();
+      Page.render();
       $("get-words").focus();
     };
     $("get-search").onsubmit = event => {
@@ -272,5 +274,5 @@ register({
   render: renderGet,
 });
 
-share({openGet});
-}
+return Object.freeze({open: openGet});
+})();

@@ -3,7 +3,9 @@
 // The token lens is a replay that asks for log-probabilities; "Check that it repeats" compares a replay's tokens.
 "use strict";
 
-{
+const Lens = (() => {
+
+const {TEXT, $, element, setText, number, plural, newest, mouse} = Parts;
 
 const BESIDE = 5;                 // alternatives listed for each token
 const SHADES = [0.8, 0.5, 0.2, 0.05];         // class p1 .. p4: how many of these exceed a token's probability
@@ -13,14 +15,14 @@ const SHADES = [0.8, 0.5, 0.2, 0.05];         // class p1 .. p4: how many of the
 // Generates an answer again with the same inputs: {ids, entries, text, reasoning}. A stopped answer ends where it was stopped.
 async function replay(node, {more = {}, signal, onToken = () => {}}) {
   const {parameters = {}, continued, prefix, seed, model, note, ids: before} = node, {max_tokens: most, ...others} = parameters;
-  const messages = messagesToSend(pathTo(state.nodes, node.parent), systemOf(node));
+  const messages = Chat.messagesToSend(Tree.pathTo(Chat.nodes, node.parent), Look.systemOf(node));
   const stop = new AbortController(), made = {ids: [...prefix ?? []], entries: [], text: "", reasoning: "", calculator: []};
-  const response = await postAnswer({messages, id: newId(), signal: AbortSignal.any([signal, stop.signal]), model,
+  const response = await Server.postAnswer({messages, id: Tree.newId(), signal: AbortSignal.any([signal, stop.signal]), model,
     parameters: {...others, ...(most && !continued ? {max_tokens: most} : {}), seed, ...(prefix ? {prefix_token_ids: prefix} : {}),
       resumable: false, progress: false, ...more}});
-  for await (const {event} of serverEvents(response.body, FOREVER_MS)) {
-    const {text, reasoning, ids, logprobs, calculator} = readEvent(event);
-    made.calculator.push(...calculationsOf(calculator));
+  for await (const {event} of Server.events(response.body, Server.FOREVER_MS)) {
+    const {text, reasoning, ids, logprobs, calculator} = Server.readEvent(event);
+    made.calculator.push(...Calculator.callsOf(calculator));
     made.text += text;
     made.reasoning += reasoning;
     made.ids.push(...ids);
@@ -37,30 +39,30 @@ async function replay(node, {more = {}, signal, onToken = () => {}}) {
 
 // The text of each token; a character split across tokens goes to its last one: [{id, text, special}]. Throws what postAnswer does.
 async function piecesOf(ids, model) {
-  const response = await accepted(await post("tokenize", {content: ids, with_pieces: true, ...modelOfSeveral(model)}));
+  const response = await Server.accepted(await Server.post("tokenize", {content: ids, with_pieces: true, ...Server.modelOfSeveral(model)}));
   return spelled((await response.json()).tokens);
 }
 
 function spelled(tokens) {
   const decoder = new TextDecoder(), encoder = new TextEncoder();
   return tokens.map(({id, piece, special = false}) => ({id, special,
-    text: decoder.decode(isText(piece) ? encoder.encode(piece) : new Uint8Array(piece), {stream: true})}));
+    text: decoder.decode(Tree.isText(piece) ? encoder.encode(piece) : new Uint8Array(piece), {stream: true})}));
 }
 
 // Replays the answer and reports whether its tokens are the same; a different answer is kept as a sibling.
 async function runAgain(view) {
-  const {node} = view, {chat} = state, controller = new AbortController();
+  const {node} = view, {current: chat} = Chat, controller = new AbortController();
   view.checking = true;
-  const report = text => { node.verdict = text; setText(view.verdict, text); };
+  const report = text => { Chat.noteVerdict(node, text); setText(view.verdict, text); };
   try {
     const made = await replay(node, {signal: controller.signal, onToken: count => report(TEXT.runningAgain(count))});
-    const at = await firstDifference(node, made), other = node.weights && node.weights !== weightsOf(node.model) ? TEXT.otherWeights : "";
+    const at = await firstDifference(node, made), other = node.weights && node.weights !== Look.weightsOf(node.model) ? TEXT.otherWeights : "";
     report([at === null ? TEXT.sameAgain(made.ids.length) : TEXT.differsAt(at), other].filter(Boolean).join(" "));
-    if (at !== null && state.chat.id === chat.id) keepBeside(node, made);
+    if (at !== null && Chat.current.id === chat.id) keepBeside(node, made);
   } catch (error) {
     report(error.message);
   }
-  announce(node.verdict);
+  Page.announce(node.verdict);
   view.checking = false;
 }
 
@@ -74,28 +76,28 @@ async function firstDifference({ids, content, reasoning = "", model}, made) {
 }
 
 function keepBeside(node, {text, reasoning, ids, calculator}) {
-  const {leaf} = state, {parameters, seed, prefix} = node, system = systemOf(node);
-  addNode(node.parent, "assistant", text, {...madeBy({system}), ids, parameters, seed, ...(prefix ? {prefix} : {}), ...(reasoning ? {reasoning} : {}), ...(calculator.length ? {calculator} : {})});
-  showLeaf(leaf);
+  const {leaf} = Chat, {parameters, seed, prefix} = node, system = Look.systemOf(node);
+  Chat.addNode(node.parent, "assistant", text, {...Look.madeBy({system}), ids, parameters, seed, ...(prefix ? {prefix} : {}), ...(reasoning ? {reasoning} : {}), ...(calculator.length ? {calculator} : {})});
+  Chat.showLeaf(leaf);
 }
 
 // the lens ------------------------------------------------------------------------------------------------------------
 
 function toggleLens(view) {
-  const {node} = view, on = lenses.get(node.id);
+  const {node} = view, on = Look.lensOf(node.id);
   if (on) {
     on.controller.abort();
-    lenses.delete(node.id);
+    Look.dropLens(node.id);
   } else lookThrough(node);
-  updateAnswer(view);
+  Turns.update(view);
 }
 
 async function lookThrough(node) {
   const lens = {tokens: [], at: -1, text: TEXT.reading(0), controller: new AbortController(), drawn: null};
-  const show = () => { const view = views.get(node.id); if (lenses.get(node.id) === lens && view?.complete) updateLens(view); };
-  lenses.set(node.id, lens);
+  const show = () => { const view = Turns.viewOf(node.id); if (Look.lensOf(node.id) === lens && view?.complete) updateLens(view); };
+  Look.keepLens(node.id, lens);
   try {
-    const forced = forcedEntries(node), made = await replay(node, {more: state.model.api === "text" ? {logprobs: BESIDE + 1} : {logprobs: true, top_logprobs: BESIDE + 1}, signal: lens.controller.signal,
+    const forced = forcedEntries(node), made = await replay(node, {more: Server.model.api === "text" ? {logprobs: BESIDE + 1} : {logprobs: true, top_logprobs: BESIDE + 1}, signal: lens.controller.signal,
       onToken: count => { lens.text = TEXT.looking(count); show(); }});
     const at = node.ids?.length ? await firstDifference(node, made) : null;
     lens.tokens = joined(await piecesOf(made.ids, node.model), [...await forced, ...made.entries]);
@@ -111,8 +113,8 @@ async function lookThrough(node) {
 async function forcedEntries(node) {
   const {prefix = [], model} = node, {tokens} = prefix.length ? await promptOf(node) : {};
   if (!tokens) return [];
-  const read = await jsonOf(post(ROUTES.text, {prompt: [...tokens.map(({id}) => id), ...prefix], max_tokens: 0, echo: true, logprobs: BESIDE + 1,
-    return_token_ids: true, ...modelOfSeveral(model)}));
+  const read = await Server.jsonOf(Server.post(Server.ROUTES.text, {prompt: [...tokens.map(({id}) => id), ...prefix], max_tokens: 0, echo: true, logprobs: BESIDE + 1,
+    return_token_ids: true, ...Server.modelOfSeveral(model)}));
   return read?.choices?.[0]?.logprobs?.content?.slice(-prefix.length) ?? [];
 }
 
@@ -128,7 +130,7 @@ function joined(tokens, entries) {
 }
 
 function updateLens(view) {
-  const {node} = view, lens = lenses.get(node.id);
+  const {node} = view, lens = Look.lensOf(node.id);
   view.article.classList.toggle("looked-through", Boolean(lens));
   if (!lens) { view.lens?.remove(); view.lens = null; return; }
   if (!view.lens) makeLens(view);
@@ -147,7 +149,7 @@ function makeLens(view) {
   view.lens = element("div", {className: "lens"}, legend, list);
   Object.assign(view.lens, {list, hint: element("p", {className: "hint"}), panel: element("div", {className: "beside"})});
   view.lens.append(view.lens.panel, view.lens.hint);
-  const lens = () => lenses.get(view.node.id), at = target => target.dataset?.at === undefined ? -1 : Number(target.dataset.at);
+  const lens = () => Look.lensOf(view.node.id), at = target => target.dataset?.at === undefined ? -1 : Number(target.dataset.at);
   list.onmouseover = ({target}) => { if (mouse.matches && at(target) >= 0) chooseToken(view, lens(), at(target)); };
   list.onclick = ({target}) => { if (at(target) >= 0) chooseToken(view, lens(), at(target)); };
   list.onkeydown = event => {
@@ -195,7 +197,7 @@ function chooseToken(view, lens, at) {
   const about = [quoted(text), TEXT.tokenId(id), share === undefined ? TEXT.notDrawn : TEXT.share(share), ...drafted ? [TEXT.drafted] : []].join(" · ");
   panel.replaceChildren(element("p", {textContent: about}), ...beside.map(other => {
     if (view.isDialog) return element("span", {className: "plain"}, element("span", {textContent: quoted(other.text)}), element("small", {textContent: TEXT.share(other.share)}));
-    const made = element("button", {type: "button", className: "plain", disabled: !canAsk(), title: TEXT.tokenId(other.id),
+    const made = element("button", {type: "button", className: "plain", disabled: !Chat.canAsk(), title: TEXT.tokenId(other.id),
       onclick: () => branchAt(view.node, lens, at, other)}, element("span", {textContent: quoted(other.text)}), element("small", {textContent: TEXT.share(other.share)}));
     made.setAttribute("aria-label", TEXT.goOnWith(quoted(other.text), TEXT.share(other.share)));
     return made;
@@ -205,7 +207,7 @@ function chooseToken(view, lens, at) {
 // Starts another answer to the same question, with this token at this position and otherwise the same inputs.
 function branchAt(node, {tokens}, at, {id}) {
   const {parameters = {}, seed} = node, prefix = [...tokens.slice(0, at).map(token => token.id), id];
-  answerAgain(state.nodes.get(node.parent), {prefix, ids: [...prefix], parameters: {...parameters, seed}, system: systemOf(node)});
+  Chat.answerAgain(Chat.nodes.get(node.parent), {prefix, ids: [...prefix], parameters: {...parameters, seed}, system: Look.systemOf(node)});
 }
 
 // The tokens of a text that is no answer of this chat, in a dialog. `ask` is what a model is asked: a question in a chat, or a text whose own
@@ -213,40 +215,40 @@ function branchAt(node, {tokens}, at, {id}) {
 const lensAsked = newest();
 
 async function openLens(title, model, {question, text, most = 0}) {
-  const isMine = lensAsked(), node = {id: `lens-${newId()}`}, dialog = $("lens-dialog");
+  const isMine = lensAsked(), node = {id: `lens-${Tree.newId()}`}, dialog = $("lens-dialog");
   const view = {node, article: dialog, body: $("lens-text"), isDialog: true}, lens = {tokens: [], at: -1, text: TEXT.connecting, drawn: null};
   dialog.querySelector(".lens")?.remove();
   setText($("lens-title"), title);
   setText($("lens-text"), question ?? (most ? text : ""));
-  lenses.set(node.id, lens);
+  Look.keepLens(node.id, lens);
   updateLens(view);
-  dialog.onclose = () => lenses.delete(node.id);
+  dialog.onclose = () => Look.dropLens(node.id);
   dialog.showModal();
-  const more = {...modelOfSeveral(model), temperature: 0, return_token_ids: true};
+  const more = {...Server.modelOfSeveral(model), temperature: 0, return_token_ids: true};
   try {
-    const response = await accepted(await (question === undefined
-      ? post(ROUTES.text, {prompt: text, logprobs: BESIDE + 1, max_tokens: most, ...(most ? {} : {echo: true}), ...more})
-      : post(ROUTES.v1, {messages: [{role: "user", content: question}], logprobs: true, top_logprobs: BESIDE + 1, max_tokens: 1, ...more})));
+    const response = await Server.accepted(await (question === undefined
+      ? Server.post(Server.ROUTES.text, {prompt: text, logprobs: BESIDE + 1, max_tokens: most, ...(most ? {} : {echo: true}), ...more})
+      : Server.post(Server.ROUTES.v1, {messages: [{role: "user", content: question}], logprobs: true, top_logprobs: BESIDE + 1, max_tokens: 1, ...more})));
     const entries = (await response.json()).choices[0].logprobs.content.filter(({logprob}) => typeof logprob === "number");
     lens.tokens = joined(await piecesOf(entries.map(({id}) => id), model), entries);
     lens.text = TEXT.lensLook;
   } catch (error) {
     lens.text = error.message;
   }
-  if (isMine() && lenses.has(node.id)) updateLens(view);
+  if (isMine() && Look.lensOf(node.id)) updateLens(view);
 }
 
 // the prompt -----------------------------------------------------------------------------------------------------------
 
 // The prompt of an answer: {messages, tokens}; no tokens if the server does not show them.
 async function promptOf(node) {
-  const {timings = {}, parameters = {}, model} = node, path = pathTo(state.nodes, node.parent);
-  const all = messagesToSend(path, systemOf(node)), dropped = Math.max(0, (timings.dropped_messages ?? 0) - all.dropped);
+  const {timings = {}, parameters = {}, model} = node, path = Tree.pathTo(Chat.nodes, node.parent);
+  const all = Chat.messagesToSend(path, Look.systemOf(node)), dropped = Math.max(0, (timings.dropped_messages ?? 0) - all.dropped);
   const fixed = all[0]?.role === "system" ? 1 : 0, messages = [...all.slice(0, fixed), ...all.slice(fixed + dropped)];
   const effort = parameters.reasoning_effort ? {reasoning_effort: parameters.reasoning_effort} : {};
-  const wanted = state.model.api === "text" ? ["tokenize", {content: textToContinue(messages), add_special: true}]
+  const wanted = Server.model.api === "text" ? ["tokenize", {content: Server.textToContinue(messages), add_special: true}]
     : ["apply-template", {messages, ...effort, ...(parameters.tools ? {tools: parameters.tools} : {})}];
-  const found = await jsonOf(post(wanted[0], {...wanted[1], with_pieces: true, ...modelOfSeveral(model)}));
+  const found = await Server.jsonOf(Server.post(wanted[0], {...wanted[1], with_pieces: true, ...Server.modelOfSeveral(model)}));
   return {messages, tokens: found?.tokens && spelled(found.tokens)};
 }
 
@@ -261,7 +263,7 @@ async function openPrompt(node) {
   const {messages, tokens} = await promptOf(node), {timings = {}} = node;
   if (!isMine()) return undefined;
   if (!tokens) return setText($("prompt-text"), TEXT.noPrompt);
-  const cached = timings.cached_tokens ?? 0, context = state.model.context;
+  const cached = timings.cached_tokens ?? 0, context = Server.model.context;
   $("prompt-text").replaceChildren(...promptNodes(tokens, cached));
   $("prompt-counts").replaceChildren(...countsNodes(messages, tokens));
   setText($("prompt-facts"), TEXT.promptFacts({tokens: tokens.length, context, cached, dropped: timings.dropped_messages ?? 0}));
@@ -286,7 +288,7 @@ function countsNodes(messages, tokens) {
   const text = tokens.map(token => token.text).join("");
   let at = 0, token = 0, offset = 0;
   const counts = messages.map(({role, content, calculator}) => {
-    const said = withNames({content, calculator}).trim(), start = text.indexOf(said, at);
+    const said = Calculator.withNames({content, calculator}).trim(), start = text.indexOf(said, at);
     if (start < 0) return {role, content, count: 0};
     at = start + said.length;
     for (; token < tokens.length && offset + tokens[token].text.length <= start; token++) offset += tokens[token].text.length;
@@ -299,7 +301,7 @@ function countsNodes(messages, tokens) {
     element("b", {textContent: TEXT.roles[role] ?? role}), element("span", {textContent: content.slice(0, 200)}), element("small", {textContent: TEXT.tokens(count)})));
 }
 
-register({
+Parts.register({
   strings: {
     lensOn: "Token lens: on.", legend: "Probability of each token:", closeLens: "Close the lens",
     shareRange: (least, most) => most === 1 ? `${100 * least}\u00a0% or more` : least ? `${100 * least} to ${100 * most}\u00a0%` : `under ${100 * most}\u00a0%`,
@@ -317,5 +319,5 @@ register({
   },
 });
 
-share({toggleLens, runAgain, openPrompt, updateLens, openLens});
-}
+return Object.freeze({open: openLens, toggle: toggleLens, update: updateLens, runAgain, openPrompt});
+})();

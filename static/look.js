@@ -4,41 +4,51 @@
 // again: a replay.
 "use strict";
 
-{
+const Look = (() => {
+
+const {TEXT, element, setText, number} = Parts;
 
 const lenses = new Map();         // id of a node -> {tokens, at, text, controller}, while its lens is on
+const lensOf = id => lenses.get(id);
+const keepLens = (id, lens) => { lenses.set(id, lens); };
+const dropLens = id => { lenses.delete(id); };
+const dropLenses = () => { lenses.clear(); };
 
-const canLook = node => Number.isSafeInteger(node.seed) && !node.edited && !isGrowing(node) && state.model.api !== "none" &&
-  Boolean(state.model.can.token_ids);
+const canLook = node => Number.isSafeInteger(node.seed) && !node.edited && !Tree.isGrowing(node) && Server.model.api !== "none" &&
+  Boolean(Server.model.can.token_ids);
 
 // The inputs of an answer besides its parameters.
-const madeBy = (chat, more = {}) => ({model: state.model.name, ...(state.model.weights ? {weights: state.model.weights} : {}),
+const madeBy = (chat, more = {}) => ({model: Server.model.name, ...(Server.model.weights ? {weights: Server.model.weights} : {}),
   ...(chat.system.trim() ? {system: chat.system} : {}), ...more});
 
 // The digest of a listed model's weights.
-const weightsOf = name => state.models.find(({id}) => id === name)?.weights_digest ?? state.model.weights;
+const weightsOf = name => Server.models.find(({id}) => id === name)?.weights_digest ?? Server.model.weights;
 
 // An answer's system prompt; answers from older versions of the page lack it.
-const systemOf = ({system, ids}) => system ?? (ids ? "" : state.chat.system);
+const systemOf = ({system, ids}) => system ?? (ids ? "" : Chat.current.system);
 
-const canCompare = node => canLook(node) && Boolean(state.model.can.compare) && ["v1", "text"].includes(state.model.api) && Boolean(node.content);
+const canCompare = node => canLook(node) && Boolean(Server.model.can.compare) && ["v1", "text"].includes(Server.model.api) && Boolean(node.content);
 
 // An adapter's base model, if it is listed; else the model itself.
-const baseOf = model => model?.parent && state.models.find(({id, root, parent}) => !parent && [id, root].includes(model.parent)) || model;
+const baseOf = model => model?.parent && Server.models.find(({id, root, parent}) => !parent && [id, root].includes(model.parent)) || model;
 
 // The names of a training run's steps, the earliest first.
-const stepsOfRun = run => run ? state.models.filter(each => each.run === run && !each.now).sort((a, b) => a.step - b.step).map(({id}) => id) : [];
+const stepsOfRun = run => run ? Server.models.filter(each => each.run === run && !each.now).sort((a, b) => a.step - b.step).map(({id}) => id) : [];
 
 function updateInside(view) {
   if (!view.verdict.parentNode) view.actions.before(view.verdict);
   setText(view.verdict, view.node.verdict ?? "");
-  if (view.lens || lenses.has(view.node.id)) updateLens(view);
+  if (view.lens || lenses.has(view.node.id)) Lens.update(view);
 }
 
-shareLate("lens", "toggleLens", "runAgain", "openPrompt", "openLens");
-shareLate("compare", "openCompare", "compareModels");
+const toggleLens = Parts.late("lens", () => Lens, "toggle");
+const openLens = Parts.late("lens", () => Lens, "open");
+const openPrompt = Parts.late("lens", () => Lens, "openPrompt");
+const runAgain = Parts.late("lens", () => Lens, "runAgain");
+const openCompare = Parts.late("compare", () => Compare, "open");
+const compareModels = Parts.late("compare", () => Compare, "compareModels");
 
-register({
+Parts.register({
   strings: {
     lens: "Token lens", on: "on", again: "Check that it repeats", prompt: "Prompt", compare: "Compare", step: "Step",
     compareHint: "The same question, answered at the same time. What differs from the first answer is marked.", tokenId: id => `token ${id}`,
@@ -50,10 +60,10 @@ register({
       return [];
     },
     looks: view => [...(!canLook(view.node) ? [] : [
-      ...(canAsk() || lenses.has(view.node.id) ? [[TEXT.lens, "lens", () => toggleLens(view), lenses.has(view.node.id) ? TEXT.on : ""]] : []),
+      ...(Chat.canAsk() || lenses.has(view.node.id) ? [[TEXT.lens, "lens", () => toggleLens(view), lenses.has(view.node.id) ? TEXT.on : ""]] : []),
       ...(view.checking ? [] : [[TEXT.again, "play", () => runAgain(view)]])]),
     ...(canCompare(view.node) ? [[TEXT.compare, "columns", () => openCompare(view.node)]] : []),
-    ...(state.model.can.token_ids && !view.node.edited && !isGrowing(view.node) ? [[TEXT.prompt, "prompt", () => openPrompt(view.node)]] : [])],
+    ...(Server.model.can.token_ids && !view.node.edited && !Tree.isGrowing(view.node) ? [[TEXT.prompt, "prompt", () => openPrompt(view.node)]] : [])],
     update(view) {
       updateInside(view);
       updateMaker(view);
@@ -65,8 +75,8 @@ register({
 
 // The model of an answer, with the step of a training run or the base of an adapter, and, on the whole, what its chat had changed.
 function makerOf(node, whole = true) {
-  const listed = state.models.find(({id, now}) => !now && id === node.model), {defaults} = listed ?? {};
-  const changed = !whole ? [] : changesOf({parameters: node.parameters, system: systemOf(node)}, defaults);
+  const listed = Server.models.find(({id, now}) => !now && id === node.model), {defaults} = listed ?? {};
+  const changed = !whole ? [] : Settings.changesOf({parameters: node.parameters, system: systemOf(node)}, defaults);
   return node.model ? [TEXT.modelBy(node.model, listed, baseOf(listed)?.id), ...changed].join(" · ") : "";
 }
 
@@ -74,7 +84,7 @@ const several = {key: "", are: false};
 
 // Do this chat's answers, or the server, have more than one model? Else nobody asks which one wrote an answer.
 function severalModels() {
-  const {path, models} = state, key = [path.length, path[0]?.id, lastNode()?.id, lastNode()?.model, ...models.map(({id}) => id)].join("\n");
+  const {path} = Chat, {models} = Server, key = [path.length, path[0]?.id, Chat.lastNode()?.id, Chat.lastNode()?.model, ...models.map(({id}) => id)].join("\n");
   if (several.key === key) return several.are;
   const names = [...models.filter(({now}) => !now).map(({id}) => id), ...path.map(({model}) => model)].filter(Boolean);
   return Object.assign(several, {key, are: new Set(names).size > 1}).are;
@@ -82,7 +92,7 @@ function severalModels() {
 
 // The name of an answer's model before its figures. Where answers can be compared, it opens the comparison.
 function updateMaker(view) {
-  const {node} = view, text = severalModels() && !isGrowing(node) ? makerOf(node, false) : "", compares = canCompare(node), key = `${compares} ${text}`;
+  const {node} = view, text = severalModels() && !Tree.isGrowing(node) ? makerOf(node, false) : "", compares = canCompare(node), key = `${compares} ${text}`;
   view.maker ??= element("span", {className: "maker"});
   if (!view.maker.parentNode) view.speed.prepend(view.maker);
   if (text) view.speed.hidden = false;
@@ -91,11 +101,11 @@ function updateMaker(view) {
   view.maker.replaceChildren(compares && text ? element("button", {type: "button", title: TEXT.compareHint, textContent: text, onclick: () => openCompare(view.node)}) : text);
 }
 
-register({
+Parts.register({
   strings: {
     modelBy: (name, {run, step, id} = {}, base) => run && step !== undefined ? `${run}, step ${number(step)}` : base && base !== id ? `${name}, adapter of ${base}` : name,
   },
 });
 
-share({makerOf, lenses, weightsOf, systemOf, madeBy, baseOf, stepsOfRun});
-}
+return Object.freeze({makerOf, weightsOf, systemOf, madeBy, baseOf, stepsOfRun, lensOf, keepLens, dropLens, dropLenses, openLens, compareModels});
+})();

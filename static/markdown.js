@@ -9,7 +9,9 @@
 // from HTML text. Only KaTeX's output is HTML, and it goes through DOMPurify.
 "use strict";
 
-{
+const Markdown = (() => {
+
+const {TEXT, element} = Parts;
 
 // characters parsed, nodes made or replaced: the tests read them
 const markdownWork = {characters: 0, nodes: 0};
@@ -64,12 +66,6 @@ const drawnStyle = new CSSStyleSheet();
 drawnStyle.replaceSync(DRAWN_STYLE);
 document.adoptedStyleSheets.push(drawnStyle);
 
-function element(tag, properties = {}, ...children) {
-  const node = Object.assign(document.createElement(tag), properties);
-  node.append(...children);
-  return node;
-}
-
 // text within lines ---------------------------------------------------------------------------------------------------
 
 // TeX in $$..$$, \[..\], \(..\) and $..$ (no space inside, no digit after it, so that prices stay prices), and environments on their own.
@@ -94,7 +90,7 @@ const noteToken = {name: "note", level: "inline",
 
 const noteKey = label => `^${label.toLowerCase()}`;
 
-const markdown = new marked.Marked({gfm: true, breaks: true, extensions: [mathToken, noteToken, cardToken]});
+const markdown = new marked.Marked({gfm: true, breaks: true, extensions: [mathToken, noteToken, Calculator.token]});
 
 function inlineTokens(text, links) {
   markdownWork.characters += text.length;
@@ -117,14 +113,14 @@ const DRAWN = {
   strong: token => [element("strong", {}, ...inlineNodes(token.tokens))],
   em: token => [element("em", {}, ...inlineNodes(token.tokens))],
   del: token => [element("del", {}, ...inlineNodes(token.tokens))],
-  codespan: token => [element("code", {textContent: plainCards(token.text)})],
+  codespan: token => [element("code", {textContent: Calculator.plainCards(token.text)})],
   br: () => [element("br")],
   link: token => [linkNode(token.href, inlineNodes(token.tokens))],
   // nothing is fetched without a click
   image: token => [linkNode(token.href, [token.text || token.href])],
-  math: token => [mathNode(plainCards(token.tex), token.display)],
+  math: token => [mathNode(Calculator.plainCards(token.tex), token.display)],
   note: token => [noteMark(token.label)],
-  calculation: token => [calculationCard(token)],
+  calculation: token => [Calculator.card(token)],
 };
 
 // A footnote's mark, which leads to the footnote of the same answer.
@@ -180,7 +176,7 @@ function mathNode(tex, display) {
 
 function newFormula(tex, display) {
   if (tex.length > MOST_TEX) return null;
-  if (typeof katex === "undefined") { need("katex", drawFormulas); return null; }
+  if (typeof katex === "undefined") { Parts.need("katex", drawFormulas); return null; }
   const html = mathOf(tex, display);
   return html && deepest(html) <= MOST_NESTED ? withClasses(cleanFragment(html)) : null;
 }
@@ -390,7 +386,7 @@ class Code extends Leaf {
     this.text += this.line + "\n";
     Object.assign(this, {line: null, blanks: 0});
   }
-  draw(final = false) { this.code.update(plainCards(this.text + (this.line ?? "")), final); }
+  draw(final = false) { this.code.update(Calculator.plainCards(this.text + (this.line ?? "")), final); }
   end() {
     if (this.line !== null) this.set(this.line, true);
     this.draw(true);
@@ -469,10 +465,10 @@ class MathBlock extends Leaf {
 
 // code ----------------------------------------------------------------------------------------------------------------
 
-// The box around a code block, with its language and a button. `copyText` is the page's.
+// The box around a code block, with its language and a button.
 function codeBox(language, code) {
   const copy = element("button", {type: "button", className: "icon plain i-copy", textContent: TEXT.copyCode,
-    onclick: event => copyText(code.textContent.replace(/\n$/, ""), event.currentTarget)});
+    onclick: event => Turns.copyText(code.textContent.replace(/\n$/, ""), event.currentTarget)});
   const act = (label, icon, onclick) => {
     const made = element("button", {type: "button", className: `icon plain i-${icon}`, title: label, onclick});
     made.setAttribute("aria-label", label);
@@ -480,7 +476,7 @@ function codeBox(language, code) {
   };
   const wrap = act(TEXT.wrap, "wrap", () => wrap.setAttribute("aria-pressed", pre.classList.toggle("wrapped")));
   wrap.setAttribute("aria-pressed", "false");
-  const save = act(TEXT.downloadCode, "export", () => download(code.textContent, `code.${EXTENSIONS[language] ?? (/^[a-z0-9]{1,8}$/.exec(language) ?? "txt")}`, "text/plain"));
+  const save = act(TEXT.downloadCode, "export", () => Chats.download(code.textContent, `code.${EXTENSIONS[language] ?? (/^[a-z0-9]{1,8}$/.exec(language) ?? "txt")}`, "text/plain"));
   const preview = element("button", {type: "button", className: "preview-code icon plain i-play", textContent: TEXT.preview,
     hidden: !isDrawable(language, code.textContent), onclick: ({currentTarget}) => togglePreview(currentTarget)});
   preview.setAttribute("aria-pressed", "false");
@@ -494,7 +490,7 @@ function codeBox(language, code) {
 // Whether code is a page or a drawing; some models call a drawing XML.
 const isDrawable = (language, text) => /^(x?html?|svg)$/i.test(language) || /^xml$/i.test(language) && /^\s*(<\?xml[^>]*>\s*)?<svg[\s>]/.test(text);
 
-shareLate("preview", "togglePreview");
+const togglePreview = Parts.late("preview", () => Preview, "toggle");
 
 // File extensions that differ from the language's name.
 const EXTENSIONS = {python: "py", javascript: "js", typescript: "ts", bash: "sh", shell: "sh", ruby: "rb", rust: "rs", markdown: "md", perl: "pl",
@@ -513,7 +509,7 @@ class CodeText {
     this.drawn = text;
     const known = typeof hljs !== "undefined" && Boolean(hljs.getLanguage(this.language));
     if (typeof hljs !== "undefined") this.settle(text, known);
-    else need("highlight", drawCode);
+    else Parts.need("highlight", drawCode);
     const rest = text.slice(this.settled);
     const lit = known && !this.stuck && rest && (final || rest.length < 2 * CODE_STEP);
     this.setRest(lit ? this.highlighted(rest).fragment : rest);
@@ -617,7 +613,7 @@ class MarkdownView {
   // Draws text that extends what was drawn before. `finished`: nothing follows, so open blocks end here. calls: the calculator's,
   // of a text that has some.
   update(content, finished = false, calls = []) {
-    const text = withCards(content, calls);
+    const text = Calculator.withCards(content, calls);
     if (text.length < this.length || this.finished || calls.length && !text.startsWith(this.source ?? "")) this.restart();
     this.source = calls.length ? text : "";
     this.length = text.length;
@@ -877,5 +873,5 @@ const expandTabs = space => {
   return " ".repeat(width);
 };
 
-share({markdownWork, DRAWN_STYLE, element, mathNode, codeBox, CodeText, MarkdownView});
-}
+return Object.freeze({DRAWN_STYLE, mathNode, codeBox, CodeText, View: MarkdownView, get work() { return {...markdownWork}; }});
+})();

@@ -4,9 +4,9 @@
 // value and its step. `folded`: shown under "More parameters"; `apart`: not among the settings.
 "use strict";
 
-{
+const Parameters = (() => {
 
-const PARAMETERS = [
+const all = [
   {name: "temperature", command: "temperature", min: 0, max: 2, step: "any", slider: [0, 2, 0.05]},
   {name: "top_k", command: "topk", min: 0, max: 2147483647, step: 1, slider: [0, 200, 1]},
   {name: "top_p", command: "topp", min: 0, max: 1, step: "any", slider: [0, 1, 0.01]},
@@ -28,7 +28,7 @@ const PARAMETERS = [
   {name: "seed", command: "seed", min: 0, max: 9007199254740991, step: 1},
 ];
 
-register({
+Parts.register({
   strings: {
     parameters: {
       temperature: "Temperature",
@@ -75,5 +75,5 @@ register({
   },
 });
 
-share({PARAMETERS});
-}
+return Object.freeze({all});
+})();

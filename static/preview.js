@@ -1,7 +1,9 @@
 // Shows a block of HTML or SVG code as it looks, in a frame (preview.html) without the page's origin, scripts and network.
 "use strict";
 
-{
+const Preview = (() => {
+
+const {TEXT, element} = Parts;
 
 const MOST_HEIGHT = 0.7;          // of the window
 
@@ -21,11 +23,11 @@ function togglePreview(clicked) {
   return box.querySelector(".code-bar").after(element("div", {className: "preview"}, frame, element("p", {className: "hint", textContent: TEXT.previewHint})));
 }
 
-register({
+Parts.register({
   strings: {
     previewOf: "Preview of the code", previewHint: "Scripts do not run here, and nothing is loaded from elsewhere.",
   },
 });
 
-share({togglePreview});
-}
+return Object.freeze({toggle: togglePreview});
+})();

@@ -2,10 +2,12 @@
 // loaded and scored now, a chat with a step, two steps side by side. Where the steps lie in the charts is in curves.js.
 "use strict";
 
+const Run = (() => {
+
+const {TEXT, $, element, iconButton, setText, number, plural, inOrder} = Parts;
+
 // While the view is open {name, other: of a second run, at: the chosen step, follows: it is the latest one until the reader chooses, metric, axis, pages: what /v1/runs has of each name, charts, rows, timer}
 let shownRun = null;
-
-{
 
 const LOOK_MS = 2000;             // between two looks at the server
 const REST = 5;                   // so many times the duration of a look, if that is more
@@ -16,13 +18,13 @@ const LESS_IS_BETTER = [BITS, "val_bpb", "min_val_bpb", "own_val_bpb", "train_lo
 const MOST_SPOKEN = 40;           // points of a curve that its label has; the table has all
 
 const write = value => Math.abs(value) < 1000 ? value.toFixed(3) : new Intl.NumberFormat(undefined, {notation: "compact", maximumSignificantDigits: 4}).format(value);
-const isScored = step => metricOf(step, BITS) !== undefined;
-const hasValue = step => metricOf(step, shownRun.metric) !== undefined;
+const isScored = step => Curves.metricOf(step, BITS) !== undefined;
+const hasValue = step => Curves.metricOf(step, shownRun.metric) !== undefined;
 const isGone = step => step.state === "removed";
 const answersNow = step => step.state !== "failed" && !isGone(step);
 const unique = values => [...new Set(values)];
 const nameOf = metric => TEXT.metrics[metric] ?? metric;
-const written = (step, metric) => `${write(metricOf(step, metric))}${step.stale.includes(metric) ? ` ${TEXT.ofEarlierStep}` : ""}`;
+const written = (step, metric) => `${write(Curves.metricOf(step, metric))}${step.stale.includes(metric) ? ` ${TEXT.ofEarlierStep}` : ""}`;
 
 // the steps ------------------------------------------------------------------------------------------------------------
 
@@ -36,13 +38,13 @@ const warningText = warning => typeof warning === "string" ? warning : warning?.
 
 // The steps of a run, else of a lineage of this name, in order of training. The array is the same one as long as nothing of it has changed.
 function stepsOf(name) {
-  const page = shownRun.pages.get(name) ?? {}, {models} = state;
+  const page = shownRun.pages.get(name) ?? {}, {models} = Server;
   if (page.models === models && page.merged === page.steps && page.view) return page.view;
   const listed = models.filter(each => !each.now && each.run), own = listed.filter(({run}) => run === name);
   const entries = new Map(listed.map(each => [each.id, each])), found = new Map((page.steps ?? []).map(step => [step.model, step]));
-  const ids = (own.length ? own : listed.filter(each => lineageOf(each) === name)).map(({id}) => id);
+  const ids = (own.length ? own : listed.filter(each => Views.lineageOf(each) === name)).map(({id}) => id);
   const view = unique([...found.keys(), ...ids]).map(id => stepOf(id, entries.get(id), found.get(id)))
-    .sort((a, b) => placeOfStage(a.stage) - placeOfStage(b.stage) || (a.run < b.run ? -1 : a.run > b.run ? 1 : a.step - b.step));
+    .sort((a, b) => Curves.placeOfStage(a.stage) - Curves.placeOfStage(b.stage) || (a.run < b.run ? -1 : a.run > b.run ? 1 : a.step - b.step));
   const key = JSON.stringify(view);
   Object.assign(page, {models, merged: page.steps}, page.key === key ? {} : {key, view});
   page.view.forEach((step, i) => { step.previous = page.view[i - 1]; });
@@ -74,7 +76,7 @@ function changeOf(step) {
   let last = step.previous;
   while (last?.run === step.run && !hasValue(last)) last = last.previous;
   if (last?.run !== step.run || !hasValue(step)) return "";
-  const by = metricOf(step, shownRun.metric) - metricOf(last, shownRun.metric);
+  const by = Curves.metricOf(step, shownRun.metric) - Curves.metricOf(last, shownRun.metric);
   return `${by < 0 ? "−" : "+"}${write(Math.abs(by))}`;
 }
 
@@ -82,21 +84,21 @@ function changeOf(step) {
 
 // Without a name: the lineage of the chat's model, else the first one, once the server has listed its models.
 async function openRun(given, other = "") {
-  await need("curves");
-  if (typeof layOut !== "function") { say(TEXT.notLoaded); return; }
-  const name = given || runsOf()[0] || "", beside = other === name ? "" : other, isOpen = Boolean(shownRun), unnamed = /^#run\/?$/.test(location.hash);
+  await Parts.need("curves");
+  if (typeof Curves === "undefined") { Chat.say(TEXT.notLoaded); return; }
+  const name = given || Views.runsOf()[0] || "", beside = other === name ? "" : other, isOpen = Boolean(shownRun), unnamed = /^#run\/?$/.test(location.hash);
   const hash = addressOf(name, beside);
   if (location.hash !== hash) history[unnamed ? "replaceState" : "pushState"](null, "", location.pathname + location.search + hash);
   const known = shownRun?.listed ?? [];
   closeRun();
   shownRun = {name, other: beside, at: null, follows: true, metric: BITS, chosen: false, axis: "step", listed: known, pages: new Map(), found: [], charts: new Map(), rows: new Map(), drawn: [], turn: 0, timer: 0};
   $("run-question").value ||= lastQuestion();
-  render();
+  Page.render();
   if (!isOpen) $("run").focus({preventScroll: true});
   look();
   listRuns(shownRun);
-  await Promise.all([need("charts"), need("uplot")]);
-  render();
+  await Promise.all([Parts.need("charts"), Parts.need("uplot")]);
+  Page.render();
 }
 
 const addressOf = (name, other) => name ? `#run/${encodeURIComponent(name)}${other ? `?with=${encodeURIComponent(other)}` : ""}` : "#run";
@@ -104,16 +106,16 @@ const addressOf = (name, other) => name ? `#run/${encodeURIComponent(name)}${oth
 function showBeside(other) {
   shownRun.other = other;
   history.replaceState(null, "", location.pathname + location.search + addressOf(shownRun.name, other));
-  render();
+  Page.render();
   look();
 }
 
 // Runs whose models are all gone are only in this list.
 async function listRuns(mine) {
-  const found = await jsonOf(request("v1/runs", {signal: AbortSignal.timeout(HEALTH_MS)}));
+  const found = await Server.jsonOf(Server.request("v1/runs", {signal: AbortSignal.timeout(Server.HEALTH_MS)}));
   if (!Array.isArray(found?.data) || mine !== shownRun) return;
   mine.listed = found.data;
-  render();
+  Page.render();
 }
 
 // One look after the other, with a rest between them that grows with what a look costs.
@@ -121,7 +123,7 @@ async function look() {
   const mine = shownRun, turn = ++mine.turn, began = performance.now();
   clearTimeout(mine.timer);
   if (!document.hidden) {
-    lookAtModels();
+    Server.lookAtModels();
     await Promise.all([mine.name, mine.other].filter(Boolean).map(name => lookAtRun(mine, name)));
   }
   if (mine === shownRun && turn === mine.turn) mine.timer = setTimeout(look, Math.max(LOOK_MS, REST * (performance.now() - began)));
@@ -132,13 +134,13 @@ async function lookAtRun(mine, name) {
   page.isNews ??= inOrder();
   mine.pages.set(name, page);
   const isNews = page.isNews();
-  const text = await request(`v1/runs/${encodeURIComponent(name)}`, {signal: AbortSignal.timeout(HEALTH_MS)}).then(response => response.ok ? response.text() : "").catch(() => "");
+  const text = await Server.request(`v1/runs/${encodeURIComponent(name)}`, {signal: AbortSignal.timeout(Server.HEALTH_MS)}).then(response => response.ok ? response.text() : "").catch(() => "");
   if (!text || mine !== shownRun || !isNews() || page.text === text) return;
   page.text = text;
   try { page.steps = (JSON.parse(text).steps ?? []).filter(step => typeof step?.model === "string"); } catch (error) { return; }
   if (name === mine.name) mine.found = page.steps;
-  if (page.steps.some(({samples, judged}) => samples?.length || judged)) need("evals").then(() => { if (mine === shownRun) { mine.drawn = []; render(); } });
-  render();
+  if (page.steps.some(({samples, judged}) => samples?.length || judged)) Parts.need("evals").then(() => { if (mine === shownRun) { mine.drawn = []; Page.render(); } });
+  Page.render();
 }
 
 function closeRun() {
@@ -152,16 +154,16 @@ function closeRun() {
 }
 
 // What the chat asked last, or the first example.
-const lastQuestion = () => state.path.findLast(({role}) => role === "user")?.content ?? TEXT.examples[0];
+const lastQuestion = () => Chat.path.findLast(({role}) => role === "user")?.content ?? TEXT.examples[0];
 
 // the view -------------------------------------------------------------------------------------------------------------
 
 function renderRun() {
   $("run").hidden = !shownRun;
   if (!shownRun) return;
-  if (!shownRun.name && runsOf().length) { openRun(); return; }
+  if (!shownRun.name && Views.runsOf().length) { openRun(); return; }
   const {name, other, metric, axis, found, listed} = shownRun, steps = stepsOf(name), all = allSteps();
-  const inputs = [name, other, metric, axis, found, listed, steps, otherSteps(), runsOf().join("\n"), typeof makeStepChart, typeof uPlot, state.phase];
+  const inputs = [name, other, metric, axis, found, listed, steps, otherSteps(), Views.runsOf().join("\n"), typeof Charts, typeof uPlot, Server.phase];
   if (inputs.length === shownRun.drawn.length && inputs.every((input, i) => input === shownRun.drawn[i])) return;
   if (shownRun.follows || !stepNamed(shownRun.at)) shownRun.at = steps.at(-1)?.id ?? null;
   const metrics = metricsOf(all);
@@ -169,7 +171,7 @@ function renderRun() {
   shownRun.drawn[2] = shownRun.metric;
   fillChoices(metrics);
   setText($("run-title"), name ? TEXT.runTitle(name) : TEXT.trainingRun);
-  setText($("run-about"), steps.length ? TEXT.runAbout(steps, steps.findLast(step => !isGone(step))) : state.phase === "ready" ? TEXT.noRun(name) : serverText());
+  setText($("run-about"), steps.length ? TEXT.runAbout(steps, steps.findLast(step => !isGone(step))) : Server.phase === "ready" ? TEXT.noRun(name) : Server.trouble());
   setText($("run-now"), nowText(all));
   showWarnings(all);
   $("run-compare").hidden = latestTwo().length < 2 || !latestTwo().some(({compares}) => compares);       // a new step may be in one list before it is in the other
@@ -199,14 +201,14 @@ function fillChoices(metrics) {
   fillSelect($("run-other"), [["", TEXT.none], ...beside.map(each => [each, each])], other);
   $("run-other").parentElement.hidden = !beside.length;
   fillSelect($("run-axis"), [["step", TEXT.bySteps], ["tokens", TEXT.byTokens]], axis);
-  $("run-axis").parentElement.hidden = !allSteps().length || !knowsTokens(bothRuns());
+  $("run-axis").parentElement.hidden = !allSteps().length || !Curves.knowsTokens(bothRuns());
 }
 
 // Map: lineage -> its runs, of what is served and what the server has listed.
 function lineagesOf(listed) {
   const lineages = new Map(listed.map(({id, runs}) => [id, new Set(runs?.map(run => run.id))]));
-  for (const model of state.models.filter(({run}) => run)) {
-    const lineage = lineageOf(model);
+  for (const model of Server.models.filter(({run}) => run)) {
+    const lineage = Views.lineageOf(model);
     if (!lineages.has(lineage)) lineages.set(lineage, new Set());
     lineages.get(lineage).add(model.run);
   }
@@ -245,7 +247,7 @@ function showWarnings(steps) {
 
 // What other scripts show of the run; drawn anew only if the samples and verdicts have changed.
 function showMore(steps) {
-  const {name, found} = shownRun, drawers = parts.filter(({run}) => run);
+  const {name, found} = shownRun, drawers = Parts.all.filter(({run}) => run);
   const key = JSON.stringify([name, drawers.length, steps.map(({id}) => id), found.map(({model, weights_digest: digest, judged, samples}) => [model, digest, judged, samples])]);
   if (shownRun.more === key) return;
   shownRun.more = key;
@@ -259,14 +261,14 @@ function drawCurves() {
   setText($("run-caption"), several ? TEXT.curve(captionOf(metric)) : all.length ? TEXT.noCurve(scored.length) : "");
   $("run-curve").hidden = !several;
   showLegend(all);
-  const others = OWN_CHARTS.filter(each => each !== metric && all.filter(step => metricOf(step, each) !== undefined).length > 1);
+  const others = OWN_CHARTS.filter(each => each !== metric && all.filter(step => Curves.metricOf(step, each) !== undefined).length > 1);
   const wanted = [...(several ? [metric] : []), ...others];
   for (const each of [...charts.keys()]) {
     const isMain = charts.get(each).box === $("run-curve");
     if (!wanted.includes(each) || isMain !== (each === metric)) removeChart(each);
   }
-  if (typeof uPlot !== "function" || typeof makeStepChart !== "function" || !all.length) return;
-  const layout = layOut(shown, axis);
+  if (typeof uPlot !== "function" || typeof Charts === "undefined" || !all.length) return;
+  const layout = Curves.layOut(shown, axis);
   for (const each of wanted) drawMetric(each, each === metric ? $("run-curve") : figureOf(each), layout);
   $("run-charts").append(...others.map(each => $(`run-chart-${each}`).parentElement).filter((figure, i) => $("run-charts").children[i] !== figure));
 }
@@ -289,17 +291,17 @@ function figureOf(metric) {
 }
 
 function drawMetric(metric, box, layout) {
-  const {charts} = shownRun, curves = curvesOf(bothRuns(), metric, layout), kind = JSON.stringify([curves.looks, layout.isPlain]);
+  const {charts} = shownRun, curves = Curves.of(bothRuns(), metric, layout), kind = JSON.stringify([curves.looks, layout.isPlain]);
   if (charts.has(metric) && charts.get(metric).kind !== kind) charts.get(metric).plot.destroy();
   box.shown = {...curves, layout};
   if (charts.get(metric)?.kind !== kind) charts.set(metric, madeChart(metric, box, curves, kind));
-  drawStepChart(charts.get(metric).plot, box, curves, layout);
+  Charts.drawOfSteps(charts.get(metric).plot, box, curves, layout);
   box.setAttribute("aria-label", spoken(curves, layout, metric));
 }
 
 function madeChart(metric, box, {looks}, kind) {
   const mark = element("i", {className: "mark", hidden: true}), tip = element("span", {className: "tip", hidden: true});
-  const plot = makeStepChart(box, {write, looks, onDraw: () => placeMark(metric)});
+  const plot = Charts.makeOfSteps(box, {write, looks, onDraw: () => placeMark(metric)});
   plot.over.append(mark, tip);
   plot.over.onmousemove = event => choose(nearest(plot, box, event)?.id);
   plot.over.onclick = event => chatWith(nearest(plot, box, event));
@@ -346,7 +348,7 @@ function placeMark(metric) {
 // Which curve is whose, and what the marks mean; only what is needed.
 function showLegend(all) {
   const {name, other} = shownRun, shown = [shownRun.metric, ...OWN_CHARTS];
-  const isStale = all.some(step => step.stale.some(metric => shown.includes(metric) && metricOf(step, metric) !== undefined));
+  const isStale = all.some(step => step.stale.some(metric => shown.includes(metric) && Curves.metricOf(step, metric) !== undefined));
   const entries = [...(other ? [["first", name], ["second", other]] : []), ...(isStale ? [["stale", TEXT.staleMark]] : []),
     ...(all.some(({warning}) => warning) ? [["warned", TEXT.warningMark]] : [])];
   const legend = $("run-legend"), key = JSON.stringify(entries);
@@ -370,7 +372,7 @@ function showStep() {
   slider.max = Math.max(0, steps.length - 1);
   slider.value = at;
   slider.setAttribute("aria-valuetext", step?.id ?? "");
-  const values = !step ? [] : unique([metric, ...shownRun.charts.keys()]).filter(each => metricOf(step, each) !== undefined)
+  const values = !step ? [] : unique([metric, ...shownRun.charts.keys()]).filter(each => Curves.metricOf(step, each) !== undefined)
     .map(each => [TEXT.valueIs(nameOf(each), written(step, each)), each === metric && changeOf(step) ? TEXT.changeIs(changeOf(step)) : ""]).flat();
   setText($("run-chosen"), !step ? "" : [step.id, ...values, isGone(step) ? TEXT.filesRemoved : "", step.reason, step.warning].filter(Boolean).join(" · "));
   $("run-chat").hidden = Boolean(step) && isGone(step);
@@ -382,9 +384,9 @@ function showStep() {
 
 function chatWith(step) {
   if (!step || !answersNow(step)) return;
-  newChat();
-  chooseModel(step.id);
-  focusAfterClick();
+  Chat.openNew();
+  Settings.chooseModel(step.id);
+  Composer.focusAfterClick();
 }
 
 const compareWithBefore = step => compareSteps([before(step)?.id, step?.id]);
@@ -395,7 +397,7 @@ const latestTwo = () => shownRun.other ? bothRuns().map(steps => steps.findLast(
 function compareSteps(names) {
   const question = $("run-question").value.trim();
   if (!question) return $("run-question").focus();
-  return compareModels(question, names);
+  return Look.compareModels(question, names);
 }
 
 // the table ------------------------------------------------------------------------------------------------------------
@@ -442,7 +444,7 @@ function groupRow(steps, columns) {
 }
 
 function rowOf(step, {others, isGrouped, compares}) {
-  const {id, state: loaded, loading, scoring, reason, warning} = step, {metric, rows} = shownRun, shown = each => metricOf(step, each) === undefined ? "" : written(step, each);
+  const {id, state: loaded, loading, scoring, reason, warning} = step, {metric, rows} = shownRun, shown = each => Curves.metricOf(step, each) === undefined ? "" : written(step, each);
   const about = [TEXT.modelStates[loaded] ?? TEXT.stepStates[loaded] ?? loaded, loading ? `${Math.floor(100 * loading)}\u00a0%` : "", scoring ? TEXT.scoring : "", reason, warning].filter(Boolean).join(" ");
   const texts = [isGrouped ? id : number(step.step), shown(metric), changeOf(step), ...others.map(shown), about];
   const acts = [...(isGone(step) ? [] : [["new", TEXT.chatWith(id), () => chatWith(stepNamed(id)), !answersNow(step)],
@@ -466,7 +468,7 @@ function stagesText(steps) {
   return stages.length > 1 ? `: ${stages.map(([run, own]) => `${number(own.length)} of ${own[0].stage || run}`).join(", ")}` : "";
 }
 
-register({
+Parts.register({
   strings: {
     runTitle: name => `Training run ${name}`, noRun: name => name ? `The server has no training run ${name}.` : "The server serves no training run: --watch serves one.",
     runAbout: (steps, latest) => [plural(steps.length, "step", "steps") + (stagesText(steps) || (steps.length > 1 ? `, ${number(steps[0].step)} to ${number(steps.at(-1).step)}` : "")),
@@ -493,8 +495,8 @@ register({
     $("run-step").oninput = ({target}) => choose(allSteps()[target.value]?.id);
     $("run-chat").onclick = () => chatWith(stepNamed(shownRun.at));
     $("run-before").onclick = () => compareWithBefore(stepNamed(shownRun.at));
-    $("run-metric").onchange = ({target}) => { Object.assign(shownRun, {metric: target.value, chosen: true}); render(); };
-    $("run-axis").onchange = ({target}) => { shownRun.axis = target.value; render(); };
+    $("run-metric").onchange = ({target}) => { Object.assign(shownRun, {metric: target.value, chosen: true}); Page.render(); };
+    $("run-axis").onchange = ({target}) => { shownRun.axis = target.value; Page.render(); };
     $("run-other").onchange = ({target}) => showBeside(target.value);
     $("runs").onchange = ({target}) => openRun(target.value, shownRun.other);
     $("run-compare").onsubmit = event => {
@@ -511,5 +513,5 @@ register({
   recoloured() { shownRun?.charts.forEach(({plot}) => plot.redraw()); },
 });
 
-share({openRun});
-}
+return Object.freeze({open: openRun, get shown() { return shownRun; }});
+})();

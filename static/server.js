@@ -5,7 +5,9 @@
 // knows the difference.
 "use strict";
 
-{
+const Server = (() => {
+
+const {TEXT, wait, newest, inOrder} = Parts;
 
 const PAGE_HOME = location.protocol === "file:" ? "http://127.0.0.1:8000/"
   // keeps a path prefix; see <base> in index.html
@@ -13,34 +15,29 @@ const PAGE_HOME = location.protocol === "file:" ? "http://127.0.0.1:8000/"
 const SILENCE_MS = 30000;         // the server pings every 10 s
 const FOREVER_MS = 2 ** 31 - 1;
 const CONTINUING = ["vllm", "sglang", "llamacpp"];     // can continue a last message, but do not list it as a capability
-const wait = ms => new Promise(resolve => setTimeout(resolve, ms));
 
-// Guards the page against late responses. `const isMine = begin()` before a request; its response counts
-// only if `isMine()`, which holds until the next one begins.
-function newest() {
-  let count = 0;
-  return () => { const mine = ++count; return () => mine === count; };
-}
+const NO_MODEL = {name: "", context: 0, devices: [], workers: 0, can: {}, defaults: {}, ours: false, api: "v1"};
 
-// The same for polling: a response counts unless a later one has already arrived.
-function inOrder() {
-  let begun = 0, come = 0;
-  return () => {
-    const mine = ++begun;
-    return () => { const counts = mine > come; come = Math.max(come, mine); return counts; };
-  };
-}
+const state = {
+  phase: "connecting",            // connecting, loading, ready, unreachable, refusing (this page), locked (without a key)
+  reached: "",                    // the last server that was ready
+  loading: {stage: "", fraction: null},
+  models: [],                     // the server's models, from /v1/models
+  model: {...NO_MODEL},           // the chat's model
+  stats: null,                    // the server's, from /stats
+  refusedKey: null,               // the API key that the server last refused, "" if none was sent
+};
 
 // address -------------------------------------------------------------------------------------------------------------
 
-const serverHome = () => state.preferences.server || PAGE_HOME;
+const serverHome = () => Settings.preferences.server || PAGE_HOME;
 const serverUrl = path => serverHome() + path;
 const originOf = url => new URL(url).origin;
 const pageOrigin = () => location.protocol === "file:" ? "null" : location.origin;
 const isElsewhere = () => originOf(serverHome()) !== location.origin;
 
 // A key is sent only to the origin it was entered for.
-const serverKey = () => state.preferences.keys[originOf(serverHome())] ?? "";
+const serverKey = () => Settings.preferences.keys[originOf(serverHome())] ?? "";
 
 // "host:8000", "http://host/chat" ... as a base address that ends in a slash; null if it is not an address.
 function serverAddress(text) {
@@ -68,12 +65,20 @@ async function request(path, options = {}) {
   if (key) headers.Authorization = `Bearer ${key}`;
   try {
     const response = await fetch(home + path, {...options, headers});
-    if (response.status === 401 && home === serverHome() && key === serverKey()) wantKey(key);
+    if (response.status === 401 && home === serverHome() && key === serverKey()) lock(key);
     return response;
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Error(TEXT.noAnswer(home, originOf(home) !== location.origin && pageOrigin()));
   }
+}
+
+// The server wants another key. The Server dialog opens once for each refused key: the reader may close it unchanged.
+function lock(key) {
+  const isNews = state.refusedKey !== key;
+  Object.assign(state, {phase: "locked", refusedKey: key});
+  Page.render();
+  if (isNews) Settings.openServer();
 }
 
 const post = (path, body, options = {}) => request(path, {...options, method: "POST", body: JSON.stringify(body),
@@ -111,6 +116,13 @@ const watching = newest();        // only the newest watcher of /health continue
 const healthAsked = inOrder(), listing = inOrder();
 const waiting = [];               // resolvers, called when the server is ready
 
+// Forgets the server that was used before, and watches the one whose address is set now.
+function startAnew() {
+  Object.assign(state, {phase: "connecting", reached: "", models: [], model: {...NO_MODEL}});
+  Page.render();
+  watchServer();
+}
+
 // Polls /health until the server is ready, then reads its models.
 async function watchServer() {
   const isMine = watching();
@@ -121,7 +133,7 @@ async function watchServer() {
     if (found.phase === "ready") return describeServer(isMine);
     const news = found.phase !== state.phase || JSON.stringify(found.loading) !== JSON.stringify(state.loading);
     Object.assign(state, found);
-    if (news) render();
+    if (news) Page.render();
     await wait(pause);
   }
 }
@@ -149,7 +161,7 @@ async function isAway() {
   if (!isNews()) return state.phase !== "ready";        // a later check has finished
   if (found.phase === "ready") return false;
   Object.assign(state, found);
-  render();
+  Page.render();
   watchServer();
   return true;
 }
@@ -177,7 +189,7 @@ function serverText() {
     case "loading": return loadingText(state.loading);
     case "unreachable": return (state.reached === home ? TEXT.serverLost : TEXT.noServer)(home);
     case "refusing": return TEXT.refusesPage(home, pageOrigin());
-    case "locked": return keyText();
+    case "locked": return state.refusedKey ? TEXT.wrongKey : TEXT.keyWanted;
     default: return "";
   }
 }
@@ -190,7 +202,7 @@ async function describeServer(isMine) {
   Object.assign(state, {phase: state.refusedKey === key ? "locked" : "ready", loading: {stage: "", fraction: null}, reached: home});
   if (isNews()) state.models = listedModels(models);
   useModel(stats, Boolean(models?.data));
-  render();
+  Page.render();
   if (state.phase === "ready") waiting.splice(0).forEach(resolve => resolve());
 }
 
@@ -204,14 +216,14 @@ const listedModels = models => {
 const withLatest = model => model.run && model.aliases?.includes(`${model.run}@latest`) ? [{...model, id: `${model.run}@latest`, now: model.id}, model] : [model];
 
 // The list's entry for the chat's model: the one stored in the chat, perhaps by an older name, else the server's default.
-const chatModel = () => state.models.find(({id}) => id === state.chat.model) ?? state.models.find(({aliases}) => aliases?.includes(state.chat.model)) ?? state.models.find(each => each.default) ?? state.models[0];
+const chatModel = () => state.models.find(({id}) => id === Chat.current.model) ?? state.models.find(({aliases}) => aliases?.includes(Chat.current.model)) ?? state.models.find(each => each.default) ?? state.models[0];
 
 // Makes the chat's model `state.model`. `base`: it is for texts and can chat all the same, which the chat may ask for (`inTurns`).
 function useModel(stats = state.stats, lists = true) {
   const listed = state.models, entry = chatModel() ?? {};
   const devices = new Set((stats?.workers ?? []).map(worker => worker.device));
   const can = {continue_final_message: CONTINUING.includes(entry.owned_by), ...entry.capabilities};
-  const base = entry.type === "text" && can.chat !== false, chats = can.chat !== false && (!base || Boolean(state.chat.inTurns));
+  const base = entry.type === "text" && can.chat !== false, chats = can.chat !== false && (!base || Boolean(Chat.current.inTurns));
   const api = !lists ? "native" : chats ? "v1" : can.completion !== false ? "text" : "none";
   if (api === "text") can.continue_final_message = true;
   state.stats = stats;
@@ -238,7 +250,7 @@ async function lookAtModels(anew = false) {
   if (!models?.data || home !== serverHome() || !isNews()) return;
   state.models = listedModels(models);
   useModel();
-  render();
+  Page.render();
   if (state.models.some(each => each.state === "loading")) looking = setTimeout(lookAtModels, LOADING_MS);
 }
 
@@ -377,7 +389,7 @@ function readProgress({progress, prompt_progress: theirs}) {
 
 const loadingText = ({stage, fraction, waits}) => waits ? sentence(stage) : TEXT.loading(stage || TEXT.starting, fraction);
 
-register({
+Parts.register({
   strings: {
     connecting: "Connecting…", noServer: home => `No server answers at ${home}; still trying.`,
     serverLost: home => `The server at ${home} no longer answers; still trying.`,
@@ -389,13 +401,17 @@ register({
   },
   bind() {
     setInterval(glance, GLANCE_MS);
-    document.addEventListener("visibilitychange", () => { if (!document.hidden) { state.ended = 0; render(); } glance(); });
+    document.addEventListener("visibilitychange", glance);
     for (const event of ["online", "offline", "focus"]) addEventListener(event, glance);
   },
 });
 
-share({PAGE_HOME, SILENCE_MS, FOREVER_MS, wait, newest, inOrder, serverHome, originOf, serverKey, serverAddress, Lost,
-  Refused, request, post, jsonOf, errorOf, errorText, sentence, HEALTH_MS, watchServer, isAway, untilReady, serverText,
-  chatModel, useModel, loadModel, lookAtModels, countTokens, tokensAround, templateText, ROUTES, modelOfSeveral,
-  modelNamed, postAnswer, textToContinue, accepted, reconnected, serverEvents, readEvent});
-}
+return Object.freeze({
+  get phase() { return state.phase; }, get loading() { return state.loading; }, get models() { return state.models; }, get model() { return state.model; },
+  get refusedKey() { return state.refusedKey; },
+  PAGE_HOME, HEALTH_MS, SILENCE_MS, FOREVER_MS, ROUTES, Lost, Refused,
+  home: serverHome, key: serverKey, addressOf: serverAddress, originOf, request, post, jsonOf, accepted, errorOf, errorText, sentence,
+  watch: watchServer, startAnew, isAway, untilReady, trouble: serverText, chatModel, useModel, loadModel, lookAtModels, modelOfSeveral, modelNamed,
+  countTokens, tokensAround, templateText, textToContinue, postAnswer, reconnected, events: serverEvents, readEvent,
+});
+})();

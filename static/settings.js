@@ -1,7 +1,35 @@
-// The settings of a chat and of the page: parameters, functions and formats, saved prompts, and the server.
+// The settings of a chat and of the page: parameters, functions and formats, the server and its models.
 "use strict";
 
-{
+const Settings = (() => {
+
+const {TEXT, $, element, iconButton, setText, number, plural, wait, newest, composing} = Parts;
+
+// preferences ----------------------------------------------------------------------------------------------------------
+
+const PREFERENCES = "chat_server preferences";      // theme.js and usage.js read them too
+
+let preferences = Object.freeze({theme: "", actOnClick: false, sidebar: true, server: "", servers: [], keys: {}, presets: {}, prompts: [], defaults: {}, titles: false,
+  notify: false});
+
+function loadPreferences() {
+  const known = {...preferences};
+  try {
+    const stored = JSON.parse(localStorage.getItem(PREFERENCES));
+    for (const [name, value] of Object.entries(stored ?? {})) {
+      if (typeof value === typeof known[name]) known[name] = value;
+    }
+  } catch (error) { /* storage is off or damaged: use defaults */ }
+  preferences = Object.freeze(known);
+}
+
+function changePreferences(changes) {
+  loadPreferences();                                  // another tab may have changed some
+  preferences = Object.freeze({...preferences, ...changes});
+  try { localStorage.setItem(PREFERENCES, JSON.stringify(preferences)); } catch (error) { /* for this visit only */ }
+}
+
+// the dialog -------------------------------------------------------------------------------------------------------------
 
 const settingsFields = () => [...$("settings-dialog").querySelectorAll("[data-parameter]")];
 
@@ -12,7 +40,7 @@ function openSettings() {
   const dialog = $("settings-dialog");
   showSettings();
   $("template").textContent = "";
-  $("more-parameters").open = PARAMETERS.some(({name, folded}) => folded && state.chat.parameters[name] !== undefined);
+  $("more-parameters").open = Parameters.all.some(({name, folded}) => folded && Chat.current.parameters[name] !== undefined);
   document.documentElement.classList.toggle("with-settings", roomy.matches);
   roomy.matches ? dialog.show() : dialog.showModal();
   $("settings").setAttribute("aria-expanded", "true");
@@ -23,7 +51,7 @@ function openSettings() {
 async function showTemplate(pause = 300) {
   const isMine = templateAsked();
   await wait(pause);
-  const text = isMine() ? await templateText(messagesOf([{role: "user", content: "…"}], state.chat.system)) : null;
+  const text = isMine() ? await Server.templateText(Tree.messagesOf([{role: "user", content: "…"}], Chat.current.system)) : null;
   if (!isMine()) return;
   $("template").parentElement.hidden = text === null;
   $("template").textContent = text ?? "";
@@ -32,15 +60,15 @@ async function showTemplate(pause = 300) {
 function closeSettings() {
   document.documentElement.classList.remove("with-settings");
   $("settings").setAttribute("aria-expanded", "false");
-  render();
+  Page.render();
 }
 
 // What the fields show, as text: the panel follows when the chat, its model or a command changes it.
-const settingsShown = () => JSON.stringify([state.chat.id, state.chat.system, state.chat.parameters, state.model]);
+const settingsShown = () => JSON.stringify([Chat.current.id, Chat.current.system, Chat.current.parameters, Server.model]);
 let lastShown = "";
 
 function showSettings() {
-  const {chat: {system, parameters}, model: {defaults}, preferences} = state;
+  const {system, parameters} = Chat.current, {defaults} = Server.model;
   lastShown = settingsShown();
   if ($("settings-dialog").open && $("system").value !== system) showTemplate();        // a command or a prompt has changed it
   $("system").value = system;
@@ -48,9 +76,9 @@ function showSettings() {
   for (const field of settingsFields()) {
     const name = field.dataset.parameter, usual = defaults[name];
     field.value = parameters[name] ?? "";
-    if (name === "reasoning_effort") field.closest(".parameter").hidden = state.model.can.reasoning === false && !field.value;
+    if (name === "reasoning_effort") field.closest(".parameter").hidden = Server.model.can.reasoning === false && !field.value;
     field.placeholder = name === "seed" ? TEXT.random : usual !== undefined && usual !== null ? String(usual)
-      : name === "max_tokens" && state.model.api === "v1" ? TEXT.restOfContext : TEXT.default;
+      : name === "max_tokens" && Server.model.api === "v1" ? TEXT.restOfContext : TEXT.default;
     showParameter(field);
   }
   showTools();
@@ -83,16 +111,16 @@ function parameterRow(parameter) {
 // Makes the slider and the sentence of a row follow its field.
 function showParameter(field) {
   const name = field.dataset.parameter, row = field.closest(".parameter"), range = row.querySelector("[type=range]"), hint = row.querySelector(".hint");
-  const parameter = PARAMETERS.find(each => each.name === name), value = parameterValue(parameter, field.value);
+  const parameter = Parameters.all.find(each => each.name === name), value = Tree.parameterValue(parameter, field.value);
   const wrong = Boolean(field.validity?.badInput || field.value && value === undefined);
   field.setAttribute("aria-invalid", wrong);
   hint.classList.toggle("wrong", wrong);
-  setText(hint, wrong ? TEXT.badField(parameter) : sentence(TEXT.parameterHints[name]));
+  setText(hint, wrong ? TEXT.badField(parameter) : Server.sentence(TEXT.parameterHints[name]));
   row.querySelector("button").hidden = !field.value && !wrong;
   if (!range) return;
-  if (name === "max_tokens") range.max = state.model.context || parameter.slider[1];
+  if (name === "max_tokens") range.max = Server.model.context || parameter.slider[1];
   range.classList.toggle("unset", value === undefined);
-  range.value = value ?? state.model.defaults[name] ?? (name === "max_tokens" ? range.max : NEUTRAL[name] ?? range.min);
+  range.value = value ?? Server.model.defaults[name] ?? (name === "max_tokens" ? range.max : NEUTRAL[name] ?? range.min);
 }
 
 // Where a slider stands without a value, if the server names no default: where the parameter has no effect.
@@ -100,30 +128,30 @@ const NEUTRAL = {temperature: 1, top_p: 1, typical_p: 1, repetition_penalty: 1, 
 
 function takeSettings() {
   const parameters = {};
-  for (const parameter of PARAMETERS.filter(({apart}) => !apart)) {
+  for (const parameter of Parameters.all.filter(({apart}) => !apart)) {
     const field = settingsFields().find(each => each.dataset.parameter === parameter.name);
-    const value = parameterValue(parameter, field.value);
+    const value = Tree.parameterValue(parameter, field.value);
     if (value !== undefined) parameters[parameter.name] = value;
     showParameter(field);
   }
   const stop = $("stop-strings").value.split("\n").filter(Boolean).slice(0, 4);
   if (stop.length) parameters.stop = stop;
   Object.assign(parameters, takeTools());
-  changeChat(state.chat, {system: $("system").value, parameters});
+  Chat.change(Chat.current, {system: $("system").value, parameters});
   lastShown = settingsShown();
-  render();
+  Page.render();
 }
 
 // What differs from a model's defaults, in words: "temperature 0.2", "system prompt".
 function changesOf({parameters = {}, system = ""}, defaults = {}) {
-  const set = PARAMETERS.filter(({name}) => parameters[name] !== undefined && parameters[name] !== defaults[name]);
+  const set = Parameters.all.filter(({name}) => parameters[name] !== undefined && parameters[name] !== defaults[name]);
   const others = {system: system.trim(), tools: parameters.tools?.length, response_format: parameters.response_format, stop: parameters.stop?.length};
   return [...set.map(({name}) => TEXT.isSet(TEXT.parameters[name], parameters[name])), ...Object.keys(others).filter(name => others[name]).map(name => TEXT.others[name])];
 }
 
 // The chip beside the model: what this chat has changed; in a narrow window, how much.
 function renderChanged() {
-  const changed = changesOf(state.chat, state.model.defaults);
+  const changed = changesOf(Chat.current, Server.model.defaults);
   const [all, count] = $("changed").children;
   setText(all, changed.join(" · "));
   setText(count, TEXT.changes(changed.length));
@@ -134,29 +162,29 @@ function renderChanged() {
 const PRESETS = {precise: {temperature: 0.2, top_p: 0.9}, creative: {temperature: 1.1, min_p: 0.05}, repeatable: {temperature: 0}};
 
 function choosePreset(name) {
-  const {presets} = state.preferences;
-  const preset = name.startsWith("=") ? {parameters: PRESETS[name.slice(1)], system: state.chat.system} : presets[name];
+  const {presets} = preferences;
+  const preset = name.startsWith("=") ? {parameters: PRESETS[name.slice(1)], system: Chat.current.system} : presets[name];
   if (!preset) return;
-  changeChat(state.chat, {parameters: checkedParameters(preset.parameters ?? {}), system: preset.system ?? ""});
+  Chat.change(Chat.current, {parameters: Tree.checkedParameters(preset.parameters ?? {}), system: preset.system ?? ""});
   showSettings();
   $("preset").value = name;
   $("delete-preset").hidden = name.startsWith("=");
-  render();
+  Page.render();
 }
 
 function savePreset() {
   const name = $("preset-name").value.trim().replace(/^=+/, "");
   if (!name) return $("preset-name").focus();
-  const {system, parameters} = state.chat;
-  changePreferences({presets: {...state.preferences.presets, [name]: {system, parameters}}});
+  const {system, parameters} = Chat.current;
+  changePreferences({presets: {...preferences.presets, [name]: {system, parameters}}});
   $("preset-name").value = "";
   showSettings();
   $("preset").value = name;
-  announce(TEXT.presetSaved(name));
+  Page.announce(TEXT.presetSaved(name));
 }
 
 function deletePreset() {
-  const {[$("preset").value]: gone, ...presets} = state.preferences.presets;
+  const {[$("preset").value]: gone, ...presets} = preferences.presets;
   changePreferences({presets});
   showSettings();
 }
@@ -175,16 +203,16 @@ async function changeSwitch(box) {
 
 function openServer() {
   if ($("server-dialog").open) return;
-  $("server-url").value = state.preferences.server;
-  $("server-url").placeholder = PAGE_HOME;
-  $("server-key").value = serverKey();
-  const locked = state.phase === "locked";                    // a guest needs one field
+  $("server-url").value = preferences.server;
+  $("server-url").placeholder = Server.PAGE_HOME;
+  $("server-key").value = Server.key();
+  const locked = Server.phase === "locked";                    // a guest needs one field
   setText($("server-title"), locked ? TEXT.keyTitle : TEXT.server);
   $("another-server").open = !locked;
   $("server-reset").hidden = locked;
   $("server-key").placeholder = locked ? "" : TEXT.none;
   $("server-dialog").showModal();
-  showProblems("", locked && state.refusedKey ? TEXT.wrongKey : "");
+  showProblems("", locked && Server.refusedKey ? TEXT.wrongKey : "");
 }
 
 // Shows the problems with the address and the key, each below its field.
@@ -197,45 +225,33 @@ function showProblems(address, key) {
   $(address ? "server-url" : "server-key").focus();
 }
 
-const keyText = () => state.refusedKey ? TEXT.wrongKey : TEXT.keyWanted;
-
-// Opens the Server dialog, once for each refused key: the reader may close it unchanged.
-function wantKey(key) {
-  const news = state.refusedKey !== key;
-  Object.assign(state, {phase: "locked", refusedKey: key});
-  render();
-  if (news) openServer();
-}
-
 // Applies the dialog's fields. A key typed for another server does not count for this one.
 function takeServer(event) {
-  const typed = $("server-url").value.trim(), home = typed ? serverAddress(typed) : "";
+  const typed = $("server-url").value.trim(), home = typed ? Server.addressOf(typed) : "";
   if (home === null) {
     event.preventDefault();
     return showProblems(TEXT.noAddress(typed), "");
   }
-  const key = $("server-key").value, origin = originOf(home || PAGE_HOME), {[origin]: old, ...keys} = state.preferences.keys;
+  const key = $("server-key").value, origin = Server.originOf(home || Server.PAGE_HOME), {[origin]: old, ...keys} = preferences.keys;
   changePreferences({keys: key ? {...keys, [origin]: key} : keys});
   useServer(home);
   return undefined;
 }
 
 function useServer(home) {
-  const {servers} = state.preferences, server = home === PAGE_HOME ? "" : home;
+  const {servers} = preferences, server = home === Server.PAGE_HOME ? "" : home;
   changePreferences({server, servers: server && !servers.includes(server) ? [...servers, server] : servers});
-  Object.assign(state, {phase: "connecting", reached: "", models: [], model: {...NO_MODEL}});
-  render();
-  watchServer();
+  Server.startAnew();
 }
 
 // ?server= names a server for this page to use. Nothing is sent to an unknown one until the reader agrees.
 function wantedServer() {
   const given = new URLSearchParams(location.search).get("server");
-  const home = given ? serverAddress(given) : null;
-  if (!home || home === serverHome()) return false;
-  if (home === PAGE_HOME || state.preferences.servers.includes(home)) { changePreferences({server: home === PAGE_HOME ? "" : home}); return false; }
-  confirmed(TEXT.askTitle, [element("p", {textContent: TEXT.askServer(home)})], TEXT.dontUseIt, TEXT.useIt)
-    .then(yes => yes ? useServer(home) : watchServer());
+  const home = given ? Server.addressOf(given) : null;
+  if (!home || home === Server.home()) return false;
+  if (home === Server.PAGE_HOME || preferences.servers.includes(home)) { changePreferences({server: home === Server.PAGE_HOME ? "" : home}); return false; }
+  Page.confirmed(TEXT.askTitle, [element("p", {textContent: TEXT.askServer(home)})], TEXT.dontUseIt, TEXT.useIt)
+    .then(yes => yes ? useServer(home) : Server.watch());
   return true;
 }
 
@@ -243,7 +259,7 @@ function wantedServer() {
 
 // The list of the server's models; if there are several, with each one's state and size.
 function renderModels() {
-  const {model} = state, models = state.models.length || !model.name ? state.models : [{id: model.name}], select = $("models");
+  const {model} = Server, models = Server.models.length || !model.name ? Server.models : [{id: model.name}], select = $("models");
   setText($("model"), models.length ? "" : TEXT.chat);
   select.hidden = !models.length;
   const ids = models.map(({id}) => id).join("\n");
@@ -254,27 +270,27 @@ function renderModels() {
   $("model-loading").value = loading ?? 0;
   models.forEach((each, i) => {
     const {id, state: loaded, reason} = each, option = select.options[i];
-    setText(option, models.length > 1 ? TEXT.modelIs(each, baseOf(each).id) : id);
+    setText(option, models.length > 1 ? TEXT.modelIs(each, Look.baseOf(each).id) : id);
     Object.assign(option, {disabled: loaded === "failed", title: reason ?? ""});
   });
   select.value = model.name;
 }
 
 function chooseModel(name) {
-  changeChat(state.chat, {model: name});
-  useModel();
-  render();
-  loadModel();
+  Chat.change(Chat.current, {model: name});
+  Server.useModel();
+  Page.render();
+  Server.loadModel();
 }
 
 // Makes what is typed in this chat messages to a base checkpoint, or a text again.
 function talkInTurns(inTurns) {
-  changeChat(state.chat, {inTurns});
-  useModel();
-  render();
+  Chat.change(Chat.current, {inTurns});
+  Server.useModel();
+  Page.render();
 }
 
-register({
+Parts.register({
   strings: {
     inTurns: "Chat with it all the same", inTexts: "Write with it",
     settingsInstructions: "Instructions", settingsPresets: "Presets", settingsParameters: "Parameters", settingsChat: "Keep or reset", settingsPage: "This page",
@@ -307,7 +323,7 @@ register({
     bytes: count => count < 1e9 ? `${number(Math.round(count / 1e6))} MB` : `${number(count / 1e9)} GB`,
   },
   bind() {
-    const dialog = $("settings-dialog"), rows = folded => PARAMETERS.filter(each => !each.apart && Boolean(each.folded) === folded).map(parameterRow);
+    const dialog = $("settings-dialog"), rows = folded => Parameters.all.filter(each => !each.apart && Boolean(each.folded) === folded).map(parameterRow);
     $("settings").onclick = () => dialog.open ? dialog.close() : openSettings();
     $("changed").onclick = () => { if (!dialog.open) openSettings(); };
     $("settings").setAttribute("aria-expanded", "false");
@@ -328,21 +344,26 @@ register({
     $("save-preset").onclick = savePreset;
     $("delete-preset").onclick = deletePreset;
     $("preset-name").onkeydown = event => { if (event.key === "Enter") { event.preventDefault(); savePreset(); } };
-    $("settings-reset").onclick = () => { changeChat(state.chat, {system: "", parameters: {}}); showSettings(); render(); };
+    $("settings-reset").onclick = () => { Chat.change(Chat.current, {system: "", parameters: {}}); showSettings(); Page.render(); };
     $("for-new-chats").onclick = () => {
-      const {system, parameters} = state.chat;
+      const {system, parameters} = Chat.current;
       changePreferences({defaults: {system, parameters}});
-      announce(TEXT.usedForNew);
-      copied($("for-new-chats"));
+      Page.announce(TEXT.usedForNew);
+      Turns.copied($("for-new-chats"));
     };
     $("server-dialog").querySelector("form").onsubmit = takeServer;
-    $("enter-key").onclick = openServer;
     $("server-reset").onclick = () => { $("server-url").value = $("server-key").value = ""; };
     $("models").onchange = () => chooseModel($("models").value);
-    for (const event of ["pointerdown", "focus"]) $("models").addEventListener(event, lookAtModels);
+    addEventListener("storage", event => {
+      if (event.key !== PREFERENCES) return;
+      loadPreferences();
+      document.documentElement.dataset.theme = preferences.theme;
+      Page.render();
+    });
+    for (const event of ["pointerdown", "focus"]) $("models").addEventListener(event, Server.lookAtModels);
   },
-  menu: () => [...(state.model.base ? [state.chat.inTurns ? [TEXT.inTexts, "edit", () => talkInTurns(false)] : [TEXT.inTurns, "prompt", () => talkInTurns(true)]] : []),
-    [TEXT.prompts, "prompt", openPrompts], [TEXT.server, "server", () => openServer()]],
+  menu: () => [...(Server.model.base ? [Chat.current.inTurns ? [TEXT.inTexts, "edit", () => talkInTurns(false)] : [TEXT.inTurns, "prompt", () => talkInTurns(true)]] : []),
+    [TEXT.prompts, "prompt", () => Prompts.open()], [TEXT.server, "server", () => openServer()]],
   render() {
     renderModels();
     renderChanged();
@@ -362,8 +383,8 @@ const budgetIndex = budget => BUDGETS.findIndex(each => each === null || each >=
 function readFunctions(text) {
   if (!text.trim()) return {tools: []};
   const found = readJson(text), listed = found.value === undefined ? [] : [found.value].flat();
-  const tools = listed.map(each => isObject(each?.function) ? {...each, type: "function"} : {type: "function", function: each});
-  const wrong = tools.findIndex(({function: each}) => !isObject(each) || !/^[\w.-]{1,64}$/.test(each.name ?? "") || !isObject(each.parameters ?? {}));
+  const tools = listed.map(each => Tree.isObject(each?.function) ? {...each, type: "function"} : {type: "function", function: each});
+  const wrong = tools.findIndex(({function: each}) => !Tree.isObject(each) || !/^[\w.-]{1,64}$/.test(each.name ?? "") || !Tree.isObject(each.parameters ?? {}));
   return found.problem ? found : wrong >= 0 ? {problem: TEXT.badFunction(wrong + 1)} : {tools};
 }
 
@@ -371,7 +392,7 @@ function readFunctions(text) {
 function readSchema(text) {
   if (!text.trim()) return {};
   const {value, problem} = readJson(text);
-  return problem ? {problem} : !isObject(value) ? {problem: TEXT.badSchema}
+  return problem ? {problem} : !Tree.isObject(value) ? {problem: TEXT.badSchema}
     : {format: value.type === "json_object" || value.type === "json_schema" ? value : {type: "json_schema", json_schema: {name: "answer", schema: value}}};
 }
 
@@ -390,7 +411,7 @@ const checking = newest();
 
 // The parameters from these fields. The server then checks what the page cannot: whether a schema can be enforced.
 function takeTools() {
-  const {tools, problem: first} = readFunctions($("functions").value), {format, problem: second} = readSchema($("schema").value), {parameters} = state.chat;
+  const {tools, problem: first} = readFunctions($("functions").value), {format, problem: second} = readSchema($("schema").value), {parameters} = Chat.current;
   setText($("functions-problem"), first ?? "");
   setText($("schema-problem"), second ?? "");
   const index = Number($("budget").value);
@@ -406,15 +427,15 @@ function takeTools() {
 async function checkTools(wanted) {
   const isMine = checking();
   await wait(500);
-  if (!isMine() || state.phase !== "ready") return;
-  const asked = await post(ROUTES.v1, {messages: [{role: "user", content: "a"}], max_tokens: 1, priority: "low", ...wanted, ...modelOfSeveral()}).catch(() => null);
-  const problem = asked?.status === 400 ? (await errorOf(asked)).message : "";
+  if (!isMine() || Server.phase !== "ready") return;
+  const asked = await Server.post(Server.ROUTES.v1, {messages: [{role: "user", content: "a"}], max_tokens: 1, priority: "low", ...wanted, ...Server.modelOfSeveral()}).catch(() => null);
+  const problem = asked?.status === 400 ? (await Server.errorOf(asked)).message : "";
   if (isMine() && problem) setText($(wanted.response_format ? "schema-problem" : "functions-problem"), problem);
 }
 
 function showTools() {
   checking();
-  const {parameters} = state.chat, {can, api} = state.model;
+  const {parameters} = Chat.current, {can, api} = Server.model;
   $("functions").value = functionsText(parameters.tools);
   $("schema").value = schemaText(parameters.response_format);
   setText($("functions-problem"), "");
@@ -440,185 +461,20 @@ function addCalculator() {
   $("functions").dispatchEvent(new Event("input", {bubbles: true}));
 }
 
-// calls -----------------------------------------------------------------------------------------------------------------
-
-// Adds an event's call deltas to an answer's calls.
-function growCalls(node, news) {
-  for (const {index = 0, id, function: delta = {}} of news) {
-    const calls = node.calls ??= [], call = calls[index] ??= {id: id ?? newId(), name: "", arguments: ""};
-    call.name ||= delta.name ?? "";
-    call.arguments += delta.arguments ?? "";
-  }
-}
-
-// Calls without results are left out of what the model gets; the reader may ask a new question instead.
-const isAnswered = ({calls}) => Boolean(calls?.every(({result}) => result !== undefined));
-
-function messagesOfCalls({content, calls, calculator = []}) {
-  return [{role: "assistant", content, ...(calculator.length ? {calculator} : {}), tool_calls: calls.map(({id, name, arguments: args}) => ({id, type: "function", function: {name, arguments: args}}))},
-    ...calls.map(({id, result}) => ({role: "tool", tool_call_id: id, content: result}))];
-}
-
-function updateCalls(view, growing) {
-  const {node} = view, key = JSON.stringify([node.calls ?? [], growing]);
-  if (view.callsDrawn === key) return;
-  view.callsDrawn = key;
-  view.calls ??= element("div", {className: "calls"});
-  if (!view.calls.isConnected) view.nothing.before(view.calls);
-  const calls = node.calls ?? [], cards = calls.map(call => cardOf(call, growing)), fields = cards.map(card => card.field);
-  view.calls.replaceChildren(...cards.map(card => card.node));
-  if (growing || !calls.length || isAnswered(node)) return;
-  view.calls.append(element("button", {type: "button", className: "primary", textContent: TEXT.sendResults, onclick: () => {
-    calls.forEach((call, i) => { call.result = fields[i].value; });
-    store.change("nodes", node.id, {calls});
-    answer(node, (error, made) => { removeNodes([made.id], node.id); state.refusal = error.message; return true; });
-    focusAfterClick();
-  }}));
-}
-
-function cardOf(call, growing) {
-  let shownArguments = call.arguments;
-  try { shownArguments = JSON.stringify(JSON.parse(call.arguments), null, 2); } catch (error) { /* incomplete */ }
-  const node = element("section", {className: "card"}, element("p", {className: "icon i-function", textContent: call.name}), codeBlock("json", shownArguments));
-  node.setAttribute("aria-label", TEXT.callOf(call.name));
-  if (growing) return {node};
-  if (call.result !== undefined) {
-    node.append(element("p", {className: "hint", textContent: TEXT.result}), element("pre", {textContent: call.result, tabIndex: 0}));
-    return {node};
-  }
-  const field = element("textarea", {rows: 2, value: call.name === "calculator" ? calculated(call.arguments) : ""});
-  node.append(element("label", {}, element("span", {textContent: TEXT.result}), field));
-  return {node, field};
-}
-
-// The value of {"expression": "2 * (3 + 4)"}; "" if it has none.
-function calculated(text) {
-  const {value} = readJson(text), parts = String(value?.expression ?? "").replace(/,/g, "").match(/\d+\.?\d*(?:e[+-]?\d+)?|\.\d+|[-+*/()]|\S/gi) ?? [];
-  let at = 0;
-  const factor = () => {
-    const part = parts[at++];
-    if (part === "-" || part === "+") return (part === "-" ? -1 : 1) * factor();
-    if (part !== "(") return Number(part ?? NaN);
-    const inner = whole();
-    return parts[at++] === ")" ? inner : NaN;
-  };
-  const term = () => {
-    let found = factor();
-    while ("*/".includes(parts[at] ?? " ")) found = parts[at++] === "*" ? found * factor() : found / factor();
-    return found;
-  };
-  const whole = () => {
-    let found = term();
-    while ("+-".includes(parts[at] ?? " ")) found = parts[at++] === "+" ? found + term() : found - term();
-    return found;
-  };
-  const found = whole();
-  return at === parts.length && Number.isFinite(found) ? String(found) : "";
-}
-
-register({
+Parts.register({
   strings: {
     toolsAndFormat: "Functions and answer format", functions: "Functions that the model may call (JSON)", addCalculator: "Add a calculator",
     schema: "JSON schema of answers", budget: "Thinking budget", noLimit: "no limit", notValidJson: why => `This is not valid JSON: ${why}.`,
     badFunction: count => `Function ${count} needs a name of letters, digits, _, - and ., and parameters that are a JSON schema.`,
-    badSchema: "A JSON schema is an object, such as {\"type\": \"object\", \"properties\": {...}}.", callOf: name => `Call of ${name}`, result: "Result", sendResults: "Send results",
+    badSchema: "A JSON schema is an object, such as {\"type\": \"object\", \"properties\": {...}}.",
   },
   bind() {
     $("add-calculator").onclick = addCalculator;
   },
-  answer: {update: updateCalls},
 });
 
-// prompts --------------------------------------------------------------------------------------------------------------
-
-// A prompt is {name, text, starter}: a starter begins a message, any other is a system prompt.
-const isPrompt = value => isObject(value) && isText(value.name) && isText(value.text) && Boolean(value.name.trim() && value.text.trim());
-const ownPrompts = () => state.preferences.prompts.filter(isPrompt);
-
-let editedPrompt = null;          // the name of the saved prompt that the fields below the list change
-
-function openPrompts() {
-  editPrompt(null);
-  showPrompts();
-  $("prompts-dialog").showModal();
-}
-
-// Fills the fields with a saved prompt, which Save then replaces; null: with nothing, for a new one.
-function editPrompt(prompt) {
-  editedPrompt = prompt?.name ?? null;
-  $("prompt-name").value = prompt?.name ?? "";
-  $("prompt-words").value = prompt?.text ?? "";
-  if (prompt) $("prompt-use").value = prompt.starter ? "starter" : "system";
-  setText($("prompt-problem"), "");
-}
-
-function showPrompts() {
-  const prompts = ownPrompts();
-  $("prompts").replaceChildren(...prompts.map(prompt => {
-    const use = element("button", {type: "button", className: "plain", textContent: TEXT.usePrompt, onclick: () => usePrompt(prompt)});
-    use.setAttribute("aria-label", `${TEXT.usePrompt}: ${prompt.name}`);
-    return element("li", {}, element("b", {textContent: prompt.name}), element("span", {textContent: prompt.text}),
-      element("small", {textContent: prompt.starter ? TEXT.starter : TEXT.systemPrompt}), use,
-      iconButton(`${TEXT.edit}: ${prompt.name}`, "edit", () => { editPrompt(prompt); $("prompt-words").focus(); }),
-      iconButton(`${TEXT.delete}: ${prompt.name}`, "delete", () => {
-        keepPrompts(ownPrompts().filter(({name}) => name !== prompt.name));
-        if (editedPrompt === prompt.name) editedPrompt = null;
-        $("prompt-name").focus();
-      }));
-  }), ...(prompts.length ? [] : [element("li", {className: "hint", textContent: TEXT.noPrompts})]));
-}
-
-function keepPrompts(prompts) {
-  changePreferences({prompts});
-  showPrompts();
-  render();
-}
-
-// `more`: what the reader has written behind the name of a starter.
-function usePrompt({text, starter}, more = "") {
-  $("prompts-dialog").close();
-  if (starter) setDraft(more ? `${text.replace(/\s*$/, "")} ${more}` : text);
-  else { changeChat(state.chat, {system: text}); say(TEXT.systemIs(text)); }
-  focusAfterClick();
-}
-
-function savePrompt() {
-  const prompt = {name: $("prompt-name").value.trim(), text: $("prompt-words").value, starter: $("prompt-use").value === "starter"};
-  if (!isPrompt(prompt)) return $(prompt.name ? "prompt-words" : "prompt-name").focus();
-  const prompts = ownPrompts(), place = name => prompts.findIndex(each => each.name === name), at = place(editedPrompt ?? prompt.name);
-  if (editedPrompt !== null && prompt.name !== editedPrompt && place(prompt.name) >= 0) {
-    setText($("prompt-problem"), TEXT.promptTaken(prompt.name));
-    return $("prompt-name").focus();
-  }
-  if (at < 0) prompts.push(prompt);
-  else prompts[at] = prompt;
-  keepPrompts(prompts);
-  editPrompt(null);
-  return announce(TEXT.presetSaved(prompt.name));
-}
-
-// Imports the prompts that are new; one whose name is taken gets another.
-function takePrompts(text) {
-  const here = ownPrompts(), brought = [readJson(text).value?.prompts ?? []].flat().filter(isPrompt).filter(each => !here.some(own => own.text === each.text));
-  const names = new Set(here.map(({name}) => name));
-  for (const {name, text: words, starter} of brought) {
-    const free = [name, ...Array.from({length: 1000}, (_, i) => `${name} (${i + 2})`)].find(each => !names.has(each));
-    names.add(free);
-    here.push({name: free, text: words, starter: Boolean(starter)});
-  }
-  if (brought.length) keepPrompts(here);
-}
-
-register({
-  strings: {
-    prompts: "Prompts", promptName: "Name of the prompt", promptUse: "What it is", promptText: "Text of the prompt", starter: "Starter", usePrompt: "Use",
-    savePrompt: "Save prompt", promptTaken: name => `Another prompt is called “${name}”.`, noPrompts: "None yet.", promptsHint: "A system prompt is sent to the model first. A starter begins a message and is offered on the empty page. A slash and its name in the message box use either.",
-  },
-  bind() {
-    $("save-prompt").onclick = savePrompt;
-  },
+return Object.freeze({
+  get preferences() { return preferences; }, load: loadPreferences, change: changePreferences,
+  changesOf, openServer, useServer, wantedServer, chooseModel, talkInTurns, readJson,
 });
-
-share({changesOf, openServer, keyText, wantKey, useServer, wantedServer, chooseModel, talkInTurns, growCalls, isAnswered, messagesOfCalls, calculated,
-  ownPrompts, keepPrompts, usePrompt, takePrompts});
-}
+})();

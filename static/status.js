@@ -1,9 +1,11 @@
 // The server at a glance, at /#server: /stats and /metrics, drawn since the server started.
 "use strict";
 
-let glanced = null;                // {samples, looks: histograms of the first and the latest polls, charts, timer} while the view is open
+const Status = (() => {
 
-{
+const {TEXT, $, element, button, setText, number, plural, inOrder} = Parts;
+
+let glanced = null;                // {samples, looks: histograms of the first and the latest polls, charts, timer} while the view is open
 
 const STATUS_MS = 2000;           // between two polls of the server
 const WINDOW = 15;                // polls that a point's percentiles cover
@@ -23,14 +25,14 @@ function openStatus() {
   if (location.hash !== "#server") history.pushState(null, "", `${location.pathname}${location.search}#server`);
   if (glanced) return;
   glanced = {isNews: inOrder(), samples: [], looks: [], charts: null, timer: setInterval(lookAtServer, STATUS_MS)};
-  render();
+  Page.render();
   $("status").focus({preventScroll: true});
-  Promise.all([need("charts"), need("uplot"), lookBack(glanced)]).then(lookAtServer);
+  Promise.all([Parts.need("charts"), Parts.need("uplot"), lookBack(glanced)]).then(lookAtServer);
 }
 
 // What the server sampled before the view was opened. One that keeps no history, or does not show it to this key, is drawn from now on.
 async function lookBack(mine) {
-  const past = await jsonOf(request("stats/history", {signal: AbortSignal.timeout(HEALTH_MS)}));
+  const past = await Server.jsonOf(Server.request("stats/history", {signal: AbortSignal.timeout(Server.HEALTH_MS)}));
   if (mine !== glanced || !Array.isArray(past?.samples) || !Array.isArray(past.fields)) return;
   const at = Object.fromEntries(past.fields.map((name, i) => [name, i]));
   mine.samples.unshift(...past.samples.filter(Array.isArray).map(values => {
@@ -50,12 +52,12 @@ function closeStatus() {
 
 async function lookAtServer() {
   if (document.hidden && glanced?.samples.length) return;
-  const mine = glanced, isNews = mine?.isNews(), options = {signal: AbortSignal.timeout(HEALTH_MS)};
-  const [stats, metrics] = await Promise.all([jsonOf(request("stats", options)),
-    request("metrics", options).then(response => response.ok ? response.text() : "").catch(() => "")]);
+  const mine = glanced, isNews = mine?.isNews(), options = {signal: AbortSignal.timeout(Server.HEALTH_MS)};
+  const [stats, metrics] = await Promise.all([Server.jsonOf(Server.request("stats", options)),
+    Server.request("metrics", options).then(response => response.ok ? response.text() : "").catch(() => "")]);
   if (!mine || mine !== glanced || !isNews()) return;
   if (stats) addSample(glanced, stats, readMetrics(metrics));
-  setText($("status-about"), stats ? TEXT.statusAbout(stats) : serverText() || TEXT.noStatus);
+  setText($("status-about"), stats ? TEXT.statusAbout(stats) : Server.trouble() || TEXT.noStatus);
   if (stats) showStatus(stats, glanced);
 }
 
@@ -107,8 +109,8 @@ function showStatus(stats, {samples, looks}) {
   const several = new Set(workers.map(({model}) => model)).size > 1;
   fillTable("status-workers", [...(several ? ["model"] : []), "worker", "device", "state", "running", "restarts"], workers.map(each => [...(several ? [each.model] : []),
     each.gpu_id, each.node ? `${each.node} ${each.device}` : each.device, TEXT.workerState(each), number(each.running ?? 0), number(each.restarts ?? 0)]));
-  $("status-runs").replaceChildren(...runsOf().map(run => button(`${TEXT.trainingRun} ${run}`, "chart", () => openRun(run))));
-  if (typeof uPlot === "function" && typeof makeChart === "function") drawCharts(samples);
+  $("status-runs").replaceChildren(...Views.runsOf().map(run => button(`${TEXT.trainingRun} ${run}`, "chart", () => Views.openRun(run))));
+  if (typeof uPlot === "function" && typeof Charts !== "undefined") drawCharts(samples);
 }
 
 function fillTable(id, names, rows) {
@@ -121,16 +123,16 @@ function drawCharts(samples) {
   glanced.charts ??= CHARTS.map(([name, write, values]) => {
     const box = element("div", {className: "chart", role: "img"});
     $("status-charts").append(element("figure", {}, element("figcaption", {textContent: TEXT.status[name]}), box));
-    return {name, write, values, box, plot: makeChart(box, {write, lines: values(samples[0]).length})};
+    return {name, write, values, box, plot: Charts.make(box, {write, lines: values(samples[0]).length})};
   });
   for (const {values, plot, box, name, write} of glanced.charts) {
     const lines = samples.map(values), now = lines.at(-1).map(value => value === null ? "–" : write(value)).join(" / ");
     box.setAttribute("aria-label", `${TEXT.status[name]}: ${now}`);
-    drawChart(plot, box, [samples.map(({at}) => at), ...lines[0].map((_, line) => lines.map(each => each[line]))]);
+    Charts.draw(plot, box, [samples.map(({at}) => at), ...lines[0].map((_, line) => lines.map(each => each[line]))]);
   }
 }
 
-register({
+Parts.register({
   strings: {
     noStatus: "Server status is unavailable.", milliseconds: ms => ms < 999.5 ? `${ms < 9.95 ? ms.toFixed(1) : Math.round(ms)} ms` : TEXT.seconds(ms / 1000),
     status: {throughput: "Tokens per second", firstToken: "First token (median / 95 %)", interToken: "Between tokens (median / 95 %)", requests: "Running / waiting",
@@ -143,10 +145,10 @@ register({
   view: {isOpen: () => Boolean(glanced), close: closeStatus},
   render() {
     $("status").hidden = !glanced;
-    $("status-usage").firstChild.href = `${serverHome()}usage`;
+    $("status-usage").firstChild.href = `${Server.home()}usage`;
   },
   recoloured() { glanced?.charts?.forEach(({plot}) => plot.redraw()); },
 });
 
-share({openStatus, closeStatus, lookAtServer, addSample, showStatus});
-}
+return Object.freeze({open: openStatus, close: closeStatus, look: lookAtServer, addSample, show: showStatus, get shown() { return glanced; }});
+})();

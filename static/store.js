@@ -6,7 +6,7 @@
 // are read from there, and are tried again with the next change.
 "use strict";
 
-{
+const Store = (() => {
 
 const KINDS = ["conversations", "nodes", "drafts"];
 
@@ -25,133 +25,141 @@ function patched(record, patch) {
   return {...record, ...patch, revision: (record?.revision ?? 0) + 1};
 }
 
-class Store {
-  constructor(name) {
-    Object.assign(this, {name, db: null, memory: new Map(KINDS.map(kind => [kind, new Map()])), waiting: new Map(),
-      writing: new Map(), flushing: null, trouble: "", onNews: () => {}, onTrouble: () => {}, onMessage: () => {}});
-    this.channel = typeof BroadcastChannel === "function" ? new BroadcastChannel(name) : null;
-    if (this.channel) this.channel.onmessage = ({data}) => data.changed ? this.hear(data.changed) : this.onMessage(data);
-  }
+const name = "chat_server " + Server.PAGE_HOME;
+const channel = typeof BroadcastChannel === "function" ? new BroadcastChannel(name) : null;
+const memory = new Map(KINDS.map(kind => [kind, new Map()]));     // where there is no database
 
-  async open() {
+let db = null;
+let waiting = new Map();          // changes that will be written, by kind and id
+let writing = new Map();          // those that are being written
+let flushing = null;              // a promise while changes are written
+let trouble = "";                 // missing: nothing is kept; full: the newest changes are not
+let listener = {onNews() {}, onTrouble() {}, onMessage() {}};
+
+// `onNews`: another tab has changed records, [kind, id, record] each; `onMessage`: it has told something; `onTrouble`: `trouble` has changed.
+function listen(to) {
+  listener = to;
+  if (channel) channel.onmessage = ({data}) => data.changed ? hear(data.changed) : listener.onMessage(data);
+}
+
+async function open() {
+  try {
+    const request = indexedDB.open(name, 1);
+    request.onupgradeneeded = () => {
+      for (const kind of KINDS) request.result.createObjectStore(kind, {keyPath: "id"});
+      request.transaction.objectStore("nodes").createIndex("conversation", "conversation");
+    };
+    db = await promised(request);
+    db.onversionchange = () => db.close();
+  } catch (error) {
+    setTrouble("missing");
+  }
+}
+
+// All records of a kind, or the nodes of one conversation, including those not yet written.
+async function read(kind, conversation = null) {
+  const mine = record => conversation === null || record.conversation === conversation;
+  if (!db) return [...memory.get(kind).values()].filter(mine);
+  const objects = db.transaction(kind).objectStore(kind);
+  const stored = await promised(conversation === null ? objects.getAll() : objects.index("conversation").getAll(conversation));
+  const records = new Map(stored.map(record => [record.id, record]));
+  for (const {kind: other, id, patch} of [...writing.values(), ...waiting.values()]) {
+    const record = other === kind ? patched(records.get(id), patch) : null;
+    if (record && mine(record)) records.set(id, record);
+    else if (other === kind) records.delete(id);
+  }
+  return [...records.values()];
+}
+
+// Merges `patch` into a record, or deletes it (null).
+function change(kind, id, patch) {
+  if (!db) return remember(kind, id, patch);
+  const key = `${kind} ${id}`, earlier = waiting.get(key)?.patch;
+  if (earlier === null && patch && !patch.created) return;        // it is about to be deleted
+  waiting.set(key, {kind, id, patch: patch && earlier ? {...earlier, ...patch} : patch});
+  flushing ??= flush().finally(() => { flushing = null; });
+}
+
+function remember(kind, id, patch) {
+  const records = memory.get(kind), record = patched(records.get(id), patch);
+  if (record) records.set(id, record);
+  else records.delete(id);
+}
+
+async function flush() {
+  await null;                     // changes made together are written together
+  while (waiting.size) {
+    const batch = writing = waiting;
+    waiting = new Map();
     try {
-      const request = indexedDB.open(this.name, 1);
-      request.onupgradeneeded = () => {
-        for (const kind of KINDS) request.result.createObjectStore(kind, {keyPath: "id"});
-        request.transaction.objectStore("nodes").createIndex("conversation", "conversation");
-      };
-      this.db = await promised(request);
-      this.db.onversionchange = () => this.db.close();
+      await write([...batch.values()]);
+      setTrouble("");
+      channel?.postMessage({changed: [...batch.values()].map(({kind, id}) => [kind, id])});
     } catch (error) {
-      this.setTrouble("missing");
-    }
-  }
-
-  // All records of a kind, or the nodes of one conversation, including those not yet written.
-  async read(kind, conversation = null) {
-    const mine = record => conversation === null || record.conversation === conversation;
-    if (!this.db) return [...this.memory.get(kind).values()].filter(mine);
-    const objects = this.db.transaction(kind).objectStore(kind);
-    const stored = await promised(conversation === null ? objects.getAll() : objects.index("conversation").getAll(conversation));
-    const records = new Map(stored.map(record => [record.id, record]));
-    for (const {kind: other, id, patch} of [...this.writing.values(), ...this.waiting.values()]) {
-      const record = other === kind ? patched(records.get(id), patch) : null;
-      if (record && mine(record)) records.set(id, record);
-      else if (other === kind) records.delete(id);
-    }
-    return [...records.values()];
-  }
-
-  // Merges `patch` into a record, or deletes it (null).
-  change(kind, id, patch) {
-    if (!this.db) return this.remember(kind, id, patch);
-    const key = `${kind} ${id}`, earlier = this.waiting.get(key)?.patch;
-    if (earlier === null && patch && !patch.created) return;        // it is about to be deleted
-    this.waiting.set(key, {kind, id, patch: patch && earlier ? {...earlier, ...patch} : patch});
-    this.flushing ??= this.flush().finally(() => { this.flushing = null; });
-  }
-
-  remember(kind, id, patch) {
-    const records = this.memory.get(kind), record = patched(records.get(id), patch);
-    if (record) records.set(id, record);
-    else records.delete(id);
-  }
-
-  async flush() {
-    await null;                     // changes made together are written together
-    while (this.waiting.size) {
-      const batch = this.writing = this.waiting;
-      this.waiting = new Map();
-      try {
-        await this.write([...batch.values()]);
-        this.setTrouble("");
-        this.channel?.postMessage({changed: [...batch.values()].map(({kind, id}) => [kind, id])});
-      } catch (error) {
-        for (const [key, later] of this.waiting) {
-          const earlier = batch.get(key);
-          batch.set(key, later.patch && earlier?.patch ? {...later, patch: {...earlier.patch, ...later.patch}} : later);
-        }
-        this.waiting = batch;
-        return this.setTrouble("full");
-      } finally {
-        this.writing = new Map();
+      for (const [key, later] of waiting) {
+        const earlier = batch.get(key);
+        batch.set(key, later.patch && earlier?.patch ? {...later, patch: {...earlier.patch, ...later.patch}} : later);
       }
+      waiting = batch;
+      return setTrouble("full");
+    } finally {
+      writing = new Map();
     }
-  }
-
-  write(changes) {
-    const transaction = this.db.transaction(KINDS, "readwrite");
-    for (const {kind, id, patch} of changes) {
-      const objects = transaction.objectStore(kind);
-      objects.get(id).onsuccess = ({target}) => {
-        const record = patched(target.result, patch);
-        if (!record) objects.delete(id);
-        else if (record !== target.result) objects.put(record);
-      };
-    }
-    return new Promise((resolve, reject) => {
-      transaction.oncomplete = resolve;
-      transaction.onabort = transaction.onerror = () => reject(transaction.error);
-    });
-  }
-
-  // When the page closes, a transaction may not finish in time: unwritten changes go to localStorage, which is
-  // synchronous.
-  leave() {
-    const changes = [...this.writing.values(), ...this.waiting.values()];
-    if (!changes.length || !this.db) return;
-    try { localStorage.setItem(`${this.name} left ${newId()}`, JSON.stringify(changes)); } catch (error) { /* too large */ }
-  }
-
-  // Writes the changes that closed pages left there.
-  recover() {
-    for (const key of this.db ? Object.keys(localStorage) : []) {
-      if (!key.startsWith(`${this.name} left `)) continue;
-      for (const {kind, id, patch} of JSON.parse(localStorage.getItem(key))) this.change(kind, id, patch);
-      localStorage.removeItem(key);
-    }
-  }
-
-  // Another tab has changed these records.
-  async hear(changed) {
-    if (!this.db) return;
-    const stored = this.db.transaction(KINDS);
-    const records = await Promise.all(changed.map(([kind, id]) => promised(stored.objectStore(kind).get(id)).catch(() => null)));
-    this.onNews(changed.map(([kind, id], i) => {
-      const mine = [this.writing, this.waiting].map(changes => changes.get(`${kind} ${id}`)).filter(Boolean);
-      return [kind, id, mine.reduce((record, {patch}) => patched(record, patch), records[i] ?? null)];
-    }));
-  }
-
-  // Sends the other tabs a message that is not stored.
-  tell(message) { this.channel?.postMessage(message); }
-
-  setTrouble(trouble) {
-    if (trouble === this.trouble) return;
-    this.trouble = trouble;
-    this.onTrouble();
   }
 }
 
-share({Store});
+function write(changes) {
+  const transaction = db.transaction(KINDS, "readwrite");
+  for (const {kind, id, patch} of changes) {
+    const objects = transaction.objectStore(kind);
+    objects.get(id).onsuccess = ({target}) => {
+      const record = patched(target.result, patch);
+      if (!record) objects.delete(id);
+      else if (record !== target.result) objects.put(record);
+    };
+  }
+  return new Promise((resolve, reject) => {
+    transaction.oncomplete = resolve;
+    transaction.onabort = transaction.onerror = () => reject(transaction.error);
+  });
 }
+
+// When the page closes, a transaction may not finish in time: unwritten changes go to localStorage, which is
+// synchronous.
+function leave() {
+  const changes = [...writing.values(), ...waiting.values()];
+  if (!changes.length || !db) return;
+  try { localStorage.setItem(`${name} left ${Tree.newId()}`, JSON.stringify(changes)); } catch (error) { /* too large */ }
+}
+
+// Writes the changes that closed pages left there.
+function recover() {
+  for (const key of db ? Object.keys(localStorage) : []) {
+    if (!key.startsWith(`${name} left `)) continue;
+    for (const {kind, id, patch} of JSON.parse(localStorage.getItem(key))) change(kind, id, patch);
+    localStorage.removeItem(key);
+  }
+}
+
+// Another tab has changed these records.
+async function hear(changed) {
+  if (!db) return;
+  const stored = db.transaction(KINDS);
+  const records = await Promise.all(changed.map(([kind, id]) => promised(stored.objectStore(kind).get(id)).catch(() => null)));
+  listener.onNews(changed.map(([kind, id], i) => {
+    const mine = [writing, waiting].map(changes => changes.get(`${kind} ${id}`)).filter(Boolean);
+    return [kind, id, mine.reduce((record, {patch}) => patched(record, patch), records[i] ?? null)];
+  }));
+}
+
+// Sends the other tabs a message that is not stored.
+const tell = message => { channel?.postMessage(message); };
+
+function setTrouble(found) {
+  if (found === trouble) return;
+  trouble = found;
+  listener.onTrouble();
+}
+
+return Object.freeze({name, channel, listen, open, read, change, leave, recover, tell, get flushing() { return flushing; }, get trouble() { return trouble; }});
+})();

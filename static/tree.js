@@ -15,7 +15,9 @@
 // the list, and the files that ChatGPT and Open WebUI export.
 "use strict";
 
-{
+const Tree = (() => {
+
+const {TEXT} = Parts;
 
 const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), byte => byte.toString(16).padStart(2, "0")).join("");
 
@@ -67,7 +69,7 @@ const isGrowing = node => Boolean(node?.stream);
 function messagesOf(path, system = "", withReasoning = false) {
   const messages = system.trim() ? [{role: "system", content: system}] : [];
   for (const [i, {role, reasoning, calculator = []}] of path.entries()) {
-    if (role === "assistant" && isAnswered(path[i])) { messages.push(...messagesOfCalls(path[i])); continue; }
+    if (role === "assistant" && Calls.isAnswered(path[i])) { messages.push(...Calls.messagesOf(path[i])); continue; }
     const said = saidIn(path[i]), last = messages.at(-1), calls = role === "assistant" ? calculator : [];
     if (!said.length && !calls.length || role === "user" && failed(path[i + 1])) continue;
     if (last?.role === role && !last.tool_calls) addTo(last, said, calls);
@@ -84,7 +86,7 @@ function saidIn({content, pictures = []}) {
 
 // Another message of the same role.
 function addTo(last, said, calls) {
-  const begin = isText(last.content) ? charactersIn(last.content) + 2 : 0, all = [...last.calculator ?? [], ...movedCalls(calls, begin)];
+  const begin = isText(last.content) ? Calculator.charactersIn(last.content) + 2 : 0, all = [...last.calculator ?? [], ...Calculator.moved(calls, begin)];
   last.content = joined(last.content, said);
   if (all.length) last.calculator = all;
 }
@@ -377,7 +379,7 @@ function checkedChat(chat) {
 }
 
 function checkedNode(node) {
-  const {attachments, timings, parameters, calculator, ...fields} = pick(node, NODE_FIELDS), calculations = checkedCalculations(calculator, node.content);
+  const {attachments, timings, parameters, calculator, ...fields} = pick(node, NODE_FIELDS), calculations = Calculator.checked(calculator, node.content);
   if (calculations.length && fields.role === "assistant") fields.calculator = calculations;
   const good = ({name, at, length} = {}) => isText(name) && Number.isInteger(at) && Number.isInteger(length) &&
     at >= 0 && length > 0 && at + length <= node.content.length;
@@ -418,7 +420,7 @@ function parameterValue({min, max, step, choices}, text) {
 
 function checkedParameters(given) {
   const checked = {};
-  for (const parameter of PARAMETERS) {
+  for (const parameter of Parameters.all) {
     const value = parameterValue(parameter, given[parameter.name] ?? "");
     if (value !== undefined) checked[parameter.name] = value;
   }
@@ -428,7 +430,7 @@ function checkedParameters(given) {
   return checked;
 }
 
-share({newId, newConversation, newNode, childrenOf, pathTo, leafBelow, withDescendants, failed, isGrowing, messagesOf,
-  newestMessages, titleOf, ThoughtTags, composeMessage, textOf, DOCUMENT, languageOf, partsOf, isText, isObject, exportOf,
-  importOf, untagged, parameterValue, checkedParameters});
-}
+return Object.freeze({newId, newConversation, newNode, childrenOf, pathTo, leafBelow, withDescendants, failed, isGrowing, messagesOf, newestMessages,
+  titleOf, ThoughtTags, composeMessage, textOf, DOCUMENT, languageOf, partsOf, isText, isObject, exportOf, importOf, untagged, parameterValue,
+  checkedParameters});
+})();

@@ -1,7 +1,9 @@
 // The panel of a model that makes vectors of texts: texts in, a table of their similarities out. It loads when such a model is behind the URL.
 "use strict";
 
-{
+const Vectors = (() => {
+
+const {TEXT, element, number, newest} = Parts;
 
 const MOST_TEXTS = 24;            // more make a table that nobody reads
 const LONGEST_SHOWN = 28;         // characters of a text in the table
@@ -46,8 +48,8 @@ function makePanel(name) {
 }
 
 async function vectorsOf(model, input) {
-  const response = await post("v1/embeddings", {model, input});
-  if (!response.ok) throw await errorOf(response);
+  const response = await Server.post("v1/embeddings", {model, input});
+  if (!response.ok) throw await Server.errorOf(response);
   return (await response.json()).data.map(({embedding}) => embedding);
 }
 
@@ -66,12 +68,12 @@ function similarities(texts, vectors) {
   return element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows));
 }
 
-register({
+Parts.register({
   strings: {
     vectorTexts: "Texts, one on each line", vectorCompare: "Compare",
     vectorSize: size => `Cosines of vectors of ${number(size)} numbers.`,
     vectorExamples: ["A cat sleeps on the sofa.", "The kitten naps on a couch.", "Interest rates rose again in March."],
   },
 });
-share({showVectors});
-}
+return Object.freeze({show: showVectors});
+})();

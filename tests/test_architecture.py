@@ -86,34 +86,49 @@ def test_the_table_has_a_row_for_each_usual_change():
         "a format of packed safetensors", "a KV type"}
 
 
-def hunks(text: str) -> list[tuple[str, str]]:
-    """(file, the lines that a hunk expects in it) of each hunk in the diffs of a document, but for new files."""
+def hunks(text: str) -> list[tuple[str, str, str]]:
+    """(file, the lines that a hunk expects in it, those that it leaves) of each hunk in the diffs of a document, but for new files."""
     found, path = [], ""
     for block in re.findall(r"^```diff\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         for part in re.split(r"^@@.*\n|^(?=--- )", block, flags=re.MULTILINE):
+            lines = part.splitlines()
             if name := re.search(r"^--- (\S+)\n", part):
                 path = name[1].removeprefix("a/")
-            elif path != "/dev/null" and (lines := [line[1:] for line in part.splitlines() if line[:1] in " -"]):
-                found.append((path, "\n".join(lines)))
+            elif path != "/dev/null" and lines:
+                before = "".join(f"{line[1:]}\n" for line in lines if line[:1] in " -")
+                after = "".join(f"{line[1:]}\n" for line in lines if line[:1] in " +")
+                found.append((path, before, after))
     return found
+
+
+def fits(text: str, before: str, after: str) -> bool:
+    """A hunk fits if it can be applied, and if it has been: who follows the document runs these tests too."""
+    return text.count(before) == 1 or text.count(after) == 1
 
 
 def test_the_diffs_of_worked_changes_still_fit():
     diffs = hunks((ROOT / "docs/changes.md").read_text(encoding="utf-8"))
-    assert len(diffs) > 8
-    for path, lines in diffs:
-        assert (ROOT / path).read_text(encoding="utf-8").count(f"{lines}\n") == 1, path
+    assert len(diffs) > 10
+    for path, before, after in diffs:
+        assert fits((ROOT / path).read_text(encoding="utf-8"), before, after), (path, before)
 
 
 def test_a_diff_that_no_longer_fits_is_found():
-    ((path, lines),) = hunks("```diff\n--- a/chat_server.py\n+++ b/chat_server.py\n@@ -1 +1 @@\n gone\n-old\n+new\n```\n")
-    assert (path, lines) == ("chat_server.py", "gone\nold")
+    ((path, before, after),) = hunks("```diff\n--- a/chat_server.py\n+++ b/chat_server.py\n@@ -1 +1 @@\n kept\n-old\n+new\n```\n")
+    assert (path, before, after) == ("chat_server.py", "kept\nold\n", "kept\nnew\n")
+    assert fits("kept\nold\n", before, after) and fits("kept\nnew\n", before, after)
+    assert not fits("kept\nother\n", before, after) and not fits("kept\nold\nkept\nold\n", before, after)
+
+
+def test_each_diff_names_its_file_so_that_it_can_be_applied():
+    blocks = re.findall(r"^```diff\n(.*?)^```", (ROOT / "docs/changes.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert len(blocks) > 6 and [block for block in blocks if not block.startswith("--- ")] == []
 
 
 def test_a_name_that_is_not_there_is_found():
-    assert wrong("`chat_server.py`: `ROUTES`, `Front.handle_answer`; `chatlm/common/`: `FLAGS`; `static/strings.js`: `TEXT`") == []
+    assert wrong("`chat_server.py`: `ROUTES`, `Front.handle_answer`; `chatlm/common/`: `FLAGS`; `static/parts.js`: `TEXT`") == []
     assert wrong("`chat_server.py`: `FLAGS`") and wrong("`chatlm/front/`: `ModelSpec`") and wrong("`chatlm/nowhere.py`") and wrong(
-        "`static/strings.js`: `ROUTES`") and wrong("`csrc/cpu/tiles/tiles.h`: `Nothing`") and wrong("`test_nothing.py`")
+        "`static/parts.js`: `ROUTES`") and wrong("`csrc/cpu/tiles/tiles.h`: `Nothing`") and wrong("`test_nothing.py`")
 
 
 CHECKED = ["In short", "Processes", "One answer, by room", "Exactness and failover"]

@@ -24,8 +24,9 @@ from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES, VISION
 
 ROOT = Path(__file__).resolve().parent.parent
 HISTORY = sorted((ROOT / "bench" / "history").glob("*.md"))
-TODAY = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md")),
-         ROOT / "bench" / "RESULTS.md", ROOT / "csrc" / "README.md"]
+TODAY = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md")),
+         ROOT / "bench" / "RESULTS.md", ROOT / "csrc" / "README.md",
+         ROOT / "static" / "README.md"]
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 OTHERS_FLAGS = {           # of torchrun, Docker, apt, pip, xcode-select, Ray, pytest, vLLM and nanochat, and of the program without a row in FLAGS
     "compile", "nnodes", "node-rank", "master-addr", "nproc-per-node", "cache-dir", "install-recommends", "create-home", "max-num-seqs", "max-model-len",
@@ -84,7 +85,8 @@ def test_a_link_that_leads_nowhere_is_found():
 @pytest.mark.parametrize("path", TODAY, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_that_are_named_exist(path):
     names = re.findall(r"(?<![\w/.-])((?:bench|chatlm|csrc|docs|static|tests|\.ci)/[\w./{},-]*[\w/])", text_of(path))
-    assert [name for name in names if "{" not in name and not (ROOT / name).exists()] == []
+    made = set(re.findall(r"^--- /dev/null\n\+\+\+ b/(\S+)$", text_of(path), re.MULTILINE))       # by a diff in the document
+    assert [name for name in names if "{" not in name and name not in made and not (ROOT / name).exists()] == []
 
 
 def words_of_benches(*names: str) -> set[str]:
@@ -152,31 +154,30 @@ def test_the_page_of_flags_is_made_from_the_table():
 
 def test_every_route_is_in_the_page_of_apis():
     """Its curls send fields that exist."""
-    text = text_of(ROOT / "docs/api.md")
+    pages = {path.stem: text_of(path) for path in (ROOT / "docs/api").glob("*.md")}
+    index = text_of(ROOT / "docs/api.md")
     routes = {}
     for route in chat_server.ROUTES:
         routes.setdefault(route.pattern, set()).update(field.name for field in route.fields)
-    assert [pattern for pattern in routes if f"{pattern}`" not in text] == []
-    examples = re.findall(r"^curl .*:8000(\S+) -d '(.*)'$", text, re.MULTILINE)
+    assert [pattern for pattern in routes if f"{pattern}`" not in index] == []
+    examples = re.findall(r"^curl .*:8000(\S+) -d '(.*)'$", "\n".join([index, *pages.values()]), re.MULTILINE)
     assert len(examples) > 5 and all(json.loads(body).keys() <= routes[path] for path, body in examples)
-    fields = text.split("## Fields")[1].split("## Reasoning")[0]
-    named = set(re.findall(r"\w+", fields))
+    named = set(re.findall(r"\w+", pages["answers"]))
     retrieval = {field.name for field in (*EMBEDDING_FIELDS, *RERANK_FIELDS, *SCORE_FIELDS)} - named
     of_store = {field.name for fields in STORE_FIELDS.values() for field in fields} | {"store"}
     assert {name for path, names in routes.items() if path.startswith(("/chat", "/v1")) for name in names} - named == {
         # refused, or without an effect here
         "best_of", "modalities", "background",
-        # in sections of their own
-        *retrieval, *(field.name for field in CONSTRAINT_FIELDS), *(of_store - named)}
-    assert of_store <= {*re.findall(r"\w+", text.split("\n### Batches")[1].split("\n### Getting models")[0])}
-    assert retrieval <= {*re.findall(r"\w+", text.split("\n## Embeddings")[1].split("\n## Streams")[0])}
-    constraints = re.findall(r"\w+", text.split("## Answers in a format")[1].split("## ")[0])
-    assert {field.name for field in CONSTRAINT_FIELDS} <= {*constraints}
+        # on pages of their own
+        *retrieval, *({field.name for field in CONSTRAINT_FIELDS} - named), *(of_store - named)}
+    assert of_store <= {*re.findall(r"\w+", pages["batches-and-kept"])}
+    assert retrieval <= {*re.findall(r"\w+", pages["embeddings-and-ranking"])}
+    assert {field.name for field in CONSTRAINT_FIELDS} <= {*re.findall(r"\w+", pages["formats"])}
 
 
 def test_the_table_of_families_is_made_from_rows():
     """They are those of the program and of the tests."""
-    module, text = script_of_docs("families"), text_of(ROOT / "docs/models.md")
+    module, text = script_of_docs("families"), text_of(ROOT / "docs/models/families.md")
     assert text == module.page(text), "run python docs/families.py"
     table = text.split("| family |")[1].split("\n\n")[0]
     assert {*FAMILIES, *VISION, *GGUF_FAMILIES} - {*re.findall(r"`([a-z0-9_-]+)`", table)} == set()
@@ -185,5 +186,5 @@ def test_the_table_of_families_is_made_from_rows():
 
 @pytest.mark.parametrize("name", ["README.md", "docs/models.md"])
 def test_short_names_that_are_shown_are_known(name):
-    names = re.findall(r"`((?:llama|qwen|gemma|smollm|mistral|phi|gpt-oss)[\w.:-]*)`", text_of(ROOT / name).split("Families\n")[0])
+    names = re.findall(r"`((?:llama|qwen|gemma|smollm|mistral|phi|gpt-oss)[\w.:-]*)`", text_of(ROOT / name))
     assert len(names) > 5 and [name for name in names if name.replace(":", "-") not in SHORT_NAMES] == []

@@ -26,6 +26,8 @@ def test_the_readme_is_read_in_minutes():
     assert len(README.encode()) <= 14_000
     for path in (*ROOT.glob("docs/*.md"), *ROOT.glob("[A-Z]*.md"), ROOT / "bench/RESULTS.md", ROOT / "csrc/README.md"):
         assert f"]({path.relative_to(ROOT)}" in README or path.name == "README.md" == str(path.relative_to(ROOT)), path
+    for page in ROOT.glob("docs/*/*.md"):       # pages of a document, which leads to them
+        assert f"]({page.relative_to(ROOT / 'docs')})" in page.parent.with_suffix(".md").read_text(encoding="utf-8"), page
 
 
 @pytest.mark.parametrize("minor", range(10, 15))
@@ -70,7 +72,7 @@ def fenced(heading):
 
 def test_pasted_commands_name_their_python():
     """They are for a fresh clone and name the Python of its environment."""
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *ROOT.glob("docs/*.md")):
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *ROOT.glob("docs/**/*.md")):
         bare = re.findall(r"(?<![\w/])python (?:chat_server\.py|bench/|docs/|setup\.py).*", path.read_text(encoding="utf-8"))
         assert bare == [], path
 
@@ -121,7 +123,7 @@ def test_the_network_s_key_is_made_and_asked_for(tmp_path, default_model_path):
 
 def test_no_sentence_says_the_program_is_one_file():
     """No sentence says that the program is one file."""
-    documents = [path for folder in ("", "docs/", "csrc/") for path in ROOT.glob(f"{folder}*.md")]
+    documents = [path for folder in ("", "docs/**/", "csrc/") for path in ROOT.glob(f"{folder}*.md")]
     for path in (*documents, *(ROOT / name for name in ("chat_server.py", "pyproject.toml", "setup.py"))):
         text = path.read_text(encoding="utf-8")
         assert re.findall(r"readable\s+file|copy\s+of\s+(?:this|the)\s+(?:file|script)|top\s+to\s+bottom|reference\s+in\s+the\s+file|not\s+this\s+file",

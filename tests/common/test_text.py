@@ -429,7 +429,7 @@ def test_unknown_expressions_have_no_result(expression):
     "'a'.expandtabs(99999).count('a')", "'a'.encode().count(b'a')", "'a'.count('a').bit_length()", "'a'.count('a').real", "'a'.count('a') is 1",
     "(c for c in 'abc'.upper() if 'abc'.count('a'))", "'abc'.upper if 'abc'.count('a') else 1"])
 def test_some_upstream_expressions_have_no_result(expression):
-    """docs/models.md names these: what makes a text longer, attributes and methods of numbers, `is`, and what shows an address."""
+    """docs/models/families.md names these: what makes a text longer, attributes and methods of numbers, `is`, and what shows an address."""
     assert calculate(expression) is None
 
 

@@ -28,7 +28,7 @@ from tiny_gguf import small_gguf_metadata, write_gguf
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 CORPUS = [*(line for path in (*DOCUMENTS, Path(__file__)) for line in path.read_text(encoding="utf-8").splitlines()),
           *["日本語のテキスト 中文 한국어 텍스트 français, naïve Zürich don't WE'LL i'm 1234 567 ½ ² ٣٤٥", "  \t  \n\n", "HTTPServer iPhone"] * 9]
 DIFFICULT = [

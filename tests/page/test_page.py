@@ -124,17 +124,17 @@ def test_the_real_server_continues_a_cut_answer(page, server_url):
     ask(page, "Tell me about Japan.")
     expect(answers(page)).to_contain_text("cut at the length limit", timeout=SLOW_MS)
     command(page, "/maxtokens 4")
-    prompt = page.evaluate("state.path.at(-1).timings.prompt_tokens")
+    prompt = page.evaluate("Chat.path.at(-1).timings.prompt_tokens")
     before = said(answers(page)).inner_text()
     button(page, "Continue").click()
     expect(said(answers(page))).to_have_text(re.compile(f"{re.escape(before)}.+", re.DOTALL), timeout=SLOW_MS)
     expect_answered(page)
     expect(figures(answers(page))).to_contain_text("9 tokens")          # of both parts
-    expect(page.locator("#context")).to_have_text(f"{page.evaluate('state.path.at(-1).timings.prompt_tokens') + 9} of 8,192 tokens")
-    assert page.evaluate("state.path.at(-1).timings.prompt_tokens") == prompt
-    cut = page.evaluate("() => state.path.at(-1)")
+    expect(page.locator("#context")).to_have_text(f"{page.evaluate('Chat.path.at(-1).timings.prompt_tokens') + 9} of 8,192 tokens")
+    assert page.evaluate("Chat.path.at(-1).timings.prompt_tokens") == prompt
+    cut = page.evaluate("() => Chat.path.at(-1)")
     # together they are what the same seed gives in one go
-    whole = page.evaluate("""seed => post("v1/chat/completions", {messages: [{role: "user", content: "Tell me about Japan."}], seed,
+    whole = page.evaluate("""seed => Server.post("v1/chat/completions", {messages: [{role: "user", content: "Tell me about Japan."}], seed,
         max_tokens: 9}).then(response => response.json()).then(body => body.choices[0].message.content)""", cut["seed"])
     assert cut["content"] == whole and questions(page).count() == 1
 
@@ -154,7 +154,7 @@ def test_live_figures_count_tokens_and_not_events(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "drafts")
     expect(page.locator("#state")).to_have_text(re.compile(r"^Writing · [\d.]+ tok/s · 15 tokens$"))
-    run = page.evaluate("(run => ({tokens: run.tokens, first: run.first, speed: liveSpeed(run), s: (run.lastAt - run.firstAt) / 1000}))([...state.runs.values()][0])")
+    run = page.evaluate("(run => ({tokens: run.tokens, first: run.first, speed: Chat.liveSpeed(run), s: (run.lastAt - run.firstAt) / 1000}))([...Chat.runs.values()][0])")
     assert run["speed"] == pytest.approx((15 - 3) / run["s"])           # those of the first event took no time that is known
     stand_in.release()
     expect(figures(answers(page))).to_contain_text("15 tokens")

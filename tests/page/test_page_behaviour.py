@@ -118,8 +118,8 @@ def test_files_that_cannot_be_read_are_all_named(page, stand_in):
 
 def test_the_gauge_counts_what_the_server_says(page, server_url):
     open_page(page, server_url)
-    page.evaluate("""() => { window.gauges = []; const look = () => { const node = lastNode();
-        if (isGrowing(node) && node.content) gauges.push($("context").textContent); requestAnimationFrame(look); }; look(); }""")
+    page.evaluate("""() => { window.gauges = []; const look = () => { const node = Chat.lastNode();
+        if (Tree.isGrowing(node) && node.content) gauges.push(Parts.$("context").textContent); requestAnimationFrame(look); }; look(); }""")
     ask(page, "Write a very long story about a river, with many chapters.")
     page.wait_for_function("() => gauges.length > 20", timeout=SLOW_MS)
     button(page, "Stop").click()
@@ -141,7 +141,7 @@ def test_continue_on_a_full_context_says_so_first(page, stand_in):
     button(page, "Continue").click()
     expect(said(answers(page))).to_have_text(re.compile("Once upon a time.+"))
     posted = len(stand_in.bodies)
-    page.evaluate("facts => { Object.assign(lastNode(), {timings: facts, note: null}); render(); }", full_answer())
+    page.evaluate("facts => { Object.assign(Chat.lastNode(), {timings: facts, note: null}); Page.render(); }", full_answer())
     button(page, "Continue").click()
     full = page.get_by_role("log").get_by_text("The question and this answer fill the context of 100 tokens, so the answer cannot go on.")
     expect(full).to_be_visible()
@@ -151,7 +151,7 @@ def test_continue_on_a_full_context_says_so_first(page, stand_in):
     expect(answers(page)).to_have_count(2)
     expect_answered(page, 2)
     expect(full).to_have_count(0)
-    page.evaluate("facts => { Object.assign(lastNode(), {timings: facts, note: null}); render(); }", full_answer())
+    page.evaluate("facts => { Object.assign(Chat.lastNode(), {timings: facts, note: null}); Page.render(); }", full_answer())
     button(page, "Continue").click()
     expect(said(answers(page).last)).to_have_text(re.compile("Once upon a time.+"))
     assert len(stand_in.bodies) == posted + 2
@@ -161,8 +161,8 @@ def test_figures_after_continue_are_of_all_of_it(opened_page):
     whole = opened_page.evaluate("""() => {
         const first = {ttft_ms: 100, queue_ms: 3, prompt_tokens: 50, cached_tokens: 16, completion_tokens: 100, tokens_per_second: 50, finish_reason: "length"};
         const second = {ttft_ms: 400, queue_ms: 9, prompt_tokens: 150, cached_tokens: 144, completion_tokens: 20, tokens_per_second: 10, finish_reason: "stop"};
-        const both = wholeOf(first, second);
-        return [both, wholeOf(both, {...second, prompt_tokens: 170}), wholeOf({measured: 20, completion_tokens: 40, prompt_tokens: 9}, second), wholeOf(first, {})];
+        const both = Chat.wholeOf(first, second);
+        return [both, Chat.wholeOf(both, {...second, prompt_tokens: 170}), Chat.wholeOf({measured: 20, completion_tokens: 40, prompt_tokens: 9}, second), Chat.wholeOf(first, {})];
     }""")
     assert whole[0] == {"ttft_ms": 100, "queue_ms": 3, "cached_tokens": 16, "prompt_tokens": 50, "completion_tokens": 120, "waited_ms": 400,
                         "tokens_per_second": 30, "finish_reason": "stop"}
@@ -211,13 +211,13 @@ def test_our_server_s_text_keeps_its_tags(page, stand_in, tmp_path):
     ask(page, "tags")
     expect_answered(page)
     expect(said(answers(page))).to_contain_text("It is x < 5.")
-    assert page.evaluate("state.path[1].content").startswith("<think>")
+    assert page.evaluate("Chat.path[1].content").startswith("<think>")
     (tmp_path / "other.json").write_text('[{"role": "user", "content": "<think>q"}, {"role": "assistant", "content": "<think>a</think>b"}]')
     page.locator("#import-file").set_input_files(tmp_path / "other.json")
     button(page.get_by_role("dialog"), "Import").click()
     expect(said(questions(page))).to_have_text("<think>q")
     expect(said(answers(page))).to_have_text("b")
-    assert page.evaluate("state.path[1].reasoning") == "a"
+    assert page.evaluate("Chat.path[1].reasoning") == "a"
 
 
 # answers --------------------------------------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ def test_all_chats_are_deleted_and_come_back(page, stand_in):
     expect(chats(page)).to_have_count(0)
     expect(page.get_by_role("article")).to_have_count(0)
     settled(page)
-    assert page.evaluate("store.read('nodes')") == []
+    assert page.evaluate("Store.read('nodes')") == []
     button(page, "Undo").click()
     expect(chats(page)).to_have_text(["two", "one"])
     expect(said(questions(page))).to_have_count(1)

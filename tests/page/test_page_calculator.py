@@ -67,12 +67,12 @@ def test_what_is_copied_and_exported_is_sensible(page, held_front):
     assert re.sub("<[^>]*>", "", html).strip() == "😀 Tom has 12+30 = 42 apples, and 5*5 is 25."
     page.evaluate("getSelection().selectAllChildren(document.querySelector('.assistant .body'))")
     assert page.evaluate("String(getSelection())").strip() == "😀 Tom has 12+30 = 42 apples, and 5*5 is 25."
-    assert page.evaluate("withCode(state.path[1])") == "😀 Tom has 12+30 =  `12+30 = 42` 42 apples, and **5*5** is  `5*5 = 25` 25."
-    exported = page.evaluate("exportOf([state.chat], () => [...state.nodes.values()])")
-    [brought] = page.evaluate("text => importOf(text)", json.dumps(exported))
+    assert page.evaluate("Calculator.withCode(Chat.path[1])") == "😀 Tom has 12+30 =  `12+30 = 42` 42 apples, and **5*5** is  `5*5 = 25` 25."
+    exported = page.evaluate("Tree.exportOf([Chat.current], () => [...Chat.nodes.values()])")
+    [brought] = page.evaluate("text => Tree.importOf(text)", json.dumps(exported))
     assert brought["nodes"][1]["calculator"] == CALLS
     exported["conversations"][0]["nodes"][1]["calculator"] = [{"start": 999, "expression": "1"}, {"start": 0, "expression": {}}, 7, CALLS[0] | {"more": 1}]
-    [brought] = page.evaluate("text => importOf(text)", json.dumps(exported))
+    [brought] = page.evaluate("text => Tree.importOf(text)", json.dumps(exported))
     assert brought["nodes"][1]["calculator"] == CALLS[:1]
 
 
@@ -89,7 +89,7 @@ def test_an_edited_answer_keeps_untouched_calls(page, held_front):
     ask(page, "And?")
     expect_answered(page, 2)
     assert sent(held_front) == [("😀 Ann has 12+30 = 42 pears, and **5*5** is 25.", [CALLS[1] | {"start": 43}])]
-    assert page.evaluate("[afterEdit('abc', 'abXc', [{start: 2}, {start: 3}]), afterEdit('a😀c', 'c', [{start: 2}])]") == [[{"start": 2}, {"start": 4}], [{"start": 0}]]
+    assert page.evaluate("[Calculator.afterEdit('abc', 'abXc', [{start: 2}, {start: 3}]), Calculator.afterEdit('a😀c', 'c', [{start: 2}])]") == [[{"start": 2}, {"start": 4}], [{"start": 0}]]
 
 
 def test_a_cut_answer_goes_on_with_the_whole_call(page, held_front):
@@ -153,7 +153,7 @@ def test_compared_answers_have_cards_too(page, held_front):
     expect(column.get_by_role("group", name="Calculator")).to_have_text(["12+30 = 42", "5*5 = 25"])
     column.get_by_role("button", name="Continue with this").click()
     expect(cards(page)).to_have_text(["12+30 = 42", "5*5 = 25"])
-    assert page.evaluate("lastNode().calculator") == CALLS
+    assert page.evaluate("Chat.lastNode().calculator") == CALLS
 
 
 def test_without_a_template_marks_go_back(page, held_front):
@@ -187,4 +187,4 @@ def test_a_reload_loses_no_call_and_moves_none(page, held_front):
     held_front.admit(2)
     expect(said(answers(page).last)).to_have_text("One is 1+0 = 11. Two 1+1 = 2and 1+2 = 33.")
     expect_answered(page)
-    assert page.evaluate("lastNode().calculator.map(({start}) => start)") == [7, 14, 18]
+    assert page.evaluate("Chat.lastNode().calculator.map(({start}) => start)") == [7, 14, 18]

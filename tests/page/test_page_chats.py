@@ -156,9 +156,16 @@ def test_words_typed_while_a_draft_is_read_stay(page, stand_in):
     chats(page).click()
     expect(message_box(page)).to_have_value("")
     settled(page)
-    page.evaluate("""() => {
-        const read = store.read.bind(store), gate = new Promise(resolve => window.letGo = resolve);
-        store.read = async (...wanted) => { await gate; return read(...wanted); };
+    page.evaluate("""() => {                            // reading the database takes until letGo()
+        const gate = new Promise(resolve => window.letGo = resolve);
+        for (const {prototype} of [IDBObjectStore, IDBIndex]) {
+            const real = prototype.getAll;
+            prototype.getAll = function (...wanted) {
+                const request = real.apply(this, wanted), held = {get result() { return request.result; }};
+                request.onsuccess = () => gate.then(() => held.onsuccess());
+                return held;
+            };
+        }
     }""")
     button(page, "New chat").click()
     expect(message_box(page)).to_have_value("old")
@@ -266,8 +273,8 @@ def test_two_tabs_that_ask_at_once_keep_both_answers(page, stand_in, order):
         expect(said(answers(tab))).to_contain_text("You said: start")
         tab.evaluate("""() => {
             window.late = [];
-            window.hear = store.channel.onmessage;
-            store.channel.onmessage = event => late.push(event);
+            window.hear = Store.channel.onmessage;
+            Store.channel.onmessage = event => late.push(event);
         }""")
         tab.route("**/v1/chat/completions", lambda route: held.append(route))
     for number, tab in enumerate(tabs):
@@ -278,7 +285,7 @@ def test_two_tabs_that_ask_at_once_keep_both_answers(page, stand_in, order):
         expect(answers(tabs[number]).last).to_contain_text(f"You said: question {number}")
         settled(tabs[number])
     for tab in tabs:
-        tab.evaluate("() => { store.channel.onmessage = hear; late.forEach(hear); }")
+        tab.evaluate("() => { Store.channel.onmessage = hear; late.forEach(hear); }")
         expect(questions(tab).last).to_contain_text("/2")
     reload(page)
     texts = set()
@@ -415,9 +422,9 @@ def test_a_chat_goes_out_and_in_with_its_branches(page, stand_in, tmp_path):
 def test_a_large_file_is_shown_before_it_is_written(page, stand_in):
     open_page(page, stand_in.url)
     other = new_tab(page, stand_in.url)
-    other.evaluate("""() => { const real = renderTurns; window.drawn = 0; renderTurns = () => { drawn++; return real(); }; }""")
+    other.evaluate("() => { window.drawn = 0; Parts.register({render() { drawn++; }}); }")
     nodes = [{"id": f"n{i}", "parent": None, "role": "user", "content": f"question {i}", "created": 10**12 + i} for i in range(5000)]
-    shown = page.evaluate("""text => { importAll(importOf(text), "it"); return [state.nodes.size, Boolean(store.flushing)]; }""",
+    shown = page.evaluate("""text => { Chats.importAll(Tree.importOf(text), "it"); return [Chat.nodes.size, Boolean(Store.flushing)]; }""",
                           json.dumps({"title": "many", "nodes": nodes}))
     assert shown == [5000, True]
     expect(said(questions(page))).to_have_text(["question 4999"])
@@ -530,7 +537,7 @@ def test_an_exported_page_keeps_colours_and_alignment(page, stand_in, tmp_path):
     text += "| a | b | c |\n|:--|:-:|--:|\n| 1 | 2 | 3 |\n\n$$\\begin{aligned} a &= b \\end{aligned}$$"
     messages = [{"role": "user", "content": "Look:\n```python\nx = 'y'\n```"}, {"role": "assistant", "content": text}]
     open_page(page, stand_in.url)
-    page.evaluate("text => importAll(importOf(text), 'it')", json.dumps({"messages": messages}))
+    page.evaluate("text => Chats.importAll(Tree.importOf(text), 'it')", json.dumps({"messages": messages}))
     expect(page.locator(".assistant .hljs-keyword").first).to_be_visible()
     reader = page.context.new_page()
     reader.goto(exported(page, tmp_path, "HTML page").as_uri())
@@ -574,8 +581,8 @@ def test_a_hostile_file_is_made_harmless(page, stand_in, tmp_path):
     open_page(page, stand_in.url)
     ask(page, "keep me")
     expect_answered(page)
-    mine = page.evaluate("state.path.map(node => node.id)")
-    before = page.evaluate("JSON.stringify(state.preferences)")
+    mine = page.evaluate("Chat.path.map(node => node.id)")
+    before = page.evaluate("JSON.stringify(Settings.preferences)")
     nodes = [{"id": mine[0], "parent": "b", "role": "user", "content": "<img src=x onerror='window.hacked = 1'>", "conversation": "x"},
              {"id": "b", "parent": mine[0], "role": "assistant", "content": "[x](javascript:window.hacked=2)",
               "stream": {"id": "../../v1/cancel", "next": 0}, "timings": {"tokens_per_second": "<b>9</b>", "ttft_ms": 5},
@@ -590,13 +597,13 @@ def test_a_hostile_file_is_made_harmless(page, stand_in, tmp_path):
     expect(answers(page)).to_contain_text("first token after 5 ms")
     expect(button(page, "Send")).to_be_visible()                       # nothing streams
     assert page.evaluate("[window.hacked, ({}).polluted]") == [None, None]
-    assert page.evaluate("JSON.stringify(state.preferences)") == before
+    assert page.evaluate("JSON.stringify(Settings.preferences)") == before
     ask(page, "go on")
     expect_answered(page, 2)
     assert {name: value for name, value in stand_in.bodies[-1].items() if name in ("temperature", "seed", "stop", "top_k")} == {"seed": 4}
     chats(page).filter(has_text="keep me").click()
     expect(said(questions(page))).to_have_text(["keep me"])               # its nodes were not replaced
-    assert page.evaluate("state.path.map(node => node.id)") == mine
+    assert page.evaluate("Chat.path.map(node => node.id)") == mine
 
 
 def test_messages_and_version_1_can_be_imported(page, stand_in, tmp_path):
@@ -637,8 +644,8 @@ def test_chatgpt_s_export_comes_with_its_branches(page, stand_in, tmp_path):
     expect(said(questions(page))).to_have_text(["What is a mill?", "And this?"])
     expect(said(answers(page))).to_have_text("It grinds corn.")
     expect(answers(page)).to_contain_text("2/2")
-    assert page.evaluate("(({title, created}) => [title, created])(state.chat)") == ["Mills", 1700000000250]
-    assert page.evaluate("(({model, reasoning}) => [model, reasoning])(state.path[1])") == ["gpt-5", "Mills grind."]
+    assert page.evaluate("(({title, created}) => [title, created])(Chat.current)") == ["Mills", 1700000000250]
+    assert page.evaluate("(({model, reasoning}) => [model, reasoning])(Chat.path[1])") == ["gpt-5", "Mills grind."]
     button(page, "Previous answer").click()
     expect(said(answers(page))).to_have_text("A machine.")
     ask(page, "and?")
@@ -659,8 +666,8 @@ def test_an_export_of_open_webui_can_be_imported(page, stand_in, tmp_path):
     expect(page.get_by_role("log").get_by_text("Imported 2 chats with 5 messages")).to_be_visible()
     expect(said(answers(page))).to_have_text("Hi.")
     expect(answers(page)).to_contain_text("1/2")
-    assert page.evaluate("(({reasoning, model}) => [reasoning, model])(lastNode())") == ["Two\nlines.", "llama3.2:1b"]
-    assert page.evaluate("(({system, pinned, created}) => [system, pinned, created])(state.chat)") == ["Be kind.", True, 1700000000000]
+    assert page.evaluate("(({reasoning, model}) => [reasoning, model])(Chat.lastNode())") == ["Two\nlines.", "llama3.2:1b"]
+    assert page.evaluate("(({system, pinned, created}) => [system, pinned, created])(Chat.current)") == ["Be kind.", True, 1700000000000]
     chats(page).filter(has_text="In a row").click()
     expect(said(answers(page))).to_have_text("two")
     (tmp_path / "nothing.json").write_text(json.dumps([{"title": "x", "mapping": {}}]))
@@ -678,7 +685,7 @@ def test_only_chats_with_messages_are_exported(page, stand_in, tmp_path):
         button(page, "New chat").click()
         ask(page, text)
         expect_answered(page)
-    page.evaluate("deleteNode(state.path[0])")                      # the chat stays, without messages
+    page.evaluate("Chat.deleteNode(Chat.path[0])")                      # the chat stays, without messages
     button(page, "Menu").click()
     button(page, "Export").click()
     expect(button(page, "All chats (JSON)")).to_be_visible()
@@ -704,7 +711,7 @@ def test_a_title_follows_its_question_until_renamed(page, stand_in):
     page.get_by_role("textbox", name="Edited text").fill("refuse this")
     page.evaluate("""() => { const real = window.fetch; window.fetch = async (url, options) => {
         const response = await real(url, options);
-        if (/completions/.test(url)) changeChat(state.chat, {title: "Mills"});           // before the page hears of the refusal
+        if (/completions/.test(url)) Chat.change(Chat.current, {title: "Mills"});           // before the page hears of the refusal
         return response;
     }; }""")
     button(page, "Update").click()

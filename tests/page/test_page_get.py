@@ -142,7 +142,7 @@ def test_a_waiting_search_shows_that_it_looks(page, stand_in):
     known = {"memory": 9e9, "disk": 9e9, "models_disk": None, "cached": [], "downloads": [], "short_names": [], "found": [], "best": []}
     held = []
     page.route("**/models/hub*", lambda route: held.append(route) if "search" in route.request.url else route.fulfill(json=known))
-    page.evaluate("void openGet()")
+    page.evaluate("void Views.openGet()")
     search(page, "a")
     expect(region(page).get_by_role("status")).to_have_text("Looking…")
     expect(region(page)).not_to_contain_text("The hub has nothing")

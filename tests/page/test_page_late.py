@@ -78,10 +78,10 @@ def test_a_late_list_of_models_replaces_no_newer_one(page, stand_in):
     stand_in.several = models("ready", "loading")
     open_page(page, stand_in.url)
     hold(page, "v1/models")
-    page.evaluate("void lookAtModels()")
+    page.evaluate("void Server.lookAtModels()")
     page.wait_for_function("() => late.length === 1")
     stand_in.several = models("ready", "ready", "ready")
-    page.evaluate("void lookAtModels()")
+    page.evaluate("void Server.lookAtModels()")
     deliver(page, 1, 0)
     choice = page.get_by_role("combobox", name="Model", exact=True)
     expect(choice.locator("option")).to_have_text(["m0 · loaded", "m1 · loaded", "m2 · loaded"])
@@ -92,7 +92,7 @@ def test_an_old_list_stays_if_no_newer_one_comes(page, stand_in):
     open_page(page, stand_in.url)
     hold(page, "v1/models")
     stand_in.several = models("ready", "ready")
-    page.evaluate("() => { lookAtModels(); lookAtModels(); }")
+    page.evaluate("() => { Server.lookAtModels(); Server.lookAtModels(); }")
     deliver(page, 0)
     expect(page.get_by_role("combobox", name="Model", exact=True).locator("option").last).to_have_text("m1 · loaded")
 
@@ -101,27 +101,27 @@ def test_a_look_at_the_server_is_for_its_own_view(page, stand_in):
     open_page(page, stand_in.url)
     hold(page, "/stats")
     stand_in.restarts = 1
-    page.evaluate("openStatus()")
+    page.evaluate("Views.openStatus()")
     page.wait_for_function("() => late.length === 1")
-    page.evaluate("closeStatus()")
+    page.evaluate("Status.close()")
     stand_in.restarts = 2
-    page.evaluate("openStatus()")
+    page.evaluate("Views.openStatus()")
     page.wait_for_function("() => late.length === 2")
     stand_in.restarts = 3
-    page.evaluate("void lookAtServer()")
+    page.evaluate("void Status.look()")
     deliver(page, 2, 0, 1)
-    assert page.evaluate("glanced.samples.length") == 1
+    assert page.evaluate("Status.shown.samples.length") == 1
     expect(page.locator("#status-workers")).to_contain_text("3")
-    page.evaluate("closeStatus()")
+    page.evaluate("Status.close()")
 
 
 def test_another_server_s_late_refusal_asks_no_key(page):
     with fake_front() as url, fake_front(cors_origin=(url.rstrip("/"),), keys=(ApiKey.hashed("key", "alice"),)) as locked:
         open_page(page, url)
         hold(page, locked + "(v1/models|stats)")
-        page.evaluate("home => useServer(home)", locked)
+        page.evaluate("home => Settings.useServer(home)", locked)
         page.wait_for_function("() => late.length === 2")
-        page.evaluate("() => { release(); useServer(PAGE_HOME); }")
+        page.evaluate("() => { release(); Settings.useServer(Server.PAGE_HOME); }")
         expect(page.locator("#lamp.ready")).to_be_visible()
         page.evaluate("() => late.forEach(deliver => deliver())")
         page.evaluate(SETTLED)
@@ -151,10 +151,10 @@ def test_a_late_health_does_not_lock_the_page(page, stand_in):
     open_page(page, stand_in.url)
     stand_in.loading = {"stage": "reading weights", "fraction": None}
     hold(page, "health")
-    page.evaluate("void isAway()")
+    page.evaluate("void Server.isAway()")
     page.wait_for_function("() => late.length === 1")
     stand_in.loading = None
-    page.evaluate("void isAway()")
+    page.evaluate("void Server.isAway()")
     deliver(page, 1, 0)
     expect(page.locator("#lamp.ready")).to_be_visible()
 
@@ -164,7 +164,7 @@ def test_a_question_of_the_page_waits_for_an_open_one(page, stand_in):
     ask(page, "one")
     expect_answered(page)
     page.evaluate("""() => { window.said = [];
-        for (const title of ["First?", "Second?"]) confirmed(title, [], "No", "Yes").then(yes => said.push([title, yes])); }""")
+        for (const title of ["First?", "Second?"]) Page.confirmed(title, [], "No", "Yes").then(yes => said.push([title, yes])); }""")
     dialog = page.locator("#ask-dialog")
     expect(dialog).to_contain_text("First?")
     button(dialog, "Yes").click()
@@ -206,10 +206,10 @@ def test_an_early_chat_stays_when_stored_ones_come(page, stand_in):
     button(page, "New chat").click()
     command(page, "/seed 3")
     page.evaluate("opened()")
-    page.wait_for_function("() => started")
+    page.wait_for_function("() => Page.started")
     expect(chats(page)).to_have_count(1)
     expect(questions(page)).to_have_count(0)
-    assert page.evaluate("state.chat.parameters") == {"seed": 3}
+    assert page.evaluate("Chat.current.parameters") == {"seed": 3}
     message_box(page).fill("two")
     button(page, "Send").click()
     expect(said(questions(page))).to_have_text(["two"])

@@ -20,7 +20,7 @@ def show_chat(page, turns):
     """Shows a chat whose answers have wide code and a wide table."""
     messages = [message for number in range(turns) for message in
                 ({"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": ANSWER})]
-    page.evaluate("text => importAll(importOf(text), 'it')", json.dumps({"messages": messages}))
+    page.evaluate("text => Chats.importAll(Tree.importOf(text), 'it')", json.dumps({"messages": messages}))
     settled(page)
     expect(page.get_by_role("article").last.locator("strong")).to_be_visible()
 
@@ -35,7 +35,7 @@ def drawn_formula(opened_page):
         const answer = document.createElement("div");
         answer.className = "markdown";
         document.getElementById("log").replaceChildren(answer);
-        answer.append(mathNode(tex, true));
+        answer.append(Markdown.mathNode(tex, true));
         const box = node => node.getBoundingClientRect();
         return ({measure})(answer.querySelector("math"));
     }}""", tex)
@@ -238,7 +238,7 @@ def test_one_quiet_line_stands_below_an_answer(page, stand_in):
     figures(answer)
     message_box(page).click()
     expect(more).to_have_count(0)
-    page.evaluate("lastNode().model = 'another'; render()")
+    page.evaluate("Chat.lastNode().model = 'another'; Page.render()")
     expect(line).to_have_text("another212.3 tok/s")             # the server has one, the chat another
 
 
@@ -249,7 +249,7 @@ def test_figures_without_a_speed_are_not_lost(page, stand_in):
     button(page, "Stop").click()
     line = answers(page).locator(".short")
     expect(line).to_contain_text("stopped")
-    page.evaluate("lastNode().timings = {ttft_ms: 81, completion_tokens: 3, finish_reason: 'stop'}; render()")
+    page.evaluate("Chat.lastNode().timings = {ttft_ms: 81, completion_tokens: 3, finish_reason: 'stop'}; Page.render()")
     expect(line).to_have_text("stopped · first token after 81 ms")
 
 
@@ -302,7 +302,7 @@ def test_the_empty_page_offers_a_better_model(page, stand_in):
     open_page(page, stand_in.url)
     log = page.get_by_role("log")
     expect(log.get_by_role("heading")).to_have_text(re.compile("^Good (morning|afternoon|evening). What would you like to know?"))
-    assert page.evaluate("[0, 5, 12, 18].map(hour => TEXT.welcome(hour).split(' ')[1])") == ["evening.", "morning.", "afternoon.", "evening."]
+    assert page.evaluate("[0, 5, 12, 18].map(hour => Parts.TEXT.welcome(hour).split(' ')[1])") == ["evening.", "morning.", "afternoon.", "evening."]
     expect(log).not_to_contain_text("python")
     expect_accessible(page)
     button(log, "Get a better one: Qwen3-4B").click()

@@ -11,12 +11,12 @@ from page_server import BLOCKS, HOSTILE, MARKDOWN
 pytestmark = needs_browser
 
 DRAWN = """([text, step]) => {            // text drawn in steps, and at once; and the most that any step parsed and made
-    const [grown, whole] = [0, 1].map(() => new MarkdownView(document.createElement("div")));
+    const [grown, whole] = [0, 1].map(() => new Markdown.View(document.createElement("div")));
     const most = {characters: 0, nodes: 0};
     for (let end = 0; end < text.length; end += step) {
-        const before = {...markdownWork};
+        const before = {...Markdown.work};
         grown.update(text.slice(0, end));
-        for (const name in most) most[name] = Math.max(most[name], markdownWork[name] - before[name]);
+        for (const name in most) most[name] = Math.max(most[name], Markdown.work[name] - before[name]);
     }
     grown.update(text, true);
     whole.update(text, true);
@@ -49,7 +49,7 @@ def test_markdown_tables_and_formulas_are_drawn(page, stand_in):
 def test_names_of_functions_stand_apart(opened_page, tex, spaces):
     assert opened_page.evaluate("""tex => {
         const node = document.createElement("p");
-        node.append(mathNode(tex, false));
+        node.append(Markdown.mathNode(tex, false));
         node.querySelector("annotation").remove();
         for (const space of node.querySelectorAll("mspace")) space.textContent = space.getAttribute("width") === "0.17em" ? "_" : "?";
         return node.textContent.replaceAll("\u2061", "");
@@ -69,7 +69,7 @@ def test_formulas_load_their_font_when_first_drawn(page, stand_in):
         const node = document.createElement("p");
         node.className = "markdown";
         document.querySelector(".body.markdown").append(node);
-        node.append(mathNode(tex, true));
+        node.append(Markdown.mathNode(tex, true));
         return [...node.querySelectorAll("mo, mi")].map(each => each.getBoundingClientRect().height);
     }""", r"\sum x \begin{pmatrix} 1 \\ 2 \\ 3 \end{pmatrix}")
     total, letter, opening, closing = heights
@@ -166,11 +166,11 @@ WATCHED = """async ([text, step]) => {                // what is not allowed in 
     });
     const lookAtFormulas = () => root.querySelectorAll("math *").forEach(node => { for (const {name} of node.attributes) if (/^(on|href|src|style|id|name|xlink)/.test(name)) wrong.add(name); });
     for (let end = 0; end <= text.length; end += step) {
-        const view = new MarkdownView(root);
+        const view = new Markdown.View(root);
         view.update(text.slice(0, end), true);       // as if the answer ended here
         look();
     }
-    const grown = new MarkdownView(root);
+    const grown = new Markdown.View(root);
     for (let end = 0; end < text.length; end += step) { grown.update(text.slice(0, end)); look(); }
     grown.update(text, true);
     look();
@@ -194,7 +194,7 @@ def test_cut_details_and_footnotes_inject_nothing(opened_page, name):
 
 def shown(page, text):
     """The answer with this text, in a chat."""
-    page.evaluate("""text => { newChat(); addNode(null, "user", "q"); showLeaf(addNode(state.leaf, "assistant", text, {}).id); }""", text)
+    page.evaluate("""text => { Chat.openNew(); Chat.addNode(null, "user", "q"); Chat.showLeaf(Chat.addNode(Chat.leaf, "assistant", text, {}).id); }""", text)
     return said(answers(page).last)
 
 
@@ -212,7 +212,7 @@ def test_details_fold_their_markdown(opened_page):
     expect(answer.locator("> p").nth(1)).to_have_text("after </details> it")
     expect(answer).to_contain_text("</details> stray")
     expect_accessible(opened_page)
-    opened_page.evaluate("newChat()")
+    opened_page.evaluate("Chat.openNew()")
 
 
 def test_marks_lead_to_footnotes_that_stand_apart(opened_page):
@@ -226,7 +226,7 @@ def test_marks_lead_to_footnotes_that_stand_apart(opened_page):
     assert opened_page.evaluate("""() => { let led = null; for (const note of document.querySelectorAll(".footnote")) note.scrollIntoView = () => { led = note.dataset.note; };
         document.querySelectorAll(".note a")[1].click(); return led; }""") == "^why"
     expect_accessible(opened_page)
-    opened_page.evaluate("newChat()")
+    opened_page.evaluate("Chat.openNew()")
 
 
 def test_environments_are_formulas_without_dollars(opened_page):
@@ -235,7 +235,7 @@ def test_environments_are_formulas_without_dollars(opened_page):
     expect(answer.locator("math mtable")).to_have_count(4)
     expect(answer).to_contain_text("\\begin{itemize}")
     expect(answer).to_contain_text("never $$ closed")
-    opened_page.evaluate("newChat()")
+    opened_page.evaluate("Chat.openNew()")
 
 
 def test_each_block_runs_in_its_words_direction(opened_page):
@@ -246,7 +246,7 @@ def test_each_block_runs_in_its_words_direction(opened_page):
     left, right = answer.locator("p").first.evaluate("""each => { const range = document.createRange(); range.selectNodeContents(each);
         const words = range.getBoundingClientRect(), box = each.parentElement.getBoundingClientRect(); return [words.left - box.left, box.right - words.right]; }""")
     assert right < 5 < left
-    opened_page.evaluate("newChat()")
+    opened_page.evaluate("Chat.openNew()")
 
 
 def test_a_hostile_answer_is_inert(page, stand_in):
@@ -365,7 +365,7 @@ def test_a_long_chat_is_drawn_where_it_is_looked_at(page, stand_in):
     page.evaluate("""() => {
         const messages = [];
         for (let i = 0; i < 1000; i++) messages.push({role: "user", content: `question ${i}`}, {role: "assistant", content: `**answer** ${i}\\n\\n- a\\n- b`});
-        return importAll(importOf(JSON.stringify({messages, title: "long"})), "it");
+        return Chats.importAll(Tree.importOf(JSON.stringify({messages, title: "long"})), "it");
     }""")
     expect(answers(page)).to_have_count(1000)
     expect(answers(page).last).to_contain_text("answer 999")
@@ -388,22 +388,22 @@ def test_near_turns_take_a_few_milliseconds_a_frame(page, stand_in):
     most = page.evaluate("""async () => {
         const messages = [];
         for (let i = 0; i < 200; i++) messages.push({role: i % 2 ? "assistant" : "user", content: `**${i}**`});
-        await importAll(importOf(JSON.stringify({messages})), "it");
-        const drawn = () => [...views.values()].filter(view => view.complete).length;
+        await Chats.importAll(Tree.importOf(JSON.stringify({messages})), "it");
+        const drawn = () => Chat.path.filter(({id}) => Turns.viewOf(id)?.complete).length;
         let clock = 0, before = drawn(), most = 0;
         performance.now = () => clock += 10;                // as if each turn took long
-        $("log").scrollTop = 0;
-        for (let frame = 0; frame < 300 && state.path.some(node => !views.get(node.id).complete && near20(node)); frame++) {
+        Parts.$("log").scrollTop = 0;
+        for (let frame = 0; frame < 300 && Chat.path.some(node => !Turns.viewOf(node.id).complete && near20(node)); frame++) {
             await new Promise(requestAnimationFrame);
             most = Math.max(most, drawn() - before);
             before = drawn();
         }
-        function near20(node) { return state.path.indexOf(node) < 20; }
+        function near20(node) { return Chat.path.indexOf(node) < 20; }
         return most;
     }""")
     assert most == 1 and answers(page).first.locator("strong").inner_text() == "1"
     assert page.locator(".turn:not(:has(.actions))").count() > 100
-    page.evaluate("() => { $('log').scrollTop = $('log').scrollHeight; }")     # what is drawn and out of sight costs a frame nothing
+    page.evaluate("() => { Parts.$('log').scrollTop = Parts.$('log').scrollHeight; }")     # what is drawn and out of sight costs a frame nothing
     page.wait_for_function("() => !document.querySelector('.turn:has(.actions) .body').checkVisibility({contentVisibilityAuto: true})")
 
 
@@ -418,7 +418,7 @@ def test_thousands_of_nested_parts_are_shown(opened_page, name):
     deepest, shown = opened_page.evaluate("""text => {
         const root = document.createElement("div");
         document.body.append(root);
-        new MarkdownView(root).update(text, true);
+        new Markdown.View(root).update(text, true);
         const depth = node => Math.max(0, ...Array.from(node.children, each => 1 + depth(each)));
         const found = [depth(root), root.offsetHeight >= 0 && root.textContent.length > 0];
         root.remove();

@@ -65,7 +65,7 @@ def test_steps_of_a_training_stand_on_a_slider(browser, nanochat_fixtures, tmp_p
         expect(choice.locator("option").nth(2)).to_have_text(re.compile("^d2-base@latest · now d2-base@60"), timeout=4 * SLOW_MS)
         ask(page, "hello again")
         expect_answered(page, 2)
-        assert page.evaluate("state.path.filter(({role}) => role === 'assistant').map(({model}) => model)") == ["d2-base@20", "d2-base@60"]
+        assert page.evaluate("Chat.path.filter(({role}) => role === 'assistant').map(({model}) => model)") == ["d2-base@20", "d2-base@60"]
         inside(answers(page).last, "Compare")
         dialog = page.get_by_role("dialog", name="Compare")
         slider, columns = dialog.get_by_role("slider", name="Step"), dialog.get_by_role("region")
@@ -110,12 +110,12 @@ def test_columns_of_a_comparison_have_adapters(browser, tmp_path):
         button(dialog, "Compare").click()
         expect(dialog.get_by_role("button", name="Continue with this")).to_have_count(3, timeout=SLOW_MS)
         expect_accessible(page)
-        assert page.evaluate("compared.columns.map(({end}) => end.model)") == ["law", "tone", "tiny"]
-        assert len(set(page.evaluate("compared.columns.map(({end}) => end.seed)"))) == 1
+        assert page.evaluate("Compare.shown.columns.map(({end}) => end.model)") == ["law", "tone", "tiny"]
+        assert len(set(page.evaluate("Compare.shown.columns.map(({end}) => end.seed)"))) == 1
         dialog.get_by_role("button", name="Continue with this").nth(1).click()
         inside(answers(page), "Check that it repeats")
         expect(answers(page)).to_contain_text("It repeats: the same 8 tokens.", timeout=SLOW_MS)
-        assert page.evaluate("lastNode().weights") == page.evaluate("weightsOf('tone')") != page.evaluate("weightsOf('law')")
+        assert page.evaluate("Chat.lastNode().weights") == page.evaluate("Look.weightsOf('tone')") != page.evaluate("Look.weightsOf('law')")
 
 
 def test_each_answer_says_what_made_it(page, stand_in):
@@ -135,7 +135,7 @@ def test_each_answer_says_what_made_it(page, stand_in):
     maker = answers(page).locator(".maker")
     for model, name, changes in (("stand-in-135m", "stand-in-135m", "temperature 0.7 · top-k 3 · system prompt"),        # not listed: nothing is known of its defaults
                                  ("d2@60", "d2, step 60", "top-k 3 · system prompt"), ("law", "law, adapter of d2@60", "top-k 3 · system prompt")):
-        page.evaluate("model => { lastNode().model = model; render(); }", model)
+        page.evaluate("model => { Chat.lastNode().model = model; Page.render(); }", model)
         expect(maker).to_have_text(name)
         expect(figures(answers(page)).locator("p").first).to_have_text(f"{name} · {changes}")
         page.keyboard.press("Escape")
@@ -158,17 +158,17 @@ def test_each_answer_says_what_made_it(page, stand_in):
 def test_each_model_s_size_and_workers_are_shown(opened_page):
     page = opened_page
     listed = page.evaluate("""[{id: "one", state: "ready", bytes: 3e9, weights_bytes: 27e7}, {id: "two", state: "unloaded", bytes: 5e6, weights_bytes: 5e6},
-        {id: "three", state: "failed", reason: "no such file"}].map(each => TEXT.modelIs(each, each.id))""")
+        {id: "three", state: "failed", reason: "no such file"}].map(each => Parts.TEXT.modelIs(each, each.id))""")
     assert listed == ["one · loaded · 270 MB + 2.7 GB KV", "two · 5 MB", "three · failed: no such file"]
     rows = page.evaluate("""async () => {
         const workers = ["one", "two"].map((model, gpu_id) => ({model, gpu_id, device: "cpu", state: "ready"}));
-        await openStatus();
-        addSample(glanced, {workers}, new Map());
-        showStatus({workers, models: [{id: "three", state: "failed", reason: "no such file"}]}, glanced);
+        await Views.openStatus();
+        Status.addSample(Status.shown, {workers}, new Map());
+        Status.show({workers, models: [{id: "three", state: "failed", reason: "no such file"}]}, Status.shown);
         return ["models", "workers"].map(name => [...document.querySelectorAll(`#status-${name} tr`)].map(row => row.textContent));
     }""")
     assert rows[0][1] == "threefailed: no such file" and [row[:5] for row in rows[1]] == ["Model", "one0c", "two1c"]
-    page.evaluate("closeStatus()")
+    page.evaluate("Status.close()")
 
 
 @pytest.mark.slow

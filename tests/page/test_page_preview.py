@@ -64,7 +64,7 @@ def shown(page, *blocks):
     """A chat with one answer of these code blocks (language, code); returns the answer."""
     text = "\n\n".join(f"```{language}\n{code}\n```" for language, code in blocks)
     messages = [{"role": "user", "content": "Draw"}, {"role": "assistant", "content": text}]
-    page.evaluate("text => importAll(importOf(text), 'it')", json.dumps({"messages": messages}))
+    page.evaluate("text => Chats.importAll(Tree.importOf(text), 'it')", json.dumps({"messages": messages}))
     settled(page)
     return answers(page)
 

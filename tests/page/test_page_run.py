@@ -29,7 +29,7 @@ def row(page, step):
 
 def point(page, step):
     """Where a step's point lies in the window."""
-    return page.evaluate("""step => { const {plot, box} = [...shownRun.charts.values()][0], {left, top} = plot.over.getBoundingClientRect();
+    return page.evaluate("""step => { const {plot, box} = [...Run.shown.charts.values()][0], {left, top} = plot.over.getBoundingClientRect();
         return [left + plot.valToPos(box.shown.points.find(point => point.step.step === step).x, "x"), top + plot.over.clientHeight / 2]; }""", step)
 
 
@@ -46,7 +46,7 @@ def test_a_run_has_an_address_a_curve_and_rows(page, stand_in):
     curve = region.get_by_role("img", name="10: 2.990, 20: 2.980, 30: 2.970", exact=True)
     expect(curve).to_be_visible()
     painted = """canvas => canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.some(Boolean)"""
-    page.wait_for_function("() => shownRun.charts.size")
+    page.wait_for_function("() => Run.shown.charts.size")
     assert curve.locator("canvas").evaluate(painted)
     expect(region.get_by_role("row").nth(1)).to_contain_text(re.compile(r"30.*2\.970.*−0\.010.*loading"))      # the latest first
     expect(row(page, 20)).to_contain_text("loaded")
@@ -94,8 +94,8 @@ def test_a_curve_is_drawn_however_late_its_library_is(page, stand_in):
     stand_in.several = steps("unloaded", "ready", "ready")
     open_page(page, stand_in.url)
     menu(page, "Training run")
-    page.wait_for_function("() => typeof makeStepChart === 'function'")
-    page.evaluate("render()")           # as when the answer about the run's steps comes
+    page.wait_for_function("() => typeof Charts !== 'undefined'")
+    page.evaluate("Page.render()")           # as when the answer about the run's steps comes
     for route in held:
         route.continue_()
     expect(page.get_by_role("img", name="10: 2.990, 20: 2.980, 30: 2.970", exact=True)).to_be_visible()
@@ -104,7 +104,7 @@ def test_a_curve_is_drawn_however_late_its_library_is(page, stand_in):
 def test_a_click_on_a_point_begins_a_chat(page, stand_in):
     stand_in.several = steps("ready", "ready", "ready")
     opened(page, stand_in)
-    page.wait_for_function("() => shownRun.charts.size")
+    page.wait_for_function("() => Run.shown.charts.size")
     page.mouse.move(*point(page, 20))
     expect(page.locator("#run-chosen")).to_have_text("d4@20 · Bits per byte: 2.980 · −0.010 since the step before")
     x, y = page.locator("#run .mark").evaluate("mark => { const {x, y, width} = mark.getBoundingClientRect(); return [x + width / 2, y]; }")
@@ -192,7 +192,7 @@ def test_several_runs_are_a_choice(page, stand_in):
 def test_others_add_to_the_view_of_a_run(page, stand_in):
     stand_in.several = steps("ready", "ready")
     open_page(page, stand_in.url)
-    page.evaluate("register({run: {nodes: steps => [element('p', {textContent: `${steps.length} steps of ${steps[0].run}`})]}})")
+    page.evaluate("Parts.register({run: {nodes: steps => [Parts.element('p', {textContent: `${steps.length} steps of ${steps[0].run}`})]}})")
     menu(page, "Training run")
     expect(page.locator("#run-more")).to_have_text("2 steps of d4")
 
@@ -219,8 +219,8 @@ def test_a_run_that_trains_is_seen_step_by_step(browser, nanochat_fixtures, tmp_
         dialog = page.get_by_role("dialog", name="Compare")
         columns = dialog.get_by_role("region")
         expect(columns.get_by_role("button", name="Continue with this")).to_have_count(2, timeout=4 * SLOW_MS)
-        assert page.evaluate("compared.columns.map(({end}) => end.model)") == ["d2-base@40", "d2-base@60"]
-        assert len(set(page.evaluate("compared.columns.map(({end}) => end.seed)"))) == 1
+        assert page.evaluate("Compare.shown.columns.map(({end}) => end.model)") == ["d2-base@40", "d2-base@60"]
+        assert len(set(page.evaluate("Compare.shown.columns.map(({end}) => end.seed)"))) == 1
         expect(dialog.get_by_text("hello", exact=True)).to_be_visible()
         expect_accessible(page)
         written = columns.nth(0).locator(".compared").inner_text()
@@ -230,4 +230,4 @@ def test_a_run_that_trains_is_seen_step_by_step(browser, nanochat_fixtures, tmp_
         expect(page.get_by_role("combobox", name="Model", exact=True)).to_have_value("d2-base@40")
         ask(page, "and now?")
         expect_answered(page, 2)
-        assert page.evaluate("lastNode().model") == "d2-base@40"
+        assert page.evaluate("Chat.lastNode().model") == "d2-base@40"

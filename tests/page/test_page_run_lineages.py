@@ -70,13 +70,13 @@ def curve(page, metric="curve"):
 
 def spot(page, metric, model):
     """Where a step's point lies in the window."""
-    return page.evaluate("""([metric, model]) => { const {plot, box} = shownRun.charts.get(metric); box.scrollIntoView({block: "center"});
+    return page.evaluate("""([metric, model]) => { const {plot, box} = Run.shown.charts.get(metric); box.scrollIntoView({block: "center"});
         const {left, top} = plot.over.getBoundingClientRect(), {x, y} = box.shown.points.find(({step}) => step.id === model); return [left + plot.valToPos(x, "x"), top + plot.valToPos(y, "y")]; }""", [metric, model])
 
 
 def color_at(page, metric, model):
     """The colour of the canvas in the middle of a step's mark: red, green, blue."""
-    return page.evaluate("""([metric, model]) => { const {plot, box} = shownRun.charts.get(metric), {x, y} = box.shown.points.find(({step}) => step.id === model);
+    return page.evaluate("""([metric, model]) => { const {plot, box} = Run.shown.charts.get(metric), {x, y} = box.shown.points.find(({step}) => step.id === model);
         return [...plot.ctx.getImageData(Math.round(plot.valToPos(x, "x", true)), Math.round(plot.valToPos(y, "y", true)), 1, 1).data].slice(0, 3); }""", [metric, model])
 
 
@@ -86,7 +86,7 @@ def row(page, model):
 
 def opened(page, stand_in, path="#run/d4"):
     open_page(page, stand_in.url, path)
-    page.wait_for_function("() => typeof shownRun !== \"undefined\" && shownRun?.charts.size")
+    page.wait_for_function("() => typeof Run !== \"undefined\" && Run.shown?.charts.size")
 
 
 def test_a_lineage_is_one_view_from_base_to_rl(page, stand_in, runs):
@@ -101,7 +101,7 @@ def test_a_lineage_is_one_view_from_base_to_rl(page, stand_in, runs):
     expect(row(page, "d4-sft@200").get_by_role("cell").nth(2)).to_be_empty()            # its change is none of base's
     order = [spot(page, "val_bpb", model)[0] for model in ("d4-base@400", "d4-base@1200", "d4-sft@200", "d4-sft@449")]
     assert order == sorted(order), "the stages lie one after the other"
-    assert page.evaluate("shownRun.charts.get('val_bpb').box.shown.layout.parts.map(({stage}) => stage)") == ["base", "sft", "rl"]
+    assert page.evaluate("Run.shown.charts.get('val_bpb').box.shown.layout.parts.map(({stage}) => stage)") == ["base", "sft", "rl"]
     expect_accessible(page)
 
 
@@ -181,7 +181,7 @@ def test_the_latest_step_is_chosen_at_first(page, stand_in, runs):
 @pytest.mark.parametrize("path, metrics", [("#run/d4", ("val_bpb", "train_loss", "reward")), ("#run/d4-base", ("val_bpb", "train_loss"))])
 def test_steps_that_come_draw_what_a_fresh_page_draws(page, stand_in, runs, path, metrics):
     opened(page, stand_in, path)
-    drawn = """metric => shownRun.charts.get(metric).plot.ctx.canvas.toDataURL()"""
+    drawn = """metric => Run.shown.charts.get(metric).plot.ctx.canvas.toDataURL()"""
     for step in (2000, 3000, 4000):                             # beside them the reward has the same values, at other places
         runs.add("d4", "base", step)
     stand_in.several = runs.models()
@@ -192,7 +192,7 @@ def test_steps_that_come_draw_what_a_fresh_page_draws(page, stand_in, runs, path
     page.goto("about:blank")
     opened(page, stand_in, path)
     expect(page.locator("#run-about")).to_contain_text("4,000" if "base" in path else "6 of base")
-    page.wait_for_function("count => shownRun.charts.size === count", arg=len(metrics))
+    page.wait_for_function("count => Run.shown.charts.size === count", arg=len(metrics))
     page.evaluate(settle)
     assert [page.evaluate(drawn, metric) == before for metric, before in zip(metrics, live, strict=True)] == [True] * len(metrics)
 
@@ -230,7 +230,7 @@ def test_a_second_lineage_lies_in_the_same_charts(page, stand_in, runs):
     expect(page.locator("#run-steps").get_by_role("rowheader")).to_have_text(
         ["d4-rl · 2 steps", "d4-sft · 2 steps", "d4-base · 3 steps", "d6-sft · 1 step", "d6-base · 2 steps"])
     assert color_at(page, "val_bpb", "d4-base@800") != color_at(page, "val_bpb", "d6-base@500")
-    assert page.evaluate("shownRun.charts.get('val_bpb').plot.series.slice(1).map(({dash}) => dash.length > 0)") == [False, False, True, True]
+    assert page.evaluate("Run.shown.charts.get('val_bpb').plot.series.slice(1).map(({dash}) => dash.length > 0)") == [False, False, True, True]
     assert spot(page, "val_bpb", "d4-base@800")[0] < spot(page, "val_bpb", "d6-base@1000")[0] < spot(page, "val_bpb", "d4-base@1200")[0], "one scale of steps"
     page.mouse.move(*spot(page, "val_bpb", "d6-sft@300"))
     expect(page.locator("#run-chosen")).to_contain_text("d6-sft@300")
@@ -242,8 +242,8 @@ def test_a_second_lineage_lies_in_the_same_charts(page, stand_in, runs):
     page.get_by_role("slider", name="Step").press("End")
     expect(page.locator("#run-chosen")).to_contain_text("d6-sft@300")                       # the keyboard reaches both
     button(page, "Latest against latest").click()
-    page.wait_for_function("() => typeof compared === 'object' && compared?.columns.length === 2")
-    assert page.evaluate("compared.columns.map(({model}) => model.value)") == ["d4-rl@99", "d6-sft@300"]
+    page.wait_for_function("() => typeof Compare !== 'undefined' && Compare.shown?.columns.length === 2")
+    assert page.evaluate("Compare.shown.columns.map(({model}) => model.value)") == ["d4-rl@99", "d6-sft@300"]
     page.keyboard.press("Escape")
     beside.select_option("none")
     expect(page.locator("#run-steps").get_by_role("rowheader")).to_have_count(3)
@@ -255,19 +255,19 @@ def test_a_useless_second_run_changes_nothing(page, stand_in, runs, path):
     opened(page, stand_in, path)
     models = page.locator("#run-steps tbody tr:not(.group)")
     expect(models).to_have_count(3 if "d4-base?" in path else 7)
-    assert len(page.evaluate("shownRun.charts.get('val_bpb').plot.series")) == (2 if "d4-base?" in path else 3)
+    assert len(page.evaluate("Run.shown.charts.get('val_bpb').plot.series")) == (2 if "d4-base?" in path else 3)
 
 
 def test_two_runs_are_drawn_by_tokens_if_known(page, stand_in, runs):
     opened(page, stand_in, "#run/d4-base?with=d6-base")
     page.get_by_role("combobox", name="Axis").select_option("tokens")
-    page.wait_for_function("() => shownRun.charts.get('val_bpb').box.shown.layout.parts[0].by === 'tokens'")
-    assert page.evaluate("shownRun.charts.get('val_bpb').box.shown.points.map(({x}) => x)") == [400_000, 800_000, 1_200_000, 1_000_000, 2_000_000]
+    page.wait_for_function("() => Run.shown.charts.get('val_bpb').box.shown.layout.parts[0].by === 'tokens'")
+    assert page.evaluate("Run.shown.charts.get('val_bpb').box.shown.points.map(({x}) => x)") == [400_000, 800_000, 1_200_000, 1_000_000, 2_000_000]
     page.get_by_role("combobox", name="Beside").select_option("d6-sft")                     # which knows none
     expect(page.get_by_role("combobox", name="Axis")).to_be_hidden()
     page.get_by_role("combobox", name="Beside").select_option("d6")
     expect(page.get_by_role("combobox", name="Axis")).to_be_visible()                       # its base does
-    assert page.evaluate("shownRun.charts.get('val_bpb').box.shown.layout.parts.map(({stage, by}) => [stage, by])") == [["base", "tokens"], ["sft", "step"]]
+    assert page.evaluate("Run.shown.charts.get('val_bpb').box.shown.layout.parts.map(({stage, by}) => [stage, by])") == [["base", "tokens"], ["sft", "step"]]
 
 
 def test_the_view_fits_a_phone(browser, stand_in, runs):
@@ -296,7 +296,7 @@ def test_a_thousand_steps_change_only_what_is_new(page, stand_in):
     expect(page.locator("#run-steps tbody tr")).to_have_count(1002, timeout=60_000)
     expect(curve(page)).to_have_attribute("aria-label", "800 points, d4-base@10: 2.000 to d4-base@8000: 1.001; least d4-base@8000: 1.001, most d4-base@10: 2.000. The table has all.")
     expect(page.locator("#run-steps th[scope=col]").nth(4)).to_have_text("Reward")      # the table has all that is known
-    page.evaluate("""() => { window.changes = []; window.plot = shownRun.charts.get("val_bpb").plot;
+    page.evaluate("""() => { window.changes = []; window.plot = Run.shown.charts.get("val_bpb").plot;
         new MutationObserver(found => changes.push(...found)).observe(document.getElementById("run-steps"), {childList: true, subtree: true}); }""")
     known.add("d4", "rl", 2010, reward=0.5)
     stand_in.several = known.models()
@@ -306,7 +306,7 @@ def test_a_thousand_steps_change_only_what_is_new(page, stand_in):
     while len(known.asked) < asked + 2:                             # two more looks, at which nothing is new
         page.wait_for_timeout(50)
     assert page.evaluate("changes.reduce((sum, {addedNodes}) => sum + addedNodes.length, 0)") <= 4       # the new step and its group's heading
-    assert page.evaluate("plot === shownRun.charts.get('val_bpb').plot"), "the chart is kept"
+    assert page.evaluate("plot === Run.shown.charts.get('val_bpb').plot"), "the chart is kept"
 
 
 @pytest.mark.parametrize("body", ["[]", "null", "{", '{"steps": null}', '{"steps": [{}]}', '{"steps": [{"model": "d4-base@800", "metrics": null, "stale": null}]}',
@@ -414,7 +414,7 @@ def test_a_real_run_is_seen_while_it_trains(browser, trained):
         button(page, "Chat with d4-rl@120").click()
         ask(page, "hello")
         expect_answered(page)
-        assert page.evaluate("lastNode().model") == "d4-rl@120"
+        assert page.evaluate("Chat.lastNode().model") == "d4-rl@120"
         shutil.rmtree(base / "chatrl_checkpoints")
         menu(page, "Training run")                                  # the lineage of the chat's model
         expect(page.get_by_role("heading", name="Training run d4")).to_be_visible()

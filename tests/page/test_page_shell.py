@@ -433,10 +433,10 @@ def test_settings_stand_beside_the_chat_and_follow_it(page, stand_in):
     expect(dialog).to_have_count(0)
 
 
-def test_a_slider_never_leaves_what_its_parameter_may_be(opened_page):
-    wrong = opened_page.evaluate("""() => PARAMETERS.filter(({slider, min, max}) => slider && !(min <= slider[0] && slider[0] < slider[1] && slider[1] <= max && slider[2] > 0))
+def test_a_slider_stays_within_its_parameter(opened_page):
+    wrong = opened_page.evaluate("""() => Parameters.all.filter(({slider, min, max}) => slider && !(min <= slider[0] && slider[0] < slider[1] && slider[1] <= max && slider[2] > 0))
         .map(({name}) => name)""")
-    without = opened_page.evaluate("PARAMETERS.filter(({slider}) => !slider).map(({name}) => name)")
+    without = opened_page.evaluate("Parameters.all.filter(({slider}) => !slider).map(({name}) => name)")
     assert wrong == [] and without == ["reasoning_effort", "thinking_budget", "seed"]
 
 
@@ -691,7 +691,7 @@ def test_every_word_is_in_the_table_of_strings():
     named = set(re.findall(r'data-(?:text|label|hint)="(\w+)"', page))
     scripts = "".join(path.read_text() for path in (ROOT / "static").glob("*.js"))
     registered = "".join(re.findall(r"^  strings: \{\n(.*?)^  \},$", scripts, re.M | re.S))
-    table = (ROOT / "static" / "strings.js").read_text() + re.sub("^  ", "", registered, flags=re.M)
+    table = (ROOT / "static" / "parts.js").read_text() + re.sub("^  ", "", registered, flags=re.M)
     assert [name for name in named if not re.search(rf"\b{name}:", table)] == []
     used = set(re.findall(r"\bTEXT\.(\w+)", "".join(path.read_text() for path in (ROOT / "static").glob("*.js"))))
     assert [name for name in used if not re.search(rf"\b{name}:", table)] == []

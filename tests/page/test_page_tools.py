@@ -29,7 +29,7 @@ def test_a_call_is_a_card_and_sends_its_result_back(page, stand_in):
     functions.fill('{"name": "look_up", "parameters": {"type": "object"}}')
     button(page, "Add a calculator").click()
     expect(page.locator("#budget-text")).to_have_text("20 tokens")       # between two places
-    assert page.evaluate("state.chat.parameters.thinking_budget") == 20
+    assert page.evaluate("Chat.current.parameters.thinking_budget") == 20
     page.get_by_role("slider", name="Thinking budget").fill("2")
     expect(page.locator("#budget-text")).to_have_text("64 tokens")
     expect_accessible(page)
@@ -50,14 +50,14 @@ def test_a_call_is_a_card_and_sends_its_result_back(page, stand_in):
     assert [(message["role"], message.get("tool_call_id")) for message in last["messages"][-2:]] == [("tool", call["id"]) for call in calls]
     assert [message["content"] for message in last["messages"][-2:]] == ["42", "sunny"]
     expect(card.get_by_role("textbox")).to_have_count(0)
-    exported = page.evaluate("exportOf([state.chat], () => [...state.nodes.values()])")
-    brought = page.evaluate("text => importOf(text)", json.dumps(exported))[0]
+    exported = page.evaluate("Tree.exportOf([Chat.current], () => [...Chat.nodes.values()])")
+    brought = page.evaluate("text => Tree.importOf(text)", json.dumps(exported))[0]
     assert [node["calls"][0]["result"] for node in brought["nodes"] if "calls" in node] == ["42"] and len(brought["conversation"]["parameters"]["tools"]) == 2
 
 
 @pytest.mark.parametrize("expression, value", [("2*(3+4)-1", "13"), ("-1.5e1 / 4", "-3.75"), ("1,000 * 2", "2000"), ("1/0", ""), ("2 +", ""), ("alert(1)", ""), ("", "")])
 def test_the_calculator_works_out_only_arithmetic(opened_page, expression, value):
-    assert opened_page.evaluate("text => calculated(text)", json.dumps({"expression": expression})) == value
+    assert opened_page.evaluate("text => Calls.calculated(text)", json.dumps({"expression": expression})) == value
 
 
 def test_an_answer_follows_the_schema_of_its_chat(page, server_url):
@@ -103,17 +103,17 @@ def test_prompts_are_kept_and_exported(page, stand_in):
         menu(page, "Export", "All chats (JSON)")
     exported = json.loads(saved.value.path().read_text())
     assert [prompt["name"] for prompt in exported["prompts"]] == ["Pirate", "Shorter"]
-    page.evaluate("keepPrompts([{name: 'Pirate', text: 'Arr.', starter: false}])")
+    page.evaluate("Prompts.keep([{name: 'Pirate', text: 'Arr.', starter: false}])")
     page.locator("#import-file").set_input_files(saved.value.path())
     button(page.get_by_role("dialog"), "Import").click()
-    page.wait_for_function("() => ownPrompts().length === 3")
-    assert page.evaluate("ownPrompts().map(({name}) => name)") == ["Pirate", "Pirate (2)", "Shorter"]
+    page.wait_for_function("() => Prompts.own().length === 3")
+    assert page.evaluate("Prompts.own().map(({name}) => name)") == ["Pirate", "Pirate (2)", "Shorter"]
     settled(page)
 
 
 def test_edited_prompts_stand_in_the_slash_menu(page, stand_in):
     open_page(page, stand_in.url)
-    page.evaluate("""keepPrompts([{name: "Polite mail", text: "Rewrite politely:", starter: true}, {name: "Pirate", text: "Arr.", starter: false},
+    page.evaluate("""Prompts.keep([{name: "Polite mail", text: "Rewrite politely:", starter: true}, {name: "Pirate", text: "Arr.", starter: false},
         {name: "Temperature", text: "How warm is it?", starter: true}, {name: "Höflich!", text: "Bitte: ", starter: true}])""")
     menu(page, "Prompts")
     dialog = page.get_by_role("dialog", name="Prompts")
@@ -130,7 +130,7 @@ def test_edited_prompts_stand_in_the_slash_menu(page, stand_in):
     title.fill("Captain")
     button(dialog, "Save prompt").click()
     expect(dialog.get_by_role("alert")).to_have_count(0)
-    assert page.evaluate("ownPrompts().map(({name, text}) => [name, text])")[:2] == [["Polite mail", "Rewrite politely:"], ["Captain", "Talk like a pirate."]]
+    assert page.evaluate("Prompts.own().map(({name, text}) => [name, text])")[:2] == [["Polite mail", "Rewrite politely:"], ["Captain", "Talk like a pirate."]]
     page.keyboard.press("Escape")
     menu(page, "Prompts")
     expect(title).to_have_value("")

@@ -268,14 +268,14 @@ def opened_page(browser):
     server = StandIn()
     with visitor(browser) as page:
         open_page(page, server.url)
-        page.evaluate("Promise.all([...$('libraries').content.children].map(({src}) => need(src.match(/[^/]*(?=[.]js)/)[0].split('.')[0])))")
+        page.evaluate("Promise.all([...Parts.$('libraries').content.children].map(({src}) => Parts.need(src.match(/[^/]*(?=[.]js)/)[0].split('.')[0])))")
         yield page
     server.close()
 
 
 def settled(page):
     """Wait until the page has opened its storage and written all pending changes."""
-    page.wait_for_function("() => started && !store.flushing")
+    page.wait_for_function("() => Page.started && !Store.flushing")
 
 
 def reload(page):

@@ -42,8 +42,8 @@ def calculate(expression: str) -> str | None:
 
     Checks the characters and words as upstream does, which then calls `eval`. This walks the syntax tree
     instead and never runs code. Size, depth and time are bounded (without powers a product has no more digits
-    than the expression, and no method makes anything longer), so any thread may run it. docs/models.md says
-    what upstream computes and this does not.
+    than the expression, and no method makes anything longer), so any thread may run it.
+    docs/models/families.md says what upstream computes and this does not.
     """
     expression = expression.replace(",", "")
     if len(expression) > CALCULATOR_CHARACTERS or not is_allowed(expression):

@@ -1,11 +1,13 @@
-// The turns: one view of each node that is shown. `render` (page.js) calls `renderTurns`, a growing answer `paint`.
+// The turns: one view of each node that is shown. `Page.render` calls `render`, a growing answer `paint`.
 //
 // A long chat opens fast because a turn far from the window is only plain text. It is drawn, with its
 // buttons, when it comes near (`complete`). While such a turn is out of sight, drawn or not, the browser
 // skips its layout and paint (.far in chat.css): otherwise scrolling past hundreds of them is slow.
 "use strict";
 
-{
+const Turns = (() => {
+
+const {TEXT, $, element, button, iconButton, onEnter, fitHeight, setText, number, plural, composing, mouse} = Parts;
 
 const AT_ONCE = 12;               // the last turns, drawn when a chat opens
 const views = new Map();          // id of a node -> its view
@@ -31,23 +33,11 @@ function completeSome() {
   drawing = came.size ? requestAnimationFrame(completeSome) : 0;
 }
 
-function button(label, icon, onclick, properties = {}) {
-  return element("button", {type: "button", className: `icon plain i-${icon}`, textContent: label,
-    onclick: event => onclick(event.currentTarget), ...properties});
-}
-
-// A button with only an icon.
-function iconButton(label, icon, onclick) {
-  const made = button("", icon, onclick, {title: label});
-  made.setAttribute("aria-label", label);
-  return made;
-}
-
 function renderTurns() {
-  if (viewsOf !== state.chat.id) { views.clear(); lenses.clear(); near.disconnect(); viewsOf = state.chat.id; }
-  const {path} = state, articles = path.map((node, i) => viewOf(node, path.length - i <= AT_ONCE).article);
+  if (viewsOf !== Chat.current.id) { views.clear(); Look.dropLenses(); near.disconnect(); viewsOf = Chat.current.id; }
+  const {path} = Chat, articles = path.map((node, i) => viewOf(node, path.length - i <= AT_ONCE).article);
   path.forEach(node => updateView(views.get(node.id)));
-  for (const id of views.keys()) if (!state.nodes.has(id)) views.delete(id);
+  for (const id of views.keys()) if (!Chat.nodes.has(id)) views.delete(id);
   return articles;
 }
 
@@ -60,7 +50,7 @@ function viewOf(node, atOnce) {
   article.append(body);
   view = {node, article, body, complete: false};
   views.set(node.id, view);
-  if (atOnce || isGrowing(node)) complete(view);
+  if (atOnce || Tree.isGrowing(node)) complete(view);
   else {
     body.textContent = node.content;
     article.classList.add("far");
@@ -80,11 +70,17 @@ function complete(view) {
 
 function updateView(view) {
   if (!view.complete) return;
-  const {node} = view, editing = state.editing === node.id;
+  const {node} = view, editing = Chat.editing === node.id;
   if (editing !== Boolean(view.editor)) editing ? startEditing(view) : stopEditing(view);
   view.actions.hidden = editing;
   updateSiblings(view);
   (node.role === "user" ? updateQuestion : updateAnswer)(view);
+}
+
+// Draws a turn, wherever it is, and scrolls to it.
+function scrollTo(id) {
+  complete(views.get(id));
+  views.get(id).article.scrollIntoView({block: "center"});
 }
 
 // siblings ------------------------------------------------------------------------------------------------------------
@@ -92,7 +88,7 @@ function updateView(view) {
 function siblingsBar(view) {
   const step = by => {
     const {siblings, at} = siblingsOf(view.node);
-    showLeaf(leafBelow(state.children, siblings[at + by].id));
+    Chat.showLeaf(Tree.leafBelow(Chat.children, siblings[at + by].id));
     views.get(siblings[at + by].id)?.actions?.querySelector(`.siblings button:${by < 0 ? "first" : "last"}-of-type`)?.focus();
   };
   const question = view.node.role === "user";
@@ -103,7 +99,7 @@ function siblingsBar(view) {
 }
 
 function siblingsOf(node) {
-  const siblings = state.children.get(state.nodes.has(node.parent) ? node.parent : null) ?? [node];
+  const siblings = Chat.children.get(Chat.nodes.has(node.parent) ? node.parent : null) ?? [node];
   return {siblings, at: siblings.indexOf(node)};
 }
 
@@ -121,17 +117,17 @@ function completeQuestion(view) {
   view.edit = iconButton(TEXT.edit, "edit", () => startEdit(view.node.id));
   view.actions = element("div", {className: "actions"}, siblingsBar(view), view.edit,
     iconButton(TEXT.copy, "copy", clicked => copyText(view.node.content, clicked)),
-    iconButton(TEXT.more, "more", clicked => openMenu(clicked, messageMenu(view))));
+    iconButton(TEXT.more, "more", clicked => Page.openMenu(clicked, messageMenu(view))));
   view.article.append(view.actions);
   // in a text that a model continues, the buttons of one's own words are hidden from the mouse
-  view.body.onclick = event => clickToAct(event, () => startEdit(view.node.id), state.model.api === "text");
+  view.body.onclick = event => clickToAct(event, () => startEdit(view.node.id), Server.model.api === "text");
 }
 
 function updateQuestion(view) {
-  view.edit.disabled = isGrowing(lastNode());
+  view.edit.disabled = Tree.isGrowing(Chat.lastNode());
   if (view.drawn === view.node.content || view.editor) return;
   view.drawn = view.node.content;
-  const {text, files} = partsOf(view.node);
+  const {text, files} = Tree.partsOf(view.node);
   view.body.replaceChildren(...files.filter(({picture}) => picture).map(pictureNode), ...questionNodes(text),
     ...files.filter(({picture}) => !picture).map(fileNode));
 }
@@ -150,9 +146,9 @@ function questionNodes(text) {
 }
 
 function codeBlock(language, text) {
-  const code = new CodeText(language);
+  const code = new Markdown.CodeText(language);
   code.update(text, true);
-  return codeBox(language, code.element);
+  return Markdown.codeBox(language, code.element);
 }
 
 // A thumbnail, which opens the picture.
@@ -171,7 +167,7 @@ function showPicture(name, picture) {
 function fileNode({name, text}) {
   const node = element("details", {className: "file"}, element("summary", {}, element("span", {className: "icon i-file", textContent: name}),
     element("small", {textContent: TEXT.characters(text.length)})));
-  node.addEventListener("toggle", () => { if (node.open && !node.children[1]) node.append(codeBlock(languageOf(name), text)); });
+  node.addEventListener("toggle", () => { if (node.open && !node.children[1]) node.append(codeBlock(Tree.languageOf(name), text)); });
   return node;
 }
 
@@ -179,7 +175,7 @@ function fileNode({name, text}) {
 
 function completeAnswer(view) {
   view.body.classList.add("markdown");
-  view.markdown = new MarkdownView(view.body);
+  view.markdown = new Markdown.View(view.body);
   view.thinking = element("details", {className: "thinking", hidden: true}, element("summary", {textContent: TEXT.thinking}));
   view.thoughts = element("div", {className: "markdown"});
   view.thinking.append(view.thoughts);
@@ -187,45 +183,45 @@ function completeAnswer(view) {
   view.doing = element("span");
   view.now = button(TEXT.answerNow, "forward", async clicked => {
     clicked.disabled = true;
-    focusAfterClick();
-    clicked.disabled = await answerNow(view.node);
+    Composer.focusAfterClick();
+    clicked.disabled = await Chat.answerNow(view.node);
   }, {hidden: true});
   view.status = element("p", {className: "status"}, element("span", {className: "dots"}, element("i"), element("i"), element("i")),
     view.doing, view.now);
   view.alert = element("div");
-  view.retry = iconButton(TEXT.regenerate, "again", () => { regenerate(view.node); focusAfterClick(); });
-  view.goOn = button(TEXT.goOn, "forward", () => { goOn(view.node); focusAfterClick(); });
+  view.retry = iconButton(TEXT.regenerate, "again", () => { Chat.regenerate(view.node); Composer.focusAfterClick(); });
+  view.goOn = button(TEXT.goOn, "forward", () => { Chat.goOn(view.node); Composer.focusAfterClick(); });
   view.nothing = element("p", {className: "nothing"});
   figuresLine(view);
   view.copy = iconButton(TEXT.copy, "copy", clicked => copyRich(view, clicked));
-  const brought = parts.flatMap(({answer}) => answer?.buttons?.(view) ?? []);
-  view.inside = button(TEXT.lookInside, "lens", clicked => openMenu(clicked, looksOf(view)));
+  const brought = Parts.all.flatMap(({answer}) => answer?.buttons?.(view) ?? []);
+  view.inside = button(TEXT.lookInside, "lens", clicked => Page.openMenu(clicked, looksOf(view)));
   view.actions = element("div", {className: "actions"}, siblingsBar(view), view.copy, view.retry, view.inside, ...brought, view.goOn,
-    iconButton(TEXT.more, "more", clicked => openMenu(clicked, answerMenu(view))), view.speed);
+    iconButton(TEXT.more, "more", clicked => Page.openMenu(clicked, answerMenu(view))), view.speed);
   view.article.prepend(view.thinking);
   view.article.append(view.nothing, view.status, view.alert, view.actions);
-  view.body.onclick = event => clickToAct(event, () => regenerate(view.node));
+  view.body.onclick = event => clickToAct(event, () => Chat.regenerate(view.node));
 }
 
-const looksOf = view => parts.flatMap(({answer}) => answer?.looks?.(view) ?? []);
+const looksOf = view => Parts.all.flatMap(({answer}) => answer?.looks?.(view) ?? []);
 
 function updateAnswer(view) {
-  const {node} = view, growing = isGrowing(node), run = state.runs.get(node.id);
+  const {node} = view, growing = Tree.isGrowing(node), run = Chat.runs.get(node.id);
   drawAnswer(view, growing);
-  view.thinking.hidden = !node.reasoning || lenses.has(node.id);
+  view.thinking.hidden = !node.reasoning || Boolean(Look.lensOf(node.id));
   drawThoughts(view);
   view.status.hidden = !growing || node.content !== "" || Boolean(node.calculator?.length);
   view.doing.textContent = view.status.hidden ? "" : growingText(node, run);
   if (!growing) view.now.disabled = false;
-  view.now.hidden = view.status.hidden || !node.reasoning || !state.model.can.reasoning_budget;
+  view.now.hidden = view.status.hidden || !node.reasoning || !Server.model.can.reasoning_budget;
   updateAlert(view, growing);
   view.actions.classList.toggle("growing", growing);
-  view.retry.disabled = view.goOn.disabled = !canAsk();
+  view.retry.disabled = view.goOn.disabled = !Chat.canAsk();
   view.copy.hidden = !node.content;
-  for (const {answer} of parts) answer?.update?.(view, growing);
+  for (const {answer} of Parts.all) answer?.update?.(view, growing);
   view.inside.hidden = !looksOf(view).length;
-  view.inside.classList.toggle("on", lenses.has(node.id));
-  view.goOn.hidden = growing || !canGoOn(node) || node !== lastNode() || !(view.plain || node.error || node.edited ||
+  view.inside.classList.toggle("on", Boolean(Look.lensOf(node.id)));
+  view.goOn.hidden = growing || !Chat.canGoOn(node) || node !== Chat.lastNode() || !(view.plain || node.error || node.edited ||
     ["stopped", "interrupted"].includes(node.note) || node.timings?.finish_reason === "length" || node.timings?.stop_reason === "repetition");
   setText(view.nothing, nothingText(node));
   view.nothing.hidden = !view.nothing.textContent;
@@ -233,11 +229,11 @@ function updateAnswer(view) {
 }
 
 function drawAnswer(view, growing) {
-  const {node: {content, calculator = []}} = view, drawn = calculator.length ? withCards(content, calculator) : content;
-  const plain = state.model.api === "text";             // a text that grows
+  const {node: {content, calculator = []}} = view, drawn = calculator.length ? Calculator.withCards(content, calculator) : content;
+  const plain = Server.model.api === "text";             // a text that grows
   if (view.editor || view.drawn === drawn && view.finished === !growing && view.plain === plain) return;
-  if (plain) view.body.replaceChildren(...plainWithCards(view.node));
-  else if (view.plain) { view.body.replaceChildren(); view.markdown = new MarkdownView(view.body); }
+  if (plain) view.body.replaceChildren(...Calculator.plainWithCards(view.node));
+  else if (view.plain) { view.body.replaceChildren(); view.markdown = new Markdown.View(view.body); }
   Object.assign(view, {drawn, finished: !growing, plain});
   view.body.classList.toggle("markdown", !plain);
   if (!plain) view.markdown.update(content, !growing, calculator);
@@ -245,19 +241,19 @@ function drawAnswer(view, growing) {
 
 // Reasoning is drawn when it is opened; while it streams in it is shown until the answer begins.
 function drawThoughts(view) {
-  const {node} = view, growing = isGrowing(node);
+  const {node} = view, growing = Tree.isGrowing(node);
   if (growing && !node.content && node.reasoning && view.opened === undefined) view.thinking.open = view.opened = true;
   if (view.opened && node.content) view.thinking.open = view.opened = false;
   view.thinking.firstChild.dataset.time = [node.thought > 999 ? TEXT.seconds(node.thought / 1000) : "",
     node.timings?.reasoning_tokens ? TEXT.tokens(node.timings.reasoning_tokens) : ""].filter(Boolean).join(" · ");
   if (!view.thinking.open || view.thoughtsDrawn === node.reasoning) return;
   view.thoughtsDrawn = node.reasoning;
-  view.thoughtsView ??= new MarkdownView(view.thoughts);
+  view.thoughtsView ??= new Markdown.View(view.thoughts);
   view.thoughtsView.update(node.reasoning ?? "", !growing || node.content !== "");
 }
 
-const REMEDIES = {key: {label: () => TEXT.enterKey, act: () => openServer()},
-  again: {label: () => TEXT.tryAgain, act: node => regenerate(node)}};
+const REMEDIES = {key: {label: () => TEXT.enterKey, act: () => Settings.openServer()},
+  again: {label: () => TEXT.tryAgain, act: node => Chat.regenerate(node)}};
 
 function updateAlert(view, growing) {
   const {node} = view, text = growing ? "" : node.error ?? "";
@@ -265,17 +261,17 @@ function updateAlert(view, growing) {
     view.alerted = text;
     const remedy = REMEDIES[node.remedy] ?? REMEDIES.again;
     const act = element("button", {type: "button", className: "plain", textContent: remedy.label(),
-      onclick: () => { remedy.act(view.node); focusAfterClick(); }});
+      onclick: () => { remedy.act(view.node); Composer.focusAfterClick(); }});
     view.alert.replaceChildren(...(text ? [element("div", {className: "alert", role: "alert"}, element("p", {textContent: text}), act)] : []));
   }
   const act = view.alert.querySelector("button");
-  if (act) act.disabled = !canAsk() && node.remedy !== "key";
+  if (act) act.disabled = !Chat.canAsk() && node.remedy !== "key";
 }
 
 // What an answer is doing or waiting for.
 function growingText(node, run) {
   if (!run) return TEXT.inOtherTab;
-  if (run.waiting) return `${serverText()} ${TEXT.sentThen}`;
+  if (run.waiting) return `${Server.trouble()} ${TEXT.sentThen}`;
   const {progress} = run, doing = run.lost ? TEXT.lost : progress?.loading ? TEXT.loadingModel(progress.loading.model, progress.loading.fraction)
     : progress?.queued ? TEXT.queued(progress.queued)
     : progress?.read !== undefined ? TEXT.reading(progress.read)
@@ -284,12 +280,12 @@ function growingText(node, run) {
 }
 
 const liveSpeedText = run => run.chunks > 1 && !run.lost
-  ? ` · ${TEXT.speed(liveSpeed(run))} · ${TEXT.tokens((run.node.earlier?.completion_tokens ?? 0) + (run.tokens || run.chunks))}` : "";
+  ? ` · ${TEXT.speed(Chat.liveSpeed(run))} · ${TEXT.tokens((run.node.earlier?.completion_tokens ?? 0) + (run.tokens || run.chunks))}` : "";
 
 // The note shown for an answer without text.
 function nothingText(node) {
   const {content, error, note, reasoning, timings} = node;
-  if (isGrowing(node) || error || content.trim() || node.calls?.length || node.calculator?.length) return "";
+  if (Tree.isGrowing(node) || error || content.trim() || node.calls?.length || node.calculator?.length) return "";
   return note ? TEXT.nothingBefore(TEXT.notes[note] ?? note) : !reasoning ? TEXT.nothing
     : timings?.finish_reason === "length" ? TEXT.onlyThoughts : TEXT.thoughtNothing;
 }
@@ -306,7 +302,7 @@ function speedOf({timings, note, edited, error}) {
   if (first !== undefined) figures.push(TEXT.firstToken(first));
   if (count) figures.push(TEXT.tokens(count));
   if (count > 1 && speed > 0) figures.push(TEXT.seconds(((first ?? 0) + (facts.waited_ms ?? 0)) / 1000 + (count - 1) / speed));
-  if (state.model.workers > 1 && facts.gpu !== undefined) figures.push(TEXT.worker(facts.gpu));
+  if (Server.model.workers > 1 && facts.gpu !== undefined) figures.push(TEXT.worker(facts.gpu));
   return {words, figures, timed: speed > 0 || Boolean(facts.measured)};
 }
 
@@ -334,7 +330,7 @@ function updateFigures(view, growing) {
 // All that is known of an answer, line by line.
 function figureLines(node) {
   const {words, figures} = speedOf(node);
-  return [makerOf(node), [...words, ...figures].join(" · "), node.timings?.prompt_tokens ? TEXT.details(node.timings) : ""].filter(Boolean);
+  return [Look.makerOf(node), [...words, ...figures].join(" · "), node.timings?.prompt_tokens ? TEXT.details(node.timings) : ""].filter(Boolean);
 }
 
 function showFigures(view) {
@@ -344,7 +340,7 @@ function showFigures(view) {
   panel.setAttribute("aria-label", TEXT.figures);
   view.short.after(panel);
   panel.showPopover();
-  placeMenu(panel, view.short.getBoundingClientRect());
+  Page.placeMenu(panel, view.short.getBoundingClientRect());
   view.short.setAttribute("aria-expanded", "true");
   Object.assign(shownFigures, {view, panel});
 }
@@ -361,7 +357,7 @@ function keepFiguresBeside() {
   if (!view) return;
   const line = view.short.getBoundingClientRect(), log = $("log").getBoundingClientRect();
   if (line.bottom < log.top || line.top > log.bottom) hideFigures();
-  else placeMenu(panel, line);
+  else Page.placeMenu(panel, line);
 }
 
 function pinFigures(view) {
@@ -373,17 +369,17 @@ function pinFigures(view) {
 
 // One frame of a growing answer.
 function paint(node) {
-  const view = state.chat.id === node.conversation && views.get(node.id);
+  const view = Chat.current.id === node.conversation && views.get(node.id);
   if (!view || !view.article.isConnected) return;
   updateAnswer(view);
-  renderState();
-  followEnd();
+  Composer.renderState();
+  Page.followEnd();
 }
 
 // acting on a message -------------------------------------------------------------------------------------------------
 
 function messageMenu({node}) {
-  return [[TEXT.branch, "branch", () => branchFrom(node)], [TEXT.deleteMessage, "delete", () => deleteNode(node)]];
+  return [[TEXT.branch, "branch", () => Chat.branchFrom(node)], [TEXT.deleteMessage, "delete", () => Chat.deleteNode(node)]];
 }
 
 function answerMenu(view) {
@@ -393,27 +389,25 @@ function answerMenu(view) {
 
 // If enabled, a mouse click on a question edits it, and one on an answer regenerates it; but not a click that
 // ends a selection or hits an interactive element.
-const mouse = matchMedia("(hover: hover) and (pointer: fine)");
-
 function clickToAct(event, act, always = false) {
   const own = event.target.closest("a, button, summary, pre, input, textarea, details");
-  if (!always && !state.preferences.actOnClick || !mouse.matches || own || event.detail > 1 || String(getSelection()) || !canAsk()) return;
+  if (!always && !Settings.preferences.actOnClick || !mouse.matches || own || event.detail > 1 || String(getSelection()) || !Chat.canAsk()) return;
   act();
 }
 
 function startEdit(id) {
-  if (isGrowing(lastNode())) return;
-  state.editing = id;
-  render();
+  if (Tree.isGrowing(Chat.lastNode())) return;
+  Chat.edit(id);
+  Page.render();
 }
 
 function startEditing(view) {
   const {node, body} = view, question = node.role === "user";
-  const field = element("textarea", {value: question ? partsOf(node).text : node.content, rows: 1, dir: "auto"});
+  const field = element("textarea", {value: question ? Tree.partsOf(node).text : node.content, rows: 1, dir: "auto"});
   field.setAttribute("aria-label", TEXT.editedText);
-  const cancel = () => { state.editing = null; render(); focusAfterClick(); };
+  const cancel = () => { Chat.edit(null); Page.render(); Composer.focusAfterClick(); };
   const save = () => {
-    if (question ? editQuestion(node, field.value) : field.value.trim() && (editAnswer(node, field.value), true)) focusAfterClick();
+    if (question ? Chat.editQuestion(node, field.value) : field.value.trim() && (Chat.editAnswer(node, field.value), true)) Composer.focusAfterClick();
   };
   if (question) onEnter(field, save);
   field.addEventListener("keydown", event => { if (event.key === "Escape" && !composing(event)) { event.stopPropagation(); cancel(); } });
@@ -430,7 +424,7 @@ function stopEditing(view) {
   Object.assign(view, {editor: null, drawn: null});
   view.article.classList.remove("editing");
   view.body.replaceChildren();
-  if (view.markdown) view.markdown = new MarkdownView(view.body);
+  if (view.markdown) view.markdown = new Markdown.View(view.body);
 }
 
 const copyText = (text, clicked) => copyTypes({"text/plain": text}, clicked);
@@ -462,12 +456,12 @@ async function copyTypes(texts, clicked) {
 }
 
 function copied(clicked) {
-  announce(TEXT.copied);
+  Page.announce(TEXT.copied);
   clicked.classList.add("done");
   clicked.addEventListener("animationend", () => clicked.classList.remove("done"), {once: true});
 }
 
-register({
+Parts.register({
   strings: {
     lookInside: "Look inside", copied: "Copied", copyMarkdown: "Copy as Markdown", branch: "Branch into a new chat", deleteMessage: "Delete from here on",
     editedText: "Edited text", cancel: "Cancel", update: "Update", save: "Save", edited: "edited",
@@ -505,6 +499,7 @@ register({
   },
 });
 
-share({views, button, iconButton, renderTurns, complete, questionNodes, codeBlock, updateAnswer, growingText, liveSpeedText,
-  paint, mouse, copyText, copied});
-}
+return Object.freeze({
+  viewOf: id => views.get(id), render: renderTurns, update: updateAnswer, paint, scrollTo, questionNodes, codeBlock, growingText, liveSpeedText, copyText, copied,
+});
+})();

@@ -1,0 +1,88 @@
+// Calls of functions in answers: a card for each, whose result the reader writes.
+"use strict";
+
+const Calls = (() => {
+
+const {TEXT, element} = Parts;
+
+// Adds an event's call deltas to an answer's calls.
+function growCalls(node, news) {
+  for (const {index = 0, id, function: delta = {}} of news) {
+    const calls = node.calls ??= [], call = calls[index] ??= {id: id ?? Tree.newId(), name: "", arguments: ""};
+    call.name ||= delta.name ?? "";
+    call.arguments += delta.arguments ?? "";
+  }
+}
+
+// Calls without results are left out of what the model gets; the reader may ask a new question instead.
+const isAnswered = ({calls}) => Boolean(calls?.every(({result}) => result !== undefined));
+
+function messagesOfCalls({content, calls, calculator = []}) {
+  return [{role: "assistant", content, ...(calculator.length ? {calculator} : {}), tool_calls: calls.map(({id, name, arguments: args}) => ({id, type: "function", function: {name, arguments: args}}))},
+    ...calls.map(({id, result}) => ({role: "tool", tool_call_id: id, content: result}))];
+}
+
+function updateCalls(view, growing) {
+  const {node} = view, key = JSON.stringify([node.calls ?? [], growing]);
+  if (view.callsDrawn === key) return;
+  view.callsDrawn = key;
+  view.calls ??= element("div", {className: "calls"});
+  if (!view.calls.isConnected) view.nothing.before(view.calls);
+  const calls = node.calls ?? [], cards = calls.map(call => cardOf(call, growing)), fields = cards.map(card => card.field);
+  view.calls.replaceChildren(...cards.map(card => card.node));
+  if (growing || !calls.length || isAnswered(node)) return;
+  view.calls.append(element("button", {type: "button", className: "primary", textContent: TEXT.sendResults, onclick: () => {
+    Chat.sendResults(node, fields.map(({value}) => value));
+    Composer.focusAfterClick();
+  }}));
+}
+
+function cardOf(call, growing) {
+  let shownArguments = call.arguments;
+  try { shownArguments = JSON.stringify(JSON.parse(call.arguments), null, 2); } catch (error) { /* incomplete */ }
+  const node = element("section", {className: "card"}, element("p", {className: "icon i-function", textContent: call.name}), Turns.codeBlock("json", shownArguments));
+  node.setAttribute("aria-label", TEXT.callOf(call.name));
+  if (growing) return {node};
+  if (call.result !== undefined) {
+    node.append(element("p", {className: "hint", textContent: TEXT.result}), element("pre", {textContent: call.result, tabIndex: 0}));
+    return {node};
+  }
+  const field = element("textarea", {rows: 2, value: call.name === "calculator" ? calculated(call.arguments) : ""});
+  node.append(element("label", {}, element("span", {textContent: TEXT.result}), field));
+  return {node, field};
+}
+
+// The value of {"expression": "2 * (3 + 4)"}; "" if it has none.
+function calculated(text) {
+  const {value} = Settings.readJson(text), parts = String(value?.expression ?? "").replace(/,/g, "").match(/\d+\.?\d*(?:e[+-]?\d+)?|\.\d+|[-+*/()]|\S/gi) ?? [];
+  let at = 0;
+  const factor = () => {
+    const part = parts[at++];
+    if (part === "-" || part === "+") return (part === "-" ? -1 : 1) * factor();
+    if (part !== "(") return Number(part ?? NaN);
+    const inner = whole();
+    return parts[at++] === ")" ? inner : NaN;
+  };
+  const term = () => {
+    let found = factor();
+    while ("*/".includes(parts[at] ?? " ")) found = parts[at++] === "*" ? found * factor() : found / factor();
+    return found;
+  };
+  const whole = () => {
+    let found = term();
+    while ("+-".includes(parts[at] ?? " ")) found = parts[at++] === "+" ? found + term() : found - term();
+    return found;
+  };
+  const found = whole();
+  return at === parts.length && Number.isFinite(found) ? String(found) : "";
+}
+
+Parts.register({
+  strings: {
+    callOf: name => `Call of ${name}`, result: "Result", sendResults: "Send results",
+  },
+  answer: {update: updateCalls},
+});
+
+return Object.freeze({grow: growCalls, isAnswered, messagesOf: messagesOfCalls, calculated});
+})();
