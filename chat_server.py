@@ -29,6 +29,7 @@ The rooms, each above those that it may import
 
     chat_server.py            routes, the handlers of answers and streams, the commands
     chatlm/terminal/          chat and generate; a server at --url
+    chatlm/export/            models in other formats; to the hub
     chatlm/cli.py             the command line becomes `Settings`; bundling.py: the command `bundle`
     chatlm/front/server/      routes, connections, access, streams, metrics, the page's files
           intake/             a body becomes a request for a model; what a sandbox does

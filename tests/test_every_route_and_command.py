@@ -213,6 +213,8 @@ def test_every_command_runs(default_model_path, nanochat_fixtures, tmp_path):
     assert "Tokyo" in ran["generate"] and json.loads(out.read_text())["response"]["status_code"] == 200
     run("store", tmp_path / "nothing", status=2)
     run("bundle", tmp_path / "chat_server.pyz")
+    assert "as nanochat_generations in float32" in run("export", nanochat_fixtures / "gen6", "-o", tmp_path / "exported")
+    run("push", tmp_path / "exported", "nowhere", status=2)
     assert "chat_server" in run("--version")
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.worker.weights.checkpoint_model import CheckpointModel
 
-MOST_TOKENS = 256
+TEXT_TOKENS = 256
 TEXT = """\
 The rotary embedding turns each pair of numbers of a query and of a key by an angle that grows with the
 position of their token, so that a product of the two depends on how far they are apart. Near the beginning of
@@ -34,7 +34,7 @@ def difference(stored: CheckpointModel, settings: Settings) -> str:
 
     The model is in memory once at a time."""
     ids = [stored.tokenizer.bos_token or 0, *open_tokenizer(stored.tokenizer).encode(TEXT)]
-    ids = ids[:min(MOST_TOKENS, stored.spec.answer_positions)]
+    ids = ids[:min(TEXT_TOKENS, stored.spec.answer_positions)]
     settings = replace(settings, dtype="float32")
     rounded, exact = (logits_of(with_rounding(stored, rounds), settings, ids) for rounds in (True, False))
     largest = float(numpy.abs(rounded - exact).max())
