@@ -172,6 +172,7 @@ from chatlm.front.server.describe import (
     MODEL_ROUTES, ModelRoutes, alive_body, bare_id, ollama_version, openapi_document, readiness_body,
     stats_body)
 from chatlm.front.server.downloading import DOWNLOAD_ROUTES, DownloadRoutes
+from chatlm.front.server.exporting import EXPORT_ROUTES, ExportRoutes
 from chatlm.front.server.files import FILE_ROUTES
 from chatlm.front.server.history import History
 from chatlm.front.server.ledger import LEDGER_ROUTES, Ledger, claim_of
@@ -214,6 +215,7 @@ class Front:
         self.compared: dict[str, list[str]] = {}  # id of a running comparison -> ids of its answers
         self.recordings = Recordings()
         self.downloads = DownloadRoutes(catalogue, self.bodies, self.access)
+        self.exports = ExportRoutes(catalogue, self.bodies, self.access)
         self.kept = ResponseKeeper(store, self.bodies, self.owners, settings.keep_days)
         self.metrics: Metrics | None = None
         with suppress(ConfigError):  # prometheus_client is missing: /metrics says so
@@ -485,6 +487,7 @@ ROOMS = (
     RoomRoutes(lambda front: front, ANSWER_ROUTES),
     RoomRoutes(lambda front: front.models, MODEL_ROUTES),
     RoomRoutes(lambda front: front.downloads, DOWNLOAD_ROUTES),
+    RoomRoutes(lambda front: front.exports, EXPORT_ROUTES),
     RoomRoutes(lambda front: front.runs, RUN_ROUTES),
     RoomRoutes(lambda front: front.bodies, DOCUMENT_ROUTES),
     RoomRoutes(lambda front: front.batches.files, FILE_ROUTES),
@@ -504,8 +507,8 @@ def create_app(catalogue: Catalogue, settings: Settings, store: Store | None = N
     app = web.Application(middlewares=list(map(web.middleware, middlewares)))
     app.on_response_prepare.append(front.access.set_headers)
     app.on_startup.extend((front.ledger.open, front.history.open, front.batches.start))
-    closing = (front.history, front.batches, front.recordings, front.downloads, front.kept, front.ledger,
-               store)
+    closing = (front.history, front.batches, front.recordings, front.downloads, front.exports, front.kept,
+               front.ledger, store)
     for part in filter(None, closing):
         app.on_cleanup.append(lambda app, part=part: part.close())
     for room in ROOMS:

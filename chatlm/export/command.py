@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
+import sys
 from collections.abc import Iterator, Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from chatlm.common.hub.find import SUPPORTED_MODELS, resolve_model
 from chatlm.common.hub.stamps import refuse_changed
 from chatlm.common.invocation import program_command
 from chatlm.common.log import ProgressDisplay
+from chatlm.common.processes.child import die_with_parent
 from chatlm.export.card import LICENSE, Card, license_of, tags_of, training_facts
 from chatlm.export.families import family_model
 from chatlm.export.hub_folder import write_folder
@@ -116,6 +119,21 @@ def export_lines(words: Seq[str]) -> Iterator[str]:
         progress.close()
     yield f"{target}: {source.chosen}, as {model.config['model_type']} in {model.config['dtype']}"
     yield from model.notes
+
+
+def export_main(arguments: Seq[str]) -> int:
+    """The role `export PARENT MODEL -o FOLDER ...`, which a server starts. Exit status 2: stderr says what is
+    wrong."""
+    parent, *words = arguments
+    die_with_parent(int(parent))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and remove what is unfinished
+    try:
+        for _ in export_lines(words):
+            pass
+    except ConfigError as error:
+        print(printable(str(error)), file=sys.stderr, flush=True)
+        return 2
+    return 0
 
 
 def read_merged(source: ModelSource, settings: Settings) -> Merged:

@@ -69,8 +69,10 @@ def text_files(model: HubModel) -> Iterator[tuple[str, bytes]]:
     yield "tokenizer_config.json", as_json(options)
     if template:
         yield "chat_template.jinja", template.encode()
-    ends = sorted(text.stop_tokens | ({text.eos_token} - {None}))
-    generation: dict[str, Any] = {"bos_token_id": text.bos_token, "eos_token_id": ends or None,
+    ends = set(text.stop_tokens)
+    if text.eos_token is not None:
+        ends.add(text.eos_token)
+    generation: dict[str, Any] = {"bos_token_id": text.bos_token, "eos_token_id": sorted(ends) or None,
                                   "pad_token_id": text.eos_token} | model.sampling
     yield "generation_config.json", as_json({key: value for key, value in generation.items()
                                              if value is not None})

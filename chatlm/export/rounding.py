@@ -10,6 +10,7 @@ import numpy
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.model.batch import Batch
+from chatlm.worker.model.blocks.attention import Attention
 from chatlm.worker.model.kernels import load_kernels
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.load import load
@@ -44,9 +45,13 @@ def difference(stored: CheckpointModel, settings: Settings) -> str:
 
 
 def with_rounding(stored: CheckpointModel, rounds: bool) -> CheckpointModel:
-    layers = tuple(replace(layer, mixer=replace(layer.mixer, rope=replace(layer.mixer.rope, bfloat16=rounds)))
-                   for layer in stored.spec.own_layers)
-    return replace(stored, spec=replace(stored.spec, own_layers=layers))
+    layers = []
+    for layer in stored.spec.own_layers:
+        attention = layer.mixer
+        assert isinstance(attention, Attention)
+        rope = replace(attention.rope, bfloat16=rounds)
+        layers.append(replace(layer, mixer=replace(attention, rope=rope)))
+    return replace(stored, spec=replace(stored.spec, own_layers=tuple(layers)))
 
 
 def logits_of(stored: CheckpointModel, settings: Settings, ids: list[int]) -> numpy.ndarray:
