@@ -47,6 +47,7 @@ The rooms, each above those that it may import
           model/blocks/       `Model`: an input, layers of two blocks each, a head
           ops/                the reference of each op, and torch's tensors
           arrays/             arrays without torch
+    chatlm/export/gguf/       a model as one GGUF file of a smaller type; which weights matter
     chatlm/common/hub/        which model: on this machine, on the hub, or the default one
           processes/          starting processes, torchrun, Ray
           text/               tokenizers, chat templates, reasoning and calls

@@ -202,6 +202,8 @@ def test_every_command_runs(default_model_path, nanochat_fixtures, tmp_path):
     lines.write_text(json.dumps(BATCH_LINE) + "\n")
     suite = tmp_path / "questions.jsonl"
     suite.write_text(json.dumps({"context": "One, two,", "continuation": " three"}) + "\n")
+    texts_to_read = tmp_path / "book.txt"
+    texts_to_read.write_text("It was the best of times, it was the worst of times. " * 10)
     ran = {
         "chat": run("chat", default_model_path, "-p", "Say yes.", "-m", "4", *small),
         "generate": run("generate", default_model_path, "-p", "The capital of Japan is", "-m", "12", "-t", "0", *small),
@@ -211,6 +213,8 @@ def test_every_command_runs(default_model_path, nanochat_fixtures, tmp_path):
         "embed": run("embed", default_model_path, texts, "-o", tmp_path / "vectors.npy", *small) or "-",
         "batch": run("batch", default_model_path, lines, "-o", out, *small) or "-",
         "check": run("check", default_model_path),
+        "imatrix": run("imatrix", default_model_path, "-f", texts_to_read, "-o", tmp_path / "imatrix.gguf", "--chunks", "1"),
+        "quantize": run("quantize", nanochat_fixtures / "gen5", "-o", tmp_path / "gen5.gguf"),
     }
     assert ran.keys() == {*PROGRAM_COMMANDS} - {"serve", "server"} == HELP.keys() - {"serve"} and all(ran.values())
     assert "Tokyo" in ran["generate"] and json.loads(out.read_text())["response"]["status_code"] == 200

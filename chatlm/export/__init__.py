@@ -1,4 +1,5 @@
-"""Models in other formats, for other programs: the commands `export` and `push` (docs/export.md).
+"""Models in other formats, for other programs or this one: `export`, `push`, `quantize` (docs/export.md). It
+uses the worker's readers.
 
-Never in here: computing answers, and changing a model's own files. hub_code is no package of this program:
-transformers runs it, from an exported folder."""
+Never in here: aiohttp, anything of the front, changing a model's own files. hub_code is no package of this
+program: transformers runs it, from an exported folder."""

@@ -34,6 +34,8 @@ ROLES = {
     "doctor": "chatlm.worker.entry:doctor_role",
     "export": "chatlm.export.command:export_main",
     "check": "chatlm.worker.model.kernels:check_main",
+    "quantize": "chatlm.export.gguf.roles:quantize_role",
+    "imatrix": "chatlm.export.gguf.roles:imatrix_role",
 }
 
 
