@@ -42,6 +42,8 @@ HELP = {
 python chat_server.py [serve|chat|generate|compare|score|eval|embed|batch|check] [MODEL] [flags]
        python chat_server.py quantize|imatrix MODEL -o FILE [flags]
        python chat_server.py bundle [FILE] [--with-libraries] [--with-model MODEL]
+       python chat_server.py export MODEL -o FOLDER [flags]
+       python chat_server.py push FOLDER ORG/NAME [--public]
        python chat_server.py store FOLDER [--prune SIZE]""",
         "Serve a model: a chat page, and the APIs of OpenAI, Anthropic, Ollama and nanochat. This is the "
         "default command. The others are: chat, in the terminal; generate, which answers one prompt; "
@@ -50,7 +52,8 @@ python chat_server.py [serve|chat|generate|compare|score|eval|embed|batch|check]
         "a file; batch, which answers a file of requests; check, which finds what is wrong with a model, or "
         "without one verifies and times the compiled kernels; quantize, which writes it as a smaller "
         "file; imatrix, which measures which weights matter; bundle, which packs the program into "
-        "one file; store, which lists the contents of --prefix-store. Each has a --help. If "
+        "one file; export, which writes a model for other programs; push, which uploads that to the "
+        "Hugging Face hub; store, which lists the contents of --prefix-store. Each has a --help. If "
         "there are several MODELs, each is loaded when a request names it.", """
   python chat_server.py                                     a nanochat checkpoint or a small model
   python chat_server.py qwen3:0.6b --host 127.0.0.1         for this machine only; downloaded once
