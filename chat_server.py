@@ -138,7 +138,8 @@ from functools import partial
 from typing import Any, Generic, TYPE_CHECKING, TypeVar
 
 from chatlm.bundling import bundle_lines, with_kept_words
-from chatlm.cli import asks_for_json, hide_api_keys, parse_command_line, parse_store_words
+from chatlm.cli import (
+    as_quantize, asks_for_json, hide_api_keys, parse_command_line, parse_store_words)
 from chatlm.common.config import Settings
 from chatlm.common.errors import (
     ChatServerError, ConfigError, Overloaded, RequestError, bad_value, check_library, lack_of_memory,
@@ -625,6 +626,7 @@ def main(argv: Seq[str] | None = None) -> int:
     hidden = keys_given and hide_api_keys() and not by_torchrun
     repair_streams()
     try:
+        argv = as_quantize(argv)
         lines = None  # of a command that has no Settings
         if argv[:1] == ["bundle"]:
             lines = bundle_lines(argv[1:])

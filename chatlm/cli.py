@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence as Seq
+from contextlib import redirect_stderr, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TYPE_CHECKING
@@ -159,6 +161,23 @@ class CommandLine(argparse.ArgumentParser):
         if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
             message += did_you_mean(found[1], re.findall(r"[^\s,']+", found[2]))
         raise ConfigError(f"{self.origin}{message} (--help lists the flags)")
+
+
+def as_quantize(argv: Seq[str]) -> Seq[str]:
+    """`export MODEL -o FILE.gguf` is another name of `quantize`: the same words for that command. Other words
+    stay as they are."""
+    if argv[:1] != ["export"]:
+        return argv
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-o", "--output", default="")
+    parser.add_argument("--format", default="")
+    with suppress(SystemExit), redirect_stderr(io.StringIO()):  # a flag without its value: `export` says so
+        known, others = parser.parse_known_args(argv[1:])
+        to_file = Path(known.output).suffix.lower() == ".gguf"
+        if known.format == "gguf" or to_file and not known.format:
+            output = ["-o", known.output] if known.output else []
+            return ["quantize", *others, *output]
+    return argv
 
 
 def help_lines(prog: str) -> argparse.HelpFormatter:

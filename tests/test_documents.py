@@ -11,7 +11,7 @@ import pytest
 
 import chat_server
 from chatlm.bundling import parse_bundle_words
-from chatlm.cli import parse_command_line, parse_store_words
+from chatlm.cli import as_quantize, parse_command_line, parse_store_words
 from chatlm.common.config import FLAGS
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import SAMPLING_FLAGS
@@ -111,7 +111,7 @@ def test_flags_that_are_named_exist(path):
 def test_commands_that_are_shown_are_understood(path):
     for command in commands(text_of(path)):
         if match := re.search(r"(?:python3?|torchrun .*) chat_server\.pyz?\b(.*)", command):
-            words = shlex.split(match[1].replace("...", "x"), comments=True)
+            words = as_quantize(shlex.split(match[1].replace("...", "x"), comments=True))
             if words[:1] == ["bundle"]:
                 parse_bundle_words(words[1:])
             elif words[:1] == ["store"]:

@@ -8,7 +8,6 @@ import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence as Seq
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,6 @@ from chatlm.common.hub.stamps import refuse_changed
 from chatlm.common.invocation import program_command
 from chatlm.common.log import ProgressDisplay
 from chatlm.common.processes.child import die_with_parent
-from chatlm.common.processes.start import threads_per_worker
 from chatlm.export.card import LICENSE, Card, license_of, tags_of, training_facts
 from chatlm.export.families import family_model
 from chatlm.export.hub_folder import write_folder
@@ -39,7 +37,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("hf", "transformers", "gguf")
 OUTPUTS = ("-o FOLDER writes a Hugging Face folder: --format hf, or for a nanochat checkpoint of generation "
-           "1 --format transformers. -o FILE.gguf writes a GGUF file of --type T")
+           "1 --format transformers. -o FILE.gguf writes a GGUF file, with the flags of quantize")
 ABOUT = ("Write a model in a format that other programs read. FOLDER becomes a Hugging Face folder: a "
          "nanochat checkpoint of any generation, exactly, with the code that transformers needs for it; or a "
          "model of a llama-like family, from a GGUF file or a folder, with the adapters of --lora merged. "
@@ -55,12 +53,10 @@ def parse_export_words(words: Seq[str]) -> tuple[argparse.Namespace, Settings]:
                          epilog=f"MODEL may be: {SUPPORTED_MODELS}.")
     parser.add_argument("model", metavar="MODEL", nargs="?", default=None)
     parser.add_argument("-o", "--output", metavar="OUT", type=file_name, required=True,
-                        help="the new folder, or FILE.gguf")
+                        help="the new folder; with FILE.gguf this is `quantize`")
     parser.add_argument("--format", choices=FORMATS, default=None,
                         help="hf (the default for a folder): exact, for nanochat with code of its own; "
                              "transformers: as transformers' own nanochat, which is generation 1")
-    parser.add_argument("--type", metavar="T", default=None,
-                        help="of a GGUF file, by llama-quantize's names (default: q8_0)")
     parser.add_argument("--dtype", choices=DTYPES, default=None,
                         help="type of the matrices (default: the model's, or bfloat16 if they are packed)")
     parser.add_argument("--license", metavar="ID", default=None,
@@ -97,16 +93,9 @@ def parse_export_words(words: Seq[str]) -> tuple[argparse.Namespace, Settings]:
 
 def chosen_format(parser: CommandLine, values: argparse.Namespace) -> str:
     """The format that the output's name and --format mean. The only place that decides it."""
-    is_file = Path(values.output).suffix.lower() == ".gguf"
-    chosen = values.format or ("gguf" if is_file else "hf")
-    if (chosen == "gguf") != is_file:
+    chosen = values.format or "hf"
+    if Path(values.output).suffix.lower() == ".gguf":
         parser.error(f"--format {chosen}: -o {printable(values.output)} does not fit it. {OUTPUTS}")
-    if values.type and not is_file:
-        parser.error(f"--type is for GGUF files. {OUTPUTS}")
-    others = [flag for flag, value in (("--lora", values.lora), ("--dtype", values.dtype), (
-        "--license", values.license)) if value and is_file]
-    if others:
-        parser.error(f"{others[0]} is for folders. {OUTPUTS}")
     return chosen
 
 
@@ -116,9 +105,6 @@ def export_lines(words: Seq[str]) -> Iterator[str]:
     progress = ProgressDisplay()
     try:
         source = resolve_model(settings, progress)
-        if asked.format == "gguf":
-            yield from gguf_lines(asked, source, settings, progress)
-            return
         with unfinished(Path(asked.output).expanduser()) as part:
             target = Path(os.path.abspath(Path(asked.output).expanduser()))
             with format_of(source.kind).readable(source.path):
@@ -131,20 +117,6 @@ def export_lines(words: Seq[str]) -> Iterator[str]:
         progress.close()
     yield f"{target}: {source.chosen}, as {model.config['model_type']} in {model.config['dtype']}"
     yield from model.notes
-
-
-def gguf_lines(asked: argparse.Namespace, source: ModelSource, settings: Settings,
-               progress: ProgressDisplay) -> Iterator[str]:
-    """Write a GGUF file; yields the lines to print."""
-    from chatlm.export.gguf.export import export_gguf
-    output = Path(asked.output).expanduser()
-
-    def report(stage: str, fraction: float):
-        progress(f"writing {output.name}", fraction)
-
-    result = export_gguf(source, output, type=asked.type or "q8_0", progress=report,
-                         threads=threads_per_worker(1), softcap=settings.softcap)
-    yield from result.lines()
 
 
 def export_main(arguments: Seq[str]) -> int:

@@ -47,15 +47,14 @@ def test_core_of_another_step_is_not_this_one_s(base, tmp_path):
 
 
 @pytest.mark.parametrize("words", [["--license", "mit\nevil: 1"], ["--license", "a b"], ["--license", ""], ["--name", "x`y"], ["--name", "a\nb"], ["--shard-size", "0"],
-                                   ["--dtype", "int8"], ["--format", "onnx"], ["--format", "gguf"]])
+                                   ["--dtype", "int8"], ["--format", "onnx"]])
 def test_words_that_cannot_be_are_refused(words, nanochat_fixtures, tmp_path, capfd):
     assert words[0] in refused(capfd, nanochat_fixtures / "gen1", "-o", tmp_path / "made", *words)
     assert [*tmp_path.iterdir()] == []
 
 
-def test_a_gguf_file_is_chosen_by_its_name(nanochat_fixtures, tmp_path, capfd):
-    export(nanochat_fixtures / "gen5", "-o", tmp_path / "m.gguf", "--type", "f16")
-    assert (tmp_path / "m.gguf").read_bytes()[:4] == b"GGUF"
-    for words in (["-o", tmp_path / "a.gguf", "--format", "hf"], ["-o", tmp_path / "a", "--type", "q8_0"], ["-o", tmp_path / "a.gguf", "--dtype", "float32"]):
-        assert "-o FILE.gguf writes a GGUF file of --type T" in refused(capfd, nanochat_fixtures / "gen5", *words)
-    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+def test_a_gguf_file_is_no_folder(nanochat_fixtures, tmp_path, capfd):
+    """`export -o FILE.gguf` is `quantize` (tests/terminal/test_quantize.py), unless a format says otherwise."""
+    for words in (["-o", tmp_path / "a.gguf", "--format", "hf"], ["-o", tmp_path / "a.gguf", "--format", "transformers"]):
+        assert "-o FILE.gguf writes a GGUF file, with the flags of quantize" in refused(capfd, nanochat_fixtures / "gen5", *words)
+    assert [*tmp_path.iterdir()] == []
