@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence as Seq
+from contextlib import redirect_stderr, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TYPE_CHECKING
@@ -42,6 +44,8 @@ HELP = {
 python chat_server.py [serve|chat|generate|compare|score|eval|embed|batch|check] [MODEL] [flags]
        python chat_server.py quantize|imatrix MODEL -o FILE [flags]
        python chat_server.py bundle [FILE] [--with-libraries] [--with-model MODEL]
+       python chat_server.py export MODEL -o FOLDER [flags]
+       python chat_server.py push FOLDER ORG/NAME [--public]
        python chat_server.py store FOLDER [--prune SIZE]""",
         "Serve a model: a chat page, and the APIs of OpenAI, Anthropic, Ollama and nanochat. This is the "
         "default command. The others are: chat, in the terminal; generate, which answers one prompt; "
@@ -50,7 +54,8 @@ python chat_server.py [serve|chat|generate|compare|score|eval|embed|batch|check]
         "a file; batch, which answers a file of requests; check, which finds what is wrong with a model, or "
         "without one verifies and times the compiled kernels; quantize, which writes it as a smaller "
         "file; imatrix, which measures which weights matter; bundle, which packs the program into "
-        "one file; store, which lists the contents of --prefix-store. Each has a --help. If "
+        "one file; export, which writes a model for other programs; push, which uploads that to the "
+        "Hugging Face hub; store, which lists the contents of --prefix-store. Each has a --help. If "
         "there are several MODELs, each is loaded when a request names it.", """
   python chat_server.py                                     a nanochat checkpoint or a small model
   python chat_server.py qwen3:0.6b --host 127.0.0.1         for this machine only; downloaded once
@@ -156,6 +161,23 @@ class CommandLine(argparse.ArgumentParser):
         if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
             message += did_you_mean(found[1], re.findall(r"[^\s,']+", found[2]))
         raise ConfigError(f"{self.origin}{message} (--help lists the flags)")
+
+
+def as_quantize(argv: Seq[str]) -> Seq[str]:
+    """`export MODEL -o FILE.gguf` is another name of `quantize`: the same words for that command. Other words
+    stay as they are."""
+    if argv[:1] != ["export"]:
+        return argv
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-o", "--output", default="")
+    parser.add_argument("--format", default="")
+    with suppress(SystemExit), redirect_stderr(io.StringIO()):  # a flag without its value: `export` says so
+        known, others = parser.parse_known_args(argv[1:])
+        to_file = Path(known.output).suffix.lower() == ".gguf"
+        if known.format == "gguf" or to_file and not known.format:
+            output = ["-o", known.output] if known.output else []
+            return ["quantize", *others, *output]
+    return argv
 
 
 def help_lines(prog: str) -> argparse.HelpFormatter:

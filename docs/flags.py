@@ -17,7 +17,7 @@ INTRODUCTION = f"""\
 # Flags
 
 `.venv/bin/python chat_server.py --help` shows these flags too. `chat --help`, `generate --help` and so on show the flags of one command.
-`bundle --help` shows those of `bundle`, and `store` has `--prune SIZE`. (`.venv/bin/python docs/flags.py` makes this file from `Settings` in `chatlm/common/config.py`, and a test
+`bundle --help`, `export --help` and `push --help` show those of these commands, and `store` has `--prune SIZE`. (`.venv/bin/python docs/flags.py` makes this file from `Settings` in `chatlm/common/config.py`, and a test
 compares the two.)
 
 A flag's value comes from the first of these that sets it:

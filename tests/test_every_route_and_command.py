@@ -145,6 +145,8 @@ def ask_about_models(ask):
     ask("GET", "/api/version")
     ask("POST", "/models/unload", {"model": default})
     ask("POST", "/models/load", {"model": default})
+    ask("GET", "/models/exports")
+    ask("POST", "/models/export", {"model": default, "name": "made"})
     ask("GET", "/models/hub")
     ask("GET", "/models/hub/{name:.+}", name="org/small")
     ask("POST", "/models/download", {"model": "org/small"}, status=202)
@@ -172,7 +174,8 @@ def test_every_route_answers(default_model_path, nanochat_fixtures, tmp_path):
     with fake_hub(org__small={"small.gguf": small}) as hub:
         ours = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "CHAT_SERVER_"))}
         env = ours | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
-        flags = ["--watch", tmp_path / "run", "--database", tmp_path / "kept.db", "--kv-cache-memory", "64M", "--idle-unload", "600"]
+        flags = ["--watch", tmp_path / "run", "--database", tmp_path / "kept.db", "--kv-cache-memory", "64M", "--idle-unload", "600",
+                 "--export-folder", tmp_path / "exports"]
         with server(default_model_path, *flags, env=env, log=log) as (process, url):
             ask = Asking(url)
             for part in (ask_what_computes, ask_what_is_kept, ask_about_models, ask_what_is_open):
@@ -217,6 +220,8 @@ def test_every_command_runs(default_model_path, nanochat_fixtures, tmp_path):
     assert "Tokyo" in ran["generate"] and json.loads(out.read_text())["response"]["status_code"] == 200
     run("store", tmp_path / "nothing", status=2)
     run("bundle", tmp_path / "chat_server.pyz")
+    assert "as nanochat_generations in float32" in run("export", nanochat_fixtures / "gen6", "-o", tmp_path / "exported")
+    run("push", tmp_path / "exported", "nowhere", status=2)
     assert "chat_server" in run("--version")
 
 

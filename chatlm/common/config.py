@@ -326,6 +326,8 @@ class Settings:
     watch_suite: str | None = flag(None, counted_text,
         "FOLDER[:MAX], core[:MAX], chat[:MAX] or FILE.jsonl[:MAX]: evaluate each checkpoint of --watch "
         "on these tasks (see eval) while the server is idle, on at most MAX items of each task", "serve")
+    export_folder: str | None = flag(None, file_name,
+        "let operators export served models over HTTP and in the page, as folders in this one", "serve")
     run_log: str | None = flag(None, file_name,
         "folder for TensorBoard's event files: the metrics of each checkpoint of --watch, in a folder "
         "for each run; needs pip install tensorboard", "serve")

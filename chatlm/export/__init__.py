@@ -1,3 +1,5 @@
-"""Writes models to files that other programs, or this one, can read. It uses the worker's readers.
+"""Models in other formats, for other programs or this one: `export`, `push`, `quantize` (docs/export.md). It
+uses the worker's readers.
 
-Never in here: aiohttp, torch, anything of the front."""
+Never in here: aiohttp, anything of the front, changing a model's own files. hub_code is no package of this
+program: transformers runs it, from an exported folder."""

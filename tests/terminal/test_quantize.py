@@ -37,6 +37,25 @@ def greedy(model):
     return done.stdout
 
 
+def test_export_to_a_file_is_quantize(tmp_path):
+    for name, words in {"one": ["quantize", FIXTURES / "gen5", "-o", tmp_path / "one.gguf"],
+                        "two": ["export", "-o", tmp_path / "two.gguf", FIXTURES / "gen5"],
+                        "three": ["export", FIXTURES / "gen5", "--format", "gguf", "-o", tmp_path / "three"]}.items():
+        done = run(*words, "--type", "q8_0")
+        assert done.returncode == 0 and "Q8_0" in done.stdout, name
+    files = [(tmp_path / name).read_bytes() for name in ("one.gguf", "two.gguf", "three")]
+    assert files[0] == files[1] == files[2]
+
+
+@pytest.mark.parametrize("words, message", [
+    (["-o", "made.gguf", "--format", "hf"], "--format hf: -o made.gguf does not fit it"), (["-o", "made.gguf", "--license", "mit"], "--license"),
+    (["--format", "gguf"], "quantize needs -o FILE"), (["-o"], "expected one argument")])
+def test_words_of_export_that_do_not_go_together_are_named(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused("export", FIXTURES / "gen5", *words)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_checkpoint_becomes_a_file_that_says_the_same(tmp_path):
     done = run("quantize", FIXTURES / "gen5", "-o", tmp_path / "gen5.gguf", "--type", "bf16")
     assert done.returncode == 0 and "BF16" in done.stdout

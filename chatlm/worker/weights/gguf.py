@@ -38,6 +38,14 @@ if TYPE_CHECKING:
 
 def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | None) -> tuple[str, ModelSpec]:
     """The row of FAMILIES and the recipe, made as if from a config.json with the metadata's values."""
+    header, family, config = gguf_config(path, metadata, stored)
+    spec = family_spec(path, family, config, gguf_rope(header, config, context))
+    spec = replace(spec, head_bias="output.bias" in stored, **biases_in(header, spec))
+    return family, FAMILIES[family].with_own_blocks(path, config, spec)
+
+
+def gguf_config(path: Path, metadata: Mapping, stored: Mapping) -> tuple[Header, str, dict[str, Any]]:
+    """The header, the row of FAMILIES, and what a config.json would say, but for biases and rotation."""
     header, family = family_of(path, metadata, stored)
     changes, instead = FAMILIES[family].gguf.layers(header)
     changed = {header.own + key: value for key, value in changes.items()}
@@ -63,9 +71,7 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
     config |= row.gguf.unsaid(config)
     if "norm_topk_prob" in config:
         config["norm_topk_prob"] = header.value("expert_weights_norm", config["norm_topk_prob"])
-    spec = family_spec(path, family, config, gguf_rope(header, config, context))
-    spec = replace(spec, head_bias="output.bias" in stored, **biases_in(header, spec))
-    return family, row.with_own_blocks(path, config, spec)
+    return header, family, config
 
 
 def biases_in(header: Header, spec: ModelSpec) -> dict[str, bool]:
