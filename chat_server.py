@@ -29,6 +29,7 @@ The rooms, each above those that it may import
 
     chat_server.py            routes, the handlers of answers and streams, the commands
     chatlm/terminal/          chat and generate; a server at --url
+    chatlm/export/            models in other formats; to the hub
     chatlm/cli.py             the command line becomes `Settings`; bundling.py: the command `bundle`
     chatlm/front/server/      routes, connections, access, streams, metrics, the page's files
           intake/             a body becomes a request for a model; what a sandbox does
@@ -46,6 +47,7 @@ The rooms, each above those that it may import
           model/blocks/       `Model`: an input, layers of two blocks each, a head
           ops/                the reference of each op, and torch's tensors
           arrays/             arrays without torch
+    chatlm/export/gguf/       a model as one GGUF file of a smaller type; which weights matter
     chatlm/common/hub/        which model: on this machine, on the hub, or the default one
           processes/          starting processes, torchrun, Ray
           text/               tokenizers, chat templates, reasoning and calls
@@ -136,7 +138,8 @@ from functools import partial
 from typing import Any, Generic, TYPE_CHECKING, TypeVar
 
 from chatlm.bundling import bundle_lines, with_kept_words
-from chatlm.cli import asks_for_json, hide_api_keys, parse_command_line, parse_store_words
+from chatlm.cli import (
+    as_quantize, asks_for_json, hide_api_keys, parse_command_line, parse_store_words)
 from chatlm.common.config import Settings
 from chatlm.common.errors import (
     ChatServerError, ConfigError, Overloaded, RequestError, bad_value, check_library, lack_of_memory,
@@ -171,6 +174,7 @@ from chatlm.front.server.describe import (
     MODEL_ROUTES, ModelRoutes, alive_body, bare_id, ollama_version, openapi_document, readiness_body,
     stats_body)
 from chatlm.front.server.downloading import DOWNLOAD_ROUTES, DownloadRoutes
+from chatlm.front.server.exporting import EXPORT_ROUTES, ExportRoutes
 from chatlm.front.server.files import FILE_ROUTES
 from chatlm.front.server.history import History
 from chatlm.front.server.ledger import LEDGER_ROUTES, Ledger, claim_of
@@ -213,6 +217,7 @@ class Front:
         self.compared: dict[str, list[str]] = {}  # id of a running comparison -> ids of its answers
         self.recordings = Recordings()
         self.downloads = DownloadRoutes(catalogue, self.bodies, self.access)
+        self.exports = ExportRoutes(catalogue, self.bodies, self.access)
         self.kept = ResponseKeeper(store, self.bodies, self.owners, settings.keep_days)
         self.metrics: Metrics | None = None
         with suppress(ConfigError):  # prometheus_client is missing: /metrics says so
@@ -484,6 +489,7 @@ ROOMS = (
     RoomRoutes(lambda front: front, ANSWER_ROUTES),
     RoomRoutes(lambda front: front.models, MODEL_ROUTES),
     RoomRoutes(lambda front: front.downloads, DOWNLOAD_ROUTES),
+    RoomRoutes(lambda front: front.exports, EXPORT_ROUTES),
     RoomRoutes(lambda front: front.runs, RUN_ROUTES),
     RoomRoutes(lambda front: front.bodies, DOCUMENT_ROUTES),
     RoomRoutes(lambda front: front.batches.files, FILE_ROUTES),
@@ -503,8 +509,8 @@ def create_app(catalogue: Catalogue, settings: Settings, store: Store | None = N
     app = web.Application(middlewares=list(map(web.middleware, middlewares)))
     app.on_response_prepare.append(front.access.set_headers)
     app.on_startup.extend((front.ledger.open, front.history.open, front.batches.start))
-    closing = (front.history, front.batches, front.recordings, front.downloads, front.kept, front.ledger,
-               store)
+    closing = (front.history, front.batches, front.recordings, front.downloads, front.exports, front.kept,
+               front.ledger, store)
     for part in filter(None, closing):
         app.on_cleanup.append(lambda app, part=part: part.close())
     for room in ROOMS:
@@ -620,11 +626,18 @@ def main(argv: Seq[str] | None = None) -> int:
     hidden = keys_given and hide_api_keys() and not by_torchrun
     repair_streams()
     try:
+        argv = as_quantize(argv)
         lines = None  # of a command that has no Settings
         if argv[:1] == ["bundle"]:
             lines = bundle_lines(argv[1:])
         elif argv[:1] == ["store"]:
             lines = listed_store(*parse_store_words(argv[1:]))
+        elif argv[:1] == ["export"]:
+            from chatlm.export.command import export_lines  # here, because it imports the worker's loaders
+            lines = export_lines(argv[1:])
+        elif argv[:1] == ["push"]:
+            from chatlm.export.push import push_lines
+            lines = push_lines(argv[1:])
         if lines is not None:
             for line in lines:
                 print(visible(line))

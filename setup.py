@@ -235,5 +235,5 @@ class Release(Command):
         raise SystemExit(runpy.run_path("release.py")["main"](words + ["--no-bundle"] * bool(self.no_bundle)))
 
 
-setup(packages=[*find_packages(include=["chatlm", "chatlm.*"]), "chatlm.static", "chatlm.static.vendor", "decode_core"],
+setup(packages=[*find_packages(include=["chatlm", "chatlm.*"]), "chatlm.export.hub_code", "chatlm.static", "chatlm.static.vendor", "decode_core"],
       ext_modules=extensions(), cmdclass={"build_ext": BuildCore, "release": Release})

@@ -7,47 +7,33 @@ model. Each figure is the whole answer of 8 tokens, its model's load included.
 """
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
+
+from servers import started
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests/fixtures/nanochat"
-PORT = 8397
-URL = f"http://127.0.0.1:{PORT}"
 
 
-def listed():
-    with urllib.request.urlopen(f"{URL}/v1/models", timeout=5) as response:
-        return [model["id"] for model in json.load(response)["data"] if model.get("context_length")]
-
-
-def wait_for_names(seconds=60):
+def wait_for_names(server, seconds=60):
+    """The names of both models, once their headers are read."""
     end_s = time.monotonic() + seconds
     while time.monotonic() < end_s:
-        try:
-            names = listed()
-        except OSError:
-            names = []
+        names = [model["id"] for model in server.get("/v1/models")["data"] if model.get("context_length")]
         if len(names) == 2:
             return names
         time.sleep(0.1)
     raise TimeoutError(f"the server does not list two models after {seconds} s")
 
 
-def answer_s(name):
-    body = {"model": name, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
-    request = urllib.request.Request(f"{URL}/v1/chat/completions", json.dumps(body).encode(),
-                                     {"Content-Type": "application/json"})
+def answer_s(server, name):
     begin_s = time.perf_counter()
-    with urllib.request.urlopen(request, timeout=120) as response:
-        response.read()
+    server.post("/v1/chat/completions", {"model": name, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8})
     return time.perf_counter() - begin_s
 
 
@@ -61,18 +47,13 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models:
             (Path(folder) / name).symlink_to(FIXTURES / name)
-        command = [args.python, args.script, "--models", folder, "--models-memory", "230M", "--prefix-memory", "0",
-                   "--port", str(PORT)]
+        command = [args.python, args.script, "--models", folder, "--models-memory", "230M", "--prefix-memory", "0"]
         environment = os.environ | {"PYTHONPATH": str(Path(args.script).parent)}
-        server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            names = wait_for_names()
-            print(f"first: {answer_s(names[0]):.2f} s")
+        with started(command, "chat_server", env=environment) as server:
+            names = wait_for_names(server)
+            print(f"first: {answer_s(server, names[0]):.2f} s")
             time.sleep(10)
-            waits = [answer_s(names[turn % 2]) for turn in range(1, args.turns + 1)]
-        finally:
-            server.terminate()
-            server.wait(60)
+            waits = [answer_s(server, names[turn % 2]) for turn in range(1, args.turns + 1)]
     print("changes:", " ".join(f"{seconds:.2f}" for seconds in waits), "s, median", f"{statistics.median(waits):.2f} s")
 
 

@@ -61,10 +61,11 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"        # one thread per product in the 
 import numpy    # noqa: E402
 
 from contestants import (  # noqa: E402
-    ChatServer, Layout, LlamaServer, Server, contestants, proportional_set_size, running_server)
+    ChatServer, Layout, LlamaServer, contestants, running_server, server_of)
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUEST_LIMIT_S = 240
+START_LIMIT_S = 300.0       # vLLM compiles its model at its first start
 ANSWER_TOKENS = 128
 
 # 1. prompts ------------------------------------------------------------------------------------------------------
@@ -213,8 +214,8 @@ async def running(contestants_, model, layout, extra, session):
     servers = []
     try:
         for contestant in contestants_:
-            servers.append(Server(contestant, model, layout, ENVIRONMENT, extra))
-            await servers[-1].ready(session)
+            servers.append(server_of(contestant, model, layout, ENVIRONMENT, extra))
+            await asyncio.to_thread(servers[-1].wait_until_ready, START_LIMIT_S)
             await ask(session, servers[-1], prompt(40, 1), 8)
         yield servers
     finally:
@@ -306,12 +307,12 @@ async def compare_speeds(figures, competing, scenarios, arguments, session):
                 seed = 100_000 + 10_000 * turn + 1000 * SCENARIOS.index(scenario)
                 for server in in_turn(servers, turn):
                     two_threads, value = probe(), None
-                    before_s = server.cpu_seconds()
+                    before_s = server.processor_s()
                     with contextlib.suppress(asyncio.TimeoutError):
                         value = await scenario.measure(session, server, seed)
                     figures.add(scenario.title, scenario.unit, server.contestant, value, two_threads)
-                    if value and before_s is not None:
-                        figures.add(f"{scenario.title}: CPU time", "s", server.contestant, server.cpu_seconds() - before_s)
+                    if value:
+                        figures.add(f"{scenario.title}: CPU time", "s", server.contestant, server.processor_s() - before_s)
 
 
 BENCHED = {"single": ("-p", "0", "-n", str(ANSWER_TOKENS)), "prefill-600": ("-p", "600", "-n", "0")}
@@ -336,14 +337,14 @@ async def compare_starts(figures, competing, arguments, session):
     competing = [contestant for contestant in competing if isinstance(contestant, ChatServer | LlamaServer)]
     for turn in range(arguments.rounds):
         for contestant in in_turn(competing, turn):
-            server = Server(contestant, arguments.model, FILLED, ENVIRONMENT, arguments.server_args)
+            server = server_of(contestant, arguments.model, FILLED, ENVIRONMENT, arguments.server_args)
             try:
-                await server.ready(session)
+                await asyncio.to_thread(server.wait_until_ready, START_LIMIT_S)
                 figures.add("ready after the command", "ms", contestant, 1e3 * server.ready_s)
                 if turn == 0:
                     await fill(session, server)
-                    title = f"memory (PSS), room for {await server.kv_capacity(session):,} tokens, all used"
-                    figures.add(title, "MB", contestant, proportional_set_size(server.pid))
+                    title = f"memory (PSS), room for {server.kv_capacity():,} tokens, all used"
+                    figures.add(title, "MB", contestant, server.proportional_set_size())
             finally:
                 server.stop()
 

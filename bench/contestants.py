@@ -1,29 +1,23 @@
 """The programs that bench/compare.py compares: how each is started, and what it costs while it serves.
 
-A contestant is a frozen description. `Server` is one that runs: it knows its URL, its processes and the CPU
-time and memory that they have taken.
+A contestant is a frozen description. `Server` is one that runs, started by bench/servers.py; OthersServer is one
+that somebody else has started.
 """
 
-import asyncio
+import argparse
 import contextlib
 import re
-import shlex
-import socket
-import subprocess
 import sys
-import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-import aiohttp
 import psutil
 
+import servers
+
 ROOT = Path(__file__).resolve().parent.parent
-START_LIMIT_S = 300      # vLLM compiles its model at its first start
-STOP_LIMIT_S = 15
 OURS = (sys.executable, str(ROOT / "chat_server.py"))
 
 
@@ -162,7 +156,7 @@ def running_server(text):
     url, _, served_name = rest.partition(",")
     parts = urlsplit(url)
     if not (name and equals and parts.scheme == "http" and parts.hostname in ("127.0.0.1", "localhost") and parts.port):
-        raise ValueError(f"NAME=http://127.0.0.1:PORT[,MODEL], not {text!r}")
+        raise argparse.ArgumentTypeError(f"it must be NAME=http://127.0.0.1:PORT[,MODEL], not {text!r}")
     return name, url.rstrip("/"), served_name
 
 
@@ -173,111 +167,67 @@ def with_values(flags):
             for word in ((flag, "1") if flag.startswith("-") and after.startswith("-") else (flag,))]
 
 
-def family(pid):
-    """A process and its descendants."""
-    process = psutil.Process(pid)
-    return [process, *process.children(recursive=True)]
-
-
-def cpu_seconds(pid):
-    """User and system time of a process and its descendants so far, with that of children that have ended."""
-    seconds = 0.0
-    for process in family(pid):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            seconds += sum(process.cpu_times()[:4])
-    return seconds
-
-
-def proportional_set_size(pid):
-    """MB (10**6 bytes) of a process and its descendants; shared memory is divided among the sharers."""
-    if sys.platform != "linux":         # there it is what no other process shares
-        return sum(process.memory_full_info().uss for process in family(pid)) / 1e6
-    texts = [Path(f"/proc/{process.pid}/smaps_rollup").read_text() for process in family(pid)]
-    return sum(int(re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)[1]) for text in texts) * 1024 / 1e6
-
-
-def listener(port):
-    """The process that listens on a port of this machine, or None."""
-    found = [connection.pid for connection in psutil.net_connections("tcp")
-             if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port]
-    return found[0] if found else None
-
-
-class Server:
-    """One contestant that serves; `ready_s` counts from its command."""
+class Server(servers.Server):
+    """One contestant that this program starts."""
 
     def __init__(self, contestant, model, layout, environment, extra=()):
+        port = servers.free_port()
+        command = [*contestant.command(model, port, layout), *(extra if contestant.ours else ())]
+        super().__init__(command, contestant.name, port=port, env=environment | contestant.environment())
         self.contestant = contestant
         self.model = model
-        self.ready_s = None
-        self.started = time.perf_counter()
-        self.process = None
-        self.log = tempfile.TemporaryFile()
-        if isinstance(contestant, Running):
-            self.command = [contestant.url]
-            self.url = contestant.url
-            self.pid = listener(urlsplit(self.url).port)
-            return
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.command = [*contestant.command(model, port, layout), *(extra if contestant.ours else ())]
-        self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log,
-                                        env=environment | contestant.environment())
-        self.pid = self.process.pid
 
-    @property
-    def ended(self):
-        return self.process is not None and self.process.poll() is not None
-
-    async def ready(self, session):
-        elapsed = 0.0
-        while elapsed < START_LIMIT_S and not self.ended:
-            elapsed = time.perf_counter() - self.started
-            with contextlib.suppress(aiohttp.ClientError):
-                async with session.get(f"{self.url}/health") as response:
-                    if response.status in (200, 404):   # a server without the route has come up, too
-                        self.ready_s = time.perf_counter() - self.started
-                        return
-            await asyncio.sleep(0.005)
-        raise RuntimeError(f"not ready after {elapsed:.0f} s: {shlex.join(self.command)}\n{self.last_words()}")
-
-    def last_words(self):
-        self.log.seek(0)
-        return self.log.read().decode("utf-8", "replace")[-3000:]
-
-    def cpu_seconds(self):
-        """What its processes have taken so far, or None where they are unknown."""
-        return cpu_seconds(self.pid) if self.pid else None
-
-    async def kv_capacity(self, session):
+    def kv_capacity(self):
         """How many tokens its key-value cache holds, as it reports."""
-        route = "/stats" if self.contestant.ours else "/props"
-        async with session.get(self.url + route) as response:
-            said = await response.json()
         if self.contestant.ours:
-            return 16 * sum(worker["kv_pages_total"] for worker in said["workers"])
+            return 16 * sum(worker["kv_pages_total"] for worker in self.get("/stats")["workers"])
+        said = self.get("/props")
         return said["default_generation_settings"]["n_ctx"] * said["total_slots"]
 
+    def proportional_set_size(self):
+        """MB (10**6 bytes) of its processes; shared memory is divided among the sharers."""
+        if sys.platform != "linux":         # there it is what no other process shares
+            return sum(process.memory_full_info().uss for process in self.processes()) / 1e6
+        texts = [Path(f"/proc/{process.pid}/smaps_rollup").read_text() for process in self.processes()]
+        return sum(int(re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)[1]) for text in texts) * 1024 / 1e6
+
     def terminate(self):
-        if self.process is not None:
-            self.process.terminate()
+        self.process.terminate()
 
-    def stop(self):
-        self._stop_process()
-        self.log.close()
 
-    def _stop_process(self):
-        if self.process is None:
-            return
-        with contextlib.suppress(psutil.NoSuchProcess):
-            children = family(self.process.pid)[1:]
-            self.process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(STOP_LIMIT_S)
-            for child in children:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.kill()
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
+class OthersServer:
+    """A contestant that runs already and goes on running."""
+
+    def __init__(self, contestant, model):
+        self.contestant = contestant
+        self.model = model
+        self.url = contestant.url
+        port = urlsplit(self.url).port
+        listeners = [connection.pid for connection in psutil.net_connections("tcp")
+                     if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port]
+        self.pid = listeners[0] if listeners else None
+
+    def wait_until_ready(self, limit_s):
+        if self.pid is None:
+            raise servers.NotReady(f"{self.contestant.name}: nothing that this user may see listens at {self.url}")
+
+    def processor_s(self):
+        """Processor seconds of the process that listens and of those that it started, so far."""
+        process = psutil.Process(self.pid)
+        total_s = 0.0
+        for each in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total_s += sum(each.cpu_times()[:4])
+        return total_s
+
+    def terminate(self):
+        pass
+
+    def stop(self, limit_s=0.0):
+        pass
+
+
+def server_of(contestant, model, layout, environment, extra=()):
+    if isinstance(contestant, Running):
+        return OthersServer(contestant, model)
+    return Server(contestant, model, layout, environment, extra)

@@ -8,7 +8,7 @@
 A server gets `--host 127.0.0.1 --port N` with a free port, and counts as ready once it answers a GET of `ready` with 200. What it writes goes
 to a file. If it ends, or takes too long, NotReady has the last of that. However the block ends, the whole tree of processes is gone after it.
 
-bench/compare.py starts and times its contestants itself. The tests have tests/support/real_server.py, which gives them the log line by line.
+bench/contestants.py has those of bench/compare.py. The tests have tests/support/real_server.py, which gives them the log line by line.
 """
 
 import contextlib

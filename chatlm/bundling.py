@@ -17,7 +17,7 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.hub.huggingface import SPLIT_GGUF
 from chatlm.common.invocation import program_command
 
-OTHER_COMMANDS = "bundle", "store"
+OTHER_COMMANDS = "bundle", "store", "export", "push"
 ABOUT = ("Pack the program into one file, with the page and the compiled core of this platform: `python "
          "FILE` runs it on any machine that has the libraries. --with-libraries packs them too: then the "
          "machine needs nothing but the Python that the file was made for.")

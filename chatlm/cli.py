@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence as Seq
+from contextlib import redirect_stderr, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TYPE_CHECKING
@@ -40,15 +42,20 @@ PROGRAM = "python chat_server.py"  # in HELP; --help shows the command that star
 HELP = {
     "serve": Help("""\
 python chat_server.py [serve|chat|generate|compare|score|eval|embed|batch|check] [MODEL] [flags]
+       python chat_server.py quantize|imatrix MODEL -o FILE [flags]
        python chat_server.py bundle [FILE] [--with-libraries] [--with-model MODEL]
+       python chat_server.py export MODEL -o FOLDER [flags]
+       python chat_server.py push FOLDER ORG/NAME [--public]
        python chat_server.py store FOLDER [--prune SIZE]""",
         "Serve a model: a chat page, and the APIs of OpenAI, Anthropic, Ollama and nanochat. This is the "
         "default command. The others are: chat, in the terminal; generate, which answers one prompt; "
         "compare, which asks several models the same question; score, which measures how well a model "
         "predicts a text; eval, which evaluates models on tasks; embed, which makes vectors of the texts of "
         "a file; batch, which answers a file of requests; check, which finds what is wrong with a model, or "
-        "without one verifies and times the compiled kernels; bundle, which packs the program into "
-        "one file; store, which lists the contents of --prefix-store. Each has a --help. If "
+        "without one verifies and times the compiled kernels; quantize, which writes it as a smaller "
+        "file; imatrix, which measures which weights matter; bundle, which packs the program into "
+        "one file; export, which writes a model for other programs; push, which uploads that to the "
+        "Hugging Face hub; store, which lists the contents of --prefix-store. Each has a --help. If "
         "there are several MODELs, each is loaded when a request names it.", """
   python chat_server.py                                     a nanochat checkpoint or a small model
   python chat_server.py qwen3:0.6b --host 127.0.0.1         for this machine only; downloaded once
@@ -104,17 +111,36 @@ python chat_server.py [serve|chat|generate|compare|score|eval|embed|batch|check]
   python chat_server.py check                               the compiled kernels
   python chat_server.py check model.gguf                    a verdict of a few lines
   python chat_server.py check model-Q4_K_M.gguf --against model-BF16.gguf --json"""),
+    "quantize": Help("python chat_server.py quantize MODEL -o FILE.gguf [--type TYPE] [flags]",
+        "Write a model as one GGUF file of a smaller type: a GGUF file, a nanochat checkpoint or a plain "
+        "Hugging Face folder. The types and their mixes are llama-quantize's, and so are the bytes. The file "
+        "appears once it is complete, and a command that was interrupted goes on when it runs again.", """
+  python chat_server.py quantize model-BF16.gguf -o model-Q4_K_M.gguf
+  python chat_server.py quantize model-BF16.gguf -o model-Q3_K_M.gguf --type q3_k_m --imatrix imatrix.gguf
+  python chat_server.py quantize ~/.cache/nanochat -g d20 -o d20-Q8_0.gguf --type q8_0"""),
+    "imatrix": Help("python chat_server.py imatrix MODEL -f TEXT -o FILE [--chunks N] [flags]",
+        "Measure how much a model uses the columns of each of its matrices while it reads a text. FILE has "
+        "llama.cpp's format, and `quantize --imatrix FILE` keeps more of what is used more.", """
+  python chat_server.py imatrix model-BF16.gguf -f book.txt -o imatrix.gguf
+  python chat_server.py imatrix model-BF16.gguf -f book.txt -o imatrix.gguf --chunks 100"""),
 }
 ANSWERS = "Answers, unless a request says otherwise"  # a heading of the table of flags
-HEADINGS = {"embed": "Texts and vectors", "batch": "Requests and answers", "score": "The text",
-            "eval": "Tasks"}  # instead of it, in commands without any of the flags that it is about
+HEADINGS = {  # instead of it, in commands without any of the flags that it is about
+    "embed": "Texts and vectors", "batch": "Requests and answers", "score": "The text", "eval": "Tasks",
+    "quantize": "The file", "imatrix": "The text and the file"}
 FLAG_HELP = {  # what --help says of a flag that is not the same in all commands
     ("embed", "texts"): "FILE may also be given so",
     ("embed", "output"): "file for the vectors: one a line, or numpy's format if it is called .npy; `-` is "
                          "stdout",
     ("batch", "texts"): "FILE may also be given so",
     ("batch", "output"): "file for the answers",
+    ("quantize", "output"): "the GGUF file to write",
+    ("imatrix", "output"): "the file to write",
+    ("imatrix", "text"): "the text that the model reads",
+    ("imatrix", "context_length"): "tokens of a chunk, which see each other (default: 512)",
     ("check", "json"): "one JSON object with all findings"}
+# the commands in which MODEL may not be left out, or that means another thing
+WITH_MODEL = "check", "compare", "embed", "quantize", "imatrix"
 SEVERAL = "serve", "compare", "score", "eval"  # the commands that take several MODELs
 ABOUT_MODELS = f"MODEL may be: {SUPPORTED_MODELS}."
 ABOUT_FLAGS = ("Each flag has an environment variable: --max-tokens is CHAT_SERVER_MAX_TOKENS. "
@@ -135,6 +161,23 @@ class CommandLine(argparse.ArgumentParser):
         if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
             message += did_you_mean(found[1], re.findall(r"[^\s,']+", found[2]))
         raise ConfigError(f"{self.origin}{message} (--help lists the flags)")
+
+
+def as_quantize(argv: Seq[str]) -> Seq[str]:
+    """`export MODEL -o FILE.gguf` is another name of `quantize`: the same words for that command. Other words
+    stay as they are."""
+    if argv[:1] != ["export"]:
+        return argv
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-o", "--output", default="")
+    parser.add_argument("--format", default="")
+    with suppress(SystemExit), redirect_stderr(io.StringIO()):  # a flag without its value: `export` says so
+        known, others = parser.parse_known_args(argv[1:])
+        to_file = Path(known.output).suffix.lower() == ".gguf"
+        if known.format == "gguf" or to_file and not known.format:
+            output = ["-o", known.output] if known.output else []
+            return ["quantize", *others, *output]
+    return argv
 
 
 def help_lines(prog: str) -> argparse.HelpFormatter:
@@ -374,7 +417,7 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
         command = words.pop(0).replace("server", "serve")
     usage, opening, examples = (text.replace(PROGRAM, program_command()) for text in HELP[command])
     models = ABOUT_MODELS
-    if command in ("check", "compare", "embed"):  # there MODEL may not be left out, or means another thing
+    if command in WITH_MODEL:
         models = re.sub(r"nothing \(.*?\), ", "", ABOUT_MODELS)
     about = [opening, models, ABOUT_FLAGS]
     width = max(24, min(96, shutil.get_terminal_size((98, 24)).columns - 2))

@@ -9,7 +9,7 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
 
-from chatlm.common.config import ANSWERING, FLAGS, READING      # noqa: E402
+from chatlm.common.config import ANSWERING, CHOOSING, FLAGS, READING      # noqa: E402
 
 EVERYWHERE = f"{ANSWERING} score eval embed batch"    # the commands of a flag whose row names none
 
@@ -17,7 +17,7 @@ INTRODUCTION = f"""\
 # Flags
 
 `.venv/bin/python chat_server.py --help` shows these flags too. `chat --help`, `generate --help` and so on show the flags of one command.
-`bundle --help` shows those of `bundle`, and `store` has `--prune SIZE`. (`.venv/bin/python docs/flags.py` makes this file from `Settings` in `chatlm/common/config.py`, and a test
+`bundle --help`, `export --help` and `push --help` show those of these commands, and `store` has `--prune SIZE`. (`.venv/bin/python docs/flags.py` makes this file from `Settings` in `chatlm/common/config.py`, and a test
 compares the two.)
 
 A flag's value comes from the first of these that sets it:
@@ -61,6 +61,8 @@ def row(flag) -> str:
         commands = ""
     elif flag.commands == READING:          # EVERYWHERE and check
         commands = " (also check)"
+    elif flag.commands == CHOOSING:
+        commands = " (also check, quantize, imatrix)"
     meaning = flag.help + (f": {', '.join(flag.choices)}" if flag.choices else "")
     return f"| {names}{commands} | {f'`-{flag.short}`' if flag.short else ''} | {default(flag)} | {meaning} |"
 

@@ -309,7 +309,7 @@ code,.code{background:var(--sunken);border-radius:.4rem}code{padding:.1em .35em;
 .code{margin:.8em 0;white-space:normal}.code-bar{padding:.4rem .8rem 0;font-size:.8rem;color:var(--soft)}
 pre{margin:0;padding:.2rem .8rem .8rem;overflow:auto;tab-size:4;font:.875rem/1.5 ui-monospace,monospace}
 pre code{padding:0;background:none;font:inherit}
-table{border-collapse:collapse}:is(td,th){border:1px solid #8888;padding:.3rem .7rem;text-align:left}li p{margin:.2rem 0}
+table{border-collapse:collapse}:is(td,th){border:1px solid #8888;padding:.3rem .7rem;text-align:start}li p{margin:.2rem 0}
 blockquote{margin-inline:0;padding-left:1em;border-left:3px solid var(--line);color:var(--soft)}
 .question{white-space:pre-wrap}.question img{display:block;max-width:100%;max-height:24rem;margin-bottom:.5rem}:is(.table,math){overflow:auto hidden}
 @media print{pre{white-space:pre-wrap;overflow-wrap:anywhere}}`;

@@ -91,7 +91,7 @@ async function openRun(given, other = "") {
   if (location.hash !== hash) history[unnamed ? "replaceState" : "pushState"](null, "", location.pathname + location.search + hash);
   const known = shownRun?.listed ?? [];
   closeRun();
-  shownRun = {name, other: beside, at: null, follows: true, metric: BITS, chosen: false, axis: "step", listed: known, pages: new Map(), found: [], charts: new Map(), rows: new Map(), drawn: [], turn: 0, timer: 0};
+  shownRun = {name, other: beside, at: null, follows: true, metric: BITS, chosen: false, axis: "step", listed: known, pages: new Map(), found: [], charts: new Map(), rows: new Map(), drawn: [], turn: 0, timer: 0, asked: false, exports: false, exported: new Map()};
   $("run-question").value ||= lastQuestion();
   Page.render();
   if (!isOpen) $("run").focus({preventScroll: true});
@@ -124,6 +124,7 @@ async function look() {
   clearTimeout(mine.timer);
   if (!document.hidden) {
     Server.lookAtModels();
+    askForExports();
     await Promise.all([mine.name, mine.other].filter(Boolean).map(name => lookAtRun(mine, name)));
   }
   if (mine === shownRun && turn === mine.turn) mine.timer = setTimeout(look, Math.max(LOOK_MS, REST * (performance.now() - began)));
@@ -445,9 +446,10 @@ function groupRow(steps, columns) {
 
 function rowOf(step, {others, isGrouped, compares}) {
   const {id, state: loaded, loading, scoring, reason, warning} = step, {metric, rows} = shownRun, shown = each => Curves.metricOf(step, each) === undefined ? "" : written(step, each);
-  const about = [TEXT.modelStates[loaded] ?? TEXT.stepStates[loaded] ?? loaded, loading ? `${Math.floor(100 * loading)}\u00a0%` : "", scoring ? TEXT.scoring : "", reason, warning].filter(Boolean).join(" ");
+  const about = [TEXT.modelStates[loaded] ?? TEXT.stepStates[loaded] ?? loaded, loading ? `${Math.floor(100 * loading)}\u00a0%` : "", scoring ? TEXT.scoring : "", reason, warning, shownRun.exported.get(id)].filter(Boolean).join(" ");
   const texts = [isGrouped ? id : number(step.step), shown(metric), changeOf(step), ...others.map(shown), about];
   const acts = [...(isGone(step) ? [] : [["new", TEXT.chatWith(id), () => chatWith(stepNamed(id)), !answersNow(step)],
+    ...(shownRun.exports && step.state !== "failed" ? [["export", TEXT.exportOf(id), () => exportStep(id), shownRun.exported.get(id) === TEXT.exporting]] : []),
     ...(compares ? [["columns", TEXT.compareWith(id), () => compareWithBefore(stepNamed(id)), !before(step)]] : [])])];
   const key = JSON.stringify([texts, acts]);
   if (rows.get(id)?.key === key) return rows.get(id).row;
@@ -460,6 +462,35 @@ function rowOf(step, {others, isGrouped, compares}) {
   if (warning) row.className = "warned";
   rows.set(id, {key, row});
   return row;
+}
+
+// Operators may export steps where the server has a folder for that.
+async function askForExports() {
+  const mine = shownRun;
+  if (!Server.exports || mine.asked) return;
+  mine.asked = true;
+  const found = await Server.jsonOf(Server.request("models/exports"));
+  mine.exports = Boolean(found);
+  if (mine === shownRun && found) drawAgain();
+}
+
+// The folder has the step's name; what became of it stands in the step's row.
+async function exportStep(id) {
+  const mine = shownRun, name = id.replace(/[^A-Za-z0-9._-]/g, "-"), say = text => { mine.exported.set(id, text); if (mine === shownRun) drawAgain(); };
+  say(TEXT.exporting);
+  try {
+    const response = await Server.post("models/export", {model: id, name});
+    if (!response.ok) throw await Server.errorOf(response);
+    say(TEXT.exported(name));
+  } catch (error) {
+    say(error.message);
+  }
+}
+
+// Renders the view although nothing of the server's has changed.
+function drawAgain() {
+  shownRun.drawn = [];
+  Page.render();
 }
 
 // How many steps each stage has, if there are several.
@@ -488,6 +519,7 @@ Parts.register({
     valueIs: (name, value) => `${name}: ${value}`, changeIs: change => `${change} since the step before`,
     loadedNow: names => names ? `In memory: ${names}.` : "No step is in memory; a question loads its step.", loadingNow: names => `Being loaded: ${names}.`,
     scoringNow: names => `Being scored: ${names}.`, toScore: count => `${plural(count, "step waits", "steps wait")} for a score.`, scoring: "being scored",
+    exportOf: name => `Export ${name}`, exporting: "being exported", exported: name => `exported as ${name}`,
     chatWith: name => `Chat with ${name}`, compareWith: name => `Compare ${name} with the step before`,
     runColumns: {step: "Step", change: "Change", state: "State", acts: "Try it"}, stepStates: {removed: "files removed"},
   },

@@ -408,7 +408,7 @@ Parts.register({
 
 return Object.freeze({
   get phase() { return state.phase; }, get loading() { return state.loading; }, get models() { return state.models; }, get model() { return state.model; },
-  get refusedKey() { return state.refusedKey; },
+  get refusedKey() { return state.refusedKey; }, get exports() { return Boolean(state.stats?.exports); },
   PAGE_HOME, HEALTH_MS, SILENCE_MS, FOREVER_MS, ROUTES, Lost, Refused,
   home: serverHome, key: serverKey, addressOf: serverAddress, originOf, request, post, jsonOf, accepted, errorOf, errorText, sentence,
   watch: watchServer, startAnew, isAway, untilReady, trouble: serverText, chatModel, useModel, loadModel, lookAtModels, modelOfSeveral, modelNamed,

@@ -57,13 +57,13 @@ def answers(curls: list[list[str]], copy: Path, model: Path) -> list[dict]:
         return [json.loads(ran([*words, "--silent"], copy, check=True).stdout) for words in asked]
 
 
-def test_the_route_that_is_worked_through_works(tmp_path, default_model_path):
+def test_the_route_of_the_page_works(tmp_path, default_model_path):
     copy, curls = made("A route, worked through", tmp_path)
     (answer,) = answers(curls, copy, default_model_path)
     assert answer["uptime_s"] >= 0
 
 
-def test_the_parameter_that_is_worked_through_works(tmp_path, default_model_path):
+def test_the_parameter_of_the_page_works(tmp_path, default_model_path):
     copy, curls = made("A sampling parameter, worked through", tmp_path)
     refused = [word.replace('"epsilon_cutoff": 1', '"epsilon_cutoff": 2') for word in curls[0]]
     first, second, error = answers([*curls, refused], copy, default_model_path)

@@ -11,10 +11,12 @@ import pytest
 
 import chat_server
 from chatlm.bundling import parse_bundle_words
-from chatlm.cli import parse_command_line, parse_store_words
+from chatlm.cli import as_quantize, parse_command_line, parse_store_words
 from chatlm.common.config import FLAGS
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import SAMPLING_FLAGS
+from chatlm.export.command import parse_export_words
+from chatlm.export.push import parse_push_words
 from chatlm.front.api.kept_fields import STORE_FIELDS
 from chatlm.front.api.field_types import CONSTRAINT_FIELDS
 from chatlm.front.api.tables import EMBEDDING_FIELDS, RERANK_FIELDS, SCORE_FIELDS
@@ -32,7 +34,7 @@ OTHERS_FLAGS = {           # of torchrun, Docker, apt, pip, xcode-select, Ray, p
     "compile", "nnodes", "node-rank", "master-addr", "nproc-per-node", "cache-dir", "install-recommends", "create-home", "max-num-seqs", "max-model-len",
     "head", "address", "dist", "build-base", "build-lib", "benchmark-enable", "version", "help", "without-core", "prune", "deps", "force-reinstall",
     "with-libraries", "pythons", "wheels", "with-model", "args", "verify", "unpack", "from", "spec", "upgrade", "now", "format", "machine", "wheel",
-    "install", "model", "depth", "save-every", "eval", "logdir"}     # the last five of aider, nanochat's scripts and TensorBoard
+    "install", "license", "shard-size", "public", "model", "depth", "save-every", "eval", "logdir"}     # the last five of aider, nanochat's scripts and TensorBoard
 
 
 @cache
@@ -109,11 +111,15 @@ def test_flags_that_are_named_exist(path):
 def test_commands_that_are_shown_are_understood(path):
     for command in commands(text_of(path)):
         if match := re.search(r"(?:python3?|torchrun .*) chat_server\.pyz?\b(.*)", command):
-            words = shlex.split(match[1].replace("...", "x"), comments=True)
+            words = as_quantize(shlex.split(match[1].replace("...", "x"), comments=True))
             if words[:1] == ["bundle"]:
                 parse_bundle_words(words[1:])
             elif words[:1] == ["store"]:
                 parse_store_words(words[1:])
+            elif words[:1] == ["export"]:
+                parse_export_words(words[1:])
+            elif words[:1] == ["push"]:
+                parse_push_words(words[1:])
             elif not {"--help", "--version"} & set(words):
                 parse_command_line(words, {})       # a ConfigError names what is wrong
         elif match := re.search(r"python (bench/\w+\.py)([^#\"]*)", command):

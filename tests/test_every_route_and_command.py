@@ -145,6 +145,8 @@ def ask_about_models(ask):
     ask("GET", "/api/version")
     ask("POST", "/models/unload", {"model": default})
     ask("POST", "/models/load", {"model": default})
+    ask("GET", "/models/exports")
+    ask("POST", "/models/export", {"model": default, "name": "made"})
     ask("GET", "/models/hub")
     ask("GET", "/models/hub/{name:.+}", name="org/small")
     ask("POST", "/models/download", {"model": "org/small"}, status=202)
@@ -172,7 +174,8 @@ def test_every_route_answers(default_model_path, nanochat_fixtures, tmp_path):
     with fake_hub(org__small={"small.gguf": small}) as hub:
         ours = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "CHAT_SERVER_"))}
         env = ours | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
-        flags = ["--watch", tmp_path / "run", "--database", tmp_path / "kept.db", "--kv-cache-memory", "64M", "--idle-unload", "600"]
+        flags = ["--watch", tmp_path / "run", "--database", tmp_path / "kept.db", "--kv-cache-memory", "64M", "--idle-unload", "600",
+                 "--export-folder", tmp_path / "exports"]
         with server(default_model_path, *flags, env=env, log=log) as (process, url):
             ask = Asking(url)
             for part in (ask_what_computes, ask_what_is_kept, ask_about_models, ask_what_is_open):
@@ -199,6 +202,8 @@ def test_every_command_runs(default_model_path, nanochat_fixtures, tmp_path):
     lines.write_text(json.dumps(BATCH_LINE) + "\n")
     suite = tmp_path / "questions.jsonl"
     suite.write_text(json.dumps({"context": "One, two,", "continuation": " three"}) + "\n")
+    texts_to_read = tmp_path / "book.txt"
+    texts_to_read.write_text("It was the best of times, it was the worst of times. " * 10)
     ran = {
         "chat": run("chat", default_model_path, "-p", "Say yes.", "-m", "4", *small),
         "generate": run("generate", default_model_path, "-p", "The capital of Japan is", "-m", "12", "-t", "0", *small),
@@ -208,11 +213,15 @@ def test_every_command_runs(default_model_path, nanochat_fixtures, tmp_path):
         "embed": run("embed", default_model_path, texts, "-o", tmp_path / "vectors.npy", *small) or "-",
         "batch": run("batch", default_model_path, lines, "-o", out, *small) or "-",
         "check": run("check", default_model_path),
+        "imatrix": run("imatrix", default_model_path, "-f", texts_to_read, "-o", tmp_path / "imatrix.gguf", "--chunks", "1"),
+        "quantize": run("quantize", nanochat_fixtures / "gen5", "-o", tmp_path / "gen5.gguf"),
     }
     assert ran.keys() == {*PROGRAM_COMMANDS} - {"serve", "server"} == HELP.keys() - {"serve"} and all(ran.values())
     assert "Tokyo" in ran["generate"] and json.loads(out.read_text())["response"]["status_code"] == 200
     run("store", tmp_path / "nothing", status=2)
     run("bundle", tmp_path / "chat_server.pyz")
+    assert "as nanochat_generations in float32" in run("export", nanochat_fixtures / "gen6", "-o", tmp_path / "exported")
+    run("push", tmp_path / "exported", "nowhere", status=2)
     assert "chat_server" in run("--version")
 
 

@@ -37,8 +37,8 @@ FAULTS = 3, 4, 10, 11, 12     # its lines
 def test_the_type_checker_finds_only_planted_errors(tmp_path):
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["basedpyright"]
     (tmp_path / "planted.py").write_text(PLANTED)
-    paths = {name: [str(ROOT / path) for path in settings[name]] for name in ("include", "extraPaths")}
-    config = settings | {"include": [*paths["include"], str(tmp_path / "planted.py")], "extraPaths": [str(ROOT), *paths["extraPaths"]]}
+    paths = {name: [str(ROOT / path) for path in settings[name]] for name in ("include", "exclude", "extraPaths")}
+    config = settings | {"include": [*paths["include"], str(tmp_path / "planted.py")], "exclude": paths["exclude"], "extraPaths": [str(ROOT), *paths["extraPaths"]]}
     (tmp_path / "pyrightconfig.json").write_text(json.dumps(config))
     run = subprocess.run([sys.executable, "-m", "basedpyright", "--outputjson", "--pythonpath", sys.executable, "-p", str(tmp_path)],
                          capture_output=True, text=True, timeout=150)

@@ -24,9 +24,10 @@ V = TypeVar("V")
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_MAX_TOKENS = 512  # without -m; /v1 goes up to the context
 PROGRAM_COMMANDS = ("serve", "server", "chat", "generate", "compare", "score", "eval", "embed",
-                    "batch", "check")
+                    "batch", "check", "quantize", "imatrix")
 ANSWERING = "serve chat generate compare"  # the commands that generate tokens
 READING = f"{ANSWERING} score eval embed batch check"  # the commands that read a model's files
+CHOOSING = f"{READING} quantize imatrix"  # the commands that have a MODEL
 CHAT_TEMPERATURE = 0.6          # the default of the chat command
 PAGE_SIZE = 16                  # KV slots in a page
 STORE_BYTES = 10 << 30          # the default size of --prefix-store
@@ -287,15 +288,15 @@ class Settings:
     own_sampling: dict[str, float] = field(default_factory=dict)
     own_origin: str = ""
 
-    source: str | None = flag(None, str, "nanochat training stage", READING, short="i",
+    source: str | None = flag(None, str, "nanochat training stage", CHOOSING, short="i",
         choices=("sft", "rl", "mid", "base", "chat"), heading="Model and where it runs")
     model_tag: str | None = flag(None, file_name,
-        "nanochat model tag, such as d20, or with its experiment NAME/d20 (default: the largest)", READING,
+        "nanochat model tag, such as d20, or with its experiment NAME/d20 (default: the largest)", CHOOSING,
         short="g")
-    step: int | None = flag(None, number(int, 0), "nanochat checkpoint step (default: the last)", READING,
+    step: int | None = flag(None, number(int, 0), "nanochat checkpoint step (default: the last)", CHOOSING,
         short="s")
     softcap: float | None = flag(None, number(float, 0.1, 1000),
-        "override a nanochat model's logit softcap (15; 20 for one week of generation 3)", READING)
+        "override a nanochat model's logit softcap (15; 20 for one week of generation 3)", CHOOSING)
     lora: tuple[str, ...] = flag((), file_name,
         "folder of a LoRA adapter (peft format) to merge into the weights at load; may repeat", READING,
         many=True)
@@ -308,10 +309,10 @@ class Settings:
         "folders, nanochat checkpoints", "serve")
     downloads: bool = flag(True, None,
         "download the model that MODEL names, and models that the operator requests over HTTP "
-        "(--no-downloads: serve only models that are here)", READING)
+        "(--no-downloads: serve only models that are here)", CHOOSING)
     models_disk: int | None = flag(None, size,
         "most bytes that models of the Hugging Face hub may take in the cache; a download that does not "
-        "fit is refused or ended (default: the disk's space)", READING)
+        "fit is refused or ended (default: the disk's space)", CHOOSING)
     watch: str | None = flag(None, file_name,
         "serve each checkpoint of the training runs in this folder as TAG@STEP and the last as "
         "TAG@latest, including checkpoints added later: a nanochat base folder, or Hugging Face folders "
@@ -325,6 +326,8 @@ class Settings:
     watch_suite: str | None = flag(None, counted_text,
         "FOLDER[:MAX], core[:MAX], chat[:MAX] or FILE.jsonl[:MAX]: evaluate each checkpoint of --watch "
         "on these tasks (see eval) while the server is idle, on at most MAX items of each task", "serve")
+    export_folder: str | None = flag(None, file_name,
+        "let operators export served models over HTTP and in the page, as folders in this one", "serve")
     run_log: str | None = flag(None, file_name,
         "folder for TensorBoard's event files: the metrics of each checkpoint of --watch, in a folder "
         "for each run; needs pip install tensorboard", "serve")
@@ -360,7 +363,8 @@ class Settings:
         READING, choices=("fast", "fine"))
 
     context_length: int | None = flag(None, number(int, 16),
-        "tokens per sequence (default: the model's)", READING, heading="Memory and speed")
+        "tokens per sequence (default: the model's; imatrix: 512)", f"{READING} imatrix",
+        heading="Memory and speed")
     kv_cache_dtype: str = flag("auto", str,
         "type of keys and values in the KV pages; q8_0: 8 bits, half the bytes of 16 (auto: 16 bits, or "
         "float32 with float32 weights)", READING, choices=("auto", "bfloat16", "float32", "q8_0"))
@@ -440,8 +444,8 @@ class Settings:
         short="p")
     text: str | None = flag(None, file_name,
         "file to score, in bits per byte; `eval --suite bpb` scores it instead of nanochat's validation "
-        "shard",
-        "score eval")
+        "shard. imatrix: the text that the model reads",
+        "score eval imatrix", short="f")
     suite: str | None = flag(None, file_name,
         "tasks to answer: core (nanochat's bundle), chat (ARC, MMLU, GSM8K, HumanEval), bpb (bits per "
         "byte of nanochat's validation shard or --text), sample (seven prompts, and eight texts without "
@@ -460,7 +464,15 @@ class Settings:
         "requests in the form of OpenAI's Batch API", "embed batch")
     output: str | None = flag(None, file_name,
         "file for the vectors, one on each line, or in numpy's format if its name ends in .npy; `-` is "
-        "stdout. batch: file for the answers", "embed batch", short="o")
+        "stdout. batch: file for the answers. quantize, imatrix: the file to write",
+        "embed batch quantize imatrix", short="o")
+    type: str = flag("q4_k_m", str,
+        "type of the file to write, by llama-quantize's names: q8_0, q6_k, q5_k_m, q4_k_m, iq4_xs, q4_0, "
+        "q3_k_m, q2_k, bf16, ..", "quantize")
+    imatrix: str | None = flag(None, file_name,
+        "file of importance, which `imatrix` has measured: columns that are used more keep more", "quantize")
+    chunks: int | None = flag(None, number(int, 1),
+        "most chunks of the text to read (default: all)", "imatrix")
     dimensions: int | None = flag(None, number(int, 1),
         "length of each vector, if the model was trained for shorter ones (default: full length)", "embed")
     prompt_name: str | None = flag(None, str,
@@ -515,7 +527,7 @@ class Settings:
     drain_timeout: float = flag(30.0, number(float, 0),
         "seconds for running answers to finish after SIGTERM", "serve")
     config: str | None = flag(None, file_name,
-        "TOML file of flags: `max-batch = 8`; flags and environment variables override it", READING)
+        "TOML file of flags: `max-batch = 8`; flags and environment variables override it", CHOOSING)
     verbose: bool = flag(False, None,
         "more lines at the start: the memory plan, sampling defaults, tools, prefixes", "serve chat",
         short="v")

@@ -17,6 +17,7 @@ from chatlm.common.errors import (
 from chatlm.common.log import CalmLog, log, start_logging
 from chatlm.common.messages.doctor import DOCTOR_PIPE
 from chatlm.common.messages.protocol import SURVEY_PIPE, WORKER_PIPE, Crashed, Loading, Unusable
+from chatlm.common.messages.quantizing import IMATRIX_PIPE, QUANTIZE_PIPE
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.child import join_parent
 from chatlm.worker.ranks.messages import RANK_PIPE, RankConfig
@@ -49,7 +50,8 @@ def run_doctor(channel: Channel, config: DoctorConfig):
 
 AHEAD = {  # what a process imports while it waits for its first message, by its pipe
     WORKER_PIPE: "chatlm.worker.process", RANK_PIPE: "chatlm.worker.other_rank",
-    SURVEY_PIPE: "chatlm.worker.survey", DOCTOR_PIPE: "chatlm.worker.doctor.examine"}
+    SURVEY_PIPE: "chatlm.worker.survey", DOCTOR_PIPE: "chatlm.worker.doctor.examine",
+    QUANTIZE_PIPE: "chatlm.export.gguf.export", IMATRIX_PIPE: "chatlm.export.gguf.measure"}
 # modules that read the models which most servers have
 READERS_AHEAD = "chatlm.worker.weights.gguf_model", "chatlm.worker.weights.mmproj"
 

@@ -46,7 +46,7 @@ def file_values(kind: str, rows: numpy.ndarray, script: SimpleNamespace) -> nump
 
     Most types need the gguf package: ImportError without it."""
     name: Any = SimpleNamespace(name=kind.upper())
-    if kind not in ("q8_0", "q4_0", "q4_1", *cuda.OWN):
+    if kind not in ("q8_0", "q4_0", "q4_1", "q1_0", "q2_0", "q2_0_g128", *cuda.OWN):
         import gguf
         name = gguf.GGMLQuantizationType[name.name]
     return script.dequantize(name, rows).reshape(len(rows), -1)

@@ -152,7 +152,7 @@ SMALL = {"tokenizer.json": b"{}", "config.json": json.dumps({"model_type": "mamb
     *(pytest.param(changes, said, marks=pytest.mark.slow) for changes, said in (
         ({"config.json": {}}, "config.json: model_type is "), ({"config.json": {"attention_sinks": 4}}, "config.json: attention_sinks is 4; this key is not supported in a qwen3 model"),
         ({"config.json": {"quantization_config": {"quant_method": "awq", "version": "gemv"}}}, "gemv"), ({"tokenizer.json": b'{"model": {"type": "Odd"}}'}, "tokenizer.json: "),
-        ({"tokenizer.json": None, "tokenizer.model": b"x"}, "it has no tokenizer.json; it has tokenizer.model, which this server does not read")))])
+        ({"tokenizer.json": None, "spiece.model": b"x"}, "it has no tokenizer.json; it has spiece.model, which this server does not read")))])
 def test_an_unrunnable_folder_is_not_downloaded(tmp_path, changes, said):
     """A folder that no server can run is refused before its weights are asked for."""
     files = {path.name: path.read_bytes() for path in families.save(families.make_model("qwen3"), tmp_path / "made").iterdir()} if changes else dict(SMALL)

@@ -163,8 +163,8 @@ def test_llama_bpe_takes_whole_words_without_merges():
 
 def test_an_unknown_kind_of_tokenizer_is_named():
     """An unknown pre-tokenizer or tokenizer is named."""
-    with pytest.raises(ConfigError, match='ggml.pre is "chameleon"; it must be one of default, gpt-2'):
-        gguf_text("x.gguf", small_gguf_metadata("chameleon"))
+    with pytest.raises(ConfigError, match='ggml.pre is "lizard"; it must be one of default, gpt-2'):
+        gguf_text("x.gguf", small_gguf_metadata("lizard"))
     with pytest.raises(ConfigError, match='ggml.model is "rwkv"; it must be one of gpt2, llama'):
         gguf_text("x.gguf", small_gguf_metadata("gpt-2", model="rwkv"))
 

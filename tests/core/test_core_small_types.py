@@ -1,4 +1,4 @@
-"""Types of two and three bits: random blocks of files as `gguf` reads them, products within their bound, and one row's bits everywhere."""
+"""Types of one, two and three bits: random blocks of files as `gguf` and `few_bits` read them, products within their bound, and one row's bits everywhere."""
 
 from types import SimpleNamespace
 
@@ -7,13 +7,13 @@ import pytest
 from hypothesis import example, given, settings as bounds, strategies as st
 
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
-gguf = pytest.importorskip("gguf")
+few_bits = pytest.importorskip("few_bits", exc_type=ImportError, reason="gguf is not installed")
 
 ISAS = [*decode_core.info()["offered_isas"], *decode_core._core.isas_for_tests()]
 WIDE = [name for name in ISAS if name.startswith("amx-")]
 # Where the float16 of a block lie: any finite number may stand there
 SCALES = {"q2_k": (80, 82), "q3_k": (108,), "iq3_s": (0,), "iq3_xxs": (0,), "iq2_s": (0,), "iq2_xs": (0,), "iq2_xxs": (0,), "iq1_s": (0,),
-          "iq1_m": (), "tq1_0": (52,), "tq2_0": (64,), "nvfp4": ()}
+          "iq1_m": (), "tq1_0": (52,), "tq2_0": (64,), "nvfp4": (), "q1_0": (0,), "q2_0": (0,), "q2_0_g128": (0,)}
 
 
 def blocks_of(kind, rows, columns, seed, constant, exponent):
@@ -43,7 +43,7 @@ def test_tiles_multiply_as_the_reference_says(kind, seed, rows, blocks, texts, c
     raw = blocks_of(kind, rows, K, seed, constant, exponent)
     matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, rows, K)
     matrix.fill(raw, kind)
-    w = gguf.dequantize(raw, gguf.GGMLQuantizationType[kind.upper()])
+    w = few_bits.values_of(kind, raw)
     np.testing.assert_array_equal(matrix.dequantize(), w)
     x = (dice.standard_normal((texts, K)) * np.exp(spread * dice.standard_normal((texts, K)))).astype(np.float32)
     before, found = decode_core.info()["isa"], {False: set(), True: set()}
@@ -60,7 +60,7 @@ def test_tiles_multiply_as_the_reference_says(kind, seed, rows, blocks, texts, c
         decode_core.set_isa(before)
     assert len(found[False]) == len(found[True]) == 1
     # x has 16 bits in each 32 or 256 columns: half a step is wrong at most, and float32 sums add their own
-    together = 32 if kind in ("tq1_0", "tq2_0", "nvfp4") else 256
+    together = 32 if kind in ("tq1_0", "tq2_0", "nvfp4", *few_bits.BITS) else 256
     amax = np.repeat(np.abs(x.reshape(texts, -1, together)).max(-1), together, 1)
     bound = (amax / 127 / 256 + 1e-5 * np.abs(x)) @ np.abs(w.astype(np.float64)).T
     if kind == "q2_k":                      # scale and minimum are added apart, and may cancel
@@ -69,7 +69,7 @@ def test_tiles_multiply_as_the_reference_says(kind, seed, rows, blocks, texts, c
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("kind", ["iq3_xxs", "iq2_xs", "iq1_m", "q2_k", "q3_k"])
+@pytest.mark.parametrize("kind", ["iq3_xxs", "iq2_xs", "iq1_m", "q2_k", "q3_k", "q1_0", "q2_0"])
 @pytest.mark.parametrize("isa", [decode_core.info()["isa"], *WIDE], ids=["best", *WIDE])
 def test_rows_keep_their_bits_however_divided(isa, kind, threads):
     """Rows of a step keep their bits, however they are divided."""

@@ -231,3 +231,25 @@ def test_a_run_that_trains_is_seen_step_by_step(browser, nanochat_fixtures, tmp_
         ask(page, "and now?")
         expect_answered(page, 2)
         assert page.evaluate("Chat.lastNode().model") == "d2-base@40"
+
+
+def test_an_operator_exports_a_step(browser, nanochat_fixtures, tmp_path):
+    """The folder has the step's name. A second export says that it is there."""
+    with started_server("--watch", str(nanochat_fixtures / "gen5"), "--export-folder", str(tmp_path / "out")) as url, visitor(browser) as page:
+        open_page(page, url, "#run/d4")
+        export = button(page, "Export d4-sft@650")
+        expect(export).to_be_visible(timeout=SLOW_MS)
+        export.click()
+        expect(row(page, 650)).to_contain_text("exported as d4-sft-650", timeout=4 * SLOW_MS)
+        assert (tmp_path / "out" / "d4-sft-650" / "model.safetensors").exists()
+        expect_accessible(page)
+        export.click()
+        expect(row(page, 650)).to_contain_text("d4-sft-650 exists", timeout=4 * SLOW_MS)
+
+
+def test_without_a_folder_for_exports_no_step_has_the_button(browser, nanochat_fixtures):
+    with started_server("--watch", str(nanochat_fixtures / "gen5")) as url, visitor(browser) as page:
+        open_page(page, url, "#run/d4")
+        expect(button(page, "Chat with d4-sft@650")).to_be_visible(timeout=SLOW_MS)
+        page.wait_for_function("() => Server.model.name")
+        expect(button(page, "Export d4-sft@650")).to_have_count(0)

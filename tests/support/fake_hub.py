@@ -1,7 +1,9 @@
 """A server on loopback that plays the HTTP API of the Hugging Face hub with real files."""
 
 import asyncio
+import base64
 import hashlib
+import json
 import re
 import threading
 from contextlib import contextmanager
@@ -26,6 +28,11 @@ class FakeHub:
         self.held_now, self.released = threading.Event(), threading.Event()
         self.url, self.digests = "", {}
         self.knows_fields = True    # those that a search may ask for
+        self.objects = {}           # large files that were uploaded: SHA-256 -> bytes
+        self.made = set()           # repositories that a push has made
+        self.public = set()         # repositories that everybody may read
+        self.commits = []           # (repository, message) of each
+        self.on_upload = lambda digest: None    # called before an upload is answered; may return a status
 
     def digest(self, algorithm, data):
         """In hexadecimal; computed once, since the library gives up after ten seconds without an answer."""
@@ -60,16 +67,20 @@ class FakeHub:
             return web.json_response([
                 {"id": name, "modelId": name, "tags": self.tags, "gated": "manual" if name in self.gated else False, "downloads": 7, "private": False}
                 for name in self.repositories if http.query.get("search", "").lower() in name.lower()])
-        match = re.fullmatch(r"api/models/([^/]+/[^/]+)", path) or re.fullmatch(r"([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
+        if http.method in ("POST", "PUT"):
+            return await self.write(http, path)
+        match = re.match(r"api/models/([^/]+/[^/]+)(/tree/main/.+)?$", path) or re.fullmatch(r"([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
         repository = match and match[1]
         if self.token and http.headers.get("Authorization") not in (None, f"Bearer {self.token}"):
             return self.refuse(401, "", "Invalid credentials in Authorization header")
         if repository not in self.repositories:
             return self.refuse(404 if self.token else 401, "RepoNotFound")
         files = self.repositories[repository]
+        if "/tree/main/" in path:       # a folder in it: there is none
+            return self.refuse(404, "EntryNotFound")
         if path.startswith("api/"):
             return web.json_response({
-                "id": repository, "modelId": repository, "sha": self.revision(repository), "private": False, "gated": repository in self.gated,
+                "id": repository, "modelId": repository, "sha": self.revision(repository), "private": repository in self.private, "gated": repository in self.gated,
                 "tags": [], "downloads": 0, "siblings": [
                     {"rfilename": name, "size": self.sizes.get(name, len(data)), "blobId": "0" * 40, **self.large(data)} for name, data in files.items()]})
         if repository in self.gated and http.headers.get("Authorization") is None:
@@ -85,6 +96,63 @@ class FakeHub:
             "X-Xet-Hash": "a" * 64, "X-Xet-Refresh-Route": f"{self.url}/api/models/{repository}/xet-read-token/main",
             "X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{self.etag or self.digest("sha256", data)}"',
             "Location": f"{self.url.replace('localhost', '127.0.0.1')}/files/{repository}/{match[2]}"})
+
+    @property
+    def private(self):
+        """The repositories that were made here, and not for everybody."""
+        return self.made - self.public
+
+    async def write(self, http, path):
+        """What a push asks."""
+        if http.headers.get("Authorization") != f"Bearer {self.token}" and not path.startswith("uploads/"):
+            return self.refuse(401, "", "Invalid username or password.")
+        if path.startswith("uploads/"):
+            digest, data = path.removeprefix("uploads/"), await http.read()
+            if status := self.on_upload(digest):
+                return web.Response(status=status)
+            assert hashlib.sha256(data).hexdigest() == digest
+            self.objects[digest] = data
+            return web.Response()
+        if path == "api/validate-yaml":
+            return web.json_response({"errors": [], "warnings": []})
+        if path == "api/repos/create":
+            body = await http.json()
+            name = f"{body['organization']}/{body['name']}"
+            if name in self.repositories:
+                return web.json_response({"error": "You already created this model repo", "url": f"{self.url}/{name}"}, status=409)
+            self.repositories[name] = {}
+            self.made.add(name)
+            if not (body.get("private") or body.get("visibility") == "private"):
+                self.public.add(name)
+            return web.json_response({"url": f"{self.url}/{name}", "name": name})
+        if match := re.fullmatch(r"api/models/([^/]+/[^/]+)/preupload/main", path):
+            found = [{"path": file["path"], "shouldIgnore": False, "uploadMode": "lfs" if file["size"] > 100_000 else "regular"}
+                     for file in (await http.json())["files"]]
+            return web.json_response({"files": found})
+        if re.fullmatch(r"[^/]+/[^/]+\.git/info/lfs/objects/batch", path):
+            found = []
+            for each in (await http.json())["objects"]:
+                actions = {"actions": {"upload": {"href": f"{self.url}/uploads/{each['oid']}"}}}
+                found.append(each | ({} if each["oid"] in self.objects else actions))
+            return web.json_response({"transfer": "basic", "objects": found})
+        match = re.fullmatch(r"api/models/([^/]+/[^/]+)/commit/main", path)
+        return await self.commit(match[1], (await http.text()).splitlines()) if match else web.Response(status=404)
+
+    async def commit(self, name, lines):
+        files = dict(self.repositories[name])
+        for line in map(json.loads, lines):
+            value = line["value"]
+            if line["key"] == "header":
+                self.commits.append((name, value["summary"]))
+            elif line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.objects[value["oid"]]
+            else:
+                assert line["key"] == "deletedFile", line
+                del files[value["path"]]
+        self.repositories[name] = files
+        return web.json_response({"success": True, "commitOid": "1" * 40, "commitUrl": f"{self.url}/{name}/commit/{'1' * 40}", "hookOutput": ""})
 
     def large(self, data):
         if len(data) < 1 << 20:

@@ -142,6 +142,20 @@ def test_the_kind_of_tensor_that_costs_is_named(tmp_path):
     assert [what.partition("regain: ")[2] for _, what in said if "regain" in what] == ["feed-forward down 100%"], said
 
 
+def test_what_each_tensor_costs_is_named(tmp_path):
+    from safetensors.torch import load_file, save_file
+    original = save(make_model("llama3.1"), tmp_path / "original")
+    other = Path(shutil.copytree(original, tmp_path / "other"))
+    state = load_file(other / "model.safetensors")
+    much, little = "model.layers.1.mlp.down_proj.weight", "model.layers.2.self_attn.o_proj.weight"
+    save_file(state | {much: state[much] * 0.6, little: state[little] * 0.99}, other / "model.safetensors")
+    [finding] = [finding for finding in diagnose(other, only=["against"], against=original).findings
+                 if "regained_by_tensor" in (finding.facts or {})]
+    costs = finding.facts["regained_by_tensor"]
+    assert finding.what.startswith("the original's tensor alone regains most for: 1.down 9") and [*costs] == ["1.down", "2.output"]
+    assert costs["1.down"] > 0.9 > 0.1 > costs["2.output"]
+
+
 def test_an_original_of_another_shape_is_refused(tmp_path, nanochat_fixtures, default_file):
     """An original of another vocabulary or shape is refused."""
     path = small_gguf(tmp_path)

@@ -18,7 +18,7 @@ def near_model(model: str) -> str:
     hub."""
     if "/" in model:
         return near_path(model) or near_id(model)
-    return (did_you_mean(model, (*PROGRAM_COMMANDS, "bundle"), "the command ")
+    return (did_you_mean(model, (*PROGRAM_COMMANDS, "bundle", "export", "push"), "the command ")
             or near_path(model)
             or did_you_mean(model.lower().replace(":", "-"), SHORT_NAMES)
             or near_id(model))

@@ -36,7 +36,9 @@ SPLIT_GGUF = r"-\d{5}-of-\d{5}(?=\.gguf$)"  # the end of a name when a model has
 BESIDE_MODEL = r"(?i).*(?<![a-z])(mmproj|imatrix)(?![a-z])[^/]*"  # GGUF files that are no models
 WHOLE = "model.safetensors"             # all weights in one file
 INDEX = "model.safetensors.index.json"  # names the files that share the weights
-FOLDER_FILES = {"config.json", "generation_config.json", INDEX, "tokenizer.json", "added_tokens.json",
+# how a folder may say what its tokenizer is, the best first
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.model", "qwen.tiktoken")
+FOLDER_FILES = {"config.json", "generation_config.json", INDEX, *TOKENIZERS, "added_tokens.json",
                 "tokenizer_config.json", "special_tokens_map.json",
                 "chat_template.jinja", "chat_template.json",
                 "additional_chat_templates/tool_use.jinja", "modules.json", "1_Pooling/config.json",
@@ -166,7 +168,7 @@ def fetch(repository: str, file: str, report: ReportBytes, limits: DownloadLimit
             if not examined and name not in FOLDER_FILES:  # the weights come next
                 config = hub_path(hub, repository, ["config.json"], plan.revision)
                 examined = refuse_early(repository, config)
-                if "tokenizer.json" not in plan.sizes:
+                if not {*TOKENIZERS} & plan.sizes.keys():
                     raise ConfigError(f"{repository} is not downloaded: it has no tokenizer.json"
                                       + other_tokenizers(plan.sizes))
             if name not in plan.names and not can_see_with(hub, repository, name, plan):
@@ -358,6 +360,7 @@ def folder_files(names: Set[str]) -> list[str]:
         return []
     weights = {name for name in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)}
     described = FOLDER_FILES & names
+    described -= {name for name in TOKENIZERS if name != next(iter(tokenizers_of(names)), name)}
     if WHOLE in names:
         weights = {WHOLE}
         described = described - {INDEX}
@@ -412,11 +415,17 @@ def other_weights(names: Iterable[str]) -> str:
             "(from_pretrained, then save_pretrained writes safetensors)")
 
 
+def tokenizers_of(names: Iterable[str]) -> list[str]:
+    """Which of these files say what the tokenizer is, the best first."""
+    names = {*names}
+    return [name for name in TOKENIZERS if name in names]
+
+
 def other_tokenizers(names: Iterable[str]) -> str:
     """The end of a sentence that says what a folder has instead of a tokenizer.json."""
     names = sorted(names)
-    others = [name for name in ("tokenizer.model", "tekken.json", "vocab.json", "merges.txt", "vocab.txt",
-                                "spiece.model", "tiktoken.model") if name in names]
+    others = [name for name in ("vocab.json", "merges.txt", "vocab.txt", "spiece.model",
+                                "sentencepiece.bpe.model") if name in names]
     if not others:
         return f"; it has {', '.join(names[:20])}"
     return (f"; it has {' and '.join(others)}, which this server does not read. transformers can write one: "

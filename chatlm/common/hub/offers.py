@@ -23,7 +23,7 @@ from chatlm.common.hub.better import BETTER, SHARE
 from chatlm.common.hub.huggingface import (
     BESIDE_MODEL, FOLDER_FILES, HEADER_BYTES, INDEX, SPLIT_GGUF, WHOLE, CannotRun, DownloadLimits,
     Unreachable, fetch, folder_bytes, hub_errors, hub_files, hub_model, is_plain_path, list_repository,
-    load_hub, other_tokenizers, refuse_early, why_unreachable)
+    load_hub, other_tokenizers, refuse_early, tokenizers_of, why_unreachable)
 from chatlm.common.hub.local import download_lock
 from chatlm.common.hub.short_names import PARAMETERS, SHORT_NAMES
 from chatlm.common.messages.protocol import (
@@ -226,7 +226,7 @@ def problem_of(hub, repository: str, revision: str, names: Seq[str], sizes: dict
                 return ""
             if names[-1].endswith(".pt"):  # nanochat's: all its architectures are known
                 return ""
-            if "tokenizer.json" not in sizes:
+            if not tokenizers_of(sizes):
                 return "it has no tokenizer.json" + other_tokenizers(sizes)
             Path(folder, "config.json").write_bytes(
                 beginning(hub, repository, revision, "config.json", CONFIG_BYTES))

@@ -28,6 +28,7 @@ Stamp = tuple[tuple[str, int, int], ...]
 ADAPTER_FILES = "adapter_config.json", "adapter_model.safetensors"  # as peft saves one
 # The files of a model in a Hugging Face folder, apart from its weights and from the trainer's own files.
 HF_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
+            "tokenizer.model", "tekken.json", "tiktoken.model", "qwen.tiktoken",
             "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
             "chat_template.jinja", "chat_template.json",
             "hf_quant_config.json", "quantize_config.json", "quant_config.json", "preprocessor_config.json",

@@ -32,7 +32,10 @@ ROLES = {
     "preview": "chatlm.worker.weights.preview:preview_main",
     "trial": "chatlm.worker.weights.trial:trial_main",
     "doctor": "chatlm.worker.entry:doctor_role",
+    "export": "chatlm.export.command:export_main",
     "check": "chatlm.worker.model.kernels:check_main",
+    "quantize": "chatlm.export.gguf.roles:quantize_role",
+    "imatrix": "chatlm.export.gguf.roles:imatrix_role",
 }
 
 

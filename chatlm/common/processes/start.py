@@ -95,9 +95,10 @@ def patient(seconds: float, nice: int | None = None) -> float:
 AHEAD: dict[tuple[str, ...], tuple[subprocess.Popen, socket.socket, Mapping[str, str]]] = {}
 # Words of a program that starts no worker, or none like the one that `start_worker_ahead` starts
 NOT_AHEAD = (
-    "bundle", "store", "check", "compare", "score", "eval", "embed", "batch", "-h", "--help", "--version",
-    "--url", "-n", "--num-", "--tp", "--tensor-", "--pp", "--pipeline-", "--distributed", "--ray", "--watch",
-    "--nice", "--device-", "--config", "--models", "--log-format")
+    "bundle", "store", "export", "push", "check", "compare", "score", "eval", "embed", "batch",
+    "quantize", "imatrix", "-h", "--help", "--version", "--url", "-n", "--num-", "--tp", "--tensor-", "--pp",
+    "--pipeline-", "--distributed", "--ray", "--watch", "--nice", "--device-", "--config", "--models",
+    "--log-format")
 
 
 def start_worker_ahead(words: Seq[str]):

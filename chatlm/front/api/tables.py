@@ -470,6 +470,8 @@ HUB_FIELDS: dict[str, tuple[Field, ...]] = {  # likewise for routes about models
     "/models/download": (HUB_NAME, Field("stream", SWITCH, "server-sent events until the download has ended; "
                                          "otherwise the state after it was begun")),
     "/models/cancel": (HUB_NAME,), "/models/delete": (HUB_NAME,),
+    "/models/export": (Field("model", TEXT, "a served model", required=True),
+                       Field("name", TEXT, "of the new folder in that of --export-folder", required=True)),
     "/api/pull": (*EITHER_NAME, Field("stream", SWITCH, "one JSON object per line (the default); false: one "
                                       "object, once it has ended"),
                   Field("insecure", SWITCH, "has no effect: HF_ENDPOINT names the hub")),

@@ -282,7 +282,8 @@ def ollama_loaded(served: Served) -> dict | None:
 def stats_body(catalogue: Catalogue, seen: Seq[Served]) -> dict:
     """The response of /stats, limited to the models that the client's key may see."""
     default = default_among(seen)
-    return {**catalogue.stats(seen), "models": [model_stats(served, served == default) for served in seen]}
+    return {**catalogue.stats(seen), "exports": catalogue.settings.export_folder is not None,
+            "models": [model_stats(served, served == default) for served in seen]}
 
 
 def model_stats(served: Served, is_default: bool) -> dict:

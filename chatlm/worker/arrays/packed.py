@@ -27,9 +27,11 @@ BLOCKS = {
     "q2_k": Block(84, 4, 80), "q3_k": Block(110, 2, 108),
     "iq3_s": Block(110), "iq3_xxs": Block(98), "iq2_s": Block(82), "iq2_xs": Block(74), "iq2_xxs": Block(66),
     "iq1_s": Block(50), "iq1_m": Block(56, 2, 53), "tq1_0": Block(54, 2, 52), "tq2_0": Block(66, 2, 64),
-    "nvfp4": Block(36, 0)}
+    "nvfp4": Block(36, 0), "q1_0": Block(18), "q2_0": Block(18), "q2_0_g128": Block(34)}
 MXFP4_DOUBLED = numpy.array(
     (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), numpy.float32)
+# Bits of a code, of types that the gguf package cannot unpack
+FEW_BITS = {"Q1_0": 1, "Q2_0": 2, "Q2_0_G128": 2}
 DEQUANTIZE_ELEMENTS = 1 << 19  # at a time: they fit in the cache, and no second copy of a matrix is needed
 
 
@@ -74,6 +76,9 @@ def dequantize(gguf_type, data: numpy.ndarray) -> numpy.ndarray:
         return of_kind(data, "bfloat16") if gguf_type.name == "BF16" and not isinstance(data, Bits) else data
     if gguf_type.name.startswith("U4_"):
         return dequantize_u4(data.reshape(-1, BLOCKS[gguf_type.name.lower()].bytes))
+    if gguf_type.name in FEW_BITS:
+        blocks = data.reshape(-1, BLOCKS[gguf_type.name.lower()].bytes)
+        return dequantize_few_bits(blocks, FEW_BITS[gguf_type.name])
     if gguf_type.name not in ("MXFP4", "Q8_0", "Q4_0", "Q4_1"):
         return require_library("gguf", "packed weights").dequantize(data, gguf_type)
     blocks = data.reshape(-1, BLOCKS[gguf_type.name.lower()].bytes)
@@ -94,6 +99,19 @@ def dequantize_u4(blocks: numpy.ndarray) -> numpy.ndarray:
     packed = blocks[:, 3:].reshape(len(blocks), -1, 16)
     codes = numpy.concatenate((packed & 15, packed >> 4), axis=2).reshape(len(blocks), -1)
     return (codes.astype(numpy.float32) - blocks[:, 2:3]) * scale
+
+
+def dequantize_few_bits(blocks: numpy.ndarray, bits: int) -> numpy.ndarray:
+    """Values of blocks (B, 2 + bytes of codes): a float16, and codes from the low end of each byte.
+
+    Of 2 bits: scale * (code - 1). Of 1 bit: scale where it is set, -scale where it is not."""
+    scale = floats(blocks[:, :2].copy().view(numpy.float16))
+    if bits == 1:
+        codes = 2 * numpy.unpackbits(blocks[:, 2:], axis=1, bitorder="little")
+    else:
+        shifts = numpy.arange(0, 8, 2, dtype=numpy.uint8)
+        codes = (blocks[:, 2:, None] >> shifts & 3).reshape(len(blocks), -1)
+    return (codes.astype(numpy.float32) - 1) * scale
 
 
 def dequantized(shape: tuple[int, ...], parts: Seq[tuple[Any, RopePairs | None]], kind: str) -> numpy.ndarray:

@@ -1,13 +1,14 @@
 """`--against ORIGINAL`: what a model has lost against the one that it was made from, on a built-in text.
 
 Three looks, from the cheapest: what the files state about the arithmetic, how far each tensor is from the
-original's, and what both predict for each token of the text, also with the original's tensors of one kind."""
+original's, and what both predict for each token of the text, also with the original's tensors of one kind, or
+with one of them alone."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence as Seq
+from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
 from dataclasses import replace
 from typing import Any, NamedTuple, TYPE_CHECKING
 
@@ -36,6 +37,8 @@ TEXT_TOKENS = 1024     # of the text
 FEWER = 3 * CHUNK      # tokens for trying tensors of one kind
 SKIPPED = 8            # the first tokens, which no context precedes
 KINDS_S = 90.0         # seconds for trying the original's tensors, one kind after the other
+TENSORS_S = 45.0       # and for trying them one by one
+NAMED_TENSORS = 6      # on a terminal; --json has all
 # nats: a usual 4-bit file of a model of 135 million weights has 0.08
 MOST_KL = 0.3
 BROKEN_KL = 1.5
@@ -227,6 +230,8 @@ def predictions(patient: Patient, original: Patient, far: Mapping[str, float]) -
         yield note(words, **facts)
     if whole.kl > 1e-4:
         yield from kinds_that_cost(patient, original, own, judged, ids[:FEWER], far, began + KINDS_S)
+        yield from tensors_that_cost(patient, original, own, judged, ids[:FEWER], far,
+                                     time.monotonic() + TENSORS_S)
 
 
 def kinds_that_cost(patient: Patient, original: Patient, own: Transformer, judged: Seq[numpy.ndarray],
@@ -241,7 +246,7 @@ def kinds_that_cost(patient: Patient, original: Patient, own: Transformer, judge
             continue  # they are the original's
         if time.monotonic() > until:
             left.append(kind)
-        elif (kl := with_kind(patient, original, own, judged, parts, ids)) is not None:
+        elif (kl := with_original(patient, original, own, judged, of_parts(parts), ids)) is not None:
             regained[kind] = (base - kl) / base
     if regained:
         costs = sorted(regained.items(), key=lambda pair: -pair[1])
@@ -251,12 +256,37 @@ def kinds_that_cost(patient: Patient, original: Patient, own: Transformer, judge
                    regained={kind: round(share, 4) for kind, share in costs})
 
 
-def with_kind(patient: Patient, original: Patient, own: Transformer, judged: Seq[numpy.ndarray],
-              parts: Seq[str], ids: Seq[int]) -> float | None:
-    """The KL of the model with the original's tensors of these parts; None if it has none of them."""
+def tensors_that_cost(patient: Patient, original: Patient, own: Transformer, judged: Seq[numpy.ndarray],
+                      ids: Seq[int], far: Mapping[str, float], until: float) -> Findings:
+    """How much smaller the KL becomes with the original's tensor in place of each that differs. Those that
+    are farthest from the original's come first, as far as there is time."""
+    base = compare(own, judged, ids).kl
+    changed = sorted((name for name in far if far[name] >= 1e-6), key=lambda name: -far[name])
+    regained = dict[str, float]()
+    for name in changed:
+        if time.monotonic() > until:
+            break
+        kl = with_original(patient, original, own, judged, name.__eq__, ids)
+        if kl is not None:
+            regained[name] = (base - kl) / base
+    if len(regained) > 1:
+        costs = sorted(regained.items(), key=lambda pair: -pair[1])
+        tried = "" if len(regained) == len(changed) else f" ({len(regained)} of {len(changed)} were tried)"
+        yield note("the original's tensor alone regains most for: " + ", ".join(
+            f"{name} {share:.1%}" for name, share in costs[:NAMED_TENSORS]) + tried,
+            regained_by_tensor={name: round(share, 5) for name, share in costs})
+
+
+def of_parts(parts: Seq[str]) -> Callable[[str], bool]:
+    return lambda name: name.rpartition(".")[2] in parts
+
+
+def with_original(patient: Patient, original: Patient, own: Transformer, judged: Seq[numpy.ndarray],
+                  is_replaced: Callable[[str], bool], ids: Seq[int]) -> float | None:
+    """The KL of the model with some of the original's tensors; None if it has none of them."""
     model = open_exactly(patient)
     other = open_exactly(original)
-    names = [name for name in model.tensors if name.rpartition(".")[2] in parts and name in other.tensors
+    names = [name for name in model.tensors if is_replaced(name) and name in other.tensors
              and not reordered(model, other, name)]
     if not names or {"embed", "head"} & {*names} and model.architecture.tied != other.architecture.tied:
         return None

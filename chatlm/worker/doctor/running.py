@@ -36,11 +36,12 @@ def ready(model: LoadedModel, settings: Settings, tokens: int, shared: Mapping[s
                        max_tokens=plan.max_tokens, max_rows=plan.max_rows)
 
 
-def step(transformer: Transformer, ids: Seq[int], begin: int, end: int, rows: Seq[int]) -> Any:
+def step(transformer: Transformer, ids: Seq[int], begin: int, end: int, rows: Seq[int],
+         whole: bool = False) -> Any:
     """The logits (len(rows), V) of these of the tokens from `begin` to `end`, after those before them; they
-    are overwritten by the next step."""
+    are overwritten by the next step. whole: the last layer computes all tokens, not only these."""
     count = end - begin
     pages = [*range(-(-len(ids) // PAGE_SIZE) * max(len(transformer.groups.windows), 1))]
     return transformer.forward(Batch(
         [*ids[begin:end]], [ids[i - 1] if i else -1 for i in range(begin, end)], [0, count], [end], [pages],
-        [*rows], state_reads=[0], write_rows=[count - 1], write_slots=[0]))
+        [*rows], states=whole, state_reads=[0], write_rows=[count - 1], write_slots=[0]))

@@ -127,7 +127,8 @@ class Transformer:
             stated = expected[name]
             target = "float32" if stated.columns is None or stated.exact else dtype
             moved = [part if hasattr(part, "parts") else self.arrays.of(part, target) for part in parts]
-            weights[name] = weight = self.kernels.pack(name, *moved) if stated.packed else moved[0]
+            is_laid_out = stated.packed or hasattr(moved[0], "parts")  # a table may be packed in its file
+            weights[name] = weight = self.kernels.pack(name, *moved) if is_laid_out else moved[0]
             if isinstance(tensor, Unread) and not getattr(weight, "finite", False):  # nothing has proved it
                 tensor.refuse_faults(read, packed=hasattr(weight, "finite"))
             if weight is moved[0] and hasattr(weight, "dtype") and self.device.type == "cpu":

@@ -20,6 +20,8 @@ from chatlm.worker.weights.stored_model import AdapterTargets, Purpose, Report, 
 from chatlm.worker.weights.tied_heads import Pair
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource, TextSpec
     from chatlm.worker.model.kernels import Backend
@@ -63,7 +65,7 @@ class CheckpointModel:
         return AdapterTargets(partial(whole_tensors, sources, self.adapter_names), in_the_same_order,
                       Pair.of(self.table))
 
-    def with_own_head(self) -> CheckpointModel:
+    def with_own_head(self) -> Self:
         return replace(self, spec=replace(self.spec, tied_head=False),
                        state=with_head_of(self.state, Pair.of(self.table)))
 
@@ -85,7 +87,7 @@ class CheckpointModel:
     def purpose(self, text: TextSpec) -> Purpose:
         return Purpose(text)
 
-    def draft_head(self) -> CheckpointModel | None:
+    def draft_head(self) -> Self | None:
         return None
 
     def report(self, sources: Sources, tensors: Mapping[str, Unread | MappedRows],

@@ -24,11 +24,11 @@ from chatlm.worker.weights.family import Family, Header
 from chatlm.worker.weights.gguf_file import GGUF_OWN, GGUF_SIZES, ROPE_TENSORS, gguf_value, refuse_unknown
 from chatlm.worker.weights.gguf_header import Texts
 from chatlm.worker.weights.pipelines import (
-    CONTROL, USER_DEFINED, byte_level_pipeline, merges_of_scores, sentencepiece_pipeline)
+    CONTROL, USER_DEFINED, byte_level_pipeline, merges_of_ids, merges_of_scores, sentencepiece_pipeline)
 from chatlm.worker.weights.rope_scaling import growing_queries, scaled_rope
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, Rule, check_divides, checked, suppressed_in, warn_of_templates)
-from chatlm.worker.weights.splits import PRE_TOKENIZERS
+from chatlm.worker.weights.splits import MADE_MERGES, PIECES_WITH_MERGES, PRE_TOKENIZERS
 from chatlm.worker.weights.vocabulary import vocabulary_from
 
 if TYPE_CHECKING:
@@ -38,6 +38,14 @@ if TYPE_CHECKING:
 
 def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | None) -> tuple[str, ModelSpec]:
     """The row of FAMILIES and the recipe, made as if from a config.json with the metadata's values."""
+    header, family, config = gguf_config(path, metadata, stored)
+    spec = family_spec(path, family, config, gguf_rope(header, config, context))
+    spec = replace(spec, head_bias="output.bias" in stored, **biases_in(header, spec))
+    return family, FAMILIES[family].with_own_blocks(path, config, spec)
+
+
+def gguf_config(path: Path, metadata: Mapping, stored: Mapping) -> tuple[Header, str, dict[str, Any]]:
+    """The header, the row of FAMILIES, and what a config.json would say, but for biases and rotation."""
     header, family = family_of(path, metadata, stored)
     changes, instead = FAMILIES[family].gguf.layers(header)
     changed = {header.own + key: value for key, value in changes.items()}
@@ -63,9 +71,7 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
     config |= row.gguf.unsaid(config)
     if "norm_topk_prob" in config:
         config["norm_topk_prob"] = header.value("expert_weights_norm", config["norm_topk_prob"])
-    spec = family_spec(path, family, config, gguf_rope(header, config, context))
-    spec = replace(spec, head_bias="output.bias" in stored, **biases_in(header, spec))
-    return family, row.with_own_blocks(path, config, spec)
+    return header, family, config
 
 
 def biases_in(header: Header, spec: ModelSpec) -> dict[str, bool]:
@@ -224,11 +230,13 @@ def gguf_texts(path: Path, metadata: Mapping) -> tuple[TextSpec, Vocabulary | No
     bos, eos, *others = (value(f"ggml.{name}_token_id", high=last) for name in ("bos", "eos", "eot", "eom"))
     template = keys.chat_template()
     mark_control_tokens(path, tokens, types, (bos, eos, *others), template)
-    pre = PRE_TOKENIZERS[value("ggml.pre", "default")] if model == "gpt2" else None
+    name = value("ggml.pre", "default") if model == "gpt2" else model
+    pre = PRE_TOKENIZERS.get(name)
     if pre:
-        pipeline = byte_level_pipeline(tokens, value("ggml.merges"), pre)
+        merges = value("ggml.merges", *([[]] if name in MADE_MERGES else []))
+        pipeline = byte_level_pipeline(tokens, merges or merges_of_ids(tokens), pre)
     else:
-        pipeline = pieces_pipeline(keys, tokens, types)
+        pipeline = pieces_pipeline(keys, tokens, types, name)
     family = GGUF_FAMILIES.get(str(metadata.get("general.architecture")), "llama")
     strips = FAMILIES[family].gguf.strips_specials and not pre
     pipeline["added_tokens"] = added_tokens(tokens, types, strips)
@@ -255,14 +263,15 @@ def mark_control_tokens(path: Path, tokens: Seq[str], types: list[int], ids: Seq
         types[token] = CONTROL
 
 
-def pieces_pipeline(keys: TokenizerKeys, tokens: list[str], types: Seq[int]) -> dict:
-    """The parts of a tokenizer.json of a sentencepiece vocabulary. Gemma 4's has explicit merges."""
-    of_gemma4 = keys.value("ggml.model") == "gemma4"
-    merges = keys.value("ggml.merges", *() if of_gemma4 else ([],))
+def pieces_pipeline(keys: TokenizerKeys, tokens: list[str], types: Seq[int], name: str) -> dict:
+    """The parts of a tokenizer.json of a sentencepiece vocabulary. `name`: of the file's pre-tokenizer or
+    model, which says whether the file lists the merges."""
+    has_merges = name in PIECES_WITH_MERGES
+    merges = keys.value("ggml.merges", *() if has_merges else ([],))
     if not merges:
         merges = merges_of_scores(tokens, keys.value("ggml.scores", None, len(tokens)), types)
     unknown = tokens[keys.value("ggml.unknown_token_id", 0, high=len(tokens) - 1)]
-    begins_with_space = keys.value("ggml.add_space_prefix", not of_gemma4)
+    begins_with_space = keys.value("ggml.add_space_prefix", not has_merges)
     return sentencepiece_pipeline(tokens, merges, unknown, begins_with_space)
 
 

@@ -18,7 +18,7 @@ from chatlm.worker.weights.families import FAMILIES
 from chatlm.worker.weights.family import Family, Header
 from chatlm.worker.weights.gguf_header import FileHeader, Texts
 from chatlm.worker.weights.rules import MOST_POSITIONS, ROPE_BASE, Rule, check_bytes, checked
-from chatlm.worker.weights.splits import PRE_TOKENIZERS
+from chatlm.worker.weights.splits import PIECES_WITH_MERGES, PRE_TOKENIZERS
 
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -114,7 +114,7 @@ GGUF_KEYS = {  # * stands for the architecture
     **dict.fromkeys(ROPE_TENSORS, Rule(float, 0.01, 10**6, many=True)),
     "tokenizer.chat_template": Rule(str, optional=True),
     "tokenizer.ggml.model": Rule(str, choices=("gpt2", "llama", "gemma4", "bert", "t5")),
-    "tokenizer.ggml.pre": Rule(str, choices=tuple(PRE_TOKENIZERS)),
+    "tokenizer.ggml.pre": Rule(str, choices=(*PRE_TOKENIZERS, *PIECES_WITH_MERGES)),
     "tokenizer.ggml.tokens": Rule(str, many=True), "tokenizer.ggml.token_type": Rule(int, 0, 255, many=True),
     "tokenizer.ggml.scores": Rule(float, many=True), "tokenizer.ggml.merges": Rule(str, many=True),
     "tokenizer.ggml.add_bos_token": Rule(bool), "tokenizer.ggml.add_eos_token": Rule(bool),

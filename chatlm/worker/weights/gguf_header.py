@@ -14,7 +14,9 @@ import numpy
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.common.files import truncated
-from chatlm.worker.arrays.gguf_types import NUMBERED, REPACKED, ROWS, GgufType, block_of
+from chatlm.worker.arrays.gguf_types import (
+    BITNET_TYPE, NUMBERED, OF_FORKS, REPACKED, ROWS, GgufType, block_of)
+from chatlm.worker.weights.gguf_layouts import kinds_of
 from chatlm.worker.weights.rules import MOST_TENSORS, MOST_TOKENS
 
 VERSIONS = 2, 3
@@ -76,22 +78,31 @@ class TensorInfo(NamedTuple):
     number: int       # of its type
     offset: int       # from the beginning of the first tensor
 
-    def checked_bytes(self, path: Path) -> int:
+    def check(self, path: Path, architecture: str):
         """ValueError if the tensor is impossible, ConfigError if its type is unknown."""
         name = shown(self.name)
         if not 1 <= len(self.sizes) <= 4 or min(self.sizes) < 1:
             raise ValueError(f"the tensor {name} has the sizes {self.sizes[:8]}; it must have 1 to 4, none "
                              "below 1")
+        foreign = OF_FORKS.get(self.number, "")
+        if self.number == BITNET_TYPE[0] and architecture.startswith("bitnet"):
+            foreign = BITNET_TYPE[1]
+        if foreign:
+            raise ConfigError(f"{path}: the tensor {name} is of type {foreign}, which this program does not "
+                              "read; of the smallest types it reads llama.cpp's Q1_0, Q2_0, TQ1_0, TQ2_0")
         if mixed := REPACKED.get(self.number):
             raise ConfigError(f"{path}: the tensor {name} is of type {mixed}, whose rows are mixed for one "
                               f"kind of CPU; take the file of type {mixed[:-4]}, which every CPU reads")
         if self.number not in NUMBERED:
             raise ConfigError(f"{path}: the tensor {name} is of type {self.number}, which this program does "
-                              f"not know; it knows {', '.join(ROWS)}")
-        block, block_bytes = block_of(NUMBERED[self.number].name)
+                              f"not know; it knows {', '.join([*ROWS, 'Q2_0'])}")
+
+    def bytes_as(self, kind: GgufType) -> int:
+        """The tensor's bytes if it is of this type; ValueError if its rows are not whole blocks."""
+        block, block_bytes = block_of(kind.name)
         if self.sizes[0] % block:
-            raise ValueError(f"the tensor {name} has rows of {self.sizes[0]:,}; its type needs a multiple of "
-                             f"{block}")
+            raise ValueError(f"the tensor {shown(self.name)} has rows of {self.sizes[0]:,}; its type needs a "
+                             f"multiple of {block}")
         return math.prod(self.sizes) // block * block_bytes
 
 
@@ -124,6 +135,7 @@ class FileHeader:
             if name in self.metadata:
                 raise ValueError(f"the key {shown(name)} is there twice")
             self.metadata[name] = self.value(self.number("<I"))
+        refuse_rotations(self.path, self.metadata)
         if count > MOST_TENSORS:
             raise ValueError(f"it has {count:,} tensors; at most {MOST_TENSORS:,} are allowed")
         self.map_tensors([self.tensor_info() for _ in range(count)])
@@ -189,15 +201,17 @@ class FileHeader:
         if type(alignment) is not int or alignment < 1 or alignment & alignment - 1:
             raise ValueError(f"general.alignment is {shown(alignment)}; it must be a power of two")
         start = -(-self.at // alignment) * alignment
-        sizes = [info.checked_bytes(self.path) for info in infos]
+        for info in infos:
+            info.check(self.path, str(self.metadata.get("general.architecture")))
+        kinds = kinds_of(self.path, infos, self.size - start, alignment)
+        sizes = [info.bytes_as(kind) for info, kind in zip(infos, kinds)]
         ends = [start + info.offset + size for info, size in zip(infos, sizes)]
         if (end := max(ends, default=0)) > self.size:
             name = infos[ends.index(end)].name
             check_end(self.path, self.size, end, f"the tensor {shown(name)} ends at")
-        for info, size, end in zip(infos, sizes, ends):
+        for info, kind, size, end in zip(infos, kinds, sizes, ends):
             if info.name in self.tensors:
                 raise ValueError(f"the tensor {shown(info.name)} is there twice")
-            kind = NUMBERED[info.number]
             shape = numpy.array(info.sizes, numpy.uint64)
             begin = end - size
             data = numpy.empty(0)
@@ -207,6 +221,14 @@ class FileHeader:
             else:
                 data = rows_of(self.file[begin:end], kind.name, info.sizes)
             self.tensors[info.name] = Tensor(info.name, kind, shape, math.prod(info.sizes), size, begin, data)
+
+
+def refuse_rotations(path: Path, metadata: dict[str, Any]):
+    """ConfigError for a file whose activations must be turned by Hadamard matrices before each product."""
+    if rotations := [key for key in metadata if key.startswith("prism.hadamard.")]:
+        raise ConfigError(f"{path}: it has the key {shown(rotations[0])}: its weights need the Hadamard "
+                          "rotations of PrismML's fork of llama.cpp, which this program does not compute; "
+                          "take a file of the model without them, such as Q1_0 or Q2_0")
 
 
 def rows_of(data: numpy.ndarray, kind: str, sizes: list[int]) -> numpy.ndarray:

@@ -41,11 +41,16 @@ if TYPE_CHECKING:
     from chatlm.worker.weights.lora import Change, Copy
     from chatlm.worker.weights.recipe import ModelSpec
     from chatlm.worker.weights.sources import Sources
+    from chatlm.worker.weights.stored_model import StoredModel
     from chatlm.worker.weights.vocabulary import Vocabulary
 
 
-def read_gguf_model(source: ModelSource, settings: Settings) -> GgufModel:
+def read_gguf_model(source: ModelSource, settings: Settings) -> StoredModel:
     metadata, stored = read_gguf(source.path)
+    if str(metadata.get("general.architecture")).startswith("nanochat"):
+        from chatlm.worker.weights.nanochat_gguf import is_nanochat, read_nanochat_gguf
+        if is_nanochat(metadata):
+            return read_nanochat_gguf(source, settings, metadata, stored)
     types = Counter(tensor.tensor_type.name for tensor in stored.values())
     model_type, spec = gguf_spec(source.path, metadata, stored, settings.context_length)
     row = FAMILIES[model_type]

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, shown
-from chatlm.common.files import read_small, read_text, refuse_cut_json
-from chatlm.common.hub.huggingface import other_tokenizers
+from chatlm.common.files import read_text, refuse_cut_json
 from chatlm.common.jsontext import whole_unicode
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.formats import template_of
@@ -17,6 +16,7 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.weights import rerankers
 from chatlm.worker.weights.configs import HF_KEYS, complete_heads, family_config, family_spec
 from chatlm.worker.weights.families import FAMILIES
+from chatlm.worker.weights.folder_tokenizers import folder_tokenizer
 from chatlm.worker.weights.named_tokens import tokenizer_options, with_named_tokens
 from chatlm.worker.weights.rope_scaling import ORIGINAL, growing_queries, scaled_rope
 from chatlm.worker.weights.rules import (
@@ -121,16 +121,12 @@ def hf_template(folder: Path, options: Mapping) -> str | None:
 
 
 def hf_text(folder: Path, vocab_size: int) -> TextSpec:
-    """tokenizer.json, the chat template, and the tokens that other files name as bos and eos."""
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        raise ConfigError(f"{folder} has no tokenizer.json"
-                          + other_tokenizers(file.name for file in folder.iterdir()))
-    payload = read_small(path)
+    """The tokenizer, the chat template, and the tokens that other files name as bos and eos."""
     options = tokenizer_options(folder)
+    path, payload = folder_tokenizer(folder, options)
     generation, config = (read_json(folder / f"{name}.json", needed=False)
                           for name in ("generation_config", "config"))
-    payload, tokenizer = fitting_tokenizer(folder, payload, options, vocab_size)
+    payload, tokenizer = fitting_tokenizer(path, payload, options, vocab_size)
     pipeline = getattr(tokenizer, "pipeline")  # of a HuggingFaceTokenizer
     template = hf_template(folder, options)
 
@@ -159,11 +155,11 @@ def hf_text(folder: Path, vocab_size: int) -> TextSpec:
                     suppressed=suppressed)
 
 
-def fitting_tokenizer(folder: Path, payload: bytes, options: Mapping,
+def fitting_tokenizer(path: Path, payload: bytes, options: Mapping,
                       vocab_size: int) -> tuple[bytes, Tokenizer]:
-    """A folder's tokenizer.json (`payload`) with the tokens that other files name, and without those for
-    which the model has no row; and its tokenizer. ConfigError if others have no row either."""
-    path = folder / "tokenizer.json"
+    """A folder's tokenizer.json (`payload`, made from the file `path`) with the tokens that other files name,
+    and without those for which the model has no row; and its tokenizer. ConfigError if others have no row
+    either."""
     refuse_endless(path, TextSpec("hf", payload))
     try:
         tokenizer = open_tokenizer(TextSpec("hf", payload))
@@ -175,11 +171,11 @@ def fitting_tokenizer(folder: Path, payload: bytes, options: Mapping,
     except ConfigError as error:
         refuse_cut_json(path, payload)
         raise ConfigError(f"{path}: {error}") from None
-    named = with_named_tokens(folder, payload, getattr(tokenizer, "pipeline"), options, vocab_size)
+    named = with_named_tokens(path.parent, payload, getattr(tokenizer, "pipeline"), options, vocab_size)
     if named is not payload:
         payload = named
         tokenizer = open_tokenizer(TextSpec("hf", payload))
     if tokenizer.vocab_size > vocab_size:
-        raise ConfigError(f"{folder}: tokenizer.json has {tokenizer.vocab_size:,} tokens, the model "
+        raise ConfigError(f"{path.parent}: {path.name} has {tokenizer.vocab_size:,} tokens, the model "
                           f"{vocab_size:,}")
     return payload, tokenizer

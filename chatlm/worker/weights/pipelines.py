@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from chatlm.worker.weights.splits import PreTokenizer
@@ -59,3 +59,19 @@ def merges_of_scores(tokens: Seq[str], scores: Seq[float], types: Seq[int]) -> l
               for i in range(1, len(token)) if token[:i] in usable and token[i:] in usable]
     merges.sort(key=lambda merge: merge[:2], reverse=True)
     return [(left, right) for _, _, left, right in merges]
+
+
+def merges_of_ids(tokens: Seq[str]) -> list[tuple[str, str]]:
+    """The merges of a vocabulary whose ids are ranks, as tiktoken's are: of two neighbours that are a token
+    together, those with the least id merge first."""
+    known = set(tokens)
+    return [(token[:cut], token[cut:]) for token in tokens for cut in range(1, len(token))
+            if token[:cut] in known and token[cut:] in known]
+
+
+def begins_with(name: str, token: int) -> dict[str, Any]:
+    """The post_processor that puts a token before a text."""
+    special = {"SpecialToken": {"id": name, "type_id": 0}}
+    first, second = ({"Sequence": {"id": text, "type_id": 0}} for text in "AB")
+    return {"type": "TemplateProcessing", "single": [special, first], "pair": [special, first, second],
+            "special_tokens": {name: {"id": name, "ids": [token], "tokens": [name]}}}

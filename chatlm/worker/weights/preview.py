@@ -9,6 +9,7 @@ from chatlm.common.errors import ConfigError, printable, shown
 from chatlm.common.files import Truncated
 from chatlm.worker.weights import qwen_towers
 from chatlm.worker.weights.families import GGUF_FAMILIES
+from chatlm.worker.weights.folder_tokenizers import has_tokenizer
 from chatlm.worker.weights.gguf import gguf_spec, gguf_text
 from chatlm.worker.weights.gguf_file import ROPE_TENSORS, check_gguf_types, read_gguf_file, readable
 from chatlm.worker.weights.huggingface import hf_spec, hf_text
@@ -18,7 +19,7 @@ from chatlm.worker.weights.towers import FILE_TOWERS
 def preview_folder(folder: Path):
     """ConfigError if this server cannot run the model of a folder, whose weights are not there yet."""
     _, spec = hf_spec(folder / "config.json", None)
-    if (folder / "tokenizer.json").exists():
+    if has_tokenizer(folder):
         hf_text(folder, spec.vocab_size)
 
 

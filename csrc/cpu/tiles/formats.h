@@ -1,7 +1,7 @@
 // Everything about each quantized type of weights: one struct Format<TYPE> per type. tiles.h describes the layout.
 //
 //     FILE_COLUMNS, FILE_BYTES the size of a block in GGUF, from its row in weights.def. `codes` reads its codes: unsigned, one a column
-//     BITS                     bits of a code. `Quants<BITS>` says how the codes of 16 rows x 32 columns lie in a tile
+//     BITS                     bits of a code; 1: the codes are 0 and 2, so that OFFSET_SHIFT can be 0. `Quants<BITS>` says how the codes of 16 rows x 32 columns lie in a tile
 //     BLOCKS, SCALE_BYTES      a group: so many blocks of 32 columns lie together in a tile, after the bytes of all their scales.
 //                              `put_scales` writes the scales of one row
 //     HALVES                   how many float16 numbers (scales and minimums) the scales begin with. 0: they are exponents, a byte each
@@ -133,6 +133,23 @@ struct Quants<2> : NibbleOrder {            // two chunks of pairs of bits, of 1
         }
     }
     static int code(const uint8_t* quants, int r, int k) { return quants[k / 16 * 64 + 4 * r + k % 4] >> k % 16 / 4 * 2 & 3; }
+};
+
+template <>
+struct Quants<1> : NibbleOrder {            // codes 0 and 2, a bit each, as the fifth bits of five: of byte k % 4 of lane r, bit k / 4 is column k's
+    static constexpr int64_t BYTES = 64;
+
+    template <int C>
+    DC_INLINE void unpack(const uint8_t* quants, Words& low, Words& high) {
+        const Words bits = load_words_again(quants);
+        low = take_bits<1 - C, 2>(bits), high = take_bits<-3 - C, 2>(bits);
+    }
+    static void put(const uint8_t* codes, uint8_t* quants, int r) {
+        uint32_t bits = 0;
+        for (int c = 0; c < 8; c++) bits |= (four(codes + 4 * c) >> 1 & 0x01010101) << c;
+        put_four(bits, quants + 4 * r);
+    }
+    static int code(const uint8_t* quants, int r, int k) { return (quants[4 * r + k % 4] >> k / 4 & 1) << 1; }
 };
 
 template <>

@@ -1,4 +1,4 @@
-// The types of two and three bits: a part of formats.h, which includes it after what all types have in common.
+// The types of one, two and three bits: a part of formats.h, which includes it after what all types have in common.
 #pragma once
 
 #include "cpu/tiles/grids.h"
@@ -106,6 +106,40 @@ struct Format<Weight::tq2_0> : FileBlock<Weight::tq2_0>, Ternary {
     static void codes(const uint8_t* block, uint8_t* codes) { codes_of_pairs(block, codes); }
     static void put_scales(const uint8_t* block, uint8_t* group, int, int r) { copy_half(block + 64, group + 2 * r); }
 };
+
+// ---- a scale for each block of the file, before its codes. In tiles they take the bytes of the file
+
+template <Weight TYPE, int BITS>
+struct FewBits : FileBlock<TYPE>, Plain<BITS, 0, NibbleDot> {
+    static constexpr int64_t BLOCKS = FileBlock<TYPE>::FILE_COLUMNS / 32, SCALE_BYTES = 32;     // d f16 [16]
+    static constexpr int HALVES = 16;
+    static constexpr bool FINE_APART = true;
+
+    static void put_scales(const uint8_t* block, uint8_t* group, int, int r) { copy_half(block, group + 2 * r); }
+    DC_INLINE Lanes scale(const uint8_t* group, int, int) { return halves(group); }
+};
+
+// A bit that is set is d, another -d.
+template <>
+struct Format<Weight::q1_0> : FewBits<Weight::q1_0, 1> {
+    static void codes(const uint8_t* block, uint8_t* codes) {
+        for (int k = 0; k < FILE_COLUMNS; k++) codes[k] = uint8_t((block[2 + k / 8] >> k % 8 & 1) << 1);
+    }
+};
+
+// (q - 1) d. Four columns lie in a byte, the first in its low bits.
+template <Weight TYPE>
+struct PairsInOrder : FewBits<TYPE, 2> {
+    static void codes(const uint8_t* block, uint8_t* codes) {
+        for (int k = 0; k < FileBlock<TYPE>::FILE_COLUMNS; k++) codes[k] = block[2 + k / 4] >> k % 4 * 2 & 3;
+    }
+};
+
+template <>
+struct Format<Weight::q2_0> : PairsInOrder<Weight::q2_0> {};
+
+template <>
+struct Format<Weight::q2_0_g128> : PairsInOrder<Weight::q2_0_g128> {};
 
 // ---- as mxfp4, with a scale for 16 columns: 4 bits of exponent, 3 of mantissa, which a float16 has too
 

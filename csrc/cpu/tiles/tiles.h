@@ -29,8 +29,11 @@
 //     iq1_s, iq1_m   8   as iq3_xxs; as iq2_s                                               see grids.h        0.211, 0.227   0.195, 0.219
 //     tq1_0, tq2_0   8   d f16 [16], 32 B unused                                            2                  0.266    0.211, 0.258
 //     nvfp4          2   f16 [4][16], one for 16 columns                                    4, of a table      0.625    0.5625
+//     q1_0           4   d f16 [16]                                                         1                  0.141    0.141
+//     q2_0           2   d f16 [16]                                                         2                  0.281    0.281
+//     q2_0_g128      4   d f16 [16]                                                         2                  0.266    0.266
 //
-// Missing blocks of the last group and missing rows of the last tile are zeros. K is a multiple of the file's block: 32, 128 or 256.
+// Missing blocks of the last group and missing rows of the last tile are zeros. K is a multiple of the file's block: 32, 64, 128 or 256.
 // Tiles of one matrix may have different q types (Tiles::places), because a matrix may be fused of parts that a file stores differently.
 //
 // x for q types: a block of 32 values of x is dx * x8, with x8 int8 and dx = max |x| / 127. If dx is more than FINE_ABOVE times the mean

@@ -109,7 +109,7 @@ COUNT = "must be an integer from 1 to "
     ("general.architecture", 5, "is 5; it must be a text"),
     ("tokenizer.ggml.model", "rwkv", 'is "rwkv"; it must be one of gpt2, llama'),
     ("tokenizer.ggml.model", None, "is missing"),
-    ("tokenizer.ggml.pre", "viking", 'is "viking"; it must be one of default, gpt-2'),
+    ("tokenizer.ggml.pre", "vikings", 'is "vikings"; it must be one of default, gpt-2'),
     ("tokenizer.ggml.pre", 1.5, "is 1.5; it must be one"),
     ("tokenizer.chat_template", 12, "is 12; it must be a text"),
     ("tokenizer.chat_template", ["{{ a }}"], "is a list of 1; it must be a text"),

@@ -204,7 +204,7 @@ def test_what_is_wrong_in_the_metadata_is_named(key, value, words, tmp_path):
 # --- the tokenizer -----------------------------------------------------------------------------------------------
 
 
-CORPUS = [line for line in re.split(r"(?<=\n)", open("docs/models.md").read()[:9000] + "def f(x):\n\treturn  [x]\n\n\n日本語 日本\n" * 9) if line]
+CORPUS = [line for line in re.split(r"(?<=\n)", open("docs/models/families.md").read()[:9000] + "def f(x):\n\treturn  [x]\n\n\n日本語 日本\n" * 9) if line]
 TEXTS = ["", " ", "Hello  world", "\n\n\n", " a\n\n b\t\tc", "日本語 😀 é́ \u200b", "<|turn>user\nHi<turn|>\n", "▁▁", "x" * 50, "def f(x):\n    return [x]\n"]
 
 

@@ -245,8 +245,8 @@ def test_a_cut_file_of_weights_is_named(tmp_path):
 
 def test_a_missing_tokenizer_json_says_how_to_get_one(tmp_path):
     folder = copy_of("llama3", tmp_path)
-    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
-    with pytest.raises(ConfigError, match="has no tokenizer.json; it has tokenizer.model, which this server does not read"):
+    (folder / "tokenizer.json").rename(folder / "spiece.model")
+    with pytest.raises(ConfigError, match="has no tokenizer.json; it has spiece.model, which this server does not read"):
         load(folder)
 
 

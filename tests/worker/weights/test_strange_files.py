@@ -468,8 +468,8 @@ def test_weights_in_another_format_are_named(folder, good, tmp_path):
 def test_a_missing_tokenizer_json_says_what_is_there(folder):
     (folder / "tokenizer.json").unlink()
     assert f"{folder} has no tokenizer.json; it has chat_template.jinja, config.json" in refusal(folder)
-    (folder / "tokenizer.model").touch()
-    assert f"{folder} has no tokenizer.json; it has tokenizer.model, which this server does not read. transformers can write one" in refusal(folder)
+    (folder / "spiece.model").touch()
+    assert f"{folder} has no tokenizer.json; it has spiece.model, which this server does not read. transformers can write one" in refusal(folder)
 
 
 def test_a_newer_type_is_not_called_truncated(tmp_path):

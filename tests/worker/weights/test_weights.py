@@ -926,7 +926,7 @@ def test_tensor_types_and_names_are_the_package_s():
         try:
             gguf.dequantize(numpy.zeros(size, numpy.uint8), TYPES[name])
         except NotImplementedError:
-            assert name in WITHOUT_VALUES
+            assert name in WITHOUT_VALUES or name == "Q1_0"     # tests/worker/weights/test_few_bits.py has its values
         else:
             assert name not in WITHOUT_VALUES
     architectures = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}

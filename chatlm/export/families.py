@@ -1,0 +1,280 @@
+"""Models of llama-like families as Hugging Face folders: from GGUF files, and from folders with packed
+weights or adapters, which become plain ones.
+
+What is written is read again before any weight is: the config must make the recipe that the source makes. So
+a config that cannot say something, such as a rotary scaling that only GGUF has, is an error and not a worse
+model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TYPE_CHECKING, cast
+
+import numpy
+
+from chatlm.common.errors import ConfigError
+from chatlm.common.hub.huggingface import FOLDER_FILES, INDEX
+from chatlm.export.hub_model import HubModel, Weights
+from chatlm.worker.arrays.kinds import FLOATS, as_kind, floats, kind_of
+from chatlm.worker.model.tensors import Unread, advise
+from chatlm.worker.weights.families import FAMILIES, VISION
+from chatlm.worker.weights.family import Family, is_one_more
+from chatlm.worker.weights.folder_model import FolderModel, in_our_order
+from chatlm.worker.weights.gguf import gguf_config, gguf_scaling
+from chatlm.worker.weights.gguf_model import GgufModel
+from chatlm.worker.weights.gguf_tensors import FLOAT_TYPES
+from chatlm.worker.weights.huggingface import described_spec
+from chatlm.worker.weights.recipe import ModelSpec
+from chatlm.worker.weights.rope_scaling import ORIGINAL, scaled_rope
+from chatlm.worker.weights.rules import LAYER_TYPES
+from chatlm.worker.weights.sources import tensor_sources
+from chatlm.worker.weights.stored_model import Storage
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.worker.model.kernels import Backend
+    from chatlm.worker.weights.tied_heads import Merged
+
+CLASSES = {  # a model_type that can be written -> its class in transformers
+    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM",
+    "mixtral": "MixtralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM", "phi3": "Phi3ForCausalLM", "smollm3": "SmolLM3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM", "olmo3": "Olmo3ForCausalLM", "olmoe": "OlmoeForCausalLM",
+    "glm4": "Glm4ForCausalLM", "ernie4_5": "Ernie4_5ForCausalLM", "seed_oss": "SeedOssForCausalLM",
+    "exaone4": "Exaone4ForCausalLM"}
+HALF = "bfloat16"  # of dequantized weights, unless --dtype asks for another
+
+
+def family_model(merged: Merged, settings: Settings) -> HubModel:
+    """A model of a GGUF file or a folder, with the adapters of --lora. ConfigError if a folder cannot hold
+    it."""
+    stored = merged.stored
+    assert isinstance(stored, (GgufModel, FolderModel))
+    family = stored.model_type if isinstance(stored, GgufModel) else stored.family
+    refuse(stored, family)
+    dtype = settings.dtype or own_dtype(stored)
+    if isinstance(stored, GgufModel):
+        config = config_of_gguf(stored, family)
+        copied = ()
+    else:
+        config = dict(stored.config.raw)
+        copied = tuple(sorted(path for path in map(stored.source.path.joinpath, FOLDER_FILES - NOT_COPIED)
+                              if path.is_file()))
+    for key in ("quantization_config", "torch_dtype"):
+        config.pop(key, None)
+    config |= {"architectures": [CLASSES[family]], "model_type": family, "dtype": dtype,
+               "tie_word_embeddings": stored.spec.tied_head}
+    refuse_another_recipe(stored, family, config, settings.context_length)
+    text, _ = stored.text()
+    return HubModel(config, weights_of(merged, settings, dtype), text,
+                    stored.report({}, {}, storage_of("float32")).sampling if copied else {}, copied=copied,
+                    notes=tuple(notes_on(stored, dtype, settings)))
+
+
+NOT_COPIED = {"config.json", INDEX, "hf_quant_config.json", "quantize_config.json", "quant_config.json",
+              "preprocessor_config.json", "processor_config.json"}
+
+
+def refuse(stored: GgufModel | FolderModel, family: str):
+    """ConfigError for models that a folder of this kind cannot hold whole."""
+    path = stored.source.path
+    in_folder = isinstance(stored, FolderModel)
+    if stored.spec.of_texts or in_folder and (stored.embeds or stored.score is not None):
+        raise ConfigError(f"{path}: --format hf is for models that write answers, and this one embeds or "
+                          "ranks texts: give others its own files")
+    if in_folder and stored.config.raw.get("model_type") in VISION:
+        raise ConfigError(f"{path} also sees images, and --format hf would lose its image encoder: give "
+                          "others its own folder")
+    if family not in CLASSES:
+        raise ConfigError(f"--format hf cannot hold a model of the family {family}. It can hold nanochat's "
+                          f"and those of {', '.join(CLASSES)}")
+
+
+def own_dtype(stored: GgufModel | FolderModel) -> str:
+    """The type of the source's floats. bfloat16 if matrices are packed."""
+    if isinstance(stored, GgufModel):
+        kinds = {name for name in stored.types if stored.types[name]}
+        if kinds <= {*FLOAT_TYPES}:
+            matrices = {tensor.tensor_type.name for tensor in stored.stored.values() if len(tensor.shape) > 1}
+            return {("F32",): "float32", ("F16",): "float16", ("BF16",): "bfloat16"}.get(
+                tuple(matrices), "float32")
+        return HALF
+    stated = stored.config.raw.get("dtype") or stored.config.raw.get("torch_dtype")
+    kinds = {kind_of(tensor) for tensor in stored.state.values() if isinstance(tensor, numpy.ndarray)}
+    if is_packed(stored):
+        return stated if stated in FLOATS else HALF
+    if stated in kinds:
+        return str(stated)
+    return kinds.pop() if len(kinds) == 1 else "float32"
+
+
+def is_packed(stored: GgufModel | FolderModel) -> bool:
+    if isinstance(stored, GgufModel):
+        return not {*stored.types} <= {*FLOAT_TYPES}
+    return bool(stored.scales) or not all(isinstance(tensor, numpy.ndarray) for tensor in
+    stored.state.values())
+
+
+def notes_on(stored: GgufModel | FolderModel, dtype: str, settings: Settings) -> Iterator[str]:
+    if isinstance(stored, GgufModel) and is_packed(stored):
+        types = ", ".join(f"{count} {name}" for name, count in stored.types.most_common())
+        yield f"The weights were dequantized from a GGUF file ({types})."
+    elif is_packed(stored):
+        yield "The weights were dequantized."
+    if is_packed(stored) and dtype != "float32":
+        yield f"Then they were rounded to {dtype}."
+    if settings.lora:
+        folders = ", ".join(Path(folder).name for folder in settings.lora)
+        yield f"The LoRA adapter {folders} is merged into them."
+    if stored.draft_head() is not None:
+        yield "The head that drafts tokens is left out."
+
+
+# --- config.json -------------------------------------------------------------------------------------------
+
+
+def config_of_gguf(stored: GgufModel, family: str) -> dict[str, Any]:
+    """What a config.json says of the model of a GGUF file."""
+    spec = stored.spec
+    row = FAMILIES[family]
+    header, _, config = gguf_config(stored.source.path, stored.metadata, stored.whole)
+    biases = {"attention_bias": spec.qkv_bias, "mlp_bias": spec.ffn_bias,
+              "attention_out_bias": spec.output_bias}
+    config |= {key: value for key, value in biases.items() if key in config}
+    stated = gguf_scaling(header, row, config, {})
+    rope: dict[str, Any] = {key: value for key, value in stated.items() if value is not None}
+    if "rope_freqs.weight" in stored.whole:
+        rope = llama3_scaling(stored, config["max_position_embeddings"])
+    if "rope_type" not in rope:
+        rope = {"rope_type": "default"}
+    rope["rope_theta"] = spec.rope_base
+    if spec.rope_size not in (None, spec.head_size):
+        rope["partial_rotary_factor"] = spec.rope_size / spec.head_size
+    if "rope_local_base_freq" in config:
+        local = {"rope_type": "default", "rope_theta": local_base(spec)}
+        rope = dict(zip(LAYER_TYPES, (rope, local)))
+    config = {key: value for key, value in config.items()
+              if value is not None and key not in ("rope_scaling", "rope_theta", "rope_local_base_freq",
+                                                   "partial_rotary_factor")}
+    config["rope_parameters"] = rope
+    text, _ = stored.text()
+    # transformers' defaults are tokens of other vocabularies
+    config |= {"bos_token_id": text.bos_token, "eos_token_id": text.eos_token, "pad_token_id": text.eos_token}
+    return config
+
+
+def local_base(spec: ModelSpec) -> float:
+    """The base of the layers with a window."""
+    bases = [attention.rope_base for attention in spec.attentions if attention.window]
+    return bases[0] if bases else spec.rope_base
+
+
+LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}  # of all of Meta's models
+
+
+def llama3_scaling(stored: GgufModel, positions: int) -> dict[str, Any]:
+    """Llama 3's scaling, of which a GGUF file has only the result: a factor for each frequency. ConfigError
+    if it is of another kind."""
+    spec = stored.spec
+    factors = spec.rope_factors or ()
+    factor = max(factors)
+    for original in (8192, 4096, 2048, 1024, 512, 256, 128, 64):
+        scaling = LLAMA3 | {"factor": factor, ORIGINAL: original}
+        fields = scaled_rope(stored.source.path, "rope_parameters", scaling, spec.rope_base,
+                             spec.rope_size or spec.head_size, positions, None)
+        if numpy.allclose(fields["rope_factors"], factors, rtol=1e-5):
+            return scaling
+    raise ConfigError(f"{stored.source.path}: its rope_freqs.weight is no scaling that a config.json can "
+                      "state, so --format hf cannot hold this model")
+
+
+def refuse_another_recipe(stored: GgufModel | FolderModel, family: str, config: dict[str, Any],
+                          context: int | None):
+    """ConfigError unless a config makes the source's recipe."""
+    path = stored.source.path
+    read_family, read = described_spec(path, config, context)
+    differing = [] if read_family == family else ["model_type"]
+    for field in dataclasses.fields(ModelSpec):
+        own, written = (getattr(spec, field.name) for spec in (stored.spec, read))
+        if not same(own, written):
+            differing.append(field.name)
+    if differing:
+        raise ConfigError(f"{path}: a config.json cannot state all of this model ({', '.join(differing)}), "
+                          "so --format hf cannot hold it")
+
+
+def same(one: Any, other: Any) -> bool:
+    """Are they equal, but for the rounding of a number to float32?"""
+    if isinstance(one, float) and isinstance(other, (int, float)):
+        return bool(numpy.isclose(one, other, rtol=1e-5, atol=0))
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    if dataclasses.is_dataclass(one) and type(one) is type(other):
+        return all(same(getattr(one, field.name), getattr(other, field.name))
+                   for field in dataclasses.fields(one))
+    return one == other
+
+
+# --- tensors -----------------------------------------------------------------------------------------------
+
+
+def storage_of(dtype: str) -> Storage:
+    """Matrices as floats. No kernels are chosen, since nothing is computed."""
+    return Storage(cast("Backend", None), dtype, None)
+
+
+def weights_of(merged: Merged, settings: Settings, dtype: str) -> list[Weights]:
+    """The model's tensors under a folder's names, in a folder's order of rows."""
+    stored = merged.stored
+    assert isinstance(stored, (GgufModel, FolderModel))
+    row = stored.row
+    spec = stored.spec
+    tensors = stored.tensors(settings, merged.sources, merged.added, storage_of(dtype))
+    named = tensor_sources(spec, row.all_tensors, spec.vocab_size)
+    weights = []
+    for ours, (_, theirs) in named.items():
+        unread = tensors[ours]
+        assert isinstance(unread, Unread)  # a family whose tables stay in their files is not in CLASSES
+        read = partial(rows_of, unread, theirs, row, spec, dtype)
+        weights.append(Weights(dict(theirs), dtype, read))
+    return weights
+
+
+def rows_of(unread: Unread, theirs: Mapping[str, tuple[int, ...]], row: Family, spec: ModelSpec,
+            dtype: str) -> Iterator[numpy.ndarray]:
+    """One of our tensors, cut into the folder's tensors whose rows it is made of."""
+    made = unread.read()
+    unread.refuse_faults(made, False)
+    parts = list(made) if isinstance(made, tuple) else [made]
+    for name, shape in theirs.items():
+        own = take_rows(parts, shape)
+        own = in_folder_order(row, spec, name, own)
+        if is_one_more(row, name):
+            own = floats(own) - 1
+        yield as_kind(own.reshape(shape), dtype)
+    advise(unread.mapped, "MADV_DONTNEED")
+
+
+def take_rows(parts: list[numpy.ndarray], shape: tuple[int, ...]) -> numpy.ndarray:
+    """Take the next rows of stacked arrays, as many as a tensor of this shape has."""
+    count = shape[0] * (shape[1] if len(shape) == 3 else 1)
+    first = parts[0]
+    assert len(first) >= count, (len(first), shape)
+    parts[0] = first[count:]
+    if not len(parts[0]):
+        parts.pop(0)
+    return first[:count]
+
+
+def in_folder_order(row: Family, spec: ModelSpec, name: str, rows: numpy.ndarray) -> numpy.ndarray:
+    """The inverse of `in_our_order`."""
+    order = in_our_order(row, spec, name, numpy.arange(len(rows)))
+    if (order == numpy.arange(len(rows))).all():
+        return rows
+    place = numpy.empty_like(order)
+    place[order] = numpy.arange(len(order))
+    return rows[place]

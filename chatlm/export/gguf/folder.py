@@ -1,0 +1,230 @@
+"""Hugging Face folders of plain families as a `Written`: what llama.cpp's converter writes of them.
+
+The reader of GGUF files reads back the metadata that are written. A folder whose arithmetic or tokenizer
+would not come back as it is, is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence as Seq
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TYPE_CHECKING
+
+import numpy
+
+from chatlm.common.config import Settings
+from chatlm.common.errors import ConfigError, shown
+from chatlm.common.messages.requests import TextSpec
+from chatlm.common.text.load import open_tokenizer
+from chatlm.export.gguf import encoding
+from chatlm.export.gguf.mixes import Matrix, Shape, order_of
+from chatlm.export.gguf.written import Written, WrittenTensor
+from chatlm.worker.arrays.gguf_types import TYPES
+from chatlm.worker.arrays.kinds import bits_of, floats, kind_of
+from chatlm.worker.doctor.hard_texts import HARD_TEXTS
+from chatlm.worker.doctor.sample_text import TEXT
+from chatlm.worker.weights.differences import differences
+from chatlm.worker.weights.folder_model import read_folder_model
+from chatlm.worker.weights.gguf import gguf_spec, gguf_texts
+from chatlm.worker.weights.load import name_tensors
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.requests import ModelSource
+    from chatlm.worker.weights.folder_model import FolderModel
+
+FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # ours -> llama.cpp's architecture
+KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+# llama.cpp's names of ways to cut texts into words, the likeliest first
+PRE_NAMES = ("llama-bpe", "qwen2", "smollm", "gpt-2", "tekken", "deepseek-llm", "gpt-4o", "olmo", "falcon")
+# the types of tokens
+NORMAL = 1
+CONTROL = 3
+USER_DEFINED = 4
+UNUSED = 5
+INSTEAD = "convert the folder with llama.cpp's convert_hf_to_gguf.py, and quantize the file that it writes"
+
+
+def written_folder(source: ModelSource) -> Written:
+    """ConfigError for folders of other families, and for what a GGUF file cannot say."""
+    model = read_folder_model(source, Settings())
+    if model.family not in FAMILIES or model.scales or model.embeds or model.score is not None:
+        raise ConfigError(f"{source.path}: folders of the families {', '.join(FAMILIES)} can be written as "
+                          f"GGUF files, and this one is of {model.family} or not for chats; {INSTEAD}")
+    name_tensors(model)
+    tensors = tensors_of(model)
+    stated = numbers_of(model) | texts_of(model)
+    factors = rope_factors(model)
+    if factors is not None:
+        tensors.append(array_tensor("rope_freqs.weight", factors))
+    refuse_other_arithmetic(source, model, stated, tensors)
+    pairs = {key: encoded(value) for key, value in stated.items()}
+    spec = model.spec
+    shape = Shape(FAMILIES[model.family], spec.layers, spec.heads, spec.kv_heads)
+    files = sorted(path for path in source.path.iterdir()
+                   if path.suffix in (".safetensors", ".json", ".jinja"))
+    return Written(pairs, tuple(sorted(tensors, key=lambda tensor: order_of(tensor.matrix.name))), shape,
+                   tuple(files), is_quantized=False)
+
+
+def encoded(value: Any) -> encoding.Value:
+    if isinstance(value, str):
+        return encoding.of_text(value)
+    if isinstance(value, bool):
+        return encoding.of_switch(value)
+    if isinstance(value, int):
+        return encoding.of_number(value)
+    if isinstance(value, float):
+        return encoding.of_float(value)
+    is_texts = not value or isinstance(value[0], str)
+    return encoding.of_texts(value) if is_texts else encoding.of_numbers(value)
+
+
+def tensors_of(model: FolderModel) -> list[WrittenTensor]:
+    row = model.row
+    names = row.gguf_names
+    heads = {"q": model.spec.heads, "k": model.spec.kv_heads}
+    tensors = []
+    for ours, (_, theirs) in name_tensors(model).items():
+        layer, _, part = ours.rpartition(".")
+        own = [name.format(layer) for name in names.get(part, ())]
+        if len(own) != len(theirs):
+            raise ConfigError(f"{model.source.path}: {ours} has no name in a GGUF file; {INSTEAD}")
+        for name, stored in zip(own, theirs):
+            array = model.state[stored]
+            if kind_of(array) not in KINDS:
+                raise ConfigError(f"{model.source.path}: {stored} is packed; {INSTEAD}")
+            order = None
+            for letter, count in heads.items():
+                if row.gguf.permuted and f"attn_{letter}." in name:
+                    order = paired_rows(len(array), count)
+            tensors.append(array_tensor(name, array, order))
+    return tensors
+
+
+def paired_rows(rows: int, heads: int) -> numpy.ndarray:
+    """Which of a folder's rows each of a GGUF file's is: the two rows of a rotary pair follow each other."""
+    return numpy.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+
+
+def array_tensor(name: str, array: numpy.ndarray, order: numpy.ndarray | None = None) -> WrittenTensor:
+    sizes = tuple(reversed(array.shape))
+    vector = len(sizes) == 1
+    if order is not None and vector:
+        array = array[order]
+        order = None
+    data = array.reshape(-1, sizes[0])
+    kind = "F32" if vector else KINDS[kind_of(array)]
+
+    def taken(begin: int, end: int) -> numpy.ndarray:
+        return data[begin:end] if order is None else data[order[begin:end]]
+
+    def rows(begin: int, end: int) -> numpy.ndarray:
+        return floats(taken(begin, end))
+
+    def raw(begin: int, end: int) -> numpy.ndarray:
+        return numpy.ascontiguousarray(bits_of(taken(begin, end))).view(numpy.uint8)
+
+    return WrittenTensor(Matrix(name, sizes, kind), rows, raw if kind == KINDS[kind_of(array)] else None)
+
+
+def numbers_of(model: FolderModel) -> dict[str, Any]:
+    spec = model.spec
+    raw = model.config.raw
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    base = rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0
+    own = f"{FAMILIES[model.family]}."
+    return {
+        "general.architecture": FAMILIES[model.family], "general.type": "model",
+        "general.name": model.source.name,
+        own + "context_length": int(raw.get("max_position_embeddings") or spec.max_positions),
+        own + "embedding_length": spec.width, own + "block_count": spec.layers,
+        own + "feed_forward_length": spec.ffn_size, own + "vocab_size": spec.vocab_size,
+        own + "attention.head_count": spec.heads, own + "attention.head_count_kv": spec.kv_heads,
+        own + "attention.key_length": spec.head_size, own + "attention.value_length": spec.head_size,
+        own + "attention.layer_norm_rms_epsilon": float(spec.norm_eps), own + "rope.freq_base": float(base),
+        own + "rope.dimension_count": spec.head_size}
+
+
+def rope_factors(model: FolderModel) -> numpy.ndarray | None:
+    """What the frequencies of Llama 3.1 and later are divided by; None for other models."""
+    raw = model.config.raw
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type")) != "llama3":
+        return None
+    size = model.spec.head_size
+    base = float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
+    factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    length = float(rope["original_max_position_embeddings"])
+    found = []
+    for place in range(0, size, 2):
+        turns = length * base**(-place / size) / (2 * math.pi)  # in the original context
+        smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
+        found.append(1 / ((1 - smooth) / factor + smooth))
+    return numpy.array(found, numpy.float32)
+
+
+def texts_of(model: FolderModel) -> dict[str, Any]:
+    """The tokenizer and the chat template. ConfigError for tokenizers of other kinds."""
+    text, _ = model.text()
+    path = model.source.path / "tokenizer.json"
+    state = json.loads(text.payload) if text.kind == "hf" else {}
+    bpe = state.get("model") or {}
+    decoder = state.get("decoder") or {}
+    if bpe.get("type") != "BPE" or decoder.get("type") != "ByteLevel":
+        raise ConfigError(f"{path}: only tokenizers of byte-level BPE can be written; {INSTEAD}")
+    size = model.spec.vocab_size
+    tokens = [f"[PAD{token}]" for token in range(size)]
+    types = [UNUSED] * size
+    added = {entry["id"]: entry for entry in state.get("added_tokens", ())}
+    for content, token in (*bpe["vocab"].items(), *((entry["content"], id) for id, entry in added.items())):
+        if token >= size:
+            raise ConfigError(f"{path}: {shown(content)} has the id {token}, and the model has {size} tokens")
+        tokens[token] = content
+        types[token] = NORMAL
+    for token, entry in added.items():
+        types[token] = CONTROL if entry.get("special") else USER_DEFINED
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
+    stated = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": tokens,
+              "tokenizer.ggml.token_type": types, "tokenizer.ggml.merges": merges,
+              "tokenizer.ggml.add_bos_token": text.add_bos}
+    for name, token in (("bos", text.bos_token), ("eos", text.eos_token)):
+        if token is not None:
+            stated[f"tokenizer.ggml.{name}_token_id"] = token
+    if isinstance(text.chat_template, str):
+        stated["tokenizer.chat_template"] = text.chat_template
+    stated["tokenizer.ggml.pre"] = pre_of(path, text, stated, FAMILIES[model.family])
+    return stated
+
+
+def pre_of(path: Path, text: TextSpec, stated: Mapping[str, Any], architecture: str) -> str:
+    """The way to cut texts into words that gives the folder's tokens. ConfigError if none does."""
+    expected = encodings(text)
+    for name in PRE_NAMES:
+        metadata = {**stated, "general.architecture": architecture, "tokenizer.ggml.pre": name}
+        found, _ = gguf_texts(path, metadata)
+        if encodings(found) == expected:
+            return name
+    raise ConfigError(f"{path}: texts are cut into words in a way that has no name in GGUF files; {INSTEAD}")
+
+
+def encodings(text: TextSpec) -> list[list[int]]:
+    tokenizer = open_tokenizer(replace(text, chat_template=None))
+    return [[*tokenizer.encode(each)] for each in (TEXT, *HARD_TEXTS)]
+
+
+def refuse_other_arithmetic(source: ModelSource, model: FolderModel, stated: Mapping[str, Any],
+                            tensors: Seq[WrittenTensor]):
+    """ConfigError unless a reader of the metadata would compute the same model."""
+    stored = {}
+    for tensor in tensors:
+        matrix = tensor.matrix
+        values = tensor.rows(0, 1) if matrix.name.startswith("rope_") else numpy.empty(0)
+        stored[matrix.name] = SimpleNamespace(
+            name=matrix.name, tensor_type=TYPES["F32"], shape=numpy.array(matrix.sizes),
+            n_elements=values.size, data=values.reshape(-1))
+    _, spec = gguf_spec(source.path, stated, stored, None)
+    for name, ours, theirs in differences(spec, model.spec):
+        raise ConfigError(f"{source.path}: {name} would be {ours} in a GGUF file and is {theirs}; {INSTEAD}")

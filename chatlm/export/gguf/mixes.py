@@ -1,0 +1,273 @@
+"""Which type each tensor of a file gets: the rules of llama-quantize (src/llama-quant.cpp of llama.cpp).
+
+A file's type, such as Q4_K_M, is a mix. Most tensors get its `main` type. Those whose loss costs a model the
+most get a better one, by a rule for their kind: attn_v, ffn_down, attn_output, and the head or the embedding
+that is the head too."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from chatlm.common.errors import ConfigError, did_you_mean
+from chatlm.worker.arrays.gguf_types import block_of
+
+FLOATS = "F32", "F16", "BF16"
+
+
+class Place(NamedTuple):
+    """What a rule of a mix may look at."""
+
+    index: int            # of this tensor among those of its kind, from 0
+    count: int            # how many of its kind there are
+    grouped: bool         # are there 4 or more heads for each key head?
+    has_importance: bool
+
+    @property
+    def gets_more(self) -> bool:
+        """The first and the last eighth of the layers, and every third between them."""
+        eighth = self.count // 8
+        return (self.index < eighth or self.index >= 7 * self.count // 8
+                or (self.index - eighth) % 3 == 2)
+
+    def is_in_first(self, part: int) -> bool:
+        return self.index < self.count // part
+
+
+Choice = Callable[[Place], str | None]  # None: the mix's main type
+
+
+def never(place: Place) -> None:
+    return None
+
+
+def always(name: str) -> Choice:
+    return lambda place: name
+
+
+def where_more(name: str) -> Choice:
+    return lambda place: name if place.gets_more else None
+
+
+def where_grouped(name: str, otherwise: str | None = None) -> Choice:
+    return lambda place: name if place.grouped else otherwise
+
+
+def in_first(part: int, name: str, otherwise: str | None = None) -> Choice:
+    return lambda place: name if place.is_in_first(part) else otherwise
+
+
+def in_first_layers(layers: int, name: str, otherwise: str | None = None) -> Choice:
+    return lambda place: name if place.index < layers else otherwise
+
+
+def in_first_with(part: int, name: str) -> Choice:
+    """In the first layers of a file that is made with importance."""
+    return lambda place: name if place.has_importance and place.is_in_first(part) else None
+
+
+def in_first_without(part: int, name: str) -> Choice:
+    return lambda place: name if not place.has_importance and place.is_in_first(part) else None
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The types of a file: `main`, and what replaces it for tensors of some kinds."""
+
+    file_type: int                # general.file_type
+    main: str
+    attn_v: Choice = never        # attn_qkv and attn_kv_b too
+    ffn_down: Choice = never
+    attn_output: str | None = None
+    of_8_experts: bool = False    # does attn_output become Q5_K in a model of 8 experts?
+    embed: str | None = None      # of token_embd, if it is not the head too
+    needs_importance: bool = False
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.main not in FLOATS
+
+
+MIXES = {
+    "F32": Mix(0, "F32"), "F16": Mix(1, "F16"), "BF16": Mix(32, "BF16"),
+    "Q8_0": Mix(7, "Q8_0"),
+    "Q4_0": Mix(2, "Q4_0", ffn_down=in_first_with(8, "Q4_1")), "Q4_1": Mix(3, "Q4_1"),
+    "Q5_0": Mix(8, "Q5_0", ffn_down=in_first_with(8, "Q5_1")), "Q5_1": Mix(9, "Q5_1"),
+    "Q2_K": Mix(10, "Q2_K", where_grouped("Q4_K", "Q3_K"), always("Q3_K"), "Q3_K", True),
+    "Q2_K_S": Mix(21, "Q2_K", where_grouped("Q4_K"), in_first(8, "Q4_K"), needs_importance=True),
+    "Q3_K_S": Mix(11, "Q3_K", of_8_experts=True),
+    "Q3_K_M": Mix(12, "Q3_K", in_first_layers(2, "Q5_K", "Q4_K"), in_first(16, "Q5_K", "Q4_K"), "Q4_K", True),
+    "Q3_K_L": Mix(13, "Q3_K", always("Q5_K"), always("Q5_K"), "Q5_K"),
+    "Q4_K_S": Mix(14, "Q4_K", in_first_layers(4, "Q5_K"), in_first(8, "Q5_K"), of_8_experts=True),
+    "Q4_K_M": Mix(15, "Q4_K", where_more("Q6_K"), where_more("Q6_K"), of_8_experts=True),
+    "Q5_K_S": Mix(16, "Q5_K"),
+    "Q5_K_M": Mix(17, "Q5_K", where_more("Q6_K"), where_more("Q6_K")),
+    "Q6_K": Mix(18, "Q6_K"),
+    "IQ4_NL": Mix(25, "IQ4_NL", where_grouped("Q5_K"), in_first_without(8, "Q5_K"), of_8_experts=True),
+    "IQ4_XS": Mix(30, "IQ4_XS", where_grouped("Q5_K"), in_first_without(8, "Q5_K"), of_8_experts=True),
+    "TQ1_0": Mix(36, "TQ1_0", embed="Q4_K"), "TQ2_0": Mix(37, "TQ2_0", embed="Q4_K"),
+    "MXFP4_MOE": Mix(38, "MXFP4"),
+}
+OTHER_NAMES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
+# what nothing here packs
+NOT_PACKED = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S",
+              "IQ3_M")
+SMALLER_BLOCKS = {  # a type of 256 weights a block -> what rows of another length get
+    "IQ4_XS": "IQ4_NL", "Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+
+# matrices that are small, or are never multiplied: they stay as they are
+LEFT_ALONE = re.compile(
+    r"_norm\.weight$|ffn_gate_inp\.weight$|ffn_gate_tid2eid\.weight|altup|laurel|per_layer_model_proj"
+    r"|^position_embd\.weight$|^token_types\.weight$|ssm_conv1d|shortconv\.conv\.weight"
+    r"|indexer\.[kq]_proj\.weight|time_mix_(first|w[0-2]|v[0-2]|a[0-2]|g[12]|decay_w[12]|lerp_fused)\.weight"
+    r"|attn_rel_b\.weight|\.position_embd|\.rel_pos|\.patch_embd|\.patch_merger"
+    r"|(^|\.)(ve_gate|smear_gate)\.weight$")
+EMBEDDINGS = "token_embd.weight", "per_layer_token_embd.weight"
+VALUE_EMBEDDING = re.compile(r"value_embd\.weight$")  # nanochat's: rows that are looked up
+
+
+def mix_of(name: str) -> tuple[str, Mix]:
+    """(the type's full name, its mix). ConfigError for a type that cannot be written."""
+    full = name.upper()
+    full = OTHER_NAMES.get(full, full)
+    if full in MIXES:
+        return full, MIXES[full]
+    allowed = ", ".join(MIXES)
+    if full in NOT_PACKED:
+        raise ConfigError(f"--type {name}: this program reads that type but does not write it; it writes "
+                          f"{allowed}")
+    raise ConfigError(f"--type {name} is no type of file{did_you_mean(full, MIXES)}; allowed are {allowed}")
+
+
+class Shape(NamedTuple):
+    """What a mix looks at in a model."""
+
+    architecture: str
+    layers: int
+    heads: int
+    kv_heads: int
+    experts: int = 0
+
+    @property
+    def is_grouped(self) -> bool:
+        return self.kv_heads > 0 and self.heads // self.kv_heads >= 4
+
+    @property
+    def has_small_values(self) -> bool:
+        """Llama 2 70B and its like have few values, for which llama-quantize takes more bits."""
+        return self.architecture == "llama" and self.layers == 80 and self.heads != self.kv_heads
+
+
+class Matrix(NamedTuple):
+    """A tensor that a mix gives a type."""
+
+    name: str
+    sizes: tuple[int, ...]  # columns first
+    kind: str               # the type it has now
+
+
+@dataclass(frozen=True)
+class TypeRules:
+    """Gives each tensor of a model its type."""
+
+    mix: Mix
+    shape: Shape
+    has_importance: bool
+
+    def types_of(self, matrices: Iterable[Matrix]) -> dict[str, str]:
+        """The type of each tensor by its name."""
+        matrices = sorted(matrices, key=lambda matrix: order_of(matrix.name))
+        names = {matrix.name for matrix in matrices}
+        tied = "output.weight" not in names
+        values = [matrix.name for matrix in matrices if kind_of(matrix.name) == "attn_v"]
+        downs = [matrix.name for matrix in matrices
+                 if kind_of(matrix.name) == "ffn_down" and is_quantizable(matrix)]
+        types = {}
+        for matrix in matrices:
+            if not is_quantizable(matrix):
+                types[matrix.name] = matrix.kind
+            elif not self.mix.is_quantized:
+                types[matrix.name] = self.mix.main
+            else:
+                wanted = self._wanted(matrix, values, downs, tied)
+                types[matrix.name] = fitting(wanted, matrix.sizes[0])
+        return types
+
+    def _wanted(self, matrix: Matrix, values: list[str], downs: list[str], tied: bool) -> str:
+        """The type by the rule for the tensor's kind, whether or not its blocks divide the rows."""
+        main = self.mix.main
+        kind = kind_of(matrix.name)
+        if kind == "head" or tied and kind == "embed":
+            return self._of_head(matrix)
+        if main == "MXFP4":
+            return "MXFP4" if len(matrix.sizes) > 2 else "Q8_0"
+        if kind == "embed":
+            return self.mix.embed or main
+        if kind == "attn_v":
+            return self._of_values(matrix, values)
+        if kind == "attn_k" and self.shape.experts == 8:
+            return "Q8_0"
+        if kind == "ffn_down":
+            place = self._place(downs.index(matrix.name), self.shape.layers)
+            if self.shape.experts > 1:
+                place = place._replace(index=order_of(matrix.name)[0])
+            return self.mix.ffn_down(place) or main
+        if kind == "attn_output":
+            if self.shape.experts == 8:
+                return "Q5_K" if self.mix.of_8_experts else main
+            return self.mix.attn_output or main
+        if VALUE_EMBEDDING.search(matrix.name):
+            return "Q8_0"
+        return main
+
+    def _of_head(self, matrix: Matrix) -> str:
+        main = self.mix.main
+        if main == "MXFP4" or matrix.sizes[0] % block_of(main)[0]:
+            return "Q8_0"
+        return main if main == "Q8_0" else "Q6_K"
+
+    def _of_values(self, matrix: Matrix, values: list[str]) -> str:
+        chosen = self.mix.attn_v(self._place(values.index(matrix.name), len(values))) or self.mix.main
+        if self.shape.has_small_values and chosen in ("Q3_K", "Q4_K"):
+            chosen = "Q5_K"
+        return "Q8_0" if self.shape.experts == 8 else chosen
+
+    def _place(self, index: int, count: int) -> Place:
+        return Place(index, count, self.shape.is_grouped, self.has_importance)
+
+
+def kind_of(name: str) -> str:
+    """The kind of a tensor, as far as a mix distinguishes them."""
+    if name == "output.weight":
+        return "head"
+    if name in EMBEDDINGS:
+        return "embed"
+    if name.endswith(("attn_v.weight", "attn_qkv.weight", "attn_kv_b.weight")):
+        return "attn_v"
+    for kind in ("attn_k", "attn_output"):
+        if name.endswith(f"{kind}.weight"):
+            return kind
+    return "ffn_down" if "ffn_down" in name else "other"
+
+
+def order_of(name: str) -> tuple[int, str]:
+    """The order in which llama-quantize counts tensors: by layer, what belongs to none first."""
+    layer = re.match(r"blk\.(\d+)\.", name)
+    return (int(layer[1]) if layer else -1), name
+
+
+def is_quantizable(matrix: Matrix) -> bool:
+    """Is this a matrix of weights, large enough that its type matters?"""
+    is_matrix = sum(size > 1 for size in matrix.sizes[1:]) > 0
+    return is_matrix and matrix.name.endswith("weight") and not LEFT_ALONE.search(matrix.name)
+
+
+def fitting(kind: str, columns: int) -> str:
+    """The type itself, or the nearest one whose blocks divide a row."""
+    if columns % block_of(kind)[0] == 0:
+        return kind
+    smaller = SMALLER_BLOCKS.get(kind, kind)
+    return smaller if columns % block_of(smaller)[0] == 0 else "F16"

@@ -1,0 +1,157 @@
+"""A file that is written piece by piece and appears once it is complete: `UnfinishedFile`.
+
+FILE.part is what there is so far. FILE.part.json is its note: the job that it belongs to, and how many of the
+pieces are safely on the disk. The same job goes on after them, another one begins anew. A lock on FILE.part
+keeps two commands from writing it at once."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from chatlm.common.errors import ConfigError, visible
+
+with suppress(ImportError):  # Windows has none; there nothing is locked
+    import fcntl
+
+CHANGED = "the model's files have changed while they were read"
+SAFE_EVERY = 64 << 20  # bytes after which the disk is asked to have them
+
+
+class Note(NamedTuple):
+    """What FILE.part.json says."""
+
+    job: str     # a digest of all that the file depends on
+    pieces: int  # that are complete
+    at: int      # where they end
+
+
+def digest_of(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """One line for what the system says of the file."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: Path, error: OSError) -> ConfigError:
+    if error.errno == errno.EFAULT:  # what was to be written is memory that is mapped from a file
+        return ConfigError(f"{CHANGED}; {visible(str(path))} is not complete")
+    kept = ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        kept = "; make room and run the same command, which goes on where it was"
+    return ConfigError(f"-o {visible(str(path))}: {error.strerror or error}{kept}")
+
+
+class UnfinishedFile:
+    """Writes FILE.part and renames it to FILE at the end. ConfigError for what the system refuses."""
+
+    def __init__(self, path: Path, job: str):
+        self.path = path
+        self.part = path.with_name(f"{path.name}.part")
+        self.side = path.with_name(f"{path.name}.part.json")
+        self.job = job
+        self.at = 0          # where the next bytes go
+        self.pieces = 0
+        self.unsafe = 0      # bytes that the disk may not have yet
+        with named_errors(self.part):
+            self.file = os.open(self.part, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+        try:
+            self._lock()
+            self._go_on()
+        except BaseException:
+            os.close(self.file)
+            raise
+
+    def _lock(self):
+        if "fcntl" not in globals():
+            return
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"{visible(str(self.part))}: another command is writing it") from None
+        with named_errors(self.part):
+            here = os.fstat(self.file)
+            try:
+                there = os.stat(self.part)
+            except FileNotFoundError:
+                there = None
+        if there is None or (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino):
+            raise ConfigError(f"{visible(str(self.path))}: another command has just written it")
+
+    def _go_on(self):
+        """Take over what an earlier run of the same job has written; drop anything else."""
+        note = self._note()
+        with named_errors(self.part):
+            if note and note.job == self.job and os.fstat(self.file).st_size >= note.at:
+                self.pieces = note.pieces
+                self.at = note.at
+            os.ftruncate(self.file, self.at)
+
+    def _note(self) -> Note | None:
+        try:
+            stated = json.loads(self.side.read_bytes())
+            note = Note(stated["job"], stated["pieces"], stated["at"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        is_sound = all(type(number) is int and number >= 0 for number in note[1:])
+        return note if is_sound else None
+
+    def reserve(self, size: int):
+        """ConfigError at once if the disk has no room for the whole file."""
+        with named_errors(self.path):
+            with suppress(AttributeError):
+                free = os.statvfs(self.part)
+                has = os.fstat(self.file).st_blocks * 512
+                if free.f_bavail * free.f_frsize + has < size:
+                    raise OSError(errno.ENOSPC, f"no room for the file's {size / 1e9:,.2f} GB: "
+                                                f"{free.f_bavail * free.f_frsize / 1e9:,.2f} GB are free")
+
+    def write(self, data: bytes | memoryview):
+        view = memoryview(data).cast("B")
+        with named_errors(self.path):
+            while view:
+                count = os.pwrite(self.file, view, self.at)
+                self.at += count
+                self.unsafe += count
+                view = view[count:]
+
+    def end_piece(self):
+        """What is written so far need not be written again."""
+        self.pieces += 1
+        if self.unsafe >= SAFE_EVERY:
+            self.make_safe()
+
+    def make_safe(self):
+        with named_errors(self.path):
+            os.fsync(self.file)
+            self.unsafe = 0
+            new = self.side.with_name(f"{self.side.name}.new")
+            new.write_text(json.dumps(Note(self.job, self.pieces, self.at)._asdict()))
+            os.replace(new, self.side)
+
+    def finish(self):
+        """The file takes its name."""
+        with named_errors(self.path):
+            os.fsync(self.file)
+            os.replace(self.part, self.path)
+            with suppress(OSError):
+                folder = os.open(self.path.parent, os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
+            with suppress(FileNotFoundError):
+                os.unlink(self.side)
+
+    def close(self):
+        os.close(self.file)

@@ -1,0 +1,158 @@
+"""nanochat's checkpoints as Hugging Face folders: with code of their own, or as transformers' own `nanochat`.
+
+transformers' model is generation 1, and does not round cos and sin to bfloat16 as nanochat did then. Loaded
+with the model_type `nanochat`, the weights of a later generation would make a model that is silently wrong,
+so those have a model_type of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, TYPE_CHECKING
+
+from chatlm.common.errors import ConfigError
+from chatlm.export.hub_model import HubModel, Weights
+from chatlm.worker.arrays.kinds import as_kind, floats, item_bytes, kind_of
+from chatlm.worker.model.blocks.attention import Attention
+from chatlm.worker.model.tensors import advise
+from chatlm.worker.weights.nanochat import GENERATIONS, name_in_transformers, nanochat_generation
+
+if TYPE_CHECKING:
+    import numpy
+
+    from chatlm.worker.weights.checkpoint_model import CheckpointModel
+    from chatlm.worker.weights.lora import Change, Copy
+
+OWN_CODE = ("configuration_nanochat_generations.py", "modeling_nanochat_generations.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_nanochat_generations.NanochatGenerationsConfig",
+    "AutoModel": "modeling_nanochat_generations.NanochatGenerationsModel",
+    "AutoModelForCausalLM": "modeling_nanochat_generations.NanochatGenerationsForCausalLM"}
+NO_SMEAR_ELSEWHERE = (
+    "Programs that run a model of transformers' on tokens without their neighbours, such as vLLM, cannot run "
+    "this one: a token's input has a part of the token before it.")
+UNROUNDED = (
+    "nanochat's generation 1 rounds cos and sin of its rotary embedding to bfloat16, and transformers' "
+    "`nanochat` does not. ")
+
+
+def with_own_code(stored: CheckpointModel, added: Mapping[str, list[Change | Copy]],
+                  dtype: str | None) -> HubModel:
+    """A checkpoint of any generation, exactly. `added`: what adapters change."""
+    number = nanochat_generation(stored.state)
+    config = sizes_of(stored, dtype) | {
+        "architectures": ["NanochatGenerationsForCausalLM"], "auto_map": AUTO_MAP,
+        "model_type": "nanochat_generations"} | features_of(stored, number)
+    notes = (NO_SMEAR_ELSEWHERE,) if config["smear_channels"] else ()
+    return HubModel(config, weights_of(stored, added, dtype), stored.tokenizer, code=OWN_CODE, notes=notes)
+
+
+def as_transformers_own(stored: CheckpointModel, added: Mapping[str, list[Change | Copy]], dtype: str | None,
+                        difference: Callable[[], str]) -> HubModel:
+    """A checkpoint of generation 1 as transformers' model. `difference` computes a sentence about what the
+    rounding changes. ConfigError for other generations."""
+    number = nanochat_generation(stored.state)
+    if number != 1:
+        raise ConfigError(f"--format transformers: transformers' own nanochat is generation 1, and this is "
+                          f"generation {number}, which it cannot compute. --format hf can hold it, with "
+                          "code of its own")
+    base = rope_base(stored)
+    config = sizes_of(stored, dtype) | {
+        "architectures": ["NanoChatForCausalLM"], "model_type": "nanochat", "attention_bias": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": base}}
+    return HubModel(config, weights_of(stored, added, dtype), stored.tokenizer,
+                    notes=(UNROUNDED + difference(),))
+
+
+def sizes_of(stored: CheckpointModel, dtype: str | None) -> dict[str, Any]:
+    """What both kinds of folders say alike."""
+    spec = stored.spec
+    return {
+        "dtype": dtype or widest(stored.state.values()), "vocab_size": spec.vocab_size,
+        "hidden_size": spec.width, "intermediate_size": spec.ffn_size, "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads, "num_key_value_heads": spec.kv_heads, "head_dim": spec.head_size,
+        "hidden_act": "relu2", "max_position_embeddings": spec.answer_positions,
+        "rms_norm_eps": spec.norm_eps, "final_logit_softcapping": spec.softcap, "tie_word_embeddings": False}
+
+
+def features_of(stored: CheckpointModel, number: int) -> dict[str, Any]:
+    """What sets a generation apart, in the words of hub_code/configuration_nanochat_generations.py."""
+    spec = stored.spec
+    generation = GENERATIONS[number]
+    channels, scale = generation.value_gate or (0, 0.0)
+    attentions = attentions_of(stored)
+    windows = [attention.scores.window for attention in attentions]
+    long = windows[-1] or None  # the last layer has the long one
+    short = next((window for window in windows if window != windows[-1]), None)
+    return {
+        "generation": number, "rope_theta": rope_base(stored), "rope_bfloat16": generation.rope_bfloat16,
+        "layer_types": ["full_attention" if window == windows[-1] else "sliding_attention"
+                        for window in windows],
+        "sliding_window": short, "long_window": long, "mixes_x0": generation.mixes_x0,
+        "value_embed_layers": [layer for layer, attention in enumerate(attentions) if attention.embed],
+        "value_gate_channels": channels, "value_gate_scale": scale, "qk_scale": generation.qk_scale,
+        "smear_channels": generation.smear_channels,
+        "backout_layer": spec.layers // 2 if generation.backs_out else None}
+
+
+def attentions_of(stored: CheckpointModel) -> list[Attention]:
+    return [layer.mixer for layer in stored.spec.own_layers if isinstance(layer.mixer, Attention)]
+
+
+def rope_base(stored: CheckpointModel) -> float:
+    return attentions_of(stored)[0].rope.base
+
+
+def widest(tensors: Iterable[numpy.ndarray]) -> str:
+    """The type that holds the values of all tensors: float32 if they differ."""
+    kinds = {kind_of(tensor) for tensor in tensors}
+    return kinds.pop() if len(kinds) == 1 else "float32"
+
+
+def weights_of(stored: CheckpointModel, added: Mapping[str, list[Change | Copy]],
+               dtype: str | None) -> list[Weights]:
+    """The checkpoint's tensors by transformers' names, without the padding of the vocabulary."""
+    weights = []
+    for name, tensor in stored.state.items():
+        kind = target_kind(tensor, name in added, dtype)
+        shape = tensor.shape
+        if is_of_vocabulary(name):
+            shape = stored.spec.vocab_size, *shape[1:]
+        called = name_of(name)
+        read = partial(tensor_of, tensor, added.get(name, ()), shape, kind)
+        weights.append(Weights({called: tuple(shape)}, kind, read))
+    return weights
+
+
+def target_kind(tensor: numpy.ndarray, changed: bool, dtype: str | None) -> str:
+    """The type of a tensor in the folder. Vectors, such as the lambdas, are few and are never rounded."""
+    kind = kind_of(tensor)
+    if kind == "float64" or changed:
+        kind = "float32"
+    if dtype and (tensor.ndim > 1 or item_bytes(dtype) > item_bytes(kind)):
+        return dtype
+    return kind
+
+
+def tensor_of(tensor: numpy.ndarray, changes: Iterable[Change | Copy], shape: tuple[int, ...],
+              kind: str) -> Iterator[numpy.ndarray]:
+    made = tensor
+    for change in changes:
+        made = change.on(made)
+    made = made[:shape[0]]
+    yield as_kind(floats(made) if kind_of(made) == "float64" else made, kind)
+    advise((tensor,), "MADV_DONTNEED")
+
+
+def is_of_vocabulary(name: str) -> bool:
+    return name in ("transformer.wte.weight", "lm_head.weight") or name.startswith("value_embeds.")
+
+
+def name_of(name: str) -> str:
+    """A tensor's name in the folder."""
+    if name.startswith("value_embeds."):
+        return f"model.layers.{name.split('.')[1]}.self_attn.value_embed.weight"
+    if "." not in name:  # the lambdas
+        return f"model.scalars.{name}"
+    called = name_in_transformers(name).replace("attn.ve_gate", "self_attn.ve_gate")
+    return called if called.startswith(("model.", "lm_head.")) else f"model.{called}"
