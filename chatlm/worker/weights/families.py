@@ -267,7 +267,7 @@ FAMILIES = {  # by config.json's model_type
     "hunyuan_v1_dense": HUNYUAN,
     "hunyuan_v1_moe": HUNYUAN._replace(
         title="Hunyuan A13B", config=HUNYUAN.config | mixtures.HUNYUAN_EXPERTS,
-        tensors=HUNYUAN.tensors | mixtures.HUNYUAN_TENSORS, keys=HUNYUAN.keys | mixtures.HUNYUAN_KEYS,
+        tensors=HUNYUAN.tensors | mixtures.HUNYUAN_TENSORS, keys={**HUNYUAN.keys, **mixtures.HUNYUAN_KEYS},
         restated=mixtures.same_in_all_layers, complete=mixtures.hunyuan_shared,
         aliases={"moe_topk": "num_experts_per_tok"}, gguf=Gguf(
             "hunyuan-moe", ignored=frozenset({"expert_shared_count"}))),

@@ -201,8 +201,8 @@ NORTH = COHERE2._replace(
         "num_experts": 8, "num_experts_per_tok": 2, "mlp_only_layers": None, "norm_topk_prob": True,
         "expert_selection_fn": "softmax", "rms_norms": False, "num_dense_layers": 0, "head_dim": 128,
         "prefix_dense_sliding_window_pattern": 1, "num_nextn_predict_layers": 0},
-    keys=COHERE2.keys | {
-        "expert_selection_fn": Rule(str, choices=("softmax", "sigmoid")),
+    keys={
+        **COHERE2.keys, "expert_selection_fn": Rule(str, choices=("softmax", "sigmoid")),
         "prefix_dense_sliding_window_pattern": Rule(int, 1, MOST_LAYERS),
         "num_nextn_predict_layers": Rule(int, 0, 100)},
     tensors=expert_tensors("experts.{}", "gate"), restated=north_layers, fields_of=north_fields,
