@@ -42,6 +42,9 @@ NOTES = {       # by model_type: what a reader wants to know beside the title
     "granite": "3.1, 3.2, 3.3 too",
     "granitemoehybrid": f"most layers of the h- models are Mamba-2, [their states]({STATES})",
     "glm4": "GLM-Z1 too",
+    "glm4_moe": "GLM-4.5-Air too, without its draft head",
+    "bailing_moe_v2": "Ling-mini, Ling-flash and Ring; GLM-4.5's arithmetic by other names",
+    "cohere2_moe": "North-Mini-Code; shared experts are refused",
     "ernie4_5": "dense",
     "hunyuan_v1_dense": "Hunyuan-MT and Hy-MT too",
     "gpt2": "DistilGPT-2 too",
@@ -59,7 +62,7 @@ NOTES = {       # by model_type: what a reader wants to know beside the title
     "mpnet": f"all-mpnet-base-v2: [an encoder]({ENCODES})", "modernbert": f"[an encoder]({ENCODES})",
     "nomic_bert": f"nomic-embed-text v1, v1.5: [an encoder]({ENCODES})", "gte": f"from 2024 on: [an encoder]({ENCODES})",
     "nomic_bert_moe": f"nomic-embed-text-v2-moe, whose config says `nomic_bert`; its files lack a bias: [an encoder]({ENCODES})"}
-FORMULAS = {"nomic_bert_moe": "its formulas"}   # families that transformers lacks are compared with these
+FORMULAS = {"nomic_bert_moe": "its formulas", "bailing_moe_v2": "GLM-4.5"}   # families that transformers lacks are compared with these
 LIKE_OTHERS = {"xlm-roberta": ("bert",), "granitemoehybrid": ("granite", "granitemoe")}     # such models without Mamba layers have these files
 CHECKPOINTS = (
     f"| nanochat, generations 1 to {len(GENERATIONS)} ([layouts](checkpoints.md#checkpoints-of-nanochat)) | a checkpoint | upstream's answers, 5; "

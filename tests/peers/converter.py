@@ -20,7 +20,7 @@ TextModel.__init__, TextModel.get_vocab_base_pre = begin, lambda self, tokenizer
 convert = importlib.import_module("convert_hf_to_gguf")
 for folder in folders:
     with open(folder + "/config.json") as file:
-        without = ["--no-mtp"] if json.load(file)["model_type"].startswith(("qwen3_next", "qwen3_5")) else []       # which others do not know
+        without = ["--no-mtp"] if json.load(file)["model_type"].startswith(("qwen3_next", "qwen3_5", "glm4_moe")) else []       # which others do not know
     sys.argv = ["convert", folder, "--outfile", folder + "/model.gguf", "--outtype", "f32", *without]
     try:
         convert.main()

@@ -38,6 +38,12 @@ def write_case(folder, name, changes):
     config = json.loads((folder / "config.json").read_text())
     if old := {"gpt2": {"n_ctx": 512}, "cohere2": {"rotary_pct": 1.0}, "phimoe": {"architectures": ["PhiMoEForCausalLM"]}}.get(name):       # as published files have it
         (folder / "config.json").write_text(json.dumps(config | old))
+    if MODELS[name][0] == "minimax_m2":         # in its makers' words
+        (folder / "config.json").write_text(json.dumps(config | {"rotary_dim": 16, "scoring_func": "sigmoid"}))
+    if MODELS[name][0] == "hunyuan_v1_moe":     # whose config has lists of all layers' numbers
+        layers = config["num_hidden_layers"]
+        numbers = {"moe_intermediate_size": config["intermediate_size"], "moe_topk": config["moe_topk"], "num_shared_expert": 1}
+        (folder / "config.json").write_text(json.dumps(config | {key: [number] * layers for key, number in numbers.items()}))
     if MODELS[name][0] == "nemotron_h":         # in its makers' words
         letters = {"linear_attention": "M", "full_attention": "*", "moe": "E"}
         pattern = "".join(letters[kind] for kind in config.pop("layers_block_type"))

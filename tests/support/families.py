@@ -158,13 +158,27 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
         layers_block_type=["moe", "linear_attention", "mlp", "moe", "full_attention", "moe", "mlp", "linear_attention"])),
     "lfm2-bias": ("lfm2", dict(norm_eps=1e-3, conv_bias=True, conv_L_cache=5, block_auto_adjust_ff_dim=False,
                                layer_types=["conv", "full_attention", "conv", "full_attention"])),
+    "glm4moe": ("glm4_moe", dict(num_hidden_layers=3, head_dim=32, attention_bias=True, use_qk_norm=True, n_routed_experts=6, num_experts_per_tok=3,
+                                 moe_intermediate_size=48, n_shared_experts=2, routed_scaling_factor=2.5)),
+    "glm4moe-grouped": ("glm4_moe", dict(num_hidden_layers=3, n_routed_experts=12, num_experts_per_tok=4, n_group=4, topk_group=2, norm_topk_prob=False,
+                                         moe_intermediate_size=32, first_k_dense_replace=2)),
+    "minimax-m2": ("minimax_m2", dict(num_hidden_layers=3, head_dim=32, num_local_experts=6, num_experts_per_tok=3, intermediate_size=48,
+                                      rope_parameters=dict(rope_type="default", rope_theta=5e6, partial_rotary_factor=0.5))),
+    "cohere2moe": ("cohere2_moe", dict(rms_norm_eps=..., layer_norm_eps=1e-3, num_hidden_layers=6, sliding_window=24, logit_scale=0.5, head_dim=32, num_experts=6,
+                                       num_experts_per_tok=3, intermediate_size=48, expert_selection_fn="sigmoid", prefix_dense_intermediate_size=96,
+                                       first_k_dense_replace=1)),
+    "cohere2moe-rms": ("cohere2_moe", dict(num_hidden_layers=4, sliding_window=24, num_experts=5, num_experts_per_tok=2, intermediate_size=48, head_dim=16, logit_scale=0.5,
+                                           prefix_dense_sliding_window_pattern=2, prefix_dense_intermediate_size=80, first_k_dense_replace=2,
+                                           sliding_window_pattern=2)),
+    "hunyuan-moe": ("hunyuan_v1_moe", dict(num_hidden_layers=3, head_dim=32, num_experts=6, moe_topk=3, intermediate_size=48, tie_word_embeddings=True)),
 }
 
 GGUF_MODELS = {             # what of MODELS a file of each architecture can say; the window of qwen2 and biases of others it cannot
     **dict.fromkeys((
         "llama2", "llama3.1", "llama3.2", "mistral", "qwen2.5", "phi3", "phi3-long", "gpt-oss", "granite", "granite-moe", "granite-moe-shared", "granite4",
         "olmo2", "olmo3", "olmoe", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "hunyuan", "gemma4", "gemma4moe", "gemma4-even", "gemma4-unified", "gpt2",
-        "pythia", "cohere", "cohere2", "phimoe-plain", "lfm2", "lfm2moe", "granite4h", "qwen3next", "qwen3.5", "qwen3.5moe", "nemotron-h", "nemotron3"), {}),
+        "pythia", "cohere", "cohere2", "phimoe-plain", "lfm2", "lfm2moe", "granite4h", "qwen3next", "qwen3.5", "qwen3.5moe", "nemotron-h", "nemotron3",
+        "glm4moe", "glm4moe-grouped", "minimax-m2", "hunyuan-moe", "cohere2moe"), {}),
     "nemotron3-latent": {"layers_block_type": ["moe", "linear_attention", "full_attention", "moe", "moe", "linear_attention"]},
     "qwen3": {"attention_bias": False}, "smollm3": {"mlp_bias": False}, **dict.fromkeys(("gemma2", "gemma3"), {"query_pre_attn_scalar": 32}),
     "qwen3moe": {"norm_topk_prob": True}, "phimoe": {"router_jitter_noise": 0.01}, "gpt2-untied": {"activation_function": "gelu_new"}, "gptneox-serial": {"hidden_act": "gelu"},
@@ -175,7 +189,8 @@ CONVERTED = {               # and what one by llama.cpp's converter can say, whi
     **dict.fromkeys((
         "llama2", "llama3.1", "llama3.2", "qwen2.5", "qwen3", "smollm3", "phi3", "phi3-long", "qwen3moe-normed", "gpt-oss", "granite", "granite-moe",
         "granite4", "olmo2", "olmo3", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "gemma4", "gemma4moe", "lfm2", "lfm2moe", "granite4h",
-        "qwen3.5", "qwen3.5moe", "qwen3next", "nemotron3"), {}),
+        "qwen3.5", "qwen3.5moe", "qwen3next", "nemotron3", "glm4moe", "glm4moe-grouped", "minimax-m2", "hunyuan-moe",
+        "cohere2moe"), {}),
     "nemotron3-latent": GGUF_MODELS["nemotron3-latent"] | {"n_group": 1, "topk_group": 1},
     "gpt2": {"n_inner": None}, "cohere": {"vocab_size": 320, "model_max_length": 512}, "cohere2": {"vocab_size": 320, "head_dim": 16},
     "starcoder2": {"sliding_window": 4096}, "starcoder2-plain": {"hidden_act": "gelu_pytorch_tanh", "sliding_window": 4096},
@@ -369,7 +384,8 @@ def apart(state, interleaved):
 
 GGUF_ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss",
                       "qwen2_moe": "qwen2moe", "olmo3": "olmo2", "ministral3": "mistral3", "hunyuan_v1_dense": "hunyuan-dense",
-                      "lfm2_moe": "lfm2moe", "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe", "gemma4_text": "gemma4", "gemma4_unified_text": "gemma4", "gpt_neox": "gptneox", "cohere": "command-r"}
+                      "lfm2_moe": "lfm2moe", "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe", "gemma4_text": "gemma4", "gemma4_unified_text": "gemma4", "gpt_neox": "gptneox", "cohere": "command-r",
+                      "glm4_moe": "glm4moe", "minimax_m2": "minimax-m2", "hunyuan_v1_moe": "hunyuan-moe", "cohere2_moe": "cohere2moe"}
 LAYER_NORMED = "gpt2", "gptneox", "starcoder2", "cohere2", "command-r"
 
 
@@ -494,6 +510,28 @@ def nemotron_named(state, config):
         intermediate_size=[size * (kind in ("mlp", "moe")) for kind in kinds]), numbers
 
 
+SIGMOID_ROUTED = "glm4moe", "minimax-m2"
+
+
+def sigmoid_numbers(config):
+    """The metadata of a model whose router has sigmoids, and of what is dense in it."""
+    found = {"expert_gating_func": 2}
+    for key, theirs in (("n_group", "expert_group_count"), ("topk_group", "expert_group_used_count"), ("n_shared_experts", "expert_shared_count"),
+                        ("first_k_dense_replace", "leading_dense_block_count"), ("routed_scaling_factor", "expert_weights_scale"),
+                        ("norm_topk_prob", "expert_weights_norm")):
+        if hasattr(config, key):
+            found[theirs] = getattr(config, key)
+    return found
+
+
+def north_numbers(config):
+    """The metadata of a North, whose first layers may be dense."""
+    return {"attention.layer_norm_epsilon": config.layer_norm_eps, "logit_scale": config.logit_scale, "expert_gating_func": 2,
+            "feed_forward_length": config.prefix_dense_intermediate_size, "expert_feed_forward_length": config.intermediate_size,
+            "leading_dense_block_count": config.mlp_layer_types.count("dense"), "expert_weights_norm": config.norm_topk_prob,
+            "attention.sliding_window_pattern": [kind == LOCAL for kind in config.layer_types]}
+
+
 def layer_normed(state, config):
     """A state dict of a family with LayerNorms in llama.cpp's form, and its config by llama's names."""
     kind, H = config.model_type, config.num_attention_heads
@@ -536,11 +574,17 @@ def as_gguf(path, model, quantized=False, metadata=None, beside=None):
     if arch == "nemotron_h":
         arch += "_moe" * ("moe" in config.layers_block_type)
         state, config, more = nemotron_named(state, config)
-    names = gguf.get_tensor_name_map({name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[arch], config.num_hidden_layers)
+    named = {"cohere2moe": "qwen3moe"}.get(arch, arch)     # which the package lacks: its tensors are called alike
+    names = gguf.get_tensor_name_map({name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[named], config.num_hidden_layers)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads, eps, width = config.num_key_value_heads, getattr(config, "rms_norm_eps", None) or config.norm_eps, config.intermediate_size
+    heads, eps, width = config.num_key_value_heads, next(getattr(config, key) for key in ("rms_norm_eps", "norm_eps", "layer_norm_eps") if getattr(config, key, None)), config.intermediate_size
     if arch == "lfm2moe":
         state = {name.replace("feed_forward.experts", "mlp.experts").replace("expert_bias", "expert_bias.bias"): tensor for name, tensor in state.items()}
+    if arch == "cohere2moe":
+        more = north_numbers(config)
+    if arch in SIGMOID_ROUTED:
+        state = {name.replace("e_score_correction_bias", "e_score_correction.bias"): tensor for name, tensor in state.items()}
+        more = sigmoid_numbers(config)
     if arch == "granitehybrid":
         heads = [heads * (kind == "full_attention") for kind in config.layer_types]
     if arch.startswith("lfm2"):
@@ -587,6 +631,8 @@ def as_gguf(path, model, quantized=False, metadata=None, beside=None):
                     "residual_scale": config.residual_multiplier, "logit_scale": config.logits_scaling,
                     "rope.scaling.finetuned": arch != "granitehybrid"}
     numbers |= more
+    if arch == "cohere2moe":
+        del numbers["attention.layer_norm_rms_epsilon"]
     if arch == "granitehybrid":
         numbers |= {"ssm.conv_kernel": config.mamba_d_conv, "ssm.state_size": config.mamba_d_state, "ssm.group_count": config.mamba_n_groups,
                     "ssm.inner_size": config.mamba_n_heads * config.mamba_d_head, "ssm.time_step_rank": config.mamba_n_heads}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from chatlm.worker.arrays.kinds import kind_of
 from chatlm.worker.weights import (
-    encoders, gemma4, granite, layernorms, lfm2, nemotron, qwen35, rotary_encoders)
+    encoders, gemma4, granite, layernorms, lfm2, mixtures, nemotron, qwen35, rotary_encoders)
 from chatlm.worker.weights.family import (
     AFTER_ATTENTION, EXPERTS, HEAD_NORMS, QWEN_EXPERTS, SHARED_GATE, Family, Gguf, Header, expert_tensors)
 from chatlm.worker.weights.mxfp4 import Mxfp4
@@ -127,6 +127,15 @@ def rope_of_hunyuan(path: Path, name: str, config: Mapping, rope: dict) -> dict:
     return {"rope_theta": theta * alpha**(size / max(size - 2, 1))}
 
 
+HUNYUAN = Family(
+    "Hunyuan 0.5B to 7B", HUNYUAN_OTHER | {
+        "attention_bias": False, "rms_norm_eps": 1e-5, "norm_type": "rms", "use_qk_norm": True,
+        "use_rotary_pos_emb": True},
+    {"qk_norm": "after_rope", "qk_norm_weights": True}, {
+        f"{part[0]}_norm": (f"model.layers.{{}}.self_attn.{part}_layernorm.weight",)
+        for part in ("query", "key")},
+    gguf=Gguf("hunyuan-dense"), keys={"norm_type": Rule(str, choices=("rms",))},
+    rope_of=rope_of_hunyuan)
 FAMILIES = {  # by config.json's model_type
     "llama": Family("Llama 2 and 3, SmolLM2", {
         "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": None},
@@ -255,15 +264,14 @@ FAMILIES = {  # by config.json's model_type
     "seed_oss": Family("Seed-OSS", {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False,
                                     "head_dim": 128, "residual_dropout": None},
                        gguf=Gguf("seed_oss", names=AFTER_ATTENTION)),
-    "hunyuan_v1_dense": Family(
-        "Hunyuan 0.5B to 7B", HUNYUAN_OTHER | {
-            "attention_bias": False, "rms_norm_eps": 1e-5, "norm_type": "rms", "use_qk_norm": True,
-            "use_rotary_pos_emb": True},
-        {"qk_norm": "after_rope", "qk_norm_weights": True}, {
-            f"{part[0]}_norm": (f"model.layers.{{}}.self_attn.{part}_layernorm.weight",)
-            for part in ("query", "key")},
-        gguf=Gguf("hunyuan-dense"), keys={"norm_type": Rule(str, choices=("rms",))},
-        rope_of=rope_of_hunyuan),
+    "hunyuan_v1_dense": HUNYUAN,
+    "hunyuan_v1_moe": HUNYUAN._replace(
+        title="Hunyuan A13B", config=HUNYUAN.config | mixtures.HUNYUAN_EXPERTS,
+        tensors=HUNYUAN.tensors | mixtures.HUNYUAN_TENSORS, keys={**HUNYUAN.keys, **mixtures.HUNYUAN_KEYS},
+        restated=mixtures.same_in_all_layers, complete=mixtures.hunyuan_shared,
+        aliases={"moe_topk": "num_experts_per_tok"}, gguf=Gguf(
+            "hunyuan-moe", ignored=frozenset({"expert_shared_count"}))),
+    **mixtures.FAMILIES,
     **layernorms.FAMILIES,
     **qwen35.FAMILIES,
     **lfm2.FAMILIES,

@@ -201,6 +201,15 @@ def separate_experts(name: str, tensor: numpy.ndarray) -> dict[str, numpy.ndarra
             for which, all_of in halves for e, one in enumerate(all_of)}
 
 
+def without_draft_heads(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's tensors, less those of layers that only draft: behind the others, with a product of their
+    own of an embedding and a state."""
+    drafts = {match[0] for name in state
+              if (match := re.match(r"(model\.layers|blk)\.\d+\.", name))
+              and name.startswith((f"{match[0]}eh_proj.", f"{match[0]}nextn."))}
+    return {name: tensor for name, tensor in state.items() if not name.startswith(tuple(drafts))}
+
+
 def layers_of_kinds(header: Header, other: str) -> tuple[dict, dict]:
     """`Gguf.layers` of a family in which some layers have the type `other` instead of attention.
 

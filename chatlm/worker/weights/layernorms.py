@@ -1,16 +1,18 @@
-"""Families with LayerNorms: GPT-2, GPT-NeoX and Pythia, StarCoder2, Cohere 1 and 2."""
+"""Families with LayerNorms: GPT-2, GPT-NeoX and Pythia, StarCoder2, Cohere 1 and 2, North."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence as Seq
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
+from chatlm.common.errors import ConfigError, shown
 from chatlm.worker.arrays.kinds import contiguous, kind_of
-from chatlm.worker.weights.family import Family, Gguf, Header
+from chatlm.worker.weights.family import EXPERTS, Family, Gguf, Header, expert_tensors, without_draft_heads
 from chatlm.worker.weights.rules import (
-    MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, ROPE_BASE, Rule)
+    LAYER_TYPES, MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, ROPE_BASE, Rule,
+    checked)
 
 if TYPE_CHECKING:
     import numpy
@@ -124,6 +126,90 @@ COHERE = Family(
         "layer_norm_eps": EPSILON, "logit_scale": Rule(float, 1e-4, 10**6)},
     aliases={"layer_norm_eps": "rms_norm_eps"}, interleaved=True,
     fields_of=lambda path, config: {"logit_scale": config["logit_scale"]}, gguf=gguf("command-r"))
+COHERE2 = COHERE._replace(
+    title="Cohere 2", config=COHERE.config | {
+        "rotary_pct": 1.0, "layer_switch": None, "order_of_interleaved_layers": "local_attn_first",
+        "position_embedding_type": "rope_gptj", "sliding_window": 4096, "layer_types": None,
+        "sliding_window_pattern": 4}, keys={
+            **COHERE.keys, "rotary_pct": Rule(float, 1, 1),
+            "order_of_interleaved_layers": Rule(str, choices=("local_attn_first",)),
+            "position_embedding_type": Rule(str, choices=("rope_gptj",))},
+    has_window=lambda config, layer: (layer + 1) % config["sliding_window_pattern"], gguf=gguf("cohere2"),
+    unrotated=lambda config, windows: {layer for layer, window in enumerate(windows) if not window})
+MOE_TYPES = Rule(str, choices=("dense", "sparse"), many=True)
+
+
+def north_layers(path: Path, raw: Mapping) -> dict:
+    """A config.json in the terms of other families with experts. The first layers may be dense ones."""
+    layers = checked(path, "num_hidden_layers", raw.get("num_hidden_layers"), Rule(int, 1, MOST_LAYERS))
+    first = checked(path, "first_k_dense_replace", raw.get("first_k_dense_replace") or 0,
+                    Rule(int, 0, layers))
+    kinds = raw.get("mlp_layer_types") or ["dense"] * first + ["sparse"] * (layers - first)
+    checked(path, "mlp_layer_types", kinds, MOE_TYPES, layers)
+    dense = [layer for layer, kind in enumerate(kinds) if kind == "dense"]
+    pattern = Rule(int, 1, MOST_LAYERS)
+    before = checked(path, "prefix_dense_sliding_window_pattern",
+                     raw.get("prefix_dense_sliding_window_pattern", 1), pattern)
+    after = checked(path, "sliding_window_pattern", raw.get("sliding_window_pattern", 4), pattern)
+    if raw.get("num_shared_experts"):
+        raise ConfigError(f"{path}: num_shared_experts is {shown(raw['num_shared_experts'])}; it must be 0, "
+                          "because this server cannot average them with the other experts yet")
+    own = ("first_k_dense_replace", "mlp_layer_types", "prefix_dense_intermediate_size", "num_shared_experts",
+           "shared_expert_combination_strategy")
+    width = raw.get("intermediate_size")
+    rms = raw.get("rms_norm_eps")
+    return {key: value for key, value in raw.items() if key not in own} | {
+        "mlp_only_layers": dense, "moe_intermediate_size": width,
+        "intermediate_size": raw.get("prefix_dense_intermediate_size") or width,
+        "layer_types": raw.get("layer_types") or [
+            LAYER_TYPES[(layer + 1 if layer < first else layer + 1 - first)
+                        % (before if layer < first else after) > 0] for layer in range(layers)],
+        "rms_norms": rms is not None,
+        "layer_norm_eps": raw.get("layer_norm_eps", 1e-5) if rms is None else rms}
+
+
+def north_unrotated(config: Mapping, windows: Seq[int]) -> set[int]:
+    """Layers without a window, except dense ones that all lack one."""
+    turned = config["mlp_only_layers"] if config["prefix_dense_sliding_window_pattern"] == 1 else ()
+    return {layer for layer, window in enumerate(windows) if not window and layer not in turned}
+
+
+def north_fields(path: Path, config: Mapping) -> dict:
+    is_sigmoid = config["expert_selection_fn"] == "sigmoid"
+    return {"logit_scale": config["logit_scale"], "layer_norms": not config["rms_norms"],
+            "sigmoid_router": is_sigmoid, "shares_sum_to_one": config["norm_topk_prob"] or not is_sigmoid}
+
+
+def gguf_north(header: Header) -> tuple[dict, dict]:
+    """Files without a gating function have sigmoids, as in llama.cpp."""
+    drafting = header.value("nextn_predict_layers", 0)
+    rms = header.raw("attention.layer_norm_rms_epsilon")
+    if header.value("expert_shared_count", 0):
+        raise ConfigError(f"{header.path}: {header.own}expert_shared_count must be 0, because this server "
+                          "cannot average such experts with the others yet")
+    eps = header.value("attention.layer_norm_epsilon", 1e-5) if rms is None else rms
+    kind = "softmax" if header.value("expert_gating_func", 2) == 1 else "sigmoid"
+    dense = header.value("leading_dense_block_count", 0, low=0)
+    changes = {"attention.layer_norm_rms_epsilon": eps, "nextn_predict_layers": 0,
+               "block_count": header.value("block_count") - drafting}
+    return changes, {"rms_norms": rms is not None, "expert_selection_fn": kind,
+                     "mlp_only_layers": [*range(dense)]}
+
+
+NORTH = COHERE2._replace(
+    title="North", config=COHERE2.config | EXPERTS | {
+        "num_experts": 8, "num_experts_per_tok": 2, "mlp_only_layers": None, "norm_topk_prob": True,
+        "expert_selection_fn": "softmax", "rms_norms": False, "num_dense_layers": 0, "head_dim": 128,
+        "prefix_dense_sliding_window_pattern": 1, "num_nextn_predict_layers": 0},
+    keys={
+        **COHERE2.keys, "expert_selection_fn": Rule(str, choices=("softmax", "sigmoid")),
+        "prefix_dense_sliding_window_pattern": Rule(int, 1, MOST_LAYERS),
+        "num_nextn_predict_layers": Rule(int, 0, 100)},
+    tensors=expert_tensors("experts.{}", "gate"), restated=north_layers, fields_of=north_fields,
+    unrotated=north_unrotated, repack=without_draft_heads, gguf=Gguf(
+        "cohere2moe", layers=gguf_north, repack=without_draft_heads, keys={
+            "attention.layer_norm_epsilon": EPSILON, "expert_gating_func": Rule(int, 1, 2),
+            "expert_weights_norm": Rule(bool), "expert_shared_count": Rule(int, 0, MOST_EXPERTS)}))
 FAMILIES = {
     "gpt2": Family(
         "GPT-2", GPT2, NORMS | BIASES, GPT2_TENSORS, keys=GPT2_KEYS, repack=repack_gpt2, aliases=GPT2_SIZES,
@@ -155,13 +241,5 @@ FAMILIES = {
         aliases={"norm_epsilon": "rms_norm_eps"}, fields_of=fields_of_starcoder2, activations=ACTIVATIONS,
         gguf=gguf("starcoder2", unsaid=lambda config: {"sliding_window": config["sliding_window"] or 4096})),
     "cohere": COHERE,
-    "cohere2": COHERE._replace(
-        title="Cohere 2", config=COHERE.config | {
-            "rotary_pct": 1.0, "layer_switch": None, "order_of_interleaved_layers": "local_attn_first",
-            "position_embedding_type": "rope_gptj", "sliding_window": 4096, "layer_types": None,
-            "sliding_window_pattern": 4}, keys={
-                **COHERE.keys, "rotary_pct": Rule(float, 1, 1),
-                "order_of_interleaved_layers": Rule(str, choices=("local_attn_first",)),
-                "position_embedding_type": Rule(str, choices=("rope_gptj",))},
-        has_window=lambda config, layer: (layer + 1) % config["sliding_window_pattern"], gguf=gguf("cohere2"),
-        unrotated=lambda config, windows: {layer for layer, window in enumerate(windows) if not window})}
+    "cohere2": COHERE2,
+    "cohere2_moe": NORTH}

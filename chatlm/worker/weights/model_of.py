@@ -136,4 +136,5 @@ def router_of(recipe: ModelSpec) -> Router:
     if recipe.router_jitter is not None:
         kind = "jitter"
     return Router(recipe.experts_per_token, kind, recipe.shares_sum_to_one, recipe.router_bias,
-                  recipe.choice_bias, scale=recipe.share_scale, jitter=recipe.router_jitter or 0.0)
+                  recipe.choice_bias, recipe.router_groups, recipe.share_scale,
+                  recipe.router_jitter or 0.0)

@@ -19,7 +19,7 @@ from chatlm.worker.weights.granite import NO_LIMITS
 from chatlm.worker.weights.model_of import mixer_of
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, SHARE_SCALE, Rule, check_divides,
-    checked)
+    checked, router_groups)
 
 if TYPE_CHECKING:
     import numpy
@@ -221,20 +221,6 @@ def mamba2_of(path: Path, config: Mapping) -> Mamba2:
     check_divides(path, "mamba_num_heads", config["mamba_num_heads"], config["n_groups"], "n_groups")
     return Mamba2(config["conv_kernel"], config["mamba_num_heads"], config["mamba_head_dim"],
                   config["ssm_state_size"], config["n_groups"], config["use_conv_bias"], config["use_bias"])
-
-
-def router_groups(path: Path, config: Mapping) -> tuple[int, int]:
-    """How many groups the experts form, and how many of these a token may choose from, checked."""
-    experts = config["num_experts"]
-    count = config["n_group"]
-    kept = config["topk_group"]
-    if count == 1:
-        return 1, 1
-    check_divides(path, "the number of experts", experts, 2 * count if experts < 2 * count else count,
-                  "groups of 2 or more, of which there are n_group")
-    least = -(-config["num_experts_per_tok"] // (experts // count))
-    checked(path, "topk_group", kept, Rule(int, least, count))
-    return count, kept
 
 
 def blocks_of(path: Path, config: Mapping, recipe: ModelSpec) -> tuple[Layer, ...]:

@@ -96,6 +96,7 @@ class ModelSpec:
     router_jitter: float | None = None  # experts and shares are those of `sparse_routes`
     sigmoid_router: bool = False      # shares are the chosen experts' sigmoids, see `sigmoid_routes`
     choice_bias: bool = False         # added when a sigmoid_router chooses, but not in the shares
+    router_groups: tuple[int, int] = (1, 1)  # (groups, from how many of them a sigmoid_router chooses)
     share_scale: float = 1.0          # and multiplies its shares by this
     output_gate: bool = False         # after each head's q, qkv has as many rows for a gate of its output
     sinks: bool = False               # a logit for each query head, which attends to no value

@@ -194,6 +194,20 @@ def check_divides(path: Path, key: str, size: int, divisor: int, of: str = ""):
         raise ConfigError(f"{path}: {key} is {size:,}; it must be a multiple of {divisor:,}{of}")
 
 
+def router_groups(path: Path, config: Mapping) -> tuple[int, int]:
+    """How many groups the experts form, and how many of these a token may choose from, checked."""
+    experts = config["num_experts"]
+    count = config["n_group"]
+    kept = config["topk_group"]
+    if count == 1:
+        return 1, 1
+    check_divides(path, "the number of experts", experts, 2 * count if experts < 2 * count else count,
+                  "groups of 2 or more, of which there are n_group")
+    least = -(-config["num_experts_per_tok"] // (experts // count))
+    checked(path, "topk_group", kept, Rule(int, least, count))
+    return count, kept
+
+
 def check_bytes(path: Path, sizes: Mapping[str, int]):
     """ConfigError if tensors need more bytes than their file has. Tensors may share a file's bytes, but their
     copies would not."""

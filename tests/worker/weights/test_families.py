@@ -105,6 +105,64 @@ def test_cuda_kernels_match_transformers(made, name, request):
     check(answers(steps, cases[1:2], chunk=30, count=12), cases[1:2], count=12)
 
 
+def as_ling(folder):
+    """The folder of a GLM-4.5 as one of Ling 2, which transformers lacks: other names, and q, k and v in one matrix."""
+    config = json.loads((folder / "config.json").read_text())
+    renamed = {"num_experts": config.pop("n_routed_experts"), "num_shared_experts": config.pop("n_shared_experts"), "model_type": "bailing_moe_v2"}
+    heads, gqa = config["num_attention_heads"], config["num_key_value_heads"]
+    published = {"score_function": "sigmoid", "moe_router_enable_expert_bias": True, "use_qkv_bias": config.pop("attention_bias"), "use_bias": False,
+                 "use_rmsnorm": True, "router_dtype": "fp32", "output_dropout": 0.0, "num_nextn_predict_layers": 0}
+    (folder / "config.json").write_text(json.dumps(config | renamed | published))
+    stored, found = load_file(folder / "model.safetensors"), {}
+    assert stored["model.layers.0.self_attn.q_proj.weight"].shape[0] * gqa == stored["model.layers.0.self_attn.k_proj.weight"].shape[0] * heads
+    names = {"self_attn.q_norm": "attention.query_layernorm", "self_attn.k_norm": "attention.key_layernorm", "self_attn.o_proj": "attention.dense",
+             "embed_tokens": "word_embeddings", "gate.e_score_correction_bias": "gate.expert_bias"}
+    for name, tensor in stored.items():
+        for theirs, lings in names.items():
+            name = name.replace(theirs, lings)
+        if ".q_proj." in name:
+            tensor = torch.cat([stored[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
+            name = name.replace("self_attn.q_proj", "attention.query_key_value")
+        if not re.search(r"self_attn\.[kv]_proj", name):
+            found[name] = tensor.contiguous()
+    save_file(found, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ling_2_is_glm_4_5_by_other_names(backend, tmp_path):
+    """A folder of Ling 2 computes what transformers computes of the same GLM-4.5, with groups of experts."""
+    model = make_model("glm4moe", n_routed_experts=12, n_group=4, topk_group=2)
+    as_ling(save(model, tmp_path))
+    ling, cases = load(tmp_path), clear_cases(model)
+    check(answers(transformer(ling, kernels_of(backend, ling.spec)), cases), cases)
+
+
+def test_draft_heads_of_mixtures_are_not_read(tmp_path):
+    """A layer behind the others that only drafts is ignored; one that does not draft is an unknown tensor."""
+    folder = save(make_model("glm4moe"), tmp_path)
+    tensors, layer = load_file(folder / "model.safetensors"), "model.layers.3."
+    draft = {name.replace("model.layers.2.", layer): tensor.clone() for name, tensor in tensors.items() if name.startswith("model.layers.2.")}
+    save_file(tensors | draft | {f"{layer}eh_proj.weight": torch.ones(64, 128), f"{layer}enorm.weight": torch.ones(64)}, folder / "model.safetensors")
+    assert load(folder).spec.layers == 3
+    save_file(tensors | draft, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"model\.layers\.3\."):
+        load(folder)
+
+
+@pytest.mark.parametrize("name, change, words", [
+    ("glm4moe-grouped", {"topk_group": 1}, "topk_group is 1; it must be an integer from 2 to 4"),
+    ("hunyuan-moe", {"moe_topk": [3, 3, 2]}, r"moe_topk is .*; it must be the same in all layers"),
+    ("minimax-m2", {"scoring_func": "softmax"}, "scoring_func is .*softmax.*; it must be one of sigmoid"),
+    ("cohere2moe", {"num_shared_experts": 1}, "num_shared_experts is 1; it must be 0"),
+    ("cohere2moe", {"mlp_layer_types": ["dense", "other"] + ["sparse"] * 4}, "mlp_layer_types")])
+def test_what_mixtures_cannot_be_is_named(name, change, words, tmp_path):
+    folder = save(make_model(name), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ConfigError, match=words):
+        load(folder)
+
+
 def packed_experts(folder):
     return folder, clear_cases(save_packed(folder))
 
