@@ -120,7 +120,7 @@ def test_what_a_config_cannot_say_is_refused(name, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("name", ["granite", "gpt-oss", "qwen3.5", "lfm2"])
-def test_a_family_that_cannot_be_written_is_named_with_those_that_can(name, tmp_path, capfd):
+def test_a_refused_family_is_named_with_those_that_can(name, tmp_path, capfd):
     file = as_gguf(tmp_path / "tiny.gguf", make_model(name))
     line = refused(capfd, file, "-o", tmp_path / "made")
     assert MODELS[name][0] in line and "nanochat's and those of llama, mistral" in line

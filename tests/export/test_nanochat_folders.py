@@ -55,7 +55,7 @@ def test_greedy_tokens_are_upstream_s_with_a_cache_and_without(exported):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_batch_with_padding_on_the_left_answers_as_each_text_alone(exported, attention):
+def test_a_left_padded_batch_answers_as_each_text_alone(exported, attention):
     source, folder = exported
     model = loaded(folder, trust=True)
     model.set_attn_implementation(attention)

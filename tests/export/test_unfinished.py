@@ -146,7 +146,7 @@ def test_a_place_that_cannot_be_is_one_line(output, says, nanochat_fixtures, tmp
     assert says in refused(capfd, nanochat_fixtures / "gen1", "-o", output)
 
 
-def test_a_link_in_the_place_of_the_unfinished_folder_is_not_followed(nanochat_fixtures, tmp_path, capfd):
+def test_a_link_in_the_unfinished_folder_s_place_is_not_followed(nanochat_fixtures, tmp_path, capfd):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "mine").touch()
     (tmp_path / ".made.unfinished").symlink_to("elsewhere")

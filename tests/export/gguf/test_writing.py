@@ -209,7 +209,7 @@ def test_a_model_that_is_written_to_meanwhile_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("change", ("replaced", "removed"))
-def test_a_model_that_is_replaced_or_removed_meanwhile_is_written_as_it_was(change, tmp_path):
+def test_a_model_replaced_meanwhile_is_written_as_it_was(change, tmp_path):
     model = tiny_model(tmp_path / "tiny.gguf")
     export_gguf(source_of(model), tmp_path / "whole.gguf", type="Q8_0")
 

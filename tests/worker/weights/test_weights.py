@@ -930,7 +930,11 @@ def test_tensor_types_and_names_are_the_package_s():
         else:
             assert name not in WITHOUT_VALUES
     architectures = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    newer = {"cohere2moe"}          # than the package gguf, which does not know these architectures yet
     for architecture, family in GGUF_FAMILIES.items():
+        if architecture in newer:
+            assert architecture not in architectures
+            continue
         theirs, row = gguf.get_tensor_name_map(architectures[architecture], 1), FAMILIES[family]
         for ours, names in row.all_tensors.items():
             mapped = [theirs.get_name(name.replace("experts.{}", "experts").format(0), (".weight", ".bias")) for name in names]
