@@ -574,7 +574,7 @@ def as_gguf(path, model, quantized=False, metadata=None, beside=None):
     if arch == "nemotron_h":
         arch += "_moe" * ("moe" in config.layers_block_type)
         state, config, more = nemotron_named(state, config)
-    named = {"cohere2moe": "qwen3moe"}.get(arch, arch)     # which the package lacks: its tensors are called alike
+    named = {"cohere2moe": "llama"}.get(arch, arch)     # which the package lacks: its tensors are called alike
     names = gguf.get_tensor_name_map({name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[named], config.num_hidden_layers)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads, eps, width = config.num_key_value_heads, next(getattr(config, key) for key in ("rms_norm_eps", "norm_eps", "layer_norm_eps") if getattr(config, key, None)), config.intermediate_size
