@@ -204,7 +204,7 @@ NORTH = COHERE2._replace(
     keys={
         **COHERE2.keys, "expert_selection_fn": Rule(str, choices=("softmax", "sigmoid")),
         "prefix_dense_sliding_window_pattern": Rule(int, 1, MOST_LAYERS),
-        "num_nextn_predict_layers": Rule(int, 0, 100)},
+        "num_nextn_predict_layers": Rule(int, 0, 100, optional=True)},
     tensors=expert_tensors("experts.{}", "gate"), restated=north_layers, fields_of=north_fields,
     unrotated=north_unrotated, repack=without_draft_heads, gguf=Gguf(
         "cohere2moe", layers=gguf_north, repack=without_draft_heads, keys={

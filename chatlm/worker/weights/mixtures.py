@@ -18,12 +18,14 @@ SHARED = {"n_shared_experts": 1, "num_shared_experts": 1, "shared_expert_interme
           "moe_shared_expert_intermediate_size": None}
 KEYS = {
     **dict.fromkeys(("n_group", "topk_group"), Rule(int, 1, MOST_EXPERTS)),
-    **dict.fromkeys(("n_routed_experts", "n_shared_experts", "num_shared_experts", "num_shared_expert"),
-                    Rule(int, 0, MOST_EXPERTS)),
+    "n_routed_experts": Rule(int, 0, MOST_EXPERTS),
+    # optional, since other families have these keys without effect
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "num_shared_expert"),
+                    Rule(int, 0, MOST_EXPERTS, optional=True)),
     "moe_shared_expert_intermediate_size": Rule(int, 0, MOST_CHANNELS, optional=True),
     "first_k_dense_replace": Rule(int, 0, MOST_LAYERS), "num_dense_layers": Rule(int, 0, MOST_LAYERS),
     "routed_scaling_factor": SHARE_SCALE, "moe_topk": Rule(int, 1, MOST_EXPERTS),
-    "num_nextn_predict_layers": Rule(int, 0, 100)}
+    "num_nextn_predict_layers": Rule(int, 0, 100, optional=True)}
 DRAFTS = {"num_nextn_predict_layers": 0, "num_mtp_layers": None, "mtp_loss_scaling_factor": None}
 GGUF_KEYS = {"expert_gating_func": Rule(int, 2, 2), "expert_weights_norm": Rule(bool),
              "expert_shared_count": Rule(int, 0, MOST_EXPERTS)}
@@ -44,7 +46,7 @@ def sigmoid_fields(path: Path, config: Mapping) -> dict:
 def shared_width(config: Mapping, count: str) -> dict:
     """How wide the experts are together that all tokens take."""
     width = config.get("moe_shared_expert_intermediate_size") or config["moe_intermediate_size"]
-    return {"shared_expert_intermediate_size": config[count] * (width or 0)}
+    return {"shared_expert_intermediate_size": (config[count] or 0) * (width or 0)}
 
 
 def gguf_layers(header: Header) -> tuple[dict, dict]:
@@ -157,7 +159,8 @@ def same_in_all_layers(path: Path, raw: Mapping) -> dict:
 
 def hunyuan_shared(path: Path, config: Mapping) -> dict:
     """Its shared experts are as wide as the config's feed-forward parts."""
-    return {"shared_expert_intermediate_size": config["intermediate_size"] * config["num_shared_expert"]}
+    count = config["num_shared_expert"] or 0
+    return {"shared_expert_intermediate_size": config["intermediate_size"] * count}
 
 
 HUNYUAN_EXPERTS = EXPERTS | {
