@@ -13,8 +13,9 @@ from chatlm.common.program import in_program, program_root
 from chatlm.common.text.load import open_tokenizer
 from chatlm.export.hub_model import HubModel
 from chatlm.export.safetensors_files import bytes_of, write_weights
-from chatlm.export.tiktoken_json import ASSISTANT_END, CHAT_TEMPLATE, begins_with, tokenizer_json
+from chatlm.export.tiktoken_json import ASSISTANT_END, CHAT_TEMPLATE, tokenizer_json
 from chatlm.export.unfinished import check_room
+from chatlm.worker.weights.pipelines import begins_with
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import TextSpec

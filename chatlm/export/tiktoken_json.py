@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence as Seq
+from collections.abc import Mapping, Sequence as Seq
 from typing import Any
 
 from chatlm.common.errors import ConfigError, shown
-from chatlm.common.text.load import NANOCHAT_CHAT_TOKENS, byte_of_character, open_tokenizer
+from chatlm.common.text.load import NANOCHAT_CHAT_TOKENS, in_characters, open_tokenizer
 from chatlm.common.messages.requests import TextSpec
+from chatlm.worker.weights.pipelines import begins_with, merges_of_ids, special_token
 
 BOS, USER, USER_END, ASSISTANT, ASSISTANT_END = NANOCHAT_CHAT_TOKENS
-CHARACTER_OF = {byte: character for character, byte in byte_of_character().items()}
 
 # nanochat has no role for a system message: it is put before the first message of the user
 CHAT_TEMPLATE = """\
@@ -46,10 +46,11 @@ def tokenizer_json(text: TextSpec) -> bytes:
     """The tokenizer.json of a nanochat TextSpec. ConfigError if some text would have other ids."""
     pattern, ranks, specials = json.loads(text.payload)  # bytes are Latin-1 characters
     by_id = sorted(ranks.items(), key=lambda item: item[1])
-    vocabulary = {in_characters(piece): token for piece, token in by_id}
+    vocabulary = {in_characters(piece.encode("latin-1")): token for piece, token in by_id}
     made: dict[str, Any] = {
         "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [added_token(name, token) for name, token in sorted(specials.items(), key=by_value)],
+        "added_tokens": [special_token(token, name)
+                         for name, token in sorted(specials.items(), key=by_value)],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Removed", "invert": True},
@@ -58,7 +59,7 @@ def tokenizer_json(text: TextSpec) -> bytes:
         "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex":
         False}, "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix":
                   None, "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                  "ignore_merges": True, "vocab": vocabulary, "merges": list(pairs_of(ranks, by_id))}}
+                  "ignore_merges": True, "vocab": vocabulary, "merges": merges_of_ids([*vocabulary])}}
     if not follow_each_other(vocabulary, specials):  # tokenizers numbers added tokens by itself, unless the
         made["model"]["vocab"] = vocabulary | specials  # vocabulary has them
     data = json.dumps(made, ensure_ascii=False).encode()
@@ -70,40 +71,9 @@ def by_value(item: tuple[str, int]) -> int:
     return item[1]
 
 
-def in_characters(piece: str) -> str:
-    """Bytes, given as Latin-1, in GPT-2's alphabet."""
-    return "".join(CHARACTER_OF[ord(byte)] for byte in piece)
-
-
-def pairs_of(ranks: Mapping[str, int], by_id: Seq[tuple[str, int]]) -> Iterator[list[str]]:
-    """All pairs of tokens that together are a token, by the id of that token."""
-    for piece, _ in by_id:
-        for cut in range(1, len(piece)):
-            first = piece[:cut]
-            second = piece[cut:]
-            if first in ranks and second in ranks:
-                yield [in_characters(first), in_characters(second)]
-
-
 def follow_each_other(vocabulary: Mapping[str, int], specials: Mapping[str, int]) -> bool:
     """Are the ids those that tokenizers would give: all tokens, then the special ones?"""
     return [*vocabulary.values(), *sorted(specials.values())] == list(range(len(vocabulary) + len(specials)))
-
-
-def added_token(name: str, token: int) -> dict[str, Any]:
-    return {"id": token, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": False, "special": True}
-
-
-def begins_with(name: str, token: int) -> dict[str, Any]:
-    """A text that is no chat begins with this token, as in nanochat."""
-    first = {"SpecialToken": {"id": name, "type_id": 0}}
-
-    def text(which: str) -> dict[str, Any]:
-        return {"Sequence": {"id": which, "type_id": 0}}
-
-    return {"type": "TemplateProcessing", "single": [first, text("A")], "pair": [first, text("A"), text("B")],
-            "special_tokens": {name: {"id": name, "ids": [token], "tokens": [name]}}}
 
 
 SAMPLES = 2000  # texts of a few random tokens each

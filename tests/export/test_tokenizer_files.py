@@ -12,7 +12,8 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import NANOCHAT_CHAT_TOKENS, open_tokenizer
 from chatlm.export import tiktoken_json
-from chatlm.export.tiktoken_json import CHARACTER_OF, tokenizer_json
+from chatlm.common.text.load import byte_of_character
+from chatlm.export.tiktoken_json import tokenizer_json
 from exported import opened
 from generations import GENERATIONS
 from patching import patch
@@ -40,7 +41,7 @@ def trained():
     made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PATTERN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "chatlm" / "common").rglob("*.py"))]
     made.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=4000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    bytes_of = {character: chr(byte) for byte, character in CHARACTER_OF.items()}
+    bytes_of = {character: chr(byte) for character, byte in byte_of_character().items()}
     ranks = {"".join(map(bytes_of.get, piece)): token for piece, token in made.get_vocab().items()}
     return ranks, {name: len(ranks) + number for number, name in enumerate(NANOCHAT_CHAT_TOKENS)}
 
@@ -86,7 +87,7 @@ def test_a_token_that_no_two_tokens_make_is_found_as_a_word(trained):
 
 def test_other_ids_are_refused_before_anything_is_written(trained, monkeypatch):
     """As if tokenizers joined no pairs."""
-    patch(monkeypatch, tiktoken_json, "pairs_of", lambda *_: iter(()))
+    patch(monkeypatch, tiktoken_json, "merges_of_ids", lambda *_: [])
     with pytest.raises(ConfigError, match="would have other ids than in tiktoken"):
         tokenizer_json(spec_of(*trained))
 

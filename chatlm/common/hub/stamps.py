@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
-from chatlm.common.hub.huggingface import mmproj_for
+from chatlm.common.hub.huggingface import TOKENIZERS, mmproj_for
 from chatlm.common.hub.nanochat import meta_of, nanochat_tokenizers, step_of
 from chatlm.common.hub.trainers import (
     LITGPT_CONFIG, LITGPT_FILE, NANOGPT_FILE, is_build_nanogpt, is_litgpt_folder)
@@ -27,8 +27,7 @@ Stamp = tuple[tuple[str, int, int], ...]
 
 ADAPTER_FILES = "adapter_config.json", "adapter_model.safetensors"  # as peft saves one
 # The files of a model in a Hugging Face folder, apart from its weights and from the trainer's own files.
-HF_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
-            "tokenizer.model", "tekken.json", "tiktoken.model", "qwen.tiktoken",
+HF_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZERS,
             "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
             "chat_template.jinja", "chat_template.json",
             "hf_quant_config.json", "quantize_config.json", "quant_config.json", "preprocessor_config.json",

@@ -120,6 +120,16 @@ def byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
+def in_characters(data: bytes) -> str:
+    """Bytes in GPT-2's alphabet."""
+    return data.decode("latin-1").translate(character_of_byte())
+
+
+@functools.cache
+def character_of_byte() -> dict[int, str]:
+    return {byte: character for character, byte in byte_of_character().items()}
+
+
 MOST_GROWTH = 64  # characters that a normalizer may write for one; Unicode's own forms need 18
 
 

@@ -14,7 +14,12 @@ from chatlm.worker.arrays.gguf_types import TYPES, block_of
 VERSION = 3
 ALIGNMENT = 32
 # the types of values
-U32, I32, F32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
+U32 = 4
+I32 = 5
+F32 = 6
+BOOL = 7
+STRING = 8
+ARRAY = 9
 
 
 class Value(bytes):

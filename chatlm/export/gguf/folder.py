@@ -118,14 +118,14 @@ def array_tensor(name: str, array: numpy.ndarray, order: numpy.ndarray | None = 
     data = array.reshape(-1, sizes[0])
     kind = "F32" if vector else KINDS[kind_of(array)]
 
-    def taken(begin: int, end: int) -> numpy.ndarray:
+    def slice_of(begin: int, end: int) -> numpy.ndarray:
         return data[begin:end] if order is None else data[order[begin:end]]
 
     def rows(begin: int, end: int) -> numpy.ndarray:
-        return floats(taken(begin, end))
+        return floats(slice_of(begin, end))
 
     def raw(begin: int, end: int) -> numpy.ndarray:
-        return numpy.ascontiguousarray(bits_of(taken(begin, end))).view(numpy.uint8)
+        return numpy.ascontiguousarray(bits_of(slice_of(begin, end))).view(numpy.uint8)
 
     return WrittenTensor(Matrix(name, sizes, kind), rows, raw if kind == KINDS[kind_of(array)] else None)
 

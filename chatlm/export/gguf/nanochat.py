@@ -9,7 +9,7 @@ import numpy
 
 from chatlm.common.config import Settings
 from chatlm.common.hub.nanochat import checkpoint_at, meta_of
-from chatlm.common.text.load import byte_of_character
+from chatlm.common.text.load import in_characters
 from chatlm.export.gguf import encoding
 from chatlm.export.gguf.mixes import Matrix, Shape, order_of
 from chatlm.export.gguf.written import Written, WrittenTensor
@@ -94,11 +94,10 @@ def metadata_of(source: ModelSource, architecture: str, config: dict,
 
 def tokenizer_pairs(text: TextSpec, vocab_size: int) -> dict[str, encoding.Value]:
     pattern, ranks, specials = json.loads(text.payload)
-    letters = {byte: letter for letter, byte in byte_of_character().items()}
     tokens = [f"[UNUSED_{token}]" for token in range(vocab_size)]
     types = [UNUSED] * vocab_size
     for piece, token in ranks.items():
-        tokens[token] = "".join(letters[byte] for byte in piece.encode("latin-1"))
+        tokens[token] = in_characters(piece.encode("latin-1"))
         types[token] = NORMAL
     for special, token in specials.items():
         tokens[token] = special
@@ -109,21 +108,20 @@ def tokenizer_pairs(text: TextSpec, vocab_size: int) -> dict[str, encoding.Value
         PATTERN: encoding.of_text(pattern),
         "tokenizer.ggml.tokens": encoding.of_texts(tokens),
         "tokenizer.ggml.token_type": encoding.of_numbers(types),
-        "tokenizer.ggml.merges": encoding.of_texts(merges_of(ranks, letters)),
+        "tokenizer.ggml.merges": encoding.of_texts(merges_of(ranks)),
         "tokenizer.ggml.bos_token_id": encoding.of_number(text.bos_token),
         "tokenizer.ggml.eos_token_id": encoding.of_number(text.eos_token),
         "tokenizer.ggml.add_bos_token": encoding.of_switch(True)}
 
 
-def merges_of(ranks: dict[str, int], letters: dict[int, str]) -> list[str]:
+def merges_of(ranks: dict[str, int]) -> list[str]:
     """The pair of tokens that each token is merged of, by rank, in GPT-2's letters. tiktoken needs none."""
     merges = []
     for piece, rank in sorted(ranks.items(), key=lambda pair: pair[1]):
         if len(piece) > 1:
             parts = parts_below(piece, rank, ranks)
             if len(parts) == 2:
-                spelled = ("".join(letters[ord(letter)] for letter in part) for part in parts)
-                merges.append(" ".join(spelled))
+                merges.append(" ".join(in_characters(part.encode("latin-1")) for part in parts))
     return merges
 
 

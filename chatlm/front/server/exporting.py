@@ -95,9 +95,10 @@ class ExportRoutes:
             words += ["--lora", adapter]
         if settings.softcap is not None:
             words += ["--softcap", str(settings.softcap)]
-        self.process = process = await asyncio.create_subprocess_exec(
+        process = await asyncio.create_subprocess_exec(
             *PROCESS_COMMAND, "export", *words, stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE)
+        self.process = process
         try:
             _, output = await process.communicate()
         finally:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence as Seq
 from typing import Any
 
 from chatlm.common.messages.requests import TextSpec
+from chatlm.worker.weights.pipelines import CONTROL, special_token
 
-CONTROL = 3  # of tokenizer.ggml.token_type
 LONGEST_WORD = 100  # characters; a longer one is unknown
 
 
@@ -53,8 +53,7 @@ def added_tokens(tokens: Seq[str], types: Seq[int]) -> list[dict]:
     added = []
     for token_id, (token, token_type) in enumerate(zip(tokens, types)):
         if token and token_type == CONTROL:
-            added.append({"id": token_id, "content": token, "special": True, "normalized": False,
-                          "single_word": False, "lstrip": False, "rstrip": False})
+            added.append(special_token(token_id, token))
     return added
 
 

@@ -23,7 +23,7 @@ from chatlm.worker.weights.families import FAMILIES
 from chatlm.worker.weights.family import is_one_more
 from chatlm.worker.weights.gguf import gguf_spec, gguf_texts
 from chatlm.worker.weights.gguf_file import ROPE_TENSORS, check_gguf_types, read_gguf
-from chatlm.worker.weights.gguf_tensors import GgufTensors, file_shape, growth
+from chatlm.worker.weights.gguf_tensors import GgufTensors, details_of, file_shape, growth
 from chatlm.worker.weights.lora import FileSlice, fused_slices
 from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.packed_rows import packed_together
@@ -178,14 +178,11 @@ class GgufModel:
 
     def report(self, sources: Sources, tensors: Mapping[str, Unread | MappedRows],
                storage: Storage) -> Report:
-        packed = storage.dtype is None
-        details = ", " + ", ".join(f"{count} {name}" for name, count in self.types.most_common())
-        if packed:
-            details += storage.backend.converted(sources, self.stored)
+        details = details_of(self.types, sources, self.stored, storage)
         down = [packed_together(tensor) for name, tensor in self.stored.items() if ".ffn_down" in name]
         mapped = sources["layer_embed"][1] if "layer_embed" in sources else ()
         read = {name: tensor for name, tensor in self.stored.items() if name not in mapped}
-        return Report(details, max([TILE_ROWS, *down]), growth(tensors, read, packed),
+        return Report(details, max([TILE_ROWS, *down]), growth(tensors, read, storage.dtype is None),
                       own_sampling(self.source.path, self.metadata, "general.sampling."))
 
 

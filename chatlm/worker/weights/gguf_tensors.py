@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence as Seq
 from dataclasses import dataclass, field
 from functools import partial
@@ -146,6 +147,12 @@ def file_bytes(tensors: Seq) -> int:
 
 
 MIXED_BYTES = 0.6  # per weight in a typical Q4_K_M file
+
+
+def details_of(types: Counter[str], sources: Sources, stored: Mapping, storage: Storage) -> str:
+    """How many tensors of each type a file has, and which of `stored` the kernels convert, for the log."""
+    counts = ", " + ", ".join(f"{count} {name}" for name, count in types.most_common())
+    return counts + (storage.backend.converted(sources, stored) if storage.dtype is None else "")
 
 
 def growth(tensors: Mapping[str, Unread | MappedRows], stored: Mapping, packed: bool) -> str:

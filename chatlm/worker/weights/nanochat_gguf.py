@@ -20,7 +20,7 @@ from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import NANOCHAT_CHAT_TOKENS, byte_of_character
 from chatlm.worker.weights.checkpoint_model import CheckpointModel, in_the_same_order, whole_tensors
 from chatlm.worker.weights.gguf_file import check_gguf_types
-from chatlm.worker.weights.gguf_tensors import GgufTensors, file_shape, growth
+from chatlm.worker.weights.gguf_tensors import GgufTensors, details_of, file_shape, growth
 from chatlm.worker.weights.nanochat import (
     GENERATIONS, NANOCHAT_KEYS, NANOCHAT_TENSORS, names_in_adapters, nanochat_spec)
 from chatlm.worker.weights.rules import Rule, check_divides, checked
@@ -112,11 +112,8 @@ class NanochatGguf(CheckpointModel):
 
     def report(self, sources: Sources, tensors: Mapping[str, Unread | MappedRows],
                storage: Storage) -> Report:
-        packed = storage.dtype is None
-        details = ", " + ", ".join(f"{count} {name}" for name, count in self.types.most_common())
-        if packed:
-            details += storage.backend.converted(sources, self.state)
-        return Report(details, grows=growth(tensors, self.state, packed))
+        details = details_of(self.types, sources, self.state, storage)
+        return Report(details, grows=growth(tensors, self.state, storage.dtype is None))
 
 
 def read_nanochat_gguf(source: ModelSource, settings: Settings, metadata: Mapping[str, Any],

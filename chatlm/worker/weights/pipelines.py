@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Iterable, Sequence as Seq, Set
 from typing import Any, TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -64,9 +64,24 @@ def merges_of_scores(tokens: Seq[str], scores: Seq[float], types: Seq[int]) -> l
 def merges_of_ids(tokens: Seq[str]) -> list[tuple[str, str]]:
     """The merges of a vocabulary whose ids are ranks, as tiktoken's are: of two neighbours that are a token
     together, those with the least id merge first."""
-    known = set(tokens)
-    return [(token[:cut], token[cut:]) for token in tokens for cut in range(1, len(token))
-            if token[:cut] in known and token[cut:] in known]
+    return merges_among(tokens, set(tokens))
+
+
+def merges_among(tokens: Iterable[str], known: Set[str]) -> list[tuple[str, str]]:
+    """Each way to make one of these tokens of two known ones, in the order of the tokens."""
+    merges = []
+    for token in tokens:
+        for cut in range(1, len(token)):
+            pair = token[:cut], token[cut:]
+            if pair[0] in known and pair[1] in known:
+                merges.append(pair)
+    return merges
+
+
+def special_token(token_id: int, content: str) -> dict[str, Any]:
+    """A control token as a tokenizer.json lists it."""
+    return {"id": token_id, "content": content, "special": True, "normalized": False, "single_word": False,
+            "lstrip": False, "rstrip": False}
 
 
 def begins_with(name: str, token: int) -> dict[str, Any]:

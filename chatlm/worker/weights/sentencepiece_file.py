@@ -17,7 +17,7 @@ from typing import Any
 from chatlm.common.errors import ConfigError, shown
 from chatlm.common.files import read_small
 from chatlm.worker.weights.pipelines import (
-    BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, begins_with, bpe_pipeline)
+    BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, begins_with, bpe_pipeline, merges_among, special_token)
 
 UNIGRAM = 1
 BPE = 2
@@ -65,8 +65,7 @@ def sentencepiece_json(path: Path, options: Mapping) -> bytes:
     pipeline["pre_tokenizer"] = pre_tokenizer_of(model, options)
     pipeline["decoder"] = decoder_of(model, options)
     pipeline["added_tokens"] = [
-        {"id": token, "content": model.pieces[token], "special": True, "normalized": False,
-         "single_word": False, "lstrip": False, "rstrip": False}
+        special_token(token, model.pieces[token])
         for token in model.of_type(CONTROL, UNKNOWN, UNUSED) if model.pieces[token]]
     if model.bos in model.of_type(CONTROL):
         pipeline["post_processor"] = begins_with(model.pieces[model.bos], model.bos)
@@ -174,13 +173,9 @@ def bpe_parts(model: Model) -> dict[str, Any]:
 def merges_of(model: Model) -> list[tuple[str, str]]:
     """Each way to make a piece of two others; pieces with the best scores come first."""
     normal = model.of_type(NORMAL)
-    known = {model.pieces[token] for token in normal}
-    merges = []
-    for token in sorted(normal, key=lambda token: -model.scores[token]):
-        piece = model.pieces[token]
-        merges += [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))
-                   if piece[:cut] in known and piece[cut:] in known]
-    return merges
+    best_first = sorted(normal, key=lambda token: -model.scores[token])
+    pieces = [model.pieces[token] for token in best_first]
+    return merges_among(pieces, set(pieces))
 
 
 def unigram_parts(model: Model) -> dict[str, Any]:

@@ -14,12 +14,11 @@ from typing import Any
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.common.files import read_small
-from chatlm.common.text.load import byte_of_character
-from chatlm.worker.weights.pipelines import begins_with, byte_level_pipeline, merges_of_ids
+from chatlm.common.text.load import in_characters
+from chatlm.worker.weights.pipelines import begins_with, byte_level_pipeline, merges_of_ids, special_token
 from chatlm.worker.weights.rules import read_json
 from chatlm.worker.weights.splits import KIMI_SPLIT, QWEN2_SPLIT, PreTokenizer
 
-CHARACTER_OF = {byte: character for character, byte in byte_of_character().items()}
 # of tekken.json files up to version 7, which do not list them
 TEKKEN_SPECIALS = (
     "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] "
@@ -103,13 +102,12 @@ def ranked_tokens(path: Path) -> list[bytes]:
 def pipeline_of(path: Path, tokens: Seq[bytes], specials: Seq[str], pre: PreTokenizer,
                 specials_first: bool = False) -> dict[str, Any]:
     """A tokenizer.json of tokens by rank, and of special tokens before or after them."""
-    pieces = ["".join(map(CHARACTER_OF.__getitem__, token)) for token in tokens]
+    pieces = [in_characters(token) for token in tokens]
     everything = [*specials, *pieces] if specials_first else [*pieces, *specials]
     if len(set(everything)) < len(everything):
         raise ConfigError(f"{path}: two of its tokens are the same")
     pipeline = byte_level_pipeline(everything, merges_of_ids(pieces), pre)
     first = 0 if specials_first else len(pieces)
     pipeline["added_tokens"] = [
-        {"id": first + place, "content": name, "special": True, "normalized": False, "single_word": False,
-         "lstrip": False, "rstrip": False} for place, name in enumerate(specials)]
+        special_token(first + place, name) for place, name in enumerate(specials)]
     return pipeline
