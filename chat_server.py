@@ -37,7 +37,8 @@ The rooms, each above those that it may import
           pool/               workers, queue and failover, here and on Ray
           evals/              tasks on disk, and verdicts on a model's answers to them
           admission/          a request becomes prompts that fit; the sandboxes' front end
-          store/ *.py         the database; tasks that are watched; aiohttp at its first use
+          store/              the database
+          tools/ *.py         tool servers; tasks that are watched; aiohttp at its first use
     chatlm/worker/*.py        a worker's first code and its loop; device and memory
           doctor/             `check MODEL`: what is wrong with a model
           engine/             schedule, run, postprocess; KV pages, grammars, drafts, the text of an answer
@@ -175,6 +176,8 @@ from chatlm.front.server.describe import (
     stats_body)
 from chatlm.front.server.downloading import DOWNLOAD_ROUTES, DownloadRoutes
 from chatlm.front.server.exporting import EXPORT_ROUTES, ExportRoutes
+from chatlm.front.server.tooling import TOOL_ROUTES, ToolRoutes
+from chatlm.front.tools.toolbox import Toolbox
 from chatlm.front.server.files import FILE_ROUTES
 from chatlm.front.server.history import History
 from chatlm.front.server.ledger import LEDGER_ROUTES, Ledger, claim_of
@@ -203,7 +206,8 @@ class Front:
 
     Handlers raise errors; the middleware `errors_to_responses` turns them into responses."""
 
-    def __init__(self, catalogue: Catalogue, settings: Settings, store: Store | None = None):
+    def __init__(self, catalogue: Catalogue, settings: Settings, store: Store | None = None,
+                 toolbox: Toolbox | None = None):
         self.catalogue = catalogue
         self.settings = settings
         self.store = store
@@ -218,10 +222,12 @@ class Front:
         self.recordings = Recordings()
         self.downloads = DownloadRoutes(catalogue, self.bodies, self.access)
         self.exports = ExportRoutes(catalogue, self.bodies, self.access)
+        toolbox = toolbox or Toolbox.of(settings)
+        self.tools = ToolRoutes(toolbox, settings, catalogue, self.bodies, self.access)
         self.kept = ResponseKeeper(store, self.bodies, self.owners, settings.keep_days)
         self.metrics: Metrics | None = None
         with suppress(ConfigError):  # prometheus_client is missing: /metrics says so
-            self.metrics = Metrics(catalogue, self.ledger)
+            self.metrics = Metrics(catalogue, self.ledger, toolbox)
         self.answers = Answers(settings, self.owners, self.ledger, self.metrics)
         self.batches = BatchRoutes(store, catalogue, self.bodies, self.owners, self.answers, self.ledger)
         self.kept.removed = self.batches.wake_up
@@ -490,6 +496,7 @@ ROOMS = (
     RoomRoutes(lambda front: front.models, MODEL_ROUTES),
     RoomRoutes(lambda front: front.downloads, DOWNLOAD_ROUTES),
     RoomRoutes(lambda front: front.exports, EXPORT_ROUTES),
+    RoomRoutes(lambda front: front.tools, TOOL_ROUTES),
     RoomRoutes(lambda front: front.runs, RUN_ROUTES),
     RoomRoutes(lambda front: front.bodies, DOCUMENT_ROUTES),
     RoomRoutes(lambda front: front.batches.files, FILE_ROUTES),
@@ -501,16 +508,17 @@ ROOMS = (
 ROUTES = tuple(row for room in ROOMS for row in room.rows)
 
 
-def create_app(catalogue: Catalogue, settings: Settings, store: Store | None = None) -> web.Application:
-    front = Front(catalogue, settings, store)
+def create_app(catalogue: Catalogue, settings: Settings, store: Store | None = None,
+               toolbox: Toolbox | None = None) -> web.Application:
+    front = Front(catalogue, settings, store, toolbox)
     access_log = AccessLog(RouteTable(ROUTES, settings.prefix), front.is_id_in_use, front.metrics)
     errors = partial(errors_to_responses, home=settings.prefix + "/")
     middlewares: list[Any] = [partial(access_log.log), errors, partial(front.access.guard)]
     app = web.Application(middlewares=list(map(web.middleware, middlewares)))
     app.on_response_prepare.append(front.access.set_headers)
-    app.on_startup.extend((front.ledger.open, front.history.open, front.batches.start))
-    closing = (front.history, front.batches, front.recordings, front.downloads, front.exports, front.kept,
-               front.ledger, store)
+    app.on_startup.extend((front.ledger.open, front.history.open, front.batches.start, front.tools.start))
+    closing = (front.history, front.batches, front.recordings, front.downloads, front.exports, front.tools,
+               front.kept, front.ledger, store)
     for part in filter(None, closing):
         app.on_cleanup.append(lambda app, part=part: part.close())
     for room in ROOMS:
@@ -552,6 +560,7 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
     """Listen, load, serve until a signal, drain, and stop. Returns the exit status.
 
     Raises ConfigError if the server cannot start."""
+    toolbox = Toolbox.of(settings)
     with listen_on(settings.host, settings.port) as listener:
         drain, now = stop_signals()
         if settings.serves_many and not catalogue:
@@ -570,7 +579,7 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
             raise
         room = room_for_connections(settings)
         routes = RouteTable(ROUTES, settings.prefix)
-        async with serving(create_app(catalogue, settings, store), listener, room, routes.is_polled):
+        async with serving(create_app(catalogue, settings, store, toolbox), listener, room, routes.is_polled):
             try:
                 if await first_of(catalogue.wait_ready(), drain.wait()) == 0:
                     progress.close()

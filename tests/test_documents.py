@@ -170,12 +170,14 @@ def test_every_route_is_in_the_page_of_apis():
     assert len(examples) > 5 and all(json.loads(body).keys() <= routes[path] for path, body in examples)
     named = set(re.findall(r"\w+", pages["answers"]))
     retrieval = {field.name for field in (*EMBEDDING_FIELDS, *RERANK_FIELDS, *SCORE_FIELDS)} - named
+    of_tools = routes["/v1/tools/call"]
     of_store = {field.name for fields in STORE_FIELDS.values() for field in fields} | {"store"}
     assert {name for path, names in routes.items() if path.startswith(("/chat", "/v1")) for name in names} - named == {
         # refused, or without an effect here
         "best_of", "modalities", "background",
         # on pages of their own
-        *retrieval, *({field.name for field in CONSTRAINT_FIELDS} - named), *(of_store - named)}
+        *retrieval, *({field.name for field in CONSTRAINT_FIELDS} - named), *(of_store - named), *(of_tools - named)}
+    assert of_tools <= {*re.findall(r"\w+", text_of(ROOT / "docs/tools.md"))}
     assert of_store <= {*re.findall(r"\w+", pages["batches-and-kept"])}
     assert retrieval <= {*re.findall(r"\w+", pages["embeddings-and-ranking"])}
     assert {field.name for field in CONSTRAINT_FIELDS} <= {*re.findall(r"\w+", pages["formats"])}

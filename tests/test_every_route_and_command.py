@@ -18,6 +18,7 @@ from importlib.util import find_spec
 import pytest
 
 import chat_server
+import fake_tools
 from chatlm.cli import HELP
 from chatlm.common.config import PROGRAM_COMMANDS
 from chatlm.common.core import decode_core
@@ -146,6 +147,8 @@ def ask_about_models(ask):
     ask("POST", "/models/unload", {"model": default})
     ask("POST", "/models/load", {"model": default})
     ask("GET", "/models/exports")
+    ask("GET", "/v1/tools")
+    assert ask("POST", "/v1/tools/call", {"name": "fake__add", "arguments": {"a": 1, "b": 2}})["text"] == "3"
     ask("POST", "/models/export", {"model": default, "name": "made"})
     ask("GET", "/models/hub")
     ask("GET", "/models/hub/{name:.+}", name="org/small")
@@ -174,7 +177,9 @@ def test_every_route_answers(default_model_path, nanochat_fixtures, tmp_path):
     with fake_hub(org__small={"small.gguf": small}) as hub:
         ours = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "CHAT_SERVER_"))}
         env = ours | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
-        flags = ["--watch", tmp_path / "run", "--database", tmp_path / "kept.db", "--kv-cache-memory", "64M", "--idle-unload", "600",
+        tools = tmp_path / "mcp.json"
+        tools.write_text(json.dumps({"mcpServers": {"fake": {"command": sys.executable, "args": [fake_tools.__file__]}}}))
+        flags = ["--mcp-config", tools, "--watch", tmp_path / "run", "--database", tmp_path / "kept.db", "--kv-cache-memory", "64M", "--idle-unload", "600",
                  "--export-folder", tmp_path / "exports"]
         with server(default_model_path, *flags, env=env, log=log) as (process, url):
             ask = Asking(url)

@@ -501,7 +501,7 @@ class Settings:
         "see it in `ps`, so prefer CHAT_SERVER_API_KEY or --api-key-file", many=True)
     api_key_file: str | None = flag(None, file_name,
         "file with more keys, one per line: `name: key` or `key`, then fields (`models=`, `tokens-per-day=`, "
-        "`over-budget=`, `role=`)", "serve")
+        "`over-budget=`, `role=`, `tools=`)", "serve")
     allowed_host: tuple[str, ...] = flag((), str.lower,
         "host name of this server; may repeat. Its pages may use the server, and requests for other "
         "names are refused (addresses and names without a dot only if --host is loopback)",
@@ -517,6 +517,17 @@ class Settings:
     share_prefixes: bool = flag(False, None,
         "let API keys share cached prompt prefixes. Then the holder of one key may detect what another "
         "asked (without keys, everybody shares)", "serve")
+
+    mcp_config: str | None = flag(None, file_name,
+        "JSON file with the tool servers (Model Context Protocol) that may run here, as Claude, Cursor, VS "
+        "Code and LM Studio write it: `mcpServers`", "serve chat", heading="Tools")
+    tool_rounds: int = flag(8, number(int, 1, 100),
+        "most rounds of tool calls before the model must answer without tools", "serve chat")
+    tool_timeout: float = flag(60.0, number(float, 0.1, 3600),
+        "seconds that a call of a tool may take", "serve chat")
+    tool_result: int = flag(16_384, number(int, 256, 1 << 20),
+        "most characters of a tool's result that the model reads; the middle of longer ones is cut",
+        "serve chat")
 
     max_queue: int = flag(256, number(int, 0),
         "most requests that may wait in the whole server; others get 429", "serve", heading="Operation")
@@ -558,6 +569,7 @@ class ApiKey(NamedTuple):
     tokens_per_day: int | None = None  # of prompts and answers; then its requests wait in the background,
     refused: bool = False              # or are refused
     role: str = ""                     # "admin": sees what all keys use, and may load and unload models
+    tools: tuple[str, ...] = ()        # tool servers, or SERVER.TOOL, that it may use; "*": all
 
     @classmethod
     def hashed(cls, key: str, name: str, models: tuple[str, ...] = (), **more: Any) -> ApiKey:
@@ -568,18 +580,20 @@ class ApiKey(NamedTuple):
         return self.role == "admin"
 
 
-def key_models(text: str) -> tuple[str, ...]:
+def words_between_commas(text: str) -> tuple[str, ...]:
     return tuple(filter(None, map(str.strip, text.split(","))))
 
 
 # A field of a line of --api-key-file -> what it becomes in ApiKey, how it is read, and what it may be
 KEY_FIELDS: dict[str, tuple[str, Callable[[str], Any], str]] = {
-    "models": ("models", key_models, "names of models with commas between them"),
+    "models": ("models", words_between_commas, "names of models with commas between them"),
     "tokens-per-day": (
         "tokens_per_day", lambda text: int(text) if re.fullmatch("[0-9]{1,15}", text) else None,
         "a whole number"),
     "over-budget": ("refused", {"refuse": True, "background": False}.get, "refuse or background"),
-    "role": ("role", {"admin": "admin"}.get, "admin")}
+    "role": ("role", {"admin": "admin"}.get, "admin"),
+    "tools": ("tools", words_between_commas,
+              "* for all tools, or names of tool servers or SERVER.TOOL with commas between them")}
 
 
 def read_key_line(line: str, place: str, number: int) -> ApiKey:

@@ -65,7 +65,7 @@ PATHS = {
     "run_log": ["serve", "--watch=/nowhere", "--run-log=*"],
     "watch_suite": ["serve", "--watch=/nowhere", "--watch-suite=*"], "watch_prompts": ["serve", "--watch=/nowhere", "--watch-prompts=*"],
     "mmproj": ["serve", "gpt2", "--mmproj=*"], "against": ["check", "gpt2", "--against=*"], "texts": ["embed", "gpt2", "*"], "output": ["embed", "gpt2", "/nowhere", "--output=*"],
-    "export_folder": ["serve", "gpt2", "--export-folder=*"], "imatrix": ["quantize", "gpt2", "-o", "made.gguf", "--imatrix=*"],
+    "mcp_config": ["serve", "gpt2", "--mcp-config=*"], "export_folder": ["serve", "gpt2", "--export-folder=*"], "imatrix": ["quantize", "gpt2", "-o", "made.gguf", "--imatrix=*"],
     "MODEL": ["generate", "*", "-p", "x"], "MODELs": ["score", "*", "*", "--text=/nowhere"], "bundle": ["bundle", "*"], "store": ["store", "*"]}
 OTHERS = {"type", "prompt_name", "served_model_name", "ray_address", "reasoning_budget_message", "system", "prompt", "url", "host", "prefix", "api_key", "allowed_host", "cors_origin"}
 

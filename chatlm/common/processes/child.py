@@ -36,6 +36,7 @@ ROLES = {
     "check": "chatlm.worker.model.kernels:check_main",
     "quantize": "chatlm.export.gguf.roles:quantize_role",
     "imatrix": "chatlm.export.gguf.roles:imatrix_role",
+    "guard": "chatlm.front.tools.guard:guard_main",
 }
 
 

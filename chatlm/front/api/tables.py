@@ -472,6 +472,11 @@ HUB_FIELDS: dict[str, tuple[Field, ...]] = {  # likewise for routes about models
     "/models/cancel": (HUB_NAME,), "/models/delete": (HUB_NAME,),
     "/models/export": (Field("model", TEXT, "a served model", required=True),
                        Field("name", TEXT, "of the new folder in that of --export-folder", required=True)),
+    "/v1/tools/call": (
+        Field("name", TEXT, "of a tool, as in GET /v1/tools", required=True),
+        Field("arguments", OBJECT, "an object, as the tool's parameters say", required=True),
+        Field("digest", TEXT, "of the tool, as it was when a person approved of it: with another one, 409"),
+        Field("stream", SWITCH, "server-sent events: the progress, and at the end the result")),
     "/api/pull": (*EITHER_NAME, Field("stream", SWITCH, "one JSON object per line (the default); false: one "
                                       "object, once it has ended"),
                   Field("insecure", SWITCH, "has no effect: HF_ENDPOINT names the hub")),

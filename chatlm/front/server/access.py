@@ -11,7 +11,7 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence as Seq
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -55,6 +55,7 @@ class Access:
         if keys:
             record.bound = keys[0].models
             record.role = keys[0].role
+            record.tools = keys[0].tools
             return keys[0].name
         if self.settings.keys and not record.route.open:
             raise key_unknown() if key else key_needed()
@@ -72,10 +73,26 @@ class Access:
         if self.settings.keys and REQUEST_LOG.get().bound:
             raise RequestError(f"an API key that is limited to some models may not {act}",
                                status=403, code="key_bound_to_models")
-        forwarded = any(name in http.headers for name in ("X-Forwarded-For", "Forwarded", "X-Real-IP"))
-        if not self.settings.keys and (network_of(http.remote or "::1") or forwarded):
+        if not self.settings.keys and not is_from_here(http):
             raise RequestError(f"without API keys, only this machine may {act} (--api-key-file)", status=403,
                                code="not_local")
+
+    def usable_tools(self, http: web.Request) -> Seq[str]:
+        """The tools that this client may use: names of tool servers, SERVER.TOOL, or "*" for all.
+
+        A key has those of its field tools=. Without keys, only this machine may use tools, and of pages only
+        the server's own: --cors-origin does not count, since tools act on this machine."""
+        if self.settings.keys:
+            return REQUEST_LOG.get().tools
+        origin = http.headers.get("Origin")
+        site = http.headers.get("Sec-Fetch-Site", "none")
+        if origin is not None and not self.is_own(http, origin) or site not in ("none", "same-origin"):
+            raise RequestError("pages of another origin may not use tools of a server without API keys",
+                               status=403, code="origin_not_allowed")
+        if not is_from_here(http):
+            raise RequestError("without API keys, only this machine may use tools (--api-key-file)",
+                               status=403, code="not_local")
+        return ("*",)
 
     def check_host(self, http: web.Request):
         """Check the Host header, because a foreign page can make its own name resolve to this server's
@@ -245,6 +262,12 @@ def network_of(address: str) -> str:
     if ip.is_loopback:
         return ""
     return str(ip if ip.version == 4 else ipaddress.ip_network((ip, 64), strict=False))
+
+
+def is_from_here(http: web.Request) -> bool:
+    """Whether a program of this machine asks, and not as a proxy for others."""
+    forwarded = any(name in http.headers for name in ("X-Forwarded-For", "Forwarded", "X-Real-IP"))
+    return not forwarded and not network_of(http.remote or "::1")
 
 
 def client_at(address: str | None) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import Event
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.server.ledger import Ledger
+    from chatlm.front.tools.toolbox import Toolbox
 
 
 def metrics_response(metrics: Metrics | None) -> web.Response:
@@ -31,10 +32,11 @@ class Metrics:
     SECONDS = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
     REASONS = ("stop", "length", "cancelled", "refused", "error")
 
-    def __init__(self, catalogue: Catalogue, ledger: Ledger):
+    def __init__(self, catalogue: Catalogue, ledger: Ledger, toolbox: Toolbox):
         self.catalogue = catalogue
         self.library = require_library("prometheus_client", "/metrics")
         self.ledger = ledger
+        self.toolbox = toolbox
         self.library.disable_created_metrics()  # else each counter also exports its start time
         self.registry = self.library.CollectorRegistry()
         self.registry.register(self)
@@ -99,6 +101,21 @@ class Metrics:
                                          prefixes.get("memory_bytes", 0))
         gauge = families.GaugeMetricFamily
         counter = families.CounterMetricFamily
+        calls = counter("chat_server_tool_calls", "calls of tools by how they ended",
+                        labels=["server", "outcome"])
+        for (label, outcome), number in self.toolbox.outcomes.items():
+            calls.add_metric([label, outcome], number)
+        yield calls
+        seconds = counter("chat_server_tool_seconds", "seconds that calls of tools took", labels=["server"])
+        for label, number in self.toolbox.seconds.items():
+            seconds.add_metric([label], number)
+        yield seconds
+        restarts = counter("chat_server_tool_server_restarts", "restarts of tool servers", labels=["server"])
+        for server in self.toolbox.servers:
+            restarts.add_metric([server.config.label], server.restarts)
+        yield restarts
+        yield gauge("chat_server_tool_calls_running", "calls of tools that run now",
+                    self.toolbox.limits.running.total())
         scores = gauge("chat_server_bits_per_byte", "how well a checkpoint predicts --watch-text",
                        labels=["model"])
         for name, value in stats.get("bits_per_byte", {}).items():

@@ -100,6 +100,7 @@ class RequestLog:
     counts: dict = field(default_factory=dict)  # goes into its JSON form
     bound: tuple[str, ...] = ()  # models that its API key is limited to; () = all
     role: str = ""               # of that key
+    tools: tuple[str, ...] = ()  # tool servers, or SERVER.TOOL, that it may use; "*": all
 
 
 REQUEST_LOG: contextvars.ContextVar[RequestLog] = contextvars.ContextVar("REQUEST_LOG")  # of this task

@@ -1,0 +1,184 @@
+"""The routes of tools that run here: what there is, and calling one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, TYPE_CHECKING
+
+from chatlm.common.errors import RequestError, bad_value, printable
+from chatlm.common.messages.requests import AnswerParams
+from chatlm.front.aio import end_tasks
+from chatlm.front.api.call_grammars import call_grammar
+from chatlm.front.api.encode import frame
+from chatlm.front.api.field_types import TEXT
+from chatlm.front.api.fields import A_TEXT, Field, list_schema, object_schema
+from chatlm.front.lazy import web
+from chatlm.front.server.responses import REQUEST_LOG, json_response
+from chatlm.front.server.routes import Api, Route
+from chatlm.front.server.streams import EventStream
+from chatlm.front.tools.toolbox import OfferedTool, Toolbox
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.front.pool.catalogue import Catalogue
+    from chatlm.front.pool.pool import WorkerPool
+    from chatlm.front.server.access import Access
+    from chatlm.front.server.bodies import Bodies
+    from chatlm.front.tools.results import ToolResult
+
+KNOWN_SCHEMAS = 4096  # whose enforcement is remembered
+
+
+class ToolRoutes:
+    """The handlers. Whoever posts a call has approved of it."""
+
+    def __init__(self, toolbox: Toolbox, settings: Settings, catalogue: Catalogue, bodies: Bodies,
+                 access: Access):
+        self.toolbox = toolbox
+        self.settings = settings
+        self.catalogue = catalogue
+        self.bodies = bodies
+        self.access = access
+        # why a tool's parameters can't be enforced ("": they are), by digest and format of calls
+        self.unenforced: OrderedDict[tuple[str, str], str] = OrderedDict()
+
+    async def start(self, app: object):
+        self.toolbox.start()
+
+    async def close(self):
+        await self.toolbox.close()
+
+    async def handle_list(self, http: web.Request) -> web.Response:
+        """GET /v1/tools: the tools that this client may use, and the state of their servers."""
+        patterns = self.access.usable_tools(http)
+        pool = self._pool(http.query.get("model", ""))
+        await self.toolbox.refresh()
+        tools = [tool for tool in self.toolbox.offered().values() if is_usable(tool, patterns)]
+        described = [self._described(tool, await self._why_unenforced(tool, pool)) for tool in tools]
+        servers = [{"label": server.config.label, "state": server.state.value, "reason": server.reason}
+                   for server in self.toolbox.servers if may_see(server.config.label, patterns)]
+        return json_response({"object": "list", "data": described, "servers": servers,
+                              "rounds": self.settings.tool_rounds})
+
+    def _described(self, offered: OfferedTool, why_unenforced: str) -> dict[str, Any]:
+        return {**offered.function, "object": "tool", "server": offered.label, "tool": offered.tool.name,
+                "title": offered.tool.title, "annotations": offered.tool.annotations,
+                "enforced": why_unenforced or True, "ask": offered.ask, "digest": offered.digest}
+
+    def _pool(self, model: str) -> WorkerPool | None:
+        """The workers of the model whose calls will be enforced; None if it is not loaded."""
+        served = self.catalogue.find(model, REQUEST_LOG.get().bound)
+        return served.model.pool
+
+    async def _why_unenforced(self, offered: OfferedTool, pool: WorkerPool | None) -> str:
+        """Why a model's calls of this tool can't be held to its parameters; "" if they can."""
+        tokenizer = pool.tokenizer if pool else None
+        if pool is None or tokenizer is None:
+            return "the model is not loaded"
+        if tokenizer.tool_format is None:
+            return "the model can't call tools"
+        key = (offered.digest, tokenizer.tool_format)
+        if key not in self.unenforced:
+            self.unenforced[key] = await self._schema_fault(offered, tokenizer.tool_format, pool)
+            if len(self.unenforced) > KNOWN_SCHEMAS:
+                self.unenforced.popitem(last=False)
+        return self.unenforced[key]
+
+    async def _schema_fault(self, offered: OfferedTool, tool_format: str, pool: WorkerPool) -> str:
+        try:
+            grammar = await asyncio.to_thread(call_grammar, offered.function, tool_format)
+            params = AnswerParams(call_grammars=(grammar,), grammar_param="tools")
+            await pool.admission.check_grammar(params, "", "")
+        except RequestError as error:
+            return printable(str(error))
+        return ""
+
+    async def handle_call(self, http: web.Request) -> web.StreamResponse:
+        """POST /v1/tools/call: call a tool. If the client leaves, the call is cancelled."""
+        patterns = self.access.usable_tools(http)
+        values = await self.bodies.small(http)
+        offered = self._find(values["name"], patterns)
+        if values.get("digest", offered.digest) != offered.digest:
+            raise RequestError(f"the tool {offered.name} is not what it was when it was approved: its server "
+                               "describes it differently now", status=409, code="tool_changed",
+                               param="digest")
+        client = REQUEST_LOG.get().client
+        if values.get("stream"):
+            return await self._stream(http, offered, values["arguments"], client)
+        result = await self.toolbox.call(offered, values["arguments"], client)
+        REQUEST_LOG.get().note = offered.name
+        return json_response(result_body(result))
+
+    def _find(self, name: str, patterns: Mapping | Any) -> OfferedTool:
+        if not self.toolbox:
+            raise RequestError("the server was started without --mcp-config, so it has no tools", status=403,
+                               code="not_available")
+        offered = self.toolbox.offered()
+        usable = [tool for tool in offered.values() if is_usable(tool, patterns)]
+        if name in offered and offered[name] in usable:
+            return offered[name]
+        if name in offered:
+            raise RequestError(f"this API key may not use the tool {name} (tools= in --api-key-file)",
+                               status=403, code="tool_not_allowed", param="name")
+        raise bad_value("name", name, ", ".join(tool.name for tool in usable) or "nothing: no tool is ready")
+
+    async def _stream(self, http: web.Request, offered: OfferedTool, arguments: Mapping[str, Any],
+                      client: str) -> web.StreamResponse:
+        async with EventStream(http, REQUEST_LOG.get().id) as stream:
+            async for event in self._events(offered, arguments, client):
+                await stream.send(frame(event))
+        return stream.response
+
+    async def _events(self, offered: OfferedTool, arguments: Mapping[str, Any],
+                      client: str) -> AsyncIterator[dict[str, Any]]:
+        """The progress that the tool reports, the newest only, and at last its result."""
+        news = asyncio.Event()
+        latest: dict[str, Any] = {}
+
+        def report(progress: float, total: float | None, text: str):
+            latest.update(type="progress", progress=progress, total=total, message=text)
+            news.set()
+
+        call = asyncio.ensure_future(self.toolbox.call(offered, arguments, client, report))
+        try:
+            while not call.done():
+                waiting = asyncio.ensure_future(news.wait())
+                await asyncio.wait((call, waiting), return_when=asyncio.FIRST_COMPLETED)
+                await end_tasks([waiting])
+                if news.is_set():
+                    news.clear()
+                    yield dict(latest)
+            yield {"type": "result", **result_body(call.result())}
+        finally:
+            await end_tasks([call])
+
+
+def result_body(result: ToolResult) -> dict[str, Any]:
+    return {"text": result.text, "is_error": result.is_error, "cut": result.cut, "ms": result.ms,
+            "images": [{"mime_type": picture.mime_type, "data": picture.data} for picture in result.pictures]}
+
+
+def is_usable(offered: OfferedTool, patterns: Any) -> bool:
+    return bool({"*", offered.label, f"{offered.label}.{offered.tool.name}"} & {*patterns})
+
+
+def may_see(label: str, patterns: Any) -> bool:
+    """Whether a client may use any tool of a server."""
+    return "*" in patterns or any(pattern == label or pattern.startswith(f"{label}.") for pattern in patterns)
+
+
+MODEL = Field("model", TEXT, "whose format of calls decides which parameters can be enforced")
+A_TOOL = object_schema(
+    ["name", "server", "tool", "digest"], name=A_TEXT, server=A_TEXT, tool=A_TEXT, description=A_TEXT,
+    parameters={"type": "object"}, annotations={"type": "object"}, digest=A_TEXT,
+    enforced={"description": "true, or why calls can't be held to the parameters"},
+    ask={"type": "boolean", "description": "whether a person should approve of each call"})
+A_LIST = object_schema(["data", "servers"], data=list_schema(A_TOOL), servers=list_schema(
+    object_schema(["label", "state"], label=A_TEXT, state=A_TEXT, reason=A_TEXT)))
+TOOL_ROUTES: tuple[Route[ToolRoutes], ...] = (
+    Route("GET", "/v1/tools", Api.OPENAI, ToolRoutes.handle_list,
+          "the tools of --mcp-config that this client may use", query=(MODEL,), returns=A_LIST),
+    Route("POST", "/v1/tools/call", Api.OPENAI, ToolRoutes.handle_call, "call one of these tools"),
+)

@@ -1,0 +1,279 @@
+"""The Model Context Protocol over a transport: finding the revision, listing tools, calling them.
+
+Revision 2026-07-28 has neither sessions nor a handshake; each request carries the revision in `_meta`. Older
+revisions, here called legacy, begin with `initialize`."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from chatlm import __version__
+from chatlm.front.aio import supervised
+from chatlm.front.tools.http import HttpRefusal, SessionLost, header_value
+from chatlm.front.tools.results import ToolResult, result_of_call
+from chatlm.front.tools.transport import Message, Refusal, ServerGone, ToolError, Transport
+
+MODERN = "2026-07-28"
+LEGACY = "2025-11-25"  # the newest with a handshake; a server names an older one if it has only that
+UNSUPPORTED_VERSION = -32022
+ERRORS_OF_MODERN = (-32020, -32021, UNSUPPORTED_VERSION)
+METHOD_NOT_FOUND = -32601
+PREFIX = "io.modelcontextprotocol/"
+ABOUT_US = {"name": "chat_server", "version": __version__}
+PROBE_S = 5.0   # a program that knows only legacy may answer nothing at all
+PAGES = 100     # of tools/list
+TOOLS = 1_000   # of one server
+NAME_CHARACTERS = 200
+# A progress report: how far, of how much (None: unknown), and a text
+Report = Callable[[float, "float | None", str], None]
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A tool as its server describes it."""
+
+    name: str
+    title: str = ""
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    annotations: Mapping[str, Any] = field(default_factory=dict)
+
+    def hint(self, name: str, default: bool) -> bool:
+        """An annotation, with the default that the protocol gives it."""
+        value = self.annotations.get(name)
+        return value if type(value) is bool else default
+
+    @property
+    def only_reads(self) -> bool:
+        return self.hint("readOnlyHint", False)
+
+    @property
+    def may_repeat(self) -> bool:
+        """Whether it does no harm to call it again if nobody knows whether the first call was carried out."""
+        return self.only_reads or self.hint("idempotentHint", False)
+
+
+class ToolClient:
+    """One open connection to a tool server."""
+
+    def __init__(self):
+        self.transport: Transport | None = None
+        self.is_modern = False
+        self.ids = itertools.count(1)
+        self.reports: dict[int, Report] = {}  # by progress token, which is the id of the request
+        self.listed_again = asyncio.Event()   # set when the server says that its tools have changed
+        self.answers: set[asyncio.Task] = set()
+
+    async def open(self, transport: Transport, timeout_s: float, try_modern: bool = True):
+        """Find out which revision the server speaks, and greet it if that is a legacy one.
+
+        try_modern: False if it is known to be a legacy one, which may not even answer the question."""
+        self.transport = transport
+        if try_modern:
+            await self._discover(timeout_s)
+        if not self.is_modern:
+            transport.speak("", False)
+            await self._greet(timeout_s)
+
+    async def _discover(self, timeout_s: float):
+        """Ask whether the server speaks the modern revision. Any error but the modern ones means no."""
+        assert self.transport
+        self.transport.speak(MODERN, True)
+        try:
+            found = await self._request("server/discover", {}, min(PROBE_S, timeout_s), modern=True)
+            versions = found.get("supportedVersions") if isinstance(found, dict) else None
+            self.is_modern = isinstance(versions, list) and MODERN in versions
+        except Refusal as error:
+            if error.code == UNSUPPORTED_VERSION:
+                data = error.data if isinstance(error.data, dict) else {}
+                self.is_modern = MODERN in (data.get("supported") or ())
+            elif error.code in ERRORS_OF_MODERN:
+                raise
+        except HttpRefusal as error:
+            if error.status >= 500:
+                raise
+        except (asyncio.TimeoutError, SessionLost):
+            pass
+
+    async def _greet(self, timeout_s: float):
+        """The handshake of legacy revisions."""
+        assert self.transport
+        greeting = {"protocolVersion": LEGACY, "capabilities": {}, "clientInfo": ABOUT_US}
+        found = await self._request("initialize", greeting, timeout_s)
+        version = found.get("protocolVersion") if isinstance(found, dict) else None
+        if not isinstance(version, str) or not re.fullmatch(r"\d{4}-\d\d-\d\d", version):
+            raise ToolError("its answer to initialize names no revision of the protocol")
+        self.transport.speak(version, False)
+        await self.transport.send({"jsonrpc": "2.0", "method": "notifications/initialized"})
+
+    async def list_tools(self, timeout_s: float) -> tuple[list[Tool], float]:
+        """All tools, and for how many seconds the list stays valid (0: the server does not say).
+
+        Of two tools with one name the first counts. Raises ToolError for lists that don't end."""
+        self.listed_again.clear()
+        tools: dict[str, Tool] = {}
+        cursor = None
+        cursors: set[str] = set()
+        ttl_s = 0.0
+        for _ in range(PAGES):
+            page = await self._request("tools/list", {"cursor": cursor} if cursor else {}, timeout_s)
+            if not isinstance(page, dict) or not isinstance(page.get("tools"), list):
+                raise ToolError("its answer to tools/list has no list of tools")
+            for described in page["tools"]:
+                tool = read_tool(described)
+                if tool:
+                    tools.setdefault(tool.name, tool)
+            if len(tools) > TOOLS:
+                raise ToolError(f"it has more than {TOOLS:,} tools")
+            ttl = page.get("ttlMs")
+            ttl_s = max(ttl, 0) / 1000 if isinstance(ttl, (int, float)) else 0.0
+            cursor = page.get("nextCursor")
+            if not cursor:
+                return [*tools.values()], ttl_s
+            if not isinstance(cursor, str) or cursor in cursors:
+                raise ToolError("its list of tools has no end: a cursor came twice")
+            cursors.add(cursor)
+        raise ToolError(f"its list of tools has more than {PAGES} pages")
+
+    async def call(self, tool: Tool, arguments: Mapping[str, Any], timeout_s: float,
+                   report: Report | None = None) -> ToolResult:
+        """Call a tool. An error that the server reports is a result too: the model reads it.
+
+        Raises ToolError if there is no result, also after `timeout_s`, which progress does not extend. If the
+        caller is cancelled, the server is told so."""
+        headers = parameter_headers(tool.parameters, arguments) if self.is_modern else {}
+        params = {"name": tool.name, "arguments": dict(arguments)}
+        try:
+            found = await self._request("tools/call", params, timeout_s, report, headers=headers)
+        except Refusal as error:
+            return ToolResult(str(error), is_error=True)
+        except asyncio.TimeoutError:
+            raise ToolError(f"no answer within {timeout_s:g} s", unknown_outcome=True) from None
+        return result_of_call(found)
+
+    async def _request(self, method: str, params: Mapping[str, Any], timeout_s: float,
+                       report: Report | None = None, modern: bool | None = None,
+                       headers: Mapping[str, str] | None = None) -> Any:
+        """The result of a request. modern: whether it has this revision's _meta; None: as found out."""
+        assert self.transport
+        number = next(self.ids)
+        meta: dict[str, Any] = {}
+        if self.is_modern if modern is None else modern:
+            meta = {f"{PREFIX}protocolVersion": MODERN, f"{PREFIX}clientInfo": ABOUT_US,
+                    f"{PREFIX}clientCapabilities": {}}
+        if report:
+            meta["progressToken"] = number
+            self.reports[number] = report
+        params = {**params, **({"_meta": meta} if meta else {})}
+        message = {"jsonrpc": "2.0", "id": number, "method": method, "params": params}
+        try:
+            return await asyncio.wait_for(self.transport.request(message, headers or {}), timeout_s)
+        except (asyncio.TimeoutError, asyncio.CancelledError):
+            if method == "tools/call":
+                self._later({"jsonrpc": "2.0", "method": "notifications/cancelled",
+                             "params": {"requestId": number}})
+            raise
+        finally:
+            self.reports.pop(number, None)
+
+    def hear(self, message: Message):
+        """A message of the server that is not a response."""
+        method = message.get("method")
+        params = message.get("params")
+        params = params if isinstance(params, dict) else {}
+        number = message.get("id")
+        if number is not None:  # a request: we have declared no capability, so only ping is answered
+            answer: Message = {"jsonrpc": "2.0", "id": number}
+            if method == "ping":
+                answer["result"] = {}
+            else:
+                answer["error"] = {"code": METHOD_NOT_FOUND, "message": "this client offers nothing"}
+            self._later(answer)
+        elif method == "notifications/progress":
+            self._report(params)
+        elif method == "notifications/tools/list_changed":
+            self.listed_again.set()
+
+    def _report(self, params: Mapping[str, Any]):
+        token = params.get("progressToken")
+        report = self.reports.get(token) if type(token) is int else None
+        progress = params.get("progress")
+        if report and isinstance(progress, (int, float)):
+            total = params.get("total")
+            text = params.get("message")
+            report(progress, total if type(total) in (int, float) else None,
+                   text[:500] if isinstance(text, str) else "")
+
+    def _later(self, message: Message):
+        """Send without waiting; a server that has gone needs no answer. Too many waiting answers are
+        dropped: a server may flood us with requests."""
+        if len(self.answers) >= 100:
+            return
+        task = asyncio.ensure_future(supervised("answering a tool server",
+                                                partial(self._send_if_open, message)))
+        self.answers.add(task)
+        task.add_done_callback(self.answers.discard)
+
+    async def _send_if_open(self, message: Message):
+        with suppress(ToolError):
+            if self.transport:
+                await self.transport.send(message)
+
+    async def close(self):
+        if self.transport:
+            await self.transport.close()
+        for task in self.answers:
+            task.cancel()
+
+
+def read_tool(described: Any) -> Tool | None:
+    """A tool from tools/list; None for what is not one."""
+    if not isinstance(described, dict):
+        return None
+    name = described.get("name")
+    if not isinstance(name, str) or not name or len(name) > NAME_CHARACTERS:
+        return None
+    parameters = described.get("inputSchema")
+    parameters = parameters if isinstance(parameters, dict) else {"type": "object"}
+    if not has_usable_headers(parameters):
+        return None
+    annotations = described.get("annotations")
+    return Tool(name, text_of(described, "title"), text_of(described, "description"), parameters,
+                annotations if isinstance(annotations, dict) else {})
+
+
+def text_of(described: Mapping[str, Any], name: str) -> str:
+    value = described.get(name)
+    return value if isinstance(value, str) else ""
+
+
+def header_properties(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters whose values a modern HTTP server also wants as headers, with the headers' names."""
+    properties = parameters.get("properties")
+    if not isinstance(properties, dict):
+        return {}
+    return {name: schema["x-mcp-header"] for name, schema in properties.items()
+            if isinstance(schema, dict) and "x-mcp-header" in schema}
+
+
+def has_usable_headers(parameters: Mapping[str, Any]) -> bool:
+    return all(isinstance(header, str) and re.fullmatch(r"[A-Za-z0-9-]{1,100}", header)
+               for header in header_properties(parameters).values())
+
+
+def parameter_headers(parameters: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, str]:
+    headers = {}
+    for name, header in header_properties(parameters).items():
+        value = arguments.get(name)
+        if isinstance(value, bool):
+            value = str(value).lower()
+        if isinstance(value, (str, int, float)):
+            headers[f"Mcp-Param-{header}"] = header_value(str(value))
+    return headers

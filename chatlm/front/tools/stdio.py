@@ -1,0 +1,190 @@
+"""A tool server that is a program: one JSON object per line on its stdin and stdout."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from chatlm.common.jsontext import dump
+from chatlm.common.log import log
+from chatlm.common.processes.start import PROCESS_COMMAND, exit_in_words
+from chatlm.front.aio import end_tasks, supervised
+from chatlm.front.tools.config import ServerConfig
+from chatlm.front.tools.transport import MESSAGE_BYTES, Hear, Message, ServerGone, result_of
+
+KEPT_VARIABLES = ("HOME", "PATH", "LANG", "USER", "TMPDIR")
+STDERR_CHARACTERS = 2_000  # of the end of what the program wrote there, kept for the reason of a failure
+CLOSE_S = 1.0              # a program that ends when its stdin ends has this long
+END_S = 5.0                # and then its guard has this long to end it
+READ_BYTES = 1 << 16
+
+
+def program_environment(config: ServerConfig, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What a program gets: a few variables of ours, and those of its config. Never our keys and tokens."""
+    kept = {name: environment[name] for name in KEPT_VARIABLES if name in environment}
+    return kept | dict(config.env)
+
+
+class StdioTransport:
+    """A running program, with requests that wait for their responses."""
+
+    def __init__(self, process: asyncio.subprocess.Process, lifeline: int, hear: Hear, label: str):
+        """lifeline: our end of the guard's pipe; closing it ends the program."""
+        self.process = process
+        self.lifeline: int | None = lifeline
+        self.hear = hear
+        self.label = label
+        self.waiting: dict[int, asyncio.Future] = {}  # by the id of the request
+        self.stderr = ""
+        self.reason: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.draining = asyncio.ensure_future(supervised("reading a tool server's log", self._drain_stderr))
+        self.reading = asyncio.ensure_future(supervised("reading from a tool server", self._read))
+        self.writing = asyncio.Lock()
+
+    @classmethod
+    async def start(cls, config: ServerConfig, hear: Hear) -> StdioTransport:
+        """Start the program in its guard."""
+        theirs, ours = os.pipe()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *PROCESS_COMMAND, "guard", str(theirs), pass_fds=[theirs], start_new_session=True,
+                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+                env=guard_environment(), limit=MESSAGE_BYTES)
+        except BaseException:
+            os.close(ours)
+            raise
+        finally:
+            os.close(theirs)
+        transport = cls(process, ours, hear, config.label)
+        wanted = {"command": config.command, "env": program_environment(config), "cwd": config.cwd}
+        await asyncio.to_thread(write_all, ours, dump(wanted) + b"\n")
+        return transport
+
+    def speak(self, version: str, is_modern: bool):
+        """Messages on stdio are the same in all revisions."""
+
+    async def request(self, message: Message, headers: Mapping[str, str]) -> Any:
+        response = asyncio.get_running_loop().create_future()
+        self.waiting[message["id"]] = response
+        try:
+            await self.send(message)
+            return result_of(await response)
+        finally:
+            del self.waiting[message["id"]]
+
+    async def send(self, message: Message):
+        if self.reason.done():
+            raise ServerGone(self.reason.result())
+        assert self.process.stdin
+        try:
+            async with self.writing:  # a program that does not read holds up only its own callers
+                self.process.stdin.write(dump(message) + b"\n")
+                await self.process.stdin.drain()
+        except (OSError, RuntimeError):
+            raise ServerGone(await self.ended()) from None
+
+    async def ended(self) -> str:
+        return await asyncio.shield(self.reason)
+
+    async def _read(self):
+        """Read messages until the program's output ends or breaks the rules, then fail all who wait."""
+        assert self.process.stdout
+        why = ""
+        try:
+            while line := await self.process.stdout.readline():
+                self._take(line)
+        except ValueError:  # a line longer than `limit`
+            why = f"it wrote a line of more than {MESSAGE_BYTES:,} bytes"
+        except OSError as error:
+            why = str(error)
+        self._let_go()
+        if not why:
+            why = await self._exit_in_words()
+        self._end(why)
+
+    def _take(self, line: bytes):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            log.debug("tool server %s wrote a line that is not JSON: %.200r", self.label, line)
+            return
+        for message in value if isinstance(value, list) else [value]:  # revision 2025-03-26 has lists
+            if not isinstance(message, dict):
+                continue
+            if "method" in message:
+                self.hear(message)
+                continue
+            number = message.get("id")
+            response = self.waiting.get(number) if type(number) is int else None
+            if response and not response.done():  # an answer that is late or comes twice is ignored
+                response.set_result(message)
+
+    async def _exit_in_words(self) -> str:
+        """How the program ended, with the end of what it wrote to stderr."""
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(exited(self.process), END_S)
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.shield(self.draining), CLOSE_S)
+        said = self.stderr.strip()
+        status = exit_in_words(self.process.returncode)
+        return f"it ended ({status}){': ' if said else ''}{said}"
+
+    async def _drain_stderr(self):
+        assert self.process.stderr
+        while part := await self.process.stderr.read(READ_BYTES):
+            text = part.decode("utf-8", "replace")
+            self.stderr = (self.stderr + text)[-STDERR_CHARACTERS:]
+            log.debug("tool server %s: %s", self.label, text.rstrip())
+
+    def _end(self, why: str):
+        if not self.reason.done():
+            self.reason.set_result(why)
+        for response in self.waiting.values():
+            if not response.done():
+                response.set_exception(ServerGone(why, unknown_outcome=True))
+
+    def _let_go(self):
+        """Close our end of the guard's pipe: the program ends, however stubborn it is."""
+        if self.lifeline is not None:
+            os.close(self.lifeline)
+            self.lifeline = None
+
+    async def close(self):
+        """Close the program's stdin, wait a moment, and then have its guard end it."""
+        self._end("it was stopped")
+        if self.process.stdin:
+            self.process.stdin.close()
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(exited(self.process), CLOSE_S)
+        self._let_go()
+        try:
+            await asyncio.wait_for(exited(self.process), END_S)
+        except asyncio.TimeoutError:
+            with suppress(ProcessLookupError):
+                self.process.kill()  # Linux then kills the program, and what it has started is its parent's
+        await end_tasks([self.reading, self.draining])
+
+
+def guard_environment() -> dict[str, str]:
+    """What our own Python needs in the guard; its program gets what the pipe says."""
+    wanted = ("HOME", "PATH", "LANG", "USER", "TMPDIR", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH",
+              "VIRTUAL_ENV", "XDG_CACHE_HOME")
+    return {name: os.environ[name] for name in wanted if name in os.environ}
+
+
+def write_all(descriptor: int, data: bytes):
+    """Write to a pipe. An end that has gone is no error here: reading the program's output will show it."""
+    with suppress(OSError):
+        while data:
+            data = data[os.write(descriptor, data):]
+
+
+async def exited(process: asyncio.subprocess.Process):
+    """Return once the process has ended. Process.wait() would also wait for its pipes, which a grandchild may
+    keep open."""
+    while process.returncode is None:
+        await asyncio.sleep(0.02)
