@@ -56,6 +56,11 @@ def of_numbers(numbers: Iterable[int]) -> Value:
     return Value(struct.pack("<IIQ", ARRAY, I32, len(data)) + data.tobytes())
 
 
+def of_floats(numbers: Iterable[float]) -> Value:
+    data = numpy.array([*numbers], "<f4")
+    return Value(struct.pack("<IIQ", ARRAY, F32, len(data)) + data.tobytes())
+
+
 class TensorPlace(NamedTuple):
     """A tensor in a file."""
 

@@ -5,31 +5,27 @@ would not come back as it is, is refused."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence as Seq
-from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TYPE_CHECKING
 
 import numpy
 
 from chatlm.common.config import Settings
-from chatlm.common.errors import ConfigError, shown
-from chatlm.common.messages.requests import TextSpec
-from chatlm.common.text.load import open_tokenizer
+from chatlm.common.errors import ConfigError
 from chatlm.export.gguf import encoding
+from chatlm.export.gguf.folder_tokenizer import INSTEAD, texts_of
 from chatlm.export.gguf.mixes import Matrix, Shape, order_of
+from chatlm.export.gguf.size_label import size_label
 from chatlm.export.gguf.written import Written, WrittenTensor
 from chatlm.worker.arrays.gguf_types import TYPES
 from chatlm.worker.arrays.kinds import bits_of, floats, kind_of
-from chatlm.worker.doctor.hard_texts import HARD_TEXTS
-from chatlm.worker.doctor.sample_text import TEXT
 from chatlm.worker.weights.differences import differences
 from chatlm.worker.weights.folder_model import read_folder_model
-from chatlm.worker.weights.gguf import gguf_spec, gguf_texts
+from chatlm.worker.weights.gguf import gguf_spec
 from chatlm.worker.weights.load import name_tensors
+from chatlm.worker.weights.rope_scaling import ORIGINAL
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource
@@ -37,14 +33,6 @@ if TYPE_CHECKING:
 
 FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # ours -> llama.cpp's architecture
 KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-# llama.cpp's names of ways to cut texts into words, the likeliest first
-PRE_NAMES = ("llama-bpe", "qwen2", "smollm", "gpt-2", "tekken", "deepseek-llm", "gpt-4o", "olmo", "falcon")
-# the types of tokens
-NORMAL = 1
-CONTROL = 3
-USER_DEFINED = 4
-UNUSED = 5
-INSTEAD = "convert the folder with llama.cpp's convert_hf_to_gguf.py, and quantize the file that it writes"
 
 
 def written_folder(source: ModelSource) -> Written:
@@ -55,16 +43,17 @@ def written_folder(source: ModelSource) -> Written:
                           f"GGUF files, and this one is of {model.family} or not for chats; {INSTEAD}")
     name_tensors(model)
     tensors = tensors_of(model)
-    stated = numbers_of(model) | texts_of(model)
+    stated = numbers_of(model) | texts_of(model, FAMILIES[model.family])
     factors = rope_factors(model)
     if factors is not None:
         tensors.append(array_tensor("rope_freqs.weight", factors))
     refuse_other_arithmetic(source, model, stated, tensors)
+    stated["general.size_label"] = size_label(tensor.matrix for tensor in tensors)
     pairs = {key: encoded(value) for key, value in stated.items()}
     spec = model.spec
     shape = Shape(FAMILIES[model.family], spec.layers, spec.heads, spec.kv_heads)
     files = sorted(path for path in source.path.iterdir()
-                   if path.suffix in (".safetensors", ".json", ".jinja"))
+                   if path.suffix in (".safetensors", ".json", ".jinja", ".model"))
     return Written(pairs, tuple(sorted(tensors, key=lambda tensor: order_of(tensor.matrix.name))), shape,
                    tuple(files), is_quantized=False)
 
@@ -78,6 +67,8 @@ def encoded(value: Any) -> encoding.Value:
         return encoding.of_number(value)
     if isinstance(value, float):
         return encoding.of_float(value)
+    if value and isinstance(value[0], float):
+        return encoding.of_floats(value)
     is_texts = not value or isinstance(value[0], str)
     return encoding.of_texts(value) if is_texts else encoding.of_numbers(value)
 
@@ -133,7 +124,7 @@ def array_tensor(name: str, array: numpy.ndarray, order: numpy.ndarray | None = 
 def numbers_of(model: FolderModel) -> dict[str, Any]:
     spec = model.spec
     raw = model.config.raw
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = rope_of(raw)
     base = rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0
     own = f"{FAMILIES[model.family]}."
     return {
@@ -145,74 +136,53 @@ def numbers_of(model: FolderModel) -> dict[str, Any]:
         own + "attention.head_count": spec.heads, own + "attention.head_count_kv": spec.kv_heads,
         own + "attention.key_length": spec.head_size, own + "attention.value_length": spec.head_size,
         own + "attention.layer_norm_rms_epsilon": float(spec.norm_eps), own + "rope.freq_base": float(base),
-        own + "rope.dimension_count": spec.head_size}
+        own + "rope.dimension_count": spec.head_size} | scaling_of(own, raw, rope)
+
+
+def rope_of(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config.json says of rotary embeddings."""
+    return raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+
+
+# a parameter of yarn -> the metadata's key, after rope.scaling.
+YARN = {"extrapolation_factor": "yarn_ext_factor", "attention_factor": "yarn_attn_factor",
+        "attn_factor": "yarn_attn_factor", "beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
+
+
+def scaling_of(own: str, raw: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
+    """What llama.cpp's converter writes of linear scaling and of yarn. `refuse_other_arithmetic` finds what
+    these keys cannot say."""
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind not in ("linear", "yarn"):
+        return {}
+    own += "rope.scaling."
+    original = rope.get(ORIGINAL) or raw.get("max_position_embeddings")
+    factor = rope.get("factor") or raw.get("max_position_embeddings", 0) / original
+    found = {own + "type": kind, own + "factor": float(factor)}
+    if kind == "yarn":
+        found[own + "original_context_length"] = int(original)
+        for parameter, key in YARN.items():
+            if rope.get(parameter) is not None:
+                found.setdefault(own + key, float(rope[parameter]))
+    return found
 
 
 def rope_factors(model: FolderModel) -> numpy.ndarray | None:
     """What the frequencies of Llama 3.1 and later are divided by; None for other models."""
     raw = model.config.raw
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = rope_of(raw)
     if rope.get("rope_type", rope.get("type")) != "llama3":
         return None
     size = model.spec.head_size
     base = float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
     factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    length = float(rope["original_max_position_embeddings"])
+    length = float(rope[ORIGINAL])
     found = []
     for place in range(0, size, 2):
         turns = length * base**(-place / size) / (2 * math.pi)  # in the original context
         smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
         found.append(1 / ((1 - smooth) / factor + smooth))
     return numpy.array(found, numpy.float32)
-
-
-def texts_of(model: FolderModel) -> dict[str, Any]:
-    """The tokenizer and the chat template. ConfigError for tokenizers of other kinds."""
-    text, _ = model.text()
-    path = model.source.path / "tokenizer.json"
-    state = json.loads(text.payload) if text.kind == "hf" else {}
-    bpe = state.get("model") or {}
-    decoder = state.get("decoder") or {}
-    if bpe.get("type") != "BPE" or decoder.get("type") != "ByteLevel":
-        raise ConfigError(f"{path}: only tokenizers of byte-level BPE can be written; {INSTEAD}")
-    size = model.spec.vocab_size
-    tokens = [f"[PAD{token}]" for token in range(size)]
-    types = [UNUSED] * size
-    added = {entry["id"]: entry for entry in state.get("added_tokens", ())}
-    for content, token in (*bpe["vocab"].items(), *((entry["content"], id) for id, entry in added.items())):
-        if token >= size:
-            raise ConfigError(f"{path}: {shown(content)} has the id {token}, and the model has {size} tokens")
-        tokens[token] = content
-        types[token] = NORMAL
-    for token, entry in added.items():
-        types[token] = CONTROL if entry.get("special") else USER_DEFINED
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
-    stated = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": tokens,
-              "tokenizer.ggml.token_type": types, "tokenizer.ggml.merges": merges,
-              "tokenizer.ggml.add_bos_token": text.add_bos}
-    for name, token in (("bos", text.bos_token), ("eos", text.eos_token)):
-        if token is not None:
-            stated[f"tokenizer.ggml.{name}_token_id"] = token
-    if isinstance(text.chat_template, str):
-        stated["tokenizer.chat_template"] = text.chat_template
-    stated["tokenizer.ggml.pre"] = pre_of(path, text, stated, FAMILIES[model.family])
-    return stated
-
-
-def pre_of(path: Path, text: TextSpec, stated: Mapping[str, Any], architecture: str) -> str:
-    """The way to cut texts into words that gives the folder's tokens. ConfigError if none does."""
-    expected = encodings(text)
-    for name in PRE_NAMES:
-        metadata = {**stated, "general.architecture": architecture, "tokenizer.ggml.pre": name}
-        found, _ = gguf_texts(path, metadata)
-        if encodings(found) == expected:
-            return name
-    raise ConfigError(f"{path}: texts are cut into words in a way that has no name in GGUF files; {INSTEAD}")
-
-
-def encodings(text: TextSpec) -> list[list[int]]:
-    tokenizer = open_tokenizer(replace(text, chat_template=None))
-    return [[*tokenizer.encode(each)] for each in (TEXT, *HARD_TEXTS)]
 
 
 def refuse_other_arithmetic(source: ModelSource, model: FolderModel, stated: Mapping[str, Any],

@@ -1,10 +1,12 @@
 """Measures importance: a model reads a text, and the input of each product is squared and summed.
 
 The products' inputs are copied into buffers of their own while a step is computed, by an op that is added
-before each product. So any backend can do it: decode_core records the copies like all other ops."""
+before each product. So any backend can do it: decode_core records the copies like all other ops. What experts
+read is added up by `chatlm/export/gguf/experts.py`."""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
 from dataclasses import dataclass, field, replace
@@ -16,6 +18,7 @@ from chatlm.common.config import PAGE_SIZE
 from chatlm.common.errors import ConfigError
 from chatlm.common.log import log
 from chatlm.common.text.load import open_tokenizer
+from chatlm.export.gguf.experts import ExpertSums, Mixture
 from chatlm.export.gguf.importance import Importance, Sums
 from chatlm.worker.arrays.kinds import Device, floats, kind_of
 from chatlm.worker.doctor.running import step
@@ -23,6 +26,8 @@ from chatlm.worker.memory_plan import plan_model
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ranks.ranks import RankAlone
 from chatlm.worker.weights.families import FAMILIES
+from chatlm.worker.weights.gguf_file import readable
+from chatlm.worker.weights.gguf_model import GgufModel, read_gguf_model
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.nanochat_gguf import gguf_name
 
@@ -37,6 +42,7 @@ STEP_TOKENS = 128
 LEAST_TOKENS = 32   # of a text
 CHUNK_TOKENS = 512  # that see each other, unless --context-length says another number
 OF_VOCABULARY = "embed", "head"
+OTHER_NUMBERS = ("nemotron_h",)  # families of which we count two of a file's layers as one
 Progress = Callable[[str, float], None]
 
 
@@ -47,12 +53,21 @@ class Captured(NamedTuple):
     norm: Norm | None
 
 
+class CapturedMixture(NamedTuple):
+    """What a layer's experts read: their input and the router's logits."""
+
+    mixture: Mixture
+    x: Captured
+    logits: Captured  # (most tokens of a step, E)
+
+
 @dataclass
 class Capturing:
     """Gives kernels that copy the input of every product before they compute it."""
 
     names: dict[int, str] = field(default_factory=dict)     # id of a packed matrix -> our name
     captured: dict[str, Captured] = field(default_factory=dict)
+    mixtures: dict[str, CapturedMixture] = field(default_factory=dict)  # by the name of their first matrix
     held: list[Any] = field(default_factory=list)           # so that no id is used twice
 
     def kernels(self, kernels: Kernels, device: Device, max_tokens: int) -> Kernels:
@@ -64,16 +79,30 @@ class Capturing:
             self.held.append(weight)
             return weight
 
+        def buffer_for(x, norm: Norm | None = None) -> Captured:
+            return Captured(arrays.empty((max_tokens, x.shape[1]), kind_of(x)), norm)
+
         def linear(x, weight, *given, **options):
             name = self.names.get(id(weight))
             if name is not None and name not in OF_VOCABULARY:
                 if name not in self.captured:
-                    copy = arrays.empty((max_tokens, x.shape[1]), kind_of(x))
-                    self.captured[name] = Captured(copy, options.get("norm"))
+                    self.captured[name] = buffer_for(x, options.get("norm"))
                 kernels.copy(x, out=self.captured[name].copy[:len(x)])
             kernels.linear(x, weight, *given, **options)
 
-        return replace(kernels, pack=pack, linear=linear)
+        def experts(x, logits, up, down, *given, norm, activation, **options):
+            name = self.names[id(up)]
+            if name not in self.mixtures:
+                bias = options.get("choice_bias")
+                routing = {**options, "choice_bias": bias if bias is None else arrays.numpy(bias)}
+                mixture = Mixture(name, self.names[id(down)], activation, routing)
+                self.mixtures[name] = CapturedMixture(mixture, buffer_for(x, norm), buffer_for(logits))
+            captured = self.mixtures[name]
+            kernels.copy(x, out=captured.x.copy[:len(x)])
+            kernels.copy(logits, out=captured.logits.copy[:len(x)])
+            kernels.experts(x, logits, up, down, *given, norm=norm, activation=activation, **options)
+
+        return replace(kernels, pack=pack, linear=linear, experts=experts)
 
 
 class Measured(NamedTuple):
@@ -104,10 +133,11 @@ def measure_importance(source: ModelSource, settings: Settings, text: str, name_
         raise ConfigError(f"{source.path}: importance is measured with models that write texts")
     size = min(context or CHUNK_TOKENS, model.context_length)
     pieces = chunks_of(model, text, name_of_text, size)[:chunks]
-    tables = names_in_file(model, source)
+    tables = names_in_file(model, source, settings)
     capturing = Capturing()
+    of_experts = ExpertSums(float_tensors(model, source, settings))
     transformer = prepared(model, settings, size, capturing, progress)
-    sums = dict[str, Any]()
+    squares = dict[str, numpy.ndarray]()
     began_s = time.monotonic()
     tokens = 0
     for number, ids in enumerate(pieces):
@@ -115,12 +145,26 @@ def measure_importance(source: ModelSource, settings: Settings, text: str, name_
             end = min(begin + STEP_TOKENS, len(ids))
             step(transformer, ids, begin, end, [end - begin - 1], whole=True)
             for name, captured in capturing.captured.items():
-                sums[name] = sums.get(name, 0.0) + squares_of(transformer, captured, end - begin)
+                read = numpy.square(inputs_of(transformer, captured, end - begin)).sum(0)
+                squares[name] = squares.get(name, 0.0) + read
+            for mixture, x, logits in capturing.mixtures.values():
+                of_experts.add(mixture, inputs_of(transformer, x, end - begin),
+                               inputs_of(transformer, logits, end - begin))
         tokens += len(ids)
         progress("measuring importance", (number + 1) / len(pieces))
+    of_experts.finish()
     took_s = time.monotonic() - began_s
-    return Measured(importance_of(sums, tables, tokens, name_of_text, len(pieces), size), tokens, took_s,
+    sums = {name: Sums(read[None], numpy.array([tokens])) for name, read in squares.items()} | of_experts.sums
+    return Measured(importance_of(sums, tables, name_of_text, len(pieces), size), tokens, took_s,
                     unmeasured(model, sums))
+
+
+def float_tensors(model: LoadedModel, source: ModelSource, settings: Settings) -> Mapping[str, Any]:
+    """The tensors of a model with experts, which become float32 when they are read; none of another model."""
+    if not any(name.rpartition(".")[2].startswith("expert_") for name in model.architecture.tensors()):
+        return {}
+    exact = replace(settings, context_length=None, dtype="float32")
+    return open_model(source, exact, "cpu").tensors
 
 
 def chunks_of(model: LoadedModel, text: str, name: str, size: int) -> list[list[int]]:
@@ -156,32 +200,41 @@ def prepared(model: LoadedModel, settings: Settings, tokens: int, capturing: Cap
                        max_rows=plan.max_rows, progress=progress)
 
 
-def squares_of(transformer: Transformer, captured: Captured, count: int) -> numpy.ndarray:
-    """float64 (C,): the squares of what a product has read in the last step, summed over `count` tokens."""
+def inputs_of(transformer: Transformer, captured: Captured, count: int) -> numpy.ndarray:
+    """float64 (count, C): what a product has read of the last step's `count` tokens, after the norm."""
     x = floats(transformer.arrays.numpy(captured.copy))[:count].astype(numpy.float64)
     norm = captured.norm
     if norm is None:
-        return numpy.square(x).sum(0)
-    squares = numpy.square(x)
-    means = squares.mean(1, keepdims=True) + norm.eps
-    total = (squares / means).sum(0)
-    if norm.weight is None:
-        return total
-    weight = floats(transformer.arrays.numpy(norm.weight)).astype(numpy.float64)
-    total[:len(weight)] *= numpy.square(weight)
-    return total
+        return x
+    x = x / numpy.sqrt(numpy.square(x).mean(1, keepdims=True) + norm.eps)
+    if norm.weight is not None:
+        weight = floats(transformer.arrays.numpy(norm.weight)).astype(numpy.float64)
+        x[:, :len(weight)] *= weight
+    return x
 
 
-def names_in_file(model: LoadedModel, source: ModelSource) -> dict[str, dict[str, int]]:
-    """Our matrix -> its tensors in a GGUF file, and how many columns each has."""
+def stored_tensors(source: ModelSource, settings: Settings) -> Mapping[str, Any]:
+    """The tensors of a GGUF file (gguf_header.Tensor), by the names that the reader of its family gives."""
+    with readable(source.path):
+        model = read_gguf_model(source, settings)
+    return getattr(model, "stored" if isinstance(model, GgufModel) else "state")
+
+
+def names_in_file(model: LoadedModel, source: ModelSource, settings: Settings) -> dict[str, dict[str, int]]:
+    """Our matrix -> its tensors in a GGUF file, and how many columns each has. ConfigError for folders whose
+    layers have other numbers in a file."""
+    if source.kind != "gguf" and model.family in OTHER_NUMBERS:
+        raise ConfigError(f"{source.path}: a file of this family numbers the layers otherwise than this "
+                          "program; measure the GGUF file that llama.cpp's converter makes of the folder")
     adaptable = model.adaptable
     assert adaptable is not None
     found = {}
+    stored = stored_tensors(source, settings) if source.kind == "gguf" else {}
     for ours, (shape, theirs) in adaptable.sources.items():
         if len(shape) != 2:
             continue
-        if source.kind == "gguf":
-            found[ours] = {name: sizes[-1] for name, sizes in theirs.items()}
+        if source.kind == "gguf":  # a family's reader may give a tensor another name, or cut it
+            found[ours] = {stored[name].name: sizes[-1] for name, sizes in theirs.items()}
         elif source.kind == "nanochat":
             found[ours] = {gguf_name(name): sizes[-1] for name, sizes in theirs.items()}
         else:
@@ -196,16 +249,21 @@ def converters_names(model: LoadedModel, ours: str) -> Seq[str]:
     row = FAMILIES.get(model.family)
     if row is None or part.startswith("mix_"):
         return ()
-    return [name.format(layer) for name in row.gguf_names.get(part, ())]
+    found = []
+    for name in row.gguf_names.get(part, ()):
+        if name.count("{}") > 1:  # gates and ups of each expert, which the converter leaves together
+            name = re.sub(r"_(gate|up)_exps\.{}\.", "_gate_up_exps.", name)
+        found.append(name.format(layer))
+    return found
 
 
-def importance_of(sums: Mapping[str, Any], tables: Mapping[str, Mapping[str, int]], tokens: int, dataset: str,
+def importance_of(sums: Mapping[str, Sums], tables: Mapping[str, Mapping[str, int]], dataset: str,
                   chunks: int, size: int) -> Importance:
     tensors = {}
-    for ours, squares in sums.items():
+    for ours, total in sums.items():
         for name, columns in tables.get(ours, {}).items():
-            own = numpy.asarray(squares)[None, :columns].astype(numpy.float32)
-            tensors[name] = Sums(own, numpy.array([tokens], numpy.float32))
+            own = total.squares[:, :columns].astype(numpy.float32)
+            tensors[name] = Sums(own, total.counts.astype(numpy.float32))
     if not tensors:
         raise ConfigError("none of the model's matrices can be measured")
     return Importance(tensors, (dataset,), chunks, size)
@@ -216,7 +274,8 @@ def unmeasured(model: LoadedModel, sums: Mapping[str, Any]) -> tuple[str, ...]:
     kinds = set()
     for name, tensor in model.architecture.tensors().items():
         part = name.rpartition(".")[2]
-        if tensor.packed and name not in sums and part not in OF_VOCABULARY:
+        is_matrix = tensor.packed and tensor.columns is not None
+        if is_matrix and name not in sums and part not in OF_VOCABULARY:
             kinds.add(part)
     if kinds:
         log.warning("importance of these matrices is not measured: %s", ", ".join(sorted(kinds)))

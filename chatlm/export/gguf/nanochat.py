@@ -11,8 +11,10 @@ from chatlm.common.config import Settings
 from chatlm.common.hub.nanochat import checkpoint_at, meta_of
 from chatlm.common.text.load import in_characters
 from chatlm.export.gguf import encoding
+from chatlm.export.gguf.size_label import size_label
 from chatlm.export.gguf.mixes import Matrix, Shape, order_of
 from chatlm.export.gguf.written import Written, WrittenTensor
+from chatlm.export.tiktoken_json import CHAT_TEMPLATE
 from chatlm.worker.arrays.kinds import bits_of, floats, kind_of
 from chatlm.worker.weights.nanochat import (
     GENERATIONS, nanochat_generation, read_nanochat_config, read_nanochat_model)
@@ -41,6 +43,7 @@ def written_nanochat(source: ModelSource, softcap: float | None = None) -> Writt
     ordered = tuple(sorted(tensors, key=lambda tensor: order_of(tensor.matrix.name)))
     architecture = f"nanochat{number}"
     pairs = metadata_of(source, architecture, config, model.spec.softcap)
+    pairs["general.size_label"] = encoding.of_text(size_label(tensor.matrix for tensor in ordered))
     pairs |= tokenizer_pairs(model.tokenizer, config["vocab_size"])
     shape = Shape(architecture, config["n_layer"], config["n_head"], config["n_kv_head"])
     return Written(pairs, ordered, shape, (source.path, meta_of(source.path)), is_quantized=False)
@@ -111,7 +114,9 @@ def tokenizer_pairs(text: TextSpec, vocab_size: int) -> dict[str, encoding.Value
         "tokenizer.ggml.merges": encoding.of_texts(merges_of(ranks)),
         "tokenizer.ggml.bos_token_id": encoding.of_number(text.bos_token),
         "tokenizer.ggml.eos_token_id": encoding.of_number(text.eos_token),
-        "tokenizer.ggml.add_bos_token": encoding.of_switch(True)}
+        "tokenizer.ggml.add_bos_token": encoding.of_switch(True),
+        # for other programs: the reader of these files lays out a chat as it does for the checkpoint
+        "tokenizer.chat_template": encoding.of_text(CHAT_TEMPLATE)}
 
 
 def merges_of(ranks: dict[str, int]) -> list[str]:

@@ -53,12 +53,7 @@ class Model:
 def sentencepiece_json(path: Path, options: Mapping) -> bytes:
     """A tokenizer.model as the text of a tokenizer.json. `options`: of tokenizer_config.json. ConfigError if
     the file is broken, or of a kind that `tokenizers` cannot do."""
-    data = read_small(path)
-    try:
-        model = model_of(data)
-    except (ValueError, IndexError, struct.error):
-        raise ConfigError(f"{path} is no model of sentencepiece, or is cut off") from None
-    check(path, model)
+    model = read_sentencepiece(path)
     check_user_defined(path, model)
     pipeline = bpe_parts(model) if model.algorithm == BPE else unigram_parts(model)
     pipeline["normalizer"] = normalizer_of(model, options)
@@ -70,6 +65,17 @@ def sentencepiece_json(path: Path, options: Mapping) -> bytes:
     if model.bos in model.of_type(CONTROL):
         pipeline["post_processor"] = begins_with(model.pieces[model.bos], model.bos)
     return json.dumps(pipeline, ensure_ascii=False).encode()
+
+
+def read_sentencepiece(path: Path) -> Model:
+    """ConfigError if the file is broken, or of a kind that has no equal elsewhere."""
+    data = read_small(path)
+    try:
+        model = model_of(data)
+    except (ValueError, IndexError, struct.error):
+        raise ConfigError(f"{path} is no model of sentencepiece, or is cut off") from None
+    check(path, model)
+    return model
 
 
 def check(path: Path, model: Model):

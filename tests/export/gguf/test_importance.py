@@ -139,8 +139,8 @@ def inputs_by_hand(tensors, ids):
 
 
 @pytest.mark.parametrize("kernels", ("", "reference"))
-def test_sums_are_those_of_the_inputs(model, kernels, monkeypatch):
-    monkeypatch.setenv("CHAT_SERVER_KERNELS", kernels)
+def test_sums_are_those_of_the_inputs(model, kernels, choose_kernels):
+    choose_kernels(kernels)
     from chatlm.common.text.load import open_tokenizer
     from chatlm.worker.weights.load import open_model
     source = source_of(model)
@@ -162,10 +162,10 @@ def test_sums_are_those_of_the_inputs(model, kernels, monkeypatch):
     assert found.tensors["blk.0.ffn_down.weight"].squares.shape == (1, 512)
 
 
-def test_kernels_and_references_measure_the_same(model, monkeypatch):
-    monkeypatch.setenv("CHAT_SERVER_KERNELS", "")
+def test_kernels_and_references_measure_the_same(model, choose_kernels):
+    choose_kernels("")
     ours = measured(source_of(model)).importance
-    monkeypatch.setenv("CHAT_SERVER_KERNELS", "reference")
+    choose_kernels("reference")
     theirs = measured(source_of(model)).importance
     for name, sums in ours.tensors.items():
         np.testing.assert_allclose(sums.means, theirs.tensors[name].means, rtol=0.05, atol=0.02 * sums.means.max())
