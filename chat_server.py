@@ -225,9 +225,7 @@ class Front:
         toolbox = toolbox or Toolbox.of(settings)
         self.tools = ToolRoutes(toolbox, settings, catalogue, self.bodies, self.access)
         self.kept = ResponseKeeper(store, self.bodies, self.owners, settings.keep_days)
-        self.metrics: Metrics | None = None
-        with suppress(ConfigError):  # prometheus_client is missing: /metrics says so
-            self.metrics = Metrics(catalogue, self.ledger, toolbox)
+        self.metrics = Metrics(catalogue, self.ledger, toolbox)
         self.answers = Answers(settings, self.owners, self.ledger, self.metrics)
         self.batches = BatchRoutes(store, catalogue, self.bodies, self.owners, self.answers, self.ledger)
         self.kept.removed = self.batches.wake_up
@@ -406,7 +404,7 @@ class Front:
         return json_response({"id": request_id, "cancelled": True})
 
     async def handle_metrics(self, http: web.Request) -> web.Response:
-        return metrics_response(self.metrics)
+        return await metrics_response(self.metrics)
 
     async def handle_bare_prefix(self, http: web.Request) -> web.Response:
         """Redirect /chat to /chat/, so that the page's relative URLs work."""

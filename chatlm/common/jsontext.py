@@ -16,6 +16,8 @@ as_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an enc
 def dump(value) -> bytes:
     """JSON on one line for any reader: some also break lines at U+0085, U+2028 and U+2029."""
     text = as_json(value)
+    if text.isascii():
+        return text.encode()
     for character, escaped in ("\x85", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"):
         text = text.replace(character, escaped)
     return text.encode("utf-8", "replace")

@@ -1,15 +1,18 @@
-"""Tasks that are watched, awaiting the first of several, and ending them."""
+"""Tasks that are watched, awaiting the first of several, and ending them; a queue with one reader."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from chatlm.common.errors import ChatServerError, lack_of_memory
 from chatlm.common.log import log
+
+T = TypeVar("T")
 
 # before work that failed is run again
 FIRST_PAUSE_S = 1.0
@@ -99,3 +102,29 @@ def stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
         asyncio.get_running_loop().add_signal_handler(
             number, lambda: (now if drain.is_set() else drain).set())
     return drain, now
+
+
+class EventQueue(Generic[T]):
+    """A queue without a limit that one task reads. asyncio.Queue serves any number of readers and writers,
+    which takes three times as long for each event of a stream."""
+
+    def __init__(self):
+        self.events: deque[T] = deque()
+        self.reader: asyncio.Future[None] | None = None  # what the reader awaits while there is nothing
+
+    def put_nowait(self, event: T):
+        self.events.append(event)
+        reader = self.reader
+        if reader is not None:
+            self.reader = None
+            if not reader.done():  # else the reader was cancelled
+                reader.set_result(None)
+
+    def empty(self) -> bool:
+        return not self.events
+
+    async def get(self) -> T:
+        while not self.events:
+            self.reader = asyncio.get_running_loop().create_future()
+            await self.reader
+        return self.events.popleft()

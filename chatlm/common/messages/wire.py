@@ -102,6 +102,11 @@ def fields_restorer(annotations: Seq, make: Callable[[list], Any]) -> Callable[[
         if restore:
             restorers.append((index, restore))
 
+    def make_plain(values: list):
+        if len(values) != len(annotations):
+            raise ValueError(f"{len(annotations)} fields expected, not {len(values)}")
+        return make(values)
+
     def restore_fields(values: list):
         if len(values) != len(annotations):
             raise ValueError(f"{len(annotations)} fields expected, not {len(values)}")
@@ -109,7 +114,7 @@ def fields_restorer(annotations: Seq, make: Callable[[list], Any]) -> Callable[[
             values[index] = restore(values[index])
         return make(values)
 
-    return restore_fields
+    return restore_fields if restorers else make_plain
 
 
 as_plain_json = json.JSONEncoder(default=plain, check_circular=False, separators=(",", ":")).encode

@@ -35,6 +35,11 @@ def frame(value) -> bytes:
     return b"data: " + dump(value) + b"\n\n"
 
 
+def is_plain_text(piece: Piece) -> bool:
+    """Is a piece nothing but text, as most are?"""
+    return len(piece.deltas) == 1 and piece.deltas[0].kind == "text" and not piece.logprobs
+
+
 def timings_body(done: Finished) -> dict:
     body = {"queue_ms": round(done.queue_ms, 1), "ttft_ms": round(done.ttft_ms, 1),
             "tokens_per_second": done.tokens_per_second and round(done.tokens_per_second, 1),
@@ -94,6 +99,7 @@ class Choice:
         self.echoed = False           # has the prompt been put before its text?
         self.offset = 0               # characters of its text so far, for text_offset
         self.counter = CallCounter()  # counts the calculator's calls in its text
+        self.around_text: list[bytes] = []  # a chunk with text alone, before and after that text
         # the same, for an answer that is sent whole
         self.token_ids: list[int] = []
         self.logprobs: dict[str, list[bytes]] = {}  # in JSON
@@ -241,6 +247,9 @@ class NativeEncoder(Encoder):
     def encode(self, event: Piece | Finished) -> bytes:
         if isinstance(event, Piece):
             counter = self.choices[0].counter
+            if is_plain_text(event):
+                counter.place(event.deltas[0])
+                return b'data: {"token": %b, "gpu": %d}\n\n' % (dump(event.deltas[0].text), event.gpu)
             frames = [self.members(delta, counter) for delta in event.deltas]
             return b"".join([frame({**members, "gpu": event.gpu}) for members in frames if members])
         self.choices[0].done = event

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
 from typing import TYPE_CHECKING
@@ -9,12 +10,13 @@ from typing import TYPE_CHECKING
 from chatlm.common.jsontext import dump, is_text
 from chatlm.common.messages.requests import Delta, Finished, Piece, PromptScores
 from chatlm.common.text.answer_decoder import answer_decoder, parts_of, without_calls
-from chatlm.front.api.encode import SYSTEM_FINGERPRINT, Encoder, calculator_member, timings_body
+from chatlm.front.api.encode import (
+    SYSTEM_FINGERPRINT, Choice, Encoder, calculator_member, is_plain_text, timings_body)
 from chatlm.front.api.logprobs import entries, with_requested_tops, logprob_number, token_text
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Accepted, TokenLogprob
-    from chatlm.front.api.encode import AnswerBlock, Choice
+    from chatlm.front.api.encode import AnswerBlock
 
 
 NOTHING = Piece()
@@ -102,6 +104,8 @@ class OpenAIEncoder(Encoder):
 
     def encode(self, event: Piece | PromptScores | Finished) -> bytes:
         choice = self.choices[event.choice]
+        if type(event) is Piece and self.is_plain(choice, event):
+            return self.plain_chunk(choice, event.deltas[0])
         part = self.take(choice, event)
         frames = b""
         if part != NOTHING:
@@ -109,6 +113,21 @@ class OpenAIEncoder(Encoder):
         if choice.done:
             frames += self.chunk(choice, self.body(choice, NOTHING), last=True) + self.end()
         return frames
+
+    def is_plain(self, choice: Choice, piece: Piece) -> bool:
+        """Is a piece's chunk like the last one but for its text?"""
+        return is_plain_text(piece) and bool(piece.deltas[0].text) and not (
+            choice.held or choice.held_ids or self.parsed.token_ids)
+
+    def plain_chunk(self, choice: Choice, delta: Delta) -> bytes:
+        """The chunk of a piece that `is_plain`. What is the same in all of them is made once."""
+        choice.counter.place(delta)
+        if not choice.around_text:
+            mark = secrets.token_hex(16)
+            other = Choice(choice.index, self.tokenizer)
+            chunk = self.chunk(other, self.body(other, Piece(deltas=(Delta("text", mark),))))
+            choice.around_text = chunk.split(dump(mark))
+        return dump(delta.text).join(choice.around_text)
 
     def chunk(self, choice: Choice, body: dict, last: bool = False) -> bytes:
         ending = self.ending(choice) if last else {"finish_reason": None}
@@ -289,6 +308,10 @@ class CompletionEncoder(OpenAIEncoder):
         echo = [Delta("text", prompt)] if is_text(prompt) else self.decoded(prompt)
         echo = [delta for delta in echo if delta.text]
         return part._replace(deltas=(*echo, *part.deltas)) if echo else part
+
+    def is_plain(self, choice: Choice, piece: Piece) -> bool:
+        echoes = self.parsed.echo and not choice.echoed
+        return not echoes and super().is_plain(choice, piece)
 
     def decoded(self, tokens: Seq[int]) -> list[Delta]:
         """Token ids in the form in which an answer shows them."""

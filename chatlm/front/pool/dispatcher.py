@@ -19,6 +19,7 @@ from chatlm.common.lanes import Lanes
 from chatlm.common.messages.protocol import Cancel
 from chatlm.common.messages.requests import (
     Accepted, Ended, Event, Failed, Finished, Piece, PromptProgress, PromptScores, Request)
+from chatlm.front.aio import EventQueue
 from chatlm.front.pool.model_use import ModelUse
 from chatlm.front.pool.worker import RECENT_S, Job, Worker
 
@@ -113,7 +114,8 @@ def rows_by_client(workers: Iterable[Worker]) -> Counter[tuple[bool, str]]:
                    for worker in workers for job in worker.jobs.values())
 
 
-def jobs_for(request: Request, lengths: Seq[int], events: asyncio.Queue, arrived_s: float) -> list[Job]:
+def jobs_for(request: Request, lengths: Seq[int], events: EventQueue[Event | ChatServerError],
+             arrived_s: float) -> list[Job]:
     """The jobs of a request: n answers to its first prompt, then n to the next, and so on. lengths: for each
     prompt, the most tokens of an answer."""
     jobs: list[Job] = []
@@ -199,7 +201,7 @@ class Dispatcher:
         model is loaded; None: all.
 
         Raises EngineFailure (workers died too often), Overloaded (shutdown) and RequestError (cancelled)."""
-        events: asyncio.Queue = asyncio.Queue()
+        events = EventQueue[Event | ChatServerError]()
         jobs = jobs_for(request, lengths, events, arrived_s)
         staged = StagedJobs(request, jobs, self._submit)
         try:
@@ -217,7 +219,7 @@ class Dispatcher:
                     async for progress in self._positions(jobs[0], events, loading):
                         owes_progress = False
                         yield progress
-                event = await events.get() if events.empty() else events.get_nowait()
+                event = await events.get()
                 if waited:
                     turn_s = time.monotonic()
                 if isinstance(event, Exception):
@@ -237,7 +239,7 @@ class Dispatcher:
             for worker in self.workers:
                 worker.end_request(request.id)
 
-    async def _positions(self, job: Job, events: asyncio.Queue,
+    async def _positions(self, job: Job, events: EventQueue[Event | ChatServerError],
                          loading: Callable[[], float | None]) -> AsyncIterator[PromptProgress]:
         """Yield a job's position in the queue, and how much of its model is loaded, whenever one of them
         changes, until the job starts or has an event."""
@@ -403,12 +405,14 @@ class Dispatcher:
     def deliver(self, worker: Worker, events: Seq[tuple[str, WorkerEvent]]):
         """Pass on the events of a worker's step. Each comes with the id of its answer."""
         now = time.monotonic()
-        worker.recent.append((now, sum(len(event.tokens) for _, event in events if isinstance(event, Piece))))
+        worker.recent.append((now, sum([len(event.tokens) for _, event in events if type(event) is Piece])))
         while worker.recent[0][0] < now - RECENT_S:
             worker.recent.popleft()
         for answer_id, event in events:
             if job := worker.jobs.get(answer_id):
                 job.take(event, worker.gpu)
+                if type(event) is Piece:
+                    continue
                 if isinstance(event, (Ended, Failed)):
                     self._forget(job)
                 if isinstance(event, Ended):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.errors import ChatServerError
     from chatlm.common.messages.requests import Event, ModelSource, Request, TextSpec, WorkerEvent
+    from chatlm.front.aio import EventQueue
 
 
 RECENT_S = 5        # seconds over which /stats averages the speed
@@ -43,7 +44,7 @@ class Job:
     request: Request
     prompt_ids: tuple[int, ...]
     max_tokens: int
-    events: asyncio.Queue  # shared by all answers of the request
+    events: EventQueue[Event | ChatServerError]  # shared by all answers of the request
     arrived_s: float
     choice: int = 0
     output_ids: list[int] = field(default_factory=list)  # begins with the request's prefix_token_ids
@@ -140,21 +141,14 @@ class Job:
 
     def _news(self, event: WorkerEvent, gpu: int) -> Event | ChatServerError | None:
         """Note an event from a worker. Returns what its reader gets; None for nothing."""
+        if type(event) is Piece:  # first: there is one for each step of an answer
+            return self._piece(event, gpu)
         match event:
             case PromptProgress():
                 return event._replace(choice=self.choice)
             case PromptScores(logprobs):
                 self.failovers, self.scored = 0, self.scored + len(logprobs)
                 return event._replace(choice=self.choice)
-            case Piece(tokens, deltas):
-                self._note_time()
-                self.spent_s = event.spent_s
-                self.thinking = deltas[-1].kind == "reasoning" if deltas else self.thinking
-                if self.request.max_tokens == 0:  # scoring only; the worker draws a token all the same
-                    event = Piece()
-                    tokens = ()
-                self.output_ids += tokens
-                return event._replace(choice=self.choice, gpu=gpu, spent_s=self.left_s + self.spent_s)
             case Embedding():
                 self._note_time()
                 return event._replace(choice=self.choice)
@@ -167,6 +161,18 @@ class Job:
                                     param=self.request.params.grammar_param)
             case Failed(message):
                 return EngineFailure(message)
+
+    def _piece(self, piece: Piece, gpu: int) -> Piece:
+        """Note a piece. Returns it as its reader gets it."""
+        self._note_time()
+        self.spent_s = piece.spent_s
+        tokens, deltas, logprobs = piece.tokens, piece.deltas, piece.logprobs
+        if deltas:
+            self.thinking = deltas[-1].kind == "reasoning"
+        if self.request.max_tokens == 0:  # scoring only; the worker draws a token all the same
+            tokens, deltas, logprobs = (), (), ()
+        self.output_ids += tokens
+        return Piece(tokens, deltas, logprobs, self.choice, gpu, self.left_s + self.spent_s)
 
     def _note_time(self):
         self.failovers = 0

@@ -216,7 +216,7 @@ class Owners:
 class AccessLog:
     """A middleware that logs one line per request."""
 
-    def __init__(self, routes: RouteTable, is_id_in_use: Callable[[str], bool], metrics: Metrics | None):
+    def __init__(self, routes: RouteTable, is_id_in_use: Callable[[str], bool], metrics: Metrics):
         self.routes = routes
         self.is_id_in_use = is_id_in_use
         self.metrics = metrics
@@ -249,8 +249,7 @@ class AccessLog:
                     extra={"fields": {"method": http.method, "path": path, "status": status,
                                       "ms": round(ms, 1), "client": record.client, "id": record.id,
                                       **record.counts}})
-            if self.metrics:
-                self.metrics.responses.labels(route.pattern, status).inc()
+            self.metrics.responses[route.pattern, status] += 1
 
 
 def network_of(address: str) -> str:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Answers:
     """The answers that run, those of routes, of comparisons and of batches."""
 
-    def __init__(self, settings: Settings, owners: Owners, ledger: Ledger, metrics: Metrics | None):
+    def __init__(self, settings: Settings, owners: Owners, ledger: Ledger, metrics: Metrics):
         self.settings = settings
         self.owners = owners
         self.ledger = ledger
@@ -36,8 +36,7 @@ class Answers:
         """Yield the answer's first event and the others once it is accepted. Leaving the block in any way
         ends its work, and enters it in the ledger (sent whole: unless that failed) or in `later`."""
         events = pool.answer(request)
-        if self.metrics:
-            events = self.metrics.watch(events, request.n)
+        events = self.metrics.watch(events, request.n)
         if self.settings.log_conversations:
             events = logged(request, events)
         request_id = request.id

@@ -74,7 +74,7 @@ class History:
 
     A task takes them from what /stats and /metrics count anyway, so they cost no request anything."""
 
-    def __init__(self, catalogue: Catalogue, metrics: Metrics | None):
+    def __init__(self, catalogue: Catalogue, metrics: Metrics):
         self.catalogue = catalogue
         self.metrics = metrics
         self.began_s = time.time()
@@ -105,8 +105,6 @@ class History:
             total("kv_pages_used"), total("memory_used"), *self._times("ttft"), *self._times("itl"))
 
     def _times(self, name: str) -> list[float | None]:
-        if self.metrics is None:
-            return [None for _ in SHARES]
         buckets = self.metrics.buckets(name)
         before = self._before.get(name, [])
         self._before[name] = buckets

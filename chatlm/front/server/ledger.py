@@ -170,16 +170,22 @@ class Charge:
                     self.held.pop(event.choice, None)
                     self.spent_s.pop(event.choice, None)
                 elif isinstance(event, Piece):
-                    self.held[event.choice] += len(event.tokens)
-                    if event.deltas:  # otherwise none of its tokens was sent
-                        self.drawn[event.choice] += self.held.pop(event.choice)
-                        self.spent_s[event.choice] = event.spent_s
-                    if self.claim.grows and self.taken(event.choice) >= self.grant(event.choice):
-                        self.more(event.choice)
+                    self._note_piece(event)
                 elif isinstance(event, (Embedding, PromptScores)):
                     self.drawn[event.choice] += 0
         finally:
             await events.aclose()
+
+    def _note_piece(self, piece: Piece):
+        choice = piece.choice
+        held = self.held.pop(choice, 0) + len(piece.tokens)
+        if piece.deltas:
+            self.drawn[choice] = self.drawn.get(choice, 0) + held
+            self.spent_s[choice] = piece.spent_s
+        else:  # none of its tokens was sent
+            self.held[choice] = held
+        if self.claim.grows and self.taken(choice) >= self.grant(choice):
+            self.more(choice)
 
     @property
     def amount(self) -> Amount:

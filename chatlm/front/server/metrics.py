@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import time
-from collections.abc import AsyncGenerator, Iterator
-from functools import partial
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import AsyncGenerator, Iterator, Sequence as Seq
+from itertools import accumulate
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.errors import Overloaded, RequestError, require_library
+from chatlm.common.errors import ConfigError, Overloaded, RequestError, require_library
 from chatlm.common.messages.requests import DRAFT_SOURCES, Finished, Piece
 from chatlm.front.lazy import web
 
@@ -18,55 +22,112 @@ if TYPE_CHECKING:
     from chatlm.front.tools.toolbox import Toolbox
 
 
-def metrics_response(metrics: Metrics | None) -> web.Response:
-    if metrics is None:
+async def metrics_response(metrics: Metrics) -> web.Response:
+    try:  # at the first scrape: a start without its modules is 20 ms shorter
+        library = await asyncio.to_thread(require_library, "prometheus_client", "/metrics")
+    except ConfigError:
         raise RequestError("the Python package prometheus_client is not installed", status=501,
-                           code="no_metrics")
-    return web.Response(body=metrics.library.generate_latest(metrics.registry),
-                        headers={"Content-Type": metrics.library.CONTENT_TYPE_LATEST})
+                           code="no_metrics") from None
+    registry = library.CollectorRegistry()
+    registry.register(MetricFamilies(metrics, library.metrics_core))
+    return web.Response(body=library.generate_latest(registry),
+                        headers={"Content-Type": library.CONTENT_TYPE_LATEST})
+
+
+class Durations:
+    """A histogram: how many durations were at most as long as each bound, and their sum."""
+
+    BOUNDS_S = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300,
+                math.inf)
+
+    def __init__(self):
+        self.counts = [0] * len(self.BOUNDS_S)
+        self.sum_s = 0.0
+
+    def observe(self, duration_s: float, count: int = 1):
+        """Note that something took this long, `count` times."""
+        self.counts[bisect_left(self.BOUNDS_S, duration_s)] += count
+        self.sum_s += duration_s * count
+
+    def buckets(self) -> list[tuple[float, int]]:
+        """(Upper bound in seconds, how many were at most that), for each bound."""
+        return [*zip(self.BOUNDS_S, accumulate(self.counts))]
 
 
 class Metrics:
-    """What /metrics shows: `watch` feeds histograms and counters; a scrape reads the rest from the pool."""
+    """What the front counts and times itself: `watch` sees the events of every answer.
 
-    SECONDS = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+    These are plain numbers, because each token adds to them: an observation by prometheus_client takes four
+    times as long. `MetricFamilies` shows them."""
+
     REASONS = ("stop", "length", "cancelled", "refused", "error")
 
     def __init__(self, catalogue: Catalogue, ledger: Ledger, toolbox: Toolbox):
         self.catalogue = catalogue
-        self.library = require_library("prometheus_client", "/metrics")
         self.ledger = ledger
         self.toolbox = toolbox
-        self.library.disable_created_metrics()  # else each counter also exports its start time
-        self.registry = self.library.CollectorRegistry()
-        self.registry.register(self)
-        seconds = partial(self.library.Histogram, namespace="chat_server", registry=self.registry,
-                          unit="seconds", buckets=self.SECONDS)
-        counter = partial(self.library.Counter, namespace="chat_server", registry=self.registry)
-        self.ttft = seconds("time_to_first_token", "time from a request to its first token")
-        self.itl = seconds("inter_token_latency", "time between two tokens of an answer")
-        self.queue = seconds("queue", "time a request waited before it ran")
-        self.whole = seconds("request_duration", "time from a request to its end", ["finish_reason"])
-        self.requests = counter("requests", "requests by how they ended", ["finish_reason"])
-        self.tokens = counter("tokens", "prompt (computed or cached) and generated tokens", ["kind"])
-        self.responses = counter("http_responses", "responses by route and status", ["route", "status"])
-        for reason in self.REASONS:
-            self.requests.labels(reason)
+        self.ttft = Durations()
+        self.itl = Durations()
+        self.queue = Durations()
+        self.whole: dict[str, Durations] = defaultdict(Durations)  # by the reason of the end
+        self.requests = Counter(dict.fromkeys(self.REASONS, 0))    # by the reason of the end
+        self.tokens = Counter()                                    # by their kind
+        self.responses: Counter[tuple[str, int]] = Counter()       # by route and status
 
-    def buckets(self, name: str) -> list[tuple[float, float]]:
-        """The buckets of the histogram `ttft` or `itl`: (upper bound in seconds, count up to it)."""
-        histogram = {"ttft": self.ttft, "itl": self.itl}[name]
-        found = []
-        for family in histogram.collect():
-            for sample in family.samples:
-                if sample.name.endswith("_bucket"):
-                    found.append((float(sample.labels["le"]), sample.value))
-        return found
+    def buckets(self, name: str) -> list[tuple[float, int]]:
+        """The buckets of the histogram `ttft` or `itl`."""
+        return {"ttft": self.ttft, "itl": self.itl}[name].buckets()
+
+    async def watch(self, events: AsyncGenerator[Event, None], n: int) -> AsyncGenerator[Event, None]:
+        """Pass an answer's events on, and count and time them. n: answers to each prompt."""
+        began_s = time.monotonic()
+        reason = "cancelled"
+        last_s: dict[int, float] = {}  # by choice
+        try:
+            async for event in events:
+                if isinstance(event, Piece) and event.tokens:
+                    now = time.monotonic()
+                    if event.choice not in last_s:
+                        self.ttft.observe(now - began_s)
+                    else:
+                        count = len(event.tokens)
+                        self.itl.observe((now - last_s[event.choice]) / count, count)
+                    last_s[event.choice] = now
+                elif isinstance(event, Finished):
+                    reason = event.reason
+                    self.queue.observe(event.queue_ms / 1e3)
+                    self.tokens["generated"] += event.usage.completion_tokens
+                    if event.choice % n == 0:  # as in `usage`, a prompt counts once
+                        self.tokens["prompt"] += event.usage.prompt_tokens - event.usage.cached_tokens
+                        self.tokens["prompt_cached"] += event.usage.cached_tokens
+                yield event
+        except Exception as error:
+            if not isinstance(error, (Overloaded, RequestError)):
+                reason = "error"
+            elif error.code != "cancelled":
+                reason = "refused"
+            raise
+        finally:
+            await events.aclose()
+            self.requests[reason] += 1
+            self.whole[reason].observe(time.monotonic() - began_s)
+
+
+class MetricFamilies:
+    """Everything that a scrape shows, in the classes of prometheus_client: what the pool counts, what the
+    ledger counts, and what `Metrics` does."""
+
+    def __init__(self, metrics: Metrics, families: Any):
+        """families: the module prometheus_client.metrics_core."""
+        self.metrics = metrics
+        self.catalogue = metrics.catalogue
+        self.ledger = metrics.ledger
+        self.families = families
 
     def collect(self) -> Iterator[Any]:
         """prometheus_client calls this on each scrape; it returns what the pool counts."""
         stats = self.catalogue.stats(self.catalogue.registry.served_models())
-        families = self.library.metrics_core
+        families = self.families
         workers = stats["workers"]
         totals = {name: sum(worker[name] for worker in workers)
                   for name in ("running", "kv_pages_used", "kv_pages_total", "restarts")}
@@ -101,21 +162,6 @@ class Metrics:
                                          prefixes.get("memory_bytes", 0))
         gauge = families.GaugeMetricFamily
         counter = families.CounterMetricFamily
-        calls = counter("chat_server_tool_calls", "calls of tools by how they ended",
-                        labels=["server", "outcome"])
-        for (label, outcome), number in self.toolbox.outcomes.items():
-            calls.add_metric([label, outcome], number)
-        yield calls
-        seconds = counter("chat_server_tool_seconds", "seconds that calls of tools took", labels=["server"])
-        for label, number in self.toolbox.seconds.items():
-            seconds.add_metric([label], number)
-        yield seconds
-        restarts = counter("chat_server_tool_server_restarts", "restarts of tool servers", labels=["server"])
-        for server in self.toolbox.servers:
-            restarts.add_metric([server.config.label], server.restarts)
-        yield restarts
-        yield gauge("chat_server_tool_calls_running", "calls of tools that run now",
-                    self.toolbox.limits.running.total())
         scores = gauge("chat_server_bits_per_byte", "how well a checkpoint predicts --watch-text",
                        labels=["model"])
         for name, value in stats.get("bits_per_byte", {}).items():
@@ -149,11 +195,13 @@ class Metrics:
             yield family
 
         yield from self._usage()
+        yield from self._tools()
+        yield from self._own()
 
     def _usage(self) -> Iterator[Any]:
         """What the ledger has counted since the server started. It is not divided by keys, because any key
         may read /metrics."""
-        counter = self.library.metrics_core.CounterMetricFamily
+        counter = self.families.CounterMetricFamily
         for name, doc in (
                 ("requests", "requests that were answered, also in part"),
                 ("prompt_tokens", "tokens of their prompts"),
@@ -166,37 +214,59 @@ class Metrics:
                 family.add_metric([str(background).lower()], getattr(amount, name))
             yield family
 
-    async def watch(self, events: AsyncGenerator[Event, None], n: int) -> AsyncGenerator[Event, None]:
-        """Pass an answer's events on, and count and time them. n: answers to each prompt."""
-        began_s = time.monotonic()
-        reason = "cancelled"
-        last_s: dict[int, float] = {}  # by choice
-        try:
-            async for event in events:
-                if isinstance(event, Piece) and event.tokens:
-                    now = time.monotonic()
-                    if event.choice not in last_s:
-                        self.ttft.observe(now - began_s)
-                    else:
-                        for _ in event.tokens:
-                            self.itl.observe((now - last_s[event.choice]) / len(event.tokens))
-                    last_s[event.choice] = now
-                elif isinstance(event, Finished):
-                    reason = event.reason
-                    self.queue.observe(event.queue_ms / 1e3)
-                    self.tokens.labels("generated").inc(event.usage.completion_tokens)
-                    if event.choice % n == 0:  # as in `usage`, a prompt counts once
-                        self.tokens.labels("prompt").inc(
-                            event.usage.prompt_tokens - event.usage.cached_tokens)
-                        self.tokens.labels("prompt_cached").inc(event.usage.cached_tokens)
-                yield event
-        except Exception as error:
-            if not isinstance(error, (Overloaded, RequestError)):
-                reason = "error"
-            elif error.code != "cancelled":
-                reason = "refused"
-            raise
-        finally:
-            await events.aclose()
-            self.requests.labels(reason).inc()
-            self.whole.labels(reason).observe(time.monotonic() - began_s)
+    def _tools(self) -> Iterator[Any]:
+        """What the toolbox has counted and timed."""
+        toolbox = self.metrics.toolbox
+        counter = self.families.CounterMetricFamily
+        calls = counter("chat_server_tool_calls", "calls of tools by how they ended",
+                        labels=["server", "outcome"])
+        for (label, outcome), number in toolbox.outcomes.items():
+            calls.add_metric([label, outcome], number)
+        yield calls
+        seconds = counter("chat_server_tool_seconds", "seconds that calls of tools took", labels=["server"])
+        for label, number in toolbox.seconds.items():
+            seconds.add_metric([label], number)
+        yield seconds
+        restarts = counter("chat_server_tool_server_restarts", "restarts of tool servers", labels=["server"])
+        for server in toolbox.servers:
+            restarts.add_metric([server.config.label], server.restarts)
+        yield restarts
+        yield self.families.GaugeMetricFamily("chat_server_tool_calls_running", "calls of tools that run now",
+                                              toolbox.limits.running.total())
+
+    def _own(self) -> Iterator[Any]:
+        """What `Metrics` has counted and timed."""
+        metrics = self.metrics
+        for name, doc, durations in (
+                ("time_to_first_token", "time from a request to its first token", metrics.ttft),
+                ("inter_token_latency", "time between two tokens of an answer", metrics.itl),
+                ("queue", "time a request waited before it ran", metrics.queue)):
+            yield self._histogram(name, doc, [([], durations)])
+        yield self._histogram(
+            "request_duration", "time from a request to its end",
+            [([reason], durations) for reason, durations in metrics.whole.items()], labels=["finish_reason"])
+        counter = self.families.CounterMetricFamily
+        for name, doc, labels, counts in (
+                ("requests", "requests by how they ended", ["finish_reason"],
+                 {(reason,): count for reason, count in metrics.requests.items()}),
+                ("tokens", "prompt (computed or cached) and generated tokens", ["kind"],
+                 {(kind,): count for kind, count in metrics.tokens.items()}),
+                ("http_responses", "responses by route and status", ["route", "status"], metrics.responses)):
+            family = counter(f"chat_server_{name}", doc, labels=labels)
+            for values, count in counts.items():
+                family.add_metric([*map(str, values)], count)
+            yield family
+
+    def _histogram(self, name: str, doc: str, rows: list[tuple[list[str], Durations]],
+                   labels: Seq[str] = ()) -> Any:
+        family = self.families.HistogramMetricFamily(f"chat_server_{name}_seconds", doc, labels=labels,
+                                                     unit="seconds")
+        for values, durations in rows:
+            buckets = [(self._bound(bound_s), count) for bound_s, count in durations.buckets()]
+            family.add_metric(values, buckets, durations.sum_s)
+        return family
+
+    @staticmethod
+    def _bound(bound_s: float) -> str:
+        """A bound as prometheus_client writes it."""
+        return "+Inf" if bound_s == math.inf else str(float(bound_s))

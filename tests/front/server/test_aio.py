@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from chatlm.front import aio
-from chatlm.front.aio import end_tasks, supervised
+from chatlm.front.aio import EventQueue, end_tasks, supervised
 from chatlm.front.pool.residency import Residency
 
 
@@ -69,3 +69,30 @@ async def test_what_fails_is_run_again_ever_more_seldom(monkeypatch, caplog):
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60, 1, 2, 4]
     assert "work failed: failure 1" in caplog.text
     assert await supervised("work", lambda: 1 / 0) is None and len(pauses) == 12    # not again: nobody asked for it
+
+
+async def test_a_reader_that_is_cancelled_loses_no_event():
+    """Not even one that arrives in the same turn of the event loop."""
+    queue = EventQueue()
+    reader = asyncio.create_task(queue.get())
+    await asyncio.sleep(0)
+    queue.put_nowait("first")
+    reader.cancel()
+    await asyncio.wait([reader])
+    assert reader.cancelled() and await queue.get() == "first" and queue.empty()
+    waiting = asyncio.create_task(queue.get())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    queue.put_nowait("second")
+    queue.put_nowait("third")
+    assert [await queue.get(), await queue.get()] == ["second", "third"]
+
+
+async def test_events_arrive_in_order_while_the_reader_waits():
+    queue = EventQueue()
+    reader = asyncio.create_task(queue.get())
+    await asyncio.sleep(0)
+    for number in range(3):
+        queue.put_nowait(number)
+    assert await reader == 0 and [await queue.get(), await queue.get()] == [1, 2]
