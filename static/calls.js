@@ -23,26 +23,33 @@ function messagesOfCalls({content, calls, calculator = []}) {
 }
 
 function updateCalls(view, growing) {
-  const {node} = view, key = JSON.stringify([node.calls ?? [], growing]);
+  const {node} = view, key = JSON.stringify([node.calls ?? [], growing, Tools.lookOf(node.calls ?? []), Chat.lastNode() === node]);
   if (view.callsDrawn === key) return;
   view.callsDrawn = key;
   view.calls ??= element("div", {className: "calls"});
   if (!view.calls.isConnected) view.nothing.before(view.calls);
-  const calls = node.calls ?? [], cards = calls.map(call => cardOf(call, growing)), fields = cards.map(card => card.field);
+  const calls = node.calls ?? [], cards = calls.map(call => cardOf(call, growing, node));
   view.calls.replaceChildren(...cards.map(card => card.node));
-  if (growing || !calls.length || isAnswered(node)) return;
-  view.calls.append(element("button", {type: "button", className: "primary", textContent: TEXT.sendResults, onclick: () => {
-    Chat.sendResults(node, fields.map(({value}) => value));
+  const isOpen = cards.some(card => card.isOpen);   // the reader has not decided about a tool's call, or it runs
+  if (growing || !calls.length || isOpen || isAnswered(node) && Chat.lastNode() !== node) return;
+  view.calls.append(element("button", {type: "button", className: "primary", textContent: isAnswered(node) ? TEXT.goOn : TEXT.sendResults, onclick: () => {
+    cards.forEach(({field}, i) => { if (field) calls[i].result = field.value; });
+    Chat.sendResults(node);
     Composer.focusAfterClick();
   }}));
 }
 
-function cardOf(call, growing) {
+function cardOf(call, growing, answer) {
   let shownArguments = call.arguments;
   try { shownArguments = JSON.stringify(JSON.parse(call.arguments), null, 2); } catch (error) { /* incomplete */ }
   const node = element("section", {className: "card"}, element("p", {className: "icon i-function", textContent: call.name}), Turns.codeBlock("json", shownArguments));
   node.setAttribute("aria-label", TEXT.callOf(call.name));
   if (growing) return {node};
+  const part = Tools.partOf(call, answer);
+  if (part) {
+    node.append(part);
+    return {node, isOpen: call.result === undefined};
+  }
   if (call.result !== undefined) {
     node.append(element("p", {className: "hint", textContent: TEXT.result}), element("pre", {textContent: call.result, tabIndex: 0}));
     return {node};

@@ -303,8 +303,9 @@ async function connect(run, messages, onAccepted, goOn = false) {
   run.dropped = messages.dropped;
   const model = Server.model.name;                       // this chat's, even if another is shown later
   const seed = goOn && Number.isSafeInteger(node.seed) ? {seed: node.seed} : node.prefix ? {prefix_token_ids: node.prefix} : {};
+  const tools = await Tools.wanted(run.chat, node, node.parameters ?? {});
   const response = await onceReady(run, () =>
-    Server.postAnswer({messages, parameters: {...seed, ...node.parameters}, id: node.stream.id, signal, model, goOn}));
+    Server.postAnswer({messages, parameters: {...seed, ...node.parameters, ...tools}, id: node.stream.id, signal, model, goOn}));
   run.resumable = response.headers.has("X-Request-Id");
   node.stream = {...node.stream, id: response.headers.get("X-Request-Id") ?? node.stream.id};
   onAccepted();
@@ -364,11 +365,11 @@ function editQuestion(node, text) {
   return true;
 }
 
+const keepCalls = ({id, calls}) => Store.change("nodes", id, {calls});
+
 // Sends the results of an answer's calls, from which the model goes on in a new node.
-function sendResults(node, results) {
-  const {calls} = node;
-  calls.forEach((call, i) => { call.result = results[i]; });
-  Store.change("nodes", node.id, {calls});
+function sendResults(node) {
+  keepCalls(node);
   answer(node, (error, made) => {
     removeNodes([made.id], node.id);
     Composer.refuse(error.message);
@@ -426,6 +427,7 @@ function endRun(run, failure, onRefusal) {
   Page.announce(failure && !run.stopped ? "" : node.note ? TEXT.answerStopped : TEXT.answerFinished);
   if (!run.stopped) noticeEnd(run, failure);
   if (!failure) nameChat(chat, node);
+  if (!failure && !run.stopped) Tools.take(node, chat);
   Page.render();
 }
 
@@ -686,6 +688,6 @@ return Object.freeze({
   lastNode, canAsk, isStored, canGoOn, countsOf, liveSpeed, wholeOf, messagesToSend,
   readStored, lastPlace, opening, open: openChat, openNew: newChat, change: changeChat, showLeaf, addChat, deleteChats, removeChats, bringBack, branchFrom,
   addNode, deleteNode, edit, editQuestion, editAnswer, offerUndo, dropToast, say,
-  ask, regenerate, answerAgain, noteVerdict, sendResults, goOn, stopAnswer, answerNow, adoptAll,
+  ask, regenerate, answerAgain, noteVerdict, keepCalls, sendResults, goOn, stopAnswer, answerNow, adoptAll,
 });
 })();

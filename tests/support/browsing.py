@@ -303,4 +303,5 @@ def expect_accessible(page):
     """axe finds nothing, in either theme."""
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
-        assert violations(page) == []
+        found = violations(page)
+        assert found == [], found
