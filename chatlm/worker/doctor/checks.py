@@ -26,6 +26,7 @@ class Check(NamedTuple):
 
 
 OF_TEXT: tuple[Check, ...] = (
+    Check("tokenizer", tokenizer.check_kind),
     Check("vocabulary", tokenizer.check_vocabulary), Check("added tokens", tokenizer.check_added_tokens),
     Check("ends", tokenizer.check_ends), Check("pre-tokenizer", tokenizer.check_pre_tokenizer),
     Check("merges", tokenizer.check_merges), Check("round trips", tokenizer.check_round_trips),

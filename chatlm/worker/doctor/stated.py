@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from chatlm.worker.model.blocks.model import Model
 
 FEW_BITS = 3.0  # of a weight: Q2_K, the types IQ2 and IQ1, ternary ones
+OF_TRAINING = ("Q1_0", "Q2_0", "Q2_0_G128", "TQ1_0", "TQ2_0")  # types that only models trained for them bear
 
 
 def check_types(patient: Patient) -> Findings:
@@ -32,7 +33,13 @@ def check_types(patient: Patient) -> Findings:
     head = "output.weight" if "output.weight" in bits else "token_embd.weight"
     if patient.floats.architecture.of_texts:
         head = ""
-    if bits.get(head, 16) < FEW_BITS:
+    trained = trained_for(patient.gguf[1])
+    if trained:
+        yield note(f"the matrices of the layers are of type {trained}: only a model that was trained for so "
+                   "few bits answers well; one that was quantized to them afterwards does not",
+                   advice="if its makers do not say that it was trained so, compare it with the original: "
+                          "check MODEL --against ORIGINAL")
+    if bits.get(head, 16) < FEW_BITS and kinds[head] not in trained.split(", "):
         also = " (it is the embedding too)" if head == "token_embd.weight" else ""
         yield warning(f"the head {head}{also} is of type {kinds[head]}, {bits[head]:.2g} bits a weight: this "
                       "costs more than any other matrix", where=head,
@@ -42,6 +49,13 @@ def check_types(patient: Patient) -> Findings:
         yield warning(f"the routers of experts are quantized ({examples(routers)}, {kinds[routers[0]]}): "
                       "rounding chooses other experts", where=routers[0],
                       advice="quantize again with the routers as F32, the usual type")
+
+
+def trained_for(stored: Mapping[str, Any]) -> str:
+    """The types of the layers' matrices, if all are such as only training gives; "" else."""
+    kinds = {tensor.tensor_type.name for name, tensor in stored.items()
+             if name.startswith("blk.") and len(tensor.shape) > 1 and ".ffn_gate_inp" not in name}
+    return ", ".join(sorted(kinds)) if kinds and kinds <= set(OF_TRAINING) else ""
 
 
 def check_rope(patient: Patient) -> Findings:

@@ -10,16 +10,17 @@ from collections import Counter
 from collections.abc import Iterator, Sequence as Seq
 from typing import TYPE_CHECKING
 
-from chatlm.common.errors import RequestError
+from chatlm.common.errors import RequestError, shown
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import HuggingFaceTokenizer, open_tokenizer
 from chatlm.worker.doctor.findings import Findings, error, examples, note, quoted, warning
 from chatlm.worker.doctor.fingerprints import fingerprint, likeness
 from chatlm.worker.doctor.hard_texts import HARD_TEXTS
 from chatlm.worker.weights.control_tokens import LIKE_A_NAME
+from chatlm.worker.weights.folder_tokenizers import MAKERS
 from chatlm.worker.weights.pipelines import NORMAL, USER_DEFINED
 from chatlm.worker.weights.gguf_header import Texts
-from chatlm.worker.weights.splits import NANOCHAT_SPLITS
+from chatlm.worker.weights.splits import NANOCHAT_SPLITS, PRE_TOKENIZERS
 
 if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer
@@ -31,6 +32,42 @@ WRONG_SPLITS = ("the pre-tokenizer, which cuts text into words (tokenizer.ggml.p
 
 def quoted_texts(texts: Seq[str]) -> str:
     return examples([*map(quoted, texts)])
+
+
+def check_kind(patient: Patient) -> Findings:
+    """Say which tokenizer the model has."""
+    yield note(f"the tokenizer is {kind_of(patient)}, {patient.tokenizer.vocab_size:,} tokens",
+               file_of(patient))
+
+
+def kind_of(patient: Patient) -> str:
+    """The kind of a tokenizer in words."""
+    if patient.text.kind == "nanochat":
+        return "tiktoken's byte-level BPE"
+    if patient.text.kind == "characters":
+        return "a token for each character"
+    model = patient.pipeline["model"]
+    pre = patient.metadata.get("tokenizer.ggml.pre")
+    words = f" with words cut as by {shown(pre)}" if pre in PRE_TOKENIZERS else ""
+    match model.get("type"):
+        case "BPE" if getattr(patient.tokenizer, "byte_level", False):
+            return f"byte-level BPE{words}"
+        case "BPE":
+            return "sentencepiece's BPE"
+        case "Unigram":
+            return "sentencepiece's unigram"
+        case kind:
+            return str(kind)
+
+
+def file_of(patient: Patient) -> str:
+    """The file, or the key of a file, that says what the tokenizer is."""
+    if patient.kind == "gguf":
+        return f"tokenizer.ggml.model {shown(patient.metadata.get('tokenizer.ggml.model'))}"
+    if patient.text.kind == "nanochat":
+        return "tokenizer.pkl"
+    names = ("tokenizer.json", *MAKERS)
+    return next((name for name in names if (patient.path / name).exists()), patient.path.name)
 
 
 # Tables
