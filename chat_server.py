@@ -143,7 +143,7 @@ from chatlm.cli import (
 from chatlm.common.config import Settings
 from chatlm.common.errors import (
     ChatServerError, ConfigError, Overloaded, RequestError, bad_value, check_library, lack_of_memory,
-    require_library, visible)
+    visible)
 from chatlm.common.interrupts import raised_interrupts
 from chatlm.common.log import ProgressDisplay, json_handler, log, output_as_log, start_logging, tell
 from chatlm.common.memory import tune_gc
@@ -159,7 +159,7 @@ from chatlm.front.api.errors import public_error
 from chatlm.front.api.field_types import INTEGER, SWITCH
 from chatlm.front.api.fields import Field
 from chatlm.front.intake.intake import Intake, loaded_tokenizer
-from chatlm.front.lazy import web
+from chatlm.front.lazy import import_web, web
 from chatlm.front.pool.local_devices import check_nice, niceness
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.pool import make_pool
@@ -559,9 +559,9 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
         catalogue = catalogue or Catalogue(settings, make_pool(settings))
         progress = ProgressDisplay()
         catalogue.on_progress = progress
-        try:  # the workers start while a thread imports aiohttp (0.2 s)
+        try:  # the workers start while a thread imports aiohttp (0.1 s)
             await catalogue.start()
-            await asyncio.to_thread(require_library, "aiohttp.web", "chat_server")
+            await asyncio.to_thread(import_web)
             store = await open_store(settings)
         except Exception:
             await catalogue.close()
