@@ -146,7 +146,7 @@ from chatlm.common.errors import (
     visible)
 from chatlm.common.interrupts import raised_interrupts
 from chatlm.common.log import ProgressDisplay, json_handler, log, output_as_log, start_logging, tell
-from chatlm.common.memory import tune_gc
+from chatlm.common.memory import give_memory_back, share_heap, tune_gc
 from chatlm.common.messages.requests import PromptProgress
 from chatlm.common.processes.torchrun import RankStore, serve_rank, torchrun
 from chatlm.common.program import other_program, page_files, program_root
@@ -574,6 +574,7 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
                     progress.close()
                     await asyncio.to_thread(warn_of_another_program)
                     announce(catalogue, settings, listener.getsockname()[1])
+                    await asyncio.to_thread(give_memory_back)
                     await drain.wait()
                     tell("Stopping: running answers may finish; a second signal stops now.")
                     await first_of(catalogue.drain(settings.drain_timeout), now.wait())
@@ -649,6 +650,7 @@ def main(argv: Seq[str] | None = None) -> int:
                         "could until now" if hidden else "can")
         if settings.command == "serve":
             tune_gc()
+            share_heap()
             never_fail("stdout")
         with output_as_log():
             return run_command(settings)
