@@ -144,10 +144,10 @@ from chatlm.cli import (
 from chatlm.common.config import Settings
 from chatlm.common.errors import (
     ChatServerError, ConfigError, Overloaded, RequestError, bad_value, check_library, lack_of_memory,
-    require_library, visible)
+    visible)
 from chatlm.common.interrupts import raised_interrupts
 from chatlm.common.log import ProgressDisplay, json_handler, log, output_as_log, start_logging, tell
-from chatlm.common.memory import tune_gc
+from chatlm.common.memory import give_memory_back, share_heap, tune_gc
 from chatlm.common.messages.requests import PromptProgress
 from chatlm.common.processes.torchrun import RankStore, serve_rank, torchrun
 from chatlm.common.program import other_program, page_files, program_root
@@ -160,7 +160,7 @@ from chatlm.front.api.errors import public_error
 from chatlm.front.api.field_types import INTEGER, SWITCH
 from chatlm.front.api.fields import Field
 from chatlm.front.intake.intake import Intake, loaded_tokenizer
-from chatlm.front.lazy import web
+from chatlm.front.lazy import import_web, web
 from chatlm.front.pool.local_devices import check_nice, niceness
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.pool import make_pool
@@ -568,9 +568,9 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
         catalogue = catalogue or Catalogue(settings, make_pool(settings))
         progress = ProgressDisplay()
         catalogue.on_progress = progress
-        try:  # the workers start while a thread imports aiohttp (0.2 s)
+        try:  # the workers start while a thread imports aiohttp (0.1 s)
             await catalogue.start()
-            await asyncio.to_thread(require_library, "aiohttp.web", "chat_server")
+            await asyncio.to_thread(import_web)
             store = await open_store(settings)
         except Exception:
             await catalogue.close()
@@ -583,6 +583,7 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
                     progress.close()
                     await asyncio.to_thread(warn_of_another_program)
                     announce(catalogue, settings, listener.getsockname()[1])
+                    await asyncio.to_thread(give_memory_back)
                     await drain.wait()
                     tell("Stopping: running answers may finish; a second signal stops now.")
                     await first_of(catalogue.drain(settings.drain_timeout), now.wait())
@@ -658,6 +659,7 @@ def main(argv: Seq[str] | None = None) -> int:
                         "could until now" if hidden else "can")
         if settings.command == "serve":
             tune_gc()
+            share_heap()
             never_fail("stdout")
         with output_as_log():
             return run_command(settings)

@@ -138,7 +138,7 @@ def test_no_process_imports_another_house_s_modules(nanochat_fixtures, tmp_path)
     for pid, role in roles.items():
         modules.setdefault(role, set()).update((tmp_path / str(pid)).read_text().split())
     assert set(modules) == {"front", "worker", "rank", "sandbox"}, json.dumps(roles)
-    for role, forbidden in {"front": ("torch", "numpy", "gguf", "chatlm.worker"), "sandbox": ("torch", "numpy", "gguf", "aiohttp", "chatlm.worker"),
+    for role, forbidden in {"front": ("torch", "numpy", "gguf", "chatlm.worker", "aiohttp.connector", "prometheus_client"), "sandbox": ("torch", "numpy", "gguf", "aiohttp", "chatlm.worker"),
                             "worker": ("aiohttp", "chatlm.front", "chatlm.terminal"), "rank": ("aiohttp", "chatlm.front", "chatlm.terminal")}.items():
         assert [name for name in sorted(modules[role]) if name.startswith(tuple(f"{each}." for each in forbidden)) or name in forbidden] == [], role
     assert {"numpy", "chatlm.worker.process"} <= modules["worker"] and "aiohttp" in modules["front"]

@@ -37,6 +37,7 @@ class WorkerLoop:
         self.engine = engine
         self.config = config
         self.warm_up = warm_up or WarmUp(engine)
+        self.holds_leftovers = self.warm_up.is_due  # memory that only loading needed
         self.gauges = Gauges(engine)
         self.inbox = Inbox(engine, channel.send)
         interval_s = config.settings.stream_interval / 1000
@@ -76,7 +77,12 @@ class WorkerLoop:
 
     def _warm_up_more(self):
         self.warm_up.more()
-        if not self.warm_up.is_due:
+        self._give_leftovers_back()
+
+    def _give_leftovers_back(self):
+        """Return what loading needed to the system, once, after the warm-up or what was asked instead."""
+        if self.holds_leftovers and not self.warm_up.is_due:
+            self.holds_leftovers = False
             give_memory_back()
 
     def _step(self):
@@ -107,6 +113,7 @@ class WorkerLoop:
         """Nothing is computed now: do what had to wait for that, and send what is left to send."""
         self.inbox.empty_cache_if_asked()
         self.reports.send()
+        self._give_leftovers_back()
         if self.checks_integrity:
             check_integrity(self.engine)
             log.info("integrity check: no faults")

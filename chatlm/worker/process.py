@@ -80,7 +80,8 @@ def start_engine(channel: Channel, config: WorkerConfig) -> tuple[Engine, WarmUp
         prefixes.keep(engine)
     if on_cpu and config.answering:
         share_word(engine, config.answering, bool(bound))
-    give_memory_back()
+    if not warm_up.is_due:  # else the loop does it after the warm-up, without keeping anybody waiting
+        give_memory_back()
     CalmLog.over_bar = False
     return engine, warm_up
 

@@ -3,6 +3,8 @@ argument checks."""
 
 import gc
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -757,3 +759,37 @@ def test_every_weight_type_has_its_blocks_in_chatlm():
     blocks = {kind: (columns, _core.row_bytes(code, columns)) for code, (kind, columns) in enumerate(_core.weight_types()) if columns > 1}
     assert {kind: (gguf_types.block_of(kind.upper())[0], block.bytes) for kind, block in packed.BLOCKS.items()} == blocks
     assert {kind: gguf_types.block_of(kind.upper()) for kind in blocks} == blocks
+
+
+GROWS = """
+import resource, sys, numpy, decode_core
+
+def resident():
+    with open("/proc/self/smaps_rollup") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("Rss:"))
+
+rows, columns, count, room = map(int, sys.argv[1:])
+source = numpy.full((rows, columns), 0.5, numpy.float32)
+arena = decode_core.Arena(1)
+first = decode_core.Matrix(arena, "q8_0", rows, columns)
+first.fill(source, "f32")
+before, used = resident(), arena.used_bytes
+if room:
+    pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (pages + room, pages + room))
+matrices = [decode_core.Matrix(arena, "q8_0", rows, columns) for _ in range(count)]
+for matrix in matrices:
+    matrix.fill(source, "f32")
+print(resident() - before, arena.used_bytes - used)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+@pytest.mark.parametrize("rows, columns, count, room, excess", [(2048, 608, 60, 0, 4 << 20), (4096, 1024, 30, 0, 4 << 20), (2048, 608, 4, 40 << 20, 16 << 20)],
+                         ids=["half a huge page each", "two and a bit", "no address space for a whole segment"])
+def test_matrices_take_little_more_memory_than_their_weights(rows, columns, count, room, excess):
+    """Whatever their size: what a huge page has left goes to the next matrix."""
+    found = subprocess.run([sys.executable, "-c", GROWS, *map(str, (rows, columns, count, room))], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    grown, used = map(int, found.stdout.split())
+    assert used > count * rows * columns and grown <= used + excess, f"{grown / 1e6:.1f} MB for {used / 1e6:.1f} MB of weights"

@@ -10,6 +10,7 @@ from chatlm.common.messages.protocol import CacheEmptied, EmptyCache, NewAnswer,
 from chatlm.common.messages.requests import AnswerParams, Ended, Failed, SamplingParams
 from chatlm.common.messages.wire import BadMessage
 from chatlm.worker.engine.warm_up import WarmUp
+from chatlm.worker import loop
 from chatlm.worker.loop import WorkerLoop
 from engines import make_engine
 from worker_front import Front
@@ -125,3 +126,20 @@ def test_ready_has_every_gauge_and_kernel_fault(engine):
 def test_a_message_that_no_front_sends_is_refused(engine):
     with pytest.raises(BadMessage, match="CacheEmptied"):
         WorkerLoop(Front([CacheEmptied(True)]), engine, CONFIG).run()
+
+
+@pytest.mark.parametrize("turns", [([],) * 4, (asking("first"), asking("second"))], ids=["nobody asks", "somebody asks"])
+def test_memory_that_only_loading_needed_is_returned_once(engine, monkeypatch, turns):
+    """That is after the warm-up, or after the answers that came instead; it keeps nobody from the first answer."""
+    given, warm_up = [], WarmUp(engine)
+    with torch.inference_mode():
+        warm_up.begin()
+    front = Front(*turns)
+    if turns[0]:        # the first messages are there before the warm-up goes on
+        monkeypatch.setattr(front, "receive", lambda wait, patience_s=None, receive=front.receive: receive(wait or len(front.batches) == len(turns)))
+    monkeypatch.setattr(loop, "give_memory_back", lambda: given.append((warm_up.is_due, len([*front.events]))))
+    run(front, engine, warm_up)
+    ends = len([event for _, event in front.events if isinstance(event, Ended)])
+    assert ends == sum(map(bool, turns))
+    [(still_due, events_before)] = given
+    assert not still_due and bool(events_before) == bool(ends)

@@ -148,9 +148,17 @@ void Arena::add_segment(size_t bytes) {
     reserved_ += bytes;
 }
 
+void Arena::grow(size_t bytes) {
+    try {
+        add_segment(std::max(bytes, SEGMENT));
+    } catch (const std::bad_alloc&) {                   // where address space is limited
+        add_segment(bytes);
+    }
+}
+
 uint8_t* Arena::allocate(size_t bytes) {
     bytes = rounded_up(bytes, 64);
-    if (size_t(segments->end - segments->at) < bytes) add_segment(bytes);
+    if (size_t(segments->end - segments->at) < bytes) grow(bytes);
     uint8_t* memory = segments->at;
     segments->at += bytes;
     used_ += bytes;

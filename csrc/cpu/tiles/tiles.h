@@ -313,8 +313,9 @@ static inline const StepGroup* steps_of(const uint8_t* panel, int panels, int64_
 
 // ---- memory
 
-// Memory in huge pages, handed out from front to back. A request that does not fit the first segment gets one of its own size. All is
-// freed together.
+// Memory in huge pages, handed out from front to back. A request that does not fit the current segment begins another one of at least
+// SEGMENT bytes, whose pages take memory only once they are written: segments of one matrix each would waste up to a huge page for each
+// matrix. All is freed together.
 class Arena {
 public:
     explicit Arena(size_t bytes);
@@ -326,10 +327,12 @@ public:
     size_t reserved() const { return reserved_; }
 
 private:
+    static constexpr size_t SEGMENT = 64 << 20;
     struct Segment;
     Segment* segments = nullptr;
     size_t used_ = 0, reserved_ = 0;
     void add_segment(size_t bytes);
+    void grow(size_t bytes);
 };
 
 }  // namespace dc
