@@ -39,6 +39,7 @@ class LastPlace:
     """A source: what followed the last three tokens when they last occurred; pauses if often wrong (Saxena, 2023)."""
 
     name, RUN, LONGEST, PATIENCE = "lookup", 3, 7, 64
+    rests = False
 
     def __init__(self):
         self.state = {}

@@ -8,6 +8,7 @@ import operator
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence as Seq
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from chatlm.common.jsontext import dump
@@ -31,8 +32,9 @@ class EmbeddingsEncoder(Encoder):
             self.choices[event.choice].done = event
             return 0
         vector = dump(event.vector)
-        if self.parsed.details["encoding"] == "float":  # nine digits tell all float32 numbers apart
-            vector = b"[%s]" % ",".join(["%.9g" % number for number in decoded_vector(event)]).encode()
+        if self.parsed.details["encoding"] == "float":
+            numbers = decoded_vector(event)
+            vector = number_list(len(numbers)) % numbers
         self.vectors[event.choice] = vector
         return len(vector)
 
@@ -70,8 +72,15 @@ class EmbeddingsEncoder(Encoder):
         yield b"]}"
 
 
-def decoded_vector(event: Embedding) -> list[float]:
-    return [number for number, in struct.iter_unpack("<f", base64.b64decode(event.vector))]
+def decoded_vector(event: Embedding) -> tuple[float, ...]:
+    data = base64.b64decode(event.vector)
+    return struct.unpack(f"<{len(data) // 4}f", data)
+
+
+@lru_cache(maxsize=64)
+def number_list(count: int) -> bytes:
+    """The format of a list of so many numbers. Nine digits tell all float32 numbers apart."""
+    return b"[%s]" % b",".join([b"%.9g"] * count)
 
 
 class ScoresEncoder(Encoder):
@@ -79,7 +88,8 @@ class ScoresEncoder(Encoder):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.numbers: list[list[float]] = [[]] * len(self.choices)  # a score, or a vector, for each prompt
+        # a score, or a vector, for each prompt
+        self.numbers: list[tuple[float, ...]] = [()] * len(self.choices)
 
     def collect(self, event: Embedding | Finished) -> int:
         """Keep a score, or a vector to compare; returns how many bytes it takes."""

@@ -139,7 +139,9 @@ class StagedJobs:
         n = request.n
         self.submit = submit
         self.first_jobs = deque(jobs[::n])  # of each prompt, not submitted yet
-        self.others = {job.choice: jobs[job.choice + 1:job.choice + n] for job in jobs[::n]}
+        self.others: dict[int, Seq[Job]] = {}  # by the choice of the first, where there are some
+        if n > 1:
+            self.others = {job.choice: jobs[job.choice + 1:job.choice + n] for job in jobs[::n]}
         self.is_first_alone = bool(request.score_from)
 
     def begin(self):
@@ -173,6 +175,7 @@ class Dispatcher:
     POSITION_S = 0.25   # seconds between updates of a waiting client's position in the queue
     TURN_S = 0.005      # how long one request's events are handled before others get their turn
     PREFIXES = 10_000   # how many prefixes are remembered for each worker
+    TOGETHER = 32       # submit so many further prompts at once: each time costs a look at all rows
     STAY_S = 1.0        # a job in the background stays at least this long with a worker that others use
 
     def __init__(self, settings: Settings, workers: Seq[Worker], adapters: PoolAdapters,
@@ -210,6 +213,7 @@ class Dispatcher:
             yield Accepted(sum(prompt_lengths), prompt_lengths if len(prompt_lengths) > 1 else ())
             turn_s = time.monotonic()
             left = len(jobs)
+            ended = 0  # answers, for each of which one more prompt may be submitted
             owes_progress = request.params.progress  # no event has told the length of the prompt yet
             while left:
                 waited = events.empty()
@@ -232,7 +236,10 @@ class Dispatcher:
                 yield event
                 if isinstance(event, Finished):
                     left -= 1
-                    staged.submit_prompts(1)
+                    ended += 1
+                if ended >= self.TOGETHER or ended and events.empty():
+                    staged.submit_prompts(ended)
+                    ended = 0
         finally:
             event = None  # breaks a cycle: an exception refers to this frame, and the frame to it
             self._abandon(*jobs)
@@ -326,19 +333,26 @@ class Dispatcher:
 
     def dispatch(self):
         """Assign waiting jobs to workers with a free row, or with one that another client can spare."""
+        rows: Counter[tuple[bool, str]] | None = None  # None: to be counted
         while self.pending and not self.held:
-            rows = rows_by_client(worker for model in self.all_models for worker in model.workers)
+            if rows is None:
+                rows = rows_by_client(worker for model in self.all_models for worker in model.workers)
             job = self.pending.first(rows)
             if job is None:
                 return
             free = [worker for worker in self.workers if worker.can_take(job) and self._able(worker, job)]
-            free = free or self._make_room(job)
+            if not free:
+                free = self._make_room(job)
+                rows = None
             if not free:
                 return
             self.pending.take(job)
             if job.dispatched_s is None:
                 job.dispatched_s = time.monotonic()
-            self._assign(job, min(free, key=operator.methodcaller("cost", job)))
+            best = min(free, key=operator.methodcaller("cost", job)) if len(free) > 1 else free[0]
+            self._assign(job, best)
+            if rows is not None:
+                rows[job.request.low_priority, job.request.client] += 1
         if len(self.workers) > 1 and not self.held:
             self._spread()
 

@@ -39,13 +39,14 @@ NO_DRAFT = Draft()
 class DraftSource(Protocol):
     """What proposes drafts. A draft is verified by the model's own draws, so no source changes a token.
 
-    `name` is a field of DraftCounts. `begin` hears of a sequence when it is queued, `end` once it has ended,
-    failed or been cancelled, `forget` that another model needs the memory. `propose` is called between steps
-    with sequences whose tokens are all known and of which one is not computed; it returns a draft, or
-    NO_DRAFT, for each. `judge` hears afterwards how many of a draft's tokens were verified, and how many of
-    these were right."""
+    `name` is a field of DraftCounts. One that `rests` is asked less often while its drafts do not pay. `begin`
+    hears of a sequence when it is queued, `end` once it has ended, failed or been cancelled, `forget` that
+    another model needs the memory. `propose` is called between steps with sequences whose tokens are all known
+    and of which one is not computed; it returns a draft, or NO_DRAFT, for each. `judge` hears afterwards how
+    many of a draft's tokens were verified, and how many of these were right."""
 
     name: str
+    rests: bool
 
     def begin(self, sequence: Sequence): ...
     def propose(self, sequences: Seq[Sequence]) -> list[Draft]: ...
@@ -109,12 +110,20 @@ class DraftRecord:
         self.proposed = NO_DRAFT               # the newest draft, before it was cut
         self.chances: list[float] = []         # of its tokens, as measured for all sequences
         self.counts: list[list[float]] = []    # see Acceptance.measured
+        self.pause = 0       # tokens for which sources that rest are not asked after the last miss
+        self.asked_again = 0  # the length of the sequence from which on they are asked
         self.expected = 0.0  # tokens that were expected to be right; the newest count most
         self.right = 0.0     # tokens that were
 
     @property
     def factor(self) -> float:
         return min((self.PRIOR + self.right) / (self.PRIOR + self.expected), 1.25)
+
+    def rest(self, length: int, longest: int):
+        """No draft of a sequence of this length paid: rest twice as long as the last time, at most `longest`
+        tokens."""
+        self.pause = min(2 * self.pause + 1, longest)
+        self.asked_again = length + 1 + self.pause
 
     def note(self, expected: float, right: int):
         self.expected = self.MEMORY * self.expected + expected
@@ -142,6 +151,7 @@ class Forced:
     """What a grammar leaves no choice about."""
 
     name = "forced"
+    rests = False
     CHANCE = 0.99
 
     def begin(self, sequence: Sequence): ...
@@ -186,6 +196,8 @@ class Drafting:
     A drafted token pays if a step that also verifies it gives more tokens a second: if the chance that it and
     all before it are right outweighs the time of one more row. Both are measured. So is a draft that was not
     verified: the tokens that come show whether it was right."""
+
+    LONGEST_PAUSE = 31  # tokens; and at most twice as many as a step has other rows
 
     def __init__(self, sources: Iterable[DraftSource], times: Times | None = None,
                  vocab_end: int | None = None):
@@ -249,8 +261,11 @@ class Drafting:
         for sequence in sequences:
             sequence.draft = NO_DRAFT
         forced: dict[Sequence, Draft] = {}
+        awake = [sequence for sequence in sequences
+                 if len(sequence.tokens) >= self.records[sequence].asked_again]
         for source in self.sources.values() if sequences else ():
-            for sequence, draft in zip(sequences, source.propose(sequences)):
+            asked = awake if source.rests else sequences
+            for sequence, draft in zip(asked, source.propose(asked)):
                 if source.name == Forced.name:
                     forced[sequence] = draft
                 elif forced.get(sequence, NO_DRAFT).tokens:
@@ -260,6 +275,17 @@ class Drafting:
         counts = self._counts(drafts, self.times.of(on_host), rows, most, other_s)
         for sequence, draft, count in zip(sequences, drafts, counts):
             sequence.draft = draft.first(count)
+        self._rest(awake, rows)
+
+    def _rest(self, asked: Seq[Sequence], rows: int):
+        """Ask less often for drafts of those of these sequences that have got none. Asking takes time from a
+        step, the more so the more sequences there are, while fewer of their drafts pay."""
+        for sequence in asked:
+            record = self.records[sequence]
+            if sequence.draft.tokens:
+                record.pause = 0
+            else:
+                record.rest(len(sequence.tokens), min(2 * (rows - 1), self.LONGEST_PAUSE))
 
     def _consider(self, sequence: Sequence, draft: Draft):
         """Make it the sequence's draft if it is worth more than that, as measured. Later sources see it."""

@@ -303,6 +303,7 @@ class Lookup:
     in its owner's latest answers with the same adapter, and in the operator's texts."""
 
     name = "lookup"
+    rests = True
 
     def __init__(self, num_tokens: int = 1 << 16):
         """num_tokens: of ended answers and the operator's texts to keep, 0: none."""

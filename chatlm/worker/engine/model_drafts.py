@@ -85,6 +85,8 @@ class ModelDrafts:
     LONGEST_WATCHED = 256  # the longest rest during which hidden states are read all the time
     MOST_COMPUTED = 8      # tokens for each sequence in a first step that is timed; with more it has prompts
 
+    rests = False
+
     def __init__(self, drafter: Drafter):
         self.drafter = drafter
         self.name = drafter.name

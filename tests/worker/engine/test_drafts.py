@@ -203,6 +203,7 @@ class Fixed:
     """A source that proposes what it was given."""
 
     name = "lookup"
+    rests = True
 
     def __init__(self, tokens, chances):
         self.tokens, self.chances, self.judged = tuple(tokens), tuple(chances), []
@@ -280,6 +281,57 @@ def test_wrong_drafts_pause_until_they_would_be_right():
         one.tokens += [0]
         made.judge(one, len(one.draft.tokens), min(1, len(one.draft.tokens)), one.tokens[at:])
     assert judged(made, one, 8) > 0
+
+
+class Counting(Fixed):
+    """A source that notes for which lengths of a sequence it was asked."""
+
+    def __init__(self, tokens, chances):
+        super().__init__(tokens, chances)
+        self.asked = []
+
+    def propose(self, sequences):
+        self.asked += [len(each.tokens) for each in sequences]
+        return super().propose(sequences)
+
+
+def asked_for(made, one, source, rows, count):
+    """For how many of the next `count` tokens the source is asked, in steps of so many rows."""
+    source.asked.clear()
+    for _ in range(count):
+        made.propose([one], rows, 64)
+        one.tokens.append(7)
+    return len(source.asked)
+
+
+def test_drafts_that_do_not_pay_are_asked_for_less_often_beside_others():
+    """Alone a sequence loses nothing by asking; among sixteen, each that asks in vain lengthens the step of all."""
+    source = Counting([1], [0.1])
+    made, one = drafting(source, 0.2), sequence("a", [1, 2, 3])
+    made.begin(one)
+    assert asked_for(made, one, source, rows=1, count=50) == 50
+    assert asked_for(made, one, source, rows=16, count=200) < 15
+    assert asked_for(made, one, source, rows=1, count=100) >= 68, "alone again, it soon is asked for each token"
+
+
+def test_a_draft_that_pays_ends_the_pause():
+    source = Counting([1], [0.1])
+    made, one = drafting(source, 0.05), sequence("a", [1, 2, 3])
+    made.begin(one)
+    asked_for(made, one, source, rows=32, count=200)
+    source.tokens, source.chances = (1, 2), (0.99, 0.98)
+    while not one.draft.tokens:
+        made.propose([one], 16, 64)
+        one.tokens.append(7)
+    assert asked_for(made, one, source, rows=16, count=50) == 50
+
+
+def test_what_a_grammar_forces_is_never_left_out():
+    source = Counting([1], [0.1])
+    source.rests = False
+    made, one = drafting(source, 0.2), sequence("a", [1, 2, 3])
+    made.begin(one)
+    assert asked_for(made, one, source, rows=16, count=100) == 100
 
 
 def test_usage_counts_by_source():
