@@ -27,6 +27,7 @@ folders. [What has been tested](#what-has-been-tested) says more.
 END = "\nAny other family is an error"
 # headings, of that page unless another is named
 STATES, IMAGES, GEMMA_4 = "#models-whose-layers-keep-a-state", "#images", "#gemma-4"
+LATENTS = "#latent-attention"
 POSITIONS, VOCABULARIES, GGUF = "#positions-sizes-and-tokens", "#checkpoints-without-a-vocabulary", "#where-a-gguf-file-and-its-folder-differ"
 ENCODES = "embedders.md#embedders-and-rerankers"
 NOTES = {       # by model_type: what a reader wants to know beside the title
@@ -43,6 +44,9 @@ NOTES = {       # by model_type: what a reader wants to know beside the title
     "granitemoehybrid": f"most layers of the h- models are Mamba-2, [their states]({STATES})",
     "glm4": "GLM-Z1 too",
     "glm4_moe": "GLM-4.5-Air too, without its draft head",
+    "deepseek_v3": f"V3.1, Moonlight and GigaChat 3 too, [latents]({LATENTS}) and no draft head",
+    "deepseek_v2": f"V2-Lite, V2.5, Coder-V2: [latents]({LATENTS})", "kimi_k2": f"K2; the text model of K2.5: [latents]({LATENTS})",
+    "glm4_moe_lite": f"[latents]({LATENTS}), no draft head", "youtu": f"[latents]({LATENTS})",
     "bailing_moe_v2": "Ling-mini, Ling-flash and Ring; GLM-4.5's arithmetic by other names",
     "cohere2_moe": "North-Mini-Code; shared experts are refused",
     "ernie4_5": "dense",
@@ -62,7 +66,7 @@ NOTES = {       # by model_type: what a reader wants to know beside the title
     "mpnet": f"all-mpnet-base-v2: [an encoder]({ENCODES})", "modernbert": f"[an encoder]({ENCODES})",
     "nomic_bert": f"nomic-embed-text v1, v1.5: [an encoder]({ENCODES})", "gte": f"from 2024 on: [an encoder]({ENCODES})",
     "nomic_bert_moe": f"nomic-embed-text-v2-moe, whose config says `nomic_bert`; its files lack a bias: [an encoder]({ENCODES})"}
-FORMULAS = {"nomic_bert_moe": "its formulas", "bailing_moe_v2": "GLM-4.5"}   # families that transformers lacks are compared with these
+FORMULAS = {"nomic_bert_moe": "its formulas", "bailing_moe_v2": "GLM-4.5", "kimi_k2": "DeepSeek-V3"}   # families that transformers lacks are compared with these
 LIKE_OTHERS = {"xlm-roberta": ("bert",), "granitemoehybrid": ("granite", "granitemoe")}     # such models without Mamba layers have these files
 CHECKPOINTS = (
     f"| nanochat, generations 1 to {len(GENERATIONS)} ([layouts](checkpoints.md#checkpoints-of-nanochat)) | a checkpoint | upstream's answers, 5; "

@@ -32,6 +32,11 @@ NEMOTRON3 = dict(num_hidden_layers=..., intermediate_size=96, num_key_value_head
                  moe_shared_expert_intermediate_size=80)
 NO_LLAMA = dict.fromkeys(("intermediate_size", "num_key_value_heads", "rms_norm_eps"), ...)     # keys of TINY that a family does not have
 FULL, LOCAL = "full_attention", "sliding_attention"
+LATENT = dict(num_hidden_layers=3, num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=48, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=16,
+              first_k_dense_replace=1, n_routed_experts=8, num_experts_per_tok=3, n_shared_experts=2, moe_intermediate_size=32, n_group=4, topk_group=2)
+YARN = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=64, rope_theta=1e4, mscale=0.707, mscale_all_dim=0.707)
+DENSE_LATENT = {key: value for key, value in LATENT.items() if key in (
+    "num_hidden_layers", "num_key_value_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")}
 MODELS = {                  # name -> (model_type, what differs from TINY)
     "llama2": ("llama", dict(num_key_value_heads=4)),
     "llama3.1": ("llama", dict(attention_bias=True, mlp_bias=True, num_key_value_heads=1, rope_parameters=dict(
@@ -170,6 +175,13 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
     "cohere2moe-rms": ("cohere2_moe", dict(num_hidden_layers=4, sliding_window=24, num_experts=5, num_experts_per_tok=2, intermediate_size=48, head_dim=16, logit_scale=0.5,
                                            prefix_dense_sliding_window_pattern=2, prefix_dense_intermediate_size=80, first_k_dense_replace=2,
                                            sliding_window_pattern=2)),
+    "deepseek3": ("deepseek_v3", LATENT | dict(rope_parameters=YARN, routed_scaling_factor=2.5)),
+    "deepseek3-plain": ("deepseek_v3", LATENT | dict(q_lora_rank=None, rope_interleave=False, attention_bias=True, qk_nope_head_dim=20, v_head_dim=12, kv_lora_rank=24,
+                                                     qk_rope_head_dim=8, n_group=1, topk_group=1, norm_topk_prob=False)),
+    "deepseek2-lite": ("deepseek_v2", LATENT | dict(q_lora_rank=None, n_group=1, topk_group=1, rope_parameters=YARN)),
+    "glm-flash": ("glm4_moe_lite", LATENT | dict(first_k_dense_replace=..., n_group=1, topk_group=1, routed_scaling_factor=1.8, v_head_dim=32,
+                                                 rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+    "youtu": ("youtu", DENSE_LATENT | dict(tie_word_embeddings=True)),
     "hunyuan-moe": ("hunyuan_v1_moe", dict(num_hidden_layers=3, head_dim=32, num_experts=6, moe_topk=3, intermediate_size=48, tie_word_embeddings=True)),
 }
 
@@ -178,7 +190,8 @@ GGUF_MODELS = {             # what of MODELS a file of each architecture can say
         "llama2", "llama3.1", "llama3.2", "mistral", "qwen2.5", "phi3", "phi3-long", "gpt-oss", "granite", "granite-moe", "granite-moe-shared", "granite4",
         "olmo2", "olmo3", "olmoe", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "hunyuan", "gemma4", "gemma4moe", "gemma4-even", "gemma4-unified", "gpt2",
         "pythia", "cohere", "cohere2", "phimoe-plain", "lfm2", "lfm2moe", "granite4h", "qwen3next", "qwen3.5", "qwen3.5moe", "nemotron-h", "nemotron3",
-        "glm4moe", "glm4moe-grouped", "minimax-m2", "hunyuan-moe", "cohere2moe"), {}),
+        "glm4moe", "glm4moe-grouped", "minimax-m2", "hunyuan-moe", "cohere2moe", "deepseek3", "deepseek2-lite", "glm-flash", "youtu"), {}),
+    "deepseek3-plain": {"rope_interleave": True},
     "nemotron3-latent": {"layers_block_type": ["moe", "linear_attention", "full_attention", "moe", "moe", "linear_attention"]},
     "qwen3": {"attention_bias": False}, "smollm3": {"mlp_bias": False}, **dict.fromkeys(("gemma2", "gemma3"), {"query_pre_attn_scalar": 32}),
     "qwen3moe": {"norm_topk_prob": True}, "phimoe": {"router_jitter_noise": 0.01}, "gpt2-untied": {"activation_function": "gelu_new"}, "gptneox-serial": {"hidden_act": "gelu"},
@@ -190,7 +203,8 @@ CONVERTED = {               # and what one by llama.cpp's converter can say, whi
         "llama2", "llama3.1", "llama3.2", "qwen2.5", "qwen3", "smollm3", "phi3", "phi3-long", "qwen3moe-normed", "gpt-oss", "granite", "granite-moe",
         "granite4", "olmo2", "olmo3", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "gemma4", "gemma4moe", "lfm2", "lfm2moe", "granite4h",
         "qwen3.5", "qwen3.5moe", "qwen3next", "nemotron3", "glm4moe", "glm4moe-grouped", "minimax-m2", "hunyuan-moe",
-        "cohere2moe"), {}),
+        "cohere2moe", "deepseek3", "deepseek2-lite", "glm-flash", "youtu"), {}),
+    "deepseek3-plain": {"rope_interleave": True},
     "nemotron3-latent": GGUF_MODELS["nemotron3-latent"] | {"n_group": 1, "topk_group": 1},
     "gpt2": {"n_inner": None}, "cohere": {"vocab_size": 320, "model_max_length": 512}, "cohere2": {"vocab_size": 320, "head_dim": 16},
     "starcoder2": {"sliding_window": 4096}, "starcoder2-plain": {"hidden_act": "gelu_pytorch_tanh", "sliding_window": 4096},
@@ -385,7 +399,7 @@ def apart(state, interleaved):
 GGUF_ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss",
                       "qwen2_moe": "qwen2moe", "olmo3": "olmo2", "ministral3": "mistral3", "hunyuan_v1_dense": "hunyuan-dense",
                       "lfm2_moe": "lfm2moe", "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe", "gemma4_text": "gemma4", "gemma4_unified_text": "gemma4", "gpt_neox": "gptneox", "cohere": "command-r",
-                      "glm4_moe": "glm4moe", "minimax_m2": "minimax-m2", "hunyuan_v1_moe": "hunyuan-moe", "cohere2_moe": "cohere2moe"}
+                      **dict.fromkeys(("deepseek_v3", "deepseek_v2", "glm4_moe_lite", "youtu"), "deepseek2"), "glm4_moe": "glm4moe", "minimax_m2": "minimax-m2", "hunyuan_v1_moe": "hunyuan-moe", "cohere2_moe": "cohere2moe"}
 LAYER_NORMED = "gpt2", "gptneox", "starcoder2", "cohere2", "command-r"
 
 
@@ -524,6 +538,45 @@ def sigmoid_numbers(config):
     return found
 
 
+def latent_apart(state, config, whole):
+    """A state dict with latent attention whose heads have their keys transposed, apart from their values; `whole`: as files had them before."""
+    if whole:
+        return state
+    H, plain = config.num_attention_heads, config.qk_nope_head_dim
+    found = {}
+    for name, tensor in state.items():
+        if not name.endswith("kv_b_proj.weight"):
+            found[name] = tensor
+            continue
+        both = tensor.unflatten(0, (H, -1))
+        found[name.replace("kv_b", "k_b")] = both[:, :plain].transpose(1, 2).contiguous()
+        found[name.replace("kv_b", "v_b")] = both[:, plain:].contiguous()
+    return found
+
+
+def latent_numbers(config, rope, whole):
+    """The metadata of latent attention, and of a router."""
+    D, c, d = config.qk_nope_head_dim + config.qk_rope_head_dim, config.kv_lora_rank, config.qk_rope_head_dim
+    found = {"attention.kv_lora_rank": c, "rope.dimension_count": d, "attention.head_count_kv": 1, "attention.key_length": c + d, "attention.value_length": c,
+             "attention.key_length_mla": D, "attention.value_length_mla": config.v_head_dim}
+    if whole:
+        del found["attention.key_length_mla"], found["attention.value_length_mla"]
+        found |= {"attention.head_count_kv": config.num_attention_heads, "attention.key_length": D, "attention.value_length": config.v_head_dim}
+    if config.q_lora_rank:
+        found["attention.q_lora_rank"] = config.q_lora_rank
+    if rope.get("mscale_all_dim"):
+        found["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
+    layers = config.num_hidden_layers
+    kinds = getattr(config, "mlp_layer_types", None)
+    found["leading_dense_block_count"] = kinds.count("dense") if kinds else getattr(config, "first_k_dense_replace", layers)
+    if hasattr(config, "n_routed_experts"):
+        found |= {"expert_count": config.n_routed_experts, "expert_used_count": config.num_experts_per_tok, "expert_feed_forward_length": config.moe_intermediate_size,
+                  "expert_shared_count": config.n_shared_experts, "expert_weights_scale": float(config.routed_scaling_factor),
+                  "expert_group_count": config.n_group, "expert_group_used_count": config.topk_group, "expert_weights_norm": config.norm_topk_prob,
+                  "expert_gating_func": 1 if config.model_type in ("deepseek_v2", "mistral4") else 2}
+    return found
+
+
 def north_numbers(config):
     """The metadata of a North, whose first layers may be dense."""
     return {"attention.layer_norm_epsilon": config.layer_norm_eps, "logit_scale": config.logit_scale, "expert_gating_func": 2,
@@ -551,7 +604,7 @@ def layer_normed(state, config):
                                             if hasattr(config, key) and kind != "starcoder2"})
 
 
-def as_gguf(path, model, quantized=False, metadata=None, beside=None):
+def as_gguf(path, model, quantized=False, metadata=None, beside=None, whole=False):
     """What llama.cpp's converter writes of a model: conversion/llama.py, gemma.py, phi.py and so on."""
     import gguf
     from tiny_gguf import small_gguf_metadata, write_gguf
@@ -585,6 +638,10 @@ def as_gguf(path, model, quantized=False, metadata=None, beside=None):
     if arch in SIGMOID_ROUTED:
         state = {name.replace("e_score_correction_bias", "e_score_correction.bias"): tensor for name, tensor in state.items()}
         more = sigmoid_numbers(config)
+    latent = hasattr(config, "kv_lora_rank")
+    if latent:
+        state = latent_apart({name.replace("e_score_correction_bias", "e_score_correction.bias"): tensor for name, tensor in state.items()}, config, whole)
+        more = latent_numbers(config, config.rope_parameters, whole)
     if arch == "granitehybrid":
         heads = [heads * (kind == "full_attention") for kind in config.layer_types]
     if arch.startswith("lfm2"):

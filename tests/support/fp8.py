@@ -1,6 +1,7 @@
 """Models whose matrices are saved in FP8, of every scheme that is read."""
 
 import json
+import re
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,6 +29,17 @@ SCHEMES = {         # name -> (groups of weights, name of the scales, quantizati
        for kind in ("tensor", "channel", "block")}}
 
 
+def weight_of(weights, key):
+    """A parameter by its name in a folder, which has a matrix for each expert."""
+    expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", key)
+    if not expert:
+        return weights[key].data
+    layer, number, part = expert[1], int(expert[2]), expert[3]
+    if part == "down":
+        return weights[f"{layer}.down_proj"].data[number]
+    return weights[f"{layer}.gate_up_proj"].data[number].chunk(2)[part == "up"]
+
+
 def save_fp8(model, folder, scheme):
     """Save `model` with its layers' matrices in FP8, and give it the values that those mean."""
     kind, name, config = SCHEMES[scheme]
@@ -39,7 +51,7 @@ def save_fp8(model, folder, scheme):
         tensors[key.replace("weight", name)] = (scale.reshape(()) if kind == "tensor" else scale).contiguous()
         if scheme == "fp8":
             tensors[key.replace("weight", "input_scale")] = torch.tensor(0.5)
-        weights[key].data.copy_(values)
+        weight_of(weights, key).copy_(values)
     save_file(tensors, folder / "model.safetensors")
     whole = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(whole | {"quantization_config": config}))

@@ -77,7 +77,7 @@ def deepseek_tensors(model):
             "attention_norm": own("input_layernorm.weight"), "ffn_norm": own("post_attention_layernorm.weight"),
             "kv_in": half_split(own("self_attn.kv_a_proj_with_mqa.weight"), 1, config.kv_lora_rank, config),
             "kv_norm": own("self_attn.kv_a_layernorm.weight"), "k_up": up[:, :plain].transpose(1, 2).flatten(0, 1), "v_up": up[:, plain:].flatten(0, 1),
-            "queries": half_split(own(f"self_attn.{queries[1]}.weight"), config.num_attention_heads, plain, config), "output": own("self_attn.o_proj.weight")}
+            "queries_up" if config.q_lora_rank else "queries": half_split(own(f"self_attn.{queries[1]}.weight"), config.num_attention_heads, plain, config), "output": own("self_attn.o_proj.weight")}
         if config.q_lora_rank:
             tensors |= {"queries_in": own("self_attn.q_a_proj.weight"), "queries_norm": own("self_attn.q_a_layernorm.weight")}
         if layer < config.first_k_dense_replace:

@@ -10,31 +10,32 @@ import torch
 from chatlm.worker.ops.attention import rotate, slots_of
 
 
-def absorb(x, k_up, cos, sin, positions, scale, out):
+def absorb(x, k_up, cos, sin, positions, scale, out, adjacent=False):
     """Turn queries for heads' keys into queries for latents, times `scale` -> out (T, H * (kept + turned)).
 
     x           (T, H * (plain + turned)): for each head the numbers that do not turn, then those that do
     k_up        (H * kept, plain): a matrix for each head; its product with the plain numbers is the query for
                 latents
-    The other numbers turn by the rows `positions` (T,) of cos and sin."""
+    The other numbers turn by the rows `positions` (T,) of cos and sin. adjacent: numbers that turn together
+    are neighbours in x; in `out` they are half of those that turn apart, as keys have them."""
     plain = k_up.shape[1]
     turned = 2 * cos.shape[-1]
     heads = x.float().unflatten(1, (-1, plain + turned))  # (T, H, plain + turned)
     own = k_up.float().unflatten(0, (heads.shape[1], -1))  # (H, kept, plain)
     latent = torch.einsum("thd,hcd->thc", heads[..., :plain], own)
-    rotated = turn(heads[..., plain:], cos, sin, positions)
+    rotated = turn(heads[..., plain:], cos, sin, positions, adjacent)
     out.copy_(scale * torch.cat((latent, rotated), 2).flatten(1))
 
 
-def append(x, weight, eps, cos, sin, positions, slots, cache):
+def append(x, weight, eps, cos, sin, positions, slots, cache, adjacent=False):
     """x (T, kept + turned) -> the keys of the cache at `slots` (T,).
 
-    The first numbers get an RMS norm, and the others turn."""
+    The first numbers get an RMS norm, and the others turn, of which `absorb` tells."""
     keys = slots_of(cache)[0]  # (slots, 1, kept + turned)
     kept = len(weight)
     assert isinstance(keys, torch.Tensor)  # no packed type has this size
     latent = torch.nn.functional.rms_norm(x[:, None, :kept].float(), (kept,), weight, eps)
-    rotated = turn(x[:, None, kept:].float(), cos, sin, positions)
+    rotated = turn(x[:, None, kept:].float(), cos, sin, positions, adjacent)
     keys.index_copy_(0, slots, torch.cat((latent, rotated), 2).to(keys.dtype))
 
 
@@ -47,8 +48,8 @@ def by_head(x, v_up, out):
     out.copy_(torch.einsum("thc,hvc->thv", heads, own).flatten(1))
 
 
-def turn(x, cos, sin, positions):
+def turn(x, cos, sin, positions, adjacent=False):
     """x (T, heads, turned) turned by the rows `positions` (T,) of cos and sin (max_positions, turned / 2)."""
-    x = x.clone()
+    x = torch.cat((x[..., 0::2], x[..., 1::2]), -1) if adjacent else x.clone()
     rotate(x, *(torch.index_select(table, 0, positions).unsqueeze(1) for table in (cos, sin)))
     return x

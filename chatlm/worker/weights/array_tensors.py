@@ -28,8 +28,15 @@ if TYPE_CHECKING:
 MAPPED_KINDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
+Made = Callable[[numpy.ndarray], numpy.ndarray]
+
+
 def unchanged(name: str, tensor: Any) -> Any:
     return tensor
+
+
+def of_rows(ours: str) -> Made | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,8 @@ class ArrayTensors:
     as_stored: Callable | None = None               # makes a matrix of packed blocks
     # the rows of a PackedWeight's blocks -> the same in our order; NotExact if it has to become floats
     kept: Callable[[str, numpy.ndarray], numpy.ndarray] = unchanged
+    # one of ours -> what makes it of the file's tensor, of which it is not just some rows
+    made_by: Callable[[str], Made | None] = of_rows
 
     def of(self, sources: Sources) -> dict[str, Unread | MappedRows]:
         tensors: dict[str, Unread | MappedRows] = {}
@@ -54,7 +63,7 @@ class ArrayTensors:
             if ours == "layer_embed":
                 tensors[ours] = self.mapped_table(next(iter(theirs)))
             else:
-                tensors[ours] = self.unread(shape, theirs)
+                tensors[ours] = self.unread(shape, theirs, self.made_by(ours))
         return tensors
 
     def mapped_table(self, name: str) -> MappedRows:
@@ -64,13 +73,16 @@ class ArrayTensors:
                               "because its rows are read from the file")
         return mapped_rows(table)
 
-    def unread(self, shape: tuple[int, ...], theirs: Mapping[str, tuple[int, ...]]) -> Unread:
-        """One of our tensors, made of the rows of `theirs`."""
+    def unread(self, shape: tuple[int, ...], theirs: Mapping[str, tuple[int, ...]],
+               made_by: Made | None) -> Unread:
+        """One of our tensors, made of the rows of `theirs`, or by a function of these."""
         parts = [self.state[name] for name in theirs]
         target = "float32" if len(shape) == 1 else self.dtype
         size = math.prod(shape) * item_bytes(target)
         make = partial(self.read, target)
-        if isinstance(parts[0], Mxfp4):
+        if made_by:
+            make = partial(self.read, target, made_by=made_by)
+        elif isinstance(parts[0], Mxfp4):
             make = self.read_mxfp4
             if self.as_stored:
                 size = math.prod(shape) * 17 // 32
@@ -81,10 +93,12 @@ class ArrayTensors:
         check = partial(refuse_faults, self.path, self.settings, theirs, make)
         return Unread(Cut.whole(shape), partial(make, theirs), size, mapped_by(parts), check, (make, theirs))
 
-    def read(self, target: str, theirs: Iterable[str], cut: Cut):
+    def read(self, target: str, theirs: Iterable[str], cut: Cut, made_by: Made | None = None):
         """The rows of `theirs` as floats of type `target`, as far as the cut has them. A vocabulary's padding
         is dropped."""
         stacked = (self.changed(name, self.state[name]) for name in theirs)
+        if made_by:
+            stacked = map(made_by, stacked)
         stacked = (tensor.reshape(-1, *tensor.shape[tensor.ndim - len(cut.shape) + 1:]) for tensor in stacked)
         rows = tuple(as_kind(contiguous(part), target) for _, part in cut.apply(stacked))
         return rows if len(cut.shape) > 1 and cut == Cut.whole(cut.full) else joined(rows)

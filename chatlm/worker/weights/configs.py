@@ -15,6 +15,7 @@ from chatlm.worker.model.blocks.mixers import Mixer
 from chatlm.worker.weights.families import FAMILIES, TEXT_TYPES, VISION
 from chatlm.worker.weights.family import GATED, Family
 from chatlm.worker.weights.fp8 import fp8_block
+from chatlm.worker.weights.latents import REFUSED
 from chatlm.worker.weights.recipe import Attention, ModelSpec
 from chatlm.worker.weights.rope_scaling import ORIGINAL, ORIGINAL_RULE
 from chatlm.worker.weights.rules import (
@@ -98,6 +99,8 @@ HF_ONLY = {  # the only value these may have, unless the family has them
 
 def unsupported(name: str) -> str:
     """The error text for a family that has no row in FAMILIES."""
+    if reason := REFUSED.get(name):
+        return f"this server cannot run {name}: {reason}"
     return (f"this server cannot run {printable(name)[:60]} yet; it runs: "
             f"{', '.join(row.title for row in FAMILIES.values() if row.title)}")
 

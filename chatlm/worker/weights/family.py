@@ -62,6 +62,10 @@ class Gguf(NamedTuple):
     layers: Callable[[Header], tuple[dict, dict]] = lambda header: ({}, {})
     unsaid: Callable[[Mapping], dict] = lambda config: {}  # keys of a config that files imply
     repack: Callable[[dict], dict] = lambda stored: stored  # a file's tensors as `names` expects them
+    # of a file's tensors: names that depend on which it has
+    names_in: Callable[[Mapping[str, Any]], dict[str, tuple[str, ...]]] = lambda stored: {}
+    # yarn_log_multiplier is mscale_all_dim over this, and mscale is equal; 0: is it itself, and mscale is 1
+    log_unit: float = 0.0
     mscale_unknown: bool = False     # files with yarn do not say all of it; see MSCALE_UNKNOWN
     strips_specials: bool = False    # sentencepiece vocabularies drop the spaces after special tokens
 
@@ -204,10 +208,18 @@ def separate_experts(name: str, tensor: numpy.ndarray) -> dict[str, numpy.ndarra
 def without_draft_heads(state: Mapping[str, Any]) -> dict[str, Any]:
     """A file's tensors, less those of layers that only draft: behind the others, with a product of their
     own of an embedding and a state."""
-    drafts = {match[0] for name in state
-              if (match := re.match(r"(model\.layers|blk)\.\d+\.", name))
-              and name.startswith((f"{match[0]}eh_proj.", f"{match[0]}nextn."))}
-    return {name: tensor for name, tensor in state.items() if not name.startswith(tuple(drafts))}
+    drafts = tuple(draft_layers(state))
+    return {name: tensor for name, tensor in state.items() if not name.startswith(drafts)}
+
+
+def draft_layers(state: Mapping[str, Any]) -> set[str]:
+    """What the names of their tensors begin with."""
+    found = set()
+    for name in state:
+        layer = re.match(r"(model\.layers|blk)\.\d+\.", name)
+        if layer and name.startswith((f"{layer[0]}eh_proj.", f"{layer[0]}nextn.")):
+            found.add(layer[0])
+    return found
 
 
 def layers_of_kinds(header: Header, other: str) -> tuple[dict, dict]:

@@ -19,8 +19,9 @@ from chatlm.worker.weights.array_tensors import ArrayTensors
 from chatlm.worker.weights.draft_heads import folder_head
 from chatlm.worker.weights.embedders import folder_embedder
 from chatlm.worker.weights.families import FAMILIES
-from chatlm.worker.weights.family import is_one_more
+from chatlm.worker.weights.family import draft_layers, is_one_more
 from chatlm.worker.weights.fp8 import fp8_block, unscaled
+from chatlm.worker.weights.latents import made_by
 from chatlm.worker.weights.huggingface import described_spec, hf_text
 from chatlm.worker.weights.lora import FileSlice, fused_slices
 from chatlm.worker.weights.mxfp4 import Mxfp4
@@ -91,6 +92,8 @@ def folder_model(source: ModelSource, config: FolderConfig, state: dict[str, Any
     spec, state, scales = head_of_folder(config.path, spec, row, row.repack(state), scales)
     whole = whole | {name: state[name] for name in Pair.of(row.all_tensors) if name in state}
     whole_scales = scales
+    drafts = left_out(whole, state)
+    scales = {name: scale for name, scale in scales.items() if not name.startswith(drafts)}
     state = without_shared(spec, state)
     scales = without_shared(spec, scales)
     if lost := sorted(set(scales) - set(state)):
@@ -101,6 +104,11 @@ def folder_model(source: ModelSource, config: FolderConfig, state: dict[str, Any
         state = without_zero_biases(state, expected)
     return FolderModel(source, config, spec, row.all_tensors, state, scales, whole, whole_scales, score,
                        embeds, restyled)
+
+
+def left_out(whole: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the names of a folder's draft heads begin with, if its model has none of their tensors."""
+    return tuple(begin for begin in draft_layers(whole) if not any(name.startswith(begin) for name in state))
 
 
 def names_of_folder(source: ModelSource, raw: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -205,7 +213,7 @@ class FolderModel:
             return turned(name, blocks)
 
         return ArrayTensors(self.source.path, settings, self.state, dtype, changed, storage.as_stored,
-                            packed_rows).of(sources)
+                            packed_rows, partial(made_by, self.spec)).of(sources)
 
     def text(self) -> tuple[TextSpec, Vocabulary | None]:
         return self.restyled(hf_text(self.source.path, self.spec.vocab_size)), None

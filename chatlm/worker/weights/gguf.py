@@ -179,7 +179,8 @@ def gguf_scaling(header: Header, row: Family, config: Mapping, lists: Mapping[st
     value("rope.scaling.yarn_ext_factor", 1.0)
     rope |= {beta: value(f"rope.scaling.yarn_{beta}") for beta in ("beta_fast", "beta_slow")}
     if over := value("rope.scaling.yarn_log_multiplier"):
-        rope |= {"mscale": 1.0, "mscale_all_dim": over}
+        unit = row.gguf.log_unit
+        rope |= {"mscale": over * unit or 1.0, "mscale_all_dim": over * (unit or 1.0)}
     elif row.gguf.mscale_unknown:
         log.info(MSCALE_UNKNOWN, header.path, 0.1 * math.log(max(factor, 1)) + 1)
     return rope

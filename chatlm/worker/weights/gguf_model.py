@@ -21,14 +21,16 @@ from chatlm.worker.weights.embedders import gguf_embedder
 from chatlm.worker.weights.factors import with_factors
 from chatlm.worker.weights.families import FAMILIES
 from chatlm.worker.weights.family import is_one_more
+from chatlm.worker.weights.array_tensors import of_rows
 from chatlm.worker.weights.gguf import gguf_spec, gguf_texts
 from chatlm.worker.weights.gguf_file import ROPE_TENSORS, check_gguf_types, read_gguf
 from chatlm.worker.weights.gguf_tensors import GgufTensors, details_of, file_shape, growth
+from chatlm.worker.weights.latents import made_by
 from chatlm.worker.weights.lora import FileSlice, fused_slices
 from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.packed_rows import packed_together
 from chatlm.worker.weights.rules import own_sampling
-from chatlm.worker.weights.sources import file_shapes, unread_keys, without_shared
+from chatlm.worker.weights.sources import KV_UP, file_shapes, unread_keys, without_shared
 from chatlm.worker.weights.stored_model import AdapterTargets, Purpose, Report, Storage, with_head_of
 from chatlm.worker.weights.tied_heads import Pair
 
@@ -66,7 +68,8 @@ def read_gguf_model(source: ModelSource, settings: Settings) -> StoredModel:
         stored = {name: tensor for name, tensor in stored.items() if name not in heads}
     else:
         classes = stored.pop(rerankers.CLASSES, None)
-    return GgufModel(source, metadata, types, model_type, spec, row.gguf_names, stored, whole, heads, classes)
+    names = row.gguf_names | row.gguf.names_in(stored)
+    return GgufModel(source, metadata, types, model_type, spec, names, stored, whole, heads, classes)
 
 
 def without_draft_head(stored: Mapping[str, Any], layers: int) -> dict[str, Any]:
@@ -149,7 +152,13 @@ class GgufModel:
         return GgufTensors(
             self.source.path, settings, self.stored, storage,
             self.pairs if interleaved or self.row.gguf.permuted else None,
-            self.pairs if interleaved else None, added).of(sources)
+            self.pairs if interleaved else None, added,
+            partial(made_by, self.spec) if self.has_kv_up else of_rows).of(sources)
+
+    @property
+    def has_kv_up(self) -> bool:
+        """Does the file have keys and values of latents in one matrix?"""
+        return "k_up" in self.table and self.table["k_up"] == self.table["v_up"]
 
     def text(self) -> tuple[TextSpec, Vocabulary | None]:
         return gguf_texts(self.source.path, self.metadata)
@@ -204,6 +213,8 @@ def gguf_slices(row: Family, spec: ModelSpec, table: Mapping[str, tuple[str, ...
             continue
         theirs = names_of(row.all_tensors, part, layer)
         own = names_of(table, part, layer)
+        if part in KV_UP and table["k_up"] != table["v_up"]:  # the folder has them in one matrix
+            continue
         mixer = layers[int(layer)].mixer if layer else None
         if isinstance(mixer, DeltaRule) and part in ("mix_in", "mix_out"):
             slices |= linear_slices(mixer, theirs, own)

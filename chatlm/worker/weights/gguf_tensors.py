@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence as Seq
+from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,10 @@ import numpy
 
 from chatlm.common.errors import require_library
 from chatlm.worker.arrays.gguf_types import TYPES, GgufType, block_of
-from chatlm.worker.arrays.kinds import floats, item_bytes
+from chatlm.worker.arrays.kinds import as_kind, contiguous, floats, item_bytes, joined
 from chatlm.worker.arrays.packed import RopePairs, dequantize, dequantized, unpermute_rope
 from chatlm.worker.model.tensors import Cut, MappedRows, Unread
-from chatlm.worker.weights.array_tensors import mapped_rows
+from chatlm.worker.weights.array_tensors import Made, mapped_rows, of_rows
 from chatlm.worker.weights.finite import refuse_faults
 from chatlm.worker.weights.packed_rows import as_rows, cut_stored
 
@@ -45,6 +45,8 @@ class GgufTensors:
     pairs: RopePairs | None = None          # of q and k, if the file has them adjacent, not half-split
     adapter_pairs: RopePairs | None = None  # likewise of what adapters change
     added: Mapping[str, list[Change | Copy]] = field(default_factory=dict)  # by adapters, to a file's tensor
+    # one of ours -> what makes it of the file's tensor, of which it is not just some rows
+    made_by: Callable[[str], Made | None] = of_rows
 
     @property
     def packed(self) -> bool:
@@ -56,15 +58,17 @@ class GgufTensors:
             if ours == "layer_embed":
                 tensors[ours] = mapped_table(self.stored[next(iter(theirs))])
             else:
-                tensors[ours] = self.unread(shape, theirs)
+                tensors[ours] = self.unread(shape, theirs, self.made_by(ours))
         return tensors
 
-    def unread(self, shape: tuple[int, ...], theirs: Mapping[str, tuple[int, ...]]) -> Unread:
-        """One of our tensors, made of the rows of `theirs`."""
-        check = partial(refuse_faults, self.path, self.settings, theirs, self.read)
+    def unread(self, shape: tuple[int, ...], theirs: Mapping[str, tuple[int, ...]],
+               made_by: Made | None) -> Unread:
+        """One of our tensors, made of the rows of `theirs`, or by a function of their values."""
+        read = partial(self.read_made, made_by) if made_by else self.read
+        check = partial(refuse_faults, self.path, self.settings, theirs, read)
         mapped = tuple(self.stored[name].data for name in theirs)
-        return Unread(Cut.whole(shape), partial(self.read, theirs), self.held_bytes(shape, theirs), mapped,
-                      check, (self.read, theirs))
+        return Unread(Cut.whole(shape), partial(read, theirs), self.held_bytes(shape, theirs), mapped,
+                      check, (read, theirs))
 
     def held_bytes(self, shape: tuple[int, ...], theirs: Iterable[str]) -> int:
         """What one of our tensors takes in memory."""
@@ -90,6 +94,24 @@ class GgufTensors:
             return self.storage.as_stored(cut.shape, parts)
         dtype = self.storage.dtype if is_matrix else None
         return dequantized(cut.shape, parts, dtype or "float32")
+
+    def read_made(self, made_by: Made, theirs: Iterable[str], cut: Cut):
+        """What a function makes of the values of a file's matrix, as far as the cut has it.
+
+        Packed values are packed anew, since their columns may be others."""
+        [name] = theirs
+        tensor = self.stored[name]
+        values = dequantized(file_shape(name, tensor), [(tensor, None)], "float32")
+        for change in self.added.get(name, ()):
+            values = change.on(values)
+        rows = contiguous(joined([part for _, part in cut.apply([made_by(values)])]))
+        if not self.storage.as_stored:
+            return as_kind(rows, self.storage.dtype or "float32")
+        is_packed = tensor.tensor_type.name not in FLOAT_TYPES and rows.shape[1] % 32 == 0
+        gguf_type = TYPES["Q8_0" if is_packed else "F32"]
+        data = require_library("gguf", "packed weights").quantize(rows, gguf_type)
+        part = SimpleNamespace(tensor_type=gguf_type, data=data, shape=numpy.array(rows.shape[::-1]))
+        return self.storage.as_stored(cut.shape, [(part, None)])
 
     def part(self, name: str, shape: tuple[int, ...]) -> tuple[Any, RopePairs | None]:
         """A file's tensor for `cut_stored`, with the pairs that are still to be brought into our order."""
@@ -129,11 +151,14 @@ def merged_type(tensor, packed: bool) -> GgufType:
 def file_shape(name: str, tensor) -> tuple[int, ...]:
     """The shape of a gguf_header.Tensor, rows first; vectors of Mamba layers may be (H, 1), (groups, ..).
 
-    llama.cpp's converter writes a shared expert's gate as (1, width), llama-quantize as (width,)."""
+    llama.cpp's converter writes a shared expert's gate as (1, width), llama-quantize as (width,). Latents
+    have a matrix for each head, which here is one of all heads."""
     if name.endswith(".ffn_gate_inp_shexp.weight"):
         return 1, int(tensor.n_elements)
     if name.endswith((".ssm_a", ".ssm_d", ".ssm_norm.weight")):
         return (int(tensor.n_elements),)
+    if name.endswith((".attn_k_b.weight", ".attn_v_b.weight")):
+        return int(tensor.n_elements) // int(tensor.shape[0]), int(tensor.shape[0])
     return tuple(reversed(tensor.shape.tolist()))
 
 

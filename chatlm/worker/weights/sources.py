@@ -10,6 +10,7 @@ from typing import Any, TYPE_CHECKING
 from chatlm.common.errors import ConfigError
 from chatlm.worker.model.blocks.attention import Attention
 from chatlm.worker.model.blocks.mixers import DeltaRule, Mixer
+from chatlm.worker.model.blocks.mla import Mla
 from chatlm.worker.weights.model_of import model_of
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ Sources = dict[str, tuple[tuple[int, ...], dict[str, tuple[int, ...]]]]
 MOST_PROBLEMS = 20  # that an error names
 OF_VOCABULARY = ("embed", "head", "value_embed", "layer_embed")  # a row for each token
 HALVES = ("gate_up", "gate_up_bias", "shared_gate_up")
+KV_UP = ("k_up", "v_up")  # of latents
 
 
 def file_shapes(sources: Sources) -> dict[str, tuple[int, ...]]:
@@ -54,6 +56,10 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
         mixer = model.layers[int(layer)].mixer if layer else None
         if part.startswith("expert_"):
             sources[ours] = shape, expert_sources(names, layer, shape, spec.experts)
+        elif part in KV_UP and table["k_up"] == table["v_up"]:
+            assert isinstance(mixer, Mla)
+            rows = mixer.heads * (mixer.plain + mixer.head_values)
+            sources[ours] = shape, {names[0].format(layer): (rows, mixer.kept)}
         elif columns := columns_of_flat(part, mixer, spec):
             sources[ours] = shape, {names[0].format(layer): (shape[0] // columns, columns)}
         else:

@@ -18,24 +18,26 @@ class Mla(Block):
 
     c, r = kv_in norm(x): a latent of `kept` numbers, which gets a norm, and `turned` numbers that turn by
     the position. All heads share them, and a token caches nothing else.
-    q = queries norm(queries_in norm(x)), or queries norm(x): for each head `plain` numbers that do not turn,
-    then `turned` numbers that do. D = plain + turned.
+    q = queries_up norm(queries_in norm(x)), or queries norm(x): for each head `plain` numbers that do not
+    turn, then `turned` numbers that do. D = plain + turned.
 
     Keys are never computed. Because q^T (k_up c) = (k_up^T q)^T c, k_up is applied to queries, and v_up to
     the output of attention. So attention is that of H queries over one head, with keys (c, r) and values c.
 
-    queries is (H D, width of what it reads), kv_in (kept + turned, C), k_up (H kept, plain) with each head's
-    matrix transposed, v_up (H Dv, kept), output (C, H Dv)."""
+    queries is (H D, C), kv_in (kept + turned, C), k_up (H kept, plain) with each head's matrix transposed,
+    v_up (H Dv, kept), output (C, H Dv). queries_in is (query_width, C), queries_up (H D, query_width)."""
 
     heads: int               # H
     kept: int                # numbers of a latent
     plain: int               # numbers of a head's query that do not turn
     turned: int              # numbers of a head's query that turn
     head_values: int         # Dv, numbers of a head's value
-    norm: RmsNorm            # of latents, and of what `queries` reads
+    norm: RmsNorm            # of latents, and of what queries_up reads
     rope: Rope
-    query_width: int = 0     # width of what `queries` reads, if queries_in makes it; 0: it reads x
+    query_width: int = 0     # width of what queries_up reads; 0: `queries` reads x
     scores: Scores = Scores()
+    adjacent: bool = False   # numbers that turn together are neighbours; else i and i + turned / 2 are
+    biased: bool = False     # queries_in, kv_in and output have biases
 
     # What other code asks of attention. This one caches a single head, and has no norms of heads, gates or
     # biases
@@ -68,6 +70,11 @@ class Mla(Block):
         return self.heads * (self.plain + self.turned)
 
     @property
+    def queries_name(self) -> str:
+        """The matrix that makes queries."""
+        return "queries_up" if self.query_width else "queries"
+
+    @property
     def query_scale(self) -> float:
         """A factor of queries.
 
@@ -78,13 +85,17 @@ class Mla(Block):
     def tensors(self, C: int) -> Tensors:
         queries = Run(self.heads, self.plain + self.turned, "heads")
         values = Run(self.heads, self.head_values, "heads")
-        found = {"queries": matrix((queries,), self.query_width or C, adapted=True),
+        found = {self.queries_name: matrix((queries,), self.query_width or C, adapted=True),
                  "kv_in": matrix((Run(self.kept), Run(self.turned)), C, adapted=True),
                  "k_up": matrix((Run(self.heads, self.kept, "heads"),), self.plain, packed=False),
                  "v_up": matrix((values,), self.kept, packed=False),
                  "output": matrix(C, (values,), adapted=True)}
         if self.query_width:
             found["queries_in"] = matrix(self.query_width, C, adapted=True)
+        if self.biased:
+            biased = [name for name in ("queries_in", "kv_in", "output") if name in found]
+            found |= {f"{name}_bias": found[name].bias for name in biased}
+        if self.query_width:
             found |= self.norm.tensors("queries_norm", self.query_width)
         return found | self.norm.tensors("kv_norm", self.kept)
 
@@ -105,20 +116,24 @@ class Mla(Block):
         latents = b.of("latents", self.heads * self.kept)              # (T, H * kept)
         attended = b.of("attended", self.heads * self.head_values)     # (T, H * Dv)
 
-        s.product(self.read_of_queries(s, read), "queries", queries)
-        s.product(read, "kv_in", kv)
-        k.latent.absorb(queries, w["k_up"], *s.rope, inputs.turns, scale=self.query_scale, out=q)
-        k.latent.append(kv, w["kv_norm"], self.norm.eps, *s.rope, inputs.turns, inputs.slots, s.cache)
+        s.product(self.read_of_queries(s, read), self.queries_name, queries)
+        s.product(read, "kv_in", kv, bias=w.get("kv_in_bias"))
+        k.latent.absorb(queries, w["k_up"], *s.rope, inputs.turns, scale=self.query_scale, out=q,
+                        adjacent=self.adjacent)
+        k.latent.append(kv, w["kv_norm"], self.norm.eps, *s.rope, inputs.turns, inputs.slots, s.cache,
+                        adjacent=self.adjacent)
+        if s.q_scale is not None:
+            k.scale_rows(q, s.q_scale, inputs.positions, out=q)
         k.paged_attention(q, s.cache, inputs.attention, self.window, out=latents, softcap=0.0, sinks=None)
         k.latent.by_head(latents, w["v_up"], out=attended)
         to.product(s, attended, "output")
 
     def read_of_queries(self, s: Step, read: Read) -> Read:
-        """What the product `queries` reads."""
+        """What the product that makes queries reads."""
         if not self.query_width:
             return read
         compressed = s.b.of("queries_in", self.query_width)
-        s.product(read, "queries_in", compressed)
+        s.product(read, "queries_in", compressed, bias=s.w.get("queries_in_bias"))
         return self.norm.read(s, compressed, "queries_norm")
 
     # ---- other sizes
