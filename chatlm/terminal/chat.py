@@ -39,6 +39,8 @@ from chatlm.terminal.calculator import as_code, marked
 from chatlm.terminal.conversation import PARAMETERS, SETTABLE, Conversation, calls_in, read_chats
 from chatlm.terminal.remote import RemotePool, open_pool
 from chatlm.terminal.terminal import PlainWriter, Terminal, state_file
+from chatlm.terminal.tools import (
+    CANCELLED, DENIED, ToolUse, grow_calls, open_tools, shown_call, with_tools as with_tools_of)
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -97,6 +99,7 @@ class Reply:
     text: str = ""
     reasoning: str = ""
     calculator: list[dict] = field(default_factory=list)  # calls in the text
+    calls: list[dict[str, str]] = field(default_factory=list)  # of functions
     done: Finished = None  # pyright: ignore[reportAssignmentType]  until it has ended
     seconds: float = 0.0
 
@@ -125,6 +128,8 @@ async def receive(pool: Pool, request: Request, reply: Reply, writer):
                     reply.reasoning += event.joined("reasoning")
                     placed = [counter.place(delta) for delta in event.deltas]
                     reply.calculator += [call for call in placed if call is not None]
+                    for delta in event.deltas:
+                        grow_calls(reply.calls, delta)
                     writer.push(event)
                 elif isinstance(event, PromptProgress):
                     writer.progress(event)
@@ -152,8 +157,10 @@ def chats_in_turns(settings: Settings, pool: Pool) -> bool:
 class Chat:
     """The `chat` command. The user types messages or COMMANDS; each command is a method here."""
 
-    def __init__(self, pool: Pool, settings: Settings, conversation: Conversation | None = None):
+    def __init__(self, pool: Pool, settings: Settings, conversation: Conversation | None = None,
+                 tools: ToolUse | None = None):
         self.pool = pool
+        self.tools = tools
         self.settings = settings
         self.in_turns = chats_in_turns(settings, pool)
         self.terminal = Terminal(settings, [*(f"/{name} " for name in COMMANDS),
@@ -222,19 +229,71 @@ class Chat:
         question = chat.add({"role": "user", "content": text, "parent": parent,
                              **({"pictures": [*pictures]} if pictures else {})})
         try:
-            await self.answer(question)
+            await self.answer_with_tools(question)
         finally:
             if chat.leaf == question["id"]:
                 del chat.nodes[question["id"]]
                 chat.leaf = before
 
-    async def answer(self, last: dict):
+    async def answer_with_tools(self, last: dict):
+        """Answer a question, and run the tools that the answers call, until one calls none.
+
+        After --tool-rounds rounds the model must answer without tools."""
+        rounds = 0
+        earlier: list[dict] = []
+        while True:
+            await self.answer(last, with_tools=rounds < self.settings.tool_rounds)
+            node = self.conversation.path()[-1]
+            if node is last or not node.get("calls") or "note" in node:
+                return
+            if not await self.run_calls(node["calls"], earlier):
+                return
+            earlier += node["calls"]
+            last = node
+            rounds += 1
+
+    async def run_calls(self, calls: list[dict], earlier: Seq[dict]) -> bool:
+        """Give each call its result. False if the user has cancelled one."""
+        assert self.tools
+        for number, call in enumerate(calls):
+            refusal = self.tools.refusal(call, [*earlier, *calls[:number]])
+            if refusal:
+                call["result"] = refusal
+            elif await self.allows(call):
+                self.note(f"calling {shown_call(call)}; Ctrl-C cancels it")
+                call["result"] = await self.tools.run(call)
+            else:
+                call["result"] = DENIED
+            self.note(call["result"][:500])
+        return all(call["result"] != CANCELLED for call in calls)
+
+    async def allows(self, call: dict) -> bool:
+        """Whether the user lets a call run: y, n, or a for all calls of this tool in this chat. Where nobody
+        can be asked, only what the operator allows runs."""
+        assert self.tools
+        tool = self.tools.tools[call["name"]]
+        if not self.tools.needs_approval(tool):
+            return True
+        if not self.terminal.interactive:
+            return False
+        self.note(f"{tool.server} wants to run {shown_call(call)}\n{tool.description.splitlines()[0][:300]}"
+                  if tool.description else f"{tool.server} wants to run {shown_call(call)}")
+        while True:
+            self.note("Run it? y = yes, n = no, a = always in this chat")
+            typed = await self.terminal.read(leaves=False)
+            answer = (typed or "n").strip().lower()[:1]
+            if answer == "a":
+                self.tools.allowed[tool.name] = tool.digest
+            if answer in ("y", "a", "n"):
+                return answer != "n"
+
+    async def answer(self, last: dict, with_tools: bool = False):
         """Answer a question, or continue an answer. If this stops or fails, what arrived is kept."""
         chat = self.conversation
         reply = Reply()
         before = self.conversation.leaf
         chat.leaf = last["id"]
-        cut = last["role"] == "assistant"
+        cut = last["role"] == "assistant" and not last.get("calls")
         seed = {"seed": last["seed"]} if cut and type(last.get("seed")) is int else {}
         messages = chat.messages()
         if any((message.more or {}).get("pictures") for message in messages):
@@ -246,6 +305,8 @@ class Chat:
             source = {"prompts": (chat.last_text(),)}
         request = new_request(with_own_sampling(self.settings, self.pool), seed | chat.parameters,
                               progress=self.terminal.interactive, **source)
+        if with_tools and self.in_turns and self.tools and self.tools.chosen:
+            request = with_tools_of(request, self.tools.chosen, self.pool)
         chat.leaf = before
         note = "interrupted"
         try:
@@ -255,7 +316,7 @@ class Chat:
                 await interruptible(receive(self.pool, request, reply, writer))
             note = "stopped"
         finally:
-            if reply.text or reply.reasoning or reply.calculator or reply.done:
+            if reply.text or reply.reasoning or reply.calculator or reply.calls or reply.done:
                 self.keep(last, request, reply, note)
         line = summary(reply.done, reply.seconds) if reply.done else "[stopped]"
         is_cut = reply.done and (reply.done.reason == "length" or reply.done.stop_reason == "repetition")
@@ -271,8 +332,11 @@ class Chat:
                 "parameters": dict(self.conversation.parameters)}
         if reply.reasoning:
             node["reasoning"] = reply.reasoning
+        if reply.calls:
+            node["calls"] = reply.calls
         calls = reply.calculator
-        if last["role"] == "assistant":
+        continues = last["role"] == "assistant" and not last.get("calls")
+        if continues:
             begun = Message("assistant", last["content"], {"calculator": calls_in(last)})
             # a call that was cut is written again
             calls = [*calculations_of(without_unfinished(begun)), *shift_calls(calls, len(last["content"]))]
@@ -285,7 +349,7 @@ class Chat:
             self.tokens = self.tokens + reply.done.usage.completion_tokens
         else:
             node["note"] = note
-        if last["role"] == "user":
+        if not continues:
             self.conversation.add(node)
         else:
             last.pop("note", None)
@@ -395,7 +459,7 @@ class Chat:
 
     async def slash_retry(self, value: str):
         """/retry: get another answer to the last message"""
-        await self.answer(self._question())
+        await self.answer_with_tools(self._question())
 
     async def slash_edit(self, value: str):
         """/edit TEXT: change the last message and send it again"""
@@ -438,6 +502,21 @@ class Chat:
         await self.ask(f"{text.rstrip()}\n\n{question}" if question else text)
 
     slash_read = slash_image = slash_file
+
+    async def slash_tools(self, value: str):
+        """/tools on|off NAME: a tool, a server, or all; without words: list them"""
+        if self.tools is None:
+            raise ValueError("there are no tools; --mcp-config FILE names the servers that have some")
+        await self.tools.read()
+        word, *names = value.split() or [""]
+        if word in ("on", "off") and names:
+            self.tools.choose(names, word == "on")
+        elif word:
+            raise ValueError("/tools, /tools on NAME, or /tools off NAME")
+        rows = [self.terminal.row(f"{'*' if name in self.tools.on else ' '} {name}",
+                                  tool.description.partition("\n")[0][:200])
+                for name, tool in sorted(self.tools.tools.items())]
+        self.note("\n".join([*rows, *self.tools.troubles, f"{len(self.tools.on)} of {len(rows)} are on (*)"]))
 
     async def slash_stats(self, value: str):
         """/stats: answers, tokens and workers"""
@@ -500,8 +579,8 @@ async def chat(settings: Settings) -> int:
             raise ConfigError("--continue reads messages from the terminal or a pipe: leave out --prompt")
         return await generate(settings)
     conversation = last_chat(settings) if settings.continue_ else None
-    async with open_pool(settings) as pool:
-        return await Chat(pool, settings, conversation).run()
+    async with open_pool(settings) as pool, open_tools(settings, pool) as tools:
+        return await Chat(pool, settings, conversation, tools).run()
 
 
 def prompt_text(settings: Settings) -> str:

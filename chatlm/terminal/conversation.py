@@ -19,6 +19,7 @@ from chatlm.common.jsontext import is_text
 from chatlm.common.log import utc
 from chatlm.common.messages.requests import SAMPLING_FLAGS, Message
 from chatlm.common.text.calculations import with_calls, with_names
+from chatlm.front.api.message_readers import earlier_arguments
 from chatlm.terminal.calculator import calls_of_file, joined_calls, marked
 
 
@@ -63,6 +64,16 @@ def calls_in(node: Mapping) -> list[dict]:
     return calls_of_file(node.get("calculator"), node["content"]) if node["role"] == "assistant" else []
 
 
+def answered_calls(node: Mapping) -> list[dict]:
+    """The calls of functions in an answer, if all of them have results; nothing else that a file may have."""
+    calls = node.get("calls")
+    if node["role"] != "assistant" or not isinstance(calls, list):
+        return []
+    whole = [call for call in calls if isinstance(call, dict) and all(
+        is_text(call.get(name)) for name in ("id", "name", "arguments", "result"))]
+    return whole if len(whole) == len(calls) else []
+
+
 class Conversation:
     """A chat's tree of messages. The path to `leaf` is current; other answers and versions branch off."""
 
@@ -100,9 +111,13 @@ class Conversation:
         """The messages to send. Leaves out empty ones, and joins adjacent ones of the same role, because
         templates want roles to alternate. `more` has pictures as data URIs, and the calculator's calls."""
         messages = [Message("system", self.system)] if self.system.strip() else []
-        said = (node for node in self.path() if node["content"] or pictures_of(node) or calls_in(node))
-        for role, group in itertools.groupby(said, key=lambda node: node["role"]):
-            nodes = [*group]
+        said = [node for node in self.path()
+                if node["content"] or pictures_of(node) or calls_in(node) or answered_calls(node)]
+        # an answer with calls ends its group: the results follow it
+        ends = itertools.accumulate((bool(answered_calls(node)) for node in said[:-1]), initial=0)
+        groups = itertools.groupby(zip(said, ends), key=lambda pair: (pair[0]["role"], pair[1]))
+        for (role, _), group in groups:
+            nodes = [node for node, _ in group]
             pictures = []
             for node in nodes:
                 pictures += pictures_of(node)
@@ -110,7 +125,15 @@ class Conversation:
             texts = [node["content"] for node in spoken]
             more = with_calls({"pictures": pictures} if pictures else {},
                               joined_calls(texts, [*map(calls_in, spoken)], "\n\n"))
+            results = answered_calls(nodes[-1])
+            if results:
+                more["tool_calls"] = [
+                    {"id": call["id"], "type": "function",
+                     "function": {"name": call["name"], "arguments": earlier_arguments(call["arguments"])}}
+                    for call in results]
             messages.append(Message(role, "\n\n".join(texts), more or None))
+            messages += [Message("tool", call["result"], {"tool_call_id": call["id"], "name": call["name"]})
+                         for call in results]
         return tuple(messages)
 
     def last_text(self) -> str:

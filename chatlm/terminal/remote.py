@@ -11,6 +11,7 @@ from urllib.parse import quote
 from chatlm.common.config import PING_S
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded, did_you_mean
 from chatlm.common.hub.nanochat import explicit_choice
+from chatlm.common.jsontext import as_json
 from chatlm.common.log import ProgressDisplay
 from chatlm.common.messages.requests import SAMPLING_DEFAULTS, SAMPLING_FLAGS, Accepted, Message
 from chatlm.common.text.calculations import calculations_of
@@ -204,12 +205,26 @@ def content_of(message: Message) -> str | list[dict]:
     return [*shown, {"type": "text", "text": message.content}] if message.content else shown
 
 
+def calls_of(message: Message) -> dict[str, Any]:
+    """A message's calls of functions, or whose result it is, as OpenAI's API has them."""
+    more = message.more or {}
+    members: dict[str, Any] = {}
+    if more.get("tool_calls"):
+        members["tool_calls"] = [
+            {**call, "function": {**call["function"], "arguments": as_json(call["function"]["arguments"])}}
+            for call in more["tool_calls"]]
+    if message.role == "tool":
+        members["tool_call_id"] = more.get("tool_call_id", "")
+    return members
+
+
 def native_body(request: Request) -> dict:
     params = request.params
     sampling = request.params.sampling
     messages = request.messages or (Message("user", str(request.prompts[0])),)
-    return {"messages": [{"role": message.role, "content": content_of(message),
-                          **calculator_member(calculations_of(message))} for message in messages],
+    tools = {"tools": [*request.tools]} if request.tools else {}
+    return {**tools, "messages": [{"role": message.role, "content": content_of(message), **calls_of(message),
+                                   **calculator_member(calculations_of(message))} for message in messages],
             "truncate": "oldest", "resumable": True, "stop": list(params.stop),
             "ignore_eos": params.ignore_eos, "stop_on_repetition": params.stop_on_repetition,
             "progress": params.progress, **request.template_options,

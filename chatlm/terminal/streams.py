@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, suppress
 from typing import Any, TYPE_CHECKING
 
@@ -161,6 +161,7 @@ class RemoteAnswerReader:
         calls = calls_of_event(body.get("calculator") or delta.get("calculator"))
         deltas = (*deltas, *split_at_calls(text, calls, self.characters))
         self.characters += len(text)
+        deltas = (*deltas, *call_deltas(delta.get("tool_calls")))
         if not deltas:
             return None
         self.first_s = self.first_s or time.monotonic()
@@ -186,6 +187,15 @@ class RemoteAnswerReader:
             done["finish_reason"], done.get("stop_reason"), count, timings.get("queue_ms", 0.0),
             timings.get("ttft_ms", ttft_ms), timings.get("tokens_per_second", speed),
             done.get("gpu", timings.get("gpu", 0)), dropped_messages=timings.get("dropped_messages", 0))
+
+
+def call_deltas(calls: Any) -> Iterator[Delta]:
+    """The parts of calls in an event of OpenAI's API. Each call comes as a whole before the next begins."""
+    for call in calls if isinstance(calls, list) else ():
+        function = object_in(call, "function") if isinstance(call, dict) else {}
+        name = function.get("name")
+        text = function.get("arguments")
+        yield Delta("call", text if isinstance(text, str) else "", name if isinstance(name, str) else "")
 
 
 def drafts_of(timings: dict) -> list[DraftCounts]:

@@ -82,11 +82,11 @@ def started_server(*flags):
 
 
 @contextlib.contextmanager
-def fake_front(pieces=("Hello", ", ", "world!"), tool_format=None, chats=True, **settings):
+def fake_front(pieces=("Hello", ", ", "world!"), tool_format=None, chats=True, pool=None, **settings):
     """The URL of the real HTTP side over a pool without a model, in a thread."""
     from chatlm.common.config import Settings
     from fake_pool import FakePool, Letters, serving
-    loop, url, stop, pool = asyncio.new_event_loop(), queue.SimpleQueue(), asyncio.Event(), FakePool(pieces)
+    loop, url, stop, pool = asyncio.new_event_loop(), queue.SimpleQueue(), asyncio.Event(), pool or FakePool(pieces)
     pool.tokenizer = Letters()
     pool.tokenizer.tool_format, pool.tokenizer.has_chat_template = tool_format, chats
 

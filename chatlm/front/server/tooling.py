@@ -7,11 +7,10 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.errors import RequestError, bad_value, printable
-from chatlm.common.messages.requests import AnswerParams
+from chatlm.common.errors import RequestError, bad_value
 from chatlm.front.aio import end_tasks
-from chatlm.front.api.call_grammars import call_grammar
 from chatlm.front.api.encode import frame
+from chatlm.front.api.enforcement import why_unenforced
 from chatlm.front.api.field_types import TEXT
 from chatlm.front.api.fields import A_TEXT, Field, list_schema, object_schema
 from chatlm.front.lazy import web
@@ -42,7 +41,7 @@ class ToolRoutes:
         self.bodies = bodies
         self.access = access
         # why a tool's parameters can't be enforced ("": they are), by digest and format of calls
-        self.unenforced: OrderedDict[tuple[str, str], str] = OrderedDict()
+        self.unenforced: OrderedDict[tuple[str, str | None], str] = OrderedDict()
 
     async def start(self, app: object):
         self.toolbox.start()
@@ -77,23 +76,13 @@ class ToolRoutes:
         tokenizer = pool.tokenizer if pool else None
         if pool is None or tokenizer is None:
             return "the model is not loaded"
-        if tokenizer.tool_format is None:
-            return "the model can't call tools"
         key = (offered.digest, tokenizer.tool_format)
         if key not in self.unenforced:
-            self.unenforced[key] = await self._schema_fault(offered, tokenizer.tool_format, pool)
+            self.unenforced[key] = await why_unenforced(offered.function, tokenizer.tool_format,
+                                                        pool.admission)
             if len(self.unenforced) > KNOWN_SCHEMAS:
                 self.unenforced.popitem(last=False)
         return self.unenforced[key]
-
-    async def _schema_fault(self, offered: OfferedTool, tool_format: str, pool: WorkerPool) -> str:
-        try:
-            grammar = await asyncio.to_thread(call_grammar, offered.function, tool_format)
-            params = AnswerParams(call_grammars=(grammar,), grammar_param="tools")
-            await pool.admission.check_grammar(params, "", "")
-        except RequestError as error:
-            return printable(str(error))
-        return ""
 
     async def handle_call(self, http: web.Request) -> web.StreamResponse:
         """POST /v1/tools/call: call a tool. If the client leaves, the call is cancelled."""

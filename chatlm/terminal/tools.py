@@ -1,0 +1,224 @@
+"""The tools of `chat`: those of --mcp-config, which run here, or those of a server at --url."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence as Seq
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TYPE_CHECKING
+
+from chatlm.common.errors import ChatServerError, ConfigError
+from chatlm.common.jsontext import as_json
+from chatlm.front.aio import interruptible
+from chatlm.front.api.enforcement import why_unenforced
+from chatlm.front.api.fields import ToolChoice
+from chatlm.front.api.readers import callable_tools, strict_grammars, types_of_parameters
+from chatlm.front.tools.toolbox import Toolbox
+from chatlm.terminal.remote import RemotePool
+from chatlm.terminal.streams import refusal
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.common.messages.requests import Delta, Request
+    from chatlm.front.pool.pool import WorkerPool
+    from chatlm.terminal.remote import Pool
+
+EQUAL_CALLS = 2  # of one question; then the model is told to use the result that it has
+DENIED = "The user did not allow this call."
+CANCELLED = "The user cancelled this call."
+BAD_ARGUMENTS = "Not run: the arguments are not a complete JSON object."
+CALLED_BEFORE = "Not run: the same call was made twice before. Use its result."
+
+
+@dataclass(frozen=True)
+class ChatTool:
+    """A tool as the user and the model see it."""
+
+    name: str         # for the model
+    server: str
+    description: str
+    parameters: Mapping
+    ask: bool         # whether the user must approve each call
+    digest: str
+    enforced: bool    # whether calls are held to the parameters
+
+    @property
+    def function(self) -> dict[str, Any]:
+        """The function as in `tools` of a request."""
+        strict = {"strict": True} if self.enforced else {}
+        return {"type": "function", "function": {"name": self.name, "description": self.description,
+                                                 "parameters": self.parameters, **strict}}
+
+
+class OwnTools:
+    """The tools of --mcp-config, which run beside this program."""
+
+    def __init__(self, toolbox: Toolbox, pool: WorkerPool):
+        self.toolbox = toolbox
+        self.pool = pool
+
+    async def listed(self) -> tuple[list[ChatTool], list[str]]:
+        """The tools, and a line about each server that does not run."""
+        await self.toolbox.refresh()
+        tokenizer = self.pool.tokenizer
+        tool_format = tokenizer.tool_format if tokenizer else None
+        tools = []
+        for offered in self.toolbox.offered().values():
+            why = await why_unenforced(offered.function, tool_format, self.pool.admission)
+            tools.append(ChatTool(offered.name, offered.label, offered.tool.description,
+                                  offered.tool.parameters, offered.ask, offered.digest, not why))
+        troubles = [f"{server.config.label}: {server.state.value}, {server.reason}"
+                    for server in self.toolbox.servers if server.reason]
+        return tools, troubles
+
+    async def call(self, tool: ChatTool, arguments: Mapping[str, Any]) -> str:
+        """The text of a result, also of a failed one."""
+        offered = self.toolbox.offered().get(tool.name)
+        if offered is None or offered.digest != tool.digest:
+            return "Not run: the tool is not what it was any more."
+        return (await self.toolbox.call(offered, arguments, "")).text
+
+
+class ServersTools:
+    """The tools of a server at --url, which run beside that server."""
+
+    def __init__(self, pool: RemotePool):
+        self.pool = pool
+
+    async def listed(self) -> tuple[list[ChatTool], list[str]]:
+        body = await self.pool.get(f"v1/tools?model={self.pool.wanted or ''}")
+        tools = [ChatTool(tool["name"], tool["server"], tool.get("description") or "", tool["parameters"],
+                          tool.get("ask") is not False, tool["digest"], tool.get("enforced") is True)
+                 for tool in body.get("data") or () if isinstance(tool, dict)]
+        troubles = [f"{server.get('label')}: {server.get('state')}, {server.get('reason')}"
+                    for server in body.get("servers") or () if server.get("reason")]
+        return tools, troubles
+
+    async def call(self, tool: ChatTool, arguments: Mapping[str, Any]) -> str:
+        body = {"name": tool.name, "arguments": arguments, "digest": tool.digest}
+        try:
+            async with await self.pool.ask("POST", "v1/tools/call", json=body) as response:
+                if response.status != 200:
+                    raise await refusal(response)
+                found = await response.json()
+        except ChatServerError as error:
+            return f"{error}. If it was begun, its outcome is unknown."
+        return str(found.get("text", ""))
+
+
+class ToolUse:
+    """Which tools a chat has, what the user has allowed, and the calls of a question."""
+
+    def __init__(self, source: OwnTools | ServersTools, starts_on: bool):
+        self.source = source
+        self.tools: dict[str, ChatTool] = {}
+        self.on: set[str] = set()
+        self.troubles: list[str] = []
+        self.allowed: dict[str, str] = {}  # name -> digest of what the user has allowed for this chat
+        self.starts_on = starts_on
+        self.was_read = False
+
+    async def read(self):
+        """Ask which tools there are. At the first time all are on, if the user has named their file here."""
+        tools, self.troubles = await self.source.listed()
+        self.tools = {tool.name: tool for tool in tools}
+        if self.starts_on and not self.was_read:
+            self.on = {*self.tools}
+        self.on &= {*self.tools}
+        self.was_read = True
+
+    @property
+    def chosen(self) -> list[ChatTool]:
+        return [self.tools[name] for name in sorted(self.on)]
+
+    def choose(self, names: Seq[str], is_on: bool):
+        """Switch tools on or off: names of tools, of servers, or "all". ValueError for others."""
+        for name in names:
+            meant = {tool.name for tool in self.tools.values() if name in ("all", tool.server, tool.name)}
+            if not meant:
+                servers = sorted({tool.server for tool in self.tools.values()})
+                raise ValueError(f"there is no tool and no tool server {name} (servers: "
+                                 f"{', '.join(servers)})")
+            self.on = self.on | meant if is_on else self.on - meant
+
+    def needs_approval(self, tool: ChatTool) -> bool:
+        return tool.ask and self.allowed.get(tool.name) != tool.digest
+
+    def refusal(self, call: Mapping[str, str], earlier: Seq[Mapping[str, str]]) -> str:
+        """Why a call is not run at all, for the model; "" if it may be. earlier: the question's calls before
+        it."""
+        if call["name"] not in self.on:
+            return f"Not run: there is no tool {call['name']}."
+        try:
+            arguments = json.loads(call["arguments"])
+        except (ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            return BAD_ARGUMENTS
+        same = Counter((one["name"], one["arguments"]) for one in earlier)
+        return CALLED_BEFORE if same[call["name"], call["arguments"]] >= EQUAL_CALLS else ""
+
+    async def run(self, call: Mapping[str, str]) -> str:
+        """The text of a call's result. Ctrl-C cancels the call."""
+        tool = self.tools[call["name"]]
+        found = await interruptible(self.source.call(tool, json.loads(call["arguments"])))
+        return CANCELLED if found is None else found
+
+
+def with_tools(request: Request, tools: Seq[ChatTool], pool: Pool) -> Request:
+    """The request with functions that the model may call. ConfigError if it can't call any."""
+    functions = [tool.function for tool in tools]
+    if isinstance(pool, RemotePool):
+        return replace(request, tools=tuple(functions))
+    tool_format = pool.tokenizer.tool_format if pool.tokenizer else None
+    if tool_format is None:
+        raise ConfigError("this model can't call tools: its chat template has no place for them")
+    known = callable_tools(functions, ToolChoice(), tool_format)
+    names = tuple(tool["function"]["name"] for tool in known)
+    params = replace(request.params, tool_names=names, grammar_param="tools", parallel_calls=True,
+                     tool_types=types_of_parameters(known, names, tool_format),
+                     call_grammars=strict_grammars([tool["function"] for tool in known], tool_format))
+    return replace(request, params=params, tools=known)
+
+
+def grow_calls(calls: list[dict[str, str]], delta: Delta):
+    """Add an answer's delta to its calls: {id, name, arguments}, as the page keeps them."""
+    if delta.kind != "call":
+        return
+    if delta.name:
+        calls.append({"id": f"call_{len(calls)}", "name": delta.name, "arguments": ""})
+    if calls:
+        calls[-1]["arguments"] += delta.text
+
+
+def shown_call(call: Mapping[str, str]) -> str:
+    """A call on one line."""
+    try:
+        arguments = as_json(json.loads(call["arguments"]))
+    except (ValueError, RecursionError):
+        arguments = call["arguments"]
+    return f"{call['name']} {arguments[:1000]}"
+
+
+@asynccontextmanager
+async def open_tools(settings: Settings, pool: Pool) -> AsyncIterator[ToolUse | None]:
+    """The tools that a chat may have; None if there are none."""
+    if isinstance(pool, RemotePool):
+        if settings.mcp_config:
+            raise ConfigError("--mcp-config: the tools of a server at --url run there; give it to that "
+                              "server")
+        yield ToolUse(ServersTools(pool), starts_on=False)
+        return
+    if not settings.mcp_config:
+        yield None
+        return
+    toolbox = Toolbox.of(settings)
+    toolbox.start()
+    try:
+        use = ToolUse(OwnTools(toolbox, pool), starts_on=True)
+        await use.read()
+        yield use
+    finally:
+        await toolbox.close()

@@ -1,0 +1,151 @@
+"""Tools that run in `chat`: with tools of its own, with a server's, from a pipe and on a terminal."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+import fake_tools
+from browsing import fake_front
+from chatlm.terminal.conversation import read_chats
+from fake_pool import FakePool, Letters
+from piped_chats import chat_with
+from test_terminal import chatting
+
+ADD = '<tool_call>\n{"name": "fake__add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
+COUNT = '<tool_call>\n{"name": "fake__count", "arguments": {"path": "PATH"}}\n</tool_call>'
+
+
+class ScriptedPool(FakePool):
+    """Answers each request with the next of these texts, the last one again and again."""
+
+    def __init__(self, *texts):
+        super().__init__()
+        self.texts = [*texts]
+        self.tokenizer = Letters()
+        self.tokenizer.tool_format = "tagged"
+
+    async def answer(self, request):
+        self.pieces = (self.texts.pop(0) if len(self.texts) > 1 else self.texts[0],)
+        async for event in super().answer(request):
+            yield event
+
+    async def start(self):
+        """It needs no model."""
+
+    async def wait_ready(self):
+        """It is."""
+
+    async def close(self):
+        """Nothing was begun."""
+
+    def describe(self):
+        return []
+
+
+@pytest.fixture
+def config(tmp_path):
+    def written(**fields):
+        path = tmp_path / "mcp.json"
+        path.write_text(json.dumps({"mcpServers": {"fake": {"command": sys.executable, "args": [fake_tools.__file__], **fields}}}))
+        return str(path)
+    return written
+
+
+def sent(pool):
+    """(role, content) of the messages of each request."""
+    return [[(message.role, message.content) for message in request.messages] for request in pool.requests]
+
+
+def test_a_piped_chat_runs_what_the_operator_allows(monkeypatch, config, capsys):
+    pool = ScriptedPool(ADD, "It is five.")
+    assert chat_with(pool, monkeypatch, ["2 + 3?"], mcp_config=config(alwaysAllow=["add"])) == 0
+    assert sent(pool) == [[("user", "2 + 3?")], [("user", "2 + 3?"), ("assistant", ""), ("tool", "5")]]
+    first, second = pool.requests
+    assert [tool["function"]["name"] for tool in first.tools] == [tool["function"]["name"] for tool in second.tools] and len(first.tools) == 9
+    call = second.messages[1].more["tool_calls"][0]
+    assert call["function"] == {"name": "fake__add", "arguments": {"a": 2, "b": 3}} and second.messages[2].more["tool_call_id"] == call["id"]
+    out = capsys.readouterr()
+    assert out.out == "It is five.\n" and 'calling fake__add {"a": 2, "b": 3}' in out.err
+
+
+def test_a_piped_chat_runs_nothing_that_wants_a_yes(monkeypatch, config, tmp_path):
+    path = tmp_path / "calls"
+    pool = ScriptedPool(COUNT.replace("PATH", str(path)), "Then not.")
+    assert chat_with(pool, monkeypatch, ["count"], mcp_config=config()) == 0
+    assert sent(pool)[1][-1] == ("tool", "The user did not allow this call.") and not path.exists()
+
+
+def test_equal_calls_and_rounds_are_bounded(monkeypatch, config, tmp_path):
+    """The third equal call is not run; after the last round the model gets no tools."""
+    path = tmp_path / "calls"
+    pool = ScriptedPool(COUNT.replace("PATH", str(path)))
+    assert chat_with(pool, monkeypatch, ["count"], mcp_config=config(alwaysAllow=["*"]), tool_rounds=4) == 0
+    assert path.read_text() == "called\n" * 2 and len(pool.requests) == 5
+    assert [content for role, content in sent(pool)[-1] if role == "tool"][2:] == ["Not run: the same call was made twice before. Use its result."] * 2
+    assert [bool(request.tools) for request in pool.requests] == [True] * 4 + [False]
+
+
+@pytest.mark.parametrize("call, result", [
+    ('{"name": "fake__wrong", "arguments": {}}', "it went wrong"), ('{"name": "fake__none", "arguments": {}}', "Not run: there is no tool fake__none.")])
+def test_what_goes_wrong_is_told_to_the_model(monkeypatch, config, call, result):
+    pool = ScriptedPool(f"<tool_call>\n{call}\n</tool_call>", "So what.")
+    chat_with(pool, monkeypatch, ["go"], mcp_config=config(alwaysAllow=["*"]))
+    assert len(pool.requests) == 1 or sent(pool)[1][-1] == ("tool", result)  # what no tool is called is text
+
+
+def test_tools_can_be_switched_off(monkeypatch, config, capsys):
+    pool = ScriptedPool("Fine.")
+    chat_with(pool, monkeypatch, ["/tools off all", "/tools on fake__add", "hi", "/tools off nothing"], mcp_config=config())
+    assert [tool["function"]["name"] for tool in pool.requests[0].tools] == ["fake__add"]
+    assert "there is no tool and no tool server nothing (servers: fake)" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_call_says_so(monkeypatch, config, capsys):
+    pool = ScriptedPool("Fine.")
+    pool.tokenizer.tool_format = None
+    assert chat_with(pool, monkeypatch, ["hi"], mcp_config=config()) == 1
+    assert "this model can't call tools" in capsys.readouterr().err
+
+
+def test_the_chat_ends_its_tool_servers(monkeypatch, config, tmp_path):
+    mark = str(tmp_path / "mark").encode()
+    chat_with(ScriptedPool("Fine."), monkeypatch, ["hi"], mcp_config=config(args=[fake_tools.__file__, "grandchild", mark.decode()]))
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
+    assert Path(mark.decode()).exists() and not [command for command in commands if mark in command]
+
+
+def test_a_saved_chat_keeps_calls_and_results(monkeypatch, config, tmp_path):
+    pool = ScriptedPool(ADD, "It is five.", "Yes.")
+    saved = tmp_path / "chat.json"
+    chat_with(pool, monkeypatch, ["2 + 3?", f"/save {saved}", "sure?"], mcp_config=config(alwaysAllow=["add"]))
+    [chat] = read_chats(saved.read_text())
+    again = [(message.role, message.content) for message in chat.messages()]
+    assert again == [*sent(pool)[1], ("assistant", "It is five.")] and sent(pool)[2] == [*again, ("user", "sure?")]
+
+
+def test_a_server_s_tools_are_asked_about_on_a_terminal(config, tmp_path):
+    """They are off until /tools on; y runs one call, n none, a all calls of this tool."""
+    path = tmp_path / "calls"
+    texts = [COUNT.replace("PATH", str(path)), "Counted.", COUNT.replace("PATH", f"{path}2"), "Not counted."]
+    with fake_front(tool_format="tagged", pool=ScriptedPool(*texts), mcp_config=config()) as url, chatting(url, tmp_path=tmp_path) as pty:
+        pty.type("/tools\r")
+        pty.expect("0 of 9 are on")
+        pty.type("/tools on fake\r")
+        pty.expect("9 of 9 are on")
+        pty.type("count\r")
+        pty.expect("fake wants to run fake__count")
+        pty.expect("y = yes, n = no")
+        assert not path.exists()
+        pty.type("y\r")
+        pty.expect("Counted.")
+        assert path.read_text() == "called\n"
+        pty.type("count again\r")
+        pty.expect("y = yes, n = no")
+        pty.type("n\r")
+        pty.expect("did not allow.*Not counted.")
+        assert not (tmp_path / "calls2").exists()
+        pty.type("/quit\r")
+        assert pty.leave() == 0
