@@ -17,6 +17,8 @@ import numpy as np
 RECORD = Path(__file__).parents[1] / "fixtures" / "ggml_blocks.json"
 MIX_RECORD = Path(__file__).parents[1] / "fixtures" / "llama_quantize_types.json"
 SEARCHED = "Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()
+ON_GRID = "IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S".split()
+NEED_IMPORTANCE = "IQ2_XXS IQ2_XS".split()     # ggml ends the program without it
 UNSEARCHED = "MXFP4 TQ1_0 TQ2_0".split()
 
 
@@ -95,6 +97,7 @@ def exceptions(types, main):
 def oracle(library, kind, rows, weights):
     from chatlm.worker.arrays.gguf_types import TYPES, block_of
     ggml = ctypes.CDLL(library)
+    ggml.ggml_quantize_init(int(TYPES[kind]))   # makes the grids
     ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
     ggml.ggml_quantize_chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
                                          *[ctypes.c_int64] * 3, ctypes.c_void_p]
@@ -127,10 +130,11 @@ def record(library, program):
     from tiny_gguf import small_gguf_metadata
     import gguf
     blocks = {}
-    for kind in (*SEARCHED, *UNSEARCHED):
+    for kind in (*SEARCHED, *ON_GRID, *UNSEARCHED):
         for name, rows in cases():
-            blocks[f"{kind}, {name}"] = digest(oracle(library, kind, rows, None))
-            if kind in SEARCHED:
+            if kind not in NEED_IMPORTANCE:
+                blocks[f"{kind}, {name}"] = digest(oracle(library, kind, rows, None))
+            if kind not in UNSEARCHED:
                 blocks[f"{kind}, {name}, important"] = digest(oracle(library, kind, rows, importance()))
     RECORD.write_text(json.dumps(blocks, indent=0) + "\n")
     mixes = {}

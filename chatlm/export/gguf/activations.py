@@ -1,4 +1,4 @@
-"""The activations of feed-forward blocks in numpy, by the names that `chatlm/worker/ops/basic.py` gives them."""
+"""The activations of feed-forward blocks in numpy, by the names of `chatlm/worker/ops/basic.py`."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from chatlm.common.errors import ConfigError, shown, visible
 from chatlm.common.log import log
 from chatlm.export.gguf import encoding
 from chatlm.export.gguf.importance import Importance, read_importance
-from chatlm.export.gguf.mixes import EMBEDDINGS, FLOATS, Mix, TypeRules, mix_of
+from chatlm.export.gguf.mixes import EMBEDDINGS, FLOATS, NEED_IMPORTANCE, Mix, TypeRules, mix_of
 from chatlm.export.gguf.packers import pack
 from chatlm.export.gguf.sources import written_model
 from chatlm.export.gguf.unfinished import CHANGED, UnfinishedFile, digest_of
@@ -131,12 +131,13 @@ class Packing:
         for tensor in self.model.tensors:
             weights = self.importance_of(tensor)  # a file of another model is refused before work begins
             matrix = tensor.matrix
-            is_needed = (self.mix.needs_importance and self.types[matrix.name] == "Q2_K"
-                         and matrix.name not in (*EMBEDDINGS, "output.weight"))
-            if is_needed and weights is None and self.types[matrix.name] != matrix.kind:
+            kind = self.types[matrix.name]
+            is_of_vocabulary = matrix.name in (*EMBEDDINGS, "output.weight")
+            is_needed = kind in NEED_IMPORTANCE or kind == "Q2_K" and name == "Q2_K_S"
+            if is_needed and not is_of_vocabulary and weights is None and kind != matrix.kind:
                 lack = f", which has none of {shown(matrix.name)}" if self.importance else ""
                 raise ConfigError(f"--type {name} needs --imatrix{lack}; `imatrix MODEL -f TEXT -o FILE` "
-                                  "measures it, or take Q2_K")
+                                  "measures it, or take Q2_K or IQ3_S")
         if self.importance is not None and self.mix.is_quantized:
             names = {tensor.matrix.name for tensor in self.model.tensors}
             if not names & self.importance.tensors.keys():

@@ -208,8 +208,8 @@ def space_prefix_of(folder: Path, text: TextSpec, stated: Mapping[str, Any],
     key = "tokenizer.ggml.add_space_prefix"
     has_prefix = read_json(folder / "tokenizer_config.json", needed=False).get("add_prefix_space")
     choices = [{}, {key: False}] if has_prefix is None else [{key: bool(has_prefix)}, {}, {key: False}]
-    added = [token for token, kind in zip(stated["tokenizer.ggml.tokens"], stated["tokenizer.ggml.token_type"])
-             if kind in (CONTROL, USER_DEFINED)]
+    tokens = zip(stated["tokenizer.ggml.tokens"], stated["tokenizer.ggml.token_type"])
+    added = [token for token, kind in tokens if kind in (CONTROL, USER_DEFINED)]
     expected = encodings(text)
     inexact = None
     for choice in choices:

@@ -7,7 +7,7 @@ that is the head too."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ class Place(NamedTuple):
     count: int            # how many of its kind there are
     grouped: bool         # are there 4 or more heads for each key head?
     has_importance: bool
+    experts: int = 0
 
     @property
     def gets_more(self) -> bool:
@@ -34,6 +35,11 @@ class Place(NamedTuple):
 
     def is_in_first(self, part: int) -> bool:
         return self.index < self.count // part
+
+    @property
+    def is_between(self) -> bool:
+        """Neither in the first nor in the last eighth of the layers."""
+        return self.count // 8 <= self.index < 7 * self.count // 8
 
 
 Choice = Callable[[Place], str | None]  # None: the mix's main type
@@ -72,6 +78,21 @@ def in_first_without(part: int, name: str) -> Choice:
     return lambda place: name if not place.has_importance and place.is_in_first(part) else None
 
 
+def where_shared(name: str, otherwise: str) -> Choice:
+    """Where few values are shared by many heads or experts."""
+    return lambda place: name if place.grouped or place.experts >= 4 else otherwise
+
+
+def where_between(name: str) -> Choice:
+    return lambda place: name if place.is_between else None
+
+
+def in_first_or_more_of_8(part: int, name: str) -> Choice:
+    """In the first layers, and of 8 experts in those that get more."""
+    return lambda place: (
+        name if place.is_in_first(part) or place.experts == 8 and place.gets_more else None)
+
+
 @dataclass(frozen=True)
 class Mix:
     """The types of a file: `main`, and what replaces it for tensors of some kinds."""
@@ -84,10 +105,21 @@ class Mix:
     of_8_experts: bool = False    # does attn_output become Q5_K in a model of 8 experts?
     embed: str | None = None      # of token_embd, if it is not the head too
     needs_importance: bool = False
+    attn_qk: str | None = None    # of attn_q and attn_k
+    ffn_up: Choice = never        # ffn_gate too
+    head: str = "Q6_K"
+    of_two_bits: bool = False     # has it llama-quantize's own rules for models of 8 experts?
 
     @property
     def is_quantized(self) -> bool:
         return self.main not in FLOATS
+
+
+def two_bits(file_type: int, main: str, better: str, attn_output: str | None = None) -> Mix:
+    """A file of IQ2. `better`: the type of the embedding, of most values and of the first feed-forward
+    outputs."""
+    return Mix(file_type, main, where_shared("Q4_K", better), in_first(8, better), attn_output, True, better,
+               needs_importance=True, head="Q5_K", of_two_bits=True)
 
 
 MIXES = {
@@ -107,16 +139,26 @@ MIXES = {
     "Q6_K": Mix(18, "Q6_K"),
     "IQ4_NL": Mix(25, "IQ4_NL", where_grouped("Q5_K"), in_first_without(8, "Q5_K"), of_8_experts=True),
     "IQ4_XS": Mix(30, "IQ4_XS", where_grouped("Q5_K"), in_first_without(8, "Q5_K"), of_8_experts=True),
+    "IQ3_M": Mix(27, "IQ3_S", always("Q4_K"), in_first_or_more_of_8(8, "Q4_K"), "Q4_K", True),
+    "IQ3_S": Mix(26, "IQ3_S", where_grouped("Q4_K"), of_8_experts=True),
+    "IQ3_XS": Mix(22, "IQ3_S", where_grouped("Q4_K"), of_8_experts=True, needs_importance=True,
+                  attn_qk="IQ3_XXS", ffn_up=where_between("IQ3_XXS")),
+    "IQ3_XXS": Mix(23, "IQ3_XXS", where_grouped("Q4_K"), attn_output="IQ3_S", of_8_experts=True,
+                   embed="IQ3_S", needs_importance=True, attn_qk="IQ2_S", head="Q5_K"),
+    "IQ2_M": two_bits(29, "IQ2_S", "IQ3_S", "IQ3_S"), "IQ2_S": two_bits(28, "IQ2_XS", "IQ3_S", "IQ3_S"),
+    "IQ2_XS": two_bits(20, "IQ2_XS", "Q2_K"), "IQ2_XXS": two_bits(19, "IQ2_XXS", "Q2_K"),
     "TQ1_0": Mix(36, "TQ1_0", embed="Q4_K"), "TQ2_0": Mix(37, "TQ2_0", embed="Q4_K"),
     "MXFP4_MOE": Mix(38, "MXFP4"),
 }
 OTHER_NAMES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
 # what nothing here packs
-NOT_PACKED = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S",
-              "IQ3_M")
+NOT_PACKED = ("IQ1_S", "IQ1_M")
 SMALLER_BLOCKS = {  # a type of 256 weights a block -> what rows of another length get
-    "IQ4_XS": "IQ4_NL", "Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q4_K": "Q5_0",
-    "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
+    "Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0"}
+# types that are no use without importance
+NEED_IMPORTANCE = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
 
 # matrices that are small, or are never multiplied: they stay as they are
 LEFT_ALONE = re.compile(
@@ -182,9 +224,10 @@ class TypeRules:
         matrices = sorted(matrices, key=lambda matrix: order_of(matrix.name))
         names = {matrix.name for matrix in matrices}
         tied = "output.weight" not in names
-        values = [matrix.name for matrix in matrices if kind_of(matrix.name) == "attn_v"]
-        downs = [matrix.name for matrix in matrices
-                 if kind_of(matrix.name) == "ffn_down" and is_quantizable(matrix)]
+        of_kinds = {}
+        for matrix in matrices:
+            if is_quantizable(matrix):
+                of_kinds.setdefault(kind_of(matrix.name), []).append(matrix.name)
         types = {}
         for matrix in matrices:
             if not is_quantizable(matrix):
@@ -192,12 +235,13 @@ class TypeRules:
             elif not self.mix.is_quantized:
                 types[matrix.name] = self.mix.main
             else:
-                wanted = self._wanted(matrix, values, downs, tied)
+                wanted = self._wanted(matrix, of_kinds, tied)
                 types[matrix.name] = fitting(wanted, matrix.sizes[0])
         return types
 
-    def _wanted(self, matrix: Matrix, values: list[str], downs: list[str], tied: bool) -> str:
-        """The type by the rule for the tensor's kind, whether or not its blocks divide the rows."""
+    def _wanted(self, matrix: Matrix, of_kinds: Mapping[str, list[str]], tied: bool) -> str:
+        """The type by the rule for the tensor's kind, whether or not its blocks divide the rows. of_kinds:
+        the names of the matrices of each kind."""
         main = self.mix.main
         kind = kind_of(matrix.name)
         if kind == "head" or tied and kind == "embed":
@@ -207,14 +251,17 @@ class TypeRules:
         if kind == "embed":
             return self.mix.embed or main
         if kind == "attn_v":
-            return self._of_values(matrix, values)
+            return self._of_values(matrix, of_kinds[kind])
         if kind == "attn_k" and self.shape.experts == 8:
-            return "Q8_0"
-        if kind == "ffn_down":
-            place = self._place(downs.index(matrix.name), self.shape.layers)
-            if self.shape.experts > 1:
+            return "Q4_K" if self.mix.of_two_bits else "Q8_0"
+        if kind in ("attn_q", "attn_k"):
+            return self.mix.attn_qk or main
+        if kind in ("ffn_down", "ffn_gate", "ffn_up"):
+            place = self._place(of_kinds[kind].index(matrix.name), self.shape.layers)
+            if self.shape.experts > 1 and not self.mix.of_two_bits:
                 place = place._replace(index=order_of(matrix.name)[0])
-            return self.mix.ffn_down(place) or main
+            choice = self.mix.ffn_down if kind == "ffn_down" else self.mix.ffn_up
+            return choice(place) or main
         if kind == "attn_output":
             if self.shape.experts == 8:
                 return "Q5_K" if self.mix.of_8_experts else main
@@ -227,16 +274,18 @@ class TypeRules:
         main = self.mix.main
         if main == "MXFP4" or matrix.sizes[0] % block_of(main)[0]:
             return "Q8_0"
-        return main if main == "Q8_0" else "Q6_K"
+        return main if main == "Q8_0" else self.mix.head
 
     def _of_values(self, matrix: Matrix, values: list[str]) -> str:
         chosen = self.mix.attn_v(self._place(values.index(matrix.name), len(values))) or self.mix.main
+        if self.mix.of_two_bits:
+            return chosen
         if self.shape.has_small_values and chosen in ("Q3_K", "Q4_K"):
             chosen = "Q5_K"
         return "Q8_0" if self.shape.experts == 8 else chosen
 
     def _place(self, index: int, count: int) -> Place:
-        return Place(index, count, self.shape.is_grouped, self.has_importance)
+        return Place(index, count, self.shape.is_grouped, self.has_importance, self.shape.experts)
 
 
 def kind_of(name: str) -> str:
@@ -247,10 +296,10 @@ def kind_of(name: str) -> str:
         return "embed"
     if name.endswith(("attn_v.weight", "attn_qkv.weight", "attn_kv_b.weight")):
         return "attn_v"
-    for kind in ("attn_k", "attn_output"):
+    for kind in ("attn_q", "attn_k", "attn_output"):
         if name.endswith(f"{kind}.weight"):
             return kind
-    return "ffn_down" if "ffn_down" in name else "other"
+    return next((kind for kind in ("ffn_down", "ffn_gate", "ffn_up") if kind in name), "other")
 
 
 def order_of(name: str) -> tuple[int, str]:

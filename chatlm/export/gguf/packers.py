@@ -11,6 +11,7 @@ from functools import partial
 import numpy
 
 from chatlm.common.errors import require_library
+from chatlm.export.gguf.grids import TYPES as GRID_TYPES, pack_groups
 from chatlm.export.gguf.searches import (
     Array, F, Steps, inverse, largest_of, line, nearest, positive_scale, ratio, scale_around_zero,
     scale_by_descent, summed, LEAST)
@@ -340,6 +341,77 @@ def pack_iq4_xs(rows: Array, importance: Array | None) -> Array:
                   packed)
 
 
+# ---- IQ2 and IQ3: codes that stand for points of a grid
+
+
+def pack_on_grid(kind: str, rows: Array, importance: Array | None) -> Array:
+    """Without importance only IQ2_S and IQ3 can be packed."""
+    group, factor = GRID_TYPES[kind].group, GRID_TYPES[kind].factor
+    x = columns_of(rows, group)
+    if importance is not None:
+        weights = weights_in_blocks(rows, importance, group, 1 if kind in ("IQ2_XXS", "IQ2_XS") else 2)
+    else:
+        weights = x * x
+        if kind == "IQ2_S":
+            mean_square = F(2) * summed(columns_of(rows * rows, SUPER)) / F(SUPER)
+            weights = F(0.25) * numpy.repeat(mean_square, SUPER // group) + weights
+    packed = pack_groups(kind, x, weights)
+    scales = by_block(packed.scale, SUPER // group)     # (groups, blocks)
+    unit = scales.max(0) / F(31)
+    whole = nearest(F(0.5) * (inverse(unit) * scales - F(1)), 0, 15).astype(numpy.uint32)
+    places = numpy.ascontiguousarray(packed.places.T).reshape(len(unit), -1).astype(numpy.uint32)
+    signs = numpy.ascontiguousarray(packed.signs.T).astype(numpy.uint32)
+    parts = GRID_BYTES[kind](places, signs, whole.T)
+    return joined(len(rows), halves(unit * F(factor)), *map(numpy.ascontiguousarray, parts))
+
+
+def signs_with_scale(signs: Array, scales: Array) -> Array:
+    """(blocks, 32) bytes: of each group 4 times 7 signs (G, 4), and a scale (blocks, groups) of 4 bits."""
+    of_group = (signs << numpy.arange(0, 28, 7, dtype=numpy.uint32)).sum(1, dtype=numpy.uint32)
+    return (of_group.reshape(scales.shape) | scales << 28).astype("<u4").view(numpy.uint8)
+
+
+def pairs_of(scales: Array) -> Array:
+    """(blocks, groups / 2) bytes of scales of 4 bits."""
+    return (scales[:, 0::2] | scales[:, 1::2] << 4).astype(numpy.uint8)
+
+
+def high_bits(places: Array, bits: int) -> Array:
+    """(blocks, ..) bytes of what does not fit in the 8 low bits of places (blocks, points)."""
+    count = 8 // bits
+    apart = (places >> 8).reshape(len(places), -1, count)
+    return (apart << numpy.arange(0, 8, bits, dtype=numpy.uint32)).sum(2).astype(numpy.uint8)
+
+
+def iq2_xxs_bytes(places: Array, signs: Array, scales: Array) -> tuple[Array, ...]:
+    groups = places.astype(numpy.uint8).reshape(len(places), -1, 4)
+    words = signs_with_scale(signs, scales).reshape(groups.shape)
+    return (numpy.concatenate((groups, words), axis=2).reshape(len(places), -1),)
+
+
+def iq2_xs_bytes(places: Array, signs: Array, scales: Array) -> tuple[Array, ...]:
+    both = places | signs.reshape(places.shape) << 9
+    return both.astype("<u2").view(numpy.uint8), pairs_of(scales)
+
+
+def iq2_s_bytes(places: Array, signs: Array, scales: Array) -> tuple[Array, ...]:
+    return (places.astype(numpy.uint8), signs.reshape(places.shape).astype(numpy.uint8), high_bits(places, 2),
+            pairs_of(scales))
+
+
+def iq3_xxs_bytes(places: Array, signs: Array, scales: Array) -> tuple[Array, ...]:
+    return places.astype(numpy.uint8), signs_with_scale(signs, scales)
+
+
+def iq3_s_bytes(places: Array, signs: Array, scales: Array) -> tuple[Array, ...]:
+    return (places.astype(numpy.uint8), high_bits(places, 1),
+            signs.reshape(len(places), -1).astype(numpy.uint8), pairs_of(scales))
+
+
+GRID_BYTES = {"IQ2_XXS": iq2_xxs_bytes, "IQ2_XS": iq2_xs_bytes, "IQ2_S": iq2_s_bytes,
+              "IQ3_XXS": iq3_xxs_bytes, "IQ3_S": iq3_s_bytes}
+
+
 # ---- types without a search, which the gguf package packs
 
 
@@ -365,6 +437,7 @@ PACKERS: dict[str, Packer] = {
     "Q4_K": partial(pack_q4_k, 15, Steps(-1.0, 0.1, 20)),
     "Q5_K": partial(pack_q4_k, 31, Steps(-0.5, 0.1, 15)),
     "IQ4_NL": pack_iq4_nl, "IQ4_XS": pack_iq4_xs,
+    **{kind: partial(pack_on_grid, kind) for kind in GRID_BYTES},
     **{kind: partial(pack_by_package, kind) for kind in ("BF16", "MXFP4", "TQ1_0", "TQ2_0")}}
 
 

@@ -115,9 +115,38 @@ def test_importance_of_another_model_is_refused(model, tmp_path):
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_a_type_that_needs_importance_says_so(model, tmp_path):
-    with pytest.raises(ConfigError, match="--type Q2_K_S needs --imatrix"):
-        export_gguf(source_of(model), tmp_path / "out.gguf", type="Q2_K_S")
+@pytest.mark.parametrize("kind", ("Q2_K_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS"))
+def test_a_type_that_needs_importance_says_so(kind, model, tmp_path):
+    with pytest.raises(ConfigError, match=f"--type {kind} needs --imatrix"):
+        export_gguf(source_of(model), tmp_path / "out.gguf", type=kind)
+    few = Importance({"blk.0.ffn_up.weight": Sums(np.ones((1, 256), np.float32), np.ones(1, np.float32))})
+    write_importance(few, tmp_path / "few.gguf")
+    with pytest.raises(ConfigError, match=f"--type {kind} needs --imatrix, which has none of .*blk.0"):
+        export_gguf(source_of(model), tmp_path / "out.gguf", type=kind, imatrix=tmp_path / "few.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("kind", ("IQ3_S", "IQ3_M"))
+def test_iq3_does_without_importance(kind, model, tmp_path):
+    export_gguf(source_of(model), tmp_path / "out.gguf", type=kind)
+    assert read_gguf(tmp_path / "out.gguf")[1]["blk.0.ffn_up.weight"].tensor_type.name == "IQ3_S"
+
+
+@pytest.mark.parametrize("kind", ("IQ2_XXS", "IQ2_M", "IQ3_XXS"))
+def test_a_file_of_few_bits_is_near_its_original(kind, model, tmp_path):
+    """As near as such types can be: random weights lose about as much as they have bits too few."""
+    found = measured(source_of(model)).importance
+    write_importance(found, tmp_path / "imatrix.gguf")
+    export_gguf(source_of(model), tmp_path / "out.gguf", type=kind, imatrix=tmp_path / "imatrix.gguf")
+    stored = read_gguf(tmp_path / "out.gguf")[1]
+    original = random_llama()
+    for name, most in (("ffn_up", 0.5), ("attn_q", 0.5)):
+        tensor = stored[f"blk.0.{name}.weight"]
+        assert tensor.tensor_type.name.startswith("IQ")
+        values = original[tensor.name]
+        means = found.tensors[tensor.name].means
+        lost = np.square(dequantize(tensor.tensor_type, tensor.data).reshape(values.shape) - values) * means
+        assert lost.sum() < most**2 * (np.square(values) * means).sum()
 
 
 def test_each_expert_is_packed_by_its_own_importance(tmp_path):
