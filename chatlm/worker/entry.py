@@ -60,7 +60,8 @@ READERS_AHEAD = "chatlm.worker.weights.gguf_model", "chatlm.worker.weights.mmpro
 def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[str]) -> int:
     """Join the parent and `run` until the other end hangs up."""
     channel = join_parent(arguments, pipe)
-    with suppress(ImportError), uncollected():  # it may have been started ahead; what is missing is said below
+    # it may have been started ahead; what is missing is said below
+    with suppress(ImportError), uncollected():
         for module in (AHEAD[pipe], *READERS_AHEAD):
             importlib.import_module(module)
     reserve = mmap.mmap(-1, 32 << 20)  # address space reserved for reporting that memory ran out
