@@ -108,8 +108,11 @@ STARTED = __name__ == "__main__" or sys.argv[0].endswith("chat-server")
 if STARTED and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import gc
 import importlib.util
 
+if STARTED:
+    gc.disable()  # until `main`, as chatlm.common.memory.uncollected does
 if importlib.util.find_spec("chatlm") is None:
     print("chat_server: the package chatlm is not beside this file. In the checkout, `python chat_server.py "
           "bundle` makes chat_server.pyz, the one file to copy", file=sys.stderr)
@@ -147,7 +150,7 @@ from chatlm.common.errors import (
     visible)
 from chatlm.common.interrupts import raised_interrupts
 from chatlm.common.log import ProgressDisplay, json_handler, log, output_as_log, start_logging, tell
-from chatlm.common.memory import give_memory_back, share_heap, tune_gc
+from chatlm.common.memory import collect_from_now_on, give_memory_back, share_heap, tune_gc
 from chatlm.common.messages.requests import PromptProgress
 from chatlm.common.processes.torchrun import RankStore, serve_rank, torchrun
 from chatlm.common.program import other_program, page_files, program_root
@@ -628,6 +631,8 @@ def run_command(settings: Settings) -> int:
 @raised_interrupts()
 def main(argv: Seq[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 1 (no answer), 2 (ConfigError), 130 (Ctrl-C)."""
+    if STARTED:
+        collect_from_now_on()
     argv = with_kept_words(sys.argv[1:] if argv is None else argv)
     keys_given = any(word.partition("=")[0] == "--api-key" for word in argv)
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun's own command line shows the keys

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from chatlm.common.errors import (
     ConfigError, RanksFailed, error_text, lack_of_memory, printable, require_library)
 from chatlm.common.log import CalmLog, log, start_logging
+from chatlm.common.memory import uncollected
 from chatlm.common.messages.doctor import DOCTOR_PIPE
 from chatlm.common.messages.protocol import SURVEY_PIPE, WORKER_PIPE, Crashed, Loading, Unusable
 from chatlm.common.messages.quantizing import IMATRIX_PIPE, QUANTIZE_PIPE
@@ -59,7 +60,8 @@ READERS_AHEAD = "chatlm.worker.weights.gguf_model", "chatlm.worker.weights.mmpro
 def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[str]) -> int:
     """Join the parent and `run` until the other end hangs up."""
     channel = join_parent(arguments, pipe)
-    with suppress(ImportError):  # it may have been started ahead; what is missing is said below
+    # it may have been started ahead; what is missing is said below
+    with suppress(ImportError), uncollected():
         for module in (AHEAD[pipe], *READERS_AHEAD):
             importlib.import_module(module)
     reserve = mmap.mmap(-1, 32 << 20)  # address space reserved for reporting that memory ran out

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.libraries import use_found_libraries
+from chatlm.common.memory import uncollected
 from chatlm.common.messages.wire import Channel
 from chatlm.common.processes.start import NICENESS
 
@@ -44,7 +45,9 @@ def run_role(role: str, *arguments: str) -> int:
     """Run one of ROLES in this process; returns its exit status."""
     use_found_libraries()
     module, _, function = ROLES[role].partition(":")
-    return getattr(importlib.import_module(module), function)(arguments)
+    with uncollected():
+        run = getattr(importlib.import_module(module), function)
+    return run(arguments)
 
 
 def join_parent(arguments: Seq[str], pipe: Pipe) -> Channel:
