@@ -7,7 +7,8 @@
     python bench/drafts.py [MODEL.gguf] --acceptance             no steps are computed: what the ways would accept if a row more took
                                                                  --slope of a step of one row, and what a token costs in Python
 
-bench/transcripts.json has what was asked and answered: code edits, an agent's tool calls, retries, JSON, prose. Each step really
+bench/transcripts.json has what was asked and answered: code edits, an agent's tool calls, retries, JSON, prose; and `unseen`, on which
+nothing was tuned: an agent that fixes tests with SEARCH/REPLACE blocks, and one that operates a cluster by JSON. Each step really
 computes; then the transcript's token takes the place of the drawn one, so that every way and every model says the same. In a kind that
 `continues` each prompt is added to the conversation so far; else each turn is a conversation of its own, by the same owner. `last` is
 what the server did until 2026-11: what followed the last three tokens when they last occurred, 7 tokens, in at most 8 rows.

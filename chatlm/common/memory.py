@@ -8,6 +8,7 @@ import math
 import mmap
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -111,12 +112,12 @@ def trim_heap():
 
 
 def empty_pages(address: int, size: int) -> bool:
-    """Return the memory of a shared anonymous mapping (mmap.mmap(-1, size)) to the system. Pointers into it
-    stay valid: it reads as zeros, and uses memory again once written. False if the system cannot do this."""
-    with suppress(OSError, AttributeError):  # no MADV_REMOVE: not Linux
-        return ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.MADV_REMOVE) == 0
-    return False
+    """Return the memory of a private anonymous mapping to the system. Pointers into it stay valid: it reads
+    as zeros, and uses memory again once written. False if the system cannot do this."""
+    if sys.platform != "linux":  # elsewhere MADV_DONTNEED may keep what was written
+        return False
+    return ctypes.CDLL(None).madvise(
+        ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.MADV_DONTNEED) == 0
 
 
 def share_heap():

@@ -211,10 +211,13 @@ class Segment:
             raise
         return self.note(record)
 
-    def read(self, entry: Entry) -> tuple[Record, memoryview] | None:
+    def read(self, entry: Entry, buffer: bytearray | None = None) -> tuple[Record, memoryview] | None:
         """The record at an entry's offset, if its payload has the entry's size, else None. The caller checks
-        its key and checksum."""
-        view = memoryview(bytearray(HEADER_BYTES + entry.size))
+        its key and checksum. buffer: where to read it; one that is too small is replaced by another."""
+        size = HEADER_BYTES + entry.size
+        if buffer is None or len(buffer) < size:
+            buffer = bytearray(size)
+        view = memoryview(buffer)[:size]
         done = 0
         with self.opened() as descriptor:
             while done < len(view):

@@ -95,7 +95,7 @@ class Reader:
 
     LEAST_READ_BYTES = 1 << 20  # a smaller read does not update the measured speed
     BATCHES = 32            # read ahead of the engine,
-    BATCH_BYTES = 4 << 20   # of at least so many bytes each
+    BATCH_BYTES = 2 << 20   # of at least so many bytes each; in all as many as the engine copies after a step
 
     def __init__(self, kept: KeptPages, pace: Pace):
         self.kept = kept
@@ -308,6 +308,7 @@ class PageKeeper:
                     self._adopt_state(restoration, payload)
                 else:
                     self._adopt_page(restoration, record, payload)
+                self.kept.reuse(payload)
             restoration.room.release()
             if batch is None:
                 self._end(restoration)
@@ -368,6 +369,8 @@ class PageKeeper:
                 states.keep(restoration.serial, restoration.slot, None)
             states.release(restoration.slot)
         self.pool.release(restoration.pages)
+        if not self.restorations:
+            self.kept.spare.clear()
 
     def empty(self):
         """Keep new pages and abandon restorations, before the memory of the pages is freed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections import deque
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,6 +57,7 @@ class KeptPages:
     TRIAL_BYTES = 4 << 20
     SEGMENTS = 16         # into which the memory is divided
     LOOK_S = 1.0          # between two scans of the store, and between two looks at the system's free memory
+    BUFFERS = 64          # kept for the next reads
     SPARE = 8             # 1 / SPARE of the memory's limit must stay free in the system
 
     def __init__(self, memory: Seq[str], memory_bytes: int, store: Path | None, name: str):
@@ -68,6 +70,7 @@ class KeptPages:
         for path in memory:
             self.memory.add(Segment(path, path, open_file(path, writable=True)))
         self.most_bytes = memory_bytes
+        self.spare: deque[bytearray] = deque(maxlen=self.BUFFERS)  # memory of payloads that were copied
         self.looked_s = self.measured_s = -self.LOOK_S
 
     def use_profile(self, profile: bytes):
@@ -138,6 +141,19 @@ class KeptPages:
                     return (time.monotonic() - began_s) / size
         return None
 
+    def reuse(self, payload: memoryview):
+        """A payload that was read has been copied: read another record where it is. To provide memory takes
+        the system longer than to copy a page."""
+        if isinstance(payload.obj, bytearray):
+            self.spare.append(payload.obj)
+
+    def _buffer(self) -> bytearray:
+        """Memory that nobody reads any more; none of it if there is none."""
+        try:
+            return self.spare.pop()
+        except IndexError:  # another thread may have taken the last one
+            return bytearray()
+
     def read(self, key: bytes) -> tuple[Record, memoryview] | None:
         """A record and its payload; None if it is gone or damaged. Waits for the disk."""
         tier = self.memory if key in self.memory.index else self.store
@@ -146,7 +162,7 @@ class KeptPages:
         read = None
         damage = ""
         try:
-            read = entry.segment.read(entry)
+            read = entry.segment.read(entry, self._buffer())
         except FileNotFoundError:
             pass
         except (OSError, ValueError) as error:  # the disk failed; the file was closed meanwhile

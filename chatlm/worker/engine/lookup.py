@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 RUN = 2        # tokens that must recur
 LENGTHS = 3, 4, 6, 8, 12, 16, 24, 32, 48, 64  # to which a longer match is measured
-LONGEST = 32   # tokens proposed
-PLACES = 8     # of a sequence's last tokens that are kept, in all texts
+LONGEST = 64   # tokens proposed
+PLACES = 16    # of a sequence's last tokens that are kept, in all texts
 LEAST = 0.05   # chance below which a token is not proposed
 # see Match
 TRUST = 0.25

@@ -288,6 +288,42 @@ def test_a_silent_disk_delays_a_prompt_by_its_grace(stored, nanochat_fixtures, m
     assert engine.pool.available == engine.pool.num_pages and engine.keeper.counts["restored_tokens"] == 0
 
 
+@torch.inference_mode()
+def test_memory_of_copied_pages_is_read_into_again(stored, nanochat_fixtures, monkeypatch):
+    """One page at a time is under way here, so one buffer is enough, for pages and for a state; then it is given back."""
+    monkeypatch.setattr(Reader, "BATCHES", 1)
+    monkeypatch.setattr(Reader, "BATCH_BYTES", 1)
+    engine = keep(make(nanochat_fixtures / "gen5"), Memory(), stored.folder)
+    kept = engine.keeper.kept
+    read, places = kept.read, []
+
+    def noted(key):
+        found = read(key)
+        places.append(id(found[1].obj))
+        return found
+
+    monkeypatch.setattr(kept, "read", noted)
+    assert tokens_of(engine, [stored.work]) == stored.tokens
+    assert len(places) == stored.pages and len({*places}) <= 3, "one is read, one waits, one is copied"
+    assert not kept.spare and engine.keeper.counts["restored_tokens"] == stored.pages * PAGE_SIZE
+
+
+def test_a_buffer_that_is_too_small_is_replaced(tmp_path):
+    """Records of states and of pages have different sizes."""
+    memory = Memory()
+    kept = KeptPages(memory.paths, memory.size, None, "m")
+    kept.use_profile(b"p" * 16)
+    payloads = [numpy.full(size, size % 251, numpy.uint8) for size in (100, 5000, 70, 5000)]
+    for number, payload in enumerate(payloads):
+        assert kept.add(PAGE, bytes([number]) * 16, payload)
+    for number, payload in [*enumerate(payloads), *enumerate(payloads)]:
+        record, view = kept.read(kept.key(PAGE, bytes([number]) * 16))
+        assert record.size == len(view) == len(payload) and bytes(view) == payload.tobytes()
+        kept.reuse(view)
+    assert len(kept.spare) <= 2
+    memory.close()
+
+
 @pytest.mark.parametrize("ahead", [1, 32])
 @torch.inference_mode()
 def test_a_long_step_is_no_silent_disk(stored, nanochat_fixtures, monkeypatch, caplog, ahead):
