@@ -12,8 +12,16 @@ const AT_ONCE = 4;                // calls of one answer that run at the same ti
 const EQUAL_CALLS = 2;            // of one question; the model is told not to call again
 const FOLDED = 400;               // characters of a result above which it is folded
 
+// The page's own tool; it needs no server. Not on pages opened from files, where the frame would lack its header.
+const JAVASCRIPT = {name: "run_javascript", server: "page", tool: "run_javascript", title: "JavaScript", ask: true, digest: "page 1", enforced: true, annotations: {},
+  description: "Runs JavaScript, as the body of an async function, without network and storage. What it returns and logs is the result. It has 10 seconds.",
+  parameters: {type: "object", properties: {code: {type: "string"}}, required: ["code"], additionalProperties: false}};
+const OWN = location.protocol === "file:" ? [] : [JAVASCRIPT];
+
+const runJavascript = Parts.late("javascript", () => Javascript, "run");
+
 const state = {
-  tools: new Map(),               // name -> tool, as GET v1/tools has it
+  tools: new Map(OWN.map(tool => [tool.name, tool])),      // name -> tool, as GET v1/tools has it
   servers: [],                    // {label, state, reason}
   rounds: 8,                      // of calls, before the model must answer without tools
   of: "",                         // the server, key and model that these belong to
@@ -31,7 +39,7 @@ async function load(anew = false) {
   state.of = place;
   const found = await Server.jsonOf(Server.request(`v1/tools?model=${encodeURIComponent(Server.model.name)}`, {cache: "no-store"}));
   if (placeOf() !== place) return;
-  Object.assign(state, {tools: new Map((found?.data ?? []).map(tool => [tool.name, tool])), servers: found?.servers ?? [], rounds: found?.rounds ?? 8});
+  Object.assign(state, {tools: new Map([...found?.data ?? [], ...OWN].map(tool => [tool.name, tool])), servers: [...found?.servers ?? [], ...OWN.map(() => ({label: "page", state: "ready", reason: ""}))], rounds: found?.rounds ?? 8});
   Page.render();
 }
 
@@ -122,6 +130,7 @@ async function runOne(call, node) {
   call.begun = Date.now();
   keep(node);
   try {
+    if (call.server === "page") return finish(call, await runJavascript(JSON.parse(call.arguments).code, signal));
     const body = {name: call.name, arguments: JSON.parse(call.arguments), digest: call.digest, stream: true};
     const response = await Server.accepted(await Server.post("v1/tools/call", body, {signal}));
     let result = null;
@@ -241,7 +250,7 @@ function choose(tools, isOn) {
 function render() {
   load();
   const button = $("tools"), count = chosen(Chat.current).length;
-  button.hidden = !state.servers.length;
+  button.hidden = !state.servers.length || !Server.model.can.tools && !state.servers.some(({label}) => label !== "page");
   if (count) button.dataset.count = count;
   else delete button.dataset.count;
   const label = count ? TEXT.toolsOn(count) : TEXT.tools;

@@ -30,8 +30,9 @@ def missing_page(http: web.Request, home: str) -> web.Response | None:
 
 
 POLICY = "Content-Security-Policy"
-# In addition to the policy within it (static/preview.html). The page shows it in a frame; nobody else may.
-PREVIEW_POLICY = "sandbox allow-scripts; frame-ancestors 'self'"
+# Files that the page shows in a frame; nobody else may. The policy is in addition to the one within them.
+FRAMES = ("preview.html", "javascript.html")
+FRAME_POLICY = "sandbox allow-scripts; frame-ancestors 'self'"
 
 
 class PageFiles:
@@ -69,8 +70,8 @@ class PageFiles:
             tag = f"{tag}-gzip"
             headers["Content-Encoding"] = "gzip"
         headers["ETag"] = f'"{tag}"'
-        if name == "preview.html":
-            headers[POLICY] = PREVIEW_POLICY
+        if name in FRAMES:
+            headers[POLICY] = FRAME_POLICY
         if headers["ETag"] in http.headers.get("If-None-Match", ""):
             return web.Response(status=304, headers=headers)
         content_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
