@@ -1,4 +1,4 @@
-"""Random models in the published shapes of hybrids and of Gemma 4, at four layers, and our server compared with others on them.
+"""Random models in the published shapes of hybrids, of Gemma 4 and of Bonsai, at four layers, and our server compared with others on them.
 
     python bench/family_shapes.py FOLDER --llama-quantize PATH [--shapes qwen3.5-4b,...] [--type Q4_K_M]
     python bench/family_shapes.py FOLDER --compare --llama-server PATH [--ik-llama-server PATH] [--shapes ...] [flags of bench/compare.py]
@@ -13,6 +13,7 @@ small. Where there are many experts, all are copies of 16, each stored separatel
 are distributed as at the start of Mamba-2's training: such a state forgets within 1 to 1,000 tokens. Embeddings are small
 compared with what the blocks add: otherwise, with a tied head, an answer would repeat its last token, and so its experts.
 Logits have a deviation of about 2.5. Text is meaningless to these models, so speeds are without drafts.
+Bonsai 8B is a Qwen3 that was trained in one bit: `--shapes bonsai-8b --type Q1_0`, or Q2_0, in which all of its matrices are, the head too.
 llama.cpp supports all of these; ik_llama.cpp (September 2026) supports neither lfm2 nor granitehybrid.
 """
 
@@ -34,6 +35,7 @@ X = 0.15            # deviation of a channel of x before the first block
 SPREAD = 2.5        # deviation of the logits
 DRAWN = 1 << 22     # random numbers that all matrices are cut from, since drawing billions would take minutes
 FEW = 16            # experts that are quantized; llama-quantize would take 8 for Mixtral and choose other types
+PURE = ("Q1_0", "Q2_0")     # types that all matrices of a model have
 FLOATS = ("ssm_a", "ssm_d", "norm.weight", "ssm_conv1d.weight", "shortconv.conv.weight", "ffn_gate_inp.weight")
 
 
@@ -81,7 +83,11 @@ SHAPES = {
         "attention.key_length": 128, "attention.value_length": 128, "attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 1e4,
         "rope.dimension_count": 128, "rope.scaling.finetuned": False, "attention.scale": 0.0078125, "embedding_scale": 12.0,
         "residual_scale": 0.22, "logit_scale": 6.0, "expert_count": 64, "expert_used_count": 6, "expert_shared_feed_forward_length": 1024,
-        "ssm.conv_kernel": 4, "ssm.state_size": 128, "ssm.group_count": 1, "ssm.time_step_rank": 48, "ssm.inner_size": 3072})}
+        "ssm.conv_kernel": 4, "ssm.state_size": 128, "ssm.group_count": 1, "ssm.time_step_rank": 48, "ssm.inner_size": 3072}),
+    "bonsai-8b": Shape("qwen3", ("full", "full", "full", "full"), {
+        "embedding_length": 4096, "feed_forward_length": 12288, "attention.head_count": 32, "attention.head_count_kv": 8,
+        "attention.key_length": 128, "attention.value_length": 128, "attention.layer_norm_rms_epsilon": 1e-6,
+        "rope.dimension_count": 128, "rope.freq_base": 1e6}, tied=False)}
 
 
 # 2. a file's tensors ---------------------------------------------------------------------------------------------
@@ -128,7 +134,7 @@ MIXERS = {
     "full shared": lambda n, layer: attention(n, layer, keys=False), "sliding shared": lambda n, layer: sliding(n, layer, keys=False)}
 NORMS = {       # of a block, each as wide as x
     "qwen35": ("attn_norm", "post_attention_norm"), "qwen35moe": ("attn_norm", "post_attention_norm"), "lfm2": ("attn_norm", "ffn_norm"),
-    "granitehybrid": ("attn_norm", "ffn_norm"), "gemma4": ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")}
+    "granitehybrid": ("attn_norm", "ffn_norm"), "qwen3": ("attn_norm", "ffn_norm"), "gemma4": ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")}
 
 
 def feed_forward(shape):
@@ -290,7 +296,8 @@ def write_quantized(path, kind, name, llama_quantize):
     many = shape.numbers.get("expert_count", 0) > FEW
     try:
         write(plain, name, shape._replace(numbers=shape.numbers | {"expert_count": FEW}) if many else shape, fetch_default_model())
-        subprocess.run([llama_quantize, plain, part, kind, "2"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        pure = ["--pure"] if kind in PURE else []
+        subprocess.run([llama_quantize, *pure, plain, part, kind, "2"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         if many:
             plain.unlink()
             write_with_all_experts(plain, shape, part)

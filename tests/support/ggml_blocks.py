@@ -17,8 +17,8 @@ import numpy as np
 RECORD = Path(__file__).parents[1] / "fixtures" / "ggml_blocks.json"
 MIX_RECORD = Path(__file__).parents[1] / "fixtures" / "llama_quantize_types.json"
 SEARCHED = "Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()
-ON_GRID = "IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S".split()
-NEED_IMPORTANCE = "IQ2_XXS IQ2_XS".split()     # ggml ends the program without it
+ON_GRID = "IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S".split()
+NEED_IMPORTANCE = "IQ1_S IQ2_XXS IQ2_XS".split()     # ggml ends the program without it
 UNSEARCHED = "MXFP4 TQ1_0 TQ2_0".split()
 
 

@@ -24,6 +24,7 @@ from chatlm.worker.doctor.findings import error, note, worst
 from chatlm.worker.doctor.fingerprints import fingerprint, likeness, packed
 from chatlm.worker.doctor.hard_texts import FINGERPRINTED
 from chatlm.worker.doctor.known_tokenizers import KNOWN
+from families import make_model, save
 from sick_models import CHATML, OF_TEXT, diagnose, pieces_gguf, rewritten, small_gguf
 
 SCRIPT = Path(cs.__file__).resolve()
@@ -51,6 +52,40 @@ def test_nanochat_and_the_default_model_are_fine(nanochat_fixtures, default_mode
         diagnosis = diagnose(path)
         assert (diagnosis.serious, diagnosis.refused) == ([], ""), path
     assert "encodes as SmolLM2 does" in [finding.what for finding in diagnosis.findings]
+
+
+def folder_with(tmp_path, name, data):
+    """A folder whose only tokenizer is this file."""
+    folder = save(make_model("llama3.2", vocab_size=1024), tmp_path / "folder")
+    (folder / "tokenizer.json").unlink()
+    (folder / name).write_bytes(data)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}))
+    return folder
+
+
+TOKENIZERS = Path(__file__).parents[1] / "fixtures" / "tokenizers"
+KINDS = {
+    "GGUF": (small_gguf, "byte-level BPE with words cut as by", "tokenizer.ggml.model \"gpt2\""),
+    "GGUF of pieces": (pieces_gguf, "sentencepiece's BPE", "tokenizer.ggml.model \"llama\""),
+    "folder": (lambda tmp_path: save(make_model("llama3.2"), tmp_path / "folder"), "byte-level BPE, 260 tokens", "tokenizer.json"),
+    "tokenizer.model": (lambda tmp_path: folder_with(tmp_path, "tokenizer.model", (TOKENIZERS / "llama.model").read_bytes()),
+                        "sentencepiece's BPE", "tokenizer.model"),
+    "unigram": (lambda tmp_path: folder_with(tmp_path, "tokenizer.model", (TOKENIZERS / "unigram.model").read_bytes()),
+                "sentencepiece's unigram", "tokenizer.model"),
+    "nanochat": (lambda tmp_path: TOKENIZERS.parent / "nanochat" / "gen6", "tiktoken's byte-level BPE", "tokenizer.pkl")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_check_says_which_tokenizer_a_model_has(kind, tmp_path):
+    make, words, where = KINDS[kind]
+    [finding] = diagnose(make(tmp_path), only=["tokenizer"]).findings
+    assert finding.severity == "note" and words in finding.what and finding.where == where, finding
+
+
+@pytest.mark.parametrize("key, name", (("tokenizer.ggml.pre", "no-such-cut"), ("tokenizer.ggml.model", "rwkv")))
+def test_a_tokenizer_that_is_not_known_is_named(key, name, tmp_path):
+    refused = diagnose(rewritten(small_gguf(tmp_path), {key: name})).refused
+    assert name in refused and key in refused and "\n" not in refused
 
 
 def test_the_command_has_a_verdict_and_a_status(default_model_path, tmp_path):

@@ -73,7 +73,7 @@ class ExpertSums:
         tokens = chosen.sum(0)
         of_up = chosen.T.astype(numpy.float64) @ numpy.square(x, dtype=numpy.float64)
         of_down = numpy.zeros((experts, self.tensors[mixture.down].cut.full[1]))
-        for expert in numpy.flatnonzero(tokens):
+        for expert in numpy.flatnonzero(tokens).tolist():
             hidden = self.hidden(mixture, x[chosen[:, expert]], expert, experts)
             of_down[expert] = numpy.square(hidden, dtype=numpy.float64).sum(0)
         for name, squares in ((mixture.up, of_up), (mixture.down, of_down)):

@@ -156,11 +156,12 @@ def scaling_of(own: str, raw: Mapping[str, Any], rope: Mapping[str, Any]) -> dic
     if kind not in ("linear", "yarn"):
         return {}
     own += "rope.scaling."
-    original = rope.get(ORIGINAL) or raw.get("max_position_embeddings")
-    factor = rope.get("factor") or raw.get("max_position_embeddings", 0) / original
-    found = {own + "type": kind, own + "factor": float(factor)}
+    positions = int(raw.get("max_position_embeddings") or 0)
+    original = int(rope.get(ORIGINAL) or positions)
+    factor = float(rope.get("factor") or positions / max(original, 1))
+    found: dict[str, Any] = {own + "type": kind, own + "factor": factor}
     if kind == "yarn":
-        found[own + "original_context_length"] = int(original)
+        found[own + "original_context_length"] = original
         for parameter, key in YARN.items():
             if rope.get(parameter) is not None:
                 found.setdefault(own + key, float(rope[parameter]))

@@ -57,12 +57,13 @@ class Grid(NamedTuple):
 
     def numbers(self, codes: Array) -> Array:
         """(P,) of codes (8 or 4, P)."""
-        whole = codes.astype(numpy.int64)
-        return sum(row << self.bits * i for i, row in enumerate(whole))  # pyright: ignore[reportReturnType]
+        shifts = self.bits * numpy.arange(len(codes))
+        return (codes.astype(numpy.int64) << shifts[:, None]).sum(0)
 
 
 @functools.cache
-def grid_of(kind: str) -> Grid:
+def grid_of(kind: str, most_shells: int) -> Grid:
+    """most_shells: at so many distances from a point neighbours are looked for."""
     package = getattr(require_library("gguf", "packing").quants, kind)
     package.init_grid()
     values = numpy.asarray(package.grid).reshape(-1, package.grid_shape[1])
@@ -85,7 +86,7 @@ def grid_of(kind: str) -> Grid:
         distances = numpy.square(codes - point).sum(1)
         order = numpy.argsort(distances, kind="stable")
         shells = numpy.unique(distances)
-        near = order[:numpy.count_nonzero(distances <= shells[:TYPES[kind].shells][-1])]
+        near = order[:numpy.count_nonzero(distances <= shells[:most_shells][-1])]
         begins[number] = total
         counts[number] = len(near)
         total += len(near)
@@ -93,9 +94,17 @@ def grid_of(kind: str) -> Grid:
     return Grid(levels, bits, codes.T.astype(numpy.float32), place, begins, counts, numpy.concatenate(found))
 
 
-def places_of(grid: Grid, codes: Array, x: Array, weights: Array, scale: Array) -> tuple[Array, Array]:
+class Line(NamedTuple):
+    """The values of levels before they are scaled."""
+
+    step: int
+    first: Array  # (P,): of level 0, for each point
+
+
+def places_of(grid: Grid, codes: Array, x: Array, weights: Array, scale: Array,
+              line: Line) -> tuple[Array, Array]:
     """For points (8 or 4, P) with a scale each: (places in the grid (P,), were the codes in it?). Others go
-    to the neighbour where the error is the least."""
+    to the neighbour where the error is the least. line: what a level stands for."""
     numbers = grid.numbers(codes)
     places = grid.place[numbers]
     is_on = places >= 0
@@ -109,8 +118,9 @@ def places_of(grid: Grid, codes: Array, x: Array, weights: Array, scale: Array) 
     candidates = grid.neighbours[grid.begins[numbers[of_point]] + within]
     error = numpy.zeros(len(of_point), numpy.float32)
     scales = scale[of_point]
+    first_levels = line.first[of_point]
     for level, value, weight in zip(grid.codes, x, weights):
-        apart = scales * (F(2) * level[candidates] + F(1)) - value[of_point]
+        apart = scales * (F(line.step) * level[candidates] + first_levels) - value[of_point]
         error += weight[of_point] * apart * apart
     least = numpy.repeat(numpy.minimum.reduceat(error, starts), counts)
     best = numpy.flatnonzero(error == least)
@@ -154,7 +164,7 @@ class Groups(NamedTuple):
 def pack_groups(kind: str, x: Array, weights: Array) -> Groups:
     """The groups (n, G) of a type."""
     type_ = TYPES[kind]
-    grid = grid_of(kind)
+    grid = grid_of(kind, type_.shells)
     size, signs = sizes_of(x, weights, type_.even_signs)
     search = Search(grid, size, weights)
     largest = size.max(0)
@@ -190,6 +200,12 @@ def pack_groups(kind: str, x: Array, weights: Array) -> Groups:
                   numpy.where(is_zero, 0, signs))
 
 
+def as_points(values: Array, coordinates: int) -> Array:
+    """(coordinates, P) of groups (n, G)."""
+    apart = values.reshape(-1, coordinates, values.shape[1]).swapaxes(0, 1)
+    return numpy.ascontiguousarray(apart).reshape(coordinates, -1)
+
+
 class Search:
     """Looks for the points of groups (n, G)."""
 
@@ -204,16 +220,14 @@ class Search:
         self.point_weights = self.as_points(numpy.sqrt(weights))
 
     def as_points(self, values: Array) -> Array:
-        """(8 or 4, P) of (n, G)."""
-        apart = values.reshape(self.points, self.coordinates, -1).swapaxes(0, 1)
-        return numpy.ascontiguousarray(apart).reshape(self.coordinates, -1)
+        return as_points(values, self.coordinates)
 
     def nearest(self, inverse: Array, scale: Array) -> tuple[Array, Array]:
         """(points, G) each: the places of the nearest points, and whether rounding alone finds them."""
         codes = nearest(F(0.5) * (inverse * self.x - F(1)), 0, self.grid.levels - 1)
         of_points = numpy.tile(scale, self.points)
         places, is_on = places_of(self.grid, self.as_points(codes), self.point_x, self.point_weights,
-                                  of_points)
+                                  of_points, Line(2, numpy.ones_like(of_points)))
         return places.reshape(self.points, -1), is_on.reshape(self.points, -1)
 
     def sums(self, places: Array) -> tuple[Array, Array]:

@@ -116,7 +116,7 @@ class Mix:
 
 
 def two_bits(file_type: int, main: str, better: str, attn_output: str | None = None) -> Mix:
-    """A file of IQ2. `better`: the type of the embedding, of most values and of the first feed-forward
+    """A file of IQ2 or IQ1. `better`: the type of the embedding, of most values and of the first feed-forward
     outputs."""
     return Mix(file_type, main, where_shared("Q4_K", better), in_first(8, better), attn_output, True, better,
                needs_importance=True, head="Q5_K", of_two_bits=True)
@@ -147,18 +147,17 @@ MIXES = {
                    embed="IQ3_S", needs_importance=True, attn_qk="IQ2_S", head="Q5_K"),
     "IQ2_M": two_bits(29, "IQ2_S", "IQ3_S", "IQ3_S"), "IQ2_S": two_bits(28, "IQ2_XS", "IQ3_S", "IQ3_S"),
     "IQ2_XS": two_bits(20, "IQ2_XS", "Q2_K"), "IQ2_XXS": two_bits(19, "IQ2_XXS", "Q2_K"),
+    "IQ1_M": two_bits(31, "IQ1_M", "Q2_K", "IQ2_XXS"), "IQ1_S": two_bits(24, "IQ1_S", "Q2_K", "IQ2_XXS"),
     "TQ1_0": Mix(36, "TQ1_0", embed="Q4_K"), "TQ2_0": Mix(37, "TQ2_0", embed="Q4_K"),
     "MXFP4_MOE": Mix(38, "MXFP4"),
 }
 OTHER_NAMES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
-# what nothing here packs
-NOT_PACKED = ("IQ1_S", "IQ1_M")
 SMALLER_BLOCKS = {  # a type of 256 weights a block -> what rows of another length get
-    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
     "Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1",
     "Q6_K": "Q8_0"}
 # types that are no use without importance
-NEED_IMPORTANCE = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
+NEED_IMPORTANCE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
 
 # matrices that are small, or are never multiplied: they stay as they are
 LEFT_ALONE = re.compile(
@@ -178,9 +177,6 @@ def mix_of(name: str) -> tuple[str, Mix]:
     if full in MIXES:
         return full, MIXES[full]
     allowed = ", ".join(MIXES)
-    if full in NOT_PACKED:
-        raise ConfigError(f"--type {name}: this program reads that type but does not write it; it writes "
-                          f"{allowed}")
     raise ConfigError(f"--type {name} is no type of file{did_you_mean(full, MIXES)}; allowed are {allowed}")
 
 

@@ -15,6 +15,7 @@ from chatlm.export.gguf.grids import TYPES as GRID_TYPES, pack_groups
 from chatlm.export.gguf.searches import (
     Array, F, Steps, inverse, largest_of, line, nearest, positive_scale, ratio, scale_around_zero,
     scale_by_descent, summed, LEAST)
+from chatlm.export.gguf.ternary import pack_ternary, whole_scales as ternary_scales
 from chatlm.worker.arrays.gguf_types import TYPES
 
 SUPER = 256  # weights in a block of a K type
@@ -412,6 +413,51 @@ GRID_BYTES = {"IQ2_XXS": iq2_xxs_bytes, "IQ2_XS": iq2_xs_bytes, "IQ2_S": iq2_s_b
               "IQ3_XXS": iq3_xxs_bytes, "IQ3_S": iq3_s_bytes}
 
 
+# ---- IQ1: three levels, and points of a grid
+
+
+def pack_iq1_s(rows: Array, importance: Array | None) -> Array:
+    """8 groups of 32, each with a scale of 3 bits."""
+    x = columns_of(rows, 32)
+    weights = x * x if importance is None else weights_in_blocks(rows, importance, 32, 2)
+    packed = pack_ternary("IQ1_S", x, weights)
+    unit, scales = ternary_scales(packed.scale, 8)
+    places = numpy.ascontiguousarray(packed.places.T)                       # (G, 4)
+    high = ((places >> 8) << numpy.arange(0, 12, 3)).sum(1)
+    is_down = (packed.shifts[0] < 0) & (by_group(unit + numpy.zeros_like(scales)) > 0)
+    words = high | (by_group(scales).astype(numpy.int64) | is_down * 8) << 12
+    return joined(len(rows), halves(unit * F(1.125)), places.astype(numpy.uint8).reshape(len(unit), -1),
+                  words.astype("<u2").reshape(len(unit), -1).view(numpy.uint8))
+
+
+def pack_iq1_m(rows: Array, importance: Array | None) -> Array:
+    """16 groups of 16, each with a scale of 3 bits. The block's scale is in what these leave of 8 bytes."""
+    x = columns_of(rows, 16)
+    weights = x * x if importance is None else weights_in_blocks(rows, importance, 16, 2)
+    packed = pack_ternary("IQ1_M", x, weights)
+    unit, scales = ternary_scales(packed.scale, 16)
+    is_used = by_group(unit + numpy.zeros_like(scales)) > 0
+    values = packed.values * (F(2) * by_group(scales) + F(1))
+    weighted = weights * values
+    products = summed(in_blocks(weighted * x))
+    squares = summed(in_blocks(weighted * values))
+    exact = numpy.where(unit > 0, numpy.where(squares > 0, products / squares, unit), F(0))
+    bits = (exact * F(1.1125)).astype(numpy.float16).view(numpy.uint16).astype(numpy.int64)
+    whole = scales.T.astype(numpy.int64).reshape(-1, 4, 4)                  # (blocks, words, scales)
+    words = (whole << numpy.arange(0, 12, 3)).sum(2) | (bits[:, None] >> numpy.arange(0, 16, 4) & 15) << 12
+    places = packed.places
+    down = (packed.shifts < 0) & is_used
+    high = places[0] >> 8 | places[1] >> 8 << 4 | down[0] * 8 | down[1] * 128
+    low = numpy.ascontiguousarray(places.T).astype(numpy.uint8).reshape(len(unit), -1)
+    return joined(len(rows), low, high.astype(numpy.uint8).reshape(len(unit), -1),
+                  words.astype("<u2").view(numpy.uint8))
+
+
+def in_blocks(values: Array) -> Array:
+    """(256, blocks) of groups (n, G)."""
+    return numpy.ascontiguousarray(numpy.ascontiguousarray(values.T).reshape(-1, SUPER).T)
+
+
 # ---- types without a search, which the gguf package packs
 
 
@@ -438,6 +484,7 @@ PACKERS: dict[str, Packer] = {
     "Q5_K": partial(pack_q4_k, 31, Steps(-0.5, 0.1, 15)),
     "IQ4_NL": pack_iq4_nl, "IQ4_XS": pack_iq4_xs,
     **{kind: partial(pack_on_grid, kind) for kind in GRID_BYTES},
+    "IQ1_S": pack_iq1_s, "IQ1_M": pack_iq1_m,
     **{kind: partial(pack_by_package, kind) for kind in ("BF16", "MXFP4", "TQ1_0", "TQ2_0")}}
 
 

@@ -55,7 +55,7 @@ def test_names_of_types_may_be_short_or_in_small_letters():
 
 
 @pytest.mark.parametrize("name, words", (
-    ("Q4_KM", "did you mean Q4_K_M"), ("IQ1_S", "reads that type but does not write it"), ("", "allowed are"),
+    ("Q4_KM", "did you mean Q4_K_M"), ("IQ1_L", "did you mean"), ("", "allowed are"),
     ("int4", "allowed are"), ("Q9_0", "Q8_0")))
 def test_an_unknown_type_is_refused_in_one_line(name, words):
     with pytest.raises(ConfigError) as refused:
