@@ -47,6 +47,7 @@ NOTES = {       # by model_type: what a reader wants to know beside the title
     "deepseek_v3": f"V3.1, Moonlight and GigaChat 3 too, [latents]({LATENTS}) and no draft head",
     "deepseek_v2": f"V2-Lite, V2.5, Coder-V2: [latents]({LATENTS})", "kimi_k2": f"K2; the text model of K2.5: [latents]({LATENTS})",
     "glm4_moe_lite": f"[latents]({LATENTS}), no draft head", "youtu": f"[latents]({LATENTS})",
+    "mistral4": f"the text model of `mistral3`: [latents]({LATENTS})", "minicpm3": f"[latents]({LATENTS})",
     "bailing_moe_v2": "Ling-mini, Ling-flash and Ring; GLM-4.5's arithmetic by other names",
     "cohere2_moe": "North-Mini-Code; shared experts are refused",
     "ernie4_5": "dense",

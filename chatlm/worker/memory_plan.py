@@ -111,7 +111,7 @@ def plan_memory(model: LoadedModel, whole: Model, kernels: Kernels, groups: Laye
     page_bytes = page_layout(own, groups, kv).page_bytes
     state_bytes = model.architecture.state_bytes
     if shared and not whole.of_texts:
-        each = [attn and replace(attn, kv_heads=max(attn.kv_heads, ranks.tp)) for attn in whole.by_layer]
+        each = [attn and attn.of_all_ranks(ranks.tp) for attn in whole.by_layer]
         together = groups if ranks.stages == 1 else group_layers(each, 0, apart=False, kv=kv)
         count = ranks.tp * ranks.stages
         page_bytes = -(-PageLayout.of(together, each, kv).page_bytes * ranks.here // count)

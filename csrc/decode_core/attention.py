@@ -13,6 +13,8 @@ from .arrays import CACHE_CODES, FLOAT32, look_at, vector, vector_or_none
 
 PAGE_SIZE = 16
 MAX_HEAD_SIZE = 512
+MAX_LATENT_SIZE = 576       # of latent attention
+MAX_GROUP = 16              # query heads that share a kv head, or go through latents together
 NORMS = {"none": 0, "before_rope": 1, "after_rope": 2}
 
 
@@ -30,6 +32,22 @@ def check_cache(cache) -> tuple:
         raise ValueError(f"cache: must be (P, Hkv, 2, 16 * D) with D a multiple of 16 up to {MAX_HEAD_SIZE}, "
                          f"not {(P, Hkv, 2, size)}")
     return address, CACHE_CODES[kind], P, Hkv, size // PAGE_SIZE, apart
+
+
+def check_latents(cache) -> tuple:
+    """(address, type code, P, D, elements from page to page) of the cache of a layer with latent attention, (P, 16, D)."""
+    floats = tuple(kind for kind in CACHE_CODES if kind != "uint8")
+    address, kind, (P, _, D), apart = look_at("cache", cache, floats, None, PAGE_SIZE, None, rows_apart=True, writable=True)
+    if D % 16 or not 0 < D <= MAX_LATENT_SIZE:
+        raise ValueError(f"cache: of latents must be (P, 16, D) with D a multiple of 16 up to {MAX_LATENT_SIZE}, not "
+                         f"{(P, PAGE_SIZE, D)}")
+    return address, CACHE_CODES[kind], P, D, apart
+
+
+def groups_of(heads: int) -> int:
+    """The fewest equal groups of heads that go through latents together."""
+    fewest = -(-heads // MAX_GROUP)
+    return next(count for count in range(fewest, heads + 1) if heads % count == 0)
 
 
 def appended(columns: int, H: int, Hkv: int, D: int) -> tuple[int, bool] | None:

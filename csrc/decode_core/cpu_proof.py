@@ -122,6 +122,7 @@ class Chain:
             self.attention(qkv, cos, sin, self.float_cache(), "", norm_at)
         for norm_at in ("before_rope", "after_rope"):       # not "none": without a norm, rounding would move large scores
             self.attention(qkv, cos, sin, self.packed_cache(), " q8_0", norm_at)
+        self.latents(x)
         self.experts(x, norm)
         self.adapted(x, norm)
         narrow = self.call("linear", x, self.matrix("f32", "input_gate", 48), width=48, label="linear f32")
@@ -169,6 +170,29 @@ class Chain:
                       sinks=self.dice.normal(self.spec.heads), **options)
             self.call("paged_attention", q, cache, p.attention, window, two_sided=True, **options)
         self.call("paged_attention", q, cache, p.attention, 0, softcap=2.0, **options)
+
+    def latents(self, x: torch.Tensor) -> None:
+        """Latent attention of unusual sizes, with more heads than go through the latents together."""
+        p = self.program
+        dice = self.dice
+        heads, plain, kept, turned, values = 18, 32, 80, 16, 48
+        angles = dice.normal(PAGES * self.script.PAGE_SIZE, turned // 2)
+        tables = angles.cos(), angles.sin()
+        queries = self.call("linear", x, self.matrix("f32", "queries", heads * (plain + turned)),
+                            width=heads * (plain + turned), label="linear f32")
+        kv = self.call("linear", x, self.matrix("f32", "kv_in", kept + turned), width=kept + turned, label="linear f32")
+        k_up = self.matrix("f32", "k_up", heads * kept, plain)
+        v_up = self.matrix("f32", "v_up", heads * values, kept)
+        for adjacent in (True, False):
+            cache = dice.normal(PAGES, self.script.PAGE_SIZE, kept + turned, dtype=self.cache_type)
+            appended = kv, 1 + dice.normal(kept) / 4, 1e-5, *tables, p.positions, p.slots, cache
+            p.append_latents(*appended, adjacent=adjacent)
+            self.calls.append(SimpleNamespace(name="append_latents", label="append_latents", arguments=appended, out=kv,
+                                              options={"adjacent": adjacent}))
+            q = self.call("absorb", queries, k_up, *tables, p.positions, 0.7, width=heads * (kept + turned), adjacent=adjacent)
+        for window in WINDOWS:
+            seen = self.call("paged_attention", q, cache, p.attention, window, width=heads * kept, label="latent attention")
+        self.call("by_head", seen, v_up, width=heads * values)
 
     def float_cache(self) -> torch.Tensor:
         return self.dice.normal(PAGES, self.spec.kv_heads, 2, self.script.PAGE_SIZE * HEAD_SIZE,
@@ -274,6 +298,7 @@ class Chain:
         packed = [self.program.adapters.pack(matrices) for matrices in adapters]
         inputs = self.inputs(batch)
         caches = [call.arguments[5] for call in self.calls if call.name == "rope_append"]
+        caches += [call.arguments[7] for call in self.calls if call.name == "append_latents"]
         caches += [state for call in self.calls if call.name in STATES for state in call.arguments[STATES[call.name]]]
         before = {id(cache): cache.clone() for cache in caches}
         sampling = SampleBatch(sampled, self.capped.shape[1])
@@ -342,7 +367,20 @@ class Chain:
             theirs = torch.empty_like(gates)
             reference(*arguments, out=want, **options | {"gates": theirs})
             return differs(gates, theirs, "the gates") or differs(out, want, "the output")
-        if call.name in ("paged_attention", "text_attention"):
+        if call.name == "append_latents":
+            *given, cache = arguments
+            theirs = before[id(cache)].float()
+            reference(*given, self.latents_as_kept(theirs), **options)
+            return differs(cache, theirs, "the cache")
+        if call.name == "absorb":
+            reference(*arguments, out=want, **options)
+            heads = arguments[0].shape[1] // (arguments[1].shape[1] + 2 * arguments[2].shape[1])
+            return differs(out * (out.shape[1] // heads)**0.5, want, "the output")
+        if call.name == "paged_attention" and arguments[1].ndim == 3:
+            q, cache = arguments[:2]
+            arguments[0] = q * cache.shape[2]**0.5
+            arguments[1] = self.latents_as_kept(cache.float(), out.shape[1] * cache.shape[2] // q.shape[1])
+        elif call.name in ("paged_attention", "text_attention"):
             q, cache = arguments[:2]
             if cache.dtype == torch.uint8:
                 q = turned(q)
@@ -352,6 +390,11 @@ class Chain:
         kind = call.label.rpartition(" ")[2]
         packed = kind in COLUMNS and kind not in FLOATS
         return differs(out, want, "the output", PACKED_TOLERANCE if packed else 0.0)
+
+    def latents_as_kept(self, cache: torch.Tensor, values: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """A cache of latents as the references hold it: keys (slots, 1, D), and the first numbers of these."""
+        keys = cache.view(-1, 1, cache.shape[-1])
+        return keys, keys[..., :values]
 
     def as_kept(self, cache: torch.Tensor) -> Any:
         """A layer's cache as the references hold it: floats, or packed keys and values."""

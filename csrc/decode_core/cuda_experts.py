@@ -39,7 +39,7 @@ class ExpertOps:
         self.slots: torch.Tensor | None = None      # (T,) int64: slots of the running step; rows with -1 are padding
 
     def experts(self, x, logits, gate_up, down, out, *, norm, biases, activation, chosen, sum_to_one,
-                residual=True, sigmoids=False, choice_bias=None, groups=(1, 1), share_scale=1.0) -> None:
+                residual=True, sigmoids=False, choice_bias=None, groups=(1, 1), share_scale=1.0, group_best=2) -> None:
         T, E = logits.shape
         C = x.shape[1]
         pairs = T * chosen
@@ -48,7 +48,7 @@ class ExpertOps:
         kinds = {down_kind, *(kind for kind, _ in parts)}
         many = pairs > FEW_PAIRS * E and "float32" not in kinds
         if sigmoids:
-            ids, shares = self.route_sigmoids(logits, chosen, sum_to_one, choice_bias, groups, share_scale)
+            ids, shares = self.route_sigmoids(logits, chosen, sum_to_one, choice_bias, groups, share_scale, group_best)
         else:
             ids, shares = self.route(logits, chosen, sum_to_one)
         shares, routed = self.group(ids, shares, E, cuda.MANY_PAIRS if many else cuda.FEW_PAIRS)

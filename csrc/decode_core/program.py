@@ -30,7 +30,8 @@ import numpy
 from . import _core
 from .arrays import CACHE_CODES, CODES, FLOAT32, look_at, vector, vector_or_none
 from .adapters import AdaptedMatrices
-from .attention import PAGE_SIZE, appended, check_cache, check_softcap, check_together, rope_job, sinks_at
+from .attention import (PAGE_SIZE, appended, check_cache, check_latents, check_softcap, check_together, groups_of, rope_job,
+                        sinks_at)
 from .ranks import Ranks, check_gathered
 from .sampling import SampleBatch
 from .tiles import ACTIVATIONS, COLUMNS, GATES, KINDS, TILE_ROWS, Matrix, check_linear, check_matrix
@@ -271,7 +272,7 @@ class Program:
 
     def experts(self, x, logits, gate_up, down, out, *, norm, biases, activation, chosen: int, sum_to_one: bool,
                 residual: bool = True, sigmoids: bool = False, choice_bias=None, groups: tuple[int, int] = (1, 1), share_scale: float = 1.0,
-                scales=None, jitter=None) -> None:
+                group_best: int = 2, scales=None, jitter=None) -> None:
         """x + the sum over a row's experts of share * (activation(norm(x) gate_up^T + bias) down^T + bias) -> out.
 
         out may be x. Without `residual`, x is not added.
@@ -279,8 +280,9 @@ class Program:
         Which experts a row has, and their shares:
         logits      (max_tokens, E): the `chosen` largest of a row, of equal ones the lower ids. Shares are the softmax over
                     the logits of these, or over all E unless `sum_to_one`
-        sigmoids    experts and shares are those of chat_server's `sigmoid_routes`, with `choice_bias` (E) or None, `groups`
-                    and `share_scale`
+        groups      (n, k): experts are chosen from k of n groups, those whose `group_best` best experts have the largest sum
+        share_scale a factor of all shares
+        sigmoids    experts and shares are those of chat_server's `sigmoid_routes`, with `choice_bias` (E) or None
         jitter      None, or the experts have shares as chat_server's `sparse_routes` says
         scales      None, or (E): each share is multiplied by the expert's
 
@@ -308,6 +310,8 @@ class Program:
         if kept_groups < 1 or count > 1 and (E % count or E < 2 * count or not -(-chosen // (E // count)) <= kept_groups <= count):
             raise ValueError(f"groups: must be numbers of groups of at least 2 of {E} experts, of which "
                              f"those kept have {chosen}, not {groups!r}")
+        if group_best not in (1, 2):
+            raise ValueError(f"group_best: must be 1 or 2, not {group_best!r}")
         halves = 2 if activation in GATES else 1
         for name, matrix, shape in (("gate_up", gate_up, (halves * E * F, C)), ("down", down, (E * C, F))):
             if (matrix.rows, matrix.columns) != shape or F % TILE_ROWS:
@@ -325,7 +329,7 @@ class Program:
         kept = x, logits, gate_up, down, out, weight, *biases, choice_bias, scales, routing
         self._record("route", TOKENS, kept, logits=logits_at, routing=routing, bias=choice_bias_at,
                      scales=scales_at, sparse=jitter is not None, farthest=2 * float(jitter or 0),
-                     groups=count, kept_groups=kept_groups, scale=float(share_scale))
+                     groups=count, kept_groups=kept_groups, group_best=group_best, scale=float(share_scale))
         self._record("group", TOKENS, routing=routing)
         self._record("gate_up", TOKENS, x=x_at, routing=routing, tiles=gate_up.tiles, norm=norm is not None,
                      norm_weight=norm_at, eps=float(eps), bias=up_bias_at, activation=ACTIVATIONS[activation],
@@ -583,6 +587,55 @@ class Program:
         self._record("rope_append", TOKENS, kept, qkv=qkv_at, job=job, max_positions=max_positions,
                      num_pages=pages, group=slots.group, out=out_at)
 
+    def by_head(self, x, up, out) -> None:
+        """Each head's columns of x, of which the first are read, times its own matrix -> out (max_tokens, H * N).
+
+        up      (H * N, K): the matrices of all heads, N a multiple of 16. K numbers of each head of x are read"""
+        check_matrix(up, "up")
+        x_at, rows_of = self._buffers.read("x", x)
+        out_at = self._buffers.written("out", out, rows_of)
+        heads, rest = divmod(x_at[1], up.columns)
+        self._record_by_head(x, x_at, rows_of, up, out, out_at, heads, rest)
+
+    def _record_by_head(self, x, x_at, rows_of: str, up, out, out_at, heads: int, rest: int) -> None:
+        if rest or not heads or rows_of != TOKENS or up.rows % (heads * TILE_ROWS) or out_at[1] % heads or out_at[0] == x_at[0]:
+            raise ValueError(f"up: must have a multiple of {TILE_ROWS} rows for each head of x, and out another array of the "
+                             f"same heads, not {(up.rows, up.columns)}, {x_at[1]} and {out_at[1]} columns")
+        self._record("by_head", TOKENS, (x, up, out), x=x_at, tiles=up.tiles, heads=heads, fine=self.fine, out=out_at)
+
+    def absorb(self, x, k_up, cos, sin, positions, scale: float, out, adjacent: bool = False) -> None:
+        """Queries for heads' keys become queries for latents, as chat_server's absorb_reference says, over the root of their width.
+
+        x       (max_tokens, H * (plain + turned)), k_up (H * kept, plain) -> out (max_tokens, H * (kept + turned))"""
+        _is_marker("positions", positions, self.positions)
+        check_matrix(k_up, "k_up")
+        cos_at, sin_at, (rows, half) = tables_at(cos, sin)
+        x_at, rows_of = self._buffers.read("x", x)
+        out_at = self._buffers.written("out", out, rows_of)
+        heads, rest = divmod(x_at[1], k_up.columns + 2 * half)
+        self._record_by_head(x, x_at, rows_of, k_up, out, out_at, heads, rest)
+        kept = k_up.rows // heads
+        if out_at[1] != heads * (kept + 2 * half) or kept % 16:
+            raise ValueError(f"out: must have {heads * (kept + 2 * half)} columns, not {out_at[1]}")
+        self._record("turn_queries", TOKENS, (cos, sin), x=x_at, cos=cos_at, sin=sin_at, half=half, adjacent=bool(adjacent),
+                     heads=heads, scale=float(scale) * (kept + 2 * half)**-0.5, max_positions=rows, out=out_at)
+
+    def append_latents(self, x, weight, eps: float, cos, sin, positions, slots, cache, adjacent: bool = False) -> None:
+        """x (max_tokens, kept + turned) -> the keys of a cache (P, 16, kept + turned): the first numbers get an RMS norm, the others
+        turn."""
+        _is_marker("positions", positions, self.positions)
+        _is_marker("slots", slots, self.parts[getattr(slots, "group", 0)].slots)
+        cos_at, sin_at, (rows, half) = tables_at(cos, sin)
+        x_at, rows_of = self._buffers.read("x", x)
+        cache_at, cache_kind, pages, D, apart = check_latents(cache)
+        kept = D - 2 * half
+        if rows_of != TOKENS or x_at[1] != D or kept < 16 or kept % 16 or half % 8:
+            raise ValueError(f"x: must be (max_tokens, {D}) of tokens, the last {2 * half} of which turn, both multiples of 16, "
+                             f"not {x_at[1]} columns")
+        self._record("append_latents", TOKENS, (x, weight, cos, sin, cache), x=x_at, weight=vector("weight", weight, "float32", kept),
+                     eps=float(eps), cos=cos_at, sin=sin_at, half=half, adjacent=bool(adjacent), max_positions=rows, cache=cache_at,
+                     cache_type=cache_kind, num_pages=pages, page_stride=apart, group=slots.group)
+
     def text_attention(self, q, cache, attention, window: int, out, distances=None) -> None:
         """softmax(q k + distances) v of each row over the positions of its text -> out, as wide as q.
 
@@ -597,9 +650,27 @@ class Program:
     def paged_attention(self, q, cache, attention, window: int, out, softcap: float = 0.0, sinks=None, two_sided: bool = False) -> None:
         """softmax(q k) v of each row over the pages of its sequence -> out, as wide as q.
 
-        q           (max_tokens, H * D), as rope_append left it
-        two_sided   rows also see later positions, as a step's `ahead` says"""
+        q           (max_tokens, H * D), as rope_append or absorb left it
+        two_sided   rows also see later positions, as a step's `ahead` says
+        With latents (a cache (P, 16, D)) out is (max_tokens, H * Dv): the values are the first Dv numbers of keys."""
+        if len(cache.shape) == 3:
+            return self._attend_latents(q, cache, attention, window, out)
         self._attend(q, cache, attention, window, out, softcap, sinks, two_sided=two_sided)
+
+    def _attend_latents(self, q, cache, attention, window: int, out) -> None:
+        _is_marker("attention", attention, self.parts[getattr(attention, "group", 0)].attention)
+        q_at, rows_of = self._buffers.read("q", q)
+        out_at = self._buffers.written("out", out, rows_of)
+        cache_at, cache_kind, pages, D, apart = check_latents(cache)
+        H, rest = divmod(q_at[1], D)
+        Dv, more = divmod(out_at[1], max(H, 1))
+        if rows_of != TOKENS or rest or not H or more or Dv % 16 or not 0 < Dv <= D:
+            raise ValueError(f"q: must have H * {D} columns and out H times a multiple of 16 up to {D}, not {q_at[1]} and {out_at[1]}")
+        if not isinstance(window, int) or not -1 <= window < 2**31:
+            raise ValueError(f"window: must be a number of keys, 0 or -1, not {window!r}")
+        self._record("paged_attention", TOKENS, (q, cache, out), q=q_at, cache=cache_at, cache_type=cache_kind, num_pages=pages,
+                     heads=H, kv_heads=groups_of(H), head_size=D, window=max(window, 0), softcap=0.0, sinks=0,
+                     group=attention.group, page_stride=apart, value_size=Dv, out=out_at)
 
     def _attend(self, q, cache, attention, window: int, out, softcap: float = 0.0, sinks=None, of_texts: bool = False,
                 distances=None, two_sided: bool = False) -> None:
@@ -792,6 +863,12 @@ def part_of(group: int) -> SimpleNamespace:
 
 
 Program.parts = (Program, *map(part_of, range(1, MOST_GROUPS)))
+
+
+def tables_at(cos, sin) -> tuple[int, int, tuple[int, int]]:
+    """Addresses of the tables of angles, and their shape (max_positions, turned / 2)."""
+    cos_at, _, shape, _ = look_at("cos", cos, FLOAT32, None, None)
+    return cos_at, look_at("sin", sin, FLOAT32, *shape)[0], shape
 
 
 def _is_marker(name: str, value, wanted: Marker) -> None:

@@ -42,6 +42,8 @@ def write_case(folder, name, changes):
         (folder / "config.json").write_text(json.dumps(config | {"rotary_dim": 16, "scoring_func": "sigmoid"}))
     if MODELS[name][0] == "glm4_moe_lite":      # which transformers derives from mlp_layer_types
         (folder / "config.json").write_text(json.dumps(config | {"first_k_dense_replace": 1}))
+    if MODELS[name][0] == "mistral4":           # which the converter knows as the text model of others
+        (folder / "config.json").write_text(json.dumps(config | {"architectures": ["Mistral3ForConditionalGeneration"]}))
     if MODELS[name][0] == "hunyuan_v1_moe":     # whose config has lists of all layers' numbers
         layers = config["num_hidden_layers"]
         numbers = {"moe_intermediate_size": config["intermediate_size"], "moe_topk": config["moe_topk"], "num_shared_expert": 1}

@@ -178,6 +178,12 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
     "deepseek3": ("deepseek_v3", LATENT | dict(rope_parameters=YARN, routed_scaling_factor=2.5)),
     "deepseek3-plain": ("deepseek_v3", LATENT | dict(q_lora_rank=None, rope_interleave=False, attention_bias=True, qk_nope_head_dim=20, v_head_dim=12, kv_lora_rank=24,
                                                      qk_rope_head_dim=8, n_group=1, topk_group=1, norm_topk_prob=False)),
+    "deepseek2-grouped": ("deepseek_v2", LATENT | dict(topk_method="group_limited_greedy", routed_scaling_factor=4.0)),
+    "mistral4": ("mistral4", LATENT | dict(first_k_dense_replace=..., n_shared_experts=1, qk_nope_head_dim=16, rope_parameters=dict(
+        rope_type="yarn", rope_theta=1e4, factor=8.0, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0, original_max_position_embeddings=512,
+        max_position_embeddings=4096, llama_4_scaling_beta=0.1, partial_rotary_factor=0.5))),
+    "minicpm3": ("minicpm3", DENSE_LATENT | dict(scale_emb=3.0, scale_depth=1.2, dim_model_base=48, tie_word_embeddings=True, v_head_dim=None, rope_parameters=dict(
+        rope_type="longrope", short_factor=[1.0 + i / 8 for i in range(8)], long_factor=[2.0 + i for i in range(8)], rope_theta=1e4, original_max_position_embeddings=512))),
     "deepseek2-lite": ("deepseek_v2", LATENT | dict(q_lora_rank=None, n_group=1, topk_group=1, rope_parameters=YARN)),
     "glm-flash": ("glm4_moe_lite", LATENT | dict(first_k_dense_replace=..., n_group=1, topk_group=1, routed_scaling_factor=1.8, v_head_dim=32,
                                                  rope_parameters=dict(rope_type="default", rope_theta=1e6))),
@@ -190,8 +196,10 @@ GGUF_MODELS = {             # what of MODELS a file of each architecture can say
         "llama2", "llama3.1", "llama3.2", "mistral", "qwen2.5", "phi3", "phi3-long", "gpt-oss", "granite", "granite-moe", "granite-moe-shared", "granite4",
         "olmo2", "olmo3", "olmoe", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "hunyuan", "gemma4", "gemma4moe", "gemma4-even", "gemma4-unified", "gpt2",
         "pythia", "cohere", "cohere2", "phimoe-plain", "lfm2", "lfm2moe", "granite4h", "qwen3next", "qwen3.5", "qwen3.5moe", "nemotron-h", "nemotron3",
-        "glm4moe", "glm4moe-grouped", "minimax-m2", "hunyuan-moe", "cohere2moe", "deepseek3", "deepseek2-lite", "glm-flash", "youtu"), {}),
+        "glm4moe", "glm4moe-grouped", "minimax-m2", "hunyuan-moe", "cohere2moe", "deepseek3", "deepseek2-lite", "deepseek2-grouped", "glm-flash", "youtu",
+        "mistral4"), {}),
     "deepseek3-plain": {"rope_interleave": True},
+    "minicpm3": {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
     "nemotron3-latent": {"layers_block_type": ["moe", "linear_attention", "full_attention", "moe", "moe", "linear_attention"]},
     "qwen3": {"attention_bias": False}, "smollm3": {"mlp_bias": False}, **dict.fromkeys(("gemma2", "gemma3"), {"query_pre_attn_scalar": 32}),
     "qwen3moe": {"norm_topk_prob": True}, "phimoe": {"router_jitter_noise": 0.01}, "gpt2-untied": {"activation_function": "gelu_new"}, "gptneox-serial": {"hidden_act": "gelu"},
@@ -203,7 +211,8 @@ CONVERTED = {               # and what one by llama.cpp's converter can say, whi
         "llama2", "llama3.1", "llama3.2", "qwen2.5", "qwen3", "smollm3", "phi3", "phi3-long", "qwen3moe-normed", "gpt-oss", "granite", "granite-moe",
         "granite4", "olmo2", "olmo3", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "gemma4", "gemma4moe", "lfm2", "lfm2moe", "granite4h",
         "qwen3.5", "qwen3.5moe", "qwen3next", "nemotron3", "glm4moe", "glm4moe-grouped", "minimax-m2", "hunyuan-moe",
-        "cohere2moe", "deepseek3", "deepseek2-lite", "glm-flash", "youtu"), {}),
+        "cohere2moe", "deepseek3", "deepseek2-lite", "deepseek2-grouped", "glm-flash", "youtu", "mistral4"), {}),
+    "minicpm3": {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
     "deepseek3-plain": {"rope_interleave": True},
     "nemotron3-latent": GGUF_MODELS["nemotron3-latent"] | {"n_group": 1, "topk_group": 1},
     "gpt2": {"n_inner": None}, "cohere": {"vocab_size": 320, "model_max_length": 512}, "cohere2": {"vocab_size": 320, "head_dim": 16},
@@ -225,7 +234,8 @@ def make_model(name, seed=0, **changes):
     import transformers
     kind, config = MODELS[name][0], tiny_config(name, **changes)
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    of_kind = transformers.Mistral4ForCausalLM._from_config if kind == "mistral4" else transformers.AutoModelForCausalLM.from_config
+    model = of_kind(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for key, weight in model.named_parameters():
             if weight.ndim > 1 and not key.endswith("bias"):
@@ -566,6 +576,9 @@ def latent_numbers(config, rope, whole):
         found["attention.q_lora_rank"] = config.q_lora_rank
     if rope.get("mscale_all_dim"):
         found["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
+    if config.model_type == "minicpm3":
+        del found["attention.value_length"]
+        return found
     layers = config.num_hidden_layers
     kinds = getattr(config, "mlp_layer_types", None)
     found["leading_dense_block_count"] = kinds.count("dense") if kinds else getattr(config, "first_k_dense_replace", layers)
@@ -639,6 +652,7 @@ def as_gguf(path, model, quantized=False, metadata=None, beside=None, whole=Fals
         state = {name.replace("e_score_correction_bias", "e_score_correction.bias"): tensor for name, tensor in state.items()}
         more = sigmoid_numbers(config)
     latent = hasattr(config, "kv_lora_rank")
+    whole = whole or arch == "minicpm3"
     if latent:
         state = latent_apart({name.replace("e_score_correction_bias", "e_score_correction.bias"): tensor for name, tensor in state.items()}, config, whole)
         more = latent_numbers(config, config.rope_parameters, whole)

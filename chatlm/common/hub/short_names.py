@@ -36,6 +36,7 @@ SHORT_NAMES = {  # of each row, the first size needs no name; a GGUF file's afte
         ("deepseek-r1", "deepseek-ai/DeepSeek-R1-0528", ""),
         ("kimi-k2", "moonshotai/Kimi-K2-Instruct-0905", ""),
         ("moonlight", "moonshotai/Moonlight-16B-A3B-Instruct", ""), ("youtu", "tencent/Youtu-LLM-{}", "2B"),
+        ("minicpm3", "openbmb/MiniCPM3-{}", "4B"),
         ("ling2", "inclusionAI/Ling-{}-2.0", "mini flash"),
         ("minimax-m2", "MiniMaxAI/MiniMax-M2", ""), ("north-mini", "CohereLabs/North-Mini-Code-1.0", ""),
         ("hunyuan-a13b", "tencent/Hunyuan-A13B-Instruct", ""),

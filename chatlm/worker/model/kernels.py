@@ -31,6 +31,7 @@ from chatlm.worker.arrays.kinds import (
     AdapterMatrix, Arrays, Device, Norm, as_kind, mapped_zeros, of_kind)
 from chatlm.worker.arrays.packed import dequantize, dequantized, unpermute_rope
 from chatlm.worker.model.batch import RowAdapters, Sequences, token_places
+from chatlm.worker.model.blocks.attention import Attention
 from chatlm.worker.model.blocks.experts import Experts, ExpertsBesideDense
 from chatlm.worker.model.blocks.extras import LayerInput
 from chatlm.worker.model.blocks.feed_forward import FeedForward
@@ -183,6 +184,9 @@ class Kernels:
     plan_attention: Callable = missing_op
     paged_attention: Callable = missing_op
     text_attention: Callable = missing_op
+    absorb: Callable = missing_op
+    append_latents: Callable = missing_op
+    by_head: Callable = missing_op
     pause: Callable = missing_op
     short_conv: Callable = missing_op
     delta_rule: Callable = missing_op
@@ -212,11 +216,6 @@ class Kernels:
     def computed(self, model: Model) -> Model:
         """The model that a Transformer of this model computes: itself, or padded."""
         return model.padded() if self.pads else model
-
-    @property
-    def latent(self) -> Any:
-        """The ops of latent attention. decode_core has none of them, so they are no part of the seam."""
-        return importlib.import_module("chatlm.worker.ops.latent")
 
     @property
     def row_invariant(self) -> bool:
@@ -308,6 +307,9 @@ MOST_ON_CPU = Most(head_size=512, group=16, experts=4096, chosen=64, vocabulary=
 MOST_ON_GPU = Most(head_size=256, group=64, experts=1024, chosen=1024, vocabulary=2**18)
 
 
+MOST_LATENT = 576  # numbers that a token keeps of latent attention
+
+
 def feeds_of(model: Model, *kinds: type) -> list[Any]:
     """The feed-forward blocks of these kinds, including the experts that all tokens take."""
     feeds = [layer.feed for layer in model.layers if layer.feed]
@@ -331,10 +333,9 @@ def not_compiled(model: Model, device="cpu") -> str:
 
 
 def refused_anywhere(model: Model, most: Most) -> dict[str, bool]:
-    attentions = model.attentions
+    attentions = [attn for attn in model.attentions if isinstance(attn, Attention)]
     experts = feeds_of(model, Experts, ExpertsBesideDense)
     return {
-        "latent attention": any(isinstance(attn, Mla) for attn in attentions),
         "heads of this size": any(
             attn.head_size % 16 or attn.head_size > most.head_size for attn in attentions),
         "this many query heads per KV head": any(
@@ -350,7 +351,11 @@ def refused_on_cpu(model: Model) -> dict[str, bool]:
     """What a CPU cannot compute. The model is padded already."""
     feeds = feeds_of(model, FeedForward, Experts, ExpertsBesideDense)
     experts = feeds_of(model, Experts)
+    latents = [attn for attn in model.attentions if isinstance(attn, Mla)]
     return {
+        "latent attention of these sizes": any(
+            attn.head_size > MOST_LATENT or size % 16 for attn in latents
+            for size in (attn.kept, attn.turned, attn.plain, attn.head_values, attn.query_width)),
         "embedding of each layer with a width not a multiple of 16": any(
             extra.size % 16 for extra in layer_inputs_of(model)),
         "width that is not a multiple of 16": model.width % 16 != 0,
@@ -375,6 +380,7 @@ def refused_on_gpu(model: Model) -> dict[str, bool]:
     latents = [each.latent for each in experts if isinstance(each, Experts)]
     activations = dict.fromkeys(feed.activation for feed in (*dense, *feeds_of(model, Experts)))
     return {
+        "latent attention on a GPU": any(isinstance(attn, Mla) for attn in attentions),
         "norm of all heads together on a GPU": any(attn.norms and attn.norms.whole for attn in attentions),
         "embedding of each layer on a GPU": bool(layer_inputs_of(model)),
         "scale of experts on a GPU": any(isinstance(each, ExpertsBesideDense) for each in experts),

@@ -64,11 +64,11 @@ def pack_reference(name, *parts):
     """The matrix `name` (N, K), whose rows are those of all parts, in the layout that `linear` reads fastest.
 
     On x86 that is oneDNN's blocked layout: 2.4 times as fast as the plain one at one row (bfloat16, layers of
-    SmolLM2-135M, 2 threads: 4.7 ms, not 11.1), and 1.2 times at 256 rows. `embed` and `experts` need the
-    plain layout.
+    SmolLM2-135M, 2 threads: 4.7 ms, not 11.1), and 1.2 times at 256 rows. `embed`, `experts` and the
+    matrices of latents' heads need the plain layout.
     """
     weight = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if name == "embed" or "expert" in name or weight.ndim != 2:
+    if name == "embed" or "expert" in name or name.endswith(("k_up", "v_up")) or weight.ndim != 2:
         return weight
     x86 = weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
     if not (x86 and torch.backends.mkldnn.is_available() and mkldnn_takes(weight.dtype)):
@@ -165,7 +165,7 @@ def finish_linear(y, out, activation, residual):
 
 def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation, chosen, sum_to_one,
                       residual=True, sigmoids=False, choice_bias=None, groups=(1, 1), share_scale=1.0,
-                      scales=None, jitter=None):
+                      group_best=2, scales=None, jitter=None):
     """x + the sum over a row's experts of share * (activation(norm(x) @ gate_up.T) @ down.T) -> out (T, C).
 
     Without `residual`, x is not added. Without `norm`, products read x itself.
@@ -173,7 +173,10 @@ def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation
     Which experts a row has, and their shares:
     logits      (T, E): the `chosen` largest of a row, of equal ones the lower ids. Shares are the softmax
                 over the logits of these, or over all E unless `sum_to_one`
-    sigmoids    experts and shares are those of `sigmoid_routes`, with choice_bias, groups and share_scale
+    groups      (n, k): experts are chosen from k of n equally large groups, those whose `group_best` best
+                experts have the largest sum of shares (DeepSeek-V3 technical report, 2024)
+    share_scale a factor of all shares
+    sigmoids    experts and shares are those of `sigmoid_routes`, with choice_bias
     jitter      None, or a row has the two experts that `sparse_routes` chooses
     scales      None, or (E): each share is multiplied by the expert's
 
@@ -186,9 +189,9 @@ def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation
     if jitter is not None:
         ids, shares = sparse_routes(logits, jitter)
     elif sigmoids:
-        ids, shares = sigmoid_routes(logits, chosen, sum_to_one, choice_bias, groups, share_scale)
+        ids, shares = sigmoid_routes(logits, chosen, sum_to_one, choice_bias, groups, share_scale, group_best)
     else:
-        ids, shares = routes(logits, chosen, sum_to_one)
+        ids, shares = routes(logits, chosen, sum_to_one, groups, share_scale, group_best)
     if scales is not None:
         shares = shares * scales[ids]
     y = normed(x, norm) if norm else x
@@ -211,31 +214,39 @@ def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation
     torch.add(x if residual else torch.zeros_like(x), total, out=out)
 
 
-def routes(logits, chosen, sum_to_one):
+def routes(logits, chosen, sum_to_one, groups=(1, 1), share_scale=1.0, group_best=2):
     """Ids and shares (T, chosen) of each row's experts, as experts_reference says."""
-    ids = largest_first(logits, chosen)
+    scores = logits
+    if groups[1] < groups[0]:
+        scores = of_best_groups(torch.softmax(logits, -1), groups, group_best)
+    ids = largest_first(scores, chosen)
     largest = logits.gather(1, ids)
     if sum_to_one:
-        return ids, torch.softmax(largest, -1)
-    return ids, torch.exp(largest - logits.logsumexp(-1, True))
+        return ids, torch.softmax(largest, -1) * share_scale
+    return ids, torch.exp(largest - logits.logsumexp(-1, True)) * share_scale
 
 
-def sigmoid_routes(logits, chosen, sum_to_one, choice_bias=None, groups=(1, 1), share_scale=1.0):
+def of_best_groups(scores, groups, group_best):
+    """Scores (T, E), -inf but in `groups`' k of n groups whose `group_best` best experts have the largest
+    sum."""
+    count, kept = groups
+    best = scores.unflatten(1, (count, -1)).topk(group_best, -1).values.sum(-1)  # (T, n)
+    out = torch.ones_like(best, dtype=torch.bool).scatter_(1, largest_first(best, kept), False)
+    return scores.masked_fill(out.repeat_interleave(scores.shape[1] // count, 1), -math.inf)
+
+
+def sigmoid_routes(logits, chosen, sum_to_one, choice_bias=None, groups=(1, 1), share_scale=1.0,
+                   group_best=2):
     """Ids and shares (T, chosen) of each row's experts: those with the largest sigmoid(logit) + choice_bias.
 
     choice_bias     None, or (E)
     sum_to_one      shares are the experts' sigmoids over their sum; else the sigmoids themselves
-    share_scale     a factor of all shares
-    groups          (n, k): experts are chosen from k of n equally large groups, those whose two best experts
-                    have the largest sum (DeepSeek-V3 technical report, 2024)"""
+    share_scale, groups, group_best     as experts_reference says"""
     scores = torch.sigmoid(logits)
-    count, kept = groups
     if choice_bias is not None:
         scores = scores + choice_bias
-    if kept < count:
-        best = scores.unflatten(1, (count, -1)).topk(2, -1).values.sum(-1)  # (T, n)
-        out = torch.ones_like(best, dtype=torch.bool).scatter_(1, largest_first(best, kept), False)
-        scores = scores.masked_fill(out.repeat_interleave(logits.shape[1] // count, 1), -math.inf)
+    if groups[1] < groups[0]:
+        scores = of_best_groups(scores, groups, group_best)
     ids = largest_first(scores, chosen)
     own = logits.gather(1, ids)
     if sum_to_one:

@@ -10,7 +10,7 @@ import torch
 from chatlm.worker.ops.attention import rotate, slots_of
 
 
-def absorb(x, k_up, cos, sin, positions, scale, out, adjacent=False):
+def absorb_reference(x, k_up, cos, sin, positions, scale, out, adjacent=False):
     """Turn queries for heads' keys into queries for latents, times `scale` -> out (T, H * (kept + turned)).
 
     x           (T, H * (plain + turned)): for each head the numbers that do not turn, then those that do
@@ -27,10 +27,10 @@ def absorb(x, k_up, cos, sin, positions, scale, out, adjacent=False):
     out.copy_(scale * torch.cat((latent, rotated), 2).flatten(1))
 
 
-def append(x, weight, eps, cos, sin, positions, slots, cache, adjacent=False):
+def append_latents_reference(x, weight, eps, cos, sin, positions, slots, cache, adjacent=False):
     """x (T, kept + turned) -> the keys of the cache at `slots` (T,).
 
-    The first numbers get an RMS norm, and the others turn, of which `absorb` tells."""
+    The first numbers get an RMS norm, and the others turn, of which absorb_reference tells."""
     keys = slots_of(cache)[0]  # (slots, 1, kept + turned)
     kept = len(weight)
     assert isinstance(keys, torch.Tensor)  # no packed type has this size
@@ -39,12 +39,12 @@ def append(x, weight, eps, cos, sin, positions, slots, cache, adjacent=False):
     keys.index_copy_(0, slots, torch.cat((latent, rotated), 2).to(keys.dtype))
 
 
-def by_head(x, v_up, out):
+def by_head_reference(x, up, out):
     """Turn what attention gives, weighted latents, into values of heads: x (T, H * kept) -> out (T, H * Dv).
 
-    v_up: (H * Dv, kept), the rows of each head one after another."""
-    heads = x.float().unflatten(1, (-1, v_up.shape[1]))
-    own = v_up.float().unflatten(0, (heads.shape[1], -1))  # (H, Dv, kept)
+    up: (H * Dv, kept), the rows of each head one after another."""
+    heads = x.float().unflatten(1, (-1, up.shape[1]))
+    own = up.float().unflatten(0, (heads.shape[1], -1))  # (H, Dv, kept)
     out.copy_(torch.einsum("thc,hvc->thv", heads, own).flatten(1))
 
 

@@ -13,6 +13,7 @@ from chatlm.worker.ops.basic import (
     layer_norm_reference, linear_reference, look_up_reference, make_cache_reference, mix_reference,
     pack_reference, pause_reference, pausing, rms_norm_reference, sigmoid_routes, smear_reference,
     softcap_reference)
+from chatlm.worker.ops.latent import absorb_reference, append_latents_reference, by_head_reference
 from chatlm.worker.ops.mixers import (
     OneEach, delta_rule_reference, gate_reference, group_squares_reference, mamba2_reference,
     norm_groups_reference, short_conv_reference, split_gates_reference)
@@ -45,6 +46,9 @@ REFERENCES = {
     "plan_attention": plan_attention_reference,
     "paged_attention": paged_attention_reference,
     "text_attention": text_attention_reference,
+    "absorb": absorb_reference,
+    "append_latents": append_latents_reference,
+    "by_head": by_head_reference,
     "short_conv": short_conv_reference,
     "delta_rule": delta_rule_reference,
     "mamba2": mamba2_reference,

@@ -9,7 +9,6 @@ from typing import Any, TYPE_CHECKING
 
 import numpy
 
-from chatlm.common.errors import ConfigError
 from chatlm.worker.model.blocks.attention import Scores
 from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.mla import Mla
@@ -20,7 +19,7 @@ from chatlm.worker.weights.family import (
 from chatlm.worker.weights.mixtures import CHOICE_BIAS, DENSE_FIRST, DRAFTS, GROUPS, KEYS, SHARED
 from chatlm.worker.weights.mixtures import shared_tensors, shared_width
 from chatlm.worker.weights.model_of import feed_of, stream_eps
-from chatlm.worker.weights.rules import MOST_CHANNELS, Rule, checked, router_groups
+from chatlm.worker.weights.rules import MOST_CHANNELS, Rule, check_divides, checked, router_groups
 from chatlm.worker.weights.sources import KV_UP
 
 if TYPE_CHECKING:
@@ -61,6 +60,9 @@ def completed(path: Path, config: Mapping) -> dict:
     kv_heads = config["num_key_value_heads"] or heads
     checked(path, "num_key_value_heads", kv_heads, Rule(int, heads, heads))
     found = {"num_key_value_heads": heads, "head_dim": config["qk_rope_head_dim"]}
+    if config["v_head_dim"] is None:
+        check_divides(path, "hidden_size", config["hidden_size"], heads, "num_attention_heads")
+        found["v_head_dim"] = config["hidden_size"] // heads
     if "n_shared_experts" in config:
         found |= shared_width(config, "n_shared_experts")
     return found
@@ -85,8 +87,8 @@ def dense_fields(path: Path, config: Mapping) -> dict:
 def mixture_fields(path: Path, config: Mapping) -> dict:
     """The fields of a recipe that describe attention and the router.
 
-    A router of softmaxes is V2's, which never divides shares by their sum, as in transformers, whatever
-    norm_topk_prob says."""
+    A router of softmaxes is V2's. It never divides shares by their sum, as in transformers, whatever
+    norm_topk_prob says, and a group counts by its best expert."""
     fields = dense_fields(path, config)
     if not config["num_experts"]:
         return fields
@@ -94,14 +96,33 @@ def mixture_fields(path: Path, config: Mapping) -> dict:
     if config["scoring_func"] == "sigmoid":
         fields |= {"sigmoid_router": True, "choice_bias": True}
     else:
-        fields["shares_sum_to_one"] = False
+        fields |= {"shares_sum_to_one": False, "group_best": 1}
     if config["topk_method"] != "greedy":
         fields["router_groups"] = router_groups(path, config)
-    if config["scoring_func"] == "softmax" and (
-            fields["share_scale"] != 1 or fields.get("router_groups", (1, 1)) != (1, 1)):
-        raise ConfigError(f"{path}: this server cannot compute a router of softmaxes with groups or with a "
-                          "routed_scaling_factor yet")
     return fields
+
+
+def mistral4_fields(path: Path, config: Mapping) -> dict:
+    """Its softmaxes are divided by their sum, and a group counts by its two best experts."""
+    return mixture_fields(path, config) | {"shares_sum_to_one": config["norm_topk_prob"], "group_best": 2}
+
+
+def rope_of_mistral4(path: Path, name: str, config: Mapping, rope: dict) -> dict:
+    """Its files state which part of a head turns, which the sizes say too."""
+    turned = config["qk_rope_head_dim"] / (config["qk_nope_head_dim"] + config["qk_rope_head_dim"])
+    part = rope.get("partial_rotary_factor", turned)
+    checked(path, f"{name}.partial_rotary_factor", part, Rule(float, turned - 1e-6, turned + 1e-6))
+    return {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
+
+
+def minicpm3_fields(path: Path, config: Mapping) -> dict:
+    """The factors of embeddings, of what blocks add, and of logits."""
+    layers = config["num_hidden_layers"]
+    width = config["hidden_size"]
+    depth = config["scale_depth"] or layers**0.5
+    return dense_fields(path, config) | {
+        "embedding_scale": config["scale_emb"], "residual_scale": depth / layers**0.5,
+        "logit_scale": (config["dim_model_base"] or width) / width}
 
 
 def layers_of(path: Path, config: Mapping, recipe: ModelSpec) -> tuple[Layer, ...]:
@@ -110,9 +131,13 @@ def layers_of(path: Path, config: Mapping, recipe: ModelSpec) -> tuple[Layer, ..
     attention = Mla(
         recipe.heads, config["kv_lora_rank"], config["qk_nope_head_dim"], config["qk_rope_head_dim"],
         config["v_head_dim"], RmsNorm(INNER_EPS), recipe.rope(0), config["q_lora_rank"] or 0,
-        Scores(recipe.q_scale, recipe.q_growth), adjacent=config["rope_interleave"],
+        Scores(recipe.q_scale, recipe.q_growth), adjacent=config.get("rope_interleave", True),
         biased=config["attention_bias"])
     return tuple(Layer(attention, feed_of(recipe, number), norm, norm) for number in range(recipe.layers))
+
+
+def half_split_layers(path: Path, config: Mapping, recipe: ModelSpec) -> tuple[Layer, ...]:
+    return layers_of(path, {**config, "rope_interleave": False}, recipe)
 
 
 def of_layer_types(path: Path, raw: Mapping) -> Mapping:
@@ -226,6 +251,13 @@ def gguf_mixture(header: Header) -> tuple[dict, dict]:
         "routed_scaling_factor": header.value("expert_weights_scale", 1.0)}
 
 
+def gguf_mistral4(header: Header) -> tuple[dict, dict]:
+    """The same; llama.cpp's converter leaves out by what queries grow, of which there is one model."""
+    changes, config = gguf_mixture(header)
+    growth = header.value("attention.temperature_scale") or MISTRAL4_ROPE["llama_4_scaling_beta"]
+    return changes | {"attention.temperature_scale": growth}, config
+
+
 def gguf_names(stored: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """The names of a file that keeps keys and values in one matrix."""
     if "blk.0.attn_kv_b.weight" in stored:
@@ -265,12 +297,11 @@ V3 = Family(
     gguf=Gguf("deepseek2", names=GGUF_TENSORS, names_in=gguf_names, layers=gguf_mixture, repack=repack_gguf,
               keys=GGUF_KEYS, log_unit=LOG_UNIT))
 V2 = V3._replace(
-    title="DeepSeek-V2", config=V3.config | {
+    title="DeepSeek-V2", config={key: V3.config[key] for key in V3.config if key != "rope_interleave"} | {
         "n_routed_experts": 64, "num_experts_per_tok": 6, "moe_intermediate_size": 1407,
         "n_shared_experts": 2,
         "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "first_k_dense_replace": 0,
-        "num_dense_layers": 0, "norm_topk_prob": False, "scoring_func": "softmax", "topk_method": "greedy",
-        "rope_interleave": True},
+        "num_dense_layers": 0, "norm_topk_prob": False, "scoring_func": "softmax", "topk_method": "greedy"},
     keys=V3_KEYS | {"scoring_func": Rule(str, choices=("softmax",)),
                     "topk_method": Rule(str, choices=("greedy", "group_limited_greedy"))},
     gguf=Gguf())
@@ -281,6 +312,30 @@ GLM_FLASH = V3._replace(
         "routed_scaling_factor": 1.8, "first_k_dense_replace": 1, "num_dense_layers": 1,
         "rms_norm_eps": 1e-5},
     restated=of_layer_types, gguf=Gguf())
+MISTRAL4_ROPE = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 128.0, "original_max_position_embeddings": 8192,
+    "beta_fast": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1}
+MISTRAL4 = V3._replace(
+    title="Mistral Small 4", config=V3.config | {
+        "q_lora_rank": 1024, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "n_routed_experts": 128,
+        "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0,
+        "first_k_dense_replace": 0, "num_dense_layers": 0, "scoring_func": "softmax",
+        "rope_parameters": MISTRAL4_ROPE},
+    keys=V3_KEYS | {"scoring_func": Rule(str, choices=("softmax",))}, fields_of=mistral4_fields,
+    rope_of=rope_of_mistral4, queries_grow=True,
+    gguf=V3.gguf._replace(architectures="mistral4", layers=gguf_mistral4))
+MINICPM3 = Family(
+    "MiniCPM 3", {key: ATTENTION[key] for key in ATTENTION if key != "rope_interleave"} | {
+        "q_lora_rank": 768, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32,
+        "v_head_dim": None, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256, "mlp_bias": False,
+        "tie_word_embeddings": True, "rms_norm_eps": 1e-5},
+    {}, TENSORS, has_window=lambda config, layer: False,
+    keys=ATTENTION_KEYS | {
+        "v_head_dim": SIZE._replace(optional=True), "scale_emb": Rule(float, 1e-4, 10**6),
+        "scale_depth": Rule(float, 1e-4, 10**6, optional=True),
+        "dim_model_base": SIZE._replace(optional=True)},
+    complete=completed, fields_of=minicpm3_fields, layers=half_split_layers,
+    gguf=Gguf("minicpm3", names=GGUF_TENSORS, names_in=gguf_names, layers=gguf_latent, keys=GGUF_KEYS))
 YOUTU = Family(
     "Youtu-LLM", ATTENTION | {"tie_word_embeddings": True, "embedding_initializer_range": None}, {}, TENSORS,
     has_window=lambda config, layer: False, keys=ATTENTION_KEYS, complete=completed, fields_of=dense_fields,
@@ -290,7 +345,9 @@ FAMILIES = {
     "deepseek_v2": V2,
     "kimi_k2": V3._replace(title="Kimi-K2", config=V3.config | {"n_group": 1, "topk_group": 1}, gguf=Gguf()),
     "glm4_moe_lite": GLM_FLASH,
-    "youtu": YOUTU}
+    "youtu": YOUTU,
+    "mistral4": MISTRAL4,
+    "minicpm3": MINICPM3}
 
 # ---- what is not computed: model_type or GGUF architecture -> why
 INDEXER = ("beyond index_topk tokens its layers see only the keys that a sparse indexer chooses, which this "

@@ -137,4 +137,4 @@ def router_of(recipe: ModelSpec) -> Router:
         kind = "jitter"
     return Router(recipe.experts_per_token, kind, recipe.shares_sum_to_one, recipe.router_bias,
                   recipe.choice_bias, recipe.router_groups, recipe.share_scale,
-                  recipe.router_jitter or 0.0)
+                  recipe.router_jitter or 0.0, recipe.group_best)

@@ -96,8 +96,9 @@ class ModelSpec:
     router_jitter: float | None = None  # experts and shares are those of `sparse_routes`
     sigmoid_router: bool = False      # shares are the chosen experts' sigmoids, see `sigmoid_routes`
     choice_bias: bool = False         # added when a sigmoid_router chooses, but not in the shares
-    router_groups: tuple[int, int] = (1, 1)  # (groups, from how many of them a sigmoid_router chooses)
-    share_scale: float = 1.0          # and multiplies its shares by this
+    router_groups: tuple[int, int] = (1, 1)  # (groups, from how many of them the router chooses)
+    group_best: int = 2               # so many best experts of a group count in the choice of groups
+    share_scale: float = 1.0          # multiplies the shares of experts
     output_gate: bool = False         # after each head's q, qkv has as many rows for a gate of its output
     sinks: bool = False               # a logit for each query head, which attends to no value
     mixers: tuple[Mixer | None, ...] = ()  # of each layer, instead of attention; None, () = attention

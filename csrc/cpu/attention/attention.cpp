@@ -176,7 +176,7 @@ AttentionRun::AttentionRun(const AttentionPlan::Work& work, void* memory, int th
 }
 
 int64_t AttentionRun::floats_of(const AttentionJob& job, const AttentionItem& item) {
-    return state_floats(item.rows * (job.heads / job.kv_heads), job.head_size);
+    return state_floats(item.rows * (job.heads / job.kv_heads), job.values());
 }
 
 size_t AttentionRun::staged_bytes(const AttentionJob& job) const {
@@ -190,7 +190,7 @@ void fetch_keys(const AttentionJob& job, const AttentionItem& item) {
     const int64_t bytes = block_bytes(job.cache_type, job.head_size);
     const int first = item.chunk_begin * CHUNK_PAGES, seen = item.chunk_begin < item.chunk_end ? (item.end - 1) / PAGE_SIZE + 1 : 0;
     for (int page = first; page < std::min(first + CHUNK_PAGES, seen); page++) {
-        const char* keys = static_cast<const char*>(job.cache) + item.pages[page] * job.page_stride * bytes_of(job.cache_type) + item.kv_head * 2 * bytes;
+        const char* keys = static_cast<const char*>(job.cache) + item.pages[page] * job.page_stride * bytes_of(job.cache_type) + (job.value_size ? 0 : item.kv_head * 2 * bytes);
         for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(keys + i);
     }
 }
@@ -202,7 +202,7 @@ void AttentionRun::run(const AttentionJob& job, int64_t chunk, float* staged) co
     for (int64_t j = chunk * per_chunk; j < end; j++) {
         const AttentionItem& item = work.items[size_t(j)];
         const AttentionItem* following = j + 1 < count ? &work.items[size_t(j + 1)] : nullptr;
-        use.attend(job, item, following, staged ? staged : item.merge < 0 ? nullptr : state_of(job, item));
+        (job.value_size ? use.attend_latents : use.attend)(job, item, following, staged ? staged : item.merge < 0 ? nullptr : state_of(job, item));
         if (staged) staged += floats_of(job, item);
         else if (item.merge >= 0) count_state(job, item);
     }
@@ -226,7 +226,7 @@ void AttentionRun::put(const AttentionJob& job, int64_t chunk, const float* stag
 void AttentionRun::count_state(const AttentionJob& job, const AttentionItem& item) const {
     if (unfinished[item.merge].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
     unfinished[item.merge].store(item.merge_count, std::memory_order_relaxed);       // for the next layer
-    attention_kernels_of(job.cache_type).merge(job, item, states + item.merge_begin * state_floats(1, job.head_size), item.merge_count);
+    attention_kernels_of(job.cache_type).merge(job, item, states + item.merge_begin * state_floats(1, job.values()), item.merge_count);
 }
 
 void paged_attention(const AttentionJob& job, const AttentionPlan::Work& work) {

@@ -8,6 +8,9 @@
 // Pages of the type q8_0 are [P][Hk][2][17 * D] bytes. K has unsigned codes, which are integers + 128, as [D / 4][16][4]. V has
 // signed codes, [16][D]. After each come float16 scales, [D / 32][16], one for each 32 numbers of D. D is a power of two, and
 // turn.inl.h turns q, K and V.
+//
+// A layer with latent attention (MLA) has [P][16 * D] elements: for each position of a page a key of D numbers, the first of which are
+// its value. All query heads read it.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +24,7 @@ constexpr int CHUNK_SIZE = 256;             // positions whose softmax is one st
 constexpr int CHUNK_PAGES = CHUNK_SIZE / PAGE_SIZE;
 constexpr int MAX_HEAD_SIZE = 512;
 constexpr int SCORE_SIZE = 256;             // numbers of D that scores take at once; larger heads take one such part after another
+constexpr int MAX_LATENT_SIZE = 576;        // D of latent attention
 constexpr int MAX_GROUP = 16;               // query heads of one kv head
 constexpr int WANTED_QUERIES = 12;          // (row, head) pairs that share each load of K and V in a prompt's chunk
 constexpr int MAX_PARTS = 8;                // so many times these pairs go through a chunk while it is in the second cache
@@ -81,6 +85,8 @@ struct AttentionJob {
     int64_t page_stride;                    // elements from page to page
     const float* distances = nullptr;       // [Hq][2 * reach]: scores get the one at reach + (key's position - query's); or null
     int64_t reach = 0;                      // at least the length of any text, and a page more
+    int value_size = 0;                     // > 0: of latents, whose first so many numbers are values. kv heads are then groups of heads
+    int values() const { return value_size ? value_size : head_size; }      // of each head of `out`
 };
 
 // Some consecutive rows of one sequence, one kv head, and some of the chunks that these rows see.
@@ -98,8 +104,8 @@ struct AttentionItem {
     int64_t merge_begin, state;             // where the counter's states begin, and where this item's goes, in queries
 };
 
-// A state has m and l (largest score, sum of exp) of each of rows * Hq / Hk queries, and then acc [D] of each query.
-static inline int64_t state_floats(int queries, int head_size) { return int64_t(queries) * (2 + head_size); }
+// A state has m and l (largest score, sum of exp) of each of rows * Hq / Hk queries, and then acc [values] of each query.
+static inline int64_t state_floats(int queries, int values) { return int64_t(queries) * (2 + values); }
 
 struct AttentionKernels {
     void (*rope_rows)(const RopeJob&, int64_t begin, int64_t end);
@@ -107,6 +113,7 @@ struct AttentionKernels {
     void (*attend)(const AttentionJob&, const AttentionItem&, const AttentionItem* following, float* state);
     // merge `count` consecutive states, in order, and write out
     void (*merge)(const AttentionJob&, const AttentionItem&, const float* states, int count);
+    void (*attend_latents)(const AttentionJob&, const AttentionItem&, const AttentionItem* following, float* state) = nullptr;
 };
 
 DC_EACH_ISA(extern const AttentionKernels attention_kernels)

@@ -54,7 +54,7 @@ public:
 private:
     static size_t counter_bytes(const AttentionPlan::Work& work);
     static int64_t floats_of(const AttentionJob& job, const AttentionItem& item);
-    float* state_of(const AttentionJob& job, const AttentionItem& item) const { return states + item.state * state_floats(1, job.head_size); }
+    float* state_of(const AttentionJob& job, const AttentionItem& item) const { return states + item.state * state_floats(1, job.values()); }
     void count_state(const AttentionJob& job, const AttentionItem& item) const;
     const AttentionPlan::Work& work;
     std::atomic<int>* unfinished;

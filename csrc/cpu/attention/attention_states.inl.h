@@ -89,7 +89,7 @@ float share_of(const AttentionJob& job, int64_t head, float m, float l) {
 
 // Query i of the item.
 void write_out(const AttentionJob& job, const AttentionItem& item, int i, float m, float l, const float* acc) {
-    const int D = job.head_size, G = job.heads / job.kv_heads;
+    const int D = job.values(), G = job.heads / job.kv_heads;
     const int64_t head = int64_t(item.row + i / G) * job.heads + item.kv_head * G + i % G;
     float* out = job.out + head * D;
     if (l == 0.0f) {                        // it saw nothing, and its acc was never written
@@ -154,7 +154,7 @@ struct ChunkBlocks {
 // Work: what has add_chunk for some rows of an item, of one type of cache
 template <class Work>
 void attend_to(const AttentionJob& job, const AttentionItem& item, const AttentionItem* following, float* state) {
-    const int D = job.head_size, G = job.heads / job.kv_heads, queries = item.rows * G, together = rows_together(job.heads, job.kv_heads);
+    const int D = job.values(), G = job.heads / job.kv_heads, queries = item.rows * G, together = rows_together(job.heads, job.kv_heads);
     alignas(64) float own[MAX_PARTS * MAX_QUERIES * (2 + MAX_HEAD_SIZE)];
     float* m = state ? state : own;
     float* l = m + queries;
@@ -173,7 +173,7 @@ void attend_to(const AttentionJob& job, const AttentionItem& item, const Attenti
 }
 
 void merge(const AttentionJob& job, const AttentionItem& item, const float* states, int count) {
-    const int D = job.head_size, queries = item.rows * (job.heads / job.kv_heads);
+    const int D = job.values(), queries = item.rows * (job.heads / job.kv_heads);
     const int64_t apart = state_floats(queries, D);
     alignas(64) float total[MAX_HEAD_SIZE];
     for (int i = 0; i < queries; i++) {

@@ -68,10 +68,11 @@ __attribute__((noinline)) void score_pages(const float* q, const Stored* const* 
     for (; p < pages; p++) score_tile<Stored, Queries, 1>(q, k + p, ahead + p, from, D, s + p * PAGE_SIZE);
 }
 
-// ---- values: acc[query][d] += sum over positions [begin, end) of p[query][position] * V[position][d], one chain each
+// ---- values: acc[query][d] += sum over positions [begin, end) of p[query][position] * V[position][d], one chain each. The values of
+// positions are `apart` numbers apart
 
 template <class Stored, int Queries, int Vectors>
-DC_INLINE void value_tile(const float* p, const Stored* const* v, const Stored* const* ahead, int begin, int end, int D,
+DC_INLINE void value_tile(const float* p, const Stored* const* v, const Stored* const* ahead, int begin, int end, int apart, int D,
                           int d, float* acc) {
     Lanes sums[Queries][Vectors];
 #pragma GCC unroll 16
@@ -80,9 +81,9 @@ DC_INLINE void value_tile(const float* p, const Stored* const* v, const Stored* 
         for (int j = 0; j < Vectors; j++) sums[i][j] = load(acc + i * D + d + 16 * j);
     while (begin < end) {
         const int page_end = least(end, (begin | (PAGE_SIZE - 1)) + 1);
-        const Stored* row = v[begin / PAGE_SIZE] + (begin % PAGE_SIZE) * D + d;
-        const Stored* row_ahead = ahead[begin / PAGE_SIZE] + (begin % PAGE_SIZE) * D + d;
-        for (; begin < page_end; begin++, row += D, row_ahead += D) {
+        const Stored* row = v[begin / PAGE_SIZE] + (begin % PAGE_SIZE) * apart + d;
+        const Stored* row_ahead = ahead[begin / PAGE_SIZE] + (begin % PAGE_SIZE) * apart + d;
+        for (; begin < page_end; begin++, row += apart, row_ahead += apart) {
 #pragma GCC unroll 16
             for (unsigned j = 0; j < 16 * Vectors; j += 64 / sizeof(Stored)) prefetch(row_ahead + j);
             Lanes values[Vectors];
@@ -104,14 +105,41 @@ DC_INLINE void value_tile(const float* p, const Stored* const* v, const Stored* 
 
 template <class Stored, int Queries>
 __attribute__((noinline)) void add_values(const float* p, const Stored* const* v, const Stored* const* ahead, int begin,
-                                          int end, int D, float* acc) {
+                                          int end, int apart, int D, float* acc) {
     constexpr int together = in_registers(Queries);
     int d = 0;
     for (; d + 16 * together <= D; d += 16 * together)
-        value_tile<Stored, Queries, together>(p, v, ahead, begin, end, D, d, acc);
+        value_tile<Stored, Queries, together>(p, v, ahead, begin, end, apart, D, d, acc);
     if constexpr (together > 4)
-        for (; d + 64 <= D; d += 64) value_tile<Stored, Queries, 4>(p, v, ahead, begin, end, D, d, acc);
-    for (; d < D; d += 16) value_tile<Stored, Queries, 1>(p, v, ahead, begin, end, D, d, acc);
+        for (; d + 64 <= D; d += 64) value_tile<Stored, Queries, 4>(p, v, ahead, begin, end, apart, D, d, acc);
+    for (; d < D; d += 16) value_tile<Stored, Queries, 1>(p, v, ahead, begin, end, apart, D, d, acc);
+}
+
+template <class Stored>
+void add_row_values(int row, int G, int begin, int end, const float* s, const ChunkBlocks<Stored>& at, int apart, int D, float* sums) {
+    if (begin < end)
+        each_tile(G, [&](auto t, int i) {
+            i += row * G;
+            add_values<Stored, t.queries>(s + i * CHUNK_SIZE, at.v, at.next, begin, end, apart, D, sums + i * D);
+        });
+}
+
+// The weighted values of an item's rows of G queries each -> sums [queries][D]. Rows may see a few positions more than all of them do,
+// before a window's start and after the diagonal.
+template <class Stored>
+void add_all_values(const Visible& see, const AttentionItem& item, int G, const float* s, const ChunkBlocks<Stored>& at, int apart, int D,
+                    float* sums) {
+    const int queries = item.rows * G, begin = see.common_begin, end = see.common_end;
+    std::memset(sums, 0, sizeof(float) * queries * D);
+    if (begin >= end) {
+        for (int r = 0; r < item.rows; r++) add_row_values(r, G, see.begin[r], see.end[r], s, at, apart, D, sums);
+        return;
+    }
+    for (int r = 0; r < item.rows; r++) add_row_values(r, G, see.begin[r], begin, s, at, apart, D, sums);
+    each_tile(queries, [&](auto t, int i) {
+        add_values<Stored, t.queries>(s + i * CHUNK_SIZE, at.v, at.next, begin, end, apart, D, sums + i * D);
+    });
+    for (int r = 0; r < item.rows; r++) add_row_values(r, G, end, see.end[r], s, at, apart, D, sums);
 }
 
 // Some rows of an item, whose queries share each load.
@@ -166,35 +194,12 @@ struct Attention {
             if (see.begin[r] < see.end[r])
                 softmax(s + i * CHUNK_SIZE, see.begin[r], see.end[r], &largest[i], &sums[i], at.next, i * lines, lines);
         }
-        add_all_values(see, empty ? total : acc);
+        add_all_values(see, item, G, s, at, D, D, empty ? total : acc);
         for (int i = 0; i < queries; i++) {
             if (empty) m[i] = largest[i], l[i] = sums[i];
             else merge_state(m + i, l + i, total + i * D, largest[i], sums[i], acc + i * D, D);
         }
         empty = false;
-    }
-
-    // Rows may see a few positions more than all of them do, before a window's start and after the diagonal.
-    void add_all_values(const Visible& see, float* sums) {
-        std::memset(sums, 0, sizeof(float) * queries * D);
-        const int begin = see.common_begin, end = see.common_end;
-        if (begin >= end) {
-            for (int r = 0; r < item.rows; r++) add_row_values(r, see.begin[r], see.end[r], sums);
-            return;
-        }
-        for (int r = 0; r < item.rows; r++) add_row_values(r, see.begin[r], begin, sums);
-        each_tile(queries, [&](auto t, int i) {
-            add_values<Stored, t.queries>(s + i * CHUNK_SIZE, at.v, at.next, begin, end, D, sums + i * D);
-        });
-        for (int r = 0; r < item.rows; r++) add_row_values(r, end, see.end[r], sums);
-    }
-
-    void add_row_values(int row, int begin, int end, float* sums) {
-        if (begin < end)
-            each_tile(G, [&](auto t, int i) {
-                i += row * G;
-                add_values<Stored, t.queries>(s + i * CHUNK_SIZE, at.v, at.next, begin, end, D, sums + i * D);
-            });
     }
 };
 

@@ -1,10 +1,11 @@
 // The kernels of paged_attention and rope_append with the instructions of avx2.
 #define DC_ISA avx2
 #include "cpu/attention/paged_attention.inl.h"
+#include "cpu/attention/latent_attention.inl.h"
 #include "cpu/attention/rope_append.inl.h"
 
 namespace dc {
 namespace avx2 {
-const AttentionKernels attention_kernels = {rope_rows, attend, merge};
+const AttentionKernels attention_kernels = {rope_rows, attend, merge, attend_latents};
 }
 }  // namespace dc

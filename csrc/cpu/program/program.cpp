@@ -177,8 +177,10 @@ std::string details(const op::linear& op) {
     return " " + shape(op.tiles) + (op.norm ? " norm" : "") + words(op.activation) + words(op.bias) + (op.residual.at ? " residual" : "");
 }
 
+std::string details(const op::by_head& op) { return " " + std::to_string(op.heads) + " of " + shape(op.tiles); }
+
 std::string details(const op::paged_attention& op) {
-    return std::string(op.of_texts ? " of texts" : op.two_sided ? " two-sided" : "") + (op.window ? " window " + std::to_string(op.window) : "") + (op.softcap ? " softcap" : "") + (op.sinks ? " sinks" : "");
+    return std::string(op.of_texts ? " of texts" : op.two_sided ? " two-sided" : "") + (op.window ? " window " + std::to_string(op.window) : "") + (op.softcap ? " softcap" : "") + (op.sinks ? " sinks" : "") + (op.value_size ? " of latents" : "");
 }
 
 }  // namespace
@@ -219,6 +221,11 @@ struct Program::Inside {
         max_positions = std::min(max_positions, op.max_positions);
         turn_rows = std::min(turn_rows, op.max_positions);
     }
+    void note(const op::append_latents& op, int64_t) {
+        max_positions = std::min(max_positions, op.max_positions);
+        turn_rows = std::min(turn_rows, op.max_positions);
+    }
+    void note(const op::by_head& op, int64_t) { measure_for(op.tiles); }
     void note(const op::sample& op, int64_t) { sampled_vocab = op.logits.columns; }
 
     void note(const op::paged_attention& op, int64_t) {

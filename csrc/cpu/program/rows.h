@@ -32,11 +32,16 @@ struct ConvRows {
 };
 constexpr int64_t MAX_TAPS = 64;
 
-// How route_sigmoids chooses: by sigmoid(logit) + bias. Where there are `groups` of experts, all equally large, only `kept` of them
-// stay in the choice: those in which the two best experts have the largest sum.
+// Where there are `groups` of experts, all equally large, only `kept` of them stay in the choice: those in which the `best` best experts
+// have the largest sum.
+struct Groups {
+    int64_t groups = 1, kept = 1, best = 2;         // kept = groups: every expert stays
+};
+
+// How route_sigmoids chooses: by sigmoid(logit) + bias.
 struct SigmoidRouter {
     const float* bias;          // [experts] or null; the shares are made without it
-    int64_t groups, kept;       // groups = 1: every expert stays
+    Groups groups;
     bool sum_to_one;            // an expert's share is its sigmoid, divided by the sum of the chosen experts' if this is true,
     float scale;                // and then multiplied by this
 };
@@ -54,8 +59,8 @@ struct RowKernels {
     void (*soft_cap)(const float* x, float cap, int64_t columns, float* out);                               // cap tanh(x / cap)
     void (*widen)(Element type, const void* from, int64_t columns, float* out);                            // exactly
     // The ids of the `chosen` largest logits, the largest first; of equal logits the lower id comes first. Their shares are a softmax
-    // over the chosen logits (sum_to_one) or over all.
-    void (*route)(const float* logits, int64_t experts, int64_t chosen, bool sum_to_one, int32_t* ids, float* shares);
+    // over the chosen logits (sum_to_one) or over all. Where groups are left out, a softmax's numbers are compared instead of logits.
+    void (*route)(const float* logits, const Groups& groups, int64_t experts, int64_t chosen, bool sum_to_one, int32_t* ids, float* shares);
     // The same by sigmoid(logit) + bias: SigmoidRouter says how.
     void (*route_sigmoids)(const float* logits, const SigmoidRouter& router, int64_t experts, int64_t chosen, int32_t* ids, float* shares);
     // Chooses as `route`. The share of each is its part in a softmax over itself and the lower logits near it: those whose distance to
@@ -76,6 +81,9 @@ struct RowKernels {
     void (*shrink)(const AdapterMatrix& matrix, const float* const* x, int64_t rows, float* const* u);
     float (*squares)(const float* x, int64_t columns);                                                      // the sum of their squares
     void (*scale)(const float* x, float scale, const float* weight, int64_t columns, float* out);           // x * scale, times weight unless null
+    // `half` pairs of numbers turned by cos and sin and times `scale`; in x a pair is adjacent, or half apart as in out, which is not x
+    void (*turn)(const float* x, const float* cos, const float* sin, int64_t half, bool adjacent, float scale, float* out);
+    void (*narrow)(Element type, const float* x, int64_t columns, void* to);                                // to the nearest, ties to even
 };
 
 DC_EACH_ISA(extern const RowKernels row_kernels)

@@ -1,5 +1,5 @@
 // op       rms_norm and its parts squares and scale, layer_norm, mix (backout is a mix), smear, soft_cap, widen, routes, combine, add_up, gate,
-//          gated_add, shrink: rows between two products;
+//          gated_add, shrink, turn, narrow: rows between two products;
 //          short_conv, convolve: rows of one sequence, in some columns
 // shapes   x [C] float32 -> out [C] float32; routes: logits [E] -> ids and shares [chosen]
 // mapping  the caller's thread, one row; 16 lanes along it
@@ -112,34 +112,44 @@ void choose(const float* scores, int64_t experts, int64_t chosen, int32_t* ids) 
     }
 }
 
-void route(const float* logits, int64_t experts, int64_t chosen, bool sum_to_one, int32_t* ids, float* shares) {
-    choose(logits, experts, chosen, ids);
-    for (int64_t j = 0; j < chosen; j++) shares[j] = logits[ids[j]];
-    const float largest = shares[0];
-    const float total = sum_to_one ? sum_of_exps(shares, chosen, largest) : sum_of_exps(logits, experts, largest);
-    for (int64_t j = 0; j < chosen; j++) shares[j] = exp_negative(shares[j] - largest) / total;
+// Takes the scores of all groups away but those that are kept. Of equal groups the first stays.
+void keep_groups(float* scores, int64_t experts, const Groups& its) {
+    float sums[MAX_EXPERTS];
+    int32_t ids[MAX_EXPERTS];
+    const int64_t each = experts / its.groups;
+    for (int64_t g = 0; g < its.groups; g++) {
+        choose(scores + g * each, each, its.best, ids);
+        sums[g] = scores[g * each + ids[0]];
+        for (int64_t j = 1; j < its.best; j++) sums[g] += scores[g * each + ids[j]];
+    }
+    choose(sums, its.groups, its.kept, ids);
+    for (int64_t j = 0; j < its.kept; j++) sums[ids[j]] = __builtin_inff();
+    for (int64_t e = 0; e < experts; e++)
+        if (sums[e / each] < __builtin_inff()) scores[e] = -__builtin_inff();
 }
 
-// Takes the scores of all groups away but those `kept` whose two best experts have the largest sum. Of equal groups the first stays.
-void keep_groups(float* scores, int64_t experts, int64_t groups, int64_t kept) {
-    float best[MAX_EXPERTS];
-    int32_t ids[MAX_EXPERTS];
-    const int64_t each = experts / groups;
-    for (int64_t g = 0; g < groups; g++) {
-        choose(scores + g * each, each, 2, ids);
-        best[g] = scores[g * each + ids[0]] + scores[g * each + ids[1]];
+void route(const float* logits, const Groups& groups, int64_t experts, int64_t chosen, bool sum_to_one, int32_t* ids, float* shares) {
+    if (groups.kept < groups.groups) {
+        float scores[MAX_EXPERTS], top = logits[0];
+        for (int64_t e = 1; e < experts; e++) top = logits[e] > top ? logits[e] : top;
+        for (int64_t e = 0; e < experts; e++) scores[e] = exp_negative(logits[e] - top);
+        keep_groups(scores, experts, groups);
+        choose(scores, experts, chosen, ids);
+    } else {
+        choose(logits, experts, chosen, ids);
     }
-    choose(best, groups, kept, ids);
-    for (int64_t j = 0; j < kept; j++) best[ids[j]] = __builtin_inff();
-    for (int64_t e = 0; e < experts; e++)
-        if (best[e / each] < __builtin_inff()) scores[e] = -__builtin_inff();
+    for (int64_t j = 0; j < chosen; j++) shares[j] = logits[ids[j]];
+    float largest = shares[0];
+    for (int64_t e = 0; !sum_to_one && e < experts; e++) largest = logits[e] > largest ? logits[e] : largest;
+    const float total = sum_to_one ? sum_of_exps(shares, chosen, largest) : sum_of_exps(logits, experts, largest);
+    for (int64_t j = 0; j < chosen; j++) shares[j] = exp_negative(shares[j] - largest) / total;
 }
 
 // With sum_to_one, if all logits are below 0, each share is first divided by e^(the largest logit), so that not all of them vanish.
 void route_sigmoids(const float* logits, const SigmoidRouter& router, int64_t experts, int64_t chosen, int32_t* ids, float* shares) {
     float scores[MAX_EXPERTS];
     for (int64_t e = 0; e < experts; e++) scores[e] = sigmoid(logits[e]) + (router.bias ? router.bias[e] : 0.0f);
-    if (router.kept < router.groups) keep_groups(scores, experts, router.groups, router.kept);
+    if (router.groups.kept < router.groups.groups) keep_groups(scores, experts, router.groups);
     choose(scores, experts, chosen, ids);
     if (!router.sum_to_one) {
         for (int64_t j = 0; j < chosen; j++) shares[j] = sigmoid(logits[ids[j]]) * router.scale;
@@ -239,6 +249,25 @@ void gated_add(const float* x, const float* added, float gate, int64_t columns, 
     for (int64_t c = 0; c < columns; c += 16) store(out + c, load(x + c) + share * load(added + c));
 }
 
+void turn(const float* x, const float* cos, const float* sin, int64_t half, bool adjacent, float scale, float* out) {
+    for (int64_t i = 0; i < half; i++) {
+        const float a = adjacent ? x[2 * i] : x[i], b = adjacent ? x[2 * i + 1] : x[half + i];
+        out[i] = scale * fma1(a, cos[i], -(b * sin[i]));
+        out[half + i] = scale * fma1(b, cos[i], a * sin[i]);
+    }
+}
+
+template <class Stored>
+void narrow_row(const float* x, int64_t columns, void* to) {
+    for (int64_t c = 0; c < columns; c += 16) store(static_cast<Stored*>(to) + c, load(x + c));
+}
+
+void narrow_any(Element type, const float* x, int64_t columns, void* to) {
+    if (type == Element::float32) narrow_row<float>(x, columns, to);
+    if (type == Element::float16) narrow_row<Half>(x, columns, to);
+    if (type == Element::bfloat16) narrow_row<Bfloat>(x, columns, to);
+}
+
 // Four ranks of A and ROWS rows of x at a time, so that each number that is read is used in several products.
 template <int ROWS, class T>
 DC_INLINE void shrink_four(const T* a, int64_t columns, const float* const* x, const float* scales, float* const* u, int64_t rank) {
@@ -279,7 +308,7 @@ void shrink(const AdapterMatrix& m, const float* const* x, int64_t rows, float* 
 }  // namespace
 
 extern const RowKernels row_kernels = {rms_norm, layer_norm, mix, smear, soft_cap, widen_any, route, route_sigmoids, route_sparse, combine, add_up, short_conv,
-                                         plain_conv, gate, gated_add, gate_input, shrink, squares, scale};
+                                         plain_conv, gate, gated_add, gate_input, shrink, squares, scale, turn, narrow_any};
 
 }  // namespace DC_ISA
 }  // namespace dc

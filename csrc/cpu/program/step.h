@@ -55,7 +55,7 @@ static inline int64_t tokens_by_rows(int threads) { return std::min(GROUP_ROWS *
 size_t prepared_bytes(const op::linear& op, int64_t rows);      // its x, made ready
 static inline AttentionJob job_of(const op::paged_attention& op) {
     return {op.q.at, op.cache, op.cache_type, op.out.at, op.heads, op.kv_heads, op.head_size, op.window, op.softcap, op.sinks, op.page_stride,
-            op.distances, op.reach};
+            op.distances, op.reach, op.value_size};
 }
 
 struct StepMemory {
@@ -144,6 +144,8 @@ private:
     void do_attention(const Part& part, int64_t chunk, float* staged) const;
     void put_attention(const Part& part, int64_t chunk, const float* staged) const;
     void do_softcap(const Part& part, int64_t chunk) const;
+    void do_by_head(const Part& part, int64_t chunk) const;
+    int64_t turn_of(int64_t token) const { return (input.turns.empty() ? positions : input.turns)[size_t(token)]; }
     template <class T> void do_convolution(const Part& part, int64_t chunk) const;
     void do_delta_rule(const Part& part, int64_t chunk) const;
     void do_mamba2(const Part& part, int64_t chunk) const;

@@ -65,7 +65,7 @@ void Step::plan_attention() {
         groups = std::max(groups, op->group + 1);
         if (op->num_pages) num_pages = std::min(num_pages, op->num_pages);
     };
-    for (const Op& op : ops) note(op.as<op::rope_append>()), note(op.as<op::paged_attention>());
+    for (const Op& op : ops) note(op.as<op::rope_append>()), note(op.as<op::append_latents>()), note(op.as<op::paged_attention>());
     Sequences all{{}, input.offsets, input.lengths, input.starts};
     for (int64_t& offset : all.offsets) require(offset % groups == 0, "tables: a page of each group for every 16 tokens"), offset /= groups;
     for (int group = 0; group < groups; group++) {
@@ -110,6 +110,7 @@ void Step::find_adapters() {
 void Step::find_needed() {
     const auto append = std::find_if(ops.rbegin(), ops.rend(), [](const Op& op) {
         const auto* const rope = op.as<op::rope_append>();
+        if (op.as<op::append_latents>()) return true;
         return rope ? rope->job.kv_heads > 0 : std::visit([](const auto& its) { return keeps_states<std::decay_t<decltype(its)>>; }, op.is);
     });
     gathered = input.logit_rows;
@@ -297,6 +298,16 @@ void Step::add_exchange(const AnyOp& op) {
     if (!is_offered(op.index - 1)) part.chunks = chunks, add_plain<&Step::do_offer>(part);
     part.chunks = 1, add_plain<&Step::do_meet>(part);
     part.chunks = chunks, add_plain<&Step::do_join>(part);
+}
+
+constexpr int64_t HEAD_CHUNKS = 4;              // of by_head for each thread, as far as heads or parts of them are enough
+
+// A chunk takes a head, or with few rows and heads a part of one: it makes the head's x ready itself.
+void Step::add_phases(const op::by_head& op) {
+    const int64_t rows = count_of(op), tiles = tile_count(op.tiles.rows) / op.heads;
+    const int64_t wanted = many_rows(rows) ? 1 : (HEAD_CHUNKS * threads + op.heads - 1) / op.heads;
+    const int64_t chunks = op.heads * std::clamp<int64_t>(wanted, 1, tiles);
+    add_plain<&Step::do_by_head>({nullptr, op.index, op.index + 1, -1, rows, rows, chunks});
 }
 
 void Step::add_phases(const op::softcap& op) {

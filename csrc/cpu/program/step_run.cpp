@@ -166,12 +166,14 @@ void Step::do_row(const op::smear& op, int64_t row) const {
 void Step::do_row(const op::route& op, int64_t row) const {
     Routing& to = *op.routing;
     const size_t first = size_t(row * to.chosen);
+    const Groups groups{op.groups, op.kept_groups, op.group_best};
     if (op.sparse) row_kernels_here().route_sparse(op.logits.row(row), op.farthest, to.experts, to.chosen, &to.ids[first], &to.shares[first]);
     else if (to.sigmoids) {
-        const SigmoidRouter router{op.bias, op.groups, op.kept_groups, to.sum_to_one, op.scale};
+        const SigmoidRouter router{op.bias, groups, to.sum_to_one, op.scale};
         row_kernels_here().route_sigmoids(op.logits.row(row), router, to.experts, to.chosen, &to.ids[first], &to.shares[first]);
     }
-    else row_kernels_here().route(op.logits.row(row), to.experts, to.chosen, to.sum_to_one, &to.ids[first], &to.shares[first]);
+    else row_kernels_here().route(op.logits.row(row), groups, to.experts, to.chosen, to.sum_to_one, &to.ids[first], &to.shares[first]);
+    for (int64_t j = 0; !to.sigmoids && op.scale != 1.0f && j < to.chosen; j++) to.shares[first + size_t(j)] *= op.scale;
     for (int64_t j = 0; op.scales && j < to.chosen; j++) to.shares[first + size_t(j)] *= op.scales[to.ids[first + size_t(j)]];
 }
 
@@ -251,6 +253,41 @@ void Step::do_row(const op::norm_qk& op, int64_t row) const {
 void Step::do_row(const op::scale_rows& op, int64_t row) const {
     const int64_t position = std::min(positions[size_t(token_of(op, row))], op.max_positions - 1);
     row_kernels_here().scale(op.x.row(row), op.scales[position], nullptr, op.out.columns, op.out.row(row));
+}
+
+// ---- latent attention
+
+void Step::do_row(const op::turn_queries& op, int64_t row) const {
+    const int64_t at = turn_of(token_of(op, row)) * op.half, turned = 2 * op.half;
+    const int64_t size = op.x.columns / op.heads, kept = op.out.columns / op.heads - turned;
+    for (int64_t head = 0; head < op.heads; head++) {
+        float* const q = op.out.row(row) + head * (kept + turned);
+        row_kernels_here().scale(q, op.scale, nullptr, kept, q);
+        row_kernels_here().turn(op.x.row(row) + (head + 1) * size - turned, op.cos + at, op.sin + at, op.half, op.adjacent, op.scale, q + kept);
+    }
+}
+
+void Step::do_row(const op::append_latents& op, int64_t row) const {
+    const int64_t token = token_of(op, row), slot = slots[size_t(op.group)][size_t(token)];
+    if (slot < 0) return;                       // padding
+    const int64_t at = turn_of(token) * op.half, size = op.x.columns, kept = size - 2 * op.half;
+    alignas(64) float key[MAX_LATENT_SIZE];
+    row_kernels_here().rms_norm(op.x.row(row), op.weight, op.eps, kept, key);
+    row_kernels_here().turn(op.x.row(row) + kept, op.cos + at, op.sin + at, op.half, op.adjacent, 1.0f, key + kept);
+    const int64_t element = page_of(slot) * op.page_stride + place_of(slot) * size;
+    char* const cache = const_cast<char*>(static_cast<const char*>(op.cache));
+    row_kernels_here().narrow(op.cache_type, key, size, cache + element * bytes_of(op.cache_type));
+}
+
+void Step::do_by_head(const Part& part, int64_t chunk) const {
+    const auto& op = op_of<op::by_head>(part);
+    const int64_t pieces = part.chunks / op.heads, head = chunk / pieces, piece = chunk % pieces, rows = part.rows;
+    const int64_t each = tile_count(op.tiles.rows) / op.heads, first = head * each, columns = first * TILE_ROWS;
+    void* const prepared = scratch(prepared_bytes(op.tiles, rows));
+    prepare(op.tiles, op.x.at + head * (op.x.columns / op.heads), op.x.columns, 0, rows, false, nullptr, 0.0f, op.fine, prepared);
+    float* const out = op.out.at + head * (op.out.columns / op.heads);
+    const Product product{op.tiles, prepared, rows, nullptr, nullptr, 0, Activation::none, out - columns, op.out.columns, columns + each * TILE_ROWS};
+    multiply(product, first + each * piece / pieces, first + each * (piece + 1) / pieces, 0, group_count(rows));
 }
 
 // ---- ops of some rows

@@ -13,7 +13,7 @@ from chatlm.worker.model.kernels import load_kernels, not_compiled
 from chatlm.worker.model.tensors import Cut
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.attention import paged_attention_reference, plan_attention_reference
-from chatlm.worker.ops.latent import absorb, append, by_head, turn
+from chatlm.worker.ops.latent import absorb_reference, append_latents_reference, by_head_reference, turn
 from called_ops import exact_adapter
 from engines import forward_logits, make_batch
 from tiny_deepseek import KEPT, LAYERS, TURNED, VOCABULARY, deepseek_blocks, deepseek_tensors, tiny_deepseek
@@ -36,13 +36,13 @@ def test_latents_give_what_heads_own_keys_give():
     cos, sin = angles.cos(), angles.sin()
     keys = torch.zeros(64, 1, KEPT + TURNED)
     cache = keys, keys[..., :KEPT]
-    append(kv, weight, 1e-5, cos, sin, positions, positions, cache)
+    append_latents_reference(kv, weight, 1e-5, cos, sin, positions, positions, cache)
     q, seen, out = torch.empty(T, H * (KEPT + TURNED)), torch.empty(T, H * KEPT), torch.empty(T, H * VALUE)
     # paged_attention divides by the root of its keys' width, and scores by that of heads' own keys
-    absorb(x, k_up, cos, sin, positions, ((KEPT + TURNED) / (PLAIN + TURNED))**0.5, q)
+    absorb_reference(x, k_up, cos, sin, positions, ((KEPT + TURNED) / (PLAIN + TURNED))**0.5, q)
     plan = plan_attention_reference(make_batch((list(range(T)), 0, T, [0, 1, 2])), positions, {0}, "float32")
     paged_attention_reference(q, cache, plan, 0, seen)
-    by_head(seen, v_up, out)
+    by_head_reference(seen, v_up, out)
 
     latent = torch.nn.functional.rms_norm(kv[:, :KEPT], (KEPT,), weight, 1e-5)
     rotated = turn(kv[:, None, KEPT:], cos, sin, positions).expand(-1, H, -1)
@@ -141,8 +141,15 @@ def of_stage(tensors, mine):
     return own | ends | {"final_norm": tensors["final_norm"]}
 
 
-def test_decode_core_does_not_compute_it_yet():
-    assert "latent attention" in not_compiled(deepseek_blocks(tiny_deepseek().config))
+def test_decode_core_says_what_it_does_not_compute():
+    """Sizes that are no multiples of 16, larger latents and GPUs are left to torch."""
+    model = deepseek_blocks(tiny_deepseek(**{"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "q_lora_rank": 32}).config)
+    mla = model.layers[0].mixer
+    assert not_compiled(model) == ""
+    assert "latent attention on a GPU" in not_compiled(model, "cuda")
+    for changes in (dict(plain=8), dict(turned=8), dict(head_values=12), dict(query_width=24), dict(kept=576)):
+        layers = tuple(dataclasses.replace(layer, mixer=dataclasses.replace(mla, **changes)) for layer in model.layers)
+        assert not_compiled(dataclasses.replace(model, layers=layers)) == "latent attention of these sizes"
 
 
 def test_an_adapter_changes_all_of_latent_attention():

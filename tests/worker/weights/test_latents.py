@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from chatlm.common.errors import ConfigError
+from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.weights.adapters import adapter_reader
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.huggingface import hf_spec
@@ -15,6 +16,7 @@ from engines import tensors_of
 from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, transformer
 from fp8 import save_fp8
 from lora import adapt
+from real_server import get, post, server
 from tiny_gguf import small_gguf_metadata, write_gguf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -141,3 +143,28 @@ def test_an_indexer_in_a_gguf_file_is_refused(tmp_path):
                       small_gguf_metadata("gpt-2") | {"general.architecture": "deepseek32"})
     with pytest.raises(ConfigError, match="cannot run deepseek32: beyond index_topk"):
         load(path)
+
+
+@torch.no_grad()
+def likeliest(model, tokens, count):
+    """The tokens that transformers writes after these."""
+    found = [*tokens]
+    for _ in range(count):
+        found.append(int(model(torch.tensor([found])).logits[0, -1].argmax()))
+    return found[len(tokens):]
+
+
+@pytest.mark.parametrize("more", [(), ("--tp", "2")], ids=["alone", "two ranks"])
+def test_a_server_answers_as_transformers(tmp_path, more):
+    """A server of a tiny GLM-4.7-Flash writes what transformers writes, also for a prompt in the cache, and says what a token takes."""
+    model = make_model("glm-flash")
+    folder = save(model, tmp_path / "model")
+    text = "Latents are small. " * 4
+    tokenizer = open_tokenizer(load(folder).text)
+    expected = tokenizer.decode(likeliest(model, [256, *tokenizer.encode(text)], 12))
+    with server(folder, "--dtype", "float32", *more) as (_, url):
+        for _ in range(2):
+            answer = json.load(post(url + "/v1/completions", {"prompt": text, "max_tokens": 12, "temperature": 0, "ignore_eos": True}))
+            assert answer["choices"][0]["text"].rstrip("\ufffd") == expected.rstrip("\ufffd")     # a character may be cut
+        [worker] = get(url + "/stats")["workers"]
+        assert worker["kv_token_bytes"] == 3 * (48 + 16) * 4

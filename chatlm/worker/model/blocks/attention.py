@@ -275,5 +275,9 @@ class Attention(Block):
         end = own[-1] * group + group * (turn + 1) // sharing
         return {"heads": range(begin, end), "kv_heads": own}
 
+    def of_all_ranks(self, tp: int) -> Attention:
+        """What all ranks cache together: some may have the same kv head."""
+        return replace(self, kv_heads=max(self.kv_heads, tp))
+
     def of_rank(self, divided: Divided) -> Attention:
         return replace(self, heads=len(divided["heads"]), kv_heads=len(divided["kv_heads"]))

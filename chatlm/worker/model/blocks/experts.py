@@ -23,9 +23,10 @@ class Router:
     sum_to_one: bool = True  # shares are the softmax over the chosen experts' logits; else over all logits
     bias: bool = False
     choice_bias: bool = False  # sigmoids: a bias counts in the choice, but not in the shares
-    groups: tuple[int, int] = (1, 1)  # sigmoids: (groups, how many of them experts are chosen from)
-    scale: float = 1.0       # sigmoids: of the shares
+    groups: tuple[int, int] = (1, 1)  # (groups, how many of them experts are chosen from), without jitter
+    scale: float = 1.0       # of the shares, without jitter
     jitter: float = 0.0
+    group_best: int = 2      # so many best experts of a group count in the choice of groups
 
     def tensors(self, experts: int, C: int) -> Tensors:
         router = matrix(experts, C)
@@ -44,6 +45,8 @@ class Router:
         if self.kind == "sigmoid":
             options |= {"sigmoids": True, "choice_bias": w.get("choice_bias"), "groups": self.groups,
                         "share_scale": self.scale}
+        if self.kind == "softmax" and (self.groups != (1, 1) or self.scale != 1):
+            options |= {"groups": self.groups, "share_scale": self.scale, "group_best": self.group_best}
         return options
 
 

@@ -38,6 +38,7 @@ class Mla(Block):
     scores: Scores = Scores()
     adjacent: bool = False   # numbers that turn together are neighbours; else i and i + turned / 2 are
     biased: bool = False     # queries_in, kv_in and output have biases
+    caches: int = 1          # of so many ranks
 
     # What other code asks of attention. This one caches a single head, and has no norms of heads, gates or
     # biases
@@ -63,7 +64,7 @@ class Mla(Block):
     @property
     def slot_size(self) -> int:
         """How many numbers it caches for a token: a value is the beginning of its key."""
-        return self.head_size
+        return self.caches * self.head_size
 
     @property
     def queries(self) -> int:
@@ -87,8 +88,8 @@ class Mla(Block):
         values = Run(self.heads, self.head_values, "heads")
         found = {self.queries_name: matrix((queries,), self.query_width or C, adapted=True),
                  "kv_in": matrix((Run(self.kept), Run(self.turned)), C, adapted=True),
-                 "k_up": matrix((Run(self.heads, self.kept, "heads"),), self.plain, packed=False),
-                 "v_up": matrix((values,), self.kept, packed=False),
+                 "k_up": matrix((Run(self.heads, self.kept, "heads"),), self.plain),
+                 "v_up": matrix((values,), self.kept),
                  "output": matrix(C, (values,), adapted=True)}
         if self.query_width:
             found["queries_in"] = matrix(self.query_width, C, adapted=True)
@@ -116,16 +117,16 @@ class Mla(Block):
         latents = b.of("latents", self.heads * self.kept)              # (T, H * kept)
         attended = b.of("attended", self.heads * self.head_values)     # (T, H * Dv)
 
-        s.product(self.read_of_queries(s, read), self.queries_name, queries)
         s.product(read, "kv_in", kv, bias=w.get("kv_in_bias"))
-        k.latent.absorb(queries, w["k_up"], *s.rope, inputs.turns, scale=self.query_scale, out=q,
-                        adjacent=self.adjacent)
-        k.latent.append(kv, w["kv_norm"], self.norm.eps, *s.rope, inputs.turns, inputs.slots, s.cache,
-                        adjacent=self.adjacent)
+        k.append_latents(kv, w["kv_norm"], self.norm.eps, *s.rope, inputs.turns, inputs.slots, s.cache,
+                         adjacent=self.adjacent)
+        s.product(self.read_of_queries(s, read), self.queries_name, queries)
+        k.absorb(queries, w["k_up"], *s.rope, inputs.turns, scale=self.query_scale, out=q,
+                 adjacent=self.adjacent)
         if s.q_scale is not None:
             k.scale_rows(q, s.q_scale, inputs.positions, out=q)
-        k.paged_attention(q, s.cache, inputs.attention, self.window, out=latents, softcap=0.0, sinks=None)
-        k.latent.by_head(latents, w["v_up"], out=attended)
+        k.paged_attention(q, s.cache, inputs.attention, self.window, out=latents)
+        k.by_head(latents, w["v_up"], out=attended)
         to.product(s, attended, "output")
 
     def read_of_queries(self, s: Step, read: Read) -> Read:
@@ -141,6 +142,10 @@ class Mla(Block):
     def divided(self, rank: int, tp: int, block: int) -> Divided:
         """A rank's heads. Every rank has all latents."""
         return {"heads": range(rank * self.heads // tp, (rank + 1) * self.heads // tp)}
+
+    def of_all_ranks(self, tp: int) -> Mla:
+        """What all ranks cache together, which only counts bytes: each has all latents."""
+        return replace(self, caches=tp)
 
     def of_rank(self, divided: Divided) -> Mla:
         return replace(self, heads=len(divided["heads"]))
