@@ -35,7 +35,7 @@ class ServerSide(ModuleType):
     something else is asked of it."""
 
     def __getattr__(self, name: str):
-        self.__class__ = ModuleType
+        setattr(self, "__class__", ModuleType)
         assert self.__spec__ and self.__spec__.loader
         self.__spec__.loader.exec_module(self)
         return getattr(self, name)

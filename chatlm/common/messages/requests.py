@@ -483,4 +483,5 @@ class Finished:
     dropped_messages: int = 0        # by `truncate`
 
 
-Event = Accepted | PromptProgress | PromptScores | Piece | Embedding | Finished
+AnswerEvent = PromptProgress | PromptScores | Piece | Embedding | Finished  # has a `choice`
+Event = Accepted | AnswerEvent

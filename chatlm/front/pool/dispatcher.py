@@ -25,7 +25,7 @@ from chatlm.front.pool.worker import RECENT_S, Job, Worker
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.common.messages.requests import WorkerEvent
+    from chatlm.common.messages.requests import AnswerEvent, WorkerEvent
     from chatlm.front.pool.adapters import PoolAdapters
 
 
@@ -114,7 +114,7 @@ def rows_by_client(workers: Iterable[Worker]) -> Counter[tuple[bool, str]]:
                    for worker in workers for job in worker.jobs.values())
 
 
-def jobs_for(request: Request, lengths: Seq[int], events: EventQueue[Event | ChatServerError],
+def jobs_for(request: Request, lengths: Seq[int], events: EventQueue[AnswerEvent | ChatServerError],
              arrived_s: float) -> list[Job]:
     """The jobs of a request: n answers to its first prompt, then n to the next, and so on. lengths: for each
     prompt, the most tokens of an answer."""
@@ -153,7 +153,7 @@ class StagedJobs:
         if count:
             self.submit([self.first_jobs.popleft() for _ in range(count)])
 
-    def note(self, event: Piece | PromptProgress | PromptScores | Finished):
+    def note(self, event: AnswerEvent):
         """Submit the jobs that waited for this event."""
         if isinstance(event, PromptProgress):
             return
@@ -204,7 +204,7 @@ class Dispatcher:
         model is loaded; None: all.
 
         Raises EngineFailure (workers died too often), Overloaded (shutdown) and RequestError (cancelled)."""
-        events = EventQueue[Event | ChatServerError]()
+        events: EventQueue[AnswerEvent | ChatServerError] = EventQueue()
         jobs = jobs_for(request, lengths, events, arrived_s)
         staged = StagedJobs(request, jobs, self._submit)
         try:
@@ -246,7 +246,7 @@ class Dispatcher:
             for worker in self.workers:
                 worker.end_request(request.id)
 
-    async def _positions(self, job: Job, events: EventQueue[Event | ChatServerError],
+    async def _positions(self, job: Job, events: EventQueue[AnswerEvent | ChatServerError],
                          loading: Callable[[], float | None]) -> AsyncIterator[PromptProgress]:
         """Yield a job's position in the queue, and how much of its model is loaded, whenever one of them
         changes, until the job starts or has an event."""

@@ -28,7 +28,8 @@ from chatlm.front.admission.sandbox import next_message
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.errors import ChatServerError
-    from chatlm.common.messages.requests import Event, ModelSource, Request, TextSpec, WorkerEvent
+    from chatlm.common.messages.requests import (
+        AnswerEvent, ModelSource, Request, TextSpec, WorkerEvent)
     from chatlm.front.aio import EventQueue
 
 
@@ -44,7 +45,7 @@ class Job:
     request: Request
     prompt_ids: tuple[int, ...]
     max_tokens: int
-    events: EventQueue[Event | ChatServerError]  # shared by all answers of the request
+    events: EventQueue[AnswerEvent | ChatServerError]  # shared by all answers of the request
     arrived_s: float
     choice: int = 0
     output_ids: list[int] = field(default_factory=list)  # begins with the request's prefix_token_ids
@@ -139,7 +140,7 @@ class Job:
         end = self._finished(Ended("length", cause, Usage(compute_s=self.spent_s), 0.0), gpu)
         self.events.put_nowait(replace(end, stop_reason=cause))
 
-    def _news(self, event: WorkerEvent, gpu: int) -> Event | ChatServerError | None:
+    def _news(self, event: WorkerEvent, gpu: int) -> AnswerEvent | ChatServerError | None:
         """Note an event from a worker. Returns what its reader gets; None for nothing."""
         if type(event) is Piece:  # first: there is one for each step of an answer
             return self._piece(event, gpu)

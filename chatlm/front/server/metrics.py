@@ -49,9 +49,9 @@ class Durations:
         self.counts[bisect_left(self.BOUNDS_S, duration_s)] += count
         self.sum_s += duration_s * count
 
-    def buckets(self) -> list[tuple[float, int]]:
+    def buckets(self) -> list[tuple[float, float]]:
         """(Upper bound in seconds, how many were at most that), for each bound."""
-        return [*zip(self.BOUNDS_S, accumulate(self.counts))]
+        return [*zip(self.BOUNDS_S, map(float, accumulate(self.counts)))]
 
 
 class Metrics:
@@ -70,11 +70,11 @@ class Metrics:
         self.itl = Durations()
         self.queue = Durations()
         self.whole: dict[str, Durations] = defaultdict(Durations)  # by the reason of the end
-        self.requests = Counter(dict.fromkeys(self.REASONS, 0))    # by the reason of the end
-        self.tokens = Counter()                                    # by their kind
-        self.responses: Counter[tuple[str, int]] = Counter()       # by route and status
+        self.requests = Counter[str](dict.fromkeys(self.REASONS, 0))  # by the reason of the end
+        self.tokens = Counter[str]()                               # by their kind
+        self.responses = Counter[tuple[str, int]]()                # by route and status
 
-    def buckets(self, name: str) -> list[tuple[float, int]]:
+    def buckets(self, name: str) -> list[tuple[float, float]]:
         """The buckets of the histogram `ttft` or `itl`."""
         return {"ttft": self.ttft, "itl": self.itl}[name].buckets()
 
