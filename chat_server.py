@@ -108,11 +108,8 @@ STARTED = __name__ == "__main__" or sys.argv[0].endswith("chat-server")
 if STARTED and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import gc
 import importlib.util
 
-if STARTED:
-    gc.disable()  # until `main`, as chatlm.common.memory.uncollected does
 if importlib.util.find_spec("chatlm") is None:
     print("chat_server: the package chatlm is not beside this file. In the checkout, `python chat_server.py "
           "bundle` makes chat_server.pyz, the one file to copy", file=sys.stderr)
@@ -122,6 +119,11 @@ if sys.version_info < (3, 10):  # before the imports, which would fail with trac
     print(f"chat_server needs Python 3.10 or newer, and this is {sys.version.split()[0]}"
           f"{advice_for_old_python()}", file=sys.stderr)
     sys.exit(2)
+
+import gc
+
+if STARTED:
+    gc.disable()  # until `main`, as chatlm.common.memory.uncollected does
 if __name__ == "__main__":
     from chatlm.common.streams import repair_streams
     repair_streams()  # first: a pipe to a worker must not take the number of a closed stream
