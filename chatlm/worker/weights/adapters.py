@@ -124,7 +124,7 @@ def joined(parts: list[Part], cut: Cut) -> AdapterMatrix:
     b = zeros((cut.full[0], len(a)), kind)
     scales = numpy.empty(len(a), numpy.float32)
     rank = 0
-    for first, (own_a, own_b, scaling, _) in parts:
+    for first, (own_a, own_b, scaling, *_) in parts:
         ranks = slice(rank, rank := rank + len(own_a))
         bits_of(b)[first:first + len(own_b), ranks] = bits_of(as_kind(own_b, kind))
         scales[ranks] = scaling

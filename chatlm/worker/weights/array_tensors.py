@@ -79,7 +79,7 @@ class ArrayTensors:
         parts = [self.state[name] for name in theirs]
         target = "float32" if len(shape) == 1 else self.dtype
         size = math.prod(shape) * item_bytes(target)
-        make = partial(self.read, target)
+        make = as_in_file = partial(self.read, target)
         if made_by:
             make = partial(self.read, target, made_by=made_by)
         elif isinstance(parts[0], Mxfp4):
@@ -91,7 +91,8 @@ class ArrayTensors:
                 make = partial(self.read_tiles, self.as_stored)
                 size = in_tiles
         check = partial(refuse_faults, self.path, self.settings, theirs, make)
-        return Unread(Cut.whole(shape), partial(make, theirs), size, mapped_by(parts), check, (make, theirs))
+        alone = as_in_file if made_by else make
+        return Unread(Cut.whole(shape), partial(make, theirs), size, mapped_by(parts), check, (alone, theirs))
 
     def read(self, target: str, theirs: Iterable[str], cut: Cut, made_by: Made | None = None):
         """The rows of `theirs` as floats of type `target`, as far as the cut has them. A vocabulary's padding

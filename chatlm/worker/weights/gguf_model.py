@@ -25,7 +25,7 @@ from chatlm.worker.weights.array_tensors import of_rows
 from chatlm.worker.weights.gguf import gguf_spec, gguf_texts
 from chatlm.worker.weights.gguf_file import ROPE_TENSORS, check_gguf_types, read_gguf
 from chatlm.worker.weights.gguf_tensors import GgufTensors, details_of, file_shape, growth
-from chatlm.worker.weights.latents import made_by
+from chatlm.worker.weights.latents import made_by, shape_of_both
 from chatlm.worker.weights.lora import FileSlice, fused_slices
 from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.packed_rows import packed_together
@@ -214,6 +214,8 @@ def gguf_slices(row: Family, spec: ModelSpec, table: Mapping[str, tuple[str, ...
         theirs = names_of(row.all_tensors, part, layer)
         own = names_of(table, part, layer)
         if part in KV_UP and table["k_up"] != table["v_up"]:  # the folder has them in one matrix
+            slices.setdefault(theirs[0], []).append(
+                FileSlice(own[0], made_by=made_by(spec, ours), whole=shape_of_both(spec, ours)))
             continue
         mixer = layers[int(layer)].mixer if layer else None
         if isinstance(mixer, DeltaRule) and part in ("mix_in", "mix_out"):

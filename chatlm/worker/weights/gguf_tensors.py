@@ -68,7 +68,7 @@ class GgufTensors:
         check = partial(refuse_faults, self.path, self.settings, theirs, read)
         mapped = tuple(self.stored[name].data for name in theirs)
         return Unread(Cut.whole(shape), partial(read, theirs), self.held_bytes(shape, theirs), mapped,
-                      check, (read, theirs))
+                      check, (self.read, theirs))
 
     def held_bytes(self, shape: tuple[int, ...], theirs: Iterable[str]) -> int:
         """What one of our tensors takes in memory."""
@@ -136,7 +136,10 @@ def merged(tensor, pairs: RopePairs | None, changes: Iterable[Change | Copy],
            adapter_pairs: RopePairs | None, packed: bool) -> Any:
     """A matrix in our order with its adapters' changes, whose rows have `adapter_pairs`; a `packed` one
     becomes Q8_0. A vector stays one of floats."""
-    values = dequantized(tuple(reversed(tensor.shape.tolist())), [(tensor, pairs)], "float32")
+    shape = tuple(reversed(tensor.shape.tolist()))
+    if len(shape) > 2:  # a matrix for each head
+        shape = math.prod(shape[:-1]), shape[-1]
+    values = dequantized(shape, [(as_rows(tensor, shape), pairs)], "float32")
     for change in changes:
         values = change.on(values, partial(unpermute_rope, pairs=adapter_pairs))
     gguf_type = merged_type(tensor, packed)

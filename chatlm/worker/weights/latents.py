@@ -162,6 +162,13 @@ def repack(state: Mapping[str, Any]) -> dict[str, Any]:
 # ---- heads' keys and values, in one matrix or in two
 
 
+def shape_of_both(spec: ModelSpec, ours: str) -> tuple[int, int]:
+    """Of the matrix that has a layer's keys and values of heads."""
+    block = spec.own_layers[int(ours.partition(".")[0])].mixer
+    assert isinstance(block, Mla)
+    return block.heads * (block.plain + block.head_values), block.kept
+
+
 KvUp = Callable[[numpy.ndarray], numpy.ndarray]
 
 

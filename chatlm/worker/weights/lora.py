@@ -34,6 +34,8 @@ class FileSlice(NamedTuple):
     rows: Any = slice(None)     # or indices
     columns: Any = slice(None)
     plus: float = 0.0           # what the file has added to each value: 1 to a norm that multiplies by 1 + w
+    made_by: Callable[[numpy.ndarray], numpy.ndarray] | None = None  # a function of the matrix, if no slice,
+    whole: tuple[int, ...] = ()  # and the shape of the matrix
 
 
 class Change(NamedTuple):
@@ -43,13 +45,18 @@ class Change(NamedTuple):
     b: Any           # (N, rank)
     scaling: float
     embedding: bool  # its matrices are (rank, N) and (K, rank)
+    made_by: Callable[[numpy.ndarray], numpy.ndarray] | None = None  # of scaling * b @ a, what is added
 
     def delta(self) -> numpy.ndarray:
         product = floats(self.b) @ floats(self.a) * numpy.float32(self.scaling)
+        if self.made_by:
+            return self.made_by(product)
         return product.T if self.embedding else product
 
     def at(self, part: FileSlice) -> Change:
         """The part that changes one of the file's matrices. An embedding is never split."""
+        if part.made_by:
+            return self._replace(made_by=part.made_by)
         return self if self.embedding else self._replace(a=self.a[:, part.columns], b=self.b[part.rows])
 
     def on(self, weight: numpy.ndarray, turned: Callable = lambda rows: rows) -> numpy.ndarray:
@@ -64,6 +71,8 @@ class Copy(NamedTuple):
     weight: Any
 
     def at(self, part: FileSlice) -> Copy:
+        if part.made_by:
+            return Copy(part.made_by(self.weight))
         rows = self.weight[part.rows]
         if rows.ndim == 1:
             return Copy(floats(rows) + numpy.float32(part.plus)) if part.plus else Copy(rows)
@@ -118,7 +127,7 @@ def whole_shapes(shapes: Mapping[str, tuple], slices: Mapping[str, list[FileSlic
     whole = {}
     for theirs, parts in slices.items():
         rows = sum(shapes[part.name][0] for part in parts)
-        whole[theirs] = (rows, *shapes[parts[0].name][1:])
+        whole[theirs] = parts[0].whole or (rows, *shapes[parts[0].name][1:])
     return whole
 
 

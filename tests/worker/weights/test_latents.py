@@ -17,6 +17,7 @@ from families import answers, as_gguf, check, clear_cases, kernels_of, load, mak
 from fp8 import save_fp8
 from lora import adapt
 from real_server import get, post, server
+from sick_models import diagnose
 from tiny_gguf import small_gguf_metadata, write_gguf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,6 +30,15 @@ def test_keys_and_values_in_one_matrix_are_those_in_two(tmp_path):
     two = load(as_gguf(tmp_path / "two.gguf", model))
     assert one.spec == two.spec
     assert all(torch.equal(tensor, tensors_of(two)[name]) for name, tensor in tensors_of(one).items())
+
+
+@pytest.mark.parametrize("form", ["folder", "file", "older file"])
+def test_the_doctor_reads_heads_of_latents(tmp_path, form):
+    """`check` looks at all weights of latent attention, also where a file has keys and values in one matrix."""
+    model = make_model("glm-flash")
+    path = save(model, tmp_path / "model") if form == "folder" else as_gguf(tmp_path / "model.gguf", model, quantized=True, whole=form == "older file")
+    diagnosis = diagnose(path)
+    assert (diagnosis.refused, [found.what for found in diagnosis.findings if found.severity == "error" or "itself failed" in found.what]) == ("", [])
 
 
 def test_fp8_blocks_may_end_within_a_matrix(tmp_path):

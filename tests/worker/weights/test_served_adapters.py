@@ -25,10 +25,11 @@ from nightly import by_day
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SERVED = OPTIONS | {"qwen2": {"targets": ["lm_head", "v_proj", "down_proj"]}}
+SERVED = OPTIONS | {"qwen2": {"targets": ["lm_head", "v_proj", "down_proj"]},
+                    "deepseek3": {"targets": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"]}, "deepseek2-lite": {"targets": ["q_proj", "o_proj"]}}
 del SERVED["nanochat"]
 SERVED = {name: options for name, options in SERVED.items() if name in ("llama3.1", "gemma3", "phi3", "qwen3", "qwen2", "glm4", "lfm2",
-          "qwen3.5", "qwen3.5moe", "gemma4moe", "lfm2moe", "granite4h", "granite4h-dense", "qwen3next", "gpt2", "pythia", "starcoder2", "cohere2", "nemotron-h", "nemotron3", "nemotron3-latent")}
+          "qwen3.5", "qwen3.5moe", "gemma4moe", "lfm2moe", "granite4h", "granite4h-dense", "qwen3next", "gpt2", "pythia", "starcoder2", "cohere2", "nemotron-h", "nemotron3", "nemotron3-latent", "deepseek3", "deepseek2-lite")}
 ODD = {"phi3": {"head_dim": 24, "hidden_size": 72, "intermediate_size": 100},    # sizes that decode_core pads
        "cohere2": {"head_dim": 20, "hidden_size": 72}}
 
@@ -48,7 +49,7 @@ def backends(model):
     return ["reference"] + ["decode_core"] * (decode_core() is not None and not not_compiled(model.architecture))
 
 
-@pytest.mark.parametrize("name", by_day(SERVED, "llama3.1", "gemma3", "phi3", "qwen2", "cohere2", "nemotron3-latent"))
+@pytest.mark.parametrize("name", by_day(SERVED, "llama3.1", "gemma3", "phi3", "qwen2", "cohere2", "nemotron3-latent", "deepseek3"))
 def test_a_served_adapter_matches_peft_s_merge(name, tmp_path):
     """An adapter served with its base gives the logits and tokens of PEFT's merged model."""
     model = make_model(name, **ODD.get(name, {}))
@@ -60,7 +61,7 @@ def test_a_served_adapter_matches_peft_s_merge(name, tmp_path):
               tolerance=3e-4 if name == "qwen3next" else 1e-4)
 
 
-@pytest.mark.parametrize("name", by_day(["llama3.1", "phi3", "glm4", "gemma3", "qwen3.5", "granite4h", "pythia", "cohere2", "nemotron3"], "llama3.1", "phi3", "pythia", "nemotron3"))
+@pytest.mark.parametrize("name", by_day(["llama3.1", "phi3", "glm4", "gemma3", "qwen3.5", "granite4h", "pythia", "cohere2", "nemotron3", "deepseek3"], "llama3.1", "phi3", "pythia", "nemotron3", "deepseek3"))
 def test_an_adapter_served_on_gguf_is_as_merged(name, tmp_path):
     """Floats and packed weights; the rows of q and k lie otherwise in some of the files."""
     model = make_model(name, **{"gemma3": {"query_pre_attn_scalar": 32}, "granite4h": {"shared_intermediate_size": 64},
@@ -166,6 +167,7 @@ def linear_modules(model):
 
 SERVED_IN_PART = {          # what of such an adapter can only be merged: what every rank computes as a whole, or routes by
     "gemma4": "per_layer_input_gate", "gemma4moe": "router.proj", "phimoe": "mlp.router", "phimoe-plain": "mlp.router",
+    **dict.fromkeys(("deepseek3", "deepseek3-plain", "deepseek2-lite", "deepseek2-grouped", "glm-flash", "youtu", "mistral4", "minicpm3"), "kv_b_proj"),
     **dict.fromkeys(("qwen2moe", "qwen3.5moe"), "shared_expert_gate")}
 
 
