@@ -48,7 +48,9 @@ async def make_file(settings: Settings, role: str, pipe: Pipe,
 
 async def result_of(role: str, pipe: Pipe, message: QuantizeConfig | ImatrixConfig, progress) -> FileWritten:
     """What the process says at the end. It is killed if this is cancelled, as by Ctrl-C."""
-    process, ours = start_child(PROCESS_COMMAND, role, process_environment(message.threads))
+    # numpy's threads would spin beside those of the kernels; what uses numpy has threads of its own
+    environment = process_environment(message.threads) | {"OPENBLAS_NUM_THREADS": "1"}
+    process, ours = start_child(PROCESS_COMMAND, role, environment)
     reader, writer = await asyncio.open_connection(sock=ours)
     try:
         writer.write(pipe.packed(message))

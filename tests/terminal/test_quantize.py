@@ -84,7 +84,7 @@ def test_importance_is_measured_and_used(default_model_path, tmp_path):
     (("quantize", FIXTURES / "gen5", "-o", "/"), "is a folder"),
     (("quantize", FIXTURES / "gen5", "-o", "/nowhere/x.gguf"), "No such file or directory"),
     (("quantize", FIXTURES / "gen5", "-o", "x.gguf", "--type", "q4_k_x"), "did you mean"),
-    (("quantize", FIXTURES / "gen5", "-o", "x.gguf", "--type", "iq2_xxs"), "does not write it"),
+    (("quantize", FIXTURES / "gen5", "-o", "x.gguf", "--type", "iq2_xxs"), "needs --imatrix"),
     (("quantize", FIXTURES / "gen5", "-o", "x.gguf", "--imatrix", "/nowhere.gguf"), "nowhere.gguf"),
     (("quantize", FIXTURES / "gen5", "-o", "x.gguf", "--imatrix", REPOSITORY / "README.md"), "no file of importance"),
     (("quantize", REPOSITORY / "README.md", "-o", "x.gguf"), "README.md"),

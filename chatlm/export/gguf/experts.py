@@ -8,11 +8,13 @@ all that wait."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 import numpy
 
+from chatlm.common.processes.start import own_threads
 from chatlm.export.gguf.activations import GATES, UNGATED, sigmoid
 from chatlm.export.gguf.importance import Sums
 from chatlm.worker.arrays.kinds import floats
@@ -73,9 +75,15 @@ class ExpertSums:
         tokens = chosen.sum(0)
         of_up = chosen.T.astype(numpy.float64) @ numpy.square(x, dtype=numpy.float64)
         of_down = numpy.zeros((experts, self.tensors[mixture.down].cut.full[1]))
-        for expert in numpy.flatnonzero(tokens).tolist():
+
+        def squares_of(expert: int) -> numpy.ndarray:
             hidden = self.hidden(mixture, x[chosen[:, expert]], expert, experts)
-            of_down[expert] = numpy.square(hidden, dtype=numpy.float64).sum(0)
+            return numpy.square(hidden, dtype=numpy.float64).sum(0)
+
+        used = numpy.flatnonzero(tokens).tolist()
+        with ThreadPoolExecutor(own_threads()) as pool:
+            for expert, squares in zip(used, pool.map(squares_of, used)):
+                of_down[expert] = squares
         for name, squares in ((mixture.up, of_up), (mixture.down, of_down)):
             if name not in self.sums:
                 self.sums[name] = Sums(numpy.zeros_like(squares), numpy.zeros(experts))

@@ -133,6 +133,15 @@ def test_many_flushes_find_what_one_does(mixture, monkeypatch):
         assert np.array_equal(sums.counts, whole.tensors[name].counts)
 
 
+def test_many_threads_find_what_one_does(mixture, monkeypatch):
+    found = []
+    for threads in (1, 5):
+        monkeypatch.setattr(experts, "own_threads", lambda: threads)
+        found.append(measured(mixture).importance)
+    for name, sums in found[0].tensors.items():
+        np.testing.assert_allclose(sums.squares, found[1].tensors[name].squares, rtol=1e-5)
+
+
 def test_measured_experts_are_packed_by_their_own_importance(mixture, tmp_path):
     found = measured(mixture, LONG[:150]).importance
     write_importance(found, tmp_path / "imatrix.gguf")
