@@ -7,8 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from chatlm.common.config import Settings
+from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
+from chatlm.common.hub.find import resolve_model
 from chatlm.common.text.load import open_tokenizer
+from chatlm.worker.build import build_engine
 from chatlm.worker.weights.adapters import adapter_reader
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.huggingface import hf_spec
@@ -21,6 +25,9 @@ from sick_models import diagnose
 from tiny_gguf import small_gguf_metadata, write_gguf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+BACKENDS = ["reference", *["decode_core"] * (decode_core() is not None)]
 
 
 def test_keys_and_values_in_one_matrix_are_those_in_two(tmp_path):
@@ -48,7 +55,21 @@ def test_fp8_blocks_may_end_within_a_matrix(tmp_path):
     cases = clear_cases(model, lengths=(9, 40))
     ours = load(folder)
     assert "from FP8" in ours.description
-    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases), cases)
+    for backend in BACKENDS:
+        check(answers(transformer(ours, kernels_of(backend, ours.spec)), cases), cases)
+
+
+def test_queries_of_mistral_4_grow(tmp_path):
+    """Beyond its first context Mistral 4's whole queries grow, in a folder and in a file that cannot say it."""
+    rope = make_model("mistral4").config.rope_parameters | {"original_max_position_embeddings": 64}
+    model = make_model("mistral4", rope_parameters=rope)
+    cases = clear_cases(model, lengths=(9, 150))
+    assert load(save(model, tmp_path / "model")).context_length == 64       # unless more is asked for
+    for path in tmp_path / "model", as_gguf(tmp_path / "model.gguf", model):
+        ours = load(path, context_length=512)
+        assert ours.spec.q_growth == pytest.approx((0.1, 64))
+        for backend in BACKENDS:
+            check(answers(transformer(ours, kernels_of(backend, ours.spec)), cases), cases)
 
 
 def test_an_adapter_of_all_matrices_is_merged_as_by_peft(tmp_path):
@@ -178,3 +199,10 @@ def test_a_server_answers_as_transformers(tmp_path, more):
             assert answer["choices"][0]["text"].rstrip("\ufffd") == expected.rstrip("\ufffd")     # a character may be cut
         [worker] = get(url + "/stats")["workers"]
         assert worker["kv_token_bytes"] == 3 * (48 + 16) * 4
+
+
+def test_pages_of_8_bits_are_refused(tmp_path):
+    """Latents are no power of two, so q8_0 pages of them are refused before anything is loaded."""
+    settings = Settings(model=str(save(make_model("youtu"), tmp_path)), kv_cache_dtype="q8_0", kv_cache_memory=1 << 20)
+    with pytest.raises(ConfigError, match="--kv-cache-dtype q8_0: all layers have heads of 48; q8_0 needs heads whose size is a power of two"):
+        build_engine(resolve_model(settings), settings, torch.device("cpu"))
