@@ -13,10 +13,12 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.build import build_engine
+from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.adapters import adapter_reader
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.huggingface import hf_spec
-from engines import tensors_of
+from engines import forward_logits, make_batch, tensors_of
 from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, transformer
 from fp8 import save_fp8
 from lora import adapt
@@ -37,6 +39,21 @@ def test_keys_and_values_in_one_matrix_are_those_in_two(tmp_path):
     two = load(as_gguf(tmp_path / "two.gguf", model))
     assert one.spec == two.spec
     assert all(torch.equal(tensor, tensors_of(two)[name]) for name, tensor in tensors_of(one).items())
+
+
+@pytest.mark.skipif(decode_core() is None, reason="weights stay as stored only where decode_core runs")
+@pytest.mark.parametrize("whole", [False, True], ids=["two matrices", "one"])
+def test_packed_heads_compute_their_values(tmp_path, whole):
+    """Heads' matrices of a quantized file stay packed, and compute what their values say."""
+    path = as_gguf(tmp_path / "tiny.gguf", make_model("deepseek3", kv_lora_rank=64), quantized=True, whole=whole)
+    exact, packed = load(path), load(path, None)
+    assert {packed.tensors[f"1.{name}"].read().kind for name in ("k_up", "v_up", "queries_up")} == {"q8_0"}
+    batch = make_batch((list(range(3, 43)), 0, 40, [0, 1, 2]))
+    expected = transformer(exact, kernels_of("reference", exact.spec)).forward(batch)[0]
+    limits = {"max_tokens": 64, "max_rows": 8}
+    kernels = load_kernels("cpu", packed.architecture, **limits)
+    ours = forward_logits(Transformer(packed.architecture, dict(packed.tensors), kernels, num_pages=4, dtype=None, **limits), batch)[0]
+    assert (ours - expected).norm() < 0.06 * expected.norm()        # activations are int8; a wrong row would make it 1
 
 
 @pytest.mark.parametrize("form", ["folder", "file", "older file"])
