@@ -22,7 +22,6 @@ SCRIPT = Path(cs.__file__).resolve()
 needs_core = pytest.mark.skipif(core.decode_core() is None, reason="the compiled core is not installed")
 CPU_OPS = {"embed", "gather_rows", "rms_norm", "layer_norm", "copy", "mix", "smear", "backout", "softcap", "rope_append",
            "paged_attention", "paged_attention q8_0", "sample"}
-LATENT_OPS = {"absorb", "append_latents", "by_head", "latent attention"}        # which are proved and not measured
 
 
 def check(*arguments, script=SCRIPT, **environment):

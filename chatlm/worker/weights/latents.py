@@ -16,8 +16,8 @@ from chatlm.worker.model.blocks.norms import RmsNorm
 from chatlm.worker.weights import mixtures
 from chatlm.worker.weights.family import (
     EXPERTS, Family, Gguf, Header, expert_tensors, separate_experts, without_draft_heads)
-from chatlm.worker.weights.mixtures import CHOICE_BIAS, DENSE_FIRST, DRAFTS, GROUPS, KEYS, SHARED
-from chatlm.worker.weights.mixtures import shared_tensors, shared_width
+from chatlm.worker.weights.mixtures import (
+    CHOICE_BIAS, DENSE_FIRST, DRAFTS, GROUPS, KEYS, SHARED, shared_tensors, shared_width)
 from chatlm.worker.weights.model_of import feed_of, stream_eps
 from chatlm.worker.weights.rules import MOST_CHANNELS, Rule, check_divides, checked, router_groups
 from chatlm.worker.weights.sources import KV_UP

@@ -7,12 +7,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from chatlm.common.config import Settings
+from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
+from chatlm.common.hub.find import resolve_model
 from chatlm.common.text.load import open_tokenizer
+from chatlm.worker.build import build_engine
+from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.adapters import adapter_reader
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.huggingface import hf_spec
-from engines import tensors_of
+from engines import forward_logits, make_batch, tensors_of
 from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, transformer
 from fp8 import save_fp8
 from lora import adapt
@@ -23,6 +29,9 @@ from tiny_gguf import small_gguf_metadata, write_gguf
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+BACKENDS = ["reference", *["decode_core"] * (decode_core() is not None)]
+
+
 def test_keys_and_values_in_one_matrix_are_those_in_two(tmp_path):
     """A GGUF file of before 2025 gives the tensors of one of today."""
     model = make_model("deepseek3")
@@ -30,6 +39,21 @@ def test_keys_and_values_in_one_matrix_are_those_in_two(tmp_path):
     two = load(as_gguf(tmp_path / "two.gguf", model))
     assert one.spec == two.spec
     assert all(torch.equal(tensor, tensors_of(two)[name]) for name, tensor in tensors_of(one).items())
+
+
+@pytest.mark.skipif(decode_core() is None, reason="weights stay as stored only where decode_core runs")
+@pytest.mark.parametrize("whole", [False, True], ids=["two matrices", "one"])
+def test_packed_heads_compute_their_values(tmp_path, whole):
+    """Heads' matrices of a quantized file stay packed, and compute what their values say."""
+    path = as_gguf(tmp_path / "tiny.gguf", make_model("deepseek3", kv_lora_rank=64), quantized=True, whole=whole)
+    exact, packed = load(path), load(path, None)
+    assert {packed.tensors[f"1.{name}"].read().kind for name in ("k_up", "v_up", "queries_up")} == {"q8_0"}
+    batch = make_batch((list(range(3, 43)), 0, 40, [0, 1, 2]))
+    expected = transformer(exact, kernels_of("reference", exact.spec)).forward(batch)[0]
+    limits = {"max_tokens": 64, "max_rows": 8}
+    kernels = load_kernels("cpu", packed.architecture, **limits)
+    ours = forward_logits(Transformer(packed.architecture, dict(packed.tensors), kernels, num_pages=4, dtype=None, **limits), batch)[0]
+    assert (ours - expected).norm() < 0.06 * expected.norm()        # activations are int8; a wrong row would make it 1
 
 
 @pytest.mark.parametrize("form", ["folder", "file", "older file"])
@@ -48,7 +72,21 @@ def test_fp8_blocks_may_end_within_a_matrix(tmp_path):
     cases = clear_cases(model, lengths=(9, 40))
     ours = load(folder)
     assert "from FP8" in ours.description
-    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases), cases)
+    for backend in BACKENDS:
+        check(answers(transformer(ours, kernels_of(backend, ours.spec)), cases), cases)
+
+
+def test_queries_of_mistral_4_grow(tmp_path):
+    """Beyond its first context Mistral 4's whole queries grow, in a folder and in a file that cannot say it."""
+    rope = make_model("mistral4").config.rope_parameters | {"original_max_position_embeddings": 64}
+    model = make_model("mistral4", rope_parameters=rope)
+    cases = clear_cases(model, lengths=(9, 150))
+    assert load(save(model, tmp_path / "model")).context_length == 64       # unless more is asked for
+    for path in tmp_path / "model", as_gguf(tmp_path / "model.gguf", model):
+        ours = load(path, context_length=512)
+        assert ours.spec.q_growth == pytest.approx((0.1, 64))
+        for backend in BACKENDS:
+            check(answers(transformer(ours, kernels_of(backend, ours.spec)), cases), cases)
 
 
 def test_an_adapter_of_all_matrices_is_merged_as_by_peft(tmp_path):
@@ -178,3 +216,10 @@ def test_a_server_answers_as_transformers(tmp_path, more):
             assert answer["choices"][0]["text"].rstrip("\ufffd") == expected.rstrip("\ufffd")     # a character may be cut
         [worker] = get(url + "/stats")["workers"]
         assert worker["kv_token_bytes"] == 3 * (48 + 16) * 4
+
+
+def test_pages_of_8_bits_are_refused(tmp_path):
+    """Latents are no power of two, so q8_0 pages of them are refused before anything is loaded."""
+    settings = Settings(model=str(save(make_model("youtu"), tmp_path)), kv_cache_dtype="q8_0", kv_cache_memory=1 << 20)
+    with pytest.raises(ConfigError, match="--kv-cache-dtype q8_0: all layers have heads of 48; q8_0 needs heads whose size is a power of two"):
+        build_engine(resolve_model(settings), settings, torch.device("cpu"))
