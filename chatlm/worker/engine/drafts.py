@@ -39,11 +39,11 @@ NO_DRAFT = Draft()
 class DraftSource(Protocol):
     """What proposes drafts. A draft is verified by the model's own draws, so no source changes a token.
 
-    `name` is a field of DraftCounts. One that `rests` is asked less often while its drafts do not pay. `begin`
-    hears of a sequence when it is queued, `end` once it has ended, failed or been cancelled, `forget` that
-    another model needs the memory. `propose` is called between steps with sequences whose tokens are all known
-    and of which one is not computed; it returns a draft, or NO_DRAFT, for each. `judge` hears afterwards how
-    many of a draft's tokens were verified, and how many of these were right."""
+    `name` is a field of DraftCounts. One that `rests` is asked less often while its drafts do not pay.
+    `begin` hears of a sequence when it is queued, `end` once it has ended, failed or been cancelled, `forget`
+    that another model needs the memory. `propose` is called between steps with sequences whose tokens are
+    all known and of which one is not computed; it returns a draft, or NO_DRAFT, for each. `judge` hears
+    afterwards how many of a draft's tokens were verified, and how many of these were right."""
 
     name: str
     rests: bool
