@@ -9,7 +9,7 @@ import secrets
 import struct
 import sys
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence as Seq
 from contextlib import aclosing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -74,9 +74,9 @@ async def embed(settings: Settings) -> int:
 
 
 async def embedded(pool: WorkerPool, settings: Settings,
-                   batches: Iterator[TextBatch]) -> AsyncGenerator[tuple[TextBatch, list[list[float]]], None]:
+                   batches: Iterator[TextBatch]) -> AsyncGenerator[tuple[TextBatch, list[Seq[float]]], None]:
     """The vectors of each batch, in order; the next ones are computed meanwhile."""
-    under_way: list[tuple[TextBatch, asyncio.Task[list[list[float]]]]] = []
+    under_way: list[tuple[TextBatch, asyncio.Task[list[Seq[float]]]]] = []
     try:
         for batch in batches:
             under_way.append((batch, asyncio.create_task(vectors_of(pool, settings, batch))))
@@ -92,11 +92,11 @@ async def embedded(pool: WorkerPool, settings: Settings,
         await asyncio.gather(*(task for _, task in under_way), return_exceptions=True)
 
 
-async def vectors_of(pool: WorkerPool, settings: Settings, batch: TextBatch) -> list[list[float]]:
+async def vectors_of(pool: WorkerPool, settings: Settings, batch: TextBatch) -> list[Seq[float]]:
     known = known_about(pool, settings)
     body = {"inputs": batch.texts, "truncate": settings.truncate, "dimensions": settings.dimensions,
             "prompt_name": settings.prompt_name}
-    found: list[list[float]] = [[]] * len(batch.texts)
+    found: list[Seq[float]] = [[]] * len(batch.texts)
     try:
         check_route("/embed", known)
         request = replace(read_embedding_body(body, known, "tei embed").request, id=secrets.token_hex(16))
@@ -199,7 +199,7 @@ class Vectors:
         return b"\x93NUMPY\x01\x00" + (NPY_HEADER - 10).to_bytes(2, "little") + \
             about.encode().ljust(NPY_HEADER - 11) + b"\n"
 
-    def write(self, vectors: list[list[float]]):
+    def write(self, vectors: list[Seq[float]]):
         with self._named_errors():
             for vector in vectors:
                 self.width = len(vector)
