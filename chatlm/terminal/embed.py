@@ -103,7 +103,7 @@ async def vectors_of(pool: WorkerPool, settings: Settings, batch: TextBatch) -> 
         async with aclosing(pool.answer(request)) as events:
             async for event in events:
                 if isinstance(event, Embedding):
-                    found[event.choice] = decoded_vector(event)
+                    found[event.choice] = [*decoded_vector(event)]
     except RequestError as error:
         last = batch.first + len(batch.texts) - 1
         raise RequestError(f"lines {batch.first:,} to {last:,} of {visible(settings.texts or '')}: {error}",
