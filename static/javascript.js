@@ -30,7 +30,9 @@ function run(code, signal) {
 }
 
 Parts.register({
-  strings: {codeFrame: "Code that runs", codeLost: "The code did not answer, and was ended."},
+  strings: {
+    codeFrame: "Code that runs", codeLost: "The code did not answer, and was ended.",
+  },
 });
 
 return Object.freeze({run});

@@ -1,7 +1,6 @@
-// Tools that run: which ones a chat has, the reader's approval of each call, running it, and sending the results back.
+// Tools that run: which a chat has, the reader's approval of each call, running it, and sending the results back.
 //
-// `Chat` asks `wanted` what to send with a question, and tells `take` when an answer with calls has ended. A call waits for the reader unless it was allowed before;
-// once all calls of an answer have results, the model goes on. The server only runs what the page posts.
+// `Chat` asks `wanted` what to send with a question, and tells `take` when an answer with calls has ended. Once all its calls have results, the model goes on.
 "use strict";
 
 const Tools = (() => {
@@ -45,7 +44,7 @@ async function load(anew = false) {
 
 const chosen = chat => (chat.tools ?? []).map(name => state.tools.get(name)).filter(Boolean);
 
-// What a question sends beside the chat's parameters: its own functions and the chosen tools; after too many rounds none, so that the model answers.
+// What a question sends beside the chat's parameters; after too many rounds no tools, so that the model answers.
 async function wanted(chat, node, parameters) {
   if (!chat.tools?.length || !Server.model.can.tools) return {};
   await load();
@@ -188,8 +187,8 @@ function partOf(call, node) {
     box.append(element("p", {className: "hint", textContent: one.text}), element("button", {type: "button", className: "plain", textContent: TEXT.cancelCall, onclick: () => cancel(call)}));
     return box;
   }
-  const notes = [call.changed ? TEXT.toolChanged : "", call.begun && !call.changed ? TEXT.begunBefore : ""].filter(Boolean);
-  box.append(element("p", {className: "hint", textContent: call.about}), ...notes.map(textContent => element("p", {className: "alert", textContent})));
+  const note = call.changed ? TEXT.toolChanged : call.begun ? TEXT.begunBefore : "";
+  box.append(element("p", {className: "hint", textContent: call.about}), ...(note ? [element("p", {className: "alert", textContent: note})] : []));
   const ways = [[TEXT.allowOnce, () => allow(call, node, "once"), "primary"], [TEXT.allowInChat, () => allow(call, node, "chat"), "plain"],
     [TEXT.allowAlways, () => allow(call, node, "always"), "plain"], [TEXT.allowNo, () => deny(call, node), "plain"]];
   const row = element("div", {className: "line"}, ...ways.map(([textContent, onclick, className]) => element("button", {type: "button", className, textContent, onclick})));
