@@ -11,8 +11,8 @@ const AT_ONCE = 4;                // calls of one answer that run at the same ti
 const EQUAL_CALLS = 2;            // of one question; the model is told not to call again
 const FOLDED = 400;               // characters of a result above which it is folded
 
-// The page's own tool; it needs no server. Not on pages opened from files, where the frame would lack its header.
-const JAVASCRIPT = {name: "run_javascript", server: "page", tool: "run_javascript", title: "JavaScript", ask: true, digest: "page 1", enforced: true, annotations: {},
+// The page's own tool. Not on pages opened from files, where the frame would lack its header.
+const JAVASCRIPT = {name: "run_javascript", server: "page", tool: "run_javascript", title: "JavaScript", ask: true, digest: "page 1", enforced: true,
   description: "Runs JavaScript, as the body of an async function, without network and storage. What it returns and logs is the result. It has 10 seconds.",
   parameters: {type: "object", properties: {code: {type: "string"}}, required: ["code"], additionalProperties: false}};
 const OWN = location.protocol === "file:" ? [] : [JAVASCRIPT];
@@ -165,7 +165,7 @@ function finish(call, {text, is_error: failed = false, images = [], cut = 0, ms 
 
 const keep = node => Chat.keepCalls(node);
 
-// Lets the model go on once every call has a result, in the chat that is shown; in another one its reader does it.
+// Lets the model go on once every call has a result, if its chat is shown.
 function goOn(node, chat) {
   Page.render();
   const isLast = Chat.lastNode() === node;
@@ -207,7 +207,7 @@ function resultOf(box, call) {
   return box;
 }
 
-// What decides how a card looks, beside the node: the view draws it again when this differs.
+// A card is drawn again when this differs.
 const lookOf = calls => calls.map(call => running.get(call.id)?.text ?? "").join("\n");
 
 // choosing --------------------------------------------------------------------------------------------------------------

@@ -381,7 +381,7 @@ function checkedChat(chat) {
 function checkedNode(node) {
   const {attachments, timings, parameters, calculator, calls, ...fields} = pick(node, NODE_FIELDS), calculations = Calculator.checked(calculator, node.content);
   if (calculations.length && fields.role === "assistant") fields.calculator = calculations;
-  // not what tools.js keeps there: a file could show the reader another tool than the one that would run
+  // without what tools.js keeps there: a file could show another tool than the one that would run
   if (calls) fields.calls = calls.map(({id, name, arguments: text, result}) => ({id, name, arguments: text, ...(isText(result) ? {result} : {})}));
   const good = ({name, at, length} = {}) => isText(name) && Number.isInteger(at) && Number.isInteger(length) &&
     at >= 0 && length > 0 && at + length <= node.content.length;
