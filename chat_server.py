@@ -519,7 +519,7 @@ def create_app(catalogue: Catalogue, settings: Settings, store: Store | None = N
     middlewares: list[Any] = [partial(access_log.log), errors, partial(front.access.guard)]
     app = web.Application(middlewares=list(map(web.middleware, middlewares)))
     app.on_response_prepare.append(front.access.set_headers)
-    app.on_startup.extend((front.ledger.open, front.history.open, front.batches.start, front.tools.start))
+    app.on_startup.extend((front.ledger.open, front.history.open, front.tools.start, front.batches.start))
     closing = (front.history, front.batches, front.recordings, front.downloads, front.exports, front.tools,
                front.kept, front.ledger, store)
     for part in filter(None, closing):
