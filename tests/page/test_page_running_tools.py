@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import fake_tools
-from browsing import (SLOW_MS, answers, ask, button, expect, expect_accessible, expect_answered, menu, needs_browser, open_page, started_server)
+from browsing import (SLOW_MS, answers, ask, button, expect, expect_accessible, expect_answered, needs_browser, open_page, started_server)
 
 pytestmark = needs_browser
 
@@ -15,7 +15,7 @@ pytestmark = needs_browser
 @pytest.fixture(scope="module")
 def tool_url(tmp_path_factory):
     config = tmp_path_factory.mktemp("tools") / "mcp.json"
-    program = {"command": sys.executable, "args": [fake_tools.__file__]}
+    program = {"command": sys.executable, "args": [fake_tools.__file__], "cwd": str(config.parent)}  # where a model may name any file
     config.write_text(json.dumps({"mcpServers": {"fake": program, "free": {**program, "alwaysAllow": ["add"]}, "lost": {"command": "no-such-program"}}}))
     with started_server("--mcp-config", str(config), "--tool-rounds", "2", "--tool-result", "600", "--kv-cache-memory", "60M") as url:
         yield url

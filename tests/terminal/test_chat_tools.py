@@ -12,7 +12,7 @@ from browsing import fake_front
 from chatlm.terminal.conversation import read_chats
 from fake_pool import FakePool, Letters
 from piped_chats import chat_with
-from test_terminal import chatting
+from typed_chats import chatting
 
 ADD = '<tool_call>\n{"name": "fake__add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
 COUNT = '<tool_call>\n{"name": "fake__count", "arguments": {"path": "PATH"}}\n</tool_call>'

@@ -18,7 +18,7 @@ from chatlm import __version__
 from chatlm.front.aio import supervised
 from chatlm.front.tools.http import HttpRefusal, SessionLost, header_value
 from chatlm.front.tools.results import ToolResult, result_of_call
-from chatlm.front.tools.transport import Message, Refusal, ServerGone, ToolError, Transport
+from chatlm.front.tools.transport import Message, Refusal, ToolError, Transport
 
 MODERN = "2026-07-28"
 LEGACY = "2025-11-25"  # the newest with a handshake; a server names an older one if it has only that
