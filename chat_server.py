@@ -148,8 +148,7 @@ from chatlm.cli import (
     as_quantize, asks_for_json, hide_api_keys, parse_command_line, parse_store_words)
 from chatlm.common.config import Settings
 from chatlm.common.errors import (
-    ChatServerError, ConfigError, Overloaded, RequestError, bad_value, check_library, lack_of_memory,
-    visible)
+    ChatServerError, ConfigError, RequestError, bad_value, check_library, lack_of_memory, visible)
 from chatlm.common.interrupts import raised_interrupts
 from chatlm.common.log import ProgressDisplay, json_handler, log, output_as_log, start_logging, tell
 from chatlm.common.memory import collect_from_now_on, give_memory_back, share_heap, tune_gc
