@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from browsing import ROOT, expect, needs_browser, open_page
+from browsing import ROOT, expect, needs_browser, open_page, visitor
 
 pytestmark = needs_browser
 FRAME = (ROOT / "static/javascript.html").read_text()
@@ -39,6 +39,14 @@ def listener():
     server.shutdown()
 
 
+@pytest.fixture(scope="module")
+def shared(browser, server_url):
+    """A page for all tests here: each code gets a frame of its own."""
+    with visitor(browser) as page:
+        open_page(page, server_url)
+        yield page
+
+
 def run(page, code):
     """The result of code, as the page gets it."""
     return page.evaluate("async code => { await Parts.need('javascript'); return await Javascript.run(code); }", code)
@@ -48,18 +56,16 @@ def run(page, code):
     ("return 6 * 7", "42"), ("return {a: [1, 2]}", '{\n "a": [\n  1,\n  2\n ]\n}'), ("console.log('one', 2); console.warn({}); return 'last'", "one 2\n{}\nlast"),
     ("await new Promise(end => setTimeout(end, 10)); return 'later'", "later"), ("", "(nothing was returned or logged)"),
     ("const a = {}; a.a = a; return a", "[object Object]"), ("return undefined", "(nothing was returned or logged)")])
-def test_code_returns_and_logs(page, server_url, code, text):
-    open_page(page, server_url)
-    result = run(page, code)
+def test_code_returns_and_logs(shared, code, text):
+    result = run(shared, code)
     assert result["text"] == text and not result["is_error"] and result["cut"] == 0
-    expect(page.locator("iframe")).to_have_count(0)
+    expect(shared.locator("iframe")).to_have_count(0)
 
 
 @pytest.mark.parametrize("code, text", [("throw new Error('no')", "Error: no"), ("return (", "SyntaxError"), ("return missing", "missing is not defined"),
                                         ("return eval('1')", "EvalError"), ("return new Function('return 1')()", "EvalError")])
-def test_errors_are_results(page, server_url, code, text):
-    open_page(page, server_url)
-    result = run(page, code)
+def test_errors_are_results(shared, code, text):
+    result = run(shared, code)
     assert text in result["text"] and result["is_error"]
 
 
@@ -76,29 +82,27 @@ WAYS_OUT = {
 
 
 @pytest.mark.parametrize("way", WAYS_OUT)
-def test_no_way_leads_out(page, server_url, listener, way):
+def test_no_way_leads_out(shared, server_url, listener, way):
     """Neither to this machine's network nor to the page or its storage."""
     address, heard = listener
-    open_page(page, server_url)
-    result = run(page, WAYS_OUT[way].replace("URL/", f"{address}/") + "; return 'out'")
+    result = run(shared, WAYS_OUT[way].replace("URL/", f"{address}/") + "; return 'out'")
     assert result["is_error"] and result["text"] != "out", result
-    assert heard == [] and page.evaluate("document.title") and page.url.startswith(server_url)
+    assert heard == [] and shared.evaluate("document.title") and shared.url.startswith(server_url)
 
 
-def test_messages_to_others_reach_nobody(page, server_url):
+def test_messages_to_others_reach_nobody(shared):
     """A channel's messages stay in the frame's own origin, which nobody shares."""
-    open_page(page, server_url)
-    page.evaluate("window.heard = []; const channel = new BroadcastChannel('x'); channel.onmessage = ({data}) => heard.push(data); 0")
-    run(page, "new BroadcastChannel('x').postMessage('hello'); await new Promise(end => setTimeout(end, 100)); return 1")
-    assert page.evaluate("heard") == []
+    shared.evaluate("window.heard = []; const channel = new BroadcastChannel('x'); channel.onmessage = ({data}) => heard.push(data); 0")
+    run(shared, "new BroadcastChannel('x').postMessage('hello'); await new Promise(end => setTimeout(end, 100)); return 1")
+    assert shared.evaluate("heard") == []
 
 
-def test_an_endless_loop_is_ended(page, server_url):
-    open_page(page, server_url)
-    result = run(page, "for (;;);")
+def test_an_endless_loop_is_ended(shared):
+    result = run(shared, "for (;;);")
     assert result["is_error"] and "took too long" in result["text"] and 9000 < result["ms"] < 14000
 
 
+@pytest.mark.slow      # two wait for the limit of ten seconds
 @pytest.mark.parametrize("code", ["const all = []; for (;;) all.push({all: [1, 2, 3]});", "let s = 'x'; for (;;) s += s + Math.random();",
                                   "const all = []; for (;;) all.push(new Uint8Array(1e8).fill(1));"])
 def test_too_much_memory_ends_only_the_code(page, server_url, code):
@@ -110,17 +114,15 @@ def test_too_much_memory_ends_only_the_code(page, server_url, code):
 
 @pytest.mark.parametrize("code", ["return 'x'.repeat(5e7)", "console.log('x'.repeat(5e7))", "postMessage('x'.repeat(5e7))", "for (let i = 0; i < 1e6; i++) console.log(i)",
                                   "for (let i = 0; i < 1e4; i++) postMessage(i)", "postMessage({said: 1, value: {}, error: null})"])
-def test_a_result_is_cut(page, server_url, code):
-    open_page(page, server_url)
-    assert len(run(page, code)["text"]) <= 8192
+def test_a_result_is_cut(shared, code):
+    assert len(run(shared, code)["text"]) <= 8192
 
 
-def test_running_code_can_be_cancelled(page, server_url):
-    open_page(page, server_url)
-    text = page.evaluate("""async () => { await Parts.need("javascript"); const controller = new AbortController(); setTimeout(() => controller.abort(), 100);
+def test_running_code_can_be_cancelled(shared):
+    text = shared.evaluate("""async () => { await Parts.need("javascript"); const controller = new AbortController(); setTimeout(() => controller.abort(), 100);
         return (await Javascript.run("for (;;);", controller.signal)).text; }""")
     assert text == "The user cancelled this call."
-    expect(page.locator("iframe")).to_have_count(0)
+    expect(shared.locator("iframe")).to_have_count(0)
 
 
 def test_the_frame_s_policy_admits_its_script_alone(page, server_url):

@@ -53,7 +53,7 @@ def refusal(path, **changes):
     with pytest.raises(ConfigError) as caught:
         read(path, **changes)
     text = str(caught.value)
-    assert "\n" not in text and len(text) < 900
+    assert "\n" not in text and len(text) < 1_200
     return text
 
 
