@@ -121,18 +121,21 @@ def chosen_experts(logits: numpy.ndarray, options: Mapping[str, Any]) -> numpy.n
         bias = options.get("choice_bias")
         if bias is not None:
             scores = scores + numpy.asarray(bias, numpy.float32)
-        scores = within_groups(scores, *options.get("groups", (1, 1)))
+    groups, kept = options.get("groups", (1, 1))
+    if kept < groups:
+        if not options.get("sigmoids"):  # sums of a group's experts are of their shares
+            powers = numpy.exp(scores - scores.max(1, keepdims=True))
+            scores = powers / powers.sum(1, keepdims=True)
+        scores = within_groups(scores, groups, kept, options.get("group_best", 2))
     count = 2 if options.get("jitter") is not None else options["chosen"]
     return first_ones(scores, count)
 
 
-def within_groups(scores: numpy.ndarray, count: int, kept: int) -> numpy.ndarray:
-    """The scores, but -inf outside the `kept` of `count` groups whose two best experts have the largest
-    sums."""
-    if kept >= count:
-        return scores
+def within_groups(scores: numpy.ndarray, count: int, kept: int, group_best: int) -> numpy.ndarray:
+    """The scores, but -inf outside the `kept` of `count` groups whose `group_best` best experts have the
+    largest sums."""
     groups = scores.reshape(len(scores), count, -1)
-    best = numpy.sort(groups, axis=2)[:, :, -2:].sum(2)
+    best = numpy.sort(groups, axis=2)[:, :, -group_best:].sum(2)
     is_kept = first_ones(best, kept)
     return numpy.where(is_kept[:, :, None], groups, -numpy.inf).reshape(scores.shape)
 

@@ -165,7 +165,8 @@ def test_activations_are_the_references():
 ROUTERS = (
     dict(chosen=3), dict(chosen=1), dict(chosen=16), dict(chosen=2, jitter=0.01), dict(chosen=4, sigmoids=True),
     dict(chosen=4, sigmoids=True, groups=(4, 2)), dict(chosen=4, sigmoids=True, groups=(4, 1), biased=True),
-    dict(chosen=6, sigmoids=True, groups=(8, 8), biased=True))
+    dict(chosen=6, sigmoids=True, groups=(8, 8), biased=True),
+    dict(chosen=3, groups=(4, 2)), dict(chosen=4, groups=(8, 3), group_best=1), dict(chosen=2, groups=(2, 1), group_best=2))
 
 
 @pytest.mark.parametrize("options", ROUTERS, ids=str)
@@ -182,7 +183,7 @@ def test_the_experts_of_a_token_are_those_of_the_reference(options, ties):
     elif options.get("sigmoids"):
         ids, _ = basic.sigmoid_routes(logits, options["chosen"], True, bias, options.get("groups", (1, 1)))
     else:
-        ids, _ = basic.routes(logits, options["chosen"], True)
+        ids, _ = basic.routes(logits, options["chosen"], True, options.get("groups", (1, 1)), group_best=options.get("group_best", 2))
     expected = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, True)
     found = experts.chosen_experts(logits.numpy(), options | {"choice_bias": None if bias is None else bias.numpy()})
     assert np.array_equal(found, expected.numpy())
