@@ -84,9 +84,7 @@ class Access:
         the server's own: --cors-origin does not count, since tools act on this machine."""
         if self.settings.keys:
             return REQUEST_LOG.get().tools
-        origin = http.headers.get("Origin")
-        site = http.headers.get("Sec-Fetch-Site", "none")
-        if origin is not None and not self.is_own(http, origin) or site not in ("none", "same-origin"):
+        if self.is_of_another_page(http, works=True):
             raise RequestError("pages of another origin may not use tools of a server without API keys",
                                status=403, code="origin_not_allowed")
         if not is_from_here(http):
@@ -129,16 +127,20 @@ class Access:
             return True
         return (name, port) == split_address(http.headers.get("Host", ""))
 
+    def is_of_another_page(self, http: web.Request, works: bool) -> bool:
+        """Whether a page of another origin sends this request. works: it makes the server work; a browser
+        that sends no Origin with it may still say that it comes from elsewhere."""
+        origin = http.headers.get("Origin")
+        site = http.headers.get("Sec-Fetch-Site", "none")
+        is_foreign = origin is not None and not self.is_own(http, origin)
+        return is_foreign or works and site not in ("none", "same-origin")
+
     def check_origin(self, http: web.Request, works: bool = False):
         """Refuse pages of other origins. A page that cannot read a response can still post a request, and so
         make the server work. works: this GET makes the server work too.
 
         Browsers send Origin with every post, but Sec-Fetch-Site only to addresses that they trust."""
-        origin = http.headers.get("Origin")
-        site = http.headers.get("Sec-Fetch-Site", "none")
-        is_foreign = origin is not None and not self.is_own(http, origin)
-        is_work = works or http.method not in ("GET", "HEAD")
-        if is_foreign or is_work and site not in ("none", "same-origin"):
+        if self.is_of_another_page(http, works or http.method not in ("GET", "HEAD")):
             self.check_admitted(http)
 
     def check_admitted(self, http: web.Request):

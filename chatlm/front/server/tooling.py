@@ -101,7 +101,7 @@ class ToolRoutes:
         return json_response(result_body(result))
 
     def _find(self, name: str, patterns: Mapping | Any) -> OfferedTool:
-        if not self.toolbox:
+        if not self.toolbox.servers:
             raise RequestError("the server was started without --mcp-config, so it has no tools", status=403,
                                code="not_available")
         offered = self.toolbox.offered()
@@ -123,7 +123,7 @@ class ToolRoutes:
     async def _events(self, offered: OfferedTool, arguments: Mapping[str, Any],
                       client: str) -> AsyncIterator[dict[str, Any]]:
         """The progress that the tool reports, the newest only, and at last its result."""
-        news = asyncio.Event()
+        news = asyncio.Event()  # there is progress, or the call has ended
         latest: dict[str, Any] = {}
 
         def report(progress: float, total: float | None, text: str):
@@ -131,14 +131,15 @@ class ToolRoutes:
             news.set()
 
         call = asyncio.ensure_future(self.toolbox.call(offered, arguments, client, report))
+        call.add_done_callback(lambda ended: news.set())
         try:
             while not call.done():
-                waiting = asyncio.ensure_future(news.wait())
-                await asyncio.wait((call, waiting), return_when=asyncio.FIRST_COMPLETED)
-                await end_tasks([waiting])
-                if news.is_set():
-                    news.clear()
-                    yield dict(latest)
+                await news.wait()
+                news.clear()
+                if latest:
+                    event = dict(latest)
+                    latest.clear()
+                    yield event
             yield {"type": "result", **result_body(call.result())}
         finally:
             await end_tasks([call])

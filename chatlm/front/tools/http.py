@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, suppress
@@ -14,7 +13,7 @@ from chatlm.common.jsontext import dump
 from chatlm.front.lazy import aiohttp
 from chatlm.front.tools.config import ServerConfig
 from chatlm.front.tools.transport import (
-    MESSAGE_BYTES, Hear, Message, Refusal, ServerGone, ToolError, result_of)
+    MESSAGE_BYTES, Hear, Message, Refusal, ServerGone, ToolError, messages_in, result_of)
 
 CONNECT_S = 10.0
 STREAM_BYTES = 64 << 20  # of one answer's events together
@@ -152,16 +151,6 @@ async def read_bounded(content: aiohttp.StreamReader) -> bytes:
         if len(data) > MESSAGE_BYTES:
             raise ToolError(f"its answer has more than {MESSAGE_BYTES:,} bytes", unknown_outcome=True)
     return bytes(data)
-
-
-def messages_in(data: bytes) -> list[Message]:
-    """The messages of a JSON text: one, or a list; none if it is anything else."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return []
-    values = value if isinstance(value, list) else [value]
-    return [message for message in values if isinstance(message, dict)]
 
 
 async def messages_of_events(content: aiohttp.StreamReader) -> AsyncIterator[Message]:

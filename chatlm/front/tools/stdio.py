@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,19 +13,21 @@ from chatlm.common.log import log
 from chatlm.common.processes.start import PROCESS_COMMAND, exit_in_words
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.tools.config import ServerConfig
-from chatlm.front.tools.transport import MESSAGE_BYTES, Hear, Message, ServerGone, result_of
+from chatlm.front.tools.transport import (
+    MESSAGE_BYTES, Hear, Message, ServerGone, messages_in, result_of)
 
 KEPT_VARIABLES = ("HOME", "PATH", "LANG", "USER", "TMPDIR")
+# Which our own Python needs besides
+PYTHON_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "XDG_CACHE_HOME")
 STDERR_CHARACTERS = 2_000  # of the end of what the program wrote there, kept for the reason of a failure
 CLOSE_S = 1.0              # a program that ends when its stdin ends has this long
 END_S = 5.0                # and then its guard has this long to end it
 READ_BYTES = 1 << 16
 
 
-def program_environment(config: ServerConfig, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What a program gets: a few variables of ours, and those of its config. Never our keys and tokens."""
-    kept = {name: environment[name] for name in KEPT_VARIABLES if name in environment}
-    return kept | dict(config.env)
+def variables(*names: str) -> dict[str, str]:
+    """Those of our environment's variables that are set."""
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 class StdioTransport:
@@ -53,14 +54,15 @@ class StdioTransport:
             process = await asyncio.create_subprocess_exec(
                 *PROCESS_COMMAND, "guard", str(theirs), pass_fds=[theirs], start_new_session=True,
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-                env=guard_environment(), limit=MESSAGE_BYTES)
+                env=variables(*KEPT_VARIABLES, *PYTHON_VARIABLES), limit=MESSAGE_BYTES)
         except BaseException:
             os.close(ours)
             raise
         finally:
             os.close(theirs)
         transport = cls(process, ours, hear, config.label)
-        wanted = {"command": config.command, "env": program_environment(config), "cwd": config.cwd}
+        env = variables(*KEPT_VARIABLES) | dict(config.env)  # never our keys and tokens
+        wanted = {"command": config.command, "env": env, "cwd": config.cwd}
         await asyncio.to_thread(write_all, ours, dump(wanted) + b"\n")
         return transport
 
@@ -107,14 +109,10 @@ class StdioTransport:
         self._end(why)
 
     def _take(self, line: bytes):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            log.debug("tool server %s wrote a line that is not JSON: %.200r", self.label, line)
-            return
-        for message in value if isinstance(value, list) else [value]:  # revision 2025-03-26 has lists
-            if not isinstance(message, dict):
-                continue
+        messages = messages_in(line)
+        if not messages:
+            log.debug("tool server %s wrote a line that is no message: %.200r", self.label, line)
+        for message in messages:
             if "method" in message:
                 self.hear(message)
                 continue
@@ -167,13 +165,6 @@ class StdioTransport:
             with suppress(ProcessLookupError):
                 self.process.kill()  # Linux then kills the program, and what it has started is its parent's
         await end_tasks([self.reading, self.draining])
-
-
-def guard_environment() -> dict[str, str]:
-    """What our own Python needs in the guard; its program gets what the pipe says."""
-    wanted = ("HOME", "PATH", "LANG", "USER", "TMPDIR", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH",
-              "VIRTUAL_ENV", "XDG_CACHE_HOME")
-    return {name: os.environ[name] for name in wanted if name in os.environ}
 
 
 def write_all(descriptor: int, data: bytes):

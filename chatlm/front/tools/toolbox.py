@@ -40,11 +40,18 @@ class OfferedTool:
     server: ToolServer
     tool: Tool
     ask: bool  # whether a person must approve each call
-    digest: str  # of what the person has approved: another description is another tool
 
     @property
     def label(self) -> str:
         return self.server.config.label
+
+    @property
+    def digest(self) -> str:
+        """Of what a person approves: another description is another tool."""
+        tool = self.tool
+        said = as_json([self.label, tool.name, tool.title, tool.description, tool.parameters,
+                        tool.annotations])
+        return hashlib.sha256(said.encode("utf-8", "replace")).hexdigest()[:16]
 
     @property
     def function(self) -> dict[str, Any]:
@@ -62,11 +69,6 @@ def model_name(label: str, tool: str) -> str:
         return name
     mark = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
     return f"{allowed[:NAME_CHARACTERS - 9]}_{mark}"
-
-
-def digest_of(label: str, tool: Tool) -> str:
-    said = as_json([label, tool.name, tool.title, tool.description, tool.parameters, tool.annotations])
-    return hashlib.sha256(said.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def asks(config: ServerConfig, tool: Tool) -> bool:
@@ -137,9 +139,6 @@ class Toolbox:
         configs = read_mcp_config(settings.mcp_config) if settings.mcp_config else ()
         return cls(configs, settings.tool_timeout, settings.tool_result)
 
-    def __bool__(self) -> bool:
-        return bool(self.servers)
-
     def start(self):
         for server in self.servers:
             if server.config.warning:
@@ -164,9 +163,8 @@ class Toolbox:
             for tool in sorted(server.tools.values(), key=lambda one: one.name):
                 if server.state is not State.READY:
                     continue
-                label = server.config.label
-                offered = OfferedTool(model_name(label, tool.name), server, tool, asks(server.config, tool),
-                                      digest_of(label, tool))
+                name = model_name(server.config.label, tool.name)
+                offered = OfferedTool(name, server, tool, asks(server.config, tool))
                 size += len(as_json(offered.function))
                 if len(found) < MOST_TOOLS and size <= MOST_BYTES:
                     found[offered.name] = offered

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -65,6 +66,17 @@ class Transport(Protocol):
 
     async def close(self):
         """End the connection, and the program if there is one."""
+
+
+def messages_in(data: bytes) -> list[Message]:
+    """The messages of a JSON text: one, or a list, as revision 2025-03-26 has it; none if it is anything
+    else."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return []
+    values = value if isinstance(value, list) else [value]
+    return [message for message in values if isinstance(message, dict)]
 
 
 def result_of(response: Message) -> Any:
