@@ -180,8 +180,6 @@ from chatlm.front.server.describe import (
     stats_body)
 from chatlm.front.server.downloading import DOWNLOAD_ROUTES, DownloadRoutes
 from chatlm.front.server.exporting import EXPORT_ROUTES, ExportRoutes
-from chatlm.front.server.tooling import TOOL_ROUTES, ToolRoutes
-from chatlm.front.tools.toolbox import Toolbox
 from chatlm.front.server.files import FILE_ROUTES
 from chatlm.front.server.history import History
 from chatlm.front.server.ledger import LEDGER_ROUTES, Ledger, claim_of
@@ -193,7 +191,9 @@ from chatlm.front.server.responses import (
 from chatlm.front.server.routes import Api, Route, RouteTable
 from chatlm.front.server.runs import RUN_ROUTES, RunRoutes
 from chatlm.front.server.streams import EventStream
+from chatlm.front.server.tooling import TOOL_ROUTES, ToolRoutes
 from chatlm.front.store.store import Store, open_store
+from chatlm.front.tools.toolbox import Toolbox
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Accepted, Event, Request
@@ -226,7 +226,7 @@ class Front:
         self.recordings = Recordings()
         self.downloads = DownloadRoutes(catalogue, self.bodies, self.access)
         self.exports = ExportRoutes(catalogue, self.bodies, self.access)
-        toolbox = toolbox or Toolbox.of(settings)
+        toolbox = Toolbox.of(settings) if toolbox is None else toolbox
         self.tools = ToolRoutes(toolbox, settings, catalogue, self.bodies, self.access)
         self.kept = ResponseKeeper(store, self.bodies, self.owners, settings.keep_days)
         self.metrics = Metrics(catalogue, self.ledger, toolbox)

@@ -175,7 +175,11 @@ class Chain:
         """Latent attention of unusual sizes, with more heads than go through the latents together."""
         p = self.program
         dice = self.dice
-        heads, plain, kept, turned, values = 18, 32, 80, 16, 48
+        heads = 18
+        plain = 32   # numbers of a head's query that do not turn
+        turned = 16  # and that do
+        kept = 80    # numbers of a latent
+        values = 48  # numbers of a head's value
         angles = dice.normal(PAGES * self.script.PAGE_SIZE, turned // 2)
         tables = angles.cos(), angles.sin()
         queries = self.call("linear", x, self.matrix("f32", "queries", heads * (plain + turned)),

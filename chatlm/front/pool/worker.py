@@ -167,13 +167,12 @@ class Job:
         """Note a piece. Returns it as its reader gets it."""
         self._note_time()
         self.spent_s = piece.spent_s
-        tokens, deltas, logprobs = piece.tokens, piece.deltas, piece.logprobs
-        if deltas:
-            self.thinking = deltas[-1].kind == "reasoning"
+        if piece.deltas:
+            self.thinking = piece.deltas[-1].kind == "reasoning"
         if self.request.max_tokens == 0:  # scoring only; the worker draws a token all the same
-            tokens, deltas, logprobs = (), (), ()
-        self.output_ids += tokens
-        return Piece(tokens, deltas, logprobs, self.choice, gpu, self.left_s + self.spent_s)
+            piece = Piece()
+        self.output_ids += piece.tokens
+        return Piece(piece.tokens, piece.deltas, piece.logprobs, self.choice, gpu, self.left_s + self.spent_s)
 
     def _note_time(self):
         self.failovers = 0
