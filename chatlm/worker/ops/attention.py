@@ -6,10 +6,10 @@ it is a pair of PackedKv."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import operator
+import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -303,10 +303,15 @@ def shared_product(x, shared):
     return (x.flatten(1, 2) @ shared).unflatten(1, x.shape[1:3])
 
 
-@functools.lru_cache(maxsize=1)
+scratch_of_thread = threading.local()
+
+
 def scores_scratch(dtype, size):
-    """Memory for `size` scores. Every step uses the same, so that its pages stay mapped."""
-    return torch.empty(size, dtype=dtype)
+    """Memory for `size` scores. Every step of a thread uses the same, so that its pages stay mapped."""
+    scores = getattr(scratch_of_thread, "scores", None)
+    if scores is None or scores.dtype != dtype or len(scores) != size:
+        scores = scratch_of_thread.scores = torch.empty(size, dtype=dtype)
+    return scores
 
 
 def attend_chunk(q, k, v, mask, scale, softcap=0.0, sinks=None):

@@ -147,16 +147,18 @@ async def test_shown_adapter_names_lack_their_base_s_path(start, base, client, t
             assert (await ask(client, url, f"{base}@one", long, headers=headers, max_tokens=1))[1]["error"]["code"] == "context_length_exceeded"
 
 
-async def test_an_adapter_s_answer_outlasts_its_worker(start, base, client, tmp_path):
+async def test_an_adapter_s_answer_outlasts_its_worker(start, base, client, tmp_path, monkeypatch):
+    struck = tmp_path / "struck"
+    struck.mkdir()
+    monkeypatch.setenv("STRUCK", str(struck))
     folder = adapter(base, tmp_path / "one")
     pool = await start(f"one={folder}", num_workers=2)
     async with served(pool) as url:
         whole = await text_of(client, url, "one", max_tokens=200, ignore_eos=True)
-        asked = [asyncio.create_task(text_of(client, url, name, max_tokens=200, ignore_eos=True)) for name in ("one", "one", "", "one")]
-        while not any(job.output_ids for job in pool.dispatcher.jobs.values()):
-            await asyncio.sleep(0.005)
-        next(worker for worker in pool.workers if worker.jobs).kill()
+        asked = [text_of(client, url, name, max_tokens=200, ignore_eos=True, headers={"X-Request-Id": id})
+                 for name, id in [("one", "kill-decode-1"), ("one", "beside-1"), ("", "beside-2"), ("one", "beside-3")]]
         texts = await asyncio.gather(*asked)
+        assert [file.name for file in struck.iterdir()] == ["kill-decode-1"]
         assert texts[0] == texts[1] == texts[3] == whole != texts[2]
         shutil.rmtree(folder)
         pids = [worker.process.pid for worker in pool.workers]
@@ -172,19 +174,19 @@ async def test_an_adapter_s_answer_outlasts_its_worker(start, base, client, tmp_
 
 
 @pytest.mark.parametrize("sizes", by_day([{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}], {"tensor_parallel_size": 2}), ids=lambda sizes: next(iter(sizes)))
-async def test_ranks_give_each_adapter_the_same_text(sizes, start, base, client, tmp_path):
+async def test_ranks_give_each_adapter_the_same_text(sizes, start, base, client, tmp_path, monkeypatch):
     """It is the same alone, beside others and after a death."""
+    monkeypatch.setenv("STRUCK", str(tmp_path))
     words = [f"{name}={adapter(base, tmp_path / name, seed)}" for seed, name in enumerate(("one", "two"))]
     pool = await start(*words, **sizes)
     async with served(pool) as url:
         names = ["one", "", "two"]
         alone = [await text_of(client, url, name, max_tokens=60, ignore_eos=True) for name in names]
         assert len({*alone}) == 3
-        together = [asyncio.create_task(text_of(client, url, name, max_tokens=60, ignore_eos=True)) for name in names * 2]
-        while not all(job.output_ids for job in pool.dispatcher.jobs.values()) or not pool.dispatcher.jobs:
-            await asyncio.sleep(0.002)
-        pool.workers[0].kill()
+        ids = [f"beside-{number}" for number in range(5)] + ["kill-decode-1"]
+        together = [text_of(client, url, name, max_tokens=60, ignore_eos=True, headers={"X-Request-Id": id}) for name, id in zip(names * 2, ids)]
         assert await asyncio.gather(*together) == alone * 2
+        assert pool.workers[0].restarts == 1
 
 
 async def test_adapters_come_and_go_with_their_folders(start, base, client, tmp_path, monkeypatch, caplog):

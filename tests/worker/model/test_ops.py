@@ -1,6 +1,7 @@
 """Every torch op against its definition in float64 numpy, and the writing into given outputs."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -256,6 +257,17 @@ def test_a_window_reads_only_the_pages_it_reaches():
     batch = paged_batch(np.random.default_rng(0), [(1, 1600), (1, 1600), (20, 800)], 300, scattered=True)
     spans = KERNELS.plan_attention(batch, batch.positions, [64], "float32")[64]
     assert [span.mask.shape[-1] for span in spans] == [64, 96]        # 800 - 20 + 1 - 64 = 717, in the page that begins at 704
+
+
+def test_threads_do_not_share_memory_for_scores():
+    """Ranks that are threads of one process compute at the same time."""
+    def memory():
+        scores = attention.scores_scratch(torch.float32, 64)
+        assert attention.scores_scratch(torch.float32, 64) is scores
+        return scores
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(memory).result().data_ptr() != memory().data_ptr()
 
 
 # --- the table of kernels ----------------------------------------------------------------------------------------
