@@ -422,6 +422,18 @@ def kind_of_cpu():
     return name, next((name for flag, name in names.items() if flag in flags), platform.machine())
 
 
+def read_bandwidth(threads, size=512 << 20, rounds=4):
+    """GB/s at which `threads` threads together read memory that no cache holds: the median of some rounds."""
+    parts = [numpy.ones(size, numpy.uint8) for _ in range(threads)]
+    rates = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(rounds):
+            begun = time.perf_counter()
+            list(pool.map(numpy.max, parts))
+            rates.append(threads * size / (time.perf_counter() - begun) / 1e9)
+    return statistics.median(rates)
+
+
 def conditions(arguments):
     cpu, kind = kind_of_cpu()
     versions = {name: output_of(binary, "--version").partition("\n")[0] if binary else ""
@@ -429,6 +441,7 @@ def conditions(arguments):
     ik_args = shlex.join(arguments.ik_args) if arguments.ik_llama_server or arguments.ik_llama_bench else ""
     return {"date": time.strftime("%Y-%m-%d %H:%M"), "cpu": cpu, "kind of CPU": kind,
             "cpus": os.cpu_count(),
+            "memory is read at": f"{read_bandwidth(1):.1f} GB/s by one thread, {read_bandwidth(2):.1f} GB/s by two",
             "model": Path(arguments.model).name, "ours": output_of(sys.executable, "chat_server.py", "--version"),
             "commit": output_of("git", "describe", "--always", "--dirty"), **versions,
             "ik_llama.cpp args": ik_args, "rounds": arguments.rounds, "server args": shlex.join(arguments.server_args),
