@@ -1,0 +1,50 @@
+"""The tables of README.md and bench/RESULTS.md are those that bench/readme.py writes from bench/figures.json."""
+
+import json
+
+import pytest
+
+import readme
+
+
+def test_documents_have_the_tables_of_the_figures():
+    """If this fails: `python bench/readme.py`."""
+    for path, text in readme.documents(readme.read_runs()).items():
+        assert path.read_text() == text, path
+
+
+def test_runs_are_written_as_they_were_read(monkeypatch, tmp_path):
+    runs = readme.read_runs()
+    monkeypatch.setattr(readme, "FIGURES", tmp_path / "figures.json")
+    readme.write_runs(runs)
+    assert readme.read_runs() == runs
+
+
+def test_a_run_of_a_faster_machine_changes_both_tables():
+    runs = readme.read_runs()
+    best = json.loads(json.dumps(readme.best_run(runs)))
+    best |= {"machine": "B", "date": "2027-01-02", "commit": "abcdef0123"}
+    best["figures"]["16"] = {"unit": "tok/s", "ours": [900, 99_000, 99_100], "rivals": {"llama-server -t 1": 50, "llama-server -t 2": 1000}}
+    documents = readme.documents([*runs, best])
+    assert "| AVX2, 2027-01-02, abcdef0 | chat_server |" in documents[readme.README]
+    assert "| 16 clients, together | 99,000 tok/s | 1,000 tok/s | 99.0 |" in documents[readme.README]
+    assert "to 99.0 (AVX2)" in documents[readme.README]
+    assert "| machine B, 2027-01-02, abcdef0123 | ours" in documents[readme.RESULTS]
+    assert "| 16 clients together, tok/s | 99,000 (900 to 99,100) | 50 | 1,000 | 99.00 |" in documents[readme.RESULTS]
+
+
+def test_a_missing_table_is_named():
+    with pytest.raises(SystemExit, match="no table begins with"):
+        readme.with_table("# A\n\n| b |\n|---|\n", ["| c |"], r"\| d \|")
+
+
+def test_rows_of_a_comparison_become_figures():
+    """As bench/compare.py stores them with --json."""
+    rows = [{"figure": "single stream", "unit": "tok/s", "contestant": "ours", "values": [3, 1, None, 2], "probes": []},
+            {"figure": "single stream", "unit": "tok/s", "contestant": "llama-server -t 2", "values": [4.26, 5], "probes": []},
+            {"figure": "single stream: CPU time", "unit": "s", "contestant": "ours", "values": [9], "probes": []},
+            {"figure": "first token of 600", "unit": "ms", "contestant": "ours", "values": [7], "probes": []},
+            {"figure": "memory (PSS), room for 4,608 tokens, all used", "unit": "MB", "contestant": "ours", "values": [340.04], "probes": []}]
+    assert readme.figures_of(rows) == {
+        "single": {"unit": "tok/s", "ours": [1, 2, 3], "rivals": {"llama-server -t 2": 4.6}},
+        "prefill-600": {"unit": "ms", "ours": [7], "rivals": {}}, "memory": {"unit": "MB", "ours": [340.0], "rivals": {}}}
