@@ -164,8 +164,18 @@ def test_an_unrunnable_folder_is_not_downloaded(tmp_path, changes, said):
         assert "config.json" in hub.fetched() and "model.safetensors" not in hub.fetched()
 
 
+def test_a_config_alone_refuses_a_download(tmp_path):
+    """A family that is known and not computed is refused after its config.json, in one line that says what is missing."""
+    files = SMALL | {"config.json": json.dumps({"model_type": "kimi_linear"}).encode(), "chat_template.jinja": b"x", "model.safetensors": WEIGHTS}
+    with fake_hub(org__odd=files) as hub:
+        said = refused("org/odd", environment(tmp_path, hub))
+        assert "org/odd is not downloaded: config.json: this server cannot run kimi_linear: most of its layers are Kimi Delta Attention (KDA)" in said
+        assert hub.fetched() == ["config.json"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("metadata, said", [
+    ({"general.architecture": "llama4"}, "org/odd:odd.gguf is not downloaded: its file: this server cannot run llama4: its layers see only their own chunk"),
     ({"general.architecture": "rwkv7"}, "org/odd:odd.gguf is not downloaded: its file: this server cannot run rwkv7 yet; it runs: "),
     ({"tokenizer.ggml.pre": "unheard-of"}, "tokenizer.ggml.pre"), ({"llama.attention.odd": 3}, "llama.attention.odd is 3; this key is not supported in a llama model")])
 def test_an_unrunnable_gguf_is_refused_early(tmp_path, metadata, said):
@@ -201,9 +211,9 @@ PARTS = ["q8/a-Q8_0-00001-of-00002.gguf", "q8/a-Q8_0-00002-of-00002.gguf"]
     ("", ["README.md", "config.json", "model.safetensors", "tokenizer.json", "pytorch_model.bin", "onnx/model.onnx", "tokenizer_config.json",
           "consolidated.safetensors", "original/params.json"], ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]),
     ("", ["config.json", *SHARDS, "model.safetensors.index.json", "generation_config.json", "chat_template.jinja", "x.gguf"],
-     ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors.index.json", *SHARDS]),
+     ["config.json", "chat_template.jinja", "generation_config.json", "model.safetensors.index.json", *SHARDS]),
     ("", ["config.json", *SHARDS, "model.safetensors.index.json", "model.safetensors", "special_tokens_map.json", "added_tokens.json"],
-     ["added_tokens.json", "config.json", "special_tokens_map.json", "model.safetensors"]),
+     ["config.json", "added_tokens.json", "special_tokens_map.json", "model.safetensors"]),
     ("x", ["config.json", "model.safetensors", "x.gguf"], ["x.gguf"]), ("", ["config.json", "only.gguf"], ["only.gguf"]),
     ("", ["a-Q8_0.gguf", "a-Q4_K_M.gguf"], ["a-Q4_K_M.gguf"]), ("q8_0", ["a-Q4_0.gguf", *PARTS], PARTS),
     ("q8_0", ["a-Q8_0.gguf", "mmproj-a-Q8_0.gguf"], ["a-Q8_0.gguf"]), ("", ["a.gguf", "a-mmproj-f16.gguf", "x/imatrix_x.gguf"], ["a.gguf"]),

@@ -176,6 +176,8 @@ def fetch(repository: str, file: str, report: ReportBytes, limits: DownloadLimit
                 continue
             download_from_hub(hub, repository, name, disk, done)
             done += plan.sizes[name]
+            if name == "config.json":
+                refuse_early(repository, hub_path(hub, repository, [name], plan.revision))
         path = hub_path(hub, repository, plan.names, plan.revision)
         note_revision(hub_folder(hub, repository), plan.revision)
         return path
@@ -367,7 +369,8 @@ def folder_files(names: Set[str]) -> list[str]:
     if not weights:
         return []
     dense = {name for name in names if re.fullmatch(DENSE_FILES, name)}
-    return sorted(described) + sorted(weights | dense)
+    first = ["config.json"]  # many models are refused by it alone
+    return first + sorted(described.difference(first)) + sorted(weights | dense)
 
 
 MMPROJ_TYPES = ("f16", "bf16", "q8_0", "f32")  # best first

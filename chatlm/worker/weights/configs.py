@@ -15,8 +15,8 @@ from chatlm.worker.model.blocks.mixers import Mixer
 from chatlm.worker.weights.families import FAMILIES, TEXT_TYPES, VISION
 from chatlm.worker.weights.family import GATED, Family
 from chatlm.worker.weights.fp8 import fp8_block
-from chatlm.worker.weights.latents import REFUSED
 from chatlm.worker.weights.recipe import Attention, ModelSpec
+from chatlm.worker.weights.refused import REFUSED
 from chatlm.worker.weights.rope_scaling import ORIGINAL, ORIGINAL_RULE
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, ROPE_BASE,
@@ -134,6 +134,8 @@ def refuse_unknown(path: Path, family: str, raw: Mapping, known: Mapping):
 def family_config(path: Path, raw: Mapping) -> tuple[str, dict]:
     """The family of a config.json, and the checked values of the keys in its row and HF_DEFAULTS."""
     family = checked(path, "model_type", raw.get("model_type"), Rule(str))
+    if family not in FAMILIES | VISION:
+        raise ConfigError(f"{path}: {unsupported(family)}")
     if "quantization_config" not in FAMILIES.get(family, FAMILIES["llama"]).config:
         fp8_block(path, raw)  # refuses what is not read
     if family in VISION:

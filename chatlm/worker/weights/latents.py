@@ -355,13 +355,3 @@ FAMILIES = {
     "youtu": YOUTU,
     "mistral4": MISTRAL4,
     "minicpm3": MINICPM3}
-
-# ---- what is not computed: model_type or GGUF architecture -> why
-INDEXER = ("beyond index_topk tokens its layers see only the keys that a sparse indexer chooses, which this "
-           "server cannot compute yet")
-REFUSED = {
-    **dict.fromkeys("deepseek_v32 deepseek32 glm_moe_dsa glm-dsa axk2 mistral_large4 hy_v4".split(), INDEXER),
-    **dict.fromkeys(("kimi_linear", "kimi-linear", "bailing_hybrid", "glm5_next", "dots3_note"),
-                    "some of its layers have a linear attention that this server cannot compute yet"),
-    **dict.fromkeys(("longcat_flash", "deepseek_v4", "deepseek4"),
-                    "its layers are wired in a way that this server cannot compute yet")}

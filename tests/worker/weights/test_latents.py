@@ -163,7 +163,7 @@ def error_of(folder, config):
     ("glm-flash", {"mlp_layer_types": ["dense"]}, "mlp_layer_types is a list of 1; it must be a list of 3"),
     ("deepseek3", {"model_type": "deepseek_v32", "index_topk": 2048}, "cannot run deepseek_v32: beyond index_topk tokens its layers see only the keys"),
     ("deepseek3", {"model_type": "glm_moe_dsa"}, "cannot run glm_moe_dsa: beyond index_topk"),
-    ("deepseek3", {"model_type": "kimi_linear"}, "cannot run kimi_linear: some of its layers have a linear attention"),
+    ("deepseek3", {"model_type": "kimi_linear"}, "cannot run kimi_linear: most of its layers are Kimi Delta Attention (KDA)"),
     ("deepseek3", {"index_topk": 2048}, "index_topk is 2048; this key is not supported in a deepseek_v3 model")])
 def test_what_is_computed_otherwise_is_refused(name, changes, words, tmp_path):
     """A config that asks for other arithmetic is refused with the key and what it may have."""

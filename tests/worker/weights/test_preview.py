@@ -7,8 +7,9 @@ import pytest
 from chatlm.common.errors import ConfigError
 from chatlm.common.files import Truncated
 from chatlm.worker.weights import qwen_towers
-from chatlm.worker.weights.families import GGUF_FAMILIES
+from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES, VISION
 from chatlm.worker.weights.preview import preview_folder, preview_gguf, preview_main
+from chatlm.worker.weights.refused import REFUSED, ROWS
 from chatlm.worker.weights.towers import FILE_TOWERS
 from families import make_model, save
 from packers import PACKED
@@ -39,6 +40,34 @@ def test_a_gguf_file_is_refused_by_its_header(tmp_path, capsys, metadata, said):
     data, path = gguf_bytes(GOOD | metadata, random_llama()), tmp_path / "part"
     path.write_bytes(data[:-100_000])
     assert preview_main([str(path), str(len(data))]) == 1 and said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.types.split()[0])
+def test_what_is_not_computed_is_refused_early(tmp_path, row):
+    """By a folder's config.json alone, packed or not, and by a GGUF file's header; each with what is missing."""
+    for name in row.types.split():
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": name, "quantization_config": {"quant_method": "unheard-of"}}))
+        with pytest.raises(ConfigError, match=f"config.json: this server cannot run {name}: ") as refusal:
+            preview_folder(tmp_path)
+        assert row.reason in str(refusal.value) and "\n" not in str(refusal.value)
+    for name in row.files.split():
+        data, path = gguf_bytes(GOOD | {"general.architecture": name}, random_llama()), tmp_path / "part"
+        path.write_bytes(data[:-100_000])
+        with pytest.raises(ConfigError, match=f"this server cannot run {name}: ") as refusal:
+            preview_gguf(path, len(data))
+        assert row.reason in str(refusal.value)
+
+
+def test_nothing_is_both_served_and_refused():
+    assert not REFUSED.keys() & (FAMILIES.keys() | VISION.keys() | GGUF_FAMILIES.keys())
+    assert len(REFUSED) == len({name for row in ROWS for name in (*row.types.split(), *row.files.split())})
+
+
+def test_an_image_model_s_text_model_is_refused(tmp_path):
+    """A model with images is refused for what its text model lacks."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral3", "text_config": {"model_type": "mistral_large4_text"}}))
+    with pytest.raises(ConfigError, match="cannot run mistral_large4_text: beyond index_topk"):
+        preview_folder(tmp_path)
 
 
 @pytest.mark.parametrize("kind", FILE_TOWERS | qwen_towers.FILE_TOWERS)
