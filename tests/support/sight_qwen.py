@@ -17,13 +17,18 @@ TOWER = dict(depth=4, hidden_size=64, intermediate_size=112, num_heads=4, patch_
 IDS = dict(image_token_id=token("<|image_pad|>"), vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"))
 
 
-def make_qwen(kind, seed=0):
+KINDS = "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"      # model_types
+
+
+def make_qwen(kind, seed=0, hidden=32):
     import transformers
-    if kind == "qwen3_vl":
+    if kind.startswith("qwen3_vl"):
         rope = dict(rope_type="default", rope_theta=10_000.0, mrope_section=[4, 2, 2], mrope_interleaved=True)
-        config = transformers.Qwen3VLConfig(text_config=TEXT | dict(num_hidden_layers=3, head_dim=16, rope_parameters=rope), vision_config=TOWER | dict(deepstack_visual_indexes=[0, 2]),
-                                            tie_word_embeddings=False, **IDS)
-        maker = transformers.Qwen3VLForConditionalGeneration
+        experts = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=hidden, tie_word_embeddings=False) if kind == "qwen3_vl_moe" else {}
+        configure, maker = {"qwen3_vl": (transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration),
+                            "qwen3_vl_moe": (transformers.Qwen3VLMoeConfig, transformers.Qwen3VLMoeForConditionalGeneration)}[kind]
+        config = configure(text_config=TEXT | dict(num_hidden_layers=3, head_dim=16, rope_parameters=rope) | experts, vision_config=TOWER | dict(deepstack_visual_indexes=[0, 2]),
+                           tie_word_embeddings=False, **IDS)
     else:
         rope = dict(rope_type="default", rope_theta=10_000.0, mrope_section=[2, 1, 1], mrope_interleaved=True, partial_rotary_factor=0.25)
         text = dict(num_hidden_layers=4, head_dim=32, rope_parameters=rope, layer_types=["linear_attention", "full_attention"] * 2, linear_num_key_heads=2, linear_num_value_heads=4,
@@ -42,6 +47,13 @@ def save_qwen(folder, model):
     write(folder / "tokenizer_config.json", {"eos_token": "<end_of_utterance>"})
     (folder / "chat_template.jinja").write_text(TEMPLATE.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>"))
     write(folder / "preprocessor_config.json", dict(size=SIZES, patch_size=8, temporal_patch_size=2, merge_size=2, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3, rescale_factor=1 / 255))
+
+
+def as_published(folder):
+    """The folder of a Qwen3-VL-MoE with its experts' matrices as (E, in, out), as its makers have them."""
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.transpose(1, 2).contiguous() if ".mlp.experts." in name else tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def save_qwen_with_head(folder, model):
@@ -76,12 +88,17 @@ def qwen_logits(model, ids, pictures, layouts):
 
 
 def text_model(model):
-    """The text model alone. Of Qwen3-VL it is a Qwen3."""
+    """The text model alone. Of Qwen3-VL it is a Qwen3, with experts or without."""
     import transformers
     config = model.config.text_config
     if config.model_type == "qwen3_vl_text":
         text = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**TEXT, num_hidden_layers=3, head_dim=16, rope_parameters=dict(rope_type="default", rope_theta=10_000.0), tie_word_embeddings=False))
         text.config.model_type = "qwen3vl"      # as files call it
+    elif config.model_type == "qwen3_vl_moe_text":
+        experts = {key: getattr(config, key) for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size")}
+        text = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**TEXT, **experts, num_hidden_layers=3, head_dim=16, rope_parameters=dict(rope_type="default", rope_theta=10_000.0),
+                                                                            tie_word_embeddings=False))
+        text.config.model_type = "qwen3vlmoe"
     else:
         text = transformers.AutoModelForCausalLM.from_config(config)
     text = text.float()

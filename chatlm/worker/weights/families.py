@@ -127,6 +127,11 @@ def rope_of_hunyuan(path: Path, name: str, config: Mapping, rope: dict) -> dict:
     return {"rope_theta": theta * alpha**(size / max(size - 2, 1))}
 
 
+QWEN3_MOE = Family(
+    "Qwen3-MoE", QWEN | QWEN_EXPERTS | {"num_experts_per_tok": 8, "attention_bias": False},
+    HEAD_NORMS, expert_tensors("experts.{}", "gate"),
+    lambda config, layer: config["use_sliding_window"],
+    Gguf("qwen3moe", unsaid=lambda config: {"norm_topk_prob": True}))
 HUNYUAN = Family(
     "Hunyuan 0.5B to 7B", HUNYUAN_OTHER | {
         "attention_bias": False, "rms_norm_eps": 1e-5, "norm_type": "rms", "use_qk_norm": True,
@@ -158,11 +163,14 @@ FAMILIES = {  # by config.json's model_type
                     gguf=Gguf("qwen2 qwen2vl")),
     "qwen3": Family("Qwen3", QWEN | {"head_dim": 128, "attention_bias": False}, HEAD_NORMS,
                     has_window=qwen_window, gguf=Gguf("qwen3 qwen3vl")),
-    "qwen3_moe": Family(
-        "Qwen3-MoE", QWEN | QWEN_EXPERTS | {"num_experts_per_tok": 8, "attention_bias": False},
-        HEAD_NORMS, expert_tensors("experts.{}", "gate"),
-        lambda config, layer: config["use_sliding_window"],
-        Gguf("qwen3moe", unsaid=lambda config: {"norm_topk_prob": True})),
+    "qwen3_moe": QWEN3_MOE,
+    "qwen3_vl_moe_text": QWEN3_MOE._replace(
+        title="Qwen3-VL-MoE", config=QWEN3_MOE.config | {
+            "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "norm_topk_prob": True,
+            "tie_word_embeddings": True, "rope_theta": 500_000.0},
+        restated=lambda path, raw: {"num_experts": raw.get("num_local_experts", 60)} | {**raw},
+        gguf=QWEN3_MOE.gguf._replace(architectures="qwen3vlmoe"), repack=mixtures.repack_qwen3_vl,
+        fields_of=lambda path, config: {"shares_sum_to_one": True}),  # whatever norm_topk_prob says
     "qwen2_moe": Family(
         "Qwen1.5- and Qwen2-MoE", QWEN | QWEN_EXPERTS | {
             "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
@@ -285,6 +293,7 @@ VISION = {  # model_type of an image model, read as text only -> its text model'
     "gemma3": "gemma3_text", "gemma4": "gemma4_text", "gemma4_unified": "gemma4_unified_text",
     "mistral3": "mistral", "llava": "llama",
     "smolvlm": "llama", "idefics3": "llama", "kimi_k25": "kimi_k2",
-    "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3", "lfm2_vl": "lfm2",
+    "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3",
+    "qwen3_vl_moe": "qwen3_vl_moe_text", "lfm2_vl": "lfm2",
     "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 TEXT_TYPES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}

@@ -1,13 +1,15 @@
-"""Mixtures of experts: GLM-4.5, Ling 2, MiniMax-M2 and Hunyuan A13B."""
+"""Mixtures of experts: GLM-4.5, Ling 2, MiniMax-M2, Hunyuan A13B and Qwen3-VL-MoE."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence as Seq
 from pathlib import Path
+from typing import Any
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.worker.weights.family import (
-    AFTER_ATTENTION, EXPERTS, HEAD_NORMS, Family, Gguf, Header, expert_tensors, without_draft_heads)
+    AFTER_ATTENTION, EXPERTS, HEAD_NORMS, Family, Gguf, Header, expert_tensors, separate_experts,
+    without_draft_heads)
 from chatlm.worker.weights.rules import (
     MOST_CHANNELS, MOST_EXPERTS, MOST_LAYERS, SHARE_SCALE, Rule, router_groups)
 
@@ -47,6 +49,27 @@ def shared_width(config: Mapping, count: str) -> dict:
     """How wide the experts are together that all tokens take."""
     width = config.get("moe_shared_expert_intermediate_size") or config["moe_intermediate_size"]
     return {"shared_expert_intermediate_size": (config[count] or 0) * (width or 0)}
+
+
+def repack_qwen3_vl(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A folder's tensors with a matrix for each expert.
+
+    Published folders have the experts' matrices as (E, in, out), and transformers writes (E, out, in)."""
+    repacked = {}
+    for name, tensor in state.items():
+        layer, experts, _ = name.rpartition(".mlp.experts.")
+        both = state.get(f"{layer}.mlp.experts.gate_up_proj")
+        down = state.get(f"{layer}.mlp.experts.down_proj")
+        if experts and both is not None and down is not None and is_in_first(both.shape, down.shape):
+            tensor = tensor.swapaxes(-1, -2)
+        repacked |= separate_experts(name, tensor)
+    return repacked
+
+
+def is_in_first(both: Seq[int], down: Seq[int]) -> bool:
+    """Are gates and ups of these shapes (E, C, 2F), and is what follows (E, F, C)? The sizes of the two can
+    never be read in both ways."""
+    return len(both) == len(down) == 3 and both[1] == down[2] and both[2] == 2 * down[1]
 
 
 def gguf_layers(header: Header) -> tuple[dict, dict]:

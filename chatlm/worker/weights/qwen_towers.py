@@ -110,6 +110,6 @@ def qwen_own(eyes: Eyes, width: int) -> Shapes:
 
 
 QWEN = TowerFamily(NAMES, FILE_NAMES, qwen_own, qwen_of_folder, qwen_of_file, "<|vision_start|>",
-                   ("qwen3vl", "qwen35", "qwen35moe"))
-TOWERS = {"qwen3_vl": QWEN, "qwen3_5": QWEN, "qwen3_5_moe": QWEN}
+                   ("qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe"))
+TOWERS = {"qwen3_vl": QWEN, "qwen3_vl_moe": QWEN, "qwen3_5": QWEN, "qwen3_5_moe": QWEN}
 FILE_TOWERS = {"qwen3vl_merger": QWEN}

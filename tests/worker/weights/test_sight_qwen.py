@@ -1,18 +1,21 @@
-"""Qwen3-VL and Qwen3.5 see: rotary places in tower and model, deepstack, and the same answers however they come."""
+"""Qwen3-VL, with experts too, and Qwen3.5 see: rotary places in tower and model, deepstack, and the same answers however they come."""
 
 import json
 from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
 from chatlm.common.vision.layout import layout_of
+from engines import tensors_of
+from families import load
 from image_conversations import picture_of_size
 from seeing_engine import answer, asking, check_logits, checked_answer, chosen_kernels, logits_of, open_engine
-from sight_qwen import make_qwen, qwen_logits, save_qwen, write_qwen
+from sight_qwen import KINDS, as_published, make_qwen, qwen_logits, save_qwen, write_qwen
 
 
-@pytest.fixture(scope="module", params=["qwen3_vl", "qwen3_5", "qwen3_5_moe"])
+@pytest.fixture(scope="module", params=KINDS)
 def qwen(request, tmp_path_factory):
     folder, model = tmp_path_factory.mktemp(request.param), make_qwen(request.param)
     save_qwen(folder, model)
@@ -52,6 +55,21 @@ def test_a_file_with_an_mmproj_sees_as_the_folder_does(qwen, tmp_path):
     pictures = (picture_of_size(170, 100), picture_of_size(20, 50, seed=1))
     ids = asking(engine, *pictures)
     assert np.abs(logits_of(engine, ids, pictures) - expected(engine, model, ids, pictures)[-16:]).max() < 1e-4
+
+
+@pytest.mark.parametrize("hidden", [32, 48, 64, 128])
+def test_experts_are_read_in_both_orders(tmp_path, hidden):
+    """As transformers writes them and as their makers do, whatever their sizes, even if gates and ups are a square."""
+    model = make_qwen("qwen3_vl_moe", hidden=hidden)
+    save_qwen(tmp_path, model)
+    written = tensors_of(load(tmp_path))
+    as_published(tmp_path)
+    published = tensors_of(load(tmp_path))
+    assert written.keys() == published.keys() and all(torch.equal(tensor, published[name]) for name, tensor in written.items())
+    engine = open_engine(tmp_path)
+    picture = picture_of_size(40, 30)
+    ids = asking(engine, picture)
+    assert np.abs(logits_of(engine, ids, (picture,)) - expected(engine, model, ids, (picture,))[-16:]).max() < 1e-4
 
 
 @pytest.mark.parametrize("part, changes, said", [
