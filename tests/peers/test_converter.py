@@ -8,12 +8,19 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from chatlm.common.vision.layout import layout_of
 from engines import tensors_of
 from families import CONVERTED, MODELS, answers, check, clear_cases, kernels_of, load, make_model, save, transformer
+from image_conversations import picture_of_size
 from peer_packages import llama_cpp
+from seeing_engine import asking, logits_of, open_engine
+from sight_families import CONVERTED as SEEING, FAMILIES, family_logits, save_family
+from sight_qwen import as_published, make_qwen, qwen_logits, save_qwen
+from tiny_sight import VOCABULARY
 
 
 pytestmark = pytest.mark.slow
@@ -26,15 +33,39 @@ VARIANTS = {                # name -> (of MODELS, what differs)
 CASES = {name: (name, changes) for name, changes in CONVERTED.items()} | VARIANTS
 
 
+def complete_tokenizer(folder, rows):
+    """The converter wants a merge, tokens for all rows, and one of GLM's."""
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    first = 1 + max(token["id"] for token in tokenizer["added_tokens"])
+    tokenizer["model"] |= {"vocab": tokenizer["model"]["vocab"] | {"th": first}, "merges": [["t", "h"]]}
+    special = tokenizer["added_tokens"][0]
+    tokenizer["added_tokens"] += [special | {"id": id, "content": "<|endoftext|>" if id == first + 1 else f"<|{id}|>"} for id in range(first + 1, rows)]
+    tokenizer["model"]["vocab"] |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}       # else transformers numbers them anew
+    path.write_text(json.dumps(tokenizer))
+
+
+def made_seeing(name):
+    """A tiny model that sees."""
+    return make_qwen(name) if name.startswith("qwen") else FAMILIES[name][0]()
+
+
+def write_seeing(folder, name):
+    folder.mkdir()
+    model = made_seeing(name)
+    if name.startswith("qwen"):
+        save_qwen(folder, model)
+        as_published(folder)
+    else:
+        save_family(folder, name, model)
+    complete_tokenizer(folder, VOCABULARY)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end_of_utterance>", "tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
 def write_case(folder, name, changes):
     folder.mkdir()
     save(make_model(name, **changes), folder)
-    path = folder / "tokenizer.json"            # the converter wants a merge, tokens for all rows, and one of GLM's
-    tokenizer = json.loads(path.read_text())
-    tokenizer["model"] |= {"vocab": tokenizer["model"]["vocab"] | {"th": 260}, "merges": [["t", "h"]]}
-    special = tokenizer["added_tokens"][0]
-    tokenizer["added_tokens"] += [special | {"id": id, "content": "<|endoftext|>" if id == 261 else f"<|{id}|>"} for id in range(261, 288)]
-    path.write_text(json.dumps(tokenizer))
+    complete_tokenizer(folder, 288)
     config = json.loads((folder / "config.json").read_text())
     if old := {"gpt2": {"n_ctx": 512}, "cohere2": {"rotary_pct": 1.0}, "phimoe": {"architectures": ["PhiMoEForCausalLM"]}}.get(name):       # as published files have it
         (folder / "config.json").write_text(json.dumps(config | old))
@@ -65,6 +96,9 @@ def converted(tmp_path_factory):
     folders = {name: home / f"{index}" for index, name in enumerate(CASES)}
     for name, folder in folders.items():
         write_case(folder, *CASES[name])
+    for name in SEEING:
+        folders[name] = home / name
+        write_seeing(folders[name], name)
     subprocess.run([sys.executable, Path(__file__).parent / "converter.py", script.parent, *folders.values()],
                    capture_output=True, timeout=600, check=True)
     return folders
@@ -98,3 +132,19 @@ def test_llama_cpp_converts_to_the_same_model(converted, name):
     assert asdict(ours.spec) == same
     for key, tensor in tensors_of(theirs).items():
         assert torch.equal(tensor, tensors_of(ours)[key]), key
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_llama_cpp_converts_what_sees(converted, name):
+    """Its file and its mmproj give transformers' logits from pixels, and the file has the folder's matrices."""
+    folder, model = converted[name], made_seeing(name)
+    assert not (folder / "refused").exists(), (folder / "refused").read_text()
+    theirs, ours = load(folder), load(folder / "model.gguf")
+    for key, tensor in tensors_of(theirs).items():
+        assert torch.equal(tensor, tensors_of(ours)[key]), key
+    engine = open_engine(folder / "model.gguf", prefill_chunk=1024)
+    pictures = picture_of_size(170, 100), picture_of_size(20, 50, seed=1)
+    ids = asking(engine, *pictures)
+    layouts = [layout_of(engine.full_text.vision, picture.width, picture.height) for picture in pictures]
+    wanted = qwen_logits(model, ids, pictures, layouts) if name.startswith("qwen") else family_logits(model, name, ids, pictures, layouts)
+    assert np.abs(logits_of(engine, ids, pictures) - wanted[-16:]).max() < 1e-4

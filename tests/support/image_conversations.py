@@ -7,7 +7,7 @@ from chatlm.common.vision.pictures import picture
 
 SPECIALS = ["<|im_start|>", "<end_of_utterance>", "<image>", "<fake_token_around_image>", "<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
             "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>", *(f"<|img_row_{row}_col_{column}|>" for row in range(1, 5) for column in range(1, 5)),
-            "<start_of_image>", "<end_of_image>", "<image_soft_token>", "<|image>", "<image|>", "<|image|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+            "<start_of_image>", "<end_of_image>", "<image_soft_token>", "<|image>", "<image|>", "<|image|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
 BYTES = 256
 SEES = Vision("idefics3", BYTES + len(SPECIALS), "<image>", 512, 64, 2048)
 

@@ -9,7 +9,7 @@ import torch
 
 from families import as_gguf, with_exact_angles
 from image_conversations import BYTES, SPECIALS, byte_tokenizer
-from tiny_sight import TEMPLATE, VOCABULARY, eager, write
+from tiny_sight import TEMPLATE, VOCABULARY, eager, permuted, write
 
 TEXT = dict(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=BYTES, eos_token_id=BYTES + 1,
             pad_token_id=0)
@@ -214,6 +214,52 @@ def unified_mmproj(state, config):
     return tensors, {"patch_size": 8, "embedding_length": 80, "block_count": 0, "feed_forward_length": 0, "attention.head_count": 0, "image_size": 224, "max_soft_tokens": 20}
 
 
+CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+PIXTRAL_PICTURES = dict(size=dict(longest_edge=80), patch_size=8, resample=3, image_mean=CLIP_MEAN, image_std=CLIP_STD, rescale_factor=1 / 255)
+
+
+def make_pixtral(text="mistral", seed=0, biased=False, activation="silu"):
+    """A model with a Pixtral tower, whose projector has the eps of the text model, not of the tower."""
+    import transformers
+    rope = dict(rope_type="default", rope_theta=10_000.0)
+    if text == "ministral3":
+        rope = dict(rope_type="yarn", rope_theta=1e6, factor=4.0, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0, original_max_position_embeddings=512, llama_4_scaling_beta=0.4)
+    latents = {}
+    if text == "mistral4":
+        latents = dict(num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=48, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, first_k_dense_replace=1, n_routed_experts=8,
+                       num_experts_per_tok=3, n_shared_experts=1, moe_intermediate_size=32, n_group=1, topk_group=1)
+        rope = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0, original_max_position_embeddings=512, llama_4_scaling_beta=0.1,
+                    partial_rotary_factor=0.5)
+    own = TEXT | ({} if latents else dict(head_dim=16, sliding_window=None)) | dict(model_type=text, num_hidden_layers=2, rms_norm_eps=1e-3, rope_parameters=rope, tie_word_embeddings=False) | latents
+    vision = dict(model_type="pixtral", hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4, head_dim=16, image_size=80, patch_size=8, hidden_act=activation,
+                  rope_parameters=dict(rope_type="axial", rope_theta=10_000.0))
+    config = transformers.Mistral3Config(text_config=own, vision_config=vision, image_token_index=token("[IMG]"), spatial_merge_size=2, multimodal_projector_bias=biased, tie_word_embeddings=False)
+    return eager(transformers.Mistral3ForConditionalGeneration, config, seed)
+
+
+def pixtral_logits(model, ids, pictures, layouts):
+    """pixel_values, with zeros at the right and below, and image_sizes, as PixtralImageProcessor has them."""
+    images = [(pillow_resized(pixels_of(picture), layout.sizes[-1], 3) / 255 - CLIP_MEAN) / CLIP_STD for picture, layout in zip(pictures, layouts)]
+    sizes = [image.shape[:2] for image in images]
+    height, width = map(max, zip(*sizes))
+    values = np.stack([np.pad(image, ((0, height - len(image)), (0, width - image.shape[1]), (0, 0))) for image in images])
+    return model(input_ids=ids, pixel_values=torch.tensor(values.transpose(0, 3, 1, 2), dtype=torch.float32), image_sizes=torch.tensor(sizes))
+
+
+def pixtral_mmproj(state, config):
+    prefix, projector = "model.vision_tower.", "model.multi_modal_projector."
+    names = {"v.patch_embd": f"{prefix}patch_conv", "v.pre_ln": f"{prefix}ln_pre", "mm.input_norm": f"{projector}norm", "mm.patch_merger": f"{projector}patch_merger.merging_layer",
+             "mm.1": f"{projector}linear_1", "mm.2": f"{projector}linear_2"}
+    names |= {f"v.blk.{l}.{ours}": f"{prefix}transformer.layers.{l}.{theirs}" for l in range(config.num_hidden_layers) for ours, theirs in (
+        ("ln1", "attention_norm"), ("ln2", "ffn_norm"), ("attn_q", "attention.q_proj"), ("attn_k", "attention.k_proj"), ("attn_v", "attention.v_proj"), ("attn_out", "attention.o_proj"),
+        ("ffn_gate", "feed_forward.gate_proj"), ("ffn_up", "feed_forward.up_proj"), ("ffn_down", "feed_forward.down_proj"))}
+    tensors = {f"{ours}.{part}": state[f"{theirs}.{part}"] for ours, theirs in names.items() for part in ("weight", "bias") if f"{theirs}.{part}" in state}
+    tensors = {name: permuted(weight, config.num_attention_heads) if "attn_q" in name or "attn_k" in name else weight for name, weight in tensors.items()}
+    tensors["v.token_embd.img_break"] = state["model.language_model.embed_tokens.weight"][token("[IMG_BREAK]")]
+    return tensors, {"patch_size": 8, "image_size": 80, "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size, "block_count": config.num_hidden_layers,
+                     "attention.head_count": config.num_attention_heads, "attention.layer_norm_epsilon": 1e-5, "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "spatial_merge_size": 2}
+
+
 def siglip_layers(state, prefix, layers):
     tensors = {}
     for part in ("weight", "bias"):
@@ -236,8 +282,12 @@ FAMILIES = {"lfm2_vl": (make_lfm2_vl, LFM2_PICTURES, "<image>", lfm2_logits, lfm
             "gemma3": (make_gemma3, GEMMA3_PICTURES, "<start_of_image>", gemma3_logits, gemma3_mmproj, "gemma3"),
             "gemma4": (make_gemma4, GEMMA4_PICTURES, "<|image|>", gemma4_logits, gemma4_mmproj, "gemma4v"),
             "gemma4-small": (lambda: make_gemma4(two_sided=False, small=True, clipped=True), GEMMA4_PICTURES, "<|image|>", gemma4_logits, gemma4_mmproj, "gemma4v"),
-            "gemma4-unified": (make_gemma4_unified, GEMMA4_PICTURES, "<|image|>", unified_logits, unified_mmproj, "gemma4uv")}
-IMAGE_TOKENS = {"gemma3": "<image_soft_token>"} | dict.fromkeys(("gemma4", "gemma4-small", "gemma4-unified"), "<|image|>")
+            "gemma4-unified": (make_gemma4_unified, GEMMA4_PICTURES, "<|image|>", unified_logits, unified_mmproj, "gemma4uv"),
+            "pixtral": (make_pixtral, PIXTRAL_PICTURES, "[IMG]", pixtral_logits, pixtral_mmproj, "pixtral"),
+            "pixtral-ministral3": (lambda: make_pixtral("ministral3", biased=True, activation="gelu"), PIXTRAL_PICTURES, "[IMG]", pixtral_logits, pixtral_mmproj, "pixtral")}
+IMAGE_TOKENS = {"gemma3": "<image_soft_token>"} | dict.fromkeys(("gemma4", "gemma4-small", "gemma4-unified"), "<|image|>") | dict.fromkeys(("pixtral", "pixtral-ministral3"), "[IMG]")
+MODEL_TYPES = {kind: {"gemma4-unified": "gemma4_unified", "pixtral": "mistral3", "pixtral-ministral3": "mistral3"}.get(kind, kind.partition("-")[0]) for kind in FAMILIES}
+CONVERTED = "qwen3_vl_moe", "pixtral", "pixtral-ministral3"      # by llama.cpp's converter, of FAMILIES or of those that sight_qwen makes
 
 
 def save_family(folder, kind, model, **more):
@@ -276,6 +326,6 @@ def write_family(folder, kind, model, quantized=False, store=lambda name, weight
     tensors, numbers = mmproj({name: tensor.float().numpy() for name, tensor in model.state_dict().items()}, model.config.vision_config)
     numbers |= {"projection_dim": model.config.text_config.hidden_size}     # which llama.cpp requires
     write_gguf(folder / "mmproj-tiny-F32.gguf", {name: store(name, weight) for name, weight in tensors.items()},
-               {f"clip.vision.{key}": value for key, value in numbers.items()} | {"clip.has_vision_encoder": True, "clip.use_gelu": True, "clip.projector_type": projector} | more,
+               {f"clip.vision.{key}": value for key, value in numbers.items()} | {"clip.has_vision_encoder": True, f"clip.use_{'silu' if kind == 'pixtral' else 'gelu'}": True, "clip.projector_type": projector} | more,
                {"general.architecture": "clip"})
     return path

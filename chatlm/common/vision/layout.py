@@ -156,6 +156,22 @@ def qwen3vl(vision: Vision, size: Size) -> Layout:
                   grid=(columns, rows))
 
 
+def pixtral(vision: Vision, size: Size) -> Layout:
+    """Mistral's models: whole, no larger than the longest side allows, and with sides that are multiples of
+    `unit` (PixtralProcessor). Then, if it has too many units, shrunk in proportion."""
+    ratio = max(1.0, max(size) / vision.longest)
+    width, height = (max(1, math.floor(side / ratio)) for side in size)
+    columns = math.ceil(width / vision.unit)
+    rows = math.ceil(height / vision.unit)
+    if columns * rows > vision.tokens:
+        factor = math.sqrt(vision.tokens * vision.unit**2 / (width * height))
+        columns, rows = (max(1, math.floor(factor * side / vision.unit)) for side in (width, height))
+        columns = min(columns, vision.tokens)
+        rows = min(rows, vision.tokens)
+    parts: tuple[str | int, ...] = (columns, "[IMG_BREAK]") * (rows - 1) + (columns, "[IMG_END]")
+    return Layout(((columns * vision.unit, rows * vision.unit),), 0, 0, None, parts)
+
+
 def gemma3(vision: Vision, size: Size) -> Layout:
     """Gemma 3: one square, whatever the picture's proportion (Gemma3Processor; its pan and scan is off)."""
     return Layout(((vision.tile, vision.tile),), 0, 0, None,
@@ -179,7 +195,8 @@ def gemma4(vision: Vision, size: Size) -> Layout:
 
 
 LAYOUTS: dict[str, Callable[[Vision, Size], Layout]] = {
-    "idefics3": idefics3, "lfm2": lfm2, "gemma3": gemma3, "gemma4": gemma4, "qwen3vl": qwen3vl}
+    "idefics3": idefics3, "lfm2": lfm2, "gemma3": gemma3, "gemma4": gemma4, "qwen3vl": qwen3vl,
+    "pixtral": pixtral}
 
 
 def layout_of(vision: Vision, width: int, height: int) -> Layout:

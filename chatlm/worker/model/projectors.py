@@ -83,6 +83,16 @@ def by_row_and_column(rope: Rope, rows: int, columns: int) -> numpy.ndarray:
     return by_two(rope, *numpy.divmod(numpy.arange(rows * columns), columns))
 
 
+def by_turns(rope: Rope, rows: int, columns: int) -> numpy.ndarray:
+    """The angles of Pixtral: frequencies go by turns to rows and to columns."""
+    quarter = rope.size // 4
+    frequencies = rope.base ** -(numpy.arange(2 * quarter) / (2 * quarter))
+    row, column = numpy.divmod(numpy.arange(rows * columns), columns)
+    of_row = numpy.outer(row, frequencies[::2])
+    of_column = numpy.outer(column, frequencies[1::2])
+    return numpy.concatenate([of_row, of_column], axis=1)
+
+
 def places_of_axes(places: numpy.ndarray, rows: int, columns: int) -> numpy.ndarray:
     """Two tables (2, n, C): one has a row for each column of patches, one for each row of them (Gemma 4)."""
     return (places[0, None, :columns] + places[1, :rows, None]).reshape(rows * columns, -1)
@@ -101,7 +111,7 @@ PLACES: dict[str, Callable[[numpy.ndarray, int, int], numpy.ndarray]] = {
 # name -> a function: (how the layers turn, rows and columns of patches) -> the angle of each pair of a head,
 # (rows * columns, D / 2) in raster order. Pairs are (i, i + D / 2)
 ANGLES: dict[str, Callable[[Rope, int, int], numpy.ndarray]] = {
-    "axes": angles_of_axes, "by_row_and_column": by_row_and_column}
+    "axes": angles_of_axes, "by_row_and_column": by_row_and_column, "by_turns": by_turns}
 
 
 class Projector(NamedTuple):
@@ -147,6 +157,13 @@ def widened_join(x: numpy.ndarray, square: int, products: Products, values: Arra
     return products["project"](products["widen"](joined(x, square)))
 
 
+def merged(x: numpy.ndarray, square: int, products: Products, values: Arrays) -> numpy.ndarray:
+    """Pixtral: the numbers of a square by channel, then by patch."""
+    by_channel = x.reshape(len(x) // square, square, -1).swapaxes(1, 2)
+    seen = products["merge"](by_channel.reshape(len(by_channel), -1))
+    return products["project"](products["widen"](seen))
+
+
 def normed_mean(x: numpy.ndarray, square: int, products: Products, values: Arrays) -> numpy.ndarray:
     return products["project"](rms_norm(averaged(x, square), values["mean_norm"], 1e-6))
 
@@ -168,7 +185,10 @@ def bare_patches(patches: numpy.ndarray, places: numpy.ndarray, products: Produc
     return norm(x + places, "place_norm")
 
 
+PIXTRAL = Projector({"merge": None, "widen": "gelu_erf", "project": None}, (), merged)
 PROJECTORS: dict[str, Projector] = {
+    "pixtral": PIXTRAL,
+    "pixtral_biased": PIXTRAL,
     "merger": Projector({"widen": "gelu_erf", "project": None}, (), widened_join),
     "gemma4": Projector({"project": None}, (), scaled_mean, normed=False),
     "gemma4_standard": Projector({"project": None}, ("mean_bias", "mean_scale"), scaled_mean, normed=False),

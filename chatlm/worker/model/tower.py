@@ -23,7 +23,7 @@ from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.blocks.feed_forward import FeedForward, halves
 from chatlm.worker.model.kernels import load_kernels
 from chatlm.worker.model.pages import KvType, group_layers
-from chatlm.worker.model.projectors import ANGLES, PLACES, PROJECTORS, by_squares, layer_norm
+from chatlm.worker.model.projectors import ANGLES, PLACES, PROJECTORS, by_squares, layer_norm, rms_norm
 from chatlm.worker.model.tensors import Unread, rounded_up
 from chatlm.worker.model.transformer import Transformer
 
@@ -46,7 +46,8 @@ class Eyes(NamedTuple):
     mean: tuple[float, ...]     # of each color
     std: tuple[float, ...]
     projector: str              # a name of PROJECTORS in chatlm/worker/model/projectors.py
-    places: str = "fixed"       # a name of PLACES there
+    places: str = "fixed"       # a name of PLACES there; "": nothing is added to patches
+    first_norm: float = 0.0     # eps of an RMS norm before the layers, whose weight is first_norm; 0: none
     angles: str = ""            # a name of ANGLES there, if layers rotate by the place of a patch
     most: int = 0               # most rows of a tile, if some have more than vision.tokens; else 0
     hidden: int = 0             # width between the products of the projector
@@ -144,12 +145,14 @@ class Tower:
         self.projector = PROJECTORS[eyes.projector]
         self.square = eyes.shuffle**2
         self.rows = eyes.patches
-        names = ["places", *self.projector.values]
+        names = [*self.projector.values]
+        names += ["places"] if eyes.places else []
+        names += ["first_norm"] if eyes.first_norm else []
         for i in range(len(eyes.deep)):
             names += deep_norm(i)
         self.values = {name: values_of(tensors.pop(name)) for name in names}
         self.first = None if self.projector.start else Product(
-            model, device, self.rows, "patch", tensors, dtype, None, adds=True)
+            model, device, self.rows, "patch", tensors, dtype, None, adds=bool(eyes.places))
         self.products = {}
         for deep in ("", *(f"_{i}" for i in range(len(eyes.deep)))):
             for each, activation in self.projector.products.items():
@@ -185,9 +188,12 @@ class Tower:
                 self._turn(tile.shape[0] // self.eyes.patch, tile.shape[1] // self.eyes.patch)
             rows = list[numpy.ndarray]()  # those of deeper layers, beside the last layer's
             if self.first:
-                seen = yield from self._through_layers(self.first(patches, places), rows)
+                first = self.first(patches, places)
+                if self.eyes.first_norm:
+                    first = rms_norm(first, self.values["first_norm"], self.eyes.first_norm)
+                seen = yield from self._through_layers(first, rows)
             else:
-                assert self.projector.start
+                assert self.projector.start and places is not None
                 seen = self.projector.start(patches, places, self.products, self.values)
                 yield
             seen = self.projector.compute(seen, self.square, self.products, self.values).copy()
@@ -228,8 +234,9 @@ class Tower:
             for values, part in zip((numpy.cos(angles), numpy.sin(angles)), table):
                 self.stages[0].arrays.put(values.astype(numpy.float32), part[:len(angles)])
 
-    def patches_of(self, tile: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """uint8 (H, W, 3) -> (patches, numbers of a patch) float32, and what is added to their rows."""
+    def patches_of(self, tile: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray | None]:
+        """uint8 (H, W, 3) -> (patches, numbers of a patch) float32, and what is added to their rows, if
+        anything is."""
         eyes = self.eyes
         p = self.eyes.patch
         rows = tile.shape[0] // p
@@ -237,9 +244,11 @@ class Tower:
         values = tile * numpy.float32(1 / 255)
         values = (values - numpy.array(eyes.mean, numpy.float32)) / numpy.array(eyes.std, numpy.float32)
         patches = values.reshape(rows, p, columns, p, 3).swapaxes(1, 2).reshape(rows * columns, p * p * 3)
+        patches = by_squares(patches, rows, columns, eyes.shuffle)
+        if not eyes.places:
+            return patches, None
         places = PLACES[eyes.places](self.values["places"], rows, columns)
-        patches, places = (by_squares(each, rows, columns, eyes.shuffle) for each in (patches, places))
-        return patches, places
+        return patches, by_squares(places, rows, columns, eyes.shuffle)
 
 
 def deep_norm(number: int) -> tuple[str, str]:

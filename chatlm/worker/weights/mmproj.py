@@ -16,14 +16,14 @@ from chatlm.common.errors import ConfigError, shown
 from chatlm.common.hub.stamps import mmproj_of
 from chatlm.worker.arrays.packed import dequantized
 from chatlm.worker.model.kernels import choose_backend
-from chatlm.worker.weights import qwen_towers
 from chatlm.worker.weights.gguf_file import check_gguf_types, read_gguf_file, readable
 from chatlm.worker.weights.gguf_tensors import GgufTensors, file_shape
 from chatlm.worker.weights.rules import Rule, check_divides, checked
 from chatlm.worker.weights.sources import check_names_and_shapes
 from chatlm.worker.weights.stored_model import Storage
-from chatlm.worker.weights.towers import CLAMPS, FILE_TOWERS, clamps_of
-from chatlm.worker.weights.vision import SECTIONS, by_color, by_halves, tower_sources, unstored
+from chatlm.worker.weights.tower_table import FILE_TOWERS
+from chatlm.worker.weights.towers import CLAMPS, clamps_of
+from chatlm.worker.weights.vision import SECTIONS, by_color, by_halves, by_pairs, tower_sources, unstored
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -66,6 +66,10 @@ class FileSays:
     def divides(self, key: str, value: int, by: int):
         check_divides(self.path, f"clip.vision.{key}", value, by)
 
+    def flag(self, key: str) -> bool:
+        key = f"clip.{key}"
+        return checked(self.path, key, self.metadata.get(key, False), Rule(bool))
+
     def sections(self) -> tuple[int, ...]:
         metadata = read_gguf_file(self.model_path)[0]
         key = f"{metadata.get('general.architecture')}.rope.dimension_sections"
@@ -84,8 +88,7 @@ def eyes_in_file(path: Path, model: Path, settings: Settings, loaded: LoadedMode
         raise ConfigError(f"{path}: general.architecture is {shown(metadata.get('general.architecture'))}; a "
                           "file that sees images has clip")
     kind = metadata.get("clip.projector_type", metadata.get("clip.vision.projector_type"))
-    known = FILE_TOWERS | qwen_towers.FILE_TOWERS
-    family = known[checked(path, "clip.projector_type", kind, Rule(str, choices=tuple(known)))]
+    family = FILE_TOWERS[checked(path, "clip.projector_type", kind, Rule(str, choices=tuple(FILE_TOWERS)))]
     if json.dumps(family.token).encode() not in loaded.text.payload:
         raise ConfigError(f"{path}: it belongs to another model: this one has no {family.token}")
     shapes = {name: file_shape(name, tensor) for name, tensor in stored.items()}
@@ -98,13 +101,14 @@ def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: st
     """The tensors of Eyes. Layers stay as stored, everything else becomes floats."""
     spec = eyes.recipe
     stored = {name: tensor for name, tensor in stored.items()
-              if not name.startswith(("a.", "mm.a."))}  # audio is not heard
+              if not name.startswith(("a.", "mm.a.", *family.unread))}  # audio is not heard
     numbers = {name: float(stored.pop(name).data.reshape(-1)[0])
                for name in [*stored] if name.endswith(CLAMPS)}
-    for name in stored:
-        if family.axes and re.search(family.axes, name):
-            rows = stored[name].data
-            stored[name] = stored[name]._replace(data=rows[by_halves(len(rows), spec.head_size)])
+    for names, order_of in ((family.axes, by_halves), (family.adjacent, by_pairs)):
+        for name in stored:
+            if names and re.search(names, name):
+                rows = stored[name].data
+                stored[name] = stored[name]._replace(data=rows[order_of(len(rows), spec.head_size)])
     check_gguf_types(path, stored)
     stored = with_names_of_now(stored, eyes)
     [kernel] = family.file_names["patch"]

@@ -7,13 +7,12 @@ from pathlib import Path
 
 from chatlm.common.errors import ConfigError, printable, shown
 from chatlm.common.files import Truncated
-from chatlm.worker.weights import qwen_towers
 from chatlm.worker.weights.families import GGUF_FAMILIES
 from chatlm.worker.weights.folder_tokenizers import has_tokenizer
 from chatlm.worker.weights.gguf import gguf_spec, gguf_text
 from chatlm.worker.weights.gguf_file import ROPE_TENSORS, check_gguf_types, read_gguf_file, readable
 from chatlm.worker.weights.huggingface import hf_spec, hf_text
-from chatlm.worker.weights.towers import FILE_TOWERS
+from chatlm.worker.weights.tower_table import FILE_TOWERS
 
 
 def preview_folder(folder: Path):
@@ -43,7 +42,7 @@ def preview_eyes(path: Path, size: int):
         architecture = metadata.get("general.architecture")
         tokens = {*metadata["tokenizer.ggml.tokens"]}
     if not any(architecture in family.architectures and family.token in tokens
-               for family in (FILE_TOWERS | qwen_towers.FILE_TOWERS).values()):
+               for family in FILE_TOWERS.values()):
         raise ConfigError(f"what models of the architecture {shown(architecture)} with its tokens see images "
                           "with is not known")
 

@@ -50,6 +50,10 @@ class Said(Protocol):
     def divides(self, key: str, value: int, by: int):
         """ConfigError unless the value of a key is a multiple of `by`."""
 
+    def flag(self, key: str) -> bool:
+        """From a GGUF file's keys that begin with clip. A folder has none of these."""
+        ...
+
     def sections(self) -> tuple[int, ...]:
         """M-RoPE: how many pairs of a text model's head turn by time, row and column."""
         ...
@@ -72,6 +76,8 @@ class TowerFamily(NamedTuple):
     planar: tuple[str, ...] = ()               # ours whose columns are by color first in a GGUF file
     axes: str = ""  # files' tensors, whose heads have two halves, one for each axis, each with its own pairs;
                     # ours are (i, i + D / 2)
+    adjacent: str = ""             # a GGUF file's tensors, whose pairs are (2 i, 2 i + 1)
+    unread: tuple[str, ...] = ()   # a GGUF file's tensors that nothing needs
 
 
 Colors = tuple[tuple[float, ...], tuple[float, ...]]  # the mean and the standard deviation of each color
@@ -154,9 +160,10 @@ def siglip_of_file(said: Said, patches: int, rotates: bool = False) -> ModelSpec
         said.tower("attention.layer_norm_epsilon", Rule(float, 0, 1)), "gelu_tanh", rotates)
 
 
-def colors_of(said: Said) -> Colors:
+def colors_of(said: Said, usual: Colors = HALVES) -> Colors:
     rule = Rule(float, -10, 10, many=True)
-    mean, std = (tuple(said.picture(f"image_{name}", rule, [0.5] * 3, 3)) for name in ("mean", "std"))
+    mean, std = (tuple(said.picture(f"image_{name}", rule, [*default], 3))
+                 for name, default in zip(("mean", "std"), usual))
     if not all(std):
         said.refuse(f"image_std is {list(std)}; none may be 0")
     return mean, std
@@ -511,7 +518,7 @@ GEMMA4_BARE = TowerFamily(
     bare_own, bare_of_folder, bare_of_file, "<|image|>", ("gemma4",), swapped=("places",),
     planar=("patch", "patch_norm", "patch_norm_bias"))
 
-# model_type of a folder
+# rows of weights/tower_table.py; model_type of a folder
 TOWERS: dict[str, TowerFamily] = {
     "smolvlm": IDEFICS3, "idefics3": IDEFICS3, "lfm2_vl": LFM2, "gemma3": GEMMA3,
     "gemma4": GEMMA4, "gemma4_unified": GEMMA4_BARE}

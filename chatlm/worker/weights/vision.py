@@ -14,14 +14,14 @@ import numpy
 from chatlm.common.errors import ConfigError, shown
 from chatlm.worker.arrays.kinds import FLOATS, bits_of, floats, kind_of, of_kind
 from chatlm.worker.model.projectors import PROJECTORS
-from chatlm.worker.weights import qwen_towers
 from chatlm.worker.weights.array_tensors import ArrayTensors
 from chatlm.worker.weights.files import weight_files
 from chatlm.worker.weights.rules import Rule, check_divides, checked, read_json
 from chatlm.worker.weights.safetensors_file import read_safetensors_file
 from chatlm.worker.weights.safetensors_folder import IMAGES
 from chatlm.worker.weights.sources import check_names_and_shapes, tensor_sources
-from chatlm.worker.weights.towers import CLAMPS, TOWERS, clamps_of
+from chatlm.worker.weights.tower_table import TOWERS
+from chatlm.worker.weights.towers import CLAMPS, clamps_of
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -66,6 +66,9 @@ class FolderSays:
     def divides(self, key: str, value: int, by: int):
         check_divides(self.config_path, key, value, by)
 
+    def flag(self, key: str) -> bool:
+        return False
+
     def sections(self) -> tuple[int, ...]:
         text = self.config.get("text_config")
         text = text if isinstance(text, dict) else {}
@@ -92,7 +95,7 @@ def value_at(raw: Any, path: str, default: Any) -> Any:
 def folder_eyes(folder: Path, settings: Settings, model: ModelSpec, dtype: str) -> Eyes | None:
     """What the folder sees with; None if it has nothing, or nothing that this program knows."""
     said = FolderSays(folder)
-    family = (TOWERS | qwen_towers.TOWERS).get(said.config.get("model_type", ""))
+    family = TOWERS.get(said.config.get("model_type", ""))
     if family is None:
         return None
     eyes = family.of_folder(said, model)
@@ -158,6 +161,12 @@ def by_halves(count: int, size: int) -> numpy.ndarray:
     half of pairs; here the first halves come first."""
     order = numpy.arange(count).reshape(-1, 2, 2, size // 4)
     return order.swapaxes(1, 2).reshape(-1)
+
+
+def by_pairs(count: int, size: int) -> numpy.ndarray:
+    """An order of rows for heads of this size. In the file pairs are adjacent; here they are (i, i + D /
+    2)."""
+    return numpy.arange(count).reshape(-1, size // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
 def unstored(eyes: Eyes) -> dict[str, Any]:

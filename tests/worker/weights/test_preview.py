@@ -6,11 +6,10 @@ import pytest
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.files import Truncated
-from chatlm.worker.weights import qwen_towers
 from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES, VISION
 from chatlm.worker.weights.preview import preview_folder, preview_gguf, preview_main
 from chatlm.worker.weights.refused import REFUSED, ROWS
-from chatlm.worker.weights.towers import FILE_TOWERS
+from chatlm.worker.weights.tower_table import FILE_TOWERS
 from families import make_model, save
 from packers import PACKED
 from tiny_gguf import LLAMA_NUMBERS, gguf_bytes, random_llama, small_gguf_metadata
@@ -70,10 +69,10 @@ def test_an_image_model_s_text_model_is_refused(tmp_path):
         preview_folder(tmp_path)
 
 
-@pytest.mark.parametrize("kind", FILE_TOWERS | qwen_towers.FILE_TOWERS)
+@pytest.mark.parametrize("kind", FILE_TOWERS)
 def test_a_seeing_model_is_known_by_its_tokens(tmp_path, capsys, kind):
     """A model that may see is known by its architecture and its tokens."""
-    family, path = (FILE_TOWERS | qwen_towers.FILE_TOWERS)[kind], tmp_path / "model.gguf"
+    family, path = FILE_TOWERS[kind], tmp_path / "model.gguf"
     assert {*family.architectures} <= {*GGUF_FAMILIES}
     for architecture, last, status in (*((each, family.token, 0) for each in family.architectures), ("qwen2vl", family.token, 1), (family.architectures[0], "<|other|>", 1)):
         tokens = [*GOOD["tokenizer.ggml.tokens"][:-1], last]

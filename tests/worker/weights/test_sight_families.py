@@ -1,5 +1,6 @@
-"""LFM2-VL, Gemma 3 and Gemma 4: from pixels to logits as transformers, as folders and as files."""
+"""LFM2-VL, Gemma 3, Gemma 4 and Mistral's with a Pixtral tower: from pixels to logits as transformers, as folders and as files."""
 
+import json
 from functools import partial
 
 import numpy as np
@@ -8,9 +9,11 @@ import pytest
 from chatlm.common.messages.requests import AnswerParams, SamplingParams
 from chatlm.common.vision.layout import layout_of
 from chatlm.worker.engine.sequence import Assignment
+from chatlm.worker.weights.gguf_file import read_gguf
 from image_conversations import picture_of_size
 from seeing_engine import answer, asking, check_logits, checked_answer, chosen_kernels, logits_of, open_engine
-from sight_families import FAMILIES, family_logits, save_family, write_family
+from sight_families import FAMILIES, family_logits, make_pixtral, save_family, write_family
+from tiny_gguf import write_gguf
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -55,6 +58,41 @@ def test_files_with_an_mmproj_see_as_folders_do(seeing, tmp_path):
     pictures = (picture_of_size(170, 100), picture_of_size(20, 50, seed=1))
     ids = asking(engine, *pictures)
     assert np.abs(logits_of(engine, ids, pictures) - expected(engine, kind, model, ids, pictures)[-16:]).max() < 1e-4
+
+
+def test_a_model_with_latents_sees(tmp_path):
+    """Mistral Small 4 has a Pixtral tower too."""
+    model = make_pixtral("mistral4")
+    save_family(tmp_path, "pixtral", model)
+    engine = open_engine(tmp_path, prefill_chunk=512)
+    pictures = (picture_of_size(170, 100), picture_of_size(20, 50, seed=1))
+    ids = asking(engine, *pictures)
+    assert np.abs(logits_of(engine, ids, pictures) - expected(engine, "pixtral", model, ids, pictures)[-16:]).max() < 1e-4
+
+
+@pytest.mark.parametrize("part, changes, said", [
+    ("vision_config", {"model_type": "siglip_vision_model"}, "vision_config.model_type is"), ("vision_config", {"head_dim": 8}, "vision_config.head_dim is 8; it must be 16"),
+    ("vision_config", {"hidden_act": "relu"}, "vision_config.hidden_act"), ("", {"vision_feature_layer": -2}, "vision_feature_layer is -2; it must be -1"),
+    ("", {"spatial_merge_size": 4}, "patch_merger.merging_layer.weight is (64, 256) instead of (64, 1024)"), ("", {"multimodal_projector_bias": True}, "missing multi_modal_projector.linear_1.bias")])
+def test_another_pixtral_tower_leaves_a_text_model(tmp_path, caplog, part, changes, said):
+    """A folder that says what is not supported is a model of texts, and the log says why."""
+    save_family(tmp_path, "pixtral", make_pixtral())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (config[part] if part else config).update(changes)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert open_engine(tmp_path).full_text.vision is None
+    assert "reads texts alone" in caplog.text and said in caplog.text
+
+
+def test_an_mmproj_of_pixtral_12b_is_refused(tmp_path, caplog):
+    """Its projector merges no patches."""
+    path = write_family(tmp_path, "pixtral", make_pixtral())
+    metadata, stored = read_gguf(tmp_path / "mmproj-tiny-F32.gguf")
+    (tmp_path / "mmproj-tiny-F32.gguf").rename(tmp_path / "whole")
+    numbers = {name: value for name, value in metadata.items() if name.startswith("clip.")}
+    write_gguf(tmp_path / "mmproj-tiny-F32.gguf", {name: tensor.data for name, tensor in stored.items() if name != "mm.patch_merger.weight"}, numbers, {"general.architecture": "clip"})
+    assert open_engine(path).full_text.vision is None
+    assert "mm.patch_merger.weight is missing, as in Pixtral 12B" in caplog.text
 
 
 def test_no_chunk_or_page_cuts_a_two_sided_picture(tmp_path):
