@@ -194,7 +194,9 @@ def test_every_route_is_in_the_page_of_apis():
 def test_the_table_of_families_is_made_from_rows():
     """They are those of the program and of the tests."""
     module, text = script_of_docs("families"), text_of(ROOT / "docs/models/families.md")
-    assert text == module.page(text), "run python docs/families.py"
+    readme = text_of(ROOT / "README.md")
+    assert (text, readme) == (module.page(text), module.readme(readme)), "run python docs/families.py"
+    assert f"[all {module.count()} families]" in readme
     table = text.split("| family |")[1].split("\n\n")[0]
     assert {*FAMILIES, *VISION, *GGUF_FAMILIES} - {*re.findall(r"`([a-z0-9_-]+)`", table)} == set()
     assert {*module.NOTES, *module.LIKE_OTHERS} <= {*FAMILIES}
