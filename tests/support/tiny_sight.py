@@ -8,7 +8,7 @@ import torch
 from encoders import randomized
 from image_conversations import BYTES, SPECIALS, byte_tokenizer
 
-VOCABULARY = BYTES + len(SPECIALS) + 7
+VOCABULARY = BYTES + len(SPECIALS) + 4       # of another size the random models are others, and some round more
 TEMPLATE = ("<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
             "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
             "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}")
@@ -78,9 +78,9 @@ def write_model(path, model, store=lambda name, weight: weight):
     from tiny_gguf import write_gguf
     config, state = model.config.text_config, {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
     vocabulary = json.loads(byte_tokenizer().to_str())["model"]["vocab"]
-    tokens = [*sorted(vocabulary, key=vocabulary.get)[:BYTES], *SPECIALS, "Ġt", "ĊĊ", *(f"[PAD{n}]" for n in range(5))]     # llama.cpp wants a token of two line feeds
+    tokens = [*sorted(vocabulary, key=vocabulary.get)[:BYTES], *SPECIALS, "Ġt", "ĊĊ", *(f"[PAD{n}]" for n in range(2))]     # llama.cpp wants a token of two line feeds
     metadata = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": ["Ġ t", "Ċ Ċ"],
-                "tokenizer.ggml.token_type": [1] * BYTES + [3] * len(SPECIALS) + [1] * 2 + [5] * 5, "tokenizer.ggml.eos_token_id": BYTES + 1, "tokenizer.ggml.bos_token_id": BYTES,
+                "tokenizer.ggml.token_type": [1] * BYTES + [3] * len(SPECIALS) + [1] * 2 + [5] * 2, "tokenizer.ggml.eos_token_id": BYTES + 1, "tokenizer.ggml.bos_token_id": BYTES,
                 "tokenizer.ggml.add_bos_token": False, "tokenizer.chat_template": TEMPLATE}
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     numbers = {"llama.block_count": config.num_hidden_layers, "llama.context_length": config.max_position_embeddings, "llama.embedding_length": config.hidden_size,

@@ -171,7 +171,7 @@ def test_beside_a_quantized_model_so_is_the_tower(tmp_path):
 
 
 @pytest.mark.parametrize("what, message", [
-    ({"clip.projector_type": "pixtral"}, "clip.projector_type is \"pixtral\"; it must be one of idefics3"),
+    ({"clip.projector_type": "internvl"}, "clip.projector_type is \"internvl\"; it must be one of idefics3"),
     ({"clip.vision.image_size": 50}, "clip.vision.image_size"),
     ({"clip.vision.block_count": 4}, "missing v.blk.3"),
     (None, "there is no such file")])
