@@ -109,7 +109,7 @@ class FakeServer:
             return text(str(arguments["a"] + arguments["b"]))
         if name == "count":
             with open(arguments["path"], "a") as file:
-                file.write("called\n")
+                file.write(arguments.get("line", "called") + "\n")
             return text("counted")
         if name == "slow":
             return self.slow(params, arguments, number)
