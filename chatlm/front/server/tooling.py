@@ -107,7 +107,17 @@ class ToolRoutes:
             return await self._stream(http, offered, values["arguments"], client)
         result = await self.toolbox.call(offered, values["arguments"], client)
         REQUEST_LOG.get().note = offered.name
-        return json_response(result_body(result))
+        return json_response(await self._body(result, client))
+
+    async def _body(self, result: ToolResult, client: str) -> dict[str, Any]:
+        """A result as it is sent. If models see here, its pictures can be shown to them."""
+        if result.pictures and self.bodies.intake.models_that_see():
+            pool = self.catalogue.find("", REQUEST_LOG.get().bound).pool
+            result = await result.with_readable_pictures(
+                lambda data: pool.admission.decode_picture(data, client))
+        return {"text": result.text, "is_error": result.is_error, "cut": result.cut, "ms": result.ms,
+                "images": [{"mime_type": picture.mime_type, "data": picture.data}
+                           for picture in result.pictures]}
 
     def _find(self, name: str, patterns: Seq[str]) -> OfferedTool:
         if not self.toolbox.servers:
@@ -149,14 +159,9 @@ class ToolRoutes:
                     event = dict(latest)
                     latest.clear()
                     yield event
-            yield {"type": "result", **result_body(call.result())}
+            yield {"type": "result", **await self._body(call.result(), client)}
         finally:
             await end_tasks([call])
-
-
-def result_body(result: ToolResult) -> dict[str, Any]:
-    return {"text": result.text, "is_error": result.is_error, "cut": result.cut, "ms": result.ms,
-            "images": [{"mime_type": picture.mime_type, "data": picture.data} for picture in result.pictures]}
 
 
 def is_usable(offered: OfferedTool, patterns: Seq[str]) -> bool:
