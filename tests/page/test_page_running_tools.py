@@ -174,30 +174,6 @@ def test_an_imported_chat_brings_no_tool_and_no_approval(page, tool_url):
     assert [node["calls"] for node in brought["nodes"] if "calls" in node] == [[{"id": "c", "name": "fake__count", "arguments": "{}"}]]
 
 
-def test_pictures_reach_a_model_that_sees(page, tmp_path):
-    """They follow the results; a picture that can't be read is not sent."""
-    pytest.importorskip("transformers")
-    pytest.importorskip("PIL")
-    from tiny_sight import make_smolvlm, save_sight
-    save_sight(tmp_path, "smolvlm", make_smolvlm())
-    config = tmp_path / "mcp.json"
-    config.write_text(json.dumps({"mcpServers": {name: {"command": sys.executable, "args": [fake_tools.__file__, *faults], "alwaysAllow": ["*"]}
-                                                 for name, faults in {"fake": [], "broken": ["broken-picture"]}.items()}}))
-    with started_server(str(tmp_path), "--mcp-config", str(config), "--tool-rounds", "1", "--kv-cache-memory", "60M") as url:
-        for name, pictures in (("fake__picture", 1), ("broken__picture", 0)):
-            chat_with(page, url, name)
-            ask(page, "Show a picture.")
-            expect(answers(page)).to_have_count(2, timeout=SLOW_MS)
-            expect_answered(page, 2)
-            messages = page.evaluate("Chat.messagesToSend(Chat.path.slice(0, -1), '')")
-            calls = messages[1]["tool_calls"]
-            assert [message["role"] for message in messages] == ["user", "assistant", *["tool"] * len(calls), *["user"] * pictures]
-            assert ("can't be read" in messages[2]["content"]) is not bool(pictures)
-            if pictures:
-                assert [part["type"] for part in messages[-1]["content"]] == ["image_url"] * len(calls) + ["text"]
-            assert page.evaluate("Chat.lastNode().error") is None      # which the server gives to a picture that it can't read
-
-
 def test_tools_on_a_phone(page, tool_url):
     page.set_viewport_size({"width": 360, "height": 700})
     chat_with(page, tool_url, "fake__add")
