@@ -5,6 +5,8 @@ const Calls = (() => {
 
 const {TEXT, element} = Parts;
 
+const MOST_PICTURES = 8;          // of results, in a request
+
 // Adds an event's call deltas to an answer's calls.
 function growCalls(node, news) {
   for (const {index = 0, id, function: delta = {}} of news) {
@@ -17,9 +19,20 @@ function growCalls(node, news) {
 // Calls without results are left out of what the model gets; the reader may ask a new question instead.
 const isAnswered = ({calls}) => Boolean(calls?.every(({result}) => result !== undefined));
 
-function messagesOfCalls({content, calls, calculator = []}) {
+// The calls whose results' pictures are sent, to a model that sees: the newest that fit into a request.
+function shownPictures(path) {
+  let left = Server.model.can.vision ? MOST_PICTURES : 0;
+  const answered = path.flatMap(({calls = []}) => calls).reverse();
+  return new Set(answered.filter(({images = []}) => images.length && (left -= images.length) >= 0));
+}
+
+// Pictures follow the results in a message of the user: no other place is known to every chat template.
+function messagesOfCalls({content, calls, calculator = []}, pictured) {
+  const pictures = calls.filter(call => pictured.has(call)).flatMap(({images}) => images);
+  const parts = pictures.map(({mime_type: type, data}) => ({type: "image_url", image_url: {url: `data:${type};base64,${data}`}}));
   return [{role: "assistant", content, ...(calculator.length ? {calculator} : {}), tool_calls: calls.map(({id, name, arguments: args}) => ({id, type: "function", function: {name, arguments: args}}))},
-    ...calls.map(({id, result}) => ({role: "tool", tool_call_id: id, content: result}))];
+    ...calls.map(call => ({role: "tool", tool_call_id: call.id, content: call.images?.length && !pictured.has(call) ? `${call.result}\n${TEXT.unseenPictures}` : call.result})),
+    ...(parts.length ? [{role: "user", content: [...parts, {type: "text", text: TEXT.picturesOfResults}]}] : [])];
 }
 
 function updateCalls(view, growing) {
@@ -87,9 +100,11 @@ function calculated(text) {
 Parts.register({
   strings: {
     callOf: name => `Call of ${name}`, result: "Result", sendResults: "Send results",
+    // for the model
+    picturesOfResults: "The pictures of the results above.", unseenPictures: "[You are not shown the pictures of this result.]",
   },
   answer: {update: updateCalls},
 });
 
-return Object.freeze({grow: growCalls, isAnswered, messagesOf: messagesOfCalls, calculated});
+return Object.freeze({grow: growCalls, isAnswered, messagesOf: messagesOfCalls, shownPictures, calculated});
 })();

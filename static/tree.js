@@ -67,9 +67,9 @@ const isGrowing = node => Boolean(node?.stream);
 // The messages to send for a path: the system prompt, then all messages with text, except questions whose only
 // answer is an error. Adjacent messages of one role are joined, because chat formats expect alternating roles.
 function messagesOf(path, system = "", withReasoning = false) {
-  const messages = system.trim() ? [{role: "system", content: system}] : [];
+  const messages = system.trim() ? [{role: "system", content: system}] : [], pictured = Calls.shownPictures(path);
   for (const [i, {role, reasoning, calculator = []}] of path.entries()) {
-    if (role === "assistant" && Calls.isAnswered(path[i])) { messages.push(...Calls.messagesOf(path[i])); continue; }
+    if (role === "assistant" && Calls.isAnswered(path[i])) { messages.push(...Calls.messagesOf(path[i], pictured)); continue; }
     const said = saidIn(path[i]), last = messages.at(-1), calls = role === "assistant" ? calculator : [];
     if (!said.length && !calls.length || role === "user" && failed(path[i + 1])) continue;
     if (last?.role === role && !last.tool_calls) addTo(last, said, calls);

@@ -70,6 +70,7 @@ class Limits:
     grammar_bytes: int = 16 << 20      # memory of a compiled grammar; 65,536 ordinary characters take 8 MB
     parameter_characters: int = 200    # of a parameter's name, in calls whose arguments are in tags
     tool_name_bytes: int = 1 << 20     # of all names of functions and parameters, which go to the workers
+    tool_call_bytes: int = 1 << 20     # of the body of a call that runs here: an argument may be a file
 
     # bodies, documents and pictures
     body_bytes: int = 16 << 20

@@ -40,7 +40,7 @@ from chatlm.terminal.conversation import PARAMETERS, SETTABLE, Conversation, cal
 from chatlm.terminal.remote import RemotePool, open_pool
 from chatlm.terminal.terminal import PlainWriter, Terminal, state_file
 from chatlm.terminal.tools import (
-    CANCELLED, DENIED, ToolUse, grow_calls, open_tools, shown_call, with_tools as with_tools_of)
+    CANCELLED, CUT_OFF, DENIED, ToolUse, grow_calls, open_tools, shown_call, with_tools as with_tools_of)
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -246,25 +246,31 @@ class Chat:
             node = self.conversation.path()[-1]
             if node is last or not node.get("calls") or "note" in node:
                 return
-            if not await self.run_calls(node["calls"], earlier):
+            if not await self.run_calls(node, earlier):
                 return
             earlier += node["calls"]
             last = node
             rounds += 1
 
-    async def run_calls(self, calls: list[dict], earlier: Seq[dict]) -> bool:
-        """Give each call its result. False if the user has cancelled one."""
+    async def run_calls(self, node: dict, earlier: Seq[dict]) -> bool:
+        """Give each call of an answer its result. False if the user has cancelled one."""
         assert self.tools
+        calls = node["calls"]
+        is_cut = node["timings"]["finish_reason"] == "length"
         for number, call in enumerate(calls):
             refusal = self.tools.refusal(call, [*earlier, *calls[:number]])
+            if is_cut and number == len(calls) - 1:
+                refusal = CUT_OFF
             if refusal:
                 call["result"] = refusal
             elif await self.allows(call):
                 self.note(f"calling {shown_call(call)}; Ctrl-C cancels it")
-                call["result"] = await self.tools.run(call)
+                await self.tools.run(call)
             else:
                 call["result"] = DENIED
             self.note(call["result"][:500])
+        if not self.pool.sees and any(call.get("images") for call in calls):
+            self.note("this model cannot see images; it is told that there were some")
         return all(call["result"] != CANCELLED for call in calls)
 
     async def allows(self, call: dict) -> bool:
@@ -295,7 +301,7 @@ class Chat:
         chat.leaf = last["id"]
         cut = last["role"] == "assistant" and not last.get("calls")
         seed = {"seed": last["seed"]} if cut and type(last.get("seed")) is int else {}
-        messages = chat.messages()
+        messages = chat.messages(self.pool.sees)
         if any((message.more or {}).get("pictures") for message in messages):
             if not self.pool.sees:
                 raise ValueError("this model cannot see images; /clear begins a chat without them")

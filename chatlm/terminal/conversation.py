@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence as Seq
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,10 @@ CHAT_FORMAT = {"format": "chat_server chats", "version": 2}
 PARAMETERS = {flag.field: flag.parse for flag in FLAGS
               if flag.parse and flag.field in (*SAMPLING_FLAGS, "max_tokens")}
 SETTABLE = (*PARAMETERS, "stop")
+# For the model, as the page writes them too
+PICTURES_OF_RESULTS = 8  # in a request
+SEEN_PICTURES = "The pictures of the results above."
+UNSEEN_PICTURES = "[You are not shown the pictures of this result.]"
 
 
 def now_ms() -> int:
@@ -74,6 +78,43 @@ def answered_calls(node: Mapping) -> list[dict]:
     return whole if len(whole) == len(calls) else []
 
 
+def images_of(call: Mapping) -> list[str]:
+    """The data URIs of the pictures in a call's result; nothing else that a file may have there."""
+    listed = call.get("images")
+    return [f"data:{each['mime_type']};base64,{each['data']}"
+            for each in (listed if isinstance(listed, list) else ())
+            if isinstance(each, dict) and is_text(each.get("mime_type")) and is_text(each.get("data"))]
+
+
+def pictured_calls(nodes: Seq[Mapping]) -> set[int]:
+    """The calls whose results' pictures are sent, by id(): the newest that fit into a request."""
+    answered = [call for node in nodes for call in answered_calls(node) if images_of(call)]
+    left = PICTURES_OF_RESULTS
+    found = set()
+    for call in reversed(answered):
+        left -= len(images_of(call))
+        if left >= 0:
+            found.add(id(call))
+    return found
+
+
+def result_messages(calls: Seq[Mapping], pictured: Collection[int]) -> list[Message]:
+    """The results of an answer's calls. Pictures follow in a message of the user: no other place is known to
+    every chat template."""
+    messages = []
+    pictures = []
+    for call in calls:
+        text = call["result"]
+        if id(call) in pictured:
+            pictures += images_of(call)
+        elif images_of(call):
+            text += f"\n{UNSEEN_PICTURES}"
+        messages.append(Message("tool", text, {"tool_call_id": call["id"], "name": call["name"]}))
+    if pictures:
+        messages.append(Message("user", SEEN_PICTURES, {"pictures": pictures}))
+    return messages
+
+
 class Conversation:
     """A chat's tree of messages. The path to `leaf` is current; other answers and versions branch off."""
 
@@ -107,14 +148,17 @@ class Conversation:
     def last(self, role: str) -> dict | None:
         return next((node for node in reversed(self.path()) if node["role"] == role), None)
 
-    def messages(self) -> tuple[Message, ...]:
+    def messages(self, sees: bool = True) -> tuple[Message, ...]:
         """The messages to send. Leaves out empty ones, and joins adjacent ones of the same role, because
-        templates want roles to alternate. `more` has pictures as data URIs, and the calculator's calls."""
+        templates want roles to alternate. `more` has pictures as data URIs, and the calculator's calls.
+
+        sees: whether the model is shown the pictures in results of tools."""
         messages = [Message("system", self.system)] if self.system.strip() else []
         said = [node for node in self.path()
                 if node["content"] or pictures_of(node) or calls_in(node) or answered_calls(node)]
         # an answer with calls ends its group: the results follow it
         ends = itertools.accumulate((bool(answered_calls(node)) for node in said[:-1]), initial=0)
+        pictured = pictured_calls(said) if sees else set()
         groups = itertools.groupby(zip(said, ends), key=lambda pair: (pair[0]["role"], pair[1]))
         for (role, _), group in groups:
             nodes = [node for node, _ in group]
@@ -132,8 +176,7 @@ class Conversation:
                      "function": {"name": call["name"], "arguments": earlier_arguments(call["arguments"])}}
                     for call in results]
             messages.append(Message(role, "\n\n".join(texts), more or None))
-            messages += [Message("tool", call["result"], {"tool_call_id": call["id"], "name": call["name"]})
-                         for call in results]
+            messages += result_messages(results, pictured)
         return tuple(messages)
 
     def last_text(self) -> str:

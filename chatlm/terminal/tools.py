@@ -15,6 +15,7 @@ from chatlm.front.aio import interruptible
 from chatlm.front.api.enforcement import why_unenforced
 from chatlm.front.api.fields import ToolChoice
 from chatlm.front.api.readers import callable_tools, strict_grammars, types_of_parameters
+from chatlm.front.tools.results import ToolPicture, ToolResult
 from chatlm.front.tools.toolbox import Toolbox
 from chatlm.terminal.remote import RemotePool
 from chatlm.terminal.streams import refusal
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 EQUAL_CALLS = 2  # of one question; then the model is told to use the result that it has
 DENIED = "The user did not allow this call."
 CANCELLED = "The user cancelled this call."
+CUT_OFF = "Not run: the call was cut off by the limit of tokens."
 BAD_ARGUMENTS = "Not run: the arguments are not a complete JSON object."
 CALLED_BEFORE = "Not run: the same call was made twice before. Use its result."
 
@@ -73,12 +75,15 @@ class OwnTools:
                     for server in self.toolbox.servers if server.reason]
         return tools, troubles
 
-    async def call(self, tool: ChatTool, arguments: Mapping[str, Any]) -> str:
-        """The text of a result, also of a failed one."""
+    async def call(self, tool: ChatTool, arguments: Mapping[str, Any]) -> ToolResult:
+        """A result, also a failed one. If the model sees, it can be shown the pictures."""
         offered = self.toolbox.offered().get(tool.name)
         if offered is None or offered.digest != tool.digest:
-            return "Not run: the tool is not what it was any more."
-        return (await self.toolbox.call(offered, arguments, "")).text
+            return ToolResult("Not run: the tool is not what it was any more.", is_error=True)
+        result = await self.toolbox.call(offered, arguments, "")
+        if not self.pool.sees:
+            return result
+        return await result.with_readable_pictures(lambda data: self.pool.admission.decode_picture(data, ""))
 
 
 class ServersTools:
@@ -96,7 +101,7 @@ class ServersTools:
                     for server in body.get("servers") or () if server.get("reason")]
         return tools, troubles
 
-    async def call(self, tool: ChatTool, arguments: Mapping[str, Any]) -> str:
+    async def call(self, tool: ChatTool, arguments: Mapping[str, Any]) -> ToolResult:
         body = {"name": tool.name, "arguments": arguments, "digest": tool.digest}
         try:
             async with await self.pool.ask("POST", "v1/tools/call", json=body) as response:
@@ -104,8 +109,11 @@ class ServersTools:
                     raise await refusal(response)
                 found = await response.json()
         except ChatServerError as error:
-            return f"{error}. If it was begun, its outcome is unknown."
-        return str(found.get("text", ""))
+            return ToolResult(f"{error}. If it was begun, its outcome is unknown.", is_error=True)
+        listed = found.get("images")
+        pictures = [ToolPicture(str(one.get("mime_type")), str(one.get("data")))
+                    for one in (listed if isinstance(listed, list) else ()) if isinstance(one, dict)]
+        return ToolResult(str(found.get("text", "")), pictures=tuple(pictures))
 
 
 class ToolUse:
@@ -160,11 +168,14 @@ class ToolUse:
         same = Counter((one["name"], one["arguments"]) for one in earlier)
         return CALLED_BEFORE if same[call["name"], call["arguments"]] >= EQUAL_CALLS else ""
 
-    async def run(self, call: Mapping[str, str]) -> str:
-        """The text of a call's result. Ctrl-C cancels the call."""
+    async def run(self, call: dict[str, Any]):
+        """Give a call its result, and the pictures of that. Ctrl-C cancels the call."""
         tool = self.tools[call["name"]]
         found = await interruptible(self.source.call(tool, json.loads(call["arguments"])))
-        return CANCELLED if found is None else found
+        call["result"] = CANCELLED if found is None else found.text
+        if found and found.pictures:
+            call["images"] = [{"mime_type": picture.mime_type, "data": picture.data}
+                              for picture in found.pictures]
 
 
 def with_tools(request: Request, tools: Seq[ChatTool], pool: Pool) -> Request:

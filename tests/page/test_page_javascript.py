@@ -106,10 +106,20 @@ def test_an_endless_loop_is_ended(shared):
 @pytest.mark.parametrize("code", ["const all = []; for (;;) all.push({all: [1, 2, 3]});", "let s = 'x'; for (;;) s += s + Math.random();",
                                   "const all = []; for (;;) all.push(new Uint8Array(1e8).fill(1));"])
 def test_too_much_memory_ends_only_the_code(page, server_url, code):
-    """Large arrays of numbers still end the tab where, as here, the browser gives the frame no process of its own (SECURITY.md)."""
+    """Here the browser gives the frame no process of its own (SECURITY.md)."""
     open_page(page, server_url)
     result = run(page, code)
     assert result["is_error"] and page.evaluate("1 + 1") == 2
+
+
+@pytest.mark.parametrize("code, text", [
+    ("const all = []; for (;;) all.push(new Float64Array(1e7).fill(1));", "more than 1 GiB"), ("let a = new Uint8Array(1e8); for (const all = [];;) all.push(a.slice());", "more than 1 GiB"),
+    ("return new ArrayBuffer(2 ** 31)", "more than 1 GiB"),
+    ("class Mine extends Uint8Array {} const a = new Mine(1e6); return [a instanceof Uint8Array, a.constructor === Mine, new Uint8Array(a.buffer).length, Uint8Array.of(1, 2).map(x => 2 * x).join()]",
+     '[\n true,\n true,\n 1000000,\n "2,4"\n]')])
+def test_arrays_of_numbers_are_counted(shared, code, text):
+    """They behave as before, until they are too large together."""
+    assert text in run(shared, code)["text"]
 
 
 @pytest.mark.parametrize("code", ["return 'x'.repeat(5e7)", "console.log('x'.repeat(5e7))", "postMessage('x'.repeat(5e7))", "for (let i = 0; i < 1e6; i++) console.log(i)",

@@ -131,6 +131,8 @@ def test_a_long_result_is_folded_and_pictures_are_shown(page, tool_url):
     button(card, "Once").click(timeout=SLOW_MS)
     expect(card.get_by_role("img", name="Picture of picture")).to_be_visible(timeout=SLOW_MS)
     assert card.get_by_role("img").evaluate("image => image.naturalWidth") == 1
+    results = [message["content"] for message in page.evaluate("Chat.messagesToSend(Chat.path, '')") if message["role"] == "tool"]
+    assert results[0] == "[picture 1]\none pixel\n[You are not shown the pictures of this result.]"      # the default model does not see
     chat_with(page, tool_url, "fake__show")
     page.evaluate("Chat.openNew(); Chat.change(Chat.current, {tools: ['fake__show'], parameters: {tool_choice: 'required', temperature: 0, max_tokens: 120}})")
     ask(page, "Show it.")

@@ -9,6 +9,7 @@ import pytest
 
 import fake_tools
 from browsing import fake_front
+from chatlm.front.admission.admission import Admission
 from chatlm.terminal.conversation import read_chats
 from fake_pool import FakePool, Letters
 from piped_chats import chat_with
@@ -96,6 +97,13 @@ def test_what_goes_wrong_is_told_to_the_model(monkeypatch, config, call, result)
     assert len(pool.requests) == 1 or sent(pool)[1][-1] == ("tool", result)  # what no tool is called is text
 
 
+def test_a_call_that_was_cut_off_is_not_run(monkeypatch, config):
+    pool = ScriptedPool(ADD.removesuffix("}\n</tool_call>"), "So what.")
+    pool.reason = "length"
+    chat_with(pool, monkeypatch, ["go"], mcp_config=config(alwaysAllow=["*"]))
+    assert sent(pool)[1][-1] == ("tool", "Not run: the call was cut off by the limit of tokens.")
+
+
 def test_tools_can_be_switched_off(monkeypatch, config, capsys):
     pool = ScriptedPool("Fine.")
     chat_with(pool, monkeypatch, ["/tools off all", "/tools on fake__add", "hi", "/tools off nothing"], mcp_config=config())
@@ -124,6 +132,57 @@ def test_a_saved_chat_keeps_calls_and_results(monkeypatch, config, tmp_path):
     [chat] = read_chats(saved.read_text())
     again = [(message.role, message.content) for message in chat.messages()]
     assert again == [*sent(pool)[1], ("assistant", "It is five.")] and sent(pool)[2] == [*again, ("user", "sure?")]
+
+
+class SeeingPool(ScriptedPool):
+    """Its model sees. Pictures are decoded in a sandbox, as a pool does it."""
+
+    sees, reader = True, None
+
+    async def decode_picture(self, data, client):
+        self.reader = self.reader or Admission(lambda request_id, client: None)
+        return await self.reader.decode_picture(data, client)
+
+    async def close(self):
+        if self.reader:
+            await self.reader.close()
+
+
+PICTURE = '<tool_call>\n{"name": "fake__picture", "arguments": {}}\n</tool_call>'
+
+
+def test_pictures_of_results_reach_a_model_that_sees(monkeypatch, config, tmp_path):
+    """In a later question and from a saved chat, too."""
+    saved = tmp_path / "chat.json"
+    pool = SeeingPool(PICTURE, "One pixel.", "Yes.", "Still.")
+    assert chat_with(pool, monkeypatch, ["show it", f"/save {saved}", "sure?", f"/load {saved}", "sure?"], mcp_config=config(alwaysAllow=["*"])) == 0
+    for request in pool.requests[1:]:
+        *_, result, shown = request.messages[:4]
+        assert (result.role, result.content) == ("tool", "[picture 1]\none pixel")
+        assert (shown.role, shown.parts, [(picture.width, picture.height) for picture in shown.pictures]) == ("user", (0, "The pictures of the results above."), [(1, 1)])
+
+
+def test_a_model_that_does_not_see_is_told_of_pictures(monkeypatch, config, capsys):
+    pool = ScriptedPool(PICTURE, "Nice.")
+    assert chat_with(pool, monkeypatch, ["show it"], mcp_config=config(alwaysAllow=["*"])) == 0
+    assert sent(pool)[1][2:] == [("tool", "[picture 1]\none pixel\n[You are not shown the pictures of this result.]")]
+    assert "cannot see images" in capsys.readouterr().err
+
+
+def test_only_the_newest_pictures_are_sent(monkeypatch, config):
+    """Eight in a request."""
+    pool = SeeingPool(*[PICTURE * 2, "Nice."] * 5)
+    assert chat_with(pool, monkeypatch, ["show"] * 5, mcp_config=config(alwaysAllow=["*"])) == 0
+    told = [len(message.pictures) or message.content.endswith("[You are not shown the pictures of this result.]")
+            for message in pool.requests[-1].messages if message.role == "tool" or message.pictures]
+    assert told == [True] * 2 + [False, False, 2] * 4
+
+
+def test_a_picture_that_cannot_be_read_is_left_out(monkeypatch, config):
+    pool = SeeingPool(PICTURE, "A pity.")
+    assert chat_with(pool, monkeypatch, ["show it"], mcp_config=config(args=[fake_tools.__file__, "broken-picture"], alwaysAllow=["*"])) == 0
+    [(role, content)] = sent(pool)[1][2:]
+    assert role == "tool" and content.startswith("[picture 1]\none pixel\n[picture 1 can't be read: ")
 
 
 def test_a_server_s_tools_are_asked_about_on_a_terminal(config, tmp_path):

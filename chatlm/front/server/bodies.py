@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from chatlm.common.client_words import too_large
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError
 from chatlm.common.log import log
@@ -78,11 +77,14 @@ class Bodies:
 
     async def small(self, http: web.Request) -> dict:
         """The checked fields of a small body; of none, no fields."""
-        fields = REQUEST_LOG.get().route.fields
         with self.holding() as holding:
-            raw = await read_bytes(http, holding)
-        if len(raw) > LIMITS.inline_bytes:
-            raise too_large(LIMITS.inline_bytes)
+            return await self.fields(http, holding, LIMITS.inline_bytes)
+
+    async def fields(self, http: web.Request, holding: Holding, most: int) -> dict:
+        """The checked fields of a body of at most `most` bytes, which `holding` then holds. It is parsed
+        here, in the event loop."""
+        fields = REQUEST_LOG.get().route.fields
+        raw = await read_bytes(http, holding, most)
         body = json_object(raw or b"{}")
         values = parse_fields(body, fields)
         note_ignored(", ".join(header_words(unread(body, fields))))

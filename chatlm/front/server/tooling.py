@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence as Seq
 from typing import Any, TYPE_CHECKING
 
+from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value
 from chatlm.front.aio import end_tasks
 from chatlm.front.api.encode import frame
@@ -87,7 +88,15 @@ class ToolRoutes:
     async def handle_call(self, http: web.Request) -> web.StreamResponse:
         """POST /v1/tools/call: call a tool. If the client leaves, the call is cancelled."""
         patterns = self.access.usable_tools(http)
-        values = await self.bodies.small(http)
+        may_call = patterns and self.toolbox.servers
+        with self.bodies.holding() as holding:
+            # 1 MiB of JSON may stop the event loop for 80 ms: only who may run programs here may send that
+            most = LIMITS.tool_call_bytes if may_call else LIMITS.inline_bytes
+            values = await self.bodies.fields(http, holding, most)
+            return await self._call(http, values, patterns)
+
+    async def _call(self, http: web.Request, values: Mapping[str, Any],
+                    patterns: Seq[str]) -> web.StreamResponse:
         offered = self._find(values["name"], patterns)
         if values.get("digest", offered.digest) != offered.digest:
             raise RequestError(f"the tool {offered.name} is not what it was when it was approved: its server "
@@ -98,9 +107,19 @@ class ToolRoutes:
             return await self._stream(http, offered, values["arguments"], client)
         result = await self.toolbox.call(offered, values["arguments"], client)
         REQUEST_LOG.get().note = offered.name
-        return json_response(result_body(result))
+        return json_response(await self._body(result, client))
 
-    def _find(self, name: str, patterns: Mapping | Any) -> OfferedTool:
+    async def _body(self, result: ToolResult, client: str) -> dict[str, Any]:
+        """A result as it is sent. If models see here, its pictures can be shown to them."""
+        if result.pictures and self.bodies.intake.models_that_see():
+            pool = self.catalogue.find("", REQUEST_LOG.get().bound).pool
+            result = await result.with_readable_pictures(
+                lambda data: pool.admission.decode_picture(data, client))
+        return {"text": result.text, "is_error": result.is_error, "cut": result.cut, "ms": result.ms,
+                "images": [{"mime_type": picture.mime_type, "data": picture.data}
+                           for picture in result.pictures]}
+
+    def _find(self, name: str, patterns: Seq[str]) -> OfferedTool:
         if not self.toolbox.servers:
             raise RequestError("the server was started without --mcp-config, so it has no tools", status=403,
                                code="not_available")
@@ -140,21 +159,16 @@ class ToolRoutes:
                     event = dict(latest)
                     latest.clear()
                     yield event
-            yield {"type": "result", **result_body(call.result())}
+            yield {"type": "result", **await self._body(call.result(), client)}
         finally:
             await end_tasks([call])
 
 
-def result_body(result: ToolResult) -> dict[str, Any]:
-    return {"text": result.text, "is_error": result.is_error, "cut": result.cut, "ms": result.ms,
-            "images": [{"mime_type": picture.mime_type, "data": picture.data} for picture in result.pictures]}
-
-
-def is_usable(offered: OfferedTool, patterns: Any) -> bool:
+def is_usable(offered: OfferedTool, patterns: Seq[str]) -> bool:
     return bool({"*", offered.label, f"{offered.label}.{offered.tool.name}"} & {*patterns})
 
 
-def may_see(label: str, patterns: Any) -> bool:
+def may_see(label: str, patterns: Seq[str]) -> bool:
     """Whether a client may use any tool of a server."""
     return "*" in patterns or any(pattern == label or pattern.startswith(f"{label}.") for pattern in patterns)
 

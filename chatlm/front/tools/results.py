@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import base64
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+from chatlm.common.errors import ChatServerError
 from chatlm.common.jsontext import as_json, whole_unicode
 from chatlm.front.tools.transport import ToolError
 
 PICTURES = 8
+Decode = Callable[[bytes], Awaitable[object]]
 PICTURE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")
 
 
 @dataclass(frozen=True)
 class ToolPicture:
     mime_type: str
-    data: str  # base64, not decoded: what reads pictures checks it
+    data: str  # base64
+
+    @property
+    def file(self) -> bytes:
+        return base64.b64decode(self.data)
+
+    @property
+    def uri(self) -> str:
+        return f"data:{self.mime_type};base64,{self.data}"
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,20 @@ class ToolResult:
         end = self.text[len(self.text) - (characters - len(begin)):]
         text = f"{begin}\n[{cut:,} characters are missing here: the result was too long]\n{end}"
         return ToolResult(text, self.is_error, self.pictures, cut)
+
+    async def with_readable_pictures(self, decode: Decode) -> ToolResult:
+        """The result without pictures that no model could be shown. Its text says why they are missing.
+
+        decode: reads the file of a picture, as for a request; raises ChatServerError if that fails."""
+        pictures = []
+        text = self.text
+        for number, picture in enumerate(self.pictures, 1):
+            try:
+                await decode(picture.file)
+                pictures.append(picture)
+            except ChatServerError as error:
+                text += f"\n[picture {number} can't be read: {error}]"
+        return replace(self, text=text, pictures=tuple(pictures))
 
 
 def result_of_call(found: Any) -> ToolResult:
@@ -68,7 +93,9 @@ def picture_of(part: Mapping[str, Any]) -> ToolPicture | None:
     mime_type = part.get("mimeType")
     if part.get("type") != "image" or not isinstance(data, str) or mime_type not in PICTURE_TYPES:
         return None
-    return ToolPicture(mime_type, data) if re.fullmatch(r"[A-Za-z0-9+/\s]+={0,2}\s*", data) else None
+    data = "".join(data.split())
+    is_base64 = re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", data) and len(data) % 4 == 0
+    return ToolPicture(mime_type, data) if is_base64 else None
 
 
 def text_of_part(part: Mapping[str, Any]) -> str:

@@ -147,23 +147,27 @@ class ToolServer:
 
     async def call(self, tool: Tool, arguments: Mapping[str, Any], timeout_s: float,
                    report: Report | None = None) -> ToolResult:
-        """Call a tool. Raises ToolError if the server isn't running or has no result.
+        """Call a tool. Raises ToolError if the server isn't running, has no result, or describes the tool
+        differently by now: a call may have waited.
 
         A call whose outcome is unknown is repeated once if the tool says that this does no harm."""
         timeout_s = self.config.timeout_s or timeout_s
-        client = self._open_client()
+        client = self._client_for(tool)
         try:
             return await client.call(tool, arguments, timeout_s, report)
         except (SessionLost, ServerGone) as error:
             if error.unknown_outcome and not tool.may_repeat:
                 raise
             await self._reopened(client)
-        return await self._open_client().call(tool, arguments, timeout_s, report)
+        return await self._client_for(tool).call(tool, arguments, timeout_s, report)
 
-    def _open_client(self) -> ToolClient:
+    def _client_for(self, tool: Tool) -> ToolClient:
         if self.client is None:
             raise ToolError(f"the tool server {self.config.label} is not running: "
                             f"{self.reason or 'it is starting'}")
+        if self.tools.get(tool.name) != tool:
+            raise ToolError(f"not run: the tool server {self.config.label} describes {tool.name} "
+                            "differently now")
         return self.client
 
     async def _reopened(self, old: ToolClient):

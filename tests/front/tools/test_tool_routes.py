@@ -1,5 +1,6 @@
 """GET /v1/tools and POST /v1/tools/call of a real server with the default model."""
 
+import asyncio
 import http.client
 import json
 import sys
@@ -7,10 +8,16 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 import fake_tools
 import real_server
+from chatlm.common.config import LIMITS, Settings
+from chatlm.front.intake import budget as budgets
+from chatlm.front.intake.budget import Budget
+from fake_pool import FakePool, serving
+from patching import patch
 
 FAKE = str(Path(fake_tools.__file__))
 SMALL = "--kv-cache-memory", "4M", "--max-batch", "2"
@@ -131,6 +138,38 @@ def test_a_body_names_a_tool_and_nothing_else(url, body, status, words):
     """There is no way to name a program, a URL or a header."""
     found, error = call(url, **body)
     assert found == status and (status == 200 or words in error["message"])
+
+
+def test_arguments_may_be_a_file_s_text(url, place):
+    """The body has at most LIMITS.tool_call_bytes."""
+    path = place / "written"
+    body = {"name": "fake__count", "arguments": {"path": str(path), "line": ""}}
+    room = LIMITS.tool_call_bytes - len(json.dumps(body))
+    body["arguments"]["line"] = "\u00e9\n" * (room // 8) + "x" * (room % 8)  # written as \\u00e9\\n
+    assert len(json.dumps(body)) == LIMITS.tool_call_bytes and call(url, **body)[0] == 200
+    assert path.read_text() == body["arguments"]["line"] + "\n"
+    body["arguments"]["line"] += "x"
+    status, error = call(url, **body)
+    assert status == 413 and f"maximum size of {LIMITS.tool_call_bytes} bytes" in error["message"]
+    assert path.read_text().count("\n") == room // 8 + 1
+
+
+async def test_running_calls_hold_their_bodies(monkeypatch, place):
+    """A client's calls hold at most its share of LIMITS.held_bytes. What is above waits, and is then refused."""
+    budget = Budget(4 * 300_000)
+    patch(monkeypatch, budgets, "Budget", lambda total, share=4: budget)
+    path = place / "held"
+    large = {"name": "fake__slow", "arguments": {"path": str(path), "text": "x" * 200_000}}
+    async with serving(FakePool(), Settings(mcp_config=str(config(place, "held.json", fake=program())))) as url, aiohttp.ClientSession() as client:
+        assert (await client.get(url + "/v1/tools")).status == 200  # once the tool server runs
+        first = asyncio.ensure_future(client.post(url + "/v1/tools/call", json=large))
+        while budget.used < 200_000:
+            await asyncio.sleep(0.01)
+        patch(monkeypatch, budgets, "BODY_S", 0.1)
+        assert (await client.post(url + "/v1/tools/call", json=large)).status == 503
+        path.touch()
+        assert (await (await first).json())["text"] == "it is there" and budget.used == 0
+        assert (await client.post(url + "/v1/tools/call", json=large)).status == 200
 
 
 def test_pages_of_others_can_use_no_tool(place):
