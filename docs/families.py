@@ -50,10 +50,12 @@ NOTES = {       # by model_type: what a reader wants to know beside the title
     "mistral4": f"the text model of `mistral3`: [latents]({LATENTS})", "minicpm3": f"[latents]({LATENTS})",
     "bailing_moe_v2": "Ling-mini, Ling-flash and Ring; GLM-4.5's arithmetic by other names",
     "cohere2_moe": "North-Mini-Code; shared experts are refused",
-    "ernie4_5": "dense",
+    "ernie4_5": "dense", "ernie4_5_moe": "21B-A3B, 300B-A47B; without the draft head",
+    "laguna": "XS.2, S and M.1", "muse_glimmer_text": "the text model of those with images",
+    "minicpm": "without the sparse attention of 4.1; MiniCPM5 is a Llama", "olmo": "OLMo 1 and 1.7",
     "hunyuan_v1_dense": "Hunyuan-MT and Hy-MT too",
     "gpt2": "DistilGPT-2 too",
-    "cohere": "Command R, Aya",
+    "cohere": "Command R and R+, Aya",
     "phimoe": f"[its rotary factor in a GGUF file]({GGUF})",
     "cohere2": "Command R7B, Command A",
     "qwen3_5_text": f"the text model of those with images, [its states]({STATES})",
@@ -67,7 +69,7 @@ NOTES = {       # by model_type: what a reader wants to know beside the title
     "mpnet": f"all-mpnet-base-v2: [an encoder]({ENCODES})", "modernbert": f"[an encoder]({ENCODES})",
     "nomic_bert": f"nomic-embed-text v1, v1.5: [an encoder]({ENCODES})", "gte": f"from 2024 on: [an encoder]({ENCODES})",
     "nomic_bert_moe": f"nomic-embed-text-v2-moe, whose config says `nomic_bert`; its files lack a bias: [an encoder]({ENCODES})"}
-FORMULAS = {"nomic_bert_moe": "its formulas", "bailing_moe_v2": "GLM-4.5", "kimi_k2": "DeepSeek-V3"}   # families that transformers lacks are compared with these
+FORMULAS = {"nomic_bert_moe": "its formulas", "bailing_moe_v2": "GLM-4.5", "kimi_k2": "DeepSeek-V3", "minicpm": "Granite 3"}   # families that transformers lacks are compared with these
 LIKE_OTHERS = {"xlm-roberta": ("bert",), "granitemoehybrid": ("granite", "granitemoe")}     # such models without Mamba layers have these files
 CHECKPOINTS = (
     f"| nanochat, generations 1 to {len(GENERATIONS)} ([layouts](checkpoints.md#checkpoints-of-nanochat)) | a checkpoint | upstream's answers, 5; "
