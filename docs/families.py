@@ -70,10 +70,12 @@ NOTES = {       # by model_type: what a reader wants to know beside the title
     "mistral4": f"[with images]({IMAGES}), [latents]({LATENTS})", "minicpm3": f"[latents]({LATENTS})",
     "bailing_moe_v2": "Ling-mini, Ling-flash and Ring; GLM-4.5's arithmetic by other names",
     "cohere2_moe": "North-Mini-Code; shared experts are refused",
-    "ernie4_5": "dense",
+    "ernie4_5": "dense", "ernie4_5_moe": "21B-A3B, 300B-A47B; without the draft head",
+    "laguna": "XS.2, S and M.1", "muse_glimmer_text": "the text model of those with images",
+    "minicpm": "without the sparse attention of 4.1; MiniCPM5 is a Llama", "olmo": "OLMo 1 and 1.7",
     "hunyuan_v1_dense": "Hunyuan-MT and Hy-MT too",
     "gpt2": "DistilGPT-2 too",
-    "cohere": "Command R, Aya",
+    "cohere": "Command R and R+, Aya",
     "phimoe": f"[its rotary factor in a GGUF file]({GGUF})",
     "cohere2": "Command R7B, Command A",
     "qwen3_5_text": f"[with images]({IMAGES}), [its states]({STATES})",
@@ -94,7 +96,7 @@ RECENT = """afmoe axk1 axk2 bailing_hybrid bailing_moe_v2 bitnet cohere cohere2 
     lfm2 lfm2_moe lfm2_vl llama llama4 longcat_flash mimo_v2_flash minicpm minicpm3 minimax_m2 minimax_m3 ministral3 mistral mistral3 mistral4
     mistral_large4 mixtral muse_glimmer nemotron_h olmo olmo2 olmo3 olmoe phi3 phimoe qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_moe qwen3_moe
     qwen3_next qwen3_vl qwen3_vl_moe qwen4_exp sarvam_mla sarvam_moe seed_oss smollm3 smolvlm starcoder2 step3p7 youtu""".split()
-FORMULAS = {"nomic_bert_moe": "its formulas", "bailing_moe_v2": "GLM-4.5", "kimi_k2": "DeepSeek-V3"}   # families that transformers lacks are compared with these
+FORMULAS = {"nomic_bert_moe": "its formulas", "bailing_moe_v2": "GLM-4.5", "kimi_k2": "DeepSeek-V3", "minicpm": "Granite 3"}   # families that transformers lacks are compared with these
 LIKE_OTHERS = {"xlm-roberta": ("bert",), "granitemoehybrid": ("granite", "granitemoe")}     # such models without Mamba layers have these files
 CHECKPOINTS = (
     f"| nanochat, generations 1 to {len(GENERATIONS)} ([layouts](checkpoints.md#checkpoints-of-nanochat)) | a checkpoint | upstream's answers, 5; "

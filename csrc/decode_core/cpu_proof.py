@@ -100,7 +100,8 @@ class Chain:
             self.call("layer_norm", x, weight, bias, 1e-5, width=C)
         last_are_0 = torch.arange(C) < C - 5
         zeros_at_end = self.call("embed", table * last_are_0, p.token_ids, width=C)
-        self.call("layer_norm", zeros_at_end, weight * last_are_0, None, 1e-5, width=C, count=C - 5)
+        for of_norm in (weight * last_are_0, None):
+            self.call("layer_norm", zeros_at_end, of_norm, None, 1e-5, width=C, count=C - 5)
         self.call("embed", dice.normal(PAGES * self.script.PAGE_SIZE, C), p.positions, width=C)
         self.call("copy", x, width=C)
         self.call("mix", x, normed, *one, width=C)
@@ -115,6 +116,7 @@ class Chain:
         norms = [1 + dice.normal(heads * spec.head_size) / 4 for heads in (spec.heads, spec.kv_heads)]
         means = self.call("mean_squares", qkv, *norms, [2 * len(norm) for norm in norms], width=2)
         self.call("norm_qk", qkv, *norms, means, 1e-5, width=qkv_size)
+        self.call("norm_heads", qkv, *norms, spec.head_size, 1e-5, width=qkv_size)
         self.call("clamp", x, -dice.normal(C).abs(), dice.normal(C).abs(), width=C)
         self.call("scale_rows", x, 1 + dice.normal(1024).abs(), p.positions, width=C)
         cos, sin = self.script.rope_tables(spec, torch.device("cpu"))
@@ -140,6 +142,8 @@ class Chain:
         gates = torch.zeros(T, 256)
         halves = self.call("split_gates", x, 64, gates=gates, width=C - 256)
         self.call("gate", self.call("copy", halves, width=C - 256), halves, width=C - 256)
+        of_heads = self.call("linear", x, self.matrix("f32", "head_gates", C // 64), width=C // 64, label="linear f32")
+        self.call("gate", self.call("copy", x, width=C), of_heads, width=C, activation="softplus")
         share = self.call("linear", x, self.matrix("f32", "shared_gate", 1), width=1, label="linear f32")
         self.call("gated_add", x, normed, share, width=C)
         last = self.call("gather_rows", x, p.logit_rows, width=C, rows=R)
@@ -225,6 +229,7 @@ class Chain:
         router: dict[str, Any]
         for activation, router in (("swiglu", {"sum_to_one": False}), ("clamped_swiglu", {"sum_to_one": True}),
                                    ("swiglu", {"sum_to_one": True, "sigmoids": True, "choice_bias": dice.normal(E) / 4}),
+                                   ("swiglu", {"sum_to_one": True, "choice_bias": dice.normal(E) / 4}),
                                    ("geglu", {"sum_to_one": True, "scales": 1 + dice.normal(E) / 4}),
                                    ("relu2", {"sum_to_one": False, "sigmoids": True, "groups": (3, 2), "share_scale": 2.5}),
                                    ("swiglu", {"sum_to_one": True, "jitter": 0.3})):

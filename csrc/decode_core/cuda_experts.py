@@ -48,7 +48,9 @@ class ExpertOps:
         kinds = {down_kind, *(kind for kind, _ in parts)}
         many = pairs > FEW_PAIRS * E and "float32" not in kinds
         if sigmoids:
-            ids, shares = self.route_sigmoids(logits, chosen, sum_to_one, choice_bias, groups, share_scale, group_best)
+            ids, shares = self.route_by_torch(self.script.sigmoid_routes, logits, chosen, sum_to_one, choice_bias, groups, share_scale, group_best)
+        elif choice_bias is not None or groups != (1, 1) or share_scale != 1:
+            ids, shares = self.route_by_torch(self.script.routes, logits, chosen, sum_to_one, groups, share_scale, group_best, choice_bias)
         else:
             ids, shares = self.route(logits, chosen, sum_to_one)
         shares, routed = self.group(ids, shares, E, cuda.MANY_PAIRS if many else cuda.FEW_PAIRS)
@@ -83,9 +85,9 @@ class ExpertOps:
         self.kernels.route(logits, ids, shares, sum_to_one=sum_to_one, slots=self.slots, stream=self.stream())
         return ids, shares
 
-    def route_sigmoids(self, logits, chosen: int, sum_to_one: bool, *router: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same for a router of sigmoids. torch chooses, because no kernel does."""
-        ids, shares = self.script.sigmoid_routes(logits, chosen, sum_to_one, *router)
+    def route_by_torch(self, routes: Callable, logits, *router: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for routers that no kernel has, of sigmoids, groups or a bias: by a function of the references."""
+        ids, shares = routes(logits, *router)
         ids = ids.to(torch.int32)
         if self.slots is not None:
             ids = ids.masked_fill((self.slots < 0)[:, None], -1)

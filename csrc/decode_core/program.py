@@ -280,9 +280,10 @@ class Program:
         Which experts a row has, and their shares:
         logits      (max_tokens, E): the `chosen` largest of a row, of equal ones the lower ids. Shares are the softmax over
                     the logits of these, or over all E unless `sum_to_one`
+        choice_bias None, or (E): added to an expert's part of the softmax over all, or to its sigmoid, when it is chosen
         groups      (n, k): experts are chosen from k of n groups, those whose `group_best` best experts have the largest sum
         share_scale a factor of all shares
-        sigmoids    experts and shares are those of chat_server's `sigmoid_routes`, with `choice_bias` (E) or None
+        sigmoids    experts and shares are those of chat_server's `sigmoid_routes`
         jitter      None, or the experts have shares as chat_server's `sparse_routes` says
         scales      None, or (E): each share is multiplied by the expert's
 
@@ -379,6 +380,21 @@ class Program:
         out_at = self._buffers.written("out", out, TOKENS, qkv_at[1])
         self._record("norm_qk", TOKENS, (qkv, q_norm, k_norm, means, out), x=qkv_at, means=means_at,
                      eps=float(eps), out=out_at, **weights, **columns)
+
+    def norm_heads(self, qkv, q_norm, k_norm, head_size: int, eps: float, out, count: int = 0) -> None:
+        """LayerNorm of each head of q and of k in each row of qkv -> out, which may be qkv.
+
+        The weights have each head's own numbers. With `count`, only the first `count` columns of a head count, and the others
+        are zeros."""
+        qkv_at, columns = self._of_whole_heads(qkv, q_norm, k_norm)
+        if head_size < 16 or head_size % 16 or any(size % head_size for size in columns.values()) or not 0 <= count <= head_size:
+            raise ValueError(f"head_size: must be a multiple of 16 that divides {[*columns.values()]} columns, and count at most that, "
+                             f"not {head_size!r} and {count!r}")
+        weights = {"q_norm": vector("q_norm", q_norm, "float32", columns["q_columns"]),
+                   "k_norm": vector("k_norm", k_norm, "float32", columns["k_columns"])}
+        out_at = self._buffers.written("out", out, TOKENS, qkv_at[1])
+        self._record("norm_heads", TOKENS, (qkv, q_norm, k_norm, out), x=qkv_at, head_size=head_size,
+                     count=count or head_size, eps=float(eps), out=out_at, **weights, **columns)
 
     def _of_whole_heads(self, qkv, q_norm, k_norm) -> tuple[tuple[int, int], dict[str, int]]:
         """(address, columns) of qkv, and how many columns q and k have: as many as their weights."""
@@ -561,6 +577,19 @@ class Program:
             raise ValueError("out: may not be x")
         self._record("split_gates", rows_of, (x, gates, out), x=x_at, head_size=head_size, gates=gates_at,
                      out=out_at)
+
+    def gate(self, x, gates, out, activation: str = "sigmoid") -> None:
+        """x times the sigmoid or softplus of its gates -> out, which may be x. A gate counts for as many columns as x has for each."""
+        x_at, rows_of = self._buffers.read("x", x, 16)
+        gates_at, gate_rows = self._buffers.read("gates", gates)
+        size, rest = divmod(x_at[1], gates_at[1])
+        if gate_rows != rows_of or rest or size > 1 and size % 16:
+            raise ValueError(f"gates: must be of the same rows, one for each of {x_at[1]} columns or for a multiple of 16, not "
+                             f"{gates_at[1]} columns")
+        if activation not in ("sigmoid", "softplus"):
+            raise ValueError(f"activation: must be sigmoid or softplus, not {activation!r}")
+        out_at = self._buffers.written("out", out, rows_of, x_at[1])
+        self._record("gate", rows_of, (x, gates, out), x=x_at, gates=gates_at, softplus=activation == "softplus", out=out_at)
 
     def rope_append(self, qkv, cos, sin, positions, slots, cache, out, *, value_embed=None, gate=None, **options) -> None:
         """decode_core.rope_append at the step's positions and slots: qkv -> out (max_tokens, H * D) and one layer's cache.
@@ -787,7 +816,7 @@ class Program:
         self._program.record(op, rows_of == LOGIT_ROWS, **fields)
 
     def layer_norm(self, x, weight, bias, eps, out, count: int = 0) -> None:
-        """chat_server's layer_norm_reference. With `count`, only the first `count` columns of x count, and the others are zeros."""
+        """chat_server's layer_norm_reference; weight and bias may be None. With `count`, only the first `count` columns of x count, and the others are zeros."""
         _, columns = self._buffers.read("x", x, 16)[0]
         if not isinstance(count, int) or not 0 <= count <= columns:
             raise ValueError(f"count: must be 0 or up to {columns} columns, not {count!r}")

@@ -77,7 +77,7 @@ class Eager:
     def experts(self, x, logits, gate_up, down, out, norm, biases, activation, chosen, sum_to_one, residual=True, sigmoids=False, scales=None, jitter=None,
                 **router):
         (C, F), logits, halves = (x.shape[1], down.columns), logits[:self.T], 1 + (activation in decode_core.tiles.GATES)
-        before, routes = x[:self.T].copy(), route_sigmoids(logits, chosen, sum_to_one, **router) if sigmoids else route(logits, chosen, sum_to_one)
+        before, routes = x[:self.T].copy(), route_sigmoids(logits, chosen, sum_to_one, **router) if sigmoids else route(logits, chosen, sum_to_one, **router)
         routes = routes if jitter is None else route_sparse(logits, chosen, 2 * jitter)
         for row, (ids, shares) in enumerate(zip(*routes)):
             shares = shares if scales is None else shares * scales[ids]
@@ -235,6 +235,12 @@ class Eager:
             qkv[:self.T, first:first + len(weight)] *= weight
             first += len(weight)
 
+    def norm_heads(self, qkv, q_norm, k_norm, head_size, eps, out, count=0):
+        weights = np.concatenate((q_norm, k_norm))
+        for c in range(0, len(weights), head_size):
+            head = slice(c, c + head_size)
+            out[:self.T, head] = layer_norm(qkv[:self.T, head], weights[head], None, eps)
+
     def scale_rows(self, x, scales, positions, out):
         out[:self.T] = x[:self.T] * scales[self.at][:, None]
 
@@ -244,8 +250,9 @@ class Eager:
         out[:self.T, :size], gates[:self.T] = halves[:, :, 0].reshape(self.T, -1), halves[:, :, 1].reshape(self.T, -1)
         out[:self.T, size:] = x[:self.T, 2 * size:]
 
-    def gate(self, x, gates, out):
-        out[:self.T] = x[:self.T] * sigmoid(gates[:self.T])
+    def gate(self, x, gates, out, activation="sigmoid"):
+        of = {"sigmoid": sigmoid, "softplus": softplus}[activation](gates[:self.T])
+        out[:self.T] = x[:self.T] * np.repeat(of, x.shape[1] // gates.shape[1], axis=1)
 
     def gated_add(self, x, added, gate, out):
         out[:self.T] = x[:self.T] + sigmoid(gate[:self.T]) * added[:self.T]
@@ -320,6 +327,8 @@ class Model:
         if rule := (RULES | MAMBAS).get(name):
             mixed, mixer, weights_sizes, states = shapes_of(rule)
             shapes |= {"mix_in": (mixed, self.C), "mix_out": (self.C, mixer)}
+        if name == "layer norms":
+            shapes |= {"head_gates": (self.H, self.C), "gates": (self.H * self.D, self.C)}
         if name in RULES:
             shapes |= {"qkv": (qkv + self.H * self.D, self.C), "share": (1, self.C)}
         shapes |= {"up": (self.F if name == "nanochat" else 2 * self.F, self.C)}
@@ -338,7 +347,8 @@ class Model:
         self.cos, self.sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         self.routers = {}, {"sigmoids": True, "choice_bias": normal(self.E) / 4}, {"scales": 1 + normal(self.E) / 4, "jitter": 0.3}
         if name == "groups":
-            self.routers = [{"sigmoids": True, "choice_bias": normal(self.E) / 4, "groups": groups, "share_scale": 2.5} for groups in ((4, 2), (3, 1), (1, 1))]
+            self.routers = [{"sigmoids": True, "choice_bias": normal(self.E) / 4, "groups": groups, "share_scale": 2.5} for groups in ((4, 2), (3, 1))]
+            self.routers.append({"choice_bias": normal(self.E) / 4, "share_scale": 2.5})
         self.taps, self.conv_bias = {l: normal(size * self.C) for l, size in ((0, 3), (2, 5))}, normal(self.C)
         self.file = FileTable(self.V, 3 * self.P, generator)
         self.positions, self.norm_bias = normal(PAGES * PAGE, self.C), normal(self.C)
@@ -349,7 +359,7 @@ class Model:
                 weights["decay"] = -np.exp(weights["decay"])
         kept = dict.fromkeys((0, 2), states) if rule else {0: ((2, self.C),), 2: ((4, self.C),)}
         self.states = lambda: {l: tuple(np.ones((SLOTS, *shape), np.float32) for shape in own) for l, own in kept.items()}
-        sizes = {"mixed": mixed, "mixer": mixer, "unnormed": mixer, "squares": 16, "gated": qkv + self.H * self.D, "gates": self.H * self.D, "share": 1, "x": self.C, "normed": self.C, "x0": self.C, "middle": self.C, "previous": self.C, "qkv": qkv, "q": self.H * self.D, "attended": self.H * self.D,
+        sizes = {"mixed": mixed, "mixer": mixer, "unnormed": mixer, "squares": 16, "gated": qkv + self.H * self.D, "gates": self.H * self.D, "head_gates": self.H, "share": 1, "x": self.C, "normed": self.C, "x0": self.C, "middle": self.C, "previous": self.C, "qkv": qkv, "q": self.H * self.D, "attended": self.H * self.D,
                  "queries": self.H * self.D,
                  "projected": 3 * self.P, "rows": 3 * self.P, "input": self.P, "hidden": self.F, "routing": self.E, "value": self.Hkv * self.D, "strength": self.Hkv}
         self.buffers = lambda: SimpleNamespace(
@@ -452,15 +462,22 @@ class Model:
         k.embed(self.positions, k.positions, b.previous)
         k.mix(b.x, b.previous, 1.0, 1.0, b.x)
         for l, (layer, pages) in enumerate(zip(self.layers, cache)):    # both parts read x: of one norm, of two
-            k.layer_norm(b.x, self.norm, self.norm_bias if l else None, 1e-5, b.normed)
+            k.layer_norm(b.x, self.norm if l else None, self.norm_bias if l else None, 1e-5, b.normed)
             k.linear(b.normed, layer["qkv"], b.qkv, bias=self.bias)
             if l == 1:
                 norms = np.resize(self.norm, self.H * self.D), np.resize(self.norm, self.Hkv * self.D)
                 k.mean_squares(b.qkv, *norms, (self.H * self.D, self.Hkv * self.D), b.squares)
                 k.norm_qk(b.qkv, *norms, b.squares, 1e-5, b.qkv)
+            if l == 2:
+                norms = np.resize(self.norm, self.H * self.D), np.resize(self.norm[3:], self.Hkv * self.D)
+                k.norm_heads(b.qkv, *norms, self.D, 1e-5, b.qkv)
             k.rope_append(b.qkv, self.cos, self.sin, k.positions, k.slots, pages, b.q)
             k.scale_rows(b.q, self.growth, k.positions, b.q)
             k.paged_attention(b.q, pages, k.attention, 0, b.attended)
+            if l:
+                gates, activation = (b.head_gates, "softplus") if l == 1 else (b.gates, "sigmoid")
+                k.linear(b.normed, layer["head_gates" if l == 1 else "gates"], gates)
+                k.gate(b.attended, gates, b.attended, activation=activation)
             k.linear(b.attended, layer["output"], b.x0, residual=b.x)
             if l != 1:
                 k.layer_norm(b.x, self.norm, self.norm_bias, 1e-5, b.normed)
@@ -998,7 +1015,7 @@ def wrong_ops(p, m):
     yield "rows", lambda: p.gather_rows(x, p.slots, buffer(m.C))
     yield "x: was gathered", lambda: p.gather_rows(last, p.logit_rows, buffer(m.C))
     yield "weight", lambda: p.rms_norm(x, np.ones(3, np.float32), 1e-5, x)
-    yield "weight", lambda: p.layer_norm(x, None, None, 1e-5, x)
+    yield "weight", lambda: p.layer_norm(x, np.ones(3, np.float32), None, 1e-5, x)
     yield "bias", lambda: p.layer_norm(x, m.norm, np.ones(3, np.float32), 1e-5, x)
     yield "matrix", lambda: p.linear(x, m.table, buffer(m.C))
     yield "x", lambda: p.linear(q, m.layers[0]["down"], buffer(m.C))
@@ -1022,6 +1039,15 @@ def wrong_ops(p, m):
     yield "means", lambda: p.norm_qk(qkv, *norms, last, 1e-5, qkv)
     yield "means", lambda: p.norm_qk(qkv, *norms, buffer(2), 1e-5, qkv)
     yield "out", lambda: p.norm_qk(qkv, *norms, x, 1e-5, x)
+    yield "q_norm, k_norm", lambda: p.norm_heads(qkv, norms[0][:8], norms[1], 16, 1e-5, qkv)
+    yield "head_size", lambda: p.norm_heads(qkv, *norms, 32, 1e-5, qkv)
+    yield "head_size", lambda: p.norm_heads(qkv, *norms, 8, 1e-5, qkv)
+    yield "head_size", lambda: p.norm_heads(qkv, *norms, 16, 1e-5, qkv, count=17)
+    yield "out", lambda: p.norm_heads(qkv, *norms, 16, 1e-5, x)
+    yield "gates", lambda: p.gate(x, last, x)
+    yield "gates", lambda: p.gate(x, qkv, x)
+    yield "activation", lambda: p.gate(x, x, x, activation="tanh")
+    yield "out", lambda: p.gate(x, x, qkv)
     yield "positions", lambda: p.scale_rows(x, m.growth, p.slots, x)
     yield "scales", lambda: p.scale_rows(x, m.growth.astype(np.float64), p.positions, x)
     odd = buffer((m.H + m.Hkv) * m.D + 16)

@@ -20,7 +20,7 @@ from chatlm.worker.model.kernels import Backend, for_decode_core, load_kernels
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.arrays.kinds import Norm
 from chatlm.worker.arrays.packed import dequantize
-from chatlm.worker.ops.basic import GATES, experts_reference
+from chatlm.worker.ops.basic import GATES, experts_reference, sigmoid_routes
 from chatlm.worker.weights.load import open_model
 from engines import make_batch, tokens_of
 from nightly import by_day
@@ -230,7 +230,7 @@ def test_experts_without_gates_match_their_reference(gpu, rows):
     ours.experts(x, logits, PackedMatrix([("q8_0", ups)], C), PackedMatrix([("q8_0", downs)], F), got, **options)
     assert (got - want).norm() < (2e-2 if rows * 2 > cuda_experts.FEW_PAIRS * E else 1e-5) * want.norm()
     ours.slots = torch.tensor([-1, *range(1, rows)], device=gpu.device)
-    ids, _ = ours.route_sigmoids(logits, 2, True, None, (3, 1), 1.0)
+    ids, _ = ours.route_by_torch(sigmoid_routes, logits, 2, True, None, (3, 1), 1.0)
     assert ids[0].tolist() == [-1, -1] and (ids[1:] >= 0).all()
 
 

@@ -79,6 +79,8 @@ def write_case(folder, name, changes):
         layers = config["num_hidden_layers"]
         numbers = {"moe_intermediate_size": config["intermediate_size"], "moe_topk": config["moe_topk"], "num_shared_expert": 1}
         (folder / "config.json").write_text(json.dumps(config | {key: [number] * layers for key, number in numbers.items()}))
+    if MODELS[name][0] == "ernie4_5_moe":       # as its makers publish it
+        (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1, "moe_layer_end_index": config["num_hidden_layers"] - 1}))
     if MODELS[name][0] == "nemotron_h":         # in its makers' words
         letters = {"linear_attention": "M", "full_attention": "*", "moe": "E"}
         pattern = "".join(letters[kind] for kind in config.pop("layers_block_type"))

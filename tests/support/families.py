@@ -188,6 +188,24 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
     "glm-flash": ("glm4_moe_lite", LATENT | dict(first_k_dense_replace=..., n_group=1, topk_group=1, routed_scaling_factor=1.8, v_head_dim=32,
                                                  rope_parameters=dict(rope_type="default", rope_theta=1e6))),
     "youtu": ("youtu", DENSE_LATENT | dict(tie_word_embeddings=True)),
+    "ernie-moe": ("ernie4_5_moe", dict(num_hidden_layers=4, moe_num_experts=6, moe_k=3, moe_intermediate_size=48, moe_num_shared_experts=2, tie_word_embeddings=True)),
+    "ernie-moe-some": ("ernie4_5_moe", dict(num_hidden_layers=5, moe_num_experts=5, moe_k=2, moe_intermediate_size=32, moe_num_shared_experts=0, tie_word_embeddings=False,
+                                            moe_layer_start_index=1, moe_layer_end_index=3, moe_layer_interval=2)),
+    "cohere-normed": ("cohere", dict(rms_norm_eps=..., layer_norm_eps=1e-3, logit_scale=0.5, use_qk_norm=True)),
+    "cohere-normed-odd": ("cohere", dict(rms_norm_eps=..., layer_norm_eps=1e-3, logit_scale=0.5, use_qk_norm=True, hidden_size=96, num_attention_heads=4, num_key_value_heads=1)),
+    "olmo": ("olmo", dict(rms_norm_eps=..., clip_qkv=0.6)),
+    "olmo-plain": ("olmo", dict(rms_norm_eps=..., hidden_size=72, num_attention_heads=3, num_key_value_heads=3, tie_word_embeddings=True)),
+    "laguna": ("laguna", dict(num_hidden_layers=5, head_dim=32, num_key_value_heads=2, num_attention_heads_per_layer=[4, 8, 6, 8, 4], sliding_window=24,
+                              layer_types=[FULL, LOCAL, LOCAL, LOCAL, FULL], num_experts=6, num_experts_per_tok=3, moe_intermediate_size=48,
+                              shared_expert_intermediate_size=32, moe_routed_scaling_factor=2.5, rope_parameters={
+                                  FULL: dict(rope_type="yarn", rope_theta=5e5, factor=4.0, original_max_position_embeddings=128, beta_fast=32.0, beta_slow=1.0,
+                                             partial_rotary_factor=0.5),
+                                  LOCAL: dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=1.0)})),
+    "laguna-elements": ("laguna", dict(num_hidden_layers=3, head_dim=24, gating="per-element", num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32,
+                                       shared_expert_intermediate_size=48, mlp_layer_types=["dense", "dense", "sparse"], rope_parameters={
+                                           FULL: dict(rope_type="default", rope_theta=5e5, partial_rotary_factor=1.0)})),
+    "muse-glimmer": ("muse_glimmer_text", dict(num_hidden_layers=6, head_dim=32, sliding_window=24, qk_scale_factor=1.5, output_multiplier=0.4, tie_word_embeddings=False,
+                                               rope_parameters=dict(rope_type="default", rope_theta=1e4))),
     "hunyuan-moe": ("hunyuan_v1_moe", dict(num_hidden_layers=3, head_dim=32, num_experts=6, moe_topk=3, intermediate_size=48, tie_word_embeddings=True)),
 }
 
@@ -197,7 +215,7 @@ GGUF_MODELS = {             # what of MODELS a file of each architecture can say
         "olmo2", "olmo3", "olmoe", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "hunyuan", "gemma4", "gemma4moe", "gemma4-even", "gemma4-unified", "gpt2",
         "pythia", "cohere", "cohere2", "phimoe-plain", "lfm2", "lfm2moe", "granite4h", "qwen3next", "qwen3.5", "qwen3.5moe", "nemotron-h", "nemotron3",
         "glm4moe", "glm4moe-grouped", "minimax-m2", "hunyuan-moe", "cohere2moe", "deepseek3", "deepseek2-lite", "deepseek2-grouped", "glm-flash", "youtu",
-        "mistral4"), {}),
+        "mistral4", "ernie-moe", "ernie-moe-some", "cohere-normed", "cohere-normed-odd", "olmo", "olmo-plain", "laguna", "laguna-elements", "muse-glimmer"), {}),
     "deepseek3-plain": {"rope_interleave": True},
     "minicpm3": {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
     "nemotron3-latent": {"layers_block_type": ["moe", "linear_attention", "full_attention", "moe", "moe", "linear_attention"]},
@@ -211,11 +229,12 @@ CONVERTED = {               # and what one by llama.cpp's converter can say, whi
         "llama2", "llama3.1", "llama3.2", "qwen2.5", "qwen3", "smollm3", "phi3", "phi3-long", "qwen3moe-normed", "gpt-oss", "granite", "granite-moe",
         "granite4", "olmo2", "olmo3", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "gemma4", "gemma4moe", "lfm2", "lfm2moe", "granite4h",
         "qwen3.5", "qwen3.5moe", "qwen3next", "nemotron3", "glm4moe", "glm4moe-grouped", "minimax-m2", "hunyuan-moe",
-        "cohere2moe", "deepseek3", "deepseek2-lite", "deepseek2-grouped", "glm-flash", "youtu", "mistral4"), {}),
+        "cohere2moe", "deepseek3", "deepseek2-lite", "deepseek2-grouped", "glm-flash", "youtu", "mistral4", "ernie-moe", "olmo", "laguna", "laguna-elements",
+        "muse-glimmer"), {}),
     "minicpm3": {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
     "deepseek3-plain": {"rope_interleave": True},
     "nemotron3-latent": GGUF_MODELS["nemotron3-latent"] | {"n_group": 1, "topk_group": 1},
-    "gpt2": {"n_inner": None}, "cohere": {"vocab_size": 320, "model_max_length": 512}, "cohere2": {"vocab_size": 320, "head_dim": 16},
+    "gpt2": {"n_inner": None}, **dict.fromkeys(("cohere", "cohere-normed"), {"vocab_size": 320, "model_max_length": 512}), "cohere2": {"vocab_size": 320, "head_dim": 16},
     "starcoder2": {"sliding_window": 4096}, "starcoder2-plain": {"hidden_act": "gelu_pytorch_tanh", "sliding_window": 4096},
     **dict.fromkeys(("mistral", "mixtral"), {"sliding_window": None}), "qwen2moe": {"use_sliding_window": False, "mlp_only_layers": None},
     "phimoe": {"router_jitter_noise": 0.01, "rope_parameters": MODELS["phimoe"][1]["rope_parameters"] | dict.fromkeys(
@@ -235,15 +254,22 @@ def make_model(name, seed=0, **changes):
     kind, config = MODELS[name][0], tiny_config(name, **changes)
     torch.manual_seed(seed)
     of_kind = transformers.Mistral4ForCausalLM._from_config if kind == "mistral4" else transformers.AutoModelForCausalLM.from_config
+    if kind == "muse_glimmer_text":         # transformers has its head only in the model with images
+        small = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1, pos_emb_height=2, pos_emb_width=2)
+        config = transformers.AutoConfig.for_model("muse_glimmer", text_config=config.to_dict(), vision_config=small, out_hidden_size=64, projector_hidden_size=16,
+                                                   tie_word_embeddings=config.tie_word_embeddings)
+        of_kind = transformers.MuseGlimmerForConditionalGeneration._from_config
     model = of_kind(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for key, weight in model.named_parameters():
-            if weight.ndim > 1 and not key.endswith("bias"):
+            if weight.ndim > 1 and not key.endswith(("bias", "q_norm.weight", "k_norm.weight")):
                 weight.normal_(0, 0.45 if "embed" in key or "lm_head" in key or "wte" in key else 0.12)
+            elif key.endswith("correction_bias"):
+                weight.normal_(0, 0.2)
             elif key.endswith(("bias", "sinks")):
                 weight.normal_(0, 1.0 if key.endswith("sinks") else 0.3)
             else:
-                weight.mul_(0.5).add_(torch.randn_like(weight), alpha=0.3).add_(0.4 if kind.startswith("gemma") and not kind.startswith("gemma4") else 0.6)
+                weight.mul_(0.5).add_(torch.randn_like(weight), alpha=0.3).add_(0.4 if kind.startswith(("gemma", "muse")) and not kind.startswith("gemma4") else 0.6)
         for key, weight in model.named_buffers():
             if key.endswith(("expert_bias", "e_score_correction_bias")):
                 weight.normal_(0, 0.2)
@@ -409,8 +435,9 @@ def apart(state, interleaved):
 GGUF_ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss",
                       "qwen2_moe": "qwen2moe", "olmo3": "olmo2", "ministral3": "mistral3", "hunyuan_v1_dense": "hunyuan-dense",
                       "lfm2_moe": "lfm2moe", "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe", "gemma4_text": "gemma4", "gemma4_unified_text": "gemma4", "gpt_neox": "gptneox", "cohere": "command-r",
-                      **dict.fromkeys(("deepseek_v3", "deepseek_v2", "glm4_moe_lite", "youtu"), "deepseek2"), "glm4_moe": "glm4moe", "minimax_m2": "minimax-m2", "hunyuan_v1_moe": "hunyuan-moe", "cohere2_moe": "cohere2moe"}
-LAYER_NORMED = "gpt2", "gptneox", "starcoder2", "cohere2", "command-r"
+                      **dict.fromkeys(("deepseek_v3", "deepseek_v2", "glm4_moe_lite", "youtu"), "deepseek2"), "glm4_moe": "glm4moe", "minimax_m2": "minimax-m2", "hunyuan_v1_moe": "hunyuan-moe", "cohere2_moe": "cohere2moe",
+                      "ernie4_5_moe": "ernie4_5-moe", "muse_glimmer": "muse-glimmer"}
+LAYER_NORMED = "gpt2", "gptneox", "starcoder2", "cohere2", "command-r", "olmo"
 
 
 def granite_apart(state, mixed):
@@ -598,6 +625,38 @@ def north_numbers(config):
             "attention.sliding_window_pattern": [kind == LOCAL for kind in config.layer_types]}
 
 
+def ernie_numbers(config):
+    """The metadata of an ERNIE with experts, of which the width of the shared ones is as wrong as the converter's."""
+    return {"expert_count": config.moe_num_experts, "expert_used_count": config.moe_k, "interleave_moe_layer_step": config.moe_layer_interval,
+            "leading_dense_block_count": config.moe_layer_start_index, "expert_feed_forward_length": config.moe_intermediate_size,
+            "expert_shared_count": config.moe_num_shared_experts, "expert_shared_feed_forward_length": config.intermediate_size // config.num_key_value_heads}
+
+
+def laguna_numbers(config):
+    """The metadata of a Laguna, whose layers have different numbers of query heads."""
+    found = {"attention.head_count": config.num_attention_heads_per_layer, "expert_weights_norm": True, "expert_gating_func": 2,
+             "expert_feed_forward_length": config.moe_intermediate_size, "expert_shared_feed_forward_length": config.shared_expert_intermediate_size,
+             "expert_weights_scale": float(config.moe_routed_scaling_factor), "leading_dense_block_count": config.mlp_layer_types.count("dense")}
+    if local := config.rope_parameters.get(LOCAL):
+        found |= {"rope.freq_base_swa": local["rope_theta"], "rope.dimension_count_swa": int(config.head_dim * local["partial_rotary_factor"]),
+                  "attention.sliding_window_pattern": [kind == LOCAL for kind in config.layer_types]}
+    return found
+
+
+def muse_parts(model):
+    """The text model of a Muse Glimmer as llama.cpp has it: with norms of heads, and 1 added to those of blocks. Its config and metadata."""
+    config, found = model.config.text_config, {}
+    for name, tensor in model.state_dict().items():
+        if "vision" in name:
+            continue
+        name = name.replace("language_model.", "")
+        found[name] = tensor + 1 if name.endswith("layernorm.weight") else tensor
+        if name.endswith("q_proj.weight"):
+            found[name.replace("q_proj", "q_norm")] = torch.full((config.head_dim,), config.qk_scale_factor)
+            found[name.replace("q_proj", "k_norm")] = torch.ones(config.head_dim)
+    return found, config, {"logit_scale": config.output_multiplier, "attention.sliding_window_pattern": [kind == LOCAL for kind in config.layer_types]}
+
+
 def layer_normed(state, config):
     """A state dict of a family with LayerNorms in llama.cpp's form, and its config by llama's names."""
     kind, H = config.model_type, config.num_attention_heads
@@ -606,14 +665,14 @@ def layer_normed(state, config):
     if kind == "gpt_neox":
         state = {name: tensor.unflatten(0, (H, 3, -1)).transpose(0, 1).reshape(tensor.shape) if "query_key_value" in name else tensor
                  for name, tensor in state.items()}
-    eps = next(value for key, value in config.to_dict().items() if key in ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon"))
+    eps = next((value for key, value in config.to_dict().items() if key in ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon")), 1e-5)     # of OLMo
     rope = getattr(config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10_000.0}
     names = "model_type num_hidden_layers max_position_embeddings hidden_size vocab_size tie_word_embeddings".split()
     own = {name: getattr(config, name) for name in names} | {
         "num_attention_heads": H, "num_key_value_heads": getattr(config, "num_key_value_heads", H), 
         "head_dim": getattr(config, "head_dim", None), "rms_norm_eps": eps, "rope_parameters": rope,
         "intermediate_size": getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size}
-    return state, SimpleNamespace(**own, **{key: getattr(config, key) for key in ("logit_scale", "sliding_window", "use_parallel_residual")
+    return state, SimpleNamespace(**own, **{key: getattr(config, key) for key in ("logit_scale", "sliding_window", "use_parallel_residual", "clip_qkv")
                                             if hasattr(config, key) and kind != "starcoder2"})
 
 
@@ -640,7 +699,15 @@ def as_gguf(path, model, quantized=False, metadata=None, beside=None, whole=Fals
     if arch == "nemotron_h":
         arch += "_moe" * ("moe" in config.layers_block_type)
         state, config, more = nemotron_named(state, config)
-    named = {"cohere2moe": "llama"}.get(arch, arch)     # which the package lacks: its tensors are called alike
+    if arch == "muse-glimmer":
+        state, config, more = muse_parts(model)
+    if arch == "ernie4_5-moe":
+        state = {name.replace("gate.moe_statics.e_score_correction_bias", "moe_statics.e_score_correction.bias"): tensor for name, tensor in state.items()}
+        more = ernie_numbers(config)
+    if arch == "laguna":
+        state = {name.replace("gate.e_score_correction_bias", "gate.e_score_correction.bias"): tensor for name, tensor in state.items()}
+        more = laguna_numbers(config)
+    named = {"cohere2moe": "llama", "laguna": "dots1", "muse-glimmer": "afmoe"}.get(arch, arch)     # which the package lacks: its tensors are called alike
     names = gguf.get_tensor_name_map({name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[named], config.num_hidden_layers)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads, eps, width = config.num_key_value_heads, next(getattr(config, key) for key in ("rms_norm_eps", "norm_eps", "layer_norm_eps") if getattr(config, key, None)), config.intermediate_size
@@ -663,6 +730,9 @@ def as_gguf(path, model, quantized=False, metadata=None, beside=None, whole=Fals
     if arch == "lfm2":
         width = len(model.model.layers[0].feed_forward.w1.weight)
     tensors = dict(beside or {})
+    if arch == "laguna":
+        tensors |= {f"blk.{name.split('.')[2]}.attn_gate.weight": tensor.numpy() for name, tensor in state.items() if ".g_proj." in name}
+        state = {name: tensor for name, tensor in state.items() if ".g_proj." not in name}
     if arch == "gemma4":
         state, tensors = gemma4_named(state)
         turned = config.rope_parameters[FULL]["partial_rotary_factor"] * model.model.rotary_emb.full_attention_inv_freq.numel()
@@ -672,7 +742,7 @@ def as_gguf(path, model, quantized=False, metadata=None, beside=None, whole=Fals
             continue
         if arch in ("gemma2", "gemma3") and name.endswith("norm.weight"):
             tensor = tensor + 1
-        if arch in ("llama", "smollm3", "granite", "granitemoe", "granitehybrid", "mistral3", "nemotron_h", "nemotron_h_moe") and re.search("[qk]_proj", name):
+        if arch in ("llama", "smollm3", "granite", "granitemoe", "granitehybrid", "mistral3", "nemotron_h", "nemotron_h_moe", "olmo", "muse-glimmer") and re.search("[qk]_proj", name):
             tensor = tensor.view(-1, 2, head_size // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
         if "conv.conv.weight" in name:
             tensor = tensor.squeeze(1)
@@ -728,6 +798,8 @@ def as_gguf(path, model, quantized=False, metadata=None, beside=None, whole=Fals
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, key, None):
             numbers[key] = getattr(config, key)
+    if getattr(config, "clip_qkv", None):
+        numbers["attention.clamp_kqv"] = config.clip_qkv
     if arch == "gemma4":
         numbers |= gemma4_numbers(config)
     if arch in LAYER_NORMED:

@@ -38,7 +38,8 @@ def layer_norm(x, weight, bias, eps):
     x = x - (tree(totals) / f(x.shape[1]))[:, None]
     for c in range(0, x.shape[1], 16):
         squares = fma(x[:, c:c + 16], x[:, c:c + 16], squares)
-    y = x * (f(1) / np.sqrt(tree(squares) / f(x.shape[1]) + f(eps)))[:, None] * weight
+    y = x * (f(1) / np.sqrt(tree(squares) / f(x.shape[1]) + f(eps)))[:, None]
+    y = y if weight is None else y * weight
     return y if bias is None else y + bias
 
 
@@ -104,16 +105,25 @@ def tree(x):
     return x[:, 0]
 
 
-def route(logits, chosen, sum_to_one):
-    """(ids, shares) (T, chosen) of each row's experts."""
-    ids = np.argsort(-logits, axis=1, kind="stable")[:, :chosen]
+def sum_of_exps(x, largest):
+    lanes = np.zeros((len(x), 16), np.float32)
+    for c in range(0, x.shape[1], 16):
+        exps = exp_negative(x[:, c:c + 16] - largest)
+        lanes[:, :exps.shape[1]] += exps
+    return tree(lanes)[:, None]
+
+
+def route(logits, chosen, sum_to_one, choice_bias=None, share_scale=1.0):
+    """(ids, shares) (T, chosen) of each row's experts. A bias is added to their softmax where they are chosen."""
+    scores = logits
+    if choice_bias is not None:
+        top = logits.max(1, keepdims=True)
+        scores = exp_negative(logits - top) / sum_of_exps(logits, top) + choice_bias
+    ids = np.argsort(-scores, axis=1, kind="stable")[:, :chosen]
     best = np.take_along_axis(logits, ids, 1)
     among = best if sum_to_one else logits
-    lanes = np.zeros((len(logits), 16), np.float32)
-    for c in range(0, among.shape[1], 16):
-        exps = exp_negative(among[:, c:c + 16] - best[:, :1])
-        lanes[:, :exps.shape[1]] += exps
-    return ids, exp_negative(best - best[:, :1]) / tree(lanes)[:, None]
+    largest = among.max(1, keepdims=True)
+    return ids, exp_negative(best - largest) / sum_of_exps(among, largest) * np.float32(share_scale)
 
 
 def route_sigmoids(logits, chosen, sum_to_one, choice_bias=None, groups=(1, 1), share_scale=1.0):

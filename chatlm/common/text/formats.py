@@ -25,6 +25,7 @@ THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "
 HEADINGS = {"<|channel>": "thought"}  # the first line of reasoning, after its marker
 HARMONY = tuple(f"<|{name}|>" for name in (
     "start", "channel", "constrain", "message", "end", "return", "call"))
+MUSE = tuple(f"<|{name}|>" for name in ("start", "message", "eom", "eot"))
 
 
 class Tags(NamedTuple):
@@ -139,6 +140,13 @@ CALL_FORMATS = {  # a template has the first one that fits
         history=marked_for_harmony, mend=as_harmony, function=described,
         efforts={"none": "low", "minimal": "low", "xhigh": "high"},
         stops=("<|return|>", "<|call|>", "<|endoftext|>")),  # <|end|> ends a message, not the answer
+    "muse": CallFormat(  # Muse Glimmer: messages to "self", "user" or a function
+        template_has=("<|message|>", "<atem:invoke"), inside=MUSE, thoughts=("<|message|>", "<|eom|>"),
+        call=' to={name}<|message|><atem:function_calls>\n<atem:invoke name="{name}">\n{arguments}'
+             "</atem:invoke>\n</atem:function_calls>",
+        between="<|eom|><|start|>assistant", marks=("<atem:function_calls>", "</atem:function_calls>"),
+        tags=Tags('<atem:parameter name="{name}">', "</atem:parameter>\n"), function=described,
+        stops=("<|eot|>", "<|end_of_text|>")),  # <|eom|> ends a message, not the answer
     "mistral name": replace(
         MISTRAL, template_has=("[TOOL_CALLS]", "[ARGS]"), call="[TOOL_CALLS]{name}[ARGS]{arguments}",
         calls="{calls}", between="", name_end="[ARGS]"),

@@ -10,11 +10,12 @@ import functools
 import json
 import re
 from collections.abc import Generator, Iterator, Mapping, Sequence as Seq
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from chatlm.common.text.calls import JsonCalls, TaggedCalls
-from chatlm.common.text.formats import HARMONY, HEADINGS, MARKERS, MARKS, NO_CALLS, with_markers
-from chatlm.common.text.scanner import Deltas, Scanner
+from chatlm.common.text.formats import HARMONY, HEADINGS, MARKERS, MARKS, MUSE, NO_CALLS, with_markers
+from chatlm.common.text.scanner import Deltas, Scanner, skip
 from chatlm.common.text.value_calls import ValueCalls
 
 if TYPE_CHECKING:
@@ -235,18 +236,46 @@ class Prose:
         return f"start: {thought} content\n{rule}"
 
 
+class Headers:
+    """Reads the headers of an answer's messages, which end with the sign `message`."""
+
+    CHARACTERS = 300  # more than any header has
+
+    def __init__(self, scanner: Scanner, deltas: Deltas, start: str, message: str, within: str):
+        """within: what only a header has, so that an answer which ends there is not all text."""
+        self.scanner = scanner
+        self.deltas = deltas
+        self.start = start
+        self.message = message
+        self.within = within
+        self.reading = True
+
+    def read(self) -> Generator[None, None, str]:
+        """Read a message's header and return it; "" if there is none and all is text."""
+        scanner = self.scanner
+        self.reading = True
+        self.deltas.part = "text"
+        while self.message not in scanner.held and len(scanner.held) <= self.CHARACTERS:
+            rest = scanner.held.rpartition(self.start)[2].removeprefix("assistant")
+            if scanner.over and not scanner.cut and self.within not in rest:
+                self.deltas.write(scanner.spelled(rest))
+            yield
+        header, message, rest = scanner.held.partition(self.message)
+        scanner.held = rest if message else scanner.held.removeprefix("assistant")
+        self.reading = False
+        return header if message else ""
+
+
 class Harmony:
     """Reads the messages of gpt-oss. Each has a header, which names its role, its channel and its
     recipient."""
-
-    HEADER_CHARACTERS = 300  # more than any header has
 
     def __init__(self, scanner: Scanner, deltas: Deltas, names: Seq[str] = ()):
         self.scanner = scanner
         self.deltas = deltas
         self.names = names
-        self.in_header = True
-        self.start, self.channel, _, self.message, *self.ends = map(scanner.sign, HARMONY)
+        self.start, self.channel, _, message, *self.ends = map(scanner.sign, HARMONY)
+        self.headers = Headers(scanner, deltas, self.start, message, self.channel)
 
     def after_prompt(self, text: str) -> str:
         return text
@@ -255,7 +284,7 @@ class Harmony:
         scanner = self.scanner
         deltas = self.deltas
         while True:
-            header = yield from self._header()
+            header = yield from self.headers.read()
             words = header.rpartition(self.start)[2].partition(self.channel)[2].split()
             channel = words[0] if words else "final"
             # a function may come without `to=`; openai-harmony accepts that too
@@ -276,30 +305,65 @@ class Harmony:
             return "<|end|><|start|>assistant<|channel|>final<|message|>"
         return "<|end|><|start|>assistant"
 
-    def _header(self) -> Generator[None, None, str]:
-        """Read a message's header and return it; "" if there is none and all is text."""
-        scanner = self.scanner
-        self.in_header = True
-        self.deltas.part = "text"
-        while self.message not in scanner.held and len(scanner.held) <= self.HEADER_CHARACTERS:
-            rest = scanner.held.rpartition(self.start)[2].removeprefix("assistant")
-            if scanner.over and not scanner.cut and self.channel not in rest:
-                self.deltas.write(scanner.spelled(rest))
-            yield
-        header, message, rest = scanner.held.partition(self.message)
-        scanner.held = rest if message else scanner.held.removeprefix("assistant")
-        self.in_header = False
-        return header if message else ""
-
     def reasoning_grammar(self, of_calls: bool) -> str:
         """Rules of a grammar in which reasoning comes before `content`, which is a message or calls; "" if no
         reasoning can come."""
-        if not self.in_header:
+        if not self.headers.reading:
             return ""
         start, channel, _, message, end, *_ = (f"<[{name}]>" for name in HARMONY)
         final = "" if of_calls else f'{channel} "final" {message}'
         return (f"start: thought? {final} content\nthought: {channel} \"analysis\" {message} "
                 f'{any_token(self.scanner, HARMONY)} {end} {start} "assistant"')
+
+
+class Addressed:
+    """Reads the messages of Muse Glimmer. Each has a header, which names its recipient: "self" of reasoning,
+    "user" of the answer, or a function, to which the message has a call."""
+
+    def __init__(self, scanner: Scanner, deltas: Deltas, calls: TaggedCalls):
+        self.scanner = scanner
+        self.deltas = deltas
+        self.calls = calls
+        start, message, *ends = map(scanner.sign, MUSE)
+        self.ends = (*ends, start)
+        self.headers = Headers(scanner, deltas, start, message, "to=")
+
+    def after_prompt(self, text: str) -> str:
+        return text
+
+    def read(self) -> Iterator[None]:
+        scanner = self.scanner
+        deltas = self.deltas
+        while True:
+            header = yield from self.headers.read()
+            recipient = re.search("to=([^\\s<\ud800-\udfff]+)", header)
+            if recipient is None or recipient[1] == "user":
+                deltas.begin("text")
+                yield from scanner.until(deltas.write, *self.ends)
+                continue
+            deltas.begin("reasoning")  # also what is sent to a function that there is not
+            if recipient[1] not in self.calls.names:
+                yield from scanner.until(deltas.write, *self.ends)
+                continue
+            sign = yield from scanner.until(skip, self.calls.begin, *self.ends)
+            if sign == self.calls.begin:
+                yield from self.calls.read(sign)
+                yield from scanner.until(skip, *self.ends)
+
+    def end_of_thinking(self, again: bool) -> str:
+        """As in Harmony."""
+        if again:
+            return "<|eom|><|start|>assistant to=user<|message|>"
+        return "<|eom|><|start|>assistant"
+
+    def reasoning_grammar(self, of_calls: bool) -> str:
+        """As in Harmony."""
+        if not self.headers.reading:
+            return ""
+        start, message, eom, _ = (f"<[{name}]>" for name in MUSE)
+        final = "" if of_calls else f'" to=user" {message}'
+        return (f"start: thought? {final} content\nthought: \" to=self\" {message} "
+                f'{any_token(self.scanner, MUSE)} {eom} {start} "assistant"')
 
 
 def any_token(scanner: Scanner, markers: Seq[str]) -> str:
@@ -323,7 +387,10 @@ class AnswerReader:
         deltas = Deltas()
         self.scanner = scanner
         self.deltas = deltas
-        if call_format.thoughts:
+        if call_format.thoughts and call_format.tags:
+            body = replace(call_format, call=call_format.call.partition("<|message|>")[2])
+            self.parts = Addressed(scanner, deltas, TaggedCalls(scanner, deltas, names, body, types))
+        elif call_format.thoughts:
             self.parts = Harmony(scanner, deltas, names)
         else:
             if not names:

@@ -116,16 +116,16 @@ class ExpertSums:
 def chosen_experts(logits: numpy.ndarray, options: Mapping[str, Any]) -> numpy.ndarray:
     """bool (T, E): the experts that each row of logits chooses, as in the op `experts` with these options."""
     scores = logits.astype(numpy.float32)
+    groups, kept = options.get("groups", (1, 1))
+    bias = options.get("choice_bias")
     if options.get("sigmoids"):
         scores = sigmoid(scores)
-        bias = options.get("choice_bias")
-        if bias is not None:
-            scores = scores + numpy.asarray(bias, numpy.float32)
-    groups, kept = options.get("groups", (1, 1))
+    elif kept < groups or bias is not None:  # which count with an expert's part in a softmax
+        powers = numpy.exp(scores - scores.max(1, keepdims=True))
+        scores = powers / powers.sum(1, keepdims=True)
+    if bias is not None:
+        scores = scores + numpy.asarray(bias, numpy.float32)
     if kept < groups:
-        if not options.get("sigmoids"):  # sums of a group's experts are of their shares
-            powers = numpy.exp(scores - scores.max(1, keepdims=True))
-            scores = powers / powers.sum(1, keepdims=True)
         scores = within_groups(scores, groups, kept, options.get("group_best", 2))
     count = 2 if options.get("jitter") is not None else options["chosen"]
     return first_ones(scores, count)

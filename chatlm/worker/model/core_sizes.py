@@ -86,8 +86,8 @@ def core_sizes(model: Model) -> CoreSizes:
     return CoreSizes(
         model.vocab_size, model.width, model.max_positions, model.context_length, model.opens, model.closes,
         model.of_texts, model.tied, attn.heads, attn.kv_heads, attn.head_size,
-        "none" if norms.whole else norms.when, norms.weights, norms.eps, scores.qk_scale, scores.scale,
-        scores.softcap, scores.sinks,
+        "none" if norms.whole or norms.centred else norms.when, norms.weights, norms.eps, scores.qk_scale,
+        scores.scale, scores.softcap, scores.sinks,
         ffn_size=feed.width if feed else 0, experts=experts.count if experts else 0,
         experts_per_token=experts.router.chosen if experts else 0,
         embedding_norm=isinstance(first.norm, RmsNorm),

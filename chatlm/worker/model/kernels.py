@@ -178,6 +178,7 @@ class Kernels:
     make_cache: Callable = missing_op
     mean_squares: Callable = missing_op
     norm_qk: Callable = missing_op
+    norm_heads: Callable = missing_op
     scale_rows: Callable = missing_op
     clamp: Callable = missing_op
     rope_append: Callable = missing_op
@@ -290,6 +291,11 @@ def left_to_torch(model: Model, device) -> list[str]:
     ops = dict.fromkeys(words[type(mixer)] for mixer in model.mixers if mixer)
     if any(experts.router.kind == "sigmoid" for experts in feeds_of(model, Experts)):
         ops["router of sigmoids"] = None
+    routers = [experts.router for experts in feeds_of(model, Experts)]
+    if any(router.kind == "softmax" and router.choice_bias for router in routers):
+        ops["router with a bias"] = None
+    if any(isinstance(attn, Attention) and attn.gates for attn in model.attentions):
+        ops["gates of heads"] = None
     return list(ops) if Device(device).type != "cpu" else []
 
 
@@ -382,6 +388,10 @@ def refused_on_gpu(model: Model) -> dict[str, bool]:
     return {
         "latent attention on a GPU": any(isinstance(attn, Mla) for attn in attentions),
         "norm of all heads together on a GPU": any(attn.norms and attn.norms.whole for attn in attentions),
+        "LayerNorm of heads on a GPU": any(
+            isinstance(attn, Attention) and attn.norms and attn.norms.centred for attn in attentions),
+        "bounds of queries and keys on a GPU": any(
+            isinstance(attn, Attention) and attn.clip for attn in attentions),
         "embedding of each layer on a GPU": bool(layer_inputs_of(model)),
         "scale of experts on a GPU": any(isinstance(each, ExpertsBesideDense) for each in experts),
         "scale of queries by their position on a GPU": any(attn.scores.growth for attn in attentions),

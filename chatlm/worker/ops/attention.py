@@ -109,6 +109,20 @@ def norm_qk_reference(qkv, q_norm, k_norm, means, eps, out):
         part.copy_(part.float() * torch.rsqrt(mean + eps).unsqueeze(1) * weight)
 
 
+def norm_heads_reference(qkv, q_norm, k_norm, head_size, eps, out, count=0):
+    """LayerNorm of each head of q, and of k, of each row of qkv -> out, which may be qkv.
+
+    q_norm (H * D) and k_norm (Hkv * D) have each head's own weights. With `count` only the first `count`
+    columns of a head count, and the others become zeros."""
+    weights = torch.cat([q_norm, k_norm])
+    heads = qkv[:, :len(weights)].float().unflatten(1, (-1, head_size))  # (T, H + Hkv, D)
+    own = heads[..., :count or head_size]
+    normed = torch.zeros_like(heads)
+    normed[..., :own.shape[-1]] = torch.nn.functional.layer_norm(own, own.shape[-1:], eps=eps)
+    out.copy_(qkv)
+    out[:, :len(weights)].copy_(normed.flatten(1) * weights)
+
+
 def scale_rows_reference(x, scales, positions, out):
     """Each row of x (T, C) times the scale of its position -> out. scales (max_positions,)."""
     torch.mul(x, scales[positions].unsqueeze(1), out=out)

@@ -50,12 +50,12 @@ def rms_norm_reference(x, weight, eps, out):
 
 
 def layer_norm_reference(x, weight, bias, eps, out, count=0):
-    """(x (T, C) - mean) / sqrt(variance + eps) * weight (C) (+ bias (C)) -> out (T, C), which may be x.
+    """(x (T, C) - mean) / sqrt(variance + eps) (* weight (C)) (+ bias (C)) -> out (T, C), which may be x.
 
     With `count` only the first `count` columns count, and the others of out become zeros."""
     own = slice(count or x.shape[1])
-    bias = None if bias is None else bias[own]
-    normed = torch.nn.functional.layer_norm(x[:, own], (own.stop,), weight[own], bias, eps)
+    weight, bias = (numbers if numbers is None else numbers[own] for numbers in (weight, bias))
+    normed = torch.nn.functional.layer_norm(x[:, own], (own.stop,), weight, bias, eps)
     out[:, own].copy_(normed)
     out[:, own.stop:].zero_()
 
@@ -176,6 +176,7 @@ def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation
     groups      (n, k): experts are chosen from k of n equally large groups, those whose `group_best` best
                 experts have the largest sum of shares (DeepSeek-V3 technical report, 2024)
     share_scale a factor of all shares
+    choice_bias None, or (E): added to an expert's part of the softmax over all E when experts are chosen
     sigmoids    experts and shares are those of `sigmoid_routes`, with choice_bias
     jitter      None, or a row has the two experts that `sparse_routes` chooses
     scales      None, or (E): each share is multiplied by the expert's
@@ -191,7 +192,7 @@ def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation
     elif sigmoids:
         ids, shares = sigmoid_routes(logits, chosen, sum_to_one, choice_bias, groups, share_scale, group_best)
     else:
-        ids, shares = routes(logits, chosen, sum_to_one, groups, share_scale, group_best)
+        ids, shares = routes(logits, chosen, sum_to_one, groups, share_scale, group_best, choice_bias)
     if scales is not None:
         shares = shares * scales[ids]
     y = normed(x, norm) if norm else x
@@ -214,11 +215,14 @@ def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation
     torch.add(x if residual else torch.zeros_like(x), total, out=out)
 
 
-def routes(logits, chosen, sum_to_one, groups=(1, 1), share_scale=1.0, group_best=2):
+def routes(logits, chosen, sum_to_one, groups=(1, 1), share_scale=1.0, group_best=2, choice_bias=None):
     """Ids and shares (T, chosen) of each row's experts, as experts_reference says."""
     scores = logits
+    if choice_bias is not None:
+        scores = torch.softmax(logits, -1) + choice_bias
     if groups[1] < groups[0]:
-        scores = of_best_groups(torch.softmax(logits, -1), groups, group_best)
+        parts = torch.softmax(logits, -1) if choice_bias is None else scores
+        scores = of_best_groups(parts, groups, group_best)
     ids = largest_first(scores, chosen)
     largest = logits.gather(1, ids)
     if sum_to_one:

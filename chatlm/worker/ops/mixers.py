@@ -217,6 +217,10 @@ def split_gates_reference(x, head_size, gates, out):
     gates.copy_(halves[:, :, 1].flatten(1))
 
 
-def gate_reference(x, gates, out):
-    """x * sigmoid(gates) -> out, which may be x."""
-    out.copy_(x * torch.sigmoid(gates.float()))
+def gate_reference(x, gates, out, activation="sigmoid"):
+    """x (T, H * D) * sigmoid(gates) -> out, which may be x. `activation`: sigmoid or softplus.
+
+    gates       (T, H * D), or (T, H): one for each head"""
+    of = torch.sigmoid if activation == "sigmoid" else torch.nn.functional.softplus
+    by_gate = x.unflatten(1, (gates.shape[1], -1))
+    out.copy_((by_gate * of(gates.float()).unsqueeze(-1)).flatten(1))

@@ -3,15 +3,16 @@
 Importing this module imports torch, so only what computes with tensors does."""
 
 from chatlm.worker.ops.attention import (
-    attend, attend_prompt, decode_rows, mean_squares_reference, norm_qk_reference, page_table,
-    paged_attention_reference, plan_attention_reference, rope_append_reference, scale_rows_reference,
+    attend, attend_prompt, decode_rows, mean_squares_reference, norm_heads_reference, norm_qk_reference,
+    page_table, paged_attention_reference, plan_attention_reference, rope_append_reference,
+    scale_rows_reference,
     text_attention_reference)
 from chatlm.worker.ops.basic import (
     adapter_products, backout_reference, clamp_reference, copy_reference, embed_reference,
     experts_reference, fastest_dtype,
     finish_linear, gate_input_reference, gated_add_reference, gather_rows_reference, layer_inputs_reference,
     layer_norm_reference, linear_reference, look_up_reference, make_cache_reference, mix_reference,
-    pack_reference, pause_reference, pausing, rms_norm_reference, sigmoid_routes, smear_reference,
+    pack_reference, pause_reference, pausing, rms_norm_reference, routes, sigmoid_routes, smear_reference,
     softcap_reference)
 from chatlm.worker.ops.latent import absorb_reference, append_latents_reference, by_head_reference
 from chatlm.worker.ops.mixers import (
@@ -41,6 +42,7 @@ REFERENCES = {
     "pause": pause_reference,
     "mean_squares": mean_squares_reference,
     "norm_qk": norm_qk_reference,
+    "norm_heads": norm_heads_reference,
     "scale_rows": scale_rows_reference, "clamp": clamp_reference,
     "rope_append": rope_append_reference,
     "plan_attention": plan_attention_reference,
@@ -60,4 +62,4 @@ REFERENCES = {
 FOR_BACKENDS = {  # what they take besides these
     each.__name__: each for each in (
         OneEach, TorchArrays, adapter_products, attend, attend_prompt, decode_rows, finish_linear, page_table,
-        rope_tables, sigmoid_routes, tensor_of, zeroed)}
+        rope_tables, routes, sigmoid_routes, tensor_of, zeroed)}

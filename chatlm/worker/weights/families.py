@@ -7,7 +7,8 @@ from pathlib import Path
 
 from chatlm.worker.arrays.kinds import kind_of
 from chatlm.worker.weights import (
-    encoders, gemma4, granite, latents, layernorms, lfm2, mixtures, nemotron, qwen35, rotary_encoders)
+    encoders, gemma4, granite, laguna, latents, layernorms, lfm2, minicpm, mixtures, muse, nemotron, qwen35,
+    rotary_encoders)
 from chatlm.worker.weights.family import (
     AFTER_ATTENTION, EXPERTS, HEAD_NORMS, QWEN_EXPERTS, SHARED_GATE, Family, Gguf, Header, expert_tensors)
 from chatlm.worker.weights.mxfp4 import Mxfp4
@@ -280,6 +281,9 @@ FAMILIES = {  # by config.json's model_type
         aliases={"moe_topk": "num_experts_per_tok"}, gguf=Gguf(
             "hunyuan-moe", ignored=frozenset({"expert_shared_count"}))),
     **mixtures.FAMILIES,
+    **laguna.FAMILIES,
+    **muse.FAMILIES,
+    **minicpm.FAMILIES,
     **latents.FAMILIES,
     **layernorms.FAMILIES,
     **qwen35.FAMILIES,
@@ -292,7 +296,7 @@ GGUF_FAMILIES = {architecture: name for name, row in FAMILIES.items()
 VISION = {  # model_type of an image model, read as text only -> its text model's default
     "gemma3": "gemma3_text", "gemma4": "gemma4_text", "gemma4_unified": "gemma4_unified_text",
     "mistral3": "mistral", "llava": "llama",
-    "smolvlm": "llama", "idefics3": "llama", "kimi_k25": "kimi_k2",
+    "smolvlm": "llama", "idefics3": "llama", "kimi_k25": "kimi_k2", "muse_glimmer": "muse_glimmer_text",
     "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3",
     "qwen3_vl_moe": "qwen3_vl_moe_text", "lfm2_vl": "lfm2",
     "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}

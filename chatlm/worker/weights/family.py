@@ -86,7 +86,8 @@ class Family(NamedTuple):
     has_window: Callable[[Mapping, int], Any] = lambda config, layer: config.get("sliding_window")
     gguf: Gguf = Gguf()
     keys: Mapping[str, Rule] = {}  # of keys in `config` that are not bool
-    one_more: bool = False  # its norms multiply by 1 + w
+    one_more: bool = False  # its norms multiply by 1 + w,
+    plain_norms: tuple[str, ...] = ()  # but these by w
     has_draft_head: bool = False  # its files may have one, as weights/draft_heads.py describes it
     repack: Callable[[dict], dict] = lambda state: state  # a folder's tensors as `tensors` expects them
     # (spec, name, rows) of a folder's matrix or bias -> the rows in our order; None: they have it already
@@ -145,7 +146,8 @@ class Family(NamedTuple):
 
 def is_one_more(row: Family, name: str) -> bool:
     """Does a folder's norm multiply by 1 + w? A GGUF file has the sum."""
-    return row.one_more and re.search(r"(?<!linear_attn\.)norm\.weight$", name) is not None
+    is_norm = re.search(r"(?<!linear_attn\.)norm\.weight$", name) is not None
+    return row.one_more and is_norm and name not in row.plain_norms
 
 
 HF_TENSORS = {  # our tensor (of layer {}) -> the folder's tensors whose rows it is made of
@@ -210,6 +212,19 @@ def without_draft_heads(state: Mapping[str, Any]) -> dict[str, Any]:
     own of an embedding and a state."""
     drafts = tuple(draft_layers(state))
     return {name: tensor for name, tensor in state.items() if not name.startswith(drafts)}
+
+
+def as_vectors(state: Mapping[str, Any], endings: tuple[str, ...]) -> dict[str, Any]:
+    """A file's tensors, where those whose names end like this are vectors. Files have them in rows."""
+    found = {}
+    for name, tensor in state.items():
+        if name.endswith(endings) and len(tensor.shape) > 1:
+            if isinstance(tensor, numpy.ndarray):
+                tensor = tensor.reshape(-1)
+            elif hasattr(tensor, "tensor_type") and tensor.tensor_type.name == "F32":
+                tensor = tensor._replace(shape=numpy.array([tensor.n_elements]), data=tensor.data.reshape(-1))
+        found[name] = tensor
+    return found
 
 
 def draft_layers(state: Mapping[str, Any]) -> set[str]:

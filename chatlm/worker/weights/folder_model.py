@@ -270,6 +270,6 @@ def folder_slices(row: Family, spec: ModelSpec, sources: Sources) -> dict[str, l
 
 def in_our_order(row: Family, spec: ModelSpec, name: str, rows: numpy.ndarray) -> numpy.ndarray:
     """The rows of a folder's matrix or bias, of values or of packed blocks."""
-    if row.interleaved and re.search(r"\.[qk]_proj\.", name):
+    if row.interleaved and re.search(r"\.[qk]_(proj|norm)\.", name):
         return unpermute_rope(rows, RopePairs(spec.head_size, spec.rope_size or spec.head_size))
     return row.ordered(spec, name, rows) if row.ordered else rows

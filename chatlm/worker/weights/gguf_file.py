@@ -89,7 +89,7 @@ GGUF_OWN = {  # the same for keys that only some families have
     "ssm_state_size": "ssm.state_size", "n_groups": "ssm.group_count",
     "mamba_num_heads": "ssm.time_step_rank", "n_group": "expert_group_count",
     "topk_group": "expert_group_used_count", "moe_latent_size": "moe_latent_size",
-    "routed_scaling_factor": "expert_weights_scale"}
+    "routed_scaling_factor": "expert_weights_scale", "clip_qkv": "attention.clamp_kqv"}
 GGUF_INERT = {"attention.sliding_window_pattern", "vocab_size", "rope.scaling.finetuned", "pooling_type",
               "attention.causal", "classifier.output_labels", "tensor_data_layout", "rope.dimension_sections",
               "n_deepstack_layers"}

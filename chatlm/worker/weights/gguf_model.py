@@ -197,7 +197,7 @@ class GgufModel:
 
 def in_our_order(pairs: RopePairs | None, name: str, rows: numpy.ndarray) -> numpy.ndarray:
     """The rows of what an adapter changes in a file's matrix."""
-    return unpermute_rope(rows, pairs if re.search(r"attn_[qk]\.", name) else None)
+    return unpermute_rope(rows, pairs if re.search(r"attn_[qk](_norm)?\.", name) else None)
 
 
 def gguf_slices(row: Family, spec: ModelSpec, table: Mapping[str, tuple[str, ...]],

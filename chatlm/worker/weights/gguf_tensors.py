@@ -115,7 +115,7 @@ class GgufTensors:
 
     def part(self, name: str, shape: tuple[int, ...]) -> tuple[Any, RopePairs | None]:
         """A file's tensor for `cut_stored`, with the pairs that are still to be brought into our order."""
-        turns = re.search(r"attn_[qk]\.", name)
+        turns = re.search(r"attn_[qk](_norm)?\.", name)
         pairs = self.pairs if turns else None
         if name not in self.added:
             return as_rows(self.stored[name], shape), pairs

@@ -13,7 +13,7 @@ from chatlm.worker.model.blocks.attention import Scores
 from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.mla import Mla
 from chatlm.worker.model.blocks.norms import RmsNorm
-from chatlm.worker.weights import mixtures
+from chatlm.worker.weights import minicpm, mixtures
 from chatlm.worker.weights.family import (
     EXPERTS, Family, Gguf, Header, expert_tensors, separate_experts, without_draft_heads)
 from chatlm.worker.weights.mixtures import (
@@ -117,12 +117,7 @@ def rope_of_mistral4(path: Path, name: str, config: Mapping, rope: dict) -> dict
 
 def minicpm3_fields(path: Path, config: Mapping) -> dict:
     """The factors of embeddings, of what blocks add, and of logits."""
-    layers = config["num_hidden_layers"]
-    width = config["hidden_size"]
-    depth = config["scale_depth"] or layers**0.5
-    return dense_fields(path, config) | {
-        "embedding_scale": config["scale_emb"], "residual_scale": depth / layers**0.5,
-        "logit_scale": (config["dim_model_base"] or width) / width}
+    return dense_fields(path, config) | minicpm.factors_of(path, config)
 
 
 def layers_of(path: Path, config: Mapping, recipe: ModelSpec) -> tuple[Layer, ...]:
@@ -334,13 +329,11 @@ MISTRAL4 = V3._replace(
 MINICPM3 = Family(
     "MiniCPM 3", {key: ATTENTION[key] for key in ATTENTION if key != "rope_interleave"} | {
         "q_lora_rank": 768, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32,
-        "v_head_dim": None, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256, "mlp_bias": False,
-        "tie_word_embeddings": True, "rms_norm_eps": 1e-5},
+        "v_head_dim": None, **minicpm.UNSAID, "mlp_bias": False, "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-5},
     {}, TENSORS, has_window=lambda config, layer: False,
     keys=ATTENTION_KEYS | {
-        "v_head_dim": SIZE._replace(optional=True), "scale_emb": Rule(float, 1e-4, 10**6),
-        "scale_depth": Rule(float, 1e-4, 10**6, optional=True),
-        "dim_model_base": SIZE._replace(optional=True)},
+        "v_head_dim": SIZE._replace(optional=True), **minicpm.KEYS},
     complete=completed, fields_of=minicpm3_fields, layers=half_split_layers,
     gguf=Gguf("minicpm3", names=GGUF_TENSORS, names_in=gguf_names, layers=gguf_latent, keys=GGUF_KEYS))
 YOUTU = Family(

@@ -1,4 +1,4 @@
-"""Families with LayerNorms: GPT-2, GPT-NeoX and Pythia, StarCoder2, Cohere 1 and 2, North."""
+"""Families with LayerNorms: GPT-2, GPT-NeoX and Pythia, StarCoder2, Cohere 1 and 2, North, OLMo 1."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.worker.arrays.kinds import contiguous, kind_of
-from chatlm.worker.weights.family import EXPERTS, Family, Gguf, Header, expert_tensors, without_draft_heads
+from chatlm.worker.weights.family import (
+    EXPERTS, Family, Gguf, Header, as_vectors, expert_tensors, without_draft_heads)
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, ROPE_BASE, Rule,
     checked)
@@ -119,15 +120,35 @@ STARCODER2_TENSORS = both({
     "final_norm": "model.norm", **{ours: f"model.layers.{{}}.{theirs}" for ours, theirs in (
         ("attention_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm"), ("up", "mlp.c_fc"),
         ("down", "mlp.c_proj"))}})
+HEAD_WEIGHTS = ("q_norm.weight", "k_norm.weight")  # which files have in a row for each head
+
+
+def cohere_fields(path: Path, config: Mapping) -> dict:
+    """The larger models have LayerNorms of heads, each with its own weights."""
+    norms = {"qk_norm": "centred", "qk_norm_weights": True} if config.get("use_qk_norm") else {}
+    return {"logit_scale": config["logit_scale"]} | norms
+
+
+def gguf_cohere(header: Header) -> tuple[dict, dict]:
+    changes, _ = gguf_epsilon(header)
+    return changes, {"use_qk_norm": header.has("attn_q_norm.weight")}
+
+
+def with_head_weights(state: Mapping[str, Any]) -> dict[str, Any]:
+    return as_vectors(state, HEAD_WEIGHTS)
+
+
 COHERE = Family(
     "Cohere", {"layer_norm_eps": 1e-5, "logit_scale": 0.0625, "attention_bias": False,
-               "tie_word_embeddings": True},
+               "tie_word_embeddings": True, "use_qk_norm": False},
     {"layer_norms": True, "parallel": True, "one_norm": True}, keys={
         "layer_norm_eps": EPSILON, "logit_scale": Rule(float, 1e-4, 10**6)},
     aliases={"layer_norm_eps": "rms_norm_eps"}, interleaved=True,
-    fields_of=lambda path, config: {"logit_scale": config["logit_scale"]}, gguf=gguf("command-r"))
+    fields_of=cohere_fields, repack=with_head_weights,
+    gguf=gguf("command-r", gguf_cohere, repack=with_head_weights))
 COHERE2 = COHERE._replace(
-    title="Cohere 2", config=COHERE.config | {
+    title="Cohere 2", repack=dict, config={
+        key: value for key, value in COHERE.config.items() if key != "use_qk_norm"} | {
         "rotary_pct": 1.0, "layer_switch": None, "order_of_interleaved_layers": "local_attn_first",
         "position_embedding_type": "rope_gptj", "sliding_window": 4096, "layer_types": None,
         "sliding_window_pattern": 4}, keys={
@@ -242,4 +263,9 @@ FAMILIES = {
         gguf=gguf("starcoder2", unsaid=lambda config: {"sliding_window": config["sliding_window"] or 4096})),
     "cohere": COHERE,
     "cohere2": COHERE2,
-    "cohere2_moe": NORTH}
+    "cohere2_moe": NORTH,
+    "olmo": Family(
+        "OLMo", {"attention_bias": False, "clip_qkv": None, "rms_norm_eps": 1e-5},  # configs do not state it
+        {"layer_norms": True, "norm_weights": False}, keys={
+            "clip_qkv": Rule(float, 1e-4, 10**6, optional=True), "rms_norm_eps": Rule(float, 1e-5, 1e-5)},
+        fields_of=lambda path, config: {"clip": config["clip_qkv"] or 0.0}, gguf=gguf("olmo", permuted=True))}

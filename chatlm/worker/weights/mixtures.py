@@ -1,4 +1,4 @@
-"""Mixtures of experts: GLM-4.5, Ling 2, MiniMax-M2, Hunyuan A13B and Qwen3-VL-MoE."""
+"""Mixtures of experts: GLM-4.5, Ling 2, MiniMax-M2, Hunyuan A13B, ERNIE 4.5 and Qwen3-VL-MoE."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.worker.weights.family import (
-    AFTER_ATTENTION, EXPERTS, HEAD_NORMS, Family, Gguf, Header, expert_tensors, separate_experts,
+    AFTER_ATTENTION, EXPERTS, HEAD_NORMS, Family, Gguf, Header, as_vectors, expert_tensors, separate_experts,
     without_draft_heads)
 from chatlm.worker.weights.rules import (
     MOST_CHANNELS, MOST_EXPERTS, MOST_LAYERS, SHARE_SCALE, Rule, router_groups)
@@ -194,4 +194,64 @@ HUNYUAN_EXPERTS = EXPERTS | {
 HUNYUAN_KEYS = {key: KEYS[key] for key in ("moe_topk", "num_shared_expert")} | {
     "moe_layer_num_skipped": Rule(int, 0, 0)}
 HUNYUAN_TENSORS = expert_tensors("experts.{}", "gate.wg") | shared_tensors("shared_mlp")
-FAMILIES = {"glm4_moe": GLM4_MOE, "bailing_moe_v2": LING2, "minimax_m2": MINIMAX}
+
+
+def ernie_layers(path: Path, config: Mapping) -> dict:
+    """Which layers are dense, and how wide the experts are together that all tokens take."""
+    if "of_tensors" in config:
+        return config["of_tensors"]
+    layers = config["num_hidden_layers"]
+    first = config["moe_layer_start_index"]
+    end = config["moe_layer_end_index"]
+    last = layers - 1 if end < 0 else end
+    step = config["moe_layer_interval"]
+    dense = [layer for layer in range(layers) if not first <= layer <= last or (layer + 1) % step]
+    count = config["moe_num_shared_experts"] or 0
+    return {"mlp_only_layers": dense,
+            "shared_expert_intermediate_size": config["moe_intermediate_size"] * count}
+
+
+def ernie_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's tensors without those of draft heads, and with biases of the choice as vectors."""
+    own = {name: tensor for name, tensor in state.items() if not name.startswith("model.mtp_")}
+    return as_vectors(own, (".moe_statics.e_score_correction_bias", ".exp_probs_b.bias"))
+
+
+def gguf_ernie(header: Header) -> tuple[dict, dict]:
+    """The widths of a file's shared experts are wrong, and it does not say where its experts end, so the
+    tensors tell."""
+    layers = header.value("block_count")
+    dense = [layer for layer in range(layers) if f"blk.{layer}.ffn_gate_inp.weight" not in header.stored]
+    header.value("expert_shared_count", 0)
+    gates = [tensor for name, tensor in header.stored.items() if name.endswith(".ffn_gate_shexp.weight")]
+    shared = gates[0] if gates else None
+    width = 0 if shared is None or len(shared.shape) < 2 else int(shared.shape[1])
+    return {}, {"of_tensors": {"mlp_only_layers": dense, "shared_expert_intermediate_size": width}}
+
+
+ERNIE_MOE = Family(
+    "ERNIE 4.5 with experts", EXPERTS | {
+        "moe_num_experts": 64, "num_experts": 64, "moe_k": 6, "num_experts_per_tok": 6,
+        "moe_intermediate_size": 1536, "moe_num_shared_experts": 2, "shared_expert_intermediate_size": 0,
+        "moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1, "moe_norm_min": 1e-12,
+        "mlp_only_layers": None, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0,
+        "tie_word_embeddings": True, "use_bias": False, "moe_gate": "topk", "moe_use_aux_free": True,
+        "num_nextn_predict_layers": 0, "moe_capacity": None},  # the last of training
+    {"choice_bias": True},
+    expert_tensors("experts.{}", "gate") | shared_tensors("shared_experts") | {
+        "choice_bias": ("model.layers.{}.mlp.moe_statics.e_score_correction_bias",)},
+    keys={
+        "moe_num_experts": Rule(int, 1, MOST_EXPERTS), "moe_k": Rule(int, 1, MOST_EXPERTS),
+        "moe_num_shared_experts": Rule(int, 0, MOST_EXPERTS, optional=True),
+        "moe_layer_start_index": Rule(int, 0, MOST_LAYERS),
+        "moe_layer_end_index": Rule(int, -1, MOST_LAYERS), "moe_layer_interval": Rule(int, 1, MOST_LAYERS),
+        "moe_norm_min": Rule(float, 0, 1e-9), "moe_gate": Rule(str, choices=("topk",), optional=True),
+        "num_nextn_predict_layers": Rule(int, 0, 100, optional=True)},
+    aliases={"moe_num_experts": "num_experts", "moe_k": "num_experts_per_tok"}, interleaved=True,
+    complete=ernie_layers, repack=ernie_tensors, fields_of=lambda path, config: {
+        "qkv_bias": config["use_bias"], "output_bias": config["use_bias"], "ffn_bias": False},
+    gguf=Gguf("ernie4_5-moe", names=CHOICE_BIAS, layers=gguf_ernie, repack=ernie_tensors, keys={
+        "interleave_moe_layer_step": Rule(int, 0, MOST_LAYERS),
+        "leading_dense_block_count": Rule(int, 0, MOST_LAYERS),
+        "expert_shared_count": Rule(int, 0, MOST_EXPERTS)}))
+FAMILIES = {"glm4_moe": GLM4_MOE, "bailing_moe_v2": LING2, "minimax_m2": MINIMAX, "ernie4_5_moe": ERNIE_MOE}

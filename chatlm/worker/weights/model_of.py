@@ -62,7 +62,7 @@ def stream_eps(recipe: ModelSpec) -> float:
 
 def norm_of(recipe: ModelSpec, eps: float) -> AnyNorm:
     if recipe.layer_norms:
-        return LayerNorm(eps, recipe.norm_biases)
+        return LayerNorm(eps, recipe.norm_biases, weights=recipe.norm_weights)
     return RmsNorm(eps, recipe.norm_weights)
 
 
@@ -84,7 +84,9 @@ def layer_of(recipe: ModelSpec, layer: int) -> Layer:
     mixer = mixer_of(recipe, layer)
     feed = feed_of(recipe, layer)
     before = norm_of(recipe, stream_eps(recipe)) if recipe.pre_norms else None
-    after = RmsNorm(recipe.norm_eps) if recipe.post_norms else None
+    after = RmsNorm(recipe.norm_eps if recipe.post_eps is None else recipe.post_eps)
+    if not recipe.post_norms:
+        after = None
     if recipe.sum_norms:
         after = norm_of(recipe, stream_eps(recipe))
     reads = "input" if recipe.parallel else "sum"
@@ -117,6 +119,7 @@ def attention_of(recipe: ModelSpec, layer: int) -> Attention:
     return Attention(
         attn.heads, attn.kv_heads, attn.head_size, attn.head_size, recipe.rope(layer), scores,
         None if when == "none" else norms, gated=recipe.output_gate,
+        gates=recipe.head_gates, clip=recipe.clip,
         biases=tuple(name for name, has_bias in biases.items() if has_bias))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from chatlm.worker.arrays.rotary import Rope
+from chatlm.worker.model.blocks.attention import HeadGates
 from chatlm.worker.model.blocks.input import Input
 from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.mixers import Mixer
@@ -50,6 +51,7 @@ class ModelSpec:
     norm_biases: bool = False         # and add a bias to it
     pre_norms: bool = True            # False: blocks read x itself, without attention_norm and ffn_norm
     post_norms: bool = False          # output_norm, down_norm: of what each block adds to x
+    post_eps: float | None = None     # of these; None: norm_eps
     sum_norms: bool = False           # these two: of x with what the block has added; there is no final_norm
     of_texts: bool = False            # it embeds whole texts: a token sees what comes after it too, up to its
                                       # layer's window on either side; there is no head
@@ -75,7 +77,7 @@ class ModelSpec:
     rope_direction: int = 1           # +1 textbook, -1 nanochat
     rope_factors: tuple[float, ...] | None = None  # divides each of the rope_size/2 frequencies
     rope_scale: float = 1.0           # multiplies cos and sin (yarn, longrope)
-    qk_norm: str = "none"             # "none" | "before_rope" | "after_rope"
+    qk_norm: str = "none"             # "none" | "before_rope" | "after_rope" | "centred", see HeadNorms
     qk_norm_weights: bool = False
     qk_norm_sizes: tuple[int, ...] = ()  # (H * D, Hkv * D): q and k are normalized whole, before rope
     qk_norm_eps: float | None = None  # of this norm; None: norm_eps
@@ -95,10 +97,12 @@ class ModelSpec:
     router_bias: bool = False
     router_jitter: float | None = None  # experts and shares are those of `sparse_routes`
     sigmoid_router: bool = False      # shares are the chosen experts' sigmoids, see `sigmoid_routes`
-    choice_bias: bool = False         # added when a sigmoid_router chooses, but not in the shares
+    choice_bias: bool = False         # added when the router chooses, but not in the shares
     router_groups: tuple[int, int] = (1, 1)  # (groups, from how many of them the router chooses)
     group_best: int = 2               # so many best experts of a group count in the choice of groups
     share_scale: float = 1.0          # multiplies the shares of experts
+    head_gates: HeadGates | None = None  # of what heads give, in a matrix of their own
+    clip: float = 0.0                 # > 0: numbers of q, k and v beyond +-clip become that
     output_gate: bool = False         # after each head's q, qkv has as many rows for a gate of its output
     sinks: bool = False               # a logit for each query head, which attends to no value
     mixers: tuple[Mixer | None, ...] = ()  # of each layer, instead of attention; None, () = attention

@@ -18,7 +18,7 @@ from chatlm.worker.weights.safetensors_file import read_safetensors_file
 
 # not part of the text model
 IMAGES = ("vision_tower|vision_model|vision_embedder|visual|multi_modal_projector|connector|image_newline"
-          "|embed_vision|audio_tower|embed_audio")
+          "|embed_vision|vision_adapter|vision_projection|audio_tower|embed_audio")
 
 # rotary frequencies, causal masks and positions in old files
 UNREAD = r".*\.rotary_emb\.|.*\.(attn|attention)\.(masked_)?bias$|.*\bposition_ids$"

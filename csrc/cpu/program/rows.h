@@ -38,11 +38,11 @@ struct Groups {
     int64_t groups = 1, kept = 1, best = 2;         // kept = groups: every expert stays
 };
 
-// How route_sigmoids chooses: by sigmoid(logit) + bias.
-struct SigmoidRouter {
+// How route and route_sigmoids choose: by the part in a softmax, or by sigmoid(logit), + bias.
+struct Router {
     const float* bias;          // [experts] or null; the shares are made without it
     Groups groups;
-    bool sum_to_one;            // an expert's share is its sigmoid, divided by the sum of the chosen experts' if this is true,
+    bool sum_to_one;            // an expert's share is that number without bias, divided by the sum of the chosen experts' if this is true,
     float scale;                // and then multiplied by this
 };
 
@@ -52,17 +52,18 @@ constexpr int64_t SHRUNK_ROWS = 4;
 // `columns` is a multiple of 16, except in soft_cap and widen. `out` may be `x`.
 struct RowKernels {
     void (*rms_norm)(const float* x, const float* weight, float epsilon, int64_t columns, float* out);     // weight or null
-    void (*layer_norm)(const float* x, const float* weight, const float* bias, float epsilon, int64_t count, int64_t columns, float* out);    // bias or null
+    void (*layer_norm)(const float* x, const float* weight, const float* bias, float epsilon, int64_t count, int64_t columns, float* out);    // weight or null, bias or null
     void (*mix)(const float* x, float a, const float* y, float b, int64_t columns, float* out);            // a x + b y
     // x + lambda * sigmoid(x[:channels] . gate) * previous; previous null: x
     void (*smear)(const float* x, const float* previous, const float* gate, int64_t channels, float lambda, int64_t columns, float* out);
     void (*soft_cap)(const float* x, float cap, int64_t columns, float* out);                               // cap tanh(x / cap)
     void (*widen)(Element type, const void* from, int64_t columns, float* out);                            // exactly
     // The ids of the `chosen` largest logits, the largest first; of equal logits the lower id comes first. Their shares are a softmax
-    // over the chosen logits (sum_to_one) or over all. Where groups are left out, a softmax's numbers are compared instead of logits.
-    void (*route)(const float* logits, const Groups& groups, int64_t experts, int64_t chosen, bool sum_to_one, int32_t* ids, float* shares);
-    // The same by sigmoid(logit) + bias: SigmoidRouter says how.
-    void (*route_sigmoids)(const float* logits, const SigmoidRouter& router, int64_t experts, int64_t chosen, int32_t* ids, float* shares);
+    // over the chosen logits (sum_to_one) or over all. Where groups are left out, or there is a bias, a softmax's numbers are compared
+    // instead of logits.
+    void (*route)(const float* logits, const Router& router, int64_t experts, int64_t chosen, int32_t* ids, float* shares);
+    // The same by sigmoid(logit) + bias.
+    void (*route_sigmoids)(const float* logits, const Router& router, int64_t experts, int64_t chosen, int32_t* ids, float* shares);
     // Chooses as `route`. The share of each is its part in a softmax over itself and the lower logits near it: those whose distance to
     // it is at most `farthest` times the larger size of the two.
     void (*route_sparse)(const float* logits, float farthest, int64_t experts, int64_t chosen, int32_t* ids, float* shares);
@@ -74,7 +75,8 @@ struct RowKernels {
     // first .. last - 1.
     void (*short_conv)(const ConvRows& conv, int64_t first, int64_t last);
     void (*convolve)(const ConvRows& conv, int64_t first, int64_t last);                                    // silu() of the same sum, without c
-    void (*gate)(const float* x, const float* gates, int64_t columns, float* out);                          // x * sigmoid(gates)
+    void (*gate)(const float* x, const float* gates, bool by_softplus, int64_t columns, float* out);        // x * sigmoid(gates), or softplus(gates)
+    void (*gate_head)(const float* x, float gate, bool by_softplus, int64_t columns, float* out);           // the same with one gate for all columns
     void (*gated_add)(const float* x, const float* added, float gate, int64_t columns, float* out);         // x + sigmoid(gate) * added
     void (*gate_input)(const float* x, const float* y, int64_t columns, float* out);                       // gelu(x) y
     // u[r] = scales * (A x[r]), for 1 to SHRUNK_ROWS rows.

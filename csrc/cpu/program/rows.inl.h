@@ -49,9 +49,10 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
     squares = fma(load(rest), load(rest), squares);
     const Lanes scale = all(1.0f / __builtin_sqrtf(sum(squares) / float(count) + epsilon));
     for (int64_t c = 0; c < columns; c += 16) {
-        const Lanes y = (load(x + c) - mean) * scale * load(weight + c);
+        const Lanes normed = (load(x + c) - mean) * scale, y = weight ? normed * load(weight + c) : normed;
         store(out + c, bias ? y + load(bias + c) : y);
     }
+    for (int64_t c = weight ? columns : count; c < columns; c++) out[c] = 0.0f;
 }
 
 void mix(const float* x, float a, const float* y, float b, int64_t columns, float* out) {
@@ -128,25 +129,34 @@ void keep_groups(float* scores, int64_t experts, const Groups& its) {
         if (sums[e / each] < __builtin_inff()) scores[e] = -__builtin_inff();
 }
 
-void route(const float* logits, const Groups& groups, int64_t experts, int64_t chosen, bool sum_to_one, int32_t* ids, float* shares) {
-    if (groups.kept < groups.groups) {
-        float scores[MAX_EXPERTS], top = logits[0];
-        for (int64_t e = 1; e < experts; e++) top = logits[e] > top ? logits[e] : top;
+float largest_of(const float* x, int64_t count) {
+    float found = x[0];
+    for (int64_t i = 1; i < count; i++) found = x[i] > found ? x[i] : found;
+    return found;
+}
+
+// Groups are compared by the numbers of the softmax before they are divided by their sum, since that has no effect on the choice. With a
+// bias it has.
+void route(const float* logits, const Router& router, int64_t experts, int64_t chosen, int32_t* ids, float* shares) {
+    const bool in_groups = router.groups.kept < router.groups.groups;
+    if (in_groups || router.bias) {
+        float scores[MAX_EXPERTS];
+        const float top = largest_of(logits, experts), total = router.bias ? sum_of_exps(logits, experts, top) : 1.0f;
         for (int64_t e = 0; e < experts; e++) scores[e] = exp_negative(logits[e] - top);
-        keep_groups(scores, experts, groups);
+        for (int64_t e = 0; router.bias && e < experts; e++) scores[e] = scores[e] / total + router.bias[e];
+        if (in_groups) keep_groups(scores, experts, router.groups);
         choose(scores, experts, chosen, ids);
     } else {
         choose(logits, experts, chosen, ids);
     }
     for (int64_t j = 0; j < chosen; j++) shares[j] = logits[ids[j]];
-    float largest = shares[0];
-    for (int64_t e = 0; !sum_to_one && e < experts; e++) largest = logits[e] > largest ? logits[e] : largest;
-    const float total = sum_to_one ? sum_of_exps(shares, chosen, largest) : sum_of_exps(logits, experts, largest);
+    const float largest = router.sum_to_one ? largest_of(shares, chosen) : largest_of(logits, experts);
+    const float total = router.sum_to_one ? sum_of_exps(shares, chosen, largest) : sum_of_exps(logits, experts, largest);
     for (int64_t j = 0; j < chosen; j++) shares[j] = exp_negative(shares[j] - largest) / total;
 }
 
 // With sum_to_one, if all logits are below 0, each share is first divided by e^(the largest logit), so that not all of them vanish.
-void route_sigmoids(const float* logits, const SigmoidRouter& router, int64_t experts, int64_t chosen, int32_t* ids, float* shares) {
+void route_sigmoids(const float* logits, const Router& router, int64_t experts, int64_t chosen, int32_t* ids, float* shares) {
     float scores[MAX_EXPERTS];
     for (int64_t e = 0; e < experts; e++) scores[e] = sigmoid(logits[e]) + (router.bias ? router.bias[e] : 0.0f);
     if (router.groups.kept < router.groups.groups) keep_groups(scores, experts, router.groups);
@@ -240,8 +250,16 @@ void plain_conv(const ConvRows& conv, int64_t first, int64_t last) {
     convolve_columns(conv, first, last, [](const float* x) { return load(x); }, [](const float*, Lanes total) { return silu(total); });
 }
 
-void gate(const float* x, const float* gates, int64_t columns, float* out) {
-    for (int64_t c = 0; c < columns; c += 16) store(out + c, load(x + c) * sigmoid(load(gates + c)));
+void gate(const float* x, const float* gates, bool by_softplus, int64_t columns, float* out) {
+    for (int64_t c = 0; c < columns; c += 16) {
+        const Lanes by = load(gates + c);
+        store(out + c, load(x + c) * (by_softplus ? softplus(by) : sigmoid(by)));
+    }
+}
+
+void gate_head(const float* x, float gate, bool by_softplus, int64_t columns, float* out) {
+    const Lanes by = by_softplus ? softplus(all(gate)) : sigmoid(all(gate));
+    for (int64_t c = 0; c < columns; c += 16) store(out + c, load(x + c) * by);
 }
 
 void gated_add(const float* x, const float* added, float gate, int64_t columns, float* out) {
@@ -308,7 +326,7 @@ void shrink(const AdapterMatrix& m, const float* const* x, int64_t rows, float* 
 }  // namespace
 
 extern const RowKernels row_kernels = {rms_norm, layer_norm, mix, smear, soft_cap, widen_any, route, route_sigmoids, route_sparse, combine, add_up, short_conv,
-                                         plain_conv, gate, gated_add, gate_input, shrink, squares, scale, turn, narrow_any};
+                                         plain_conv, gate, gate_head, gated_add, gate_input, shrink, squares, scale, turn, narrow_any};
 
 }  // namespace DC_ISA
 }  // namespace dc

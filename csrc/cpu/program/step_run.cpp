@@ -166,13 +166,10 @@ void Step::do_row(const op::smear& op, int64_t row) const {
 void Step::do_row(const op::route& op, int64_t row) const {
     Routing& to = *op.routing;
     const size_t first = size_t(row * to.chosen);
-    const Groups groups{op.groups, op.kept_groups, op.group_best};
+    const Router router{op.bias, {op.groups, op.kept_groups, op.group_best}, to.sum_to_one, op.scale};
     if (op.sparse) row_kernels_here().route_sparse(op.logits.row(row), op.farthest, to.experts, to.chosen, &to.ids[first], &to.shares[first]);
-    else if (to.sigmoids) {
-        const SigmoidRouter router{op.bias, groups, to.sum_to_one, op.scale};
-        row_kernels_here().route_sigmoids(op.logits.row(row), router, to.experts, to.chosen, &to.ids[first], &to.shares[first]);
-    }
-    else row_kernels_here().route(op.logits.row(row), groups, to.experts, to.chosen, to.sum_to_one, &to.ids[first], &to.shares[first]);
+    else if (to.sigmoids) row_kernels_here().route_sigmoids(op.logits.row(row), router, to.experts, to.chosen, &to.ids[first], &to.shares[first]);
+    else row_kernels_here().route(op.logits.row(row), router, to.experts, to.chosen, &to.ids[first], &to.shares[first]);
     for (int64_t j = 0; !to.sigmoids && op.scale != 1.0f && j < to.chosen; j++) to.shares[first + size_t(j)] *= op.scale;
     for (int64_t j = 0; op.scales && j < to.chosen; j++) to.shares[first + size_t(j)] *= op.scales[to.ids[first + size_t(j)]];
 }
@@ -197,7 +194,10 @@ void Step::do_row(const op::split_gates& op, int64_t row) const {
 }
 
 void Step::do_row(const op::gate& op, int64_t row) const {
-    row_kernels_here().gate(op.x.row(row), op.gates.row(row), op.out.columns, op.out.row(row));
+    const int64_t columns = op.out.columns, size = columns / op.gates.columns;      // of one gate
+    const float *x = op.x.row(row), *gates = op.gates.row(row);
+    if (size == 1) return row_kernels_here().gate(x, gates, op.softplus, columns, op.out.row(row));
+    for (int64_t c = 0; c < columns; c += size) row_kernels_here().gate_head(x + c, gates[c / size], op.softplus, size, op.out.row(row) + c);
 }
 
 void Step::do_row(const op::gated_add& op, int64_t row) const {
@@ -248,6 +248,17 @@ void Step::do_row(const op::norm_qk& op, int64_t row) const {
     row_kernels_here().scale(q + op.q_columns, 1.0f / __builtin_sqrtf(means[1] + op.eps), op.k_norm, op.k_columns, out + op.q_columns);
     const int64_t both = op.q_columns + op.k_columns;
     if (out != q) copy_row(out + both, q + both, op.out.columns - both);
+}
+
+void Step::do_row(const op::norm_heads& op, int64_t row) const {
+    const float* const x = op.x.row(row);
+    float* const out = op.out.row(row);
+    const int64_t both = op.q_columns + op.k_columns, size = op.head_size;
+    for (int64_t c = 0; c < both; c += size) {
+        const float* const weight = c < op.q_columns ? op.q_norm + c : op.k_norm + (c - op.q_columns);
+        row_kernels_here().layer_norm(x + c, weight, nullptr, op.eps, op.count, size, out + c);
+    }
+    if (out != x) copy_row(out + both, x + both, op.out.columns - both);
 }
 
 void Step::do_row(const op::scale_rows& op, int64_t row) const {

@@ -56,7 +56,7 @@ ROWS = {**{name: Row(name) for name in (*MODELS, *GENERATIONS, "nanogpt")},
 def test_every_family_has_a_row():
     """One that is new gets a tiny model in MODELS, of encoders in tests/support/encoders.py, and so its rows in the tests of families."""
     # gte's older name; tests/support/nomic_experts.py; GLM-4.5 and DeepSeek-V3 by other names
-    others = {"new", "nomic_bert_moe", "bailing_moe_v2", "kimi_k2"}
+    others = {"new", "nomic_bert_moe", "minicpm", "bailing_moe_v2", "kimi_k2"}
     assert {kind for kind, _ in (*MODELS.values(), *ENCODERS.values())} | others == {*FAMILIES}
 
 

@@ -137,6 +137,61 @@ def test_ling_2_is_glm_4_5_by_other_names(backend, tmp_path):
     check(answers(transformer(ling, kernels_of(backend, ling.spec)), cases), cases)
 
 
+FACTORS = dict(scale_emb=6.0, scale_depth=0.6, dim_model_base=48)          # of 4 layers and 64 channels: those of the tests' Granite
+
+
+def granite_like_minicpm(**changes):
+    """A Granite by transformers, whose factors are FACTORS'. MiniCPM's code is no part of transformers."""
+    return make_model("granite", attention_bias=False, mlp_bias=False, embedding_multiplier=6.0, residual_multiplier=0.3, logits_scaling=64 / 48,
+                      attention_multiplier=0.25, **changes)
+
+
+def as_minicpm(folder):
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier"):
+        del config[key]
+    (folder / "config.json").write_text(json.dumps(config | FACTORS | {"model_type": "minicpm", "mup_denominator": 32}))
+    return folder
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_minicpm_is_granite_with_other_factors(backend, tmp_path):
+    """A folder and a GGUF file of a MiniCPM compute what transformers computes of the same Granite."""
+    model = granite_like_minicpm()
+    folder, cases = as_minicpm(save(model, tmp_path)), clear_cases(model)
+    metadata, stored = read_gguf(as_gguf(tmp_path / "granite.gguf", model))
+    own = {key.replace("granite.", "minicpm."): value for key, value in metadata.items() if key.startswith("granite.") and "attention.scale" not in key}
+    path = write_gguf(tmp_path / "minicpm.gguf", {name: tensor.data for name, tensor in stored.items()}, own, small_gguf_metadata("gpt-2") | {"general.architecture": "minicpm"})
+    for ours in (load(folder), load(path)):
+        check(answers(transformer(ours, kernels_of(backend, ours.spec)), cases), cases)
+
+
+def test_a_minicpm_file_without_factors_has_those_of_2b(tmp_path):
+    metadata, stored = read_gguf(as_gguf(tmp_path / "granite.gguf", granite_like_minicpm()))
+    own = {key.replace("granite.", "minicpm."): value for key, value in metadata.items() if "scale" not in key} | {"general.architecture": "minicpm"}
+    _, spec = gguf_spec(tmp_path / "granite.gguf", own, stored, None)
+    assert (spec.embedding_scale, spec.residual_scale, spec.logit_scale) == (12, pytest.approx(1.4 / 2), 4.0)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"dim_model_base": None}, "dim_model_base is missing"), ({"sparse_config": {"kernel_size": 32}}, "sparse_config is .*not supported in a minicpm model"),
+    ({"num_experts": 8}, "num_experts is 8")])
+def test_what_a_minicpm_cannot_be_is_named(change, words, tmp_path):
+    folder = as_minicpm(save(granite_like_minicpm(), tmp_path))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ConfigError, match=words):
+        load(folder)
+
+
+def test_draft_heads_of_ernie_are_not_read(tmp_path):
+    folder = save(make_model("ernie-moe"), tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    drafts = {"model.mtp_block.0.input_layernorm.weight": torch.ones(64), "model.mtp_linear_proj.0.weight": torch.ones(64, 128)}
+    save_file(tensors | drafts, folder / "model.safetensors")
+    assert load(folder).spec.layers == 4
+
+
 def test_draft_heads_of_mixtures_are_not_read(tmp_path):
     """A layer behind the others that only drafts is ignored; one that does not draft is an unknown tensor."""
     folder = save(make_model("glm4moe"), tmp_path)
@@ -154,6 +209,12 @@ def test_draft_heads_of_mixtures_are_not_read(tmp_path):
     ("hunyuan-moe", {"moe_topk": [3, 3, 2]}, r"moe_topk is .*; it must be the same in all layers"),
     ("minimax-m2", {"scoring_func": "softmax"}, "scoring_func is .*softmax.*; it must be one of sigmoid"),
     ("cohere2moe", {"num_shared_experts": 1}, "num_shared_experts is 1; it must be 0"),
+    ("ernie-moe", {"moe_norm_min": 0.1}, "moe_norm_min is 0.1"), ("ernie-moe", {"moe_gate": "top2"}, "moe_gate is .*; it must be one of topk"),
+    ("laguna", {"gating": False}, "gating is false"), ("laguna", {"gating_types": ["per-element"] * 5}, "gating_types has .*must say the same"),
+    ("laguna", {"moe_router_logit_softcapping": 5.0}, "moe_router_logit_softcapping is 5.0; it must be 0"),
+    ("laguna", {"num_attention_heads_per_layer": [4, 8, 5, 8, 4]}, r"num_attention_heads_per_layer\[2\] is 5; it must be a multiple of 2"),
+    ("laguna", {"moe_apply_router_weight_on_input": True}, "must be false"), ("olmo", {"clip_qkv": -1.0}, "clip_qkv is -1.0"),
+    ("olmo", {"rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-06"), ("cohere2", {"use_qk_norm": True}, "use_qk_norm is true; this key is not supported"),
     ("cohere2moe", {"mlp_layer_types": ["dense", "other"] + ["sparse"] * 4}, "mlp_layer_types")])
 def test_what_mixtures_cannot_be_is_named(name, change, words, tmp_path):
     folder = save(make_model(name), tmp_path)

@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy
+
 from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.model.blocks.axes import Axis, Divided, Run, Tensors, length, matrix, vector
 from chatlm.worker.model.blocks.step import Block, Buffer, Read, Scratch, Step, Sum
@@ -15,9 +17,11 @@ from chatlm.worker.model.tensors import rounded_up
 
 @dataclass(frozen=True)
 class HeadNorms:
-    """RMS norms of q and k, before or after they turn, of each head or of all heads together."""
+    """RMS norms of q and k, before or after they turn, of each head or of all heads together; or LayerNorms
+    of each head."""
 
-    when: str                # "before_rope", "after_rope"; "whole": of all heads together, before they turn
+    when: str                # "before_rope", "after_rope"; "whole": of all heads together, before they turn;
+                             # "centred": LayerNorms before they turn, where each head has its own weights
     eps: float
     weights: bool = True
     sizes: tuple[int, ...] = ()  # "whole": how many numbers q has and k has, in all ranks
@@ -27,11 +31,15 @@ class HeadNorms:
     def whole(self) -> bool:
         return self.when == "whole"
 
+    @property
+    def centred(self) -> bool:
+        return self.when == "centred"
+
     def tensors(self, q: Run, k: Run | None) -> Tensors:
         named = {"q_norm": q}
         if k:
             named["k_norm"] = k
-        if self.whole:
+        if self.whole or self.centred:
             return {name: vector((run,)) for name, run in named.items()}
         factor = math.sqrt(self.count / q.size) if self.count else 1.0
         return {name: vector(run.size, factor=factor) for name, run in named.items()}
@@ -49,6 +57,24 @@ class Scores:
     sinks: bool = False      # each query head has one more logit, which attends to no value
     sees: str = "before"     # "text": also what comes after it; "pictures": also the rest of its picture
     distances: bool = False  # each head adds a bias to scores, by the bucket of the distance (MPNet)
+
+
+@dataclass(frozen=True)
+class HeadGates:
+    """What heads give is multiplied by an activation of other products of x, which have their own matrix.
+
+    head_gates is (H, C), or (H Dv, C)."""
+
+    activation: str = "sigmoid"  # or "softplus"
+    of_numbers: bool = True  # each number of a head has a gate; else one is for the whole head
+
+    def run(self, heads: int, value_size: int) -> Run:
+        return Run(heads, value_size if self.of_numbers else 1, "heads")
+
+    def apply(self, s: Step, read: Read, attended, count: int):
+        gates = s.b.of("gates", count)
+        s.product(read, "head_gates", gates)
+        s.k.gate(attended, gates, out=attended, activation=self.activation)
 
 
 @dataclass(frozen=True)
@@ -97,6 +123,8 @@ class Attention(Block):
     source: int | None = None  # the earlier layer whose keys and values it reads; qkv has no rows for them
     embed: ValueEmbed | None = None
     gated: bool = False      # each head's output has a gate, whose rows follow the head's q in qkv
+    gates: HeadGates | None = None
+    clip: float = 0.0        # > 0: numbers of q, k and v beyond +-clip become that
     biases: tuple[str, ...] = ()  # which of "qkv" and "output" have one
 
     values_in_keys = False   # is a value the beginning of its key? Else it is cached beside it
@@ -144,7 +172,15 @@ class Attention(Block):
             found["sinks"] = vector((Run(self.heads, of="heads"),))
         if self.embed:
             found |= self.embed.tensors(self.values)
+        if self.gates:
+            found["head_gates"] = matrix((self.gates.run(self.heads, self.value_size),), C, adapted=True)
         return found
+
+    def arranged(self, w: dict[str, Any], arrays: Any) -> dict[str, Any]:
+        if not self.clip:
+            return {}
+        ends = {"clip_low": -self.clip, "clip_high": self.clip}
+        return {name: arrays.of(numpy.full(self.rows, end, numpy.float32)) for name, end in ends.items()}
 
     def scratch(self, C: int) -> Scratch:
         found = {"qkv": Buffer(self.rows, short=True), "q": Buffer(self.queries),
@@ -152,6 +188,8 @@ class Attention(Block):
         if self.gated:
             found["gated"] = Buffer(self.queries + self.rows, short=True)
             found["gates"] = Buffer(self.queries, short=True)
+        if self.gates:
+            found["gates"] = Buffer(self.gates.run(self.heads, self.value_size).length, short=True)
         if self.norms and self.norms.whole:
             found["means"] = Buffer(16)
         if self.embed:
@@ -164,6 +202,8 @@ class Attention(Block):
         attended = self.attend(s, q)           # (T, H * Dv)
         if self.gated:
             s.k.gate(attended, s.b.of("gates", self.queries), out=attended)
+        if self.gates:
+            self.gates.apply(s, read, attended, self.gates.run(self.heads, self.value_size).length)
         to.product(s, attended, "output")
 
     def project(self, s: Step, read: Read):
@@ -173,6 +213,8 @@ class Attention(Block):
         qkv = b.of("qkv", self.rows)
         if not self.gated:
             s.product(read, "qkv", qkv, bias=bias)
+            if self.clip:
+                s.k.clamp(qkv, s.w["clip_low"], s.w["clip_high"], out=qkv)
             return qkv
         both = b.of("gated", self.queries + self.rows)
         s.product(read, "qkv", both, bias=bias)
@@ -187,6 +229,9 @@ class Attention(Block):
         embed = self.embed.compute(s, read) if self.embed else {}
         if self.norms and self.norms.whole:
             self.norm_whole(s, qkv)
+        if self.norms and self.norms.centred:
+            k.norm_heads(qkv, s.w["q_norm"], s.w["k_norm"], self.head_size, self.norms.eps, out=qkv,
+                         count=self.norms.count)
         k.rope_append(qkv, *s.rope, inputs.turns, inputs.slots, s.cache, out=q, **self.norm_options(s),
                       **embed, **self.rope_options)
         if s.q_scale is not None:
@@ -225,7 +270,7 @@ class Attention(Block):
     def norm_options(self, s: Step) -> dict[str, Any]:
         """The options of rope_append for the norms of heads."""
         norms = self.norms
-        if norms is None or norms.whole:
+        if norms is None or norms.whole or norms.centred:
             return {"norm": "none", "eps": 0.0}
         weights = {"q_norm": s.w.get("q_norm"), "k_norm": s.w.get("k_norm")}
         return {"norm": norms.when, **weights, "eps": norms.eps}
@@ -250,7 +295,9 @@ class Attention(Block):
             return self
         norms = self.norms
         qk_scale = self.scores.qk_scale
-        if norms and not norms.whole:
+        if norms and norms.centred:
+            norms = replace(norms, count=D)
+        elif norms and not norms.whole:
             norms = replace(norms, eps=norms.eps * (D / wide), count=D)
             qk_scale *= 1 if norms.weights else math.sqrt(D / wide)
         scores = replace(self.scores, scale=self.scores.scale * math.sqrt(wide / D), qk_scale=qk_scale)

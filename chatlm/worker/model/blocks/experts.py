@@ -22,7 +22,7 @@ class Router:
     kind: str = "softmax"    # "sigmoid": as the reference `sigmoid_routes` says; "jitter": as `sparse_routes`
     sum_to_one: bool = True  # shares are the softmax over the chosen experts' logits; else over all logits
     bias: bool = False
-    choice_bias: bool = False  # sigmoids: a bias counts in the choice, but not in the shares
+    choice_bias: bool = False  # a bias counts in the choice, but not in the shares
     groups: tuple[int, int] = (1, 1)  # (groups, how many of them experts are chosen from), without jitter
     scale: float = 1.0       # of the shares, without jitter
     jitter: float = 0.0
@@ -47,6 +47,8 @@ class Router:
                         "share_scale": self.scale}
         if self.kind == "softmax" and (self.groups != (1, 1) or self.scale != 1):
             options |= {"groups": self.groups, "share_scale": self.scale, "group_best": self.group_best}
+        if self.kind == "softmax" and self.choice_bias:
+            options["choice_bias"] = w["choice_bias"]
         return options
 
 
@@ -194,7 +196,7 @@ class ExpertsBesideDense(Block):
     def scratch(self, C: int) -> Scratch:
         return widest([{"routing": Buffer(self.count)}, self.dense.scratch(C)])
 
-    def arranged(self, w: dict[str, Any]) -> dict[str, Any]:
+    def arranged(self, w: dict[str, Any], arrays: Any) -> dict[str, Any]:
         norm = w["router_norm"]
         return {"router_norm": norm * len(norm)**-0.5}
 

@@ -61,7 +61,7 @@ class Layer:
         """The tensors that blocks read in another form than files have, in that form."""
         found = {}
         for block in self.blocks:
-            found |= block.arranged(w)
+            found |= block.arranged(w, arrays)
         if self.clamped:
             found["clamps"] = bounds_of(self.tensors(C), arrays.numpy(w["clamps"]), arrays.of)
         return found

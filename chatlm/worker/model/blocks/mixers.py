@@ -66,7 +66,7 @@ class ShortConv(Block):
     def scratch(self, C: int) -> Scratch:
         return buffers_of(self.widths(C))
 
-    def arranged(self, w: dict[str, Any]) -> dict[str, Any]:
+    def arranged(self, w: dict[str, Any], arrays: Any) -> dict[str, Any]:
         return by_tap(w, self.size)
 
     def compute(self, s: Step, read: Read, to: Sum):
@@ -164,7 +164,7 @@ class DeltaRule(Block):
     def scratch(self, C: int) -> Scratch:
         return buffers_of(self.widths(C))
 
-    def arranged(self, w: dict[str, Any]) -> dict[str, Any]:
+    def arranged(self, w: dict[str, Any], arrays: Any) -> dict[str, Any]:
         return by_tap(w, self.size)
 
     def compute(self, s: Step, read: Read, to: Sum):
@@ -251,7 +251,7 @@ class Mamba2(Block):
             found["squares"] = Buffer(rounded_up(self.groups))
         return found
 
-    def arranged(self, w: dict[str, Any]) -> dict[str, Any]:
+    def arranged(self, w: dict[str, Any], arrays: Any) -> dict[str, Any]:
         return by_tap(w, self.size)
 
     def compute(self, s: Step, read: Read, to: Sum):

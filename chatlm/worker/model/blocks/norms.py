@@ -49,9 +49,10 @@ class LayerNorm:
     eps: float
     bias: bool = False
     count: int = 0        # as in RmsNorm
+    weights: bool = True
 
     def tensors(self, name: str, C: int) -> Tensors:
-        found = {name: vector(C)}
+        found = {name: vector(C)} if self.weights else {}
         if self.bias:
             found[f"{name}_bias"] = vector(C)
         return found
@@ -65,7 +66,7 @@ class LayerNorm:
 
     def apply(self, s: Step, x, name: str, out):
         more = {"count": self.count} if self.count else {}
-        s.k.layer_norm(x, s.w[name], s.w.get(f"{name}_bias"), self.eps, out=out, **more)
+        s.k.layer_norm(x, s.w.get(name), s.w.get(f"{name}_bias"), self.eps, out=out, **more)
 
     def padded(self, C: int, wide: int) -> LayerNorm:
         return replace(self, count=C)

@@ -173,8 +173,9 @@ class Block:
     def scratch(self, C: int) -> Scratch:
         raise NotImplementedError
 
-    def arranged(self, w: dict[str, Any]) -> dict[str, Any]:
-        """The loaded tensors that `compute` reads in another form, in that form."""
+    def arranged(self, w: dict[str, Any], arrays: Any) -> dict[str, Any]:
+        """The loaded tensors that `compute` reads in another form, in that form, and those that it needs
+        besides. `arrays` makes them."""
         return {}
 
     def compute(self, s: Step, read: Read, to: Sum):
