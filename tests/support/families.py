@@ -188,6 +188,9 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
     "glm-flash": ("glm4_moe_lite", LATENT | dict(first_k_dense_replace=..., n_group=1, topk_group=1, routed_scaling_factor=1.8, v_head_dim=32,
                                                  rope_parameters=dict(rope_type="default", rope_theta=1e6))),
     "youtu": ("youtu", DENSE_LATENT | dict(tie_word_embeddings=True)),
+    # latents whose two parts are powers of two, as all published ones have them: pages of them may be of q8_0
+    "kimi2": ("kimi_k2", LATENT | dict(n_group=1, topk_group=1, n_shared_experts=1, routed_scaling_factor=2.8, kv_lora_rank=64, qk_rope_head_dim=32,
+                                       rope_parameters=YARN | dict(factor=4.0, original_max_position_embeddings=128, mscale=1.0, mscale_all_dim=1.0))),
     "hunyuan-moe": ("hunyuan_v1_moe", dict(num_hidden_layers=3, head_dim=32, num_experts=6, moe_topk=3, intermediate_size=48, tie_word_embeddings=True)),
 }
 
@@ -226,7 +229,10 @@ CONVERTED = {               # and what one by llama.cpp's converter can say, whi
 def tiny_config(name, **changes):
     import transformers
     kind, own = MODELS[name]
-    return transformers.AutoConfig.for_model(kind, **{key: value for key, value in {**TINY, **own, **changes}.items() if value is not ...})
+    given = {key: value for key, value in {**TINY, **own, **changes}.items() if value is not ...}
+    if kind == "kimi_k2":       # its files name DeepSeek-V3's class, and transformers has no other
+        return type("KimiK2Config", (transformers.DeepseekV3Config,), {"model_type": kind})(**given)
+    return transformers.AutoConfig.for_model(kind, **given)
 
 
 def make_model(name, seed=0, **changes):
@@ -234,7 +240,8 @@ def make_model(name, seed=0, **changes):
     import transformers
     kind, config = MODELS[name][0], tiny_config(name, **changes)
     torch.manual_seed(seed)
-    of_kind = transformers.Mistral4ForCausalLM._from_config if kind == "mistral4" else transformers.AutoModelForCausalLM.from_config
+    own = {"mistral4": "Mistral4ForCausalLM", "kimi_k2": "DeepseekV3ForCausalLM"}      # which Auto does not find
+    of_kind = getattr(transformers, own[kind])._from_config if kind in own else transformers.AutoModelForCausalLM.from_config
     model = of_kind(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for key, weight in model.named_parameters():
