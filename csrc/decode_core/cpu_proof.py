@@ -184,6 +184,7 @@ class Chain:
         plain = 32   # numbers of a head's query that do not turn
         values = 48  # numbers of a head's value
         of_type = " q8_0" if cache_type == torch.uint8 else ""
+        scale = 0.005 if of_type else 0.7     # scores of about 1: where they are large, rounding q moves them too far
         angles = dice.normal(PAGES * self.script.PAGE_SIZE, turned // 2)
         tables = angles.cos(), angles.sin()
         queries = self.call("linear", x, self.matrix("f32", "queries", heads * (plain + turned)),
@@ -197,7 +198,7 @@ class Chain:
             p.append_latents(*appended, adjacent=adjacent)
             self.calls.append(SimpleNamespace(name="append_latents", label=f"append_latents{of_type}", arguments=appended, out=kv,
                                               options={"adjacent": adjacent}))
-            q = self.call("absorb", queries, k_up, *tables, p.positions, 0.7, cache, width=heads * (kept + turned), adjacent=adjacent)
+            q = self.call("absorb", queries, k_up, *tables, p.positions, scale, cache, width=heads * (kept + turned), adjacent=adjacent)
         for window in WINDOWS:
             seen = self.call("paged_attention", q, cache, p.attention, window, width=heads * kept, label=f"latent attention{of_type}")
         self.call("by_head", seen, v_up, width=heads * values)
