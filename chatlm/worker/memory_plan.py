@@ -51,10 +51,11 @@ def layers_of_floats(model: Model, kv: KvType) -> str:
     if not kv.packed or not floats:
         return ""
     sizes = ", ".join(map(str, sorted({size for attn in floats for size in kv.unpacked_sizes(attn)})))
-    rule = "q8_0 needs heads whose size is a power of two, at least 32"
+    what = "parts of latents" if floats[0].values_in_keys else "heads"
+    rule = f"q8_0 needs {what} whose size is a power of two, at least 32"
     if len(floats) == len(layers):
-        raise ConfigError(f"--kv-cache-dtype q8_0: all layers have heads of {sizes}; {rule}")
-    return (f"keys and values of {len(floats)} of {len(layers)} layers stay {kv.floats}: their heads have a "
+        raise ConfigError(f"--kv-cache-dtype q8_0: all layers have {what} of {sizes}; {rule}")
+    return (f"keys and values of {len(floats)} of {len(layers)} layers stay {kv.floats}: their {what} have a "
             f"size of {sizes}, and {rule}")
 
 

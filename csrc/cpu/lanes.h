@@ -352,6 +352,8 @@ template <class T>
 DC_INLINE void load_pair(const T* p, Lanes& first, Lanes& second) { first = load(p), second = load(p + 16); }
 
 // ---- over the lanes, always as the same tree: i with i + 8, then i + 4, i + 2, i + 1
+//
+// store_sums(a, b, c, d, out [4]) sums four at once; scaled_sums(a [4], scales [4], out [4]) multiplies their sums by scales.
 
 #if defined(DC_NEON)
 DC_INLINE float sum(Lanes a) {
@@ -367,19 +369,40 @@ DC_INLINE float sum(Lanes a) {
     return x[0];
 }
 #endif
-// The sums of four, times `scales` -> out [4].
-DC_INLINE void scaled_sums(const Lanes (&a)[4], const float* scales, float* out) {
 #if defined(__AVX512F__)
-    const __m512 first = _mm512_add_ps(_mm512_shuffle_f32x4(a[0].v, a[1].v, 0x44), _mm512_shuffle_f32x4(a[0].v, a[1].v, 0xee));
-    const __m512 second = _mm512_add_ps(_mm512_shuffle_f32x4(a[2].v, a[3].v, 0x44), _mm512_shuffle_f32x4(a[2].v, a[3].v, 0xee));
+DC_INLINE __m128 four_sums(Lanes a, Lanes b, Lanes c, Lanes d) {
+    const __m512 first = _mm512_add_ps(_mm512_shuffle_f32x4(a.v, b.v, 0x44), _mm512_shuffle_f32x4(a.v, b.v, 0xee));
+    const __m512 second = _mm512_add_ps(_mm512_shuffle_f32x4(c.v, d.v, 0x44), _mm512_shuffle_f32x4(c.v, d.v, 0xee));
     const __m512 fours = _mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x88), _mm512_shuffle_f32x4(first, second, 0xdd));
     const __m512 twos = _mm512_add_ps(fours, _mm512_permute_ps(fours, 0x4e)), ones = _mm512_add_ps(twos, _mm512_permute_ps(twos, 0xb1));
-    const __m128 sums = _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, ones));
-    _mm_storeu_ps(out, _mm_mul_ps(_mm_loadu_ps(scales), sums));
-#else
-    for (int j = 0; j < 4; j++) out[j] = scales[j] * sum(a[j]);
-#endif
+    return _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, ones));
 }
+DC_INLINE void store_sums(Lanes a, Lanes b, Lanes c, Lanes d, float* out) { _mm_storeu_ps(out, four_sums(a, b, c, d)); }
+DC_INLINE void scaled_sums(const Lanes (&a)[4], const float* scales, float* out) {
+    _mm_storeu_ps(out, _mm_mul_ps(_mm_loadu_ps(scales), four_sums(a[0], a[1], a[2], a[3])));
+}
+#elif defined(__AVX2__)
+DC_INLINE void store_sums(Lanes a, Lanes b, Lanes c, Lanes d, float* out) {
+    const __m256 eights[4] = {_mm256_add_ps(a.lo, a.hi), _mm256_add_ps(b.lo, b.hi), _mm256_add_ps(c.lo, c.hi), _mm256_add_ps(d.lo, d.hi)};
+    const auto fours = [&](int i) {                     // of two, in a half each
+        return _mm256_add_ps(_mm256_permute2f128_ps(eights[i], eights[i + 1], 0x20), _mm256_permute2f128_ps(eights[i], eights[i + 1], 0x31));
+    };
+    const __m256 first = fours(0), second = fours(2);
+    const __m256 twos = _mm256_add_ps(_mm256_shuffle_ps(first, second, 0x44), _mm256_shuffle_ps(first, second, 0xee));
+    const __m256 ones = _mm256_hadd_ps(twos, twos);     // a and c, then b and d
+    _mm_storeu_ps(out, _mm_unpacklo_ps(_mm256_castps256_ps128(ones), _mm256_extractf128_ps(ones, 1)));
+}
+DC_INLINE void scaled_sums(const Lanes (&a)[4], const float* scales, float* out) {
+    for (int j = 0; j < 4; j++) out[j] = scales[j] * sum(a[j]);
+}
+#else
+DC_INLINE void store_sums(const Lanes& a, const Lanes& b, const Lanes& c, const Lanes& d, float* out) {
+    out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+}
+DC_INLINE void scaled_sums(const Lanes (&a)[4], const float* scales, float* out) {
+    for (int j = 0; j < 4; j++) out[j] = scales[j] * sum(a[j]);
+}
+#endif
 #if defined(DC_NEON)
 DC_INLINE float maximum(Lanes a) {
     const float32x4_t fours = maximum4(maximum4(a.v[0], a.v[2]), maximum4(a.v[1], a.v[3]));

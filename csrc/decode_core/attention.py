@@ -14,6 +14,7 @@ from .arrays import CACHE_CODES, FLOAT32, look_at, vector, vector_or_none
 PAGE_SIZE = 16
 MAX_HEAD_SIZE = 512
 MAX_LATENT_SIZE = 576       # of latent attention
+PACKED_BLOCK = 32           # numbers that share a scale in pages of q8_0
 MAX_GROUP = 16              # query heads that share a kv head, or go through latents together
 NORMS = {"none": 0, "before_rope": 1, "after_rope": 2}
 
@@ -35,13 +36,23 @@ def check_cache(cache) -> tuple:
 
 
 def check_latents(cache) -> tuple:
-    """(address, type code, P, D, elements from page to page) of the cache of a layer with latent attention, (P, 16, D)."""
-    floats = tuple(kind for kind in CACHE_CODES if kind != "uint8")
-    address, kind, (P, _, D), apart = look_at("cache", cache, floats, None, PAGE_SIZE, None, rows_apart=True, writable=True)
-    if D % 16 or not 0 < D <= MAX_LATENT_SIZE:
-        raise ValueError(f"cache: of latents must be (P, 16, D) with D a multiple of 16 up to {MAX_LATENT_SIZE}, not "
-                         f"{(P, PAGE_SIZE, D)}")
+    """(address, type code, P, D, elements from page to page) of the cache of a layer with latent attention.
+
+    It is (P, 16, D), or (P, 17, D) of uint8 for the type q8_0."""
+    address, kind, (P, rows, D), apart = look_at("cache", cache, tuple(CACHE_CODES), None, None, None, rows_apart=True, writable=True)
+    wanted = PAGE_SIZE + (kind == "uint8")
+    if rows != wanted or D % 16 or not 0 < D <= MAX_LATENT_SIZE:
+        raise ValueError(f"cache: of latents must be (P, {wanted}, D) with D a multiple of 16 up to {MAX_LATENT_SIZE}, not "
+                         f"{(P, rows, D)}")
     return address, CACHE_CODES[kind], P, D, apart
+
+
+def check_parts(kind: int, values: int, others: int) -> None:
+    """Can the pages have keys of so many numbers that are a value, and others after them?"""
+    sizes = [size for size in (values, others) if size < PACKED_BLOCK or size & (size - 1)]
+    if kind == CACHE_CODES["uint8"] and sizes:
+        raise ValueError(f"cache: of uint8 must have keys of two parts whose sizes are powers of two from {PACKED_BLOCK} on, not "
+                         f"{values} and {others}")
 
 
 def groups_of(heads: int) -> int:

@@ -69,7 +69,7 @@ class CpuBackend:
     """See seam.py. Weights lie in tiles, in the order of use. Activations are float32.
 
     A layer's cache is (P, Hkv, 2, 16 * D), with keys transposed: by default float16 with 16-bit and quantized weights, else
-    float32. A packed cache is (P, Hkv, 2, 17 * D) bytes. That of latent attention is (P, 16, D).
+    float32. A packed cache is (P, Hkv, 2, 17 * D) bytes. That of latent attention is (P, 16, D), packed (P, 17, D) bytes.
     """
 
     row_invariant = True
@@ -126,7 +126,8 @@ class CpuBackend:
             begin, apart = (places * layout.unit * size // memory.itemsize for places in layout.place(layer, num_pages))
             if sizes.values_in_keys:
                 steps = tuple(step * memory.itemsize for step in (apart, sizes.head_size, 1))
-                return numpy.lib.stride_tricks.as_strided(memory[begin:], (num_pages, size, sizes.head_size), steps, subok=True)
+                shape = (num_pages, size + packed, sizes.head_size)
+                return numpy.lib.stride_tricks.as_strided(memory[begin:], shape, steps, subok=True)
             steps = tuple(step * memory.itemsize for step in (apart, 2 * block, block, 1))
             return numpy.lib.stride_tricks.as_strided(memory[begin:], (num_pages, sizes.kv_heads, 2, block),
                                                       steps, subok=True)

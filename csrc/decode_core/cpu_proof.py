@@ -124,7 +124,8 @@ class Chain:
             self.attention(qkv, cos, sin, self.float_cache(), "", norm_at)
         for norm_at in ("before_rope", "after_rope"):       # not "none": without a norm, rounding would move large scores
             self.attention(qkv, cos, sin, self.packed_cache(), " q8_0", norm_at)
-        self.latents(x)
+        self.latents(x, 80, 16, self.cache_type)
+        self.latents(x, 64, 32, torch.uint8)
         self.experts(x, norm)
         self.adapted(x, norm)
         narrow = self.call("linear", x, self.matrix("f32", "input_gate", 48), width=48, label="linear f32")
@@ -175,15 +176,19 @@ class Chain:
             self.call("paged_attention", q, cache, p.attention, window, two_sided=True, **options)
         self.call("paged_attention", q, cache, p.attention, 0, softcap=2.0, **options)
 
-    def latents(self, x: torch.Tensor) -> None:
-        """Latent attention of unusual sizes, with more heads than go through the latents together."""
+    def latents(self, x: torch.Tensor, kept: int, turned: int, cache_type: torch.dtype) -> None:
+        """Latent attention with more heads than go through the latents together.
+
+        kept        numbers of a latent
+        turned      numbers of a head's query that turn
+        cache_type  that of pages; uint8: of q8_0"""
         p = self.program
         dice = self.dice
         heads = 18
         plain = 32   # numbers of a head's query that do not turn
-        turned = 16  # and that do
-        kept = 80    # numbers of a latent
         values = 48  # numbers of a head's value
+        of_type = " q8_0" if cache_type == torch.uint8 else ""
+        scale = 0.005 if of_type else 0.7     # scores of about 1: where they are large, rounding q moves them too far
         angles = dice.normal(PAGES * self.script.PAGE_SIZE, turned // 2)
         tables = angles.cos(), angles.sin()
         queries = self.call("linear", x, self.matrix("f32", "queries", heads * (plain + turned)),
@@ -192,15 +197,24 @@ class Chain:
         k_up = self.matrix("f32", "k_up", heads * kept, plain)
         v_up = self.matrix("f32", "v_up", heads * values, kept)
         for adjacent in (True, False):
-            cache = dice.normal(PAGES, self.script.PAGE_SIZE, kept + turned, dtype=self.cache_type)
+            cache = self.latent_cache(kept + turned, cache_type)
             appended = kv, 1 + dice.normal(kept) / 4, 1e-5, *tables, p.positions, p.slots, cache
             p.append_latents(*appended, adjacent=adjacent)
-            self.calls.append(SimpleNamespace(name="append_latents", label="append_latents", arguments=appended, out=kv,
+            self.calls.append(SimpleNamespace(name="append_latents", label=f"append_latents{of_type}", arguments=appended, out=kv,
                                               options={"adjacent": adjacent}))
-            q = self.call("absorb", queries, k_up, *tables, p.positions, 0.7, width=heads * (kept + turned), adjacent=adjacent)
+            q = self.call("absorb", queries, k_up, *tables, p.positions, scale, cache, width=heads * (kept + turned), adjacent=adjacent)
         for window in WINDOWS:
-            seen = self.call("paged_attention", q, cache, p.attention, window, width=heads * kept, label="latent attention")
+            seen = self.call("paged_attention", q, cache, p.attention, window, width=heads * kept, label=f"latent attention{of_type}")
         self.call("by_head", seen, v_up, width=heads * values)
+
+    def latent_cache(self, size: int, kind: torch.dtype) -> torch.Tensor:
+        """Pages of latents with keys of this size."""
+        page = self.script.PAGE_SIZE
+        if kind != torch.uint8:
+            return self.dice.normal(PAGES, page, size, dtype=kind)
+        codes = self.packed_numbers(PAGES, page * size)
+        codes[:, :page * size] ^= 128
+        return codes.view(PAGES, page + 1, size)
 
     def float_cache(self) -> torch.Tensor:
         return self.dice.normal(PAGES, self.spec.kv_heads, 2, self.script.PAGE_SIZE * HEAD_SIZE,
@@ -208,12 +222,16 @@ class Chain:
 
     def packed_cache(self) -> torch.Tensor:
         """Pages of q8_0, random values of about 1."""
-        shape = (PAGES, self.spec.kv_heads, 2)
         count = self.script.PAGE_SIZE * HEAD_SIZE
+        pages = self.packed_numbers(PAGES, self.spec.kv_heads, 2, count)      # codes of keys are + 128
+        pages[:, :, 1, :count] ^= 128
+        return pages
+
+    def packed_numbers(self, *shape: int) -> torch.Tensor:
+        """Codes + 128 of random numbers of about 1, and after them their scales."""
         generator = self.dice.generator
-        codes = torch.randint(1, 256, (*shape, count), generator=generator, dtype=torch.uint8)      # those of keys are + 128
-        codes[:, :, 1] ^= 128
-        scales = (1 + torch.rand(*shape, count // BLOCK, generator=generator)) / 100
+        codes = torch.randint(1, 256, shape, generator=generator, dtype=torch.uint8)
+        scales = (1 + torch.rand(*shape[:-1], shape[-1] // BLOCK, generator=generator)) / 100
         return torch.cat((codes, scales.half().view(torch.uint8)), -1)
 
     def experts(self, x: torch.Tensor, norm: Any) -> None:
@@ -378,17 +396,22 @@ class Chain:
             return differs(gates, theirs, "the gates") or differs(out, want, "the output")
         if call.name == "append_latents":
             *given, cache = arguments
-            theirs = before[id(cache)].float()
-            reference(*given, self.latents_as_kept(theirs), **options)
-            return differs(cache, theirs, "the cache")
+            kept = len(given[1])
+            theirs = self.latents_as_kept(before[id(cache)], kept)
+            reference(*given, theirs, **options)
+            [ours, _] = self.latents_as_kept(cache, kept)
+            if cache.dtype == torch.uint8:      # as in rope_append
+                return differs(ours.floats(), theirs[0].floats(), "the cache", 1e-2)
+            return differs(ours, theirs[0], "the cache")
         if call.name == "absorb":
+            arguments[6] = self.latents_as_kept(arguments[6], arguments[6].shape[-1] - 2 * arguments[2].shape[1])
             reference(*arguments, out=want, **options)
             heads = arguments[0].shape[1] // (arguments[1].shape[1] + 2 * arguments[2].shape[1])
             return differs(out * (out.shape[1] // heads)**0.5, want, "the output")
         if call.name == "paged_attention" and arguments[1].ndim == 3:
             q, cache = arguments[:2]
             arguments[0] = q * cache.shape[2]**0.5
-            arguments[1] = self.latents_as_kept(cache.float(), out.shape[1] * cache.shape[2] // q.shape[1])
+            arguments[1] = self.latents_as_kept(cache, out.shape[1] * cache.shape[2] // q.shape[1])
         elif call.name in ("paged_attention", "text_attention"):
             q, cache = arguments[:2]
             if cache.dtype == torch.uint8:
@@ -400,10 +423,25 @@ class Chain:
         packed = kind in COLUMNS and kind not in FLOATS
         return differs(out, want, "the output", PACKED_TOLERANCE if packed else 0.0)
 
-    def latents_as_kept(self, cache: torch.Tensor, values: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """A cache of latents as the references hold it: keys (slots, 1, D), and the first numbers of these."""
-        keys = cache.view(-1, 1, cache.shape[-1])
-        return keys, keys[..., :values]
+    def latents_as_kept(self, cache: torch.Tensor, values: int) -> Any:
+        """A copy of a cache of latents as the references hold it: keys (slots, 1, D), and the first numbers of these."""
+        D = cache.shape[-1]
+        if cache.dtype != torch.uint8:
+            keys = cache.float().clone().view(-1, 1, D)
+            return keys, keys[..., :values]
+        size = self.script.PAGE_SIZE
+        layer = SimpleNamespace(kv_heads=1, head_size=D, value_size=values, values_in_keys=True)
+        pages = self.pages_of(SimpleNamespace(by_layer=[layer]), D + 2 * D // BLOCK)
+        pages[0].codes.copy_(cache[:, :size].reshape(-1, 1, D).view(torch.int8))
+        scales = cache[:, size].contiguous().view(torch.float16).unflatten(-1, (D // BLOCK, size))
+        pages[0].scales.copy_(scales.transpose(1, 2).reshape(-1, 1, D // BLOCK))
+        return pages
+
+    def pages_of(self, spec: Any, slot_bytes: int) -> Any:
+        """New pages of q8_0 of a layer, as the references hold them."""
+        layout = SimpleNamespace(size=slot_bytes, unit=1, types=("q8_0",), place=lambda layer, count: (0, slot_bytes))
+        _, [pages] = self.script.references["make_cache"](spec, layout, PAGES, torch.device("cpu"))
+        return pages
 
     def as_kept(self, cache: torch.Tensor) -> Any:
         """A layer's cache as the references hold it: floats, or packed keys and values."""
@@ -412,10 +450,7 @@ class Chain:
         Hkv = self.spec.kv_heads
         size = self.script.PAGE_SIZE
         D = HEAD_SIZE
-        slot_bytes = 2 * Hkv * (D + 2 * D // BLOCK)
-        layout = SimpleNamespace(size=slot_bytes, unit=1, types=("q8_0",),
-                                 place=lambda layer, count: (0, slot_bytes))
-        _, [pages] = self.script.references["make_cache"](self.spec, layout, PAGES, cache.device)
+        pages = self.pages_of(self.spec, 2 * Hkv * (D + 2 * D // BLOCK))
         codes = cache[..., :size * D]
         scales = cache[..., size * D:].view(torch.float16).unflatten(-1, (D // BLOCK, size))
         keys = codes[:, :, 0].unflatten(-1, (D // 4, size, 4)).permute(0, 3, 1, 2, 4) ^ 128

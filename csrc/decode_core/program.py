@@ -30,7 +30,7 @@ import numpy
 from . import _core
 from .arrays import CACHE_CODES, CODES, FLOAT32, look_at, vector, vector_or_none
 from .adapters import AdaptedMatrices
-from .attention import (PAGE_SIZE, appended, check_cache, check_latents, check_softcap, check_together, groups_of, rope_job,
+from .attention import (PAGE_SIZE, appended, check_cache, check_latents, check_parts, check_softcap, check_together, groups_of, rope_job,
                         sinks_at)
 from .ranks import Ranks, check_gathered
 from .sampling import SampleBatch
@@ -632,7 +632,7 @@ class Program:
                              f"same heads, not {(up.rows, up.columns)}, {x_at[1]} and {out_at[1]} columns")
         self._record("by_head", TOKENS, (x, up, out), x=x_at, tiles=up.tiles, heads=heads, fine=self.fine, out=out_at)
 
-    def absorb(self, x, k_up, cos, sin, positions, scale: float, out, adjacent: bool = False) -> None:
+    def absorb(self, x, k_up, cos, sin, positions, scale: float, cache, out, adjacent: bool = False) -> None:
         """Queries for heads' keys become queries for latents, as chat_server's absorb_reference says, over the root of their width.
 
         x       (max_tokens, H * (plain + turned)), k_up (H * kept, plain) -> out (max_tokens, H * (kept + turned))"""
@@ -646,11 +646,14 @@ class Program:
         kept = k_up.rows // heads
         if out_at[1] != heads * (kept + 2 * half) or kept % 16:
             raise ValueError(f"out: must have {heads * (kept + 2 * half)} columns, not {out_at[1]}")
+        _, cache_kind, _, _, _ = check_latents(cache)
+        check_parts(cache_kind, kept, 2 * half)
         self._record("turn_queries", TOKENS, (cos, sin), x=x_at, cos=cos_at, sin=sin_at, half=half, adjacent=bool(adjacent),
-                     heads=heads, scale=float(scale) * (kept + 2 * half)**-0.5, max_positions=rows, out=out_at)
+                     heads=heads, scale=float(scale) * (kept + 2 * half)**-0.5, max_positions=rows,
+                     packed=cache_kind == CACHE_CODES["uint8"], out=out_at)
 
     def append_latents(self, x, weight, eps: float, cos, sin, positions, slots, cache, adjacent: bool = False) -> None:
-        """x (max_tokens, kept + turned) -> the keys of a cache (P, 16, kept + turned): the first numbers get an RMS norm, the others
+        """x (max_tokens, kept + turned) -> the keys of a cache of latents, as wide: the first numbers get an RMS norm, the others
         turn."""
         _is_marker("positions", positions, self.positions)
         _is_marker("slots", slots, self.parts[getattr(slots, "group", 0)].slots)
@@ -661,6 +664,7 @@ class Program:
         if rows_of != TOKENS or x_at[1] != D or kept < 16 or kept % 16 or half % 8:
             raise ValueError(f"x: must be (max_tokens, {D}) of tokens, the last {2 * half} of which turn, both multiples of 16, "
                              f"not {x_at[1]} columns")
+        check_parts(cache_kind, kept, 2 * half)
         self._record("append_latents", TOKENS, (x, weight, cos, sin, cache), x=x_at, weight=vector("weight", weight, "float32", kept),
                      eps=float(eps), cos=cos_at, sin=sin_at, half=half, adjacent=bool(adjacent), max_positions=rows, cache=cache_at,
                      cache_type=cache_kind, num_pages=pages, page_stride=apart, group=slots.group)
@@ -681,7 +685,7 @@ class Program:
 
         q           (max_tokens, H * D), as rope_append or absorb left it
         two_sided   rows also see later positions, as a step's `ahead` says
-        With latents (a cache (P, 16, D)) out is (max_tokens, H * Dv): the values are the first Dv numbers of keys."""
+        With latents (a cache (P, 16, D), or (P, 17, D) of uint8) out is (max_tokens, H * Dv): the values are the first Dv numbers of keys."""
         if len(cache.shape) == 3:
             return self._attend_latents(q, cache, attention, window, out)
         self._attend(q, cache, attention, window, out, softcap, sinks, two_sided=two_sided)
@@ -695,6 +699,7 @@ class Program:
         Dv, more = divmod(out_at[1], max(H, 1))
         if rows_of != TOKENS or rest or not H or more or Dv % 16 or not 0 < Dv <= D:
             raise ValueError(f"q: must have H * {D} columns and out H times a multiple of 16 up to {D}, not {q_at[1]} and {out_at[1]}")
+        check_parts(cache_kind, Dv, D - Dv)
         if not isinstance(window, int) or not -1 <= window < 2**31:
             raise ValueError(f"window: must be a number of keys, 0 or -1, not {window!r}")
         self._record("paged_attention", TOKENS, (q, cache, out), q=q_at, cache=cache_at, cache_type=cache_kind, num_pages=pages,

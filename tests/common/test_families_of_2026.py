@@ -1,4 +1,4 @@
-"""Calls and reasoning of LFM2, Qwen3.5 and Gemma 4: read from answers, asked for by grammar, written back into the history."""
+"""Calls and reasoning of LFM2, MiniCPM 3, Qwen3.5 and Gemma 4: read from answers, asked for by grammar, written back into the history."""
 
 import json
 import random
@@ -27,7 +27,7 @@ from fake_pool import FakePool, Letters, frames, serving
 from tiny_gguf import small_gguf_metadata
 from works import assignment, told_with_types
 
-# What the published templates do with tools, thoughts, calls and results, in our words: LiquidAI/LFM2-1.2B, LiquidAI/LFM2.5-8B-A1B,
+# What the published templates do with tools, thoughts, calls and results, in our words: LiquidAI/LFM2-1.2B, LiquidAI/LFM2.5-8B-A1B, openbmb/MiniCPM3-4B,
 # Qwen/Qwen3.5-4B, google/gemma-4-31B-it as of July 2026 and as of April 2026.
 CHATML = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
 CHATML_ENDS = "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
@@ -44,6 +44,10 @@ TEMPLATES = {
 {%- if m.tool_calls -%}<|tool_call_start|>[{%- for c in m.tool_calls -%}{{ ', ' if not loop.first }}{{ c.function.name }}({%- for name, value in c.function.arguments.items() -%}
 {{ ', ' if not loop.first }}{{ name }}={{ "'" + value + "'" if value is string else value | tojson if value is mapping else value | string }}{%- endfor -%}){%- endfor -%}]<|tool_call_end|>{%- endif -%}"""
     + CHATML_ENDS + "{% endif %}",
+    "minicpm fenced": "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML + """{%- if m.thought -%}{{ '<|thought_start|>\n' + m.thought + '\n<|thought_end|>\n' }}{%- endif -%}
+{%- if m.tool_calls -%}{{ '<|tool_call_start|>\n```python\n' }}{%- for c in m.tool_calls -%}{{ c.function.name }}({%- for name, value in c.function.arguments.items() -%}
+{{ ', ' if not loop.first }}{{ name }}={{ value | tojson if value is string or value is mapping else value | string }}{%- endfor -%}){{ '\n' }}{%- endfor -%}{{ '```\n<|tool_call_end|>\n' }}{%- endif -%}
+{{ m.content }}""" + CHATML_ENDS + "{% endif %}",
     "qwen tags": "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML + """{%- if m.role == 'assistant' -%}{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}{%- endif -%}{{ m.content }}
 {%- for c in m.tool_calls or [] -%}{{ '\n<tool_call>\n<function=' + c.function.name + '>\n' }}{%- for name, value in c.function.arguments | items -%}
 {{ '<parameter=' + name + '>\n' }}{{ value | tojson if value is mapping or (value is sequence and value is not string) else value | string }}{{ '\n</parameter>\n' }}{%- endfor -%}{{ '</function>\n</tool_call>' }}{%- endfor -%}"""

@@ -351,6 +351,9 @@ def test_mistral_s_call_ids_have_nine_characters(default_model_path):
 
 @pytest.mark.parametrize("template, tool_format, thoughts", [
     (THINKING, None, THINK), (GPT_OSS, "harmony", ("<|message|>", "<|end|>")), ("{% if tools %}[TOOL_CALLS][ARGS][THINK][/THINK]", "mistral name", ("[THINK]", "[/THINK]")),
+    ("{% if tools %}[MODEL_SETTINGS][TOOL_CALLS][ARGS][THINK][/THINK]", "mistral settings", ("[THINK]", "[/THINK]")),
+    ("{% if tools %}<|thought_start|><|thought_end|><|tool_call_start|>\n```python", "minicpm fenced", ("<|thought_start|>", "<|thought_end|>")),
+    ("{% if tools %}<tool_call></tool_call><think></think>", "tagged", THINK),        # Youtu-LLM
     ("{% if tools %}[TOOL_CALLS]", "mistral", None), ("{{ messages }}", None, None)])
 def test_a_template_tells_its_formats(template, tool_format, thoughts):
     assert (tool_format_of(template), thoughts_of(template)) == (tool_format, thoughts)

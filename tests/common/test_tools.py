@@ -397,6 +397,7 @@ async def test_a_call_streams_its_name_then_its_arguments(pool):
     ("tagged", 'Sure. <tool_call>{"name": "time", "arguments": {}}</tool_call>\n<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>'),
     ("mistral", 'Sure. [TOOL_CALLS][{"name": "time", "arguments": {}}, {"name": "weather", "arguments": {"city": "Rome"}}]'),
     ("lfm2", 'Sure. <|tool_call_start|>[time(), weather(city="Rome")]<|tool_call_end|>'),
+    ("minicpm fenced", 'Sure. <|tool_call_start|>\n```python\ntime()\nweather(city="Rome")\n```\n<|tool_call_end|>'),
     ("gemma", 'Sure. <|tool_call>call:time{}<tool_call|><|tool_call>call:weather{city:<|"|>Rome<|"|>}<tool_call|>')])
 def test_no_part_of_a_cut_tag_is_text(tool_format, text):
     for cut in range(len(text)):
@@ -430,7 +431,7 @@ async def test_what_is_no_tool_is_400(pool, change, code):
             assert (response.status, (await response.json())["error"]["code"]) == (400, code)
 
 
-@pytest.mark.parametrize("tool_format", ["tagged", "json", "deepseek", "deepseek fenced", "kimi", "lfm2", "gemma", *TAG_FORMATS])
+@pytest.mark.parametrize("tool_format", ["tagged", "json", "deepseek", "deepseek fenced", "kimi", "lfm2", "minicpm fenced", "gemma", *TAG_FORMATS])
 def test_a_tool_s_references_are_to_its_parameters(tool_format):
     """Nested models as pydantic writes them: $defs, and $refs to them that start at the parameters' root."""
     parameters = {"$defs": {"City": {"enum": ["Rome"]}}, "type": "object", "required": ["city"], "additionalProperties": False,
@@ -865,7 +866,7 @@ def test_the_default_model_s_free_calls_are_strict(engine, monkeypatch):
     ("kimi", "<|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>"), ("deepseek", "<｜tool▁call▁begin｜>weather<｜tool▁sep｜>"),
     ("deepseek fenced", "<｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"), ("qwen tags", "<tool_call>\n<function=weather>"),
     ("seed tags", "<seed:tool_call>\n<function=weather>"), ("glm tags", "<tool_call>weather\n"), ("lfm2", "<|tool_call_start|>[weather("),
-    ("gemma", "<|tool_call>call:weather{")])
+    ("minicpm fenced", "<|tool_call_start|>\n```python\nweather("), ("mistral settings", "[TOOL_CALLS]weather[ARGS]"), ("gemma", "<|tool_call>call:weather{")])
 def test_strict_arguments_follow_the_schema(engine, tool_format, opening, monkeypatch):
     """Arguments of a strict function follow its schema in the words of every family."""
     monkeypatch.setattr(engine.tokenizer, "tool_format", tool_format)

@@ -5,6 +5,7 @@ import pytest
 
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
 from core_settings import usual_settings  # noqa: E402, F401
+from record import agree, exact  # noqa: E402
 
 ISAS = [*decode_core._core.offered_isas(), *decode_core._core.isas_for_tests()]
 PAGES, PAGE, IDS = 48, 16, 64
@@ -14,8 +15,8 @@ pytestmark = pytest.mark.usefixtures("usual_settings")
 class Latents:
     """A step of one layer of latent attention over tables of random numbers, and what its formula gives."""
 
-    def __init__(self, heads, kept, turned, plain, values, kind="f32", cache="float32", adjacent=True, tokens=64):
-        dice = np.random.default_rng(heads + kept)
+    def __init__(self, heads, kept, turned, plain, values, kind="f32", cache="float32", adjacent=True, tokens=64, dice=None):
+        dice, angles_are_known = dice or np.random.default_rng(heads + kept), not dice
         self.sizes = heads, kept, turned, plain, values
         self.adjacent = adjacent
 
@@ -25,8 +26,8 @@ class Latents:
         self.x, self.kv = normal(IDS, heads * (plain + turned)), normal(IDS, kept + turned)
         self.k_up, self.v_up = normal(heads * kept, plain) / 8, normal(heads * values, kept) / 8
         self.norm, angles = 1 + normal(kept) / 4, normal(PAGES * PAGE, turned // 2)
-        self.cos, self.sin = np.cos(angles), np.sin(angles)
-        self.cache = np.zeros((PAGES, PAGE, kept + turned), cache)
+        self.cos, self.sin = (np.cos(angles), np.sin(angles)) if angles_are_known else (angles, normal(*angles.shape))
+        self.cache = np.zeros((PAGES, PAGE + (cache == "uint8"), kept + turned), cache)
         arena = decode_core.Arena(1 << 20)
 
         def packed(weights):
@@ -40,7 +41,7 @@ class Latents:
         p.embed(self.x, p.token_ids, x)
         p.embed(self.kv, p.token_ids, kv)
         p.append_latents(kv, self.norm, 1e-5, self.cos, self.sin, p.positions, p.slots, self.cache, adjacent)
-        p.absorb(x, packed(self.k_up), self.cos, self.sin, p.positions, 0.9, q, adjacent)
+        p.absorb(x, packed(self.k_up), self.cos, self.sin, p.positions, 0.9, self.cache, q, adjacent)
         p.paged_attention(q, self.cache, p.attention, 0, seen)
         p.by_head(seen, packed(self.v_up), self.out)
 
@@ -83,7 +84,8 @@ class Latents:
 
 TEXT = [(7 * place + place // 5) % IDS for place in range(300)]
 TABLE = [(5 * page + 3) % PAGES for page in range(19)]
-SIZES = {"GLM-4.7-Flash": (20, 512, 64, 192, 256), "Lite": (16, 512, 64, 128, 128), "small": (3, 48, 16, 32, 16), "17 heads": (17, 32, 32, 16, 32), "V3": (128, 512, 64, 128, 128)}
+SIZES = {"GLM-4.7-Flash": (20, 512, 64, 192, 256), "Lite": (16, 512, 64, 128, 128), "small": (3, 48, 16, 32, 16), "17 heads": (17, 32, 32, 16, 32), "V3": (128, 512, 64, 128, 128),
+         "values above 512": (9, 544, 32, 16, 16)}
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -96,15 +98,17 @@ def test_a_step_is_the_formula(name):
         assert np.abs(layer.whole(text, TABLE, 64) - want).max() < 2e-5 * np.abs(want).max()
 
 
-@pytest.mark.parametrize("cache, tolerance", [("float16", 2e-3), ("float32", 2e-5)])
-def test_pages_may_have_any_type_of_floats(cache, tolerance):
-    layer = Latents(*SIZES["small"], cache=cache)
+@pytest.mark.parametrize("cache, tolerance", [("float16", 2e-3), ("float32", 2e-5), ("uint8", 3e-2)])
+@pytest.mark.parametrize("sizes", [(3, 64, 32, 32, 16), (20, 512, 64, 192, 256)], ids=["small", "GLM-4.7-Flash"])
+def test_pages_may_have_any_type(sizes, cache, tolerance):
+    """Pages of floats, and of q8_0 (uint8), whose parts are powers of two."""
+    layer = Latents(*sizes, cache=cache)
     want = layer.formula(TEXT)
     assert np.abs(layer.whole(TEXT, TABLE, 64) - want).max() < tolerance * np.abs(want).max()
 
 
-@pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0", "q4_0"])
-def test_bits_are_the_same_anywhere(kind):
+@pytest.mark.parametrize("kind, cache", [*((kind, "float16") for kind in ("f32", "bf16", "q8_0", "q4_0")), ("bf16", "uint8")])
+def test_bits_are_the_same_anywhere(kind, cache):
     """The bits of a row are the same in any chunk, on every instruction set and by any number of threads."""
     text, expected = TEXT[:290], None
     for isa in ISAS:
@@ -113,9 +117,18 @@ def test_bits_are_the_same_anywhere(kind):
             if chunk == 1 and isa not in ISAS[:1]:
                 continue
             decode_core.set_threads(threads)
-            found = Latents(5, 64, 32, 32, 48, kind, "float16").whole(text, TABLE, chunk)
+            found = Latents(5, 64, 32, 32, 48, kind, cache).whole(text, TABLE, chunk)
             expected = found if expected is None else expected
             assert np.array_equal(found, expected), (isa, threads, chunk)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("cache", ["float16", "uint8"])
+def test_latents_have_the_bits_of_record(isa, cache):
+    """Latent attention and its cache have the bits of record."""
+    decode_core.set_isa(isa)
+    layer = Latents(5, 64, 32, 32, 48, "bf16", cache, dice=exact(11))
+    agree(f"latents in {cache}", layer.whole(TEXT[:290], TABLE, 64), layer.cache)
 
 
 def recorded():
@@ -125,7 +138,7 @@ def recorded():
     p.embed(layer.kv, p.token_ids, kv)
     arena = decode_core.Arena(1 << 20)
     k_up = decode_core.Matrix(arena, "f32", 64, 16)
-    good = {"absorb": dict(x=x, k_up=k_up, cos=layer.cos, sin=layer.sin, positions=p.positions, scale=1.0, out=np.zeros((64, 96), np.float32)),
+    good = {"absorb": dict(x=x, k_up=k_up, cos=layer.cos, sin=layer.sin, positions=p.positions, scale=1.0, cache=layer.cache, out=np.zeros((64, 96), np.float32)),
             "append_latents": dict(x=kv, weight=layer.norm, eps=1e-5, cos=layer.cos, sin=layer.sin, positions=p.positions, slots=p.slots, cache=layer.cache),
             "by_head": dict(x=x, up=decode_core.Matrix(arena, "f32", 64, 32), out=np.zeros((64, 64), np.float32))}
     return p, good
@@ -137,6 +150,10 @@ def recorded():
     ("absorb", dict(positions="slots"), "positions: must be"),
     ("append_latents", dict(cache=np.zeros((4, 16, 40), np.float32)), r"cache: of latents must be \(P, 16, D\) with D a multiple of 16 up to 576"),
     ("append_latents", dict(cache=np.zeros((4, 16, 592), np.float32)), "cache: of latents must be"),
+    ("append_latents", dict(cache=np.zeros((4, 16, 48), np.uint8)), r"cache: of latents must be \(P, 17, D\)"),
+    ("append_latents", dict(cache=np.zeros((4, 17, 48), np.float32)), r"cache: of latents must be \(P, 16, D\)"),
+    ("append_latents", dict(cache=np.zeros((4, 17, 48), np.uint8)), "cache: of uint8 must have keys of two parts whose sizes are powers of two from 32 on, not 32 and 16"),
+    ("absorb", dict(cache=np.zeros((4, 17, 48), np.uint8)), "cache: of uint8 must have keys of two parts"),
     ("append_latents", dict(cache=np.zeros((4, 16, 64), np.float32)), "x: must be .max_tokens, 64. of tokens"),
     ("append_latents", dict(weight=np.ones(31, np.float32)), "weight: must"),
     ("by_head", dict(out="x"), "up: must have a multiple of 16 rows for each head of x, and out another array")])

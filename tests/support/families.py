@@ -206,6 +206,9 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
                                            FULL: dict(rope_type="default", rope_theta=5e5, partial_rotary_factor=1.0)})),
     "muse-glimmer": ("muse_glimmer_text", dict(num_hidden_layers=6, head_dim=32, sliding_window=24, qk_scale_factor=1.5, output_multiplier=0.4, tie_word_embeddings=False,
                                                rope_parameters=dict(rope_type="default", rope_theta=1e4))),
+    # latents whose two parts are powers of two, as all published ones have them: pages of them may be of q8_0
+    "kimi2": ("kimi_k2", LATENT | dict(n_group=1, topk_group=1, n_shared_experts=1, routed_scaling_factor=2.8, kv_lora_rank=64, qk_rope_head_dim=32,
+                                       rope_parameters=YARN | dict(factor=4.0, original_max_position_embeddings=128, mscale=1.0, mscale_all_dim=1.0))),
     "hunyuan-moe": ("hunyuan_v1_moe", dict(num_hidden_layers=3, head_dim=32, num_experts=6, moe_topk=3, intermediate_size=48, tie_word_embeddings=True)),
 }
 
@@ -245,7 +248,10 @@ CONVERTED = {               # and what one by llama.cpp's converter can say, whi
 def tiny_config(name, **changes):
     import transformers
     kind, own = MODELS[name]
-    return transformers.AutoConfig.for_model(kind, **{key: value for key, value in {**TINY, **own, **changes}.items() if value is not ...})
+    given = {key: value for key, value in {**TINY, **own, **changes}.items() if value is not ...}
+    if kind == "kimi_k2":       # its files name DeepSeek-V3's class, and transformers has no other
+        return type("KimiK2Config", (transformers.DeepseekV3Config,), {"model_type": kind})(**given)
+    return transformers.AutoConfig.for_model(kind, **given)
 
 
 def make_model(name, seed=0, **changes):
@@ -253,7 +259,8 @@ def make_model(name, seed=0, **changes):
     import transformers
     kind, config = MODELS[name][0], tiny_config(name, **changes)
     torch.manual_seed(seed)
-    of_kind = transformers.Mistral4ForCausalLM._from_config if kind == "mistral4" else transformers.AutoModelForCausalLM.from_config
+    own = {"mistral4": "Mistral4ForCausalLM", "kimi_k2": "DeepseekV3ForCausalLM"}      # which Auto does not find
+    of_kind = getattr(transformers, own[kind])._from_config if kind in own else transformers.AutoModelForCausalLM.from_config
     if kind == "muse_glimmer_text":         # transformers has its head only in the model with images
         small = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1, pos_emb_height=2, pos_emb_width=2)
         config = transformers.AutoConfig.for_model("muse_glimmer", text_config=config.to_dict(), vision_config=small, out_hidden_size=64, projector_hidden_size=16,

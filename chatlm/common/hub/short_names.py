@@ -26,6 +26,7 @@ SHORT_NAMES = {  # of each row, the first size needs no name; a GGUF file's afte
         ("mistral-small", "mistralai/Mistral-Small-24B-Instruct-2501", ""),
         ("mistral-small3.1", "mistralai/Mistral-Small-3.1-24B-Instruct-2503", ""),
         ("devstral", "mistralai/Devstral-Small-2-24B-Instruct-2512", ""),
+        ("mistral-small4", "mistralai/Mistral-Small-4-{}-2603", "119B"),
         ("ministral3", "mistralai/Ministral-3-{}-Instruct-2512", "8B 3B 14B"),
         ("mixtral", "mistralai/Mixtral-{}-Instruct-v0.1", "8x7B 8x22B"),
         ("olmo2", "allenai/OLMo-2-1124-{}-Instruct", "7B 13B"),

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"),
-            ("<|START_THINKING|>", "<|END_THINKING|>"), ("<|channel>", "<channel|>"))
+            ("<|START_THINKING|>", "<|END_THINKING|>"), ("<|channel>", "<channel|>"),
+            ("<|thought_start|>", "<|thought_end|>"))
 HEADINGS = {"<|channel>": "thought"}  # the first line of reasoning, after its marker
 HARMONY = tuple(f"<|{name}|>" for name in (
     "start", "channel", "constrain", "message", "end", "return", "call"))
@@ -132,6 +133,9 @@ LFM2 = CallFormat(
     template_has=("<|tool_call_start|>",), call="{name}({arguments})", between=", ",
     calls="<|tool_call_start|>[{calls}]<|tool_call_end|>", marks=("<|tool_call_start|>", "<|tool_call_end|>"),
     notation=PYTHON)
+MISTRAL_NAME = replace(
+    MISTRAL, template_has=("[TOOL_CALLS]", "[ARGS]"), call="[TOOL_CALLS]{name}[ARGS]{arguments}",
+    calls="{calls}", between="", name_end="[ARGS]")
 CALL_FORMATS = {  # a template has the first one that fits
     # gpt-oss: messages to the recipient functions.name
     "harmony": CallFormat(
@@ -147,9 +151,10 @@ CALL_FORMATS = {  # a template has the first one that fits
         between="<|eom|><|start|>assistant", marks=("<atem:function_calls>", "</atem:function_calls>"),
         tags=Tags('<atem:parameter name="{name}">', "</atem:parameter>\n"), function=described,
         stops=("<|eot|>", "<|end_of_text|>")),  # <|eom|> ends a message, not the answer
-    "mistral name": replace(
-        MISTRAL, template_has=("[TOOL_CALLS]", "[ARGS]"), call="[TOOL_CALLS]{name}[ARGS]{arguments}",
-        calls="{calls}", between="", name_end="[ARGS]"),
+    "mistral settings": replace(  # Mistral Small 4, whose template knows two efforts
+        MISTRAL_NAME, template_has=(*MISTRAL_NAME.template_has, "[MODEL_SETTINGS]"),
+        efforts={"minimal": "none", **dict.fromkeys(("low", "medium", "xhigh"), "high")}),
+    "mistral name": MISTRAL_NAME,
     "mistral": MISTRAL,
     "deepseek fenced": replace(  # V3, R1
         DEEPSEEK, template_has=("<｜tool▁sep｜>", "```json"), name_end="```json",
@@ -175,6 +180,9 @@ CALL_FORMATS = {  # a template has the first one that fits
         marks=("<tool_call>", "</tool_call>"),
         inside=("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
         tags=Tags("<arg_key>{name}</arg_key>\n<arg_value>", "</arg_value>\n", loose_lines=True)),
+    "minicpm fenced": replace(  # MiniCPM 3
+        LFM2, template_has=("<|tool_call_start|>", "```python"), between="\n",
+        calls="<|tool_call_start|>\n```python\n{calls}\n```\n<|tool_call_end|>"),
     "lfm2": LFM2,
     # the first templates name the marker of the tools alone, and show no calls
     "lfm2 list": replace(LFM2, template_has=("<|tool_list_start|>",), history=calls_as_content),

@@ -342,7 +342,7 @@ class HuggingFaceTokenizer(Tokenizer):
             dialogue = single_calls(dialogue)
         for message in dialogue:
             if thought := message.get("reasoning_content"):
-                message["reasoning"] = message["thinking"] = thought
+                message |= dict.fromkeys(("reasoning", "thinking", "thought"), thought)
         self.call_format.history(dialogue, self.mark)
         if form.results == "members":
             return with_tool_responses(dialogue)

@@ -91,7 +91,10 @@ class ValueCalls:
 
         before, self.closing = call_format.around_arguments
         name = r"([^\s=:,()\[\]{}\"'<>\ud800-\udfff]+)\s*"
-        self.head = re.compile(r"[\s,\[]*" + re.escape(before).replace(r"\{name\}", name))
+        lead = re.escape(self.lead)  # a bracket, or the line that begins a block of code
+        tail = call_format.calls.partition("{calls}")[2].removesuffix(call_format.marks[1])
+        self.after_calls = f" \r\n\t,;]{tail}"  # characters that are no text there
+        self.head = re.compile(rf"(?:\s*{lead})?[\s,\[]*" + re.escape(before).replace(r"\{name\}", name))
         self.closers = "]}" if self.closing == "}" else ")]}"
         ends = rf"[,{re.escape(self.closers)}{self.ends}]|{re.escape(self.end)}"
         self.value_end = re.compile(ends)
@@ -132,7 +135,7 @@ class ValueCalls:
         rest = scanner.held[:end.start()] if end else scanner.held
         sign = end[0] if end and end[0] != self.begin else ""  # models may forget the end of a call
         self.deltas.begin("text")
-        if rest.strip(" \r\n\t,;]") and (end or not scanner.cut):
+        if rest.strip(self.after_calls) and (end or not scanner.cut):
             self.deltas.write(scanner.spelled(rest))
         scanner.held = scanner.held[len(rest + sign):]
         return None

@@ -43,7 +43,8 @@ class KvType(NamedTuple):
 
     With q8_0 each head is multiplied by the normalized Hadamard matrix, which spreads large numbers over the
     head. Then it is kept as 8-bit integers with a float16 scale for each 32. Heads stay floats if their size
-    is no power of two or is below 32."""
+    is no power of two or is below 32. Keys of latents have two parts, the value and what follows it. Each is
+    multiplied by its own matrix, so that the value can be read alone."""
 
     floats: str = "float16"
     packed: bool = False
@@ -56,7 +57,8 @@ class KvType(NamedTuple):
     @staticmethod
     def unpacked_sizes(attn: Cached) -> set[int]:
         """The sizes of a layer's keys and values that q8_0 cannot have."""
-        return {size for size in (attn.head_size, attn.value_size)
+        of_keys = attn.head_size - attn.value_size if attn.values_in_keys else attn.head_size
+        return {size for size in (of_keys, attn.value_size)
                 if size < PACKED_BLOCK or size & (size - 1)}
 
     def packs(self, attn: Cached) -> bool:

@@ -83,7 +83,10 @@ def keys_and_values(cache, pages, count: int, dtype):
 
     parts = []
     for part in cache if isinstance(cache, tuple) else (cache,):
-        rows = PackedKv(*map(in_pages, part)).floats() if isinstance(part, PackedKv) else in_pages(part)
+        if isinstance(part, PackedKv):
+            rows = PackedKv(in_pages(part.codes), in_pages(part.scales)).floats()
+        else:
+            rows = in_pages(part)
         parts.append(rows.to(dtype).view(count, -1, *rows.shape[1:]))
     k, v = parts if len(parts) == 2 else parts[0].unbind(2)
     return k.transpose(1, 2), v.transpose(1, 2)
@@ -216,7 +219,7 @@ def make_span(batch, positions, table, group, window, dtype, ahead=None) -> Span
 def paged_attention_reference(q, cache, plan, window, out, softcap=0.0, sinks=None, two_sided=False):
     """softmax(q k / sqrt(D)) v of each row over the pages of its sequence: q (T, H * D) -> out (T, H * Dv).
 
-    cache       of one layer
+    cache       of one layer. Queries of packed latents are turned already
     softcap     c > 0: scores become c * tanh(scores / c)
     sinks       None, or (H): one more score for each query head, whose value is 0
     two_sided   rows also see later positions, as the batch's `ahead` says
@@ -228,7 +231,7 @@ def paged_attention_reference(q, cache, plan, window, out, softcap=0.0, sinks=No
     packed = isinstance(keys, PackedKv)
     q = q.unflatten(1, (-1, D))  # (T, H, D)
     scale = D**-0.5
-    if packed:
+    if isinstance(keys, PackedKv) and not keys.parts:
         q = turned(q)
     if sinks is not None:
         sinks = sinks.view(Hkv, -1)

@@ -357,6 +357,9 @@ def make_cache_reference(spec, layout, num_pages, device):
             continue
         if packed := PACKED.get(layout.types[l]):
             keys, begin = packed.within(whole, slots, attn.kv_heads, attn.head_size, begin, stride)
+            if attn.values_in_keys:
+                layers.append(keys.divided(attn.value_size))
+                continue
             values, _ = packed.within(whole, slots, attn.kv_heads, attn.value_size, begin, stride)
             layers.append((keys, values))
             continue

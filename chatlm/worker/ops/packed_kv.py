@@ -21,9 +21,13 @@ def hadamard(size: int, device) -> torch.Tensor:
     return (matrix * size**-0.5).to(device)
 
 
-def turned(heads: torch.Tensor) -> torch.Tensor:
-    """Heads (..., D) times the Hadamard matrix, float32. Turning twice gives them back."""
-    return heads.float() @ hadamard(heads.shape[-1], heads.device)
+def turned(heads: torch.Tensor, parts: tuple[int, ...] = ()) -> torch.Tensor:
+    """Heads (..., D) times the Hadamard matrix, float32. Turning twice gives them back.
+
+    With `parts`, so many numbers after so many others are turned, each by themselves."""
+    if not parts:
+        return heads.float() @ hadamard(heads.shape[-1], heads.device)
+    return torch.cat([turned(part) for part in heads.split(parts, -1)], -1)
 
 
 class PackedKv(NamedTuple):
@@ -31,6 +35,7 @@ class PackedKv(NamedTuple):
 
     codes: torch.Tensor   # (slots, Hkv, D) int8
     scales: torch.Tensor  # (slots, Hkv, D / 32) float16
+    parts: tuple[int, ...] = ()  # latents: how many of the D numbers are a value, and how many follow
 
     @property
     def shape(self) -> torch.Size:
@@ -46,9 +51,14 @@ class PackedKv(NamedTuple):
             (slots, heads, blocks), (stride // 2, blocks, 1), end // 2)
         return cls(codes, scales), end + 2 * heads * blocks
 
+    def divided(self, first: int) -> tuple[PackedKv, PackedKv]:
+        """Keys of latents, and the values in them: the first numbers, which are turned by themselves."""
+        keys = self._replace(parts=(first, self.codes.shape[-1] - first))
+        return keys, PackedKv(self.codes[..., :first], self.scales[..., :first // PACKED_BLOCK])
+
     def put(self, slots, heads):
         """Pack heads (T, Hkv, D) into these slots (T,)."""
-        blocks = turned(heads).unflatten(-1, (-1, PACKED_BLOCK))
+        blocks = turned(heads, self.parts).unflatten(-1, (-1, PACKED_BLOCK))
         scales = (blocks.abs().amax(-1, keepdim=True) / 127).half()
         inverse = torch.where(scales > 0, 1 / scales.float(), 0.0)
         codes = (blocks * inverse).round().clamp(-127, 127).to(torch.int8)

@@ -10,7 +10,8 @@
 // turn.inl.h turns q, K and V.
 //
 // A layer with latent attention (MLA) has [P][16 * D] elements: for each position of a page a key of D numbers, the first of which are
-// its value. All query heads read it.
+// its value. All query heads read it. Of the type q8_0 it has [P][17 * D] bytes: signed codes, [16][D], and after them float16 scales,
+// [D / 32][16]. The value and what follows it are turned each by itself, both of a size that is a power of two.
 #pragma once
 
 #include <cstdint>
@@ -114,6 +115,9 @@ struct AttentionKernels {
     // merge `count` consecutive states, in order, and write out
     void (*merge)(const AttentionJob&, const AttentionItem&, const float* states, int count);
     void (*attend_latents)(const AttentionJob&, const AttentionItem&, const AttentionItem* following, float* state) = nullptr;
+    // Of q8_0 alone: turns a key or query of latents, `values` of whose D numbers are a value; writes a key, which it turns, to a page.
+    void (*turn_latent)(float* x, int head_size, int values) = nullptr;
+    void (*pack_latent)(float* key, int head_size, int values, uint8_t* page, int64_t offset) = nullptr;
 };
 
 DC_EACH_ISA(extern const AttentionKernels attention_kernels)

@@ -19,7 +19,7 @@ constexpr int most(int a, int b) { return a > b ? a : b; }
 // own prefetching stops at each block: 65 % of the read bandwidth without this, 85 to 90 % with it (Zen 5, two threads).
 DC_INLINE void prefetch(const void* line) { __builtin_prefetch(line); }             // into L1
 
-// ---- any number of queries as tiles of 12, 6, 4, 3, 2 or 1 that fit the registers: visit(tile, first query)
+// ---- any number of queries as tiles of 12, 6, 4, 3, 2 or 1 that fit the registers, or of 16 and 10: visit(tile, first query)
 
 template <int Queries> struct Tile { static constexpr int queries = Queries; };
 
@@ -27,7 +27,9 @@ template <int most_queries, class Visit>
 void each_tile_of(int queries, Visit visit) {
     for (int i = 0; i < queries;) {
         const int left = queries - i;
-        if (most_queries >= 12 && left >= 12) visit(Tile<least(12, most_queries)>(), i), i += 12;
+        if (most_queries >= 16 && left >= 16) visit(Tile<least(16, most_queries)>(), i), i += 16;
+        else if (most_queries >= 12 && left >= 12) visit(Tile<least(12, most_queries)>(), i), i += 12;
+        else if (most_queries >= 16 && left >= 10) visit(Tile<least(10, most_queries)>(), i), i += 10;
         else if (most_queries >= 6 && left >= 6) visit(Tile<least(6, most_queries)>(), i), i += 6;
         else if (most_queries >= 4 && left >= 4) visit(Tile<least(4, most_queries)>(), i), i += 4;
         else if (most_queries >= 3 && left >= 3) visit(Tile<least(3, most_queries)>(), i), i += 3;
@@ -155,7 +157,7 @@ struct ChunkBlocks {
 template <class Work>
 void attend_to(const AttentionJob& job, const AttentionItem& item, const AttentionItem* following, float* state) {
     const int D = job.values(), G = job.heads / job.kv_heads, queries = item.rows * G, together = rows_together(job.heads, job.kv_heads);
-    alignas(64) float own[MAX_PARTS * MAX_QUERIES * (2 + MAX_HEAD_SIZE)];
+    alignas(64) float own[MAX_PARTS * MAX_QUERIES * (2 + MAX_LATENT_SIZE)];
     float* m = state ? state : own;
     float* l = m + queries;
     float* total = l + queries;
@@ -175,7 +177,7 @@ void attend_to(const AttentionJob& job, const AttentionItem& item, const Attenti
 void merge(const AttentionJob& job, const AttentionItem& item, const float* states, int count) {
     const int D = job.values(), queries = item.rows * (job.heads / job.kv_heads);
     const int64_t apart = state_floats(queries, D);
-    alignas(64) float total[MAX_HEAD_SIZE];
+    alignas(64) float total[MAX_LATENT_SIZE];
     for (int i = 0; i < queries; i++) {
         float m = LOWEST, l = 0.0f;
         for (int c = 0; c < count; c++) {

@@ -11,35 +11,42 @@ namespace dc {
 namespace DC_ISA {
 namespace {
 
-constexpr int QUERIES_AT_ONCE = REGISTERS >= 32 ? 6 : 2, KEYS_AT_ONCE = REGISTERS >= 32 ? 4 : 2;   // whose sums stay in registers
+// Queries whose sums stay in registers. Whole groups of 16 or 10 heads go together where there are 32 registers, as each tile widens the
+// keys and values anew.
+constexpr int SCORED_QUERIES = REGISTERS >= 32 ? 16 : 2, ADDED_QUERIES = REGISTERS >= 32 ? 16 : QUERIES_IN_REGISTERS;
+constexpr int keys_at_once(int queries) { return REGISTERS < 32 ? 2 : queries > 12 ? 1 : queries > 6 ? 2 : 4; }
 
-// s[query][position] = q[query] . k[position], for some queries and KEYS_AT_ONCE positions
+// s[query][position] = q[query] . k[position], for some queries and keys_at_once positions
 template <class Stored, int Queries>
 DC_INLINE void score_rows(const float* q, const Stored* k, int D, float* s) {
-    Lanes sums[Queries][KEYS_AT_ONCE];
-#pragma GCC unroll 16
-    for (int i = 0; i < Queries; i++)
-#pragma GCC unroll 16
-        for (int j = 0; j < KEYS_AT_ONCE; j++) sums[i][j] = all(0.0f);
+    constexpr int Keys = keys_at_once(Queries), count = Queries * Keys;
+    Lanes sums[count];
+#pragma GCC unroll 32
+    for (int n = 0; n < count; n++) sums[n] = all(0.0f);
     for (int d = 0; d < D; d += 16) {
-        Lanes keys[KEYS_AT_ONCE];
+        Lanes keys[Keys];
 #pragma GCC unroll 16
-        for (int j = 0; j < KEYS_AT_ONCE; j++) keys[j] = load(k + j * D + d);
+        for (int j = 0; j < Keys; j++) keys[j] = load(k + j * D + d);
 #pragma GCC unroll 16
         for (int i = 0; i < Queries; i++) {
             const Lanes x = load(q + i * D + d);
 #pragma GCC unroll 16
-            for (int j = 0; j < KEYS_AT_ONCE; j++) sums[i][j] = fma(x, keys[j], sums[i][j]);
+            for (int j = 0; j < Keys; j++) sums[i * Keys + j] = fma(x, keys[j], sums[i * Keys + j]);
         }
     }
+    float scores[count];
+    constexpr int fours = count / 4 * 4;
+#pragma GCC unroll 8
+    for (int n = 0; n < fours; n += 4) store_sums(sums[n], sums[n + 1], sums[n + 2], sums[n + 3], scores + n);
+    for (int n = fours; n < count; n++) scores[n] = sum(sums[n]);
     for (int i = 0; i < Queries; i++)
-        for (int j = 0; j < KEYS_AT_ONCE; j++) s[i * CHUNK_SIZE + j] = sum(sums[i][j]);
+        for (int j = 0; j < Keys; j++) s[i * CHUNK_SIZE + j] = scores[i * Keys + j];
 }
 
 template <class Stored, int Queries>
 __attribute__((noinline)) void score_latents(const float* q, const Stored* const* k, int pages, int D, float* s) {
     for (int p = 0; p < pages; p++)
-        for (int j = 0; j < PAGE_SIZE; j += KEYS_AT_ONCE) score_rows<Stored, Queries>(q, k[p] + j * D, D, s + p * PAGE_SIZE + j);
+        for (int j = 0; j < PAGE_SIZE; j += keys_at_once(Queries)) score_rows<Stored, Queries>(q, k[p] + j * D, D, s + p * PAGE_SIZE + j);
 }
 
 // Some rows of an item, whose queries share each load.
@@ -66,7 +73,7 @@ struct LatentAttention {
         if (see.first >= see.last) return;
         at.find(item, chunk, see.first, see.last, following, next_chunk);
         const int first = see.first / PAGE_SIZE, pages = (see.last + PAGE_SIZE - 1) / PAGE_SIZE - first;
-        each_tile_of<QUERIES_AT_ONCE>(queries, [&](auto t, int i) {
+        each_tile_of<SCORED_QUERIES>(queries, [&](auto t, int i) {
             score_latents<Stored, t.queries>(q + i * D, at.k + first, pages, D, s + i * CHUNK_SIZE + first * PAGE_SIZE);
         });
         float largest[MAX_QUERIES], sums[MAX_QUERIES];
@@ -77,7 +84,7 @@ struct LatentAttention {
             if (see.begin[r] < see.end[r])
                 softmax(s + i * CHUNK_SIZE, see.begin[r], see.end[r], &largest[i], &sums[i], at.next, i * lines, lines);
         }
-        add_all_values(see, item, G, s, at, D, Dv, empty ? total : acc);
+        add_all_values<ADDED_QUERIES>(see, item, G, s, at, D, Dv, empty ? total : acc);
         for (int i = 0; i < queries; i++) {
             if (empty) m[i] = largest[i], l[i] = sums[i];
             else merge_state(m + i, l + i, total + i * Dv, largest[i], sums[i], acc + i * Dv, Dv);

@@ -8,7 +8,7 @@
 
 namespace dc {
 namespace evex {
-const AttentionKernels packed_attention_kernels = {packed_rope_rows, attend_packed, merge};
+const AttentionKernels packed_attention_kernels = {packed_rope_rows, attend_packed, merge, attend_packed_latents, turn_latent, pack_latent};
 }
 }  // namespace dc
 #else

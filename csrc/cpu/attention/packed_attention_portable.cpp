@@ -5,6 +5,6 @@
 
 namespace dc {
 namespace portable {
-const AttentionKernels packed_attention_kernels = {packed_rope_rows, attend_packed, merge};
+const AttentionKernels packed_attention_kernels = {packed_rope_rows, attend_packed, merge, attend_packed_latents, turn_latent, pack_latent};
 }
 }  // namespace dc

@@ -1,4 +1,4 @@
-// op       rope_append into pages of the type q8_0 (attention.h)
+// op       rope_append into pages of the type q8_0 (attention.h); for latents, what append_latents and turn_queries do for such pages
 // shapes   as rope_append.inl.h; q, k and v are turned (turn.inl.h) once all else is done to them
 // mapping  one item = a run of rows
 // cost     that of rope_append and of turning each head of q, k and v: about 0.6 us a row at Hq 9, Hk 3, D 64
@@ -70,6 +70,21 @@ void packed_rope_row(const RopeJob& job, int64_t row) {
 void packed_rope_rows(const RopeJob& job, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++)
         if (job.slots[row] >= 0) packed_rope_row(job, row);
+}
+
+void turn_latent(float* x, int head_size, int values) {
+    turn(x, values);
+    turn(x + values, head_size - values);
+}
+
+void pack_latent(float* key, int head_size, int values, uint8_t* page, int64_t offset) {
+    Half* const scales = reinterpret_cast<Half*>(page + PAGE_SIZE * head_size);
+    alignas(64) int8_t codes[PACKED_BLOCK];
+    turn_latent(key, head_size, values);
+    for (int d = 0; d < head_size; d += PACKED_BLOCK) {
+        scales[d / PACKED_BLOCK * PAGE_SIZE + offset] = pack_block(key + d, codes);
+        std::memcpy(page + offset * head_size + d, codes, PACKED_BLOCK);
+    }
 }
 
 }  // namespace

@@ -55,7 +55,7 @@ DC_INLINE void score_tile(const float* q, const Stored* const* k, const Stored* 
 
 // Pages of keys, or vectors of values, whose sums for this many queries stay in registers.
 constexpr int in_registers(int queries) {
-    return REGISTERS >= 32 ? (queries > 6 ? 2 : queries > 2 ? 4 : 8) : queries > 3 ? 1 : queries > 1 ? 2 : 4;
+    return REGISTERS >= 32 ? (queries > 12 ? 1 : queries > 6 ? 2 : queries > 2 ? 4 : 8) : queries > 3 ? 1 : queries > 1 ? 2 : 4;
 }
 
 template <class Stored, int Queries>
@@ -115,10 +115,10 @@ __attribute__((noinline)) void add_values(const float* p, const Stored* const* v
     for (; d < D; d += 16) value_tile<Stored, Queries, 1>(p, v, ahead, begin, end, apart, D, d, acc);
 }
 
-template <class Stored>
+template <int most_queries, class Stored>
 void add_row_values(int row, int G, int begin, int end, const float* s, const ChunkBlocks<Stored>& at, int apart, int D, float* sums) {
     if (begin < end)
-        each_tile(G, [&](auto t, int i) {
+        each_tile_of<most_queries>(G, [&](auto t, int i) {
             i += row * G;
             add_values<Stored, t.queries>(s + i * CHUNK_SIZE, at.v, at.next, begin, end, apart, D, sums + i * D);
         });
@@ -126,20 +126,20 @@ void add_row_values(int row, int G, int begin, int end, const float* s, const Ch
 
 // The weighted values of an item's rows of G queries each -> sums [queries][D]. Rows may see a few positions more than all of them do,
 // before a window's start and after the diagonal.
-template <class Stored>
+template <int most_queries, class Stored>
 void add_all_values(const Visible& see, const AttentionItem& item, int G, const float* s, const ChunkBlocks<Stored>& at, int apart, int D,
                     float* sums) {
     const int queries = item.rows * G, begin = see.common_begin, end = see.common_end;
     std::memset(sums, 0, sizeof(float) * queries * D);
     if (begin >= end) {
-        for (int r = 0; r < item.rows; r++) add_row_values(r, G, see.begin[r], see.end[r], s, at, apart, D, sums);
+        for (int r = 0; r < item.rows; r++) add_row_values<most_queries>(r, G, see.begin[r], see.end[r], s, at, apart, D, sums);
         return;
     }
-    for (int r = 0; r < item.rows; r++) add_row_values(r, G, see.begin[r], begin, s, at, apart, D, sums);
-    each_tile(queries, [&](auto t, int i) {
+    for (int r = 0; r < item.rows; r++) add_row_values<most_queries>(r, G, see.begin[r], begin, s, at, apart, D, sums);
+    each_tile_of<most_queries>(queries, [&](auto t, int i) {
         add_values<Stored, t.queries>(s + i * CHUNK_SIZE, at.v, at.next, begin, end, apart, D, sums + i * D);
     });
-    for (int r = 0; r < item.rows; r++) add_row_values(r, G, end, see.end[r], s, at, apart, D, sums);
+    for (int r = 0; r < item.rows; r++) add_row_values<most_queries>(r, G, end, see.end[r], s, at, apart, D, sums);
 }
 
 // Some rows of an item, whose queries share each load.
@@ -194,7 +194,7 @@ struct Attention {
             if (see.begin[r] < see.end[r])
                 softmax(s + i * CHUNK_SIZE, see.begin[r], see.end[r], &largest[i], &sums[i], at.next, i * lines, lines);
         }
-        add_all_values(see, item, G, s, at, D, D, empty ? total : acc);
+        add_all_values<QUERIES_IN_REGISTERS>(see, item, G, s, at, D, D, empty ? total : acc);
         for (int i = 0; i < queries; i++) {
             if (empty) m[i] = largest[i], l[i] = sums[i];
             else merge_state(m + i, l + i, total + i * D, largest[i], sums[i], acc + i * D, D);

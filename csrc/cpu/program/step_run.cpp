@@ -275,6 +275,7 @@ void Step::do_row(const op::turn_queries& op, int64_t row) const {
         float* const q = op.out.row(row) + head * (kept + turned);
         row_kernels_here().scale(q, op.scale, nullptr, kept, q);
         row_kernels_here().turn(op.x.row(row) + (head + 1) * size - turned, op.cos + at, op.sin + at, op.half, op.adjacent, op.scale, q + kept);
+        if (op.packed) attention_kernels_of(Element::q8_0).turn_latent(q, int(kept + turned), int(kept));
     }
 }
 
@@ -285,8 +286,12 @@ void Step::do_row(const op::append_latents& op, int64_t row) const {
     alignas(64) float key[MAX_LATENT_SIZE];
     row_kernels_here().rms_norm(op.x.row(row), op.weight, op.eps, kept, key);
     row_kernels_here().turn(op.x.row(row) + kept, op.cos + at, op.sin + at, op.half, op.adjacent, 1.0f, key + kept);
-    const int64_t element = page_of(slot) * op.page_stride + place_of(slot) * size;
     char* const cache = const_cast<char*>(static_cast<const char*>(op.cache));
+    if (op.cache_type == Element::q8_0) {
+        uint8_t* const page = reinterpret_cast<uint8_t*>(cache) + page_of(slot) * op.page_stride;
+        return attention_kernels_of(Element::q8_0).pack_latent(key, int(size), int(kept), page, place_of(slot));
+    }
+    const int64_t element = page_of(slot) * op.page_stride + place_of(slot) * size;
     row_kernels_here().narrow(op.cache_type, key, size, cache + element * bytes_of(op.cache_type));
 }
 

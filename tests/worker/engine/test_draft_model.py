@@ -64,9 +64,10 @@ def folder_of(tmp_path_factory):
     return of
 
 
-# (the model, what drafts for it, the seed of its weights): all right; all wrong; of a hybrid, of windows, of experts
+# (the model, what drafts for it, the seed of its weights): all right; all wrong; of a hybrid, of windows, of experts, of latents
 PAIRS = {"itself": ("llama3.1", "llama3.1", 0), "another": ("llama3.1", "llama2", 3), "for a hybrid": ("qwen3.5", "llama3.1", 0),
-         "with windows": ("gemma2", "gemma2", 0), "with experts": ("qwen3moe", "llama2", 0)}
+         "with windows": ("gemma2", "gemma2", 0), "with experts": ("qwen3moe", "llama2", 0),
+         "with latents": ("kimi2", "kimi2", 0), "with latents of another": ("glm-flash", "youtu", 0)}
 
 
 @compiled

@@ -137,10 +137,10 @@ def test_restored_pages_equal_computed_ones(nanochat_fixtures, tmp_path, generat
 
 
 KEPT = [*((name, None) for name in ("lfm2", "qwen3.5", "granite4h", "gemma3", "gemma4", "mistral")),
-        *((name, PACKED) for name in ("qwen3.5", "gemma3", "gemma4"))]
+        *((name, PACKED) for name in ("qwen3.5", "gemma3", "gemma4", "kimi2"))]
 
 
-@pytest.mark.parametrize("name, kv", by_day(KEPT, ("lfm2", None), ("gemma3", None), ("gemma4", PACKED)))
+@pytest.mark.parametrize("name, kv", by_day(KEPT, ("lfm2", None), ("gemma3", None), ("gemma4", PACKED), ("kimi2", PACKED)))
 @torch.inference_mode()
 def test_states_and_windows_are_restored_too(name, kv, tmp_path, memory, monkeypatch, one_thread):
     """Snapshots of states and pages of layers with windows are restored too."""

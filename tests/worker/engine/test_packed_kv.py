@@ -29,8 +29,9 @@ PACKED = KvType("float32", packed=True)
 BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(decode_core() is None, reason="not built"))]
 
 
-# gemma2: windows and capped scores; gpt-oss: sinks; gemma4: some heads of 16, which stay floats, others of 32; qwen3.5: layers with states
-FAMILIES = ["gemma2", "gpt-oss", "gemma4", "qwen3", "qwen3.5", "cohere2"]
+# gemma2: windows and capped scores; gpt-oss: sinks; gemma4: some heads of 16, which stay floats, others of 32; qwen3.5: layers with states;
+# kimi2: latents
+FAMILIES = ["gemma2", "gpt-oss", "gemma4", "qwen3", "qwen3.5", "cohere2", "kimi2"]
 
 
 def logits_of(folder, ids, kv, backend):
@@ -46,7 +47,7 @@ def logits_of(folder, ids, kv, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", by_day(FAMILIES, "gemma2", "gemma4"))
+@pytest.mark.parametrize("name", by_day(FAMILIES, "gemma2", "gemma4", "kimi2"))
 def test_packed_logits_are_near_those_of_floats(made_model, name, backend):
     """Logits are near those of floats, and both backends agree."""
     folder, cases = made_model(name)
@@ -69,6 +70,17 @@ def test_turning_keeps_large_numbers_from_others():
     error = (turned(kept.floats()[slots]) - heads).abs()
     assert error.max() < 0.15 and error.square().mean().sqrt() < 60 / 127 / math.sqrt(12) / 2    # unturned, of its 32 it is that without the half
     assert not kept.codes[6:8].any()
+
+
+def test_parts_of_latents_are_turned_by_themselves():
+    """A latent and what follows it are turned apart, so that values need only the first numbers of keys."""
+    keys = torch.randn(5, 1, 128, generator=torch.Generator().manual_seed(2))
+    kept, values = PackedKv(torch.zeros(5, 1, 128, dtype=torch.int8), torch.zeros(5, 1, 4, dtype=torch.float16)).divided(64)
+    kept.put(torch.arange(5), keys)
+    step = keys.abs().max() / 127 * 2        # a part of turned numbers has larger ones than the part has
+    assert (turned(kept.floats(), kept.parts) - keys).abs().max() < step
+    assert (turned(values.floats()) - keys[..., :64]).abs().max() < step
+    assert (turned(kept.floats()) - keys).abs().max() > 10 * step       # the whole is not turned by one matrix
 
 
 def test_an_8_bit_page_has_34_bytes_for_32_numbers():

@@ -49,14 +49,14 @@ ROWS = {**{name: Row(name) for name in (*MODELS, *GENERATIONS, "nanogpt")},
         **{f"{name} as a packed file, finely": Row(name, GGUF_MODELS[name], file=True, fine=True) for name in ("llama2", "qwen3moe")},
         "llama as an AWQ folder": Row("llama3.1", {"hidden_size": 128, "intermediate_size": 256}, file=True, packing="awq-128"),
         "qwen3moe as an AWQ folder, finely": Row("qwen3moe", file=True, fine=True, packing="awq"),
-        # windows and capped scores, sinks, some heads of 16, which stay floats, layers with states
-        **{f"{name} with keys of 8 bits": Row(name, kv="q8_0") for name in ("gemma2", "gpt-oss", "gemma4", "qwen3", "qwen3.5", "cohere2")}}
+        # windows and capped scores, sinks, some heads of 16, which stay floats, layers with states, latents
+        **{f"{name} with keys of 8 bits": Row(name, kv="q8_0") for name in ("gemma2", "gpt-oss", "gemma4", "qwen3", "qwen3.5", "cohere2", "kimi2")}}
 
 
 def test_every_family_has_a_row():
     """One that is new gets a tiny model in MODELS, of encoders in tests/support/encoders.py, and so its rows in the tests of families."""
-    # gte's older name; tests/support/nomic_experts.py; GLM-4.5 and DeepSeek-V3 by other names
-    others = {"new", "nomic_bert_moe", "minicpm", "bailing_moe_v2", "kimi_k2"}
+    # gte's older name; tests/support/nomic_experts.py; GLM-4.5 by another name
+    others = {"new", "nomic_bert_moe", "minicpm", "bailing_moe_v2"}
     assert {kind for kind, _ in (*MODELS.values(), *ENCODERS.values())} | others == {*FAMILIES}
 
 
@@ -264,7 +264,8 @@ def check_is_of(row, transformer):
 
 FIRST = {kind: name for name, (kind, _) in reversed(MODELS.items())}     # of each family
 BY_DAY = [*FIRST.values(), *[name for name in ROWS if name not in MODELS and "file" not in name and "keys" not in name], "llama-gelu", "gemma4moe", "granite4h",
-          "gpt-oss as a packed file", "qwen3moe as a packed file", "qwen3moe as a packed file, finely", "gemma2 with keys of 8 bits", "gpt-oss with keys of 8 bits"]
+          "gpt-oss as a packed file", "qwen3moe as a packed file", "qwen3moe as a packed file, finely", "gemma2 with keys of 8 bits", "gpt-oss with keys of 8 bits",
+          "kimi2 with keys of 8 bits"]
 ON_TWO_BY_DAY = "llama3.1", "gpt-oss", "qwen3.5", "gen5"       # a second rank is slow where the tests share two cores
 
 

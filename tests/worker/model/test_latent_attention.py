@@ -39,7 +39,7 @@ def test_latents_give_what_heads_own_keys_give():
     append_latents_reference(kv, weight, 1e-5, cos, sin, positions, positions, cache)
     q, seen, out = torch.empty(T, H * (KEPT + TURNED)), torch.empty(T, H * KEPT), torch.empty(T, H * VALUE)
     # paged_attention divides by the root of its keys' width, and scores by that of heads' own keys
-    absorb_reference(x, k_up, cos, sin, positions, ((KEPT + TURNED) / (PLAIN + TURNED))**0.5, q)
+    absorb_reference(x, k_up, cos, sin, positions, ((KEPT + TURNED) / (PLAIN + TURNED))**0.5, cache, q)
     plan = plan_attention_reference(make_batch((list(range(T)), 0, T, [0, 1, 2])), positions, {0}, "float32")
     paged_attention_reference(q, cache, plan, 0, seen)
     by_head_reference(seen, v_up, out)

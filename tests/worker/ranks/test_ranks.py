@@ -81,7 +81,7 @@ LAYOUTS = {"tp2": (2, 1, ""), "pp2": (1, 2, ""), "tp4": (4, 1, ""), "tp2-pp2": (
            "tp2-gloo": (2, 1, "reference"), "tp2-pp2-gloo": (2, 2, "reference")}
 EACH_TIME = ("llama3.1", "gemma3", "qwen3moe", "gpt-oss", "olmo3", "lfm2", "gen1", "gen5")      # more than two processes are slow on two CPUs
 STATES = ("lfm2", "qwen3.5", "granite4h", "granite4h-dense", "qwen3next", "lfm2moe-plain")      # whose layers keep them: also stages that have no other ones
-PACKED = ("gpt-oss", "gemma4", "qwen3.5")     # whose keys and values are also kept in 8 bits
+PACKED = ("gpt-oss", "gemma4", "qwen3.5", "kimi2")     # whose keys and values are also kept in 8 bits
 SHARED = ("gemma4", "gemma4moe", "gemma4-even")     # some of whose layers read others' keys, or embeddings of each layer
 
 

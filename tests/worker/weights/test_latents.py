@@ -202,6 +202,17 @@ def likeliest(model, tokens, count):
     return found[len(tokens):]
 
 
+def test_a_server_keeps_latents_in_8_bits(tmp_path):
+    """A server with q8_0 pages of latents answers alike from the cache, and says that a token takes 34 bytes for 32 numbers."""
+    folder = save(make_model("kimi2"), tmp_path / "model")
+    body = {"prompt": "Latents are small. " * 4, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    with server(folder, "--dtype", "float32", "--kv-cache-dtype", "q8_0") as (_, url):
+        first, again = (json.load(post(url + "/v1/completions", body)) for _ in range(2))
+        assert first["choices"] == again["choices"] and again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+        [worker] = get(url + "/stats")["workers"]
+        assert worker["kv_token_bytes"] == 3 * (64 + 32) * 34 // 32
+
+
 @pytest.mark.parametrize("more", [(), ("--tp", "2")], ids=["alone", "two ranks"])
 def test_a_server_answers_as_transformers(tmp_path, more):
     """A server of a tiny GLM-4.7-Flash writes what transformers writes, also for a prompt in the cache, and says what a token takes."""
@@ -218,8 +229,8 @@ def test_a_server_answers_as_transformers(tmp_path, more):
         assert worker["kv_token_bytes"] == 3 * (48 + 16) * 4
 
 
-def test_pages_of_8_bits_are_refused(tmp_path):
-    """Latents are no power of two, so q8_0 pages of them are refused before anything is loaded."""
+def test_latents_that_cannot_be_turned_are_refused(tmp_path):
+    """If a part of latents is no power of two, q8_0 pages of them are refused before anything is loaded."""
     settings = Settings(model=str(save(make_model("youtu"), tmp_path)), kv_cache_dtype="q8_0", kv_cache_memory=1 << 20)
-    with pytest.raises(ConfigError, match="--kv-cache-dtype q8_0: all layers have heads of 48; q8_0 needs heads whose size is a power of two"):
+    with pytest.raises(ConfigError, match="--kv-cache-dtype q8_0: all layers have parts of latents of 16, 48; q8_0 needs parts of latents whose size is a power of two"):
         build_engine(resolve_model(settings), settings, torch.device("cpu"))

@@ -121,7 +121,7 @@ class Mla(Block):
         k.append_latents(kv, w["kv_norm"], self.norm.eps, *s.rope, inputs.turns, inputs.slots, s.cache,
                          adjacent=self.adjacent)
         s.product(self.read_of_queries(s, read), self.queries_name, queries)
-        k.absorb(queries, w["k_up"], *s.rope, inputs.turns, scale=self.query_scale, out=q,
+        k.absorb(queries, w["k_up"], *s.rope, inputs.turns, scale=self.query_scale, cache=s.cache, out=q,
                  adjacent=self.adjacent)
         if s.q_scale is not None:
             k.scale_rows(q, s.q_scale, inputs.positions, out=q)
