@@ -644,7 +644,8 @@ def test_every_option_of_a_rope_type_is_transformers(rope, tmp_path):
 
 @pytest.mark.parametrize("base, key, value, words", [
     ("Llama-3.2-1B", "model_type", "mamba2", "this server cannot run mamba2 yet; it runs: Llama 2 and 3, SmolLM2, Mistral 7B"),
-    ("gemma-3-4b, with images", "text_config", {"model_type": "gemma3n_text"}, "this server cannot run gemma3n_text yet; it runs: Llama"),
+    ("gemma-3-4b, with images", "text_config", {"model_type": "gemma3n_text"}, "this server cannot run gemma3n_text: it has AltUp"),
+    ("gemma-3-4b, with images", "text_config", {"model_type": "gemma9_text"}, "this server cannot run gemma9_text yet; it runs: Llama"),
     ("Llama-3.2-1B", "model_type", None, "model_type is missing"),
     ("Llama-3.2-1B", "residual_multiplier", 0.22, "residual_multiplier is 0.22; this key is not supported in a llama model. Supported: "),
     ("Llama-3.2-1B", "is_causal", False, "is_causal is false; in a llama model it must be true"),

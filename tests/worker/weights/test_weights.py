@@ -930,7 +930,7 @@ def test_tensor_types_and_names_are_the_package_s():
         else:
             assert name not in WITHOUT_VALUES
     architectures = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    newer = {"cohere2moe"}          # than the package gguf, which does not know these architectures yet
+    newer = {"cohere2moe", "laguna", "muse-glimmer"}          # than the package gguf, which does not know these architectures yet
     for architecture, family in GGUF_FAMILIES.items():
         if architecture in newer:
             assert architecture not in architectures
