@@ -115,6 +115,7 @@ def test_too_much_memory_ends_only_the_code(page, server_url, code):
 @pytest.mark.parametrize("code, text", [
     ("const all = []; for (;;) all.push(new Float64Array(1e7).fill(1));", "more than 1 GiB"), ("let a = new Uint8Array(1e8); for (const all = [];;) all.push(a.slice());", "more than 1 GiB"),
     ("return new ArrayBuffer(2 ** 31)", "more than 1 GiB"),
+    ("try { new ArrayBuffer(2 ** 31); } catch (error) {} return new Uint8Array(1e6).length;", "1000000"),
     ("class Mine extends Uint8Array {} const a = new Mine(1e6); return [a instanceof Uint8Array, a.constructor === Mine, new Uint8Array(a.buffer).length, Uint8Array.of(1, 2).map(x => 2 * x).join()]",
      '[\n true,\n true,\n 1000000,\n "2,4"\n]')])
 def test_arrays_of_numbers_are_counted(shared, code, text):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.admission.admission import Admission
     from chatlm.front.pool.catalogue import Catalogue
-    from chatlm.front.pool.models import Served
+    from chatlm.front.pool.models import Model, Served
     from chatlm.front.pool.pool import WorkerPool
 
 
@@ -224,16 +224,19 @@ class Intake:
         await pool.version.current()
         return served._replace(version=pool.version.number)
 
-    def models_that_see(self) -> list[str]:
-        """The names of the models that can see pictures."""
-        return [model.name for model in self.catalogue.registry.models
+    def _models_that_see(self) -> list[Model]:
+        return [model for model in self.catalogue.registry.models
                 if model.pool and model.pool.tokenizer and model.pool.tokenizer.spec.vision]
+
+    def pool_that_sees(self) -> WorkerPool | None:
+        """The workers of the first model that can see pictures; None if none can."""
+        return next((model.pool for model in self._models_that_see()), None)
 
     def why_blind(self, pool: WorkerPool) -> str:
         """Why a model cannot see pictures; "" if it can, or is still loading."""
         if pool.tokenizer is None or pool.tokenizer.spec.vision:
             return ""
-        others = ", ".join(map(shown, self.models_that_see()[:10]))
+        others = ", ".join(shown(model.name) for model in self._models_that_see()[:10])
         return "this model cannot see images" + (
             f"; of the models here, these can: {others}" if others else "")
 

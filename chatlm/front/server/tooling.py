@@ -111,8 +111,8 @@ class ToolRoutes:
 
     async def _body(self, result: ToolResult, client: str) -> dict[str, Any]:
         """A result as it is sent. If models see here, its pictures can be shown to them."""
-        if result.pictures and self.bodies.intake.models_that_see():
-            pool = self.catalogue.find("", REQUEST_LOG.get().bound).pool
+        pool = self.bodies.intake.pool_that_sees()
+        if result.pictures and pool:
             result = await result.with_readable_pictures(
                 lambda data: pool.admission.decode_picture(data, client))
         return {"text": result.text, "is_error": result.is_error, "cut": result.cut, "ms": result.ms,

@@ -1,14 +1,11 @@
 """Adapters beside one model, through HTTP: their names, what is refused, folders that change, a worker that dies."""
 
 import asyncio
-import json
 import shutil
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
-
-
 
 from chatlm.cli import parse_command_line
 from chatlm.common.config import ApiKey, ModelChoice, Settings

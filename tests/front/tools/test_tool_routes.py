@@ -91,6 +91,24 @@ def test_a_call_is_answered(url):
     assert call(url, "fake__picture", arguments={})[1]["images"] == [{"mime_type": "image/png", "data": fake_tools.PIXEL}]
 
 
+def test_pictures_are_read_though_the_default_model_is_broken(place, tmp_path, nanochat_fixtures):
+    """The tool has run by then: its result must arrive, whatever models do. A picture that can't be read is named."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("PIL")
+    from tiny_sight import make_smolvlm, save_sight
+    save_sight(tmp_path / "sees", "smolvlm", make_smolvlm())
+    (tmp_path / "a-broken.gguf").write_bytes(b"GGUF" + bytes(100))
+    servers = config(place, "pictures.json", fake=program(), broken=program("broken-picture"))
+    with real_server.server("serve", tmp_path / "a-broken.gguf", tmp_path / "sees", "--mcp-config", servers, *SMALL) as (_, url):
+        states = {model["id"]: model["state"] for model in ask(url + "/v1/models")[1]["data"]}
+        assert states == {"a-broken": "failed", "sees": "unloaded"}
+        assert ask(url + "/v1/chat/completions", {"model": "sees", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1})[0] == 200
+        status, body = call(url, "fake__picture", arguments={})
+        assert status == 200 and body["images"] == [{"mime_type": "image/png", "data": fake_tools.PIXEL}]
+        status, body = call(url, "broken__picture", arguments={})
+        assert status == 200 and body["images"] == [] and "[picture 1 can't be read: " in body["text"]
+
+
 def test_a_call_can_be_streamed(url, place):
     path = place / "streamed"
     request = urllib.request.Request(url + "/v1/tools/call", json.dumps(
