@@ -225,4 +225,4 @@ def test_files_with_hadamard_rotations_are_refused(tmp_path, key):
 
 
 def test_a_bitnet_model_is_refused_by_name(tmp_path):
-    assert "cannot run bitnet yet" in refusal(file_of(tmp_path, {}, {"general.architecture": "bitnet"}))
+    assert "cannot run bitnet: its ternary weights" in refusal(file_of(tmp_path, {}, {"general.architecture": "bitnet"}))
