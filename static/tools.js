@@ -24,6 +24,7 @@ const state = {
   servers: [],                    // {label, state, reason}
   rounds: 8,                      // of calls, before the model must answer without tools
   of: "",                         // the server, key and model that these belong to
+  reading: null,                  // the promise of them
 };
 const running = new Map();        // id of a call -> {controller, text} while it runs here
 
@@ -31,11 +32,18 @@ const running = new Map();        // id of a call -> {controller, text} while it
 
 const placeOf = () => JSON.stringify([Server.home(), Server.key(), Server.model.name]);
 
-// Reads the tools of the server. `anew`: even if they are known.
-async function load(anew = false) {
+// Reads the tools of the server. `anew`: even if they are known. Who comes while they are read waits for the same reading.
+function load(anew = false) {
   const place = placeOf();
-  if (!Server.model.ours || Server.phase !== "ready" || state.of === place && !anew) return;
-  state.of = place;
+  if (!Server.model.ours || Server.phase !== "ready") return null;
+  if (state.of !== place || anew) {
+    state.of = place;
+    state.reading = read(place);
+  }
+  return state.reading;
+}
+
+async function read(place) {
   const found = await Server.jsonOf(Server.request(`v1/tools?model=${encodeURIComponent(Server.model.name)}`, {cache: "no-store"}));
   if (placeOf() !== place) return;
   Object.assign(state, {tools: new Map([...found?.data ?? [], ...OWN].map(tool => [tool.name, tool])), servers: [...found?.servers ?? [], ...OWN.map(() => ({label: "page", state: "ready", reason: ""}))], rounds: found?.rounds ?? 8});
@@ -213,7 +221,7 @@ const lookOf = calls => calls.map(call => running.get(call.id)?.text ?? "").join
 // choosing --------------------------------------------------------------------------------------------------------------
 
 function open() {
-  load(true).then(show);
+  load(true)?.then(show);
   show();
   $("tools-dialog").showModal();
 }

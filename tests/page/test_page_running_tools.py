@@ -25,7 +25,12 @@ def chat_with(page, url, *tools, **parameters):
     """A new chat in which the model must call one of these tools."""
     open_page(page, url)
     expect(button(page, re.compile("^Tools"))).to_be_visible(timeout=SLOW_MS)
-    page.evaluate("changes => Chat.change(Chat.current, changes)",
+    new_chat_with(page, *tools, **parameters)
+
+
+def new_chat_with(page, *tools, **parameters):
+    """The same, where the page is open."""
+    page.evaluate("changes => { Chat.openNew(); Chat.change(Chat.current, changes); }",
                   {"tools": list(tools), "parameters": {"tool_choice": "required", "temperature": 0, "max_tokens": 120, **parameters}})
 
 
@@ -72,6 +77,19 @@ def test_a_call_waits_for_its_reader(page, tool_url):
     assert len(calls_of(page)) == 2 and page.evaluate("Chat.lastNode().content") != ""
 
 
+def test_a_question_waits_until_the_tools_are_known(page, tool_url):
+    """A reader may ask before the page has read them."""
+    held = []
+    page.route("**/v1/tools?*", lambda route: held.append(route))
+    open_page(page, tool_url)
+    new_chat_with(page, "free__add")
+    ask(page, "Add 2 and 3.")
+    page.wait_for_function("() => Chat.lastNode()?.stream")
+    for route in held:
+        route.continue_()
+    expect(cards(page, "free__add").first).to_be_visible(timeout=SLOW_MS)
+
+
 def test_a_denied_call_is_told_to_the_model(page, tool_url):
     chat_with(page, tool_url, "fake__add")
     ask(page, "Add 2 and 3.")
@@ -88,16 +106,15 @@ def test_what_was_allowed_runs_by_itself(page, tool_url):
     ask(page, "Add 2 and 3.")
     button(cards(page, "fake__add").first, "This chat").click(timeout=SLOW_MS)
     expect(answers(page)).to_have_count(3, timeout=SLOW_MS)      # both rounds
-    chat_with(page, tool_url, "fake__add")
-    page.evaluate("Chat.openNew(); Chat.change(Chat.current, {tools: ['fake__add'], parameters: {tool_choice: 'required', temperature: 0, max_tokens: 120}})")
+    new_chat_with(page, "fake__add")
     ask(page, "Add 2 and 3.")
     button(cards(page, "fake__add").first, "Always").click(timeout=SLOW_MS)
     expect(answers(page)).to_have_count(3, timeout=SLOW_MS)
-    page.evaluate("Chat.openNew(); Chat.change(Chat.current, {tools: ['fake__add'], parameters: {tool_choice: 'required', temperature: 0, max_tokens: 120}})")
+    new_chat_with(page, "fake__add")
     ask(page, "Add 2 and 3.")
     expect(answers(page)).to_have_count(3, timeout=SLOW_MS)
-    page.evaluate("Settings.change({allowed: {fake__add: '0000000000000000'}}); Chat.openNew();"
-                  "Chat.change(Chat.current, {tools: ['fake__add'], parameters: {tool_choice: 'required', temperature: 0, max_tokens: 120}})")
+    page.evaluate("Settings.change({allowed: {fake__add: '0000000000000000'}})")
+    new_chat_with(page, "fake__add")
     ask(page, "Add 2 and 3.")
     expect(button(cards(page, "fake__add").first, "Once")).to_be_visible(timeout=SLOW_MS)
     assert calls_of(page)[0].get("result") is None
@@ -133,8 +150,7 @@ def test_a_long_result_is_folded_and_pictures_are_shown(page, tool_url):
     assert card.get_by_role("img").evaluate("image => image.naturalWidth") == 1
     results = [message["content"] for message in page.evaluate("Chat.messagesToSend(Chat.path, '')") if message["role"] == "tool"]
     assert results[0] == "[picture 1]\none pixel\n[You are not shown the pictures of this result.]"      # the default model does not see
-    chat_with(page, tool_url, "fake__show")
-    page.evaluate("Chat.openNew(); Chat.change(Chat.current, {tools: ['fake__show'], parameters: {tool_choice: 'required', temperature: 0, max_tokens: 120}})")
+    new_chat_with(page, "fake__show")
     ask(page, "Show it.")
     card = cards(page, "fake__show").first
     button(card, "Once").click(timeout=SLOW_MS)
@@ -172,6 +188,30 @@ def test_an_imported_chat_brings_no_tool_and_no_approval(page, tool_url):
     [brought] = page.evaluate("text => Tree.importOf(text)", json.dumps({"format": "chat_server chats", "version": 2, "conversations": [chat]}))
     assert not {"tools", "allowed"} & brought["conversation"].keys()
     assert [node["calls"] for node in brought["nodes"] if "calls" in node] == [[{"id": "c", "name": "fake__count", "arguments": "{}"}]]
+
+
+def test_pictures_reach_a_model_that_sees(page, tmp_path):
+    """They follow the results; a picture that can't be read is not sent."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("PIL")
+    from tiny_sight import make_smolvlm, save_sight
+    save_sight(tmp_path, "smolvlm", make_smolvlm())
+    config = tmp_path / "mcp.json"
+    config.write_text(json.dumps({"mcpServers": {name: {"command": sys.executable, "args": [fake_tools.__file__, *faults], "alwaysAllow": ["*"]}
+                                                 for name, faults in {"fake": [], "broken": ["broken-picture"]}.items()}}))
+    with started_server(str(tmp_path), "--mcp-config", str(config), "--tool-rounds", "1", "--kv-cache-memory", "60M") as url:
+        open_page(page, url)
+        for name, pictures in (("fake__picture", 1), ("broken__picture", 0)):
+            new_chat_with(page, name, parallel_tool_calls=False)  # a second call of a random model would be cut by the limit of tokens
+            ask(page, "Show a picture.")
+            expect(answers(page)).to_have_count(2, timeout=SLOW_MS)
+            expect_answered(page, 2)
+            messages = page.evaluate("Chat.messagesToSend(Chat.path.slice(0, -1), '')")
+            assert [message["role"] for message in messages] == ["user", "assistant", "tool", *["user"] * pictures]
+            assert ("can't be read" in messages[2]["content"]) is not bool(pictures)
+            if pictures:
+                assert [part["type"] for part in messages[-1]["content"]] == ["image_url", "text"]
+            assert page.evaluate("Chat.lastNode().error") is None      # which the server gives to a picture that it can't read
 
 
 def test_tools_on_a_phone(page, tool_url):
