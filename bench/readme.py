@@ -17,6 +17,7 @@ The best machine's run fills the tables about one machine; that of all machines 
 import argparse
 import json
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -225,7 +226,7 @@ def figures_of(rows):
         values = sorted(value for value in row["values"] if value)
         if key is None or not values:
             continue
-        middle = round(values[len(values) // 2] if len(values) % 2 else sum(values[len(values) // 2 - 1:][:2]) / 2, 1)
+        middle = round(statistics.median(values), 1)
         figure = figures.setdefault(key, {"unit": row["unit"], "ours": [], "rivals": {}})
         if row["contestant"] == "ours":
             figure["ours"] = [round(values[0], 1), middle, round(values[-1], 1)] if len(values) > 1 else [middle]

@@ -88,13 +88,14 @@ def images_of(call: Mapping) -> list[str]:
 
 def pictured_calls(nodes: Seq[Mapping]) -> set[int]:
     """The calls whose results' pictures are sent, by id(): the newest that fit into a request."""
-    answered = [call for node in nodes for call in answered_calls(node) if images_of(call)]
     left = PICTURES_OF_RESULTS
     found = set()
-    for call in reversed(answered):
-        left -= len(images_of(call))
-        if left >= 0:
-            found.add(id(call))
+    for node in reversed(nodes):
+        for call in reversed(answered_calls(node)):
+            pictures = len(images_of(call))
+            left -= pictures
+            if pictures and left >= 0:
+                found.add(id(call))
     return found
 
 

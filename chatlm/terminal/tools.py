@@ -174,8 +174,7 @@ class ToolUse:
         found = await interruptible(self.source.call(tool, json.loads(call["arguments"])))
         call["result"] = CANCELLED if found is None else found.text
         if found and found.pictures:
-            call["images"] = [{"mime_type": picture.mime_type, "data": picture.data}
-                              for picture in found.pictures]
+            call["images"] = [picture.body for picture in found.pictures]
 
 
 def with_tools(request: Request, tools: Seq[ChatTool], pool: Pool) -> Request:

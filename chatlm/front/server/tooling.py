@@ -116,8 +116,7 @@ class ToolRoutes:
             result = await result.with_readable_pictures(
                 lambda data: pool.admission.decode_picture(data, client))
         return {"text": result.text, "is_error": result.is_error, "cut": result.cut, "ms": result.ms,
-                "images": [{"mime_type": picture.mime_type, "data": picture.data}
-                           for picture in result.pictures]}
+                "images": [picture.body for picture in result.pictures]}
 
     def _find(self, name: str, patterns: Seq[str]) -> OfferedTool:
         if not self.toolbox.servers:

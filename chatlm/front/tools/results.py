@@ -27,8 +27,9 @@ class ToolPicture:
         return base64.b64decode(self.data)
 
     @property
-    def uri(self) -> str:
-        return f"data:{self.mime_type};base64,{self.data}"
+    def body(self) -> dict[str, str]:
+        """As routes send it and chats keep it."""
+        return {"mime_type": self.mime_type, "data": self.data}
 
 
 @dataclass(frozen=True)
