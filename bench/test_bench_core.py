@@ -83,6 +83,8 @@ def times_torch(run, logits, rounds=25):
 @pytest.mark.parametrize("name", CONTESTANTS)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_sample(benchmark, setting, name, V, B):
+    if benchmark.disabled and (V, B) not in ((32768, 8), (151936, 1)):
+        pytest.skip("these two show that it runs")
     if name == "torch" and setting != "top_k":
         pytest.skip("torch is measured where it does the same work: top-k")
     if name == "reference" and V * B > 49152 * 8:

@@ -38,14 +38,19 @@ def pytest_report_teststatus(report, config):
 
 # The modules that take longest, the longest first: two processes then end together.
 LONGEST = [f"tests/{name}.py" for name in (
-    "worker/weights/test_families", "front/server/test_server", "front/pool/test_failover", "page/test_page", "worker/weights/test_weights",
-    "page/test_page_shell", "worker/engine/test_engine", "worker/engine/test_grammar", "page/test_page_chats", "core/test_cuda_steps", "worker/engine/test_same_bits",
-    "common/test_bundle", "test_types", "front/pool/test_changed_files", "front/pool/test_watch", "front/pool/test_ray",
-    "page/test_page_markdown", "core/test_core_tiles", "worker/engine/test_kept", "worker/weights/test_bad_models", "common/test_tools",
-    "front/api/test_apis", "front/pool/test_sandbox", "common/test_hub", "front/pool/test_history", "core/test_core_attention",
-    "front/pool/test_workers", "front/pool/test_prefixes", "front/pool/test_pool_adapters", "page/test_page_look",
-    "front/server/test_hostile", "core/test_cuda_experts", "front/api/test_openai_shapes", "terminal/test_terminal",
-    "core/test_core_program", "common/test_reasoning", "front/server/test_connections")]
+    "front/server/test_batch_routes", "worker/weights/test_families", "front/pool/test_failover", "common/test_bundle_alone",
+    "worker/engine/test_same_bits", "worker/test_doctor_weights", "worker/weights/test_encoders", "page/test_page_run_lineages",
+    "common/test_bundle", "page/test_page", "worker/weights/test_served_adapters", "core/test_core_tiles", "test_types",
+    "worker/test_doctor", "worker/weights/test_bad_models", "terminal/test_programs", "worker/weights/test_tied_heads",
+    "worker/weights/test_weights", "page/test_page_get", "front/pool/test_watch", "worker/weights/test_strange_files",
+    "worker/engine/test_draft_model", "front/evals/test_run_results", "worker/weights/test_packed_folders",
+    "core/test_cuda_steps", "page/test_page_shell", "worker/engine/test_repetition", "front/tools/test_tool_servers",
+    "front/api/test_calculator", "front/server/test_server", "worker/engine/test_grammar", "test_every_route_and_command",
+    "core/test_core_attention", "page/test_page_chats", "worker/engine/test_engine", "front/evals/test_chat_suite",
+    "terminal/test_quantize", "page/test_page_look", "worker/weights/test_sight_families", "front/server/test_kept_responses",
+    "front/pool/test_changed_files", "worker/weights/test_adapters", "page/test_page_run", "front/server/test_extract",
+    "page/test_page_markdown", "worker/weights/test_packed_default_model", "worker/weights/test_sight_qwen", "worker/test_bits",
+    "front/server/test_picture_routes", "worker/engine/test_kept", "front/server/test_arithmetic")]
 
 
 def pytest_configure(config):

@@ -1,7 +1,6 @@
 """Tiny random models of each family, made and saved by transformers: what a Hugging Face folder and a GGUF must compute."""
 
 import json
-import os
 import re
 from types import SimpleNamespace
 
@@ -18,6 +17,7 @@ from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.model_of import model_of
 from engines import forward_logits, make_batch
+from nightly import WHOLE
 
 TINY = dict(vocab_size=288, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=512, bos_token_id=256, eos_token_id=257, pad_token_id=None,
@@ -300,7 +300,8 @@ def with_exact_angles(model):
 
 
 # of an answer that is compared, by day and by night: three pages, or five
-TOKENS = 64 if os.environ.get("DECODE_CORE_TEST_SHARE") == "1" else 32
+TOKENS = 64 if WHOLE else 32
+LENGTHS = (9, 40, 300) if WHOLE else (9, 300)       # of their prompts
 
 
 @torch.no_grad()
@@ -315,7 +316,7 @@ def greedy(model, prompts, count):
     return torch.stack(tokens, 1), torch.stack(logits, 1)
 
 
-def clear_cases(model, lengths=(9, 40, 300), count=TOKENS, tried=8, seed=1, margin=0.01):
+def clear_cases(model, lengths=LENGTHS, count=TOKENS, tried=8, seed=1, margin=0.01):
     """One case for each prompt length in which the two likeliest tokens are never closer than `margin`."""
     random, cases = np.random.default_rng(seed), []
     for length in lengths:

@@ -1,6 +1,11 @@
 """Parameters of a test of which CI runs some, and the night all."""
 
+import os
+
 import pytest
+
+# Whether tests draw all their random cases: `.ci/run nightly` asks for it
+WHOLE = os.environ.get("DECODE_CORE_TEST_SHARE") == "1"
 
 
 def by_day(values, *kept):
