@@ -16,7 +16,7 @@ from chatlm.common.vision.layout import layout_of
 from engines import tensors_of
 from families import CONVERTED, MODELS, answers, check, clear_cases, kernels_of, load, make_model, save, transformer
 from image_conversations import picture_of_size
-from other_names import as_ling, as_minicpm, granite_like_minicpm
+from other_names import OTHER_NAMES, save_named_otherwise
 from peer_packages import llama_cpp
 from seeing_engine import asking, logits_of, open_engine
 from sight_families import CONVERTED as SEEING, FAMILIES, family_logits, save_family
@@ -32,9 +32,6 @@ VARIANTS = {                # name -> (of MODELS, what differs)
         "full_attention": YARN | {"attention_factor": 1.1}, "sliding_attention": {"rope_type": "default", "rope_theta": 500_000.0}}}),
     "mistral with mscale": ("mistral", {"sliding_window": None, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}})}
 CASES = {name: (name, changes) for name, changes in CONVERTED.items()} | VARIANTS
-OTHER_NAMES = {             # families that transformers lacks -> what writes a folder of one, with its model
-    "ling 2": lambda folder: as_ling(save(make_model("glm4moe"), folder)),
-    "minicpm": lambda folder: as_minicpm(save(granite_like_minicpm(), folder))}
 
 
 def complete_tokenizer(folder, rows):
@@ -68,7 +65,7 @@ def write_seeing(folder, name):
 
 def write_named_otherwise(folder, name):
     folder.mkdir()
-    OTHER_NAMES[name](folder)
+    save_named_otherwise(name, folder)
     complete_tokenizer(folder, 288)
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}))

@@ -6,7 +6,7 @@ import re
 import torch
 from safetensors.torch import load_file, save_file
 
-from families import make_model
+from families import make_model, save
 
 
 def as_ling(folder):
@@ -50,3 +50,12 @@ def as_minicpm(folder):
     (folder / "config.json").write_text(json.dumps(config | FACTORS | {
         "architectures": ["MiniCPMForCausalLM"], "model_type": "minicpm", "mup_denominator": 32}))
     return folder
+
+
+OTHER_NAMES = {"ling 2": "bailing_moe_v2", "minicpm": "minicpm"}       # name -> model_type
+
+
+def save_named_otherwise(name, folder):
+    if name == "ling 2":
+        return as_ling(save(make_model("glm4moe"), folder))
+    return as_minicpm(save(granite_like_minicpm(), folder))
