@@ -84,7 +84,8 @@ class Chats:
 
     @cached_property
     def thoughtful(self) -> Rendered:
-        return self.render(Message("user", FIRST), options={"chat_template_kwargs": {"enable_thinking": True}})
+        options = {"chat_template_kwargs": {"enable_thinking": True}}
+        return self.render(Message("user", FIRST), options=options)
 
     @cached_property
     def goes_on(self) -> Rendered:
