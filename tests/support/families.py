@@ -95,6 +95,8 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
     "mixtral": ("mixtral", dict(num_local_experts=6, num_experts_per_tok=2, sliding_window=24)),
     "qwen2moe": ("qwen2_moe", dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=48, shared_expert_intermediate_size=80,
                                    mlp_only_layers=[1], use_sliding_window=True, sliding_window=24, max_window_layers=3)),
+    "qwen3vlmoe": ("qwen3_vl_moe_text", dict(num_hidden_layers=3, head_dim=32, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=48, tie_word_embeddings=False,
+                                             rope_parameters=dict(rope_type="default", rope_theta=5e6))),
     "qwen3moe-dense": ("qwen3_moe", dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=48, mlp_only_layers=[0], decoder_sparse_step=2)),
     "olmo2": ("olmo2", dict(attention_bias=True, num_key_value_heads=4)),
     "olmo3": ("olmo3", dict(sliding_window=24, num_key_value_heads=4, rope_parameters={
@@ -266,6 +268,10 @@ def make_model(name, seed=0, **changes):
         config = transformers.AutoConfig.for_model("muse_glimmer", text_config=config.to_dict(), vision_config=small, out_hidden_size=64, projector_hidden_size=16,
                                                    tie_word_embeddings=config.tie_word_embeddings)
         of_kind = transformers.MuseGlimmerForConditionalGeneration._from_config
+    if kind == "qwen3_vl_moe_text":         # nor this one's
+        small = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=64, num_position_embeddings=4, deepstack_visual_indexes=[])
+        config = transformers.Qwen3VLMoeConfig(text_config=config.to_dict(), vision_config=small, tie_word_embeddings=False)
+        of_kind = transformers.Qwen3VLMoeForConditionalGeneration._from_config
     model = of_kind(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for key, weight in model.named_parameters():
