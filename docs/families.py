@@ -18,6 +18,7 @@ from chatlm.worker.weights.refused import ROWS       # noqa: E402
 from encoders import FILES, MODELS as ENCODERS       # noqa: E402  of the tests
 from families import CONVERTED, GGUF_MODELS, MODELS        # noqa: E402
 from generations import GENERATIONS        # noqa: E402
+from other_names import OTHER_NAMES        # noqa: E402
 from sight_families import CONVERTED as CONVERTED_SEEING, MODEL_TYPES        # noqa: E402
 from sight_qwen import KINDS        # noqa: E402
 from tiny_sight import SHAPES        # noqa: E402
@@ -71,7 +72,7 @@ NOTES = {       # by model_type: what a reader wants to know beside the title
     "bailing_moe_v2": "Ling-mini, Ling-flash and Ring; GLM-4.5's arithmetic by other names",
     "cohere2_moe": "North-Mini-Code; shared experts are refused",
     "ernie4_5": "dense", "ernie4_5_moe": "21B-A3B, 300B-A47B; without the draft head",
-    "laguna": "XS.2, S and M.1", "muse_glimmer_text": "the text model of those with images",
+    "laguna": "XS.2, S and M.1", "muse_glimmer_text": "images are refused",
     "minicpm": "without the sparse attention of 4.1; MiniCPM5 is a Llama", "olmo": "OLMo 1 and 1.7",
     "hunyuan_v1_dense": "Hunyuan-MT and Hy-MT too",
     "gpt2": "DistilGPT-2 too",
@@ -137,6 +138,8 @@ def compared(names: list[str], seen: Counter, called: str, **tables) -> str:
     """For each table: its name, and how many of its tiny models have one of these model_types. Then how many see, of which `seen` has the numbers."""
     kinds = MODELS | ENCODERS
     counts = {what: sum(kinds[model][0] in names for model in models) for what, models in tables.items()}
+    if "converter" in counts:
+        counts["converter"] += sum(kind in names for kind in OTHER_NAMES.values())
     counts[called] = sum(seen[kind] for kind in image_types(names))
     return "; ".join(f"{what}, {count}" for what, count in counts.items() if count)
 
@@ -147,11 +150,13 @@ def row(names: list[str]) -> str:
         return ", ".join(f"`{word}`" for word in words)
     seen, converted = seeing()
     notes = [NOTES[name] for name in names if name in NOTES]
+    formulas = FORMULAS.get(names[0], "")
+    files = compared(names, converted, "converted images", transformers=[*GGUF_MODELS, *FILES], converter=CONVERTED)
     cells = (" ".join((FAMILIES[names[0]].title, *(f"({note})" for note in notes))),
              quoted((*names, *image_types(names))),
-             compared(names, seen, "images", transformers=[*MODELS, *ENCODERS]) or FORMULAS.get(names[0], ""),
+             compared(names, seen, "images", transformers=[*MODELS, *ENCODERS]) or formulas,
              quoted(architectures(names)),
-             compared(names, converted, "converted images", transformers=[*GGUF_MODELS, *FILES], converter=CONVERTED) or FORMULAS.get(names[0], ""))
+             files if "transformers" in files else "; ".join(filter(None, (formulas, files))))
     return f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in cells)}|\n"
 
 

@@ -36,8 +36,9 @@ ROME = ("call", ("weather", '{"city": "Rome"}'))
 class Vocabulary(Letters):
     """Letters, and tokens of their own for these markers: special ones, or with text as in Qwen's files."""
 
-    def __init__(self, tool_format=None, thoughts=None, tokens=(), text_of_its_own=False):
+    def __init__(self, tool_format=None, thoughts=None, tokens=(), text_of_its_own=False, wrapper=("", "")):
         super().__init__()
+        self.wrapper = wrapper
         self.tool_format, self.thoughts = tool_format, thoughts
         ids = {name: 300 + index for index, name in enumerate(tokens)}
         if text_of_its_own:
@@ -84,6 +85,8 @@ def joined(told):
 
 HARMONY = dict(tool_format="harmony", thoughts=("<|message|>", "<|end|>"), tokens=formats.HARMONY)
 TAGS = dict(tool_format="tagged", thoughts=THINK, tokens=(*THINK, "<tool_call>", "</tool_call>"))
+ERNIE = TAGS | dict(wrapper=("<response>", "</response>"))                     # spelled out, or tokens
+ERNIE_TOKENS = ERNIE | dict(tokens=(*TAGS["tokens"], *ERNIE["wrapper"]))
 GEMMA = dict(tool_format="gemma", thoughts=("<|channel>", "<channel|>"), tokens=("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>'))
 CASES = {
     "qwen": (TAGS, "", "|<think>|\nHm, <b>.\n|</think>|\n\nIt is\n late. ", [("reasoning", "Hm, <b>."), ("text", "It is\n late. ")]),
@@ -94,6 +97,14 @@ CASES = {
     "spelled out": (dict(thoughts=THINK), "", "<think>a <thin</think>b <think>", [("reasoning", "a <thin"), ("text", "b <think>")]),
     "never ended": (TAGS, "", "|<think>|Hm\n\nhm ", [("reasoning", "Hm\n\nhm")]),
     "brackets": (dict(thoughts=("[THINK]", "[/THINK]"), tokens=("[THINK]", "[/THINK]")), "", "|[THINK]|a|[/THINK]|b", [("reasoning", "a"), ("text", "b")]),
+    "a wrapper": (ERNIE, "|<think>|\n", "Hm.\n|</think>|\n\n<response>\nIt is\n late.\n</response>\n", [("reasoning", "Hm."), ("text", "It is\n late.")]),
+    "a wrapper of tokens": (ERNIE_TOKENS, "|<think>|\n", "Hm.\n|</think>|\n\n|<response>|\nLate.\n\n|</response>|\n", [("reasoning", "Hm."), ("text", "Late.\n")]),
+    "a wrapper's end in text": (ERNIE, "", "<response>\nWrite a\n</response>\nat the end.\n</response>", [("text", "Write a\n</response>\nat the end.")]),
+    "a wrapper in text": (ERNIE, "", "Use <response> and </response>\n", [("text", "Use <response> and </response>\n")]),
+    "a wrapper, then a call": (ERNIE, "|<think>|\n", 'Hm.\n|</think>|\n\n<response>\nLet me.\n</response>\n|<tool_call>|\n{"name": "weather", "arguments": {"city": "Rome"}}\n|</tool_call>|\n',
+                               [("reasoning", "Hm."), ("text", "Let me."), ROME]),
+    "a call without a wrapper": (ERNIE, "|<think>|\n", 'Hm.\n|</think>|\n\n|<tool_call>|\n{"name": "weather", "arguments": {"city": "Rome"}}\n|</tool_call>|\n', [("reasoning", "Hm."), ROME]),
+    "a wrapper that the prompt begins": (ERNIE, "|</think>|\n\n<response>\nIt", "'s late.\n</response>\n", [("text", "'s late.")]),
     "then a call": (TAGS, "", 'x|<think>|a|</think>|Let me.|<tool_call>|\n{"name": "weather", "arguments": {"city": "Rome"}}\n|</tool_call>|',
                     [("text", "x"), ("reasoning", "a"), ("text", "\n\nLet me."), ROME]),
     "harmony": (HARMONY, "¦<|start|>¦assistant", "¦<|channel|>¦analysis¦<|message|>¦Hm, <|end|>.¦<|end|>¦¦<|start|>¦assistant¦<|channel|>¦final¦<|message|>¦Yes.",
@@ -329,6 +340,20 @@ CALLS = [{"role": "assistant", "content": "Let me look.", "reasoning_content": "
     {"role": "tool", "tool_call_id": "call_Bonn", "content": "10"}, {"role": "tool", "tool_call_id": "call_Rome", "content": "20"}]
 
 
+@pytest.mark.parametrize("end", ["\n", "\n</", "\n</response", "\n</response>\n"])
+def test_no_part_of_a_cut_wrapper_is_text(end):
+    """Its end where an answer is cut, as little as its beginning."""
+    assert joined(told_by(Vocabulary(**ERNIE), "<response>\nLate." + end, reason="length")) == [("text", "Late.")]
+    assert joined(told_by(Vocabulary(**ERNIE), "|<think>|Hm.|</think>|\n<respon", reason="length"))[0] == ("reasoning", "Hm.")
+
+
+@pytest.mark.parametrize("template, wrapper", [
+    ("<think></think><response></response>", ("<response>", "</response>")), ("<response></response>", ("", "")), (THINKING, ("", ""))])
+def test_a_thinking_template_may_wrap_content(template, wrapper, default_model_path):
+    """What encloses the content of ERNIE 4.5 and Granite 3.3."""
+    assert templated(template, default_model_path).wrapper == wrapper
+
+
 def test_harmony_s_history_has_one_call_per_message(default_model_path):
     """Harmony's history has one call per message with reasoning and preamble before it."""
     tokenizer = templated(GPT_OSS, default_model_path)
@@ -353,7 +378,9 @@ def test_mistral_s_call_ids_have_nine_characters(default_model_path):
     (THINKING, None, THINK), (GPT_OSS, "harmony", ("<|message|>", "<|end|>")), ("{% if tools %}[TOOL_CALLS][ARGS][THINK][/THINK]", "mistral name", ("[THINK]", "[/THINK]")),
     ("{% if tools %}[MODEL_SETTINGS][TOOL_CALLS][ARGS][THINK][/THINK]", "mistral settings", ("[THINK]", "[/THINK]")),
     ("{% if tools %}<|thought_start|><|thought_end|><|tool_call_start|>\n```python", "minicpm fenced", ("<|thought_start|>", "<|thought_end|>")),
-    ("{% if tools %}<tool_call></tool_call><think></think>", "tagged", THINK),        # Youtu-LLM
+    ("{% if tools %}<|tool_call_start|>\n```python<think></think>", "minicpm fenced", THINK),     # MiniCPM 4
+    ("{% if tools %}<tool_call>name\n<arg_key></arg_key><think></think></assistant>", "glm tags", THINK),      # Laguna
+    ("{% if tools %}<tool_call></tool_call><think></think>", "tagged", THINK),        # Youtu-LLM, ERNIE 4.5
     ("{% if tools %}[TOOL_CALLS]", "mistral", None), ("{{ messages }}", None, None)])
 def test_a_template_tells_its_formats(template, tool_format, thoughts):
     assert (tool_format_of(template), thoughts_of(template)) == (tool_format, thoughts)

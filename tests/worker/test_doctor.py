@@ -46,6 +46,17 @@ def test_the_models_without_their_faults_are_fine(make, tmp_path):
     assert (diagnosis.serious, diagnosis.refused) == ([], "")
 
 
+@pytest.mark.parametrize("written, switch", [
+    ("{% if enable_thinking %}<think>{% else %}</think>{% endif %}", "is off unless a request turns it on"),        # Laguna
+    ("{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}", "can be turned off"),
+    ("<think>{# </think> #}", "cannot be turned off")])
+def test_a_report_says_if_thinking_can_be_switched(written, switch, tmp_path):
+    save(make_model("llama2"), tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}<|assistant|>" + written)
+    (note_of_template,) = [finding.what for finding in diagnose(tmp_path, only=["template"]).findings if "thinking: " in finding.what]
+    assert f"thinking: <think> to </think>, which {switch};" in note_of_template
+
+
 def test_nanochat_and_the_default_model_are_fine(nanochat_fixtures, default_model_path):
     """nanochat's checkpoints and the default model are fine."""
     for path in (*sorted(nanochat_fixtures.iterdir()), default_model_path):

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"),
             ("<|START_THINKING|>", "<|END_THINKING|>"), ("<|channel>", "<channel|>"),
             ("<|thought_start|>", "<|thought_end|>"))
+# around the content, after the reasoning: ERNIE 4.5 Thinking, Granite 3.3
+WRAPPERS = (("<response>", "</response>"),)
 HEADINGS = {"<|channel>": "thought"}  # the first line of reasoning, after its marker
 HARMONY = tuple(f"<|{name}|>" for name in (
     "start", "channel", "constrain", "message", "end", "return", "call"))
@@ -203,7 +205,7 @@ GENERIC_FORMAT = "tagged"  # for templates without tools
 # text: no decoded text contains these, so the same marker spelled out in ordinary tokens stays text. They are
 # the high surrogates; the low ones stand for calls of a calculator (see calculations.py).
 MARKS = {name: chr(0xd800 + index) for index, name in enumerate(dict.fromkeys(itertools.chain(
-    *THOUGHTS, *(row.markers for row in CALL_FORMATS.values()))))}
+    *THOUGHTS, *WRAPPERS, *(row.markers for row in CALL_FORMATS.values()))))}
 MARKERS = {mark: name for name, mark in MARKS.items()}
 A_MARK = re.compile("[\ud800-\udbff]")
 A_MARKER = re.compile(f"({'|'.join(map(re.escape, sorted(MARKS, key=len, reverse=True)))})")
@@ -231,6 +233,13 @@ def thoughts_of(template: str) -> tuple[str, str] | None:
     if name and CALL_FORMATS[name].thoughts:
         return CALL_FORMATS[name].thoughts
     return next((thoughts for thoughts in THOUGHTS if thoughts[1] in template), None)
+
+
+def wrapper_of(template: str) -> tuple[str, str]:
+    """The markers around the content of a model with this chat template; empty if it has none."""
+    if not thoughts_of(template):
+        return "", ""
+    return next((pair for pair in WRAPPERS if all(sign in template for sign in pair)), ("", ""))
 
 
 def knows_of_thinking(template: str) -> bool:

@@ -18,7 +18,7 @@ from chatlm.common.jsontext import whole_unicode
 from chatlm.common.log import log
 from chatlm.common.messages.requests import Message
 from chatlm.common.text.calculations import said_tokens, without_own, without_unfinished
-from chatlm.common.text.formats import calls_of, thoughts_of
+from chatlm.common.text.formats import calls_of, thoughts_of, wrapper_of
 from chatlm.common.text.history import (
     nine_character_ids, orphans_of, results_as_turns, single_calls, with_answers, with_generic_tools,
     with_ids, with_text_apart, with_tool_responses)
@@ -235,6 +235,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.has_chat_template = self.templated = bool(self.spec.chat_template)
         self.tool_format, self.native_tools = calls_of(self.spec)
         self.thoughts = thoughts_of(self.spec.chat_template or "")
+        self.wrapper = wrapper_of(self.spec.chat_template or "")
         self.told_of_refusal = False
         tokens = self.named_tokens
         ends = frozenset(tokens[name] for name in self.call_format.stops if name in tokens)

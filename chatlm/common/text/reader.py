@@ -132,15 +132,19 @@ class StreamDecoder:
 
 
 class Prose:
-    """Reads reasoning and content. Where calls begin, `calls` reads them."""
+    """Reads reasoning and content. Where calls begin, `calls` reads them.
+
+    `wrapper`: two markers that may enclose the content. They are left out."""
 
     def __init__(self, scanner: Scanner, deltas: Deltas, calls: JsonCalls | TaggedCalls | ValueCalls,
-                 thoughts: tuple[str, str] = ("", "")):
+                 thoughts: tuple[str, str] = ("", ""), wrapper: tuple[str, str] = ("", "")):
         self.scanner = scanner
         self.deltas = deltas
         self.thoughts = thoughts
         self.calls = calls
         self.think, self.end = map(scanner.sign, thoughts)
+        self.wrapper, self.wrapper_end = map(scanner.sign, wrapper)
+        self.wrapped = False  # the content has begun with a wrapper that has not ended
         self.heading = HEADINGS.get(thoughts[0], "")
         self.thought = False  # the prompt ends with finished reasoning
         # a call that begins with a token also ends reasoning, because Qwen3.5 may leave out the end marker
@@ -152,6 +156,8 @@ class Prose:
         end = text.rfind(self.end)
         self.thought = end > begin
         self.deltas.stripping = self.thought
+        if self.wrapper:
+            self.wrapped = text.rfind(self.wrapper) > max(begin, end, text.rfind(self.wrapper_end))
         return text[begin:] if begin > end else ""
 
     def read(self) -> Iterator[None]:
@@ -169,11 +175,19 @@ class Prose:
                 if calls.untagged and first[:1] in ("{", "["):
                     yield from calls.read("")
                     continue
+                if self.wrapper and not self.wrapped and first.startswith(self.wrapper):
+                    self.wrapped = deltas.stripping = True
+                    scanner.held = first[len(self.wrapper):]
+                    continue
                 if first.startswith(self.think):  # a marker that is spelled out counts only here
                     allowed.add(self.think)
-            sign = yield from scanner.until(deltas.write, *filter(None, allowed),
-                                            dropped=(calls.begin, calls.end, *calls.around))
-            if sign == self.think:
+            wrapper_ends = (f"\n{self.wrapper_end}", self.wrapper_end) if self.wrapped else ()
+            sign = yield from scanner.until(
+                deltas.write, *filter(None, allowed), *wrapper_ends,
+                dropped=(calls.begin, calls.end, *calls.around, *wrapper_ends))
+            if sign in wrapper_ends:
+                yield from self._end_of_content(sign)
+            elif sign == self.think:
                 yield from self._reasoning()
             elif sign in calls.starts:
                 yield from calls.read(sign)
@@ -182,10 +196,23 @@ class Prose:
         """Wait until the answer's first text is there, and is not just the beginning of a marker."""
         while not self.scanner.over:
             first = self.scanner.held.lstrip()
-            is_beginning = first != self.think and self.think.startswith(first)
+            signs = self.think, "" if self.wrapped else self.wrapper
+            is_beginning = any(first != sign and sign.startswith(first) for sign in signs)
             if first and not is_beginning:
                 return
             yield
+
+    def _end_of_content(self, sign: str) -> Iterator[None]:
+        """Drop a wrapper's end if nothing but calls comes after it, else it is text."""
+        scanner = self.scanner
+        starts = tuple(filter(None, self.calls.starts))
+        yield from self._undecided(*starts, self.wrapper_end)
+        rest = scanner.held.lstrip()
+        if not rest or rest.startswith(starts):
+            scanner.held = rest
+            self.wrapped = False
+        else:
+            self.deltas.write(scanner.spelled(sign))
 
     def _reasoning(self) -> Iterator[None]:
         scanner = self.scanner
@@ -400,7 +427,7 @@ class AnswerReader:
                 calls = reader(scanner, deltas, names, call_format, types)
             else:
                 calls = JsonCalls(scanner, deltas, names, call_format)
-            self.parts = Prose(scanner, deltas, calls, tokenizer.thoughts or ("", ""))
+            self.parts = Prose(scanner, deltas, calls, tokenizer.thoughts or ("", ""), tokenizer.wrapper)
         self.reading = self.parts.read()
 
     @property

@@ -56,6 +56,7 @@ class Tokenizer:
     tool_format: str | None = None  # how it calls the client's functions, or None (see tool_format_of)
     native_tools = False            # does its template tell it of them? else a system prompt does
     thoughts: tuple[str, str] | None = None  # what encloses its reasoning, one of THOUGHTS
+    wrapper: tuple[str, str] = ("", "")      # what encloses its content, one of WRAPPERS
     infill_tokens = cached_property(infill_tokens_of)
 
     def __init__(self, spec: TextSpec):
@@ -150,7 +151,7 @@ class Tokenizer:
     def marks(self, with_calls: bool) -> dict[int, str]:
         """The tokens that separate the parts of an answer, and the characters that stand for them."""
         calls = self.call_format.markers if with_calls or self.call_format.thoughts else ()
-        wanted = {*(self.thoughts or ()), *calls}
+        wanted = {*(self.thoughts or ()), *self.wrapper, *calls}
         markers = self.markers
         return {markers[name]: MARKS[name] for name in wanted & markers.keys()}
 

@@ -83,6 +83,11 @@ class Chats:
         return self.render(Message("user", FIRST), options={"reasoning_effort": "none"})
 
     @cached_property
+    def thoughtful(self) -> Rendered:
+        options = {"chat_template_kwargs": {"enable_thinking": True}}
+        return self.render(Message("user", FIRST), options=options)
+
+    @cached_property
     def goes_on(self) -> Rendered:
         return self.render(Message("user", FIRST), Message("assistant", PARTIAL), options=GOES_ON)
 
@@ -301,8 +306,10 @@ def features(patient: Patient, chats: Chats) -> Iterator:
             "generic": "described by this server, as the template has no place for them"}
     thinking = "no"
     if thinks:
-        able = "can" if switched else "cannot"
-        thinking = f"{thinks[0]} to {thinks[1]}, which {able} be turned off"
+        switch = "can be turned off" if switched else "cannot be turned off"
+        if not switched and chats.thoughtful.text not in ("", chats.one.text):
+            switch = "is off unless a request turns it on"  # Laguna
+        thinking = f"{thinks[0]} to {thinks[1]}, which {switch}"
     features = {
         "system messages": "refused" if chats.system.refused else "yes",
         "functions": kind.get(tools_of(tokenizer) or "", "no"),

@@ -15,7 +15,7 @@ from chatlm.worker.weights.pipelines import NORMAL, USER_DEFINED
 
 END_TOKENS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>",
               "<end_of_turn>", "<turn|>", "<|tool_response>", "<end_of_utterance>", "<EOT>", "_<EOT>",
-              "\u2581<EOT>", "[EOT]", "<\uff5cend\u2581of\u2581sentence\uff5c>"}
+              "\u2581<EOT>", "[EOT]", "</assistant>", "<\uff5cend\u2581of\u2581sentence\uff5c>"}
 INFILL = frozenset(itertools.chain(*NAMES.values()))
 LIKE_A_NAME = re.compile(r"[<\[][^<>\s]*[>\]]")  # as <unused7>
 # what a template writes around turns: <|im_start|>, <｜User｜>, <start_of_turn>, <|turn>, [INST]

@@ -15,7 +15,7 @@ from chatlm.worker.weights.mixtures import CHOICE_BIAS, GGUF_KEYS, SIGMOIDS
 from chatlm.worker.weights.model_of import attention_of, layer_of
 from chatlm.worker.weights.recipe import ModelSpec
 from chatlm.worker.weights.rules import (
-    MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, ROPE_BASE, SHARE_SCALE, Rule, check_divides, checked)
+    LAYER_TYPES, MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, ROPE_BASE, SHARE_SCALE, Rule, check_divides, checked)
 
 HEADS = Rule(int, 1, MOST_HEADS, many=True)
 KINDS = Rule(str, choices=("dense", "sparse"), many=True)
@@ -101,7 +101,11 @@ def gguf_layers(header: Header) -> tuple[dict, dict]:
     turned = header.value("rope.dimension_count_swa", head_size, low=2, high=head_size)
     gate = header.stored.get("blk.0.attn_gate.weight")
     is_per_number = gate is not None and len(gate.shape) == 2 and int(gate.shape[1]) != heads[0]
-    return {"attention.head_count": max(heads)}, {
+    more = {}
+    if header.raw("attention.sliding_window_pattern") is None and header.value("attention.sliding_window", 0):
+        # llama.cpp's converter does not write the pattern, and llama.cpp assumes this one
+        more["layer_types"] = [LAYER_TYPES[layer % 4 > 0] for layer in range(layers)]
+    return {"attention.head_count": heads[0]}, more | {
         "num_attention_heads_per_layer": heads, "gating": "per-element" if is_per_number else "per-head",
         "rope_parameters": {LOCAL: {"partial_rotary_factor": turned / head_size}},
         "mlp_only_layers": [*range(header.value("leading_dense_block_count", 0))]}

@@ -178,10 +178,16 @@ def north_layers(path: Path, raw: Mapping) -> dict:
     own = ("first_k_dense_replace", "mlp_layer_types", "prefix_dense_intermediate_size", "num_shared_experts",
            "shared_expert_combination_strategy")
     width = raw.get("intermediate_size")
+    key = "prefix_dense_intermediate_size"
+    dense_width = raw.get(key)
+    if dense_width:
+        checked(path, key, dense_width, Rule(int, 1, MOST_CHANNELS))
     rms = raw.get("rms_norm_eps")
+    if rms is not None:
+        checked(path, "rms_norm_eps", rms, Rule(float, 0, 1))
     return {key: value for key, value in raw.items() if key not in own} | {
         "mlp_only_layers": dense, "moe_intermediate_size": width,
-        "intermediate_size": raw.get("prefix_dense_intermediate_size") or width,
+        "intermediate_size": dense_width or width,
         "layer_types": raw.get("layer_types") or [
             LAYER_TYPES[(layer + 1 if layer < first else layer + 1 - first)
                         % (before if layer < first else after) > 0] for layer in range(layers)],

@@ -11,7 +11,7 @@ from chatlm.worker.weights.family import (
     AFTER_ATTENTION, EXPERTS, HEAD_NORMS, Family, Gguf, Header, as_vectors, expert_tensors, separate_experts,
     without_draft_heads)
 from chatlm.worker.weights.rules import (
-    MOST_CHANNELS, MOST_EXPERTS, MOST_LAYERS, SHARE_SCALE, Rule, router_groups)
+    MOST_CHANNELS, MOST_EXPERTS, MOST_LAYERS, SHARE_SCALE, Rule, checked, router_groups)
 
 SIGMOIDS = {"sigmoid_router": True, "choice_bias": True}
 GROUPS = {"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0}
@@ -207,8 +207,9 @@ def ernie_layers(path: Path, config: Mapping) -> dict:
     step = config["moe_layer_interval"]
     dense = [layer for layer in range(layers) if not first <= layer <= last or (layer + 1) % step]
     count = config["moe_num_shared_experts"] or 0
-    return {"mlp_only_layers": dense,
-            "shared_expert_intermediate_size": config["moe_intermediate_size"] * count}
+    key = "moe_intermediate_size"
+    width = checked(path, key, config[key], Rule(int, 1, MOST_CHANNELS))
+    return {"mlp_only_layers": dense, "shared_expert_intermediate_size": width * count}
 
 
 def ernie_tensors(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -93,10 +93,14 @@ def value_at(raw: Any, path: str, default: Any) -> Any:
 
 
 def folder_eyes(folder: Path, settings: Settings, model: ModelSpec, dtype: str) -> Eyes | None:
-    """What the folder sees with; None if it has nothing, or nothing that this program knows."""
+    """What the folder sees with; None if it has nothing. ConfigError if this program cannot compute it."""
     said = FolderSays(folder)
-    family = TOWERS.get(said.config.get("model_type", ""))
+    kind = said.config.get("model_type", "")
+    family = TOWERS.get(kind)
     if family is None:
+        if said.config.get("vision_config"):
+            raise ConfigError(f"{said.config_path}: this server cannot compute the vision tower of a "
+                              f"{shown(kind)} yet")
         return None
     eyes = family.of_folder(said, model)
     return eyes._replace(tensors=folder_tensors(folder, settings, family, eyes, model.width, dtype))

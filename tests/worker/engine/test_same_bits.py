@@ -55,8 +55,8 @@ ROWS = {**{name: Row(name) for name in (*MODELS, *GENERATIONS, "nanogpt")},
 
 def test_every_family_has_a_row():
     """One that is new gets a tiny model in MODELS, of encoders in tests/support/encoders.py, and so its rows in the tests of families."""
-    # gte's older name; tests/support/nomic_experts.py; Granite and GLM-4.5 by other names; Qwen3-MoE where there are pictures
-    others = {"new", "nomic_bert_moe", "minicpm", "bailing_moe_v2", "qwen3_vl_moe_text"}
+    # gte's older name; tests/support/nomic_experts.py; Granite and GLM-4.5 by other names
+    others = {"new", "nomic_bert_moe", "minicpm", "bailing_moe_v2"}
     assert {kind for kind, _ in (*MODELS.values(), *ENCODERS.values())} | others == {*FAMILIES}
 
 

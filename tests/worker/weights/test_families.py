@@ -35,6 +35,7 @@ from families import (CHAT, GGUF_MODELS, LONG, MODELS, TOLERANCE, answers, as_gg
 from hub_configs import HUB_CONFIGS, LFM2_CONFIGS, LFM2_MOE, LFM2_MOE_TUNED
 from lora import SMOLLM2, random_adapter
 from nightly import by_day
+from other_names import as_ling, as_minicpm, granite_like_minicpm
 from patching import patch
 from real_server import ask, events, get, post, server
 from tiny_gguf import small_gguf_metadata, write_gguf
@@ -105,29 +106,6 @@ def test_cuda_kernels_match_transformers(made, name, request):
     check(answers(steps, cases[1:2], chunk=30, count=12), cases[1:2], count=12)
 
 
-def as_ling(folder):
-    """The folder of a GLM-4.5 as one of Ling 2, which transformers lacks: other names, and q, k and v in one matrix."""
-    config = json.loads((folder / "config.json").read_text())
-    renamed = {"num_experts": config.pop("n_routed_experts"), "num_shared_experts": config.pop("n_shared_experts"), "model_type": "bailing_moe_v2"}
-    heads, gqa = config["num_attention_heads"], config["num_key_value_heads"]
-    published = {"score_function": "sigmoid", "moe_router_enable_expert_bias": True, "use_qkv_bias": config.pop("attention_bias"), "use_bias": False,
-                 "use_rmsnorm": True, "router_dtype": "fp32", "output_dropout": 0.0, "num_nextn_predict_layers": 0}
-    (folder / "config.json").write_text(json.dumps(config | renamed | published))
-    stored, found = load_file(folder / "model.safetensors"), {}
-    assert stored["model.layers.0.self_attn.q_proj.weight"].shape[0] * gqa == stored["model.layers.0.self_attn.k_proj.weight"].shape[0] * heads
-    names = {"self_attn.q_norm": "attention.query_layernorm", "self_attn.k_norm": "attention.key_layernorm", "self_attn.o_proj": "attention.dense",
-             "embed_tokens": "word_embeddings", "gate.e_score_correction_bias": "gate.expert_bias"}
-    for name, tensor in stored.items():
-        for theirs, lings in names.items():
-            name = name.replace(theirs, lings)
-        if ".q_proj." in name:
-            tensor = torch.cat([stored[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
-            name = name.replace("self_attn.q_proj", "attention.query_key_value")
-        if not re.search(r"self_attn\.[kv]_proj", name):
-            found[name] = tensor.contiguous()
-    save_file(found, folder / "model.safetensors")
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ling_2_is_glm_4_5_by_other_names(backend, tmp_path):
     """A folder of Ling 2 computes what transformers computes of the same GLM-4.5, with groups of experts."""
@@ -135,23 +113,6 @@ def test_ling_2_is_glm_4_5_by_other_names(backend, tmp_path):
     as_ling(save(model, tmp_path))
     ling, cases = load(tmp_path), clear_cases(model)
     check(answers(transformer(ling, kernels_of(backend, ling.spec)), cases), cases)
-
-
-FACTORS = dict(scale_emb=6.0, scale_depth=0.6, dim_model_base=48)          # of 4 layers and 64 channels: those of the tests' Granite
-
-
-def granite_like_minicpm(**changes):
-    """A Granite by transformers, whose factors are FACTORS'. MiniCPM's code is no part of transformers."""
-    return make_model("granite", attention_bias=False, mlp_bias=False, embedding_multiplier=6.0, residual_multiplier=0.3, logits_scaling=64 / 48,
-                      attention_multiplier=0.25, **changes)
-
-
-def as_minicpm(folder):
-    config = json.loads((folder / "config.json").read_text())
-    for key in ("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier"):
-        del config[key]
-    (folder / "config.json").write_text(json.dumps(config | FACTORS | {"model_type": "minicpm", "mup_denominator": 32}))
-    return folder
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -171,6 +132,12 @@ def test_a_minicpm_file_without_factors_has_those_of_2b(tmp_path):
     own = {key.replace("granite.", "minicpm."): value for key, value in metadata.items() if "scale" not in key} | {"general.architecture": "minicpm"}
     _, spec = gguf_spec(tmp_path / "granite.gguf", own, stored, None)
     assert (spec.embedding_scale, spec.residual_scale, spec.logit_scale) == (12, pytest.approx(1.4 / 2), 4.0)
+
+
+def test_a_laguna_file_without_a_pattern_has_its_windows(tmp_path):
+    """As llama.cpp's converter writes it: every fourth layer has none, from the first on."""
+    _, spec = spec_of_changed_gguf(tmp_path, "laguna", {"laguna.attention.sliding_window_pattern": None})
+    assert [layer.mixer.window for layer in spec.own_layers] == [0, 24, 24, 24, 0]
 
 
 @pytest.mark.parametrize("change, words", [
@@ -209,7 +176,8 @@ def test_draft_heads_of_mixtures_are_not_read(tmp_path):
     ("hunyuan-moe", {"moe_topk": [3, 3, 2]}, r"moe_topk is .*; it must be the same in all layers"),
     ("minimax-m2", {"scoring_func": "softmax"}, "scoring_func is .*softmax.*; it must be one of sigmoid"),
     ("cohere2moe", {"num_shared_experts": 1}, "num_shared_experts is 1; it must be 0"),
-    ("ernie-moe", {"moe_norm_min": 0.1}, "moe_norm_min is 0.1"), ("ernie-moe", {"moe_gate": "top2"}, "moe_gate is .*; it must be one of topk"),
+    ("cohere2moe", {"prefix_dense_intermediate_size": -1}, "prefix_dense_intermediate_size is -1"), ("cohere2moe-rms", {"rms_norm_eps": "x"}, "rms_norm_eps is"),
+    ("ernie-moe", {"moe_intermediate_size": None}, "moe_intermediate_size is missing; it must be an integer"), ("ernie-moe", {"moe_norm_min": 0.1}, "moe_norm_min is 0.1"), ("ernie-moe", {"moe_gate": "top2"}, "moe_gate is .*; it must be one of topk"),
     ("laguna", {"gating": False}, "gating is false"), ("laguna", {"gating_types": ["per-element"] * 5}, "gating_types has .*must say the same"),
     ("laguna", {"moe_router_logit_softcapping": 5.0}, "moe_router_logit_softcapping is 5.0; it must be 0"),
     ("laguna", {"num_attention_heads_per_layer": [4, 8, 5, 8, 4]}, r"num_attention_heads_per_layer\[2\] is 5; it must be a multiple of 2"),

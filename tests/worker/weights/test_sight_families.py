@@ -10,6 +10,7 @@ from chatlm.common.messages.requests import AnswerParams, SamplingParams
 from chatlm.common.vision.layout import layout_of
 from chatlm.worker.engine.sequence import Assignment
 from chatlm.worker.weights.gguf_file import read_gguf
+from families import load, make_model, save
 from image_conversations import picture_of_size
 from seeing_engine import answer, asking, check_logits, checked_answer, chosen_kernels, logits_of, open_engine
 from sight_families import FAMILIES, family_logits, make_pixtral, save_family, write_family
@@ -82,6 +83,12 @@ def test_another_pixtral_tower_leaves_a_text_model(tmp_path, caplog, part, chang
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert open_engine(tmp_path).full_text.vision is None
     assert "reads texts alone" in caplog.text and said in caplog.text
+
+
+def test_an_unknown_tower_leaves_a_text_model(tmp_path, caplog):
+    """Muse Glimmer's tower is not computed yet."""
+    assert load(save(make_model("muse-glimmer"), tmp_path)).text.vision is None
+    assert "reads texts alone" in caplog.text and "cannot compute the vision tower of a \"muse_glimmer\" yet" in caplog.text
 
 
 def test_an_mmproj_of_pixtral_12b_is_refused(tmp_path, caplog):
