@@ -189,6 +189,7 @@ from chatlm.front.server.recordings import GRACE_S, Recording, Recordings
 from chatlm.front.server.responses import (
     REQUEST_LOG, errors_to_responses, json_response, send_whole, shows)
 from chatlm.front.server.routes import Api, Route, RouteTable
+from chatlm.front.server.rounds import Rounds
 from chatlm.front.server.runs import RUN_ROUTES, RunRoutes
 from chatlm.front.server.streams import EventStream
 from chatlm.front.server.tooling import TOOL_ROUTES, ToolRoutes
@@ -231,6 +232,7 @@ class Front:
         self.kept = ResponseKeeper(store, self.bodies, self.owners, settings.keep_days)
         self.metrics = Metrics(catalogue, self.ledger, toolbox)
         self.answers = Answers(settings, self.owners, self.ledger, self.metrics)
+        self.rounds = Rounds(self.answers, toolbox, settings)
         self.batches = BatchRoutes(store, catalogue, self.bodies, self.owners, self.answers, self.ledger)
         self.kept.removed = self.batches.wake_up
         self.history = History(catalogue, self.metrics)
@@ -264,7 +266,10 @@ class Front:
             [request] = self.identified([(pool, parsed.request)], parsed.is_kept)
             parsed = replace(parsed, request=request)
             del request  # from here on only what an answer needs is kept, not all messages and tools
-            answering = self.answers.begin(pool, parsed.request, served.name, not parsed.stream)
+            if parsed.plan:
+                answering = self.rounds.begin(pool, parsed, served.name, not parsed.stream)
+            else:
+                answering = self.answers.begin(pool, parsed.request, served.name, not parsed.stream)
             tokenizer = None if parsed.api == "native" else loaded_tokenizer(pool)
             encoder = answer_encoder(parsed, served.name, tokenizer)
             parsed = encoder.parsed
@@ -344,7 +349,7 @@ class Front:
         left, cancel it."""
         def cancel_unread():
             if not recording.followers and not recording.ended:
-                self.catalogue.cancel(request_id)
+                self.cancel(request_id)
 
         recording.followers += 1
         try:
@@ -397,15 +402,21 @@ class Front:
         if not ids:
             raise not_running
         if only_thinking:
-            ended = [await self.catalogue.end_thinking(one) for one in ids]
+            ended = [await self.catalogue.end_thinking(self.rounds.running_id(one)) for one in ids]
             if not any(ended):
                 raise RequestError("the answer is not thinking now", status=409, code="not_thinking",
                                    param="id")
             return json_response({"id": request_id, "cancelled": "reasoning"})
-        cancelled = [self.catalogue.cancel(one) for one in ids]
+        cancelled = [self.cancel(one) for one in ids]
         if not any(cancelled):
             raise not_running
         return json_response({"id": request_id, "cancelled": True})
+
+    def cancel(self, request_id: str) -> bool:
+        """Stop an answer, and the calls of tools that it waits for. False if it does not run."""
+        running_id = self.rounds.running_id(request_id)
+        has_tools = self.rounds.cancel(request_id)
+        return self.catalogue.cancel(running_id) or has_tools
 
     async def handle_metrics(self, http: web.Request) -> web.Response:
         return await metrics_response(self.metrics)

@@ -11,6 +11,7 @@ from chatlm.common.config import Settings
 from chatlm.common.messages.requests import (
     DRAFT_SOURCES, AnswerParams, Embedder, Forms, InfillTokens, ModelFacts, ModelSource, Request,
     TextSpec, WorkerEvent)
+from chatlm.common.messages.tool_rounds import ToolPlan
 from chatlm.common.messages.wire import Pipe, wire_message
 
 
@@ -469,6 +470,7 @@ class ParsedBody:
     ignored_fields: tuple[str, ...] = ()  # names of fields that have no effect on this answer
     kept: tuple[KeptItem, ...] = ()      # of an answer that is kept: the items of its input
     repeated: bytes = b""                # what the answer repeats of the body: members of a JSON object
+    plan: ToolPlan | None = None         # the tools that the server calls for it; None: none
 
     @property
     def is_kept(self) -> bool:
