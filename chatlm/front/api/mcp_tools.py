@@ -1,4 +1,4 @@
-"""Tools of type `mcp` in a response: which of the operator's tools a body asks for, and earlier calls of them.
+"""Tools of type `mcp` in a response: which of the operator's a body asks for, and earlier calls of them.
 
 A body names tool servers by the labels that they have in --mcp-config, and nothing else of them: no request
 says what is started or which address is opened."""
@@ -67,7 +67,7 @@ class McpTools:
         self.functions.append({"type": "function", "function": function})
         self.planned.append(PlannedTool(one["name"], one["label"], one["tool"], one["digest"], asks))
 
-    def beside(self, functions: Seq[Mapping]) -> tuple[dict, ...]:
+    def beside(self, functions: Seq[dict]) -> tuple[dict, ...]:
         """These tools after the body's own functions. Raises RequestError for a function with the name of one
         of these tools."""
         own = {function["function"]["name"] for function in functions}

@@ -356,6 +356,8 @@ def read_responses_body(body: dict, known: Known, before: Seq | None = None,
     mcp = McpTools(sent if runs_tools else (), offered or ())
     if mcp.labels and offered is None:
         raise refuse_in_batches()
+    if mcp.labels and body.get("n", 1) not in (None, 1):
+        raise bad_value("n", body["n"], "1 where the server runs tools: each answer would run them")
     history = None
     if runs_tools:
         history = McpHistory(before or (), values.get("input"))

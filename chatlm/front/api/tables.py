@@ -243,8 +243,8 @@ RESPONSES_FIELDS = (
           idle={"effort": idle.without_thinking, "max_tokens": idle.without_thoughts},
           repeated={"effort": None, "summary": None}),
     PARALLEL._replace(repeated=True),
-    Field("max_tool_calls", INTEGER, "most calls of tools of type `mcp`, which the server runs; then the model "
-          "answers without them", 1, 2**31 - 1, idle={"": idle.without_tool_rounds}, repeated=None),
+    Field("max_tool_calls", INTEGER, "most calls of tools of type `mcp`, which the server runs; then the "
+          "model answers without them", 1, 2**31 - 1, idle={"": idle.without_tool_rounds}, repeated=None),
     Field("text", object_of("format")._replace(convert=partial(nested_grammar, param="text")),
           "`format`: text, json_object or json_schema", means="response_format",
           repeated={"format": {"type": "text"}}),

@@ -52,7 +52,7 @@ class Envelope:
     line: Line | None = None    # the line of a batch that has these fields as its body
     before: list | None = None  # the items that the body continues; None: it continues nothing
     labels: tuple[str, ...] = ()      # the tool servers that it names
-    offered: list | None = None       # their tools that its client may have; None: the server runs none for it
+    offered: list | None = None       # their tools that its client may have; None: nothing is run for it
     shown: bool = False
 
     def show(self, pictures: Seq[Picture]):

@@ -15,7 +15,7 @@ from chatlm.common.errors import RequestError, bad_value, shown
 from chatlm.common.jsontext import dump
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import KeptItem
-from chatlm.common.messages.requests import Finished, Piece
+from chatlm.common.messages.requests import Finished
 from chatlm.front.aio import supervised
 from chatlm.front.api.message_readers import (
     OTHER_ITEMS, chat_messages, other_types, response_messages, without_others)
@@ -116,8 +116,7 @@ class ResponseKeeper:
         kept = False
         try:
             async for event in events:
-                if isinstance(event, (Piece, Finished)):
-                    twin.collect(event)
+                twin.collect(event)
                 if isinstance(event, Finished):
                     await self._keep(twin, owner, twin.whole()[1])
                     kept = True

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from chatlm.front.tools.toolbox import Toolbox
 
 AT_ONCE = 4  # calls of an answer
+NO_ROOM = Finished("length", "context_length", Usage(), queue_ms=0.0, ttft_ms=0.0, tokens_per_second=None,
+                   gpu=0)
 
 
 class Rounds:
@@ -57,11 +59,13 @@ class Rounds:
         del parsed
         self.loops[request_id] = loop
         self.answers.running[request_id] = self.answers.owners.of_answer(request_id, client)
+        pool.in_rounds += 1
         try:
             async with loop.rounds, aclosing(loop.events()) as events:
                 accepted: Any = await anext(events)
                 yield accepted, events
         finally:
+            pool.in_rounds -= 1
             del self.loops[request_id]
             self.answers.running.pop(request_id, None)
 
@@ -161,7 +165,13 @@ class Loop:
                     yield event
         for number in itertools.count():
             may_call = self._may_call(number)
-            accepted, answer = await self._begin_round(number, may_call)
+            try:
+                accepted, answer = await self._begin_round(number, may_call)
+            except RequestError as error:
+                if not self.calls or error.code != "context_length_exceeded":
+                    raise
+                self.ended.append(NO_ROOM)  # for the results. What the calls did is not hidden by an error
+                break
             if number == 0 and not self.plan.approved:
                 yield accepted
                 for event in self._lists():
@@ -230,7 +240,7 @@ class Loop:
         options = {name: value for name, value in request.template_options.items()
                    if name not in ("continue_final_message", "add_generation_prompt")}
         request = replace(request, params=params, prompt_ids=None, pictures=(), prefix_token_ids=(),
-                          messages=self._messages(), template_options=options,
+                          messages=self._messages(), template_options=options, goes_on=True,
                           max_tokens=self._tokens_left())
         return request if may_call else replace(request, params=without_calls(params), tools=())
 
@@ -247,8 +257,8 @@ class Loop:
         results = {approved.id: call for approved, call in zip(self.plan.approved, self.approved)}
         messages: list[Message] = []
         for message in self.request.messages or ():
-            call = results.get((message.more or {}).get("tool_call_id", "")) if message.role == "tool" else None
-            if call is None:
+            call = results.get((message.more or {}).get("tool_call_id", ""))
+            if call is None or message.role != "tool":
                 messages.append(message)
             else:
                 messages += result_messages([call], shown, [message])
@@ -275,8 +285,9 @@ class Loop:
         seconds = sum(end.usage.completion_tokens / end.tokens_per_second for end in timed
                       if end.tokens_per_second)
         tokens = sum(end.usage.completion_tokens for end in timed)
-        return replace(last, usage=usage, queue_ms=sum(end.queue_ms for end in self.ended),
-                       ttft_ms=self.ended[0].ttft_ms,
+        dropped = max(end.dropped_messages for end in self.ended)
+        return replace(last, usage=usage, dropped_messages=dropped, ttft_ms=self.ended[0].ttft_ms,
+                       queue_ms=sum(end.queue_ms for end in self.ended),
                        tokens_per_second=tokens / seconds if seconds else None)
 
     def _check_stop(self):
@@ -287,8 +298,10 @@ class Loop:
 
     async def _accepted(self) -> Accepted:
         """Check that the model will have the conversation, before a call runs that was approved."""
-        admitted = await self.pool.admission.admit(self.request)
-        return Accepted(sum(map(len, admitted.prompt_ids or ())))
+        request = self.request
+        if request.prompt_ids is None:
+            request = await self.pool.admission.admit(request)
+        return Accepted(sum(map(len, request.prompt_ids or ())))
 
     def _lists(self) -> Seq[ToolsListed]:
         offered = self.toolbox.offered()
@@ -332,7 +345,8 @@ class Loop:
                 yield event
         self.approved = calls
 
-    async def _run(self, calls: Seq[Call], digests: Seq[str] | None = None) -> AsyncGenerator[CallEnded, None]:
+    async def _run(self, calls: Seq[Call],
+                   digests: Seq[str] | None = None) -> AsyncGenerator[CallEnded, None]:
         """Run calls, AT_ONCE at a time, and yield their results in the order of the calls.
 
         digests: of the tools, as the client has approved of them."""

@@ -197,8 +197,9 @@ def earlier(connection: sqlite3.Connection, columns: str, previous: str, convers
 def size_before(connection: sqlite3.Connection, previous: str, conversation: str, owner: str) -> int:
     """How many bytes `before` returns. Raises RequestError if that is more than a body may have."""
     size = 2
-    for name_length, length in earlier(connection, "LENGTH(name), LENGTH(body)", previous, conversation, owner):
-        size += name_length + length + 12
+    columns = "LENGTH(name) + LENGTH(body)"
+    for (length,) in earlier(connection, columns, previous, conversation, owner):
+        size += length + 12
         if size > LIMITS.body_bytes:
             raise too_large_to_count(f"what was said before is too large: at most {LIMITS.body_bytes} bytes "
                                      "are allowed")

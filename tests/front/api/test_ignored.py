@@ -61,7 +61,7 @@ VALUES = {      # a value of each field that differs from what holds without it
     "grammar": 'root ::= "a"', "json_schema": SCHEMA, "structured_outputs": {"regex": "a+"}, "guided_whitespace_pattern": " ",
     "structural_tag": {}, "regex": "a", "ebnf": "a", "echo": True, "best_of": 1, "suffix": "x", "encoding_format": "base64", "pooling": "last",
     "dimensions": 4, "instructions": "Be brief.", "max_output_tokens": 7, "reasoning": {"effort": "low"}, "text": {"format": {"type": "json_object"}},
-    "truncation": "auto", "include": ["message.output_text.logprobs"], "metadata": {"a": "b"}, "user": "me", "previous_response_id": "x", "conversation": "x", "background": True,
+    "truncation": "auto", "include": ["message.output_text.logprobs"], "max_tool_calls": 3, "metadata": {"a": "b"}, "user": "me", "previous_response_id": "x", "conversation": "x", "background": True,
     "system": "Be brief.", "stop_sequences": ["x"], "thinking": {"type": "enabled"}, "enable_thinking": False, "output_config": {"format": FORM | {"schema": SCHEMA}},
     "output_format": {"type": "json_schema", "schema": SCHEMA}, "format": "json", "think": True, "options": {"temperature": 0.5}, "raw": True, "images": ["x"], "add_special": True, "parse_special": False,
     "with_pieces": True, "prefix_token_ids": [72], "return_token_ids": True, "input_prefix": "Other", "input_suffix": ["a", 5], "input_extra": [{"text": "x"}],
@@ -170,7 +170,7 @@ UNREAD = {
     "/v1/completions": {"user": "me", "truncate": "oldest", "reasoning_effort": "low", "tools": [TOOL], **VLLM, **LLAMA, **SAMPLERS},
     "/v1/embeddings": {"user": "me", "truncate_prompt_tokens": 5, "temperature": 1},
     "/v1/responses": {
-        "n": 2, "max_tool_calls": 1, "service_tier": "flex",
+        "n": 2, "service_tier": "flex",
         "safety_identifier": "x", "prompt_cache_key": "x", "prompt_cache_retention": "24h", "stream_options": {}, "context_management": [],
         "reasoning_effort": "low", **SAMPLERS},
     "/v1/messages": {"metadata": {"user_id": "x"}, "service_tier": "auto", "container": "x", "context_management": {}, "mcp_servers": [],
