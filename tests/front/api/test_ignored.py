@@ -61,7 +61,7 @@ VALUES = {      # a value of each field that differs from what holds without it
     "grammar": 'root ::= "a"', "json_schema": SCHEMA, "structured_outputs": {"regex": "a+"}, "guided_whitespace_pattern": " ",
     "structural_tag": {}, "regex": "a", "ebnf": "a", "echo": True, "best_of": 1, "suffix": "x", "encoding_format": "base64", "pooling": "last",
     "dimensions": 4, "instructions": "Be brief.", "max_output_tokens": 7, "reasoning": {"effort": "low"}, "text": {"format": {"type": "json_object"}},
-    "truncation": "auto", "include": ["message.output_text.logprobs"], "max_tool_calls": 3, "metadata": {"a": "b"}, "user": "me", "previous_response_id": "x", "conversation": "x", "background": True,
+    "truncation": "auto", "include": ["message.output_text.logprobs"], "metadata": {"a": "b"}, "user": "me", "previous_response_id": "x", "conversation": "x", "background": True,
     "system": "Be brief.", "stop_sequences": ["x"], "thinking": {"type": "enabled"}, "enable_thinking": False, "output_config": {"format": FORM | {"schema": SCHEMA}},
     "output_format": {"type": "json_schema", "schema": SCHEMA}, "format": "json", "think": True, "options": {"temperature": 0.5}, "raw": True, "images": ["x"], "add_special": True, "parse_special": False,
     "with_pieces": True, "prefix_token_ids": [72], "return_token_ids": True, "input_prefix": "Other", "input_suffix": ["a", 5], "input_extra": [{"text": "x"}],
@@ -116,7 +116,7 @@ def parsed(route, body):
 
 
 @pytest.mark.parametrize("route, name", [
-    (route, field.name) for route, fields in BODY_FIELDS.items() for field in fields if field.name not in ("model", "store")])     # which `Bodies.resolve` and `Keeper` read
+    (route, field.name) for route, fields in BODY_FIELDS.items() for field in fields if field.name not in ("model", "store", "max_tool_calls")])     # which `Bodies.resolve`, `Keeper` and `Rounds` read
 def test_a_known_field_has_an_effect_or_is_refused(route, name):
     """A field of the tables changes the request or is refused."""
     without, body = sent(route, name)

@@ -44,7 +44,7 @@ async def asked(url, http, folder, name, seed):
     async with http.post(url + "/v1/responses", json=body, headers={"X-Request-Id": name}) as response:
         answer = await response.json()
     assert response.status == 200, answer
-    return [{key: value for key, value in item.items() if key != "id"} for item in answer["output"]], log.read_text().splitlines()
+    return [{key: value for key, value in item.items() if key != "id"} for item in answer["output"]], sorted(log.read_text().splitlines())  # they run at once
 
 
 @pytest.mark.parametrize("runs", [10, pytest.param(200, marks=pytest.mark.slow)])
@@ -54,7 +54,7 @@ async def test_killed_workers_repeat_no_call(place, runs):
     wanted = {}
     struck = 0
     for run in range(runs):
-        seed = rng.choice(SEEDS)
+        seed = SEEDS[run % len(SEEDS)]
         if seed not in wanted:
             wanted[seed] = await asked(url, http, folder, f"calm-{run}", seed)
         name = f"kill-{rng.choice(MOMENTS)}-{run}"
