@@ -151,22 +151,20 @@ class McpHistory:
 
     def __init__(self, before: Iterable, items: Any):
         """before: the items that a response continues. items: its input."""
-        sent = [item for item in (items if isinstance(items, list) else ()) if isinstance(item, dict)]
-        every = [*(item for item in before if isinstance(item, dict)), *sent]
-        self.listed = {item.get("server_label") for item in every if item.get("type") == "mcp_list_tools"}
-        self.requests = {text(item, "id"): item for item in every
-                         if item.get("type") == "mcp_approval_request"}
-        self.called = {item.get("approval_request_id") for item in every if item.get("type") == "mcp_call"}
+        sent = items if isinstance(items, list) else ()
+        every = [*before, *sent]
+        self.listed = set(texts_of(every, "mcp_list_tools", "server_label"))
+        self.requests = {text(item, "id") for item in of_type(every, "mcp_approval_request")}
+        self.called = set(texts_of(every, "mcp_call", "approval_request_id"))
         self.answers: dict[str, Mapping] = {}  # by the ids of the requests
-        for item in every:
-            if item.get("type") == "mcp_approval_response":
-                self._answer(item)
-        self.newly_answered = {item.get("approval_request_id") for item in sent
-                               if item.get("type") == "mcp_approval_response"}
-        self.approved: list[ApprovedCall] = []  # those of the items that were read
+        for item in of_type(every, "mcp_approval_response"):
+            self._answer(item)
+        self.newly_answered = set(texts_of(sent, "mcp_approval_response", "approval_request_id"))
+        self.shown: set[str] = set()            # requests that were read
+        self.approved: list[ApprovedCall] = []  # calls of these
 
     def _answer(self, item: Mapping):
-        request = item.get("approval_request_id")
+        request = text(item, "approval_request_id")
         if request not in self.requests:
             raise bad_value("approval_request_id", request,
                             "the id of an item of type mcp_approval_request before it")
@@ -188,8 +186,9 @@ class McpHistory:
 
     def _request_items(self, item: Mapping) -> Iterator[dict]:
         name = text(item, "id")
-        if name in self.called:  # the call is an item of its own
+        if name in self.called or name in self.shown:  # the call is an item of its own, or was sent twice
             return
+        self.shown.add(name)
         answer = self.answers.get(name)
         if answer is None:
             output = UNANSWERED
@@ -202,6 +201,15 @@ class McpHistory:
             tool = model_name(text(item, "server_label"), text(item, "name"))
             self.approved.append(ApprovedCall(name, tool, text(item, "arguments"), name[-DIGEST_CHARACTERS:]))
         yield from call_items(item, name, output)
+
+
+def of_type(items: Iterable, kind: str) -> Iterator[Mapping]:
+    return (item for item in items if isinstance(item, dict) and item.get("type") == kind)
+
+
+def texts_of(items: Iterable, kind: str, member: str) -> Iterator[str]:
+    """A member of the items of a type, where it is a text."""
+    return filter(is_text, (item.get(member) for item in of_type(items, kind)))
 
 
 def call_items(item: Mapping, call_id: str, output: str) -> Iterator[dict]:

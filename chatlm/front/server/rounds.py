@@ -19,6 +19,7 @@ from chatlm.common.messages.requests import (
     Accepted, CallApproved, CallEnded, Finished, Message, Piece, RoundEnded, ToolsListed, Usage)
 from chatlm.front.aio import end_tasks
 from chatlm.front.api.message_readers import earlier_arguments
+from chatlm.front.server.responses import REQUEST_LOG
 from chatlm.front.tools.results import ToolResult
 from chatlm.front.tools.rules import (
     CHANGED, CUT_OFF, PICTURES_OF_RESULTS, SEEN_PICTURES, TOO_MANY, UNSEEN_PICTURES, arguments_of,
@@ -350,6 +351,8 @@ class Loop:
         """Run calls, AT_ONCE at a time, and yield their results in the order of the calls.
 
         digests: of the tools, as the client has approved of them."""
+        # who sends a request again after an error would act twice: OpenAI's and Anthropic's clients then don't
+        REQUEST_LOG.get().headers["X-Should-Retry"] = "false"
         digests = digests or [self.tools[call.name].digest for call in calls]
         places = asyncio.Semaphore(AT_ONCE)
         tasks = [asyncio.ensure_future(self._result(call, digest, places))

@@ -1,6 +1,7 @@
 """Responses with tools that the server runs, through OpenAI's client and a real server with the default model: kept, continued after a restart, large."""
 
 import json
+import signal
 import sys
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ import pytest
 
 import fake_tools
 from openai_routes import need_exact
-from real_server import server
+from real_server import get, server, wait_for
 
 SMALL = "--kv-cache-memory", "64M", "--max-batch", "2"
 TOOL = {"type": "mcp", "server_label": "fake", "require_approval": "never", "allowed_tools": ["pick"]}
@@ -100,6 +101,33 @@ def test_an_approval_outlives_the_server(place, default_model_path):
         # in a conversation too
         other = ask(client, [yes | {"approve": False}], [ASKED], conversation=conversation.id, tool_choice="none")
         assert other.output[-1].type == "message" and len(called(place)) == before + 1
+
+
+def test_a_stopping_server_ends_what_it_has_begun(place, default_model_path):
+    """An answer is one, however many rounds it has: a drain waits for all of them."""
+    gate = place / "gate"
+    (place / "drained.json").write_text(json.dumps({"mcpServers": {"fake": {
+        "command": sys.executable, "args": [fake_tools.__file__, "log", str(place / "drained")], "alwaysAllow": ["*"]}}}))
+    with server(default_model_path, "--mcp-config", place / "drained.json", *SMALL) as (process, url):
+        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+        said = [{"role": "user", "content": "Wait."}, request := {"type": "mcp_approval_request", "id": "mcpr_", "server_label": "fake", "name": "slow",
+                "arguments": json.dumps({"path": str(gate)})}, {"type": "mcp_approval_response", "approval_request_id": "mcpr_", "approve": True}]
+        request["id"] = said[2]["approval_request_id"] = "mcpr_" + digest_of(url, "fake__slow")
+        events = iter(ask(client, said, [{"type": "mcp", "server_label": "fake"}], tool_choice="none", max_output_tokens=8, stream=True))
+        while next(events).type != "response.mcp_call_arguments.done":
+            pass
+        process.send_signal(signal.SIGTERM)
+        wait_for(process, "Stopping")
+        with pytest.raises(openai.APIStatusError):
+            ask(client)
+        gate.touch()
+        *_, last = events
+        assert last.type == "response.incomplete" and last.response.output[1].output == "it is there"
+        assert process.wait(30) == 0
+
+
+def digest_of(url, name):
+    return next(tool["digest"] for tool in get(url + "/v1/tools")["data"] if tool["name"] == name)
 
 
 def test_large_bodies_and_many_tools_are_read_in_a_sandbox(client, place):

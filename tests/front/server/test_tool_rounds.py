@@ -12,7 +12,7 @@ import pytest
 
 import fake_tools
 from chatlm.common.config import ApiKey, Settings
-from chatlm.common.errors import RequestError
+from chatlm.common.errors import EngineFailure, RequestError
 from chatlm.common.messages.requests import Message, Picture
 from chatlm.front.server import streams
 from chatlm.front.server.rounds import seed_of_round
@@ -74,7 +74,9 @@ def place(tmp_path):
         config.write_text(json.dumps({"mcpServers": {"fake": program, **(servers or {})}}))
         pool = pool or ScriptedPool(*texts)
         async with serving(pool, Settings(mcp_config=str(config), **settings)) as url:
-            yield Place(pool, url, log)
+            at = Place(pool, url, log)
+            async with at.client:
+                yield at
     return made
 
 
@@ -248,6 +250,27 @@ async def test_a_server_that_failed_is_listed_with_its_reason(place):
     assert "mcp_list_tools.failed" in types(events) and "no licence found" in events[-1].response.output[0].error
 
 
+class Failing(ScriptedPool):
+    """Its worker fails after the first round."""
+
+    async def answer(self, request):
+        if len(request.messages) > 1:
+            raise EngineFailure("the workers died too often")
+        async for event in super().answer(request):
+            yield event
+
+
+async def test_no_client_tries_again_after_a_call(place):
+    """OpenAI's client sends a request again after an error, but not if a tool has acted."""
+    async with place(pool=Failing(PICK)) as at:
+        at.client.max_retries = 2
+        with pytest.raises(openai.InternalServerError):
+            await at.ask()
+        events = await at.events()
+    assert len(at.called) == 2 and len(at.pool.requests) == 2 and events[-1].type == "response.failed"
+    assert events[-1].response.output[1].output == "picked red"
+
+
 # approvals
 
 async def test_a_call_runs_once_it_is_approved(place):
@@ -306,10 +329,20 @@ async def test_approvals_that_fit_nothing_are_refused(place):
         yes = {"type": "mcp_approval_response", "approval_request_id": request.id, "approve": True}
         for items, tools, match in (([yes], [TOOL], "mcp_approval_request before it"), ([request.to_dict(), yes, yes], [TOOL], "answered twice"),
                                     ([request.to_dict(), yes | {"approve": "yes"}], [TOOL], "true or false"), ([request.to_dict(), yes], [], "must be among them"),
-                                    ([request.to_dict() | {"arguments": 7}, yes], [TOOL], "arguments of an item")):
+                                    ([request.to_dict() | {"arguments": 7}, yes], [TOOL], "arguments of an item"),
+                                    ([yes | {"approval_request_id": [7]}], [TOOL], "approval_request_id of an item")):
             with pytest.raises(openai.BadRequestError, match=match):
                 await at.ask(items, tools)
     assert at.called == []
+
+
+async def test_an_approval_that_is_sent_twice_runs_once(place):
+    async with place(PICK, "It is red.", allowed=()) as at:
+        [_, request] = (await at.ask()).output
+        yes = {"type": "mcp_approval_response", "approval_request_id": request.id, "approve": True}
+        await at.ask([request.to_dict(), request.to_dict(), yes, {"type": "mcp_list_tools", "server_label": [1]}, {"type": "mcp_call", "id": "x",
+                      "server_label": "fake", "name": "pick", "arguments": "", "approval_request_id": {}}])
+    assert len(at.called) == 1 and at.sent[1][1::2] == [("tool", "picked red"), ("tool", "The call was cut off, so its outcome is unknown.")]
 
 
 async def test_arguments_that_are_no_object_are_not_asked_about(place):
