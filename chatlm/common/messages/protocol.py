@@ -477,6 +477,11 @@ class ParsedBody:
         """Whether its answer is kept, as responses are."""
         return bool(self.details.get("store"))
 
+    @property
+    def in_background(self) -> bool:
+        """Whether its client does not wait for its answer."""
+        return bool(self.details.get("background"))
+
     def lasting(self) -> ParsedBody:
         """What the encoder of the answer needs; only an echo repeats prompts."""
         request = self.request.lasting()

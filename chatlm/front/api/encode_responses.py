@@ -49,7 +49,8 @@ class ResponsesEncoder(BlockEncoder):
         self.head = {"id": "resp_" + self.request.id, "object": "response", "created_at": int(time.time()),
                      "model": self.model, "error": None, "incomplete_details": None,
                      "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed,
-                     "top_logprobs": self.request.params.logprobs or 0, "background": False,
+                     "top_logprobs": self.request.params.logprobs or 0,
+                     "background": self.parsed.in_background,
                      "previous_response_id": kept.get("previous_response_id"),
                      "store": kept.get("store", False), "usage": None}
         if "conversation" in kept:

@@ -397,6 +397,10 @@ def kept_details(values: Mapping, known: Known) -> dict:
     """What its encoder must know of a response that may be kept: whether it is, and what it continues.
     Raises RequestError if it continues something on a server that keeps no answers."""
     chained = [name for name in CHAINED if values.get(name)]
+    in_background = {"background": True} if values.get("background") else {}
+    if in_background and (known.settings.database is None or not values.get("store", True)):
+        raise bad_value("background", True, "false where the answer is not kept, which needs --database and "
+                        'no "store": false')
     if known.settings.database is None:
         if chained:
             raise bad_value(chained[0], values[chained[0]], "left out: the server keeps no answers, since it "
@@ -404,7 +408,7 @@ def kept_details(values: Mapping, known: Known) -> dict:
         return {}
     if len(chained) == 2:
         raise invalid("conversation", "previous_response_id and conversation exclude each other")
-    return {"store": values.get("store", True), **{name: values[name] for name in chained}}
+    return {"store": values.get("store", True), **in_background, **{name: values[name] for name in chained}}
 
 
 def input_items(values: Mapping, runs_tools: bool = False) -> list:

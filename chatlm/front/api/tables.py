@@ -266,8 +266,8 @@ RESPONSES_FIELDS = (
           "with --database: the conversation that this response continues, and is added to",
           group=CONTINUES),
     Field("prompt", refused_field("the server keeps no prompts"), "refused"),
-    Field("background", FieldType("false: answers are not made in the background", {"enum": [False]}),
-          "true is refused"),
+    Field("background", SWITCH, "true, with --database: return at once; GET /v1/responses/{id} shows the "
+          "answer, also before it has ended"),
 )
 
 OUTPUT_CONFIG = Field("output_config", object_of("effort"), "`effort`: how much the model thinks",

@@ -351,7 +351,7 @@ class Loop:
         """Run calls, AT_ONCE at a time, and yield their results in the order of the calls.
 
         digests: of the tools, as the client has approved of them."""
-        # who sends a request again after an error would act twice: OpenAI's and Anthropic's clients then don't
+        # OpenAI's and Anthropic's clients send a request again after an error: this one would act twice
         REQUEST_LOG.get().headers["X-Should-Retry"] = "false"
         digests = digests or [self.tools[call.name].digest for call in calls]
         places = asyncio.Semaphore(AT_ONCE)

@@ -130,6 +130,64 @@ def digest_of(url, name):
     return next(tool["digest"] for tool in get(url + "/v1/tools")["data"] if tool["name"] == name)
 
 
+def in_background(client, gate, name, **more):
+    """A response in the background whose tool waits for a file; returns it once the tool runs."""
+    digest = digest_of(str(client.base_url).removesuffix("/v1/"), "fake__slow")
+    request = {"type": "mcp_approval_request", "id": f"mcpr_{name}{digest}", "server_label": "fake", "name": "slow", "arguments": json.dumps({"path": str(gate)})}
+    yes = {"type": "mcp_approval_response", "approval_request_id": request["id"], "approve": True}
+    response = ask(client, [{"role": "user", "content": "Wait."}, request, yes], [{"type": "mcp", "server_label": "fake"}], tool_choice="none",
+                   max_output_tokens=8, background=True, **more)
+    if not more:
+        while len(response.output) < 2:
+            response = client.responses.retrieve(response.id)
+    return response
+
+
+def test_a_response_in_the_background_goes_on_alone(client, place):
+    """Its client asks for it later, also for its events."""
+    gate = place / "later"
+    running = in_background(client, gate, "a")
+    assert (running.status, running.background, running.output[1].type, running.output[1].status) == ("in_progress", True, "mcp_call", "incomplete")
+    stream = client.responses.retrieve(running.id, stream=True, starting_after=4)
+    first = next(iter(stream))
+    assert first.sequence_number == 5
+    gate.touch()
+    *_, last = stream
+    assert last.type == "response.incomplete" and last.response.output[1].output == "it is there"
+    ended = running
+    while ended.status == "in_progress":
+        ended = client.responses.retrieve(running.id)
+    assert ended.to_dict() == last.response.to_dict()
+    assert client.responses.cancel(running.id).status == "incomplete"  # it has ended
+
+
+def test_a_response_in_the_background_can_be_cancelled(client, place):
+    gate = place / "never"
+    running = in_background(client, gate, "b")
+    assert client.responses.cancel(running.id).status == "cancelled"
+    while not (place / "never.cancelled").exists():
+        client.models.list()
+    assert client.responses.retrieve(running.id).output[1].status == "incomplete"
+    with pytest.raises(openai.NotFoundError):
+        client.responses.cancel("resp_none")
+
+
+def test_a_stream_in_the_background_outlives_its_reader(client, place):
+    gate = place / "left"
+    stream = in_background(client, gate, "c", stream=True)
+    begun = next(iter(stream)).response
+    stream.close()
+    gate.touch()
+    while (response := client.responses.retrieve(begun.id)).status == "in_progress":
+        pass
+    assert response.output[1].output == "it is there" and response.output[-1].type == "message"
+
+
+def test_what_is_not_kept_has_no_background(client):
+    with pytest.raises(openai.BadRequestError, match="background"):
+        ask(client, store=False, background=True)
+
+
 def test_large_bodies_and_many_tools_are_read_in_a_sandbox(client, place):
     before = len(called(place))
     response = ask(client, [{"role": "user", "content": "Pick a colour."}, {"role": "user", "content": [{"type": "input_text", "text": ""}] * 3000}],
