@@ -281,10 +281,10 @@ class Front:
                 return web.Response(body=nothing, content_type="application/json")
             if parsed.in_background:
                 recording = await self.record(answering, encoder, holding)
-                self.kept.keep_running(encoder, recording)
+                begun = self.kept.show_running(encoder, recording)
                 if parsed.stream:
                     return await self.follow(http, recording, 0)
-                return web.Response(body=encoder.response("in_progress"), content_type="application/json")
+                return web.Response(body=begun, content_type="application/json")
             if parsed.stream:
                 return await self.stream(http, answering, encoder, holding)
             async with answering as (_, events):

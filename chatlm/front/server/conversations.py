@@ -106,13 +106,14 @@ class ResponseKeeper:
             return answering
         return self._keeping(answering, encoder, self.owner)
 
-    def keep_running(self, encoder: Encoder, recording: Recording):
-        """Show a response that has begun in the background, until it is kept."""
+    def show_running(self, encoder: Encoder, recording: Recording) -> bytes:
+        """Show a response that has begun in the background, until it is kept. Returns it as it is now."""
         assert isinstance(encoder, ResponsesEncoder) and recording.task
         name = encoder.head["id"]
         kept = asyncio.create_task(supervised(f"showing {name}", partial(
             self._show, name, recording.task)))
         self.running[name] = RunningResponse(self.owner, encoder, recording, kept)
+        return encoder.response("in_progress")
 
     async def _show(self, name: str, work: asyncio.Task):
         try:
