@@ -332,8 +332,8 @@ class Front:
         request = encoder.request
         async with self.begun(answering, encoder, holding) as (frames, work):
             owner = self.owners.of_answer(request.id, request.client)
-            recording = Recording(request.id, owner, request.client, encoder.lone_failure,
-                                  needs_reader=not encoder.parsed.in_background)
+            needs_reader = not encoder.parsed.in_background
+            recording = Recording(request.id, owner, request.client, encoder.lone_failure, needs_reader)
             return self.recordings.start(recording, frames, work.pop_all())
 
     @asynccontextmanager
