@@ -138,7 +138,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence as Seq
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, TYPE_CHECKING, TypeVar
@@ -189,6 +189,7 @@ from chatlm.front.server.recordings import GRACE_S, Recording, Recordings
 from chatlm.front.server.responses import (
     REQUEST_LOG, errors_to_responses, json_response, send_whole, shows)
 from chatlm.front.server.routes import Api, Route, RouteTable
+from chatlm.front.server.rounds import Rounds
 from chatlm.front.server.runs import RUN_ROUTES, RunRoutes
 from chatlm.front.server.streams import EventStream
 from chatlm.front.server.tooling import TOOL_ROUTES, ToolRoutes
@@ -231,8 +232,11 @@ class Front:
         self.kept = ResponseKeeper(store, self.bodies, self.owners, settings.keep_days)
         self.metrics = Metrics(catalogue, self.ledger, toolbox)
         self.answers = Answers(settings, self.owners, self.ledger, self.metrics)
+        self.rounds = Rounds(self.answers, toolbox, settings)
         self.batches = BatchRoutes(store, catalogue, self.bodies, self.owners, self.answers, self.ledger)
         self.kept.removed = self.batches.wake_up
+        self.kept.cancel = self.cancel
+        self.kept.follow = self.follow
         self.history = History(catalogue, self.metrics)
 
     def is_id_in_use(self, request_id: str) -> bool:
@@ -264,7 +268,10 @@ class Front:
             [request] = self.identified([(pool, parsed.request)], parsed.is_kept)
             parsed = replace(parsed, request=request)
             del request  # from here on only what an answer needs is kept, not all messages and tools
-            answering = self.answers.begin(pool, parsed.request, served.name, not parsed.stream)
+            if parsed.plan:
+                answering = self.rounds.begin(pool, parsed, served.name, not parsed.stream)
+            else:
+                answering = self.answers.begin(pool, parsed.request, served.name, not parsed.stream)
             tokenizer = None if parsed.api == "native" else loaded_tokenizer(pool)
             encoder = answer_encoder(parsed, served.name, tokenizer)
             parsed = encoder.parsed
@@ -272,6 +279,12 @@ class Front:
             if nothing := encoder.without_work():
                 served.model.load()
                 return web.Response(body=nothing, content_type="application/json")
+            if parsed.in_background:
+                recording = await self.record(answering, encoder, holding)
+                begun = self.kept.show_running(encoder, recording)
+                if parsed.stream:
+                    return await self.follow(http, recording, 0)
+                return web.Response(body=begun, content_type="application/json")
             if parsed.stream:
                 return await self.stream(http, answering, encoder, holding)
             async with answering as (_, events):
@@ -303,25 +316,39 @@ class Front:
 
     async def stream(self, http: web.Request, answering: AbstractAsyncContextManager, encoder: Encoder,
                      holding: Holding) -> web.StreamResponse:
-        """Send an answer as it is made. A resumable one is recorded, and this client is its first follower.
+        """Send an answer as it is made. A resumable one is recorded, and this client is its first
+        follower."""
+        if encoder.request.resumable:
+            return await self.follow(http, await self.record(answering, encoder, holding), 0)
+        async with self.begun(answering, encoder, holding) as (frames, _):
+            async with EventStream(http, encoder.request.id, encoder) as stream:
+                async for part in frames:
+                    await stream.send(part)
+        return stream.response
+
+    async def record(self, answering: AbstractAsyncContextManager, encoder: Encoder,
+                     holding: Holding) -> Recording:
+        """Begin an answer in a task of its own, which records it."""
+        request = encoder.request
+        async with self.begun(answering, encoder, holding) as (frames, work):
+            owner = self.owners.of_answer(request.id, request.client)
+            needs_reader = not encoder.parsed.in_background
+            recording = Recording(request.id, owner, request.client, encoder.lone_failure, needs_reader)
+            return self.recordings.start(recording, frames, work.pop_all())
+
+    @asynccontextmanager
+    async def begun(self, answering: AbstractAsyncContextManager, encoder: Encoder,
+                    holding: Holding) -> AsyncIterator[tuple[AsyncGenerator[bytes, None], AsyncExitStack]]:
+        """Yield the frames of an answer once it is accepted, and what ends its work.
 
         holding: the memory that the request is accounted for; a recording keeps it after the client has
         left."""
-        request = encoder.request
         async with AsyncExitStack() as work:
             work.enter_context(holding.hand_over())
             accepted, events = await work.enter_async_context(answering)
             frames = self.frames(accepted, events, encoder)
             await work.enter_async_context(aclosing(frames))
-            if request.resumable:
-                owner = self.owners.of_answer(request.id, request.client)
-                recording = Recording(request.id, owner, request.client, encoder.lone_failure)
-                self.recordings.start(recording, frames, work.pop_all())
-                return await self.follow(http, request.id, recording, 0)
-            async with EventStream(http, request.id, encoder) as stream:
-                async for part in frames:
-                    await stream.send(part)
-        return stream.response
+            yield frames, work
 
     async def frames(self, accepted: Accepted, events: AsyncIterator[Event],
                      encoder: Encoder) -> AsyncGenerator[bytes, None]:
@@ -338,17 +365,16 @@ class Front:
             REQUEST_LOG.get().note = f"failed: {error}"
             yield encoder.failed(public_error(error))
 
-    async def follow(self, http: web.Request, request_id: str, recording: Recording,
-                     start: int) -> web.StreamResponse:
+    async def follow(self, http: web.Request, recording: Recording, start: int) -> web.StreamResponse:
         """Send a recording as it grows. If the answer is still running GRACE_S after its last reader has
         left, cancel it."""
         def cancel_unread():
-            if not recording.followers and not recording.ended:
-                self.catalogue.cancel(request_id)
+            if recording.needs_reader and not recording.followers and not recording.ended:
+                self.cancel(recording.id)
 
         recording.followers += 1
         try:
-            async with (EventStream(http, request_id, patient=True) as stream,
+            async with (EventStream(http, recording.id, patient=True) as stream,
                         aclosing(recording.follow(start)) as parts):
                 async for part in parts:
                     await stream.send(part)
@@ -372,7 +398,7 @@ class Front:
         recording.check_kept(start)
         if recording.ended and start >= recording.length:
             return web.Response(status=204)  # tells an EventSource to stop reconnecting
-        return await self.follow(http, request_id, recording, start)
+        return await self.follow(http, recording, start)
 
     def note_end(self, encoder: Encoder):
         """Note for the access log how many tokens all choices had and why they ended."""
@@ -397,15 +423,21 @@ class Front:
         if not ids:
             raise not_running
         if only_thinking:
-            ended = [await self.catalogue.end_thinking(one) for one in ids]
+            ended = [await self.catalogue.end_thinking(self.rounds.running_id(one)) for one in ids]
             if not any(ended):
                 raise RequestError("the answer is not thinking now", status=409, code="not_thinking",
                                    param="id")
             return json_response({"id": request_id, "cancelled": "reasoning"})
-        cancelled = [self.catalogue.cancel(one) for one in ids]
+        cancelled = [self.cancel(one) for one in ids]
         if not any(cancelled):
             raise not_running
         return json_response({"id": request_id, "cancelled": True})
+
+    def cancel(self, request_id: str) -> bool:
+        """Stop an answer, and the calls of tools that it waits for. False if it does not run."""
+        running_id = self.rounds.running_id(request_id)
+        has_tools = self.rounds.cancel(request_id)
+        return self.catalogue.cancel(running_id) or has_tools
 
     async def handle_metrics(self, http: web.Request) -> web.Response:
         return await metrics_response(self.metrics)

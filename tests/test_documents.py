@@ -182,7 +182,7 @@ def test_every_route_is_in_the_page_of_apis():
     of_store = {field.name for fields in STORE_FIELDS.values() for field in fields} | {"store"}
     assert {name for path, names in routes.items() if path.startswith(("/chat", "/v1")) for name in names} - named == {
         # refused, or without an effect here
-        "best_of", "modalities", "background",
+        "best_of", "modalities",
         # on pages of their own
         *retrieval, *({field.name for field in CONSTRAINT_FIELDS} - named), *(of_store - named), *(of_tools - named)}
     assert of_tools <= {*re.findall(r"\w+", text_of(ROOT / "docs/tools.md"))}

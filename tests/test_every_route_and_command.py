@@ -119,6 +119,7 @@ def ask_what_is_kept(ask):
     ask("POST", "/v1/batches/{id}/cancel", status=409, id=batch)        # it is over
     ask("DELETE", "/v1/files/{id}", id=file)
     answer = ask("POST", "/v1/responses", {"input": "Say yes.", "max_output_tokens": 16})["id"]
+    ask("POST", "/v1/responses/{id}/cancel", id=answer)
     ask("GET", "/v1/responses/{id}", id=answer)
     ask("GET", "/v1/responses/{id}/input_items", id=answer)
     ask("DELETE", "/v1/responses/{id}", id=answer)

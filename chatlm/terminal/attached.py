@@ -41,7 +41,7 @@ async def document_text(name: str) -> tuple[str, str]:
     data = read_small(path)
     if len(data) > LIMITS.document_bytes:
         raise ValueError(f"{name} has {len(data):,} bytes; at most {LIMITS.document_bytes:,} are read")
-    admission = Admission(lambda request_id, client, low: None)
+    admission = Admission(lambda request_id, client, low, goes_on: None)
     try:
         text, pages, cut = await admission.extract("", path.name, "", data)
     finally:

@@ -33,14 +33,14 @@ from chatlm.front.aio import interruptible
 from chatlm.front.api.encode import calculator_member, timings_body
 from chatlm.front.api.readers import sampling_params, with_thinking_budget
 from chatlm.front.pool.pool import default_sampling
+from chatlm.front.tools.rules import CANCELLED, CUT_OFF, DENIED
 from chatlm.terminal.attached import (
     decoded, document_text, is_document, is_picture, picture_file, read_user_file)
 from chatlm.terminal.calculator import as_code, marked
 from chatlm.terminal.conversation import PARAMETERS, SETTABLE, Conversation, calls_in, read_chats
 from chatlm.terminal.remote import RemotePool, open_pool
 from chatlm.terminal.terminal import PlainWriter, Terminal, state_file
-from chatlm.terminal.tools import (
-    CANCELLED, CUT_OFF, DENIED, ToolUse, grow_calls, open_tools, shown_call, with_tools as with_tools_of)
+from chatlm.terminal.tools import ToolUse, grow_calls, open_tools, shown_call, with_tools as with_tools_of
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings

@@ -20,6 +20,7 @@ from chatlm.common.log import utc
 from chatlm.common.messages.requests import SAMPLING_FLAGS, Message
 from chatlm.common.text.calculations import with_calls, with_names
 from chatlm.front.api.message_readers import earlier_arguments
+from chatlm.front.tools.rules import PICTURES_OF_RESULTS, SEEN_PICTURES, UNSEEN_PICTURES
 from chatlm.terminal.calculator import calls_of_file, joined_calls, marked
 
 
@@ -27,10 +28,6 @@ CHAT_FORMAT = {"format": "chat_server chats", "version": 2}
 PARAMETERS = {flag.field: flag.parse for flag in FLAGS
               if flag.parse and flag.field in (*SAMPLING_FLAGS, "max_tokens")}
 SETTABLE = (*PARAMETERS, "stop")
-# For the model, as the page writes them too
-PICTURES_OF_RESULTS = 8  # in a request
-SEEN_PICTURES = "The pictures of the results above."
-UNSEEN_PICTURES = "[You are not shown the pictures of this result.]"
 
 
 def now_ms() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence as Seq
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from chatlm.front.api.enforcement import why_unenforced
 from chatlm.front.api.fields import ToolChoice
 from chatlm.front.api.readers import callable_tools, strict_grammars, types_of_parameters
 from chatlm.front.tools.results import ToolPicture, ToolResult
+from chatlm.front.tools.rules import CANCELLED, CHANGED, why_not_run
 from chatlm.front.tools.toolbox import Toolbox
 from chatlm.terminal.remote import RemotePool
 from chatlm.terminal.streams import refusal
@@ -25,13 +25,6 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import Delta, Request
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.terminal.remote import Pool
-
-EQUAL_CALLS = 2  # of one question; then the model is told to use the result that it has
-DENIED = "The user did not allow this call."
-CANCELLED = "The user cancelled this call."
-CUT_OFF = "Not run: the call was cut off by the limit of tokens."
-BAD_ARGUMENTS = "Not run: the arguments are not a complete JSON object."
-CALLED_BEFORE = "Not run: the same call was made twice before. Use its result."
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,7 @@ class OwnTools:
         """A result, also a failed one. If the model sees, it can be shown the pictures."""
         offered = self.toolbox.offered().get(tool.name)
         if offered is None or offered.digest != tool.digest:
-            return ToolResult("Not run: the tool is not what it was any more.", is_error=True)
+            return ToolResult(CHANGED, is_error=True)
         result = await self.toolbox.call(offered, arguments, "")
         if not self.pool.sees:
             return result
@@ -159,14 +152,8 @@ class ToolUse:
         it."""
         if call["name"] not in self.on:
             return f"Not run: there is no tool {call['name']}."
-        try:
-            arguments = json.loads(call["arguments"])
-        except (ValueError, RecursionError):
-            arguments = None
-        if not isinstance(arguments, dict):
-            return BAD_ARGUMENTS
-        same = Counter((one["name"], one["arguments"]) for one in earlier)
-        return CALLED_BEFORE if same[call["name"], call["arguments"]] >= EQUAL_CALLS else ""
+        before = [(one["name"], one["arguments"]) for one in earlier]
+        return why_not_run(call["name"], call["arguments"], before)
 
     async def run(self, call: dict[str, Any]):
         """Give a call its result, and the pictures of that. Ctrl-C cancels the call."""

@@ -88,6 +88,7 @@ class FakePool:
     own_sampling, continues, ends_thinking, chats, continues_texts = ({}, ""), True, True, True, False
     checkpoint = {}
     sees = False
+    in_rounds = 0
     supervisor = SimpleNamespace(ready_workers=(), load_for_request=lambda: None, card=SimpleNamespace(facts=ModelFacts("llama", "gguf", 134_515_008, "q4_1", 98_000_000, 576, 30), longest=4096))
     adapters = SimpleNamespace(serving={}, removed=set(), nbytes=0)
     dispatcher = SimpleNamespace(wanted=SimpleNamespace(is_set=lambda: True))
@@ -114,6 +115,9 @@ class FakePool:
 
     def prepare(self, client):
         return contextlib.nullcontext()
+
+    async def admit(self, request):
+        return await self.prompts.admit(request)
 
     async def check_grammar(self, params, client, owner):
         """Its answers check them."""

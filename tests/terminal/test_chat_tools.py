@@ -11,39 +11,12 @@ import fake_tools
 from browsing import fake_front
 from chatlm.front.admission.admission import Admission
 from chatlm.terminal.conversation import read_chats
-from fake_pool import FakePool, Letters
 from piped_chats import chat_with
+from scripted_pool import ScriptedPool
 from typed_chats import chatting
 
 ADD = '<tool_call>\n{"name": "fake__add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
 COUNT = '<tool_call>\n{"name": "fake__count", "arguments": {"path": "PATH"}}\n</tool_call>'
-
-
-class ScriptedPool(FakePool):
-    """Answers each request with the next of these texts, the last one again and again."""
-
-    def __init__(self, *texts):
-        super().__init__()
-        self.texts = [*texts]
-        self.tokenizer = Letters()
-        self.tokenizer.tool_format = "tagged"
-
-    async def answer(self, request):
-        self.pieces = (self.texts.pop(0) if len(self.texts) > 1 else self.texts[0],)
-        async for event in super().answer(request):
-            yield event
-
-    async def start(self):
-        """It needs no model."""
-
-    async def wait_ready(self):
-        """It is."""
-
-    async def close(self):
-        """Nothing was begun."""
-
-    def describe(self):
-        return []
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from chatlm.common.config import Settings
 from chatlm.common.messages.requests import (
     DRAFT_SOURCES, AnswerParams, Embedder, Forms, InfillTokens, ModelFacts, ModelSource, Request,
     TextSpec, WorkerEvent)
+from chatlm.common.messages.tool_rounds import ToolPlan
 from chatlm.common.messages.wire import Pipe, wire_message
 
 
@@ -469,11 +470,17 @@ class ParsedBody:
     ignored_fields: tuple[str, ...] = ()  # names of fields that have no effect on this answer
     kept: tuple[KeptItem, ...] = ()      # of an answer that is kept: the items of its input
     repeated: bytes = b""                # what the answer repeats of the body: members of a JSON object
+    plan: ToolPlan | None = None         # the tools that the server calls for it; None: none
 
     @property
     def is_kept(self) -> bool:
         """Whether its answer is kept, as responses are."""
         return bool(self.details.get("store"))
+
+    @property
+    def in_background(self) -> bool:
+        """Whether its client does not wait for its answer."""
+        return bool(self.details.get("background"))
 
     def lasting(self) -> ParsedBody:
         """What the encoder of the answer needs; only an echo repeats prompts."""

@@ -292,6 +292,7 @@ class Request:
     truncate: bool = False         # drop the oldest turns if it does not fit
     dropped_messages: int = 0      # how many were dropped so far; of an infill: 1 if it was cut
     resumable: bool = False        # a reader may leave its stream and come back
+    goes_on: bool = False          # a later round of an answer: neither a full queue nor a drain refuses it
     unset: tuple[str, ...] = ()    # of the sampling, what a server at --url decides
     version: int | None = None     # of the model's files, for which it was read
     infill: Infill | None = None   # of raw completions that fill a gap
@@ -484,4 +485,39 @@ class Finished:
 
 
 AnswerEvent = PromptProgress | PromptScores | Piece | Embedding | Finished  # has a `choice`
-Event = Accepted | AnswerEvent
+
+
+# Events of an answer whose tools the server calls itself, in rounds. Each round has pieces, then these.
+# Calls of such tools are numbered from 0 as they begin, over all rounds.
+
+
+class ToolsListed(NamedTuple):
+    """The tools of a server that the model may call, as the server describes them."""
+
+    label: str
+    tools: tuple[dict, ...]  # name, description, input_schema and annotations of each
+    error: str = ""          # why there are none
+
+
+class CallApproved(NamedTuple):
+    """A call of an earlier answer begins, because the client has approved of it."""
+
+    name: str
+    arguments: str
+    approval_id: str
+
+
+class RoundEnded(NamedTuple):
+    """The model has ended a round of the answer. Its calls run now."""
+
+
+class CallEnded(NamedTuple):
+    """A call has its result, which the model is told."""
+
+    number: int
+    text: str
+    is_error: bool = False
+
+
+ToolEvent = ToolsListed | CallApproved | RoundEnded | CallEnded
+Event = Accepted | AnswerEvent | ToolEvent

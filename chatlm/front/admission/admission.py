@@ -92,7 +92,7 @@ class Admission:
     PICTURE_S = 6.0    # to decode a picture
     VALID_GRAMMARS = 256  # remember this many valid grammars, so that none is checked twice
 
-    def __init__(self, check_capacity: Callable[[str, str, bool], None],
+    def __init__(self, check_capacity: Callable[[str, str, bool, bool], None],
                  shared: SharedAdmission | None = None):
         """shared: what all models of a server share, if it has several."""
         common = shared or SharedAdmission()
@@ -164,13 +164,14 @@ class Admission:
                 client, "fill_template", arguments))
 
     @contextmanager
-    def prepare(self, client: str, request_id: str = "", low: bool = False) -> Iterator[None]:
+    def prepare(self, client: str, request_id: str = "", low: bool = False,
+                goes_on: bool = False) -> Iterator[None]:
         """Count a request as waiting while it is read and rendered. Raises Overloaded while there is no
         tokenizer, and so no `prompts`.
 
         The id in a large body is not known yet. So another request may take it meanwhile."""
         request_id = request_id or secrets.token_hex(16)
-        self.check_capacity(request_id, client, low)
+        self.check_capacity(request_id, client, low, goes_on)
         self.preparing[request_id] = client
         try:
             yield
@@ -178,7 +179,7 @@ class Admission:
             del self.preparing[request_id]
 
     async def admit(self, request: Request) -> Request:
-        with self.prepare(request.client, request.id, request.low_priority):
+        with self.prepare(request.client, request.id, request.low_priority, request.goes_on):
             await self.check_grammar(request.params, request.client, request.params.owner)
             return await self.prompts.admit(request)  # pyright: ignore[reportOptionalMemberAccess]  as `prepare` says
 

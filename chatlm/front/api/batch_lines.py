@@ -57,7 +57,7 @@ class Line(NamedTuple):
         for name in ("previous_response_id", "conversation"):
             if self.body.get(name):
                 raise bad_value(name, self.body[name], "left out in a batch, whose lines stand alone")
-        return self.body | {"stream": False, "store": False}
+        return self.body | {"stream": False, "store": False, "background": False}
 
     def read_body(self, known: Known) -> ParsedBody:
         """Read its body as its route does. If the body names no seed, the seed follows from the line."""

@@ -16,14 +16,17 @@ from typing import Any, TYPE_CHECKING
 from chatlm import __version__
 from chatlm.common.errors import EngineFailure
 from chatlm.common.jsontext import dump
-from chatlm.common.messages.requests import DRAFT_SOURCES, Accepted, Delta, Piece, PromptProgress, Usage
+from chatlm.common.messages.requests import (
+    DRAFT_SOURCES, Accepted, CallApproved, CallEnded, Delta, Finished, Piece, PromptProgress, RoundEnded,
+    ToolsListed, Usage)
 from chatlm.common.text.answer_decoder import CallCounter, answer_decoder
 from chatlm.front.api.errors import openai_error
 
 if TYPE_CHECKING:
     from chatlm.common.errors import ChatServerError
     from chatlm.common.messages.protocol import ParsedBody
-    from chatlm.common.messages.requests import Event, Finished, TokenLogprob
+    from chatlm.common.messages.requests import Event, TokenLogprob
+    from chatlm.common.messages.tool_rounds import PlannedTool
     from chatlm.common.text.reader import StreamDecoder
     from chatlm.common.text.tokenizer import Tokenizer
 
@@ -59,7 +62,8 @@ def drafts_body(usage: Usage) -> dict[str, dict[str, int]]:
 
 
 class AnswerBlock:
-    """A part of an answer: text, reasoning, or a call of a function."""
+    """A part of an answer: text, reasoning, a call of a function, or what the server's own calls of tools
+    make: `mcp`, such a call; `approval`, one that the client is asked about; `list`, a server's tools."""
 
     def __init__(self, kind: str, index: int, name: str):
         self.kind = kind
@@ -70,6 +74,12 @@ class AnswerBlock:
         self.calculator: list[dict] = []  # calls of the calculator in its text
         self.characters = 0               # of its text so far
         self.frame = b""                  # the beginning of an event with more of its text
+        self.is_closed = False            # True: nothing can be added
+        # of what the server's own calls make
+        self.tool: PlannedTool | None = None    # what is called
+        self.result: CallEnded | None = None    # of a call; None: it has none yet
+        self.listed: ToolsListed | None = None  # of a list
+        self.approval_id = ""                   # of the approval request that the call was approved by
 
     @property
     def text(self) -> str:
@@ -115,7 +125,8 @@ class Choice:
         """The block that a delta belongs to: the last one or, if its kind is another or a call begins, a new
         one."""
         kind = "text" if delta.kind == "calculator" else delta.kind
-        if delta.name or not self.blocks or self.blocks[-1].kind != kind:
+        last = self.blocks[-1] if self.blocks else None
+        if delta.name or last is None or last.kind != kind or last.is_closed:
             block = AnswerBlock(kind, len(self.blocks), delta.name)
             if self.origin:
                 block.id = hashlib.sha256(f"{self.origin}/{block.index}".encode()).hexdigest()[:24]
@@ -268,24 +279,55 @@ class BlockEncoder(Encoder):
     end: Callable[[], bytes]          # of the answer
     body: Callable[[], dict]          # of a whole answer
 
+    # of an answer whose tools the server calls itself:
+    list_tools: Callable[[AnswerBlock], bytes]  # the whole block of a list
+    end_call: Callable[[AnswerBlock], bytes]    # what follows once a call has its result
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        plan = self.parsed.plan
+        self.tools = {tool.name: tool for tool in plan.tools} if plan else {}  # that the server calls
+        self.called: list[AnswerBlock] = []  # calls of these, in the order of their numbers
+
     @property
     def blocks(self) -> list[AnswerBlock]:
         return self.choices[0].blocks
 
-    def encode(self, event: Piece | Finished) -> bytes:
-        if isinstance(event, Piece):
-            return b"".join(map(self._add, event.deltas))
-        self.choices[0].done = event
-        first = b"" if self.blocks else self._add(Delta("text", ""))  # clients expect at least one part
-        return first + self.close_block(self.blocks[-1]) + self.end()
+    def encode(self, event: Event) -> bytes:
+        match event:
+            case Piece():
+                return b"".join(map(self._add, event.deltas))
+            case Finished():
+                self.choices[0].done = event
+                # clients expect at least one part
+                first = b"" if any(block.kind != "list" for block in self.blocks) else self._add(
+                    Delta("text", ""))
+                return first + self._close_last() + self.end()
+            case RoundEnded():
+                return self._close_last()
+            case CallApproved():
+                return self._add_approved(event)
+            case CallEnded():
+                block = self.called[event.number]
+                block.result = event
+                return self.end_call(block)
+            case ToolsListed():
+                frames = self._close_last()
+                block = self.choices[0].block(Delta("list", "", event.label))
+                block.listed = event
+                block.is_closed = True
+                return frames + self.list_tools(block)
+        return b""
 
     def _add(self, delta: Delta) -> bytes:
         """Add a delta to its block, after ending the block before it if that is another one."""
         before = self.blocks[-1] if self.blocks else None
+        if delta.kind == "call":
+            delta = delta._replace(kind=self._kind_of_call(delta, before))
         block = self.choices[0].block(delta)
         frames = b""
         if block is not before:
-            frames = (self.close_block(before) if before else b"") + self.open_block(block)
+            frames = self._close(before) + self._open(block)
         if not delta.text:
             return frames
         if delta.kind == "calculator":
@@ -293,6 +335,38 @@ class BlockEncoder(Encoder):
         block.texts.append(delta.text)
         block.characters += len(delta.text)
         return frames + self.grow_block(block, delta.text)
+
+    def _kind_of_call(self, delta: Delta, before: AnswerBlock | None) -> str:
+        """Whether the server makes a call, asks its client about it, or leaves it to the client."""
+        if not delta.name:
+            return before.kind if before else delta.kind
+        tool = self.tools.get(delta.name)
+        if tool is None:
+            return "call"
+        return "approval" if tool.asks else "mcp"
+
+    def _open(self, block: AnswerBlock) -> bytes:
+        if block.kind in ("mcp", "approval"):
+            block.tool = self.tools[block.name]
+            self.called.append(block)
+        return self.open_block(block)
+
+    def _close(self, block: AnswerBlock | None) -> bytes:
+        if block is None or block.is_closed:
+            return b""
+        block.is_closed = True
+        return self.close_block(block)
+
+    def _close_last(self) -> bytes:
+        return self._close(self.blocks[-1] if self.blocks else None)
+
+    def _add_approved(self, call: CallApproved) -> bytes:
+        """The call that the client has approved of, whole."""
+        frames = self._close_last()
+        block = self.choices[0].block(Delta("mcp", "", call.name))
+        block.approval_id = call.approval_id
+        block.texts.append(call.arguments)
+        return frames + self._open(block) + self.grow_block(block, call.arguments) + self._close(block)
 
     def start_in(self, block: AnswerBlock) -> int:
         """Where a call of the calculator stands: after how many characters of the text that clients see as
@@ -304,11 +378,16 @@ class BlockEncoder(Encoder):
         block.calculator.append(call)
         return self.grow_block(block, "", {"index": len(block.calculator) - 1, **call})
 
-    def collect(self, event: Piece | Finished) -> int:
+    def collect(self, event: Event) -> int:
         self.encode(event)
-        if not isinstance(event, Piece):
-            return 0
-        return 100 + sum(len(delta.text) for delta in event.deltas)
+        match event:
+            case Piece():
+                return 100 + sum(len(delta.text) for delta in event.deltas)
+            case CallEnded():
+                return 100 + len(event.text)
+            case ToolsListed():
+                return len(dump(event.tools))
+        return 0
 
     def completion(self) -> Iterator[bytes]:
         yield dump(self.body())

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
 from chatlm.common.jsontext import dump
-from chatlm.common.messages.requests import Finished, Piece
+from chatlm.common.messages.requests import Piece
 from chatlm.front.api.encode import BlockEncoder, calculator_member, frame, timings_body
 from chatlm.front.api.errors import response_error
 from chatlm.front.api.logprobs import TokensOfText, entries
+from chatlm.front.tools.rules import arguments_of
 
 if TYPE_CHECKING:
     from chatlm.common.errors import ChatServerError
-    from chatlm.common.messages.requests import Accepted
+    from chatlm.common.messages.requests import Accepted, Event
+    from chatlm.common.messages.tool_rounds import PlannedTool
     from chatlm.front.api.encode import AnswerBlock
 
 
@@ -30,7 +32,10 @@ class ResponsesEncoder(BlockEncoder):
     # kind of block -> the item's type, the prefix of its id, the part's type, and the prefix of its events
     ITEMS = {"text": ("message", "msg_", "output_text", "response.output_text"),
              "reasoning": ("reasoning", "rs_", "reasoning_text", "response.reasoning_text"),
-             "call": ("function_call", "fc_", "", "response.function_call_arguments")}
+             "call": ("function_call", "fc_", "", "response.function_call_arguments"),
+             "mcp": ("mcp_call", "mcp_", "", "response.mcp_call_arguments"),
+             "approval": ("mcp_approval_request", "mcpr_", "", "response.mcp_call_arguments"),
+             "list": ("mcp_list_tools", "mcpl_", "", "response.mcp_list_tools")}
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -44,7 +49,8 @@ class ResponsesEncoder(BlockEncoder):
         self.head = {"id": "resp_" + self.request.id, "object": "response", "created_at": int(time.time()),
                      "model": self.model, "error": None, "incomplete_details": None,
                      "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed,
-                     "top_logprobs": self.request.params.logprobs or 0, "background": False,
+                     "top_logprobs": self.request.params.logprobs or 0,
+                     "background": self.parsed.in_background,
                      "previous_response_id": kept.get("previous_response_id"),
                      "store": kept.get("store", False), "usage": None}
         if "conversation" in kept:
@@ -80,12 +86,12 @@ class ResponsesEncoder(BlockEncoder):
             self.logprobs.setdefault(block.id, []).extend(encoded)
         return b", ".join(encoded)
 
-    def encode(self, event: Piece | Finished) -> bytes:
+    def encode(self, event: Event) -> bytes:
         if self.scored and isinstance(event, Piece):
             self.tokens.add(event.logprobs)
         return super().encode(event)
 
-    def collect(self, event: Piece | Finished) -> int:
+    def collect(self, event: Event) -> int:
         before = self.logprob_bytes
         return super().collect(event) + self.logprob_bytes - before
 
@@ -103,6 +109,10 @@ class ResponsesEncoder(BlockEncoder):
 
     def item(self, block: AnswerBlock, begins: bool = False) -> dict:
         kind, prefix, _, _ = self.ITEMS[block.kind]
+        if block.kind == "list":
+            return self.item_of_list(block, begins)
+        if block.tool:
+            return self.item_of_tool(block, block.tool, begins)
         done = self.choices[0].done
         status = "completed"
         if begins:
@@ -115,23 +125,63 @@ class ResponsesEncoder(BlockEncoder):
         more = {"role": "assistant"} if block.kind == "text" else {"summary": []}
         return item | more | {"content": [] if begins else [self.part(block, block.text)]}
 
+    def id_of(self, block: AnswerBlock) -> str:
+        """The id of a block's item. That of an approval request ends in the digest of the tool that the
+        client is asked about."""
+        digest = block.tool.digest if block.tool and block.kind == "approval" else ""
+        return self.ITEMS[block.kind][1] + block.id + digest
+
+    def item_of_list(self, block: AnswerBlock, begins: bool) -> dict:
+        assert block.listed
+        error = {"error": block.listed.error} if block.listed.error else {}
+        return {"id": self.id_of(block), "type": "mcp_list_tools", "server_label": block.listed.label,
+                "tools": [] if begins else block.listed.tools, **error}
+
+    def item_of_tool(self, block: AnswerBlock, tool: PlannedTool, begins: bool) -> dict:
+        item = {"id": self.id_of(block), "type": self.ITEMS[block.kind][0], "server_label": tool.label,
+                "name": tool.tool, "arguments": "" if begins else block.text}
+        if block.kind == "approval":
+            return item
+        result = block.result
+        output = error = None
+        status = "in_progress" if begins else "incomplete"
+        if result and result.is_error:
+            error = {"type": "mcp_tool_execution_error", "content": [{"type": "text", "text": result.text}]}
+            status = "failed"
+        elif result:
+            output = result.text
+            status = "completed"
+        return item | {"status": status, "approval_request_id": block.approval_id or None, "output": output,
+                       "error": error}
+
     def part(self, block: AnswerBlock, text: str) -> dict:
         more = ({"annotations": [], "logprobs": self.place_of_logprobs(block),
                  **calculator_member(block.calculator)} if block.kind == "text" else {})
         return {"type": self.ITEMS[block.kind][2], "text": text, **more}
 
     def place(self, block: AnswerBlock) -> dict:
-        part = {} if block.kind == "call" else {"content_index": 0}
-        return {"item_id": self.ITEMS[block.kind][1] + block.id, "output_index": block.index, **part}
+        part = {"content_index": 0} if self.ITEMS[block.kind][2] else {}
+        return {"item_id": self.id_of(block), "output_index": block.index, **part}
+
+    def item_event(self, moment: str, block: AnswerBlock, begins: bool = False) -> bytes:
+        return self.event(f"response.output_item.{moment}", output_index=block.index,
+                          item=self.item(block, begins))
 
     def open_block(self, block: AnswerBlock) -> bytes:
-        item = self.event("response.output_item.added", output_index=block.index, item=self.item(block, True))
+        if block.kind == "approval":  # comes whole: `close_block`
+            return b""
+        item = self.item_event("added", block, begins=True)
+        if block.kind == "mcp":
+            return item + self.event("response.mcp_call.in_progress", **self.place(block))
         if block.kind == "call":
             return item
         part = self.part(block, "")
         return item + self.event("response.content_part.added", **self.place(block), part=part)
 
     def grow_block(self, block: AnswerBlock, text: str, call: dict | None = None) -> bytes:
+        if block.kind == "approval":
+            self.scores(block, text)
+            return b""
         if not block.frame:  # to dump a whole event takes 13 us, and 3 us to dump the text alone
             event = self.ITEMS[block.kind][3] + ".delta"
             fields = dump({"type": event, **self.place(block)})[:-1]
@@ -143,16 +193,35 @@ class ResponsesEncoder(BlockEncoder):
             block.frame, next(self.numbers), logprobs, dump(text), more)
 
     def close_block(self, block: AnswerBlock) -> bytes:
+        if block.kind == "approval":
+            if arguments_of(block.text) is None:  # nobody is asked about a call that can't be made
+                block.kind = "mcp"
+                return self.open_block(block) + self.close_block(block)
+            return self.item_event("added", block) + self.item_event("done", block)
         event = self.ITEMS[block.kind][3] + ".done"
         place = self.place(block)
         text = block.text
+        if block.kind == "mcp":  # its item is done once it has its result
+            return self.event(event, **place, arguments=text)
         if block.kind == "call":
             done = self.event(event, **place, name=block.name, arguments=text)
         else:
             logprobs = {"logprobs": self.place_of_logprobs(block)} if block.kind == "text" else {}
             done = self.event(event, **place, text=text, **logprobs) + self.event(
                 "response.content_part.done", **place, part=self.part(block, text))
-        return done + self.event("response.output_item.done", output_index=block.index, item=self.item(block))
+        return done + self.item_event("done", block)
+
+    def end_call(self, block: AnswerBlock) -> bytes:
+        moment = "failed" if block.result and block.result.is_error else "completed"
+        return self.event(f"response.mcp_call.{moment}", **self.place(block)) + self.item_event("done", block)
+
+    def list_tools(self, block: AnswerBlock) -> bytes:
+        assert block.listed
+        end = "failed" if block.listed.error else "completed"
+        frames = self.item_event("added", block, begins=True)
+        for moment in ("in_progress", end):
+            frames += self.event(f"response.mcp_list_tools.{moment}", **self.place(block))
+        return frames + self.item_event("done", block)
 
     def whole(self) -> tuple[str, bytes]:
         """The response's status, and the whole response."""

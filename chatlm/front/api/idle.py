@@ -57,6 +57,11 @@ def ollama_without_thinking(parsed: ParsedBody, known: Known) -> bool:
     return without_thinking(parsed, known) or in_a_continued_text(parsed, known)
 
 
+def without_tool_rounds(parsed: ParsedBody, known: Known) -> bool:
+    """The server calls no tools for this answer."""
+    return parsed.plan is None
+
+
 def without_a_database(parsed: ParsedBody, known: Known) -> bool:
     return known.settings.database is None
 

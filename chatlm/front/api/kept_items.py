@@ -15,19 +15,27 @@ from chatlm.front.api.encode import calculator_member
 from chatlm.front.api.picture_parts import picture_in
 
 
-PREFIXES = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_", "function_call_output": "fco_"}
+PREFIXES = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_", "function_call_output": "fco_",
+            "mcp_call": "mcp_", "mcp_approval_request": "mcpr_", "mcp_approval_response": "mcpa_"}
+MCP_MEMBERS = {  # type -> what is kept of an item about a tool that the server runs
+    "mcp_call": ("server_label", "name", "arguments", "output", "error", "approval_request_id"),
+    "mcp_approval_request": ("server_label", "name", "arguments"),
+    "mcp_approval_response": ("approval_request_id", "approve", "reason")}
 STATUSES = "completed", "incomplete", "in_progress"
 AN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def kept_items(items: Iterable[Mapping], own_ids: bool = False) -> tuple[KeptItem, ...]:
-    """Items that response_messages has read, as they are kept. own_ids: an item that has an id keeps it."""
+    """Items that response_messages has read, as they are kept. own_ids: an item that has an id keeps it.
+
+    A request for an approval always keeps its id, to which the answer refers."""
     kept = []
     for item in items:
         whole = understood_members(item)
         name = PREFIXES[whole["type"]] + secrets.token_hex(12)
         sent = item.get("id")
-        if own_ids and is_text(sent) and AN_ID.fullmatch(sent):
+        keeps_id = own_ids or whole["type"] == "mcp_approval_request"
+        if keeps_id and is_text(sent) and AN_ID.fullmatch(sent):
             name = sent
         try:
             kept.append(KeptItem(name, dump(whole)))
@@ -40,6 +48,8 @@ def understood_members(item: Mapping) -> dict:
     """The members of an item that response_messages reads, in the form in which the API shows items."""
     kind = item.get("type") or "message"
     status = item.get("status")
+    if kind in MCP_MEMBERS:
+        return {"type": kind, **{member: item.get(member) for member in MCP_MEMBERS[kind]}}
     kept = {"type": kind, "status": status if status in STATUSES else "completed"}
     if kind == "message":
         text_type = "output_text" if item["role"] == "assistant" else "input_text"

@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence as Seq
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, invalid, shown
@@ -22,6 +22,9 @@ from chatlm.front.api.passages import passage_parts
 from chatlm.front.api.picture_parts import picture_in
 from chatlm.front.api.field_types import NATIVE_ROLES, OPENAI_ROLES, SWITCH, TEXT, TEXT_PARTS, thinking
 from chatlm.front.api.tables import SWITCHES, TEMPLATE_OPTIONS
+
+if TYPE_CHECKING:
+    from chatlm.front.api.mcp_tools import McpHistory
 
 
 class SentMessage(NamedTuple):
@@ -240,19 +243,22 @@ def without_others(items: Iterable, others: Collection[str]) -> Iterator:
     return (item for item in items if type_of(item) not in others)
 
 
-def response_messages(values: Mapping, earlier: Seq = ()) -> Iterator[SentMessage]:
+def response_messages(values: Mapping, earlier: Seq = (),
+                      history: McpHistory | None = None) -> Iterator[SentMessage]:
     """`instructions` and `input` of a response as messages of Chat Completions. earlier: the items that it
-    continues."""
+    continues. history: of the calls that the server has run; None: it runs none, and leaves them out."""
     if "instructions" in values:
         yield SentMessage("instructions", "system", {"content": values["instructions"]})
     for item in earlier:
-        yield from item_messages(item, "before_input")
+        for each in history.items(item) if history else (item,):
+            yield from item_messages(each, "before_input")
     items = values.get("input", "")
     if is_text(items):
         yield SentMessage("input", "user", {"content": items})
         return
     for index, item in enumerate(items):
-        yield from item_messages(item, f"input[{index}]")
+        for each in history.items(item) if history else (item,):
+            yield from item_messages(each, f"input[{index}]")
 
 
 def item_messages(item, name: str) -> Iterator[SentMessage]:

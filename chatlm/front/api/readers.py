@@ -13,6 +13,7 @@ from chatlm.common.jsontext import dump, is_text
 from chatlm.common.messages.protocol import ParsedBody
 from chatlm.common.messages.requests import (
     NEW_DOCUMENT, SAMPLING_NAMES, AnswerParams, Infill, Message, Request, SamplingParams, sampling_defaults)
+from chatlm.common.messages.tool_rounds import ToolPlan
 from chatlm.common.messages.wire import as_plain_json
 from chatlm.common.text.formats import CALL_FORMATS, knows_of_thinking, thoughts_of
 from chatlm.common.text.grammar import unusable_schema
@@ -29,6 +30,7 @@ from chatlm.front.api.field_types import OPENAI_ROLES, one_constraint, thinking,
 from chatlm.front.api.ignored import ignored_fields, unread
 
 from chatlm.front.api.kept_items import kept_items
+from chatlm.front.api.mcp_tools import MCP_ITEMS, McpHistory, McpTools, refuse_in_batches
 from chatlm.front.api.retrieval_readers import RETRIEVAL_READERS, check_route
 from chatlm.front.api.tables import (
     BODY_FIELDS, COMPARE_FIELDS, COMPLETION_FIELDS, CONTINUES, COUNTED_FIELDS, DRAWING_FIELDS, DRAWN,
@@ -338,27 +340,67 @@ def repeated_json(body: Mapping) -> bytes:
 CHAINED = names_in(RESPONSES_FIELDS, CONTINUES)
 
 
-def read_responses_body(body: dict, known: Known, before: Seq = ()) -> ParsedBody:
-    """before: the items that the body continues."""
+def read_responses_body(body: dict, known: Known, before: Seq | None = None,
+                        offered: Seq[Mapping] | None = None) -> ParsedBody:
+    """before: the items that the body continues. offered: the tools of the servers that it names, as far as
+    its client may have them; None: nothing is run for it."""
     values = without_lone_top(parse_answer(body, RESPONSES_FIELDS, known))
     if "input" not in values and not any(values.get(name) for name in CHAINED):
         raise RequestError('One of "input", "prompt", "previous_response_id" or "conversation" must be '
                            "provided.", code="missing_required_parameter", param="input")
     details = kept_details(values, known)
-    tools, ignored = flat_functions_among(values.get("tools", ()), ["function", None], "parameters")
+    sent = values.get("tools", ())
+    tools, ignored = flat_functions_among(sent, ["function", None], "parameters")
     ignored += other_types(values.get("input"), OTHER_ITEMS)
-    sent = response_messages(values, before)
-    messages = joined_turns(chat_messages(sent, known.tool_format is not None))
-    request = parse_openai_request(values | {"tools": tools}, known.settings, known.tool_format, messages)
+    runs_tools = known.settings.mcp_config is not None
+    mcp = McpTools(sent if runs_tools else (), offered or ())
+    if mcp.labels and offered is None:
+        raise refuse_in_batches()
+    if mcp.labels and body.get("n", 1) not in (None, 1):
+        raise bad_value("n", body["n"], "1 where the server runs tools: each answer would run them")
+    history = None
+    if runs_tools:
+        history = McpHistory(before or (), values.get("input"))
+        ignored = tuple(name for name in ignored if name != "mcp" and name not in MCP_ITEMS)
+        tools = mcp.beside(tools)
+        values["tool_choice"] = mcp.choice(body.get("tool_choice"), values.get("tool_choice", ToolChoice()))
+    messages = joined_turns(chat_messages(
+        response_messages(values, before or (), history), known.tool_format is not None))
+    values["tools"] = tools
+    request = parse_openai_request(values, known.settings, known.tool_format, messages)
     parsed = parsed_body("responses", values, known, request, details, ignored)
-    kept = kept_items(input_items(values)) if details.get("store") else ()
-    return replace(parsed, repeated=repeated_json(body), kept=kept)
+    kept = kept_items(input_items(values, runs_tools)) if details.get("store") else ()
+    plan = None
+    if history and (offered is not None or history.approved):
+        plan = tool_plan(values, known, mcp, history, messages)
+    return replace(parsed, repeated=repeated_json(body), kept=kept, plan=plan)
+
+
+def tool_plan(values: Mapping, known: Known, mcp: McpTools, history: McpHistory,
+              messages: tuple[Message, ...]) -> ToolPlan:
+    """What the server's own loop is asked for."""
+    names = [tool.name for tool in mcp.planned]
+    for call in history.approved:
+        if call.name not in names:
+            raise invalid("tools", f"tools: a call of {call.name} is approved, so its server must be among "
+                          "them, and running")
+    later = None
+    if values["tool_choice"].mode == "required":  # a call is required once, not in each round
+        auto = values["tool_choice"]._replace(mode="auto")
+        later = parse_openai_request({**values, "tool_choice": auto}, known.settings, known.tool_format,
+                                     messages).params
+    listed = tuple(label for label in mcp.labels if label not in history.listed)
+    return ToolPlan(tuple(mcp.planned), listed, tuple(history.approved), values.get("max_tool_calls"), later)
 
 
 def kept_details(values: Mapping, known: Known) -> dict:
     """What its encoder must know of a response that may be kept: whether it is, and what it continues.
     Raises RequestError if it continues something on a server that keeps no answers."""
     chained = [name for name in CHAINED if values.get(name)]
+    in_background = {"background": True} if values.get("background") else {}
+    if in_background and (known.settings.database is None or not values.get("store", True)):
+        raise bad_value("background", True, "false where the answer is not kept, which needs --database and "
+                        'no "store": false')
     if known.settings.database is None:
         if chained:
             raise bad_value(chained[0], values[chained[0]], "left out: the server keeps no answers, since it "
@@ -366,15 +408,17 @@ def kept_details(values: Mapping, known: Known) -> dict:
         return {}
     if len(chained) == 2:
         raise invalid("conversation", "previous_response_id and conversation exclude each other")
-    return {"store": values.get("store", True), **{name: values[name] for name in chained}}
+    return {"store": values.get("store", True), **in_background, **{name: values[name] for name in chained}}
 
 
-def input_items(values: Mapping) -> list:
-    """The input of a response as items."""
+def input_items(values: Mapping, runs_tools: bool = False) -> list:
+    """The input of a response as items. runs_tools: does the server run tools, and so understand their
+    items?"""
     items = values.get("input", "")
     if is_text(items):
         return [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": items}]}]
-    return [*without_others(items, OTHER_ITEMS)]
+    others = OTHER_ITEMS - MCP_ITEMS | {"mcp_list_tools"} if runs_tools else OTHER_ITEMS
+    return [*without_others(items, others)]
 
 
 # Anthropic's Messages
@@ -582,14 +626,15 @@ TEXT_READERS: dict[str, Callable] = {
 }
 
 
-def read_answer(route: str, body: dict, known: Known, before: Seq | None = None) -> ParsedBody:
+def read_answer(route: str, body: dict, known: Known, before: Seq | None = None,
+                offered: Seq[Mapping] | None = None) -> ParsedBody:
     """Read the body of a route that answers. before: the items that a response continues; None: it continues
-    nothing."""
+    nothing. offered: the tools that the server may run for it; None: it runs none."""
     check_route(route, known)
-    if before is None:
+    if before is None and offered is None:
         parsed = ANSWER_READERS[route](body, known)
     else:
-        parsed = read_responses_body(body, known, before)
+        parsed = read_responses_body(body, known, before, offered)
     return replace(parsed, ignored_fields=ignored_fields(route, body, parsed, known))
 
 

@@ -243,6 +243,8 @@ RESPONSES_FIELDS = (
           idle={"effort": idle.without_thinking, "max_tokens": idle.without_thoughts},
           repeated={"effort": None, "summary": None}),
     PARALLEL._replace(repeated=True),
+    Field("max_tool_calls", INTEGER, "most calls of tools of type `mcp`, which the server runs; then the "
+          "model answers without them", 1, 2**31 - 1, idle={"": idle.without_tool_rounds}, repeated=None),
     Field("text", object_of("format")._replace(convert=partial(nested_grammar, param="text")),
           "`format`: text, json_object or json_schema", means="response_format",
           repeated={"format": {"type": "text"}}),
@@ -264,8 +266,8 @@ RESPONSES_FIELDS = (
           "with --database: the conversation that this response continues, and is added to",
           group=CONTINUES),
     Field("prompt", refused_field("the server keeps no prompts"), "refused"),
-    Field("background", FieldType("false: answers are not made in the background", {"enum": [False]}),
-          "true is refused"),
+    Field("background", SWITCH, "true, with --database: return at once; GET /v1/responses/{id} shows the "
+          "answer, also before it has ended"),
 )
 
 OUTPUT_CONFIG = Field("output_config", object_of("effort"), "`effort`: how much the model thinks",

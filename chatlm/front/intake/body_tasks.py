@@ -87,7 +87,10 @@ class BodyTasks:
         lasting = parsed.lasting()
         request = replace(lasting.request, dropped_messages=admitted.dropped_messages,
                           pictures=admitted.pictures)
-        if self.config.server.settings.log_conversations and request.messages is not None:
+        if parsed.plan:  # each round renders them again, with the results of calls
+            request = replace(request, messages=parsed.request.messages, tools=parsed.request.tools,
+                              template_options=parsed.request.template_options)
+        elif self.config.server.settings.log_conversations and request.messages is not None:
             texts = tuple(Message(message.role, message.content) for message in parsed.request.messages or ())
             request = replace(request, messages=texts)
         return packed_body(replace(lasting, request=request), admitted.prompt_ids or ())

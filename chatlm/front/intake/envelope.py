@@ -13,6 +13,7 @@ from typing import NamedTuple, TYPE_CHECKING
 from chatlm.common.errors import RequestError
 from chatlm.common.jsontext import is_text
 from chatlm.front.api.batch_lines import Line, read_line
+from chatlm.front.api.mcp_tools import labels_in
 from chatlm.front.api.message_readers import continued_ids
 from chatlm.front.api.fields import json_object
 from chatlm.front.api.picture_parts import Lift, Lifted, fill_in, lift_pictures
@@ -27,6 +28,7 @@ MODEL_NAMES = {  # route -> the fields that may name its model; the first one th
     route: ("model", *(field.name for field in fields if field.means == "model"))
     for route, fields in BODY_FIELDS.items()}
 LONGEST_NAME = 1000  # a longer name is cut: its start is just as unknown
+MOST_LABELS = 1000   # of more tool servers than anybody has
 SIZE = struct.Struct("<I")
 
 
@@ -49,6 +51,8 @@ class Envelope:
     lift: Lift
     line: Line | None = None    # the line of a batch that has these fields as its body
     before: list | None = None  # the items that the body continues; None: it continues nothing
+    labels: tuple[str, ...] = ()      # the tool servers that it names
+    offered: list | None = None       # their tools that its client may have; None: nothing is run for it
     shown: bool = False
 
     def show(self, pictures: Seq[Picture]):
@@ -66,7 +70,7 @@ class Envelope:
         if not file_bytes or text_bytes > 2 * most:  # twice: base64 may have line breaks
             return b""
         try:
-            text = json.dumps([self.fields, self.before]).encode()
+            text = json.dumps([self.fields, self.before, self.offered]).encode()
         except RecursionError:
             raise RequestError("the body is nested too deeply") from None
         return text if len(text) <= most else b""
@@ -77,6 +81,7 @@ class Envelope:
         problem = self.lift.problem
         head = {"model": self.model[:LONGEST_NAME], "names_model": self.names_model, "chained": self.chained,
                 "line": line and [line.number, line.custom_id, line.url, line.id],
+                "labels": [label[:LONGEST_NAME] for label in self.labels[:MOST_LABELS]],
                 "names": [name for name, _ in self.lift.files], "first": self.lift.first,
                 "problem": problem and packed_problem(problem)}
         sections = [json.dumps(head).encode(), rest, *(data for _, data in self.lift.files)]
@@ -99,32 +104,38 @@ def unpacked_envelope(data: bytes) -> Envelope:
         begin += size
     head, rest, *files = sections
     head = json.loads(head)
-    fields, before = json.loads(rest) if rest else (None, None)
+    fields, before, offered = json.loads(rest) if rest else (None, None, None)
     problem = RequestError(**head["problem"]) if head["problem"] else None
     line = None
     if head["line"]:
         number, custom_id, url, line_id = head["line"]
         line = Line(number, custom_id, url, fields or {}, line_id)
     lift = Lift([*map(Lifted, head["names"], files)], head["first"], problem)
-    return Envelope(fields, head["model"], head["names_model"], Chained(*head["chained"]), lift, line, before)
+    return Envelope(fields, head["model"], head["names_model"], Chained(*head["chained"]), lift, line, before,
+                    tuple(head["labels"]), offered)
 
 
-def open_body(route: str, number: int | None, raw: bytes | bytearray,
-              before: bytes | bytearray | None = None) -> Envelope:
+def open_body(route: str, number: int | None, raw: bytes | bytearray, before: bytes | bytearray = b"null",
+              offered: bytes | bytearray = b"null") -> Envelope:
     """Parse the body of a request to `route` or, if it has a number, a line of a batch. Raises RequestError
-    if it is no JSON object, or no such line. before: the items that it continues, a JSON list."""
+    if it is no JSON object, or no such line.
+
+    JSON too: the items that it continues, and the tools that it is offered."""
     line = None if number is None else read_line(number, bytes(raw))
     fields = line.body if line else json_object(raw)
-    return make_envelope(fields, route, line, None if before is None else json.loads(before))
+    return make_envelope(fields, route, line, json.loads(before), json.loads(offered))
 
 
-def make_envelope(fields: dict, route: str, line: Line | None = None, before: list | None = None) -> Envelope:
+def make_envelope(fields: dict, route: str, line: Line | None = None, before: list | None = None,
+                  offered: list | None = None) -> Envelope:
     """The envelope of fields that are parsed already. Takes the pictures out of them."""
     route = line.url if line else route
     name = next(filter(None, map(fields.get, MODEL_NAMES[route])), "")
     chained = Chained()
+    labels = ()
     if route == KEPT_ROUTE and not line:
         chained = Chained(*continued_ids(fields))
+        labels = labels_in(fields.get("tools"))
     return Envelope(
         fields, name if is_text(name) else "", fields.get("model") is not None, chained,
-        lift_pictures(fields, before), line, before)
+        lift_pictures(fields, before), line, before, labels, offered)

@@ -59,15 +59,19 @@ class Intake:
 
     # what a caller wants of a body
 
-    async def answer(self, arrival: Arrival, reading: Holding,
-                     holding: Holding) -> tuple[Served, ParsedBody]:
+    async def answer(self, arrival: Arrival, reading: Holding, holding: Holding,
+                     offered: bytes = b"null") -> tuple[Served, ParsedBody]:
         """Read the body of a route that answers. `reading` holds its bytes, and gives them back once it is
-        read. `holding` then accounts for what is kept of a large body."""
+        read. `holding` then accounts for what is kept of a large body.
+
+        offered: the tools that the server may run for it, as JSON; null: it runs none."""
+        before = b"null"
         if self.earlier_items and any(arrival.envelope.chained):
             before = await self.earlier_items(arrival, reading)
-            async with self.opened(arrival.caller, *arrival.parts, before) as whole:
-                return await self._answer(whole, reading, holding)
-        return await self._answer(arrival, reading, holding)
+        if (before, offered) == (b"null", b"null"):
+            return await self._answer(arrival, reading, holding)
+        async with self.opened(arrival.caller, *arrival.parts, before, offered) as whole:
+            return await self._answer(whole, reading, holding)
 
     async def _answer(self, arrival: Arrival, reading: Holding,
                       holding: Holding) -> tuple[Served, ParsedBody]:

@@ -33,7 +33,8 @@ class Reading(NamedTuple):
 
 async def answer(reading: Reading, route: str) -> list[ParsedBody]:
     """Read the body of a route that answers."""
-    return [read_answer(route, reading.fields, reading.known, reading.body.before)]
+    body = reading.body
+    return [read_answer(route, reading.fields, reading.known, body.before, body.offered)]
 
 
 async def line(reading: Reading) -> list[ParsedBody]:

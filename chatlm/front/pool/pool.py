@@ -116,6 +116,7 @@ class WorkerPool:
         self.version = ServedVersion(self.supervisor)
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
         self.draining = False
+        self.in_rounds = 0  # answers that go on, in rounds, also while none of their requests is here
         self.started_s = time.monotonic()
         self.created = int(time.time())
 
@@ -166,9 +167,9 @@ class WorkerPool:
         """Refuse new requests and wait for the admitted ones; False if some still run after `timeout_s`."""
         self.draining = True
         deadline_s = time.monotonic() + timeout_s
-        while self.dispatcher.jobs and time.monotonic() < deadline_s:
+        while (self.dispatcher.jobs or self.in_rounds) and time.monotonic() < deadline_s:
             await asyncio.sleep(0.05)
-        return not self.dispatcher.jobs
+        return not self.dispatcher.jobs and not self.in_rounds
 
     async def close(self):
         """End every request with an error that allows to send it again, and make sure that every worker has
@@ -192,7 +193,7 @@ class WorkerPool:
             if version != self.version.number:
                 raise Overloaded("the model's files have changed while this request was read",
                                  retry_after_s=2)
-            self._check_capacity(request.id, request.client, request.low_priority)
+            self._check_capacity(request.id, request.client, request.low_priority, request.goes_on)
             prompts = self.admission.prompts
             lengths = [prompts.answer_length(request, ids) for ids in request.prompt_ids or () if prompts]
             async with aclosing(self.dispatcher.answer(
@@ -241,8 +242,8 @@ class WorkerPool:
         """End the reasoning of a running request, which then continues. False if it is not thinking now."""
         return await self.dispatcher.end_thinking(request_id)
 
-    def _check_capacity(self, request_id: str, client: str, low: bool = False):
-        if self.draining:
+    def _check_capacity(self, request_id: str, client: str, low: bool = False, goes_on: bool = False):
+        if self.draining and not goes_on:
             raise shutting_down()
         opened = self.supervisor.became_ready.is_set() and self.supervisor.prepared
         if self.tokenizer is None or not opened:
@@ -250,7 +251,8 @@ class WorkerPool:
         reason = self.supervisor.why_unservable
         if reason:
             raise Overloaded(f"the model cannot be loaded again: {without_folders(reason)}", retry_after_s=10)
-        self.dispatcher.check_capacity(request_id, client, self.admission.preparing, low)
+        if not goes_on:
+            self.dispatcher.check_capacity(request_id, client, self.admission.preparing, low)
 
     # what the server shows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -22,9 +23,14 @@ if TYPE_CHECKING:
 
     from aiohttp import web
     from chatlm.common.messages.protocol import ParsedBody
+    from chatlm.front.intake.envelope import Envelope
     from chatlm.front.intake.intake import Intake
     from chatlm.front.pool.models import Served
     from chatlm.front.server.access import Owners
+
+
+# (a request, its open body) -> the tools that may be run for it, as a JSON list
+OfferedTools = Callable[["web.Request", "Envelope"], Awaitable[bytes]]
 
 
 class Bodies:
@@ -33,6 +39,7 @@ class Bodies:
     def __init__(self, intake: Intake, owners: Owners):
         self.intake = intake
         self.owners = owners
+        self.tools: OfferedTools | None = None  # set by a server that runs tools
 
     def holding(self) -> Holding:
         """The share of the budget that the request of this task holds."""
@@ -59,7 +66,10 @@ class Bodies:
         """The body of a route that answers. `holding` then accounts for what is kept of a large one."""
         with self.holding() as reading:
             async with self.opened(http, reading) as arrival:
-                served, parsed = await self.intake.answer(arrival, reading, holding)
+                offered = b"null"
+                if self.tools and arrival.envelope.labels:
+                    offered = await self.tools(http, arrival.envelope)
+                served, parsed = await self.intake.answer(arrival, reading, holding, offered)
         record = REQUEST_LOG.get()
         if parsed.ignored_tools:
             names = ", ".join(parsed.ignored_tools)[:1000]

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+import math
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, shown
 from chatlm.common.jsontext import dump
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import KeptItem
-from chatlm.common.messages.requests import Finished, Piece
+from chatlm.common.messages.requests import Finished
 from chatlm.front.aio import supervised
 from chatlm.front.api.message_readers import (
     OTHER_ITEMS, chat_messages, other_types, response_messages, without_others)
 from chatlm.front.api.encode_responses import ResponsesEncoder
 from chatlm.front.api.errors import public_error, response_error
+from chatlm.front.api.field_types import INTEGER, SWITCH
+from chatlm.front.api.fields import Field
 from chatlm.front.api.kept_items import kept_items
 from chatlm.front.lazy import web
 from chatlm.front.server.responses import REQUEST_LOG, json_response
@@ -29,6 +32,7 @@ from chatlm.front.server.stored_lists import (
     AFTER, DAY_S, LIMIT, ORDER, now_s, query_value, require_store, send_list, send_parts, shown_item,
     take_room)
 from chatlm.front.store import quota, responses
+from chatlm.front.store.files import owns
 from chatlm.front.store.pages import Listed, texts
 from chatlm.front.store.responses import NewResponse
 
@@ -39,9 +43,19 @@ if TYPE_CHECKING:
     from chatlm.front.intake.budget import Holding
     from chatlm.front.server.access import Owners
     from chatlm.front.server.bodies import Bodies
+    from chatlm.front.server.recordings import Recording
     from chatlm.front.store.pages import ListPage, TextPlace
     from chatlm.front.store.responses import ConversationRow
     from chatlm.front.store.store import Store
+
+
+class RunningResponse(NamedTuple):
+    """A response in the background: GET shows it before it is kept."""
+
+    owner: str
+    encoder: ResponsesEncoder
+    recording: Recording
+    kept: asyncio.Task[None]  # ends once it is kept
 
 
 class ResponseKeeper:
@@ -55,6 +69,10 @@ class ResponseKeeper:
         self.routes = ConversationRoutes(self)
         self.removed: Callable[[], None] = lambda: None  # called when something was deleted
         self.saving: set[asyncio.Task[None]] = set()  # tasks that keep answers whose clients have left
+        self.running: dict[str, RunningResponse] = {}  # by their ids
+        # set by the front: cancels a running answer; sends a recording from an event on
+        self.cancel: Callable[[str], bool] = lambda request_id: False
+        self.follow: Callable[[web.Request, Recording, int], Awaitable[web.StreamResponse]]
         if store:
             bodies.intake.earlier_items = self.earlier
 
@@ -88,6 +106,23 @@ class ResponseKeeper:
             return answering
         return self._keeping(answering, encoder, self.owner)
 
+    def show_running(self, encoder: Encoder, recording: Recording) -> bytes:
+        """Show a response that has begun in the background, until it is kept. Returns it as it is now."""
+        assert isinstance(encoder, ResponsesEncoder) and recording.task
+        name = encoder.head["id"]
+        kept = asyncio.create_task(supervised(f"showing {name}", partial(
+            self._show, name, recording.task)))
+        self.running[name] = RunningResponse(self.owner, encoder, recording, kept)
+        return encoder.response("in_progress")
+
+    async def _show(self, name: str, work: asyncio.Task):
+        try:
+            await asyncio.wait([work])
+            if self.saving:  # it has failed, or was cancelled
+                await asyncio.wait({*self.saving})
+        finally:
+            del self.running[name]
+
     @asynccontextmanager
     async def _keeping(self, answering: AbstractAsyncContextManager, encoder: ResponsesEncoder,
                        owner: str) -> AsyncIterator[tuple[Accepted, AsyncGenerator[Event, None]]]:
@@ -116,8 +151,7 @@ class ResponseKeeper:
         kept = False
         try:
             async for event in events:
-                if isinstance(event, (Piece, Finished)):
-                    twin.collect(event)
+                twin.collect(event)
                 if isinstance(event, Finished):
                     await self._keep(twin, owner, twin.whole()[1])
                     kept = True
@@ -180,8 +214,34 @@ class ConversationRoutes:
         name = http.match_info["id"]
         owner = self.owner
         store = self._store_of(name)
+        running = self._running(name, owner)
         if http.query.get("stream", "false") != "false":
-            raise bad_value("stream", http.query["stream"], "false: a response is kept once it has ended")
+            if running is None:
+                raise bad_value("stream", http.query["stream"], "false: a response is kept once it has ended "
+                                "(one that runs in the background can be streamed)")
+            start = query_value(http, STARTING_AFTER, -1) + 1
+            running.recording.check_kept(start)
+            return await self.keeper.follow(http, running.recording, start)
+        if running:
+            return web.Response(body=running.encoder.response("in_progress"), content_type="application/json")
+        place = await store.run(partial(responses.whole_of, name=name, owner=owner))
+        with self.bodies.holding() as holding:
+            return await send_parts(http, [await self._read(place, holding)])
+
+    def _running(self, name: str, owner: str) -> RunningResponse | None:
+        running = self.keeper.running.get(name)
+        return running if running and owns(owner, running.owner) else None
+
+    async def handle_cancel(self, http: web.Request) -> web.StreamResponse:
+        """POST /v1/responses/{id}/cancel: stop a response that runs in the background. The answer is the
+        response; one that has ended stays as it is."""
+        name = http.match_info["id"]
+        owner = self.owner
+        store = self._store_of(name)
+        running = self._running(name, owner)
+        if running:
+            self.keeper.cancel(running.recording.id)
+            await asyncio.wait([running.kept])
         place = await store.run(partial(responses.whole_of, name=name, owner=owner))
         with self.bodies.holding() as holding:
             return await send_parts(http, [await self._read(place, holding)])
@@ -301,9 +361,14 @@ class ConversationRoutes:
             owner=self.owner))))
 
 
+STREAM = Field("stream", SWITCH, "true: the events of a response that runs in the background")
+STARTING_AFTER = Field("starting_after", INTEGER, "the sequence_number of an event: send those after it", 0,
+                       math.inf)
 CONVERSATION_ROUTES: tuple[Route[ConversationRoutes], ...] = (
     Route("GET", "/v1/responses/{id}", Api.OPENAI, ConversationRoutes.handle_response,
-          "a response that was kept"),
+          "a response that was kept, or that runs in the background", query=(STREAM, STARTING_AFTER)),
+    Route("POST", "/v1/responses/{id}/cancel", Api.OPENAI, ConversationRoutes.handle_cancel,
+          "stop a response that runs in the background"),
     Route("DELETE", "/v1/responses/{id}", Api.OPENAI, ConversationRoutes.handle_delete, "delete it"),
     Route("GET", "/v1/responses/{id}/input_items", Api.OPENAI, ConversationRoutes.handle_inputs,
           "what it was asked, with what was said before", query=(LIMIT, ORDER, AFTER)),

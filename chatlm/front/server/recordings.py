@@ -28,12 +28,14 @@ class Recording:
     FRAME_BYTES = 50
 
     def __init__(self, request_id: str, owner: str, client: str,
-                 failure: Callable[[ChatServerError], bytes]):
-        """failure: the frame that ends a stream of the answer's API after an error."""
+                 failure: Callable[[ChatServerError], bytes], needs_reader: bool = True):
+        """failure: the frame that ends a stream of the answer's API after an error. needs_reader: is the
+        answer cancelled once nobody has read it for GRACE_S?"""
         self.id = request_id
         self.owner = owner
         self.client = client
         self.failure = failure
+        self.needs_reader = needs_reader
         self.size = self.OWN_BYTES
         self.length = 0
         self.task: asyncio.Task | None = None

@@ -9,6 +9,7 @@ from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value
+from chatlm.common.jsontext import dump
 from chatlm.front.aio import end_tasks
 from chatlm.front.api.encode import frame
 from chatlm.front.api.enforcement import why_unenforced
@@ -22,6 +23,7 @@ from chatlm.front.tools.toolbox import OfferedTool, Toolbox
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
+    from chatlm.front.intake.envelope import Envelope
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.server.access import Access
@@ -43,6 +45,9 @@ class ToolRoutes:
         self.access = access
         # why a tool's parameters can't be enforced ("": they are), by digest and format of calls
         self.unenforced: OrderedDict[tuple[str, str | None], str] = OrderedDict()
+
+        if toolbox.servers:
+            bodies.tools = self.offered_to
 
     async def start(self, app: object):
         self.toolbox.start()
@@ -84,6 +89,29 @@ class ToolRoutes:
             if len(self.unenforced) > KNOWN_SCHEMAS:
                 self.unenforced.popitem(last=False)
         return self.unenforced[key]
+
+    async def offered_to(self, http: web.Request, envelope: Envelope) -> bytes:
+        """The tools of the servers that a body names, as far as its client may use them, as JSON for the
+        body's reader. Raises RequestError for a server that there is not, or of which it may use nothing."""
+        labels = envelope.labels
+        patterns = self.access.usable_tools(http)
+        known = [server.config.label for server in self.toolbox.servers]
+        for label in labels:
+            if label not in known:
+                raise bad_value("server_label", label, "a tool server of --mcp-config: " + ", ".join(
+                    one for one in known if may_see(one, patterns)))
+            if not may_see(label, patterns):
+                raise RequestError(f"this API key may not use the tool server {label} (tools= in "
+                                   "--api-key-file)", status=403, code="tool_not_allowed", param="tools")
+        pool = self._pool(envelope.model)
+        await self.toolbox.refresh()
+        found = []
+        for tool in self.toolbox.offered().values():
+            if tool.label in labels and is_usable(tool, patterns):
+                strict = not await self._why_unenforced(tool, pool)
+                found.append({**tool.function, "label": tool.label, "tool": tool.tool.name, "strict": strict,
+                              "read_only": tool.tool.only_reads, "ask": tool.ask, "digest": tool.digest})
+        return dump(found)
 
     async def handle_call(self, http: web.Request) -> web.StreamResponse:
         """POST /v1/tools/call: call a tool. If the client leaves, the call is cancelled."""

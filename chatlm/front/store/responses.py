@@ -181,27 +181,25 @@ def inputs(connection: sqlite3.Connection, name: str, owner: str, after: str, as
 
 # what was said before
 
-def earlier(connection: sqlite3.Connection, column: str, previous: str, conversation: str,
+def earlier(connection: sqlite3.Connection, columns: str, previous: str, conversation: str,
             owner: str) -> Iterator:
-    """`column` of each item up to the end of a response, or in a conversation, in order."""
+    """The columns of each item up to the end of a response, or in a conversation, in order."""
     if conversation:
         row = conversation_named(connection, conversation, owner, "conversation")
-        for (value,) in connection.execute(
-                f"SELECT {column} FROM items WHERE conversation = ? ORDER BY id", (row.id,)):
-            yield value
+        yield from connection.execute(
+            f"SELECT {columns} FROM items WHERE conversation = ? ORDER BY id", (row.id,))
         return
     for response in reversed(chain(connection, previous, owner, "previous_response_id")):
-        for (value,) in connection.execute(
-                f"SELECT {column} FROM parts WHERE response = ? AND kind <> ? ORDER BY id",
-                (response, WHOLE)):
-            yield value
+        yield from connection.execute(
+            f"SELECT {columns} FROM parts WHERE response = ? AND kind <> ? ORDER BY id", (response, WHOLE))
 
 
 def size_before(connection: sqlite3.Connection, previous: str, conversation: str, owner: str) -> int:
     """How many bytes `before` returns. Raises RequestError if that is more than a body may have."""
     size = 2
-    for length in earlier(connection, "LENGTH(body)", previous, conversation, owner):
-        size += length + 2
+    columns = "LENGTH(name) + LENGTH(body)"
+    for (length,) in earlier(connection, columns, previous, conversation, owner):
+        size += length + 12
         if size > LIMITS.body_bytes:
             raise too_large_to_count(f"what was said before is too large: at most {LIMITS.body_bytes} bytes "
                                      "are allowed")
@@ -209,9 +207,10 @@ def size_before(connection: sqlite3.Connection, previous: str, conversation: str
 
 
 def before(connection: sqlite3.Connection, previous: str, conversation: str, owner: str) -> bytes:
-    """All items up to the end of a response, or in a conversation, as a JSON list of items without ids."""
+    """All items up to the end of a response, or in a conversation, as a JSON list."""
     size_before(connection, previous, conversation, owner)  # checks again: it may have grown
-    return b"[%s]" % b", ".join(earlier(connection, "body", previous, conversation, owner))
+    items = earlier(connection, "name, body", previous, conversation, owner)
+    return b"[%s]" % b", ".join(b'{"id": "%s", %s' % (name.encode(), body[1:]) for name, body in items)
 
 
 # conversations

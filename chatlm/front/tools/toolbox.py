@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -18,13 +17,13 @@ from chatlm.common.log import log
 from chatlm.front.tools.client import Report, Tool
 from chatlm.front.tools.config import ServerConfig, read_mcp_config
 from chatlm.front.tools.results import ToolResult
+from chatlm.front.tools.rules import model_name
 from chatlm.front.tools.server import State, ToolServer
 from chatlm.front.tools.transport import ToolError
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
 
-NAME_CHARACTERS = 64
 MOST_TOOLS = 128
 MOST_BYTES = 256 << 10  # of their names, descriptions and schemas, as JSON
 CALLS_OF_A_CLIENT = 8
@@ -58,17 +57,6 @@ class OfferedTool:
         """The function as in `tools` of a request."""
         description = self.tool.description or self.tool.title
         return {"name": self.name, "description": description, "parameters": self.tool.parameters}
-
-
-def model_name(label: str, tool: str) -> str:
-    """`label__tool`, as models and APIs allow it: at most 64 of A-Z, a-z, 0-9, _ and -. A name that has to be
-    changed for that ends in a hash of what it was."""
-    name = f"{label}__{tool}"
-    allowed = re.sub(r"[^A-Za-z0-9_-]", "_", name)
-    if allowed == name and len(name) <= NAME_CHARACTERS:
-        return name
-    mark = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
-    return f"{allowed[:NAME_CHARACTERS - 9]}_{mark}"
 
 
 def asks(config: ServerConfig, tool: Tool) -> bool:

@@ -116,7 +116,7 @@ def parsed(route, body):
 
 
 @pytest.mark.parametrize("route, name", [
-    (route, field.name) for route, fields in BODY_FIELDS.items() for field in fields if field.name not in ("model", "store")])     # which `Bodies.resolve` and `Keeper` read
+    (route, field.name) for route, fields in BODY_FIELDS.items() for field in fields if field.name not in ("model", "store", "max_tool_calls")])     # which `Bodies.resolve`, `Keeper` and `Rounds` read
 def test_a_known_field_has_an_effect_or_is_refused(route, name):
     """A field of the tables changes the request or is refused."""
     without, body = sent(route, name)
@@ -170,7 +170,7 @@ UNREAD = {
     "/v1/completions": {"user": "me", "truncate": "oldest", "reasoning_effort": "low", "tools": [TOOL], **VLLM, **LLAMA, **SAMPLERS},
     "/v1/embeddings": {"user": "me", "truncate_prompt_tokens": 5, "temperature": 1},
     "/v1/responses": {
-        "n": 2, "max_tool_calls": 1, "service_tier": "flex",
+        "n": 2, "service_tier": "flex",
         "safety_identifier": "x", "prompt_cache_key": "x", "prompt_cache_retention": "24h", "stream_options": {}, "context_management": [],
         "reasoning_effort": "low", **SAMPLERS},
     "/v1/messages": {"metadata": {"user_id": "x"}, "service_tier": "auto", "container": "x", "context_management": {}, "mcp_servers": [],

@@ -147,12 +147,12 @@ def test_a_body_nested_too_deeply_is_refused():
 def test_fields_large_without_pictures_stay():
     """They stay where they are."""
     envelope = make_envelope({"messages": [{"role": "user", "content": [part(CAT), {"type": "text", "text": "x" * 800}]}]}, "/v1/chat/completions")
-    size = len(json.dumps([envelope.fields, None]))
+    size = len(json.dumps([envelope.fields, None, None]))
     assert len(envelope.rest(size, size)) == size and envelope.rest(size, size - 1) == b""
 
 
 def test_packed_files_keep_their_names():
     lift = Lift([Lifted("x", b""), Lifted("y", b"\0\1")], "x", RequestError("no", status=413, code="large", param="z"))
-    came = unpacked_envelope(Envelope({"a": "ü"}, "ü", True, Chained(), lift).packed(json.dumps([{"a": "ü"}, None]).encode()))
+    came = unpacked_envelope(Envelope({"a": "ü"}, "ü", True, Chained(), lift).packed(json.dumps([{"a": "ü"}, None, None]).encode()))
     assert came.fields == {"a": "ü"} and came.model == "ü" and came.lift.files == lift.files and came.lift.first == "x"
     assert (str(came.lift.problem), came.lift.problem.status, came.lift.problem.code, came.lift.problem.param) == ("no", 413, "large", "z")

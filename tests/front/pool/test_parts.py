@@ -151,7 +151,7 @@ async def test_a_broken_template_ends_the_start_early():
 
 async def test_a_template_is_compiled_before_its_card():
     """The card comes later."""
-    admission = Admission(lambda request, client, low: None)
+    admission = Admission(lambda request, client, low, goes_on: None)
     text = TextSpec("hf", json.dumps({"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None,
                                       "decoder": None, "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}).encode(), "{% if %}")
     with pytest.raises(ConfigError, match="chat template does not parse: line 1"):

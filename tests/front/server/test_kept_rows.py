@@ -126,7 +126,7 @@ async def test_earlier_items_are_measured_before_reading(tmp_path, monkeypatch):
         small = responses.create_conversation(connection, "me", 1, FAR, "{}", new[:2]).name
         large = responses.create_conversation(connection, "me", 1, FAR, "{}", new).name
         found = responses.before(connection, "", small, "me")
-        assert json.loads(found) == [json.loads(each.body) for each in new[:2]]
+        assert json.loads(found) == [{"id": each.name, **json.loads(each.body)} for each in new[:2]]
         assert len(found) <= responses.size_before(connection, "", small, "me") <= len(found) + 2
         read = []
         connection.set_trace_callback(read.append)

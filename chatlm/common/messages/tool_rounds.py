@@ -1,0 +1,41 @@
+"""What the server's own loop of tools is asked for, as a reader of bodies found it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from chatlm.common.messages.requests import AnswerParams
+
+
+@dataclass(frozen=True)
+class PlannedTool:
+    """A tool that the server may call for a request."""
+
+    name: str    # for the model
+    label: str   # of its server
+    tool: str    # its name there
+    digest: str  # of its description, when it was offered
+    asks: bool   # must the client approve of each call?
+
+
+@dataclass(frozen=True)
+class ApprovedCall:
+    """A call of an earlier answer, which the client now approves of."""
+
+    id: str         # of the approval request; the message for its result has it as `tool_call_id`
+    name: str       # for the model
+    arguments: str  # JSON
+    digest: str     # of the tool, when the client was asked
+
+
+@dataclass(frozen=True)
+class ToolPlan:
+    """The tools that the server itself calls to answer a request, in rounds: the model answers, its calls are
+    run, and it answers again."""
+
+    tools: tuple[PlannedTool, ...]
+    listed: tuple[str, ...] = ()              # servers whose tools the answer lists
+    approved: tuple[ApprovedCall, ...] = ()   # run before the first round
+    most_calls: int | None = None             # of these tools
+    later: AnswerParams | None = None         # of the rounds after the first, where they differ
+    pauses: bool = False                      # at the limit of rounds: end, instead of a round without tools

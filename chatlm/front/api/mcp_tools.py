@@ -1,0 +1,250 @@
+"""Tools of type `mcp` in a response: which of the operator's a body asks for, and earlier calls of them.
+
+A body names tool servers by the labels that they have in --mcp-config, and nothing else of them: no request
+says what is started or which address is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence as Seq
+from typing import Any
+
+from chatlm.common.errors import RequestError, bad_value, invalid, shown
+from chatlm.common.jsontext import is_text
+from chatlm.common.messages.tool_rounds import ApprovedCall, PlannedTool
+from chatlm.front.api.fields import ToolChoice
+from chatlm.front.tools.rules import UNANSWERED, UNKNOWN_OUTCOME, denied, model_name
+
+MCP_ITEMS = frozenset(("mcp_approval_request", "mcp_approval_response", "mcp_call", "mcp_list_tools"))
+OPERATORS = ("server_url", "connector_id", "tunnel_id", "authorization", "headers")
+DIGEST_CHARACTERS = 16  # at the end of an approval request's id
+
+
+# which tools
+
+def is_mcp(tool: Mapping) -> bool:
+    return tool.get("type") == "mcp"
+
+
+def labels_in(tools: Any) -> tuple[str, ...]:
+    """The tool servers that the tools of a body name, not checked yet."""
+    found = [tool.get("server_label") for tool in (tools if isinstance(tools, list) else ())
+             if isinstance(tool, dict) and is_mcp(tool)]
+    return tuple(dict.fromkeys(filter(is_text, found)))
+
+
+class McpTools:
+    """The tools that the entries of type `mcp` of a body's `tools` ask for."""
+
+    def __init__(self, tools: Seq[Mapping], offered: Seq[Mapping]):
+        """offered: the tools that this client may have of the servers that the body names."""
+        self.labels: list[str] = []
+        self.functions: list[dict] = []      # as in `tools` of Chat Completions
+        self.planned: list[PlannedTool] = []
+        for index, tool in enumerate(tools):
+            if is_mcp(tool):
+                self._add(tool, f"tools[{index}]", offered)
+
+    def _add(self, tool: Mapping, name: str, offered: Seq[Mapping]):
+        label = tool.get("server_label")
+        if not is_text(label) or label in self.labels:
+            raise bad_value(f"{name}.server_label", label, "the label of a tool server, each at most once")
+        for member in OPERATORS:
+            if tool.get(member) is not None:
+                raise invalid(f"{name}.{member}", f"{name}.{member}: tool servers are the operator's "
+                              "(--mcp-config); leave it out, and name the server by its server_label alone")
+        self.labels.append(label)
+        own = [one for one in offered if one["label"] == label]
+        allowed = ToolFilter(tool.get("allowed_tools"), f"{name}.allowed_tools", own)
+        approvals = Approvals(tool.get("require_approval"), f"{name}.require_approval", own)
+        for one in own:
+            if allowed.is_empty or allowed.matches(one):
+                self._offer(one, approvals.asks(one))
+
+    def _offer(self, one: Mapping, asks: bool):
+        function = {"name": one["name"], "description": one["description"], "parameters": one["parameters"]}
+        if one["strict"]:
+            function["strict"] = True
+        self.functions.append({"type": "function", "function": function})
+        self.planned.append(PlannedTool(one["name"], one["label"], one["tool"], one["digest"], asks))
+
+    def beside(self, functions: Seq[dict]) -> tuple[dict, ...]:
+        """These tools after the body's own functions. Raises RequestError for a function with the name of one
+        of these tools."""
+        own = {function["function"]["name"] for function in functions}
+        for tool in self.planned:
+            if tool.name in own:
+                raise invalid("tools", f"tools: the function {tool.name} has the name of the tool "
+                              f"{tool.tool} of the server {tool.label}; call it otherwise")
+        return (*functions, *self.functions)
+
+    def choice(self, sent: Any, choice: ToolChoice) -> ToolChoice:
+        """The tool choice of a body, which may choose tools of these servers. sent: as it was sent."""
+        if not isinstance(sent, dict) or not self.labels:
+            return choice
+        if is_mcp(sent):
+            return ToolChoice("required", self._chosen(sent))
+        if sent.get("type") != "allowed_tools":
+            return choice
+        names = [name for tool in sent["tools"] if is_mcp(tool) for name in self._chosen(tool)]
+        return choice._replace(names=(*(choice.names or ()), *names))
+
+    def _chosen(self, sent: Mapping) -> tuple[str, ...]:
+        label = sent.get("server_label")
+        if label not in self.labels:
+            raise bad_value("tool_choice.server_label", label, "the server_label of one of the tools")
+        name = sent.get("name")
+        chosen = tuple(tool.name for tool in self.planned
+                       if tool.label == label and name in (None, tool.tool))
+        if not chosen:
+            raise bad_value("tool_choice.name", name, f"a tool that the server {label} offers here")
+        return chosen
+
+
+class ToolFilter:
+    """Chooses tools of a server: a list of names, or an object with `tool_names` and `read_only`."""
+
+    def __init__(self, sent: Any, name: str, own: Seq[Mapping]):
+        """own: the tools of the server."""
+        self.is_empty = sent is None
+        names = sent.get("tool_names") if isinstance(sent, dict) else sent
+        read_only = sent.get("read_only") if isinstance(sent, dict) else None
+        if (not isinstance(names, list | None) or not all(map(is_text, names or ()))
+                or not isinstance(read_only, bool | None)):
+            raise bad_value(name, sent, "a list of tools' names, or an object with tool_names, such a list, "
+                                        "and read_only, true or false")
+        known = [one["tool"] for one in own]
+        if strange := [one for one in names or () if known and one not in known]:
+            raise bad_value(name, strange[0], f"among {', '.join(known)}")
+        self.names = names
+        self.read_only = read_only
+
+    def matches(self, one: Mapping) -> bool:
+        is_named = self.names is None or one["tool"] in self.names
+        return is_named and self.read_only in (None, one["read_only"])
+
+
+class Approvals:
+    """Of which calls the client must approve: of all, unless the operator and the client both want it
+    otherwise."""
+
+    def __init__(self, sent: Any, name: str, own: Seq[Mapping]):
+        if sent not in (None, "always", "never") and not isinstance(sent, dict):
+            raise bad_value(name, sent, '"always", "never", or an object with filters `always` and `never`')
+        filters = sent if isinstance(sent, dict) else {}
+        self.never_asks = sent == "never"
+        self.always = ToolFilter(filters.get("always"), f"{name}.always", own)
+        self.never = ToolFilter(filters.get("never"), f"{name}.never", own)
+
+    def asks(self, one: Mapping) -> bool:
+        if one["ask"]:
+            return True
+        if not self.always.is_empty and self.always.matches(one):
+            return True
+        return not (self.never_asks or not self.never.is_empty and self.never.matches(one))
+
+
+# earlier calls
+
+class McpHistory:
+    """Earlier calls of tools that the server has run, and what the client says of those that it was asked
+    about. Such items become calls of functions and their outputs."""
+
+    def __init__(self, before: Iterable, items: Any):
+        """before: the items that a response continues. items: its input."""
+        sent = items if isinstance(items, list) else ()
+        every = [*before, *sent]
+        self.listed = set(texts_of(every, "mcp_list_tools", "server_label"))
+        self.requests = {text(item, "id") for item in of_type(every, "mcp_approval_request")}
+        self.called = set(texts_of(every, "mcp_call", "approval_request_id"))
+        self.answers: dict[str, Mapping] = {}  # by the ids of the requests
+        for item in of_type(every, "mcp_approval_response"):
+            self._answer(item)
+        self.newly_answered = set(texts_of(sent, "mcp_approval_response", "approval_request_id"))
+        self.shown: set[str] = set()            # requests that were read
+        self.approved: list[ApprovedCall] = []  # calls of these
+
+    def _answer(self, item: Mapping):
+        request = text(item, "approval_request_id")
+        if request not in self.requests:
+            raise bad_value("approval_request_id", request,
+                            "the id of an item of type mcp_approval_request before it")
+        if not isinstance(item.get("approve"), bool):
+            raise bad_value("approve", item.get("approve"), "true or false")
+        if request in self.answers:
+            raise invalid("approval_request_id", f"the approval request {shown(request)} is answered twice")
+        self.answers[request] = item
+
+    def items(self, item: Any) -> Iterator[Any]:
+        """The items that the model is shown for one."""
+        kind = item.get("type") if isinstance(item, dict) else None
+        if kind == "mcp_call":
+            yield from call_items(item, text(item, "id"), output_of(item))
+        elif kind == "mcp_approval_request":
+            yield from self._request_items(item)
+        elif not is_text(kind) or kind not in MCP_ITEMS:
+            yield item
+
+    def _request_items(self, item: Mapping) -> Iterator[dict]:
+        name = text(item, "id")
+        if name in self.called or name in self.shown:  # the call is an item of its own, or was sent twice
+            return
+        self.shown.add(name)
+        answer = self.answers.get(name)
+        if answer is None:
+            output = UNANSWERED
+        elif not answer["approve"]:
+            output = denied(answer["reason"] if is_text(answer.get("reason")) else "")
+        elif name not in self.newly_answered:  # an earlier response began it and did not end
+            output = UNKNOWN_OUTCOME
+        else:
+            output = ""
+            tool = model_name(text(item, "server_label"), text(item, "name"))
+            self.approved.append(ApprovedCall(name, tool, text(item, "arguments"), name[-DIGEST_CHARACTERS:]))
+        yield from call_items(item, name, output)
+
+
+def of_type(items: Iterable, kind: str) -> Iterator[Mapping]:
+    return (item for item in items if isinstance(item, dict) and item.get("type") == kind)
+
+
+def texts_of(items: Iterable, kind: str, member: str) -> Iterator[str]:
+    """A member of the items of a type, where it is a text."""
+    return filter(is_text, (item.get(member) for item in of_type(items, kind)))
+
+
+def call_items(item: Mapping, call_id: str, output: str) -> Iterator[dict]:
+    """A call as the call of a function, and its output."""
+    name = model_name(text(item, "server_label"), text(item, "name"))
+    yield {"type": "function_call", "call_id": call_id, "name": name, "arguments": text(item, "arguments")}
+    yield {"type": "function_call_output", "call_id": call_id, "output": output}
+
+
+def text(item: Mapping, member: str) -> str:
+    """A member of an item that must be a text."""
+    value = item.get(member)
+    if not is_text(value):
+        raise bad_value(f"{member} of an item of type {item.get('type')}", value, "a string")
+    return value
+
+
+def output_of(item: Mapping) -> str:
+    """What the model was told of a call: its output, else its error."""
+    output = item.get("output")
+    if is_text(output):
+        return output
+    error = item.get("error")
+    if is_text(error):
+        return error
+    if not isinstance(error, dict):
+        return UNKNOWN_OUTCOME
+    content = error.get("content")
+    texts = [part["text"] for part in (content if isinstance(content, list) else ())
+             if isinstance(part, dict) and is_text(part.get("text"))]
+    if is_text(error.get("message")):
+        texts.append(error["message"])
+    return "\n".join(texts)
+
+
+def refuse_in_batches() -> RequestError:
+    return RequestError("a batch can't run tools: a line that is tried twice would act twice", param="tools",
+                        code="not_available")

@@ -1,0 +1,422 @@
+"""The server's own loop of tools: the model answers, its calls are run, and it answers again.
+
+To whoever reads the answer it is one answer: `Rounds.begin` is like `Answers.begin`, and its events are those
+of all rounds, with one Finished at the end. A round is an answer of the pool, entered in the ledger. Calls
+run only after their round has finished: a worker's death repeats tokens, and never a call."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence as Seq
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, TYPE_CHECKING
+
+from chatlm.common.errors import RequestError
+from chatlm.common.messages.requests import (
+    Accepted, CallApproved, CallEnded, Finished, Message, Piece, RoundEnded, ToolsListed, Usage)
+from chatlm.front.aio import end_tasks
+from chatlm.front.api.message_readers import earlier_arguments
+from chatlm.front.server.responses import REQUEST_LOG
+from chatlm.front.tools.results import ToolResult
+from chatlm.front.tools.rules import (
+    CHANGED, CUT_OFF, PICTURES_OF_RESULTS, SEEN_PICTURES, TOO_MANY, UNSEEN_PICTURES, arguments_of,
+    why_not_run)
+from chatlm.front.tools.server import State
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.common.messages.protocol import ParsedBody
+    from chatlm.common.messages.requests import AnswerParams, Event, Picture, Request
+    from chatlm.common.messages.tool_rounds import ToolPlan
+    from chatlm.front.pool.pool import WorkerPool
+    from chatlm.front.server.answering import Answers
+    from chatlm.front.tools.toolbox import Toolbox
+
+AT_ONCE = 4  # calls of an answer
+NO_ROOM = Finished("length", "context_length", Usage(), queue_ms=0.0, ttft_ms=0.0, tokens_per_second=None,
+                   gpu=0)
+
+
+class Rounds:
+    """The answers for which the server calls tools."""
+
+    def __init__(self, answers: Answers, toolbox: Toolbox, settings: Settings):
+        self.answers = answers
+        self.toolbox = toolbox
+        self.settings = settings
+        self.loops: dict[str, Loop] = {}  # by the ids of their answers
+
+    @asynccontextmanager
+    async def begin(self, pool: WorkerPool, parsed: ParsedBody, model: str,
+                    whole: bool = False) -> AsyncIterator[tuple[Accepted, AsyncGenerator[Event, None]]]:
+        """What Answers.begin does, over all rounds."""
+        assert parsed.plan
+        request_id = parsed.request.id
+        client = parsed.request.client
+        loop = Loop(self, pool, parsed.request, parsed.plan, model, whole)
+        del parsed
+        self.loops[request_id] = loop
+        self.answers.running[request_id] = self.answers.owners.of_answer(request_id, client)
+        pool.in_rounds += 1
+        try:
+            async with loop.rounds, aclosing(loop.events()) as events:
+                accepted: Any = await anext(events)
+                yield accepted, events
+        finally:
+            pool.in_rounds -= 1
+            del self.loops[request_id]
+            self.answers.running.pop(request_id, None)
+
+    def running_id(self, request_id: str) -> str:
+        """The id under which the pool knows an answer: that of its round."""
+        loop = self.loops.get(request_id)
+        return loop.round_id if loop else request_id
+
+    def cancel(self, request_id: str) -> bool:
+        """Stop an answer, its calls too. Its reader gets RequestError 'cancelled'."""
+        loop = self.loops.get(request_id)
+        if loop:
+            loop.stop.set()
+        return loop is not None
+
+
+@dataclass
+class Call:
+    """A call that the model has made."""
+
+    name: str
+    texts: list[str] = field(default_factory=list)
+    number: int | None = None  # among the calls of tools that the server calls; None: it is the client's
+    result: ToolResult | None = None
+    seen: list[Picture] = field(default_factory=list)  # the pictures of the result, if the model sees
+
+    @property
+    def arguments(self) -> str:
+        return "".join(self.texts)
+
+    @property
+    def id(self) -> str:
+        return f"call_{self.number}"
+
+
+class Turn:
+    """What the model has said in a round."""
+
+    def __init__(self):
+        self.texts: list[str] = []
+        self.thoughts: list[str] = []
+        self.calls: list[Call] = []
+
+    def take(self, piece: Piece):
+        for delta in piece.deltas:
+            if delta.kind == "text":
+                self.texts.append(delta.text)
+            elif delta.kind == "reasoning":
+                self.thoughts.append(delta.text)
+            elif delta.kind == "call":
+                if delta.name:
+                    self.calls.append(Call(delta.name))
+                self.calls[-1].texts.append(delta.text)
+
+    @property
+    def message(self) -> Message:
+        more: dict[str, Any] = {}
+        if self.thoughts:
+            more["reasoning_content"] = "".join(self.thoughts)
+        more["tool_calls"] = [
+            {"id": call.id, "type": "function",
+             "function": {"name": call.name, "arguments": earlier_arguments(call.arguments)}}
+            for call in self.calls]
+        return Message("assistant", "".join(self.texts), more)
+
+
+class Loop:
+    """One answer over all its rounds."""
+
+    def __init__(self, rounds: Rounds, pool: WorkerPool, request: Request, plan: ToolPlan, model: str,
+                 whole: bool):
+        self.answers = rounds.answers
+        self.toolbox = rounds.toolbox
+        self.most_rounds = rounds.settings.tool_rounds
+        self.pool = pool
+        self.request = request
+        self.plan = plan
+        self.tools = {tool.name: tool for tool in plan.tools}
+        self.model = model
+        self.whole = whole
+        self.rounds = AsyncExitStack()  # has the running round, the last one until the answer was sent
+        self.round_id = request.id
+        self.stop = asyncio.Event()     # somebody cancels it
+        self.calls: list[Call] = []     # all of these tools, in the order of their numbers
+        self.turns: list[Turn] = []     # those whose calls have results
+        self.ended: list[Finished] = []  # the ends of the rounds
+        self.approved: list[Call] = []
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """The first is Accepted, the last is Finished."""
+        if self.plan.approved:
+            yield await self._accepted()
+            for event in self._lists():
+                yield event
+            async with aclosing(self._run_approved()) as results:
+                async for event in results:
+                    yield event
+        for number in itertools.count():
+            may_call = self._may_call(number)
+            try:
+                accepted, answer = await self._begin_round(number, may_call)
+            except RequestError as error:
+                if not self.calls or error.code != "context_length_exceeded":
+                    raise
+                self.ended.append(NO_ROOM)  # for the results. What the calls did is not hidden by an error
+                break
+            if number == 0 and not self.plan.approved:
+                yield accepted
+                for event in self._lists():
+                    yield event
+            turn = Turn()
+            async for event in answer:
+                self._check_stop()
+                if isinstance(event, Finished):
+                    self.ended.append(event)
+                    continue
+                if isinstance(event, Piece):
+                    turn.take(event)
+                yield event
+            ours = self._numbered(turn.calls)
+            asked = [call for call in ours if self._is_asked(call)]
+            end = self.ended[-1]
+            if not ours:
+                break
+            goes_on = not asked and len(ours) == len(turn.calls)
+            yield RoundEnded()
+            if end.reason == "length" or self._tokens_left() == 0:
+                for call in ours:
+                    if call not in asked:
+                        yield CallEnded(self._number(call), CUT_OFF, is_error=True)
+                if end.reason != "length":
+                    self.ended[-1] = replace(end, reason="length", stop_reason="max_tokens")
+                break
+            if goes_on:  # its work is entered in the ledger before that of tools begins
+                await self.rounds.pop_all().aclose()
+            async with aclosing(self._run([call for call in ours if call not in asked])) as results:
+                async for event in results:
+                    yield event
+            if not goes_on:
+                break
+            self.turns.append(turn)
+            if self.plan.pauses and number + 1 >= self.most_rounds:
+                self.ended[-1] = replace(end, reason="pause", stop_reason="pause")
+                break
+        yield self._end()
+
+    # rounds
+
+    def _may_call(self, number: int) -> bool:
+        """Whether the model may call tools in a round."""
+        most = self.plan.most_calls
+        return number < self.most_rounds and (most is None or len(self.calls) < most)
+
+    async def _begin_round(self, number: int,
+                           may_call: bool) -> tuple[Accepted, AsyncGenerator[Event, None]]:
+        self._check_stop()
+        request = self._request(number, may_call)
+        self.round_id = request.id
+        begun = await self.rounds.enter_async_context(
+            self.answers.begin(self.pool, request, self.model, self.whole))
+        self._check_stop()
+        return begun
+
+    def _request(self, number: int, may_call: bool) -> Request:
+        """What the pool is asked in a round. The first is the request itself, unless calls were approved."""
+        request = replace(self.request, id=f"{self.request.id}-{number}")
+        if number == 0 and not self.approved:
+            return request if request.prompt_ids is None else request.lasting()
+        params = request.params if number == 0 else self.plan.later or request.params
+        params = replace(params, sampling=replace(
+            params.sampling, seed=seed_of_round(params.sampling.seed, number)))
+        options = {name: value for name, value in request.template_options.items()
+                   if name not in ("continue_final_message", "add_generation_prompt")}
+        request = replace(request, params=params, prompt_ids=None, pictures=(), prefix_token_ids=(),
+                          messages=self._messages(), template_options=options, goes_on=True,
+                          max_tokens=self._tokens_left())
+        return request if may_call else replace(request, params=without_calls(params), tools=())
+
+    def _tokens_left(self) -> int | None:
+        """The most tokens that the next round may have; None: up to the context."""
+        if self.request.max_tokens is None:
+            return None
+        used = sum(end.usage.completion_tokens for end in self.ended)
+        return max(self.request.max_tokens - used, 0)
+
+    def _messages(self) -> tuple[Message, ...]:
+        """The conversation so far."""
+        shown = self._shown_pictures()
+        results = {approved.id: call for approved, call in zip(self.plan.approved, self.approved)}
+        messages: list[Message] = []
+        for message in self.request.messages or ():
+            call = results.get((message.more or {}).get("tool_call_id", ""))
+            if call is None or message.role != "tool":
+                messages.append(message)
+            else:
+                messages += result_messages([call], shown, [message])
+        for turn in self.turns:
+            blank = [Message("tool", "", {"tool_call_id": call.id, "name": call.name}) for call in turn.calls]
+            messages += [turn.message, *result_messages(turn.calls, shown, blank)]
+        return tuple(messages)
+
+    def _shown_pictures(self) -> set[int]:
+        """The numbers of the calls whose pictures the model is shown: the newest that fit."""
+        left = PICTURES_OF_RESULTS
+        shown = set()
+        for call in reversed(self.calls):
+            left -= len(call.seen)
+            if call.seen and left >= 0:
+                shown.add(call.number)
+        return shown
+
+    def _end(self) -> Finished:
+        """The end of the answer, with the work of all rounds."""
+        last = self.ended[-1]
+        usage = sum((end.usage for end in self.ended), Usage())
+        timed = [end for end in self.ended if end.tokens_per_second]
+        seconds = sum(end.usage.completion_tokens / end.tokens_per_second for end in timed
+                      if end.tokens_per_second)
+        tokens = sum(end.usage.completion_tokens for end in timed)
+        dropped = max(end.dropped_messages for end in self.ended)
+        return replace(last, usage=usage, dropped_messages=dropped, ttft_ms=self.ended[0].ttft_ms,
+                       queue_ms=sum(end.queue_ms for end in self.ended),
+                       tokens_per_second=tokens / seconds if seconds else None)
+
+    def _check_stop(self):
+        if self.stop.is_set():
+            raise RequestError("the request was cancelled", status=499, code="cancelled")
+
+    # calls
+
+    async def _accepted(self) -> Accepted:
+        """Check that the model will have the conversation, before a call runs that was approved."""
+        request = self.request
+        if request.prompt_ids is None:
+            request = await self.pool.admission.admit(request)
+        return Accepted(sum(map(len, request.prompt_ids or ())))
+
+    def _lists(self) -> Seq[ToolsListed]:
+        offered = self.toolbox.offered()
+        found = []
+        for label in self.plan.listed:
+            server = next(each for each in self.toolbox.servers if each.config.label == label)
+            own = [offered[tool.name].tool for tool in self.plan.tools
+                   if tool.label == label and tool.name in offered]
+            tools = tuple({"name": tool.name, "description": tool.description,
+                           "input_schema": tool.parameters, "annotations": tool.annotations} for tool in own)
+            error = "" if server.state is State.READY else server.reason or f"it is {server.state.value}"
+            found.append(ToolsListed(label, tools, error))
+        return found
+
+    def _numbered(self, calls: Seq[Call]) -> list[Call]:
+        """Those calls that the server runs or asks about, which get their numbers."""
+        ours = [call for call in calls if call.name in self.tools]
+        for call in ours:
+            call.number = len(self.calls)
+            self.calls.append(call)
+        return ours
+
+    @staticmethod
+    def _number(call: Call) -> int:
+        assert call.number is not None
+        return call.number
+
+    def _is_asked(self, call: Call) -> bool:
+        """Whether the client is asked about a call. It is not if the call can't be made."""
+        return self.tools[call.name].asks and arguments_of(call.arguments) is not None
+
+    async def _run_approved(self) -> AsyncGenerator[Event, None]:
+        calls = []
+        for approved in self.plan.approved:
+            call = Call(approved.name, [approved.arguments])
+            calls += self._numbered([call])
+            yield CallApproved(approved.name, approved.arguments, approved.id)
+        digests = [approved.digest for approved in self.plan.approved]
+        async with aclosing(self._run(calls, digests)) as results:
+            async for event in results:
+                yield event
+        self.approved = calls
+
+    async def _run(self, calls: Seq[Call],
+                   digests: Seq[str] | None = None) -> AsyncGenerator[CallEnded, None]:
+        """Run calls, AT_ONCE at a time, and yield their results in the order of the calls.
+
+        digests: of the tools, as the client has approved of them."""
+        # OpenAI's and Anthropic's clients send a request again after an error: this one would act twice
+        REQUEST_LOG.get().headers["X-Should-Retry"] = "false"
+        digests = digests or [self.tools[call.name].digest for call in calls]
+        places = asyncio.Semaphore(AT_ONCE)
+        tasks = [asyncio.ensure_future(self._result(call, digest, places))
+                 for call, digest in zip(calls, digests)]
+        stopped = asyncio.ensure_future(self.stop.wait())
+        try:
+            for call, task in zip(calls, tasks):
+                await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
+                self._check_stop()
+                call.result = task.result()
+                yield CallEnded(self._number(call), call.result.text, call.result.is_error)
+        finally:
+            await end_tasks([*tasks, stopped])
+
+    async def _result(self, call: Call, digest: str, places: asyncio.Semaphore) -> ToolResult:
+        """The result of a call; what goes wrong is one too. digest: of the tool that is meant."""
+        earlier = [(one.name, one.arguments) for one in self.calls[:self._number(call)]]
+        refusal = why_not_run(call.name, call.arguments, earlier)
+        if self.plan.most_calls is not None and self._number(call) >= self.plan.most_calls:
+            refusal = TOO_MANY
+        if refusal:
+            return ToolResult(refusal, is_error=True)
+        async with places:
+            offered = self.toolbox.offered().get(call.name)
+            if offered is None or offered.digest != digest:
+                return ToolResult(CHANGED, is_error=True)
+            result = await self.toolbox.call(offered, arguments_of(call.arguments) or {}, self.request.client)
+            if not self.pool.sees:
+                return result
+
+            async def decode(data: bytes):
+                call.seen.append(await self.pool.admission.decode_picture(data, self.request.client))
+            return await result.with_readable_pictures(decode)
+
+
+def seed_of_round(seed: int, number: int) -> int:
+    """The seed of a round: that of the request in the first one."""
+    if number == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:6], "big")
+
+
+def without_calls(params: AnswerParams) -> AnswerParams:
+    """The parameters of a round in which the model may call nothing."""
+    is_of_tools = params.grammar_param == "tools"
+    return replace(params, tool_names=(), tool_types=(), call_grammars=(),
+                   grammar="" if is_of_tools else params.grammar,
+                   grammar_param="" if is_of_tools else params.grammar_param)
+
+
+def result_messages(calls: Seq[Call], shown: set[int], blank: Seq[Message]) -> list[Message]:
+    """The results of calls. Pictures follow in a message of the user: no other place is known to every chat
+    template. shown: the calls whose pictures the model is shown. blank: a message for each call."""
+    messages = []
+    pictures: list[Picture] = []
+    for call, message in zip(calls, blank):
+        assert call.result
+        text = call.result.text
+        if call.number in shown:
+            pictures += call.seen
+        elif call.result.pictures:
+            text += f"\n{UNSEEN_PICTURES}"
+        messages.append(replace(message, content=text))
+    if pictures:
+        parts = (SEEN_PICTURES, *range(len(pictures)))
+        messages.append(Message("user", SEEN_PICTURES, None, tuple(pictures), parts))
+    return messages

@@ -1,0 +1,206 @@
+"""Responses with tools that the server runs, through OpenAI's client and a real server with the default model: kept, continued after a restart, large."""
+
+import json
+import signal
+import sys
+from contextlib import contextmanager
+
+import openai
+import pytest
+
+import fake_tools
+from openai_routes import need_exact
+from real_server import get, server, wait_for
+
+SMALL = "--kv-cache-memory", "64M", "--max-batch", "2"
+TOOL = {"type": "mcp", "server_label": "fake", "require_approval": "never", "allowed_tools": ["pick"]}
+ASKED = {"type": "mcp", "server_label": "asks", "allowed_tools": ["pick"]}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("responses")
+    program = {"command": sys.executable, "args": [fake_tools.__file__, "log", str(place / "calls")]}
+    many = {"command": sys.executable, "args": [fake_tools.__file__, "many"]}
+    (place / "mcp.json").write_text(json.dumps({"mcpServers": {"fake": program | {"alwaysAllow": ["*"]}, "asks": program, "many": many}}))
+    return place
+
+
+@contextmanager
+def serving(place, model, database="kept.db"):
+    with server(model, "--mcp-config", place / "mcp.json", "--database", place / database, *SMALL) as (_, url):
+        yield openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def client(place, default_model_path):
+    with serving(place, default_model_path) as client:
+        yield client
+
+
+def ask(client, input="Pick a colour.", tools=(TOOL,), **more):
+    return client.responses.create(model="default", input=input, tools=tools, **{"max_output_tokens": 60, "temperature": 1, "extra_body": {"seed": 5}} | more)
+
+
+def called(place):
+    return (place / "calls").read_text().splitlines() if (place / "calls").exists() else []
+
+
+def plain(response):
+    """The items without their ids."""
+    return [{name: value for name, value in item.to_dict().items() if name != "id"} for item in response.output]
+
+
+def test_same_seed_and_same_results_give_the_same_answer(client, place):
+    """Streamed, whole, kept, and with the client's own loop."""
+    need_exact(str(client.base_url).removesuffix("/v1/"))
+    whole = ask(client, tool_choice="required")
+    assert [item.type for item in whole.output] == ["mcp_list_tools", "mcp_call", "message"] and len(called(place)) == 1
+    with client.responses.stream(model="default", input="Pick a colour.", tools=[TOOL], tool_choice="required", max_output_tokens=60, temperature=1,
+                                 extra_body={"seed": 5}) as stream:
+        streamed = [*stream][-1].response
+    assert plain(streamed) == plain(whole) and streamed.usage.total_tokens == whole.usage.total_tokens
+    assert client.responses.retrieve(whole.id).output == whole.output and client.responses.retrieve(streamed.id).output == streamed.output
+    call = whole.output[1]
+    assert call.status == "completed" and call.output == f"picked {json.loads(call.arguments)['word']}"
+    # usage counts both rounds, and the second round's prompt has the result
+    assert whole.usage.output_tokens <= 60 < whole.usage.input_tokens
+
+
+def test_a_kept_response_goes_on_with_its_calls(client, place):
+    """What continues it sees call and result as a whole conversation in the input does."""
+    need_exact(str(client.base_url).removesuffix("/v1/"))
+    first = ask(client, tool_choice="required")
+    before = len(called(place))
+    continued = ask(client, "Which?", previous_response_id=first.id, temperature=0)
+    said = [{"role": "user", "content": "Pick a colour."}, *(item.to_dict() for item in first.output), {"role": "user", "content": "Which?"}]
+    alone = ask(client, said, temperature=0, store=False)
+    assert continued.output_text == alone.output_text and continued.usage.input_tokens == alone.usage.input_tokens
+    assert "mcp_list_tools" not in [item.type for item in continued.output]  # they are listed before
+    kinds = [item.type for item in client.responses.input_items.list(continued.id, order="asc").data]
+    assert kinds == ["message", "mcp_list_tools", "mcp_call", "message", "message"] and len(called(place)) - before <= 2
+
+
+def test_an_approval_outlives_the_server(place, default_model_path):
+    with serving(place, default_model_path, "restarted.db") as client:
+        conversation = client.conversations.create()
+        first = ask(client, tools=[ASKED], tool_choice="required", conversation=conversation.id)
+        request = first.output[-1]
+        assert request.type == "mcp_approval_request" and first.status == "completed"
+        before = len(called(place))
+    yes = {"type": "mcp_approval_response", "approval_request_id": request.id, "approve": True}
+    with serving(place, default_model_path, "restarted.db") as client:
+        response = ask(client, [yes], [ASKED], previous_response_id=first.id)
+        assert response.output[0].type == "mcp_call" and response.output[0].approval_request_id == request.id
+        assert response.output[0].output == f"picked {json.loads(request.arguments)['word']}" and len(called(place)) == before + 1
+        # what goes on from there calls nothing again, and the approval is used up
+        again = ask(client, "Thanks.", [ASKED], previous_response_id=response.id, tool_choice="none")
+        assert [item.type for item in again.output] == ["message"] and len(called(place)) == before + 1
+        with pytest.raises(openai.BadRequestError, match="answered twice"):
+            ask(client, [yes], [ASKED], previous_response_id=response.id)
+        # in a conversation too
+        other = ask(client, [yes | {"approve": False}], [ASKED], conversation=conversation.id, tool_choice="none")
+        assert other.output[-1].type == "message" and len(called(place)) == before + 1
+
+
+def test_a_stopping_server_ends_what_it_has_begun(place, default_model_path):
+    """An answer is one, however many rounds it has: a drain waits for all of them."""
+    gate = place / "gate"
+    (place / "drained.json").write_text(json.dumps({"mcpServers": {"fake": {
+        "command": sys.executable, "args": [fake_tools.__file__, "log", str(place / "drained")], "alwaysAllow": ["*"]}}}))
+    with server(default_model_path, "--mcp-config", place / "drained.json", *SMALL) as (process, url):
+        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+        said = [{"role": "user", "content": "Wait."}, request := {"type": "mcp_approval_request", "id": "mcpr_", "server_label": "fake", "name": "slow",
+                "arguments": json.dumps({"path": str(gate)})}, {"type": "mcp_approval_response", "approval_request_id": "mcpr_", "approve": True}]
+        request["id"] = said[2]["approval_request_id"] = "mcpr_" + digest_of(url, "fake__slow")
+        events = iter(ask(client, said, [{"type": "mcp", "server_label": "fake"}], tool_choice="none", max_output_tokens=8, stream=True))
+        while next(events).type != "response.mcp_call_arguments.done":
+            pass
+        process.send_signal(signal.SIGTERM)
+        wait_for(process, "Stopping")
+        with pytest.raises(openai.APIStatusError):
+            ask(client)
+        gate.touch()
+        *_, last = events
+        assert last.type == "response.incomplete" and last.response.output[1].output == "it is there"
+        assert process.wait(30) == 0
+
+
+def digest_of(url, name):
+    return next(tool["digest"] for tool in get(url + "/v1/tools")["data"] if tool["name"] == name)
+
+
+def in_background(client, gate, name, **more):
+    """A response in the background whose tool waits for a file; returns it once the tool runs."""
+    digest = digest_of(str(client.base_url).removesuffix("/v1/"), "fake__slow")
+    request = {"type": "mcp_approval_request", "id": f"mcpr_{name}{digest}", "server_label": "fake", "name": "slow", "arguments": json.dumps({"path": str(gate)})}
+    yes = {"type": "mcp_approval_response", "approval_request_id": request["id"], "approve": True}
+    response = ask(client, [{"role": "user", "content": "Wait."}, request, yes], [{"type": "mcp", "server_label": "fake"}], tool_choice="none",
+                   max_output_tokens=8, background=True, **more)
+    if not more:
+        while len(response.output) < 2:
+            response = client.responses.retrieve(response.id)
+    return response
+
+
+def test_a_response_in_the_background_goes_on_alone(client, place):
+    """Its client asks for it later, also for its events."""
+    gate = place / "later"
+    running = in_background(client, gate, "a")
+    assert (running.status, running.background, running.output[1].type, running.output[1].status) == ("in_progress", True, "mcp_call", "incomplete")
+    stream = client.responses.retrieve(running.id, stream=True, starting_after=4)
+    first = next(iter(stream))
+    assert first.sequence_number == 5
+    gate.touch()
+    *_, last = stream
+    assert last.type == "response.incomplete" and last.response.output[1].output == "it is there"
+    ended = running
+    while ended.status == "in_progress":
+        ended = client.responses.retrieve(running.id)
+    assert ended.to_dict() == last.response.to_dict()
+    assert client.responses.cancel(running.id).status == "incomplete"  # it has ended
+
+
+def test_a_response_in_the_background_can_be_cancelled(client, place):
+    gate = place / "never"
+    running = in_background(client, gate, "b")
+    assert client.responses.cancel(running.id).status == "cancelled"
+    while not (place / "never.cancelled").exists():
+        client.models.list()
+    assert client.responses.retrieve(running.id).output[1].status == "incomplete"
+    with pytest.raises(openai.NotFoundError):
+        client.responses.cancel("resp_none")
+
+
+def test_a_stream_in_the_background_outlives_its_reader(client, place):
+    gate = place / "left"
+    stream = in_background(client, gate, "c", stream=True)
+    begun = next(iter(stream)).response
+    stream.close()
+    gate.touch()
+    while (response := client.responses.retrieve(begun.id)).status == "in_progress":
+        pass
+    assert response.output[1].output == "it is there" and response.output[-1].type == "message"
+
+
+def test_what_is_not_kept_has_no_background(client):
+    with pytest.raises(openai.BadRequestError, match="background"):
+        ask(client, store=False, background=True)
+
+
+def test_large_bodies_and_many_tools_are_read_in_a_sandbox(client, place):
+    before = len(called(place))
+    response = ask(client, [{"role": "user", "content": "Pick a colour."}, {"role": "user", "content": [{"type": "input_text", "text": ""}] * 3000}],
+                   tool_choice="required")
+    assert [item.type for item in response.output] == ["mcp_list_tools", "mcp_call", "message"] and len(called(place)) == before + 1
+    tools = ask(client, "Hi", [{"type": "mcp", "server_label": "many"}], tool_choice="none", max_output_tokens=4).output[0].tools
+    assert len(tools) > 20 and sum(len(tool.description) for tool in tools) > 1 << 16
+
+
+def test_batches_run_no_tools(client):
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/responses", "body": {"model": "default", "input": "Pick.", "tools": [TOOL]}}
+    file = client.files.create(file=("lines.jsonl", json.dumps(line).encode()), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/responses", completion_window="24h")
+    while batch.status not in ("failed", "completed"):
+        batch = client.batches.retrieve(batch.id)
+    assert batch.request_counts.failed == 1 and "a batch can't run tools" in client.files.content(batch.error_file_id).text
