@@ -58,9 +58,9 @@ def count_faults(kind: str, refs: Seq[int], free: Seq[int], cached: Iterable[int
     cached = {*cached}
     known = {*range(len(refs))}
     referenced = {number for number, counted in enumerate(refs) if counted}
-    free_twice = {number for number, counted in times.items() if counted > 1} if len(times) < len(free) else set()
+    free_twice = set() if len(times) == len(free) else {number for number, n in times.items() if n > 1}
     # The others, nearly all of a large cache, are free or cached and nothing else. Tests ask after each step.
-    unsure = referenced | holders.keys() | free_twice | (times.keys() & cached) | (known - times.keys() - cached)
+    unsure = referenced | holders.keys() | free_twice | times.keys() & cached | known - times.keys() - cached
     for number in sorted(unsure & known):
         counted = refs[number]
         found = holders[number]
