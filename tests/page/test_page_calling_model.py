@@ -1,13 +1,16 @@
-"""The whole loop of tools with a model that calls them by itself, in the page."""
+"""The whole loop of tools with a model that calls them by itself, in the page and in the terminal: what they tell the model is the same."""
 
 import json
 import re
+import subprocess
 import sys
 
 import pytest
 
 import fake_tools
 from browsing import ROOT, SLOW_MS, answers, ask, button, expect, expect_answered, needs_browser, open_page, said, started_server
+from chatlm.terminal.conversation import read_chats
+from piped_chats import conversation
 
 pytestmark = needs_browser
 CALLER = str(ROOT / "tests/fixtures/caller")
@@ -67,3 +70,19 @@ def test_without_a_tool_there_is_no_call(page, calling_url):
     ask(page, CITIES)
     expect_answered(page)
     expect(said(answers(page).last)).to_have_text("I have no tool that tells me the time.")
+
+
+def test_page_and_terminal_say_the_same(page, calling_url, place):
+    """The same seed, model and tools give the same rounds, calls, results and texts."""
+    chat_with(page, calling_url, "fake__get_current_time", temperature=1, seed=5)
+    questions = [CITIES, "Thank you.", "What time is it in Tokyo?"]
+    for question in questions:
+        ask(page, question)
+        page.wait_for_function("() => { const node = Chat.lastNode(); return node.role === 'assistant' && node.timings && !node.calls?.length; }", timeout=SLOW_MS)
+    saved = place / "terminal.json"
+    lines = ["/tools on fake__get_current_time", *questions, f"/save {saved}"]
+    subprocess.run([sys.executable, ROOT / "chat_server.py", "chat", "--url", calling_url, "--temperature", "1", "--seed", "5"],
+                   input="\n".join(lines) + "\n", text=True, check=True, timeout=120)
+    [chat] = read_chats(saved.read_text())
+    here, there = conversation(page.evaluate("Chat.path")), conversation(chat.path())
+    assert here == there and [len(calls) for _, _, calls, _ in here] == [0, 2, 0, 0, 0, 0, 1, 0]
