@@ -1,13 +1,17 @@
-"""Makes docs/moving.png, the moving picture of the README: the page, answering with the default model, at the speed that it has here.
+"""Makes the moving pictures of the page, at the speed that it has here: docs/moving.png, answering with the default model, and
+docs/running-tools.png, where the model calls tools with the adapter of tests/fixtures/caller.
 
-    python docs/moving_picture.py          needs chromium and playwright (in the test extra)
+    python docs/moving_picture.py [moving] [running-tools]          needs chromium and playwright (in the test extra)
 
 An animated PNG: each frame after the first has only the rectangle that changed, and stays for as long as it did. Where pictures do not
 move, the last one is shown.
 """
 
+import json
+import re
 import struct
 import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -17,10 +21,12 @@ import numpy
 DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "tests" / "support")]
 
-from browsing import CHROMIUM, answers, ask, message_box, open_page, playwright, started_server       # noqa: E402
+from browsing import CHROMIUM, answers, ask, button, expect, message_box, open_page, playwright, started_server       # noqa: E402
 
 SIZE = {"width": 960, "height": 640}        # all of the empty page
 QUESTIONS = "What is the capital of Japan?", "Show me a Python function that reverses a string."
+CALLER = str(DOCS.parent / "tests/fixtures/caller")
+TIME = "What time is it in Tokyo?"
 STILL_MS, LAST_MS, MOST_MS = 700, 4000, 1500      # before a question, at the end, and for what takes long
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -75,9 +81,8 @@ def paeth(left, up, corner):
 
 
 def packed(image):
-    """The compressed lines of an image, each as its difference from the one above."""
-    lines = numpy.concatenate([image[:1], image[1:] - image[:-1]]).reshape(len(image), -1)
-    return zlib.compress(numpy.insert(lines, 0, 2, axis=1).tobytes(), 9)
+    """The compressed lines of an image, without a filter: text on one colour is smallest that way."""
+    return zlib.compress(numpy.insert(image.reshape(len(image), -1), 0, 0, axis=1).tobytes(), 9)
 
 
 def changed(before, after):
@@ -88,8 +93,12 @@ def changed(before, after):
 
 def animated(shots):
     """An animated PNG of screenshots: (PNG, how long it is shown in ms). One that shows nothing new prolongs the one before."""
-    frames, before = [], None
+    frames, before, data_before = [], None, None
     for data, duration_ms in shots:
+        if data == data_before:
+            frames[-1][2] += duration_ms
+            continue
+        data_before = data
         image = pixels(data)
         area = (0, image.shape[0], 0, image.shape[1]) if before is None else changed(before, image)
         if area is None:
@@ -109,40 +118,103 @@ def animated(shots):
     return b"".join([*parts, chunk(b"IEND", b"")])
 
 
-def film(page):
-    """Screenshots of the conversation: (PNG, how long it is shown in ms)."""
-    def take(duration_ms):
-        shots.append((page.screenshot(animations="disabled"), duration_ms))
+class Film:
+    """Screenshots of a page: (PNG, how long it is shown in ms)."""
 
-    shots = []
-    take(STILL_MS)
-    for count, question in enumerate(QUESTIONS, 1):
+    def __init__(self, page):
+        self.page = page
+        self.shots = []
+
+    def take(self, duration_ms=STILL_MS):
+        self.shots.append((self.page.screenshot(animations="disabled"), duration_ms))
+
+    def ask(self, question):
+        """Type a question, piece by piece, and send it."""
         for end in range(2, len(question) + 2, 3):
-            message_box(page).fill(question[:end])
-            take(70)
-        take(STILL_MS)
-        ask(page, question)
+            message_box(self.page).fill(question[:end])
+            self.take(70)
+        self.take()
+        ask(self.page, question)
+
+    def run_until(self, has_ended):
+        """Take pictures as fast as the page gives them, until something has ended."""
         running, started = True, time.monotonic()
         while running:
-            running = answers(page).count() < count or "tok/s" not in (answers(page).last.text_content() or "")
-            picture, now = page.screenshot(animations="disabled"), time.monotonic()
-            shots.append((picture, min(1000 * (now - started), MOST_MS)))
+            running = not has_ended()
+            picture, now = self.page.screenshot(animations="disabled"), time.monotonic()
+            self.shots.append((picture, min(1000 * (now - started), MOST_MS)))
             started = now
+
+    def click(self, element):
+        """Show where the click goes, and click."""
+        element.hover()
+        self.take()
+        element.click()
+
+    def end(self):
+        self.page.mouse.move(0, 0)
+        self.take(LAST_MS)
+
+
+def answered(page, count):
+    return answers(page).count() >= count and "tok/s" in (answers(page).last.text_content() or "")
+
+
+def film_answers(page):
+    film = Film(page)
+    film.take()
+    for count, question in enumerate(QUESTIONS, 1):
+        film.ask(question)
+        film.run_until(lambda: answered(page, count))
         page.mouse.move(0, 0)
-        take(LAST_MS if question == QUESTIONS[-1] else STILL_MS)
-    return shots
+        film.take()
+    film.end()
+    return film.shots
 
 
-def main():
-    with playwright.sync_playwright() as driver, started_server("--temperature", "0") as url:
+def film_tools(page):
+    """A tool is chosen, the model calls it, the reader agrees, and the model says what it was told."""
+    film = Film(page)
+    expect(button(page, "Tools")).to_be_visible()
+    film.take()
+    film.click(button(page, "Tools"))
+    dialog = page.get_by_role("dialog", name="Tools")
+    film.take()
+    film.click(dialog.get_by_role("checkbox", name=re.compile("^time")))
+    film.take()
+    button(dialog, "Done").click()
+    film.ask(TIME)
+    card = page.get_by_role("region", name="Call of time__get_current_time")
+    film.run_until(lambda: button(card, "Once").count())
+    film.take(LAST_MS // 2)
+    film.click(button(card, "Once"))
+    film.run_until(lambda: page.evaluate("Chat.lastNode().timings && !Chat.lastNode().calls"))
+    film.end()
+    return film.shots
+
+
+def recorded(name, film, *flags):
+    """Write docs/NAME.png: what a film shows of a server with these flags."""
+    with playwright.sync_playwright() as driver, started_server(*flags, "--temperature", "0") as url:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport=SIZE, color_scheme="light", reduced_motion="reduce")
         open_page(page, url)
         shots = film(page)
         browser.close()
-    target = DOCS / "moving.png"
+    target = DOCS / f"{name}.png"
     target.write_bytes(animated(shots))
-    print(f"docs/moving.png: {target.stat().st_size / 1024:.0f} KB, {len(shots)} screenshots, {sum(ms for _, ms in shots) / 1000:.1f} s")
+    print(f"docs/{name}.png: {target.stat().st_size / 1024:.0f} KB, {len(shots)} screenshots, {sum(ms for _, ms in shots) / 1000:.1f} s")
+
+
+def main():
+    wanted = sys.argv[1:] or ["moving", "running-tools"]
+    if "moving" in wanted:
+        recorded("moving", film_answers)
+    if "running-tools" in wanted:
+        with tempfile.TemporaryDirectory() as folder:
+            config = Path(folder) / "mcp.json"
+            config.write_text(json.dumps({"mcpServers": {"time": {"command": sys.executable, "args": ["-m", "mcp_server_time"]}}}))
+            recorded("running-tools", film_tools, "--lora", CALLER, "--mcp-config", str(config))
 
 
 if __name__ == "__main__":

@@ -467,12 +467,12 @@ async function readEvents(run, response) {
   for await (const {id, event} of Server.events(response.body, run.resumable ? Server.SILENCE_MS : Server.FOREVER_MS)) {
     const news = untaggedNews(run, Server.readEvent(event));
     if (id) node.stream = {...node.stream, next: Number(id) + 1};
-    run.progress = news.progress ?? (news.text || news.reasoning ? null : run.progress);
     if (news.prompt) run.prompt = news.prompt;
     if (news.ids.length) (node.ids ??= []).push(...news.ids);
     run.tokens = news.usage?.completion_tokens || run.tokens + news.ids.length;
     Calls.grow(node, news.calls);
     const grown = news.text || news.reasoning || news.moved || news.calls.length || news.calculator.length;
+    run.progress = news.progress ?? (grown ? null : run.progress);
     if (grown) grow(run, news);
     if (grown || news.progress) paintSoon(run);
     ended ||= news.reason !== null;

@@ -275,7 +275,7 @@ function growingText(node, run) {
   const {progress} = run, doing = run.lost ? TEXT.lost : progress?.loading ? TEXT.loadingModel(progress.loading.model, progress.loading.fraction)
     : progress?.queued ? TEXT.queued(progress.queued)
     : progress?.read !== undefined ? TEXT.reading(progress.read)
-    : node.content && run.chunks ? TEXT.writing : node.reasoning && run.chunks ? TEXT.thinkingNow : TEXT.waitingForFirst;
+    : (node.content || node.calls?.length) && run.chunks ? TEXT.writing : node.reasoning && run.chunks ? TEXT.thinkingNow : TEXT.waitingForFirst;
   return (run.resumed ? `${TEXT.resumed} · ` : "") + doing;
 }
 

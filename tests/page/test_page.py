@@ -383,6 +383,17 @@ def test_the_page_shows_queue_and_prompt_progress(page, stand_in):
     assert stand_in.bodies[0]["progress"] is True
 
 
+def test_a_call_being_written_ends_the_prompt_s_progress(page, stand_in):
+    open_page(page, stand_in.url)
+    ask(page, "held call")
+    expect(answers(page)).to_contain_text("Reading the prompt, 43\u00a0%")
+    stand_in.release()
+    expect(page.get_by_role("region", name="Call of calculator")).to_be_visible()
+    expect(answers(page)).not_to_contain_text("Reading the prompt")
+    stand_in.release()
+    expect_answered(page)
+
+
 def test_reasoning_is_folded_and_not_sent_back(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "thoughts")

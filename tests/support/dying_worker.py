@@ -5,9 +5,10 @@ A request's id says what happens to its worker, and when: `kill-call-1` kills th
 a tool call open, `hang-decode-1` stops it. $STRUCK is a folder with a file for each request that has struck,
 so that each strikes once; `poison` always kills. Of many answers to one request only the first two strike,
 because the third death without a token in between rightly fails a request. A step with more than three
-requests `crowd-...` runs out of memory. If $STRUCK has a file `hang-load`, a process that loads stops; if it has
-`kill-draft`, one is killed when it opens the model `tiny-draft`. After
-every step the whole KV cache is checked; a wrong page table fails the step. However busy the machine is, kept
+requests `crowd-...` runs out of memory. If $STRUCK has a file `next-1-kill-arguments`, the next request that
+comes to this moment strikes, and the file goes; of several such files the first counts. If it has a file
+`hang-load`, a process that loads stops; if it has `kill-draft`, one is killed when it opens the model
+`tiny-draft`. After every step the whole KV cache is checked; a wrong page table fails the step. However busy the machine is, kept
 pages are always looked and waited for, and with a file `draft-always` in $STRUCK models always draft.
 """
 
@@ -41,6 +42,7 @@ MOMENTS = {     # checked when the results of earlier steps have left through th
     "call": lambda s: s.generated >= 7 and s.output.answer.tool.expression,
     "arguments": lambda s: s.generated >= 7 and s.output.answer and s.output.answer.text.reader.deltas.kinds[-1:] == ["call"],
     # answer is None while a grammar compiles
+    "words": lambda s: s.generated >= 3 and s.output.answer and s.output.answer.text.reader.deltas.kinds[-1:] == ["text"],
     "reasoning": lambda s: s.generated >= 7 and s.output.answer and s.output.answer.text.reader.thinking,
     # somebody ended its reasoning, and the token after which it ends is drawn
     "hurried": lambda s: s.output.answer and s.output.answer.thinking_ends,
@@ -51,7 +53,13 @@ MOMENTS = {     # checked when the results of earlier steps have left through th
 
 
 def strike(engine, moments):
+    order = min(Path(os.environ.get("STRUCK", "/none")).glob("next-*"), default=None)
     for sequence in (*engine.queue.running, *engine.queue.waiting):
+        if order:
+            _, _, what, moment = order.name.split("-")
+            if moment in moments and moments[moment](sequence):
+                order.unlink()
+                os.kill(os.getpid(), SIGNALS[what])
         what, moment, *_ = (sequence.work.id + "--").split("-")
         if what == "poison" and sequence.computed:
             os.kill(os.getpid(), signal.SIGKILL)

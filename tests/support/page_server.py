@@ -442,7 +442,18 @@ async def call(server, question):
     yield done(9, "tool_calls")
 
 
-SCRIPTS = {"call": call, "drafts": drafts, "nothing": nothing, "only thoughts": only_thoughts, "tags": tags, "closing tag": closing_tag,
+async def held_call(server, question):
+    """Reads the prompt, then writes a call; held in it."""
+    yield {"progress": {"queue_position": 0, "prompt_tokens": 2000, "prompt_tokens_done": 860}}
+    await server.hold()
+    pieces = [piece async for piece in call(server, question)]
+    yield pieces[0]
+    await server.hold()
+    for piece in pieces[1:]:
+        yield piece
+
+
+SCRIPTS = {"call": call, "held call": held_call, "drafts": drafts, "nothing": nothing, "only thoughts": only_thoughts, "tags": tags, "closing tag": closing_tag,
            "half a thought": half_a_thought, "thoughts": thoughts, "progress": progress, "half": half, "story": story, "markdown": markdown, "held markdown": held_markdown, "paragraphs": paragraphs,
            "silence": silence, "world": world, "hostile": hostile, "broken": broken, "cut off": cut_off}
 

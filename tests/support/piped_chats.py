@@ -18,3 +18,9 @@ def chat_with(pool, monkeypatch, lines, **settings):
     monkeypatch.setattr(sys, "stdin", os.fdopen(read))
     patch(monkeypatch, pool_module, "make_pool", lambda settings: pool)
     return asyncio.run(terminal_chat.chat(Settings(command="chat", **settings)))
+
+
+def conversation(nodes):
+    """What was said and called in each message, and how many tokens that took; without ids and times."""
+    return [(node["role"], node["content"], [(call["name"], call["arguments"], call["result"]) for call in node.get("calls", ())],
+             (node.get("timings") or {}).get("completion_tokens")) for node in nodes]
