@@ -156,8 +156,12 @@ class CommandLine(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: -"):
             flag = message.split()[2].partition("=")[0]
             commands = [row.commands.split() for row in FLAGS if flag.removeprefix("--") in row.names]
-            message += (f"; {flag} is a flag of {' and '.join(commands[0])}, and the command comes first"
-                        if commands else did_you_mean(flag, self._option_string_actions))
+            if flag == "--model":  # as vLLM and others have it
+                message += "; MODEL is given by itself, without a flag"
+            elif commands:
+                message += f"; {flag} is a flag of {' and '.join(commands[0])}, and the command comes first"
+            else:
+                message += did_you_mean(flag, self._option_string_actions)
         if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
             message += did_you_mean(found[1], re.findall(r"[^\s,']+", found[2]))
         raise ConfigError(f"{self.origin}{message} (--help lists the flags)")

@@ -111,6 +111,7 @@ def test_variables_ignore_case_and_spaces():
     ("-k 1" + "0" * 400, {}, "000... is not a whole number of at least 0"),
     ("-s 1.5", {}, "'1.5' is not a whole number"), ("--kv-cache-memory x", {}, "'x' is not a size such as 512M"),
     ("--idle-unload inf", {}, "not a number of at least 0"), ("--max-tokesn 3", {}, "did you mean --max-tokens?"),
+    ("--model x", {}, "MODEL is given by itself"), ("--model=x", {}, "MODEL is given by itself"),
     ("--prompt hi", {}, "--prompt is a flag of chat and generate"), ("--system hi chat", {}, "the command comes first"), ("-i moon", {}, "moon"), ("chat --port 80", {}, "--port"),
     ("--kv-cache-memory much", {}, "kv-cache-memory"), ("", {"CHAT_SERVER_PORT": "x"}, "CHAT_SERVER_PORT"),
     ("--kv-cache-memory " + "9" * 400 + "T", {}, "kv-cache-memory"), ("--kv-cache-memory 8388608T", {}, "kv-cache-memory"),
