@@ -1,7 +1,7 @@
 """Tool servers in Anthropic's Messages: which of the operator's a body asks for, and earlier calls of them.
 
-As in Responses (mcp_tools.py), a body names them by the labels that they have in --mcp-config. This API has no
-approvals: only tools that run without asking anybody are offered."""
+As in Responses (mcp_tools.py), a body names them by the labels that they have in --mcp-config. This API has
+no approvals: only tools that run without asking anybody are offered."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ class Enabled(NamedTuple):
                 raise invalid(self.param, f"{self.param}: a person must approve of each call of {name}, and "
                               "Messages has no approvals; the operator can allow it (alwaysAllow)")
         if self.default and not free:
-            raise invalid(self.param, f"{self.param}: no tool of the server {label} runs without an approval, "
-                          "which Messages has not; the operator can allow them (alwaysAllow)")
+            raise invalid(self.param, f"{self.param}: no tool of the server {label} runs without an "
+                          "approval, and Messages has none; the operator can allow tools (alwaysAllow)")
         return [name for name in free if self.named.get(name, self.default)]
 
 
