@@ -59,7 +59,7 @@ class McpTools:
         if not is_text(label) or label in self.labels:
             raise bad_value(f"{name}.server_label", label, "the label of a tool server, each at most once")
         for member in OPERATORS:
-            if tool.get(member) is not None:
+            if tool.get(member):  # Vercel's package can't leave server_url out, but send an empty one
                 raise invalid(f"{name}.{member}", f"{name}.{member}: tool servers are the operator's "
                               "(--mcp-config); leave it out, and name the server by its server_label alone")
         self.labels.append(label)
