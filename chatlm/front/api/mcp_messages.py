@@ -170,7 +170,7 @@ def parts_of(role: str, blocks: Seq[Any], param: str) -> list[Part]:
         raise invalid(param, f"{param}: mcp_tool_use and mcp_tool_result are blocks of the assistant")
     parts = []
     answered = {*texts_of(blocks, "mcp_tool_result", "tool_use_id")}
-    called: list[str] = []  # that have no result yet
+    called = set[str]()  # that have no result yet
     for are_results, group in groupby(enumerate(blocks), lambda each: kind_of(each[1]) == "mcp_tool_result"):
         pairs = [*group]
         part = Part("user" if are_results else role, [], pairs[0][0])
@@ -179,14 +179,14 @@ def parts_of(role: str, blocks: Seq[Any], param: str) -> list[Part]:
         for index, block in pairs:
             if are_results:
                 call = block.get("tool_use_id")
-                if call not in called:
+                if not is_text(call) or call not in called:
                     raise bad_value(f"{param}.content[{index}].tool_use_id", call,
                                     "the id of a block mcp_tool_use before it, once")
                 called.remove(call)
                 block = {**block, "type": "tool_result"}
             elif kind_of(block) == "mcp_tool_use":
                 block = call_block(block)
-                called.append(block["id"])
+                called.add(block["id"])
                 if block["id"] not in answered:
                     lost.append(block["id"])
             part.blocks.append(block)
