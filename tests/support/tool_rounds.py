@@ -37,7 +37,7 @@ class ToolPlace:
         async with self.http.post(self.url + path, json=body, headers=headers) as response:
             return response.status, response.headers, await response.json()
 
-    async def events(self, path, body, **headers):
+    async def events_of(self, path, body, **headers):
         async with self.http.post(self.url + path, json={**body, "stream": True}, headers=headers) as response:
             assert response.status == 200, await response.text()
             return [json.loads(line[6:]) for line in (await response.read()).splitlines() if line.startswith(b"data: ")]
@@ -48,7 +48,7 @@ class ToolPlace:
 
 
 @asynccontextmanager
-async def tool_place(folder, *texts, faults=(), pool=None, servers=None, allowed=("*",), **settings):
+async def tool_place(folder, *texts, faults=(), pool=None, servers=None, allowed=("*",), kind=ToolPlace, **settings):
     """texts: what the model writes, one for each request. The tool server is called fake; servers: others."""
     log = folder / "calls"
     config = folder / "mcp.json"
@@ -56,4 +56,4 @@ async def tool_place(folder, *texts, faults=(), pool=None, servers=None, allowed
     config.write_text(json.dumps({"mcpServers": {"fake": program, **(servers or {})}}))
     pool = pool or ScriptedPool(*texts)
     async with serving(pool, Settings(mcp_config=str(config), **settings)) as url, aiohttp.ClientSession() as http:
-        yield ToolPlace(pool, url, log, http)
+        yield kind(pool, url, log, http)

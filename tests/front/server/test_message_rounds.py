@@ -74,7 +74,7 @@ def kinds(message):
 
 async def test_events_come_in_the_recorded_order(place):
     async with place(ADD, "It is five.") as at:
-        events = await at.events(MESSAGES, asking())
+        events = await at.events_of(MESSAGES, asking())
     assert order(events) == RECORDED
     begun = [event["content_block"] for event in events if event["type"] == "content_block_start"]
     name = begun[0]["id"]
@@ -187,7 +187,7 @@ async def test_no_client_tries_again_after_a_call(place):
     async with place(pool=Failing(PICK)) as at:
         status, headers, _ = await at.post(MESSAGES, asking())
         assert (status, headers["X-Should-Retry"]) == (500, "false")
-        events = await at.events(MESSAGES, asking())
+        events = await at.events_of(MESSAGES, asking())
     assert events[-1]["type"] == "error" and events[-2] == {"type": "content_block_stop", "index": 1}
 
 
@@ -338,7 +338,7 @@ async def test_tools_and_calls_are_counted(place):
 async def test_cancelling_ends_a_call(place, tmp_path):
     path = tmp_path / "gate"
     async with place(calls(("fake__slow", {"path": str(path)})), "Done.") as at:
-        waiting = asyncio.ensure_future(at.events(MESSAGES, asking(), **{"X-Request-Id": "mine"}))
+        waiting = asyncio.ensure_future(at.events_of(MESSAGES, asking(), **{"X-Request-Id": "mine"}))
         await at.until_called(1)
         assert (await at.post("/v1/cancel/mine", {}))[2] == {"id": "mine", "cancelled": True}
         events = await waiting
@@ -351,7 +351,7 @@ async def test_cancelling_ends_a_call(place, tmp_path):
 async def test_a_client_that_leaves_ends_its_calls(place, tmp_path, stream):
     path = tmp_path / "gate"
     async with place(calls(("fake__slow", {"path": str(path)})), "Done.") as at:
-        waiting = asyncio.ensure_future(at.events(MESSAGES, asking()) if stream else at.post(MESSAGES, asking()))
+        waiting = asyncio.ensure_future(at.events_of(MESSAGES, asking()) if stream else at.post(MESSAGES, asking()))
         await at.until_called(1)
         waiting.cancel()
         while not Path(f"{path}.cancelled").exists():
