@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from chatlm.common.messages.requests import Finished, Piece, Usage
+from chatlm.common.messages.requests import Delta, Piece, Usage
 from chatlm.front.api.encode import BlockEncoder, calculator_member, frame, parsed_arguments
 from chatlm.front.api.errors import anthropic_error
 
 if TYPE_CHECKING:
     from chatlm.common.errors import ChatServerError
-    from chatlm.common.messages.requests import Accepted
+    from chatlm.common.messages.requests import Accepted, Event
     from chatlm.front.api.encode import AnswerBlock
 
 
@@ -22,10 +22,12 @@ class MessagesEncoder(BlockEncoder):
     # kind of block -> its type, the member that grows, the type of its deltas, and their member
     BLOCKS = {"text": ("text", "text", "text_delta", "text"),
               "reasoning": ("thinking", "thinking", "thinking_delta", "thinking"),
-              "call": ("tool_use", "input", "input_json_delta", "partial_json")}
+              "call": ("tool_use", "input", "input_json_delta", "partial_json"),
+              "mcp": ("mcp_tool_use", "input", "input_json_delta", "partial_json"),
+              "result": ("mcp_tool_result", "content", "", "")}
     REASONS = {"max_tokens": "max_tokens", "context_length": "model_context_window_exceeded"}
 
-    def encode(self, event: Piece | Finished) -> bytes:
+    def encode(self, event: Event) -> bytes:
         """Leave out the thoughts, unless the request asks for thinking. Clients that do not ask for it take
         the first block of an answer as its text."""
         if isinstance(event, Piece) and not self.parsed.details.get("thinking"):
@@ -49,12 +51,18 @@ class MessagesEncoder(BlockEncoder):
     def content(self, block: AnswerBlock, grown) -> dict:
         kind, member, _, _ = self.BLOCKS[block.kind]
         call = {"id": "toolu_" + block.id, "name": block.name} if block.kind == "call" else {}
+        if block.tool and block.kind == "mcp":
+            call = {"id": "mcptoolu_" + block.id, "name": block.tool.tool, "server_name": block.tool.label}
+        if block.result and block.kind == "result":
+            text = {"type": "text", "text": block.result.text}
+            return {"type": kind, "tool_use_id": "mcptoolu_" + block.id, "is_error": block.result.is_error,
+                    member: [text]}
         # nobody checks the signature, but clients send back no thinking without one
         signature = {"signature": block.id} if block.kind == "reasoning" else {}
         return {"type": kind, **call, member: grown, **signature, **calculator_member(block.calculator)}
 
     def open_block(self, block: AnswerBlock) -> bytes:
-        empty = self.content(block, {} if block.kind == "call" else "")
+        empty = self.content(block, {} if block.kind in ("call", "mcp") else "")
         return self.event("content_block_start", index=block.index, content_block=empty)
 
     def grow_block(self, block: AnswerBlock, text: str, call: dict | None = None) -> bytes:
@@ -65,19 +73,32 @@ class MessagesEncoder(BlockEncoder):
     def close_block(self, block: AnswerBlock) -> bytes:
         return self.event("content_block_stop", index=block.index)
 
+    def end_call(self, block: AnswerBlock) -> bytes:
+        """The block of a call's result, whole. It has no id of its own: `id` is that of the call's block."""
+        result = self.choices[0].block(Delta("result", "", block.name))
+        result.id = block.id
+        result.result = block.result
+        result.is_closed = True
+        return self.open_block(result) + self.close_block(result)
+
     def stop(self) -> dict:
         done = self.choices[0].done
+        if done.reason == "pause":
+            return {"stop_reason": "pause_turn", "stop_sequence": None}
         if done.stop_reason in self.request.params.stop:
             return {"stop_reason": "stop_sequence", "stop_sequence": done.stop_reason}
         if done.reason == "length":
             reason = self.REASONS.get(done.stop_reason or "", "max_tokens")
         else:
-            reason = "tool_use" if self.blocks[-1].kind == "call" else "end_turn"
+            calls = [block.kind == "call" for block in self.blocks]
+            # where the server runs tools, their results may follow a call of the client's own function
+            reason = "tool_use" if calls[-1] or self.tools and any(calls) else "end_turn"
         return {"stop_reason": reason, "stop_sequence": None}
 
     def body(self) -> dict:
-        blocks = [self.content(block, parsed_arguments(block.text) if block.kind == "call" else block.text)
-                  for block in self.blocks]
+        blocks = [self.content(
+            block, parsed_arguments(block.text) if block.kind in ("call", "mcp") else block.text)
+            for block in self.blocks]
         return self.message(blocks, self.usage_body(self.usage()), self.stop())
 
     def end(self) -> bytes:

@@ -6,7 +6,7 @@ says what is started or which address is opened."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence as Seq
-from typing import Any
+from typing import Any, NamedTuple
 
 from chatlm.common.errors import RequestError, bad_value, invalid, shown
 from chatlm.common.jsontext import is_text
@@ -25,11 +25,21 @@ def is_mcp(tool: Mapping) -> bool:
     return tool.get("type") == "mcp"
 
 
-def labels_in(tools: Any) -> tuple[str, ...]:
-    """The tool servers that the tools of a body name, not checked yet."""
-    found = [tool.get("server_label") for tool in (tools if isinstance(tools, list) else ())
-             if isinstance(tool, dict) and is_mcp(tool)]
-    return tuple(dict.fromkeys(filter(is_text, found)))
+class NamedServer(NamedTuple):
+    """A tool server that a body names, not checked yet."""
+
+    param: str               # where the body names it
+    label: str
+    url: str = ""            # that the body says it has; "": it says none
+    must_run: bool = False   # refuse the body if it does not run: the answer itself could not say so
+
+
+def servers_of_response(body: Mapping) -> Iterator[NamedServer]:
+    """The tool servers that the body of a response names."""
+    tools = body.get("tools")
+    for index, tool in enumerate(tools if isinstance(tools, list) else ()):
+        if isinstance(tool, dict) and is_mcp(tool) and is_text(tool.get("server_label")):
+            yield NamedServer(f"tools[{index}].server_label", tool["server_label"])
 
 
 class McpTools:
@@ -49,7 +59,7 @@ class McpTools:
         if not is_text(label) or label in self.labels:
             raise bad_value(f"{name}.server_label", label, "the label of a tool server, each at most once")
         for member in OPERATORS:
-            if tool.get(member) is not None:
+            if tool.get(member):  # Vercel's package can't leave server_url out, but send an empty one
                 raise invalid(f"{name}.{member}", f"{name}.{member}: tool servers are the operator's "
                               "(--mcp-config); leave it out, and name the server by its server_label alone")
         self.labels.append(label)

@@ -18,6 +18,7 @@ from chatlm.common.text.calculations import calculations_of, shift_calls, text_i
 from chatlm.front.admission.prompts import turn_starts
 from chatlm.front.api.earlier_calculations import is_nanochats, read_nanochat_parts, with_calculations
 from chatlm.front.api.fields import A_FUNCTION, Field, list_schema, matches, no_tools, within_limit
+from chatlm.front.api.mcp_messages import parts_of
 from chatlm.front.api.passages import passage_parts
 from chatlm.front.api.picture_parts import picture_in
 from chatlm.front.api.field_types import NATIVE_ROLES, OPENAI_ROLES, SWITCH, TEXT, TEXT_PARTS, thinking
@@ -348,26 +349,32 @@ def result_content(content, name: str):
 BILLING = "x-anthropic-billing-header:"  # a block that changes each time: no prefix would be cached
 
 
-def anthropic_messages(values: Mapping) -> Iterator[SentMessage]:
-    """`system` and `messages` of Anthropic's API as messages of Chat Completions."""
+def anthropic_messages(values: Mapping, runs_tools: bool = False) -> Iterator[SentMessage]:
+    """`system` and `messages` of Anthropic's API as messages of Chat Completions. runs_tools: does the server
+    run tools? If not, it leaves out calls that a server has run."""
     system = values.get("system", "")
     if not is_text(system):
         system = [block for block in system if not str(block.get("text")).startswith(BILLING)]
     if system:
         yield SentMessage("system", "system", {"content": system})
     for message in sent_messages(values["messages"], NATIVE_ROLES):
-        if isinstance(message.fields.get("content"), list):
+        content = message.fields.get("content")
+        if not isinstance(content, list):
+            yield message._replace(fields={"content": content})
+        elif not runs_tools:
             yield from block_messages(message)
         else:
-            yield message._replace(fields={"content": message.fields.get("content")})
+            for role, blocks, first in parts_of(message.role, content, message.name):
+                yield from block_messages(
+                    SentMessage(message.name, role, {"content": blocks}), first)
 
 
-def block_messages(message: SentMessage) -> Iterator[SentMessage]:
+def block_messages(message: SentMessage, first: int = 0) -> Iterator[SentMessage]:
     """A message of Anthropic's that is a list of blocks, as messages of Chat Completions: one for the result
-    of each call, then one for all other blocks."""
+    of each call, then one for all other blocks. first: the index of the first block, for errors."""
     blocks: dict[str, list[tuple[str, dict]]] = {  # type -> blocks, each with its name for errors
         "text": [], "thinking": [], "tool_use": [], "tool_result": []}
-    for index, block in enumerate(message.fields["content"]):
+    for index, block in enumerate(message.fields["content"], first):
         block_type = type_of(block)
         if block_type == "redacted_thinking" or block_type in OTHER_BLOCKS:
             continue

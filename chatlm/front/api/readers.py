@@ -30,6 +30,7 @@ from chatlm.front.api.field_types import OPENAI_ROLES, one_constraint, thinking,
 from chatlm.front.api.ignored import ignored_fields, unread
 
 from chatlm.front.api.kept_items import kept_items
+from chatlm.front.api.mcp_messages import MCP_BLOCKS, TOOLSET, choice_among, tools_of_message
 from chatlm.front.api.mcp_tools import MCP_ITEMS, McpHistory, McpTools, refuse_in_batches
 from chatlm.front.api.retrieval_readers import RETRIEVAL_READERS, check_route
 from chatlm.front.api.tables import (
@@ -384,13 +385,19 @@ def tool_plan(values: Mapping, known: Known, mcp: McpTools, history: McpHistory,
         if call.name not in names:
             raise invalid("tools", f"tools: a call of {call.name} is approved, so its server must be among "
                           "them, and running")
-    later = None
-    if values["tool_choice"].mode == "required":  # a call is required once, not in each round
-        auto = values["tool_choice"]._replace(mode="auto")
-        later = parse_openai_request({**values, "tool_choice": auto}, known.settings, known.tool_format,
-                                     messages).params
     listed = tuple(label for label in mcp.labels if label not in history.listed)
-    return ToolPlan(tuple(mcp.planned), listed, tuple(history.approved), values.get("max_tool_calls"), later)
+    return ToolPlan(tuple(mcp.planned), listed, tuple(history.approved), values.get("max_tool_calls"),
+                    later_params(values, known, messages))
+
+
+def later_params(values: Mapping, known: Known, messages: tuple[Message, ...]) -> AnswerParams | None:
+    """The parameters of the rounds after the first; None if they are the same. A call is required once, not
+    in each round."""
+    choice = values.get("tool_choice", ToolChoice())
+    if choice.mode != "required":
+        return None
+    values = {**values, "tool_choice": choice._replace(mode="auto")}
+    return parse_openai_request(values, known.settings, known.tool_format, messages).params
 
 
 def kept_details(values: Mapping, known: Known) -> dict:
@@ -423,14 +430,20 @@ def input_items(values: Mapping, runs_tools: bool = False) -> list:
 
 # Anthropic's Messages
 
-def read_messages_body(body: dict, known: Known) -> ParsedBody:
+def read_messages_body(body: dict, known: Known, offered: Seq[Mapping] | None = None) -> ParsedBody:
+    """offered: the tools of the servers that it names, as far as its client may have them; None: nothing is
+    run for it."""
     values = parse_answer(body, MESSAGES_FIELDS, known)
-    messages, tools, ignored = anthropic_prompt(values, known.tool_format)
+    messages, mcp, ignored = anthropic_prompt(values, known, offered)
     options = anthropic_options(messages, body, values)
-    values |= {"tools": tools, "template_options": options, "response_format": one_format(values)}
+    values |= {"template_options": options, "response_format": one_format(values)}
     request = parse_openai_request(values, known.settings, known.tool_format, messages)
     thinks = value_at(body, "thinking.type") in ("enabled", "adaptive")
-    return parsed_body("messages", values, known, request, {"thinking": thinks}, ignored)
+    parsed = parsed_body("messages", values, known, request, {"thinking": thinks}, ignored)
+    if not mcp.planned:
+        return parsed
+    later = later_params(values, known, messages)
+    return replace(parsed, plan=ToolPlan(tuple(mcp.planned), later=later, pauses=True))
 
 
 def one_format(values: Mapping) -> tuple[str, str]:
@@ -443,14 +456,23 @@ def one_format(values: Mapping) -> tuple[str, str]:
     return newer if newer[0] else older
 
 
-def anthropic_prompt(values: Mapping, tool_format: str | None) -> tuple[
-        tuple[Message, ...], tuple[dict, ...], tuple[str, ...]]:
-    """The messages, the functions, and the types of the tools that are ignored."""
-    messages = chat_messages(anthropic_messages(values), tool_format is not None)
+def anthropic_prompt(values: dict, known: Known, offered: Seq[Mapping] | None) -> tuple[
+        tuple[Message, ...], McpTools, tuple[str, ...]]:
+    """The messages, the tools that the server runs, and the types of the tools that are ignored. Of the
+    values, `tools` become functions, and `tool_choice` names some of these."""
+    runs_tools = known.settings.mcp_config is not None
+    messages = chat_messages(anthropic_messages(values, runs_tools), known.tool_format is not None)
     tools, ignored = flat_functions_among(values.get("tools", ()), [None, "custom"], "input_schema")
     for message in values["messages"]:
         ignored += other_types(message.get("content"), OTHER_BLOCKS)
-    return messages, tools, tuple(dict.fromkeys(ignored))
+    mcp = McpTools((), ())
+    if runs_tools:
+        mcp = tools_of_message(values, offered)
+        ignored = tuple(name for name in ignored if name != TOOLSET and name not in MCP_BLOCKS)
+    if "tool_choice" in values:
+        values["tool_choice"] = choice_among(mcp, tools, values["tool_choice"])
+    values["tools"] = mcp.beside(tools)
+    return messages, mcp, tuple(dict.fromkeys(ignored))
 
 
 def anthropic_options(messages: Seq[Message], body: Mapping, values: Mapping) -> dict:
@@ -462,13 +484,14 @@ def anthropic_options(messages: Seq[Message], body: Mapping, values: Mapping) ->
     return {**continues, **effort, **values.get("template_options", {})}
 
 
-async def count_tokens(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
+async def count_tokens(body: dict, prompts: PromptMaker, client: str, known: Known,
+                       offered: Seq[Mapping] | None) -> bytes:
     values = parse_fields(body, COUNTED_FIELDS)
-    tool_format = prompts.tokenizer.tool_format
-    messages, tools, _ = anthropic_prompt(values, tool_format)
+    messages, _, _ = anthropic_prompt(values, known, offered)
+    tools = values["tools"]
     if values.get("tool_choice", ToolChoice()).mode == "none":
         tools = ()
-    if tools and not tool_format:
+    if tools and not known.tool_format:
         raise no_tools("tools")
     options = anthropic_options(messages, body, values)
     if budget := thinking_budget(body, COUNTED_FIELDS):
@@ -614,8 +637,9 @@ ANSWER_READERS: dict[str, Callable[..., ParsedBody]] = {
     "/api/generate": read_ollama_generate,
     **RETRIEVAL_READERS,
 }
+COUNTING = "/v1/messages/count_tokens"
 TEXT_READERS: dict[str, Callable] = {
-    "/v1/messages/count_tokens": count_tokens,
+    COUNTING: count_tokens,
     "/tokenize": tokenize,
     "/detokenize": detokenize,
     "/apply-template": apply_template,
@@ -633,14 +657,22 @@ def read_answer(route: str, body: dict, known: Known, before: Seq | None = None,
     check_route(route, known)
     if before is None and offered is None:
         parsed = ANSWER_READERS[route](body, known)
+    elif route == "/v1/messages":
+        parsed = read_messages_body(body, known, offered)
     else:
         parsed = read_responses_body(body, known, before, offered)
     return replace(parsed, ignored_fields=ignored_fields(route, body, parsed, known))
 
 
-async def read_text(route: str, body: dict, prompts: PromptMaker, client: str = "") -> bytes:
+async def read_text(route: str, body: dict, known: Known, prompts: PromptMaker, client: str = "",
+                    offered: Seq[Mapping] | None = None) -> bytes:
     """Read the body of any other route. Returns a line with the fields that have no effect, followed by what
-    the route's reader returns."""
-    text = await TEXT_READERS[route](body, prompts, client)
-    ignored = ", ".join(header_words(unread(body, BODY_FIELDS[route])))
-    return b"%s\n%s" % (ignored.encode(), text)
+    the route's reader returns. offered: as for `read_answer`."""
+    ignored = [*unread(body, BODY_FIELDS[route])]
+    if route == COUNTING:
+        text = await count_tokens(body, prompts, client, known, offered)
+        if body.get("mcp_servers") and known.settings.mcp_config is None:
+            ignored.append("mcp_servers")
+    else:
+        text = await TEXT_READERS[route](body, prompts, client)
+    return b"%s\n%s" % (", ".join(header_words(ignored)).encode(), text)

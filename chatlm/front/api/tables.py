@@ -278,6 +278,9 @@ COUNTED_FIELDS = (
     Field("system", SYSTEM, "the system message, as a text or text blocks"),
     MODEL, SOME_TOOLS,
     Field("tool_choice", MESSAGES_CHOICE, "auto, any, none, or one of the tools"),
+    Field("mcp_servers", FieldType("a list of objects", list_schema(object_schema([]))),
+          "tool servers of --mcp-config, by `name`, whose tools the server runs",
+          idle={"": idle.without_tool_rounds}),
     Field("thinking", THINKING, "whether the model thinks, if its template supports that; `budget_tokens`: "
           "most tokens that it thinks", means="template_options", idle=IDLE_THINKING),
     OUTPUT_CONFIG,

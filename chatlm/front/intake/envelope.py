@@ -13,7 +13,8 @@ from typing import NamedTuple, TYPE_CHECKING
 from chatlm.common.errors import RequestError
 from chatlm.common.jsontext import is_text
 from chatlm.front.api.batch_lines import Line, read_line
-from chatlm.front.api.mcp_tools import labels_in
+from chatlm.front.api.mcp_messages import servers_of_message
+from chatlm.front.api.mcp_tools import NamedServer, servers_of_response
 from chatlm.front.api.message_readers import continued_ids
 from chatlm.front.api.fields import json_object
 from chatlm.front.api.picture_parts import Lift, Lifted, fill_in, lift_pictures
@@ -27,8 +28,11 @@ KEPT_ROUTE = "/v1/responses"
 MODEL_NAMES = {  # route -> the fields that may name its model; the first one that is set counts
     route: ("model", *(field.name for field in fields if field.means == "model"))
     for route, fields in BODY_FIELDS.items()}
+NAMED_SERVERS = {  # route -> finds the tool servers that its body names
+    KEPT_ROUTE: servers_of_response, "/v1/messages": servers_of_message,
+    "/v1/messages/count_tokens": servers_of_message}
 LONGEST_NAME = 1000  # a longer name is cut: its start is just as unknown
-MOST_LABELS = 1000   # of more tool servers than anybody has
+MOST_SERVERS = 1000  # more tool servers than anybody has
 SIZE = struct.Struct("<I")
 
 
@@ -51,8 +55,8 @@ class Envelope:
     lift: Lift
     line: Line | None = None    # the line of a batch that has these fields as its body
     before: list | None = None  # the items that the body continues; None: it continues nothing
-    labels: tuple[str, ...] = ()      # the tool servers that it names
-    offered: list | None = None       # their tools that its client may have; None: nothing is run for it
+    servers: tuple[NamedServer, ...] = ()  # the tool servers that it names
+    offered: list | None = None  # their tools that its client may have; None: nothing is run for it
     shown: bool = False
 
     def show(self, pictures: Seq[Picture]):
@@ -81,7 +85,8 @@ class Envelope:
         problem = self.lift.problem
         head = {"model": self.model[:LONGEST_NAME], "names_model": self.names_model, "chained": self.chained,
                 "line": line and [line.number, line.custom_id, line.url, line.id],
-                "labels": [label[:LONGEST_NAME] for label in self.labels[:MOST_LABELS]],
+                "servers": [server._replace(label=server.label[:LONGEST_NAME], url=server.url[:LONGEST_NAME])
+                            for server in self.servers[:MOST_SERVERS]],
                 "names": [name for name, _ in self.lift.files], "first": self.lift.first,
                 "problem": problem and packed_problem(problem)}
         sections = [json.dumps(head).encode(), rest, *(data for _, data in self.lift.files)]
@@ -112,7 +117,7 @@ def unpacked_envelope(data: bytes) -> Envelope:
         line = Line(number, custom_id, url, fields or {}, line_id)
     lift = Lift([*map(Lifted, head["names"], files)], head["first"], problem)
     return Envelope(fields, head["model"], head["names_model"], Chained(*head["chained"]), lift, line, before,
-                    tuple(head["labels"]), offered)
+                    tuple(NamedServer(*server) for server in head["servers"]), offered)
 
 
 def open_body(route: str, number: int | None, raw: bytes | bytearray, before: bytes | bytearray = b"null",
@@ -132,10 +137,11 @@ def make_envelope(fields: dict, route: str, line: Line | None = None, before: li
     route = line.url if line else route
     name = next(filter(None, map(fields.get, MODEL_NAMES[route])), "")
     chained = Chained()
-    labels = ()
+    servers: tuple[NamedServer, ...] = ()
     if route == KEPT_ROUTE and not line:
         chained = Chained(*continued_ids(fields))
-        labels = labels_in(fields.get("tools"))
+    if route in NAMED_SERVERS and not line:
+        servers = tuple(NAMED_SERVERS[route](fields))
     return Envelope(
         fields, name if is_text(name) else "", fields.get("model") is not None, chained,
-        lift_pictures(fields, before), line, before, labels, offered)
+        lift_pictures(fields, before), line, before, servers, offered)

@@ -87,10 +87,13 @@ class Intake:
             holding.keep(parsed.size)
         return served, parsed
 
-    async def text(self, arrival: Arrival, holding: Holding,
-                   sees: bool = True) -> tuple[Served, str, bytes]:
+    async def text(self, arrival: Arrival, holding: Holding, sees: bool = True,
+                   offered: bytes = b"null") -> tuple[Served, str, bytes]:
         """Read the body of any other route. Returns the model, the fields without effect, and the text to
-        answer with. sees: must the model see its pictures?"""
+        answer with. sees: must the model see its pictures? offered: as for `answer`."""
+        if offered != b"null":
+            async with self.opened(arrival.caller, *arrival.parts, b"null", offered) as whole:
+                return await self.text(whole, holding, sees)
         served = await self.resolve(arrival.envelope.model, arrival.caller.bound, holding)
         if sees:
             await self.decode_pictures(arrival, served, holding)

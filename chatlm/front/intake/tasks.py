@@ -51,7 +51,8 @@ async def variants(reading: Reading, indices: Seq[int], seed: int) -> list[Parse
 async def text(reading: Reading, route: str) -> bytes:
     """The response of a route that needs no worker, after a line that names the fields without effect."""
     assert reading.prompts
-    return await read_text(route, reading.fields, reading.prompts, reading.client)
+    return await read_text(route, reading.fields, reading.known, reading.prompts, reading.client,
+                           reading.body.offered)
 
 
 TASKS: dict[str, Callable[..., Awaitable[Any]]] = {

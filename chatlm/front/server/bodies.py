@@ -66,9 +66,7 @@ class Bodies:
         """The body of a route that answers. `holding` then accounts for what is kept of a large one."""
         with self.holding() as reading:
             async with self.opened(http, reading) as arrival:
-                offered = b"null"
-                if self.tools and arrival.envelope.labels:
-                    offered = await self.tools(http, arrival.envelope)
+                offered = await self._offered(http, arrival)
                 served, parsed = await self.intake.answer(arrival, reading, holding, offered)
         record = REQUEST_LOG.get()
         if parsed.ignored_tools:
@@ -81,9 +79,16 @@ class Bodies:
     async def text(self, http: web.Request, holding: Holding) -> tuple[Served, bytes]:
         """The result of one of TEXT_READERS for a body."""
         async with self.opened(http, holding) as arrival:
-            served, ignored, text = await self.intake.text(arrival, holding)
+            offered = await self._offered(http, arrival)
+            served, ignored, text = await self.intake.text(arrival, holding, offered=offered)
         note_ignored(ignored)
         return served, text
+
+    async def _offered(self, http: web.Request, arrival: Arrival) -> bytes:
+        """The tools that the server may run for a body, as JSON; null: it names no tool servers."""
+        if self.tools is None or not arrival.envelope.servers:
+            return b"null"
+        return await self.tools(http, arrival.envelope)
 
     async def small(self, http: web.Request) -> dict:
         """The checked fields of a small body; of none, no fields."""

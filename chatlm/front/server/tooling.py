@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence as Seq
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
-from chatlm.common.errors import RequestError, bad_value
+from chatlm.common.errors import Overloaded, RequestError, bad_value
 from chatlm.common.jsontext import dump
 from chatlm.front.aio import end_tasks
 from chatlm.front.api.encode import frame
@@ -19,16 +19,19 @@ from chatlm.front.lazy import web
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.routes import Api, Route
 from chatlm.front.server.streams import EventStream
+from chatlm.front.tools.server import State
 from chatlm.front.tools.toolbox import OfferedTool, Toolbox
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
+    from chatlm.front.api.mcp_tools import NamedServer
     from chatlm.front.intake.envelope import Envelope
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.server.access import Access
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.tools.results import ToolResult
+    from chatlm.front.tools.server import ToolServer
 
 KNOWN_SCHEMAS = 4096  # whose enforcement is remembered
 
@@ -46,7 +49,7 @@ class ToolRoutes:
         # why a tool's parameters can't be enforced ("": they are), by digest and format of calls
         self.unenforced: OrderedDict[tuple[str, str | None], str] = OrderedDict()
 
-        if toolbox.servers:
+        if settings.mcp_config is not None:
             bodies.tools = self.offered_to
 
     async def start(self, app: object):
@@ -93,18 +96,17 @@ class ToolRoutes:
     async def offered_to(self, http: web.Request, envelope: Envelope) -> bytes:
         """The tools of the servers that a body names, as far as its client may use them, as JSON for the
         body's reader. Raises RequestError for a server that there is not, or of which it may use nothing."""
-        labels = envelope.labels
         patterns = self.access.usable_tools(http)
-        known = [server.config.label for server in self.toolbox.servers]
-        for label in labels:
-            if label not in known:
-                raise bad_value("server_label", label, "a tool server of --mcp-config: " + ", ".join(
-                    one for one in known if may_see(one, patterns)))
-            if not may_see(label, patterns):
-                raise RequestError(f"this API key may not use the tool server {label} (tools= in "
-                                   "--api-key-file)", status=403, code="tool_not_allowed", param="tools")
+        for named in envelope.servers:
+            self._check_named(named, patterns)
         pool = self._pool(envelope.model)
         await self.toolbox.refresh()
+        for named in envelope.servers:
+            server = self._server(named.label)
+            if named.must_run and server and server.state is not State.READY:
+                reason = server.reason or f"it is {server.state.value}"
+                raise Overloaded(f"the tool server {named.label} does not run: {reason}", retry_after_s=5)
+        labels = {named.label for named in envelope.servers}
         found = []
         for tool in self.toolbox.offered().values():
             if tool.label in labels and is_usable(tool, patterns):
@@ -112,6 +114,23 @@ class ToolRoutes:
                 found.append({**tool.function, "label": tool.label, "tool": tool.tool.name, "strict": strict,
                               "read_only": tool.tool.only_reads, "ask": tool.ask, "digest": tool.digest})
         return dump(found)
+
+    def _server(self, label: str) -> ToolServer | None:
+        return next((server for server in self.toolbox.servers if server.config.label == label), None)
+
+    def _check_named(self, named: NamedServer, patterns: Seq[str]):
+        """Raise RequestError for a server that there is not, or that a client may not use."""
+        server = self._server(named.label)
+        if server is None:
+            known = [one.config.label for one in self.toolbox.servers]
+            raise bad_value(named.param, named.label, "a tool server of --mcp-config: " + ", ".join(
+                label for label in known if may_see(label, patterns)))
+        if not may_see(named.label, patterns):
+            raise RequestError(f"this API key may not use the tool server {named.label} (tools= in "
+                               "--api-key-file)", status=403, code="tool_not_allowed", param=named.param)
+        if named.url not in ("", server.config.url):
+            raise bad_value(f"{named.param}.url", named.url, "left out, empty, or the URL that "
+                            f"--mcp-config has for {named.label}: no request opens another one")
 
     async def handle_call(self, http: web.Request) -> web.StreamResponse:
         """POST /v1/tools/call: call a tool. If the client leaves, the call is cancelled."""

@@ -108,7 +108,7 @@ def parsed(route, body):
     if route in ANSWER_READERS:
         answer = read_answer(route, body, WHICH.get(route, KNOWN))
         return replace(answer, ignored_fields=()), answer.ignored_fields
-    ignored, _, text = asyncio.run(read_text(route, body, PromptMaker(Teller(), 4096))).partition(b"\n")
+    ignored, _, text = asyncio.run(read_text(route, body, KNOWN, PromptMaker(Teller(), 4096))).partition(b"\n")
     if route == "/v1/compare":          # what its models are asked, they read themselves
         wanted = json.loads(text)
         text = wanted, read_variants(body, range(len(wanted["variants"])), wanted["seed"], KNOWN)
@@ -116,7 +116,7 @@ def parsed(route, body):
 
 
 @pytest.mark.parametrize("route, name", [
-    (route, field.name) for route, fields in BODY_FIELDS.items() for field in fields if field.name not in ("model", "store", "max_tool_calls")])     # which `Bodies.resolve`, `Keeper` and `Rounds` read
+    (route, field.name) for route, fields in BODY_FIELDS.items() for field in fields if field.name not in ("model", "store", "max_tool_calls", "mcp_servers")])     # which `Bodies.resolve`, `Keeper` and `Rounds` read
 def test_a_known_field_has_an_effect_or_is_refused(route, name):
     """A field of the tables changes the request or is refused."""
     without, body = sent(route, name)
@@ -173,7 +173,7 @@ UNREAD = {
         "n": 2, "service_tier": "flex",
         "safety_identifier": "x", "prompt_cache_key": "x", "prompt_cache_retention": "24h", "stream_options": {}, "context_management": [],
         "reasoning_effort": "low", **SAMPLERS},
-    "/v1/messages": {"metadata": {"user_id": "x"}, "service_tier": "auto", "container": "x", "context_management": {}, "mcp_servers": [],
+    "/v1/messages": {"metadata": {"user_id": "x"}, "service_tier": "auto", "container": "x", "context_management": {},
                      "inference_geo": "x", "cache_control": {"type": "ephemeral"}, "speed": "fast", "n": 2, **SAMPLERS},
     "/v1/messages/count_tokens": {"max_tokens": 5, "temperature": 1, "output_format": FORM},
     "/api/chat": {"keep_alive": "5m", "shift": True, "temperature": 0.5},

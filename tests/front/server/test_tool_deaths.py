@@ -61,3 +61,29 @@ async def test_killed_workers_repeat_no_call(place, runs):
         assert await asked(url, http, folder, name, seed) == wanted[seed], name
         struck += len([*folder.glob(f"{name}-*")])
     assert struck > runs and sorted(len(calls) for _, calls in wanted.values()) == [1, 2, 2, 2]
+
+
+async def asked_as_messages(url, http, folder, name, seed):
+    """The same for Messages: its blocks without ids, and the calls."""
+    log = folder / "calls"
+    log.write_text("")
+    toolset = {"type": "mcp_toolset", "mcp_server_name": "fake", "default_config": {"enabled": False}, "configs": {"pick": {"enabled": True}, "add": {"enabled": True}}}
+    body = {"messages": [{"role": "user", "content": "Pick some."}], "mcp_servers": [{"type": "url", "name": "fake", "url": ""}], "tools": [toolset],
+            "tool_choice": {"type": "any", "disable_parallel_tool_use": False}, "seed": seed, "max_tokens": 200, "ignore_eos": True}
+    async with http.post(url + "/v1/messages", json=body, headers={"X-Request-Id": name}) as response:
+        answer = await response.json()
+    assert response.status == 200, answer
+    return [{key: value for key, value in block.items() if key not in ("id", "tool_use_id")} for block in answer["content"]], sorted(log.read_text().splitlines())
+
+
+async def test_killed_workers_repeat_no_call_of_messages(place):
+    url, http, folder = place
+    struck = 0
+    for number, moment in enumerate(MOMENTS):
+        seed = SEEDS[number % len(SEEDS)]
+        blocks, calls = await asked_as_messages(url, http, folder, f"calm-{number}", seed)
+        assert [block["type"] for block in blocks].count("mcp_tool_result") >= len(calls) > 0
+        name = f"kill-{moment}-{number}"
+        assert await asked_as_messages(url, http, folder, name, seed) == (blocks, calls), name
+        struck += len([*folder.glob(f"{name}-*")])
+    assert struck >= len(MOMENTS)

@@ -11,13 +11,14 @@ import openai
 import pytest
 
 import fake_tools
-from chatlm.common.config import ApiKey, Settings
+from chatlm.common.config import ApiKey
 from chatlm.common.errors import EngineFailure, RequestError
 from chatlm.common.messages.requests import Message, Picture
 from chatlm.front.server import streams
 from chatlm.front.server.rounds import seed_of_round
 from fake_pool import serving
 from scripted_pool import ScriptedPool
+from tool_rounds import ToolPlace, calls, tool_place
 
 TOOL = {"type": "mcp", "server_label": "fake", "require_approval": "never"}
 ASKING = {"type": "mcp", "server_label": "fake"}
@@ -27,31 +28,16 @@ RECORDED = """created in_progress output_item.added mcp_list_tools.in_progress m
     output_item.added mcp_call.in_progress mcp_call_arguments.delta mcp_call_arguments.done mcp_call.completed output_item.done
     output_item.added content_part.added output_text.delta output_text.done content_part.done output_item.done completed""".split()
 
-
-def calls(*pairs):
-    """What a model writes to make calls: (tool, arguments)."""
-    return "\n".join(f'<tool_call>\n{{"name": "{name}", "arguments": {json.dumps(arguments)}}}\n</tool_call>' for name, arguments in pairs)
-
-
 ADD = calls(("fake__add", {"a": 2, "b": 3}))
 PICK = calls(("fake__pick", {"word": "red"}))
 
 
-class Place:
-    """A running server, its model, and the calls that its tools have got."""
+class Place(ToolPlace):
+    """Such a place, with OpenAI's client."""
 
-    def __init__(self, pool, url, log):
-        self.pool, self.url, self.log = pool, url, log
-        self.client = openai.AsyncOpenAI(base_url=url + "/v1", api_key="any", max_retries=0)
-
-    @property
-    def called(self):
-        return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
-
-    @property
-    def sent(self):
-        """(role, content) of the messages of each request of the model."""
-        return [[(message.role, message.content) for message in request.messages] for request in self.pool.requests]
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.client = openai.AsyncOpenAI(base_url=self.url + "/v1", api_key="any", max_retries=0)
 
     async def ask(self, input="2 + 3?", tools=(TOOL,), **more):
         return await self.client.responses.create(model="default", input=input, tools=tools, **more)
@@ -59,24 +45,13 @@ class Place:
     async def events(self, **more):
         return [event async for event in await self.ask(stream=True, **more)]
 
-    async def until_called(self, count):
-        while len(self.called) < count:
-            await self.client.models.list()
-
 
 @pytest.fixture
 def place(tmp_path):
     @asynccontextmanager
-    async def made(*texts, faults=(), pool=None, servers=None, allowed=("*",), **settings):
-        log = tmp_path / "calls"
-        config = tmp_path / "mcp.json"
-        program = {"command": sys.executable, "args": [fake_tools.__file__, *faults, "log", str(log)], "alwaysAllow": [*allowed]}
-        config.write_text(json.dumps({"mcpServers": {"fake": program, **(servers or {})}}))
-        pool = pool or ScriptedPool(*texts)
-        async with serving(pool, Settings(mcp_config=str(config), **settings)) as url:
-            at = Place(pool, url, log)
-            async with at.client:
-                yield at
+    async def made(*texts, **more):
+        async with tool_place(tmp_path, *texts, kind=Place, **more) as at, at.client:
+            yield at
     return made
 
 
