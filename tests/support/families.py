@@ -307,7 +307,6 @@ def with_exact_angles(model):
 
 # of an answer that is compared, by day and by night: three pages, or five
 TOKENS = 64 if WHOLE else 32
-LENGTHS = (9, 40, 300) if WHOLE else (9, 300)       # of their prompts
 
 
 @torch.no_grad()
@@ -322,7 +321,7 @@ def greedy(model, prompts, count):
     return torch.stack(tokens, 1), torch.stack(logits, 1)
 
 
-def clear_cases(model, lengths=LENGTHS, count=TOKENS, tried=8, seed=1, margin=0.01):
+def clear_cases(model, lengths=(9, 40, 300), count=TOKENS, tried=8, seed=1, margin=0.01):
     """One case for each prompt length in which the two likeliest tokens are never closer than `margin`."""
     random, cases = np.random.default_rng(seed), []
     for length in lengths:
