@@ -4,6 +4,7 @@ import gc
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,9 @@ from filelock import FileLock
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # the share of the random cases that the kernels' tests draw; `.ci/run nightly` draws all
 os.environ.setdefault("DECODE_CORE_TEST_SHARE", "0.1")
+# A shell's background jobs ignore Ctrl-C, and so would every server that a test interrupts
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent

@@ -58,7 +58,7 @@ async def test_both_apis_show_progress(start_pool, client):
     async with serving(pool) as url:
         for route, more in (("/chat/completions", {}), ("/v1/chat/completions", {"stream": True})):
             content = f"{route} " * 9                  # another for each: what is cached is not read
-            body = {"messages": [{"role": "user", "content": content}], "max_tokens": 3, "progress": True}
+            body = {"messages": [{"role": "user", "content": content}], "max_tokens": 3, "progress": True, "ignore_eos": True}
             got = frames(await (await client.post(url + route, json=body | more)).read())
             told = [event for event in got if "progress" in event]
             assert len(told) > 2 and told[-1]["progress"]["prompt_tokens"] > told[-1]["progress"]["prompt_tokens_done"] > 0

@@ -285,7 +285,7 @@ def test_long_lines_for_a_terminal_wrap_at_words(monkeypatch):
 @pytest.mark.parametrize("words", [["no-such-model"], ["--max-batch", "x"]])
 def test_a_failed_start_is_json_too(words):
     """It is the line that says why the server does not start."""
-    run = subprocess.run([sys.executable, chat_server.__file__, *words, "--log-format=json"], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, chat_server.__file__, *words, "--port=0", "--log-format=json"], capture_output=True, text=True, timeout=60)
     *_, last = [json.loads(line) for line in run.stderr.splitlines()]
     assert (run.returncode, run.stdout, last["level"]) == (2, "", "error")
     assert last["message"].startswith("chat_server: ") and words[-1] in last["message"]
