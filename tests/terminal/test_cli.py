@@ -721,7 +721,7 @@ def test_the_program_s_error_shows_the_guess(tmp_path):
     (tmp_path / "model.gguf").touch()
     for model, words in ((tmp_path / "modle.gguf", f"did you mean {tmp_path}/model.gguf?"), ("smolm2", "did you mean smollm2? --help says"),
                          ("Qwen/Qwen3-0.6", "did you mean Qwen/Qwen3-0.6B?")):
-        done = subprocess.run([sys.executable, chat_server.__file__, model], capture_output=True, text=True, timeout=60,
+        done = subprocess.run([sys.executable, chat_server.__file__, model, "--port=0"], capture_output=True, text=True, timeout=60,
                               env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
         assert done.returncode == 2 and words in done.stderr.splitlines()[-1], done.stderr
 
