@@ -108,6 +108,39 @@ async def test_a_call_is_required_in_the_first_round_only(place):
             await at.ask(tool_choice={"type": "mcp", "server_label": "other"})
 
 
+@pytest.mark.parametrize("allowed, choice", [
+    (["add", "not_strict"], "required"), (["not_strict"], "required"), (["not_strict"], {"type": "mcp", "server_label": "fake", "name": "not_strict"}),
+    (["add", "not_strict"], {"type": "allowed_tools", "mode": "required", "tools": [{"type": "mcp", "server_label": "fake"}]})])
+async def test_a_tool_that_no_grammar_holds_can_be_required(place, allowed, choice):
+    """A call is required all the same, only the arguments of this tool are any object."""
+    async with place(calls(("fake__not_strict", {"x": 1})), "Done.") as at:
+        response = await at.ask(tools=[TOOL | {"allowed_tools": allowed}], tool_choice=choice)
+    first, second = at.pool.requests
+    assert [name for name, _ in at.called] == ["not_strict"] and response.output_text == "Done."
+    assert all(f"fake__{name}" in first.params.grammar for name in allowed) and ('\\"b\\"' in first.params.grammar) == ("add" in allowed)
+    assert not second.params.grammar and second.params.tool_names == first.params.tool_names
+
+
+async def test_own_functions_are_required_as_they_are(place):
+    """Only of the operator's tools nothing is refused."""
+    own = OWN | {"parameters": {"type": "object", "properties": {"x": {"not": {"type": "string"}}}}}
+    async with place("Done.") as at:
+        with pytest.raises(openai.BadRequestError, match="cannot be enforced"):
+            await at.ask(tools=[TOOL, own], tool_choice="required")
+    assert not at.pool.requests
+
+
+async def test_tools_too_large_for_one_grammar_are_not_refused(place):
+    """Then no call is required, but each is held to its tool's parameters. Own functions still are required."""
+    async with place("Done.", servers={"large": {"command": sys.executable, "args": [fake_tools.__file__, "large"], "alwaysAllow": ["*"]}}) as at:
+        large = TOOL | {"server_label": "large"}
+        await at.ask(tools=[large], tool_choice="required")
+        await at.ask(tools=[large, OWN], tool_choice="required")
+    alone, beside = (request.params for request in at.pool.requests)
+    assert len(alone.tool_names) == 60 and not alone.grammar and all(alone.call_grammars) and len(alone.call_grammars) == 60
+    assert "mine" in beside.grammar and "large__" not in beside.grammar and len(beside.tool_names) == 61
+
+
 async def test_results_come_in_the_order_of_calls(place, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     async with place(calls(("fake__slow", {"path": str(first)}), ("fake__wrong", {}), ("fake__slow", {"path": str(second)})), "Done.") as at:
