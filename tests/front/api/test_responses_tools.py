@@ -89,6 +89,22 @@ def test_a_kept_response_goes_on_with_its_calls(client, place):
     assert kinds == ["message", "mcp_list_tools", "mcp_call", "message", "message"] and len(called(place)) - before <= 2
 
 
+def test_calls_and_approvals_can_be_named_by_their_ids(client, place):
+    """As Vercel's package names them in later turns."""
+    need_exact(str(client.base_url).removesuffix("/v1/"))
+    first = ask(client, tool_choice="required")
+    said = [{"role": "user", "content": "Pick a colour."}, *({"type": "item_reference", "id": item.id} for item in first.output), {"role": "user", "content": "Which?"}]
+    whole = [said[0], *(item.to_dict() for item in first.output), said[-1]]
+    named, alone = (ask(client, items, temperature=0, tool_choice="none") for items in (said, whole))
+    assert plain(named) == plain(alone) and named.usage.input_tokens == alone.usage.input_tokens and [item.type for item in named.output] == ["message"]
+    [*_, request] = ask(client, tools=[ASKED], tool_choice="required").output
+    before = len(called(place))
+    yes = {"type": "mcp_approval_response", "approval_request_id": request.id, "approve": True}
+    approved = ask(client, [said[0], {"type": "item_reference", "id": request.id}, yes], [ASKED], tool_choice="none")
+    call = next(item for item in approved.output if item.type == "mcp_call")
+    assert call.arguments == request.arguments and call.approval_request_id == request.id and len(called(place)) == before + 1
+
+
 def test_an_approval_outlives_the_server(place, default_model_path):
     with serving(place, default_model_path, "restarted.db") as client:
         conversation = client.conversations.create()
