@@ -5,6 +5,7 @@ says what is started or which address is opened."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence as Seq
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -215,6 +216,12 @@ class McpHistory:
             tool = model_name(text(item, "server_label"), text(item, "name"))
             self.approved.append(ApprovedCall(name, tool, text(item, "arguments"), name[-DIGEST_CHARACTERS:]))
         yield from call_items(item, name, output)
+
+
+def id_of_approved_call(approval_id: str) -> str:
+    """The id of the item of a call: it says of which approval request the call was, so that a kept one is
+    found."""
+    return f"mcp_{hashlib.sha256(approval_id.encode('utf-8', 'replace')).hexdigest()[:48]}"
 
 
 def of_type(items: Iterable, kind: str) -> Iterator[Mapping]:

@@ -122,6 +122,10 @@ def test_an_approval_outlives_the_server(place, default_model_path):
         assert [item.type for item in again.output] == ["message"] and len(called(place)) == before + 1
         with pytest.raises(openai.BadRequestError, match="answered twice"):
             ask(client, [yes], [ASKED], previous_response_id=response.id)
+    with serving(place, default_model_path, "restarted.db") as client:
+        with pytest.raises(openai.ConflictError, match="a kept response has made this call"):
+            ask(client, [yes], [ASKED], previous_response_id=first.id)
+        assert len(called(place)) == before + 1
         # in a conversation too
         other = ask(client, [yes | {"approve": False}], [ASKED], conversation=conversation.id, tool_choice="none")
         assert other.output[-1].type == "message" and len(called(place)) == before + 1

@@ -353,6 +353,65 @@ async def test_an_approval_that_is_sent_twice_runs_once(place):
     assert len(at.called) == 1 and at.sent[1][1::2] == [("tool", "picked red"), ("tool", "The call was cut off, so its outcome is unknown.")]
 
 
+@pytest.mark.parametrize("kept", [False, True])
+async def test_an_approval_is_in_use_while_its_call_runs(place, tmp_path, kept):
+    """A second answer with it is refused; OpenAI's client does not try again, as it does after a 409."""
+    gate = tmp_path / "gate"
+    more = {"database": str(tmp_path / "kept.db")} if kept else {}
+    async with place(calls(("fake__slow", {"path": str(gate)})), "It is there.", allowed=(), **more) as at:
+        at.client.max_retries = 2
+        first = await at.ask()
+        request = first.output[-1]
+        yes = {"type": "mcp_approval_response", "approval_request_id": request.id, "approve": True}
+        said = {"input": [yes], "previous_response_id": first.id} if kept else {"input": [{"role": "user", "content": "2 + 3?"}, request.to_dict(), yes]}
+        running = asyncio.ensure_future(at.ask(**said))
+        await at.until_called(1)
+        for ask in at.ask, at.events:
+            with pytest.raises(openai.ConflictError, match=f'{request.id}" is used already: an answer that still runs'):
+                await ask(**said)
+        gate.touch()
+        response = await running
+        assert response.output_text == "It is there." and len(at.called) == 1 and not at.pool.in_rounds
+        if kept:  # whoever continues the same response makes the call not again, nor after a reload
+            with pytest.raises(openai.ConflictError, match="a kept response has made this call; continue that one"):
+                await at.ask(**said)
+            assert (await at.ask("Thanks.", previous_response_id=response.id)).output_text == "It is there."
+            assert len(at.called) == 1
+        else:     # nobody knows that it was made
+            await at.ask(**said)
+            assert len(at.called) == 2
+
+
+async def test_keys_use_approvals_of_their_own(place, tmp_path):
+    gate = tmp_path / "gate"
+    keys = tuple(ApiKey.hashed(name, name)._replace(tools=("*",)) for name in ("one", "two"))
+    async with place(calls(("fake__slow", {"path": str(gate)})), "It is there.", allowed=(), keys=keys) as at:
+        at.client.api_key = "one"
+        [_, request] = (await at.ask()).output
+        said = [request.to_dict(), {"type": "mcp_approval_response", "approval_request_id": request.id, "approve": True}]
+        running = [asyncio.ensure_future(at.ask(said))]
+        await at.until_called(1)
+        at.client.api_key = "two"
+        running.append(asyncio.ensure_future(at.ask(said)))
+        await at.until_called(2)
+        gate.touch()
+        assert [response.output_text for response in await asyncio.gather(*running)] == ["It is there."] * 2
+
+
+async def test_a_cancelled_answer_gives_its_approval_back(place, tmp_path):
+    gate = tmp_path / "gate"
+    async with place(calls(("fake__slow", {"path": str(gate)})), "It is there.", allowed=()) as at:
+        [_, request] = (await at.ask()).output
+        said = [request.to_dict(), {"type": "mcp_approval_response", "approval_request_id": request.id, "approve": True}]
+        running = asyncio.ensure_future(at.ask(said))
+        await at.until_called(1)
+        running.cancel()
+        while at.pool.in_rounds:
+            await at.client.models.list()
+        gate.touch()
+        assert (await at.ask(said)).output_text == "It is there." and len(at.called) == 2
+
+
 async def test_arguments_that_are_no_object_are_not_asked_about(place):
     async with place('<tool_call>\n{"name": "fake__pick", "arguments": [1]}\n</tool_call>', "Then not.", allowed=()) as at:
         response = await at.ask()
