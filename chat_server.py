@@ -237,6 +237,8 @@ class Front:
         self.kept.removed = self.batches.wake_up
         self.kept.cancel = self.cancel
         self.kept.follow = self.follow
+        if store:
+            self.rounds.check_unmade = self.kept.check_unmade
         self.history = History(catalogue, self.metrics)
 
     def is_id_in_use(self, request_id: str) -> bool:

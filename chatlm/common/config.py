@@ -523,7 +523,8 @@ class Settings:
         "JSON file with the tool servers (Model Context Protocol) that may run here, as Claude, Cursor, VS "
         "Code and LM Studio write it: `mcpServers`", "serve chat", heading="Tools")
     tool_rounds: int = flag(8, number(int, 1, 100),
-        "most rounds of tool calls before the model must answer without tools", "serve chat")
+        "most rounds of tool calls; then the model must answer without tools, except that an answer of "
+        "Messages pauses there (`pause_turn`)", "serve chat")
     tool_timeout: float = flag(60.0, number(float, 0.1, 3600),
         "seconds that a call of a tool may take", "serve chat")
     tool_result: int = flag(16_384, number(int, 256, 1 << 20),

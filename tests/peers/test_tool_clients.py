@@ -46,13 +46,15 @@ async def test_vercels_package_lets_the_server_call(tmp_path):
     node = made("node", "package.json", NPM)
     script = shutil.copy(HERE / "vercel_tools_peer.mjs", node)
     texts = [calls(("fake__add", {"a": 2, "b": 3})), "It is five."] * 2 + ["You are welcome."]
-    async with tool_place(tmp_path, *texts, *texts) as at:
+    async with tool_place(tmp_path, *texts * 3, *texts[:2], database=str(tmp_path / "kept.db")) as at:
         found = await outcome("node", script, at.url, cwd=node)
-    responses, messages = found["responses"], found["messages"]
-    for each in responses, messages:
+    responses, unkept, messages = found["responses"], found["unkept"], found["messages"]
+    for each in responses, unkept, messages:
         assert each["text"] == each["streamed"] == "It is five." and each["later"] == "You are welcome." and each["finish"] == "stop"
         assert each["kinds"] == ["tool-call", "tool-result"] and each["usage"] == 2
-    assert responses["result"]["output"] == "5" and messages["call"] == {"a": 2, "b": 3} and messages["result"] == [{"type": "text", "text": "5"}]
-    assert at.called == [["add", {"a": 2, "b": 3}]] * 4
-    assert at.sent[4][1:] == [("assistant", "It is five."), ("user", "Thanks.")]  # for Responses it sends back no calls
-    assert at.sent[9][1:] == [("assistant", ""), ("tool", "5"), ("assistant", "It is five."), ("user", "Thanks.")]
+    assert responses["result"]["output"] == unkept["result"]["output"] == "5" and messages["call"] == {"a": 2, "b": 3}
+    assert messages["result"] == [{"type": "text", "text": "5"}] and at.called == [["add", {"a": 2, "b": 3}]] * 7
+    assert found["approved"]["text"] == "It is five." and at.sent[16][1:] == [("assistant", ""), ("tool", "5")]
+    # by default it refers to the items that Responses has kept; if it keeps none, it sends back no calls
+    assert at.sent[4][1:] == at.sent[14][1:] == [("assistant", ""), ("tool", "5"), ("assistant", "It is five."), ("user", "Thanks.")]
+    assert at.sent[9][1:] == [("assistant", "It is five."), ("user", "Thanks.")]

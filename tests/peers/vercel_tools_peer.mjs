@@ -10,8 +10,10 @@ const common = { maxOutputTokens: 100, maxRetries: 0 };
 const mcp = { serverLabel: 'fake', serverUrl: '', requireApproval: 'never', allowedTools: ['add', 'pick'] };
 const toolConfiguration = { enabled: true, allowedTools: ['add', 'pick'] };
 const asked = {
-  // otherwise later turns name its items by their ids alone (item_reference), which this server does not know
-  responses: {
+  // later turns name the items of this one by their ids (item_reference)
+  responses: { ...common, model: openai('default'), tools: { mcp: openai.tools.mcp(mcp) } },
+  // nothing is kept: later turns repeat what was said
+  unkept: {
     ...common, model: openai('default'), tools: { mcp: openai.tools.mcp(mcp) }, providerOptions: { openai: { store: false } },
   },
   messages: {
@@ -40,4 +42,12 @@ for (const [api, question] of Object.entries(asked)) {
     call: kept.find((part) => part.type === 'tool-call').input, result: kept.find((part) => part.type === 'tool-result').output,
   };
 }
+
+// a call of which a person must approve, by default in two requests
+const asking = { ...common, model: openai('default'), tools: { mcp: openai.tools.mcp({ ...mcp, requireApproval: 'always' }) } };
+const first = await generateText({ ...asking, prompt });
+const request = first.content.find((part) => part.type === 'tool-approval-request');
+const yes = { role: 'tool', content: [{ type: 'tool-approval-response', approvalId: request.approvalId, approved: true, providerExecuted: true }] };
+const approved = await generateText({ ...asking, messages: [{ role: 'user', content: prompt }, ...first.response.messages, yes] });
+found.approved = { input: request.toolCall.input, text: approved.text, kinds: approved.content.map((part) => part.type) };
 console.log(JSON.stringify(found));

@@ -103,6 +103,9 @@ class FakeServer:
                      {"name": "deep", "inputSchema": {"type": "object", "properties": {"x": {"$ref": "http://elsewhere.example/x.json"}}}}]
         if "many" in self.faults:
             tools = [{"name": f"tool{index:04}", "description": "d" * 3000, "inputSchema": {"type": "object"}} for index in range(900)]
+        if "large" in self.faults:
+            schema = {"type": "object", "properties": {f"parameter_{index}": {"type": ["string", "null"]} for index in range(12)}}
+            tools = [{"name": f"tool{index:04}", "inputSchema": schema} for index in range(60)]
         return {"tools": tools, "ttlMs": 0}
 
     def call(self, params, number):

@@ -8,6 +8,7 @@ import aiohttp
 
 import fake_tools
 from chatlm.common.config import Settings
+from chatlm.front.store.store import open_store
 from fake_pool import serving
 from scripted_pool import ScriptedPool
 
@@ -55,5 +56,6 @@ async def tool_place(folder, *texts, faults=(), pool=None, servers=None, allowed
     program = {"command": sys.executable, "args": [fake_tools.__file__, *faults, "log", str(log)], "alwaysAllow": [*allowed]}
     config.write_text(json.dumps({"mcpServers": {"fake": program, **(servers or {})}}))
     pool = pool or ScriptedPool(*texts)
-    async with serving(pool, Settings(mcp_config=str(config), **settings)) as url, aiohttp.ClientSession() as http:
+    chosen = Settings(mcp_config=str(config), **settings)
+    async with serving(pool, chosen, await open_store(chosen)) as url, aiohttp.ClientSession() as http:
         yield kind(pool, url, log, http)

@@ -13,6 +13,7 @@ from chatlm.common.messages.requests import Piece
 from chatlm.front.api.encode import BlockEncoder, calculator_member, frame, timings_body
 from chatlm.front.api.errors import response_error
 from chatlm.front.api.logprobs import TokensOfText, entries
+from chatlm.front.api.mcp_tools import id_of_approved_call
 from chatlm.front.tools.rules import arguments_of
 
 if TYPE_CHECKING:
@@ -127,7 +128,9 @@ class ResponsesEncoder(BlockEncoder):
 
     def id_of(self, block: AnswerBlock) -> str:
         """The id of a block's item. That of an approval request ends in the digest of the tool that the
-        client is asked about."""
+        client is asked about; that of an approved call is made from it."""
+        if block.approval_id:
+            return id_of_approved_call(block.approval_id)
         digest = block.tool.digest if block.tool and block.kind == "approval" else ""
         return self.ITEMS[block.kind][1] + block.id + digest
 

@@ -5,7 +5,9 @@ says what is started or which address is opened."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence as Seq
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from chatlm.common.errors import RequestError, bad_value, invalid, shown
@@ -17,6 +19,7 @@ from chatlm.front.tools.rules import UNANSWERED, UNKNOWN_OUTCOME, denied, model_
 MCP_ITEMS = frozenset(("mcp_approval_request", "mcp_approval_response", "mcp_call", "mcp_list_tools"))
 OPERATORS = ("server_url", "connector_id", "tunnel_id", "authorization", "headers")
 DIGEST_CHARACTERS = 16  # at the end of an approval request's id
+NO_TOOLS: Mapping[str, bool] = MappingProxyType({})
 
 
 # which tools
@@ -50,6 +53,7 @@ class McpTools:
         self.labels: list[str] = []
         self.functions: list[dict] = []      # as in `tools` of Chat Completions
         self.planned: list[PlannedTool] = []
+        self.operators: dict[str, bool] = {}  # name -> can calls of it be held to its parameters?
         for index, tool in enumerate(tools):
             if is_mcp(tool):
                 self._add(tool, f"tools[{index}]", offered)
@@ -75,6 +79,7 @@ class McpTools:
         if one["strict"]:
             function["strict"] = True
         self.functions.append({"type": "function", "function": function})
+        self.operators[one["name"]] = one["strict"]
         self.planned.append(PlannedTool(one["name"], one["label"], one["tool"], one["digest"], asks))
 
     def beside(self, functions: Seq[dict]) -> tuple[dict, ...]:
@@ -211,6 +216,12 @@ class McpHistory:
             tool = model_name(text(item, "server_label"), text(item, "name"))
             self.approved.append(ApprovedCall(name, tool, text(item, "arguments"), name[-DIGEST_CHARACTERS:]))
         yield from call_items(item, name, output)
+
+
+def id_of_approved_call(approval_id: str) -> str:
+    """The id of the item of a call: it says of which approval request the call was, so that a kept one is
+    found."""
+    return f"mcp_{hashlib.sha256(approval_id.encode('utf-8', 'replace')).hexdigest()[:48]}"
 
 
 def of_type(items: Iterable, kind: str) -> Iterator[Mapping]:

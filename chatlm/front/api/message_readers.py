@@ -266,8 +266,7 @@ def item_messages(item, name: str) -> Iterator[SentMessage]:
     """The message for an item of a response, if it has one."""
     if not isinstance(item, dict):
         raise bad_value(name, item, "an object with a type or a role")
-    item_type = item.get("type") or (
-        "message" if "role" in item or "id" not in item else "item_reference")
+    item_type = item_type_of(item)
     if item_type == "message":
         if item.get("role") not in OPENAI_ROLES:
             raise bad_value(f"{name}.role", item.get("role"), f"one of {', '.join(OPENAI_ROLES)}")
@@ -281,11 +280,41 @@ def item_messages(item, name: str) -> Iterator[SentMessage]:
     elif item_type == "reasoning":
         thought = content_text(item.get("content") or item.get("summary"), f"{name}.content")
         yield SentMessage(name, "assistant", {"reasoning_content": thought})
+    elif item_type == "item_reference":
+        raise RequestError(
+            f"{name}, an item_reference, names an item by its id, {shown(item.get('id'))}: only the input of "
+            "/v1/responses can do that, on a server with --database, and no line of a batch; send the item "
+            "itself", code="unsupported_item", param=name)
     elif not is_text(item_type) or item_type not in OTHER_ITEMS:
         raise RequestError(
             f"{name} is of type {shown(item_type)}; this server reads items of type "
             "message, function_call, function_call_output and reasoning",
             code="unsupported_item", param=name)
+
+
+def item_type_of(item: Mapping) -> Any:
+    return item.get("type") or ("message" if "role" in item or "id" not in item else "item_reference")
+
+
+class Reference(NamedTuple):
+    """An item of the input that stands for an item of a kept response."""
+
+    index: int  # in the input
+    id: str     # of the item that it stands for
+
+
+def references_in(body: Mapping) -> Iterator[Reference]:
+    """The references in the input of a response."""
+    items = body.get("input")
+    for index, item in enumerate(items if isinstance(items, list) else ()):
+        if isinstance(item, dict) and item_type_of(item) == "item_reference" and is_text(item.get("id")):
+            yield Reference(index, item["id"])
+
+
+def follow_references(body: dict, items: Mapping[str, dict]):
+    """Put the items that the input of a response refers to into it. items: by their ids."""
+    for reference in [*references_in(body)]:
+        body["input"][reference.index] = items[reference.id]
 
 
 def continued_ids(body: Mapping) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence as Seq
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence as Seq
 from dataclasses import replace
 from typing import Any, TYPE_CHECKING
 
@@ -31,7 +31,7 @@ from chatlm.front.api.ignored import ignored_fields, unread
 
 from chatlm.front.api.kept_items import kept_items
 from chatlm.front.api.mcp_messages import MCP_BLOCKS, TOOLSET, choice_among, tools_of_message
-from chatlm.front.api.mcp_tools import MCP_ITEMS, McpHistory, McpTools, refuse_in_batches
+from chatlm.front.api.mcp_tools import MCP_ITEMS, NO_TOOLS, McpHistory, McpTools, refuse_in_batches
 from chatlm.front.api.retrieval_readers import RETRIEVAL_READERS, check_route
 from chatlm.front.api.tables import (
     BODY_FIELDS, COMPARE_FIELDS, COMPLETION_FIELDS, CONTINUES, COUNTED_FIELDS, DRAWING_FIELDS, DRAWN,
@@ -123,11 +123,12 @@ def openai_request(values: Mapping, settings: Settings, params: AnswerParams, **
 
 
 def parse_openai_request(values: Mapping, settings: Settings, tool_format: str | None = None,
-                         messages: tuple[Message, ...] | None = None) -> Request:
+                         messages: tuple[Message, ...] | None = None,
+                         operators: Mapping[str, bool] = NO_TOOLS) -> Request:
     """The checked OPENAI_FIELDS as a Request; its tools are functions.
 
     tool_format: how the model writes calls; None: it cannot. messages: other APIs have already parsed them
-    and their template options; None: they are among the fields."""
+    and their template options; None: they are among the fields. operators: as in McpTools."""
     logprobs = values.get("logprobs", False)
     top = values.get("top_logprobs", 0)
     if top and not logprobs:
@@ -139,8 +140,9 @@ def parse_openai_request(values: Mapping, settings: Settings, tool_format: str |
     parallel = choice.parallel
     if parallel is None:
         parallel = values.get("parallel_tool_calls", not required)
-    if required:
-        grammar = tool_grammar(tools, tool_format or "", parallel)
+    calls = required_grammar(tools, operators, tool_format or "", parallel) if required else ""
+    if calls:
+        grammar = calls
         param = "tools"
     options = values.get("template_options", {})
     if messages is None:
@@ -155,7 +157,7 @@ def parse_openai_request(values: Mapping, settings: Settings, tool_format: str |
     types = types_of_parameters(tools, names, tool_format)
     params = AnswerParams(grammar=grammar, grammar_param=param, logprobs=top if logprobs else None,
                           tool_names=names, tool_types=types, call_grammars=strict,
-                          parallel_calls=required or parallel)
+                          parallel_calls=bool(calls) or parallel)
     return openai_request(values, settings, params, messages=messages, template_options=options, tools=tools)
 
 
@@ -169,6 +171,28 @@ def callable_tools(tools: Seq[dict], choice: ToolChoice, tool_format: str | None
         if choice.mode == "required":
             raise no_tools("tool_choice")
     return allowed_tools(tools, choice)
+
+
+def required_grammar(tools: Seq[dict], operators: Mapping[str, bool], tool_format: str,
+                     parallel: bool) -> str:
+    """A grammar that allows only calls of the tools. An operator's tool never makes it fail: if its
+    parameters can't be enforced, it may have any arguments. If the grammar is still too large, only the
+    body's own functions are required; without any, the grammar is ""."""
+    loose = [name for name, is_enforced in operators.items() if not is_enforced]
+    try:
+        return tool_grammar([*with_any_arguments(tools, loose)], tool_format, parallel)
+    except RequestError:
+        own = [tool for tool in tools if tool["function"]["name"] not in operators]
+        if len(own) == len(tools):
+            raise
+        return tool_grammar(own, tool_format, parallel) if own else ""
+
+
+def with_any_arguments(tools: Seq[dict], names: Collection[str]) -> Iterator[dict]:
+    """The tools, those with these names without what they say of their parameters."""
+    for tool in tools:
+        function = tool["function"]
+        yield {**tool, "function": {**function, "parameters": {}}} if function["name"] in names else tool
 
 
 def is_strict(function: Mapping) -> bool:
@@ -368,7 +392,7 @@ def read_responses_body(body: dict, known: Known, before: Seq | None = None,
     messages = joined_turns(chat_messages(
         response_messages(values, before or (), history), known.tool_format is not None))
     values["tools"] = tools
-    request = parse_openai_request(values, known.settings, known.tool_format, messages)
+    request = parse_openai_request(values, known.settings, known.tool_format, messages, mcp.operators)
     parsed = parsed_body("responses", values, known, request, details, ignored)
     kept = kept_items(input_items(values, runs_tools)) if details.get("store") else ()
     plan = None
@@ -437,7 +461,7 @@ def read_messages_body(body: dict, known: Known, offered: Seq[Mapping] | None = 
     messages, mcp, ignored = anthropic_prompt(values, known, offered)
     options = anthropic_options(messages, body, values)
     values |= {"template_options": options, "response_format": one_format(values)}
-    request = parse_openai_request(values, known.settings, known.tool_format, messages)
+    request = parse_openai_request(values, known.settings, known.tool_format, messages, mcp.operators)
     thinks = value_at(body, "thinking.type") in ("enabled", "adaptive")
     parsed = parsed_body("messages", values, known, request, {"thinking": thinks}, ignored)
     if not mcp.planned:

@@ -28,7 +28,7 @@ class Arrival:
     """A body that has been opened, in this process or in a sandbox."""
 
     caller: Caller
-    parts: Seq[bytes | bytearray]  # what a sandbox is sent: the body, then the items that it continues
+    parts: Seq[bytes | bytearray]  # what a sandbox is sent: the body, then what open_body has besides
     envelope: Envelope
     number: int | None = None      # its line number, if it is a line of a batch
     ticket: int = 0                # identifies the body that a sandbox keeps open; 0: it is open here

@@ -10,13 +10,13 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import NamedTuple, TYPE_CHECKING
 
-from chatlm.common.errors import RequestError
+from chatlm.common.errors import RequestError, shown
 from chatlm.common.jsontext import is_text
 from chatlm.front.api.batch_lines import Line, read_line
 from chatlm.front.api.mcp_messages import servers_of_message
 from chatlm.front.api.mcp_tools import NamedServer, servers_of_response
-from chatlm.front.api.message_readers import continued_ids
-from chatlm.front.api.fields import json_object
+from chatlm.front.api.message_readers import Reference, continued_ids, follow_references, references_in
+from chatlm.front.api.fields import json_object, within_limit
 from chatlm.front.api.picture_parts import Lift, Lifted, fill_in, lift_pictures
 from chatlm.front.api.tables import BODY_FIELDS
 
@@ -33,14 +33,16 @@ NAMED_SERVERS = {  # route -> finds the tool servers that its body names
     "/v1/messages/count_tokens": servers_of_message}
 LONGEST_NAME = 1000  # a longer name is cut: its start is just as unknown
 MOST_SERVERS = 1000  # more tool servers than anybody has
+MOST_REFERENCES = 4096  # of a body, to kept items
 SIZE = struct.Struct("<I")
 
 
 class Chained(NamedTuple):
-    """What a body continues; "" for what it does not name."""
+    """What a body continues; "" or () for what it does not name."""
 
     response: str = ""      # previous_response_id
     conversation: str = ""  # its id
+    items: Seq[Reference] = ()  # those of kept responses to which its input refers
 
 
 @dataclass
@@ -116,18 +118,24 @@ def unpacked_envelope(data: bytes) -> Envelope:
         number, custom_id, url, line_id = head["line"]
         line = Line(number, custom_id, url, fields or {}, line_id)
     lift = Lift([*map(Lifted, head["names"], files)], head["first"], problem)
-    return Envelope(fields, head["model"], head["names_model"], Chained(*head["chained"]), lift, line, before,
+    response, conversation, items = head["chained"]
+    chained = Chained(response, conversation, tuple(Reference(*item) for item in items))
+    return Envelope(fields, head["model"], head["names_model"], chained, lift, line, before,
                     tuple(NamedServer(*server) for server in head["servers"]), offered)
 
 
 def open_body(route: str, number: int | None, raw: bytes | bytearray, before: bytes | bytearray = b"null",
-              offered: bytes | bytearray = b"null") -> Envelope:
+              offered: bytes | bytearray = b"null", referenced: bytes | bytearray = b"null") -> Envelope:
     """Parse the body of a request to `route` or, if it has a number, a line of a batch. Raises RequestError
     if it is no JSON object, or no such line.
 
-    JSON too: the items that it continues, and the tools that it is offered."""
+    JSON too: the items that it continues, the tools that it is offered, and the items that its input refers
+    to, by their ids."""
     line = None if number is None else read_line(number, bytes(raw))
     fields = line.body if line else json_object(raw)
+    items = json.loads(referenced)
+    if items:
+        follow_references(fields, items)
     return make_envelope(fields, route, line, json.loads(before), json.loads(offered))
 
 
@@ -139,9 +147,23 @@ def make_envelope(fields: dict, route: str, line: Line | None = None, before: li
     chained = Chained()
     servers: tuple[NamedServer, ...] = ()
     if route == KEPT_ROUTE and not line:
-        chained = Chained(*continued_ids(fields))
+        chained = Chained(*continued_ids(fields), checked_references(fields))
     if route in NAMED_SERVERS and not line:
         servers = tuple(NAMED_SERVERS[route](fields))
     return Envelope(
         fields, name if is_text(name) else "", fields.get("model") is not None, chained,
         lift_pictures(fields, before), line, before, servers, offered)
+
+
+def checked_references(fields: dict) -> tuple[Reference, ...]:
+    """The references in the input of a response. Raises RequestError for too many, and for two to one
+    item."""
+    references = (*references_in(fields),)
+    within_limit("items of type item_reference", len(references), MOST_REFERENCES, "input")
+    first: dict[str, int] = {}
+    for index, name in references:
+        before = first.setdefault(name, index)
+        if before != index:
+            raise RequestError(f"input[{index}] and input[{before}] refer to the same item, {shown(name)}",
+                               code="invalid_value", param=f"input[{index}]")
+    return tuple(reference._replace(id=reference.id[:LONGEST_NAME]) for reference in references)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence as Seq
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, Overloaded, RequestError, shown
@@ -30,8 +30,15 @@ if TYPE_CHECKING:
     from chatlm.front.pool.pool import WorkerPool
 
 
-# (a body that continues something, what holds its bytes) -> the earlier items, as a JSON list
-EarlierItems = Callable[[Arrival, Holding], Awaitable[bytes]]
+class KeptBefore(NamedTuple):
+    """Kept items that a body needs, as JSON; null: it needs none."""
+
+    earlier: bytes = b"null"     # a list: those that it continues
+    referenced: bytes = b"null"  # an object: those that its input refers to, by their ids
+
+
+# (a body that continues something, what holds its bytes) -> the items that it needs
+EarlierItems = Callable[[Arrival, Holding], Awaitable[KeptBefore]]
 
 
 def loaded_tokenizer(pool: WorkerPool) -> Tokenizer:
@@ -65,12 +72,13 @@ class Intake:
         read. `holding` then accounts for what is kept of a large body.
 
         offered: the tools that the server may run for it, as JSON; null: it runs none."""
-        before = b"null"
+        before = KeptBefore()
         if self.earlier_items and any(arrival.envelope.chained):
             before = await self.earlier_items(arrival, reading)
-        if (before, offered) == (b"null", b"null"):
+        if (*before, offered) == (b"null", b"null", b"null"):
             return await self._answer(arrival, reading, holding)
-        async with self.opened(arrival.caller, *arrival.parts, before, offered) as whole:
+        async with self.opened(
+                arrival.caller, *arrival.parts, before.earlier, offered, before.referenced) as whole:
             return await self._answer(whole, reading, holding)
 
     async def _answer(self, arrival: Arrival, reading: Holding,
@@ -204,7 +212,7 @@ class Intake:
 
     async def open(self, caller: Caller, *parts: bytes | bytearray, number: int | None = None,
                    opener: Admission | None = None, times: int = 1) -> Arrival:
-        """Parse a body and, as a second part, the items that it continues. number: the body is this line of
+        """Parse a body. The other parts: as in open_body. number: the body is this line of
         a batch. times: how often it may be read. opener: has the sandbox that opens a large body; by default
         that is the usual model's."""
         most = LIMITS.inline_bytes // times

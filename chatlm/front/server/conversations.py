@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence as Seq
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TYPE_CHECKING
 
+from chatlm.common.client_words import too_large_to_count
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, shown
 from chatlm.common.jsontext import dump
@@ -24,9 +25,12 @@ from chatlm.front.api.encode_responses import ResponsesEncoder
 from chatlm.front.api.errors import public_error, response_error
 from chatlm.front.api.field_types import INTEGER, SWITCH
 from chatlm.front.api.fields import Field
-from chatlm.front.api.kept_items import kept_items
+from chatlm.front.api.kept_items import AN_ID, kept_items
+from chatlm.front.api.mcp_tools import id_of_approved_call
+from chatlm.front.intake.intake import KeptBefore
 from chatlm.front.lazy import web
 from chatlm.front.server.responses import REQUEST_LOG, json_response
+from chatlm.front.server.rounds import used_approval
 from chatlm.front.server.routes import Api, Route
 from chatlm.front.server.stored_lists import (
     AFTER, DAY_S, LIMIT, ORDER, now_s, query_value, require_store, send_list, send_parts, shown_item,
@@ -39,6 +43,7 @@ from chatlm.front.store.responses import NewResponse
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Accepted, Event
     from chatlm.front.api.encode import Encoder
+    from chatlm.front.api.message_readers import Reference
     from chatlm.front.intake.arrival import Arrival
     from chatlm.front.intake.budget import Holding
     from chatlm.front.server.access import Owners
@@ -84,19 +89,60 @@ class ResponseKeeper:
     def owner(self) -> str:
         return self.owners.of_texts(REQUEST_LOG.get().client)
 
-    async def earlier(self, arrival: Arrival, reading: Holding) -> bytes:
-        """The items that a body continues, as a JSON list. If they are large, `reading` then accounts for
-        them.
+    async def earlier(self, arrival: Arrival, reading: Holding) -> KeptBefore:
+        """The items that a body continues, and those that its input refers to. If they are large, `reading`
+        then accounts for them.
 
-        Raises RequestError 404 if there is nothing that the body could continue."""
+        Raises RequestError 404 if there is nothing that the body could continue, and 400 for a reference to
+        an unknown item."""
         chained = arrival.envelope.chained
-        what = {"previous": chained.response, "conversation": chained.conversation,
-                "owner": self.owners.of_texts(arrival.caller.client)}
+        owner = self.owners.of_texts(arrival.caller.client)
         store = require_store(self.store)
-        size = await store.run(partial(responses.size_before, **what))
-        if size > LIMITS.inline_bytes:  # wait until there is memory for it
-            await take_room(reading, sum(map(len, arrival.parts)) + 2 * size)
-        return await store.run(partial(responses.before, **what))
+        sent_bytes = sum(map(len, arrival.parts))
+        before = KeptBefore()
+        if chained.response or chained.conversation:
+            what = {"previous": chained.response, "conversation": chained.conversation, "owner": owner}
+            size = await store.run(partial(responses.size_before, **what))
+            if size > LIMITS.inline_bytes:  # wait until there is memory for it
+                await take_room(reading, sent_bytes + 2 * size)
+            before = KeptBefore(await store.run(partial(responses.before, **what)))
+        if chained.items:
+            referenced = await self._referenced(chained.items, owner, sent_bytes, reading)
+            before = before._replace(referenced=referenced)
+        return before
+
+    async def _referenced(self, references: Seq[Reference], owner: str, sent_bytes: int,
+                          reading: Holding) -> bytes:
+        """The items that an input refers to, as a JSON object. sent_bytes: of its body."""
+        store = require_store(self.store)
+        names = [reference.id if AN_ID.fullmatch(reference.id) else "" for reference in references]
+        found = await store.run(partial(responses.item_places, names=names, owner=owner))
+        places = []
+        for reference, place in zip(references, found):
+            if place is None:
+                raise refuse_reference(reference)
+            places.append(place)
+        size = sum(place.bytes for place in places)
+        if size > LIMITS.body_bytes:
+            raise too_large_to_count("the items that the input refers to are too large: at most "
+                                     f"{LIMITS.body_bytes} bytes are allowed")
+        if size > LIMITS.inline_bytes:
+            await take_room(reading, sent_bytes + 2 * size)
+        items = []
+        for reference, text in zip(references, await store.run(partial(texts, places=places))):
+            if text is None:  # deleted meanwhile
+                raise refuse_reference(reference)
+            items.append(b'"%s": %s' % (reference.id.encode(), responses.with_id(reference.id, text)))
+        return b"{%s}" % b", ".join(items)
+
+    async def check_unmade(self, approvals: Seq[str]):
+        """Raise RequestError 409 if a kept response has made the call of one of these approval requests."""
+        names = [id_of_approved_call(name) for name in approvals]
+        places = await require_store(self.store).run(partial(
+            responses.item_places, names=names, owner=self.owner))
+        for name, place in zip(approvals, places):
+            if place:
+                raise used_approval(name, "a kept response has made this call; continue that one")
 
     def answering(self, answering: AbstractAsyncContextManager,
                   encoder: Encoder) -> AbstractAsyncContextManager:
@@ -187,6 +233,13 @@ class ResponseKeeper:
             twin.head["id"], owner, now, now + self.keep_s, details.get("previous_response_id"),
             details.get("conversation"), twin.parsed.kept, output, body)
         await require_store(self.store).run(partial(responses.keep, new=new), adds_bytes=new.bytes)
+
+
+def refuse_reference(reference: Reference) -> RequestError:
+    name = f"input[{reference.index}]"
+    return RequestError(f"{name}, an item_reference: there is no item {shown(reference.id)} in a response "
+                        'that is kept here (with "store": false none is, and kept ones expire); send the '
+                        "item itself", code="item_not_found", param=name)
 
 
 class ConversationRoutes:

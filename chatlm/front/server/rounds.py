@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence as Seq
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence as Seq
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.errors import RequestError
+from chatlm.common.errors import RequestError, shown
 from chatlm.common.messages.requests import (
     Accepted, CallApproved, CallEnded, Finished, Message, Piece, RoundEnded, ToolsListed, Usage)
 from chatlm.front.aio import end_tasks
@@ -48,6 +48,11 @@ class Rounds:
         self.toolbox = toolbox
         self.settings = settings
         self.loops: dict[str, Loop] = {}  # by the ids of their answers
+        # (key, id) of the approval requests whose calls running answers make; without keys, whoever knows one
+        # has it
+        self.approvals: set[tuple[str, str]] = set()
+        # set by a server that keeps answers: refuses approvals whose calls a kept response has made
+        self.check_unmade: Callable[[Seq[str]], Awaitable[None]] = may_all_be_made
 
     @asynccontextmanager
     async def begin(self, pool: WorkerPool, parsed: ParsedBody, model: str,
@@ -57,18 +62,32 @@ class Rounds:
         request_id = parsed.request.id
         client = parsed.request.client
         loop = Loop(self, pool, parsed.request, parsed.plan, model, whole)
+        owner = client if self.settings.keys else ""
+        approvals = {(owner, approved.id) for approved in parsed.plan.approved}
+        continues = bool(parsed.details.get("previous_response_id"))
         del parsed
+        self._check_free(approvals)
         self.loops[request_id] = loop
         self.answers.running[request_id] = self.answers.owners.of_answer(request_id, client)
+        self.approvals |= approvals
         pool.in_rounds += 1
         try:
+            if approvals and continues:
+                await self.check_unmade([name for _, name in approvals])
             async with loop.rounds, aclosing(loop.events()) as events:
                 accepted: Any = await anext(events)
                 yield accepted, events
         finally:
             pool.in_rounds -= 1
+            self.approvals -= approvals
             del self.loops[request_id]
             self.answers.running.pop(request_id, None)
+
+    def _check_free(self, approvals: set[tuple[str, str]]):
+        """Raise RequestError if an answer that runs makes a call of which one of them approves."""
+        for owner, name in approvals & self.approvals:
+            raise used_approval(name, "an answer that still runs makes this call; wait for its end, and "
+                                      "continue from there")
 
     def running_id(self, request_id: str) -> str:
         """The id under which the pool knows an answer: that of its round."""
@@ -81,6 +100,16 @@ class Rounds:
         if loop:
             loop.stop.set()
         return loop is not None
+
+
+async def may_all_be_made(approvals: Seq[str]):
+    """Of a server that keeps no answers: it does not know which calls were made."""
+
+
+def used_approval(name: str, why: str) -> RequestError:
+    REQUEST_LOG.get().headers["X-Should-Retry"] = "false"  # OpenAI's client tries again after a 409
+    return RequestError(f"the approval request {shown(name)} is used already: {why}", status=409,
+                        code="approval_used", param="input")
 
 
 @dataclass

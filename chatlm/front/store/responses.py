@@ -210,7 +210,28 @@ def before(connection: sqlite3.Connection, previous: str, conversation: str, own
     """All items up to the end of a response, or in a conversation, as a JSON list."""
     size_before(connection, previous, conversation, owner)  # checks again: it may have grown
     items = earlier(connection, "name, body", previous, conversation, owner)
-    return b"[%s]" % b", ".join(b'{"id": "%s", %s' % (name.encode(), body[1:]) for name, body in items)
+    return b"[%s]" % b", ".join(with_id(name, body) for name, body in items)
+
+
+def item_places(connection: sqlite3.Connection, names: Iterable[str], owner: str) -> list[TextPlace | None]:
+    """The place of each item of a kept response with one of these names; None where this owner has none."""
+    return [_item_place(connection, name, owner) for name in names]
+
+
+def _item_place(connection: sqlite3.Connection, name: str, owner: str) -> TextPlace | None:
+    """Of several with this name, that which the server itself has written."""
+    rows = connection.execute(
+        "SELECT parts.id, LENGTH(parts.body), owner FROM parts JOIN responses ON responses.id = response "
+        "WHERE parts.name = ? AND kind <> ? AND NOT deleted ORDER BY kind DESC, parts.id", (name, WHOLE))
+    for row, size, row_owner in rows:
+        if owns(owner, row_owner):
+            return TextPlace("parts", row, name, size)
+    return None
+
+
+def with_id(name: str, body: bytes) -> bytes:
+    """An item as JSON, with its id."""
+    return b'{"id": "%s", %s' % (name.encode(), body[1:])
 
 
 # conversations

@@ -67,6 +67,14 @@ def test_same_seed_and_same_results_give_the_same_answer(client, place):
     assert whole.usage.output_tokens <= 60 < whole.usage.input_tokens
 
 
+def test_a_tool_that_no_grammar_holds_can_be_required(client, place):
+    """The model has to call it, with whatever object; or the other one, whose arguments are held to its schema."""
+    for allowed in ["not_strict"], ["not_strict", "pick"]:
+        response = ask(client, tools=[TOOL | {"allowed_tools": allowed}], tool_choice="required", max_output_tokens=200)
+        call = next(item for item in response.output if item.type == "mcp_call")
+        assert call.name in allowed and (call.name == "pick" or response.status == "incomplete" or isinstance(json.loads(call.arguments), dict))
+
+
 def test_a_kept_response_goes_on_with_its_calls(client, place):
     """What continues it sees call and result as a whole conversation in the input does."""
     need_exact(str(client.base_url).removesuffix("/v1/"))
@@ -79,6 +87,22 @@ def test_a_kept_response_goes_on_with_its_calls(client, place):
     assert "mcp_list_tools" not in [item.type for item in continued.output]  # they are listed before
     kinds = [item.type for item in client.responses.input_items.list(continued.id, order="asc").data]
     assert kinds == ["message", "mcp_list_tools", "mcp_call", "message", "message"] and len(called(place)) - before <= 2
+
+
+def test_calls_and_approvals_can_be_named_by_their_ids(client, place):
+    """As Vercel's package names them in later turns."""
+    need_exact(str(client.base_url).removesuffix("/v1/"))
+    first = ask(client, tool_choice="required")
+    said = [{"role": "user", "content": "Pick a colour."}, *({"type": "item_reference", "id": item.id} for item in first.output), {"role": "user", "content": "Which?"}]
+    whole = [said[0], *(item.to_dict() for item in first.output), said[-1]]
+    named, alone = (ask(client, items, temperature=0, tool_choice="none") for items in (said, whole))
+    assert plain(named) == plain(alone) and named.usage.input_tokens == alone.usage.input_tokens and [item.type for item in named.output] == ["message"]
+    [*_, request] = ask(client, tools=[ASKED], tool_choice="required").output
+    before = len(called(place))
+    yes = {"type": "mcp_approval_response", "approval_request_id": request.id, "approve": True}
+    approved = ask(client, [said[0], {"type": "item_reference", "id": request.id}, yes], [ASKED], tool_choice="none")
+    call = next(item for item in approved.output if item.type == "mcp_call")
+    assert call.arguments == request.arguments and call.approval_request_id == request.id and len(called(place)) == before + 1
 
 
 def test_an_approval_outlives_the_server(place, default_model_path):
@@ -98,6 +122,10 @@ def test_an_approval_outlives_the_server(place, default_model_path):
         assert [item.type for item in again.output] == ["message"] and len(called(place)) == before + 1
         with pytest.raises(openai.BadRequestError, match="answered twice"):
             ask(client, [yes], [ASKED], previous_response_id=response.id)
+    with serving(place, default_model_path, "restarted.db") as client:
+        with pytest.raises(openai.ConflictError, match="a kept response has made this call"):
+            ask(client, [yes], [ASKED], previous_response_id=first.id)
+        assert len(called(place)) == before + 1
         # in a conversation too
         other = ask(client, [yes | {"approve": False}], [ASKED], conversation=conversation.id, tool_choice="none")
         assert other.output[-1].type == "message" and len(called(place)) == before + 1

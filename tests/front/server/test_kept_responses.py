@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import sqlite3
@@ -17,6 +18,7 @@ import pytest
 
 from chatlm.front.api.message_readers import chat_messages, response_messages
 from chatlm.front.api.kept_items import kept_items
+from openai_routes import call
 from real_server import SCRIPT, post, server
 
 
@@ -95,6 +97,48 @@ def test_a_streamed_response_is_kept_before_its_end(running):
             if event.type in ("response.completed", "response.incomplete"):
                 assert running.responses.retrieve(event.response.id).model_dump() == event.response.model_dump()
     assert ask(running, "And?", previous_response_id=event.response.id).output_text
+
+
+def reference(item):
+    return {"type": "item_reference", "id": item.id}
+
+
+def test_a_reference_is_the_kept_item_itself(running):
+    """Items are then kept again, so what continues such a response needs no first one."""
+    first = ask(running, "One")
+    [question] = running.responses.input_items.list(first.id).data
+    said = [{"role": "user", "content": "One"}, {"role": "assistant", "content": first.output_text}, {"role": "user", "content": "Two"}]
+    whole = ask(running, said, store=False)
+    for items in [reference(question), reference(first.output[0])], [{"id": question.id}, {"id": first.output[0].id}]:
+        for padding in "", "x" * 100_000:  # a large body is opened in a sandbox
+            second = ask(running, [*items, said[2]], extra_body={"padding": padding})
+            assert (second.output_text, second.usage.input_tokens) == (whole.output_text, whole.usage.input_tokens)
+    running.responses.delete(first.id)
+    kept = running.responses.input_items.list(second.id, order="asc").data
+    assert [item.content[0].text for item in kept] == [each["content"] for each in said] and kept[0].id != question.id
+    both = ask(running, [reference(kept[1]), said[2]], previous_response_id=second.id)
+    assert both.usage.input_tokens > second.usage.input_tokens
+    for gone in question, first.output[0]:
+        with pytest.raises(openai.BadRequestError, match=gone.id):
+            ask(running, [reference(gone)])
+
+
+@pytest.mark.parametrize("name, match", [
+    ("msg_unknown", r'input\[1\], an item_reference: there is no item "msg_unknown"'), ("", 'there is no item ""'), ("x" * 5000, 'there is no item "xxx'),
+    ("\ud800", "there is no item"), ("' OR 1 --", "there is no item"), (7, "names an item by its id"), (None, "names an item by its id")])
+def test_unknown_references_are_refused_by_name(running, name, match):
+    for padding in "", "x" * 100_000:
+        body = {"input": [{"role": "user", "content": "Hello"}, {"type": "item_reference", "id": name}], "padding": padding}
+        status, _, answer = call(str(running.base_url).removesuffix("/v1/"), "/v1/responses", body)
+        assert status == 400 and re.search(match, answer["error"]["message"]) and answer["error"]["param"] == "input[1]", answer
+
+
+def test_an_item_is_referred_to_once(running):
+    [item] = ask(running, "One").output
+    with pytest.raises(openai.BadRequestError, match=r"input\[2\] and input\[0\] refer to the same item"):
+        ask(running, [reference(item), {"role": "user", "content": "x"}, reference(item)])
+    with pytest.raises(openai.BadRequestError, match="4097 given, at most 4096 allowed"):
+        ask(running, [{"id": f"msg_{index}"} for index in range(4097)])
 
 
 def begun(client):
@@ -236,12 +280,14 @@ def test_a_key_sees_no_other_key_s_responses(model, tmp_path):
     with keeping(model, tmp_path / "a.db", keys=("first-key", "second-key")) as client:
         response, other = ask(client), client.with_options(api_key="second-key")
         conversation = client.conversations.create(items=[{"type": "message", "role": "user", "content": "One"}])
-        for call in (lambda: other.responses.retrieve(response.id), lambda: other.responses.delete(response.id), lambda: other.responses.input_items.list(response.id),
+        for use in (lambda: other.responses.retrieve(response.id), lambda: other.responses.delete(response.id), lambda: other.responses.input_items.list(response.id),
                      lambda: ask(other, previous_response_id=response.id), lambda: ask(other, conversation=conversation.id),
                      lambda: other.conversations.retrieve(conversation.id), lambda: other.conversations.delete(conversation.id),
                      lambda: other.conversations.items.list(conversation.id), lambda: other.conversations.update(conversation.id, metadata={})):
             with pytest.raises(openai.NotFoundError):
-                call()
+                use()
+        with pytest.raises(openai.BadRequestError, match=f'there is no item "{response.output[0].id}"'):
+            ask(other, [reference(response.output[0])])
         assert client.responses.retrieve(response.id) and client.conversations.retrieve(conversation.id)
 
 

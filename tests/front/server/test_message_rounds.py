@@ -135,6 +135,15 @@ async def test_a_call_is_required_in_the_first_round_only(place):
         assert first.params.grammar and not second.params.grammar and "fake__add" in first.params.tool_names, choice
 
 
+async def test_a_tool_that_no_grammar_holds_can_be_required(place):
+    for choice, enabled in ({"type": "any"}, {"add": True, "not_strict": True}), ({"type": "tool", "name": "not_strict"}, {"not_strict": True}):
+        async with place(calls(("fake__not_strict", {"x": 1})), "Done.") as at:
+            answer = await asked(at, tool_choice=choice, tools=[toolset(False, **enabled)])
+            assert [name for name, _ in at.called] == ["not_strict"] and kinds(answer)[-1] == "text"
+            at.log.unlink()
+        assert all(f"fake__{name}" in at.pool.requests[0].params.grammar for name in enabled)
+
+
 async def test_own_functions_end_the_answer(place):
     """A round with both runs the server's, and leaves its own to the client."""
     async with place(calls(("mine", {}), ("fake__add", {"a": 2, "b": 3})), "Done.") as at:

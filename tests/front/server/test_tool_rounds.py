@@ -108,6 +108,39 @@ async def test_a_call_is_required_in_the_first_round_only(place):
             await at.ask(tool_choice={"type": "mcp", "server_label": "other"})
 
 
+@pytest.mark.parametrize("allowed, choice", [
+    (["add", "not_strict"], "required"), (["not_strict"], "required"), (["not_strict"], {"type": "mcp", "server_label": "fake", "name": "not_strict"}),
+    (["add", "not_strict"], {"type": "allowed_tools", "mode": "required", "tools": [{"type": "mcp", "server_label": "fake"}]})])
+async def test_a_tool_that_no_grammar_holds_can_be_required(place, allowed, choice):
+    """A call is required all the same, only the arguments of this tool are any object."""
+    async with place(calls(("fake__not_strict", {"x": 1})), "Done.") as at:
+        response = await at.ask(tools=[TOOL | {"allowed_tools": allowed}], tool_choice=choice)
+    first, second = at.pool.requests
+    assert [name for name, _ in at.called] == ["not_strict"] and response.output_text == "Done."
+    assert all(f"fake__{name}" in first.params.grammar for name in allowed) and ('\\"b\\"' in first.params.grammar) == ("add" in allowed)
+    assert not second.params.grammar and second.params.tool_names == first.params.tool_names
+
+
+async def test_own_functions_are_required_as_they_are(place):
+    """Only of the operator's tools nothing is refused."""
+    own = OWN | {"parameters": {"type": "object", "properties": {"x": {"not": {"type": "string"}}}}}
+    async with place("Done.") as at:
+        with pytest.raises(openai.BadRequestError, match="cannot be enforced"):
+            await at.ask(tools=[TOOL, own], tool_choice="required")
+    assert not at.pool.requests
+
+
+async def test_tools_too_large_for_one_grammar_are_not_refused(place):
+    """Then no call is required, but each is held to its tool's parameters. Own functions still are required."""
+    async with place("Done.", servers={"large": {"command": sys.executable, "args": [fake_tools.__file__, "large"], "alwaysAllow": ["*"]}}) as at:
+        large = TOOL | {"server_label": "large"}
+        await at.ask(tools=[large], tool_choice="required")
+        await at.ask(tools=[large, OWN], tool_choice="required")
+    alone, beside = (request.params for request in at.pool.requests)
+    assert len(alone.tool_names) == 60 and not alone.grammar and all(alone.call_grammars) and len(alone.call_grammars) == 60
+    assert "mine" in beside.grammar and "large__" not in beside.grammar and len(beside.tool_names) == 61
+
+
 async def test_results_come_in_the_order_of_calls(place, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     async with place(calls(("fake__slow", {"path": str(first)}), ("fake__wrong", {}), ("fake__slow", {"path": str(second)})), "Done.") as at:
@@ -318,6 +351,65 @@ async def test_an_approval_that_is_sent_twice_runs_once(place):
         await at.ask([request.to_dict(), request.to_dict(), yes, {"type": "mcp_list_tools", "server_label": [1]}, {"type": "mcp_call", "id": "x",
                       "server_label": "fake", "name": "pick", "arguments": "", "approval_request_id": {}}])
     assert len(at.called) == 1 and at.sent[1][1::2] == [("tool", "picked red"), ("tool", "The call was cut off, so its outcome is unknown.")]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+async def test_an_approval_is_in_use_while_its_call_runs(place, tmp_path, kept):
+    """A second answer with it is refused; OpenAI's client does not try again, as it does after a 409."""
+    gate = tmp_path / "gate"
+    more = {"database": str(tmp_path / "kept.db")} if kept else {}
+    async with place(calls(("fake__slow", {"path": str(gate)})), "It is there.", allowed=(), **more) as at:
+        at.client.max_retries = 2
+        first = await at.ask()
+        request = first.output[-1]
+        yes = {"type": "mcp_approval_response", "approval_request_id": request.id, "approve": True}
+        said = {"input": [yes], "previous_response_id": first.id} if kept else {"input": [{"role": "user", "content": "2 + 3?"}, request.to_dict(), yes]}
+        running = asyncio.ensure_future(at.ask(**said))
+        await at.until_called(1)
+        for ask in at.ask, at.events:
+            with pytest.raises(openai.ConflictError, match=f'{request.id}" is used already: an answer that still runs'):
+                await ask(**said)
+        gate.touch()
+        response = await running
+        assert response.output_text == "It is there." and len(at.called) == 1 and not at.pool.in_rounds
+        if kept:  # whoever continues the same response makes the call not again, nor after a reload
+            with pytest.raises(openai.ConflictError, match="a kept response has made this call; continue that one"):
+                await at.ask(**said)
+            assert (await at.ask("Thanks.", previous_response_id=response.id)).output_text == "It is there."
+            assert len(at.called) == 1
+        else:     # nobody knows that it was made
+            await at.ask(**said)
+            assert len(at.called) == 2
+
+
+async def test_keys_use_approvals_of_their_own(place, tmp_path):
+    gate = tmp_path / "gate"
+    keys = tuple(ApiKey.hashed(name, name)._replace(tools=("*",)) for name in ("one", "two"))
+    async with place(calls(("fake__slow", {"path": str(gate)})), "It is there.", allowed=(), keys=keys) as at:
+        at.client.api_key = "one"
+        [_, request] = (await at.ask()).output
+        said = [request.to_dict(), {"type": "mcp_approval_response", "approval_request_id": request.id, "approve": True}]
+        running = [asyncio.ensure_future(at.ask(said))]
+        await at.until_called(1)
+        at.client.api_key = "two"
+        running.append(asyncio.ensure_future(at.ask(said)))
+        await at.until_called(2)
+        gate.touch()
+        assert [response.output_text for response in await asyncio.gather(*running)] == ["It is there."] * 2
+
+
+async def test_a_cancelled_answer_gives_its_approval_back(place, tmp_path):
+    gate = tmp_path / "gate"
+    async with place(calls(("fake__slow", {"path": str(gate)})), "It is there.", allowed=()) as at:
+        [_, request] = (await at.ask()).output
+        said = [request.to_dict(), {"type": "mcp_approval_response", "approval_request_id": request.id, "approve": True}]
+        running = asyncio.ensure_future(at.ask(said))
+        await at.until_called(1)
+        running.cancel()
+        while at.pool.in_rounds:
+            await at.client.models.list()
+        gate.touch()
+        assert (await at.ask(said)).output_text == "It is there." and len(at.called) == 2
 
 
 async def test_arguments_that_are_no_object_are_not_asked_about(place):
