@@ -220,7 +220,8 @@ GGUF_MODELS = {             # what of MODELS a file of each architecture can say
         "olmo2", "olmo3", "olmoe", "glm4", "exaone4", "ernie4.5", "seed-oss", "ministral3", "hunyuan", "gemma4", "gemma4moe", "gemma4-even", "gemma4-unified", "gpt2",
         "pythia", "cohere", "cohere2", "phimoe-plain", "lfm2", "lfm2moe", "granite4h", "qwen3next", "qwen3.5", "qwen3.5moe", "nemotron-h", "nemotron3",
         "glm4moe", "glm4moe-grouped", "minimax-m2", "hunyuan-moe", "cohere2moe", "deepseek3", "deepseek2-lite", "deepseek2-grouped", "glm-flash", "youtu",
-        "mistral4", "ernie-moe", "ernie-moe-some", "cohere-normed", "cohere-normed-odd", "olmo", "olmo-plain", "laguna", "laguna-elements", "muse-glimmer"), {}),
+        "mistral4", "ernie-moe", "ernie-moe-some", "cohere-normed", "cohere-normed-odd", "olmo", "olmo-plain", "laguna", "muse-glimmer"), {}),
+    "laguna-elements": {"sliding_window": 0},       # a file that has one without a pattern has llama.cpp's
     "deepseek3-plain": {"rope_interleave": True},
     "minicpm3": {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
     "nemotron3-latent": {"layers_block_type": ["moe", "linear_attention", "full_attention", "moe", "moe", "linear_attention"]},
