@@ -182,7 +182,7 @@ def fitting_changes(folder: Path, config: dict, shapes: Mapping[str, tuple],
     is alpha / rank, or alpha / sqrt(rank) with rslora."""
     path = folder / "adapter_config.json"
     tensors = folder / "adapter_model.safetensors"
-    modules, copies = lora_pairs(tensors)
+    modules, copies = lora_pairs(tensors, shapes)
     config |= {key: fitted_values(path, config[key], modules) for key in PATTERNS}
     targets = config.get("target_modules")
     saved_modules = modules_to_save(path, config, tensors, copies)
@@ -193,11 +193,12 @@ def fitting_changes(folder: Path, config: dict, shapes: Mapping[str, tuple],
     adds_head = config.get("ensure_weight_tying") and any(
         "Aembedding_" in modules[module] for module in target_modules)
     for module, pair in modules.items():
-        name = f"{module}.weight"
+        own = own_name(module, shapes)
+        name = f"{own}.weight"
         if len(shapes.get(name, ())) != 2:
             matrices = [name for name, shape in shapes.items() if len(shape) == 2]
             known = ", ".join(name.removesuffix(".weight") for name in matrices[:MOST_NAMED])
-            raise ConfigError(f"{tensors}: {module} is not a weight matrix of this model; it has {known} ..")
+            raise ConfigError(f"{tensors}: {own} is not a weight matrix of this model; it has {known} ..")
         if module not in target_modules and not adds_head:
             words = targets if isinstance(targets, str) else ", ".join(targets or ())
             raise ConfigError(f"{tensors}: {module} is not among the target_modules of {path.name}, which "
@@ -250,8 +251,10 @@ FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?:\.weig
 WHOLE = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer|\.modules_to_save)?(\.weight|\.bias)")
 
 
-def lora_pairs(path: Path) -> tuple[dict[str, dict[str, numpy.ndarray]], dict[str, numpy.ndarray]]:
-    """An adapter's file: module -> its matrices A and B; and name -> a whole matrix or vector."""
+def lora_pairs(path: Path, shapes: Mapping[str, tuple]) -> tuple[dict[str, dict[str, numpy.ndarray]],
+                                                                 dict[str, numpy.ndarray]]:
+    """An adapter's file: module, as the file and its config name it -> its matrices A and B; and name in the
+    model -> a whole matrix or vector."""
     modules: dict[str, dict[str, numpy.ndarray]] = {}
     copies: dict[str, numpy.ndarray] = {}
     for name, tensor in read_safetensors_file(path).items():
@@ -267,17 +270,22 @@ def lora_pairs(path: Path) -> tuple[dict[str, dict[str, numpy.ndarray]], dict[st
             raise ConfigError(f"{path}: {printable(name)} has a value that is NaN or infinite")
         if factor:
             module, embedding, which = factor.groups()
-            modules.setdefault(of_language_model(module), {})[which + (embedding or "")] = tensor
+            modules.setdefault(module, {})[which + (embedding or "")] = tensor
         elif whole:
-            copies[of_language_model(whole[1]) + whole[2]] = tensor
+            copies[own_name(whole[1], shapes) + whole[2]] = tensor
     if not modules and not copies:
         raise ConfigError(f"{path} has no tensors")
     return modules, copies
 
 
-def of_language_model(module: str) -> str:
-    """A module's name in a language model without images, as transformers calls it today."""
-    return re.sub(r"^backbone\.", "model.", module.replace("language_model.", "", 1))
+def own_name(module: str, shapes: Mapping[str, tuple]) -> str:
+    """The name of an adapter's module in the files of a language model without images. peft has the names of
+    transformers' modules, which are not always those of the published files."""
+    name = re.sub(r"^backbone\.", "model.", module.replace("language_model.", "", 1))
+    if f"{name}.weight" in shapes:
+        return name
+    published = name.replace(".shared_experts.", ".shared_expert.")  # Laguna
+    return published if f"{published}.weight" in shapes else name
 
 
 def lora_config(path: Path) -> dict:

@@ -159,10 +159,10 @@ def test_ranks_have_their_parts_of_an_adapter(name, tmp_path):
 
 
 def linear_modules(model):
-    """An expression for a model's linear modules. In models with Mamba layers peft refuses to adapt out_proj."""
+    """An expression for a model's linear modules but its tower's, which nobody serves. In models with Mamba layers peft refuses to adapt out_proj."""
     types = torch.nn.Linear, transformers.pytorch_utils.Conv1D
     refused = ("lm_head", "out_proj") if model.config.model_type == "nemotron_h" else ("lm_head",)
-    return "|".join(re.escape(name) for name, module in model.named_modules() if isinstance(module, types) and not name.endswith(refused))
+    return "|".join(re.escape(name) for name, module in model.named_modules() if isinstance(module, types) and not name.endswith(refused) and "vis" not in name)
 
 
 SERVED_IN_PART = {          # what of such an adapter can only be merged: what every rank computes as a whole, or routes by
