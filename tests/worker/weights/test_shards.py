@@ -63,7 +63,7 @@ def check_every_part_is_given_out_once(spec, tp, block=1):
                 counts[part.start:part.stop] += 1
         replicated = slice(0, 0)                            # kv heads that several ranks have, or groups of Mamba heads
         mixer = layer and layer.mixer
-        if kind in ("qkv", "qkv_bias", "value_embed", "ve_gate") and tp > mixer.kv_heads:
+        if kind in ("qkv", "qkv_bias", "k_norm", "value_embed", "ve_gate") and tp > mixer.kv_heads:
             replicated = slice(mixer.queries * (1 + mixer.gated) if kind.startswith("qkv") else 0, None)
         elif isinstance(mixer, Mamba2) and mixer.groups % tp and kind in ("mix_in", "mix_in_bias", "taps", "taps_bias"):
             inner, channels, heads = mixer.parts
@@ -231,6 +231,10 @@ def check_model(model):
             continue
         if model.spec.qk_norm_sizes and model.spec.kv_heads < tp:
             with pytest.raises(ConfigError, match="ranks cannot share because all are normalized together"):
+                shard_model(model, 0, tp)
+            continue
+        if model.spec.heads < tp:
+            with pytest.raises(ConfigError, match=f"cannot be divided among {tp} ranks: it has {model.spec.heads} query heads"):
                 shard_model(model, 0, tp)
             continue
         check_every_part_is_given_out_once(model.spec, tp)
