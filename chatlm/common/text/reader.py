@@ -176,7 +176,8 @@ class Prose:
                     yield from calls.read("")
                     continue
                 if self.wrapper and not self.wrapped and first.startswith(self.wrapper):
-                    self.wrapped = deltas.stripping = True
+                    self.wrapped = True
+                    deltas.stripping = True
                     scanner.held = first[len(self.wrapper):]
                     continue
                 if first.startswith(self.think):  # a marker that is spelled out counts only here

@@ -100,8 +100,10 @@ class McpTools:
             return ToolChoice("required", self._chosen(sent))
         if sent.get("type") != "allowed_tools":
             return choice
-        names = [name for tool in sent["tools"] if is_mcp(tool) for name in self._chosen(tool)]
-        return choice._replace(names=(*(choice.names or ()), *names))
+        names = [*(choice.names or ())]
+        for tool in filter(is_mcp, sent["tools"]):
+            names += self._chosen(tool)
+        return choice._replace(names=tuple(names))
 
     def _chosen(self, sent: Mapping) -> tuple[str, ...]:
         label = sent.get("server_label")

@@ -24,7 +24,6 @@ from chatlm.front.tools.results import ToolResult
 from chatlm.front.tools.rules import (
     CHANGED, CUT_OFF, PICTURES_OF_RESULTS, SEEN_PICTURES, TOO_MANY, UNSEEN_PICTURES, arguments_of,
     why_not_run)
-from chatlm.front.tools.server import State
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -337,13 +336,13 @@ class Loop:
         offered = self.toolbox.offered()
         found = []
         for label in self.plan.listed:
-            server = next(each for each in self.toolbox.servers if each.config.label == label)
+            server = self.toolbox.server(label)
+            assert server
             own = [offered[tool.name].tool for tool in self.plan.tools
                    if tool.label == label and tool.name in offered]
             tools = tuple({"name": tool.name, "description": tool.description,
                            "input_schema": tool.parameters, "annotations": tool.annotations} for tool in own)
-            error = "" if server.state is State.READY else server.reason or f"it is {server.state.value}"
-            found.append(ToolsListed(label, tools, error))
+            found.append(ToolsListed(label, tools, server.why_unready))
         return found
 
     def _numbered(self, calls: Seq[Call]) -> list[Call]:

@@ -19,7 +19,6 @@ from chatlm.front.lazy import web
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.routes import Api, Route
 from chatlm.front.server.streams import EventStream
-from chatlm.front.tools.server import State
 from chatlm.front.tools.toolbox import OfferedTool, Toolbox
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from chatlm.front.server.access import Access
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.tools.results import ToolResult
-    from chatlm.front.tools.server import ToolServer
 
 KNOWN_SCHEMAS = 4096  # whose enforcement is remembered
 
@@ -102,10 +100,10 @@ class ToolRoutes:
         pool = self._pool(envelope.model)
         await self.toolbox.refresh()
         for named in envelope.servers:
-            server = self._server(named.label)
-            if named.must_run and server and server.state is not State.READY:
-                reason = server.reason or f"it is {server.state.value}"
-                raise Overloaded(f"the tool server {named.label} does not run: {reason}", retry_after_s=5)
+            server = self.toolbox.server(named.label)
+            if named.must_run and server and server.why_unready:
+                raise Overloaded(f"the tool server {named.label} does not run: {server.why_unready}",
+                                 retry_after_s=5)
         labels = {named.label for named in envelope.servers}
         found = []
         for tool in self.toolbox.offered().values():
@@ -115,12 +113,9 @@ class ToolRoutes:
                               "read_only": tool.tool.only_reads, "ask": tool.ask, "digest": tool.digest})
         return dump(found)
 
-    def _server(self, label: str) -> ToolServer | None:
-        return next((server for server in self.toolbox.servers if server.config.label == label), None)
-
     def _check_named(self, named: NamedServer, patterns: Seq[str]):
         """Raise RequestError for a server that there is not, or that a client may not use."""
-        server = self._server(named.label)
+        server = self.toolbox.server(named.label)
         if server is None:
             known = [one.config.label for one in self.toolbox.servers]
             raise bad_value(named.param, named.label, "a tool server of --mcp-config: " + ", ".join(

@@ -51,6 +51,13 @@ class ToolServer:
         self.changed = asyncio.Event()  # set at each change of `state`
         self.task: asyncio.Task | None = None
 
+    @property
+    def why_unready(self) -> str:
+        """Why no tool of it can be called now; "" if they can."""
+        if self.state is State.READY:
+            return ""
+        return self.reason or f"it is {self.state.value}"
+
     def start(self):
         self.task = asyncio.ensure_future(supervised("keeping a tool server open", self._run))
 

@@ -127,6 +127,10 @@ class Toolbox:
         configs = read_mcp_config(settings.mcp_config) if settings.mcp_config else ()
         return cls(configs, settings.tool_timeout, settings.tool_result)
 
+    def server(self, label: str) -> ToolServer | None:
+        """The server that has this label in the config; None: there is none."""
+        return next((server for server in self.servers if server.config.label == label), None)
+
     def start(self):
         for server in self.servers:
             if server.config.warning:

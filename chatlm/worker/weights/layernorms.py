@@ -178,10 +178,9 @@ def north_layers(path: Path, raw: Mapping) -> dict:
     own = ("first_k_dense_replace", "mlp_layer_types", "prefix_dense_intermediate_size", "num_shared_experts",
            "shared_expert_combination_strategy")
     width = raw.get("intermediate_size")
-    key = "prefix_dense_intermediate_size"
-    dense_width = raw.get(key)
+    dense_width = raw.get("prefix_dense_intermediate_size")
     if dense_width:
-        checked(path, key, dense_width, Rule(int, 1, MOST_CHANNELS))
+        checked(path, "prefix_dense_intermediate_size", dense_width, Rule(int, 1, MOST_CHANNELS))
     rms = raw.get("rms_norm_eps")
     if rms is not None:
         checked(path, "rms_norm_eps", rms, Rule(float, 0, 1))
