@@ -139,11 +139,16 @@ def interrupted(start, words, module, ignored=False):
     process = subprocess.Popen([sys.executable, "-X", "importtime", *map(str, STARTS[start]), *words], stdin=subprocess.DEVNULL,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | {"TEST_MARK": mark},
                                preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None)
-    for line in process.stderr:
-        if line.rpartition("|")[2].strip() == module:
-            break
-    os.killpg(process.pid, signal.SIGINT)
-    rest = process.communicate(timeout=60)[1]
+    try:
+        for line in process.stderr:
+            if line.rpartition("|")[2].strip() == module:
+                break
+        os.killpg(process.pid, signal.SIGINT)
+        rest = process.communicate(timeout=60)[1]
+    finally:
+        if process.poll() is None:      # a server that does not end would keep its port
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     left = [each for each in psutil.process_iter() if mark in marks_of(each)]
     assert psutil.wait_procs(left, timeout=30)[1] == []
     # a second process of the program imports too, so a line of these times may be torn
