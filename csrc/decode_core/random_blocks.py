@@ -25,6 +25,8 @@ def random_blocks(kind: str, rows: int, columns: int, seed: int = 0, scale: floa
     blocks[:, :, at:at + 2] = scales.view(numpy.uint8)
     if times:
         blocks[:, :, at + 2:at + 4] = (scales * numpy.float16(times)).view(numpy.uint8)
+    if kind == "i8_row":
+        blocks[:, :, :4] = scales[:, :1].astype(numpy.float32).view(numpy.uint8)        # one for a row
     if kind in cuda.OWN:                    # a zero point, which is one of the codes
         blocks[:, :, 2] %= 16
     if kind == "iq1_m":                     # the scale lies in four nibbles; the last of them is here

@@ -115,6 +115,8 @@ class Matrix:
         if source_kind not in SOURCES and into - {source_kind}:
             raise ValueError(f"source_kind: {source_kind} blocks fit {source_kind} tiles only, not "
                              f"{' and '.join(sorted(into))}")
+        if source_kind == "i8_row":
+            check_row_scales(source, rows)
         row_bytes = stride if kind == "uint8" else stride * raw // self.columns
         self.finite &= self.tiles.fill(address, code, row_bytes, rows, first_tile, tile_step)
 
@@ -124,6 +126,14 @@ class Matrix:
         out = np.empty((self.rows, self.columns), np.float32)
         embed(self, np.arange(self.rows), out)
         return out
+
+
+def check_row_scales(source, rows: int) -> None:
+    """Blocks of i8_row begin with their scale, and a row of tiles has one."""
+    import numpy as np
+    scales = np.asarray(source).reshape(rows, -1, 260)[:, :, :4]
+    if (scales != scales[:, :1]).any():
+        raise ValueError("source: all blocks of a row of i8_row must have the same scale")
 
 
 def check_matrix(matrix, name: str = "matrix") -> None:

@@ -46,7 +46,7 @@ def file_values(kind: str, rows: numpy.ndarray, script: SimpleNamespace) -> nump
 
     Most types need the gguf package: ImportError without it."""
     name: Any = SimpleNamespace(name=kind.upper())
-    if kind not in ("q8_0", "q4_0", "q4_1", "q1_0", "q2_0", "q2_0_g128", *cuda.OWN):
+    if kind not in ("q8_0", "q4_0", "q4_1", "q1_0", "q2_0", "q2_0_g128", "i8_row", *cuda.OWN):
         import gguf
         name = gguf.GGMLQuantizationType[name.name]
     return script.dequantize(name, rows).reshape(len(rows), -1)
@@ -136,6 +136,10 @@ def rows_of(tensor: Any, head_size: int, kind: str, columns: int, script: Simple
     """The rows of a GGUF tensor as blocks of `kind`, (n, bytes of a row) uint8."""
     if tensor.tensor_type.name == kind:
         return script.unpermute_rope(numpy.asarray(tensor.data), head_size)
+    if tensor.tensor_type.name == "I8_ROW" and kind == "Q8_0":
+        narrow = script.i8_as_q8_0(numpy.asarray(tensor.data))
+        if narrow is not None:
+            return script.unpermute_rope(narrow, head_size)
     import gguf
     values = script.dequantized((len(tensor.data), columns), [(tensor, head_size)], "float32")
     return gguf.quantize(values, gguf.GGMLQuantizationType[kind])

@@ -86,7 +86,7 @@ def test_the_first_offered_instruction_set_is_taken():
     assert "isa: amx, avx512, avxvnni, avx2, i8mm, dotprod, neon or portable, not sse" in said.stderr
 
 
-WITH_TILES = ["q8_0", "q4_0", "q4_1", "q4_k", "q5_k", "mxfp4", "u4_g32", "u4_g128", "q2_k", "q3_k", "iq3_xxs", "iq1_m"]
+WITH_TILES = ["q8_0", "q4_0", "q4_1", "q4_k", "q5_k", "mxfp4", "u4_g32", "u4_g128", "q2_k", "q3_k", "iq3_xxs", "iq1_m", "i8_row"]
 
 
 @pytest.mark.parametrize("kind", [*WITH_TILES, "q6_k", "f32"])

@@ -38,8 +38,9 @@ class GgufType(int):
     name = ""
 
 
-# Types of tiles that no GGUF file has: 4-bit codes with a zero point, which packed safetensors have
-OWN = {"U4_G32": (32, 19), "U4_G128": (128, 67)}
+# Types of tiles that no GGUF file has, but packed safetensors: 4-bit codes with a zero point, and bytes with
+# a float32 scale for a row
+OWN = {"U4_G32": (32, 19), "U4_G128": (128, 67), "I8_ROW": (256, 260)}
 
 
 def named_type(name: str) -> GgufType:

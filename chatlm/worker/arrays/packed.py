@@ -18,6 +18,7 @@ class Block(NamedTuple):
     bytes: int
     scale_bytes: int = 2  # 2: a float16; 4: with a minimum after it; 1: an exponent; 0: none can be infinite
     scale: int = 0        # offset of the scale in the block
+    wide: bool = False    # the scale is a float32
 
 
 BLOCKS = {
@@ -27,7 +28,8 @@ BLOCKS = {
     "q2_k": Block(84, 4, 80), "q3_k": Block(110, 2, 108),
     "iq3_s": Block(110), "iq3_xxs": Block(98), "iq2_s": Block(82), "iq2_xs": Block(74), "iq2_xxs": Block(66),
     "iq1_s": Block(50), "iq1_m": Block(56, 2, 53), "tq1_0": Block(54, 2, 52), "tq2_0": Block(66, 2, 64),
-    "nvfp4": Block(36, 0), "q1_0": Block(18), "q2_0": Block(18), "q2_0_g128": Block(34)}
+    "nvfp4": Block(36, 0), "q1_0": Block(18), "q2_0": Block(18), "q2_0_g128": Block(34),
+    "i8_row": Block(260, 4, wide=True)}
 MXFP4_DOUBLED = numpy.array(
     (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), numpy.float32)
 # Bits of a code, of types that the gguf package cannot unpack
@@ -76,6 +78,9 @@ def dequantize(gguf_type, data: numpy.ndarray) -> numpy.ndarray:
         return of_kind(data, "bfloat16") if gguf_type.name == "BF16" and not isinstance(data, Bits) else data
     if gguf_type.name.startswith("U4_"):
         return dequantize_u4(data.reshape(-1, BLOCKS[gguf_type.name.lower()].bytes))
+    if gguf_type.name == "I8_ROW":
+        scales, codes = parts_of_i8(data)
+        return (codes * scales).reshape(-1, 256)
     if gguf_type.name in FEW_BITS:
         blocks = data.reshape(-1, BLOCKS[gguf_type.name.lower()].bytes)
         return dequantize_few_bits(blocks, FEW_BITS[gguf_type.name])
@@ -99,6 +104,26 @@ def dequantize_u4(blocks: numpy.ndarray) -> numpy.ndarray:
     packed = blocks[:, 3:].reshape(len(blocks), -1, 16)
     codes = numpy.concatenate((packed & 15, packed >> 4), axis=2).reshape(len(blocks), -1)
     return (codes.astype(numpy.float32) - blocks[:, 2:3]) * scale
+
+
+def parts_of_i8(data: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """The scales (B, 1) float32 and the codes (B, 256) int8 of blocks of I8_ROW."""
+    blocks = data.reshape(-1, BLOCKS["i8_row"].bytes)
+    return blocks[:, :4].copy().view(numpy.float32), blocks[:, 4:].view(numpy.int8)
+
+
+def i8_as_q8_0(rows: numpy.ndarray) -> numpy.ndarray | None:
+    """Rows of I8_ROW as rows of Q8_0 with the same codes. Scales become float16, which rounds them by at most
+    2^-11; None if one is too large or too small for that."""
+    scales, codes = parts_of_i8(rows)
+    halves = as_kind(scales, "float16")
+    size = numpy.abs(scales)
+    if not (((size >= 2.0**-14) & (size < 65_504)) | (size == 0) | (floats(halves) == scales)).all():
+        return None
+    made = numpy.empty((len(codes), 8, BLOCKS["q8_0"].bytes), numpy.uint8)
+    made[..., :2] = halves.view(numpy.uint8)[:, None]
+    made[..., 2:] = codes.view(numpy.uint8).reshape(len(codes), 8, 32)
+    return made.reshape(len(rows), -1)
 
 
 def dequantize_few_bits(blocks: numpy.ndarray, bits: int) -> numpy.ndarray:

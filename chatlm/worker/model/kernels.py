@@ -29,7 +29,7 @@ from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.processes.start import own_threads, threads_per_worker
 from chatlm.worker.arrays.kinds import (
     AdapterMatrix, Arrays, Device, Norm, as_kind, mapped_zeros, of_kind)
-from chatlm.worker.arrays.packed import dequantize, dequantized, unpermute_rope
+from chatlm.worker.arrays.packed import dequantize, dequantized, i8_as_q8_0, unpermute_rope
 from chatlm.worker.model.batch import RowAdapters, Sequences, token_places
 from chatlm.worker.model.blocks.attention import Attention
 from chatlm.worker.model.blocks.experts import Experts, ExpertsBesideDense
@@ -435,7 +435,7 @@ def for_decode_core() -> ForDecodeCore:
     return ForDecodeCore(
         PAGE_SIZE=PAGE_SIZE, OPS=OPS, as_kind=as_kind, of_kind=of_kind, mapped_zeros=mapped_zeros,
         own_threads=own_threads, token_places=token_places, dequantized=dequantized,
-        dequantize=dequantize, unpermute_rope=unpermute_rope,
+        dequantize=dequantize, unpermute_rope=unpermute_rope, i8_as_q8_0=i8_as_q8_0,
         plain_sizes=plain_sizes, DeltaRule=DeltaRule, Mamba2=Mamba2, Norm=Norm,
         Sequences=Sequences, SampleRow=SampleRow, SamplingParams=SamplingParams,
         RowAdapters=RowAdapters, EagerSteps=EagerSteps, ConfigError=ConfigError)

@@ -19,7 +19,7 @@ from chatlm.worker.model.tensors import TILE_ROWS, Cut, MappedRows, Unread
 from chatlm.worker.weights.finite import refuse_faults
 from chatlm.worker.weights.mxfp4 import Mxfp4
 from chatlm.worker.weights.packed_layouts import NotExact, PackedWeight
-from chatlm.worker.weights.packed_rows import cut_stored, divides_blocks
+from chatlm.worker.weights.packed_rows import cut_stored, divides_blocks, in_narrow_blocks
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -113,6 +113,8 @@ class ArrayTensors:
         blocks."""
         try:
             stored = [self.state[name].as_blocks(partial(self.kept, name)) for name in theirs]
+            if cut.axis and divides_blocks(cut, stored):
+                stored = [in_narrow_blocks(tensor) for tensor in stored]
             if cut.axis and divides_blocks(cut, stored):
                 raise NotExact
         except NotExact:

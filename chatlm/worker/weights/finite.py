@@ -54,6 +54,8 @@ def scales_are_finite(packing: str, rows) -> bool:
         return bool(blocks[:, 0].max() < 253)
     if packing == "iq1_m":  # the upper half of a float16 lies in the upper nibbles of these bytes
         return not ((blocks[:, 55] & 0x70 == 0x70) & (blocks[:, 53] & 0xC0 == 0xC0)).any()
+    if block.wide:
+        return bool(numpy.isfinite(numpy.ascontiguousarray(blocks[:, :4]).view(numpy.float32)).all())
     exponents = blocks[:, block.scale + 1:block.scale + block.scale_bytes:2] & 0x7C  # of float16
     return bool(exponents.max() < 0x7C)
 

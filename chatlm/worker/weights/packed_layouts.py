@@ -173,6 +173,7 @@ class Grouped:
     order: numpy.ndarray | None = None
     signed: bool = False
     divisor: float = 1
+    few_bits_of_x: bool = False  # the file asks for activations of 8 bits
     kind: str = field(init=False)
 
     def __post_init__(self):
@@ -180,7 +181,10 @@ class Grouped:
         whole = self.order is None and self.shape[1] % group == 0
         fits = whole and group % 32 == 0
         wide = whole and group % 128 == 0
-        if self.zeros is None:
+        one_scale = whole and group == self.shape[1]
+        if self.few_bits_of_x and self.zeros is None and one_scale and group % 256 == 0:
+            self.kind = "I8_ROW"
+        elif self.zeros is None:
             self.kind = fits * ("Q4_0" if self.bits <= 4 else "Q8_0" if self.bits == 8 else "")
         else:
             self.kind = "" if self.bits > 4 else "U4_G128" if wide else fits * "U4_G32"
@@ -213,6 +217,11 @@ class Grouped:
             scales = floats(scales) / numpy.float32(self.divisor)
         repeats = count // scales.shape[1]
         made = numpy.empty((n, count, size), numpy.uint8)
+        if self.kind == "I8_ROW":
+            wide = contiguous(floats(scales)).repeat(repeats, 1)
+            made[..., :4] = wide.view(numpy.uint8).reshape(n, count, 4)
+            made[..., 4:] = self.codes(begin, end).view(numpy.uint8).reshape(n, count, columns)
+            return made.reshape(n, -1)
         scales = contiguous(halves_of(scales)).repeat(repeats, 1)
         made[..., :2] = scales.view(numpy.uint8).reshape(n, count, 2)
         codes = self.codes(begin, end)

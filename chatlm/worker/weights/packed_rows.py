@@ -11,7 +11,7 @@ import numpy
 from chatlm.common.errors import require_library
 from chatlm.worker.arrays.gguf_types import TYPES, block_of
 from chatlm.worker.arrays.kinds import contiguous
-from chatlm.worker.arrays.packed import RopePairs, dequantized
+from chatlm.worker.arrays.packed import RopePairs, dequantized, i8_as_q8_0
 from chatlm.worker.model.tensors import Cut
 
 Part = tuple[Any, RopePairs | None]  # rows, and the pairs among them that are still to be unpermuted
@@ -28,7 +28,10 @@ def cut_stored(parts: Seq[Part], cut: Cut) -> list[Part]:
     if cut == Cut.whole(cut.full):
         return list(parts)
     if cut.axis and divides_blocks(cut, [tensor for tensor, _ in parts]):
-        return cut_values(parts, cut)
+        narrow = [(in_narrow_blocks(tensor), pairs) for tensor, pairs in parts]
+        if divides_blocks(cut, [tensor for tensor, _ in narrow]):
+            return cut_values(parts, cut)
+        parts = narrow
     cut_parts: list[Part] = []
     for index, data in cut.apply(tensor.data for tensor, _ in parts):
         tensor, pairs = parts[index]
@@ -47,6 +50,14 @@ def cut_values(parts: Seq[Part], cut: Cut) -> list[Part]:
         packed = gguf.quantize(contiguous(rows), gguf_type)
         cut_parts.append((SimpleNamespace(tensor_type=gguf_type, data=packed), None))
     return cut_parts
+
+
+def in_narrow_blocks(tensor):
+    """Rows with the same numbers in blocks of 32 columns, where a type has both."""
+    narrow = i8_as_q8_0(tensor.data) if tensor.tensor_type.name == "I8_ROW" else None
+    if narrow is None:
+        return tensor
+    return SimpleNamespace(tensor_type=TYPES["Q8_0"], data=narrow)
 
 
 def divides_blocks(cut: Cut, tensors: Seq[Any]) -> bool:

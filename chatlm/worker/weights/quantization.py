@@ -203,6 +203,12 @@ class CtGroup(NamedTuple):
     name: str
     targets: tuple[str, ...]
     weights: Mapping[str, Any]
+    inputs: Mapping[str, Any]  # of activations; empty if they are not rounded
+
+    @property
+    def few_bits_of_x(self) -> bool:
+        """Are activations rounded to 8 bits, with one scale for each row of them or for all?"""
+        return (self.inputs.get("type"), self.inputs.get("num_bits")) == ("int", 8)
 
 
 def ct_groups(quantization: Quantization) -> list[CtGroup]:
@@ -214,18 +220,19 @@ def ct_groups(quantization: Quantization) -> list[CtGroup]:
     if not isinstance(stated, dict):
         raise ConfigError(f"{where} is {shown(stated)}; it must be an object")
     groups = [ct_group_of(f"{where}.{printable(name)}", name, group) for name, group in stated.items()]
-    return groups or [CtGroup("", (), {})]
+    return groups or [CtGroup("", (), {}, {})]
 
 
 def ct_group_of(where: str, name: str, stated: Any) -> CtGroup:
     is_object = isinstance(stated, dict)
     weights = stated.get("weights") or {} if is_object else stated
     targets = stated.get("targets") or [] if is_object else None
+    inputs = stated.get("input_activations") if is_object else None
     if not isinstance(weights, dict):
         raise ConfigError(f"{where} is {shown(stated)}; it must be an object, and so must its `weights`")
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise ConfigError(f"{where}.targets is {shown(targets)}; it must be a list of texts")
-    return CtGroup(name, tuple(targets), weights)
+    return CtGroup(name, tuple(targets), weights, inputs if isinstance(inputs, dict) else {})
 
 
 def ct_group(quantization: Quantization, module: str) -> CtGroup:
@@ -322,7 +329,8 @@ def ct_int8(stored: Stored) -> Layout:
     else:
         points = stored.take("weight_zero_point", "int8", *scales.shape)
         zeros = partial(rows_between, points)
-    return Grouped((N, K), 8, group, partial(rows_between, weight), scales, stored.mapped, zeros, signed=True)
+    return Grouped((N, K), 8, group, partial(rows_between, weight), scales, stored.mapped, zeros, signed=True,
+                   few_bits_of_x=config.few_bits_of_x)
 
 
 def rows_between(tensor: numpy.ndarray, begin: int, end: int) -> numpy.ndarray:

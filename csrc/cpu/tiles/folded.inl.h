@@ -1,5 +1,6 @@
 // Products of a set (four rows of x in steps, StepGroup) with two tiles whose scales are whole numbers (WHOLE_SCALES), in registers of 512 bits.
-// There are two forms of tiles. Folded, for Q2_K and Q3_K: each code was multiplied by its scale beforehand. Expanded, for IQ2_*, IQ3_* and
+// There are two forms of tiles. Folded, for Q2_K and Q3_K: each code was multiplied by its scale beforehand, and for i8_row, whose tiles are folded
+// as they are. Expanded, for IQ2_*, IQ3_* and
 // IQ1_*: codes are bytes, and their sums are multiplied by the scales.
 //
 // layout   Folded: f32 [16], what a group's scales share. Q2_K then has f32 [16], what its minimums share, and its minimums, i16 [BLOCKS][16][2].
@@ -27,7 +28,7 @@ struct Folded {
     static constexpr int64_t BLOCKS = F::BLOCKS, BYTES = 512;
     static constexpr int64_t MINIMUMS = 128, SCALE_BYTES = F::HAS_MINIMUM ? MINIMUMS + F::BLOCKS * 64 : 64;
     static constexpr bool HAS_MINIMUM = F::HAS_MINIMUM, HIGH_APART = false;
-    static constexpr int LESS = F::HAS_MINIMUM ? 0 : 127;
+    static constexpr int LESS = F::ROW_SCALE ? 128 : F::HAS_MINIMUM ? 0 : 127;         // what was added to each product
 };
 
 #if defined(__AVX512F__)
@@ -82,6 +83,14 @@ __attribute__((noinline)) void fold_group(const uint8_t* group, uint8_t* to, int
     }
 }
 
+// A group that is folded as it is.
+template <class F>
+__attribute__((noinline)) void copy_group(const uint8_t* group, uint8_t* to, int64_t) {
+    constexpr int64_t BYTES = group_of_blocks_bytes<F>();
+    static_assert(group_of_blocks_bytes<Folded<F>>() == BYTES, "Folded");
+    for (int64_t at = 0; at < BYTES; at += 64) _mm512_store_si512(to + at, _mm512_load_si512(group + at));
+}
+
 // Adds what row R's high bytes give, in the blocks that have any.
 template <class E, int R>
 DC_INLINE void add_high_folded(const uint8_t* const (&group)[PAIR], const int8_t* high, int blocks, __m512i (&sum)[PAIR][SET_ROWS]) {
@@ -133,7 +142,8 @@ DC_INLINE void add_folded(const uint8_t* const (&group)[PAIR], Fetching& fetchin
     __m512i sum[PAIR][SET_ROWS];
     for (int r = 0; r < SET_ROWS; r++) {
         const __m512i minus = _mm512_set1_epi32(set.minus[r]);
-        sum[0][r] = sum[1][r] = E::LESS ? _mm512_sub_epi32(_mm512_slli_epi32(minus, 7), minus) : _mm512_setzero_si512();
+        const __m512i less = E::LESS ? _mm512_slli_epi32(minus, 7) : _mm512_setzero_si512();       // 128 times; if LESS is 127, once less
+        sum[0][r] = sum[1][r] = E::LESS == 127 ? _mm512_sub_epi32(less, minus) : less;
     }
     for (int i = 0; i < STEP_BLOCKS; i++) {
         fetching.next();
@@ -231,6 +241,37 @@ __attribute__((noinline)) void pair_steps(const uint8_t* first, const uint8_t* s
         else add_folded<E>(group, own, *x, row, total);
     }
     for (int r = 0; r < SET_ROWS; r++) store(y + 16 * r, total[0][r]), store(other_y + 16 * r, total[1][r]);
+    fetching = own;
+}
+
+// Adds rows row .. row + 3 of the panel, which are a set, to y [2][4][16], the sums so far: integers, and floats after the `last` groups of tiles whose
+// rows have one scale.
+template <class E>
+__attribute__((noinline)) void pair_row_scale(const uint8_t* first, const uint8_t* second, int64_t groups, bool last, Fetching& fetching, const StepGroup* x,
+                                              int row, float* y, float* other_y) {
+    if (__builtin_expect(x->sets[row / SET_ROWS].has_high[0], 0)) return pair_steps<E>(first, second, groups, fetching, x, row, y, other_y);
+    Fetching own = fetching;
+    const Lanes d[PAIR] = {load(reinterpret_cast<const float*>(first)), load(reinterpret_cast<const float*>(second))};
+    const StepSet& begin = x->sets[row / SET_ROWS];
+    float* const to[PAIR] = {y, other_y};
+    __m512i sum[PAIR][SET_ROWS];
+    for (int t = 0; t < PAIR; t++)
+        for (int r = 0; r < SET_ROWS; r++) sum[t][r] = _mm512_loadu_si512(to[t] + 16 * r);
+    for (int64_t g = 0; g < groups; g++, x++, first += group_of_blocks_bytes<E>(), second += group_of_blocks_bytes<E>()) {
+        for (int r = 0; r < SET_ROWS; r++) {
+            const __m512i less = _mm512_slli_epi32(_mm512_set1_epi32(x->sets[row / SET_ROWS].minus[r]), 7);
+            sum[0][r] = _mm512_add_epi32(sum[0][r], less), sum[1][r] = _mm512_add_epi32(sum[1][r], less);
+        }
+        for (int i = 0; i < STEP_BLOCKS; i++) {
+            own.next();
+            dot_rows<0, 8, STEP_COLUMNS>(quants_of<E>(first, i), quants_of<E>(second, i), x->low[row] + BLOCK * i, sum);
+        }
+    }
+    for (int t = 0; t < PAIR; t++)
+        for (int r = 0; r < SET_ROWS; r++) {
+            if (last) store(to[t] + 16 * r, d[t] * all(begin.step[r]) * Lanes{_mm512_cvtepi32_ps(sum[t][r])});
+            else _mm512_storeu_si512(to[t] + 16 * r, sum[t][r]);
+        }
     fetching = own;
 }
 

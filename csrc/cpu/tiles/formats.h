@@ -5,6 +5,7 @@
 //     BLOCKS, SCALE_BYTES      a group: so many blocks of 32 columns lie together in a tile, after the bytes of all their scales.
 //                              `put_scales` writes the scales of one row
 //     HALVES                   how many float16 numbers (scales and minimums) the scales begin with. 0: they are exponents, a byte each
+//     SINGLES                  how many float32 numbers the scales begin with, in place of float16
 //     PARTS                    1: a scale for 32 columns; 2: one for each 16
 //     OFFSET_SHIFT             weight = scale * (code - 2^OFFSET_SHIFT); NO_OFFSET: weight = scale * code + minimum
 //     TABLE                    where there is one: the tile's nibbles are places in it, and it holds the codes
@@ -14,6 +15,7 @@
 //     WHOLE_SCALES             the scale of 16 or 32 columns is a whole number times `shared`. Then x comes in steps, and a group of blocks has
 //                              one sum (steps.inl.h). `factors` are a block's whole numbers, two for each row; `minimum_factors` those of its
 //                              minimums, where it has any
+//     ROW_SCALE                (with WHOLE_SCALES) a whole row has one scale, which is the `shared` of each group. There are no whole numbers
 //     HIGH_APART               (with WHOLE_SCALES) the high bytes of x have a sum of their own: 256 times it may not fit in 32 bits
 //     FINE_APART               (without WHOLE_SCALES) see tiles.h, numerics
 //     EXPANDS                  the codes are made just before a product (grids.h). `put_block` copies 32 columns of a row from the file; there
@@ -196,6 +198,8 @@ struct Quants<8> {                          // 8 chunks of 64 B: lane r = column
     DC_INLINE void unpack(const uint8_t* quants, Words& low, Words& high) {
         low = load_words(quants + 128 * C), high = load_words(quants + 128 * C + 64);
     }
+    template <int C>
+    DC_INLINE Words chunk(const uint8_t* quants) { return load_words(quants + 64 * C); }
     static void put(const uint8_t* codes, uint8_t* quants, int r) {
         for (int c = 0; c < 8; c++) put_four(four(codes + 4 * c), quants + 64 * c + 4 * r);
     }
@@ -222,9 +226,9 @@ inline constexpr int8_t MXFP4_VALUES[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, 
 // Codes without a table. Each Format has these three and adds its own.
 template <int BITS_, int OFFSET_SHIFT_, class Dot_>
 struct Plain : Quants<BITS_> {
-    static constexpr int BITS = BITS_, OFFSET_SHIFT = OFFSET_SHIFT_, PARTS = 1, MINIMUMS = 1, HALVES = 32;
+    static constexpr int BITS = BITS_, OFFSET_SHIFT = OFFSET_SHIFT_, PARTS = 1, MINIMUMS = 1, HALVES = 32, SINGLES = 0;
     static constexpr bool HAS_MINIMUM = OFFSET_SHIFT_ == NO_OFFSET;
-    static constexpr bool EXPANDS = false, WHOLE_SCALES = false, HIGH_APART = false;
+    static constexpr bool EXPANDS = false, WHOLE_SCALES = false, HIGH_APART = false, ROW_SCALE = false;
     using Dot = Dot_;
     DC_INLINE typename Dot::Weights weights(Words codes) { return Dot::weights(codes); }
     static float value(int code) { return float(code - (HAS_MINIMUM ? 0 : 1 << OFFSET_SHIFT_ % 32)); }
@@ -430,6 +434,7 @@ struct Format<Weight::mxfp4> : FileBlock<Weight::mxfp4>, Tabled<MXFP4_VALUES, 4,
     }
 };
 
+#include "cpu/tiles/formats_i8.h"
 #include "cpu/tiles/formats_u4.h"
 }  // namespace DC_ISA
 }  // namespace dc

@@ -98,10 +98,9 @@ DC_INLINE TwoBytes two_bytes(Lanes x, Lanes inverse) {
 
 DC_INLINE void put_sums(int16_t* to, HalfSums sum) { to[0] = int16_t(sum.low), to[1] = int16_t(sum.high); }
 
-DC_INLINE void quantize_group(const Row& row, int64_t first_block, float limit, StepGroup& to, int r) {
+DC_INLINE void quantize_group(const Row& row, int64_t first_block, const Reach& reach, StepGroup& to, int r) {
     StepSet& set = to.sets[r / SET_ROWS];
     const int s = r % SET_ROWS;
-    const Reach reach = reach_of(row, first_block, limit);
     const Lanes inverse = all(reach.size > 0 ? 127.0f / reach.size : 0.0f);
     int32_t total = 0;
     for (int i = 0; i < STEP_BLOCKS; i++) {
@@ -125,7 +124,23 @@ DC_INLINE void quantize_row_in_steps(const Row& row, StepGroup* panel, int r) {
     float sizes = 0;
     for (int64_t b = 0; b < blocks; b++) sizes += size_of_block(row, b);
     const float limit = row.job.fine ? 0 : FINE_ABOVE * (sizes / float(blocks));        // of a row with a NaN nothing is above it
-    for (int64_t b = 0; b < blocks; b += STEP_BLOCKS) quantize_group(row, b, limit, panel[b / STEP_BLOCKS], r);
+    for (int64_t b = 0; b < blocks; b += STEP_BLOCKS) quantize_group(row, b, reach_of(row, b, limit), panel[b / STEP_BLOCKS], r);
+}
+
+// With one step for the row or, with `fine`, two bytes in every block, which tells the kernels that groups have steps of their own.
+DC_INLINE void quantize_row_in_one_step(const Row& row, StepGroup* panel, int r) {
+    const int64_t blocks = row.job.columns / BLOCK;
+    Reach whole;
+    for (int64_t b = 0; b < blocks && !row.job.fine; b += STEP_BLOCKS) {
+        const Reach own = reach_of(row, b, __builtin_inff());
+        whole.size = whole.size >= own.size ? whole.size : own.size;           // what is not a number stays
+        if (own.size != own.size) break;
+    }
+    for (int64_t b = 0; b < blocks; b += STEP_BLOCKS) {
+        Reach own = row.job.fine ? reach_of(row, b, 0) : whole;
+        if (row.job.fine) own.has_high = 0xff;
+        quantize_group(row, b, own, panel[b / STEP_BLOCKS], r);
+    }
 }
 
 // ---- all ways
@@ -147,7 +162,10 @@ void prepare(const Preparation& job, int64_t row_begin, int64_t row_end) {
         const int r = int(i % PANEL_ROWS);
         if (job.panels & FLOAT_PANELS) copy_row(row, reinterpret_cast<float*>(panel) + float_group(job.columns, i / GROUP_ROWS), r % GROUP_ROWS);
         if (job.panels & BLOCK_PANELS) quantize_row(row, reinterpret_cast<PanelBlock*>(panel), r);
-        if (job.panels & STEP_PANELS) quantize_row_in_steps(row, const_cast<StepGroup*>(steps_of(panel, job.panels, job.columns)), r);
+        if (!(job.panels & STEP_PANELS)) continue;
+        StepGroup* const steps = const_cast<StepGroup*>(steps_of(panel, job.panels, job.columns));
+        if (job.panels & HIGH_BYTES) quantize_row_in_steps(row, steps, r);
+        else quantize_row_in_one_step(row, steps, r);
     }
 }
 

@@ -1,5 +1,5 @@
 // Products of few rows of x with a tile whose scales are whole numbers (WHOLE_SCALES): Q2_K and Q3_K, and IQ2_*, IQ3_* and IQ1_*, whose codes
-// are Expanded. x comes in steps (StepGroup).
+// are Expanded. x comes in steps (StepGroup). i8_row, whose rows have one scale (ROW_SCALE), has kernels of its own at the end.
 //
 // mapping  within 256 columns everything is an integer: x, as two bytes a column, and the scales. There are two sums. One is of the products: each
 //          16 (or 32) columns' dot product times their scale. The other is of x: each 16 (or 32) columns of x times their minimum or, where codes
@@ -29,15 +29,20 @@ DC_INLINE void each_product(const uint8_t* quants, const int8_t* x, Add add) {
 
 #if defined(DC_PAIRS)
 template <class F, int FIRST, int CHUNKS, int R, int HALF>
-DC_INLINE void sum_pairs(const uint8_t* quants, const int8_t* x, Sum* sum) {
-    PairSum pairs[(R + 1) / 2];
-    for (PairSum& pair : pairs) pair = begin_pair<NO_OFFSET>(0, 0);
+DC_INLINE void add_pairs_of_block(const uint8_t* quants, const int8_t* x, PairSum* pairs) {
     each_of<CHUNKS / 2>([&](auto k) __attribute__((always_inline)) {           // 8 columns
         constexpr int C = FIRST + 2 * decltype(k)::value;
         const Words codes = joined<HALF>(F::template chunk<C>(quants), F::template chunk<C + 1>(quants));
         const int8_t* const from = x + 4 * C;
         for (int r = 0; r < R; r += 2) dot_pair(pairs[r / 2], codes, pair_of(from + STEP_COLUMNS * r, from + STEP_COLUMNS * second_of<R>(r)));
     });
+}
+
+template <class F, int FIRST, int CHUNKS, int R, int HALF>
+DC_INLINE void sum_pairs(const uint8_t* quants, const int8_t* x, Sum* sum) {
+    PairSum pairs[(R + 1) / 2];
+    for (PairSum& pair : pairs) pair = begin_pair<NO_OFFSET>(0, 0);
+    add_pairs_of_block<F, FIRST, CHUNKS, R, HALF>(quants, x, pairs);
     for (int r = 0; r < R; r += 2) end_pair<HALF>(pairs[r / 2], sum[r], sum[second_of<R>(r)]);
 }
 #endif
@@ -183,6 +188,103 @@ __attribute__((noinline)) void step_rows(const uint8_t* tile, int64_t groups, in
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) store(y + 16 * r, total[r]);
+}
+
+// ---- one scale for a row
+
+// Adds a group's codes times 256 bytes of each of R rows to their sums. `ahead`, unless 0: prefetch what lies that many bytes further on.
+#if defined(DC_PAIRS)
+template <class F, int R>
+struct RowSums {                        // of two rows each, of the first 8 outputs and of the others
+    PairSum first[(R + 1) / 2], others[(R + 1) / 2];
+
+    __attribute__((always_inline)) explicit RowSums(const int32_t (&minus)[R]) {
+        for (int r = 0; r < R; r += 2) first[r / 2] = others[r / 2] = begin_pair<F::OFFSET_SHIFT>(minus[r], minus[second_of<R>(r)]);
+    }
+    __attribute__((always_inline)) void add(const uint8_t* group, int64_t ahead, const int8_t* x) {
+        for (int i = 0; i < STEP_BLOCKS; i++) {
+            if (ahead) prefetch_block<F>(group, i, ahead);
+            add_pairs_of_block<F, 0, 8, R, 0>(quants_of<F>(group, i), x + BLOCK * i, first);
+            add_pairs_of_block<F, 0, 8, R, 1>(quants_of<F>(group, i), x + BLOCK * i, others);
+        }
+    }
+    __attribute__((always_inline)) void end(const int32_t (&)[R], Whole* whole) {
+        for (int r = 0; r < R; r += 2) {
+            end_pair<0>(first[r / 2], whole[r], whole[second_of<R>(r)]);
+            end_pair<1>(others[r / 2], whole[r], whole[second_of<R>(r)]);
+        }
+    }
+};
+#else
+template <class F, int R>
+struct RowSums {
+    Sum sum[R];
+
+    __attribute__((always_inline)) explicit RowSums(const int32_t (&minus)[R]) {
+        for (int r = 0; r < R; r++) sum[r] = F::Dot::template begin<F::OFFSET_SHIFT>(minus[r]);
+    }
+    __attribute__((always_inline)) void add(const uint8_t* group, int64_t ahead, const int8_t* x) {
+        for (int i = 0; i < STEP_BLOCKS; i++) {
+            if (ahead) prefetch_block<F>(group, i, ahead);
+            each_product<F, 0, 8, R>(quants_of<F>(group, i), x + BLOCK * i, [&](int r, const auto& w, const int8_t* from, auto at) __attribute__((always_inline)) {
+                dot_at<typename F::Dot, decltype(at)::value>(sum[r], w, from);
+            });
+        }
+    }
+    __attribute__((always_inline)) void end(const int32_t (&minus)[R], Whole* whole) {
+        for (int r = 0; r < R; r++) whole[r] = F::Dot::template end<F::OFFSET_SHIFT>(sum[r], minus[r]);
+    }
+};
+#endif
+
+// R rows of a group, which may lie in two sets.
+template <int R>
+struct RowsOfGroup {
+    static constexpr int FIRST = R < SET_ROWS ? R : SET_ROWS;
+    const StepSet* set;
+    int first;
+
+    RowsOfGroup(const StepGroup* panel, int row) : set(panel->sets + row / SET_ROWS), first(Q_ROWS % SET_ROWS ? row % SET_ROWS : 0) {}
+    const StepSet& of(int r) const { return r < FIRST ? set[0] : set[1]; }
+    int place(int r) const { return r < FIRST ? first + r : r - FIRST; }
+    float step(int r) const { return of(r).step[place(r)]; }
+    int32_t minus(int r) const { return of(r).minus[place(r)]; }
+    bool has_high(int r) const { return of(r).has_high[place(r)]; }
+};
+
+// One group after another, each with a step of its own and two bytes a column.
+template <class F, int R>
+__attribute__((noinline)) void fine_row_scale_rows(const uint8_t* tile, int64_t groups, int64_t ahead, const StepGroup* panel, int row, float* y) {
+    Lanes total[R] = {};
+    for (int64_t g = 0; g < groups; g++, tile += group_of_blocks_bytes<F>(), panel++) {
+        const RowsOfGroup<R> rows(panel, row);
+        int32_t minus[R];                           // of both bytes
+        for (int r = 0; r < R; r++) minus[r] = rows.minus(r);
+        const int32_t nothing[R] = {};
+        Whole low[R], high[R];
+        RowSums<F, R> sums(minus), more(nothing);
+        sums.add(tile, ahead, panel->low[row]), sums.end(minus, low);
+        more.add(tile, 0, panel->high[row]), more.end(nothing, high);
+        const Lanes d = F::shared(tile);
+        for (int r = 0; r < R; r++) add_product(total[r], d * all(rows.step(r)), to_floats(add_fine(high[r], low[r])));
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) store(y + 16 * r, total[r]);
+}
+
+// Rows row .. row + R - 1 of the panel -> y [R][16], as q_rows.
+template <class F, int R>
+__attribute__((noinline)) void row_scale_rows(const uint8_t* tile, int64_t groups, int64_t ahead, const StepGroup* panel, int row, float* y) {
+    if (__builtin_expect(RowsOfGroup<R>(panel, row).has_high(0), 0)) return fine_row_scale_rows<F, R>(tile, groups, ahead, panel, row, y);
+    int32_t minus[R] = {};
+    for (int64_t g = 0; g < groups; g++)
+        for (int r = 0; r < R; r++) minus[r] += RowsOfGroup<R>(panel + g, row).minus(r);
+    RowSums<F, R> sums(minus);
+    for (int64_t g = 0; g < groups; g++) sums.add(tile + g * group_of_blocks_bytes<F>(), ahead, panel[g].low[row]);
+    Whole whole[R];
+    sums.end(minus, whole);
+    const Lanes d = F::shared(tile);
+    for (int r = 0; r < R; r++) store(y + 16 * r, d * all(RowsOfGroup<R>(panel, row).step(r)) * to_floats(whole[r]));
 }
 
 }  // namespace

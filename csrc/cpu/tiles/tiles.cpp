@@ -84,7 +84,11 @@ bool makes_codes_first(const Tiles& tiles) {
 
 int panels_of(Weight type) {
     if (is_float(type)) return FLOAT_PANELS;
-    return with_format(type, [](auto format) { return decltype(format)::WHOLE_SCALES ? STEP_PANELS : BLOCK_PANELS; });
+    return with_format(type, [](auto format) -> int {
+        using F = decltype(format);
+        if (!F::WHOLE_SCALES) return BLOCK_PANELS;
+        return F::ROW_SCALE ? STEP_PANELS : STEP_PANELS | HIGH_BYTES;
+    });
 }
 
 size_t prepared_bytes(const Tiles& tiles, int64_t rows) { return size_t(panel_count(rows) * panel_bytes(tiles.panels, tiles.columns)); }

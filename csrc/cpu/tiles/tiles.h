@@ -32,6 +32,7 @@
 //     q1_0           4   d f16 [16]                                                         1                  0.141    0.141
 //     q2_0           2   d f16 [16]                                                         2                  0.281    0.281
 //     q2_0_g128      4   d f16 [16]                                                         2                  0.266    0.266
+//     i8_row        8   d f32 [16]                                                         8                  1.0156   1.0156
 //
 // Missing blocks of the last group and missing rows of the last tile are zeros. K is a multiple of the file's block: 32, 64, 128 or 256.
 // Tiles of one matrix may have different q types (Tiles::places), because a matrix may be fused of parts that a file stores differently.
@@ -49,11 +50,15 @@
 // 1.4e-4 in blocks and 4.9e-4 in steps; with a scale for 256 columns and one byte, as in llama.cpp, it is 6.7e-3
 // (bench/RESULTS.md, "What the rounding of x costs").
 //
+// x for i8_row: whole numbers of one byte, times one step for a whole row of x, that of its largest value, as files of this type ask for. With
+// `fine` each has two bytes, and 256 columns have a step.
+//
 // numerics  q8_0, q4_0, q4_1, u4_*: y = fma(d * dx, float(int32 sum), y) block after block, or fma(d / 256 * dx, float(256 * int32 sum +
 //           the fine one), y). The others (whose scales are products): y = fma(s * dx, float(int32 sum), y) for each scale s of the
 //           block, and then, with a fine plane, y = fma(s / 256 * dx, float(int32 sum of the fine one), y) for each.
 //           Then, with minimums, y = fma(m, dx * (sum of x8 + sum of fine / 256), y). Q2_K and Q3_K: y = fma(d * step, float(int32 sum of 256
-//           columns), y), and then Q2_K's minimums, y = fma(-dmin * step, float(int32 sum), y). IQ2_*, IQ3_*, IQ1_*: y = fma(d / OF * step,
+//           columns), y), and then Q2_K's minimums, y = fma(-dmin * step, float(int32 sum), y). i8_row: y = d * step * float(int32 sum
+//           of all columns), and with `fine` as Q3_K. IQ2_*, IQ3_*, IQ1_*: y = fma(d / OF * step,
 //           float(int32 sum of low bytes), y), and then y = fma(d / OF * step, 256 * float(int32 sum of high bytes), y), with OF of grids.h.
 //           Float types: y = fma(w, x, y), k after k. One accumulator for an output, starting at 0; then + bias, activation, + residual, each
 //           rounded. So a row's bits depend on nothing but the row: not on T, ranges, threads, instruction set.
@@ -103,8 +108,9 @@ constexpr int PANEL_ROWS = 16;          // rows of x that lie side by side: two 
 
 static constexpr bool is_float(Weight type) { return type <= Weight::bf16; }
 
-// How x is made ready for a type's tiles: blocks of 32 columns with a scale each, groups of 256 in steps, or floats.
-enum Panels : int { BLOCK_PANELS = 1, STEP_PANELS = 2, FLOAT_PANELS = 4 };
+// How x is made ready for a type's tiles: blocks of 32 columns with a scale each, groups of 256 in steps, or floats. HIGH_BYTES: each group has a
+// step of its own, and a second byte in blocks with outliers; without it a row has one step and one byte.
+enum Panels : int { BLOCK_PANELS = 1, STEP_PANELS = 2, FLOAT_PANELS = 4, HIGH_BYTES = 8 };
 
 struct TilePlace {
     Weight type;

@@ -248,7 +248,8 @@ FloatKernel pick_float(int tiles, int rows) { return tiles == PAIR ? pick_float<
 
 template <class F, int R>
 constexpr auto kernel_of() {
-    if constexpr (F::WHOLE_SCALES) return &step_rows<F, R>;
+    if constexpr (F::ROW_SCALE) return &row_scale_rows<F, R>;
+    else if constexpr (F::WHOLE_SCALES) return &step_rows<F, R>;
     else return &q_rows<F, R>;
 }
 
@@ -342,6 +343,7 @@ constexpr auto pair_form() {
 template <class F>
 Expander pair_expander() {
     if constexpr (F::EXPANDS) return expander<F>();
+    else if constexpr (F::ROW_SCALE) return copy_group<F>;
     else if constexpr (F::WHOLE_SCALES) return fold_group<F>;
     else return unpack_group<F>;
 }
@@ -370,7 +372,9 @@ void multiply_expanded_pair(const Gathering& g, const uint8_t* first, const uint
             Sums& own = sums[group - g.first];
             for (int row = 0; row < g.rows(group); row += SET_ROWS) {
                 if (last) fetch_outputs(g.job, g.tile, group * GROUP_ROWS + row, int(least(SET_ROWS, g.rows(group) - row)));
-                if constexpr (F::WHOLE_SCALES)
+                if constexpr (F::ROW_SCALE)
+                    pair_row_scale<E>(expanded[0], expanded[1], count, last, fetching, g.steps(group) + b / STEP_BLOCKS, place + row, own.y[0][row], own.y[1][row]);
+                else if constexpr (F::WHOLE_SCALES)
                     pair_steps<E>(expanded[0], expanded[1], count, fetching, g.steps(group) + b / STEP_BLOCKS, place + row, own.y[0][row], own.y[1][row]);
                 else
                     pair_rows<E>(expanded[0], expanded[1], own_blocks, fetching, reinterpret_cast<const PanelBlock*>(g.panel(group)) + b, place + row,

@@ -6,6 +6,7 @@
 //              Q3_K        [BLOCKS][8][64], as in a folded group (folded.inl.h)
 //              Q2_K        f32 [16], what its minimums share; [24][64], which are 64 rows of 8 columns of zeros, its minimums and zeros again; then
 //                          as Q3_K
+//              i8_row     as its tiles have them
 //              with a grid the upper bytes of code times scale [BLOCKS][8][64], all signed, then the lower bytes
 // mapping  A = x [16][64], B = codes [16][64], C = sums int32 [16][16]. Each 64 columns take four products, and sums need no scale before the 256
 //          columns end. Blocks in which x has high bytes go the same way again with these. Minimums are products too: a sum s of 16 columns
@@ -192,9 +193,9 @@ DC_INLINE void put_tiles(TileSums& to) {
 template <bool HIGH, int LESS>
 DC_WIDE void add_set(const StepSet& set, Lanes d, const int32_t* low, const int32_t* high, Lanes (&total)[SET_ROWS]) {
     alignas(16) int32_t offset[SET_ROWS];
-    if constexpr (LESS) put_offsets<7>(offset, set.minus, nullptr, HIGH ? 0 : MAGIC_BITS);      // 128 times, and once less:
+    if constexpr (LESS) put_offsets<7>(offset, set.minus, nullptr, HIGH ? 0 : MAGIC_BITS);      // 128 times, and if LESS is 127, once less:
     for (int r = 0; r < SET_ROWS; r++) {
-        if constexpr (LESS) offset[r] = int32_t(uint32_t(offset[r]) - uint32_t(set.minus[r]));      // of a row that x does not have, anything
+        if constexpr (LESS == 127) offset[r] = int32_t(uint32_t(offset[r]) - uint32_t(set.minus[r]));      // of a row that x does not have, anything
         Whole sum;
         if constexpr (HIGH) {
             sum = add_fine(load_sums(high + 16 * r), load_sums(low + 16 * r));
@@ -302,6 +303,90 @@ __attribute__((noinline)) void multiply_lots(const Passing& its, int64_t first, 
     for (int s = 0; s < PANEL_ROWS / SET_ROWS; s++) add_quarter<E, PANELS>(lots[1 - n % 2], sums[1 - n % 2], s);
 }
 
+// The panels of groups whose bytes were made, two at a time and then one.
+template <class E>
+void multiply_all_lots(const Passing& its, LotSums (&scratch)[2]) {
+    const int64_t pairs_end = its.end - (its.end - its.first) % WIDE_PANELS;
+    if (its.first < pairs_end) multiply_lots<E, WIDE_PANELS>(its, its.first, pairs_end, scratch);
+    if (pairs_end < its.end) multiply_lots<E, 1>(its, pairs_end, its.end, scratch);
+}
+
+// Two tiles whose bytes need not be made times all their panels, group by group, onto y. What comes next is fetched meanwhile.
+template <class F>
+void multiply_as_stored(Passing its) {
+    constexpr int64_t BYTES = group_of_blocks_bytes<F>();
+    static_assert(group_of_blocks_bytes<WideFolded<F>>() == BYTES, "WideFolded");
+    LotSums scratch[2];
+    const uint8_t* const tiles[PAIR] = {its.tiles[0], its.tiles[1]};
+    for (its.group = 0; its.group < its.groups(); its.group += its.count) {
+        its.count = least(WIDE_TOGETHER, its.groups() - its.group);
+        for (int t = 0; t < PAIR; t++) {
+            its.tiles[t] = tiles[t] + its.group * BYTES;
+            fetch_once(its.tiles[t] + its.count * BYTES, its.count * BYTES);
+        }
+        multiply_all_lots<WideFolded<F>>(its, scratch);
+    }
+}
+
+// ---- one scale for a row
+
+// C += A B of some groups of one or two panels and two tiles. `to` has C before and after.
+template <class F, int PANELS>
+DC_WIDE void add_groups(const StepGroup* x, const StepGroup* other, const uint8_t* const (&tiles)[PAIR], int64_t groups, bool begins, TileSums& to) {
+    if (begins) zero_tiles<PANELS>();
+    else {
+        tile_load<4>(to[0][0], 64), tile_load<5>(to[0][1], 64);
+        if constexpr (PANELS == 2) tile_load<6>(to[1][0], 64), tile_load<7>(to[1][1], 64);
+    }
+    for (int64_t g = 0; g < groups; g++) {
+        const int64_t at = g * group_of_blocks_bytes<F>() + F::SCALE_BYTES;
+        for (int k = 0; k < 4; k++)
+            dot_tiles<PANELS>(x[g].low[0] + 64 * k, other[g].low[0] + 64 * k, STEP_COLUMNS, tiles[0] + at + 1024 * k, tiles[1] + at + 1024 * k);
+    }
+    put_tiles<PANELS>(to);
+}
+
+// A panel's sums -> y of its two groups of rows.
+template <class F>
+void scale_rows(const Passing& its, int64_t panel, const int32_t (&sums)[PAIR][16 * 16]) {
+    const StepGroup* const x = its.steps(panel);
+    for (int s = 0; s < PANEL_ROWS / SET_ROWS; s++) {
+        int32_t minus[SET_ROWS], offset[SET_ROWS];
+        for (int r = 0; r < SET_ROWS; r++) {
+            uint32_t sum = 0;                       // unsigned, since x may lack the row
+            for (int64_t g = 0; g < its.groups(); g++) sum += uint32_t(x[g].sets[s].minus[r]);
+            minus[r] = int32_t(sum);
+        }
+        put_offsets<F::OFFSET_SHIFT>(offset, minus, nullptr, 0);
+        for (int t = 0; t < PAIR; t++) {
+            const Lanes d = F::shared(its.tiles[t]);
+            float (*const y)[16] = its.y[HALVES * (panel - its.first) + s / 2].y[t] + s % 2 * SET_ROWS;
+            for (int r = 0; r < SET_ROWS; r++)
+                store(y[r], d * all(x->sets[s].step[r]) * to_floats(plus(load_sums(sums[t] + 16 * (SET_ROWS * s + r)), offset[r])));
+        }
+    }
+}
+
+// Two tiles times all their panels, onto y. The sums stay integers until the row ends; while other panels pass by they wait in memory.
+template <class F>
+void multiply_row_scale(const Passing& its) {
+    constexpr int64_t BYTES = group_of_blocks_bytes<F>();
+    alignas(64) TileSums sums[STEP_PANELS_AT_ONCE / WIDE_PANELS];
+    for (int64_t g = 0, count; g < its.groups(); g += count) {
+        count = least(WIDE_TOGETHER, its.groups() - g);
+        const uint8_t* const tiles[PAIR] = {its.tiles[0] + g * BYTES, its.tiles[1] + g * BYTES};
+        for (int64_t panel = its.first; panel < its.end; panel += WIDE_PANELS) {
+            const int64_t n = (panel - its.first) / WIDE_PANELS, part = (count * BYTES + 3) / 4, from = count * BYTES + n * part;
+            fetch_once(tiles[0] + from, part), fetch_once(tiles[1] + from, part);
+            const StepGroup *const x = its.steps(panel) + g, *const other = its.steps(least(panel + 1, its.end - 1)) + g;
+            if (panel + 1 < its.end) add_groups<F, WIDE_PANELS>(x, other, tiles, count, g == 0, sums[n]);
+            else add_groups<F, 1>(x, other, tiles, count, g == 0, sums[n]);
+        }
+    }
+    for (int64_t panel = its.first; panel < its.end; panel++)
+        scale_rows<F>(its, panel, sums[(panel - its.first) / WIDE_PANELS][(panel - its.first) % WIDE_PANELS]);
+}
+
 // TILES tiles (1: a split one) times all its panels, onto y.
 template <class F, class E, int TILES>
 void multiply_passing(Passing its) {
@@ -309,15 +394,13 @@ void multiply_passing(Passing its) {
     alignas(64) uint8_t bytes[TILES][WIDE_TOGETHER * WIDE_BYTES];
     LotSums scratch[2];
     const uint8_t* const tiles[PAIR] = {its.tiles[0], its.tiles[1]};
-    const int64_t pairs_end = its.end - (its.end - its.first) % WIDE_PANELS;
     for (int t = 0; t < PAIR; t++) its.tiles[t] = bytes[t % TILES];
     for (its.group = 0; its.group < its.groups(); its.group += its.count) {
         its.count = least(WIDE_TOGETHER, its.groups() - its.group);
         for (int t = 0; t < TILES; t++)
             for (int64_t i = 0; i < its.count; i++)
                 make_bytes(E(), tiles[TILES == PAIR ? t : its.tile] + (its.group + i) * BYTES, bytes[t] + i * WIDE_BYTES);
-        if (its.first < pairs_end) multiply_lots<E, WIDE_PANELS>(its, its.first, pairs_end, scratch);
-        if (pairs_end < its.end) multiply_lots<E, 1>(its, pairs_end, its.end, scratch);
+        multiply_all_lots<E>(its, scratch);
     }
 }
 
@@ -327,6 +410,7 @@ void multiply_tiles_in_steps(Passing its) {
     for (int64_t i = 0; i < HALVES * (its.end - its.first); i++) std::memset(its.y[i].y, 0, sizeof its.y->y);
     if constexpr (F::EXPANDS)
         for (its.tile = 0; its.tile < PAIR; its.tile++) multiply_passing<F, WideSplit<F>, 1>(its);
+    else if constexpr (F::ROW_SCALE) its.steps(its.first)->sets[0].has_high[0] ? multiply_as_stored<F>(its) : multiply_row_scale<F>(its);
     else multiply_passing<F, WideFolded<F>, PAIR>(its);
 }
 

@@ -67,6 +67,7 @@ bool all_finite(Weight float_type, const uint8_t* values, int64_t count) {
 
 template <class F>
 bool scales_are_finite(const uint8_t* group) {
+    if (F::SINGLES) return all_finite(Weight::f32, group, F::SINGLES);
     if (F::HALVES) return all_finite(Weight::f16, group, F::HALVES);
     uint8_t most = 0;                                   // 12 * 2^(253 - 128) is more than the largest float32
     for (int64_t i = 0; i < F::SCALE_BYTES; i++) most = std::max(most, group[i]);
