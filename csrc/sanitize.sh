@@ -21,7 +21,7 @@ arguments=("$@")
 [ $# -gt 0 ] || arguments=(tests/core/test_core_{pool,sample,attention,tiles,amx,program,ranks}.py)
 # by day on the instruction sets whose sources have the checks, and without a test whose ways others go with fewer rows
 [ $# -gt 0 ] || [ -z "${DECODE_CORE_SANITIZE_MARKS-not slow}" ] \
-    || { export DECODE_CORE_CHECKED_ISAS=1; arguments+=(-k "not chunks_of_a_prompt"); }
+    || { export DECODE_CORE_CHECKED_ISAS=1 DECODE_CORE_ISA=avx512,avx2,portable; arguments+=(-k "not chunks_of_a_prompt"); }
 exec timeout --kill-after=10 "${DECODE_CORE_SANITIZE_SECONDS:-300}" \
     "$python" -m pytest -q -c /dev/null --rootdir=. --noconftest -p no:cacheprovider -p xdist.plugin -n 2 \
     -o "markers=slow: for the night" -m "${DECODE_CORE_SANITIZE_MARKS-not slow}" "${arguments[@]}"

@@ -6,9 +6,9 @@ import decode_core
 
 ISAS = [*decode_core._core.offered_isas(), *decode_core._core.isas_for_tests()]
 if os.environ.get("DECODE_CORE_CHECKED_ISAS") == "1":
-    # setup.py compiles the sanitizers' checks into the portable sources and those of the widest instructions. What runs through the
-    # others would say under sanitizers what it says without.
-    unchecked = {"amx", "amx-always", "avxvnni-evex", *(["avx2"] if "avx512" in ISAS else [])}
+    # setup.py compiles the sanitizers' checks into the portable sources and those of the widest instructions (widest_here). What runs
+    # through the others would say under sanitizers what it says without.
+    unchecked = {"amx", "amx-always", "avxvnni-evex", *(["avx2", "avxvnni"] if "avx512" in ISAS else [])}
     ISAS = [name for name in ISAS if name not in unchecked]
 
 
