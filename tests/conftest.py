@@ -42,19 +42,21 @@ def pytest_report_teststatus(report, config):
 
 # The modules that take longest, the longest first: two processes then end together.
 LONGEST = [f"tests/{name}.py" for name in (
-    "front/server/test_batch_routes", "worker/weights/test_families", "front/pool/test_failover", "common/test_bundle_alone",
-    "worker/engine/test_same_bits", "worker/test_doctor_weights", "worker/weights/test_encoders", "page/test_page_run_lineages",
-    "common/test_bundle", "page/test_page", "worker/weights/test_served_adapters", "core/test_core_tiles", "test_types",
-    "worker/test_doctor", "worker/weights/test_bad_models", "terminal/test_programs", "worker/weights/test_tied_heads",
-    "worker/weights/test_weights", "page/test_page_get", "front/pool/test_watch", "worker/weights/test_strange_files",
-    "worker/engine/test_draft_model", "front/evals/test_run_results", "worker/weights/test_packed_folders",
-    "core/test_cuda_steps", "page/test_page_shell", "worker/engine/test_repetition", "front/tools/test_tool_servers",
-    "front/api/test_calculator", "front/server/test_server", "worker/engine/test_grammar", "test_every_route_and_command",
-    "core/test_core_attention", "page/test_page_chats", "worker/engine/test_engine", "front/evals/test_chat_suite",
-    "terminal/test_quantize", "page/test_page_look", "worker/weights/test_sight_families", "front/server/test_kept_responses",
-    "front/pool/test_changed_files", "worker/weights/test_adapters", "page/test_page_run", "front/server/test_extract",
-    "page/test_page_markdown", "worker/weights/test_packed_default_model", "worker/weights/test_sight_qwen", "worker/test_bits",
-    "front/server/test_picture_routes", "worker/engine/test_kept", "front/server/test_arithmetic")]
+    "common/test_bundle_alone", "worker/weights/test_bad_models", "test_types", "front/server/test_batch_routes",
+    "worker/engine/test_same_bits", "common/test_bundle", "worker/weights/test_families", "worker/test_doctor",
+    "page/test_page_run_lineages", "front/pool/test_failover", "worker/weights/test_weights", "page/test_page",
+    "page/test_page_get", "worker/engine/test_kept", "terminal/test_batch", "core/test_cuda_steps", "terminal/test_programs",
+    "front/evals/test_run_results", "front/pool/test_watch", "front/server/test_tool_rounds", "page/test_page_calling_model",
+    "worker/weights/test_served_adapters", "page/test_page_running_tools", "worker/test_doctor_weights",
+    "terminal/test_batch_files", "core/test_core_tiles", "test_every_route_and_command", "worker/engine/test_windows",
+    "front/server/test_picture_routes", "front/pool/test_sandbox", "core/test_core_program", "worker/test_bits",
+    "core/test_core_latents", "terminal/test_quantize", "export/test_push", "front/pool/test_downloads",
+    "worker/model/test_forward_record", "export/test_nanochat_folders", "front/api/test_retrieval_routes",
+    "front/evals/test_chat_suite", "page/test_page_shell", "front/tools/test_tool_servers", "worker/weights/test_encoders",
+    "front/api/test_responses_client", "front/server/test_kept_responses", "worker/engine/test_engine",
+    "front/server/test_extract", "common/test_hub", "worker/engine/test_engine_adapters", "page/test_page_chats",
+    "front/api/test_apis", "worker/engine/test_packed_kv", "common/test_tools", "common/test_invocation", "terminal/test_embed",
+    "front/intake/test_intake")]
 
 
 def pytest_configure(config):

@@ -180,7 +180,7 @@ def test_every_route_answers(default_model_path, nanochat_fixtures, tmp_path):
         env = ours | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
         tools = tmp_path / "mcp.json"
         tools.write_text(json.dumps({"mcpServers": {"fake": {"command": sys.executable, "args": [fake_tools.__file__]}}}))
-        flags = ["--mcp-config", tools, "--watch", tmp_path / "run", "--database", tmp_path / "kept.db", "--kv-cache-memory", "64M", "--idle-unload", "600",
+        flags = ["--mcp-config", tools, "--watch", tmp_path / "run", "--database", tmp_path / "kept.db", "--kv-cache-memory", "64M", "--nice", "0", "--idle-unload", "600",
                  "--export-folder", tmp_path / "exports"]
         with server(default_model_path, *flags, env=env, log=log) as (process, url):
             ask = Asking(url)
@@ -216,7 +216,7 @@ def test_every_command_runs(default_model_path, nanochat_fixtures, tmp_path):
         "compare": run("compare", default_model_path, nanochat_fixtures / "gen5", "-p", "Say yes.", "-m", "4", *small),
         "score": run("score", default_model_path, "--text", texts, *small),
         "eval": run("eval", default_model_path, "--suite", suite, "--results", tmp_path / "results", *small),
-        "embed": run("embed", default_model_path, texts, "-o", tmp_path / "vectors.npy", *small) or "-",
+        "embed": run("embed", default_model_path, texts, "-o", tmp_path / "vectors.npy", "--nice", "0", *small) or "-",
         "batch": run("batch", default_model_path, lines, "-o", out, *small) or "-",
         "check": run("check", default_model_path),
         "imatrix": run("imatrix", default_model_path, "-f", texts_to_read, "-o", tmp_path / "imatrix.gguf", "--chunks", "1"),

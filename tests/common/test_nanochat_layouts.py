@@ -267,7 +267,7 @@ def test_generation_6_is_served_from_its_own_layout(nanochat_fixtures):
     body = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 12}
     said = set()
     for flags in (("--watch",), ("--models",), ()):
-        with server(*flags, nanochat_fixtures / "gen6", "--dtype", "float32", "--kv-cache-memory", "4M") as (_, url):
+        with server(*flags, nanochat_fixtures / "gen6", "--dtype", "float32", "--kv-cache-memory", "4M", "--nice", "0") as (_, url):
             [model, *_] = get(url + "/v1/models")["data"]
             said.add(json.load(post(url + "/v1/chat/completions", body))["choices"][0]["message"]["content"])
             assert model["id"] in ("d4-chat@700", "nanochat-d4-chat")

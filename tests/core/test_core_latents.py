@@ -5,9 +5,9 @@ import pytest
 
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
 from core_settings import usual_settings  # noqa: E402, F401
+from instruction_sets import ISAS  # noqa: E402
 from record import agree, exact  # noqa: E402
 
-ISAS = [*decode_core._core.offered_isas(), *decode_core._core.isas_for_tests()]
 PAGES, PAGE, IDS = 48, 16, 64
 pytestmark = pytest.mark.usefixtures("usual_settings")
 

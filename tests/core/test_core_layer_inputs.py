@@ -13,8 +13,8 @@ from core_settings import usual_settings  # noqa: E402, F401
 from decode_core.cpu_proof import FileRows  # noqa: E402
 from decode_core.proof import Dice  # noqa: E402
 from decode_core.tiles import COLUMNS  # noqa: E402
+from instruction_sets import ISAS  # noqa: E402
 
-ISAS = [*decode_core._core.offered_isas(), *decode_core._core.isas_for_tests()]
 ROWS, L, P = 40, 4, 64
 IDS = [3, 0, 39, 7, 7, 12]
 pytestmark = pytest.mark.usefixtures("usual_settings")

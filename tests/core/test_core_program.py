@@ -17,13 +17,13 @@ decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="d
 from decode_core import _core  # noqa: E402
 from decode_core.program import LOGIT_ROWS, TOKENS, Buffers  # noqa: E402
 from core_settings import usual_settings  # noqa: E402, F401
+from instruction_sets import ISAS  # noqa: E402
 from nightly import by_day  # noqa: E402
 from record import agree, exact  # noqa: E402
 from row_ops import exp_negative, fma, gelu_tanh, layer_norm, rms_norm, route, route_sigmoids, route_sparse, sigmoid, silu, softcap, softplus, tree  # noqa: E402
 
 PAGE, MAX_TOKENS, MAX_ROWS, PAGES, SLOTS = 16, 128, 128, 64, 16
 SHARE = float(os.environ.get("DECODE_CORE_TEST_SHARE", "1"))
-ISAS = [*_core.offered_isas(), *_core.isas_for_tests()]
 pytestmark = pytest.mark.usefixtures("usual_settings")
 
 

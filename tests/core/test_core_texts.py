@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
-from decode_core import _core  # noqa: E402
 from core_settings import usual_settings  # noqa: E402, F401
+from instruction_sets import ISAS  # noqa: E402
 
 PAGE, ROWS, VOCABULARY = 16, 1200, 400
-ISAS = [*_core.offered_isas(), *_core.isas_for_tests()]
 LENGTHS = (1, 2, 12, 13, 16, 17, 40, 255, 256, 257, 300, 3)
 REACH = 512
 pytestmark = pytest.mark.usefixtures("usual_settings")

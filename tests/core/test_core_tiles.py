@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
-from nightly import by_day  # noqa: E402
+from instruction_sets import ISAS, each_isa  # noqa: E402
+from nightly import WHOLE, by_day  # noqa: E402
 from record import agree, exact  # noqa: E402
 import row_ops  # noqa: E402
 
-ISAS = [*decode_core.info()["offered_isas"], *decode_core._core.isas_for_tests()]
 # GGUF's blocks; those whose scales are no float16 have them in `s`. The seeds of a type's digests are its place here: new types come last
 LAYOUT = {
     "q8_0": [("d", "<f2"), ("q", "i1", 32)], "q4_0": [("d", "<f2"), ("q", "u1", 16)],
@@ -102,6 +102,14 @@ def product(x, matrix, columns=None, **options):
     return out
 
 
+def products(x, matrix, **options):
+    """What every instruction set computes: the same bits."""
+    first, *others = [product(x, matrix, **options) for _ in each_isa()]
+    for other in others:
+        np.testing.assert_array_equal(other, first)
+    return first
+
+
 def as_multiplied(x, kind, fine=False):
     """x in float64 as the products use it: int8 per 32 columns for q types, 16 bits in fine blocks or, if `fine`, in all; for those whose
     scales are whole numbers the same in steps that 256 columns share; unchanged for floats."""
@@ -187,11 +195,11 @@ def raw_blocks(kind, rows, columns, seed=0, **fields):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("N, K", [(16, 32), (48, 64), (49, 576), (960, 96), (33, 1536)])
-def test_a_product_is_that_of_dequantized_weights(isa, kind, N, K):
+def test_a_product_is_that_of_dequantized_weights(settings, kind, N, K):
     K = fitting(kind, K)
     matrix, x = make_matrix(kind, random(N, K, seed=N)), random(11, K, seed=K, scale=3)
     for seen in (x, with_outliers(x)):
-        out = product(seen, matrix)
+        out = products(seen, matrix)
         assert_product(out, seen, matrix)
         exact = seen.astype(np.float64) @ matrix.dequantize().astype(np.float64).T
         most = 2e-2 if kind in OF_ONE_BYTE and seen is not x else 1e-4
@@ -199,19 +207,19 @@ def test_a_product_is_that_of_dequantized_weights(isa, kind, N, K):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in QUANTIZED if kind not in OF_ONE_BYTE])
-def test_outlying_blocks_have_16_bits(isa, kind):
+def test_outlying_blocks_have_16_bits(settings, kind):
     """Blocks that stand out of their row have 16 bits."""
     K = fitting(kind, 576)
     matrix, x = make_matrix(kind, random(48, K, seed=1)), random(12, K, seed=2)
     x[:, [100, 300]] = np.float32(57.3)
     assert (is_fine(x).sum(1) == 2).all()
     w, fine = matrix.dequantize().astype(np.float64), np.repeat(is_fine(x), 32, 1)
-    error = product(x, matrix) - x.astype(np.float64) @ w.T
+    error = products(x, matrix) - x.astype(np.float64) @ w.T
     # only the int8 of the rest may be wrong
     quiet = np.where(fine, 0, x).astype(np.float64) @ w.T
     assert (error**2).mean() < 1e-4 * (quiet**2).mean()
     alone = np.where(fine, x, 0)
-    error = product(alone, matrix) - alone.astype(np.float64) @ w.T
+    error = products(alone, matrix) - alone.astype(np.float64) @ w.T
     assert (np.abs(error) < 57.3 / 127 / 500 * (fine @ np.abs(w).T)).all()
 
 
@@ -227,8 +235,7 @@ def test_a_row_keeps_its_bits_beside_fine_rows(settings, kind):
     loud = plain.copy()
     loud[0::4, [5, 100, 101, 570]] = 50
     assert is_fine(loud)[0::4].any(1).all()
-    for name in ISAS:
-        decode_core.set_isa(name)
+    for _ in each_isa():
         with np.errstate(over="ignore", invalid="ignore"):
             expected = np.concatenate([product(row[None], matrix) for row in loud])
             np.testing.assert_array_equal(product(loud, matrix), expected)
@@ -242,8 +249,7 @@ def test_fine_products_have_16_bits_everywhere(settings, kind):
     matrix, x = make_matrix(kind, random(48, K, seed=1)), with_outliers(random(19, K, seed=2))
     x[3, 64:128] = 0
     expected = None
-    for name in ISAS:
-        decode_core.set_isa(name)
+    for _ in each_isa():
         out = product(x, matrix, fine=True)
         assert_product(out, x, matrix, fine=True)
         expected = out if expected is None else expected
@@ -261,12 +267,12 @@ def test_fine_products_have_16_bits_everywhere(settings, kind):
 
 @pytest.mark.parametrize("kind", FLOATS)
 @pytest.mark.parametrize("K", [1, 15, 17, 50])
-def test_float_tiles_take_any_number_of_columns(isa, kind, K):
+def test_float_tiles_take_any_number_of_columns(settings, kind, K):
     matrix, x, weight = make_matrix(kind, random(20, K)), random(9, K, seed=1), random(K, seed=2)
-    assert_product(product(x, matrix), x, matrix)
+    assert_product(products(x, matrix), x, matrix)
     wide = x.astype(np.float64)
     normed = (wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-5) * weight).astype(np.float32)
-    np.testing.assert_allclose(product(x, matrix, norm=(weight, 1e-5)), product(normed, matrix), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(products(x, matrix, norm=(weight, 1e-5)), products(normed, matrix), rtol=1e-4, atol=1e-5)
 
 
 def test_a_large_vocabulary_is_multiplied():
@@ -315,8 +321,7 @@ def test_bits_depend_on_the_row_alone(settings, kind):
         return product(x[rows], matrix, norm=(weight, 1e-5), bias=bias, activation="relu2", residual=residual[rows], **split)
     decode_core.set_threads(2)
     expected = run(slice(33))
-    for name in ISAS:
-        decode_core.set_isa(name)
+    for _ in each_isa():
         for threads in (1, 2):
             decode_core.set_threads(threads)
             for tiles, groups in [(0, 0), (1, 1), (3, 2), (4, 5)]:
@@ -334,36 +339,37 @@ def test_random_blocks_have_the_same_bits_everywhere(settings, kind):
     matrix.fill(raw_blocks(kind, 64, K), kind)
     x = random(19, K, seed=5) * np.exp(random(19, K, seed=6, scale=4))
     results = set()
-    for name in ISAS:
-        decode_core.set_isa(name)
+    for _ in each_isa():
         results.add(product(x, matrix).tobytes())
     assert len(results) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_product_s_norm_has_the_bits_of_rms_norm(isa, kind, weighted):
+def test_a_product_s_norm_has_the_bits_of_rms_norm(settings, kind, weighted):
     K = fitting(kind, 576)
     matrix, x, weight = make_matrix(kind, random(32, K)), random(9, K, seed=1), random(K, seed=2) if weighted else None
-    np.testing.assert_array_equal(product(x, matrix, norm=(weight, 1e-5)), product(row_ops.rms_norm(x, weight, 1e-5), matrix))
+    for _ in each_isa():
+        np.testing.assert_array_equal(product(x, matrix, norm=(weight, 1e-5)), product(row_ops.rms_norm(x, weight, 1e-5), matrix))
 
 
 @pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0", "q4_1"])
-def test_bias_activation_and_residual_keep_this_order(isa, kind):
+def test_bias_activation_and_residual_keep_this_order(settings, kind):
     matrix, x = make_matrix(kind, random(41, 64)), random(10, 64, seed=1)
-    bias, residual, plain = random(41, seed=2), random(10, 41, seed=3), product(x, matrix)
-    np.testing.assert_array_equal(product(x, matrix, bias=bias), plain + bias)
-    np.testing.assert_array_equal(product(x, matrix, bias=bias, activation="relu2", residual=residual),
+    bias, residual, plain = random(41, seed=2), random(10, 41, seed=3), products(x, matrix)
+    np.testing.assert_array_equal(products(x, matrix, bias=bias), plain + bias)
+    np.testing.assert_array_equal(products(x, matrix, bias=bias, activation="relu2", residual=residual),
                                   residual + np.maximum(plain + bias, 0) ** 2)
-    out = residual.copy()
-    decode_core.multiply(x, matrix, residual=out, out=out)
-    np.testing.assert_array_equal(out, residual + plain)
+    for _ in each_isa():
+        out = residual.copy()
+        decode_core.multiply(x, matrix, residual=out, out=out)
+        np.testing.assert_array_equal(out, residual + plain)
 
 
 @pytest.mark.parametrize("kind", ["f16", "q4_0", "q4_1"])
 @pytest.mark.parametrize("F", [16, 40, 96])
 @pytest.mark.parametrize("activation", decode_core.tiles.GATES)
-def test_a_gate_and_its_up_come_from_alternate_tiles(isa, kind, F, activation):
+def test_a_gate_and_its_up_come_from_alternate_tiles(settings, kind, F, activation):
     gate_of = {"swiglu": lambda gate, up: row_ops.silu(gate) * up, "geglu": lambda gate, up: row_ops.gelu_tanh(gate) * up,
                "clamped_swiglu": row_ops.clamped_swiglu, "gelu": lambda gate, up: row_ops.gelu_erf(gate) * up,
                "reglu2": lambda gate, up: row_ops.relu2(gate) * up, "quick_geglu": lambda gate, up: row_ops.gelu_quick(gate) * up}[activation]
@@ -371,10 +377,12 @@ def test_a_gate_and_its_up_come_from_alternate_tiles(isa, kind, F, activation):
     matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 2 * -(-F // 16) * 16, 64)
     matrix.fill(gate, "f32", first_tile=0, tile_step=2)
     matrix.fill(up, "f32", first_tile=1, tile_step=2)
-    gated, upped = product(x, make_matrix(kind, gate)), product(x, make_matrix(kind, up))
-    expected = gate_of(gated, upped)
-    np.testing.assert_array_equal(product(x, matrix, F, activation=activation), expected)
-    np.testing.assert_array_equal(product(x, matrix, F, activation=activation, residual=residual), residual + expected)
+    halves = make_matrix(kind, gate), make_matrix(kind, up)
+    for _ in each_isa():
+        gated, upped = (product(x, half) for half in halves)
+        expected = gate_of(gated, upped)
+        np.testing.assert_array_equal(product(x, matrix, F, activation=activation), expected)
+        np.testing.assert_array_equal(product(x, matrix, F, activation=activation, residual=residual), residual + expected)
     bias = random(matrix.rows, seed=5)
     biased = [half + bias.reshape(-1, 2, 16)[:, i].reshape(-1)[:F] for i, half in enumerate((gated, upped))]
     g = biased[0].astype(np.float64)
@@ -383,15 +391,16 @@ def test_a_gate_and_its_up_come_from_alternate_tiles(isa, kind, F, activation):
             "gelu": g / 2 * (1 + np.vectorize(math.erf)(g / 2**0.5)) * biased[1], "reglu2": np.maximum(g, 0) ** 2 * biased[1],
             "quick_geglu": g / (1 + np.exp(-1.702 * g)) * biased[1]}[activation]
     assert g.max() > 7 < abs(biased[1]).max()           # both limits are passed
-    np.testing.assert_allclose(product(x, matrix, F, activation=activation, bias=bias), wide, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(products(x, matrix, columns=F, activation=activation, bias=bias), wide, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("activation", sorted({*decode_core.tiles.ACTIVATIONS} - {None, *decode_core.tiles.GATES}))
-def test_an_activation_without_gates_is_its_formula(isa, activation):
+def test_an_activation_without_gates_is_its_formula(settings, activation):
     x, matrix = np.concatenate([random(30, 16, seed=7), random(3, 16, seed=8) * 20]), np.eye(16, dtype=np.float32)
     of = {"relu2": row_ops.relu2, "gelu_tanh": row_ops.gelu_tanh, "gelu_erf": row_ops.gelu_erf, "gelu_quick": row_ops.gelu_quick}[activation]
-    found, y = product(x, make_matrix("f32", matrix), activation=activation), x.astype(np.float64)
-    np.testing.assert_array_equal(found, of(x))
+    found, y = products(x, make_matrix("f32", matrix), activation=activation), x.astype(np.float64)
+    for _ in each_isa():
+        np.testing.assert_array_equal(found, of(x))
     wide = {"relu2": np.maximum(y, 0) ** 2, "gelu_tanh": y / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (y + 0.044715 * y**3))),
             "gelu_erf": y / 2 * (1 + np.vectorize(math.erf)(y / 2**0.5)), "gelu_quick": y / (1 + np.exp(-1.702 * y))}[activation]
     np.testing.assert_allclose(found, wide, rtol=1e-6, atol=2e-7 * max(1, abs(y).max()))
@@ -399,19 +408,20 @@ def test_an_activation_without_gates_is_its_formula(isa, activation):
 
 @pytest.mark.parametrize("kind", ["f32", "q8_0", "q4_1"])
 @pytest.mark.parametrize("columns", [1, 16, 31, 49])
-def test_nothing_is_written_beyond_out_s_columns(isa, kind, columns):
+def test_nothing_is_written_beyond_out_s_columns(settings, kind, columns):
     matrix, x = make_matrix(kind, random(49, 64)), random(9, 64, seed=1)
-    paper = np.full((9, 80), -7, np.float32)
     residual = np.full((9, columns), 0.5, np.float32)
-    decode_core.multiply(x, matrix, out=paper[:, :columns], residual=residual)
-    assert (paper[:, columns:] == -7).all()
-    np.testing.assert_array_equal(paper[:, :columns], product(x, matrix)[:, :columns] + np.float32(0.5))
+    for _ in each_isa():
+        paper = np.full((9, 80), -7, np.float32)
+        decode_core.multiply(x, matrix, out=paper[:, :columns], residual=residual)
+        assert (paper[:, columns:] == -7).all()
+        np.testing.assert_array_equal(paper[:, :columns], product(x, matrix)[:, :columns] + np.float32(0.5))
 
 
 # ---- extremes
 
 @pytest.mark.parametrize("kind", QUANTIZED)
-def test_integer_sums_are_exact_at_their_extremes(isa, kind):
+def test_integer_sums_are_exact_at_their_extremes(settings, kind):
     # bytes of q: codes all zeros or all ones
     least, most = (-128, 127) if kind in ("q8_0", "i8_row") else (0, 255)
     generator, K = np.random.default_rng(0), fitting(kind, 96)
@@ -423,35 +433,36 @@ def test_integer_sums_are_exact_at_their_extremes(isa, kind):
         matrix.fill(raw_blocks(kind, 32, K, q=q, **fields), kind)
         x = np.concatenate([np.full((1, K), 127), np.full((1, K), -127), generator.choice([-127, 127], (7, K))]).astype(np.float32)
         if kind in FROM_FILES:              # whose codes are all that they have
-            assert_product(product(x, matrix), x, matrix)
+            assert_product(products(x, matrix), x, matrix)
             continue
-        np.testing.assert_array_equal(product(x, matrix), x.astype(np.float64) @ matrix.dequantize().astype(np.float64).T)
+        np.testing.assert_array_equal(products(x, matrix), x.astype(np.float64) @ matrix.dequantize().astype(np.float64).T)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_blocks_of_tiny_values_count_as_zero(isa, kind):
+def test_blocks_of_tiny_values_count_as_zero(settings, kind):
     """Blocks of zeros and tiny values count as zero."""
     K = fitting(kind, 96)
     weights, x = random(17, K), random(9, K, seed=1)
     weights[3], weights[5, 32:64], x[2], x[4, :32] = 0, 0, 0, 0
     matrix = make_matrix(kind, weights)
-    out = product(x, matrix)
+    out = products(x, matrix)
     assert_product(out, x, matrix)
     assert (out[2] == 0).all() and (out[:, 3] == 0).all()
     x[6, 32:64] = 1e-35
-    assert np.isfinite(product(x, matrix)).all()
+    assert np.isfinite(products(x, matrix)).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_row_that_is_not_finite_spoils_only_itself(isa, kind, bad):
+def test_a_row_that_is_not_finite_spoils_only_itself(settings, kind, bad):
     K = fitting(kind, 64)
     matrix, x = make_matrix(kind, np.abs(random(16, K)) + 1), random(9, K, seed=1)
-    expected = product(x, matrix)
+    expected = products(x, matrix)
     x[3, 40] = bad
-    out = product(x, matrix)
-    assert not np.isfinite(out[3]).any()
-    np.testing.assert_array_equal(np.delete(out, 3, 0), np.delete(expected, 3, 0))
+    for _ in each_isa():
+        out = product(x, matrix)
+        assert not np.isfinite(out[3]).any()
+        np.testing.assert_array_equal(np.delete(out, 3, 0), np.delete(expected, 3, 0))
 
 
 # ---- packing
@@ -591,8 +602,9 @@ def infinite(source_kind, sign=0):
 def test_filling_tells_of_nan_or_infinite_floats(kind, source_kind):
     N, K = 33, fitting(kind, 72)
     unsigned, generator = infinite(source_kind)[0].dtype, np.random.default_rng(0)
-    for row, column in [(0, 0), (15, K - 1), (16, 63), (N - 1, 64), (N - 1, K - 1)]:
-        for nan, quiet, infinity, largest in (infinite(source_kind), infinite(source_kind, sign=1)):
+    for place, (row, column) in enumerate([(0, 0), (15, K - 1), (16, 63), (N - 1, 64), (N - 1, K - 1)]):
+        for sign in (0, 1) if WHOLE else [place % 2]:
+            nan, quiet, infinity, largest = infinite(source_kind, sign)
             source = generator.integers(0, 1 << 13 if unsigned.itemsize == 2 else 1 << 29, (N, K)).astype(unsigned)     # small numbers
             for value, expected in [(nan, False), (quiet, False), (infinity, False), (source[row, column], True)]:
                 matrix, spoilt = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 48, K), source.copy()
@@ -656,15 +668,14 @@ def test_a_mixed_matrix_has_the_bits_of_its_parts(settings, mix):
         parts[i].fill(source, kind if i % 2 else "f32")
     assert matrix.nbytes == sum(part.nbytes for part in parts)
     np.testing.assert_array_equal(matrix.dequantize(), np.concatenate([part.dequantize() for part in parts]))
-    for name in ISAS:
-        decode_core.set_isa(name)
+    for _ in each_isa():
         expected = np.concatenate([product(x, part) for part in parts], 1)
         np.testing.assert_array_equal(product(x, matrix), expected)
         np.testing.assert_array_equal(product(x[3:4], matrix), expected[3:4])
 
 
 @pytest.mark.parametrize("kinds", [("q4_k", "q6_k"), ("q2_k", "q2_k"), ("iq2_xs", "q3_k"), ("q3_k", "q4_k")], ids="+".join)
-def test_gate_and_up_may_be_of_different_types(isa, kinds):
+def test_gate_and_up_may_be_of_different_types(settings, kinds):
     x, parts = random(41, 256, seed=3), []
     matrix = decode_core.Matrix(decode_core.Arena(1 << 20), list(kinds) * 3, 96, 256)
     for i, kind in enumerate(kinds):
@@ -672,9 +683,10 @@ def test_gate_and_up_may_be_of_different_types(isa, kinds):
         parts.append(make_matrix(kind, weights))
         source = (blocks_from(kind, weights), kind) if kind in FROM_FILES else (weights, "f32")
         matrix.fill(*source, first_tile=i, tile_step=2)
-    expected = row_ops.silu(product(x, parts[0])) * product(x, parts[1])
-    for rows in (9, 41):
-        np.testing.assert_array_equal(product(x[:rows], matrix, 48, activation="swiglu"), expected[:rows])
+    for _ in each_isa():
+        expected = row_ops.silu(product(x, parts[0])) * product(x, parts[1])
+        for rows in (9, 41):
+            np.testing.assert_array_equal(product(x[:rows], matrix, 48, activation="swiglu"), expected[:rows])
 
 
 def test_an_arena_grows_and_outlives_its_name():

@@ -4,6 +4,7 @@ A forked process runs the same command with the same environment on the same des
 start servers from the command line, whose processes are ordinary ones.
 """
 
+import atexit
 import contextlib
 import gc
 import json
@@ -16,6 +17,7 @@ import struct
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 from chatlm.common import core
@@ -34,32 +36,48 @@ def start_child(command, role, environment, original=start.start_child):
     """What start.start_child does. Commands that change torch before it is used get processes of their own."""
     if tuple(command) not in (start.PROCESS_COMMAND, DYING):
         return original(command, role, environment)
-    with_torch = role in ("worker", "survey")
-    kind = with_torch, *sorted(item for item in environment.items() if item[0].startswith(READ_AT_LOAD))
-    if kind not in templates:
-        templates[kind] = Template(with_torch, environment)
     ours, theirs = socket.socketpair()
     with theirs:
-        return templates[kind].fork([*command, role], environment, theirs.fileno()), ours
+        template = template_of("torch" if role in ("worker", "survey") else "", environment)
+        return template.fork([*command, role], environment, theirs.fileno()), ours
+
+
+def start_front(script, arguments, environment):
+    """(the process of `python SCRIPT arguments`, the pipe's end that has its stdout and stderr). The workers that it starts are ordinary ones."""
+    output, theirs = os.pipe()
+    try:
+        template = template_of(str(script), environment, ("LD_", "MALLOC", "PYTHON"))
+        return template.fork([sys.executable, str(script), *arguments], environment, theirs, theirs, theirs), output
+    finally:
+        os.close(theirs)
+
+
+def template_of(what, environment, read_at_load=READ_AT_LOAD):
+    kind = what, *sorted(item for item in environment.items() if item[0].startswith(read_at_load))
+    if kind not in templates:
+        templates[kind] = Template(what, environment)
+    return templates[kind]
 
 
 class Template:
-    """A process that has imported what a role needs, and forks copies of itself that run commands."""
+    """A process that has imported what a role needs, and forks copies of itself that run commands.
 
-    def __init__(self, with_torch, environment):
+    what: "torch" for workers, "" for other children, or the path of chat_server.py for fronts."""
+
+    def __init__(self, what, environment):
         self.lock, self.ended = threading.RLock(), {}       # of processes: the status
         self.orders, orders = socket.socketpair()
         self.ends, ends = socket.socketpair()
         passed = [orders.fileno(), ends.fileno()]
-        command = [sys.executable, __file__, *map(str, passed), "torch"[:5 * with_torch]]
+        command = [sys.executable, __file__, *map(str, passed), what]
         with orders, ends:
             self.process = subprocess.Popen(command, pass_fds=passed, stdin=subprocess.DEVNULL,
                                             env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)})
 
-    def fork(self, command, environment, descriptor):
+    def fork(self, command, environment, descriptor, stdout=1, stderr=2):
         order = json.dumps([os.getcwd(), command, dict(environment)]).encode()
         with self.lock:
-            socket.send_fds(self.orders, [NUMBER.pack(len(order))], [descriptor, 1, 2])
+            socket.send_fds(self.orders, [NUMBER.pack(len(order))], [descriptor, stdout, stderr])
             self.orders.sendall(order)
             return Forked(self, number(self.orders))
 
@@ -91,9 +109,15 @@ class Forked:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self.wait(0)
 
-    def kill(self):
+    def send_signal(self, number):
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.end, signal.SIGKILL)
+            signal.pidfd_send_signal(self.end, number)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
 
     def __del__(self):
         os.close(self.end)
@@ -107,7 +131,7 @@ def number(connection):
 
 # In the template
 
-def serve(orders, ends):
+def serve(orders, ends, become):
     running, poll = {}, select.poll()
     poll.register(orders, select.POLLIN)
     while True:
@@ -134,16 +158,49 @@ def serve(orders, ends):
                 os.close(each)
 
 
-def become(folder, command, environment, parent, descriptors):
-    """Run the command in this process."""
+def take_over(folder, environment, outputs):
     os.setsid()
-    pipe, *outputs = descriptors
     for output, usual in zip(outputs, (1, 2)):
         os.dup2(output, usual, inheritable=True)
         os.close(output)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+
+
+def become_front(code):
+    """A function that runs chat_server.py, whose code is compiled, in this process."""
+    def become(folder, command, environment, parent, descriptors):
+        os.close(descriptors[0])
+        take_over(folder, environment, descriptors[1:])
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.argv = command[1:]
+        sys.path[0] = os.path.dirname(command[1])
+        # as Python opens them: those of the template remember what it had there
+        sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)
+        sys.stderr = sys.__stderr__ = open(2, "w", 1, errors="backslashreplace", closefd=False)
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        main.__file__ = command[1]
+        status = 1
+        try:
+            exec(code, vars(main))
+        except SystemExit as end:
+            status = end.code or 0
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            threading._shutdown()
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return become
+
+
+def become_child(folder, command, environment, parent, descriptors):
+    """Run the command in this process."""
+    pipe, *outputs = descriptors
+    take_over(folder, environment, outputs)
     code = command[2] if command[1] == "-c" else None
     sys.argv = [*command[1:2], *command[2 + (code is not None):], str(pipe), str(parent)]
     status = 1
@@ -167,10 +224,14 @@ def become(folder, command, environment, parent, descriptors):
 if __name__ == "__main__":
     die_with_parent(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.argv[3]:
+    what, become = sys.argv[3], become_child
+    if what == "torch":
         import chatlm.worker.process        # noqa: F401
         core.decode_core()
+    elif what:
+        import chat_server      # noqa: F401
+        become = become_front(compile(Path(what).read_bytes(), what, "exec"))
     else:
         import chatlm.common.processes.ray, chatlm.front.intake.sandboxed      # noqa: E401, F401
     gc.freeze()         # so that no copy looks at, and thereby copies, what it does not change: a third of a worker's start
-    serve(*(socket.socket(fileno=int(each)) for each in sys.argv[1:3]))
+    serve(*(socket.socket(fileno=int(each)) for each in sys.argv[1:3]), become)

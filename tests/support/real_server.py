@@ -1,6 +1,7 @@
 """A real server in a process of its own: started, asked over HTTP, and ended."""
 
 import json
+import os
 import queue
 import re
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 import psutil
 
 import chat_server
+from forked import start_front
 
 SCRIPT = Path(chat_server.__file__).resolve()
 
@@ -52,11 +54,18 @@ class Output:
 
 
 @contextmanager
-def server(*arguments, script=SCRIPT, python=sys.executable, env=None, log=None):
-    """A running server: yields (process, url) once it is ready, and kills it at the end."""
-    process = subprocess.Popen([python, str(script), *map(str, arguments), "--port", "0", "--host", "127.0.0.1"],
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
-    process.stdout = Output(process.stdout)
+def server(*arguments, script=SCRIPT, python=sys.executable, env=None, log=None, forked=True):
+    """A running server: yields (process, url) once it is ready, and kills it at the end. forked: its front need not be a process that Python
+    has started, and which has imported everything anew."""
+    arguments = [*map(str, arguments), "--port", "0", "--host", "127.0.0.1"]
+    environment = os.environ if env is None else env
+    usual = (script, python, environment.get("PYTHONPATH")) == (SCRIPT, sys.executable, os.environ.get("PYTHONPATH"))
+    if forked and usual and sys.platform == "linux":
+        process, output = start_front(script, arguments, environment)
+        process.stdout = Output(os.fdopen(output))
+    else:
+        process = subprocess.Popen([python, str(script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+        process.stdout = Output(process.stdout)
     try:
         yield process, wait_for(process, r"(http://127\.0\.0\.1:\d+)", log)
     finally:

@@ -2,6 +2,7 @@
 
 import random
 import struct
+from functools import cache
 
 import gguf
 import numpy
@@ -73,10 +74,15 @@ def llama_shapes(vocab, numbers=LLAMA_NUMBERS):
 
 
 def random_llama(seed=0, vocab=None, numbers=LLAMA_NUMBERS):
-    """Random float32 tensors of a llama GGUF."""
-    dice = numpy.random.default_rng(seed)
+    """Random float32 tensors of a llama GGUF, which the caller may change."""
     vocab = vocab or len(small_gguf_metadata("gpt-2")["tokenizer.ggml.tokens"])
-    return {name: (dice.standard_normal(shape) / 16).astype(numpy.float32) for name, shape in llama_shapes(vocab, numbers).items()}
+    return {name: tensor.copy() for name, tensor in random_tensors(seed, tuple(llama_shapes(vocab, numbers).items())).items()}
+
+
+@cache
+def random_tensors(seed, shapes):
+    dice = numpy.random.default_rng(seed)
+    return {name: (dice.standard_normal(shape) / 16).astype(numpy.float32) for name, shape in shapes}
 
 
 def packed_text(text):

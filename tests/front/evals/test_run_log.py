@@ -150,7 +150,7 @@ def test_without_tensorboard_a_start_names_pip(tmp_path, run_folder):
     (tmp_path / "without" / "tensorboard" / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'tensorboard'\")")
     list(tiny_training.train(run_folder, 20, 20))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "without"), os.environ.get("PYTHONPATH", "")])}
-    ended = subprocess.run([sys.executable, str(REPOSITORY / "chat_server.py"), "--watch", str(run_folder), "--port", "0", "--run-log", str(tmp_path / "log")],
+    ended = subprocess.run([sys.executable, str(REPOSITORY / "chat_server.py"), "--watch", str(run_folder), "--nice", "0", "--port", "0", "--run-log", str(tmp_path / "log")],
                            capture_output=True, text=True, env=environment, timeout=120)
     assert ended.returncode == 2 and "--run-log needs the Python package tensorboard" in ended.stderr and "pip install" in ended.stderr
     assert "Traceback" not in ended.stderr and not (tmp_path / "log").exists()

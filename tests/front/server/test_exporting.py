@@ -9,7 +9,7 @@ import pytest
 import real_server
 from exported import loaded
 
-SMALL = "--kv-cache-memory", "4M", "--max-batch", "2"
+SMALL = "--kv-cache-memory", "4M", "--max-batch", "2", "--nice", "0"
 
 
 @pytest.fixture(scope="module")

@@ -92,7 +92,7 @@ def test_a_front_killed_while_loading_leaves_nothing(nanochat_fixtures):
 def test_a_flag_s_key_leaves_the_process_list(nanochat_fixtures, flags):
     """It still opens the server."""
     log = []
-    with server(nanochat_fixtures / "gen5", *flags, log=log) as (process, url):
+    with server(nanochat_fixtures / "gen5", *flags, log=log, forked=False) as (process, url):
         shown = psutil.Process(process.pid).cmdline()
         assert "sesame" not in " ".join(shown) and "more" not in shown
         assert shown[2] == str(nanochat_fixtures / "gen5") and shown[-4:] == ["--port", "0", "--host", "127.0.0.1"]

@@ -10,6 +10,7 @@ from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.grammar import json_grammar
 from chatlm.worker.engine.repetition import LEAST, LONGEST_RUN, ROUNDS, SEEN, SHORT_RUN, RepetitionFinder
 from engines import make_engine, pieces
+from nightly import by_day
 from works import assignment, changed
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_lists_and_refrains_are_no_repetitions(gguf_engine, text):
     assert noticed_at(gguf_engine.tokenizer.encode(text)) is None
 
 
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("ahead", by_day([False, True], True))        # as a server does
 def test_a_repeating_answer_ends_only_if_asked_to(gguf_engine, ahead):
     """The default model, greedy, goes on with a line that it has read twelve times."""
     prompt = tuple(gguf_engine.tokenizer.encode("The cat sat on the mat and looked at the dog.\n" * 12))

@@ -1,0 +1,20 @@
+"""The instruction sets that decode_core's tests run on: those that this CPU offers, and those that exist for tests alone."""
+
+import os
+
+import decode_core
+
+ISAS = [*decode_core._core.offered_isas(), *decode_core._core.isas_for_tests()]
+if os.environ.get("DECODE_CORE_CHECKED_ISAS") == "1":
+    # setup.py compiles the sanitizers' checks into the portable sources and those of the widest instructions (widest_here). What runs
+    # through the others would say under sanitizers what it says without.
+    unchecked = {"amx", "amx-always", "avxvnni-evex", *(["avx2", "avxvnni"] if "avx512" in ISAS else [])}
+    ISAS = [name for name in ISAS if name not in unchecked]
+
+
+def each_isa():
+    """Set one after the other; the last line that a failed test has printed is the one that it failed on."""
+    for name in ISAS:
+        decode_core.set_isa(name)
+        print(f"on {name}")
+        yield name
