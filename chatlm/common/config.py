@@ -11,12 +11,13 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.common.files import read_operators
+from chatlm.common.records import record
 
 
 N = TypeVar("N", int, float)
@@ -36,7 +37,7 @@ DATABASE = "~/.local/state/chat_server/store.db"  # where --database is if no pa
 PACKED_BLOCK = 32               # values of a head that share a scale in q8_0 pages
 
 
-@dataclass(frozen=True)
+@record
 class Limits:
     """All limits on requests, in one place. Characters are Unicode code points."""
 
@@ -263,7 +264,7 @@ def flag(default: V, parse: Callable[[str], object] | None, help: str,
     return field(default=default, metadata={"flag": row})
 
 
-@dataclass(frozen=True)
+@record
 class ModelChoice:
     """One of several models to serve: a MODEL on the command line, a [[models]] table in --config, or one
     that --models found."""
@@ -277,7 +278,7 @@ class ModelChoice:
     changes: dict = field(default_factory=dict)  # its own values of fields of `Settings`
 
 
-@dataclass(frozen=True)
+@record
 class Settings:
     """The values of all flags, the command, one or several MODELs, the hashed API keys, and, once a model is
     loaded, its own sampling parameters and where they come from."""

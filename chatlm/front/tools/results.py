@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from chatlm.common.errors import ChatServerError
 from chatlm.common.jsontext import as_json, whole_unicode
+from chatlm.common.records import record
 from chatlm.front.tools.transport import ToolError
 
 PICTURES = 8
@@ -17,7 +18,7 @@ Decode = Callable[[bytes], Awaitable[object]]
 PICTURE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")
 
 
-@dataclass(frozen=True)
+@record
 class ToolPicture:
     mime_type: str
     data: str  # base64
@@ -32,7 +33,7 @@ class ToolPicture:
         return {"mime_type": self.mime_type, "data": self.data}
 
 
-@dataclass(frozen=True)
+@record
 class ToolResult:
     text: str
     is_error: bool = False

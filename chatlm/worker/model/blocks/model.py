@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from chatlm.common.records import record
 from chatlm.worker.model.blocks.axes import (
     Divided, RankPart, Run, Tensor, Tensors, padded_places, rank_part, vector)
 from chatlm.worker.model.blocks.attention import Attention
@@ -25,7 +26,7 @@ from chatlm.worker.model.tensors import rounded_up
 DISTANCE_BUCKETS = 32  # half of them are for keys after a token
 
 
-@dataclass(frozen=True)
+@record
 class Model:
     """All that a Transformer computes. Each of several ranks or stages has a Model of its own."""
 
