@@ -618,6 +618,7 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
         routes = RouteTable(ROUTES, settings.prefix)
         async with serving(create_app(catalogue, settings, store, toolbox), listener, room, routes.is_polled):
             try:
+                catalogue.get_ahead()
                 if await first_of(catalogue.wait_ready(), drain.wait()) == 0:
                     progress.close()
                     await asyncio.to_thread(warn_of_another_program)

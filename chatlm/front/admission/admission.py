@@ -10,12 +10,12 @@ import itertools
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence as Seq
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import Settings
-from chatlm.common.errors import RequestError, printable
+from chatlm.common.errors import ChatServerError, RequestError, printable
 from chatlm.common.log import log
 from chatlm.common.memory import trim_heap
 from chatlm.common.messages.protocol import Known, NewPicture, SandboxConfig
@@ -107,6 +107,16 @@ class Admission:
         for name in ("documents", "pictures"):
             self._configure(name, Known(Settings(), None), TextSpec("", b""))  # the same for every model
 
+    async def start_ahead(self):
+        """Start the process that fills in chat templates, unless a text has come, and have it fill in an
+        empty one, for which it imports what it needs."""
+        templates = self.sandboxes["templates"]
+        if self.expected or self.prompts or not isinstance(templates, Sandbox):
+            return
+        config = self._config("templates", Known(Settings(), None), TextSpec("", b""))
+        with suppress(ChatServerError):  # the model's own template will show what is wrong
+            await templates.perform("", "fill_template", {}, config=config)
+
     async def expect(self, text: TextSpec, settings: Settings):
         """Open the text of a card before the card comes. Raises the same errors as `open`."""
         opening = asyncio.ensure_future(self._open_text(text, settings))
@@ -127,9 +137,11 @@ class Admission:
         known = Known(replace(settings, keys=(), api_key=()), None)
         for name in ("templates", "schemas"):
             self._configure(name, known, replace(text, payload=b""))
-        # not earlier: its imports would take a processor from those of front and worker
+        templates = self.sandboxes["templates"]
         if text.chat_template:
-            await self.sandboxes["templates"].start()
+            await templates.start()
+        elif isinstance(templates, Sandbox):  # not one that other models use
+            await templates.stop_idle()
         tokenizer = await asyncio.to_thread(open_tokenizer, text)
         await asyncio.to_thread(trim_heap)  # give back what the tokenizer was built from
         if tokenizer.templated:
@@ -146,13 +158,17 @@ class Admission:
 
     def _configure(self, name: str, known: Known, text: TextSpec, context_length: int = 0,
                    scored_length: int = 0, forms: Forms = ()):
+        self.sandboxes[name].config = self._config(name, known, text, context_length, scored_length, forms)
+
+    def _config(self, name: str, known: Known, text: TextSpec, context_length: int = 0,
+                scored_length: int = 0, forms: Forms = ()) -> SandboxConfig:
         limits = {
             "templates": SandboxLimits(self.TEMPLATE_S, 256 << 20, nice=0),
             "schemas": SandboxLimits(self.SCHEMA_S, 256 << 20, nice=10),
             "bodies": SandboxLimits(self.BODY_S, 1 << 30, nice=5),
             "documents": SandboxLimits(self.DOCUMENT_S, 1 << 30, nice=10),
             "pictures": SandboxLimits(self.PICTURE_S, 1 << 30, nice=5)}[name]
-        self.sandboxes[name].config = SandboxConfig(
+        return SandboxConfig(
             known, text, context_length, limits.cpu_s, limits.memory_bytes, limits.nice, self.number,
             scored_length, forms)
 
