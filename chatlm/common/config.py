@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import errno
-import hashlib
 import math
 import os
 import re
@@ -106,15 +104,21 @@ class Limits:
 LIMITS = Limits()
 
 
+def mistake(message: str) -> Exception:
+    """What argparse reports as it is. Most of our processes have no flags to parse, and need no argparse."""
+    import argparse
+    return argparse.ArgumentTypeError(message)
+
+
 def size(text: str) -> int:
     """An argparse type: `512M`, `2G`, `1.5G`, `65536` -> bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512M or 2G")
+        raise mistake(f"{text!r} is not a size such as 512M or 2G")
     unit = " KMGT".index(match[2].upper() or " ")
     count = float(match[1]) * 1024**unit
     if count >= 2**63:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is more than any machine has")
+        raise mistake(f"{shown(text)} is more than any machine has")
     return int(count)
 
 
@@ -123,13 +127,13 @@ def file_name(text: str) -> str:
     try:
         os.stat(Path(text).expanduser())
     except ValueError as error:  # with a NUL
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not a file name: {error}") from None
+        raise mistake(f"{shown(text)} is not a file name: {error}") from None
     except RuntimeError:  # expanduser found no home
-        raise argparse.ArgumentTypeError(
+        raise mistake(
             f"{shown(text)} is not a file name: this user's home directory is unknown") from None
     except OSError as error:  # other errors are reported when it is opened
         if error.errno == errno.ENAMETOOLONG:
-            raise argparse.ArgumentTypeError(
+            raise mistake(
                 f"{shown(text)} is not a file name: with {len(text):,} characters it is too long") from None
     return text
 
@@ -150,6 +154,7 @@ def counted_text(text: str) -> str:
 
 def store_place(text: str) -> tuple[Path, int]:
     """(folder, bytes) of `FOLDER[:SIZE]`, split at the last colon if a size follows."""
+    import argparse
     folder, colon, limit = text.rpartition(":")
     with suppress(argparse.ArgumentTypeError):
         if colon and folder:
@@ -162,7 +167,7 @@ def store_text(text: str) -> str:
     file_name(text.rpartition(":")[0] or text)
     _, limit = store_place(text)
     if not text.strip() or limit < LEAST_STORE_BYTES:
-        raise argparse.ArgumentTypeError(f"{text!r} is not FOLDER or FOLDER:SIZE of at least "
+        raise mistake(f"{text!r} is not FOLDER or FOLDER:SIZE of at least "
                                          f"{LEAST_STORE_BYTES >> 20}M")
     return text
 
@@ -177,7 +182,7 @@ def number(type_: type[N], low: float, high: float = math.inf) -> Callable[[str]
             value = type_(text)
             if low <= value <= high and math.isfinite(value):
                 return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {noun} {allowed}")
+        raise mistake(f"{text!r} is not a {noun} {allowed}")
     return parse
 
 
@@ -194,7 +199,7 @@ def gpu_count(text: str) -> str:
 def origin(text: str) -> str:
     """An argparse type: an Origin header as browsers send it, or * for any."""
     if text not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
-        raise argparse.ArgumentTypeError(
+        raise mistake(
             f"{text!r} is not an origin such as https://chat.example.org (no path), null or *")
     return text
 
@@ -203,7 +208,7 @@ def url_prefix(text: str) -> str:
     """An argparse type: "" or a path without a trailing slash."""
     path = "/" + text.strip("/") if text.strip("/") else ""
     if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", path):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a path such as /chat")
+        raise mistake(f"{text!r} is not a path such as /chat")
     return path
 
 
@@ -214,11 +219,11 @@ def adapter(text: str) -> str:
     """An argparse type: NAME=FOLDER for one adapter, or a FOLDER of several."""
     name, equals, folder = text.partition("=")
     if equals and not re.fullmatch(ADAPTER_NAME, name):
-        raise argparse.ArgumentTypeError(
+        raise mistake(
             f"an adapter may not be called {shown(name)}: names have letters, digits, - _ + and dots and are "
             "neither `latest` nor a number")
     if not (folder if equals else name).strip():
-        raise argparse.ArgumentTypeError(f"{shown(text)} names no folder; an adapter is NAME=FOLDER")
+        raise mistake(f"{shown(text)} names no folder; an adapter is NAME=FOLDER")
     file_name(folder if equals else name)
     return text
 
@@ -576,6 +581,7 @@ class ApiKey(NamedTuple):
 
     @classmethod
     def hashed(cls, key: str, name: str, models: tuple[str, ...] = (), **more: Any) -> ApiKey:
+        import hashlib  # here, because it takes 4 ms, and only a front has keys
         return cls(name, hashlib.sha256(key.encode("utf-8", "replace")).digest(), models, **more)
 
     @property

@@ -22,6 +22,8 @@ class Picture(NamedTuple):
 
 @record
 class Message:
+    """A turn of a conversation."""
+
     role: str  # system, user, assistant or tool (developer is mapped to system by HTTP parsing)
     content: str
     # tool_calls, tool_call_id, name, reasoning_content; OWN of common/text/calculations.py

@@ -20,6 +20,8 @@ PICTURE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")
 
 @record
 class ToolPicture:
+    """A picture that a tool has returned."""
+
     mime_type: str
     data: str  # base64
 
@@ -35,6 +37,8 @@ class ToolPicture:
 
 @record
 class ToolResult:
+    """What a tool has returned."""
+
     text: str
     is_error: bool = False
     pictures: tuple[ToolPicture, ...] = ()

@@ -211,7 +211,8 @@ class Model:
     def padded(self) -> Model:
         """The model with sizes that are multiples of 16, as far as that changes no result: see padding.py."""
         model = self.widened()
-        return replace(model, layers=tuple(layer.padded(model.heads_can_grow) for layer in model.layers))
+        heads_can_grow = model.heads_can_grow
+        return replace(model, layers=tuple(layer.padded(heads_can_grow) for layer in model.layers))
 
     def widened(self) -> Model:
         """The model with a width that is a multiple of 16.
