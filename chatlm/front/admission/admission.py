@@ -90,6 +90,7 @@ class Admission:
     BODY_S = 5.0       # to read a large body
     DOCUMENT_S = 12.0  # to extract the text of a document
     PICTURE_S = 6.0    # to decode a picture
+    AHEAD_S = 0.03        # before a sandbox starts ahead: first the page, for whoever waits for it
     VALID_GRAMMARS = 256  # remember this many valid grammars, so that none is checked twice
 
     def __init__(self, check_capacity: Callable[[str, str, bool, bool], None],
@@ -110,6 +111,7 @@ class Admission:
     async def start_ahead(self):
         """Start the process that fills in chat templates, unless a text has come, and have it fill in an
         empty one, for which it imports what it needs."""
+        await asyncio.sleep(self.AHEAD_S)
         templates = self.sandboxes["templates"]
         if self.expected or self.prompts or not isinstance(templates, Sandbox):
             return

@@ -467,6 +467,7 @@ def answered(body):
 @pytest.fixture
 async def admission():
     one = Admission(lambda *client: None)
+    one.AHEAD_S = 0.0
     yield one
     await asyncio.gather(*(sandbox.close() for sandbox in one.sandboxes.values()))
 
@@ -485,7 +486,8 @@ async def test_the_sandbox_of_templates_starts_ahead(admission, chat_text):
 
 async def test_a_model_without_a_template_keeps_no_sandbox(admission, chat_text):
     ahead = asyncio.ensure_future(admission.start_ahead())
-    await asyncio.sleep(0)
+    while not admission.sandboxes["templates"].process:
+        await asyncio.sleep(0)
     await admission.expect(replace(chat_text, chat_template=None), Settings())      # while the empty template is filled in
     await ahead
     assert admission.sandboxes["templates"].process is None
