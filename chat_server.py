@@ -139,7 +139,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence as Seq
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, TYPE_CHECKING, TypeVar
 
@@ -155,6 +155,7 @@ from chatlm.common.memory import collect_from_now_on, give_memory_back, share_he
 from chatlm.common.messages.requests import PromptProgress
 from chatlm.common.processes.torchrun import RankStore, serve_rank, torchrun
 from chatlm.common.program import other_program, page_files, program_root
+from chatlm.common.records import record
 from chatlm.common.streams import lack_of_space, never_fail, repair_streams
 from chatlm.common.tiers import listed_store
 from chatlm.front.aio import first_of, stop_signals
@@ -511,7 +512,7 @@ STATE_ROUTES: tuple[Route[Front], ...] = (
 )
 
 
-@dataclass(frozen=True)
+@record
 class RoomRoutes(Generic[T]):
     """The routes of one room, and how to find the object whose methods handle them. The type checker refuses
     handlers that are methods of another class."""
@@ -617,6 +618,7 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
         routes = RouteTable(ROUTES, settings.prefix)
         async with serving(create_app(catalogue, settings, store, toolbox), listener, room, routes.is_polled):
             try:
+                catalogue.get_ahead()
                 if await first_of(catalogue.wait_ready(), drain.wait()) == 0:
                     progress.close()
                     await asyncio.to_thread(warn_of_another_program)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import errno
-import hashlib
 import math
 import os
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.common.files import read_operators
+from chatlm.common.records import record
 
 
 N = TypeVar("N", int, float)
@@ -36,7 +35,7 @@ DATABASE = "~/.local/state/chat_server/store.db"  # where --database is if no pa
 PACKED_BLOCK = 32               # values of a head that share a scale in q8_0 pages
 
 
-@dataclass(frozen=True)
+@record
 class Limits:
     """All limits on requests, in one place. Characters are Unicode code points."""
 
@@ -105,15 +104,21 @@ class Limits:
 LIMITS = Limits()
 
 
+def mistake(message: str) -> Exception:
+    """What argparse reports as it is. Most of our processes have no flags to parse, and need no argparse."""
+    import argparse
+    return argparse.ArgumentTypeError(message)
+
+
 def size(text: str) -> int:
     """An argparse type: `512M`, `2G`, `1.5G`, `65536` -> bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512M or 2G")
+        raise mistake(f"{text!r} is not a size such as 512M or 2G")
     unit = " KMGT".index(match[2].upper() or " ")
     count = float(match[1]) * 1024**unit
     if count >= 2**63:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is more than any machine has")
+        raise mistake(f"{shown(text)} is more than any machine has")
     return int(count)
 
 
@@ -122,13 +127,13 @@ def file_name(text: str) -> str:
     try:
         os.stat(Path(text).expanduser())
     except ValueError as error:  # with a NUL
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not a file name: {error}") from None
+        raise mistake(f"{shown(text)} is not a file name: {error}") from None
     except RuntimeError:  # expanduser found no home
-        raise argparse.ArgumentTypeError(
+        raise mistake(
             f"{shown(text)} is not a file name: this user's home directory is unknown") from None
     except OSError as error:  # other errors are reported when it is opened
         if error.errno == errno.ENAMETOOLONG:
-            raise argparse.ArgumentTypeError(
+            raise mistake(
                 f"{shown(text)} is not a file name: with {len(text):,} characters it is too long") from None
     return text
 
@@ -149,6 +154,7 @@ def counted_text(text: str) -> str:
 
 def store_place(text: str) -> tuple[Path, int]:
     """(folder, bytes) of `FOLDER[:SIZE]`, split at the last colon if a size follows."""
+    import argparse
     folder, colon, limit = text.rpartition(":")
     with suppress(argparse.ArgumentTypeError):
         if colon and folder:
@@ -161,7 +167,7 @@ def store_text(text: str) -> str:
     file_name(text.rpartition(":")[0] or text)
     _, limit = store_place(text)
     if not text.strip() or limit < LEAST_STORE_BYTES:
-        raise argparse.ArgumentTypeError(f"{text!r} is not FOLDER or FOLDER:SIZE of at least "
+        raise mistake(f"{text!r} is not FOLDER or FOLDER:SIZE of at least "
                                          f"{LEAST_STORE_BYTES >> 20}M")
     return text
 
@@ -176,7 +182,7 @@ def number(type_: type[N], low: float, high: float = math.inf) -> Callable[[str]
             value = type_(text)
             if low <= value <= high and math.isfinite(value):
                 return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {noun} {allowed}")
+        raise mistake(f"{text!r} is not a {noun} {allowed}")
     return parse
 
 
@@ -193,7 +199,7 @@ def gpu_count(text: str) -> str:
 def origin(text: str) -> str:
     """An argparse type: an Origin header as browsers send it, or * for any."""
     if text not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
-        raise argparse.ArgumentTypeError(
+        raise mistake(
             f"{text!r} is not an origin such as https://chat.example.org (no path), null or *")
     return text
 
@@ -202,7 +208,7 @@ def url_prefix(text: str) -> str:
     """An argparse type: "" or a path without a trailing slash."""
     path = "/" + text.strip("/") if text.strip("/") else ""
     if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", path):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a path such as /chat")
+        raise mistake(f"{text!r} is not a path such as /chat")
     return path
 
 
@@ -213,11 +219,11 @@ def adapter(text: str) -> str:
     """An argparse type: NAME=FOLDER for one adapter, or a FOLDER of several."""
     name, equals, folder = text.partition("=")
     if equals and not re.fullmatch(ADAPTER_NAME, name):
-        raise argparse.ArgumentTypeError(
+        raise mistake(
             f"an adapter may not be called {shown(name)}: names have letters, digits, - _ + and dots and are "
             "neither `latest` nor a number")
     if not (folder if equals else name).strip():
-        raise argparse.ArgumentTypeError(f"{shown(text)} names no folder; an adapter is NAME=FOLDER")
+        raise mistake(f"{shown(text)} names no folder; an adapter is NAME=FOLDER")
     file_name(folder if equals else name)
     return text
 
@@ -263,7 +269,7 @@ def flag(default: V, parse: Callable[[str], object] | None, help: str,
     return field(default=default, metadata={"flag": row})
 
 
-@dataclass(frozen=True)
+@record
 class ModelChoice:
     """One of several models to serve: a MODEL on the command line, a [[models]] table in --config, or one
     that --models found."""
@@ -277,7 +283,7 @@ class ModelChoice:
     changes: dict = field(default_factory=dict)  # its own values of fields of `Settings`
 
 
-@dataclass(frozen=True)
+@record
 class Settings:
     """The values of all flags, the command, one or several MODELs, the hashed API keys, and, once a model is
     loaded, its own sampling parameters and where they come from."""
@@ -575,6 +581,7 @@ class ApiKey(NamedTuple):
 
     @classmethod
     def hashed(cls, key: str, name: str, models: tuple[str, ...] = (), **more: Any) -> ApiKey:
+        import hashlib  # here, because it takes 4 ms, and only a front has keys
         return cls(name, hashlib.sha256(key.encode("utf-8", "replace")).digest(), models, **more)
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import importlib
 import importlib.util
@@ -98,8 +97,14 @@ class EngineFailure(ChatServerError):
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     """The words "; did you mean X?", or nothing if no known word is close."""
-    near = difflib.get_close_matches(word, list(known), 1)
-    return f"; did you mean {prefix}{near[0]}?" if near else ""
+    near = nearest(word, known)
+    return "" if near is None else f"; did you mean {prefix}{near}?"
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that is closest to this one; None if no word is close."""
+    import difflib  # here, because few words are wrong
+    return next(iter(difflib.get_close_matches(word, list(known), 1)), None)
 
 
 def error_text(error: BaseException) -> str:

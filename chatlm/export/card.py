@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Iterator, Sequence as Seq
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.files import read_small
 from chatlm.common.hub.nanochat import checkpoint_at, part_of, read_meta
 from chatlm.common.hub.written import written_beside
+from chatlm.common.records import record
 
 METRICS = {  # what nanochat has written -> its row in the card
     "tokens": "tokens of training", "train_loss": "loss of training", "reward": "reward",
@@ -46,7 +46,7 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 """
 
 
-@dataclass(frozen=True)
+@record
 class Card:
     """What a card says."""
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
+
+from chatlm.common.records import record
 
 if TYPE_CHECKING:
     import numpy
@@ -24,7 +26,7 @@ class Weights(NamedTuple):
     read: Callable[[], Iterator[numpy.ndarray]]
 
 
-@dataclass(frozen=True)
+@record
 class HubModel:
     """What goes into the folder, but its model card."""
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence as Seq
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ChatServerError, ConfigError
 from chatlm.common.jsontext import as_json
+from chatlm.common.records import record
 from chatlm.front.aio import interruptible
 from chatlm.front.api.enforcement import why_unenforced
 from chatlm.front.api.fields import ToolChoice
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from chatlm.terminal.remote import Pool
 
 
-@dataclass(frozen=True)
+@record
 class ChatTool:
     """A tool as the user and the model see it."""
 

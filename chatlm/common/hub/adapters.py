@@ -6,19 +6,19 @@ import json
 import re
 from collections.abc import Iterable, Sequence as Seq
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from chatlm.common.config import ADAPTER_NAME
 from chatlm.common.errors import ConfigError, require_folder
 from chatlm.common.hub.folder import seen_below
 from chatlm.common.hub.stamps import ADAPTER_FILES, Sighting, adapter_stamp
+from chatlm.common.records import record
 
 CONFIG, WEIGHTS = ADAPTER_FILES
 HUGE_PAGE = 2 << 20
 
 
-@dataclass(frozen=True)
+@record
 class AdapterFiles(Sighting):
     """An adapter below a folder."""
 

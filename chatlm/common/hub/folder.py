@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from stat import S_ISREG
 from typing import TYPE_CHECKING, TypeVar
@@ -18,6 +18,7 @@ from chatlm.common.hub.huggingface import SPLIT_GGUF
 from chatlm.common.hub.nanochat import checkpoints_in, step_of
 from chatlm.common.hub.stamps import Sighting, files_of, stamp_of
 from chatlm.common.hub.trainers import NANOGPT_FILE, foreign, is_build_nanogpt, is_hugging_face, is_litgpt
+from chatlm.common.records import record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=Sighting)
 
 
-@dataclass(frozen=True)
+@record
 class Files(Sighting):
     """A model below a folder."""
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from contextlib import suppress
 from pathlib import Path
 
 from chatlm.common.config import PROGRAM_COMMANDS
-from chatlm.common.errors import did_you_mean
+from chatlm.common.errors import did_you_mean, nearest
 from chatlm.common.hub.short_names import SHORT_NAMES
 
 MOST_FILES = 10_000  # of a folder, whose names are compared
@@ -34,8 +33,8 @@ def near_path(model: str) -> str:
                 names.append(entry.name)
             if len(names) == MOST_FILES:
                 break
-    near = difflib.get_close_matches(path.name, names, 1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
+    near = nearest(path.name, names)
+    return "" if near is None else f"; did you mean {path.parent / near}?"
 
 
 def near_id(model: str) -> str:
@@ -44,5 +43,5 @@ def near_id(model: str) -> str:
            for part in (name.lower(), name.lower().partition("/")[2])}
     if model in ids.values():
         return ""
-    near = difflib.get_close_matches(model.lower(), ids, 1)
-    return f"; did you mean {ids[near[0]]}?" if near else ""
+    near = nearest(model.lower(), ids)
+    return "" if near is None else f"; did you mean {ids[near]}?"

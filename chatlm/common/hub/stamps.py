@@ -6,7 +6,6 @@ import glob
 import re
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from chatlm.common.hub.huggingface import TOKENIZERS, mmproj_for
 from chatlm.common.hub.nanochat import meta_of, nanochat_tokenizers, step_of
 from chatlm.common.hub.trainers import (
     LITGPT_CONFIG, LITGPT_FILE, NANOGPT_FILE, is_build_nanogpt, is_litgpt_folder)
+from chatlm.common.records import record
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -38,7 +38,7 @@ LITGPT_FILES = LITGPT_CONFIG, LITGPT_FILE, "prompt_style.yaml"
 HF_PATTERNS = "*.safetensors", "additional_chat_templates/*.jinja"
 
 
-@dataclass(frozen=True)
+@record
 class Sighting:
     """A model, a checkpoint or an adapter below a folder, as a scan finds it."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence as Seq
-from dataclasses import dataclass
 from pathlib import Path
 
 from chatlm.common.errors import require_folder
@@ -14,12 +13,13 @@ from chatlm.common.hub.nanochat import (
     AS_TRAINED, CheckpointPlace, checkpoints_in, meta_of, nanochat_tokenizers, step_of)
 from chatlm.common.hub.stamps import HF_FILES, LITGPT_FILES, Sighting, files_of, stamp_of
 from chatlm.common.hub.trainers import LITGPT_CONFIG, LITGPT_FILE, foreign, is_build_nanogpt, is_litgpt
+from chatlm.common.records import record
 
 MOST_DEPTH = 4  # folders below the watched one: experiments/<experiment>/<tag>/<stage>
 CHECKPOINT = re.compile(r"checkpoint-\d{1,15}")  # a folder of transformers' Trainer
 
 
-@dataclass(frozen=True)
+@record
 class RunStep(Sighting):
     """A checkpoint as its files are now, complete or not."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from chatlm.common.messages.requests import (
     TextSpec, WorkerEvent)
 from chatlm.common.messages.tool_rounds import ToolPlan
 from chatlm.common.messages.wire import Pipe, wire_message
+from chatlm.common.records import record
 
 
 class DraftTerms(NamedTuple):
@@ -434,7 +435,7 @@ NO_GAUGES = dict.fromkeys((  # the gauges of a worker that is not running
     "kept_pages", "kept_bytes", "missed_pages", "prefill_saved_s", "keeping_s"), 0) | {"utilization": None}
 
 
-@dataclass(frozen=True)
+@record
 class Known:
     """All that is needed of the server to read a request body."""
 
@@ -455,7 +456,7 @@ class KeptItem(NamedTuple):
     body: bytes  # JSON, without its id
 
 
-@dataclass(frozen=True)
+@record
 class ParsedBody:
     """The parsed body of a route that answers: the request, and how to write the answer."""
 

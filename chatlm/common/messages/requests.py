@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from chatlm.common.config import CHAT_TEMPERATURE, FLAGS, Settings
+from chatlm.common.records import record
 
 
 class Picture(NamedTuple):
@@ -19,8 +20,10 @@ class Picture(NamedTuple):
     digest: bytes  # 16 bytes over size and pixels, see chatlm/common/vision/pictures.py: `picture`
 
 
-@dataclass(frozen=True)
+@record
 class Message:
+    """A turn of a conversation."""
+
     role: str  # system, user, assistant or tool (developer is mapped to system by HTTP parsing)
     content: str
     # tool_calls, tool_call_id, name, reasoning_content; OWN of common/text/calculations.py
@@ -30,7 +33,7 @@ class Message:
                                        # pictures, each once, in order; (): there are none
 
 
-@dataclass(frozen=True)
+@record
 class HistoryForm:
     """How earlier calls and their results are given to a chat template (see common/text/history_forms.py).
 
@@ -109,7 +112,7 @@ class Embedder(NamedTuple):
     pools_prompt: bool = True      # are the tokens of a prompt pooled too? It is read in either case
 
 
-@dataclass(frozen=True)
+@record
 class TextSpec:
     """All that is needed to render and tokenize, as plain data read once from the model. `payload` is
     tokenizer.json (kind "hf"), or tiktoken's pattern, ranks (bytes as Latin-1) and specials in JSON
@@ -133,7 +136,7 @@ class TextSpec:
 OWN = {"own": True}  # marks a sampling parameter that a model's files may set
 
 
-@dataclass(frozen=True)
+@record
 class SamplingParams:
     """How to draw tokens; a parameter has one name everywhere. Off: top_k 0, top_p 1, min_p 0. Temperature 0
     is greedy."""
@@ -185,7 +188,7 @@ def sampling_defaults(settings: Settings) -> dict[str, tuple[float, str]]:
     return values
 
 
-@dataclass(frozen=True)
+@record
 class ModelSource:
     """The files of a model, and a description of what was chosen and what else was available."""
 
@@ -211,7 +214,7 @@ class ModelFacts(NamedTuple):
     arithmetic: str = ""   # of --arithmetic
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(kw_only=True)
 class AnswerParams:
     """The parameters of each answer to a request. In a worker the answers share one of these."""
 
@@ -246,7 +249,7 @@ class AnswerParams:
     adapter: str = ""                   # the id of the adapter that computes it; "": the model alone
 
 
-@dataclass(frozen=True)
+@record
 class Infill:
     """What surrounds a gap that the answer fills in, as texts and token ids. A prompt of the request is what
     comes last before it."""
@@ -258,7 +261,7 @@ class Infill:
     cut: bool = False              # shorten what does not fit, instead of refusing it
 
 
-@dataclass(frozen=True)
+@record
 class Retrieval:
     """How a request puts its prompts, which are texts, to a model that embeds or ranks them."""
 
@@ -272,7 +275,7 @@ class Retrieval:
 NEW_DOCUMENT: tuple[int, ...] = ()  # a prompt of which nothing is given: see Tokenizer.document_start
 
 
-@dataclass(frozen=True)
+@record
 class Request:
     """A client's request, parsed and checked: either `messages` or `prompts` is set."""
 
@@ -315,7 +318,7 @@ class Request:
         return what if self.messages is None else "messages"
 
 
-@dataclass(frozen=True)
+@record
 class DraftCounts:
     """Numbers of tokens, by the source of the drafts that they were in."""
 
@@ -336,7 +339,7 @@ class DraftCounts:
 DRAFT_SOURCES = tuple(field.name for field in fields(DraftCounts))
 
 
-@dataclass(frozen=True)
+@record
 class Usage:
     """How many tokens an answer took. A worker counts the tokens of its own work; the front counts prompt and
     answer, which it knows as a whole."""
@@ -362,7 +365,7 @@ class Usage:
         return self.accepted.total
 
 
-@dataclass(frozen=True)
+@record
 class Accepted:
     """The first event: rendered, tokenized, fits, queued. The HTTP headers can go out."""
 
@@ -469,7 +472,7 @@ class Failed(NamedTuple):
 WorkerEvent = PromptProgress | PromptScores | Piece | Embedding | ThinkingEnds | Ended | Failed
 
 
-@dataclass(frozen=True)
+@record
 class Finished:
     """The last event. `reason` is OpenAI's finish_reason; `stop_reason` names the cause."""
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 
 from chatlm.common.messages.requests import AnswerParams
+from chatlm.common.records import record
 
 
-@dataclass(frozen=True)
+@record
 class PlannedTool:
     """A tool that the server may call for a request."""
 
@@ -18,7 +18,7 @@ class PlannedTool:
     asks: bool   # must the client approve of each call?
 
 
-@dataclass(frozen=True)
+@record
 class ApprovedCall:
     """A call of an earlier answer, which the client now approves of."""
 
@@ -28,7 +28,7 @@ class ApprovedCall:
     digest: str     # of the tool, when the client was asked
 
 
-@dataclass(frozen=True)
+@record
 class ToolPlan:
     """The tools that the server itself calls to answer a request, in rounds: the model answers, its calls are
     run, and it answers again."""

@@ -13,10 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatlm.common.libraries import use_found_libraries
 from chatlm.common.memory import uncollected
 from chatlm.common.messages.wire import Channel
 from chatlm.common.processes.start import NICENESS
+from chatlm.common.program import program_root
 
 if TYPE_CHECKING:
     from chatlm.common.messages.wire import Pipe
@@ -43,7 +43,9 @@ ROLES = {
 
 def run_role(role: str, *arguments: str) -> int:
     """Run one of ROLES in this process; returns its exit status."""
-    use_found_libraries()
+    if program_root().is_file():  # a bundle
+        from chatlm.common.libraries import use_found_libraries
+        use_found_libraries()
     module, _, function = ROLES[role].partition(":")
     with uncollected():
         run = getattr(importlib.import_module(module), function)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence as Seq
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy
 
+from chatlm.common.records import record
 from chatlm.worker.arrays.gguf_types import TYPES, block_of
 
 VERSION = 3
@@ -71,7 +71,7 @@ class TensorPlace(NamedTuple):
     n_bytes: int
 
 
-@dataclass(frozen=True)
+@record
 class Layout:
     """A file's header, and the places of its tensors."""
 

@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TYPE_CHECKING
@@ -16,6 +15,7 @@ import numpy
 from chatlm import __version__
 from chatlm.common.errors import ConfigError, shown, visible
 from chatlm.common.log import log
+from chatlm.common.records import record
 from chatlm.export.gguf import encoding
 from chatlm.export.gguf.importance import Importance, read_importance
 from chatlm.export.gguf.mixes import EMBEDDINGS, FLOATS, NEED_IMPORTANCE, Mix, TypeRules, mix_of
@@ -111,7 +111,7 @@ def metadata_of(model: Written, mix: Mix, importance: Importance | None) -> dict
     return pairs
 
 
-@dataclass(frozen=True)
+@record
 class Packing:
     """How each tensor of a model becomes bytes of its new type."""
 

@@ -13,6 +13,7 @@ import numpy
 
 from chatlm.common.errors import ConfigError, cannot_read, shown, visible
 from chatlm.common.files import check_regular
+from chatlm.common.records import record
 from chatlm.export.gguf import encoding
 from chatlm.export.gguf.unfinished import UnfinishedFile, digest_of
 from chatlm.worker.weights.gguf_file import read_gguf_file, readable
@@ -38,7 +39,7 @@ class Sums:
         return numpy.where(counts > 0, self.squares / numpy.maximum(counts, 1), 1).astype(numpy.float32)
 
 
-@dataclass(frozen=True)
+@record
 class Importance:
     """What an imatrix file says."""
 

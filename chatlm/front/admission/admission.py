@@ -10,12 +10,12 @@ import itertools
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence as Seq
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import Settings
-from chatlm.common.errors import RequestError, printable
+from chatlm.common.errors import ChatServerError, RequestError, printable
 from chatlm.common.log import log
 from chatlm.common.memory import trim_heap
 from chatlm.common.messages.protocol import Known, NewPicture, SandboxConfig
@@ -90,6 +90,7 @@ class Admission:
     BODY_S = 5.0       # to read a large body
     DOCUMENT_S = 12.0  # to extract the text of a document
     PICTURE_S = 6.0    # to decode a picture
+    AHEAD_S = 0.03        # before a sandbox starts ahead: first the page, for whoever waits for it
     VALID_GRAMMARS = 256  # remember this many valid grammars, so that none is checked twice
 
     def __init__(self, check_capacity: Callable[[str, str, bool, bool], None],
@@ -106,6 +107,17 @@ class Admission:
         self.valid_grammars = common.valid_grammars
         for name in ("documents", "pictures"):
             self._configure(name, Known(Settings(), None), TextSpec("", b""))  # the same for every model
+
+    async def start_ahead(self):
+        """Start the process that fills in chat templates, unless a text has come, and have it fill in an
+        empty one, for which it imports what it needs."""
+        await asyncio.sleep(self.AHEAD_S)
+        templates = self.sandboxes["templates"]
+        if self.expected or self.prompts or not isinstance(templates, Sandbox):
+            return
+        config = self._config("templates", Known(Settings(), None), TextSpec("", b""))
+        with suppress(ChatServerError):  # the model's own template will show what is wrong
+            await templates.perform("", "fill_template", {}, config=config)
 
     async def expect(self, text: TextSpec, settings: Settings):
         """Open the text of a card before the card comes. Raises the same errors as `open`."""
@@ -127,9 +139,11 @@ class Admission:
         known = Known(replace(settings, keys=(), api_key=()), None)
         for name in ("templates", "schemas"):
             self._configure(name, known, replace(text, payload=b""))
-        # not earlier: its imports would take a processor from those of front and worker
+        templates = self.sandboxes["templates"]
         if text.chat_template:
-            await self.sandboxes["templates"].start()
+            await templates.start()
+        elif isinstance(templates, Sandbox):  # not one that other models use
+            await templates.stop_idle()
         tokenizer = await asyncio.to_thread(open_tokenizer, text)
         await asyncio.to_thread(trim_heap)  # give back what the tokenizer was built from
         if tokenizer.templated:
@@ -146,13 +160,17 @@ class Admission:
 
     def _configure(self, name: str, known: Known, text: TextSpec, context_length: int = 0,
                    scored_length: int = 0, forms: Forms = ()):
+        self.sandboxes[name].config = self._config(name, known, text, context_length, scored_length, forms)
+
+    def _config(self, name: str, known: Known, text: TextSpec, context_length: int = 0,
+                scored_length: int = 0, forms: Forms = ()) -> SandboxConfig:
         limits = {
             "templates": SandboxLimits(self.TEMPLATE_S, 256 << 20, nice=0),
             "schemas": SandboxLimits(self.SCHEMA_S, 256 << 20, nice=10),
             "bodies": SandboxLimits(self.BODY_S, 1 << 30, nice=5),
             "documents": SandboxLimits(self.DOCUMENT_S, 1 << 30, nice=10),
             "pictures": SandboxLimits(self.PICTURE_S, 1 << 30, nice=5)}[name]
-        self.sandboxes[name].config = SandboxConfig(
+        return SandboxConfig(
             known, text, context_length, limits.cpu_s, limits.memory_bytes, limits.nice, self.number,
             scored_length, forms)
 

@@ -221,6 +221,14 @@ class Sandbox:
         process.kill()
         return await asyncio.to_thread(process.wait)
 
+    async def stop_idle(self):
+        """Kill the process, if any, once its task is done."""
+        await self.turns.take("")
+        try:
+            await self.stop()
+        finally:
+            self.turns.give_back()
+
     async def close(self):
         self.closed = True
         await self.stop()

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from chatlm.common.records import record
+
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Picture
     from chatlm.front.admission.admission import SharedSandbox
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from chatlm.front.intake.envelope import Envelope
 
 
-@dataclass(frozen=True)
+@record
 class Caller:
     """Who sent a body, and to which route."""
 

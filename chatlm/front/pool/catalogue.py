@@ -40,6 +40,11 @@ class Catalogue:
     async def start(self):
         await self.pool.start()
 
+    def get_ahead(self):
+        """Called once the front has nothing else to do: begin what will be needed. Not earlier, because that
+        would take a processor from the imports of front and worker."""
+        self.pool.get_ahead()
+
     async def wait_ready(self):
         """Wait until a request would be served. Raises ConfigError or EngineFailure if start-up failed."""
         await self.pool.wait_ready()

@@ -93,6 +93,9 @@ class ManyModels(Catalogue):
         self.opener.prefixes.start(lambda: any(pool.dispatcher.jobs for pool in self.pools))
         self.run("finding the models", self._open_all)
 
+    def get_ahead(self):
+        """Nothing: `_open_all` has begun."""
+
     async def wait_ready(self):
         """Wait until requests would be served. Raises ConfigError or EngineFailure if start-up failed."""
         await self.became_ready.wait()

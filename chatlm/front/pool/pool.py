@@ -140,6 +140,10 @@ class WorkerPool:
         if self.adapters.folders:
             self.supervisor.run("watching the adapters", self.adapters.watch.run)
 
+    def get_ahead(self):
+        """Start what the model's text will need, while the workers read the model."""
+        self.supervisor.run("starting a sandbox", self.admission.start_ahead)
+
     async def _expect(self, text: TextSpec):
         try:
             with naming(self.source):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os.path
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import Enum
 from typing import Generic, TYPE_CHECKING, TypeVar
 
+from chatlm.common.records import record
 from chatlm.front.api.kept_fields import STORE_FIELDS
 from chatlm.front.api.tables import BODY_FIELDS, HUB_FIELDS
 
@@ -36,7 +37,7 @@ async def answer_nothing(room: object, http: web.Request) -> web.StreamResponse:
     raise AssertionError
 
 
-@dataclass(frozen=True)
+@record
 class Route(Generic[T]):
     """One route, whose handler is a method of T. Router, access rules, log, errors and /openapi.json are made
     from its row, which stands beside its handler."""

@@ -10,11 +10,12 @@ import itertools
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from typing import Any
 
 from chatlm import __version__
+from chatlm.common.records import record
 from chatlm.front.aio import supervised
 from chatlm.front.tools.http import HttpRefusal, SessionLost, header_value
 from chatlm.front.tools.results import ToolResult, result_of_call
@@ -35,7 +36,7 @@ NAME_CHARACTERS = 200
 Report = Callable[[float, "float | None", str], None]
 
 
-@dataclass(frozen=True)
+@record
 class Tool:
     """A tool as its server describes it."""
 

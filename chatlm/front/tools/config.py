@@ -6,12 +6,13 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from chatlm.common.errors import ConfigError, did_you_mean, shown
+from chatlm.common.records import record
 
 FILE_BYTES = 1 << 20
 LABEL_CHARACTERS = 64
@@ -31,7 +32,7 @@ HTTP_TYPES = ("http", "streamable-http", "streamableHttp")
 A_VARIABLE = re.compile(r"\$\{([^{}]*)\}")
 
 
-@dataclass(frozen=True)
+@record
 class ServerConfig:
     """One tool server: a program that is started here, or a URL that speaks streamable HTTP."""
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from chatlm.common.errors import ChatServerError
 from chatlm.common.jsontext import as_json, whole_unicode
+from chatlm.common.records import record
 from chatlm.front.tools.transport import ToolError
 
 PICTURES = 8
@@ -17,8 +18,10 @@ Decode = Callable[[bytes], Awaitable[object]]
 PICTURE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")
 
 
-@dataclass(frozen=True)
+@record
 class ToolPicture:
+    """A picture that a tool has returned."""
+
     mime_type: str
     data: str  # base64
 
@@ -32,8 +35,10 @@ class ToolPicture:
         return {"mime_type": self.mime_type, "data": self.data}
 
 
-@dataclass(frozen=True)
+@record
 class ToolResult:
+    """What a tool has returned."""
+
     text: str
     is_error: bool = False
     pictures: tuple[ToolPicture, ...] = ()

@@ -8,12 +8,13 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.jsontext import as_json
 from chatlm.common.lanes import Lanes
 from chatlm.common.log import log
+from chatlm.common.records import record
 from chatlm.front.tools.client import Report, Tool
 from chatlm.front.tools.config import ServerConfig, read_mcp_config
 from chatlm.front.tools.results import ToolResult
@@ -31,7 +32,7 @@ CALLS = 32
 FIRST_LIST_S = 10.0  # a list waits so long for servers that are starting
 
 
-@dataclass(frozen=True)
+@record
 class OfferedTool:
     """A tool as a model and a page see it."""
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from chatlm.common.records import record
 
 if TYPE_CHECKING:
     from chatlm.worker.arrays.kinds import Device
 
 
-@dataclass(frozen=True)
+@record
 class CacheFacts:
     """The KV cache of this rank."""
 
@@ -27,7 +28,7 @@ class CacheFacts:
         return self.pages * self.page_bytes
 
 
-@dataclass(frozen=True)
+@record
 class StateFacts:
     """The states of layers that keep one for each sequence."""
 
@@ -36,7 +37,7 @@ class StateFacts:
     bytes_each: int  # in all ranks
 
 
-@dataclass(frozen=True)
+@record
 class EngineFacts:
     """See `Engine.facts`."""
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+from chatlm.common.records import record
 from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.model.blocks.attention import Attention, HeadNorms
 from chatlm.worker.model.blocks.experts import Experts, Router
@@ -17,7 +17,7 @@ from chatlm.worker.model.blocks.model import Model
 from chatlm.worker.model.blocks.norms import RmsNorm
 
 
-@dataclass(frozen=True)
+@record
 class CoreSizes:
     """What decode_core reads of a model, to compute it and to prove its kernels in the model's sizes.
 

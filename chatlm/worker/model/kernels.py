@@ -11,7 +11,7 @@ import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence as Seq
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +27,7 @@ from chatlm.common.errors import ConfigError, require_library
 from chatlm.common.log import log
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.processes.start import own_threads, threads_per_worker
+from chatlm.common.records import record
 from chatlm.worker.arrays.kinds import (
     AdapterMatrix, Arrays, Device, Norm, as_kind, mapped_zeros, of_kind)
 from chatlm.worker.arrays.packed import dequantize, dequantized, i8_as_q8_0, unpermute_rope
@@ -155,7 +156,7 @@ def missing_op(*_, **options):
     raise NotImplementedError("no op was chosen")
 
 
-@dataclass(frozen=True)
+@record
 class Kernels:
     """The op that was chosen for each name. `forward` and the engine use no other ops."""
 

@@ -7,13 +7,13 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TYPE_CHECKING
 
 import numpy
 
 from chatlm.common.errors import ConfigError, printable
+from chatlm.common.records import record
 from chatlm.worker.arrays import kinds
 from chatlm.worker.arrays.kinds import FLOATS, AdapterMatrix, as_kind, bits_of, contiguous, kind_of, zeros
 from chatlm.worker.model.tensors import Cut, Unread
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 MERGE = "--lora merges it into the weights at load"
 
 
-@dataclass(frozen=True)
+@record
 class Adaptable:
     """What is needed to fit adapters to a model. They use Hugging Face's names and order of rows; the model's
     files may have others."""

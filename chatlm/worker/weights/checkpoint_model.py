@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
@@ -11,6 +11,7 @@ from typing import Any, TYPE_CHECKING
 import numpy
 
 from chatlm.common.errors import ConfigError
+from chatlm.common.records import record
 from chatlm.worker.arrays.kinds import address_of, kind_of
 from chatlm.worker.weights.array_tensors import ArrayTensors
 from chatlm.worker.weights.lora import FileSlice
@@ -35,7 +36,7 @@ PLAIN_TENSORS = "float32", "bfloat16", "float16", "float64"
 AdapterNames = Callable[[str, tuple[int, ...]], Iterable[str]]
 
 
-@dataclass(frozen=True)
+@record
 class CheckpointModel:
     """A model whose trainer saved a state dict of plain tensors.
 

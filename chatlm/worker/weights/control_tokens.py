@@ -17,6 +17,7 @@ END_TOKENS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|
               "<end_of_turn>", "<turn|>", "<|tool_response>", "<end_of_utterance>", "<EOT>", "_<EOT>",
               "\u2581<EOT>", "[EOT]", "</assistant>", "<\uff5cend\u2581of\u2581sentence\uff5c>"}
 INFILL = frozenset(itertools.chain(*NAMES.values()))
+BEGINS = frozenset(name[0] for name in ("<", "[", *END_TOKENS, *INFILL))  # of a token that marks something
 LIKE_A_NAME = re.compile(r"[<\[][^<>\s]*[>\]]")  # as <unused7>
 # what a template writes around turns: <|im_start|>, <｜User｜>, <start_of_turn>, <|turn>, [INST]
 LIKE_A_MARK = re.compile(
@@ -28,7 +29,9 @@ def misnamed(tokens: Seq[str], types: Seq[int], ids: Iterable[int | None], templ
     that the metadata name (`ids`), and those that the template writes around turns."""
     named = {token for token in ids if token is not None and LIKE_A_NAME.fullmatch(tokens[token])}
     found = []
-    for token, (text, kind) in enumerate(zip(tokens, types)):
+    for token in sorted(named | {token for token, text in enumerate(tokens) if text[:1] in BEGINS}):
+        text = tokens[token]
+        kind = types[token]
         if kind not in (NORMAL, USER_DEFINED):
             continue
         if text in END_TOKENS or token in named or kind == NORMAL and (

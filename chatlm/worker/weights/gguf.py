@@ -280,10 +280,10 @@ def added_tokens(tokens: Seq[str], types: Seq[int], strips: bool) -> list[dict]:
     """The tokens that are cut out of a text before it is cut into words. `strips`: with the spaces after
     them."""
     added = []
-    for token_id, (token, kind) in enumerate(zip(tokens, types)):
-        if token and kind in (CONTROL, USER_DEFINED):
+    for token_id in [index for index, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED)]:
+        if token := tokens[token_id]:
             added.append({
-                "id": token_id, "content": token, "special": kind == CONTROL, "normalized": False,
+                "id": token_id, "content": token, "special": types[token_id] == CONTROL, "normalized": False,
                 "single_word": False, "lstrip": False,
                 "rstrip": strips and token not in ("<unk>", "<s>", "<|endoftext|>")})
     return added

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, TYPE_CHECKING
 
 import numpy
 
+from chatlm.common.records import record
 from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
 from chatlm.worker.model.blocks.mixers import DeltaRule
 from chatlm.worker.model.head import Head
@@ -82,7 +83,7 @@ def without_draft_head(stored: Mapping[str, Any], layers: int) -> dict[str, Any]
     return own
 
 
-@dataclass(frozen=True)
+@record
 class GgufModel:
     """The model of a GGUF file, or of several that it is split into. Tensors are gguf_header.Tensor."""
 

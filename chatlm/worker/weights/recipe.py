@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 
+from chatlm.common.records import record
 from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.model.blocks.attention import HeadGates
 from chatlm.worker.model.blocks.input import Input
@@ -12,7 +12,7 @@ from chatlm.worker.model.blocks.mixers import Mixer
 from chatlm.worker.model.blocks.norms import AnyNorm
 
 
-@dataclass(frozen=True)
+@record
 class Attention:
     """How a layer attends, where layers differ."""
 
@@ -30,7 +30,7 @@ class Attention:
 Shapes = dict[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
+@record
 class ModelSpec:
     """Everything that distinguishes one model from another; made by a loader, read by `model_of`.
 

@@ -99,6 +99,8 @@ class Rule(NamedTuple):
             return types <= {self.value_type} and (not self.choices or set(values) <= set(self.choices))
         low = max(self.low, -sys.float_info.max)
         high = min(self.high, sys.float_info.max)
+        if types == {int}:
+            return low <= min(values) and max(values) <= high
         return types <= {int, self.value_type} and all(low <= value <= high for value in values)  # NaN fails
 
     @property

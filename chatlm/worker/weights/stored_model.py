@@ -5,9 +5,10 @@ docs/loading.md tells the whole story; `load` is its code."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, NamedTuple, Protocol, TYPE_CHECKING
 
+from chatlm.common.records import record
 from chatlm.worker.model.head import Head
 from chatlm.worker.model.tensors import TILE_ROWS
 
@@ -52,7 +53,7 @@ class Purpose(NamedTuple):
     ranking: Any = None
 
 
-@dataclass(frozen=True)
+@record
 class Report:
     """What a model's files say to the log and to requests. The fields are LoadedModel's."""
 

@@ -28,6 +28,7 @@ from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.text.grammar import json_grammar
 from chatlm.common.text.history_forms import TEXT_ALONE
 from chatlm.common.text.tokenizer import compile_chat_template
+from chatlm.front.admission.admission import Admission
 from chatlm.front.intake.crossing import packed_body, unpacked_body
 from chatlm.front.admission.sandbox import FairLock, Sandbox, next_message
 from chatlm.front.pool.pool import make_pool
@@ -461,6 +462,47 @@ def started(monkeypatch):
 
 def answered(body):
     return json.loads(body)["content"]
+
+
+@pytest.fixture
+async def admission():
+    one = Admission(lambda *client: None)
+    one.AHEAD_S = 0.0
+    yield one
+    await asyncio.gather(*(sandbox.close() for sandbox in one.sandboxes.values()))
+
+
+async def test_the_sandbox_of_templates_starts_ahead(admission, chat_text):
+    """Before the model's text is known; the process that has started fills in the model's template."""
+    sandbox = admission.sandboxes["templates"]
+    await admission.start_ahead()
+    process = sandbox.process
+    assert process.poll() is None
+    await admission.expect(chat_text, Settings())
+    assert sandbox.process is process and sandbox.configs == [sandbox.config]
+    text = await sandbox.perform("", "fill_template", {"messages": [{"role": "user", "content": "Hi"}], "add_generation_prompt": True})
+    assert "<|im_start|>user\nHi<|im_end|>" in text
+
+
+async def test_a_model_without_a_template_keeps_no_sandbox(admission, chat_text):
+    ahead = asyncio.ensure_future(admission.start_ahead())
+    while not admission.sandboxes["templates"].process:
+        await asyncio.sleep(0)
+    await admission.expect(replace(chat_text, chat_template=None), Settings())      # while the empty template is filled in
+    await ahead
+    assert admission.sandboxes["templates"].process is None
+    await admission.start_ahead()                                                   # too late: there is a text
+    assert admission.sandboxes["templates"].process is None
+
+
+async def test_a_sandbox_that_fails_ahead_stops_no_start(admission, chat_text):
+    sandbox = admission.sandboxes["templates"]
+    command = sandbox.command
+    sandbox.command = [sys.executable, "-c", "raise SystemExit(1)"]
+    await admission.start_ahead()
+    sandbox.command = command
+    await admission.expect(chat_text, Settings())
+    assert sandbox.process.poll() is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGPROF, signal.SIGABRT])

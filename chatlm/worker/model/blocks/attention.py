@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy
 
+from chatlm.common.records import record
 from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.model.blocks.axes import Axis, Divided, Run, Tensors, length, matrix, vector
 from chatlm.worker.model.blocks.step import Block, Buffer, Read, Scratch, Step, Sum
 from chatlm.worker.model.tensors import rounded_up
 
 
-@dataclass(frozen=True)
+@record
 class HeadNorms:
     """RMS norms of q and k, before or after they turn, of each head or of all heads together; or LayerNorms
     of each head."""
@@ -45,7 +46,7 @@ class HeadNorms:
         return {name: vector(run.size, factor=factor) for name, run in named.items()}
 
 
-@dataclass(frozen=True)
+@record
 class Scores:
     """Which keys a query sees, and how its scores are computed."""
 
@@ -59,7 +60,7 @@ class Scores:
     distances: bool = False  # each head adds a bias to scores, by the bucket of the distance (MPNet)
 
 
-@dataclass(frozen=True)
+@record
 class HeadGates:
     """What heads give is multiplied by an activation of other products of x, which have their own matrix.
 
@@ -77,7 +78,7 @@ class HeadGates:
         s.k.gate(attended, gates, out=attended, activation=self.activation)
 
 
-@dataclass(frozen=True)
+@record
 class ValueEmbed:
     """v + scale * sigmoid(ve_gate x) * an embedding of the token (nanochat)."""
 
@@ -102,7 +103,7 @@ class ValueEmbed:
         return {"value_embed": b.value, "gate": b.gate, "gate_scale": self.scale}
 
 
-@dataclass(frozen=True)
+@record
 class Attention(Block):
     """output(softmax(q k^T / sqrt(D)) v), where q, k, v = qkv norm(x) (Vaswani et al., "Attention is all you
     need", 2017; grouped heads: Ainslie et al., "GQA", 2023).

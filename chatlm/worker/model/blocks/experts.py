@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from chatlm.common.records import record
 from chatlm.worker.arrays.kinds import Norm
 from chatlm.worker.model.blocks.axes import Divided, Run, Tensors, matrix, vector
 from chatlm.worker.model.blocks.feed_forward import UNGATED, FeedForward, biases_of, columns_of, halves
@@ -14,7 +15,7 @@ from chatlm.worker.model.blocks.step import Block, Buffer, Read, Scratch, Step, 
 from chatlm.worker.model.tensors import rounded_up
 
 
-@dataclass(frozen=True)
+@record
 class Router:
     """Chooses a token's experts and their shares by the logits router x (T, E)."""
 
@@ -52,7 +53,7 @@ class Router:
         return options
 
 
-@dataclass(frozen=True)
+@record
 class Experts(Block):
     """The sum over a token's experts of share * down(act(up x)) (Shazeer et al., "Outrageously large neural
     networks", 2017). An expert that all tokens take may be added (DeepSeekMoE, 2024).
@@ -167,7 +168,7 @@ class Experts(Block):
         return replace(self, width=len(divided["columns"]), shared=shared)
 
 
-@dataclass(frozen=True)
+@record
 class ExpertsBesideDense(Block):
     """norm(dense x) + norm(experts x) (Gemma 4). Dense part, experts and router each have a norm before them.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from chatlm.common.records import record
 from chatlm.worker.model.blocks.axes import Tensors, matrix, vector
 from chatlm.worker.model.blocks.norms import RmsNorm
 from chatlm.worker.model.blocks.step import Buffer, Scratch, Step
@@ -30,7 +31,7 @@ class Extra:
         return self
 
 
-@dataclass(frozen=True)
+@record
 class Lambdas(Extra):
     """x = resid_lambdas[l] * x + x0_lambdas[l] * x0, before layer l (nanochat).
 
@@ -43,7 +44,7 @@ class Lambdas(Extra):
         s.k.mix(s.b.x, s.b.x0, s.resid_lambdas[s.layer], s.x0_lambdas[s.layer], out=s.b.x)
 
 
-@dataclass(frozen=True)
+@record
 class LayerInput(Extra):
     """x = x + norm(input_out(gelu(input_gate x) * the layer's part of layer_inputs)) (Gemma 4).
 
@@ -76,7 +77,7 @@ class LayerInput(Extra):
         return replace(self, norm=self.norm.padded(C, wide))
 
 
-@dataclass(frozen=True)
+@record
 class Scalar(Extra):
     """x = scalar * x (Gemma 4)."""
 
@@ -87,7 +88,7 @@ class Scalar(Extra):
         s.k.mix(s.b.x, s.b.x, s.w["scalar"], 0.0, out=s.b.x)
 
 
-@dataclass(frozen=True)
+@record
 class PictureRows(Extra):
     """x = x + rows of pictures (Meng et al., "DeepStack", 2024)."""
 
@@ -104,7 +105,7 @@ class PictureRows(Extra):
         s.k.mix(s.b.x, getattr(s.b, self.buffer), 1.0, 1.0, out=s.b.x)
 
 
-@dataclass(frozen=True)
+@record
 class Keep(Extra):
     """Keep x for the head's backout (nanochat)."""
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from chatlm.common.records import record
 from chatlm.worker.model.blocks.axes import Run, Tensors, matrix, vector
 from chatlm.worker.model.blocks.norms import AnyNorm, RmsNorm
 from chatlm.worker.model.blocks.step import Buffer, Scratch, Step
 
 
-@dataclass(frozen=True)
+@record
 class Rows:
     """The rows of embedding and head that a rank has."""
 
@@ -21,7 +22,7 @@ class Rows:
         return (Run(self.count, of="vocabulary"),)
 
 
-@dataclass(frozen=True)
+@record
 class Smear:
     """x + smear_lambda * sigmoid(smear_gate x) * norm(the previous token's embedding) (nanochat)."""
 
@@ -42,7 +43,7 @@ class Smear:
         k.smear(b.x, b.previous, before, w["smear_gate"], w["smear_lambda"], out=b.x)
 
 
-@dataclass(frozen=True)
+@record
 class LayerInputs:
     """P numbers for each token and layer: norm(layer_project x) + the token's row of layer_embed (Gemma 4).
 
@@ -80,7 +81,7 @@ class LayerInputs:
         k.layer_inputs(b.layer_inputs, b.layer_rows, w["layer_project_norm"], self.eps, out=b.layer_inputs)
 
 
-@dataclass(frozen=True)
+@record
 class Input:
     """x = norm(scale * embedding + rows of pictures + positions + types), and what some families do then."""
 
@@ -161,7 +162,7 @@ class Input:
         return replace(self, norm=self.norm and self.norm.padded(C, wide))
 
 
-@dataclass(frozen=True)
+@record
 class Join:
     """The input of a draft head: join_embed norm(embedding) + join_hidden norm(state), both matrices (C, C)
     (Gloeckle et al., "Multi-token prediction", 2024; DeepSeek-V3).

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
+from chatlm.common.records import record
 from chatlm.worker.model.blocks.axes import Divided, Tensors, vector
 from chatlm.worker.model.blocks.extras import Extra
 from chatlm.worker.model.blocks.norms import AnyNorm
@@ -13,7 +14,7 @@ from chatlm.worker.model.blocks.step import Block, Buffer, Read, Scratch, Step, 
 from chatlm.worker.model.blocks.clamps import CLAMP_NUMBERS, bounds_of
 
 
-@dataclass(frozen=True)
+@record
 class Layer:
     """x = x + mixer(norm x);  x = x + feed(norm x).
 

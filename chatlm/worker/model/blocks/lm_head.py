@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 
+from chatlm.common.records import record
 from chatlm.worker.model.blocks.axes import Tensors, matrix, vector
 from chatlm.worker.model.blocks.input import Rows
 from chatlm.worker.model.blocks.norms import AnyNorm, LayerNorm
 from chatlm.worker.model.blocks.step import Buffer, Read, Scratch, Step
 
 
-@dataclass(frozen=True)
+@record
 class LmHead:
     """logits = softcap(scale * (head norm(x) + bias)), where head is (V, C)."""
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from chatlm.common.records import record
 from chatlm.worker.model.blocks.axes import Axis, Divided, Run, Tensors, length, matrix, vector
 from chatlm.worker.model.blocks.feed_forward import columns_of
 from chatlm.worker.model.blocks.step import Block, Buffer, Read, Scratch, Step, Sum
@@ -34,7 +35,7 @@ def by_tap(w: dict[str, Any], size: int) -> dict[str, Any]:
     return {"taps": w["taps"].reshape(-1, size).T.flatten()}
 
 
-@dataclass(frozen=True)
+@record
 class ShortConv(Block):
     """A gated convolution over the last tokens (LFM2).
 
@@ -85,7 +86,7 @@ class ShortConv(Block):
         return replace(self, channels=len(divided["channels"]))
 
 
-@dataclass(frozen=True)
+@record
 class DeltaRule(Block):
     """Linear attention that corrects what a key is bound to (Yang et al., "Gated Delta Networks", 2024).
 
@@ -182,7 +183,7 @@ class DeltaRule(Block):
         return replace(self, key_heads=count, value_heads=count * self.values_per_key)
 
 
-@dataclass(frozen=True)
+@record
 class Mamba2(Block):
     """A state space that decays by the token (Dao and Gu, "Transformers are SSMs", 2024; Granite 4).
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from chatlm.common.records import record
 from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.model.blocks.attention import Scores
 from chatlm.worker.model.blocks.axes import Divided, Run, Tensors, matrix
@@ -11,7 +12,7 @@ from chatlm.worker.model.blocks.norms import RmsNorm
 from chatlm.worker.model.blocks.step import Block, Buffer, Read, Scratch, Step, Sum
 
 
-@dataclass(frozen=True)
+@record
 class Mla(Block):
     """output(softmax(q k^T / sqrt(D)) v), where a head's key is (k_up c, r) and its value v_up c
     (DeepSeek-AI, "DeepSeek-V2", 2024).

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from chatlm.common.records import record
 from chatlm.worker.model.blocks.axes import (
     Divided, RankPart, Run, Tensor, Tensors, padded_places, rank_part, vector)
 from chatlm.worker.model.blocks.attention import Attention
@@ -25,7 +26,7 @@ from chatlm.worker.model.tensors import rounded_up
 DISTANCE_BUCKETS = 32  # half of them are for keys after a token
 
 
-@dataclass(frozen=True)
+@record
 class Model:
     """All that a Transformer computes. Each of several ranks or stages has a Model of its own."""
 
@@ -210,7 +211,8 @@ class Model:
     def padded(self) -> Model:
         """The model with sizes that are multiples of 16, as far as that changes no result: see padding.py."""
         model = self.widened()
-        return replace(model, layers=tuple(layer.padded(model.heads_can_grow) for layer in model.layers))
+        heads_can_grow = model.heads_can_grow
+        return replace(model, layers=tuple(layer.padded(heads_can_grow) for layer in model.layers))
 
     def widened(self) -> Model:
         """The model with a width that is a multiple of 16.
