@@ -82,7 +82,7 @@ class LatentReferences:
         self.script.references["append_latents"](x, weight, eps, cos, sin, positions, order, (rows, rows), adjacent)
         kept = [(cache, rows[:, 0])]
         if isinstance(cache, LatentPages):
-            kept = list(zip(cache, codes_of(cache.turned(rows[:, 0]))))
+            kept = list(zip((cache.codes, cache.scales), codes_of(cache.turned(rows[:, 0]))))
         # padding (slot -1) writes what another row writes; if all rows are padding, it writes back what is there
         source = torch.where(slots < 0, slots.argmax(), order)
         slots = slots[source]
