@@ -1,11 +1,12 @@
-"""Random models in the published shapes of hybrids, of Gemma 4 and of Bonsai, at four layers, and our server compared with others on them.
+"""Random models in the published shapes of hybrids, of Gemma 4, of GLM-4.7-Flash and of Bonsai, at few layers, and our server compared with others on them.
 
     python bench/family_shapes.py FOLDER --llama-quantize PATH [--shapes qwen3.5-4b,...] [--type Q4_K_M]
     python bench/family_shapes.py FOLDER --compare --llama-server PATH [--ik-llama-server PATH] [--shapes ...] [flags of bench/compare.py]
 
 The first command writes FOLDER/SHAPE-Q4_K_M.gguf for each shape, from a float16 file that it then deletes; --compare runs
-bench/compare.py on each. Their four layers have the whole model's kinds: for Qwen3.5 three delta rules and one full attention;
-for Gemma-4-E4B a sliding and a full layer, then one of each that reads their keys; for 26B-A4B three sliding and one full.
+bench/compare.py on each. Their layers, mostly four, have the whole model's kinds: for Qwen3.5 three delta rules and one full attention;
+for Gemma-4-E4B a sliding and a full layer, then one of each that reads their keys; for 26B-A4B three sliding and one full; for
+GLM-4.7-Flash one dense and two with experts.
 
 The vocabulary is the default model's (49,152 tokens), so that the head takes about the same share of a step as in the
 whole model (a head of 248,320 rows would be two thirds of four layers) and Gemma's table of per-layer embeddings stays
@@ -51,7 +52,8 @@ class Shape(NamedTuple):
 # Qwen3.6-35B-A3B: its card on the hub, transformers' Qwen3_5MoeTextConfig, whose defaults it is, metadata of its GGUF (ollama's pull
 # request 16031). Gemma-4-E4B: google/gemma-4-E4B-it's config.json, metadata of its GGUF (ollama's issue 18123), gemma.cpp's pull request
 # 919. Gemma-4-26B-A4B: metadata of its GGUF (ollama.com/library/gemma4:26b-a4b-it-q4_K_M). LFM2-1.2B and Granite-4.0-H-Tiny: their
-# config.json, as in tests/support/hub_configs.py.
+# config.json, as in tests/support/hub_configs.py. GLM-4.7-Flash: transformers' Glm4MoeLiteConfig, whose defaults it is; the keys are those
+# of llama.cpp's converter.
 
 QWEN35 = {"attention.key_length": 256, "attention.value_length": 256, "attention.layer_norm_rms_epsilon": 1e-6,
           "rope.dimension_count": 64, "rope.dimension_sections": [11, 11, 10, 0], "rope.freq_base": 1e7,
@@ -84,6 +86,13 @@ SHAPES = {
         "rope.dimension_count": 128, "rope.scaling.finetuned": False, "attention.scale": 0.0078125, "embedding_scale": 12.0,
         "residual_scale": 0.22, "logit_scale": 6.0, "expert_count": 64, "expert_used_count": 6, "expert_shared_feed_forward_length": 1024,
         "ssm.conv_kernel": 4, "ssm.state_size": 128, "ssm.group_count": 1, "ssm.time_step_rank": 48, "ssm.inner_size": 3072}),
+    "glm-4.7-flash": Shape("deepseek2", ("latent", "latent", "latent"), {
+        "embedding_length": 2048, "feed_forward_length": 10240, "attention.head_count": 20, "attention.head_count_kv": 1,
+        "attention.key_length": 576, "attention.value_length": 512, "attention.key_length_mla": 256, "attention.value_length_mla": 256,
+        "attention.q_lora_rank": 768, "attention.kv_lora_rank": 512, "attention.layer_norm_rms_epsilon": 1e-5, "rope.dimension_count": 64,
+        "rope.freq_base": 1e6, "leading_dense_block_count": 1, "expert_count": 64, "expert_used_count": 4, "expert_shared_count": 1,
+        "expert_feed_forward_length": 1536, "expert_shared_feed_forward_length": 1536, "expert_weights_scale": 1.8, "expert_weights_norm": True,
+        "expert_gating_func": 2, "expert_group_count": 1, "expert_group_used_count": 1}, tied=False),
     "bonsai-8b": Shape("qwen3", ("full", "full", "full", "full"), {
         "embedding_length": 4096, "feed_forward_length": 12288, "attention.head_count": 32, "attention.head_count_kv": 8,
         "attention.key_length": 128, "attention.value_length": 128, "attention.layer_norm_rms_epsilon": 1e-6,
@@ -118,6 +127,16 @@ def mamba(n, layer):
             "ssm_out.weight": (C, inner)}
 
 
+def latent(n, layer):
+    """Latent attention (MLA), with keys and values of heads in two tensors, the former transposed."""
+    C, heads, kept, turned, rank = (n[key] for key in (
+        "embedding_length", "attention.head_count", "attention.kv_lora_rank", "rope.dimension_count", "attention.q_lora_rank"))
+    keys, values = n["attention.key_length_mla"], n["attention.value_length_mla"]
+    return {"attn_q_a.weight": (rank, C), "attn_q_a_norm.weight": (rank,), "attn_q_b.weight": (heads * keys, rank),
+            "attn_kv_a_mqa.weight": (kept + turned, C), "attn_kv_a_norm.weight": (kept,), "attn_k_b.weight": (heads, kept, keys - turned),
+            "attn_v_b.weight": (heads, values, kept), "attn_output.weight": (C, heads * values)}
+
+
 def short_convolution(n, layer):
     C = n["embedding_length"]
     return {"shortconv.in_proj.weight": (3 * C, C), "shortconv.conv.weight": (C, n["shortconv.l_cache"]), "shortconv.out_proj.weight": (C, C)}
@@ -129,18 +148,21 @@ def sliding(n, layer, **how):
 
 MIXERS = {
     "delta": delta_rule, "mamba": mamba, "conv": short_convolution, "normed": attention, "full": attention, "sliding": sliding,
+    "latent": latent,
     "plain": lambda n, layer: attention(n, layer, norms=False), "gated": lambda n, layer: attention(n, layer, gate=2),
     "full without v": lambda n, layer: attention(n, layer, values=False),
     "full shared": lambda n, layer: attention(n, layer, keys=False), "sliding shared": lambda n, layer: sliding(n, layer, keys=False)}
 NORMS = {       # of a block, each as wide as x
     "qwen35": ("attn_norm", "post_attention_norm"), "qwen35moe": ("attn_norm", "post_attention_norm"), "lfm2": ("attn_norm", "ffn_norm"),
-    "granitehybrid": ("attn_norm", "ffn_norm"), "qwen3": ("attn_norm", "ffn_norm"), "gemma4": ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")}
+    "granitehybrid": ("attn_norm", "ffn_norm"), "deepseek2": ("attn_norm", "ffn_norm"), "qwen3": ("attn_norm", "ffn_norm"), "gemma4": ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")}
 
 
-def feed_forward(shape):
+def feed_forward(shape, layer):
     n, gemma = shape.numbers, shape.arch == "gemma4"
     C, E, F, shared = (n.get(key, 0) for key in ("embedding_length", "expert_count", "feed_forward_length", "expert_shared_feed_forward_length"))
     found, width = {}, n.get("expert_feed_forward_length", F)
+    if layer < n.get("leading_dense_block_count", 0):
+        E = shared = 0
     if gemma or not E:
         found |= {"ffn_gate.weight": (F, C), "ffn_up.weight": (F, C), "ffn_down.weight": (C, F)}
     if E:
@@ -151,6 +173,8 @@ def feed_forward(shape):
         found |= {"ffn_gate_shexp.weight": (shared, C), "ffn_up_shexp.weight": (shared, C), "ffn_down_shexp.weight": (C, shared)}
     if E and shape.arch == "qwen35moe":
         found["ffn_gate_inp_shexp.weight"] = (C,)
+    if E and shape.arch == "deepseek2":
+        found["exp_probs_b.bias"] = (E,)
     if E and gemma:
         found |= {"ffn_gate_inp.scale": (C,), "ffn_down_exps.scale": (E,)}
         found |= {f"{name}.weight": (C,) for name in ("pre_ffw_norm_2", "post_ffw_norm_1", "post_ffw_norm_2")}
@@ -170,7 +194,7 @@ def tensors(shape, vocab):
         found |= {"per_layer_token_embd.weight": (vocab, layers * per_layer), "per_layer_model_proj.weight": (layers * per_layer, C),
                   "per_layer_proj_norm.weight": (per_layer,)}
     for layer, mixer in enumerate(shape.layers):
-        block = {f"{name}.weight": (C,) for name in NORMS[shape.arch]} | MIXERS[mixer](n, layer) | feed_forward(shape)
+        block = {f"{name}.weight": (C,) for name in NORMS[shape.arch]} | MIXERS[mixer](n, layer) | feed_forward(shape, layer)
         if shape.arch == "gemma4":
             block["layer_output_scale.weight"] = (1,)
         if per_layer:
@@ -249,7 +273,7 @@ def write(path, name, shape, source):
     import gguf
     writer = gguf.GGUFWriter(path, shape.arch)
     vocab = copy_metadata(gguf.GGUFReader(source), writer, "tokenizer.")
-    writer.add_name(f"random {name}, 4 layers")
+    writer.add_name(f"random {name}, {len(shape.layers)} layers")
     writer.add_uint32("general.file_type", 1)
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
     for key, number in numbers_of(shape).items():
@@ -281,7 +305,7 @@ def write_with_all_experts(path, shape, few):
     def whole(tensor):
         if "_exps.weight" in tensor.name:
             return numpy.tile(tensor.data, (shape.numbers["expert_count"] // FEW, 1, 1))
-        routes = tensor.name.endswith(("ffn_gate_inp.weight", "ffn_down_exps.scale"))
+        routes = tensor.name.endswith(("ffn_gate_inp.weight", "ffn_down_exps.scale", "exp_probs_b.bias"))
         return values_of(shape, tensor.name, sizes[tensor.name], dice) if routes else tensor.data
 
     for tensor in reader.tensors:

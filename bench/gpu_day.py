@@ -96,7 +96,7 @@ STEPS = (
     Step("check", "`chat_server.py check`: every compiled op against its reference", 300, lambda day: ["chat_server.py", "check"]),
     Step("kernels", "Tests of the CUDA kernels", 420, tests(
         "tests/core/test_core_cuda.py", "tests/core/test_cuda_packed.py", "tests/core/test_cuda_experts.py",
-        "tests/core/test_cuda_adapters.py", "tests/core/test_cuda_packed_kv.py",
+        "tests/core/test_cuda_adapters.py", "tests/core/test_cuda_packed_kv.py", "tests/core/test_cuda_latents.py",
         dry="emulation and (draws_as_the_reference or no_rows_are_no_work)")),
     Step("graphs", "Tests of CUDA graphs, prompts and proofs", 300, tests(
         "tests/core/test_cuda_steps.py", "tests/core/test_cuda_proof.py", dry="emulation and the_decode_bench_runs")),

@@ -12,6 +12,10 @@ void bind_cuda(pybind11::module_ &m) {
     m.def("cuda_rope_append", &dc_cuda_rope_append, Gil());
     m.def("cuda_turn", &dc_cuda_turn, Gil());
     m.def("cuda_paged_attention", &dc_cuda_paged_attention, Gil());
+    m.def("cuda_latent_attention", &dc_cuda_latent_attention, Gil());
+    m.def("cuda_append_latents", &dc_cuda_append_latents, Gil());
+    m.def("cuda_by_head", &dc_cuda_by_head, Gil());
+    m.def("cuda_absorb", &dc_cuda_absorb, Gil());
     m.def("cuda_multiply", &dc_cuda_multiply, Gil());
     m.def("cuda_dequantize", &dc_cuda_dequantize, Gil());
     m.def("cuda_route", &dc_cuda_route, Gil());

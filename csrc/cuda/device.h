@@ -140,6 +140,22 @@ DC_DEVICE Bytes16 load_once(const void *at) {
 #endif
 }
 
+// Copies sixteen bytes into shared memory, or puts zeros there. They are there for this thread after `wait_for_copies`.
+DC_DEVICE void copy_to_shared(void *to, const void *from, bool wanted) {
+#ifdef __CUDACC__
+    const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(wanted ? 16 : 0) : "memory");
+#else
+    *static_cast<Bytes16 *>(to) = wanted ? *static_cast<const Bytes16 *>(from) : Bytes16{};
+#endif
+}
+
+DC_DEVICE void wait_for_copies() {
+#ifdef __CUDACC__
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 // Reads what another block of this launch wrote (and announced), past this SM's own cache.
 DC_DEVICE float load_fresh(const float *from) {
 #ifdef __CUDACC__

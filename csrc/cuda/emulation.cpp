@@ -231,6 +231,8 @@ extern "C" __attribute__((visibility("default"))) void dc_emulation_order(int64_
 #include "sample.cu"
 #include "rope_append.cu"
 #include "paged_attention.cu"
+#include "latent_attention.cu"
+#include "latents.cu"
 #include "packed.cu"
 #include "experts.cu"
 #include "adapters.cu"

@@ -72,6 +72,36 @@ const char *dc_cuda_paged_attention(int64_t q, int64_t rows, int64_t heads, int6
                                     int64_t sinks, int64_t max_chunks, int64_t most_spans, int64_t states, int64_t tickets, int64_t out, int64_t out_type,
                                     int64_t stream);
 
+// Decode attention over latents: q (rows, heads, head_size) f32, scaled already -> out (rows, heads * value_size), type 0 or 2. All heads
+// share the key of a slot of pages (pages, 16, head_size), and its first value_size numbers are the value. The workspace is that of
+// dc_cuda_paged_attention, with value_size for head_size, and tickets for the heads divided by 16, rounded up, in place of kv_heads;
+// so are the other arguments.
+const char *dc_cuda_latent_attention(int64_t q, int64_t rows, int64_t heads, int64_t head_size, int64_t value_size, int64_t pages,
+                                     int64_t cache_type, int64_t num_pages, int64_t page_stride, int64_t slot_stride, int64_t block_table,
+                                     int64_t table_stride, int64_t table_width, int64_t lengths, int64_t window, int64_t max_chunks,
+                                     int64_t most_spans, int64_t states, int64_t tickets, int64_t out, int64_t out_type, int64_t stream);
+
+// x (rows, kept + 2 half) f32 or bf16 -> pages of latents: the first `kept` numbers get an RMS norm with weight f32 (kept), the others turn.
+// Strides count elements; positions, slots, cos and sin are as in dc_cuda_rope_append.
+//   adjacent     numbers that turn together are neighbours in x; else half apart, as they always are in pages
+const char *dc_cuda_append_latents(int64_t x, int64_t x_type, int64_t row_stride, int64_t rows, int64_t kept, int64_t weight,
+                                   double epsilon, int64_t cos, int64_t sin, int64_t half, int64_t adjacent, int64_t positions,
+                                   int64_t slots, int64_t max_positions, int64_t num_slots, int64_t pages, int64_t cache_type,
+                                   int64_t page_stride, int64_t slot_stride, int64_t stream);
+
+// out (rows, heads * outputs), type 0 or 2: of each head, the first `columns` of its `width` numbers of x f32 times the transpose of its own
+// W (outputs, columns), one head below the other in `blocks`. Rows and heads of x begin at multiples of 16 bytes; types of W and
+// alignments as in dc_cuda_multiply.
+const char *dc_cuda_by_head(int64_t x, int64_t x_stride, int64_t width, int64_t rows, int64_t heads, int64_t blocks, int64_t type,
+                            int64_t outputs, int64_t columns, int64_t out, int64_t out_type, int64_t out_stride, int64_t stream);
+
+// The same of queries x (rows, heads * (plain + 2 half)) f32 -> out (rows, heads * (kept + 2 half)) f32: of each head `kept` numbers that its
+// W (kept, plain) makes, then those that turn; all of it times `scale`.
+//   blocks       or 0: only what turns is written
+const char *dc_cuda_absorb(int64_t x, int64_t x_stride, int64_t rows, int64_t heads, int64_t blocks, int64_t type, int64_t kept,
+                           int64_t plain, double scale, int64_t cos, int64_t sin, int64_t half, int64_t adjacent, int64_t positions,
+                           int64_t max_positions, int64_t out, int64_t stream);
+
 // out (rows, outputs) = residual + activation(norm(x) times the transpose of W + bias), rows 1 .. 8. Strides count elements.
 //   x            type 0 = f32 or 2 = bf16; rows begin at multiples of 16 bytes, and their first `columns` are multiplied
 //   norm         1: x is divided by its root mean square over `width` columns (epsilon under the root), and multiplied by

@@ -3,12 +3,9 @@
 // shapes   q (B, Hq, D) f32, scaled already; K and V pages of 16 slots, f32, f16, bf16 or q8, strides as arguments; block_table
 //          (B, W) i32; lengths (B) i32, the row itself included, <= 0 = inactive; sinks (Hq) f32 -> out (B, Hq * D) f32 or bf16.
 //          D a multiple of 16 up to 256, Hq / Hk up to 64.
-// mapping  A row's keys are chunks of 64 positions at absolute borders; a span is one chunk, or as many as it takes to have no
-//          more than most_spans (8,192 keys are 128 spans of one). Block = (span, kv head, row), 128 threads, all query heads
-//          of the group (8 at a time). Scores: 8 lanes share a key, so the block takes a page at once. Values: a thread owns
-//          16 bytes of columns and every n-th position. The grid covers the longest row the table allows; blocks beyond a
-//          row's length leave at once. Of each 16 spans, the block that arrives last at their ticket merges them, a warp a
-//          head; of these groups, the last one merges the groups. So no merge is longer than 16 states, and 8 may run at once.
+// mapping  Block = (span, kv head, row), 128 threads, all query heads of the group (8 at a time); attention_spans.h says what a span is
+//          and how what its block makes is merged. Scores: 8 lanes share a key, so the block takes a page at once. Values: a thread
+//          owns 16 bytes of columns and every n-th position.
 // cost     2 * D * bytes per (position, kv head) read, once per group of up to 8 query heads; bound by memory bandwidth.
 // numerics Scores, softmax and sums in f32; every sum has an order fixed by lane, position and the row's length, so a row's
 //          bits depend on nothing but the row. Window W: a row at position i sees 0 <= i - j < W. Pages left of it are not
@@ -17,33 +14,15 @@
 
 #include "launch.h"
 
-#include "device.h"
+#include "attention_spans.h"
 
 namespace {
 
 using namespace dc_device;
 
 constexpr int ATTENTION_THREADS = 128, ATTENTION_WARPS = ATTENTION_THREADS / 32;
-constexpr int CHUNK = 64, PAGE = 16, CHUNK_PAGES = CHUNK / PAGE;
-constexpr int MERGED = 16;                  // states in one merge
 constexpr int KEY_LANES = 8;                // lanes that share a key
 static_assert(ATTENTION_THREADS == KEY_LANES * PAGE, "a pass of the block scores one page");
-
-struct AttentionJob {                       // by value into the kernel; strides in elements
-    const float *q;
-    const int32_t *block_table, *lengths;
-    int64_t table_stride, num_pages;
-    int table_width, heads, kv_heads, head_size, window;
-    int most_spans;                         // of any row
-    int max_spans, max_groups;              // of a row of this table: the grid, and the states of a head
-    float softcap;                          // scores become softcap * tanh(score / softcap); 0: they stay
-    const float *sinks;                     // (Hq) or null; neither scaled nor capped
-    int64_t page_stride, head_stride, slot_stride;
-    void *out;
-    int64_t out_type;
-    float *states;                          // (B, Hq, spans and then groups, 2 + D): largest score, sum of weights, weighted values
-    int32_t *tickets;                       // (B, Hk, 1 + max_groups): of the groups together, of each; zero between launches
-};
 
 template <class Stored> constexpr int PACKED = 16 / sizeof(Stored);         // elements of one load
 template <> constexpr int PACKED<q8> = 8;                                   // so that 8 lanes have a load each of 64
@@ -115,26 +94,6 @@ template <class Stored, int MAX_SIZE, int HEADS> struct Shape {
         bool last;
     };
 };
-
-struct Range {                              // of one block: absolute positions [begin, end) of one span
-    int begin, end, span, spans;            // index among the spans that the row sees
-};
-
-DC_DEVICE bool find_range(const AttentionJob &job, Range &range) {
-    int length = job.lengths[blockIdx.z];
-    if (length > job.table_width * PAGE) length = job.table_width * PAGE;
-    if (length <= 0) return false;
-    const int first_key = job.window > 0 && length > job.window ? length - job.window : 0;
-    const int first_chunk = first_key / CHUNK, chunks = (length + CHUNK - 1) / CHUNK - first_chunk;
-    const int span_chunks = (chunks + job.most_spans - 1) / job.most_spans;
-    range.span = static_cast<int>(blockIdx.x);
-    range.spans = (chunks + span_chunks - 1) / span_chunks;
-    if (range.span >= range.spans) return false;
-    const int start = (first_chunk + range.span * span_chunks) * CHUNK, after = start + span_chunks * CHUNK;
-    range.begin = start > first_key ? start : first_key;
-    range.end = after < length ? after : length;
-    return true;
-}
 
 // Sums over the 8 lanes of a key, for all heads at once: each step halves the heads a lane is responsible for. The
 // tree of additions is the same for every head and every HEADS. Returns the sum for head `lane * HEADS / 8`.
@@ -284,64 +243,6 @@ DC_DEVICE void weigh(const Pages<Stored> &v_pages,
     }
 }
 
-// Sums of exp(score - largest) over the keys that a head sees, and of values times these -> an output.
-DC_DEVICE void write_out(const AttentionJob &job, int64_t index, float largest, float sum, float value) {
-    const bool sees = sum > 0;                                  // no key at all: 0
-    // far above the largest score, a sink adds infinity, and the quotient is 0
-    if (sees && job.sinks != nullptr) sum += expf(job.sinks[index / job.head_size % job.heads] - largest);
-    const float y = sees ? value / sum : 0.0f;
-    if (job.out_type == F32) {
-        static_cast<float *>(job.out)[index] = y;
-    } else {
-        static_cast<bf16 *>(job.out)[index] = from_float<bf16>(y);
-    }
-}
-
-// Up to MERGED states of a head, in order, become one: `into`, or the head's D outputs. By a warp.
-template <int MAX_SIZE>
-DC_DEVICE void merge(const AttentionJob &job, int64_t head, const float *states, int count, float *into) {
-    const int lane = threadIdx.x % 32, size = job.head_size, stride = 2 + size;
-    const float own = lane < count ? load_fresh(states + lane * stride) : -INFINITY;            // the largest score of a state
-    float largest = own;
-    for (int distance = 16; distance > 0; distance /= 2)
-        largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, distance));
-    const float own_factor = own == -INFINITY ? 0.0f : expf(own - largest);
-    const float sum = warp_sum(lane < count ? own_factor * load_fresh(states + lane * stride + 1) : 0.0f);
-    float factors[MERGED];
-    DC_UNROLL
-    for (int c = 0; c < MERGED; c++) factors[c] = __shfl_sync(ALL_LANES, own_factor, c);
-    DC_UNROLL
-    for (int i = 0; i < MAX_SIZE / 32; i++) {
-        const int d = lane + 32 * i;
-        if (d >= size) continue;
-        float found[MERGED], value = 0.0f;                      // all of them asked for before the first is used
-        DC_UNROLL
-        for (int c = 0; c < MERGED; c++) found[c] = c < count ? load_fresh(states + c * stride + 2 + d) : 0.0f;
-        DC_UNROLL
-        for (int c = 0; c < MERGED; c++) value = fmaf(c < count ? factors[c] : 0.0f, found[c], value);
-        if (into == nullptr) write_out(job, head * size + d, largest, sum, value);
-        else into[2 + d] = value;
-    }
-    if (into != nullptr && lane == 0) {
-        into[0] = largest;
-        into[1] = sum;
-    }
-}
-
-// Whether this block is the last of `count` at a ticket. What the others wrote before can be read then.
-template <class Shared> DC_DEVICE bool arrives_last(int32_t *ticket, int count, Shared &shared) {
-    __threadfence();                        // this block's states, before its ticket
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        shared.last = atomicAdd(ticket, 1) == count - 1;
-        if (shared.last) *ticket = 0;       // ready for the next launch
-    }
-    __syncthreads();
-    if (!shared.last) return false;
-    __threadfence();                        // the others' states, after their tickets
-    return true;
-}
-
 template <class Stored, int MAX_SIZE, int HEADS>
 DC_KERNEL(ATTENTION_THREADS) attention_kernel(AttentionJob job, Pages<Stored> k_pages, Pages<Stored> v_pages) {
     after_previous();
@@ -402,18 +303,7 @@ DC_KERNEL(ATTENTION_THREADS) attention_kernel(AttentionJob job, Pages<Stored> k_
     if (range.spans == 1) return;
 
     int32_t *tickets = job.tickets + (row * job.kv_heads + kv_head) * (1 + job.max_groups);
-    const int mine = range.span / MERGED, groups = (range.spans + MERGED - 1) / MERGED, left = range.spans - mine * MERGED;
-    const int members = left < MERGED ? left : MERGED;
-    if (!arrives_last(tickets + 1 + mine, members, shared)) return;
-    const int warp = threadIdx.x / 32;
-    for (int h = warp; h < group; h += ATTENTION_WARPS) {
-        float *states = job.states + (first_head + h) * head_states;
-        float *into = groups == 1 ? nullptr : states + (job.max_spans + mine) * (2 + D);
-        merge<MAX_SIZE>(job, first_head + h, states + mine * MERGED * (2 + D), members, into);
-    }
-    if (groups == 1 || !arrives_last(tickets, groups, shared)) return;
-    for (int h = warp; h < group; h += ATTENTION_WARPS)
-        merge<MAX_SIZE>(job, first_head + h, job.states + (first_head + h) * head_states + job.max_spans * (2 + D), groups, nullptr);
+    merge_spans<MAX_SIZE>(job, range, first_head, group, tickets, ATTENTION_WARPS, shared);
 }
 
 // --- which instance ----------------------------------------------------------------------------------------------
@@ -472,6 +362,7 @@ const char *dc_cuda_paged_attention(int64_t q, int64_t rows, int64_t heads, int6
     l.job.heads = static_cast<int>(heads);
     l.job.kv_heads = static_cast<int>(kv_heads);
     l.job.head_size = static_cast<int>(head_size);
+    l.job.value_size = static_cast<int>(head_size);
     l.job.window = static_cast<int>(window);
     l.job.softcap = static_cast<float>(softcap);
     l.job.sinks = as_pointer<const float>(sinks);

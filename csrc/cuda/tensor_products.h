@@ -10,36 +10,12 @@
 #pragma once
 
 #include "products.h"
+#include "split_floats.h"
 
 namespace dc_device {
 
 constexpr int TILE_OUTPUTS = 16, TILE_ROWS = 8, TILE_COLUMNS = 32;
 constexpr int TILES_AHEAD = 2;              // a warp loads so many before it multiplies the first
-
-// Two floats rounded to bfloat16, the first in the low half.
-DC_DEVICE uint32_t bf16_pair(float first, float second) {
-#ifdef __CUDACC__
-    uint32_t pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-    return pair;
-#else
-    return from_float<bf16>(first).bits | static_cast<uint32_t>(from_float<bf16>(second).bits) << 16;
-#endif
-}
-
-// Eight values as pairs of bfloat16: rounded, and what rounding left, rounded.
-struct SplitEight {
-    uint32_t high[4], low[4];
-
-    DC_DEVICE explicit SplitEight(const float (&x)[8]) {
-        DC_UNROLL
-        for (int i = 0; i < 4; i++) {
-            high[i] = bf16_pair(x[2 * i], x[2 * i + 1]);
-            const bf16 first{static_cast<uint16_t>(high[i])}, second{static_cast<uint16_t>(high[i] >> 16)};
-            low[i] = bf16_pair(x[2 * i] - to_float(first), x[2 * i + 1] - to_float(second));
-        }
-    }
-};
 
 // The sums that a warp has for a tile: W's rows r and r + 8 times the rows of x, as multiply_bf16 lays them out.
 struct TileSums {

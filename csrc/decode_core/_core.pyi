@@ -169,6 +169,19 @@ def cuda_paged_attention(q: int, rows: int, heads: int, kv_heads: int, head_size
                          block_table: int, table_stride: int, table_width: int, lengths: int, window: int,
                          softcap: float, sinks: int, max_chunks: int, most_spans: int, states: int, tickets: int,
                          out: int, out_type: int, stream: int, /) -> str | None: ...
+def cuda_latent_attention(q: int, rows: int, heads: int, head_size: int, value_size: int, pages: int, cache_type: int,
+                          num_pages: int, page_stride: int, slot_stride: int, block_table: int, table_stride: int,
+                          table_width: int, lengths: int, window: int, max_chunks: int, most_spans: int, states: int,
+                          tickets: int, out: int, out_type: int, stream: int, /) -> str | None: ...
+def cuda_append_latents(x: int, x_type: int, row_stride: int, rows: int, kept: int, weight: int, epsilon: float, cos: int,
+                        sin: int, half: int, adjacent: int, positions: int, slots: int, max_positions: int,
+                        num_slots: int, pages: int, cache_type: int, page_stride: int, slot_stride: int,
+                        stream: int, /) -> str | None: ...
+def cuda_by_head(x: int, x_stride: int, width: int, rows: int, heads: int, blocks: int, type: int, outputs: int, columns: int,
+                 out: int, out_type: int, out_stride: int, stream: int, /) -> str | None: ...
+def cuda_absorb(x: int, x_stride: int, rows: int, heads: int, blocks: int, type: int, kept: int, plain: int, scale: float,
+                cos: int, sin: int, half: int, adjacent: int, positions: int, max_positions: int, out: int,
+                stream: int, /) -> str | None: ...
 def cuda_multiply(x: int, x_type: int, x_stride: int, rows: int, norm: int, width: int, norm_weight: int,
                   epsilon: float, blocks: int, type: int, outputs: int, columns: int, bias: int, activation: int,
                   residual: int, residual_stride: int, out: int, out_type: int, out_stride: int, stream: int, /) -> str | None: ...

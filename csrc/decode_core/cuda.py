@@ -16,6 +16,9 @@ MERGED = 16
 MAX_VOCABULARY = 1 << 18
 MAX_ROWS = 65535
 MAX_HEAD_SIZE = 256
+MAX_LATENT_KEY = 576                    # numbers that a token keeps of latent attention
+MAX_LATENT_VALUE = 512                  # so many of them are the value
+LATENT_HEADS = 16                       # query heads that a block attends for
 LEAST_CAPABILITY = 80                   # ten times the lowest compute capability that setup.py's NVCC_FLAGS compile for
 SAMPLE_THREADS = 1024                   # of the block that samples a row; tests try other numbers, with the same tokens
 SAMPLE_ROW_BYTES = 72                   # dc::SampleRow of csrc/contract.h
@@ -38,7 +41,8 @@ MANY_PAIRS = 64                         # of an item, with x in bfloat16
 GATES = {None: 0, "swiglu": 1, "geglu": 2, "clamped_swiglu": 3}
 ACTIVATIONS = GATES | {"relu2": 4}
 LOGITS = ("float32", "bfloat16")
-CACHES = ("float32", "float16", "bfloat16", "int8")
+FLOAT_CACHES = ("float32", "float16", "bfloat16")
+CACHES = (*FLOAT_CACHES, "int8")
 
 
 def attention_workspace(rows: int, heads: int, kv_heads: int, head_size: int, table_width: int) -> tuple[int, int]:
@@ -49,6 +53,11 @@ def attention_workspace(rows: int, heads: int, kv_heads: int, head_size: int, ta
     spans = min(max_chunks(table_width, 0), MOST_SPANS)
     groups = -(-spans // MERGED)
     return rows * heads * (spans + groups) * (2 + head_size), rows * kv_heads * (1 + groups)
+
+
+def latent_workspace(rows: int, heads: int, value_size: int, table_width: int) -> tuple[int, int]:
+    """The same for latent_attention."""
+    return attention_workspace(rows, heads, -(-heads // LATENT_HEADS), value_size, table_width)
 
 
 def max_chunks(table_width: int, window: int) -> int:
@@ -268,29 +277,150 @@ class CudaOps:
         if B > MAX_ROWS or H == 0 or H % Hkv or Hkv > MAX_ROWS:
             raise ValueError(f"q: must have at most {MAX_ROWS} rows and a multiple of {Hkv} heads, not "
                              f"{query.shape}")
-        table = self.tensor("block_table", block_table, ("int32",), B, None, loose=1)
+        table, sizes = self.rows_of_pages(block_table, lengths, B)
         W = table.shape[1]
-        if not 0 < W <= (1 << 31) // PAGE_SIZE - CHUNK_SIZE:
-            raise ValueError(f"block_table: must have at least one column, not {W}")
-        sizes = self.tensor("lengths", lengths, ("int32",), B)
-        if not isinstance(window, int) or not 0 <= window < 1 << 31:
-            raise ValueError(f"window: must be an integer from 0, not {window!r}")
+        check_window(window)
         if not 0 <= float(softcap) < float("inf"):
             raise ValueError(f"softcap: must be 0 or a positive number, not {softcap}")
-        floats, integers = attention_workspace(B, H, Hkv, D, W)
-        state = self.tensor("states", states, ("float32",), None)
-        ticket = self.tensor("tickets", tickets, ("int32",), None)
-        if state.shape[0] < floats:
-            raise ValueError(f"states: needs {floats} elements, has {state.shape[0]}")
-        if ticket.shape[0] < integers:
-            raise ValueError(f"tickets: needs {integers} elements, has {ticket.shape[0]}")
+        workspace = self.workspace(states, tickets, attention_workspace(B, H, Hkv, D, W))
         sinks_at = self.address_or_0("sinks", sinks, ("float32",), H)
         y = self.tensor("out", out, LOGITS, B, H * D)
         scales = [self.scales("k_scales", k_scales, k), self.scales("v_scales", v_scales, k)]
         call(self.core.cuda_paged_attention, query.address, B, H, Hkv, D, k.address, v.address, *scales,
              CODES[k.dtype], P, *k.strides[:3], table.address, table.strides[0], W, sizes.address, window,
-             float(softcap), sinks_at, max_chunks(W, window), MOST_SPANS, state.address, ticket.address,
+             float(softcap), sinks_at, max_chunks(W, window), MOST_SPANS, *workspace,
              y.address, CODES[y.dtype], stream)
+
+    def latents(self, pages) -> SimpleNamespace:
+        """The pages of a layer with latent attention (P, 16, D) of floats; the D numbers of a slot lie together."""
+        cache = self.tensor("pages", pages, FLOAT_CACHES, None, PAGE_SIZE, None, loose=2)
+        D = cache.shape[2]
+        if D % 16 or not 0 < D <= MAX_LATENT_KEY:
+            raise ValueError(f"pages: must be (P, 16, D), D a multiple of 16 up to {MAX_LATENT_KEY}, not {cache.shape}")
+        if cache.address % 16 or any(step * SIZES[cache.dtype] % 16 for step in cache.strides[:2]):
+            raise ValueError("pages: pages and slots must start at multiples of 16 bytes")
+        return cache
+
+    def turning(self, cos, sin, positions, rows: int) -> tuple:
+        """(cos, sin, half, positions, max_positions) of numbers that turn, as the launchers take them."""
+        table = self.tensor("cos", cos, ("float32",), None, None)
+        sines = self.tensor("sin", sin, ("float32",), *table.shape)
+        places = self.tensor("positions", positions, ("int64",), rows)
+        return table.address, sines.address, table.shape[1], places.address, table.shape[0]
+
+    def append_latents(self, x, weight, cos, sin, positions, slots, pages, *, eps=1e-6, adjacent=False, stream: int):
+        """x (B, kept + turned) float32 or bfloat16 -> the slots (B,) of pages (P, 16, kept + turned).
+
+        The first numbers get an RMS norm with weight (kept,), and the others turn by the rows `positions` of cos and sin (.., turned / 2).
+        adjacent    numbers that turn together are neighbours in x; else turned / 2 apart, as they always are in pages
+        A row with a slot or a position out of range (padding has -1) is left alone.
+        """
+        cache = self.latents(pages)
+        P, _, D = cache.shape
+        rows = self.tensor("x", x, LOGITS, None, D, loose=1)
+        B = rows.shape[0]
+        factors = self.tensor("weight", weight, ("float32",), None)
+        cos_at, sin_at, half, positions_at, most = self.turning(cos, sin, positions, B)
+        if factors.shape[0] + 2 * half != D:
+            raise ValueError(f"weight: must have {D - 2 * half} numbers beside {2 * half} that turn, not {factors.shape[0]}")
+        slots_at = self.tensor("slots", slots, ("int64",), B).address
+        call(self.core.cuda_append_latents, rows.address, CODES[rows.dtype], rows.strides[0], B, factors.shape[0],
+             factors.address, float(eps), cos_at, sin_at, half, int(bool(adjacent)), positions_at, slots_at, most,
+             P * PAGE_SIZE, cache.address, CODES[cache.dtype], *cache.strides[:2], stream)
+
+    def heads(self, x, width: int, alone: bool = False) -> SimpleNamespace:
+        """x (B, H * width) float32 of a product by head. Heads start at multiples of 16 bytes, unless x is read number by number."""
+        rows = self.tensor("x", x, ("float32",), None, None, loose=1)
+        if not width or rows.shape[1] % width or not rows.shape[1] or rows.shape[1] // width > MAX_ROWS:
+            raise ValueError(f"x: must have a multiple of {width} columns, not {rows.shape[1]}")
+        if not alone and (rows.address % 16 or width % 4 or rows.shape[0] > 1 and rows.strides[0] % 4):
+            raise ValueError("x: rows and heads must start at multiples of 16 bytes")
+        return rows
+
+    def head_matrices(self, blocks, kind: str, heads: int, columns: int, outputs: int | None = None) -> tuple[int, int]:
+        """(address, outputs of a head) of the heads' matrices (H * outputs, columns), one below the other."""
+        w, has = self.packed(blocks, kind, BLOCKS | FLOATS)
+        if has != columns or w.shape[0] % heads or outputs not in (None, w.shape[0] // heads):
+            raise ValueError(f"blocks: must be {heads} matrices of {outputs or 'as many'} rows and {columns} columns, not "
+                             f"{w.shape[0]} rows of {has}")
+        if kind in FLOATS and w.address % 16:
+            raise ValueError("blocks: floats must start at a multiple of 16 bytes")
+        return w.address, w.shape[0] // heads
+
+    def by_head(self, x, blocks, out, *, kind: str, columns: int, stream: int):
+        """Each head's part of x (B, H * columns) float32 times its own matrix -> out (B, H * N) float32 or bfloat16.
+
+        blocks      (H * N, bytes of a row) uint8, as `multiply` takes them
+        """
+        rows = self.heads(x, columns)
+        B = rows.shape[0]
+        H = rows.shape[1] // columns
+        blocks_at, outputs = self.head_matrices(blocks, kind, H, columns)
+        y = self.tensor("out", out, LOGITS, B, H * outputs, loose=1)
+        call(self.core.cuda_by_head, rows.address, rows.strides[0], columns, B, H, blocks_at, BLOCK_CODES[kind], outputs,
+             columns, y.address, CODES[y.dtype], y.strides[0], stream)
+
+    def absorb(self, x, blocks, cos, sin, positions, out, *, kind: str, kept: int, plain: int, scale=1.0, adjacent=False,
+               stream: int):
+        """Queries of heads -> queries of latents: x (B, H * (plain + turned)) float32 -> out (B, H * (kept + turned)) float32.
+
+        blocks      (H * kept, bytes of a row) uint8: a matrix for each head, times which its plain numbers become `kept`; None:
+                    these are left alone
+        The other numbers turn, as in `append_latents`. All of out is `scale` times larger.
+        A row whose position is out of range does not get its turned numbers.
+        """
+        half = self.tensor("cos", cos, ("float32",), None, None).shape[1]
+        rows = self.heads(x, plain + 2 * half, alone=blocks is None)
+        B = rows.shape[0]
+        H = rows.shape[1] // (plain + 2 * half)
+        blocks_at = 0
+        if blocks is not None:
+            blocks_at, _ = self.head_matrices(blocks, kind, H, plain, kept)
+        y = self.tensor("out", out, ("float32",), B, H * (kept + 2 * half))
+        cos_at, sin_at, half, positions_at, most = self.turning(cos, sin, positions, B)
+        call(self.core.cuda_absorb, rows.address, rows.strides[0], B, H, blocks_at, BLOCK_CODES[kind], kept, plain,
+             float(scale), cos_at, sin_at, half, int(bool(adjacent)), positions_at, most, y.address, stream)
+
+    def latent_attention(self, q, pages, block_table, lengths, states, tickets, out, *, window=0, stream: int):
+        """`paged_attention` where all heads share the keys of pages (P, 16, D), and a value is the beginning of its key.
+
+        q (B, H, D) float32, scaled already -> out (B, H * Dv) float32 or bfloat16. The workspace is that of latent_workspace.
+        """
+        cache = self.latents(pages)
+        P, _, D = cache.shape
+        query = self.tensor("q", q, ("float32",), None, None, D)
+        B, H = query.shape[:2]
+        if B > MAX_ROWS or not 0 < H <= MAX_ROWS:
+            raise ValueError(f"q: must have at most {MAX_ROWS} rows and at least one head, not {query.shape}")
+        y = self.tensor("out", out, LOGITS, B, None)
+        Dv = y.shape[1] // H
+        if y.shape[1] % H or Dv % 16 or not 0 < Dv <= min(D, MAX_LATENT_VALUE):
+            raise ValueError(f"out: must have a multiple of 16 columns for each of {H} heads, up to {min(D, MAX_LATENT_VALUE)}, "
+                             f"not {y.shape[1]}")
+        table, sizes = self.rows_of_pages(block_table, lengths, B)
+        W = table.shape[1]
+        check_window(window)
+        workspace = self.workspace(states, tickets, latent_workspace(B, H, Dv, W))
+        call(self.core.cuda_latent_attention, query.address, B, H, D, Dv, cache.address, CODES[cache.dtype], P,
+             *cache.strides[:2], table.address, table.strides[0], W, sizes.address, window, max_chunks(W, window),
+             MOST_SPANS, *workspace, y.address, CODES[y.dtype], stream)
+
+    def rows_of_pages(self, block_table, lengths, rows: int) -> tuple[SimpleNamespace, SimpleNamespace]:
+        """The tensors that say which pages each row has, and how many keys."""
+        table = self.tensor("block_table", block_table, ("int32",), rows, None, loose=1)
+        if not 0 < table.shape[1] <= (1 << 31) // PAGE_SIZE - CHUNK_SIZE:
+            raise ValueError(f"block_table: must have at least one column, not {table.shape[1]}")
+        return table, self.tensor("lengths", lengths, ("int32",), rows)
+
+    def workspace(self, states, tickets, needed: tuple[int, int]) -> tuple[int, int]:
+        """The addresses of attention's workspace, which must be as large as `needed`."""
+        found = []
+        for name, tensor, dtype, size in (("states", states, "float32", needed[0]), ("tickets", tickets, "int32", needed[1])):
+            memory = self.tensor(name, tensor, (dtype,), None)
+            if memory.shape[0] < size:
+                raise ValueError(f"{name}: needs {size} elements, has {memory.shape[0]}")
+            found.append(memory.address)
+        return found[0], found[1]
 
     def multiply(self, x, blocks, out, *, kind: str, norm=None, bias=None, activation=None, residual=None,
                  stream: int):
@@ -465,6 +595,11 @@ class CudaOps:
         if rows.address % 2 and size % 2 == 0:
             raise ValueError("blocks: must begin at an even address")
         return rows, rows.shape[1] // size * columns
+
+
+def check_window(window: int) -> None:
+    if not isinstance(window, int) or not 0 <= window < 1 << 31:
+        raise ValueError(f"window: must be an integer from 0, not {window!r}")
 
 
 def call(function, *arguments) -> None:

@@ -12,6 +12,7 @@ import torch
 from . import cuda
 from .cuda_adapters import AdapterOps
 from .cuda_experts import ExpertOps, fits_experts
+from .cuda_latents import LatentOps, latents_of
 from .cuda_packed_kv import PackedPages, gathered, halves, turned
 from .cuda_prompts import PromptAttention, prompts_of
 from .cuda_references import CudaReferences
@@ -35,7 +36,8 @@ class CudaBackend:
 
     A layer's cache is (2, P, Hkv, PAGE_SIZE, D), keys before values. So a block of the decode kernel reads whole runs of
     PAGE_SIZE * D values of a page, and a prompt gathers such runs. rope_append scales queries by 1 / sqrt(D). A packed cache is
-    PackedPages: then queries are turned too, and the output of attention is turned back.
+    PackedPages: then queries are turned too, and the output of attention is turned back. `latents` has the ops of a model with
+    latent attention, and its cache.
 
     `ops` proves each kernel first, on `device`. `faults` says which of them do not compute, and why.
     """
@@ -69,6 +71,8 @@ class CudaBackend:
         self.as_stored = functools.partial(as_stored, script=script, device=device)
         self.held_bytes = functools.partial(held_bytes, row_bytes=file_row_bytes, kept_types=KEPT_ON_CUDA)
         self.faults: dict[str, str] = {}
+        attn = latents_of(spec)
+        self.latents = LatentOps(attn, script, kernels, stream, self.faults, device) if attn else None
 
     def ops(self, max_tokens: int, max_rows: int, quantize: None, fine: bool = False) -> dict[str, Callable]:
         self.faults |= prove_cuda(self, self.device)
@@ -77,8 +81,13 @@ class CudaBackend:
             self.prompts.varlen = None
             fault = prove_cuda(self, self.device, ["prompt_attention"])
         self.prompts.fused = not fault
-        ops = {name: getattr(self, name) for name in
-               ("pack", "make_cache", "rope_append", "plan_attention", "paged_attention", "sample")}
+        if self.latents and fault:
+            self.latents.wide_scores = False
+        names = ("pack", "make_cache", "rope_append", "plan_attention", "paged_attention", "sample")
+        ops = {name: getattr(self, name) for name in names}
+        if self.latents:
+            del ops["rope_append"]
+            ops |= {name: getattr(self.latents, name) for name in ("make_cache", "append_latents", "absorb", "by_head", "paged_attention")}
         if "linear" not in self.faults:
             ops |= {"linear": self.products.linear, "embed": self.products.embed}
         if self.spec.experts and "experts" not in self.faults:
@@ -94,8 +103,8 @@ class CudaBackend:
         because only GraphSteps makes each draft a row of its own.
         """
         spec = self.spec
-        needed = {"linear", "rope_append", "paged_attention", "sample"}
-        if needed & self.faults.keys():
+        needed = {"linear", "rope_append", "paged_attention", "sample", "append_latents", "absorb", "by_head"}
+        if needed & self.faults.keys() or self.latents and not self.latents.few_rows_invariant:
             return False
         if spec.width % 8 or spec.ffn_size % 8 or spec.experts or spec.smear_channels or spec.mixers:
             return False
@@ -155,7 +164,10 @@ class CudaBackend:
     def workspace(self, rows: int, width: int, device) -> tuple:
         """(states, tickets) of decode attention, for this many rows and pages. Tickets are 0 between calls."""
         spec = self.spec
-        floats, integers = cuda.attention_workspace(rows, spec.heads, spec.kv_heads, spec.head_size, width)
+        if self.latents:
+            floats, integers = self.latents.workspace(rows, width)
+        else:
+            floats, integers = cuda.attention_workspace(rows, spec.heads, spec.kv_heads, spec.head_size, width)
         return (torch.empty(floats, dtype=torch.float32, device=device),
                 torch.zeros(integers, dtype=torch.int32, device=device))
 

@@ -69,7 +69,12 @@ def turned(heads: torch.Tensor) -> torch.Tensor:
 
 def packed(heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (..., D) int8 and scales (..., D / 32) float16 of heads (..., D)."""
-    blocks = turned(heads).unflatten(-1, (-1, PACKED_BLOCK))
+    return codes_of(turned(heads))
+
+
+def codes_of(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of numbers that are turned already."""
+    blocks = numbers.unflatten(-1, (-1, PACKED_BLOCK))
     scales = (blocks.abs().amax(-1, keepdim=True) / 127).half()
     inverse = torch.where(scales > 0, 1 / scales.float(), 0.0)
     codes = (blocks * inverse).round().clamp(-127, 127).to(torch.int8)

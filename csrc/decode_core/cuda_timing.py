@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,6 +18,16 @@ from .sampling import SampleBatch
 from .timing import CONTEXT, LARGE, Timed, best
 
 MIXTURE = dict(experts=32, experts_per_token=4, sinks=True)     # as gpt-oss-20b has
+LATENTS = dict(heads=20, kept=512, turned=64, plain=192, head_values=256, query_width=768)     # as GLM-4.7-Flash has
+
+
+def latent_sizes(script: SimpleNamespace, **sizes: int) -> Any:
+    """Sizes of a model with latent attention, as `plain_sizes` gives those of others; `sizes` as in LATENTS."""
+    plain = script.plain_sizes(**LARGE | dict(heads=sizes["heads"], kv_heads=1, head_size=sizes["turned"]))
+    size = sizes["kept"] + sizes["turned"]
+    attn = SimpleNamespace(**sizes, kv_heads=1, head_size=size, value_size=sizes["kept"], adjacent=True, window=0, values_in_keys=True,
+                           rope=plain.rope(0))
+    return dataclasses.replace(plain, head_size=size, by_layer=(attn,) * len(plain.by_layer))
 
 
 def copy_bandwidth(queue: Any, size: int) -> float:
@@ -45,7 +57,10 @@ def time_cuda(backend: Any, queue: Any, ops: Iterable[str], cold: int = 1 << 30,
         yield Timed("experts", what, replayed(queue, work) / calls_, moved)
     timers = {"paged_attention": time_cuda_attention, "rope_append": time_cuda_rope,
               "sample": time_cuda_sample}
-    if "prompt_attention" in ops:
+    if backend.latents:
+        timers = {"append_latents": time_append_latents, "absorb": time_absorb, "by_head": time_by_head,
+                  "paged_attention": time_latent_attention}
+    elif "prompt_attention" in ops:
         work, what, moved = time_cuda_prompt(backend, queue.device)
         yield Timed("prompt_attention", what, replayed(queue, work), moved)
     for rows in batches:
@@ -95,6 +110,66 @@ def time_cuda_prompt(backend: Any, device: torch.device) -> tuple:
     out = torch.empty(CONTEXT, H * D, dtype=half, device=device)
     return (lambda: backend.prompts.attend(q, kv, prompt, out, 0), f"{CONTEXT} tokens, {H}/{Hkv} heads of {D}",
             2 * q.nbytes + kv.nbytes)
+
+
+def latent_layers(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> torch.Tensor:
+    """Pages of latents for this many rows of CONTEXT keys, of so many layers that no cache holds them all."""
+    D = backend.latents.attn.head_size
+    size = backend.script.PAGE_SIZE
+    layers = min(calls, max(1, cold // (2 * rows * CONTEXT * D)))
+    return torch.full((layers, rows * CONTEXT // size, size, D), 0.01, dtype=torch.bfloat16, device=device)
+
+
+def time_latent_attention(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
+    attn = backend.latents.attn
+    dice = Dice(device, 9)
+    cache = latent_layers(backend, device, rows, cold, calls)
+    width = CONTEXT // backend.script.PAGE_SIZE
+    q = dice.normal(rows, attn.heads, attn.head_size)
+    out = torch.empty(rows, attn.heads * attn.value_size, device=device)
+    table = dice.order(rows * width, torch.int32).view(rows, width)
+    lengths = torch.full((rows,), CONTEXT, dtype=torch.int32, device=device)
+    workspace = backend.workspace(rows, width, device)
+    return (lambda: [backend.latents.attend(q, layer, table, lengths, *workspace, out) for layer in cache],
+            f"{rows} x {CONTEXT} keys, {attn.heads} heads of {attn.head_size}", len(cache), 2 * rows * CONTEXT * attn.head_size)
+
+
+def time_append_latents(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
+    attn = backend.latents.attn
+    cache = latent_layers(backend, device, rows, cold, calls)
+    cos, sin = backend.script.rope_tables(backend.spec, device)
+    x = Dice(device, 9).normal(rows, attn.head_size)
+    weight = torch.ones(attn.value_size, device=device)
+    positions = torch.arange(rows, device=device)
+    return (lambda: [backend.latents.append_latents(x, weight, 1e-6, cos, sin, positions, positions, layer) for layer in cache],
+            f"{rows} rows of {attn.head_size}", len(cache), x.nbytes + 2 * rows * attn.head_size)
+
+
+def head_copies(heads: int, outputs: int, columns: int, device: torch.device, cold: int, calls: int) -> list[torch.Tensor]:
+    """So many matrices of heads in bfloat16 that no cache holds them all."""
+    matrix = Dice(device, 9).normal(heads * outputs, columns, dtype=torch.bfloat16)
+    return [matrix.clone() for _ in range(min(calls, -(-cold // matrix.nbytes)))]
+
+
+def time_absorb(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
+    attn = backend.latents.attn
+    copies = head_copies(attn.heads, attn.value_size, attn.plain, device, cold, calls)
+    cos, sin = backend.script.rope_tables(backend.spec, device)
+    x = Dice(device, 9).normal(rows, attn.heads * (attn.plain + attn.turned))
+    cache = latent_layers(backend, device, 1, 0, 1)[0]
+    out = torch.empty(rows, attn.heads * attn.head_size, device=device)
+    positions = torch.arange(rows, device=device)
+    return (lambda: [backend.latents.absorb(x, matrix, cos, sin, positions, 1.0, cache, out, attn.adjacent) for matrix in copies],
+            f"bfloat16: {rows} x {attn.heads} x {attn.plain} -> {attn.value_size}", len(copies), copies[0].nbytes)
+
+
+def time_by_head(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
+    attn = backend.latents.attn
+    copies = head_copies(attn.heads, attn.head_values, attn.value_size, device, cold, calls)
+    x = Dice(device, 9).normal(rows, attn.heads * attn.value_size)
+    out = torch.empty(rows, attn.heads * attn.head_values, device=device)
+    return (lambda: [backend.latents.by_head(x, matrix, out) for matrix in copies],
+            f"bfloat16: {rows} x {attn.heads} x {attn.value_size} -> {attn.head_values}", len(copies), copies[0].nbytes)
 
 
 def time_cuda_linear(backend: Any, device: torch.device, rows: int, cold: int, calls: int,

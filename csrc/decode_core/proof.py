@@ -20,6 +20,7 @@ import torch
 
 from . import cuda
 from .cuda_adapters import RowsOfMatrix
+from .cuda_latents import FEW_ROWS
 from .cuda_packed_kv import PackedPages, gathered, packable, packed
 from .cuda_prompts import prompts_of
 from .cuda_weights import PackedMatrix, dequantized
@@ -121,6 +122,8 @@ def windows_of(spec: Any, most: int) -> set[int]:
 
 def prove_rope_append(backend: Any, device: torch.device) -> str:
     """Rows with padding between them, for every type of activations and cache that the model may have."""
+    if backend.latents:
+        return ""
     spec = backend.spec
     script = backend.script
     dice = Dice(device, 1)
@@ -158,6 +161,8 @@ def prove_rope_append(backend: Any, device: torch.device) -> str:
 
 def prove_attention(backend: Any, device: torch.device) -> str:
     """Rows of one key, of several merges, and padding, through every window of the model, with its sinks and without."""
+    if backend.latents:
+        return prove_latent_attention(backend, device)
     spec = backend.spec
     script = backend.script
     dice = Dice(device, 2)
@@ -187,6 +192,8 @@ def prove_prompts(backend: Any, device: torch.device) -> str:
     """A prompt's first chunk and a later one, through every window of the model, with its sinks and without.
 
     The reference computes each token as a decode row."""
+    if backend.latents:
+        return prove_latent_prompts(backend, device)
     spec = backend.spec
     script = backend.script
     dice = Dice(device, 6)
@@ -363,11 +370,139 @@ def prove_adapters(backend: Any, device: torch.device) -> str:
     return ""
 
 
+# --- latent attention ------------------------------------------------------------------------------------------------
+
+
+def latent_pages(backend: Any, dice: Dice, dtype: torch.dtype) -> torch.Tensor:
+    return dice.normal(PAGES, backend.script.PAGE_SIZE, backend.latents.attn.head_size, dtype=dtype)
+
+
+def tables_of(backend: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of 64 positions."""
+    return backend.script.rope_tables(dataclasses.replace(backend.spec, max_positions=64), device)
+
+
+def prove_append_latents(backend: Any, device: torch.device) -> str:
+    """Rows with padding between them, in every type of activations and pages."""
+    if not backend.latents:
+        return ""
+    attn = backend.latents.attn
+    dice = Dice(device, 8)
+    places = *tables_of(backend, device), torch.tensor([0, 63, 7, 0], device=device), torch.tensor([17, 3, -1, 250], device=device)
+    weight = 1 + dice.normal(attn.value_size) / 4
+    for kind, dtype in itertools.product(DTYPES, DTYPES):
+        x = dice.normal(4, attn.head_size, dtype=kind)
+        cache = latent_pages(backend, dice, dtype)
+        want = copied(cache)
+        backend.latents.references.append_latents(copied(x), weight, 1e-6, *places, want, attn.adjacent)
+        backend.latents.append_latents(x, weight, 1e-6, *places, cache, attn.adjacent)
+        if fault := differs(cache, want, "the cache"):
+            return f"{fault} ({str(kind)[6:]} in {str(dtype)[6:]})"
+    return ""
+
+
+def head_products(backend: Any, dice: Dice, heads: int, outputs: int, columns: int) -> Iterator[tuple[str, Any, torch.Tensor, int]]:
+    """(kind, heads' matrices of every type that has such columns, the same in float32, a number of rows of x), few rows and many."""
+    kinds = [kind for kind, (block, _) in (cuda.BLOCKS | cuda.FLOATS).items() if columns % block == 0]
+    for kind, matrix, wide in matrices(backend.script, dice, heads * outputs, columns, kinds):
+        for rows in (1, 9, *([FEW_ROWS + 1] if kind in ("bfloat16", "q8_0") else [])):
+            yield kind, matrix, wide, rows
+
+
+def prove_by_head(backend: Any, device: torch.device) -> str:
+    """Values of heads, of the model's columns."""
+    if not backend.latents:
+        return ""
+    attn = backend.latents.attn
+    dice = Dice(device, 9)
+    H = 3
+    N = min(attn.head_values, 40)
+    for kind, matrix, wide, rows in head_products(backend, dice, H, N, attn.value_size):
+        x = dice.normal(rows, H * attn.value_size)
+        got = torch.empty(rows, H * N, device=device)
+        want = torch.empty_like(got)
+        backend.latents.by_head(x, matrix, got)
+        backend.script.references["by_head"](x, wide, want)
+        if fault := differs(got, want, f"{kind}: the product of {rows} rows", 2e-2 if rows > FEW_ROWS else 0.0):
+            return fault
+    return ""
+
+
+def prove_absorb(backend: Any, device: torch.device) -> str:
+    """Queries, of the model's columns, with what turns."""
+    if not backend.latents:
+        return ""
+    attn = backend.latents.attn
+    dice = Dice(device, 10)
+    H = 2
+    kept = attn.value_size
+    cos, sin = tables_of(backend, device)
+    for kind, matrix, wide, rows in head_products(backend, dice, H, kept, attn.plain):
+        x = dice.normal(rows, H * (attn.plain + attn.turned))
+        positions = torch.arange(rows, device=device) % 64
+        cache = torch.empty(1, backend.script.PAGE_SIZE, attn.head_size, device=device)
+        got = torch.empty(rows, H * attn.head_size, device=device)
+        want = torch.empty_like(got)
+        backend.latents.absorb(x, matrix, cos, sin, positions, 1.5, cache, got, attn.adjacent)
+        backend.latents.references.absorb(x, wide, cos, sin, positions, 1.5, cache, want, attn.adjacent)
+        if fault := differs(got, want, f"{kind}: {rows} queries", 2e-2 if rows > FEW_ROWS else 0.0):
+            return fault
+    return ""
+
+
+def prove_latent_attention(backend: Any, device: torch.device) -> str:
+    """Rows of one key, of several merges, and padding, over pages of floats."""
+    attn = backend.latents.attn
+    dice = Dice(device, 2)
+    lengths = torch.tensor([1, 1100, 0, 33], dtype=torch.int32, device=device)
+    for dtype in DTYPES:
+        cache = latent_pages(backend, dice, dtype)
+        q = dice.normal(4, attn.heads, attn.head_size) * attn.head_size**-0.5
+        table = torch.stack([dice.order(PAGES, torch.int32).repeat(2)[:70] for _ in range(4)])
+        states, tickets = backend.workspace(*table.shape, device)
+        out = torch.full((4, attn.heads * attn.value_size), 7.0, dtype=dtype, device=device)
+        want = torch.empty(out.shape, device=device)
+        backend.latents.references.attend(q, copied(cache), table, lengths, want)
+        want[2] = 7.0                           # padding is left alone
+        backend.latents.attend(q, cache, table, lengths, states, tickets, out)
+        if fault := differs(out, want, "the output"):
+            return f"{fault} ({str(dtype)[6:]})"
+        if int(tickets.abs().max()):
+            return "its tickets are not zero afterwards"
+    return ""
+
+
+def prove_latent_prompts(backend: Any, device: torch.device) -> str:
+    """A prompt's first chunk and a later one. The reference computes each token as a decode row."""
+    attn = backend.latents.attn
+    dice = Dice(device, 6)
+    batch = SimpleNamespace(starts=[0, 40, 60], lengths=[40, 301])
+    spans = [[0, 40], [281, 301]]                              # positions of the new tokens
+    for dtype in DTYPES:
+        cache = latent_pages(backend, dice, dtype)
+        q = (dice.normal(60, attn.heads, attn.head_size) * attn.head_size**-0.5).to(dtype)
+        table = torch.stack([dice.order(PAGES, torch.int32)[:19] for _ in spans])
+        for number, prompt in enumerate(prompts_of(batch, 0, table, 0, backend.script.PAGE_SIZE)):
+            rows = q[prompt.rows]
+            lengths = torch.arange(*spans[number], device=device) + 1
+            got = torch.empty(len(rows), attn.heads * attn.value_size, dtype=dtype, device=device)
+            want = torch.empty(got.shape, device=device)
+            backend.latents.references.attend(rows.float(), cache.float(), table[number].expand(len(rows), -1), lengths, want)
+            keys = cache[prompt.pages.long()].flatten(0, 1)[:prompt.end - prompt.first]
+            backend.latents.attend_prompt(rows, keys, prompt, got)
+            if fault := differs(got, want, "the output"):
+                return f"{fault} ({str(dtype)[6:]})"
+    return ""
+
+
 CUDA_PROOFS = {
     "linear": prove_linear,
     "adapters": prove_adapters,
     "experts": prove_experts,
     "rope_append": prove_rope_append,
+    "append_latents": prove_append_latents,
+    "absorb": prove_absorb,
+    "by_head": prove_by_head,
     "paged_attention": prove_attention,
     "prompt_attention": prove_prompts,
     "sample": prove_sample}

@@ -21,6 +21,7 @@ from .timing import LARGE, Timed, read_bandwidth, time_cpu
 
 LINE = "{:20} {:34} {:>10} {:>8} {:>6}  {}"
 CUDA_OPS = ("linear", "adapters", "experts", "rope_append", "paged_attention", "prompt_attention", "sample")
+LATENT_OPS = ("append_latents", "absorb", "by_head", "paged_attention", "prompt_attention")     # of latent attention (MLA)
 
 
 class Report:
@@ -65,7 +66,7 @@ class Report:
         import torch
         from .cuda_backend import CudaBackend
         from .cuda_steps import CudaQueue
-        from .cuda_timing import MIXTURE
+        from .cuda_timing import LATENTS, MIXTURE, latent_sizes
         device = torch.device("cuda", index)
         gpu = f"{device}: {torch.cuda.get_device_name(index)}"
         kernels = cuda.CudaOps(_core)
@@ -78,18 +79,20 @@ class Report:
             backend = CudaBackend(self.script.plain_sizes(**LARGE | MIXTURE), self.script, kernels,
                                   device=device)
             self.with_cuda(backend, lambda: CudaQueue(device), gpu)
+            latent = CudaBackend(latent_sizes(self.script, **LATENTS), self.script, kernels, device=device)
+            self.with_cuda(latent, lambda: CudaQueue(device), f"{gpu}, latent attention:", LATENT_OPS)
 
-    def with_cuda(self, backend: Any, make_queue: Callable[[], Any], gpu: str, **sizes) -> None:
-        """Prove and measure the ops of a backend. `sizes` go to time_cuda."""
+    def with_cuda(self, backend: Any, make_queue: Callable[[], Any], gpu: str, ops: tuple[str, ...] = CUDA_OPS, **sizes) -> None:
+        """Prove and measure these ops of a backend. `sizes` go to time_cuda."""
         import torch
         from .cuda_timing import copy_bandwidth, time_cuda
         from .proof import prove_cuda
-        faults = dict.fromkeys(CUDA_OPS, "")
+        faults = dict.fromkeys(ops, "")
         try:
             queue = make_queue()
             limit = copy_bandwidth(queue, sizes.get("cold", 1 << 30))
             self.say(f"\n{gpu} copies {limit / 1e9:.1f} GB/s, read and written")
-            faults |= prove_cuda(backend, backend.device)
+            faults |= prove_cuda(backend, backend.device, ops)
             right = [op for op, fault in faults.items() if not fault]
             with torch.inference_mode():
                 self.table(faults, time_cuda(backend, queue, right, **sizes), limit)

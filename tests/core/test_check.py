@@ -181,6 +181,22 @@ def test_every_gpu_kernel_is_proved_and_measured(emulation_library, monkeypatch)
 
 
 @needs_core
+def test_latent_attention_is_proved_and_measured(emulation_library, monkeypatch):
+    backends = pytest.importorskip("cuda_backends", exc_type=ImportError)
+    from decode_core import cuda_timing, report
+    monkeypatch.setattr(cuda_timing, "CONTEXT", 64)
+    spec = cuda_timing.latent_sizes(for_decode_core(), heads=3, kept=32, turned=16, plain=24, head_values=16, query_width=8)
+    queue, lines = backends.HostQueue(), []
+    queue.device = torch.device("cpu")
+    made = report.Report(for_decode_core(), 1, lines.append)
+    made.with_cuda(backends.Emulated(emulation_library).backend(spec), lambda: queue, "cuda:0: a GPU", report.LATENT_OPS, cold=1 << 14, calls=2, batches=(1, 2))
+    rows = rows_of("\n".join(lines))
+    assert made.wrong == 0 and rows.keys() >= {*report.LATENT_OPS}
+    assert all(len(rows[op]) == 2 and all("%" in line for line in rows[op]) for op in ("append_latents", "absorb", "by_head", "paged_attention"))
+    assert all(line.endswith("as its reference") for op in report.LATENT_OPS for line in rows[op])
+
+
+@needs_core
 @pytest.mark.slow
 def test_a_wrong_kernel_of_a_gpu_is_not_measured(emulation_library, monkeypatch):
     from cuda_backends import wrong_ops

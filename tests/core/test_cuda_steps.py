@@ -806,7 +806,7 @@ def test_an_old_gpu_gets_torch_and_one_line(monkeypatch, caplog, capability, abl
     seam.say_once.cache_clear()
     spec = ModelSpec(vocab_size=64, layers=1, width=32, heads=2, kv_heads=1, head_size=16, ffn_size=32, max_positions=64)
     for _ in range(2):
-        assert type(seam.backend_for(spec, "cuda:1", for_decode_core())).__name__ == ("CudaBackend" if able else "NoneType")
+        assert type(seam.backend_for(backends.sizes_of(spec), "cuda:1", for_decode_core())).__name__ == ("CudaBackend" if able else "NoneType")
     assert decode_core.cuda_ops(0) is not None and decode_core.cuda_ops(2) is None
     lines = [record.getMessage() for record in caplog.records if "8.0" in record.getMessage()]
     assert lines == [] if able else lines == ["decode_core's CUDA kernels need 8.0, the GPU has 7.5: torch computes instead"]

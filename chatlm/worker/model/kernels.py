@@ -297,6 +297,8 @@ def left_to_torch(model: Model, device) -> list[str]:
         ops["router with a bias"] = None
     if any(isinstance(attn, Attention) and attn.gates for attn in model.attentions):
         ops["gates of heads"] = None
+    if any(isinstance(attn, Mla) and attn.scores.growth for attn in model.attentions):
+        ops["scale of queries by their position"] = None
     return list(ops) if Device(device).type != "cpu" else []
 
 
@@ -315,6 +317,7 @@ MOST_ON_GPU = Most(head_size=256, group=64, experts=1024, chosen=1024, vocabular
 
 
 MOST_LATENT = 576  # numbers that a token keeps of latent attention
+MOST_LATENT_VALUE = 512  # of which so many are the value; on a GPU
 
 
 def feeds_of(model: Model, *kinds: type) -> list[Any]:
@@ -385,9 +388,12 @@ def refused_on_gpu(model: Model) -> dict[str, bool]:
     dense = feeds_of(model, FeedForward)
     experts = feeds_of(model, Experts, ExpertsBesideDense)
     latents = [each.latent for each in experts if isinstance(each, Experts)]
+    kept = [attn for attn in attentions if isinstance(attn, Mla)]
     activations = dict.fromkeys(feed.activation for feed in (*dense, *feeds_of(model, Experts)))
     return {
-        "latent attention on a GPU": any(isinstance(attn, Mla) for attn in attentions),
+        "latent attention of these sizes on a GPU": any(
+            attn.head_size > MOST_LATENT or attn.kept > MOST_LATENT_VALUE or attn.kept % 16 or attn.turned % 16
+            for attn in kept),
         "norm of all heads together on a GPU": any(attn.norms and attn.norms.whole for attn in attentions),
         "LayerNorm of heads on a GPU": any(
             isinstance(attn, Attention) and attn.norms and attn.norms.centred for attn in attentions),
@@ -395,7 +401,8 @@ def refused_on_gpu(model: Model) -> dict[str, bool]:
             isinstance(attn, Attention) and attn.clip for attn in attentions),
         "embedding of each layer on a GPU": bool(layer_inputs_of(model)),
         "scale of experts on a GPU": any(isinstance(each, ExpertsBesideDense) for each in experts),
-        "scale of queries by their position on a GPU": any(attn.scores.growth for attn in attentions),
+        "scale of queries by their position on a GPU": any(
+            isinstance(attn, Attention) and attn.scores.growth for attn in attentions),
         "experts of this width": bool(experts) and any(
             size % 8 for size in (model.width, *latents, *(each.width for each in experts))),
         "attention of several kinds on a GPU": not uniform(model),

@@ -142,14 +142,16 @@ def of_stage(tensors, mine):
 
 
 def test_decode_core_says_what_it_does_not_compute():
-    """Sizes that are no multiples of 16, larger latents and GPUs are left to torch."""
+    """Sizes that are no multiples of 16 and larger latents are left to torch; a GPU takes the other sizes as they are."""
     model = deepseek_blocks(tiny_deepseek(**{"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "q_lora_rank": 32}).config)
     mla = model.layers[0].mixer
-    assert not_compiled(model) == ""
-    assert "latent attention on a GPU" in not_compiled(model, "cuda")
-    for changes in (dict(plain=8), dict(turned=8), dict(head_values=12), dict(query_width=24), dict(kept=576)):
+    assert not_compiled(model) == not_compiled(model, "cuda") == ""
+    for changes, on_gpu in ((dict(plain=8), False), (dict(turned=8), True), (dict(head_values=12), False), (dict(query_width=24), False),
+                            (dict(kept=576), True), (dict(kept=528, turned=48), True)):
         layers = tuple(dataclasses.replace(layer, mixer=dataclasses.replace(mla, **changes)) for layer in model.layers)
-        assert not_compiled(dataclasses.replace(model, layers=layers)) == "latent attention of these sizes"
+        changed = dataclasses.replace(model, layers=layers)
+        assert (not_compiled(changed) == "latent attention of these sizes") is (changes != dict(kept=528, turned=48))
+        assert not_compiled(changed, "cuda") == ("latent attention of these sizes on a GPU" if on_gpu else "")
 
 
 def test_an_adapter_changes_all_of_latent_attention():

@@ -22,7 +22,6 @@ from tiny_specs import NO_SIZES, ODD, family_config, spec_of
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(decode_core() is None, reason="not built")]
 SHARE = float(os.environ.get("DECODE_CORE_TEST_SHARE", "1"))
 BEYOND = {"head_dim": 528, "experts": 1030, "experts_per_tok": 70, "top_k": 70, "attention_heads": 68}     # a part of a key -> beyond some kernel's limit
-NOT_ADAPTED = ("embed", "head", "norm", "bias", "router", "taps", "layer_embed", "ve_gate", "expert_gate_up", "expert_up", "expert_down", "shared_gate", "input_gate", "input_out")
 
 
 def odd_configs(name):
@@ -47,9 +46,9 @@ def random_tensors(spec):
 
 
 def odd_adapter(spec):
-    """An adapter of the model's matrices, each of another rank."""
+    """An adapter of all matrices that may have one, each of another rank."""
     dice, ranks = torch.Generator().manual_seed(2), iter([1, 3, 17, 33, 5] * 1000)
-    shapes = {name: shape for name, shape in model_of(spec).shapes().items() if len(shape) == 2 and "." in name and not name.endswith(NOT_ADAPTED)}
+    shapes = {name: tensor.shape for name, tensor in model_of(spec).tensors().items() if tensor.adapted and "." in name}
     return {name: matrix_of(torch.randn(rank, K, generator=dice) * 0.2, torch.randn(N, rank, generator=dice) * 0.2, torch.full((rank,), 0.5))
             for (name, (N, K)), rank in zip(shapes.items(), ranks)}
 
