@@ -4,7 +4,7 @@
 
 The default model unless MODEL names another. Each adapter changes every linear layer. With N adapters each has 32 / N rows of
 the step; "one row" is a step in which one of 32 rows has an adapter. All kinds of steps take turns; the least and the median time
-of each are shown, also relative to the base alone. A prompt of 256 tokens with one adapter is measured in the same way.
+of each, and the median of the processors' time, are shown, also relative to the base alone. A prompt of 256 tokens with one adapter is measured in the same way.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from chatlm.common.hub.local import no_progress    # noqa: E402
 from chatlm.common.processes.start import threads_per_worker    # noqa: E402
 from chatlm.worker.build import build_transformer    # noqa: E402
 from chatlm.worker.model.batch import Batch    # noqa: E402
-from chatlm.worker.model.transformer import load_adapter    # noqa: E402
 from chatlm.worker.ranks.ranks import RankAlone    # noqa: E402
 from chatlm.worker.weights.load import open_model    # noqa: E402
 
@@ -62,6 +61,10 @@ def prompt_batch(adapter):
     return Batch(ids, [-1, *ids[:-1]], [0, PROMPT], [PROMPT], [[*range(PROMPT // PAGE)]], [PROMPT - 1], adapters=[adapter] if adapter else [])
 
 
+def beside(word, of, taken, base):
+    return f"{word} {of(taken):8.2f} ms ({100 * of(taken) / of(base) - 100:+5.1f} %)"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
@@ -71,31 +74,33 @@ def main():
     parser.add_argument("--context", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--threads", type=int, help="with one, the processors' time tells of the work alone: several threads wait for each other")
     args = parser.parse_args()
     counts, device = [int(word) for word in args.adapters.split(",")], torch.device("cpu")
-    torch.set_num_threads(threads_per_worker(1))
+    torch.set_num_threads(args.threads or threads_per_worker(1))
     settings = Settings(model=args.model, max_batch=args.rows, kv_cache_memory=1 << 30)
     source = resolve_model(settings, no_progress)
     _, transformer, pages, *_ = build_transformer(open_model(source, settings, device), source, settings, device, no_progress, RankAlone())
     assert pages >= args.rows * -(-args.context // PAGE), f"{pages} pages are too few for --rows and --context"
     with tempfile.TemporaryDirectory() as folder:
-        sizes = [load_adapter(transformer, slot, random_adapter(Path(folder, str(slot)), transformer.unpadded, args.rank, getattr(torch, args.dtype), slot))
+        sizes = [transformer.load_adapter(slot, random_adapter(Path(folder, str(slot)), transformer.unpadded, args.rank, getattr(torch, args.dtype), slot))
                  for slot in range(1, max(counts) + 1)]
     steps = {"base alone": decode_batch([0] * args.rows, args.context), "one row": decode_batch([1] + [0] * (args.rows - 1), args.context)}
     steps |= {f"{count} adapters": decode_batch([1 + row * count // args.rows for row in range(args.rows)], args.context) for count in counts}
     steps |= {"prompt, base": prompt_batch(0), "prompt, adapter": prompt_batch(1)}
-    times = {name: [] for name in steps}
+    times, processors = {name: [] for name in steps}, {name: [] for name in steps}
     for _ in range(args.rounds):
         for name, batch in steps.items():
-            begin = time.perf_counter()
+            begin, busy = time.perf_counter(), time.process_time()
             transformer.forward(batch)
             times[name].append(1e3 * (time.perf_counter() - begin))
+            processors[name].append(1e3 * (time.process_time() - busy))
     print(f"{source.name}, rank {args.rank}, {args.dtype}, {sizes[0] / 1e6:.1f} MB an adapter; {args.rows} rows after {args.context} tokens, "
           f"a prompt of {PROMPT}; {transformer.kernels.backend.name}, {torch.get_num_threads()} threads")
     for name, taken in times.items():
-        base = times["prompt, base" if name.startswith("prompt") else "base alone"]
-        print(f"{name:16} least {min(taken):8.2f} ms ({100 * min(taken) / min(base) - 100:+5.1f} %)   "
-              f"median {statistics.median(taken):8.2f} ms ({100 * statistics.median(taken) / statistics.median(base) - 100:+5.1f} %)")
+        base = "prompt, base" if name.startswith("prompt") else "base alone"
+        print(f"{name:16} {beside('least', min, taken, times[base])}   {beside('median', statistics.median, taken, times[base])}   "
+              f"{beside('processors, median', statistics.median, processors[name], processors[base])}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 class WorkerLoop:
     """Turn after turn: the messages of the front, then a step, whose events are sent while the next one is
-    computed. While nobody asks for anything the worker warms up, then sleeps until a message comes."""
+    computed. While nobody asks for anything the worker warms up and restores stored prefixes, then sleeps
+    until a message comes."""
 
     ADAPTER_LOOK_S = 0.05  # between two looks at adapters that are being read, while nothing is computed
     MAX_FAILURES = 3       # failed steps in a row that a worker survives; after one more it is replaced
@@ -58,7 +59,8 @@ class WorkerLoop:
         self.inbox.adapters.finish()
         idle = self.engine.idle
         warms_up = idle and self.warm_up.is_due
-        messages = self._receive(wait=idle and not warms_up)
+        restores = idle and not warms_up and self.engine.restores_ahead
+        messages = self._restore_ahead() if restores else self._receive(wait=idle and not warms_up)
         for message in messages:
             self.inbox.obey(message)
         if self.engine.busy:
@@ -66,9 +68,20 @@ class WorkerLoop:
         elif warms_up and not messages:
             self._warm_up_more()
             return
+        elif restores and not messages:
+            return
         self._step()
         if not self.engine.busy:
             self._rest()
+
+    def _restore_ahead(self) -> list:
+        """Restore a little of what nobody has asked for yet; returns the messages that have come."""
+        assert self.engine.keeper
+        ahead = self.engine.keeper.ahead
+        if ahead.rests and (messages := self.channel.receive(wait=True, patience_s=ahead.REST_S)):
+            return messages
+        ahead.more()
+        return self.channel.receive(wait=ahead.waits, patience_s=ahead.WAIT_S)
 
     def _receive(self, wait: bool) -> list:
         """The messages that have come; if there are none, `wait` for one, or for an adapter to be read."""

@@ -145,11 +145,11 @@ class MetricFamilies:
         yield families.CounterMetricFamily("chat_server_worker_restarts", "restarts of workers",
                                            totals["restarts"])
         for name, doc in (
-                ("restored_tokens", "tokens of prompts that kept pages saved computing"),
+                ("restored_tokens", "tokens whose kept pages were restored, for prompts or ahead of them"),
                 ("restored_bytes", "bytes of kept pages that were restored"),
                 ("kept_pages", "KV pages that were copied to memory that outlives the workers"),
                 ("missed_pages", "pages of prompts that were neither cached nor kept"),
-                ("prefill_saved_s", "seconds of computing prompts that restored pages saved"),
+                ("prefill_saved_s", "seconds of computing that pages restored for prompts saved"),
                 ("keeping_s", "seconds of a processor that copying pages to memory took")):
             unit = f"{name[:-2]}_seconds" if name.endswith("_s") else name
             yield families.CounterMetricFamily(f"chat_server_{unit}", doc,

@@ -11,14 +11,19 @@ from typing import TYPE_CHECKING
 import numpy
 
 from chatlm.common.log import log
+from chatlm.common.memory import populate
 from chatlm.common.segments import PAGE, ROOT, STATE
+from chatlm.worker.arrays.kinds import address_of
 from chatlm.worker.engine.kept_pages import owner_address, page_address
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence as Seq
+    from collections.abc import Callable, Iterator, Sequence as Seq
     from chatlm.worker.engine.kept_pages import KeptPages
     from chatlm.worker.engine.kvcache import Content, Key, PagePool
     from chatlm.worker.model.transformer import Transformer
+
+
+UNCLAIMED = "unclaimed "  # and the first address: the root of a prefix whose owner is not known yet
 
 
 class Addresses:
@@ -27,22 +32,45 @@ class Addresses:
     def __init__(self):
         self.of: dict[int | str, bytes] = {}
         self.keys: dict[int | str, Key] = {}
+        self.roots: dict[bytes, str] = {}  # address of a first page -> the root below which it is indexed
+
+    def root_of(self, first: bytes) -> str:
+        """The root below which a prefix with this address of its first page is indexed, or may be as long as
+        nobody has asked for it."""
+        return self.roots.get(first) or UNCLAIMED + first.hex()
 
     def __getitem__(self, serial: int | str) -> bytes | None:
         return owner_address(serial) if isinstance(serial, str) else self.of.get(serial)
 
+    def unclaimed(self, root: str, first: tuple[int, ...]) -> Key | None:
+        """The key of the prefix with this first page that an owner may claim, if there is one."""
+        found = self.roots.get(page_address(owner_address(root), first), "")
+        return (found, first) if found.startswith(UNCLAIMED) else None
+
     def note(self, key: Key, serial: int):
-        if (address := self[key[0]]) is not None:
-            self.of[serial] = page_address(address, key[1])
-            self.keys[serial] = key
+        root = key[0] if isinstance(key[0], str) else None
+        if root and root.startswith(UNCLAIMED):
+            address = bytes.fromhex(root[len(UNCLAIMED):])
+        elif (parent := self[key[0]]) is not None:
+            address = page_address(parent, key[1])
+        else:
+            return
+        self.of[serial] = address
+        self.keys[serial] = key
+        if root is not None:
+            self.roots[address] = root
 
     def forget(self, serial: int):
-        self.of.pop(serial, None)
-        self.keys.pop(serial, None)
+        address = self.of.pop(serial, None)
+        key = self.keys.pop(serial, None)
+        if address and key and self.roots.get(address) == key[0]:
+            del self.roots[address]
 
 
 class PageBytes:
     """The bytes of a model's KV pages and states, as arrays of uint8."""
+
+    RUN = 16  # pages for which memory is provided at a time
 
     def __init__(self, transformer: Transformer, num_pages: int):
         layout = transformer.layout
@@ -65,6 +93,14 @@ class PageBytes:
         """So many copied pages, each as `rows` has it."""
         return numpy.asarray(payload, numpy.uint8).reshape(count, self.rows.shape[0], self.rows.shape[2])
 
+    def provide(self, pages: Seq[int], is_over: Callable[[], bool]):
+        """Have the system provide the memory of some pages, whatever they contain, until it `is_over`."""
+        for run in runs(pages, self.RUN):
+            if is_over():
+                return
+            for layer in self.rows[:, run[0]:run[-1] + 1]:
+                populate(address_of(layer), layer.nbytes)
+
     def state(self, slot: int) -> numpy.ndarray:
         return numpy.concatenate([state[slot] for state in self.states])
 
@@ -74,6 +110,18 @@ class PageBytes:
         for state in self.states:
             state[slot] = data[begin:begin + state.shape[1]]
             begin += state.shape[1]
+
+
+def runs(pages: Seq[int], most: int) -> Iterator[list[int]]:
+    """The pages in runs of at most `most` that follow each other."""
+    run: list[int] = []
+    for page in pages:
+        if run and (page != run[-1] + 1 or len(run) == most):
+            yield run
+            run = []
+        run.append(page)
+    if run:
+        yield run
 
 
 class Copier:

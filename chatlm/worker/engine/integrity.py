@@ -158,7 +158,7 @@ def queue_faults(queue: RunQueue, restorations: Seq[Restoration] = ()) -> list[s
                    for kind, held in holdings.items() if held]
     awaited = {id(sequence.restoration) for sequence in everyone}
     faults += [f"restoration {number} goes on, but no answer waits for it" for number, each
-               in enumerate(restorations) if not each.over and id(each) not in awaited]
+               in enumerate(restorations) if not (each.over or each.ahead) and id(each) not in awaited]
     holders = [*((f"answer {s.work.id}", s.pages, s.states.slots.values()) for s in everyone),
                *((f"restoration {number}", each.pages, () if each.slot is None else (each.slot,))
                  for number, each in enumerate(restorations))]

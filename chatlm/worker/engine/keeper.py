@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.log import log
 from chatlm.common.segments import PAGE, STATE
+from chatlm.worker.engine.ahead import Ahead
 from chatlm.worker.engine.copier import Addresses, Copier, PageBytes
 from chatlm.worker.engine.kept_pages import owner_address, page_address
 
@@ -41,6 +42,7 @@ class Restoration:
     restores_state: bool     # also the state after the last page?
     began_s: float
     pages_read: int = 0      # so far, including those that the prefix cache had
+    ahead: bool = False      # has nobody asked for it?
     read_began_s: float = math.inf  # when the current read began; infinite while none is under way
     over: bool = False       # does nobody wait for it any more?
     slot: int | None = None  # with the state after its tokens
@@ -188,7 +190,8 @@ class PageKeeper:
         self.pool = pool
         self.kept = kept
         self.memory = PageBytes(transformer, pool.num_pages)
-        pool.note_addresses(Addresses())
+        self.addresses = Addresses()
+        pool.note_addresses(self.addresses)
         self.pace = Pace(pool.page_size, times)
         self.reader = Reader(kept, self.pace)
         self.restorations: list[Restoration] = []
@@ -196,6 +199,7 @@ class PageKeeper:
             ("restored_tokens", "restored_bytes", "kept_pages", "kept_bytes", "missed_pages"), 0)
         self.saved_s = 0.0     # computing time
         self.copier = Copier(pool, kept, self.memory, self.counts, self.reader.scan_store)
+        self.ahead = Ahead(self)
 
     def gauges(self) -> dict[str, float]:
         return {**self.counts, "prefill_saved_s": round(self.saved_s, 3),
@@ -210,6 +214,7 @@ class PageKeeper:
                 byte_s = self.kept.disk_byte_s()
                 if byte_s:
                     self.pace.note_disk(byte_s)
+                self.ahead.find()
             except Exception as error:
                 log.warning("prefixes are neither kept nor restored: %s", error)
 
@@ -235,13 +240,14 @@ class PageKeeper:
 
     def settle(self):
         """Keep the pages filled so far. Call it while no step is under way."""
-        self._abandon_stuck()
+        self.abandon_stuck()
         self.copier.copy()
 
     # restoring
 
     def awaits(self, sequence: Sequence) -> bool:
         """Should a sequence that is ready to run wait for kept pages of its prompt?"""
+        self.pool.claim(sequence.tokens, sequence.root)
         if not self.kept.profile or sequence.uncached:
             return False
         if sequence.restoration is None:
@@ -267,8 +273,29 @@ class PageKeeper:
             restoration.over = True
             pool.release(table)
             return restoration
+        self._start(restoration)
+        return restoration
+
+    def _start(self, restoration: Restoration):
+        """Read its pages in a thread, while another one provides the memory that they will probably take."""
         self.restorations.append(restoration)
         self.reader.start(restoration)
+        pool = self.pool
+        count = (len(restoration.addresses) - restoration.begin) * pool.groups
+        pages = pool.free[::-1][:count]
+        self.reader.threads.submit(self.memory.provide, pages, lambda: restoration.over)
+
+    def restore_ahead(self, tokens: list[int], addresses: list[bytes]) -> Restoration | None:
+        """Start to restore a prefix that nobody has asked for; None if the cache has it."""
+        pool = self.pool
+        table, serial = pool.match_prefix([*tokens, 0], self.addresses.root_of(addresses[0]))
+        cached = len(table) // pool.groups
+        if cached >= len(addresses):
+            pool.release(table)
+            return None
+        restoration = Restoration(tokens, addresses, cached, serial, table, bool(pool.states),
+                                  time.monotonic(), cached, ahead=True)
+        self._start(restoration)
         return restoration
 
     def _kept_addresses(self, sequence: Sequence, cached: int) -> tuple[list[bytes], int]:
@@ -295,9 +322,9 @@ class PageKeeper:
         on_disk = self.kept.on_disk(self.kept.key(PAGE, restoration.addresses[-1]))
         return self.pace.pays(pages, size, on_disk)
 
-    def adopt(self):
+    def adopt(self, most_bytes: int = STEP_BYTES):
         """Copy arrived records into pages. No step may be under way: it might still write to these pages."""
-        left = self.STEP_BYTES
+        left = most_bytes
         while self.reader.arrived and left > 0:
             restoration, batch = self.reader.arrived.popleft()
             for record, payload in batch or ():
@@ -313,12 +340,14 @@ class PageKeeper:
             if batch is None:
                 self._end(restoration)
 
-    def _abandon_stuck(self):
+    def abandon_stuck(self) -> bool:
         """If the disk does not answer, abandon all restorations, since the queued ones wait for it too."""
-        if any(time.monotonic() - each.read_began_s > self.STUCK_S for each in self.restorations):
-            log.warning("a kept prefix could not be read within %g s and is computed instead", self.STUCK_S)
-            for restoration in [*self.restorations]:
-                self._end(restoration)
+        if not any(time.monotonic() - each.read_began_s > self.STUCK_S for each in self.restorations):
+            return False
+        log.warning("a kept prefix could not be read within %g s and is computed instead", self.STUCK_S)
+        for restoration in [*self.restorations]:
+            self._end(restoration)
+        return True
 
     def _adopt_page(self, restoration: Restoration, record: Record, payload: memoryview):
         """Copy the next page of a prompt. If it cannot be used, the pages restored so far remain usable."""
@@ -345,7 +374,8 @@ class PageKeeper:
         restoration.pages += table
         self.counts["restored_tokens"] += size
         self.counts["restored_bytes"] += len(payload)
-        self.saved_s += size * self.pace.times.token_s
+        if not restoration.ahead:
+            self.saved_s += size * self.pace.times.token_s
 
     def _adopt_state(self, restoration: Restoration, payload: memoryview):
         """Copy a state into a slot, which becomes a snapshot once all pages have arrived."""
@@ -374,6 +404,7 @@ class PageKeeper:
 
     def empty(self):
         """Keep new pages and abandon restorations, before the memory of the pages is freed."""
+        self.ahead.stop()
         self.settle()
         while self.copier.behind and not self.copier.waits:
             self.settle()

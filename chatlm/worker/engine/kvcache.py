@@ -206,6 +206,25 @@ class PagePool:
             self._forget_bare(self.MOST_BARE)
         return content.serial
 
+    def claim(self, tokens: Seq[int], root: str):
+        """Find a prefix that was restored before its owner was known below `root` from now on, if that is
+        its owner: the address of its first page shows it."""
+        first = tuple(tokens[:self.page_size])
+        if self.addresses is None or len(tokens) <= self.page_size or (root, first) in self.index:
+            return
+        key = self.addresses.unclaimed(root, first)
+        if key is None:
+            return
+        content = self.index.pop(key)
+        self.index[root, first] = content
+        for group, page in enumerate(content.pages):
+            if page != self.hole:
+                self.keys[page] = group, (root, first)
+        if key in self.bare:
+            del self.bare[key]
+            self.bare[root, first] = None
+        self.addresses.note((root, first), content.serial)
+
     def _add_content(self, key: Key) -> Content:
         self.last_serial += 1
         content = Content(self.last_serial, [self.hole] * self.groups)

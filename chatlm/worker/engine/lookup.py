@@ -2,7 +2,8 @@
 
 A text is indexed by its runs of two tokens; the places of a run are chained, latest first. For each sequence
 the places where its last tokens were found are kept. A new token drops the places where the text goes on
-differently, so a long match is not lost among many short ones. Places vote with the lengths of their matches.
+differently, so a long match is not lost among many short ones. Where a copied text is changed again and again
+in the same way, the drafts are changed alike (edits.py). Places vote with the lengths of their matches.
 (Suffix trees, as in Oliaro et al., "SuffixDecoding", 2024, count all places. Here the latest decide, which
 takes Python 10 us a token.)"""
 
@@ -19,6 +20,7 @@ import numpy
 
 from chatlm.common.log import log
 from chatlm.worker.engine.drafts import NO_DRAFT, Draft
+from chatlm.worker.engine.edits import WINDOW, Edits, Known, Lost
 
 if TYPE_CHECKING:
     from chatlm.worker.engine.sequence import Sequence
@@ -33,6 +35,8 @@ LEAST = 0.05   # chance below which a token is not proposed
 TRUST = 0.25
 MOST_TRUST = 16.0
 LEAST_TRUST = 2.0
+LEAST_LOST = 4  # tokens of a match to which a copy may come back
+MOST_LOST = 4   # such matches
 BULK = 48      # from so many tokens on, numpy is faster than a loop
 BETWEEN = -1   # follows each text of a store; it is no token
 TOKEN_BYTES = 200  # about what a store takes for a token: its number, its place and its key in a dictionary
@@ -172,38 +176,48 @@ class Match(NamedTuple):
     end: int
     length: int        # about how many tokens before it match
     trust: float = 0.0  # from the match before a token that differs
+    owed: Seq[int] = ()  # tokens that replace some of the text and come before its end
 
     @property
     def weight(self) -> float:
         return self.length + TRUST * self.trust
 
-    def moved_on(self, new: Seq[int]) -> list[Match]:
+    def moved_on(self, new: Seq[int], edits: Edits) -> tuple[list[Match], int, int]:
         """The match after new tokens, if the text has them here too. Else, if the match was long, the places
-        where the text may go on as if a token had been replaced, inserted or left out."""
+        where the text may go on as if a token had been replaced, inserted or left out.
+
+        Also where in the text it ends, and how many of the tokens were right."""
         text = self.text.tokens
-        end = self.end
         many = len(new)
-        if text[end:end + many] == new:
-            return [self._replace(end=end + many, length=self.length + many)]
-        same = common_length(text[end:end + many], new)
+        owed: Seq[int] = ()
+        followed = text[self.end:self.end + many]
+        if self.owed or edits.concern(followed):
+            end, owed, same = edits.follow(text, self.end, self.owed, new)
+        else:
+            same = common_length(followed, new)
+            end = self.end + same
+        if same == many:
+            return [self._replace(end=end, length=self.length + many, owed=owed)], end, same
         trust = min((self.length + same + self.trust) / 2, MOST_TRUST)
         rest = new[same + 1:]
         if trust < LEAST_TRUST or len(rest) > 1:
-            return []
-        at = end + same
+            return [], end, same
+        at = end
         found = []
         for skipped, used in ((1, rest), (0, rest), (1, new[same:]), (2, new[same:])):
             begin = at + skipped
             if text[begin:begin + len(used)] == used and begin + len(used) < len(text):
                 found.append(Match(self.text, begin + len(used), len(used), trust))
-        return found
+        return found, end, same
 
 
 class Matches:
     """Where one sequence's last tokens were found, in its own text and in others."""
 
-    def __init__(self, tokens: list[int], others: Seq[Text]):
+    def __init__(self, tokens: list[int], others: Seq[Text], edits: Edits | None = None):
         self.tokens = tokens      # the sequence's own list
+        self.edits = Edits() if edits is None else edits
+        self.lost: list[tuple[Text, Lost]] = []  # long matches that the last tokens have left
         self.own = Text(tokens)
         self.texts = [self.own, *others]
         self.best: list[Match] = []  # the longest ones
@@ -224,31 +238,53 @@ class Matches:
         for text in self.texts:
             same = tail if text is self.own else packed
             for end in text.places(run, PLACES):
-                if (id(text), end) not in kept:
-                    kept[id(text), end] = Match(text, end, match_length(text.tokens, end, same))
+                if (id(text), end, 0) not in kept:
+                    kept[id(text), end, 0] = Match(text, end, match_length(text.tokens, end, same))
         # stable: where lengths are equal, places that were followed come first, then later ones
         self.best = sorted(kept.values(), key=lambda match: -match.weight)[:PLACES]
         return self.best
 
-    def _moved_on(self, new: list[int]) -> dict[tuple[int, int], Match]:
-        """The matches after new tokens, by text and place: at each place the best one."""
-        kept: dict[tuple[int, int], Match] = {}
+    def _moved_on(self, new: list[int]) -> dict[tuple[int, int, int], Match]:
+        """The matches after new tokens, by text, place and what is owed: at each place the best one."""
+        if not new:
+            return {(id(match.text), match.end, len(match.owed)): match for match in self.best}
+        found: list[Match] = []
         packed = array("i", new)
+        lost: list[tuple[Text, Lost]] = []
         for match in self.best:
-            followed = [match]
-            if new:
-                followed = match.moved_on(new if match.text is self.own else packed)
-            for moved in followed:
-                key = id(moved.text), moved.end
-                if key not in kept or moved.weight > kept[key].weight:
-                    kept[key] = moved
+            followed, end, same = match.moved_on(new if match.text is self.own else packed, self.edits)
+            found += followed
+            if same < len(new) and match.length + same >= LEAST_LOST and len(lost) < MOST_LOST:
+                lost.append((match.text, Lost(match.text.tokens, end, self.moved + same, match.weight)))
+        found += self._come_back(lost)
+        kept: dict[tuple[int, int, int], Match] = {}
+        for moved in found:
+            key = id(moved.text), moved.end, len(moved.owed)
+            if key not in kept or moved.weight > kept[key].weight:
+                kept[key] = moved
         return kept
+
+    def _come_back(self, newly: list[tuple[Text, Lost]]) -> list[Match]:
+        """Matches at the places to which long ones that were lost have come back."""
+        found: list[Match] = []
+        waiting: list[tuple[Text, Lost]] = []
+        for text, lost in [*newly, *self.lost][:MOST_LOST]:
+            place = self.edits.come_back(lost, self.tokens)
+            if place is not None:
+                found.append(Match(text, place, RUN, min(lost.weight, MOST_TRUST)))
+            elif len(self.tokens) - lost.since < WINDOW:
+                waiting.append((text, lost))
+        self.lost = waiting
+        return found
 
     def propose(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """The likeliest continuation, and the chance of each token that it and all before are right."""
         ways = []  # (what followed, weight) of each match
         for match in self.move_on():
-            way = match.text.tokens[match.end:match.end + LONGEST]
+            way = self.edits.rewritten(match.text.tokens[match.end:match.end + LONGEST])
+            if match.owed:
+                way = [*match.owed, *way]
+            way = way[:LONGEST]
             if len(way) and way[0] != BETWEEN:
                 ways.append((way, match.weight))
         if not ways:
@@ -304,10 +340,12 @@ class Lookup:
 
     name = "lookup"
     rests = True
+    MOST_OWNERS = 256  # whose edits are kept
 
     def __init__(self, num_tokens: int = 1 << 16):
         """num_tokens: of ended answers and the operator's texts to keep, 0: none."""
         self.stores = TextStores(num_tokens)
+        self.edits: OrderedDict[tuple[str, ...], Known] = OrderedDict()
         self.matches: dict[Sequence, Matches | None] = {}  # None: has not been asked yet
 
     def read(self, texts: Seq[str], encode: Callable[[str], Seq[int]]):
@@ -325,10 +363,21 @@ class Lookup:
         if (matches := self.matches[sequence]) is None:
             # marks beside log-probabilities say what repeats itself here: the page's token lens asks again
             marked = sequence.work.params.logprobs is not None
-            others = [] if marked else self.stores.of(owner_of(sequence))
-            matches = self.matches[sequence] = Matches(sequence.tokens, others)
+            owner = owner_of(sequence)
+            others = [] if marked else self.stores.of(owner)
+            edits = Edits() if marked else Edits(self._known_edits(owner))
+            matches = self.matches[sequence] = Matches(sequence.tokens, others, edits)
         tokens, chances = matches.propose()
         return Draft(self.name, tokens, chances, len(sequence.tokens)) if tokens else NO_DRAFT
+
+    def _known_edits(self, owner: tuple[str, ...]) -> Known:
+        """The edits of this owner's answers, kept as long as it is among the last owners, if texts are."""
+        known = self.edits.pop(owner, {})
+        if self.stores.num_tokens:
+            self.edits[owner] = known
+            if len(self.edits) > self.MOST_OWNERS:
+                self.edits.popitem(last=False)
+        return known
 
     def judge(self, sequence: Sequence, draft: Draft, verified: int, accepted: int):
         pass  # Drafting measures it
@@ -342,6 +391,7 @@ class Lookup:
 
     def forget(self):
         self.stores.forget()
+        self.edits.clear()
 
 
 def owner_of(sequence: Sequence) -> tuple[str, ...]:

@@ -104,6 +104,22 @@ async def test_a_server_restores_its_predecessor_s_store(start_pool, tmp_path):
         assert any(restored) == found
 
 
+async def test_a_server_restores_before_anybody_asks(start_pool, tmp_path):
+    """A prompt then finds its pages like those of a server that has never ended, whoever it is of."""
+    pool = await start_pool(prefix_store=str(tmp_path / "store"), prefix_memory=0)
+    text, _ = await answer(pool, "first", owner="alice")
+    await pool.close()
+    pool = await start_pool(prefix_store=str(tmp_path / "store"), prefix_memory=0)
+    while pool.workers[0].gauges["restored_tokens"] < 200:
+        await asyncio.sleep(0.2)        # a worker restores nothing right after a request
+        await collect(pool, asked("probe", prompts=((1, 2, 3),), max_tokens=1))
+    restored = pool.workers[0].gauges["restored_tokens"]
+    assert (await answer(pool, "of bob", owner="bob")) == (text, 0)
+    again, cached = await answer(pool, "of alice", owner="alice")
+    await idle(pool)
+    assert again == text and cached > 200 and pool.workers[0].gauges["restored_tokens"] == restored
+
+
 async def test_two_servers_use_one_folder_at_once(start_pool, tmp_path):
     one, other = [await start_pool(prefix_store=str(tmp_path), prefix_memory=0) for _ in range(2)]
     await answer(other, "before", owner="else")     # it has looked into the store, which was empty

@@ -1,13 +1,12 @@
 """Pages that outlive the process: restored ones equal computed ones to the bit, and no fault of a store is more than a recomputation."""
 
 import dataclasses
-import hashlib
+import gc
 import itertools
 import math
 import os
 import random
 from concurrent.futures import wait
-from contextlib import contextmanager
 from threading import Event
 from types import SimpleNamespace
 
@@ -19,8 +18,8 @@ from chatlm.common.config import PAGE_SIZE, Settings
 from chatlm.common.core import decode_core
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.protocol import WorkerConfig
-from chatlm.common.messages.requests import Ended, SamplingParams
-from chatlm.common.segments import HEADER_BYTES, MOST_GROUPS, PAGE, ROOT, STATE, Record, Segment, check_folder, locked, open_file, segment_paths
+from chatlm.common.messages.requests import Ended
+from chatlm.common.segments import HEADER_BYTES, MOST_GROUPS, PAGE, ROOT, STATE, Record, check_folder, locked, segment_paths
 from chatlm.common.tiers import listed_store, prune
 from chatlm.front.pool.prefixes import StoreWriter
 from chatlm.worker.engine.keeper import Reader
@@ -31,84 +30,15 @@ from chatlm.worker.model import pages as model_pages
 from chatlm.worker.model.pages import KvType
 from chatlm.worker.prefixes import PrefixPlan
 from chatlm.worker.weights.digest import arithmetic_of, files_of, fingerprint_of, profile_of, whole_digest
-from engines import chat_work, make_engine, pieces, tokens_of
+from engines import chat_work, make_engine, tokens_of
 from families import make_model, save
+from kept_prefixes import CHANGES, Memory, bits_of, cached, conversations, flip, keep, make, writing
 from nightly import by_day
 from powerless import powerless
-from works import assignment, changed
+from works import changed
 
 PACKED = KvType("float32", packed=True)
 BACKENDS = [pytest.param("reference", marks=pytest.mark.slow), pytest.param("decode_core", marks=pytest.mark.skipif(decode_core() is None, reason="not built"))]
-
-
-class Memory:
-    """Segments in memory, as the front holds them."""
-
-    def __init__(self, count=64, size=32 << 20):
-        self.descriptors, self.size = [os.memfd_create("test") for _ in range(count)], size
-        self.paths = [f"/proc/self/fd/{number}" for number in self.descriptors]
-
-    def close(self):
-        for descriptor in self.descriptors:
-            os.close(descriptor)
-
-
-@pytest.fixture
-def memory():
-    memory = Memory()
-    yield memory
-    memory.close()
-
-
-def keep(engine, memory, store=None, profile=b"p" * 16, token_s=1.0):
-    """Have an engine's pages outlive it; computing is slow, so that reading is worth it."""
-    kept = KeptPages(memory.paths, memory.size, store, "the model")
-    keeper = engine.keep(kept)
-    keeper.begin(lambda: profile, 60)
-    engine.times.token_s, keeper.pace.GRACE_S, engine.times.timed_tokens = token_s, 60.0, 1 << 30
-    return engine
-
-
-@contextmanager
-def writing(store, memory, limit=1 << 30, busy=lambda: False):
-    writer = StoreWriter(store, limit)
-    writer.LOOK_S = 0.01
-    writer.start([Segment(path, path, open_file(path, writable=True)) for path in memory.paths], memory.size, busy)
-    try:
-        yield writer
-    finally:
-        writer.close(60)
-        assert not writer.thread.is_alive()
-
-
-def bits_of(engine):
-    """The digest of each page in the prefix index by its address, but for those that their layers do not fill, and of each snapshot."""
-    pool, keeper, transformer = engine.pool, engine.keeper, engine.transformer
-    full = [sum(transformer.kv.slot_size(transformer.model.by_layer[l]) for l in members) == transformer.layout.size for members in transformer.groups.members]
-    pages = {(pool.addresses[content.serial], group): hashlib.sha256(keeper.memory.rows[:, page].tobytes()).hexdigest()
-             for content in pool.index.values() for group, page in enumerate(content.pages) if page != pool.hole and full[group]}
-    states = pool.states or SimpleNamespace(passed={}, ends={})
-    snapshots = {pool.addresses[serial]: hashlib.sha256(b"".join(state[slot].tobytes() for state in keeper.memory.states)).hexdigest()
-                 for known in (states.passed, states.ends) for serial, slot in known.items()}
-    return pages, snapshots
-
-
-def conversations(seed, count=4, vocabulary=200, most=300):
-    """Prompts that share beginnings, as turns of conversations do."""
-    dice, works = random.Random(seed), []
-    for number in range(count):
-        ids = [*works[dice.randrange(len(works))].prompt_ids] if works and dice.random() < 0.6 else []
-        ids += [dice.randrange(vocabulary) for _ in range(dice.randrange(20, most - len(ids) if most - len(ids) > 21 else 22))]
-        works.append(assignment(f"w{seed}-{number}", tuple(ids), SamplingParams(temperature=dice.choice([0.0, 0.7]), seed=number), 24, ignore_eos=True))
-    return works
-
-
-def cached(engine, work):
-    return pieces(engine, [work])[work.id].end.usage.cached_tokens
-
-
-def make(folder, backend="decode_core", **options):
-    return make_engine(folder, reference=backend == "reference", **({"num_pages": 200, "max_batch": 4, "prefill_chunk": 64} | options))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -206,41 +136,7 @@ def test_the_profile_changes_with_what_changes_bits(nanochat_fixtures, tmp_path)
         whole_digest([other], stamp, tmp_path)
 
 
-@pytest.fixture
-def stored(nanochat_fixtures, tmp_path, memory):
-    """A store with one conversation, and what it answers."""
-    [work] = conversations(3, 1, most=600)
-    first = keep(make(nanochat_fixtures / "gen5"), memory)
-    with torch.inference_mode(), writing(tmp_path, memory):
-        tokens = tokens_of(first, [work])
-    return SimpleNamespace(folder=tmp_path, work=work, tokens=tokens, pages=(len(work.prompt_ids) - 1) // PAGE_SIZE)
-
-
-def cut(data, dice):
-    return data[:dice.randrange(len(data))]
-
-
-def flip(data, dice):
-    data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
-    return data
-
-
-def zeroes(data, dice):
-    place = dice.randrange(len(data) - 512)
-    return data[:place] + bytes(512) + data[place + 512:]
-
-
-def exchanged_sectors(data, dice):
-    one, two = sorted(dice.sample(range(1, len(data) // 512), 2))
-    one, two = one * 512, two * 512
-    return data[:one] + data[two:two + 512] + data[one + 512:two] + data[one:one + 512] + data[two + 512:]
-
-
-def noise(data, dice):
-    return bytearray(dice.randbytes(len(data)))
-
-
-@pytest.mark.parametrize("change", [cut, flip, zeroes, exchanged_sectors, noise])
+@pytest.mark.parametrize("change", CHANGES)
 @torch.inference_mode()
 def test_a_tampered_store_never_gives_a_wrong_token(stored, nanochat_fixtures, change, caplog):
     """A store that was tampered with costs a recomputation, and never a wrong token."""
@@ -725,6 +621,7 @@ def test_deleted_pages_leave_no_file_open_elsewhere(tmp_path):
     with writing(tmp_path, memory):
         for number in range(20):
             fill(memory, 1000 * number, 3, begin=ROOT)
+    gc.collect()        # files of engines of other tests
     kept, before = opened(Memory(), tmp_path), {*os.listdir("/proc/self/fd")}
     kept.look_at_store()
     assert length_of(kept, range(3)) == 3 and {*os.listdir("/proc/self/fd")} == before
