@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from chatlm.common.text.load import open_tokenizer
-from chatlm.worker.model.kernels import left_to_torch, load_kernels, not_compiled
+from chatlm.worker.model.kernels import for_decode_core, left_to_torch, load_kernels, not_compiled
 from chatlm.worker.model.pages import KvType
 from chatlm.worker.ops.latent import absorb_reference, append_latents_reference, by_head_reference
 from chatlm.worker.weights.model_of import model_of
@@ -17,8 +17,8 @@ backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no
 cuda = backends.decode_core.cuda
 from decode_core import cuda_latents, proof  # noqa: E402
 from decode_core.random_blocks import random_blocks  # noqa: E402
-from test_cuda_packed import values  # noqa: E402
-from test_cuda_steps import answers, cuda_engine, engine_on, logits_of, same_answers, some_works  # noqa: E402
+from decode_core.cuda_weights import dequantized  # noqa: E402
+from cuda_engines import answers, cuda_engine, engine_on, logits_of, same_answers, some_works  # noqa: E402
 
 ORDERS, gpu = backends.ORDERS, backends.gpu
 ROUNDED = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}         # of what a type stores
@@ -79,8 +79,8 @@ def head_matrices(kind, rows, columns, device):
     if kind in cuda.FLOATS:
         floats = torch.randn(rows, columns, generator=dice(rows)).to(getattr(torch, kind))
         return floats.view(torch.uint8).to(device), floats.float()
-    blocks = random_blocks(kind, rows, columns)
-    return torch.from_numpy(blocks).to(device), torch.from_numpy(values(kind, blocks))
+    blocks = torch.from_numpy(random_blocks(kind, rows, columns))
+    return blocks.to(device), dequantized(kind, blocks, for_decode_core())
 
 
 KINDS = by_day(["bfloat16", "float16", "float32", "q8_0", "q4_0", "q5_1", "iq4_nl", "mxfp4"], "bfloat16", "q8_0")

@@ -24,8 +24,6 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.kinds import AdapterMatrix
 from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.engine.drafts import Draft
-from chatlm.worker.engine.engine import Engine
-from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.limits import FREE_ROWS, StepLimits
 from chatlm.worker.engine.scheduler import Scheduler
@@ -46,9 +44,8 @@ from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import sample_reference
 from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.recipe import ModelSpec
-from engines import draft_eagerly, load, make_batch, pieces, run, step_pieces, tensors_of
+from engines import draft_eagerly, load, make_batch, pieces, run, tensors_of
 from generations import GENERATIONS
-from near_tie import assert_same_tokens_or_near_tie
 from nightly import by_day
 from random_rows import random_logits, random_rows
 from works import assignment, changed
@@ -57,8 +54,7 @@ backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="th
 decode_core = backends.decode_core
 from decode_core import cuda_backend, cuda_prompts, cuda_steps, proof, seam  # noqa: E402
 from decode_core.proof import prove_prompts  # noqa: E402
-
-MARGIN = 2e-3           # as in tests/worker/engine/test_engine.py
+from cuda_engines import MARGIN, answers, cuda_engine, decode_batch, engine_on, logits_of, same_answers, some_works  # noqa: E402
 
 
 @pytest.fixture(params=["emulation", "gpu"])
@@ -114,59 +110,6 @@ def some_model(name, fixtures):
     return spec, dict(tensors), open_tokenizer(fixture.text)
 
 
-def engine_on(kernels, model, device="cpu", *, num_pages=200, max_batch=6, prefill_chunk=64, context_length=512, kv=None):
-    """`max_rows` as a worker has it: where drafts are free, a step has FREE_ROWS rows even if fewer sequences run."""
-    spec, tensors, tokenizer = model
-    max_rows = max(max_batch, FREE_ROWS)
-    transformer = Transformer(model_of(spec), {name: t.to(device) for name, t in tensors.items()}, kernels, num_pages=num_pages,
-                              device=device, dtype="float32", max_tokens=prefill_chunk + max_rows, max_rows=max_rows,
-                              num_slots=max_batch + FREE_ROWS + 12, kv=kv)
-    return Engine(transformer, tokenizer, kernels, num_pages=num_pages, max_batch=max_batch, context_length=context_length,
-                  prefill_chunk=prefill_chunk)
-
-
-def cuda_engine(backend, model, monkeypatch, prepare=True, **sizes):
-    """An engine as a worker builds it on CUDA; the queue of its steps is `engine.steps.queue`."""
-    monkeypatch.setattr(cuda_steps, "CudaQueue", lambda device: backend.queue())
-    engine = engine_on(backend.kernels(model[0]), model, backend.device, **sizes)
-    assert isinstance(engine.steps, cuda_steps.GraphSteps)
-    if prepare:
-        engine.steps.prepare(lambda fraction: None)
-    return engine
-
-
-@torch.inference_mode()
-def answers(engine, works, arrivals=None, on_step=lambda: None):
-    """Tokens of each work by its id; work i is added before step arrivals[i]."""
-    arrivals = arrivals or [0] * len(works)
-    tokens, step = {work.id: [] for work in works}, 0
-    while engine.busy or step <= max(arrivals):
-        for work in [work for work, at in zip(works, arrivals) if at == step]:
-            engine.add(work)
-        for name, piece in step_pieces(engine):
-            tokens[name] += piece.tokens
-        check_integrity(engine)
-        on_step()
-        step += 1
-    assert engine.pool.available == engine.pool.num_pages
-    return tokens
-
-
-def some_works(vocabulary, count=7, tokens=24):
-    """Prompts of 1 to 300 tokens; greedy, filtered and unfiltered draws."""
-    rng = np.random.default_rng(5)
-    sampling = [dict(temperature=0.0), dict(temperature=0.8, top_k=50), dict(temperature=1.0, top_k=0),
-                dict(temperature=1.2, top_k=0, top_p=0.9), dict(temperature=0.9, min_p=0.05, top_k=20)]
-    return [assignment(f"w{i}", tuple(rng.integers(0, vocabulary, length).tolist()), SamplingParams(seed=i, **sampling[i % 5]),
-                 tokens + 3 * i, ignore_eos=True) for i, length in enumerate((5, 300, 17, 1, 130, 64, 33)[:count])]
-
-
-def same_answers(expected, got):
-    for name, tokens in got.items():
-        traced = expected.traced(name)
-        assert_same_tokens_or_near_tie(traced, SimpleNamespace(tokens=tokens, gaps=traced.gaps), MARGIN)
-
-
 # --- whole answers -----------------------------------------------------------------------------------------------
 
 
@@ -194,12 +137,6 @@ def test_adapters_answer_as_on_the_reference_engine(backend, nanochat_fixtures, 
     same_answers(expected, answers(engine, works, [0, 2, 2, 5, 9, 9, 14]))
     same_answers(expected, answers(engine, works[1:2]))
     assert engine.steps.queue.replays > 20 and any(engine.steps.adapted.values())
-
-
-def logits_of(steps, rows, length=1, **more):
-    """Of the sequences with these numbers, which all have this length."""
-    batch = decode_batch([-1] * len(rows), [5 + i for i in rows], [length] * len(rows), [[3 + i, 9 + i] for i in rows])
-    return steps.forward(batch._replace(**more)).cpu().clone()
 
 
 @torch.inference_mode()
@@ -460,11 +397,6 @@ def test_only_steps_of_few_tokens_become_decode_rows(emulation_library, nanochat
 
 
 # --- start and finish --------------------------------------------------------------------------------------------
-
-
-def decode_batch(previous, ids, lengths, tables):
-    rows = list(range(len(ids)))
-    return Batch(ids, previous, [*rows, len(rows)], lengths, tables, rows)
 
 
 def sampled_rows(lengths):

@@ -388,12 +388,12 @@ def refused_on_gpu(model: Model) -> dict[str, bool]:
     dense = feeds_of(model, FeedForward)
     experts = feeds_of(model, Experts, ExpertsBesideDense)
     latents = [each.latent for each in experts if isinstance(each, Experts)]
-    kept = [attn for attn in attentions if isinstance(attn, Mla)]
+    mlas = [attn for attn in attentions if isinstance(attn, Mla)]
     activations = dict.fromkeys(feed.activation for feed in (*dense, *feeds_of(model, Experts)))
     return {
         "latent attention of these sizes on a GPU": any(
-            attn.head_size > MOST_LATENT or attn.kept > MOST_LATENT_VALUE or attn.kept % 16 or attn.turned % 16
-            for attn in kept),
+            attn.head_size > MOST_LATENT or attn.kept > MOST_LATENT_VALUE or size % 16
+            for attn in mlas for size in (attn.kept, attn.turned)),
         "norm of all heads together on a GPU": any(attn.norms and attn.norms.whole for attn in attentions),
         "LayerNorm of heads on a GPU": any(
             isinstance(attn, Attention) and attn.norms and attn.norms.centred for attn in attentions),

@@ -167,7 +167,7 @@ def linear_modules(model):
 
 SERVED_IN_PART = {          # what of such an adapter can only be merged: what every rank computes as a whole, or routes by
     "gemma4": "per_layer_input_gate", "gemma4moe": "router.proj", "phimoe": "mlp.router", "phimoe-plain": "mlp.router",
-    **dict.fromkeys(("deepseek3", "deepseek3-plain", "deepseek2-lite", "deepseek2-grouped", "glm-flash", "youtu", "mistral4", "minicpm3"), "kv_b_proj"),
+    **dict.fromkeys(("deepseek3", "deepseek3-plain", "deepseek2-lite", "deepseek2-grouped", "glm-flash", "youtu", "mistral4", "minicpm3", "kimi2"), "kv_b_proj"),
     **dict.fromkeys(("qwen2moe", "qwen3.5moe"), "shared_expert_gate")}
 
 
