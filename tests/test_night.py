@@ -41,6 +41,32 @@ def test_a_word_that_ci_does_not_know_is_refused(words):
     assert (done.returncode, done.stdout) == (2, "") and "usage: .ci/run [nightly" in done.stderr
 
 
+def test_kernels_pass_again_once_a_source_changes(tmp_path):
+    """CI leaves out the sanitizers and aarch64 only while every file that they read is as it was when they passed."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git checkout")
+    copy = tmp_path / "copy"
+    subprocess.run(["git", "clone", "-q", "--shared", ROOT, copy], check=True)
+    (copy / ".ci/run").write_text((ROOT / ".ci/run").read_text())
+    (copy / ".ci/kernels").unlink(missing_ok=True)
+
+    def sources():
+        return subprocess.run(["bash", ".ci/run", "sources"], cwd=copy, capture_output=True, text=True, check=True).stdout.strip()
+    digest = sources()
+    assert re.fullmatch("[0-9a-f]{64}", digest)
+    (copy / ".ci/kernels").write_text(digest + "\n")
+    assert sources() == "passed"
+    with open(copy / "README.md", "a") as readme:
+        readme.write("more\n")
+    assert sources() == "passed"
+    for name in ("csrc/ops.h", "csrc/sanitize.sh", "tests/core/test_core_tiles.py", "tests/support/record.json", "setup.py"):
+        before = (copy / name).read_bytes()
+        (copy / name).write_bytes(before + b"\n")
+        assert sources() not in ("passed", digest), name
+        (copy / name).write_bytes(before)
+    assert sources() == "passed"
+
+
 def test_a_night_with_a_failed_test_fails(tmp_path):
     """It is told in rows."""
     (tmp_path / "test_it.py").write_text(TESTS)
