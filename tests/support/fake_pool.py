@@ -108,6 +108,9 @@ class FakePool:
         self.failure = None
         self.on_progress = lambda stage, fraction: None
 
+    def get_ahead(self):
+        """It has nothing to begin while a model loads."""
+
     async def _current():
         """Its files do not change."""
 

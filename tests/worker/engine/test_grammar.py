@@ -48,6 +48,12 @@ def work(engine, name, schema, seed=0, **more):
     return assignment(name, prompt, SamplingParams(1.0, seed=seed), 120, grammar=grammar(schema), **more)
 
 
+def forget_grammars(engine):
+    """Wait for those that earlier tests have in the queue, which would be compiled beside the next ones, and forget all."""
+    engine.answers.compiling.thread.submit(int).result()
+    engine.answers.grammars.clear()
+
+
 def text_of(found):
     return "".join(piece.text for piece in found)
 
@@ -201,7 +207,7 @@ def gate(monkeypatch):
 @torch.inference_mode()
 def test_others_go_on_while_a_grammar_is_made(engine, gate):
     """Others go on while a grammar is made, and cancelling does not wait for it."""
-    engine.answers.grammars.clear()
+    forget_grammars(engine)
     free = assignment("f", (5, 6, 7), SamplingParams(0.0), 60, ignore_eos=True)
     for each in (free, work(engine, "a", PERSON, 3), work(engine, "b", PERSON, 4)):
         engine.add(each)
@@ -226,7 +232,7 @@ def test_a_grammar_is_compiled_once_per_owner(engine, monkeypatch):
         original(*arguments)
 
     monkeypatch.setattr(Grammar, "__init__", counted)
-    engine.answers.grammars.clear()
+    forget_grammars(engine)
     alike = [work(engine, f"a#{choice}", PERSON, choice, client="alice", owner="alice") for choice in range(6)]
     found = pieces(engine, alike)
     assert made == [alike[0].params.grammar] and all(found[each.id].end.reason in ("stop", "length") for each in alike)
@@ -245,7 +251,7 @@ def test_clients_grammars_are_compiled_in_turn(engine, gate, monkeypatch):
         order.append(sequence.work.id)
 
     monkeypatch.setattr(AnswerMaker, "_prepare", noted)
-    engine.answers.grammars.clear()
+    forget_grammars(engine)
     for name in ("a1", "a2", "a3", "b1"):
         engine.add(work(engine, name, {"type": "string", "const": name}, client=name[0]))
     assert engine.cancel("a2")
@@ -296,7 +302,7 @@ def test_an_answer_that_cannot_be_prepared_fails_alone(engine, monkeypatch, capl
     def broken(*arguments):
         raise MemoryError("no room for a grammar")
     monkeypatch.setattr(Grammar, "__init__", broken)
-    engine.answers.grammars.clear()
+    forget_grammars(engine)
     free = assignment("f", (5, 6, 7), SamplingParams(0.0), 20, ignore_eos=True)
     found = pieces(engine, [work(engine, "a", PERSON), free])
     assert isinstance(found["a"].end, Failed) and not found["a"].end.refused and found["f"].end.reason == "length" and "no room for a grammar" in caplog.text
@@ -374,7 +380,7 @@ def test_a_schema_that_costs_much_memory_is_refused(schema):
 @pytest.mark.skipif(not heap_bytes(), reason="the heap of this system does not tell its size")
 def test_compiled_schemas_stay_while_memory_lasts(engine):
     """Compiled schemas are kept only as far as memory goes."""
-    engine.answers.grammars.clear()
+    forget_grammars(engine)
     compiled = []
     for number in range(10):
         one = work(engine, f"a{number}", numbers(40, f"{number}"))
@@ -383,7 +389,7 @@ def test_compiled_schemas_stay_while_memory_lasts(engine):
     assert all(8 << 20 < size < 16 << 20 for size in compiled)
     kept = [size for size in (each.size for each in engine.answers.grammars.values()) if size in compiled]      # another test's may have come late
     assert 2 <= len(kept) <= (64 << 20) // min(compiled)
-    engine.answers.grammars.clear()
+    forget_grammars(engine)
 
 
 @pytest.mark.slow
@@ -393,7 +399,7 @@ def test_earlier_answers_break_no_later_grammar(default_model_path, monkeypatch)
     prompt = tuple(engine.tokenizer.render([Message("user", "Toss a coin.")]))
     works = [assignment("a", prompt, SamplingParams(2.0, seed=seed, top_k=0), 20, grammar="start: /[01]*1[01]{12}[01]*/") for seed in range(6)]
     roomy = [pieces(engine, [each])["a"] for each in works]
-    engine.answers.grammars.clear()
+    forget_grammars(engine)
     monkeypatch.setitem(GRAMMAR_LIMITS, "max_lexer_states", 150)        # one answer adds some 70
     made, original = [], Grammar.__init__
     monkeypatch.setattr(Grammar, "__init__", lambda self, *given: made.append(self) or original(self, *given))
