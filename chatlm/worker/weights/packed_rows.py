@@ -28,10 +28,7 @@ def cut_stored(parts: Seq[Part], cut: Cut) -> list[Part]:
     if cut == Cut.whole(cut.full):
         return list(parts)
     if cut.axis and divides_blocks(cut, [tensor for tensor, _ in parts]):
-        narrow = [(in_narrow_blocks(tensor), pairs) for tensor, pairs in parts]
-        if divides_blocks(cut, [tensor for tensor, _ in narrow]):
-            return cut_values(parts, cut)
-        parts = narrow
+        return cut_values(parts, cut)
     cut_parts: list[Part] = []
     for index, data in cut.apply(tensor.data for tensor, _ in parts):
         tensor, pairs = parts[index]
