@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 
 from . import cuda
-from .cuda_packed_kv import codes_of, turned
+from .cuda_packed_kv import codes_of, floats_of, turned
 from .cuda_prompts import PromptAttention
-from .cuda_references import SCRATCH
+from .cuda_references import SCRATCH, mask_of
 from .cuda_weights import PackedMatrix, parts_of
 
 # Up to so many rows, products by head are a kernel, which reads the weights again for every 8 rows; more are one product of torch.
@@ -63,7 +63,7 @@ def gathered(cache: torch.Tensor | LatentPages, pages: torch.Tensor) -> torch.Te
     if not isinstance(cache, LatentPages):
         return torch.index_select(cache, 0, pages).flatten(0, 1)
     codes, scales = (torch.index_select(part, 0, pages).flatten(0, 1).float() for part in cache[:2])
-    return (codes.unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)).flatten(-2)
+    return floats_of(codes, scales)
 
 
 class LatentReferences:
@@ -111,12 +111,8 @@ class LatentReferences:
         step = max(1, SCRATCH // (D * len(places)))
         for first in range(0, len(q), step):
             some = slice(first, first + step)
-            ends = lengths[some, None].clamp(min=1)                                 # (n, 1)
-            hidden = places >= ends                                                 # (n, S)
-            if window:
-                hidden |= places < ends - window
-            mask = torch.zeros(hidden.shape, dtype=cache.dtype, device=q.device).masked_fill_(hidden, -torch.inf)
-            keys = gathered(cache, table[some].clamp(0, P - 1).flatten()).view(len(ends), 1, -1, D)
+            mask = mask_of(lengths[some], places, window, cache.dtype)
+            keys = gathered(cache, table[some].clamp(0, P - 1).flatten()).view(len(mask), 1, -1, D)
             grouped = q[some, None].to(keys.dtype)                                  # (n, 1, H, D)
             y = self.script.attend(grouped, keys, keys[..., :Dv], mask[:, None, None], 1.0, 0.0)
             out[some].view(y.shape).copy_(turned(y) if isinstance(cache, LatentPages) else y)

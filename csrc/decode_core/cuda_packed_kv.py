@@ -50,6 +50,11 @@ def gathered(cache: Any, pages: torch.Tensor) -> torch.Tensor:
     if not isinstance(cache, PackedPages):
         return torch.index_select(cache.transpose(1, 2), 2, pages)
     codes, scales = (torch.index_select(part.transpose(1, 2), 2, pages).float() for part in cache)
+    return floats_of(codes, scales)
+
+
+def floats_of(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The numbers (..., D) that codes (..., D) and scales (..., D / 32) stand for, still turned."""
     return (codes.unflatten(-1, (-1, PACKED_BLOCK)) * scales.unsqueeze(-1)).flatten(-2)
 
 

@@ -12,6 +12,17 @@ from .cuda_packed_kv import PackedPages, gathered, packed, turned
 SCRATCH = 1 << 26           # most elements of K and V that are gathered at once, and most scores computed at once
 
 
+def mask_of(lengths: torch.Tensor, positions: torch.Tensor, window: int, dtype: torch.dtype) -> torch.Tensor:
+    """(n, S): 0 where a row of this length (n,) sees a position (S,), through `window` if it is not 0, and -inf elsewhere.
+
+    A row of length 0 sees the first position, so that none has only -inf."""
+    ends = lengths[:, None].clamp(min=1)
+    hidden = positions >= ends
+    if window:
+        hidden |= positions < ends - window
+    return torch.zeros(hidden.shape, dtype=dtype, device=lengths.device).masked_fill_(hidden, -torch.inf)
+
+
 class CudaReferences:
     """The ops over the same cache, with the same padding as the kernels.
 
@@ -55,15 +66,10 @@ class CudaReferences:
         step = max(1, SCRATCH // (2 * Hkv * D * len(keys)))
         for first in range(0, len(q), step):
             some = slice(first, first + step)
-            ends = lengths[some, None].clamp(min=1)                                 # (n, 1)
-            hidden = keys >= ends                                                   # (n, S)
-            if window:
-                hidden |= keys < ends - window
-            mask = torch.zeros(hidden.shape, dtype=cache.dtype, device=q.device)
-            mask.masked_fill_(hidden, -torch.inf)
+            mask = mask_of(lengths[some], keys, window, cache.dtype)                # (n, S)
             pages = table[some].clamp(0, num_pages - 1).flatten()
             kv = gathered(cache, pages)                                             # (2, Hkv, n * W, 16, D)
-            k, v = kv.view(2, Hkv, len(ends), -1, D).transpose(1, 2)                # (n, Hkv, S, D) each
+            k, v = kv.view(2, Hkv, len(mask), -1, D).transpose(1, 2)                # (n, Hkv, S, D) each
             grouped = q[some].to(cache.dtype).unflatten(1, (Hkv, -1))               # (n, Hkv, H / Hkv, D)
             y = self.script.attend(grouped, k, v, mask[:, None, None], 1.0, softcap, sinks)
             out[some].view(y.shape).copy_(turned(y) if isinstance(cache, PackedPages) else y)
