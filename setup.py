@@ -71,6 +71,7 @@ ARM64_FLAGS = {
 ISA_FLAGS = {**X86_FLAGS, **ARM64_FLAGS}
 # The lanes of portable kernels are loops: -O3 unrolls them before they can be vectorized, and takes four times as long to compile
 PORTABLE_FLAGS = ["-O2", "-ftree-vectorize", "-fvect-cost-model=unlimited"] if X86 and not SANITIZE else []
+BINDINGS_FLAGS = ["-O1"]        # they only pass arguments on; -O3 takes the compiler half as long again
 GCC_ALONE = "-fvect-cost-model=unlimited", "-Wno-maybe-uninitialized"      # clang vectorizes such loops; zig's refuses unknown flags
 CPU_NAMES = {"_avx2": "avx2", "_avx512": "avx512f", "_vnni": "avx512_vnni", "_avxvnni": "avx_vnni",
              "_neon": "asimd", "_dotprod": "asimddp", "_i8mm": "i8mm"}      # in /proc/cpuinfo
@@ -146,7 +147,8 @@ class BuildCore(build_ext):
         if not fresh:
             import pybind11
             ending = next((ending for ending in ISA_FLAGS if source.stem.endswith(ending)), "")
-            isa = ISA_FLAGS.get(ending, PORTABLE_FLAGS if source.stem.endswith("_portable") else [])
+            plain = PORTABLE_FLAGS if source.stem.endswith("_portable") else BINDINGS_FLAGS if source.stem.startswith("bindings") else []
+            isa = ISA_FLAGS.get(ending, plain)
             checked = SANITIZE and not source.stem.startswith("bindings") and ending in ("", *widest_here())
             isa = isa + (SANITIZE_FLAGS if checked else [])
             command = [part for part in self.compiler.compiler_so if not part.startswith(("-O", "-g", "-W", "-march", "-mtune"))]
