@@ -85,6 +85,7 @@ def history(monkeypatch, tmp_path, client, started, caplog):
     for watch in (FolderWatch, RunWatch, AdapterWatch):
         monkeypatch.setattr(watch, "WATCH_S", 0.1)
     monkeypatch.setattr(Residency, "STAY_LOADS", 0.1)
+    monkeypatch.setattr(RunWatch, "LEAVE_S", 600.0)  # a busy machine may take long to the next step
     caplog.set_level(logging.INFO)
 
     async def play(name, scene, **settings):
