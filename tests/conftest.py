@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+gc.disable()            # until all is collected: a quarter of the time that collecting the tests takes
 # before torch is imported: its threads must not spin while others work
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # the share of the random cases that the kernels' tests draw; `.ci/run nightly` draws all
@@ -92,6 +93,7 @@ def state_home(state_folders, monkeypatch):
 
 
 def pytest_collection_finish():
+    gc.enable()
     gc.freeze()         # what collecting the tests has made stays; workers that run in this process collect garbage often
     gc.collect()        # without it, Python would wait for a quarter as many new objects: descriptors are among them
 
