@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 import chat_server
 from chatlm.common import bundle, contents, core, elf, gather, libraries, program, unbundle, unpack
 from chatlm.common.errors import ConfigError
-from packed import CHECKOUT, changed, clean_environment, one_line, run
+from packed import CHECKOUT, changed, clean_environment, compiled_once, files_of_at_most, one_line, run  # noqa: F401
 from powerless import powerless
 from real_server import ask, events, get, post, server
 
@@ -57,9 +57,21 @@ def talking(packed, tmp_path_factory, default_model_path):
 @pytest.fixture
 def places(tmp_path):
     """The variables of a process that finds only these folders: a home, whose cache is empty, and one for temporary files."""
+    return only_places(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def unpacked(packed, python, tmp_path_factory):
+    """(folder, variables) where a start has unpacked the libraries, for all tests that then only use them."""
+    folder = tmp_path_factory.mktemp("unpacked")
+    starts(python, packed, only_places(folder))
+    return folder, only_places(folder)
+
+
+def only_places(folder):
     for name in ("home", "temporary"):
-        (tmp_path / name).mkdir()
-    return clean_environment(HOME=tmp_path / "home", TMPDIR=tmp_path / "temporary", XDG_CACHE_HOME="", XDG_RUNTIME_DIR="")
+        (folder / name).mkdir(exist_ok=True)
+    return clean_environment(HOME=folder / "home", TMPDIR=folder / "temporary", XDG_CACHE_HOME="", XDG_RUNTIME_DIR="")
 
 
 def starts(python, file, environment, **more):
@@ -83,8 +95,9 @@ def mapped_files(process):
 # running from it
 
 
-def test_a_server_runs_on_its_packed_libraries(packed, python, places, tmp_path, default_model_path, monkeypatch):
+def test_a_server_runs_on_its_packed_libraries(packed, python, unpacked, tmp_path, default_model_path, monkeypatch):
     """It serves with all its processes from its own libraries alone."""
+    place, places = unpacked
     monkeypatch.chdir("/")
     folder = tmp_path / "read only"
     folder.mkdir()
@@ -95,7 +108,7 @@ def test_a_server_runs_on_its_packed_libraries(packed, python, places, tmp_path,
         said = events(post(url + "/chat/completions", ask("What is the capital of Japan?", ignored="y" * 100_000, max_tokens=12)))
         assert "Tokyo" in "".join(each.get("token", "") for each in said)
         assert "decode_core/" in get(url + "/stats")["kernels"]["linear"] and get(url + "/health")["ready"]
-        tree = f"{tmp_path}/home/.cache/chat_server/libraries/"
+        tree = f"{place}/home/.cache/chat_server/libraries/"
         ours = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         roles = {next((word for word in each.cmdline() if word in ("worker", "rank", "sandbox")), "front"): mapped_files(each) for each in ours}
         assert set(roles) == {"front", "worker", "rank", "sandbox"}
@@ -104,11 +117,12 @@ def test_a_server_runs_on_its_packed_libraries(packed, python, places, tmp_path,
             assert [name for name in names if "site-packages" in name or "site/" in name and not name.startswith(tree)] == [], role
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 0
-    assert not list((tmp_path / "temporary").iterdir()) and len(trees(tmp_path / "home/.cache")) == 1
+    assert not list((place / "temporary").iterdir()) and len(trees(place / "home/.cache")) == 1
 
 
-def test_a_packed_model_chats_without_a_network(talking, python, places, tmp_path, default_model_path):
+def test_a_packed_model_chats_without_a_network(talking, python, unpacked, default_model_path):
     """The model is mapped from the bundle's file."""
+    place, places = unpacked
     started = talking.read_bytes()
     assert started.startswith(default_model_path.read_bytes()) and len(started) - default_model_path.stat().st_size < 60e6
     alone = ["unshare", "-n"] if may("unshare", "-n", "true") else []
@@ -117,7 +131,7 @@ def test_a_packed_model_chats_without_a_network(talking, python, places, tmp_pat
     with server(script=talking, python=python, env=places) as (process, url):
         assert get(url + "/talk/v1/models")["data"][0]["id"] == "SmolLM2-135M-Instruct.Q4_1"
         assert get(url + "/talk/stats")["workers"][0]["max_batch"] == 3
-        kept = [path for path in (tmp_path / "home").rglob("*") if path.is_file() and path.stat().st_size > 50e6]
+        kept = [path for path in (place / "home").rglob("*") if path.is_file() and path.stat().st_size > 50e6]
         assert kept == []                       # no copy of the model
     from chatlm.worker.weights.gguf_file import read_gguf
     assert all(tensor.data.filename == talking for tensor in read_gguf(talking)[1].values())
@@ -125,16 +139,15 @@ def test_a_packed_model_chats_without_a_network(talking, python, places, tmp_pat
 
 def test_command_line_words_follow_the_kept_ones(talking, packed, python, places):
     """Words of the command line come after those that a bundle keeps."""
-    def settings(file, *words):
-        code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from chatlm.bundling import with_kept_words; print(with_kept_words(sys.argv[1:]))"
-        return eval(run("-c", code, file, *words, python=python, env=places).stdout)
+    def settings(file, *lines):
+        code = "import json, sys; sys.path.insert(0, sys.argv.pop(1)); from chatlm.bundling import with_kept_words; " \
+               "print(list(map(with_kept_words, json.loads(sys.argv[1]))))"
+        return eval(run("-c", code, file, json.dumps(lines), python=python, env=places).stdout)
     kept = ["--max-batch", "3", "--prefix", "/talk"]
-    assert settings(talking) == ["serve", *kept]
-    assert settings(talking, "--max-batch", "4") == ["serve", *kept, "--max-batch", "4"]
-    assert settings(talking, "serve", "x.gguf") == ["serve", *kept, "x.gguf"]
-    for words in (["chat"], ["bundle", "--verify"], ["store", "x"]):
-        assert settings(talking, *words) == words
-    assert settings(packed, "x.gguf") == ["x.gguf"] and settings(packed) == []
+    others = ["chat"], ["bundle", "--verify"], ["store", "x"]
+    assert settings(talking, [], ["--max-batch", "4"], ["serve", "x.gguf"], *others) == [
+        ["serve", *kept], ["serve", *kept, "--max-batch", "4"], ["serve", *kept, "x.gguf"], *others]
+    assert settings(packed, ["x.gguf"], []) == [["x.gguf"], []]
 
 
 def test_the_packed_model_is_only_the_default(talking, python, places, nanochat_fixtures):
@@ -166,26 +179,6 @@ def test_starts_at_once_share_one_unpacked_tree(packed, python, places, tmp_path
     assert not list((tmp_path / "temporary").iterdir())
 
 
-def test_the_next_start_cleans_up_a_killed_one(packed, python, places, tmp_path):
-    cache, temporary = tmp_path / "home/.cache", tmp_path / "temporary"
-
-    def killed_while_it_writes(pattern, folder):
-        process = subprocess.Popen([python, packed, "--version"], env=places, stdout=subprocess.DEVNULL)
-        while not (folder.is_dir() and list(folder.glob(pattern))):
-            assert process.poll() is None
-        process.kill()
-        process.wait()
-        return list(folder.glob(pattern))
-    assert killed_while_it_writes(".part-*/site/*", cache / "chat_server/libraries")
-    starts(python, packed, places)
-    assert len(trees(cache)) == 1
-    shutil.rmtree(cache)
-    cache.write_text("a file")
-    assert killed_while_it_writes("chat_server-*/site/*", temporary)
-    starts(python, packed, places)
-    assert list(temporary.iterdir()) == []
-
-
 @pytest.fixture
 def small(tmp_path):
     """A bundle with libraries of two files, and what is said of them."""
@@ -209,6 +202,32 @@ def cached_by_another(small):
     code = "import sys, zipfile; sys.path.insert(0, sys.argv[1]); from chatlm.common import libraries; opened = zipfile.ZipFile(sys.argv[2]); " \
            "print(libraries.cached_tree(opened, libraries.fitting(opened)))"
     return Path(run("-c", code, CHECKOUT, small[0].filename, env=os.environ).stdout.strip())
+
+
+def test_the_next_start_cleans_up_a_killed_one(small, cache, tmp_path, monkeypatch):
+    """One that is killed while it writes leaves its files to the next start, in the cache and in a folder of its own."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    # killed where it opens the second file of its tree
+    code = "import os, signal, sys, zipfile; sys.path.insert(0, sys.argv[1]); from chatlm.common import libraries; " \
+           "sys.addaudithook(lambda event, words: event == 'open' and str(words[0]).endswith('/site/b/c/d.so') and os.kill(0, signal.SIGKILL)); " \
+           "opened = zipfile.ZipFile(sys.argv[2]); libraries.usable_tree(opened, libraries.fitting(opened))"
+
+    def killed_while_it_writes(pattern, folder):
+        done = subprocess.run([sys.executable, "-c", code, CHECKOUT, small[0].filename], env=os.environ | {"TMPDIR": str(temporary)},
+                              start_new_session=True)
+        (left,) = folder.glob(pattern)
+        assert done.returncode == -signal.SIGKILL and left.name == "a.py"
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    killed_while_it_writes(".part-*/site/*.py", cache / "chat_server/libraries")
+    tree = libraries.usable_tree(*small)
+    assert trees(cache) == [tree]
+    shutil.rmtree(cache)
+    cache.write_text("a file")
+    killed_while_it_writes("chat_server-*/site/*.py", temporary)
+    tree = libraries.usable_tree(*small)
+    assert list(temporary.iterdir()) == [tree]
+    libraries.remove_own(tree, os.getpid())
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
@@ -370,6 +389,14 @@ def test_unused_trees_go_after_a_month(tmp_path):
 # where it cannot run
 
 
+@pytest.fixture(scope="module")
+def hollow(packed, tmp_path_factory):
+    """The bundle without what is in the archives of its libraries, for what ends before they are read."""
+    with zipfile.ZipFile(packed) as source:
+        archives = [name for name in source.namelist() if name.endswith(".zip")]
+    return changed(packed, tmp_path_factory.mktemp("hollow") / "hollow.pyz", dict.fromkeys(archives, b""))
+
+
 def about(file, **changes):
     with zipfile.ZipFile(file) as source:
         return {libraries.ABOUT: json.dumps([each._replace(**changes) for each in libraries.packed_libraries(source)]).encode()}
@@ -380,21 +407,21 @@ def about(file, **changes):
     ({"platform": "Linux riscv64 cpython-311-riscv64-linux-gnu"}, "on Linux riscv64, and this is Python"),
     ({"platform": "Linux x86_64 cpython-311-x86_64-linux-musl"}, "on Linux x86_64 with musl, and this is Python"),
     ({"glibc": "2.99"}, "was made for glibc 2.99 or newer, and this is 2.")])
-def test_a_wrong_python_or_platform_is_one_line(changes, words, packed, places, tmp_path):
+def test_a_wrong_python_or_platform_is_one_line(changes, words, hollow, places, tmp_path):
     """The line says for which it was made."""
-    line = one_line(run(changed(packed, tmp_path / "other.pyz", about(packed, **changes)), "model.gguf", env=places))
+    line = one_line(run(changed(hollow, tmp_path / "other.pyz", about(hollow, **changes)), "model.gguf", env=places))
     assert words in line and not list((tmp_path / "home").iterdir())
 
 
-def test_a_python_that_is_here_and_fits_is_named(packed, places, tmp_path):
+def test_a_python_that_is_here_and_fits_is_named(hollow, places, tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python3.99").write_text("#!/bin/sh\n")
     (tmp_path / "bin/python3.99").chmod(0o755)
-    other = changed(packed, tmp_path / "other.pyz", about(packed, python="3.99", platform=" ".join([*unpack.PLATFORM.split()[:2], "cpython-399"])))
+    other = changed(hollow, tmp_path / "other.pyz", about(hollow, python="3.99", platform=" ".join([*unpack.PLATFORM.split()[:2], "cpython-399"])))
     assert one_line(run(other, env=places | {"PATH": str(tmp_path / "bin")})).endswith("; try python3.99, which is here")
 
 
-def test_a_wrong_byte_in_libraries_unpacks_nothing(packed, places, tmp_path):
+def test_a_wrong_byte_in_libraries_unpacks_nothing(packed, hollow, places, tmp_path):
     """A byte that is wrong in the libraries is one line and nothing is unpacked."""
     data = bytearray(packed.read_bytes())
     with zipfile.ZipFile(packed) as source:
@@ -405,7 +432,7 @@ def test_a_wrong_byte_in_libraries_unpacks_nothing(packed, places, tmp_path):
     assert "is damaged (" in (line := one_line(run(file, "--version", env=places))) and line.endswith("copy it again")
     assert trees(tmp_path / "home/.cache") == [] and not list((tmp_path / "temporary").iterdir())
     sums = {"archives": {entry.filename: "0" * 64}}
-    other = changed(packed, tmp_path / "other.pyz", about(packed, **sums))
+    other = changed(hollow, tmp_path / "other.pyz", about(hollow, **sums))
     assert f"is damaged ({entry.filename} is not what was packed); copy it again" in one_line(run(other, "--version", env=places))
 
 
@@ -429,19 +456,26 @@ def test_equal_inputs_make_equal_bytes(packed, tmp_path):
     assert again.read_bytes() == packed.read_bytes()
 
 
-def test_a_bundle_makes_itself_again(packed, python, places, tmp_path):
-    """A bundle makes the same again, and one without libraries."""
+def remade(file, monkeypatch, target, **wanted):
+    """What `bundle` says that makes a file from the bundle `file`."""
+    for module in (program, bundle):
+        monkeypatch.setattr(module, "program_root", lambda: file)
+    return bundle.write_bundle(target, bundle.Wanted(**wanted))
+
+
+def test_a_bundle_makes_itself_again(packed, talking, python, unpacked, tmp_path, monkeypatch):
+    """A bundle makes the same again, and one without libraries. talking was made by a process of `packed`."""
     again = tmp_path / "again.pyz"
-    assert run(packed, "bundle", "--with-libraries", again, python=python, env=places).returncode == 0
+    remade(packed, monkeypatch, again, libraries=True)
     assert again.read_bytes() == packed.read_bytes() and packed.stat().st_size < 60e6
     plain = tmp_path / "plain.pyz"      # without them: the core comes from the tree
-    assert "with decode_core for Linux" in run(packed, "bundle", plain, python=python, env=places).stdout
+    assert "with decode_core for Linux" in run(packed, "bundle", plain, python=python, env=unpacked[1]).stdout
 
 
-def test_a_bundle_with_a_model_makes_itself_again(talking, tmp_path):
+def test_a_bundle_with_a_model_makes_itself_again(talking, tmp_path, monkeypatch):
     again = tmp_path / "again.pyz"
-    made = run(talking, "bundle", "--with-libraries", "--with-model", talking, "--args", "--max-batch 3 --prefix /talk", again)
-    assert made.returncode == 0 and again.read_bytes() == talking.read_bytes()
+    remade(talking, monkeypatch, again, libraries=True, model=talking, words=("--max-batch", "3", "--prefix", "/talk"))
+    assert again.read_bytes() == talking.read_bytes()
 
 
 def test_what_is_installed_is_packed(packed):
@@ -492,31 +526,44 @@ def test_a_hugging_face_folder_cannot_be_packed(tmp_path, capsys):
     assert "a bundle takes a model of one GGUF file, and this is Hugging Face folder" in capsys.readouterr().err
 
 
-def test_a_model_too_large_for_the_disk_leaves_nothing(default_model_path, tmp_path):
-    most = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({50 << 20},) * 2); import sys; sys.path.insert(0, {str(CHECKOUT)!r})"
-    words = ["bundle", "--without-core", "--with-model", str(default_model_path), str(tmp_path / "x.pyz")]
-    assert "File too large" in one_line(run("-c", f"{most}\nimport chat_server; sys.exit(chat_server.main({words!r}))"))
-    assert list(tmp_path.iterdir()) == []
+def test_a_model_too_large_for_the_disk_leaves_nothing(default_model_path, tmp_path, capsys):
+    with files_of_at_most(50 << 20):
+        assert chat_server.main(["bundle", "--without-core", "--with-model", str(default_model_path), str(tmp_path / "x.pyz")]) == 2
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert said.out == "" and "File too large" in line and list(tmp_path.iterdir()) == []
 
 
 # checking it, and unpacking it
 
 
-def test_verify_reads_each_byte(talking, python, places, tmp_path):
+def test_verify_reads_each_byte(talking, packed, python, unpacked, places, tmp_path):
     """`--verify` reads each byte of the file and of what was unpacked."""
-    starts(python, talking, places)
-    done = run(talking, "bundle", "--verify", python=python, env=places)
+    done = run(talking, "bundle", "--verify", python=python, env=unpacked[1])
     assert done.returncode == 0 and done.stderr == ""
     for words in ("the program is what was packed", "the model SmolLM2-135M-Instruct.Q4_1 is what was packed", "files of the libraries for Python",
                   "its files are what was packed", f"its SHA-256 is {unbundle.sha256_of(talking)}"):
         assert words in done.stdout
+    few = with_few_libraries(packed, tmp_path / "few.pyz")
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from chatlm.common import libraries; libraries.use_libraries()"
+    assert run("-c", code, few, python=python, env=places).returncode == 0
     (tree,) = trees(tmp_path / "home/.cache")
     (tree / "site/yaml/__init__.py").chmod(0o600)
     (tree / "site/yaml/__init__.py").write_text("")
     (tree / "site/idna/core.py").unlink()
-    done = run(talking, "bundle", "--verify", python=python, env=places)
+    done = run(few, "bundle", "--verify", python=python, env=places)
     assert done.returncode == 2 and f"{tree}/site has files that are not what was packed: idna/core.py, yaml/__init__.py; remove {tree}" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def with_few_libraries(packed, target):
+    """A copy of the bundle that has two small libraries only."""
+    with zipfile.ZipFile(packed) as source:
+        (said,) = libraries.packed_libraries(source)
+        files = {name: data for name, data in libraries.packed_files(source, said) if name.startswith(("idna/", "yaml/"))}
+    (name,) = said.archives
+    few = program.archive(files)
+    return changed(packed, target, {name: few} | about(packed, archives={name: hashlib.sha256(few).hexdigest()}))
 
 
 @pytest.mark.parametrize("part", ["model", "libraries", "program"])
@@ -542,8 +589,10 @@ def test_an_unpacked_folder_runs_without_a_cache(talking, python, places, tmp_pa
     said = run(folder / "chat_server.py", CAPITAL[0], model, *CAPITAL[1:], python=python, env=places)
     assert said.returncode == 0 and "Tokyo" in said.stdout
     assert not (tmp_path / "home/.cache/chat_server").exists() and not list((tmp_path / "temporary").iterdir())
-    for place, words in ((folder, "exists and is not an empty folder"), (tmp_path / "missing/x", "No such file"), (model, "is not an empty folder")):
-        assert words in one_line(run(talking, "bundle", "--unpack", place, python=python, env=places))
+    assert "exists and is not an empty folder" in one_line(run(talking, "bundle", "--unpack", folder, python=python, env=places))
+    for place, words in ((tmp_path / "missing/x", "No such file"), (model, "is not an empty folder")):
+        with pytest.raises(ConfigError, match=words):
+            unbundle.unpack_bundle(talking, place)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
@@ -562,18 +611,24 @@ def test_nodes_of_ray_get_no_packed_model(talking, default_model_path, monkeypat
         assert sent.testzip() is None and "chatlm/common/processes/start.py" in sent.namelist()
 
 
+def write_wheel(path, files):
+    with zipfile.ZipFile(path, "w") as wheel:       # not compressed, which takes a second
+        for name, data in files.items():
+            wheel.writestr(name, data)
+
+
 def test_pip_fetches_what_wheels_have_the_core_for(tmp_path, monkeypatch):
     """Without pip and without another Python: what becomes of wheels."""
     wheel = tmp_path / f"chat_server-0.1.0-cp399-cp399-manylinux_2_17_{unpack.PLATFORM.split()[1]}.whl"
     files = program.program_sources() | {"decode_core/_core.cpython-399.so": Path(core.decode_core()._core.__file__).read_bytes(), "decode_core/__init__.py": b"",
                                          "chat_server-0.1.0.data/purelib/x.py": b"", "chat_server-0.1.0.data/scripts/y": b""}
-    wheel.write_bytes(program.archive(files))
+    write_wheel(wheel, files)
     found = gather.core_of_wheel(tmp_path, "3.99")
     assert set(found) == {"decode_core/_core.cpython-399.so", "decode_core/__init__.py"}
     assert gather.Gathered("3.99", "", "", found).glibc == ".".join(map(str, elf.glibc_of(found["decode_core/_core.cpython-399.so"])))
     assert "x.py" in gather.files_of_wheel(wheel) and "y" not in "".join(map(str, gather.files_of_wheel(wheel)))[:1]
-    wheel.write_bytes(program.archive(files | {"chatlm/worker/model/kernels.py": files["chatlm/worker/model/kernels.py"].replace(b"class Kernels", b"class Kernels(Other)")
-                                               .replace(b"    rope_append", b"    rope_append_again")}))
+    write_wheel(wheel, files | {"chatlm/worker/model/kernels.py": files["chatlm/worker/model/kernels.py"].replace(b"class Kernels", b"class Kernels(Other)")
+                                .replace(b"    rope_append", b"    rope_append_again")})
     with pytest.raises(ConfigError, match="was made from another version"):
         gather.core_of_wheel(tmp_path, "3.99")
 

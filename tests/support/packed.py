@@ -1,12 +1,18 @@
 """Bundles in tests: commands that find nothing of this environment, and bundles with other files in them."""
 
+import contextlib
+import functools
 import os
+import resource
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 import chat_server
+from chatlm.common import bundle
 
 CHECKOUT = Path(chat_server.__file__).resolve().parent
 BARE = "-S", "-E"            # without any library that pip installed
@@ -16,6 +22,39 @@ def run(*words, python=sys.executable, **more):
     """A command of a Python, in another folder; its output is text."""
     return subprocess.run([python, *map(str, words)], capture_output=True, text=True, timeout=120,
                           **{"cwd": "/", "env": clean_environment()} | more)
+
+
+# What --version says of the kernels, from a bundle, of whose program Python imports no more than that needs
+KERNELS = "-c", "import sys; sys.path.insert(0, sys.argv[1]); from chatlm.common.core import kernels_line; print(kernels_line())"
+
+
+def kernels(file, *flags, **environment):
+    done = run(*flags, *KERNELS, file, env=clean_environment(**environment))
+    (line,) = done.stdout.splitlines()
+    assert (done.returncode, done.stderr) == (0, "")
+    return line
+
+
+@contextlib.contextmanager
+def files_of_at_most(count):
+    """This process writes no more bytes into a file, as if the disk were full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@functools.cache
+def bytecode(files, interpreter, flags, original=bundle.bytecode):
+    return original(dict(files), interpreter, flags)
+
+
+@pytest.fixture(autouse=True)
+def compiled_once(monkeypatch):
+    """Bundles that this process makes compile the same modules once."""
+    monkeypatch.setattr(bundle, "bytecode", lambda files, interpreter, flags: bytecode(frozenset(files.items()), interpreter, flags))
 
 
 def clean_environment(**more):
