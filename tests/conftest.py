@@ -26,7 +26,7 @@ REPOSITORY = TESTS.parent
 # What the tests share, and the code under test: a private build, or this checkout
 sys.path[:0] = [os.environ.get("CHAT_SERVER_DIR") or str(REPOSITORY), str(TESTS / "support")]
 
-from browsing import browser, held_front, opened_page, page, server_url, stand_in  # noqa: E402, F401  fixtures of the page's tests
+from browsing import browser, end_browser, held_front, one_stand_in, opened_page, page, server_url, stand_in  # noqa: E402, F401  of the page's tests
 from pools import start_pool, started  # noqa: E402, F401
 
 
@@ -90,6 +90,12 @@ def state_home(state_folders, monkeypatch):
     """Each test has a state of its own: servers that score checkpoints keep the results, and find them again."""
     folder, numbers = state_folders
     monkeypatch.setenv("XDG_STATE_HOME", str(folder / str(next(numbers))))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(nextitem):
+    if nextitem is None or "page" not in nextitem.path.parts:
+        end_browser()
 
 
 def pytest_collection_finish():

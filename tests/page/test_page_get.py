@@ -1,6 +1,5 @@
 """The page's view of models to download: what there is, how large, whether it fits; getting, cancelling, continuing, deleting."""
 
-import contextlib
 import os
 import re
 
@@ -17,15 +16,24 @@ LARGE = gguf_bytes({**WIDE, **TEXT}, random_llama(numbers=WIDE))
 SMALL = gguf_bytes({**LLAMA_NUMBERS, **TEXT}, random_llama())
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    monkeypatch = pytest.MonkeyPatch()
     for name in [name for name in os.environ if name.startswith("HF_")]:
         monkeypatch.delenv(name)
-    with fake_hub(org__large={"large-Q8_0.gguf": LARGE, "large-Q4_0.gguf": SMALL}, org__odd={"odd.gguf": gguf_bytes({**LLAMA_NUMBERS, **TEXT, "general.architecture": "rwkv7"}, random_llama())}) as hub:
+    with fake_hub(org__large={"large-Q8_0.gguf": LARGE, "large-Q4_0.gguf": SMALL, "large-F16.gguf": SMALL}, org__odd={"odd.gguf": gguf_bytes({**LLAMA_NUMBERS, **TEXT, "general.architecture": "rwkv7"}, random_llama())}) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub") / "hf"))
         yield hub
         hub.released.set()
+    monkeypatch.undo()
+
+
+@pytest.fixture(scope="module")
+def served(hub, nanochat_fixtures):
+    """A server for all tests, which has downloaded nothing when one begins."""
+    with started_server("--models", str(nanochat_fixtures / "gen5"), "--kv-cache-memory", "4M") as url:
+        yield url
 
 
 def region(page):
@@ -41,49 +49,48 @@ def search(page, words):
     button(region(page), "Search").click()
 
 
-def test_a_model_is_found_downloaded_and_deleted(page, hub, nanochat_fixtures):
+def test_a_model_is_found_downloaded_and_deleted(page, hub, served):
     hub.held = {"large-Q8_0.gguf": 12 << 20}
-    with started_server("--models", str(nanochat_fixtures / "gen5"), "--kv-cache-memory", "4M") as url:
-        open_page(page, url)
-        menu(page, "Get a model")
-        expect(region(page)).to_contain_text(re.compile(r"A model may take .* of memory · .* are free on the disk"), timeout=SLOW_MS)
-        expect(row(page, "llama3.1-70b")).to_contain_text("about 140 GB")
-        expect(row(page, "llama3.1-70b")).to_contain_text("does not fit in memory")
-        expect(row(page, "smollm2-135m")).to_contain_text(re.compile("about 270 MB.*fits"))
-        expect_accessible(page)
-        search(page, "org")
-        button(region(page), "Files of org/large").click()
-        expect(row(page, "org/large:large-Q8_0.gguf")).to_contain_text(re.compile("26 MB.*fits"), timeout=SLOW_MS)
-        button(region(page), "Files of org/odd").click()
-        expect(row(page, "org/odd:odd.gguf")).to_contain_text("cannot run rwkv7", timeout=SLOW_MS)
-        expect(button(region(page), "Get org/odd:odd.gguf")).to_be_disabled()
-        button(region(page), "Get org/large:large-Q8_0.gguf").click()
-        bar = region(page).get_by_role("progressbar", name="Download of org/large:large-Q8_0.gguf")
-        expect(bar).to_have_attribute("value", "10485760", timeout=SLOW_MS)
-        expect(region(page)).to_contain_text("10 MB of 26 MB")
-        expect_accessible(page)
-        reload(page)                    # it goes on, and is found again
-        expect(bar).to_have_attribute("value", "10485760", timeout=SLOW_MS)
-        button(region(page), "Cancel org/large:large-Q8_0.gguf").click()
-        expect(region(page)).to_contain_text("cancelled; what is here stays")
-        expect(region(page).get_by_role("row").filter(has_text="a part of it is here")).to_have_count(1)
-        expect_accessible(page)
-        hub.released.set()
-        button(region(page), "Continue org/large:large-Q8_0.gguf").first.click()
-        expect(region(page)).to_contain_text("org/large:large-Q8_0.gguf is here and served.", timeout=SLOW_MS)
-        button(region(page), "Chat with org/large:large-Q8_0.gguf").first.click()
-        expect(page.get_by_role("combobox", name="Model", exact=True)).to_have_value("org/large:large-Q8_0.gguf")
-        ask(page, "/maxtokens 4")
-        ask(page, "hello")
-        expect_answered(page)
-        menu(page, "Get a model")
-        button(region(page), "Delete org/large:large-Q8_0.gguf").click()
-        expect(page.get_by_role("dialog")).to_contain_text("26 MB are removed from the cache")
-        expect_accessible(page)
-        button(page.get_by_role("dialog"), "Delete").click()
-        expect(region(page).get_by_role("heading", name="On this machine")).to_be_hidden()
-        page.keyboard.press("Escape")
-        expect(message_box(page)).to_be_focused()
+    open_page(page, served)
+    menu(page, "Get a model")
+    expect(region(page)).to_contain_text(re.compile(r"A model may take .* of memory · .* are free on the disk"), timeout=SLOW_MS)
+    expect(row(page, "llama3.1-70b")).to_contain_text("about 140 GB")
+    expect(row(page, "llama3.1-70b")).to_contain_text("does not fit in memory")
+    expect(row(page, "smollm2-135m")).to_contain_text(re.compile("about 270 MB.*fits"))
+    expect_accessible(page)
+    search(page, "org")
+    button(region(page), "Files of org/large").click()
+    expect(row(page, "org/large:large-Q8_0.gguf")).to_contain_text(re.compile("26 MB.*fits"), timeout=SLOW_MS)
+    button(region(page), "Files of org/odd").click()
+    expect(row(page, "org/odd:odd.gguf")).to_contain_text("cannot run rwkv7", timeout=SLOW_MS)
+    expect(button(region(page), "Get org/odd:odd.gguf")).to_be_disabled()
+    button(region(page), "Get org/large:large-Q8_0.gguf").click()
+    bar = region(page).get_by_role("progressbar", name="Download of org/large:large-Q8_0.gguf")
+    expect(bar).to_have_attribute("value", "10485760", timeout=SLOW_MS)
+    expect(region(page)).to_contain_text("10 MB of 26 MB")
+    expect_accessible(page)
+    reload(page)                    # it goes on, and is found again
+    expect(bar).to_have_attribute("value", "10485760", timeout=SLOW_MS)
+    button(region(page), "Cancel org/large:large-Q8_0.gguf").click()
+    expect(region(page)).to_contain_text("cancelled; what is here stays")
+    expect(region(page).get_by_role("row").filter(has_text="a part of it is here")).to_have_count(1)
+    expect_accessible(page, "#get-found")       # the table of the first look
+    hub.released.set()
+    button(region(page), "Continue org/large:large-Q8_0.gguf").first.click()
+    expect(region(page)).to_contain_text("org/large:large-Q8_0.gguf is here and served.", timeout=SLOW_MS)
+    button(region(page), "Chat with org/large:large-Q8_0.gguf").first.click()
+    expect(page.get_by_role("combobox", name="Model", exact=True)).to_have_value("org/large:large-Q8_0.gguf")
+    ask(page, "/maxtokens 4")
+    ask(page, "hello")
+    expect_answered(page)
+    menu(page, "Get a model")
+    button(region(page), "Delete org/large:large-Q8_0.gguf").click()
+    expect(page.get_by_role("dialog")).to_contain_text("26 MB are removed from the cache")
+    expect_accessible(page, "#get-found")
+    button(page.get_by_role("dialog"), "Delete").click()
+    expect(region(page).get_by_role("heading", name="On this machine")).to_be_hidden()
+    page.keyboard.press("Escape")
+    expect(message_box(page)).to_be_focused()
 
 
 def test_a_server_that_downloads_nothing_says_so(page, hub, nanochat_fixtures):
@@ -94,9 +101,9 @@ def test_a_server_that_downloads_nothing_says_so(page, hub, nanochat_fixtures):
         expect_accessible(page)
 
 
-def test_the_view_fits_a_phone(browser, hub, nanochat_fixtures):
-    with started_server("--models", str(nanochat_fixtures / "gen5"), "--kv-cache-memory", "4M") as url, visitor(browser, viewport={"width": 360, "height": 740}, has_touch=True) as page:
-        open_page(page, url, "#get")
+def test_the_view_fits_a_phone(browser, hub, served):
+    with visitor(browser, viewport={"width": 360, "height": 740}, has_touch=True) as page:
+        open_page(page, served, "#get")
         expect(row(page, "smollm2-135m")).to_be_visible(timeout=SLOW_MS)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         search(page, "nothing at all")
@@ -110,15 +117,9 @@ def test_the_view_fits_a_phone(browser, hub, nanochat_fixtures):
         expect_accessible(page)
 
 
-@contextlib.contextmanager
-def open_hub(nanochat_fixtures):
-    with started_server("--models", str(nanochat_fixtures / "gen5"), "--kv-cache-memory", "4M") as url:
-        yield url
-
-
 def test_without_a_network_one_line_says_so(page, hub, nanochat_fixtures, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with open_hub(nanochat_fixtures) as url:
+    with started_server("--models", str(nanochat_fixtures / "gen5"), "--kv-cache-memory", "4M") as url:
         open_page(page, url, "#get")
         expect(row(page, "smollm2-135m")).to_be_visible(timeout=SLOW_MS)
         search(page, "qwen")
@@ -127,7 +128,7 @@ def test_without_a_network_one_line_says_so(page, hub, nanochat_fixtures, monkey
         expect(region(page).get_by_role("status")).to_be_hidden()
         expect(region(page)).not_to_contain_text("The hub has nothing")
         expect(row(page, "smollm2-135m")).to_be_visible()       # what is known without the hub is still there
-        expect_accessible(page)
+        expect_accessible(page, "#get-found")
         button(region(page), "Dismiss").click()
         expect(region(page).get_by_role("alert")).to_be_hidden()
         expect(region(page).get_by_role("textbox")).to_be_focused()
@@ -157,31 +158,29 @@ def test_a_waiting_search_shows_that_it_looks(page, stand_in):
     expect(region(page).get_by_role("status")).to_be_hidden()
 
 
-def test_what_fits_best_stands_first(page, hub, nanochat_fixtures):
-    hub.repositories["org/large"]["large-F16.gguf"] = SMALL
-    with open_hub(nanochat_fixtures) as url:
-        open_page(page, url, "#get")
-        expect(row(page, "smollm2-135m")).to_contain_text(re.compile(r"fits · about [\d.,]+ tok/s"), timeout=SLOW_MS)
-        best = page.locator("#get-best").get_by_role("row").filter(has_text="fits best here")
-        best.or_(page.locator("#get-best:empty")).first.wait_for(state="attached")
-        if best.count():                                        # of a machine with less memory nothing
-            expect(best).to_contain_text(re.compile(r"Qwen/Qwen3-.*Q(4_K_M|8_0)\.gguf.*GB.*about [\d.,]+ tok/s"))
-        assert page.locator("#get tbody tr td:nth-child(2)").evaluate_all("all => all.length > 50 && all.every(each => each.textContent)")
-        search(page, "org")
-        button(region(page), "Files of org/large").click()
-        files = region(page).locator(".of-model td:first-child")
-        expect(files).to_have_text([re.compile("Q8_0"), re.compile("Q4_0"), re.compile("F16")], timeout=SLOW_MS)
-        expect(row(page, "org/large:large-Q8_0.gguf")).to_contain_text("fits best here")
+def test_what_fits_best_stands_first(page, hub, served):
+    open_page(page, served, "#get")
+    expect(row(page, "smollm2-135m")).to_contain_text(re.compile(r"fits · about [\d.,]+ tok/s"), timeout=SLOW_MS)
+    best = page.locator("#get-best").get_by_role("row").filter(has_text="fits best here")
+    best.or_(page.locator("#get-best:empty")).first.wait_for(state="attached")
+    if best.count():                                        # of a machine with less memory nothing
+        expect(best).to_contain_text(re.compile(r"Qwen/Qwen3-.*Q(4_K_M|8_0)\.gguf.*GB.*about [\d.,]+ tok/s"))
+    assert page.locator("#get tbody tr td:nth-child(2)").evaluate_all("all => all.length > 50 && all.every(each => each.textContent)")
+    search(page, "org")
+    button(region(page), "Files of org/large").click()
+    files = region(page).locator(".of-model td:first-child")
+    expect(files).to_have_text([re.compile("Q8_0"), re.compile("Q4_0"), re.compile("F16")], timeout=SLOW_MS)
+    expect(row(page, "org/large:large-Q8_0.gguf")).to_contain_text("fits best here")
 
 
-def test_a_broken_progress_stream_is_followed_again(page, hub, nanochat_fixtures):
+def test_a_broken_progress_stream_is_followed_again(page, hub, served):
     hub.held = {"large-Q8_0.gguf": 12 << 20}
     broken = []
-    with started_server("--models", str(nanochat_fixtures / "gen5"), "--kv-cache-memory", "4M") as url:
-        open_page(page, url, "#get")
-        page.route("**/models/downloads", lambda route: (broken.append(route), route.abort()) if not broken else route.continue_())
-        search(page, "large")
-        button(region(page), "Files of org/large").click()
-        button(region(page), "Get org/large:large-Q8_0.gguf").click()
-        expect(region(page).get_by_role("progressbar")).to_have_attribute("value", "10485760", timeout=SLOW_MS)
-        assert len(broken) == 1
+    hub.released.clear()
+    open_page(page, served, "#get")
+    page.route("**/models/downloads", lambda route: (broken.append(route), route.abort()) if not broken else route.continue_())
+    search(page, "large")
+    button(region(page), "Files of org/large").click()
+    button(region(page), "Get org/large:large-Q8_0.gguf").click()
+    expect(region(page).get_by_role("progressbar")).to_have_attribute("value", "10485760", timeout=SLOW_MS)
+    assert len(broken) == 1

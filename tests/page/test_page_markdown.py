@@ -5,7 +5,7 @@ import re
 import pytest
 
 from browsing import (SLOW_MS, answers, ask, button, expect, expect_accessible, expect_answered, more, needs_browser, open_page, questions,
-                      said)
+                      said, visitor)
 from page_server import BLOCKS, HOSTILE, MARKDOWN
 
 pytestmark = needs_browser
@@ -56,24 +56,25 @@ def test_names_of_functions_stand_apart(opened_page, tex, spaces):
     }""", tex) == spaces
 
 
-def test_formulas_load_their_font_when_first_drawn(page, stand_in):
-    fetched = []
-    page.on("request", lambda request: fetched.append(request.url) if "woff2" in request.url else None)
-    open_page(page, stand_in.url)
-    assert fetched == []
-    ask(page, "markdown")
-    expect_answered(page)
-    page.wait_for_function("() => [...document.fonts].some(font => font.status === 'loaded')")
-    assert len(fetched) == 1 and fetched[0].endswith("static/vendor/formulas.woff2")
-    heights = page.evaluate("""tex => {
-        const node = document.createElement("p");
-        node.className = "markdown";
-        document.querySelector(".body.markdown").append(node);
-        node.append(Markdown.mathNode(tex, true));
-        return [...node.querySelectorAll("mo, mi")].map(each => each.getBoundingClientRect().height);
-    }""", r"\sum x \begin{pmatrix} 1 \\ 2 \\ 3 \end{pmatrix}")
-    total, letter, opening, closing = heights
-    assert total > 1.5 * letter and opening > 3 * letter and opening == closing, heights
+def test_formulas_load_their_font_when_first_drawn(browser, stand_in):
+    with visitor(browser) as page:          # one that has no font in its memory
+        fetched = []
+        page.on("request", lambda request: fetched.append(request.url) if "woff2" in request.url else None)
+        open_page(page, stand_in.url)
+        assert fetched == []
+        ask(page, "markdown")
+        expect_answered(page)
+        page.wait_for_function("() => [...document.fonts].some(font => font.status === 'loaded')")
+        assert len(fetched) == 1 and fetched[0].endswith("static/vendor/formulas.woff2")
+        heights = page.evaluate("""tex => {
+            const node = document.createElement("p");
+            node.className = "markdown";
+            document.querySelector(".body.markdown").append(node);
+            node.append(Markdown.mathNode(tex, true));
+            return [...node.querySelectorAll("mo, mi")].map(each => each.getBoundingClientRect().height);
+        }""", r"\sum x \begin{pmatrix} 1 \\ 2 \\ 3 \end{pmatrix}")
+        total, letter, opening, closing = heights
+        assert total > 1.5 * letter and opening > 3 * letter and opening == closing, heights
 
 
 def test_an_open_code_block_is_already_code(page, stand_in):

@@ -11,8 +11,6 @@ import os
 import queue
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -31,18 +29,105 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chro
 needs_browser = pytest.mark.skipif(not (CHROMIUM and playwright), reason="no chromium on PATH (Debian: apt install chromium-headless-shell)"
                                    if playwright else "the page is tested with playwright")
 SLOW_MS = 30_000            # a real model on a busy machine
+WINDOW = {"width": 1280, "height": 800}
 
 
 # servers and pages ----------------------------------------------------------------------------------------------------
 
+class Running:
+    """The browser, and a page in it that test after test uses."""
+
+    def __init__(self):
+        self.ends = contextlib.ExitStack()
+        driver = self.ends.enter_context(playwright.sync_playwright())
+        self.browser = driver.chromium.launch(executable_path=CHROMIUM, args=[
+            "--no-sandbox", "--host-resolver-rules=MAP *.test 127.0.0.1, MAP *.test. 127.0.0.1"])
+        self.ends.callback(self.browser.close)
+        self.context = None
+        self.faults = []
+
+    @contextlib.contextmanager
+    def visit(self):
+        """What `visitor` does, with the page of the last visit if that can be made as new: to open it again takes half as long."""
+        if self.context is None:
+            self.context = new_context(self.browser, self.faults)
+            self.page = self.context.new_page()
+            self.page.__class__ = UsedPage
+            self.console = self.context.new_cdp_session(self.page)
+        self.faults.clear()
+        self.page.visited = set()
+        self.page.is_new = True
+        try:
+            yield self.page
+        finally:
+            found = [*self.faults]
+            if self.page.is_new:
+                self.leave()
+            else:
+                self.context.close()
+                self.context = None
+        assert found == [], found
+
+    def leave(self):
+        """Forget what the page has stored, and whatever it was told."""
+        page = self.page
+        page.unroute_all(behavior="ignoreErrors")
+        if page.url.startswith("http"):
+            page.evaluate("sessionStorage.clear()")
+        page.goto("about:blank")        # what a page writes when it ends goes, too
+        for origin in page.visited:
+            self.console.send("Storage.clearDataForOrigin", {"origin": origin, "storageTypes": "all"})
+        self.console.send("Page.resetNavigationHistory")
+        page.mouse.move(-9, -9)
+        page.emulate_media(color_scheme="null", media="null", reduced_motion="null", forced_colors="null", contrast="null")
+        page.set_viewport_size(WINDOW)
+
+    def close(self):
+        self.ends.close()
+
+
+if playwright:
+    class UsedPage(playwright.Page):
+        """A page that notes which origins it visits, and whether it is told what it cannot be made to forget."""
+
+        def goto(self, url, **options):
+            self.visited.add("/".join(url.split("/", 3)[:3]))
+            return super().goto(url, **options)
+
+        @property
+        def context(self):
+            self.is_new = False
+            return super().context
+
+        @property
+        def clock(self):
+            self.is_new = False
+            return super().clock
+
+    def noted(name):
+        def method(self, *words, **options):
+            self.is_new = False
+            return getattr(playwright.Page, name)(self, *words, **options)
+        return method
+
+    for name in ("add_init_script", "add_locator_handler", "close", "expose_binding", "expose_function", "go_back", "on", "once", "route_web_socket",
+                 "set_default_timeout", "set_extra_http_headers"):
+        setattr(UsedPage, name, noted(name))
+
+running = []        # the browser, while tests of the page follow each other
+
+
 @pytest.fixture(scope="module")
 def browser():
-    # per module, since its event loop must not outlive the page tests
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=[
-            "--no-sandbox", "--host-resolver-rules=MAP *.test 127.0.0.1, MAP *.test. 127.0.0.1"])
-        yield browser
-        browser.close()
+    if not running:
+        running.append(Running())
+    return running[0].browser
+
+
+def end_browser():
+    """Its event loop must not outlive the tests of the page."""
+    if running:
+        running.pop().close()
 
 
 @pytest.fixture(scope="session")
@@ -56,29 +141,16 @@ def server_url():
         yield server.url
         server.close()
     else:
-        with started_server() as url:
+        with started_server(forked=False) as url:          # as people start it
             yield url
 
 
 @contextlib.contextmanager
-def started_server(*flags):
-    """The URL of chat_server.py, started as people start it."""
-    script = Path(os.environ.get("CHAT_SERVER_DIR") or ROOT) / "chat_server.py"       # see conftest.py
-    process = subprocess.Popen([sys.executable, script, "--port", "0", "--host", "127.0.0.1", *flags],
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if found := re.search(r"http://127\.0\.0\.1:\d+\S*", line):
-            break
-    else:
-        pytest.fail("chat_server.py did not start:\n" + "".join(lines))
-    threading.Thread(target=process.stdout.read, daemon=True).start()      # a full pipe would stop the server
-    try:
-        yield found[0].rstrip("/") + "/"
-    finally:
-        process.terminate()
-        process.communicate(timeout=30)
+def started_server(*flags, forked=True):
+    """The URL of chat_server.py; its front is a process that Python starts only if it is not `forked`."""
+    from real_server import server
+    with server(*flags, forked=forked) as (_, url):
+        yield url + "/"
 
 
 @contextlib.contextmanager
@@ -157,23 +229,35 @@ def held_front():
     front.close()
 
 
-@pytest.fixture
-def stand_in():
+@pytest.fixture(scope="session")
+def one_stand_in():
     from page_server import StandIn
     server = StandIn()
     yield server
     server.close()
 
 
-@contextlib.contextmanager
-def visitor(browser, **options):
-    """A page in a fresh browser profile that fails the test on any script error or violation of the security policy."""
-    context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+@pytest.fixture
+def stand_in(one_stand_in):
+    one_stand_in.forget()
+    return one_stand_in
+
+
+def new_context(browser, faults, **options):
+    """A fresh browser profile that adds to `faults` any script error or violation of the security policy."""
+    context = browser.new_context(**{"viewport": WINDOW, **options})
     context.set_default_timeout(SLOW_MS)
-    faults = []
     context.on("weberror", lambda error: faults.append(str(error.error)))
     context.on("console", lambda message: faults.append(message.text)
                if re.search("Content Security|Trusted", message.text) else None)
+    return context
+
+
+@contextlib.contextmanager
+def visitor(browser, **options):
+    """A page in a fresh profile that fails the test on any fault."""
+    faults = []
+    context = new_context(browser, faults, **options)
     try:
         yield context.new_page()
     finally:
@@ -183,7 +267,7 @@ def visitor(browser, **options):
 
 @pytest.fixture
 def page(browser):
-    with visitor(browser) as page:
+    with running[0].visit() as page:
         yield page
 
 
@@ -286,22 +370,24 @@ def reload(page):
 
 
 AXE = ROOT / "tests" / "page" / "vendor" / "axe.min.js"
+COLOUR_RULES = ["color-contrast", "link-in-text-block"]
 
 
-def violations(page):
-    """axe-core's findings on the current page: (rule, impact, elements)."""
-    page.evaluate("source => { (0, eval)(source); }", AXE.read_text())
+def violations(page, known=(), **options):
+    """axe-core's findings on the current page, without the elements that these selectors name: (rule, impact, elements)."""
+    if not page.evaluate("'axe' in window"):
+        page.evaluate("source => { (0, eval)(source); }", AXE.read_text())
     # wait until no transition of colours is running
-    found = page.evaluate("""async () => {
+    found = page.evaluate("""async ([exclude, options]) => {
         await Promise.all(document.getAnimations().filter(each => each.effect.getComputedTiming().endTime < 1e6).map(each => each.finished));
-        return (await axe.run(document, {resultTypes: ["violations"]})).violations;
-    }""")
+        return (await axe.run({exclude}, {resultTypes: ["violations"], ...options})).violations;
+    }""", [list(known), options])
     return [(each["id"], each["impact"], [node["html"][:150] for node in each["nodes"]]) for each in found]
 
 
-def expect_accessible(page):
-    """axe finds nothing, in either theme."""
-    for scheme in ("light", "dark"):
+def expect_accessible(page, *known):
+    """axe finds nothing, in either theme; no other rule than those of colours depends on the theme."""
+    for scheme, options in (("light", {}), ("dark", {"runOnly": COLOUR_RULES})):
         page.emulate_media(color_scheme=scheme)
-        found = violations(page)
+        found = violations(page, known, **options)
         assert found == [], found

@@ -153,7 +153,16 @@ class StandIn:
     """
 
     def __init__(self, prefix: str = "", port: int = 0):
-        self.prefix, self.bodies, self.loading, self.refusals = prefix, [], None, 0
+        self.prefix = prefix
+        self.loop = asyncio.new_event_loop()
+        self._begin()
+        started = threading.Event()
+        self.thread = threading.Thread(target=self._serve, args=(started, port), daemon=True)
+        self.thread.start()
+        started.wait()
+
+    def _begin(self):
+        self.bodies, self.loading, self.refusals = [], None, 0
         self.several = []           # what /v1/models lists instead
         self.restarts = 0           # of its worker,
         self.worker = {}            # and what /stats has of it besides
@@ -163,12 +172,17 @@ class StandIn:
         self.model = MODEL | {"capabilities": {}, "defaults": {}}
         self.cancelled = threading.Event()
         self.hurried = []           # the answers that were to stop thinking, which ends the hold
-        self.loop = asyncio.new_event_loop()
         self.held, self.holds = None, threading.Event()     # what answers wait for; whether any does
-        started = threading.Event()
-        self.thread = threading.Thread(target=self._serve, args=(started, port), daemon=True)
-        self.thread.start()
-        started.wait()
+
+    def forget(self):
+        """Be as new: end what still runs, and forget what was said."""
+        async def end():
+            for connection in [*self.runner.server.connections]:
+                if connection.transport:
+                    connection.transport.abort()        # which cancels what answers it
+            await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
+            self._begin()
+        asyncio.run_coroutine_threadsafe(end(), self.loop).result(30)
 
     def release(self):
         """Let the held answer continue, as soon as there is one: the page may not have sent its question yet."""
@@ -206,16 +220,16 @@ class StandIn:
         app.router.add_post(f"{self.prefix}/tokenize", self._tokenize)
         app.router.add_post(f"{self.prefix}/apply-template", self._template)
         app.router.add_static(f"{self.prefix}/static/", STATIC)
-        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
-        self.loop.run_until_complete(runner.setup())
-        site = web.TCPSite(runner, "127.0.0.1", port)
+        self.runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
+        self.loop.run_until_complete(self.runner.setup())
+        site = web.TCPSite(self.runner, "127.0.0.1", port)
         self.loop.run_until_complete(site.start())
         self.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}{self.prefix}/"
         started.set()
         self.loop.run_forever()
         for task in asyncio.all_tasks(self.loop):             # answers still held
             task.cancel()
-        self.loop.run_until_complete(runner.cleanup())
+        self.loop.run_until_complete(self.runner.cleanup())
         self.loop.close()
 
     async def _admit(self, request, handler):
