@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+import chat_server
 from chatlm.common.errors import RequestError
 from chatlm.front.api.batch_lines import lasting_body, read_line
 from real_server import SCRIPT, server
@@ -33,6 +34,17 @@ def batch(*words):
     ended = subprocess.run(command(*words), capture_output=True, text=True, timeout=300)
     assert ended.stdout == ""
     return ended.returncode, ended.stderr
+
+
+@pytest.fixture
+def here(capfd):
+    """The same of a command that this process runs."""
+    def here(*words):
+        status = chat_server.main(["batch", *map(str, words)])
+        out, said = capfd.readouterr()
+        assert out == "" and "Traceback" not in said
+        return status, said
+    return here
 
 
 def results(path):
@@ -101,7 +113,7 @@ def test_a_server_answers_a_batch_the_same(model, tmp_path):
     assert there == here and len(there) == 43 and any('"id": "call_' in line for line in there)
 
 
-def test_mismatched_files_are_refused_and_stay(model, tmp_path):
+def test_mismatched_files_are_refused_and_stay(model, tmp_path, here):
     source, out = write(tmp_path / "in.jsonl", [chat("a")]), tmp_path / "out.jsonl"
     out.write_text("mine\nand mine\n")
     part = tmp_path / "other.jsonl.part"
@@ -111,26 +123,26 @@ def test_mismatched_files_are_refused_and_stay(model, tmp_path):
             ((source,), "batch takes a FILE"), ((tmp_path / "none.jsonl", "-o", out), "No such file"), ((write(tmp_path / "empty", ["", " "]), "-o", out), "has no lines"),
             ((model, source, source, "-o", out), "unrecognized arguments"), ((source, "-o", tmp_path / "no" / "folder"), "No such file"),
             ((source, "-o", tmp_path / "x.jsonl", "--url", "http://127.0.0.1:9"), "no server answers")):
-        status, said = batch(*words)
+        status, said = here(*words)
         assert status == 2 and reason in said.splitlines()[-1], said
     assert not (tmp_path / "x.jsonl.part").exists()
     assert out.read_text() == "mine\nand mine\n" and part.read_text().endswith('cdef"}\n')
 
 
-def test_answers_of_other_settings_are_not_reused(model, nanochat_fixtures, tmp_path):
+def test_answers_of_other_settings_are_not_reused(model, nanochat_fixtures, tmp_path, here):
     """The answers of another model or with other settings are not taken for these."""
     source, out = write(tmp_path / "in.jsonl", [chat("a", temperature=0)]), tmp_path / "out.jsonl"
     assert batch(model, source, "-o", out)[0] == 0
     before = out.read_bytes()
     for words, reason in (((nanochat_fixtures / "gen4", source), "out.jsonl has answers with "), ((model, source, "--dtype", "float32"), 'dtype null, not "float32"'),
                           ((model, source, "--context-length", 64), "context_length null, not 64"), ((model, write(tmp_path / "other.jsonl", [chat("b", temperature=0)])), "for another input")):
-        status, said = batch(*words, "-o", out)
+        status, said = here(*words, "-o", out)
         assert status == 2 and reason in said.splitlines()[-1], said
     status, said = batch(model, source, "-o", out)
     assert status == 0 and "has the answers to all 1 lines already" in said and out.read_bytes() == before
     (tmp_path / "new.jsonl.part").write_bytes(b"")
     for name, reason in ((".", "is a folder"), (source, "is the input"), ("/dev/null", "must be a regular file"), (tmp_path / "new.jsonl", "no batch has written it")):
-        status, said = batch(model, source, "-o", name)
+        status, said = here(model, source, "-o", name)
         assert status == 2 and reason in said and len(said.splitlines()) == 1, said
     assert (tmp_path / "new.jsonl.part").exists() and source.read_text()
 

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+import chat_server
 from chatlm.common.core import decode_core
 from real_server import SCRIPT
 from retrieval import embedder_folder, last_state, make_qwen, reranker_folder, unit, write_qwen_tokenizer
@@ -23,6 +24,17 @@ def embed(*words, given=None):
     """(exit status, stdout, the last line of stderr). Beside other tests the usual niceness of 19 would take half a minute."""
     ended = subprocess.run([sys.executable, str(SCRIPT), "embed", *map(str, words), "--dtype", "float32", "--nice", "0"], input=given, capture_output=True, timeout=120)
     return ended.returncode, ended.stdout, (ended.stderr.decode().splitlines() or [""])[-1]
+
+
+@pytest.fixture
+def refusal(capfd):
+    """The same of a command that this process runs."""
+    def refusal(*words):
+        status = chat_server.main(["embed", *map(str, words), "--dtype", "float32", "--nice", "0"])
+        out, said = capfd.readouterr()
+        assert "Traceback" not in said
+        return status, out, (said.splitlines() or [""])[-1]
+    return refusal
 
 
 def write_lines(path, *values):
@@ -67,15 +79,15 @@ def test_embed_reads_stdin_with_all_its_options(model, tmp_path):
     (["a", "b", 5], [], "line 3 is 5; it must be a text that is not empty, or an object with such a `text`", 2), ([{"txt": "a"}], [], "line 1 is an object of 1", 2),
     (["a", " "], [], 'line 2 is " "', 2), (["a", "x" * 100], [], "lines 1 to 2 of", 1), (["a"], ["--dimensions", 65], "dimensions must be from 32 to 64, not 65", 1),
     (["a"], ["--prompt-name", "no\x07ne"], 'prompt_name must be one of "query", "document"', 1), (["a"], ["--url", "x"], "--url is a flag of", 2)])
-def test_a_wrong_line_is_named_and_leaves_no_file(lines, words, message, wanted, model, tmp_path):
+def test_a_wrong_line_is_named_and_leaves_no_file(lines, words, message, wanted, model, tmp_path, refusal):
     """What cannot be embedded is said with its line and leaves no file."""
     source, target = write_lines(tmp_path / "texts.jsonl", *lines), tmp_path / "vectors.npy"
-    status, _, last = embed(model[1], source, "-o", target, *words)
+    status, _, last = refusal(model[1], source, "-o", target, *words)
     assert status == wanted and message in last, last
     assert [path.name for path in tmp_path.iterdir()] == ["texts.jsonl"]
 
 
-def test_embed_refuses_bad_files_and_models(model, tmp_path):
+def test_embed_refuses_bad_files_and_models(model, tmp_path, refusal):
     """Files that cannot be read or written and other models are refused."""
     source = write_lines(tmp_path / "texts.jsonl", "a")
     broken = tmp_path / "broken.jsonl"
@@ -84,23 +96,23 @@ def test_embed_refuses_bad_files_and_models(model, tmp_path):
     for words, message in (((model[1], tmp_path / "none", "-o", "x"), "No such file"), ((model[1], source, "-o", tmp_path / "no" / "x"), "-o "),
                            ((model[1], source), "embed takes a MODEL, a FILE of JSON lines and -o FILE"), ((model[1], "a", "b", "-o", "x"), "unrecognized arguments: b"),
                            ((model[1], broken, "-o", tmp_path / "x"), "line 2 is not valid JSON"), ((made, source, "-o", tmp_path / "x"), "it makes no vectors of texts")):
-        status, _, last = embed(*words)
+        status, _, last = refusal(*words)
         assert status and message in last, (words, last)
     assert not (tmp_path / "x").exists()
 
 
-def test_embed_refuses_an_output_of_a_wrong_kind(model, tmp_path, small_disk):
+def test_embed_refuses_an_output_of_a_wrong_kind(model, tmp_path, small_disk, refusal):
     """An output is no device, no folder and not the input."""
     source, link = write_lines(tmp_path / "texts.jsonl", *["a"] * 300), tmp_path / "link"
     link.symlink_to(source)
     os.mkfifo(tmp_path / "fifo")
     for name, message in ((source, "is the input"), (link, "is the input"), (".", "is a folder"), (tmp_path, "is a folder"), ("/", "is a folder"), (tmp_path / "fifo", "must be a regular file"),
                           ("/dev/null", "must be a regular file")):
-        status, _, last = embed(model[1], source, "-o", name)
+        status, _, last = refusal(model[1], source, "-o", name)
         assert status == 2 and message in last, last
     disk, sized = small_disk
     sized("64k")
     for name in ("vectors.npy", "vectors.jsonl"):
-        status, _, last = embed(model[1], source, "-o", disk / name)
+        status, _, last = refusal(model[1], source, "-o", disk / name)
         assert status == 2 and f"-o {disk / name}: No space left on device" in last, last
     assert os.listdir(disk) == [] and source.read_text().count("a") == 300 and not os.path.isfile("/dev/null")
