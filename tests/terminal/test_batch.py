@@ -82,11 +82,11 @@ def test_answers_and_errors_keep_the_file_s_order(model, tmp_path):
 
 def test_a_killed_run_resumes_to_the_same_output(model, tmp_path):
     """A killed run goes on and its output is that of an undisturbed one."""
-    lines = [chat(f"line {number}", f"Tell me about {number}", max_tokens=8 + number % 20, temperature=number % 2) for number in range(300)]
+    lines = [chat(f"line {number}", f"Tell me about {number}", max_tokens=8 + number % 20, temperature=number % 2) for number in range(150)]
     source = write(tmp_path / "in.jsonl", lines)
     assert batch(model, source, "-o", tmp_path / "undisturbed.jsonl")[0] == 0
     part, kills = tmp_path / "out.jsonl.part", 0
-    for least in (2, 60, 150):
+    for least in (2, 30, 75):
         with subprocess.Popen(command(model, source, "-o", tmp_path / "out.jsonl"), stderr=subprocess.DEVNULL) as running:
             while running.poll() is None and (not part.exists() or part.read_bytes().count(b"\n") < least):
                 time.sleep(0.005)
@@ -94,10 +94,10 @@ def test_a_killed_run_resumes_to_the_same_output(model, tmp_path):
             running.send_signal(signal.SIGKILL)
     assert kills
     with part.open("ab") as file:
-        file.write(b'300 ok {"half of a li')               # as a power cut may leave it
+        file.write(b'150 ok {"half of a li')               # as a power cut may leave it
     before = part.read_bytes().count(b"\n") - 2      # after two lines that say of what they are
     status, said = batch(model, source, "-o", tmp_path / "out.jsonl")
-    assert status == 0 and f"{300 - before:,} lines in" in said and not part.exists()
+    assert status == 0 and f"{150 - before:,} lines in" in said and not part.exists()
     assert without_time(tmp_path / "out.jsonl") == without_time(tmp_path / "undisturbed.jsonl")
 
 
