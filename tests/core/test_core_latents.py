@@ -72,14 +72,14 @@ class Latents:
         latent = kv[:, :kept]
         latent = latent / np.sqrt((latent**2).mean(1, keepdims=True) + 1e-5) * self.norm
         keys = np.concatenate((latent, self.rotated(kv[:, kept:])), 1)
-        absorbed = np.einsum("thd,hcd->thc", x[..., :plain], self.k_up.astype(np.float64).reshape(H, kept, plain))
+        absorbed = (x[..., :plain].swapaxes(0, 1) @ self.k_up.astype(np.float64).reshape(H, kept, plain).swapaxes(1, 2)).swapaxes(0, 1)
         q = 0.9 * np.concatenate((absorbed, self.rotated(x[..., plain:])), -1) / np.sqrt(keys.shape[1])
-        scores = np.einsum("thc,sc->hts", q, keys)
+        scores = q.swapaxes(0, 1) @ keys.T                          # (H, T, S)
         scores[:, np.triu(np.ones((len(text), len(text)), bool), 1)] = -np.inf
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
-        seen = np.einsum("hts,sc->thc", weights, latent)
-        return np.einsum("thc,hvc->thv", seen, self.v_up.astype(np.float64).reshape(H, values, kept)).reshape(len(text), -1)
+        out = weights @ latent @ self.v_up.astype(np.float64).reshape(H, values, kept).swapaxes(1, 2)
+        return out.swapaxes(0, 1).reshape(len(text), -1)
 
 
 TEXT = [(7 * place + place // 5) % IDS for place in range(300)]
