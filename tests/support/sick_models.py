@@ -31,6 +31,21 @@ INST = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{
         "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}")
 
 
+class WithBytes(FileHeader):
+    """Keeps the bytes of each value, with its type before them."""
+
+    def read(self):
+        self.values = []
+        super().read()
+        self.packed = dict(zip([key for key in self.metadata if not key.startswith("GGUF.")], self.values, strict=True))
+
+    def value(self, kind):
+        begin = self.at - 4
+        value = super().value(kind)
+        self.values.append(bytes(self.buffer[begin:self.at]))
+        return value
+
+
 def metadata_of(path):
     """A GGUF file's metadata, as values that `packed_value` takes."""
     header = FileHeader(Path(path))
@@ -41,8 +56,8 @@ def rewritten(path, changes, tensors=None, more={}):
     """Write a GGUF file again with changed metadata (None: without the key), in place. tensors: name -> its new bytes. more: name ->
     (data, shape, number of its type) of a new or another one; None: without it."""
     path = Path(path)
-    header, metadata = FileHeader(path), metadata_of(path)
-    metadata = {key: value for key, value in {**metadata, **changes}.items() if value is not None}
+    header = WithBytes(path)
+    metadata = {key: value for key, value in {**header.packed, **changes}.items() if value is not None}
     data, infos = bytearray(), b""
     stored = {name: (bytes(header.buffer[tensor.data_offset:tensor.data_offset + tensor.n_bytes]), tuple(reversed(tensor.shape.tolist())),
                      int(tensor.tensor_type)) for name, tensor in header.tensors.items()} | more
@@ -51,7 +66,11 @@ def rewritten(path, changes, tensors=None, more={}):
         own = (tensors or {}).get(name, own if isinstance(own, bytes) else own.tobytes())
         infos += tensor_info(name, shape, kind, len(data))
         data += own + bytes(-len(own) % 32)
-    pairs = b"".join(packed_text(key) + struct.pack("<I", kind) + packed for key, value in metadata.items() for kind, packed in [packed_value(value)])
+    for key, value in changes.items():
+        if value is not None:
+            kind, packed = packed_value(value)
+            metadata[key] = struct.pack("<I", kind) + packed
+    pairs = b"".join(packed_text(key) + value for key, value in metadata.items())
     head = b"GGUF" + struct.pack("<IQQ", 3, len(stored), len(metadata)) + pairs + infos
     del header
     whole = head + bytes(-len(head) % 32) + data

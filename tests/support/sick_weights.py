@@ -125,11 +125,10 @@ def layers_exchanged(path, first=5, second=20):
 
 def unordered(path):
     """As if the converter had not reordered the rows of q and k for llama.cpp."""
-    for name in tensor_names(path):
-        if name.endswith(("attn_q.weight", "attn_k.weight")):
-            with bytes_of(path, name) as rows:
-                heads = rows.reshape(-1, 64, rows.shape[1])
-                heads[:] = heads.reshape(-1, 32, 2, rows.shape[1]).swapaxes(1, 2).reshape(heads.shape)
+    with bytes_of(path, *(name for name in tensor_names(path) if name.endswith(("attn_q.weight", "attn_k.weight")))) as tensors:
+        for rows in tensors:
+            heads = rows.reshape(-1, 64, rows.shape[1])
+            heads[:] = heads.reshape(-1, 32, 2, rows.shape[1]).swapaxes(1, 2).reshape(heads.shape)
     return path
 
 

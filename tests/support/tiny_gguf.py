@@ -103,6 +103,8 @@ def packed_value(value):
         return (12, struct.pack("<d", value)) if wide else (6, struct.pack("<f", value))
     if isinstance(value, (str, bytes)):
         return 8, packed_text(value)
+    if value and {*map(type, value)} == {str}:
+        return 9, struct.pack("<IQ", 8, len(value)) + b"".join([struct.pack("<Q", len(data)) + data for data in map(str.encode, value)])
     items = [packed_value(item) for item in value]
     assert len({kind for kind, _ in items}) <= 1, "an array has values of one type"
     header = struct.pack("<IQ", items[0][0] if items else 8, len(items))
