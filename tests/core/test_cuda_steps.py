@@ -128,9 +128,10 @@ def adapted(engine, spec):
 def test_adapters_answer_as_on_the_reference_engine(backend, nanochat_fixtures, monkeypatch):
     """In the same steps, drafted too; steps without adapters are graphs as before."""
     model = some_model("llama", nanochat_fixtures)
-    works = [changed(work, adapter=("a1", "", "a2")[index % 3]) for index, work in enumerate(some_works(model[0].vocab_size))]
+    plain_works = some_works(model[0].vocab_size, 7, 8)
+    works = [changed(work, adapter=("a1", "", "a2")[index % 3]) for index, work in enumerate(plain_works)]
     expected = run(adapted(engine_on(load_kernels("cpu"), model), model[0]), works)
-    plain = run(engine_on(load_kernels("cpu"), model), some_works(model[0].vocab_size))
+    plain = run(engine_on(load_kernels("cpu"), model), plain_works)
     alike = {name for name in plain.tokens if expected.tokens[name] == plain.tokens[name]}
     assert {work.id for work in works if not work.params.adapter} <= alike < {*plain.tokens}
     engine = adapted(cuda_engine(backend, model, monkeypatch), model[0])
