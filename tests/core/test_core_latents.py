@@ -1,11 +1,14 @@
 """Latent attention (MLA) in compiled steps: against its formula in float64, and the same bits anywhere."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
 from core_settings import usual_settings  # noqa: E402, F401
-from instruction_sets import ISAS  # noqa: E402
+from instruction_sets import ISAS, SOME_ISAS  # noqa: E402
+from nightly import by_day  # noqa: E402
 from record import agree, exact  # noqa: E402
 
 PAGES, PAGE, IDS = 48, 16, 64
@@ -88,21 +91,22 @@ SIZES = {"GLM-4.7-Flash": (20, 512, 64, 192, 256), "Lite": (16, 512, 64, 128, 12
          "values above 512": (9, 544, 32, 16, 16)}
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_a_step_is_the_formula(name):
+@pytest.mark.parametrize("name, adjacent", by_day(itertools.product(SIZES, (True, False)), ("GLM-4.7-Flash", False), ("V3", True), *itertools.product(
+    ("small", "17 heads", "values above 512"), (True, False))))
+def test_a_step_is_the_formula(name, adjacent):
     """A step in chunks is the formula, in the sizes of published models and in odd ones."""
     text = TEXT[:40] if name == "V3" else TEXT
-    for adjacent in (True, False):
-        layer = Latents(*SIZES[name], adjacent=adjacent)
-        want = layer.formula(text)
-        assert np.abs(layer.whole(text, TABLE, 64) - want).max() < 2e-5 * np.abs(want).max()
+    layer = Latents(*SIZES[name], adjacent=adjacent)
+    want = layer.formula(text)
+    assert np.abs(layer.whole(text, TABLE, 64) - want).max() < 2e-5 * np.abs(want).max()
 
 
-@pytest.mark.parametrize("cache, tolerance", [("float16", 2e-3), ("float32", 2e-5), ("uint8", 3e-2)])
-@pytest.mark.parametrize("sizes", [(3, 64, 32, 32, 16), (20, 512, 64, 192, 256)], ids=["small", "GLM-4.7-Flash"])
-def test_pages_may_have_any_type(sizes, cache, tolerance):
+@pytest.mark.parametrize("name, cache, tolerance", by_day(
+    [(name, *own) for name in ("even", "GLM-4.7-Flash") for own in (("float16", 2e-3), ("float32", 2e-5), ("uint8", 3e-2))],
+    ("even", "float16", 2e-3), ("even", "float32", 2e-5), ("even", "uint8", 3e-2), ("GLM-4.7-Flash", "uint8", 3e-2)))
+def test_pages_may_have_any_type(name, cache, tolerance):
     """Pages of floats, and of q8_0 (uint8), whose parts are powers of two."""
-    layer = Latents(*sizes, cache=cache)
+    layer = Latents(*{"even": (3, 64, 32, 32, 16)}.get(name) or SIZES[name], cache=cache)
     want = layer.formula(TEXT)
     assert np.abs(layer.whole(TEXT, TABLE, 64) - want).max() < tolerance * np.abs(want).max()
 
@@ -122,7 +126,7 @@ def test_bits_are_the_same_anywhere(kind, cache):
             assert np.array_equal(found, expected), (isa, threads, chunk)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", SOME_ISAS)
 @pytest.mark.parametrize("cache", ["float16", "uint8"])
 def test_latents_have_the_bits_of_record(isa, cache):
     """Latent attention and its cache have the bits of record."""

@@ -4,12 +4,21 @@ import os
 
 import decode_core
 
+from nightly import by_day
+
 ISAS = [*decode_core._core.offered_isas(), *decode_core._core.isas_for_tests()]
 if os.environ.get("DECODE_CORE_CHECKED_ISAS") == "1":
     # setup.py compiles the sanitizers' checks into the portable sources and those of the widest instructions (widest_here). What runs
     # through the others would say under sanitizers what it says without.
     unchecked = {"amx", "amx-always", "avxvnni-evex", *(["avx2", "avxvnni"] if "avx512" in ISAS else [])}
     ISAS = [name for name in ISAS if name not in unchecked]
+
+def some(isas):
+    """Of these by day the widest and portable code: that all give the same bits is what each kernel has a test of besides."""
+    return by_day(isas, *{isas[0], "portable"} & {*isas})
+
+
+SOME_ISAS = some(ISAS)
 
 
 def each_isa():
