@@ -1,4 +1,4 @@
-"""Loads mutations of good model files: `python tests/support/mutate_models.py KIND SEED COUNT FOLDER`, with little memory.
+"""Loads mutations of good model files: `mutate_models.py KIND SEED COUNT FOLDER`, which forked.py starts, with little memory.
 
 Each file must become a model that answers, or a ConfigError of one line. Anything else ends the process: a
 traceback, SIGALRM when a load takes 30 s, a MemoryError when it takes a GiB. The last line printed names the
@@ -112,12 +112,12 @@ def mutate_nanochat(dice, folder, good=Path(__file__).parents[1] / "fixtures/nan
 
 
 @functools.cache
-def packed_bases():
-    """Folders with weights packed in every way, made once."""
+def packed_base(name):
+    """A folder with weights packed in one way, made once."""
     from families import make_model
-    from packers import PACKED, packed_model
-    place, sizes = Path(tempfile.mkdtemp()), {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
-    return [packed_model(make_model("llama3.1", **sizes), place / name, name)[0] for name in PACKED]
+    from packers import packed_model
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    return packed_model(make_model("llama3.1", **sizes), Path(tempfile.mkdtemp()) / name, name)[0]
 
 
 def changed_tensor(dice, tensor):
@@ -138,7 +138,8 @@ def changed_tensor(dice, tensor):
 
 def mutate_packed(dice, folder):
     """A folder of packed weights in which some settings, or some tensors, are changed, missing or called otherwise."""
-    base = shutil.copytree(dice.choice(packed_bases()), folder / "base")
+    from packers import PACKED
+    base = shutil.copytree(packed_base(dice.choice([*PACKED])), folder / "base")
     if dice.random() < 0.4:
         found = json.loads((base / "config.json").read_text())
         config = found["quantization_config"]
@@ -180,7 +181,7 @@ def main(kind, seed, count, folder):
     mutate = {"gguf": mutate_gguf, "nanochat": mutate_nanochat, "packed": mutate_packed}[kind]
     torch.set_num_threads(1)
     if kind == "packed":
-        packed_bases()
+        packed_base("awq")          # imports what takes memory
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, mapped + MEMORY))
     with torch.inference_mode():
@@ -200,4 +201,4 @@ def main(kind, seed, count, folder):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:5])

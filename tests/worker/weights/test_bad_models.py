@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import chat_server
+import forked
 from chatlm.common.config import Settings
 from chatlm.common.core import decode_core, installed_core
 from chatlm.common.errors import ConfigError
@@ -390,12 +391,14 @@ def test_a_tokenizer_that_cannot_be_one_is_named(nanochat, content, words):
 @pytest.mark.parametrize("kind", ["gguf", "nanochat", "packed"])
 def test_a_mutated_file_is_a_model_or_one_line(kind, tmp_path):
     """A mutated file is a model or one line, and takes little time and memory."""
-    count = os.environ.get("MUTATIONS", "20" if kind == "gguf" else "40")        # of nanochat's the 32nd is the first model
+    count = os.environ.get("MUTATIONS", "12")
+    seed = "7" if "MUTATIONS" in os.environ else {"gguf": "3", "nanochat": "2", "packed": "3"}[kind]        # some of the first few are models
     script = Path(__file__).parents[2] / "support" / "mutate_models.py"
-    run = subprocess.run([sys.executable, script, kind, "7", count, tmp_path], capture_output=True, text=True,
-                         timeout=170)
-    assert run.returncode == 0, run.stdout[-500:] + run.stderr[-3000:]
-    assert re.search(rf"\n([1-9]\d*) of {count} became models\n$", run.stdout)
+    said = tmp_path / "said"
+    with said.open("w") as output:
+        started = forked.template_of("torch", os.environ).fork([sys.executable, str(script), kind, seed, count, str(tmp_path)], os.environ, *[output.fileno()] * 3)
+    assert started.wait(170) == 0, said.read_text()[-3500:]
+    assert re.search(rf"\n([1-9]\d*) of {count} became models\n", said.read_text())
 
 
 # --- NaN and infinity in weights -----------------------------------------------------------------------
