@@ -73,7 +73,7 @@ def test_the_default_model_knows_japan_s_capital(default_model_path, reference):
 
 @pytest.mark.parametrize("temperature", [0.0, pytest.param(0.8, marks=pytest.mark.slow)])
 def test_an_answer_alone_equals_one_in_a_batch_of_32(smollm, temperature):
-    works = [chat_work(smollm, f"w{i}", QUESTIONS[i % len(QUESTIONS)] + f" ({i})", 24, temperature=temperature, seed=i, top_k=0)
+    works = [chat_work(smollm, f"w{i}", QUESTIONS[i % len(QUESTIONS)] + f" ({i})", 10, temperature=temperature, seed=i, top_k=0)
              for i in range(32)]
     together = run(smollm, works)
     smollm.pool.forget_cached()
@@ -172,7 +172,7 @@ def test_every_nanochat_generation_matches_upstream(nanochat_fixtures, generatio
 
 def test_steps_started_ahead_give_the_same_answers(smollm, gen5, nanochat_fixtures):
     """Answers that end by eos, by a stop string and by length, in batches that change whenever one ends."""
-    works = [chat_work(smollm, f"w{i}", question, 6 + 3 * i, temperature=0.7, seed=i) for i, question in enumerate(QUESTIONS)]
+    works = [chat_work(smollm, f"w{i}", question, 4 + 2 * i, temperature=0.7, seed=i) for i, question in enumerate(QUESTIONS)]
     works.append(changed(chat_work(smollm, "s", "What is the capital of Japan?"), stop=("pan is To",)))
     works.append(chat_work(smollm, "p", QUESTIONS[2], 12, presence_penalty=0.5))
     smollm.pool.forget_cached()

@@ -382,7 +382,7 @@ def test_a_full_disk_is_found_before_the_download(index, small_disk, monkeypatch
     assert index.downloads == 0
 
 
-@pytest.mark.parametrize("size", [600 << 10, 1500 << 10])
+@pytest.mark.parametrize("size", by_day([600 << 10, 1500 << 10], 600 << 10))        # the wheel finds no room, the file in it
 def test_a_disk_that_fills_up_is_named(index, small_disk, monkeypatch, size):
     """A disk that fills up meanwhile is named, and not the network."""
     place = small_disk(size)        # full while pip stores the wheel, or while it copies it
