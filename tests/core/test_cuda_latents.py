@@ -245,7 +245,8 @@ def test_families_of_latents_answer_as_references(emulation_library, nanochat_fi
     assert ("scale of queries by their position" in left_to_torch(model_of(model[0]), "cuda")) is (name == "mistral4")
     works = [work for work in some_works(model[0].vocab_size, 4, 3) if len(work.prompt_ids) < 100 or not model[0].experts]
     expected = run(engine_on(load_kernels("cpu"), model), works)
-    engine = cuda_engine(backends.Emulated(emulation_library), model, monkeypatch, max_batch=2, prefill_chunk=12)
+    rows = 2 if model[0].experts else None      # which draft nothing
+    engine = cuda_engine(backends.Emulated(emulation_library), model, monkeypatch, max_batch=2, max_rows=rows, prefill_chunk=12)
     assert OURS <= {op for op in engine.kernels.names} and engine.kernels.backend.latents
     same_answers(expected, answers(engine, works, [0, 2, 2, 9][:len(works)]))
     assert engine.steps.queue.replays > 8
@@ -255,7 +256,7 @@ def test_families_of_latents_answer_as_references(emulation_library, nanochat_fi
 def test_graphs_of_latents_have_each_row_s_bits(emulation_library, nanochat_fixtures, monkeypatch):
     """So drafts are on for dense models, and off where a kernel failed, over pages of 8 bits, and where experts mix rows."""
     model = latent_model("youtu", nanochat_fixtures)
-    engine = cuda_engine(backends.Emulated(emulation_library, products=True), model, monkeypatch, max_batch=2, context_length=64)
+    engine = cuda_engine(backends.Emulated(emulation_library, products=True), model, monkeypatch, max_batch=2, max_rows=2, context_length=64)
     steps, backend = engine.steps, engine.kernels.backend
     for length in (1, 2):
         together = logits_of(steps, [0, 1], length)
@@ -293,7 +294,7 @@ def test_wrong_kernels_of_latents_give_way(emulation_library, nanochat_fixtures,
         raise RuntimeError("CUDA: no kernel image is available for execution on the device")
 
     model = latent_model("youtu", nanochat_fixtures)
-    works = some_works(model[0].vocab_size, 2, 6)
+    works = some_works(model[0].vocab_size, 3, 6)[::2]
     expected = run(engine_on(load_kernels("cpu"), model), works)
     wrong = type("WrongOps", (backends.EmulatedOps,), {kernel: refuse})
     engine = cuda_engine(backends.Emulated(emulation_library, wrong, faults=[op]), model, monkeypatch, max_batch=2)

@@ -144,7 +144,7 @@ def test_adapters_answer_as_on_the_reference_engine(backend, nanochat_fixtures, 
 def test_graphs_with_adapters_have_each_row_s_bits(nanochat_fixtures, emulation_library, monkeypatch):
     """Adapters may come and go: the graphs stay. Where the kernels cannot, torch adds the same."""
     model = some_model("llama", nanochat_fixtures)
-    engine = adapted(cuda_engine(backends.Emulated(emulation_library, products=True), model, monkeypatch, max_batch=2, context_length=64), model[0])
+    engine = adapted(cuda_engine(backends.Emulated(emulation_library, products=True), model, monkeypatch, max_batch=2, max_rows=2, context_length=64), model[0])
     steps, adapters, by_op = engine.steps, engine.transformer.adapters, []
     with monkeypatch.context() as patch:
         patch.setattr(steps, "_run_ops", lambda *rest, **more: by_op.append(1))
@@ -179,7 +179,7 @@ def test_graphs_over_packed_pages_have_a_row_s_bits(nanochat_fixtures, emulation
     """Rows over packed pages are graphs with the bits that each has alone."""
     spec, tensors = llama_like(32)
     model = spec, dict(tensors), some_model("llama", nanochat_fixtures)[2]
-    options = dict(max_batch=2, context_length=64, kv=KvType("float32", packed=True))
+    options = dict(max_batch=2, max_rows=2, context_length=64, kv=KvType("float32", packed=True))
     steps = cuda_engine(backends.Emulated(emulation_library, products=True), model, monkeypatch, **options).steps
     reference = engine_on(load_kernels("cpu"), (spec, dict(tensors), model[2]), **options).steps
     for length in (1, 2):

@@ -20,10 +20,11 @@ from works import assignment
 MARGIN = 2e-3           # as in tests/worker/engine/test_engine.py
 
 
-def engine_on(kernels, model, device="cpu", *, num_pages=200, max_batch=6, prefill_chunk=64, context_length=512, kv=None):
-    """`max_rows` as a worker has it: where drafts are free, a step has FREE_ROWS rows even if fewer sequences run."""
+def engine_on(kernels, model, device="cpu", *, num_pages=200, max_batch=6, max_rows=None, prefill_chunk=64, context_length=512, kv=None):
+    """`max_rows` as a worker has it: where drafts are free, a step has FREE_ROWS rows even if fewer sequences run. With fewer, for tests that draft
+    nothing, fewer graphs are captured."""
     spec, tensors, tokenizer = model
-    max_rows = max(max_batch, FREE_ROWS)
+    max_rows = max_rows or max(max_batch, FREE_ROWS)
     transformer = Transformer(model_of(spec), {name: t.to(device) for name, t in tensors.items()}, kernels, num_pages=num_pages,
                               device=device, dtype="float32", max_tokens=prefill_chunk + max_rows, max_rows=max_rows,
                               num_slots=max_batch + FREE_ROWS + 12, kv=kv)

@@ -25,6 +25,7 @@ from chatlm.worker.doctor.fingerprints import fingerprint, likeness, packed
 from chatlm.worker.doctor.hard_texts import FINGERPRINTED
 from chatlm.worker.doctor.known_tokenizers import KNOWN
 from families import make_model, save
+from nightly import WHOLE
 from sick_models import CHATML, OF_TEXT, diagnose, pieces_gguf, rewritten, small_gguf
 
 SCRIPT = Path(cs.__file__).resolve()
@@ -58,11 +59,11 @@ def test_a_report_says_if_thinking_can_be_switched(written, switch, tmp_path):
 
 
 def test_nanochat_and_the_default_model_are_fine(nanochat_fixtures, default_model_path):
-    """nanochat's checkpoints and the default model are fine."""
-    for path in (*sorted(nanochat_fixtures.iterdir()), default_model_path):
+    """nanochat's checkpoints and the default model are fine. By day the command says so of the default model."""
+    for path in (*sorted(nanochat_fixtures.iterdir()), *[default_model_path] * WHOLE):
         diagnosis = diagnose(path)
         assert (diagnosis.serious, diagnosis.refused) == ([], ""), path
-    assert "encodes as SmolLM2 does" in [finding.what for finding in diagnosis.findings]
+    assert not WHOLE or "encodes as SmolLM2 does" in [finding.what for finding in diagnosis.findings]
 
 
 def folder_with(tmp_path, name, data):
@@ -102,6 +103,7 @@ def test_a_tokenizer_that_is_not_known_is_named(key, name, tmp_path):
 def test_the_command_has_a_verdict_and_a_status(default_model_path, tmp_path):
     fine = check(default_model_path)
     assert (fine.returncode, fine.stderr) == (0, "") and fine.stdout.startswith("SmolLM2-135M-Instruct.Q4_1: fine (")
+    assert "encodes as SmolLM2 does" in fine.stdout
     sick = check(rewritten(small_gguf(tmp_path), {"tokenizer.ggml.eos_token_id": 260}), "--json")
     body = json.loads(sick.stdout)
     assert (sick.returncode, sick.stderr, body["verdict"], body["counts"]["error"]) == (1, "", "error", 1)
