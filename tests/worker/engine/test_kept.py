@@ -536,7 +536,7 @@ def test_two_servers_keep_a_store_to_its_size(tmp_path):
     assert {399, 1399} <= pages and 0 not in pages and len(pages) > 100
 
 
-@pytest.mark.parametrize("shared", [0, 7])
+@pytest.mark.parametrize("shared", by_day([0, 7], 7))
 def test_a_refilled_store_has_the_newest_conversations(tmp_path, shared):
     """Conversations of 5 MB in 16 MB, which may have a beginning in common; each one's second half comes after another's first half."""
     limit, memory, begin, expected = 16 << 20, Memory(), ROOT, shared
@@ -649,7 +649,7 @@ def test_what_is_no_file_of_a_store_is_left_alone(tmp_path, memory, caplog):
     assert "the model: 80 tokens in 5 pages" in listed_store(tmp_path)[1]
 
 
-@pytest.mark.parametrize("groups", [17, 33, 66])
+@pytest.mark.parametrize("groups", by_day([17, 33, 66], 17, 66))
 @torch.inference_mode()
 def test_a_model_of_many_groups_restores_its_pages(tmp_path, memory, monkeypatch, groups):
     """A model with many groups of layers keeps and restores its pages."""
