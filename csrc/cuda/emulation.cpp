@@ -48,7 +48,7 @@ struct Block {                          // a place for a resident block
 
 Block resident[MAX_RESIDENT], *running;
 jmp_buf scheduler;
-const std::function<void()> *kernel;
+Body kernel;
 bool shared_overflow;
 Order order = ASCENDING;
 uint64_t random_state = 1, lazy = 0;    // bits of warps that hardly move for a while
@@ -71,7 +71,7 @@ void leave(State state, const char *file, int line) {
 
 void live() {                           // a fibre's whole life: one kernel after another
     for (;;) {
-        (*kernel)();
+        kernel();
         leave(FINISHED, nullptr, 0);
     }
 }
@@ -170,9 +170,9 @@ const char *advance(Block &block, bool &finished) {
 
 }  // namespace
 
-const char *launch(dim3 grid, unsigned threads, const std::function<void()> &body) {
+const char *launch(dim3 grid, unsigned threads, Body body) {
     if (threads == 0 || threads > MAX_THREADS || threads % 32 != 0) return "threads must be a multiple of 32 up to 1024";
-    kernel = &body;
+    kernel = body;
     shared_overflow = false;
     gridDim = grid;
     blockDim = dim3(threads);

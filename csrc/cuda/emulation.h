@@ -15,7 +15,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 
 #define DC_DEVICE inline
 #define DC_KERNEL(threads) static void
@@ -36,7 +35,17 @@ namespace emulation {
 
 enum Order : int64_t { ASCENDING, DESCENDING, RANDOM };
 
-const char *launch(dim3 grid, unsigned threads, const std::function<void()> &kernel);   // nullptr, or what went wrong
+// A kernel with its arguments. (Of each kernel std::function would compile as much again.)
+struct Body {
+    void (*run)(const void *);
+    const void *arguments;
+    void operator()() const { run(arguments); }
+};
+
+const char *launch(dim3 grid, unsigned threads, Body kernel);       // nullptr, or what went wrong
+template <class Call> const char *launch(dim3 grid, unsigned threads, const Call &call) {
+    return launch(grid, threads, Body{[](const void *arguments) { (*static_cast<const Call *>(arguments))(); }, &call});
+}
 void *shared(size_t bytes);                                 // the block's shared memory; one structure per kernel
 void wait_for_block(const char *file, int line);
 const uint64_t *exchange(uint64_t value, const char *file, int line);      // the 32 values of this warp's lanes
