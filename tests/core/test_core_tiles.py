@@ -193,8 +193,10 @@ def raw_blocks(kind, rows, columns, seed=0, **fields):
 
 # ---- products
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("N, K", [(16, 32), (48, 64), (49, 576), (960, 96), (33, 1536)])
+PRODUCTS = [(kind, N, K) for N, K in ((16, 32), (48, 64), (49, 576), (960, 96), (33, 1536)) for kind in KINDS]
+
+
+@pytest.mark.parametrize("kind, N, K", by_day(PRODUCTS, *PRODUCTS[::2]))        # a size or two more of each type
 def test_a_product_is_that_of_dequantized_weights(settings, kind, N, K):
     K = fitting(kind, K)
     matrix, x = make_matrix(kind, random(N, K, seed=N)), random(11, K, seed=K, scale=3)

@@ -81,7 +81,7 @@ def test_an_answer_alone_equals_one_in_a_batch_of_32(smollm, temperature):
         same(smollm, run(smollm, [works[i]]), together, f"w{i}")
 
 
-@pytest.mark.parametrize("chunk", [16, 17, 100])
+@pytest.mark.parametrize("chunk", by_day([16, 17, 100], 17))
 def test_the_prefill_chunk_changes_nothing(smollm, chunk):
     work = chat_work(smollm, "a", "Summarize: " + " ".join(QUESTIONS * 4), 24)
     smollm.pool.forget_cached()

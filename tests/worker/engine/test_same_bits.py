@@ -263,7 +263,10 @@ def check_is_of(row, transformer):
 
 
 FIRST = {kind: name for name, (kind, _) in reversed(MODELS.items())}     # of each family
-BY_DAY = [*FIRST.values(), *[name for name in ROWS if name not in MODELS and "file" not in name and "keys" not in name], "llama-gelu", "gemma4moe", "granite4h",
+# Each block of these has its row by day: they differ in names, sizes and factors, which test_families compares
+ALIKE = {"mistral", "qwen2", "smollm3", "phi3", "granite", "granite-moe", "granite-moe-shared", "mixtral", "qwen2moe", "qwen3vlmoe", "olmo2", "olmoe", "glm4", "ernie4.5", "seed-oss",
+         "ministral3", "starcoder2", "glm4moe", "minimax-m2", "deepseek2-grouped", "glm-flash", "youtu", "mistral4", "ernie-moe", "hunyuan-moe", "qwen3.5moe", "qwen3next"}
+BY_DAY = [*(name for name in FIRST.values() if name not in ALIKE), *[name for name in ROWS if name not in MODELS and "file" not in name and "keys" not in name], "llama-gelu", "gemma4moe", "granite4h",
           "gpt-oss as a packed file", "qwen3moe as a packed file", "qwen3moe as a packed file, finely", "gemma2 with keys of 8 bits", "gpt-oss with keys of 8 bits",
           "kimi2 with keys of 8 bits"]
 ON_TWO_BY_DAY = "llama3.1", "gpt-oss", "qwen3.5", "gen5"       # a second rank is slow where the tests share two cores; on one these are also preempted without drafts

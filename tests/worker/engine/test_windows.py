@@ -54,7 +54,7 @@ BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(de
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", by_day(WINDOWED, "gemma3", "cohere2"))
+@pytest.mark.parametrize("name", by_day(WINDOWED, "gemma3"))
 def test_windows_give_pages_back_and_keep_answers(made_model, name, backend):
     """Pages are given back, and answers stay those of transformers."""
     folder, cases = made_model(name)

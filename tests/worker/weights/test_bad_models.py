@@ -392,7 +392,7 @@ def test_a_tokenizer_that_cannot_be_one_is_named(nanochat, content, words):
 @pytest.mark.parametrize("kind", ["gguf", "nanochat", "packed"])
 def test_a_mutated_file_is_a_model_or_one_line(kind, tmp_path):
     """A mutated file is a model or one line, and takes little time and memory."""
-    count = os.environ.get("MUTATIONS", "12")
+    count = os.environ.get("MUTATIONS", "8")
     seed = "7" if "MUTATIONS" in os.environ else {"gguf": "3", "nanochat": "2", "packed": "3"}[kind]        # some of the first few are models
     script = Path(__file__).parents[2] / "support" / "mutate_models.py"
     said = tmp_path / "said"
