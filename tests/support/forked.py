@@ -1,35 +1,41 @@
 """Our processes without the time that their imports take (1.5 s for torch): forked from a process that has imported it all.
 
-A forked process runs the same command with the same environment on the same descriptors. Tests of the start itself
-start servers from the command line, whose processes are ordinary ones.
+A forked process runs the same command with the same environment on the same descriptors. A forked front asks the process
+that tests to fork its children, which end when it does; for the system they are not its children. Tests of the start
+itself start servers from the command line, whose processes are ordinary ones.
 """
 
 import atexit
 import contextlib
+import functools
 import gc
 import json
 import os
 import runpy
 import select
+import selectors
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
 import threading
+import traceback
 import types
 from pathlib import Path
 
 from chatlm.common import core
 from chatlm.common.processes import start
 from chatlm.common.processes.child import die_with_parent
+from patching import replace_everywhere
 
 NUMBER = struct.Struct("i")
 # Libraries read these when they are loaded, so each combination of their values has a template of its own.
 READ_AT_LOAD = "CHAT_SERVER", "DECODE_CORE", "GOMP", "LD_", "MALLOC", "OMP", "PYTHON", "RAYON", "TORCH"
 # A worker that is killed or stopped at an exact moment, and checks its KV cache after every step
 DYING = sys.executable, str(Path(__file__).with_name("dying_worker.py"))
-templates = {}
+templates, making = {}, threading.Lock()
 
 
 def start_child(command, role, environment, original=start.start_child):
@@ -38,25 +44,94 @@ def start_child(command, role, environment, original=start.start_child):
         return original(command, role, environment)
     ours, theirs = socket.socketpair()
     with theirs:
-        template = template_of("torch" if role in ("worker", "survey") else "", environment)
-        return template.fork([*command, role], environment, theirs.fileno()), ours
+        return fork_child([*command, role], environment, os.getcwd(), theirs.fileno()), ours
 
 
-def start_front(script, arguments, environment):
-    """(the process of `python SCRIPT arguments`, the pipe's end that has its stdout and stderr). The workers that it starts are ordinary ones."""
+def fork_child(command, environment, folder, *descriptors):
+    template = template_of("torch" if command[-1] in ("worker", "survey") else "", environment)
+    return template.fork(command, environment, folder, *descriptors)
+
+
+def start_front(script, arguments, environment, forking):
+    """(the process of `python SCRIPT arguments`, the pipe's end that has its stdout and stderr). forking: whether its children are forked too."""
+    command = [sys.executable, str(script), *arguments]
+    template = template_of(str(script), environment, ("LD_", "MALLOC", "PYTHON"))
     output, theirs = os.pipe()
-    try:
-        template = template_of(str(script), environment, ("LD_", "MALLOC", "PYTHON"))
-        return template.fork([sys.executable, str(script), *arguments], environment, theirs, theirs, theirs), output
-    finally:
-        os.close(theirs)
+    asking, children = children_of_fronts().connect() if forking else (None, {})
+    with open(theirs, "wb", buffering=0), asking or contextlib.nullcontext():
+        process = template.fork(command, environment, os.getcwd(), asking.fileno() if forking else theirs, theirs, theirs)
+    process.forked = children
+    return process, output
 
 
 def template_of(what, environment, read_at_load=READ_AT_LOAD):
     kind = what, *sorted(item for item in environment.items() if item[0].startswith(read_at_load))
-    if kind not in templates:
-        templates[kind] = Template(what, environment)
-    return templates[kind]
+    with making:
+        if kind not in templates:
+            templates[kind] = Template(what, environment)
+        return templates[kind]
+
+
+class ChildrenOfFronts:
+    """Forks the children that fronts ask for, and kills those whose front has ended. Its thread lives as long as this process: a template
+    that it starts would end with it."""
+
+    def __init__(self):
+        self.asking = selectors.DefaultSelector()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def connect(self):
+        """The end of a connection that a front gets; its children that have not ended, by process id."""
+        ours, fronts = socket.socketpair(type=socket.SOCK_SEQPACKET)
+        children = {}
+        self.asking.register(ours, selectors.EVENT_READ, children)
+        return fronts, children
+
+    def _serve(self):
+        while True:
+            for key, _ in self.asking.select(1):    # so that it sees what was registered while there was none
+                try:
+                    self._answer(key.fileobj, key.data)
+                except OSError:
+                    self._end(key.fileobj, key.data)
+                except Exception:
+                    traceback.print_exc()
+                    self._end(key.fileobj, key.data)
+
+    def _answer(self, connection, children):
+        order, descriptors, *_ = socket.recv_fds(connection, 1 << 20, 3)
+        try:
+            if not order:
+                self._end(connection, children)
+            elif descriptors:
+                command, environment, folder = json.loads(order)
+                pid = 0
+                if usual(environment):
+                    child = fork_child(command, environment, folder, *descriptors)
+                    pid = child.pid
+                    children[pid] = child
+                connection.send(NUMBER.pack(pid))
+            else:
+                connection.send(NUMBER.pack(children.pop(NUMBER.unpack(order)[0]).wait()))
+        finally:
+            for each in descriptors:
+                os.close(each)
+
+    def _end(self, connection, children):
+        self.asking.unregister(connection)
+        connection.close()
+        for child in children.values():
+            child.kill()
+
+
+def usual(environment):
+    """Whether its template is worth its start and its memory."""
+    return all(os.environ.get(name) == value for name, value in environment.items() if name.startswith("CHAT_SERVER"))
+
+
+@functools.cache
+def children_of_fronts():
+    return ChildrenOfFronts()
 
 
 class Template:
@@ -74,8 +149,8 @@ class Template:
             self.process = subprocess.Popen(command, pass_fds=passed, stdin=subprocess.DEVNULL,
                                             env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)})
 
-    def fork(self, command, environment, descriptor, stdout=1, stderr=2):
-        order = json.dumps([os.getcwd(), command, dict(environment)]).encode()
+    def fork(self, command, environment, folder, descriptor, stdout=1, stderr=2):
+        order = json.dumps([folder, command, dict(environment)]).encode()
         with self.lock:
             socket.send_fds(self.orders, [NUMBER.pack(len(order))], [descriptor, stdout, stderr])
             self.orders.sendall(order)
@@ -121,6 +196,31 @@ class Forked:
 
     def __del__(self):
         os.close(self.end)
+
+
+class Asking:
+    """A front's connection to the process that forks its children."""
+
+    def __init__(self, descriptor):
+        self.lock, self.connection = threading.Lock(), socket.socket(fileno=descriptor)
+
+    def start_child(self, command, role, environment, original=start.start_child):
+        """What start.start_child does."""
+        if tuple(command) != start.PROCESS_COMMAND:
+            return original(command, role, environment)
+        ours, theirs = socket.socketpair()
+        with theirs, self.lock:
+            order = json.dumps([[*command, role], dict(environment), os.getcwd()]).encode()
+            socket.send_fds(self.connection, [order], [theirs.fileno(), 1, 2])
+            if pid := number(self.connection):
+                return Forked(self, pid), ours
+        ours.close()
+        return original(command, role, environment)
+
+    def status(self, pid):
+        with self.lock:
+            self.connection.send(NUMBER.pack(pid))
+            return number(self.connection)
 
 
 def number(connection):
@@ -171,8 +271,12 @@ def take_over(folder, environment, outputs):
 def become_front(code):
     """A function that runs chat_server.py, whose code is compiled, in this process."""
     def become(folder, command, environment, parent, descriptors):
-        os.close(descriptors[0])
         take_over(folder, environment, descriptors[1:])
+        if stat.S_ISSOCK(os.fstat(descriptors[0]).st_mode):
+            replace_everywhere(start, "start_child", Asking(descriptors[0]).start_child)
+            replace_everywhere(start, "start_worker_ahead", lambda words: None)      # to import what a forked worker has
+        else:
+            os.close(descriptors[0])
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.argv = command[1:]
         sys.path[0] = os.path.dirname(command[1])

@@ -55,13 +55,13 @@ class Output:
 
 @contextmanager
 def server(*arguments, script=SCRIPT, python=sys.executable, env=None, log=None, forked=True):
-    """A running server: yields (process, url) once it is ready, and kills it at the end. forked: its front need not be a process that Python
-    has started, and which has imported everything anew."""
+    """A running server: yields (process, url) once it is ready, and kills it at the end. forked: its processes need not be started by Python and
+    import everything anew ("front": except its children, which then are its children for the system too)."""
     arguments = [*map(str, arguments), "--port", "0", "--host", "127.0.0.1"]
     environment = os.environ if env is None else env
     usual = (script, python, environment.get("PYTHONPATH")) == (SCRIPT, sys.executable, os.environ.get("PYTHONPATH"))
     if forked and usual and sys.platform == "linux":
-        process, output = start_front(script, arguments, environment)
+        process, output = start_front(script, arguments, environment, forked != "front")
         process.stdout = Output(os.fdopen(output))
     else:
         process = subprocess.Popen([python, str(script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
@@ -101,6 +101,12 @@ def events(response):
 
 def ask(text, **changes):
     return {"messages": [{"role": "user", "content": text}], "temperature": 0} | changes
+
+
+def descendants(process):
+    """Of a server, forked or not."""
+    parents = [psutil.Process(pid) for pid in (process.pid, *getattr(process, "forked", ())) if psutil.pid_exists(pid)]
+    return [*parents[1:], *(child for parent in parents for child in parent.children(recursive=True))]
 
 
 def gone(processes):

@@ -69,7 +69,7 @@ def said(case, fixtures, default, folder):
     """The answers of a server for this case, and the files that its workers have mapped."""
     model, *flags = CASES[case]
     flags = [flag.replace("ADAPTER", str(adapter(folder / "lora"))) for flag in flags]
-    with server(default if model == "default" else fixtures / model, *flags) as (process, url):
+    with server(default if model == "default" else fixtures / model, *flags, forked="front") as (process, url):
         names = [each["id"] for each in get(url + "/v1/models")["data"]]
         found = answers(url, names[-1], 0.9 if model == "default" else 1)
         mapped = {row.path for child in psutil.Process(process.pid).children(recursive=True) for row in child.memory_maps()}

@@ -685,7 +685,7 @@ def test_workers_of_a_watch_yield_to_the_training(run_folder):
     assert [niceness(Settings(device_type="cpu", **flags)) for flags in ({}, {"watch": "x"}, {"watch": "x", "nice": 3}, {"nice": 5})] == [None, 19, 3, 5]
     assert [niceness(Settings(command="embed", device_type="cpu", nice=nice)) for nice in (None, 0)] == [19, 0]
     list(tiny_training.train(run_folder, 1, 1))
-    with server("--watch", run_folder, "--nice", 3) as (process, url):
+    with server("--watch", run_folder, "--nice", 3, forked="front") as (process, url):
         while not get(url + "/v1/models")["data"]:
             time.sleep(0.05)
         json.load(post(url + "/v1/chat/completions", {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}))

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 import documents
-from real_server import ask, events, post, server
+from real_server import ask, descendants, events, post, server
 
 for module in ("pypdfium2", "mammoth", "markdownify", "openpyxl", "pptx"):
     pytest.importorskip(module)
@@ -92,8 +92,15 @@ def test_broken_documents_leave_no_process(running):
 
 def sandboxes_of_documents(process):
     """Its children that have loaded PDFium or wait for a document."""
-    return [child for child in psutil.Process(process.pid).children(recursive=True) if "sandbox" in child.cmdline() and any(
-        "pdfium" in each.path or "_elementpath" in each.path for each in child.memory_maps())]
+    return [child for child in descendants(process)
+            if any("pdfium" in each.path or "_elementpath" in each.path for each in maps_of(child))]
+
+
+def maps_of(process):
+    try:
+        return process.memory_maps()
+    except psutil.NoSuchProcess:
+        return []
 
 
 def waits_until(condition):

@@ -268,7 +268,7 @@ def test_a_killed_server_s_download_is_continued(hub, tmp_path, nanochat_fixture
     def part():
         return next(iter(hub_cache().glob("models--org--large/.chat_server.*")), None)
 
-    with real_server.server(*flags, env=environment) as (process, url):
+    with real_server.server(*flags, env=environment, forked="front") as (process, url):
         with real_server.post(url + "/models/download", {"model": "org/large", "stream": True}) as response:
             for line in response:
                 if line.startswith(b"data: ") and json.loads(line[6:])["done"] > 11 << 20:

@@ -490,8 +490,8 @@ def test_a_key_that_keeps_too_much_is_refused(model, tmp_path):
 @pytest.mark.slow
 def test_a_large_conversation_costs_one_page(model, tmp_path):
     """It costs what a page of it does."""
-    with keeping(model, tmp_path / "a.db") as client:
-        url, front = str(client.base_url), psutil.Process().children()[-1]
+    with server(model, f"--database={tmp_path / 'a.db'}") as (process, url):
+        client, front, url = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0), psutil.Process(process.pid), url + "/v1/"
         conversation = client.conversations.create().id
         for number in range(1000):      # 60 MB
             post(f"{url}conversations/{conversation}/items", {"items": [{"role": "user", "content": f"{number:04}" + "x" * 60_000}]})

@@ -50,7 +50,7 @@ def test_the_default_model_answers_over_both_apis(default_model_path):
 
 def test_only_a_worker_without_core_loads_torch(nanochat_fixtures):
     """Torch is loaded by a worker without decode_core alone, and the worker opens no port."""
-    with server(nanochat_fixtures / "gen5") as (process, url):
+    with server(nanochat_fixtures / "gen5", forked="front") as (process, url):
         events(post(url + "/chat/completions", ask("hello", max_tokens=5)))
         assert not [m.path for m in psutil.Process(process.pid).memory_maps() if "libtorch" in m.path]
         (worker,) = psutil.Process(process.pid).children(recursive=True)
@@ -62,7 +62,7 @@ def test_only_a_worker_without_core_loads_torch(nanochat_fixtures):
     (signal.SIGKILL, True),
     *(pytest.param(*each, marks=pytest.mark.slow) for each in ((signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGKILL, False)))])
 def test_however_the_front_ends_no_process_stays(nanochat_fixtures, number, answering):
-    with server(nanochat_fixtures / "gen5", "--num-workers", "2") as (process, url):
+    with server(nanochat_fixtures / "gen5", "--num-workers", "2", forked="front") as (process, url):
         children = psutil.Process(process.pid).children(recursive=True)
         if answering:
             stream = post(url + "/chat/completions", ask("hello", max_tokens=4096, ignore_eos=True))

@@ -254,7 +254,7 @@ async def test_ranks_with_states_keep_a_text(name, tp, pp, folders):
 @pytest.mark.parametrize("kernels_name", ["", "reference"])
 def test_no_rank_outlives_a_killed_front(kernels_name, nanochat_fixtures):
     with server(nanochat_fixtures / "gen5", "--tp", "2", "--pp", "2", "--kv-cache-memory", "8M",
-                env=os.environ | {"CHAT_SERVER_KERNELS": kernels_name}) as (front, url):
+                env=os.environ | {"CHAT_SERVER_KERNELS": kernels_name}, forked="front") as (front, url):
         ranks = children(front.pid)
         assert sum("rank" in process.cmdline() for process in ranks) == 3
         assert len(events(post(f"{url}/chat/completions", ask("hello", max_tokens=5)))) > 1
