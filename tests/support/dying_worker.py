@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,8 +53,15 @@ MOMENTS = {     # checked when the results of earlier steps have left through th
 }
 
 
+def next_order():
+    with suppress(FileNotFoundError):
+        folder = os.environ.get("STRUCK", "/none")
+        names = [name for name in os.listdir(folder) if name.startswith("next-")]
+        return Path(folder, min(names)) if names else None
+
+
 def strike(engine, moments):
-    order = min(Path(os.environ.get("STRUCK", "/none")).glob("next-*"), default=None)
+    order = next_order()
     for sequence in (*engine.queue.running, *engine.queue.waiting):
         if order:
             _, _, what, moment = order.name.split("-")
