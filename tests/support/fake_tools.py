@@ -1,14 +1,12 @@
-"""A tool server of two eras with faults: `python fake_tools.py FAULT..`, as a program or over HTTP (`--http`).
+"""A tool server of two eras with faults: `python fake_tools.py FAULT..`; fake_http_tools.py has it over HTTP.
 
 Without faults it is a well-behaved one: `add` adds, `slow` reports progress and waits for a file, `show` shows its environment."""
 
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 MODERN = "2026-07-28"
 META = "io.modelcontextprotocol/protocolVersion"
@@ -187,6 +185,7 @@ def by_stdio(faults):
         import signal
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if "grandchild" in faults:
+        import subprocess       # the imports are most of this program's time
         subprocess.Popen([sys.executable, "-c", f"import os, time; os.setsid(); open({faults[-1]!r}, 'w').write(str(os.getpid())); time.sleep(1000)"])
     if "stderr-flood" in faults:
         threading.Thread(target=lambda: [sys.stderr.write("x" * 65536) for _ in range(500)], daemon=True).start()
@@ -214,90 +213,6 @@ def answer(server, message, faults):
     server.send(response)
     if "twice" in faults:
         server.send(response)
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Streamable HTTP. It sends tool results as events, all else as JSON."""
-
-    protocol_version = "HTTP/1.1"
-    faults = ()
-    seen = []       # (method, headers) of each request
-    sessions = set()
-    begun = 0
-
-    def log_message(self, *arguments):
-        pass
-
-    def do_DELETE(self):
-        self.sessions.discard(self.headers.get("Mcp-Session-Id"))
-        self.reply(200, b"")
-
-    def do_POST(self):
-        data = self.rfile.read(int(self.headers["Content-Length"]))
-        message = json.loads(data)
-        self.seen.append((message.get("method"), dict(self.headers)))
-        if "gone" in self.faults:
-            self.close_connection = True
-            return None
-        if "redirects" in self.faults:
-            return self.reply(302, b"", Location="http://127.0.0.1:9/elsewhere")
-        if "unauthorized" in self.faults and self.headers.get("Authorization") != "Bearer right":
-            return self.reply(401, b"")
-        is_legacy = "legacy" in self.faults
-        session = {}
-        if is_legacy and message["method"] == "initialize":
-            type(self).begun += 1
-            session = {"Mcp-Session-Id": f"session-{self.begun}"}
-            self.sessions.add(f"session-{self.begun}")
-        elif is_legacy and message["method"] != "server/discover" and self.headers.get("Mcp-Session-Id") not in self.sessions:
-            return self.reply(404, b"")
-        if is_legacy and message["method"] == "server/discover":
-            return self.reply(400, b'{"jsonrpc": "2.0", "id": null, "error": {"code": -32000, "message": "no session"}}')
-        if message["method"] == "tools/call":
-            return self.stream(message)
-        response = FakeServer(self.faults, lambda message: None).take(message)
-        if response is None:
-            return self.reply(202, b"")
-        self.reply(200, json.dumps(response).encode(), **session)
-
-    def stream(self, message):
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-
-        def send(value):
-            self.chunk(b"event: message\r\ndata: " + json.dumps(value).encode() + b"\r\n\r\n")
-
-        self.chunk(b"id: 1\ndata:\n\n")
-        try:
-            while "endless-events" in self.faults:
-                self.chunk(b": still here\n\n" * 1000)
-            send(FakeServer(self.faults, send).take(message))
-            self.chunk(b"")
-        except OSError:
-            self.close_connection = True
-
-    def chunk(self, data):
-        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
-
-    def reply(self, status, data, **headers):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-
-def http_server(*faults):
-    """A running server over HTTP on a free port of loopback, with its handler class."""
-    handler = type("Handler", (Handler,), {"faults": faults, "seen": [], "sessions": set(), "begun": 0})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server, handler
 
 
 if __name__ == "__main__":

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import gguf
-
 from chatlm.common.hub.default_model import fetch_default_model
+from chatlm.worker.weights.gguf_file import read_gguf
 from tiny_gguf import packed_text
 
 TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
@@ -16,7 +15,7 @@ TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
 def thinking_model(folder):
     """The path of a copy in `folder`, which says <think> before each answer unless `enable_thinking` is false."""
     source = fetch_default_model()
-    template = gguf.GGUFReader(source).get_field("tokenizer.chat_template").contents()
+    template = read_gguf(source)[0]["tokenizer.chat_template"]
     size = len(template.encode()) - len(TEMPLATE.encode()) - len("{##}")
     assert size >= 0, "the file has too little room for the template"
     data = source.read_bytes()

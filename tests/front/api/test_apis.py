@@ -42,6 +42,7 @@ from chatlm.front.server.describe import OLLAMA_VERSION, bare_id
 from chatlm.worker.engine.grammar import Grammar
 from answers import said, thought
 from fake_pool import FakePool, Letters, finished, serving
+import nightly
 from nightly import by_day
 from patching import patch
 from real_server import get, server
@@ -575,7 +576,7 @@ items = st.recursive(json_values | st.sampled_from(KINDS), lambda inner: st.list
     st.sampled_from(MEMBERS), inner | st.sampled_from(KINDS), max_size=5), max_leaves=25)
 
 
-@hypothesis_settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(max_examples=150 if nightly.WHOLE else 50, deadline=None, suppress_health_check=list(HealthCheck))
 @example(body={}, item={"type": "custom"})
 @example(body={}, item={"type": "custom", "function": {}})
 @given(body=st.dictionaries(st.sampled_from(["input", "messages", "system", "tools", "tool_choice", "text", "output_config", "instructions", "metadata"]),
@@ -658,7 +659,7 @@ relaxed = partial(hypothesis_settings, deadline=None, suppress_health_check=list
 IMPOSSIBLE = {"properties": {"n": {"type": "null"}, "a": {"pattern": "^a", "const": ""}}}
 
 
-@relaxed(max_examples=150, derandomize=True)
+@relaxed(max_examples=60, derandomize=True)
 @example(asked=(odd_bodies.required_call({"name": "f", "parameters": IMPOSSIBLE}), "glm tags"), seed=0)
 @odd
 def test_odd_tools_are_answered_or_refused_by_name(asked, seed):

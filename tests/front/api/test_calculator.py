@@ -13,6 +13,7 @@ from chatlm.front.api.message_readers import openai_messages
 from chatlm.front.pool.pool import make_pool
 from chatlm.front.store.store import open_store
 from fake_pool import serving
+from nightly import by_day
 
 
 PYTHON_START, PYTHON_END, OUTPUT_START, OUTPUT_END = 280, 281, 282, 283
@@ -203,8 +204,9 @@ def drawing(route, seed, tokens, **more):
     return {"logit_bias": bias, "seed": seed, "temperature": 2.0, "top_k": 0, **route.fields, **more}
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("route", [route for route in ROUTES if route is not Native])
+@pytest.mark.parametrize("route, stream", by_day(
+    [(route, stream) for route in ROUTES for stream in (False, True) if route is not Native],
+    (Chat, False), (Responses, True), (Continued, False), (Messages, True), (Ollama, False)))
 async def test_a_sent_back_answer_has_its_tokens(seen, url, client, route, stream):
     """Whatever they are: whole calls and calls that were cut, results without a call, marks without a beginning."""
     if stream and route is Ollama:

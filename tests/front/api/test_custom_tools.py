@@ -14,7 +14,6 @@ HI = {"role": "user", "content": "What is the capital of Japan?"}
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}}
 PATCH = {"type": "custom", "custom": {"name": "patch", "format": {"type": "text"}}}
 SEARCH = {"type": "web_search_20990101", "name": "search"}
-DRAW = {"temperature": 0, "max_tokens": 30}
 KNOWN = Known(Settings(seed=1), "tagged")
 
 
@@ -24,8 +23,8 @@ def url(default_model_path):
         yield url
 
 
-def asked(url, path=CHAT, **changes):
-    drawn = {"options": {"temperature": 0, "num_predict": 30}, "stream": False} if path == OLLAMA else DRAW
+def asked(url, path=CHAT, most=30, **changes):
+    drawn = {"options": {"temperature": 0, "num_predict": most}, "stream": False} if path == OLLAMA else {"temperature": 0, "max_tokens": most}
     return call(url, path, {"messages": [HI], **drawn, **changes})
 
 
@@ -39,10 +38,10 @@ def test_custom_tools_are_left_out_and_named(url, path):
     need_exact(url)
     for tools, functions in (([PATCH, SEARCH], []), ([PATCH, ADD, SEARCH, PATCH], [ADD])):
         for padding in ("", "x" * 100_000):
-            status, headers, body = asked(url, path, tools=tools, padding=padding)
+            status, headers, body = asked(url, path, 8, tools=tools, padding=padding)
             assert status == 200 and headers["X-Ignored-Tools"] == "custom, web_search_20990101", body
-            assert answer(body)["content"] == answer(asked(url, path, tools=functions)[2])["content"]
-    assert "X-Ignored-Tools" not in asked(url, path, tools=[ADD])[1]
+            assert answer(body)["content"] == answer(asked(url, path, 8, tools=functions)[2])["content"]
+    assert "X-Ignored-Tools" not in asked(url, path, 8, tools=[ADD])[1]
     body = {"messages": [HI], "tools": [PATCH, ADD]}
     assert call(url, "/apply-template", body)[2] == call(url, "/apply-template", body | {"tools": [ADD]})[2]
 

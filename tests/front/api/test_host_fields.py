@@ -38,6 +38,20 @@ def content(url, **changes):
     return answer["choices"][0]["message"]["content"]
 
 
+MANY = {"max_tokens": 200}      # some come again
+
+
+@pytest.fixture(scope="module")
+def tiny(nanochat_fixtures):
+    with server(nanochat_fixtures / "gen5") as (_, url):
+        yield url
+
+
+@pytest.fixture(scope="module")
+def plain(tiny):
+    return content(tiny, **MANY)
+
+
 # (what changes the answer, what of the same fields leaves it as it is)
 EFFECTS = [({"dry_multiplier": 5, "dry_allowed_length": 1}, {"dry_multiplier": 0, "dry_base": 3, "dry_sequence_breakers": ["x"]}),
            ({"dry_multiplier": 5, "dry_penalty_last_n": -1, "dry_allowed_length": 0, "dry_sequence_breakers": []}, {"dry_multiplier": 5, "dry_penalty_last_n": 0}),
@@ -46,14 +60,14 @@ EFFECTS = [({"dry_multiplier": 5, "dry_allowed_length": 1}, {"dry_multiplier": 0
 
 
 @pytest.mark.parametrize("acts, is_off", EFFECTS)
-def test_a_parameter_that_is_off_changes_nothing(url, acts, is_off):
+def test_a_parameter_that_is_off_changes_nothing(tiny, plain, acts, is_off):
     """One that is on changes the answer."""
-    plain = content(url)
-    assert content(url, **is_off) == plain != content(url, **acts)
+    assert content(tiny, **MANY, **is_off) == plain != content(tiny, **MANY, **acts)
 
 
 def test_answers_at_once_equal_those_one_by_one(url):
     asked = [acts for acts, _ in EFFECTS] + [{}, {"min_p": 0.1}]
+    asked = [changes | {"max_tokens": 20} for changes in asked]
     alone = [content(url, **changes) for changes in asked]
     with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
         together = list(pool.map(lambda changes: content(url, **changes), asked))

@@ -23,7 +23,7 @@ def url(default_model_path):
 
 
 def asked(url, content, path=MESSAGES, **changes):
-    drawn = {"temperature": 0, "max_tokens": 20} if path == MESSAGES else {}
+    drawn = {"temperature": 0, "max_tokens": 8} if path == MESSAGES else {}
     messages = content if isinstance(content, list) and content and "role" in content[0] else [{"role": "user", "content": content}]
     return call(url, path, {"messages": messages, **drawn, **changes})
 

@@ -22,13 +22,14 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("responses")
     program = {"command": sys.executable, "args": [fake_tools.__file__, "log", str(place / "calls")]}
     many = {"command": sys.executable, "args": [fake_tools.__file__, "many"]}
+    (place / "asks.json").write_text(json.dumps({"mcpServers": {"asks": program}}))
     (place / "mcp.json").write_text(json.dumps({"mcpServers": {"fake": program | {"alwaysAllow": ["*"]}, "asks": program, "many": many}}))
     return place
 
 
 @contextmanager
-def serving(place, model, database="kept.db"):
-    with server(model, "--mcp-config", place / "mcp.json", "--database", place / database, *SMALL) as (_, url):
+def serving(place, model, database="kept.db", config="mcp.json"):
+    with server(model, "--mcp-config", place / config, "--database", place / database, *SMALL) as (_, url):
         yield openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
 
 
@@ -106,28 +107,28 @@ def test_calls_and_approvals_can_be_named_by_their_ids(client, place):
 
 
 def test_an_approval_outlives_the_server(place, default_model_path):
-    with serving(place, default_model_path, "restarted.db") as client:
+    with serving(place, default_model_path, "restarted.db", "asks.json") as client:
         conversation = client.conversations.create()
         first = ask(client, tools=[ASKED], tool_choice="required", conversation=conversation.id)
         request = first.output[-1]
         assert request.type == "mcp_approval_request" and first.status == "completed"
         before = len(called(place))
     yes = {"type": "mcp_approval_response", "approval_request_id": request.id, "approve": True}
-    with serving(place, default_model_path, "restarted.db") as client:
-        response = ask(client, [yes], [ASKED], previous_response_id=first.id)
+    with serving(place, default_model_path, "restarted.db", "asks.json") as client:
+        response = ask(client, [yes], [ASKED], previous_response_id=first.id, max_output_tokens=16)
         assert response.output[0].type == "mcp_call" and response.output[0].approval_request_id == request.id
         assert response.output[0].output == f"picked {json.loads(request.arguments)['word']}" and len(called(place)) == before + 1
         # what goes on from there calls nothing again, and the approval is used up
-        again = ask(client, "Thanks.", [ASKED], previous_response_id=response.id, tool_choice="none")
+        again = ask(client, "Thanks.", [ASKED], previous_response_id=response.id, tool_choice="none", max_output_tokens=16)
         assert [item.type for item in again.output] == ["message"] and len(called(place)) == before + 1
         with pytest.raises(openai.BadRequestError, match="answered twice"):
             ask(client, [yes], [ASKED], previous_response_id=response.id)
-    with serving(place, default_model_path, "restarted.db") as client:
+    with serving(place, default_model_path, "restarted.db", "asks.json") as client:
         with pytest.raises(openai.ConflictError, match="a kept response has made this call"):
             ask(client, [yes], [ASKED], previous_response_id=first.id)
         assert len(called(place)) == before + 1
         # in a conversation too
-        other = ask(client, [yes | {"approve": False}], [ASKED], conversation=conversation.id, tool_choice="none")
+        other = ask(client, [yes | {"approve": False}], [ASKED], conversation=conversation.id, tool_choice="none", max_output_tokens=16)
         assert other.output[-1].type == "message" and len(called(place)) == before + 1
 
 

@@ -12,7 +12,7 @@ from thinking_model import thinking_model
 
 CHAT, NATIVE, MESSAGES, OLLAMA, RESPONSES = "/v1/chat/completions", "/chat/completions", "/v1/messages", "/api/chat", "/v1/responses"
 HI = [{"role": "user", "content": "What is the capital of Japan?"}]
-DRAW = {"temperature": 0, "max_tokens": 40}
+DRAW = {"temperature": 0, "max_tokens": 16}
 
 
 @pytest.fixture(scope="module")

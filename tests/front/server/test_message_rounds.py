@@ -6,6 +6,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+import fake_http_tools
 import fake_tools
 from chatlm.common.config import ApiKey
 from chatlm.common.errors import EngineFailure, RequestError
@@ -269,7 +270,7 @@ async def test_bad_servers_and_toolsets_are_refused(place):
 
 
 async def test_a_url_may_be_the_configured_one(place):
-    server, handler = fake_tools.http_server()
+    server, handler = fake_http_tools.http_server()
     url = f"http://127.0.0.1:{server.server_port}/mcp"
     try:
         async with place(calls(("web__add", {"a": 2, "b": 3})), "Five.", servers={"web": {"url": url, "alwaysAllow": ["add"]}}) as at:

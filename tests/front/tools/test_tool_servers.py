@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import fake_http_tools
 import fake_tools
 from chatlm.front.tools import client as clients, server as servers, stdio
 from chatlm.front.tools.config import configs_in
@@ -305,7 +306,7 @@ async def test_hidden_tools_are_not_offered():
 
 @pytest.mark.parametrize("faults", [[], ["legacy"], ["two-pages"]], ids="+".join)
 async def test_tools_behind_a_url_run(faults):
-    server, handler = fake_tools.http_server(*faults)
+    server, handler = fake_http_tools.http_server(*faults)
     async with Opened(toolbox(fake={"url": f"http://127.0.0.1:{server.server_port}/mcp", "headers": {"X-Mine": "yes"}})) as box:
         assert box.servers[0].state is State.READY, box.servers[0].reason
         assert (await call(box, "add", a=2, b=3)).text == "5"
@@ -320,7 +321,7 @@ async def test_tools_behind_a_url_run(faults):
 
 
 async def test_a_lost_session_begins_again():
-    server, handler = fake_tools.http_server("legacy")
+    server, handler = fake_http_tools.http_server("legacy")
     async with Opened(toolbox(fake={"url": f"http://127.0.0.1:{server.server_port}/mcp"})) as box:
         handler.sessions.clear()
         assert (await call(box, "count", path="/dev/null")).text == "counted"
@@ -330,14 +331,14 @@ async def test_a_lost_session_begins_again():
 
 @pytest.mark.parametrize("faults, reason", [(["redirects"], "a redirect, which is not followed"), (["unauthorized"], "it wants a token")])
 async def test_a_url_that_refuses_is_explained(faults, reason):
-    server, handler = fake_tools.http_server(*faults)
+    server, handler = fake_http_tools.http_server(*faults)
     async with Opened(toolbox(fake={"url": f"http://127.0.0.1:{server.server_port}/mcp"})) as box:
         assert box.servers[0].state is State.FAILED and reason in box.servers[0].reason
     server.shutdown()
 
 
 async def test_endless_events_end():
-    server, handler = fake_tools.http_server("endless-events")
+    server, handler = fake_http_tools.http_server("endless-events")
     async with Opened(toolbox(timeout_s=2, fake={"url": f"http://127.0.0.1:{server.server_port}/mcp"})) as box:
         result = await call(box, "add", a=1, b=2)
         assert result.is_error and ("events have more than" in result.text or "no answer within" in result.text)
@@ -345,7 +346,7 @@ async def test_endless_events_end():
 
 
 async def test_a_url_that_is_not_there_comes_back():
-    server, handler = fake_tools.http_server()
+    server, handler = fake_http_tools.http_server()
     port = server.server_port
     async with Opened(toolbox(fake={"url": f"http://127.0.0.1:{port}/mcp"})) as box:
         server.shutdown()
@@ -355,7 +356,7 @@ async def test_a_url_that_is_not_there_comes_back():
         assert (await call(box, "count", path="/dev/null")).is_error
         await until(lambda: box.servers[0].state is State.FAILED)
         handler.faults = ()
-        again = fake_tools.ThreadingHTTPServer(("127.0.0.1", port), handler)
+        again = fake_http_tools.ThreadingHTTPServer(("127.0.0.1", port), handler)
         fake_tools.threading.Thread(target=again.serve_forever, daemon=True).start()
         await until(lambda: box.servers[0].state is State.READY)
         assert (await call(box, "add", a=1, b=2)).text == "3"
