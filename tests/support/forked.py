@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import functools
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -336,6 +337,9 @@ if __name__ == "__main__":
         import chat_server      # noqa: F401
         become = become_front(compile(Path(what).read_bytes(), what, "exec"))
     else:
-        import chatlm.common.processes.ray, chatlm.front.intake.sandboxed      # noqa: E401, F401
+        import chatlm.common.hub.offers, chatlm.common.processes.ray, chatlm.front.intake.sandboxed      # noqa: E401, F401
+        for name in ("filelock", "httpx2", "tqdm.auto", "yaml"):        # half of what the hub's library imports; it looks for its folder when loaded
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
     gc.freeze()         # so that no copy looks at, and thereby copies, what it does not change: a third of a worker's start
     serve(*(socket.socket(fileno=int(each)) for each in sys.argv[1:3]), become)

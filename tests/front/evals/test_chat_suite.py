@@ -19,6 +19,7 @@ from chatlm.front.evals.answers_file import AnswersFile
 from chatlm.front.evals.permuted import permutation
 from chatlm.front.evals.run import as_json, mean_of, run_task
 from chatlm.front.evals.scores import PoolScorer, cut_as_upstream
+from nightly import by_day
 from openai_routes import call
 from real_server import SCRIPT, server
 
@@ -53,7 +54,7 @@ async def judged_all(scorer, suite, folder, most=None, runs=None):
     return [await run_task(scorer, task, most, kept, silent, runs=runs) for task in suite.tasks], kept
 
 
-@pytest.mark.parametrize("scorer", EXPECTED, indirect=True)
+@pytest.mark.parametrize("scorer", by_day(EXPECTED, "gen1", "gen5"), indirect=True)
 async def test_chat_tasks_are_as_upstream_finds_them(scorer, base, tmp_path, request):
     """Long texts are too."""
     wanted = EXPECTED[request.node.callspec.params["scorer"]]
@@ -79,7 +80,7 @@ async def test_chat_tasks_are_as_upstream_finds_them(scorer, base, tmp_path, req
 # bits per byte
 
 
-@pytest.mark.parametrize("scorer", EXPECTED, indirect=True)
+@pytest.mark.parametrize("scorer", by_day(EXPECTED, "gen2", "gen3", "gen4"), indirect=True)
 async def test_validation_bits_per_byte_are_upstream_s(scorer, base, tmp_path, request):
     """They are those of the validation shard."""
     pytest.importorskip("pyarrow")

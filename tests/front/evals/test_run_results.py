@@ -20,6 +20,7 @@ from chatlm.front.evals.run_results import (
     RunResults, StepResult, SAMPLES, Score, StepOfRun, TEXT, WRITTEN, result_in, text_result)
 from chatlm.front.evals.scores import PoolScorer
 from fake_pool import serving
+from nightly import by_day
 from real_server import get, server
 from watched import all_known, asked, file_of, mounted, remove, run_folder, run_of, scalars_in, until, watching  # noqa: F401
 
@@ -233,11 +234,12 @@ async def test_a_server_shows_what_another_has_found(run_folder, watching, tmp_p
         await until(lambda: all_known(waiting, 1))
 
 
-async def test_100_000_results_are_read_beside_the_loop(tmp_path):
+@pytest.mark.parametrize("count", by_day([20_000, 100_000], 20_000))
+async def test_100_000_results_are_read_beside_the_loop(tmp_path, count):
     """It is the event loop."""
     step = StepOfRun("d2", "d2", "", 0, str(tmp_path / "d2"), 1.0, "0" * 64)
     with open(tmp_path / "run-d2.jsonl", "w") as file:
-        for number in range(100_000):
+        for number in range(count):
             line = {"tag": "d2", "step": number, "weights_digest": f"{number:064}", "folder": step.folder, "saved_s": number + 1,
                     **text_result("text", Score(8.0, number + 1, 3)).fields}
             file.write(json.dumps(line) + "\n")
@@ -247,11 +249,11 @@ async def test_100_000_results_are_read_beside_the_loop(tmp_path):
         await asyncio.sleep(0.001)
         turns += 1
     results.asked[TEXT] = "text"
-    assert turns > 20 and results.find(f"{99_999:064}", TEXT, "text", "").score.bytes == 100_000
+    assert turns > 20 and results.find(f"{count - 1:064}", TEXT, "text", "").score.bytes == count
     removed = results.removed(tmp_path, {}, set())
-    assert len(removed) == 100_000 and removed[0]["model"] == "d2@99999"
+    assert len(removed) == count and removed[0]["model"] == f"d2@{count - 1}"
     size = (tmp_path / "run-d2.jsonl").stat().st_size
-    await results.add(step._replace(step=100_000), text_result("text", Score(8.0, 1, 3)))
+    await results.add(step._replace(step=count), text_result("text", Score(8.0, 1, 3)))
     assert results.read_to[tmp_path / "run-d2.jsonl"] == size       # it was not read again
 
 

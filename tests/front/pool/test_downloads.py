@@ -61,12 +61,13 @@ def hub(monkeypatch, tmp_path):
         yield hub
 
 
-ORDINARY = sys.executable, "-B", *PROCESS_COMMAND[1:]      # not forked (tests/support/forked.py): with this process's limits
+# not forked (tests/support/forked.py): with this process's limits, and its child in the system
+ORDINARY = sys.executable, "-B", *PROCESS_COMMAND[1:]
 
 
 @asynccontextmanager
-async def downloading(**settings):
-    downloads = Downloads(Settings(**settings), Shelf(), ORDINARY)
+async def downloading(command=PROCESS_COMMAND, **settings):
+    downloads = Downloads(Settings(**settings), Shelf(), command)
     try:
         yield downloads
     finally:
@@ -129,7 +130,7 @@ async def test_a_broken_connection_costs_only_the_rest(hub):
 async def test_a_killed_download_is_continued(hub):
     """It fails, and the next one continues it."""
     hub.held = {"large.gguf": 22 * MIB}
-    async with downloading() as downloads:
+    async with downloading(ORDINARY) as downloads:
         download = downloads.start("org/large")
         await under_way(download)
         child_of().kill()
@@ -146,7 +147,7 @@ async def test_a_killed_download_is_continued(hub):
 async def test_a_cancelled_download_can_be_resumed(hub):
     """Its process has ended."""
     hub.held = {"large.gguf": 22 * MIB}
-    async with downloading() as downloads:
+    async with downloading(ORDINARY) as downloads:
         download = downloads.start("org/large")
         await under_way(download)
         child = child_of()
@@ -291,7 +292,7 @@ async def test_models_disk_is_checked_during_a_download(hub):
 async def test_a_full_disk_is_one_line(hub):
     """What is here stays."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    async with downloading() as downloads:
+    async with downloading(ORDINARY) as downloads:
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (25 * MIB, limits[1]))
             state = await ended(downloads.start("org/large"))
