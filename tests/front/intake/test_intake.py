@@ -90,7 +90,7 @@ SHORT = {"max_tokens": 1, "padding": LARGE}
 QUESTION = conversation() | SHORT
 
 
-@pytest.mark.parametrize("route, body", [
+ASKED = [
     (CHAT, QUESTION | {"model": "two"}),
     ("/chat/completions", QUESTION),
     ("/v1/completions", {"prompt": "a", **SHORT}),
@@ -104,16 +104,20 @@ QUESTION = conversation() | SHORT
     ("/detokenize", {"tokens": [1], "padding": LARGE}),
     ("/apply-template", conversation() | {"padding": LARGE}),
     ("/api/show", {"model": "two", "padding": LARGE}),
-    ("/models/load", {"model": "two", "padding": LARGE})])
-async def test_only_a_large_body_crosses_once(models, crossings, route, body):
+    ("/models/load", {"model": "two", "padding": LARGE})]
+
+
+async def test_only_a_large_body_crosses_once(models, crossings):
     """A small one never does."""
-    small = {name: value for name, value in body.items() if name != "padding"}
     async with serving(models, models.settings) as url:
-        await post(url + route, body)
-        assert [task for task in crossings if task[0] in ("open", "read")] == [["open", 1], ["read", 0]]
-        crossings.clear()
-        await post(url + route, small)
-    assert [task for task in crossings if task[1]] == []
+        for route, body in ASKED:
+            small = {name: value for name, value in body.items() if name != "padding"}
+            crossings.clear()
+            await post(url + route, body)
+            assert [task for task in crossings if task[0] in ("open", "read")] == [["open", 1], ["read", 0]], route
+            crossings.clear()
+            await post(url + route, small)
+            assert [task for task in crossings if task[1]] == [], route
 
 
 async def test_a_comparison_s_body_crosses_once(models, crossings):
@@ -249,16 +253,15 @@ SENT = {  # bodies that are parsed in a sandbox, and what becomes of them
     "half a character": (lambda draw: b'{"messages": "' + b"\xf0\x9f" * 100_000 + b'"}', 400)}
 
 
-@pytest.mark.parametrize("kind", SENT)
-async def test_no_bytes_end_the_server_or_stay_in_memory(models, kind):
-    make, status = SENT[kind]
+async def test_no_bytes_end_the_server_or_stay_in_memory(models):
     async with serving(models, models.settings) as url:
-        for route in (CHAT, "/tokenize"):
-            text = await post(url + route, make(random.Random(5)), status)
-            assert json.loads(text)["error"]["message"]
-        assert b'"tokens"' in await post(url + "/tokenize", {"content": LARGE})
-        assert b'"tokens"' in await post(url + "/tokenize", {"content": "x"})
-    assert models.find("").pool.admission.preparing == {}
+        for make, status in SENT.values():
+            for route in (CHAT, "/tokenize"):
+                text = await post(url + route, make(random.Random(5)), status)
+                assert json.loads(text)["error"]["message"]
+            assert b'"tokens"' in await post(url + "/tokenize", {"content": LARGE})
+            assert b'"tokens"' in await post(url + "/tokenize", {"content": "x"})
+            assert models.find("").pool.admission.preparing == {}
 
 
 # each way reads one body alike
@@ -314,10 +317,13 @@ def essence(request):
 
 
 @pytest.mark.parametrize("padding", [{}, {"padding": LARGE}], ids=["small", "large"])
-@pytest.mark.parametrize("body", BODIES, ids=range(len(BODIES)))
-async def test_all_readers_read_one_body_alike(models, intake, body, padding):
+async def test_all_readers_read_one_body_alike(models, intake, padding):
     """They are a route, a line, an upload and the command."""
-    body = body | padding
+    for body in BODIES:
+        await check_readers(models, intake, body | padding)
+
+
+async def check_readers(models, intake, body):
     by_route = await outcome(read_by_route(intake, body))
     by_line = await outcome(read_by_line(intake, body))
     text = json.dumps({"custom_id": "a", "method": "POST", "url": CHAT, "body": body}).encode()
