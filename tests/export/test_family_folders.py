@@ -1,5 +1,6 @@
 """Models of llama-like families as Hugging Face folders, from folders, GGUF files and adapters."""
 
+import itertools
 import json
 
 import numpy
@@ -12,6 +13,7 @@ from exported import export, loaded, opened, our_logits, refused
 from families import GGUF_MODELS, MODELS, as_gguf, make_model, save
 from fp8 import SCHEMES, save_fp8
 from lora import adapt, random_adapter, shapes_of
+from nightly import by_day
 from packers import PACKED, pack_folder
 from tiny_gguf import LLAMA_NUMBERS, random_llama, small_gguf_metadata, write_gguf
 from tiny_sight import make_smolvlm, save_sight
@@ -46,8 +48,7 @@ def test_a_folder_keeps_every_bit(name, tmp_path):
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "made")("Hello")["input_ids"]
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name, quantized", by_day([*itertools.product(FILES, (False, True))], *zip(FILES, itertools.cycle((False, True)))))
 def test_a_gguf_file_becomes_a_folder_that_computes_the_same(name, quantized, tmp_path):
     file = as_gguf(tmp_path / "tiny.gguf", make_model(name, **GGUF_MODELS[name]), quantized=quantized)
     export(file, "-o", tmp_path / "made", "--dtype", "float32")

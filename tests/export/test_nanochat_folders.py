@@ -1,5 +1,6 @@
 """nanochat checkpoints as Hugging Face folders: transformers computes what this server computes."""
 
+import itertools
 import json
 import shutil
 
@@ -10,6 +11,7 @@ from chatlm.common.messages.requests import Message
 from exported import export, greedy, loaded, opened, our_logits
 from generations import GENERATIONS
 from lora import random_adapter
+from nightly import by_day
 
 transformers = pytest.importorskip("transformers")
 
@@ -46,6 +48,7 @@ def test_windows_are_the_same_beyond_the_context(exported):
     assert (theirs - our_logits(source, ids)).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("exported", by_day(GENERATIONS, "gen1", "gen5"), indirect=True)
 def test_greedy_tokens_are_upstream_s_with_a_cache_and_without(exported):
     source, folder = exported
     model = loaded(folder, trust=True)
@@ -54,7 +57,8 @@ def test_greedy_tokens_are_upstream_s_with_a_cache_and_without(exported):
             assert greedy(model, [case["prompt_ids"]], len(case["greedy"]), use_cache=use_cache) == [case["greedy"]]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("exported, attention", by_day(
+    [*itertools.product(GENERATIONS, ("sdpa", "eager"))], *zip(GENERATIONS, itertools.cycle(("sdpa", "eager")))), indirect=["exported"])
 def test_a_left_padded_batch_answers_as_each_text_alone(exported, attention):
     source, folder = exported
     model = loaded(folder, trust=True)
@@ -83,6 +87,7 @@ def test_a_text_that_comes_in_pieces_gives_the_same_logits(exported):
     assert (torch.cat(pieces, 1) - whole).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("exported", by_day(GENERATIONS, "gen3", "gen6"), indirect=True)
 def test_beams_keep_what_belongs_to_them(exported):
     """Beam search reorders the cache; the smear's tokens must move along."""
     source, folder = exported

@@ -19,6 +19,7 @@ from chatlm.worker.arrays.gguf_types import TYPES
 from chatlm.worker.arrays.packed import dequantize
 from chatlm.worker.weights.gguf_file import read_gguf
 from generations import GENERATIONS
+from nightly import by_day
 from tiny_gguf import LLAMA_NUMBERS, random_llama, write_gguf
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "nanochat"
@@ -126,13 +127,13 @@ def test_a_type_that_needs_importance_says_so(kind, model, tmp_path):
     assert not (tmp_path / "out.gguf").exists()
 
 
-@pytest.mark.parametrize("kind", ("IQ3_S", "IQ3_M"))
+@pytest.mark.parametrize("kind", by_day(("IQ3_S", "IQ3_M"), "IQ3_S"))
 def test_iq3_does_without_importance(kind, model, tmp_path):
     export_gguf(source_of(model), tmp_path / "out.gguf", type=kind)
     assert read_gguf(tmp_path / "out.gguf")[1]["blk.0.ffn_up.weight"].tensor_type.name == "IQ3_S"
 
 
-@pytest.mark.parametrize("kind", ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_M", "IQ3_XXS"))
+@pytest.mark.parametrize("kind", by_day(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_M", "IQ3_XXS"), "IQ1_S", "IQ2_XXS", "IQ3_XXS"))
 def test_a_file_of_few_bits_is_near_its_original(kind, model, tmp_path):
     """As near as such types can be: random weights lose about as much as they have bits too few."""
     found = measured(source_of(model)).importance
