@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import yaml
 
+from forked import run_command
 from real_server import SCRIPT
 
 WORDS = "the cat sat on a mat and the dog ran to it while rain fell over all of the old town by the sea".split()
@@ -49,6 +48,5 @@ def silent(stage, fraction):
 
 
 def run_eval(*words, home):
-    done = subprocess.run([sys.executable, str(SCRIPT), "eval", *map(str, words)], capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"XDG_STATE_HOME": str(home)})
+    done = run_command(SCRIPT, ["eval", *map(str, words)], os.environ | {"XDG_STATE_HOME": str(home)})
     return done.returncode, done.stdout, done.stderr

@@ -21,6 +21,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 import types
@@ -55,14 +56,26 @@ def fork_child(command, environment, folder, *descriptors):
 
 def start_front(script, arguments, environment, forking):
     """(the process of `python SCRIPT arguments`, the pipe's end that has its stdout and stderr). forking: whether its children are forked too."""
+    output, theirs = os.pipe()
+    with open(theirs, "wb", buffering=0):
+        return fork_front(script, arguments, environment, theirs, theirs, forking), output
+
+
+def run_command(script, arguments, environment):
+    """What subprocess.run captures of `python SCRIPT arguments`, as text."""
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        status = fork_front(script, arguments, environment, stdout.fileno(), stderr.fileno()).wait(120)
+        return subprocess.CompletedProcess(arguments, status, *(os.pread(file.fileno(), 1 << 30, 0).decode() for file in (stdout, stderr)))
+
+
+def fork_front(script, arguments, environment, stdout, stderr, forking=True):
     command = [sys.executable, str(script), *arguments]
     template = template_of(str(script), environment, ("LD_", "MALLOC", "PYTHON"))
-    output, theirs = os.pipe()
     asking, children = children_of_fronts().connect() if forking else (None, {})
-    with open(theirs, "wb", buffering=0), asking or contextlib.nullcontext():
-        process = template.fork(command, environment, os.getcwd(), asking.fileno() if forking else theirs, theirs, theirs)
+    with asking or contextlib.nullcontext():
+        process = template.fork(command, environment, os.getcwd(), asking.fileno() if forking else stdout, stdout, stderr)
     process.forked = children
-    return process, output
+    return process
 
 
 def template_of(what, environment, read_at_load=READ_AT_LOAD):
