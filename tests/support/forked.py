@@ -339,20 +339,29 @@ def become_child(folder, command, environment, parent, descriptors):
         os._exit(status)
 
 
+def import_all(*names):
+    """Those that are not installed are left out."""
+    for name in names:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
 if __name__ == "__main__":
     die_with_parent(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     what, become = sys.argv[3], become_child
     if what == "torch":
-        import chatlm.worker.process        # noqa: F401
-        core.decode_core()
+        import_all("chatlm.worker.process", "chatlm.worker.entry", "chatlm.worker.survey", *(f"chatlm.worker.weights.{name}" for name in (
+            "gguf_model", "mmproj", "nanochat", "checkpoint_model", "torch_file", "folder_model", "huggingface", "named_tokens", "trial")))
+        if core.decode_core():
+            import_all("decode_core.cpu_backend", "decode_core.weights")
     elif what:
         import chat_server      # noqa: F401
         become = become_front(compile(Path(what).read_bytes(), what, "exec"))
     else:
-        import chatlm.common.hub.offers, chatlm.common.processes.ray, chatlm.front.intake.sandboxed      # noqa: E401, F401
-        for name in ("filelock", "httpx2", "tqdm.auto", "yaml"):        # half of what the hub's library imports; it looks for its folder when loaded
-            with contextlib.suppress(ImportError):
-                importlib.import_module(name)
+        import_all("chatlm.common.hub.offers", "chatlm.common.processes.ray", "chatlm.front.intake.sandboxed", "chatlm.front.intake.body_tasks")
+        # half of what the hub's library imports; the library itself looks for its folder when it is loaded
+        import_all("filelock", "httpx2", "tqdm.auto", "yaml", "jinja2", "jinja2.ext", "jinja2.sandbox")
+    import_all("safetensors", "tokenizers", "tiktoken")
     gc.freeze()         # so that no copy looks at, and thereby copies, what it does not change: a third of a worker's start
     serve(*(socket.socket(fileno=int(each)) for each in sys.argv[1:3]), become)
