@@ -397,7 +397,8 @@ def test_a_mutated_file_is_a_model_or_one_line(kind, tmp_path):
     script = Path(__file__).parents[2] / "support" / "mutate_models.py"
     said = tmp_path / "said"
     with said.open("w") as output:
-        started = forked.template_of("torch", os.environ).fork([sys.executable, str(script), kind, seed, count, str(tmp_path)], os.environ, *[output.fileno()] * 3)
+        command = [sys.executable, str(script), kind, seed, count, str(tmp_path)]
+        started = forked.template_of("torch", os.environ).fork(command, os.environ, os.getcwd(), *[output.fileno()] * 3)
     assert started.wait(170) == 0, said.read_text()[-3500:]
     assert re.search(rf"\n([1-9]\d*) of {count} became models\n", said.read_text())
 
