@@ -112,8 +112,10 @@ def program_stamp() -> tuple:
 def source_paths(root: Path) -> list[str]:
     """Of our modules below the program's root, sorted. Every model that is opened asks, and pathlib takes
     twice as long."""
-    return sorted(os.path.join(folder, name) for folder, _, names in os.walk(root / "chatlm")
-                  for name in names if name.endswith(".py"))
+    paths: list[str] = []
+    for folder, _, names in os.walk(root / "chatlm"):
+        paths += [os.path.join(folder, name) for name in names if name.endswith(".py")]
+    return sorted(paths)
 
 
 def page_files() -> dict[str, bytes]:

@@ -20,7 +20,8 @@ import pytest
 import chat_server
 from chatlm.common import bundle, core, program, unpack
 from chatlm.common.errors import ConfigError
-from packed import BARE, CHECKOUT, KERNELS, changed, clean_environment, compiled_once, files_of_at_most, kernels, one_line, run  # noqa: F401
+from limits import files_of_at_most
+from packed import BARE, CHECKOUT, KERNELS, changed, clean_environment, compiled_once, kernels, one_line, run  # noqa: F401
 from real_server import get, post, server
 
 needs_core = pytest.mark.skipif(core.decode_core() is None, reason="the compiled core is not installed")

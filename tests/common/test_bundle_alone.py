@@ -21,7 +21,8 @@ from packaging.requirements import Requirement
 import chat_server
 from chatlm.common import bundle, contents, core, elf, gather, libraries, program, unbundle, unpack
 from chatlm.common.errors import ConfigError
-from packed import CHECKOUT, changed, clean_environment, compiled_once, files_of_at_most, one_line, run  # noqa: F401
+from limits import files_of_at_most
+from packed import CHECKOUT, changed, clean_environment, compiled_once, one_line, run  # noqa: F401
 from powerless import powerless
 from real_server import ask, events, get, post, server
 

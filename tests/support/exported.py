@@ -10,6 +10,7 @@ from chatlm.worker.model.kernels import load_kernels
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.load import open_model
 from engines import forward_logits
+from run_here import run_here
 
 
 def export(*words):
@@ -19,8 +20,9 @@ def export(*words):
 
 def refused(capfd, *words):
     """Run a command that must fail, and return its line."""
-    assert chat_server.main(["export", *map(str, words)]) == 2
-    return capfd.readouterr().err.strip().splitlines()[-1]
+    status, _, said = run_here(capfd, "export", *words)
+    assert status == 2
+    return said.strip().splitlines()[-1]
 
 
 def opened(path, **settings):

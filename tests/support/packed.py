@@ -1,9 +1,7 @@
 """Bundles in tests: commands that find nothing of this environment, and bundles with other files in them."""
 
-import contextlib
 import functools
 import os
-import resource
 import subprocess
 import sys
 import zipfile
@@ -33,17 +31,6 @@ def kernels(file, *flags, **environment):
     (line,) = done.stdout.splitlines()
     assert (done.returncode, done.stderr) == (0, "")
     return line
-
-
-@contextlib.contextmanager
-def files_of_at_most(count):
-    """This process writes no more bytes into a file, as if the disk were full."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (count, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @functools.cache

@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-import chat_server
 from chatlm.common.errors import RequestError
 from chatlm.front.api.batch_lines import lasting_body, read_line
 from real_server import SCRIPT, server
+from run_here import run_here
 
 
 def chat(custom_id, text="Hello", **more):
@@ -40,9 +40,8 @@ def batch(*words):
 def here(capfd):
     """The same of a command that this process runs."""
     def here(*words):
-        status = chat_server.main(["batch", *map(str, words)])
-        out, said = capfd.readouterr()
-        assert out == "" and "Traceback" not in said
+        status, out, said = run_here(capfd, "batch", *words)
+        assert out == ""
         return status, said
     return here
 

@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-import chat_server
 from chatlm.common.core import decode_core
 from real_server import SCRIPT
 from retrieval import embedder_folder, last_state, make_qwen, reranker_folder, unit, write_qwen_tokenizer
+from run_here import run_here
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +30,7 @@ def embed(*words, given=None):
 def refusal(capfd):
     """The same of a command that this process runs."""
     def refusal(*words):
-        status = chat_server.main(["embed", *map(str, words), "--dtype", "float32", "--nice", "0"])
-        out, said = capfd.readouterr()
-        assert "Traceback" not in said
+        status, out, said = run_here(capfd, "embed", *words, "--dtype", "float32", "--nice", "0")
         return status, out, (said.splitlines() or [""])[-1]
     return refusal
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-import chat_server
 from chatlm.worker.weights.gguf_file import read_gguf
 from nightly import by_day
+from run_here import run_here
 
 REPOSITORY = Path(__file__).parents[2]
 FIXTURES = REPOSITORY / "tests" / "fixtures" / "nanochat"
@@ -26,10 +26,9 @@ def run(*words):
 
 def refused(capsys, *words):
     """The one line of an error, of a command that this process runs."""
-    assert chat_server.main([*map(str, words)]) == 2
-    said = capsys.readouterr()
-    lines = [line for line in said.err.splitlines() if line.startswith("chat_server:")]
-    assert len(lines) == 1 and said.out == "" and "Traceback" not in said.err
+    status, out, said = run_here(capsys, *words)
+    lines = [line for line in said.splitlines() if line.startswith("chat_server:")]
+    assert status == 2 and len(lines) == 1 and out == ""
     return lines[0]
 
 

@@ -1,10 +1,8 @@
 """Downloads of a server, each in a real process, from a hub on loopback: what breaks, what is shared, what has no room, what is not allowed."""
 
-import asyncio
 import hashlib
 import json
 import os
-import resource
 import subprocess
 import sys
 from contextlib import asynccontextmanager, contextmanager
@@ -20,6 +18,7 @@ from chatlm.common.hub.offers import (cached_models, delete_model, hub_cache, is
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.front.pool.downloads import Downloads
 from fake_hub import fake_hub
+from limits import files_of_at_most
 from tiny_gguf import LLAMA_NUMBERS, gguf_bytes, random_llama, small_gguf_metadata
 
 MIB = 1 << 20
@@ -291,13 +290,9 @@ async def test_models_disk_is_checked_during_a_download(hub):
 
 async def test_a_full_disk_is_one_line(hub):
     """What is here stays."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     async with downloading(ORDINARY) as downloads:
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (25 * MIB, limits[1]))
+        with files_of_at_most(25 * MIB):
             state = await ended(downloads.start("org/large"))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert state["state"] == "failed" and "no room for org/large" in state["error"], state
         assert part_of().stat().st_size > 9 * MIB
         assert (await ended(downloads.start("org/large")))["state"] == "done"

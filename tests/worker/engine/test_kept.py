@@ -7,6 +7,7 @@ import math
 import os
 import random
 from concurrent.futures import wait
+from contextlib import ExitStack
 from threading import Event
 from types import SimpleNamespace
 
@@ -33,6 +34,7 @@ from chatlm.worker.weights.digest import arithmetic_of, files_of, fingerprint_of
 from engines import chat_work, make_engine, tokens_of
 from families import make_model, save
 from kept_prefixes import CHANGES, Memory, bits_of, cached, conversations, flip, keep, make, writing
+from limits import files_of_at_most
 from nightly import by_day
 from powerless import powerless
 from works import changed
@@ -691,20 +693,16 @@ def test_a_writer_goes_on_in_a_torn_segment(tmp_path, memory):
 
 def test_a_full_disk_stops_the_store_for_a_while(tmp_path, memory, caplog, monkeypatch):
     """A full disk costs one line, and the store goes on when there is room."""
-    import resource
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     fill(memory, 0, 20)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))
-    try:
-        monkeypatch.setattr(StoreWriter, "RETRY_S", 0.01)
+    monkeypatch.setattr(StoreWriter, "RETRY_S", 0.01)
+    with ExitStack() as limits:
+        limits.enter_context(files_of_at_most(300_000))
         with writing(tmp_path, memory) as writer:
             while not writer.trouble:
                 writer.thread.join(0.01)
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            limits.close()
             while writer.pages < 20:
                 writer.thread.join(0.01)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [record.getMessage() for record in caplog.records] == [f"prefixes are not stored in {tmp_path}: File too large"]
     assert stored_pages(tmp_path) == {*range(20)}
 
@@ -712,16 +710,12 @@ def test_a_full_disk_stops_the_store_for_a_while(tmp_path, memory, caplog, monke
 @torch.inference_mode()
 def test_missing_memory_stops_keeping_for_a_while(nanochat_fixtures, memory, caplog):
     """Memory that is not there costs one line, and pages are kept again when it is."""
-    import resource
-    before, works = resource.getrlimit(resource.RLIMIT_FSIZE), conversations(8, 3)
+    works = conversations(8, 3)
     alone = tokens_of(make(nanochat_fixtures / "gen5"), works)
     engine = keep(make(nanochat_fixtures / "gen5"), memory)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    try:
+    with files_of_at_most(20_000):
         for work in works[:2]:
             assert tokens_of(engine, [work])[work.id] == alone[work.id]
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [record.getMessage() for record in caplog.records] == ["prefixes are not kept in memory for a while: File too large"]
     kept, engine.keeper.copier.retry_s = engine.keeper.counts["kept_pages"], 0.0
     assert tokens_of(engine, [works[2]])[works[2].id] == alone[works[2].id] and engine.keeper.counts["kept_pages"] > kept
