@@ -7,6 +7,7 @@ itself start servers from the command line, whose processes are ordinary ones.
 
 import atexit
 import contextlib
+import fcntl
 import functools
 import gc
 import importlib
@@ -22,6 +23,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import traceback
 import types
@@ -29,20 +31,25 @@ from pathlib import Path
 
 from chatlm.common import core
 from chatlm.common.processes import start
-from chatlm.common.processes.child import die_with_parent
+from chatlm.common.hub import huggingface
+from chatlm.common.processes.child import die_with_parent, run_role
 from patching import replace_everywhere
 
 NUMBER = struct.Struct("i")
 # Libraries read these when they are loaded, so each combination of their values has a template of its own.
 READ_AT_LOAD = "CHAT_SERVER", "DECODE_CORE", "GOMP", "LD_", "MALLOC", "OMP", "PYTHON", "RAYON", "TORCH"
+# These are read later; the first comes from torch, in a process of tests that compiles something
+READ_LATER = "TORCHINDUCTOR_CACHE_DIR", start.NICENESS
 # A worker that is killed or stopped at an exact moment, and checks its KV cache after every step
 DYING = sys.executable, str(Path(__file__).with_name("dying_worker.py"))
+GPU_BOX = sys.executable, str(Path(__file__).with_name("gpu_box_worker.py"))
+TEMPLATES = {"worker": "torch", "survey": "torch", "quantize": "torch", "imatrix": "torch", "hub": "downloads"}     # of roles; see Template
 templates, making = {}, threading.Lock()
 
 
 def start_child(command, role, environment, original=start.start_child):
-    """What start.start_child does. Commands that change torch before it is used get processes of their own."""
-    if tuple(command) not in (start.PROCESS_COMMAND, DYING):
+    """What start.start_child does. Other commands, which may change a library before it is used, get processes of their own."""
+    if tuple(command) not in (start.PROCESS_COMMAND, DYING, GPU_BOX):
         return original(command, role, environment)
     ours, theirs = socket.socketpair()
     with theirs:
@@ -50,7 +57,7 @@ def start_child(command, role, environment, original=start.start_child):
 
 
 def fork_child(command, environment, folder, *descriptors):
-    template = template_of("torch" if command[-1] in ("worker", "survey") else "", environment)
+    template = template_of(TEMPLATES.get(command[-1], ""), environment)
     return template.fork(command, environment, folder, *descriptors)
 
 
@@ -61,25 +68,29 @@ def start_front(script, arguments, environment, forking):
         return fork_front(script, arguments, environment, theirs, theirs, forking), output
 
 
-def run_command(script, arguments, environment):
-    """What subprocess.run captures of `python SCRIPT arguments`, as text."""
-    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-        status = fork_front(script, arguments, environment, stdout.fileno(), stderr.fileno()).wait(120)
+def run_command(script, arguments, environment, given="", folder=None):
+    """What subprocess.run captures of `python SCRIPT arguments`, as text. given: its input."""
+    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        stdin.write(given.encode())
+        stdin.seek(0)
+        status = fork_front(script, arguments, environment, stdout.fileno(), stderr.fileno(), stdin=stdin.fileno(), folder=folder).wait(120)
         return subprocess.CompletedProcess(arguments, status, *(os.pread(file.fileno(), 1 << 30, 0).decode() for file in (stdout, stderr)))
 
 
-def fork_front(script, arguments, environment, stdout, stderr, forking=True):
+def fork_front(script, arguments, environment, stdout, stderr, forking=True, stdin=None, folder=None, imported=()):
+    """stdin: else it has none; the child's terminal if it is one. imported: modules that it will need, too."""
     command = [sys.executable, str(script), *arguments]
-    template = template_of(str(script), environment, ("LD_", "MALLOC", "PYTHON"))
+    template = template_of(" ".join((str(script), *imported)), environment, ("LD_", "MALLOC", "PYTHON"))
     asking, children = children_of_fronts().connect() if forking else (None, {})
+    outputs = [stdout, stderr] if stdin is None else [stdout, stderr, stdin]
     with asking or contextlib.nullcontext():
-        process = template.fork(command, environment, os.getcwd(), asking.fileno() if forking else stdout, stdout, stderr)
+        process = template.fork(command, environment, str(folder or os.getcwd()), asking.fileno() if forking else stdout, *outputs)
     process.forked = children
     return process
 
 
 def template_of(what, environment, read_at_load=READ_AT_LOAD):
-    kind = what, *sorted(item for item in environment.items() if item[0].startswith(read_at_load))
+    kind = what, *sorted(item for item in environment.items() if item[0].startswith(read_at_load) and item[0] not in READ_LATER)
     with making:
         if kind not in templates:
             templates[kind] = Template(what, environment)
@@ -151,7 +162,7 @@ def children_of_fronts():
 class Template:
     """A process that has imported what a role needs, and forks copies of itself that run commands.
 
-    what: "torch" for workers, "" for other children, or the path of chat_server.py for fronts."""
+    what: "torch" for workers, "downloads", "" for other children, or the path of chat_server.py for fronts and more modules."""
 
     def __init__(self, what, environment):
         self.lock, self.ended = threading.RLock(), {}       # of processes: the status
@@ -163,10 +174,10 @@ class Template:
             self.process = subprocess.Popen(command, pass_fds=passed, stdin=subprocess.DEVNULL,
                                             env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)})
 
-    def fork(self, command, environment, folder, descriptor, stdout=1, stderr=2):
+    def fork(self, command, environment, folder, descriptor, stdout=1, stderr=2, *stdin):
         order = json.dumps([folder, command, dict(environment)]).encode()
         with self.lock:
-            socket.send_fds(self.orders, [NUMBER.pack(len(order))], [descriptor, stdout, stderr])
+            socket.send_fds(self.orders, [NUMBER.pack(len(order))], [descriptor, stdout, stderr, *stdin])
             self.orders.sendall(order)
             return Forked(self, number(self.orders))
 
@@ -256,7 +267,7 @@ def serve(orders, ends, become):
                 os.close(ready)
                 ends.sendall(NUMBER.pack(pid) + NUMBER.pack(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
                 continue
-            size, descriptors, *_ = socket.recv_fds(orders, NUMBER.size, 3)
+            size, descriptors, *_ = socket.recv_fds(orders, NUMBER.size, 4)
             if not size:
                 return
             order = json.loads(orders.recv(NUMBER.unpack(size)[0], socket.MSG_WAITALL))
@@ -272,11 +283,13 @@ def serve(orders, ends, become):
                 os.close(each)
 
 
-def take_over(folder, environment, outputs):
+def take_over(folder, environment, descriptors):
     os.setsid()
-    for output, usual in zip(outputs, (1, 2)):
-        os.dup2(output, usual, inheritable=True)
-        os.close(output)
+    for given, usual in zip(descriptors, (1, 2, 0)):
+        os.dup2(given, usual, inheritable=True)
+        os.close(given)
+    if os.isatty(0):
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -295,6 +308,7 @@ def become_front(code):
         sys.argv = command[1:]
         sys.path[0] = os.path.dirname(command[1])
         # as Python opens them: those of the template remember what it had there
+        sys.stdin = sys.__stdin__ = open(0, closefd=False)
         sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)
         sys.stderr = sys.__stderr__ = open(2, "w", 1, errors="backslashreplace", closefd=False)
         main = sys.modules["__main__"] = types.ModuleType("__main__")
@@ -321,6 +335,8 @@ def become_child(folder, command, environment, parent, descriptors):
     take_over(folder, environment, outputs)
     code = command[2] if command[1] == "-c" else None
     sys.argv = [*command[1:2], *command[2 + (code is not None):], str(pipe), str(parent)]
+    if command[-1] == "hub":
+        huggingface.subprocess = types.SimpleNamespace(run=run_preview, DEVNULL=None, TimeoutExpired=subprocess.TimeoutExpired)
     status = 1
     try:
         if code is None:
@@ -339,6 +355,24 @@ def become_child(folder, command, environment, parent, descriptors):
         os._exit(status)
 
 
+def run_preview(command, **_):
+    """What subprocess.run captures of the role `preview`, which a fork of this process runs."""
+    output, theirs = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 3
+        try:
+            os.dup2(theirs, 1)
+            status = run_role(*command[len(start.PROCESS_COMMAND):])
+            sys.stdout.flush()
+        finally:
+            os._exit(status)
+    os.close(theirs)
+    with open(output, "rb") as said:
+        stdout = said.read()
+    return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), stdout)
+
+
 def import_all(*names):
     """Those that are not installed are left out."""
     for name in names:
@@ -355,13 +389,14 @@ if __name__ == "__main__":
             "gguf_model", "mmproj", "nanochat", "checkpoint_model", "torch_file", "folder_model", "huggingface", "named_tokens", "trial")))
         if core.decode_core():
             import_all("decode_core.cpu_backend", "decode_core.weights")
-    elif what:
-        import chat_server      # noqa: F401
-        become = become_front(compile(Path(what).read_bytes(), what, "exec"))
+    elif what not in ("", "downloads"):
+        import_all("chat_server", *what.split()[1:])
+        script = what.split()[0]
+        become = become_front(compile(Path(script).read_bytes(), script, "exec"))
     else:
         import_all("chatlm.common.hub.offers", "chatlm.common.processes.ray", "chatlm.front.intake.sandboxed", "chatlm.front.intake.body_tasks")
         # half of what the hub's library imports; the library itself looks for its folder when it is loaded
-        import_all("filelock", "httpx2", "tqdm.auto", "yaml", "jinja2", "jinja2.ext", "jinja2.sandbox")
+        import_all("filelock", "httpx2", "tqdm.auto", "yaml", "jinja2", "jinja2.ext", "jinja2.sandbox", *(["chatlm.worker.weights.preview"] if what else ()))
     import_all("safetensors", "tokenizers", "tiktoken")
     gc.freeze()         # so that no copy looks at, and thereby copies, what it does not change: a third of a worker's start
     serve(*(socket.socket(fileno=int(each)) for each in sys.argv[1:3]), become)

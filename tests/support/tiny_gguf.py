@@ -8,10 +8,19 @@ import gguf
 import numpy
 
 
+# The bytes in the order of a vocabulary: those that have a letter of their own, and the rest
+OWN = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+LETTERS = [*OWN, *(byte for byte in range(256) if byte not in OWN)]
+
+
+def letter_of(byte):
+    """The letter that stands for a byte in vocabularies like GPT-2's."""
+    return chr(byte if byte in OWN else 256 + LETTERS.index(byte) - len(OWN))
+
+
 def small_gguf_metadata(pre, model="gpt2", **more):
     """A vocabulary of bytes, a few merges, digits and one special token, as GGUF metadata."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-    letters = list(bytes_to_unicode().values())
+    letters = [letter_of(byte) for byte in LETTERS]
     merges = ["h e", "l l", "he ll", "hell o", "1 2", "12 3", "Ġ Ġ", "Ġ hello", "' s", "Ċ Ċ", "Ġ 1", "A B"]
     tokens = letters + ["".join(merge.split()) for merge in merges] + ["A" + "BC", "<|end|>"]
     return {"tokenizer.ggml.model": model, "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": tokens,

@@ -5,12 +5,11 @@ import fcntl
 import os
 import re
 import struct
-import subprocess
-import sys
 import termios
 import time
 
-import chat_server
+from forked import fork_front
+from real_server import SCRIPT
 
 
 class Pty:
@@ -19,12 +18,10 @@ class Pty:
     def __init__(self, *words, columns=80, rows=40, **environment):
         self.master, slave = os.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-        start = lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0))      # noqa: E731
         variables = {**os.environ, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", **environment}
         for name in {"NO_COLOR", "COLUMNS", "LINES"} - environment.keys():      # xdist sets the last two
             variables.pop(name, None)
-        self.process = subprocess.Popen([sys.executable, chat_server.__file__, *words], stdin=slave, stdout=slave, stderr=slave,
-                                        env=variables, preexec_fn=start)
+        self.process = fork_front(SCRIPT, words, variables, slave, slave, stdin=slave, imported=("prompt_toolkit", "rich.markdown", "rich.live"))
         os.close(slave)
         self.raw, self.seen = "", 0
 

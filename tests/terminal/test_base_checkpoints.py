@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import urllib.error
 
 import pytest
@@ -11,15 +9,16 @@ from chatlm.common.config import Settings
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.weights.load import open_model
-from real_server import SCRIPT, ask, events, get, post, server
+from real_server import ask, events, get, post, server
+from run_here import run_forked
 
 GREEDY = ("--temperature", "0", "--max-tokens", "6", "--dtype", "float32")
 DRAWN = {"temperature": 0, "max_tokens": 6}
 
 
-def run(command, *words, given=None):
+def run(command, *words, given=""):
     """What a command writes to stdout, and to stderr."""
-    ended = subprocess.run([sys.executable, str(SCRIPT), command, *map(str, words), *GREEDY], input=given, capture_output=True, text=True, timeout=120)
+    ended = run_forked(command, *words, *GREEDY, given=given)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout, ended.stderr
 
@@ -98,5 +97,5 @@ def test_commands_continue_texts_and_chat_on_demand(base_checkpoint, served, tmp
         assert [json.loads(line)["text"] for line in lines] == [first, first]
     assert [json.loads(line)["text"] for line in run("compare", "nanochat-d4-base", "default", "-p", "Once upon", "--json", "--url", served)[0].splitlines()] == [
         text, text]
-    checked = subprocess.run([sys.executable, str(SCRIPT), "check", base_checkpoint], capture_output=True, text=True, timeout=120)
+    checked = run_forked("check", base_checkpoint)
     assert checked.returncode == 0 and "note: template: it is a base checkpoint, which was not taught to chat" in checked.stdout

@@ -1,18 +1,17 @@
 """The command `batch`: each line is answered once, however often the command is killed, and the output is the same."""
 
 import json
+import os
 import re
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from chatlm.common.errors import RequestError
 from chatlm.front.api.batch_lines import lasting_body, read_line
+from forked import fork_front
 from real_server import SCRIPT, server
-from run_here import run_here
+from run_here import run_forked, run_here
 
 
 def chat(custom_id, text="Hello", **more):
@@ -25,13 +24,9 @@ def write(path, lines):
     return path
 
 
-def command(*words):
-    return [sys.executable, str(SCRIPT), "batch", *map(str, words)]
-
-
 def batch(*words):
     """(exit status, stderr)."""
-    ended = subprocess.run(command(*words), capture_output=True, text=True, timeout=300)
+    ended = run_forked("batch", *words)
     assert ended.stdout == ""
     return ended.returncode, ended.stderr
 
@@ -81,35 +76,38 @@ def test_answers_and_errors_keep_the_file_s_order(model, tmp_path):
 
 def test_a_killed_run_resumes_to_the_same_output(model, tmp_path):
     """A killed run goes on and its output is that of an undisturbed one."""
-    lines = [chat(f"line {number}", f"Tell me about {number}", max_tokens=8 + number % 20, temperature=number % 2) for number in range(150)]
+    lines = [chat(f"line {number}", f"Tell me about {number}", max_tokens=8 + number % 20, temperature=number % 2) for number in range(80)]
     source = write(tmp_path / "in.jsonl", lines)
     assert batch(model, source, "-o", tmp_path / "undisturbed.jsonl")[0] == 0
     part, kills = tmp_path / "out.jsonl.part", 0
-    for least in (2, 30, 75):
-        with subprocess.Popen(command(model, source, "-o", tmp_path / "out.jsonl"), stderr=subprocess.DEVNULL) as running:
-            while running.poll() is None and (not part.exists() or part.read_bytes().count(b"\n") < least):
-                time.sleep(0.005)
-            kills += running.poll() is None
-            running.send_signal(signal.SIGKILL)
+    for least in (2, 20, 40):
+        with open(os.devnull, "wb") as nowhere:
+            words = "batch", model, source, "-o", tmp_path / "out.jsonl"
+            running = fork_front(SCRIPT, [*map(str, words)], os.environ, nowhere.fileno(), nowhere.fileno())
+        while running.poll() is None and (not part.exists() or part.read_bytes().count(b"\n") < least):
+            time.sleep(0.01)
+        kills += running.poll() is None
+        running.kill()
+        running.wait()
     assert kills
     with part.open("ab") as file:
-        file.write(b'150 ok {"half of a li')               # as a power cut may leave it
+        file.write(b'80 ok {"half of a li')               # as a power cut may leave it
     before = part.read_bytes().count(b"\n") - 2      # after two lines that say of what they are
     status, said = batch(model, source, "-o", tmp_path / "out.jsonl")
-    assert status == 0 and f"{150 - before:,} lines in" in said and not part.exists()
+    assert status == 0 and f"{80 - before:,} lines in" in said and not part.exists()
     assert without_time(tmp_path / "out.jsonl") == without_time(tmp_path / "undisturbed.jsonl")
 
 
 def test_a_server_answers_a_batch_the_same(model, tmp_path):
     called = {"tools": [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}], "tool_choice": "required"}
     source = write(tmp_path / "in.jsonl", [
-        *(chat(str(number), f"Count to {number}", temperature=number % 2) for number in range(40)), chat("bad", temperature=9), chat("call", max_tokens=60, **called),
+        *(chat(str(number), f"Count to {number}", temperature=number % 2) for number in range(12)), chat("bad", temperature=9), chat("call", max_tokens=60, **called),
         {"custom_id": "items", "method": "POST", "url": "/v1/responses", "body": {"input": "Hi", "max_output_tokens": 16, "temperature": 0, "store": False}}])
     with server(model) as (_, url):
         assert batch(source, "-o", tmp_path / "there.jsonl", "--url", url)[0] == 1
     assert batch(model, source, "-o", tmp_path / "here.jsonl")[0] == 1
     there, here = (without_time(tmp_path / f"{name}.jsonl").splitlines() for name in ("there", "here"))
-    assert there == here and len(there) == 43 and any('"id": "call_' in line for line in there)
+    assert there == here and len(there) == 15 and any('"id": "call_' in line for line in there)
 
 
 def test_mismatched_files_are_refused_and_stay(model, tmp_path, here):

@@ -46,6 +46,7 @@ def calls_in(node):
     return [json.loads(call["arguments"])["timezone"] for call in node["calls"]]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_repeats_no_call(chat, monkeypatch, tmp_path):
     """Two calls in one round, no call, one call. Then the same, but the worker is killed while the model writes a call, and again while it says
     what it was told: every token is the same."""

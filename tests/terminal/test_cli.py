@@ -36,6 +36,7 @@ from chatlm.terminal.terminal import PlainWriter
 from answers import said
 from fake_pool import FakePool, finished, serving
 from patching import patch
+from run_here import run_forked
 
 
 def parsed(line="", **environment):
@@ -140,7 +141,7 @@ def test_a_wrong_config_file_says_what_is_right(tmp_path, text, words):
 
 def test_a_config_error_is_one_line_and_status_2():
     """A config error is one line and status 2, and the version is printed."""
-    run = subprocess.run([sys.executable, chat_server.__file__, "chat", "--top-k", "x"], capture_output=True, text=True, timeout=60)
+    run = run_forked("chat", "--top-k", "x")
     assert run.returncode == 2 and run.stdout == "" and re.fullmatch(r"chat_server: [^\n]*--top-k[^\n]*\n", run.stderr)
     run = subprocess.run([sys.executable, chat_server.__file__, "--version"], capture_output=True, text=True, timeout=60)
     assert (run.returncode, run.stdout) == (0, f"chat_server {__version__}; {kernels_line()}\n")
@@ -692,12 +693,12 @@ def test_generate_says_which_word_was_the_model(line, words):
     ("generate", "", "Hello was taken as MODEL (a prompt of one word needs -p: `"), ("generate", "some text", "no model at 'Hello', and a prompt needs -p: `"),
     ("chat", "", "no model at 'Hello', and a prompt needs -p: `")])
 def test_a_lone_word_may_have_been_the_prompt(command, asked, words):
-    done = subprocess.run([sys.executable, chat_server.__file__, command, "Hello"], input=asked, capture_output=True, text=True, timeout=60)
+    done = run_forked(command, "Hello", given=asked)
     assert done.returncode == 2 and words in done.stderr and f"chat_server.py {command} -p Hello`" in done.stderr
 
 
 def test_embed_says_which_word_was_the_model(tmp_path):
-    done = subprocess.run([sys.executable, chat_server.__file__, "embed", "texts.jsonl", "-o", tmp_path / "x"], capture_output=True, text=True, timeout=60)
+    done = run_forked("embed", "texts.jsonl", "-o", tmp_path / "x")
     assert done.returncode == 2 and "; texts.jsonl was taken as MODEL" in done.stderr
 
 
@@ -721,8 +722,7 @@ def test_the_program_s_error_shows_the_guess(tmp_path):
     (tmp_path / "model.gguf").touch()
     for model, words in ((tmp_path / "modle.gguf", f"did you mean {tmp_path}/model.gguf?"), ("smolm2", "did you mean smollm2? --help says"),
                          ("Qwen/Qwen3-0.6", "did you mean Qwen/Qwen3-0.6B?")):
-        done = subprocess.run([sys.executable, chat_server.__file__, model, "--port=0"], capture_output=True, text=True, timeout=60,
-                              env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
+        done = run_forked(model, "--port=0", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
         assert done.returncode == 2 and words in done.stderr.splitlines()[-1], done.stderr
 
 

@@ -2,16 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from chatlm.common.core import decode_core
-from real_server import SCRIPT
 from retrieval import embedder_folder, last_state, make_qwen, reranker_folder, unit, write_qwen_tokenizer
-from run_here import run_here
+from run_here import run_forked, run_here
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +17,10 @@ def model(tmp_path_factory):
     return made, embedder_folder(tmp_path_factory.mktemp("embedder"), made, sentence_bert_config={"max_seq_length": 60})
 
 
-def embed(*words, given=None):
+def embed(*words, given=""):
     """(exit status, stdout, the last line of stderr). Beside other tests the usual niceness of 19 would take half a minute."""
-    ended = subprocess.run([sys.executable, str(SCRIPT), "embed", *map(str, words), "--dtype", "float32", "--nice", "0"], input=given, capture_output=True, timeout=120)
-    return ended.returncode, ended.stdout, (ended.stderr.decode().splitlines() or [""])[-1]
+    ended = run_forked("embed", *words, "--dtype", "float32", "--nice", "0", given=given)
+    return ended.returncode, ended.stdout, (ended.stderr.splitlines() or [""])[-1]
 
 
 @pytest.fixture
@@ -52,7 +49,7 @@ def test_vectors_keep_the_order_of_the_texts(model, tmp_path):
     source = write_lines(tmp_path / "texts.jsonl", *[{"id": 5, "text": text} if number % 2 else text for number, text in enumerate(texts)])
     source.write_text("\n" + source.read_text().removesuffix("\n"))         # an empty line, and no end of the last one
     status, out, last = embed(folder, source, "-o", tmp_path / "vectors.npy")
-    assert (status, out) == (0, b"") and "600 vectors of 64 numbers" in last
+    assert (status, out) == (0, "") and "600 vectors of 64 numbers" in last
     array = np.load(tmp_path / "vectors.npy")
     assert array.shape == (600, 64) and array.dtype == np.dtype("<f4") and array.flags.c_contiguous
     assert embed(folder, source, "-o", tmp_path / "vectors.jsonl")[0] == 0
@@ -66,7 +63,7 @@ def test_vectors_keep_the_order_of_the_texts(model, tmp_path):
 def test_embed_reads_stdin_with_all_its_options(model, tmp_path):
     """Prompts, dimensions and cuts, from stdin to stdout."""
     made, folder = model
-    status, out, _ = embed(folder, "-", "-o", "-", "--prompt-name", "query", "--dimensions", 40, "--truncate", given=json.dumps("x" * 500).encode())
+    status, out, _ = embed(folder, "-", "-o", "-", "--prompt-name", "query", "--dimensions", 40, "--truncate", given=json.dumps("x" * 500))
     [vector] = map(json.loads, out.splitlines())
     prompt = "Instruct: Find it\nQuery:"
     whole = last_state(made, write_qwen_tokenizer(tmp_path).encode(prompt + "x" * (59 - len(prompt))).ids)

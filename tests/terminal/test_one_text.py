@@ -1,13 +1,12 @@
 """One body, one text: whatever route or command asks a model whose file says how its tokens are drawn."""
 
 import json
-import subprocess
-import sys
 import time
 
 import openai
 import pytest
-from real_server import SCRIPT, post, server
+from real_server import post, server
+from run_here import run_forked
 from tiny_gguf import LLAMA_NUMBERS, random_llama, small_gguf_metadata, write_gguf
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -36,7 +35,7 @@ def model(tmp_path_factory):
 
 def run(command, *words):
     """The lines of JSON that a command prints."""
-    ended = subprocess.run([sys.executable, str(SCRIPT), command, *map(str, words)], capture_output=True, text=True, timeout=120)
+    ended = run_forked(command, *words)
     assert ended.returncode == 0, ended.stderr
     return [json.loads(line) for line in ended.stdout.splitlines()]
 
@@ -136,7 +135,7 @@ def test_a_batch_stops_at_other_defaults(tmp_path):
     by_batch_command(tmp_path, "here", path)
     write_model(path, OWN | {"min_p": 0.2})     # a file of the same size, with the same weights
     words = "batch", path, tmp_path / "here.jsonl", "-o", tmp_path / "here.out"
-    ended = subprocess.run([sys.executable, str(SCRIPT), *map(str, words)], capture_output=True, text=True, timeout=120)
+    ended = run_forked(*words)
     assert ended.returncode == 2 and "has answers with default min_p 0.1, not 0.2" in ended.stderr, ended.stderr
 
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import glob
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -18,13 +19,17 @@ from chatlm.common.errors import ConfigError
 from chatlm.terminal.program_runner import MEMORY_BYTES, enter_namespace, remove_folder
 from chatlm.terminal.programs import RUNNER, Programs
 from judged_programs import ALIKE, GOOD, STRICTER, judged_programs
+from nightly import by_day
 
 WITHOUT = RUNNER.replace("main()", "import chatlm.terminal.program_runner as runner; runner.enter_namespace = lambda: False; main()")
 QUICK = ("add 0", "add 2", "raises SystemExit(0)", "os._exit(0)", "a main block that exits", "exit()", "a main block", "the function exits",
          "another program in its place", "writes to all files and exits", "an empty folder", "its own check")
 
 
-@pytest.fixture(params=["in a namespace", "without one"])
+BOTH = "in a namespace", "without one"
+
+
+@pytest.fixture(params=BOTH)
 def ways(request, monkeypatch, tmp_path):
     """With what the system offers, and without namespaces; each with an empty folder for temporary files."""
     if request.param == "in a namespace":
@@ -45,6 +50,7 @@ async def verdicts(some):
     return {program.name: verdict for program, verdict in zip(some, found)}
 
 
+@pytest.mark.parametrize("ways", by_day(BOTH, "in a namespace"), indirect=True)
 async def test_a_right_program_ran_its_tests_to_the_end(ways):
     some = [program for program in judged_programs() if program.name in QUICK]
     assert len(some) == len(QUICK) and await verdicts(some) == {program.name: program.right for program in some}
@@ -116,8 +122,10 @@ assert libc.posix_spawn(ctypes.byref(process), b'/bin/sleep', None, attributes, 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends what left its session")
-@pytest.mark.parametrize("ends", ["", "raise ValueError", "while True: pass", "os._exit(0)", "ctypes.CDLL(None).abort()"])
-@pytest.mark.parametrize("program", [FORKS, SPAWNS])
+@pytest.mark.parametrize("ways, program, ends", by_day(
+    itertools.product(BOTH, [FORKS, SPAWNS], ["", "raise ValueError", "while True: pass", "os._exit(0)", "ctypes.CDLL(None).abort()"]),
+    (BOTH[0], FORKS, "while True: pass"), (BOTH[0], SPAWNS, ""), (BOTH[1], FORKS, "raise ValueError"), (BOTH[1], SPAWNS, "os._exit(0)"),
+    (BOTH[1], FORKS, "ctypes.CDLL(None).abort()")), indirect=["ways"])
 async def test_processes_in_own_sessions_end_too(ways, tmp_path, monkeypatch, program, ends):
     """Processes in sessions of their own end with the program."""
     monkeypatch.setattr(programs, "SECONDS", 1.0)
@@ -154,8 +162,9 @@ TRACES = "import ctypes, os\nlibc = ctypes.CDLL(None)\nassert libc.ptrace(16, os
 STOPS = "import ctypes, os\nassert ctypes.CDLL(None).kill(os.getppid(), 19) == 0\n"
 
 
-@pytest.mark.parametrize("program", [TRACES, STOPS])
-@pytest.mark.parametrize("ends", ["while True: pass", "os._exit(0)", ""])
+@pytest.mark.parametrize("ways, program, ends", by_day(
+    itertools.product(BOTH, [TRACES, STOPS], ["while True: pass", "os._exit(0)", ""]),
+    (BOTH[0], TRACES, "while True: pass"), (BOTH[0], STOPS, ""), (BOTH[1], TRACES, "os._exit(0)"), (BOTH[1], STOPS, "")), indirect=["ways"])
 async def test_a_program_holds_up_no_other(ways, monkeypatch, program, ends):
     monkeypatch.setattr(programs, "SECONDS", 1.0)
     monkeypatch.setattr(programs, "PATIENCE_S", 3.0)

@@ -11,7 +11,7 @@ import pytest
 
 from chatlm.worker.weights.gguf_file import read_gguf
 from nightly import by_day
-from run_here import run_here
+from run_here import run_forked, run_here
 
 REPOSITORY = Path(__file__).parents[2]
 FIXTURES = REPOSITORY / "tests" / "fixtures" / "nanochat"
@@ -19,7 +19,7 @@ PROGRAM = [sys.executable, str(REPOSITORY / "chat_server.py")]
 
 
 def run(*words):
-    done = subprocess.run([*PROGRAM, *map(str, words)], capture_output=True, text=True, check=False)
+    done = run_forked(*words)
     assert "Traceback" not in done.stderr, done.stderr[-2000:]
     return done
 

@@ -3,10 +3,7 @@
 import asyncio
 import io
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -30,6 +27,7 @@ from fake_pool import FakePool, Letters, finished
 from page_server import BLOCKS, HOSTILE, MARKDOWN
 from patching import patch
 from piped_chats import chat_with
+from run_here import run_forked
 from typed_chats import chatting
 
 # Markdown as it streams
@@ -107,7 +105,7 @@ def test_what_is_redrawn_fits_on_the_screen():
         heights.append(len(lines))
         newest = re.findall(r"item \d+", writer.text)[-1:]
         assert not newest or newest[0] in "".join(part.text for line in lines[-2:] for part in line)
-    items = "".join(f"- item {number}\n" for number in range(100))
+    items = "".join(f"- item {number}\n" for number in range(40))
     written = drawn(items, 5, rows=12, each=each)
     assert max(heights) in (11, 12) and written == items.replace("-", " •")
 
@@ -582,8 +580,7 @@ def test_an_answer_stays_on_the_screen_once(tmp_path, no_color):
 
 
 def test_a_pipe_gets_nothing_but_the_answers(front, tmp_path):
-    words = [sys.executable, chat_server.__file__, "chat", "--url", front.url]
-    run = subprocess.run(words, input="Hello\n/help\nAgain\n", capture_output=True, text=True, timeout=60, env={**os.environ, "FORCE_COLOR": "1"})
+    run = run_forked("chat", "--url", front.url, given="Hello\n/help\nAgain\n", FORCE_COLOR="1")
     assert (run.returncode, run.stdout) == (0, "one two three four five\n" * 2)
     assert "\x1b" not in run.stderr and "/save FILE" in run.stderr and run.stderr.count("5 tokens in") == 2
 
