@@ -129,7 +129,7 @@ def noise(draft, text, trained):
         file.write(b"\x3c" * (weights.stat().st_size - begin))
 
 
-@pytest.mark.parametrize("change", [another_training, noise])
+@pytest.mark.parametrize("change", by_day([another_training, noise], another_training))
 async def test_a_worker_drafts_with_the_files_it_finds(change, start, draft, text, trained, client, tmp_path):
     """It takes those that are there when it starts, and answers stay the same."""
     (tmp_path / "draft-always").touch()
@@ -213,7 +213,7 @@ async def several(model, draft, text, trained, started, tmp_path, monkeypatch):
     return await started(ManyModels(Settings(several=choices, draft_model=str(draft), draft_text=(str(text),), **TINY), DYING))
 
 
-@pytest.mark.parametrize("change", [removed, another_training])
+@pytest.mark.parametrize("change", by_day([removed, another_training], another_training))
 async def test_a_changed_draft_is_left_out_of_many_models(
         change, several, draft, text, trained, client):
     """Its memory was measured with the old files."""

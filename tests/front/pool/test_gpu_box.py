@@ -22,10 +22,10 @@ from chatlm.front.pool.pool import make_pool
 from chatlm.worker.memory_plan import MemoryPlan
 from chatlm.worker.device import check_gpu, lack_of_gpu_memory
 from chatlm.worker.device_use import DeviceUse
+from forked import GPU_BOX
 from patching import patch
 from pools import collect, greedy, tiny_settings
 
-BOX_WORKER = (sys.executable, str(Path(gpu_box_worker.__file__)))
 BAD = {"busy": "cuda:{} cannot be used: CUDA error: all CUDA-capable devices are busy or unavailable",
        "lost": "cuda:{} cannot be used: CUDA error: unknown error", "missing": "cuda:{} is missing: the driver shows {} GPU(s)",
        "old": "cuda:{0} (GPU of cuda:{0}) is too old: its compute capability is 6.1, this torch needs 7.5"}
@@ -52,7 +52,7 @@ async def until(condition):
 @pytest.mark.timeout(120)
 async def test_unusable_gpus_say_so_and_others_serve(start_pool, box):
     problems = box("busy", "fine", "old", "missing")
-    pool = await start_pool(BOX_WORKER, wait=False, num_gpus="4")
+    pool = await start_pool(GPU_BOX, wait=False, num_gpus="4")
     await pool.wait_ready()
     await until(lambda: sum(worker.state == "left out" for worker in pool.workers) == 3)
     stats = pool.stats()["workers"]
@@ -72,7 +72,7 @@ async def test_unusable_gpus_say_so_and_others_serve(start_pool, box):
 async def test_a_box_without_a_usable_gpu_does_not_start(start_pool, box):
     """It says why."""
     problems = box("busy", "old")
-    pool = await start_pool(BOX_WORKER, wait=False, num_gpus="auto")
+    pool = await start_pool(GPU_BOX, wait=False, num_gpus="auto")
     with pytest.raises(ConfigError) as error:
         await pool.wait_ready()
     assert str(error.value) in problems
@@ -82,7 +82,7 @@ async def test_a_box_without_a_usable_gpu_does_not_start(start_pool, box):
 async def test_a_prefill_without_gpu_memory_fails_alone(start_pool, box, capfd):
     """The flag is told."""
     box("fine")
-    pool = await start_pool(BOX_WORKER, kv_cache_memory=None)
+    pool = await start_pool(GPU_BOX, kv_cache_memory=None)
     began = asyncio.Event()
     long = asyncio.create_task(collect(pool, greedy("long", 200, ignore_eos=True), lambda piece, count: began.set()))
     await began.wait()

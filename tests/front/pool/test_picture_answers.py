@@ -12,6 +12,7 @@ from chatlm.front.pool.pool import make_pool
 from answers import asked
 from forked import DYING
 from image_conversations import picture_of_size
+from nightly import by_day
 from pools import all_ready, collect, idle
 from sight_families import FAMILIES, save_family
 from sight_qwen import make_qwen, save_qwen, write_qwen
@@ -48,7 +49,7 @@ def about(name, *pictures, text="What is this, and why is it here?", **more):
     return asked(name, messages=(message,), **more)
 
 
-@pytest.mark.parametrize("moment", ["queued", "prefill", "decode", "unsent"])
+@pytest.mark.parametrize("moment", by_day(["queued", "prefill", "decode", "unsent"], "prefill"))
 async def test_a_death_with_a_picture_changes_no_token(seeing_pool, moment, tmp_path):
     pool = await seeing_pool(num_workers=2)
     text, tokens, whole = await collect(pool, about("calm", PHOTO))
@@ -69,7 +70,7 @@ async def test_a_death_with_own_positions_changes_no_token(seeing_pool, tmp_path
     await all_ready(pool)
 
 
-@pytest.mark.parametrize("kind", ["lfm2_vl", "gemma3", "gemma4-small"])
+@pytest.mark.parametrize("kind", by_day(["lfm2_vl", "gemma3", "gemma4-small"], "gemma3"))
 async def test_other_families_answer_the_same_again(seeing_pool, kind, tmp_path, tmp_path_factory):
     """They answer so after a death and from the cache."""
     folder = tmp_path_factory.mktemp(kind)

@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import aiohttp
 import psutil
@@ -41,6 +42,7 @@ from fake_pool import conversation, serving
 from nightly import by_day
 from patching import patch
 from pools import PlayedWorker
+from tiny_gguf import small_gguf_metadata
 
 pytestmark = pytest.mark.timeout(120)
 SLOW_TEMPLATE = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}done"
@@ -52,9 +54,18 @@ def many_patterns(count):
 
 
 @pytest.fixture(scope="session")
-def chat_text(default_model_path):
+def default_text(default_model_path):
     metadata, _ = read_gguf(default_model_path)
     return gguf_text(default_model_path, metadata)
+
+
+@pytest.fixture(scope="session")
+def chat_text(default_text):
+    """The default model's template and a tokenizer of bytes, which opens in a moment."""
+    metadata = small_gguf_metadata("gpt-2", **{"tokenizer.chat_template": default_text.chat_template})
+    metadata["tokenizer.ggml.tokens"] += ["<|im_start|>", "<|im_end|>"]
+    metadata["tokenizer.ggml.token_type"] += [3, 3]
+    return gguf_text(Path("tiny"), metadata)
 
 
 class EchoWorker(PlayedWorker):
@@ -74,15 +85,15 @@ class EchoWorker(PlayedWorker):
 
 @pytest.fixture
 async def open_pool(chat_text):
-    """A function that makes a pool with the default model's tokenizer and no model; its processes must end with it."""
+    """A function that makes a pool with a tokenizer and no model; its processes must end with it."""
     pools = []
 
-    async def start(settings=Settings(), context_length=4096, **changes):
+    async def start(settings=Settings(), context_length=4096, text=chat_text, **changes):
         pool = make_pool(settings)
         limits = pool.admission
         limits.BODY_S = limits.TEMPLATE_S = limits.SCHEMA_S = 0.5
         pool.workers[:] = [EchoWorker(pool)]
-        pool.supervisor.version.note_card(ModelCard(replace(chat_text, **changes), "fake", context_length, (), {}, False))
+        pool.supervisor.version.note_card(ModelCard(replace(text, **changes), "fake", context_length, (), {}, False))
         pools.append(pool)
         await pool.supervisor._prepare()
         return pool
@@ -186,7 +197,7 @@ async def test_a_greedy_template_is_refused(open_pool, template, caplog):
     assert pool.ready and "chats may be refused" in caplog.text
     with pytest.raises(RequestError, match="too complex|template refused|too long|tokens and the context"):
         await said(pool, ask("a"))
-    assert await said(pool, asked("b", prompts=("x y z",), max_tokens=5)) == "3"
+    assert await said(pool, asked("b", prompts=("x y z",), max_tokens=5)) == str(len(pool.tokenizer.encode("x y z")))
 
 
 @pytest.mark.slow
@@ -201,7 +212,7 @@ async def test_compiling_a_template_counts_for_nobody(open_pool):
                                          f"{{% if messages[0].content == 'trap' %}}{SLOW_TEMPLATE}{{% endif %}}hi")
     with pytest.raises(RequestError, match="too complex"):
         await said(pool, ask("a", "trap"))
-    assert await said(pool, ask("b")) == "1"
+    assert await said(pool, ask("b")) == str(len(pool.tokenizer.encode("hi")))
 
 
 async def test_too_long_a_prompt_does_not_cross_the_pipe(open_pool, monkeypatch):
@@ -212,32 +223,35 @@ async def test_too_long_a_prompt_does_not_cross_the_pipe(open_pool, monkeypatch)
     assert refused.value.code == "context_length_exceeded"
 
 
-async def test_a_template_renders_as_it_would_here(open_pool):
+async def test_a_template_renders_as_it_would_here(open_pool, default_text):
     """A template is filled in as it would be here."""
-    pool = await open_pool()
+    pool = await open_pool(text=default_text)
     messages = [Message("system", "Be <|im_start|> brief \U0001f600\ud800"), Message("user", "x\u2028\ty"), Message("assistant", ""), Message("user", "z")]
     assert await pool.admission.prompts.render(messages, (), "me") == tuple(pool.tokenizer.render(messages))
 
 
-@pytest.mark.parametrize("route, body", [
+ALIKE = [
     ("/chat/completions", conversation("hi") | {"seed": 5, "truncate": "oldest"}),
     ("/v1/chat/completions", conversation("hi") | {"seed": 5, "stream": True, "stream_options": {"include_usage": True}, "n": 2}),
     ("/v1/chat/completions", conversation("hi") | {"model": "nobody"}), ("/v1/chat/completions", conversation("hi") | {"temperature": 3}),
     ("/v1/completions", {"prompt": ["a b", [1, 2, 3]], "seed": 5, "echo": True, "max_tokens": 2}),
     ("/v1/completions", {"prompt": [[1, 2, 10**6]]}), ("/v1/completions", {"prompt": "a " * 5000}), ("/v1/completions", {"seed": 5, "max_tokens": 2}),
     ("/tokenize", {"content": ["a b", 5, "<|im_end|>"], "with_pieces": True}), ("/tokenize", {"content": [10**6]}),
-    ("/detokenize", {"tokens": [5, 6, 7]}), ("/apply-template", conversation("hi")), ("/apply-template", {"messages": []})])
-async def test_a_body_is_answered_alike_wherever_it_is_read(open_pool, route, body, monkeypatch):
+    ("/detokenize", {"tokens": [5, 6, 7]}), ("/apply-template", conversation("hi")), ("/apply-template", {"messages": []})]
+
+
+async def test_a_body_is_answered_alike_wherever_it_is_read(open_pool, monkeypatch):
     pool = await open_pool(Settings(log_conversations=True))
-    answers = []
     async with serving(pool, pool.settings) as url, aiohttp.ClientSession() as client:
-        for inline in (1 << 16, 0):
-            patch(monkeypatch, config, "LIMITS", replace(config.LIMITS, inline_bytes=inline))
-            async with client.post(url + route, json=body, headers={"X-Request-Id": "same"}) as response:
-                text = (await response.text()).replace("created", "")
-                answers.append((response.status, *[line for line in text.split(", ") if "_ms" not in line and "per_second" not in line and
-                                                   not line.startswith('"": 1')]))
-    assert answers[0] == answers[1] and answers[0][0] in (200, 400, 404)
+        for route, body in ALIKE:
+            answers = []
+            for inline in (1 << 16, 0):
+                patch(monkeypatch, config, "LIMITS", replace(config.LIMITS, inline_bytes=inline))
+                async with client.post(url + route, json=body, headers={"X-Request-Id": "same"}) as response:
+                    text = (await response.text()).replace("created", "")
+                    answers.append((response.status, *[line for line in text.split(", ") if "_ms" not in line and "per_second" not in line and
+                                                       not line.startswith('"": 1')]))
+            assert answers[0] == answers[1] and answers[0][0] in (200, 400, 404), (route, body)
     assert pool.admission.sandboxes["bodies"].process
 
 
@@ -288,8 +302,8 @@ async def test_calls_that_no_form_ends_are_refused(open_pool, forever):
 async def test_a_text_route_refuses_millions_of_items(open_pool):
     pool = await open_pool()
     async with serving(pool) as url, aiohttp.ClientSession() as client:
-        for route, body in (("/tokenize", {"content": [1] * 5_000_000}), ("/detokenize", {"tokens": [1] * 5_000_000}),
-                            ("/v1/completions", {"prompt": ["a"] * 3_000_000})):
+        for route, body in (("/tokenize", {"content": [1] * 2_000_000}), ("/detokenize", {"tokens": [1] * 2_000_000}),
+                            ("/v1/completions", {"prompt": ["a"] * 2_000_000})):
             async with client.post(url + route, json=body) as response:
                 text = await response.text()        # a slow processor is over its time before all items are counted
                 assert response.status == 400 and ("at most" in text or "too complex" in text)
@@ -334,11 +348,11 @@ async def test_the_makings_of_a_prompt_are_freed_early(open_pool, route, inline,
         assert not [each for each in gc.get_objects() if type(each) is list and each and type(each[0]) is float and each[0] == 12345.5]
 
 
-async def test_large_bodies_count_until_their_answers_end(open_pool, monkeypatch):
+async def test_large_bodies_count_until_their_answers_end(open_pool, default_text, monkeypatch):
     """What stays of them is in the budget."""
     budget, followed = budgets.Budget(4 * 650_000), asyncio.Event()
     patch(monkeypatch, budgets, "Budget", lambda total, share=4: budget)
-    pool = await open_pool(context_length=50_000)
+    pool = await open_pool(context_length=50_000, text=default_text)
     worker, unanswered = pool.workers[0], []
     answer, worker.send = worker.send, lambda message: unanswered.append(message)
     follow = chat_server.Front.follow
@@ -505,13 +519,13 @@ async def test_a_sandbox_that_fails_ahead_stops_no_start(admission, chat_text):
     assert sandbox.process.poll() is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGPROF, signal.SIGABRT])
-async def test_a_killed_sandbox_is_replaced(open_pool, number):
+async def test_a_killed_sandbox_is_replaced(open_pool):
     """Something outside kills it, and the task is done."""
     pool = await open_pool()
     sandbox = pool.admission.sandboxes["templates"]
-    os.kill(sandbox.process.pid, number)
-    assert await said(pool, ask("a")) == await said(pool, ask("b"))     # it ignores SIGTERM: the front decides
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGPROF, signal.SIGABRT):
+        os.kill(sandbox.process.pid, number)
+        assert await said(pool, ask("a")) == await said(pool, ask("b"))     # it ignores SIGTERM: the front decides
 
 
 async def test_all_sandboxes_may_be_killed_while_idle(open_pool, monkeypatch):

@@ -53,18 +53,18 @@ async def test_many_answers_at_once_equal_those_alone(start_pool):
     await idle(pool)
 
 
-@pytest.mark.parametrize("pieces_before_leaving", [0, 1, 5])
-async def test_a_reader_who_leaves_frees_everything(start_pool, pieces_before_leaving):
+async def test_a_reader_who_leaves_frees_everything(start_pool):
     pool = await start_pool(max_batch=2)
-    streams = [pool.answer(greedy(f"r{i}", max_tokens=400, ignore_eos=True)) for i in range(5)]
-    for stream in streams:
-        assert isinstance(await anext(stream), Accepted)
-    for _ in range(pieces_before_leaving):
-        await anext(streams[0])
-    for stream in streams:          # two are in the batch, three are queued
-        await stream.aclose()
-    await idle(pool)
-    assert (await collect(pool, greedy("after")))[2].usage.completion_tokens > 0
+    for pieces_before_leaving in (0, 1, 5):
+        streams = [pool.answer(greedy(f"r{i}", max_tokens=400, ignore_eos=True)) for i in range(5)]
+        for stream in streams:
+            assert isinstance(await anext(stream), Accepted)
+        for _ in range(pieces_before_leaving):
+            await anext(streams[0])
+        for stream in streams:          # two are in the batch, three are queued
+            await stream.aclose()
+        await idle(pool)
+        assert (await collect(pool, greedy("after")))[2].usage.completion_tokens > 0
 
 
 async def test_an_idle_model_unloads_and_comes_back(start_pool):
@@ -162,16 +162,15 @@ async def test_a_prompt_beyond_the_context_is_refused(start_pool):
     assert len(tokens) == 4 and last.reason == "length"
 
 
-@pytest.mark.parametrize("wrong, name", [
-    (dict(prompts=((5, 100_000),)), "prompt"), (dict(prompts=((5, -1),)), "prompt"),
-    (dict(prompts=((5,),), stop_token_ids=(284,)), "stop_token_ids"),
-    (dict(prompts=((5,),), sampling=SamplingParams(logit_bias=((3, 1.0), (999, 1.0)))), "logit_bias")])
-async def test_unknown_token_ids_are_refused(start_pool, wrong, name):
+async def test_unknown_token_ids_are_refused(start_pool):
     """The model does not have them."""
     pool = await start_pool()
-    with pytest.raises(RequestError, match="this model's ids are 0 to 283") as refused:
-        await collect(pool, asked("a", **wrong))
-    assert refused.value.param == name
+    for wrong, name in ((dict(prompts=((5, 100_000),)), "prompt"), (dict(prompts=((5, -1),)), "prompt"),
+                        (dict(prompts=((5,),), stop_token_ids=(284,)), "stop_token_ids"),
+                        (dict(prompts=((5,),), sampling=SamplingParams(logit_bias=((3, 1.0), (999, 1.0)))), "logit_bias")):
+        with pytest.raises(RequestError, match="this model's ids are 0 to 283") as refused:
+            await collect(pool, asked("a", **wrong))
+        assert refused.value.param == name
 
 
 async def test_two_requests_with_one_id_are_refused(start_pool):
