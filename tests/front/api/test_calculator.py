@@ -3,8 +3,10 @@
 import json
 from dataclasses import replace
 
+import aiohttp
 import openai
 import pytest
+import pytest_asyncio
 
 from chatlm.common.config import Settings
 from chatlm.common.messages.requests import AnswerParams, Piece, Request, SamplingParams
@@ -14,7 +16,9 @@ from chatlm.front.pool.pool import make_pool
 from chatlm.front.store.store import open_store
 from fake_pool import serving
 from nightly import by_day
+from pools import tiny_settings
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 PYTHON_START, PYTHON_END, OUTPUT_START, OUTPUT_END = 280, 281, 282, 283
 ALL_MARKS = PYTHON_START, PYTHON_END, OUTPUT_START, OUTPUT_END
@@ -63,17 +67,28 @@ class Seen:
         return (*self.prompts[-1], *self.written(), *turn)
 
 
-@pytest.fixture
-async def seen(start_pool):
-    return Seen(await start_pool())
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def seen(nanochat_fixtures):
+    """One for all tests, which look at the last that they asked."""
+    pool = make_pool(tiny_settings(nanochat_fixtures))
+    await pool.start()
+    await pool.wait_ready()
+    yield Seen(pool)
+    await pool.close()
 
 
-@pytest.fixture
-async def url(seen, tmp_path):
-    settings = replace(seen.pool.settings, database=tmp_path / "kept.db")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def url(seen, tmp_path_factory):
+    settings = replace(seen.pool.settings, database=tmp_path_factory.mktemp("store") / "kept.db")
     store = await open_store(settings)
     async with serving(seen.pool, settings, store=store) as url:
         yield url
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def client():
+    async with aiohttp.ClientSession() as client:
+        yield client
 
 
 async def post(client, url, body, stream=False):
@@ -501,6 +516,7 @@ async def test_a_function_s_arguments_lack_the_calculator(seen, url, client):
     assert all(call["function"]["name"] == "x" for call in choice["message"].get("tool_calls", ()))
 
 
+@pytest.mark.asyncio(loop_scope="function")
 async def test_other_models_read_the_text_alone(default_model_path, started):
     """They read no calls in a message."""
     pool = await started(make_pool(Settings(model=str(default_model_path), kv_cache_memory=64 << 20)))
