@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 import tiny_training
-from bundles import write_bundle
+from bundles import TASKS, write_bundle
 from chatlm.common.config import Settings
 from chatlm.front.evals.step_work import StepWork
 from chatlm.front.pool.many import ManyModels
@@ -61,7 +61,7 @@ def asked(tmp_path, text=tiny_training.TEXT):
     (tmp_path / "text.txt").write_text(text)
     (tmp_path / "prompts.txt").write_text("the cat\nrain fell\n")
     bundle = tmp_path / "bundle"
-    bundle = bundle if bundle.exists() else write_bundle(bundle)
+    bundle = bundle if bundle.exists() else write_bundle(bundle, TASKS[:1] + TASKS[3:4])
     return dict(watch_text=str(tmp_path / "text.txt"), watch_suite=f"{bundle}:4", watch_prompts=str(tmp_path / "prompts.txt"),
                 results=str(tmp_path / "results"))
 

@@ -87,7 +87,7 @@ def template(model, versions):
 WEIGHTS = by_rename, in_place
 
 
-@pytest.mark.parametrize("change", by_day([by_rename, in_place, touched, tokenizer, template], in_place, template))
+@pytest.mark.parametrize("change", by_day([by_rename, in_place, touched, tokenizer, template], in_place))
 async def test_changed_files_end_a_dead_worker_s_answer(
         change, start, model, versions, client):
     """With an error; the next answer is of the new files."""
@@ -208,6 +208,7 @@ async def test_one_of_several_models_is_opened_anew(change, started, start, mode
         assert change is template or after == other
 
 
+@pytest.mark.slow
 async def test_changed_files_are_opened_anew_before_a_load(started, model, versions, client):
     """The model is one of several, and was unloaded."""
     models = await started(ManyModels(Settings(several=(ModelChoice(str(model), "one"), ModelChoice(str(versions[1]), "two")), **TINY), DYING))

@@ -12,9 +12,7 @@ from chatlm.common.config import PAGE_SIZE
 from chatlm.common.errors import RequestError
 from chatlm.common.messages.requests import Finished, Message, SamplingParams
 from chatlm.front.admission.prompts import PromptMaker
-from chatlm.worker.model.pages import KvType, PageLayout, group_layers
 from answers import asked
-from engines import load
 from fake_pool import FakePool, conversation, frames, serving
 from pools import collect, idle
 
@@ -182,12 +180,10 @@ async def test_limits_and_context_say_their_cuts_together(start_pool):
         assert said["timings"]["dropped_messages"] == 4
 
 
-async def test_with_little_kv_memory_answers_are_as_alone(start_pool, nanochat_fixtures):
+async def test_with_little_kv_memory_answers_are_as_alone(start_pool):
     """There is hardly any, and load."""
     roomy = await start_pool()
-    model = load(nanochat_fixtures / "gen5")
-    page = PageLayout.of(group_layers(model.architecture.by_layer, 0, apart=False), model.architecture.by_layer, KvType("float32")).page_bytes
-    pool = await start_pool(kv_cache_memory=18 * page, max_batch=8)
+    pool = await start_pool(kv_cache_memory=18 * 16_384, max_batch=8)
     assert pool.context_length == 18 * PAGE_SIZE
     requests = [asked(f"r{i}", prompts=(tuple(range(i, 120 + 10 * i)),), max_tokens=60 + 5 * i, ignore_eos=True,
                         sampling=SamplingParams(temperature=0.9, seed=i)) for i in range(8)]

@@ -151,8 +151,8 @@ async def test_an_adapter_s_answer_outlasts_its_worker(start, base, client, tmp_
     folder = adapter(base, tmp_path / "one")
     pool = await start(f"one={folder}", num_workers=2)
     async with served(pool) as url:
-        whole = await text_of(client, url, "one", max_tokens=200, ignore_eos=True)
-        asked = [text_of(client, url, name, max_tokens=200, ignore_eos=True, headers={"X-Request-Id": id})
+        whole = await text_of(client, url, "one", max_tokens=60, ignore_eos=True)
+        asked = [text_of(client, url, name, max_tokens=60, ignore_eos=True, headers={"X-Request-Id": id})
                  for name, id in [("one", "kill-decode-1"), ("one", "beside-1"), ("", "beside-2"), ("one", "beside-3")]]
         texts = await asyncio.gather(*asked)
         assert [file.name for file in struck.iterdir()] == ["kill-decode-1"]

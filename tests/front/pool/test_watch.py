@@ -566,8 +566,8 @@ async def started_alone(run_folder, step):
 async def test_an_evaluation_steps_aside_for_a_question(run_folder, watching, client, tmp_path, flag):
     """It goes on after it."""
     list(tiny_training.train(run_folder, 30, 30))
-    (tmp_path / "text.txt").write_text(tiny_training.TEXT * 60)
-    asked_for = {"watch_suite": str(write_bundle(tmp_path / "bundle")), "watch_text": str(tmp_path / "text.txt")}
+    (tmp_path / "text.txt").write_text(tiny_training.TEXT * 20)
+    asked_for = {"watch_suite": f"{write_bundle(tmp_path / 'bundle')}:8", "watch_text": str(tmp_path / "text.txt")}
     models = await watching(run_folder, **{flag: asked_for[flag]}, results=str(tmp_path / "results"),
                             stream_interval=0.0)         # a message for each step
     async with serving(models, models.settings) as url:
