@@ -5,8 +5,7 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,8 +19,11 @@ from chatlm.front.evals.items import NEAR_TIE, BadItem, ScoredSpan, examples_of,
 from chatlm.front.evals.answers_file import AnswersFile, answers_file_name
 from chatlm.front.evals.run import as_json, mean_of, run_task
 from chatlm.front.evals.scores import PoolScorer
+from forked import fork_front
+from nightly import by_day
 from openai_routes import call
 from real_server import SCRIPT, server
+from run_here import run_here
 
 # What core_eval.py at 92d63d4 finds with gpt.py at each fixture's commit, in float32 on a CPU: 1 where an item of a task of
 # write_bundle is right, of all its items or of the 6 that --max-per-task leaves
@@ -39,7 +41,7 @@ def suite(tmp_path):
     return read_suite(str(write_bundle(tmp_path / "bundle")))
 
 
-@pytest.mark.parametrize("generation", EXPECTED)
+@pytest.mark.parametrize("generation", by_day(EXPECTED, "gen1", "gen4"))
 async def test_each_item_is_judged_as_upstream_does(start_pool, suite, tmp_path, generation):
     """Among them an empty range, equal options, a single one, and numbers; with all items, and with a cut."""
     pool = await start_pool(generation=generation, source="mid" if generation == "gen1" else None)
@@ -86,7 +88,7 @@ async def test_only_a_text_the_model_continues_is_right(start_pool, tmp_path):
     ("core.yaml", "icl_tasks: [{label: choose, icl_task_type: schema, num_fewshot: [3], dataset_uri: ../../x}]", ["../../x", "eval_data"]),
     ("core.yaml", "icl_tasks: [{label: new, icl_task_type: schema, num_fewshot: [0], dataset_uri: part/who.jsonl}]", ["eval_meta_data.csv", "new"]),
     ("core.yaml", "icl_tasks: [{label: 2026-99-99}]", ["core.yaml", "icl_tasks", "month"]), ("core.yaml", "icl_tasks: [{label: 2026-01-01T99:00:00Z}]", ["core.yaml", "hour"]),
-    ("core.yaml", "[" * 5000, ["core.yaml", "icl_tasks"]), ("core.yaml", "icl_tasks: " + "{a: " * 3000, ["core.yaml", "icl_tasks"]), ("core.yaml", "icl_tasks: [" + "9" * 5000 + "]", ["core.yaml", "icl_tasks"]),
+    ("core.yaml", "[" * 1500, ["core.yaml", "icl_tasks"]), ("core.yaml", "icl_tasks: " + "{a: " * 3000, ["core.yaml", "icl_tasks"]), ("core.yaml", "icl_tasks: [" + "9" * 5000 + "]", ["core.yaml", "icl_tasks"]),
     ("core.yaml", "? [a]\n: b", ["core.yaml"]), ("core.yaml", "!!python/object/apply:os.system [true]", ["core.yaml"]), ("core.yaml", "&a [*a]", ["core.yaml"]), ("core.yaml", "\0", ["core.yaml"]),
     *[("eval_meta_data.csv", "Eval Task,Random baseline\n" + "".join(f"{task[0]},{number}\n" for task in TASKS), ["choose", "from 0 to below 100 percent"])
       for number in ("-inf", "inf", "nan", "-1", "-1e308", "1e400", "100.0")],
@@ -268,7 +270,7 @@ def test_the_eval_command_prints_a_table_or_json(nanochat_fixtures, tmp_path):
     assert lines[0] == f"== {model} (d4, sft, step 650): bundle" and [line.split()[0] for line in lines[2:8]] == ["choose", "answer", "who", "go", "odd", "CORE"]
     kept, = (tmp_path / "chat_server/evals").iterdir()
     assert kept.parent.stat().st_mode & 0o777 == 0o700 and len(kept.read_text().splitlines()) == 59
-    code, line, _ = run_eval(model, "--dtype", "float32", "--suite", bundle, "--json", "--results", tmp_path / "other", home=tmp_path)
+    code, line, _ = run_eval(model, "--dtype", "float32", "--suite", bundle, "--json", home=tmp_path)       # of the answers that are kept
     here = json.loads(line)
     assert code == 0 and here["suite"] == "bundle" and f"{here['core_metric']:.4f}" in lines[7]
     with server(model, "--dtype", "float32", "--served-model-name", "tiny") as (_, url):
@@ -290,15 +292,16 @@ def test_the_eval_command_prints_a_table_or_json(nanochat_fixtures, tmp_path):
 @pytest.mark.parametrize("words, named", [
     ((), "eval needs --suite"), (("--suite", "core"), "base_eval --eval core"), (("--suite", "x.jsonl"), "x.jsonl: No such file"),
     (("--suite", "core", "--max-per-task", "0"), "--max-per-task")])
-def test_wrong_eval_words_are_one_line_and_status_2(tmp_path, words, named):
-    done = subprocess.run([sys.executable, str(SCRIPT), "eval", *words], capture_output=True, text=True, cwd=tmp_path, timeout=60,
-                          env=os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)})
-    assert done.returncode == 2 and done.stdout == "" and named in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+def test_wrong_eval_words_are_one_line_and_status_2(tmp_path, monkeypatch, capfd, words, named):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    status, out, said = run_here(capfd, "eval", *words)
+    assert status == 2 and out == "" and named in said and len(said.splitlines()) == 1, said
 
 
 def test_a_killed_run_goes_on(nanochat_fixtures, tmp_path):
     """No item is asked twice; a name with control characters cannot write to the terminal."""
-    rows = [{"query": f"the cat {number}", "choices": ["sat", "ran on"], "gold": 0} for number in range(400)]
+    rows = [{"query": f"the cat {number}", "choices": ["sat", "ran on"], "gold": 0} for number in range(200)]
     (tmp_path / "q\x1b[31m\n.jsonl").write_text("\n".join(map(json.dumps, rows)))
     words = ["--suite", str(tmp_path / "q\x1b[31m\n.jsonl"), "--results", str(tmp_path / "kept"), "--dtype", "float32"]
 
@@ -307,18 +310,20 @@ def test_a_killed_run_goes_on(nanochat_fixtures, tmp_path):
 
     def interrupted(model, end, *more):
         """Let it answer some items, then end something."""
-        child = subprocess.Popen([sys.executable, str(SCRIPT), "eval", str(model), *words, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        with open(os.devnull, "wb") as nowhere, open(tmp_path / "said", "wb") as said:
+            child = fork_front(SCRIPT, ["eval", str(model), *words, *more], os.environ, nowhere.fileno(), said.fileno())
         begun = len(lines())
         while len(lines()) < begun + 5 and child.poll() is None:
-            pass
+            time.sleep(0.01)
         end(child)
-        return child.communicate()[1], child.returncode
+        code = child.wait(60)
+        return (tmp_path / "said").read_text(), code
 
     model = nanochat_fixtures / "gen5"
-    assert interrupted(model, lambda child: child.kill())[1] == -signal.SIGKILL and 5 <= len(lines()) < 400
+    assert interrupted(model, lambda child: child.kill())[1] == -signal.SIGKILL and 5 <= len(lines()) < 200
     code, table, _ = run_eval(model, *words, home=tmp_path)
     assert code == 0 and "\x1b" not in table and len(table.splitlines()) == 3
-    assert sorted(json.loads(line)["item"] for line in lines()) == list(range(400))
+    assert sorted(json.loads(line)["item"] for line in lines()) == list(range(200))
     with server(model, "--dtype", "float32", "--served-model-name", "tiny") as (process, url):
         errors, code = interrupted("tiny", lambda child: process.kill(), "--url", url)
     assert code in (1, 2) and url in errors.splitlines()[-1] and "Traceback" not in errors

@@ -29,6 +29,7 @@ from chatlm.front.intake.tasks import NumberedLine
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.terminal.batch import Local
 from fake_pool import FakePool, conversation, serving
+from nightly import WHOLE
 from patching import patch
 from pools import one_and_two as models     # noqa: F401  a fixture
 
@@ -255,8 +256,8 @@ SENT = {  # bodies that are parsed in a sandbox, and what becomes of them
 
 async def test_no_bytes_end_the_server_or_stay_in_memory(models):
     async with serving(models, models.settings) as url:
-        for make, status in SENT.values():
-            for route in (CHAT, "/tokenize"):
+        for number, (make, status) in enumerate(SENT.values()):
+            for route in (CHAT, "/tokenize") if WHOLE else (CHAT, "/tokenize")[number % 2:][:1]:
                 text = await post(url + route, make(random.Random(5)), status)
                 assert json.loads(text)["error"]["message"]
             assert b'"tokens"' in await post(url + "/tokenize", {"content": LARGE})
