@@ -57,7 +57,8 @@ def start_child(command, role, environment, original=start.start_child):
 
 
 def fork_child(command, environment, folder, *descriptors):
-    template = template_of(TEMPLATES.get(command[-1], ""), environment)
+    what = "box" if tuple(command[:-1]) == GPU_BOX else TEMPLATES.get(command[-1], "")
+    template = template_of(what, environment)
     return template.fork(command, environment, folder, *descriptors)
 
 
@@ -162,7 +163,8 @@ def children_of_fronts():
 class Template:
     """A process that has imported what a role needs, and forks copies of itself that run commands.
 
-    what: "torch" for workers, "downloads", "" for other children, or the path of chat_server.py for fronts and more modules."""
+    what: "torch" for workers, "box" for those of a GPU box, which load torch itself, "downloads", "" for other children, or the path of chat_server.py for
+    fronts and more modules."""
 
     def __init__(self, what, environment):
         self.lock, self.ended = threading.RLock(), {}       # of processes: the status
@@ -384,11 +386,12 @@ if __name__ == "__main__":
     die_with_parent(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     what, become = sys.argv[3], become_child
-    if what == "torch":
+    if what in ("torch", "box"):
         import_all("chatlm.worker.process", "chatlm.worker.entry", "chatlm.worker.survey", *(f"chatlm.worker.weights.{name}" for name in (
             "gguf_model", "mmproj", "nanochat", "checkpoint_model", "torch_file", "folder_model", "huggingface", "named_tokens", "trial")))
         if core.decode_core():
             import_all("decode_core.cpu_backend", "decode_core.weights")
+        import_all(*(["torch"] if what == "box" else ()))
     elif what not in ("", "downloads"):
         import_all("chat_server", *what.split()[1:])
         script = what.split()[0]

@@ -402,16 +402,16 @@ async def test_a_death_is_a_pause_in_each_api(client, url, exact):
     assert get(url + "/stats")["workers"][0]["restarts"] == 1 and len(vectors) == 8
 
 
-@pytest.mark.parametrize("path", [*BODIES, *WHOLE])
-async def test_too_many_answers_of_a_client_are_429(client, url, path):
+async def test_too_many_answers_of_a_client_are_429(client, url):
     """They are more at a time than it may have."""
     slow = BODIES[CHAT] | {"stream": True, "ignore_eos": True, "max_tokens": 4000}
     async with contextlib.AsyncExitStack() as open_streams:
         for _ in range(9):
             assert (await open_streams.enter_async_context(client.post(url + CHAT, json=slow))).status == 200
-        status, headers, text = await ask(client, url, path)
-    assert status == 429 and headers["Retry-After"] and "9" in message_of(text, path)
-    assert path != MESSAGES or json.loads(text)["error"]["type"] == "rate_limit_error"
+        for path in (*BODIES, *WHOLE):
+            status, headers, text = await ask(client, url, path)
+            assert status == 429 and headers["Retry-After"] and "9" in message_of(text, path), path
+            assert path != MESSAGES or json.loads(text)["error"]["type"] == "rate_limit_error"
 
 
 # the same request
@@ -576,7 +576,7 @@ items = st.recursive(json_values | st.sampled_from(KINDS), lambda inner: st.list
     st.sampled_from(MEMBERS), inner | st.sampled_from(KINDS), max_size=5), max_leaves=25)
 
 
-@hypothesis_settings(max_examples=150 if nightly.WHOLE else 50, deadline=None, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(max_examples=150 if nightly.WHOLE else 10, deadline=None, suppress_health_check=list(HealthCheck))
 @example(body={}, item={"type": "custom"})
 @example(body={}, item={"type": "custom", "function": {}})
 @given(body=st.dictionaries(st.sampled_from(["input", "messages", "system", "tools", "tool_choice", "text", "output_config", "instructions", "metadata"]),
@@ -659,7 +659,7 @@ relaxed = partial(hypothesis_settings, deadline=None, suppress_health_check=list
 IMPOSSIBLE = {"properties": {"n": {"type": "null"}, "a": {"pattern": "^a", "const": ""}}}
 
 
-@relaxed(max_examples=60, derandomize=True)
+@relaxed(max_examples=60 if nightly.WHOLE else 30, derandomize=True)
 @example(asked=(odd_bodies.required_call({"name": "f", "parameters": IMPOSSIBLE}), "glm tags"), seed=0)
 @odd
 def test_odd_tools_are_answered_or_refused_by_name(asked, seed):
@@ -676,7 +676,7 @@ def test_many_odd_tools_are_answered_or_refused(asked, seed):
     check_odd_body(asked, seed)
 
 
-@pytest.mark.parametrize("examples", [60, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
+@pytest.mark.parametrize("examples", [30, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
 async def test_no_odd_tools_or_formats_give_5xx(examples):
     pool = FakePool()
     pool.tokenizer = Letters()
@@ -1144,9 +1144,10 @@ SEA = "Write a poem about the sea."
 
 @pytest.mark.parametrize("path, body, ends", [
     (CHAT, {"max_tokens": 300}, lambda reply: (reply["choices"][0]["finish_reason"], reply["choices"][0]["stop_reason"], reply["usage"]["completion_tokens"])),
-    (RESPONSES, {"max_output_tokens": 300, "input": SEA}, lambda reply: (reply["status"], "repetition", reply["usage"]["output_tokens"])),
-    (MESSAGES, {"max_tokens": 300}, lambda reply: (reply["stop_reason"], "repetition", reply["usage"]["output_tokens"])),
-    ("/api/chat", {"max_tokens": 300, "stream": False}, lambda reply: (reply["done_reason"], "repetition", reply["eval_count"]))])
+    # by day test_ignored.py shows that these read the field
+    pytest.param(RESPONSES, {"max_output_tokens": 300, "input": SEA}, lambda reply: (reply["status"], "repetition", reply["usage"]["output_tokens"]), marks=pytest.mark.slow),
+    pytest.param(MESSAGES, {"max_tokens": 300}, lambda reply: (reply["stop_reason"], "repetition", reply["usage"]["output_tokens"]), marks=pytest.mark.slow),
+    pytest.param("/api/chat", {"max_tokens": 300, "stream": False}, lambda reply: (reply["done_reason"], "repetition", reply["eval_count"]), marks=pytest.mark.slow)])
 async def test_a_repeating_answer_ends_in_every_api(client, url, path, body, ends):
     """What the default model writes at temperature 0 about the sea goes round in circles after 220 tokens."""
     asked = ({} if "input" in body else {"messages": [{"role": "user", "content": SEA}]}) | {"temperature": 0} | body
@@ -1177,7 +1178,9 @@ async def test_a_repeating_answer_ends_in_every_api(client, url, path, body, end
         {"type": "json_object", "value": {"enum": ["Kyoto"]}}, {"type": "json", "value": {"enum": ["Kyoto"]}}, {"type": "json_schema", "value": {"name": "x", "schema": {"enum": ["Kyoto"]}}},
         {"type": "json_object", "json_schema": {"schema": {"enum": ["Kyoto"]}}}, {"type": "json_object", "schema": {"enum": ["Kyoto"]}, "value": {"enum": ["Kyoto"]}})),
     ({"response_format": {"type": "regex", "value": "[0-9]{3}/[a-c]"}}, None)])
-async def test_a_constraint_is_kept_in_whatever_words(client, url, constraint, fits):
+async def test_a_constraint_is_kept_in_whatever_words(client, url, tiny_url, constraint, fits):
+    if "guided_choice" not in constraint and "guided_regex" not in constraint:      # words are read before the model has its part
+        url = tiny_url
     for path in (CHAT, "/v1/completions"):
         text = whole_text(json.loads((await ask(client, url, path, **constraint, temperature=1, seed=1, max_tokens=20))[2]))
         assert text in fits if fits else re.fullmatch("[0-9]{3}/[a-c]", text), text

@@ -7,7 +7,6 @@ from chatlm.common.errors import RequestError
 from chatlm.common.messages.protocol import Known
 from chatlm.front.api.readers import read_answer
 from openai_routes import call, need_exact
-from real_server import server
 
 CHAT, OLLAMA, RESPONSES = "/v1/chat/completions", "/api/chat", "/v1/responses"
 HI = {"role": "user", "content": "What is the capital of Japan?"}
@@ -18,9 +17,8 @@ KNOWN = Known(Settings(seed=1), "tagged")
 
 
 @pytest.fixture(scope="module")
-def url(default_model_path):
-    with server(default_model_path) as (_, url):
-        yield url
+def url(default_url):
+    return default_url
 
 
 def asked(url, path=CHAT, most=30, **changes):

@@ -30,9 +30,8 @@ TEXTS = ["The cat sat on the mat.", "A kitten rested on a rug.", "Stock markets 
 
 
 @pytest.fixture(scope="module")
-def url(default_model_path):
-    with server(default_model_path) as (_, url):
-        yield url
+def url(default_url):
+    return default_url
 
 
 @pytest.fixture(scope="module")

@@ -509,15 +509,14 @@ def test_a_gguf_with_ids_fills_a_gap(tmp_path):
         assert completed(url)["usage"]["prompt_tokens"] == 3 + 6 + 7
 
 
-def test_without_the_tokens_http_says_so(nanochat_fixtures):
+def test_without_the_tokens_http_says_so(tiny_url):
     """A model without the tokens says so over HTTP."""
-    with server(nanochat_fixtures / "gen5") as (_, url):
-        for path, body in (("/infill", GAP), ("/v1/completions", {"prompt": "a", "suffix": "b"}), ("/api/generate", {"prompt": "a", "suffix": "b"})):
-            for padding in ("", "x" * 100_000):
-                status, _, text = post(url, path, body | {"padding": padding})
-                assert status == 400 and "its tokenizer has no prefix, suffix and middle tokens" in text
-        assert json.loads(post(url, "/infill", GAP)[2])["error"]["code"] == "infill_not_supported"
-        assert "insert" not in json.loads(post(url, "/api/show", {})[2])["capabilities"]
+    for path, body in (("/infill", GAP), ("/v1/completions", {"prompt": "a", "suffix": "b"}), ("/api/generate", {"prompt": "a", "suffix": "b"})):
+        for padding in ("", "x" * 100_000):
+            status, _, text = post(tiny_url, path, body | {"padding": padding})
+            assert status == 400 and "its tokenizer has no prefix, suffix and middle tokens" in text
+    assert json.loads(post(tiny_url, "/infill", GAP)[2])["error"]["code"] == "infill_not_supported"
+    assert "insert" not in json.loads(post(tiny_url, "/api/show", {})[2])["capabilities"]
 
 
 def test_a_base_model_continues_a_large_question(tmp_path):

@@ -25,8 +25,8 @@ BODIES = {  # of each route; what makes one large comes to it
     "/api/show": {}, "/tokenize": {"content": "hello"}, "/detokenize": {"tokens": [1, 2]}, "/apply-template": {"messages": HI},
     "/models/load": {}, "/models/unload": {}, "/v1/compare": {"messages": HI, "max_tokens": 2, "ignore_eos": True, "variants": [{"model": name} for name in ("one", "two") * 4]}}
 UNABLE = "/infill", "/v1/rerank", "/rerank", "/v2/rerank", "/reranking", "/v1/reranking", "/v1/score", "/score"     # routes of other models
-MANY = {"query": "hello " * 50_000, "documents": ["hello"] * 20_000, "text_1": "hello " * 50_000, "text_2": ["hello"] * 20_000, "inputs": "hello " * 50_000,
-        "messages": HI * 30_001, "prompt": "hello " * 50_000, "input": "hello " * 50_000, "content": "hello " * 50_000, "tokens": [1] * 50_000}
+MANY = {"query": "hello " * 20_000, "documents": ["hello"] * 20_000, "text_1": "hello " * 20_000, "text_2": ["hello"] * 20_000, "inputs": "hello " * 20_000,
+        "messages": HI * 30_001, "prompt": "hello " * 20_000, "input": "hello " * 20_000, "content": "hello " * 20_000, "tokens": [1] * 40_000}
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ async def test_no_large_body_is_parsed_on_the_event_loop(models, client, parsed_
     """Every route, with padding that no reader wants, and with much of what it reads."""
     async with serving(models, models.settings) as url:
         for route, body in BODIES.items():
-            large = [body | {"model": "two", "padding": ["x"] * 50_000}]
+            large = [body | {"model": "two", "padding": ["x"] * 20_000}]
             large += [body | {"model": "two", name: MANY[name]} for name in body if name in MANY]
             for number, asked in enumerate(large):
                 data = json.dumps(asked).encode()

@@ -8,7 +8,6 @@ from chatlm.common.config import Settings
 from chatlm.common.messages.protocol import Known
 from chatlm.front.api.readers import read_answer
 from openai_routes import call, need_exact
-from real_server import server
 
 MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 HI = "What is the capital of Japan?"
@@ -17,9 +16,8 @@ FORM = {"type": "json_schema", "schema": SCHEMA}
 
 
 @pytest.fixture(scope="module")
-def url(default_model_path):
-    with server(default_model_path) as (_, url):
-        yield url
+def url(default_url):
+    return default_url
 
 
 def asked(url, content, path=MESSAGES, **changes):

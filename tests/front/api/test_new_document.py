@@ -11,13 +11,11 @@ from chatlm.common.text.tokenizer import Tokenizer
 from chatlm.front.api.readers import read_answer
 from fake_pool import Letters
 from openai_routes import COMPLETIONS, call, need_exact
-from real_server import server
 
 
 @pytest.fixture(scope="module")
-def url(default_model_path):
-    with server(default_model_path) as (_, url):
-        yield url
+def url(default_url):
+    return default_url
 
 
 def written(url, **body):
@@ -44,11 +42,10 @@ def test_an_empty_prompt_is_refused_as_empty(url):
         assert status == 400 and "prompt" in answer["error"]["message"], answer
 
 
-def test_a_nanochat_checkpoint_begins_with_bos(nanochat_fixtures):
-    with server(nanochat_fixtures / "gen5") as (_, url):
-        need_exact(url)
-        tokens = call(url, "/tokenize", {"content": "<|bos|>"})[2]["tokens"]
-        assert written(url, max_tokens=5) == written(url, max_tokens=5, prompt=tokens) and len(tokens) == 1
+def test_a_nanochat_checkpoint_begins_with_bos(tiny_url):
+    need_exact(tiny_url)
+    tokens = call(tiny_url, "/tokenize", {"content": "<|bos|>"})[2]["tokens"]
+    assert written(tiny_url, max_tokens=5) == written(tiny_url, max_tokens=5, prompt=tokens) and len(tokens) == 1
 
 
 class Marked(Letters):

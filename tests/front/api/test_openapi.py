@@ -23,6 +23,7 @@ from chatlm.front.server.describe import openapi_document
 from chatlm.worker.weights.nanochat import read_nanochat_tokenizer
 from answers import ending, said
 from fake_pool import FakePool, serving
+from nightly import WHOLE
 from pools import PlayedWorker
 
 METHODS = ["GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH", "TRACE", "BREW"]
@@ -177,7 +178,7 @@ plain_values = st.recursive(
     | st.fixed_dictionaries({"function": FUNCTION}), max_leaves=8)
 
 
-@hypothesis_settings(max_examples=400, deadline=None)
+@hypothesis_settings(max_examples=400 if WHOLE else 100, deadline=None)
 @given(value=plain_values)
 def test_a_field_is_read_or_refused_by_its_name(value):
     """A value that the schema allows never breaks the parser, and the bounds in /openapi.json are the
@@ -202,7 +203,7 @@ odd_headers = st.dictionaries(
                      "Connection", "If-Range", "Host"]),
     st.text(st.characters(min_codepoint=32, max_codepoint=255), max_size=12).map(str.strip) | st.sampled_from(
         ["bytes=0-", "bytes=9-1,-5", "gzip", "100-continue", "W/\"x\"", "close", "cross-site", "null", "multipart/form-data"]), max_size=3)
-relaxed = hypothesis_settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+relaxed = hypothesis_settings(max_examples=150 if WHOLE else 50, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def check(status, answer):

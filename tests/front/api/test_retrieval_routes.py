@@ -228,7 +228,7 @@ def test_bad_bodies_of_rerankers_are_named(url, path, body, words):
     ({"input": "a", "dimensions": 0}, "dimensions must be an integer of at least 1"), ({"input": "a", "dimensions": 65}, "from 32 to 64, not 65"),
     ({"input": "a", "dimensions": "32"}, "dimensions must be an integer"), ({"input": "a", "prompt_name": "nope\x07"}, 'one of "query", "document"'),
     ({"input": "a", "pooling": "mean"}, 'pooling must be "last", for which this model was trained'), ({"input": ["a"] * 2049}, "2,048"), ({"input": ["a", ""]}, "input[1] is empty"),
-    ({"input": [["a"]]}, "input must be"), ({"input": ["x" * 9] * 2048}, None), *(pytest.param({"input": input}, None, marks=pytest.mark.slow) for input in (["x" * 90] * 2048, [[1] * 99] * 2048))])
+    ({"input": [["a"]]}, "input must be"), ({"input": ["x"] * 2048}, None), *(pytest.param({"input": input}, None, marks=pytest.mark.slow) for input in (["x" * 90] * 2048, [[1] * 99] * 2048))])
 def test_bad_bodies_of_embedders_are_named(url, body, words):
     """They are refused."""
     if words is None:
@@ -276,7 +276,7 @@ def test_a_vector_is_the_same_beside_anything(url):
 async def test_vectors_outlast_lost_clients_and_workers(running, client):
     """A request whose client vanishes ends; one whose worker dies is answered by the next worker, with the same vectors."""
     _, url = running
-    texts = [f"text {number} " * 9 for number in range(700)]
+    texts = [f"text {number} " * 9 for number in range(300)]
     before = embedded(url, input=texts[:40])
     for _ in range(3):
         host, port = url.removeprefix("http://").split(":")
