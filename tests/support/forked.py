@@ -50,7 +50,7 @@ def start_child(command, role, environment, original=start.start_child):
 
 
 def fork_child(command, environment, folder, *descriptors):
-    template = template_of("torch" if command[-1] in ("worker", "survey") else "", environment)
+    template = template_of("torch" if command[-1] in ("worker", "survey", "doctor") else "", environment)
     return template.fork(command, environment, folder, *descriptors)
 
 
