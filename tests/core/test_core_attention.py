@@ -159,7 +159,7 @@ SHAPES = [(9, 3, 64), (32, 8, 128), (16, 1, 80), (7, 1, 256), (4, 4, 16), (5, 1,
 # ---- paged_attention: values
 
 KIND_OF_SHAPE = [(kind, *shape) for shape in SHAPES for kind in ("float32", "float16", "bfloat16")]
-ONE_KIND_EACH = [KIND_OF_SHAPE[3 * number + number % 3] for number in range(len(SHAPES))]       # by day
+ONE_KIND_EACH, OTHER_KIND_EACH = ([KIND_OF_SHAPE[3 * number + (number + other) % 3] for number in range(len(SHAPES))] for other in (0, 1))     # by day
 
 
 @pytest.mark.parametrize("kind, H, Hkv, D", by_day(KIND_OF_SHAPE, *ONE_KIND_EACH))
@@ -262,7 +262,7 @@ def batch_over(cache, sequence, rng, H, decode, chunks, longest):
     return cache, tables, lengths, starts, numpy.concatenate(queries)
 
 
-@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize("window", by_day([0, 100], 100))
 @pytest.mark.parametrize("kind, H, Hkv, D", by_day([("float16", 9, 3, 64), ("float32", 4, 4, 48), ("bfloat16", 14, 2, 64)], ("float16", 9, 3, 64)))
 def test_a_row_s_bits_do_not_depend_on_the_batch(isa, threads, window, kind, H, Hkv, D):
     """The same bits alone, in a batch, in a chunk of a prompt or one by one, on one thread or two."""
@@ -280,15 +280,15 @@ def test_a_row_s_bits_do_not_depend_on_the_batch(isa, threads, window, kind, H, 
 
 def test_chunks_of_a_prompt_may_be_cut_anywhere(isa):
     rng = numpy.random.default_rng(4)
-    cache = Cache(40, 3, 64, "float16")
-    pages, q = sequence(rng, cache, 600, 600, 9, list(range(40)))
+    cache = Cache(40, 1, 64, "float16")
+    pages, q = sequence(rng, cache, 600, 600, 3, list(range(40)))
     whole = attend(q, cache, [pages], [600], [0, 600])
     for cuts in ((0, 1, 5, 260, 600), (0, 256, 512, 600), (0, 255, 257, 300, 600)):
         parts = [attend(q[a:b], cache, [pages], [b], [0, b - a]) for a, b in zip(cuts, cuts[1:])]
         assert (bits(numpy.concatenate(parts)) == bits(whole)).all()
 
 
-@pytest.mark.parametrize("window", [0, 1100])
+@pytest.mark.parametrize("window", by_day([0, 1100], 1100))
 def test_rows_beyond_a_cache_have_their_bits_alone(isa, window):
     """Rows that take turns at more keys than a cache holds have the bits of each alone."""
     rng = numpy.random.default_rng(8)
@@ -302,7 +302,7 @@ def test_rows_beyond_a_cache_have_their_bits_alone(isa, window):
         assert (bits(alone[0]) == bits(together[row])).all(), row
 
 
-@pytest.mark.parametrize("kind, H, Hkv, D", by_day(KIND_OF_SHAPE, *KIND_OF_SHAPE[1::2]))
+@pytest.mark.parametrize("kind, H, Hkv, D", by_day(KIND_OF_SHAPE, *OTHER_KIND_EACH))
 def test_every_instruction_set_gives_the_same_bits(kind, H, Hkv, D):
     rng = numpy.random.default_rng(5)
     cache, tables, lengths, starts, q = a_batch(rng, kind, H, Hkv, D, decode=3, chunks=(20, 3))
@@ -803,7 +803,7 @@ def packed_batch(rng, H=9, Hkv=3, D=64, decode=20, chunks=(40, 7, 260)):
     return batch_over(PackedCache(900, Hkv, D), packed_sequence, rng, H, decode, chunks, 600)
 
 
-@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize("window", by_day([0, 100], 0))
 def test_packed_pages_keep_a_row_s_bits(isa, threads, window):
     """A row's bits depend on nothing else in the batch."""
     cache, tables, lengths, starts, q = packed_batch(numpy.random.default_rng(3))
@@ -888,8 +888,10 @@ def test_a_head_that_cannot_be_turned_is_an_error(size):
 
 # ---- on every machine
 
-@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16", "q8_0"])
-@pytest.mark.parametrize("H, Hkv, D", [(9, 3, 64), (4, 2, 128), (7, 1, 32)])
+ON_RECORD = [(kind, *shape) for kind in ("float32", "float16", "bfloat16", "q8_0") for shape in ((9, 3, 64), (4, 2, 128), (7, 1, 32))]
+
+
+@pytest.mark.parametrize("kind, H, Hkv, D", by_day(ON_RECORD, *ON_RECORD[::4], ON_RECORD[-1]))        # each kind and each shape
 def test_attention_has_the_bits_of_record(isa, kind, H, Hkv, D):
     """Attention and its cache have the bits of record."""
     generator, T, pages = exact(H), 300, list(range(19))[::-1]

@@ -8,7 +8,7 @@ import pytest
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
 from core_settings import usual_settings  # noqa: E402, F401
 from instruction_sets import ISAS, SOME_ISAS  # noqa: E402
-from nightly import by_day  # noqa: E402
+from nightly import WHOLE, by_day  # noqa: E402
 from record import agree, exact  # noqa: E402
 
 PAGES, PAGE, IDS = 48, 16, 64
@@ -91,11 +91,11 @@ SIZES = {"GLM-4.7-Flash": (20, 512, 64, 192, 256), "Lite": (16, 512, 64, 128, 12
          "values above 512": (9, 544, 32, 16, 16)}
 
 
-@pytest.mark.parametrize("name, adjacent", by_day(itertools.product(SIZES, (True, False)), ("GLM-4.7-Flash", False), *itertools.product(
-    ("small", "17 heads", "values above 512"), (True, False))))
+@pytest.mark.parametrize("name, adjacent", by_day(itertools.product(SIZES, (True, False)), ("GLM-4.7-Flash", False), ("small", True), ("small", False),
+                                                  ("17 heads", True), ("values above 512", False)))
 def test_a_step_is_the_formula(name, adjacent):
     """A step in chunks is the formula, in the sizes of published models and in odd ones."""
-    text = TEXT[:40] if name == "V3" else TEXT
+    text = TEXT[:40] if name == "V3" else TEXT if WHOLE or name != "GLM-4.7-Flash" else TEXT[:80]      # two chunks
     layer = Latents(*SIZES[name], adjacent=adjacent)
     want = layer.formula(text)
     assert np.abs(layer.whole(text, TABLE, 64) - want).max() < 2e-5 * np.abs(want).max()
@@ -103,7 +103,7 @@ def test_a_step_is_the_formula(name, adjacent):
 
 @pytest.mark.parametrize("name, cache, tolerance", by_day(
     [(name, *own) for name in ("even", "GLM-4.7-Flash") for own in (("float16", 2e-3), ("float32", 2e-5), ("uint8", 3e-2))],
-    ("even", "float16", 2e-3), ("even", "float32", 2e-5), ("even", "uint8", 3e-2), ("GLM-4.7-Flash", "uint8", 3e-2)))
+    ("even", "float16", 2e-3), ("even", "float32", 2e-5), ("even", "uint8", 3e-2)))
 def test_pages_may_have_any_type(name, cache, tolerance):
     """Pages of floats, and of q8_0 (uint8), whose parts are powers of two."""
     layer = Latents(*{"even": (3, 64, 32, 32, 16)}.get(name) or SIZES[name], cache=cache)

@@ -603,8 +603,8 @@ def test_a_step_has_the_bits_of_its_ops_one_by_one(name, tokens, logit_rows):
     model, recorded = MODELS[name], Recorded(name)
     buffers, cache = model.buffers(), model.make_cache()
     rounds = [*enumerate(SCHEDULES if SHARE > 0.05 else SCHEDULES[1::3])]          # few under the sanitizers
-    if SHARE < 1:                                           # of many tokens every other one by day
-        rounds = {21: rounds[1::2], 33: rounds[::2]}.get(tokens, rounds)
+    if SHARE < 1:                                           # by day each number of tokens meets each schedule with a third of the models
+        rounds = rounds[([*MODELS].index(name) + [*MIXES].index(tokens)) % 3::3]
     for round, (threads, *schedule) in rounds:
         decode_core.set_isa(ISAS[round % len(ISAS)])
         step = make_step(model, MIXES[tokens], logit_rows, seed=round)
@@ -872,8 +872,8 @@ def decode_alone(recorded, tables, prompts, count, pipelined):
     return tokens
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name, threads", by_day([(name, threads) for name in MODELS for threads in (1, 2)],
+                                                 *((name, 1 + number % 2) for number, name in enumerate(MODELS))))
 def test_a_step_may_take_ids_of_a_running_one(name, threads):
     """A step may take its ids from the one before, which still runs."""
     decode_core.set_threads(threads)

@@ -9,6 +9,7 @@ from hypothesis import example, given, settings as bounds, strategies as st
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
 few_bits = pytest.importorskip("few_bits", exc_type=ImportError, reason="gguf is not installed")
 from instruction_sets import ISAS  # noqa: E402
+from nightly import WHOLE, by_day  # noqa: E402
 
 WIDE = [name for name in ISAS if name.startswith("amx-")]
 # Where the float16 of a block lie: any finite number may stand there
@@ -31,7 +32,7 @@ def blocks_of(kind, rows, columns, seed, constant, exponent):
     return blocks.reshape(rows, -1)
 
 
-@bounds(max_examples=25, deadline=None)
+@bounds(max_examples=25 if WHOLE else 6, deadline=None)
 @example(seed=0, rows=35, blocks=3, texts=25, constant=0, exponent=0, spread=4.0)             # the largest magnitudes of q3_k, of two tiles together
 @example(seed=1, rows=32, blocks=1, texts=17, constant=None, exponent=0, spread=0.0)
 @given(seed=st.integers(0, 1 << 20), rows=st.sampled_from([1, 7, 16, 19, 35]), blocks=st.integers(1, 6), texts=st.sampled_from([1, 2, 5, 9, 17, 137]),
@@ -68,7 +69,7 @@ def test_tiles_multiply_as_the_reference_says(kind, seed, rows, blocks, texts, c
     assert (np.abs(out - x.astype(np.float64) @ w.astype(np.float64).T) <= bound + 1e-30).all()
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", by_day([1, 2], 2))
 @pytest.mark.parametrize("kind", ["iq3_xxs", "iq2_xs", "iq1_m", "q2_k", "q3_k", "q1_0", "q2_0"])
 @pytest.mark.parametrize("isa", [decode_core.info()["isa"], *WIDE], ids=["best", *WIDE])
 def test_rows_keep_their_bits_however_divided(isa, kind, threads):

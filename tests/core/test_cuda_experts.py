@@ -188,7 +188,7 @@ def test_a_wrong_expert_argument_is_named(gpu):
 # --- the op ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gates, ups, downs", [("q4_k", "q4_k", "q6_k"), ("mxfp4", "mxfp4", "mxfp4"), ("q5_k", "iq4_xs", "q8_0")])
+@pytest.mark.parametrize("gates, ups, downs", by_day([("q4_k", "q4_k", "q6_k"), ("mxfp4", "mxfp4", "mxfp4"), ("q5_k", "iq4_xs", "q8_0")], ("q5_k", "iq4_xs", "q8_0")))
 @pytest.mark.parametrize("rows", by_day([1, 5, 33], 5))
 def test_experts_compute_what_their_reference_does(gpu, gates, ups, downs, rows):
     """Also where gates are of another type than ups."""

@@ -10,7 +10,7 @@ from chatlm.worker.ops.latent import absorb_reference, append_latents_reference,
 from chatlm.worker.weights.model_of import model_of
 from engines import load, run
 from families import MODELS
-from nightly import by_day
+from nightly import WHOLE, by_day
 from tiny_specs import family_config, family_spec, spec_of
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no compiled core is installed")
@@ -243,7 +243,7 @@ def test_families_of_latents_answer_as_references(emulation_library, nanochat_fi
     model = latent_model(name, nanochat_fixtures)
     assert not_compiled(model_of(model[0]), "cuda") == ""
     assert ("scale of queries by their position" in left_to_torch(model_of(model[0]), "cuda")) is (name == "mistral4")
-    works = [work for work in some_works(model[0].vocab_size, 4, 3) if len(work.prompt_ids) < 100 or not model[0].experts]
+    works = [work for work in some_works(model[0].vocab_size, 4 if WHOLE else 3, 3) if len(work.prompt_ids) < 100 or WHOLE and not model[0].experts]
     expected = run(engine_on(load_kernels("cpu"), model), works)
     rows = 2 if model[0].experts else None      # which draft nothing
     engine = cuda_engine(backends.Emulated(emulation_library), model, monkeypatch, max_batch=2, max_rows=rows, prefill_chunk=12)
@@ -276,7 +276,7 @@ def test_latents_in_8_bits_are_computed_by_torch(emulation_library, nanochat_fix
     """As over chat_server's own cache, in graphs too; padding writes nothing."""
     spec = spec_of(family_config("youtu", kv_lora_rank=64, qk_rope_head_dim=32))        # both parts are powers of two
     model = latent_model(spec, nanochat_fixtures)
-    options = dict(max_batch=2, kv=KvType("float32", packed=True))
+    options = dict(max_batch=2, max_rows=2, kv=KvType("float32", packed=True))
     engine = cuda_engine(backends.Emulated(emulation_library), model, monkeypatch, **options)
     reference = engine_on(load_kernels("cpu"), model, **options)
     assert engine.kernels.backend.latents.packed
@@ -297,7 +297,7 @@ def test_wrong_kernels_of_latents_give_way(emulation_library, nanochat_fixtures,
     works = some_works(model[0].vocab_size, 3, 6)[::2]
     expected = run(engine_on(load_kernels("cpu"), model), works)
     wrong = type("WrongOps", (backends.EmulatedOps,), {kernel: refuse})
-    engine = cuda_engine(backends.Emulated(emulation_library, wrong, faults=[op]), model, monkeypatch, max_batch=2)
+    engine = cuda_engine(backends.Emulated(emulation_library, wrong, faults=[op]), model, monkeypatch, max_batch=2, max_rows=2)
     assert f"decode_core's {op} on cpu: raises RuntimeError: CUDA: no kernel image" in caplog.text
     same_answers(expected, answers(engine, works))
     assert engine.steps.queue.replays > 3

@@ -35,6 +35,10 @@ def refuse(result):
     raise RuntimeError("CUDA: no kernel image is available for execution on the device")
 
 
+def add_one(result):
+    result.add_(1)
+
+
 def only_in_bfloat16(result):
     if result.dtype == torch.bfloat16:
         result.mul_(1.1)
@@ -88,10 +92,11 @@ def assert_reference_answers(engine, fixture, monkeypatch):
         assert_same_tokens_or_near_tie(traced, SimpleNamespace(tokens=got, gaps=traced.gaps), MARGIN)
 
 
-@pytest.mark.parametrize("how, said", [
-    (lambda result: result.add_(1), None), (refuse, "raises RuntimeError: CUDA: no kernel image"),
-    pytest.param(one_value, None, marks=pytest.mark.slow), pytest.param(spoil_all, None, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("op", by_day(["linear", "rope_append", "paged_attention", "sample"], "linear", "sample"))
+WRONG = [(op, how, said) for op in ("linear", "rope_append", "paged_attention", "sample")
+         for how, said in ((add_one, None), (refuse, "raises RuntimeError: CUDA: no kernel image"), (one_value, None), (spoil_all, None))]
+
+
+@pytest.mark.parametrize("op, how, said", by_day(WRONG, WRONG[0], WRONG[13]))       # a wrong `linear`, a `sample` that raises
 def test_a_wrong_kernel_gives_way_to_its_reference(
         emulation_library, nanochat_fixtures, monkeypatch, caplog, op, how, said):
     """A kernel that is wrong or raises is replaced by its reference and named."""
@@ -147,7 +152,7 @@ class FailingQueue(backends.HostQueue):
         return super().capture(work)
 
 
-@pytest.mark.parametrize("most, failed", [(2, 1), (0, 3)])
+@pytest.mark.parametrize("most, failed", by_day([(2, 1), (0, 3)], (2, 1)))
 def test_steps_without_a_graph_run_op_by_op(emulation_library, nanochat_fixtures, monkeypatch, caplog,
                                             most, failed):
     """Steps whose graph cannot be captured run op by op."""

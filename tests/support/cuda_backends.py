@@ -20,6 +20,7 @@ from chatlm.worker.ops.basic import linear_reference
 from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.recipe import ModelSpec
 from emulated_core import EmulatedCore
+from nightly import WHOLE
 
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="the compiled core is not installed")
 from decode_core import proof  # noqa: E402
@@ -190,9 +191,17 @@ def sizes_of(spec):
     return core_sizes(model_of(spec)) if isinstance(spec, ModelSpec) else spec
 
 
+def prove_experts_of_some_types(backend, device):
+    """What proves each type of experts, for two packed ones and floats: a type takes half a second in the emulation."""
+    with pytest.MonkeyPatch.context() as patch:
+        some = {kind: proof.cuda.BLOCKS[kind] for kind in ("mxfp4", "q4_k")}
+        patch.setattr(proof, "cuda", SimpleNamespace(FLOATS=("bfloat16",), BLOCKS=some))
+        return proof.prove_experts(backend, device)
+
+
 class Emulated:
     name, device = "emulation", torch.device("cpu")
-    right = set()       # (library, op) of what was proved with matrices of its own, which are the same for all models
+    right = set()       # (library, op, sizes) of what was proved; with matrices of its own, which are the same for all models: (library, op, None)
 
     def __init__(self, library, ops=EmulatedOps, faults=(), products=False):
         """`faults`: the ops of the class `ops` that must be found wrong, and no others. products: emulate those of floats too."""
@@ -203,15 +212,18 @@ class Emulated:
         return self.made(sizes_of(spec), for_decode_core(), self.ops, stream=lambda: 0, device=self.device)
 
     def kernels(self, spec):
-        """The kernels that load_kernels chooses for CUDA. Of what is right, the process proves once what is proved alike for all models."""
+        """The kernels that load_kernels chooses for CUDA. What is right the process proves once for models of the same sizes, or for all."""
         backend = self.backend(spec)
-        proofs = {op: prove for op, prove in proof.CUDA_PROOFS.items() if op in self.faults or (self.library, op) not in self.right}
+        alike = {"linear", "experts"} if backend.spec.experts else {"linear"}
+        keys = {op: (self.library, op, None if op in alike else backend.spec) for op in proof.CUDA_PROOFS}
+        proofs = {op: prove for op, prove in proof.CUDA_PROOFS.items() if op in self.faults or keys[op] not in self.right}
+        if "experts" in proofs and not WHOLE:
+            proofs["experts"] = prove_experts_of_some_types
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(proof, "CUDA_PROOFS", proofs)
             kernels = replace(load_kernels("cpu"), **backend.ops(0, 0, None), backend=backend)
         assert {*backend.faults} == self.faults, backend.faults
-        alike = {"linear", "experts"} if backend.spec.experts else {"linear"}
-        self.right.update((self.library, op) for op in alike & proofs.keys() - self.faults)
+        self.right.update(keys[op] for op in proofs.keys() - self.faults)
         return kernels
 
     def queue(self):

@@ -43,7 +43,7 @@ READ_LATER = "TORCHINDUCTOR_CACHE_DIR", start.NICENESS
 # A worker that is killed or stopped at an exact moment, and checks its KV cache after every step
 DYING = sys.executable, str(Path(__file__).with_name("dying_worker.py"))
 GPU_BOX = sys.executable, str(Path(__file__).with_name("gpu_box_worker.py"))
-TEMPLATES = {"worker": "torch", "survey": "torch", "quantize": "torch", "imatrix": "torch", "hub": "downloads"}     # of roles; see Template
+TEMPLATES = {"worker": "torch", "survey": "torch", "doctor": "torch", "quantize": "torch", "imatrix": "torch", "hub": "downloads"}     # of roles; see Template
 templates, making = {}, threading.Lock()
 
 

@@ -1,11 +1,11 @@
-"""Loads mutations of good model files: `mutate_models.py KIND SEED COUNT FOLDER`, which forked.py starts, with little memory.
+"""Loads mutations of good model files: `mutate_models.py KIND SEED COUNT FOLDER`, which forked.py starts, with little memory. For the
+kind `packed` FOLDER/packed has good folders.
 
 Each file must become a model that answers, or a ConfigError of one line. Anything else ends the process: a
 traceback, SIGALRM when a load takes 30 s, a MemoryError when it takes a GiB. The last line printed names the
 mutation.
 """
 
-import functools
 import gc
 import json
 import os
@@ -14,7 +14,6 @@ import resource
 import shutil
 import signal
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resolve().parents[2]))
@@ -111,15 +110,6 @@ def mutate_nanochat(dice, folder, good=Path(__file__).parents[1] / "fixtures/nan
     return base
 
 
-@functools.cache
-def packed_base(name):
-    """A folder with weights packed in one way, made once."""
-    from families import make_model
-    from packers import packed_model
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
-    return packed_model(make_model("llama3.1", **sizes), Path(tempfile.mkdtemp()) / name, name)[0]
-
-
 def changed_tensor(dice, tensor):
     """A tensor of another type or shape, or with other bytes: NaN, groups, zero points and codes out of range."""
     how = dice.choice(["type", "shape", "bytes", "bytes", "bytes", "flat", "none"])
@@ -137,9 +127,8 @@ def changed_tensor(dice, tensor):
 
 
 def mutate_packed(dice, folder):
-    """A folder of packed weights in which some settings, or some tensors, are changed, missing or called otherwise."""
-    from packers import PACKED
-    base = shutil.copytree(packed_base(dice.choice([*PACKED])), folder / "base")
+    """A folder of packed weights, of those in `packed`, in which some settings, or some tensors, are changed, missing or called otherwise."""
+    base = shutil.copytree(dice.choice(sorted((folder.parent / "packed").iterdir())), folder / "base")
     if dice.random() < 0.4:
         found = json.loads((base / "config.json").read_text())
         config = found["quantization_config"]
@@ -180,8 +169,6 @@ def main(kind, seed, count, folder):
     dice, models = random.Random(int(seed)), 0
     mutate = {"gguf": mutate_gguf, "nanochat": mutate_nanochat, "packed": mutate_packed}[kind]
     torch.set_num_threads(1)
-    if kind == "packed":
-        packed_base("awq")          # imports what takes memory
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, mapped + MEMORY))
     with torch.inference_mode():

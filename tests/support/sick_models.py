@@ -20,7 +20,7 @@ from chatlm.worker.doctor.checks import CHECKS
 from chatlm.worker.doctor.examine import findings_of, labelled
 from chatlm.worker.doctor.patient import Patient
 from chatlm.worker.weights.gguf_header import FileHeader, Texts
-from tiny_gguf import gguf_bytes, packed_text, packed_value, random_llama, sentencepiece_metadata, tensor_info
+from tiny_gguf import gguf_bytes, packed_text, packed_value, random_llama, sentencepiece_metadata, small_gguf_metadata, tensor_info
 
 NUMBERS = {"llama.block_count": 1, "llama.context_length": 2048, "llama.embedding_length": 64, "llama.feed_forward_length": 128,
            "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2, "llama.attention.layer_norm_rms_epsilon": 1e-5,
@@ -99,6 +99,18 @@ def pieces_gguf(folder):
     tensors = random_llama(vocab=len(own["tokenizer.ggml.tokens"]), numbers=NUMBERS)
     path = Path(folder) / "pieces.gguf"
     path.write_bytes(gguf_bytes({"general.architecture": "llama", **NUMBERS, **own}, tensors))
+    return path
+
+
+def chatml_gguf(folder):
+    """The same with a small byte-level vocabulary, in which there are ChatML's tokens and another control token."""
+    own = small_gguf_metadata("gpt-2")
+    tokens, types = own["tokenizer.ggml.tokens"], own["tokenizer.ggml.token_type"]
+    more = ["<|im_start|>", "<|im_end|>", "<file_sep>"]
+    own |= {"tokenizer.ggml.tokens": tokens + more, "tokenizer.ggml.token_type": types + [3] * len(more), "tokenizer.ggml.eos_token_id": len(tokens) + 1,
+            "tokenizer.chat_template": CHATML}
+    path = Path(folder) / "chatml.gguf"
+    path.write_bytes(gguf_bytes({**own, **NUMBERS}, random_llama(vocab=len(tokens) + len(more), numbers=NUMBERS)))
     return path
 
 
@@ -203,17 +215,17 @@ OF_TEXT = (
     metadata_fault("the end token is typed as ordinary", of_type("<|im_end|>", 1), "ends"),
     metadata_fault("an ordinary word is typed as control", of_type("Ġthe", 3), "added tokens"),
     metadata_fault("a token twice", token_twice, "vocabulary"),
-    metadata_fault("an old template without a prompt for answers", template_of(CHATML.partition("{% if")[0]), "template"),
+    metadata_fault("an old template without a prompt for answers", template_of(CHATML.partition("{% if")[0]), "template", make=chatml_gguf),
     metadata_fault("a template that drops system messages", template_of(CHATML.replace("%}{{ '<|im", "%}{{ '' if message['role'] == 'system' else '<|im", 1)),
-                   "template"),
+                   "template", make=chatml_gguf),
     metadata_fault("a template that shows the last message twice", template_of(CHATML.replace(
-        "{% endfor %}", "{% endfor %}{{ messages[-1]['content'] }}")), "template"),
+        "{% endfor %}", "{% endfor %}{{ messages[-1]['content'] }}")), "template", make=chatml_gguf),
     metadata_fault("a template that loses results of calls", template_of("{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML.replace(
         "%}{{ '<|im", "%}{% if message.role == 'tool' %}{% continue %}{% endif %}{{ '<|im", 1).replace(
-        "+ '<|im_end|>", "+ (message.tool_calls | tojson if message.tool_calls else '') + '<|im_end|>", 1)), "template"),
-    metadata_fault("a template that shows no calls", template_of("{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML), "template"),
-    metadata_fault("another model's template", template_of(INST), "template"),
-    metadata_fault("a template whose end token does not end answers", template_of(CHATML.replace("<|im_end|>", "<file_sep>")), "template"),
+        "+ '<|im_end|>", "+ (message.tool_calls | tojson if message.tool_calls else '') + '<|im_end|>", 1)), "template", make=chatml_gguf),
+    metadata_fault("a template that shows no calls", template_of("{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML), "template", make=chatml_gguf),
+    metadata_fault("another model's template", template_of(INST), "template", make=chatml_gguf),
+    metadata_fault("a template whose end token does not end answers", template_of(CHATML.replace("<|im_end|>", "<file_sep>")), "template", make=chatml_gguf),
     Fault("nanochat's ranks in another order", nanochat, ranks_in_another_order, ("merges",)),
     Fault("an eos that is no token", small_folder, edited("tokenizer_config.json", lambda content: content.update(eos_token="<|end|>")), ("ends",)),
     Fault("an added token with another's id", small_folder, edited("tokenizer.json", lambda content: content["added_tokens"].append(

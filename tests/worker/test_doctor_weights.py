@@ -16,8 +16,11 @@ from chatlm.worker.doctor.checks import OF_WEIGHTS
 from chatlm.worker.doctor.layers import profile, strange_levels
 from chatlm.worker.doctor.patient import Patient
 from chatlm.worker.doctor.portraits import Portrait
+from chatlm.worker.weights import gguf
+from chatlm.worker.weights.gguf_header import Texts
 from families import as_gguf, make_model, save
-from sick_models import diagnose, rewritten, small_folder, small_gguf
+from patching import patch
+from sick_models import chatml_gguf, diagnose, rewritten, small_folder, small_gguf
 from sick_weights import OF_WEIGHTS as FAULTS, bytes_of, default_copy
 
 WITHOUT_ORIGINAL = [fault for fault in FAULTS if not fault.against]
@@ -34,9 +37,14 @@ def drawn():
     return {}
 
 
+@pytest.fixture(scope="module")
+def texts():
+    return {}
+
+
 @pytest.fixture
-def each_tensor_once(drawn, monkeypatch):
-    """A tensor whose bytes were read before has its portrait: a fault changes few of the default model's 272 tensors."""
+def each_tensor_once(drawn, texts, monkeypatch):
+    """A tensor whose bytes were read before has its portrait, a vocabulary its tokenizer: a fault changes few of the default model's 272 tensors."""
     def draw_once(portrait, tensor, heads, every, draw=portraits.draw_portrait):
         digest = hashlib.blake2b()
         for part in tensor.mapped:
@@ -46,6 +54,14 @@ def each_tensor_once(drawn, monkeypatch):
             drawn[key] = draw(portrait, tensor, heads, every)
         return copy.deepcopy(drawn[key])
     monkeypatch.setattr(portraits, "draw_portrait", draw_once)
+
+    def read_once(path, metadata, read=gguf.gguf_texts):
+        tokens = metadata["tokenizer.ggml.tokens"]
+        key = tokens.spelled if isinstance(tokens, Texts) else repr(tokens)
+        if key not in texts:
+            texts[key] = read(path, metadata)
+        return texts[key]
+    patch(monkeypatch, gguf, "gguf_texts", read_once)
 
 
 @pytest.mark.parametrize("fault", WITHOUT_ORIGINAL, ids=lambda fault: fault.name)
@@ -135,14 +151,14 @@ def against(path, original):
 
 
 def test_a_model_is_its_own_original(tmp_path):
-    path = small_gguf(tmp_path)
+    path = chatml_gguf(tmp_path)
     (_, far), (severity, predicted) = against(path, shutil.copy(path, tmp_path / "copy.gguf"))
     assert far.endswith("half are at most 0.0%")
     assert severity == "note" and "mean KL 0 nats" in predicted and "the same at 100.0%" in predicted
 
 
 def test_what_is_not_the_original_s_is_named(tmp_path):
-    original = small_gguf(tmp_path)
+    original = chatml_gguf(tmp_path)
     other = rewritten(Path(shutil.copy(original, tmp_path / "other.gguf")), {"llama.rope.freq_base": 5000.0})
     with bytes_of(other, "blk.0.ffn_down.weight") as rows:
         rows.view(numpy.float32)[:] = rows.view(numpy.float32)[::-1].copy()

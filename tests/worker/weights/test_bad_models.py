@@ -28,7 +28,9 @@ from chatlm.worker.build import build_engine
 from chatlm.worker.model.tensors import Unread, read_ahead
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.shards import shard_model, stage_model
+from families import make_model, save
 from nightly import by_day
+from packers import PACKED, pack_folder
 from tiny_gguf import (LLAMA_NUMBERS, gguf_bytes, packed_text, random_llama, sentencepiece_metadata,
                        small_gguf_metadata, tensor_info, write_gguf)
 
@@ -395,6 +397,10 @@ def test_a_mutated_file_is_a_model_or_one_line(kind, tmp_path):
     count = os.environ.get("MUTATIONS", "8")
     seed = "7" if "MUTATIONS" in os.environ else {"gguf": "3", "nanochat": "2", "packed": "3"}[kind]        # some of the first few are models
     script = Path(__file__).parents[2] / "support" / "mutate_models.py"
+    if kind == "packed":            # made here, where what that takes has been imported
+        plain = save(make_model("llama3.1", hidden_size=64, intermediate_size=64, num_hidden_layers=1).bfloat16(), tmp_path / "plain")
+        for number, packing in enumerate(PACKED.values()):
+            pack_folder(plain, tmp_path / "packed" / f"{number:02}", packing)
     said = tmp_path / "said"
     with said.open("w") as output:
         command = [sys.executable, str(script), kind, seed, count, str(tmp_path)]
