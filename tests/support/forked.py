@@ -64,7 +64,7 @@ def start_front(script, arguments, environment, forking):
 def run_command(script, arguments, environment):
     """What subprocess.run captures of `python SCRIPT arguments`, as text."""
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-        status = fork_front(script, arguments, environment, stdout.fileno(), stderr.fileno()).wait(120)
+        status = fork_front(script, arguments, environment, stdout.fileno(), stderr.fileno()).wait(300)
         return subprocess.CompletedProcess(arguments, status, *(os.pread(file.fileno(), 1 << 30, 0).decode() for file in (stdout, stderr)))
 
 
