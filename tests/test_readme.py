@@ -104,21 +104,25 @@ def test_other_programs_settings_are_there_to_copy(program):
 
 def test_the_network_s_key_is_made_and_asked_for(tmp_path, default_model_path):
     (lines,) = [block for block in fenced("## Use") if block[0].startswith("[ -s ~/chat-key.txt ]")]
-    script = "\n".join(lines).replace(".venv/bin/python chat_server.py", f"exec {sys.executable} {ROOT}/chat_server.py {default_model_path} --port 0 --host 127.0.0.1")
-    for _ in range(2):      # pasted again, it is the same key
-        process = subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, text=True, env=os.environ | {"HOME": str(tmp_path)})
-        try:
-            key = process.stdout.readline().strip()
-            url = next(line.strip() for line in process.stdout if "http://" in line)
-            assert key == (tmp_path / "chat-key.txt").read_text().strip() and (tmp_path / "chat-key.txt").stat().st_mode & 0o077 == 0
-            with pytest.raises(urllib.error.HTTPError, match="401"):
-                urllib.request.urlopen(f"{url}/v1/models", timeout=60)
-            with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}), timeout=60) as answer:
-                assert b"SmolLM2" in answer.read()
-        finally:
-            process.terminate()
-            process.wait(60)
-            process.stdout.close()
+    script = "\n".join(lines)
+    program = f"exec {sys.executable} {ROOT}/chat_server.py {default_model_path} --port 0 --host 127.0.0.1"
+    environment = os.environ | {"HOME": str(tmp_path)}
+    process = subprocess.Popen(["bash", "-c", script.replace(".venv/bin/python chat_server.py", program)], stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        key = process.stdout.readline().strip()
+        url = next(line.strip() for line in process.stdout if "http://" in line)
+        assert key == (tmp_path / "chat-key.txt").read_text().strip() and (tmp_path / "chat-key.txt").stat().st_mode & 0o077 == 0
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{url}/v1/models", timeout=60)
+        with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}), timeout=60) as answer:
+            assert b"SmolLM2" in answer.read()
+    finally:
+        process.terminate()
+        process.wait(60)
+        process.stdout.close()
+    # pasted again, it is the same key, for the server too
+    again = subprocess.run(["bash", "-c", script.replace(".venv/bin/python chat_server.py", "printenv CHAT_SERVER_API_KEY")], capture_output=True, text=True, env=environment)
+    assert again.stdout.splitlines() == [key, key]
 
 
 def test_no_sentence_says_the_program_is_one_file():

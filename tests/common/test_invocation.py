@@ -16,7 +16,8 @@ import pytest
 
 from chatlm.common import invocation
 from chatlm.common.errors import PACKAGES
-from packed import CHECKOUT
+from nightly import WHOLE
+from packed import CHECKOUT, bundled  # noqa: F401
 from patching import patch
 from real_server import copy_program
 
@@ -73,25 +74,27 @@ def test_an_installation_is_started_by_its_command(program, tmp_path):
     assert said(python, packages, tmp_path, python.parent)[0] == "chat-server"
 
 
-def test_a_bundle_is_started_by_its_file(program):
-    subprocess.run([sys.executable, program / "chat_server.py", "bundle", program / "chat_server.pyz", "--without-core"], check=True,
-                   capture_output=True, timeout=120)
+def test_a_bundle_is_started_by_its_file(program, bundled):
+    shutil.copy(bundled, program / "chat_server.pyz")
     done = subprocess.run([program / ".venv/bin/python", "chat_server.pyz", "chat", "--help"], cwd=program, capture_output=True, text=True, timeout=60)
     assert done.stdout.startswith("usage: .venv/bin/python chat_server.pyz chat [MODEL] [flags]") and \
         "\n  .venv/bin/python chat_server.pyz chat --continue" in done.stdout
 
 
+COMMANDS = ["--port", "0"], ["chat"], ["check"], ["generate", "-p", "Hello"]
+
+
 def test_missing_libraries_name_the_environment(program, tmp_path):
     """A Python that lacks libraries names the environment beside the script."""
     wrong = made_venv(tmp_path / "wrong")
-    for words in (["--port", "0"], ["chat"], ["check"], ["generate", "-p", "Hello"]):
+    for words in COMMANDS if WHOLE else COMMANDS[:2]:
         done = subprocess.run([wrong, "chat_server.py", *words], cwd=program, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL,
                               env={"PATH": "/usr/bin", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"})
         last = done.stderr.splitlines()[-1]
         assert done.returncode == 2 and "Traceback" not in done.stderr and f"{wrong} -m pip install" in last, done.stderr
     shutil.rmtree(program / ".venv")
     made_venv(program / ".venv", *PACKAGES)
-    for words in (["--port", "0"], ["chat"], ["check"], ["generate", "-p", "Hello"]):
+    for words in COMMANDS if WHOLE else COMMANDS[2:]:
         done = subprocess.run([wrong, "chat_server.py", *words], cwd=program, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL,
                               env={"PATH": "/usr/bin", "HOME": str(tmp_path)})
         last = done.stderr.splitlines()[-1]

@@ -1,6 +1,7 @@
 """What the operator names: values of a --config file have the types of their keys, and a name that is no file, or never ends, is refused
 with one line that says so, whichever flag has it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -98,15 +99,42 @@ def test_an_impossible_name_in_a_config_is_refused(tmp_path):
             parse_command_line(["serve"], {f"CHAT_SERVER_{variable}": "x" * 5000})
 
 
+# Runs commands, lines of JSON, each in a process of its own in a folder; says how they end. What they say is in the folder.
+RUN_EACH = """
+import json, os, sys
+sys.path[:0] = json.loads(sys.argv[1])
+from chatlm.common import files
+import chat_server
+files.WRITER_S = 0.2
+for line in sys.stdin:
+    words, folder = json.loads(line)
+    if (pid := os.fork()) == 0:
+        os.chdir(folder)
+        for number, name in enumerate((os.devnull, "stdout", "stderr")):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
+        sys.exit(chat_server.main(words))
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def runner():
+    """A process that has imported the program."""
+    with subprocess.Popen([sys.executable, "-c", RUN_EACH, json.dumps(sys.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.kill()
+
+
 @pytest.mark.parametrize("name", ["config", "api_key_file", "text", "watch_text", "models", "watch", "lora", "adapter", "prefix_store", "MODEL", "bundle", "store"])
-def test_a_pipe_without_a_writer_ends_the_start(name, tmp_path, nanochat_fixtures):
+def test_a_pipe_without_a_writer_ends_the_start(name, tmp_path, nanochat_fixtures, runner):
     """A process each: they must end by themselves."""
     os.mkfifo(tmp_path / "fifo")
     words = [word.replace("*", str(tmp_path / "fifo")).replace("gpt2", str(nanochat_fixtures / "gen5")) for word in PATHS[name]]
     words = [word.replace("/nowhere", str(tmp_path)) for word in words] + ["--port=0"] * (words[0] == "serve")
-    waits = f"import sys; sys.path[:0] = {sys.path!r}; from chatlm.common import files; files.WRITER_S = 0.2; import chat_server; sys.exit(chat_server.main({words!r}))"
-    ended = subprocess.run([sys.executable, "-c", waits], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, cwd=tmp_path)
-    assert ended.returncode == 2 and "fifo" in ended.stderr.splitlines()[-1] and "Traceback" not in ended.stderr, ended.stderr
+    (folder := tmp_path / "here").mkdir()
+    print(json.dumps([words, str(folder)]), file=runner.stdin, flush=True)
+    status, said = int(runner.stdout.readline()), (folder / "stderr").read_text()
+    assert status == 2 and "fifo" in said.splitlines()[-1] and "Traceback" not in said, said
 
 
 def test_a_pipe_with_a_slow_writer_is_read_whole(tmp_path, monkeypatch):

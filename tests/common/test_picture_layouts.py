@@ -1,5 +1,6 @@
 """What a model makes of a picture's size, the ids of its rows, and pictures on the pipe: transformers is the oracle of layouts."""
 
+import itertools
 import math
 
 import numpy as np
@@ -14,12 +15,14 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.common.vision.layout import layout_of
 from chatlm.common.vision.pictures import of_picture, picture, picture_of, row_ids, row_places, rows_in
 from image_conversations import BYTES, SEES, SEES_LFM2, SPECIALS, picture_of_size, seeing_spec
+from nightly import by_day
 
 SIZES = [(1152, 864), (512, 512), (511, 513), (2048, 2048), (3000, 7), (9, 1000), (1, 1), (640, 480), (333, 777), (4000, 1000)]
+TILES = [(512, 2048), (384, 1536), (64, 100)]     # and the longest side
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("tile, longest", [(512, 2048), (384, 1536), (64, 100)])
+@pytest.mark.parametrize("size, tile, longest", by_day(
+    [(size, *tiles) for size in SIZES for tiles in TILES], *((size, *tiles) for size, tiles in zip(SIZES, itertools.cycle(TILES)))))
 def test_smolvlm_s_layouts_are_those_of_transformers(size, tile, longest):
     from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
     from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string

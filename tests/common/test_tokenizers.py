@@ -4,6 +4,7 @@ Each family's pipeline is written here a second time, as its tokenizer.json has 
 vocabulary goes into a GGUF file, which knows the pipeline only by name.
 """
 
+import functools
 import itertools
 import json
 import re
@@ -22,6 +23,7 @@ from chatlm.front.api.message_readers import openai_messages
 from chatlm.worker.weights.gguf import gguf_text
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.huggingface import hf_text
+from nightly import by_day
 from tiny_gguf import small_gguf_metadata, write_gguf
 from tokenizer_texts import CORPUS, TEXTS, split
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
@@ -44,7 +46,12 @@ BYTE_LEVEL = {      # tokenizer.ggml.pre -> the steps of the family's tokenizer.
 
 
 def trained(pre):
-    """A tokenizer of the family that llama.cpp calls `pre`."""
+    """A tokenizer of the family that llama.cpp calls `pre`, of the test's own."""
+    return tokenizers.Tokenizer.from_str(trained_json(pre))
+
+
+@functools.cache
+def trained_json(pre):
     family = tokenizers.Tokenizer(models.BPE(ignore_merges=pre in ("llama-bpe", "tekken", "gpt-4o", "llama4")))
     if "qwen" in pre:
         family.normalizer = normalizers.NFC()
@@ -52,7 +59,7 @@ def trained(pre):
     family.train_from_iterator(CORPUS, trainers.BpeTrainer(
         vocab_size=900, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False))
     family.add_tokens([AddedToken("<think>", normalized=False)])
-    return family
+    return family.to_str()
 
 
 def gguf_of(family, tmp_path, **more):
@@ -119,6 +126,7 @@ PREFIXED, PLAIN = {}, {"add_space_prefix": False}
 CONTROL = ["<unk>", "<s>", "</s>", "<|user|>", "<|end|>", "<|endoftext|>"]
 
 
+@functools.cache
 def sentencepiece_vocabulary():
     """Pieces with scores, as BPE training by sentencepiece leaves them: merges in their order, then letters."""
     family = tokenizers.Tokenizer(models.BPE())
@@ -365,8 +373,10 @@ TEMPLATES = {       # how families write a chat: ChatML, Llama 3, Mistral, Gemma
                 "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"}
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("answer", ["The sky", "The sky\n\n", "", " 日本", "no <|im_end|> here", "<think>so</think>\n\nYes", "é"])
+@pytest.mark.parametrize("name, answer", by_day(
+    [*itertools.product(TEMPLATES, ("The sky", "The sky\n\n", "", " 日本", "no <|im_end|> here", "<think>so</think>\n\nYes", "é"))],
+    ("chatml", "The sky"), ("chatml", "no <|im_end|> here"), ("llama", "The sky\n\n"), ("llama", ""), ("mistral", " 日本"), ("mistral", "The sky\n\n"),
+    ("gemma", ""), ("gemma", "é"), ("thoughts", "The sky"), ("thoughts", "<think>so</think>\n\nYes")))
 def test_last_messages_continue_as_in_transformers(name, answer):
     """White space at its end stays, also where the template trims and transformers drops it: the answer ended there.
     Where the template drops thoughts, which transformers refuses, the rest is continued."""

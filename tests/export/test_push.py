@@ -4,10 +4,11 @@ import os
 import subprocess
 import sys
 
-import chat_server
 import pytest
 from exported import export
 from fake_hub import fake_hub
+from forked import run_command
+from real_server import SCRIPT
 
 pytest.importorskip("huggingface_hub")
 
@@ -25,7 +26,7 @@ def push(hub, tmp_path, *words, token="hf_mine", status=0, **more):
     env |= {"HF_ENDPOINT": hub if isinstance(hub, str) else hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", **more}
     if token:
         env["HF_TOKEN"] = token
-    done = subprocess.run([sys.executable, chat_server.__file__, "push", *map(str, words)], env=env, capture_output=True, text=True, timeout=120)
+    done = run_command(SCRIPT, ["push", *map(str, words)], env)
     assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
     return done.stdout.strip() if not status else done.stderr.strip().splitlines()[-1]
 
@@ -108,6 +109,7 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(words, says, f
     assert says in push("http://localhost:9", tmp_path, *words, status=2)
 
 
+@pytest.mark.slow
 def test_what_was_pushed_can_be_loaded_from_the_hub(hub, nanochat_fixtures, tmp_path):
     """transformers fetches the code and the weights."""
     pytest.importorskip("transformers")

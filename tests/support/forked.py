@@ -74,7 +74,7 @@ def run_command(script, arguments, environment, given="", folder=None):
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         stdin.write(given.encode())
         stdin.seek(0)
-        status = fork_front(script, arguments, environment, stdout.fileno(), stderr.fileno(), stdin=stdin.fileno(), folder=folder).wait(120)
+        status = fork_front(script, arguments, environment, stdout.fileno(), stderr.fileno(), stdin=stdin.fileno(), folder=folder).wait(300)
         return subprocess.CompletedProcess(arguments, status, *(os.pread(file.fileno(), 1 << 30, 0).decode() for file in (stdout, stderr)))
 
 
