@@ -6,11 +6,13 @@
     emulation  csrc/cuda/emulation*.cpp as a second module, decode_core._emulation, when DECODE_CORE_EMULATION=1 (for tests)
     checks     DECODE_CORE_WERROR=1: warnings are errors; DECODE_CORE_SANITIZE=1: address and undefined-behaviour sanitizers,
                DECODE_CORE_SANITIZE=thread: the thread sanitizer
+    test sets  DECODE_CORE_TEST_SETS=1: the instruction sets that exist for tests alone, AMX emulated and AVX-VNNI by AVX-512's registers,
+               an eighth of the compiler's time; with sanitizers always
     machine    DECODE_CORE_MACHINE=aarch64: what a cross compiler in $CXX compiles for
     release    `python setup.py release` makes the source archive, wheels and a bundle for publication; release.py says how
     by day     DECODE_CORE_QUICK=1, for CI without a GPU: CUDA for one type of GPU and hardly optimized (5 s instead of 87 for
                the largest source), and without the sanitizers' pointer checks, which double the compile time;
-               address checks are calls, which halves it again; -O1 for CPUs other than x86-64 (csrc/aarch64.sh)
+               address checks are calls, which halves it again; -O1 for all sources but those of this CPU's widest instructions
 
 macOS needs clang, from `xcode-select --install`. With a Python for two processors (python.org's), say ARCHFLAGS="-arch arm64".
 On ARM g++ must be 10 or newer, clang 11, to know i8mm. Without a compiler the installation succeeds only where torch is installed: `import decode_core` raises ImportError, and
@@ -43,7 +45,7 @@ COMPILERS = "clang (xcode-select --install)" if sys.platform == "darwin" else "g
 
 SANITIZE = {"1": "address,undefined", "thread": "thread"}.get(os.environ.get("DECODE_CORE_SANITIZE", ""))
 COMMON_FLAGS = ["-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wall", "-Wextra"]
-COMMON_FLAGS += ["-O1", "-g1"] if SANITIZE else ["-O1" if QUICK and not X86 else "-O3", "-g0"]
+COMMON_FLAGS += ["-O1", "-g1"] if SANITIZE else ["-O1" if QUICK else "-O3", "-g0"]
 COMMON_FLAGS += ["-Werror"] if os.environ.get("DECODE_CORE_WERROR") == "1" else []
 LINK_FLAGS = ["-pthread"] + ([f"-fsanitize={SANITIZE}"] if SANITIZE else ["-Wl,-s"] if sys.platform == "linux" else [])
 # not together with pybind11's flags
@@ -70,8 +72,10 @@ ARM64_FLAGS = {
 }
 ISA_FLAGS = {**X86_FLAGS, **ARM64_FLAGS}
 # The lanes of portable kernels are loops: -O3 unrolls them before they can be vectorized, and takes four times as long to compile
-PORTABLE_FLAGS = ["-O2", "-ftree-vectorize", "-fvect-cost-model=unlimited"] if X86 and not SANITIZE else []
+PORTABLE_FLAGS = ["-O2", "-ftree-vectorize", "-fvect-cost-model=unlimited"] if X86 and not SANITIZE and not QUICK else []
 BINDINGS_FLAGS = ["-O1"]        # they only pass arguments on; -O3 takes the compiler half as long again
+FOR_TESTS = "_evex", "_emulated_portable", "_emulated_vnni"    # the ends of sources that are empty without TEST_SETS
+TEST_SETS = bool(SANITIZE) or os.environ.get("DECODE_CORE_TEST_SETS") == "1"
 GCC_ALONE = "-fvect-cost-model=unlimited", "-Wno-maybe-uninitialized"      # clang vectorizes such loops; zig's refuses unknown flags
 CPU_NAMES = {"_avx2": "avx2", "_avx512": "avx512f", "_vnni": "avx512_vnni", "_avxvnni": "avx_vnni",
              "_neon": "asimd", "_dotprod": "asimddp", "_i8mm": "i8mm"}      # in /proc/cpuinfo
@@ -125,7 +129,8 @@ class BuildCore(build_ext):
     def build_core(self, extension, nvcc):
         macros = [f"-DDECODE_CORE_SEAM={seam()}", *(["-DDECODE_CORE_CUDA=1"] if nvcc else [])]
         sources = [Path(source) for source in extension.sources] + (sorted(CSRC.glob("cuda/bindings*.cpp")) if nvcc else [])
-        jobs = [(self.compile_cpp, source, macros if source.stem == "bindings" else []) for source in sources]
+        macros_of = {"bindings": macros} | {source.stem: ["-DDC_TEST_SETS=1"] for source in sources if TEST_SETS and source.stem.endswith(FOR_TESTS)}
+        jobs = [(self.compile_cpp, source, macros_of.get(source.stem, [])) for source in sources]
         jobs += [(self.compile_cuda, source, nvcc) for source in sorted(CSRC.glob("cuda/*.cu"))] if nvcc else []
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
             # nvcc's jobs and tiles_*.cpp take longest and come last: start them first, link in order
@@ -150,7 +155,7 @@ class BuildCore(build_ext):
             plain = PORTABLE_FLAGS if source.stem.endswith("_portable") else BINDINGS_FLAGS if source.stem.startswith("bindings") else []
             isa = ISA_FLAGS.get(ending, plain)
             checked = SANITIZE and not source.stem.startswith("bindings") and ending in ("", *widest_here())
-            isa = isa + (SANITIZE_FLAGS if checked else [])
+            isa = isa + (SANITIZE_FLAGS if checked else ["-O3"] if QUICK and X86 and not SANITIZE and ending in widest_here() else [])
             command = [part for part in self.compiler.compiler_so if not part.startswith(("-O", "-g", "-W", "-march", "-mtune"))]
             compiler = self.compiler_cxx() or command
             isa = [flag for flag in isa if flag not in GCC_ALONE or not is_clang(tuple(compiler))]

@@ -22,6 +22,6 @@ const std::string& amx_refusal();
 void give_up_amx();                                 // its results were wrong
 // The same of a machine: cpuid 7's EDX, the XCR0 register, and errno of the request for permission.
 std::string amx_refusal_of(unsigned edx, unsigned long xcr0, int error);
-extern const bool AMX_IS_COMPILED, AVXVNNI_IS_COMPILED;
+extern const bool AMX_IS_COMPILED, AVXVNNI_IS_COMPILED, TEST_SETS_ARE_COMPILED;
 
 }  // namespace dc

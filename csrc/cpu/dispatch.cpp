@@ -84,6 +84,8 @@ std::string refusal_of(const Choice& choice) {
     if (!offers(choice.isa) || (choice.feature && !cpu_has(choice.feature))) return std::string("this CPU does not offer ") + choice.name;
     if ((choice.dot == Dot::vex || choice.dot == Dot::evex) && !AVXVNNI_IS_COMPILED)
         return std::string(choice.name) + ": the compiler of this decode_core did not know it";
+    const bool compiled_for_tests = choice.dot == Dot::evex || choice.amx == Amx::emulated || choice.amx == Amx::emulated_portable;
+    if (compiled_for_tests && !TEST_SETS_ARE_COMPILED) return std::string(choice.name) + " is compiled with DECODE_CORE_TEST_SETS=1 alone";
     if (choice.amx == Amx::none || choice.amx == Amx::emulated_portable) return "";
     if (!cpu_has("avx512_vnni")) return std::string(choice.name) + " needs AVX-512 VNNI, which this CPU does not offer";
     return choice.amx == Amx::emulated ? "" : amx_refusal();

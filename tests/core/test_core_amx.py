@@ -16,6 +16,7 @@ from decode_core import _core  # noqa: E402
 from decode_core.tiles import KINDS  # noqa: E402
 
 EMULATED = [name for name in _core.isas_for_tests() if name.startswith("amx")]
+TEST_SETS = "amx-emulated-portable" in EMULATED       # were those compiled that exist for tests alone (setup.py)?
 HAS_AMX, KEPT = 3 << 24, 3 << 17            # in cpuid 7's EDX; in XCR0
 
 
@@ -47,11 +48,20 @@ def test_amx_needs_cpu_system_and_permission(edx, xcr0, error, reason):
 def test_amx_is_offered_where_nothing_refuses_it():
     info = decode_core.info()
     assert ("amx" in info["offered_isas"]) == ("amx_int8" in info["features"]) == (_core.amx_refusal() == "")
-    assert info["offered_isas"][-1] == "portable" and "amx-emulated-portable" in EMULATED
+    assert info["offered_isas"][-1] == "portable"
     if _core.amx_refusal():
         with pytest.raises(ValueError, match="^isa: "):
             _core.set_isa("amx")
     assert info["amx_refused"] == ("" if _core.amx_refusal().startswith("this CPU") else _core.amx_refusal())
+
+
+def test_sets_for_tests_are_there_or_say_how():
+    vnni = "avx512_vnni" in decode_core.info()["features"]
+    for name, able in (("amx-emulated-portable", True), ("amx-emulated", vnni), ("avxvnni-evex", vnni)):
+        assert (name in _core.isas_for_tests()) == (able and TEST_SETS)
+        if able and not TEST_SETS:
+            with pytest.raises(ValueError, match=f"^isa: {name} is compiled with DECODE_CORE_TEST_SETS=1 alone$"):
+                _core.set_isa(name)
 
 
 def run_python(code, **environment):
@@ -62,7 +72,6 @@ def run_python(code, **environment):
 def test_avx_vnni_is_offered_where_the_cpu_has_it():
     info = decode_core.info()
     assert ("avxvnni" in info["offered_isas"]) == ("avx_vnni" in info["features"])
-    assert ("avxvnni-evex" in _core.isas_for_tests()) == ("avx512_vnni" in info["features"])
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         assert ("avx_vnni" in info["features"]) == ({"avx_vnni", "avx2", "fma", "f16c"} <= set(cpuinfo.read_text().split()))

@@ -1,4 +1,5 @@
-"""The instruction sets that decode_core's tests run on: those that this CPU offers, and those that exist for tests alone."""
+"""The instruction sets that decode_core's tests run on: those that this CPU offers, and those that exist for tests alone, which
+DECODE_CORE_TEST_SETS=1 compiles."""
 
 import os
 

@@ -118,6 +118,7 @@ const bool AMX_IS_COMPILED = amx::wide_multiply, AVXVNNI_IS_COMPILED = avxvnni::
 #else
 const bool AMX_IS_COMPILED = false, AVXVNNI_IS_COMPILED = false;
 #endif
+const bool TEST_SETS_ARE_COMPILED = emulated_portable::wide_multiply;
 
 // ---- memory
 

@@ -236,7 +236,8 @@ struct TileKernels {
 };
 
 DC_EACH_ISA(extern const TileKernels tile_kernels)
-// avx2 and neon with another dot product (Dot); the first two are null where the compiler does not know AVX-VNNI
+// avx2 and neon with another dot product (Dot); the first two are null where the compiler does not know AVX-VNNI, evex also unless it
+// is compiled with DC_TEST_SETS
 namespace avxvnni { extern const TileKernels tile_kernels; }
 namespace evex { extern const TileKernels tile_kernels; }
 namespace dotprod { extern const TileKernels tile_kernels; }
@@ -249,7 +250,7 @@ using WideMultiply = void (*)(const Product&, int64_t tile_begin, int64_t tile_e
                               const TileKernels& narrow, LeastRows least_rows);
 
 namespace amx { extern const WideMultiply wide_multiply; }      // null where the compiler does not know AMX
-namespace emulated_vnni { extern const WideMultiply wide_multiply; }
+namespace emulated_vnni { extern const WideMultiply wide_multiply; }        // this and the next: null unless compiled with DC_TEST_SETS
 namespace emulated_portable { extern const WideMultiply wide_multiply; }
 
 // A panel of 16 rows is [K / 32] PanelBlock or [K / 256] StepGroup for q types, or the first and then the other. For float types it is

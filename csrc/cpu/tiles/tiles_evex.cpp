@@ -2,7 +2,7 @@
 #define DC_ISA evex
 #define DC_DOT_256 "%{evex%} vpdpbusd"
 #include "cpu/tiles/dots.h"
-#if defined(DC_KNOWS_AVXVNNI)
+#if defined(DC_KNOWS_AVXVNNI) && defined(DC_TEST_SETS)
 #include "cpu/tiles/tiles.inl.h"
 #else
 #include "cpu/tiles/tiles.h"
