@@ -22,7 +22,7 @@ from chatlm.common import bundle, core, program, unpack
 from chatlm.common.errors import ConfigError
 from limits import files_of_at_most
 from nightly import WHOLE, by_day
-from packed import BARE, CHECKOUT, KERNELS, bundled, changed, clean_environment, compiled_once, kernels, one_line, run  # noqa: F401
+from packed import BARE, CHECKOUT, KERNELS, WITHOUT_BYTECODE, bundled, changed, clean_environment, kernels, one_line, run  # noqa: F401
 from real_server import get, post, server
 
 needs_core = pytest.mark.skipif(core.decode_core() is None, reason="the compiled core is not installed")
@@ -129,6 +129,7 @@ def test_a_bundle_remakes_itself_to_the_byte(bundled, tmp_path, monkeypatch):
     # no library is needed to pass the core on
     made = run("-S", bundled, "bundle", again, env=clean_environment(PYTHONHASHSEED=7, PYTHONOPTIMIZE=2))
     assert made.returncode == 0 and again.read_bytes() == bundled.read_bytes() and again.stat().st_mode & 0o700 == 0o700
+    monkeypatch.setattr(bundle, "compiled", lambda files: {})           # a Python of its own makes the bytecode, which is compared above
     bundle.write_bundle(again, bundle.Wanted(without_core=True))                # in this process, with all that it has loaded
     monkeypatch.setattr(program, "program_root", lambda: bundled)
     monkeypatch.setattr(bundle, "program_root", lambda: bundled)
@@ -140,10 +141,7 @@ def test_a_bundle_remakes_itself_to_the_byte(bundled, tmp_path, monkeypatch):
 def test_a_bare_python_makes_and_runs_a_bundle(tmp_path):
     """A Python without any library makes a bundle without the core and runs it."""
     file = tmp_path / "new.pyz"
-    # without bytecode, which a Python of its own makes, with no library in any case
-    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from chatlm.common import bundle; bundle.compiled = lambda files: {}; " \
-           "import chat_server; sys.exit(chat_server.main())"
-    made = run(*BARE, "-c", code, CHECKOUT, "bundle", file)
+    made = run(*BARE, *WITHOUT_BYTECODE, CHECKOUT, "bundle", file)
     (line,) = made.stdout.splitlines()
     assert made.returncode == 0 and "without decode_core, which is not installed" in line
     assert "there is no torch to compute instead" in run(*BARE, file, "--version").stdout
@@ -169,7 +167,8 @@ def test_an_unwritable_bundle_is_one_line(target, words, tmp_path):
     assert (tmp_path / "model.gguf").read_text() == "GGUF"
 
 
-def test_a_replaced_bundle_is_whole_at_all_times(tmp_path, capsys):
+def test_a_replaced_bundle_is_whole_at_all_times(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bundle, "compiled", lambda files: {})
     file, link = tmp_path / "x.pyz", tmp_path / "link.pyz"
     bundle.write_bundle(file, bundle.Wanted(without_core=True))
     link.symlink_to(file)
