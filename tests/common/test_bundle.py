@@ -36,6 +36,12 @@ def version(file, **more):
     return line.partition("; ")[2]
 
 
+@pytest.fixture(autouse=True)
+def without_bytecode(monkeypatch):
+    """Bundles that this process makes: a Python of its own makes the bytecode, which is compared where a bundle's own process makes another."""
+    monkeypatch.setattr(bundle, "compiled", lambda files: {})
+
+
 @pytest.fixture
 def cache(tmp_path):
     """An empty cache for compiled cores."""
@@ -129,7 +135,6 @@ def test_a_bundle_remakes_itself_to_the_byte(bundled, tmp_path, monkeypatch):
     # no library is needed to pass the core on
     made = run("-S", bundled, "bundle", again, env=clean_environment(PYTHONHASHSEED=7, PYTHONOPTIMIZE=2))
     assert made.returncode == 0 and again.read_bytes() == bundled.read_bytes() and again.stat().st_mode & 0o700 == 0o700
-    monkeypatch.setattr(bundle, "compiled", lambda files: {})           # a Python of its own makes the bytecode, which is compared above
     bundle.write_bundle(again, bundle.Wanted(without_core=True))                # in this process, with all that it has loaded
     monkeypatch.setattr(program, "program_root", lambda: bundled)
     monkeypatch.setattr(bundle, "program_root", lambda: bundled)
@@ -167,8 +172,7 @@ def test_an_unwritable_bundle_is_one_line(target, words, tmp_path):
     assert (tmp_path / "model.gguf").read_text() == "GGUF"
 
 
-def test_a_replaced_bundle_is_whole_at_all_times(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bundle, "compiled", lambda files: {})
+def test_a_replaced_bundle_is_whole_at_all_times(tmp_path, capsys):
     file, link = tmp_path / "x.pyz", tmp_path / "link.pyz"
     bundle.write_bundle(file, bundle.Wanted(without_core=True))
     link.symlink_to(file)
