@@ -22,7 +22,7 @@ from chatlm.common import bundle, core, program, unpack
 from chatlm.common.errors import ConfigError
 from limits import files_of_at_most
 from nightly import WHOLE, by_day
-from packed import BARE, CHECKOUT, KERNELS, bundled, changed, clean_environment, compiled_once, kernels, one_line, run  # noqa: F401
+from packed import BARE, CHECKOUT, KERNELS, WITHOUT_BYTECODE, bundled, changed, clean_environment, kernels, one_line, run  # noqa: F401
 from real_server import get, post, server
 
 needs_core = pytest.mark.skipif(core.decode_core() is None, reason="the compiled core is not installed")
@@ -34,6 +34,12 @@ def version(file, **more):
     (line,) = done.stdout.splitlines()
     assert (done.returncode, done.stderr) == (0, "")
     return line.partition("; ")[2]
+
+
+@pytest.fixture(autouse=True)
+def without_bytecode(monkeypatch):
+    """Bundles that this process makes: a Python of its own makes the bytecode, which is compared where a bundle's own process makes another."""
+    monkeypatch.setattr(bundle, "compiled", lambda files: {})
 
 
 @pytest.fixture
@@ -140,10 +146,7 @@ def test_a_bundle_remakes_itself_to_the_byte(bundled, tmp_path, monkeypatch):
 def test_a_bare_python_makes_and_runs_a_bundle(tmp_path):
     """A Python without any library makes a bundle without the core and runs it."""
     file = tmp_path / "new.pyz"
-    # without bytecode, which a Python of its own makes, with no library in any case
-    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from chatlm.common import bundle; bundle.compiled = lambda files: {}; " \
-           "import chat_server; sys.exit(chat_server.main())"
-    made = run(*BARE, "-c", code, CHECKOUT, "bundle", file)
+    made = run(*BARE, *WITHOUT_BYTECODE, CHECKOUT, "bundle", file)
     (line,) = made.stdout.splitlines()
     assert made.returncode == 0 and "without decode_core, which is not installed" in line
     assert "there is no torch to compute instead" in run(*BARE, file, "--version").stdout

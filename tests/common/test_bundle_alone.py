@@ -22,7 +22,8 @@ import chat_server
 from chatlm.common import bundle, contents, core, elf, gather, libraries, program, unbundle, unpack
 from chatlm.common.errors import ConfigError
 from limits import files_of_at_most
-from packed import CHECKOUT, changed, clean_environment, compiled_once, one_line, run  # noqa: F401
+from nightly import by_day
+from packed import CHECKOUT, WITHOUT_BYTECODE, changed, clean_environment, compiled_once, one_line, run  # noqa: F401
 from powerless import powerless
 from real_server import ask, events, get, post, server
 
@@ -169,7 +170,7 @@ def test_the_packed_model_is_only_the_default(talking, python, places, nanochat_
 
 def test_starts_at_once_share_one_unpacked_tree(packed, python, places, tmp_path):
     """Starts at the same time unpack once and each start uses that."""
-    started = [subprocess.Popen([python, packed, "--version"], stdout=subprocess.PIPE, text=True, env=places, cwd="/") for _ in range(3)]
+    started = [subprocess.Popen([python, packed, "--version"], stdout=subprocess.PIPE, text=True, env=places, cwd="/") for _ in range(2)]
     assert all("decode_core runs with" in process.communicate(timeout=120)[0] for process in started)
     (tree,) = trees(tmp_path / "home/.cache")
     assert [each.stat().st_mode & 0o777 for each in (tree.parent, tree, tree / "site", tree / "site/numpy/_core", tree / "site/numpy/__init__.py")] \
@@ -339,7 +340,7 @@ MOUNTED = {"read-only": "mount -t tmpfs -o ro none {home}", "noexec": "mount -t 
            "full": "mount -t tmpfs -o size=20m none {home}"}
 
 
-@pytest.mark.parametrize("home", ["noexec", "none", *(pytest.param(each, marks=pytest.mark.slow) for each in ("read-only", "full", "of a file"))])
+@pytest.mark.parametrize("home", by_day(["noexec", "none", "read-only", "full", "of a file"], "none"))
 def test_without_a_home_a_private_folder_is_used(home, packed, python, places, tmp_path):
     """Where the home cannot be used, a private folder is, which goes at the end."""
     if home in MOUNTED:
@@ -470,7 +471,7 @@ def test_a_bundle_makes_itself_again(packed, talking, python, unpacked, tmp_path
     remade(packed, monkeypatch, again, libraries=True)
     assert again.read_bytes() == packed.read_bytes() and packed.stat().st_size < 60e6
     plain = tmp_path / "plain.pyz"      # without them: the core comes from the tree
-    assert "with decode_core for Linux" in run(packed, "bundle", plain, python=python, env=unpacked[1]).stdout
+    assert "with decode_core for Linux" in run(*WITHOUT_BYTECODE, packed, "bundle", plain, python=python, env=unpacked[1]).stdout
 
 
 def test_a_bundle_with_a_model_makes_itself_again(talking, tmp_path, monkeypatch):

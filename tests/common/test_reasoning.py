@@ -398,11 +398,18 @@ def engine(default_model_path):
     return make_engine(default_model_path, num_pages=100, max_batch=8, as_stored=True)
 
 
+VOCABULARIES = {}       # by special tokens: what grammars know of a tokenizer, whatever its template
+
+
 def with_template(engine, default_model_path, template, names=()):
     engine.answers.grammars.clear()
+    if known := vars(engine.tokenizer).get("grammar_vocabulary"):
+        VOCABULARIES[frozenset(engine.tokenizer.specials.items())] = known
     tokenizer = engine.tokenizer = engine.answers.tokenizer = templated(template, default_model_path)
     tokenizer.specials = {name: token for name, token in tokenizer.specials.items() if token not in SPARE.values()} | {name: SPARE[name] for name in names}
     tokenizer.stop_tokens = load(default_model_path).text.stop_tokens
+    if known := VOCABULARIES.get(frozenset(tokenizer.specials.items())):
+        tokenizer.grammar_vocabulary = known
 
 
 def run_all(engine, work):

@@ -124,6 +124,7 @@ def test_special_and_tokenless_ids_have_no_bytes(nanochat, smollm):
             assert tokenizer.token_bytes(token) == b""
 
 
+@pytest.mark.slow
 def test_default_tokens_are_those_of_transformers(default_model_path, smollm):
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer

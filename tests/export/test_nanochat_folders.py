@@ -58,7 +58,7 @@ def test_greedy_tokens_are_upstream_s_with_a_cache_and_without(exported):
 
 
 @pytest.mark.parametrize("exported, attention", by_day(
-    [*itertools.product(GENERATIONS, ("sdpa", "eager"))], *zip(GENERATIONS, itertools.cycle(("sdpa", "eager")))), indirect=["exported"])
+    [*itertools.product(GENERATIONS, ("sdpa", "eager"))], ("gen1", "sdpa"), ("gen4", "eager"), ("gen6", "eager")), indirect=["exported"])
 def test_a_left_padded_batch_answers_as_each_text_alone(exported, attention):
     source, folder = exported
     model = loaded(folder, trust=True)

@@ -33,6 +33,11 @@ def kernels(file, *flags, **environment):
     assert (done.returncode, done.stderr) == (0, "")
     return line
 
+# A command of the program in the folder or bundle that is the first argument, which makes bundles without bytecode: that takes seconds, and a
+# Python of its own with no library in any case
+WITHOUT_BYTECODE = "-c", "import sys; sys.path.insert(0, sys.argv.pop(1)); from chatlm.common import bundle; bundle.compiled = lambda files: {}; " \
+                         "import chat_server; sys.exit(chat_server.main())"
+
 
 @pytest.fixture(scope="module")
 def bundled(tmp_path_factory):
