@@ -19,7 +19,7 @@ from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import EXP_CUTOFF, FLOAT_MAX, sample_reference
 from emulated_core import EmulatedCore
 from nightly import WHOLE
-from random_rows import NO_LOGIT, random_logits, random_rows
+from random_rows import random_logits, random_rows
 
 SHARE = float(os.environ.get("DECODE_CORE_TEST_SHARE", "1"))
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
-from instruction_sets import ISAS, SOME_ISAS, each_isa  # noqa: E402
+from instruction_sets import SOME_ISAS, each_isa  # noqa: E402
 from nightly import WHOLE, by_day  # noqa: E402
 from record import agree, exact  # noqa: E402
 import row_ops  # noqa: E402

@@ -28,7 +28,7 @@ from works import assignment, changed
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no compiled core is installed")
 gguf = pytest.importorskip("gguf")
-from decode_core import cuda, cuda_experts, cuda_steps, proof, random_blocks  # noqa: E402
+from decode_core import cuda, cuda_experts, cuda_steps, random_blocks  # noqa: E402
 from decode_core.cuda_weights import PackedMatrix  # noqa: E402
 
 ORDERS, gpu = backends.ORDERS, backends.gpu
