@@ -136,16 +136,24 @@ async def test_a_rewritten_step_is_waited_for(start_folder, nanochat_fixtures, c
         await until(lambda: len(models.registry.models) == 2)
         assert (await ask(client, url, "d4@652"))[0] == 404           # a training may write it or not
         watch, = models.watches
-        with open(paths[1], "wb") as file:
-            for at in range(0, len(whole), len(whole) // 20):
-                file.write(whole[at:at + len(whole) // 20])
-                file.flush()
-                if paths[1] in watch.sightings.there:
-                    for name in ("d4@652", "nanochat-d4-sft@652"):
-                        status, body, headers = await ask(client, url, name)
-                        assert status == 503 and int(headers["Retry-After"]) > 0 and "being written" in body["error"]["message"]
-                await asyncio.sleep(0.05)
-        assert paths[1] in watch.sightings.there
+        asked = asyncio.Event()
+
+        async def write():
+            """Without a pause: what has not changed between two looks counts as whole."""
+            with open(paths[1], "wb", buffering=0) as file:
+                file.write(whole[:len(whole) // 2])
+                while not asked.is_set():
+                    file.write(whole[file.tell():file.tell() + 1])
+                    await asyncio.sleep(0.01)
+                file.write(whole[file.tell():])
+
+        writing = asyncio.ensure_future(write())
+        await until(lambda: paths[1] in watch.sightings.there)
+        for name in ("d4@652", "nanochat-d4-sft@652") * 2:
+            status, body, headers = await ask(client, url, name)
+            assert status == 503 and int(headers["Retry-After"]) > 0 and "being written" in body["error"]["message"]
+        asked.set()
+        await writing
         await until(lambda: len(models.registry.models) == 3)
         assert (await ask(client, url, "d4@652"))[0] == 200 and (await ask(client, url, "d4@653"))[0] == 404
 
