@@ -190,21 +190,21 @@ async def test_running_calls_hold_their_bodies(monkeypatch, place):
         assert (await client.post(url + "/v1/tools/call", json=large)).status == 200
 
 
-def test_pages_of_others_can_use_no_tool(place):
+def test_pages_of_others_can_use_no_tool(place, nanochat_fixtures):
     """Whatever --cors-origin says, and whoever a proxy speaks for."""
-    with real_server.server("--mcp-config", config(place, "cors.json", fake=program()), "--cors-origin", "*", "--cors-origin", "null", *SMALL) as (_, url):
+    with real_server.server(nanochat_fixtures / "gen5", "--mcp-config", config(place, "cors.json", fake=program()), "--cors-origin", "*", "--cors-origin", "null", *SMALL) as (_, url):
         own = {"Origin": url}
-        assert call(url, headers=own)[0] == ask(url + "/v1/tools", **own)[0] == 200
+        assert ask(url + "/v1/tools", **own)[0] == call(url, headers=own)[0] == 200      # the list waits for the tool server
         for headers in ({"Origin": "https://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"},
                         {"X-Forwarded-For": "203.0.113.7"}):
             assert call(url, headers=headers)[0] == 403 and ask(url + "/v1/tools", **headers)[0] == 403
 
 
-def test_keys_have_the_tools_that_their_field_names(place):
+def test_keys_have_the_tools_that_their_field_names(place, nanochat_fixtures):
     keys = place / "keys.txt"
     keys.write_text("all: key-all tools=*\none: key-one tools=fake.add\nlabel: key-label tools=fake\nnone: key-none\n")
     path = config(place, "keys.json", fake=program(), fake2=program())
-    with real_server.server("--mcp-config", path, "--api-key-file", keys, *SMALL) as (_, url):
+    with real_server.server(nanochat_fixtures / "gen5", "--mcp-config", path, "--api-key-file", keys, *SMALL) as (_, url):
         assert ask(url + "/v1/tools")[0] == 401 and call(url)[0] == 401
         names = {key: [*tools_of(url, key=key)] for key in ("key-all", "key-one", "key-label", "key-none")}
         assert len(names["key-all"]) == 2 * len(names["key-label"]) and names["key-one"] == ["fake__add"] and names["key-none"] == []
@@ -216,8 +216,8 @@ def test_keys_have_the_tools_that_their_field_names(place):
             assert status == 403 and error["code"] == "tool_not_allowed"
 
 
-def test_a_server_without_the_flag_has_no_tools(place):
-    with real_server.server(*SMALL) as (_, url):
+def test_a_server_without_the_flag_has_no_tools(nanochat_fixtures):
+    with real_server.server(nanochat_fixtures / "gen5", *SMALL) as (_, url):
         assert ask(url + "/v1/tools")[1]["data"] == []
         assert call(url)[0] == 403
 
