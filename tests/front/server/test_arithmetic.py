@@ -23,6 +23,7 @@ def generated(arithmetic, isa):
                           env=os.environ | {"DECODE_CORE_ISA": isa}, check=True).stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("default_model_path")
 def test_fine_answers_are_those_of_float32():
     """They are on every instruction set."""
@@ -51,7 +52,7 @@ def test_a_fine_answer_survives_its_worker(default_model_path):
     log = []
     with server("--arithmetic", "fine", "--num-workers", "2", "--no-drafts", log=log) as (process, url):
         assert any("fine arithmetic" in line for line in log)
-        question = ask("Tell me about the sea.", max_tokens=200, ignore_eos=True, stream=True)
+        question = ask("Tell me about the sea.", max_tokens=100, ignore_eos=True, stream=True)
 
         def text(kill):
             pieces = []

@@ -21,6 +21,7 @@ from chatlm.front.store import batches, files
 from chatlm.front.store.files import LineRow
 from chatlm.front.store.store import Store
 from fake_pool import FakePool
+from nightly import by_day
 
 
 class Server:
@@ -283,7 +284,8 @@ def key_called(name, **more):
     return ApiKey.hashed(name, name, **more)
 
 
-async def test_waiting_batches_hold_no_other_key_up(tmp_path):
+@pytest.mark.parametrize("count", by_day([60, 300], 60))
+async def test_waiting_batches_hold_no_other_key_up(tmp_path, count):
     """For a budget, for a queue, for a model that never gets memory: each has many batches of many lines."""
     broke = key_called("broke", tokens_per_day=0, refused=True)
     others = tuple(map(key_called, ("refused", "stuck", "free", "late")))
@@ -291,16 +293,16 @@ async def test_waiting_batches_hold_no_other_key_up(tmp_path):
     held, full = pool_called("held", gate=asyncio.Event()), pool_called("full", refuse=Overloaded("full", retry_after_s=1000))
     async with place_of(tmp_path / "store.db", settings, pool_called("open"), held, full) as place:
         for client, model in (("broke", "open"), ("refused", "full"), ("stuck", "held"), ("free", "open")):
-            names[client] = [await place.begun(client, model, 300) for _ in range(3)]
+            names[client] = [await place.begun(client, model, count) for _ in range(3)]
         place.wake_up()
         for name in names["free"]:
-            assert (await place.until(name, lambda batch: batch.status == "completed")).completed == 300
+            assert (await place.until(name, lambda batch: batch.status == "completed")).completed == count
         late = await place.begun("late", "open", 3)
         place.wake_up()
         await place.until(late, lambda batch: batch.status == "completed")
         for client in ("broke", "refused", "stuck"):
             for name in names[client]:
-                assert (await place.batch(name))[9:13] == ("in_progress", 300, 0, 0)
+                assert (await place.batch(name))[9:13] == ("in_progress", count, 0, 0)
         assert not any(request.client == "broke" for request in place_requests(held, full)) and held.open <= 8
         # a waiting batch can be cancelled, in each of these ways
         for client in ("broke", "refused", "stuck"):
@@ -316,7 +318,7 @@ async def test_waiting_batches_hold_no_other_key_up(tmp_path):
     async with place_of(tmp_path / "store.db", settings, pool_called("open"), pool_called("held"), pool_called("full")) as place:
         for client in ("broke", "refused"):
             for name in names[client][1:]:
-                assert (await place.until(name, lambda batch: batch.status == "completed")).completed == 300
+                assert (await place.until(name, lambda batch: batch.status == "completed")).completed == count
 
 
 def place_requests(*pools):

@@ -80,13 +80,14 @@ async def test_a_document_bomb_is_refused(start_pool, monkeypatch, limit_s, lett
         assert (await asyncio.to_thread(extract, url, documents.pdf(["alive"])))[1]["text"] == "alive"
 
 
-def test_broken_documents_leave_no_process(running):
+@pytest.mark.parametrize("count", by_day([2, 4], 2))
+def test_broken_documents_leave_no_process(running, count):
     """Bytes are changed, cut and repeated at random; whatever the libraries do, each gets text or a reason."""
     process, url = running
     dice = random.Random(65)
     for good in (documents.pdf(["some text"] * 3), documents.docx(), documents.pptx([("a", "b", "c")]), documents.xlsx({"s": [[1, 2]]}),
                  documents.epub({"a.xhtml": "<p>x"}), b"<html><p>x</html>"):
-        for _ in range(4):
+        for _ in range(count):
             data = bytearray(good)
             for _ in range(dice.randint(1, 20)):
                 data[dice.randrange(4, len(data))] = dice.randrange(256)

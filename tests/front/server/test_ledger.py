@@ -23,6 +23,7 @@ from chatlm.front.server.ledger import Amount, Ledger, UsageRow, days_of
 from chatlm.front.store.store import Store
 from answers import asked, said
 from fake_pool import FakePool, catalogue_of, conversation, frames, serving
+from nightly import by_day
 from pools import played_pool
 from real_server import server
 
@@ -454,7 +455,7 @@ async def test_an_uncapped_answer_reserves_256_more(tmp_path):
                 assert (await usage(call, "a"))["budget"]["reserved"] == 7 + reserved, total
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", by_day(range(12), *range(5)))
 async def test_the_sum_of_charges_is_what_was_computed(seed):
     """Requests of all kinds at once: a budget is passed at most by the tokens of one answer, and the 256 of each without max_tokens."""
     dice = random.Random(seed)

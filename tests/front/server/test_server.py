@@ -170,7 +170,8 @@ async def served(settings):
                 await pool.close()
 
 
-async def test_200_vanishing_clients_leave_nothing(nanochat_fixtures):
+@pytest.mark.parametrize("count", by_day([70, 200], 70))
+async def test_200_vanishing_clients_leave_nothing(nanochat_fixtures, count):
     """They vanish at random moments."""
     generator = random.Random(7)
     async with served(Settings(model=str(nanochat_fixtures / "gen5"), kv_cache_memory=1 << 20, max_batch=8)) as (pool, url):
@@ -202,7 +203,7 @@ async def test_200_vanishing_clients_leave_nothing(nanochat_fixtures):
                 await client(session, number)
 
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-            await asyncio.gather(*(one(session, number) for number in range(200)))
+            await asyncio.gather(*(one(session, number) for number in range(count)))
             while pool.dispatcher.jobs:        # the server may notice the last ones later
                 await asyncio.sleep(0.01)
             await idle(pool)
@@ -276,8 +277,9 @@ def test_a_copy_of_program_and_page_works(form, copied, tmp_path, nanochat_fixtu
             assert b"page.js" in page.read()
 
 
-@pytest.mark.parametrize("form, missing", [("gguf", "tokenizers"), *(pytest.param(*each, marks=pytest.mark.slow) for each in (
-    ("nanochat", "torch"), ("nanochat", "tiktoken"), ("nanochat", "aiohttp"), ("nanochat", "numpy"), ("gguf", "jinja2")))])
+@pytest.mark.slow
+@pytest.mark.parametrize("form, missing", [("gguf", "tokenizers"), ("nanochat", "torch"), ("nanochat", "tiktoken"), ("nanochat", "aiohttp"), ("nanochat", "numpy"),
+                                           ("gguf", "jinja2")])
 def test_each_missing_library_names_the_pip_command(form, missing, copied, tmp_path, nanochat_fixtures, default_model_path):
     """It does so in one line."""
     python = bare_python(tmp_path / "venv", LIBRARIES[form])

@@ -11,6 +11,7 @@ import pytest
 import fake_tools
 import tiny_gguf
 from fake_pool import serving
+from nightly import by_day
 
 pytestmark = pytest.mark.timeout(600)
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
@@ -47,7 +48,7 @@ async def asked(url, http, folder, name, seed):
     return [{key: value for key, value in item.items() if key != "id"} for item in answer["output"]], sorted(log.read_text().splitlines())  # they run at once
 
 
-@pytest.mark.parametrize("runs", [10, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runs", by_day([6, 10, 200], 6))
 async def test_killed_workers_repeat_no_call(place, runs):
     url, http, folder = place
     rng = random.Random(runs)
@@ -76,14 +77,15 @@ async def asked_as_messages(url, http, folder, name, seed):
     return [{key: value for key, value in block.items() if key not in ("id", "tool_use_id")} for block in answer["content"]], sorted(log.read_text().splitlines())
 
 
-async def test_killed_workers_repeat_no_call_of_messages(place):
+@pytest.mark.parametrize("moments", by_day([" ".join(MOMENTS), "decode unsent"], "decode unsent"))
+async def test_killed_workers_repeat_no_call_of_messages(place, moments):
     url, http, folder = place
     struck = 0
-    for number, moment in enumerate(MOMENTS):
+    for number, moment in enumerate(moments.split()):
         seed = SEEDS[number % len(SEEDS)]
         blocks, calls = await asked_as_messages(url, http, folder, f"calm-{number}", seed)
         assert [block["type"] for block in blocks].count("mcp_tool_result") >= len(calls) > 0
         name = f"kill-{moment}-{number}"
         assert await asked_as_messages(url, http, folder, name, seed) == (blocks, calls), name
         struck += len([*folder.glob(f"{name}-*")])
-    assert struck >= len(MOMENTS)
+    assert struck >= len(moments.split())

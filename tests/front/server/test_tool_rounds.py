@@ -474,15 +474,18 @@ async def test_pings_come_while_a_tool_runs(place, tmp_path, monkeypatch):
             assert b"response.completed" in await response.read()
 
 
-@pytest.mark.parametrize("change, match", [
+REFUSED = [
     ({"server_label": "other"}, "fake"), ({"server_label": None}, "server_label"), ({"server_label": 7}, "server_label"),
     *(({name: "x"}, f"{name}: tool servers are the operator's") for name in ("server_url", "connector_id", "tunnel_id", "authorization")),
     ({"headers": {"X": "y"}}, "headers"), ({"allowed_tools": "add"}, "allowed_tools"), ({"allowed_tools": ["ad"]}, "among add, "),
-    ({"allowed_tools": {"read_only": "yes"}}, "allowed_tools"), ({"require_approval": "sometimes"}, "require_approval"), ({"require_approval": {"never": "add"}}, "require_approval.never")])
-async def test_what_only_an_operator_says_is_refused(place, change, match):
+    ({"allowed_tools": {"read_only": "yes"}}, "allowed_tools"), ({"require_approval": "sometimes"}, "require_approval"), ({"require_approval": {"never": "add"}}, "require_approval.never")]
+
+
+async def test_what_only_an_operator_says_is_refused(place):
     async with place("Hello.") as at:
-        with pytest.raises(openai.BadRequestError, match=match):
-            await at.ask(tools=[TOOL | change])
+        for change, match in REFUSED:
+            with pytest.raises(openai.BadRequestError, match=match):
+                await at.ask(tools=[TOOL | change])
     assert not at.pool.requests
 
 
