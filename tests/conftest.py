@@ -28,7 +28,7 @@ REPOSITORY = TESTS.parent
 # What the tests share, and the code under test: a private build, or this checkout
 sys.path[:0] = [os.environ.get("CHAT_SERVER_DIR") or str(REPOSITORY), str(TESTS / "support")]
 
-from browsing import browser, end_browser, held_front, one_stand_in, opened_page, page, server_url, stand_in  # noqa: E402, F401  of the page's tests
+from browsing import browser, end_browser, held_front, one_stand_in, opened_page, page, server_url, stand_in, theme  # noqa: E402, F401  of the page's tests
 from pools import start_pool, started  # noqa: E402, F401
 
 

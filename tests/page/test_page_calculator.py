@@ -28,7 +28,7 @@ def sent(front):
     return [(message.content, (message.more or {}).get("calculator")) for message in front.pool.requests[-1].messages if message.role == "assistant"]
 
 
-def test_a_call_is_a_card_and_goes_back(page, held_front):
+def test_a_call_is_a_card_and_goes_back(page, held_front, theme):
     held_front.pool.pieces = APPLES
     open_page(page, held_front.url)
     ask(page, "How many?")
@@ -40,7 +40,7 @@ def test_a_call_is_a_card_and_goes_back(page, held_front):
     expect(cards(page)).to_have_text(["12+30 = 42", "5*5 = 25"])
     expect(said(answers(page).last)).to_have_text(SHOWN)
     expect(said(answers(page).last).locator("strong")).to_have_text("5*5")
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
     held_front.admit(100)
     ask(page, "And?")
     expect_answered(page, 2)

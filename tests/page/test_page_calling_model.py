@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 
@@ -22,14 +23,26 @@ def place(tmp_path_factory):
     return tmp_path_factory.mktemp("calling")
 
 
+@contextmanager
+def calling(place, **programs):
+    """A server with the model and these tool servers."""
+    config = place / "mcp.json"
+    config.write_text(json.dumps({"mcpServers": programs}))
+    with started_server("--lora", CALLER, "--mcp-config", str(config), "--kv-cache-memory", "60M", "--temperature", "0") as url:
+        yield url
+
+
 @pytest.fixture(scope="module")
 def calling_url(place):
-    """A server with the model, with a clock that stands still, and with the real one."""
-    config = place / "mcp.json"
-    still = {"command": sys.executable, "args": [fake_tools.__file__, "clock", str(place / "asked")], "alwaysAllow": ["*"]}
-    real = {"command": sys.executable, "args": ["-m", "mcp_server_time"]}
-    config.write_text(json.dumps({"mcpServers": {"fake": still, "time": real}}))
-    with started_server("--lora", CALLER, "--mcp-config", str(config), "--kv-cache-memory", "60M", "--temperature", "0") as url:
+    """With the real clock."""
+    with calling(place, time={"command": sys.executable, "args": ["-m", "mcp_server_time"]}) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def still_url(place):
+    """With a clock that stands still."""
+    with calling(place, fake={"command": sys.executable, "args": [fake_tools.__file__, "clock", str(place / "asked")], "alwaysAllow": ["*"]}) as url:
         yield url
 
 
@@ -39,6 +52,7 @@ def chat_with(page, url, *tools, **parameters):
     page.evaluate("changes => Chat.change(Chat.current, changes)", {"tools": sorted(tools), "parameters": parameters})
 
 
+@pytest.mark.slow
 def test_the_time_is_asked_for_and_told(page, calling_url):
     """As a reader does it, from the choice of the tool to the answer; the clock is the real one."""
     open_page(page, calling_url)
@@ -57,6 +71,7 @@ def test_the_time_is_asked_for_and_told(page, calling_url):
     expect(said(answers(page).last)).to_have_text(f"It is {result['datetime'][11:16]} in Tokyo.")
 
 
+@pytest.mark.slow
 def test_the_model_reads_that_it_was_not_allowed(page, calling_url):
     chat_with(page, calling_url, "time__get_current_time")
     ask(page, "What time is it in Paris?")
@@ -65,6 +80,7 @@ def test_the_model_reads_that_it_was_not_allowed(page, calling_url):
     expect(said(answers(page).last)).to_contain_text("You did not allow it")
 
 
+@pytest.mark.slow
 def test_without_a_tool_there_is_no_call(page, calling_url):
     chat_with(page, calling_url)
     ask(page, CITIES)
@@ -72,16 +88,17 @@ def test_without_a_tool_there_is_no_call(page, calling_url):
     expect(said(answers(page).last)).to_have_text("I have no tool that tells me the time.")
 
 
-def test_page_and_terminal_say_the_same(page, calling_url, place):
+def test_page_and_terminal_say_the_same(page, still_url, place):
     """The same seed, model and tools give the same rounds, calls, results and texts."""
-    chat_with(page, calling_url, "fake__get_current_time", temperature=1, seed=5)
+    chat_with(page, still_url, "fake__get_current_time", temperature=1, seed=5)
     questions = [CITIES, "Thank you.", "What time is it in Tokyo?"]
     for question in questions:
         ask(page, question)
-        page.wait_for_function("() => { const node = Chat.lastNode(); return node.role === 'assistant' && node.timings && !node.calls?.length; }", timeout=SLOW_MS)
+        page.wait_for_function("() => { const node = Chat.lastNode(); return node.role === 'assistant' && node.timings && !node.calls?.length; }",
+                               timeout=SLOW_MS, polling=100)      # without a frame for each look
     saved = place / "terminal.json"
     lines = ["/tools on fake__get_current_time", *questions, f"/save {saved}"]
-    subprocess.run([sys.executable, ROOT / "chat_server.py", "chat", "--url", calling_url, "--temperature", "1", "--seed", "5"],
+    subprocess.run([sys.executable, ROOT / "chat_server.py", "chat", "--url", still_url, "--temperature", "1", "--seed", "5"],
                    input="\n".join(lines) + "\n", text=True, check=True, timeout=120)
     [chat] = read_chats(saved.read_text())
     here, there = conversation(page.evaluate("Chat.path")), conversation(chat.path())

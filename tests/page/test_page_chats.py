@@ -11,6 +11,7 @@ import pytest
 import chat_server
 from browsing import (answers, ask, button, chats, command, expect, expect_accessible, expect_answered, menu, message_box, more,
                       needs_browser, open_page, questions, reload, said, settled)
+from nightly import by_day
 
 pytestmark = needs_browser
 
@@ -54,7 +55,7 @@ def test_chats_are_opened_renamed_pinned_and_found(page, stand_in):
     expect(said(questions(page))).to_have_text(["bananas are yellow"])
 
 
-def test_a_search_shows_where_the_words_are(page, stand_in):
+def test_a_search_shows_where_the_words_are(page, stand_in, theme):
     open_page(page, stand_in.url)
     for text in ("apples\n" + "and so on " * 30 + "the GOLDEN   pear <b>fell</b> far " + "from the tree " * 30, "bananas"):
         button(page, "New chat").click()
@@ -68,7 +69,7 @@ def test_a_search_shows_where_the_words_are(page, stand_in):
     expect(snippet).to_have_text(re.compile(r"^….*the GOLDEN pear <b>fell</b> far .*…$"))
     assert len(snippet.inner_text()) < 130
     page.wait_for_function("() => CSS.highlights.get('found')?.size === 2")         # both in the snippet
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
     snippet.click()
     expect(said(questions(page))).to_contain_text("GOLDEN")
     search.fill("banana")                                     # in the title already
@@ -419,21 +420,22 @@ def test_a_chat_goes_out_and_in_with_its_branches(page, stand_in, tmp_path):
     expect(answers(page)).to_contain_text("(answer 1)")
 
 
-def test_a_large_file_is_shown_before_it_is_written(page, stand_in):
+@pytest.mark.parametrize("count", by_day([1200, 5000], 1200))
+def test_a_large_file_is_shown_before_it_is_written(page, stand_in, count):
     open_page(page, stand_in.url)
     other = new_tab(page, stand_in.url)
     other.evaluate("() => { window.drawn = 0; Parts.register({render() { drawn++; }}); }")
-    nodes = [{"id": f"n{i}", "parent": None, "role": "user", "content": f"question {i}", "created": 10**12 + i} for i in range(5000)]
+    nodes = [{"id": f"n{i}", "parent": None, "role": "user", "content": f"question {i}", "created": 10**12 + i} for i in range(count)]
     shown = page.evaluate("""text => { Chats.importAll(Tree.importOf(text), "it"); return [Chat.nodes.size, Boolean(Store.flushing)]; }""",
                           json.dumps({"title": "many", "nodes": nodes}))
-    assert shown == [5000, True]
-    expect(said(questions(page))).to_have_text(["question 4999"])
+    assert shown == [count, True]
+    expect(said(questions(page))).to_have_text([f"question {count - 1}"])
     expect(chats(other)).to_have_text(["many"])
     assert other.evaluate("drawn") < 5
     settled(page)
     chats(other).click()
-    expect(said(questions(other))).to_have_text(["question 4999"])
-    expect(questions(other)).to_contain_text("5000/5000")
+    expect(said(questions(other))).to_have_text([f"question {count - 1}"])
+    expect(questions(other)).to_contain_text(f"{count}/{count}")
 
 
 def test_chats_move_between_page_and_terminal(page, stand_in, tmp_path):

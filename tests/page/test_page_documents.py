@@ -5,24 +5,31 @@ import importlib.util
 import pytest
 
 import documents
-from browsing import button, expect, expect_accessible, expect_answered, message_box, needs_browser, open_page, questions
+from browsing import button, expect, expect_accessible, expect_answered, message_box, needs_browser, open_page, questions, started_server
 
 pytestmark = [needs_browser, pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in (
     "pypdfium2", "mammoth", "markdownify", "openpyxl", "pptx")), reason="the extra `documents` is not installed")]
+
+
+@pytest.fixture(scope="module")
+def front(nanochat_fixtures):
+    """A server that reads documents; its model is not the point."""
+    with started_server(str(nanochat_fixtures / "gen5"), "--kv-cache-memory", "4M") as url:
+        yield url
 
 
 def attach(page, name, content):
     page.locator("#files-picker").set_input_files({"name": name, "mimeType": "application/octet-stream", "buffer": content})
 
 
-def test_a_document_is_attached_as_text_with_pages(page, server_url):
-    open_page(page, server_url)
+def test_a_document_is_attached_as_text_with_pages(page, front, theme):
+    open_page(page, front)
     attach(page, "report.pdf", documents.pdf(["The treasure lies under the old oak.", "", "The end."]))
     chip = page.locator("#files li")
     expect(chip).to_contain_text("report.pdf")
     expect(chip).to_contain_text("3 pages")
     expect(chip.locator(".cut")).to_have_text("Incomplete: no text on page 2, which may be pictures.")
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
     message_box(page).fill("Where is it?")
     with page.expect_request("**/v1/chat/completions") as request:
         button(page, "Send").click()
@@ -31,8 +38,8 @@ def test_a_document_is_attached_as_text_with_pages(page, server_url):
     assert request.value.post_data_json["messages"][-1]["content"] == "Where is it?\n\nreport.pdf:\n```\n[page 1]\nThe treasure lies under the old oak.\n\n[page 3]\nThe end.\n```"
 
 
-def test_an_unreadable_document_says_why(page, server_url):
-    open_page(page, server_url)
+def test_an_unreadable_document_says_why(page, front):
+    open_page(page, front)
     attach(page, "secret.pdf", documents.ENCRYPTED_PDF)
     expect(page.get_by_role("alert")).to_contain_text("secret.pdf: The PDF is encrypted: save it without its password")
     attach(page, "a.docx", b"no document")

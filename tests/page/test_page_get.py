@@ -49,7 +49,7 @@ def search(page, words):
     button(region(page), "Search").click()
 
 
-def test_a_model_is_found_downloaded_and_deleted(page, hub, served):
+def test_a_model_is_found_downloaded_and_deleted(page, hub, served, theme):
     hub.held = {"large-Q8_0.gguf": 12 << 20}
     open_page(page, served)
     menu(page, "Get a model")
@@ -57,7 +57,7 @@ def test_a_model_is_found_downloaded_and_deleted(page, hub, served):
     expect(row(page, "llama3.1-70b")).to_contain_text("about 140 GB")
     expect(row(page, "llama3.1-70b")).to_contain_text("does not fit in memory")
     expect(row(page, "smollm2-135m")).to_contain_text(re.compile("about 270 MB.*fits"))
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
     search(page, "org")
     button(region(page), "Files of org/large").click()
     expect(row(page, "org/large:large-Q8_0.gguf")).to_contain_text(re.compile("26 MB.*fits"), timeout=SLOW_MS)
@@ -68,13 +68,13 @@ def test_a_model_is_found_downloaded_and_deleted(page, hub, served):
     bar = region(page).get_by_role("progressbar", name="Download of org/large:large-Q8_0.gguf")
     expect(bar).to_have_attribute("value", "10485760", timeout=SLOW_MS)
     expect(region(page)).to_contain_text("10 MB of 26 MB")
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
     reload(page)                    # it goes on, and is found again
     expect(bar).to_have_attribute("value", "10485760", timeout=SLOW_MS)
     button(region(page), "Cancel org/large:large-Q8_0.gguf").click()
     expect(region(page)).to_contain_text("cancelled; what is here stays")
     expect(region(page).get_by_role("row").filter(has_text="a part of it is here")).to_have_count(1)
-    expect_accessible(page, "#get-found")       # the table of the first look
+    expect_accessible(page, "#get-found", "#get-best", theme=theme)       # the tables of the first look
     hub.released.set()
     button(region(page), "Continue org/large:large-Q8_0.gguf").first.click()
     expect(region(page)).to_contain_text("org/large:large-Q8_0.gguf is here and served.", timeout=SLOW_MS)
@@ -86,22 +86,23 @@ def test_a_model_is_found_downloaded_and_deleted(page, hub, served):
     menu(page, "Get a model")
     button(region(page), "Delete org/large:large-Q8_0.gguf").click()
     expect(page.get_by_role("dialog")).to_contain_text("26 MB are removed from the cache")
-    expect_accessible(page, "#get-found")
+    expect_accessible(page, "#get-found", "#get-best", theme=theme)
     button(page.get_by_role("dialog"), "Delete").click()
     expect(region(page).get_by_role("heading", name="On this machine")).to_be_hidden()
     page.keyboard.press("Escape")
     expect(message_box(page)).to_be_focused()
 
 
-def test_a_server_that_downloads_nothing_says_so(page, hub, nanochat_fixtures):
+def test_a_server_that_downloads_nothing_says_so(page, hub, nanochat_fixtures, theme):
     with started_server("--models", str(nanochat_fixtures / "gen5"), "--kv-cache-memory", "4M", "--no-downloads") as url:
         open_page(page, url, "#get")
         expect(region(page).get_by_role("alert")).to_contain_text("This server downloads no models (--no-downloads)")
         expect(region(page).get_by_role("textbox")).to_be_hidden()
-        expect_accessible(page)
+        expect_accessible(page, theme=theme)
 
 
-def test_the_view_fits_a_phone(browser, hub, served):
+@pytest.mark.slow
+def test_the_view_fits_a_phone(browser, hub, served, theme):
     with visitor(browser, viewport={"width": 360, "height": 740}, has_touch=True) as page:
         open_page(page, served, "#get")
         expect(row(page, "smollm2-135m")).to_be_visible(timeout=SLOW_MS)
@@ -114,10 +115,10 @@ def test_the_view_fits_a_phone(browser, hub, served):
             button(region(page), name).scroll_into_view_if_needed()
             expect(button(region(page), name)).to_be_in_viewport(ratio=1)
         assert page.locator("#get .table").evaluate_all("tables => tables.every(each => each.scrollWidth <= each.clientWidth)")
-        expect_accessible(page)
+        expect_accessible(page, theme=theme)
 
 
-def test_without_a_network_one_line_says_so(page, hub, nanochat_fixtures, monkeypatch):
+def test_without_a_network_one_line_says_so(page, hub, nanochat_fixtures, monkeypatch, theme):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with started_server("--models", str(nanochat_fixtures / "gen5"), "--kv-cache-memory", "4M") as url:
         open_page(page, url, "#get")
@@ -128,7 +129,7 @@ def test_without_a_network_one_line_says_so(page, hub, nanochat_fixtures, monkey
         expect(region(page).get_by_role("status")).to_be_hidden()
         expect(region(page)).not_to_contain_text("The hub has nothing")
         expect(row(page, "smollm2-135m")).to_be_visible()       # what is known without the hub is still there
-        expect_accessible(page, "#get-found")
+        expect_accessible(page, "#get-found", "#get-best", theme=theme)
         button(region(page), "Dismiss").click()
         expect(region(page).get_by_role("alert")).to_be_hidden()
         expect(region(page).get_by_role("textbox")).to_be_focused()

@@ -8,6 +8,7 @@ import pytest
 
 from browsing import (ROOT, SLOW_MS, answers, ask, button, command, expect, expect_accessible, expect_answered, inside, menu,
                       message_box, needs_browser, open_page, reload, said, settled)
+from nightly import by_day
 
 pytestmark = needs_browser
 
@@ -23,7 +24,7 @@ def asked(page, server_url):
     return page
 
 
-def test_a_lens_shows_what_stood_beside_each_token(asked):
+def test_a_lens_shows_what_stood_beside_each_token(asked, theme):
     page, first = asked, said(answers(asked)).inner_text()
     inside(answers(page), "Token lens")
     tokens = page.get_by_role("listbox", name="Tokens of the answer")
@@ -49,7 +50,7 @@ def test_a_lens_shows_what_stood_beside_each_token(asked):
     expect(panel).not_to_contain_text("drafted")
     tokens.press("ArrowRight")
     expect(panel).to_contain_text("drafted this time")
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
     lens = page.evaluate("Look.lensOf(Chat.lastNode().id).tokens.map(({id, share, beside}) => [id, share, beside?.length])")
     before = [token[0] for token in lens[:2]]
     tokens.press("ArrowDown")
@@ -83,7 +84,7 @@ def test_a_lens_shows_what_stood_beside_each_token(asked):
     expect(answers(page)).to_contain_text("2/3")
 
 
-def test_a_prompt_shows_its_special_tokens(asked):
+def test_a_prompt_shows_its_special_tokens(asked, theme):
     page = asked
     inside(answers(page), "Prompt")
     dialog = page.get_by_role("dialog", name="Prompt")
@@ -92,7 +93,7 @@ def test_a_prompt_shows_its_special_tokens(asked):
     expect(dialog.locator("#prompt-counts li").first).to_have_text(re.compile(r"^YouWhat is the capital of Japan\?7 tokens"))
     count = page.evaluate("Chat.lastNode().timings.prompt_tokens")
     expect(dialog.locator("#prompt-facts")).to_have_text(re.compile(rf"^{count} tokens of [\d,]+"))
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
     button(dialog, "Done").click()
 
 
@@ -114,7 +115,7 @@ def test_the_server_is_drawn_at_a_glance(asked, server_url):
     assert not page.url.endswith("#server")
 
 
-def test_one_of_the_answers_side_by_side_is_chosen(asked):
+def test_one_of_the_answers_side_by_side_is_chosen(asked, theme):
     page, first = asked, said(answers(asked)).inner_text()
     inside(answers(page), "Compare")
     dialog = page.get_by_role("dialog", name="Compare")
@@ -127,7 +128,7 @@ def test_one_of_the_answers_side_by_side_is_chosen(asked):
     expect(columns.get_by_role("button", name="Continue with this")).to_have_count(3, timeout=SLOW_MS)
     assert columns.nth(0).locator(".compared").inner_text().strip() == first.strip()
     expect(columns.nth(1)).to_contain_text(re.compile(r"Differs from token \d+ on: the first answer's token had a probability of [<\d. ]+\s%, this one(?:'s had [<\d. ]+\s%| ended there)\."))
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
     text = columns.nth(2).locator(".compared").inner_text()
     columns.nth(2).get_by_role("button", name="Continue with this").click()
     expect(answers(page)).to_contain_text("2/2")
@@ -150,6 +151,7 @@ def go_to(page, name, key="Tab"):
         names.append(page.evaluate(FOCUSED))
 
 
+@pytest.mark.slow
 def test_the_keyboard_alone_reaches_every_look(asked):
     page = asked
     dialog = page.locator("dialog[open]")
@@ -207,7 +209,7 @@ def test_the_keyboard_alone_reaches_every_look(asked):
     expect(message_box(page)).to_be_focused()
 
 
-@pytest.mark.parametrize("speed", [7, 12_345])
+@pytest.mark.parametrize("speed", by_day([7, 12_345], 12_345))
 def test_the_labels_beside_a_chart_are_whole(opened_page, speed):
     rooms = opened_page.evaluate("""async speed => {
         const workers = [{gpu_id: 0, device: "cpu", state: "ready", tokens_per_second: speed, memory_used: 987e9, kv_pages_used: 4e6, kv_pages_total: 5e6}];
@@ -311,7 +313,8 @@ def test_a_lonely_value_of_a_chart_is_a_point(page, stand_in):
     assert drawn == [1]
 
 
-@pytest.mark.parametrize("answer", [{"status": 403, "body": "{}"}, {"body": "[]"}, {"body": '{"fields": 7, "samples": [7]}'}, {"body": "odd"}])
+@pytest.mark.parametrize("answer", by_day([{"status": 403, "body": "{}"}, {"body": "[]"}, {"body": '{"fields": 7, "samples": [7]}'}, {"body": "odd"}],
+                                          {"status": 403, "body": "{}"}, {"body": '{"fields": 7, "samples": [7]}'}))
 def test_without_a_history_the_charts_begin_now(page, stand_in, answer):
     page.route("**/stats/history", lambda route: route.fulfill(**answer))
     open_page(page, stand_in.url, "#server")
@@ -401,7 +404,7 @@ def test_answers_side_by_side_are_markdown(opened_page):
     page.evaluate("Chat.openNew()")
 
 
-def test_a_run_is_compared_by_its_last_steps(page, stand_in):
+def test_a_run_is_compared_by_its_last_steps(page, stand_in, theme):
     entry = {"owned_by": "chat_server", "context_length": 8192, "run": "d2", "capabilities": {"token_ids": True, "compare": True}, "defaults": {}}
     stand_in.several = [entry | {"id": f"d2@{step}", "step": step, "state": "ready", "aliases": ["d2@latest"] if step == 60 else []} for step in (20, 40, 60)]
     open_page(page, stand_in.url)
@@ -422,4 +425,4 @@ def test_a_run_is_compared_by_its_last_steps(page, stand_in):
     button(dialog, "Compare").click()
     expect(dialog.get_by_role("region").first).to_contain_text("Loading d2@20, 45\u00a0%")
     expect(dialog.get_by_role("region").nth(1)).to_contain_text("Waiting for the first token")
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)

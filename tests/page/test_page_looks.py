@@ -215,7 +215,7 @@ def test_cut_parts_have_shadows_and_buttons_have_edges(page, stand_in):
 
 # quiet ----------------------------------------------------------------------------------------------------------------
 
-def test_one_quiet_line_stands_below_an_answer(page, stand_in):
+def test_one_quiet_line_stands_below_an_answer(page, stand_in, theme):
     open_page(page, stand_in.url)
     ask(page, "one")
     expect_answered(page)
@@ -232,7 +232,7 @@ def test_one_quiet_line_stands_below_an_answer(page, stand_in):
     page.mouse.move(0, 0)
     expect(more).to_be_visible()                                # it was asked for
     expect(line.locator(".short")).to_have_attribute("aria-expanded", "true")
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
     page.keyboard.press("Escape")
     expect(more).to_have_count(0)
     figures(answer)
@@ -253,6 +253,7 @@ def test_figures_without_a_speed_are_not_lost(page, stand_in):
     expect(line).to_have_text("stopped · first token after 81 ms")
 
 
+@pytest.mark.slow
 def test_a_tap_shows_figures_beside_their_line(browser, stand_in):
     with visitor(browser, viewport={"width": 390, "height": 780}, has_touch=True, is_mobile=True) as page:
         open_page(page, stand_in.url)
@@ -285,7 +286,7 @@ def test_new_chat_stays_with_a_hidden_list(browser, stand_in):
             expect(button(page, "New chat")).to_have_count(1)   # that of the list
 
 
-def test_deleting_all_chats_stands_at_the_end(page, stand_in):
+def test_deleting_all_chats_stands_at_the_end(page, stand_in, theme):
     open_page(page, stand_in.url)
     ask(page, "one")
     expect_answered(page)
@@ -294,17 +295,17 @@ def test_deleting_all_chats_stands_at_the_end(page, stand_in):
     expect(entries.last).to_have_text("Delete all chats")
     above, last = [entries.nth(entries.count() - back).bounding_box() for back in (2, 1)]
     assert last["y"] - above["y"] - above["height"] > 8
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
 
 
-def test_the_empty_page_offers_a_better_model(page, stand_in):
+def test_the_empty_page_offers_a_better_model(page, stand_in, theme):
     stand_in.model |= {"better": "Qwen/Qwen3-4B-GGUF:Qwen3-4B-Q4_K_M.gguf"}
     open_page(page, stand_in.url)
     log = page.get_by_role("log")
     expect(log.get_by_role("heading")).to_have_text(re.compile("^Good (morning|afternoon|evening). What would you like to know?"))
     assert page.evaluate("[0, 5, 12, 18].map(hour => Parts.TEXT.welcome(hour).split(' ')[1])") == ["evening.", "morning.", "afternoon.", "evening."]
     expect(log).not_to_contain_text("python")
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
     button(log, "Get a better one: Qwen3-4B").click()
     expect(page.get_by_role("region", name="Get a model")).to_be_visible()
     stand_in.model["better"] = ""                               # none fits

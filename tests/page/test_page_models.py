@@ -45,7 +45,7 @@ def test_a_chat_remembers_its_model(browser, nanochat_fixtures, tmp_path):
 
 
 @pytest.mark.slow
-def test_steps_of_a_training_stand_on_a_slider(browser, nanochat_fixtures, tmp_path):
+def test_steps_of_a_training_stand_on_a_slider(browser, nanochat_fixtures, tmp_path, theme):
     base, text = tmp_path / "base", tmp_path / "held_out.txt"
     shutil.copytree(nanochat_fixtures / "gen1" / "tokenizer", base / "tokenizer")
     text.write_text(tiny_training.TEXT)
@@ -76,7 +76,7 @@ def test_steps_of_a_training_stand_on_a_slider(browser, nanochat_fixtures, tmp_p
         expect(columns.nth(1).get_by_role("spinbutton", name="Seed")).to_have_value("3")        # a fair comparison
         button(dialog, "Compare").click()
         expect(columns.get_by_role("button", name="Continue with this")).to_have_count(2, timeout=4 * SLOW_MS)
-        expect_accessible(page)
+        expect_accessible(page, theme=theme)
         columns.nth(1).get_by_role("button", name="Continue with this").click()
         inside(answers(page).last, "Check that it repeats")
         expect(answers(page).last).to_contain_text("It repeats: the same 12 tokens.", timeout=4 * SLOW_MS)
@@ -84,7 +84,7 @@ def test_steps_of_a_training_stand_on_a_slider(browser, nanochat_fixtures, tmp_p
 
 
 @pytest.mark.slow
-def test_columns_of_a_comparison_have_adapters(browser, tmp_path):
+def test_columns_of_a_comparison_have_adapters(browser, tmp_path, theme):
     base = save(make_model("llama3.1"), tmp_path / "tiny")
     config = json.loads((base / "config.json").read_text())
     shape = (config["num_attention_heads"] * config["head_dim"], config["hidden_size"])
@@ -109,7 +109,7 @@ def test_columns_of_a_comparison_have_adapters(browser, tmp_path):
         adapters.nth(2).select_option("none")
         button(dialog, "Compare").click()
         expect(dialog.get_by_role("button", name="Continue with this")).to_have_count(3, timeout=SLOW_MS)
-        expect_accessible(page)
+        expect_accessible(page, theme=theme)
         assert page.evaluate("Compare.shown.columns.map(({end}) => end.model)") == ["law", "tone", "tiny"]
         assert len(set(page.evaluate("Compare.shown.columns.map(({end}) => end.seed)"))) == 1
         dialog.get_by_role("button", name="Continue with this").nth(1).click()
@@ -118,7 +118,7 @@ def test_columns_of_a_comparison_have_adapters(browser, tmp_path):
         assert page.evaluate("Chat.lastNode().weights") == page.evaluate("Look.weightsOf('tone')") != page.evaluate("Look.weightsOf('law')")
 
 
-def test_each_answer_says_what_made_it(page, stand_in):
+def test_each_answer_says_what_made_it(page, stand_in, theme):
     of_run = {"owned_by": "chat_server", "context_length": 8192, "state": "ready", "capabilities": {"token_ids": True, "compare": True},
               "defaults": {"temperature": 0.7}}
     stand_in.several = [of_run | {"id": "d2@60", "run": "d2", "step": 60, "aliases": ["d2@latest"], "default": True},
@@ -145,7 +145,7 @@ def test_each_answer_says_what_made_it(page, stand_in):
     expect(chip).to_have_text("1 change", use_inner_text=True)
     page.set_viewport_size({"width": 1280, "height": 800})
     expect(figures(answers(page))).to_contain_text("law, adapter of d2@60 · top-k 3")
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
     page.keyboard.press("Escape")
     maker.get_by_role("button").focus()
     page.keyboard.press("Enter")
@@ -172,7 +172,7 @@ def test_each_model_s_size_and_workers_are_shown(opened_page):
 
 
 @pytest.mark.slow
-def test_a_base_checkpoint_chats_only_on_demand(browser, base_checkpoint):
+def test_a_base_checkpoint_chats_only_on_demand(browser, base_checkpoint, theme):
     """nanochat's tokenizer has the tokens of a chat from the start, so this one could chat too: it would ramble."""
     with started_server(str(base_checkpoint), "--kv-cache-memory", "8M", "--temperature", "0", "--max-tokens", "6") as url, visitor(browser) as page:
         asked = []
@@ -182,7 +182,7 @@ def test_a_base_checkpoint_chats_only_on_demand(browser, base_checkpoint):
         empty, writing, wants_chat = page.locator(".empty"), re.compile("completing"), "Chat with it all the same"
         expect(empty).to_contain_text("This is a base checkpoint, which was not taught to chat: it continues the text that you type")
         expect(page.locator(".examples button")).to_have_count(0)
-        expect_accessible(page)
+        expect_accessible(page, theme=theme)
         ask(page, "Once upon")
         expect(button(page, "Continue")).to_be_visible(timeout=SLOW_MS)
         assert (asked[-1][0], asked[-1][1]["prompt"]) == ("v1/completions", "Once upon")

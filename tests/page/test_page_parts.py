@@ -74,12 +74,14 @@ def test_assigning_to_another_s_state_is_an_error(page, stand_in):
 
 
 def test_what_an_object_offers_is_used_elsewhere(opened_page):
-    tests = "".join(path.read_text() for folder in ("tests/page", "tests/support", "docs", "bench") for path in (ROOT / folder).glob("*.py"))
+    texts = SCRIPTS | {"": "".join(path.read_text() for folder in ("tests/page", "tests/support", "docs", "bench") for path in (ROOT / folder).glob("*.py"))}
+    named_in, taken_in, late_in = ({script: re.findall(pattern, text) for script, text in texts.items()} for pattern in (
+        r"(?:\.\.\.|(?<![\w.]))([A-Z]\w*)\.([\w$]+)", r"const \{([^}]*)\} = (\w+)", r'=> (\w+), "(\w+)"'))
     for owner, script in OWNERS.items():
-        others = tests + "".join(text for name, text in SCRIPTS.items() if name != script)
-        named = set(re.findall(rf"(?:\.\.\.|(?<![\w.])){owner}\.([\w$]+)", others))
-        taken = {name for names in re.findall(rf"const \{{([^}}]*)\}} = {owner}\b", others) for name in re.findall(r"[\w$]+", names)}
-        late = set(re.findall(rf'=> {owner}, "(\w+)"', others)) | ({"start"} if owner == "Page" else set())
+        others = texts.keys() - {script}
+        named = {name for each in others for its, name in named_in[each] if its == owner}
+        taken = {name for each in others for names, its in taken_in[each] if its == owner for name in re.findall(r"[\w$]+", names)}
+        late = {name for each in others for its, name in late_in[each] if its == owner} | ({"start"} if owner == "Page" else set())
         unused = [name for name in opened_page.evaluate(f"Object.keys({owner})")
                   if name not in named | taken | late]
         assert unused == [], owner

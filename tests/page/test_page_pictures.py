@@ -40,13 +40,13 @@ def data_of(part):
     return head, base64.b64decode(data)
 
 
-def test_a_picture_is_attached_and_shown_larger(page, seeing):
+def test_a_picture_is_attached_and_shown_larger(page, seeing, theme):
     data = file_of()
     attach(page, "tomato.png", data)
     chip = page.locator("#files li")
     expect(chip).to_contain_text("tomato.png")
     expect(chip.locator("img")).to_be_visible()
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
     ask(page, "What is it?")
     expect_answered(page)
     picture, text = sent(seeing)
@@ -57,7 +57,7 @@ def test_a_picture_is_attached_and_shown_larger(page, seeing):
     opened = page.locator("#picture-dialog img")
     expect(opened).to_be_visible()
     assert opened.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [60, 40]
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
     opened.click()
     expect(opened).to_be_hidden()
 
@@ -114,7 +114,7 @@ def test_a_draft_keeps_its_picture(page, seeing):
 
 
 def test_a_photo_is_made_small_and_becomes_jpeg(page, seeing):
-    noise = Image.frombytes("RGB", (2600, 2000), random.Random(0).randbytes(2600 * 2000 * 3))
+    noise = Image.frombytes("RGB", (130, 100), random.Random(0).randbytes(130 * 100 * 3)).resize((2600, 2000))
     target = io.BytesIO()
     noise.save(target, "JPEG", quality=95)
     attach(page, "photo.jpg", target.getvalue(), "image/jpeg")

@@ -76,7 +76,7 @@ def front(page):
         yield page
 
 
-def test_only_html_and_drawings_have_a_preview(front):
+def test_only_html_and_drawings_have_a_preview(front, theme):
     answer = shown(front, ("html", PAGE), ("svg", DRAWING), ("xml", f'<?xml version="1.0"?>\n{DRAWING}'), ("xml", "<note/>"), ("python", "x = 1"))
     previews = button(answer, "Preview")
     expect(previews).to_have_count(3)
@@ -93,7 +93,7 @@ def test_only_html_and_drawings_have_a_preview(front):
     front.wait_for_function("() => [...document.querySelectorAll('iframe')].every(each => each.style.height)")
     assert heights()[0] <= 0.7 * 800 and 80 <= heights()[1] < 130       # as high as what it shows, but no higher than most of the window
     expect(answer.get_by_text("Scripts do not run here").first).to_be_visible()
-    expect_accessible(front)
+    expect_accessible(front, theme=theme)
     previews.first.click()
     expect(answer.locator("iframe")).to_have_count(2)
 

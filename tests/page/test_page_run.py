@@ -10,6 +10,7 @@ import pytest
 import tiny_training
 from browsing import (SLOW_MS, answers, ask, button, expect, expect_accessible, expect_answered, menu, message_box, needs_browser, open_page,
                       questions, reload, said, started_server, visitor)
+from nightly import by_day
 from page_server import MODEL
 
 pytestmark = needs_browser
@@ -38,7 +39,7 @@ def opened(page, stand_in, path="#run/d4"):
     expect(page.get_by_role("heading", name="Training run d4")).to_be_visible()
 
 
-def test_a_run_has_an_address_a_curve_and_rows(page, stand_in):
+def test_a_run_has_an_address_a_curve_and_rows(page, stand_in, theme):
     stand_in.several = steps("unloaded", "ready", "loading")
     open_page(page, stand_in.url)
     menu(page, "Training run")
@@ -52,7 +53,7 @@ def test_a_run_has_an_address_a_curve_and_rows(page, stand_in):
     expect(row(page, 20)).to_contain_text("loaded")
     expect(region).to_contain_text("In memory: d4@20. Being loaded: d4@30.")
     expect(message_box(page)).to_be_hidden()
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
     assert page.url.endswith("#run/d4")
     reload(page)
     expect(curve).to_be_visible()
@@ -63,7 +64,7 @@ def test_a_run_has_an_address_a_curve_and_rows(page, stand_in):
     expect(region).to_be_visible()
 
 
-@pytest.mark.parametrize("path", ["#run", "#run/"])
+@pytest.mark.parametrize("path", by_day(["#run", "#run/"], "#run"))
 def test_an_address_without_a_tag_opens_the_run(page, stand_in, path):
     stand_in.several = steps("ready", "ready")
     open_page(page, stand_in.url)
@@ -153,7 +154,7 @@ def test_scores_are_said_and_the_focus_stays(page, stand_in):
     expect(page.locator("#run-now")).to_contain_text("1 step waits for a score.")
 
 
-def test_the_metrics_of_a_run_are_a_choice(page, stand_in):
+def test_the_metrics_of_a_run_are_a_choice(page, stand_in, theme):
     stand_in.several = steps("ready", "ready", "failed", scores=False)
     known = [{"val_bpb": 0.9, "tokens": 5_000_000}, {"val_bpb": 0.8, "tokens": 10_000_000}, {}]
     page.route("**/v1/runs/d4", lambda route: route.fulfill(json={"object": "run", "id": "d4", "steps": [
@@ -171,7 +172,7 @@ def test_the_metrics_of_a_run_are_a_choice(page, stand_in):
     known[2]["core_metric"] = 0.25
     expect(choice.locator("option")).to_have_text(["Validation bits per byte", "CORE", "Tokens trained on"])
     expect(choice).to_have_value("val_bpb")                        # as chosen
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
 
 
 def test_several_runs_are_a_choice(page, stand_in):
@@ -198,7 +199,7 @@ def test_others_add_to_the_view_of_a_run(page, stand_in):
 
 
 @pytest.mark.slow
-def test_a_run_that_trains_is_seen_step_by_step(browser, nanochat_fixtures, tmp_path):
+def test_a_run_that_trains_is_seen_step_by_step(browser, nanochat_fixtures, tmp_path, theme):
     base, text = tmp_path / "base", tmp_path / "held_out.txt"
     shutil.copytree(nanochat_fixtures / "gen1" / "tokenizer", base / "tokenizer")
     text.write_text(tiny_training.TEXT)
@@ -222,7 +223,7 @@ def test_a_run_that_trains_is_seen_step_by_step(browser, nanochat_fixtures, tmp_
         assert page.evaluate("Compare.shown.columns.map(({end}) => end.model)") == ["d2-base@40", "d2-base@60"]
         assert len(set(page.evaluate("Compare.shown.columns.map(({end}) => end.seed)"))) == 1
         expect(dialog.get_by_text("hello", exact=True)).to_be_visible()
-        expect_accessible(page)
+        expect_accessible(page, theme=theme)
         written = columns.nth(0).locator(".compared").inner_text()
         columns.nth(0).get_by_role("button", name="Continue with this").click()
         expect(said(questions(page))).to_have_text("hello")
@@ -233,7 +234,7 @@ def test_a_run_that_trains_is_seen_step_by_step(browser, nanochat_fixtures, tmp_
         assert page.evaluate("Chat.lastNode().model") == "d2-base@40"
 
 
-def test_an_operator_exports_a_step(browser, nanochat_fixtures, tmp_path):
+def test_an_operator_exports_a_step(browser, nanochat_fixtures, tmp_path, theme):
     """The folder has the step's name. A second export says that it is there."""
     with started_server("--watch", str(nanochat_fixtures / "gen5"), "--export-folder", str(tmp_path / "out")) as url, visitor(browser) as page:
         open_page(page, url, "#run/d4")
@@ -242,11 +243,12 @@ def test_an_operator_exports_a_step(browser, nanochat_fixtures, tmp_path):
         export.click()
         expect(row(page, 650)).to_contain_text("exported as d4-sft-650", timeout=4 * SLOW_MS)
         assert (tmp_path / "out" / "d4-sft-650" / "model.safetensors").exists()
-        expect_accessible(page)
+        expect_accessible(page, theme=theme)
         export.click()
         expect(row(page, 650)).to_contain_text("d4-sft-650 exists", timeout=4 * SLOW_MS)
 
 
+@pytest.mark.slow
 def test_without_a_folder_for_exports_no_step_has_the_button(browser, nanochat_fixtures):
     with started_server("--watch", str(nanochat_fixtures / "gen5")) as url, visitor(browser) as page:
         open_page(page, url, "#run/d4")

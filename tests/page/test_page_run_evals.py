@@ -45,7 +45,7 @@ def answer_with_tokens(page, route, texts, bodies):
     page.route("**/tokenize", lambda call: call.fulfill(json={"tokens": [{"id": id_, "piece": texts[id_]} for id_ in call.request.post_data_json["content"]]}))
 
 
-def test_samples_open_in_the_lens(page, run_of_three):
+def test_samples_open_in_the_lens(page, run_of_three, theme):
     table = page.locator("#run-samples")
     expect(table.get_by_role("columnheader")).to_have_text(["Step", *PROMPTS])
     expect(table.locator("tbody tr")).to_have_count(2)                 # the latest first; step 10 has none
@@ -59,13 +59,13 @@ def test_samples_open_in_the_lens(page, run_of_three):
     dialog.get_by_role("option").first.click()
     expect(dialog).to_contain_text("other")
     expect(dialog.get_by_role("button")).to_have_count(1)              # no other answer can be begun from here
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
     button(dialog, "Done").click()
     expect(dialog).to_be_hidden()
     expect(page.get_by_role("heading", name="Training run d4")).to_be_visible()
 
 
-def test_changed_items_open_in_the_lens(page, run_of_three):
+def test_changed_items_open_in_the_lens(page, run_of_three, theme):
     _, flips, asked = run_of_three
     expect(page.get_by_label("From step")).to_have_value("d4@20")
     expect(page.get_by_label("to step")).to_have_value("d4@30")
@@ -89,7 +89,7 @@ def test_changed_items_open_in_the_lens(page, run_of_three):
     page.keyboard.press("Escape")
     page.get_by_label("From step").select_option("30")
     expect(page.locator("#flips")).to_be_empty()                      # they were of other steps
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
 
 
 def test_a_run_without_samples_shows_none(page, run_of_three):

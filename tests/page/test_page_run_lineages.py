@@ -8,6 +8,7 @@ import urllib.request
 import pytest
 
 from browsing import SLOW_MS, ask, button, expect, expect_accessible, expect_answered, menu, needs_browser, open_page, started_server, visitor
+from nightly import by_day
 from page_server import MODEL
 
 pytestmark = needs_browser
@@ -178,7 +179,8 @@ def test_the_latest_step_is_chosen_at_first(page, stand_in, runs):
     expect(page.locator("#run-chosen")).to_contain_text("d4-base@400")
 
 
-@pytest.mark.parametrize("path, metrics", [("#run/d4", ("val_bpb", "train_loss", "reward")), ("#run/d4-base", ("val_bpb", "train_loss"))])
+@pytest.mark.parametrize("path, metrics", by_day([("#run/d4", ("val_bpb", "train_loss", "reward")), ("#run/d4-base", ("val_bpb", "train_loss"))],
+                                                 ("#run/d4", ("val_bpb", "train_loss", "reward"))))
 def test_steps_that_come_draw_what_a_fresh_page_draws(page, stand_in, runs, path, metrics):
     opened(page, stand_in, path)
     drawn = """metric => Run.shown.charts.get(metric).plot.ctx.canvas.toDataURL()"""
@@ -209,17 +211,17 @@ def test_a_run_with_only_scores_can_be_looked_at(page, stand_in, runs):
     expect(page.locator("#run-compare")).to_be_hidden()
 
 
-def test_a_warning_is_said_once_with_its_steps(page, stand_in, runs):
+def test_a_warning_is_said_once_with_its_steps(page, stand_in, runs, theme):
     for step in runs.steps["d4"][-4:]:
         step["warning"] = "this checkpoint was trained with another forward: 0.98 there, 1.06 here"
     opened(page, stand_in)
     expect(page.locator("#run-warnings li")).to_have_text([re.compile("^d4-sft@200 and 3 more: this checkpoint was trained with another forward")])
     expect(row(page, "d4-rl@99")).to_contain_text("0.98 there, 1.06 here")
     expect(page.locator("#run-legend")).to_contain_text("ringed: see the warning")
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
 
 
-def test_a_second_lineage_lies_in_the_same_charts(page, stand_in, runs):
+def test_a_second_lineage_lies_in_the_same_charts(page, stand_in, runs, theme):
     opened(page, stand_in)
     beside = page.get_by_role("combobox", name="Beside")
     expect(beside.locator("option")).to_have_text(["none", "d6", "d6-base", "d6-sft"])      # none of its own stages
@@ -234,7 +236,7 @@ def test_a_second_lineage_lies_in_the_same_charts(page, stand_in, runs):
     assert spot(page, "val_bpb", "d4-base@800")[0] < spot(page, "val_bpb", "d6-base@1000")[0] < spot(page, "val_bpb", "d4-base@1200")[0], "one scale of steps"
     page.mouse.move(*spot(page, "val_bpb", "d6-sft@300"))
     expect(page.locator("#run-chosen")).to_contain_text("d6-sft@300")
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
     assert page.url.endswith("#run/d4?with=d6")
     page.goto("about:blank")
     opened(page, stand_in, "#run/d4?with=d6")
@@ -250,7 +252,8 @@ def test_a_second_lineage_lies_in_the_same_charts(page, stand_in, runs):
     assert page.url.endswith("#run/d4")
 
 
-@pytest.mark.parametrize("path", ["#run/d4?with=d4-base", "#run/d4-base?with=d4", "#run/d4?with=gone", "#run/d4?with=%E0%A4%A", "#run/d4?with="])
+@pytest.mark.parametrize("path", by_day(["#run/d4?with=d4-base", "#run/d4-base?with=d4", "#run/d4?with=gone", "#run/d4?with=%E0%A4%A", "#run/d4?with="],
+                                       "#run/d4-base?with=d4", "#run/d4?with=%E0%A4%A"))
 def test_a_useless_second_run_changes_nothing(page, stand_in, runs, path):
     opened(page, stand_in, path)
     models = page.locator("#run-steps tbody tr:not(.group)")
@@ -270,7 +273,8 @@ def test_two_runs_are_drawn_by_tokens_if_known(page, stand_in, runs):
     assert page.evaluate("Run.shown.charts.get('val_bpb').box.shown.layout.parts.map(({stage, by}) => [stage, by])") == [["base", "tokens"], ["sft", "step"]]
 
 
-def test_the_view_fits_a_phone(browser, stand_in, runs):
+@pytest.mark.slow
+def test_the_view_fits_a_phone(browser, stand_in, runs, theme):
     with visitor(browser, viewport={"width": 390, "height": 760}, has_touch=True) as page:
         page.route("**/v1/runs*", runs.answer)
         page.route("**/v1/runs/**", runs.answer)
@@ -278,39 +282,43 @@ def test_the_view_fits_a_phone(browser, stand_in, runs):
         assert page.evaluate("document.getElementById('run').scrollWidth <= document.getElementById('run').clientWidth")
         for box in page.locator("#run .chart").all():
             assert box.bounding_box()["width"] <= 390
-        expect_accessible(page)
+        expect_accessible(page, theme=theme)
 
 
-def test_a_thousand_steps_change_only_what_is_new(page, stand_in):
+@pytest.mark.parametrize("trained, rewarded", by_day([(160, 40), (800, 200)], (160, 40)))
+def test_a_thousand_steps_change_only_what_is_new(page, stand_in, trained, rewarded):
     known = Runs()
-    for step in range(1, 801):
+    for step in range(1, trained + 1):
         known.add("d4", "base", 10 * step, val_bpb=1 + 1 / step, train_loss=3 + 1 / step)
-    for step in range(1, 201):
-        known.add("d4", "rl", 10 * step, reward=step / 200)
+    for step in range(1, rewarded + 1):
+        known.add("d4", "rl", 10 * step, reward=step / rewarded)
     for run in range(19):
         known.add(f"e{run}", "base", 10, val_bpb=1)
     stand_in.several = known.models()
     page.route("**/v1/runs*", known.answer)
     page.route("**/v1/runs/**", known.answer)
     opened(page, stand_in)
-    expect(page.locator("#run-steps tbody tr")).to_have_count(1002, timeout=60_000)
-    expect(curve(page)).to_have_attribute("aria-label", "800 points, d4-base@10: 2.000 to d4-base@8000: 1.001; least d4-base@8000: 1.001, most d4-base@10: 2.000. The table has all.")
+    expect(page.locator("#run-steps tbody tr")).to_have_count(trained + rewarded + 2, timeout=60_000)
+    expect(curve(page)).to_have_attribute("aria-label", f"{trained} points, d4-base@10: 2.000 to d4-base@{10 * trained}: {1 + 1 / trained:.3f}; least d4-base@{10 * trained}: {1 + 1 / trained:.3f}, most d4-base@10: 2.000. The table has all.")
     expect(page.locator("#run-steps th[scope=col]").nth(4)).to_have_text("Reward")      # the table has all that is known
     page.evaluate("""() => { window.changes = []; window.plot = Run.shown.charts.get("val_bpb").plot;
         new MutationObserver(found => changes.push(...found)).observe(document.getElementById("run-steps"), {childList: true, subtree: true}); }""")
-    known.add("d4", "rl", 2010, reward=0.5)
+    known.add("d4", "rl", 10 * rewarded + 10, reward=0.5)
     stand_in.several = known.models()
-    expect(page.locator("#run-steps tbody tr")).to_have_count(1003)
+    expect(page.locator("#run-steps tbody tr")).to_have_count(trained + rewarded + 3)
     asked = len(known.asked)
-    page.wait_for_function("rows => document.querySelectorAll('#run-steps tbody tr').length === rows", arg=1003)
+    page.wait_for_function("rows => document.querySelectorAll('#run-steps tbody tr').length === rows", arg=trained + rewarded + 3)
     while len(known.asked) < asked + 2:                             # two more looks, at which nothing is new
         page.wait_for_timeout(50)
     assert page.evaluate("changes.reduce((sum, {addedNodes}) => sum + addedNodes.length, 0)") <= 4       # the new step and its group's heading
     assert page.evaluate("plot === Run.shown.charts.get('val_bpb').plot"), "the chart is kept"
 
 
-@pytest.mark.parametrize("body", ["[]", "null", "{", '{"steps": null}', '{"steps": [{}]}', '{"steps": [{"model": "d4-base@800", "metrics": null, "stale": null}]}',
-                                  '{"steps": [{"model": "d4-base@800", "run": "d4-base", "metrics": {"val_bpb": "NaN", "reward": null}}]}'])
+NO_RUNS = ["[]", "null", "{", '{"steps": null}', '{"steps": [{}]}', '{"steps": [{"model": "d4-base@800", "metrics": null, "stale": null}]}',
+           '{"steps": [{"model": "d4-base@800", "run": "d4-base", "metrics": {"val_bpb": "NaN", "reward": null}}]}']
+
+
+@pytest.mark.parametrize("body", by_day(NO_RUNS, "null", *NO_RUNS[-2:]))
 def test_answers_that_are_no_runs_end_nothing(page, stand_in, runs, body):
     opened(page, stand_in)
     page.route("**/v1/runs**", lambda route: route.fulfill(body=body, content_type="application/json"))
@@ -392,7 +400,7 @@ def expect_shown(page, steps):
 
 
 @pytest.mark.slow
-def test_a_real_run_is_seen_while_it_trains(browser, trained):
+def test_a_real_run_is_seen_while_it_trains(browser, trained, theme):
     base, save = trained
     with started_server("--watch", str(base), "--results", str(base.parent / "results"), "--nice", "0") as url, visitor(browser) as page:
         open_page(page, url, "#run/d4?with=d6")
@@ -409,7 +417,7 @@ def test_a_real_run_is_seen_while_it_trains(browser, trained):
         expect(button(page, "Chat with d4-base@400")).to_have_count(0, timeout=SLOW_MS)
         with urllib.request.urlopen(url + "v1/runs/d4") as response:
             expect_shown(page, json.load(response)["steps"])
-        expect_accessible(page)
+        expect_accessible(page, theme=theme)
         page.get_by_role("combobox", name="Axis").select_option("tokens")
         button(page, "Chat with d4-rl@120").click()
         ask(page, "hello")

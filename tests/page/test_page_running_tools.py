@@ -42,12 +42,12 @@ def calls_of(page):
     return page.evaluate("[...Chat.nodes.values()].flatMap(({calls = []}) => calls)")
 
 
-def test_tools_are_chosen_for_a_chat(page, tool_url):
+def test_tools_are_chosen_for_a_chat(page, tool_url, theme):
     open_page(page, tool_url)
     button(page, "Tools").click()
     dialog = page.get_by_role("dialog", name="Tools")
     expect(dialog.get_by_text("no-such-program: No such file or directory")).to_be_visible()
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
     dialog.get_by_role("checkbox", name=re.compile("^add")).first.check()
     dialog.get_by_role("checkbox", name=re.compile("^free")).check()
     button(dialog, "Done").click()
@@ -58,13 +58,13 @@ def test_tools_are_chosen_for_a_chat(page, tool_url):
     expect(page.get_by_role("button", name="Tools", exact=True)).to_be_visible()
 
 
-def test_a_call_waits_for_its_reader(page, tool_url):
+def test_a_call_waits_for_its_reader(page, tool_url, theme):
     """Once runs this one only; the next round asks again. After two rounds the model answers without tools."""
     chat_with(page, tool_url, "fake__add")
     ask(page, "Add 2 and 3.")
     card = cards(page, "fake__add").first
     expect(card).to_contain_text("adds two numbers", timeout=SLOW_MS)
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
     assert [call.get("result") for call in calls_of(page)] == [None]
     button(card, "Once").click()
     expect(cards(page, "fake__add")).to_have_count(2, timeout=SLOW_MS)
@@ -190,6 +190,24 @@ def test_an_imported_chat_brings_no_tool_and_no_approval(page, tool_url):
     assert [node["calls"] for node in brought["nodes"] if "calls" in node] == [[{"id": "c", "name": "fake__count", "arguments": "{}"}]]
 
 
+def test_pictures_follow_the_results_of_their_calls(opened_page):
+    """As a message of the user, to a model that sees; the slow test sends one to a server."""
+    messages = opened_page.evaluate("""() => {
+        const {can} = Server.model;
+        Server.model.can = {...can, vision: true};
+        const calls = [["1", [{mime_type: "image/png", data: "AAAA"}]], ["2", []]].map(([id, images]) => ({id, name: "fake__picture", arguments: "{}", result: "one pixel", images}));
+        const path = [Tree.newNode("x", null, "user", "Show a picture.", {}), Tree.newNode("x", null, "assistant", "", {calls})];
+        const messages = Chat.messagesToSend(path, "");
+        Server.model.can = can;
+        return messages;
+    }""")
+    assert [message["role"] for message in messages] == ["user", "assistant", "tool", "tool", "user"]
+    assert [message["content"] for message in messages[2:4]] == ["one pixel"] * 2
+    picture, text = messages[-1]["content"]
+    assert picture == {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}} and text["type"] == "text"
+
+
+@pytest.mark.slow
 def test_pictures_reach_a_model_that_sees(page, tmp_path):
     """They follow the results; a picture that can't be read is not sent."""
     pytest.importorskip("transformers")
@@ -214,6 +232,7 @@ def test_pictures_reach_a_model_that_sees(page, tmp_path):
             assert page.evaluate("Chat.lastNode().error") is None      # which the server gives to a picture that it can't read
 
 
+@pytest.mark.slow
 def test_tools_on_a_phone(page, tool_url):
     page.set_viewport_size({"width": 360, "height": 700})
     chat_with(page, tool_url, "fake__add")

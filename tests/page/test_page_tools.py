@@ -17,7 +17,7 @@ def open_tools(page):
     page.get_by_text("Functions and answer format").click()
 
 
-def test_a_call_is_a_card_and_sends_its_result_back(page, stand_in):
+def test_a_call_is_a_card_and_sends_its_result_back(page, stand_in, theme):
     stand_in.model["capabilities"] |= {"tools": True, "json_schema": True, "reasoning_budget": True}
     open_page(page, stand_in.url)
     command(page, "/budget 20")
@@ -32,13 +32,13 @@ def test_a_call_is_a_card_and_sends_its_result_back(page, stand_in):
     assert page.evaluate("Chat.current.parameters.thinking_budget") == 20
     page.get_by_role("slider", name="Thinking budget").fill("2")
     expect(page.locator("#budget-text")).to_have_text("64 tokens")
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
     button(page, "Done").click()
     ask(page, "call")
     card = page.get_by_role("region", name="Call of calculator")
     expect(card).to_contain_text('"expression"')
     expect(card.get_by_role("textbox", name="Result")).to_have_value("42")
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
     other = page.get_by_role("region", name="Call of look_up").get_by_role("textbox", name="Result")
     other.fill("sunny")
     button(page, "Send results").click()
@@ -74,7 +74,7 @@ def test_an_answer_follows_the_schema_of_its_chat(page, server_url):
     assert json.loads(said(answers(page)).inner_text()).keys() == {"city"}
 
 
-def test_prompts_are_kept_and_exported(page, stand_in):
+def test_prompts_are_kept_and_exported(page, stand_in, theme):
     open_page(page, stand_in.url)
     menu(page, "Prompts")
     dialog = page.get_by_role("dialog", name="Prompts")
@@ -83,7 +83,7 @@ def test_prompts_are_kept_and_exported(page, stand_in):
         dialog.get_by_role("combobox", name="What it is").select_option(kind)
         dialog.get_by_role("textbox", name="Text of the prompt").fill(text)
         button(dialog, "Save prompt").click()
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
     button(dialog, "Use: Pirate").click()
     page.reload()
     button(page, "Shorter").click()
@@ -111,7 +111,7 @@ def test_prompts_are_kept_and_exported(page, stand_in):
     settled(page)
 
 
-def test_edited_prompts_stand_in_the_slash_menu(page, stand_in):
+def test_edited_prompts_stand_in_the_slash_menu(page, stand_in, theme):
     open_page(page, stand_in.url)
     page.evaluate("""Prompts.keep([{name: "Polite mail", text: "Rewrite politely:", starter: true}, {name: "Pirate", text: "Arr.", starter: false},
         {name: "Temperature", text: "How warm is it?", starter: true}, {name: "Höflich!", text: "Bitte: ", starter: true}])""")
@@ -126,7 +126,7 @@ def test_edited_prompts_stand_in_the_slash_menu(page, stand_in):
     title.fill("Polite mail")
     button(dialog, "Save prompt").click()
     expect(dialog.get_by_role("alert")).to_have_text("Another prompt is called “Polite mail”.")
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
     title.fill("Captain")
     button(dialog, "Save prompt").click()
     expect(dialog.get_by_role("alert")).to_have_count(0)

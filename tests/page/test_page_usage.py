@@ -7,6 +7,7 @@ import pytest
 
 from chatlm.common.config import ApiKey
 from browsing import browser, expect, expect_accessible, fake_front, needs_browser, visitor    # noqa: F401
+from nightly import by_day
 
 pytestmark = needs_browser
 
@@ -17,8 +18,8 @@ def chat(url, key):
     urllib.request.urlopen(urllib.request.Request(url + "v1/chat/completions", body, headers)).read()
 
 
-@pytest.mark.parametrize("path", ["usage", "usage/"])
-def test_the_usage_page_shows_what_a_key_used(browser, path):    # noqa: F811
+@pytest.mark.parametrize("path", by_day(["usage", "usage/"], "usage"))
+def test_the_usage_page_shows_what_a_key_used(browser, path, theme):    # noqa: F811
     with fake_front(keys=(ApiKey.hashed("secret", "<b>ann</b>"),)) as url, visitor(browser) as page:
         url = url.rstrip("/") + "/"
         chat(url, "secret")
@@ -29,7 +30,7 @@ def test_the_usage_page_shows_what_a_key_used(browser, path):    # noqa: F811
         expect(page.get_by_role("row")).to_have_count(3)        # the names of columns, a row, the sum
         expect(page.get_by_role("row").nth(1)).to_contain_text("<b>ann</b>fake-model")
         expect(page.get_by_role("alert")).to_be_hidden()
-        expect_accessible(page)
+        expect_accessible(page, theme=theme)
 
 
 def test_the_usage_page_uses_the_chat_page_s_key(browser):    # noqa: F811

@@ -138,7 +138,8 @@ def openai(event: dict) -> bytes:
     head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "model": "stand-in-135m", "seed": 7}
     choice = {"index": 0, "delta": {}, "finish_reason": None}
     if event.get("done"):
-        ending = head | {"choices": [choice | {"finish_reason": event["finish_reason"]}], "timings": event["timings"]}
+        reasons = {name: event[name] for name in ("finish_reason", "stop_reason") if name in event}
+        ending = head | {"choices": [choice | reasons], "timings": event["timings"]}
         return frame(ending) + frame(head | {"choices": [], "usage": event["usage"]}) + b"data: [DONE]\n\n"
     if "token" in event or "reasoning" in event:
         names = {"token": "content", "reasoning": "reasoning_content"}
@@ -434,6 +435,12 @@ async def closing_tag(server, question):
     yield done(9)
 
 
+async def repeats(server, question):
+    """An answer that the server ends because it repeats itself."""
+    yield {"token": "again again", "gpu": 0}
+    yield done(2) | {"stop_reason": "repetition"}
+
+
 async def half(server, question):
     """An answer that ends at the length limit."""
     yield {"token": "Once upon a time", "gpu": 0}
@@ -468,7 +475,7 @@ async def held_call(server, question):
 
 
 SCRIPTS = {"call": call, "held call": held_call, "drafts": drafts, "nothing": nothing, "only thoughts": only_thoughts, "tags": tags, "closing tag": closing_tag,
-           "half a thought": half_a_thought, "thoughts": thoughts, "progress": progress, "half": half, "story": story, "markdown": markdown, "held markdown": held_markdown, "paragraphs": paragraphs,
+           "half a thought": half_a_thought, "thoughts": thoughts, "progress": progress, "half": half, "repeats": repeats, "story": story, "markdown": markdown, "held markdown": held_markdown, "paragraphs": paragraphs,
            "silence": silence, "world": world, "hostile": hostile, "broken": broken, "cut off": cut_off}
 
 
