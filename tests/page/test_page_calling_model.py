@@ -23,6 +23,10 @@ def place(tmp_path_factory):
     return tmp_path_factory.mktemp("calling")
 
 
+def still_clock(place):
+    return {"command": sys.executable, "args": [fake_tools.__file__, "clock", str(place / "asked")], "alwaysAllow": ["*"]}
+
+
 @contextmanager
 def calling(place, **programs):
     """A server with the model and these tool servers."""
@@ -34,15 +38,15 @@ def calling(place, **programs):
 
 @pytest.fixture(scope="module")
 def calling_url(place):
-    """With the real clock."""
-    with calling(place, time={"command": sys.executable, "args": ["-m", "mcp_server_time"]}) as url:
+    """With the real clock, too."""
+    with calling(place, fake=still_clock(place), time={"command": sys.executable, "args": ["-m", "mcp_server_time"]}) as url:
         yield url
 
 
 @pytest.fixture(scope="module")
 def still_url(place):
     """With a clock that stands still."""
-    with calling(place, fake={"command": sys.executable, "args": [fake_tools.__file__, "clock", str(place / "asked")], "alwaysAllow": ["*"]}) as url:
+    with calling(place, fake=still_clock(place)) as url:
         yield url
 
 
