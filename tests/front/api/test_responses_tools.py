@@ -11,6 +11,7 @@ import pytest
 import fake_tools
 from openai_routes import need_exact
 from real_server import get, server, wait_for
+from tiny_gguf import LLAMA_NUMBERS, random_llama, small_gguf_metadata, write_gguf
 
 SMALL = "--kv-cache-memory", "64M", "--max-batch", "2"
 TOOL = {"type": "mcp", "server_label": "fake", "require_approval": "never", "allowed_tools": ["pick"]}
@@ -37,6 +38,14 @@ def serving(place, model, database="kept.db", config="mcp.json"):
 def client(place, default_model_path):
     with serving(place, default_model_path) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def tiny(place):
+    """The path of a tiny model, for servers that are started again."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    metadata = small_gguf_metadata("gpt-2", **{"tokenizer.chat_template": template})
+    return write_gguf(place / "tiny.gguf", random_llama(vocab=len(metadata["tokenizer.ggml.tokens"])), LLAMA_NUMBERS | {"llama.context_length": 4096}, metadata)
 
 
 def ask(client, input="Pick a colour.", tools=(TOOL,), **more):
@@ -106,15 +115,15 @@ def test_calls_and_approvals_can_be_named_by_their_ids(client, place):
     assert call.arguments == request.arguments and call.approval_request_id == request.id and len(called(place)) == before + 1
 
 
-def test_an_approval_outlives_the_server(place, default_model_path):
-    with serving(place, default_model_path, "restarted.db", "asks.json") as client:
+def test_an_approval_outlives_the_server(place, tiny):
+    with serving(place, tiny, "restarted.db", "asks.json") as client:
         conversation = client.conversations.create()
-        first = ask(client, tools=[ASKED], tool_choice="required", conversation=conversation.id)
+        first = ask(client, tools=[ASKED], tool_choice="required", conversation=conversation.id, max_output_tokens=300)
         request = first.output[-1]
         assert request.type == "mcp_approval_request" and first.status == "completed"
         before = len(called(place))
     yes = {"type": "mcp_approval_response", "approval_request_id": request.id, "approve": True}
-    with serving(place, default_model_path, "restarted.db", "asks.json") as client:
+    with serving(place, tiny, "restarted.db", "asks.json") as client:
         response = ask(client, [yes], [ASKED], previous_response_id=first.id, max_output_tokens=16)
         assert response.output[0].type == "mcp_call" and response.output[0].approval_request_id == request.id
         assert response.output[0].output == f"picked {json.loads(request.arguments)['word']}" and len(called(place)) == before + 1
@@ -123,7 +132,7 @@ def test_an_approval_outlives_the_server(place, default_model_path):
         assert [item.type for item in again.output] == ["message"] and len(called(place)) == before + 1
         with pytest.raises(openai.BadRequestError, match="answered twice"):
             ask(client, [yes], [ASKED], previous_response_id=response.id)
-    with serving(place, default_model_path, "restarted.db", "asks.json") as client:
+    with serving(place, tiny, "restarted.db", "asks.json") as client:
         with pytest.raises(openai.ConflictError, match="a kept response has made this call"):
             ask(client, [yes], [ASKED], previous_response_id=first.id)
         assert len(called(place)) == before + 1
@@ -132,12 +141,12 @@ def test_an_approval_outlives_the_server(place, default_model_path):
         assert other.output[-1].type == "message" and len(called(place)) == before + 1
 
 
-def test_a_stopping_server_ends_what_it_has_begun(place, default_model_path):
+def test_a_stopping_server_ends_what_it_has_begun(place, tiny):
     """An answer is one, however many rounds it has: a drain waits for all of them."""
     gate = place / "gate"
     (place / "drained.json").write_text(json.dumps({"mcpServers": {"fake": {
         "command": sys.executable, "args": [fake_tools.__file__, "log", str(place / "drained")], "alwaysAllow": ["*"]}}}))
-    with server(default_model_path, "--mcp-config", place / "drained.json", *SMALL) as (process, url):
+    with server(tiny, "--mcp-config", place / "drained.json", *SMALL) as (process, url):
         client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
         said = [{"role": "user", "content": "Wait."}, request := {"type": "mcp_approval_request", "id": "mcpr_", "server_label": "fake", "name": "slow",
                 "arguments": json.dumps({"path": str(gate)})}, {"type": "mcp_approval_response", "approval_request_id": "mcpr_", "approve": True}]

@@ -86,6 +86,7 @@ async def test_a_second_model_drafts_after_a_restore(start_pool, tmp_path, nanoc
     assert cached > 200
 
 
+@pytest.mark.slow
 async def test_a_server_restores_its_predecessor_s_store(start_pool, tmp_path):
     """The same owner alone has it."""
     pool = await start_pool(prefix_store=str(tmp_path / "store"), prefix_memory=0)

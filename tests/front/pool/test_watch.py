@@ -68,6 +68,7 @@ async def swaps_under_load(run_folder, watching, client, count, talkers):
             status, body = await ask(client, url, "d2-base@latest", text)
             assert status == 200, body
             answers.append((int(body["model"].removeprefix("d2-base@")), text, body["choices"][0]["message"]["content"]))
+            await asyncio.sleep(0.05)       # they talk, and are no load
 
     async with serving(models, models.settings) as url:
         run = tiny_training.train(run_folder, 2 * count, 2)
