@@ -49,7 +49,7 @@ def backends(model):
     return ["reference"] + ["decode_core"] * (decode_core() is not None and not not_compiled(model.architecture))
 
 
-@pytest.mark.parametrize("name", by_day(SERVED, "llama3.1", "phi3", "qwen2", "nemotron3-latent", "deepseek3"))
+@pytest.mark.parametrize("name", by_day(SERVED, "phi3", "qwen2", "nemotron3-latent", "deepseek3"))
 def test_a_served_adapter_matches_peft_s_merge(name, tmp_path):
     """An adapter served with its base gives the logits and tokens of PEFT's merged model."""
     model = make_model(name, **ODD.get(name, {}))
@@ -112,7 +112,7 @@ def nanochat_checkpoint(model, folder, fixture):
     return folder
 
 
-@pytest.mark.parametrize("upstream", [False, True], ids=["transformers", "upstream"])
+@pytest.mark.parametrize("upstream", by_day([False, True], True), ids=["transformers", "upstream"])
 def test_an_adapter_served_on_nanochat_matches_peft(upstream, tmp_path, nanochat_fixtures, monkeypatch):
     """Of transformers' names and of upstream's; and so does what is merged at load. transformers rotates in float32, the first generation in bfloat16."""
     monkeypatch.setitem(nanochat.GENERATIONS, 1, nanochat.GENERATIONS[1]._replace(rope_bfloat16=False))

@@ -46,7 +46,7 @@ from chatlm.worker.weights.gguf_header import Texts
 from chatlm.worker.weights.load import open_model
 from engines import forward_logits, tensors_of
 from generations import GENERATIONS
-from nightly import by_day
+from nightly import WHOLE, by_day
 from tiny_gguf import LLAMA_NUMBERS, random_llama, small_gguf_metadata, write_gguf
 
 
@@ -948,7 +948,7 @@ def test_a_changed_header_reads_as_in_the_package(tmp_path):
     whole = write_gguf(tmp_path / "tiny.gguf", {"a": numpy.ones((4, 32), numpy.float32)}, {}, {
         "x.strings": ["a", "é日"], "x.numbers": [1, 2], "x.text": "ü", "x.many": ["text"] * 1200, "general.alignment": 64}).read_bytes()
     dice, path, read = random.Random(7), tmp_path / "changed.gguf", 0
-    for _ in range(400):
+    for _ in range(400 if WHOLE else 150):
         changed = bytearray(whole)
         for _ in range(dice.randrange(1, 4)):
             changed[dice.choice((dice.randrange(200), dice.randrange(len(whole))))] = dice.choice((0, 1, 7, 8, 9, 255, dice.randrange(256)))
@@ -967,7 +967,7 @@ def test_a_changed_header_reads_as_in_the_package(tmp_path):
         assert repr(lists) == repr(expected)     # NaN as well
         assert [(t.name, t.data_offset, t.data.tobytes()) for t in tensors.values()] == [
             (t.name, t.data_offset, t.data.tobytes()) for t in theirs.tensors]
-    assert read > 50
+    assert read > (50 if WHOLE else 20)
 
 
 def test_a_truncated_gguf_is_named_wherever_cut(tmp_path):
