@@ -76,7 +76,7 @@ def said(case, fixtures, default, folder):
     return found, mapped
 
 
-BY_DAY = ("gen5", "q8_0", "two ranks", "GGUF, merged adapter") if importlib.util.find_spec("torch") else CASES      # CI's other run has all
+BY_DAY = ("gen5", "two ranks", "GGUF, merged adapter") if importlib.util.find_spec("torch") else CASES      # CI's other run has all
 
 
 @pytest.mark.parametrize("case", by_day(CASES, *BY_DAY))

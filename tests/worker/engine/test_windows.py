@@ -50,7 +50,14 @@ def check(engine, cases, works=None, **options):
     return result, seen.most
 
 
-BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(decode_core() is None, reason="not built"))]
+NEEDS_CORE = pytest.mark.skipif(decode_core() is None, reason="not built")
+BACKENDS = ["reference", pytest.param("decode_core", marks=NEEDS_CORE)]
+
+
+# by day a sequence that grows and one that does not
+FEW_PAGES = [pytest.param(name, backend, marks=[*([NEEDS_CORE] if backend == "decode_core" else []),
+                                                *([] if (name, backend) in (("gemma2", "decode_core"), ("mistral", "reference")) else [pytest.mark.slow])])
+             for name in (*WINDOWED, *SHARED) for backend in ("reference", "decode_core")]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -69,8 +76,7 @@ def test_windows_give_pages_back_and_keep_answers(made_model, name, backend):
     check(engine, cases, ahead=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", by_day([*WINDOWED, *SHARED], "gemma2", "mistral"))
+@pytest.mark.parametrize("name, backend", FEW_PAGES)
 def test_few_pages_preempt_and_keep_answers(made_model, name, backend):
     """Preempted answers stay the same when pages are few."""
     folder, cases = made_model(name)
