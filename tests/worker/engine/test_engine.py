@@ -19,7 +19,8 @@ from chatlm.worker.engine.integrity import check_integrity
 from engines import TracedSteps, chat_work, draft_eagerly, load, make_engine, run, step_pieces
 from generations import GENERATIONS
 from near_tie import assert_same_tokens_or_near_tie
-from nightly import by_day
+from families import make_model, save
+from nightly import WHOLE, by_day
 from works import assignment, changed
 
 # far above float32 rounding errors of a logit here (1e-4), far below a typical gap (0.1 .. 5)
@@ -73,7 +74,7 @@ def test_the_default_model_knows_japan_s_capital(default_model_path, reference):
 
 @pytest.mark.parametrize("temperature", [0.0, pytest.param(0.8, marks=pytest.mark.slow)])
 def test_an_answer_alone_equals_one_in_a_batch_of_32(smollm, temperature):
-    works = [chat_work(smollm, f"w{i}", QUESTIONS[i % len(QUESTIONS)] + f" ({i})", 10, temperature=temperature, seed=i, top_k=0)
+    works = [chat_work(smollm, f"w{i}", QUESTIONS[i % len(QUESTIONS)] + f" ({i})", 10 if WHOLE else 5, temperature=temperature, seed=i, top_k=0)
              for i in range(32)]
     together = run(smollm, works)
     smollm.pool.forget_cached()
@@ -172,7 +173,7 @@ def test_every_nanochat_generation_matches_upstream(nanochat_fixtures, generatio
 
 def test_steps_started_ahead_give_the_same_answers(smollm, gen5, nanochat_fixtures):
     """Answers that end by eos, by a stop string and by length, in batches that change whenever one ends."""
-    works = [chat_work(smollm, f"w{i}", question, 4 + 2 * i, temperature=0.7, seed=i) for i, question in enumerate(QUESTIONS)]
+    works = [chat_work(smollm, f"w{i}", question, 4 + 2 * i, temperature=0.7, seed=i) for i, question in enumerate(QUESTIONS if WHOLE else QUESTIONS[:4])]
     works.append(changed(chat_work(smollm, "s", "What is the capital of Japan?"), stop=("pan is To",)))
     works.append(chat_work(smollm, "p", QUESTIONS[2], 12, presence_penalty=0.5))
     smollm.pool.forget_cached()
@@ -239,7 +240,7 @@ def test_a_resumed_answer_goes_on_as_before(gen5):
 
 def test_sampled_answers_depend_on_the_seed_alone(smollm):
     """Sampled answers depend on the seed and on nothing else."""
-    works = [chat_work(smollm, name, "Tell me a story.", 30, temperature=1.0, seed=seed) for name, seed in
+    works = [chat_work(smollm, name, "Tell me a story.", 15, temperature=1.0, seed=seed) for name, seed in
              (("one", 1), ("again", 1), ("two", 2))]
     result = run(smollm, works)
     same(smollm, result, result, "one", "again")
@@ -328,7 +329,7 @@ def test_random_requests_leave_nothing_behind(gen5, ahead):
     gen5.steps = TracedSteps(gen5.transformer, ahead)
     alive = set()
     with torch.inference_mode():
-        for number in range(200):
+        for number in range(200 if WHOLE else 100):
             name = f"r{number}"
             prompt = tuple(generator.choices(range(250), k=generator.randrange(1, 90)))
             gen5.add(assignment(name, prompt, SamplingParams(seed=number), generator.randrange(1, 40)))
@@ -347,9 +348,10 @@ def test_random_requests_leave_nothing_behind(gen5, ahead):
     assert gen5.pool.available == gen5.pool.num_pages
 
 
-def test_weights_are_held_once(default_model_path):
-    engine = make_engine(default_model_path, num_pages=8)
-    assert engine.transformer.weights["head"] is engine.transformer.weights["embed"]
+def test_weights_are_held_once(smollm, tmp_path):
+    """As stored in a file, and as floats of a folder."""
+    for engine in (smollm, make_engine(save(make_model("llama3.2"), tmp_path), num_pages=8)):
+        assert engine.transformer.weights["head"] is engine.transformer.weights["embed"]
 
 
 def test_the_chosen_sampler_draws_as_the_reference(gen5):
