@@ -3,11 +3,10 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
+import forked
 from chatlm.common.hub import shards, val_bpb
 from chatlm.common.hub.val_bpb import (
     BF16, Evaluation, RowScore, chosen_rows, compare, evaluation_of, former_size, ranks_of, validation_shards)
@@ -127,7 +126,7 @@ def test_few_rows_of_a_slow_machine_decide_nothing(base, nanochat_fixtures, monk
 def test_check_ends_with_1_and_json_has_both_numbers(base, nanochat_fixtures):
     """The command ends with 1, and says both numbers as JSON."""
     write_base(base, nanochat_fixtures, val_bpb=9.0)
-    done = subprocess.run([sys.executable, SCRIPT, "check", base, "--json"], capture_output=True, text=True, timeout=120)
+    done = forked.run_command(SCRIPT, ["check", str(base), "--json"], os.environ)
     [finding] = [one for one in json.loads(done.stdout)["findings"] if one["check"] == "forward"]
     assert done.returncode == 1 and finding["severity"] == "error"
     assert finding["facts"]["val_bpb"] == 9.0 and finding["facts"]["own_val_bpb"] == pytest.approx(VAL_BPB, rel=1e-4)

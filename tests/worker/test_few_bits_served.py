@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy
 import pytest
 
 import few_bits
+import forked
 from chatlm.worker.weights.gguf_file import read_gguf
 from few_bits import NUMBERS, packed
 from real_server import SCRIPT, post, server
@@ -79,7 +78,7 @@ def test_a_server_answers_from_a_file_as_from_its_values(kind, tmp_path):
 
 
 def run(*words):
-    done = subprocess.run([sys.executable, SCRIPT, *map(str, words)], capture_output=True, text=True, timeout=120, env=os.environ)
+    done = forked.run_command(SCRIPT, [*map(str, words)], os.environ)
     return done.returncode, done.stdout, done.stderr
 
 

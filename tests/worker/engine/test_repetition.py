@@ -15,7 +15,7 @@ from works import assignment, changed
 
 @pytest.fixture(scope="module")
 def gguf_engine(default_model_path):
-    return make_engine(default_model_path, num_pages=200, max_batch=8)
+    return make_engine(default_model_path, num_pages=200, max_batch=8, as_stored=True)
 
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -76,14 +76,14 @@ def test_a_repeating_answer_ends_only_if_asked_to(gguf_engine, ahead):
     """The default model, greedy, goes on with a line that it has read twelve times."""
     prompt = tuple(gguf_engine.tokenizer.encode("The cat sat on the mat and looked at the dog.\n" * 12))
     sampling = SamplingParams(temperature=0.0)
-    works = [assignment("goes on", prompt, sampling, 400, ignore_eos=True),
-             *(assignment(name, prompt, sampling, 400, ignore_eos=True, stop_on_repetition=True, **more)
-               for name, more in (("ends", {}), ("later", {"min_tokens": 300})))]
+    works = [assignment("goes on", prompt, sampling, 260, ignore_eos=True),
+             *(assignment(name, prompt, sampling, 260, ignore_eos=True, stop_on_repetition=True, **more)
+               for name, more in (("ends", {}), ("later", {"min_tokens": 230})))]
     found = pieces(gguf_engine, works, ahead)
     ids = {name: [token for piece in some for token in piece.tokens] for name, some in found.items()}
     ends = {name: (some.end.reason, some.end.stop_reason) for name, some in found.items()}
     assert ids["ends"] == ids["goes on"][:noticed_at(ids["goes on"])] and ends["ends"] == ("stop", "repetition")
-    assert ends["goes on"] == ("length", "max_tokens") and len(ids["later"]) == 300 and ends["later"] == ("stop", "repetition")
+    assert ends["goes on"] == ("length", "max_tokens") and len(ids["later"]) == 230 and ends["later"] == ("stop", "repetition")
 
 
 def test_a_resumed_repetition_ends_at_the_same_token(gguf_engine):

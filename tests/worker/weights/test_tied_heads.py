@@ -153,7 +153,7 @@ def adapted(model, folder, more=(), **options):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
+@pytest.mark.parametrize("options", by_day(ADAPTERS.values(), *(ADAPTERS[name] for name in ("head", "embedding", "together", "products of both"))), ids=ADAPTERS)
 def test_an_adapter_of_the_head_changes_it_alone(options, tmp_path):
     """An adapter of the head or the embedding changes that matrix alone."""
     model = make_model("llama3.2")
@@ -196,8 +196,8 @@ def test_an_unmerged_adapter_of_a_tied_head_is_refused(tmp_path):
                 transformer(ours, kernels_of("reference", ours.spec)).load_adapter(1, tmp_path / name)
 
 
-@pytest.mark.parametrize("flags", [(), ("--tensor-parallel-size", "2")], ids=["alone", "two ranks"])
-def test_an_adapter_of_a_head_spares_the_embedding(flags, tmp_path, default_model_path):
+@pytest.mark.parametrize("ranks", by_day([1, 2], 2), ids=["alone", "two ranks"])
+def test_an_adapter_of_a_head_spares_the_embedding(ranks, tmp_path, default_model_path):
     """One that adds nothing changes no answer, although the head is now a matrix of its own."""
     from real_server import ask, post, server
     random, answers = torch.Generator().manual_seed(0), []
@@ -205,6 +205,6 @@ def test_an_adapter_of_a_head_spares_the_embedding(flags, tmp_path, default_mode
                "base_model.model.lm_head.lora_B.weight": torch.zeros(49_152, 2)}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["lm_head"]}))
     for more in ((), ("--lora", tmp_path)):
-        with server(default_model_path, *flags, *more) as (_, url):
+        with server(default_model_path, "--tensor-parallel-size", str(ranks), *more) as (_, url):
             answers.append(json.load(post(url + "/v1/chat/completions", ask("What is the capital of Japan?", max_tokens=16)))["choices"][0]["message"]["content"])
     assert answers[0] == answers[1] and "Tokyo" in answers[0]
