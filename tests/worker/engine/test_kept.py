@@ -652,7 +652,7 @@ def test_what_is_no_file_of_a_store_is_left_alone(tmp_path, memory, caplog):
     assert "the model: 80 tokens in 5 pages" in listed_store(tmp_path)[1]
 
 
-@pytest.mark.parametrize("groups", by_day([17, 33, 66], 17, 66))
+@pytest.mark.parametrize("groups", by_day([17, 33, 66], 66))
 @torch.inference_mode()
 def test_a_model_of_many_groups_restores_its_pages(tmp_path, memory, monkeypatch, groups):
     """A model with many groups of layers keeps and restores its pages."""
