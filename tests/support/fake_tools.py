@@ -2,6 +2,7 @@
 
 Without faults it is a well-behaved one: `add` adds, `slow` reports progress and waits for a file, `show` shows its environment."""
 
+import itertools
 import json
 import os
 import sys
@@ -68,6 +69,8 @@ class FakeServer:
             raise ValueError(-32601, "method not found")
         if method == "server/discover":
             return {"supportedVersions": [MODERN], "capabilities": {"tools": {}}}
+        if method == "initialize" and "modern" in self.faults:
+            raise ValueError(-32600, "the initialize handshake is not accepted")
         if method == "initialize":
             return {"protocolVersion": "2025-06-18", "capabilities": {"tools": {}}, "serverInfo": {"name": "fake", "version": "1"}}
         if method == "tools/list":
@@ -189,7 +192,11 @@ def by_stdio(faults):
         subprocess.Popen([sys.executable, "-c", f"import os, time; os.setsid(); open({faults[-1]!r}, 'w').write(str(os.getpid())); time.sleep(1000)"])
     if "stderr-flood" in faults:
         threading.Thread(target=lambda: [sys.stderr.write("x" * 65536) for _ in range(500)], daemon=True).start()
-    for line in sys.stdin:
+    if "slow-start" in faults:          # for long it reads nothing: two messages are there when it does
+        lines = itertools.chain([sys.stdin.readline(), sys.stdin.readline()], sys.stdin)
+    else:
+        lines = sys.stdin
+    for line in lines:
         message = json.loads(line)
         if "silent" in faults or "silent-to-discover" in faults and message.get("method") == "server/discover":
             continue

@@ -77,18 +77,26 @@ class ToolClient:
 
         try_modern: False if it is known to be a legacy one, which may not even answer the question."""
         self.transport = transport
-        if try_modern:
-            await self._discover(timeout_s)
-        if not self.is_modern:
-            transport.speak("", False)
+        has_answered = try_modern and await self._discover(min(PROBE_S, timeout_s))
+        if self.is_modern:
+            return
+        transport.speak("", False)
+        try:
             await self._greet(timeout_s)
+        except Refusal:
+            if has_answered or not try_modern:
+                raise
+            await self._discover(timeout_s)  # a modern one may have started too slowly to answer at first
+            if not self.is_modern:
+                raise
 
-    async def _discover(self, timeout_s: float):
-        """Ask whether the server speaks the modern revision. Any error but the modern ones means no."""
+    async def _discover(self, timeout_s: float) -> bool:
+        """Ask whether the server speaks the modern revision. Any error but the modern ones means no. Returns
+        whether there was an answer."""
         assert self.transport
         self.transport.speak(MODERN, True)
         try:
-            found = await self._request("server/discover", {}, min(PROBE_S, timeout_s), modern=True)
+            found = await self._request("server/discover", {}, timeout_s, modern=True)
             versions = found.get("supportedVersions") if isinstance(found, dict) else None
             self.is_modern = isinstance(versions, list) and MODERN in versions
         except Refusal as error:
@@ -101,7 +109,8 @@ class ToolClient:
             if error.status >= 500:
                 raise
         except (asyncio.TimeoutError, SessionLost):
-            pass
+            return False
+        return True
 
     async def _greet(self, timeout_s: float):
         """The handshake of legacy revisions."""

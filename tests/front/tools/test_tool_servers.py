@@ -70,7 +70,8 @@ def is_running(process):
 
 
 @pytest.mark.parametrize("faults", [[], ["legacy"], ["banner"], ["wrong-ids"], ["twice"], ["two-pages"], ["legacy", "silent-to-discover"], ["stderr-flood"],
-                                    ["legacy", "dies-at-discover"], ["odd-tools"], ["legacy", "changing"]], ids="+".join)
+                                    ["legacy", "dies-at-discover"], ["odd-tools"], ["legacy", "changing"],
+                                    ["modern", "slow-start"], ["legacy", "slow-start"]], ids="+".join)
 async def test_tools_of_a_program_run(faults, monkeypatch):
     monkeypatch.setattr(clients, "PROBE_S", 1.0)
     async with opened(*faults) as box:
