@@ -29,6 +29,7 @@ REPOSITORY = TESTS.parent
 sys.path[:0] = [os.environ.get("CHAT_SERVER_DIR") or str(REPOSITORY), str(TESTS / "support")]
 
 from browsing import browser, end_browser, held_front, one_stand_in, opened_page, page, server_url, stand_in, theme  # noqa: E402, F401  of the page's tests
+import nightly  # noqa: E402
 from pools import start_pool, started  # noqa: E402, F401
 
 
@@ -83,7 +84,11 @@ def pytest_collection(session):
         sys.path.remove(str(path.parent))
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if nightly.WHOLE and config.option.markexpr == "slow":      # what a module has at night alone need not be a case of its own
+        for item in items:
+            if hasattr(item.module, "WHOLE") or hasattr(item.module, "nightly"):
+                item.add_marker("slow")
     order = {module: number for number, module in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.nodeid.split("::")[0], len(LONGEST)))
     if "chatlm.worker.engine.engine" in sys.modules:        # some test makes engines in this process
