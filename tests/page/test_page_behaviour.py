@@ -116,6 +116,7 @@ def test_files_that_cannot_be_read_are_all_named(page, stand_in):
     expect(page.get_by_role("alert")).to_have_count(0)
 
 
+@pytest.mark.slow
 def test_the_gauge_counts_what_the_server_says(page, server_url):
     open_page(page, server_url)
     page.evaluate("""() => { window.gauges = []; const look = () => { const node = Chat.lastNode();

@@ -3,6 +3,8 @@
 import json
 import re
 
+import pytest
+
 from answers import said as piece
 from browsing import (answers, ask, button, expect, expect_accessible, expect_answered, inside, message_box, more, needs_browser, open_page, said)
 from chatlm.common.messages.requests import Delta
@@ -141,6 +143,7 @@ def test_no_text_can_forge_a_card(page, held_front):
     assert page.evaluate("window.hacked") is None
 
 
+@pytest.mark.slow
 def test_compared_answers_have_cards_too(page, held_front):
     held_front.pool.pieces = APPLES
     held_front.admit(100)

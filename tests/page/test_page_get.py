@@ -93,6 +93,7 @@ def test_a_model_is_found_downloaded_and_deleted(page, hub, served, theme):
     expect(message_box(page)).to_be_focused()
 
 
+@pytest.mark.slow
 def test_a_server_that_downloads_nothing_says_so(page, hub, nanochat_fixtures, theme):
     with started_server("--models", str(nanochat_fixtures / "gen5"), "--kv-cache-memory", "4M", "--no-downloads") as url:
         open_page(page, url, "#get")
@@ -174,6 +175,7 @@ def test_what_fits_best_stands_first(page, hub, served):
     expect(row(page, "org/large:large-Q8_0.gguf")).to_contain_text("fits best here")
 
 
+@pytest.mark.slow
 def test_a_broken_progress_stream_is_followed_again(page, hub, served):
     hub.held = {"large-Q8_0.gguf": 12 << 20}
     broken = []

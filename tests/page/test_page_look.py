@@ -97,7 +97,7 @@ def test_a_prompt_shows_its_special_tokens(asked, theme):
     button(dialog, "Done").click()
 
 
-def test_the_server_is_drawn_at_a_glance(asked, server_url):
+def test_the_server_is_drawn_at_a_glance(asked, server_url, theme):
     page = asked
     menu(page, "Server status")
     region = page.get_by_role("region", name="Server status")
@@ -107,7 +107,7 @@ def test_the_server_is_drawn_at_a_glance(asked, server_url):
     assert page.evaluate("Status.shown.samples.length > 0 && Status.shown.samples[0].at < performance.timeOrigin / 1000")       # since the server started
     expect(region.get_by_role("link", name="Usage by day, key and model")).to_have_attribute("href", f"{server_url}usage")
     expect(message_box(page)).to_be_hidden()
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
     reload(page)
     expect(region.get_by_role("cell", name="ready").first).to_be_visible(timeout=SLOW_MS)
     button(page, "Back to the chat").click()
@@ -281,6 +281,7 @@ def test_a_failed_script_is_said_and_loads_later(page, stand_in):
     expect(page.get_by_role("dialog", name="Compare")).to_be_visible()
 
 
+@pytest.mark.slow
 def test_a_missing_library_leaves_plain_code(page, stand_in):
     page.route(re.compile("highlight|katex|uplot"), lambda route: route.abort())
     open_page(page, stand_in.url)

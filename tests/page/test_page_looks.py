@@ -8,6 +8,7 @@ import pytest
 
 from browsing import (answers, ask, button, expect, expect_accessible, expect_answered, figures, message_box, needs_browser,
                       open_page, settled, visitor)
+from nightly import by_day
 
 pytestmark = needs_browser
 
@@ -269,23 +270,27 @@ def test_a_tap_shows_figures_beside_their_line(browser, stand_in):
         expect(panel).to_have_count(0)                          # its line is out of sight
 
 
-def test_new_chat_stays_with_a_hidden_list(browser, stand_in):
-    for options in ({}, {"viewport": {"width": 390, "height": 780}, "has_touch": True, "is_mobile": True}):
-        with visitor(browser, **options) as page:
-            open_page(page, stand_in.url)
-            ask(page, "one")
-            expect_answered(page)
-            if not options:
-                button(page, "Show or hide chats").click()
-            expect(page.get_by_role("navigation", name="Chats")).to_be_hidden()
-            button(page, "New chat").click()
-            expect(page.get_by_role("article")).to_have_count(0)
-            expect(message_box(page)).to_be_focused() if not options else None
-            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+PHONE = {"viewport": {"width": 390, "height": 780}, "has_touch": True, "is_mobile": True}
+
+
+@pytest.mark.parametrize("options", by_day([{}, PHONE], {}), ids=["window", "phone"])
+def test_new_chat_stays_with_a_hidden_list(browser, stand_in, options):
+    with visitor(browser, **options) as page:
+        open_page(page, stand_in.url)
+        ask(page, "one")
+        expect_answered(page)
+        if not options:
             button(page, "Show or hide chats").click()
-            expect(button(page, "New chat")).to_have_count(1)   # that of the list
+        expect(page.get_by_role("navigation", name="Chats")).to_be_hidden()
+        button(page, "New chat").click()
+        expect(page.get_by_role("article")).to_have_count(0)
+        expect(message_box(page)).to_be_focused() if not options else None
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        button(page, "Show or hide chats").click()
+        expect(button(page, "New chat")).to_have_count(1)   # that of the list
 
 
+@pytest.mark.slow
 def test_deleting_all_chats_stands_at_the_end(page, stand_in, theme):
     open_page(page, stand_in.url)
     ask(page, "one")

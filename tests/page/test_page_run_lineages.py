@@ -90,7 +90,7 @@ def opened(page, stand_in, path="#run/d4"):
     page.wait_for_function("() => typeof Run !== \"undefined\" && Run.shown?.charts.size")
 
 
-def test_a_lineage_is_one_view_from_base_to_rl(page, stand_in, runs):
+def test_a_lineage_is_one_view_from_base_to_rl(page, stand_in, runs, theme):
     opened(page, stand_in)
     expect(page.locator("#run-about")).to_have_text("7 steps: 3 of base, 2 of sft, 2 of rl · the latest is d4-rl@99")
     expect(curve(page)).to_have_attribute("aria-label", "d4-base@400: 1.100, d4-base@800: 1.000, d4-base@1200: 0.900 (of an earlier step), "
@@ -103,7 +103,7 @@ def test_a_lineage_is_one_view_from_base_to_rl(page, stand_in, runs):
     order = [spot(page, "val_bpb", model)[0] for model in ("d4-base@400", "d4-base@1200", "d4-sft@200", "d4-sft@449")]
     assert order == sorted(order), "the stages lie one after the other"
     assert page.evaluate("Run.shown.charts.get('val_bpb').box.shown.layout.parts.map(({stage}) => stage)") == ["base", "sft", "rl"]
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
 
 
 def test_loss_and_reward_have_their_own_charts(page, stand_in, runs):
@@ -199,6 +199,7 @@ def test_steps_that_come_draw_what_a_fresh_page_draws(page, stand_in, runs, path
     assert [page.evaluate(drawn, metric) == before for metric, before in zip(metrics, live, strict=True)] == [True] * len(metrics)
 
 
+@pytest.mark.slow
 def test_a_run_with_only_scores_can_be_looked_at(page, stand_in, runs):
     for step in runs.steps["d6"]:
         step["state"] = "removed"
@@ -253,7 +254,7 @@ def test_a_second_lineage_lies_in_the_same_charts(page, stand_in, runs, theme):
 
 
 @pytest.mark.parametrize("path", by_day(["#run/d4?with=d4-base", "#run/d4-base?with=d4", "#run/d4?with=gone", "#run/d4?with=%E0%A4%A", "#run/d4?with="],
-                                       "#run/d4-base?with=d4", "#run/d4?with=%E0%A4%A"))
+                                       "#run/d4?with=%E0%A4%A"))
 def test_a_useless_second_run_changes_nothing(page, stand_in, runs, path):
     opened(page, stand_in, path)
     models = page.locator("#run-steps tbody tr:not(.group)")
@@ -318,7 +319,7 @@ NO_RUNS = ["[]", "null", "{", '{"steps": null}', '{"steps": [{}]}', '{"steps": [
            '{"steps": [{"model": "d4-base@800", "run": "d4-base", "metrics": {"val_bpb": "NaN", "reward": null}}]}']
 
 
-@pytest.mark.parametrize("body", by_day(NO_RUNS, "null", *NO_RUNS[-2:]))
+@pytest.mark.parametrize("body", by_day(NO_RUNS, NO_RUNS[-1]))
 def test_answers_that_are_no_runs_end_nothing(page, stand_in, runs, body):
     opened(page, stand_in)
     page.route("**/v1/runs**", lambda route: route.fulfill(body=body, content_type="application/json"))

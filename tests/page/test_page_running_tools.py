@@ -88,6 +88,7 @@ def test_a_question_waits_until_the_tools_are_known(page, tool_url):
     for route in held:
         route.continue_()
     expect(cards(page, "free__add").first).to_be_visible(timeout=SLOW_MS)
+    expect(answers(page)).to_have_count(3, timeout=SLOW_MS)      # the operator's free tool runs without asking
 
 
 def test_a_denied_call_is_told_to_the_model(page, tool_url):
@@ -120,6 +121,7 @@ def test_what_was_allowed_runs_by_itself(page, tool_url):
     assert calls_of(page)[0].get("result") is None
 
 
+@pytest.mark.slow
 def test_the_operator_s_free_tools_are_not_asked_about(page, tool_url):
     chat_with(page, tool_url, "free__add")
     ask(page, "Add 2 and 3.")

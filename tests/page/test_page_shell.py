@@ -18,6 +18,7 @@ pytestmark = needs_browser
 
 # names and accessibility ----------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_the_promised_accessible_names_are_there(page, stand_in):
     open_page(page, stand_in.url)
     expect(page.get_by_role("log", name="Conversation", exact=True)).to_be_visible()
@@ -384,7 +385,7 @@ def test_a_wrong_command_stays_in_the_composer(page, stand_in):
         assert stand_in.bodies[-1]["messages"][-1]["content"] == text
 
 
-def test_settings_stand_beside_the_chat_and_follow_it(page, stand_in):
+def test_settings_stand_beside_the_chat_and_follow_it(page, stand_in, theme):
     stand_in.model["defaults"] = {"temperature": 0.8}
     open_page(page, stand_in.url)
     ask(page, "one")
@@ -428,7 +429,7 @@ def test_settings_stand_beside_the_chat_and_follow_it(page, stand_in):
     page.set_viewport_size({"width": 700, "height": 700})                       # over the chat, where there is no room beside it
     expect(dialog).to_be_visible()
     expect(page.locator("#settings-dialog:modal")).to_have_count(1)
-    expect_accessible(page)
+    expect_accessible(page, theme=theme)
     page.keyboard.press("Escape")
     expect(dialog).to_have_count(0)
 
@@ -576,6 +577,7 @@ def page_file():
     return (ROOT / "static" / "index.html").as_uri()
 
 
+@pytest.mark.slow
 def test_a_page_from_a_file_says_which_server_it_wants(page, stand_in):
     page.route("http://127.0.0.1:8000/**", lambda route: route.abort())
     page.goto(page_file())
@@ -701,6 +703,7 @@ def test_every_word_is_in_the_table_of_strings():
     assert {"send", "cut"} <= given
 
 
+@pytest.mark.slow
 def test_settings_show_the_real_server_s_defaults(page):
     with fake_front(temperature=0.3, top_k=7) as url:
         open_page(page, url)

@@ -47,6 +47,7 @@ def test_one_server_keeps_both_arithmetics_apart(default_model_path, tmp_path):
         assert {model["id"]: model["arithmetic"] for model in get(url + "/v1/models")["data"]} == {"fast": "fast", "fine": "fine"}
 
 
+@pytest.mark.slow
 def test_a_fine_answer_survives_its_worker(default_model_path):
     """A fine answer whose worker is killed goes on in fine arithmetic."""
     log = []
