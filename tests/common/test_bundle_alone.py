@@ -22,8 +22,8 @@ import chat_server
 from chatlm.common import bundle, contents, core, elf, gather, libraries, program, unbundle, unpack
 from chatlm.common.errors import ConfigError
 from limits import files_of_at_most
-from nightly import by_day
-from packed import CHECKOUT, WITHOUT_BYTECODE, changed, clean_environment, compiled_once, one_line, run  # noqa: F401
+from nightly import WHOLE, by_day
+from packed import CHECKOUT, WITHOUT_BYTECODE, WITH_ITS_BYTECODE, bytecode_in, changed, clean_environment, compiled_once, one_line, run  # noqa: F401
 from powerless import powerless
 from real_server import ask, events, get, post, server
 
@@ -49,11 +49,19 @@ def packed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def talking(packed, tmp_path_factory, default_model_path):
-    """The same with the default model and words of the command line, made from the bundle itself."""
+    """The same with the default model and words of the command line, made from the bundle itself. By day it takes over that one's bytecode:
+    test_bundle.py compares the bytecode that a process of a bundle makes."""
     file = tmp_path_factory.mktemp("talking") / "chat.pyz"
-    made = run(packed, "bundle", "--with-libraries", "--with-model", "default", "--args", "--max-batch 3 --prefix /talk", file)
+    command = [packed] if WHOLE else [*WITH_ITS_BYTECODE, packed]
+    made = run(*command, "bundle", "--with-libraries", "--with-model", "default", "--args", "--max-batch 3 --prefix /talk", file)
     assert (made.returncode, made.stderr) == (0, "") and "and the model SmolLM2-135M-Instruct.Q4_1" in made.stdout
     return file
+
+
+@pytest.fixture(scope="module")
+def few(packed, tmp_path_factory):
+    """A copy of the bundle that has two small libraries only, for what does not depend on which they are."""
+    return with_few_libraries(packed, tmp_path_factory.mktemp("few") / "few.pyz")
 
 
 @pytest.fixture
@@ -130,13 +138,20 @@ def test_a_packed_model_chats_without_a_network(talking, python, unpacked, defau
     alone = ["unshare", "-n"] if may("unshare", "-n", "true") else []
     done = subprocess.run([*alone, python, talking, *CAPITAL], capture_output=True, text=True, timeout=120, cwd="/", env=places)
     assert done.returncode == 0 and "Tokyo" in done.stdout and "Traceback" not in done.stderr
+    kept = [path for path in (place / "home").rglob("*") if path.is_file() and path.stat().st_size > 50e6]
+    assert kept == []                           # no copy of the model
+    from chatlm.worker.weights.gguf_file import read_gguf
+    assert all(tensor.data.filename == talking for tensor in read_gguf(talking)[1].values())
+
+
+@pytest.mark.slow       # by day the two tests below read which words and which model a server has
+def test_a_packed_model_is_served_with_its_words(talking, python, unpacked):
+    place, places = unpacked
     with server(script=talking, python=python, env=places) as (process, url):
         assert get(url + "/talk/v1/models")["data"][0]["id"] == "SmolLM2-135M-Instruct.Q4_1"
         assert get(url + "/talk/stats")["workers"][0]["max_batch"] == 3
         kept = [path for path in (place / "home").rglob("*") if path.is_file() and path.stat().st_size > 50e6]
         assert kept == []                       # no copy of the model
-    from chatlm.worker.weights.gguf_file import read_gguf
-    assert all(tensor.data.filename == talking for tensor in read_gguf(talking)[1].values())
 
 
 def test_command_line_words_follow_the_kept_ones(talking, packed, python, places):
@@ -168,15 +183,22 @@ def test_the_packed_model_is_only_the_default(talking, python, places, nanochat_
 # unpacking
 
 
-def test_starts_at_once_share_one_unpacked_tree(packed, python, places, tmp_path):
+# What a start does with the libraries of the bundle that is the first argument; prints where one is
+USING = "-c", "import sys; sys.path.insert(0, sys.argv[1]); from chatlm.common import libraries; libraries.use_libraries(); import idna; print(idna.__file__)"
+
+
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["few", "all"])
+def test_starts_at_once_share_one_unpacked_tree(whole, packed, few, python, places, tmp_path):
     """Starts at the same time unpack once and each start uses that."""
-    started = [subprocess.Popen([python, packed, "--version"], stdout=subprocess.PIPE, text=True, env=places, cwd="/") for _ in range(2)]
-    assert all("decode_core runs with" in process.communicate(timeout=120)[0] for process in started)
+    command, said = ([python, packed, "--version"], "decode_core runs with") if whole else ([python, *USING, few], "/home/.cache/chat_server/libraries/")
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=places, cwd="/") for _ in range(2)]
+    assert all(said in process.communicate(timeout=120)[0] for process in started)
     (tree,) = trees(tmp_path / "home/.cache")
-    assert [each.stat().st_mode & 0o777 for each in (tree.parent, tree, tree / "site", tree / "site/numpy/_core", tree / "site/numpy/__init__.py")] \
-        == [0o700] * 4 + [0o400]
+    inner = (tree / "site/numpy/_core", tree / "site/numpy/__init__.py") if whole else (tree / "site/yaml", tree / "site/yaml/__init__.py")
+    assert [each.stat().st_mode & 0o777 for each in (tree.parent, tree, tree / "site", *inner)] == [0o700] * 4 + [0o400]
     first = tree.stat().st_ino, (tree / "site").stat().st_ino
-    starts(python, packed, places)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=places, cwd="/")
+    assert (done.returncode, done.stderr) == (0, "") and said in done.stdout and "because" not in done.stdout
     assert trees(tmp_path / "home/.cache") == [tree] and (tree.stat().st_ino, (tree / "site").stat().st_ino) == first
     assert not list((tmp_path / "temporary").iterdir())
 
@@ -340,8 +362,8 @@ MOUNTED = {"read-only": "mount -t tmpfs -o ro none {home}", "noexec": "mount -t 
            "full": "mount -t tmpfs -o size=20m none {home}"}
 
 
-@pytest.mark.parametrize("home", by_day(["noexec", "none", "read-only", "full", "of a file"], "none"))
-def test_without_a_home_a_private_folder_is_used(home, packed, python, places, tmp_path):
+@pytest.mark.parametrize("home", by_day(["noexec", "none", "read-only", "full", "of a file", "of a file, for few libraries"], "of a file, for few libraries"))
+def test_without_a_home_a_private_folder_is_used(home, packed, few, python, places, tmp_path):
     """Where the home cannot be used, a private folder is, which goes at the end."""
     if home in MOUNTED:
         if not may("unshare", "-m", "true"):
@@ -350,8 +372,9 @@ def test_without_a_home_a_private_folder_is_used(home, packed, python, places, t
     else:
         words = [python]
         places |= {"HOME": "" if home == "none" else str(Path(__file__))}
-    done = subprocess.run([*words, packed, "--version"], capture_output=True, text=True, timeout=120, cwd="/", env=places)
-    assert done.returncode == 0 and done.stderr == "" and "decode_core runs with" in done.stdout
+    command, said = ([*USING, few], str(tmp_path / "temporary/chat_server-")) if "few" in home else ([packed, "--version"], "decode_core runs with")
+    done = subprocess.run([*words, *command], capture_output=True, text=True, timeout=120, cwd="/", env=places)
+    assert done.returncode == 0 and done.stderr == "" and said in done.stdout
     assert list((tmp_path / "temporary").iterdir()) == []
     if home != "none":          # then it is root's own
         assert list((tmp_path / "home").iterdir()) == []
@@ -465,6 +488,7 @@ def remade(file, monkeypatch, target, **wanted):
     return bundle.write_bundle(target, bundle.Wanted(**wanted))
 
 
+@pytest.mark.slow       # by day the next test, and test_a_bundle_remakes_itself_to_the_byte of test_bundle.py
 def test_a_bundle_makes_itself_again(packed, talking, python, unpacked, tmp_path, monkeypatch):
     """A bundle makes the same again, and one without libraries. talking was made by a process of `packed`."""
     again = tmp_path / "again.pyz"
@@ -474,7 +498,9 @@ def test_a_bundle_makes_itself_again(packed, talking, python, unpacked, tmp_path
     assert "with decode_core for Linux" in run(*WITHOUT_BYTECODE, packed, "bundle", plain, python=python, env=unpacked[1]).stdout
 
 
-def test_a_bundle_with_a_model_makes_itself_again(talking, tmp_path, monkeypatch):
+def test_a_bundle_with_a_model_makes_itself_again(talking, packed, tmp_path, monkeypatch):
+    if not WHOLE:
+        monkeypatch.setattr(bundle, "compiled", lambda files: bytecode_in(packed))
     again = tmp_path / "again.pyz"
     remade(talking, monkeypatch, again, libraries=True, model=talking, words=("--max-batch", "3", "--prefix", "/talk"))
     assert again.read_bytes() == talking.read_bytes()
@@ -539,16 +565,23 @@ def test_a_model_too_large_for_the_disk_leaves_nothing(default_model_path, tmp_p
 # checking it, and unpacking it
 
 
-def test_verify_reads_each_byte(talking, packed, python, unpacked, places, tmp_path):
-    """`--verify` reads each byte of the file and of what was unpacked."""
+@pytest.mark.slow       # by day the two tests below, of which one has a bundle with few libraries
+def test_verify_reads_a_large_bundle(talking, python, unpacked):
     done = run(talking, "bundle", "--verify", python=python, env=unpacked[1])
     assert done.returncode == 0 and done.stderr == ""
     for words in ("the program is what was packed", "the model SmolLM2-135M-Instruct.Q4_1 is what was packed", "files of the libraries for Python",
                   "its files are what was packed", f"its SHA-256 is {unbundle.sha256_of(talking)}"):
         assert words in done.stdout
-    few = with_few_libraries(packed, tmp_path / "few.pyz")
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from chatlm.common import libraries; libraries.use_libraries()"
-    assert run("-c", code, few, python=python, env=places).returncode == 0
+
+
+def test_verify_reads_each_byte(few, python, places, tmp_path):
+    """`--verify` reads each byte of the file and of what was unpacked."""
+    assert run(*USING, few, python=python, env=places).returncode == 0
+    done = run(few, "bundle", "--verify", python=python, env=places)
+    assert done.returncode == 0 and done.stderr == ""
+    for words in ("the program is what was packed", "files of the libraries for Python", "its files are what was packed",
+                  f"its SHA-256 is {unbundle.sha256_of(few)}"):
+        assert words in done.stdout
     (tree,) = trees(tmp_path / "home/.cache")
     (tree / "site/yaml/__init__.py").chmod(0o600)
     (tree / "site/yaml/__init__.py").write_text("")
@@ -581,18 +614,20 @@ def test_verify_finds_a_single_bit(part, talking, tmp_path, capsys):
     assert f"{file} is damaged (" in line and "copy it again" in line
 
 
-def test_an_unpacked_folder_runs_without_a_cache(talking, python, places, tmp_path):
+def test_an_unpacked_folder_runs_without_a_cache(talking, python, places, tmp_path, default_model_path):
     folder = tmp_path / "shared place"
     done = run(talking, "bundle", "--unpack", folder, python=python, env=places)
     assert f"{folder}: run it with Python {libraries.THIS_PYTHON}: python3 " in done.stdout
     assert done.returncode == 0 and f"--max-batch 3 --prefix /talk '{folder}/SmolLM2-135M-Instruct.Q4_1.gguf'" in done.stdout
     assert not list((tmp_path / "home").iterdir())
     model = folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    said = run(folder / "chat_server.py", CAPITAL[0], model, *CAPITAL[1:], python=python, env=places)
-    assert said.returncode == 0 and "Tokyo" in said.stdout
+    starts(python, folder / "chat_server.py", places)
+    if WHOLE:       # by day the packed model answers in test_a_packed_model_chats_without_a_network
+        said = run(folder / "chat_server.py", CAPITAL[0], model, *CAPITAL[1:], python=python, env=places)
+        assert said.returncode == 0 and "Tokyo" in said.stdout
+    assert model.stat().st_size == default_model_path.stat().st_size
     assert not (tmp_path / "home/.cache/chat_server").exists() and not list((tmp_path / "temporary").iterdir())
-    assert "exists and is not an empty folder" in one_line(run(talking, "bundle", "--unpack", folder, python=python, env=places))
-    for place, words in ((tmp_path / "missing/x", "No such file"), (model, "is not an empty folder")):
+    for place, words in ((folder, "exists and is not an empty folder"), (tmp_path / "missing/x", "No such file"), (model, "is not an empty folder")):
         with pytest.raises(ConfigError, match=words):
             unbundle.unpack_bundle(talking, place)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

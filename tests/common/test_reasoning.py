@@ -434,8 +434,9 @@ def test_the_default_model_thinks_then_answers(engine, default_model_path):
 
 
 @pytest.mark.parametrize("template, names, opened", [
-    (THINKING, SPARE.keys() - set(formats.HARMONY), True), (THINKING.replace("'<think>\n' if", "'' if"), SPARE.keys() - set(formats.HARMONY), False),
-    (THINKING, (), True), (GPT_OSS, formats.HARMONY, False)], ids=["opened by the template", "opened by the model", "spelled out", "harmony"])
+    pytest.param(THINKING, SPARE.keys() - set(formats.HARMONY), True, marks=pytest.mark.slow),      # by day where a budget ends it, below
+    (THINKING.replace("'<think>\n' if", "'' if"), SPARE.keys() - set(formats.HARMONY), False),
+    (THINKING, (), True), pytest.param(GPT_OSS, formats.HARMONY, False, marks=pytest.mark.slow)], ids=["opened by the template", "opened by the model", "spelled out", "harmony"])
 def test_a_schema_leaves_reasoning_free(engine, default_model_path, template, names, opened):
     """A schema holds for the content, and reasoning before it is free."""
     with_template(engine, default_model_path, template, names)
@@ -490,7 +491,7 @@ def test_default_thinking_ends_at_one_place(engine, default_model_path, names, m
 
 
 @pytest.mark.parametrize("template, names, opening", [
-    (THINKING, SPARE.keys() - set(formats.HARMONY), ""), (THINKING, (), ""),
+    (THINKING, SPARE.keys() - set(formats.HARMONY), ""), pytest.param(THINKING, (), "", marks=pytest.mark.slow),
     pytest.param(THINKING.replace("'<think>\n' if", "'' if"), SPARE.keys() - set(formats.HARMONY), "<think>", marks=pytest.mark.slow),
     (GPT_OSS, formats.HARMONY, "<|channel|>analysis<|message|>")], ids=["opened by the template", "spelled out", "opened by the model", "harmony"])
 def test_a_schema_holds_after_ended_thinking(engine, default_model_path, template, names, opening):
@@ -552,7 +553,7 @@ WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {
 TIME = {"type": "function", "function": {"name": "time", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}}}
 
 
-@pytest.mark.parametrize("tool_format", ["tagged", "json", "mistral", "mistral name", "harmony"])
+@pytest.mark.parametrize("tool_format", by_day(["tagged", "json", "mistral", "mistral name", "harmony"], "json", "mistral name", "harmony"))
 @pytest.mark.parametrize("choice", by_day(["required", {"type": "function", "function": {"name": "weather"}}], "required"))
 def test_a_required_call_has_the_family_s_format(engine, default_model_path, tool_format, choice):
     with_template(engine, default_model_path, GPT_OSS if tool_format == "harmony" else "{{ messages[0].content }}<|im_start|>assistant\n",

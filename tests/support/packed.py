@@ -38,6 +38,17 @@ def kernels(file, *flags, **environment):
 WITHOUT_BYTECODE = "-c", "import sys; sys.path.insert(0, sys.argv.pop(1)); from chatlm.common import bundle; bundle.compiled = lambda files: {}; " \
                          "import chat_server; sys.exit(chat_server.main())"
 
+# The same for a bundle that is the first argument, which takes over the bytecode of its own modules
+WITH_ITS_BYTECODE = "-c", "import sys, zipfile; sys.path.insert(0, sys.argv.pop(1)); from chatlm.common import bundle; own = zipfile.ZipFile(sys.path[0]); " \
+                          "bundle.compiled = lambda files: {name: own.read(name) for name in own.namelist() if name.endswith('.pyc')}; " \
+                          "import chat_server; sys.exit(chat_server.main())"
+
+
+def bytecode_in(file):
+    """The bytecode of the modules in a bundle, by name."""
+    with zipfile.ZipFile(file) as source:
+        return {name: source.read(name) for name in source.namelist() if name.endswith(".pyc")}
+
 
 @pytest.fixture(scope="module")
 def bundled(tmp_path_factory):

@@ -7,13 +7,15 @@ import urllib.request
 
 import pytest
 
+from nightly import by_day
+
 CHAT = "/v1/chat/completions"
 HI = [{"role": "user", "content": "Tell me a story about a dog. " * 3}]
 
 
-@pytest.fixture(scope="module")
-def url(default_url):
-    return default_url
+@pytest.fixture
+def url(tiny_url):
+    return tiny_url
 
 
 def call(url, path, body):
@@ -61,7 +63,9 @@ def test_a_parameter_that_is_off_changes_nothing(tiny, plain, acts, is_off):
     assert content(tiny, **MANY, **is_off) == plain != content(tiny, **MANY, **acts)
 
 
-def test_answers_at_once_equal_those_one_by_one(url):
+@pytest.mark.parametrize("model", by_day(["tiny_url", "default_url"], "tiny_url"))
+def test_answers_at_once_equal_those_one_by_one(request, model):
+    url = request.getfixturevalue(model)
     asked = [acts for acts, _ in EFFECTS] + [{}, {"min_p": 0.1}]
     asked = [changes | {"max_tokens": 8} for changes in asked]
     alone = [content(url, **changes) for changes in asked]

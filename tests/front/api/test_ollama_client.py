@@ -9,7 +9,7 @@ from answers import said, thought
 from chatlm.common.messages.requests import Delta, TokenLogprob
 from fake_pool import FakePool, serving
 from openai_routes import ask as openai_answer, call, need_exact
-from real_server import post, server
+from real_server import post
 
 CHAT, GENERATE = "/api/chat", "/api/generate"
 HI = "What is the capital of Japan?"
@@ -17,10 +17,9 @@ BODIES = {CHAT: {"messages": [{"role": "user", "content": HI}]}, GENERATE: {"pro
 both = pytest.mark.parametrize("path", BODIES)
 
 
-@pytest.fixture(scope="module")
-def url(default_model_path):
-    with server(default_model_path, "--context-length", "512") as (_, url):
-        yield url
+@pytest.fixture
+def url(short_url):
+    return short_url
 
 
 def lines(url, path, **changes):

@@ -13,14 +13,12 @@ from chatlm.front.api.logprobs import token_text
 from chatlm.front.api.tokenization import piece_body
 from fake_pool import Letters
 from openai_routes import CHAT, COMPLETIONS, HI, ask, call, need_exact, refused
-from real_server import server
 
 
 
-@pytest.fixture(scope="module")
-def url(default_model_path):
-    with server(default_model_path, "--context-length", "512", "--served-model-name", "gpt-4o") as (_, url):
-        yield url
+@pytest.fixture
+def url(short_url):
+    return short_url
 
 
 @pytest.fixture

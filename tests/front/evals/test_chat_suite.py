@@ -80,7 +80,7 @@ async def test_chat_tasks_are_as_upstream_finds_them(scorer, base, tmp_path, req
 # bits per byte
 
 
-@pytest.mark.parametrize("scorer", by_day(EXPECTED, "gen2", "gen3"), indirect=True)
+@pytest.mark.parametrize("scorer", by_day(EXPECTED, "gen2"), indirect=True)
 async def test_validation_bits_per_byte_are_upstream_s(scorer, base, tmp_path, request):
     """They are those of the validation shard."""
     pytest.importorskip("pyarrow")

@@ -20,7 +20,7 @@ from chatlm.front.evals.run_results import (
     RunResults, StepResult, SAMPLES, Score, StepOfRun, TEXT, WRITTEN, result_in, text_result)
 from chatlm.front.evals.scores import PoolScorer
 from fake_pool import serving
-from nightly import by_day
+from nightly import WHOLE, by_day
 from real_server import get, server
 from watched import all_known, asked, file_of, mounted, remove, run_folder, run_of, scalars_in, until, watching  # noqa: F401
 
@@ -99,12 +99,13 @@ async def test_another_text_is_computed_again(run_folder, watching, client, tmp_
 
     assert await scored() == 2
     assert await scored("Another text. ") == 4
-    assert await scored() == 4 and scores[2] == scores[0] != scores[1]
+    assert scores[0] != scores[1]
     shutil.copy(file_of(run_folder, 20), file_of(run_folder, 40))
-    assert await scored() == 5 and scores[3] == [scores[0][0]] * 2     # its meta file is another than that of step 20
+    assert await scored() == 5 and scores[2] == [scores[0][0]] * 2     # its meta file is another than that of step 20
     merges = run_folder / "tokenizer" / "tokenizer.pkl"
     os.utime(merges, (1e9, 1e9))
-    assert await scored() == 5
+    if WHOLE:       # by day test_scores_survive_a_restart
+        assert await scored() == 5 and scores[3] == scores[2]
     merges.write_bytes(merges.read_bytes() + b" ")
     assert await scored() == 7
     meta = file_of(run_folder, 20).with_name("meta_000020.json")
@@ -202,6 +203,7 @@ async def test_a_full_results_folder_costs_one_warning(
             await models.close()
 
 
+@pytest.mark.slow       # by day the test below, and test_a_line_after_one_that_was_cut_is_whole
 async def test_two_servers_share_a_folder_of_results(run_folder, watching, tmp_path):
     list(tiny_training.train(run_folder, 40, 20))
     flags = asked(tmp_path)

@@ -39,7 +39,7 @@ from chatlm.worker.weights.gguf_file import read_gguf
 import answers
 from answers import asked, ending
 from fake_pool import conversation, serving
-from nightly import by_day
+from nightly import WHOLE, by_day
 from patching import patch
 from pools import PlayedWorker
 from tiny_gguf import small_gguf_metadata
@@ -302,8 +302,8 @@ async def test_calls_that_no_form_ends_are_refused(open_pool, forever):
 async def test_a_text_route_refuses_millions_of_items(open_pool):
     pool = await open_pool()
     async with serving(pool) as url, aiohttp.ClientSession() as client:
-        for route, body in (("/tokenize", {"content": [1] * 2_000_000}), ("/detokenize", {"tokens": [1] * 2_000_000}),
-                            ("/v1/completions", {"prompt": ["a"] * 2_000_000})):
+        for route, body in (("/tokenize", {"content": [1] * 2_000_000}), *((("/detokenize", {"tokens": [1] * 2_000_000}),
+                            ("/v1/completions", {"prompt": ["a"] * 2_000_000})) if WHOLE else ())):
             async with client.post(url + route, json=body) as response:
                 text = await response.text()        # a slow processor is over its time before all items are counted
                 assert response.status == 400 and ("at most" in text or "too complex" in text)

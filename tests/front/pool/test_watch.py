@@ -31,6 +31,7 @@ from chatlm.front.pool.residency import Residency
 from chatlm.front.pool.run_watch import RunWatch
 from fake_pool import frames, serving
 from forked import DYING
+from nightly import by_day
 from real_server import get, post, server
 from watched import TINY, file_of, run_folder, until, watching  # noqa: F401
 
@@ -563,7 +564,7 @@ async def started_alone(run_folder, step):
     return pool
 
 
-@pytest.mark.parametrize("flag", ["watch_suite", "watch_text"])
+@pytest.mark.parametrize("flag", by_day(["watch_suite", "watch_text"], "watch_suite"))
 async def test_an_evaluation_steps_aside_for_a_question(run_folder, watching, client, tmp_path, flag):
     """It goes on after it."""
     list(tiny_training.train(run_folder, 30, 30))
