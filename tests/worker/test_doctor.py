@@ -63,7 +63,7 @@ def test_a_report_says_if_thinking_can_be_switched(written, switch, tmp_path):
 
 
 def test_nanochat_and_the_default_model_are_fine(nanochat_fixtures, default_model_path):
-    """nanochat's checkpoints (by day the oldest and the newest) and the default model are fine. By day the command says so of the default model."""
+    """nanochat's checkpoints (by day the oldest and the newest) and the default model are fine. By day each check of the default model's copies is test_doctor_weights'."""
     for path in (*sorted(nanochat_fixtures.iterdir())[::1 if WHOLE else 5], *[default_model_path] * WHOLE):
         diagnosis = diagnose(path)
         assert (diagnosis.serious, diagnosis.refused) == ([], ""), path
@@ -104,10 +104,13 @@ def test_a_tokenizer_that_is_not_known_is_named(key, name, tmp_path):
     assert name in refused and key in refused and "\n" not in refused
 
 
-def test_the_command_has_a_verdict_and_a_status(default_model_path, tmp_path):
-    fine = check(default_model_path)
-    assert (fine.returncode, fine.stderr) == (0, "") and fine.stdout.startswith("SmolLM2-135M-Instruct.Q4_1: fine (")
-    assert "encodes as SmolLM2 does" in fine.stdout
+@pytest.mark.parametrize("model", by_day(["nanochat-d4-sft", "SmolLM2-135M-Instruct.Q4_1"], "nanochat-d4-sft"))
+def test_the_command_has_a_verdict_and_a_status(model, default_model_path, nanochat_fixtures, tmp_path):
+    """By day the default model's likeness is asked for in this process."""
+    fine = check(nanochat_fixtures / "gen5" if "nanochat" in model else default_model_path)
+    assert (fine.returncode, fine.stderr) == (0, "") and fine.stdout.startswith(f"{model}: fine (")
+    assert "nanochat" in model or "encodes as SmolLM2 does" in fine.stdout
+    assert "encodes as SmolLM2 does" in [finding.what for finding in diagnose(default_model_path, only=["likeness"]).findings]
     sick = check(rewritten(small_gguf(tmp_path), {"tokenizer.ggml.eos_token_id": 260}), "--json")
     body = json.loads(sick.stdout)
     assert (sick.returncode, sick.stderr, body["verdict"], body["counts"]["error"]) == (1, "", "error", 1)

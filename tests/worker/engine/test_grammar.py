@@ -23,6 +23,7 @@ from chatlm.worker.engine.grammar import FairThread, Grammar
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.sequence import Sequence
 from engines import make_engine, pieces, step_pieces
+from nightly import by_day
 from pools import work_of
 from works import assignment, changed
 
@@ -40,7 +41,8 @@ def grammar(schema):
 @pytest.fixture(scope="module", params=["nanochat", "gguf"])
 def engine(request, nanochat_fixtures, default_model_path):
     """A tiktoken tokenizer with random weights, and a byte-level BPE with the real model of a GGUF file."""
-    return make_engine(*((nanochat_fixtures / "gen5",) if request.param == "nanochat" else (default_model_path,)), num_pages=200, max_batch=8)
+    path = nanochat_fixtures / "gen5" if request.param == "nanochat" else default_model_path
+    return make_engine(path, num_pages=200, max_batch=8, as_stored=request.param == "gguf")
 
 
 def work(engine, name, schema, seed=0, **more):
@@ -378,6 +380,7 @@ def test_a_schema_that_costs_much_memory_is_refused(schema):
 
 
 @pytest.mark.skipif(not heap_bytes(), reason="the heap of this system does not tell its size")
+@pytest.mark.parametrize("engine", by_day(["nanochat", "gguf"], "nanochat"), indirect=True)
 def test_compiled_schemas_stay_while_memory_lasts(engine):
     """Compiled schemas are kept only as far as memory goes."""
     forget_grammars(engine)

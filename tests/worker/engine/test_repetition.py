@@ -76,8 +76,8 @@ def test_a_repeating_answer_ends_only_if_asked_to(gguf_engine, ahead):
     """The default model, greedy, goes on with a line that it has read twelve times."""
     prompt = tuple(gguf_engine.tokenizer.encode("The cat sat on the mat and looked at the dog.\n" * 12))
     sampling = SamplingParams(temperature=0.0)
-    works = [assignment("goes on", prompt, sampling, 260, ignore_eos=True),
-             *(assignment(name, prompt, sampling, 260, ignore_eos=True, stop_on_repetition=True, **more)
+    works = [assignment("goes on", prompt, sampling, 250, ignore_eos=True),
+             *(assignment(name, prompt, sampling, 250, ignore_eos=True, stop_on_repetition=True, **more)
                for name, more in (("ends", {}), ("later", {"min_tokens": 230})))]
     found = pieces(gguf_engine, works, ahead)
     ids = {name: [token for piece in some for token in piece.tokens] for name, some in found.items()}
@@ -96,10 +96,13 @@ def test_a_resumed_repetition_ends_at_the_same_token(gguf_engine):
     assert [*ids[:70], *(token for piece in some for token in piece.tokens)][-len(ids):] == ids and some.end.stop_reason == "repetition"
 
 
-def test_a_format_is_not_cut_by_a_repetition(gguf_engine):
-    """A list of 300 zeros is what the schema wants."""
-    schema = {"type": "array", "items": {"const": 0}, "minItems": 300, "maxItems": 300}
-    prompt = tuple(gguf_engine.tokenizer.encode("Zeros:"))
+@pytest.mark.parametrize("model, count", by_day([("tiny", 150), ("default", 300)], ("tiny", 150)))
+def test_a_format_is_not_cut_by_a_repetition(model, count, nanochat_fixtures, request):
+    """A list of zeros is what the schema wants."""
+    engine = request.getfixturevalue("gguf_engine") if model == "default" else make_engine(nanochat_fixtures / "gen5", num_pages=40)
+    schema = {"type": "array", "items": {"const": 0}, "minItems": count, "maxItems": count}
+    prompt = tuple(engine.tokenizer.encode("Zeros:"))
     work = assignment("zeros", prompt, SamplingParams(temperature=0.0), 1000, stop_on_repetition=True, grammar=json_grammar(schema, "x"))
-    some = pieces(gguf_engine, [work])["zeros"]
-    assert json.loads("".join(piece.text for piece in some)) == [0] * 300 and some.end.stop_reason == "grammar"
+    some = pieces(engine, [work])["zeros"]
+    assert json.loads("".join(piece.text for piece in some)) == [0] * count and some.end.stop_reason == "grammar"
+    assert noticed_at([token for piece in some for token in piece.tokens])
