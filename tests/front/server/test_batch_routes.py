@@ -179,14 +179,14 @@ def test_batches_are_listed_in_pages(running):
 
 def test_a_cancelled_batch_keeps_its_answers(running):
     """Its input can be deleted only then."""
-    batch = begun(running, [ask_line(str(index), max_tokens=50, ignore_eos=True) for index in range(400)])
+    batch = begun(running, [ask_line(str(index), max_tokens=50, ignore_eos=True) for index in range(1000)])
     while not running.batches.retrieve(batch.id).request_counts.completed:
         time.sleep(0.01)
     with pytest.raises(openai.ConflictError, match=f"{batch.id} still needs this file"):
         running.files.delete(batch.input_file_id)
     assert running.batches.cancel(batch.id).status in ("cancelling", "cancelled")
     batch = ended(running, batch)
-    assert batch.status == "cancelled" and batch.cancelling_at <= batch.cancelled_at and 0 < batch.request_counts.completed < 400
+    assert batch.status == "cancelled" and batch.cancelling_at <= batch.cancelled_at and 0 < batch.request_counts.completed < 1000
     assert len(results(running, batch.output_file_id)) == batch.request_counts.completed
     with pytest.raises(openai.ConflictError, match="cannot be cancelled"):
         running.batches.cancel(batch.id)
@@ -344,7 +344,7 @@ def check_disturbed(batch, found, undisturbed, count):
 
 def test_a_killed_batch_gives_the_same_output(model, tmp_path):
     """A batch goes on after kills; its output is that of an undisturbed one."""
-    check_disturbed(*disturbed(model, tmp_path / "a.db", mixed_lines(80), [1, 14, 28]), 80)
+    check_disturbed(*disturbed(model, tmp_path / "a.db", mixed_lines(120), [1, 14, 28]), 120)
 
 
 @pytest.mark.slow
@@ -451,14 +451,14 @@ def test_a_batch_without_budget_holds_nobody_up(model, tmp_path):
 
 def test_long_lines_make_room_for_another_key(model, tmp_path):
     """Their answers stay the same."""
-    long = [ask_line(str(number), f"Tell me about {number}", max_tokens=80, ignore_eos=True) for number in range(12)]
+    long = [ask_line(str(number), f"Tell me about {number}", max_tokens=200, ignore_eos=True) for number in range(20)]
     with batching(model, tmp_path / "a.db", "--max-batch", "2", keys=("first-key", "second-key")) as (_, client):
         other = client.with_options(api_key="second-key")
         slow = begun(client, long)
         while not answered_lines(tmp_path / "a.db"):
             time.sleep(0.005)
         quick = ended(other, begun(other, [ask_line("a", max_tokens=5, ignore_eos=True)]))
-        assert quick.request_counts.completed == 1 and client.batches.retrieve(slow.id).request_counts.completed < 12
+        assert quick.request_counts.completed == 1 and client.batches.retrieve(slow.id).request_counts.completed < 20
         slow = ended(client, slow)
         assert client.files.content(slow.output_file_id).content == again(client, slow)
 
@@ -553,7 +553,7 @@ def test_a_batch_whose_key_is_gone_expires(model, tmp_path):
         with closing(sqlite3.connect(tmp_path / "a.db")) as reader:
             return reader.execute("SELECT status, completed FROM batches").fetchone()
     with batching(model, tmp_path / "a.db", keys=("first-key",)) as (_, client):
-        batch = begun(client, [ask_line(str(number), max_tokens=60, ignore_eos=True) for number in range(250)])
+        batch = begun(client, [ask_line(str(number), max_tokens=60, ignore_eos=True) for number in range(400)])
         while not answered_lines(tmp_path / "a.db"):
             time.sleep(0.01)
     left = status()
