@@ -12,7 +12,6 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 gc.disable()            # until all is collected: a quarter of the time that collecting the tests takes
 # before torch is imported: its threads must not spin while others work
@@ -30,6 +29,7 @@ sys.path[:0] = [os.environ.get("CHAT_SERVER_DIR") or str(REPOSITORY), str(TESTS 
 
 from browsing import browser, end_browser, held_front, one_stand_in, opened_page, page, server_url, stand_in, theme  # noqa: E402, F401  of the page's tests
 import nightly  # noqa: E402
+from made_once import made_once  # noqa: E402
 from pools import start_pool, started  # noqa: E402, F401
 
 
@@ -179,13 +179,7 @@ def emulation_library(tmp_path_factory):
         return Path(made)
     if shutil.which("g++") is None:
         pytest.skip("no g++ here")
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder      # of all processes of this run
-    library = folder / "emulation.so"
-    with FileLock(folder / "emulation.lock"):
-        if not library.exists():
-            compile_emulation(library)
-    return library
+    return made_once(tmp_path_factory, "emulation.so", compile_emulation)
 
 
 def compile_emulation(library):

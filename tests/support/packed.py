@@ -8,10 +8,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 import chat_server
 from chatlm.common import bundle, core
+from made_once import made_once
 
 CHECKOUT = Path(chat_server.__file__).resolve().parent
 BARE = "-S", "-E"            # without any library that pip installed
@@ -53,16 +53,11 @@ def bytecode_in(file):
 @pytest.fixture(scope="module")
 def bundled(tmp_path_factory):
     """A bundle as the command makes it, with the core if there is one here; the processes of this run share it."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    file = folder / "bundled" / "chat_server.pyz"
-    with FileLock(folder / "bundled.lock"):
-        if not file.exists():
-            file.parent.mkdir(exist_ok=True)
-            made = run(CHECKOUT / "chat_server.py", "bundle", file)
-            assert (made.returncode, made.stderr) == (0, "")
-            assert made.stdout.startswith(f"{file}: ") and (core.decode_core() is None or "with decode_core for Linux" in made.stdout)
-    return file
+    def make(file):
+        made = run(CHECKOUT / "chat_server.py", "bundle", file)
+        assert (made.returncode, made.stderr) == (0, "")
+        assert made.stdout.startswith(f"{file}: ") and (core.decode_core() is None or "with decode_core for Linux" in made.stdout)
+    return made_once(tmp_path_factory, "bundled/chat_server.pyz", make)
 
 
 @functools.cache
