@@ -81,7 +81,7 @@ def run_command(script, arguments, environment, given="", folder=None):
 def fork_front(script, arguments, environment, stdout, stderr, forking=True, stdin=None, folder=None, imported=()):
     """stdin: else it has none; the child's terminal if it is one. imported: modules that it will need, too."""
     command = [sys.executable, str(script), *arguments]
-    template = template_of(" ".join((str(script), *imported)), environment, ("LD_", "MALLOC", "PYTHON"))
+    template = template_of(str(script), environment, ("LD_", "MALLOC", "PYTHON"), imported)
     asking, children = children_of_fronts().connect() if forking else (None, {})
     outputs = [stdout, stderr] if stdin is None else [stdout, stderr, stdin]
     with asking or contextlib.nullcontext():
@@ -90,11 +90,11 @@ def fork_front(script, arguments, environment, stdout, stderr, forking=True, std
     return process
 
 
-def template_of(what, environment, read_at_load=READ_AT_LOAD):
-    kind = what, *sorted(item for item in environment.items() if item[0].startswith(read_at_load) and item[0] not in READ_LATER)
+def template_of(what, environment, read_at_load=READ_AT_LOAD, imported=()):
+    kind = what, imported, *sorted(item for item in environment.items() if item[0].startswith(read_at_load) and item[0] not in READ_LATER)
     with making:
         if kind not in templates:
-            templates[kind] = Template(what, environment)
+            templates[kind] = Template(what, environment, imported)
         return templates[kind]
 
 
@@ -164,14 +164,14 @@ class Template:
     """A process that has imported what a role needs, and forks copies of itself that run commands.
 
     what: "torch" for workers, "box" for those of a GPU box, which load torch itself, "downloads", "" for other children, or the path of chat_server.py for
-    fronts and more modules."""
+    fronts. imported: more modules that fronts need."""
 
-    def __init__(self, what, environment):
+    def __init__(self, what, environment, imported=()):
         self.lock, self.ended = threading.RLock(), {}       # of processes: the status
         self.orders, orders = socket.socketpair()
         self.ends, ends = socket.socketpair()
         passed = [orders.fileno(), ends.fileno()]
-        command = [sys.executable, __file__, *map(str, passed), what]
+        command = [sys.executable, __file__, *map(str, passed), what, *imported]
         with orders, ends:
             self.process = subprocess.Popen(command, pass_fds=passed, stdin=subprocess.DEVNULL,
                                             env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)})
@@ -393,9 +393,8 @@ if __name__ == "__main__":
             import_all("decode_core.cpu_backend", "decode_core.weights")
         import_all(*(["torch"] if what == "box" else ()))
     elif what not in ("", "downloads"):
-        import_all("chat_server", *what.split()[1:])
-        script = what.split()[0]
-        become = become_front(compile(Path(script).read_bytes(), script, "exec"))
+        import_all("chat_server", *sys.argv[4:])
+        become = become_front(compile(Path(what).read_bytes(), what, "exec"))
     else:
         import_all("chatlm.common.hub.offers", "chatlm.common.processes.ray", "chatlm.front.intake.sandboxed", "chatlm.front.intake.body_tasks")
         # half of what the hub's library imports; the library itself looks for its folder when it is loaded
