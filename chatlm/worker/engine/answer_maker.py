@@ -13,6 +13,7 @@ from chatlm.common.log import log
 from chatlm.common.memory import heap_bytes
 from chatlm.common.text.reader import answer_reader
 from chatlm.worker.engine.answer import Answer
+from chatlm.worker.engine.drafts import NO_DRAFT
 from chatlm.worker.engine.grammar import FairThread, Grammar
 from chatlm.worker.ops.sampling import preparation
 
@@ -75,6 +76,7 @@ class AnswerMaker:
         if not wait([grammar.masks], max(0.0, deadline_s - time.monotonic())).done:
             sequence.output.preparing = grammar.masks
         elif grammar.may_renew:
+            sequence.draft = NO_DRAFT  # its grammar follows no drafts from now on
             self.remake(sequence)
         else:
             return True
