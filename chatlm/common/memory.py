@@ -75,7 +75,8 @@ def heap_bytes() -> int:
         mallinfo = ctypes.CDLL(None).mallinfo2
         mallinfo.restype = type("mallinfo2", (ctypes.Structure,),
                                 {"_fields_": [(f"n{i}", ctypes.c_size_t) for i in range(10)]})
-        return mallinfo().n4 + mallinfo().n7  # hblkhd (large blocks) and uordblks (the rest)
+        found = mallinfo()
+        return found.n4 + found.n7  # hblkhd (large blocks) and uordblks (the rest)
     return 0
 
 

@@ -9,7 +9,6 @@ import atexit
 import contextlib
 import fcntl
 import functools
-import gc
 import importlib
 import json
 import os
@@ -32,7 +31,9 @@ from pathlib import Path
 from chatlm.common import core
 from chatlm.common.processes import start
 from chatlm.common.hub import huggingface
+from chatlm.common.memory import trim_heap
 from chatlm.common.processes.child import die_with_parent, run_role
+from kept_objects import keep_all_there_is
 from patching import replace_everywhere
 
 NUMBER = struct.Struct("i")
@@ -391,14 +392,17 @@ if __name__ == "__main__":
             "gguf_model", "mmproj", "nanochat", "checkpoint_model", "torch_file", "folder_model", "huggingface", "named_tokens", "trial")))
         if core.decode_core():
             import_all("decode_core.cpu_backend", "decode_core.weights")
+        importlib.import_module("chatlm.worker.weights.digest").code_digest()       # of the code that all of them run
         import_all(*(["torch"] if what == "box" else ()))
     elif what not in ("", "downloads"):
         import_all("chat_server", *sys.argv[4:])
+        importlib.import_module("chatlm.front.lazy").import_web()      # every server does that after its start
         become = become_front(compile(Path(what).read_bytes(), what, "exec"))
     else:
         import_all("chatlm.common.hub.offers", "chatlm.common.processes.ray", "chatlm.front.intake.sandboxed", "chatlm.front.intake.body_tasks")
         # half of what the hub's library imports; the library itself looks for its folder when it is loaded
         import_all("filelock", "httpx2", "tqdm.auto", "yaml", "jinja2", "jinja2.ext", "jinja2.sandbox", *(["chatlm.worker.weights.preview"] if what else ()))
     import_all("safetensors", "tokenizers", "tiktoken")
-    gc.freeze()         # so that no copy looks at, and thereby copies, what it does not change: a third of a worker's start
+    trim_heap()                 # all of these: so that no copy does it again, or copies what it does not change, half of a worker's start
+    keep_all_there_is()
     serve(*(socket.socket(fileno=int(each)) for each in sys.argv[1:3]), become)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.core import decode_core, seam
 from chatlm.common.hub.stamps import mmproj_of
-from chatlm.common.program import program_sources
+from chatlm.common.program import files_below, in_program, program_root
 from chatlm.worker.weights.files import files_of_adapters, files_of_weights
 
 if TYPE_CHECKING:
@@ -99,18 +100,25 @@ def whole_digest(files: list[Path], fingerprint: str, store: Path | None) -> str
     return digest
 
 
+@functools.cache
+def code_digest() -> str:
+    """A hash of the modules, and of the compiled core, that compute a page."""
+    code = hashlib.sha256()
+    for room in ("model", "ops", "weights", "arrays"):
+        folder = f"chatlm/worker/{room}"
+        for name, text in files_below(in_program(program_root(), folder), f"{folder}/"):
+            if name.endswith(".py"):
+                code.update(name.encode() + text)
+    if compiled := getattr(getattr(decode_core(), "_core", None), "__file__", None):
+        code.update(Path(compiled).read_bytes())
+    return code.hexdigest()
+
+
 def arithmetic_of(transformer: Transformer, settings: Settings) -> list[str]:
     """Everything except the weights that may change the bits of a page, or their layout."""
-    code = hashlib.sha256()
-    core = decode_core()
-    for name, text in program_sources().items():
-        if name.startswith(tuple(f"chatlm/worker/{room}/" for room in ("model", "ops", "weights", "arrays"))):
-            code.update(name.encode() + text)
-    if compiled := getattr(getattr(core, "_core", None), "__file__", None):
-        code.update(Path(compiled).read_bytes())
     kernels = transformer.kernels
     version = getattr(sys.modules.get("torch"), "__version__", "")  # of what computes, if it does
-    return [code.hexdigest(), version, seam(), str(sorted(kernels.names.items())),
+    return [code_digest(), version, seam(), str(sorted(kernels.names.items())),
             str(transformer.device.type), str(transformer.dtype), str(settings.dtype), str(settings.quantize),
             settings.arithmetic, transformer.weight_types, repr(transformer.model), repr(transformer.groups),
             repr(transformer.layout)]
