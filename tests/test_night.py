@@ -1,5 +1,6 @@
 """The night's parts (.ci/night) together run every test module once, and .ci/report.py says what they found."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -65,6 +66,42 @@ def test_kernels_pass_again_once_a_source_changes(tmp_path):
         assert sources() not in ("passed", digest), name
         (copy / name).write_bytes(before)
     assert sources() == "passed"
+
+
+def words_of(name):
+    """The files that a list of .ci/run names."""
+    words = re.search(rf"^{name}=\((.*?)\)$", (ROOT / ".ci/run").read_text(), re.MULTILINE | re.DOTALL)[1]
+    return subprocess.run(["bash", "-c", f"printf '%s\\n' {' '.join(words.split())}"], capture_output=True, text=True, check=True).stdout.split()
+
+
+def imported(path):
+    """The files of this repository that a module imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [name.name for name in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:       # else of the same package, which is watched as a whole
+            names = [node.module, *(f"{node.module}.{name.name}" for name in node.names)]
+        for name in names:
+            parts = name.split(".")
+            for place in (ROOT, ROOT / "csrc", ROOT / "tests/support"):
+                for count in range(1, len(parts) + 1):
+                    module = place.joinpath(*parts[:count])
+                    yield from (file for file in (module.with_suffix(".py"), module / "__init__.py") if file.is_file())
+
+
+def test_kernel_tests_read_nothing_that_ci_does_not_watch():
+    """What CI leaves out until a source changes imports those sources alone."""
+    seen, found = set(), [ROOT / name for name in words_of("KERNEL_TESTS")]
+    assert len(found) == 10
+    while found:
+        path = found.pop()
+        if path not in seen:
+            seen.add(path)
+            found += imported(path)
+    watched = [ROOT / name for name in words_of("KERNEL_SOURCES")]
+    packages = {path for path in seen if path.name == "__init__.py" and len(path.read_bytes()) < 500}       # they say what is in them, and do nothing
+    assert {path for path in seen - packages if not {path, *path.parents} & {*watched}} == set()
 
 
 def test_a_night_with_a_failed_test_fails(tmp_path):
