@@ -29,7 +29,6 @@ sys.path[:0] = [os.environ.get("CHAT_SERVER_DIR") or str(REPOSITORY), str(TESTS 
 
 from browsing import browser, end_browser, held_front, one_stand_in, opened_page, page, server_url, stand_in, theme  # noqa: E402, F401  of the page's tests
 import nightly  # noqa: E402
-from kept_objects import keep_all_there_is  # noqa: E402
 from made_once import made_once  # noqa: E402
 from pools import start_pool, started  # noqa: E402, F401
 
@@ -125,7 +124,7 @@ def pytest_runtest_teardown(nextitem):
 
 def pytest_collection_finish():
     gc.enable()
-    keep_all_there_is()
+    gc.freeze()         # what collecting the tests has made stays; workers that run in this process collect garbage often
     gc.collect()        # without it, Python would wait for a quarter as many new objects: descriptors are among them
 
 

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import fcntl
 import functools
+import gc
 import importlib
 import json
 import os
@@ -33,7 +34,6 @@ from chatlm.common.processes import start
 from chatlm.common.hub import huggingface
 from chatlm.common.memory import trim_heap
 from chatlm.common.processes.child import die_with_parent, run_role
-from kept_objects import keep_all_there_is
 from patching import replace_everywhere
 
 NUMBER = struct.Struct("i")
@@ -403,6 +403,9 @@ if __name__ == "__main__":
         # half of what the hub's library imports; the library itself looks for its folder when it is loaded
         import_all("filelock", "httpx2", "tqdm.auto", "yaml", "jinja2", "jinja2.ext", "jinja2.sandbox", *(["chatlm.worker.weights.preview"] if what else ()))
     import_all("safetensors", "tokenizers", "tiktoken")
-    trim_heap()                 # all of these: so that no copy does it again, or copies what it does not change, half of a worker's start
-    keep_all_there_is()
+    # No copy collects or trims again what is here: it would also copy it by that. Each worker's `give_memory_back` did.
+    trim_heap()
+    gc.collect()
+    gc.freeze()
+    gc.unfreeze, gc.get_freeze_count = lambda: None, lambda: 0
     serve(*(socket.socket(fileno=int(each)) for each in sys.argv[1:3]), become)

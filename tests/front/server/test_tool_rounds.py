@@ -181,7 +181,7 @@ async def test_equal_calls_and_rounds_end(place):
 async def test_max_tool_calls_ends_calls(place):
     async with place(calls(*(("fake__pick", {"word": word}) for word in ("red", "green", "blue"))), "Done.") as at:
         response = await at.ask(max_tool_calls=2)
-    assert [arguments["word"] for _, arguments in at.called] == ["red", "green"] and response.max_tool_calls == 2
+    assert sorted(arguments["word"] for _, arguments in at.called) == ["green", "red"] and response.max_tool_calls == 2      # both at once
     assert at.sent[1][-1] == ("tool", "Not run: the limit of calls is reached.") and not at.pool.requests[1].tools
 
 
