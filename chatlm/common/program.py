@@ -39,10 +39,11 @@ def files_below(folder, prefix: str = "") -> Iterator[tuple[str, bytes]]:
             yield prefix + entry.name, entry.read_bytes()
 
 
-def program_sources(root: Path | None = None) -> dict[str, bytes]:
-    """The modules of chatlm in this program or in `root`, by their names in an archive."""
-    package = in_program(root or program_root(), "chatlm")
-    return {name: text for name, text in files_below(package, "chatlm/") if name.endswith(".py")}
+def program_sources(root: Path | None = None, folder: str = "chatlm") -> dict[str, bytes]:
+    """The modules of chatlm, or of one of its folders, in this program or in `root`, by their names in an
+    archive."""
+    package = in_program(root or program_root(), folder)
+    return {name: text for name, text in files_below(package, f"{folder}/") if name.endswith(".py")}
 
 
 def archive(files: Mapping[str, bytes], first_lines: bytes = b"") -> bytes:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.core import decode_core, seam
 from chatlm.common.hub.stamps import mmproj_of
-from chatlm.common.program import files_below, in_program, program_root
+from chatlm.common.program import program_sources
 from chatlm.worker.weights.files import files_of_adapters, files_of_weights
 
 if TYPE_CHECKING:
@@ -105,10 +105,8 @@ def code_digest() -> str:
     """A hash of the modules, and of the compiled core, that compute a page."""
     code = hashlib.sha256()
     for room in ("model", "ops", "weights", "arrays"):
-        folder = f"chatlm/worker/{room}"
-        for name, text in files_below(in_program(program_root(), folder), f"{folder}/"):
-            if name.endswith(".py"):
-                code.update(name.encode() + text)
+        for name, text in program_sources(folder=f"chatlm/worker/{room}").items():
+            code.update(name.encode() + text)
     if compiled := getattr(getattr(decode_core(), "_core", None), "__file__", None):
         code.update(Path(compiled).read_bytes())
     return code.hexdigest()
