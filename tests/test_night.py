@@ -1,10 +1,10 @@
 """The night's parts (.ci/night) together run every test module once, and .ci/report.py says what they found."""
 
-import ast
 import re
 import subprocess
 import sys
 from collections import Counter
+from modulefinder import ModuleFinder
 from pathlib import Path
 
 import pytest
@@ -74,31 +74,14 @@ def words_of(name):
     return subprocess.run(["bash", "-c", f"printf '%s\\n' {' '.join(words.split())}"], capture_output=True, text=True, check=True).stdout.split()
 
 
-def imported(path):
-    """The files of this repository that a module imports, anywhere in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [name.name for name in node.names]
-        elif isinstance(node, ast.ImportFrom) and not node.level:       # else of the same package, which is watched as a whole
-            names = [node.module, *(f"{node.module}.{name.name}" for name in node.names)]
-        for name in names:
-            parts = name.split(".")
-            for place in (ROOT, ROOT / "csrc", ROOT / "tests/support"):
-                for count in range(1, len(parts) + 1):
-                    module = place.joinpath(*parts[:count])
-                    yield from (file for file in (module.with_suffix(".py"), module / "__init__.py") if file.is_file())
-
-
 def test_kernel_tests_read_nothing_that_ci_does_not_watch():
     """What CI leaves out until a source changes imports those sources alone."""
-    seen, found = set(), [ROOT / name for name in words_of("KERNEL_TESTS")]
-    assert len(found) == 10
-    while found:
-        path = found.pop()
-        if path not in seen:
-            seen.add(path)
-            found += imported(path)
+    tests = words_of("KERNEL_TESTS")
+    assert len(tests) == 10
+    finder = ModuleFinder([str(ROOT / folder) for folder in ("", "csrc", "tests/support")])      # finds nothing that is installed
+    for path in tests:
+        finder.load_file(str(ROOT / path))
+    seen = {Path(module.__file__) for module in finder.modules.values() if module.__file__}
     watched = [ROOT / name for name in words_of("KERNEL_SOURCES")]
     packages = {path for path in seen if path.name == "__init__.py" and len(path.read_bytes()) < 500}       # they say what is in them, and do nothing
     assert {path for path in seen - packages if not {path, *path.parents} & {*watched}} == set()

@@ -32,7 +32,7 @@ from pathlib import Path
 from chatlm.common import core
 from chatlm.common.processes import start
 from chatlm.common.hub import huggingface
-from chatlm.common.memory import trim_heap
+from chatlm.common.memory import give_memory_back
 from chatlm.common.processes.child import die_with_parent, run_role
 from patching import replace_everywhere
 
@@ -404,8 +404,7 @@ if __name__ == "__main__":
         import_all("filelock", "httpx2", "tqdm.auto", "yaml", "jinja2", "jinja2.ext", "jinja2.sandbox", *(["chatlm.worker.weights.preview"] if what else ()))
     import_all("safetensors", "tokenizers", "tiktoken")
     # No copy collects or trims again what is here: it would also copy it by that. Each worker's `give_memory_back` did.
-    trim_heap()
-    gc.collect()
+    give_memory_back()
     gc.freeze()
     gc.unfreeze, gc.get_freeze_count = lambda: None, lambda: 0
     serve(*(socket.socket(fileno=int(each)) for each in sys.argv[1:3]), become)

@@ -24,7 +24,7 @@ def replace_everywhere(module, name, value):
 def modules():
     """Of the program, those that are loaded."""
     return [module for name, module in list(sys.modules.items())
-            if name.startswith("chat") and module is not None and (name == "chat_server" or name.split(".")[0] == "chatlm")]
+            if module is not None and (name in ("chat_server", "chatlm") or name.startswith("chatlm."))]
 
 
 class Everywhere:

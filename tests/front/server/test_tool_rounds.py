@@ -182,6 +182,7 @@ async def test_max_tool_calls_ends_calls(place):
     async with place(calls(*(("fake__pick", {"word": word}) for word in ("red", "green", "blue"))), "Done.") as at:
         response = await at.ask(max_tool_calls=2)
     assert sorted(arguments["word"] for _, arguments in at.called) == ["green", "red"] and response.max_tool_calls == 2      # both at once
+    assert [json.loads(call.arguments)["word"] for call in response.output if call.type == "mcp_call"] == ["red", "green", "blue"]
     assert at.sent[1][-1] == ("tool", "Not run: the limit of calls is reached.") and not at.pool.requests[1].tools
 
 
