@@ -202,12 +202,16 @@ class Constraint:
     def refusal(self, token: int) -> str | None:
         """Feed the grammar a token that its mask allows. Returns why the answer cannot go on, None if it can.
 
-        A grammar that breaks at such a token is renewed before the next mask (`AnswerMaker.masked`)."""
+        A grammar that breaks at such a token is renewed before the next mask (`AnswerMaker.masked`). Raises RuntimeError if the
+        grammar's matcher broke by no fault of the client's."""
         if self.misfit:
             return f"prefix_token_ids do not follow {self.param}"
-        if self.grammar and not self.grammar.feed(token) and not self.grammar.may_renew:
-            return f"no answer can follow {self.param}: nothing satisfies it, or it is too large"
-        return None
+        grammar = self.grammar
+        if not grammar or grammar.feed(token) or grammar.may_renew:
+            return None
+        if grammar.fault:
+            raise RuntimeError(f"the matcher of {self.param} broke: {grammar.fault}")
+        return f"no answer can follow {self.param}: nothing satisfies it, or it is too large"
 
     def resume(self, token: int, room: int, chosen: bool):
         """Feed the grammar a token of an earlier worker, or one that the client has chosen."""

@@ -193,6 +193,28 @@ def test_an_impossible_grammar_fails_its_request_only(engine, monkeypatch):
     assert found["f"].end.reason == "length"
 
 
+def test_a_matcher_that_breaks_is_our_fault(engine, monkeypatch):
+    """A client that sent a good grammar is not told that nothing can follow it; others go on."""
+    def broken(self, token):
+        self.renewed = True
+        self.matcher.rollback(1000)
+        return False
+
+    monkeypatch.setattr(Grammar, "feed", broken)
+    free = assignment("f", (5, 6, 7), SamplingParams(0.0), 5, ignore_eos=True)
+    found = pieces(engine, [work(engine, "a", PERSON), free])
+    assert not found["a"].end.refused and "the model failed" in found["a"].end.message
+    assert found["f"].end.reason == "length"
+
+
+def test_a_grammar_that_is_too_large_is_the_client_s_fault(engine, monkeypatch):
+    large = changed(work(engine, "a", {}), grammar="start: /[01]*1[01]{12}[01]*/")
+    monkeypatch.setitem(GRAMMAR_LIMITS, "max_lexer_states", 15)
+    forget_grammars(engine)
+    assert pieces(engine, [large])["a"].end.refused
+    forget_grammars(engine)
+
+
 @pytest.fixture
 def gate(monkeypatch):
     """An event before which no grammar is compiled."""
