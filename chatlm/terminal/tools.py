@@ -14,7 +14,8 @@ from chatlm.common.records import record
 from chatlm.front.aio import interruptible
 from chatlm.front.api.enforcement import why_unenforced
 from chatlm.front.api.fields import ToolChoice
-from chatlm.front.api.readers import callable_tools, strict_grammars, types_of_parameters
+from chatlm.front.api.readers import (
+    callable_tools, schemas_of_loose_calls, strict_grammars, types_of_parameters)
 from chatlm.front.tools.results import ToolPicture, ToolResult
 from chatlm.front.tools.rules import CANCELLED, CHANGED, why_not_run
 from chatlm.front.tools.toolbox import Toolbox
@@ -174,10 +175,12 @@ def with_tools(request: Request, tools: Seq[ChatTool], pool: Pool) -> Request:
     if tool_format is None:
         raise ConfigError("this model can't call tools: its chat template has no place for them")
     known = callable_tools(functions, ToolChoice(), tool_format)
-    names = tuple(tool["function"]["name"] for tool in known)
+    offered = [tool["function"] for tool in known]
+    names = tuple(function["name"] for function in offered)
     params = replace(request.params, tool_names=names, grammar_param="tools", parallel_calls=True,
                      tool_types=types_of_parameters(known, names, tool_format),
-                     call_grammars=strict_grammars([tool["function"] for tool in known], tool_format))
+                     tool_schemas=schemas_of_loose_calls(offered, tool_format),
+                     call_grammars=strict_grammars(offered, tool_format))
     return replace(request, params=params, tools=known)
 
 

@@ -494,7 +494,8 @@ class ParsedBody:
         request = self.request
         params = self.request.params
         texts = [*[prompt for prompt in request.prompts if isinstance(prompt, str)], params.grammar,
-                 *[message.content for message in request.messages or ()], *params.call_grammars]
+                 *[message.content for message in request.messages or ()], *params.call_grammars,
+                 *params.tool_schemas]
         texts += self.details.get("documents") or ()
         names = sum(map(len, params.tool_types)) + len(params.tool_names) + len(params.tool_types)
         return (sum(map(len, texts)) + 8 * sum(map(len, request.prompt_ids or ())) + 150 * names

@@ -233,6 +233,8 @@ class AnswerParams:
     tool_names: tuple[str, ...] = ()    # functions whose calls are read from it
     tool_types: tuple[dict, ...] = ()   # of each: parameter -> JSON types, if its format leaves them out;
                                         # any type where it is "" or the parameter is not in it
+    tool_schemas: tuple[str, ...] = ()  # of each: its parameters' JSON schema, if a call may be plain JSON;
+                                        # any object fits ""
     call_grammars: tuple[str, ...] = ()  # of each: what its arguments must match; "" if it is not strict
     parallel_calls: bool = True         # False: the answer ends where a second call would begin
     chat: bool = False                  # reasoning and calls are separate from its content

@@ -72,6 +72,7 @@ class CallFormat:
     inside: tuple[str, ...] = ()        # markers in a call
     name_end: str = ""                  # what comes after a name that is not in JSON
     untagged: bool = False              # calls may be the whole answer, with nothing before them
+    loose: bool = False                 # some models end an answer with calls in plain JSON, fenced or not
     tags: Tags | None = None            # if the arguments are not JSON: each in a tag,
     notation: Notation | None = None    # or values in brackets
     thoughts: tuple[str, str] | None = None  # encloses reasoning, where all of an answer is in this format
@@ -194,8 +195,8 @@ CALL_FORMATS = {  # a template has the first one that fits
         marks=("<|tool_call>", "<tool_call|>"), inside=(GEMMA.quote,), notation=GEMMA,
         history=marked_for_gemma, mend=as_gemma, function=typed,
         stops=("<eos>", "<turn|>", "<|tool_response>")),
-    "tagged": CallFormat(  # Hermes, Qwen
-        template_has=("<tool_call>",), marks=("<tool_call>", "</tool_call>"), between="\n",
+    "tagged": CallFormat(  # Hermes, Qwen; Qwen2.5-Coder writes loose calls
+        template_has=("<tool_call>",), marks=("<tool_call>", "</tool_call>"), between="\n", loose=True,
         call='<tool_call>\n{"name": {quoted}, "arguments": {arguments}}\n</tool_call>'),
     "json": CallFormat(  # Llama 3
         marks=("<|python_tag|>", ""), untagged=True, call='{"name": {quoted}, "parameters": {arguments}}')}

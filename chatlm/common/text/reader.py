@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.text.calls import JsonCalls, TaggedCalls
 from chatlm.common.text.formats import HARMONY, HEADINGS, MARKERS, MARKS, MUSE, NO_CALLS, with_markers
+from chatlm.common.text.loose_calls import LooseCalls, loose_calls
 from chatlm.common.text.scanner import Deltas, Scanner, skip
 from chatlm.common.text.value_calls import ValueCalls
 
@@ -132,16 +133,18 @@ class StreamDecoder:
 
 
 class Prose:
-    """Reads reasoning and content. Where calls begin, `calls` reads them.
+    """Reads reasoning and content. `calls` reads calls after their marks, and `loose` those in plain JSON.
 
     `wrapper`: two markers that may enclose the content. They are left out."""
 
     def __init__(self, scanner: Scanner, deltas: Deltas, calls: JsonCalls | TaggedCalls | ValueCalls,
-                 thoughts: tuple[str, str] = ("", ""), wrapper: tuple[str, str] = ("", "")):
+                 thoughts: tuple[str, str] = ("", ""), wrapper: tuple[str, str] = ("", ""),
+                 loose: LooseCalls | None = None):
         self.scanner = scanner
         self.deltas = deltas
         self.thoughts = thoughts
         self.calls = calls
+        self.loose = loose
         self.think, self.end = map(scanner.sign, thoughts)
         self.wrapper, self.wrapper_end = map(scanner.sign, wrapper)
         self.wrapped = False  # the content has begun with a wrapper that has not ended
@@ -164,7 +167,7 @@ class Prose:
         scanner = self.scanner
         deltas = self.deltas
         calls = self.calls
-        signs = {self.end, *calls.starts, *calls.around}
+        signs = {self.end, *calls.starts, *calls.around, *(self.loose.signs if self.loose else ())}
         if self.think in MARKS.values():
             signs.add(self.think)
         while True:
@@ -192,6 +195,8 @@ class Prose:
                 yield from self._reasoning()
             elif sign in calls.starts:
                 yield from calls.read(sign)
+            elif self.loose and sign in self.loose.signs:
+                yield from self.loose.read(sign)
 
     def _first_text(self) -> Iterator[None]:
         """Wait until the answer's first text is there, and is not just the beginning of a marker."""
@@ -407,7 +412,8 @@ class AnswerReader:
     A call that starts with its name is passed on when its arguments begin, and these follow as they arrive.
     Any other call is passed on when it is complete. Text that only looks like a call stays text."""
 
-    def __init__(self, tokenizer: Tokenizer, names: Seq[str] = (), types: Seq[Mapping[str, str]] = ()):
+    def __init__(self, tokenizer: Tokenizer, names: Seq[str] = (), types: Seq[Mapping[str, str]] = (),
+                 schemas: Seq[str] = ()):
         self.tokenizer = tokenizer
         self.names = names
         call_format = tokenizer.call_format
@@ -428,7 +434,8 @@ class AnswerReader:
                 calls = reader(scanner, deltas, names, call_format, types)
             else:
                 calls = JsonCalls(scanner, deltas, names, call_format)
-            self.parts = Prose(scanner, deltas, calls, tokenizer.thoughts or ("", ""), tokenizer.wrapper)
+            self.parts = Prose(scanner, deltas, calls, tokenizer.thoughts or ("", ""), tokenizer.wrapper,
+                               loose_calls(scanner, deltas, names, schemas))
         self.reading = self.parts.read()
 
     @property
@@ -477,7 +484,7 @@ def answer_reader(tokenizer: Tokenizer, params: AnswerParams, prompt_ids: Seq[in
     names = params.tool_names if may_call else ()
     if not params.chat or not (tokenizer.thoughts or names):
         return None
-    reader = AnswerReader(tokenizer, names, params.tool_types)
+    reader = AnswerReader(tokenizer, names, params.tool_types, params.tool_schemas)
     if tokenizer.thoughts:
         marks = tokenizer.marks(with_calls=False)
         ends = tokenizer.special_names.keys() - marks.keys() | {tokenizer.markers.get("<|start|>")}

@@ -138,8 +138,8 @@ class Tokenizer:
 
     @property
     def markers(self) -> dict[str, int]:
-        """The markers of the model's format that are tokens, whatever their type in its file. If the vocabulary has
-        a marker, the same characters spelled out are just text."""
+        """The markers of the model's format that are tokens, whatever their type in its file. If the
+        vocabulary has a marker, the same characters spelled out are just text."""
         wanted = (*(self.thoughts or ()), *self.wrapper, *self.call_format.markers)
         tokens = self.named_tokens
         return {name: tokens[name] for name in wanted if name in tokens}
@@ -181,8 +181,9 @@ class Tokenizer:
         """The tokens in llguidance's form (0.2 s and 19 MB for 49,152 tokens)."""
         llguidance = require_library("llguidance", "constrained decoding")
         pieces = list(map(self.piece, range(self.vocab_size)))
-        # A marker may have text, if its file calls it user-defined. Grammars name it by its number: if llguidance knew the
-        # text, it would count its bytes where it has consumed one number, and rolling back a draft would break the matcher.
+        # A marker has text if its file calls it user-defined. Grammars name it by its number: if llguidance
+        # knew the text, it would count its bytes where it has consumed one number, and taking back a draft
+        # would break the matcher.
         named = self.specials | self.markers
         special = sorted({*named.values(), *(token for token, piece in enumerate(pieces) if not piece)})
         for token in special:  # in llguidance, names of special tokens begin so; it needs one for each

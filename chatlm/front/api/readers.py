@@ -17,7 +17,7 @@ from chatlm.common.messages.tool_rounds import ToolPlan
 from chatlm.common.messages.wire import as_plain_json
 from chatlm.common.text.formats import CALL_FORMATS, knows_of_thinking, thoughts_of
 from chatlm.common.text.grammar import unusable_schema
-from chatlm.front.api.call_grammars import call_grammar, parameter_types, tool_grammar
+from chatlm.front.api.call_grammars import call_grammar, parameter_types, parameters_schema, tool_grammar
 from chatlm.front.api.message_readers import (
     OTHER_BLOCKS, OTHER_ITEMS, SentMessage, anthropic_messages, chat_messages, custom_calls, joined_turns,
     message_from, native_messages, openai_messages, other_types, response_messages, sent_messages,
@@ -157,6 +157,7 @@ def parse_openai_request(values: Mapping, settings: Settings, tool_format: str |
     types = types_of_parameters(tools, names, tool_format)
     params = AnswerParams(grammar=grammar, grammar_param=param, logprobs=top if logprobs else None,
                           tool_names=names, tool_types=types, call_grammars=strict,
+                          tool_schemas=() if grammar else schemas_of_loose_calls(functions, tool_format),
                           parallel_calls=bool(calls) or parallel)
     return openai_request(values, settings, params, messages=messages, template_options=options, tools=tools)
 
@@ -220,6 +221,15 @@ def types_of_parameters(tools: Seq[dict], names: Seq[str], tool_format: str | No
         raise invalid("tools", f"the names of all functions and parameters in tools take {size:,} bytes, "
                                f"at most {LIMITS.tool_name_bytes:,} are allowed")
     return types
+
+
+def schemas_of_loose_calls(functions: Seq[dict], tool_format: str | None) -> tuple[str, ...]:
+    """The schemas of the functions' parameters, if the model may write calls as plain JSON: they tell them
+    from other JSON. One that is very large is left out: any object fits then."""
+    if not tool_format or not CALL_FORMATS[tool_format].loose:
+        return ()
+    texts = [as_plain_json(parameters_schema(function)) for function in functions]
+    return tuple(text if len(text) <= LIMITS.grammar_characters else "" for text in texts)
 
 
 def without_lone_top(values: Mapping) -> dict:

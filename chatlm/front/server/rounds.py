@@ -426,7 +426,7 @@ def seed_of_round(seed: int, number: int) -> int:
 def without_calls(params: AnswerParams) -> AnswerParams:
     """The parameters of a round in which the model may call nothing."""
     is_of_tools = params.grammar_param == "tools"
-    return replace(params, tool_names=(), tool_types=(), call_grammars=(),
+    return replace(params, tool_names=(), tool_types=(), tool_schemas=(), call_grammars=(),
                    grammar="" if is_of_tools else params.grammar,
                    grammar_param="" if is_of_tools else params.grammar_param)
 

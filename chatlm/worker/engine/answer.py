@@ -202,8 +202,8 @@ class Constraint:
     def refusal(self, token: int) -> str | None:
         """Feed the grammar a token that its mask allows. Returns why the answer cannot go on, None if it can.
 
-        A grammar that breaks at such a token is renewed before the next mask (`AnswerMaker.masked`). Raises RuntimeError if the
-        grammar's matcher broke by no fault of the client's."""
+        A grammar that breaks at such a token is renewed before the next mask (`AnswerMaker.masked`). Raises
+        RuntimeError if its matcher broke by no fault of the client's."""
         if self.misfit:
             return f"prefix_token_ids do not follow {self.param}"
         grammar = self.grammar

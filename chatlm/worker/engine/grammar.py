@@ -28,7 +28,7 @@ LONGEST_WAY = 2048        # the most bytes tried to end an answer
 TEXT_ENDS = b'" @:0'      # tried first in text: its end, then characters that a format may still require
 VALUE_ENDS = b'}]n",0'    # tried first elsewhere: the end of an object or list, null, other short values
 ANY_BYTE = (*range(0x20, 0x100), *range(0x20))
-A_LIMIT = re.compile(r"too (many|big|large|complex|deep)|limit|exceed")  # in llguidance's errors about a grammar's size
+A_LIMIT = re.compile(r"too (many|big|large|complex|deep)|limit|exceed")  # llguidance, of a grammar's size
 CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of a character that began earlier
 
 
@@ -161,7 +161,8 @@ class Grammar:
 
     @property
     def fault(self) -> str:
-        """What broke the matcher, if that is our fault; "" if it works, or if the client's grammar is wrong or too large."""
+        """What broke the matcher, if that is our fault; "" if it works, or if the client's grammar is wrong
+        or too large."""
         if self.unusable or not self.matcher.is_error():
             return ""
         error = self.matcher.get_error()
