@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 CHUNK = 1 << 21           # values at a time, 8 MB: so much memory a thread takes several times
 MOST_VALUES = 2_000_000_000  # of a model: of a larger one, only each n-th chunk is read
 BLOCK = 32                # adjacent columns that are compared with others'; the smallest block of any type
+GROUP = 256               # adjacent columns whose blocks share a scale in GGUF's K types
+ROUNDED_AWAY = 24.0       # beside a weight so many times as large as theirs, K types round blocks to zeros
+LARGE = 5.0               # a block so many times as large as expected stands out
+PEAKS_TRIED = 64          # blocks of a chunk that are looked at weight by weight
 
 
 @dataclass
@@ -167,15 +171,16 @@ def draw_chunk(portrait: Portrait, values: numpy.ndarray, begin: int, usual: lis
         if (values[row] == values[row, 0]).all():
             portrait.constant.append(begin + int(row))
     if width != K and K // width >= 4 and n >= 16:
-        compare_blocks(portrait, sums, largest, begin, width, usual)
+        compare_blocks(portrait, values, sums, largest, begin, usual)
 
 
-def compare_blocks(portrait: Portrait, sums: numpy.ndarray, largest: numpy.ndarray, begin: int, width: int,
-                   usual: list[float]):
-    """Compare blocks, given as their sums of squares and their largest squares (n, B), with what their row
-    and their column of blocks let expect.
+def compare_blocks(portrait: Portrait, values: numpy.ndarray, sums: numpy.ndarray, largest: numpy.ndarray,
+                   begin: int, usual: list[float]):
+    """Compare blocks of values (n, K), whose sums of squares and largest squares are given (n, B), with what
+    their row and their column of blocks let expect.
 
     The largest square is left out: one weight that stands out is natural, a whole block is not."""
+    width = values.shape[1] // sums.shape[1]
     empty = largest == 0
     rest = numpy.log(numpy.maximum(sums - largest, 0) / (width - 1) + 1e-30) / 2
     rest[empty] = numpy.nan
@@ -196,14 +201,40 @@ def compare_blocks(portrait: Portrait, sums: numpy.ndarray, largest: numpy.ndarr
     # type of few bits rounds it to nothing
     plain = (empty.mean(0) < 0.5) & (columns > -2)
     found = empty & plain & (known & (empty.mean(1) < 0.5))[:, None]
+    for row, block in zip(*numpy.nonzero(found)):
+        group = largest[row, block - block % (GROUP // width):][:GROUP // width]
+        expected = math.exp(columns[block] + rows[row])
+        found[row, block] = math.sqrt(float(group.max())) < ROUNDED_AWAY * expected
     if count := int(found.sum()):
         if not portrait.holes:
             portrait.hole = begin + int(found.any(1).argmax())
         portrait.holes += count
     over = numpy.nan_to_num(without - numpy.maximum(columns, -3), nan=-9.0, posinf=99.0, neginf=-9.0)
-    row, block = divmod(int(over.argmax()), over.shape[1])
-    portrait.peaks.append((float(over[row, block]), begin + row, block * width))
+    portrait.peaks.append(whole_peak(over, values, begin))
     usual.append(float(numpy.partition(over, -1 - over.size // 1000, None)[-1 - over.size // 1000]))
+
+
+def whole_peak(over: numpy.ndarray, values: numpy.ndarray, begin: int) -> tuple[float, int, int]:
+    """The block that is most too large as a whole: (the log of how much, its row, its first column).
+
+    over: that log (n, B), from the blocks' mean squares. Trained models have massive weights, often several
+    in a block, beside which the rest is small. A wrong scale makes all weights of a block large. So what
+    counts of a block is the eighth largest of its 32 weights, of which a normal one has 1.15 sigma. Nor is a
+    block strange if others of its columns, in other rows, are as large: a head writes to few channels."""
+    width = values.shape[1] // over.shape[1]
+    likeliest = numpy.argpartition(over, -min(PEAKS_TRIED, over.size), None)[-PEAKS_TRIED:]
+    rows, blocks = numpy.divmod(likeliest, over.shape[1])
+    weights = numpy.abs(values.reshape(len(values), -1, width)[rows, blocks])
+    eighth = numpy.sort(weights, 1)[:, -max(width // 4, 1)]
+    squares = numpy.square(weights)
+    rest = numpy.sqrt((squares.sum(1) - squares.max(1)) / (width - 1))
+    whole = over[rows, blocks] + numpy.log(numpy.minimum(1.0, (eighth / 1.15 + 1e-30) / (rest + 1e-30)))
+    for place in numpy.flatnonzero(whole > math.log(LARGE)):
+        group = blocks // (GROUP // width) == blocks[place] // (GROUP // width)
+        if (whole[group & (rows != rows[place])] > math.log(LARGE)).any():
+            whole[place] = 0.0
+    best = int(whole.argmax())
+    return float(whole[best]), begin + int(rows[best]), int(blocks[best]) * width
 
 
 def of_kinds(all_portraits: Iterable[Portrait]) -> dict[str, list[Portrait]]:

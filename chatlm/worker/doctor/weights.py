@@ -14,7 +14,7 @@ from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
 from chatlm.worker.doctor.findings import Findings, error, examples, note, warning
 from chatlm.worker.doctor.layers import (
     NORMS, Features, exchanged_layers, pairs_of_others, strange_levels, transposed)
-from chatlm.worker.doctor.portraits import MOST_VALUES, Portrait, of_kinds, portraits
+from chatlm.worker.doctor.portraits import GROUP, LARGE, MOST_VALUES, Portrait, of_kinds, portraits
 from chatlm.worker.model.tensors import Cut, Unread
 
 if TYPE_CHECKING:
@@ -131,21 +131,20 @@ def empty_tensors(of_kind: Seq[Portrait]) -> Findings:
                    where=of_kind[0].kind)
 
 
-BLOCK_FACTOR = 5.0   # a block is so many times as large as expected; good models: up to 3
 ROW_FACTOR = 200.0   # a row as its tensor's median row; good models: up to 10
 
 
 def strange_blocks(of_kind: Seq[Portrait]) -> Findings:
     """Find blocks and rows that have a wrong scale."""
     usual = float(numpy.quantile([one.usual for one in of_kind], 0.9))  # heads differ much in some layers
-    least = max(math.log(BLOCK_FACTOR), usual + math.log(4))
+    least = max(math.log(LARGE), usual + math.log(4))
     straight = numpy.median([one.usual_leaning for one in of_kind]) < 0.25
     for one in of_kind:
         if straight and one.leaning > max(0.6, 8 / math.sqrt(one.shape[-1])) and one.part not in VOCABULARY:
             yield error(f"{one.name}: nearly all weights of row {one.leaning_row:,} are on one side of zero: "
                         "scales and minima may be exchanged, or another type's", where=one.name, advice=AGAIN,
                         leaning=round(one.leaning, 2))
-        if found := [peak for peak in one.peaks if peak[0] > least]:
+        if found := [peak for peak in lone_peaks(one, of_kind) if peak[0] > least]:
             over, row, column = max(found)
             yield error(f"{one.name}: the weights of a block are {math.exp(min(over, 50)):,.0f} times as "
                         f"large as those around it (row {row:,}, from column {column:,} on): its scale is "
@@ -156,6 +155,18 @@ def strange_blocks(of_kind: Seq[Portrait]) -> Findings:
         if over > ROW_FACTOR and len(one.rows) >= 16 and numpy.median(one.rows) > 0:
             yield warning(f"{one.name}: row {int(one.rows.argmax()):,} is {over:,.0f} times as large as the "
                           "median row", where=one.name, advice=AGAIN)
+
+
+def lone_peaks(one: Portrait, of_kind: Seq[Portrait]) -> list[tuple[float, int, int]]:
+    """The large blocks of a tensor that are no massive weights of a trained model: these are in the same row
+    in several layers (a channel of the residual stream), or in several rows of the same columns (a head that
+    writes to few channels)."""
+    large = [peak for peak in one.peaks if peak[0] > math.log(LARGE)]
+    rows_of_others = {row for other in of_kind if other is not one
+                      for over, row, _ in other.peaks if over > math.log(LARGE)}
+    groups = [column // GROUP for _, _, column in large]
+    return [peak for peak in large
+            if peak[1] not in rows_of_others and groups.count(peak[2] // GROUP) == 1]
 
 
 def levels(of_kind: Seq[Portrait]) -> Findings:
