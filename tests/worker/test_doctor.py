@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from chatlm.worker.doctor.hard_texts import FINGERPRINTED
 from chatlm.worker.doctor.known_tokenizers import KNOWN
 from families import make_model, save
 from nightly import WHOLE, by_day
-from sick_models import CHATML, OF_TEXT, diagnose, pieces_gguf, rewritten, small_gguf
+from sick_models import CHATML, NUMBERS, OF_TEXT, diagnose, pieces_gguf, rewritten, small_gguf
+from tiny_gguf import gguf_bytes, letter_of, random_llama, small_gguf_metadata
 
 SCRIPT = Path(cs.__file__).resolve()
 
@@ -102,6 +104,35 @@ def test_check_says_which_tokenizer_a_model_has(kind, tmp_path):
 def test_a_tokenizer_that_is_not_known_is_named(key, name, tmp_path):
     refused = diagnose(rewritten(small_gguf(tmp_path), {key: name})).refused
     assert name in refused and key in refused and "\n" not in refused
+
+
+def from_ranks(folder, with_merges):
+    """A whole model with a small vocabulary: each token joins two earlier ones at random, as in ranks that
+    nobody trained on words, so that many cannot come from any text."""
+    dice = random.Random(5)
+    metadata = small_gguf_metadata("qwen2")
+    letters = [letter_of(byte) for byte in range(33, 127)]
+    made, merges = list(letters), []
+    while len(merges) < 200:
+        first, second = dice.choice(made), dice.choice(made)
+        if first + second not in made:
+            made.append(first + second)
+            merges.append(f"{first} {second}")
+    tokens = [*map(letter_of, range(256)), *made[len(letters):], "<|end|>"]
+    metadata |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [1] * (len(tokens) - 1) + [3],
+                 "tokenizer.ggml.merges": merges if with_merges else merges[:20],
+                 "tokenizer.ggml.eos_token_id": len(tokens) - 1}
+    path = folder / "ranks.gguf"
+    path.write_bytes(gguf_bytes({**metadata, **NUMBERS}, random_llama(vocab=len(tokens), numbers=NUMBERS)))
+    return path
+
+
+def test_a_small_vocabulary_of_ranks_is_no_fault(tmp_path):
+    """What cannot come from any text is a note there, unless its merges are missing."""
+    whole = diagnose(from_ranks(tmp_path, with_merges=True), only=["reach"])
+    assert [finding.severity for finding in whole.findings] == ["note"]
+    broken = diagnose(from_ranks(tmp_path, with_merges=False), only=["reach"])
+    assert [finding.severity for finding in broken.findings] == ["error"]
 
 
 @pytest.mark.parametrize("model", by_day(["nanochat-d4-sft", "SmolLM2-135M-Instruct.Q4_1"], "nanochat-d4-sft"))
