@@ -2,6 +2,7 @@
 
     python bench/doctor.py                      every fault, in a tiny model of its own
     python bench/doctor.py --good FILE ...      and false alarms: what it says of these, and of the tiny models without their faults
+    python bench/doctor.py --requantized FILE   and of this one requantized by our `quantize` to every type, which takes an hour for 1 GB
 
 A fault is found if a check that it names yields an error or a warning, or if the model is refused. An error or a warning about a
 good model is a false alarm.
@@ -9,6 +10,7 @@ good model is a false alarm.
 
 import argparse
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -54,6 +56,8 @@ def false_alarms(make):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--good", nargs="*", default=(), metavar="MODEL")
+    parser.add_argument("--requantized", nargs="*", default=(), metavar="GGUF", help="also each file requantized to every type")
+    parser.add_argument("--only-good", action="store_true", help="leave out the faults")
     parser.add_argument("--vocabularies", nargs="*", default=(), metavar="GGUF", help="also a tiny model with the tokenizer of each file, which may "
                         "have no tensors, as llama.cpp's ggml-vocab-*.gguf")
     parser.add_argument("--templates", nargs="*", default=(), metavar="JINJA", help="also a tiny model with each chat template, and a tokenizer of "
@@ -62,13 +66,13 @@ def main():
     options = parser.parse_args()
     found = 0
     print("| fault | found by | s |\n|---|---|---|")
-    for fault in FAULTS:
+    for fault in () if options.only_good else FAULTS:
         checks, took_s = tried(fault)
         found += bool(checks)
         print(f"| {fault.name} | {', '.join(checks) or '**not found**'} | {took_s:.1f} |", flush=True)
     print(f"\n{found} of {len(FAULTS)} faults found\n")
     alarms = count = 0
-    models = [*good_models(options.good), *(families() if options.families else ()), *map(of_vocabulary, options.vocabularies),
+    models = [*good_models(options.good), *requantized(options.requantized), *(families() if options.families else ()), *map(of_vocabulary, options.vocabularies),
               *map(of_template, options.templates)]
     for name, make in models:
         said = false_alarms(make)
@@ -76,6 +80,22 @@ def main():
         for line in said:
             print(f"{name}: {line}", flush=True)
     print(f"{alarms} of {count} good models with a false alarm")
+
+
+TYPES = ("bf16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_nl", "iq4_xs",
+         "q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "iq3_s", "mxfp4_moe")
+
+
+def requantized(paths):
+    """Each file in every type that needs no importance."""
+    for path in paths:
+        for kind in TYPES:
+            def make(folder, path=path, kind=kind):
+                target = folder / f"{kind}.gguf"
+                command = [sys.executable, str(ROOT / "chat_server.py"), "quantize", path, "-o", str(target), "--type", kind]
+                subprocess.run(command, check=True, capture_output=True)
+                return target
+            yield f"{Path(path).name} as {kind}", make
 
 
 def of_vocabulary(path):

@@ -296,8 +296,8 @@ def check_reach(patient: Patient) -> Findings:
     if not proven:
         severity = note
     yield severity(
-        f"{len(missed):,} of {tried:,} tokens cannot come from any text: their own is cut otherwise, as that of "
-        f"{quoted_texts(missed)}", "merges, pre-tokenizer",
+        f"{len(missed):,} of {tried:,} tokens cannot come from any text: their own is cut otherwise, "
+        f"as that of {quoted_texts(missed)}", "merges, pre-tokenizer",
         f"merges are missing or in a wrong order, or {WRONG_SPLITS}", share=round(share, 4))
 
 
