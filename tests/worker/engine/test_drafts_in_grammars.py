@@ -4,14 +4,18 @@ import random
 
 import pytest
 
+from chatlm.common.messages.requests import Ended, SamplingParams
 from chatlm.common.text.formats import CALL_FORMATS, with_markers
 from chatlm.common.text.grammar import json_grammar
 from chatlm.common.text.load import open_tokenizer
 from chatlm.front.api.call_grammars import tool_grammar
 from chatlm.worker.engine.grammar import Grammar
 from chatlm.worker.weights.gguf import gguf_text
+from engines import draft_eagerly, make_engine, pieces
 from nightly import by_day
-from tiny_gguf import small_gguf_metadata
+from sick_models import NUMBERS
+from tiny_gguf import gguf_bytes, random_llama, small_gguf_metadata
+from works import assignment
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {
@@ -21,8 +25,8 @@ TEXT_TOKENS = ["  ", "    ", "\n\n\n", "<b>", "</div>"]     # as Gemma's vocabul
 FORMATS = ["tagged", "gemma", "lfm2", "deepseek", "kimi", "qwen tags", "glm tags", "mistral name"]
 
 
-def tokenizer_with(call_format, marker_type, rows=0):
-    """A tokenizer for a model of this format: its markers are tokens of this type; None: they are no tokens.
+def metadata_with(call_format, marker_type, rows=0):
+    """The GGUF metadata of a model of this format: its markers are tokens of this type; None: they are no tokens.
     rows: the least size of its vocabulary, filled with ordinary tokens before the markers."""
     row = CALL_FORMATS[call_format]
     template = "{% if tools %}" + "".join(row.template_has) + "{% endif %}{{ messages }}"
@@ -35,7 +39,11 @@ def tokenizer_with(call_format, marker_type, rows=0):
     if marker_type is not None:
         tokens += row.markers
         types += [marker_type] * len(row.markers)
-    return open_tokenizer(gguf_text("x.gguf", metadata))
+    return metadata
+
+
+def tokenizer_with(*arguments, **more):
+    return open_tokenizer(gguf_text("x.gguf", metadata_with(*arguments, **more)))
 
 
 def calls_of(tokenizer, call_format):
@@ -124,3 +132,23 @@ def test_markers_of_other_formats_are_text():
     tokenizer = tokenizer_with("tagged", USER_DEFINED)
     tokenizer.added[tokenizer.byte_tokens[ord("~")]] = b"<|python_tag|>"
     assert tokenizer.markers.keys() == {"<tool_call>", "</tool_call>"}
+
+
+def test_a_random_model_of_that_vocabulary_makes_required_calls_with_drafts(tmp_path, monkeypatch):
+    """Every answer is a call, whatever was drafted."""
+    metadata = metadata_with("tagged", USER_DEFINED, rows=151_652)
+    tensors = random_llama(vocab=len(metadata["tokenizer.ggml.tokens"]), numbers=NUMBERS)
+    path = tmp_path / "random.gguf"
+    path.write_bytes(gguf_bytes({**metadata, **NUMBERS}, tensors))
+    engine = make_engine(path, num_pages=200, max_batch=4)
+    draft_eagerly(monkeypatch)
+    source = tool_grammar(TOOLS, "tagged", parallel=False)
+    works = [assignment(f"a{seed}", (5, 6, 7), SamplingParams(0.0 if seed == 0 else 1.0, seed=seed), 300, chat=True,
+                        grammar=source, grammar_param="tools", tool_names=("weather", "week"))
+             for seed in range(3)]
+    for _ in range(2):      # the second time, lookups know the answers
+        found = pieces(engine, works)
+        for each in works:
+            assert isinstance(found[each.id].end, Ended), found[each.id].end
+            assert found[each.id][0].tokens[0] == 151_657
+    assert any(len(piece.tokens) > 1 for piece in found["a0"])
