@@ -142,13 +142,14 @@ def test_a_random_model_of_that_vocabulary_makes_required_calls_with_drafts(tmp_
     path.write_bytes(gguf_bytes({**metadata, **NUMBERS}, tensors))
     engine = make_engine(path, num_pages=200, max_batch=4)
     draft_eagerly(monkeypatch)
-    source = tool_grammar(TOOLS, "tagged", parallel=False)
+    colour = {"type": "object", "properties": {"colour": {"enum": ["red", "green", "blue"]}}, "required": ["colour"]}
+    source = tool_grammar([{"function": {"name": "paint", "parameters": colour}}], "tagged", parallel=False)
     works = [assignment(f"a{seed}", (5, 6, 7), SamplingParams(0.0 if seed == 0 else 1.0, seed=seed), 300, chat=True,
-                        grammar=source, grammar_param="tools", tool_names=("weather", "week"))
+                        grammar=source, grammar_param="tools", tool_names=("paint",))
              for seed in range(3)]
     for _ in range(2):      # the second time, lookups know the answers
         found = pieces(engine, works)
         for each in works:
-            assert isinstance(found[each.id].end, Ended), found[each.id].end
+            assert isinstance(found[each.id].end, Ended) and found[each.id].end.stop_reason == "grammar"
             assert found[each.id][0].tokens[0] == 151_657
     assert any(len(piece.tokens) > 1 for piece in found["a0"])
