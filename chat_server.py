@@ -149,6 +149,7 @@ from chatlm.cli import (
 from chatlm.common.config import Settings
 from chatlm.common.errors import (
     ChatServerError, ConfigError, RequestError, bad_value, check_library, lack_of_memory, visible)
+from chatlm.common.hub.better import MEMORY_RATE, advice_of, only_demonstrates
 from chatlm.common.interrupts import raised_interrupts
 from chatlm.common.log import ProgressDisplay, json_handler, log, output_as_log, start_logging, tell
 from chatlm.common.memory import collect_from_now_on, give_memory_back, share_heap, tune_gc
@@ -158,7 +159,7 @@ from chatlm.common.program import other_program, page_files, program_root
 from chatlm.common.records import record
 from chatlm.common.streams import lack_of_space, never_fail, repair_streams
 from chatlm.common.tiers import listed_store
-from chatlm.front.aio import first_of, stop_signals
+from chatlm.front.aio import first_of, stop_signals, supervised
 from chatlm.front.api.encode import frame, usage_body
 from chatlm.front.api.encoders import answer_encoder
 from chatlm.front.api.errors import public_error
@@ -168,7 +169,7 @@ from chatlm.front.intake.intake import Intake, loaded_tokenizer
 from chatlm.front.lazy import import_web, web
 from chatlm.front.pool.local_devices import check_nice, niceness
 from chatlm.front.pool.catalogue import Catalogue
-from chatlm.front.pool.pool import make_pool
+from chatlm.front.pool.pool import free_memory, make_pool
 from chatlm.front.server.access import Access, AccessLog, Owners, is_loopback, listen_on, server_urls
 from chatlm.front.server.answering import Answers
 from chatlm.front.server.batches import BATCH_ROUTES, BatchRoutes
@@ -586,6 +587,19 @@ def announce(catalogue: Catalogue, settings: Settings, port: int):
         tell(line, file=sys.stdout)
 
 
+async def advise(catalogue: Catalogue):
+    """Name a better model than the default one, once nothing is answered: the memory is measured for it."""
+    pool = catalogue.pools[0] if catalogue.pools else None
+    if pool is None or not only_demonstrates(pool.model_name):
+        return
+    while pool.dispatcher.running:
+        await asyncio.sleep(1.0)
+    if all(worker.device.startswith("cpu") for worker in pool.workers):
+        await asyncio.to_thread(MEMORY_RATE.measure)
+    if advice := advice_of(pool.model_name, free_memory(pool)):
+        tell(advice, file=sys.stdout)
+
+
 def warn_of_another_program():
     """If there are two chatlm packages that differ, log which one runs: each may have half of an edit."""
     with suppress(OSError):
@@ -624,7 +638,10 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
                     await asyncio.to_thread(warn_of_another_program)
                     announce(catalogue, settings, listener.getsockname()[1])
                     await asyncio.to_thread(give_memory_back)
+                    advising = asyncio.create_task(supervised(
+                        "naming a better model", partial(advise, catalogue)))
                     await drain.wait()
+                    advising.cancel()
                     tell("Stopping: running answers may finish; a second signal stops now.")
                     await first_of(catalogue.drain(settings.drain_timeout), now.wait())
             finally:

@@ -17,7 +17,7 @@ from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm import __version__
 from chatlm.common.config import (
-    FLAGS, PROGRAM_COMMANDS, ModelChoice, Settings, file_name, read_api_keys, size)
+    DEFAULT_MODEL_NAME, FLAGS, PROGRAM_COMMANDS, ModelChoice, Settings, file_name, read_api_keys, size)
 from chatlm.common.core import kernels_line
 from chatlm.common.errors import ConfigError, did_you_mean, require_library
 from chatlm.common.files import read_operators
@@ -407,6 +407,14 @@ def with_bare_values(words: Seq[str]) -> list[str]:
     return found
 
 
+def better_model_here() -> str:
+    """What the help of `chat` says about models that are better than the default one."""
+    from chatlm.common.hub.better import MEMORY_RATE, advice_of
+    from chatlm.common.memory import available_memory
+    MEMORY_RATE.measure()
+    return advice_of(DEFAULT_MODEL_NAME, available_memory())
+
+
 def may_be_model(word: str) -> bool:
     """Whether a word after a flag that needs no value is another flag, a prompt, or has the form of a
     MODEL."""
@@ -424,6 +432,8 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     if command in WITH_MODEL:
         models = re.sub(r"nothing \(.*?\), ", "", ABOUT_MODELS)
     about = [opening, models, ABOUT_FLAGS]
+    if command == "chat" and {"-h", "--help"} & {*words}:
+        about.append(better_model_here())
     width = max(24, min(96, shutil.get_terminal_size((98, 24)).columns - 2))
     parser = CommandLine(prog="chat_server.py", usage=usage, allow_abbrev=False, formatter_class=help_lines,
                          description="\n\n".join(textwrap.fill(part, width) for part in about),

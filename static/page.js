@@ -19,7 +19,7 @@ function render() {
   $("log").hidden = document.querySelector("body > footer").hidden = Boolean(openView());
   const turns = Turns.render();
   if (!hasEnd() && ($("log").childElementCount !== 1 || !$("log").contains(empty.node))) $("log").scrollTop = 0;
-  syncChildren($("log"), [...(turns.length ? turns : [emptyPage()]), ...(Chat.notice ? [noticeOf(Chat.notice)] : [])]);
+  syncChildren($("log"), [...(turns.length ? [...betterAbove(turns), ...turns] : [emptyPage()]), ...(Chat.notice ? [noticeOf(Chat.notice)] : [])]);
   renderToasts();
   for (const part of Parts.all) part.render?.();
   followEnd();
@@ -40,14 +40,14 @@ const empty = {key: "", node: null};
 
 function emptyPage() {
   const {model, phase, loading} = Server;
-  const key = JSON.stringify([model.name, model.api, model.better, model.base, model.devices, model.context, phase, Server.trouble(), Chat.canAsk(), Prompts.own()]);
+  const key = JSON.stringify([model.name, model.api, offersBetter() && [model.better, model.betterSpeed], model.base, model.devices, model.context, phase, Server.trouble(), Chat.canAsk(), Prompts.own()]);
   if (empty.key === key) return empty.node;
   const page = element("section", {className: "empty"}, element("h2", {textContent: model.api === "text" ? TEXT.welcomeText : TEXT.welcome(new Date().getHours())}));
   page.append(element("p", {textContent: Server.trouble() || TEXT.running(model.devices.map(TEXT.device), model.context)}));
   if (model.base) page.append(baseNotice(model.api !== "text"));
   else if (model.api === "text") page.append(noticeOf(TEXT.completes));
   if (model.api === "none" && model.can.embedding && model.ours) Parts.need("vectors").then(() => { if (typeof Vectors !== "undefined") Vectors.show(page, model); });
-  if (model.better !== undefined) page.append(betterModel(model.better));
+  if (offersBetter()) page.append(betterModel(model));
   if (phase === "loading" && !loading.waits) {
     const bar = element("progress", loading.fraction ? {max: 1, value: loading.fraction} : {});
     bar.setAttribute("aria-label", TEXT.loadingLabel);
@@ -67,11 +67,25 @@ function baseNotice(inTurns) {
     element("button", {type: "button", className: `icon plain i-${inTurns ? "edit" : "prompt"}`, textContent: inTurns ? TEXT.inTexts : TEXT.inTurns, onclick: () => { Settings.talkInTurns(!inTurns); Composer.focusAfterClick(); }}));
 }
 
-// What stands below a model that only demonstrates: a way to one that fits this machine.
-function betterModel(name) {
-  const label = name ? TEXT.getBetter(name.split("/").at(-1).replace(/(-GGUF)?:.*/i, "")) : TEXT.getAnother;
+// A model that only demonstrates has a way to one that fits this machine, until the reader has used or closed it.
+const offersBetter = () => Server.model.better !== undefined && !Settings.preferences.betterSeen;
+
+function betterModel({better, betterSpeed}) {
+  const name = better.split("/").at(-1).replace(/(-GGUF)?:.*/i, ""), done = act => () => { Settings.change({betterSeen: true}); act(); render(); };
   return element("div", {className: "notice better"}, element("span", {textContent: TEXT.demonstration}),
-    element("button", {type: "button", className: "icon plain i-export", textContent: label, onclick: () => Views.openGet()}));
+    element("button", {type: "button", className: "icon plain i-export", textContent: name ? TEXT.getBetter(name, betterSpeed) : TEXT.getAnother,
+      onclick: done(() => Views.openGet())}),
+    iconButton(TEXT.dismiss, "close", done(() => Composer.focusAfterClick())));
+}
+
+// Above the first answer it stands, too.
+const above = {key: "", node: null};
+
+function betterAbove(turns) {
+  const {model} = Server, key = `${model.better} ${model.betterSpeed}`;
+  if (!offersBetter() || turns.length > 2) return [];
+  if (above.key !== key) Object.assign(above, {key, node: betterModel(model)});
+  return [above.node];
 }
 
 function renderToasts() {
@@ -255,7 +269,7 @@ Parts.register({
     onlyEmbeds: name => `${name} is an embedding model; it cannot chat.`, onlyRanks: name => `${name} ranks documents; it cannot chat.`,
     statuses: {draining: "the server is stopping", unavailable: "the server has no running worker"}, loadingLabel: "Loading", starting: "starting",
     loading: (stage, fraction) => `The model is not ready: ${TEXT.statuses[stage] ?? stage}${fraction ? ` ${Math.round(fraction * 100)}\u00a0%` : ""}.`,
-    demonstration: "This is a very small demonstration model, which is often wrong.", getBetter: name => `Get a better one: ${name}`, getAnother: "Get another model",
+    demonstration: "This is a very small demonstration model, which is often wrong.", getBetter: (name, speed) => `Get a better one: ${name}${speed ? `, about ${number(Math.round(speed))} tokens a second here` : ""}`, getAnother: "Get another model",
     examples: ["What is the capital of Japan?", "Explain why the sky is blue to a ten-year-old",
       "Give three tips for a good night's sleep", "Show me a Python function that reverses a string"],
     themes: {"": "System", light: "Light", dark: "Dark"}, themeIs: theme => `Theme: ${theme}`, shortcuts: "Keyboard shortcuts",

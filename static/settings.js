@@ -10,7 +10,7 @@ const {TEXT, $, element, iconButton, setText, number, plural, wait, newest, comp
 const PREFERENCES = "chat_server preferences";      // theme.js and usage.js read them too
 
 let preferences = Object.freeze({theme: "", actOnClick: false, sidebar: true, server: "", servers: [], keys: {}, presets: {}, prompts: [], defaults: {}, titles: false,
-  notify: false, allowed: {}});
+  notify: false, allowed: {}, betterSeen: false});
 
 function loadPreferences() {
   const known = {...preferences};

@@ -6,9 +6,9 @@ import pytest
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub import offers
-from chatlm.common.hub.better import BETTER, SHARE
+from chatlm.common.hub.better import BETTER, SHARE, active_share
 from chatlm.common.hub.huggingface import load_hub
-from chatlm.common.hub.offers import active_share, best_offers, estimated_bytes, search, short_offers
+from chatlm.common.hub.offers import best_offers, estimated_bytes, search, short_offers
 from chatlm.common.memory import read_bandwidth
 from fake_hub import fake_hub
 

@@ -311,12 +311,32 @@ def test_the_empty_page_offers_a_better_model(page, stand_in, theme):
     assert page.evaluate("[0, 5, 12, 18].map(hour => Parts.TEXT.welcome(hour).split(' ')[1])") == ["evening.", "morning.", "afternoon.", "evening."]
     expect(log).not_to_contain_text("python")
     expect_accessible(page, theme=theme)
-    button(log, "Get a better one: Qwen3-4B").click()
-    expect(page.get_by_role("region", name="Get a model")).to_be_visible()
+    expect(button(log, "Get a better one: Qwen3-4B")).to_be_visible()
     stand_in.model["better"] = ""                               # none fits
     page.goto("about:blank")
     open_page(page, stand_in.url)
     expect(button(log, "Get another model")).to_be_visible()
+
+
+def test_the_better_model_stands_above_the_first_answer_until_used_or_closed(page, stand_in):
+    better = {"better": "Qwen/Qwen3-4B-GGUF:Qwen3-4B-Q4_K_M.gguf", "better_tokens_per_second": 11.6}
+    stand_in.model |= better
+    open_page(page, stand_in.url)
+    log = page.get_by_role("log")
+    offer = button(log, "Get a better one: Qwen3-4B, about 12 tokens a second here")
+    ask(page, "hello")
+    expect_answered(page)
+    expect(offer).to_be_visible()
+    ask(page, "again")
+    expect(answers(page)).to_have_count(2)
+    expect(offer).to_have_count(0)                              # only the first one
+    button(page, "New chat").click()
+    offer.click()
+    expect(page.get_by_role("region", name="Get a model")).to_be_visible()
+    page.reload()
+    button(page, "New chat").click()
+    expect(log.get_by_role("heading")).to_be_visible()
+    expect(offer).to_have_count(0)                              # used once, it is gone
 
 
 def test_settings_have_sections_with_their_buttons(page, stand_in):

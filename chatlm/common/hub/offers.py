@@ -19,7 +19,7 @@ from pathlib import Path
 
 from chatlm.common.errors import ChatServerError, ConfigError, bad_value, printable, shown
 from chatlm.common.files import Truncated
-from chatlm.common.hub.better import BETTER, SHARE
+from chatlm.common.hub.better import BETTER, SHARE, parameters_of
 from chatlm.common.hub.huggingface import (
     BESIDE_MODEL, FOLDER_FILES, HEADER_BYTES, INDEX, SPLIT_GGUF, WHOLE, CannotRun, DownloadLimits,
     Unreachable, fetch, folder_bytes, hub_errors, hub_files, hub_model, is_plain_path, list_repository,
@@ -63,21 +63,6 @@ def is_of_hub(path: Path, repository: str, file: str) -> bool:
     name = re.sub(SPLIT_GGUF, "", path.name, flags=re.IGNORECASE).lower().removesuffix(".gguf")
     wanted = re.sub(SPLIT_GGUF, "", file, flags=re.IGNORECASE).lower().removesuffix(".gguf")
     return not file or path.suffix.lower() == ".gguf" and name.endswith(wanted.rpartition("/")[2])
-
-
-def parameters_of(name: str) -> int:
-    """Estimate a model's parameters from its name: 8B, 0.6b, 30B-A3B, 8x7B. 0 if the name says nothing."""
-    match = re.search(r"(?<![A-Za-z\d.])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?![a-z\d])", name.lower())
-    if not match:
-        return 0
-    return int(int(match[1] or 1) * float(match[2]) * {"b": 1e9, "m": 1e6}[match[3]])
-
-
-def active_share(name: str) -> float:
-    """Estimate from its name which share of its weights a model reads for a token: 30B-A3B reads a tenth."""
-    active = re.search(r"(?<![A-Za-z\d])[Aa](\d+(?:\.\d+)?)[Bb](?![A-Za-z\d])", name)
-    whole = parameters_of(name)
-    return min(1.0, float(active[1]) * 1e9 / whole) if active and whole else 1.0
 
 
 def short_offers() -> list[Offer]:

@@ -131,6 +131,7 @@ class TextSpec:
     embedder: Embedder | None = None           # None: it gives answers
     vision: Vision | None = None               # None: it cannot see pictures
     base: bool = False                         # it has a chat format that it was not trained for
+    system: str | None = None                  # of conversations that send none; None: what its template adds
 
 
 OWN = {"own": True}  # marks a sampling parameter that a model's files may set

@@ -30,6 +30,13 @@ RESULT_BEGIN = "<tool_response>\n"
 RESULT_END = "\n</tool_response>"
 
 
+def with_system(messages: Seq[Message], system: str | None) -> Seq[Message]:
+    """The conversation with this system prompt, if it has none and there is one."""
+    if system is None or messages and messages[0].role == "system":
+        return messages
+    return [Message("system", system), *messages]
+
+
 def with_generic_tools(messages: Seq[Message], tools: Seq[dict], has_system: bool = True) -> list[Message]:
     """A conversation for a template without tools: the system message (or, if the model has no system role,
     the first message) describes them, and calls and their results are text in tags."""

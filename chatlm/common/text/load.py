@@ -21,7 +21,7 @@ from chatlm.common.text.calculations import said_tokens, without_own, without_un
 from chatlm.common.text.formats import calls_of, thoughts_of, wrapper_of
 from chatlm.common.text.history import (
     nine_character_ids, orphans_of, results_as_turns, single_calls, with_answers, with_generic_tools,
-    with_ids, with_text_apart, with_tool_responses)
+    with_ids, with_system, with_text_apart, with_tool_responses)
 from chatlm.common.text.history_forms import (
     Filling, FormFinder, rendering, usual_form, write_calls)
 from chatlm.common.text.pictures import ShownPictures, pictures_of
@@ -292,6 +292,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 has_system = "ystem role not supported" not in (self.spec.chat_template or "")
                 messages = with_generic_tools(messages, tools, has_system)
                 tools = ()
+            messages = with_system(messages, self.spec.system)
             dialogue = self._mark_specials(
                 [{"role": message.role, "content": message.content, **without_own(message.more)}
                  for message in messages])

@@ -312,7 +312,7 @@ class WorkerPool:
         if gpus > 1 and self.settings.num_gpus is None:
             lines.append(f"One of {gpus} GPUs is used; --num-gpus auto uses all")
         lines += [worker.left_out for worker in self.workers if worker.problem]
-        lines.append(warning_of(self.model_name, free_memory(self)))
+        lines.append(warning_of(self.model_name))
         if self.settings.verbose:
             lines += self._details()
         return [line for line in lines if line]

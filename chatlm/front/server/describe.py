@@ -194,12 +194,15 @@ def model_body(served: Served, is_default: bool = True) -> dict:
         "scored_length": pool.supervisor.card.longest,
         "capabilities": abilities(tokenizer),
         "defaults": {"max_tokens": model.settings.max_tokens, **sampling},
+        "system_prompt": tokenizer.spec.system,
         "meta": {"n_vocab": tokenizer.vocab_size, "n_ctx": pool.context_length},
     }
     if served.state == "loading":
         body["loading"] = pool.supervisor.load_fraction()
     if only_demonstrates(served.name):
-        body["better"] = better_model(free_memory(pool))
+        better = better_model(free_memory(pool))
+        body["better"] = better.name
+        body["better_tokens_per_second"] = better.tokens_per_second
     if embedder:
         body["embedder"] = embedder_body(embedder, pool.context_length)
     return body

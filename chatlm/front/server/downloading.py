@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import re
 import shutil
-import time
 from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, RequestError, shown, without_folders
+from chatlm.common.hub.better import MEMORY_RATE
 from chatlm.common.hub.offers import (
-    active_share, best_offers, cached_models, hub_cache, joined_name, named_model, short_offers)
+    best_offers, cached_models, hub_cache, joined_name, named_model, short_offers)
 from chatlm.common.jsontext import dump
-from chatlm.common.memory import available_memory, read_bandwidth
+from chatlm.common.memory import available_memory
 from chatlm.front.api.encode import Encoder, frame
 from chatlm.front.api.encode_ollama import OllamaEncoder
 from chatlm.front.api.field_types import TEXT
@@ -34,9 +33,6 @@ if TYPE_CHECKING:
     from chatlm.front.server.bodies import Bodies
 
 ACT = "download and delete models"
-SHARE_OF_BANDWIDTH = 0.7  # that decoding on a CPU reaches: 0.67 to 0.9, bench/RESULTS.md, machine D
-MEASURE_S = 60.0  # between two measurements of the bandwidth
-BESIDE_S = 0.001  # that a token takes beside reading the weights
 BESIDE_BYTES = 200 << 20  # what a model's process takes in addition to its weights, see Opener.PROCESS_BYTES
 
 
@@ -48,8 +44,6 @@ class DownloadRoutes:
         self.bodies = bodies
         self.access = access
         self.downloads = Downloads(catalogue.settings, catalogue)
-        self.bandwidth = 0.0  # bytes of memory that this machine reads per second; 0: not known
-        self.measure_after_s = 0.0
 
     async def close(self):
         await self.downloads.close()
@@ -73,7 +67,7 @@ class DownloadRoutes:
         if len(text) > 200 or not text.isprintable():
             raise RequestError("search must be a text of at most 200 characters", param="search")
         room, memory = await asyncio.to_thread(self._room)
-        await asyncio.to_thread(self._measure)
+        await self._measure()
         cached = await asyncio.to_thread(cached_models)
         found = await refusals(self.downloads.ask("search", text)) if text else ()
         return json_response({
@@ -89,29 +83,15 @@ class DownloadRoutes:
         self._check(http)
         name = http.match_info["name"]
         room, memory = await asyncio.to_thread(self._room)
-        await asyncio.to_thread(self._measure)
+        await self._measure()
         offers = await refusals(self.downloads.ask("look", name))
         return json_response({"model": joined_name(*named_model(name)), **room,
                               "models": [self._offer(offer, memory) for offer in offers]})
 
-    def _measure(self):
-        """Measure how fast this machine reads memory, which takes nearly all of a token's time on a CPU. The
-        best measurement counts, because other work can only make one too small."""
-        if time.monotonic() < self.measure_after_s:
-            return
-        self.measure_after_s = time.monotonic() + MEASURE_S
-        on_cpu = all(worker["device"].startswith("cpu") for worker in self._workers())
-        if on_cpu and available_memory() > 1 << 30:
-            measured = read_bandwidth(max(1, min(16, (os.cpu_count() or 2) // 2)))
-            self.bandwidth = max(self.bandwidth, measured)
-
-    def _expected_speed(self, offer: Offer) -> float | None:
-        """Estimate how many tokens per second a model would write with nothing else running; None if that is
-        not known."""
-        if not (self.bandwidth and offer.bytes):
-            return None
-        read_s = offer.bytes * active_share(offer.name) / (SHARE_OF_BANDWIDTH * self.bandwidth)
-        return round(1 / (read_s + BESIDE_S), 1)
+    async def _measure(self):
+        """See to it that offers have speeds, where models run on a CPU."""
+        if all(worker["device"].startswith("cpu") for worker in self._workers()):
+            await asyncio.to_thread(MEMORY_RATE.measure)
 
     def _room(self) -> tuple[dict, int]:
         """What /models/hub says about free bytes, and the most that a model may take in memory."""
@@ -144,7 +124,7 @@ class DownloadRoutes:
         return {"model": offer.name, "repository": repository, "bytes": offer.bytes, "here": offer.here,
                 "complete": offer.complete, "kind": offer.kind, "problem": without_folders(offer.problem),
                 "gated": offer.gated, "downloads": offer.downloads, "served": served,
-                "tokens_per_second": self._expected_speed(offer),
+                "tokens_per_second": MEMORY_RATE.expected_speed(offer.name, offer.bytes),
                 "fits": offer.bytes + BESIDE_BYTES <= memory if offer.bytes else None}
 
     async def handle_download(self, http: web.Request) -> web.StreamResponse:

@@ -27,7 +27,7 @@ from chatlm.worker.weights.pipelines import (
     CONTROL, USER_DEFINED, byte_level_pipeline, merges_of_ids, merges_of_scores, sentencepiece_pipeline)
 from chatlm.worker.weights.rope_scaling import growing_queries, scaled_rope
 from chatlm.worker.weights.rules import (
-    LAYER_TYPES, Rule, check_divides, checked, suppressed_in, warn_of_templates)
+    LAYER_TYPES, Rule, check_divides, checked, own_system, suppressed_in, warn_of_templates)
 from chatlm.worker.weights.splits import MADE_MERGES, PIECES_WITH_MERGES, PRE_TOKENIZERS
 from chatlm.worker.weights.vocabulary import vocabulary_from
 
@@ -249,7 +249,7 @@ def gguf_texts(path: Path, metadata: Mapping) -> tuple[TextSpec, Vocabulary | No
     text = TextSpec(
         "hf", json.dumps(pipeline, ensure_ascii=False).encode(), template, frozenset(ends), bos, eos, add_bos,
         infill=gguf_infill(metadata, len(tokens)),
-        suppressed=suppressed_in(path, key, metadata.get(key), len(tokens)))
+        suppressed=suppressed_in(path, key, metadata.get(key), len(tokens)), system=own_system(path))
     return text, vocabulary_from(tokens, pipeline["added_tokens"], pipeline["decoder"])
 
 

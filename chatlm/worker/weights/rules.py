@@ -149,6 +149,8 @@ SAMPLING_KEYS = {  # ours -> the names in generation_config.json and GGUF's gene
 # of the default model, whose file says nothing: with its authors' temperature of 0.2 and top_p of 0.9 four of
 # ten everyday answers go round in circles (bench/RESULTS.md, "Answers that end")
 DEFAULT_SAMPLING = {"temperature": 0.3, "min_p": 0.1, "frequency_penalty": 0.2, "presence_penalty": 0.2}
+# its template's own prompt costs it facts (the same, "Everyday facts")
+DEFAULT_SYSTEM = ""
 
 
 def own_sampling(path: Path, stated: Mapping, prefix: str = "") -> dict:
@@ -171,6 +173,11 @@ def own_sampling(path: Path, stated: Mapping, prefix: str = "") -> dict:
         sampling = DEFAULT_SAMPLING
         origin = "measured by bench/endings.py"
     return {"sampling": sampling, "sampling_origin": origin, "notes": tuple(notes)}
+
+
+def own_system(path: Path) -> str | None:
+    """The system prompt of conversations that send none, `TextSpec.system`."""
+    return DEFAULT_SYSTEM if path.name == DEFAULT_FILE else None
 
 
 def suppressed_in(path: Path, key: str, stated, vocab_size: int) -> frozenset[int]:
