@@ -2,7 +2,8 @@
 
     seam       the digest of what this chatlm expects of decode_core (chatlm/common/seam.py) is compiled in
     sources    csrc/*.cpp, csrc/cpu/**/*.cpp; the suffix of a name gives its instruction set (ISA_FLAGS); never -march=native
-    CUDA       csrc/cuda/*.cu and csrc/cuda/bindings*.cpp if nvcc is found; DECODE_CORE_CUDA=0 leaves it out, =1 requires it
+    CUDA       csrc/cuda/*.cu and csrc/cuda/bindings*.cpp where there is an NVIDIA GPU and nvcc, which takes one or two minutes;
+               DECODE_CORE_CUDA=0 leaves it out, =1 requires it, with or without a GPU
     emulation  csrc/cuda/emulation*.cpp as a second module, decode_core._emulation, when DECODE_CORE_EMULATION=1 (for tests)
     checks     DECODE_CORE_WERROR=1: warnings are errors; DECODE_CORE_SANITIZE=1: address and undefined-behaviour sanitizers,
                DECODE_CORE_SANITIZE=thread: the thread sanitizer
@@ -86,14 +87,25 @@ NVCC_FLAGS = [*(["-Ofc=max", "-gencode=arch=compute_90,code=sm_90"] if QUICK els
               "-DDECODE_CORE_CUDA=1"]
 
 
+def has_nvidia_gpu() -> bool:
+    return shutil.which("nvidia-smi") is not None or any(map(os.path.exists, ("/dev/nvidia0", "/dev/dxg")))       # dxg: in WSL
+
+
 def find_nvcc() -> str | None:
-    wanted = os.environ.get("DECODE_CORE_CUDA")
+    wanted = os.environ.get("DECODE_CORE_CUDA", "")
     places = [shutil.which("nvcc"), *(os.path.join(os.environ.get(name, ""), "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH")),
               "/usr/local/cuda/bin/nvcc"]
     nvcc = next((place for place in places if place and os.access(place, os.X_OK)), None)
     if wanted == "1" and not nvcc:
         raise SystemExit("DECODE_CORE_CUDA=1, but nvcc was not found on the PATH, in CUDA_HOME or in /usr/local/cuda")
-    return None if wanted == "0" or SANITIZE or not list(CSRC.glob("cuda/*.cu")) else nvcc
+    if wanted == "0" or SANITIZE or not list(CSRC.glob("cuda/*.cu")):
+        return None
+    if wanted != "1" and not has_nvidia_gpu():
+        return None
+    if not nvcc:
+        print("\n*** There is a GPU here, but no nvcc: decode_core gets no CUDA kernels. Install the CUDA toolkit, and run "
+              "DECODE_CORE_CUDA=1 pip install . again.\n", file=sys.stderr)
+    return nvcc
 
 
 def cudart_folder(nvcc: str) -> str:

@@ -27,8 +27,9 @@ const state = {
 const SAVE_MS = 500;              // a growing answer is stored this often
 
 const lastNode = () => state.path.at(-1);
-// a question waits for an unreachable server, but not for a loading one, which may turn out to serve another model
-const canAsk = () => !Tree.isGrowing(lastNode()) && !["connecting", "loading"].includes(Server.phase) && Server.model.api !== "none";
+// A question is sent to an unreachable server, where it waits; while a model loads, it waits in the composer.
+const modelComes = () => ["connecting", "loading"].includes(Server.phase);
+const canAsk = () => !Tree.isGrowing(lastNode()) && !modelComes() && Server.model.api !== "none";
 const isStored = chat => state.chats.has(chat.id);
 
 // chats ---------------------------------------------------------------------------------------------------------------
@@ -685,7 +686,7 @@ return Object.freeze({
   get chats() { return state.chats; }, get current() { return state.chat; }, get nodes() { return state.nodes; }, get children() { return state.children; },
   get leaf() { return state.leaf; }, get path() { return state.path; }, get runs() { return state.runs; }, get notice() { return state.notice; },
   get toasts() { return state.toasts; }, get ended() { return state.ended; }, get editing() { return state.editing; },
-  lastNode, canAsk, isStored, canGoOn, countsOf, liveSpeed, wholeOf, messagesToSend,
+  lastNode, canAsk, modelComes, isStored, canGoOn, countsOf, liveSpeed, wholeOf, messagesToSend,
   readStored, lastPlace, opening, open: openChat, openNew: newChat, change: changeChat, showLeaf, addChat, deleteChats, removeChats, bringBack, branchFrom,
   addNode, deleteNode, edit, editQuestion, editAnswer, offerUndo, dropToast, say,
   ask, regenerate, answerAgain, noteVerdict, keepCalls, sendResults, goOn, stopAnswer, answerNow, adoptAll,

@@ -16,7 +16,7 @@ const state = {
   draft: {text: "", files: []},   // what is in the composer
   counted: {text: "", tokens: 0, around: 0},          // tokens of the draft as counted by the server, and of the template around it
   refusal: "",                    // why a message, a command or a file was refused
-  queued: new Set(),              // ids of the chats whose drafts are sent when their answers have ended
+  queued: new Set(),              // ids of the chats whose drafts are sent once their answers have ended, or the model is ready
 };
 
 // the draft -----------------------------------------------------------------------------------------------------------
@@ -209,12 +209,12 @@ function submitDraft() {
     return;
   }
   const growing = Tree.isGrowing(Chat.lastNode());
-  if (!command && growing) state.queued.add(Chat.current.id);
+  if (!command && (growing || Chat.modelComes())) state.queued.add(Chat.current.id);
   else if (!command) state.refusal = TEXT.notReady;
   renderComposer(growing);
 }
 
-// Sends the draft that waits for its chat's answer to end.
+// Sends the draft that waits for its chat's answer to end, or for the model.
 function sendQueued() {
   const {text, files} = state.draft;                    // empty while it is still being read
   if (!state.queued.has(Chat.current.id) || !Chat.canAsk() || !text.trim() && !files.length) return;
@@ -342,9 +342,9 @@ function renderComposer(growing) {
   $("send").hidden = growing && (!written || state.queued.has(Chat.current.id));      // it queues: a phone's Enter is a new line
   $("stop").hidden = !growing;
   if (sent) focusAfterClick();
-  $("send").disabled = !written || !Chat.canAsk() && !growing;
-  const queued = state.queued.has(Chat.current.id);
-  setText($("queued"), queued ? TEXT.queuedQuestion : "");
+  const queued = state.queued.has(Chat.current.id), comes = Chat.modelComes();
+  $("send").disabled = !written || !Chat.canAsk() && !growing && (queued || !comes);
+  setText($("queued"), !queued ? "" : growing ? TEXT.queuedQuestion : TEXT.queuedForModel);
   $("queued").hidden = !queued;
   if (queued && Chat.canAsk()) queueMicrotask(sendQueued);
   setText($("refusal"), state.refusal);
@@ -409,7 +409,7 @@ Parts.register({
     badPicture: name => `${name} is no image that this browser can read.`,
     notText: name => `${name} is neither a text file nor a document (PDF, DOCX, PPTX, XLSX, EPUB, HTML).`,
     moreFiles: count => `${plural(count, "more file", "more files")} could not be read.`, unread: (name, reason) => `${name}: ${reason}`, readingFile: name => `Reading ${name} ...`, pages: count => `, ${plural(count, "page", "pages")}`, isCut: what => `Incomplete: ${what}.`,
-    queuedQuestion: "Your question is queued: it is sent when this answer has ended.", notReady: "The model is not ready yet.",
+    queuedQuestion: "Your question is queued: it is sent when this answer has ended.", queuedForModel: "Your question is sent when the model is ready.", notReady: "The model is not ready yet.",
     encodings: {"windows-1252": ", read as Latin-1", "utf-16le": ", read as UTF-16", "utf-16be": ", read as UTF-16"},
     used: (used, draft, context, about) => `${about ? "about " : ""}${number(used)}${draft ? ` + ${number(draft)}` : ""} of ${number(context)} tokens`,
     tooLong: (tokens, context, files) => `This message has ${number(tokens)} tokens, but the model's limit is ${number(context)} for question and answer together. Shorten it${files ? " or remove a file" : ""}.`,

@@ -229,7 +229,7 @@ function useModel(stats = state.stats, lists = true) {
   state.stats = stats;
   state.model = {name: entry.id ?? stats?.model ?? "", context: entry.context_length ?? stats?.context_length ?? 0,
     devices: [...devices], workers: listed.length > 1 ? 1 : stats?.workers?.length ?? 0, can,
-    defaults: entry.defaults ?? {}, weights: entry.weights_digest ?? "", better: entry.better, betterSpeed: entry.better_tokens_per_second ?? 0, base, ours: entry.owned_by === "chat_server", api};
+    defaults: entry.defaults ?? {}, weights: entry.weights_digest ?? "", better: entry.better, betterSpeed: entry.better_tokens_per_second ?? 0, system: entry.system_prompt ?? null, base, ours: entry.owned_by === "chat_server", api};
 }
 
 // Asks the server to load the chosen model, if it allows that; a question would load it too.

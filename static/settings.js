@@ -72,6 +72,7 @@ function showSettings() {
   lastShown = settingsShown();
   if ($("settings-dialog").open && $("system").value !== system) showTemplate();        // a command or a prompt has changed it
   $("system").value = system;
+  $("system").placeholder = TEXT.ownSystem(Server.model.system ?? null);
   $("stop-strings").value = (parameters.stop ?? []).join("\n");
   for (const field of settingsFields()) {
     const name = field.dataset.parameter, usual = defaults[name];
@@ -295,6 +296,7 @@ Parts.register({
     inTurns: "Chat with it all the same", inTexts: "Write with it",
     settingsInstructions: "Instructions", settingsPresets: "Presets", settingsParameters: "Parameters", settingsChat: "Keep or reset", settingsPage: "This page",
     settingsHint: "For this chat, from the next question on. An empty field leaves the choice to the server.",
+    ownSystem: text => text === null ? "" : text ? `If empty: “${text}”` : "If empty, the model gets none, not even its template’s",
     defaultsHint: "Defaults empties the system prompt and all parameters of this chat.",
     newChatsHint: "Use for new chats: they begin with what is set here; other chats keep theirs.",
     resetParameter: name => `${name}: back to the default`, badField: ({min, max, step, choices}) => choices ? choices.join(", ") : `This must be a ${step === 1 ? "whole number" : "number"} from ${number(min)} to ${number(max)}.`,

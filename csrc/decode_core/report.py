@@ -70,7 +70,7 @@ class Report:
         device = torch.device("cuda", index)
         gpu = f"{device}: {torch.cuda.get_device_name(index)}"
         kernels = cuda.CudaOps(_core)
-        why = "decode_core was compiled without CUDA"
+        why = "decode_core was compiled without CUDA (DECODE_CORE_CUDA=1 pip install . compiles it)"
         if _core.cuda_compiled:
             why = kernels.refusal(index)
         if why:

@@ -23,11 +23,15 @@ def script(path, text):
     return str(path)
 
 
-def build(tmp_path, nvcc, **variables):
-    """What came of setup.py's build_ext with these variables, a compiler that writes down its calls, and `nvcc`, a shell script."""
+def build(tmp_path, nvcc, gpu=True, **variables):
+    """What came of setup.py's build_ext with these variables, a compiler that writes down its calls, and `nvcc`, a shell script; "" for none.
+    gpu: there is a driver of NVIDIA's."""
     compiler = script(tmp_path / "g++", COMPILER)
     (tmp_path / "bin").mkdir()
-    script(tmp_path / "bin" / "nvcc", nvcc)
+    if nvcc:
+        script(tmp_path / "bin" / "nvcc", nvcc)
+    if gpu:
+        script(tmp_path / "bin" / "nvidia-smi", "#!/bin/sh\n")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("DECODE_CORE_")}
     environment |= {"CXX": compiler, "LDSHARED": compiler, "LDCXXSHARED": compiler, "LOG": str(tmp_path / "log"),
                     "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", **variables}
@@ -41,6 +45,21 @@ def test_only_a_quick_check_compiles_for_one_gpu(tmp_path, quick):
     assert build(tmp_path, COMPILER, **({"DECODE_CORE_QUICK": "1"} if quick else {})).returncode == 0
     calls = [line for line in (tmp_path / "log").read_text().splitlines() if "/nvcc " in line and ".cu " in line]
     assert calls and all(("-Ofc=max" in call) == quick and ("sm_80" in call) != quick and "sm_90" in call for call in calls)
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="there is a GPU here")
+@pytest.mark.parametrize("wanted, gpu, compiled", [("", False, False), ("", True, True), ("1", False, True), ("0", True, False)])
+def test_cuda_is_compiled_where_there_is_a_gpu_or_it_is_wanted(tmp_path, wanted, gpu, compiled):
+    done = build(tmp_path, COMPILER, gpu, DECODE_CORE_QUICK="1", **({"DECODE_CORE_CUDA": wanted} if wanted else {}))
+    assert done.returncode == 0, done.stderr
+    assert ("/nvcc " in (tmp_path / "log").read_text()) == compiled
+
+
+def test_a_gpu_without_nvcc_is_told_what_to_install(tmp_path):
+    if os.path.exists("/usr/local/cuda/bin/nvcc"):
+        pytest.skip("there is an nvcc here, which setup.py finds")
+    done = build(tmp_path, "", PATH=f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    assert "There is a GPU here, but no nvcc" in done.stderr and "DECODE_CORE_CUDA=1" in done.stderr
 
 
 def test_a_failing_nvcc_costs_the_cuda_half_alone(tmp_path):

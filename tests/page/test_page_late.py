@@ -159,6 +159,22 @@ def test_a_late_health_does_not_lock_the_page(page, stand_in):
     expect(page.locator("#lamp.ready")).to_be_visible()
 
 
+def test_what_is_typed_while_the_model_loads_is_sent_when_it_is_ready(page, stand_in):
+    """From nothing to a key press: the message box has the focus at the first paint, whatever is loading."""
+    stand_in.loading = {"stage": "reading weights", "fraction": 0.4}
+    page.goto(stand_in.url)
+    expect(page.locator("#lamp.loading")).to_be_visible()
+    page.keyboard.type("hello")                                 # nobody clicked anywhere
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("Your question is sent when the model is ready.")).to_be_visible()
+    expect(message_box(page)).to_have_value("hello")
+    assert stand_in.bodies == []
+    stand_in.loading = None
+    expect_answered(page)
+    expect(message_box(page)).to_have_value("")
+    assert len(stand_in.bodies) == 1
+
+
 def test_a_question_of_the_page_waits_for_an_open_one(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "one")
