@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence as Seq
 from dataclasses import field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from chatlm.common.errors import ConfigError, did_you_mean, shown
 from chatlm.common.records import record
+from chatlm.front.tools.rules import name_begin
 
 FILE_BYTES = 1 << 20
 LABEL_CHARACTERS = 64
@@ -29,7 +31,7 @@ REFUSED_FIELDS = {
 STDIO_TYPES = ("stdio",)
 HTTP_TYPES = ("http", "streamable-http", "streamableHttp")
 # ${NAME}, ${NAME:-default}, ${env:NAME}, and any other word in braces, which is refused
-A_VARIABLE = re.compile(r"\$\{([^{}]*)\}")
+A_VARIABLE = re.compile(r"\$\{([^{}]*)(\}?)")
 
 
 @record
@@ -106,7 +108,24 @@ def configs_in(config: Any, place: str, environment: Mapping[str, str]) -> list[
         raise ConfigError(f"{place}: it has {len(table)} servers, at most {MOST_SERVERS} are allowed")
     configs = [ConfigReader(f"{place}: server {shown(label)}", environment).read(label, fields)
                for label, fields in table.items()]
-    return [one for one in configs if one is not None]
+    found = [one for one in configs if one is not None]
+    check_names([one.label for one in found], place)
+    return found
+
+
+def check_names(labels: Seq[str], place: str):
+    """Raise ConfigError if tools of two servers could have one name for a model, or in the tools= of a key."""
+    for first, second in combinations(labels, 2):
+        for begin, what in ((name_begin, "for a model"), (pattern_begin, "in the tools= of a key")):
+            one, other = begin(first), begin(second)
+            if one.startswith(other) or other.startswith(one):
+                raise ConfigError(f"{place}: servers {shown(first)} and {shown(second)}: a tool of one could "
+                                  f"have the same name {what} as a tool of the other; name one otherwise")
+
+
+def pattern_begin(label: str) -> str:
+    """What the names of all its tools begin with in --api-key-file."""
+    return f"{label}."
 
 
 class ConfigReader:
@@ -239,6 +258,9 @@ class ConfigReader:
     def _filled(self, name: str, text: str) -> str:
         """The text with its variables. An error names the variable, never the text."""
         def value(found: re.Match) -> str:
+            if not found[2]:
+                raise self.error(f"{name} has ${{{found[1][:60]}, without the }} that ends it; a default can "
+                                 "have no braces")
             word = found[1].removeprefix("env:")
             variable, has_default, default = word.partition(":-")
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
