@@ -34,8 +34,8 @@ def without_infinities(value):
 
 
 def read_json(text: str | bytes | bytearray):
-    """The value of a JSON text. Raises ValueError also for what Python's reader lets through: NaN, infinities,
-    and numbers that become one. RecursionError for what is nested too deeply."""
+    """The value of a JSON text. Raises ValueError also for what Python's reader lets through: NaN,
+    infinities, and numbers that become one. RecursionError for what is nested too deeply."""
     return json.loads(text, parse_constant=refuse_number, parse_float=finite_number)
 
 

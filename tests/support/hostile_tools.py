@@ -12,7 +12,7 @@ import threading
 import time
 
 MIB = 1 << 20
-NOISE_BYTES = 8 * MIB
+NOISE_BYTES = 2 * MIB
 TRICKLE_BYTES = 200_000
 ACT = '{"name": "act", "description": "acts", "inputSchema": {"type": "object"}}'
 DEEP = 975
@@ -53,7 +53,8 @@ LISTS = {  # attack -> the result of tools/list, by its params
     "heavy-pages": heavy_page,
     "slow-pages": endless_page,
     "heavy-schema": lambda params: listed(ACT, tool("heavy", '{"enum": [%s[]]}' % ("[]," * 400_000))),
-    "deep-schema": lambda params: listed(ACT, tool("deep", nested(DEEP // 2))),
+    "deep-schema": lambda params: listed(ACT, tool("deep", nested(300))),
+    "unreadably-deep-schema": lambda params: listed(ACT, tool("deep", nested(DEEP // 2))),
     "deep-annotations": lambda params: listed(ACT, tool("deep", annotations='{"x": %s}' % nested(400))),
     "many-small": lambda params: listed(ACT, *(tool(f"t{number:03}") for number in range(998))),
     "long-description": lambda params: listed(tool("a", description=json.dumps("d" * 300_000)), ACT),
@@ -75,8 +76,7 @@ LISTS = {  # attack -> the result of tools/list, by its params
 RESULTS = {  # attack -> the result of tools/call
     "heavy-result": lambda: '{"content": [%s{}]}' % ("[]," * 1_300_000),
     "heavy-text": lambda: '{"content": [{"type": "text", "text": "%s"}]}' % ("\\n" * (2 * MIB - 100)),
-    "deep-result": lambda: '{"content": [], "structuredContent": %s}' % nested(400),
-    "unreadably-deep-result": lambda: '{"content": [], "structuredContent": %s}' % nested(100_000),
+    "deep-result": lambda: '{"content": [], "structuredContent": %s}' % nested(100_000),
     "nan-result": lambda: '{"content": [], "structuredContent": {"x": NaN}}',
     "infinite-result": lambda: '{"content": [], "structuredContent": {"x": [1e999]}}',
     "digits": lambda: '{"content": [], "structuredContent": {"x": 1%s}}' % ("0" * 100_000),
@@ -121,6 +121,12 @@ def noise_of(message, attacks):
     return [NOISE[attack] for attack in attacks if attack in NOISE]
 
 
+def is_mute(message, attacks):
+    """Whether a call gets no answer."""
+    arguments = (message.get("params") or {}).get("arguments")
+    return "mute" in attacks and bool(arguments and arguments.get("mute"))
+
+
 def by_stdio(attacks):
     if "stderr-flood" in attacks:
         threading.Thread(target=lambda: [sys.stderr.write("x\n" * (MIB // 2)) for _ in range(64)], daemon=True).start()
@@ -130,7 +136,7 @@ def by_stdio(attacks):
             text = (noise + "\n") * (65_536 // (len(noise) + 1))
             for _ in range(NOISE_BYTES // 65_536):
                 sys.stdout.write(text)
-        if message.get("method") == "tools/call" and "mute" in attacks:
+        if is_mute(message, attacks):
             continue
         answer = answer_to(message, attacks)
         if answer is not None:
@@ -163,7 +169,7 @@ class Connection(socketserver.StreamRequestHandler):
         message = json.loads(body) if body else {}
         method = message.get("method")
         self.seen.append(method)
-        if f"hangs-at-{method}" in self.attacks:
+        if f"hangs-at-{method}" in self.attacks or is_mute(message, self.attacks):
             threading.Event().wait(600)
         if "no-http" in self.attacks:
             self.wfile.write(b"SSH-2.0-evil\r\n\r\n")

@@ -25,7 +25,8 @@ def read_call(raw: bytes | bytearray) -> tuple[dict[str, Any], str]:
     try:
         strict_json(values["arguments"])
     except ValueError:
-        raise RequestError("arguments has NaN or Infinity, which JSON does not have", param="arguments") from None
+        raise RequestError("arguments has NaN or Infinity, which JSON does not have",
+                           param="arguments") from None
     except RecursionError:
         raise RequestError("arguments is nested too deeply", param="arguments") from None
     values["arguments"] = CallArguments.of(values["arguments"])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping, Sequence as Seq
+from functools import partial
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, Overloaded, RequestError, bad_value
 from chatlm.common.jsontext import dump
 from chatlm.common.log import log
-from chatlm.front.aio import end_tasks
+from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.api.encode import frame
 from chatlm.front.api.enforcement import why_unenforced
 from chatlm.front.api.field_types import TEXT
@@ -100,8 +101,8 @@ class ToolRoutes:
             if (tool.digest, tokenizer.tool_format) not in self.unenforced:
                 own.setdefault(tool.label, []).append(tool)
         if own:
-            checks = [asyncio.ensure_future(self._check(label, unknown, pool, tokenizer.tool_format))
-                      for label, unknown in own.items()]
+            checks = [asyncio.ensure_future(supervised("checking the schemas of tools", partial(
+                self._check, label, unknown, pool, tokenizer.tool_format))) for label, unknown in own.items()]
             try:
                 await asyncio.wait(checks, timeout=CHECK_S)
             finally:

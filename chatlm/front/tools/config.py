@@ -114,9 +114,9 @@ def configs_in(config: Any, place: str, environment: Mapping[str, str]) -> list[
 
 
 def check_names(labels: Seq[str], place: str):
-    """Raise ConfigError if tools of two servers could have one name for a model, or in the tools= of a key."""
+    """Raise ConfigError if tools of two servers could have one name, for a model or in tools= of a key."""
     for first, second in combinations(labels, 2):
-        for begin, what in ((name_begin, "for a model"), (pattern_begin, "in the tools= of a key")):
+        for begin, what in ((name_begin, "for a model"), (pattern_begin, "in tools= of a key")):
             one, other = begin(first), begin(second)
             if one.startswith(other) or other.startswith(one):
                 raise ConfigError(f"{place}: servers {shown(first)} and {shown(second)}: a tool of one could "

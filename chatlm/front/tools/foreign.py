@@ -1,8 +1,8 @@
 """What a tool server may say to us: its messages, reduced to what is used here and held to limits.
 
-These functions run in the event loop for small messages and in a sandbox for large ones (`reading`). What they
-return is small or plain text, so that nothing that a tool server nests or repeats reaches the event loop. What
-one tool is wrong about costs that tool alone; the reason is said beside the list."""
+These functions run in the event loop for small messages and in a sandbox for large ones (`reading`). What
+they return is small or plain text, so nothing that a tool server nests or repeats reaches the event loop.
+What is wrong with one tool costs that tool alone; the reason is said beside the list."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class Unreadable(ToolError):
 
 
 def messages_in(data: bytes | bytearray, methods: Mapping[int, str], characters: int) -> list[Message]:
-    """The messages of a JSON text: one, or a list, as revision 2025-03-26 has it; none if it is anything else.
+    """The messages of a JSON text: one, or a list, as revision 2025-03-26 has it; none if it is anything
+    else.
 
     methods: of the requests whose responses are awaited, by their ids. characters: that the text of a result
     may have. Raises Unreadable for what only looks like a message."""
@@ -170,7 +171,8 @@ def read_tool(described: Any) -> list[Any]:
     if not isinstance(name, str) or not name:
         raise ToolError("it has no name")
     if len(name) > NAME_CHARACTERS or not name.isprintable():
-        raise ToolError(f"its name is longer than {NAME_CHARACTERS} characters, or has some that can't be shown")
+        raise ToolError(f"its name is longer than {NAME_CHARACTERS} characters, or has some that can't be "
+                        "shown")
     parameters = described.get("inputSchema")
     parameters = usable(parameters) if isinstance(parameters, dict) else {"type": "object"}
     check_shape(parameters)

@@ -27,7 +27,8 @@ STREAM_BYTES = 64 << 20  # of one answer's events together
 SOCKET_BYTES = 1 << 15   # that are read of a connection at once
 REDIRECTS = 3            # of one message, all on the same origin
 REFUSAL_BYTES = 1 << 16  # that are read of the body of a refusal
-RESUME_S = (0.1, 1.0, 30.0)  # the shortest, the usual and the longest pause before a stream is asked for again
+# the shortest, the usual and the longest pause before the rest of a stream is asked for
+RESUME_S = (0.1, 1.0, 30.0)
 ACCEPT = "application/json, text/event-stream"
 KEEPS_METHOD = (307, 308)    # redirects after which the same message is posted again
 
@@ -244,8 +245,8 @@ class HttpTransport:
     async def _refusal(self, response: aiohttp.ClientResponse, had_session: bool) -> ToolError:
         """The error of a response whose status is not a success."""
         if response.status < 400:
-            return ToolError(f"it answered {response.status}, a redirect to "
-                             f"{place_of(response.headers.get('Location', ''), self.url)}, which is not followed")
+            target = place_of(response.headers.get("Location", ""), self.url)
+            return ToolError(f"it answered {response.status}, a redirect to {target}, which is not followed")
         if response.status == 401:
             return ToolError("it answered 401: it wants a token, in headers of the config")
         if response.status == 404 and had_session:

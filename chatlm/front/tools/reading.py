@@ -37,7 +37,7 @@ class Turns:
         self.spent = 0  # bytes
 
     async def spend(self, size: int):
-        """Account for work on `size` bytes that was done or is about to be; let others work if it was enough."""
+        """Account for work on `size` bytes; if it was enough, others come first now."""
         self.spent += size
         if self.spent >= TURN_BYTES:
             self.spent = 0
@@ -110,7 +110,8 @@ class Reader:
                                               bodies=[data])
         except ChatServerError as error:
             is_ours = error.code == UNREADABLE
-            raise Unreadable(str(error) if is_ours else "it wrote a message that takes too long to read") from None
+            why = str(error) if is_ours else "it wrote a message that takes too long to read"
+            raise Unreadable(why) from None
 
     async def close(self):
         await self.sandbox.close()

@@ -6,6 +6,7 @@ import asyncio
 import time
 from contextlib import suppress
 from enum import Enum
+from functools import partial
 
 from chatlm.common.errors import printable
 from chatlm.common.log import log
@@ -170,7 +171,7 @@ class ToolServer:
             self.list_valid_s = max(found.valid_s, LEAST_LIST_S)
 
     async def _take(self, found: ToolList):
-        """Read the tools of a list, as many as a model can be offered at most, in the order of their names."""
+        """Read the tools of a list in the order of their names, as many as a model can be offered at most."""
         offers: list[OfferedTool] = []
         left_out = {**found.left_out}
         no_room = []
@@ -206,7 +207,8 @@ class ToolServer:
         age_s = time.monotonic() - self.listed_s
         if is_idle and client and client.is_modern and age_s > self.list_valid_s:
             self.relist_began_s = time.monotonic()
-            self.relisting = asyncio.ensure_future(self._relist(client))
+            self.relisting = asyncio.ensure_future(supervised(
+                "listing the tools of a tool server", partial(self._relist, client)))
         left_s = self.relist_began_s + RELIST_S - time.monotonic()
         if self.relisting and not self.relisting.done() and left_s > 0:
             await asyncio.wait([self.relisting], timeout=left_s)

@@ -70,7 +70,7 @@ class Transport(Protocol):
 
 @record
 class CallArguments:
-    """The arguments of a call as JSON text, which nobody here reads again, and those that a header can have."""
+    """The arguments of a call: JSON text, which nobody here reads again, and those that a header can have."""
 
     text: bytes
     scalars: Mapping[str, str | int | float | bool]
