@@ -133,8 +133,8 @@ class Toolbox:
                 [*names, *server.no_room], server.left_out, server.note)]
             if notices != self.told.get(label, []):
                 self.told[label] = notices
-                for notice in notices:
-                    log.warning("tool server %s: %s", label, notice)
+                if notices:  # a line of its own: the log counts lines of one wording together
+                    log.warning("tool server " + label.replace("%", "%%") + ": %s", "; ".join(notices))
 
     def notices(self, server: ToolServer) -> Seq[str]:
         """What is missing of a server's tools, and what is odd about its list."""
