@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from chatlm.front.tools.server import ToolServer
 
 MOST_TOOLS = 128
-MOST_BYTES = 256 << 10  # of their names, descriptions and schemas, as JSON
+OFFERED_BYTES = 256 << 10  # of their names, descriptions and schemas, as JSON
 NAMED = 5               # tools that a notice names
-NO_ROOM = (f"the tools of all servers together are at most {MOST_TOOLS}, with {MOST_BYTES:,} bytes; "
+NO_ROOM = (f"the tools of all servers together are at most {MOST_TOOLS}, with {OFFERED_BYTES:,} bytes; "
            "hide some with disabledTools")
 
 
@@ -86,7 +86,7 @@ def chosen(lists: Seq[Seq[OfferedTool]]) -> tuple[list[OfferedTool], list[list[s
     there is no room: a server with many or long tools takes none away from others."""
     counts = shares([len(tools) for tools in lists], MOST_TOOLS)
     within = [tools[:count] for tools, count in zip(lists, counts)]
-    rooms = shares([sum(len(tool.packed) for tool in tools) for tools in within], MOST_BYTES)
+    rooms = shares([sum(len(tool.packed) for tool in tools) for tools in within], OFFERED_BYTES)
     offered = []
     left_out: list[list[str]] = []
     for tools, own, room in zip(lists, within, rooms):

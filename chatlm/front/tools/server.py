@@ -15,7 +15,7 @@ from chatlm.front.lazy import aiohttp
 from chatlm.front.tools.client import Report, Tool, ToolClient, ToolList
 from chatlm.front.tools.config import ServerConfig
 from chatlm.front.tools.http import HttpTransport, SessionLost
-from chatlm.front.tools.offers import MOST_BYTES, MOST_TOOLS, OfferedTool
+from chatlm.front.tools.offers import OFFERED_BYTES, MOST_TOOLS, OfferedTool
 from chatlm.front.tools.reading import Reader, Turns
 from chatlm.front.tools.results import ToolResult
 from chatlm.front.tools.stdio import StdioTransport
@@ -184,7 +184,7 @@ class ToolServer:
             if packed[0] in self.config.hidden:
                 continue
             bytes_of_tool = sum(map(len, packed[:4]))
-            if len(offers) == MOST_TOOLS or size + bytes_of_tool > MOST_BYTES:
+            if len(offers) == MOST_TOOLS or size + bytes_of_tool > OFFERED_BYTES:
                 no_room.append(packed[0])
                 continue
             await turns.spend(2 * bytes_of_tool)

@@ -115,7 +115,7 @@ class Toolbox:
 
     def offered(self) -> dict[str, OfferedTool]:
         """The tools of running servers by their names for a model, sorted. Each server has its share of
-        MOST_TOOLS and MOST_BYTES; what is above is left out, as `notices` say."""
+        MOST_TOOLS and OFFERED_BYTES; what is above is left out, as `notices` say."""
         current = [(server.state, server.lists) for server in self.servers]
         if current != self.current:
             self.current = current
