@@ -6,6 +6,7 @@ to tools/list), RESULTS (to tools/call), NOISE (what it writes before each answe
 
 import gzip
 import json
+import os
 import socketserver
 import sys
 import threading
@@ -128,6 +129,8 @@ def is_mute(message, attacks):
 
 
 def by_stdio(attacks):
+    if "echoes" in attacks:
+        sys.exit(f"bad variables: {dict(os.environ)}")
     if "stderr-flood" in attacks:
         threading.Thread(target=lambda: [sys.stderr.write("x\n" * (MIB // 2)) for _ in range(64)], daemon=True).start()
     for line in sys.stdin:
@@ -190,12 +193,19 @@ class Connection(socketserver.StreamRequestHandler):
         if "redirects-for-ever" in self.attacks:
             self.wfile.write(b"HTTP/1.1 307 X\r\nLocation: %s\r\nContent-Length: 0\r\n\r\n" % line.split()[1])
             return True
+        if "echoes" in self.attacks or "echoes-calls" in self.attacks and method == "tools/call":
+            said = json.dumps(f"no such place: {line.decode()} {headers}")
+            self.refuse(400, '{"jsonrpc": "2.0", "id": null, "error": {"code": 1, "message": %s}}' % said)
+            return True
         answer = answer_to(message, self.attacks)
         if answer is None:
             self.wfile.write(b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n")
             return True
         self.send(method, message, answer)
         return True
+
+    def refuse(self, status, body):
+        self.wfile.write(f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
 
     def send(self, method, message, answer):
         lines = noise_of(message, self.attacks)

@@ -174,8 +174,9 @@ class ToolRoutes:
         """As `read_call` does; a large body is read in a sandbox."""
         if len(raw) <= LIMITS.inline_bytes:
             return read_call(raw)
-        return unpacked_call(await self.toolbox.reader.sandbox.perform(
-            f"key {REQUEST_LOG.get().client}", "read_call", bodies=[raw]))
+        packed: Any = await self.toolbox.reader.sandbox.perform(
+            f"key {REQUEST_LOG.get().client}", "read_call", bodies=[raw])
+        return unpacked_call(packed)
 
     async def _call(self, http: web.Request, values: Mapping[str, Any],
                     patterns: Seq[str]) -> web.StreamResponse:

@@ -7,16 +7,20 @@ import os
 import re
 from collections.abc import Mapping, Sequence as Seq
 from dataclasses import field
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, quote, quote_plus, urlsplit
 
 from chatlm.common.errors import ConfigError, did_you_mean, shown
 from chatlm.common.records import record
 from chatlm.front.tools.rules import name_begin
 
 FILE_BYTES = 1 << 20
+SECRET_NAMES = r"key|token|secret|passw|auth|credential"
+LEAST_SECRET = 6     # characters; what is shorter would be found in any text
+SECRET_OF_PATH = 16  # of a part of a URL's path, where some servers have a token
 LABEL_CHARACTERS = 64
 MOST_SERVERS = 64
 # What each field does, for the error that names a field which is not known
@@ -48,6 +52,25 @@ class ServerConfig:
     allowed: frozenset[str] = frozenset()  # tools that run without asking; "*" stands for all
     trusts_read_only: bool = False  # so do those that say of themselves that they only read
     hidden: frozenset[str] = frozenset()  # tools that are not offered
+
+    def without_secrets(self, text: str) -> str:
+        """What is said of a failure, without what the file has as secrets: servers repeat URLs and headers
+        in their errors, and programs their variables."""
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
+        return text
+
+    @cached_property
+    def secrets(self) -> Seq[str]:
+        """Values of headers, the query and long parts of the path of the URL, and variables that are named
+        like secrets. The longest first."""
+        parts = urlsplit(self.url)
+        found = [value for _, value in parse_qsl(parts.query)]
+        found += [value for value in parts.path.split("/") if len(value) >= SECRET_OF_PATH]
+        found += [word for value in self.headers.values() for word in (value, *value.split())]
+        found += [value for name, value in self.env.items() if re.search(SECRET_NAMES, name, re.IGNORECASE)]
+        spellings = {spelt for value in found for spelt in (value, quote(value), quote_plus(value))}
+        return sorted((one for one in spellings if len(one) >= LEAST_SECRET), key=len, reverse=True)
 
     @property
     def warning(self) -> str:

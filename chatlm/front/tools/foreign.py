@@ -141,7 +141,8 @@ def page_of_tools(found: Any, characters: int) -> dict[str, Any]:
     if cursor is not None and (type(cursor) not in (str, int) or len(str(cursor)) > 10_000):
         raise ToolError("its list of tools goes on with a cursor that is no text")
     ttl_ms = found.get("ttlMs")
-    ttl_ms = ttl_ms if is_number(ttl_ms) and 0 <= ttl_ms < 1 << 53 else 0
+    if not isinstance(ttl_ms, (int, float)) or not is_number(ttl_ms) or not 0 <= ttl_ms < 1 << 53:
+        ttl_ms = 0
     return {"tools": tools, "left_out": left_out[:LEFT_OUT], "nextCursor": cursor, "ttlMs": ttl_ms}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from chatlm.common.config import LIMITS, Settings
 from chatlm.common.errors import ChatServerError, RequestError
@@ -106,8 +107,9 @@ class Reader:
             await turns.spend(len(data) + MESSAGE_WORTH)
             return messages_in(data, methods, self.characters)
         try:
-            return await self.sandbox.perform(label, "read_message", [*methods.items()], self.characters,
-                                              bodies=[data])
+            read: Any = await self.sandbox.perform(label, "read_message", [*methods.items()], self.characters,
+                                                   bodies=[data])
+            return read
         except ChatServerError as error:
             is_ours = error.code == UNREADABLE
             why = str(error) if is_ours else "it wrote a message that takes too long to read"

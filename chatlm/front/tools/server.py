@@ -89,7 +89,7 @@ class ToolServer:
 
     def _become(self, state: State, reason: str = ""):
         self.state = state
-        self.reason = printable(reason)
+        self.reason = printable(self.config.without_secrets(reason))
         self.changed.set()
         self.changed = asyncio.Event()
 
@@ -117,8 +117,8 @@ class ToolServer:
             except Exception as error:
                 log.error("tool server %s: %s", self.config.label, error, exc_info=error)
                 reason = f"chat_server failed at it ({type(error).__name__}); its log says more"
-            log.warning("tool server %s failed: %s", self.config.label, printable(reason))
             self._become(State.FAILED, reason)
+            log.warning("tool server %s failed: %s", self.config.label, self.reason)
             if time.monotonic() - began_s > LONGEST_PAUSE_S:
                 pause_s = FIRST_PAUSE_S
             await asyncio.sleep(pause_s)
@@ -136,6 +136,8 @@ class ToolServer:
             log.info("tool server %s is ready: %d tools", self.config.label, len(self.tools))
             pause_s = LIST_PAUSE_S
             while await first_of(client.transport.ended(), client.listed_again.wait()):
+                if time.monotonic() - self.listed_s > LONGEST_LIST_PAUSE_S:
+                    pause_s = LIST_PAUSE_S
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_LIST_PAUSE_S)
                 await self._list(client)
@@ -219,8 +221,9 @@ class ToolServer:
         try:
             await self._list(client)
         except (ToolError, asyncio.TimeoutError) as error:
+            why = str(error) or f"it did not answer within {OPEN_S:g} s"
             log.warning("tool server %s did not list its tools: %s", self.config.label,
-                        str(error) or f"it did not answer within {OPEN_S:g} s")
+                        printable(self.config.without_secrets(why)))
             self.listed_s = time.monotonic()
 
     async def call(self, tool: Tool, arguments: CallArguments, timeout_s: float,

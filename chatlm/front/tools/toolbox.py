@@ -154,8 +154,10 @@ class Toolbox:
             try:
                 result = await offered.server.call(offered.tool, arguments, self.timeout_s, report)
                 outcome = "error" if result.is_error else "ok"
+                if result.is_error:  # it may name the URL or the header that a server did not like
+                    result = replace(result, text=offered.server.config.without_secrets(result.text))
             except ToolError as error:
-                text = f"{error}."[:self.result_characters]
+                text = offered.server.config.without_secrets(f"{error}.")[:self.result_characters]
                 if error.unknown_outcome:
                     text += " The call may have been carried out: the outcome is unknown."
                 result = ToolResult(text, is_error=True)

@@ -1,5 +1,6 @@
 """GET /v1/tools and POST /v1/tools/call while tool servers and clients mean harm."""
 
+import asyncio
 import json
 import sys
 from pathlib import Path
@@ -101,3 +102,18 @@ async def test_arguments_that_are_no_json_are_refused(arguments, words, size, tm
         async with client.post(url + "/v1/tools/call", data=body, headers=headers) as response:
             error = (await response.json())["error"]
             assert response.status == 400 and words in error["message"], error
+
+
+async def test_a_list_does_not_wait_for_slow_checks(tmp_path, monkeypatch):
+    """Of one server's schemas; others' are checked beside them."""
+    async def why_unenforced(function, tool_format, admission, lane=""):
+        if lane == "bad":
+            await asyncio.Event().wait()
+        return ""
+
+    patch(monkeypatch, tooling, "why_unenforced", why_unenforced)
+    patch(monkeypatch, tooling, "CHECK_S", 0.2)
+    configured = settings(tmp_path, bad=program(), good=program())
+    async with serving(FakePool(), configured) as url, aiohttp.ClientSession() as client:
+        enforced = {tool["name"]: tool["enforced"] for tool in (await get(client, url + "/v1/tools"))["data"]}
+        assert enforced == {"bad__act": "it has not been checked yet", "good__act": True}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import fake_tools
 import hostile_tools
 from chatlm.common.jsontext import strict_json
 from chatlm.front.tools import client as clients, offers, reading, server as servers
@@ -306,11 +307,12 @@ async def test_results_that_are_no_json_are_refused(way, attack, words):
 # texts of exceptions
 
 @pytest.mark.parametrize("attack", ["no-http", "bad-length", "bad-chunks", "breaks-off", "redirects-away",
-                                    "redirects-for-ever", "nobody", "no-host", "no-tls"])
+                                    "redirects-for-ever", "nobody", "no-host", "no-tls", "echoes",
+                                    "echoes-calls"])
 async def test_a_token_in_a_url_is_never_shown(attack, caplog):
     caplog.set_level("DEBUG", "chat_server")
     server = hostile_tools.at_url(attack)
-    url = server.url + "/t0ken-in-path?key=t0ken"
+    url = server.url + "/t0ken-in-path-of-it?key=t0ken%20x"
     if attack == "nobody":
         server.shutdown()
         server.server_close()
@@ -318,7 +320,7 @@ async def test_a_token_in_a_url_is_never_shown(attack, caplog):
         url = "http://no-such-host.invalid/t0ken"
     elif attack == "no-tls":
         url = url.replace("http:", "https:")
-    async with opened(bad={"url": url, "headers": {"X-Key": "t0ken-in-header"}}) as box:
+    async with opened(bad={"url": url, "headers": {"X-Key": "Bearer t0ken-in-header"}}) as box:
         [bad] = box.servers
         said = bad.reason
         if bad.state is State.READY:
@@ -327,3 +329,44 @@ async def test_a_token_in_a_url_is_never_shown(attack, caplog):
         for text in (said, caplog.text):
             assert "t0ken" not in text and "theirs" not in text and "pw" not in text.split(), text
     server.shutdown()
+
+
+async def test_secrets_of_variables_are_not_shown():
+    program = hostile("echoes") | {"env": {"MY_API_KEY": "t0ken-of-it", "PLACE": "/data/projects"}}
+    async with opened(bad=program) as box:
+        reason = box.servers[0].reason
+        assert "t0ken" not in reason and "***" in reason and "/data/projects" in reason
+
+
+async def test_a_list_that_is_asked_for_again_is_not_waited_for_long(monkeypatch):
+    """The old one is offered meanwhile, and only who named the server waits at all."""
+    monkeypatch.setattr(servers, "LEAST_LIST_S", 0.0)
+    monkeypatch.setattr(servers, "RELIST_S", 0.05)
+    program = {"command": sys.executable, "args": [fake_tools.__file__]}  # of the revision that lists again
+    async with opened(fake=program, good=hostile()) as box:
+        server = box.server("fake")
+        assert server.client.is_modern
+        asked = asyncio.Event()
+
+        async def never(timeout_s):
+            asked.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(server.client, "list_tools", never)
+        before = server.relisting
+        await box.refresh({"good"})
+        assert server.relisting is before and not asked.is_set()
+        await asyncio.wait_for(box.refresh(), 20)
+        await asked.wait()
+        assert "fake__add" in box.offered()
+        assert (await call(box, "fake__add", a=1, b=2)).text == "3"
+
+
+async def test_a_list_that_has_changed_is_offered(monkeypatch):
+    monkeypatch.setattr(servers, "LEAST_LIST_S", 0.0)
+    async with opened(fake={"command": sys.executable, "args": [fake_tools.__file__]}) as box:
+        server = box.server("fake")
+        before, lists = box.offered(), server.lists
+        await box.refresh()
+        await server.relisting
+        assert server.lists == lists and box.offered()["fake__add"] is before["fake__add"]
