@@ -14,7 +14,7 @@ from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import ModelChoice
 from chatlm.common.errors import (
-    ChatServerError, ConfigError, EngineFailure, Overloaded, RequestError, public_text, shown)
+    ChatServerError, ConfigError, EngineFailure, Overloaded, RequestError, shown)
 from chatlm.common.hub.adapters import named_adapters
 from chatlm.common.hub.stamps import Changed
 from chatlm.common.log import log
@@ -80,7 +80,7 @@ class ManyModels(Catalogue):
         def failed(error: Exception) -> bool:
             if not self.became_ready.is_set():
                 known = isinstance(error, ChatServerError)
-                self.failure = error if known else EngineFailure(f"{what} failed: {public_text(error)}")
+                self.failure = error if known else EngineFailure(f"{what} failed: {error}")
                 self.became_ready.set()
                 return False
             return not self.closing

@@ -10,8 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.errors import (
-    ChatServerError, ConfigError, EngineFailure, public_text, without_folders)
+from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, without_folders
 from chatlm.common.log import log
 from chatlm.common.memory import available_memory
 from chatlm.common.messages.protocol import (
@@ -86,7 +85,7 @@ class Supervisor:
         def failed(error: Exception) -> bool:
             if not self.became_ready.is_set():
                 known = isinstance(error, ChatServerError)
-                self.give_up(error if known else EngineFailure(f"{what} failed: {public_text(error)}"))
+                self.give_up(error if known else EngineFailure(f"{what} failed: {error}"))
             return not self.closing
 
         task = asyncio.create_task(supervised(what, work, failed))
