@@ -45,7 +45,9 @@ import servers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(ROOT))
+sys.path.append(str(ROOT / "tests" / "support"))
 import chat_server      # noqa: E402
+import hostile_tools    # noqa: E402
 from chatlm.common import config    # noqa: E402
 from chatlm.common.config import LIMITS    # noqa: E402
 from chatlm.common.hub.default_model import fetch_default_model    # noqa: E402
@@ -111,9 +113,10 @@ class Server:
 
     key, other_key, process = "mallory", "alice", None
 
-    def __init__(self, folder, memory, template=TRAPS + TEMPLATE):
+    def __init__(self, folder, memory, template=TRAPS + TEMPLATE, has_tools=False):
         self.folder, self.memory, self.model = folder, memory, folder / "model.gguf"
-        (folder / "keys").write_text("mallory: mallory\nalice: alice\n")
+        self.has_tools, self.tool_urls = has_tools, []
+        (folder / "keys").write_text("mallory: mallory tools=*\nalice: alice\n")
         (folder / "pauses").write_bytes(bytes(8))
         self.pause_s = shared_number(folder / "pauses")
         copy = ["-m", "gguf.scripts.gguf_new_metadata", "--force", "--chat-template", template]
@@ -125,10 +128,26 @@ class Server:
         limit = self.memory + (12 << 30)        # of address space, in case the watchdog is too slow
         words = [sys.executable, __file__, "serve", os.getpid(), self.folder / "pauses", self.model]
         words += ["--kv-cache-memory", "256M", "--api-key-file", self.folder / "keys"]
+        if self.has_tools:
+            words += ["--mcp-config", self.write_tools(), "--tool-timeout", "10"]
         self.running = servers.Server(
             words, "chat_server", log=self.folder / "log", start_new_session=True,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
         self.process, self.url = self.running.process, self.running.url
+
+    def write_tools(self):
+        """The file of --mcp-config, with a hostile tool server for each attack of TOOL_ATTACKS."""
+        program, table = str(ROOT / "tests" / "support" / "hostile_tools.py"), {}
+        for attack in TOOL_ATTACKS:
+            table[attack] = {"command": sys.executable, "args": [program, attack]}
+        for attack in URL_ATTACKS:
+            command = [sys.executable, program, "--url", attack]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            self.tool_urls.append(process)
+            table[f"url-{attack}"] = {"url": process.stdout.readline().strip()}
+        path = self.folder / "mcp.json"
+        path.write_text(json.dumps({"mcpServers": table}))
+        return path
 
     def start(self):
         """Start it and wait until it serves."""
@@ -152,6 +171,10 @@ class Server:
 
     def stop(self):
         self.running.stop(0)
+        for process in self.tool_urls:
+            process.kill()
+            process.wait()
+        self.tool_urls = []
 
 
 class Elsewhere:
@@ -694,11 +717,34 @@ async def noise(attacker):
         writer.write(kinds[number % len(kinds)])
 
 
+async def tool_lists(attacker):
+    """The list of all tools, some of whose servers list what nobody can use."""
+    for _ in range(attacker.many(50)):
+        await attacker.posts(2, "/v1/tools", b"", method="GET")
+
+
+async def tool_calls(labels, attacker):
+    """Calls of tool servers that write too much, or what nobody can read."""
+    async def calls(label):
+        for _ in range(attacker.many(4)):
+            await attacker.post("/v1/tools/call", {"name": f"{label}__act", "arguments": {"x": 1}})
+
+    await asyncio.gather(*map(calls, labels))
+
+
+async def tool_arguments(attacker):
+    body = b'{"name": "many-small__act", "arguments": {"x": [%s[]]}}' % (b"[]," * (MIB // 3 - 100))
+    await attacker.posts(attacker.many(40), "/v1/tools/call", body, Content_Type="application/json")
+
+
 async def nothing(attacker):
     await asyncio.sleep(3 * attacker.scale)
 
 
 PATTERNS = (14, 18, 26, 64)
+TOOL_ATTACKS = [*hostile_tools.NOISE, *hostile_tools.RESULTS, "stderr-flood", "heavy-pages", "heavy-schema",
+                "many-small", "long-description", "deep-schema", "not-a-number", "infinite-ttl", "odd-schemas"]
+URL_ATTACKS = ["blank-lines", "notifications", "trickle", "bomb", "breaks-off", "heavy-result", "heavy-pages"]
 ATTACKS = {
     "nothing": nothing,
     **{f"{count} patterns in a format": functools.partial(patterns_in_format, count) for count in PATTERNS},
@@ -732,6 +778,11 @@ ATTACKS = {
     **{f"a model whose template has {name}": functools.partial(hostile_model, source + TEMPLATE)
        for name, source in HOSTILE.items()},
     "long chats": long_chats,
+    "tool servers: lists": tool_lists,
+    "tool servers: programs that flood": functools.partial(tool_calls, [*hostile_tools.NOISE, "stderr-flood"]),
+    "tool servers: odd results": functools.partial(tool_calls, [*hostile_tools.RESULTS]),
+    "tool servers: behind URLs": functools.partial(tool_calls, [f"url-{name}" for name in URL_ATTACKS]),
+    "tool servers: 1 MiB of arguments": tool_arguments,
 }
 
 
@@ -852,7 +903,9 @@ def main():
         return print("\n".join(attacks))
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     with tempfile.TemporaryDirectory() as folder:
-        server = Elsewhere(options) if options.url else Server(Path(folder), options.memory)
+        has_tools = any(name.startswith("tool servers") for name in attacks)
+        server = (Elsewhere(options) if options.url else
+                  Server(Path(folder), options.memory, has_tools=has_tools))
         rows = asyncio.run(bench(options, server, attacks))
     if options.json:
         Path(options.json).write_text(json.dumps(rows))

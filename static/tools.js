@@ -21,7 +21,7 @@ const runJavascript = Parts.late("javascript", () => Javascript, "run");
 
 const state = {
   tools: new Map(OWN.map(tool => [tool.name, tool])),      // name -> tool, as GET v1/tools has it
-  servers: [],                    // {label, state, reason}
+  servers: [],                    // {label, state, reason, notices}
   rounds: 8,                      // of calls, before the model must answer without tools
   of: "",                         // the server, key and model that these belong to
   reading: null,                  // the promise of them
@@ -236,7 +236,8 @@ function groupOf(server, tools, on) {
   const all = element("input", {type: "checkbox", disabled: !tools.length, checked: tools.length > 0 && tools.every(({name}) => on.has(name)), onchange: () => choose(tools, all.checked)});
   const label = element("label", {className: "check"}, all, " ", element("b", {textContent: server.label}), " ",
     element("small", {textContent: server.state === "ready" ? plural(tools.length, TEXT.toolCounted, TEXT.toolsCounted) : [TEXT.toolStates[server.state] ?? server.state, server.reason].filter(Boolean).join(": ")}));
-  return element("section", {}, label, ...tools.map(tool => rowOf(tool, on)));
+  const notices = (server.notices ?? []).map(text => element("small", {className: "tool-notice", textContent: text}));
+  return element("section", {}, label, ...notices, ...tools.map(tool => rowOf(tool, on)));
 }
 
 function rowOf(tool, on) {

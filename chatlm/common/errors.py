@@ -6,6 +6,7 @@ import errno
 import importlib
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -113,8 +114,26 @@ def error_text(error: BaseException) -> str:
     return f"{'' if says_enough else type(error).__name__}: {error}".strip(": ")
 
 
+def public_text(error: BaseException) -> str:
+    """What a client may be told of an exception: the text of one of ours, else only its kind.
+
+    Texts of libraries have URLs with tokens in them, names of this machine, or what others have sent. They
+    are for the log, and for `error_text` where only the operator reads."""
+    if isinstance(error, ChatServerError):
+        return str(error)
+    if isinstance(error, OSError) and isinstance(error.errno, int) and error.errno > 0:
+        return os.strerror(error.errno)
+    return f"{type(error).__name__}; the server's log has the details"
+
+
+# what may follow a host in a URL: a query, which may have a token in it. The first group stays
+SECRET_OF_URL = r"(\b[A-Za-z][A-Za-z0-9+.-]{0,30}://)[^\s/@'\"<>]*@|(?<=[\w/])\?[\w.~%-]+=[^\s'\"<>)]*"
+
+
 def without_folders(text: str) -> str:
-    """Text for clients: paths of this machine are shortened to their last part."""
+    """Text for clients: paths of this machine are shortened to their last part, and URLs lose passwords and
+    queries."""
+    text = re.sub(SECRET_OF_URL, lambda found: found[1] or "", text)
     return re.sub(r"(?<![\w:/])~?(?:/[^/\s:;,'\"()]+)*/([^/\s:;,'\"()]+)", r"\1", text)
 
 

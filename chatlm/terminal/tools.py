@@ -66,8 +66,11 @@ class OwnTools:
             why = await why_unenforced(offered.function, tool_format, self.pool.admission)
             tools.append(ChatTool(offered.name, offered.label, offered.tool.description,
                                   offered.tool.parameters, offered.ask, offered.digest, not why))
-        troubles = [f"{server.config.label}: {server.state.value}, {server.reason}"
-                    for server in self.toolbox.servers if server.reason]
+        troubles = []
+        for server in self.toolbox.servers:
+            said = [*([f"{server.state.value}, {server.reason}"] if server.reason else []),
+                    *self.toolbox.notices(server)]
+            troubles += [f"{server.config.label}: {text}" for text in said]
         return tools, troubles
 
     async def call(self, tool: ChatTool, arguments: Mapping[str, Any]) -> ToolResult:
@@ -92,8 +95,11 @@ class ServersTools:
         tools = [ChatTool(tool["name"], tool["server"], tool.get("description") or "", tool["parameters"],
                           tool.get("ask") is not False, tool["digest"], tool.get("enforced") is True)
                  for tool in body.get("data") or () if isinstance(tool, dict)]
-        troubles = [f"{server.get('label')}: {server.get('state')}, {server.get('reason')}"
-                    for server in body.get("servers") or () if server.get("reason")]
+        troubles = []
+        for server in body.get("servers") or ():
+            reason = server.get("reason")
+            said = [*([f"{server.get('state')}, {reason}"] if reason else []), *(server.get("notices") or ())]
+            troubles += [f"{server.get('label')}: {text}" for text in said]
         return tools, troubles
 
     async def call(self, tool: ChatTool, arguments: Mapping[str, Any]) -> ToolResult:

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import fake_tools
+import hostile_tools
 from browsing import (SLOW_MS, answers, ask, button, expect, expect_accessible, expect_answered, needs_browser, open_page, started_server)
 
 pytestmark = needs_browser
@@ -16,7 +17,8 @@ pytestmark = needs_browser
 def tool_url(tmp_path_factory):
     config = tmp_path_factory.mktemp("tools") / "mcp.json"
     program = {"command": sys.executable, "args": [fake_tools.__file__], "cwd": str(config.parent)}  # where a model may name any file
-    config.write_text(json.dumps({"mcpServers": {"fake": program, "free": {**program, "alwaysAllow": ["add"]}, "lost": {"command": "no-such-program"}}}))
+    config.write_text(json.dumps({"mcpServers": {"fake": program, "free": {**program, "alwaysAllow": ["add"]}, "lost": {"command": "no-such-program"},
+                                                 "deep": {"command": sys.executable, "args": [hostile_tools.__file__, "deep-schema"]}}}))
     with started_server("--mcp-config", str(config), "--tool-rounds", "2", "--tool-result", "600", "--kv-cache-memory", "60M") as url:
         yield url
 
@@ -47,6 +49,7 @@ def test_tools_are_chosen_for_a_chat(page, tool_url, theme):
     button(page, "Tools").click()
     dialog = page.get_by_role("dialog", name="Tools")
     expect(dialog.get_by_text("no-such-program: No such file or directory")).to_be_visible()
+    expect(dialog.get_by_text("1 tool is left out (deep): its schema is nested more than 100 deep")).to_be_visible()
     expect_accessible(page, theme=theme)
     dialog.get_by_role("checkbox", name=re.compile("^add")).first.check()
     dialog.get_by_role("checkbox", name=re.compile("^free")).check()

@@ -46,8 +46,8 @@ def picture_bytes(value: Any, name: str) -> bytes:
     data = re.sub(r"\s+", "", data).translate({ord("-"): "+", ord("_"): "/"}).rstrip("=")
     try:
         return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise RequestError(f"{name} is not base64: {error}", param=name) from None
+    except (binascii.Error, ValueError):
+        raise RequestError(f"{name} is not base64", param=name) from None
 
 
 def sent_in(part: Any, name: str) -> tuple[Any, str] | None:

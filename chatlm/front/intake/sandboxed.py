@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # task -> the attribute of Tasks that runs it; Tasks itself runs all others
 PLACES = {**dict.fromkeys(("open", "read", "forget", "check_lines"), "bodies"), "extract": "documents",
-          "decode_picture": "pictures"}
+          "decode_picture": "pictures", "read_message": "messages", "read_call": "calls"}
 PREPARE_S = 5.0  # processor seconds a sandbox may take to compile a template or open a tokenizer
 
 
@@ -74,6 +74,16 @@ class Tasks:
     def pictures(self):
         from chatlm.front.api.picture_files import PictureTasks
         return PictureTasks()
+
+    @cached_property
+    def messages(self):
+        from chatlm.front.tools.reading import MessageTasks
+        return MessageTasks()
+
+    @cached_property
+    def calls(self):
+        from chatlm.front.api.tool_calls import CallTasks
+        return CallTasks()
 
     def prepare(self, name: str):
         """Do once what no task should pay for: jinja computes a template's constants when it compiles it."""

@@ -72,7 +72,8 @@ def checked_answer(message):
             raise ConfigError(text)
         case Crashed(error):
             log.error("the process for the hub failed: %s\n%s", error, message.traceback)
-            raise EngineFailure(f"the process for the hub failed: {error}")
+            kind = error.partition(":")[0]
+            raise EngineFailure(f"the process for the hub failed ({kind}); the server's log has the details")
     return message
 
 

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import ranks_per_replica
-from chatlm.common.errors import ConfigError, error_text
+from chatlm.common.errors import ConfigError, public_text
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import (
     RAY_PIPE, ActorAddress, ActorEnded, EndActor, Node, Nodes, RayConfig, StartActor, Unusable, WorkerConfig)
@@ -151,7 +151,7 @@ class RayNodes:
         try:
             reader = await asyncio.wait_for(actor.connect(address, self.settings.ray_tls), self.CONNECT_S)
         except (asyncio.IncompleteReadError, OSError, asyncio.TimeoutError) as error:
-            actor.reason = f"no connection to {address.host}:{address.port}: {error_text(error)}"
+            actor.reason = f"no connection to {address.host}:{address.port}: {public_text(error)}"
             raise ConnectionError(actor.reason) from None
         worker.writer = actor.writer
         settings = replace(self.settings, keys=(), api_key=(), num_workers=1)

@@ -245,7 +245,9 @@ class Upload:
                     raise RequestError("the form must have one file, called file", param="file")
         except (ValueError, AssertionError, EOFError, web.RequestPayloadError,
                 aiohttp.http.HttpProcessingError) as error:
-            raise RequestError(f"the form cannot be read: {visible(str(error))[:200]}") from None
+            log.debug("a form: %s", error)
+            raise RequestError("the form cannot be read: it is no complete multipart/form-data with the "
+                               "boundary of its Content-Type") from None
         return fields
 
     async def _timed(self, reading):

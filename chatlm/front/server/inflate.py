@@ -56,7 +56,7 @@ async def inflated(parts: AsyncIterator[bytes], encoding: str) -> AsyncGenerator
                 yield content
                 await asyncio.sleep(0)
                 more = bool(data) or len(content) == SLICE_BYTES and not stream.eof
-    except zlib.error as error:
-        raise RequestError(f"the body is not valid {encoding} data: {error}") from None
+    except zlib.error:
+        raise RequestError(f"the body is not valid {encoding} data") from None
     if stream is None or not stream.eof:
         raise RequestError(f"the body ends before its {encoding} data does")

@@ -31,8 +31,8 @@ async def arriving(http: web.Request) -> AsyncGenerator[bytes, None]:
         except asyncio.TimeoutError:
             raise RequestError(f"no part of the body arrived for {BODY_S:g} s",
                                status=408, code="body_timeout") from None
-        except web.RequestPayloadError as error:
-            raise RequestError(f"the body cannot be read: {error}") from None
+        except web.RequestPayloadError:
+            raise RequestError("the body cannot be read: it broke off, or its parts are not HTTP") from None
         if not part:
             return
         yield part

@@ -5,21 +5,26 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping, Sequence as Seq
+from functools import partial
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
-from chatlm.common.errors import Overloaded, RequestError, bad_value
+from chatlm.common.errors import ChatServerError, Overloaded, RequestError, bad_value
 from chatlm.common.jsontext import dump
-from chatlm.front.aio import end_tasks
+from chatlm.common.log import log
+from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.api.encode import frame
 from chatlm.front.api.enforcement import why_unenforced
 from chatlm.front.api.field_types import TEXT
 from chatlm.front.api.fields import A_TEXT, Field, list_schema, object_schema
+from chatlm.front.api.tool_calls import read_call, unpacked_call
 from chatlm.front.lazy import web
+from chatlm.front.server.bodies import note_ignored
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.routes import Api, Route
-from chatlm.front.server.streams import EventStream
-from chatlm.front.tools.toolbox import OfferedTool, Toolbox
+from chatlm.front.server.streams import EventStream, read_bytes
+from chatlm.front.tools.offers import OfferedTool
+from chatlm.front.tools.toolbox import Toolbox
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.tools.results import ToolResult
 
+CHECK_S = 5.0         # for checking the schemas of a list
 KNOWN_SCHEMAS = 4096  # whose enforcement is remembered
 
 
@@ -62,34 +68,61 @@ class ToolRoutes:
         pool = self._pool(http.query.get("model", ""))
         await self.toolbox.refresh()
         tools = [tool for tool in self.toolbox.offered().values() if is_usable(tool, patterns)]
-        described = [self._described(tool, await self._why_unenforced(tool, pool)) for tool in tools]
-        servers = [{"label": server.config.label, "state": server.state.value, "reason": server.reason}
+        reasons = await self._why_unenforced(tools, pool)
+        described = [self._described(tool, why) for tool, why in zip(tools, reasons)]
+        servers = [{"label": server.config.label, "state": server.state.value, "reason": server.reason,
+                    "notices": [*self.toolbox.notices(server)]}
                    for server in self.toolbox.servers if may_see(server.config.label, patterns)]
-        return json_response({"object": "list", "data": described, "servers": servers,
-                              "rounds": self.settings.tool_rounds})
+        head = dump({"object": "list", "servers": servers, "rounds": self.settings.tool_rounds})
+        return web.Response(body=b'%s, "data": [%s]}' % (head[:-1], b", ".join(described)),
+                            content_type="application/json")
 
-    def _described(self, offered: OfferedTool, why_unenforced: str) -> dict[str, Any]:
-        return {**offered.function, "object": "tool", "server": offered.label, "tool": offered.tool.name,
-                "title": offered.tool.title, "annotations": offered.tool.annotations,
-                "enforced": why_unenforced or True, "ask": offered.ask, "digest": offered.digest}
+    def _described(self, offered: OfferedTool, why_unenforced: str) -> bytes:
+        return offered.with_members({
+            "object": "tool", "server": offered.label, "tool": offered.tool.name,
+            "title": offered.tool.title, "annotations": offered.tool.annotations,
+            "enforced": why_unenforced or True, "ask": offered.ask, "digest": offered.digest})
 
     def _pool(self, model: str) -> WorkerPool | None:
         """The workers of the model whose calls will be enforced; None if it is not loaded."""
         served = self.catalogue.find(model, REQUEST_LOG.get().bound)
         return served.model.pool
 
-    async def _why_unenforced(self, offered: OfferedTool, pool: WorkerPool | None) -> str:
-        """Why a model's calls of this tool can't be held to its parameters; "" if they can."""
+    async def _why_unenforced(self, tools: Seq[OfferedTool], pool: WorkerPool | None) -> list[str]:
+        """Why a model's calls of each tool can't be held to its parameters; "" if they can.
+
+        Schemas are checked once, those of all servers side by side. What takes longer than CHECK_S is not
+        waited for: a tool server could else delay every list."""
         tokenizer = pool.tokenizer if pool else None
         if pool is None or tokenizer is None:
-            return "the model is not loaded"
-        key = (offered.digest, tokenizer.tool_format)
-        if key not in self.unenforced:
-            self.unenforced[key] = await why_unenforced(offered.function, tokenizer.tool_format,
-                                                        pool.admission)
+            return ["the model is not loaded"] * len(tools)
+        own: dict[str, list[OfferedTool]] = {}
+        for tool in tools:
+            if (tool.digest, tokenizer.tool_format) not in self.unenforced:
+                own.setdefault(tool.label, []).append(tool)
+        if own:
+            checks = [asyncio.ensure_future(supervised("checking the schemas of tools", partial(
+                self._check, label, unknown, pool, tokenizer.tool_format))) for label, unknown in own.items()]
+            try:
+                await asyncio.wait(checks, timeout=CHECK_S)
+            finally:
+                await end_tasks(checks)
+        return [self.unenforced.get((tool.digest, tokenizer.tool_format), "it has not been checked yet")
+                for tool in tools]
+
+    async def _check(self, label: str, tools: Seq[OfferedTool], pool: WorkerPool, tool_format: str | None):
+        """Check tools of one server, one after the other. What is wrong with one is said of that one."""
+        for tool in tools:
+            try:
+                why = await why_unenforced(tool.function, tool_format, pool.admission, label)
+            except ChatServerError as error:
+                why = str(error)
+            except Exception as error:
+                log.error("the schema of the tool %s: %s", tool.name, error, exc_info=error)
+                why = "its schema can't be read"
+            self.unenforced[tool.digest, tool_format] = why
             if len(self.unenforced) > KNOWN_SCHEMAS:
                 self.unenforced.popitem(last=False)
-        return self.unenforced[key]
 
     async def offered_to(self, http: web.Request, envelope: Envelope) -> bytes:
         """The tools of the servers that a body names, as far as its client may use them, as JSON for the
@@ -98,20 +131,20 @@ class ToolRoutes:
         for named in envelope.servers:
             self._check_named(named, patterns)
         pool = self._pool(envelope.model)
-        await self.toolbox.refresh()
+        await self.toolbox.refresh({named.label for named in envelope.servers})
         for named in envelope.servers:
             server = self.toolbox.server(named.label)
             if named.must_run and server and server.why_unready:
                 raise Overloaded(f"the tool server {named.label} does not run: {server.why_unready}",
                                  retry_after_s=5)
         labels = {named.label for named in envelope.servers}
-        found = []
-        for tool in self.toolbox.offered().values():
-            if tool.label in labels and is_usable(tool, patterns):
-                strict = not await self._why_unenforced(tool, pool)
-                found.append({**tool.function, "label": tool.label, "tool": tool.tool.name, "strict": strict,
-                              "read_only": tool.tool.only_reads, "ask": tool.ask, "digest": tool.digest})
-        return dump(found)
+        tools = [tool for tool in self.toolbox.offered().values()
+                 if tool.label in labels and is_usable(tool, patterns)]
+        reasons = await self._why_unenforced(tools, pool)
+        return b"[%s]" % b", ".join(tool.with_members({
+            "label": tool.label, "tool": tool.tool.name, "strict": not why,
+            "read_only": tool.tool.only_reads, "ask": tool.ask, "digest": tool.digest})
+            for tool, why in zip(tools, reasons))
 
     def _check_named(self, named: NamedServer, patterns: Seq[str]):
         """Raise RequestError for a server that there is not, or that a client may not use."""
@@ -132,10 +165,18 @@ class ToolRoutes:
         patterns = self.access.usable_tools(http)
         may_call = patterns and self.toolbox.servers
         with self.bodies.holding() as holding:
-            # 1 MiB of JSON may stop the event loop for 80 ms: only who may run programs here may send that
             most = LIMITS.tool_call_bytes if may_call else LIMITS.inline_bytes
-            values = await self.bodies.fields(http, holding, most)
+            values, ignored = await self._read_call(await read_bytes(http, holding, most))
+            note_ignored(ignored)
             return await self._call(http, values, patterns)
+
+    async def _read_call(self, raw: bytes | bytearray) -> tuple[dict[str, Any], str]:
+        """As `read_call` does; a large body is read in a sandbox."""
+        if len(raw) <= LIMITS.inline_bytes:
+            return read_call(raw)
+        packed: Any = await self.toolbox.reader.sandbox.perform(
+            f"key {REQUEST_LOG.get().client}", "read_call", bodies=[raw])
+        return unpacked_call(packed)
 
     async def _call(self, http: web.Request, values: Mapping[str, Any],
                     patterns: Seq[str]) -> web.StreamResponse:
@@ -221,7 +262,8 @@ A_TOOL = object_schema(
     enforced={"description": "true, or why calls can't be held to the parameters"},
     ask={"type": "boolean", "description": "whether a person should approve of each call"})
 A_LIST = object_schema(["data", "servers"], data=list_schema(A_TOOL), servers=list_schema(
-    object_schema(["label", "state"], label=A_TEXT, state=A_TEXT, reason=A_TEXT)))
+    object_schema(["label", "state"], label=A_TEXT, state=A_TEXT, reason=A_TEXT, notices=list_schema(
+        A_TEXT | {"description": "such as that tools are left out, and why"}))))
 TOOL_ROUTES: tuple[Route[ToolRoutes], ...] = (
     Route("GET", "/v1/tools", Api.OPENAI, ToolRoutes.handle_list,
           "the tools of --mcp-config that this client may use", query=(MODEL,), returns=A_LIST),

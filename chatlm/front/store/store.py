@@ -304,7 +304,7 @@ class Store:
         """The error that a client sees for one of SQLite's. Wrong use of SQLite is our own bug, and stays."""
         if isinstance(error, self.library.OperationalError):
             log.error("--database %s: %s", self.path, error)
-            return Overloaded(f"the server's database cannot be used now ({error})", retry_after_s=10)
+            return Overloaded("the server's database cannot be used now; its log says why", retry_after_s=10)
         if type(error) is self.library.DatabaseError:
             log.error("--database %s: %s", self.path, error)
             return EngineFailure("the server's database is damaged")

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence as Seq
 from contextlib import suppress
 from dataclasses import field
 from functools import partial
@@ -17,9 +18,11 @@ from typing import Any
 from chatlm import __version__
 from chatlm.common.records import record
 from chatlm.front.aio import supervised
+from chatlm.front.tools.foreign import header_properties
 from chatlm.front.tools.http import HttpRefusal, SessionLost, header_value
-from chatlm.front.tools.results import ToolResult, result_of_call
-from chatlm.front.tools.transport import Message, Refusal, ToolError, Transport
+from chatlm.front.tools.reading import Turns
+from chatlm.front.tools.results import ToolResult
+from chatlm.front.tools.transport import CallArguments, Message, Refusal, ToolError, Transport
 
 MODERN = "2026-07-28"
 LEGACY = "2025-11-25"  # the newest with a handshake; a server names an older one if it has only that
@@ -29,9 +32,11 @@ METHOD_NOT_FOUND = -32601
 PREFIX = "io.modelcontextprotocol/"
 ABOUT_US = {"name": "chat_server", "version": __version__}
 PROBE_S = 5.0   # a program that knows only legacy may answer nothing at all
+NOTIFY_S = 10.0  # for a notification to be taken; the answer to one is empty
 PAGES = 100     # of tools/list
 TOOLS = 1_000   # of one server
-NAME_CHARACTERS = 200
+LIST_BYTES = 1 << 20  # of all its tools, as JSON
+TOO_MANY = f"its list has more than {TOOLS:,} tools, or {LIST_BYTES:,} bytes"
 # A progress report: how far, of how much (None: unknown), and a text
 Report = Callable[[float, "float | None", str], None]
 
@@ -46,6 +51,12 @@ class Tool:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     annotations: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, packed: Seq[Any]) -> Tool:
+        """A tool as `foreign.read_tool` packs it."""
+        name, title, description, schema, annotations = packed
+        return cls(name, title, description, json.loads(schema), annotations)
+
     def hint(self, name: str, default: bool) -> bool:
         """An annotation, with the default that the protocol gives it."""
         value = self.annotations.get(name)
@@ -59,6 +70,16 @@ class Tool:
     def may_repeat(self) -> bool:
         """Whether it does no harm to call it again if nobody knows whether the first call was carried out."""
         return self.only_reads or self.hint("idempotentHint", False)
+
+
+@record
+class ToolList:
+    """What a server has answered to tools/list."""
+
+    packed: Seq[Seq[Any]]      # its tools, as `Tool.of` reads them
+    valid_s: float = 0.0       # how long the list stays valid (0: the server does not say)
+    left_out: Mapping[str, str] = field(default_factory=dict)  # why, by the names of tools that can't be used
+    note: str = ""             # what is odd about the list as a whole
 
 
 class ToolClient:
@@ -97,12 +118,10 @@ class ToolClient:
         self.transport.speak(MODERN, True)
         try:
             found = await self._request("server/discover", {}, timeout_s, modern=True)
-            versions = found.get("supportedVersions") if isinstance(found, dict) else None
-            self.is_modern = isinstance(versions, list) and MODERN in versions
+            self.is_modern = MODERN in found["supportedVersions"]
         except Refusal as error:
             if error.code == UNSUPPORTED_VERSION:
-                data = error.data if isinstance(error.data, dict) else {}
-                self.is_modern = MODERN in (data.get("supported") or ())
+                self.is_modern = MODERN in error.supported
             elif error.code in ERRORS_OF_MODERN:
                 raise
         except HttpRefusal as error:
@@ -117,56 +136,64 @@ class ToolClient:
         assert self.transport
         greeting = {"protocolVersion": LEGACY, "capabilities": {}, "clientInfo": ABOUT_US}
         found = await self._request("initialize", greeting, timeout_s)
-        version = found.get("protocolVersion") if isinstance(found, dict) else None
-        if not isinstance(version, str) or not re.fullmatch(r"\d{4}-\d\d-\d\d", version):
+        version = found["protocolVersion"]
+        if not re.fullmatch(r"\d{4}-\d\d-\d\d", version):
             raise ToolError("its answer to initialize names no revision of the protocol")
         self.transport.speak(version, False)
-        await self.transport.send({"jsonrpc": "2.0", "method": "notifications/initialized"})
+        await self._notify({"jsonrpc": "2.0", "method": "notifications/initialized"})
 
-    async def list_tools(self, timeout_s: float) -> tuple[list[Tool], float]:
-        """All tools, and for how many seconds the list stays valid (0: the server does not say).
+    async def list_tools(self, timeout_s: float) -> ToolList:
+        """All tools, within `timeout_s` for all pages. Of two tools with one name the first counts.
 
-        Of two tools with one name the first counts. Raises ToolError for lists that don't end."""
+        Raises ToolError for lists that don't end, and asyncio.TimeoutError."""
         self.listed_again.clear()
-        tools: dict[str, Tool] = {}
-        cursor = None
-        cursors: set[str] = set()
-        ttl_s = 0.0
+        return await asyncio.wait_for(self._all_pages(timeout_s), timeout_s)
+
+    async def _all_pages(self, timeout_s: float) -> ToolList:
+        packed: dict[str, Seq[Any]] = {}
+        left_out: dict[str, str] = {}
+        size = 0
+        turns = Turns()
+        cursor: str | int | None = None
+        cursors: set[str | int] = set()
         for _ in range(PAGES):
-            page = await self._request("tools/list", {"cursor": cursor} if cursor else {}, timeout_s)
-            if not isinstance(page, dict) or not isinstance(page.get("tools"), list):
-                raise ToolError("its answer to tools/list has no list of tools")
-            for described in page["tools"]:
-                tool = read_tool(described)
-                if tool:
-                    tools.setdefault(tool.name, tool)
-            if len(tools) > TOOLS:
-                raise ToolError(f"it has more than {TOOLS:,} tools")
-            ttl = page.get("ttlMs")
-            ttl_s = max(ttl, 0) / 1000 if isinstance(ttl, (int, float)) else 0.0
-            cursor = page.get("nextCursor")
-            if not cursor:
-                return [*tools.values()], ttl_s
-            if not isinstance(cursor, str) or cursor in cursors:
-                raise ToolError("its list of tools has no end: a cursor came twice")
+            page = await self._request("tools/list", {} if cursor is None else {"cursor": cursor}, timeout_s)
+            for tool in page["tools"]:
+                bytes_of_tool = sum(len(text) for text in tool[:4])
+                await turns.spend(bytes_of_tool)
+                if len(packed) < TOOLS and size + bytes_of_tool <= LIST_BYTES:
+                    packed.setdefault(tool[0], tool)
+                    size += bytes_of_tool
+                elif tool[0] not in packed and len(left_out) < TOOLS:
+                    left_out.setdefault(tool[0], TOO_MANY)
+            for name, why in page["left_out"]:
+                if len(left_out) < TOOLS:
+                    left_out.setdefault(name, why)
+            cursor = page["nextCursor"]
+            valid_s = page["ttlMs"] / 1000
+            if cursor is None:
+                return ToolList([*packed.values()], valid_s, left_out)
+            if cursor in cursors:
+                return ToolList([*packed.values()], valid_s, left_out,
+                                "its list of tools has no end: a cursor came twice")
             cursors.add(cursor)
         raise ToolError(f"its list of tools has more than {PAGES} pages")
 
-    async def call(self, tool: Tool, arguments: Mapping[str, Any], timeout_s: float,
+    async def call(self, tool: Tool, arguments: CallArguments, timeout_s: float,
                    report: Report | None = None) -> ToolResult:
         """Call a tool. An error that the server reports is a result too: the model reads it.
 
         Raises ToolError if there is no result, also after `timeout_s`, which progress does not extend. If the
         caller is cancelled, the server is told so."""
-        headers = parameter_headers(tool.parameters, arguments) if self.is_modern else {}
-        params = {"name": tool.name, "arguments": dict(arguments)}
+        headers = parameter_headers(tool.parameters, arguments.scalars) if self.is_modern else {}
+        params = {"name": tool.name, "arguments": arguments}
         try:
             found = await self._request("tools/call", params, timeout_s, report, headers=headers)
         except Refusal as error:
             return ToolResult(str(error), is_error=True)
         except asyncio.TimeoutError:
             raise ToolError(f"no answer within {timeout_s:g} s", unknown_outcome=True) from None
-        return result_of_call(found)
+        return ToolResult.unpacked(found)
 
     async def _request(self, method: str, params: Mapping[str, Any], timeout_s: float,
                        report: Report | None = None, modern: bool | None = None,
@@ -186,7 +213,7 @@ class ToolClient:
         try:
             return await asyncio.wait_for(self.transport.request(message, headers or {}), timeout_s)
         except (asyncio.TimeoutError, asyncio.CancelledError):
-            if method == "tools/call":
+            if method == "tools/call" and not self.transport.leaving_cancels:
                 self._later({"jsonrpc": "2.0", "method": "notifications/cancelled",
                              "params": {"requestId": number}})
             raise
@@ -194,11 +221,10 @@ class ToolClient:
             self.reports.pop(number, None)
 
     def hear(self, message: Message):
-        """A message of the server that is not a response."""
-        method = message.get("method")
-        params = message.get("params")
-        params = params if isinstance(params, dict) else {}
-        number = message.get("id")
+        """A message of the server that is not a response, as `foreign.heard` makes one."""
+        method = message["method"]
+        params = message["params"]
+        number = message["id"]
         if number is not None:  # a request: we have declared no capability, so only ping is answered
             answer: Message = {"jsonrpc": "2.0", "id": number}
             if method == "ping":
@@ -212,14 +238,9 @@ class ToolClient:
             self.listed_again.set()
 
     def _report(self, params: Mapping[str, Any]):
-        token = params.get("progressToken")
-        report = self.reports.get(token) if type(token) is int else None
-        progress = params.get("progress")
-        if report and isinstance(progress, (int, float)):
-            total = params.get("total")
-            text = params.get("message")
-            report(progress, total if type(total) in (int, float) else None,
-                   text[:500] if isinstance(text, str) else "")
+        report = self.reports.get(params.get("progressToken", 0))
+        if report and "progress" in params:
+            report(params["progress"], params.get("total"), params.get("message", ""))
 
     def _later(self, message: Message):
         """Send without waiting; a server that has gone needs no answer. Too many waiting answers are
@@ -232,50 +253,19 @@ class ToolClient:
         task.add_done_callback(self.answers.discard)
 
     async def _send_if_open(self, message: Message):
-        with suppress(ToolError):
-            if self.transport:
-                await self.transport.send(message)
+        with suppress(ToolError, asyncio.TimeoutError):
+            await self._notify(message)
+
+    async def _notify(self, message: Message):
+        """Send a message without an answer. A server that does not take it does not hold its connection."""
+        if self.transport:
+            await asyncio.wait_for(self.transport.send(message), NOTIFY_S)
 
     async def close(self):
         if self.transport:
             await self.transport.close()
         for task in self.answers:
             task.cancel()
-
-
-def read_tool(described: Any) -> Tool | None:
-    """A tool from tools/list; None for what is not one."""
-    if not isinstance(described, dict):
-        return None
-    name = described.get("name")
-    if not isinstance(name, str) or not name or len(name) > NAME_CHARACTERS:
-        return None
-    parameters = described.get("inputSchema")
-    parameters = parameters if isinstance(parameters, dict) else {"type": "object"}
-    if not has_usable_headers(parameters):
-        return None
-    annotations = described.get("annotations")
-    return Tool(name, text_of(described, "title"), text_of(described, "description"), parameters,
-                annotations if isinstance(annotations, dict) else {})
-
-
-def text_of(described: Mapping[str, Any], name: str) -> str:
-    value = described.get(name)
-    return value if isinstance(value, str) else ""
-
-
-def header_properties(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters whose values a modern HTTP server also wants as headers, with the headers' names."""
-    properties = parameters.get("properties")
-    if not isinstance(properties, dict):
-        return {}
-    return {name: schema["x-mcp-header"] for name, schema in properties.items()
-            if isinstance(schema, dict) and "x-mcp-header" in schema}
-
-
-def has_usable_headers(parameters: Mapping[str, Any]) -> bool:
-    return all(isinstance(header, str) and re.fullmatch(r"[A-Za-z0-9-]{1,100}", header)
-               for header in header_properties(parameters).values())
 
 
 def parameter_headers(parameters: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, str]:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence as Seq
 from dataclasses import field
+from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, quote, quote_plus, urlsplit
 
 from chatlm.common.errors import ConfigError, did_you_mean, shown
 from chatlm.common.records import record
+from chatlm.front.tools.rules import name_begin
 
 FILE_BYTES = 1 << 20
+SECRET_NAMES = r"key|token|secret|passw|auth|credential"
+LEAST_SECRET = 6     # characters; what is shorter would be found in any text
+SECRET_OF_PATH = 16  # of a part of a URL's path, where some servers have a token
 LABEL_CHARACTERS = 64
 MOST_SERVERS = 64
 # What each field does, for the error that names a field which is not known
@@ -29,7 +35,7 @@ REFUSED_FIELDS = {
 STDIO_TYPES = ("stdio",)
 HTTP_TYPES = ("http", "streamable-http", "streamableHttp")
 # ${NAME}, ${NAME:-default}, ${env:NAME}, and any other word in braces, which is refused
-A_VARIABLE = re.compile(r"\$\{([^{}]*)\}")
+A_VARIABLE = re.compile(r"\$\{([^{}]*)(\}?)")
 
 
 @record
@@ -46,6 +52,25 @@ class ServerConfig:
     allowed: frozenset[str] = frozenset()  # tools that run without asking; "*" stands for all
     trusts_read_only: bool = False  # so do those that say of themselves that they only read
     hidden: frozenset[str] = frozenset()  # tools that are not offered
+
+    def without_secrets(self, text: str) -> str:
+        """What is said of a failure, without what the file has as secrets: servers repeat URLs and headers
+        in their errors, and programs their variables."""
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
+        return text
+
+    @cached_property
+    def secrets(self) -> Seq[str]:
+        """Values of headers, the query and long parts of the path of the URL, and variables that are named
+        like secrets. The longest first."""
+        parts = urlsplit(self.url)
+        found = [value for _, value in parse_qsl(parts.query)]
+        found += [value for value in parts.path.split("/") if len(value) >= SECRET_OF_PATH]
+        found += [word for value in self.headers.values() for word in (value, *value.split())]
+        found += [value for name, value in self.env.items() if re.search(SECRET_NAMES, name, re.IGNORECASE)]
+        spellings = {spelt for value in found for spelt in (value, quote(value), quote_plus(value))}
+        return sorted((one for one in spellings if len(one) >= LEAST_SECRET), key=len, reverse=True)
 
     @property
     def warning(self) -> str:
@@ -106,7 +131,24 @@ def configs_in(config: Any, place: str, environment: Mapping[str, str]) -> list[
         raise ConfigError(f"{place}: it has {len(table)} servers, at most {MOST_SERVERS} are allowed")
     configs = [ConfigReader(f"{place}: server {shown(label)}", environment).read(label, fields)
                for label, fields in table.items()]
-    return [one for one in configs if one is not None]
+    found = [one for one in configs if one is not None]
+    check_names([one.label for one in found], place)
+    return found
+
+
+def check_names(labels: Seq[str], place: str):
+    """Raise ConfigError if tools of two servers could have one name, for a model or in tools= of a key."""
+    for first, second in combinations(labels, 2):
+        for begin, what in ((name_begin, "for a model"), (pattern_begin, "in tools= of a key")):
+            one, other = begin(first), begin(second)
+            if one.startswith(other) or other.startswith(one):
+                raise ConfigError(f"{place}: servers {shown(first)} and {shown(second)}: a tool of one could "
+                                  f"have the same name {what} as a tool of the other; name one otherwise")
+
+
+def pattern_begin(label: str) -> str:
+    """What the names of all its tools begin with in --api-key-file."""
+    return f"{label}."
 
 
 class ConfigReader:
@@ -239,6 +281,9 @@ class ConfigReader:
     def _filled(self, name: str, text: str) -> str:
         """The text with its variables. An error names the variable, never the text."""
         def value(found: re.Match) -> str:
+            if not found[2]:
+                raise self.error(f"{name} has ${{{found[1][:60]}, without the }} that ends it; a default can "
+                                 "have no braces")
             word = found[1].removeprefix("env:")
             variable, has_default, default = word.partition(":-")
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):

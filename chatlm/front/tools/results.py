@@ -5,16 +5,19 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from chatlm.common.errors import ChatServerError
-from chatlm.common.jsontext import as_json, whole_unicode
+from chatlm.common.jsontext import strict_json, whole_unicode
 from chatlm.common.records import record
 from chatlm.front.tools.transport import ToolError
 
 PICTURES = 8
 Decode = Callable[[bytes], Awaitable[object]]
+# of embedded files whose base64 is a text
+TEXT_TYPES = r"text/|application/(json|xml|javascript|yaml|toml)\b|[^;]+\+(json|xml)\b"
 PICTURE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")
 
 
@@ -45,6 +48,17 @@ class ToolResult:
     cut: int = 0  # characters that are missing in the middle of the text
     ms: int = 0   # that the call took
 
+    @property
+    def packed(self) -> dict[str, Any]:
+        """As a sandbox sends it."""
+        return {"text": self.text, "is_error": self.is_error, "cut": self.cut,
+                "pictures": [[picture.mime_type, picture.data] for picture in self.pictures]}
+
+    @classmethod
+    def unpacked(cls, packed: Mapping[str, Any]) -> ToolResult:
+        pictures = tuple(ToolPicture(*picture) for picture in packed["pictures"])
+        return cls(packed["text"], packed["is_error"], pictures, packed["cut"])
+
     def at_most(self, characters: int) -> ToolResult:
         """The result with its text cut in the middle, where it says so to the model."""
         if len(self.text) <= characters:
@@ -70,14 +84,15 @@ class ToolResult:
         return replace(self, text=text, pictures=tuple(pictures))
 
 
-def result_of_call(found: Any) -> ToolResult:
-    """The result of tools/call. Raises ToolError for what is none, and for servers that want to ask back."""
+def result_of_call(found: Any, characters: int) -> ToolResult:
+    """The result of tools/call, with at most so many characters of text. Raises ToolError for what is none,
+    and for servers that want to ask back."""
     if not isinstance(found, dict):
         raise ToolError("its answer to tools/call is not an object")
     if found.get("resultType", "complete") != "complete":
         raise ToolError("it wants to ask the user something, which this server does not support")
     content = found.get("content")
-    texts = []
+    texts = [content] if isinstance(content, str) else []
     pictures = []
     for part in content if isinstance(content, list) else []:
         if not isinstance(part, dict):
@@ -89,16 +104,37 @@ def result_of_call(found: Any) -> ToolResult:
         elif text := text_of_part(part):
             texts.append(text)
     if not texts and "structuredContent" in found:
-        texts.append(as_json(found["structuredContent"]))
-    text = "\n".join(texts)
-    return ToolResult(whole_unicode(text), found.get("isError") is True, tuple(pictures))
+        texts.append(structured(found["structuredContent"]))
+    text = whole_unicode("\n".join(texts))
+    return ToolResult(text, found.get("isError") is True, tuple(pictures)).at_most(characters)
+
+
+def structured(content: Any) -> str:
+    try:
+        return strict_json(content)
+    except RecursionError:
+        raise ToolError("its answer is nested too deeply", unknown_outcome=True) from None
+    except ValueError:
+        raise ToolError("its answer has NaN or Infinity, which JSON does not have",
+                        unknown_outcome=True) from None
 
 
 def picture_of(part: Mapping[str, Any]) -> ToolPicture | None:
-    data = part.get("data")
-    mime_type = part.get("mimeType")
-    if part.get("type") != "image" or not isinstance(data, str) or mime_type not in PICTURE_TYPES:
+    """The picture that a part of the content is, as an image or as an embedded file."""
+    if part.get("type") == "image":
+        return picture_in(part.get("data"), part.get("mimeType"))
+    resource = part.get("resource")
+    if part.get("type") == "resource" and isinstance(resource, dict):
+        return picture_in(resource.get("blob"), resource.get("mimeType"))
+    return None
+
+
+def picture_in(data: Any, mime_type: Any) -> ToolPicture | None:
+    mime_type = "image/jpeg" if mime_type == "image/jpg" else mime_type
+    if not isinstance(data, str) or mime_type not in PICTURE_TYPES:
         return None
+    if data.startswith("data:"):  # some servers write what a page would show
+        data = data.partition(";base64,")[2]
     data = "".join(data.split())
     is_base64 = re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", data) and len(data) % 4 == 0
     return ToolPicture(mime_type, data) if is_base64 else None
@@ -111,13 +147,27 @@ def text_of_part(part: Mapping[str, Any]) -> str:
         text = part.get("text")
         return text if isinstance(text, str) else ""
     if kind == "resource_link":
-        return f"[{part.get('name', 'resource')}: {part.get('uri')}]"
+        return f"[{brief(part.get('name', 'resource'))}: {brief(part.get('uri'))}]"
     if kind == "resource":
         resource = part.get("resource")
-        resource = resource if isinstance(resource, dict) else {}
-        if isinstance(resource.get("text"), str):
-            return resource["text"]
-        return f"[{resource.get('uri', 'a resource')}, which is not text]"
+        return text_of_resource(resource if isinstance(resource, dict) else {})
     if kind in ("image", "audio"):
-        return f"[{kind} of type {part.get('mimeType')}]"
-    return f"[content of an unknown type: {str(kind)[:40]}]"
+        return f"[{kind} of type {brief(part.get('mimeType'))}]"
+    return f"[content of an unknown type: {brief(kind)[:40]}]"
+
+
+def text_of_resource(resource: Mapping[str, Any]) -> str:
+    """An embedded file: its text, also where it is sent as base64."""
+    if isinstance(resource.get("text"), str):
+        return resource["text"]
+    mime_type = resource.get("mimeType")
+    blob = resource.get("blob")
+    if isinstance(mime_type, str) and isinstance(blob, str) and re.match(TEXT_TYPES, mime_type):
+        with suppress(ValueError):
+            return base64.b64decode(blob).decode("utf-8", "replace")
+    return f"[{brief(resource.get('uri', 'a resource'))}, which is not text]"
+
+
+def brief(value: Any) -> str:
+    """What should be a short text, in words for a model."""
+    return value[:2000] if isinstance(value, str) else "-" if value is None else type(value).__name__

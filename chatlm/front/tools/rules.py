@@ -4,11 +4,12 @@ model is told instead. Also the names of tools for a model."""
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
+
+from chatlm.common.jsontext import read_json
 
 EQUAL_CALLS = 2  # of one question; then the model is told to use the result that it has
 NAME_CHARACTERS = 64
@@ -30,7 +31,7 @@ UNSEEN_PICTURES = "[You are not shown the pictures of this result.]"
 def arguments_of(text: str) -> dict[str, Any] | None:
     """The arguments of a call; None if they are not a complete JSON object."""
     try:
-        arguments = json.loads(text)
+        arguments = read_json(text)
     except (ValueError, RecursionError):
         return None
     return arguments if isinstance(arguments, dict) else None
@@ -48,6 +49,11 @@ def why_not_run(name: str, arguments: str, earlier: Iterable[tuple[str, str]]) -
 def denied(reason: str = "") -> str:
     """What the model is told of a call that the user has denied."""
     return f"{DENIED} They say: {reason}" if reason else DENIED
+
+
+def name_begin(label: str) -> str:
+    """What the names of all tools of a server begin with, for a model."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", f"{label}__")[:NAME_CHARACTERS - 9]
 
 
 def model_name(label: str, tool: str) -> str:

@@ -13,8 +13,9 @@ from chatlm.common.log import log
 from chatlm.common.processes.start import PROCESS_COMMAND, exit_in_words
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.tools.config import ServerConfig
-from chatlm.front.tools.transport import (
-    MESSAGE_BYTES, Hear, Message, ServerGone, messages_in, result_of)
+from chatlm.front.tools.foreign import Unreadable
+from chatlm.front.tools.reading import Lines, LineTooLong, Reader, Turns, slices
+from chatlm.front.tools.transport import MESSAGE_BYTES, Hear, Message, ServerGone, packed, result_of
 
 KEPT_VARIABLES = ("HOME", "PATH", "LANG", "USER", "TMPDIR")
 # Which our own Python needs besides
@@ -33,13 +34,18 @@ def variables(*names: str) -> dict[str, str]:
 class StdioTransport:
     """A running program, with requests that wait for their responses."""
 
-    def __init__(self, process: asyncio.subprocess.Process, lifeline: int, hear: Hear, label: str):
+    leaving_cancels = False
+
+    def __init__(self, process: asyncio.subprocess.Process, lifeline: int, hear: Hear, label: str,
+                 reader: Reader):
         """lifeline: our end of the guard's pipe; closing it ends the program."""
         self.process = process
         self.lifeline: int | None = lifeline
         self.hear = hear
         self.label = label
+        self.reader = reader
         self.waiting: dict[int, asyncio.Future] = {}  # by the id of the request
+        self.methods: dict[int, str] = {}             # of the same
         self.stderr = ""
         self.reason: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.draining = asyncio.ensure_future(supervised("reading a tool server's log", self._drain_stderr))
@@ -47,23 +53,27 @@ class StdioTransport:
         self.writing = asyncio.Lock()
 
     @classmethod
-    async def start(cls, config: ServerConfig, hear: Hear) -> StdioTransport:
+    async def start(cls, config: ServerConfig, hear: Hear, reader: Reader) -> StdioTransport:
         """Start the program in its guard."""
         theirs, ours = os.pipe()
         try:
             process = await asyncio.create_subprocess_exec(
                 *PROCESS_COMMAND, "guard", str(theirs), pass_fds=[theirs], start_new_session=True,
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-                env=variables(*KEPT_VARIABLES, *PYTHON_VARIABLES), limit=MESSAGE_BYTES)
+                env=variables(*KEPT_VARIABLES, *PYTHON_VARIABLES), limit=READ_BYTES)
         except BaseException:
             os.close(ours)
             raise
         finally:
             os.close(theirs)
-        transport = cls(process, ours, hear, config.label)
+        transport = cls(process, ours, hear, config.label, reader)
         env = variables(*KEPT_VARIABLES) | dict(config.env)  # never our keys and tokens
         wanted = {"command": config.command, "env": env, "cwd": config.cwd}
-        await asyncio.to_thread(write_all, ours, dump(wanted) + b"\n")
+        try:
+            await asyncio.to_thread(write_all, ours, dump(wanted) + b"\n")
+        except BaseException:
+            await transport.close()
+            raise
         return transport
 
     def speak(self, version: str, is_modern: bool):
@@ -72,11 +82,13 @@ class StdioTransport:
     async def request(self, message: Message, headers: Mapping[str, str]) -> Any:
         response = asyncio.get_running_loop().create_future()
         self.waiting[message["id"]] = response
+        self.methods[message["id"]] = message["method"]
         try:
             await self.send(message)
             return result_of(await response)
         finally:
             del self.waiting[message["id"]]
+            del self.methods[message["id"]]
 
     async def send(self, message: Message):
         if self.reason.done():
@@ -84,7 +96,7 @@ class StdioTransport:
         assert self.process.stdin
         try:
             async with self.writing:  # a program that does not read holds up only its own callers
-                self.process.stdin.write(dump(message) + b"\n")
+                self.process.stdin.write(packed(message) + b"\n")
                 await self.process.stdin.drain()
         except (OSError, RuntimeError):
             raise ServerGone(await self.ended()) from None
@@ -96,28 +108,38 @@ class StdioTransport:
         """Read messages until the program's output ends or breaks the rules, then fail all who wait."""
         assert self.process.stdout
         why = ""
+        turns = Turns()
+        lines = Lines(MESSAGE_BYTES)
         try:
-            while line := await self.process.stdout.readline():
-                self._take(line)
-        except ValueError:  # a line longer than `limit`
+            while part := await self.process.stdout.read(READ_BYTES):
+                for piece in slices(part):
+                    await turns.spend(len(piece))
+                    for line in lines.take(piece):
+                        if line.strip():
+                            await self._take(line, turns)
+        except LineTooLong:
             why = f"it wrote a line of more than {MESSAGE_BYTES:,} bytes"
-        except OSError as error:
+        except Unreadable as error:
             why = str(error)
+        except OSError as error:
+            why = f"its output can't be read: {error.strerror}"
         self._let_go()
         if not why:
             why = await self._exit_in_words()
         self._end(why)
+        with suppress(OSError):  # what it still writes, until it has ended: else its pipe would stay open
+            while part := await self.process.stdout.read(READ_BYTES):
+                await turns.spend(len(part))
 
-    def _take(self, line: bytes):
-        messages = messages_in(line)
+    async def _take(self, line: bytes, turns: Turns):
+        messages = await self.reader.read(self.label, line, self.methods, turns)
         if not messages:
-            log.debug("tool server %s wrote a line that is no message: %.200r", self.label, line)
+            log.debug("tool server %s wrote a line that is no message: %r", self.label, line[:200])
         for message in messages:
             if "method" in message:
                 self.hear(message)
                 continue
-            number = message.get("id")
-            response = self.waiting.get(number) if type(number) is int else None
+            response = self.waiting.get(message["id"])
             if response and not response.done():  # an answer that is late or comes twice is ignored
                 response.set_result(message)
 
@@ -133,7 +155,9 @@ class StdioTransport:
 
     async def _drain_stderr(self):
         assert self.process.stderr
+        turns = Turns()
         while part := await self.process.stderr.read(READ_BYTES):
+            await turns.spend(len(part))
             text = part.decode("utf-8", "replace")
             self.stderr = (self.stderr + text)[-STDERR_CHARACTERS:]
             log.debug("tool server %s: %s", self.label, text.rstrip())

@@ -3,69 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence as Seq
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.jsontext import as_json
+from chatlm.common.errors import printable
 from chatlm.common.lanes import Lanes
 from chatlm.common.log import log
-from chatlm.common.records import record
-from chatlm.front.tools.client import Report, Tool
+from chatlm.front.tools.client import Report
 from chatlm.front.tools.config import ServerConfig, read_mcp_config
+from chatlm.front.tools.offers import OfferedTool, chosen, notices_of, sorted_by_name
+from chatlm.front.tools.reading import Reader
 from chatlm.front.tools.results import ToolResult
-from chatlm.front.tools.rules import model_name
 from chatlm.front.tools.server import State, ToolServer
-from chatlm.front.tools.transport import ToolError
+from chatlm.front.tools.transport import CallArguments, ToolError
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
 
-MOST_TOOLS = 128
-MOST_BYTES = 256 << 10  # of their names, descriptions and schemas, as JSON
 CALLS_OF_A_CLIENT = 8
 CALLS = 32
-FIRST_LIST_S = 10.0  # a list waits so long for servers that are starting
-
-
-@record
-class OfferedTool:
-    """A tool as a model and a page see it."""
-
-    name: str  # for the model
-    server: ToolServer
-    tool: Tool
-    ask: bool  # whether a person must approve each call
-
-    @property
-    def label(self) -> str:
-        return self.server.config.label
-
-    @property
-    def digest(self) -> str:
-        """Of what a person approves: another description is another tool."""
-        tool = self.tool
-        said = as_json([self.label, tool.name, tool.title, tool.description, tool.parameters,
-                        tool.annotations])
-        return hashlib.sha256(said.encode("utf-8", "replace")).hexdigest()[:16]
-
-    @property
-    def function(self) -> dict[str, Any]:
-        """The function as in `tools` of a request."""
-        description = self.tool.description or self.tool.title
-        return {"name": self.name, "description": description, "parameters": self.tool.parameters}
-
-
-def asks(config: ServerConfig, tool: Tool) -> bool:
-    """Whether a person must approve a call. What a tool says of itself counts only if the operator trusts the
-    server."""
-    if {"*", tool.name} & config.allowed:
-        return False
-    return not (config.trusts_read_only and tool.only_reads)
 
 
 class CallLimits:
@@ -115,10 +75,14 @@ class Toolbox:
     """The tools of all servers of --mcp-config. Without the flag there are none."""
 
     def __init__(self, configs: Iterable[ServerConfig], timeout_s: float, result_characters: int):
-        self.servers = [ToolServer(config) for config in configs]
+        self.reader = Reader(result_characters)
+        self.servers = [ToolServer(config, self.reader) for config in configs]
         self.timeout_s = timeout_s
         self.result_characters = result_characters
         self.limits = CallLimits()
+        self.current: object = None                   # the lists that the next two were made of
+        self.by_name: dict[str, OfferedTool] = {}     # what is offered
+        self.told: dict[str, list[str]] = {}          # notices about each server, by label
         self.outcomes: Counter[tuple[str, str]] = Counter()  # calls by server and outcome
         self.seconds: dict[str, float] = {}                  # that calls have taken, by server
 
@@ -139,34 +103,50 @@ class Toolbox:
             server.start()
 
     async def close(self):
-        await asyncio.gather(*(server.close() for server in self.servers))
+        await asyncio.gather(*(server.close() for server in self.servers), self.reader.close())
 
-    async def refresh(self):
-        """Wait a while for servers that are starting, and renew lists that are no longer valid."""
-        await asyncio.gather(*(server.settled(FIRST_LIST_S) for server in self.servers))
-        await asyncio.gather(*(server.refresh() for server in self.servers))
+    async def refresh(self, labels: Iterable[str] | None = None):
+        """Wait a while for servers that are starting, and renew lists that are no longer valid.
+
+        labels: of the servers that somebody wants; None: all."""
+        wanted = [server for server in self.servers if labels is None or server.config.label in labels]
+        await asyncio.gather(*(server.settled() for server in wanted))
+        await asyncio.gather(*(server.refresh() for server in wanted))
 
     def offered(self) -> dict[str, OfferedTool]:
-        """The tools of running servers by their names for a model, sorted: prompts then begin alike.
+        """The tools of running servers by their names for a model, sorted. Each server has its share of
+        MOST_TOOLS and OFFERED_BYTES; what is above is left out, as `notices` say."""
+        current = [(server.state, server.lists) for server in self.servers]
+        if current != self.current:
+            self.current = current
+            self._choose()
+        return {**self.by_name}
 
-        At most MOST_TOOLS with MOST_BYTES; what is above is left out."""
-        found = {}
-        size = 0
-        for server in sorted(self.servers, key=lambda one: one.config.label):
-            for tool in sorted(server.tools.values(), key=lambda one: one.name):
-                if server.state is not State.READY:
-                    continue
-                name = model_name(server.config.label, tool.name)
-                offered = OfferedTool(name, server, tool, asks(server.config, tool))
-                size += len(as_json(offered.function))
-                if len(found) < MOST_TOOLS and size <= MOST_BYTES:
-                    found[offered.name] = offered
-        return dict(sorted(found.items()))
+    def _choose(self):
+        ready = [server for server in self.servers if server.state is State.READY]
+        ready.sort(key=lambda one: one.config.label)
+        offered, no_room = chosen([server.offers for server in ready])
+        self.by_name = sorted_by_name(offered)
+        for server, names in zip(ready, no_room):
+            label = server.config.label
+            notices = [printable(notice) for notice in notices_of(
+                [*names, *server.no_room], server.left_out, server.note)]
+            if notices != self.told.get(label, []):
+                self.told[label] = notices
+                if notices:  # a line of its own: the log counts lines of one wording together
+                    log.warning("tool server " + label.replace("%", "%%") + ": %s", "; ".join(notices))
 
-    async def call(self, offered: OfferedTool, arguments: Mapping[str, Any], client: str,
+    def notices(self, server: ToolServer) -> Seq[str]:
+        """What is missing of a server's tools, and what is odd about its list."""
+        self.offered()
+        return self.told.get(server.config.label, []) if server.state is State.READY else []
+
+    async def call(self, offered: OfferedTool, arguments: Mapping[str, Any] | CallArguments, client: str,
                    report: Report | None = None) -> ToolResult:
         """Call a tool for a client, with a text that is cut to --tool-result. What goes wrong is a result
         too: the model reads it."""
+        if not isinstance(arguments, CallArguments):
+            arguments = CallArguments.of(arguments)
         async with self.limits.turn(client):
             began_s = time.monotonic()
             outcome = "cancelled"
@@ -174,8 +154,10 @@ class Toolbox:
             try:
                 result = await offered.server.call(offered.tool, arguments, self.timeout_s, report)
                 outcome = "error" if result.is_error else "ok"
+                if result.is_error:  # it may name the URL or the header that a server did not like
+                    result = replace(result, text=offered.server.config.without_secrets(result.text))
             except ToolError as error:
-                text = f"{error}."
+                text = offered.server.config.without_secrets(f"{error}.")[:self.result_characters]
                 if error.unknown_outcome:
                     text += " The call may have been carried out: the outcome is unknown."
                 result = ToolResult(text, is_error=True)
@@ -186,4 +168,4 @@ class Toolbox:
                 self.seconds[offered.label] = self.seconds.get(offered.label, 0.0) + seconds
                 log.info("tool %s.%s for %s: %s, %.0f ms, %d bytes", offered.label, offered.tool.name,
                          client or "-", outcome, 1000 * seconds, len(result.text.encode("utf-8", "replace")))
-        return replace(result.at_most(self.result_characters), ms=round(1000 * seconds))
+        return replace(result, ms=round(1000 * seconds))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence as Seq
+from itertools import islice
 from typing import Any, Protocol
 
+from chatlm.common.jsontext import dump
+from chatlm.common.records import record
+
 MESSAGE_BYTES = 4 << 20  # of one message of a tool server
+MOST_SCALARS = 1_000       # of a call
+HEADER_CHARACTERS = 1_000  # of an argument that is also sent as a header
 Message = dict[str, Any]
 Hear = Callable[[Message], None]  # gets each message that is not the response to a request
 
@@ -28,21 +33,11 @@ class ServerGone(ToolError):
 class Refusal(ToolError):
     """The tool server answered with a JSON-RPC error."""
 
-    def __init__(self, code: int, text: str, data: Any = None):
+    def __init__(self, code: int, text: str, supported: Seq[str] = ()):
+        """supported: the revisions that it speaks, if that is what the error is about."""
         super().__init__(text)
         self.code = code
-        self.data = data
-
-    @classmethod
-    def of(cls, error: Any) -> Refusal:
-        """The `error` member of a response, which may be anything."""
-        if not isinstance(error, dict):
-            return cls(0, "an error that is not an object")
-        code = error.get("code")
-        text = error.get("message")
-        if not isinstance(text, str):
-            text = "an error without a text"
-        return cls(code if type(code) is int else 0, text, error.get("data"))
+        self.supported = supported
 
 
 class Transport(Protocol):
@@ -57,6 +52,11 @@ class Transport(Protocol):
     async def send(self, message: Message):
         """Send a notification, or the response to a request of the tool server."""
 
+    @property
+    def leaving_cancels(self) -> bool:
+        """Whether a request whose caller has left is cancelled by that alone, without a notification."""
+        ...
+
     def speak(self, version: str, is_modern: bool):
         """From now on messages are of this revision of the protocol."""
 
@@ -68,19 +68,37 @@ class Transport(Protocol):
         """End the connection, and the program if there is one."""
 
 
-def messages_in(data: bytes) -> list[Message]:
-    """The messages of a JSON text: one, or a list, as revision 2025-03-26 has it; none if it is anything
-    else."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return []
-    values = value if isinstance(value, list) else [value]
-    return [message for message in values if isinstance(message, dict)]
+@record
+class CallArguments:
+    """The arguments of a call: JSON text, which nobody here reads again, and those that a header can have."""
+
+    text: bytes
+    scalars: Mapping[str, str | int | float | bool]
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> CallArguments:
+        scalars = ((name, value) for name, value in arguments.items()
+                   if isinstance(value, (str, int, float)) and len(str(value)) <= HEADER_CHARACTERS)
+        return cls(dump(arguments), dict(islice(scalars, MOST_SCALARS)))
+
+
+def packed(message: Message) -> bytes:
+    """A message as JSON on one line."""
+    params = message.get("params")
+    arguments = params.get("arguments") if isinstance(params, dict) else None
+    if params is None or not isinstance(arguments, CallArguments):
+        return dump(message)
+    head = dump({name: value for name, value in message.items() if name != "params"})
+    others = dump({name: value for name, value in params.items() if name != "arguments"})
+    return b'%s, "params": %s, "arguments": %s}}' % (head[:-1], others[:-1], arguments.text)
 
 
 def result_of(response: Message) -> Any:
-    """The result in a response. Raises Refusal if it is an error."""
+    """The result in a response, as `foreign.condensed` makes one. Raises Refusal if it is an error, and
+    ToolError if it can't be used."""
+    if "failed" in response:
+        raise ToolError(response["failed"], unknown_outcome=response["unknown_outcome"])
     if "error" in response:
-        raise Refusal.of(response["error"])
-    return response.get("result")
+        error = response["error"]
+        raise Refusal(error["code"], error["message"], error["supported"])
+    return response["result"]

@@ -6,6 +6,7 @@ import pytest
 
 from chatlm.common.errors import ConfigError
 from chatlm.front.tools.config import read_mcp_config
+from chatlm.front.tools.rules import model_name
 
 VARIABLES = {"TOKEN": "secret-token", "EMPTY": ""}
 
@@ -73,3 +74,34 @@ def test_what_is_wrong_is_named_in_one_line(tmp_path, text, words):
 def test_a_missing_file_is_named():
     with pytest.raises(ConfigError, match="No such file"):
         read_mcp_config("/nonexistent/mcp.json")
+
+
+@pytest.mark.parametrize("value", ["${A:-{x}}", "${A:-${B}}", "x ${A", "${A:-{}", "${{A}}", "${A:-{x}} ${HOME}"])
+@pytest.mark.parametrize("place", ["args", "env", "headers", "url"])
+def test_a_variable_that_can_t_be_filled_in_is_refused(tmp_path, value, place):
+    """It would be passed on as it is."""
+    fields = {"args": {"command": "c", "args": [value]}, "env": {"command": "c", "env": {"X": value}},
+              "headers": {"url": "http://h/", "headers": {"X": value}}, "url": {"url": f"http://h/{value}"}}
+    path = tmp_path / "mcp.json"
+    path.write_text(json.dumps({"mcpServers": {"a": fields[place]}}))
+    with pytest.raises(ConfigError, match="without the } that ends it|can't fill in"):
+        read_mcp_config(str(path), {"A": "1", "HOME": "/h"})
+
+
+@pytest.mark.parametrize("labels", [
+    ("a", "a__b"), ("a", "a_"), ("a.b", "a_b"), ("a b", "a.b"), ("x" * 60, "x" * 61), ("a", "a.b"),
+    ("x" * 55 + "1", "x" * 55 + "2")])
+def test_labels_whose_tools_could_have_one_name_are_refused(tmp_path, labels):
+    path = tmp_path / "mcp.json"
+    path.write_text(json.dumps({"mcpServers": {label: {"command": "c"} for label in labels}}))
+    with pytest.raises(ConfigError, match="could have the same name"):
+        read_mcp_config(str(path))
+
+
+@pytest.mark.parametrize("labels", [("time", "time_zone"), ("a", "ab", "a-b"), ("a_b", "a"), ("A", "a")])
+def test_other_labels_go_together(tmp_path, labels):
+    path = tmp_path / "mcp.json"
+    path.write_text(json.dumps({"mcpServers": {label: {"command": "c"} for label in labels}}))
+    assert len(read_mcp_config(str(path))) == len(labels)
+    names = {model_name(label, tool) for label in labels for tool in ("x", "b__x", "_x", ".x", "b.x")}
+    assert len(names) == 5 * len(labels)

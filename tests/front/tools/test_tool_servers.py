@@ -16,7 +16,8 @@ import fake_tools
 from chatlm.front.tools import client as clients, server as servers, stdio
 from chatlm.front.tools.config import configs_in
 from chatlm.front.tools.server import State
-from chatlm.front.tools.toolbox import Toolbox, model_name
+from chatlm.front.tools.rules import model_name
+from chatlm.front.tools.toolbox import Toolbox
 
 FAKE = str(Path(fake_tools.__file__))
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -84,11 +85,18 @@ async def test_tools_of_a_program_run(faults, monkeypatch):
 
 
 @pytest.mark.parametrize("faults, reason", [
-    (["dies"], "no licence found"), (["endless-pages"], "more than 100 pages"), (["one-cursor"], "a cursor came twice"), (["no-list"], "no list of tools")])
+    (["dies"], "no licence found"), (["endless-pages"], "more than 100 pages"), (["no-list"], "no list of tools")])
 async def test_a_server_that_fails_says_why(faults, reason):
     async with opened(*faults) as box:
         assert box.servers[0].state is State.FAILED and reason in box.servers[0].reason
         assert box.offered() == {}
+
+
+async def test_a_cursor_that_comes_again_ends_the_list_and_is_told():
+    async with opened("one-cursor") as box:
+        [server] = box.servers
+        assert [*box.offered()] == ["fake__add"] and server.state is State.READY
+        assert box.notices(server) == ["its list of tools has no end: a cursor came twice"]
 
 
 async def test_a_server_that_says_nothing_fails(monkeypatch):
@@ -330,7 +338,7 @@ async def test_a_lost_session_begins_again():
     server.shutdown()
 
 
-@pytest.mark.parametrize("faults, reason", [(["redirects"], "a redirect, which is not followed"), (["unauthorized"], "it wants a token")])
+@pytest.mark.parametrize("faults, reason", [(["redirects"], "a redirect to http://127.0.0.1:9, which is not followed"), (["unauthorized"], "it wants a token")])
 async def test_a_url_that_refuses_is_explained(faults, reason):
     server, handler = fake_http_tools.http_server(*faults)
     async with Opened(toolbox(fake={"url": f"http://127.0.0.1:{server.server_port}/mcp"})) as box:
