@@ -49,7 +49,7 @@ ASK = {"messages": [{"role": "user", "content": "Weather in Rome?"}], "tools": [
 
 @pytest.fixture(scope="module")
 def tokenizer(default_model_path):
-    return open_tokenizer(replace(load(default_model_path).text, chat_template=TEMPLATE))
+    return open_tokenizer(replace(load(default_model_path).text, chat_template=TEMPLATE, system=None))
 
 
 @pytest.fixture

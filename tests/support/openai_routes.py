@@ -6,6 +6,8 @@ import urllib.request
 
 import pytest
 
+# what the default model's template adds itself, and the server in its place does not
+TEMPLATE_SYSTEM = {"role": "system", "content": "You are a helpful AI assistant named SmolLM, trained by Hugging Face"}
 HI = [{"role": "user", "content": "What is the capital of Japan?"}]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 

@@ -149,8 +149,8 @@ SAMPLING_KEYS = {  # ours -> the names in generation_config.json and GGUF's gene
 # of the default model, whose file says nothing: with its authors' temperature of 0.2 and top_p of 0.9 four of
 # ten everyday answers go round in circles (bench/RESULTS.md, "Answers that end")
 DEFAULT_SAMPLING = {"temperature": 0.3, "min_p": 0.1, "frequency_penalty": 0.2, "presence_penalty": 0.2}
-# its template's own prompt costs it facts (the same, "Everyday facts")
-DEFAULT_SYSTEM = ""
+# with its template's own, it rambles about the capital of France (the same, "Everyday facts")
+DEFAULT_SYSTEM = "You are a helpful AI assistant."
 
 
 def own_sampling(path: Path, stated: Mapping, prefix: str = "") -> dict:
@@ -177,7 +177,7 @@ def own_sampling(path: Path, stated: Mapping, prefix: str = "") -> dict:
 
 def own_system(path: Path) -> str | None:
     """The system prompt of conversations that send none, `TextSpec.system`."""
-    return DEFAULT_SYSTEM if path.name == DEFAULT_FILE else None
+    return DEFAULT_SYSTEM if Path(path).name == DEFAULT_FILE else None
 
 
 def suppressed_in(path: Path, key: str, stated, vocab_size: int) -> frozenset[int]:

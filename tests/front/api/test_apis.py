@@ -43,6 +43,7 @@ from chatlm.front.server.describe import OLLAMA_VERSION, bare_id
 from chatlm.worker.engine.grammar import Grammar
 from answers import said, thought
 from fake_pool import FakePool, Letters, finished, serving
+from openai_routes import TEMPLATE_SYSTEM
 import nightly
 from nightly import by_day
 from patching import patch
@@ -1143,7 +1144,7 @@ async def test_the_assistant_s_last_message_is_continued(client, url, exact):
 # answers that repeat themselves
 
 
-SEA = "Write a poem about the sea."
+SEA = [TEMPLATE_SYSTEM, {"role": "user", "content": "Write a poem about the sea."}]
 
 
 @pytest.mark.parametrize("path, body, ends", [
@@ -1154,7 +1155,10 @@ SEA = "Write a poem about the sea."
     pytest.param("/api/chat", {"max_tokens": 300, "stream": False}, lambda reply: (reply["done_reason"], "repetition", reply["eval_count"]), marks=pytest.mark.slow)])
 async def test_a_repeating_answer_ends_in_every_api(client, url, path, body, ends):
     """What the default model writes at temperature 0 about the sea goes round in circles after 220 tokens."""
-    asked = ({} if "input" in body else {"messages": [{"role": "user", "content": SEA}]}) | {"temperature": 0} | body
+    asked = {} if "input" in body else {"messages": SEA}
+    if path == MESSAGES:
+        asked = {"system": TEMPLATE_SYSTEM["content"], "messages": SEA[1:]}
+    asked |= {"temperature": 0} | body
     status, _, text = await ask(client, url, path, **asked, stop_on_repetition=True)
     reason, cause, count = ends(json.loads(text))
     assert reason in ("stop", "completed", "end_turn") and cause == "repetition" and 192 < count < 300, text

@@ -12,7 +12,7 @@ import pytest
 from chatlm.front.api.logprobs import token_text
 from chatlm.front.api.tokenization import piece_body
 from fake_pool import Letters
-from openai_routes import CHAT, COMPLETIONS, HI, ask, call, need_exact, refused
+from openai_routes import CHAT, COMPLETIONS, HI, TEMPLATE_SYSTEM, ask, call, need_exact, refused
 
 
 
@@ -207,7 +207,7 @@ def test_logprobs_keep_bytes_of_cut_characters(url):
 
 def test_an_answer_goes_on_from_chosen_tokens(url, exact):
     """Its client has chosen them."""
-    drawn = dict(temperature=1, min_p=0, presence_penalty=0, frequency_penalty=0, seed=5, max_tokens=12)
+    drawn = dict(messages=[TEMPLATE_SYSTEM, *HI], temperature=1, min_p=0, presence_penalty=0, frequency_penalty=0, seed=5, max_tokens=12)
     wanted = dict(drawn, return_token_ids=True)
     whole = ask(url, logprobs=True, top_logprobs=2, **wanted)["choices"][0]
     ids, entries = whole["token_ids"], whole["logprobs"]["content"]
