@@ -6,7 +6,9 @@ import errno
 import importlib
 import importlib.util
 import json
+import os
 import re
+import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -111,6 +113,12 @@ def error_text(error: BaseException) -> str:
     """An exception in words, with its type where the text alone is unclear, as for a KeyError."""
     says_enough = type(error) in (Exception, ValueError, RuntimeError)
     return f"{'' if says_enough else type(error).__name__}: {error}".strip(": ")
+
+
+def line_of(error: BaseException) -> str:
+    """The file and line that raised the error."""
+    *_, frame = traceback.extract_tb(error.__traceback__)
+    return f"{os.path.basename(frame.filename)}:{frame.lineno}"
 
 
 def without_folders(text: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, error_text, require_library, shown
+from chatlm.common.files import MOST_INDEX, read_object, read_text
 from chatlm.common.hub.guesses import near_model
 from chatlm.common.hub.local import FULL, download_lock, has_room, sha256_of
 from chatlm.common.hub.nanochat import published
@@ -242,12 +242,27 @@ def check_safe(repository: str, word: str | None) -> str:
     return word or ""
 
 
+def revision_of(folder: Path) -> str:
+    """Which version of a model is complete, as the cache notes it; "" if it does not."""
+    with contextlib.suppress(ConfigError):
+        revision = read_text(folder / "refs" / "main", 1000).strip()
+        return revision if re.fullmatch(SAFE, revision) else ""
+    return ""
+
+
+def indexed_shards(index: Path) -> set[str]:
+    """The files that an index names. ConfigError if it is no index."""
+    shards = read_object(index, MOST_INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ConfigError(f"{index}: weight_map is {shown(shards)}; it must map tensors to names of files")
+    return {*shards.values()}
+
+
 def note_revision(folder: Path, revision: str):
     """Note which version of a model is complete. Without a connection that version is used."""
     main = folder / "refs" / "main"
-    with contextlib.suppress(OSError):
-        if main.exists() and main.read_text().strip() == revision:
-            return
+    if revision_of(folder) == revision:
+        return
     main.parent.mkdir(parents=True, exist_ok=True)
     new = main.with_name(".chat_server.main")
     new.write_text(revision)
@@ -500,17 +515,18 @@ def cached_from_hub(hub, repository: str, file: str, why: str) -> Path:
     lacks = ConfigError(f"no file or folder {repository} is here, {why}, and the cache {cache.parent} does "
                         f"not have all files of that model{near_model(repository)}")
     try:
-        revision = (cache / "refs" / "main").read_text().strip()
+        revision = revision_of(cache)
+        if not revision:
+            raise lacks
         folder = cache / "snapshots" / revision
         names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         if not names:
             raise lacks
         path = hub_path(hub, repository, hub_files(repository, file, names), revision)
         index = path / INDEX
-        shards = json.loads(index.read_bytes())["weight_map"].values() if index.exists() else ()
-        if WHOLE not in names and not {*shards} <= {*names}:
+        if WHOLE not in names and index.exists() and not indexed_shards(index) <= {*names}:
             raise lacks
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, ConfigError):
         raise lacks from None
     log.warning("%s: serving the cached files of %s", why, repository)
     return path

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from chatlm.common.errors import ConfigError
+from chatlm.common.files import opened
 
 
 Progress = Callable[[str, float], None]  # (stage, fraction 0..1); may raise to interrupt the work
@@ -57,7 +58,7 @@ def check_sha256(path: Path, expected: str):
 
 def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with opened(path) as file:
         while part := file.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy
 
-from chatlm.common.errors import ConfigError, cannot_read, shown, visible
-from chatlm.common.files import check_regular
+from chatlm.common.errors import ConfigError, shown, visible
+from chatlm.common.files import opened, read_small
 from chatlm.common.records import record
 from chatlm.export.gguf import encoding
 from chatlm.export.gguf.unfinished import UnfinishedFile, digest_of
@@ -22,6 +22,7 @@ from chatlm.worker.weights.rules import MOST_TENSORS
 SUMS = ".in_sum2"
 COUNTS = ".counts"
 LONGEST_NAME = 4096
+MOST_OLD = 2 << 30  # bytes of a .dat; that of a model of 1,000 B weights has 0.4 GB
 
 
 @dataclass
@@ -70,12 +71,8 @@ class Importance:
 
 def read_importance(path: Path) -> Importance:
     """ConfigError if the file is none of importance."""
-    check_regular(path)
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-    except OSError as error:
-        raise cannot_read(path, error) from None
+    with opened(path) as file:
+        start = file.read(4)
     importance = read_gguf_importance(path) if start == b"GGUF" else read_old_importance(path)
     for name, sums in importance.tensors.items():
         if not (numpy.isfinite(sums.squares).all() and numpy.isfinite(sums.counts).all()):
@@ -117,11 +114,7 @@ def read_old_importance(path: Path) -> Importance:
     tensors = {}
     datasets = ()
     chunks = 0
-    try:
-        with path.open("rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise cannot_read(path, error) from None
+    data = read_small(path, MOST_OLD)
     try:
         [count] = struct.unpack_from("<i", data)
         at = 4
