@@ -23,6 +23,7 @@ from chatlm.common.files import read_text
 from chatlm.common.hub.local import (
     FULL, check_sha256, download_lock, has_room, home_folder, no_progress, sha256_of)
 from chatlm.common.invocation import python_command
+from chatlm.common.new_files import replace_with
 
 if TYPE_CHECKING:
     from chatlm.common.hub.local import Progress
@@ -102,7 +103,7 @@ def check_default_model(path: Path, progress: Progress):
         raise ConfigError(f"the default model's file {path} is damaged: {damage}. Delete it; the next start "
                           "downloads it again")
     with suppress(OSError):
-        note.write_text(state)
+        replace_with(note, state.encode())
 
 
 def download_default_model(folder: Path, target: Path, progress: Progress):

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence as Seq, Set
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TYPE_CHECKING
+from typing import BinaryIO, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, error_text, require_library, shown
 from chatlm.common.files import MOST_INDEX, read_object, read_text
@@ -26,6 +26,7 @@ from chatlm.common.hub.short_names import SHORT_NAMES
 from chatlm.common.hub.trainers import is_litgpt
 from chatlm.common.invocation import tool_command
 from chatlm.common.log import log
+from chatlm.common.new_files import create, replace_with, take_up
 from chatlm.common.processes.start import PROCESS_COMMAND
 
 if TYPE_CHECKING:
@@ -264,9 +265,7 @@ def note_revision(folder: Path, revision: str):
     if revision_of(folder) == revision:
         return
     main.parent.mkdir(parents=True, exist_ok=True)
-    new = main.with_name(".chat_server.main")
-    new.write_text(revision)
-    os.replace(new, main)
+    replace_with(main, revision.encode())
 
 
 def cache_bytes(cache: Path) -> int:
@@ -539,6 +538,13 @@ def no_hub_room(hub, repository: str, what: str) -> ConfigError:
                        "folder on a larger disk")
 
 
+def append_to(part: Path) -> BinaryIO:
+    """A file that an earlier download has left, or a new one, to write at its end."""
+    with contextlib.suppress(FileNotFoundError):
+        return open(take_up(part, os.O_WRONLY | os.O_APPEND), "ab")
+    return create(part)
+
+
 def download_from_hub(hub, repository: str, name: str, disk: DiskCheck, before: int):
     """Download one file into huggingface_hub's cache, after `before` bytes of other files.
 
@@ -584,7 +590,7 @@ def download_from_hub(hub, repository: str, name: str, disk: DiskCheck, before: 
     largest = hub.constants.MAX_HTTP_DOWNLOAD_SIZE  # beyond it the library uses a protocol of its own
     if 1 << 20 < (remote.size or 0) <= largest and not blob.exists():
         blob.parent.mkdir(parents=True, exist_ok=True)
-        with download_lock(cache, lambda stage, fraction: note("waiting for", 0)), open(part, "ab") as file:
+        with download_lock(cache, lambda stage, fraction: note("waiting for", 0)), append_to(part) as file:
             if file.tell() > remote.size:
                 file.truncate(0)
             while not blob.exists() and (start := file.tell()) < remote.size:

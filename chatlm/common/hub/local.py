@@ -39,7 +39,8 @@ def has_room(folder: Path, needed: int) -> bool:
 def download_lock(cache: Path, progress: Progress) -> Iterator[None]:
     """Hold the lock for downloads; the system releases it if the process dies."""
     import fcntl  # POSIX only, but so are the workers
-    with open(cache / ".lock", "w") as file:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with open(os.open(cache / ".lock", flags, 0o666), "r+b", buffering=0) as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import stat
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence as Seq
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 from chatlm.common.hub.nanochat import AS_TRAINED
 from chatlm.common.hub.written import is_number
 from chatlm.common.log import log
+from chatlm.common.new_files import open_regular
 from chatlm.front.evals.bits import Score
 from chatlm.front.evals.answers_file import file_word
 from chatlm.front.pool.run_names import RunName
@@ -294,19 +294,6 @@ class RunResults:
         rows = [(known.step.step, known.step.saved_s, self.metrics_of(known))
                 for known in sorted(steps, key=lambda known: known.step.step)]
         self.run_log.write(step.run, rows)
-
-
-def open_regular(path: Path, flags: int):
-    """Open a file; one that is written is unbuffered. Raises OSError unless it is a regular file, because
-    others may block."""
-    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is not a regular file")
-    writes = bool(flags & os.O_RDWR)
-    if writes:
-        return os.fdopen(descriptor, "r+b", buffering=0)
-    return os.fdopen(descriptor, "rb")
 
 
 def append_line(path: Path, line: bytes):
