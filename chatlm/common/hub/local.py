@@ -27,6 +27,13 @@ def home_folder() -> Path:
                       "or give MODEL (--help says what it may be)")
 
 
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps models, by its own rules. Importing the library takes half a second."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home, "hub")
+    return Path(os.path.expandvars(cache)).expanduser().absolute()
+
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

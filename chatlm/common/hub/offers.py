@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import re
 import shutil
 import tempfile
@@ -23,7 +22,7 @@ from chatlm.common.hub.huggingface import (
     BESIDE_MODEL, FOLDER_FILES, HEADER_BYTES, INDEX, SPLIT_GGUF, WHOLE, CannotRun, DownloadLimits,
     Unreachable, fetch, folder_bytes, hub_errors, hub_files, hub_model, indexed_shards, is_plain_path,
     list_repository, load_hub, other_tokenizers, refuse_early, revision_of, tokenizers_of, why_unreachable)
-from chatlm.common.hub.local import download_lock
+from chatlm.common.hub.local import download_lock, hub_cache
 from chatlm.common.hub.short_names import PARAMETERS, SHORT_NAMES
 from chatlm.common.messages.protocol import (
     HUB_PIPE, Crashed, HubFetch, HubFetched, HubOffers, HubProgress, HubQuestion, Offer, Unusable)
@@ -271,13 +270,6 @@ def beginning(hub, repository: str, revision: str, name: str, most: int) -> byte
 
 
 # what the cache has -------------------------------------------------------------------------------
-
-
-def hub_cache() -> Path:
-    """Where huggingface_hub keeps models, by its own rules. Importing the library takes half a second."""
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home, "hub")
-    return Path(os.path.expandvars(cache)).expanduser().absolute()
 
 
 def folder_of(repository: str) -> Path:
