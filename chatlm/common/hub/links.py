@@ -29,8 +29,8 @@ def refuse_outside(path: Path, folder: Path):
     hub."""
     lies = Path(os.path.realpath(path))
     if not any(lies.is_relative_to(root) for root in roots_of(folder)):
-        raise ConfigError(f"{path} leads to {lies}, outside of the model's folder; links may lead to files in "
-                          "the folder or in the hub's cache: copy the file there")
+        raise ConfigError(f"{path} leads to {lies}, outside of the model's folder; links may lead to files "
+                          "in the folder or in the hub's cache: copy the file there")
 
 
 def roots_of(folder: Path) -> Iterator[Path]:
