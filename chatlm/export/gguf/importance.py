@@ -17,8 +17,12 @@ from chatlm.common.records import record
 from chatlm.export.gguf import encoding
 from chatlm.export.gguf.unfinished import UnfinishedFile, digest_of
 from chatlm.worker.weights.gguf_file import read_gguf_file, readable
-from chatlm.worker.weights.rules import MOST_TENSORS
+from chatlm.worker.weights.gguf_header import Texts
+from chatlm.worker.weights.rules import MOST_TENSORS, Rule, checked
 
+COUNT = Rule(int, 0, 2**31 - 1, optional=True)
+KEYS = {"imatrix.datasets": Rule(str, many=True, optional=True), "imatrix.chunk_count": COUNT,
+        "imatrix.chunk_size": COUNT}
 SUMS = ".in_sum2"
 COUNTS = ".counts"
 LONGEST_NAME = 4096
@@ -102,9 +106,12 @@ def read_gguf_importance(path: Path) -> Importance:
             tensors[name.removesuffix(SUMS)] = Sums(squares, numpy.rint(counts.data).reshape(-1))
     if not tensors:
         raise ConfigError(f"--imatrix {visible(str(path))} has no tensors")
-    datasets = tuple(map(str, metadata.get("imatrix.datasets", ())))
-    return Importance(tensors, datasets, int(metadata.get("imatrix.chunk_count", 0)),
-                      int(metadata.get("imatrix.chunk_size", 0)), path)
+    stated = {}
+    for key, rule in KEYS.items():
+        value = metadata.get(key)
+        stated[key] = checked(path, key, [*value] if isinstance(value, Texts) else value, rule)
+    datasets, chunks, chunk_tokens = stated.values()
+    return Importance(tensors, tuple(datasets or ()), chunks or 0, chunk_tokens or 0, path)
 
 
 def read_old_importance(path: Path) -> Importance:
