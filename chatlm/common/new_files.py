@@ -3,7 +3,7 @@
     create         a file where there is nothing yet; a link is not followed, nothing is emptied
     replace_with   a small file, which appears as a whole under its name, whatever has that name
     take_up        a file that an earlier run has left, if it can be that
-    open_regular   a file that is kept and grows
+    open_growing   a file that is kept, such as one of results
 
 A name beside the output is chosen at random (`beside`) unless a later run must find it again."""
 
@@ -13,6 +13,7 @@ import errno
 import os
 import secrets
 import stat
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -65,18 +66,24 @@ def take_up(path: Path, flags: int = os.O_RDWR) -> int:
     return number
 
 
-def open_regular(path: Path, flags: int):
-    """Open a file; one that is written is unbuffered. Raises OSError unless it is a regular file, because
-    others may block."""
-    unlinked = UNLINKED if flags & os.O_RDWR else 0  # nobody leads our lines into another file
-    descriptor = os.open(path, flags | unlinked | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
+def open_growing(path: Path) -> FileIO:
+    """A file that is kept and grows, made if it is missing: for reading, and for writing at its end,
+    unbuffered. OSError unless it is a regular file, because others may block; a link is not followed."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | AT_ONCE | UNLINKED | CLOSED
+    return FileIO(regular(os.open(path, flags, 0o600)), "r+b")
+
+
+def open_kept(path: Path) -> BinaryIO:
+    """Such a file, for reading alone."""
+    return open(regular(os.open(path, os.O_RDONLY | AT_ONCE | CLOSED)), "rb")
+
+
+def regular(number: int) -> int:
+    """The descriptor; OSError unless it is that of a regular file."""
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
         raise OSError(errno.EINVAL, "it is not a regular file")
-    writes = bool(flags & os.O_RDWR)
-    if writes:
-        return os.fdopen(descriptor, "r+b", buffering=0)
-    return os.fdopen(descriptor, "rb")
+    return number
 
 
 def not_ours(path: Path) -> ConfigError:

@@ -198,6 +198,20 @@ def test_a_folder_that_breaks_our_reading_keeps_no_other_from_being_served(tmp_p
     assert [files.trouble for files in found if files.trouble] == [f"{tmp_path / 'a'} cannot be read: boom"]
 
 
+def test_yaml_that_would_take_years_to_print_is_not_printed(tmp_path):
+    """Sixty lists, each of two times the one before."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    model = KINDS["litgpt_folder"](folder / "one")
+    lists = ", ".join(["&l0 [x, x]", *(f"&l{n} [*l{n - 1}, *l{n - 1}]" for n in range(1, 60))])
+    (model / "prompt_style.yaml").write_text(f"class_path: [{lists}]\n")
+    _, first = read_all(folder, [[str(model), "", ""]])
+    config = (model / "model_config.yaml").read_text()
+    (model / "model_config.yaml").write_text(f"{config}\nnorm_class_name: [{lists}]\n")
+    _, second = read_all(folder, [[str(model), "", ""]])
+    assert first == [""] and "norm_class_name" in second[0] and "Traceback" not in second[0]
+
+
 # --- tokenizers --------------------------------------------------------------------------------
 
 

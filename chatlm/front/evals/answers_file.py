@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
-from chatlm.common.new_files import open_regular
+from chatlm.common.new_files import open_growing, open_kept
 
 if TYPE_CHECKING:
     from io import RawIOBase
@@ -95,10 +95,10 @@ class AnswersFile:
         data = b""
         try:
             with suppress(FileNotFoundError):
-                with open_regular(self.path, os.O_RDONLY) as file:
+                with open_kept(self.path) as file:
                     data = file.read()
                 self._read(data)
-            self.writing = open_regular(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+            self.writing = open_growing(self.path)
             if data and not data.endswith(b"\n"):
                 self.writing.write(b"\n")
         except OSError as error:

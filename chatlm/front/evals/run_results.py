@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 from chatlm.common.hub.nanochat import AS_TRAINED
 from chatlm.common.hub.written import is_number
 from chatlm.common.log import log
-from chatlm.common.new_files import open_regular
+from chatlm.common.new_files import open_growing, open_kept
 from chatlm.front.evals.bits import Score
 from chatlm.front.evals.answers_file import file_word
 from chatlm.front.pool.run_names import RunName
@@ -146,7 +146,7 @@ class RunResults:
         """Read the new lines of a file. Skips broken lines, which a full disk leaves behind."""
         begin = self.read_to.get(path, 0)
         try:
-            with open_regular(path, os.O_RDONLY) as file:
+            with open_kept(path) as file:
                 if file.seek(0, os.SEEK_END) < begin:  # it was written anew
                     begin = 0
                 file.seek(begin)
@@ -299,7 +299,7 @@ class RunResults:
 def append_line(path: Path, line: bytes):
     """Add a line in one call, so that lines of several servers do not mix. Raises OSError if that fails; then
     a part of the line may be in the file, and the next line begins after it."""
-    with open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND) as file:
+    with open_growing(path) as file:
         size = file.seek(0, os.SEEK_END)
         if size:
             file.seek(size - 1)

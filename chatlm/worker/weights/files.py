@@ -89,7 +89,9 @@ def files_of_adapters(folders: Iterable[str]) -> list[Path]:
 def refuse_cut_checkpoint(path: Path):
     """ConfigError if a torch zip archive lacks the table at its end, or the file is only a pointer."""
     begin, size = beginning(path)
-    if b"PK\3\4".startswith(begin[:4]) and not zipfile.is_zipfile(path):
+    with opened(path) as file:
+        is_whole = zipfile.is_zipfile(file)
+    if b"PK\3\4".startswith(begin[:4]) and not is_whole:
         raise truncated(path, size, "and the table of contents at its end is missing")
 
 

@@ -128,9 +128,10 @@ def in_prompt_style(path: Path, text: TextSpec) -> TextSpec:
     tokenizer's own template writes."""
     if not path.exists():
         return text
-    style = read_yaml(path).get("class_path")
-    name = str(style).rpartition(".")[2]
-    if instruction := INSTRUCTIONS.get(str(style)):
+    stated = read_yaml(path).get("class_path")
+    style = stated if isinstance(stated, str) else ""  # YAML can state lists that would take years to print
+    name = style.rpartition(".")[2]
+    if instruction := INSTRUCTIONS.get(style):
         log.info("%s: chats are written as litgpt's %s writes questions", path, name)
         begin = "{{ bos_token }}" if text.add_bos else ""
         return replace(text, chat_template=begin + TURNS.replace("INSTRUCTION", instruction))
