@@ -1,4 +1,4 @@
-"""Models of others that cannot be read: each is refused with its reason, and keeps no other from being served."""
+"""Models of others that cannot be read: each is refused with its reason and keeps no other from being served."""
 
 import asyncio
 import base64
@@ -14,7 +14,7 @@ from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.protocol import SurveyConfig
-from chatlm.common.processes.start import PROCESS_COMMAND
+from chatlm.common.processes.start import PROCESS_COMMAND, patient
 from chatlm.front.pool.many import FolderWatch, ManyModels
 from chatlm.front.pool.sightings import Sightings
 from chatlm.front.pool.survey import Survey
@@ -72,6 +72,26 @@ async def test_a_survey_has_a_limit_of_time(survey, llama, monkeypatch):
     assert (await survey.of(config_of(llama))).card.name == llama.name
 
 
+async def test_time_that_was_lost_is_taken_from_later_models(survey, llama, monkeypatch):
+    """Twenty models that take too long hold up a start for three minutes, not for twenty."""
+    limits = []
+
+    async def wait_for(asking, limit_s):
+        asking.close()
+        limits.append(limit_s)
+        raise asyncio.TimeoutError
+
+    monkeypatch.setattr("chatlm.front.pool.survey.asyncio.wait_for", wait_for)
+    for _ in range(20):
+        with pytest.raises(ConfigError, match="takes too long: more than"):
+            await survey.of(config_of(llama))
+    monkeypatch.undo()
+    assert limits[0] == patient(60) and limits[1:] == [patient(5)] * 19
+    assert (await survey.of(config_of(llama))).card.name == llama.name
+    await survey.close()
+    assert survey.patience_s == 60
+
+
 async def test_a_survey_that_nobody_awaits_any_more_answers_no_other(survey, llama, tmp_path):
     """Its answer would be taken for the next model's."""
     other = shutil.copytree(llama, tmp_path / "other")
@@ -113,7 +133,8 @@ def hostile_models(folder, llama):
     huge = folder / "huge-token"
     shutil.copytree(llama, huge)
     (huge / "tokenizer.json").unlink()
-    vocabulary = [{"rank": rank, "token_bytes": base64.b64encode(bytes([rank])).decode()} for rank in range(255)]
+    vocabulary = [{"rank": rank, "token_bytes": base64.b64encode(bytes([rank])).decode()}
+                  for rank in range(255)]
     vocabulary.append({"rank": 255, "token_bytes": base64.b64encode(b"a" * 600_000).decode()})
     config = {"pattern": ".", "default_vocab_size": 276, "default_num_special_tokens": 20}
     (huge / "tekken.json").write_text(json.dumps({"config": config, "vocab": vocabulary}))
@@ -147,7 +168,8 @@ def hostile_models(folder, llama):
     (long / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
 
 
-async def test_hostile_models_keep_none_from_being_served(started, client, llama, tmp_path, monkeypatch, caplog):
+async def test_hostile_models_keep_none_from_being_served(started, client, llama, tmp_path, monkeypatch,
+                                                          caplog):
     """Neither at the start nor while the server runs; each is named with its reason, once."""
     monkeypatch.setattr(FolderWatch, "WATCH_S", 0.1)
     folder = tmp_path / "models"
