@@ -31,8 +31,8 @@ INSTEAD = "pipe", "socket", "folder", "sparse", "/dev/zero", "/dev/stdin", "/dev
 
 def read_all(folder, cases):
     """(the files that were opened in another way than ours, the fault of each case)"""
-    done = subprocess.run([sys.executable, str(SUPPORT / "read_foreign.py"), str(folder)], input=json.dumps(cases),
-                          capture_output=True, text=True, timeout=3000)
+    done = subprocess.run([sys.executable, str(SUPPORT / "read_foreign.py"), str(folder)],
+                          input=json.dumps(cases), capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr[-4000:]
     *opened_files, faults = done.stdout.splitlines()
     return opened_files, json.loads(faults)
@@ -40,7 +40,7 @@ def read_all(folder, cases):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_s_files_are_opened_in_one_way(kind, tmp_path):
-    """The one that waits for nobody and takes regular files only: each `open` of a file below the folder shows it."""
+    """The one that waits for nobody and takes regular files only, as each `open` below the folder shows."""
     folder = tmp_path / "models"
     folder.mkdir()
     model = KINDS[kind](folder / "one")
@@ -56,7 +56,7 @@ def odd_cases(kind, folder, chosen=INSTEAD):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pipe_or_an_endless_file_in_place_of_any_is_refused(kind, tmp_path):
-    """Nothing waits for a writer, and nothing is read for ever; by night sockets, folders and huge files, too."""
+    """Nothing waits for a writer or is read for ever; by night sockets, folders and huge files, too."""
     folder = tmp_path / "models"
     folder.mkdir()
     cases = odd_cases(kind, folder, ("pipe", "/dev/zero"))
@@ -116,14 +116,16 @@ def test_a_file_without_a_size_is_empty():
 
 
 @pytest.mark.parametrize("base, short", [
-    ("unsloth/Llama-3.2-1B-Instruct-bnb-4bit", "llama321binstruct"), ("models--org--Name-2/snapshots/abc", "name2"),
-    ("/home/me/.cache/hub/models--org--Some--Name/snapshots/0f/", "somename"), ("Qwen3-0.6B-Q4_K_M-GGUF", "qwen306b"),
+    ("unsloth/Llama-3.2-1B-Instruct-bnb-4bit", "llama321binstruct"),
+    ("models--org--Name-2/snapshots/abc", "name2"), ("Qwen3-0.6B-Q4_K_M-GGUF", "qwen306b"),
+    ("/home/me/.cache/hub/models--org--Some--Name/snapshots/0f/", "somename"),
     ("snapshots/one", "one"), ("models--one/snapshots/two", "two"), ("", "")])
 def test_the_name_of_a_base_is_cut_to_what_counts(base, short):
     assert short_name(base) == short
 
 
-@pytest.mark.parametrize("part", ["models--a--", "_q4_", "-4bit", "-", "models--", "/snapshots/", "\u00e9-fp8"])
+@pytest.mark.parametrize("part", [
+    "models--a--", "_q4_", "-4bit", "-", "models--", "/snapshots/", "\u00e9-fp8"])
 def test_a_long_name_of_a_base_is_looked_at_in_part(part, tmp_path):
     """Two patterns took 26 s for 45 KB. Now they see a file name's length at most."""
     base = part * (45_000 // len(part)) + "!"
@@ -235,7 +237,7 @@ def test_a_long_token_is_refused_before_it_is_cut(length, tmp_path):
     content = tekken(default_vocab_size=277)
     content["vocab"].append({"rank": 256, "token_bytes": base64.b64encode(b"a" * length).decode()})
     write_json(tmp_path / "tekken.json", content)
-    with pytest.raises(ConfigError, match=f"tekken.json: its tokens are too long: one has {length:,} characters"):
+    with pytest.raises(ConfigError, match=f"tekken.json: its tokens are too long: one has {length:,} char"):
         tekken_json(tmp_path / "tekken.json", {})
 
 

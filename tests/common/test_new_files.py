@@ -1,4 +1,4 @@
-"""Files are written where others may have put something: nothing of theirs is emptied, and no link is followed."""
+"""Files are written where others may have put something: nothing of theirs is emptied or followed."""
 
 import os
 import stat

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent
 IDS = torch.randint(0, 250, (60,), generator=torch.Generator().manual_seed(3)).tolist()
 NAMES = [name for name, (kind, _) in MODELS.items() if kind in CLASSES]
-NOT_AS_FILES = ("phi3-long", "ministral3")  # whose rotary scaling no config.json made of a GGUF file can state
+NOT_AS_FILES = ("phi3-long", "ministral3")  # no config.json states the rotary scaling of their GGUF files
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +34,15 @@ def python():
 def in_version_4(python, folders):
     """For each folder (-> kind of attention) its logits (T, V), or what the library says of it."""
     home = Path(next(iter(folders))).parent / "hf"  # it keeps code of folders there
-    done = subprocess.run([python, HERE / "transformers4_peer.py"], input=json.dumps({"ids": IDS, "folders": folders}),
-                          env=os.environ | {"HF_HOME": str(home)}, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [python, HERE / "transformers4_peer.py"], input=json.dumps({"ids": IDS, "folders": folders}),
+        env=os.environ | {"HF_HOME": str(home)}, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     version, *lines = done.stdout.splitlines()
     assert version.startswith("4.57.")
     found = map(json.loads, lines)
-    return {folder: numpy.load(each) if isinstance(each, str) else each[0] for folder, each in zip(folders, found)}
+    return {folder: numpy.load(each) if isinstance(each, str) else each[0]
+            for folder, each in zip(folders, found)}
 
 
 def in_version_5(folder, attention):

@@ -20,7 +20,8 @@ def write_json(path, value):
 
 def family_folder(folder):
     save(make_model("llama2"), folder)
-    write_json(folder / "model.safetensors.index.json", {"weight_map": {"lm_head.weight": "model.safetensors"}})
+    index = {"weight_map": {"lm_head.weight": "model.safetensors"}}
+    write_json(folder / "model.safetensors.index.json", index)
     write_json(folder / "special_tokens_map.json", {})
     write_json(folder / "added_tokens.json", {})
     write_json(folder / "chat_template.json", {"chat_template": "{{ messages }}"})
@@ -46,7 +47,8 @@ def tekken_folder(folder):
 
 
 def tekken(**changes):
-    vocabulary = [{"rank": rank, "token_bytes": base64.b64encode(bytes([rank])).decode()} for rank in range(256)]
+    vocabulary = [{"rank": rank, "token_bytes": base64.b64encode(bytes([rank])).decode()}
+                  for rank in range(256)]
     config = {"pattern": r"\p{L}+|.", "default_vocab_size": 276, "default_num_special_tokens": 20}
     return {"config": config | changes, "vocab": vocabulary}
 

@@ -1,7 +1,9 @@
-"""Reads models with values of other kinds in their files: `mutate_values.py FOLDER SEED COUNT`, in a process with little memory and time.
+"""Reads models with values of other kinds in their files: `mutate_values.py FOLDER SEED COUNT`, with little
+memory and time.
 
-FOLDER has good models: folders, whose JSON files are mutated, tokenizer.model files included, and files imatrix.gguf and imatrix.dat. For
-each model COUNT mutations are read. Prints a JSON list of faults: a model, the mutation, and a traceback of anything but a ConfigError."""
+FOLDER has good models: folders, of which JSON files and tokenizer.model are mutated, and the files
+imatrix.gguf and imatrix.dat. For each model COUNT mutations are read. Prints a JSON list of faults: a model,
+the mutation, and a traceback of anything but a ConfigError."""
 
 import json
 import math
@@ -32,8 +34,11 @@ from tiny_gguf import gguf_bytes    # noqa: E402
 MEMORY = 3 << 30
 SECONDS = 60
 DEEP = json.loads("[" * 500 + "]" * 500)
-VALUES = [None, True, False, 0, -1, 1, 2, 3, 7, 10**9, 2**31, 2**63, -2**63, 10**400, 0.5, -0.5, 1e-30, 1e300, math.inf, -math.inf, math.nan, "", "1", "a", "\ud800",
-          "x" * 5000, [], [1], [[]], ["a"], [1e5, 1e5], [None], {}, {"a": 1}, {"type": "default"}, {"rope_type": "yarn"}, {"content": 3}, [{}], [{"id": "x"}], DEEP]
+VALUES = [
+    None, True, False, 0, -1, 1, 2, 3, 7, 10**9, 2**31, 2**63, -2**63, 10**400, 0.5, -0.5, 1e-30, 1e300,
+    math.inf, -math.inf, math.nan, "", "1", "a", "\ud800", "x" * 5000, [], [1], [[]], ["a"], [1e5, 1e5], [None],
+    {}, {"a": 1}, {"type": "default"}, {"rope_type": "yarn"}, {"content": 3}, [{}], [{"id": "x"}], DEEP]
+COUNTS = [2**63, -1, 0, "text", 1.5, math.inf, math.nan, True, [1], ["a", "b"], [1.5], 2**40]
 
 
 class TooSlow(BaseException):
@@ -48,7 +53,9 @@ def places_in(value, path=()):
     """The places of all values in a JSON object."""
     if path:
         yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(value, list) else ()
+    items = value.items() if isinstance(value, dict) else ()
+    if isinstance(value, list):
+        items = enumerate(value[:3])
     for key, inner in items:
         yield from places_in(inner, (*path, key))
 
@@ -77,7 +84,9 @@ def mutated_message(dice, data):
     """Some bytes of a message of protocol buffers: lengths, kinds of fields, values."""
     data = bytearray(data)
     for _ in range(dice.choice([1, 1, 2, 5])):
-        at = dice.choice([dice.randrange(len(data)), dice.randrange(min(200, len(data))), len(data) - 1 - dice.randrange(min(600, len(data)))])
+        size = len(data)
+        at = dice.choice([dice.randrange(size), dice.randrange(min(200, size)),
+                          size - 1 - dice.randrange(min(600, size))])
         data[at] = dice.choice([0, 1, 2, 8, 0x0A, 0x10, 0x12, 0x7F, 0x80, 0xFF, dice.randrange(256)])
     return bytes(data[:dice.randrange(len(data))] if dice.random() < 0.1 else data)
 
@@ -88,11 +97,13 @@ def mutate(dice, path):
         what, content = with_value(dice, json.loads(path.read_bytes()))
         return what, json.dumps(content).encode()
     if path.name == "imatrix.gguf":
-        metadata = {"general.type": "imatrix", "imatrix.datasets": ["a"], "imatrix.chunk_count": 3, "imatrix.chunk_size": 512}
+        metadata = {"general.type": "imatrix", "imatrix.datasets": ["a"], "imatrix.chunk_count": 3,
+                    "imatrix.chunk_size": 512}
         key = dice.choice([*metadata])
-        metadata[key] = dice.choice([2**63, -1, 0, "text", 1.5, math.inf, math.nan, True, [1], ["a", "b"], [1.5], 2**40])
+        metadata[key] = dice.choice(COUNTS)
         import numpy
-        tensors = {"blk.0.attn_q.weight.in_sum2": numpy.ones((1, 32), numpy.float32), "blk.0.attn_q.weight.counts": numpy.ones((1, 1), numpy.float32)}
+        tensors = {"blk.0.attn_q.weight.in_sum2": numpy.ones((1, 32), numpy.float32),
+                   "blk.0.attn_q.weight.counts": numpy.ones((1, 1), numpy.float32)}
         return f"{key} = {metadata[key]}", gguf_bytes(metadata, tensors)
     return "bytes", mutated_message(dice, path.read_bytes())
 
@@ -144,7 +155,8 @@ def main():
     for model in sorted(folder.iterdir()):
         inside = model if model.is_dir() else folder
         files = [model] if model.is_file() else [
-            path for path in sorted(inside.rglob("*")) if path.suffix in (".json", ".model") and path.name != "tokenizer.json"]
+            path for path in sorted(inside.rglob("*"))
+            if path.suffix in (".json", ".model") and path.name != "tokenizer.json"]
         checkpoint = next(iter(model.rglob("model_*.pt")), None) if model.is_dir() else None
         dice = random.Random(f"{seed} {model.name}")
         for _ in range(count):

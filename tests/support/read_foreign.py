@@ -1,8 +1,9 @@
-"""Reads a folder of models in every way that the program has, in a process with little memory and time: `read_foreign.py FOLDER`.
+"""Reads a folder of models in every way that the program has: `read_foreign.py FOLDER`, with little memory.
 
-stdin has a JSON list of [path of a model, the file to replace or "", what to put there]. For each, the file is replaced, everything
-is read, and the file put back. The last line printed is a JSON list: for each case, the reading that ended otherwise than with a
-ConfigError ("" if none did). Before, a line `opened PATH` for each file below the folder that was opened in another way than ours."""
+stdin has a JSON list of [path of a model, the file to replace or "", what to put there]. For each, the file
+is replaced, everything is read, and the file put back. The last line printed is a JSON list: for each case,
+the reading that ended otherwise than with a ConfigError ("" if none did). Before, there is a line
+`opened PATH` for each file below the folder that was opened in another way than ours."""
 
 import json
 import os
@@ -100,7 +101,7 @@ def readings(model):
 
     def digest_adapters():
         for path in adapters():
-            if (path / "adapter_model.safetensors").stat().st_size < 1 << 30:       # else there is no room for it
+            if (path / "adapter_model.safetensors").stat().st_size < 1 << 30:  # else there is no room
                 adapter_digest(path)
 
     yield "find_models", lambda: find_models(folder)

@@ -48,7 +48,7 @@ def lead_out(folder, name):
 
 
 @pytest.mark.parametrize("name", PLACES)
-def test_a_text_outside_of_the_folder_is_neither_served_nor_exported_nor_pushed(name, folder, tmp_path, capfd):
+def test_a_text_outside_of_the_folder_is_not_served_exported_or_pushed(name, folder, tmp_path, capfd):
     lead_out(folder, name)
     for line in (pytest.raises(ConfigError, template_of, folder).value,
                  refused(capfd, folder, "-o", tmp_path / "made")):
