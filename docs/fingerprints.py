@@ -89,7 +89,7 @@ def of_sentencepiece(path):
     pieces = [dict(fields(piece)) for number, piece in fields(path.read_bytes()) if number == 1]
     tokens, scores, types = [piece[1].decode() for piece in pieces], [piece.get(2, 0.0) for piece in pieces], [
         piece.get(3, 1) for piece in pieces]
-    pipeline = sentencepiece_pipeline(tokens, merges_of_scores(tokens, scores, types), "<unk>", True)
+    pipeline = sentencepiece_pipeline(tokens, merges_of_scores(path, tokens, scores, types), "<unk>", True)
     pipeline["added_tokens"] = [{"id": token, "content": text, "special": True, "normalized": False, "single_word": False,
                                  "lstrip": False, "rstrip": False}
                                 for token, (text, kind) in enumerate(zip(tokens, types)) if kind == 3]

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shlex
+import textwrap
 from functools import cache
 from pathlib import Path
 
@@ -206,3 +207,9 @@ def test_the_table_of_families_is_made_from_rows():
 def test_short_names_that_are_shown_are_known(name):
     names = re.findall(r"`((?:llama|qwen|gemma|smollm|mistral|phi|gpt-oss)[\w.:-]*)`", text_of(ROOT / name))
     assert len(names) > 5 and [name for name in names if name.replace(":", "-") not in SHORT_NAMES] == []
+
+
+@pytest.mark.parametrize("path", [path for path in TODAY if "```python" in path.read_text()], ids=str)
+def test_examples_in_python_are_python(path):
+    for code in re.findall(r"^ *```python\n(.*?)^ *```", path.read_text(), re.DOTALL | re.MULTILINE):
+        compile(textwrap.dedent(code), str(path), "exec")

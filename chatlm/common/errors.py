@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -124,6 +125,12 @@ def public_text(error: BaseException) -> str:
     if isinstance(error, OSError) and isinstance(error.errno, int) and error.errno > 0:
         return os.strerror(error.errno)
     return f"{type(error).__name__}; the server's log has the details"
+
+
+def line_of(error: BaseException) -> str:
+    """The file and line that raised the error."""
+    *_, frame = traceback.extract_tb(error.__traceback__)
+    return f"{os.path.basename(frame.filename)}:{frame.lineno}"
 
 
 # what may follow a host in a URL: a query, which may have a token in it. The first group stays

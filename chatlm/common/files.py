@@ -1,4 +1,17 @@
-"""Reading small files (configurations, templates, tokenizers), and the errors for truncated ones."""
+"""Reading files that others wrote: a model's configuration, its template, its tokenizer, its weights.
+
+Whoever made a model may have put anything in place of any of its files: a pipe, which would wait for a
+writer, a link to /dev/zero, which never ends, gigabytes of brackets. So nothing opens such a file in another
+way than these:
+
+    opened        any file: a regular one, open for reading
+    read_small    all bytes of a file, up to a limit
+    read_text     the same as text
+    read_object   the object in a file of JSON, up to a smaller limit: what the front itself may parse
+    copy_file     a file to a new place
+
+Each raises ConfigError, which names the file and what is wrong with it. A library that opens a file itself
+gets its path after `check_regular`."""
 
 from __future__ import annotations
 
@@ -7,33 +20,70 @@ import io
 import json
 import os
 import re
+import shutil
 import stat
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
-from chatlm.common.errors import ConfigError, cannot_read, error_text
+from chatlm.common.errors import ConfigError, cannot_read, error_text, shown
 
 WRITER_S = 5.0          # how long a named pipe may have no writer
 MOST_BYTES = 256 << 20  # the largest tokenizer.json of a published model has 33 MB
+MOST_OBJECT = 4 << 20   # of brackets alone they become 90 MB of objects, in 50 ms
+MOST_INDEX = 32 << 20   # that of DeepSeek-V3's 91,991 tensors has 9 MB
 
 
-def read_small(path: Path) -> bytes:
-    """Read a whole regular file. ConfigError for a pipe, which would wait for a writer, a device, which may
-    never end, a file above MOST_BYTES, and one that cannot be read."""
+def opened(path: Path) -> BinaryIO:
+    """Open a regular file for reading, without waiting for anybody. ConfigError for a pipe, a device, a
+    socket or a folder, and for a file that cannot be opened."""
     try:
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ConfigError(f"{path} is {kind_of(status.st_mode)}; it must be a regular file")
-            if status.st_size > MOST_BYTES:
-                raise ConfigError(f"{path} has {status.st_size:,} bytes; the limit for such files is "
-                                  f"{MOST_BYTES:,}")
-            data = file.read(MOST_BYTES)
-    except OSError as error:
+        number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.ENXIO:  # a socket
+            check_regular(path)
         raise cannot_read(path, error) from error
+    status = os.fstat(number)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(number)
+        raise ConfigError(f"{path} is {kind_of(status.st_mode)}; it must be a regular file")
+    if not status.st_size:  # of the system's files, such as /proc/kmsg, some have neither a size nor an end
+        nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        os.dup2(nothing, number, inheritable=False)
+        os.close(nothing)
+    return open(number, "rb")
+
+
+def read_small(path: Path, most: int = MOST_BYTES) -> bytes:
+    """Read a whole regular file of at most `most` bytes. ConfigError for a larger one, for a pointer of Git
+    LFS, and for what `opened` refuses."""
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise ConfigError(f"{path} has {size:,} bytes; the limit for such files is {most:,}")
+        try:
+            data = file.read(most + 1)
+        except OSError as error:
+            raise cannot_read(path, error) from error
+    if len(data) > most:  # it grows
+        raise ConfigError(f"{path} has more than {most:,} bytes, the limit for such files")
     refuse_pointer(path, data)
     return data
+
+
+def read_object(path: Path, most: int = MOST_OBJECT) -> dict[str, Any]:
+    """The object in a JSON file. ConfigError if there is none in it, and for what `read_small` refuses."""
+    value = parse_json(path, read_small(path, most))
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds {shown(value)}; it must hold an object")
+    return value
+
+
+def copy_file(path: Path, new: Path):
+    """Copy a regular file to a place where there is none. ConfigError if it cannot be read."""
+    with opened(path) as source, open(new, "xb") as file:
+        shutil.copyfileobj(source, file, 1 << 20)
 
 
 class Truncated(ConfigError):
@@ -132,9 +182,9 @@ def kind_of(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "no file")
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, most: int = MOST_BYTES) -> str:
     """read_small, decoded as UTF-8."""
     try:
-        return read_small(path).decode()
+        return read_small(path, most).decode()
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8: {error.reason} at byte {error.start:,}") from None

@@ -35,7 +35,8 @@ model = AutoModelForCausalLM.from_pretrained(name{more})
 CHAT_EXAMPLE = """\
 messages = [{"role": "user", "content": "Why is the sky blue?"}]
 prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt",
-return_dict=True) answer = model.generate(**prompt, max_new_tokens=200)
+                                       return_dict=True)
+answer = model.generate(**prompt, max_new_tokens=200)
 print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 """

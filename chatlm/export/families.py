@@ -18,6 +18,7 @@ import numpy
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.huggingface import FOLDER_FILES, INDEX
 from chatlm.export.hub_model import HubModel, Weights
+from chatlm.export.older_words import notes_on_versions, with_older_words
 from chatlm.worker.arrays.kinds import FLOATS, as_kind, floats, kind_of
 from chatlm.worker.model.tensors import Unread, advise
 from chatlm.worker.weights.families import FAMILIES, VISION
@@ -68,11 +69,12 @@ def family_model(merged: Merged, settings: Settings) -> HubModel:
         config.pop(key, None)
     config |= {"architectures": [CLASSES[family]], "model_type": family, "dtype": dtype,
                "tie_word_embeddings": stored.spec.tied_head}
+    config = with_older_words(config, stored.spec)
     refuse_another_recipe(stored, family, config, settings.context_length)
     text, _ = stored.text()
     return HubModel(config, weights_of(merged, settings, dtype), text,
                     stored.report({}, {}, storage_of("float32")).sampling if copied else {}, copied=copied,
-                    notes=tuple(notes_on(stored, dtype, settings)))
+                    notes=(*notes_on(stored, dtype, settings), *notes_on_versions(config)))
 
 
 NOT_COPIED = {"config.json", INDEX, "hf_quant_config.json", "quantize_config.json", "quant_config.json",

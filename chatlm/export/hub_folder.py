@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.hub.local import Progress
+from chatlm.common.files import copy_file
 from chatlm.common.program import in_program, program_root
 from chatlm.common.text.load import open_tokenizer
 from chatlm.export.hub_model import HubModel
@@ -34,7 +34,7 @@ def write_folder(folder: Path, target: Path, model: HubModel, card: str, most: i
         place = folder / path.relative_to(path.parent if path.parent.name != "additional_chat_templates"
                                           else path.parent.parent)
         place.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, place)
+        copy_file(path, place)
     if not model.copied:
         for name, data in text_files(model):
             (folder / name).write_bytes(data)

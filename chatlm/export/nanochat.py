@@ -12,6 +12,7 @@ from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
 from chatlm.export.hub_model import HubModel, Weights
+from chatlm.export.older_words import notes_on_versions
 from chatlm.worker.arrays.kinds import as_kind, floats, item_bytes, kind_of
 from chatlm.worker.model.blocks.attention import Attention
 from chatlm.worker.model.tensors import advise
@@ -44,7 +45,8 @@ def with_own_code(stored: CheckpointModel, added: Mapping[str, list[Change | Cop
         "architectures": ["NanochatGenerationsForCausalLM"], "auto_map": AUTO_MAP,
         "model_type": "nanochat_generations"} | features_of(stored, number)
     notes = (NO_SMEAR_ELSEWHERE,) if config["smear_channels"] else ()
-    return HubModel(config, weights_of(stored, added, dtype), stored.tokenizer, code=OWN_CODE, notes=notes)
+    return HubModel(config, weights_of(stored, added, dtype), stored.tokenizer, code=OWN_CODE,
+                    notes=(*notes, *notes_on_versions(config)))
 
 
 def as_transformers_own(stored: CheckpointModel, added: Mapping[str, list[Change | Copy]], dtype: str | None,
@@ -61,7 +63,7 @@ def as_transformers_own(stored: CheckpointModel, added: Mapping[str, list[Change
         "architectures": ["NanoChatForCausalLM"], "model_type": "nanochat", "attention_bias": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": base}}
     return HubModel(config, weights_of(stored, added, dtype), stored.tokenizer,
-                    notes=(UNROUNDED + difference(),))
+                    notes=(UNROUNDED + difference(), *notes_on_versions(config)))
 
 
 def sizes_of(stored: CheckpointModel, dtype: str | None) -> dict[str, Any]:

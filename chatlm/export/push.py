@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator, Sequence as Seq
+from collections.abc import Iterator, Mapping, Sequence as Seq
 from contextlib import contextmanager
 from pathlib import Path
 
 from chatlm.cli import CommandLine
 from chatlm.common.config import file_name
 from chatlm.common.errors import ConfigError, error_text, printable
-from chatlm.common.hub.huggingface import INDEX, hub_model, load_hub, status_of
+from chatlm.common.hub.huggingface import FOLDER_FILES, INDEX, hub_model, load_hub, status_of
+from chatlm.common.hub.links import refuse_outside
 from chatlm.common.invocation import program_command, tool_command
 from chatlm.common.log import ProgressDisplay
 
@@ -23,6 +24,16 @@ ABOUT = ("Upload an exported folder, or a GGUF file, to a repository of the Hugg
          "if it is not there: private, unless --public. The token is that of `hf auth login`, or HF_TOKEN. "
          "What was interrupted goes on where it was when the same command runs again.")
 STALE = rf"model(-\d+-of-\d+)?\.safetensors|{re.escape(INDEX)}"  # weights that another export has left there
+
+# What a model needs; a folder may also have the optimizer, logs and notes of its training
+NEEDED = "|".join((
+    *map(re.escape, sorted(FOLDER_FILES)), r"[^./][^/]*\.(safetensors|gguf|safetensors\.index\.json)",
+    r"(additional_chat_templates|chat_templates)/[\w.-]+\.jinja",
+    r"\d+_\w+/(config\.json|model\.safetensors)", r"adapter_config\.json|imatrix\.dat",
+    r"vocab\.(json|txt)|merges\.txt|(spiece|sentencepiece\.bpe)\.model|video_preprocessor_config\.json",
+    r"(README|LICENSE|LICENCE|NOTICE|USE_POLICY|COPYING)(\.(md|txt|pdf))?",
+    r"(configuration|modeling|tokenization|processing|image_processing)_\w+\.py"))
+MOST_NAMED = 8  # files, by a line
 
 
 def parse_push_words(words: Seq[str]) -> argparse.Namespace:
@@ -47,6 +58,8 @@ def push_lines(words: Seq[str]) -> Iterator[str]:
     path = Path(asked.path).expanduser()
     files = files_to_push(path)
     hub = load_hub("push")
+    if left := left_out(path, files):
+        yield left
     progress = ProgressDisplay()
     if not progress.bar:
         hub.utils.disable_progress_bars()
@@ -59,7 +72,8 @@ def push_lines(words: Seq[str]) -> Iterator[str]:
 
 
 def files_to_push(path: Path) -> dict[str, Path]:
-    """Name in the repository -> file. ConfigError for what is not a model that `export` has written."""
+    """Name in the repository -> file, of all that a model needs. ConfigError for what is not a model that
+    `export` has written, and for a file that lies elsewhere."""
     if path.name.startswith(".") and path.name.endswith(".unfinished"):
         raise ConfigError(f"{path} is an export that is not complete: run `export` again")
     if path.is_file() and path.suffix.lower() == ".gguf":
@@ -67,15 +81,28 @@ def files_to_push(path: Path) -> dict[str, Path]:
     if not path.is_dir():
         raise ConfigError(f"{path} is neither a folder that `export` has written nor a .gguf file")
     files = {}
-    for file in sorted(path.rglob("*")):
-        name = file.relative_to(path).as_posix()
-        if file.is_file() and not any(part.startswith(".") for part in name.split("/")):
+    for name, file in files_below(path):
+        if re.fullmatch(NEEDED, name):
+            refuse_outside(file, path)
             files[name] = file
     has_weights = any(name.endswith(".safetensors") for name in files)
     has_gguf = any(name.lower().endswith(".gguf") for name in files)
     if not (has_gguf or has_weights and "config.json" in files):
         raise ConfigError(f"{path} is no model: it must have a config.json and *.safetensors, or *.gguf")
     return files
+
+
+def files_below(folder: Path) -> Iterator[tuple[str, Path]]:
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            yield file.relative_to(folder).as_posix(), file
+
+
+def left_out(path: Path, files: Mapping[str, Path]) -> str:
+    """A line about what of a folder is not uploaded; "" if all of it is."""
+    left = [name for name, _ in files_below(path) if name not in files] if path.is_dir() else []
+    more = f" and {len(left) - MOST_NAMED:,} more" if len(left) > MOST_NAMED else ""
+    return f"not uploaded, as no model needs it: {', '.join(left[:MOST_NAMED])}{more}" if left else ""
 
 
 def push(hub, asked: argparse.Namespace, files: dict[str, Path], progress: ProgressDisplay) -> str:

@@ -77,7 +77,7 @@ def write_shard(path: Path, shard: Seq[Weights], note: Callable[[int], None]):
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     written = 0
-    with open(path, "wb") as file:
+    with open(path, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for each in ordered:
             for (name, shape), array in zip(each.shapes.items(), each.read(), strict=True):

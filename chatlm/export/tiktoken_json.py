@@ -56,10 +56,12 @@ def tokenizer_json(text: TextSpec) -> bytes:
             {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Removed", "invert": True},
             {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}]},
         "post_processor": begins_with(BOS, specials[BOS]),
-        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex":
-        False}, "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix":
-                  None, "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                  "ignore_merges": True, "vocab": vocabulary, "merges": merges_of_ids([*vocabulary])}}
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
+                    "use_regex": False},
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                  "ignore_merges": True, "vocab": vocabulary,
+                  "merges": merges_of_ids("the tokenizer", [*vocabulary])}}
     if not follow_each_other(vocabulary, specials):  # tokenizers numbers added tokens by itself, unless the
         made["model"]["vocab"] = vocabulary | specials  # vocabulary has them
     data = json.dumps(made, ensure_ascii=False).encode()

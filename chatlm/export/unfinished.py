@@ -1,7 +1,7 @@
 """An output that has its name only once it is complete.
 
-It is made beside its place, in a hidden folder. A killed export leaves that folder, and the next one to the
-same place begins anew in it."""
+It is made beside its place, in a hidden folder with a mark. A killed export leaves that folder, and the next
+one to the same place begins anew in it. A folder of that name without the mark is somebody else's."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from pathlib import Path
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.local import FULL, has_room
+
+
+MARK = ".chat_server"  # the name of an empty file in each unfinished folder
 
 
 @contextmanager
@@ -33,9 +36,12 @@ def unfinished(target: Path) -> Iterator[Path]:
                 raise
             raise ConfigError(f"cannot write {target}: {os.strerror(error.errno or 0)}") from None
         with locked(part, target):
+            refuse_others(part, target)
             try:
                 empty(part)
+                (part / MARK).touch()
                 yield part
+                (part / MARK).unlink()
                 keep(part, target)
             except BaseException:
                 shutil.rmtree(part, ignore_errors=True)
@@ -45,6 +51,13 @@ def unfinished(target: Path) -> Iterator[Path]:
 def refuse_existing(target: Path):
     if os.path.lexists(target):
         raise ConfigError(f"{target} exists: give a name that is free, or remove it")
+
+
+def refuse_others(part: Path, target: Path):
+    """ConfigError unless the folder is empty, or an export has made it."""
+    if any(part.iterdir()) and not os.path.lexists(part / MARK):
+        raise ConfigError(f"cannot write {target}: {part} has files that no export has left; move it away, "
+                          "or name another output")
 
 
 def check_room(folder: Path, target: Path, needed: int):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from chatlm.common.errors import ConfigError
+from chatlm.common.new_files import create
 from chatlm.front.api.batch_lines import LONGEST_LINE
 from chatlm.terminal.output_path import named_errors, output_path, shown_path
 
@@ -283,6 +284,8 @@ class OutputFile:
         goes_on = "; all lines are answered, and the same command writes them again"
         with named_errors(self.path, goes_on):
             try:
+                for path in (new, note):  # of a run that was killed here
+                    path.unlink(missing_ok=True)
                 digest, failed = self._write_in_order(new)
                 made = {"chat_server": KIND, "input": self.source.digest, "of": self.of,
                         "created": self.created, "output": digest}
@@ -308,7 +311,7 @@ class OutputFile:
         places = dict[int, tuple[int, int]]()
         failed = 0
         digest = hashlib.sha256()
-        with open(self.file, "rb", closefd=False) as part, new.open("wb") as output:
+        with open(self.file, "rb", closefd=False) as part, create(new) as output:
             part.seek(0)
             place = len(part.readline())
             place += len(part.readline())
@@ -366,7 +369,7 @@ def write_all(file: int, data: bytes):
 
 
 def write_file(path: Path, data: bytes):
-    with path.open("wb") as file:
+    with create(path) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -18,6 +18,7 @@ from chatlm.common.config import FLAGS, LIMITS
 from chatlm.common.jsontext import is_text
 from chatlm.common.log import utc
 from chatlm.common.messages.requests import SAMPLING_FLAGS, Message
+from chatlm.common.new_files import beside
 from chatlm.common.text.calculations import with_calls, with_names
 from chatlm.front.api.message_readers import earlier_arguments
 from chatlm.front.tools.rules import PICTURES_OF_RESULTS, SEEN_PICTURES, UNSEEN_PICTURES
@@ -189,7 +190,7 @@ class Conversation:
         return {**CHAT_FORMAT, "exported": utc(), "conversations": [chat]}
 
     def write(self, path: Path, mode: int = 0o666):
-        part = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.part")  # of nobody else
+        part = beside(path, "part")
         text = json.dumps(self.exported(), ensure_ascii=False, indent=2)
         try:
             with open(part, "x", encoding="utf-8", opener=partial(os.open, mode=mode)) as file:

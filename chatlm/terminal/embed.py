@@ -20,6 +20,7 @@ from chatlm.common.invocation import program_command
 from chatlm.common.jsontext import is_text
 from chatlm.common.log import ProgressDisplay
 from chatlm.common.messages.requests import Embedding
+from chatlm.common.new_files import beside, create
 from chatlm.front.api.encode_retrieval import decoded_vector
 from chatlm.front.api.retrieval_readers import check_route, read_embedding_body
 from chatlm.front.pool.pool import known_about
@@ -171,7 +172,7 @@ class Vectors:
         self.width = 0
         self.count = 0
         self.is_array = self.path.suffix == ".npy"
-        self.part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        self.part = beside(self.path, "part")
 
     def __enter__(self) -> Vectors:
         if self.to_stdout:
@@ -181,7 +182,7 @@ class Vectors:
                 if os.path.samestat(os.stat(self.path), os.fstat(self.source.fileno())):
                     raise ConfigError(f"-o {shown_path(self.path)} is the input")
             with named_errors(self.path, flag="-o "):
-                self.file = self.part.open("wb")
+                self.file = create(self.part)
         if self.is_array:
             self.file.write(self.header())
         return self

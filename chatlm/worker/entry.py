@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from chatlm.common.errors import (
-    ConfigError, RanksFailed, error_text, lack_of_memory, printable, require_library)
+    ConfigError, RanksFailed, error_text, lack_of_memory, line_of, printable, require_library)
 from chatlm.common.log import CalmLog, log, start_logging
 from chatlm.common.memory import uncollected
 from chatlm.common.messages.doctor import DOCTOR_PIPE
@@ -102,12 +102,6 @@ def hung_up() -> tuple[type[Exception], ...]:
     imported ssl."""
     tls = sys.modules.get("ssl")
     return EOFError, ConnectionError, TimeoutError, *([tls.SSLError] if tls else [])
-
-
-def line_of(error: Exception) -> str:
-    """The file and line that raised the error."""
-    *_, frame = traceback.extract_tb(error.__traceback__)
-    return f"{os.path.basename(frame.filename)}:{frame.lineno}"
 
 
 def gpu_memory_error(error: Exception, config) -> ConfigError | None:

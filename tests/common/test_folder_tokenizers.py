@@ -169,3 +169,24 @@ def test_a_folder_without_any_says_what_it_has(tmp_path):
     (tmp_path / "spiece.model").write_bytes(b"x")
     with pytest.raises(ConfigError, match="has no tokenizer.json; it has spiece.model, which this server does not read"):
         folder_tokenizer(tmp_path, {})
+
+
+def in_message(number, data):
+    """A field of bytes in a message of protocol buffers."""
+    return bytes([number << 3 | 2, len(data)]) + data
+
+
+NOT_A_NUMBER = b"\x00\x00\xc0\x7f"
+
+
+@pytest.mark.parametrize("data", [
+    b"\x08\x01", b"\x10\x01", b"\x18\x01",  # a piece, the trainer and the normalizer as numbers
+    in_message(1, b"\x08\x05"), in_message(1, in_message(1, b"a") + b"\x10\x01"),  # a text and a score, too
+    in_message(1, in_message(1, b"a") + in_message(3, b"x")),
+    in_message(1, in_message(1, b"a") + b"\x15" + NOT_A_NUMBER),
+    in_message(2, in_message(3, b"unigram")),
+    in_message(3, b"\x10\x07"), in_message(3, in_message(3, b"x"))])
+def test_a_field_of_another_kind_is_one_line(data, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    with pytest.raises(ConfigError, match="tokenizer.model is no model of sentencepiece"):
+        folder_tokenizer(tmp_path, {})

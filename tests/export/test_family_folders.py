@@ -156,3 +156,23 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, capfd):
 def test_the_default_model_answers_the_same_in_transformers(default_model_path, tmp_path):
     export(default_model_path, "-o", tmp_path / "made", "--dtype", "float32")
     assert (computed(tmp_path / "made") - our_logits(default_model_path, IDS)).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize("name, words", [
+    ("llama2", {"rope_theta": 1e4}), ("qwen3", {"rope_theta": 1e6}),
+    ("llama3.1", {"rope_theta": 5e5, "rope_scaling": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64}}),
+    ("gemma3", {"rope_theta": 1e6, "rope_local_base_freq": 1e4,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    ("glm4", {"partial_rotary_factor": 0.5}), ("mixtral", {"num_local_experts": 6})])
+def test_a_config_has_the_words_of_transformers_4_too(name, words, tmp_path):
+    """tests/peers/test_older_transformers.py compares what both versions compute."""
+    file = as_gguf(tmp_path / "tiny.gguf", make_model(name, **GGUF_MODELS[name]))
+    export(file, "-o", tmp_path / "made")
+    config = json.loads((tmp_path / "made/config.json").read_text())
+    for key, value in words.items():
+        pairs = [(config[key], value)] if not isinstance(value, dict) else [
+            (config[key][each], inner) for each, inner in value.items()]
+        for found, right in pairs:
+            assert found == right or isinstance(right, float) and found == pytest.approx(right), key

@@ -1,12 +1,14 @@
 """The model card says what the source says, and nothing else."""
 
 import json
+import re
 import shutil
 
 import pytest
 import yaml
 
 from exported import export, refused
+from families import make_model, save
 
 
 @pytest.fixture
@@ -58,3 +60,30 @@ def test_a_gguf_file_is_no_folder(nanochat_fixtures, tmp_path, capfd):
     for words in (["-o", tmp_path / "a.gguf", "--format", "hf"], ["-o", tmp_path / "a.gguf", "--format", "transformers"]):
         assert "-o FILE.gguf writes a GGUF file, with the flags of quantize" in refused(capfd, nanochat_fixtures / "gen5", *words)
     assert [*tmp_path.iterdir()] == []
+
+
+def example_of(folder):
+    """The code of the card's example, for the folder itself."""
+    [code] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert f"name = {folder.name!r}\n" in code
+    return code.replace(f"name = {folder.name!r}\n", f"name = {str(folder)!r}\n")
+
+
+@pytest.mark.parametrize("kind", ["nanochat", "transformers", "family that chats", "family"])
+def test_the_example_runs(kind, nanochat_fixtures, tmp_path, capsys, monkeypatch):
+    """It was a SyntaxError in each card."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    source, words = nanochat_fixtures / "gen1", []
+    if kind == "transformers":
+        words = ["--format", "transformers"]
+    elif kind != "nanochat":
+        source = save(make_model("llama2"), tmp_path / "source")
+        (source / "chat_template.jinja").unlink(missing_ok=True)
+        if kind == "family that chats":
+            (source / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    export(source, "-o", tmp_path / "made", *words)
+    code = example_of(tmp_path / "made").replace("max_new_tokens=200", "max_new_tokens=3")
+    assert ("apply_chat_template" in code) == (kind != "family")
+    capsys.readouterr()
+    exec(code.replace("max_new_tokens=50", "max_new_tokens=3"), {})
+    assert capsys.readouterr().out.endswith("\n")

@@ -1,6 +1,7 @@
 """`push` against a hub on loopback."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -60,6 +61,23 @@ def test_a_gguf_file_is_pushed_alone(hub, tmp_path):
     (tmp_path / "m-Q8_0.gguf").write_bytes(b"GGUF" + bytes(200_000))
     push(hub, tmp_path, tmp_path / "m-Q8_0.gguf", "me/m-GGUF")
     assert [*hub.repositories["me/m-GGUF"]] == ["m-Q8_0.gguf"]
+
+
+def test_what_no_model_needs_is_left_and_named(hub, folder, tmp_path):
+    """The state of a training may be large, and its logs private."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    for name in ("optimizer.pt", "trainer_state.json", ".env", "train.py", "runs/events.out", "notes.txt"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text("mine")
+    for name in ("LICENSE", "vocab.json", "additional_chat_templates/tool_use.jinja"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text("theirs")
+    left, url = push(hub, tmp_path, copy, "me/d4").splitlines()
+    assert url == f"{hub.url}/me/d4"
+    assert left == ("not uploaded, as no model needs it: .env, notes.txt, optimizer.pt, runs/events.out, "
+                    "train.py, trainer_state.json")
+    needed = {"LICENSE", "vocab.json", "additional_chat_templates/tool_use.jinja"}
+    assert {*hub.repositories["me/d4"]} == {*contents(folder)} | needed
 
 
 def test_an_interrupted_push_goes_on(hub, folder, tmp_path):

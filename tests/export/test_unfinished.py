@@ -75,7 +75,7 @@ def test_two_exports_to_one_place_do_not_meet(tmp_path):
         (part / "a").touch()
         with pytest.raises(ConfigError, match="another process is writing"), unfinished(tmp_path / "made"):
             pass
-        assert names(part) == ["a"]
+        assert names(part) == [".chat_server", "a"]
     assert names(tmp_path) == ["made"]
 
 
@@ -152,6 +152,19 @@ def test_a_link_in_the_unfinished_folder_s_place_is_not_followed(nanochat_fixtur
     (tmp_path / ".made.unfinished").symlink_to("elsewhere")
     assert "cannot write" in refused(capfd, nanochat_fixtures / "gen1", "-o", tmp_path / "made")
     assert names(tmp_path / "elsewhere") == ["mine"]
+
+
+def test_a_folder_that_no_export_has_left_is_not_emptied(nanochat_fixtures, tmp_path, capfd):
+    """It has the unfinished folder's name by chance; an empty one loses nothing."""
+    (tmp_path / ".made.unfinished").mkdir()
+    export(nanochat_fixtures / "gen1", "-o", tmp_path / "made")
+    (tmp_path / ".other.unfinished").mkdir()
+    (tmp_path / ".other.unfinished" / "mine").touch()
+    line = refused(capfd, nanochat_fixtures / "gen1", "-o", tmp_path / "other")
+    assert "has files that no export has left" in line
+    assert names(tmp_path / ".other.unfinished") == ["mine"]
+    assert names(tmp_path) == [".other.unfinished", "made"]
+    assert ".chat_server" not in names(tmp_path / "made")
 
 
 def test_a_source_that_changes_meanwhile_is_not_exported(tmp_path, capfd, monkeypatch):

@@ -278,3 +278,18 @@ def test_a_full_disk_costs_no_answer(source, small_disk):
     (folder / "filling").write_bytes(bytes(os.statvfs(folder).f_bavail * os.statvfs(folder).f_bsize))
     assert "No space left on device" in refusal(source, folder / "other")
     assert sorted(os.listdir(folder)) == ["filling", "out", "out.of"]
+
+
+@pytest.mark.parametrize("word", ["new", "of"])
+def test_a_link_that_has_a_temporary_name_is_not_followed(word, source, tmp_path):
+    """Whoever reads the part knows the name that its run will write to."""
+    theirs = tmp_path / "theirs"
+    theirs.write_text("mine")
+    with OutputFile(str(tmp_path / "out"), InputFile(source)) as output:
+        output.begin(OF)
+        for number in (1, 3, 4):
+            output.write(BatchResult(number, json.dumps({"line": number}), number == 3))
+        (tmp_path / f".out.{output.run}.{word}").symlink_to(theirs)
+        output.finish()
+    assert theirs.read_text() == "mine" and (tmp_path / "out").read_text() == WHOLE
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out", "out.of", "theirs"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence as Seq
 from contextlib import suppress
@@ -11,6 +10,7 @@ from pathlib import Path
 from chatlm.common.config import ADAPTER_NAME
 from chatlm.common.errors import ConfigError, require_folder
 from chatlm.common.hub.folder import seen_below
+from chatlm.common.hub.nanochat import object_in
 from chatlm.common.hub.stamps import ADAPTER_FILES, Sighting, adapter_stamp
 from chatlm.common.records import record
 
@@ -92,21 +92,26 @@ def bytes_of_adapters(words: Iterable[str]) -> int:
 
 
 def base_of(folder: Path) -> str:
-    """The name of the model that an adapter was made for, from its config; "" if it has none."""
-    try:
-        base = json.loads((folder / CONFIG).read_bytes()).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return ""  # the worker reports what is wrong with it
-    return base if isinstance(base, str) else ""
+    """The name of the model that an adapter was made for, from its config; "" if it has none that can be one.
+    The worker reports what is wrong with the file."""
+    base = object_in(folder / CONFIG).get("base_model_name_or_path")
+    return base if isinstance(base, str) and len(base) <= LONGEST_BASE else ""
 
 
+LONGEST_BASE = 4096  # the longest path that a system has; a name of the hub has at most 193 characters
+LONGEST_NAME = 255   # of one file or folder
 QUANTIZED = r"[-_. ]((unsloth|bnb|awq|gguf|bf16|[48]bit|gptq|fp8|f16|f32|(ud-)?i?q\d)\w*)$"  # ends of names
 
 
 def short_name(name: str) -> str:
     """A model's name without its owner, its quantization, and anything but letters and digits."""
-    cached = re.search(r"models--.+?--(.+?)/snapshots/", f"{name}/")  # a path in huggingface_hub's cache
-    name = cached[1] if cached else name.rstrip("/").rpartition("/")[2]
+    parts = name[-LONGEST_BASE:].rstrip("/").split("/")
+    name = parts[-1]
+    if "snapshots" in parts[1:]:  # a path in huggingface_hub's cache
+        folder = parts[parts.index("snapshots", 1) - 1]
+        _, mark, repository = folder.partition("models--")
+        name = repository.partition("--")[2] or name if mark else name
+    name = name[-LONGEST_NAME:]  # the time of the pattern grows with the square
     while (shorter := re.sub(QUANTIZED, "", name.lower())) != name:
         name = shorter
     return re.sub(r"[\W_]", "", name)

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.config import DEFAULT_MODEL_NAME
 from chatlm.common.errors import ConfigError, lack_of_memory
+from chatlm.common.files import read_text
 from chatlm.common.hub.local import (
     FULL, check_sha256, download_lock, has_room, home_folder, no_progress, sha256_of)
 from chatlm.common.invocation import python_command
+from chatlm.common.new_files import replace_with
 
 if TYPE_CHECKING:
     from chatlm.common.hub.local import Progress
@@ -88,8 +90,8 @@ def check_default_model(path: Path, progress: Progress):
     status = path.stat()
     note = path.with_name(".verified")
     state = f"{DEFAULT_FILE_SHA256} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
-    with suppress(OSError, ValueError):
-        if note.read_text() == state:
+    with suppress(ConfigError):
+        if read_text(note, 1000) == state:
             return
     damage = f"it has {status.st_size:,} bytes instead of {DEFAULT_FILE_BYTES:,}"
     if status.st_size == DEFAULT_FILE_BYTES:
@@ -101,7 +103,7 @@ def check_default_model(path: Path, progress: Progress):
         raise ConfigError(f"the default model's file {path} is damaged: {damage}. Delete it; the next start "
                           "downloads it again")
     with suppress(OSError):
-        note.write_text(state)
+        replace_with(note, state.encode())
 
 
 def download_default_model(folder: Path, target: Path, progress: Progress):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from chatlm.common.config import DEFAULT_MODEL_NAME
 from chatlm.common.contents import own_model
 from chatlm.common.errors import ConfigError, cannot_read
-from chatlm.common.files import check_regular, refuse_pointer, truncated
+from chatlm.common.files import opened, refuse_pointer, truncated
 from chatlm.common.hub.default_model import fetch_default_model
 from chatlm.common.hub.guesses import near_model, near_path
 from chatlm.common.hub.huggingface import (
@@ -213,8 +213,7 @@ def refuse_choice(settings: Settings, what_it_is: str):
 
 def resolve_gguf(path: Path) -> ModelSource:
     path = path.with_name(re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-00001\1", path.name))  # the first part
-    check_regular(path)
-    with open(path, "rb") as file:
+    with opened(path) as file:
         begin = file.read(1000)
     refuse_pointer(path, begin)
     if len(begin) < 24 and b"GGUF".startswith(begin[:4]):

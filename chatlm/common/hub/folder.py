@@ -13,7 +13,7 @@ from stat import S_ISREG
 from typing import TYPE_CHECKING, TypeVar
 
 from chatlm.common.config import ModelChoice
-from chatlm.common.errors import require_folder
+from chatlm.common.errors import error_text, printable, require_folder
 from chatlm.common.hub.huggingface import SPLIT_GGUF
 from chatlm.common.hub.nanochat import checkpoints_in, step_of
 from chatlm.common.hub.stamps import Sighting, files_of, stamp_of
@@ -129,12 +129,18 @@ def path_name(folder: Path, path: Path) -> str:
 def seen_below(folder: Path, kind: type[T], seen_in: Callable[[Path, list[str]], Iterable[T]],
                **limits: int) -> Iterator[T]:
     """Call `seen_in` with each folder below `folder` and the names of its files, and yield what it finds. A
-    folder that cannot be read becomes an entry that says why."""
+    folder that cannot be read becomes an entry that says why. So does one whose files make our reading of
+    them fail: it keeps no other folder from being served."""
     for path, names in folders_below(folder, **limits):
         if isinstance(names, OSError):
             yield kind(path, trouble=f"{path} cannot be read: {names.strerror}")
-        else:
+            continue
+        try:
             yield from seen_in(path, names)
+        except InterruptedError:  # the search is to end
+            raise
+        except Exception as error:
+            yield kind(path, trouble=f"{path} cannot be read: {printable(error_text(error))}")
 
 
 def folders_below(folder: Path, links: int = MOST_LINKS, depth: int = 1000,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -16,9 +15,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence as Seq, Set
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TYPE_CHECKING
+from typing import BinaryIO, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, error_text, require_library, shown
+from chatlm.common.files import MOST_INDEX, read_object, read_text
 from chatlm.common.hub.guesses import near_model
 from chatlm.common.hub.local import FULL, download_lock, has_room, sha256_of
 from chatlm.common.hub.nanochat import published
@@ -26,6 +26,7 @@ from chatlm.common.hub.short_names import SHORT_NAMES
 from chatlm.common.hub.trainers import is_litgpt
 from chatlm.common.invocation import tool_command
 from chatlm.common.log import log
+from chatlm.common.new_files import create, replace_with, take_up
 from chatlm.common.processes.start import PROCESS_COMMAND
 
 if TYPE_CHECKING:
@@ -242,16 +243,29 @@ def check_safe(repository: str, word: str | None) -> str:
     return word or ""
 
 
+def revision_of(folder: Path) -> str:
+    """Which version of a model is complete, as the cache notes it; "" if it does not."""
+    with contextlib.suppress(ConfigError):
+        revision = read_text(folder / "refs" / "main", 1000).strip()
+        return revision if re.fullmatch(SAFE, revision) else ""
+    return ""
+
+
+def indexed_shards(index: Path) -> set[str]:
+    """The files that an index names. ConfigError if it is no index."""
+    shards = read_object(index, MOST_INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ConfigError(f"{index}: weight_map is {shown(shards)}; it must map tensors to names of files")
+    return {*shards.values()}
+
+
 def note_revision(folder: Path, revision: str):
     """Note which version of a model is complete. Without a connection that version is used."""
     main = folder / "refs" / "main"
-    with contextlib.suppress(OSError):
-        if main.exists() and main.read_text().strip() == revision:
-            return
+    if revision_of(folder) == revision:
+        return
     main.parent.mkdir(parents=True, exist_ok=True)
-    new = main.with_name(".chat_server.main")
-    new.write_text(revision)
-    os.replace(new, main)
+    replace_with(main, revision.encode())
 
 
 def cache_bytes(cache: Path) -> int:
@@ -500,17 +514,18 @@ def cached_from_hub(hub, repository: str, file: str, why: str) -> Path:
     lacks = ConfigError(f"no file or folder {repository} is here, {why}, and the cache {cache.parent} does "
                         f"not have all files of that model{near_model(repository)}")
     try:
-        revision = (cache / "refs" / "main").read_text().strip()
+        revision = revision_of(cache)
+        if not revision:
+            raise lacks
         folder = cache / "snapshots" / revision
         names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         if not names:
             raise lacks
         path = hub_path(hub, repository, hub_files(repository, file, names), revision)
         index = path / INDEX
-        shards = json.loads(index.read_bytes())["weight_map"].values() if index.exists() else ()
-        if WHOLE not in names and not {*shards} <= {*names}:
+        if WHOLE not in names and index.exists() and not indexed_shards(index) <= {*names}:
             raise lacks
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, ConfigError):
         raise lacks from None
     log.warning("%s: serving the cached files of %s", why, repository)
     return path
@@ -521,6 +536,13 @@ def no_hub_room(hub, repository: str, what: str) -> ConfigError:
     return ConfigError(f"no room for {repository} in {folder}: {what} must be downloaded, and "
                        f"{shutil.disk_usage(folder).free:,} bytes are free. Make room, or set HF_HOME to a "
                        "folder on a larger disk")
+
+
+def append_to(part: Path) -> BinaryIO:
+    """A file that an earlier download has left, or a new one, to write at its end."""
+    with contextlib.suppress(FileNotFoundError):
+        return open(take_up(part, os.O_WRONLY | os.O_APPEND), "ab")
+    return create(part)
 
 
 def download_from_hub(hub, repository: str, name: str, disk: DiskCheck, before: int):
@@ -568,7 +590,7 @@ def download_from_hub(hub, repository: str, name: str, disk: DiskCheck, before: 
     largest = hub.constants.MAX_HTTP_DOWNLOAD_SIZE  # beyond it the library uses a protocol of its own
     if 1 << 20 < (remote.size or 0) <= largest and not blob.exists():
         blob.parent.mkdir(parents=True, exist_ok=True)
-        with download_lock(cache, lambda stage, fraction: note("waiting for", 0)), open(part, "ab") as file:
+        with download_lock(cache, lambda stage, fraction: note("waiting for", 0)), append_to(part) as file:
             if file.tell() > remote.size:
                 file.truncate(0)
             while not blob.exists() and (start := file.tell()) < remote.size:

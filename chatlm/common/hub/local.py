@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from chatlm.common.errors import ConfigError
+from chatlm.common.files import opened
 
 
 Progress = Callable[[str, float], None]  # (stage, fraction 0..1); may raise to interrupt the work
@@ -26,6 +27,13 @@ def home_folder() -> Path:
                       "or give MODEL (--help says what it may be)")
 
 
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps models, by its own rules. Importing the library takes half a second."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home, "hub")
+    return Path(os.path.expandvars(cache)).expanduser().absolute()
+
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -38,7 +46,8 @@ def has_room(folder: Path, needed: int) -> bool:
 def download_lock(cache: Path, progress: Progress) -> Iterator[None]:
     """Hold the lock for downloads; the system releases it if the process dies."""
     import fcntl  # POSIX only, but so are the workers
-    with open(cache / ".lock", "w") as file:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with open(os.open(cache / ".lock", flags, 0o666), "r+b", buffering=0) as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -57,7 +66,7 @@ def check_sha256(path: Path, expected: str):
 
 def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with opened(path) as file:
         while part := file.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()

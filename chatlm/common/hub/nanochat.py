@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
-from chatlm.common.files import parse_json, read_small
+from chatlm.common.files import read_object
 from chatlm.common.messages.requests import ModelSource
 
 if TYPE_CHECKING:
@@ -113,10 +113,9 @@ def read_meta(model: Path) -> dict[str, Any]:
 def object_in(path: Path) -> dict[str, Any]:
     """The object in a small JSON file; {} if there is none, or it cannot be read."""
     try:
-        found = parse_json(path, read_small(path))
-    except (ConfigError, OSError, ValueError):
+        return read_object(path)
+    except ConfigError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def part_of(meta: Mapping[str, Any], name: str) -> dict[str, Any]:

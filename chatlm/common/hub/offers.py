@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-import os
 import re
 import shutil
 import tempfile
@@ -22,9 +20,9 @@ from chatlm.common.files import Truncated
 from chatlm.common.hub.better import BETTER, SHARE, parameters_of
 from chatlm.common.hub.huggingface import (
     BESIDE_MODEL, FOLDER_FILES, HEADER_BYTES, INDEX, SPLIT_GGUF, WHOLE, CannotRun, DownloadLimits,
-    Unreachable, fetch, folder_bytes, hub_errors, hub_files, hub_model, is_plain_path, list_repository,
-    load_hub, other_tokenizers, refuse_early, tokenizers_of, why_unreachable)
-from chatlm.common.hub.local import download_lock
+    Unreachable, fetch, folder_bytes, hub_errors, hub_files, hub_model, indexed_shards, is_plain_path,
+    list_repository, load_hub, other_tokenizers, refuse_early, revision_of, tokenizers_of, why_unreachable)
+from chatlm.common.hub.local import download_lock, hub_cache
 from chatlm.common.hub.short_names import PARAMETERS, SHORT_NAMES
 from chatlm.common.messages.protocol import (
     HUB_PIPE, Crashed, HubFetch, HubFetched, HubOffers, HubProgress, HubQuestion, Offer, Unusable)
@@ -259,13 +257,6 @@ def beginning(hub, repository: str, revision: str, name: str, most: int) -> byte
 # what the cache has -------------------------------------------------------------------------------
 
 
-def hub_cache() -> Path:
-    """Where huggingface_hub keeps models, by its own rules. Importing the library takes half a second."""
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home, "hub")
-    return Path(os.path.expandvars(cache)).expanduser().absolute()
-
-
 def folder_of(repository: str) -> Path:
     return hub_cache() / f"models--{repository.replace('/', '--')}"
 
@@ -291,10 +282,8 @@ def cached_models() -> list[Offer]:
 
 def snapshot_of(folder: Path) -> Path | None:
     """The snapshot that is used without a connection; if none is noted, the newest."""
-    with contextlib.suppress(OSError):
-        main = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
-        if main.is_dir():
-            return main
+    if (revision := revision_of(folder)) and (main := folder / "snapshots" / revision).is_dir():
+        return main
     snapshots = [path for path in folder.glob("snapshots/*") if path.is_dir()]
     return max(snapshots, key=lambda path: path.stat().st_mtime, default=None)
 
@@ -316,9 +305,8 @@ def is_whole(folder: Path, names: dict[str, int], files: Seq[str]) -> bool:
         if len([name for name in files if name.endswith(split[0])]) != int(split[1]):
             return False
     if INDEX in files and WHOLE not in names:
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-            index = (snapshot_of(folder) or folder) / INDEX
-            return {*json.loads(index.read_bytes())["weight_map"].values()} <= {*names}
+        with contextlib.suppress(ConfigError):
+            return indexed_shards((snapshot_of(folder) or folder) / INDEX) <= {*names}
         return False
     return True
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from chatlm.common.errors import ConfigError, error_text, require_library, shown
-from chatlm.common.files import read_small
+from chatlm.common.files import check_regular, read_small
 
 # documents to choose from; encoded at once
 BUFFERED = 1000
@@ -48,6 +48,7 @@ def read_parts(path: Path, columns: Seq[str]) -> Iterator[list[dict]]:
     if path.suffix in (".jsonl", ".json"):
         yield read_lines(path)
         return
+    check_regular(path)
     pyarrow = require_library("pyarrow", f"reading {path.name}")
     opened = require_library("pyarrow.parquet", f"reading {path.name}").ParquetFile if (
         path.suffix == ".parquet") else None

@@ -17,7 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from chatlm.common.errors import shown
+from chatlm.common.errors import ConfigError, shown
+from chatlm.common.files import opened
+from chatlm.common.hub.archives import archive_in, first_bytes
 from chatlm.common.hub.nanochat import meta_of, step_of
 
 NANOGPT_FILE = "ckpt.pt"
@@ -26,6 +28,7 @@ LITGPT_CONFIG = "model_config.yaml"
 BUILD_NANOGPT = "build-nanogpt"
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".distcp")
 MOST_PICKLED = 1 << 20  # bytes of a pickle that are looked at: names come first, and tensors take none of it
+MOST_OPCODES = 100_000  # of it that are looked at, in 0.1 s; a tensor takes about 40
 # of folders that are searched for a checkpoint of which an error tells
 MOST_DEPTH = 4
 MOST_ENTRIES = 2000
@@ -118,7 +121,8 @@ BESIDE_MODELS = re.compile(  # files of a training that are no models
 
 
 def trainer_of(path: Path) -> Trainer | None:
-    """Who wrote a file; None if that is unknown, or it is no checkpoint. OSError if it cannot be read."""
+    """Who wrote a file; None if that is unknown, or it is no checkpoint. OSError or ConfigError if it cannot
+    be read."""
     status = path.stat()
     return known_trainer(path, status.st_size, status.st_mtime_ns)
 
@@ -133,7 +137,7 @@ def known_trainer(path: Path, size: int, changed_ns: int) -> Trainer | None:
             return trainer
     if not path.is_file() or path.suffix not in SUFFIXES:
         return None
-    with open(path, "rb") as file:
+    with opened(path) as file:
         begin = file.read(1024)
     if begin.startswith(OLD_TORCH):
         return OLD
@@ -175,16 +179,18 @@ def names_in(path: Path) -> tuple[dict[str, None], set[str]]:
     unpickled; of a damaged file there may be none."""
     texts = dict[str, None]()
     classes = set[str]()
-    with suppress(zipfile.BadZipFile, ValueError, KeyError, RuntimeError, NotImplementedError, EOFError):
-        with zipfile.ZipFile(path) as archive:
-            [name] = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-            with archive.open(name) as member:
-                pickled = member.read(MOST_PICKLED)
-        for opcode, argument, _ in pickletools.genops(pickled):
-            if opcode.name == "GLOBAL":
-                classes.add(str(argument).rpartition(" ")[2])
-            elif isinstance(argument, str) and "UNICODE" in opcode.name:
-                texts[argument] = None
+    with opened(path) as file:
+        try:
+            with archive_in(file) as archive:
+                [name] = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+                pickled = first_bytes(archive, name, MOST_PICKLED)
+            for opcode, argument, _ in itertools.islice(pickletools.genops(pickled), MOST_OPCODES):
+                if opcode.name == "GLOBAL":
+                    classes.add(str(argument).rpartition(" ")[2])
+                elif isinstance(argument, str) and "UNICODE" in opcode.name:
+                    texts[argument] = None
+        except Exception:  # what is damaged or hostile can raise nearly anything
+            pass
     return texts, classes
 
 
@@ -217,7 +223,7 @@ def foreign(path: Path) -> str:
     """What a checkpoint of another trainer is and what to do with it; "" for none, and for one that opens."""
     try:
         trainer = trainer_of(path)
-    except OSError:
+    except (OSError, ConfigError):
         return ""
     if trainer is None or trainer is BUILD or trainer is NANOGPT and path.name == NANOGPT_FILE:
         return ""
@@ -230,12 +236,13 @@ def unknown_torch_file(path: Path) -> str:
     if step_of(path.name) is not None and meta_of(path).exists():
         return ""
     try:
-        with open(path, "rb") as file:
+        with opened(path) as file:
             is_zip = file.read(4) == b"PK\3\4"
-        if is_zip and not zipfile.is_zipfile(path):
+            is_whole = zipfile.is_zipfile(file)
+        if is_zip and not is_whole:
             return f"{path} is a file of torch.save without its end: it is being written, or copy it again"
         texts = names_in(path)[0] if is_zip else {}
-    except OSError:
+    except (OSError, ConfigError):
         return ""
     names = [text for text in texts if not re.fullmatch(r"storage|cpu|(cuda:)?\d+", text)]
     if not names or any(name.endswith("transformer.h.0.attn.c_q.weight") for name in names):
@@ -248,7 +255,7 @@ def is_build_nanogpt(path: Path) -> bool:
     """Is this file a checkpoint of build-nanogpt? nanochat's have such a name too, and a meta file beside."""
     if step_of(path.name) is None or meta_of(path).exists():
         return False
-    with suppress(OSError):
+    with suppress(OSError, ConfigError):
         return trainer_of(path) is BUILD
     return False
 

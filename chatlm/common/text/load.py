@@ -18,6 +18,7 @@ from chatlm.common.jsontext import whole_unicode
 from chatlm.common.log import log
 from chatlm.common.messages.requests import Message
 from chatlm.common.text.calculations import said_tokens, without_own, without_unfinished
+from chatlm.common.text.charsmap import check_charsmaps
 from chatlm.common.text.formats import calls_of, thoughts_of, wrapper_of
 from chatlm.common.text.history import (
     nine_character_ids, orphans_of, results_as_turns, single_calls, with_answers, with_generic_tools,
@@ -191,6 +192,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, spec: TextSpec):
         super().__init__(spec)
         tokenizers = require_library("tokenizers", "this model's tokenizer")
+        check_charsmaps(spec.payload)
         self.pipeline = tokenizers.Tokenizer.from_buffer(spec.payload)
         self.pipeline.no_padding()
         self.pipeline.no_truncation()

@@ -11,17 +11,22 @@ from pathlib import Path
 
 import numpy
 
-from chatlm.common.errors import ConfigError, cannot_read, shown, visible
-from chatlm.common.files import check_regular
+from chatlm.common.errors import ConfigError, shown, visible
+from chatlm.common.files import opened, read_small
 from chatlm.common.records import record
 from chatlm.export.gguf import encoding
 from chatlm.export.gguf.unfinished import UnfinishedFile, digest_of
 from chatlm.worker.weights.gguf_file import read_gguf_file, readable
-from chatlm.worker.weights.rules import MOST_TENSORS
+from chatlm.worker.weights.gguf_header import Texts
+from chatlm.worker.weights.rules import MOST_TENSORS, Rule, checked
 
+COUNT = Rule(int, 0, 2**31 - 1, optional=True)
+KEYS = {"imatrix.datasets": Rule(str, many=True, optional=True), "imatrix.chunk_count": COUNT,
+        "imatrix.chunk_size": COUNT}
 SUMS = ".in_sum2"
 COUNTS = ".counts"
 LONGEST_NAME = 4096
+MOST_OLD = 2 << 30  # bytes of a .dat; that of a model of 1,000 B weights has 0.4 GB
 
 
 @dataclass
@@ -70,12 +75,8 @@ class Importance:
 
 def read_importance(path: Path) -> Importance:
     """ConfigError if the file is none of importance."""
-    check_regular(path)
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-    except OSError as error:
-        raise cannot_read(path, error) from None
+    with opened(path) as file:
+        start = file.read(4)
     importance = read_gguf_importance(path) if start == b"GGUF" else read_old_importance(path)
     for name, sums in importance.tensors.items():
         if not (numpy.isfinite(sums.squares).all() and numpy.isfinite(sums.counts).all()):
@@ -105,9 +106,12 @@ def read_gguf_importance(path: Path) -> Importance:
             tensors[name.removesuffix(SUMS)] = Sums(squares, numpy.rint(counts.data).reshape(-1))
     if not tensors:
         raise ConfigError(f"--imatrix {visible(str(path))} has no tensors")
-    datasets = tuple(map(str, metadata.get("imatrix.datasets", ())))
-    return Importance(tensors, datasets, int(metadata.get("imatrix.chunk_count", 0)),
-                      int(metadata.get("imatrix.chunk_size", 0)), path)
+    stated = {}
+    for key, rule in KEYS.items():
+        value = metadata.get(key)
+        stated[key] = checked(path, key, [*value] if isinstance(value, Texts) else value, rule)
+    datasets, chunks, chunk_tokens = stated.values()
+    return Importance(tensors, tuple(datasets or ()), chunks or 0, chunk_tokens or 0, path)
 
 
 def read_old_importance(path: Path) -> Importance:
@@ -117,11 +121,7 @@ def read_old_importance(path: Path) -> Importance:
     tensors = {}
     datasets = ()
     chunks = 0
-    try:
-        with path.open("rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise cannot_read(path, error) from None
+    data = read_small(path, MOST_OLD)
     try:
         [count] = struct.unpack_from("<i", data)
         at = 4

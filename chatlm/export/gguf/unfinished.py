@@ -2,7 +2,10 @@
 
 FILE.part is what there is so far. FILE.part.json is its note: the job that it belongs to, and how many of the
 pieces are safely on the disk. The same job goes on after them, another one begins anew. A lock on FILE.part
-keeps two commands from writing it at once."""
+keeps two commands from writing it at once.
+
+Neither is followed if it is a link, nor emptied if it is somebody else's. The note is written first. So a
+FILE.part without a note, or one that does not begin as a GGUF file does, was not written here."""
 
 from __future__ import annotations
 
@@ -16,12 +19,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chatlm.common.errors import ConfigError, visible
+from chatlm.common.new_files import create, not_ours, replace_with, take_up
 
 with suppress(ImportError):  # Windows has none; there nothing is locked
     import fcntl
 
 CHANGED = "the model's files have changed while they were read"
 SAFE_EVERY = 64 << 20  # bytes after which the disk is asked to have them
+BEGIN = b"GGUF"
+LONGEST_NOTE = 10_000
 
 
 class Note(NamedTuple):
@@ -66,13 +72,32 @@ class UnfinishedFile:
         self.pieces = 0
         self.unsafe = 0      # bytes that the disk may not have yet
         with named_errors(self.part):
-            self.file = os.open(self.part, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+            self.file = self._open()
         try:
             self._lock()
             self._go_on()
         except BaseException:
             os.close(self.file)
             raise
+
+    def _open(self) -> int:
+        """The file's descriptor: a new one, or what an earlier run has left. ConfigError if something else
+        has the name of the file or of its note."""
+        stated = self._note()
+        if os.path.lexists(self.side) and stated is None:
+            raise not_ours(self.side)
+        with suppress(FileNotFoundError):
+            number = take_up(self.part)
+            if stated is None or not BEGIN.startswith(os.pread(number, len(BEGIN), 0)):
+                os.close(number)
+                raise not_ours(self.part)
+            return number
+        self._write_note(Note(self.job, 0, 0))
+        try:
+            with create(self.part) as file:
+                return os.dup(file.fileno())
+        except FileExistsError:
+            raise ConfigError(f"{visible(str(self.part))}: another command is writing it") from None
 
     def _lock(self):
         if "fcntl" not in globals():
@@ -84,7 +109,7 @@ class UnfinishedFile:
         with named_errors(self.part):
             here = os.fstat(self.file)
             try:
-                there = os.stat(self.part)
+                there = os.lstat(self.part)
             except FileNotFoundError:
                 there = None
         if there is None or (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino):
@@ -97,16 +122,24 @@ class UnfinishedFile:
             if note and note.job == self.job and os.fstat(self.file).st_size >= note.at:
                 self.pieces = note.pieces
                 self.at = note.at
+            else:  # first: the other job must not go on after pieces of this one
+                self._write_note(Note(self.job, 0, 0))
             os.ftruncate(self.file, self.at)
 
     def _note(self) -> Note | None:
+        """What the note says; None if there is none, or it is not ours."""
         try:
-            stated = json.loads(self.side.read_bytes())
-            note = Note(stated["job"], stated["pieces"], stated["at"])
-        except (OSError, ValueError, KeyError, TypeError):
+            number = take_up(self.side, os.O_RDONLY)
+            with open(number, "rb") as file:
+                stated = json.loads(file.read(LONGEST_NOTE))
+            note = Note(**stated)
+        except (OSError, ValueError, TypeError, RecursionError, ConfigError):
             return None
-        is_sound = all(type(number) is int and number >= 0 for number in note[1:])
+        is_sound = type(note.job) is str and all(type(count) is int and count >= 0 for count in note[1:])
         return note if is_sound else None
+
+    def _write_note(self, note: Note):
+        replace_with(self.side, json.dumps(note._asdict()).encode())
 
     def reserve(self, size: int):
         """ConfigError at once if the disk has no room for the whole file."""
@@ -137,9 +170,7 @@ class UnfinishedFile:
         with named_errors(self.path):
             os.fsync(self.file)
             self.unsafe = 0
-            new = self.side.with_name(f"{self.side.name}.new")
-            new.write_text(json.dumps(Note(self.job, self.pieces, self.at)._asdict()))
-            os.replace(new, self.side)
+            self._write_note(Note(self.job, self.pieces, self.at))
 
     def finish(self):
         """The file takes its name."""

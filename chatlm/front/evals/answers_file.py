@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
+from chatlm.common.new_files import open_growing, open_kept
 
 if TYPE_CHECKING:
     from io import RawIOBase
@@ -91,12 +92,14 @@ class AnswersFile:
         if folder is None:
             return
         self.path = answers_file_path(folder, name)
+        data = b""
         try:
             with suppress(FileNotFoundError):
-                self._read(self.path.read_bytes())
-            opened = os.open(self.path, os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o600)
-            self.writing = os.fdopen(opened, "ab", buffering=0)
-            if self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n"):
+                with open_kept(self.path) as file:
+                    data = file.read()
+                self._read(data)
+            self.writing = open_growing(self.path)
+            if data and not data.endswith(b"\n"):
                 self.writing.write(b"\n")
         except OSError as error:
             self._fail(error)

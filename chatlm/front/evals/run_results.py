@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import stat
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence as Seq
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 from chatlm.common.hub.nanochat import AS_TRAINED
 from chatlm.common.hub.written import is_number
 from chatlm.common.log import log
+from chatlm.common.new_files import open_growing, open_kept
 from chatlm.front.evals.bits import Score
 from chatlm.front.evals.answers_file import file_word
 from chatlm.front.pool.run_names import RunName
@@ -146,7 +146,7 @@ class RunResults:
         """Read the new lines of a file. Skips broken lines, which a full disk leaves behind."""
         begin = self.read_to.get(path, 0)
         try:
-            with open_regular(path, os.O_RDONLY) as file:
+            with open_kept(path) as file:
                 if file.seek(0, os.SEEK_END) < begin:  # it was written anew
                     begin = 0
                 file.seek(begin)
@@ -296,23 +296,10 @@ class RunResults:
         self.run_log.write(step.run, rows)
 
 
-def open_regular(path: Path, flags: int):
-    """Open a file; one that is written is unbuffered. Raises OSError unless it is a regular file, because
-    others may block."""
-    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is not a regular file")
-    writes = bool(flags & os.O_RDWR)
-    if writes:
-        return os.fdopen(descriptor, "r+b", buffering=0)
-    return os.fdopen(descriptor, "rb")
-
-
 def append_line(path: Path, line: bytes):
     """Add a line in one call, so that lines of several servers do not mix. Raises OSError if that fails; then
     a part of the line may be in the file, and the next line begins after it."""
-    with open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND) as file:
+    with open_growing(path) as file:
         size = file.seek(0, os.SEEK_END)
         if size:
             file.seek(size - 1)

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from chatlm.common.config import counted_path
 from chatlm.common.errors import ChatServerError, ConfigError
-from chatlm.common.files import read_text_of
+from chatlm.common.files import read_small, read_text_of
 from chatlm.common.log import log
 from chatlm.front.evals.bits import score_text
 from chatlm.front.evals.bundle import read_suite
@@ -319,8 +319,8 @@ def describe_step(step: RunStep, model: Model, pool: WorkerPool) -> tuple[StepOf
         if name.endswith(WEIGHTS):
             saved_ns.append(time_ns)
         elif size <= SMALL_FILE:
-            with suppress(OSError):
-                files.append(hashlib.sha256(Path(name).read_bytes()).hexdigest())
+            with suppress(ConfigError):
+                files.append(hashlib.sha256(read_small(Path(name), SMALL_FILE)).hexdigest())
     card = pool.supervisor.card
     settings = model.settings
     key = json.dumps([files, card.facts.arithmetic, card.context_length, card.longest, settings.dtype,

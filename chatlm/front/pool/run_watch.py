@@ -148,7 +148,7 @@ class RunWatch:
         path = str(step.path)
         merged = {}
         if step.adapts:  # served as its base with the adapter merged
-            path = base_of(step.path)
+            path = await asyncio.to_thread(base_of, step.path)
             merged = {"lora": (str(step.path),)}
         name = self.registry.renamed(ModelChoice(str(step.path), name)).name
         choice = ModelChoice(path, name, changes={
@@ -156,6 +156,8 @@ class RunWatch:
         try:
             if not path:
                 raise ConfigError(f"it is an adapter whose {CONFIG} has no base_model_name_or_path")
+            written, evaluation = await asyncio.to_thread(
+                lambda: (written_beside(step.path), evaluation_of(step.path)))
             model = await self.many.opener.resolve(choice)
             failure = await self.many.opener.open(model)
         except ConfigError as error:  # it was removed
@@ -165,8 +167,8 @@ class RunWatch:
                                 is_whole=isinstance(failure, NoRoom))
         model.run = self.names.of(step.run)
         model.step = step.step
-        model.written, model.stale = written_beside(step.path)
-        model.saved_s, model.evaluation = step.changed_s, evaluation_of(step.path)
+        model.written, model.stale = written
+        model.saved_s, model.evaluation = step.changed_s, evaluation
         self.registry.add(model)
         self.registry.models.sort(key=order)
         self.models[step] = model

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from chatlm.common.errors import ConfigError
+from chatlm.common.errors import ConfigError, error_text, line_of
 from chatlm.common.hub.stamps import Sighting, Stamp
 from chatlm.common.log import log
 
@@ -49,6 +49,9 @@ class Sightings(Generic[T]):
                 self.note("the folder", {})
             except (ConfigError, OSError) as error:
                 self.note("the folder", {"": str(error)})
+            except Exception as error:  # our own fault: it is told once, and the next scan tries again
+                self.note("the folder", {"": f"a scan failed and is tried again: {error_text(error)} "
+                                            f"({line_of(error)})"})
 
     async def look(self) -> list[T]:
         return self.compare(await asyncio.to_thread(self.find))
@@ -60,12 +63,14 @@ class Sightings(Generic[T]):
         before = [*self.there.values()]
         self.note("files", {each.path: each.trouble for each in found if each.trouble})
         readable = [each for each in found if each.stamp]
+        seen = {each.path for each in readable}
         now: list[T] = []
         for each in found:
             if each.stamp:
                 now.append(each)
-            else:  # keep what was seen last of it, and of what is below it
-                now += [last for last in before if each.path in (last.path, *last.path.parents)]
+            else:  # keep what was seen last of it, and of what is below it and was not seen now
+                now += [last for last in before if last.path not in seen
+                        and each.path in (last.path, *last.path.parents)]
         if self.looked:
             unchanged = {each.stamp for each in before}
         else:

@@ -6,8 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatlm.common.errors import cannot_read
-from chatlm.common.files import check_regular
+from chatlm.common.files import MOST_OBJECT, opened, read_small
 from chatlm.common.hub.stamps import ADAPTER_FILES, Changed, adapter_stamp
 from chatlm.worker.weights.adapters import reading_thread
 
@@ -89,12 +88,9 @@ class AdapterSlots:
 def adapter_digest(folder: Path) -> str:
     """A hash of an adapter's files. ConfigError if they cannot be read."""
     digest = hashlib.blake2b(digest_size=16)
-    for name in ADAPTER_FILES:
-        try:
-            check_regular(folder / name)
-            with (folder / name).open("rb") as file:
-                while part := file.read(1 << 20):
-                    digest.update(part)
-        except OSError as error:
-            raise cannot_read(folder / name, error) from None
+    config, weights = ADAPTER_FILES
+    digest.update(read_small(folder / config, MOST_OBJECT))
+    with opened(folder / weights) as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
     return digest.hexdigest()

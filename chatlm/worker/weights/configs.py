@@ -151,6 +151,9 @@ def family_config(path: Path, raw: Mapping) -> tuple[str, dict]:
     defaults = HF_DEFAULTS | row.config
     refuse_unknown(path, family, raw, defaults)
     config = checked_config(path, row, raw, defaults)
+    for name in ("rope_scaling", "rope_parameters"):
+        if config[name] and not isinstance(config[name], dict):
+            raise ConfigError(f"{path}: {name} is {shown(config[name])}; it must be an object")
     if packed := config.get("quantization_config"):
         method = packed.get("quant_method") if isinstance(packed, dict) else None
         checked(path, "quantization_config.quant_method", method, Rule(str, choices=("mxfp4",)))

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.core import decode_core, seam
+from chatlm.common.errors import ConfigError
+from chatlm.common.files import opened, read_object
 from chatlm.common.hub.stamps import mmproj_of
 from chatlm.common.program import program_sources
 from chatlm.worker.weights.files import files_of_adapters, files_of_weights
@@ -58,12 +60,12 @@ def sampled_digest(path: Path, adapters: Iterable[str] = ()) -> str:
     unchanged, so pages that outlive the server use `whole_digest`."""
     digest = hashlib.sha256()
     for file in (*files_of_weights(path), *files_of_adapters(adapters)):
-        with file.open("rb") as opened:
-            size = opened.seek(0, os.SEEK_END)
+        with opened(file) as data:
+            size = data.seek(0, os.SEEK_END)
             digest.update(size.to_bytes(8, "little"))
             for sample in range(SAMPLES):
-                opened.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
-                digest.update(opened.read(SAMPLE_BYTES))
+                data.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                digest.update(data.read(SAMPLE_BYTES))
     return digest.hexdigest()
 
 
@@ -72,7 +74,7 @@ def digest_of(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in files:
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        with open(path, "rb") as file:
+        with opened(path) as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
@@ -85,8 +87,8 @@ def whole_digest(files: list[Path], fingerprint: str, store: Path | None) -> str
         return fingerprint
     known = {}
     path = store / KNOWN_DIGESTS
-    with suppress(OSError, ValueError):
-        known = dict(json.loads(path.read_text()))
+    with suppress(ConfigError):
+        known = read_object(path)
     if not isinstance(digest := known.get(fingerprint), str):
         digest = digest_of(files)
         if fingerprint_of(files) != fingerprint:

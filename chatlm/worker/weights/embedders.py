@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, shown
-from chatlm.common.files import parse_json, read_small
+from chatlm.common.files import MOST_OBJECT, parse_json, read_small
 from chatlm.common.messages.requests import Embedder
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.kinds import floats
@@ -201,7 +201,7 @@ def folder_dense(folder: Path, width: int) -> Dense:
 
 
 def modules_of(path: Path) -> list[dict]:
-    modules = parse_json(path, read_small(path))
+    modules = parse_json(path, read_small(path, MOST_OBJECT))
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise ConfigError(f"{path} holds {shown(modules)}; it must hold a list of objects")
     return modules

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from chatlm.common.errors import ConfigError, cannot_read
-from chatlm.common.files import refuse_pointer, truncated
+from chatlm.common.errors import ConfigError
+from chatlm.common.files import opened, refuse_pointer, truncated
 from chatlm.common.hub.trainers import LITGPT_FILE, is_litgpt_folder
 from chatlm.common.log import log
 from chatlm.worker.weights.rules import read_json
@@ -89,7 +89,9 @@ def files_of_adapters(folders: Iterable[str]) -> list[Path]:
 def refuse_cut_checkpoint(path: Path):
     """ConfigError if a torch zip archive lacks the table at its end, or the file is only a pointer."""
     begin, size = beginning(path)
-    if b"PK\3\4".startswith(begin[:4]) and not zipfile.is_zipfile(path):
+    with opened(path) as file:
+        is_whole = zipfile.is_zipfile(file)
+    if b"PK\3\4".startswith(begin[:4]) and not is_whole:
         raise truncated(path, size, "and the table of contents at its end is missing")
 
 
@@ -107,7 +109,7 @@ def refuse_cut_safetensors(path: Path):
     if size < needed:
         raise truncated(path, size, f"and its header ends at byte {needed:,}")
     with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        with open(path, "rb") as file:
+        with opened(path) as file:
             tensors = json.loads(file.read(needed)[8:])
         needed += max(int(tensor["data_offsets"][1]) for name, tensor in tensors.items()
                       if name != "__metadata__")
@@ -117,11 +119,8 @@ def refuse_cut_safetensors(path: Path):
 
 def beginning(path: Path) -> tuple[bytes, int]:
     """A file's first bytes, and its size; ConfigError if it cannot be read or is only a pointer."""
-    try:
-        with open(path, "rb") as file:
-            begin = file.read(1000)
-            size = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise cannot_read(path, error) from None
+    with opened(path) as file:
+        begin = file.read(1000)
+        size = os.fstat(file.fileno()).st_size
     refuse_pointer(path, begin)
     return begin, size

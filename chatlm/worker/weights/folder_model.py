@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
+from chatlm.common.hub.links import refuse_links_out
 from chatlm.common.records import record
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.kinds import floats, item_bytes, kind_of
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 
 def read_folder_model(source: ModelSource, settings: Settings) -> FolderModel:
+    refuse_links_out(source.path)
     path = source.path / "config.json"
     config = FolderConfig.of(path, read_json(path), settings.context_length)
     return folder_model(source, config, *with_prefix(*read_safetensors(source.path)))

@@ -11,6 +11,7 @@ from chatlm.common.hub.huggingface import other_tokenizers
 from chatlm.worker.weights.sentencepiece_file import sentencepiece_json
 from chatlm.worker.weights.tiktoken_file import kimi_json, qwen_json, tekken_json
 
+MOST_BYTES = 96 << 20  # of a tokenizer.json, which the front reads, too; published ones have up to 33 MB
 MAKERS = {  # in this order; chatlm.common.hub.huggingface.TOKENIZERS has the same names
     "tokenizer.model": sentencepiece_json,
     "tekken.json": tekken_json,
@@ -27,7 +28,7 @@ def folder_tokenizer(folder: Path, options: Mapping) -> tuple[Path, bytes]:
     tokenizer_config.json. ConfigError if the folder has none that this server reads."""
     path = folder / "tokenizer.json"
     if path.exists():
-        return path, read_small(path)
+        return path, read_small(path, MOST_BYTES)
     for name, make in MAKERS.items():
         path = folder / name
         if path.exists():

@@ -235,7 +235,7 @@ def gguf_texts(path: Path, metadata: Mapping) -> tuple[TextSpec, Vocabulary | No
     pre = PRE_TOKENIZERS.get(name)
     if pre:
         merges = value("ggml.merges", *([[]] if name in MADE_MERGES else []))
-        pipeline = byte_level_pipeline(tokens, merges or merges_of_ids(tokens), pre)
+        pipeline = byte_level_pipeline(tokens, merges or merges_of_ids(path, tokens), pre)
     else:
         pipeline = pieces_pipeline(keys, tokens, types, name)
     family = GGUF_FAMILIES.get(str(metadata.get("general.architecture")), "llama")
@@ -270,7 +270,8 @@ def pieces_pipeline(keys: TokenizerKeys, tokens: list[str], types: Seq[int], nam
     has_merges = name in PIECES_WITH_MERGES
     merges = keys.value("ggml.merges", *() if has_merges else ([],))
     if not merges:
-        merges = merges_of_scores(tokens, keys.value("ggml.scores", None, len(tokens)), types)
+        merges = merges_of_scores(
+            keys.path, tokens, keys.value("ggml.scores", None, len(tokens)), types)
     unknown = tokens[keys.value("ggml.unknown_token_id", 0, high=len(tokens) - 1)]
     begins_with_space = keys.value("ggml.add_space_prefix", not has_merges)
     return sentencepiece_pipeline(tokens, merges, unknown, begins_with_space)

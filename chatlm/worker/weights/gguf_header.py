@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy
 
 from chatlm.common.errors import ConfigError, shown
-from chatlm.common.files import truncated
+from chatlm.common.files import opened, truncated
 from chatlm.worker.arrays.gguf_types import (
     BITNET_TYPE, NUMBERED, OF_FORKS, REPACKED, ROWS, GgufType, block_of)
 from chatlm.worker.weights.gguf_layouts import kinds_of
@@ -119,7 +119,9 @@ class FileHeader:
 
     def __init__(self, path: Path, size: int = 0):
         # copy on write, because torch does not accept read-only memory
-        self.path, self.file = path, numpy.memmap(path, numpy.uint8, "c")
+        self.path = path
+        with opened(path) as file:
+            self.file = numpy.memmap(file, numpy.uint8, "c")
         self.partial, self.size = bool(size), size or len(self.file)
         self.buffer = memoryview(self.file.data)
         self.at = 0

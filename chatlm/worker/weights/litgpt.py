@@ -17,6 +17,7 @@ import numpy
 
 from chatlm.common.errors import ConfigError, error_text, require_library, shown
 from chatlm.common.files import read_small
+from chatlm.common.hub.links import refuse_links_out
 from chatlm.common.hub.trainers import LITGPT_CONFIG, LITGPT_FILE
 from chatlm.common.log import log
 from chatlm.worker.weights.checkpoint_model import plain_state, without_tied_head
@@ -100,6 +101,7 @@ LLAMA3_ROPE = "factor", "low_freq_factor", "high_freq_factor", "original_max_seq
 
 
 def read_litgpt_model(source: ModelSource, settings: Settings) -> FolderModel:
+    refuse_links_out(source.path)
     path = source.path / LITGPT_CONFIG
     model = LitModel(path, model_config(path))
     raw = model.config_json()
@@ -126,9 +128,10 @@ def in_prompt_style(path: Path, text: TextSpec) -> TextSpec:
     tokenizer's own template writes."""
     if not path.exists():
         return text
-    style = read_yaml(path).get("class_path")
-    name = str(style).rpartition(".")[2]
-    if instruction := INSTRUCTIONS.get(str(style)):
+    stated = read_yaml(path).get("class_path")
+    style = stated if isinstance(stated, str) else ""  # YAML can state lists that would take years to print
+    name = style.rpartition(".")[2]
+    if instruction := INSTRUCTIONS.get(style):
         log.info("%s: chats are written as litgpt's %s writes questions", path, name)
         begin = "{{ bos_token }}" if text.add_bos else ""
         return replace(text, chat_template=begin + TURNS.replace("INSTRUCTION", instruction))

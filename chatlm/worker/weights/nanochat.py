@@ -15,7 +15,7 @@ from typing import NamedTuple, TYPE_CHECKING
 import numpy
 
 from chatlm.common.errors import ConfigError, lack_of_memory, error_text, shown
-from chatlm.common.files import parse_json, read_small, truncated
+from chatlm.common.files import MOST_OBJECT, parse_json, read_small, truncated
 from chatlm.common.hub.nanochat import checkpoint_at, meta_of, nanochat_tokenizers
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import NANOCHAT_CHAT_TOKENS
@@ -91,7 +91,7 @@ def read_nanochat_config(model_path: Path) -> dict:
     """The `model_config` of the meta_<step>.json beside the checkpoint, checked."""
     path = meta_of(model_path)
     try:
-        data = read_small(path)
+        data = read_small(path, MOST_OBJECT)
     except ConfigError as error:
         raise ConfigError(f"{error}; it must be next to {model_path.name}") from None
     try:

@@ -109,7 +109,8 @@ def restated(path: Path, raw: Mapping, fixed: Mapping[str, Any]) -> Mapping:
                               f"{json.dumps(only)}")
     known = {OLDER_NOMIC.get(key, key): value for key, value in raw.items()
              if key not in fixed and key not in UNREAD_NOMIC}
-    return known | {"rope_theta": float(known.get("rope_theta", 1000.0))}
+    base = checked(path, "rope_theta", known.get("rope_theta", 1000.0), ROPE_BASE)
+    return known | {"rope_theta": float(base)}
 
 
 def nomic_moe_fields(path: Path, config: Mapping) -> dict[str, Any]:

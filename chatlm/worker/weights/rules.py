@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING, TypeVar
 
 from chatlm.common.errors import ConfigError, printable, shown
-from chatlm.common.files import parse_json, read_small
+from chatlm.common.files import MOST_INDEX, read_object
 from chatlm.common.hub.default_model import DEFAULT_FILE
 from chatlm.common.log import log
 from chatlm.common.memory import available_memory
@@ -240,7 +240,4 @@ def read_json(path: Path, needed: bool = True) -> dict:
     """The object in a JSON file; {} if the file is missing and not needed."""
     if not needed and not path.exists():
         return {}
-    value = parse_json(path, read_small(path))
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds {shown(value)}; it must hold an object")
-    return value
+    return read_object(path, MOST_INDEX)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy
 
 from chatlm.common.errors import ConfigError, cannot_read, lack_of_memory, error_text, require_library
-from chatlm.common.files import check_regular
+from chatlm.common.files import check_regular, opened
 from chatlm.worker.arrays.kinds import address_of, item_bytes, of_kind
 from chatlm.worker.weights.files import refuse_cut_safetensors
 
@@ -26,7 +26,7 @@ def read_safetensors_file(path: Path) -> dict[str, numpy.ndarray]:
     try:
         with safetensors.safe_open(path, framework="numpy"):
             pass
-        with open(path, "rb") as file:
+        with opened(path) as file:
             # copied on write, because torch does not accept read-only memory
             mapped = numpy.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), numpy.uint8)
         begin = 8 + int(mapped[:8].view("<u8")[0])

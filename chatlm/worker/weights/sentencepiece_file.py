@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.common.files import read_small
+from chatlm.common.text.charsmap import check_charsmap
 from chatlm.worker.weights.pipelines import (
     BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, begins_with, bpe_pipeline, merges_among, special_token)
 
@@ -55,7 +57,7 @@ def sentencepiece_json(path: Path, options: Mapping) -> bytes:
     the file is broken, or of a kind that `tokenizers` cannot do."""
     model = read_sentencepiece(path)
     check_user_defined(path, model)
-    pipeline = bpe_parts(model) if model.algorithm == BPE else unigram_parts(model)
+    pipeline = bpe_parts(path, model) if model.algorithm == BPE else unigram_parts(model)
     pipeline["normalizer"] = normalizer_of(model, options)
     pipeline["pre_tokenizer"] = pre_tokenizer_of(model, options)
     pipeline["decoder"] = decoder_of(model, options)
@@ -75,6 +77,10 @@ def read_sentencepiece(path: Path) -> Model:
     except (ValueError, IndexError, struct.error):
         raise ConfigError(f"{path} is no model of sentencepiece, or is cut off") from None
     check(path, model)
+    try:
+        check_charsmap(model.charsmap)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return model
 
 
@@ -114,23 +120,50 @@ def check_user_defined(path: Path, model: Model):
 def model_of(data: bytes) -> Model:
     model = Model()
     for number, value in fields(data):
+        if number not in (1, 2, 3):
+            continue
+        if not isinstance(value, bytes):
+            raise ValueError(f"the field {number} is no message")
+        part = Part(dict(fields(value)))
         if number == 1:
-            piece = dict(fields(value))
-            model.pieces.append(piece.get(1, b"").decode("utf-8"))
-            model.scores.append(struct.unpack("<f", piece.get(2, bytes(4)))[0])
-            model.types.append(piece.get(3, NORMAL))
+            model.pieces.append(part.data(1).decode("utf-8"))
+            model.scores.append(part.real(2))
+            model.types.append(part.number(3, NORMAL))
         elif number == 2:
-            trainer = dict(fields(value))
-            model.algorithm = trainer.get(3, UNIGRAM)
-            model.spaces_follow = bool(trainer.get(24, 0))
-            model.byte_fallback = bool(trainer.get(35, 0))
-            model.bos = trainer.get(41, 1)
-        elif number == 3:
-            normalizer = dict(fields(value))
-            model.charsmap = normalizer.get(2, b"")
-            model.begins_with_space = bool(normalizer.get(3, 1))
-            model.trims = bool(normalizer.get(4, 1))
+            model.algorithm = part.number(3, UNIGRAM)
+            model.spaces_follow = bool(part.number(24, 0))
+            model.byte_fallback = bool(part.number(35, 0))
+            model.bos = part.number(41, 1)
+        else:
+            model.charsmap = part.data(2)
+            model.begins_with_space = bool(part.number(3, 1))
+            model.trims = bool(part.number(4, 1))
     return model
+
+
+@dataclass
+class Part:
+    """A message in a message. ValueError for a field of another kind than the asked one."""
+
+    values: dict[int, Any]
+
+    def number(self, field: int, default: int) -> int:
+        value = self.values.get(field, default)
+        if type(value) is not int:
+            raise ValueError(f"the field {field} is no number")
+        return value
+
+    def data(self, field: int) -> bytes:
+        value = self.values.get(field, b"")
+        if type(value) is not bytes:
+            raise ValueError(f"the field {field} has no bytes")
+        return value
+
+    def real(self, field: int) -> float:
+        [value] = struct.unpack("<f", self.data(field) or bytes(4))
+        if not math.isfinite(value):
+            raise ValueError(f"the field {field} is not finite")
+        return value
 
 
 def fields(data: bytes) -> Iterator[tuple[int, Any]]:
@@ -169,19 +202,19 @@ def varint(data: bytes, at: int) -> tuple[int, int]:
 # ---- the parts of a tokenizer.json
 
 
-def bpe_parts(model: Model) -> dict[str, Any]:
+def bpe_parts(path: Path, model: Model) -> dict[str, Any]:
     [unknown] = model.of_type(UNKNOWN)
-    return bpe_pipeline(model.pieces, merges_of(model), None, None, None, fuse_unk=True,
+    return bpe_pipeline(model.pieces, merges_of(path, model), None, None, None, fuse_unk=True,
                         unk_token=model.pieces[unknown], byte_fallback=model.byte_fallback,
                         ignore_merges=bool(model.of_type(USER_DEFINED)))
 
 
-def merges_of(model: Model) -> list[tuple[str, str]]:
+def merges_of(path: Path, model: Model) -> list[tuple[str, str]]:
     """Each way to make a piece of two others; pieces with the best scores come first."""
     normal = model.of_type(NORMAL)
     best_first = sorted(normal, key=lambda token: -model.scores[token])
     pieces = [model.pieces[token] for token in best_first]
-    return merges_among(pieces, set(pieces))
+    return merges_among(path, pieces, set(pieces))
 
 
 def unigram_parts(model: Model) -> dict[str, Any]:

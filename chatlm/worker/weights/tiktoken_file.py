@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence as Seq
 from pathlib import Path
 from typing import Any
 
-from chatlm.common.errors import ConfigError, shown
-from chatlm.common.files import read_small
+from chatlm.common.errors import ConfigError, error_text, shown
+from chatlm.common.files import read_object, read_small
 from chatlm.common.text.load import in_characters
 from chatlm.worker.weights.pipelines import begins_with, byte_level_pipeline, merges_of_ids, special_token
-from chatlm.worker.weights.rules import read_json
+from chatlm.worker.weights.rules import MOST_TOKENS, Rule, checked
 from chatlm.worker.weights.splits import KIMI_SPLIT, QWEN2_SPLIT, PreTokenizer
 
 # of tekken.json files up to version 7, which do not list them
@@ -25,26 +25,33 @@ TEKKEN_SPECIALS = (
     "[TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] "
     "[/SYSTEM_PROMPT] [TOOL_CONTENT]").split()
 TEKKEN_BOS = "<s>"
+TEKKEN_CONFIG = {
+    "pattern": Rule(str), "default_num_special_tokens": Rule(int, 1, 1 << 16),  # of published files 1,000
+    "default_vocab_size": Rule(int, 2, MOST_TOKENS)}
+MOST_TEKKEN = 64 << 20  # bytes; published files have up to 20 MB
 KIMI_SPECIALS = 256
 QWEN_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
 
 
 def tekken_json(path: Path, _: Mapping) -> bytes:
     """A tekken.json as the text of a tokenizer.json. ConfigError if it is no such file."""
-    content = read_json(path)
+    content = read_object(path, MOST_TEKKEN)
+    config = content.get("config")
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} is no tekken.json: config is {shown(config)}; it must be an object")
+    pattern, special_count, size = (
+        checked(path, f"config.{key}", config.get(key), rule) for key, rule in TEKKEN_CONFIG.items())
+    count = size - special_count
     try:
-        config = content["config"]
-        pattern = str(config["pattern"])
-        special_count = int(config["default_num_special_tokens"])
-        count = int(config["default_vocab_size"]) - special_count
-        tokens = [base64.b64decode(entry["token_bytes"], validate=True) for entry in content["vocab"][:count]]
-        ranks = [entry["rank"] for entry in content["vocab"][:count]]
+        vocabulary = content["vocab"][:max(count, 0)]
+        tokens = [base64.b64decode(entry["token_bytes"], validate=True) for entry in vocabulary]
+        ranks = [entry["rank"] for entry in vocabulary]
         listed = content.get("special_tokens") or [
             {"rank": rank, "token_str": name} for rank, name in enumerate(TEKKEN_SPECIALS)]
-        named = {int(entry["rank"]): str(entry["token_str"]) for entry in listed}
+        named = {entry["rank"]: str(entry["token_str"]) for entry in listed}
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} is no tekken.json: {shown(str(error))}") from None
-    if ranks != list(range(count)) or count < 1 or special_count < 1:
+        raise ConfigError(f"{path} is no tekken.json: {shown(error_text(error))}") from None
+    if len(tokens) != count or ranks != list(range(count)):
         raise ConfigError(f"{path}: its tokens are not in the order of their ranks, or some are missing")
     specials = [named.get(rank, f"<SPECIAL_{rank}>") for rank in range(special_count)]
     pre = PreTokenizer((pattern,), ignore_merges=True)
@@ -106,7 +113,7 @@ def pipeline_of(path: Path, tokens: Seq[bytes], specials: Seq[str], pre: PreToke
     everything = [*specials, *pieces] if specials_first else [*pieces, *specials]
     if len(set(everything)) < len(everything):
         raise ConfigError(f"{path}: two of its tokens are the same")
-    pipeline = byte_level_pipeline(everything, merges_of_ids(pieces), pre)
+    pipeline = byte_level_pipeline(everything, merges_of_ids(path, pieces), pre)
     first = 0 if specials_first else len(pieces)
     pipeline["added_tokens"] = [
         special_token(first + place, name) for place, name in enumerate(specials)]

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy
 
 from chatlm.common.errors import ConfigError, cannot_read, lack_of_memory, error_text
-from chatlm.common.files import check_regular
+from chatlm.common.files import opened
+from chatlm.common.hub.archives import archive_in
 from chatlm.worker.arrays.kinds import address_of, item_bytes, of_kind
 from chatlm.worker.weights.files import refuse_cut_checkpoint
 
@@ -121,9 +122,10 @@ def load_checkpoint(path: Path, stand_ins: bool = False) -> dict:
     """What a file of torch.save holds, its tensors as arrays mapped from the file. No code in it runs.
 
     `stand_ins`: it may hold objects of the trainer's own classes, such as a config. They are not loaded."""
-    check_regular(path)
     try:
-        if not zipfile.is_zipfile(path):
+        with opened(path) as file:
+            is_archive = zipfile.is_zipfile(file)
+        if not is_archive:
             raise ValueError("it is no zip archive, as torch.save has written since 2020")
         state = unpickled(path, stand_ins)
     except Exception as error:  # a hostile or truncated file can raise nearly anything
@@ -138,7 +140,7 @@ def load_checkpoint(path: Path, stand_ins: bool = False) -> dict:
 
 
 def unpickled(path: Path, stand_ins: bool) -> Any:
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+    with opened(path) as file, archive_in(file) as archive:
         members = {member.filename: member for member in archive.infolist()}
         [pickled] = (name for name in members if name.endswith("/data.pkl"))
         root = pickled.removesuffix("data.pkl")

@@ -14,6 +14,7 @@ import pytest
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import ModelSource
 from chatlm.export.gguf.export import export_gguf
+from chatlm.export.gguf.importance import Importance, write_importance
 from chatlm.export.gguf.unfinished import UnfinishedFile
 from chatlm.worker.weights.gguf_file import read_gguf
 from tiny_gguf import LLAMA_NUMBERS, random_llama, write_gguf
@@ -107,7 +108,7 @@ def test_what_another_job_has_left_is_begun_anew(change, tmp_path, monkeypatch):
     if change == "model":
         tiny_model(model, seed=1)
     if change == "note":
-        (tmp_path / "out.gguf.part.json").write_text('{"job": 3}')
+        (tmp_path / "out.gguf.part.json").write_text('{"job": "another", "pieces": 3, "at": 9}')
     if change == "cut":
         os.truncate(tmp_path / "out.gguf.part", 10)
     export_gguf(source_of(model), output, type=kind)
@@ -289,3 +290,66 @@ def test_a_process_killed_again_and_again_ends_with_the_same_file(model, tmp_pat
     export_gguf(source_of(model), tmp_path / "whole.gguf", type="Q4_K_M")
     assert ends == [-signal.SIGKILL] * 4 + [0]
     assert output.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+def test_a_job_goes_on_after_no_pieces_of_another(tmp_path, monkeypatch):
+    """One is interrupted, then another at a later place: its bytes are not the first one's."""
+    monkeypatch.setattr("chatlm.export.gguf.unfinished.SAFE_EVERY", 1)
+    model = tiny_model(tmp_path / "tiny.gguf")
+    output = tmp_path / "out.gguf"
+    with pytest.raises(Stop):
+        export_gguf(source_of(model), output, type="Q8_0", progress=stopped_after(3))
+    monkeypatch.setattr("chatlm.export.gguf.unfinished.SAFE_EVERY", 1 << 40)
+    with pytest.raises(Stop):
+        export_gguf(source_of(model), output, type="F32", progress=stopped_after(8))
+    export_gguf(source_of(model), output, type="Q8_0")
+    export_gguf(source_of(model), tmp_path / "whole.gguf", type="Q8_0")
+    assert output.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+def odd_part(kind, part, theirs):
+    """Something of somebody else that has the name of the unfinished file, or of its note."""
+    if kind == "link":
+        part.symlink_to(theirs)
+    elif kind == "broken link":
+        part.symlink_to(theirs.with_name("new"))
+    elif kind == "hard link":
+        os.link(theirs, part)
+    elif kind == "pipe":
+        os.mkfifo(part)
+    elif kind == "folder":
+        part.mkdir()
+    else:
+        part.write_bytes({"text": b"mine", "other object": b'{"a": 1}', "empty": b""}[kind])
+
+
+ODD_PARTS = "link", "broken link", "hard link", "pipe", "folder", "text", "empty", "other object"
+
+
+@pytest.mark.parametrize("name", ["out.gguf.part", "out.gguf.part.json"])
+@pytest.mark.parametrize("kind", ODD_PARTS)
+@pytest.mark.parametrize("command", ["quantize", "imatrix"])
+def test_nothing_of_others_is_emptied_or_followed(command, kind, name, model, tmp_path):
+    """Neither by `quantize` nor by `imatrix`."""
+    theirs = tmp_path / "theirs"
+    theirs.write_bytes(b"GGUF of somebody else")
+    part = tmp_path / name
+    odd_part(kind, part, theirs)
+    before = part.read_bytes() if part.is_file() else b""
+    with pytest.raises(ConfigError, match=r"out.gguf.part(.json)?( exists, and no unfinished|: Is a dir)"):
+        if command == "quantize":
+            export_gguf(source_of(model), tmp_path / "out.gguf", type="Q8_0")
+        else:
+            write_importance(Importance({}), tmp_path / "out.gguf")
+    assert theirs.read_bytes() == b"GGUF of somebody else" and not (tmp_path / "new").exists()
+    assert os.path.lexists(part) and (part.read_bytes() if part.is_file() else b"") == before
+    assert {*os.listdir(tmp_path)} == {"theirs", name}
+
+
+def test_a_part_of_somebody_else_is_not_ours_by_a_note(model, tmp_path):
+    """An earlier run's note is there, but what has the part's name now is no GGUF file."""
+    (tmp_path / "out.gguf.part.json").write_text(json.dumps({"job": "a" * 64, "pieces": 1, "at": 3}))
+    (tmp_path / "out.gguf.part").write_bytes(b"my diary")
+    with pytest.raises(ConfigError, match="no unfinished run has written it"):
+        export_gguf(source_of(model), tmp_path / "out.gguf", type="Q8_0")
+    assert (tmp_path / "out.gguf.part").read_bytes() == b"my diary"
