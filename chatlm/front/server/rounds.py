@@ -17,6 +17,7 @@ from typing import Any, TYPE_CHECKING
 from chatlm.common.errors import RequestError, shown
 from chatlm.common.messages.requests import (
     Accepted, CallApproved, CallEnded, Finished, Message, Piece, RoundEnded, ToolsListed, Usage)
+from chatlm.common.request_ids import id_of_part
 from chatlm.front.aio import end_tasks
 from chatlm.front.api.message_readers import earlier_arguments
 from chatlm.front.server.responses import REQUEST_LOG
@@ -64,23 +65,21 @@ class Rounds:
         owner = client if self.settings.keys else ""
         approvals = {(owner, approved.id) for approved in parsed.plan.approved}
         continues = bool(parsed.details.get("previous_response_id"))
+        place = pool.place_for(parsed.request)
         del parsed
         self._check_free(approvals)
-        self.loops[request_id] = loop
-        self.answers.running[request_id] = self.answers.owners.of_answer(request_id, client)
-        self.approvals |= approvals
-        pool.in_rounds += 1
-        try:
-            if approvals and continues:
-                await self.check_unmade([name for _, name in approvals])
-            async with loop.rounds, aclosing(loop.events()) as events:
-                accepted: Any = await anext(events)
-                yield accepted, events
-        finally:
-            pool.in_rounds -= 1
-            self.approvals -= approvals
-            del self.loops[request_id]
-            self.answers.running.pop(request_id, None)
+        with self.answers.entered(request_id, client), place:
+            self.loops[request_id] = loop
+            self.approvals |= approvals
+            try:
+                if approvals and continues:
+                    await self.check_unmade([name for _, name in approvals])
+                async with loop.rounds, aclosing(loop.events()) as events:
+                    accepted: Any = await anext(events)
+                    yield accepted, events
+            finally:
+                self.approvals -= approvals
+                del self.loops[request_id]
 
     def _check_free(self, approvals: set[tuple[str, str]]):
         """Raise RequestError if an answer that runs makes a call of which one of them approves."""
@@ -260,7 +259,7 @@ class Loop:
 
     def _request(self, number: int, may_call: bool) -> Request:
         """What the pool is asked in a round. The first is the request itself, unless calls were approved."""
-        request = replace(self.request, id=f"{self.request.id}-{number}")
+        request = replace(self.request, id=id_of_part(self.request.id, number), round=number + 1)
         if number == 0 and not self.approved:
             return request if request.prompt_ids is None else request.lasting()
         params = request.params if number == 0 else self.plan.later or request.params
@@ -269,7 +268,7 @@ class Loop:
         options = {name: value for name, value in request.template_options.items()
                    if name not in ("continue_final_message", "add_generation_prompt")}
         request = replace(request, params=params, prompt_ids=None, pictures=(), prefix_token_ids=(),
-                          messages=self._messages(), template_options=options, goes_on=True,
+                          messages=self._messages(), template_options=options,
                           max_tokens=self._tokens_left())
         return request if may_call else replace(request, params=without_calls(params), tools=())
 
@@ -327,7 +326,7 @@ class Loop:
 
     async def _accepted(self) -> Accepted:
         """Check that the model will have the conversation, before a call runs that was approved."""
-        request = self.request
+        request = replace(self.request, round=1)
         if request.prompt_ids is None:
             request = await self.pool.admission.admit(request)
         return Accepted(sum(map(len, request.prompt_ids or ())))
