@@ -171,6 +171,7 @@ from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.pool import make_pool
 from chatlm.front.server.access import Access, AccessLog, Owners, is_loopback, listen_on, server_urls
 from chatlm.front.server.answering import Answers
+from chatlm.front.server.approvals import Approvals
 from chatlm.front.server.batches import BATCH_ROUTES, BatchRoutes
 from chatlm.front.server.bodies import DOCUMENT_ROUTES, Bodies
 from chatlm.front.server.compare import Comparison, read_contestants, with_ids
@@ -233,13 +234,12 @@ class Front:
         self.kept = ResponseKeeper(store, self.bodies, self.owners, settings.keep_days)
         self.metrics = Metrics(catalogue, self.ledger, toolbox)
         self.answers = Answers(settings, self.owners, self.ledger, self.metrics)
-        self.rounds = Rounds(self.answers, toolbox, settings)
+        self.approvals = Approvals(store, self.owners, settings)
+        self.rounds = Rounds(self.answers, toolbox, self.approvals, settings)
         self.batches = BatchRoutes(store, catalogue, self.bodies, self.owners, self.answers, self.ledger)
         self.kept.removed = self.batches.wake_up
         self.kept.cancel = self.cancel
         self.kept.follow = self.follow
-        if store:
-            self.rounds.check_unmade = self.kept.check_unmade
         self.history = History(catalogue, self.metrics)
 
     def is_id_in_use(self, request_id: str) -> bool:
@@ -270,6 +270,8 @@ class Front:
             pool = served.pool
             [request] = self.identified([(pool, parsed.request)], parsed.is_kept)
             parsed = replace(parsed, request=request)
+            if parsed.plan:
+                parsed = self.rounds.marked(parsed)
             del request  # from here on only what an answer needs is kept, not all messages and tools
             if parsed.plan:
                 answering = self.rounds.begin(pool, parsed, served.name, not parsed.stream)
@@ -553,7 +555,8 @@ def create_app(catalogue: Catalogue, settings: Settings, store: Store | None = N
     middlewares: list[Any] = [partial(access_log.log), errors, partial(front.access.guard)]
     app = web.Application(middlewares=list(map(web.middleware, middlewares)))
     app.on_response_prepare.append(front.access.set_headers)
-    app.on_startup.extend((front.ledger.open, front.history.open, front.tools.start, front.batches.start))
+    app.on_startup.extend((front.ledger.open, front.approvals.open, front.history.open, front.tools.start,
+                           front.batches.start))
     closing = (front.history, front.batches, front.recordings, front.downloads, front.exports, front.tools,
                front.kept, front.ledger, store)
     for part in filter(None, closing):
