@@ -1,5 +1,5 @@
-"""The ids of approval requests: which tool each is about, until when it can be answered, and a MAC, by which a
-server knows its own."""
+"""The ids of approval requests: which tool each is about, until when it can be answered, and a MAC, by which
+a server knows its own."""
 
 from __future__ import annotations
 

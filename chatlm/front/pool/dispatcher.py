@@ -220,6 +220,7 @@ class Dispatcher:
         self.delayed = 0                # answers that outlived their worker
         self.held = False               # True: jobs wait even if workers are ready
         self.use = ModelUse()
+        self.gone: ChatServerError | None = None  # why nothing is served here any more
         self.changed = changed
 
     async def answer(self, request: Request, lengths: Seq[int], arrived_s: float,
@@ -232,6 +233,7 @@ class Dispatcher:
 
         Raises EngineFailure (workers died too often), Overloaded (shutdown) and RequestError (cancelled, or
         its id is in use)."""
+        self.check_served()
         self.check_id(request.id)
         self.requests.add(request.id)
         events: EventQueue[AnswerEvent | ChatServerError] = EventQueue()
@@ -547,6 +549,17 @@ class Dispatcher:
         for job in jobs:
             job.events.put_nowait(error)
         self._abandon(*jobs)
+
+    def end(self, reason: ChatServerError):
+        """Serve nothing any more. What is here ends with the reason, and so does what still comes, such as
+        the next round of an answer whose tools run."""
+        self.gone = self.gone or reason
+        self.fail(reason, *self.jobs.values())
+
+    def check_served(self):
+        """Raise the reason if nothing is served here any more."""
+        if self.gone:
+            raise self.gone.with_traceback(None)
 
     def _abandon(self, *jobs: Job):
         """Free the rows and pages of jobs within one step: their reader left, or they failed."""

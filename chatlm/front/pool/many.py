@@ -175,7 +175,7 @@ class ManyModels(Catalogue):
         else:
             log.error("the model %s cannot be served: %s", model.name, model.reason)
             failure = EngineFailure(f"the model {model.name!r} cannot be served: {model.public_reason}")
-        pool.dispatcher.fail(failure, *pool.dispatcher.jobs.values())
+        pool.dispatcher.end(failure)
         self.run(f"ending the workers of {model.name}", partial(self.remove, pool, share))
 
     async def remove(self, pool: WorkerPool, share: MemoryShare | None):
@@ -231,11 +231,11 @@ class ManyModels(Catalogue):
     async def _end(self, model: Model, pool: WorkerPool, wait_s: float):
         """Close the pool of a model that requests can no longer find, once its answers have ended."""
         await asyncio.sleep(wait_s)  # requests that have just found it are still being read
-        while pool.dispatcher.jobs:
+        while pool.dispatcher.is_needed:
             if not pool.supervisor.ready_workers:  # and no worker can start, since the files have changed
-                pool.dispatcher.fail(Overloaded(
+                pool.dispatcher.end(Overloaded(
                     f"the files of the model {model.name!r} have changed, and the old ones are not in memory",
-                    retry_after_s=self.COMING_S), *pool.dispatcher.jobs.values())
+                    retry_after_s=self.COMING_S))
             await asyncio.sleep(0.1)
         self.leaving.remove(pool)
         if model.pool:

@@ -179,7 +179,7 @@ class WorkerPool:
         """End every request with an error that allows to send it again, and make sure that every worker has
         ended."""
         self.draining = True
-        self.dispatcher.fail(shutting_down(), *self.dispatcher.jobs.values())
+        self.dispatcher.end(shutting_down())
         await asyncio.gather(self.supervisor.close(), self.admission.close())
         if self.prefixes and self.alone:
             await self.prefixes.close()
@@ -258,6 +258,7 @@ class WorkerPool:
         return await self.dispatcher.end_thinking(request_id)
 
     def _check_capacity(self, request_id: str, client: str, low: bool = False, goes_on: bool = False):
+        self.dispatcher.check_served()
         if self.draining and not goes_on:
             raise shutting_down()
         opened = self.supervisor.became_ready.is_set() and self.supervisor.prepared
