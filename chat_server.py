@@ -156,6 +156,7 @@ from chatlm.common.messages.requests import PromptProgress
 from chatlm.common.processes.torchrun import RankStore, serve_rank, torchrun
 from chatlm.common.program import other_program, page_files, program_root
 from chatlm.common.records import record
+from chatlm.common.request_ids import id_of_part
 from chatlm.common.streams import lack_of_space, never_fail, repair_streams
 from chatlm.common.tiers import listed_store
 from chatlm.front.aio import first_of, stop_signals
@@ -416,12 +417,12 @@ class Front:
     async def handle_cancel(self, http: web.Request) -> web.Response:
         """POST /v1/cancel/{id}: stop an answer, or all answers of a comparison.
 
-        The id is in the header X-Request-Id and in an answer's chunks. With ?reasoning=true the answers only
-        stop thinking."""
+        The id is in the header X-Request-Id and in an answer's chunks; with -1 and so on behind it, it is that
+        of one answer of a comparison. With ?reasoning=true the answers only stop thinking."""
         request_id = bare_id(http.match_info["id"])
         client = REQUEST_LOG.get().client
         only_thinking = ONLY_THINKING.read(http.query.get("reasoning", "false"))
-        ids = [one for one in self.compared.get(request_id, [request_id])
+        ids = [one for one in self.answers_of(request_id)
                if self.answers.running.get(one) == self.owners.of_answer(one, client)]
         not_running = RequestError("no answer with this id is running", status=404, code="not_running",
                                    param="id")
@@ -437,6 +438,15 @@ class Front:
         if not any(cancelled):
             raise not_running
         return json_response({"id": request_id, "cancelled": True})
+
+    def answers_of(self, request_id: str) -> Seq[str]:
+        """The ids of the answers that a client means by an id."""
+        whole, _, number = request_id.rpartition("-")
+        if request_id in self.compared:
+            return self.compared[request_id]
+        if request_id not in self.answers.running and whole in self.compared and number.isdecimal():
+            return [one for one in self.compared[whole] if one == id_of_part(whole, int(number))]
+        return [request_id]
 
     def cancel(self, request_id: str) -> bool:
         """Stop an answer, and the calls of tools that it waits for. False if it does not run."""

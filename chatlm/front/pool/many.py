@@ -23,7 +23,7 @@ from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.folder_watch import FolderWatch, matching_bases
 from chatlm.front.pool.models import Registry
-from chatlm.front.pool.names import default_among, is_among
+from chatlm.front.pool.names import DEFAULT_NAMES, default_among, is_among
 from chatlm.front.pool.opener import Opener
 from chatlm.front.pool.residency import NoRoom, Residency, shown_bytes
 from chatlm.front.pool.run_watch import RunWatch
@@ -263,6 +263,9 @@ class ManyModels(Catalogue):
             served = self.registry.find(name, bound)
         except RequestError:
             may_use = not bound or any(is_among(name, [one]) for one in bound)
+            if not self.became_ready.is_set() and (may_use or name in DEFAULT_NAMES):
+                raise Overloaded(f"the server is still finding its models ({self.stage[0]})",
+                                 retry_after_s=2) from None
             if may_use and any(watch.is_coming(name) for watch in self.watches):
                 raise Overloaded(f"the files of the model {shown(name)} are being written or read",
                                  retry_after_s=self.COMING_S) from None
