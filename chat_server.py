@@ -156,7 +156,7 @@ from chatlm.common.messages.requests import PromptProgress
 from chatlm.common.processes.torchrun import RankStore, serve_rank, torchrun
 from chatlm.common.program import other_program, page_files, program_root
 from chatlm.common.records import record
-from chatlm.common.request_ids import id_of_part
+from chatlm.common.request_ids import MARK
 from chatlm.common.streams import lack_of_space, never_fail, repair_streams
 from chatlm.common.tiers import listed_store
 from chatlm.front.aio import first_of, stop_signals
@@ -441,12 +441,11 @@ class Front:
 
     def answers_of(self, request_id: str) -> Seq[str]:
         """The ids of the answers that a client means by an id."""
-        whole, _, number = request_id.rpartition("-")
         if request_id in self.compared:
             return self.compared[request_id]
-        if request_id not in self.answers.running and whole in self.compared and number.isdecimal():
-            return [one for one in self.compared[whole] if one == id_of_part(whole, int(number))]
-        return [request_id]
+        parts = self.compared.get(request_id.rpartition("-")[0], ())
+        named = [one for one in parts if one.replace(MARK, "-") == request_id]
+        return [request_id] if request_id in self.answers.running else named or [request_id]
 
     def cancel(self, request_id: str) -> bool:
         """Stop an answer, and the calls of tools that it waits for. False if it does not run."""
