@@ -417,8 +417,8 @@ class Front:
     async def handle_cancel(self, http: web.Request) -> web.Response:
         """POST /v1/cancel/{id}: stop an answer, or all answers of a comparison.
 
-        The id is in the header X-Request-Id and in an answer's chunks; with -1 and so on behind it, it is that
-        of one answer of a comparison. With ?reasoning=true the answers only stop thinking."""
+        The id is in the header X-Request-Id and in an answer's chunks; with -1 and so on behind it, it is
+        that of one answer of a comparison. With ?reasoning=true the answers only stop thinking."""
         request_id = bare_id(http.match_info["id"])
         client = REQUEST_LOG.get().client
         only_thinking = ONLY_THINKING.read(http.query.get("reasoning", "false"))
