@@ -1,4 +1,4 @@
-"""One id, one request: a second one is refused wherever it enters, and a job that is lost takes no other with it."""
+"""One id, one request: a second one is refused wherever it enters. A lost job takes no other with it."""
 
 import asyncio
 import random
@@ -36,12 +36,14 @@ async def test_an_id_is_in_use_until_all_its_answers_have_ended():
     first = pool.answer(request("x", n=2))
     await anext(first)
     pool.dispatcher.deliver(worker, [("x", said("A", tokens=(65,)))])
-    await anext(first)                                  # now its second answer is submitted too
+    await anext(first)  # now its second answer is submitted too
     pool.dispatcher.deliver(worker, ending("x", said("B", tokens=(66,))))
     assert [*worker.jobs] == ["x#1"] and "x" not in pool.dispatcher.jobs
     with pytest.raises(RequestError, match='the id "x" is already running') as refused:
         await anext(pool.answer(request("x", client="b")))
-    assert refused.value.status == 409 and len([one for one in worker.sent if isinstance(one, NewRequest)]) == 1
+    assert (
+        refused.value.status == 409 and len([one for one in worker.sent if isinstance(one, NewRequest)]) == 1
+    )
     await first.aclose()
     again = pool.answer(request("x", client="b"))
     await anext(again)
@@ -67,7 +69,10 @@ async def test_a_request_is_prepared_once():
     pool = played_pool()
     for goes_on in False, True:
         with pool.admission.prepare("a", "x"):
-            with pytest.raises(RequestError, match="already running"), pool.admission.prepare("b", "x", goes_on=goes_on):
+            with (
+                pytest.raises(RequestError, match="already running"),
+                pool.admission.prepare("b", "x", goes_on=goes_on),
+            ):
                 pass
             assert pool.admission.preparing == {"x": "a"}
     assert not pool.admission.preparing
@@ -84,14 +89,16 @@ async def test_a_lost_job_takes_no_other_with_it(broken, monkeypatch):
     jobs = pool.dispatcher.jobs
     if broken == "take":
         monkeypatch.setattr(jobs["b"], "take", lambda event, gpu: 1 / 0)
-    elif broken == "messages":       # its worker dies, and no other can be told of it
+    elif broken == "messages":  # its worker dies, and no other can be told of it
         monkeypatch.setattr(jobs["b"], "messages", lambda sent: 1 / 0)
         pool.dispatcher.requeue(worker)
-    elif broken == "id":             # another with its id has ended
+    elif broken == "id":  # another with its id has ended
         del jobs["b"]
-    else:                            # it waits, in a lane that is not its own
+    else:  # it waits, in a lane that is not its own
         jobs["c"].failovers = 1
-    pool.dispatcher.deliver(worker, [each for name in "abc" for each in ending(name, said(name, tokens=(7,)))])
+    pool.dispatcher.deliver(
+        worker, [each for name in "abc" for each in ending(name, said(name, tokens=(7,)))]
+    )
     ends = await asyncio.wait_for(asyncio.gather(*(collected(stream) for stream in streams)), 20)
     assert isinstance(ends[0], Finished)
     if broken in ("take", "messages"):

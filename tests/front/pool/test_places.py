@@ -1,4 +1,5 @@
-"""An answer in rounds holds a place: it counts once, from its begin to its end, and its rounds keep nobody else out."""
+"""An answer in rounds holds a place: it counts once, from its begin to its end, and its rounds keep nobody
+else out."""
 
 import asyncio
 from contextlib import ExitStack
@@ -38,7 +39,7 @@ def finish_all(pool):
 
 
 async def test_rounds_that_come_at_once_keep_no_other_out():
-    """Of one client as many as fit; then all their tools end at a time, and the others' requests are admitted as before."""
+    """Of one client as many as fit; then all their tools end at a time. Others are admitted as before."""
     pool = played_pool(max_batch=ROWS, max_queue=LIMIT)
     with ExitStack() as places:
         count = 0
@@ -46,7 +47,7 @@ async def test_rounds_that_come_at_once_keep_no_other_out():
             while True:
                 places.enter_context(pool.place_for(request(f"a{count}")))
                 count += 1
-        assert count == LIMIT + ROWS                # their tools run
+        assert count == LIMIT + ROWS  # their tools run
         others = [await begun(pool, f"b{number}", "b") for number in range(ROWS)]
         finish_all(pool)
         rounds = [await begun(pool, id_of_part(f"a{number}", 1), round=2) for number in range(count)]
@@ -64,9 +65,22 @@ async def test_a_later_round_goes_before_what_has_not_begun():
     """Behind its client's other later rounds, and in its client's turn."""
     pool = played_pool(max_batch=1, max_queue=LIMIT)
     streams = [await begun(pool, "running", "z")]
-    for name, client, number in (("a1", "a", 0), ("b1", "b", 0), ("a2", "a", 0), ("first", "a", 1), ("x", "a", 2), ("y", "a", 5)):
+    for name, client, number in (
+        ("a1", "a", 0),
+        ("b1", "b", 0),
+        ("a2", "a", 0),
+        ("first", "a", 1),
+        ("x", "a", 2),
+        ("y", "a", 5),
+    ):
         streams.append(await begun(pool, name, client, number))
-    assert [job.id for job in pool.dispatcher.pending if job.request.client == "a"] == ["x", "y", "a1", "a2", "first"]
+    assert [job.id for job in pool.dispatcher.pending if job.request.client == "a"] == [
+        "x",
+        "y",
+        "a1",
+        "a2",
+        "first",
+    ]
     finish_all(pool)
     await asyncio.gather(*map(ended, streams))
 
@@ -85,7 +99,9 @@ async def test_an_answer_in_rounds_counts_once_for_its_key():
             await ended(stream)
         with pytest.raises(Overloaded, match="at most 2 of your requests"), pool.place_for(request("a3")):
             pass
-        with pool.admission.prepare("a", id_of_part("a1", 1), goes_on=True):    # what is rendered for it counts no more
+        with pool.admission.prepare(
+            "a", id_of_part("a1", 1), goes_on=True
+        ):  # what is rendered for it counts no more
             assert not pool.admission.preparing
         stream = await begun(pool, "b1", "b")
         finish_all(pool)
@@ -101,7 +117,7 @@ async def test_a_drain_waits_for_answers_whose_tools_run():
         assert not await pool.drain(0.0)
         with pytest.raises(Overloaded), pool.place_for(request("a2")):
             pass
-        stream = await begun(pool, id_of_part("a1", 1), round=2)      # it may end what it has begun
+        stream = await begun(pool, id_of_part("a1", 1), round=2)  # it may end what it has begun
         finish_all(pool)
         await ended(stream)
         assert pool.dispatcher.idle_s(1e9) == 0.0

@@ -1,4 +1,5 @@
-"""An answer whose tools run while its model goes: it ends, with its words or with the reason, and never waits for ever."""
+"""An answer whose tools run while its model goes: it ends, with its words or with the reason, and
+never waits for ever."""
 
 import asyncio
 import json
@@ -19,7 +20,9 @@ from watched import remove, run_folder, until, watching  # noqa: F401
 
 
 def round_of(name, number):
-    return asked(id_of_part(name, number), prompts=((1,),), prompt_ids=((1,),), max_tokens=8, round=number + 1)
+    return asked(
+        id_of_part(name, number), prompts=((1,),), prompt_ids=((1,),), max_tokens=8, round=number + 1
+    )
 
 
 @pytest.mark.parametrize("end", ["close", "fail"])
@@ -34,7 +37,11 @@ async def test_no_round_begins_at_a_pool_that_is_gone(end):
             await pool.close()
         else:
             pool.dispatcher.end(EngineFailure("the model cannot be served"))
-        for request in round_of("a", 5), asked("b", prompts=((1,),), prompt_ids=((1,),)), asked("c", prompts=("x",), round=2):
+        for request in (
+            round_of("a", 5),
+            asked("b", prompts=((1,),), prompt_ids=((1,),)),
+            asked("c", prompts=("x",), round=2),
+        ):
             with pytest.raises(Overloaded if end == "close" else EngineFailure):
                 await asyncio.wait_for(anext(pool.answer(request)), 5)
         for stream in waiting:
@@ -46,11 +53,21 @@ async def test_no_round_begins_at_a_pool_that_is_gone(end):
 
 
 @pytest.mark.parametrize("state", ["in memory", "not in memory", "failed"])
-async def test_a_checkpoint_is_removed_while_a_tool_runs(run_folder, watching, client, tmp_path, monkeypatch, state):  # noqa: F811
+async def test_a_checkpoint_is_removed_while_a_tool_runs(
+    run_folder, watching, client, tmp_path, monkeypatch, state
+):  # noqa: F811
     gate = tmp_path / "gate"
     log = tmp_path / "calls"
     config = tmp_path / "mcp.json"
-    config.write_text(json.dumps({"mcpServers": {"fake": {"command": sys.executable, "args": [fake_tools.__file__, "log", str(log)]}}}))
+    config.write_text(
+        json.dumps(
+            {
+                "mcpServers": {
+                    "fake": {"command": sys.executable, "args": [fake_tools.__file__, "log", str(log)]}
+                }
+            }
+        )
+    )
     monkeypatch.setitem(tiny_training.CONFIG, "sequence_len", 1024)
     list(tiny_training.train(run_folder, 4, 2, ids=tiny_training.TEXT.encode() * 2))
     models = await watching(run_folder, mcp_config=str(config), database=str(tmp_path / "kept.db"))
@@ -62,7 +79,13 @@ async def test_a_checkpoint_is_removed_while_a_tool_runs(run_folder, watching, c
             [digest] = [tool["digest"] for tool in (await response.json())["data"] if tool["tool"] == "slow"]
         request = asked_request(tmp_path / "kept.db", "slow", digest, {"path": str(gate)})
         yes = {"type": "mcp_approval_response", "approval_request_id": request["id"], "approve": True}
-        body = {"model": "d2-base@2", "input": [request, yes], "tools": [{"type": "mcp", "server_label": "fake", "allowed_tools": ["slow"]}], "tool_choice": "none", "max_output_tokens": 4}
+        body = {
+            "model": "d2-base@2",
+            "input": [request, yes],
+            "tools": [{"type": "mcp", "server_label": "fake", "allowed_tools": ["slow"]}],
+            "tool_choice": "none",
+            "max_output_tokens": 4,
+        }
         if state == "in memory":
             model.load()
             await until(lambda: pool.supervisor.ready_workers)
@@ -82,7 +105,9 @@ async def test_a_checkpoint_is_removed_while_a_tool_runs(run_folder, watching, c
         if state == "in memory":
             assert status == 200 and answer["output"][1]["output"] == "it is there"
         else:
-            assert status == (500 if state == "failed" else 503) and "d2-base@2" in answer["error"]["message"], answer
+            assert (
+                status == (500 if state == "failed" else 503) and "d2-base@2" in answer["error"]["message"]
+            ), answer
         await until(lambda: pool not in models.leaving)
         assert len(log.read_text().splitlines()) == 1
 

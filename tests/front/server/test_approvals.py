@@ -42,13 +42,17 @@ async def asked(at, path, **more):
     request = first["output"][-1]
     assert request["type"] == "mcp_approval_request"
     reference = {"type": "item_reference", "id": request["id"]}
-    said = {"items": {"input": [request, yes(request)]},
-            "reference": {"input": [reference, yes(request)]},
-            "previous": {"input": [yes(request)], "previous_response_id": first["id"]},
-            "previous and reference": {"input": [reference, yes(request)], "previous_response_id": first["id"]},
-            "conversation": {"input": [yes(request)], "conversation": body.get("conversation")}}
+    said = {
+        "items": {"input": [request, yes(request)]},
+        "reference": {"input": [reference, yes(request)]},
+        "previous": {"input": [yes(request)], "previous_response_id": first["id"]},
+        "previous and reference": {"input": [reference, yes(request)], "previous_response_id": first["id"]},
+        "conversation": {"input": [yes(request)], "conversation": body.get("conversation")},
+    }
     if path == "reference to both":  # the answer is an item of a response that was kept, too
-        status, _, second = await at.post("/v1/responses", {"input": [request, yes(request)], "tools": [TOOL]})
+        status, _, second = await at.post(
+            "/v1/responses", {"input": [request, yes(request)], "tools": [TOOL]}
+        )
         assert status == 200, second
         async with at.http.get(f"{at.url}/v1/responses/{second['id']}/input_items") as response:
             items = (await response.json())["data"]
@@ -71,15 +75,23 @@ async def test_no_path_makes_a_call_again(tmp_path, path, again):
         if again == "items":
             bodies.append({"input": [request, yes(request)], "tools": [TOOL]})
         elif again == "reference":
-            bodies.append({"input": [{"type": "item_reference", "id": request["id"]}, yes(request)], "tools": [TOOL]})
+            bodies.append(
+                {"input": [{"type": "item_reference", "id": request["id"]}, yes(request)], "tools": [TOOL]}
+            )
         elif "previous_response_id" in body:
             bodies.append({**body, "input": [request, *body["input"]]})
         for each in bodies:
             for more in {}, {"store": False}, {"stream": True}:
                 status, headers, answer = await at.post("/v1/responses", each | more)
-                is_twice = status == 400 and "twice" in answer["error"]["message"]     # it is in the conversation already
+                is_twice = (
+                    status == 400 and "twice" in answer["error"]["message"]
+                )  # it is in the conversation already
                 assert is_twice or status == 409 and answer["error"]["code"] == "approval_used", answer
-                assert is_twice or "picked red" in answer["error"]["message"] and headers["X-Should-Retry"] == "false"
+                assert (
+                    is_twice
+                    or "picked red" in answer["error"]["message"]
+                    and headers["X-Should-Retry"] == "false"
+                )
         assert len(at.called) == 1
 
 
@@ -104,7 +116,10 @@ async def test_of_many_at_a_time_one_makes_the_call(tmp_path, path, kept):
 def serve(folder, database):
     (folder / "url").unlink(missing_ok=True)
     search = os.pathsep.join(sys.path)
-    return subprocess.Popen([sys.executable, approving_server.__file__, str(folder), database], env={**os.environ, "PYTHONPATH": search})
+    return subprocess.Popen(
+        [sys.executable, approving_server.__file__, str(folder), database],
+        env={**os.environ, "PYTHONPATH": search},
+    )
 
 
 async def posted(folder, process, body):
@@ -112,7 +127,10 @@ async def posted(folder, process, body):
     while not (folder / "url").exists():
         assert process.poll() is None
         await asyncio.sleep(0.02)
-    async with aiohttp.ClientSession() as http, http.post((folder / "url").read_text() + "/v1/responses", json=body) as response:
+    async with (
+        aiohttp.ClientSession() as http,
+        http.post((folder / "url").read_text() + "/v1/responses", json=body) as response,
+    ):
         return response.status, await response.json()
 
 
@@ -135,11 +153,15 @@ async def test_a_killed_server_makes_no_call_again(tmp_path, kept):
             await running
         (tmp_path / "gate").touch()
         process = serve(tmp_path, database)
-        bodies = [body] + [{"input": [yes(request)], "previous_response_id": first["id"], "tools": [TOOL]}] * kept
+        bodies = [body] + [
+            {"input": [yes(request)], "previous_response_id": first["id"], "tools": [TOOL]}
+        ] * kept
         for each in bodies:
             status, answer = await posted(tmp_path, process, each)
             if kept:
-                assert status == 409 and "nothing is known of its result" in answer["error"]["message"], answer
+                assert (
+                    status == 409 and "nothing is known of its result" in answer["error"]["message"]
+                ), answer
             else:
                 assert (status, answer["error"]["code"]) == (400, "unknown_approval")
         assert len(log.read_text().splitlines()) == 1
@@ -170,13 +192,27 @@ async def test_only_ids_that_the_server_made_are_known(tmp_path):
         request, body = await asked(at, "items")
         name = request["id"]
         assert AN_ID.fullmatch(name)
-        names = ["mcpr_x", "x", name + "0", name[:-1], name.upper(), name.replace("mcpr_", "mcp_"), "mcpr_" + "0" * 53]
+        names = [
+            "mcpr_x",
+            "x",
+            name + "0",
+            name[:-1],
+            name.upper(),
+            name.replace("mcpr_", "mcp_"),
+            "mcpr_" + "0" * 53,
+        ]
         for _ in range(40):
             place = rng.randrange(5, len(name))
-            names.append(name[:place] + rng.choice([c for c in "0123456789abcdef" if c != name[place]]) + name[place + 1:])
+            names.append(
+                name[:place]
+                + rng.choice([c for c in "0123456789abcdef" if c != name[place]])
+                + name[place + 1 :]
+            )
         for each in names:
             made_up = {**request, "id": each}
-            status, headers, answer = await at.post("/v1/responses", {"input": [made_up, yes(made_up)], "tools": [TOOL]})
+            status, headers, answer = await at.post(
+                "/v1/responses", {"input": [made_up, yes(made_up)], "tools": [TOOL]}
+            )
             assert (status, answer["error"]["code"]) == (400, "unknown_approval"), (each, answer)
         assert not at.called
         assert (await at.post("/v1/responses", body))[0] == 200
@@ -185,7 +221,11 @@ async def test_only_ids_that_the_server_made_are_known(tmp_path):
 def test_an_id_says_until_when_it_counts():
     key, other = "0a" * 32, "0b" * 32
     name = approval_id(ApprovalMark(key, 1_800_000_000), "f" * 24, "0123456789abcdef")
-    assert until_of(name, key) == 1_800_000_000 and until_of(name, other) is None and digest_in(name) == "0123456789abcdef"
+    assert (
+        until_of(name, key) == 1_800_000_000
+        and until_of(name, other) is None
+        and digest_in(name) == "0123456789abcdef"
+    )
 
 
 async def test_old_approvals_are_unknown(tmp_path, monkeypatch):
@@ -204,7 +244,7 @@ async def test_what_is_forgotten_is_unknown():
     rng.shuffle(untils)
     for until in untils:
         assert await uses.begin("", str(until), Use(500, ""), until) is None
-        for each in untils[:untils.index(until) + 1]:
+        for each in untils[: untils.index(until) + 1]:
             assert await uses.find("", str(each)) or not uses.may_be_known(each)
         assert len(uses.noted) <= 100
     assert uses.may_be_known(1399 + 1)
@@ -214,14 +254,32 @@ async def test_rows_go_once_their_approvals_are_refused_anyway(tmp_path):
     store = await open_store(Settings(database=str(tmp_path / "kept.db")))
     try:
         for number in range(5):
-            assert await store.run(lambda connection: approvals.begin(connection, "me", str(number), Use(1, ""), 100 + number)) is None
-        assert await store.run(lambda connection: approvals.begin(connection, "me", "3", Use(2, ""), 103)) == Use(1, "")
-        assert await store.run(lambda connection: approvals.begin(connection, "you", "3", Use(2, ""), 103)) is None
+            assert (
+                await store.run(
+                    lambda connection: approvals.begin(
+                        connection, "me", str(number), Use(1, ""), 100 + number
+                    )
+                )
+                is None
+            )
+        assert await store.run(
+            lambda connection: approvals.begin(connection, "me", "3", Use(2, ""), 103)
+        ) == Use(1, "")
+        assert (
+            await store.run(lambda connection: approvals.begin(connection, "you", "3", Use(2, ""), 103))
+            is None
+        )
         await store.run(lambda connection: approvals.end(connection, "me", "3", Use(1, "", 7, True, "x")))
         await store.run(lambda connection: approvals.purge(connection, 103))
-        names = await store.run(lambda connection: connection.execute("SELECT owner, name FROM approvals ORDER BY 1, 2").fetchall())
+        names = await store.run(
+            lambda connection: connection.execute(
+                "SELECT owner, name FROM approvals ORDER BY 1, 2"
+            ).fetchall()
+        )
         assert names == [("me", "3"), ("me", "4"), ("you", "3")]
-        assert await store.run(lambda connection: approvals.use_of(connection, "me", "3")) == Use(1, "", 7, True, "x")
+        assert await store.run(lambda connection: approvals.use_of(connection, "me", "3")) == Use(
+            1, "", 7, True, "x"
+        )
         assert await store.run(approvals.secret) == await store.run(approvals.secret)
     finally:
         await store.close()
