@@ -157,6 +157,7 @@ from chatlm.common.messages.requests import PromptProgress
 from chatlm.common.processes.torchrun import RankStore, serve_rank, torchrun
 from chatlm.common.program import other_program, page_files, program_root
 from chatlm.common.records import record
+from chatlm.common.request_ids import MARK
 from chatlm.common.streams import lack_of_space, never_fail, repair_streams
 from chatlm.common.tiers import listed_store
 from chatlm.front.aio import first_of, stop_signals, supervised
@@ -172,6 +173,7 @@ from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.pool import free_memory, make_pool
 from chatlm.front.server.access import Access, AccessLog, Owners, is_loopback, listen_on, server_urls
 from chatlm.front.server.answering import Answers
+from chatlm.front.server.approvals import Approvals
 from chatlm.front.server.batches import BATCH_ROUTES, BatchRoutes
 from chatlm.front.server.bodies import DOCUMENT_ROUTES, Bodies
 from chatlm.front.server.compare import Comparison, read_contestants, with_ids
@@ -234,13 +236,12 @@ class Front:
         self.kept = ResponseKeeper(store, self.bodies, self.owners, settings.keep_days)
         self.metrics = Metrics(catalogue, self.ledger, toolbox)
         self.answers = Answers(settings, self.owners, self.ledger, self.metrics)
-        self.rounds = Rounds(self.answers, toolbox, settings)
+        self.approvals = Approvals(store, self.owners, settings)
+        self.rounds = Rounds(self.answers, toolbox, self.approvals, settings)
         self.batches = BatchRoutes(store, catalogue, self.bodies, self.owners, self.answers, self.ledger)
         self.kept.removed = self.batches.wake_up
         self.kept.cancel = self.cancel
         self.kept.follow = self.follow
-        if store:
-            self.rounds.check_unmade = self.kept.check_unmade
         self.history = History(catalogue, self.metrics)
 
     def is_id_in_use(self, request_id: str) -> bool:
@@ -271,6 +272,8 @@ class Front:
             pool = served.pool
             [request] = self.identified([(pool, parsed.request)], parsed.is_kept)
             parsed = replace(parsed, request=request)
+            if parsed.plan:
+                parsed = self.rounds.marked(parsed)
             del request  # from here on only what an answer needs is kept, not all messages and tools
             if parsed.plan:
                 answering = self.rounds.begin(pool, parsed, served.name, not parsed.stream)
@@ -415,12 +418,12 @@ class Front:
     async def handle_cancel(self, http: web.Request) -> web.Response:
         """POST /v1/cancel/{id}: stop an answer, or all answers of a comparison.
 
-        The id is in the header X-Request-Id and in an answer's chunks. With ?reasoning=true the answers only
-        stop thinking."""
+        The id is in the header X-Request-Id and in an answer's chunks; with -1 and so on behind it, it is
+        that of one answer of a comparison. With ?reasoning=true the answers only stop thinking."""
         request_id = bare_id(http.match_info["id"])
         client = REQUEST_LOG.get().client
         only_thinking = ONLY_THINKING.read(http.query.get("reasoning", "false"))
-        ids = [one for one in self.compared.get(request_id, [request_id])
+        ids = [one for one in self.answers_of(request_id)
                if self.answers.running.get(one) == self.owners.of_answer(one, client)]
         not_running = RequestError("no answer with this id is running", status=404, code="not_running",
                                    param="id")
@@ -436,6 +439,14 @@ class Front:
         if not any(cancelled):
             raise not_running
         return json_response({"id": request_id, "cancelled": True})
+
+    def answers_of(self, request_id: str) -> Seq[str]:
+        """The ids of the answers that a client means by an id."""
+        if request_id in self.compared:
+            return self.compared[request_id]
+        parts = self.compared.get(request_id.rpartition("-")[0], ())
+        named = [one for one in parts if one.replace(MARK, "-") == request_id]
+        return [request_id] if request_id in self.answers.running else named or [request_id]
 
     def cancel(self, request_id: str) -> bool:
         """Stop an answer, and the calls of tools that it waits for. False if it does not run."""
@@ -554,7 +565,8 @@ def create_app(catalogue: Catalogue, settings: Settings, store: Store | None = N
     middlewares: list[Any] = [partial(access_log.log), errors, partial(front.access.guard)]
     app = web.Application(middlewares=list(map(web.middleware, middlewares)))
     app.on_response_prepare.append(front.access.set_headers)
-    app.on_startup.extend((front.ledger.open, front.history.open, front.tools.start, front.batches.start))
+    app.on_startup.extend((front.ledger.open, front.approvals.open, front.history.open, front.tools.start,
+                           front.batches.start))
     closing = (front.history, front.batches, front.recordings, front.downloads, front.exports, front.tools,
                front.kept, front.ledger, store)
     for part in filter(None, closing):

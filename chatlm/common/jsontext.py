@@ -63,6 +63,11 @@ def whole_unicode(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def may_have_member(text: bytes, name: str) -> bool:
+    """Can JSON have a member of this name? It may also be spelled with escapes, such as \\u006d for m."""
+    return b'"%s"' % name.encode() in text or b"\\u" in text
+
+
 def is_number(value) -> bool:
     return type(value) is int or type(value) is float and math.isfinite(value)
 

@@ -26,6 +26,10 @@ class Lanes:
     def append_first(self, client, thing):
         self.by_client.setdefault(client, deque()).appendleft(thing)
 
+    def insert(self, client, thing, index: int):
+        """Add an item before a client's item with this index."""
+        self.by_client.setdefault(client, deque()).insert(index, thing)
+
     def pop(self):
         return self.take(next(iter(self.by_client)))
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from chatlm.common.errors import ConfigError
+from chatlm.common.jsontext import may_have_member
 from chatlm.common.new_files import create
 from chatlm.front.api.batch_lines import LONGEST_LINE
 from chatlm.terminal.output_path import named_errors, output_path, shown_path
@@ -64,7 +65,7 @@ class InputFile:
         return now.st_size, now.st_mtime_ns
 
     def _note_model(self, line: bytes):
-        if b'"model"' in line:
+        if may_have_member(line, "model"):
             with suppress(ValueError, RecursionError, KeyError, TypeError):
                 self.models.add(str(json.loads(line)["body"]["model"])[:1000])
 

@@ -68,7 +68,7 @@ def strike(engine, moments):
             if moment in moments and moments[moment](sequence):
                 order.unlink()
                 os.kill(os.getpid(), SIGNALS[what])
-        what, moment, *_ = (sequence.work.id + "--").split("-")
+        what, moment, *_ = re.split("[-~]", sequence.work.id + "--")
         if what == "poison" and sequence.computed:
             os.kill(os.getpid(), signal.SIGKILL)
         elif re.search("[^#]#[2-9]", sequence.work.id):

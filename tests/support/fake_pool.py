@@ -119,6 +119,14 @@ class FakePool:
     def prepare(self, client):
         return contextlib.nullcontext()
 
+    @contextlib.contextmanager
+    def place_for(self, request):
+        self.in_rounds += 1
+        try:
+            yield
+        finally:
+            self.in_rounds -= 1
+
     async def admit(self, request):
         return await self.prompts.admit(request)
 

@@ -1,13 +1,19 @@
 """A running server whose model is scripted and whose tools are real, for tests of the server's own loop."""
 
 import json
+import sqlite3
 import sys
-from contextlib import asynccontextmanager
+import time
+from contextlib import asynccontextmanager, closing
+from secrets import token_hex
 
 import aiohttp
 
 import fake_tools
 from chatlm.common.config import Settings
+from chatlm.common.messages.tool_rounds import ApprovalMark
+from chatlm.front.api.approval_ids import approval_id
+from chatlm.front.server.approvals import key_of
 from chatlm.front.store.store import open_store
 from fake_pool import serving
 from scripted_pool import ScriptedPool
@@ -16,6 +22,15 @@ from scripted_pool import ScriptedPool
 def calls(*pairs):
     """What a model writes to make calls: (tool, arguments)."""
     return "\n".join(f'<tool_call>\n{{"name": "{name}", "arguments": {json.dumps(arguments)}}}\n</tool_call>' for name, arguments in pairs)
+
+
+def asked_request(database, name, digest, arguments):
+    """An approval request as a server without keys would have asked it, which has this database: also one that its model would not write."""
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        [(secret,)] = connection.execute("SELECT value FROM secrets").fetchall()
+    mark = ApprovalMark(key_of(secret, ""), int(time.time()) + 3600)
+    return {"type": "mcp_approval_request", "id": approval_id(mark, token_hex(12), digest), "server_label": "fake", "name": name,
+            "arguments": json.dumps(arguments)}
 
 
 class ToolPlace:

@@ -9,6 +9,7 @@ import pytest
 
 from chatlm.common.errors import RequestError
 from chatlm.front.api.batch_lines import lasting_body, read_line
+from chatlm.terminal.batch_files import InputFile
 from forked import fork_front
 from real_server import SCRIPT, server
 from run_here import run_forked, run_here
@@ -178,3 +179,10 @@ def test_the_default_model_answers_a_batch(tmp_path):
     source = write(tmp_path / "in.jsonl", [chat("a", "What is the capital of France?", temperature=0)])
     assert batch(source, "-o", tmp_path / "out.jsonl")[0] == 0
     assert results(tmp_path / "out.jsonl")[0]["response"]["body"]["model"] == "SmolLM2-135M-Instruct"
+
+
+@pytest.mark.parametrize("name", ["model", "m\\u006fdel", "\\u006dodel"])
+def test_a_model_is_found_however_its_name_is_spelled(tmp_path, name):
+    source = tmp_path / "lines.jsonl"
+    source.write_text('{"body": {"%s": "another"}}\n{"body": {"note": "a model"}}\n' % name)
+    assert InputFile(source).models == {"another"}

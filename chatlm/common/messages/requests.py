@@ -298,7 +298,8 @@ class Request:
     truncate: bool = False         # drop the oldest turns if it does not fit
     dropped_messages: int = 0      # how many were dropped so far; of an infill: 1 if it was cut
     resumable: bool = False        # a reader may leave its stream and come back
-    goes_on: bool = False          # a later round of an answer: neither a full queue nor a drain refuses it
+    round: int = 0                 # of an answer in rounds, from 1. That holds a place, so neither a full
+                                   # queue nor a drain refuses its rounds. 0: it is not in rounds
     unset: tuple[str, ...] = ()    # of the sampling, what a server at --url decides
     version: int | None = None     # of the model's files, for which it was read
     infill: Infill | None = None   # of raw completions that fill a gap

@@ -29,6 +29,14 @@ class ApprovedCall:
 
 
 @record
+class ApprovalMark:
+    """What the ids of approval requests are made with, so that the server knows them again."""
+
+    key: str = ""     # hexadecimal; the server's for one client
+    until_s: int = 0  # until when they can be answered, in seconds since 1970
+
+
+@record
 class ToolPlan:
     """The tools that the server itself calls to answer a request, in rounds: the model answers, its calls are
     run, and it answers again."""
@@ -39,3 +47,4 @@ class ToolPlan:
     most_calls: int | None = None             # of these tools
     later: AnswerParams | None = None         # of the rounds after the first, where they differ
     pauses: bool = False                      # at the limit of rounds: end, instead of a round without tools
+    mark: ApprovalMark = ApprovalMark()       # set by the front

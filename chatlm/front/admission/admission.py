@@ -21,6 +21,7 @@ from chatlm.common.memory import trim_heap
 from chatlm.common.messages.protocol import Known, NewPicture, SandboxConfig
 from chatlm.common.messages.requests import Message, TextSpec
 from chatlm.common.processes.start import PROCESS_COMMAND
+from chatlm.common.request_ids import duplicate_id
 from chatlm.common.text.history_forms import differences
 from chatlm.common.text.load import open_tokenizer
 from chatlm.common.vision.pictures import picture_of
@@ -185,11 +186,16 @@ class Admission:
     def prepare(self, client: str, request_id: str = "", low: bool = False,
                 goes_on: bool = False) -> Iterator[None]:
         """Count a request as waiting while it is read and rendered. Raises Overloaded while there is no
-        tokenizer, and so no `prompts`.
+        tokenizer, and so no `prompts`. goes_on: it is a round of an answer that holds a place.
 
         The id in a large body is not known yet. So another request may take it meanwhile."""
         request_id = request_id or secrets.token_hex(16)
         self.check_capacity(request_id, client, low, goes_on)
+        if request_id in self.preparing:
+            raise duplicate_id(request_id)
+        if goes_on:  # counted already
+            yield
+            return
         self.preparing[request_id] = client
         try:
             yield
@@ -197,7 +203,7 @@ class Admission:
             del self.preparing[request_id]
 
     async def admit(self, request: Request) -> Request:
-        with self.prepare(request.client, request.id, request.low_priority, request.goes_on):
+        with self.prepare(request.client, request.id, request.low_priority, request.round > 0):
             await self.check_grammar(request.params, request.client, request.params.owner)
             return await self.prompts.admit(request)  # pyright: ignore[reportOptionalMemberAccess]  as `prepare` says
 

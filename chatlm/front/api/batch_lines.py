@@ -26,7 +26,8 @@ EACH = object()  # in a path: each element of a list
 PASSING = (("timings",), ("usage", "prompt_tokens_details"),
            ("usage", "completion_tokens_details", "accepted_prediction_tokens"),
            ("usage", "completion_tokens_details", "rejected_prediction_tokens"),
-           ("choices", EACH, "logprobs", "content", EACH, "drafted"))
+           ("choices", EACH, "logprobs", "content", EACH, "drafted"),
+           ("output", EACH, "content", EACH, "logprobs", EACH, "drafted"))
 
 
 class Line(NamedTuple):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from chatlm.common.config import LIMITS
 from chatlm.common.jsontext import dump
 from chatlm.common.messages.requests import Piece
+from chatlm.front.api.approval_ids import approval_id
 from chatlm.front.api.encode import BlockEncoder, calculator_member, frame, timings_body
 from chatlm.front.api.errors import response_error
 from chatlm.front.api.logprobs import TokensOfText, entries
@@ -127,12 +128,13 @@ class ResponsesEncoder(BlockEncoder):
         return item | more | {"content": [] if begins else [self.part(block, block.text)]}
 
     def id_of(self, block: AnswerBlock) -> str:
-        """The id of a block's item. That of an approval request ends in the digest of the tool that the
-        client is asked about; that of an approved call is made from it."""
+        """The id of a block's item. The server knows that of an approval request again; that of an approved
+        call is made from it."""
         if block.approval_id:
             return id_of_approved_call(block.approval_id)
-        digest = block.tool.digest if block.tool and block.kind == "approval" else ""
-        return self.ITEMS[block.kind][1] + block.id + digest
+        if block.kind == "approval" and block.tool and self.parsed.plan:
+            return approval_id(self.parsed.plan.mark, block.id, block.tool.digest)
+        return self.ITEMS[block.kind][1] + block.id
 
     def item_of_list(self, block: AnswerBlock, begins: bool) -> dict:
         assert block.listed

@@ -196,8 +196,10 @@ def parts_of(role: str, blocks: Seq[Any], param: str) -> list[Part]:
     return parts
 
 
-def kind_of(block: Any) -> Any:
-    return block.get("type") if isinstance(block, dict) else None
+def kind_of(block: Any) -> str:
+    """The type of a block; "" if it has none that is a text."""
+    kind = block.get("type") if isinstance(block, dict) else None
+    return kind if is_text(kind) else ""
 
 
 def call_block(block: Mapping) -> dict:

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 from chatlm.common.errors import RequestError, bad_value, invalid, shown
 from chatlm.common.jsontext import is_text
 from chatlm.common.messages.tool_rounds import ApprovedCall, PlannedTool
+from chatlm.front.api.approval_ids import digest_in
 from chatlm.front.api.fields import ToolChoice
 from chatlm.front.tools.rules import UNANSWERED, UNKNOWN_OUTCOME, denied, model_name
 
 MCP_ITEMS = frozenset(("mcp_approval_request", "mcp_approval_response", "mcp_call", "mcp_list_tools"))
 OPERATORS = ("server_url", "connector_id", "tunnel_id", "authorization", "headers")
-DIGEST_CHARACTERS = 16  # at the end of an approval request's id
 NO_TOOLS: Mapping[str, bool] = MappingProxyType({})
 
 
@@ -216,7 +216,7 @@ class McpHistory:
         else:
             output = ""
             tool = model_name(text(item, "server_label"), text(item, "name"))
-            self.approved.append(ApprovedCall(name, tool, text(item, "arguments"), name[-DIGEST_CHARACTERS:]))
+            self.approved.append(ApprovedCall(name, tool, text(item, "arguments"), digest_in(name)))
         yield from call_items(item, name, output)
 
 

@@ -556,6 +556,8 @@ def from_ollama(message: SentMessage) -> SentMessage:
 
 def with_images(content, images):
     """Ollama's content as parts, if it has images, which come first; else as it is."""
+    if not isinstance(images, list | None):
+        raise bad_value("images", images, "a list of images in base64")
     return [*images, {"type": "text", "text": content or ""}] if images else content
 
 

@@ -158,10 +158,12 @@ class Intake:
             return [line._replace(problem="") for line in checked]
 
     async def _check(self, caller: Caller, served: Served, lines: Seq[NumberedLine]) -> list[CheckedLine]:
-        """Check lines for one model. Many lines are read in a sandbox: 200 MB take many seconds."""
+        """Check lines for one model. Many lines are read in a sandbox: 200 MB take many seconds. While the
+        model loads, only their form is checked: what is wrong with a body shows when its line is run."""
         refusal = self.why_blind(served.pool)
         is_large = any(len(line.text) > LIMITS.inline_bytes for line in lines)
-        if is_large or len(lines) > 1:
+        is_known = served.pool.tokenizer is not None
+        if is_large or is_known and len(lines) > 1:
             try:
                 return await self._check_in_sandbox(caller, served, lines, refusal)
             except RequestError as error:  # they are too complex, at least together
@@ -175,7 +177,7 @@ class Intake:
             if len(line.text) > LIMITS.inline_bytes:
                 checked += await self._check(caller, served, [line])
             else:
-                checked += checked_lines([line], served.known, refusal)
+                checked += checked_lines([line], served.known if is_known else None, refusal)
                 await asyncio.sleep(0)  # let other tasks run
         return checked
 
@@ -243,6 +245,12 @@ class Intake:
         return [model for model in self.catalogue.registry.models
                 if model.pool and model.pool.tokenizer and model.pool.tokenizer.spec.vision]
 
+    @property
+    def may_see(self) -> bool:
+        """Can a model here see pictures? While one loads, it may."""
+        pools = self.catalogue.pools
+        return self.pool_that_sees() is not None or any(pool.tokenizer is None for pool in pools)
+
     def pool_that_sees(self) -> WorkerPool | None:
         """The workers of the first model that can see pictures; None if none can."""
         return next((model.pool for model in self._models_that_see()), None)
@@ -278,10 +286,13 @@ class Intake:
         envelope.show(pictures)
 
     async def _read(self, arrival: Arrival, served: Served, task: str, *arguments) -> Any:
-        """Run one of TASKS on a body, here or in a sandbox. Only this method chooses where."""
+        """Run one of TASKS on a body, here or in a sandbox. Only this method chooses where. Raises Overloaded
+        while the model loads: what it can do is not known yet, so nothing that a body asks of it can be
+        refused."""
+        loaded_tokenizer(served.pool)
         admission = served.pool.admission
         caller = arrival.caller
-        if arrival.is_here and (admission.prompts or task != "text"):
+        if arrival.is_here:
             reading = Reading(arrival.envelope, served.known, admission.prompts, caller.client)
             return await TASKS[task](reading, *arguments)
         with admission.prepare(caller.client):

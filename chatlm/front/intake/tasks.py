@@ -75,8 +75,9 @@ class CheckedLine(NamedTuple):
     model: str | None = None      # the model that it names; "": none
 
 
-def checked_lines(lines: Iterable[NumberedLine], known: Known, refusal: str) -> list[CheckedLine]:
-    """Check lines of a batch for one model. refusal: why this model cannot see pictures."""
+def checked_lines(lines: Iterable[NumberedLine], known: Known | None, refusal: str) -> list[CheckedLine]:
+    """Check lines of a batch for one model. known: None: the model loads, so only their form is checked.
+    refusal: why this model cannot see pictures."""
     checked = []
     for number, text in lines:
         try:
@@ -84,6 +85,6 @@ def checked_lines(lines: Iterable[NumberedLine], known: Known, refusal: str) -> 
         except RequestError as error:
             checked.append(CheckedLine(str(error)))
         else:
-            problem = read.problem(known, refusal)
+            problem = read.problem(known, refusal) if known else ""
             checked.append(CheckedLine(problem, read.custom_id, read.url, read.model))
     return checked

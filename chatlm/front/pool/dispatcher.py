@@ -10,17 +10,21 @@ import types
 from collections import Counter, deque
 from collections.abc import (
     AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence as Seq)
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from chatlm.common.client_words import rate_limited
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, EngineFailure, RequestError, without_folders
 from chatlm.common.lanes import Lanes
+from chatlm.common.log import log
 from chatlm.common.messages.protocol import Cancel
 from chatlm.common.messages.requests import (
     Accepted, Ended, Event, Failed, Finished, Piece, PromptProgress, PromptScores, Request)
+from chatlm.common.request_ids import duplicate_id
 from chatlm.front.aio import EventQueue
 from chatlm.front.pool.model_use import ModelUse
+from chatlm.front.pool.places import Places
 from chatlm.front.pool.worker import RECENT_S, Job, Worker
 
 if TYPE_CHECKING:
@@ -64,7 +68,14 @@ class WaitingQueue:
         return rank, job.request.client
 
     def append(self, job: Job):
-        self.lanes.append(self._lane(job), job)
+        """Add a job behind its client's others. A later round of an answer goes before those that have not
+        begun: its answer holds its place."""
+        lane = self._lane(job)
+        if job.request.round < 2:
+            self.lanes.append(lane, job)
+            return
+        others = self.lanes.by_client.get(lane, ())
+        self.lanes.insert(lane, job, sum(1 for _ in itertools.takewhile(goes_on, others)))
 
     def append_first(self, job: Job):
         self.lanes.append_first(self._lane(job), job)
@@ -86,19 +97,33 @@ class WaitingQueue:
     def remove(self, job: Job):
         self.lanes.remove(self._lane(job), job)
 
+    def discard(self, job: Job):
+        """Remove the job from whichever lanes it is in, if any."""
+        for lane in [lane for lane, jobs in self.lanes.by_client.items() if job in jobs]:
+            self.lanes.remove(lane, job)
+
+
+def goes_on(job: Job) -> bool:
+    """Is it a later round, or was it begun before?"""
+    return job.request.round > 1 or job.dispatched_s is not None
+
 
 TEXTS = 16  # that many texts of a request count as one waiting answer for --max-queue
 
 
 def waiting_by_client(models: Iterable[Dispatcher], low: bool = True) -> Counter[str]:
     """How much each client has waiting. A request may have 2,048 texts, so TEXTS of them count as one answer.
-    low: count jobs in the background too; they keep no others out."""
+    An answer in rounds waits too while its tools run. low: count jobs in the background too; they keep no
+    others out."""
     waiting = Counter()
     texts = Counter()
     for model in models:
+        waiting += model.places.waiting(low)
         for job in model.pending:
             if job.request.low_priority and not low:
                 break  # jobs in the background come last
+            if job.request.round:  # `places` has counted its answer
+                continue
             if job.request.params.pooling:
                 texts[job.request.id, job.request.client] += 1
             else:
@@ -189,10 +214,13 @@ class Dispatcher:
         self.all_models = [] if all_models is None else all_models
         self.all_models.append(self)
         self.jobs: dict[str, Job] = {}  # waiting and running
+        self.requests: set[str] = set()  # the ids of theirs, until all answers to a request have ended
+        self.places = Places(workers)
         self.pending = WaitingQueue()
         self.delayed = 0                # answers that outlived their worker
         self.held = False               # True: jobs wait even if workers are ready
         self.use = ModelUse()
+        self.gone: ChatServerError | None = None  # why nothing is served here any more
         self.changed = changed
 
     async def answer(self, request: Request, lengths: Seq[int], arrived_s: float,
@@ -203,7 +231,11 @@ class Dispatcher:
         lengths: for each of its prompts, the most tokens of an answer. loading: returns which share of the
         model is loaded; None: all.
 
-        Raises EngineFailure (workers died too often), Overloaded (shutdown) and RequestError (cancelled)."""
+        Raises EngineFailure (workers died too often), Overloaded (shutdown) and RequestError (cancelled, or
+        its id is in use)."""
+        self.check_served()
+        self.check_id(request.id)
+        self.requests.add(request.id)
         events: EventQueue[AnswerEvent | ChatServerError] = EventQueue()
         jobs = jobs_for(request, lengths, events, arrived_s)
         staged = StagedJobs(request, jobs, self._submit)
@@ -243,6 +275,7 @@ class Dispatcher:
         finally:
             event = None  # breaks a cycle: an exception refers to this frame, and the frame to it
             self._abandon(*jobs)
+            self.requests.discard(request.id)
             for worker in self.workers:
                 worker.end_request(request.id)
 
@@ -275,7 +308,12 @@ class Dispatcher:
 
     def idle_s(self, now: float) -> float:
         """For how many seconds it has had nothing to do."""
-        return 0.0 if self.jobs else now - self.use.last_s
+        return 0.0 if self.is_needed else now - self.use.last_s
+
+    @property
+    def is_needed(self) -> bool:
+        """Has it jobs, or answers that will have some once their tools have run?"""
+        return bool(self.jobs or self.places)
 
     @property
     def in_use(self) -> bool:
@@ -301,35 +339,45 @@ class Dispatcher:
         free_rows = sum(max(worker.rows - (len(worker.jobs) if low else worker.interactive), 0)
                         for worker in self.workers if worker.takes_jobs)
         if waiting >= self.settings.max_queue + free_rows and not self._may_exceed_queue(
-                client, preparing, low):
+                client, preparing, low, free_rows):
             raise rate_limited(f"{waiting} requests are already waiting (--max-queue)", 5)
         limit = self.settings.max_concurrent_per_key
         if limit and len(self._requests_of(client, preparing)) >= limit:
             raise rate_limited(f"at most {limit} of your requests may run at a time "
                                "(--max-concurrent-per-key)")
-        if request_id in preparing or any(request_id in model.jobs for model in self.all_models):
-            raise RequestError(f"a request with the id {request_id!r} is already running",
-                               status=409, code="duplicate_id")
+        if request_id in preparing or any(request_id in model.places for model in self.all_models):
+            raise duplicate_id(request_id)
+        self.check_id(request_id)
+
+    def check_id(self, request_id: str):
+        """Raise RequestError 409 if a request with this id waits or runs."""
+        if any(request_id in model.requests for model in self.all_models):
+            raise duplicate_id(request_id)
 
     def _requests_of(self, client: str, preparing: Mapping[str, str]) -> set[str]:
         """The ids of a client's requests: waiting, running, or being read."""
         ids = {request_id for request_id, owner in preparing.items() if owner == client}
         for model in self.all_models:
-            ids |= {job.request.id for job in model.jobs.values() if job.request.client == client}
+            ids |= model.places.of(client)
+            ids |= {job.request.id for job in model.jobs.values()
+                    if job.request.client == client and not job.request.round}
         return ids
 
-    def _may_exceed_queue(self, client: str, preparing: Mapping[str, str], low: bool) -> bool:
+    def _may_exceed_queue(self, client: str, preparing: Mapping[str, str], low: bool,
+                          free_rows: int) -> bool:
         """May a client's request wait although the queue is full?
 
         Yes, while the client itself has less than a quarter of the limit waiting, so that another client's
-        backlog cannot keep it out. But in all, at most twice the limit of requests wait. For that, a request
-        counts once however many answers it has. Else a few requests with a hundred answers each would keep
-        all other clients out."""
+        backlog cannot keep it out. But in all, at most twice the limit of requests wait, beside those for
+        which a row is free (answers whose tools run). For that, a request counts once however many answers
+        it has. Else a few requests with a hundred answers each would keep all other clients out."""
         limit = self.settings.max_queue
         mine = waiting_by_client(self.all_models, low)[client] + list(preparing.values()).count(client)
         requests = {job.request.id for model in self.all_models for job in model.pending
-                    if low or not job.request.low_priority}
-        return mine < limit // 4 and len(requests) + len(preparing) < 2 * limit
+                    if not job.request.round and (low or not job.request.low_priority)}
+        in_rounds = sum(model.places.waiting(low).total() for model in self.all_models)
+        waiting = len(requests) + len(preparing) + in_rounds
+        return mine < limit // 4 and waiting < 2 * limit + free_rows
 
     def dispatch(self):
         """Assign waiting jobs to workers with a free row, or with one that another client can spare."""
@@ -346,11 +394,12 @@ class Dispatcher:
                 rows = None
             if not free:
                 return
-            self.pending.take(job)
-            if job.dispatched_s is None:
-                job.dispatched_s = time.monotonic()
-            best = min(free, key=operator.methodcaller("cost", job)) if len(free) > 1 else free[0]
-            self._assign(job, best)
+            with self._keeping(job):
+                self.pending.take(job)
+                if job.dispatched_s is None:
+                    job.dispatched_s = time.monotonic()
+                best = min(free, key=operator.methodcaller("cost", job)) if len(free) > 1 else free[0]
+                self._assign(job, best)
             if rows is not None:
                 rows[job.request.low_priority, job.request.client] += 1
         if len(self.workers) > 1 and not self.held:
@@ -424,14 +473,42 @@ class Dispatcher:
             worker.recent.popleft()
         for answer_id, event in events:
             if job := worker.jobs.get(answer_id):
-                job.take(event, worker.gpu)
-                if type(event) is Piece:
-                    continue
-                if isinstance(event, (Ended, Failed)):
-                    self._forget(job)
-                if isinstance(event, Ended):
-                    worker.crashes_in_row = 0
+                with self._keeping(job):
+                    self._note(job, event, worker)
         self.dispatch()
+
+    def _note(self, job: Job, event: WorkerEvent, worker: Worker):
+        job.take(event, worker.gpu)
+        if type(event) is Piece:
+            return
+        if isinstance(event, (Ended, Failed)):
+            self._forget(job)
+        if isinstance(event, Ended):
+            worker.crashes_in_row = 0
+
+    @contextmanager
+    def _keeping(self, job: Job) -> Iterator[None]:
+        """What fails for one job is our own fault. It ends this job alone, with an error, never the worker
+        that it runs on, nor the answers of others there."""
+        try:
+            yield
+        except Exception as error:
+            log.error("the answer %s was lost: %s", job.id, error, exc_info=error)
+            job.events.put_nowait(EngineFailure(
+                "the server lost this answer by a fault of its own: ask again"))
+            self._remove(job)
+
+    def _remove(self, job: Job):
+        """Remove a job from wherever it is: what is known of its place may be wrong."""
+        for name in [name for name, other in self.jobs.items() if other is job]:
+            del self.jobs[name]
+        for worker in self.workers:
+            for name in [name for name, other in worker.jobs.items() if other is job]:
+                del worker.jobs[name]
+                with suppress(Exception):
+                    worker.send(Cancel(name))
+        self.pending.discard(job)
+        self.changed()
 
     def requeue(self, worker: Worker):
         """A worker's process has ended: put its jobs at the front of the queue, to continue elsewhere."""
@@ -473,6 +550,17 @@ class Dispatcher:
             job.events.put_nowait(error)
         self._abandon(*jobs)
 
+    def end(self, reason: ChatServerError):
+        """Serve nothing any more. What is here ends with the reason, and so does what still comes, such as
+        the next round of an answer whose tools run."""
+        self.gone = self.gone or reason
+        self.fail(reason, *self.jobs.values())
+
+    def check_served(self):
+        """Raise the reason if nothing is served here any more."""
+        if self.gone:
+            raise self.gone.with_traceback(None)
+
     def _abandon(self, *jobs: Job):
         """Free the rows and pages of jobs within one step: their reader left, or they failed."""
         for job in jobs:
@@ -483,11 +571,12 @@ class Dispatcher:
         self.dispatch()
 
     def _forget(self, job: Job):
-        del self.jobs[job.id]
+        if self.jobs.get(job.id) is job:
+            del self.jobs[job.id]
         self.use.note()
         job.note_thinking_ends(None)
-        if job.worker:
-            del job.worker.jobs[job.worker_id]
-        else:
+        if job.worker is None:
             self.pending.remove(job)
+        elif job.worker.jobs.get(job.worker_id) is job:
+            del job.worker.jobs[job.worker_id]
         self.changed()

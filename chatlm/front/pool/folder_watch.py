@@ -176,7 +176,7 @@ class FolderWatch:
 
 def in_memory(model: Model) -> bool:
     """Is it in memory, or does a request wait for it?"""
-    return bool(model.pool and model.share and (model.share.taken or model.pool.dispatcher.jobs))
+    return bool(model.pool and model.share and (model.share.taken or model.pool.dispatcher.is_needed))
 
 
 def matching_bases(folder: Path, models: Seq[Model]) -> list[Model]:

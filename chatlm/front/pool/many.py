@@ -23,7 +23,7 @@ from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.folder_watch import FolderWatch, matching_bases
 from chatlm.front.pool.models import Registry
-from chatlm.front.pool.names import default_among, is_among
+from chatlm.front.pool.names import DEFAULT_NAMES, default_among, is_among
 from chatlm.front.pool.opener import Opener
 from chatlm.front.pool.residency import NoRoom, Residency, shown_bytes
 from chatlm.front.pool.run_watch import RunWatch
@@ -175,7 +175,7 @@ class ManyModels(Catalogue):
         else:
             log.error("the model %s cannot be served: %s", model.name, model.reason)
             failure = EngineFailure(f"the model {model.name!r} cannot be served: {model.public_reason}")
-        pool.dispatcher.fail(failure, *pool.dispatcher.jobs.values())
+        pool.dispatcher.end(failure)
         self.run(f"ending the workers of {model.name}", partial(self.remove, pool, share))
 
     async def remove(self, pool: WorkerPool, share: MemoryShare | None):
@@ -231,11 +231,11 @@ class ManyModels(Catalogue):
     async def _end(self, model: Model, pool: WorkerPool, wait_s: float):
         """Close the pool of a model that requests can no longer find, once its answers have ended."""
         await asyncio.sleep(wait_s)  # requests that have just found it are still being read
-        while pool.dispatcher.jobs:
+        while pool.dispatcher.is_needed:
             if not pool.supervisor.ready_workers:  # and no worker can start, since the files have changed
-                pool.dispatcher.fail(Overloaded(
+                pool.dispatcher.end(Overloaded(
                     f"the files of the model {model.name!r} have changed, and the old ones are not in memory",
-                    retry_after_s=self.COMING_S), *pool.dispatcher.jobs.values())
+                    retry_after_s=self.COMING_S))
             await asyncio.sleep(0.1)
         self.leaving.remove(pool)
         if model.pool:
@@ -263,6 +263,9 @@ class ManyModels(Catalogue):
             served = self.registry.find(name, bound)
         except RequestError:
             may_use = not bound or any(is_among(name, [one]) for one in bound)
+            if not self.became_ready.is_set() and (may_use or name in DEFAULT_NAMES):
+                raise Overloaded(f"the server is still finding its models ({self.stage[0]})",
+                                 retry_after_s=2) from None
             if may_use and any(watch.is_coming(name) for watch in self.watches):
                 raise Overloaded(f"the files of the model {shown(name)} are being written or read",
                                  retry_after_s=self.COMING_S) from None

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from chatlm.front.pool.models import Model, Served
 
 
+DEFAULT_NAMES = "", "default"
+
+
 def accepted_names(names: Iterable[str], path: str | None) -> list[str]:
     """The names of a model, the path given for it, and the last part of each."""
     names = [*names, path or ""]
@@ -38,7 +41,7 @@ def named_among(name: str, served: Seq[Served]) -> Served:
     """The one with this name; "" and `default` stand for the default. Raises RequestError 404 if there is
     none."""
     default = default_among(served)
-    if name in ("", "default") and default:
+    if name in DEFAULT_NAMES and default:
         return default
     exact = [one for one in served if name in one.names]
     fitting = exact or [one for one in served if one.fits(name)]

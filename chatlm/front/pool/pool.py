@@ -25,6 +25,7 @@ from chatlm.front.pool.adapters import PoolAdapters
 from chatlm.front.pool.dispatcher import Dispatcher
 from chatlm.front.pool.local_devices import LocalDevices, cuda_device_count
 from chatlm.front.pool.names import accepted_names
+from chatlm.front.pool.places import Place
 from chatlm.front.pool.prefixes import Prefixes
 from chatlm.front.pool.ray_nodes import RayNodes
 from chatlm.front.pool.served_version import ServedVersion
@@ -116,7 +117,6 @@ class WorkerPool:
         self.version = ServedVersion(self.supervisor)
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
         self.draining = False
-        self.in_rounds = 0  # answers that go on, in rounds, also while none of their requests is here
         self.started_s = time.monotonic()
         self.created = int(time.time())
 
@@ -171,15 +171,15 @@ class WorkerPool:
         """Refuse new requests and wait for the admitted ones; False if some still run after `timeout_s`."""
         self.draining = True
         deadline_s = time.monotonic() + timeout_s
-        while (self.dispatcher.jobs or self.in_rounds) and time.monotonic() < deadline_s:
+        while self.dispatcher.is_needed and time.monotonic() < deadline_s:
             await asyncio.sleep(0.05)
-        return not self.dispatcher.jobs and not self.in_rounds
+        return not self.dispatcher.is_needed
 
     async def close(self):
         """End every request with an error that allows to send it again, and make sure that every worker has
         ended."""
         self.draining = True
-        self.dispatcher.fail(shutting_down(), *self.dispatcher.jobs.values())
+        self.dispatcher.end(shutting_down())
         await asyncio.gather(self.supervisor.close(), self.admission.close())
         if self.prefixes and self.alone:
             await self.prefixes.close()
@@ -197,13 +197,24 @@ class WorkerPool:
             if version != self.version.number:
                 raise Overloaded("the model's files have changed while this request was read",
                                  retry_after_s=2)
-            self._check_capacity(request.id, request.client, request.low_priority, request.goes_on)
+            self._check_capacity(request.id, request.client, request.low_priority, request.round > 0)
             prompts = self.admission.prompts
             lengths = [prompts.answer_length(request, ids) for ids in request.prompt_ids or () if prompts]
             async with aclosing(self.dispatcher.answer(
                     request, lengths, arrived_s, self.supervisor.load_fraction)) as events:
                 async for event in events:
                     yield event
+
+    @contextmanager
+    def place_for(self, request: Request) -> Iterator[None]:
+        """Hold a place for an answer in rounds, from its begin to its end. Raises Overloaded and RequestError
+        as for any other request."""
+        self._check_capacity(request.id, request.client, request.low_priority)
+        with self.dispatcher.places.holding(request.id, Place(request.client, request.low_priority)):
+            try:
+                yield
+            finally:
+                self.dispatcher.use.note()
 
     def _load_for_jobs(self):
         """Load the only model of a server again, for the next job."""
@@ -247,6 +258,7 @@ class WorkerPool:
         return await self.dispatcher.end_thinking(request_id)
 
     def _check_capacity(self, request_id: str, client: str, low: bool = False, goes_on: bool = False):
+        self.dispatcher.check_served()
         if self.draining and not goes_on:
             raise shutting_down()
         opened = self.supervisor.became_ready.is_set() and self.supervisor.prepared

@@ -78,7 +78,7 @@ class Version:
                 return Changed(which_changed(placement.source or source))
             holders = [other for other in self.workers if other is not worker
                        and other.state in (State.LOADING, State.READY)]
-            if not (holders and self.dispatcher.jobs):
+            if not (holders and self.dispatcher.is_needed):
                 self.renew(source)
                 break
             if not waits:

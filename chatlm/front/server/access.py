@@ -19,6 +19,7 @@ from chatlm.common.client_words import key_needed, key_unknown
 from chatlm.common.config import ApiKey
 from chatlm.common.errors import ConfigError, RequestError, shown
 from chatlm.common.log import log
+from chatlm.common.request_ids import id_of_client, is_unguessable
 from chatlm.front.lazy import web
 from chatlm.front.server.anthropic_models import OF_TWO_APIS, asks_as_anthropic
 from chatlm.front.server.page import POLICY
@@ -185,10 +186,8 @@ class Owners:
         """The owner of an answer: the client's key.
 
         Without keys, an answer whose id cannot be guessed belongs to whoever knows the id (""). Any other
-        belongs to the client's address, although a phone's address changes with the network. The ids of a
-        comparison's answers end in their numbers."""
-        unguessable = re.fullmatch("[0-9a-f]{32}(-[0-9])?", request_id)
-        return "" if not self.settings.keys and unguessable else client
+        belongs to the client's address, although a phone's address changes with the network."""
+        return "" if not self.settings.keys and is_unguessable(request_id) else client
 
     def of_texts(self, client: str) -> str:
         """The owner of what a client leaves in the store: a hash of its key; without keys its address after
@@ -227,7 +226,7 @@ class AccessLog:
         """Log one line per request; polls and the page's files only at level debug."""
         began_s = time.monotonic()
         status = 499  # the client left before the response
-        request_id = re.sub(r"[^A-Za-z0-9._-]", "", http.headers.get("X-Request-Id", ""))[:64]
+        request_id = id_of_client(http.headers.get("X-Request-Id", ""))
         if not request_id or self.is_id_in_use(request_id):
             request_id = secrets.token_hex(16)
         route = self.routes.row_of(http)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import Overloaded
+from chatlm.common.request_ids import duplicate_id
 from chatlm.front.server.responses import logged
 
 if TYPE_CHECKING:
@@ -29,34 +30,46 @@ class Answers:
         self.metrics = metrics
         self.running: dict[str, str] = {}  # id of each answer -> its owner
 
+    @contextmanager
+    def entered(self, request_id: str, client: str) -> Iterator[None]:
+        """Enter an answer among those that run, and remove it at the end of the block. Raises RequestError
+        409 if its id is in use."""
+        if request_id in self.running:
+            raise duplicate_id(request_id)
+        self.running[request_id] = self.owners.of_answer(request_id, client)
+        try:
+            yield
+        finally:
+            del self.running[request_id]
+
     @asynccontextmanager
     async def begin(
             self, pool: WorkerPool, request: Request, model: str, whole: bool = False,
             later: list[Charge] | None = None) -> AsyncIterator[tuple[Accepted, AsyncGenerator[Event, None]]]:
         """Yield the answer's first event and the others once it is accepted. Leaving the block in any way
-        ends its work, and enters it in the ledger (sent whole: unless that failed) or in `later`."""
-        events = pool.answer(request)
-        events = self.metrics.watch(events, request.n)
-        if self.settings.log_conversations:
-            events = logged(request, events)
+        ends its work, and enters it in the ledger (sent whole: unless that failed) or in `later`.
+
+        Raises RequestError 409 if an answer with its id runs."""
         request_id = request.id
-        client = request.client
-        charge = self.ledger.charge(request, model, pool.context_length)
-        charge.more = partial(self.give_more, pool, request_id, charge, later is not None)
-        events = charge.watch(events)
-        del request  # the pool drops most of it when it is admitted
-        self.running[request_id] = self.owners.of_answer(request_id, client)
-        try:
-            # a refusal raises here: an ordinary error response
-            accepted: Any = await anext(events)
-            self.ledger.check_prompt(charge)
-            charge.void = whole  # until it was sent
-            yield accepted, events
-            charge.void = False
-        finally:
-            self.running.pop(request_id, None)
-            await events.aclose()
-            self.ledger.settle(charge) if later is None else later.append(charge)
+        with self.entered(request_id, request.client):
+            events = pool.answer(request)
+            events = self.metrics.watch(events, request.n)
+            if self.settings.log_conversations:
+                events = logged(request, events)
+            charge = self.ledger.charge(request, model, pool.context_length)
+            charge.more = partial(self.give_more, pool, request_id, charge, later is not None)
+            events = charge.watch(events)
+            del request  # the pool drops most of it when it is admitted
+            try:
+                # a refusal raises here: an ordinary error response
+                accepted: Any = await anext(events)
+                self.ledger.check_prompt(charge)
+                charge.void = whole  # until it was sent
+                yield accepted, events
+                charge.void = False
+            finally:
+                await events.aclose()
+                self.ledger.settle(charge) if later is None else later.append(charge)
 
     def give_more(self, pool: WorkerPool, request_id: str, charge: Charge, batched: bool, choice: int):
         """An answer without max_tokens has had the tokens that its key's budget gave it. It gets more, or

@@ -32,7 +32,7 @@ from chatlm.front.server.stored_lists import AFTER, LIMIT, now_s, query_value, s
 from chatlm.front.server.ledger import Amount, Charge, Ledger, claim_of, write
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.routes import Api, Route
-from chatlm.front.store import batches, files, quota, responses
+from chatlm.front.store import approvals, batches, files, quota, responses
 from chatlm.front.store.batches import Batch
 from chatlm.front.store.pages import Listed, ListPage, page_of
 
@@ -231,7 +231,8 @@ class BatchWorker:
         until_s = time.monotonic() + SWEEPING_S
         await self._stored(lambda connection: batches.forget(
             connection, now, self.files.keep_s, self.files.uploads_under_way()))
-        for piece in (partial(responses.forget, now=now), files.purge, responses.purge, vacuum):
+        for piece in (partial(responses.forget, now=now), files.purge, responses.purge,
+                      partial(approvals.purge, now=now), vacuum):
             while await self._stored(piece):
                 if time.monotonic() > until_s:
                     self.wake.set()  # so that the next round goes on here

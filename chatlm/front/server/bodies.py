@@ -53,7 +53,7 @@ class Bodies:
     @asynccontextmanager
     async def opened(self, http: web.Request, reading: Holding, times: int = 1) -> AsyncIterator[Arrival]:
         """Receive a body, whose bytes `reading` then holds, and parse it. times: how often it may be read."""
-        most = LIMITS.pictured_bytes if self.intake.pool_that_sees() else LIMITS.body_bytes
+        most = LIMITS.pictured_bytes if self.intake.may_see else LIMITS.body_bytes
         raw = await read_bytes(http, reading, most)
         async with self.intake.opened(self.caller(), raw, times=times) as arrival:
             record = REQUEST_LOG.get()

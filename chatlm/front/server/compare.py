@@ -14,6 +14,7 @@ from typing import NamedTuple, TYPE_CHECKING
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, RequestError
 from chatlm.common.messages.requests import Finished, Piece
+from chatlm.common.request_ids import id_of_part
 from chatlm.common.text.answer_decoder import CallCounter
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.api.encode import NativeEncoder, timings_body, usage_body
@@ -221,7 +222,7 @@ class Comparison:
 
 
 def with_ids(contestants: Seq[Contestant], identified: Identified) -> list[Contestant]:
-    """The answers with their ids: each is the request's id and the number of the answer."""
+    """The answers with their ids: each is a part of the request."""
     requests = identified([(one.pool, one.request) for one in contestants])
-    return [one._replace(request=replace(request, id=f"{requests[0].id}-{index}"))
+    return [one._replace(request=replace(request, id=id_of_part(request.id, index)))
             for index, (one, request) in enumerate(zip(contestants, requests))]

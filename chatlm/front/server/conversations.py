@@ -26,11 +26,9 @@ from chatlm.front.api.errors import public_error, response_error
 from chatlm.front.api.field_types import INTEGER, SWITCH
 from chatlm.front.api.fields import Field
 from chatlm.front.api.kept_items import AN_ID, kept_items
-from chatlm.front.api.mcp_tools import id_of_approved_call
 from chatlm.front.intake.intake import KeptBefore
 from chatlm.front.lazy import web
 from chatlm.front.server.responses import REQUEST_LOG, json_response
-from chatlm.front.server.rounds import used_approval
 from chatlm.front.server.routes import Api, Route
 from chatlm.front.server.stored_lists import (
     AFTER, DAY_S, LIMIT, ORDER, now_s, query_value, require_store, send_list, send_parts, shown_item,
@@ -134,15 +132,6 @@ class ResponseKeeper:
                 raise refuse_reference(reference)
             items.append(b'"%s": %s' % (reference.id.encode(), responses.with_id(reference.id, text)))
         return b"{%s}" % b", ".join(items)
-
-    async def check_unmade(self, approvals: Seq[str]):
-        """Raise RequestError 409 if a kept response has made the call of one of these approval requests."""
-        names = [id_of_approved_call(name) for name in approvals]
-        places = await require_store(self.store).run(partial(
-            responses.item_places, names=names, owner=self.owner))
-        for name, place in zip(approvals, places):
-            if place:
-                raise used_approval(name, "a kept response has made this call; continue that one")
 
     def answering(self, answering: AbstractAsyncContextManager,
                   encoder: Encoder) -> AbstractAsyncContextManager:

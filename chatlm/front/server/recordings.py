@@ -11,6 +11,7 @@ from functools import partial
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, EngineFailure, RequestError
+from chatlm.common.request_ids import duplicate_id
 from chatlm.front.aio import end_tasks, supervised
 
 GRACE_S = 30.0  # seconds a resumable answer continues without a reader
@@ -131,8 +132,11 @@ class Recordings:
 
     def start(self, recording: Recording, frames: AsyncIterator[bytes],
               work: contextlib.AsyncExitStack) -> Recording:
-        """Record an answer in its own task, which closes `work` when it ends."""
+        """Record an answer in its own task, which closes `work` when it ends. Raises RequestError 409 if
+        there is a recording with its id."""
         request_id = recording.id
+        if request_id in self.all:
+            raise duplicate_id(request_id)
         client = recording.client
         self.all[request_id] = recording
         self._resize(client, recording.size)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence as Seq
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence as Seq
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.errors import RequestError, shown
+from chatlm.common.errors import RequestError
 from chatlm.common.messages.requests import (
     Accepted, CallApproved, CallEnded, Finished, Message, Piece, RoundEnded, ToolsListed, Usage)
+from chatlm.common.request_ids import id_of_part
 from chatlm.front.aio import end_tasks
 from chatlm.front.api.message_readers import earlier_arguments
 from chatlm.front.server.responses import REQUEST_LOG
@@ -29,10 +30,11 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.messages.requests import AnswerParams, Event, Picture, Request
-    from chatlm.common.messages.tool_rounds import ToolPlan
+    from chatlm.common.messages.tool_rounds import ApprovedCall, ToolPlan
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.server.answering import Answers
-    from chatlm.front.tools.toolbox import Toolbox
+    from chatlm.front.server.approvals import Approvals
+    from chatlm.front.tools.toolbox import OfferedTool, Toolbox
 
 AT_ONCE = 4  # calls of an answer
 NO_ROOM = Finished("length", "context_length", Usage(), queue_ms=0.0, ttft_ms=0.0, tokens_per_second=None,
@@ -42,16 +44,18 @@ NO_ROOM = Finished("length", "context_length", Usage(), queue_ms=0.0, ttft_ms=0.
 class Rounds:
     """The answers for which the server calls tools."""
 
-    def __init__(self, answers: Answers, toolbox: Toolbox, settings: Settings):
+    def __init__(self, answers: Answers, toolbox: Toolbox, approvals: Approvals, settings: Settings):
         self.answers = answers
         self.toolbox = toolbox
+        self.approvals = approvals
         self.settings = settings
         self.loops: dict[str, Loop] = {}  # by the ids of their answers
-        # (key, id) of the approval requests whose calls running answers make; without keys, whoever knows one
-        # has it
-        self.approvals: set[tuple[str, str]] = set()
-        # set by a server that keeps answers: refuses approvals whose calls a kept response has made
-        self.check_unmade: Callable[[Seq[str]], Awaitable[None]] = may_all_be_made
+
+    def marked(self, parsed: ParsedBody) -> ParsedBody:
+        """A body whose answer asks for approvals that this server will know again."""
+        assert parsed.plan
+        return replace(parsed, plan=replace(
+            parsed.plan, mark=self.approvals.mark_for(parsed.request.client)))
 
     @asynccontextmanager
     async def begin(self, pool: WorkerPool, parsed: ParsedBody, model: str,
@@ -61,32 +65,19 @@ class Rounds:
         request_id = parsed.request.id
         client = parsed.request.client
         loop = Loop(self, pool, parsed.request, parsed.plan, model, whole)
-        owner = client if self.settings.keys else ""
-        approvals = {(owner, approved.id) for approved in parsed.plan.approved}
-        continues = bool(parsed.details.get("previous_response_id"))
+        loop.response = f"resp_{request_id}" if parsed.is_kept else ""
+        approved = [call.id for call in parsed.plan.approved]
+        place = pool.place_for(parsed.request)
         del parsed
-        self._check_free(approvals)
-        self.loops[request_id] = loop
-        self.answers.running[request_id] = self.answers.owners.of_answer(request_id, client)
-        self.approvals |= approvals
-        pool.in_rounds += 1
-        try:
-            if approvals and continues:
-                await self.check_unmade([name for _, name in approvals])
-            async with loop.rounds, aclosing(loop.events()) as events:
-                accepted: Any = await anext(events)
-                yield accepted, events
-        finally:
-            pool.in_rounds -= 1
-            self.approvals -= approvals
-            del self.loops[request_id]
-            self.answers.running.pop(request_id, None)
-
-    def _check_free(self, approvals: set[tuple[str, str]]):
-        """Raise RequestError if an answer that runs makes a call of which one of them approves."""
-        for owner, name in approvals & self.approvals:
-            raise used_approval(name, "an answer that still runs makes this call; wait for its end, and "
-                                      "continue from there")
+        with self.answers.entered(request_id, client), self.approvals.in_use(client, approved), place:
+            self.loops[request_id] = loop
+            try:
+                await self.approvals.check_unused(client, approved)
+                async with loop.rounds, aclosing(loop.events()) as events:
+                    accepted: Any = await anext(events)
+                    yield accepted, events
+            finally:
+                del self.loops[request_id]
 
     def running_id(self, request_id: str) -> str:
         """The id under which the pool knows an answer: that of its round."""
@@ -99,16 +90,6 @@ class Rounds:
         if loop:
             loop.stop.set()
         return loop is not None
-
-
-async def may_all_be_made(approvals: Seq[str]):
-    """Of a server that keeps no answers: it does not know which calls were made."""
-
-
-def used_approval(name: str, why: str) -> RequestError:
-    REQUEST_LOG.get().headers["X-Should-Retry"] = "false"  # OpenAI's client tries again after a 409
-    return RequestError(f"the approval request {shown(name)} is used already: {why}", status=409,
-                        code="approval_used", param="input")
 
 
 @dataclass
@@ -168,6 +149,7 @@ class Loop:
                  whole: bool):
         self.answers = rounds.answers
         self.toolbox = rounds.toolbox
+        self.approvals = rounds.approvals
         self.most_rounds = rounds.settings.tool_rounds
         self.pool = pool
         self.request = request
@@ -175,6 +157,7 @@ class Loop:
         self.tools = {tool.name: tool for tool in plan.tools}
         self.model = model
         self.whole = whole
+        self.response = ""              # its name, if it will be kept
         self.rounds = AsyncExitStack()  # has the running round, the last one until the answer was sent
         self.round_id = request.id
         self.stop = asyncio.Event()     # somebody cancels it
@@ -260,7 +243,7 @@ class Loop:
 
     def _request(self, number: int, may_call: bool) -> Request:
         """What the pool is asked in a round. The first is the request itself, unless calls were approved."""
-        request = replace(self.request, id=f"{self.request.id}-{number}")
+        request = replace(self.request, id=id_of_part(self.request.id, number), round=number + 1)
         if number == 0 and not self.approved:
             return request if request.prompt_ids is None else request.lasting()
         params = request.params if number == 0 else self.plan.later or request.params
@@ -269,7 +252,7 @@ class Loop:
         options = {name: value for name, value in request.template_options.items()
                    if name not in ("continue_final_message", "add_generation_prompt")}
         request = replace(request, params=params, prompt_ids=None, pictures=(), prefix_token_ids=(),
-                          messages=self._messages(), template_options=options, goes_on=True,
+                          messages=self._messages(), template_options=options,
                           max_tokens=self._tokens_left())
         return request if may_call else replace(request, params=without_calls(params), tools=())
 
@@ -327,7 +310,7 @@ class Loop:
 
     async def _accepted(self) -> Accepted:
         """Check that the model will have the conversation, before a call runs that was approved."""
-        request = self.request
+        request = replace(self.request, round=1)
         if request.prompt_ids is None:
             request = await self.pool.admission.admit(request)
         return Accepted(sum(map(len, request.prompt_ids or ())))
@@ -368,23 +351,21 @@ class Loop:
             call = Call(approved.name, [approved.arguments])
             calls += self._numbered([call])
             yield CallApproved(approved.name, approved.arguments, approved.id)
-        digests = [approved.digest for approved in self.plan.approved]
-        async with aclosing(self._run(calls, digests)) as results:
+        async with aclosing(self._run(calls, self.plan.approved)) as results:
             async for event in results:
                 yield event
         self.approved = calls
 
     async def _run(self, calls: Seq[Call],
-                   digests: Seq[str] | None = None) -> AsyncGenerator[CallEnded, None]:
+                   approvals: Seq[ApprovedCall] = ()) -> AsyncGenerator[CallEnded, None]:
         """Run calls, AT_ONCE at a time, and yield their results in the order of the calls.
 
-        digests: of the tools, as the client has approved of them."""
+        approvals: those of the calls, if the client was asked."""
         # OpenAI's and Anthropic's clients send a request again after an error: this one would act twice
         REQUEST_LOG.get().headers["X-Should-Retry"] = "false"
-        digests = digests or [self.tools[call.name].digest for call in calls]
         places = asyncio.Semaphore(AT_ONCE)
-        tasks = [asyncio.ensure_future(self._result(call, digest, places))
-                 for call, digest in zip(calls, digests)]
+        tasks = [asyncio.ensure_future(self._result(call, approved, places))
+                 for call, approved in itertools.zip_longest(calls, approvals)]
         stopped = asyncio.ensure_future(self.stop.wait())
         try:
             for call, task in zip(calls, tasks):
@@ -395,8 +376,10 @@ class Loop:
         finally:
             await end_tasks([*tasks, stopped])
 
-    async def _result(self, call: Call, digest: str, places: asyncio.Semaphore) -> ToolResult:
-        """The result of a call; what goes wrong is one too. digest: of the tool that is meant."""
+    async def _result(self, call: Call, approved: ApprovedCall | None,
+                      places: asyncio.Semaphore) -> ToolResult:
+        """The result of a call; what goes wrong is one too. approved: the client's approval, if it was
+        asked."""
         earlier = [(one.name, one.arguments) for one in self.calls[:self._number(call)]]
         refusal = why_not_run(call.name, call.arguments, earlier)
         if self.plan.most_calls is not None and self._number(call) >= self.plan.most_calls:
@@ -404,16 +387,29 @@ class Loop:
         if refusal:
             return ToolResult(refusal, is_error=True)
         async with places:
+            meant = approved.digest if approved else self.tools[call.name].digest
             offered = self.toolbox.offered().get(call.name)
-            if offered is None or offered.digest != digest:
+            if offered is None or offered.digest != meant:
                 return ToolResult(CHANGED, is_error=True)
-            result = await self.toolbox.call(offered, arguments_of(call.arguments) or {}, self.request.client)
+            result = await self._called(call, offered, approved)
             if not self.pool.sees:
                 return result
 
             async def decode(data: bytes):
                 call.seen.append(await self.pool.admission.decode_picture(data, self.request.client))
             return await result.with_readable_pictures(decode)
+
+
+    async def _called(self, call: Call, offered: OfferedTool, approved: ApprovedCall | None) -> ToolResult:
+        """Call a tool. The use of an approval is noted before the call begins, and so is its result."""
+        client = self.request.client
+        arguments = arguments_of(call.arguments) or {}
+        if approved is None:
+            return await self.toolbox.call(offered, arguments, client)
+        use = await self.approvals.begin(client, approved.id, self.response)
+        result = await self.toolbox.call(offered, arguments, client)
+        await self.approvals.end(client, approved.id, use, result)
+        return result
 
 
 def seed_of_round(seed: int, number: int) -> int:

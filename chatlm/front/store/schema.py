@@ -148,6 +148,24 @@ CREATE TABLE holdings (
     bytes INTEGER NOT NULL          -- that all takes which is not deleted
 ) WITHOUT ROWID;
 """
+APPROVALS = """
+CREATE TABLE approvals (            -- of calls that have begun
+    owner TEXT NOT NULL,            -- see Approvals.owner_of
+    name TEXT NOT NULL,             -- mcpr_...
+    began INTEGER NOT NULL,
+    response TEXT NOT NULL,         -- name of the response that makes the call, empty if it is not kept
+    ended INTEGER,
+    failed INTEGER NOT NULL DEFAULT 0,
+    result TEXT NOT NULL DEFAULT '',  -- the begin of it
+    expires INTEGER NOT NULL,       -- from then on the approval is refused without a row, too
+    PRIMARY KEY (owner, name)
+) WITHOUT ROWID;
+CREATE INDEX approvals_by_expiry ON approvals (expires);
+CREATE TABLE secrets (
+    name TEXT PRIMARY KEY,
+    value BLOB NOT NULL
+) WITHOUT ROWID;
+"""
 # What a row counts for its owner, besides the rows that belong to it
 HELD = {"files": "({row}.state < 2) * ({row}.bytes + 512)",
         "batches": "512 + LENGTH(CAST(IFNULL({row}.metadata, '') AS BLOB)) "
@@ -181,4 +199,4 @@ HOLDINGS = "".join(counted(table, size) for table, size in HELD.items())
 # Statements, or what does a piece of the work and returns whether there is more. Only the end may be changed
 # once a release has had it.
 STEPS: tuple[str | Callable[[Any], bool], ...] = (
-    FILES, BATCHES, RESPONSES, USAGE, ITEMS + HOLDINGS, move_kept)
+    FILES, BATCHES, RESPONSES, USAGE, ITEMS + HOLDINGS, move_kept, APPROVALS)

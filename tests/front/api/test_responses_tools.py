@@ -12,6 +12,7 @@ import fake_tools
 from openai_routes import need_exact
 from real_server import get, server, wait_for
 from tiny_gguf import LLAMA_NUMBERS, random_llama, small_gguf_metadata, write_gguf
+from tool_rounds import asked_request
 
 SMALL = "--kv-cache-memory", "64M", "--max-batch", "2"
 TOOL = {"type": "mcp", "server_label": "fake", "require_approval": "never", "allowed_tools": ["pick"]}
@@ -133,7 +134,7 @@ def test_an_approval_outlives_the_server(place, tiny):
         with pytest.raises(openai.BadRequestError, match="answered twice"):
             ask(client, [yes], [ASKED], previous_response_id=response.id)
     with serving(place, tiny, "restarted.db", "asks.json") as client:
-        with pytest.raises(openai.ConflictError, match="a kept response has made this call"):
+        with pytest.raises(openai.ConflictError, match=f"continue {response.id}, which has it"):
             ask(client, [yes], [ASKED], previous_response_id=first.id)
         assert len(called(place)) == before + 1
         # in a conversation too
@@ -146,11 +147,10 @@ def test_a_stopping_server_ends_what_it_has_begun(place, tiny):
     gate = place / "gate"
     (place / "drained.json").write_text(json.dumps({"mcpServers": {"fake": {
         "command": sys.executable, "args": [fake_tools.__file__, "log", str(place / "drained")], "alwaysAllow": ["*"]}}}))
-    with server(tiny, "--mcp-config", place / "drained.json", *SMALL) as (process, url):
+    with server(tiny, "--mcp-config", place / "drained.json", "--database", place / "drained.db", *SMALL) as (process, url):
         client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
-        said = [{"role": "user", "content": "Wait."}, request := {"type": "mcp_approval_request", "id": "mcpr_", "server_label": "fake", "name": "slow",
-                "arguments": json.dumps({"path": str(gate)})}, {"type": "mcp_approval_response", "approval_request_id": "mcpr_", "approve": True}]
-        request["id"] = said[2]["approval_request_id"] = "mcpr_" + digest_of(url, "fake__slow")
+        request = asked_request(place / "drained.db", "slow", digest_of(url, "fake__slow"), {"path": str(gate)})
+        said = [{"role": "user", "content": "Wait."}, request, {"type": "mcp_approval_response", "approval_request_id": request["id"], "approve": True}]
         events = iter(ask(client, said, [{"type": "mcp", "server_label": "fake"}], tool_choice="none", max_output_tokens=8, stream=True))
         while next(events).type != "response.mcp_call_arguments.done":
             pass
@@ -168,10 +168,10 @@ def digest_of(url, name):
     return next(tool["digest"] for tool in get(url + "/v1/tools")["data"] if tool["name"] == name)
 
 
-def in_background(client, gate, name, **more):
+def in_background(client, gate, **more):
     """A response in the background whose tool waits for a file; returns it once the tool runs."""
     digest = digest_of(str(client.base_url).removesuffix("/v1/"), "fake__slow")
-    request = {"type": "mcp_approval_request", "id": f"mcpr_{name}{digest}", "server_label": "fake", "name": "slow", "arguments": json.dumps({"path": str(gate)})}
+    request = asked_request(gate.parent / "kept.db", "slow", digest, {"path": str(gate)})
     yes = {"type": "mcp_approval_response", "approval_request_id": request["id"], "approve": True}
     response = ask(client, [{"role": "user", "content": "Wait."}, request, yes], [{"type": "mcp", "server_label": "fake"}], tool_choice="none",
                    max_output_tokens=8, background=True, **more)
@@ -184,7 +184,7 @@ def in_background(client, gate, name, **more):
 def test_a_response_in_the_background_goes_on_alone(client, place):
     """Its client asks for it later, also for its events."""
     gate = place / "later"
-    running = in_background(client, gate, "a")
+    running = in_background(client, gate)
     assert (running.status, running.background, running.output[1].type, running.output[1].status) == ("in_progress", True, "mcp_call", "incomplete")
     stream = client.responses.retrieve(running.id, stream=True, starting_after=4)
     first = next(iter(stream))
@@ -201,7 +201,7 @@ def test_a_response_in_the_background_goes_on_alone(client, place):
 
 def test_a_response_in_the_background_can_be_cancelled(client, place):
     gate = place / "never"
-    running = in_background(client, gate, "b")
+    running = in_background(client, gate)
     assert client.responses.cancel(running.id).status == "cancelled"
     while not (place / "never.cancelled").exists():
         client.models.list()
@@ -212,7 +212,7 @@ def test_a_response_in_the_background_can_be_cancelled(client, place):
 
 def test_a_stream_in_the_background_outlives_its_reader(client, place):
     gate = place / "left"
-    stream = in_background(client, gate, "c", stream=True)
+    stream = in_background(client, gate, stream=True)
     begun = next(iter(stream)).response
     stream.close()
     gate.touch()

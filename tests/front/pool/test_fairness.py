@@ -15,6 +15,7 @@ from chatlm.common.messages.protocol import Cancel, NewAnswer
 from chatlm.common.messages.requests import Piece, SamplingParams
 from chatlm.common.processes.start import patient
 from chatlm.front.pool.dispatcher import WaitingQueue, waiting_by_client
+from chatlm.front.pool.places import Places
 from chatlm.front.pool.worker import Job, State
 from answers import asked, ending, said
 from fake_pool import FakePool, conversation, serving
@@ -47,7 +48,7 @@ def test_texts_go_between_answers_and_background():
 
 def test_the_background_hides_no_other_model_s_wait():
     """Answers that wait for another model are seen."""
-    models = [SimpleNamespace(pending=WaitingQueue()) for _ in range(2)]
+    models = [SimpleNamespace(pending=WaitingQueue(), places=Places(())) for _ in range(2)]
     models[0].pending.append(job("low", "a", low=True))
     models[1].pending.append(job("answer", "b"))
     assert waiting_by_client(models, low=False) == {"b": 1}

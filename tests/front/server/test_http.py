@@ -558,6 +558,8 @@ async def test_one_answer_of_a_comparison_is_cancelled(client):
     body = conversation() | {"variants": [{}, {"seed": 1}]}
     async with serving(pool) as url:
         async with client.post(url + "/v1/compare", json=body, headers={"X-Request-Id": "mine"}) as response:
+            for wrong in "mine-2", "mine-", "mine-" + "9" * 5000, "mine-01":
+                assert (await client.post(f"{url}/v1/cancel/{wrong}")).status == 404
             assert (await client.post(f"{url}/v1/cancel/mine-1")).status == 200
             await pool.until_open(1)
             again = await client.post(url + "/v1/compare", json=body, headers={"X-Request-Id": "mine"})    # its id is taken

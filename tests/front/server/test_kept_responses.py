@@ -216,6 +216,35 @@ def test_a_large_conversation_goes_on_in_a_sandbox(running):
     assert len(running.responses.input_items.list(found.id, limit=100).data) == 23
 
 
+def spelled(name):
+    """A name in JSON, with escapes that JSON allows."""
+    return "".join(f"\\u{ord(each):04x}" if each in "_aeiou" else each for each in name)
+
+
+@pytest.mark.parametrize("more", [{}, {"ignored": "z" * 100_000}])
+def test_equal_spellings_of_a_name_are_equal(running, more):
+    """In a body that is read in the front, and in one that a sandbox reads."""
+    first = ask(running)
+    conversation = running.conversations.create()
+    body = {"model": "default", "max_output_tokens": 4, "truncation": "auto", **more}
+    reference = {"type": "item_reference", "id": first.output[0].id}
+    for continued, count in (({"previous_response_id": first.id}, 3), ({"conversation": conversation.id}, 1),
+                             ({"conversation": {"id": conversation.id}}, None), ({"input": [reference, {"role": "user", "content": "Two"}]}, 2)):
+        text = json.dumps({"input": "Two", **body, **continued})
+        for name in ("previous_response_id", "conversation", "input", "type", "id", "item_reference"):
+            text = text.replace(f'"{name}"', f'"{spelled(name)}"')
+        assert "\\u00" in text
+        request = urllib.request.Request(f"{running.base_url}responses", text.encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as response:
+            answer = json.load(response)
+        if "conversation" in continued:
+            assert answer["conversation"] == {"id": conversation.id}
+        items = running.responses.input_items.list(answer["id"]).data
+        assert answer["previous_response_id"] == continued.get("previous_response_id")
+        assert count is None or len(items) == count, items
+    assert len(running.conversations.items.list(conversation.id).data) == 4
+
+
 def test_a_conversation_grows_with_its_responses(running):
     conversation = running.conversations.create(items=[{"type": "message", "role": "user", "content": "One"}], metadata={"topic": "x"})
     assert conversation.object == "conversation" and running.conversations.retrieve(conversation.id) == conversation

@@ -390,12 +390,13 @@ def test_a_killed_upgrade_goes_on_at_the_next_start(tmp_path, monkeypatch, piece
     old_database(tmp_path / "a.db")
     monkeypatch.setattr(migrate, "MOVED_ROWS", 1)
     left = iter(range(pieces))
+    move_kept = migrate.move_kept
 
     def killed(connection):
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return migrate.move_kept(connection)
-    monkeypatch.setattr("chatlm.front.store.store.STEPS", (*STEPS[:-1], killed))
+        return move_kept(connection)
+    monkeypatch.setattr("chatlm.front.store.store.STEPS", tuple(killed if step is move_kept else step for step in STEPS))
     store = Store(tmp_path / "a.db")
     try:
         store.open()

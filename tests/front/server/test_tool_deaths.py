@@ -60,7 +60,7 @@ async def test_killed_workers_repeat_no_call(place, runs):
             wanted[seed] = await asked(url, http, folder, f"calm-{run}", seed)
         name = f"kill-{rng.choice(MOMENTS)}-{run}"
         assert await asked(url, http, folder, name, seed) == wanted[seed], name
-        struck += len([*folder.glob(f"{name}-*")])
+        struck += len([*folder.glob(f"{name}~*")])
     assert struck > runs and sorted(len(calls) for _, calls in wanted.values()) == [1, 2, 2, 2]
 
 
@@ -87,5 +87,5 @@ async def test_killed_workers_repeat_no_call_of_messages(place, moments):
         assert [block["type"] for block in blocks].count("mcp_tool_result") >= len(calls) > 0
         name = f"kill-{moment}-{number}"
         assert await asked_as_messages(url, http, folder, name, seed) == (blocks, calls), name
-        struck += len([*folder.glob(f"{name}-*")])
+        struck += len([*folder.glob(f"{name}~*")])
     assert struck >= len(moments.split())

@@ -324,10 +324,11 @@ async def test_only_what_client_and_operator_allow_runs_unasked(place):
         at.log.unlink(missing_ok=True)
 
 
-async def test_an_approval_is_of_one_description(place):
-    async with place(PICK, "Then not.", allowed=()) as at:
+async def test_an_approval_is_of_one_description(place, tmp_path):
+    kept = {"database": str(tmp_path / "kept.db")}
+    async with place(PICK, "Then not.", allowed=(), **kept) as at:
         [_, request] = (await at.ask()).output
-    async with place("Then not.", faults=["changed"], allowed=()) as at:
+    async with place("Then not.", faults=["changed"], allowed=(), **kept) as at:
         response = await at.ask([request.to_dict(), {"type": "mcp_approval_response", "approval_request_id": request.id, "approve": True}])
     assert at.called == [] and "not what it was" in response.output[1].error.content[0]["text"]
 
@@ -373,33 +374,38 @@ async def test_an_approval_is_in_use_while_its_call_runs(place, tmp_path, kept):
         gate.touch()
         response = await running
         assert response.output_text == "It is there." and len(at.called) == 1 and not at.pool.in_rounds
-        if kept:  # whoever continues the same response makes the call not again, nor after a reload
-            with pytest.raises(openai.ConflictError, match="a kept response has made this call; continue that one"):
-                await at.ask(**said)
-            assert (await at.ask("Thanks.", previous_response_id=response.id)).output_text == "It is there."
-            assert len(at.called) == 1
-        else:     # nobody knows that it was made
+        # nobody makes the call again, nor after a reload; whoever tries hears what came of it
+        known = f"{response.id}, which has it" if kept else "has ended"
+        with pytest.raises(openai.ConflictError, match=f"{known}.*its result is: it is there"):
             await at.ask(**said)
-            assert len(at.called) == 2
+        if kept:
+            assert (await at.ask("Thanks.", previous_response_id=response.id)).output_text == "It is there."
+        assert len(at.called) == 1
 
 
 async def test_keys_use_approvals_of_their_own(place, tmp_path):
     gate = tmp_path / "gate"
     keys = tuple(ApiKey.hashed(name, name)._replace(tools=("*",)) for name in ("one", "two"))
     async with place(calls(("fake__slow", {"path": str(gate)})), "It is there.", allowed=(), keys=keys) as at:
-        at.client.api_key = "one"
-        [_, request] = (await at.ask()).output
-        said = [request.to_dict(), {"type": "mcp_approval_response", "approval_request_id": request.id, "approve": True}]
-        running = [asyncio.ensure_future(at.ask(said))]
-        await at.until_called(1)
-        at.client.api_key = "two"
-        running.append(asyncio.ensure_future(at.ask(said)))
-        await at.until_called(2)
+        said = {}
+        for name in ("one", "two"):
+            at.client.api_key = name
+            [_, request] = (await at.ask()).output
+            said[name] = [request.to_dict(), {"type": "mcp_approval_response", "approval_request_id": request.id, "approve": True}]
+            at.pool.texts = [calls(("fake__slow", {"path": str(gate)})), "It is there."]
+        with pytest.raises(openai.BadRequestError, match="is unknown"):
+            await at.ask(said["one"])
+        at.pool.texts = ["It is there."]
+        running = []
+        for name in ("one", "two"):
+            at.client.api_key = name
+            running.append(asyncio.ensure_future(at.ask(said[name])))
+            await at.until_called(len(running))
         gate.touch()
         assert [response.output_text for response in await asyncio.gather(*running)] == ["It is there."] * 2
 
 
-async def test_a_cancelled_answer_gives_its_approval_back(place, tmp_path):
+async def test_an_approval_is_used_though_its_answer_was_cancelled(place, tmp_path):
     gate = tmp_path / "gate"
     async with place(calls(("fake__slow", {"path": str(gate)})), "It is there.", allowed=()) as at:
         [_, request] = (await at.ask()).output
@@ -410,7 +416,9 @@ async def test_a_cancelled_answer_gives_its_approval_back(place, tmp_path):
         while at.pool.in_rounds:
             await at.client.models.list()
         gate.touch()
-        assert (await at.ask(said)).output_text == "It is there." and len(at.called) == 2
+        with pytest.raises(openai.ConflictError, match="its call began at 20.*Z, and nothing is known of its result"):
+            await at.ask(said)
+        assert len(at.called) == 1
 
 
 async def test_arguments_that_are_no_object_are_not_asked_about(place):
