@@ -265,7 +265,7 @@ async def test_no_work_of_a_client_scans_a_table(tmp_path):
         files.add_lines(connection, file.id, [files.LineRow(1, b"y", "a", "/v1/completions")])
         connection.execute("UPDATE files SET state = 1 WHERE id = ?", (file.id,))
         file = files.file_of_owner(connection, file.name, "me")
-        for ascending, more in ((True, ""), (False, " AND state = 1"), (False, " AND state = 1 AND purpose = 'batch'")):
+        for ascending, more in ((True, " AND state = 1"), (False, " AND state = 1"), (False, " AND state = 1 AND purpose = 'batch'")):
             for after in ("", file.name):
                 list(files.list_rows(connection, "files", files.File._fields, "me", after, ascending, more))
         files.content(connection, file.id, 0), files.longest_line(connection, file.id)
@@ -390,12 +390,13 @@ def test_a_killed_upgrade_goes_on_at_the_next_start(tmp_path, monkeypatch, piece
     old_database(tmp_path / "a.db")
     monkeypatch.setattr(migrate, "MOVED_ROWS", 1)
     left = iter(range(pieces))
+    move_kept = migrate.move_kept
 
     def killed(connection):
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return migrate.move_kept(connection)
-    monkeypatch.setattr("chatlm.front.store.store.STEPS", (*STEPS[:-1], killed))
+        return move_kept(connection)
+    monkeypatch.setattr("chatlm.front.store.store.STEPS", tuple(killed if step is move_kept else step for step in STEPS))
     store = Store(tmp_path / "a.db")
     try:
         store.open()
