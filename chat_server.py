@@ -171,7 +171,7 @@ from chatlm.front.lazy import import_web, web
 from chatlm.front.pool.local_devices import check_nice, niceness
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.pool import free_memory, make_pool
-from chatlm.front.server.access import Access, AccessLog, Owners, is_loopback, listen_on, server_urls
+from chatlm.front.server.access import Access, AccessLog, Owners, listen_on, server_urls
 from chatlm.front.server.answering import Answers
 from chatlm.front.server.approvals import Approvals
 from chatlm.front.server.batches import BATCH_ROUTES, BatchRoutes
@@ -186,6 +186,7 @@ from chatlm.front.server.downloading import DOWNLOAD_ROUTES, DownloadRoutes
 from chatlm.front.server.exporting import EXPORT_ROUTES, ExportRoutes
 from chatlm.front.server.files import FILE_ROUTES
 from chatlm.front.server.history import History
+from chatlm.front.server.host_names import is_loopback
 from chatlm.front.server.ledger import LEDGER_ROUTES, Ledger, claim_of
 from chatlm.front.server.metrics import Metrics, metrics_response
 from chatlm.front.server.page import PAGE_ROUTES, PageFiles
@@ -224,13 +225,13 @@ class Front:
         self.owners = Owners(settings)
         self.ledger = Ledger(settings, store)
         self.bodies = Bodies(Intake(catalogue), self.owners)
-        self.models = ModelRoutes(catalogue, self.bodies, self.access)
+        self.models = ModelRoutes(catalogue, self.bodies)
         self.page = PageFiles(page_files())
         self.runs = RunRoutes(catalogue)
         self.compared: dict[str, list[str]] = {}  # id of a running comparison -> ids of its answers
         self.recordings = Recordings()
-        self.downloads = DownloadRoutes(catalogue, self.bodies, self.access)
-        self.exports = ExportRoutes(catalogue, self.bodies, self.access)
+        self.downloads = DownloadRoutes(catalogue, self.bodies)
+        self.exports = ExportRoutes(catalogue, self.bodies)
         toolbox = Toolbox.of(settings) if toolbox is None else toolbox
         self.tools = ToolRoutes(toolbox, settings, catalogue, self.bodies, self.access)
         self.kept = ResponseKeeper(store, self.bodies, self.owners, settings.keep_days)

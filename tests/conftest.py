@@ -97,10 +97,22 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def integrity():
-    """After each test, everything that its engines count is owned once."""
+    """After each test, everything that its engines count is owned once, and no statement of its store has
+    read a whole table."""
     yield
+    if explained := sys.modules.get("explained"):
+        assert explained.take_faults() == []
     if checked := sys.modules.get("checked"):
         assert checked.take_faults() == []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def explained_statements():
+    """SQLite explains what the stores of this process have it do."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        from explained import explain_all
+        explain_all(monkeypatch)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -120,6 +120,9 @@ class RunResults:
         self.tried_s = 0.0
         self.turn = threading.Lock()          # of the threads that read and write
         self.warned_s = -math.inf
+        self.changes = 0                      # results that were noted
+        self.gone: tuple[tuple, list[dict[str, Any]]] = ((), [])  # what `removed` was asked last, and found
+        self.looking = threading.Lock()       # of the threads that look for removed steps
 
     # reading
 
@@ -171,6 +174,7 @@ class RunResults:
         old = known.results.get(key)
         is_new = old is None or old.metrics != result.metrics
         known.results[key] = result
+        self.changes += 1
         self.of_weights.setdefault(step.digest, {})[key] = result
         return is_new
 
@@ -249,7 +253,18 @@ class RunResults:
 
         runs: by folder, the runs that are there or were there. there: (folder, number) of each step whose
         files are there. served: digests of weights that are served; weights that have only moved to another
-        folder are not gone."""
+        folder are not gone.
+
+        The list is made anew only if something has changed. With thousands of steps that takes a while, so
+        call it in a thread."""
+        with self.looking:
+            asked = self.changes, dict(self.asked), watched, dict(runs), {*there}, {*served}
+            if self.gone[0] != asked:
+                self.gone = asked, self._find_removed(watched, runs, there, served)
+            return self.gone[1]
+
+    def _find_removed(self, watched: Path, runs: Mapping[str, RunName], there: Collection[tuple[str, int]],
+                      served: Collection[str]) -> list[dict[str, Any]]:
         folders = {folder for folder, _ in there}
         taken = {name.run for name in runs.values()}
         found: list[dict[str, Any]] = []

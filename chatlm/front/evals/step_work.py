@@ -201,11 +201,11 @@ class StepWork:
     async def begin(self):
         await self.results.load()
 
-    def removed(self, watched: Path, runs: Mapping[str, RunName],
-                there: Collection[tuple[str, int]]) -> list[dict[str, Any]]:
+    async def removed(self, watched: Path, runs: Mapping[str, RunName],
+                      there: Collection[tuple[str, int]]) -> list[dict[str, Any]]:
         """The steps of runs below a folder whose files are gone, as GET /v1/runs/ID lists them."""
         served = {self.steps[model][0].digest for model in self.models.values() if model in self.steps}
-        return self.results.removed(watched, runs, there, served)
+        return await asyncio.to_thread(self.results.removed, watched, runs, there, served)
 
     async def opened(self, step: RunStep, model: Model):
         """Note that a checkpoint is served now: keep what its training wrote, and show what is known about

@@ -64,7 +64,7 @@ class Catalogue:
         RequestError 404 if there is none."""
         return self.registry.find(name, bound)
 
-    def removed_steps(self, bound: Seq[str] = ()) -> list[dict[str, Any]]:
+    async def removed_steps(self, bound: Seq[str] = ()) -> list[dict[str, Any]]:
         """Checkpoints whose files are gone, as GET /v1/runs/ID lists them, with a key limited to `bound`."""
         return []
 

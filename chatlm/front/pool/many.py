@@ -277,10 +277,13 @@ class ManyModels(Catalogue):
             self.run(f"trying {model.name} again", partial(self._try_again, model))
         return served
 
-    def removed_steps(self, bound: Seq[str] = ()) -> list[dict[str, Any]]:
+    async def removed_steps(self, bound: Seq[str] = ()) -> list[dict[str, Any]]:
         runs = [watch for watch in self.watches if isinstance(watch, RunWatch)]
-        steps = [step for watch in runs for step in watch.removed_steps()]
-        return [step for step in steps if not bound or any(is_among(name, [step["model"]]) for name in bound)]
+        steps = [step for watch in runs for step in await watch.removed_steps()]
+        if not bound:
+            return steps
+        return await asyncio.to_thread(lambda: [
+            step for step in steps if any(is_among(name, [step["model"]]) for name in bound)])
 
     async def _try_again(self, model: Model):
         before = model.reason

@@ -41,8 +41,8 @@ class CheckpointWork(Protocol):
     async def note_written(self, model: Model):
         """What its training has written about a checkpoint has changed."""
 
-    def removed(self, watched: Path, runs: Mapping[str, RunName],
-                there: Collection[tuple[str, int]]) -> list[dict[str, Any]]:
+    async def removed(self, watched: Path, runs: Mapping[str, RunName],
+                      there: Collection[tuple[str, int]]) -> list[dict[str, Any]]:
         """The steps of runs below a folder whose files are gone. runs: the runs that are or were there, by
         folder. there: (folder, number) of the steps whose files are there."""
         ...
@@ -125,12 +125,12 @@ class RunWatch:
                 return True
         return False
 
-    def removed_steps(self) -> list[dict[str, Any]]:
+    async def removed_steps(self) -> list[dict[str, Any]]:
         """The steps whose files are gone, as GET /v1/runs/ID lists them."""
         folders = {run: os.path.realpath(run) for run in self.names.known}
         runs = {folders[run]: name for run, name in self.names.known.items()}
         there = {(folders.get(step.run, ""), step.step) for step in self.sightings.there.values()}
-        return self.work.removed(Path(os.path.realpath(self.folder)), runs, there)
+        return await self.work.removed(Path(os.path.realpath(self.folder)), runs, there)
 
     async def _open(self, steps: Iterable[RunStep]):
         self.names.learn(self.sightings.there.values())  # whichever of them is complete first

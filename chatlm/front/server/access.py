@@ -22,6 +22,7 @@ from chatlm.common.log import log
 from chatlm.common.request_ids import id_of_client, is_unguessable
 from chatlm.front.lazy import web
 from chatlm.front.server.anthropic_models import OF_TWO_APIS, asks_as_anthropic
+from chatlm.front.server.host_names import is_loopback, is_own_name, is_public_name, split_address
 from chatlm.front.server.page import POLICY
 from chatlm.front.server.responses import REQUEST_LOG, SECURITY_HEADERS, RequestLog
 from chatlm.front.server.routes import Api
@@ -64,19 +65,21 @@ class Access:
         record.role = ""
         return client_at(http.remote)
 
-    def check_operator(self, http: web.Request, act: str = "load and unload models"):
-        """Refuse clients that may not load, unload, download and delete models.
+    def check_operator(self, http: web.Request, act: str):
+        """Refuse clients that may not load, unload, download, delete and export models. `act` says what they
+        may not do.
 
         If a key has a role, keys with role=admin may. If none has, keys that are not limited to some models
-        may. Without keys only this machine may, and not as a proxy for others."""
+        may. Without keys only this machine may. No page of another origin may, unless --cors-origin admits
+        it, not even with a GET."""
+        self.check_origin(http, works=True)
         if any(key.role for key in self.settings.keys) and REQUEST_LOG.get().role != "admin":
             raise RequestError(f"only an API key with role=admin may {act}", status=403, code="not_admin")
         if self.settings.keys and REQUEST_LOG.get().bound:
             raise RequestError(f"an API key that is limited to some models may not {act}",
                                status=403, code="key_bound_to_models")
-        if not self.settings.keys and not is_from_here(http):
-            raise RequestError(f"without API keys, only this machine may {act} (--api-key-file)", status=403,
-                               code="not_local")
+        if not self.settings.keys:
+            self.check_local(http, act)
 
     def usable_tools(self, http: web.Request) -> Seq[str]:
         """The tools that this client may use: names of tool servers, SERVER.TOOL, or "*" for all.
@@ -88,10 +91,22 @@ class Access:
         if self.is_of_another_page(http, works=True):
             raise RequestError("pages of another origin may not use tools of a server without API keys",
                                status=403, code="origin_not_allowed")
-        if not is_from_here(http):
-            raise RequestError("without API keys, only this machine may use tools (--api-key-file)",
-                               status=403, code="not_local")
+        self.check_local(http, "use tools")
         return ("*",)
+
+    def check_local(self, http: web.Request, act: str):
+        """Refuse all but programs of this machine, and pages that it opened under a name of its own.
+
+        A page can make its own name resolve to this machine. Then the browser takes the server for a part of
+        that page, and asks it from here: only the Host header tells."""
+        if not is_from_here(http):
+            raise RequestError(f"without API keys, only this machine may {act} (--api-key-file)", status=403,
+                               code="not_local")
+        name, _ = split_address(http.headers.get("Host", "localhost"))
+        if name not in self.settings.allowed_host and not is_own_name(name):
+            raise RequestError(f"without API keys, only this machine may {act}, under localhost, its own "
+                               f"name or its own address: {shown(name)} is none of them (--allowed-host adds "
+                               "names)", status=403, code="host_not_allowed")
 
     def check_host(self, http: web.Request):
         """Check the Host header, because a foreign page can make its own name resolve to this server's
@@ -164,7 +179,10 @@ class Access:
         if http.method == "OPTIONS" and "Access-Control-Request-Method" in http.headers:
             return self.preflight(http)
         self.check_origin(http)
-        REQUEST_LOG.get().client = self.client_of(http)
+        record = REQUEST_LOG.get()
+        record.client = self.client_of(http)
+        if record.route.operator_act:
+            self.check_operator(http, record.route.operator_act)
         return await handler(http)
 
     async def set_headers(self, http: web.Request, response: web.StreamResponse):
@@ -290,27 +308,6 @@ def listen_on(host: str, port: int) -> socket.socket:
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
     except (TypeError, ValueError) as error:  # a name that IDNA cannot encode, or with a NUL
         raise ConfigError(f"cannot listen on {host}: {error}") from None
-
-
-def split_address(address: str) -> tuple[str, str]:
-    """(name, port) of a Host header, or of an Origin without its scheme, normalised for comparison.
-
-    Lower case, no brackets, no trailing dot; the port is "" for 80 and 443."""
-    [(name, port)] = re.findall(r"\A(.*?)(?::(\d*))?\Z", address.lower(), re.DOTALL)
-    return name.strip("[]").removesuffix("."), "" if port in ("80", "443") else port
-
-
-def is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or re.fullmatch(r"127(\.\d+){1,3}", host) is not None
-
-
-def is_public_name(host: str) -> bool:
-    """Whether anyone could point this name at an address of their choice. Nobody can if it is an address or
-    has no dot."""
-    try:
-        return not ipaddress.ip_address(host)
-    except ValueError:
-        return "." in host
 
 
 def server_urls(host: str, port: int) -> list[str]:

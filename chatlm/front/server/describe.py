@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.pool.models import Model, Served
-    from chatlm.front.server.access import Access
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.server.routes import Route
 
@@ -300,13 +299,15 @@ def model_stats(served: Served, is_default: bool) -> dict:
                    "queue_depth": stats["queue_depth"]}
 
 
+MANAGE = "load and unload models"
+
+
 class ModelRoutes:
     """The handlers of routes about models."""
 
-    def __init__(self, catalogue: Catalogue, bodies: Bodies, access: Access):
+    def __init__(self, catalogue: Catalogue, bodies: Bodies):
         self.catalogue = catalogue
         self.bodies = bodies
-        self.access = access
 
     def visible(self, bound: Seq[str]) -> list[Served]:
         """The models that a client may see whose key is limited to `bound`."""
@@ -339,7 +340,6 @@ class ModelRoutes:
         return await self._managed(http, lambda model: model.unload())
 
     async def _managed(self, http: web.Request, manage: Callable[[Model], None]) -> web.Response:
-        self.access.check_operator(http)
         with self.bodies.holding() as holding:
             served, _ = await self.bodies.text(http, holding)
         manage(served.model)
@@ -379,9 +379,11 @@ MODEL_ROUTES: tuple[Route[ModelRoutes], ...] = (
           returns=MODELS),
     Route("GET", "/v1/models/{name:.+}", Api.OPENAI, ModelRoutes.handle_model,
           "a served model, by one of its names", returns=A_MODEL),
-    Route("POST", "/models/load", Api.OPENAI, ModelRoutes.handle_load, "load a model"),
+    Route("POST", "/models/load", Api.OPENAI, ModelRoutes.handle_load, "load a model",
+          operator_act=MANAGE),
     Route("POST", "/models/unload", Api.OPENAI, ModelRoutes.handle_unload,
-          "unload a model once its answers have ended; the next request loads it again"),
+          "unload a model once its answers have ended; the next request loads it again",
+          operator_act=MANAGE),
     Route("GET", "/tokenizer_info", Api.OPENAI, ModelRoutes.handle_tokenizer, "its tokens", query=(A_NAME,)),
     Route("GET", "/api/tags", Api.OLLAMA, shows(lambda models, bound: ollama_models(models.visible(bound))),
           "the served models in Ollama's format"),

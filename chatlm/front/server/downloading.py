@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from chatlm.common.messages.protocol import Offer
     from chatlm.front.pool.catalogue import Catalogue
-    from chatlm.front.server.access import Access
     from chatlm.front.server.bodies import Bodies
 
 ACT = "download and delete models"
@@ -39,10 +38,9 @@ BESIDE_BYTES = 200 << 20  # what a model's process takes in addition to its weig
 class DownloadRoutes:
     """The handlers. Only an operator may call any of them: they say what is on this machine's disk."""
 
-    def __init__(self, catalogue: Catalogue, bodies: Bodies, access: Access):
+    def __init__(self, catalogue: Catalogue, bodies: Bodies):
         self.catalogue = catalogue
         self.bodies = bodies
-        self.access = access
         self.downloads = Downloads(catalogue.settings, catalogue)
 
     async def close(self):
@@ -50,19 +48,14 @@ class DownloadRoutes:
 
     async def _read(self, http: web.Request) -> dict:
         """The checked fields of a body."""
-        self._check(http)
+        self.downloads.check_allowed()
         values = await self.bodies.small(http)
         values.setdefault("model", values.get("name", ""))
         return values
 
-    def _check(self, http: web.Request):
-        self.access.check_origin(http, works=True)
-        self.access.check_operator(http, ACT)
-        self.downloads.check_allowed()
-
     async def handle_list(self, http: web.Request) -> web.Response:
         """GET /models/hub: what can be had. With ?search=TEXT also what the hub finds."""
-        self._check(http)
+        self.downloads.check_allowed()
         text = http.query.get("search", "").strip()
         if len(text) > 200 or not text.isprintable():
             raise RequestError("search must be a text of at most 200 characters", param="search")
@@ -80,7 +73,7 @@ class DownloadRoutes:
     async def handle_look(self, http: web.Request) -> web.Response:
         """GET /models/hub/NAME: the forms of a model that the hub has. A download of NAME would fetch the
         first of `models`; its `problem` says why this program cannot run it."""
-        self._check(http)
+        self.downloads.check_allowed()
         name = http.match_info["name"]
         room, memory = await asyncio.to_thread(self._room)
         await self._measure()
@@ -139,7 +132,7 @@ class DownloadRoutes:
     async def handle_downloads(self, http: web.Request) -> web.StreamResponse:
         """GET /models/downloads: the state of each, and each change, as server-sent events, until none is
         running."""
-        self._check(http)
+        self.downloads.check_allowed()
         return await stream_of(http, self.downloads.states(), state_frame)
 
     async def handle_cancel(self, http: web.Request) -> web.Response:
@@ -178,20 +171,24 @@ class DownloadRoutes:
 HUB_SEARCH = Field("search", TEXT, "also search the hub, for this")
 DOWNLOAD_ROUTES: tuple[Route[DownloadRoutes], ...] = (
     Route("GET", "/models/hub", Api.OPENAI, DownloadRoutes.handle_list,
-          "models that can be downloaded, those in the cache, downloads, and room", query=(HUB_SEARCH,)),
+          "models that can be downloaded, those in the cache, downloads, and room", query=(HUB_SEARCH,),
+          operator_act=ACT),
     Route("GET", "/models/hub/{name:.+}", Api.OPENAI, DownloadRoutes.handle_look,
-          "what the hub has of a model: files with sizes, and whether this program can run it"),
+          "what the hub has of a model: files with sizes, and whether this program can run it",
+          operator_act=ACT),
     Route("GET", "/models/downloads", Api.OPENAI, DownloadRoutes.handle_downloads,
-          "the state of each download, then each change, as events; ends when none is running"),
+          "the state of each download, then each change, as events; ends when none is running",
+          operator_act=ACT),
     Route("POST", "/models/download", Api.OPENAI, DownloadRoutes.handle_download,
-          "download a model, or follow its download"),
+          "download a model, or follow its download", operator_act=ACT),
     Route("POST", "/models/cancel", Api.OPENAI, DownloadRoutes.handle_cancel,
-          "end a download; the next one continues where it was"),
+          "end a download; the next one continues where it was", operator_act=ACT),
     Route("POST", "/models/delete", Api.OPENAI, DownloadRoutes.handle_delete,
-          "remove a downloaded model from the cache"),
-    Route("POST", "/api/pull", Api.OLLAMA, DownloadRoutes.handle_pull, "download a model as Ollama does"),
+          "remove a downloaded model from the cache", operator_act=ACT),
+    Route("POST", "/api/pull", Api.OLLAMA, DownloadRoutes.handle_pull, "download a model as Ollama does",
+          operator_act=ACT),
     Route("DELETE", "/api/delete", Api.OLLAMA, DownloadRoutes.handle_ollama_delete,
-          "remove a downloaded model from the cache"),
+          "remove a downloaded model from the cache", operator_act=ACT),
 )
 
 

@@ -50,6 +50,7 @@ class Route(Generic[T]):
     query: tuple[Field, ...] = ()   # parameters after the question mark
     returns: Mapping = field(default_factory=dict)  # the schema of the response's body, if described
     open: bool = False              # needs no API key
+    operator_act: str = ""          # what only an operator may do here: "load and unload models"; "": anyone
     quiet: bool = False             # successes are logged only at level debug
     polled: bool = False            # likewise, and also served on surplus connections
 
@@ -79,7 +80,8 @@ class RouteTable:
         shares the longest beginning with the request's."""
         if resource := http.match_info.route.resource:
             pattern = resource.canonical.removeprefix(self.prefix).rstrip("/") or "/"
-            return self.by_method.get((http.method, pattern), self.rows[pattern])
+            method = "GET" if http.method == "HEAD" else http.method
+            return self.by_method.get((method, pattern), self.rows[pattern])
         words = http.path.removeprefix(self.prefix).split("/")
         nearest = max(self.rows.values(),
                       key=lambda row: len(os.path.commonprefix([row.path.split("/"), words])))

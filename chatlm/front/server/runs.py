@@ -6,7 +6,9 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, RequestError, invalid, shown, without_folders
+from chatlm.common.jsontext import dump
 from chatlm.front.api.fields import A_TEXT
+from chatlm.front.lazy import web
 from chatlm.front.pool.run_names import RunName
 from chatlm.front.server.describe import A_MODEL
 from chatlm.front.server.responses import REQUEST_LOG, json_response
@@ -14,7 +16,6 @@ from chatlm.front.server.routes import Api, Route
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence as Seq
-    from aiohttp import web
     from chatlm.front.evals.flips import Verdicts
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.pool.models import Served
@@ -98,11 +99,13 @@ def run_body(name: str, seen: Seq[Served], removed: Seq[dict] = ()) -> dict:
     """The response of /v1/runs/{tag}: the checkpoints of a run or a lineage, and their metrics. Raises
     RequestError 404 if there is no such run."""
     found = runs_named(name, seen, removed)
+    gone: dict[str, list[dict]] = {}
+    for step in removed:
+        gone.setdefault(step["run"], []).append(step)
     steps = []
     for run, of_run in found.items():
         there = [step_body(run, served) for served in of_run]
-        gone = [step for step in removed if step["run"] == run.run]
-        steps += sorted(there + gone, key=lambda step: step["step"])
+        steps += sorted(there + gone.get(run.run, []), key=lambda step: step["step"])
     return {**run_parts(name, found), "steps": steps}
 
 
@@ -112,6 +115,14 @@ def step_body(run: RunName, served: Served) -> dict:
             "weights_digest": "" if served.failed else served.pool.supervisor.card.facts.digest,
             "metrics": served.model.metrics, **served.model.remarks,
             "judged": served.model.verdicts is not None, "samples": served.model.samples}
+
+
+def run_text(body: Mapping) -> bytes:
+    """The response as JSON. Each step is written by itself, because other threads get no turn within a single
+    call of C."""
+    steps = [dump(step) for step in body["steps"]]
+    whole = dump({name: value for name, value in body.items() if name != "steps"})
+    return b'%s, "steps": [%s]}' % (whole[:-1], b", ".join(steps))
 
 
 def verdicts_among(seen: Seq[Served], removed: Seq[dict], tag: str, name: str, step: str | None) -> Verdicts:
@@ -137,19 +148,20 @@ class RunRoutes:
     def __init__(self, catalogue: Catalogue):
         self.catalogue = catalogue
 
-    def _steps(self) -> tuple[list[Served], list[dict]]:
+    async def _steps(self) -> tuple[list[Served], list[dict]]:
         """The models that the client's key may see, and steps whose files are gone."""
         bound = REQUEST_LOG.get().bound
-        return self.catalogue.registry.served_models(bound), self.catalogue.removed_steps(bound)
+        removed = await self.catalogue.removed_steps(bound)
+        return self.catalogue.registry.served_models(bound), removed
 
     async def handle_list(self, http: web.Request) -> web.Response:
-        return json_response(list_of_runs(*self._steps()))
+        return json_response(list_of_runs(*await self._steps()))
 
     async def handle_run(self, http: web.Request) -> web.Response:
         """GET /v1/runs/{tag}. With ?before and ?after, two steps that --watch-suite has judged, the response
         also lists the items on which they differ."""
         tag = http.match_info["tag"]
-        seen, removed = self._steps()
+        seen, removed = await self._steps()
         body = run_body(tag, seen, removed)
         if "before" in http.query or "after" in http.query:
             from chatlm.front.evals.flips import flips
@@ -160,7 +172,8 @@ class RunRoutes:
             except ConfigError as error:
                 raise RequestError(f"the files of --watch-suite have changed: {without_folders(str(error))}",
                                    status=409) from None
-        return json_response(body)
+        text = await asyncio.to_thread(run_text, body)
+        return web.Response(body=text, content_type="application/json")
 
 
 RUN_ROUTES: tuple[Route[RunRoutes], ...] = (

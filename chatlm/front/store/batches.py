@@ -125,7 +125,7 @@ def unfinished_of(connection: sqlite3.Connection, owner: str) -> int:
 
 def reads(connection: sqlite3.Connection, file: files.File) -> str | None:
     """The name of an unfinished batch that needs a file; None if there is none."""
-    row = connection.execute("SELECT name FROM batches WHERE input = ? AND status IN (?, ?, ?)",
+    row = connection.execute("SELECT name FROM batches WHERE input = ? AND status IN (?, ?, ?) LIMIT 1",
                              (file.name, *UNFINISHED)).fetchone()
     return row and row[0]
 
@@ -142,15 +142,17 @@ def begin(connection: sqlite3.Connection, batch: Batch, now: int) -> bool:
     """Validate a batch's input. Returns False if the batch has failed, because none of its lines can be
     run."""
     source = files.file_named(connection, batch.input)
-    bad = connection.execute(
-        "SELECT number, problem, url FROM lines WHERE file = ? AND (problem IS NOT NULL OR url <> ?) "
-        "ORDER BY number", (source.id, batch.endpoint)).fetchall()
-    if len(bad) < batch.total:
+    good = connection.execute("SELECT 1 FROM lines WHERE file = ? AND problem IS NULL AND url = ? LIMIT 1",
+                              (source.id, batch.endpoint)).fetchone()
+    if good:
         set_status(connection, batch, "in_progress", now)
         return True
+    bad = connection.execute(
+        "SELECT number, problem, url FROM lines WHERE file = ? AND (problem IS NOT NULL OR url <> ?) "
+        "ORDER BY number LIMIT ?", (source.id, batch.endpoint, SHOWN_PROBLEMS))
     problems = [{"code": "invalid_line", "line": number, "param": None,
                  "message": problem or wrong_url(number, url, batch.endpoint)}
-                for number, problem, url in bad[:SHOWN_PROBLEMS]]
+                for number, problem, url in bad]
     connection.execute("UPDATE batches SET problems = ?, failed = total WHERE id = ?",
                        (json.dumps(problems), batch.id))
     end(connection, batch, "failed", now)

@@ -30,6 +30,17 @@ def move_kept(connection: sqlite3.Connection) -> bool:
     return False
 
 
+def name_kept(connection: sqlite3.Connection) -> bool:
+    """A piece of: the items of responses are found by owner and name. True if there is more."""
+    (last,) = connection.execute("SELECT IFNULL(MAX(part), 0) FROM part_names").fetchone()
+    named = connection.execute(
+        "INSERT INTO part_names (part, owner, name, kind) "
+        "SELECT parts.id, CASE WHEN owner LIKE '@%' THEN '@' ELSE owner END, parts.name, kind "
+        "FROM parts JOIN responses ON responses.id = response WHERE parts.id > ? AND kind <> 2 "
+        "ORDER BY parts.id LIMIT ?", (last, MOVED_ROWS))
+    return named.rowcount == MOVED_ROWS
+
+
 def some(cursor: sqlite3.Cursor, texts: slice) -> list[tuple]:
     """The next rows, as many as are moved at once."""
     rows = []

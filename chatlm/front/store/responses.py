@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 MOST_TURNS = 10_000           # of a chain of responses
+MOST_ALIKE = 20               # items of one owner and name that are looked at, while they are deleted ones
 # what a part of a response is
 INPUT = 0
 OUTPUT = 1
@@ -87,7 +88,7 @@ def refuse(what: str, name: str, param: str = "id") -> RequestError:
 
 def keep(connection: sqlite3.Connection, new: NewResponse):
     """Write a response, and add its items to its conversation, if that still exists."""
-    parts = [(INPUT, *item) for item in new.input]
+    parts = [(INPUT, *item) for item in with_own_names(new.input, [item.name for item in new.output])]
     parts += [(OUTPUT, *item) for item in new.output]
     parts.append((WHOLE, new.name, new.body))
     size = bytes_of(new.input) + bytes_of(new.output) + len(new.body) + ITEM_BYTES
@@ -96,12 +97,37 @@ def keep(connection: sqlite3.Connection, new: NewResponse):
         "(?, ?, ?, ?, ?, ?, ?)", (*new[:6], size)).lastrowid
     connection.executemany("INSERT INTO parts (response, kind, name, body) VALUES (?, ?, ?, ?)",
                            [(row, *part) for part in parts])
+    connection.execute("INSERT INTO part_names (part, owner, name, kind) SELECT id, ?, name, kind FROM parts "
+                       "WHERE response = ? AND kind <> ?", (namer(new.owner), row, WHOLE))
     if new.conversation:
         try:
             conversation = conversation_named(connection, new.conversation, new.owner)
         except RequestError:
             return
         add_items(connection, conversation, [*new.input, *new.output], new.expires)
+
+
+def with_own_names(items: Seq[KeptItem], taken: Iterable[str]) -> list[KeptItem]:
+    """The items of a response's input, each with a name of its own: an id that a client gave to several is
+    that of the first of them."""
+    names = set(taken)
+    named = []
+    for item in items:
+        if item.name in names:
+            item = item._replace(name=another_name())
+        names.add(item.name)
+        named.append(item)
+    return named
+
+
+def another_name() -> str:
+    """A name for an item whose own is taken."""
+    return f"item_{secrets.token_hex(12)}"
+
+
+def namer(owner: str) -> str:
+    """The owner by whom the items of responses are found: all addresses are one, as for `owns`."""
+    return "@" if owner[:1] == "@" else owner
 
 
 def response_named(connection: sqlite3.Connection, name: str, owner: str,
@@ -156,27 +182,30 @@ def inputs(connection: sqlite3.Connection, name: str, owner: str, after: str, as
         responses.reverse()
     begin = None
     if after:
-        places = {}  # response -> the row of the item `after` in it
-        for response, row, kind in connection.execute(
-                "SELECT response, id, kind FROM parts WHERE name = ?", (after,)):
-            if kind == INPUT or kind == OUTPUT and response != own:
-                places[response] = row
-        among = [index for index, each in enumerate(responses) if each in places]
-        if not among:
-            raise bad_value("after", after, "the id of a row of the list")
-        responses = responses[among[0]:]
-        begin = places[responses[0]]
+        index, begin = _place_in(connection, responses, own, after)
+        responses = responses[index:]
 
     def rows() -> Iterator[TextPlace]:
         for response in responses:
-            kinds = (INPUT, INPUT if response == own else OUTPUT)
-            first = begin if response == responses[0] else None
-            for row in connection.execute(
-                    "SELECT id, name, LENGTH(body) FROM parts WHERE response = ? AND kind IN (?, ?) "
-                    f"AND (? IS NULL OR id {'>' if ascending else '<'} ?) ORDER BY id {order}",
-                    (response, *kinds, first, first)):
+            condition = ""
+            values = [response, INPUT, INPUT if response == own else OUTPUT]
+            if begin is not None and response == responses[0]:
+                condition = "AND id > ?" if ascending else "AND id < ?"
+                values.append(begin)
+            for row in connection.execute("SELECT id, name, LENGTH(body) FROM parts WHERE response = ? AND "
+                                          f"kind IN (?, ?) {condition} ORDER BY id {order}", values):
                 yield TextPlace("parts", *row)
     return page_of(rows(), limit)
+
+
+def _place_in(connection: sqlite3.Connection, responses: Seq[int], own: int, name: str) -> tuple[int, int]:
+    """(index in `responses`, row) of the item with this name in the list of `inputs`."""
+    for index, response in enumerate(responses):
+        for row, kind in connection.execute("SELECT id, kind FROM parts WHERE response = ? AND name = ?",
+                                            (response, name)):
+            if kind == INPUT or kind == OUTPUT and response != own:
+                return index, row
+    raise bad_value("after", name, "the id of a row of the list")
 
 
 # what was said before
@@ -221,10 +250,11 @@ def item_places(connection: sqlite3.Connection, names: Iterable[str], owner: str
 def _item_place(connection: sqlite3.Connection, name: str, owner: str) -> TextPlace | None:
     """Of several with this name, that which the server itself has written."""
     rows = connection.execute(
-        "SELECT parts.id, LENGTH(parts.body), owner FROM parts JOIN responses ON responses.id = response "
-        "WHERE parts.name = ? AND kind <> ? AND NOT deleted ORDER BY kind DESC, parts.id", (name, WHOLE))
-    for row, size, row_owner in rows:
-        if owns(owner, row_owner):
+        "SELECT part, LENGTH(body), deleted FROM part_names JOIN parts ON parts.id = part "
+        "JOIN responses ON responses.id = response WHERE part_names.owner = ? AND part_names.name = ? "
+        "ORDER BY part_names.kind DESC, part LIMIT ?", (namer(owner), name, MOST_ALIKE))
+    for row, size, is_deleted in rows:
+        if not is_deleted:
             return TextPlace("parts", row, name, size)
     return None
 
@@ -276,7 +306,7 @@ def add_items(connection: sqlite3.Connection, conversation: ConversationRow, ite
         taken = connection.execute("SELECT 1 FROM items WHERE conversation = ? AND name = ?",
                                    (conversation.id, item.name)).fetchone()
         if taken:
-            item = item._replace(name=f"item_{secrets.token_hex(12)}")
+            item = item._replace(name=another_name())
         connection.execute("INSERT INTO items (conversation, name, body) VALUES (?, ?, ?)",
                            (conversation.id, *item))
         added.append(item)

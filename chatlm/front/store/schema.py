@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from chatlm.front.store.migrate import move_kept
+from chatlm.front.store.migrate import move_kept, name_kept
 
 FILES = """
 CREATE TABLE files (
@@ -166,6 +166,22 @@ CREATE TABLE secrets (
     value BLOB NOT NULL
 ) WITHOUT ROWID;
 """
+NAMES = """
+CREATE TABLE part_names (           -- of the items of responses, as their owners refer to them
+    part INTEGER PRIMARY KEY REFERENCES parts (id) ON DELETE CASCADE,
+    owner TEXT NOT NULL,            -- of its response, or only an @ where that is an address
+    name TEXT NOT NULL,
+    kind INTEGER NOT NULL
+);
+CREATE INDEX part_names_of_owner ON part_names (owner, name, kind DESC, part);
+DROP INDEX parts_by_name;
+CREATE INDEX parts_of_response_by_name ON parts (response, name);
+DROP INDEX files_of_owner;
+CREATE INDEX files_of_owner ON files (owner, state, id);
+CREATE INDEX files_by_purpose ON files (owner, state, purpose, id);
+DROP INDEX batches_by_input;
+CREATE INDEX batches_by_input ON batches (input, status);
+"""
 # What a row counts for its owner, besides the rows that belong to it
 HELD = {"files": "({row}.state < 2) * ({row}.bytes + 512)",
         "batches": "512 + LENGTH(CAST(IFNULL({row}.metadata, '') AS BLOB)) "
@@ -199,4 +215,4 @@ HOLDINGS = "".join(counted(table, size) for table, size in HELD.items())
 # Statements, or what does a piece of the work and returns whether there is more. Only the end may be changed
 # once a release has had it.
 STEPS: tuple[str | Callable[[Any], bool], ...] = (
-    FILES, BATCHES, RESPONSES, USAGE, ITEMS + HOLDINGS, move_kept, APPROVALS)
+    FILES, BATCHES, RESPONSES, USAGE, ITEMS + HOLDINGS, move_kept, NAMES, name_kept, APPROVALS)

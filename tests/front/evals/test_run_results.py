@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import subprocess
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -358,6 +359,35 @@ async def test_a_key_sees_only_its_removed_steps(run_folder, watching, client, t
         await until(lambda: not models.registry.models)
         status, body = await run_of(client, url, headers={"Authorization": "Bearer all-of-them"})
         assert status == 200 and [step["state"] for step in body["steps"]] == ["removed"] * 3
+
+
+async def test_removed_steps_are_found_once_and_beside_the_loop(
+        run_folder, watching, client, tmp_path, monkeypatch):
+    """Looks at the runs, as the page makes them again and again, read no result twice."""
+    list(tiny_training.train(run_folder, 60, 20))
+    for meta in run_folder.rglob("meta_*.json"):
+        meta.write_text(json.dumps(json.loads(meta.read_text()) | {"val_bpb": 1.25}))
+    models = await watching(run_folder)
+    plain = RunResults._removed
+    threads = []
+
+    def counted(results, known, name):
+        threads.append(threading.current_thread())
+        return plain(results, known, name)
+    monkeypatch.setattr(RunResults, "_removed", counted)
+    async with serving(models, models.settings) as url:
+        await until(lambda: len(models.registry.models) == 3)
+        remove(run_folder, 20)
+        await until(lambda: len(models.registry.models) == 2)
+        for _ in range(3):
+            assert (await client.get(url + "/v1/runs")).status == 200
+            status, body = await run_of(client, url)
+            assert status == 200 and [step["state"] for step in body["steps"]][0] == "removed"
+        assert len(threads) == 1 and threading.main_thread() not in threads
+        remove(run_folder, 40)
+        await until(lambda: len(models.registry.models) == 1)
+        status, body = await run_of(client, url)
+        assert [step["state"] for step in body["steps"]][:2] == ["removed"] * 2 and len(threads) == 3
 
 
 async def test_without_a_home_results_stay_in_memory(run_folder, watching, tmp_path, caplog, monkeypatch):

@@ -265,7 +265,7 @@ async def test_no_work_of_a_client_scans_a_table(tmp_path):
         files.add_lines(connection, file.id, [files.LineRow(1, b"y", "a", "/v1/completions")])
         connection.execute("UPDATE files SET state = 1 WHERE id = ?", (file.id,))
         file = files.file_of_owner(connection, file.name, "me")
-        for ascending, more in ((True, ""), (False, " AND state = 1"), (False, " AND state = 1 AND purpose = 'batch'")):
+        for ascending, more in ((True, " AND state = 1"), (False, " AND state = 1"), (False, " AND state = 1 AND purpose = 'batch'")):
             for after in ("", file.name):
                 list(files.list_rows(connection, "files", files.File._fields, "me", after, ascending, more))
         files.content(connection, file.id, 0), files.longest_line(connection, file.id)

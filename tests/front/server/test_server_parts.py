@@ -146,7 +146,7 @@ async def test_a_large_body_is_read_in_a_sandbox():
 async def test_a_model_is_described_by_any_of_its_names():
     pool = FakePool()
     only = Catalogue(Settings(), pool)
-    models = ModelRoutes(only, Bodies(Intake(only), Owners(Settings())), Access(Settings()))
+    models = ModelRoutes(only, Bodies(Intake(only), Owners(Settings())))
     logged("/api/show")
     shown = json.loads((await models.handle_ollama_show(Arriving(body=b'{"model": "fake-model"}'))).body)
     facts = shown["model_info"]
