@@ -1,8 +1,8 @@
 """A server of its own process with a scripted model and a real tool, to be killed:
 `approving_server.py FOLDER DATABASE`.
 
-It writes its URL into FOLDER/url. The model always calls `fake__slow`, which waits for FOLDER/gate. DATABASE may
-be empty."""
+It writes its URL into FOLDER/url. The model always calls `fake__slow`, which waits for FOLDER/gate. DATABASE
+may be empty."""
 
 import asyncio
 import sys
