@@ -63,7 +63,7 @@ async def test_failed_work_leaves_nothing(tmp_path):
     await store.close()
 
 
-async def test_a_broken_transaction_is_done_in_pieces(tmp_path):
+async def test_a_broken_transaction_is_done_in_pieces(tmp_path, caplog):
     """One that breaks as a whole is done again piece by piece."""
     store = opened(tmp_path / "a.db")
 
@@ -71,7 +71,7 @@ async def test_a_broken_transaction_is_done_in_pieces(tmp_path):
         connection.execute("ROLLBACK")
         raise sqlite3.OperationalError("database or disk is full")
     found = await asyncio.gather(store.run(add("one")), store.run(ends_the_transaction), store.run(add("two")), return_exceptions=True)
-    assert isinstance(found[1], Overloaded) and "disk is full" in str(found[1])
+    assert isinstance(found[1], Overloaded) and "its log says why" in str(found[1]) and "disk is full" in caplog.text
     assert names(tmp_path / "a.db") == ["one", "two"]
     await store.close()
 
@@ -91,7 +91,7 @@ async def test_a_full_database_is_an_overload(tmp_path):
     await store.close()
 
 
-async def test_a_locked_database_fails_what_waits(tmp_path, monkeypatch):
+async def test_a_locked_database_fails_what_waits(tmp_path, monkeypatch, caplog):
     """While another program writes, all that waits fails together and works again later."""
     monkeypatch.setattr(stores, "BUSY_S", 0.5)
     store, begun = opened(tmp_path / "a.db"), []
@@ -99,14 +99,14 @@ async def test_a_locked_database_fails_what_waits(tmp_path, monkeypatch):
     with closing(sqlite3.connect(tmp_path / "a.db", isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         found = await asyncio.gather(*(store.run(add(f"n{index}")) for index in range(20)), return_exceptions=True)
-        assert all(isinstance(each, Overloaded) and "database is locked" in str(each) for each in found)
+        assert all(isinstance(each, Overloaded) for each in found) and "database is locked" in caplog.text
         assert len(begun) <= 2      # each would have waited for it as long again
     await store.run(add("later"))
     assert names(tmp_path / "a.db") == ["later"]
     await store.close()
 
 
-async def test_a_removed_file_gets_no_commits(tmp_path, monkeypatch):
+async def test_a_removed_file_gets_no_commits(tmp_path, monkeypatch, caplog):
     """Nor does one that was replaced."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -117,8 +117,10 @@ async def test_a_removed_file_gets_no_commits(tmp_path, monkeypatch):
     path.rename(tmp_path / "away.db")
     for change in (lambda: None, lambda: path.write_bytes(b"another"), lambda: path.unlink()):
         change()
-        with pytest.raises(Overloaded, match="removed or replaced"):
+        caplog.clear()
+        with pytest.raises(Overloaded, match="its log says why"):
             await store.run(add("lost"))
+        assert "removed or replaced" in caplog.text
     (tmp_path / "away.db").rename(path)
     await store.run(add("two"))
     assert names(path) == ["one", "two"]
@@ -170,7 +172,7 @@ async def test_a_store_recovers_the_files_beside_it(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "_writer", broken)
     (tmp_path / "a.db-wal").unlink()
     for _ in range(3):
-        with pytest.raises(Overloaded, match="disk is full"):
+        with pytest.raises(Overloaded, match="its log says why"):
             await store.run(add("lost"))
     monkeypatch.setattr(store, "_writer", writer)
     await store.run(add("two"))
@@ -178,7 +180,7 @@ async def test_a_store_recovers_the_files_beside_it(tmp_path, monkeypatch):
     await store.close()
 
 
-async def test_a_removed_lock_is_taken_again(tmp_path):
+async def test_a_removed_lock_is_taken_again(tmp_path, caplog):
     """It is not while another server has it."""
     store = opened(tmp_path / "a.db")
     (tmp_path / "a.db-lock").unlink()
@@ -186,8 +188,9 @@ async def test_a_removed_lock_is_taken_again(tmp_path):
     assert "another server uses it" in await refusal(tmp_path / "a.db")
     (tmp_path / "a.db-lock").unlink()
     other = opened(tmp_path / "a.db")
-    with pytest.raises(Overloaded, match="another server uses it"):
+    with pytest.raises(Overloaded, match="its log says why"):
         await store.run(add("mine"))
+    assert "another server uses it" in caplog.text
     await other.run(add("theirs"))
     await other.close()
     await store.run(add("two"))
