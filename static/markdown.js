@@ -68,14 +68,15 @@ document.adoptedStyleSheets.push(drawnStyle);
 
 // text within lines ---------------------------------------------------------------------------------------------------
 
-// TeX in $$..$$, \[..\], \(..\) and $..$ (no space inside, no digit after it, so that prices stay prices), and environments on their own.
+// TeX in $$..$$, \[..\], \(..\) and $..$ (no space inside, no letter or digit before or after it, so that prices and variables stay text), and environments on their own.
 const ENVIRONMENT = "(?:align(?:ed|at|edat)?|equation|gather(?:ed)?|split|[dr]?cases|array|(?:[pbBvV]|small)?matrix)\\*?";
-const MATH = new RegExp(String.raw`^(?:\$\$([^]+?)\$\$|\\\[([^]+?)\\\]|\\\(([^]+?)\\\)|\$(?![\s$])((?:\\.|[^$\\\n])*?[^\s$\\])\$(?!\d)|(\\begin\{(${ENVIRONMENT})\}[^]+?\\end\{\6\}))`);
+const MATH = new RegExp(String.raw`^(?:\$\$([^]+?)\$\$|\\\[([^]+?)\\\]|\\\(([^]+?)\\\)|\$(?![\s$])((?:\\.|[^$\\\n])*?[^\s$\\])\$(?![\dA-Za-z])|(\\begin\{(${ENVIRONMENT})\}[^]+?\\end\{\6\}))`);
 const ENVIRONMENT_BEGINS = new RegExp(String.raw`^ {0,3}\\begin\{(${ENVIRONMENT})\}`);
 const mathToken = {name: "math", level: "inline",
   start: source => { const at = source.search(/\$|\\(?:[[(]|begin\{)/); return at < 0 ? undefined : at; },
-  tokenizer: source => {
+  tokenizer(source, before) {
     const found = MATH.exec(source);
+    if (found?.[4] && /[\p{L}\p{N}]$/u.test(before?.at(-1)?.raw ?? "")) return undefined;
     return found ? {type: "math", raw: found[0], tex: found.slice(1).find(Boolean), display: !found[3] && !found[4]} : undefined;
   }};
 

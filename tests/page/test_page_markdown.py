@@ -439,3 +439,12 @@ def test_usual_nesting_is_drawn_as_before(opened_page):
     html, whole, _ = drawn(opened_page, text)
     assert html == whole and html.count("<li>") == 20 and html.count("<blockquote>") == 20
     assert html.count("<msqrt>") == 3 and html.count("<mfrac>") == 2
+
+
+@pytest.mark.parametrize("step", [1, 3, 1000])
+@pytest.mark.parametrize("text, formulas", [
+    ("Set PATH=$HOME/bin:$PATH first", 0), ("Compare $AAPL/$TSLA today", 0), ("It takes 20$-30$ each", 0),
+    ("from 5$/month to 10$/month", 0), ("so $x$ and ($y$) and $z$.", 3), ("sum $a+b$, done", 1)])
+def test_dollars_beside_words_open_no_formula(opened_page, text, formulas, step):
+    grown, whole, _ = drawn(opened_page, text, step)
+    assert grown == whole and whole.count("</math>") == formulas, whole

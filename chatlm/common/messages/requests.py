@@ -271,7 +271,7 @@ class Retrieval:
     prompt: str = ""               # goes before each text
     queries: tuple[str, ...] = ()  # if set, the prompts are documents: one query for all, or one for each
     instruction: str | None = None  # what makes a document right for its query; None: the model's usual one
-    most: int | None = None        # tokens of a document that are read; None: as many as fit
+    most: int | None = None        # tokens of a text or document that are read; None: as many as fit
     cut: bool = False              # shorten what does not fit, instead of refusing it
 
 

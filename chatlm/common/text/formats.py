@@ -146,7 +146,7 @@ CALL_FORMATS = {  # a template has the first one that fits
         template_has=("<|channel|>", "<|message|>"), inside=HARMONY, thoughts=("<|message|>", "<|end|>"),
         call="<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{arguments}",
         history=marked_for_harmony, mend=as_harmony, function=described,
-        efforts={"none": "low", "minimal": "low", "xhigh": "high"},
+        efforts={"none": "low", "minimal": "low", "xhigh": "high", "max": "high"},
         stops=("<|return|>", "<|call|>", "<|endoftext|>")),  # <|end|> ends a message, not the answer
     "muse": CallFormat(  # Muse Glimmer: messages to "self", "user" or a function
         template_has=("<|message|>", "<atem:invoke"), inside=MUSE, thoughts=("<|message|>", "<|eom|>"),
@@ -157,7 +157,7 @@ CALL_FORMATS = {  # a template has the first one that fits
         stops=("<|eot|>", "<|end_of_text|>")),  # <|eom|> ends a message, not the answer
     "mistral settings": replace(  # Mistral Small 4, whose template knows two efforts
         MISTRAL_NAME, template_has=(*MISTRAL_NAME.template_has, "[MODEL_SETTINGS]"),
-        efforts={"minimal": "none", **dict.fromkeys(("low", "medium", "xhigh"), "high")}),
+        efforts={"minimal": "none", **dict.fromkeys(("low", "medium", "xhigh", "max"), "high")}),
     "mistral name": MISTRAL_NAME,
     "mistral": MISTRAL,
     "deepseek fenced": replace(  # V3, R1

@@ -320,7 +320,7 @@ class HuggingFaceTokenizer(Tokenizer):
         budget = options.get("thinking_budget")
         arguments = {}
         if effort:
-            arguments["reasoning_effort"] = self.call_format.efforts.get(effort, effort)
+            arguments["reasoning_effort"] = self._effort_word(effort)
         if budget is not None:  # Seed-OSS shows it to the model
             arguments["thinking_budget"] = budget
         if effort or budget == 0:
@@ -328,6 +328,14 @@ class HuggingFaceTokenizer(Tokenizer):
             arguments["enable_thinking"] = thinks
             arguments["thinking"] = thinks
         return arguments | dict(options.get("chat_template_kwargs", {}))
+
+    def _effort_word(self, effort: str) -> str:
+        """The template's word for an effort. One that does not know "max" takes it for "xhigh"."""
+        efforts = self.call_format.efforts
+        template = self.spec.chat_template or ""
+        if effort == "max" and "max" not in efforts and not re.search(r"[\"']max[\"']", template):
+            effort = "xhigh"
+        return efforts.get(effort, effort)
 
     def history(self, dialogue: list[dict], form: HistoryForm) -> list[dict]:
         """Messages as this template expects them: reasoning under every name, and calls in its form."""

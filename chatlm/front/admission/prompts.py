@@ -148,6 +148,8 @@ class PromptMaker:
         if self.retrievals and request.retrieval:
             return self.retrievals.prompts(request, request.retrieval)
         most = self.context_length if request.truncate else None
+        if most and request.retrieval and request.retrieval.most:
+            most = min(most, request.retrieval.most)
         longest = self._longest(request)
         prompts = [self.tokenizer.document_start if prompt == NEW_DOCUMENT else prompt
                    for prompt in request.prompts]

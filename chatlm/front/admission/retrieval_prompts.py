@@ -99,7 +99,8 @@ class RetrievalMaker:
         else:
             ids = text
             begins, ends = (), ()
-        room = self.longest - len(begins) - len(ends)
+        most = self.longest if retrieval.most is None else min(self.longest, retrieval.most)
+        room = max(most - len(begins) - len(ends), 0)
         if len(ids) > room and not retrieval.cut:
             raise self.too_long(f"{param}[{index}]", len(ids) + len(begins) + len(ends), param)
         return [*begins, *ids[:room], *ends]

@@ -24,9 +24,10 @@ RESPONSE_FORMATS = ("text", "json_object", "json_schema", "json", "regex")
 
 
 def response_grammar(value: dict, param: str = "response_format") -> tuple[str, str]:
-    """The grammar of a response format, and the field that asks for it. Plain text has no grammar: ""."""
+    """The grammar of a response format, and the field that asks for it. Plain text, and an object without
+    members, have no grammar: ""."""
     format_type = value.get("type")
-    if format_type == "text":
+    if format_type == "text" or not value:
         return "", param
     if format_type not in RESPONSE_FORMATS:
         raise bad_value(param, format_type, "an object of type text, json_object, json_schema or regex")
@@ -209,7 +210,7 @@ def texts_or_tokens(fewest: int, most: int) -> FieldType:
 
 PROMPTS = texts_or_tokens(1, LIMITS.choices)  # 1: no token ids would mean a new document
 INPUTS = texts_or_tokens(0, LIMITS.embeddings)
-EFFORTS = ["none", "minimal", "low", "medium", "high", "xhigh"]
+EFFORTS = ["none", "minimal", "low", "medium", "high", "xhigh", "max"]  # of all APIs
 EFFORT = FieldType(", ".join(EFFORTS) + " or a number of tokens, at least 0",
                    {"anyOf": [{"enum": EFFORTS}, {"type": "integer", "minimum": 0}]},
                    lambda value: value if is_text(value) else "")  # see thinking_budget
@@ -320,6 +321,12 @@ def thinking(effort) -> dict:
     if isinstance(effort, bool):
         return {"chat_template_kwargs": {"enable_thinking": effort, "thinking": effort}}
     return {"reasoning_effort": effort} if effort in EFFORTS else {}
+
+
+def thinking_of_member(name: str, effort) -> dict:
+    """The same for an effort in an object, whose path in the body is `name`. Raises RequestError for one that
+    is unknown."""
+    return {} if effort is None else thinking(Field(name, EFFORT, "").read(effort))
 
 
 # the places in a body that may limit how many tokens the model thinks; at the latter a number is a limit

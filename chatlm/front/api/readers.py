@@ -26,7 +26,8 @@ from chatlm.front.api.earlier_calculations import with_names_read
 from chatlm.front.api.fields import (
     ABSENT, ToolChoice, allowed_tools, flat_functions_among, functions_among, header_words, names_in,
     no_tools, parse_fields, value_at, within_limit)
-from chatlm.front.api.field_types import OPENAI_ROLES, one_constraint, thinking, thinking_budget, turned_off
+from chatlm.front.api.field_types import (
+    OPENAI_ROLES, one_constraint, thinking_budget, thinking_of_member, turned_off)
 from chatlm.front.api.ignored import ignored_fields, unread
 
 from chatlm.front.api.kept_items import kept_items
@@ -514,7 +515,7 @@ def anthropic_options(messages: Seq[Message], body: Mapping, values: Mapping) ->
     last = messages[-1]
     is_open = last.role == "assistant" and last.content and "tool_calls" not in (last.more or {})
     continues = {"continue_final_message": True} if is_open else {}
-    effort = thinking(value_at(body, "output_config.effort"))
+    effort = thinking_of_member("output_config.effort", value_at(body, "output_config.effort"))
     return {**continues, **effort, **values.get("template_options", {})}
 
 

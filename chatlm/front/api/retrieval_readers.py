@@ -45,7 +45,9 @@ def read_embedding_body(body: dict, known: Known, api: str = "embeddings") -> Pa
     params = AnswerParams(pooling=chosen_pooling(values, embedder),
                           dimensions=chosen_dimensions(values, known),
                           normalized=values.get("normalize", api != "ollama embeddings"))
-    retrieval = Retrieval(chosen_prompt(values, embedder), cut=values.get("cut", api != "embeddings"))
+    most = values.get("truncate_prompt_tokens")
+    cut = values.get("cut", api != "embeddings" or most is not None)
+    retrieval = Retrieval(chosen_prompt(values, embedder), most=None if most == -1 else most, cut=cut)
     name = EMBEDDING_BODIES[api][0].name
     inputs = values["input"]
     if api.startswith("ollama") and inputs in ((), ("",)):

@@ -17,7 +17,7 @@ from chatlm.front.api.field_types import (
     FUNCTION_CALL, INCLUDE, INPUTS, INTEGER, LIST, LOGIT_BIAS, LOGPROBS_OF_TEXT, MESSAGES_CHOICE, METADATA,
     MIXED, NATIVE_MESSAGES, NUMBER, OBJECT, OLLAMA_FORMAT, OPENAI_MESSAGES, PRIORITY, PROMPTS, SEED, STOP,
     STOP_TOKENS, SWITCH, SYSTEM, TEXT, THINKING, TOKENS, TOOLS, TOOL_CHOICE, TOP_K, TOP_LEVEL_THINKING,
-    nested_grammar, object_of, response_grammar, thinking)
+    nested_grammar, object_of, response_grammar, thinking, thinking_of_member)
 
 
 SOME_TOOLS = Field(
@@ -234,9 +234,8 @@ RESPONSES_FIELDS = (
           repeated=None),
     SOME_TOOLS._replace(repeated=[]),
     Field("tool_choice", FLAT_CHOICE, "auto, none, required, or which of the functions", repeated="auto"),
-    Field("reasoning", FieldType(f"an object whose effort is {EFFORT.allowed}",
-                                 object_schema([], effort=EFFORT_OR_NULL),
-                                 lambda value: thinking(value.get("effort")),
+    Field("reasoning", FieldType(OBJECT.allowed, OBJECT.schema,
+                                 lambda value: thinking_of_member("reasoning.effort", value.get("effort")),
                                  object_schema([], effort=EFFORT_OR_NULL, max_tokens=A_BUDGET)),
           "`effort`: how much the model thinks, if its template supports that; `max_tokens`, or a number as "
           "effort: most tokens that it thinks", means="template_options",
@@ -351,6 +350,10 @@ EMBEDDING_FIELDS = (
     POOLING, LOW, DIMENSIONS, PROMPT_NAME, INPUT_TYPE,
     Field("embd_normalize", FieldType("2 or -1", {"enum": [2, -1]}, lambda value: value == 2),
           "2: vectors have the length 1 (the default); -1: they are not scaled", means="normalize"),
+    Field("truncate_prompt_tokens", FieldType("a number of tokens, at least 1, or -1",
+                                              {"anyOf": [{"enum": [-1]}, {"type": "integer", "minimum": 1}]}),
+          "an input with more tokens is cut at its end; -1: at the context's. Absent: it is refused if it "
+          "does not fit"),
 )
 OLLAMA_EMBED_FIELDS = (
     Field("input", INPUTS._replace(schema={"anyOf": [
