@@ -66,6 +66,7 @@ class ToolServer:
         self.client: ToolClient | None = None
         self.changed = asyncio.Event()  # set at each change of `state`
         self.task: asyncio.Task | None = None
+        self.closing = False
 
     @property
     def why_unready(self) -> str:
@@ -81,6 +82,7 @@ class ToolServer:
     async def close(self):
         if self.relisting:
             await end_tasks([self.relisting])
+        self.closing = True
         if self.task:  # cancelled once: it then ends the program, which takes a while
             self.task.cancel()
             with suppress(asyncio.CancelledError):
@@ -130,6 +132,7 @@ class ToolServer:
         client = ToolClient()
         try:
             await asyncio.wait_for(self._open(client), OPEN_S)
+            self._check_not_closing()
             assert client.transport
             self.client = client
             self._become(State.READY)
@@ -141,10 +144,17 @@ class ToolServer:
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_LIST_PAUSE_S)
                 await self._list(client)
+                self._check_not_closing()
             raise ServerGone(await client.transport.ended())
         finally:
             self.client = None
             await client.close()
+
+    def _check_not_closing(self):
+        """Go on closing: before Python 3.12, asyncio.wait_for loses a cancellation that arrives just as its
+        own work ends."""
+        if self.closing:
+            raise asyncio.CancelledError
 
     async def _open(self, client: ToolClient):
         """Start the program or reach the URL, agree on a revision, and list the tools."""
