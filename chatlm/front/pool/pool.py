@@ -378,6 +378,7 @@ class WorkerPool:
                 "kernels": card.kernels, "decode_core": card.core, "row_invariant": card.row_invariant,
                 "sampling": {name: {"value": value, "from": origin} for name, (value, origin)
                              in default_sampling(self, self.settings).items()},
+                "system_prompt": self.tokenizer.spec.system if self.tokenizer else None,
                 "prefixes": self.prefixes.stats() if self.prefixes else {},
                 "context_length": card.context_length, "queue_depth": len(self.dispatcher.pending),
                 "delayed_answers": self.dispatcher.delayed,

@@ -306,6 +306,7 @@ def share_unmade(patient: Patient, tokenizer: Tokenizer) -> float:
     merges = (merge.split(" ") if isinstance(merge, str) else merge
               for merge in patient.pipeline["model"].get("merges", ()))
     made = {"".join(merge) for merge in merges}
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
     sampled = [tokenizer.name_of(token) for token, _ in sampled_texts(patient, tokenizer)]
     return sum(name not in made for name in sampled) / max(len(sampled), 1)
 

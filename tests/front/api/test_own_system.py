@@ -93,4 +93,4 @@ def test_raw_prompts_get_none(url):
 
 def test_the_server_says_what_it_adds(url):
     (model,) = call(url, "/v1/models")[2]["data"]
-    assert model["system_prompt"] == DEFAULT_SYSTEM
+    assert model["system_prompt"] == DEFAULT_SYSTEM == call(url, "/stats")[2]["system_prompt"]
