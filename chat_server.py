@@ -182,6 +182,7 @@ from chatlm.front.server.conversations import CONVERSATION_ROUTES, ResponseKeepe
 from chatlm.front.server.describe import (
     MODEL_ROUTES, ModelRoutes, alive_body, bare_id, ollama_version, openapi_document, readiness_body,
     stats_body)
+from chatlm.front.server.discovery import DISCOVERY_ROUTES
 from chatlm.front.server.downloading import DOWNLOAD_ROUTES, DownloadRoutes
 from chatlm.front.server.exporting import EXPORT_ROUTES, ExportRoutes
 from chatlm.front.server.files import FILE_ROUTES
@@ -544,6 +545,7 @@ ROOMS = (
     RoomRoutes(lambda front: front.page, PAGE_ROUTES),
     RoomRoutes(lambda front: front, ANSWER_ROUTES),
     RoomRoutes(lambda front: front.models, MODEL_ROUTES),
+    RoomRoutes(lambda front: front.models, DISCOVERY_ROUTES),
     RoomRoutes(lambda front: front.downloads, DOWNLOAD_ROUTES),
     RoomRoutes(lambda front: front.exports, EXPORT_ROUTES),
     RoomRoutes(lambda front: front.tools, TOOL_ROUTES),

@@ -101,6 +101,10 @@ def ask_what_computes(ask):
     ask("POST", "/detokenize", {"tokens": tokens})
     ask("POST", "/apply-template", {"messages": QUESTION["messages"]})
     ask("GET", "/tokenizer_info")
+    name = ask("GET", "/api/v0/models")["data"][0]["id"]
+    ask("GET", "/api/v0/models/{name:.+}", name=name)
+    ask("GET", "/props")
+    ask("GET", "/slots")
     ask("POST", "/v1/cancel/{id}", status=404, id="nobody")
     ask("GET", "/v1/streams/{id}", status=404, id="nobody")
     ask("POST", "/extract", b"One, two", status=400, query="?name=a.txt", content_type="text/plain")    # no document

@@ -81,7 +81,7 @@ def test_each_message_goes_to_its_recipient(answer, parts):
 
 def test_the_template_s_history_is_read_back(default_model_path):
     """What the template makes of earlier calls and thoughts is what the reader reads."""
-    tokenizer = open_tokenizer(replace(load(default_model_path).text, chat_template=TEMPLATE))
+    tokenizer = open_tokenizer(replace(load(default_model_path).text, system=None, chat_template=TEMPLATE))
     assert tokenizer.tool_format == tool_format_of(TEMPLATE) == "muse" and tokenizer.thoughts == thoughts_of(TEMPLATE) == ("<|message|>", "<|eom|>")
     calls = [{"id": f"c{i}", "type": "function", "function": {"name": name, "arguments": json.dumps(given)}} for i, (name, given) in enumerate([("trip", GO), ("time", {})])]
     dialogue = openai_messages([{"role": "user", "content": "Trip?"}, {"role": "assistant", "content": None, "reasoning_content": "Go.", "tool_calls": calls},

@@ -79,7 +79,7 @@ def history(*more):
 
 
 def templated(path, family):
-    return open_tokenizer(replace(load(path).text, chat_template=TEMPLATES[family]))
+    return open_tokenizer(replace(load(path).text, system=None, chat_template=TEMPLATES[family]))
 
 
 class Marked(Letters):
@@ -282,7 +282,7 @@ def test_gemma_gets_results_where_it_expects_them(default_model_path):
     assert second != newest
     for template, response, thought in ((newest, 'value:<|"|>{"ok": true}<|"|>', thought), (second, 'value:<|"|>{"ok": true}<|"|>', thought),
                                         (TEMPLATES["first gemma"], "ok:true", "")):
-        tokenizer = open_tokenizer(replace(load(default_model_path).text, chat_template=template))
+        tokenizer = open_tokenizer(replace(load(default_model_path).text, system=None, chat_template=template))
         shown = tokenizer.show(tokenizer.render(history(), [TRIP, TIME]))
         assert f"<|turn>model\n{thought}Let me see.<|tool_call>call:trip{{" in shown and shown.count("Let me see.") == 1
         assert "<tool_call|><|tool_response>response:trip{" + response + '}<tool_response|><|tool_response>response:time{value:<|"|>no<|"|>}<tool_response|>' in shown

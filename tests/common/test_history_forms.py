@@ -67,7 +67,7 @@ TOOLS = {"with tools": [TOOL], "without tools": []}
 
 @pytest.fixture(scope="module")
 def text(default_model_path):
-    return load(default_model_path).text
+    return replace(load(default_model_path).text, system=None)
 
 
 @pytest.fixture(scope="module")

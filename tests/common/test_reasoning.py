@@ -309,7 +309,7 @@ async def test_what_is_no_reasoning_is_400(thinking, change, param):
 
 
 def templated(template, default_model_path):
-    return open_tokenizer(replace(load(default_model_path).text, chat_template=template))
+    return open_tokenizer(replace(load(default_model_path).text, system=None, chat_template=template))
 
 
 THINKING = """{%- for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}

@@ -49,7 +49,7 @@ ASK = {"messages": [{"role": "user", "content": "Weather in Rome?"}], "tools": [
 
 @pytest.fixture(scope="module")
 def tokenizer(default_model_path):
-    return open_tokenizer(replace(load(default_model_path).text, chat_template=TEMPLATE, system=None))
+    return open_tokenizer(replace(load(default_model_path).text, system=None, chat_template=TEMPLATE))
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ HISTORY = [{"role": "user", "content": "Weather?"},
 @pytest.mark.parametrize("tool_format", FAMILIES)
 def test_calls_are_read_in_the_family_s_words(default_model_path, tool_format):
     """Calls in the words of a family are read as its template writes them."""
-    text = replace(load(default_model_path).text, chat_template=FAMILIES[tool_format])
+    text = replace(load(default_model_path).text, system=None, chat_template=FAMILIES[tool_format])
     tokenizer = open_tokenizer(text)
     assert tokenizer.tool_format == tool_format and tokenizer.native_tools
     shown = tokenizer.show(tokenizer.render(openai_messages(HISTORY, with_tools=True), [WEATHER]))
@@ -257,7 +257,7 @@ told_of_trips = partial(told_with_types, tuple(map(parameter_types, (TRIP, TIME)
 @pytest.mark.parametrize("tokens", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["markers are tokens", "markers are text"])
 def test_calls_in_tags_have_the_tools_types(default_model_path, family, tokens):
     """They are told as JSON of the types that the tools say."""
-    tokenizer = open_tokenizer(replace(load(default_model_path).text, chat_template=TAG_FAMILIES[family]))
+    tokenizer = open_tokenizer(replace(load(default_model_path).text, system=None, chat_template=TAG_FAMILIES[family]))
     tool_format = tokenizer.tool_format
     assert tool_format == " ".join(family.split()[:2]) and tokenizer.native_tools
     history = [HISTORY[0], HISTORY[1] | {"tool_calls": [{"type": "function", "id": "c", "function": call} for call in TRIPS]}]
@@ -470,7 +470,7 @@ def test_a_model_without_tools_makes_required_calls(engine, tool_format, choice,
 def test_the_default_model_makes_several_calls(default_model_path):
     """The default model makes several calls in tags, and so does a worker that takes over."""
     engine = make_engine(default_model_path, num_pages=200, max_batch=8, as_stored=True)
-    engine.tokenizer = engine.answers.tokenizer = open_tokenizer(replace(load(default_model_path).text, chat_template=TAG_FAMILIES["qwen tags"]))
+    engine.tokenizer = engine.answers.tokenizer = open_tokenizer(replace(load(default_model_path).text, system=None, chat_template=TAG_FAMILIES["qwen tags"]))
     tool = {"type": "function", "function": {"name": "trip", "parameters": {
         "type": "object", "required": ["city", "days", "kind"], "properties": {
             "city": {"type": "string", "minLength": 3, "maxLength": 12, "pattern": "^[A-Z][a-z ]+$"}, "days": {"type": "integer", "minimum": 2, "maximum": 9},

@@ -117,7 +117,7 @@ def templates(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(default_model_path):
-    return load(default_model_path).text
+    return replace(load(default_model_path).text, system=None)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from generations import GENERATIONS
 from nightly import by_day
+from openai_routes import TEMPLATE_SYSTEM
 from real_server import get, post, server
 
 NOTED = Path(__file__).parent / "bits.json"
@@ -43,9 +44,11 @@ def adapter(folder):
     return folder
 
 
-def answers(url, model, top_p):
-    """What this server says to a few questions: texts, and numbers rounded to six places. Of what a model's files may say about drawing,
-    all is asked for."""
+def answers(url, model, is_default):
+    """What this server says to a few questions: texts, and numbers rounded to six places. Of what the server or a model's files may say about
+    drawing and the system prompt, all is asked for, as it was when the answers were noted."""
+    top_p = 0.9 if is_default else 1
+    city = [*[TEMPLATE_SYSTEM] * is_default, {"role": "user", "content": "A city?"}]
     drawing = {"top_p": top_p, "min_p": 0, "frequency_penalty": 0, "presence_penalty": 0}
 
     def ask(route, **body):
@@ -53,7 +56,7 @@ def answers(url, model, top_p):
 
     greedy = ask("/v1/completions", prompt=PROMPT, max_tokens=24, temperature=0, logprobs=3)["choices"][0]
     drawn = ask("/v1/completions", prompt=PROMPT, max_tokens=24, temperature=1.2, top_k=40, repetition_penalty=1.1, n=2)["choices"]
-    json_text = ask("/v1/chat/completions", messages=[{"role": "user", "content": "A city?"}], max_tokens=48, temperature=0.8, response_format=SCHEMA)
+    json_text = ask("/v1/chat/completions", messages=city, max_tokens=48, temperature=0.8, response_format=SCHEMA)
     echoed = ask("/v1/completions", prompt=PROMPT, max_tokens=0, echo=True, logprobs=1)["choices"][0]
     embedded = ask("/v1/embeddings", input=PROMPT)["data"][0]["embedding"]
     return {"greedy": greedy["text"], "drawn": [each["text"] for each in drawn], "json": json_text["choices"][0]["message"]["content"],
@@ -71,7 +74,7 @@ def said(case, fixtures, default, folder):
     flags = [flag.replace("ADAPTER", str(adapter(folder / "lora"))) for flag in flags]
     with server(default if model == "default" else fixtures / model, *flags, forked="front") as (process, url):
         names = [each["id"] for each in get(url + "/v1/models")["data"]]
-        found = answers(url, names[-1], 0.9 if model == "default" else 1)
+        found = answers(url, names[-1], model == "default")
         mapped = {row.path for child in psutil.Process(process.pid).children(recursive=True) for row in child.memory_maps()}
     return found, mapped
 
