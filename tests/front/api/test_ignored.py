@@ -67,7 +67,7 @@ VALUES = {      # a value of each field that differs from what holds without it
     "with_pieces": True, "prefix_token_ids": [72], "return_token_ids": True, "input_prefix": "Other", "input_suffix": ["a", 5], "input_extra": [{"text": "x"}],
     "query": "Other", "documents": ["Other"], "texts": ["Other"], "inputs": "Other", "text_1": "Other", "text_2": ["Other", "b"], "queries": "Other",
     "top_n": 1, "return_documents": True, "max_tokens_per_doc": 3, "use_activation": False, "instruction": "Other", "raw_scores": True, "return_text": True,
-    "prompt_name": "query", "input_type": "search_query", "embd_normalize": -1, "normalize": False,
+    "prompt_name": "query", "input_type": "search_query", "embd_normalize": -1, "normalize": False, "truncate_prompt_tokens": 5,
     "prompt_logprobs": 2, "prompt_logprobs_start": 1, "logprob_token_ids": [5], "add_special_tokens": True, "return_token_strs": True, "repeat_penalty": 1.5, "n_predict": 7, "n_probs": 2,
     "return_tokens": True, "response_fields": ["content"], "models": ["a", "c"], "steps": [1, 2], "variants": [{}, {"seed": 1}]}
 OTHERS = {      # where a field has another type in one of the routes
@@ -168,7 +168,7 @@ UNREAD = {
     "/chat/completions": {"stream": False, "n": 2, "tools": [TOOL], "response_format": FORM, "presence_penalty": 1, **SAMPLERS},
     "/v1/chat/completions": {**OPENAI, **VLLM, **LLAMA, **SAMPLERS},
     "/v1/completions": {"user": "me", "truncate": "oldest", "reasoning_effort": "low", "tools": [TOOL], **VLLM, **LLAMA, **SAMPLERS},
-    "/v1/embeddings": {"user": "me", "truncate_prompt_tokens": 5, "temperature": 1},
+    "/v1/embeddings": {"user": "me", "allowed_token_ids": [1], "temperature": 1},
     "/v1/responses": {
         "n": 2, "service_tier": "flex",
         "safety_identifier": "x", "prompt_cache_key": "x", "prompt_cache_retention": "24h", "stream_options": {}, "context_management": [],

@@ -9,16 +9,18 @@ import sys
 import pytest
 
 from chatlm.common.core import decode_core
+from openai_routes import TEMPLATE_SYSTEM
 from real_server import SCRIPT, ask, get, post, server, wait_for
 
 core = decode_core()
 pytestmark = pytest.mark.skipif(core is None, reason="the arithmetic is decode_core's")
-QUESTION = "What is the capital of France?"
+QUESTION = "What is the capital of France?"        # with the template's own system prompt, for which the two differ
 IN_FLOAT32 = "The capital of France is Paris."     # transformers' greedy answer, in float32 on the dequantized weights
 
 
 def generated(arithmetic, isa):
-    flags = ["--arithmetic", arithmetic, "-t", "0", "-m", "24", "--prompt", QUESTION]
+    flags = ["--arithmetic", arithmetic, "-t", "0", "-m", "24", "--system", TEMPLATE_SYSTEM["content"],
+             "--prompt", QUESTION]
     return subprocess.run([sys.executable, SCRIPT, "generate", *flags], capture_output=True, text=True, timeout=120,
                           env=os.environ | {"DECODE_CORE_ISA": isa}, check=True).stdout.strip()
 
@@ -38,7 +40,8 @@ def test_one_server_keeps_both_arithmetics_apart(default_model_path, tmp_path):
     config.write_text("".join(f'[[models]]\nname = "{name}"\npath = "{default_model_path}"\narithmetic = "{name}"\n' for name in ("fast", "fine")))
     with server("--config", config) as (process, url):
         def answer(model, question=QUESTION):
-            found = json.load(post(url + "/v1/chat/completions", ask(question, model=model, max_tokens=24)))
+            messages = [TEMPLATE_SYSTEM, *ask(question)["messages"]]
+            found = json.load(post(url + "/v1/chat/completions", ask(question, messages=messages, model=model, max_tokens=24)))
             return found["choices"][0]["message"]["content"], found["usage"]["prompt_tokens_details"]["cached_tokens"]
 
         fast, fine = answer("fast"), answer("fine")     # of the same file, which the first has put into the prefixes' memory

@@ -1,6 +1,7 @@
 """GGUF files that give the tokens around turns the type of ordinary ones: prompts are those of a file that gives them the right type."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -9,6 +10,7 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.weights.gguf import gguf_text
 from chatlm.worker.weights.gguf_file import read_gguf
 from nightly import by_day
+from openai_routes import TEMPLATE_SYSTEM
 from real_server import ask, post, server
 from sick_models import diagnose, metadata_of, rewritten
 from sick_weights import default_copy
@@ -18,6 +20,7 @@ GEMMA = ("{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ 
          "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+TALK_OF_ONE = [{"role": "user", "content": "Say hello."}]
 TALK = [Message("user", "hello world <end_of_turn>"), Message("assistant", "hello"), Message("user", "world")]
 
 
@@ -101,11 +104,12 @@ def test_the_default_model_bears_wrong_types(served, tmp_path, default_model_pat
     path = rewritten(default_copy(tmp_path), of_normal_type("<|im_start|>", "<|im_end|>", "<|endoftext|>")(metadata_of(default_model_path)))
     [said] = [finding for finding in diagnose(path, only=("ends",)).findings if "count as control tokens here" in finding.what]
     assert "<|im_end|>" in said.what and "<|im_start|>" in said.what and said.severity == "warning"
-    right, wrong = (open_tokenizer(gguf_text(model, read_gguf(model)[0])) for model in (default_model_path, path))
+    texts = [gguf_text(model, read_gguf(model)[0]) for model in (default_model_path, path)]
+    right, wrong = (open_tokenizer(replace(text, system=None)) for text in texts)       # only the first is known by its name
     assert wrong.render(TALK) == right.render(TALK)
     answers = []
     for model in (default_model_path, path) if served else ():
         with server(model) as (_, url):
-            answer = json.load(post(url + "/v1/chat/completions", ask("Say hello.", max_tokens=24)))
+            answer = json.load(post(url + "/v1/chat/completions", ask("Say hello.", messages=[TEMPLATE_SYSTEM, *TALK_OF_ONE], max_tokens=24)))
             answers.append((answer["choices"][0]["message"]["content"], answer["usage"]["prompt_tokens"]))
     assert not served or answers[0] == answers[1]
