@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 
 MODERN = "2026-07-28"
 META = "io.modelcontextprotocol/protocolVersion"
@@ -155,6 +156,8 @@ class FakeServer:
     def slow(self, params, arguments, number):
         token = (params.get("_meta") or {}).get("progressToken")
         step = 0
+        with suppress(OSError):
+            open(arguments["path"] + ".begun", "w").close()
         while not os.path.exists(arguments["path"]):
             step += 1
             if token is not None:

@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from pathlib import Path
 from contextlib import contextmanager
 
 import openai
@@ -176,7 +177,7 @@ def in_background(client, gate, **more):
     response = ask(client, [{"role": "user", "content": "Wait."}, request, yes], [{"type": "mcp", "server_label": "fake"}], tool_choice="none",
                    max_output_tokens=8, background=True, **more)
     if not more:
-        while len(response.output) < 2:
+        while len(response.output) < 2 or not Path(f"{gate}.begun").exists():
             response = client.responses.retrieve(response.id)
     return response
 
