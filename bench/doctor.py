@@ -77,6 +77,7 @@ def main():
     for name, make in models:
         said = false_alarms(make)
         count, alarms = count + 1, alarms + bool(said)
+        print(f"{count} {name}: {len(said)} alarms", flush=True)
         for line in said:
             print(f"{name}: {line}", flush=True)
     print(f"{alarms} of {count} good models with a false alarm")
