@@ -270,7 +270,7 @@ Parts.register({
     statuses: {draining: "the server is stopping", unavailable: "the server has no running worker"}, loadingLabel: "Loading", starting: "starting",
     loading: (stage, fraction) => `The model is not ready: ${TEXT.statuses[stage] ?? stage}${fraction ? ` ${Math.round(fraction * 100)}\u00a0%` : ""}.`,
     demonstration: "This is a very small demonstration model, which is often wrong.", getBetter: (name, speed) => `Get a better one: ${name}${speed ? `, about ${number(Math.round(speed))} tokens a second here` : ""}`, getAnother: "Get another model",
-    examples: ["What is the capital of Japan?", "Explain why the sky is blue to a ten-year-old",
+    examples: ["What is the capital of Japan?", "What is photosynthesis?",
       "Give three tips for a good night's sleep", "Show me a Python function that reverses a string"],
     themes: {"": "System", light: "Light", dark: "Dark"}, themeIs: theme => `Theme: ${theme}`, shortcuts: "Keyboard shortcuts",
     keysTitle: "Keyboard shortcuts",
