@@ -49,8 +49,10 @@ class Places:
 
     def waiting(self, low: bool = True) -> Counter[str]:
         """How many answers of each client no worker computes now. low: count those in the background too."""
-        computed = {id_of_whole(job.request.id) for worker in self.workers for job in worker.jobs.values()
-                    if job.request.round}
+        computed = set[str]()
+        for worker in self.workers:
+            rounds = (job.request.id for job in worker.jobs.values() if job.request.round)
+            computed.update(map(id_of_whole, rounds))
         return Counter(place.client for request_id, place in self.held.items()
                        if request_id not in computed and (low or not place.low))
 

@@ -326,10 +326,13 @@ class ModelRoutes:
         body = model_body(served, served == default)
         return json_response(anthropic_model(body) if asks_as_anthropic(http) else body)
 
+    def named_model(self, http: web.Request) -> Served:
+        """The model that the query names; the default one if it names none."""
+        return self.catalogue.find(A_NAME.read(http.query.get("model", "")), REQUEST_LOG.get().bound)
+
     async def handle_tokenizer(self, http: web.Request) -> web.Response:
         """GET /tokenizer_info, as vLLM has it."""
-        served = self.catalogue.find(A_NAME.read(http.query.get("model", "")), REQUEST_LOG.get().bound)
-        return json_response(tokenizer_body(loaded_tokenizer(served.pool)))
+        return json_response(tokenizer_body(loaded_tokenizer(self.named_model(http).pool)))
 
     async def handle_load(self, http: web.Request) -> web.Response:
         """POST /models/load, as llama-server's router does: loading begins, and /v1/models shows progress."""

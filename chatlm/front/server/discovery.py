@@ -6,19 +6,15 @@ from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
 from chatlm import __version__
-from chatlm.front.api.fields import Field
-from chatlm.front.api.field_types import TEXT
 from chatlm.front.intake.intake import loaded_tokenizer
 from chatlm.front.pool.pool import default_sampling
-from chatlm.front.server.describe import ModelRoutes, model_body, tokenizer_body
+from chatlm.front.server.describe import A_NAME, ModelRoutes, model_body, tokenizer_body
 from chatlm.front.server.responses import REQUEST_LOG, json_response, shows
 from chatlm.front.server.routes import Api, Route
 
 if TYPE_CHECKING:
     from chatlm.front.lazy import web
     from chatlm.front.pool.models import Served
-
-A_NAME = Field("model", TEXT, "one of the served models; absent: the default one")
 
 
 def lm_studio_model(served: Served) -> dict:
@@ -85,21 +81,17 @@ def slots_body(served: Served, client: str) -> list[dict]:
              "is_processing": number < running} for number in range(slots_of(served))]
 
 
-def named_model(models: ModelRoutes, http: web.Request) -> Served:
-    return models.catalogue.find(A_NAME.read(http.query.get("model", "")), REQUEST_LOG.get().bound)
-
-
 async def handle_lm_studio_model(models: ModelRoutes, http: web.Request) -> web.Response:
     served = models.catalogue.find(http.match_info["name"], REQUEST_LOG.get().bound)
     return json_response(lm_studio_model(served))
 
 
 async def handle_props(models: ModelRoutes, http: web.Request) -> web.Response:
-    return json_response(props_body(named_model(models, http)))
+    return json_response(props_body(models.named_model(http)))
 
 
 async def handle_slots(models: ModelRoutes, http: web.Request) -> web.Response:
-    return json_response(slots_body(named_model(models, http), REQUEST_LOG.get().client))
+    return json_response(slots_body(models.named_model(http), REQUEST_LOG.get().client))
 
 
 DISCOVERY_ROUTES: tuple[Route[ModelRoutes], ...] = (

@@ -170,4 +170,6 @@ def text_of_resource(resource: Mapping[str, Any]) -> str:
 
 def brief(value: Any) -> str:
     """What should be a short text, in words for a model."""
-    return value[:2000] if isinstance(value, str) else "-" if value is None else type(value).__name__
+    if isinstance(value, str):
+        return value[:2000]
+    return "-" if value is None else type(value).__name__

@@ -161,9 +161,14 @@ def lone_peaks(one: Portrait, of_kind: Seq[Portrait]) -> list[tuple[float, int, 
     """The large blocks of a tensor that are no massive weights of a trained model: these are in the same row
     in several layers (a channel of the residual stream), or in several rows of the same columns (a head that
     writes to few channels)."""
-    large = [peak for peak in one.peaks if peak[0] > math.log(LARGE)]
-    rows_of_others = {row for other in of_kind if other is not one
-                      for over, row, _ in other.peaks if over > math.log(LARGE)}
+    def large_peaks(of: Portrait) -> list[tuple[float, int, int]]:
+        return [peak for peak in of.peaks if peak[0] > math.log(LARGE)]
+
+    large = large_peaks(one)
+    rows_of_others = set[int]()
+    for other in of_kind:
+        if other is not one:
+            rows_of_others.update(row for _, row, _ in large_peaks(other))
     groups = [column // GROUP for _, _, column in large]
     return [peak for peak in large
             if peak[1] not in rows_of_others and groups.count(peak[2] // GROUP) == 1]
