@@ -44,27 +44,10 @@ def pytest_report_teststatus(report, config):
         terminal.write_line(f"\n{report.nodeid} failed in {report.when}:\n{report.longreprtext[-3000:]}")
 
 
-# The modules that take longest, the longest first: two processes then end together.
-LONGEST = [f"tests/{name}.py" for name in (
-    "common/test_bundle_alone", "worker/weights/test_bad_models", "test_types", "front/server/test_batch_routes",
-    "worker/engine/test_same_bits", "common/test_bundle", "worker/weights/test_families", "worker/test_doctor",
-    "page/test_page_run_lineages", "front/pool/test_failover", "worker/weights/test_weights", "page/test_page",
-    "page/test_page_get", "worker/engine/test_kept", "terminal/test_batch", "core/test_cuda_steps", "terminal/test_programs",
-    "front/evals/test_run_results", "front/pool/test_watch", "front/server/test_tool_rounds", "page/test_page_calling_model",
-    "worker/weights/test_served_adapters", "page/test_page_running_tools", "worker/test_doctor_weights",
-    "terminal/test_batch_files", "core/test_core_tiles", "test_every_route_and_command", "worker/engine/test_windows",
-    "front/server/test_picture_routes", "front/pool/test_sandbox", "core/test_core_program", "worker/test_bits",
-    "core/test_core_latents", "terminal/test_quantize", "export/test_push", "front/pool/test_downloads",
-    "worker/model/test_forward_record", "export/test_nanochat_folders", "front/api/test_retrieval_routes",
-    "front/evals/test_chat_suite", "page/test_page_shell", "front/tools/test_tool_servers", "worker/weights/test_encoders",
-    "front/api/test_responses_client", "front/server/test_kept_responses", "worker/engine/test_engine",
-    "front/server/test_extract", "common/test_hub", "worker/engine/test_engine_adapters", "page/test_page_chats",
-    "front/api/test_apis", "worker/engine/test_packed_kv", "common/test_tools", "common/test_invocation", "terminal/test_embed",
-    "front/intake/test_intake")]
-
-
 def pytest_configure(config):
     config.option.loadscopereorder = False          # of xdist: it would start the modules with most tests first
+    if "RECORD_EXECUTED" in os.environ:
+        config.pluginmanager.import_plugin("executed_plugin")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -84,13 +67,20 @@ def pytest_collection(session):
         sys.path.remove(str(path.parent))
 
 
+def recorded_seconds():
+    """How long each module's tests took when `.ci/run record` ran: the longest go first, so that two processes end together."""
+    record = REPOSITORY / ".ci/executed"
+    return {str(file.relative_to(record).with_suffix(".py")): float(file.open().readline().split()[0]) for file in record.rglob("*.txt")}
+
+
 def pytest_collection_modifyitems(config, items):
     if nightly.WHOLE and config.option.markexpr == "slow":      # what a module has at night alone need not be a case of its own
         for item in items:
             if hasattr(item.module, "WHOLE") or hasattr(item.module, "nightly"):
                 item.add_marker("slow")
-    order = {module: number for number, module in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.nodeid.split("::")[0], len(LONGEST)))
+    if "TESTS_AS_NAMED" not in os.environ:                      # by `.ci/run changed`, which names them in their order
+        seconds = recorded_seconds()
+        items.sort(key=lambda item: -seconds.get(item.nodeid.split("::")[0], 0))
     if "chatlm.worker.engine.engine" in sys.modules:        # some test makes engines in this process
         import checked      # noqa: F401
 

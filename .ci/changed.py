@@ -1,0 +1,270 @@
+"""Which tests a change needs, first those that fail soonest: python .ci/changed.py [BASE]
+
+BASE is a commit; without it, what is not in the branch that this one follows (or the last commit, if it follows none). What is not committed yet counts.
+Prints the arguments of pytest, a line each; `.ci/run changed` runs them. Chosen are
+
+    tests that call a function that changed         by the record (.ci/executed)
+    tests that call what mentions a changed name    of a module: a constant, a table, a class's fields
+    a room's tests                                  for a function that nobody has recorded, unless it is new
+    tests that are new or changed, or import what changed in tests/support
+    what RULES says of all other files
+    the spine (.ci/spine)                           always
+
+Tests of functions come first, then those with processes, then the page's; of each kind the shortest first.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from executed import ROOT, read_record      # noqa: E402
+
+# what a path begins with, the longest first that fits -> the tests that it needs besides the spine
+RULES = {
+    "csrc/decode_core/": ["tests/core", "tests/worker/test_bits.py", "tests/worker/test_doctor.py"],
+    "csrc/": ["tests/core", "tests/worker/test_bits.py", "tests/worker/engine/test_same_bits.py"],
+    "setup.py": ["tests/core/test_build.py", "tests/test_install.py", "tests/common/test_bundle.py"],
+    "release.py": ["tests/core/test_build.py", "tests/test_install.py"],
+    "pyproject.toml": ["tests/core/test_build.py", "tests/test_install.py", "tests/test_types.py"],
+    "requirements.txt": ["tests/core/test_build.py", "tests/test_install.py"],
+    "static/": ["tests/page", "tests/common/test_bundle.py"],
+    "docs/": [], "README.md": [], "CONTRIBUTING.md": [], "SECURITY.md": ["tests/test_security_md.py"],
+    "Containerfile": ["tests/test_container.py"],
+    ".ci/": ["tests/test_night.py"],
+    "tests/core/": ["tests/core"],
+    "tests/fixtures/": ["tests/worker/weights", "tests/export", "tests/common"],
+    "bench/": ["bench"],
+}
+PROGRAM = ("chatlm/", "csrc/decode_core/", "chat_server.py")
+
+
+@dataclass
+class Pieces:
+    """A module's functions and names: each with what it is, as nodes or words. A name is what a statement of the module binds ("" for nothing).
+    A class's name has its bases and fields; its methods are functions."""
+
+    functions: dict[str, list[ast.AST | str]] = field(default_factory=dict)
+    names: dict[str, list[ast.AST | str]] = field(default_factory=dict)
+    mentioned: dict[str, set[str]] = field(default_factory=dict)        # by a function or a name -> identifiers
+    imported: set[str] = field(default_factory=set)                     # dotted names: modules, and what is taken from them
+    bases: dict[str, set[str]] = field(default_factory=dict)            # of each class: last words
+
+    def add(self, name: str, nodes: list[ast.AST], functions: bool) -> None:
+        (self.functions if functions else self.names).setdefault(name, []).extend(nodes)
+        for node in (inner for each in nodes for inner in ast.walk(each)):
+            if isinstance(node, ast.Name):
+                self.mentioned.setdefault(name, set()).add(node.id)
+            elif isinstance(node, ast.Attribute):
+                self.mentioned.setdefault(name, set()).add(node.attr)
+
+    def read(self, body: list[ast.stmt], outer: str = "") -> "Pieces":
+        for node in body:
+            match node:
+                case ast.FunctionDef() | ast.AsyncFunctionDef():
+                    self.add(outer + node.name, [node], functions=True)
+                case ast.ClassDef():
+                    self.add(outer + node.name, [*node.bases, *node.keywords, *node.decorator_list], functions=False)
+                    self.bases[outer + node.name] = {base.attr if isinstance(base, ast.Attribute) else base.id
+                                                     for base in node.bases if isinstance(base, ast.Attribute | ast.Name)}
+                    self.read(node.body, f"{outer}{node.name}.")
+                case ast.Import() | ast.ImportFrom() if not outer:
+                    self.read_import(node)
+                case ast.Expr(value=ast.Constant()):
+                    self.add(f"{outer}__doc__", [node], functions=False)
+                case _ if outer:
+                    self.add(outer[:-1], [node], functions=False)
+                case _:
+                    for name in bound_names(node) or [""]:
+                        self.add(name, [node], functions=False)
+        return self
+
+    def read_import(self, node: ast.Import | ast.ImportFrom) -> None:
+        """What a name is bound to; another name from the same module changes nothing."""
+        module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+        for alias in node.names:
+            name = alias.asname or alias.name.partition(".")[0]
+            self.names.setdefault(name, []).append(module + alias.name)
+
+
+def bound_names(node: ast.AST) -> list[str]:
+    return [inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store)]
+
+
+def differing(before: dict[str, list[ast.AST | str]], after: dict[str, list[ast.AST | str]]) -> set[str]:
+    """The pieces of which one is more, or other, than before."""
+    return {name for name in {*before, *after} if list(map(dump, before.get(name, []))) != list(map(dump, after.get(name, [])))}
+
+
+def dump(node: ast.AST | str) -> str:
+    """What a piece is, without where it stands, its comments and its docstring."""
+    if isinstance(node, str):
+        return node
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node) is not None:
+        node.body = node.body[1:]
+    return ast.dump(node)
+
+
+def pieces_of(text: str) -> Pieces:
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        return Pieces()
+    pieces = Pieces()
+    for node in ast.walk(tree):                                         # functions import too
+        if isinstance(node, ast.Import):
+            pieces.imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            pieces.imported |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return pieces.read(tree.body)
+
+
+class Change:
+    """What differs between BASE and the working tree, and the tests that see it."""
+
+    def __init__(self, base: str | None = None, root: Path = ROOT) -> None:
+        self.root = root
+        self.files = self.changed_files(base or self.default_base())
+        self.record = read_record(root)
+        self.chosen: set[str] = set()
+
+    def git(self, *words: str) -> str:
+        return subprocess.run(["git", *words], cwd=self.root, check=True, capture_output=True, text=True).stdout
+
+    def default_base(self) -> str:
+        words = ["git", "merge-base", "HEAD", "@{upstream}"]
+        base = subprocess.run(words, cwd=self.root, capture_output=True, text=True).stdout.strip()
+        nothing_new = base == self.git("rev-parse", "HEAD").strip() and not self.git("status", "--porcelain")
+        return base if base and not nothing_new else "HEAD~1"
+
+    def changed_files(self, base: str) -> dict[str, str]:
+        """path -> its text at BASE, "" where it is new or no Python; files that nobody added are new too."""
+        words = self.git("diff", "--name-status", "--no-renames", "-z", base).split("\0")
+        files = {path: self.git("show", f"{base}:{path}") if status != "A" and path.endswith(".py") else ""
+                 for status, path in zip(words[::2], words[1::2])}
+        return files | {path: "" for path in self.git("ls-files", "--others", "--exclude-standard", "-z").split("\0") if path}
+
+    def python_files(self, *places: str) -> dict[str, Path]:
+        paths = self.git("ls-files", "--cached", "--others", "--exclude-standard", *places).splitlines()
+        return {path: self.root / path for path in paths if path.endswith(".py") and (self.root / path).exists()}
+
+    @cached_property
+    def program(self) -> dict[str, Pieces]:
+        return {path: pieces_of(file.read_text()) for path, file in self.python_files(*PROGRAM).items()}
+
+    def choose(self) -> list[str]:
+        for path, before in sorted(self.files.items()):
+            if path.startswith(PROGRAM) and path.endswith(".py"):
+                self.choose_for_program(path, pieces_of(before))
+            elif path.startswith("tests/") and path.endswith(".py"):
+                self.choose_for_tests(path)
+            if not path.startswith((*PROGRAM, "tests/", ".ci/executed/")) or path.startswith("csrc/decode_core/"):
+                self.choose_by_rule(path)
+            elif path.startswith(("tests/core/", "tests/fixtures/")) and not is_test(path):
+                self.choose_by_rule(path)
+        return self.in_order()
+
+    def choose_by_rule(self, path: str) -> None:
+        rule = max((start for start in RULES if path.startswith(start)), key=len, default=None)
+        self.add(RULES[rule] if rule is not None else ["tests"])
+
+    def add(self, places: list[str]) -> None:
+        for place in places:
+            self.chosen |= {str(file.relative_to(self.root)) for file in (self.root / place).rglob("test_*.py")} or {place}
+
+    def choose_for_program(self, path: str, before: Pieces) -> None:
+        after = self.program.get(path, Pieces())
+        functions, names = differing(before.functions, after.functions), differing(before.names, after.names)
+        names |= {name.rpartition(".")[0] for name in functions if self.overrides(name, before, after)}
+        touched = {(path, name) for name in functions} | self.users(path, names)
+        if "" in names:                                                 # a statement that binds nothing: whoever runs anything of this file
+            touched |= {(path, name) for name in after.functions}
+        seen = False
+        for module, executed in self.record.items():
+            if executed.functions & touched:
+                self.chosen.add(module)
+                seen = True
+        if not seen and touched - {(path, name) for name in functions - set(before.functions)}:
+            self.add([self.room_of_tests(path)])
+
+    def overrides(self, method: str, before: Pieces, after: Pieces) -> bool:
+        """Whether it is new, or gone, and one of its class's bases has it: then who calls it never did, or does no more."""
+        owner, _, name = method.rpartition(".")
+        bases = after.bases.get(owner, set()) | before.bases.get(owner, set())
+        return (method in before.functions) != (method in after.functions) and any(
+            f"{base}.{name}" in pieces.functions for base in bases for pieces in self.program.values())
+
+    def room_of_tests(self, path: str) -> str:
+        """The nearest folder of tests with the name of the room."""
+        place = Path("tests", *Path(path).parent.parts[1:])
+        while not (self.root / place).is_dir():
+            place = place.parent
+        return str(place)
+
+    def users(self, path: str, names: set[str]) -> set[tuple[str, str]]:
+        """The functions that mention one of these names of the file, or a module's name that does."""
+        found: set[tuple[str, str]] = set()
+        todo = [(path, name) for name in names if name]
+        done = set(todo)
+        while todo:
+            home, name = todo.pop()
+            for user in self.files_that_see(home, name):
+                for piece, mentioned in self.program[user].mentioned.items():
+                    if name.rpartition(".")[2] not in mentioned and not (user == home and piece.startswith(f"{name}.")):
+                        continue
+                    if piece in self.program[user].functions:
+                        found.add((user, piece))
+                    elif piece and (user, piece) not in done:
+                        done.add((user, piece))
+                        todo.append((user, piece))
+            found |= {(home, method) for method in self.program.get(home, Pieces()).functions if method.startswith(f"{name}.")}
+        return found
+
+    def files_that_see(self, home: str, name: str) -> list[str]:
+        """The file itself, and those that import the name, or the module to take it from."""
+        module = home.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        wanted = {module, f"{module}.{name.partition('.')[0]}"}
+        return [path for path, pieces in self.program.items() if path == home or pieces.imported & wanted]
+
+    def choose_for_tests(self, path: str) -> None:
+        if is_test(path):
+            self.chosen.add(path)
+            return
+        if path.endswith("conftest.py"):
+            self.add([str(Path(path).parent)])
+            return
+        changed = {Path(path).stem}
+        imports = {each: imported_by(file) for each, file in self.python_files("tests", "bench").items()}
+        while True:
+            more = {Path(each).stem for each, names in imports.items() if names & changed and not is_test(each)} - changed
+            if not more:
+                break
+            changed |= more
+        self.chosen |= {each for each, names in imports.items() if is_test(each) and names & changed}
+
+    def in_order(self) -> list[str]:
+        chosen = {module for module in self.chosen if (self.root / module).is_file()}
+        spine = [line for line in (self.root / ".ci/spine").read_text().splitlines() if line and not line.startswith("#")]
+        spine = [each for each in spine if each.partition("::")[0] not in chosen]
+
+        def rank(place: str) -> tuple[int, float]:
+            executed = self.record.get(place.partition("::")[0])
+            return 2 if place.startswith("tests/page") else 1 if executed and executed.processes else 0, executed.seconds if executed else 0.0
+        return sorted([*spine, *chosen], key=rank)
+
+
+def is_test(path: str) -> bool:
+    return Path(path).name.startswith("test_") and path.endswith(".py")
+
+
+def imported_by(file: Path) -> set[str]:
+    """The first words of the modules that a file imports, anywhere in it."""
+    return set(re.findall(r"^\s*(?:from|import) (\w+)", file.read_text(), re.MULTILINE))
+
+
+if __name__ == "__main__":
+    print("\n".join(Change(*sys.argv[1:2]).choose()))

@@ -1,0 +1,81 @@
+"""The record of what tests execute: .ci/executed/tests/FOLDER/test_x.txt for tests/FOLDER/test_x.py. `.ci/run record` makes it.
+
+Its first line says how many seconds the module's tests took, and whether they started processes. Each other line has a file of the program and the functions
+of it that they called, in whatever process (tests/support/executed.py).
+
+    python .ci/executed.py FOLDER       from what the processes of a recorded run have left in FOLDER; only modules that ran get new files
+"""
+
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = Path(".ci/executed")           # in the repository
+
+
+@dataclass(frozen=True)
+class Executed:
+    """What the tests of a module execute. functions: (file, qualified name); seconds: of one process, setup included."""
+
+    seconds: float
+    processes: bool
+    functions: frozenset[tuple[str, str]]
+
+
+def recorded(root: Path) -> dict[str, Path]:
+    """module of tests -> its file of the record."""
+    record = root / RECORD
+    return {f"{file.relative_to(record).with_suffix('.py')}": file for file in sorted(record.rglob("*.txt"))}
+
+
+def read_record(root: Path) -> dict[str, Executed]:
+    """module of tests -> what it executes; without modules that are gone."""
+    record = {}
+    for module, file in recorded(root).items():
+        if not (root / module).exists():
+            continue
+        first, *lines = file.read_text().splitlines()
+        functions = frozenset((path, name) for path, *names in map(str.split, lines) for name in names)
+        record[module] = Executed(float(first.split()[0]), "processes" in first, functions)
+    return record
+
+
+def read_run(folder: Path) -> dict[str, Executed]:
+    """What the processes of a recorded run of pytest have left."""
+    called, pids = defaultdict(set), defaultdict(set)
+    for file in folder.glob("*.calls"):
+        for line in file.read_text().splitlines():
+            place, pid, path, name = line.split("\t")
+            pids[place].add(pid)
+            if path:
+                called[place].add((path, name))
+    run = {}
+    for file in folder.glob("*.modules"):
+        for line in file.read_text().splitlines():
+            module, seconds, fixtures = line.split("\t")
+            places = [module, *(f"fixture {name}" for name in fixtures.split())]
+            processes = any(len(pids[place]) > 1 for place in places)
+            run[module] = Executed(float(seconds), processes, frozenset().union(*(called[place] for place in places)))
+    return run
+
+
+def write_record(run: dict[str, Executed], root: Path) -> None:
+    """Write the files of these modules, and remove those of modules that are gone."""
+    for module, executed in run.items():
+        files = defaultdict(set)
+        for path, name in executed.functions:
+            files[path].add(name)
+        lines = [f"{executed.seconds:.2g} seconds{', processes' if executed.processes else ''}"]
+        lines += [" ".join([path, *sorted(names)]) for path, names in sorted(files.items())]
+        file = (root / RECORD / module).with_suffix(".txt")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(lines) + "\n")
+    for module, file in recorded(root).items():
+        if not (root / module).exists():
+            file.unlink()
+
+
+if __name__ == "__main__":
+    write_record(read_run(Path(sys.argv[1])), ROOT)

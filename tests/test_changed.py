@@ -1,0 +1,205 @@
+""".ci/changed.py chooses the tests of a change, and .ci/executed.py keeps what they execute. Here for a small program with a history."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / ".ci"))
+from changed import Change      # noqa: E402
+from executed import Executed, read_record, read_run, write_record      # noqa: E402
+
+pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="git is missing")
+
+FILES = {
+    "chatlm/kitchen/soup.py": '''"""Soup."""
+from chatlm.pantry import SALT, Pot
+
+
+class Deep(Pot):
+    depth = 3
+
+    def fill(self):
+        return SALT + self.depth
+
+
+def cook():
+    """Make it."""
+    def stir():
+        return 1
+    return stir()
+''',
+    "chatlm/pantry.py": '''SALT = 1
+SPICES = {"salt": SALT}
+
+
+class Pot:
+    def fill(self):
+        return 0
+
+    def empty(self):
+        return None
+
+
+def season(name):
+    return SPICES[name]
+''',
+    "tests/kitchen/test_soup.py": "import spoons\n", "tests/kitchen/test_deep.py": "", "tests/page/test_page.py": "",
+    "tests/test_spices.py": "import forks\n", "tests/test_layout.py": "", "tests/test_walls.py": "",
+    "tests/support/spoons.py": "", "tests/support/forks.py": "def eat():\n    import spoons\n",
+    ".ci/spine": "# always\ntests/test_layout.py\ntests/test_walls.py::test_one\n", "static/page.js": "", "chat_server.py": "",
+}
+EXECUTED = {
+    "tests/kitchen/test_soup.py": Executed(2.0, False, frozenset({("chatlm/kitchen/soup.py", "cook")})),
+    "tests/kitchen/test_deep.py": Executed(1.0, True, frozenset({("chatlm/kitchen/soup.py", "Deep.fill"), ("chatlm/pantry.py", "Pot.empty")})),
+    "tests/page/test_page.py": Executed(0.5, True, frozenset({("chatlm/kitchen/soup.py", "cook")})),
+    "tests/test_spices.py": Executed(3.0, False, frozenset({("chatlm/pantry.py", "season")})),
+}
+SPINE = ["tests/test_layout.py", "tests/test_walls.py::test_one"]
+
+
+def git(folder, *words):
+    subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@localhost", "-c", "init.defaultBranch=main", *words], cwd=folder, check=True,
+                   capture_output=True, env={name: value for name, value in os.environ.items() if not name.startswith("GIT_")})
+
+
+@pytest.fixture
+def program(tmp_path):
+    for path, text in FILES.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    write_record(EXECUTED, tmp_path)
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "It begins")
+    return tmp_path
+
+
+def chosen(program, path, old, new):
+    """What is chosen besides the spine after a change of a file, which need not be committed."""
+    text = (program / path).read_text() if (program / path).exists() else ""
+    assert old in text
+    (program / path).parent.mkdir(parents=True, exist_ok=True)
+    (program / path).write_text(text.replace(old, new) if old else text + new)
+    places = Change("HEAD", program).choose()
+    assert set(SPINE) - set(places) <= {place for place in SPINE if place.partition("::")[0] in places}
+    return sorted(set(places) - set(SPINE))
+
+
+SOUP, DEEP, PAGE, SPICES = EXECUTED
+
+
+@pytest.mark.parametrize("path, old, new, tests", [
+    ("chatlm/kitchen/soup.py", "return stir()", "return stir() + 1", [SOUP, PAGE]),
+    ("chatlm/kitchen/soup.py", "return 1", "return 2", [SOUP, PAGE]),                   # a function within
+    ("chatlm/kitchen/soup.py", "Make it.", "Make it hot.", []),                         # words that nobody runs
+    ("chatlm/kitchen/soup.py", "    return stir()", "    # slowly\n    return stir()", []),
+    ("chatlm/kitchen/soup.py", "depth = 3", "depth = 4", [DEEP]),                       # a field: the class's methods
+    ("chatlm/kitchen/soup.py", "SALT, Pot", "Pot, SALT", []),
+    ("chatlm/kitchen/soup.py", "", "\n\ndef taste():\n    return 1\n", []),             # nobody calls it yet
+    ("chatlm/kitchen/soup.py", "def cook():", "def cook(hot=True):", [SOUP, PAGE]),
+    ("chatlm/pantry.py", "SALT = 1", "SALT = 2", [DEEP, SPICES]),                       # by way of a table, and of an import
+    ("chatlm/pantry.py", "return None", "return 0", [DEEP]),
+    ("chatlm/pantry.py", "        return 0", "        return 9", [*EXECUTED, "tests/test_walls.py"]),    # nobody has recorded it: the nearest room
+    ("chatlm/pantry.py", "", "\nprint(SALT)\n", [DEEP, SPICES]),                        # a statement that binds nothing
+    ("chatlm/kitchen/soup.py", "    def fill", "    def empty(self):\n        return 1\n\n    def fill", [DEEP]),   # overrides the base's
+    ("tests/kitchen/test_soup.py", "", "x = 1\n", [SOUP]),
+    ("tests/kitchen/test_new.py", "", "x = 1\n", ["tests/kitchen/test_new.py"]),        # nobody has added it
+    ("tests/support/forks.py", "", "x = 1\n", [SPICES]),
+    ("tests/support/spoons.py", "", "x = 1\n", [SOUP, SPICES]),                         # which forks import
+    ("tests/kitchen/conftest.py", "", "x = 1\n", [DEEP, SOUP]),
+    ("static/page.js", "", "x = 1\n", [PAGE]),
+    ("docs/api.md", "", "words\n", []),
+    ("something.new", "", "words\n", [*EXECUTED, "tests/test_walls.py"]),                # no rule knows it
+])
+def test_a_change_needs_the_tests_that_see_it(program, path, old, new, tests):
+    assert set(chosen(program, path, old, new)) == set(tests)
+
+
+def test_what_is_gone_is_seen_by_those_who_called_it(program):
+    (program / "chatlm/kitchen/soup.py").unlink()
+    assert set(EXECUTED) - {SPICES} <= set(Change("HEAD", program).choose())
+
+
+def test_functions_come_first_then_processes_then_the_page(program):
+    for path in ("chatlm/kitchen/soup.py", "chatlm/pantry.py"):
+        (program / path).write_text((program / path).read_text().replace("return", "return 1 or"))
+    order = [place for place in Change("HEAD", program).choose() if place in EXECUTED]
+    assert order == [SOUP, SPICES, DEEP, PAGE]
+
+
+def test_without_a_base_the_last_commit_counts(program):
+    (program / "chatlm/pantry.py").write_text(FILES["chatlm/pantry.py"].replace("SPICES[name]", "SPICES.get(name)"))
+    git(program, "commit", "-aqm", "Softer")
+    assert SPICES in Change(root=program).choose()
+
+
+def test_the_record_is_read_as_it_was_written(program):
+    assert read_record(program) == EXECUTED
+    (program / SOUP).unlink()
+    write_record({SPICES: EXECUTED[SPICES]}, program)           # the others' files stay; one of a module that is gone does not
+    assert read_record(program) == {module: executed for module, executed in EXECUTED.items() if module != SOUP}
+
+
+def test_what_tests_execute_is_recorded_in_all_processes(tmp_path):
+    """In a thread, in a process that is killed, in a fork, and by a fixture of the session; what an import runs is not."""
+    (tmp_path / "chatlm").mkdir()
+    (tmp_path / "chatlm/__init__.py").write_text("")
+    (tmp_path / "chatlm/room.py").write_text("""
+def at_import(): pass
+at_import()
+def called(): pass
+def in_thread(): pass
+def in_process(): pass
+def in_fork(): pass
+def in_fixture(): pass
+class Box:
+    def open(self):
+        def inner(): pass
+        return inner()
+""")
+    (tmp_path / "conftest.py").write_text("""
+import pytest
+from chatlm import room
+
+@pytest.fixture(scope="session")
+def made():
+    room.in_fixture()
+    room.called()
+""")
+    (tmp_path / "test_one.py").write_text("""
+import os, subprocess, sys, threading
+from chatlm import room
+
+def test_calls(made):
+    room.Box().open()
+    thread = threading.Thread(target=room.in_thread)
+    thread.start()
+    thread.join()
+    if not (child := os.fork()):
+        room.in_fork()
+        os._exit(0)
+    os.waitpid(child, 0)
+
+def test_processes():
+    code = "import os, signal; from chatlm import room; room.in_process(); os.kill(os.getpid(), signal.SIGKILL)"
+    subprocess.run([sys.executable, "-c", code])
+""")
+    (tmp_path / "test_two.py").write_text("def test_made(made): pass\n")
+    (tmp_path / "record_executed.pth").write_text(f"import os; os.environ.get('RECORD_EXECUTED_NAME') and "
+                                                  f"exec(open({str(ROOT / 'tests/support/executed.py')!r}).read(), {{'__name__': 'executed'}})\n")
+    (tmp_path / "sitecustomize.py").write_text(f"import site; site.addsitedir({str(tmp_path)!r})\n")
+    (tmp_path / "run").mkdir()
+    subprocess.run([sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider", "-p", "executed_plugin", "."],
+                   cwd=tmp_path, check=True, timeout=150,
+                   env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT / 'tests/support'}", "RECORD_EXECUTED": str(tmp_path / "run"),
+                                     "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
+    run = read_run(tmp_path / "run")
+    functions = {module: {name for _, name in executed.functions} for module, executed in run.items()}
+    fixture = {"in_fixture", "called"}
+    assert functions == {"test_one.py": {"Box.open", "in_thread", "in_fork", "in_process"} | fixture, "test_two.py": fixture}
+    assert [run[module].processes for module in ("test_one.py", "test_two.py")] == [True, False]
