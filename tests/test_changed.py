@@ -1,4 +1,5 @@
-""".ci/changed.py chooses the tests of a change, and .ci/executed.py keeps what they execute. Here for a small program with a history."""
+""".ci/changed.py chooses the tests of a change, .ci/executed.py keeps what they execute, and bench/planted.py plants the faults
+that measure it. Here for a small program with a history."""
 
 import os
 import shutil
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / ".ci"))
+sys.path[:0] = [str(ROOT / ".ci"), str(ROOT / "bench")]
 from changed import Change      # noqa: E402
 from executed import Executed, read_record, read_run, write_record      # noqa: E402
+from planted import Places, draw_faults     # noqa: E402
 
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="git is missing")
 
@@ -203,3 +205,31 @@ def test_processes():
     fixture = {"in_fixture", "called"}
     assert functions == {"test_one.py": {"Box.open", "in_thread", "in_fork", "in_process"} | fixture, "test_two.py": fixture}
     assert [run[module].processes for module in ("test_one.py", "test_two.py")] == [True, False]
+
+
+def test_planted_faults_follow_from_the_seed(tmp_path):
+    """Each is in a function of its own, and changes what Python runs."""
+    for room in ("front/pool", "common/text"):
+        shutil.copytree(ROOT / "chatlm" / room, tmp_path / "chatlm" / room)
+    faults = draw_faults(tmp_path, 40, seed=3)
+    assert faults == draw_faults(tmp_path, 40, seed=3) != draw_faults(tmp_path, 40, seed=4)
+    assert len({(fault.path, fault.function) for fault in faults}) == 40
+    assert {fault.kind for fault in faults} == {"operator", "constant", "condition", "order", "missing call"}
+    assert len({fault.path.rpartition("/")[0] for fault in faults}) == 2
+
+
+@pytest.mark.parametrize("text, faults", [
+    ("def f(x):\n    return x < 1\n", {"x <= 1", "x < 2"}),
+    ("def f(x):\n    log.info(x + 1)\n    raise ValueError(x + 1)\n", set()),           # words for people
+    ("def f(x, y=1):\n    '''1'''\n    z: Literal[2] = x\n    return z\n", set()),      # no defaults, words, or types
+    ("def f(x):\n    if x:\n        x.close()\n", {"if (not (x)):", "        pass"}),
+    ("def f(x):\n    a = x\n    b = a\n", {"    b = a\n    a = x"}),
+    ("def f(x):\n    a = x\n    b = x\n", set()),                                       # neither needs the other
+])
+def test_faults_are_planted_where_they_change_something(text, faults, tmp_path):
+    planted = [fault for found in Places("a.py", text).found.values() for fault in found]
+    for fault in planted:
+        (tmp_path / "a.py").write_text(text)
+        fault.plant(tmp_path)
+        assert any(words in (tmp_path / "a.py").read_text() for words in faults)
+    assert len(planted) == len(faults)
