@@ -132,461 +132,36 @@ if __name__ == "__main__":
 
 import asyncio
 import logging
-import math
 import os
-import re
-import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence as Seq
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, suppress
-from dataclasses import replace
+from collections.abc import Sequence as Seq
+from contextlib import suppress
 from functools import partial
-from typing import Any, Generic, TYPE_CHECKING, TypeVar
 
 from chatlm.bundling import bundle_lines, with_kept_words
 from chatlm.cli import (
     as_quantize, asks_for_json, hide_api_keys, parse_command_line, parse_store_words)
 from chatlm.common.config import Settings
-from chatlm.common.errors import (
-    ChatServerError, ConfigError, RequestError, bad_value, check_library, lack_of_memory, visible)
+from chatlm.common.errors import ChatServerError, ConfigError, check_library, lack_of_memory, visible
 from chatlm.common.hub.better import MEMORY_RATE, advice_of, only_demonstrates
 from chatlm.common.interrupts import raised_interrupts
 from chatlm.common.log import ProgressDisplay, json_handler, log, output_as_log, start_logging, tell
 from chatlm.common.memory import collect_from_now_on, give_memory_back, share_heap, tune_gc
-from chatlm.common.messages.requests import PromptProgress
 from chatlm.common.processes.torchrun import RankStore, serve_rank, torchrun
-from chatlm.common.program import other_program, page_files, program_root
-from chatlm.common.records import record
-from chatlm.common.request_ids import MARK
+from chatlm.common.program import other_program, program_root
 from chatlm.common.streams import lack_of_space, never_fail, repair_streams
 from chatlm.common.tiers import listed_store
 from chatlm.front.aio import first_of, stop_signals, supervised
-from chatlm.front.api.encode import frame, usage_body
-from chatlm.front.api.encoders import answer_encoder
-from chatlm.front.api.errors import public_error
-from chatlm.front.api.field_types import INTEGER, SWITCH
-from chatlm.front.api.fields import Field
-from chatlm.front.intake.intake import Intake, loaded_tokenizer
-from chatlm.front.lazy import import_web, web
-from chatlm.front.pool.local_devices import check_nice, niceness
+from chatlm.front.annexes import database_of, toolbox_of
+from chatlm.front.front import ROUTES, create_app
+from chatlm.front.lazy import import_web
 from chatlm.front.pool.catalogue import Catalogue
+from chatlm.front.pool.local_devices import check_nice, niceness
 from chatlm.front.pool.pool import free_memory, make_pool
-from chatlm.front.server.access import Access, AccessLog, Owners, listen_on, server_urls
-from chatlm.front.server.answering import Answers
-from chatlm.front.server.approvals import Approvals
-from chatlm.front.server.batches import BATCH_ROUTES, BatchRoutes
-from chatlm.front.server.bodies import DOCUMENT_ROUTES, Bodies
-from chatlm.front.server.compare import Comparison, read_contestants, with_ids
+from chatlm.front.server.access import listen_on, server_urls
 from chatlm.front.server.connections import room_for_connections, serving
-from chatlm.front.server.conversations import CONVERSATION_ROUTES, ResponseKeeper
-from chatlm.front.server.describe import (
-    MODEL_ROUTES, ModelRoutes, alive_body, bare_id, ollama_version, openapi_document, readiness_body,
-    stats_body)
-from chatlm.front.server.discovery import DISCOVERY_ROUTES
-from chatlm.front.server.downloading import DOWNLOAD_ROUTES, DownloadRoutes
-from chatlm.front.server.exporting import EXPORT_ROUTES, ExportRoutes
-from chatlm.front.server.files import FILE_ROUTES
-from chatlm.front.server.history import History
 from chatlm.front.server.host_names import is_loopback
-from chatlm.front.server.ledger import LEDGER_ROUTES, Ledger, claim_of
-from chatlm.front.server.metrics import Metrics, metrics_response
-from chatlm.front.server.page import PAGE_ROUTES, PageFiles
-from chatlm.front.server.recordings import GRACE_S, Recording, Recordings
-from chatlm.front.server.responses import (
-    REQUEST_LOG, errors_to_responses, json_response, send_whole, shows)
-from chatlm.front.server.routes import Api, Route, RouteTable
-from chatlm.front.server.rounds import Rounds
-from chatlm.front.server.runs import RUN_ROUTES, RunRoutes
-from chatlm.front.server.streams import EventStream
-from chatlm.front.server.tooling import TOOL_ROUTES, ToolRoutes
-from chatlm.front.store.store import Store, open_store
-from chatlm.front.tools.toolbox import Toolbox
-
-if TYPE_CHECKING:
-    from chatlm.common.messages.requests import Accepted, Event, Request
-    from chatlm.front.api.encode import Encoder
-    from chatlm.front.pool.pool import WorkerPool
-    from chatlm.front.intake.budget import Holding
-
-
-T = TypeVar("T")
-
-
-class Front:
-    """The HTTP side of the server: owns the rooms whose methods handle routes, and handles answers itself.
-
-    Handlers raise errors; the middleware `errors_to_responses` turns them into responses."""
-
-    def __init__(self, catalogue: Catalogue, settings: Settings, store: Store | None = None,
-                 toolbox: Toolbox | None = None):
-        self.catalogue = catalogue
-        self.settings = settings
-        self.store = store
-        self.access = Access(settings)
-        self.owners = Owners(settings)
-        self.ledger = Ledger(settings, store)
-        self.bodies = Bodies(Intake(catalogue), self.owners)
-        self.models = ModelRoutes(catalogue, self.bodies)
-        self.page = PageFiles(page_files())
-        self.runs = RunRoutes(catalogue)
-        self.compared: dict[str, list[str]] = {}  # id of a running comparison -> ids of its answers
-        self.recordings = Recordings()
-        self.downloads = DownloadRoutes(catalogue, self.bodies)
-        self.exports = ExportRoutes(catalogue, self.bodies)
-        toolbox = Toolbox.of(settings) if toolbox is None else toolbox
-        self.tools = ToolRoutes(toolbox, settings, catalogue, self.bodies, self.access)
-        self.kept = ResponseKeeper(store, self.bodies, self.owners, settings.keep_days)
-        self.metrics = Metrics(catalogue, self.ledger, toolbox)
-        self.answers = Answers(settings, self.owners, self.ledger, self.metrics)
-        self.approvals = Approvals(store, self.owners, settings)
-        self.rounds = Rounds(self.answers, toolbox, self.approvals, settings)
-        self.batches = BatchRoutes(store, catalogue, self.bodies, self.owners, self.answers, self.ledger)
-        self.kept.removed = self.batches.wake_up
-        self.kept.cancel = self.cancel
-        self.kept.follow = self.follow
-        self.history = History(catalogue, self.metrics)
-
-    def is_id_in_use(self, request_id: str) -> bool:
-        in_use = (self.answers.running, self.recordings, self.compared)
-        return any(request_id in ids for ids in in_use)
-
-    def identified(self, works: Seq[tuple[WorkerPool, Request]], is_kept: bool = False) -> list[Request]:
-        """Requests with their id, client and owner, ready to be answered.
-
-        They run in the background if the client's key is over its budget. They get a new id if their answer
-        is kept, or if another request has taken their id while the body arrived."""
-        record = REQUEST_LOG.get()
-        if is_kept or self.is_id_in_use(record.id):
-            record.id = secrets.token_hex(16)
-        owner = self.owners.of_pages(record.client)
-        claims = [claim_of(request, pool.context_length) for pool, request in works]
-        is_over_budget = self.ledger.checked(record.client, claims)
-        identified = []
-        for _, request in works:
-            params = replace(request.params, client=record.client, owner=owner)
-            identified.append(replace(request, id=record.id, params=params,
-                                      low_priority=is_over_budget or request.low_priority))
-        return identified
-
-    async def handle_answer(self, http: web.Request) -> web.StreamResponse:
-        with self.bodies.holding() as holding:
-            served, parsed = await self.bodies.answer(http, holding)
-            pool = served.pool
-            [request] = self.identified([(pool, parsed.request)], parsed.is_kept)
-            parsed = replace(parsed, request=request)
-            if parsed.plan:
-                parsed = self.rounds.marked(parsed)
-            del request  # from here on only what an answer needs is kept, not all messages and tools
-            if parsed.plan:
-                answering = self.rounds.begin(pool, parsed, served.name, not parsed.stream)
-            else:
-                answering = self.answers.begin(pool, parsed.request, served.name, not parsed.stream)
-            tokenizer = None if parsed.api == "native" else loaded_tokenizer(pool)
-            encoder = answer_encoder(parsed, served.name, tokenizer)
-            parsed = encoder.parsed
-            answering = self.kept.answering(answering, encoder)
-            if nothing := encoder.without_work():
-                served.model.load()
-                return web.Response(body=nothing, content_type="application/json")
-            if parsed.in_background:
-                recording = await self.record(answering, encoder, holding)
-                begun = self.kept.show_running(encoder, recording)
-                if parsed.stream:
-                    return await self.follow(http, recording, 0)
-                return web.Response(body=begun, content_type="application/json")
-            if parsed.stream:
-                return await self.stream(http, answering, encoder, holding)
-            async with answering as (_, events):
-                body = await encoder.collect_all(events, holding.grow)
-                self.note_end(encoder)
-                return await send_whole(http, body)
-
-    async def handle_text(self, http: web.Request) -> web.Response:
-        with self.bodies.holding() as holding:
-            _, text = await self.bodies.text(http, holding)
-            return await send_whole(http, text)
-
-    async def handle_compare(self, http: web.Request) -> web.StreamResponse:
-        """POST /v1/compare: several models answer the same question, in one stream."""
-        with self.bodies.holding() as holding:
-            contestants = await read_contestants(self.bodies, http, holding)
-            contestants = with_ids(contestants, self.identified)
-            request_id = REQUEST_LOG.get().id
-            self.compared[request_id] = [one.request.id for one in contestants]
-            try:
-                with self.ledger.pledged([one.work for one in contestants]):
-                    async with (Comparison(contestants, self.answers.begin) as comparison,
-                                EventStream(http, request_id) as stream):
-                        async for event in comparison.events():
-                            await stream.send(frame(event))
-            finally:
-                del self.compared[request_id]
-        return stream.response
-
-    async def stream(self, http: web.Request, answering: AbstractAsyncContextManager, encoder: Encoder,
-                     holding: Holding) -> web.StreamResponse:
-        """Send an answer as it is made. A resumable one is recorded, and this client is its first
-        follower."""
-        if encoder.request.resumable:
-            return await self.follow(http, await self.record(answering, encoder, holding), 0)
-        async with self.begun(answering, encoder, holding) as (frames, _):
-            async with EventStream(http, encoder.request.id, encoder) as stream:
-                async for part in frames:
-                    await stream.send(part)
-        return stream.response
-
-    async def record(self, answering: AbstractAsyncContextManager, encoder: Encoder,
-                     holding: Holding) -> Recording:
-        """Begin an answer in a task of its own, which records it."""
-        request = encoder.request
-        async with self.begun(answering, encoder, holding) as (frames, work):
-            owner = self.owners.of_answer(request.id, request.client)
-            needs_reader = not encoder.parsed.in_background
-            recording = Recording(request.id, owner, request.client, encoder.lone_failure, needs_reader)
-            return self.recordings.start(recording, frames, work.pop_all())
-
-    @asynccontextmanager
-    async def begun(self, answering: AbstractAsyncContextManager, encoder: Encoder,
-                    holding: Holding) -> AsyncIterator[tuple[AsyncGenerator[bytes, None], AsyncExitStack]]:
-        """Yield the frames of an answer once it is accepted, and what ends its work.
-
-        holding: the memory that the request is accounted for; a recording keeps it after the client has
-        left."""
-        async with AsyncExitStack() as work:
-            work.enter_context(holding.hand_over())
-            accepted, events = await work.enter_async_context(answering)
-            frames = self.frames(accepted, events, encoder)
-            await work.enter_async_context(aclosing(frames))
-            yield frames, work
-
-    async def frames(self, accepted: Accepted, events: AsyncIterator[Event],
-                     encoder: Encoder) -> AsyncGenerator[bytes, None]:
-        """Encode an answer as frames. A failure after the headers is one error frame, not a normal end."""
-        try:
-            yield encoder.start(accepted)
-            async for event in events:
-                if isinstance(event, PromptProgress):
-                    yield encoder.progress(event)
-                else:
-                    yield encoder.encode(event)
-            self.note_end(encoder)
-        except Exception as error:
-            REQUEST_LOG.get().note = f"failed: {error}"
-            yield encoder.failed(public_error(error))
-
-    async def follow(self, http: web.Request, recording: Recording, start: int) -> web.StreamResponse:
-        """Send a recording as it grows. If the answer is still running GRACE_S after its last reader has
-        left, cancel it."""
-        def cancel_unread():
-            if recording.needs_reader and not recording.followers and not recording.ended:
-                self.cancel(recording.id)
-
-        recording.followers += 1
-        try:
-            async with (EventStream(http, recording.id, patient=True) as stream,
-                        aclosing(recording.follow(start)) as parts):
-                async for part in parts:
-                    await stream.send(part)
-            return stream.response
-        finally:
-            recording.followers -= 1
-            if not recording.ended:
-                asyncio.get_running_loop().call_later(GRACE_S, cancel_unread)
-
-    async def handle_stream(self, http: web.Request) -> web.StreamResponse:
-        """GET /v1/streams/{id}: send a recording from event ?from=N on, or from the event after
-        Last-Event-ID, which an EventSource sends when it reconnects."""
-        request_id = bare_id(http.match_info["id"])
-        last = http.headers.get("Last-Event-ID", "")
-        wanted = http.query.get("from", "0")
-        if not re.fullmatch("[0-9]{1,15}", last or wanted):
-            raise bad_value("Last-Event-ID" if last else "from", last or wanted, "the number of an event")
-        owner = self.owners.of_answer(request_id, REQUEST_LOG.get().client)
-        recording = self.recordings.find(request_id, owner)
-        start = int(last) + 1 if last else int(wanted)
-        recording.check_kept(start)
-        if recording.ended and start >= recording.length:
-            return web.Response(status=204)  # tells an EventSource to stop reconnecting
-        return await self.follow(http, recording, start)
-
-    def note_end(self, encoder: Encoder):
-        """Note for the access log how many tokens all choices had and why they ended."""
-        counts = usage_body(encoder.usage())
-        reasons = ",".join(sorted({choice.done.reason for choice in encoder.choices if choice.done}))
-        record = REQUEST_LOG.get()
-        record.note = f"{counts['prompt_tokens']}+{counts['completion_tokens']} tokens {reasons}"
-        record.counts = counts | {"reason": reasons}
-
-    async def handle_cancel(self, http: web.Request) -> web.Response:
-        """POST /v1/cancel/{id}: stop an answer, or all answers of a comparison.
-
-        The id is in the header X-Request-Id and in an answer's chunks; with -1 and so on behind it, it is
-        that of one answer of a comparison. With ?reasoning=true the answers only stop thinking."""
-        request_id = bare_id(http.match_info["id"])
-        client = REQUEST_LOG.get().client
-        only_thinking = ONLY_THINKING.read(http.query.get("reasoning", "false"))
-        ids = [one for one in self.answers_of(request_id)
-               if self.answers.running.get(one) == self.owners.of_answer(one, client)]
-        not_running = RequestError("no answer with this id is running", status=404, code="not_running",
-                                   param="id")
-        if not ids:
-            raise not_running
-        if only_thinking:
-            ended = [await self.catalogue.end_thinking(self.rounds.running_id(one)) for one in ids]
-            if not any(ended):
-                raise RequestError("the answer is not thinking now", status=409, code="not_thinking",
-                                   param="id")
-            return json_response({"id": request_id, "cancelled": "reasoning"})
-        cancelled = [self.cancel(one) for one in ids]
-        if not any(cancelled):
-            raise not_running
-        return json_response({"id": request_id, "cancelled": True})
-
-    def answers_of(self, request_id: str) -> Seq[str]:
-        """The ids of the answers that a client means by an id."""
-        if request_id in self.compared:
-            return self.compared[request_id]
-        parts = self.compared.get(request_id.rpartition("-")[0], ())
-        named = [one for one in parts if one.replace(MARK, "-") == request_id]
-        return [request_id] if request_id in self.answers.running else named or [request_id]
-
-    def cancel(self, request_id: str) -> bool:
-        """Stop an answer, and the calls of tools that it waits for. False if it does not run."""
-        running_id = self.rounds.running_id(request_id)
-        has_tools = self.rounds.cancel(request_id)
-        return self.catalogue.cancel(running_id) or has_tools
-
-    async def handle_metrics(self, http: web.Request) -> web.Response:
-        return await metrics_response(self.metrics)
-
-    async def handle_bare_prefix(self, http: web.Request) -> web.Response:
-        """Redirect /chat to /chat/, so that the page's relative URLs work."""
-        return web.Response(status=308, headers={"Location": self.settings.prefix + "/"})
-
-
-ONLY_THINKING = Field("reasoning", SWITCH, "true: end the reasoning of the answer, which goes on with its "
-                                           "content; 409 if it is not thinking now")
-FIRST_EVENT = Field("from", INTEGER, "the number of the first event", 0, math.inf)
-RETRIEVAL = (  # (what a request gets, the routes for it): one handler answers them all
-    ("a vector for each input, from the model's final hidden states", "/v1/embeddings"),
-    ("the same in the format of Text Embeddings Inference", "/embed"),
-    ("documents by how well they suit a query", "/v1/rerank /rerank /v2/rerank"),
-    ("as above, in llama-server's format", "/reranking /v1/reranking"),
-    ("scores of pairs of texts", "/v1/score /score"))
-ANSWER_ROUTES: tuple[Route[Front], ...] = (
-    Route("POST", "/chat/completions", Api.NANOCHAT, Front.handle_answer,
-          "an answer in nanochat's format, streamed; with `model` as /v1/chat/completions"),
-    Route("POST", "/v1/chat/completions", Api.OPENAI, Front.handle_answer,
-          "an answer in OpenAI's format, streamed or whole"),
-    Route("POST", "/v1/completions", Api.OPENAI, Front.handle_answer,
-          "the continuation of a text, streamed or whole"),
-    Route("POST", "/infill", Api.OPENAI, Front.handle_answer,
-          "the text between two others, in llama-server's format, streamed or whole"),
-    Route("POST", "/v1/responses", Api.OPENAI, Front.handle_answer,
-          "an answer in the format of OpenAI's Responses, streamed or whole"),
-    Route("POST", "/v1/messages", Api.ANTHROPIC, Front.handle_answer,
-          "an answer in the format of Anthropic's Messages, streamed or whole"),
-    Route("POST", "/v1/messages/count_tokens", Api.ANTHROPIC, Front.handle_text,
-          "how many tokens such a request has"),
-    Route("POST", "/api/chat", Api.OLLAMA, Front.handle_answer, "an answer in Ollama's format"),
-    Route("POST", "/api/generate", Api.OLLAMA, Front.handle_answer, "an answer in Ollama's format"),
-    *(Route("POST", path, Api.OPENAI, Front.handle_answer, doc)
-      for doc, paths in RETRIEVAL for path in paths.split()),
-    Route("POST", "/api/embed", Api.OLLAMA, Front.handle_answer, "embeddings in Ollama's format"),
-    Route("POST", "/api/embeddings", Api.OLLAMA, Front.handle_answer, "one embedding, for older clients"),
-    Route("POST", "/v1/compare", Api.OPENAI, Front.handle_compare,
-          "answers of several models to one question, streamed, and where each diverges from the first"),
-    Route("POST", "/tokenize", Api.OPENAI, Front.handle_text, "text to token ids"),
-    Route("POST", "/detokenize", Api.OPENAI, Front.handle_text, "token ids to text"),
-    Route("POST", "/apply-template", Api.OPENAI, Front.handle_text,
-          "a conversation to the text of its prompt"),
-    Route("POST", "/v1/cancel/{id}", Api.OPENAI, Front.handle_cancel,
-          "stop an answer by the X-Request-Id of its response", query=(ONLY_THINKING,)),
-    Route("GET", "/v1/streams/{id}", Api.OPENAI, Front.handle_stream,
-          "a resumable stream, from event ?from=N or after Last-Event-ID", query=(FIRST_EVENT,)),
-)
-STATE_ROUTES: tuple[Route[Front], ...] = (
-    Route("GET", "/api/version", Api.OLLAMA, shows(lambda front, bound: ollama_version()),
-          "the version of Ollama whose routes this server has, and its own"),
-    Route("GET", "/health", Api.NANOCHAT, shows(lambda front, bound: front.catalogue.health()),
-          "200 when ready, else 503 with the stage", open=True, polled=True),
-    Route("GET", "/livez", Api.NANOCHAT, shows(lambda front, bound: alive_body()),
-          "200 as long as the event loop runs", open=True, polled=True),
-    Route("GET", "/readyz", Api.NANOCHAT, shows(lambda front, bound: readiness_body(front.catalogue)),
-          "200 when a request would be served now, else 503 with the reason", open=True, polled=True),
-    Route("GET", "/stats", Api.NANOCHAT,
-          shows(lambda front, bound: stats_body(front.catalogue, front.models.visible(bound))),
-          "models, workers, KV pages, speed, kernels, queue", polled=True),
-    Route("GET", "/stats/history", Api.NANOCHAT,
-          shows(lambda front, bound: front.history.body(front.models.visible(bound))),
-          "samples of these since the server started"),
-    Route("GET", "/metrics", Api.NANOCHAT, Front.handle_metrics, "Prometheus metrics", polled=True),
-    Route("GET", "/openapi.json", Api.NANOCHAT,
-          shows(lambda front, bound: openapi_document(ROUTES, front.settings)), "this description"),
-)
-
-
-@record
-class RoomRoutes(Generic[T]):
-    """The routes of one room, and how to find the object whose methods handle them. The type checker refuses
-    handlers that are methods of another class."""
-
-    of: Callable[[Front], T]
-    rows: tuple[Route[T], ...]
-
-    def handlers(self, front: Front) -> Iterator[tuple[Route[T], Callable]]:
-        """Each route, and the function that aiohttp calls for it."""
-        room = self.of(front)
-        for row in self.rows:
-            yield row, partial(row.handler, room)
-
-
-ROOMS = (
-    RoomRoutes(lambda front: front.page, PAGE_ROUTES),
-    RoomRoutes(lambda front: front, ANSWER_ROUTES),
-    RoomRoutes(lambda front: front.models, MODEL_ROUTES),
-    RoomRoutes(lambda front: front.models, DISCOVERY_ROUTES),
-    RoomRoutes(lambda front: front.downloads, DOWNLOAD_ROUTES),
-    RoomRoutes(lambda front: front.exports, EXPORT_ROUTES),
-    RoomRoutes(lambda front: front.tools, TOOL_ROUTES),
-    RoomRoutes(lambda front: front.runs, RUN_ROUTES),
-    RoomRoutes(lambda front: front.bodies, DOCUMENT_ROUTES),
-    RoomRoutes(lambda front: front.batches.files, FILE_ROUTES),
-    RoomRoutes(lambda front: front.batches, BATCH_ROUTES),
-    RoomRoutes(lambda front: front.kept.routes, CONVERSATION_ROUTES),
-    RoomRoutes(lambda front: front.ledger, LEDGER_ROUTES),
-    RoomRoutes(lambda front: front, STATE_ROUTES),
-)
-ROUTES = tuple(row for room in ROOMS for row in room.rows)
-
-
-def create_app(catalogue: Catalogue, settings: Settings, store: Store | None = None,
-               toolbox: Toolbox | None = None) -> web.Application:
-    front = Front(catalogue, settings, store, toolbox)
-    access_log = AccessLog(RouteTable(ROUTES, settings.prefix), front.is_id_in_use, front.metrics)
-    errors = partial(errors_to_responses, home=settings.prefix + "/")
-    middlewares: list[Any] = [partial(access_log.log), errors, partial(front.access.guard)]
-    app = web.Application(middlewares=list(map(web.middleware, middlewares)))
-    app.on_response_prepare.append(front.access.set_headers)
-    app.on_startup.extend((front.ledger.open, front.approvals.open, front.history.open, front.tools.start,
-                           front.batches.start))
-    closing = (front.history, front.batches, front.recordings, front.downloads, front.exports, front.tools,
-               front.kept, front.ledger, store)
-    for part in filter(None, closing):
-        app.on_cleanup.append(lambda app, part=part: part.close())
-    for room in ROOMS:
-        for route, handler in room.handlers(front):
-            paths = [route.path]
-            if not route.path.endswith(("/", ":.+}")):
-                paths.append(route.path + "/")
-            for path in paths:
-                if route.method == "GET":
-                    app.router.add_get(settings.prefix + path, handler)  # adds HEAD too
-                else:
-                    app.router.add_route(route.method, settings.prefix + path, handler)
-    if settings.prefix:
-        app.router.add_get(settings.prefix, front.handle_bare_prefix)
-    return app
+from chatlm.front.server.routes import RouteTable
 
 
 def announce(catalogue: Catalogue, settings: Settings, port: int):
@@ -626,7 +201,7 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
     """Listen, load, serve until a signal, drain, and stop. Returns the exit status.
 
     Raises ConfigError if the server cannot start."""
-    toolbox = Toolbox.of(settings)
+    toolbox = toolbox_of(settings)
     with listen_on(settings.host, settings.port) as listener:
         drain, now = stop_signals()
         if settings.serves_many and not catalogue:
@@ -639,7 +214,7 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
         try:  # the workers start while a thread imports aiohttp (0.1 s)
             await catalogue.start()
             await asyncio.to_thread(import_web)
-            store = await open_store(settings)
+            store = await database_of(settings)
         except Exception:
             await catalogue.close()
             raise

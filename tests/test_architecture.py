@@ -126,7 +126,7 @@ def test_each_diff_names_its_file_so_that_it_can_be_applied():
 
 
 def test_a_name_that_is_not_there_is_found():
-    assert wrong("`chat_server.py`: `ROUTES`, `Front.handle_answer`; `chatlm/common/`: `FLAGS`; `static/parts.js`: `TEXT`") == []
+    assert wrong("`chatlm/front/front.py`: `ROUTES`, `Front.handle_answer`; `chatlm/common/`: `FLAGS`; `static/parts.js`: `TEXT`") == []
     assert wrong("`chat_server.py`: `FLAGS`") and wrong("`chatlm/front/`: `ModelSpec`") and wrong("`chatlm/nowhere.py`") and wrong(
         "`static/parts.js`: `ROUTES`") and wrong("`csrc/cpu/tiles/tiles.h`: `Nothing`") and wrong("`test_nothing.py`")
 

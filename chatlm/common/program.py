@@ -110,6 +110,12 @@ def program_stamp() -> tuple:
     return tuple(stamps)
 
 
+@functools.cache
+def stamp_at_start() -> tuple:
+    """`program_stamp` when this was first asked: by the first pool, when the server starts."""
+    return program_stamp()
+
+
 def source_paths(root: Path) -> list[str]:
     """Of our modules below the program's root, sorted. Every model that is opened asks, and pathlib takes
     twice as long."""

@@ -1,8 +1,10 @@
-"""The fields of the bodies of routes that need --database."""
+"""The fields of bodies and queries of the routes that need --database."""
 
 from __future__ import annotations
 
-from chatlm.front.api.field_types import INTEGER, METADATA, TEXT
+import math
+
+from chatlm.front.api.field_types import INTEGER, METADATA, SWITCH, TEXT
 from chatlm.front.api.fields import Field, FieldType, list_schema, object_schema
 
 ENDPOINTS = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"  # for batches
@@ -33,3 +35,14 @@ STORE_FIELDS: dict[str, tuple[Field, ...]] = {
     "/v1/conversations/{id}": (LABELS._replace(required=True),),
     "/v1/conversations/{id}/items": (SOME_ITEMS._replace(required=True),),
 }
+# of queries
+AFTER = Field("after", TEXT, "the id of the last row of the page before")
+ORDER = Field("order", FieldType('"asc" or "desc"', {"enum": ["asc", "desc"]}),
+              "by time; desc = newest first")
+LIMIT = Field("limit", INTEGER, "rows of a page (20)", 1, 100)
+FILES_LIMIT = Field("limit", INTEGER, "rows of a page (10,000)", 1, 10_000)
+PURPOSE = Field("purpose", FieldType('"batch" or "batch_output"', {"enum": ["batch", "batch_output"]}),
+                "only these files")
+STREAM = Field("stream", SWITCH, "true: the events of a response that runs in the background")
+STARTING_AFTER = Field("starting_after", INTEGER, "the sequence_number of an event: send those after it", 0,
+                       math.inf)

@@ -56,13 +56,14 @@ class Intake:
     Then one of TASKS reads it, where it was opened. So a small body never goes to a sandbox. A large one is
     sent to a sandbox once, and a second time only if the sandbox had another task in between."""
 
-    def __init__(self, catalogue: Catalogue):
+    def __init__(self, catalogue: Catalogue, earlier_items: EarlierItems | None = None):
+        """earlier_items: of a server that keeps answers."""
         self.catalogue = catalogue
         self.budget = Budget(LIMITS.held_bytes)
         self.pixels = Budget(LIMITS.held_pixel_bytes, share=2)
-        self.earlier_items: EarlierItems | None = None  # set by a server that keeps answers
-        self.tickets = itertools.count(1)               # for bodies that a sandbox keeps open
-        self.forgetting: set[asyncio.Task] = set()      # these tell sandboxes to drop a body
+        self.earlier_items = earlier_items
+        self.tickets = itertools.count(1)           # for bodies that a sandbox keeps open
+        self.forgetting: set[asyncio.Task] = set()  # these tell sandboxes to drop a body
 
     # what a caller wants of a body
 

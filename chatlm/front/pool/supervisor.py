@@ -16,7 +16,7 @@ from chatlm.common.memory import available_memory
 from chatlm.common.messages.protocol import (
     AdapterLoaded, CacheEmptied, Crashed, Loading, ModelCard, ModelText, Ready, Stepped, Unusable)
 from chatlm.common.messages.wire import BadMessage
-from chatlm.common.program import program_stamp
+from chatlm.common.program import program_stamp, stamp_at_start
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.pool.versions import Version, has_other_files
 from chatlm.front.pool.worker import Launcher, State, Worker
@@ -65,7 +65,7 @@ class Supervisor:
         self.prepare = prepare
         self.report = report
         self.expect = expect
-        self.stamp = program_stamp()
+        self.stamp = stamp_at_start()
         self.version = Version(workers, dispatcher)
         self.closing = False
         self.asleep = False                  # True: unloaded, and not loaded again yet

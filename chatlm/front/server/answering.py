@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence as Seq
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from functools import partial
-from typing import Any, TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import Overloaded
-from chatlm.common.request_ids import duplicate_id
+from chatlm.common.request_ids import MARK, duplicate_id
 from chatlm.front.server.responses import logged
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
+    from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.messages.requests import Accepted, Event, Request
+    from chatlm.front.api.encode import Encoder
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.server.access import Owners
     from chatlm.front.server.ledger import Charge, Ledger
     from chatlm.front.server.metrics import Metrics
+
+
+class Ask(NamedTuple):
+    """An answer that is wanted. Nobody keeps it: it holds all messages and tools of its request."""
+
+    pool: WorkerPool
+    parsed: ParsedBody
+    model: str
+    encoder: Encoder
+
+
+# An answer that begins when this is entered: its first event, and the others
+Answering = AbstractAsyncContextManager["tuple[Accepted, AsyncGenerator[Event, None]]"]
+Begin = Callable[[Ask], Answering]
+
+
+class Running(NamedTuple):
+    """An answer that runs."""
+
+    owner: str
+    pool_id: Callable[[], str]  # under which id the pool knows it now: that of its round, if it has several
+    stop: Callable[[], bool]    # stops what of it runs outside of the pool; False: nothing does
 
 
 class Answers:
@@ -28,19 +52,43 @@ class Answers:
         self.owners = owners
         self.ledger = ledger
         self.metrics = metrics
-        self.running: dict[str, str] = {}  # id of each answer -> its owner
+        self.running: dict[str, Running] = {}    # by their ids
+        self.groups: dict[str, list[str]] = {}   # id of a request with several answers -> their ids
 
     @contextmanager
-    def entered(self, request_id: str, client: str) -> Iterator[None]:
+    def entered(self, request_id: str, client: str, pool_id: Callable[[], str] | None = None,
+                stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
         """Enter an answer among those that run, and remove it at the end of the block. Raises RequestError
         409 if its id is in use."""
         if request_id in self.running:
             raise duplicate_id(request_id)
-        self.running[request_id] = self.owners.of_answer(request_id, client)
+        owner = self.owners.of_answer(request_id, client)
+        self.running[request_id] = Running(owner, pool_id or (lambda: request_id), stop)
         try:
             yield
         finally:
             del self.running[request_id]
+
+    @contextmanager
+    def grouped(self, request_id: str, ids: list[str]) -> Iterator[None]:
+        """Have answers belong to one request, in the block."""
+        self.groups[request_id] = ids
+        try:
+            yield
+        finally:
+            del self.groups[request_id]
+
+    def meant_by(self, request_id: str) -> Seq[str]:
+        """The ids of the answers that a client means by an id: a request's, or NAME-1 for its first answer of
+        several."""
+        if request_id in self.groups:
+            return self.groups[request_id]
+        parts = self.groups.get(request_id.rpartition("-")[0], ())
+        named = [one for one in parts if one.replace(MARK, "-") == request_id]
+        return [request_id] if request_id in self.running else named or [request_id]
+
+    def begin_asked(self, ask: Ask) -> Answering:
+        return self.begin(ask.pool, ask.parsed.request, ask.model, not ask.parsed.stream)
 
     @asynccontextmanager
     async def begin(

@@ -115,7 +115,7 @@ class Approvals:
         self.secret = b""
         self.running: set[tuple[str, str]] = set()  # (owner, id) of those that running answers have
 
-    async def open(self, app: object):
+    async def open(self):
         self.secret = await self.uses.secret()
 
     def owner_of(self, client: str) -> str:

@@ -21,17 +21,16 @@ from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.api.batch_lines import Line, lasting_body, line_id, bad_line_result
 from chatlm.front.api.encoders import answer_encoder
 from chatlm.front.api.errors import failed_answer
-from chatlm.front.api.kept_fields import WINDOWS
+from chatlm.front.api.kept_fields import AFTER, LIMIT, WINDOWS
 from chatlm.front.intake.arrival import Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.intake.intake import loaded_tokenizer
 from chatlm.front.lazy import web
 from chatlm.front.server.batch_turns import Lane, Turns, WaitingLine
 from chatlm.front.server.files import FileRoutes
-from chatlm.front.server.stored_lists import AFTER, LIMIT, now_s, query_value, send_page, require_store
+from chatlm.front.server.stored_lists import now_s, query_value, send_page, require_store
 from chatlm.front.server.ledger import Amount, Charge, Ledger, claim_of, write
 from chatlm.front.server.responses import REQUEST_LOG, json_response
-from chatlm.front.server.routes import Api, Route
 from chatlm.front.store import approvals, batches, files, quota, responses
 from chatlm.front.store.batches import Batch
 from chatlm.front.store.pages import Listed, ListPage, page_of
@@ -72,7 +71,7 @@ class BatchRoutes:
         self.worker = BatchWorker(store, catalogue, bodies.intake, owners, answers, ledger,
                                   self.files) if store else None
 
-    async def start(self, app: web.Application):
+    async def start(self):
         if self.worker:
             self.worker.task = asyncio.create_task(supervised(
                 "working on batches", self.worker.run, failed=lambda error: True))
@@ -143,17 +142,6 @@ class BatchRoutes:
             stop.set()
         self.wake_up()
         return json_response(body)
-
-
-BATCH_ROUTES: tuple[Route[BatchRoutes], ...] = (
-    Route("POST", "/v1/batches", Api.OPENAI, BatchRoutes.handle_create,
-          "answer each line of a file while nobody else asks"),
-    Route("GET", "/v1/batches", Api.OPENAI, BatchRoutes.handle_list, "your batches, the newest first",
-          query=(LIMIT, AFTER)),
-    Route("GET", "/v1/batches/{id}", Api.OPENAI, BatchRoutes.handle_batch, "how far a batch is"),
-    Route("POST", "/v1/batches/{id}/cancel", Api.OPENAI, BatchRoutes.handle_cancel,
-          "end a batch; what it has answered is kept"),
-)
 
 
 class UnderWay:

@@ -36,10 +36,10 @@ OfferedTools = Callable[["web.Request", "Envelope"], Awaitable[bytes]]
 class Bodies:
     """What the handlers of routes ask of the intake. Headers of the response say what had no effect."""
 
-    def __init__(self, intake: Intake, owners: Owners):
+    def __init__(self, intake: Intake, owners: Owners, tools: OfferedTools | None = None):
         self.intake = intake
         self.owners = owners
-        self.tools: OfferedTools | None = None  # set by a server that runs tools
+        self.tools = tools  # None: the server runs none
 
     def holding(self) -> Holding:
         """The share of the budget that the request of this task holds."""

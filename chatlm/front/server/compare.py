@@ -17,10 +17,12 @@ from chatlm.common.messages.requests import Finished, Piece
 from chatlm.common.request_ids import id_of_part
 from chatlm.common.text.answer_decoder import CallCounter
 from chatlm.front.aio import end_tasks, supervised
-from chatlm.front.api.encode import NativeEncoder, timings_body, usage_body
+from chatlm.front.api.encode import NativeEncoder, frame, timings_body, usage_body
 from chatlm.front.api.errors import openai_error, public_error
 from chatlm.front.intake.intake import loaded_tokenizer
 from chatlm.front.server.bodies import note_ignored
+from chatlm.front.server.responses import REQUEST_LOG
+from chatlm.front.server.streams import EventStream
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -30,7 +32,9 @@ if TYPE_CHECKING:
     from chatlm.front.intake.intake import Intake
     from chatlm.front.pool.models import Served
     from chatlm.front.pool.pool import WorkerPool
+    from chatlm.front.server.answering import Answers
     from chatlm.front.server.bodies import Bodies
+    from chatlm.front.server.ledger import Ledger
 
 Identified = Callable[["Seq[tuple[WorkerPool, Request]]"], "Seq[Request]"]
 Answering = Callable[..., "AbstractAsyncContextManager[tuple[Accepted, AsyncGenerator[Event, None]]]"]
@@ -226,3 +230,27 @@ def with_ids(contestants: Seq[Contestant], identified: Identified) -> list[Conte
     requests = identified([(one.pool, one.request) for one in contestants])
     return [one._replace(request=replace(request, id=id_of_part(request.id, index)))
             for index, (one, request) in enumerate(zip(contestants, requests))]
+
+
+class CompareRoutes:
+    """The handler of /v1/compare."""
+
+    def __init__(self, bodies: Bodies, answers: Answers, ledger: Ledger, identified: Identified):
+        self.bodies = bodies
+        self.answers = answers
+        self.ledger = ledger
+        self.identified = identified
+
+    async def handle_compare(self, http: web.Request) -> web.StreamResponse:
+        """POST /v1/compare: several models answer the same question, in one stream."""
+        with self.bodies.holding() as holding:
+            contestants = await read_contestants(self.bodies, http, holding)
+            contestants = with_ids(contestants, self.identified)
+            request_id = REQUEST_LOG.get().id
+            with (self.answers.grouped(request_id, [one.request.id for one in contestants]),
+                  self.ledger.pledged([one.work for one in contestants])):
+                async with (Comparison(contestants, self.answers.begin) as comparison,
+                            EventStream(http, request_id) as stream):
+                    async for event in comparison.events():
+                        await stream.send(frame(event))
+        return stream.response

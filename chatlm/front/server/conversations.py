@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence as Seq
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
@@ -23,16 +22,13 @@ from chatlm.front.api.message_readers import (
     OTHER_ITEMS, chat_messages, other_types, response_messages, without_others)
 from chatlm.front.api.encode_responses import ResponsesEncoder
 from chatlm.front.api.errors import public_error, response_error
-from chatlm.front.api.field_types import INTEGER, SWITCH
-from chatlm.front.api.fields import Field
+from chatlm.front.api.kept_fields import AFTER, LIMIT, ORDER, STARTING_AFTER
 from chatlm.front.api.kept_items import AN_ID, kept_items
 from chatlm.front.intake.intake import KeptBefore
 from chatlm.front.lazy import web
 from chatlm.front.server.responses import REQUEST_LOG, json_response
-from chatlm.front.server.routes import Api, Route
 from chatlm.front.server.stored_lists import (
-    AFTER, DAY_S, LIMIT, ORDER, now_s, query_value, require_store, send_list, send_parts, shown_item,
-    take_room)
+    DAY_S, now_s, query_value, require_store, send_list, send_parts, shown_item, take_room)
 from chatlm.front.store import quota, responses
 from chatlm.front.store.files import owns
 from chatlm.front.store.pages import Listed, texts
@@ -64,20 +60,21 @@ class RunningResponse(NamedTuple):
 class ResponseKeeper:
     """Keeps the answers of /v1/responses in the store, and finds what was said before a request."""
 
-    def __init__(self, store: Store | None, bodies: Bodies, owners: Owners, keep_days: int):
+    def __init__(self, store: Store | None, bodies: Bodies, owners: Owners, keep_days: int,
+                 removed: Callable[[], None], cancel: Callable[[str], bool],
+                 follow: Callable[[web.Request, Recording, int], Awaitable[web.StreamResponse]]):
+        """removed: called when something was deleted. cancel: cancels a running answer. follow: sends a
+        recording from an event on."""
         self.store = store
         self.bodies = bodies
         self.owners = owners
         self.keep_s = keep_days * DAY_S
         self.routes = ConversationRoutes(self)
-        self.removed: Callable[[], None] = lambda: None  # called when something was deleted
+        self.removed = removed
         self.saving: set[asyncio.Task[None]] = set()  # tasks that keep answers whose clients have left
         self.running: dict[str, RunningResponse] = {}  # by their ids
-        # set by the front: cancels a running answer; sends a recording from an event on
-        self.cancel: Callable[[str], bool] = lambda request_id: False
-        self.follow: Callable[[web.Request, Recording, int], Awaitable[web.StreamResponse]]
-        if store:
-            bodies.intake.earlier_items = self.earlier
+        self.cancel = cancel
+        self.follow = follow
 
     async def close(self):
         if self.saving:
@@ -401,32 +398,3 @@ class ConversationRoutes:
         return json_response(self._body(await require_store(self.store).run(partial(
             responses.drop_item, conversation=http.match_info["id"], name=http.match_info["item"],
             owner=self.owner))))
-
-
-STREAM = Field("stream", SWITCH, "true: the events of a response that runs in the background")
-STARTING_AFTER = Field("starting_after", INTEGER, "the sequence_number of an event: send those after it", 0,
-                       math.inf)
-CONVERSATION_ROUTES: tuple[Route[ConversationRoutes], ...] = (
-    Route("GET", "/v1/responses/{id}", Api.OPENAI, ConversationRoutes.handle_response,
-          "a response that was kept, or that runs in the background", query=(STREAM, STARTING_AFTER)),
-    Route("POST", "/v1/responses/{id}/cancel", Api.OPENAI, ConversationRoutes.handle_cancel,
-          "stop a response that runs in the background"),
-    Route("DELETE", "/v1/responses/{id}", Api.OPENAI, ConversationRoutes.handle_delete, "delete it"),
-    Route("GET", "/v1/responses/{id}/input_items", Api.OPENAI, ConversationRoutes.handle_inputs,
-          "what it was asked, with what was said before", query=(LIMIT, ORDER, AFTER)),
-    Route("POST", "/v1/conversations", Api.OPENAI, ConversationRoutes.handle_create, "begin a conversation"),
-    Route("GET", "/v1/conversations/{id}", Api.OPENAI, ConversationRoutes.handle_conversation,
-          "a conversation"),
-    Route("POST", "/v1/conversations/{id}", Api.OPENAI, ConversationRoutes.handle_update,
-          "change its metadata"),
-    Route("DELETE", "/v1/conversations/{id}", Api.OPENAI, ConversationRoutes.handle_forget,
-          "delete it with its items"),
-    Route("GET", "/v1/conversations/{id}/items", Api.OPENAI, ConversationRoutes.handle_items, "its items",
-          query=(LIMIT, ORDER, AFTER)),
-    Route("POST", "/v1/conversations/{id}/items", Api.OPENAI, ConversationRoutes.handle_add,
-          "add items to it"),
-    Route("GET", "/v1/conversations/{id}/items/{item}", Api.OPENAI, ConversationRoutes.handle_item,
-          "one item"),
-    Route("DELETE", "/v1/conversations/{id}/items/{item}", Api.OPENAI, ConversationRoutes.handle_drop,
-          "delete it; the answer is the conversation"),
-)

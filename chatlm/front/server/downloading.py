@@ -16,12 +16,9 @@ from chatlm.common.jsontext import dump
 from chatlm.common.memory import available_memory
 from chatlm.front.api.encode import Encoder, frame
 from chatlm.front.api.encode_ollama import OllamaEncoder
-from chatlm.front.api.field_types import TEXT
-from chatlm.front.api.fields import Field
 from chatlm.front.lazy import web
 from chatlm.front.pool.downloads import Download, Downloads
 from chatlm.front.server.responses import REQUEST_LOG, json_response
-from chatlm.front.server.routes import Api, Route
 from chatlm.front.server.streams import EventStream
 
 if TYPE_CHECKING:
@@ -166,30 +163,6 @@ class DownloadRoutes:
         values = await self._read(http)
         await refusals(self.downloads.delete(ollama_name(values["model"])), status=404)
         return web.Response()
-
-
-HUB_SEARCH = Field("search", TEXT, "also search the hub, for this")
-DOWNLOAD_ROUTES: tuple[Route[DownloadRoutes], ...] = (
-    Route("GET", "/models/hub", Api.OPENAI, DownloadRoutes.handle_list,
-          "models that can be downloaded, those in the cache, downloads, and room", query=(HUB_SEARCH,),
-          operator_act=ACT),
-    Route("GET", "/models/hub/{name:.+}", Api.OPENAI, DownloadRoutes.handle_look,
-          "what the hub has of a model: files with sizes, and whether this program can run it",
-          operator_act=ACT),
-    Route("GET", "/models/downloads", Api.OPENAI, DownloadRoutes.handle_downloads,
-          "the state of each download, then each change, as events; ends when none is running",
-          operator_act=ACT),
-    Route("POST", "/models/download", Api.OPENAI, DownloadRoutes.handle_download,
-          "download a model, or follow its download", operator_act=ACT),
-    Route("POST", "/models/cancel", Api.OPENAI, DownloadRoutes.handle_cancel,
-          "end a download; the next one continues where it was", operator_act=ACT),
-    Route("POST", "/models/delete", Api.OPENAI, DownloadRoutes.handle_delete,
-          "remove a downloaded model from the cache", operator_act=ACT),
-    Route("POST", "/api/pull", Api.OLLAMA, DownloadRoutes.handle_pull, "download a model as Ollama does",
-          operator_act=ACT),
-    Route("DELETE", "/api/delete", Api.OLLAMA, DownloadRoutes.handle_ollama_delete,
-          "remove a downloaded model from the cache", operator_act=ACT),
-)
 
 
 async def stream_of(http: web.Request, states: AsyncIterator[dict], encode: Callable[[dict], bytes],

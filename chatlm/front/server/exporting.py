@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from chatlm.common.errors import RequestError, bad_value, shown, without_folders
 from chatlm.common.processes.start import PROCESS_COMMAND, exit_in_words
 from chatlm.front.server.responses import REQUEST_LOG, json_response
-from chatlm.front.server.routes import Api, Route
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -107,12 +106,3 @@ class ExportRoutes:
 def source_of(model: Model) -> ModelSource | None:
     """The files of a model; None if it has failed before they were found."""
     return model.source or (model.pool.source if model.pool else None)
-
-
-EXPORT_ROUTES: tuple[Route[ExportRoutes], ...] = (
-    Route("GET", "/models/exports", Api.OPENAI, ExportRoutes.handle_list,
-          "what is in the folder of --export-folder", operator_act=ACT),
-    Route("POST", "/models/export", Api.OPENAI, ExportRoutes.handle_export,
-          "write a served model as a folder for transformers, into that of --export-folder",
-          operator_act=ACT),
-)

@@ -18,17 +18,14 @@ from chatlm.common.errors import RequestError, bad_value, shown, visible
 from chatlm.common.jsontext import dump
 from chatlm.common.log import log
 from chatlm.front.api.batch_lines import storable
-from chatlm.front.api.field_types import INTEGER
-from chatlm.front.api.fields import Field, FieldType
-from chatlm.front.api.kept_fields import LAST_SECONDS
+from chatlm.front.api.kept_fields import AFTER, FILES_LIMIT, LAST_SECONDS, ORDER, PURPOSE
 from chatlm.front.intake.budget import BODY_S
 from chatlm.front.intake.tasks import CheckedLine, NumberedLine
 from chatlm.front.lazy import aiohttp, web
 from chatlm.front.server.inflate import encoding_of
 from chatlm.front.server.responses import REQUEST_LOG, json_response
-from chatlm.front.server.routes import Api, Route
 from chatlm.front.server.stored_lists import (
-    AFTER, DAY_S, ORDER, now_s, number_in, query_value, send_page, send_part, require_store, take_room)
+    DAY_S, now_s, number_in, query_value, send_page, send_part, require_store, take_room)
 from chatlm.front.server.streams import BODY_BYTES_PER_S
 from chatlm.front.store import batches, files, quota
 from chatlm.front.store.files import File, LineRow
@@ -46,9 +43,6 @@ if TYPE_CHECKING:
 
 INK = re.compile(rb"\S")
 LINE_BYTES = 256  # that a line takes besides its text
-FILES_LIMIT = Field("limit", INTEGER, "rows of a page (10,000)", 1, 10_000)
-PURPOSE = Field("purpose", FieldType('"batch" or "batch_output"', {"enum": ["batch", "batch_output"]}),
-                "only these files")
 UPLOADS = 16  # that arrive at a time; a client has a quarter
 
 
@@ -165,17 +159,6 @@ class FileRoutes:
             sent += len(part)
             await send_part(http, response, part)
         return response
-
-
-FILE_ROUTES: tuple[Route[FileRoutes], ...] = (
-    Route("POST", "/v1/files", Api.OPENAI, FileRoutes.handle_upload,
-          "keep a file of requests for a batch: a form with `file` and `purpose`"),
-    Route("GET", "/v1/files", Api.OPENAI, FileRoutes.handle_list, "your files",
-          query=(PURPOSE, FILES_LIMIT, ORDER, AFTER)),
-    Route("GET", "/v1/files/{id}", Api.OPENAI, FileRoutes.handle_file, "what is known of a file"),
-    Route("GET", "/v1/files/{id}/content", Api.OPENAI, FileRoutes.handle_content, "its content"),
-    Route("DELETE", "/v1/files/{id}", Api.OPENAI, FileRoutes.handle_delete, "delete a file"),
-)
 
 
 def requests_of(data: bytes, first: int) -> list[NumberedLine]:

@@ -1,37 +1,22 @@
-"""What /metrics shows, for Prometheus."""
+"""What the front counts and times, for /metrics and the charts of the page."""
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, Iterator, Sequence as Seq
+from collections.abc import AsyncGenerator
 from itertools import accumulate
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
-from chatlm.common.errors import ConfigError, Overloaded, RequestError, require_library
-from chatlm.common.messages.requests import DRAFT_SOURCES, Finished, Piece
-from chatlm.front.lazy import web
+from chatlm.common.errors import Overloaded, RequestError
+from chatlm.common.messages.requests import Finished, Piece
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Event
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.server.ledger import Ledger
-    from chatlm.front.tools.toolbox import Toolbox
-
-
-async def metrics_response(metrics: Metrics) -> web.Response:
-    try:  # at the first scrape: a start without its modules is 20 ms shorter
-        library = await asyncio.to_thread(require_library, "prometheus_client", "/metrics")
-    except ConfigError:
-        raise RequestError("the Python package prometheus_client is not installed", status=501,
-                           code="no_metrics") from None
-    registry = library.CollectorRegistry()
-    registry.register(MetricFamilies(metrics, library.metrics_core))
-    return web.Response(body=library.generate_latest(registry),
-                        headers={"Content-Type": library.CONTENT_TYPE_LATEST})
 
 
 class Durations:
@@ -62,10 +47,9 @@ class Metrics:
 
     REASONS = ("stop", "length", "cancelled", "refused", "error")
 
-    def __init__(self, catalogue: Catalogue, ledger: Ledger, toolbox: Toolbox):
+    def __init__(self, catalogue: Catalogue, ledger: Ledger):
         self.catalogue = catalogue
         self.ledger = ledger
-        self.toolbox = toolbox
         self.ttft = Durations()
         self.itl = Durations()
         self.queue = Durations()
@@ -111,162 +95,3 @@ class Metrics:
             await events.aclose()
             self.requests[reason] += 1
             self.whole[reason].observe(time.monotonic() - began_s)
-
-
-class MetricFamilies:
-    """Everything that a scrape shows, in the classes of prometheus_client: what the pool counts, what the
-    ledger counts, and what `Metrics` does."""
-
-    def __init__(self, metrics: Metrics, families: Any):
-        """families: the module prometheus_client.metrics_core."""
-        self.metrics = metrics
-        self.catalogue = metrics.catalogue
-        self.ledger = metrics.ledger
-        self.families = families
-
-    def collect(self) -> Iterator[Any]:
-        """prometheus_client calls this on each scrape; it returns what the pool counts."""
-        stats = self.catalogue.stats(self.catalogue.registry.served_models())
-        families = self.families
-        workers = stats["workers"]
-        totals = {name: sum(worker[name] for worker in workers)
-                  for name in ("running", "kv_pages_used", "kv_pages_total", "restarts")}
-        for name, doc, value in (
-                ("running", "requests on workers", totals["running"]),
-                ("queued", "requests waiting for a worker", stats["queue_depth"]),
-                ("kv_pages_used", "KV pages in use", totals["kv_pages_used"]),
-                ("kv_pages", "KV pages", totals["kv_pages_total"]),
-                ("workers", "configured workers", stats["total_workers"]),
-                ("workers_up", "workers that are ready",
-                 sum(worker["state"] == "ready" for worker in workers)),
-                ("workers_in_crash_loop", "workers that keep dying",
-                 sum(worker["crashes_in_row"] > 1 for worker in workers))):
-            yield families.GaugeMetricFamily(f"chat_server_{name}", doc, value)
-        yield families.CounterMetricFamily("chat_server_worker_restarts", "restarts of workers",
-                                           totals["restarts"])
-        for name, doc in (
-                ("restored_tokens", "tokens whose kept pages were restored, for prompts or ahead of them"),
-                ("restored_bytes", "bytes of kept pages that were restored"),
-                ("kept_pages", "KV pages that were copied to memory that outlives the workers"),
-                ("missed_pages", "pages of prompts that were neither cached nor kept"),
-                ("prefill_saved_s", "seconds of computing that pages restored for prompts saved"),
-                ("keeping_s", "seconds of a processor that copying pages to memory took")):
-            unit = f"{name[:-2]}_seconds" if name.endswith("_s") else name
-            yield families.CounterMetricFamily(f"chat_server_{unit}", doc,
-                                               sum(worker.get(name) or 0 for worker in workers))
-        prefixes = stats.get("prefixes", {})
-        for name, doc in (("stored_pages", "KV pages that were written to --prefix-store"),
-                          ("stored_bytes", "bytes that were")):
-            yield families.CounterMetricFamily(f"chat_server_{name}", doc, prefixes.get(name, 0))
-        yield families.GaugeMetricFamily("chat_server_prefix_memory_bytes", "memory that keeps prefixes",
-                                         prefixes.get("memory_bytes", 0))
-        gauge = families.GaugeMetricFamily
-        counter = families.CounterMetricFamily
-        scores = gauge("chat_server_bits_per_byte", "how well a checkpoint predicts --watch-text",
-                       labels=["model"])
-        for name, value in stats.get("bits_per_byte", {}).items():
-            scores.add_metric([name], value)
-        yield scores
-        known = gauge("chat_server_checkpoint_metric", "what is known of how good a checkpoint is",
-                      labels=["model", "metric"])
-        for served in self.catalogue.registry.served_models():
-            if not served.adapter:
-                for name, value in served.model.metrics.items():
-                    known.add_metric([served.name, name], value)
-        yield known
-        for family_type, name, doc in (
-                (gauge, "memory_used", "bytes of its GPU in use, else of its process"),
-                (gauge, "memory_total", "bytes of its GPU, else of the machine"),
-                (gauge, "utilization", "share of time in which its GPU computed (needs nvidia-ml-py)"),
-                (gauge, "batch_fill", "share of --max-batch in use"),
-                (counter, "preemptions", "answers whose KV pages were taken for others")):
-            family = family_type(f"chat_server_worker_{name}", doc, labels=["worker", "device"])
-            for worker in workers:
-                if worker[name] is not None:
-                    family.add_metric([str(worker["gpu_id"]), worker["device"]], worker[name])
-            yield family
-        for name, doc in (("drafted", "tokens that drafts proposed, by their source"),
-                          ("accepted", "drafted tokens that were right")):
-            family = counter(f"chat_server_worker_{name}_tokens", doc, labels=["worker", "device", "source"])
-            for worker in workers:
-                for source in DRAFT_SOURCES:
-                    family.add_metric([str(worker["gpu_id"]), worker["device"], source],
-                                      worker.get(f"{name}_{source}") or 0)
-            yield family
-
-        yield from self._usage()
-        yield from self._tools()
-        yield from self._own()
-
-    def _usage(self) -> Iterator[Any]:
-        """What the ledger has counted since the server started. It is not divided by keys, because any key
-        may read /metrics."""
-        counter = self.families.CounterMetricFamily
-        for name, doc in (
-                ("requests", "requests that were answered, also in part"),
-                ("prompt_tokens", "tokens of their prompts"),
-                ("cached_tokens", "of these, found in the prefix cache"),
-                ("completion_tokens", "tokens that were sent to their clients"),
-                ("compute_s", "seconds of steps, each divided among the tokens in it")):
-            unit = f"{name[:-2]}_seconds" if name.endswith("_s") else name
-            family = counter(f"chat_server_usage_{unit}", doc, labels=["background"])
-            for background, amount in [*self.ledger.totals.items()]:
-                family.add_metric([str(background).lower()], getattr(amount, name))
-            yield family
-
-    def _tools(self) -> Iterator[Any]:
-        """What the toolbox has counted and timed."""
-        toolbox = self.metrics.toolbox
-        counter = self.families.CounterMetricFamily
-        calls = counter("chat_server_tool_calls", "calls of tools by how they ended",
-                        labels=["server", "outcome"])
-        for (label, outcome), number in toolbox.outcomes.items():
-            calls.add_metric([label, outcome], number)
-        yield calls
-        seconds = counter("chat_server_tool_seconds", "seconds that calls of tools took", labels=["server"])
-        for label, number in toolbox.seconds.items():
-            seconds.add_metric([label], number)
-        yield seconds
-        restarts = counter("chat_server_tool_server_restarts", "restarts of tool servers", labels=["server"])
-        for server in toolbox.servers:
-            restarts.add_metric([server.config.label], server.restarts)
-        yield restarts
-        yield self.families.GaugeMetricFamily("chat_server_tool_calls_running", "calls of tools that run now",
-                                              toolbox.limits.running.total())
-
-    def _own(self) -> Iterator[Any]:
-        """What `Metrics` has counted and timed."""
-        metrics = self.metrics
-        for name, doc, durations in (
-                ("time_to_first_token", "time from a request to its first token", metrics.ttft),
-                ("inter_token_latency", "time between two tokens of an answer", metrics.itl),
-                ("queue", "time a request waited before it ran", metrics.queue)):
-            yield self._histogram(name, doc, [([], durations)])
-        yield self._histogram(
-            "request_duration", "time from a request to its end",
-            [([reason], durations) for reason, durations in metrics.whole.items()], labels=["finish_reason"])
-        counter = self.families.CounterMetricFamily
-        for name, doc, labels, counts in (
-                ("requests", "requests by how they ended", ["finish_reason"],
-                 {(reason,): count for reason, count in metrics.requests.items()}),
-                ("tokens", "prompt (computed or cached) and generated tokens", ["kind"],
-                 {(kind,): count for kind, count in metrics.tokens.items()}),
-                ("http_responses", "responses by route and status", ["route", "status"], metrics.responses)):
-            family = counter(f"chat_server_{name}", doc, labels=labels)
-            for values, count in counts.items():
-                family.add_metric([*map(str, values)], count)
-            yield family
-
-    def _histogram(self, name: str, doc: str, rows: list[tuple[list[str], Durations]],
-                   labels: Seq[str] = ()) -> Any:
-        family = self.families.HistogramMetricFamily(f"chat_server_{name}_seconds", doc, labels=labels,
-                                                     unit="seconds")
-        for values, durations in rows:
-            buckets = [(self._bound(bound_s), count) for bound_s, count in durations.buckets()]
-            family.add_metric(values, buckets, durations.sum_s)
-        return family
-
-    @staticmethod
-    def _bound(bound_s: float) -> str:
-        """A bound as prometheus_client writes it."""
-        return "+Inf" if bound_s == math.inf else str(float(bound_s))

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import AnswerParams, Event, Picture, Request
     from chatlm.common.messages.tool_rounds import ApprovedCall, ToolPlan
     from chatlm.front.pool.pool import WorkerPool
-    from chatlm.front.server.answering import Answers
+    from chatlm.front.server.answering import Answers, Ask
     from chatlm.front.server.approvals import Approvals
     from chatlm.front.tools.toolbox import OfferedTool, Toolbox
 
@@ -49,7 +49,6 @@ class Rounds:
         self.toolbox = toolbox
         self.approvals = approvals
         self.settings = settings
-        self.loops: dict[str, Loop] = {}  # by the ids of their answers
 
     def marked(self, parsed: ParsedBody) -> ParsedBody:
         """A body whose answer asks for approvals that this server will know again."""
@@ -58,38 +57,23 @@ class Rounds:
             parsed.plan, mark=self.approvals.mark_for(parsed.request.client)))
 
     @asynccontextmanager
-    async def begin(self, pool: WorkerPool, parsed: ParsedBody, model: str,
-                    whole: bool = False) -> AsyncIterator[tuple[Accepted, AsyncGenerator[Event, None]]]:
+    async def begin(self, ask: Ask) -> AsyncIterator[tuple[Accepted, AsyncGenerator[Event, None]]]:
         """What Answers.begin does, over all rounds."""
+        parsed = ask.parsed
         assert parsed.plan
         request_id = parsed.request.id
         client = parsed.request.client
-        loop = Loop(self, pool, parsed.request, parsed.plan, model, whole)
+        loop = Loop(self, ask.pool, parsed.request, parsed.plan, ask.model, not parsed.stream)
         loop.response = f"resp_{request_id}" if parsed.is_kept else ""
         approved = [call.id for call in parsed.plan.approved]
-        place = pool.place_for(parsed.request)
-        del parsed
-        with self.answers.entered(request_id, client), self.approvals.in_use(client, approved), place:
-            self.loops[request_id] = loop
-            try:
-                await self.approvals.check_unused(client, approved)
-                async with loop.rounds, aclosing(loop.events()) as events:
-                    accepted: Any = await anext(events)
-                    yield accepted, events
-            finally:
-                del self.loops[request_id]
-
-    def running_id(self, request_id: str) -> str:
-        """The id under which the pool knows an answer: that of its round."""
-        loop = self.loops.get(request_id)
-        return loop.round_id if loop else request_id
-
-    def cancel(self, request_id: str) -> bool:
-        """Stop an answer, its calls too. Its reader gets RequestError 'cancelled'."""
-        loop = self.loops.get(request_id)
-        if loop:
-            loop.stop.set()
-        return loop is not None
+        place = ask.pool.place_for(parsed.request)
+        del ask, parsed
+        entered = self.answers.entered(request_id, client, lambda: loop.round_id, loop.cancel)
+        with entered, self.approvals.in_use(client, approved), place:
+            await self.approvals.check_unused(client, approved)
+            async with loop.rounds, aclosing(loop.events()) as events:
+                accepted: Any = await anext(events)
+                yield accepted, events
 
 
 @dataclass
@@ -165,6 +149,11 @@ class Loop:
         self.turns: list[Turn] = []     # those whose calls have results
         self.ended: list[Finished] = []  # the ends of the rounds
         self.approved: list[Call] = []
+
+    def cancel(self) -> bool:
+        """Stop the answer, its calls too. Its reader gets RequestError 'cancelled'."""
+        self.stop.set()
+        return True
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """The first is Accepted, the last is Finished."""

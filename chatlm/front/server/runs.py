@@ -7,43 +7,15 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, RequestError, invalid, shown, without_folders
 from chatlm.common.jsontext import dump
-from chatlm.front.api.fields import A_TEXT
 from chatlm.front.lazy import web
 from chatlm.front.pool.run_names import RunName
-from chatlm.front.server.describe import A_MODEL
 from chatlm.front.server.responses import REQUEST_LOG, json_response
-from chatlm.front.server.routes import Api, Route
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence as Seq
     from chatlm.front.evals.flips import Verdicts
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.pool.models import Served
-
-
-A_FLIP = {"type": "object", "properties": {
-    "task": A_TEXT, "item": {"type": "integer"}, "correct": {"type": "boolean", "description": "in `after`"},
-    "chat": {"type": "boolean"}, "texts": {"type": "array", "items": A_TEXT}}}
-A_STAGE = {"type": "object", "properties": {
-    "id": A_TEXT, "stage": A_TEXT, "steps": {"type": "integer"}, "latest": A_TEXT}}
-RUN_PARTS = {"object": A_TEXT, "id": A_TEXT, "runs": {
-    "type": "array", "items": A_STAGE, "description": "its stages as they were trained, each a run"}}
-A_LIST_OF_RUNS = {"type": "object", "properties": {
-    "object": A_TEXT, "data": {"type": "array", "items": {"type": "object", "properties": RUN_PARTS}}}}
-A_RUN = {"type": "object", "properties": {**RUN_PARTS, "flips": {
-    "type": "object", "description": "with ?before=STEP&after=STEP: items that only one of them got right",
-    "properties": {"gained": {"type": "integer"}, "lost": {"type": "integer"},
-                   "items": {"type": "array", "items": A_FLIP}}}, "steps": {"type": "array", "items": {
-    "type": "object", "properties": {
-        "model": A_TEXT, "run": A_TEXT, "stage": A_TEXT, "step": {"type": "integer"},
-        "state": {"enum": ["unloaded", "loading", "ready", "failed", "removed"],
-                  "description": "removed: its files are gone"},
-        "weights_digest": A_TEXT, "judged": {"type": "boolean"},
-        "metrics": {"type": "object", "additionalProperties": {"type": "number"},
-                    "description": "what is known of the step so far"},
-        "stale": A_MODEL["properties"]["stale"], "warning": A_MODEL["properties"]["warning"],
-        "samples": {"type": "array", "items": {"type": "object", "properties": {
-            "prompt": A_TEXT, "text": A_TEXT}}}}}}}}
 
 
 def steps_of_runs(seen: Seq[Served], removed: Seq[dict] = ()) -> dict[RunName, list[Served]]:
@@ -174,11 +146,3 @@ class RunRoutes:
                                    status=409) from None
         text = await asyncio.to_thread(run_text, body)
         return web.Response(body=text, content_type="application/json")
-
-
-RUN_ROUTES: tuple[Route[RunRoutes], ...] = (
-    Route("GET", "/v1/runs", Api.OPENAI, RunRoutes.handle_list, "the runs of --watch, by lineage",
-          returns=A_LIST_OF_RUNS),
-    Route("GET", "/v1/runs/{tag:.+}", Api.OPENAI, RunRoutes.handle_run, "the steps of a run or a lineage",
-          returns=A_RUN),
-)

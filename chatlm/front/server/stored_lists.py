@@ -11,8 +11,6 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError
 from chatlm.common.jsontext import dump
 from chatlm.front.admission.sandbox import WRITE_BYTES
-from chatlm.front.api.field_types import INTEGER, TEXT
-from chatlm.front.api.fields import Field, FieldType
 from chatlm.front.intake.budget import BODY_S
 from chatlm.front.lazy import web
 from chatlm.front.server.responses import REQUEST_LOG
@@ -20,6 +18,7 @@ from chatlm.front.server.responses import REQUEST_LOG
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence as Seq
 
+    from chatlm.front.api.fields import Field
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.intake.budget import Holding
     from chatlm.front.store.pages import Listed, ListPage
@@ -27,10 +26,6 @@ if TYPE_CHECKING:
 
 
 DAY_S = 86400
-AFTER = Field("after", TEXT, "the id of the last row of the page before")
-ORDER = Field("order", FieldType('"asc" or "desc"', {"enum": ["asc", "desc"]}),
-              "by time; desc = newest first")
-LIMIT = Field("limit", INTEGER, "rows of a page (20)", 1, 100)
 NO_STORE = "this server keeps nothing of this kind: it was started without --database"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping, Sequence as Seq
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence as Seq
 from functools import partial
 from typing import Any, TYPE_CHECKING
 
@@ -15,13 +15,10 @@ from chatlm.common.log import log
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.api.encode import frame
 from chatlm.front.api.enforcement import why_unenforced
-from chatlm.front.api.field_types import TEXT
-from chatlm.front.api.fields import A_TEXT, Field, list_schema, object_schema
 from chatlm.front.api.tool_calls import read_call, unpacked_call
 from chatlm.front.lazy import web
 from chatlm.front.server.bodies import note_ignored
 from chatlm.front.server.responses import REQUEST_LOG, json_response
-from chatlm.front.server.routes import Api, Route
 from chatlm.front.server.streams import EventStream, read_bytes
 from chatlm.front.tools.offers import OfferedTool
 from chatlm.front.tools.toolbox import Toolbox
@@ -53,14 +50,31 @@ class ToolRoutes:
         # why a tool's parameters can't be enforced ("": they are), by digest and format of calls
         self.unenforced: OrderedDict[tuple[str, str | None], str] = OrderedDict()
 
-        if settings.mcp_config is not None:
-            bodies.tools = self.offered_to
-
-    async def start(self, app: object):
+    async def start(self):
         self.toolbox.start()
 
     async def close(self):
         await self.toolbox.close()
+
+    def metric_families(self, families: Any) -> Iterator[Any]:
+        """What the toolbox has counted and timed. families: the module prometheus_client.metrics_core."""
+        toolbox = self.toolbox
+        counter = families.CounterMetricFamily
+        calls = counter("chat_server_tool_calls", "calls of tools by how they ended",
+                        labels=["server", "outcome"])
+        for (label, outcome), number in toolbox.outcomes.items():
+            calls.add_metric([label, outcome], number)
+        yield calls
+        seconds = counter("chat_server_tool_seconds", "seconds that calls of tools took", labels=["server"])
+        for label, number in toolbox.seconds.items():
+            seconds.add_metric([label], number)
+        yield seconds
+        restarts = counter("chat_server_tool_server_restarts", "restarts of tool servers", labels=["server"])
+        for server in toolbox.servers:
+            restarts.add_metric([server.config.label], server.restarts)
+        yield restarts
+        yield families.GaugeMetricFamily("chat_server_tool_calls_running", "calls of tools that run now",
+                                         toolbox.limits.running.total())
 
     async def handle_list(self, http: web.Request) -> web.Response:
         """GET /v1/tools: the tools that this client may use, and the state of their servers."""
@@ -253,19 +267,3 @@ def is_usable(offered: OfferedTool, patterns: Seq[str]) -> bool:
 def may_see(label: str, patterns: Seq[str]) -> bool:
     """Whether a client may use any tool of a server."""
     return "*" in patterns or any(pattern == label or pattern.startswith(f"{label}.") for pattern in patterns)
-
-
-MODEL = Field("model", TEXT, "whose format of calls decides which parameters can be enforced")
-A_TOOL = object_schema(
-    ["name", "server", "tool", "digest"], name=A_TEXT, server=A_TEXT, tool=A_TEXT, description=A_TEXT,
-    parameters={"type": "object"}, annotations={"type": "object"}, digest=A_TEXT,
-    enforced={"description": "true, or why calls can't be held to the parameters"},
-    ask={"type": "boolean", "description": "whether a person should approve of each call"})
-A_LIST = object_schema(["data", "servers"], data=list_schema(A_TOOL), servers=list_schema(
-    object_schema(["label", "state"], label=A_TEXT, state=A_TEXT, reason=A_TEXT, notices=list_schema(
-        A_TEXT | {"description": "such as that tools are left out, and why"}))))
-TOOL_ROUTES: tuple[Route[ToolRoutes], ...] = (
-    Route("GET", "/v1/tools", Api.OPENAI, ToolRoutes.handle_list,
-          "the tools of --mcp-config that this client may use", query=(MODEL,), returns=A_LIST),
-    Route("POST", "/v1/tools/call", Api.OPENAI, ToolRoutes.handle_call, "call one of these tools"),
-)

@@ -1,0 +1,346 @@
+"""The annexes of the front: what a server has beside its core, loaded when a flag or a request asks for it.
+
+An annex is a row of `ANNEXES`: data, and functions that import its modules when they are called. Nothing of
+it is imported before. The rows of its routes are here, so that the router, the rules of access, 404 and 405,
+and /openapi.json know all routes. A handler is a function of the annex's room and the request; the type
+checker refuses one that the room does not have."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from typing import Any, Generic, TYPE_CHECKING, TypeVar
+
+from chatlm.common.records import record
+from chatlm.front.api.field_types import TEXT
+from chatlm.front.api.fields import A_TEXT, Field, list_schema, object_schema
+from chatlm.front.api.kept_fields import (
+    AFTER, FILES_LIMIT, LIMIT, ORDER, PURPOSE, STARTING_AFTER, STREAM)
+from chatlm.front.server.describe import A_MODEL
+from chatlm.front.server.routes import Api, Route
+
+if TYPE_CHECKING:
+    from aiohttp import web
+    from chatlm.common.config import Settings
+    from chatlm.common.messages.protocol import ParsedBody
+    from chatlm.front.api.encode import Encoder
+    from chatlm.front.front import Front
+    from chatlm.front.intake.arrival import Arrival
+    from chatlm.front.intake.budget import Holding
+    from chatlm.front.intake.envelope import Envelope
+    from chatlm.front.intake.intake import KeptBefore
+    from chatlm.front.server.answering import Answering, Ask, Begin
+    from chatlm.front.server.batches import BatchRoutes
+    from chatlm.front.server.compare import CompareRoutes
+    from chatlm.front.server.conversations import ConversationRoutes, ResponseKeeper
+    from chatlm.front.server.downloading import DownloadRoutes
+    from chatlm.front.server.exporting import ExportRoutes
+    from chatlm.front.server.files import FileRoutes
+    from chatlm.front.server.metric_families import MetricRoutes
+    from chatlm.front.server.recordings import Recording
+    from chatlm.front.server.rounds import Rounds
+    from chatlm.front.server.runs import RunRoutes
+    from chatlm.front.server.tooling import ToolRoutes
+    from chatlm.front.store.store import Store
+    from chatlm.front.tools.toolbox import Toolbox
+
+
+T = TypeVar("T")
+Make = Callable[["Front"], T]
+
+
+async def nothing(room: Any):
+    pass
+
+
+@record
+class Annex(Generic[T]):
+    """What the core can do without. T: its room, the object that has the handlers of its routes."""
+
+    name: str
+    load: Callable[[], Make[T]]     # imports its modules, in a thread if a request asks; makes the room
+    routes: tuple[Route[T], ...] = ()
+    wanted: Callable[[Front], bool] = lambda front: False   # opened at the start, because of a flag
+    start: Callable[[T], Awaitable[None]] = nothing  # its tasks
+    close: Callable[[T], Awaitable[None]] = nothing  # at the server's end
+    # The hooks of those that are wanted. Has it to do with the answer to a body? Then `prepare` may change
+    # the body, before its encoder is made, and `around` begins the answer: it gets what begins the one within
+    joins: Callable[[ParsedBody], bool] = lambda parsed: False
+    prepare: Callable[[T, ParsedBody], ParsedBody] | None = None
+    around: Callable[[T, Begin, Ask], Answering] | None = None
+    # the tools that may be run for a body that names servers, as a JSON list
+    offers: Callable[[T, web.Request, Envelope], Awaitable[bytes]] | None = None
+    # the items that a body continues or refers to
+    earlier: Callable[[T, Arrival, Holding], Awaitable[KeptBefore]] | None = None
+    # the response to a body whose answer goes on in the background, where it is recorded
+    in_background: Callable[[T, Encoder, Recording], bytes] | None = None
+    # Of all: what it counts, in the classes of prometheus_client.metrics_core
+    metrics: Callable[[T, Any], Iterator[Any]] | None = None
+
+
+def with_database(front: Front) -> bool:
+    return front.store is not None
+
+
+def with_tools(front: Front) -> bool:
+    return front.settings.mcp_config is not None
+
+
+def toolbox_of(settings: Settings) -> Toolbox | None:
+    """The tools of --mcp-config; None without the flag. Raises ConfigError for a file that can't be used."""
+    if settings.mcp_config is None:
+        return None
+    from chatlm.front.tools.toolbox import Toolbox
+    return Toolbox.of(settings)
+
+
+async def database_of(settings: Settings) -> Store | None:
+    """The store of --database; None without the flag. Raises ConfigError if it can't be used."""
+    if settings.database is None:
+        return None
+    from chatlm.front.store.store import open_store
+    return await open_store(settings)
+
+
+# Tools that run here, and answers for which the server calls them
+
+def load_tools() -> Make[ToolRoutes]:
+    from chatlm.front.server.tooling import ToolRoutes
+    from chatlm.front.tools.toolbox import Toolbox
+    return lambda front: ToolRoutes(front.toolbox or Toolbox.of(front.settings), front.settings,
+                                    front.catalogue, front.bodies, front.access)
+
+
+def load_rounds() -> Make[Rounds]:
+    from chatlm.front.server.approvals import Approvals
+    from chatlm.front.server.rounds import Rounds
+    return lambda front: Rounds(front.answers, front.room(TOOLS).toolbox,
+                                Approvals(front.store, front.owners, front.settings), front.settings)
+
+
+MODEL = Field("model", TEXT, "whose format of calls decides which parameters can be enforced")
+A_TOOL = object_schema(
+    ["name", "server", "tool", "digest"], name=A_TEXT, server=A_TEXT, tool=A_TEXT, description=A_TEXT,
+    parameters={"type": "object"}, annotations={"type": "object"}, digest=A_TEXT,
+    enforced={"description": "true, or why calls can't be held to the parameters"},
+    ask={"type": "boolean", "description": "whether a person should approve of each call"})
+A_LIST = object_schema(["data", "servers"], data=list_schema(A_TOOL), servers=list_schema(
+    object_schema(["label", "state"], label=A_TEXT, state=A_TEXT, reason=A_TEXT, notices=list_schema(
+        A_TEXT | {"description": "such as that tools are left out, and why"}))))
+TOOL_ROUTES: tuple[Route[ToolRoutes], ...] = (
+    Route("GET", "/v1/tools", Api.OPENAI, lambda tools, http: tools.handle_list(http),
+          "the tools of --mcp-config that this client may use", query=(MODEL,), returns=A_LIST),
+    Route("POST", "/v1/tools/call", Api.OPENAI, lambda tools, http: tools.handle_call(http),
+          "call one of these tools"),
+)
+TOOLS = Annex(
+    "tools", load_tools, TOOL_ROUTES, with_tools, lambda tools: tools.start(), lambda tools: tools.close(),
+    offers=lambda tools, http, envelope: tools.offered_to(http, envelope),
+    metrics=lambda tools, families: tools.metric_families(families))
+ROUNDS = Annex(
+    "rounds", load_rounds, wanted=with_tools, start=lambda rounds: rounds.approvals.open(),
+    joins=lambda parsed: parsed.plan is not None, prepare=lambda rounds, parsed: rounds.marked(parsed),
+    around=lambda rounds, begin, ask: rounds.begin(ask))
+
+
+# What is kept: responses, conversations, files, batches
+
+def load_batches() -> Make[BatchRoutes]:
+    from chatlm.front.server.batches import BatchRoutes
+    return lambda front: BatchRoutes(front.store, front.catalogue, front.bodies, front.owners, front.answers,
+                                     front.ledger)
+
+
+def load_files() -> Make[FileRoutes]:
+    load_batches()
+    return lambda front: front.room(BATCHES).files
+
+
+def load_kept() -> Make[ResponseKeeper]:
+    from chatlm.front.server.conversations import ResponseKeeper
+    return lambda front: ResponseKeeper(
+        front.store, front.bodies, front.owners, front.settings.keep_days,
+        removed=lambda: front.room(BATCHES).wake_up(), cancel=front.cancel, follow=front.follow)
+
+
+def load_conversations() -> Make[ConversationRoutes]:
+    load_kept()
+    return lambda front: front.room(KEPT).routes
+
+
+BATCH_ROUTES: tuple[Route[BatchRoutes], ...] = (
+    Route("POST", "/v1/batches", Api.OPENAI, lambda batches, http: batches.handle_create(http),
+          "answer each line of a file while nobody else asks"),
+    Route("GET", "/v1/batches", Api.OPENAI, lambda batches, http: batches.handle_list(http),
+          "your batches, the newest first",
+          query=(LIMIT, AFTER)),
+    Route("GET", "/v1/batches/{id}", Api.OPENAI, lambda batches, http: batches.handle_batch(http),
+          "how far a batch is"),
+    Route("POST", "/v1/batches/{id}/cancel", Api.OPENAI, lambda batches, http: batches.handle_cancel(http),
+          "end a batch; what it has answered is kept"),
+)
+FILE_ROUTES: tuple[Route[FileRoutes], ...] = (
+    Route("POST", "/v1/files", Api.OPENAI, lambda files, http: files.handle_upload(http),
+          "keep a file of requests for a batch: a form with `file` and `purpose`"),
+    Route("GET", "/v1/files", Api.OPENAI, lambda files, http: files.handle_list(http), "your files",
+          query=(PURPOSE, FILES_LIMIT, ORDER, AFTER)),
+    Route("GET", "/v1/files/{id}", Api.OPENAI, lambda files, http: files.handle_file(http),
+          "what is known of a file"),
+    Route("GET", "/v1/files/{id}/content", Api.OPENAI, lambda files, http: files.handle_content(http),
+          "its content"),
+    Route("DELETE", "/v1/files/{id}", Api.OPENAI, lambda files, http: files.handle_delete(http),
+          "delete a file"),
+)
+CONVERSATION_ROUTES: tuple[Route[ConversationRoutes], ...] = (
+    Route("GET", "/v1/responses/{id}", Api.OPENAI, lambda kept, http: kept.handle_response(http),
+          "a response that was kept, or that runs in the background", query=(STREAM, STARTING_AFTER)),
+    Route("POST", "/v1/responses/{id}/cancel", Api.OPENAI, lambda kept, http: kept.handle_cancel(http),
+          "stop a response that runs in the background"),
+    Route("DELETE", "/v1/responses/{id}", Api.OPENAI, lambda kept, http: kept.handle_delete(http),
+          "delete it"),
+    Route("GET", "/v1/responses/{id}/input_items", Api.OPENAI, lambda kept, http: kept.handle_inputs(http),
+          "what it was asked, with what was said before", query=(LIMIT, ORDER, AFTER)),
+    Route("POST", "/v1/conversations", Api.OPENAI, lambda kept, http: kept.handle_create(http),
+          "begin a conversation"),
+    Route("GET", "/v1/conversations/{id}", Api.OPENAI, lambda kept, http: kept.handle_conversation(http),
+          "a conversation"),
+    Route("POST", "/v1/conversations/{id}", Api.OPENAI, lambda kept, http: kept.handle_update(http),
+          "change its metadata"),
+    Route("DELETE", "/v1/conversations/{id}", Api.OPENAI, lambda kept, http: kept.handle_forget(http),
+          "delete it with its items"),
+    Route("GET", "/v1/conversations/{id}/items", Api.OPENAI, lambda kept, http: kept.handle_items(http),
+          "its items",
+          query=(LIMIT, ORDER, AFTER)),
+    Route("POST", "/v1/conversations/{id}/items", Api.OPENAI, lambda kept, http: kept.handle_add(http),
+          "add items to it"),
+    Route("GET", "/v1/conversations/{id}/items/{item}", Api.OPENAI, lambda kept, http: kept.handle_item(http),
+          "one item"),
+    Route("DELETE", "/v1/conversations/{id}/items/{item}", Api.OPENAI,
+          lambda kept, http: kept.handle_drop(http),
+          "delete it; the answer is the conversation"),
+)
+BATCHES = Annex("batches", load_batches, BATCH_ROUTES, with_database, lambda batches: batches.start(),
+                lambda batches: batches.close())
+FILES = Annex("files", load_files, FILE_ROUTES)
+KEPT = Annex("kept", load_kept, wanted=with_database, close=lambda kept: kept.close(),
+             joins=lambda parsed: parsed.is_kept,
+             around=lambda kept, begin, ask: kept.answering(begin(ask), ask.encoder),
+             earlier=lambda kept, arrival, reading: kept.earlier(arrival, reading),
+             in_background=lambda kept, encoder, recording: kept.show_running(encoder, recording))
+CONVERSATIONS = Annex("conversations", load_conversations, CONVERSATION_ROUTES)
+
+
+# What an operator does
+
+def load_downloads() -> Make[DownloadRoutes]:
+    from chatlm.front.server.downloading import DownloadRoutes
+    return lambda front: DownloadRoutes(front.catalogue, front.bodies)
+
+
+def load_exports() -> Make[ExportRoutes]:
+    from chatlm.front.server.exporting import ExportRoutes
+    return lambda front: ExportRoutes(front.catalogue, front.bodies)
+
+
+def load_metrics() -> Make[MetricRoutes]:
+    from chatlm.front.server.metric_families import MetricRoutes
+    showing = [annex for annex in ANNEXES if annex.metrics]
+    for annex in showing:
+        annex.load()
+    return lambda front: MetricRoutes(front.metrics, [
+        partial(annex.metrics, front.room(annex)) for annex in showing if annex.metrics])
+
+
+GET_MODELS = "download and delete models"
+HUB_SEARCH = Field("search", TEXT, "also search the hub, for this")
+DOWNLOAD_ROUTES: tuple[Route[DownloadRoutes], ...] = (
+    Route("GET", "/models/hub", Api.OPENAI, lambda downloads, http: downloads.handle_list(http),
+          "models that can be downloaded, those in the cache, downloads, and room", query=(HUB_SEARCH,),
+          operator_act=GET_MODELS),
+    Route("GET", "/models/hub/{name:.+}", Api.OPENAI, lambda downloads, http: downloads.handle_look(http),
+          "what the hub has of a model: files with sizes, and whether this program can run it",
+          operator_act=GET_MODELS),
+    Route("GET", "/models/downloads", Api.OPENAI, lambda downloads, http: downloads.handle_downloads(http),
+          "the state of each download, then each change, as events; ends when none is running",
+          operator_act=GET_MODELS),
+    Route("POST", "/models/download", Api.OPENAI, lambda downloads, http: downloads.handle_download(http),
+          "download a model, or follow its download", operator_act=GET_MODELS),
+    Route("POST", "/models/cancel", Api.OPENAI, lambda downloads, http: downloads.handle_cancel(http),
+          "end a download; the next one continues where it was", operator_act=GET_MODELS),
+    Route("POST", "/models/delete", Api.OPENAI, lambda downloads, http: downloads.handle_delete(http),
+          "remove a downloaded model from the cache", operator_act=GET_MODELS),
+    Route("POST", "/api/pull", Api.OLLAMA, lambda downloads, http: downloads.handle_pull(http),
+          "download a model as Ollama does",
+          operator_act=GET_MODELS),
+    Route("DELETE", "/api/delete", Api.OLLAMA, lambda downloads, http: downloads.handle_ollama_delete(http),
+          "remove a downloaded model from the cache", operator_act=GET_MODELS),
+)
+EXPORT_ROUTES: tuple[Route[ExportRoutes], ...] = (
+    Route("GET", "/models/exports", Api.OPENAI, lambda exports, http: exports.handle_list(http),
+          "what is in the folder of --export-folder", operator_act="export models"),
+    Route("POST", "/models/export", Api.OPENAI, lambda exports, http: exports.handle_export(http),
+          "write a served model as a folder for transformers, into that of --export-folder",
+          operator_act="export models"),
+)
+METRIC_ROUTES: tuple[Route[MetricRoutes], ...] = (
+    Route("GET", "/metrics", Api.NANOCHAT, lambda metrics, http: metrics.handle_metrics(http),
+          "Prometheus metrics", polled=True),
+)
+DOWNLOADS = Annex("downloads", load_downloads, DOWNLOAD_ROUTES, close=lambda downloads: downloads.close())
+EXPORTS = Annex("exports", load_exports, EXPORT_ROUTES, close=lambda exports: exports.close())
+METRICS = Annex("metrics", load_metrics, METRIC_ROUTES)
+
+
+# Several models and training runs
+
+def load_compare() -> Make[CompareRoutes]:
+    from chatlm.front.server.compare import CompareRoutes
+    return lambda front: CompareRoutes(front.bodies, front.answers, front.ledger, front.identified)
+
+
+def load_runs() -> Make[RunRoutes]:
+    from chatlm.front.server.runs import RunRoutes
+    return lambda front: RunRoutes(front.catalogue)
+
+
+COMPARE_ROUTES: tuple[Route[CompareRoutes], ...] = (
+    Route("POST", "/v1/compare", Api.OPENAI, lambda compare, http: compare.handle_compare(http),
+          "answers of several models to one question, streamed, and where each diverges from the first"),
+)
+A_FLIP = {"type": "object", "properties": {
+    "task": A_TEXT, "item": {"type": "integer"}, "correct": {"type": "boolean", "description": "in `after`"},
+    "chat": {"type": "boolean"}, "texts": {"type": "array", "items": A_TEXT}}}
+A_STAGE = {"type": "object", "properties": {
+    "id": A_TEXT, "stage": A_TEXT, "steps": {"type": "integer"}, "latest": A_TEXT}}
+RUN_PARTS = {"object": A_TEXT, "id": A_TEXT, "runs": {
+    "type": "array", "items": A_STAGE, "description": "its stages as they were trained, each a run"}}
+A_LIST_OF_RUNS = {"type": "object", "properties": {
+    "object": A_TEXT, "data": {"type": "array", "items": {"type": "object", "properties": RUN_PARTS}}}}
+A_RUN = {"type": "object", "properties": {**RUN_PARTS, "flips": {
+    "type": "object", "description": "with ?before=STEP&after=STEP: items that only one of them got right",
+    "properties": {"gained": {"type": "integer"}, "lost": {"type": "integer"},
+                   "items": {"type": "array", "items": A_FLIP}}}, "steps": {"type": "array", "items": {
+    "type": "object", "properties": {
+        "model": A_TEXT, "run": A_TEXT, "stage": A_TEXT, "step": {"type": "integer"},
+        "state": {"enum": ["unloaded", "loading", "ready", "failed", "removed"],
+                  "description": "removed: its files are gone"},
+        "weights_digest": A_TEXT, "judged": {"type": "boolean"},
+        "metrics": {"type": "object", "additionalProperties": {"type": "number"},
+                    "description": "what is known of the step so far"},
+        "stale": A_MODEL["properties"]["stale"], "warning": A_MODEL["properties"]["warning"],
+        "samples": {"type": "array", "items": {"type": "object", "properties": {
+            "prompt": A_TEXT, "text": A_TEXT}}}}}}}}
+RUN_ROUTES: tuple[Route[RunRoutes], ...] = (
+    Route("GET", "/v1/runs", Api.OPENAI, lambda runs, http: runs.handle_list(http),
+          "the runs of --watch, by lineage",
+          returns=A_LIST_OF_RUNS),
+    Route("GET", "/v1/runs/{tag:.+}", Api.OPENAI, lambda runs, http: runs.handle_run(http),
+          "the steps of a run or a lineage",
+          returns=A_RUN),
+)
+COMPARE = Annex("compare", load_compare, COMPARE_ROUTES)
+RUNS = Annex("runs", load_runs, RUN_ROUTES)
+
+# They start in this order, and are closed in it. The `around` of one is within those of the rows after it
+ANNEXES: tuple[Annex[Any], ...] = (
+    BATCHES, FILES, DOWNLOADS, EXPORTS, METRICS, COMPARE, RUNS, TOOLS, ROUNDS, KEPT, CONVERSATIONS)
