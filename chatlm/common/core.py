@@ -88,7 +88,8 @@ def as_expected(line: str) -> bool:
 
 
 def lacks() -> str:
-    """The instruction sets that decode_core was compiled without, as a build for one CPU is; "" if it has all."""
+    """The instruction sets that decode_core was compiled without, as one for a single kind of CPU; "" if
+    none."""
     core = decode_core()
     return ", ".join(core.info().get("left_out_isas", ())) if core else ""
 
