@@ -230,14 +230,13 @@ def test_a_library_without_this_cpu_s_set_runs_portable(portable_library, nanoch
         return subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, timeout=120, env=alone | more)
 
     log = []
-    with server(nanochat_fixtures / "gen5", env=alone, log=log) as (_, url):
-        stats = get(url + "/stats")
+    with server(nanochat_fixtures / "gen5", env=alone, log=log):        # torch may be faster, and is then taken
+        pass
     (line,) = [line for line in log if SAID in line]
     assert "runs with portable instructions; this CPU has " in line and "DECODE_CORE_SETS=all" in line
-    assert stats["kernels"]["linear"] == "decode_core/portable"
     words = ["generate", nanochat_fixtures / "gen5", "--prompt", "Once", "-m", "20", "--temperature", "0"]
     usual = subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, timeout=120)
-    assert run(*words).stdout == usual.stdout != ""
+    assert run(*words, DECODE_CORE_ISA="portable").stdout == usual.stdout != ""
     refused = run(*words, DECODE_CORE_ISA="avx2")
     assert refused.returncode == 2 and "DECODE_CORE_ISA=avx2: decode_core was compiled without avx2; DECODE_CORE_SETS=all" in refused.stderr
     bundled = run("bundle", tmp_path / "a.pyz")
