@@ -91,10 +91,32 @@ const noteToken = {name: "note", level: "inline",
 
 const noteKey = label => `^${label.toLowerCase()}`;
 
-const markdown = new marked.Marked({gfm: true, breaks: true, extensions: [mathToken, noteToken, Calculator.token]});
+// Bold, italics and struck words. marked gives a text in which code, links and escapes are masked, the whole of it each time; what is bold is
+// read as a text of its own, whose pairs of marks are known.
+const pairsIn = new Map();        // masked text -> its pairs of marks, while a text is being read
+let within = null;                // what is read inside of marks: {length, pairs: those of the text around, offset: where it begins there, depth}
+
+function emphasisToken(source, masked) {
+  const mark = source[0], at = masked.length - source.length;
+  if (!"*_~".includes(mark) || within?.depth >= MOST_NESTED) return undefined;
+  const outer = within, isInside = outer?.length === masked.length;
+  if (!isInside && !pairsIn.has(masked)) pairsIn.set(masked, Emphasis.pairsOf(masked));
+  const pairs = isInside ? outer.pairs : pairsIn.get(masked), offset = isInside ? outer.offset : 0, pair = pairs.get(offset + at);
+  if (!pair) return undefined;
+  const raw = source.slice(0, pair.end - offset - at), text = raw.slice(pair.size, -pair.size);
+  within = {length: text.length, pairs, offset: offset + at + pair.size, depth: (outer?.depth ?? 0) + 1};
+  const tokens = this.lexer.inlineTokens(text);
+  within = outer;
+  return {type: mark === "~" ? "del" : pair.size === 2 ? "strong" : "em", raw, text, tokens};
+}
+
+const markdown = new marked.Marked({gfm: true, breaks: true, extensions: [mathToken, noteToken, Calculator.token],
+  tokenizer: {emStrong: emphasisToken, del: emphasisToken}});
 
 function inlineTokens(text, links) {
   markdownWork.characters += text.length;
+  pairsIn.clear();
+  within = null;
   const lexer = new marked.Lexer(markdown.defaults);
   lexer.tokens.links = links;
   return lexer.inlineTokens(text);

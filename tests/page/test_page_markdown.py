@@ -413,7 +413,7 @@ def test_near_turns_take_a_few_milliseconds_a_frame(page, stand_in):
 
 
 DEEP = {        # thousands of elements inside each other crash a browser's tab
-    "quotes": ">" * 20_000, "items": "1. " * 9_000, "both": "> 1. " * 4_000, "tags": "<sub>" * 9_000,
+    "emphasis": "*a " * 9_000 + "a* " * 9_000, "quotes": ">" * 20_000, "items": "1. " * 9_000, "both": "> 1. " * 4_000, "tags": "<sub>" * 9_000,
     "fractions": "$" + "\\frac{1}{" * 1_500 + "x" + "}" * 1_500 + "$", "a long formula": "$" + "x+" * 20_000 + "x$",
     "roots": "$" + "\\sqrt{" * 600 + "x" + "}" * 600 + "$", "powers": "$" + "x^{" * 700 + "x" + "}" * 700 + "$"}
 
