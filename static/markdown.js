@@ -399,7 +399,7 @@ class Rule extends Leaf {
 class Code extends Leaf {
   constructor(view, language, fence = null) {
     super(view);
-    Object.assign(this, {language, fence, text: "", line: null, blanks: 0, code: new CodeText(language)});
+    Object.assign(this, {language, fence, row: view.rows, text: "", line: null, blanks: 0, code: new CodeText(language)});
     this.box = this.add(codeBox(language, this.code.element));
   }
   set(content, whole) {
@@ -412,6 +412,7 @@ class Code extends Leaf {
   draw(final = false) { this.code.update(Calculator.plainCards(this.text + (this.line ?? "")), final); }
   end() {
     if (this.line !== null) this.set(this.line, true);
+    if (this.fence?.isMistaken) this.view.mistakenFrom = Math.min(this.view.mistakenFrom, this.row);
     this.draw(true);
     this.box.querySelector(".preview-code").hidden = !isDrawable(this.language, this.code.element.textContent);
   }
@@ -605,7 +606,6 @@ function drawCode() {
 
 const indentOf = text => /^ */.exec(text)[0].length;
 const RULE = /^ {0,3}(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$/;
-const FENCE = /^ {0,3}(?:(`{3,})([^`]*)|(~{3,})(.*))$/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])( +|\t|$)/;
 const DELIMITER = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
 
@@ -627,9 +627,10 @@ const NOTE = /^ {0,3}\[\^([^\][\s^]{1,40})\]:[ \t]*/;
 class MarkdownView {
   constructor(root) { this.root = root; this.restart(); }
 
-  restart(links = Object.create(null)) {
-    Object.assign(this, {at: 0, length: 0, begun: false, contentAt: 0, leaf: null, finished: false, links, defined: false,
-      stack: [{kind: "root", element: this.root}]});
+  // plainFrom: from this line on, no block of code holds others. mistakenFrom: where one began that seemed to hold some.
+  restart(links = Object.create(null), plainFrom = Infinity) {
+    Object.assign(this, {at: 0, length: 0, rows: 0, begun: false, contentAt: 0, leaf: null, finished: false, links, defined: false,
+      plainFrom, mistakenFrom: Infinity, stack: [{kind: "root", element: this.root}]});
     this.root.replaceChildren();
   }
 
@@ -648,14 +649,16 @@ class MarkdownView {
 
   finish(text) {
     this.closeTo(1);
+    if (this.mistakenFrom < Infinity) this.drawAgain(text, Object.create(null), this.mistakenFrom);
+    // a definition can follow its use
+    if (this.defined && /\]:/.test(text)) this.drawAgain(text, Object.assign(Object.create(null), this.links), this.plainFrom);
     this.finished = true;
-    if (!this.defined || !/\]:/.test(text)) return;
-    this.restart(Object.assign(Object.create(null), this.links));            // a definition can follow its use
-    this.defined = false;
-    this.again = true;
+  }
+
+  drawAgain(text, links, plainFrom) {
+    this.restart(links, plainFrom);
     for (const line of text.split("\n")) this.takeLine(line, true);
     this.closeTo(1);
-    this.finished = true;
   }
 
   takeLine(line, whole) {
@@ -671,6 +674,7 @@ class MarkdownView {
     if (ending) line = line.slice(0, this.contentAt + ending.index);
     if (this.contentAt !== null) this.leaf?.set(line.slice(this.contentAt), whole);
     if (ending && whole) this.closeDetails(ending[1]);
+    if (whole) this.rows++;
   }
 
   // "</details>" behind the last words of a paragraph, or its beginning if the line is not whole.
@@ -722,15 +726,13 @@ class MarkdownView {
         if (!found) break;
         at += found[0].length;
       } else if (container.kind === "note") {
-        if (!rest.trim()) continue;
         const indent = indentOf(rest);
-        if (indent < 2) break;
+        if (rest.trim() && indent < 2) break;
         at += Math.min(indent, 4);
       } else if (container.kind === "item") {
-        if (!rest.trim()) continue;
         // its list continues only with another item
-        if (indentOf(rest) < container.indent) return [depth - 1, at];
-        at += container.indent;
+        if (rest.trim() && indentOf(rest) < container.indent) return [depth - 1, at];
+        at += Math.min(indentOf(rest), container.indent);
       }
     }
     return [depth, at];
@@ -738,8 +740,7 @@ class MarkdownView {
 
   inFence(line, at) {
     const {fence} = this.leaf, rest = line.slice(at);
-    const closing = new RegExp(`^ {0,3}${fence.mark[0]}{${fence.mark.length},}[ \\t]*$`);
-    if (closing.test(rest)) { this.closeLeaf(); return null; }
+    if (fence.isClosedBy(rest)) { this.closeLeaf(); return null; }
     return at + Math.min(indentOf(rest), fence.indent);
   }
 
@@ -836,9 +837,9 @@ class MarkdownView {
     if (indentOf(rest) >= 4) return undefined;
     const heading = /^ {0,3}(#{1,6})(?:[ \t]+|$)/.exec(rest);
     const setext = paragraph ? /^ {0,3}(=+|-+)[ \t]*$/.exec(rest) : null;
-    const fence = FENCE.exec(rest);
+    const fence = Fences.opened(rest, this.rows < this.plainFrom);
     if (heading) return this.open(depth, () => new Heading(this, heading[1].length), heading[0].length);
-    if (fence) return this.openFence(depth, fence, indentOf(rest));
+    if (fence) return this.open(depth, () => new Code(this, fence.language, fence), null);
     if (paragraph && DELIMITER.test(rest) && this.openTable(rest, paragraph)) return null;
     if (setext && takeDefinitions(paragraph.text, this).trim()) return this.underline(paragraph, setext[1][0] === "=" ? "h1" : "h2");
     if (RULE.test(rest)) return this.open(depth, () => new Rule(this), null);
@@ -850,13 +851,6 @@ class MarkdownView {
     this.closeTo(depth);
     this.leaf = make();
     return contentAt;
-  }
-
-  openFence(depth, [, ticks, info, tildes, other], indent) {
-    this.closeTo(depth);
-    const language = (info ?? other).trim().split(/\s+/)[0];
-    this.leaf = new Code(this, language, {mark: ticks ?? tildes, indent});
-    return null;
   }
 
   underline(paragraph, tag) {

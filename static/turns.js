@@ -134,15 +134,8 @@ function updateQuestion(view) {
 
 // A question is shown as typed, except that code looks like code.
 function questionNodes(text) {
-  const nodes = [];
-  let at = 0;
-  for (const found of text.matchAll(/^ {0,3}(`{3,}|~{3,})([^\n`]*)\n([^]*?)(?:\n {0,3}\1[ \t]*$|(?![^]))|`([^`\n]+)`/gm)) {
-    const [whole, fence, info, block, inline] = found;
-    nodes.push(text.slice(at, found.index).replace(fence ? /\n$/ : /$^/, ""));
-    nodes.push(fence ? codeBlock(info.trim().split(/\s+/)[0], block) : element("code", {textContent: inline}));
-    at = found.index + whole.length + (fence && text[found.index + whole.length] === "\n" ? 1 : 0);
-  }
-  return [...nodes, text.slice(at)];
+  return Fences.split(text).flatMap(({text: words, language, code}) => words === undefined ? [codeBlock(language, code)]
+    : words.split(/`([^`\n]+)`/).map((part, i) => i % 2 ? element("code", {textContent: part}) : part));
 }
 
 function codeBlock(language, text) {
