@@ -24,7 +24,18 @@ const MOST_CODE = 6000;           // most characters highlighted together, if th
 const MOST_NESTED = 60;           // nesting depth; thousands crash the tab, and again whenever the chat is opened
 const MOST_TEX = 5000;            // characters of a formula
 
-// Styles of code, formulas and table cells, here and in an exported page, which gets none of chat.css.
+// The signs of callouts: drawings of 24 by 24.
+const SIGNS = {
+  note: "M12 3.5a8.5 8.5 0 1 0 0 17a8.5 8.5 0 0 0 0-17M12 11v5.5M12 7.6v.1",
+  tip: "M9.5 17.5h5M10.5 20.5h3M9.5 17.5c0-2.5-3-3.5-3-7.5a5.5 5.5 0 0 1 11 0c0 4-3 5-3 7.5",
+  important: "M4 4.5h16v11.5h-8.5L7.5 20v-4H4zM12 7.5v3.5M12 13.3v.1",
+  warning: "M12 4L2.8 20h18.4zM12 10v4.5M12 17.2v.1",
+  caution: "M8.4 3.5h7.2l4.9 4.9v7.2l-4.9 4.9H8.4l-4.9-4.9V8.4zM12 7.5v5.5M12 16.2v.1",
+};
+const signUrl = path => `url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 24 24' fill='none' stroke='black' ` +
+  `stroke-width='1.9' stroke-linecap='round' stroke-linejoin='round'%3E%3Cpath d='${path}'/%3E%3C/svg%3E")`;
+
+// Styles of code, formulas, callouts and table cells, here and in an exported page, which gets none of chat.css.
 // For the lines of a table, KaTeX swaps left and right with top and bottom.
 const DRAWN_STYLE = `
 .hljs-keyword, .hljs-literal, .hljs-selector-tag, .hljs-type, .hljs-tag .hljs-name { color: var(--keyword); }
@@ -43,6 +54,17 @@ summary > p { display: inline; }
 .footnote > :not(:first-child) { grid-column: 2; margin-block: 0; }
 :is(th, td).right { text-align: right; }
 :is(th, td).center { text-align: center; }
+.callout, .markdown .callout { --tone: var(--title); margin-inline: 0; padding: .6em 1em; border-inline-start: 4px solid var(--tone); border-radius: .4rem; --paper: color-mix(in srgb, var(--tone) 8%, var(--page)); background: var(--paper); color: inherit; }
+.callout.callout-tip { --tone: var(--string); }
+.callout.callout-important { --tone: var(--keyword); }
+.callout.callout-warning { --tone: light-dark(#8a5a10, #e0a83e); }
+.callout.callout-caution { --tone: var(--danger); }
+.callout > :last-child, .markdown .callout > :last-child { margin-bottom: 0; }
+.callout > .callout-title { display: flex; align-items: center; gap: .45em; margin: 0 0 .35em; color: var(--tone); }
+.callout:has(> :nth-child(2):dir(rtl)) { direction: rtl; }
+.callout-title::before { content: ""; flex: none; width: 1.15em; height: 1.15em; background: currentColor; mask: var(--sign) center / contain no-repeat; }
+${Object.entries(SIGNS).map(([kind, path]) => `.callout-${kind} { --sign: ${signUrl(path)}; }`).join("\n")}
+@media (forced-colors: active) { .callout-title::before { forced-color-adjust: none; background: CanvasText; } }
 mtd.left { text-align: -webkit-left; }
 mtd.right { text-align: -webkit-right; }
 mtd.joined { padding-right: 0; }
@@ -613,16 +635,20 @@ const DELIMITER = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]
 const UNDECIDED = /^[\s>*+\-_=#|~`:$\\.\d)([]*$/;
 const OPENS_FENCE = /^[\s>]*(?:(?:[-*+]|\d{1,9}[.)])\s+)*(?:`{3,}[^`]*|~{3,}.*)$/;
 
-// So it does if it may become the begin of an environment, of a footnote, or a tag of <details>, which is taken as a whole line.
+// So it does if it may become the begin of an environment, of a footnote or a callout, or a tag of <details>, which is taken as a whole line.
 const OPENS_OTHER = new RegExp(String.raw`^[\s>]*(?:(?:[-*+]|\d{1,9}[.)])\s+)*(?:${[
   String.raw`\\(?:b|be|beg|begi|begin(?:\{[a-z]*\*?)?)`,
   String.raw`\[(?:\^(?:[^\][\s^]{0,40}\]?)?)`,
+  String.raw`\[![a-z]{0,9}(?:\][ \t]*)?`,
   String.raw`<\/?(?:[a-z]{0,7}|(?:details|summary)\b.*)`].join("|")})$`, "i");
 
 const DETAILS = /^ {0,3}<(details|summary)(\s[^<>]*)?>[ \t]*/i;
 const DETAILS_END = /^ {0,3}<\/(details|summary)\s*>[ \t]*/i;
 const SUMMARY_LINE = /^([^]*?)<\/summary\s*>[ \t]*/i;
 const NOTE = /^ {0,3}\[\^([^\][\s^]{1,40})\]:[ \t]*/;
+// The first line of a quote that is a callout, a box as on GitHub; and a line that can be nothing but words, which goes on below it without ">".
+const CALLOUT = /^ {0,3}\[!(note|tip|important|warning|caution)\][ \t]*$/i;
+const WORDS = /^ {0,3}[\p{L}\p{N}](?!\d{0,8}[.)](?:\s|$))/u;
 
 class MarkdownView {
   constructor(root) { this.root = root; this.restart(); }
@@ -723,8 +749,8 @@ class MarkdownView {
       const container = this.stack[depth], rest = line.slice(at);
       if (container.kind === "quote") {
         const found = /^ {0,3}> ?/.exec(rest);
-        if (!found) break;
-        at += found[0].length;
+        if (found) at += found[0].length;
+        else if (container.begun !== this.rows - 1 || !WORDS.test(rest)) break;
       } else if (container.kind === "note") {
         const indent = indentOf(rest);
         if (rest.trim() && indent < 2) break;
@@ -762,9 +788,11 @@ class MarkdownView {
     if (other) return other;
     const quote = indented ? null : /^ {0,3}> ?/.exec(rest);
     if (quote) {
+      const callout = CALLOUT.exec(rest.slice(quote[0].length));
       this.closeTo(depth);
-      this.push("quote", element("blockquote"));
-      return quote[0].length;
+      if (!callout) this.push("quote", element("blockquote"));
+      else this.push("quote", calloutBox(callout[1].toLowerCase())).begun = this.rows;
+      return callout ? rest.length : quote[0].length;
     }
     const item = indented ? null : ITEM.exec(rest);
     if (!item || RULE.test(rest)) return 0;
@@ -882,6 +910,14 @@ class MarkdownView {
     this.closeLeaf();
     this.stack.length = depth;
   }
+}
+
+// The box says what it is, so that nobody needs to see its colour.
+function calloutBox(kind) {
+  const title = element("p", {className: "callout-title", dir: "auto"}, element("strong", {textContent: TEXT.callouts[kind]}));
+  const box = element("blockquote", {className: `callout callout-${kind}`}, title);
+  box.setAttribute("role", "note");
+  return box;
 }
 
 const expandTabs = space => {

@@ -458,6 +458,7 @@ Parts.register({
   strings: {
     lookInside: "Look inside", copied: "Copied", copyMarkdown: "Copy as Markdown", branch: "Branch into a new chat", deleteMessage: "Delete from here on",
     editedText: "Edited text", cancel: "Cancel", update: "Update", save: "Save", edited: "edited",
+    callouts: {note: "Note", tip: "Tip", important: "Important", warning: "Warning", caution: "Caution"},
     wrap: "Wrap lines", preview: "Preview", downloadCode: "Download code", codeIn: language => `Code${language ? ` in ${language}` : ""}`, enterKey: "Enter the key", tryAgain: "Try again",
     pleaseContinue: "Please continue.", noRoom: context => `The question and this answer fill the context of ${number(context)} tokens, so the answer cannot go on. Ask for the rest in a new chat.`,
     sentThen: "Your message will then be sent.", lost: "The connection is lost; trying again… Enter queues your next question.",

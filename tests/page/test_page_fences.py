@@ -80,3 +80,26 @@ def test_a_held_block_is_one_block_while_it_grows(opened_page):
         }
         return most;
     }""", text) == 1
+
+
+EACH_END = """text => {          // the beginnings of a text that are drawn differently when they grow and end than at once
+    const drawn = (said, step) => {
+        const view = new Markdown.View(document.createElement("div"));
+        for (let end = 0; end < said.length; end += step) view.update(said.slice(0, end));
+        view.update(said, true);
+        return view.root;
+    };
+    const wrong = [];
+    for (let end = 1; end <= text.length; end++) {
+        const said = text.slice(0, end), [grown, whole] = [drawn(said, 5), drawn(said, Infinity)];
+        if (!grown.isEqualNode(whole)) wrong.push(said);
+    }
+    return wrong;
+}"""
+
+
+@pytest.mark.parametrize("text", [
+    "前**「太字」**と*（斜体）*で~~「消」~~。\n\n```md\n**「x」**\n```js\n1\n```\n```\n> [!TIP]\n> **「y」**と\n> ```sh\n> z\n> ```\n\nend",
+    "[a] ```md\n\n```python\n1\n```js\n2\n```\n\n[a]: https://example.org\n\n**「b」**と**「c」** [a]"], ids=["all", "mistaken"])
+def test_any_beginning_may_be_the_end(opened_page, text):
+    assert opened_page.evaluate(EACH_END, text) == []
