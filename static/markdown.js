@@ -243,6 +243,10 @@ function withClasses(formula) {
       });
     }
   }
+  // a sign: Chromium takes the minus of x = -1 for one between two numbers, and spaces it so
+  for (const sign of formula.querySelectorAll("mo + mo")) {
+    if (/^[-−+±∓]$/.test(sign.textContent) && !/^[)\]}!|′⌉⌋⟩]$/.test(sign.previousElementSibling.textContent)) sign.setAttribute("form", "prefix");
+  }
   for (const integral of formula.querySelectorAll(":is(msup, msubsup) > mo:first-child")) {
     if (/[∫∬∭∮∯∰]/.test(integral.textContent)) integral.parentElement.classList.add("integral");
   }
