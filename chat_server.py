@@ -468,7 +468,7 @@ ONLY_THINKING = Field("reasoning", SWITCH, "true: end the reasoning of the answe
                                            "content; 409 if it is not thinking now")
 FIRST_EVENT = Field("from", INTEGER, "the number of the first event", 0, math.inf)
 RETRIEVAL = (  # (what a request gets, the routes for it): one handler answers them all
-    ("a vector for each input, from the model's final hidden states", "/v1/embeddings"),
+    ("a vector for each input, from the model's final hidden states", "/v1/embeddings /api/v0/embeddings"),
     ("the same in the format of Text Embeddings Inference", "/embed"),
     ("documents by how well they suit a query", "/v1/rerank /rerank /v2/rerank"),
     ("as above, in llama-server's format", "/reranking /v1/reranking"),
@@ -480,6 +480,10 @@ ANSWER_ROUTES: tuple[Route[Front], ...] = (
           "an answer in OpenAI's format, streamed or whole"),
     Route("POST", "/v1/completions", Api.OPENAI, Front.handle_answer,
           "the continuation of a text, streamed or whole"),
+    Route("POST", "/api/v0/chat/completions", Api.OPENAI, Front.handle_answer,
+          "as /v1/chat/completions, for clients of LM Studio"),
+    Route("POST", "/api/v0/completions", Api.OPENAI, Front.handle_answer,
+          "as /v1/completions, for clients of LM Studio"),
     Route("POST", "/infill", Api.OPENAI, Front.handle_answer,
           "the text between two others, in llama-server's format, streamed or whole"),
     Route("POST", "/v1/responses", Api.OPENAI, Front.handle_answer,
