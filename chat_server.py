@@ -480,10 +480,6 @@ ANSWER_ROUTES: tuple[Route[Front], ...] = (
           "an answer in OpenAI's format, streamed or whole"),
     Route("POST", "/v1/completions", Api.OPENAI, Front.handle_answer,
           "the continuation of a text, streamed or whole"),
-    Route("POST", "/api/v0/chat/completions", Api.OPENAI, Front.handle_answer,
-          "as /v1/chat/completions, for clients of LM Studio"),
-    Route("POST", "/api/v0/completions", Api.OPENAI, Front.handle_answer,
-          "as /v1/completions, for clients of LM Studio"),
     Route("POST", "/infill", Api.OPENAI, Front.handle_answer,
           "the text between two others, in llama-server's format, streamed or whole"),
     Route("POST", "/v1/responses", Api.OPENAI, Front.handle_answer,
@@ -494,6 +490,11 @@ ANSWER_ROUTES: tuple[Route[Front], ...] = (
           "how many tokens such a request has"),
     Route("POST", "/api/chat", Api.OLLAMA, Front.handle_answer, "an answer in Ollama's format"),
     Route("POST", "/api/generate", Api.OLLAMA, Front.handle_answer, "an answer in Ollama's format"),
+    # behind Ollama's: an unknown route below /api is taken for one of the first row's API
+    Route("POST", "/api/v0/chat/completions", Api.OPENAI, Front.handle_answer,
+          "as /v1/chat/completions, for clients of LM Studio"),
+    Route("POST", "/api/v0/completions", Api.OPENAI, Front.handle_answer,
+          "as /v1/completions, for clients of LM Studio"),
     *(Route("POST", path, Api.OPENAI, Front.handle_answer, doc)
       for doc, paths in RETRIEVAL for path in paths.split()),
     Route("POST", "/api/embed", Api.OLLAMA, Front.handle_answer, "embeddings in Ollama's format"),
