@@ -67,7 +67,7 @@ def environment(machine: str, work: Path) -> dict[str, str]:
     zig = f"{sys.executable} -m ziglang c++ -target {machine}-linux-gnu.{GLIBC}"
     return os.environ | {
         "CXX": zig, "LDSHARED": f"{zig} -shared", "LDCXXSHARED": f"{zig} -shared", "DECODE_CORE_CUDA": "0", "DECODE_CORE_MACHINE": machine,
-        "DECODE_CORE_WERROR": "0", "DECODE_CORE_QUICK": "0", "ZIG_GLOBAL_CACHE_DIR": str(work / "zig"), "ZIG_LOCAL_CACHE_DIR": str(work / "zig"),
+        "DECODE_CORE_SETS": "all", "DECODE_CORE_WERROR": "0", "DECODE_CORE_QUICK": "0", "ZIG_GLOBAL_CACHE_DIR": str(work / "zig"), "ZIG_LOCAL_CACHE_DIR": str(work / "zig"),
         "_PYTHON_HOST_PLATFORM": f"linux-{machine}", "SOURCE_DATE_EPOCH": "315532800", "PYTHONHASHSEED": "0"}
 
 

@@ -2,6 +2,9 @@
 
     seam       the digest of what this chatlm expects of decode_core (chatlm/common/seam.py) is compiled in
     sources    csrc/*.cpp, csrc/cpu/**/*.cpp; the suffix of a name gives its instruction set (ISA_FLAGS); never -march=native
+    sets       on x86-64 those that the CPU at hand chooses, and portable, which runs on any other: a third of the compiler's time less.
+               DECODE_CORE_SETS=all: every one, for wheels, images and bundles that go to other machines; or names by commas
+               (avx2, avxvnni, avx512, vnni, amx). release.py, cross builds, sanitizers and the sets of tests have all
     CUDA       csrc/cuda/*.cu and csrc/cuda/bindings*.cpp where there is an NVIDIA GPU and nvcc, which takes one or two minutes;
                DECODE_CORE_CUDA=0 leaves it out, =1 requires it, with or without a GPU
     emulation  csrc/cuda/emulation*.cpp as a second module, decode_core._emulation, when DECODE_CORE_EMULATION=1 (for tests)
@@ -11,6 +14,7 @@
                an eighth of the compiler's time; with sanitizers always
     machine    DECODE_CORE_MACHINE=aarch64: what a cross compiler in $CXX compiles for
     release    `python setup.py release` makes the source archive, wheels and a bundle for publication; release.py says how
+    beside pip pip asks for the metadata before it downloads libraries: from then on a process beside it compiles. DECODE_CORE_BESIDE=0: none
     by day     DECODE_CORE_QUICK=1, for CI without a GPU: CUDA for one type of GPU and hardly optimized (5 s instead of 87 for
                the largest source), and without the sanitizers' pointer checks, which double the compile time;
                address checks are calls, which halves it again; -O1 for all sources but those of this CPU's widest instructions
@@ -21,6 +25,7 @@ chat_server runs its reference ops. In a private folder:   python setup.py build
 build-x/lib;  PYTHONPATH=build-x/lib python ...
 """
 
+import fcntl
 import os
 import platform
 import runpy
@@ -29,11 +34,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
 from setuptools import Command, Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
 
 CSRC = Path("csrc")
 HEADERS = sorted(str(path) for pattern in ("*.h", "*.cuh", "*.def") for path in CSRC.rglob(pattern))
@@ -44,6 +51,7 @@ ARM64 = MACHINE in ("aarch64", "arm64") and os.name == "posix"
 
 COMPILERS = "clang (xcode-select --install)" if sys.platform == "darwin" else "g++ or clang"
 
+BESIDE = int(os.environ.get("DECODE_CORE_BESIDE") or 0)         # the pip that this process compiles beside
 SANITIZE = {"1": "address,undefined", "thread": "thread"}.get(os.environ.get("DECODE_CORE_SANITIZE", ""))
 COMMON_FLAGS = ["-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wall", "-Wextra"]
 COMMON_FLAGS += ["-O1", "-g1"] if SANITIZE else ["-O1" if QUICK else "-O3", "-g0"]
@@ -74,12 +82,16 @@ ARM64_FLAGS = {
 ISA_FLAGS = {**X86_FLAGS, **ARM64_FLAGS}
 # The lanes of portable kernels are loops: -O3 unrolls them before they can be vectorized, and takes four times as long to compile
 PORTABLE_FLAGS = ["-O2", "-ftree-vectorize", "-fvect-cost-model=unlimited"] if X86 and not SANITIZE and not QUICK else []
+SELDOM_FLAGS = ["-O1"]          # of portable kernels beside those that this CPU chooses: less than half the time of the compiler
 BINDINGS_FLAGS = ["-O1"]        # they only pass arguments on; -O3 takes the compiler half as long again
 FOR_TESTS = "_evex", "_emulated_portable", "_emulated_vnni"    # the ends of sources that are empty without TEST_SETS
 TEST_SETS = bool(SANITIZE) or os.environ.get("DECODE_CORE_TEST_SETS") == "1"
 GCC_ALONE = "-fvect-cost-model=unlimited", "-Wno-maybe-uninitialized"      # clang vectorizes such loops; zig's refuses unknown flags
 CPU_NAMES = {"_avx2": "avx2", "_avx512": "avx512f", "_vnni": "avx512_vnni", "_avxvnni": "avx_vnni",
              "_neon": "asimd", "_dotprod": "asimddp", "_i8mm": "i8mm"}      # in /proc/cpuinfo
+AVX512_NAMES = {"avx512f", "avx512dq", "avx512bw", "avx512vl"}              # there too: all that AVX512_FLAGS mean
+AVX2_NAMES = {"avx2", "fma", "f16c"}
+SETS = tuple(ending.removeprefix("_") for ending in X86_FLAGS if ending not in FOR_TESTS)
 
 NVCC_FLAGS = [*(["-Ofc=max", "-gencode=arch=compute_90,code=sm_90"] if QUICK else
                 ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]), "-std=c++17", "-O3",
@@ -123,6 +135,9 @@ class BuildCore(build_ext):
 
     def build_extension(self, extension):
         nvcc = find_nvcc() if extension.name == "decode_core._core" else None
+        if BESIDE:
+            self.compile_all(extension, nvcc)
+            return
         insist = os.environ.get("DECODE_CORE_WERROR") == "1" or SANITIZE or os.environ.get("DECODE_CORE_CUDA") == "1"
         # if nvcc fails, only the CUDA half is lost
         for compiler in dict.fromkeys((nvcc, None)):
@@ -139,32 +154,45 @@ class BuildCore(build_ext):
                       f"{'repair nvcc' if compiler else f'install {COMPILERS}'} and run pip again for the fast ones.\n", file=sys.stderr)
 
     def build_core(self, extension, nvcc):
-        macros = [f"-DDECODE_CORE_SEAM={seam()}", *(["-DDECODE_CORE_CUDA=1"] if nvcc else [])]
-        sources = [Path(source) for source in extension.sources] + (sorted(CSRC.glob("cuda/bindings*.cpp")) if nvcc else [])
-        macros_of = {"bindings": macros} | {source.stem: ["-DDC_TEST_SETS=1"] for source in sources if TEST_SETS and source.stem.endswith(FOR_TESTS)}
-        jobs = [(self.compile_cpp, source, macros_of.get(source.stem, [])) for source in sources]
-        jobs += [(self.compile_cuda, source, nvcc) for source in sorted(CSRC.glob("cuda/*.cu"))] if nvcc else []
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
-            # nvcc's jobs and tiles_*.cpp take longest and come last: start them first, link in order
-            objects = list(pool.map(lambda job: job[0](*job[1:]), reversed(jobs)))[::-1]
+        objects = self.compile_all(extension, nvcc)
         target = self.get_ext_fullpath(extension.name)
         cuda = [f"-L{cudart_folder(nvcc)}", "-lcudart_static", "-ldl", "-lrt"] if nvcc else []
         self.compiler.link_shared_object(objects, target, extra_postargs=LINK_FLAGS + cuda, target_lang="c++")
 
+    def compile_all(self, extension: Extension, nvcc: str | None) -> list[str]:
+        """The objects to link, in order."""
+        macros = [f"-DDECODE_CORE_SEAM={seam()}", *(["-DDECODE_CORE_CUDA=1"] if nvcc else [])]
+        sources = [Path(source) for source in extension.sources] + (sorted(CSRC.glob("cuda/bindings*.cpp")) if nvcc else [])
+        without = [f"-DDC_LEFT_OUT_{ending[1:].upper()}=1" for ending in left_out()]
+        macros_of = {"bindings": macros, "left_out": without}
+        macros_of |= {source.stem: ["-DDC_TEST_SETS=1"] for source in sources if TEST_SETS and source.stem.endswith(FOR_TESTS)}
+        jobs = [(self.compile_cpp, source, macros_of.get(source.stem, [])) for source in sources]
+        jobs += [(self.compile_cuda, source, nvcc) for source in sorted(CSRC.glob("cuda/*.cu"))] if nvcc else []
+        with the_only_one(Path(self.build_temp)), ThreadPoolExecutor(processors()) as pool:
+            started = {job[1]: pool.submit(*job) for job in sorted(jobs, key=lambda job: longest_first(job[1]))}
+            return [started[job[1]].result() for job in jobs]
+
     def object_of(self, source: Path, macros: Sequence[str] = ()) -> tuple[Path, bool]:
         """The object of a source compiled with these macros, and whether it is up to date. Bindings are compiled for each Python."""
         python = f"-{sys.implementation.cache_tag}" if source.stem.startswith("bindings") else ""
-        target = Path(self.build_temp) / source.with_suffix(f"{source.suffix}{''.join(macros)}{python}{'-quick' if QUICK else ''}.o")
+        level = "-quick" if QUICK else "-seldom" if self.is_seldom(source) else ""
+        target = Path(self.build_temp) / source.with_suffix(f"{source.suffix}{''.join(macros)}{python}{level}.o")
         target.parent.mkdir(parents=True, exist_ok=True)
         newest = max(os.path.getmtime(path) for path in (source, __file__, *HEADERS))
         return target, target.exists() and target.stat().st_mtime > newest
+
+    @staticmethod
+    def is_seldom(source: Path) -> bool:
+        """Whether its kernels are portable ones that this CPU does not choose, in a build for this CPU."""
+        return source.stem.endswith("_portable") and 0 < len(left_out()) < len(SETS)
 
     def compile_cpp(self, source: Path, macros: Sequence[str]) -> str:
         target, fresh = self.object_of(source, macros)
         if not fresh:
             import pybind11
             ending = next((ending for ending in ISA_FLAGS if source.stem.endswith(ending)), "")
-            plain = PORTABLE_FLAGS if source.stem.endswith("_portable") else BINDINGS_FLAGS if source.stem.startswith("bindings") else []
+            portable = SELDOM_FLAGS if self.is_seldom(source) else PORTABLE_FLAGS
+            plain = portable if source.stem.endswith("_portable") else BINDINGS_FLAGS if source.stem.startswith("bindings") else []
             isa = ISA_FLAGS.get(ending, plain)
             checked = SANITIZE and not source.stem.startswith("bindings") and ending in ("", *widest_here())
             isa = isa + (SANITIZE_FLAGS if checked else ["-O3"] if QUICK and X86 and not SANITIZE and ending in widest_here() else [])
@@ -190,11 +218,62 @@ class BuildCore(build_ext):
         return named.split() if named else next(([path] for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), [])
 
     def call(self, command: list[str]) -> None:
+        """Run a compiler whose last words are SOURCE -o OBJECT. The object gets its name when it is whole."""
         print(" ".join(command), flush=True)
-        done = subprocess.run(command, capture_output=True, text=True)
-        sys.stderr.write(done.stdout + done.stderr)
-        if done.returncode:
-            raise RuntimeError(f"{command[0]} failed on {command[-3]}: {(done.stderr or done.stdout).strip()[:2000]}")
+        if BESIDE and not is_running(BESIDE):
+            raise SystemExit("pip has ended")
+        target = Path(command[-1])
+        part = target.with_name(f"{target.name}.part")
+        process = subprocess.Popen([*command[:-1], str(part)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        said = ""
+        while True:
+            try:
+                said = "".join(process.communicate(timeout=1 if BESIDE else None))
+                break
+            except subprocess.TimeoutExpired:
+                if not is_running(BESIDE):
+                    process.kill()
+        sys.stderr.write(said)
+        if process.returncode:
+            raise RuntimeError(f"{command[0]} failed on {command[-3]}: {said.strip()[:2000]}")
+        part.replace(target)
+
+
+class Metadata(dist_info):
+    """The program's metadata. pip asks for them before it downloads what is listed there, and for the wheel afterwards: the
+    compiler begins here, in a process of its own, which ends with pip. What it has compiled, BuildCore finds."""
+
+    def run(self):
+        super().run()
+        if os.environ.get("DECODE_CORE_BESIDE") != "0" and not SANITIZE:
+            subprocess.Popen([sys.executable, "setup.py", "-q", "build_ext"], env=os.environ | {"DECODE_CORE_BESIDE": str(os.getppid())},
+                             start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def is_running(pid: int) -> bool:
+    with suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return True
+    return False
+
+
+@contextmanager
+def the_only_one(folder: Path):
+    """Keeps others from compiling into a folder meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "compiling", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def longest_first(source: Path) -> int:
+    """A key: nvcc takes longest, then products of tiles, then bindings."""
+    names = [source.suffix == ".cu", source.stem.startswith("tiles_"), source.stem.startswith(("bindings", "packed_"))]
+    return names.index(True) if True in names else len(names)
 
 
 @cache
@@ -213,19 +292,48 @@ def torch_installed() -> bool:
     return subprocess.run(asked).returncode == 0
 
 
+@cache
+def cpu_flags() -> frozenset[str]:
+    """What the CPU at hand has, in the words of /proc/cpuinfo; empty where there is no such file."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return frozenset(cpuinfo.read_text().split() if cpuinfo.exists() else ())
+
+
 def widest_here() -> list[str]:
     """The suffixes of the sources with the widest instructions that this CPU has. Sanitizers check these and the plain ones:
     compiling a narrower set as well takes a minute. By night they check AVX-VNNI's beside AVX-512's."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text().split() if cpuinfo.exists() else CPU_NAMES.values()
+    flags = cpu_flags() or {*CPU_NAMES.values()}
     narrower = {"_avx2", *(["_avxvnni"] if QUICK else [])} if "avx512f" in flags else set()
     return [ending for ending, flag in CPU_NAMES.items() if flag in flags and ending not in narrower]
+
+
+def sets_chosen_by(flags: frozenset[str]) -> set[str]:
+    """The instruction sets that decode_core chooses on a CPU of x86-64, as dispatch.cpp does, with those that they need: AVX-512
+    without VNNI multiplies by AVX2's kernels. flags: of /proc/cpuinfo; without them all."""
+    if not flags:
+        return {*SETS}
+    if AVX512_NAMES | AVX2_NAMES <= flags:
+        return {"avx512", "vnni", *(["amx"] if "amx_int8" in flags else [])} if "avx512_vnni" in flags else {"avx512", "avx2"}
+    return {"avx2", *(["avxvnni"] if "avx_vnni" in flags else [])} if AVX2_NAMES <= flags else set()
+
+
+@cache
+def left_out() -> tuple[str, ...]:
+    """The suffixes of this machine's sources that are not compiled."""
+    wanted = os.environ.get("DECODE_CORE_SETS", "")
+    if not X86 or wanted == "all" or TEST_SETS or (not wanted and os.environ.get("DECODE_CORE_MACHINE")):
+        return ()
+    names = {*wanted.split(",")} - {"portable"} if wanted else sets_chosen_by(cpu_flags())
+    if unknown := names - {*SETS}:
+        raise SystemExit(f"DECODE_CORE_SETS: all, or some of {', '.join(SETS)} and portable, not {', '.join(sorted(unknown))}")
+    return tuple(f"_{name}" for name in SETS if name not in names)
 
 
 def sources() -> list[str]:
     found = sorted(str(path) for pattern in ("*.cpp", "cpu/**/*.cpp") for path in CSRC.glob(pattern))
     elsewhere = tuple(ending for flags, here in ((X86_FLAGS, X86), (ARM64_FLAGS, ARM64)) if not here for ending in flags)
-    return [path for path in found if not Path(path).stem.endswith(elsewhere)]
+    return [path for path in found if not Path(path).stem.endswith(elsewhere)
+            and (Path(path).stem.endswith(FOR_TESTS) or not Path(path).stem.endswith(left_out()))]
 
 
 def extensions() -> list[Extension]:
@@ -255,5 +363,6 @@ class Release(Command):
         raise SystemExit(runpy.run_path("release.py")["main"](words + ["--no-bundle"] * bool(self.no_bundle)))
 
 
-setup(packages=[*find_packages(include=["chatlm", "chatlm.*"]), "chatlm.export.hub_code", "chatlm.static", "chatlm.static.vendor", "decode_core"],
-      ext_modules=extensions(), cmdclass={"build_ext": BuildCore, "release": Release})
+if __name__ == "__main__":
+    setup(packages=[*find_packages(include=["chatlm", "chatlm.*"]), "chatlm.export.hub_code", "chatlm.static", "chatlm.static.vendor", "decode_core"],
+          ext_modules=extensions(), cmdclass={"build_ext": BuildCore, "dist_info": Metadata, "release": Release})

@@ -495,6 +495,8 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
             if values[name] is not None and values["watch"] is None:
                 raise ConfigError(f"--{name.replace('_', '-')} is for the checkpoints of --watch: give that "
                                   "folder too")
+        if values["watch"] is not None and values["step"] is not None and not models:
+            raise ConfigError("--watch serves every step of a run, as TAG@STEP: leave out -s (--step)")
     elif command in SEVERAL and models:  # each word of `compare`, `score` and `eval` is a MODEL
         values["model"] = None
         values["several"] = tuple(ModelChoice(name, name) for name in models)

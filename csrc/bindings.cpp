@@ -101,6 +101,8 @@ void bind_runtime(py::module_& m) {
     m.def("set_isa", &dc::set_isa, py::arg("isa"));
     m.def("offered_isas", &dc::offered_names);
     m.def("isas_for_tests", &dc::names_for_tests);
+    m.def("left_out_isas", &dc::left_out_names);
+    m.def("missed_isa", &dc::missed_name);
     m.def("amx_refusal", &dc::amx_refusal);
     m.def("amx_refusal_of", &dc::amx_refusal_of, py::arg("edx"), py::arg("xcr0"), py::arg("error"));
     m.attr("CPU_FEATURES") = std::vector<std::string>(std::begin(dc::CPU_FEATURES), std::end(dc::CPU_FEATURES));

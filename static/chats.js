@@ -271,8 +271,9 @@ function showImport(chats, name) {
     row.append(element("label", {className: "check"}, box, element("span", {textContent: TEXT.replace(size(twin.count, twin.chat.updated))})));
     return row;
   });
+  const leftOut = chats.reduce((count, chat) => count + chat.leftOut, 0);
   return Page.confirmed(TEXT.importTitle(name), [element("p", {textContent: TEXT.brings(chats.length, countMessages(chats))}),
-    element("ul", {className: "imports"}, ...rows)], TEXT.leaveIt, TEXT.import);
+    ...(leftOut ? [element("p", {textContent: TEXT.leavesOut(leftOut)})] : []), element("ul", {className: "imports"}, ...rows)], TEXT.leaveIt, TEXT.import);
 }
 
 async function exportChats(chats) {
@@ -341,17 +342,27 @@ async function exportPage() {
   download(pageOf(chat, path), `${fileName(chat)}.html`, "text/html");
 }
 
-// Shows what a file contains, and stores it if the reader agrees.
+// Shows what a file contains, and stores it if the reader agrees. Nothing is stored before all of it has been read.
 async function importFile(file) {
   try {
-    const text = await file.text(), chats = Tree.importOf(text, file.name);
+    const texts = await textsOf(file), chats = [];
+    for (const {name, text} of texts) chats.push(...await Tree.importIn(text, name));
     for (const each of chats) each.twin = await twinOf(each);
     if (!await showImport(chats, file.name)) return;
     importAll(chats, file.name);
-    Prompts.take(text);
+    texts.forEach(({text}) => Prompts.take(text));
   } catch (error) {
     Chat.say(error.message);
   }
+}
+
+const unzip = Parts.late("zip", () => Zip, "textsIn");
+
+// A zip may have several: [{name, text}].
+async function textsOf(file) {
+  if (await file.slice(0, 2).text() === "PK") return unzip(file, file.name);
+  const text = await file.text().catch(() => { throw new Error(TEXT.unreadable(file.name)); });
+  return [{name: file.name, text}];
 }
 
 // The stored copy of an imported chat: begun in the same millisecond with the same message. {chat, count} or null.
@@ -405,11 +416,13 @@ async function takeOverOldChat() {
 Parts.register({
   strings: {
     notJson: name => `${name} is not a conversation: it is not valid JSON.`,
-    notAChat: name => `${name} is not a conversation: it must be JSON with "conversations", with a list "messages" of {role, content}, or an export of ChatGPT or Open WebUI.`,
+    notAChat: name => `${name} is not a conversation: it must be JSON with "conversations", with a list "messages" of {role, content}, or an export of ChatGPT, Open WebUI or llama-server.`,
     badMessage: (name, chat, i) => `${name} is not a conversation: message ${i + 1} of chat ${chat + 1} lacks a role or text.`,
     sameIds: name => `${name} is not a conversation: two messages have the same id.`,
     messages: count => plural(count, "message", "messages"), importTitle: name => `Import ${name}?`, leaveIt: "Leave it",
     brings: (chats, messages) => `It contains ${plural(chats, "chat", "chats")} with ${plural(messages, "message", "messages")}.`,
+    leavesOut: count => `${plural(count, "attachment", "attachments")} cannot be kept: audio, video, or damaged.`,
+    unreadable: name => `${name} cannot be read. It may be too large.`,
     replace: what => `Replace the existing chat (${what})`,
     imported: (chats, messages, name) => `Imported ${plural(chats, "chat", "chats")} with ${plural(messages, "message", "messages")} from ${name}.`,
     replaced: count => `Replaced ${plural(count, "chat", "chats")}.`,

@@ -24,7 +24,18 @@ const MOST_CODE = 6000;           // most characters highlighted together, if th
 const MOST_NESTED = 60;           // nesting depth; thousands crash the tab, and again whenever the chat is opened
 const MOST_TEX = 5000;            // characters of a formula
 
-// Styles of code, formulas and table cells, here and in an exported page, which gets none of chat.css.
+// The signs of callouts: drawings of 24 by 24.
+const SIGNS = {
+  note: "M12 3.5a8.5 8.5 0 1 0 0 17a8.5 8.5 0 0 0 0-17M12 11v5.5M12 7.6v.1",
+  tip: "M9.5 17.5h5M10.5 20.5h3M9.5 17.5c0-2.5-3-3.5-3-7.5a5.5 5.5 0 0 1 11 0c0 4-3 5-3 7.5",
+  important: "M4 4.5h16v11.5h-8.5L7.5 20v-4H4zM12 7.5v3.5M12 13.3v.1",
+  warning: "M12 4L2.8 20h18.4zM12 10v4.5M12 17.2v.1",
+  caution: "M8.4 3.5h7.2l4.9 4.9v7.2l-4.9 4.9H8.4l-4.9-4.9V8.4zM12 7.5v5.5M12 16.2v.1",
+};
+const signUrl = path => `url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 24 24' fill='none' stroke='black' ` +
+  `stroke-width='1.9' stroke-linecap='round' stroke-linejoin='round'%3E%3Cpath d='${path}'/%3E%3C/svg%3E")`;
+
+// Styles of code, formulas, callouts and table cells, here and in an exported page, which gets none of chat.css.
 // For the lines of a table, KaTeX swaps left and right with top and bottom.
 const DRAWN_STYLE = `
 .hljs-keyword, .hljs-literal, .hljs-selector-tag, .hljs-type, .hljs-tag .hljs-name { color: var(--keyword); }
@@ -43,6 +54,17 @@ summary > p { display: inline; }
 .footnote > :not(:first-child) { grid-column: 2; margin-block: 0; }
 :is(th, td).right { text-align: right; }
 :is(th, td).center { text-align: center; }
+.callout, .markdown .callout { --tone: var(--title); margin-inline: 0; padding: .6em 1em; border-inline-start: 4px solid var(--tone); border-radius: .4rem; --paper: color-mix(in srgb, var(--tone) 8%, var(--page)); background: var(--paper); color: inherit; }
+.callout.callout-tip { --tone: var(--string); }
+.callout.callout-important { --tone: var(--keyword); }
+.callout.callout-warning { --tone: light-dark(#8a5a10, #e0a83e); }
+.callout.callout-caution { --tone: var(--danger); }
+.callout > :last-child, .markdown .callout > :last-child { margin-bottom: 0; }
+.callout > .callout-title { display: flex; align-items: center; gap: .45em; margin: 0 0 .35em; color: var(--tone); }
+.callout:has(> :nth-child(2):dir(rtl)) { direction: rtl; }
+.callout-title::before { content: ""; flex: none; width: 1.15em; height: 1.15em; background: currentColor; mask: var(--sign) center / contain no-repeat; }
+${Object.entries(SIGNS).map(([kind, path]) => `.callout-${kind} { --sign: ${signUrl(path)}; }`).join("\n")}
+@media (forced-colors: active) { .callout-title::before { forced-color-adjust: none; background: CanvasText; } }
 mtd.left { text-align: -webkit-left; }
 mtd.right { text-align: -webkit-right; }
 mtd.joined { padding-right: 0; }
@@ -91,10 +113,32 @@ const noteToken = {name: "note", level: "inline",
 
 const noteKey = label => `^${label.toLowerCase()}`;
 
-const markdown = new marked.Marked({gfm: true, breaks: true, extensions: [mathToken, noteToken, Calculator.token]});
+// Bold, italics and struck words. marked gives a text in which code, links and escapes are masked, the whole of it each time; what is bold is
+// read as a text of its own, whose pairs of marks are known.
+const pairsIn = new Map();        // masked text -> its pairs of marks, while a text is being read
+let within = null;                // what is read inside of marks: {length, pairs: those of the text around, offset: where it begins there, depth}
+
+function emphasisToken(source, masked) {
+  const mark = source[0], at = masked.length - source.length;
+  if (!"*_~".includes(mark) || within?.depth >= MOST_NESTED) return undefined;
+  const outer = within, isInside = outer?.length === masked.length;
+  if (!isInside && !pairsIn.has(masked)) pairsIn.set(masked, Emphasis.pairsOf(masked));
+  const pairs = isInside ? outer.pairs : pairsIn.get(masked), offset = isInside ? outer.offset : 0, pair = pairs.get(offset + at);
+  if (!pair) return undefined;
+  const raw = source.slice(0, pair.end - offset - at), text = raw.slice(pair.size, -pair.size);
+  within = {length: text.length, pairs, offset: offset + at + pair.size, depth: (outer?.depth ?? 0) + 1};
+  const tokens = this.lexer.inlineTokens(text);
+  within = outer;
+  return {type: mark === "~" ? "del" : pair.size === 2 ? "strong" : "em", raw, text, tokens};
+}
+
+const markdown = new marked.Marked({gfm: true, breaks: true, extensions: [mathToken, noteToken, Calculator.token],
+  tokenizer: {emStrong: emphasisToken, del: emphasisToken}});
 
 function inlineTokens(text, links) {
   markdownWork.characters += text.length;
+  pairsIn.clear();
+  within = null;
   const lexer = new marked.Lexer(markdown.defaults);
   lexer.tokens.links = links;
   return lexer.inlineTokens(text);
@@ -198,6 +242,10 @@ function withClasses(formula) {
         cell.classList.toggle("ruled", LINED.includes(lines[i]));
       });
     }
+  }
+  // a sign: Chromium takes the minus of x = -1 for one between two numbers, and spaces it so
+  for (const sign of formula.querySelectorAll("mo + mo")) {
+    if (/^[-−+±∓]$/.test(sign.textContent) && !/^[)\]}!|′⌉⌋⟩]$/.test(sign.previousElementSibling.textContent)) sign.setAttribute("form", "prefix");
   }
   for (const integral of formula.querySelectorAll(":is(msup, msubsup) > mo:first-child")) {
     if (/[∫∬∭∮∯∰]/.test(integral.textContent)) integral.parentElement.classList.add("integral");
@@ -377,7 +425,7 @@ class Rule extends Leaf {
 class Code extends Leaf {
   constructor(view, language, fence = null) {
     super(view);
-    Object.assign(this, {language, fence, text: "", line: null, blanks: 0, code: new CodeText(language)});
+    Object.assign(this, {language, fence, row: view.rows, text: "", line: null, blanks: 0, code: new CodeText(language)});
     this.box = this.add(codeBox(language, this.code.element));
   }
   set(content, whole) {
@@ -390,6 +438,7 @@ class Code extends Leaf {
   draw(final = false) { this.code.update(Calculator.plainCards(this.text + (this.line ?? "")), final); }
   end() {
     if (this.line !== null) this.set(this.line, true);
+    if (this.fence?.isMistaken) this.view.mistakenFrom = Math.min(this.view.mistakenFrom, this.row);
     this.draw(true);
     this.box.querySelector(".preview-code").hidden = !isDrawable(this.language, this.code.element.textContent);
   }
@@ -583,7 +632,6 @@ function drawCode() {
 
 const indentOf = text => /^ */.exec(text)[0].length;
 const RULE = /^ {0,3}(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$/;
-const FENCE = /^ {0,3}(?:(`{3,})([^`]*)|(~{3,})(.*))$/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])( +|\t|$)/;
 const DELIMITER = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
 
@@ -591,23 +639,28 @@ const DELIMITER = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]
 const UNDECIDED = /^[\s>*+\-_=#|~`:$\\.\d)([]*$/;
 const OPENS_FENCE = /^[\s>]*(?:(?:[-*+]|\d{1,9}[.)])\s+)*(?:`{3,}[^`]*|~{3,}.*)$/;
 
-// So it does if it may become the begin of an environment, of a footnote, or a tag of <details>, which is taken as a whole line.
+// So it does if it may become the begin of an environment, of a footnote or a callout, or a tag of <details>, which is taken as a whole line.
 const OPENS_OTHER = new RegExp(String.raw`^[\s>]*(?:(?:[-*+]|\d{1,9}[.)])\s+)*(?:${[
   String.raw`\\(?:b|be|beg|begi|begin(?:\{[a-z]*\*?)?)`,
   String.raw`\[(?:\^(?:[^\][\s^]{0,40}\]?)?)`,
+  String.raw`\[![a-z]{0,9}(?:\][ \t]*)?`,
   String.raw`<\/?(?:[a-z]{0,7}|(?:details|summary)\b.*)`].join("|")})$`, "i");
 
 const DETAILS = /^ {0,3}<(details|summary)(\s[^<>]*)?>[ \t]*/i;
 const DETAILS_END = /^ {0,3}<\/(details|summary)\s*>[ \t]*/i;
 const SUMMARY_LINE = /^([^]*?)<\/summary\s*>[ \t]*/i;
 const NOTE = /^ {0,3}\[\^([^\][\s^]{1,40})\]:[ \t]*/;
+// The first line of a quote that is a callout, a box as on GitHub; and a line that can be nothing but words, which goes on below it without ">".
+const CALLOUT = /^ {0,3}\[!(note|tip|important|warning|caution)\][ \t]*$/i;
+const WORDS = /^ {0,3}[\p{L}\p{N}](?!\d{0,8}[.)](?:\s|$))/u;
 
 class MarkdownView {
   constructor(root) { this.root = root; this.restart(); }
 
-  restart(links = Object.create(null)) {
-    Object.assign(this, {at: 0, length: 0, begun: false, contentAt: 0, leaf: null, finished: false, links, defined: false,
-      stack: [{kind: "root", element: this.root}]});
+  // plainFrom: from this line on, no block of code holds others. mistakenFrom: where one began that seemed to hold some.
+  restart(links = Object.create(null), plainFrom = Infinity) {
+    Object.assign(this, {at: 0, length: 0, rows: 0, begun: false, contentAt: 0, leaf: null, finished: false, links, defined: false,
+      plainFrom, mistakenFrom: Infinity, stack: [{kind: "root", element: this.root}]});
     this.root.replaceChildren();
   }
 
@@ -626,14 +679,16 @@ class MarkdownView {
 
   finish(text) {
     this.closeTo(1);
+    if (this.mistakenFrom < Infinity) this.drawAgain(text, Object.create(null), this.mistakenFrom);
+    // a definition can follow its use
+    if (this.defined && /\]:/.test(text)) this.drawAgain(text, Object.assign(Object.create(null), this.links), this.plainFrom);
     this.finished = true;
-    if (!this.defined || !/\]:/.test(text)) return;
-    this.restart(Object.assign(Object.create(null), this.links));            // a definition can follow its use
-    this.defined = false;
-    this.again = true;
+  }
+
+  drawAgain(text, links, plainFrom) {
+    this.restart(links, plainFrom);
     for (const line of text.split("\n")) this.takeLine(line, true);
     this.closeTo(1);
-    this.finished = true;
   }
 
   takeLine(line, whole) {
@@ -649,6 +704,7 @@ class MarkdownView {
     if (ending) line = line.slice(0, this.contentAt + ending.index);
     if (this.contentAt !== null) this.leaf?.set(line.slice(this.contentAt), whole);
     if (ending && whole) this.closeDetails(ending[1]);
+    if (whole) this.rows++;
   }
 
   // "</details>" behind the last words of a paragraph, or its beginning if the line is not whole.
@@ -697,18 +753,16 @@ class MarkdownView {
       const container = this.stack[depth], rest = line.slice(at);
       if (container.kind === "quote") {
         const found = /^ {0,3}> ?/.exec(rest);
-        if (!found) break;
-        at += found[0].length;
+        if (found) at += found[0].length;
+        else if (container.begun !== this.rows - 1 || !WORDS.test(rest)) break;
       } else if (container.kind === "note") {
-        if (!rest.trim()) continue;
         const indent = indentOf(rest);
-        if (indent < 2) break;
+        if (rest.trim() && indent < 2) break;
         at += Math.min(indent, 4);
       } else if (container.kind === "item") {
-        if (!rest.trim()) continue;
         // its list continues only with another item
-        if (indentOf(rest) < container.indent) return [depth - 1, at];
-        at += container.indent;
+        if (rest.trim() && indentOf(rest) < container.indent) return [depth - 1, at];
+        at += Math.min(indentOf(rest), container.indent);
       }
     }
     return [depth, at];
@@ -716,8 +770,7 @@ class MarkdownView {
 
   inFence(line, at) {
     const {fence} = this.leaf, rest = line.slice(at);
-    const closing = new RegExp(`^ {0,3}${fence.mark[0]}{${fence.mark.length},}[ \\t]*$`);
-    if (closing.test(rest)) { this.closeLeaf(); return null; }
+    if (fence.isClosedBy(rest)) { this.closeLeaf(); return null; }
     return at + Math.min(indentOf(rest), fence.indent);
   }
 
@@ -739,9 +792,11 @@ class MarkdownView {
     if (other) return other;
     const quote = indented ? null : /^ {0,3}> ?/.exec(rest);
     if (quote) {
+      const callout = CALLOUT.exec(rest.slice(quote[0].length));
       this.closeTo(depth);
-      this.push("quote", element("blockquote"));
-      return quote[0].length;
+      if (!callout) this.push("quote", element("blockquote"));
+      else this.push("quote", calloutBox(callout[1].toLowerCase())).begun = this.rows;
+      return callout ? rest.length : quote[0].length;
     }
     const item = indented ? null : ITEM.exec(rest);
     if (!item || RULE.test(rest)) return 0;
@@ -814,9 +869,9 @@ class MarkdownView {
     if (indentOf(rest) >= 4) return undefined;
     const heading = /^ {0,3}(#{1,6})(?:[ \t]+|$)/.exec(rest);
     const setext = paragraph ? /^ {0,3}(=+|-+)[ \t]*$/.exec(rest) : null;
-    const fence = FENCE.exec(rest);
+    const fence = Fences.opened(rest, this.rows < this.plainFrom);
     if (heading) return this.open(depth, () => new Heading(this, heading[1].length), heading[0].length);
-    if (fence) return this.openFence(depth, fence, indentOf(rest));
+    if (fence) return this.open(depth, () => new Code(this, fence.language, fence), null);
     if (paragraph && DELIMITER.test(rest) && this.openTable(rest, paragraph)) return null;
     if (setext && takeDefinitions(paragraph.text, this).trim()) return this.underline(paragraph, setext[1][0] === "=" ? "h1" : "h2");
     if (RULE.test(rest)) return this.open(depth, () => new Rule(this), null);
@@ -828,13 +883,6 @@ class MarkdownView {
     this.closeTo(depth);
     this.leaf = make();
     return contentAt;
-  }
-
-  openFence(depth, [, ticks, info, tildes, other], indent) {
-    this.closeTo(depth);
-    const language = (info ?? other).trim().split(/\s+/)[0];
-    this.leaf = new Code(this, language, {mark: ticks ?? tildes, indent});
-    return null;
   }
 
   underline(paragraph, tag) {
@@ -866,6 +914,14 @@ class MarkdownView {
     this.closeLeaf();
     this.stack.length = depth;
   }
+}
+
+// The box says what it is, so that nobody needs to see its colour.
+function calloutBox(kind) {
+  const title = element("p", {className: "callout-title", dir: "auto"}, element("strong", {textContent: TEXT.callouts[kind]}));
+  const box = element("blockquote", {className: `callout callout-${kind}`}, title);
+  box.setAttribute("role", "note");
+  return box;
 }
 
 const expandTabs = space => {

@@ -29,6 +29,8 @@ const name = "chat_server " + Server.PAGE_HOME;
 const channel = typeof BroadcastChannel === "function" ? new BroadcastChannel(name) : null;
 const memory = new Map(KINDS.map(kind => [kind, new Map()]));     // where there is no database
 
+const MOST_WRITTEN = 2000;        // changes in a transaction; the page waits while they are handed over
+
 let db = null;
 let waiting = new Map();          // changes that will be written, by kind and id
 let writing = new Map();          // those that are being written
@@ -89,8 +91,8 @@ function remember(kind, id, patch) {
 async function flush() {
   await null;                     // changes made together are written together
   while (waiting.size) {
-    const batch = writing = waiting;
-    waiting = new Map();
+    const changes = [...waiting], batch = writing = new Map(changes.slice(0, MOST_WRITTEN));
+    waiting = new Map(changes.slice(MOST_WRITTEN));
     try {
       await write([...batch.values()]);
       setTrouble("");

@@ -12,7 +12,7 @@
 // Export format, version 2 (chat_server.py's terminal reads and writes it too):
 //   {"format": "chat_server chats", "version": 2, "exported": ISO time, "conversations": [conversation + "nodes": [node, ...]]}
 // and, with all chats, "prompts": [{name, text, starter}]. Times are milliseconds since 1970. Import also reads {"messages": [{role, content}, ...]} or just
-// the list, and the files that ChatGPT and Open WebUI export.
+// the list, and what other programs export (foreign.js).
 "use strict";
 
 const Tree = (() => {
@@ -241,8 +241,8 @@ const isObject = value => typeof value === "object" && value !== null && !Array.
 const areIds = value => Array.isArray(value) && value.length > 0 && value.every(id => Number.isSafeInteger(id) && id >= 0);
 const areCalls = value => Array.isArray(value) && value.every(call => isObject(call) && isText(call.id) && isText(call.name) &&
   isText(call.arguments) && (call.result === undefined || isText(call.result)));
-const arePictures = value => Array.isArray(value) && value.every(each => isObject(each) && isText(each.name) && isText(each.picture) &&
-  /^data:image\/[a-z+.-]+;base64,[A-Za-z0-9+/=]+$/.test(each.picture));
+const isPicture = value => isText(value) && /^data:image\/[a-z+.-]+;base64,[A-Za-z0-9+/=]+$/.test(value);
+const arePictures = value => Array.isArray(value) && value.every(each => isObject(each) && isText(each.name) && isPicture(each.picture));
 const isTime = value => Number.isFinite(value) && value > 0 && value < 8.64e15;
 const CONVERSATION_FIELDS = {title: isText, created: isTime, updated: isTime, pinned: value => typeof value === "boolean",
   system: isText, parameters: isObject, leaf: isText, model: isText, inTurns: value => typeof value === "boolean"};
@@ -260,18 +260,50 @@ function exportOf(conversations, nodesOf, prompts = []) {
       nodes: nodesOf(chat).map(node => ({id: node.id, parent: node.parent, ...pick(node, NODE_FIELDS)}))}))};
 }
 
-// A file's chats as [{conversation, nodes}] with new ids, so that nothing is replaced. Throws an Error with
-// the reason.
+// A file's chats as [{conversation, nodes, leftOut: how many attachments have no place here}] with new ids, so that nothing is
+// replaced. Throws an Error with the reason.
 function importOf(text, name = "The file") {
+  return withMessages(chatsIn(text, name).map((chat, i) => importedChat(chat, name, i)), name);
+}
+
+const SLICE_MS = 30;              // of converting chats, before the page gets a frame
+
+// The same, while the page goes on.
+async function importIn(text, name) {
+  const chats = [];
+  let begun = performance.now();
+  for (const [i, chat] of chatsIn(text, name).entries()) {
+    chats.push(importedChat(chat, name, i));
+    if (performance.now() - begun < SLICE_MS) continue;
+    await new Promise(requestAnimationFrame);
+    begun = performance.now();
+  }
+  return withMessages(chats, name);
+}
+
+function withMessages(chats, name) {
+  const found = chats.filter(({nodes}) => nodes.length);
+  if (!found.length) throw new Error(TEXT.notAChat(name));
+  return found;
+}
+
+// What a file lists as chats, in its own format.
+function chatsIn(text, name) {
   let file = null;
-  try { file = JSON.parse(text); } catch (error) { throw new Error(TEXT.notJson(name)); }
-  const listed = Array.isArray(file) && !file.some(isForeign) ? {messages: file} : file;
-  const chats = Array.isArray(listed?.conversations) ? listed.conversations : [listed].flat();
-  if (chats.some(isForeign)) return foreignChats(chats, name);
-  return chats.map((chat, i) => {
-    if (!Array.isArray(chat?.nodes ?? chat?.messages)) throw new Error(TEXT.notAChat(name));
-    return chat.nodes ? importedTree(chat, name, i) : importedList(chat, name);
-  });
+  try { file = JSON.parse(text); } catch (error) {
+    file = Foreign.sessionsIn(text, name);
+    if (!file) throw new Error(TEXT.notJson(name));
+  }
+  const foreign = Foreign.chatsIn(file);
+  if (foreign) return foreign;
+  const listed = Array.isArray(file) ? {messages: file} : file;
+  return Array.isArray(listed?.conversations) ? listed.conversations : [listed].flat();
+}
+
+function importedChat(chat, name, index) {
+  const own = Foreign.ownOf(chat, name, index) ?? chat;
+  if (!Array.isArray(own?.nodes ?? own?.messages)) throw new Error(TEXT.notAChat(name));
+  return {...own.nodes ? importedTree(own, name, index) : importedList(own, name), leftOut: own.leftOut ?? 0};
 }
 
 function importedTree(chat, name, index) {
@@ -287,71 +319,6 @@ function importedTree(chat, name, index) {
   conversation.leaf = tree.has(ids.get(chat.leaf)) ? ids.get(chat.leaf) : leafBelow(childrenOf(tree), null);
   conversation.title ||= titleOf(nodes[0]?.content ?? "");
   return {conversation, nodes};
-}
-
-// chats of other programs: ChatGPT's have a `mapping` of messages, Open WebUI's a `chat` with a `history`
-
-const isForeign = chat => isObject(chat?.mapping) || isObject(chat?.chat);
-
-function foreignChats(chats, name) {
-  const found = chats.filter(isForeign).map(chat => chat.mapping ? chatOfChatGpt(chat) : chatOfOpenWebUi(chat)).filter(({nodes}) => nodes.length);
-  if (!found.length) throw new Error(TEXT.notAChat(name));
-  return found.map((chat, i) => importedTree(chat, name, i));
-}
-
-// Their times are seconds, some milliseconds.
-const timeOf = value => Number.isFinite(value) && value > 0 ? Math.round(value < 1e11 ? 1000 * value : value) : undefined;
-
-function chatOfChatGpt({title, create_time: created, update_time: updated, mapping, current_node: leaf}) {
-  const entries = Object.entries(mapping).map(([id, {parent, message}]) => ({id, parent, ...messageOfChatGpt(message ?? {})}));
-  return {title, created: timeOf(created), updated: timeOf(updated ?? created), ...shownOnly(entries, leaf)};
-}
-
-// Calls of tools, their results and what ChatGPT hides have no content here; thoughts are reasoning of the answer below them.
-function messageOfChatGpt({author, content, create_time: created, metadata, recipient}) {
-  const {parts = [], thoughts = [], content_type: type} = content ?? {}, role = author?.role;
-  const said = ["user", "assistant"].includes(role) && ["text", "multimodal_text"].includes(type) && (recipient ?? "all") === "all" && !metadata?.is_visually_hidden_from_conversation;
-  return {role, created: timeOf(created), model: metadata?.model_slug, content: said ? joinedText(parts.map(part => isText(part) ? part : part?.text)) : "",
-    reasoning: type === "thoughts" ? joinedText(thoughts.map(thought => thought?.content)) : ""};
-}
-
-const joinedText = texts => texts.filter(text => isText(text) && text.trim()).join("\n\n");
-
-function chatOfOpenWebUi({title, pinned, created_at: created, updated_at: updated, chat}) {
-  const {history, messages = []} = chat, listed = isObject(history?.messages) ? Object.values(history.messages) : messages.map((each, i) => ({parentId: messages[i - 1]?.id, ...each}));
-  const entries = listed.map(({id, parentId, role, content, model, timestamp}) => ({id, parent: parentId, role, created: timeOf(timestamp), model,
-    ...role === "system" ? {} : thoughtsApart(isText(content) ? content : "")}));
-  const system = chat.params?.system ?? chat.system ?? listed.find(({role}) => role === "system")?.content;
-  return {title: title ?? chat.title, pinned, system, created: timeOf(created ?? chat.timestamp), updated: timeOf(updated ?? chat.timestamp),
-    ...shownOnly(entries, history?.currentId ?? listed.at(-1)?.id)};
-}
-
-// Open WebUI keeps reasoning as a quotation in <details>.
-function thoughtsApart(text) {
-  const thoughts = [], content = text.replace(/<details type="reasoning"[^>]*>\s*(?:<summary>[^<]*<\/summary>)?([^]*?)<\/details>\s*/g, (_, quoted) => {
-    thoughts.push(quoted.trim().replace(/^(?:>|&gt;) ?/gm, ""));
-    return "";
-  });
-  return {content: content.trim(), reasoning: joinedText(thoughts)};
-}
-
-// The entries with content, each below the nearest other one with content; the leaf likewise.
-function shownOnly(entries, leaf) {
-  const known = new Map(entries.map(entry => [entry.id, entry]));
-  const above = id => {                                    // [the entry, reasoning of those passed over]
-    const passed = new Set(), reasoning = [];
-    for (let entry = known.get(id); entry && !passed.has(entry); entry = known.get(entry.parent)) {
-      if (entry.content) return [entry, reasoning];
-      passed.add(entry);
-      reasoning.unshift(entry.reasoning);
-    }
-    return [null, reasoning];
-  };
-  const nodes = entries.filter(({content}) => content).map((entry, i) => {
-    const [parent, thoughts] = above(entry.parent), reasoning = joinedText([...thoughts, entry.reasoning]);
-    return {...entry, parent: parent?.id ?? null, created: entry.created ?? (parent?.created ?? Date.now()) + i, ...(reasoning && entry.role === "assistant" ? {reasoning} : {reasoning: undefined})};
-  });
-  return {leaf: above(leaf)[0]?.id, nodes};
 }
 
 function importedList(chat, name) {
@@ -433,6 +400,6 @@ function checkedParameters(given) {
 }
 
 return Object.freeze({newId, newConversation, newNode, childrenOf, pathTo, leafBelow, withDescendants, failed, isGrowing, messagesOf, newestMessages,
-  titleOf, ThoughtTags, composeMessage, textOf, DOCUMENT, languageOf, partsOf, isText, isObject, exportOf, importOf, untagged, parameterValue,
+  titleOf, ThoughtTags, composeMessage, textOf, DOCUMENT, languageOf, partsOf, isText, isObject, isPicture, exportOf, importOf, importIn, untagged, parameterValue,
   checkedParameters});
 })();

@@ -134,15 +134,8 @@ function updateQuestion(view) {
 
 // A question is shown as typed, except that code looks like code.
 function questionNodes(text) {
-  const nodes = [];
-  let at = 0;
-  for (const found of text.matchAll(/^ {0,3}(`{3,}|~{3,})([^\n`]*)\n([^]*?)(?:\n {0,3}\1[ \t]*$|(?![^]))|`([^`\n]+)`/gm)) {
-    const [whole, fence, info, block, inline] = found;
-    nodes.push(text.slice(at, found.index).replace(fence ? /\n$/ : /$^/, ""));
-    nodes.push(fence ? codeBlock(info.trim().split(/\s+/)[0], block) : element("code", {textContent: inline}));
-    at = found.index + whole.length + (fence && text[found.index + whole.length] === "\n" ? 1 : 0);
-  }
-  return [...nodes, text.slice(at)];
+  return Fences.split(text).flatMap(({text: words, language, code}) => words === undefined ? [codeBlock(language, code)]
+    : words.split(/`([^`\n]+)`/).map((part, i) => i % 2 ? element("code", {textContent: part}) : part));
 }
 
 function codeBlock(language, text) {
@@ -465,6 +458,7 @@ Parts.register({
   strings: {
     lookInside: "Look inside", copied: "Copied", copyMarkdown: "Copy as Markdown", branch: "Branch into a new chat", deleteMessage: "Delete from here on",
     editedText: "Edited text", cancel: "Cancel", update: "Update", save: "Save", edited: "edited",
+    callouts: {note: "Note", tip: "Tip", important: "Important", warning: "Warning", caution: "Caution"},
     wrap: "Wrap lines", preview: "Preview", downloadCode: "Download code", codeIn: language => `Code${language ? ` in ${language}` : ""}`, enterKey: "Enter the key", tryAgain: "Try again",
     pleaseContinue: "Please continue.", noRoom: context => `The question and this answer fill the context of ${number(context)} tokens, so the answer cannot go on. Ask for the rest in a new chat.`,
     sentThen: "Your message will then be sent.", lost: "The connection is lost; trying again… Enter queues your next question.",

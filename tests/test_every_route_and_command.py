@@ -80,14 +80,15 @@ def form(**parts):
 def ask_what_computes(ask):
     """Every route that a model answers."""
     ask("POST", "/chat/completions", QUESTION)
-    ask("POST", "/v1/chat/completions", QUESTION)
-    ask("POST", "/v1/completions", {"prompt": "One, two,", "max_tokens": 3})
+    for root in ("/v1", "/api/v0"):
+        ask("POST", f"{root}/chat/completions", QUESTION)
+        ask("POST", f"{root}/completions", {"prompt": "One, two,", "max_tokens": 3})
     ask("POST", "/infill", {"input_prefix": "a", "input_suffix": "b"}, status=400)      # the model has no tokens for it
     ask("POST", "/v1/messages", QUESTION)
     ask("POST", "/v1/messages/count_tokens", QUESTION)
     ask("POST", "/api/chat", {"messages": QUESTION["messages"], "stream": False, "options": {"num_predict": 3}})
     ask("POST", "/api/generate", {"prompt": "One, two,", "stream": False, "options": {"num_predict": 3}})
-    for route in ("/v1/embeddings", "/api/embed"):
+    for route in ("/v1/embeddings", "/api/v0/embeddings", "/api/embed"):
         ask("POST", route, {"input": "One, two"})
     ask("POST", "/api/embeddings", {"prompt": "One, two"})
     ask("POST", "/embed", {"inputs": "One, two"})

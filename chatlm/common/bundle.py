@@ -18,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 
 from chatlm.common import contents, libraries
 from chatlm.common.contents import Contents, Model, contents_of
-from chatlm.common.core import find_core, seam
+from chatlm.common.core import find_core, lacks, seam
 from chatlm.common.errors import ConfigError
 from chatlm.common.gather import Gathered, gather
 from chatlm.common.invocation import pip_command
@@ -242,6 +242,9 @@ def write_bundle(path: Path, wanted: Wanted) -> str:
         about = f"without decode_core, {problem}"
     if model:
         about += f" and the model {model.name}"
+    if (core or packed) and not wanted.wheels and (left_out := lacks()):
+        about += (f"; decode_core was compiled without {left_out}, so it is slow on CPUs that need these: "
+                  f"`DECODE_CORE_SETS=all {pip_command('.')}` in the checkout first, and it has all")
     return f"{path}: {size / 1e6:.1f} MB, {about}"
 
 

@@ -323,7 +323,7 @@ class Settings:
     watch: str | None = flag(None, file_name,
         "serve each checkpoint of the training runs in this folder as TAG@STEP and the last as "
         "TAG@latest, including checkpoints added later: a nanochat base folder, or Hugging Face folders "
-        "checkpoint-N", "serve")
+        "checkpoint-N; with -g only the runs of that tag, with -i only those of that stage", "serve")
     watch_text: str | None = flag(None, file_name,
         "score each checkpoint of --watch while the server is idle: how well it predicts this file, in "
         "bits per byte", "serve")

@@ -82,8 +82,16 @@ def refused_isa() -> str:
 
 
 def as_expected(line: str) -> bool:
-    """Whether a `kernels_line` names nothing that is missing, refused or unused."""
-    return bool(re.fullmatch(r"decode_core runs with \S+ instructions(, compiled with CUDA too)?", line))
+    """Whether a `kernels_line` names nothing that this machine misses, refuses or leaves unused."""
+    return bool(re.fullmatch(r"decode_core runs with \S+ instructions( \(compiled without [^()]*\))?"
+                             "(, compiled with CUDA too)?", line))
+
+
+def lacks() -> str:
+    """The instruction sets that decode_core was compiled without, as one for a single kind of CPU; "" if
+    none."""
+    core = decode_core()
+    return ", ".join(core.info().get("left_out_isas", ())) if core else ""
 
 
 def unused_core() -> str:
@@ -108,8 +116,16 @@ def kernels_line() -> str:
         info = core.info()
         unused = 0 if torch_installed() else device_files()
         line = f"decode_core runs with {info['isa']} instructions"
+        if missed := info.get("missed_isa"):
+            line += (f"; this CPU has {missed}, which it was compiled without: "
+                     f"`DECODE_CORE_SETS=all {pip_command('.')}` in the checkout brings it")
+        elif left_out := lacks():
+            line += f" (compiled without {left_out})"
         if unused:
             line += f"; {unused} GPU(s) are not used, because torch is not installed"
+        elif device_files() and not info["cuda_compiled"]:
+            line += ("; it has no CUDA kernels, so torch computes on the GPU: "
+                     f"`DECODE_CORE_CUDA=1 {pip_command('.')}` in the checkout, where nvcc is, compiles them")
         if info.get("amx_refused"):
             line += f" ({info['amx_refused']})"
         if info["cuda_compiled"] and device_files():

@@ -338,7 +338,7 @@ ONLY_THINKING = Field("reasoning", SWITCH, "true: end the reasoning of the answe
                                            "content; 409 if it is not thinking now")
 FIRST_EVENT = Field("from", INTEGER, "the number of the first event", 0, math.inf)
 RETRIEVAL = (  # (what a request gets, the routes for it): one handler answers them all
-    ("a vector for each input, from the model's final hidden states", "/v1/embeddings"),
+    ("a vector for each input, from the model's final hidden states", "/v1/embeddings /api/v0/embeddings"),
     ("the same in the format of Text Embeddings Inference", "/embed"),
     ("documents by how well they suit a query", "/v1/rerank /rerank /v2/rerank"),
     ("as above, in llama-server's format", "/reranking /v1/reranking"),
@@ -360,6 +360,11 @@ ANSWER_ROUTES: tuple[Route[Front], ...] = (
           "how many tokens such a request has"),
     Route("POST", "/api/chat", Api.OLLAMA, Front.handle_answer, "an answer in Ollama's format"),
     Route("POST", "/api/generate", Api.OLLAMA, Front.handle_answer, "an answer in Ollama's format"),
+    # behind Ollama's: an unknown route below /api is taken for one of the first row's API
+    Route("POST", "/api/v0/chat/completions", Api.OPENAI, Front.handle_answer,
+          "as /v1/chat/completions, for clients of LM Studio"),
+    Route("POST", "/api/v0/completions", Api.OPENAI, Front.handle_answer,
+          "as /v1/completions, for clients of LM Studio"),
     *(Route("POST", path, Api.OPENAI, Front.handle_answer, doc)
       for doc, paths in RETRIEVAL for path in paths.split()),
     Route("POST", "/api/embed", Api.OLLAMA, Front.handle_answer, "embeddings in Ollama's format"),

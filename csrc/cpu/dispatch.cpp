@@ -79,16 +79,33 @@ const Cpu& cpu() {
 std::atomic<const Choice*> chosen{nullptr};
 std::atomic<bool> amx_is_wrong{false};
 
-// Why a choice cannot be taken; "" if it can.
-std::string refusal_of(const Choice& choice) {
+// Why this CPU or its operating system cannot run a choice; "" if they can.
+std::string machine_refusal(const Choice& choice) {
     if (!offers(choice.isa) || (choice.feature && !cpu_has(choice.feature))) return std::string("this CPU does not offer ") + choice.name;
-    if ((choice.dot == Dot::vex || choice.dot == Dot::evex) && !AVXVNNI_IS_COMPILED)
-        return std::string(choice.name) + ": the compiler of this decode_core did not know it";
-    const bool compiled_for_tests = choice.dot == Dot::evex || choice.amx == Amx::emulated || choice.amx == Amx::emulated_portable;
-    if (compiled_for_tests && !TEST_SETS_ARE_COMPILED) return std::string(choice.name) + " is compiled with DECODE_CORE_TEST_SETS=1 alone";
     if (choice.amx == Amx::none || choice.amx == Amx::emulated_portable) return "";
     if (!cpu_has("avx512_vnni")) return std::string(choice.name) + " needs AVX-512 VNNI, which this CPU does not offer";
     return choice.amx == Amx::emulated ? "" : amx_refusal();
+}
+
+bool is_compiled(const Choice& choice) {
+    const bool amx = AMX_IS_COMPILED || (choice.amx != Amx::measured && choice.amx != Amx::always);
+    if (choice.isa == Isa::avx512) return amx && AVX512_IS_COMPILED && (cpu_has("avx512_vnni") ? VNNI_IS_COMPILED : AVX2_IS_COMPILED);
+    if (choice.isa == Isa::avx2) return AVX2_IS_COMPILED && (choice.dot == Dot::own || AVXVNNI_IS_COMPILED);
+    return true;
+}
+
+// Why this library has not what a choice needs; "" if it has.
+std::string library_refusal(const Choice& choice) {
+    const bool compiled_for_tests = choice.dot == Dot::evex || choice.amx == Amx::emulated || choice.amx == Amx::emulated_portable;
+    if (compiled_for_tests && !TEST_SETS_ARE_COMPILED) return std::string(choice.name) + " is compiled with DECODE_CORE_TEST_SETS=1 alone";
+    if (is_compiled(choice)) return "";
+    return std::string("decode_core was compiled without ") + choice.name + "; DECODE_CORE_SETS=all pip install . compiles all that the compiler knows";
+}
+
+// Why a choice cannot be taken; "" if it can.
+std::string refusal_of(const Choice& choice) {
+    const std::string refusal = machine_refusal(choice);
+    return refusal.empty() ? library_refusal(choice) : refusal;
 }
 
 const Choice& best() {
@@ -168,7 +185,6 @@ const std::string& amx_refusal() {
 #if defined(__x86_64__) && defined(__linux__)
         unsigned a = 0, b = 0, c = 0, d = 0, low = 0, high = 0;
         int error = ENOSYS;
-        if (!AMX_IS_COMPILED) return std::string("amx: the compiler of this decode_core did not know it");
         if (!offers(Isa::avx512) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return amx_refusal_of(0, 0, 0);   // AVX-512: there is XGETBV
         asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
         constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
@@ -199,6 +215,24 @@ const char* chosen_name() { return choice_now().name; }
 std::vector<const char*> offered_names() { return names(false); }
 
 std::vector<const char*> names_for_tests() { return names(true); }
+
+std::vector<const char*> left_out_names() {
+    std::vector<const char*> names;
+#if defined(__x86_64__)
+    for (const Choice& choice : CHOICES)
+        if (!choice.for_tests && !is_compiled(choice)) names.push_back(choice.name);
+#endif
+    return names;
+}
+
+const char* missed_name() {
+    const Choice& taken = best();
+    for (const Choice& choice : CHOICES) {
+        if (&choice == &taken || choice.for_tests) break;
+        if (!is_compiled(choice) && machine_refusal(choice).empty()) return choice.name;
+    }
+    return "";
+}
 
 void set_isa(const std::string& name) {
     const Choice& choice = named(name);

@@ -25,11 +25,15 @@ set_isa = _core.set_isa
 
 
 def info() -> dict:
-    """What was compiled and what runs: {"isa", "offered_isas", "features", "amx_refused", "threads", "cuda_compiled"}.
+    """What was compiled and what runs: {"isa", "offered_isas", "left_out_isas", "missed_isa", "features", "amx_refused", "threads",
+    "cuda_compiled"}.
 
+    left_out_isas: those that the library was compiled without, whatever this CPU offers; missed_isa: the one of them that this CPU
+    would choose, or "".
     amx_refused: why the AMX of this CPU cannot be used; "" if it can, or if the CPU has none."""
     features = [name for name in _core.CPU_FEATURES if _core.cpu_has(name)]
     no_amx_here = _core.amx_refusal_of(0, 0, 0)
     refused = "" if _core.amx_refusal() == no_amx_here else _core.amx_refusal()
-    return {"isa": _core.isa(), "offered_isas": _core.offered_isas(), "features": features, "amx_refused": refused, "threads": get_threads(),
+    return {"isa": _core.isa(), "offered_isas": _core.offered_isas(), "left_out_isas": _core.left_out_isas(),
+            "missed_isa": _core.missed_isa(), "features": features, "amx_refused": refused, "threads": get_threads(),
             "cuda_compiled": _core.cuda_compiled}

@@ -8,14 +8,17 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
 
 import chat_server as cs
+import patching
 from chatlm.common import core
 from chatlm.common.errors import ConfigError
+from chatlm.common.invocation import pip_command
 from chatlm.common.seam import seam_digest
 from chatlm.worker.model.core_sizes import core_sizes
 from chatlm.worker.model.kernels import Backend, EagerSteps, Steps, choose_backend, for_decode_core, load_kernels
@@ -175,6 +178,69 @@ def test_a_core_of_another_version_is_left_alone(text, said, tmp_path):
                              capture_output=True, text=True, timeout=120, env=env)
     assert refused.returncode == 2 and f"--quantize needs decode_core and a CPU; {said}" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+ALL_SETS = {"isa": "amx", "left_out_isas": [], "missed_isa": "", "amx_refused": "", "cuda_compiled": False}
+SAID = "decode_core runs with"
+
+
+@pytest.mark.parametrize("changes, gpus, line, usual", [
+    ({}, 0, f"{SAID} amx instructions", True),
+    ({"left_out_isas": ["avxvnni", "avx2"]}, 0, f"{SAID} amx instructions (compiled without avxvnni, avx2)", True),
+    ({"isa": "portable", "left_out_isas": ["amx", "avx512"], "missed_isa": "amx"}, 0,
+     f"{SAID} portable instructions; this CPU has amx, which it was compiled without: "
+     "`DECODE_CORE_SETS=all {pip}` in the checkout brings it", False),
+    ({"cuda_compiled": True}, 1, f"{SAID} amx instructions, compiled with CUDA too", True),
+    ({"cuda_compiled": True, "left_out_isas": ["avx2"]}, 1,
+     f"{SAID} amx instructions (compiled without avx2), compiled with CUDA too", True),
+    ({}, 2, f"{SAID} amx instructions; it has no CUDA kernels, so torch computes on the GPU: "
+     "`DECODE_CORE_CUDA=1 {pip}` in the checkout, where nvcc is, compiles them", False)])
+def test_the_start_says_what_the_core_lacks(monkeypatch, changes, gpus, line, usual):
+    """What this machine misses is a line of the log, what only others would miss is not."""
+    monkeypatch.delenv("CHAT_SERVER_KERNELS", raising=False)
+    patching.patch(monkeypatch, core, "decode_core", lambda: SimpleNamespace(info=lambda: ALL_SETS | changes))
+    patching.patch(monkeypatch, core, "find_core", lambda: (None, ""))
+    patching.patch(monkeypatch, core, "device_files", lambda: gpus)
+    patching.patch(monkeypatch, core, "torch_installed", lambda: True)
+    assert core.kernels_line() == line.replace("{pip}", pip_command("."))
+    assert core.as_expected(core.kernels_line()) == usual
+
+
+@pytest.fixture(scope="module")
+def portable_library():
+    """The folder of a decode_core as another CPU's build would be here: one without this CPU's sets. What it was compiled
+    of stays in the checkout."""
+    root, folder = SCRIPT.parent, SCRIPT.parent / "build-portable"
+    variables = {"DECODE_CORE_SETS": "portable", "DECODE_CORE_QUICK": "1", "DECODE_CORE_CUDA": "0"}
+    subprocess.run([sys.executable, "setup.py", "-q", "build", "--build-base", folder, "--build-lib", folder / "lib"],
+                   cwd=root, env=os.environ | variables, check=True, capture_output=True, timeout=900)
+    return folder / "lib"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists() or " avx2 " not in Path("/proc/cpuinfo").read_text(),
+                    reason="only a CPU with AVX2 misses what is left out here")
+def test_a_library_without_this_cpu_s_set_runs_portable(portable_library, nanochat_fixtures, tmp_path):
+    """It says so at the start, answers as the others do, refuses a set that it lacks, and a bundle of it says what it lacks."""
+    alone = os.environ | {"PYTHONPATH": str(portable_library)}
+    alone.pop("DECODE_CORE_ISA", None)
+
+    def run(*words, **more):
+        return subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, timeout=120, env=alone | more)
+
+    log = []
+    with server(nanochat_fixtures / "gen5", env=alone, log=log):        # torch may be faster, and is then taken
+        pass
+    (line,) = [line for line in log if SAID in line]
+    assert "runs with portable instructions; this CPU has " in line and "DECODE_CORE_SETS=all" in line
+    words = ["generate", nanochat_fixtures / "gen5", "--prompt", "Once", "-m", "20", "--temperature", "0"]
+    usual = subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, timeout=120)
+    assert run(*words, DECODE_CORE_ISA="portable").stdout == usual.stdout != ""
+    refused = run(*words, DECODE_CORE_ISA="avx2")
+    assert refused.returncode == 2 and "DECODE_CORE_ISA=avx2: decode_core was compiled without avx2; DECODE_CORE_SETS=all" in refused.stderr
+    bundled = run("bundle", tmp_path / "a.pyz")
+    assert "decode_core was compiled without amx, avx512, avxvnni, avx2, so it is slow on CPUs" in bundled.stdout
 
 
 BROKEN = "decode_core/_core.cpython-311-x86_64-linux-gnu.so: undefined symbol: _ZN2dc4avx2E"

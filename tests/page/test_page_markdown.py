@@ -413,7 +413,7 @@ def test_near_turns_take_a_few_milliseconds_a_frame(page, stand_in):
 
 
 DEEP = {        # thousands of elements inside each other crash a browser's tab
-    "quotes": ">" * 20_000, "items": "1. " * 9_000, "both": "> 1. " * 4_000, "tags": "<sub>" * 9_000,
+    "emphasis": "*a " * 9_000 + "a* " * 9_000, "quotes": ">" * 20_000, "items": "1. " * 9_000, "both": "> 1. " * 4_000, "tags": "<sub>" * 9_000,
     "fractions": "$" + "\\frac{1}{" * 1_500 + "x" + "}" * 1_500 + "$", "a long formula": "$" + "x+" * 20_000 + "x$",
     "roots": "$" + "\\sqrt{" * 600 + "x" + "}" * 600 + "$", "powers": "$" + "x^{" * 700 + "x" + "}" * 700 + "$"}
 
@@ -448,3 +448,31 @@ def test_usual_nesting_is_drawn_as_before(opened_page):
 def test_dollars_beside_words_open_no_formula(opened_page, text, formulas, step):
     grown, whole, _ = drawn(opened_page, text, step)
     assert grown == whole and whole.count("</math>") == formulas, whole
+
+
+def test_empty_headings_are_no_headings(opened_page):
+    """The default model writes many: "# " on a line."""
+    answer = shown(opened_page, "# One\n#\n# \n## Two\n\ntext")
+    expect(answer.get_by_role("heading")).to_have_text(["One", "Two"])
+    expect_accessible(opened_page, theme="light")
+    gap = answer.evaluate("""body => { const [one, two] = [...body.querySelectorAll("h1, h2")].filter(each => each.checkVisibility());
+        return two.getBoundingClientRect().top - one.getBoundingClientRect().bottom; }""")
+    assert gap < 20
+    opened_page.evaluate("Chat.openNew()")
+
+
+@pytest.mark.parametrize("tex, is_sign", [
+    ("x = -1", True), ("x = \\pm 1", True), ("(-1)", True), ("(a, -1)", True), ("x \\leq +1", True), ("-1", True),
+    ("x - 1", False), ("(x) - 1", False), ("n! - 1", False), ("|x| - 1", False), ("f' - 1", False)])
+def test_signs_stand_at_their_numbers(opened_page, tex, is_sign):
+    gap = opened_page.evaluate("""tex => {
+        const root = document.createElement("p");
+        root.className = "markdown";
+        document.body.append(root);
+        root.append(Markdown.mathNode(tex, true));
+        const [number, sign] = ["mn", "mo"].map(name => [...root.querySelectorAll(name)]
+            .filter(each => name === "mn" || /^[-−+±]$/.test(each.textContent)).at(-1).getBoundingClientRect());
+        root.remove();
+        return (number.left - sign.right) / sign.width;
+    }""", tex)
+    assert (gap < 0.05) == is_sign, gap

@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterator, Sequence as Seq
 from pathlib import Path
 
+from chatlm.common.config import Settings
 from chatlm.common.errors import require_folder
 from chatlm.common.hub.adapters import CONFIG, WEIGHTS
 from chatlm.common.hub.folder import seen_below
 from chatlm.common.hub.nanochat import (
-    AS_TRAINED, CheckpointPlace, checkpoints_in, meta_of, nanochat_tokenizers, step_of)
+    AS_TRAINED, CheckpointPlace, checkpoints_in, is_wanted, meta_of, nanochat_tokenizers, step_of)
 from chatlm.common.hub.stamps import HF_FILES, LITGPT_FILES, Sighting, files_of, stamp_of
 from chatlm.common.hub.trainers import LITGPT_CONFIG, LITGPT_FILE, foreign, is_build_nanogpt, is_litgpt
 from chatlm.common.records import record
@@ -37,6 +38,13 @@ class RunStep(Sighting):
     def tag(self) -> str:
         """What people call its run."""
         return self.place.tag if self.place else self.run.name
+
+    def is_chosen(self, settings: Settings) -> bool:
+        """Whether its run fits -i and -g. The runs of other trainers have no stage, and are tagged by their
+        folders."""
+        if self.place:
+            return is_wanted(self.place, settings)
+        return settings.source is None and settings.model_tag in (None, self.run.name)
 
 
 def find_steps(folder: Path) -> list[RunStep]:

@@ -665,8 +665,8 @@ def read_variants(body: dict, indices: Seq[int], seed: int, known: Known) -> lis
 # The reader of each route's body. It makes a ParsedBody for handle_answer, and a text for other routes.
 ANSWER_READERS: dict[str, Callable[..., ParsedBody]] = {
     "/chat/completions": read_native_body,
-    "/v1/chat/completions": read_chat_body,
-    "/v1/completions": read_completion_body,
+    **dict.fromkeys(("/v1/chat/completions", "/api/v0/chat/completions"), read_chat_body),
+    **dict.fromkeys(("/v1/completions", "/api/v0/completions"), read_completion_body),
     "/infill": read_infill_body,
     "/v1/responses": read_responses_body,
     "/v1/messages": read_messages_body,

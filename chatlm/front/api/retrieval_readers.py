@@ -172,7 +172,8 @@ def read_score_body(body: dict, known: Known) -> ParsedBody:
 
 
 ROUTE_TASKS = {  # route -> what its model must be able to do, if that is not to answer
-    **dict.fromkeys(("/v1/embeddings", "/api/embed", "/api/embeddings", "/embed"), "embed"),
+    **dict.fromkeys(
+        ("/v1/embeddings", "/api/v0/embeddings", "/api/embed", "/api/embeddings", "/embed"), "embed"),
     **dict.fromkeys(("/v1/rerank", "/rerank", "/v2/rerank", "/reranking", "/v1/reranking"), "rank")}
 SCORES = "/v1/score", "/score"
 
@@ -189,7 +190,7 @@ def check_route(route: str, known: Known):
 
 
 RETRIEVAL_READERS: dict[str, Callable[..., ParsedBody]] = {
-    "/v1/embeddings": read_embedding_body,
+    **dict.fromkeys(("/v1/embeddings", "/api/v0/embeddings"), read_embedding_body),
     "/api/embed": partial(read_embedding_body, api="ollama embed"),
     "/api/embeddings": partial(read_embedding_body, api="ollama embeddings"),
     "/embed": partial(read_embedding_body, api="tei embed"),

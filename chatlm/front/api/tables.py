@@ -470,6 +470,9 @@ BODY_FIELDS: dict[str, tuple[Field, ...]] = {  # route -> the fields of its body
     "/api/show": OLLAMA_SHOW_FIELDS, "/tokenize": TOKENIZE_FIELDS, "/detokenize": DETOKENIZE_FIELDS,
     "/apply-template": TEMPLATE_FIELDS, "/models/load": MANAGED_FIELDS, "/models/unload": MANAGED_FIELDS,
     "/v1/compare": COMPARE_FIELDS,
+    # whoever finds LM Studio's list of models asks where LM Studio answers
+    "/api/v0/chat/completions": OPENAI_FIELDS, "/api/v0/completions": COMPLETION_FIELDS,
+    "/api/v0/embeddings": EMBEDDING_FIELDS,
 }
 HUB_NAME = Field("model", TEXT, "a short name, owner/name, or owner/name:FILE", required=True)
 EITHER_NAME = (Field("model", TEXT, "a short name, owner/name, or owner/name:FILE"),

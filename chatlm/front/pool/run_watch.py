@@ -13,6 +13,7 @@ from typing import Any, Protocol, TYPE_CHECKING
 from chatlm.common.config import ModelChoice
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.adapters import CONFIG, base_of
+from chatlm.common.hub.nanochat import explicit_choice
 from chatlm.common.hub.steps import find_steps
 from chatlm.common.hub.val_bpb import evaluation_of
 from chatlm.common.hub.written import Logs, written_beside
@@ -73,9 +74,9 @@ class RunWatch:
         self.registry = many.registry
         self.folder = Path(many.settings.watch or "").expanduser().absolute()
         self.models: dict[RunStep, Model] = {}  # being served
-        self.sightings = Sightings(  # folders without any file of a checkpoint are ignored
-            lambda: [step for step in find_steps(self.folder) if step.stamp or not step.missing],
-            lambda: [step.stamp for step in self.models], self.WATCH_S)
+        self.left_out: list[RunStep] = []       # what -g and -i leave out
+        self.sightings = Sightings(
+            self._find, lambda: [step.stamp for step in self.models], self.WATCH_S)
         self.names = RunNames(self.folder)
         self.last: dict[Path, Model] = {}    # by run: the model that has the name `latest`
         self.opened_s = 0.0                  # when a checkpoint was last opened
@@ -89,7 +90,20 @@ class RunWatch:
         await self._open([*last.values()])
         await self._read_logs()
         if not self.models:
-            log.info("--watch %s: no complete checkpoint yet", self.folder)
+            log.info("--watch %s: no complete checkpoint%s yet", self.folder, self._choice())
+        if self.left_out:
+            log.info("--watch serves only what fits%s; left out: %s", self._choice().removeprefix(" of"),
+                     ", ".join(sorted({run_of(step) for step in self.left_out})))
+
+    def _choice(self) -> str:
+        choice = explicit_choice(self.many.settings)
+        return f" of {choice}" if choice else ""
+
+    def _find(self) -> list[RunStep]:
+        """Folders without any file of a checkpoint are ignored."""
+        found = [step for step in find_steps(self.folder) if step.stamp or not step.missing]
+        self.left_out = [step for step in found if not step.is_chosen(self.many.settings)]
+        return [step for step in found if step.is_chosen(self.many.settings)]
 
     async def run(self):
         await self.sightings.run(self.update, self._pause)
@@ -130,6 +144,7 @@ class RunWatch:
         folders = {run: os.path.realpath(run) for run in self.names.known}
         runs = {folders[run]: name for run, name in self.names.known.items()}
         there = {(folders.get(step.run, ""), step.step) for step in self.sightings.there.values()}
+        there |= {(os.path.realpath(step.run), step.step) for step in self.left_out}
         return await self.work.removed(Path(os.path.realpath(self.folder)), runs, there)
 
     async def _open(self, steps: Iterable[RunStep]):
@@ -241,6 +256,10 @@ class RunWatch:
             for alias in newest.choice.aliases:
                 log.info("%s is now %s", alias, newest.name)
         return coming
+
+
+def run_of(step: RunStep) -> str:
+    return f"{step.place.lineage}-{step.place.stage}" if step.place else step.tag
 
 
 def order(model: Model) -> tuple:

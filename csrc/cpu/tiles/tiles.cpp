@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <new>
 
+#include "cpu/attention/attention.h"
 #include "cpu/choices.h"
 #include "cpu/tiles/least_rows.h"
 
@@ -114,9 +115,10 @@ WideMultiply wide_kernel(Amx amx) {
 }
 
 #if defined(__x86_64__)
-const bool AMX_IS_COMPILED = amx::wide_multiply, AVXVNNI_IS_COMPILED = avxvnni::tile_kernels.multiply;
+const bool AMX_IS_COMPILED = amx::wide_multiply, VNNI_IS_COMPILED = avx512::tile_kernels.multiply, AVX512_IS_COMPILED = avx512::attention_kernels.attend,
+           AVXVNNI_IS_COMPILED = avxvnni::tile_kernels.multiply, AVX2_IS_COMPILED = avx2::tile_kernels.multiply;
 #else
-const bool AMX_IS_COMPILED = false, AVXVNNI_IS_COMPILED = false;
+const bool AMX_IS_COMPILED = false, VNNI_IS_COMPILED = false, AVX512_IS_COMPILED = false, AVXVNNI_IS_COMPILED = false, AVX2_IS_COMPILED = false;
 #endif
 const bool TEST_SETS_ARE_COMPILED = emulated_portable::wide_multiply;
 

@@ -187,7 +187,8 @@ async def test_no_route_finds_an_unknown_model(client, route, size):
 
 def test_every_route_that_answers_is_tested():
     of_rankings = {"/v1/rerank", "/rerank", "/v2/rerank", "/reranking", "/v1/reranking", "/v1/score", "/score", "/embed"}   # test_retrieval_routes.py
-    assert {*ASKED, *WHOLE} | of_rankings == {route.path for route in chat_server.ROUTES if route.handler is chat_server.Front.handle_answer}
+    of_lm_studio = {"/api/v0/chat/completions", "/api/v0/completions", "/api/v0/embeddings"}        # test_discovery.py
+    assert {*ASKED, *WHOLE} | of_rankings | of_lm_studio == {route.path for route in chat_server.ROUTES if route.handler is chat_server.Front.handle_answer}
 
 
 @every_route

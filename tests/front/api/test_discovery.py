@@ -25,6 +25,20 @@ def test_lm_studio_s_list_has_the_model(url):
     assert status == 404 and refused["error"]["code"] == "model_not_found"
 
 
+@pytest.mark.parametrize("route, body", [
+    ("chat/completions", {"messages": [{"role": "user", "content": "Say hi."}], "max_tokens": 5, "temperature": 0}),
+    ("completions", {"prompt": "One, two,", "max_tokens": 5, "temperature": 0}),
+    ("embeddings", {"input": "One, two"}),
+    ("embeddings", {"input": 1.5}),
+    ("chat/completions", {"messages": []})])
+def test_who_finds_lm_studio_s_list_is_answered_there(url, route, body):
+    """The plugin llm-lmstudio asks below /api/v0 once it has found the list of models there."""
+    ours, theirs = ((status, found.get("error"), found.get("data"), [
+        each.get("text", each.get("message")) for each in found.get("choices", ())])
+        for status, _, found in (call(url, f"{root}/{route}", body) for root in ("/v1", "/api/v0")))
+    assert theirs == ours and ours[0] in (200, 400)
+
+
 def test_llama_server_s_properties_are_the_model_s(url):
     body = call(url, "/props")[2]
     stats = call(url, "/stats")[2]

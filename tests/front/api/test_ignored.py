@@ -25,7 +25,7 @@ EMBEDS, RANKS = (replace(KNOWN, embedder=embedder) for embedder in (
     Embedder("rank", 1, 64, form="{instruction} {query} {document}", instruction="Find it")))
 RERANKS = "/v1/rerank", "/rerank", "/v2/rerank", "/reranking", "/v1/reranking"
 SCORES = "/v1/score", "/score"
-WHICH = dict.fromkeys(("/v1/embeddings", "/embed", "/api/embed", "/api/embeddings"), EMBEDS) | dict.fromkeys((*RERANKS, *SCORES), RANKS)
+WHICH = dict.fromkeys(("/v1/embeddings", "/api/v0/embeddings", "/embed", "/api/embed", "/api/embeddings"), EMBEDS) | dict.fromkeys((*RERANKS, *SCORES), RANKS)
 HI = [{"role": "user", "content": "Hi"}]
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -40,6 +40,8 @@ BASE = {        # the least that each route reads, from which a field may then b
     "/embed": {"inputs": "Hi"}, **{route: {"query": "Hi", "documents": ["Ho", {"text": "Hu"}]} for route in RERANKS},
     **{route: {"text_1": "Hi", "text_2": ["Ho"]} for route in SCORES},
     "/models/load": {}, "/models/unload": {}, "/v1/compare": {"messages": HI, "models": ["a", "b"], "seed": 7}}
+LM_STUDIO = {route.replace("/v1", "/api/v0"): route for route in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")}
+BASE |= {route: BASE[same] for route, same in LM_STUDIO.items()}
 FLAT_TOOL = {"type": "function", "name": "add", "parameters": SCHEMA}
 BESIDE = {      # what a field needs beside it to mean something
     "top_logprobs": {"logprobs": True, "include": ["message.output_text.logprobs"]}, "tool_choice": {"tools": [TOOL]}, "parallel_tool_calls": {"tools": [TOOL]},
@@ -76,7 +78,7 @@ OTHERS = {      # where a field has another type in one of the routes
     ("/v1/messages/count_tokens", "output_config"): {"effort": "low"},
     ("/v1/messages", "tool_choice"): {"type": "none"}, ("/v1/messages/count_tokens", "tool_choice"): {"type": "none"},
     ("/embed", "truncate"): False, ("/api/chat", "truncate"): False, **{(route, "truncate"): False for route in RERANKS},
-    ("/v1/completions", "logprobs"): 2, ("/api/embed", "truncate"): False, ("/api/chat", "stream"): False, ("/api/generate", "stream"): False}
+    ("/v1/completions", "logprobs"): 2, ("/api/v0/completions", "logprobs"): 2, ("/api/embed", "truncate"): False, ("/api/chat", "stream"): False, ("/api/generate", "stream"): False}
 OPTIONS = {"repeat_penalty": 1.5, "num_predict": 7}
 
 

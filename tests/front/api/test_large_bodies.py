@@ -24,6 +24,7 @@ BODIES = {  # of each route; what makes one large comes to it
     **dict.fromkeys(("/v1/score", "/score"), {"text_1": "hello", "text_2": "hello"}),
     "/api/show": {}, "/tokenize": {"content": "hello"}, "/detokenize": {"tokens": [1, 2]}, "/apply-template": {"messages": HI},
     "/models/load": {}, "/models/unload": {}, "/v1/compare": {"messages": HI, "max_tokens": 2, "ignore_eos": True, "variants": [{"model": name} for name in ("one", "two") * 4]}}
+BODIES |= {f"/api/v0/{name}": BODIES[f"/v1/{name}"] for name in ("chat/completions", "completions", "embeddings")}
 UNABLE = "/infill", "/v1/rerank", "/rerank", "/v2/rerank", "/reranking", "/v1/reranking", "/v1/score", "/score"     # routes of other models
 MANY = {"query": "hello " * 20_000, "documents": ["hello"] * 20_000, "text_1": "hello " * 20_000, "text_2": ["hello"] * 20_000, "inputs": "hello " * 20_000,
         "messages": HI * 30_001, "prompt": "hello " * 20_000, "input": "hello " * 20_000, "content": "hello " * 20_000, "tokens": [1] * 40_000}

@@ -6,6 +6,8 @@ import os
 import pytest
 
 import forked
+from chatlm.common.config import Settings
+from chatlm.terminal.evaluate import open_scorer
 from chatlm.worker.weights.rules import DEFAULT_SYSTEM
 from openai_routes import call
 from real_server import SCRIPT
@@ -68,6 +70,17 @@ def test_commands_add_it(url, tmp_path):
     (line,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     body = line["response"]["body"]
     assert body["choices"][0]["message"]["content"] == text and body["usage"]["prompt_tokens"] == count
+
+
+@pytest.mark.parametrize("remote", [False, True])
+async def test_evaluations_add_it(url, default_model_path, remote):
+    """The tokens that `eval` scores and continues are those of the conversation with the prompt, through --url too."""
+    settings = Settings(url=url) if remote else Settings(model=str(default_model_path))
+    async with open_scorer(settings) as (scorer, _):
+        ids = await scorer.chat(QUESTION)
+        answer = await scorer.answer(ids, 20)
+    assert ids == call(url, "/tokenize", {"messages": EXPLICIT})[2]["tokens"]
+    assert answer.startswith("The capital of France is Paris.")
 
 
 def test_what_counts_and_renders_contains_it(url):

@@ -15,6 +15,7 @@ import torch
 
 import tiny_training
 from bundles import write_bundle
+from chatlm.cli import parse_command_line
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.steps import find_steps
@@ -33,7 +34,7 @@ from fake_pool import frames, serving
 from forked import DYING
 from nightly import by_day
 from real_server import get, post, server
-from watched import TINY, file_of, run_folder, until, watching  # noqa: F401
+from watched import TINY, file_of, remove, run_folder, until, watching  # noqa: F401
 
 MIB = 1 << 20
 
@@ -737,3 +738,83 @@ async def test_adapter_checkpoints_are_merged_into_the_base(tmp_path, watching, 
                 assert (await response.json())["choices"][0]["text"] == texts[name]
         await pool.close()
     assert texts["my-run@5"] != texts["my-run@latest"]
+
+
+def copied(base, tag, step, stage="base", of=1):
+    """A checkpoint of d2, as a step of another run."""
+    folder = base / f"{stage}_checkpoints" / tag
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, given in ((f"meta_{step:06}.json", f"meta_{of:06}.json"), (f"model_{step:06}.pt", f"model_{of:06}.pt")):
+        shutil.copy(base / "base_checkpoints" / "d2" / given, folder / name)
+
+
+@pytest.mark.parametrize("choice, first, later", [
+    ({"model_tag": "d2"}, {"d2-base@1"}, {"d2-base@1", "d2-base@2", "d2-sft@5"}),
+    ({"model_tag": "d4"}, {"d4-base@3"}, {"d4-base@3", "d4-base@4"}),
+    ({"source": "sft"}, set(), {"d2-sft@5"}),
+    ({"model_tag": "d4", "source": "sft"}, set(), set()),
+    ({}, {"d2-base@1", "d4-base@3"}, {"d2-base@1", "d2-base@2", "d2-sft@5", "d4-base@3", "d4-base@4"})])
+async def test_a_watched_tag_is_served_alone(run_folder, watching, client, caplog, choice, first, later):
+    caplog.set_level(logging.INFO, logger="chat_server")
+    list(tiny_training.train(run_folder, 1, 1))
+    copied(run_folder, "d4", 3)
+    models = await watching(run_folder, **choice)
+    known = lambda: {model.name for model in models.registry.models}
+    async with serving(models, models.settings) as url:
+        await until(lambda: known() == first)
+        for written in (("d4", 4), ("d2", 2), ("d2", 5, "chatsft")):        # the other tag gets a step too
+            copied(run_folder, *written)
+        [runs] = models.watches
+        scanned = lambda: {step.step for step in [*runs.sightings.there.values(), *runs.left_out]}
+        await until(lambda: known() == later and scanned() == {1, 2, 3, 4, 5})
+        async with client.get(url + "/v1/runs") as response:
+            runs = {run["id"] for lineage in (await response.json())["data"] for run in lineage["runs"]}
+        assert runs == {name.partition("@")[0] for name in later}
+        for name in later:
+            assert (await ask(client, url, name, max_tokens=1))[0] == 200
+        for name in {"d2-base@2", "d4-base@4"} - later:
+            assert (await ask(client, url, name, max_tokens=1))[0] == (404 if later else 503)
+    left_out = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert len(left_out) == bool(choice)
+
+
+async def test_a_watched_folder_without_the_tag_says_which_it_has(run_folder, watching, caplog):
+    caplog.set_level(logging.INFO, logger="chat_server")
+    list(tiny_training.train(run_folder, 1, 1))
+    await watching(run_folder, model_tag="d20")
+    lines = [record.getMessage() for record in caplog.records]
+    assert any(line.endswith("no complete checkpoint of -g d20 yet") for line in lines)
+    assert "--watch serves only what fits -g d20; left out: d2-base" in lines
+
+
+async def test_results_of_other_tags_are_not_those_of_removed_steps(run_folder, watching, tmp_path):
+    """They are in the same file of results."""
+    list(tiny_training.train(run_folder, 2, 1))
+    copied(run_folder, "d4", 3, of=2)
+    remove(run_folder, 2)
+    meta = file_of(run_folder, 1).with_name("meta_000001.json")
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"val_bpb": 1.5}))
+    results = str(tmp_path / "results.jsonl")
+    models = await watching(run_folder, results=results)
+    await until(lambda: {model.name for model in models.registry.models} == {"d2-base@1", "d4-base@3"})
+    await models.close()
+    models = await watching(run_folder, results=results, model_tag="d4")
+    await until(lambda: {model.name for model in models.registry.models} == {"d4-base@3"})
+    [runs] = models.watches
+    assert await runs.removed_steps() == []
+
+
+def test_runs_of_other_trainers_are_tagged_by_their_folders(tmp_path):
+    for run in ("one", "two"):
+        folder = tmp_path / run / "checkpoint-10"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"x")
+    chosen = lambda **choice: [step.run.name for step in find_steps(tmp_path) if step.is_chosen(Settings(**choice))]
+    assert chosen() == ["one", "two"] and chosen(model_tag="two") == ["two"]
+    assert chosen(model_tag="three") == chosen(source="base") == []
+
+
+def test_one_step_of_a_watched_run_is_refused():
+    with pytest.raises(ConfigError, match="--watch serves every step of a run"):
+        parse_command_line(["--watch", "x", "-s", "3"], {})
