@@ -244,11 +244,11 @@ def load_exports() -> Make[ExportRoutes]:
 
 def load_metrics() -> Make[MetricRoutes]:
     from chatlm.front.server.metric_families import MetricRoutes
-    showing = [annex for annex in ANNEXES if annex.metrics]
-    for annex in showing:
-        annex.load()
+    for annex in ANNEXES:
+        if annex.metrics:
+            annex.load()
     return lambda front: MetricRoutes(front.metrics, [
-        partial(annex.metrics, front.room(annex)) for annex in showing if annex.metrics])
+        partial(annex.metrics, front.room(annex)) for annex in front.annexes if annex.metrics])
 
 
 GET_MODELS = "download and delete models"

@@ -65,7 +65,7 @@ class Front:
     Handlers raise errors; the middleware `errors_to_responses` turns them into responses."""
 
     def __init__(self, catalogue: Catalogue, settings: Settings, store: Store | None = None,
-                 toolbox: Toolbox | None = None):
+                 toolbox: Toolbox | None = None, annexes: Seq[Annex] = ANNEXES):
         self.catalogue = catalogue
         self.settings = settings
         self.store = store
@@ -73,7 +73,9 @@ class Front:
         self.owners = Owners(settings)
         self.ledger = Ledger(settings, store)
         self.toolbox = toolbox
-        self.wanted = [annex for annex in ANNEXES if annex.wanted(self)]
+        self.annexes = annexes
+        self.routes = routes_with(annexes)
+        self.wanted = [annex for annex in annexes if annex.wanted(self)]
         self.rooms: dict[str, Any] = {}  # of the annexes that are open, by their names
         self.bodies = Bodies(Intake(catalogue, self.hook(lambda annex: annex.earlier)), self.owners,
                              self.hook(lambda annex: annex.offers))
@@ -120,7 +122,7 @@ class Front:
     async def close(self, app: web.Application):
         await self.history.close()
         await self.recordings.close()
-        for annex in ANNEXES:
+        for annex in self.annexes:
             if annex.name in self.rooms:
                 await annex.close(self.rooms[annex.name])
         await self.ledger.close()
@@ -394,7 +396,7 @@ STATE_ROUTES: tuple[Route[Front], ...] = (
           shows(lambda front, bound: front.history.body(front.models.visible(bound))),
           "samples of these since the server started"),
     Route("GET", "/openapi.json", Api.NANOCHAT,
-          shows(lambda front, bound: openapi_document(ROUTES, front.settings)), "this description"),
+          shows(lambda front, bound: openapi_document(front.routes, front.settings)), "this description"),
 )
 
 
@@ -444,14 +446,21 @@ ROOMS = (
     RoomRoutes(lambda front: front.ledger, LEDGER_ROUTES),
     RoomRoutes(lambda front: front, STATE_ROUTES),
 )
-ROUTES = tuple(row for part in (*(room.rows for room in ROOMS), *(annex.routes for annex in ANNEXES))
-               for row in part)
+
+
+def routes_with(annexes: Seq[Annex]) -> tuple[Route, ...]:
+    """The routes of the core and of annexes."""
+    parts: list[Seq[Route]] = [*(room.rows for room in ROOMS), *(annex.routes for annex in annexes)]
+    return tuple(row for part in parts for row in part)
+
+
+ROUTES = routes_with(ANNEXES)
 
 
 def create_app(catalogue: Catalogue, settings: Settings, store: Store | None = None,
-               toolbox: Toolbox | None = None) -> web.Application:
-    front = Front(catalogue, settings, store, toolbox)
-    access_log = AccessLog(RouteTable(ROUTES, settings.prefix), front.is_id_in_use, front.metrics)
+               toolbox: Toolbox | None = None, annexes: Seq[Annex] = ANNEXES) -> web.Application:
+    front = Front(catalogue, settings, store, toolbox, annexes)
+    access_log = AccessLog(RouteTable(front.routes, settings.prefix), front.is_id_in_use, front.metrics)
     errors = partial(errors_to_responses, home=settings.prefix + "/")
     middlewares: list[Any] = [partial(access_log.log), errors, partial(front.access.guard)]
     app = web.Application(middlewares=list(map(web.middleware, middlewares)))
@@ -459,7 +468,7 @@ def create_app(catalogue: Catalogue, settings: Settings, store: Store | None = N
     app.on_startup.append(front.start)
     app.on_cleanup.append(front.close)
     parts = (*(room.handlers(front) for room in ROOMS),
-             *(handlers_of_annex(annex, front) for annex in ANNEXES))
+             *(handlers_of_annex(annex, front) for annex in annexes))
     for part in parts:
         for route, handler in part:
             paths = [route.path]

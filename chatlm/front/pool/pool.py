@@ -27,7 +27,6 @@ from chatlm.front.pool.local_devices import LocalDevices, cuda_device_count
 from chatlm.front.pool.names import accepted_names
 from chatlm.front.pool.places import Place
 from chatlm.front.pool.prefixes import Prefixes
-from chatlm.front.pool.ray_nodes import RayNodes
 from chatlm.front.pool.served_version import ServedVersion
 from chatlm.front.pool.supervisor import Supervisor
 from chatlm.front.pool.versions import NO_CARD
@@ -387,6 +386,7 @@ class WorkerPool:
 
 def make_pool(settings: Settings, worker_command: Seq[str] = PROCESS_COMMAND) -> WorkerPool:
     if settings.ray_address:
+        from chatlm.front.pool.ray_nodes import RayNodes  # here, because few servers need it
         return WorkerPool(settings, RayNodes(settings, worker_command))
     prefixes = Prefixes(settings)
     return WorkerPool(settings, LocalDevices(settings, worker_command, prefixes=prefixes), prefixes=prefixes)

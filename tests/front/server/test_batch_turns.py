@@ -14,6 +14,7 @@ import chat_server
 from chatlm.common.config import ApiKey, Settings
 from chatlm.common.errors import Overloaded
 from chatlm.front.pool.catalogue import Catalogue
+from chatlm.front.annexes import BATCHES
 from chatlm.front.server import access, batch_turns, connections, ledger
 from chatlm.front.server.access import Owners
 from chatlm.front.server.batch_turns import LEAST_REST_S, LONGEST_REST_S, NEWCOMERS, Turns, WaitingLine
@@ -270,7 +271,7 @@ async def place_of(path, settings, *pools):
         front = app.on_startup[-1].__self__
         async with connections.serving(app, listener):
             place = Place(f"http://127.0.0.1:{listener.getsockname()[1]}", store, settings)
-            place.wake_up, place.memory = front.wake_up, front.bodies.intake.budget
+            place.wake_up, place.memory = front.room(BATCHES).wake_up, front.bodies.intake.budget
             yield place
 
 

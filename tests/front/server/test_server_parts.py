@@ -17,7 +17,6 @@ from chatlm.front.intake.intake import Intake
 from chatlm.front.server.bodies import Bodies
 from chatlm.front.server.describe import ModelRoutes
 from chatlm.front.server.metrics import Metrics
-from chatlm.front.tools.toolbox import Toolbox
 from chatlm.front.server.responses import REQUEST_LOG, RequestLog, error_shape
 from chatlm.front.server.routes import Api, Route, RouteTable, answer_nothing
 from fake_pool import FakePool, conversation
@@ -107,7 +106,7 @@ async def test_the_log_notes_row_and_id_of_a_request(caplog, taken):
 
     caplog.set_level("INFO")
     response = SimpleNamespace(status=200, prepared=False, headers={})
-    metrics = Metrics(None, None, Toolbox((), 1, 1))
+    metrics = Metrics(None, None)
     access_log = AccessLog(RouteTable(chat_server.ROUTES), taken.__contains__, metrics)
     await access_log.log(Arriving("/api/tags", "/api/tags", **{"X-Request-Id": "mine"}), handler)
     assert (response.headers["X-Request-Id"] == "mine") is (not taken) and "/api/tags 200" in caplog.text

@@ -9,7 +9,6 @@ from chatlm.common.config import ApiKey, Settings
 from chatlm.front.server import history
 from chatlm.front.server.history import MOST_SAMPLES, History, Sample, mean_of, percentiles
 from chatlm.front.server.metrics import Metrics
-from chatlm.front.tools.toolbox import Toolbox
 from fake_pool import FakePool, serving
 
 
@@ -18,7 +17,7 @@ def sample(at, value=0.0, time=None):
 
 
 def test_too_many_samples_are_merged_in_pairs():
-    kept = History(None, Metrics(None, None, Toolbox((), 1, 1)))
+    kept = History(None, Metrics(None, None))
     now_s, week_s = 0.0, 7 * 86400
     while now_s < week_s:
         now_s += kept.interval_s

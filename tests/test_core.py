@@ -1,0 +1,84 @@
+"""What a default server has not loaded: the annexes of its front."""
+
+import json
+import os
+import signal
+import sys
+import urllib.error
+import urllib.request
+
+import psutil
+import pytest
+
+from chatlm.front.annexes import ANNEXES
+from real_server import post, server
+
+# Of the front and the sandboxes, after answers by three APIs
+ABSENT = """
+    chatlm.common.hub.offers chatlm.common.processes.connect chatlm.common.processes.ray
+    chatlm.export chatlm.front.evals chatlm.front.pool.downloads chatlm.front.pool.many
+    chatlm.front.pool.opener chatlm.front.pool.ray_nodes chatlm.front.pool.residency
+    chatlm.front.server.approvals chatlm.front.server.batch_turns chatlm.front.server.batches
+    chatlm.front.server.compare chatlm.front.server.conversations chatlm.front.server.downloading
+    chatlm.front.server.exporting chatlm.front.server.files chatlm.front.server.metric_families
+    chatlm.front.server.rounds chatlm.front.server.runs chatlm.front.server.tooling
+    chatlm.front.store chatlm.front.tools.client chatlm.front.tools.toolbox chatlm.terminal
+    prometheus_client sqlite3
+""".split()
+# In each process: at SIGUSR1 it writes the names of its modules
+SPY = """
+import os, signal, sys
+def tell(*_):
+    with open(os.path.join(os.environ["SPY"], f"{os.getpid()}.part"), "w") as file:
+        file.write(" ".join(sys.modules))
+    os.replace(file.name, os.path.join(os.environ["SPY"], str(os.getpid())))
+signal.signal(signal.SIGUSR1, tell)
+"""
+MESSAGES = [{"role": "user", "content": "Hello"}]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it reads command lines in /proc")
+
+
+@pytest.fixture
+def spied(tmp_path):
+    """The environment of processes that say what they have imported."""
+    (tmp_path / "sitecustomize.py").write_text(SPY)
+    return os.environ | {"SPY": str(tmp_path), "PYTHONPATH": str(tmp_path)}
+
+
+def modules_of(process, folder):
+    """Of the front and its sandboxes, as they are now."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    pids = [process.pid, *(child.pid for child in children if "sandbox" in child.cmdline())]
+    for pid in pids:
+        os.kill(pid, signal.SIGUSR1)
+    while not all((folder / str(pid)).exists() for pid in pids):
+        assert all(map(psutil.pid_exists, pids))
+    return {name for pid in pids for name in (folder / str(pid)).read_text().split()}
+
+
+def test_a_default_server_loads_no_annex(default_model_path, spied, tmp_path):
+    """It has answered by three APIs, read a large body, shown its page, and refused a path and a method."""
+    words = {"messages": MESSAGES, "max_tokens": 2}
+    with server(default_model_path, env=spied) as (process, url):
+        for path in ("/chat/completions", "/v1/chat/completions", "/v1/messages"):
+            assert post(url + path, words).status == 200
+        assert post(url + "/chat/completions", words | {"resumable": True}).status == 200
+        assert post(url + "/chat/completions", words | {"ignored": "x" * 100_000}).status == 200
+        for path in ("/", "/static/chat.js", "/health", "/stats", "/stats/history", "/v1/models"):
+            assert urllib.request.urlopen(url + path, timeout=60).status == 200
+        for method, path in (("GET", "/v1/batchez"), ("DELETE", "/v1/batches")):
+            with pytest.raises(urllib.error.HTTPError, match="404|405"):
+                urllib.request.urlopen(urllib.request.Request(url + path, method=method), timeout=60)
+        modules = modules_of(process, tmp_path)
+        described = json.load(urllib.request.urlopen(url + "/openapi.json", timeout=60))["paths"]
+    assert [each for each in ABSENT if any(name == each or name.startswith(f"{each}.") for name in modules)] == []
+    assert {row.pattern for annex in ANNEXES for row in annex.routes} <= {*described}
+
+
+def test_the_first_request_opens_its_room_alone(default_model_path, spied, tmp_path):
+    with server(default_model_path, env=spied) as (process, url):
+        with pytest.raises(urllib.error.HTTPError, match="404"):       # it runs without --database
+            urllib.request.urlopen(url + "/v1/batches", timeout=60)
+        modules = modules_of(process, tmp_path)
+    assert "chatlm.front.server.batches" in modules
+    assert not {"chatlm.front.server.runs", "chatlm.front.server.tooling"} & modules
