@@ -8,6 +8,7 @@ import pytest
 from agent_requests import agents, asked, check_whole, requests_of_agents
 
 MOST = 60
+pytestmark = pytest.mark.timeout(960)      # prompts of up to 5,000 tokens, whatever else runs
 
 
 @pytest.mark.parametrize("name, request_", requests_of_agents())

@@ -60,7 +60,7 @@ def asked(url, request, most):
     if data:
         sent.add_header("Content-Type", "application/json")
     try:
-        response = urllib.request.urlopen(sent, timeout=300)
+        response = urllib.request.urlopen(sent, timeout=900)
     except urllib.error.HTTPError as error:
         response = error
     with response:
