@@ -1,4 +1,4 @@
-"""What coding agents send first (tests/fixtures/agents) gets whole answers of Qwen2.5-Coder, also as clients' packages read them."""
+"""What coding agents send first (tests/fixtures/agents) gets whole answers of a real model."""
 
 import json
 
@@ -30,7 +30,8 @@ def test_openais_package_reads_the_stream_of_a_chat(qwen_url, body):
     names = {tool["function"]["name"] for tool in body.get("tools", ())}
     client = openai.OpenAI(base_url=qwen_url + "/v1", api_key="none", max_retries=0)
     sent = {name: value for name, value in body.items() if name != "stream"}
-    with client.chat.completions.stream(**sent | {"max_tokens": MOST, "temperature": 0, "stream_options": {"include_usage": True}}) as stream:
+    changes = {"max_tokens": MOST, "temperature": 0, "stream_options": {"include_usage": True}}
+    with client.chat.completions.stream(**sent | changes) as stream:
         stream.until_done()
         whole = stream.get_final_completion()
     (choice,) = whole.choices
@@ -43,6 +44,9 @@ def test_openais_package_reads_the_stream_of_a_chat(qwen_url, body):
 @pytest.mark.parametrize("body", requests_to("/v1/responses"))
 def test_openais_package_reads_the_stream_of_a_response(qwen_url, body):
     client = openai.OpenAI(base_url=qwen_url + "/v1", api_key="none", max_retries=0)
-    events = [*client.responses.create(**body | {"max_output_tokens": MOST})]
-    assert events[0].type == "response.created" and events[-1].type in ("response.completed", "response.incomplete")
+    own = {name: value for name, value in body.items() if name not in ("model", "input", "stream")}
+    own |= {"max_output_tokens": MOST, "temperature": 0}
+    events = [*client.responses.create(model="default", input=body["input"], stream=True, extra_body=own)]
+    assert events[0].type == "response.created"
+    assert events[-1].type in ("response.completed", "response.incomplete")
     assert events[-1].response.output and events[-1].response.usage.output_tokens > 0

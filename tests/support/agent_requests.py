@@ -1,8 +1,8 @@
-"""The first requests of coding agents, recorded as shapes in tests/fixtures/agents: what is where in a body, no one's prose.
+"""The first requests of coding agents, as shapes in tests/fixtures/agents: what is where, no one's prose.
 
-A text of more than a few words is only its length here, "(6,979 characters)". Names, types, numbers, and the structure of
-the tools' schemas are as sent. To record a program's next version: run it once, in a small git repository, with this
-between it and a server, and press Ctrl-C once it has answered.
+A text of more than a few words is only its length here, "(6,979 characters)". Names, types, numbers, and the
+structure of the tools' schemas are as sent. To record a program's next version: run it once, in a small git
+repository, with this between it and a server, and press Ctrl-C once it has answered.
 
     python tests/support/agent_requests.py http://127.0.0.1:8000 8001 "aider 0.87.0"
 """
@@ -52,9 +52,9 @@ def requests_of_agents():
 
 
 def asked(url, request, most):
-    """(status, headers, answer) of a recorded request to a server, with at most so many tokens in the answer: a
-    stream's events, or JSON, or text."""
-    body = request["body"] and {**request["body"], limit_of(request["path"]): most}
+    """(status, headers, answer) of a recorded request to a server, greedy and with at most so many
+    tokens. The answer is a stream's events, or JSON, or text."""
+    body = request["body"] and {**request["body"], "temperature": 0, limit_of(request["path"]): most}
     data = body and json.dumps(body).encode()
     sent = urllib.request.Request(url + request["path"], data, request["headers"], method=request["method"])
     if data:
@@ -79,7 +79,8 @@ def check_whole(request, answer):
         assert answer[0]["type"] == "response.created", answer[0]
         assert [each["sequence_number"] for each in answer] == list(range(len(answer)))
         end = answer[-1]["response"]
-        assert answer[-1]["type"] == f"response.{end['status']}" and end["status"] in ("completed", "incomplete"), end
+        assert answer[-1]["type"] == f"response.{end['status']}", end
+        assert end["status"] in ("completed", "incomplete"), end
         assert end["output"] and end["usage"]["input_tokens"] > 0 and end["usage"]["output_tokens"] > 0, end
     elif request["path"].startswith("/v1/messages"):
         kinds = [each["type"] for each in answer]
@@ -89,8 +90,8 @@ def check_whole(request, answer):
         assert answer[-2]["usage"]["output_tokens"] > 0, answer[-2]
     else:
         chunks = answer if isinstance(answer, list) else [answer]
-        (end,) = [choice["finish_reason"] for each in chunks for choice in each["choices"] if choice["finish_reason"]]
-        assert end in ("stop", "length", "tool_calls")
+        ends = [choice["finish_reason"] for each in chunks for choice in each["choices"]]
+        assert [end for end in ends[:-1] if end] == [] and ends[-1] in ("stop", "length", "tool_calls"), ends
         usage, body = chunks[-1].get("usage"), request["body"]
         if not body.get("stream") or body.get("stream_options", {}).get("include_usage"):
             assert usage["prompt_tokens"] > 0 and usage["completion_tokens"] > 0, chunks[-1]

@@ -1,4 +1,4 @@
-"""The recorded first requests of coding agents (tests/fixtures/agents) are read whole, by a real server of a tiny model."""
+"""Coding agents' first requests (tests/fixtures/agents) are read whole by a tiny model's real server."""
 
 import pytest
 
@@ -6,14 +6,17 @@ from agent_requests import agents, asked, check_whole, requests_of_agents
 from real_server import server
 from tiny_gguf import LLAMA_NUMBERS, gguf_bytes, random_llama, small_gguf_metadata
 
-TEMPLATE = """{% if tools %}{{ tools | tojson }} <tool_call></tool_call>{% endif %}{% for message in messages %}
+TEMPLATE = """{% if tools %}{{ tools | tojson }} <tool_call></tool_call>{% endif %}
+{% for message in messages %}
 {{ message.role }}: {{ message.content }}{% endfor %}
 {% if add_generation_prompt %}assistant: {% endif %}"""
 CONTEXT = 65_536
-IGNORED = {     # the fields without an effect here: they are for reasoning, caches and accounts of the makers' own services
-    "codex": {"reasoning.summary", "include.reasoning.encrypted_content", "prompt_cache_key", "client_metadata"},
+# The fields without an effect here: they are for reasoning, caches and accounts of the makers' own services
+IGNORED = {
+    "codex": {
+        "reasoning.summary", "include.reasoning.encrypted_content", "prompt_cache_key", "client_metadata"},
     "claude": {"thinking.type", "output_config.effort", "context_management", "metadata"}}
-IGNORED_TOOLS = {"codex": {"namespace", "web_search"}}      # which run at the maker, or are for several agents
+IGNORED_TOOLS = {"codex": {"namespace", "web_search"}}      # of several agents; run at the maker
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,8 @@ def words(headers, name):
 
 
 def test_six_agents_are_recorded():
-    assert {name for name, _, _ in agents()} == {"aider", "claude", "codex", "continue", "opencode", "qwen-code"}
+    names = [name for name, _, _ in agents()]
+    assert names == ["aider", "claude", "codex", "continue", "opencode", "qwen-code"]
 
 
 @pytest.mark.parametrize("name, request_", requests_of_agents())
