@@ -109,11 +109,12 @@ def test_a_worker_warms_up_while_nobody_asks(engine):
     front = Front([Ping()])
     run(front, engine, alone)
     assert due == 2 and not alone.is_due and not front.events         # nobody hears of it
+    assert "grammar_vocabulary" in vars(engine.tokenizer)
     loop = WorkerLoop(Front(asking("a")), engine, CONFIG, asked)
     loop.channel.receive = lambda wait, patience_s=None, receive=loop.channel.receive: receive(True)
     with torch.inference_mode():
         loop.turn()
-    assert not asked.is_due
+    assert not asked.left
 
 
 def test_ready_has_every_gauge_and_kernel_fault(engine):

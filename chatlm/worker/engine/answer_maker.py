@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import wait
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from chatlm.common.log import log
@@ -34,7 +35,7 @@ class AnswerMaker:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        self.compiling = FairThread("grammars", nice=10)
+        self.compiling = FairThread("grammars")
         self.masking = FairThread("masks")
         self.grammars: OrderedDict[tuple[str, str], Grammar] = OrderedDict()  # LRU, by owner and source
 
@@ -54,6 +55,18 @@ class AnswerMaker:
         """Have the thread make the answer, or the grammar that an existing answer needs now."""
         client = sequence.work.params.client
         sequence.output.preparing = self.compiling.submit(client, self._prepare, sequence)
+
+    def ahead(self) -> list[Callable[[], object]]:
+        """What the first grammars need, in parts of up to half a second, which may be made before anybody
+        asks; none without the library. Each runs on the `compiling` thread, as a request would have it made,
+        and keeps other Python threads from running."""
+        if not find_spec("llguidance"):
+            return []
+        tokenizer = self.tokenizer
+        parts = [lambda: tokenizer.bare_vocabulary,
+                 lambda: tokenizer.encode("{"),  # opens the library that encodes what a grammar forces
+                 lambda: tokenizer.grammar_vocabulary]
+        return [lambda part=part: self.compiling.submit("", part).result() for part in parts]
 
     def start_masks(self, sequences: Iterable[Sequence]):
         """Start to compute the masks of the next tokens, and of drafts, for those that go on with a grammar.
@@ -88,7 +101,7 @@ class AnswerMaker:
         if key in self.grammars:
             self.grammars.move_to_end(key)
             return self.grammars[key].copy()
-        self.tokenizer.grammar_vocabulary     # build it first: its memory belongs to no one grammar
+        self.tokenizer.ready_vocabulary       # make it first: its memory belongs to no one grammar
         before = heap_bytes()
         grammar = Grammar(self.tokenizer, source)
         self.grammars[key] = grammar
