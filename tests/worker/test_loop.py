@@ -109,7 +109,6 @@ def test_a_worker_warms_up_while_nobody_asks(engine):
     front = Front([Ping()])
     run(front, engine, alone)
     assert due == 2 and not alone.is_due and not front.events         # nobody hears of it
-    assert "grammar_vocabulary" in vars(engine.tokenizer)
     loop = WorkerLoop(Front(asking("a")), engine, CONFIG, asked)
     loop.channel.receive = lambda wait, patience_s=None, receive=loop.channel.receive: receive(True)
     with torch.inference_mode():

@@ -206,7 +206,9 @@ class Tokenizer:
             def __call__(words, text: str) -> list[int]:
                 return self.encode(text)
 
-        return llguidance.LLTokenizer(Words(), eos_token=ends, slices=[])
+        vocabulary = llguidance.LLTokenizer(Words(), eos_token=ends, slices=[])
+        Words.tokens = []  # it has copied them, and keeps Words for its call
+        return vocabulary
 
     @cached_property
     def grammar_vocabulary(self):

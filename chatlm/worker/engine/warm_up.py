@@ -22,7 +22,8 @@ class WarmUp:
     CPU a first step is hardly slower than later ones: it only writes memory for the first time. So `begin`
     computes one token, and `more` does the rest while nobody asks.
 
-    `more` also makes what the first answer in a format needs, which takes up to 1.5 s of a processor."""
+    `more` also makes what the first answer in a format needs of a large vocabulary, and after it what makes
+    its masks faster."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -31,7 +32,7 @@ class WarmUp:
 
     @property
     def is_due(self) -> bool:
-        return bool(self.left or self.grammar_parts)
+        return bool(self.left or self.grammar_parts or self.engine.answers.may_be_faster)
 
     def complete(self, progress: Callable[[float], None]):
         """Run a full prefill chunk and a step of each decode batch size."""
@@ -52,12 +53,15 @@ class WarmUp:
         self.left = [(FREE_ROWS, 1), (1, self.engine.first_chunk)]
 
     def more(self):
-        """Run the next of the steps that are left, then the next part of what grammars need."""
+        """Run the next of the steps that are left, or make the next part of what grammars need."""
         if self.left:
             self._run(*self.left.pop())
             return
         try:
-            self.grammar_parts.pop(0)()
+            if self.grammar_parts:
+                self.grammar_parts.pop(0)()
+            else:
+                self.engine.answers.make_faster()
         except Exception as error:  # the first answer in a format will say so to whoever asks for it
             self.grammar_parts.clear()
             log.debug("nothing was prepared for grammars: %s", error_text(error))

@@ -39,23 +39,51 @@ def made(tokenizer):
     return MADE & vars(tokenizer).keys()
 
 
-def test_idle_work_makes_all_that_a_first_grammar_needs(tokenizer):
-    """Once its parts are made, an answer in a format makes nothing more of the vocabulary."""
-    maker = AnswerMaker(tokenizer)
-    parts = maker.ahead()
-    assert made(tokenizer) == set()
-    sizes = []
-    for part in parts:
-        part()
-        sizes.append(len(made(tokenizer)))
-    assert sizes == [1, 2, 3]
-    before = {name: id(vars(tokenizer)[name]) for name in MADE}
-    work = assignment("a", (5, 6), SamplingParams(), 9, grammar=SOURCE)
-    one = Sequence(work, [5, 6], 200)
+def prepared(maker, name):
+    """The sequence of an answer in a format, once it may run."""
+    one = Sequence(assignment(name, (5, 6), SamplingParams(), 9, grammar=SOURCE), [5, 6], 200)
     maker.make(one)
     one.output.preparing.result(60)
     assert one.output.grammar.masks.result(60)
-    assert {name: id(vars(tokenizer)[name]) for name in MADE} == before
+    return one
+
+
+def test_idle_work_makes_what_a_first_grammar_needs(tokenizer, monkeypatch):
+    """Of a large vocabulary, an answer in a format then makes nothing more; what makes masks faster follows it."""
+    monkeypatch.setattr(AnswerMaker, "LARGE_VOCABULARY", tokenizer.vocab_size)
+    maker = AnswerMaker(tokenizer)
+    parts = maker.ahead()
+    assert made(tokenizer) == set()
+    for count, part in enumerate(parts, 1):
+        part()
+        assert len(made(tokenizer)) == count
+    assert made(tokenizer) == {"bare_vocabulary", "whole"} and not maker.may_be_faster
+    before = {name: id(vars(tokenizer)[name]) for name in made(tokenizer)}
+    prepared(maker, "a")
+    assert {name: id(vars(tokenizer)[name]) for name in made(tokenizer)} == before
+    assert maker.may_be_faster
+    maker.make_faster()
+    assert made(tokenizer) == MADE and not maker.grammars and not maker.may_be_faster
+    prepared(maker, "b")
+    assert not maker.may_be_faster
+
+
+def test_a_small_vocabulary_takes_no_memory_before_somebody_asks(tokenizer, monkeypatch):
+    """Nor does a large one without the library."""
+    assert AnswerMaker(tokenizer).ahead() == []
+    monkeypatch.setattr(AnswerMaker, "LARGE_VOCABULARY", 0)
+    monkeypatch.setattr("chatlm.worker.engine.answer_maker.find_spec", lambda name: None)
+    assert AnswerMaker(tokenizer).ahead() == []
+
+
+def test_masks_get_faster_on_a_server_that_never_rests(tokenizer):
+    """After many grammars somebody waits for it, once."""
+    maker = AnswerMaker(tokenizer)
+    for number in range(maker.MANY_GRAMMARS - 1):
+        prepared(maker, f"a{number}")
+    assert maker.may_be_faster
+    prepared(maker, "last")
+    assert not maker.may_be_faster and "grammar_vocabulary" in vars(tokenizer)
 
 
 def test_a_request_that_comes_first_waits_for_no_more_than_it_needs(tokenizer):
@@ -84,23 +112,25 @@ def test_the_thread_is_as_urgent_as_the_answers(tokenizer):
 
 @torch.inference_mode()
 def test_a_warm_up_makes_them_after_its_steps(default_model_path, monkeypatch):
-    """They stay due when a request takes the place of the steps; without the library none is due."""
+    """They stay due when a request takes the place of the steps; one that fails leaves the others out."""
+    monkeypatch.setattr(AnswerMaker, "LARGE_VOCABULARY", 0)
     engine = make_engine(default_model_path, num_pages=100, max_batch=4, as_stored=True)
     warm_up = WarmUp(engine)
     warm_up.begin()
-    assert len(warm_up.left) == 2 and len(warm_up.grammar_parts) == 3
+    assert len(warm_up.left) == 2 and len(warm_up.grammar_parts) == 2
     warm_up.skip()
     assert warm_up.is_due
-    for left in (2, 1, 0):
+    for left in (1, 0):
         warm_up.more()
         assert len(warm_up.grammar_parts) == left
+    assert not warm_up.is_due and "bare_vocabulary" in vars(engine.tokenizer)
+    prepared(engine.answers, "a")
+    assert warm_up.is_due
+    warm_up.more()
     assert not warm_up.is_due and "grammar_vocabulary" in vars(engine.tokenizer)
     warm_up.grammar_parts = [lambda: 1 / 0, lambda: None]
-    warm_up.more()  # it fails: whoever asks for a format will be told
+    warm_up.more()  # whoever asks for a format will be told
     assert not warm_up.is_due
-    monkeypatch.setattr("chatlm.worker.engine.answer_maker.find_spec", lambda name: None)
-    warm_up.begin()
-    assert warm_up.grammar_parts == []
 
 
 def test_pieces_are_the_bytes_of_their_characters(tokenizer):
