@@ -30,6 +30,13 @@ class WarmUp:
         self.left: list[tuple[int, int]] = []  # (rows, tokens) of the steps that `begin` has left, next last
         self.grammar_parts: list[Callable[[], object]] = []  # see AnswerMaker.ahead
 
+    REST_S = 2.0  # without a request, before what only later answers need
+
+    @property
+    def rests(self) -> bool:
+        """Should it wait first, since the next answer is soon asked for and does not need what is left?"""
+        return not (self.left or self.grammar_parts)
+
     @property
     def is_due(self) -> bool:
         return bool(self.left or self.grammar_parts or self.engine.answers.may_be_faster)
