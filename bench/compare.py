@@ -64,7 +64,7 @@ from contestants import (  # noqa: E402
     ChatServer, Layout, LlamaServer, contestants, running_server, server_of)
 
 ROOT = Path(__file__).resolve().parent.parent
-REQUEST_LIMIT_S = 240
+REQUEST_LIMIT_S = 600
 START_LIMIT_S = 300.0       # vLLM compiles its model at its first start
 ANSWER_TOKENS = 128
 
