@@ -252,7 +252,7 @@ class Drafting:
         rows = -(-len(answers) // limits.stages)
         on_host = any(sequence.needs_logits for sequence in answers)
         prompt_tokens = sum(sequence.pending for sequence in answers if sequence.prefilling)
-        beside = self.pace.tokens(self.times, rows, on_host, limits.prefill_chunk)
+        beside = self.pace.tokens(self.times, limits.prefill_chunk)
         other_s = min(prompt_tokens, beside) * self.times.prompts.token_s
         self.propose(able, rows, limits.draft_rows, other_s, on_host)
 

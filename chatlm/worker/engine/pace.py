@@ -26,17 +26,15 @@ class PromptPace:
     STEP_S = 0.2     # about how long a step with prompts takes beside answers
     LATENESS = 0.12  # how much longer a prompt may take, as measured; the answers' own time comes on top
 
-    def tokens(self, times: Times, rows: int, on_host: bool, most: int) -> int:
-        """How many tokens of prompts, at most `most`, a step may have beside so many rows of answers: whole
-        pages, so that prompts can share them. All of `most` until a prompt has been measured.
-
-        on_host: does the host need the logits of these rows?"""
+    def tokens(self, times: Times, most: int) -> int:
+        """How many tokens of prompts, at most `most`, a step may have beside answers: whole pages, so that
+        prompts can share them. All of `most` until a prompt has been measured."""
         token_s = times.prompts.token_s
         if not token_s:
             return most
-        rows_s = times.rows_s(max(rows, 1), on_host)
-        in_time = int((self.STEP_S - rows_s) / token_s / PAGE_SIZE)
-        # rows_s / tokens + token_s <= (1 + LATENESS) * (rows_s / most + token_s)
-        efficient = rows_s / (self.LATENESS * token_s + (1 + self.LATENESS) * rows_s / most)
+        row_s = times.row_s
+        in_time = int((self.STEP_S - row_s) / token_s / PAGE_SIZE)
+        # row_s / tokens + token_s <= (1 + LATENESS) * (row_s / most + token_s)
+        efficient = row_s / (self.LATENESS * token_s + (1 + self.LATENESS) * row_s / most)
         pages = max(1, in_time, math.ceil(efficient / PAGE_SIZE))
         return min(most, pages * PAGE_SIZE)

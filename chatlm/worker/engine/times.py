@@ -74,18 +74,17 @@ class PromptTimes:
 
     RECENT = 5  # steps whose median counts, so that a step that others have disturbed does not
     LEAST = 16  # tokens of prompts: a step with fewer says little
-    FLOOR = 0.1  # of a step's time that its prompts take at least, whatever its rows are expected to take
+    FLOOR = 0.1  # of a step's time that its prompts take at least, whatever a row is expected to take
 
     def __init__(self):
         self.recent: deque[float] = deque(maxlen=self.RECENT)
         self.token_s = 0.0  # 0.0: not measured yet
 
-    def note(self, tokens: int, seconds: float, rows_s: float):
-        """A step with so many tokens of prompts took so long; its other rows alone would have taken
-        rows_s."""
+    def note(self, tokens: int, seconds: float, row_s: float):
+        """A step with so many tokens of prompts took so long; without them it would have taken row_s."""
         if tokens < self.LEAST:
             return
-        self.recent.append(max(seconds - rows_s, self.FLOOR * seconds) / tokens)
+        self.recent.append(max(seconds - row_s, self.FLOOR * seconds) / tokens)
         self.token_s = statistics.median(self.recent)
 
 
@@ -109,12 +108,12 @@ class Times:
         """The times of steps of answers and drafts, by their rows."""
         return self.host_rows if on_host else self.rows
 
-    def rows_s(self, rows: int, on_host: bool) -> float:
-        """Seconds of a step of so many rows of answers and drafts; 0.0 if none was measured yet."""
-        times = self.of(on_host)
-        if not times.measured:
-            times = self.rows
-        return times.expected(rows, rows)[0] if rows and times.measured else 0.0
+    @property
+    def row_s(self) -> float:
+        """Seconds of a step of one row, which reads all weights as any step does; 0.0 if no row was measured
+        yet. Few more rows take hardly longer, and guesses from a disturbed step of several would be far
+        off."""
+        return self.rows.expected(1, 1)[0] if self.rows.measured else 0.0
 
     def note_step(self, planned_s: float, rows: int, tokens: int, on_host: bool, prompt_tokens: int = 0):
         """A step that was planned at `planned_s` has ended now. rows: of answers and drafts. tokens: all that
@@ -128,7 +127,7 @@ class Times:
         gap_s = began_s - before_s
         self.step_s = self.ended_s - began_s
         if prompt_tokens:
-            self.prompts.note(prompt_tokens, self.step_s, self.rows_s(rows, on_host))
+            self.prompts.note(prompt_tokens, self.step_s, self.row_s)
         elif rows:
             self.of(on_host).note(rows, self.step_s + (gap_s if gap_s < self.MOST_GAP_S else 0.0))
         if tokens >= self.timed_tokens:

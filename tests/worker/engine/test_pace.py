@@ -52,7 +52,7 @@ def lateness(tokens, token_s, rows_s):
 def test_the_answers_go_on_unless_the_prompt_would_be_late(token_s, rows_s):
     """A step takes about STEP_S, or as long as it must for its prompt to be no later than LATENESS."""
     pace = PromptPace()
-    tokens = pace.tokens(machine(token_s, rows_s).times, 1, False, WHOLE)
+    tokens = pace.tokens(machine(token_s, rows_s).times, WHOLE)
     assert tokens % PAGE_SIZE == 0 and PAGE_SIZE <= tokens <= WHOLE
     assert lateness(tokens, token_s, rows_s) <= pace.LATENESS
     more, fewer = tokens + PAGE_SIZE, tokens - PAGE_SIZE
@@ -82,6 +82,17 @@ def test_four_answers_are_no_slower_than_one():
         s.queue.add(sequence(name, [ord(name)] * 4))
     step(s)
     assert step(s) == {"long": 48, "a": 1, "b": 1, "c": 1, "d": 1}
+
+
+def test_a_disturbed_step_of_many_rows_says_nothing():
+    """A warm-up's step of eight rows that took seconds makes no chunk larger beside four answers."""
+    s = machine(0.003, 0.015, rows=1)
+    s.times.rows.note(8, 5.0)
+    s.queue.add(sequence("long", range(4000)))
+    for name in "abcd":
+        s.queue.add(sequence(name, [ord(name)] * 4))
+    step(s)
+    assert step(s)["long"] == 48
 
 
 def test_several_prompts_share_a_small_chunk():
@@ -115,7 +126,7 @@ def test_the_first_chunk_is_whole_until_a_prompt_is_measured():
 def test_the_limit_stays_the_limit():
     """--prefill-chunk is never exceeded, even where it is no number of whole pages."""
     times = machine(0.0001, 0.3).times
-    assert [PromptPace().tokens(times, 1, False, most) for most in (16, 20, 60)] == [16, 20, 60]
+    assert [PromptPace().tokens(times, most) for most in (16, 20, 60)] == [16, 20, 60]
 
 
 def test_chunks_follow_a_machine_that_gets_slower():
@@ -126,7 +137,7 @@ def test_chunks_follow_a_machine_that_gets_slower():
     steps = []
     while done < 9700:
         token_s = 0.0016 * (1 + 2.5 * done / 9700)
-        tokens = pace.tokens(s.times, 1, False, WHOLE)
+        tokens = pace.tokens(s.times, WHOLE)
         seconds = 0.014 + tokens * token_s
         steps.append(seconds)
         disturbed_s = 1.0 if dice.random() < 0.1 else 0.0
