@@ -74,7 +74,7 @@ class PromptTimes:
 
     RECENT = 5  # steps whose median counts, so that a step that others have disturbed does not
     LEAST = 16  # tokens of prompts: a step with fewer says little
-    FLOOR = 0.1  # of a step's time that its prompts take at least, whatever a row is expected to take
+    FLOOR = 0.1  # of a step's time that its prompts take at least, whatever one without them takes
 
     def __init__(self):
         self.recent: deque[float] = deque(maxlen=self.RECENT)
@@ -100,6 +100,7 @@ class Times:
         self.rows = StepTimes()       # of answers and drafts
         self.host_rows = StepTimes()  # likewise, where the host needs the logits
         self.prompts = PromptTimes()
+        self.alone: deque[float] = deque(maxlen=9)  # seconds of the last steps without prompts
         self.token_s = 0.0            # to compute a token of a prompt; 0.0: not measured yet
         self.step_s = 0.0             # how long the last step took
         self.ended_s = 0.0            # when it ended
@@ -110,10 +111,9 @@ class Times:
 
     @property
     def row_s(self) -> float:
-        """Seconds of a step of one row, which reads all weights as any step does; 0.0 if no row was measured
-        yet. Few more rows take hardly longer, and guesses from a disturbed step of several would be far
-        off."""
-        return self.rows.expected(1, 1)[0] if self.rows.measured else 0.0
+        """Seconds of a step without prompts, as lately measured: it reads all weights, as any step does. 0.0:
+        not measured yet. A median, since one disturbed step would otherwise say much where few are known."""
+        return statistics.median(self.alone) if self.alone else 0.0
 
     def note_step(self, planned_s: float, rows: int, tokens: int, on_host: bool, prompt_tokens: int = 0):
         """A step that was planned at `planned_s` has ended now. rows: of answers and drafts. tokens: all that
@@ -129,6 +129,7 @@ class Times:
         if prompt_tokens:
             self.prompts.note(prompt_tokens, self.step_s, self.row_s)
         elif rows:
+            self.alone.append(self.step_s)
             self.of(on_host).note(rows, self.step_s + (gap_s if gap_s < self.MOST_GAP_S else 0.0))
         if tokens >= self.timed_tokens:
             weight = 0.2 if self.token_s else 1.0

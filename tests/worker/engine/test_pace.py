@@ -32,11 +32,10 @@ def step(s):
     return {chunk.sequence.work.id: chunk.count for chunk in plan}
 
 
-def machine(token_s, rows_s, rows=4):
-    """A scheduler whose machine has been measured: an empty step of answers takes rows_s."""
+def machine(token_s, rows_s):
+    """A scheduler whose machine has been measured: a step without prompts takes rows_s."""
     s = Scheduler(PagePool(2000), StepLimits(8, WHOLE, max_rows=64))
-    for count in range(1, rows + 1):
-        s.times.rows.note(count, rows_s)
+    s.times.alone.extend([rows_s] * 5)
     for _ in range(PromptTimes.RECENT):
         s.times.prompts.note(WHOLE, rows_s + WHOLE * token_s, rows_s)
     return s
@@ -86,7 +85,8 @@ def test_four_answers_are_no_slower_than_one():
 
 def test_a_disturbed_step_of_many_rows_says_nothing():
     """A warm-up's step of eight rows that took seconds makes no chunk larger beside four answers."""
-    s = machine(0.003, 0.015, rows=1)
+    s = machine(0.003, 0.015)
+    s.times.alone.extend([5.0, 0.015])
     s.times.rows.note(8, 5.0)
     s.queue.add(sequence("long", range(4000)))
     for name in "abcd":
