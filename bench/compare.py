@@ -64,7 +64,7 @@ from contestants import (  # noqa: E402
     ChatServer, Layout, LlamaServer, contestants, running_server, server_of)
 
 ROOT = Path(__file__).resolve().parent.parent
-REQUEST_LIMIT_S = 240
+REQUEST_LIMIT_S = 600
 START_LIMIT_S = 300.0       # vLLM compiles its model at its first start
 ANSWER_TOKENS = 128
 
@@ -184,6 +184,50 @@ async def beside_a_hog(session, server, seed):
         hog.wait()
 
 
+LONG_TOKENS = 8000
+
+
+async def beside_a_long_prompt(session, server, clients, seed):
+    """What `clients` short answers get while another client's long prompt is computed, and how long that prompt takes."""
+    long = asyncio.create_task(ask(session, server, prompt(LONG_TOKENS, seed), 1))
+    await asyncio.sleep(1)      # into its second chunk, or later
+    came = [[] for _ in range(clients)]     # when each piece of each short answer came
+    short = [asyncio.create_task(note_pieces(session, server, prompt(40, seed + 1 + i), came[i])) for i in range(clients)]
+    answer = await long
+    ended_s = time.perf_counter()
+    for task in short:
+        task.cancel()
+    await asyncio.gather(*short, return_exceptions=True)
+    found = {("prompt's first token", "s"): answer.first_s}
+    if all(times[:1] and times[0][1] < ended_s for times in came):
+        found["first token of a short answer", "s"] = max(at - began for (began, at), *_ in came)
+        found["a short answer", "tok/s"] = min((len(times) - 1) / (ended_s - times[0][1]) for times in came)
+    return found
+
+
+async def note_pieces(session, server, messages, came):
+    """Stream an answer without an end; note (when it began, when the piece came) of each piece: of one token, as no step is short."""
+    body = {"messages": messages, "max_tokens": 2000, "temperature": 0, "ignore_eos": True, "stream": True}
+    if server.contestant.model_name:
+        body["model"] = server.contestant.model_name
+    began = time.perf_counter()
+    async with session.post(f"{server.url}/v1/chat/completions", json=body) as response:
+        async for line in response.content:
+            if re.search(rb'"content":\s*"[^"]', line):
+                came.append((began, time.perf_counter()))
+
+
+FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": {
+    "type": "object", "properties": {"name": {"type": "string", "maxLength": 8}}, "required": ["name"], "additionalProperties": False}}}
+
+
+async def first_in_a_format(session, server, pause_s):
+    """How much longer the first answer in a format takes than the second, so long after the server's first answer."""
+    await asyncio.sleep(pause_s)
+    took_s = [(await stream(session, server, prompt(40, 7), 24, response_format=FORMAT, ignore_eos=False))[1] for _ in range(2)]
+    return {("first in a format", "s"): took_s[0], ("second in a format", "s"): took_s[1]}
+
+
 # 3. the host -----------------------------------------------------------------------------------------------------
 
 
@@ -234,8 +278,9 @@ class Scenario:
     title: str
     unit: str
     layout: Layout
-    measure: Callable[..., Awaitable[float]]        # (session, server, seed)
+    measure: Callable[..., Awaitable[float | dict]]     # (session, server, seed) -> a figure, or several by (what, unit)
     asked: bool = False     # only if --only names it
+    fresh: bool = False     # does each measurement need a server that has just been started?
 
 
 ALONE = Layout(1, 4608)
@@ -263,6 +308,18 @@ def turn_scenario(cached, turns, layout):
                     lambda session, server, seed: later_turns_ms(session, server, cached, turns, seed), asked=True)
 
 
+def beside_scenario(clients):
+    title = "beside a long prompt" if clients == 1 else f"beside a long prompt, {clients} short answers"
+    return Scenario(f"beside-{clients}", title, "s", Layout(clients + 1, 9216),
+                    lambda session, server, seed: beside_a_long_prompt(session, server, clients, seed), asked=True)
+
+
+def format_scenario(pause_s):
+    title = f"first constrained answer, {pause_s} s after the first answer" if pause_s else "first constrained answer, at once"
+    return Scenario(f"format-{pause_s}", title, "s", ALONE, lambda session, server, seed: first_in_a_format(session, server, pause_s),
+                    asked=True, fresh=True)
+
+
 SCENARIOS = (
     Scenario("single", "single stream", "tok/s", ALONE, lambda session, server, seed: answers_per_second(session, server, 1, seed)),
     Scenario("hog", "single stream, one core taken", "tok/s", ALONE, lambda session, server, seed: beside_a_hog(session, server, seed)),
@@ -271,6 +328,8 @@ SCENARIOS = (
     turn_scenario(2000, 1, ALONE),
     turn_scenario(8000, 3, Layout(1, 9216)),
     *(clients_scenario(clients, asked=clients == 8) for clients in (4, 8, 16, 32)),
+    *(beside_scenario(clients) for clients in (1, 4)),
+    *(format_scenario(pause_s) for pause_s in (0, 5)),
 )
 STARTUP = "startup"         # and memory: there each server runs alone
 
@@ -287,6 +346,12 @@ class Figures:
         print(f"  {title}: {contestant.name}: " + (f"{value:.1f} {unit}" if value else "time limit")
               + (f" (probe {two_threads:.2f})" if two_threads else ""), file=sys.stderr, flush=True)
 
+    def add_all(self, scenario, contestant, value, two_threads):
+        """Add what a scenario has measured: a figure, or several."""
+        found = value if isinstance(value, dict) else {("", scenario.unit): value}
+        for (what, unit), figure in found.items():
+            self.add(f"{scenario.title}: {what}" if what else scenario.title, unit, contestant, figure, two_threads)
+
     def medians(self, title, unit):
         """Contestant -> median of its values."""
         measured = {name: [value for value, _ in pairs if value] for name, pairs in self.values[title, unit].items()}
@@ -300,7 +365,7 @@ def in_turn(things, turn):
 
 
 async def compare_speeds(figures, competing, scenarios, arguments, session):
-    for layout, group in itertools.groupby(scenarios, lambda scenario: scenario.layout):
+    for layout, group in itertools.groupby([s for s in scenarios if not s.fresh], lambda scenario: scenario.layout):
         group = list(group)
         async with running(competing, arguments.model, layout, arguments.server_args, session) as servers:
             for turn, scenario in itertools.product(range(arguments.rounds), group):
@@ -310,9 +375,18 @@ async def compare_speeds(figures, competing, scenarios, arguments, session):
                     before_s = server.processor_s()
                     with contextlib.suppress(asyncio.TimeoutError):
                         value = await scenario.measure(session, server, seed)
-                    figures.add(scenario.title, scenario.unit, server.contestant, value, two_threads)
+                    figures.add_all(scenario, server.contestant, value, two_threads)
                     if value:
                         figures.add(f"{scenario.title}: CPU time", "s", server.contestant, server.processor_s() - before_s)
+
+
+async def compare_fresh(figures, competing, scenarios, arguments, session):
+    """The scenarios that need a server which has just been started, one server at a time."""
+    for turn, scenario in itertools.product(range(arguments.rounds), [s for s in scenarios if s.fresh]):
+        for contestant in in_turn(competing, turn):
+            two_threads = probe()
+            async with running([contestant], arguments.model, scenario.layout, arguments.server_args, session) as [server]:
+                figures.add_all(scenario, contestant, await scenario.measure(session, server, turn), two_threads)
 
 
 BENCHED = {"single": ("-p", "0", "-n", str(ANSWER_TOKENS)), "prefill-600": ("-p", "600", "-n", "0")}
@@ -510,6 +584,7 @@ async def main(arguments):
         timeout = aiohttp.ClientTimeout(total=REQUEST_LIMIT_S)
         async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
             await compare_speeds(figures, serving, chosen, arguments, session)
+            await compare_fresh(figures, serving, chosen, arguments, session)
             compare_benches(figures, [bench for bench in competing if not bench.serves], chosen, arguments)
             if STARTUP in arguments.only:
                 await compare_starts(figures, serving, arguments, session)

@@ -3,6 +3,7 @@
     python bench/doctor.py                      every fault, in a tiny model of its own
     python bench/doctor.py --good FILE ...      and false alarms: what it says of these, and of the tiny models without their faults
     python bench/doctor.py --requantized FILE   and of this one requantized by our `quantize` to every type, which takes an hour for 1 GB
+    python bench/doctor.py --requantized FILE --llama-cpp LIBLLAMA.so       by llama.cpp's instead (bench/llama_cpp_quantize.py)
 
 A fault is found if a check that it names yields an error or a warning, or if the model is refused. An error or a warning about a
 good model is a false alarm.
@@ -19,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
+from llama_cpp_quantize import TYPES as LLAMA_CPP_TYPES      # noqa: E402
 from sick_models import NUMBERS, OF_TEXT, diagnose, small_bytes      # noqa: E402
 from tiny_gguf import gguf_bytes, random_llama, small_gguf_metadata      # noqa: E402
 
@@ -57,6 +59,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--good", nargs="*", default=(), metavar="MODEL")
     parser.add_argument("--requantized", nargs="*", default=(), metavar="GGUF", help="also each file requantized to every type")
+    parser.add_argument("--llama-cpp", metavar="LIBLLAMA", help="a shared library of llama.cpp, whose quantize then writes them")
+    parser.add_argument("--types", nargs="*", default=(), help="and only to these types")
     parser.add_argument("--only-good", action="store_true", help="leave out the faults")
     parser.add_argument("--vocabularies", nargs="*", default=(), metavar="GGUF", help="also a tiny model with the tokenizer of each file, which may "
                         "have no tensors, as llama.cpp's ggml-vocab-*.gguf")
@@ -72,7 +76,8 @@ def main():
         print(f"| {fault.name} | {', '.join(checks) or '**not found**'} | {took_s:.1f} |", flush=True)
     print(f"\n{found} of {len(FAULTS)} faults found\n")
     alarms = count = 0
-    models = [*good_models(options.good), *requantized(options.requantized), *(families() if options.families else ()), *map(of_vocabulary, options.vocabularies),
+    models = [*good_models(options.good), *requantized(options.requantized, options.llama_cpp, options.types),
+              *(families() if options.families else ()), *map(of_vocabulary, options.vocabularies),
               *map(of_template, options.templates)]
     for name, make in models:
         said = false_alarms(make)
@@ -87,16 +92,18 @@ TYPES = ("bf16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "
          "q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "iq3_s", "mxfp4_moe")
 
 
-def requantized(paths):
-    """Each file in every type that needs no importance."""
+def requantized(paths, library, types):
+    """Each file in every type that needs no importance, by our `quantize` or by llama.cpp's `library`."""
     for path in paths:
-        for kind in TYPES:
+        for kind in types or (LLAMA_CPP_TYPES if library else TYPES):
             def make(folder, path=path, kind=kind):
                 target = folder / f"{kind}.gguf"
-                command = [sys.executable, str(ROOT / "chat_server.py"), "quantize", path, "-o", str(target), "--type", kind]
-                subprocess.run(command, check=True, capture_output=True)
+                command = [ROOT / "chat_server.py", "quantize", path, "-o", target, "--type", kind]
+                if library:
+                    command = [ROOT / "bench/llama_cpp_quantize.py", library, path, target, kind]
+                subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
                 return target
-            yield f"{Path(path).name} as {kind}", make
+            yield f"{Path(path).name} as {kind}{' by llama.cpp' if library else ''}", make
 
 
 def of_vocabulary(path):

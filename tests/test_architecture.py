@@ -132,7 +132,8 @@ def test_a_name_that_is_not_there_is_found():
 
 
 CHECKED = ["In short", "Processes", "One answer, by room", "Exactness and failover"]
-PROSE = ["The catalogue", "Versions", "Downloads", "Adapters", "Texts beside answers", "What is kept", "Work that nobody waits for", "Prefixes that outlive their worker"]
+PROSE = ["The catalogue", "Versions", "Downloads", "Adapters", "Texts beside answers", "Prompts beside answers",
+         "What is kept", "Work that nobody waits for", "Prefixes that outlive their worker"]
 
 
 @pytest.mark.parametrize("title", PROSE)

@@ -394,7 +394,8 @@ class Settings:
         "tokens that follow each other within this many milliseconds are sent together; an answer's "
         "first token is sent at once")
     prefill_chunk: int | None = flag(None, number(int, 16, 32768),
-        "prompt tokens computed in one step (default: 2048 on CUDA, else 256)")
+        "prompt tokens computed in one step, at most (default: 2048 on CUDA, else 256). Beside answers that "
+        "are being written a step has fewer: so many that it takes about 0.2 s")
     drafts: str = flag("auto", str.lower,
         "guess next tokens and check several in one step; the answers are the same (--no-drafts: none). "
         "Guesses come from text that was seen before (lookup), also from the model's own draft head "

@@ -60,7 +60,12 @@ class WorkerLoop:
         idle = self.engine.idle
         warms_up = idle and self.warm_up.is_due
         restores = idle and not warms_up and self.engine.restores_ahead
-        messages = self._restore_ahead() if restores else self._receive(wait=idle and not warms_up)
+        if restores:
+            messages = self._restore_ahead()
+        elif warms_up and self.warm_up.rests:
+            messages = self.channel.receive(wait=True, patience_s=self.warm_up.REST_S)
+        else:
+            messages = self._receive(wait=idle and not warms_up)
         for message in messages:
             self.inbox.obey(message)
         if self.engine.busy:

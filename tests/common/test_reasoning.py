@@ -403,13 +403,13 @@ VOCABULARIES = {}       # by special tokens: what grammars know of a tokenizer, 
 
 def with_template(engine, default_model_path, template, names=()):
     engine.answers.grammars.clear()
-    if known := vars(engine.tokenizer).get("grammar_vocabulary"):
+    if known := vars(engine.tokenizer).get("bare_vocabulary"):
         VOCABULARIES[frozenset(engine.tokenizer.specials.items())] = known
     tokenizer = engine.tokenizer = engine.answers.tokenizer = templated(template, default_model_path)
     tokenizer.specials = {name: token for name, token in tokenizer.specials.items() if token not in SPARE.values()} | {name: SPARE[name] for name in names}
     tokenizer.stop_tokens = load(default_model_path).text.stop_tokens
     if known := VOCABULARIES.get(frozenset(tokenizer.specials.items())):
-        tokenizer.grammar_vocabulary = known
+        tokenizer.bare_vocabulary = known
 
 
 def run_all(engine, work):

@@ -113,7 +113,26 @@ def test_a_worker_warms_up_while_nobody_asks(engine):
     loop.channel.receive = lambda wait, patience_s=None, receive=loop.channel.receive: receive(True)
     with torch.inference_mode():
         loop.turn()
-    assert not asked.is_due
+    assert not asked.left
+
+
+@torch.inference_mode()
+def test_a_warm_up_waits_for_the_next_answer(engine, monkeypatch):
+    """What makes only later answers faster is made once nobody has asked for some seconds; steps are run at once."""
+    warm_up, asked = WarmUp(engine), []
+    warm_up.left = [(1, 1)]
+    monkeypatch.setattr(type(engine.answers), "may_be_faster", property(lambda answers: not asked[3:]))
+    monkeypatch.setattr(engine.answers, "make_faster", lambda: asked.append("made"))
+    worker = WorkerLoop(Front(), engine, CONFIG, warm_up)
+
+    def receive(wait, patience_s=None):
+        asked.append((wait, patience_s))
+        return [Ping()] if len(asked) == 2 else []
+
+    worker.channel.receive = receive
+    for _ in range(3):
+        worker.turn()
+    assert asked == [(False, None), (True, warm_up.REST_S), (True, warm_up.REST_S), "made"]
 
 
 def test_ready_has_every_gauge_and_kernel_fault(engine):

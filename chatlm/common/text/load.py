@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import json
 import math
@@ -119,6 +120,12 @@ def byte_of_character() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+@functools.cache
+def byte_of_ordinal() -> dict[int, int]:
+    """As `byte_of_character`, in the form that codecs reads fast."""
+    return {ord(character): byte for character, byte in byte_of_character().items()}
 
 
 def in_characters(data: bytes) -> str:
@@ -434,8 +441,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if token in self.added:
             return self.added[token]
         if self.byte_level:
-            table = byte_of_character()
-            return bytes(table[character] for character in text if character in table)
+            return codecs.charmap_encode(text, "ignore", byte_of_ordinal())[0]
         byte = re.fullmatch(r"<0x([0-9A-F]{2})>", text)  # sentencepiece's byte fallback
         return bytes([int(byte[1], 16)]) if byte else text.replace("\u2581", " ").encode()
 

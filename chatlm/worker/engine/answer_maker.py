@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import wait
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from chatlm.common.log import log
@@ -30,12 +31,16 @@ class AnswerMaker:
 
     KEPT_GRAMMARS = 16
     KEPT_GRAMMAR_BYTES = 64 << 20
+    LARGE_VOCABULARY = 1 << 16  # tokens
+    MANY_GRAMMARS = 16  # after so many it pays to make masks faster, even if somebody waits
     MASK_PATIENCE_S = 0.004  # how long a step waits for the masks of its rows
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        self.compiling = FairThread("grammars", nice=10)
+        self.compiling = FairThread("grammars")
         self.masking = FairThread("masks")
+        self.made = 0  # grammars, copies included
+        self.fastest: object = None  # the vocabulary that no other will replace
         self.grammars: OrderedDict[tuple[str, str], Grammar] = OrderedDict()  # LRU, by owner and source
 
     def make(self, sequence: Sequence):
@@ -54,6 +59,38 @@ class AnswerMaker:
         """Have the thread make the answer, or the grammar that an existing answer needs now."""
         client = sequence.work.params.client
         sequence.output.preparing = self.compiling.submit(client, self._prepare, sequence)
+
+    def ahead(self) -> list[Callable[[], object]]:
+        """What the first grammar needs of a large vocabulary, in parts that may be made before anybody asks.
+        They take up to half a second each, or more for 262,144 tokens, and keep other Python threads from
+        running. For a small vocabulary, and without the library, there are none: they would take memory for
+        little."""
+        tokenizer = self.tokenizer
+        if tokenizer.vocab_size < self.LARGE_VOCABULARY or not find_spec("llguidance"):
+            return []
+        return [partial(self._on_thread, lambda: tokenizer.bare_vocabulary),
+                partial(self._on_thread, lambda: tokenizer.encode("{"))]  # opens what encodes forced text
+
+    @property
+    def may_be_faster(self) -> bool:
+        """Have grammars been made with the vocabulary that is made soonest?"""
+        return bool(self.grammars) and self.tokenizer.ready_vocabulary is not self.fastest
+
+    def make_faster(self):
+        """Make the vocabulary that has the fastest masks, for the grammars from now on."""
+        self._on_thread(self._make_faster)
+
+    def _on_thread(self, work: Callable[[], object]):
+        """Have the thread do it as if a request needed it; returns then."""
+        self.compiling.submit("", work).result()
+
+    def _make_faster(self):
+        try:
+            self.fastest = self.tokenizer.grammar_vocabulary
+        except Exception:  # what there is will do
+            self.fastest = self.tokenizer.ready_vocabulary
+            raise
+        self.grammars.clear()
 
     def start_masks(self, sequences: Iterable[Sequence]):
         """Start to compute the masks of the next tokens, and of drafts, for those that go on with a grammar.
@@ -84,11 +121,14 @@ class AnswerMaker:
 
     def grammar(self, owner: str, source: str) -> Grammar:
         """A copy of a grammar, which is compiled only once. Runs only on the `compiling` thread."""
+        self.made += 1
+        if self.made == self.MANY_GRAMMARS and self.may_be_faster:
+            self._make_faster()
         key = owner, source
         if key in self.grammars:
             self.grammars.move_to_end(key)
             return self.grammars[key].copy()
-        self.tokenizer.grammar_vocabulary     # build it first: its memory belongs to no one grammar
+        self.tokenizer.ready_vocabulary       # make it first: its memory belongs to no one grammar
         before = heap_bytes()
         grammar = Grammar(self.tokenizer, source)
         self.grammars[key] = grammar

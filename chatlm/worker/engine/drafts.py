@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple, Protocol, TYPE_CHECKING
 
 from chatlm.common.messages.requests import DRAFT_SOURCES, DraftCounts, Usage
+from chatlm.worker.engine.pace import PromptPace
 from chatlm.worker.engine.times import StepTimes, Times
 
 if TYPE_CHECKING:
@@ -207,6 +208,7 @@ class Drafting:
         self.accepted = DraftCounts()
         self.acceptance = Acceptance()
         self.times = times or Times()
+        self.pace = PromptPace()
         self.records: dict[Sequence, DraftRecord] = {}
         self.vocab_end = vocab_end
 
@@ -247,10 +249,12 @@ class Drafting:
         if not able:
             return
         answers = [sequence for sequence in interactive or running if not sequence.pooling]
+        rows = -(-len(answers) // limits.stages)
+        on_host = any(sequence.needs_logits for sequence in answers)
         prompt_tokens = sum(sequence.pending for sequence in answers if sequence.prefilling)
-        self.propose(able, -(-len(answers) // limits.stages), limits.draft_rows,
-                     min(prompt_tokens, limits.prefill_chunk) * self.times.token_s,
-                     any(sequence.needs_logits for sequence in answers))
+        beside = self.pace.tokens(self.times, limits.prefill_chunk)
+        other_s = min(prompt_tokens, beside) * self.times.prompts.token_s
+        self.propose(able, rows, limits.draft_rows, other_s, on_host)
 
     def propose(self, sequences: Seq[Sequence], rows: int, most: int, other_s: float = 0.0,
                 on_host: bool = False):

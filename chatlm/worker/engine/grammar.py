@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence as Seq
@@ -43,7 +41,7 @@ class Grammar:
     def __init__(self, tokenizer: Tokenizer, source: str):
         llguidance = require_library("llguidance", "constrained decoding")
         limits = llguidance.LLParserLimits(**GRAMMAR_LIMITS)
-        self.matcher = llguidance.LLMatcher(tokenizer.grammar_vocabulary, source, log_level=0, limits=limits)
+        self.matcher = llguidance.LLMatcher(tokenizer.ready_vocabulary, source, log_level=0, limits=limits)
         self.unusable = self.matcher.is_error()  # llguidance has refused the source
         self.tokenizer = tokenizer
         self.ends = tokenizer.stop_tokens
@@ -119,7 +117,7 @@ class Grammar:
     def feed_text(self, text: str) -> bool:
         """Feed text, in which some characters stand for marker tokens."""
         marks = {MARKS[name]: [token] for name, token in self.tokenizer.markers.items()}
-        tokenize = self.tokenizer.grammar_vocabulary.greedy_tokenize
+        tokenize = self.tokenizer.ready_vocabulary.greedy_tokenize
         parts = (marks.get(part) or tokenize(part) for part in re.split(f"({A_MARK.pattern})", text))
         self.fed += itertools.chain(*parts)
         return self.matcher.consume_tokens(self.fed)
@@ -152,7 +150,7 @@ class Grammar:
             way += more
         rest = bytes(way).lstrip(CONTINUATION_BYTES)
         tokens = [one[byte] for byte in way[:len(way) - len(rest)]]
-        tokens += self.tokenizer.grammar_vocabulary.greedy_tokenize(rest.decode(errors="ignore"))
+        tokens += self.tokenizer.ready_vocabulary.greedy_tokenize(rest.decode(errors="ignore"))
         return tokens if len(tokens) <= most else None
 
     @property
@@ -174,17 +172,12 @@ class Grammar:
         return self.matcher.is_error() and not self.renewed
 
 
-def lower_priority(nice: int):
-    """Lower this thread's priority, on Linux only: elsewhere threads have no niceness of their own."""
-    if nice and sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + nice)
-
-
 class FairThread:
-    """A thread that serves clients in turn."""
+    """A thread that serves clients in turn. It is as urgent as others: somebody waits for what it does, and
+    while it holds Python's lock, which llguidance does for half a second, everybody does."""
 
-    def __init__(self, name: str, nice: int = 0):
-        self.thread = ThreadPoolExecutor(1, name, lower_priority, (nice,))
+    def __init__(self, name: str):
+        self.thread = ThreadPoolExecutor(1, name)
         self.lock = threading.Lock()
         self.lanes = Lanes()
         self.mean_s = 0.0  # moving average of the time a task takes

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Seq
 from typing import Protocol, TYPE_CHECKING
 
 from chatlm.worker.engine.background import in_background
+from chatlm.worker.engine.pace import PromptPace
 from chatlm.worker.engine.sequence import Chunk, Sequence
 
 if TYPE_CHECKING:
@@ -106,22 +107,31 @@ class DecodingPlanner:
 
 class PromptPlanner:
     """Chunks of prompts, after the answers' tokens. Half of the tokens go to the oldest prompt, so that it
-    never starves; the rest go to the shortest prompts, so that a long one never stalls them."""
+    never starves; the rest go to the shortest prompts, so that a long one never stalls them. Beside answers
+    that are being written, there are only so many tokens that the step stays short."""
 
     def __init__(self, queue: RunQueue, limits: StepLimits, lane: BackgroundLane, times: Times):
         self.queue = queue
         self.limits = limits
         self.lane = lane
         self.times = times
+        self.pace = PromptPace()
 
     def add_to(self, plan: StepPlan):
         prompts = [sequence for sequence in plan.answers if sequence.prefilling]
-        if not prompts:
-            return
-        most = self.limits.prefill_chunk
+        if prompts:
+            plan.chunks += self.share(prompts, self.limits.max_rows - plan.rows, self.most(plan, prompts))
+
+    def most(self, plan: StepPlan, prompts: Seq[Sequence]) -> int:
+        """How many tokens of these prompts the step may have."""
+        whole = self.limits.prefill_chunk
         if plan.nobody_waits:
-            most = self.lane.prompt_tokens(self.times, len(plan.chunks), most)
-        plan.chunks += self.share(prompts, self.limits.max_rows - plan.rows, most)
+            return self.lane.prompt_tokens(self.times, len(plan.chunks), whole)
+        paced = self.pace.tokens(self.times, whole)
+        answers_wait = len(prompts) < len(plan.answers)
+        # one that such a step would finish has its first token the sooner
+        newcomer_waits = any(sequence.pending <= paced // 2 for sequence in prompts[1:])
+        return paced if answers_wait or newcomer_waits else whole
 
     def share(self, prompts: Seq[Sequence], rows: int, left: int, beside: bool = False) -> list[Chunk]:
         """Share `left` tokens among prompts: at least half to the oldest, the rest to the shortest first.

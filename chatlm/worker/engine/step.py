@@ -26,7 +26,8 @@ class EngineStep:
     # (sequence, its draft) in the order of rows; None: the sequence has ended, or was given forced tokens
     drawing: list[tuple[Sequence | None, tuple[int, ...]]] = field(default_factory=list)
     tokens: int = 0        # how many it computes, without drafts
-    rows: int = 0          # of answers and drafts, 0 if it also computes prompts
+    rows: int = 0          # of answers and drafts, without those that prompts end with
+    prompt_tokens: int = 0
 
     def wait(self) -> list[int]:
         """The tokens of a step that has started."""

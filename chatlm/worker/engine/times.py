@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import deque
 
 
 class StepTimes:
@@ -67,6 +69,25 @@ class StepTimes:
         return [(rows, seconds) for rows, seconds, _ in pools]
 
 
+class PromptTimes:
+    """How long a token of a prompt takes now: it takes the longer, the more tokens stand before it."""
+
+    RECENT = 5  # steps whose median counts, so that a step that others have disturbed does not
+    LEAST = 16  # tokens of prompts: a step with fewer says little
+    FLOOR = 0.1  # of a step's time that its prompts take at least, whatever one without them takes
+
+    def __init__(self):
+        self.recent: deque[float] = deque(maxlen=self.RECENT)
+        self.token_s = 0.0  # 0.0: not measured yet
+
+    def note(self, tokens: int, seconds: float, row_s: float):
+        """A step with so many tokens of prompts took so long; without them it would have taken row_s."""
+        if tokens < self.LEAST:
+            return
+        self.recent.append(max(seconds - row_s, self.FLOOR * seconds) / tokens)
+        self.token_s = statistics.median(self.recent)
+
+
 class Times:
     """Measured times of an engine's steps. The engine notes each step; planners, drafts and the keeper read
     them."""
@@ -78,6 +99,8 @@ class Times:
         self.timed_tokens = timed_tokens
         self.rows = StepTimes()       # of answers and drafts
         self.host_rows = StepTimes()  # likewise, where the host needs the logits
+        self.prompts = PromptTimes()
+        self.alone: deque[float] = deque(maxlen=9)  # seconds of the last steps without prompts
         self.token_s = 0.0            # to compute a token of a prompt; 0.0: not measured yet
         self.step_s = 0.0             # how long the last step took
         self.ended_s = 0.0            # when it ended
@@ -86,9 +109,15 @@ class Times:
         """The times of steps of answers and drafts, by their rows."""
         return self.host_rows if on_host else self.rows
 
-    def note_step(self, planned_s: float, rows: int, tokens: int, on_host: bool):
-        """A step that was planned at `planned_s` has ended now. rows: of answers and drafts, 0 if it also
-        computed prompts. tokens: all that it computed, without drafts.
+    @property
+    def row_s(self) -> float:
+        """Seconds of a step without prompts, as lately measured: it reads all weights, as any step does. 0.0:
+        not measured yet. A median, since one disturbed step would otherwise say much where few are known."""
+        return statistics.median(self.alone) if self.alone else 0.0
+
+    def note_step(self, planned_s: float, rows: int, tokens: int, on_host: bool, prompt_tokens: int = 0):
+        """A step that was planned at `planned_s` has ended now. rows: of answers and drafts. tokens: all that
+        it computed, without drafts; prompt_tokens: those of them that belong to prompts.
 
         The host's time between it and the step before counts for its rows, unless the host had nothing to do
         then."""
@@ -97,7 +126,10 @@ class Times:
         began_s = max(planned_s, before_s)
         gap_s = began_s - before_s
         self.step_s = self.ended_s - began_s
-        if rows:
+        if prompt_tokens:
+            self.prompts.note(prompt_tokens, self.step_s, self.row_s)
+        elif rows:
+            self.alone.append(self.step_s)
             self.of(on_host).note(rows, self.step_s + (gap_s if gap_s < self.MOST_GAP_S else 0.0))
         if tokens >= self.timed_tokens:
             weight = 0.2 if self.token_s else 1.0

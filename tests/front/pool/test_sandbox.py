@@ -11,6 +11,7 @@ import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import aiohttp
 import psutil
@@ -21,7 +22,7 @@ from chatlm.common import config
 from chatlm.common.config import Settings
 from chatlm.common.errors import EngineFailure, Overloaded, RequestError
 from chatlm.common.messages import wire
-from chatlm.common.messages.protocol import SANDBOX_PIPE, Known, ModelCard, NewAnswer, NewPrompt, ParsedBody, SandboxResult, SandboxConfig
+from chatlm.common.messages.protocol import SANDBOX_PIPE, Known, ModelCard, NewAnswer, NewPrompt, ParsedBody, SandboxResult, SandboxConfig, SandboxTask
 from chatlm.common.messages.requests import HistoryForm, Message, Piece, Request
 from chatlm.common.messages.wire import HEADER
 from chatlm.common.processes import start as processes_start
@@ -30,6 +31,7 @@ from chatlm.common.text.grammar import json_grammar
 from chatlm.common.text.history_forms import TEXT_ALONE
 from chatlm.common.text.tokenizer import compile_chat_template
 from chatlm.front.admission.admission import Admission
+from chatlm.front.intake import sandboxed
 from chatlm.front.intake.crossing import packed_body, unpacked_body
 from chatlm.front.admission.sandbox import FairLock, Sandbox, next_message
 from chatlm.front.pool.pool import make_pool
@@ -484,6 +486,27 @@ async def admission():
     one.AHEAD_S = 0.0
     yield one
     await asyncio.gather(*(sandbox.close() for sandbox in one.sandboxes.values()))
+
+
+async def test_a_sandbox_yields_once_it_is_prepared(open_pool):
+    """Somebody waits for its first task, so what that imports is as urgent as the front; then what a client could make slow yields."""
+    pool = await open_pool()
+    schemas, own = pool.admission.sandboxes["schemas"], os.getpriority(os.PRIO_PROCESS, 0)
+    for source in (json_grammar({"type": "string"}, "x"), json_grammar({"type": "integer"}, "x")):
+        await schemas.perform("a", "check_grammar", source, "x")
+        assert os.getpriority(os.PRIO_PROCESS, schemas.process.pid) == own + 10
+
+
+def test_a_sandbox_imports_before_it_yields(monkeypatch):
+    """The order of what `perform` does with a first schema."""
+    order = []
+    monkeypatch.setattr(sandboxed.os, "nice", lambda niceness: order.append(("nice", niceness)))
+    monkeypatch.setattr(sandboxed.signal, "setitimer", lambda *timer: None)
+    tasks = SimpleNamespace(prepare=lambda name: order.append(("prepare", name)),
+                            task=lambda name: lambda *given: order.append((name, *given)) or SandboxResult(None))
+    task, channel = SandboxTask("check_grammar", ["source", "x"]), SimpleNamespace(send=lambda message: None)
+    sandboxed.perform(task, tasks, channel, 1.0, 10)
+    assert order == [("prepare", "check_grammar"), ("nice", 10), ("check_grammar", "source", "x")]
 
 
 async def test_the_sandbox_of_templates_starts_ahead(admission, chat_text):
