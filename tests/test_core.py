@@ -71,7 +71,8 @@ def test_a_default_server_loads_no_annex(default_model_path, spied, tmp_path):
                 urllib.request.urlopen(urllib.request.Request(url + path, method=method), timeout=60)
         modules = modules_of(process, tmp_path)
         described = json.load(urllib.request.urlopen(url + "/openapi.json", timeout=60))["paths"]
-    assert [each for each in ABSENT if any(name == each or name.startswith(f"{each}.") for name in modules)] == []
+    packages = {name.rsplit(".", cut)[0] for name in modules for cut in range(name.count(".") + 1)}
+    assert packages.isdisjoint(ABSENT), packages & {*ABSENT}
     assert {row.pattern for annex in ANNEXES for row in annex.routes} <= {*described}
 
 
