@@ -47,7 +47,7 @@ def pytest_report_teststatus(report, config):
 def pytest_configure(config):
     config.option.loadscopereorder = False          # of xdist: it would start the modules with most tests first
     if "RECORD_EXECUTED" in os.environ:
-        config.pluginmanager.import_plugin("executed_plugin")
+        config.pluginmanager.import_plugin("call_recorder_plugin")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -193,10 +193,10 @@ def test_processes():
 """)
     (tmp_path / "test_two.py").write_text("def test_made(made): pass\n")
     (tmp_path / "record_executed.pth").write_text(f"import os; os.environ.get('RECORD_EXECUTED_NAME') and "
-                                                  f"exec(open({str(ROOT / 'tests/support/executed.py')!r}).read(), {{'__name__': 'executed'}})\n")
+                                                  f"exec(open({str(ROOT / 'tests/support/call_recorder.py')!r}).read(), {{'__name__': 'executed'}})\n")
     (tmp_path / "sitecustomize.py").write_text(f"import site; site.addsitedir({str(tmp_path)!r})\n")
     (tmp_path / "run").mkdir()
-    subprocess.run([sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider", "-p", "executed_plugin", "."],
+    subprocess.run([sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider", "-p", "call_recorder_plugin", "."],
                    cwd=tmp_path, check=True, timeout=150,
                    env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT / 'tests/support'}", "RECORD_EXECUTED": str(tmp_path / "run"),
                                      "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})

@@ -7,7 +7,8 @@ import sys
 import prometheus_client
 from prometheus_client import metrics_core
 
-from chatlm.front.server.metrics import Durations, MetricFamilies, Metrics
+from chatlm.front.server.metric_families import MetricFamilies
+from chatlm.front.server.metrics import Durations, Metrics
 
 
 def text_of(families):
@@ -41,7 +42,7 @@ def test_a_scrape_reads_as_if_the_library_had_counted():
         metrics.responses[route, status] += 1
         counter.labels(route, status).inc()
     wanted = prometheus_client.generate_latest(registry).decode()
-    shown = text_of([*MetricFamilies(metrics, metrics_core)._own()])
+    shown = text_of([*MetricFamilies(metrics, (), metrics_core)._own()])
     assert {line for line in shown.splitlines() if "request_duration" in line or "http_responses" in line} == {*wanted.splitlines()}
     assert 'chat_server_requests_total{finish_reason="refused"} 0.0' in shown      # a reason is there before it first occurs
 

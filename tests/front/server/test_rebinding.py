@@ -9,11 +9,9 @@ import pytest
 
 import chat_server
 from chatlm.common.config import ApiKey, Settings
+from chatlm.front.annexes import DOWNLOAD_ROUTES, EXPORT_ROUTES, TOOL_ROUTES
 from chatlm.front.server.access import server_urls
-from chatlm.front.server.downloading import DOWNLOAD_ROUTES
-from chatlm.front.server.exporting import EXPORT_ROUTES
 from chatlm.front.server.host_names import is_own_name, split_address
-from chatlm.front.server.tooling import TOOL_ROUTES
 from fake_pool import FakePool, serving
 from tool_rounds import tool_place
 

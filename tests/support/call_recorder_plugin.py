@@ -1,4 +1,4 @@
-"""Tells `executed` in whose name the program is called: pytest -p executed_plugin. At the end the fixtures of the session that each module
+"""Tells `call_recorder` in whose name the program is called: pytest -p call_recorder_plugin. At the end the fixtures of the session that each module
 asks for, and its seconds, stand in NAME.modules, a row for each."""
 
 import os
@@ -7,15 +7,15 @@ from collections import defaultdict
 
 import pytest
 
-import executed
+import call_recorder
 
 fixtures, seconds = defaultdict(set), defaultdict(float)
 
 
 def pytest_configure(config):
     if not getattr(config.option, "numprocesses", None):        # not in the process that only directs others
-        os.environ[executed.NAME] = os.environ.get("PYTEST_XDIST_WORKER", "alone")
-        executed.start()
+        os.environ[call_recorder.NAME] = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+        call_recorder.start()
 
 
 def module_of(item):
@@ -24,7 +24,7 @@ def module_of(item):
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item, nextitem):
-    executed.recorder.enter(module_of(item))
+    call_recorder.recorder.enter(module_of(item))
     started = time.monotonic()
     try:
         return (yield)
@@ -37,17 +37,17 @@ def pytest_runtest_protocol(item, nextitem):
 def pytest_fixture_setup(fixturedef, request):
     if fixturedef.scope != "session":
         return (yield)
-    before = executed.recorder.entered
-    executed.recorder.enter(f"fixture {fixturedef.argname}")
+    before = call_recorder.recorder.entered
+    call_recorder.recorder.enter(f"fixture {fixturedef.argname}")
     try:
         return (yield)
     finally:
-        executed.recorder.enter(before)
+        call_recorder.recorder.enter(before)
 
 
 def pytest_sessionfinish():
-    if not executed.recorder:
+    if not call_recorder.recorder:
         return
-    with open(f"{os.environ[executed.FOLDER]}/{os.environ[executed.NAME]}.modules", "w") as file:
+    with open(f"{os.environ[call_recorder.FOLDER]}/{os.environ[call_recorder.NAME]}.modules", "w") as file:
         for module, duration in seconds.items():
             file.write(f"{module}\t{duration:.2f}\t{' '.join(sorted(fixtures[module]))}\n")
