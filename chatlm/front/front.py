@@ -431,7 +431,7 @@ def load_later(annex: Annex[T]) -> Make[T]:
         make = annex.load()
         if program_stamp() == stamp_at_start():
             return make
-    except ImportError:
+    except Exception:  # half a file, or another bundle at the old places: not only ImportError
         if program_stamp() == stamp_at_start():
             raise
     raise Overloaded("the program has changed since this server started: restart the server")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import zlib
 from dataclasses import replace
 
 import aiohttp
@@ -120,20 +121,20 @@ async def test_hooks_of_an_annex_that_is_not_wanted_do_nothing():
     assert "toy" not in place.front.rooms
 
 
-@pytest.mark.parametrize("load", ["works", "fails"])
-async def test_a_room_of_another_program_is_not_opened(monkeypatch, load):
-    """The files were replaced while the server runs: what it imports now may not fit."""
+@pytest.mark.parametrize("error", [None, ImportError("cannot import name 'x'"), zlib.error("invalid data")])
+async def test_a_room_of_another_program_is_not_opened(monkeypatch, error):
+    """The files, or the bundle, were replaced while the server runs: what it imports now may not fit."""
     def broken():
-        raise ImportError("cannot import name 'x'")
+        raise error
 
-    annex = TOY if load == "works" else replace(TOY, load=broken)
+    annex = replace(TOY, load=broken) if error else TOY
     async with Place(annex) as place:
         with monkeypatch.context() as meanwhile:
             patch(meanwhile, program, "program_stamp", lambda: (0, 0))
             status, text = await place.get("/toy/1")
             assert status == 503 and "the program has changed since this server started: restart" in text
             assert (await place.get("/health"))[0] == 200
-        assert (await place.get("/toy/1"))[0] == (200 if load == "works" else 500)
+        assert (await place.get("/toy/1"))[0] == (500 if error else 200)
 
 
 async def test_an_open_room_stays_open_though_the_program_changes(monkeypatch):
