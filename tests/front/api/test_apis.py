@@ -39,6 +39,7 @@ from chatlm.front.api.kept_fields import STORE_FIELDS
 from chatlm.front.api.tables import HUB_FIELDS
 from chatlm.front.api.readers import (ANSWER_READERS, TEXT_READERS, read_answer, read_chat_body, read_messages_body, read_ollama_chat,
                                       read_responses_body)
+from chatlm.front.front import Front
 from chatlm.front.server.describe import OLLAMA_VERSION, bare_id
 from chatlm.worker.engine.grammar import Grammar
 from answers import said, thought
@@ -188,7 +189,7 @@ async def test_no_route_finds_an_unknown_model(client, route, size):
 def test_every_route_that_answers_is_tested():
     of_rankings = {"/v1/rerank", "/rerank", "/v2/rerank", "/reranking", "/v1/reranking", "/v1/score", "/score", "/embed"}   # test_retrieval_routes.py
     of_lm_studio = {"/api/v0/chat/completions", "/api/v0/completions", "/api/v0/embeddings"}        # test_discovery.py
-    assert {*ASKED, *WHOLE} | of_rankings | of_lm_studio == {route.path for route in chat_server.ROUTES if route.handler is chat_server.Front.handle_answer}
+    assert {*ASKED, *WHOLE} | of_rankings | of_lm_studio == {route.path for route in chat_server.ROUTES if route.handler is Front.handle_answer}
 
 
 @every_route

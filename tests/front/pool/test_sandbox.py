@@ -17,7 +17,6 @@ import aiohttp
 import psutil
 import pytest
 
-import chat_server
 from chatlm.common import config
 from chatlm.common.config import Settings
 from chatlm.common.errors import EngineFailure, Overloaded, RequestError
@@ -31,6 +30,7 @@ from chatlm.common.text.grammar import json_grammar
 from chatlm.common.text.history_forms import TEXT_ALONE
 from chatlm.common.text.tokenizer import compile_chat_template
 from chatlm.front.admission.admission import Admission
+from chatlm.front.front import Front
 from chatlm.front.intake import sandboxed
 from chatlm.front.intake.crossing import packed_body, unpacked_body
 from chatlm.front.admission.sandbox import FairLock, Sandbox, next_message
@@ -357,7 +357,7 @@ async def test_large_bodies_count_until_their_answers_end(open_pool, default_tex
     pool = await open_pool(context_length=50_000, text=default_text)
     worker, unanswered = pool.workers[0], []
     answer, worker.send = worker.send, lambda message: unanswered.append(message)
-    follow = chat_server.Front.follow
+    follow = Front.follow
 
     async def following(*given):
         try:
@@ -365,7 +365,7 @@ async def test_large_bodies_count_until_their_answers_end(open_pool, default_tex
         finally:
             followed.set()
 
-    monkeypatch.setattr(chat_server.Front, "follow", following)
+    monkeypatch.setattr(Front, "follow", following)
     body = {"input": "Hi", "instructions": "a " * 34_000, "stream": True}        # twice this finds no room
     async with serving(pool) as url, aiohttp.ClientSession() as client:
         url += "/v1/responses"
