@@ -43,12 +43,13 @@ def stages(text):
 
 
 def check_container(text):
-    known = {"FROM", "RUN", "WORKDIR", "COPY", "USER", "VOLUME", "EXPOSE", "STOPSIGNAL", "HEALTHCHECK", "ENTRYPOINT"}
+    known = {"FROM", "RUN", "ENV", "WORKDIR", "COPY", "USER", "VOLUME", "EXPOSE", "STOPSIGNAL", "HEALTHCHECK", "ENTRYPOINT"}
     assert {instruction for instruction, _ in instructions(text)} <= known
     build, last = stages(text)
     named = re.fullmatch(r"(python:(3\.\d+)-slim) AS build", build[0][1])
     assert last[0][1] == named[1] and int(named[2].split(".")[1]) >= 10       # the wheel is for the Python that runs it
     (wheels,) = re.findall(r"pip wheel .*--wheel-dir (\S+) \.", " ".join(words for _, words in build))
+    assert dict(build)["ENV"] == "DECODE_CORE_SETS=all"                       # the image may run on another CPU
     ignored = (ROOT / ".dockerignore").read_text().split()
     copied = [words.split() for instruction, words in last if instruction == "COPY"]
     for *options, source, _ in copied:
@@ -78,6 +79,7 @@ def test_the_container_s_file_fits_the_program():
 
 
 @pytest.mark.parametrize("line, other", [
+    ("DECODE_CORE_SETS=all", "DECODE_CORE_SETS=avx2"),
     ("COPY requirements.txt", "COPY missing.txt"), ("/wheels .", "/other ."), ("readyz", "stats"), ("8000/readyz", "8001/readyz"), ("USER chat", "USER other"),
     ("VOLUME /home/chat", "VOLUME /data"), ('["chat-server"]', '["chat_server"]'), ("FROM python:3.13-slim\n", "FROM python:3.12-slim\n"), ("EXPOSE 8000", "EXPOSE 80"),
     ("-c /tmp/requirements.txt", "-c requirements.txt"), ("STOPSIGNAL SIGTERM", "STOPSIGNAL SIGKILL")])
