@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from executed import ROOT, read_record      # noqa: E402
+from executed import ROOT, read_record, spine      # noqa: E402
 
 # what a path begins with, the longest first that fits -> the tests that it needs besides the spine
 RULES = {
@@ -248,13 +248,12 @@ class Change:
 
     def in_order(self) -> list[str]:
         chosen = {module for module in self.chosen if (self.root / module).is_file()}
-        spine = [line for line in (self.root / ".ci/spine").read_text().splitlines() if line and not line.startswith("#")]
-        spine = [each for each in spine if each.partition("::")[0] not in chosen]
+        always = [each for each in spine(self.root) if each.partition("::")[0] not in chosen]
 
         def rank(place: str) -> tuple[int, float]:
             executed = self.record.get(place.partition("::")[0])
             return 2 if place.startswith("tests/page") else 1 if executed and executed.processes else 0, executed.seconds if executed else 0.0
-        return sorted([*spine, *chosen], key=rank)
+        return sorted([*always, *chosen], key=rank)
 
 
 def is_test(path: str) -> bool:

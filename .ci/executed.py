@@ -61,6 +61,16 @@ def read_run(folder: Path) -> dict[str, Executed]:
     return run
 
 
+def recorded_seconds(root: Path) -> dict[str, float]:
+    """module of tests -> how long its tests took."""
+    return {module: float(file.open().readline().split()[0]) for module, file in recorded(root).items()}
+
+
+def spine(root: Path) -> list[str]:
+    """What runs whatever changed."""
+    return [line for line in (root / ".ci/spine").read_text().splitlines() if line and not line.startswith("#")]
+
+
 def write_record(run: dict[str, Executed], root: Path) -> None:
     """Write the files of these modules, and remove those of modules that are gone."""
     for module, executed in run.items():

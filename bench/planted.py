@@ -29,6 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / ".ci"))
+from executed import spine      # noqa: E402
+
 WAYS = "changed", "spine", "day"
 OPERATORS = {ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"), ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="),
              ast.Is: (" is ", " is not "), ast.IsNot: (" is not ", " is "), ast.In: (" in ", " not in "), ast.NotIn: (" not in ", " in "),
@@ -194,11 +197,15 @@ class Bed:
             subprocess.run(["git", "checkout", "-q", commit], cwd=copy, check=True)
             (copy / ".venv").symlink_to(ROOT / ".venv")
 
-    def noticed(self, faults: list[Fault], places: list[str], first_only: bool) -> tuple[str, float]:
-        """(the first test that fails with these faults and passes without, or "", seconds)"""
+    def plant(self, faults: list[Fault]) -> None:
+        """These, and no others."""
         subprocess.run(["git", "checkout", "-q", "--", "."], cwd=self.planted, check=True)
         for fault in sorted(faults, key=lambda fault: (fault.path, -fault.start)):
             fault.plant(self.planted)
+
+    def noticed(self, faults: list[Fault], places: list[str], first_only: bool) -> tuple[str, float]:
+        """(the first test that fails with these faults and passes without, or "", seconds)"""
+        self.plant(faults)
         began = time.monotonic()
         failed = self.run(self.planted, places, first_only)
         seconds = time.monotonic() - began
@@ -219,14 +226,9 @@ class Bed:
         return failed or (places[:1] if done.returncode not in (0, 5) else [])
 
     def chosen(self, fault: Fault) -> list[str]:
-        subprocess.run(["git", "checkout", "-q", "--", "."], cwd=self.planted, check=True)
-        fault.plant(self.planted)
+        self.plant([fault])
         words = [sys.executable, ".ci/changed.py", "HEAD"]
         return subprocess.run(words, cwd=self.planted, check=True, capture_output=True, text=True).stdout.splitlines()
-
-
-def spine(root: Path) -> list[str]:
-    return [line for line in (root / ".ci/spine").read_text().splitlines() if line and not line.startswith("#")]
 
 
 class Verdicts:

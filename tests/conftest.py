@@ -25,9 +25,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
 # What the tests share, and the code under test: a private build, or this checkout
-sys.path[:0] = [os.environ.get("CHAT_SERVER_DIR") or str(REPOSITORY), str(TESTS / "support")]
+sys.path[:0] = [os.environ.get("CHAT_SERVER_DIR") or str(REPOSITORY), str(TESTS / "support"), str(REPOSITORY / ".ci")]
 
 from browsing import browser, end_browser, held_front, one_stand_in, opened_page, page, server_url, stand_in, theme  # noqa: E402, F401  of the page's tests
+from executed import recorded_seconds  # noqa: E402
 import nightly  # noqa: E402
 from made_once import made_once  # noqa: E402
 from pools import start_pool, started  # noqa: E402, F401
@@ -67,19 +68,13 @@ def pytest_collection(session):
         sys.path.remove(str(path.parent))
 
 
-def recorded_seconds():
-    """How long each module's tests took when `.ci/run record` ran: the longest go first, so that two processes end together."""
-    record = REPOSITORY / ".ci/executed"
-    return {str(file.relative_to(record).with_suffix(".py")): float(file.open().readline().split()[0]) for file in record.rglob("*.txt")}
-
-
 def pytest_collection_modifyitems(config, items):
     if nightly.WHOLE and config.option.markexpr == "slow":      # what a module has at night alone need not be a case of its own
         for item in items:
             if hasattr(item.module, "WHOLE") or hasattr(item.module, "nightly"):
                 item.add_marker("slow")
     if "TESTS_AS_NAMED" not in os.environ:                      # by `.ci/run changed`, which names them in their order
-        seconds = recorded_seconds()
+        seconds = recorded_seconds(REPOSITORY)      # the longest go first, so that two processes end together
         items.sort(key=lambda item: -seconds.get(item.nodeid.split("::")[0], 0))
     if "chatlm.worker.engine.engine" in sys.modules:        # some test makes engines in this process
         import checked      # noqa: F401

@@ -116,6 +116,13 @@ def stamp_at_start() -> tuple:
     return program_stamp()
 
 
+def why_outdated() -> str:
+    """Why what is imported or started from now on may not fit what runs; "" if it does."""
+    if program_stamp() == stamp_at_start():
+        return ""
+    return "the program has changed since this server started: restart the server"
+
+
 def source_paths(root: Path) -> list[str]:
     """Of our modules below the program's root, sorted. Every model that is opened asks, and pathlib takes
     twice as long."""

@@ -14,7 +14,7 @@ from typing import Any, Generic, TYPE_CHECKING, TypeVar
 
 from chatlm.common.errors import Overloaded, RequestError, bad_value
 from chatlm.common.messages.requests import PromptProgress
-from chatlm.common.program import page_files, program_stamp, stamp_at_start
+from chatlm.common.program import page_files, why_outdated
 from chatlm.common.records import record
 from chatlm.front.annexes import ANNEXES, Annex
 from chatlm.front.api.encode import usage_body
@@ -429,12 +429,12 @@ def load_later(annex: Annex[T]) -> Make[T]:
     those that were started: what is imported now may not fit what runs."""
     try:
         make = annex.load()
-        if program_stamp() == stamp_at_start():
-            return make
     except Exception:  # half a file, or another bundle at the old places: not only ImportError
-        if program_stamp() == stamp_at_start():
+        if not why_outdated():
             raise
-    raise Overloaded("the program has changed since this server started: restart the server")
+    if why := why_outdated():
+        raise Overloaded(why)
+    return make
 
 
 ROOMS = (

@@ -102,8 +102,11 @@ class RunWatch:
     def _find(self) -> list[RunStep]:
         """Folders without any file of a checkpoint are ignored."""
         found = [step for step in find_steps(self.folder) if step.stamp or not step.missing]
-        self.left_out = [step for step in found if not step.is_chosen(self.many.settings)]
-        return [step for step in found if step.is_chosen(self.many.settings)]
+        chosen: list[RunStep] = []
+        self.left_out = []
+        for step in found:
+            (chosen if step.is_chosen(self.many.settings) else self.left_out).append(step)
+        return chosen
 
     async def run(self):
         await self.sightings.run(self.update, self._pause)

@@ -16,7 +16,7 @@ from chatlm.common.memory import available_memory
 from chatlm.common.messages.protocol import (
     AdapterLoaded, CacheEmptied, Crashed, Loading, ModelCard, ModelText, Ready, Stepped, Unusable)
 from chatlm.common.messages.wire import BadMessage
-from chatlm.common.program import program_stamp, stamp_at_start
+from chatlm.common.program import stamp_at_start, why_outdated
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.pool.versions import Version, has_other_files
 from chatlm.front.pool.worker import Launcher, State, Worker
@@ -65,7 +65,7 @@ class Supervisor:
         self.prepare = prepare
         self.report = report
         self.expect = expect
-        self.stamp = stamp_at_start()
+        stamp_at_start()  # the first pool notes it
         self.version = Version(workers, dispatcher)
         self.closing = False
         self.asleep = False                  # True: unloaded, and not loaded again yet
@@ -154,8 +154,8 @@ class Supervisor:
         self.asleep = False
         worker.crashes_in_row += 1
         worker.last_end = ending
-        if self.stamp != program_stamp():  # its messages may differ from ours
-            worker.last_end += "; the program has changed since this server started: restart the server"
+        if why := why_outdated():  # its messages may differ from ours
+            worker.last_end += f"; {why}"
         if worker.failed_starts < (2 if is_same else 3):
             return None
         worker.cannot_start = worker.cannot_start or worker.last_end

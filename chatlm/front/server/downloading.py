@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.server.bodies import Bodies
 
-ACT = "download and delete models"
 BESIDE_BYTES = 200 << 20  # what a model's process takes in addition to its weights, see Opener.PROCESS_BYTES
 
 

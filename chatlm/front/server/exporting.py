@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from chatlm.front.pool.models import Model
     from chatlm.front.server.bodies import Bodies
 
-ACT = "export models"
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 ALLOWED = "1 to 100 letters, digits, dots, - and _, with a letter or digit first"
 
