@@ -21,12 +21,20 @@
 
 namespace py = pybind11;
 
-void bind_tiles(py::module_& m);            // bindings_tiles.cpp
-void bind_program(py::module_& m);          // bindings_program.cpp
-
 namespace {
 
 using Gil = py::gil_scoped_release;
+
+template <class T>
+T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+}  // namespace
+
+// In one source with these: pybind11's own functions take the compiler four seconds in each.
+#include "bindings_program.inl.h"
+#include "bindings_tiles.inl.h"
+
+namespace {
 
 // What arrays.py asks of a numpy array, by the buffer protocol, which takes a fifth of __array_interface__'s time:
 // (address, format, item size, read-only, shape, strides in bytes); None if `array` has no buffer.
@@ -184,9 +192,6 @@ dc::AttentionPlan plan_attention(const py::object& tables, const py::object& len
     return {std::move(pages), std::move(offsets), dc::integers(lengths, "lengths: a list of integers"),
             dc::integers(starts, "starts: a list of integers"), heads, kv_heads, num_pages};
 }
-
-template <class T>
-T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
 void paged_attention(dc::AttentionPlan& plan, int window, uintptr_t q, uintptr_t cache, int cache_type, uintptr_t out,
                      int head_size, float softcap, uintptr_t sinks, int64_t page_stride) {

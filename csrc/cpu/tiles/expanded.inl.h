@@ -13,7 +13,7 @@ namespace {
 template <class F>
 __attribute__((noinline)) void expand_group(const uint8_t* group, uint8_t* to, int64_t ahead) {
     using E = Expanded<F>;
-    E::expand_scales(group, to);
+    expand_scales<F>(group, to);
     to += E::SCALE_BYTES;
     uint16_t numbers[F::MORE ? F::BLOCKS : 1][16 * F::ENTRIES];
     for (int i = 0; F::MORE && i < F::BLOCKS; i++) F::find_numbers(quants_of<F>(group, i), numbers[i]);
@@ -27,7 +27,7 @@ __attribute__((noinline)) void expand_group(const uint8_t* group, uint8_t* to, i
 template <class F>
 DC_VBMI __attribute__((noinline)) void expand_group_in_registers(const uint8_t* group, uint8_t* to, int64_t ahead) {
     using E = Expanded<F>;
-    E::expand_scales(group, to);
+    expand_scales<F>(group, to);
     for (int i = 0; i < F::BLOCKS; i++) {
         if (ahead) prefetch_block<F>(group, i, ahead);
         expand_in_registers<F>(quants_of<F>(group, i), to + E::SCALE_BYTES + i * E::BYTES);

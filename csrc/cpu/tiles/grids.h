@@ -362,19 +362,27 @@ DC_VBMI_INLINE void expand_in_registers(const uint8_t* quants, uint8_t* to) {
 
 #endif
 
-// Type F as products take it: codes are bytes, scales are integer factors, and all is aligned. f32 [16], what the scales share; i16 [8][16][2], the
-// factors, one for 16 columns; then the codes [8][8][64].
-template <class F>
-struct Expanded : F {
-    static constexpr int64_t FACTORS = 64, SCALE_BYTES = FACTORS + 64 * F::BLOCKS, BYTES = 512;
+// A type as products take it, whose codes are bytes, and scales integer factors, and all is aligned. f32 [16], what the scales share; i16 [8][16][2],
+// the factors, one for 16 columns; then the codes [8][8][64]. Types that agree in the arguments share the kernels.
+template <int SHIFT, class Dot, int PARTS_>
+struct CodesAsBytes : Plain<7, SHIFT, Dot> {
+    static constexpr bool EXPANDS = true, WHOLE_SCALES = true, HIGH_APART = true;
+    static constexpr int PARTS = PARTS_;
+    static constexpr int64_t BLOCKS = 8, FACTORS = 64, SCALE_BYTES = FACTORS + 64 * BLOCKS, BYTES = 512;
 
-    DC_INLINE void expand_scales(const uint8_t* group, uint8_t* to) {
-        store(reinterpret_cast<float*>(to), F::shared(group));
-        for (int i = 0; i < F::BLOCKS; i++) store_whole(to + FACTORS + 64 * i, F::factors(group, i));
-    }
     DC_INLINE Lanes shared(const uint8_t* group) { return load(reinterpret_cast<const float*>(group)); }
     DC_INLINE Whole factors(const uint8_t* group, int i) { return load_whole(group + FACTORS + 64 * i); }
 };
+
+template <class F>
+using Expanded = CodesAsBytes<F::OFFSET_SHIFT, typename F::Dot, F::PARTS>;
+
+template <class F>
+DC_INLINE void expand_scales(const uint8_t* group, uint8_t* to) {
+    static_assert(F::WHOLE_SCALES && F::HIGH_APART && !F::HAS_MINIMUM && F::BLOCKS == Expanded<F>::BLOCKS, "CodesAsBytes");
+    store(reinterpret_cast<float*>(to), F::shared(group));
+    for (int i = 0; i < F::BLOCKS; i++) store_whole(to + Expanded<F>::FACTORS + 64 * i, F::factors(group, i));
+}
 
 // Scales of 4 bits s, which stand for odd numbers: d * (2 s + 1) / OF. Two lie in a byte: those of a block's two times 16 columns (PARTS_ = 2),
 // or those of blocks i and i + 1, of 32 columns each.

@@ -1,4 +1,7 @@
 // Python's door to tiles; decode_core/tiles.py checks what comes in.
+// A part of bindings.cpp.
+#pragma once
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,14 +13,7 @@
 #include "cpu/tiles/least_rows.h"
 #include "cpu/tiles/tiles.h"
 
-namespace py = pybind11;
-
 namespace {
-
-using Gil = py::gil_scoped_release;
-
-template <class T>
-T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
 dc::Tiles allocate(dc::Arena& arena, int type, int64_t rows, int64_t columns) {
     const dc::Weight weight = dc::Weight(type);
@@ -88,8 +84,6 @@ void multiply(const dc::Tiles& tiles, uintptr_t x, int64_t rows, int64_t x_strid
     });
 }
 
-}  // namespace
-
 void bind_tiles(py::module_& m) {
     py::class_<dc::Arena>(m, "Arena")
         .def(py::init<size_t>())
@@ -99,7 +93,7 @@ void bind_tiles(py::module_& m) {
         .def_property_readonly("reserved", &dc::Arena::reserved);
     py::class_<dc::Tiles>(m, "Tiles")
         .def_property_readonly("count", [](const dc::Tiles& t) { return dc::tile_count(t.rows); })
-        .def_property_readonly("bytes", &dc::bytes_of)
+        .def_property_readonly("bytes", [](const dc::Tiles& t) { return dc::bytes_of(t); })
         .def_property_readonly("address", [](const dc::Tiles& t) { return reinterpret_cast<uintptr_t>(t.memory); })
         .def("fill", [](const dc::Tiles& to, uintptr_t source, int source_type, int64_t row_stride, int64_t rows, int64_t first_tile,
                         int64_t tile_step) {
@@ -120,3 +114,5 @@ void bind_tiles(py::module_& m) {
     }, py::arg("type"), py::arg("columns"), py::call_guard<Gil>());
     m.def("row_bytes", [](int type, int64_t columns) { return dc::row_bytes(dc::Weight(type), columns); });
 }
+
+}  // namespace

@@ -1,4 +1,7 @@
 // Python's door to Program; decode_core/program.py checks the buffers, cpu/program/program.cpp what a step brings.
+// A part of bindings.cpp.
+#pragma once
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -14,15 +17,9 @@
 #include "cpu/program/width.h"
 #include "python_lists.h"
 
-namespace py = pybind11;
-
 namespace {
 
-using Gil = py::gil_scoped_release;
 using Buffer = std::pair<uintptr_t, int64_t>;       // address, columns; (0, 0): none
-
-template <class T>
-T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
 dc::Rows rows_of(const Buffer& buffer) { return {at<float>(buffer.first), buffer.second}; }
 
@@ -87,20 +84,23 @@ dc::Op op_of(const std::string& kind, bool on_logit_rows, const py::dict& given)
     throw py::type_error("record: no op " + kind);
 }
 
+// One type for all texts: pybind11 makes templates anew for each of their lengths.
+py::tuple three(const char* role, const char* field, const char* columns) { return py::make_tuple(role, field, columns); }
+
 py::dict ops() {                            // what ops.def says: {name: (has, [(role, field, columns or type)])}
     py::dict all;
-#define READS(name, columns) fields.append(py::make_tuple("reads", #name, #columns));
-#define WRITES(name, columns) fields.append(py::make_tuple("writes", #name, #columns));
-#define WEIGHTS(name, columns) fields.append(py::make_tuple("weights", #name, #columns));
-#define WEIGHTS_OR_NONE(name, columns) fields.append(py::make_tuple("weights or none", #name, #columns));
-#define STATES(name) fields.append(py::make_tuple("states", #name, ""));
-#define FIELD(type, name) fields.append(py::make_tuple("field", #name, #type));
-#define OPTION(type, name, value) fields.append(py::make_tuple("option", #name, #type));
+#define READS(name, columns) fields.append(three("reads", #name, #columns));
+#define WRITES(name, columns) fields.append(three("writes", #name, #columns));
+#define WEIGHTS(name, columns) fields.append(three("weights", #name, #columns));
+#define WEIGHTS_OR_NONE(name, columns) fields.append(three("weights or none", #name, #columns));
+#define STATES(name) fields.append(three("states", #name, ""));
+#define FIELD(type, name) fields.append(three("field", #name, #type));
+#define OPTION(type, name, value) fields.append(three("option", #name, #type));
 #define OP(name, runs, has, ...)                    \
     {                                               \
         py::list fields;                            \
         __VA_ARGS__                                 \
-        all[#name] = py::make_tuple(#has, fields);  \
+        all[#name] = py::make_tuple(static_cast<const char*>(#has), fields);  \
     }
 #include "ops.def"
     return all;
@@ -181,8 +181,6 @@ py::list times(const dc::Program& program) {
     return all;
 }
 
-}  // namespace
-
 void bind_program(py::module_& m) {
     using dc::Program;
     struct Delete {                                 // waits for the step under way, so without the GIL
@@ -229,3 +227,5 @@ void bind_program(py::module_& m) {
         .def("times", &times)
         .def("describe", &Program::describe);
 }
+
+}  // namespace
