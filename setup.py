@@ -83,10 +83,11 @@ ISA_FLAGS = {**X86_FLAGS, **ARM64_FLAGS}
 # The lanes of portable kernels are loops: -O3 unrolls them before they can be vectorized, and takes four times as long to compile
 PORTABLE_FLAGS = ["-O2", "-ftree-vectorize", "-fvect-cost-model=unlimited"] if X86 and not SANITIZE and not QUICK else []
 SELDOM_FLAGS = ["-O1"]          # of portable kernels beside those that this CPU chooses: less than half the time of the compiler
-BINDINGS_FLAGS = ["-O1"]        # they only pass arguments on; -O3 takes the compiler half as long again
+ROOM = "--param=ggc-min-expand=1000", "--param=ggc-min-heapsize=2000000"     # kB: GCC collects no garbage before, which takes it 4 s
+BINDINGS_FLAGS = ["-O1", *ROOM]         # they only pass arguments on; -O3 takes the compiler half as long again
 FOR_TESTS = "_evex", "_emulated_portable", "_emulated_vnni"    # the ends of sources that are empty without TEST_SETS
 TEST_SETS = bool(SANITIZE) or os.environ.get("DECODE_CORE_TEST_SETS") == "1"
-GCC_ALONE = "-fvect-cost-model=unlimited", "-Wno-maybe-uninitialized"      # clang vectorizes such loops; zig's refuses unknown flags
+GCC_ALONE = "-fvect-cost-model=unlimited", "-Wno-maybe-uninitialized", *ROOM   # clang vectorizes such loops; zig's refuses unknown flags
 CPU_NAMES = {"_avx2": "avx2", "_avx512": "avx512f", "_vnni": "avx512_vnni", "_avxvnni": "avx_vnni",
              "_neon": "asimd", "_dotprod": "asimddp", "_i8mm": "i8mm"}      # in /proc/cpuinfo
 AVX512_NAMES = {"avx512f", "avx512dq", "avx512bw", "avx512vl"}              # there too: all that AVX512_FLAGS mean
@@ -272,7 +273,7 @@ def processors() -> int:
 
 def longest_first(source: Path) -> int:
     """A key: nvcc takes longest, then products of tiles, then bindings."""
-    names = [source.suffix == ".cu", source.stem.startswith("tiles_"), source.stem.startswith(("bindings", "packed_"))]
+    names = [source.suffix == ".cu", source.stem.startswith("tiles_"), source.stem.startswith(("bindings", "paged_"))]
     return names.index(True) if True in names else len(names)
 
 
