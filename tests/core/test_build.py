@@ -85,7 +85,7 @@ def test_without_a_compiler_torch_gets_the_program(tmp_path):
         assert done.returncode and done.stderr.splitlines()[-1].endswith("install g++ or clang, or torch, then run pip again"), done.stderr
 
 
-def setup_module():
+def setup_py():
     """setup.py as a module, which then does nothing."""
     spec = importlib.util.spec_from_file_location("setup_of_decode_core", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
@@ -99,7 +99,7 @@ def setup(monkeypatch):
     for name in list(os.environ):
         if name.startswith("DECODE_CORE_"):
             monkeypatch.delenv(name)
-    return setup_module()
+    return setup_py()
 
 
 AVX2 = "sse4_2 avx avx2 fma f16c"
