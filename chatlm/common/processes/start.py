@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence as Seq
 from contextlib import suppress
 from pathlib import Path
 
+from chatlm.common.commands import OTHER_COMMANDS
 from chatlm.common.program import program_root
 
 
@@ -95,7 +96,7 @@ def patient(seconds: float, nice: int | None = None) -> float:
 AHEAD: dict[tuple[str, ...], tuple[subprocess.Popen, socket.socket, Mapping[str, str]]] = {}
 # Words of a program that starts no worker, or none like the one that `start_worker_ahead` starts
 NOT_AHEAD = (
-    "bundle", "store", "export", "push", "check", "compare", "score", "eval", "embed", "batch",
+    *OTHER_COMMANDS, "check", "compare", "score", "eval", "embed", "batch",
     "quantize", "imatrix", "-h", "--help", "--version", "--url", "-n", "--num-", "--tp", "--tensor-", "--pp",
     "--pipeline-", "--distributed", "--ray", "--watch", "--nice", "--device-", "--config", "--models",
     "--log-format")
