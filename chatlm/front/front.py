@@ -12,9 +12,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, TYPE_CHECKING, TypeVar
 
-from chatlm.common.errors import Overloaded, RequestError, bad_value
+from chatlm.common.errors import RequestError, bad_value
 from chatlm.common.messages.requests import PromptProgress
-from chatlm.common.program import page_files, why_outdated
+from chatlm.common.program import imported_later, page_files
 from chatlm.common.records import record
 from chatlm.front.annexes import ANNEXES, Annex, additions_of
 from chatlm.front.api.additions import Additions
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.messages.requests import Accepted, Event, Request
-    from chatlm.front.annexes import Make
     from chatlm.front.api.encode import Encoder
     from chatlm.front.intake.budget import Holding
     from chatlm.front.pool.catalogue import Catalogue
@@ -104,7 +103,7 @@ class Front:
         modules in a thread. Raises Overloaded if they may be newer than what runs."""
         if annex.name not in self.rooms:
             self._check_known(annex)
-            make = await asyncio.to_thread(load_later, annex)
+            make = await asyncio.to_thread(imported_later, annex.load)
             if annex.name not in self.rooms:  # no other request was faster
                 room = self.rooms[annex.name] = make(self)
                 await annex.start(room)
@@ -435,19 +434,6 @@ def handlers_of_annex(annex: Annex[T], front: Front) -> Iterator[tuple[Route[T],
 
     for row in annex.routes:
         yield row, partial(handle, row)
-
-
-def load_later(annex: Annex[T]) -> Make[T]:
-    """Import the modules of an annex after the start. Raises Overloaded if the program's files are no longer
-    those that were started: what is imported now may not fit what runs."""
-    try:
-        make = annex.load()
-    except Exception:  # half a file, or another bundle at the old places: not only ImportError
-        if not why_outdated():
-            raise
-    if why := why_outdated():
-        raise Overloaded(why)
-    return make
 
 
 ROOMS = (

@@ -108,6 +108,8 @@ NOTHING_ADDED = Added()
 def take_out(fields: dict, names: AddedNames) -> Asked:
     """Remove from a body the fields of annexes; null is as good as none. Entries of its `tools` stay there,
     since a response repeats them. Raises RequestError for more than the front should read."""
+    if not names.fields and not names.tools:
+        return NOTHING_ASKED
     taken = {name: fields.pop(name) for name in names.fields if name in fields}
     taken = {name: value for name, value in taken.items() if value is not None}
     sent = fields.get("tools")
@@ -167,6 +169,8 @@ class Additions:
 
     def names(self, route: str) -> AddedNames:
         """What to take out of bodies of a route: also fields that only other routes have, to refuse them."""
+        if not self.fields and not self.tools:
+            return NO_NAMES
         own = {field.name for field in BODY_FIELDS.get(route, ())}
         names = dict.fromkeys(name for _, name in self.fields if name not in own)
         return AddedNames([*names], [*self.tools] if route in TOOL_ROUTES else [])
