@@ -149,13 +149,14 @@ def imported_later(load: Callable[[], T]) -> T:
     """What `load` returns, which imports modules after the start. It belongs into a thread. Raises Overloaded
     if the program's files are no longer those that were started: what is imported now may not fit what
     runs."""
+    from chatlm.common.errors import Overloaded  # 14 ms that the first worker's start should not wait
     try:
         value = load()
-    except Exception:  # half a file, or another bundle at the old place: not only ImportError
-        if not why_outdated():
-            raise
+    except Exception as error:  # half a file, or another bundle at the old place: not only ImportError
+        if why := why_outdated():
+            raise Overloaded(why) from error
+        raise
     if why := why_outdated():
-        from chatlm.common.errors import Overloaded  # 14 ms that the first worker's start should not wait
         raise Overloaded(why)
     return value
 

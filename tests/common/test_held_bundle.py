@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from packed import bundled, clean_environment, run  # noqa: F401
-from real_server import descendants, get, post, server, wait_for
+from real_server import copy_program, descendants, post, server, wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it is held by its name in /proc")
 CHANGED = "the program has changed since this server started: restart the server"
@@ -76,12 +76,21 @@ def test_a_server_goes_on_with_the_bundle_it_was_started_from(change, bundled, d
         assert process.wait(30) == 0
 
 
-def test_a_bundle_that_is_cut_short_in_place_is_a_changed_program(bundled, default_model_path, tmp_path):
-    file = shutil.copy(bundled, tmp_path / "chat_server.pyz")
+@pytest.mark.parametrize("kind", ["bundle", "checkout"])
+def test_files_that_change_in_place_are_another_program(kind, bundled, default_model_path, tmp_path):
+    """A bundle is cut short; in a checkout a module that runs is touched."""
+    if kind == "bundle":
+        file = changed = shutil.copy(bundled, tmp_path / "chat_server.pyz")
+    else:
+        file = copy_program(tmp_path)
+        changed = tmp_path / "chatlm/front/front.py"
     log = []
     with running(file, default_model_path, log=log) as (process, url):
         assert text_of(url + "/v1/runs")[0] == 200
-        cut(file)
+        if kind == "bundle":
+            cut(changed)
+        else:
+            os.utime(changed, (1, 1))
         status, text = text_of(url + "/metrics")
         assert status == 503 and CHANGED in text
         for path in ("/v1/runs", "/health", "/"):
