@@ -134,13 +134,14 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator, Sequence as Seq
 from contextlib import suppress
 from functools import partial
 
 from chatlm.bundling import bundle_lines, with_kept_words
 from chatlm.cli import (
     as_quantize, asks_for_json, hide_api_keys, parse_command_line, parse_store_words)
+from chatlm.common.commands import Command
 from chatlm.common.config import Settings
 from chatlm.common.errors import ChatServerError, ConfigError, check_library, lack_of_memory, visible
 from chatlm.common.hub.better import MEMORY_RATE, advice_of, only_demonstrates
@@ -152,8 +153,8 @@ from chatlm.common.program import other_program, program_root
 from chatlm.common.streams import lack_of_space, never_fail, repair_streams
 from chatlm.common.tiers import listed_store
 from chatlm.front.aio import first_of, stop_signals, supervised
-from chatlm.front.annexes import database_of, toolbox_of
-from chatlm.front.front import ROUTES, create_app
+from chatlm.front.annexes import ANNEXES, Annex, database_of, toolbox_of
+from chatlm.front.front import create_app, routes_with
 from chatlm.front.lazy import import_web
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.local_devices import check_nice, niceness
@@ -197,7 +198,8 @@ def warn_of_another_program():
             log.warning("the chatlm in %s runs; the one in %s differs", program_root(), other)
 
 
-async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) -> int:
+async def serve_forever(settings: Settings, catalogue: Catalogue | None = None,
+                        annexes: Seq[Annex] = ANNEXES) -> int:
     """Listen, load, serve until a signal, drain, and stop. Returns the exit status.
 
     Raises ConfigError if the server cannot start."""
@@ -214,13 +216,14 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
         try:  # the workers start while a thread imports aiohttp (0.1 s)
             await catalogue.start()
             await asyncio.to_thread(import_web)
-            store = await database_of(settings)
+            store = await database_of(settings, annexes)
         except Exception:
             await catalogue.close()
             raise
         room = room_for_connections(settings)
-        routes = RouteTable(ROUTES, settings.prefix)
-        async with serving(create_app(catalogue, settings, store, toolbox), listener, room, routes.is_polled):
+        routes = RouteTable(routes_with(annexes), settings.prefix)
+        app = create_app(catalogue, settings, store, toolbox, annexes)
+        async with serving(app, listener, room, routes.is_polled):
             try:
                 catalogue.get_ahead()
                 if await first_of(catalogue.wait_ready(), drain.wait()) == 0:
@@ -240,7 +243,22 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
     return 2 if store and store.damaged else 0
 
 
-def run_command(settings: Settings) -> int:
+def export_lines(words: Seq[str]) -> Iterator[str]:
+    from chatlm.export.command import export_lines  # here, because it imports the worker's loaders
+    return export_lines(words)
+
+
+def push_lines(words: Seq[str]) -> Iterator[str]:
+    from chatlm.export.push import push_lines
+    return push_lines(words)
+
+
+COMMANDS = (
+    Command("bundle", bundle_lines), Command("export", export_lines), Command("push", push_lines),
+    Command("store", lambda words: listed_store(*parse_store_words(words))))
+
+
+def run_command(settings: Settings, annexes: Seq[Annex] = ANNEXES) -> int:
     """Run a command that has Settings. A process that torchrun started as rank 1 or higher computes that rank
     instead. Returns the exit status."""
     check_library("aiohttp", "chat_server")
@@ -256,7 +274,7 @@ def run_command(settings: Settings) -> int:
         check_nice(nice)
     try:
         if settings.command == "serve":
-            command = serve_forever
+            command = partial(serve_forever, annexes=annexes)
         else:  # import this command's module only
             modules = {"generate": "chat", "compare": "side_by_side", "score": "side_by_side",
                        "eval": "evaluate"}
@@ -273,7 +291,7 @@ def run_command(settings: Settings) -> int:
 
 
 @raised_interrupts()
-def main(argv: Seq[str] | None = None) -> int:
+def main(argv: Seq[str] | None = None, annexes: Seq[Annex] = ANNEXES) -> int:
     """Run a command. Returns the exit status: 0, 1 (no answer), 2 (ConfigError), 130 (Ctrl-C)."""
     if STARTED:
         collect_from_now_on()
@@ -284,21 +302,11 @@ def main(argv: Seq[str] | None = None) -> int:
     repair_streams()
     try:
         argv = as_quantize(argv)
-        lines = None  # of a command that has no Settings
-        if argv[:1] == ["bundle"]:
-            lines = bundle_lines(argv[1:])
-        elif argv[:1] == ["store"]:
-            lines = listed_store(*parse_store_words(argv[1:]))
-        elif argv[:1] == ["export"]:
-            from chatlm.export.command import export_lines  # here, because it imports the worker's loaders
-            lines = export_lines(argv[1:])
-        elif argv[:1] == ["push"]:
-            from chatlm.export.push import push_lines
-            lines = push_lines(argv[1:])
-        if lines is not None:
-            for line in lines:
-                print(visible(line))
-            return 0
+        for command in (*COMMANDS, *(annex.command for annex in annexes if annex.command)):
+            if argv[:1] == [command.name]:
+                for line in command.lines(argv[1:]):
+                    print(visible(line))
+                return 0
         settings = parse_command_line(argv, os.environ)
         os.environ.pop("CHAT_SERVER_API_KEY", None)  # no process that we start may read it
         start_logging(settings)
@@ -311,7 +319,7 @@ def main(argv: Seq[str] | None = None) -> int:
             share_heap()
             never_fail("stdout")
         with output_as_log():
-            return run_command(settings)
+            return run_command(settings, annexes)
     except BrokenPipeError:  # as in `generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence as Seq
 from pathlib import Path
 
 from chatlm.cli import CommandLine, parse_command_line
+from chatlm.common.commands import OTHER_COMMANDS
 from chatlm.common.config import DEFAULT_MODEL_NAME, PROGRAM_COMMANDS, file_name
 from chatlm.common.contents import own_contents
 from chatlm.common.errors import ConfigError
@@ -17,7 +18,6 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.hub.huggingface import SPLIT_GGUF
 from chatlm.common.invocation import program_command
 
-OTHER_COMMANDS = "bundle", "store", "export", "push"
 ABOUT = ("Pack the program into one file, with the page and the compiled core of this platform: `python "
          "FILE` runs it on any machine that has the libraries. --with-libraries packs them too: then the "
          "machine needs nothing but the Python that the file was made for.")

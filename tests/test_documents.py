@@ -23,6 +23,7 @@ from chatlm.front.api.field_types import CONSTRAINT_FIELDS
 from chatlm.front.api.tables import EMBEDDING_FIELDS, RERANK_FIELDS, SCORE_FIELDS
 from chatlm.front.api.tables import OPENAI_FIELDS, SAMPLED
 from chatlm.common.hub.short_names import SHORT_NAMES
+from chatlm.front.front import ROUTES
 from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES, VISION
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,7 +173,7 @@ def test_every_route_is_in_the_page_of_apis():
     pages = {path.stem: text_of(path) for path in (ROOT / "docs/api").glob("*.md")}
     index = text_of(ROOT / "docs/api.md")
     routes = {}
-    for route in chat_server.ROUTES:
+    for route in ROUTES:
         routes.setdefault(route.pattern, set()).update(field.name for field in route.fields)
     assert [pattern for pattern in routes if f"{pattern}`" not in index] == []
     examples = re.findall(r"^curl .*:8000(\S+) -d '(.*)'$", "\n".join([index, *pages.values()]), re.MULTILINE)

@@ -22,6 +22,7 @@ import fake_tools
 from chatlm.cli import HELP
 from chatlm.common.config import PROGRAM_COMMANDS
 from chatlm.common.core import decode_core
+from chatlm.front.front import ROUTES
 from fake_hub import fake_hub
 from forked import run_command
 from real_server import SCRIPT, server
@@ -196,7 +197,7 @@ def test_every_route_answers(nanochat_fixtures, tmp_path):
             process.terminate()
             log.extend(process.stdout)
     assert ask.wrong == [], "\n".join(map(str, ask.wrong))
-    assert {(route.method, route.path) for route in chat_server.ROUTES} - ask.asked == set()
+    assert {(route.method, route.path) for route in ROUTES} - ask.asked == set()
     assert [line for line in log if re.search("Traceback|unexpected error", line)] == [], "".join(log)
 
 

@@ -16,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 
 import chat_server
 from chatlm.common.config import FLAGS
+from chatlm.front.front import ROUTES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,7 +56,7 @@ def test_there_are_exactly_two_set_up_commands():
 def test_the_readme_s_apis_name_real_routes():
     table = README.split("\n## API\n")[1].split("```")[0]
     named = re.findall(r"`(?:GET |POST )?(/[^`]*)`", table)
-    assert len(named) > 20 and set(named) <= {route.pattern for route in chat_server.ROUTES}
+    assert len(named) > 20 and set(named) <= {route.pattern for route in ROUTES}
 
 
 def test_examples_make_a_bundle_and_run_it_elsewhere():

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import chat_server
 import chatlm
 from chatlm.common.config import FLAGS, Limits, Settings
+from chatlm.front.front import ROUTES
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
@@ -50,9 +50,9 @@ def test_what_security_md_names_exists():
     assert set(re.findall(r"`(--[a-z-]+)", TEXT)) <= flags
     variables = {f"CHAT_SERVER_{flag.field.upper()}" for flag in FLAGS}
     assert set(re.findall(r"`(CHAT_SERVER_[A-Z_]+)`", TEXT)) <= variables
-    assert set(re.findall(r"`(/[a-z-]+)`", TEXT)) <= {route.pattern for route in chat_server.ROUTES}
+    assert set(re.findall(r"`(/[a-z-]+)`", TEXT)) <= {route.pattern for route in ROUTES}
     for name in re.findall(r"`([a-z_/]+\.py)`", TEXT):
         assert (ROOT / name).exists(), name
-    open_ = {route.pattern for route in chat_server.ROUTES if route.open} - {"/", "/static/{name}"}
+    open_ = {route.pattern for route in ROUTES if route.open} - {"/", "/static/{name}"}
     (row,) = re.findall(r"^\| anyone who reaches the port, keys set \| ([^|]+) \|", TEXT, re.MULTILINE)
     assert set(re.findall(r"`([^`]+)`", row)) == open_

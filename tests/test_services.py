@@ -18,6 +18,7 @@ import pytest
 import chat_server
 from chatlm.cli import parse_command_line
 from chatlm.common.config import Settings
+from chatlm.front.front import ROUTES
 
 ROOT = Path(chat_server.__file__).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -70,7 +71,7 @@ def check_container(text):
     *_, code = json.loads(facts["HEALTHCHECK"].partition("CMD ")[2])
     compile(code, "healthcheck", "exec")
     url = urllib.parse.urlsplit(re.search(r"'(http[^']+)'", code)[1])
-    assert url.port == Settings().port and any(route.pattern == url.path and route.open for route in chat_server.ROUTES)
+    assert url.port == Settings().port and any(route.pattern == url.path and route.open for route in ROUTES)
 
 
 def test_the_container_s_file_fits_the_program():

@@ -40,8 +40,12 @@ Route("GET", "/x", Api.OPENAI, PageFiles.handle_nothing, "x")
 ROWS: tuple[Route[PageFiles], ...] = (Route("GET", "/x", Api.OPENAI, BatchRoutes.handle_list, "x"),)
 MORE: tuple[Route[BatchRoutes], ...] = (Route("GET", "/x", Api.OPENAI, lambda room, http: room.handle_nothing(http), "x"),)
 Annex("batches", load_batches, close=lambda batches: batches.end())
+from chatlm.front.api.additions import ServerTool
+Annex("batches", load_batches, tools=(ServerTool("x", "x", {}, lambda batches, call: batches.run(call)),))
+Annex("batches", load_batches, prompt=lambda batches, parsed, caller: batches.prompted(parsed))
+Annex("batches", load_batches, tables=lambda: (1,))
 """
-FAULTS = 3, 4, 12, 13, 14, 15, 16, 17     # its lines
+FAULTS = 3, 4, 12, 13, 14, 15, 16, 17, 19, 20, 21     # its lines
 READ = "chatlm", "csrc/decode_core", "chat_server.py", "pyproject.toml", "requirements.txt", "tests/test_types.py"     # the last has the settings
 PASSED = ROOT / ".ci/types"
 

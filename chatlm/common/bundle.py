@@ -51,14 +51,27 @@ if sys.version_info < (3, 10):
 import os
 import zipfile
 
-sys.path[0] = os.path.realpath(sys.path[0])
+# All processes read the program through one descriptor: the file may be replaced or deleted while they run.
+# It gets no number that a stream has.
+path = os.path.realpath(sys.path[0])
+sys.path[0] = path
+try:
+    import fcntl
+
+    opened = os.open(path, os.O_RDONLY)
+    held = "/proc/self/fd/%d" % fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 3)
+    os.close(opened)
+    if os.path.isfile(held):
+        sys.path[0] = held
+except (ImportError, OSError):
+    pass
 try:
     with zipfile.ZipFile(sys.path[0]) as bundle:
         for name in bundle.namelist():
             if not name.endswith((".so", ".zip")):
                 bundle.read(name)  # compares its checksum
 except Exception as error:
-    stop("cannot run: %s is damaged (%s); copy it again" % (sys.path[0], error))
+    stop("cannot run: %s is damaged (%s); copy it again" % (path, error))
 
 from chatlm.common.streams import repair_streams
 

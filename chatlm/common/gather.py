@@ -18,7 +18,7 @@ from chatlm.common.elf import glibc_of
 from chatlm.common.errors import ConfigError, require_library
 from chatlm.common.invocation import pip_command, python_command
 from chatlm.common.libraries import OPTIONAL, THIS_PYTHON
-from chatlm.common.program import files_below, program_root
+from chatlm.common.program import files_below, program_place, program_root
 from chatlm.common.seam import seam_digest
 from chatlm.common.unpack import PLATFORM
 
@@ -71,7 +71,7 @@ def interpreter_of(python: str) -> str:
 
 def run_python(interpreter: str, code: str) -> str:
     """What another Python prints, which finds our modules; "" if it fails."""
-    start = f"import sys; sys.path.insert(0, {str(program_root())!r})"
+    start = f"import sys; sys.path.insert(0, {str(program_place())!r})"
     done = subprocess.run([interpreter, "-c", f"{start}; {code}"],
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd="/")
     return done.stdout.strip() if done.returncode == 0 else ""

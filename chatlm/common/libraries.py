@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chatlm.common.errors import ConfigError
-from chatlm.common.program import program_root
+from chatlm.common.program import program_place, program_root
 from chatlm.common.unpack import PLATFORM, UNUSED_S, cache_folder, check_ours
 
 FOLDER = "libraries"                # of the bundle, and of the cache
@@ -141,15 +141,17 @@ def use_site(site: str):
 @contextmanager
 def opened_bundle(path: Path) -> Iterator[zipfile.ZipFile]:
     """The bundle. ConfigError for whatever zipfile, zlib and json raise for damaged files."""
+    shown = program_place() if path == program_root() else path
     try:
         with zipfile.ZipFile(path) as bundle:
+            bundle.filename = str(shown)  # for messages
             yield bundle
     except ConfigError:
         raise
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
+        raise ConfigError(f"cannot read {shown}: {error.strerror or error}") from None
     except Exception as error:
-        raise DamagedBundle(path, f"{type(error).__name__}: {error}") from None
+        raise DamagedBundle(shown, f"{type(error).__name__}: {error}") from None
 
 
 def usable_tree(bundle: zipfile.ZipFile, libraries: Libraries) -> Path:

@@ -9,17 +9,39 @@ import importlib.machinery
 import io
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
+T = TypeVar("T")
+
+HELD = "/proc/self/fd/"  # a bundle is read through the descriptor with which it was opened: its first code
+                         # (chatlm/common/bundle.py: MAIN) and our other processes find it at this path
+DELETED = " (deleted)"   # what Linux adds to the name of an open file that is gone
 FIXED_DATE = 1980, 1, 1, 0, 0, 0  # the earliest in a zip: equal files make equal archives
 SCRIPT = "chat_server.py"
 
 
 def program_root() -> Path:
-    """The folder that contains the package chatlm (a checkout, or site-packages), or the bundle."""
-    return Path(__file__).resolve().parents[2]
+    """The folder that contains the package chatlm (a checkout, or site-packages), or the bundle. A bundle
+    that was replaced or deleted since is still the one that runs."""
+    root = Path(__file__).parents[2]
+    return root if str(root).startswith(HELD) else root.resolve()
+
+
+def program_descriptors() -> tuple[int, ...]:
+    """What our other processes must be passed so that they find `program_root`."""
+    root = str(program_root())
+    return (int(root.removeprefix(HELD)),) if root.startswith(HELD) else ()
+
+
+def program_place() -> Path:
+    """The same as `program_root`, under the name that people know, where another file may be by now."""
+    root = program_root()
+    if not program_descriptors():
+        return root
+    return Path(os.readlink(root).removesuffix(DELETED))
 
 
 def in_program(root: Path, name: str):
@@ -121,6 +143,22 @@ def why_outdated() -> str:
     if program_stamp() == stamp_at_start():
         return ""
     return "the program has changed since this server started: restart the server"
+
+
+def imported_later(load: Callable[[], T]) -> T:
+    """What `load` returns, which imports modules after the start. It belongs into a thread. Raises Overloaded
+    if the program's files are no longer those that were started: what is imported now may not fit what
+    runs."""
+    from chatlm.common.errors import Overloaded  # 14 ms that the first worker's start should not wait
+    try:
+        value = load()
+    except Exception as error:  # half a file, or another bundle at the old place: not only ImportError
+        if why := why_outdated():
+            raise Overloaded(why) from error
+        raise
+    if why := why_outdated():
+        raise Overloaded(why)
+    return value
 
 
 def source_paths(root: Path) -> list[str]:

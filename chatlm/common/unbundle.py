@@ -18,7 +18,7 @@ from chatlm.common.invocation import python_command
 from chatlm.common.libraries import (
     THIS_PYTHON, DamagedBundle, fitting, opened_bundle, other_files, packed_files, packed_libraries,
     trees_folder)
-from chatlm.common.program import SCRIPT, program_root
+from chatlm.common.program import SCRIPT, program_place, program_root
 from chatlm.common.unpack import FOLDER, PLATFORM, about_core
 
 
@@ -27,7 +27,7 @@ def own_bundle(action: str) -> Path:
     if not program_root().is_file():
         raise ConfigError(f"`{action}` is for a bundle that runs: "
                           f"{python_command()} chat_server.pyz {action}")
-    return program_root()
+    return program_place()
 
 
 def verified(path: Path) -> Iterator[str]:

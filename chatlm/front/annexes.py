@@ -7,11 +7,13 @@ checker refuses one that the room does not have."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence as Seq
 from functools import partial
 from typing import Any, Generic, TYPE_CHECKING, TypeVar
 
+from chatlm.common.commands import Command
 from chatlm.common.records import record
+from chatlm.front.api.additions import AddedField, Addition, ServerTool
 from chatlm.front.api.field_types import TEXT
 from chatlm.front.api.fields import A_TEXT, Field, list_schema, object_schema
 from chatlm.front.api.kept_fields import (
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.front.api.encode import Encoder
     from chatlm.front.front import Front
-    from chatlm.front.intake.arrival import Arrival
+    from chatlm.front.intake.arrival import Arrival, Caller
     from chatlm.front.intake.budget import Holding
     from chatlm.front.intake.envelope import Envelope
     from chatlm.front.intake.intake import KeptBefore
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from chatlm.front.server.rounds import Rounds
     from chatlm.front.server.runs import RunRoutes
     from chatlm.front.server.tooling import ToolRoutes
+    from chatlm.front.store.schema import Step
     from chatlm.front.store.store import Store
     from chatlm.front.tools.toolbox import Toolbox
 
@@ -63,19 +66,36 @@ class Annex(Generic[T]):
     wanted: Callable[[Front], bool] = lambda front: False   # opened at the start, because of a flag
     start: Callable[[T], Awaitable[None]] = nothing  # its tasks
     close: Callable[[T], Awaitable[None]] = nothing  # at the server's end
-    # The hooks of those that are wanted. Has it to do with the answer to a body? Then `prepare` may change
-    # the body, before its encoder is made, and `around` begins the answer: it gets what begins the one within
+    # What it adds to the bodies of answers; `needs` is the flag that an error names where it is not wanted
+    fields: tuple[AddedField, ...] = ()
+    tools: tuple[ServerTool[T], ...] = ()  # of Responses and Messages, whose answers may be in rounds
+    needs: str = ""
+    # The hooks of those that are wanted. `prompt` may change what a body asks the model, before that is
+    # rendered: of bodies with one of its fields or tools; of all, if it has neither
+    prompt: Callable[[T, ParsedBody, Caller], Awaitable[ParsedBody]] | None = None
+    # Has it to do with the answer to a body? Then `prepare` may change how the body is answered, before its
+    # encoder is made, and `around` begins the answer: it gets what begins the one within
     joins: Callable[[ParsedBody], bool] = lambda parsed: False
     prepare: Callable[[T, ParsedBody], ParsedBody] | None = None
     around: Callable[[T, Begin, Ask], Answering] | None = None
-    # the tools that may be run for a body that names servers, as a JSON list
-    offers: Callable[[T, web.Request, Envelope], Awaitable[bytes]] | None = None
+    # the tools that may be run for a body that names tool servers, each as JSON
+    offers: Callable[[T, web.Request, Envelope], Awaitable[list[bytes]]] | None = None
     # the items that a body continues or refers to
     earlier: Callable[[T, Arrival, Holding], Awaitable[KeptBefore]] | None = None
     # the response to a body whose answer goes on in the background, where it is recorded
     in_background: Callable[[T, Encoder, Recording], bytes] | None = None
-    # Of all: what it counts, in the classes of prometheus_client.metrics_core
+    # Of all: its tables in the database, as steps from none to the current ones (see store/schema.py); a
+    # command; what it counts, in the classes of prometheus_client.metrics_core
+    tables: Callable[[], Seq[Step]] | None = None
+    command: Command | None = None
     metrics: Callable[[T, Any], Iterator[Any]] | None = None
+
+
+def additions_of(annexes: Seq[Annex[Any]], wanted: Seq[Annex[Any]] = ()) -> list[Addition]:
+    """What annexes add to bodies. wanted: those that this server runs with."""
+    names = {annex.name for annex in wanted}
+    return [Addition(annex.name, annex.name in names, annex.needs, annex.fields, annex.tools,
+                     annex.prompt is not None) for annex in annexes]
 
 
 def with_database(front: Front) -> bool:
@@ -86,6 +106,10 @@ def with_tools(front: Front) -> bool:
     return front.settings.mcp_config is not None
 
 
+def with_rounds(front: Front) -> bool:
+    return with_tools(front) or any(annex.tools and annex.wanted(front) for annex in front.annexes)
+
+
 def toolbox_of(settings: Settings) -> Toolbox | None:
     """The tools of --mcp-config; None without the flag. Raises ConfigError for a file that can't be used."""
     if settings.mcp_config is None:
@@ -94,12 +118,13 @@ def toolbox_of(settings: Settings) -> Toolbox | None:
     return Toolbox.of(settings)
 
 
-async def database_of(settings: Settings) -> Store | None:
-    """The store of --database; None without the flag. Raises ConfigError if it can't be used."""
+async def database_of(settings: Settings, annexes: Seq[Annex[Any]]) -> Store | None:
+    """The store of --database, with the tables of annexes; None without the flag. Raises ConfigError if it
+    can't be used."""
     if settings.database is None:
         return None
     from chatlm.front.store.store import open_store
-    return await open_store(settings)
+    return await open_store(settings, {annex.name: annex.tables() for annex in annexes if annex.tables})
 
 
 # Tools that run here, and answers for which the server calls them
@@ -114,8 +139,12 @@ def load_tools() -> Make[ToolRoutes]:
 def load_rounds() -> Make[Rounds]:
     from chatlm.front.server.approvals import Approvals
     from chatlm.front.server.rounds import Rounds
-    return lambda front: Rounds(front.answers, front.room(TOOLS).toolbox,
-                                Approvals(front.store, front.owners, front.settings), front.settings)
+    from chatlm.front.tools.rules import model_name
+    load_tools()
+    return lambda front: Rounds(
+        front.answers, front.room(TOOLS).toolbox, Approvals(front.store, front.owners, front.settings),
+        front.settings, {model_name(annex.name, tool.type): partial(tool.call, front.room(annex))
+                         for annex in front.wanted for tool in annex.tools})
 
 
 MODEL = Field("model", TEXT, "whose format of calls decides which parameters can be enforced")
@@ -138,7 +167,7 @@ TOOLS = Annex(
     offers=lambda tools, http, envelope: tools.offered_to(http, envelope),
     metrics=lambda tools, families: tools.metric_families(families))
 ROUNDS = Annex(
-    "rounds", load_rounds, wanted=with_tools, start=lambda rounds: rounds.approvals.open(),
+    "rounds", load_rounds, wanted=with_rounds, start=lambda rounds: rounds.approvals.open(),
     joins=lambda parsed: parsed.plan is not None, prepare=lambda rounds, parsed: rounds.marked(parsed),
     around=lambda rounds, begin, ask: rounds.begin(ask))
 

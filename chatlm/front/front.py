@@ -12,11 +12,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, TYPE_CHECKING, TypeVar
 
-from chatlm.common.errors import Overloaded, RequestError, bad_value
+from chatlm.common.errors import RequestError, bad_value
 from chatlm.common.messages.requests import PromptProgress
-from chatlm.common.program import page_files, why_outdated
+from chatlm.common.program import imported_later, page_files
 from chatlm.common.records import record
-from chatlm.front.annexes import ANNEXES, Annex
+from chatlm.front.annexes import ANNEXES, Annex, additions_of
+from chatlm.front.api.additions import Additions
 from chatlm.front.api.encode import usage_body
 from chatlm.front.api.encoders import answer_encoder
 from chatlm.front.api.errors import public_error
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.messages.requests import Accepted, Event, Request
-    from chatlm.front.annexes import Make
     from chatlm.front.api.encode import Encoder
     from chatlm.front.intake.budget import Holding
     from chatlm.front.pool.catalogue import Catalogue
@@ -77,8 +77,9 @@ class Front:
         self.routes = routes_with(annexes)
         self.wanted = [annex for annex in annexes if annex.wanted(self)]
         self.rooms: dict[str, Any] = {}  # of the annexes that are open, by their names
-        self.bodies = Bodies(Intake(catalogue, self.hook(lambda annex: annex.earlier)), self.owners,
-                             self.hook(lambda annex: annex.offers))
+        additions = Additions(additions_of(annexes, self.wanted))
+        intake = Intake(catalogue, self.hook(lambda annex: annex.earlier), additions)
+        self.bodies = Bodies(intake, self.owners, self.hook(lambda annex: annex.offers))
         self.models = ModelRoutes(catalogue, self.bodies)
         self.page = PageFiles(page_files())
         self.recordings = Recordings()
@@ -93,6 +94,7 @@ class Front:
     def room(self, annex: Annex[T]) -> T:
         """The room of an annex. Its first use opens it."""
         if annex.name not in self.rooms:
+            self._check_known(annex)
             self.rooms[annex.name] = annex.load()(self)
         return self.rooms[annex.name]
 
@@ -100,11 +102,18 @@ class Front:
         """The room of an annex that a request asks for. The first such request opens it, and imports its
         modules in a thread. Raises Overloaded if they may be newer than what runs."""
         if annex.name not in self.rooms:
-            make = await asyncio.to_thread(load_later, annex)
+            self._check_known(annex)
+            make = await asyncio.to_thread(imported_later, annex.load)
             if annex.name not in self.rooms:  # no other request was faster
                 room = self.rooms[annex.name] = make(self)
                 await annex.start(room)
         return self.rooms[annex.name]
+
+    def _check_known(self, annex: Annex):
+        """Raise ValueError for an annex that is not in the table: nothing would close it."""
+        names = [each.name for each in self.annexes]
+        if annex.name not in names:
+            raise ValueError(f"the annex {annex.name} is not among those of this server: {', '.join(names)}")
 
     def hook(self, hook_of: Callable[[Annex], Callable | None]) -> Callable | None:
         """The hook of the first wanted annex that has it, as a function that is given no room."""
@@ -169,6 +178,9 @@ class Front:
         with self.bodies.holding() as holding:
             served, parsed = await self.bodies.answer(http, holding)
             pool = served.pool
+            for annex in self.wanted:
+                if annex.prompt and annex.name in parsed.changed_by:
+                    parsed = await annex.prompt(self.room(annex), parsed, self.bodies.caller())
             [request] = self.identified([(pool, parsed.request)], parsed.is_kept)
             parsed = replace(parsed, request=request)
             for annex in self.joining(parsed):
@@ -424,19 +436,6 @@ def handlers_of_annex(annex: Annex[T], front: Front) -> Iterator[tuple[Route[T],
         yield row, partial(handle, row)
 
 
-def load_later(annex: Annex[T]) -> Make[T]:
-    """Import the modules of an annex after the start. Raises Overloaded if the program's files are no longer
-    those that were started: what is imported now may not fit what runs."""
-    try:
-        make = annex.load()
-    except Exception:  # half a file, or another bundle at the old places: not only ImportError
-        if not why_outdated():
-            raise
-    if why := why_outdated():
-        raise Overloaded(why)
-    return make
-
-
 ROOMS = (
     RoomRoutes(lambda front: front.page, PAGE_ROUTES),
     RoomRoutes(lambda front: front, ANSWER_ROUTES),
@@ -449,9 +448,20 @@ ROOMS = (
 
 
 def routes_with(annexes: Seq[Annex]) -> tuple[Route, ...]:
-    """The routes of the core and of annexes."""
+    """The routes of the core and of annexes, with the fields that annexes add to bodies. Raises ValueError
+    for annexes or routes with the same name."""
+    check_once("two annexes are called", [annex.name for annex in annexes])
     parts: list[Seq[Route]] = [*(room.rows for room in ROOMS), *(annex.routes for annex in annexes)]
-    return tuple(row for part in parts for row in part)
+    rows = [row for part in parts for row in part]
+    check_once("two rows are the route", [f"{row.method} {row.pattern}" for row in rows])
+    additions = Additions(additions_of(annexes))
+    return tuple(row.with_added(additions.of_route(row.pattern)) for row in rows)
+
+
+def check_once(problem: str, names: Seq[str]):
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise ValueError(f"{problem} {name}")
 
 
 ROUTES = routes_with(ANNEXES)

@@ -22,7 +22,7 @@ from chatlm.common.messages.doctor import (
 from chatlm.common.messages.protocol import Crashed, Loading, Unusable
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.start import (
-    PROCESS_COMMAND, exit_in_words, patient, process_environment, start_child, threads_per_worker)
+    PROCESS_COMMAND, PROGRAM, exit_in_words, patient, process_environment, start_child, threads_per_worker)
 from chatlm.front.admission.sandbox import next_message
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ async def check(settings: Settings) -> int:
 
 def check_kernels() -> int:
     """Show what the role `check` says; this process needs no torch."""
-    with subprocess.Popen([*PROCESS_COMMAND, "check"], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*PROCESS_COMMAND, "check"], stdout=subprocess.PIPE, text=True,
+                          pass_fds=PROGRAM) as process:
         try:
             for line in process.stdout or ():
                 print(line, end="", flush=True)

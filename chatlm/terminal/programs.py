@@ -20,7 +20,7 @@ from contextlib import suppress
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.common.log import tell
-from chatlm.common.program import program_root
+from chatlm.common.program import program_place
 from chatlm.terminal.program_runner import HEADER_BYTES, remove_folder
 
 SECONDS = 5.0  # upstream's limit
@@ -53,7 +53,7 @@ class Programs:
     async def _run(self, program: bytes, folder: str) -> bool:
         try:
             runner = await asyncio.create_subprocess_exec(
-                sys.executable, "-I", "-c", RUNNER, str(program_root()), folder, str(SECONDS),
+                sys.executable, "-I", "-c", RUNNER, str(program_place()), folder, str(SECONDS),
                 start_new_session=True, stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
         except OSError as error:
             raise ConfigError(f"cannot start {sys.executable}: {error.strerror}") from None

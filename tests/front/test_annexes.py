@@ -5,17 +5,14 @@ import json
 import zlib
 from dataclasses import replace
 
-import aiohttp
 import pytest
 
-import chat_server
+from annex_place import Place
 from chatlm.common import program
-from chatlm.common.config import Settings
-from chatlm.front.annexes import ANNEXES, RUNS, Annex
-from chatlm.front.server import access, connections
+from chatlm.front.annexes import RUNS, Annex
 from chatlm.front.server.responses import json_response
 from chatlm.front.server.routes import Api, Route
-from fake_pool import FakePool, catalogue_of, conversation
+from fake_pool import conversation
 from patching import patch
 
 ASKED = conversation("Hello") | {"stream": False}
@@ -56,33 +53,6 @@ HOOKED = replace(
     TOY, wanted=lambda front: True, joins=lambda parsed: parsed.api == "chat",
     prepare=lambda toy, parsed: toy.prepared(parsed), around=lambda toy, begin, ask: toy.around(begin, ask),
     metrics=lambda toy, families: toy.metric_families(families))
-
-
-class Place:
-    """A server with a pool of the tests and these annexes."""
-
-    def __init__(self, *annexes):
-        self.settings = Settings()
-        self.catalogue = catalogue_of(FakePool(), self.settings)
-        self.app = chat_server.create_app(self.catalogue, self.settings, annexes=(*ANNEXES, *annexes))
-        self.front = self.app.on_startup[-1].__self__
-
-    async def __aenter__(self):
-        self.listener = access.listen_on("127.0.0.1", 0).__enter__()
-        self.serving = connections.serving(self.app, self.listener)
-        await self.serving.__aenter__()
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        self.client = await aiohttp.ClientSession().__aenter__()
-        return self
-
-    async def __aexit__(self, *failure):
-        await self.client.close()
-        await self.serving.__aexit__(*failure)
-        self.listener.close()
-
-    async def get(self, path):
-        async with self.client.get(self.url + path) as response:
-            return response.status, await response.text()
 
 
 async def test_the_first_request_opens_and_starts_a_room():

@@ -28,6 +28,7 @@ from chatlm.common.hub.trainers import (
     unknown_torch_file)
 from chatlm.common.invocation import program_command
 from chatlm.common.log import log
+from chatlm.common.program import program_place
 from chatlm.common.messages.requests import ModelSource
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def nanochat_base() -> Path:
 def find_default(settings: Settings, progress: Progress) -> ModelSource:
     if (found := own_model()) and not explicit_choice(settings):
         path, name = found
-        return ModelSource("gguf", path, name, f"the model {name} in {path}")
+        return ModelSource("gguf", path, name, f"the model {name} in {program_place()}")
     place, checkpoints = own_checkpoints()
     if explicit_choice(settings) or named_experiment() or checkpoints:
         return choose_checkpoint(place, checkpoints, settings)

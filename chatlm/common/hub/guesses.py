@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+from chatlm.common.commands import OTHER_COMMANDS
 from chatlm.common.config import PROGRAM_COMMANDS
 from chatlm.common.errors import did_you_mean, nearest
 from chatlm.common.hub.short_names import SHORT_NAMES
@@ -17,7 +18,7 @@ def near_model(model: str) -> str:
     hub."""
     if "/" in model:
         return near_path(model) or near_id(model)
-    return (did_you_mean(model, (*PROGRAM_COMMANDS, "bundle", "export", "push"), "the command ")
+    return (did_you_mean(model, (*PROGRAM_COMMANDS, *OTHER_COMMANDS), "the command ")
             or near_path(model)
             or did_you_mean(model.lower().replace(":", "-"), SHORT_NAMES)
             or near_id(model))

@@ -27,7 +27,7 @@ from chatlm.common.hub.trainers import is_litgpt
 from chatlm.common.invocation import tool_command
 from chatlm.common.log import log
 from chatlm.common.new_files import create, replace_with, take_up
-from chatlm.common.processes.start import PROCESS_COMMAND
+from chatlm.common.processes.start import PROCESS_COMMAND, PROGRAM
 
 if TYPE_CHECKING:
     from chatlm.common.hub.local import Progress
@@ -473,7 +473,8 @@ def preview(path: Path, *arguments: str) -> tuple[bool, str]:
     refuses them ("" if it does not)."""
     command = [*PROCESS_COMMAND, "preview", str(path), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=PREVIEW_S)
+        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=PREVIEW_S,
+                              pass_fds=PROGRAM)
     except (OSError, subprocess.TimeoutExpired):
         return True, ""  # the worker will tell
     refusal = done.stdout.decode("utf-8", "replace").strip() if done.returncode == 1 else ""

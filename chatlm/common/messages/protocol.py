@@ -472,6 +472,8 @@ class ParsedBody:
     kept: tuple[KeptItem, ...] = ()      # of an answer that is kept: the items of its input
     repeated: bytes = b""                # what the answer repeats of the body: members of a JSON object
     plan: ToolPlan | None = None         # the tools that the server calls for it; None: none
+    added: Mapping = field(default_factory=dict)  # values of the fields that annexes add, checked
+    changed_by: tuple[str, ...] = ()     # annexes that may change its prompt, so a sandbox has made none
 
     @property
     def is_kept(self) -> bool:

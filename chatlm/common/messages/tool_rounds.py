@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import field
 
 from chatlm.common.messages.requests import AnswerParams
 from chatlm.common.records import record
@@ -12,7 +14,7 @@ class PlannedTool:
     """A tool that the server may call for a request."""
 
     name: str    # for the model
-    label: str   # of its server
+    label: str   # of its server; of a tool that the server itself runs, the name of its annex
     tool: str    # its name there
     digest: str  # of its description, when it was offered
     asks: bool   # must the client approve of each call?
@@ -48,3 +50,5 @@ class ToolPlan:
     later: AnswerParams | None = None         # of the rounds after the first, where they differ
     pauses: bool = False                      # at the limit of rounds: end, instead of a round without tools
     mark: ApprovalMark = ApprovalMark()       # set by the front
+    options: Mapping = field(default_factory=dict)  # of tools that the server itself runs, by their types;
+                                                    # set by the front too

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence as Seq
 from contextlib import suppress
 from pathlib import Path
 
-from chatlm.common.program import program_root
+from chatlm.common.commands import OTHER_COMMANDS
+from chatlm.common.program import program_descriptors, program_root
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
@@ -75,6 +76,7 @@ from chatlm.common.processes.child import run_role
 sys.exit(run_role(*sys.argv[1:]))
 """
 PROCESS_COMMAND = sys.executable, "-c", PROCESS_CODE, str(program_root())
+PROGRAM = program_descriptors()  # to pass to each of our processes
 
 
 def exit_in_words(status: int | None) -> str:
@@ -95,7 +97,7 @@ def patient(seconds: float, nice: int | None = None) -> float:
 AHEAD: dict[tuple[str, ...], tuple[subprocess.Popen, socket.socket, Mapping[str, str]]] = {}
 # Words of a program that starts no worker, or none like the one that `start_worker_ahead` starts
 NOT_AHEAD = (
-    "bundle", "store", "export", "push", "check", "compare", "score", "eval", "embed", "batch",
+    *OTHER_COMMANDS, "check", "compare", "score", "eval", "embed", "batch",
     "quantize", "imatrix", "-h", "--help", "--version", "--url", "-n", "--num-", "--tp", "--tensor-", "--pp",
     "--pipeline-", "--distributed", "--ray", "--watch", "--nice", "--device-", "--config", "--models",
     "--log-format")
@@ -128,5 +130,5 @@ def start_child(command: Seq[str], role: str,
     ours, theirs = socket.socketpair()
     with theirs:
         command = [*command, role, str(theirs.fileno()), str(os.getpid())]
-        return subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+        return subprocess.Popen(command, pass_fds=[theirs.fileno(), *PROGRAM], stdin=subprocess.DEVNULL,
                                 env=environment, start_new_session=True), ours

@@ -21,7 +21,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.log import log
 from chatlm.common.messages.wire import Channel, Pipe, wire_message
 from chatlm.common.processes.start import (
-    PROCESS_COMMAND, exit_in_words, process_environment, threads_per_worker)
+    PROCESS_COMMAND, PROGRAM, exit_in_words, process_environment, threads_per_worker)
 from chatlm.common.program import program_digest
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def live_as_rank(settings: Settings, start: Torchrun, store: RankStore, life: in
         Channel(connection, ARRIVAL_PIPE).send(arrival)
         process = subprocess.Popen(
             [*PROCESS_COMMAND, "rank", str(connection.fileno()), str(os.getpid())], stdin=subprocess.DEVNULL,
-            pass_fds=[connection.fileno(), *(end for end in stages if end is not None)],
+            pass_fds=[connection.fileno(), *(end for end in stages if end is not None), *PROGRAM],
             env=process_environment(threads))
         watcher = select.poll()
         watcher.register(connection, getattr(select, "POLLRDHUP", 0))

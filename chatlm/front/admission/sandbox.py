@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.client_words import shutting_down
-from chatlm.common.errors import ConfigError, EngineFailure, RequestError
+from chatlm.common.errors import ConfigError, EngineFailure, Overloaded, RequestError
 from chatlm.common.lanes import Lanes
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import (
@@ -20,6 +20,7 @@ from chatlm.common.messages.protocol import (
     SandboxResult, SandboxTask)
 from chatlm.common.messages.wire import HEADER, BadMessage, unpacked
 from chatlm.common.processes.start import exit_in_words, patient, start_child
+from chatlm.common.program import why_outdated
 
 if TYPE_CHECKING:
     from chatlm.common.messages.wire import Pipe
@@ -139,7 +140,10 @@ class Sandbox:
             del exchange  # it holds its exception, whose traceback holds this frame, and so the body
 
     async def start(self):
-        """Start the process unless it is running. Its configuration follows with the first task."""
+        """Start the process unless it is running. Its configuration follows with the first task. Raises
+        Overloaded if the program's files have changed."""
+        if self.process is None and (why := await asyncio.to_thread(why_outdated)):
+            raise Overloaded(why)  # what it would import may not fit
         if self.process is None:
             self.configs = []
             self.ticket = 0
@@ -178,6 +182,8 @@ class Sandbox:
                     raise RequestError(
                         f"too complex: this takes more than {config.cpu_s:g} s of processor time "
                         f"or {config.memory >> 20} MiB", code="too_complex") from None
+                if why := await asyncio.to_thread(why_outdated):  # it has imported half of another program
+                    raise Overloaded(why) from error
                 if self.begun or attempt == self.PROCESSES:
                     when = "" if self.begun else f" before it began, as {attempt - 1} before it"
                     raise EngineFailure(

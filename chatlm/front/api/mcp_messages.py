@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from chatlm.common.errors import bad_value, invalid, shown
 from chatlm.common.jsontext import is_text
 from chatlm.front.api.fields import ToolChoice
-from chatlm.front.api.mcp_tools import McpTools, NamedServer, refuse_in_batches, text, texts_of
+from chatlm.front.api.mcp_tools import (
+    McpTools, NamedServer, own_entries, refuse_in_batches, text, texts_of)
 from chatlm.front.tools.rules import UNKNOWN_OUTCOME, model_name
 
 TOOLSET = "mcp_toolset"
@@ -57,7 +58,7 @@ def tools_of_message(values: Mapping, offered: Seq[Mapping] | None) -> McpTools:
     for name, toolset in toolsets.items():
         if name not in names:
             raise bad_value(f"{toolset.param}.mcp_server_name", name, "the name of one of mcp_servers")
-    return McpTools(tools, offered or ())
+    return McpTools([*tools, *own_entries(values.get("tools", ()), offered)], offered or ())
 
 
 def read_server(server: Mapping, param: str, before: Seq[str]) -> str:

@@ -45,8 +45,16 @@ def servers_of_response(body: Mapping) -> Iterator[NamedServer]:
             yield NamedServer(f"tools[{index}].server_label", tool["server_label"])
 
 
+def own_entries(tools: Seq[Mapping], offered: Seq[Mapping] | None) -> list[Mapping]:
+    """The entries of `tools` that ask for tools which the server itself runs: only these are offered with a
+    type."""
+    types = [one["type"] for one in offered or () if "type" in one]
+    return [tool for tool in tools if tool.get("type") in types]
+
+
 class McpTools:
-    """The tools that the entries of type `mcp` of a body's `tools` ask for."""
+    """The tools that entries of a body's `tools` ask for: those of type `mcp`, and those of types that the
+    server itself runs."""
 
     def __init__(self, tools: Seq[Mapping], offered: Seq[Mapping]):
         """offered: the tools that this client may have of the servers that the body names."""
@@ -57,6 +65,9 @@ class McpTools:
         for index, tool in enumerate(tools):
             if is_mcp(tool):
                 self._add(tool, f"tools[{index}]", offered)
+            for one in offered:
+                if "type" in one and one["type"] == tool.get("type"):
+                    self._offer(one, asks=False)
 
     def _add(self, tool: Mapping, name: str, offered: Seq[Mapping]):
         label = tool.get("server_label")
@@ -75,6 +86,8 @@ class McpTools:
                 self._offer(one, approvals.asks(one))
 
     def _offer(self, one: Mapping, asks: bool):
+        if one["name"] in self.operators:  # two entries ask for it
+            return
         function = {"name": one["name"], "description": one["description"], "parameters": one["parameters"]}
         if one["strict"]:
             function["strict"] = True

@@ -32,7 +32,8 @@ from chatlm.front.api.ignored import ignored_fields, unread
 
 from chatlm.front.api.kept_items import kept_items
 from chatlm.front.api.mcp_messages import MCP_BLOCKS, TOOLSET, choice_among, tools_of_message
-from chatlm.front.api.mcp_tools import MCP_ITEMS, NO_TOOLS, McpHistory, McpTools, refuse_in_batches
+from chatlm.front.api.mcp_tools import (
+    MCP_ITEMS, NO_TOOLS, McpHistory, McpTools, own_entries, refuse_in_batches)
 from chatlm.front.api.retrieval_readers import RETRIEVAL_READERS, check_route
 from chatlm.front.api.tables import (
     BODY_FIELDS, COMPARE_FIELDS, COMPLETION_FIELDS, CONTINUES, COUNTED_FIELDS, DRAWING_FIELDS, DRAWN,
@@ -388,16 +389,19 @@ def read_responses_body(body: dict, known: Known, before: Seq | None = None,
     sent = values.get("tools", ())
     tools, ignored = flat_functions_among(sent, ["function", None], "parameters")
     ignored += other_types(values.get("input"), OTHER_ITEMS)
-    runs_tools = known.settings.mcp_config is not None
-    mcp = McpTools(sent if runs_tools else (), offered or ())
+    own = own_entries(sent, offered)
+    has_servers = known.settings.mcp_config is not None
+    runs_tools = has_servers or bool(own)
+    mcp = McpTools(sent if has_servers else own, offered or ())
     if mcp.labels and offered is None:
         raise refuse_in_batches()
-    if mcp.labels and body.get("n", 1) not in (None, 1):
+    if (mcp.labels or own) and body.get("n", 1) not in (None, 1):
         raise bad_value("n", body["n"], "1 where the server runs tools: each answer would run them")
     history = None
     if runs_tools:
         history = McpHistory(before or (), values.get("input"))
-        ignored = tuple(name for name in ignored if name != "mcp" and name not in MCP_ITEMS)
+        served = MCP_ITEMS | {tool["type"] for tool in own} | ({"mcp"} if has_servers else set())
+        ignored = tuple(name for name in ignored if name not in served)
         tools = mcp.beside(tools)
         values["tool_choice"] = mcp.choice(body.get("tool_choice"), values.get("tool_choice", ToolChoice()))
     messages = joined_turns(chat_messages(
@@ -495,15 +499,20 @@ def anthropic_prompt(values: dict, known: Known, offered: Seq[Mapping] | None) -
         tuple[Message, ...], McpTools, tuple[str, ...]]:
     """The messages, the tools that the server runs, and the types of the tools that are ignored. Of the
     values, `tools` become functions, and `tool_choice` names some of these."""
-    runs_tools = known.settings.mcp_config is not None
-    messages = chat_messages(anthropic_messages(values, runs_tools), known.tool_format is not None)
+    own = own_entries(values.get("tools", ()), offered)
+    has_servers = known.settings.mcp_config is not None
+    messages = chat_messages(anthropic_messages(values, has_servers or bool(own)),
+                             known.tool_format is not None)
     tools, ignored = flat_functions_among(values.get("tools", ()), [None, "custom"], "input_schema")
     for message in values["messages"]:
         ignored += other_types(message.get("content"), OTHER_BLOCKS)
-    mcp = McpTools((), ())
-    if runs_tools:
+    mcp = McpTools(own, offered or ())
+    if has_servers:
         mcp = tools_of_message(values, offered)
-        ignored = tuple(name for name in ignored if name != TOOLSET and name not in MCP_BLOCKS)
+        ignored = tuple(name for name in ignored if name != TOOLSET)
+    if has_servers or own:
+        served = MCP_BLOCKS | {tool["type"] for tool in own}
+        ignored = tuple(name for name in ignored if name not in served)
     if "tool_choice" in values:
         values["tool_choice"] = choice_among(mcp, tools, values["tool_choice"])
     values["tools"] = mcp.beside(tools)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from chatlm.common.records import record
+from chatlm.front.api.additions import NOTHING_ADDED, Added
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Picture
@@ -32,6 +33,7 @@ class Arrival:
     caller: Caller
     parts: Seq[bytes | bytearray]  # what a sandbox is sent: the body, then what open_body has besides
     envelope: Envelope
+    added: Added = NOTHING_ADDED   # what it asks of annexes
     number: int | None = None      # its line number, if it is a line of a batch
     ticket: int = 0                # identifies the body that a sandbox keeps open; 0: it is open here
     sandbox: Sandbox | SharedSandbox | None = None  # the one that keeps it open

@@ -12,6 +12,7 @@ from chatlm.common.messages.protocol import Body, SandboxResult, SandboxConfig
 from chatlm.common.messages.requests import Message
 from chatlm.common.text.load import open_tokenizer
 from chatlm.front.admission.prompts import PromptMaker
+from chatlm.front.api.additions import AddedNames
 from chatlm.front.intake.crossing import packed_body, unpacked_sizes
 from chatlm.front.intake.envelope import open_body
 from chatlm.front.intake.tasks import TASKS, NumberedLine, Reading, checked_lines
@@ -41,10 +42,10 @@ class BodyTasks:
         return PromptMaker(tokenizer, self.config.context_length,
                            scored_length=self.config.scored_length)
 
-    def open(self, route: str, number: int | None, most: int, *bodies: bytes) -> Body:
+    def open(self, route: str, number: int | None, most: int, names: Seq, *bodies: bytes) -> Body:
         """What the front needs to choose a model; also the fields, if they take at most `most` bytes without
         their pictures."""
-        envelope = self._opened(route, number, bodies)
+        envelope = self._opened(route, number, names, bodies)
         rest = envelope.rest(sum(map(len, bodies)), most)
         data = envelope.packed(rest)
         envelope.lift.files = []  # the front decodes them
@@ -52,11 +53,11 @@ class BodyTasks:
             self.shelf.body = None  # the front reads it
         return Body(data)
 
-    def _opened(self, route: str, number: int | None, bodies: Seq[bytes]) -> Envelope:
+    def _opened(self, route: str, number: int | None, names: Seq, bodies: Seq[bytes]) -> Envelope:
         """The open body of a task. A body that was sent is always opened anew. If none was sent, it is the
-        one on the shelf, which then has this task's ticket (`Shelf.turn_to`)."""
+        one on the shelf, which then has this task's ticket (`Shelf.turn_to`). names: as in AddedNames."""
         if bodies:
-            self.shelf.body = open_body(route, number, *bodies)
+            self.shelf.body = open_body(route, number, *bodies, names=AddedNames(*names))
         assert self.shelf.body, "the front thinks that this process has the body"
         return self.shelf.body
 
@@ -64,10 +65,10 @@ class BodyTasks:
         """Do nothing: a task without a ticket has already cleared the shelf."""
         return SandboxResult(None)
 
-    def read(self, route: str, number: int | None, sizes: Seq, client: str, task: str, arguments: Seq,
-             *bodies: bytes) -> Body | SandboxResult:
+    def read(self, route: str, number: int | None, names: Seq, sizes: Seq, client: str, task: str,
+             arguments: Seq, *bodies: bytes) -> Body | SandboxResult:
         """Run one of TASKS on a body. sizes: of its pictures, which the front has decoded."""
-        envelope = self._opened(route, number, bodies)
+        envelope = self._opened(route, number, names, bodies)
         envelope.show(unpacked_sizes(sizes))
         reading = Reading(envelope, self.config.server, self.prompts, client)
         return asyncio.run(self._read(reading, TASKS[task], arguments))
@@ -81,8 +82,10 @@ class BodyTasks:
         return SandboxResult([await self._admitted(parsed, rendered) for parsed in result])
 
     async def _admitted(self, parsed: ParsedBody, rendered: dict) -> list:
-        """Make a body's prompts, check that they fit, and pack all of it. rendered: what several answers to
-        one conversation share."""
+        """Make a body's prompts, check that they fit, and pack all of it. Prompts that annexes may change
+        stay as they are. rendered: what several answers to one conversation share."""
+        if parsed.changed_by:
+            return [parsed, None]
         admitted = await self.prompts.admit(parsed.request, rendered)
         lasting = parsed.lasting()
         request = replace(lasting.request, dropped_messages=admitted.dropped_messages,

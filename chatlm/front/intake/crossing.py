@@ -42,6 +42,8 @@ def unpacked_body(values: Seq, vocab_size: int) -> ParsedBody:
     vocabulary, so ids beside pictures are not shared. The ids are converted in small pieces, because other
     threads cannot run during a single C call."""
     parsed = object_restorer(ParsedBody)(values[0])
+    if values[1] is None:  # its prompts are not made yet
+        return parsed
     object_of = int if parsed.request.pictures else shared_integers(vocab_size).__getitem__
     all_ids = []
     for data in map(base64.b64decode, values[1]):

@@ -12,6 +12,7 @@ from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import RequestError, shown
 from chatlm.common.jsontext import is_text
+from chatlm.front.api.additions import NO_NAMES, NOTHING_ASKED, AddedNames, Asked, take_out
 from chatlm.front.api.batch_lines import Line, read_line
 from chatlm.front.api.mcp_messages import servers_of_message
 from chatlm.front.api.mcp_tools import NamedServer, servers_of_response
@@ -59,6 +60,7 @@ class Envelope:
     before: list | None = None  # the items that the body continues; None: it continues nothing
     servers: tuple[NamedServer, ...] = ()  # the tool servers that it names
     offered: list | None = None  # their tools that its client may have; None: nothing is run for it
+    asked: Asked = NOTHING_ASKED  # of annexes
     shown: bool = False
 
     def show(self, pictures: Seq[Picture]):
@@ -89,6 +91,7 @@ class Envelope:
                 "line": line and [line.number, line.custom_id, line.url, line.id],
                 "servers": [server._replace(label=server.label[:LONGEST_NAME], url=server.url[:LONGEST_NAME])
                             for server in self.servers[:MOST_SERVERS]],
+                "asked": self.asked,
                 "names": [name for name, _ in self.lift.files], "first": self.lift.first,
                 "problem": problem and packed_problem(problem)}
         sections = [json.dumps(head).encode(), rest, *(data for _, data in self.lift.files)]
@@ -121,13 +124,15 @@ def unpacked_envelope(data: bytes) -> Envelope:
     response, conversation, items = head["chained"]
     chained = Chained(response, conversation, tuple(Reference(*item) for item in items))
     return Envelope(fields, head["model"], head["names_model"], chained, lift, line, before,
-                    tuple(NamedServer(*server) for server in head["servers"]), offered)
+                    tuple(NamedServer(*server) for server in head["servers"]), offered,
+                    Asked(head["asked"][0], [(index, tool) for index, tool in head["asked"][1]]))
 
 
 def open_body(route: str, number: int | None, raw: bytes | bytearray, before: bytes | bytearray = b"null",
-              offered: bytes | bytearray = b"null", referenced: bytes | bytearray = b"null") -> Envelope:
+              offered: bytes | bytearray = b"null", referenced: bytes | bytearray = b"null",
+              names: AddedNames = NO_NAMES) -> Envelope:
     """Parse the body of a request to `route` or, if it has a number, a line of a batch. Raises RequestError
-    if it is no JSON object, or no such line.
+    if it is no JSON object, or no such line. names: of what annexes add to it.
 
     JSON too: the items that it continues, the tools that it is offered, and the items that its input refers
     to, by their ids."""
@@ -136,12 +141,13 @@ def open_body(route: str, number: int | None, raw: bytes | bytearray, before: by
     items = json.loads(referenced)
     if items:
         follow_references(fields, items)
-    return make_envelope(fields, route, line, json.loads(before), json.loads(offered))
+    return make_envelope(fields, route, line, json.loads(before), json.loads(offered), names)
 
 
 def make_envelope(fields: dict, route: str, line: Line | None = None, before: list | None = None,
-                  offered: list | None = None) -> Envelope:
-    """The envelope of fields that are parsed already. Takes the pictures out of them."""
+                  offered: list | None = None, names: AddedNames = NO_NAMES) -> Envelope:
+    """The envelope of fields that are parsed already. Takes the pictures out of them, and what annexes
+    add."""
     route = line.url if line else route
     name = next(filter(None, map(fields.get, MODEL_NAMES[route])), "")
     chained = Chained()
@@ -150,9 +156,10 @@ def make_envelope(fields: dict, route: str, line: Line | None = None, before: li
         chained = Chained(*continued_ids(fields), checked_references(fields))
     if route in NAMED_SERVERS and not line:
         servers = tuple(NAMED_SERVERS[route](fields))
+    asked = take_out(fields, names)
     return Envelope(
         fields, name if is_text(name) else "", fields.get("model") is not None, chained,
-        lift_pictures(fields, before), line, before, servers, offered)
+        lift_pictures(fields, before), line, before, servers, offered, asked)
 
 
 def checked_references(fields: dict) -> tuple[Reference, ...]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, Overloaded, RequestError, shown
 from chatlm.front.aio import supervised
+from chatlm.front.api.additions import NO_ADDITIONS, Additions
 from chatlm.front.api.picture_parts import with_files, with_pixels
 from chatlm.front.intake.arrival import Arrival, Caller
 from chatlm.front.intake.budget import Budget, Holding
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import Picture
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.admission.admission import Admission
+    from chatlm.front.api.additions import Added
+    from chatlm.front.intake.envelope import Envelope
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.pool.models import Model, Served
     from chatlm.front.pool.pool import WorkerPool
@@ -56,9 +59,11 @@ class Intake:
     Then one of TASKS reads it, where it was opened. So a small body never goes to a sandbox. A large one is
     sent to a sandbox once, and a second time only if the sandbox had another task in between."""
 
-    def __init__(self, catalogue: Catalogue, earlier_items: EarlierItems | None = None):
-        """earlier_items: of a server that keeps answers."""
+    def __init__(self, catalogue: Catalogue, earlier_items: EarlierItems | None = None,
+                 additions: Additions = NO_ADDITIONS):
+        """earlier_items: of a server that keeps answers. additions: what annexes add to bodies."""
         self.catalogue = catalogue
+        self.additions = additions
         self.budget = Budget(LIMITS.held_bytes)
         self.pixels = Budget(LIMITS.held_pixel_bytes, share=2)
         self.earlier_items = earlier_items
@@ -86,13 +91,16 @@ class Intake:
                       holding: Holding) -> tuple[Served, ParsedBody]:
         served = await self.resolve(arrival.envelope.model, arrival.caller.bound, holding)
         await self.decode_pictures(arrival, served, holding)
-        [parsed] = await self._read(arrival, served, "answer", arrival.caller.route)
+        added = arrival.added
+        [parsed] = await self._read(arrival, served, "answer", arrival.caller.route, added.changed_by)
         reading.give_back_beyond(0)  # first, or a large body would be refused for its own size
-        parsed = replace(parsed, request=with_pixels(served.with_versions(parsed.request), arrival.pictures))
+        parsed = replace(parsed, request=with_pixels(served.with_versions(parsed.request), arrival.pictures),
+                         added=added.fields,
+                         plan=parsed.plan and replace(parsed.plan, options=added.tools))
         if parsed.kept and arrival.files:
             parsed = replace(parsed, kept=await asyncio.to_thread(with_files, parsed.kept, arrival.files))
             holding.keep(sum(len(item.body) for item in parsed.kept))
-        if parsed.request.prompt_ids is not None:
+        if not arrival.is_here:
             holding.keep(parsed.size)
         return served, parsed
 
@@ -207,11 +215,7 @@ class Intake:
         try:
             yield arrival
         finally:
-            if arrival.sandbox:
-                forgetting = asyncio.create_task(supervised(
-                    "forgetting a body", partial(arrival.sandbox.forget, arrival.ticket)))
-                self.forgetting.add(forgetting)
-                forgetting.add_done_callback(self.forgetting.discard)
+            self._forget(arrival)
 
     async def open(self, caller: Caller, *parts: bytes | bytearray, number: int | None = None,
                    opener: Admission | None = None, times: int = 1) -> Arrival:
@@ -219,18 +223,39 @@ class Intake:
         a batch. times: how often it may be read. opener: has the sandbox that opens a large body; by default
         that is the usual model's."""
         most = LIMITS.inline_bytes // times
+        names = self.additions.names(caller.route)
         if sum(map(len, parts)) <= most:
-            return Arrival(caller, parts, open_body(caller.route, number, *parts), number)
+            envelope = open_body(caller.route, number, *parts, names=names)
+            return Arrival(caller, parts, envelope, self._added(caller, envelope, number), number)
         admission = opener or self.catalogue.find("", caller.bound).pool.admission
         sandbox = admission.sandboxes["bodies"]
         ticket = next(self.tickets)
         with admission.prepare(caller.client):
             data: Any = await sandbox.perform(
-                caller.client, "open", caller.route, number, most, bodies=parts, ticket=ticket)
+                caller.client, "open", caller.route, number, most, names, bodies=parts, ticket=ticket)
         envelope = unpacked_envelope(data)
-        if envelope.fields is not None:  # without its pictures it is small
-            return Arrival(caller, parts, envelope, number)
-        return Arrival(caller, parts, envelope, number, ticket, sandbox)
+        arrival = Arrival(caller, parts, envelope, number=number)
+        if envelope.fields is None:  # not small, even without its pictures
+            arrival.ticket = ticket
+            arrival.sandbox = sandbox
+        try:
+            arrival.added = self._added(caller, envelope, number)
+        except RequestError:
+            self._forget(arrival)
+            raise
+        return arrival
+
+    def _added(self, caller: Caller, envelope: Envelope, number: int | None) -> Added:
+        """What a body asks of annexes, checked."""
+        return self.additions.read(caller.route, envelope.asked, envelope.names_model, number is not None)
+
+    def _forget(self, arrival: Arrival):
+        """Let no sandbox keep a body any more."""
+        if arrival.sandbox:
+            forgetting = asyncio.create_task(supervised(
+                "forgetting a body", partial(arrival.sandbox.forget, arrival.ticket)))
+            self.forgetting.add(forgetting)
+            forgetting.add_done_callback(self.forgetting.discard)
 
     async def resolve(self, name: str, bound: Seq[str], holding: Holding) -> Served:
         """The model or adapter that a request asks for, with the version of its files. `holding` keeps the
@@ -298,8 +323,9 @@ class Intake:
             return await TASKS[task](reading, *arguments)
         with admission.prepare(caller.client):
             result: Any = await admission.sandboxes["bodies"].perform(
-                caller.client, "read", caller.route, arrival.number, packed_sizes(arrival.pictures),
-                caller.client, task, arguments, bodies=arrival.parts, ticket=arrival.ticket)
+                caller.client, "read", caller.route, arrival.number, self.additions.names(caller.route),
+                packed_sizes(arrival.pictures), caller.client, task, arguments, bodies=arrival.parts,
+                ticket=arrival.ticket)
             if isinstance(result, (bytes, bytearray)):
                 return result
             vocab_size = loaded_tokenizer(served.pool).vocab_size

@@ -5,6 +5,7 @@ A new task is one function here and its caller in intake.py."""
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence as Seq
+from dataclasses import replace
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import RequestError
@@ -31,10 +32,11 @@ class Reading(NamedTuple):
         return self.body.fields
 
 
-async def answer(reading: Reading, route: str) -> list[ParsedBody]:
-    """Read the body of a route that answers."""
+async def answer(reading: Reading, route: str, changed_by: Seq[str] = ()) -> list[ParsedBody]:
+    """Read the body of a route that answers. changed_by: the annexes that may change its prompt."""
     body = reading.body
-    return [read_answer(route, reading.fields, reading.known, body.before, body.offered)]
+    parsed = read_answer(route, reading.fields, reading.known, body.before, body.offered)
+    return [replace(parsed, changed_by=tuple(changed_by))]
 
 
 async def line(reading: Reading) -> list[ParsedBody]:

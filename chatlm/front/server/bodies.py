@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError
+from chatlm.common.jsontext import dump
 from chatlm.common.log import log
 from chatlm.front.api.field_types import TEXT
 from chatlm.front.api.fields import A_TEXT, Field, header_words, json_object, parse_fields
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
     from chatlm.front.server.access import Owners
 
 
-# (a request, its open body) -> the tools that may be run for it, as a JSON list
-OfferedTools = Callable[["web.Request", "Envelope"], Awaitable[bytes]]
+# (a request, its open body) -> the tools of tool servers that may be run for it, each as JSON
+OfferedTools = Callable[["web.Request", "Envelope"], Awaitable[list[bytes]]]
 
 
 class Bodies:
@@ -39,7 +41,7 @@ class Bodies:
     def __init__(self, intake: Intake, owners: Owners, tools: OfferedTools | None = None):
         self.intake = intake
         self.owners = owners
-        self.tools = tools  # None: the server runs none
+        self.tools = tools  # None: there are no tool servers
 
     def holding(self) -> Holding:
         """The share of the budget that the request of this task holds."""
@@ -85,10 +87,14 @@ class Bodies:
         return served, text
 
     async def _offered(self, http: web.Request, arrival: Arrival) -> bytes:
-        """The tools that the server may run for a body, as JSON; null: it names no tool servers."""
-        if self.tools is None or not arrival.envelope.servers:
+        """The tools that the server may run for a body, as JSON; null: it asks for none."""
+        own = [dump(tool) for tool in arrival.added.offered]
+        names_servers = self.tools is not None and bool(arrival.envelope.servers)
+        if not names_servers and not own:
             return b"null"
-        return await self.tools(http, arrival.envelope)
+        if names_servers and self.tools:
+            own += await self.tools(http, arrival.envelope)
+        return b"[%s]" % b", ".join(own)
 
     async def small(self, http: web.Request) -> dict:
         """The checked fields of a small body; of none, no fields."""
@@ -107,17 +113,24 @@ class Bodies:
 
     async def handle_extract(self, http: web.Request) -> web.Response:
         """The text of a document: the body, or the first file of a form."""
-        from email.message import Message  # 16 modules that no start should wait for
         with self.holding() as holding:
             body = await read_bytes(http, holding, LIMITS.document_bytes)
             if not body:
                 raise RequestError("the body is empty: it must be a document, or a form with one")
-            kind = Message()
-            kind["Content-Type"] = http.headers.get("Content-Type", "")
-            boundary = kind.get_boundary("") if http.content_type == "multipart/form-data" else ""
+            boundary = ""
+            if http.content_type == "multipart/form-data":
+                boundary = await asyncio.to_thread(boundary_in, http.headers["Content-Type"])
             name = DOCUMENT_NAME.read(http.query.get("name", ""))
             text, pages, cut = await self.intake.extract(self.caller(), name, boundary, body)
         return json_response({"text": text, "pages": pages, "cut": cut})
+
+
+def boundary_in(content_type: str) -> str:
+    """The boundary of a form; "" if it names none. A thread calls it, since it imports 16 modules."""
+    from email.message import Message
+    kind = Message()
+    kind["Content-Type"] = content_type
+    return kind.get_boundary("")
 
 
 def note_ignored(names: str):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.errors import RequestError, bad_value, shown, without_folders
-from chatlm.common.processes.start import PROCESS_COMMAND, exit_in_words
+from chatlm.common.processes.start import PROCESS_COMMAND, PROGRAM, exit_in_words
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class ExportRoutes:
             words += ["--softcap", str(settings.softcap)]
         process = await asyncio.create_subprocess_exec(
             *PROCESS_COMMAND, "export", *words, stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE)
+            stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, pass_fds=PROGRAM)
         self.process = process
         try:
             _, output = await process.communicate()

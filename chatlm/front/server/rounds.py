@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence as Seq
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence as Seq
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import RequestError
@@ -19,6 +20,7 @@ from chatlm.common.messages.requests import (
     Accepted, CallApproved, CallEnded, Finished, Message, Piece, RoundEnded, ToolsListed, Usage)
 from chatlm.common.request_ids import id_of_part
 from chatlm.front.aio import end_tasks
+from chatlm.front.api.additions import ToolCall
 from chatlm.front.api.message_readers import earlier_arguments
 from chatlm.front.server.responses import REQUEST_LOG
 from chatlm.front.tools.results import ToolResult
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from chatlm.front.server.approvals import Approvals
     from chatlm.front.tools.toolbox import OfferedTool, Toolbox
 
+RunTool = Callable[[ToolCall], Awaitable[ToolResult]]
+NO_TOOLS: Mapping[str, RunTool] = MappingProxyType({})
 AT_ONCE = 4  # calls of an answer
 NO_ROOM = Finished("length", "context_length", Usage(), queue_ms=0.0, ttft_ms=0.0, tokens_per_second=None,
                    gpu=0)
@@ -44,9 +48,12 @@ NO_ROOM = Finished("length", "context_length", Usage(), queue_ms=0.0, ttft_ms=0.
 class Rounds:
     """The answers for which the server calls tools."""
 
-    def __init__(self, answers: Answers, toolbox: Toolbox, approvals: Approvals, settings: Settings):
+    def __init__(self, answers: Answers, toolbox: Toolbox, approvals: Approvals, settings: Settings,
+                 own: Mapping[str, RunTool] = NO_TOOLS):
+        """own: the tools that the server itself runs, by their names for a model."""
         self.answers = answers
         self.toolbox = toolbox
+        self.own = own
         self.approvals = approvals
         self.settings = settings
 
@@ -133,6 +140,7 @@ class Loop:
                  whole: bool):
         self.answers = rounds.answers
         self.toolbox = rounds.toolbox
+        self.own = rounds.own
         self.approvals = rounds.approvals
         self.most_rounds = rounds.settings.tool_rounds
         self.pool = pool
@@ -376,6 +384,8 @@ class Loop:
         if refusal:
             return ToolResult(refusal, is_error=True)
         async with places:
+            if call.name in self.own:
+                return await self._called_here(call)
             meant = approved.digest if approved else self.tools[call.name].digest
             offered = self.toolbox.offered().get(call.name)
             if offered is None or offered.digest != meant:
@@ -388,6 +398,14 @@ class Loop:
                 call.seen.append(await self.pool.admission.decode_picture(data, self.request.client))
             return await result.with_readable_pictures(decode)
 
+    async def _called_here(self, call: Call) -> ToolResult:
+        """Call a tool that the server itself runs."""
+        params = self.request.params
+        tool = self.tools[call.name]
+        asked = ToolCall(arguments_of(call.arguments) or {}, self.plan.options.get(tool.tool, {}),
+                         params.client, params.owner)
+        return await self.toolbox.call_own(tool.label, tool.tool, params.client,
+                                           lambda: self.own[call.name](asked))
 
     async def _called(self, call: Call, offered: OfferedTool, approved: ApprovedCall | None) -> ToolResult:
         """Call a tool. The use of an approval is noted before the call begins, and so is its result."""

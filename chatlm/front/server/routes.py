@@ -5,7 +5,7 @@ from __future__ import annotations
 import os.path
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import field
+from dataclasses import field, replace
 from enum import Enum
 from typing import Generic, TYPE_CHECKING, TypeVar
 
@@ -53,6 +53,11 @@ class Route(Generic[T]):
     operator_act: str = ""          # what only an operator may do here: "load and unload models"; "": anyone
     quiet: bool = False             # successes are logged only at level debug
     polled: bool = False            # likewise, and also served on surplus connections
+    added: tuple[Field, ...] = ()   # to its body, by annexes
+
+    def with_added(self, fields: tuple[Field, ...]) -> Route[T]:
+        """The same route, with fields that annexes add to its body."""
+        return replace(self, added=fields) if fields else self
 
     @property
     def pattern(self) -> str:
@@ -64,7 +69,8 @@ class Route(Generic[T]):
         if self.method == "GET":  # a list has the path of what makes its rows
             return ()
         kept = STORE_FIELDS if self.method == "POST" else {}
-        return BODY_FIELDS.get(self.pattern) or HUB_FIELDS.get(self.pattern) or kept.get(self.pattern, ())
+        own = BODY_FIELDS.get(self.pattern) or HUB_FIELDS.get(self.pattern) or kept.get(self.pattern, ())
+        return (*own, *self.added)
 
 
 class RouteTable:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, RequestError, invalid, shown, without_folders
 from chatlm.common.jsontext import dump
+from chatlm.common.program import imported_later
 from chatlm.front.lazy import web
 from chatlm.front.pool.run_names import RunName
 from chatlm.front.server.responses import REQUEST_LOG, json_response
@@ -114,6 +115,14 @@ def verdicts_among(seen: Seq[Served], removed: Seq[dict], tag: str, name: str, s
     return found
 
 
+def flips_of(before: Verdicts, after: Verdicts) -> dict[str, Any]:
+    """As in evals/flips.py, which it imports: a thread calls it."""
+    def load():
+        from chatlm.front.evals.flips import flips
+        return flips
+    return imported_later(load)(before, after)
+
+
 class RunRoutes:
     """The handlers of /v1/runs."""
 
@@ -136,11 +145,10 @@ class RunRoutes:
         seen, removed = await self._steps()
         body = run_body(tag, seen, removed)
         if "before" in http.query or "after" in http.query:
-            from chatlm.front.evals.flips import flips
             before = verdicts_among(seen, removed, tag, "before", http.query.get("before"))
             after = verdicts_among(seen, removed, tag, "after", http.query.get("after"))
             try:
-                body["flips"] = await asyncio.to_thread(flips, before, after)
+                body["flips"] = await asyncio.to_thread(flips_of, before, after)
             except ConfigError as error:
                 raise RequestError(f"the files of --watch-suite have changed: {without_folders(str(error))}",
                                    status=409) from None

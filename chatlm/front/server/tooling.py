@@ -138,8 +138,8 @@ class ToolRoutes:
             if len(self.unenforced) > KNOWN_SCHEMAS:
                 self.unenforced.popitem(last=False)
 
-    async def offered_to(self, http: web.Request, envelope: Envelope) -> bytes:
-        """The tools of the servers that a body names, as far as its client may use them, as JSON for the
+    async def offered_to(self, http: web.Request, envelope: Envelope) -> list[bytes]:
+        """The tools of the servers that a body names, as far as its client may use them, each as JSON for the
         body's reader. Raises RequestError for a server that there is not, or of which it may use nothing."""
         patterns = self.access.usable_tools(http)
         for named in envelope.servers:
@@ -155,10 +155,10 @@ class ToolRoutes:
         tools = [tool for tool in self.toolbox.offered().values()
                  if tool.label in labels and is_usable(tool, patterns)]
         reasons = await self._why_unenforced(tools, pool)
-        return b"[%s]" % b", ".join(tool.with_members({
+        return [tool.with_members({
             "label": tool.label, "tool": tool.tool.name, "strict": not why,
             "read_only": tool.tool.only_reads, "ask": tool.ask, "digest": tool.digest})
-            for tool, why in zip(tools, reasons))
+            for tool, why in zip(tools, reasons)]
 
     def _check_named(self, named: NamedServer, patterns: Seq[str]):
         """Raise RequestError for a server that there is not, or that a client may not use."""

@@ -182,6 +182,12 @@ CREATE INDEX files_by_purpose ON files (owner, state, purpose, id);
 DROP INDEX batches_by_input;
 CREATE INDEX batches_by_input ON batches (input, status);
 """
+VERSIONS = """
+CREATE TABLE versions (             -- of the tables of annexes
+    annex TEXT PRIMARY KEY,         -- its name
+    version INTEGER NOT NULL        -- how many of its steps were taken
+) WITHOUT ROWID;
+"""
 # What a row counts for its owner, besides the rows that belong to it
 HELD = {"files": "({row}.state < 2) * ({row}.bytes + 512)",
         "batches": "512 + LENGTH(CAST(IFNULL({row}.metadata, '') AS BLOB)) "
@@ -191,7 +197,7 @@ HELD = {"files": "({row}.state < 2) * ({row}.bytes + 512)",
 
 
 def counted(table: str, size: str) -> str:
-    """Count the rows of a table, and what becomes of them."""
+    """Count the rows of a table for their `owner`, and what becomes of them. size: of `{row}`, in bytes."""
     old = size.format(row="OLD")
     new = size.format(row="NEW")
     there = size.format(row=table)
@@ -212,7 +218,8 @@ END;
 
 
 HOLDINGS = "".join(counted(table, size) for table, size in HELD.items())
-# Statements, or what does a piece of the work and returns whether there is more. Only the end may be changed
-# once a release has had it.
-STEPS: tuple[str | Callable[[Any], bool], ...] = (
-    FILES, BATCHES, RESPONSES, USAGE, ITEMS + HOLDINGS, move_kept, NAMES, name_kept, APPROVALS)
+# Statements, or what does a piece of the work and returns whether there is more
+Step = str | Callable[[Any], bool]
+# Only the end may be changed once a release has had it. The tables of annexes have steps of their own
+STEPS: tuple[Step, ...] = (
+    FILES, BATCHES, RESPONSES, USAGE, ITEMS + HOLDINGS, move_kept, NAMES, name_kept, APPROVALS, VERSIONS)

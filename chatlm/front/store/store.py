@@ -10,19 +10,20 @@ import signal
 import stat
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
 from concurrent.futures import Future
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from shutil import disk_usage
+from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple, TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
 from chatlm.common.config import DATABASE
 from chatlm.common.errors import ConfigError, EngineFailure, Overloaded, RequestError
 from chatlm.common.log import log
-from chatlm.front.store.schema import STEPS
+from chatlm.front.store.schema import STEPS, Step
 
 if TYPE_CHECKING:
     import sqlite3
@@ -35,6 +36,9 @@ MOST_TOGETHER = 256          # pieces of work in one transaction: one fsync is f
 BUSY_S = 5.0                 # how long another program may hold the database
 BESIDE = "-wal", "-shm"      # what SQLite has beside the file while it is open
 REPLACED = "its file was removed or replaced: put it back, or restart the server"
+UPSERT_VERSION = ("INSERT INTO versions (annex, version) VALUES (?, ?) "
+                  "ON CONFLICT DO UPDATE SET version = excluded.version")
+NO_TABLES: Mapping[str, Seq[Step]] = MappingProxyType({})
 PRIVATE = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK  # with mode 0600
 CHECKED_BYTES = 512 << 20    # that are checked before the start, within about a second; more beside the work
 
@@ -61,8 +65,10 @@ class Store:
     Work that adds texts of clients says how many bytes, and is refused if it would not leave RESERVE_BYTES of
     the disk. All other work (deletions, the ledger, the state of batches) may use these bytes."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, tables: Mapping[str, Seq[Step]] = NO_TABLES):
+        """tables: those of annexes by their names, as steps."""
         self.path = path
+        self.tables = tables
         self.absolute = path.absolute()
         self.waiting: queue.SimpleQueue[StoreWork | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._serve, name="store", daemon=True)
@@ -169,10 +175,10 @@ class Store:
         False if there was none."""
         connection.execute("BEGIN EXCLUSIVE")
         try:
-            (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if version == len(STEPS):
+            pending = self._pending(connection)
+            if pending is None:
                 return False
-            step = STEPS[version]
+            annex, version, step = pending
             more = False
             if callable(step):
                 more = step(connection)
@@ -180,13 +186,28 @@ class Store:
                 connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                 for statement in self._statements(step):
                     connection.execute(statement)
-            if not more:
+            if not more and annex:
+                connection.execute(UPSERT_VERSION, (annex, version + 1))
+            elif not more:
                 connection.execute(f"PRAGMA user_version = {version + 1}")
             connection.execute("COMMIT")
             return True
         finally:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
+
+    def _pending(self, connection: sqlite3.Connection) -> tuple[str, int, Step] | None:
+        """The next step to take: the annex whose tables it is about ("" for our own), how many of its steps
+        were taken, and itself. None: all were."""
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version < len(STEPS):
+            return "", version, STEPS[version]
+        for annex, steps in self.tables.items():
+            row = connection.execute("SELECT version FROM versions WHERE annex = ?", (annex,)).fetchone()
+            version = row[0] if row else 0
+            if version < len(steps):
+                return annex, version, steps[version]
+        return None
 
     def _statements(self, script: str) -> Iterator[str]:
         """The statements of a script. A statement, such as a trigger, may have others inside."""
@@ -261,6 +282,13 @@ class Store:
         if version > len(STEPS):
             raise self._unusable(f"a newer chat_server has made it (version {version} of its tables, this "
                                  f"one knows {len(STEPS)}), so it was left as it is")
+        if version < len(STEPS):
+            return
+        for annex, version in reader.execute("SELECT annex, version FROM versions"):
+            known = len(self.tables.get(annex, ()))
+            if version > known:
+                raise self._unusable(f"a newer chat_server has made its tables of {annex} (version {version},"
+                                     f" this one knows {known}), so it was left as it is")
 
     def _check(self, reader: sqlite3.Connection):
         result = reader.execute("PRAGMA quick_check(1)").fetchone()[0]
@@ -403,10 +431,11 @@ def store_path(named: str) -> Path:
         raise ConfigError(f"--database {named}: {error}") from None
 
 
-async def open_store(settings: Settings) -> Store | None:
-    """The store of --database, or None without the flag. ConfigError if it cannot be used."""
+async def open_store(settings: Settings, tables: Mapping[str, Seq[Step]] = NO_TABLES) -> Store | None:
+    """The store of --database, or None without the flag. ConfigError if it cannot be used. tables: those of
+    annexes."""
     if settings.database is None:
         return None
-    store = Store(store_path(settings.database))
+    store = Store(store_path(settings.database), tables)
     await asyncio.to_thread(store.open)
     return store

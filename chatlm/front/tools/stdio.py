@@ -10,7 +10,7 @@ from typing import Any
 
 from chatlm.common.jsontext import dump
 from chatlm.common.log import log
-from chatlm.common.processes.start import PROCESS_COMMAND, exit_in_words
+from chatlm.common.processes.start import PROCESS_COMMAND, PROGRAM, exit_in_words
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.tools.config import ServerConfig
 from chatlm.front.tools.foreign import Unreadable
@@ -58,7 +58,7 @@ class StdioTransport:
         theirs, ours = os.pipe()
         try:
             process = await asyncio.create_subprocess_exec(
-                *PROCESS_COMMAND, "guard", str(theirs), pass_fds=[theirs], start_new_session=True,
+                *PROCESS_COMMAND, "guard", str(theirs), pass_fds=[theirs, *PROGRAM], start_new_session=True,
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
                 env=variables(*KEPT_VARIABLES, *PYTHON_VARIABLES), limit=READ_BYTES)
         except BaseException:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence as Seq
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence as Seq
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.errors import printable
+from chatlm.common.errors import ChatServerError, printable
 from chatlm.common.lanes import Lanes
 from chatlm.common.log import log
 from chatlm.front.tools.client import Report
@@ -147,25 +147,51 @@ class Toolbox:
         too: the model reads it."""
         if not isinstance(arguments, CallArguments):
             arguments = CallArguments.of(arguments)
+        found = arguments
+        # what goes wrong may name the URL or the header that a server did not like
+        return await self._count(
+            offered.label, offered.tool.name, client,
+            lambda: offered.server.call(offered.tool, found, self.timeout_s, report),
+            offered.server.config.without_secrets)
+
+    async def call_own(self, label: str, name: str, client: str,
+                       begin: Callable[[], Awaitable[ToolResult]]) -> ToolResult:
+        """Call a tool that the server itself runs, with all limits that calls of tool servers have. `begin`
+        may raise a ChatServerError."""
+        async def call() -> ToolResult:
+            try:
+                result = await asyncio.wait_for(begin(), self.timeout_s)
+            except asyncio.TimeoutError:
+                raise ToolError(f"It took longer than {self.timeout_s:g} s") from None
+            except ChatServerError as error:
+                raise ToolError(str(error)) from None
+            return result.at_most(self.result_characters)
+        return await self._count(label, name, client, call)
+
+    async def _count(self, label: str, name: str, client: str,
+                     begin: Callable[[], Awaitable[ToolResult]],
+                     clean: Callable[[str], str] = str) -> ToolResult:
+        """Run a call when it is its client's turn, count and log it. clean: makes an error's text one that
+        the model may read."""
         async with self.limits.turn(client):
             began_s = time.monotonic()
             outcome = "cancelled"
             result = ToolResult("", is_error=True)
             try:
-                result = await offered.server.call(offered.tool, arguments, self.timeout_s, report)
+                result = await begin()
                 outcome = "error" if result.is_error else "ok"
-                if result.is_error:  # it may name the URL or the header that a server did not like
-                    result = replace(result, text=offered.server.config.without_secrets(result.text))
+                if result.is_error:
+                    result = replace(result, text=clean(result.text))
             except ToolError as error:
-                text = offered.server.config.without_secrets(f"{error}.")[:self.result_characters]
+                text = clean(f"{error}.")[:self.result_characters]
                 if error.unknown_outcome:
                     text += " The call may have been carried out: the outcome is unknown."
                 result = ToolResult(text, is_error=True)
                 outcome = "failed"
             finally:
                 seconds = time.monotonic() - began_s
-                self.outcomes[offered.label, outcome] += 1
-                self.seconds[offered.label] = self.seconds.get(offered.label, 0.0) + seconds
-                log.info("tool %s.%s for %s: %s, %.0f ms, %d bytes", offered.label, offered.tool.name,
-                         client or "-", outcome, 1000 * seconds, len(result.text.encode("utf-8", "replace")))
+                self.outcomes[label, outcome] += 1
+                self.seconds[label] = self.seconds.get(label, 0.0) + seconds
+                log.info("tool %s.%s for %s: %s, %.0f ms, %d bytes", label, name, client or "-", outcome,
+                         1000 * seconds, len(result.text.encode("utf-8", "replace")))
         return replace(result, ms=round(1000 * seconds))

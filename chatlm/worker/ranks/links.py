@@ -24,7 +24,7 @@ from chatlm.common.errors import ConfigError, RanksFailed, shown
 from chatlm.common.log import log
 from chatlm.common.messages.wire import Channel
 from chatlm.common.processes.connect import Door, dial, has_hung_up, listen
-from chatlm.common.processes.start import PROCESS_COMMAND
+from chatlm.common.processes.start import PROCESS_COMMAND, PROGRAM
 from chatlm.common.processes.torchrun import (
     ARRIVAL_PIPE, RankArrival, RankStore, ranks_here, same_on_all_nodes)
 from chatlm.worker.ranks.messages import RANK_PIPE
@@ -56,7 +56,7 @@ class ProcessLinks:
             with theirs:
                 self.processes.append(subprocess.Popen(
                     [*PROCESS_COMMAND, "rank", str(theirs.fileno()), str(os.getpid())],
-                    pass_fds=descriptors, stdin=subprocess.DEVNULL))
+                    pass_fds=[*descriptors, *PROGRAM], stdin=subprocess.DEVNULL))
             self.channels.append(Channel(ours, RANK_PIPE))
         for end in [end for pair in between for end in pair if end is not self.after]:
             end.close()

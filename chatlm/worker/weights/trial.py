@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from chatlm.common.errors import ConfigError, RequestError, printable
 from chatlm.common.memory import limit_memory
 from chatlm.common.messages.requests import TextSpec
-from chatlm.common.processes.start import PROCESS_COMMAND
+from chatlm.common.processes.start import PROCESS_COMMAND, PROGRAM
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.weights.splits import KNOWN_SPLITS
 
@@ -40,7 +40,7 @@ def refuse_endless(path: Path, spec: TextSpec):
     environment = os.environ | {"RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     try:
         done = subprocess.run([*PROCESS_COMMAND, "trial", spec.kind], input=spec.payload, env=environment,
-                              capture_output=True, timeout=WALL_S)
+                              capture_output=True, timeout=WALL_S, pass_fds=PROGRAM)
         status = done.returncode
         reason = done.stdout.decode("utf-8", "replace").strip()
     except subprocess.TimeoutExpired:

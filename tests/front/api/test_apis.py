@@ -17,7 +17,6 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, example, given, settings as hypothesis_settings, strategies as st
 
-import chat_server
 import odd_bodies
 from chatlm import __version__
 from chatlm.common import config
@@ -39,7 +38,7 @@ from chatlm.front.api.kept_fields import STORE_FIELDS
 from chatlm.front.api.tables import HUB_FIELDS
 from chatlm.front.api.readers import (ANSWER_READERS, TEXT_READERS, read_answer, read_chat_body, read_messages_body, read_ollama_chat,
                                       read_responses_body)
-from chatlm.front.front import Front
+from chatlm.front.front import ROUTES, Front
 from chatlm.front.server.describe import OLLAMA_VERSION, bare_id
 from chatlm.worker.engine.grammar import Grammar
 from answers import said, thought
@@ -154,7 +153,7 @@ async def test_the_id_in_its_header_cancels_an_answer(client, path):
         await pool.until_open(0)
 
 
-@pytest.mark.parametrize("route", [each for each in chat_server.ROUTES if each.method not in ("GET", "HEAD")],
+@pytest.mark.parametrize("route", [each for each in ROUTES if each.method not in ("GET", "HEAD")],
                          ids=lambda route: f"{route.method} {route.path}")
 async def test_no_route_reads_a_large_body_on_the_loop(client, route, monkeypatch):
     """A route that reads JSON at all reads it with the one reader, which sends large bodies to a sandbox."""
@@ -189,7 +188,7 @@ async def test_no_route_finds_an_unknown_model(client, route, size):
 def test_every_route_that_answers_is_tested():
     of_rankings = {"/v1/rerank", "/rerank", "/v2/rerank", "/reranking", "/v1/reranking", "/v1/score", "/score", "/embed"}   # test_retrieval_routes.py
     of_lm_studio = {"/api/v0/chat/completions", "/api/v0/completions", "/api/v0/embeddings"}        # test_discovery.py
-    assert {*ASKED, *WHOLE} | of_rankings | of_lm_studio == {route.path for route in chat_server.ROUTES if route.handler is Front.handle_answer}
+    assert {*ASKED, *WHOLE} | of_rankings | of_lm_studio == {route.path for route in ROUTES if route.handler is Front.handle_answer}
 
 
 @every_route

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-import chat_server
 from chatlm.common.config import Settings
 from chatlm.common.errors import RequestError
 from chatlm.common.messages.protocol import Known
@@ -16,6 +15,7 @@ from chatlm.front.admission.prompts import PromptMaker
 from chatlm.front.api.readers import ANSWER_READERS, read_answer, read_text, read_variants
 from chatlm.front.api.kept_fields import STORE_FIELDS
 from chatlm.front.api.tables import BODY_FIELDS, DRAWING_FIELDS, HUB_FIELDS, OLLAMA_OPTIONS
+from chatlm.front.front import ROUTES
 from fake_pool import FakePool, Letters, serving
 
 KNOWN = Known(Settings(seed=7), "tagged", template="{{ reasoning_effort }} {{ city }} </think>", never_written=frozenset({256}),
@@ -151,7 +151,7 @@ def test_a_variant_s_field_changes_its_own_request(name):
 
 
 def test_each_route_with_a_body_is_in_the_tables():
-    assert {route.pattern for route in chat_server.ROUTES if route.fields} == {*BODY_FIELDS, *HUB_FIELDS, *STORE_FIELDS} and set(BODY_FIELDS) == set(BASE)
+    assert {route.pattern for route in ROUTES if route.fields} == {*BODY_FIELDS, *HUB_FIELDS, *STORE_FIELDS} and set(BODY_FIELDS) == set(BASE)
 
 
 # What the clients of the five APIs, and those of vLLM and llama-server, may send and this server does not read.

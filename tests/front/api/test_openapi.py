@@ -11,13 +11,13 @@ import threading
 import pytest
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 
-import chat_server
 from chatlm.common.config import ApiKey, Settings
 from chatlm.common.errors import RequestError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.protocol import WORKER_PIPE, ModelCard, NewAnswer, NewPrompt
 from chatlm.front.api.fields import A_TOKEN, list_schema, matches
 from chatlm.front.api.field_types import CONSTRAINT_FIELDS
+from chatlm.front.front import ROUTES
 from chatlm.front.pool.pool import make_pool
 from chatlm.front.server.describe import openapi_document
 from chatlm.worker.weights.nanochat import read_nanochat_tokenizer
@@ -28,18 +28,18 @@ from pools import PlayedWorker
 
 METHODS = ["GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH", "TRACE", "BREW"]
 GRAMMARS = {"response_format", "output_format", *(field.name for field in CONSTRAINT_FIELDS)}      # more is checked than a schema says
-METHOD_OF = {route.path: route.method for route in chat_server.ROUTES if route.fields}
-BODY_ROUTES = {route.path: route.fields for route in chat_server.ROUTES if route.fields}
+METHOD_OF = {route.path: route.method for route in ROUTES if route.fields}
+BODY_ROUTES = {route.path: route.fields for route in ROUTES if route.fields}
 
 
 def document():
-    return openapi_document(chat_server.ROUTES, Settings(prefix="/prefix"))
+    return openapi_document(ROUTES, Settings(prefix="/prefix"))
 
 
 def test_every_route_and_field_is_described():
     paths = document()["paths"]
     assert {(method.upper(), path) for path, item in paths.items() for method in item} == {
-        (route.method, route.pattern) for route in chat_server.ROUTES}
+        (route.method, route.pattern) for route in ROUTES}
     for path, fields in BODY_ROUTES.items():
         operation = paths[path][METHOD_OF[path].lower()]
         schema = operation["requestBody"]["content"]["application/json"]["schema"]
@@ -50,14 +50,14 @@ def test_every_route_and_field_is_described():
     assert [(each["name"], each["in"]) for each in paths["/v1/cancel/{id}"]["post"]["parameters"]] == [("id", "path"), ("reasoning", "query")]
     assert paths["/livez"]["get"]["security"] == [] and "security" not in paths["/stats"]["get"]
     assert document()["servers"] == [{"url": "/prefix"}] and document()["security"] == []
-    locked = openapi_document(chat_server.ROUTES, Settings(keys=(ApiKey.hashed("key", "alice"),)))
+    locked = openapi_document(ROUTES, Settings(keys=(ApiKey.hashed("key", "alice"),)))
     assert [list(each) for each in locked["security"]] == [["bearer"], ["header"]]
 
 
 async def test_the_server_offers_its_openapi_document():
     async with serving(FakePool()) as url, importlib.import_module("aiohttp").ClientSession() as client:
         async with client.get(url + "/openapi.json") as response:
-            assert await response.json() == openapi_document(chat_server.ROUTES, Settings())
+            assert await response.json() == openapi_document(ROUTES, Settings())
 
 
 class EchoWorker(PlayedWorker):

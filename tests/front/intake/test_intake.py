@@ -185,15 +185,15 @@ def test_a_sandbox_drops_bodies_of_other_tickets():
     tasks = BodyTasks(SandboxConfig(Known(Settings(), None), None, 0, 5.0, 0), shelf)
     for ticket, model in ((1, "a"), (1, "b"), (2, "c")):
         shelf.turn_to(ticket)
-        assert unpacked_envelope(tasks.open("/tokenize", None, 9, json.dumps({"model": model}).encode()).data).model == model
+        assert unpacked_envelope(tasks.open("/tokenize", None, 9, (), json.dumps({"model": model}).encode()).data).model == model
         shelf.turn_to(ticket)
         assert shelf.body.model == model
     for ticket in (3, 0, 0):
         shelf.turn_to(ticket)
         assert shelf.body is None
         with pytest.raises(AssertionError, match="the front thinks"):
-            tasks.open("/tokenize", None, 9)
-        tasks.open("/tokenize", None, 9, b"{}")
+            tasks.open("/tokenize", None, 9, ())
+        tasks.open("/tokenize", None, 9, (), b"{}")
 
 
 async def test_a_replaced_body_is_not_forgotten_again(models, intake, crossings):

@@ -113,7 +113,7 @@ async def said(pool, request):
 
 def reading(route):
     """The task of a text route."""
-    return "read", route, None, [], "", "text", [route]
+    return "read", route, None, (), [], "", "text", [route]
 
 
 def ask(name, text="hello", **more):

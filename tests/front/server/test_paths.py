@@ -8,8 +8,8 @@ import aiohttp
 import pytest
 from yarl import URL
 
-import chat_server
 from chatlm.common.config import ApiKey, Settings
+from chatlm.front.front import ROUTES
 from fake_pool import FakePool, conversation, serving
 from real_server import server
 
@@ -49,7 +49,7 @@ async def test_a_base_url_may_end_in_a_slash(client):
     assert len(pool.requests) == 4
 
 
-@pytest.mark.parametrize("method, path", [(route.method, route.pattern) for route in chat_server.ROUTES if not route.open])
+@pytest.mark.parametrize("method, path", [(route.method, route.pattern) for route in ROUTES if not route.open])
 async def test_no_spelling_of_a_path_avoids_a_key(method, path):
     """Whatever is in front of it or in it, a route that needs a key is refused without one, or not there."""
     path = re.sub(r"{\w+}", "x", path)

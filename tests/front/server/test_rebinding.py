@@ -7,15 +7,15 @@ import socket
 
 import pytest
 
-import chat_server
 from chatlm.common.config import ApiKey, Settings
 from chatlm.front.annexes import DOWNLOAD_ROUTES, EXPORT_ROUTES, TOOL_ROUTES
+from chatlm.front.front import ROUTES
 from chatlm.front.server.access import server_urls
 from chatlm.front.server.host_names import is_own_name, split_address
 from fake_pool import FakePool, serving
 from tool_rounds import tool_place
 
-OPERATORS = [row for row in chat_server.ROUTES if row.operator_act]
+OPERATORS = [row for row in ROUTES if row.operator_act]
 LOCAL = [(row.method, re.sub("{.*?}", "x", row.path)) for row in (*OPERATORS, *TOOL_ROUTES)]
 OWN_NAME = socket.gethostname().lower()
 LABEL = OWN_NAME.partition(".")[0]
@@ -119,7 +119,7 @@ async def test_old_clients_without_a_host_are_this_machine_s():
 def test_every_route_about_files_of_this_machine_is_an_operator_s():
     for row in (*DOWNLOAD_ROUTES, *EXPORT_ROUTES):
         assert row.operator_act, row.path
-    others = [row for row in chat_server.ROUTES if row.path.startswith("/models/") and not row.operator_act]
+    others = [row for row in ROUTES if row.path.startswith("/models/") and not row.operator_act]
     assert not others
 
 

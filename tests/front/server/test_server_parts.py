@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-import chat_server
 from chatlm.common.config import LIMITS, ApiKey, Settings
 from chatlm.common.errors import EngineFailure, Overloaded, RequestError
+from chatlm.front.front import ROUTES
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.server.access import Access, AccessLog, Owners
 from chatlm.front.intake.budget import Holding
@@ -23,8 +23,8 @@ from fake_pool import FakePool, conversation
 from multidict import CIMultiDict
 
 KEYS = (ApiKey.hashed("key", "alice"),)
-TABLE = RouteTable(chat_server.ROUTES, "/chat")
-ROW = {route.path: route for route in chat_server.ROUTES}
+TABLE = RouteTable(ROUTES, "/chat")
+ROW = {route.path: route for route in ROUTES}
 
 
 class Arriving(dict):
@@ -63,7 +63,7 @@ def test_a_request_has_its_row_or_the_nearest_api(path, resource, pattern, api):
 
 
 def test_only_health_and_metrics_are_polled():
-    polled = {route.path for route in chat_server.ROUTES if TABLE.is_polled("/chat" + route.path)}
+    polled = {route.path for route in ROUTES if TABLE.is_polled("/chat" + route.path)}
     assert polled == {"/health", "/livez", "/readyz", "/stats", "/metrics"}
     assert TABLE.is_polled("/chat/health/") and not TABLE.is_polled("/chat/nothing")
 
@@ -107,7 +107,7 @@ async def test_the_log_notes_row_and_id_of_a_request(caplog, taken):
     caplog.set_level("INFO")
     response = SimpleNamespace(status=200, prepared=False, headers={})
     metrics = Metrics(None, None)
-    access_log = AccessLog(RouteTable(chat_server.ROUTES), taken.__contains__, metrics)
+    access_log = AccessLog(RouteTable(ROUTES), taken.__contains__, metrics)
     await access_log.log(Arriving("/api/tags", "/api/tags", **{"X-Request-Id": "mine"}), handler)
     assert (response.headers["X-Request-Id"] == "mine") is (not taken) and "/api/tags 200" in caplog.text
     assert metrics.responses == {("/api/tags", 200): 1}

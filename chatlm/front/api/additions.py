@@ -1,0 +1,220 @@
+"""What annexes add to the bodies of answers: fields, and types of tools that the server itself runs.
+
+Whoever opens a body takes these out of it by their names, here or in a sandbox, so no reader knows them. The
+front checks their values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence as Seq
+from typing import Any, Generic, NamedTuple, TYPE_CHECKING, TypeVar
+
+from chatlm.common.config import LIMITS
+from chatlm.common.errors import RequestError, bad_value
+from chatlm.common.records import record
+from chatlm.front.api.fields import Field, parse_fields, within_limit
+from chatlm.front.api.readers import ANSWER_READERS
+from chatlm.front.api.tables import BODY_FIELDS
+from chatlm.front.tools.rules import model_name
+
+if TYPE_CHECKING:
+    from chatlm.front.tools.results import ToolResult
+
+T = TypeVar("T")
+TOOL_ROUTES = "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"  # their answers may be in rounds
+MOST_TOOLS = 16  # of a body
+
+
+@record
+class AddedField:
+    """A field of an annex, and the kinds of bodies that have it."""
+
+    field: Field
+    forms: tuple[str, ...]  # paths, each for all routes with the same fields as that one
+
+
+class ToolCall(NamedTuple):
+    """A call of a tool that the server itself runs."""
+
+    arguments: Mapping[str, Any]  # from the model
+    options: Mapping[str, Any]    # from the body: the checked members of the tool's entry
+    client: str
+    owner: str                    # of KV pages and answers, see Owners.of_pages
+
+
+@record
+class ServerTool(Generic[T]):
+    """A tool that the server itself runs, where `tools` of a body has an entry of its type. The model calls
+    it as if its annex were a tool server."""
+
+    type: str
+    description: str
+    parameters: Mapping  # the JSON schema of its arguments
+    call: Callable[[T, ToolCall], Awaitable[ToolResult]]
+    options: tuple[Field, ...] = ()  # members of its entry
+
+    def offered_by(self, annex: str) -> dict[str, Any]:
+        """As readers get it, like the tools of tool servers."""
+        return {"type": self.type, "label": annex, "name": model_name(annex, self.type), "tool": self.type,
+                "description": self.description, "parameters": self.parameters, "strict": False,
+                "read_only": True, "ask": False, "digest": ""}
+
+
+@record
+class Addition:
+    """What one annex adds to bodies."""
+
+    annex: str                # its name
+    wanted: bool = True       # False: this server runs without it
+    needs: str = ""           # the flag that it needs, for errors
+    fields: tuple[AddedField, ...] = ()
+    tools: tuple[ServerTool[Any], ...] = ()
+    changes_prompts: bool = False  # of bodies that ask for something of it; of all, if it adds nothing
+
+    @property
+    def why_not(self) -> str:
+        needs = f" without {self.needs}" if self.needs else f" without {self.annex}"
+        return f"left out: the server was started{needs}"
+
+
+class AddedNames(NamedTuple):
+    """What to take out of a body."""
+
+    fields: Seq[str] = ()
+    tools: Seq[str] = ()  # types
+
+
+class Asked(NamedTuple):
+    """What a body asks of annexes, as it was sent."""
+
+    fields: Mapping[str, Any] = {}
+    tools: Seq[tuple[int, Mapping]] = ()  # entries of `tools`, with their indexes there
+
+
+class Added(NamedTuple):
+    """What a body asks of annexes, checked."""
+
+    fields: Mapping[str, Any] = {}              # values by names
+    tools: Mapping[str, Mapping[str, Any]] = {}  # the options of each type
+    offered: tuple[dict, ...] = ()               # these tools, for readers
+    changed_by: tuple[str, ...] = ()             # the annexes that may change its prompt
+
+
+NO_NAMES = AddedNames()
+NOTHING_ASKED = Asked()
+NOTHING_ADDED = Added()
+
+
+def take_out(fields: dict, names: AddedNames) -> Asked:
+    """Remove from a body the fields of annexes; null is as good as none. Entries of its `tools` stay there,
+    since a response repeats them. Raises RequestError for more than the front should read."""
+    if not names.fields and not names.tools:
+        return NOTHING_ASKED
+    taken = {name: fields.pop(name) for name in names.fields if name in fields}
+    taken = {name: value for name, value in taken.items() if value is not None}
+    sent = fields.get("tools")
+    tools = [(index, tool) for index, tool in enumerate(sent if isinstance(sent, list) else ())
+             if isinstance(tool, dict) and tool.get("type") in names.tools]
+    within_limit("tools that the server runs", len(tools), MOST_TOOLS, "tools")
+    if taken or tools:
+        names_asked = [*taken, *(["tools"] if tools else [])]
+        within_limit(f"bytes of {' and '.join(names_asked)}", json_bytes([taken, tools]),
+                     LIMITS.inline_bytes, names_asked[0])
+    return Asked(taken, tools)
+
+
+def json_bytes(value: Any) -> int:
+    """How many bytes a value takes as JSON. Raises RequestError if it is nested too deeply."""
+    try:
+        return len(json.dumps(value))
+    except RecursionError:
+        raise RequestError("the body is nested too deeply") from None
+
+
+def paths_of(form: str) -> Iterator[str]:
+    """The routes whose bodies have the same fields as those of `form`."""
+    return (path for path in ANSWER_READERS if BODY_FIELDS[path] is BODY_FIELDS[form])
+
+
+class Additions:
+    """What all annexes add, made once. Raises ValueError for a row that cannot be."""
+
+    def __init__(self, rows: Seq[Addition] = ()):
+        self.rows = rows
+        self.fields: dict[tuple[str, str], tuple[Addition, Field]] = {}  # by path and name
+        for row in rows:
+            for added in row.fields:
+                self._add(row, added)
+        self.tools = {tool.type: (row, tool) for row in rows if row.wanted for tool in row.tools}
+        if len(self.tools) < sum(len(row.tools) for row in rows if row.wanted):
+            raise ValueError(f"two annexes run tools of one type, among {', '.join(self.tools)}")
+
+    def _add(self, row: Addition, added: AddedField):
+        name = added.field.name
+        what = f"annex {row.annex}: the field {name}"
+        if added.field.required:
+            raise ValueError(f"{what} must not be required: bodies of other servers lack it")
+        for form in added.forms:
+            if form not in ANSWER_READERS:
+                raise ValueError(f"{what} joins {form}, which is no kind of body with an answer: "
+                                 f"{', '.join(ANSWER_READERS)}")
+            for path in paths_of(form):
+                if name in {field.name for field in BODY_FIELDS[path]} or (path, name) in self.fields:
+                    raise ValueError(f"{what} joins {path}, which has a field of this name")
+                self.fields[path, name] = row, added.field
+
+    def of_route(self, path: str) -> tuple[Field, ...]:
+        """The fields that are added to the bodies of a route."""
+        return tuple(field for (each, _), (_, field) in self.fields.items() if each == path)
+
+    def names(self, route: str) -> AddedNames:
+        """What to take out of bodies of a route: also fields that only other routes have, to refuse them."""
+        if not self.fields and not self.tools:
+            return NO_NAMES
+        own = {field.name for field in BODY_FIELDS.get(route, ())}
+        names = dict.fromkeys(name for _, name in self.fields if name not in own)
+        return AddedNames([*names], [*self.tools] if route in TOOL_ROUTES else [])
+
+    def read(self, route: str, asked: Asked, names_model: bool = False, in_batch: bool = False) -> Added:
+        """Check what a body asks for. Raises RequestError for a field that this route, a line of a batch or
+        this server does not have, and for a wrong value."""
+        if route == "/chat/completions" and names_model:
+            route = "/v1/chat/completions"  # see read_native_body
+        for name, value in asked.fields.items():
+            self._check(route, name, value, in_batch)
+        rows = [self.fields[route, name] for name in asked.fields]
+        fields = parse_fields({**asked.fields}, [field for _, field in rows])
+        if in_batch or not asked.tools and not fields and not self._change_all:
+            return NOTHING_ADDED
+        tools = {tool["type"]: self._options(index, tool) for index, tool in asked.tools}
+        users = {row.annex for row, _ in rows} | {self.tools[each][0].annex for each in tools}
+        users |= {row.annex for row in self._change_all}
+        changed_by = [row.annex for row in self.rows if row.changes_prompts and row.annex in users]
+        offered = [self.tools[each][1].offered_by(self.tools[each][0].annex) for each in tools]
+        return Added(fields, tools, tuple(offered), tuple(changed_by))
+
+    @property
+    def _change_all(self) -> list[Addition]:
+        """Those that may change the prompts of all bodies."""
+        return [row for row in self.rows
+                if row.wanted and row.changes_prompts and not row.fields and not row.tools]
+
+    def _check(self, route: str, name: str, value: Any, in_batch: bool):
+        if in_batch:
+            raise bad_value(name, value, "left out in a batch, whose lines have no such field")
+        if (route, name) not in self.fields:
+            paths = [path for path, each in self.fields if each == name]
+            raise bad_value(name, value, f"left out: {route} has no such field, unlike {', '.join(paths)}")
+        row, _ = self.fields[route, name]
+        if not row.wanted:
+            raise bad_value(name, value, row.why_not)
+
+    def _options(self, index: int, entry: Mapping) -> dict[str, Any]:
+        """The checked members of an entry of `tools`."""
+        _, tool = self.tools[entry["type"]]
+        begin = f"tools[{index}]."
+        fields = [field._replace(name=begin + field.name, means=field.name) for field in tool.options]
+        return parse_fields({begin + name: value for name, value in entry.items()}, fields)
+
+
+NO_ADDITIONS = Additions()
