@@ -16,7 +16,7 @@ from chatlm.common.errors import Overloaded, RequestError, bad_value
 from chatlm.common.messages.requests import PromptProgress
 from chatlm.common.program import page_files, why_outdated
 from chatlm.common.records import record
-from chatlm.front.annexes import ANNEXES, Annex
+from chatlm.front.annexes import ANNEXES, Annex, budgets_of, usage_writer_of
 from chatlm.front.api.encode import usage_body
 from chatlm.front.api.encoders import answer_encoder
 from chatlm.front.api.errors import public_error
@@ -32,7 +32,7 @@ from chatlm.front.server.describe import (
     stats_body)
 from chatlm.front.server.discovery import DISCOVERY_ROUTES
 from chatlm.front.server.history import History
-from chatlm.front.server.ledger import LEDGER_ROUTES, Ledger, claim_of
+from chatlm.front.server.ledger import Ledger
 from chatlm.front.server.metrics import Metrics
 from chatlm.front.server.page import PAGE_ROUTES, PageFiles
 from chatlm.front.server.recordings import GRACE_S, Recording, Recordings
@@ -71,7 +71,7 @@ class Front:
         self.store = store
         self.access = Access(settings)
         self.owners = Owners(settings)
-        self.ledger = Ledger(settings, store)
+        self.ledger = Ledger(settings, budgets_of(settings), usage_writer_of(store))
         self.toolbox = toolbox
         self.annexes = annexes
         self.routes = routes_with(annexes)
@@ -83,7 +83,7 @@ class Front:
         self.page = PageFiles(page_files())
         self.recordings = Recordings()
         self.metrics = Metrics(catalogue, self.ledger)
-        self.answers = Answers(settings, self.owners, self.ledger, self.metrics)
+        self.answers = Answers(self.owners, self.ledger, self.metrics, self.hooks(lambda annex: annex.watch))
         self.history = History(catalogue, self.metrics)
         for annex in self.wanted:
             self.room(annex)
@@ -106,12 +106,17 @@ class Front:
                 await annex.start(room)
         return self.rooms[annex.name]
 
+    def hooks(self, hook_of: Callable[[Annex], Callable | None]) -> list[Callable]:
+        """The hooks of the wanted annexes that have it, as functions that are given no room."""
+        def of_room(annex: Annex, hook: Callable) -> Callable:
+            return lambda *arguments: hook(self.room(annex), *arguments)
+
+        found = [(annex, hook_of(annex)) for annex in self.wanted]
+        return [of_room(annex, hook) for annex, hook in found if hook]
+
     def hook(self, hook_of: Callable[[Annex], Callable | None]) -> Callable | None:
-        """The hook of the first wanted annex that has it, as a function that is given no room."""
-        for annex in self.wanted:
-            if hook := hook_of(annex):
-                return lambda *arguments: hook(self.room(annex), *arguments)
-        return None
+        """The hook of the first wanted annex that has it."""
+        return next(iter(self.hooks(hook_of)), None)
 
     async def start(self, app: web.Application):
         await self.ledger.open()
@@ -156,8 +161,8 @@ class Front:
         if is_kept or self.is_id_in_use(record.id):
             record.id = secrets.token_hex(16)
         owner = self.owners.of_pages(record.client)
-        claims = [claim_of(request, pool.context_length) for pool, request in works]
-        is_over_budget = self.ledger.checked(record.client, claims)
+        is_over_budget = self.ledger.budgets is not None and self.ledger.budgets.checked(
+            record.client, [(request, pool.context_length) for pool, request in works])
         identified = []
         for _, request in works:
             params = replace(request.params, client=record.client, owner=owner)
@@ -443,7 +448,6 @@ ROOMS = (
     RoomRoutes(lambda front: front.models, MODEL_ROUTES),
     RoomRoutes(lambda front: front.models, DISCOVERY_ROUTES),
     RoomRoutes(lambda front: front.bodies, DOCUMENT_ROUTES),
-    RoomRoutes(lambda front: front.ledger, LEDGER_ROUTES),
     RoomRoutes(lambda front: front, STATE_ROUTES),
 )
 

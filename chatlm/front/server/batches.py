@@ -28,9 +28,10 @@ from chatlm.front.intake.intake import loaded_tokenizer
 from chatlm.front.lazy import web
 from chatlm.front.server.batch_turns import Lane, Turns, WaitingLine
 from chatlm.front.server.files import FileRoutes
-from chatlm.front.server.stored_lists import now_s, query_value, send_page, require_store
-from chatlm.front.server.ledger import Amount, Charge, Ledger, claim_of, write
+from chatlm.front.server.ledger import Amount, Charge, Ledger
 from chatlm.front.server.responses import REQUEST_LOG, json_response
+from chatlm.front.server.stored_lists import now_s, query_value, send_page, require_store
+from chatlm.front.server.usage_writer import write
 from chatlm.front.store import approvals, batches, files, quota, responses
 from chatlm.front.store.batches import Batch
 from chatlm.front.store.pages import Listed, ListPage, page_of
@@ -170,7 +171,7 @@ class BatchWorker:
         self.answers = answers
         self.ledger = ledger
         self.files = uploads
-        self.turns = Turns(self._room, ledger.wait_s)
+        self.turns = Turns(self._room, ledger.budgets.wait_s if ledger.budgets else lambda client: 0)
         self.timer: asyncio.TimerHandle | None = None  # fires when a refused line may try again
         self.wake = asyncio.Event()
         self.swept_s = 0.0
@@ -451,7 +452,8 @@ class BatchWorker:
         # a new id, because two batches may have the same line
         request = replace(request, id=secrets.token_hex(16), params=params, low_priority=True)
         del parsed, arrival
-        self.ledger.check_line(client, [claim_of(request, served.pool.context_length)])
+        if self.ledger.budgets:
+            self.ledger.budgets.check_line(client, (request, served.pool.context_length))
         own = list[Charge]()
         try:
             async with self.answers.begin(served.pool, request, served.name, later=own) as (_, events):
