@@ -268,6 +268,8 @@ class Intake:
         """Decode a body's pictures, once, however many models see them. Their pixels are held as long as
         `holding`. Raises RequestError if the model cannot see, or if a picture cannot be read."""
         envelope = arrival.envelope
+        if envelope.lift.is_empty:
+            return
         client = arrival.caller.client
         envelope.lift.check(self.why_blind(served.pool))
         if not envelope.lift.files or arrival.pictures:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -53,7 +54,9 @@ class Bodies:
     @asynccontextmanager
     async def opened(self, http: web.Request, reading: Holding, times: int = 1) -> AsyncIterator[Arrival]:
         """Receive a body, whose bytes `reading` then holds, and parse it. times: how often it may be read."""
-        most = LIMITS.pictured_bytes if self.intake.may_see else LIMITS.body_bytes
+        most = LIMITS.body_bytes
+        if not is_small(http) and self.intake.may_see:
+            most = LIMITS.pictured_bytes
         raw = await read_bytes(http, reading, most)
         async with self.intake.opened(self.caller(), raw, times=times) as arrival:
             record = REQUEST_LOG.get()
@@ -118,6 +121,11 @@ class Bodies:
             name = DOCUMENT_NAME.read(http.query.get("name", ""))
             text, pages, cut = await self.intake.extract(self.caller(), name, boundary, body)
         return json_response({"text": text, "pages": pages, "cut": cut})
+
+
+def is_small(http: web.Request) -> bool:
+    """Does a body say that it is so small that it may be read here, with whatever it has in it?"""
+    return (http.content_length or math.inf) <= LIMITS.inline_bytes and "Content-Encoding" not in http.headers
 
 
 def note_ignored(names: str):
