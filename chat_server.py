@@ -138,16 +138,15 @@ from collections.abc import Sequence as Seq
 from contextlib import suppress
 from functools import partial
 
-from chatlm.bundling import bundle_lines, with_kept_words
 from chatlm.cli import (
-    as_quantize, asks_for_json, hide_api_keys, parse_command_line, parse_store_words)
+    as_quantize, asks_for_json, hide_api_keys, parse_command_line, parse_store_words, with_kept_words)
 from chatlm.common.config import Settings
 from chatlm.common.errors import ChatServerError, ConfigError, check_library, lack_of_memory, visible
 from chatlm.common.hub.better import MEMORY_RATE, advice_of, only_demonstrates
 from chatlm.common.interrupts import raised_interrupts
 from chatlm.common.log import ProgressDisplay, json_handler, log, output_as_log, start_logging, tell
 from chatlm.common.memory import collect_from_now_on, give_memory_back, share_heap, tune_gc
-from chatlm.common.processes.torchrun import RankStore, serve_rank, torchrun
+from chatlm.common.processes.launch import torchrun
 from chatlm.common.program import other_program, program_root
 from chatlm.common.streams import lack_of_space, never_fail, repair_streams
 from chatlm.common.tiers import listed_store
@@ -251,6 +250,7 @@ def run_command(settings: Settings) -> int:
     if start and settings.serves_many:
         raise ConfigError("several models under torchrun: its ranks compute one model")
     if start and start.rank:
+        from chatlm.common.processes.torchrun import serve_rank
         return serve_rank(settings, start)
     if (nice := niceness(settings)) is not None:
         check_nice(nice)
@@ -268,6 +268,7 @@ def run_command(settings: Settings) -> int:
         return status
     finally:
         if start:  # let the other ranks end too; this imports torch
+            from chatlm.common.processes.torchrun import RankStore
             with suppress(RuntimeError):
                 RankStore().put("over", [time.time(), status])
 
@@ -286,11 +287,12 @@ def main(argv: Seq[str] | None = None) -> int:
         argv = as_quantize(argv)
         lines = None  # of a command that has no Settings
         if argv[:1] == ["bundle"]:
+            from chatlm.bundling import bundle_lines
             lines = bundle_lines(argv[1:])
         elif argv[:1] == ["store"]:
             lines = listed_store(*parse_store_words(argv[1:]))
         elif argv[:1] == ["export"]:
-            from chatlm.export.command import export_lines  # here, because it imports the worker's loaders
+            from chatlm.export.command import export_lines
             lines = export_lines(argv[1:])
         elif argv[:1] == ["push"]:
             from chatlm.export.push import push_lines

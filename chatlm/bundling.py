@@ -1,4 +1,4 @@
-"""The command `bundle`: its words, and what it does with them; the words that a bundle keeps."""
+"""The command `bundle`: its words, and what it does with them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ import shlex
 from collections.abc import Iterator, Sequence as Seq
 from pathlib import Path
 
-from chatlm.cli import CommandLine, parse_command_line
-from chatlm.common.config import DEFAULT_MODEL_NAME, PROGRAM_COMMANDS, file_name
-from chatlm.common.contents import own_contents
+from chatlm.cli import OTHER_COMMANDS, CommandLine, parse_command_line
+from chatlm.common.config import DEFAULT_MODEL_NAME, file_name
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.default_model import fetch_default_model
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.hub.huggingface import SPLIT_GGUF
 from chatlm.common.invocation import program_command
 
-OTHER_COMMANDS = "bundle", "store", "export", "push"
 ABOUT = ("Pack the program into one file, with the page and the compiled core of this platform: `python "
          "FILE` runs it on any machine that has the libraries. --with-libraries packs them too: then the "
          "machine needs nothing but the Python that the file was made for.")
@@ -139,15 +137,3 @@ def model_file(word: str) -> Path:
         raise ConfigError(f"--with-model {word}: a bundle takes a model of one GGUF file, and this is "
                           f"{'one of several parts' if source.kind == 'gguf' else source.chosen}")
     return source.path
-
-
-def with_kept_words(words: Seq[str]) -> list[str]:
-    """A command line with the words that the running bundle keeps, if they are for its command. Without a
-    command, theirs runs."""
-    kept = list(own_contents().words)
-    command = kept.pop(0) if kept[:1] and kept[0] in PROGRAM_COMMANDS else "serve"
-    given = words[0] if words[:1] and words[0] in (*PROGRAM_COMMANDS, *OTHER_COMMANDS) else ""
-    if not kept and command == "serve" or given not in ("", command):
-        return list(words)
-    return [command, *kept, *(words[1:] if given else words)]
-

@@ -12,17 +12,18 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, TYPE_CHECKING, TypeVar
 
-from chatlm.common.errors import Overloaded, RequestError, bad_value
+from chatlm.common.errors import RequestError, bad_value
 from chatlm.common.messages.requests import PromptProgress
-from chatlm.common.program import page_files, why_outdated
+from chatlm.common.program import page_files
 from chatlm.common.records import record
 from chatlm.front.annexes import ANNEXES, Annex, budgets_of, usage_writer_of
 from chatlm.front.api.encode import usage_body
-from chatlm.front.api.encoders import answer_encoder
+from chatlm.front.api.encoders import ENCODERS
 from chatlm.front.api.errors import public_error
 from chatlm.front.api.field_types import INTEGER, SWITCH
 from chatlm.front.api.fields import Field
 from chatlm.front.intake.intake import Intake, loaded_tokenizer
+from chatlm.front.late import load_later
 from chatlm.front.lazy import web
 from chatlm.front.server.access import Access, AccessLog, Owners
 from chatlm.front.server.answering import Answers, Ask, Begin
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.messages.requests import Accepted, Event, Request
-    from chatlm.front.annexes import Make
     from chatlm.front.api.encode import Encoder
     from chatlm.front.intake.budget import Holding
     from chatlm.front.pool.catalogue import Catalogue
@@ -100,7 +100,7 @@ class Front:
         """The room of an annex that a request asks for. The first such request opens it, and imports its
         modules in a thread. Raises Overloaded if they may be newer than what runs."""
         if annex.name not in self.rooms:
-            make = await asyncio.to_thread(load_later, annex)
+            make = await asyncio.to_thread(load_later, annex.load)
             if annex.name not in self.rooms:  # no other request was faster
                 room = self.rooms[annex.name] = make(self)
                 await annex.start(room)
@@ -173,6 +173,7 @@ class Front:
     async def handle_answer(self, http: web.Request) -> web.StreamResponse:
         with self.bodies.holding() as holding:
             served, parsed = await self.bodies.answer(http, holding)
+            make_encoder = await ENCODERS[parsed.api].get()
             pool = served.pool
             [request] = self.identified([(pool, parsed.request)], parsed.is_kept)
             parsed = replace(parsed, request=request)
@@ -181,7 +182,7 @@ class Front:
                     parsed = annex.prepare(self.room(annex), parsed)
             del request  # from here on only what an answer needs is kept, not all messages and tools
             tokenizer = None if parsed.api == "native" else loaded_tokenizer(pool)
-            encoder = answer_encoder(parsed, served.name, tokenizer)
+            encoder = make_encoder(parsed.lasting(), served.name, tokenizer)
             answering = self.begin(Ask(pool, parsed, served.name, encoder))
             parsed = encoder.parsed
             if nothing := encoder.without_work():
@@ -427,19 +428,6 @@ def handlers_of_annex(annex: Annex[T], front: Front) -> Iterator[tuple[Route[T],
 
     for row in annex.routes:
         yield row, partial(handle, row)
-
-
-def load_later(annex: Annex[T]) -> Make[T]:
-    """Import the modules of an annex after the start. Raises Overloaded if the program's files are no longer
-    those that were started: what is imported now may not fit what runs."""
-    try:
-        make = annex.load()
-    except Exception:  # half a file, or another bundle at the old places: not only ImportError
-        if not why_outdated():
-            raise
-    if why := why_outdated():
-        raise Overloaded(why)
-    return make
 
 
 ROOMS = (

@@ -104,11 +104,12 @@ class Answers:
         Raises RequestError 409 if an answer with its id runs."""
         request_id = request.id
         with self.entered(request_id, request.client):
+            others = [make(request) for make in self.watch]
             charge = self.ledger.charge(request, model, pool.context_length)
             reservation = charge.reservation
             if reservation:
                 reservation.more = partial(give_more, pool, request_id, reservation, later is not None)
-            watchers = [AnswerTimes(self.metrics, request.n), charge, *(make(request) for make in self.watch)]
+            watchers = [AnswerTimes(self.metrics, request.n), charge, *others]
             events = watched(pool.answer(request), watchers)
             del request  # the pool drops most of it when it is admitted
             try:
