@@ -18,11 +18,17 @@ def load_later(load: Callable[[], T]) -> T:
     try:
         loaded = load()
     except Exception:  # half a file, or another bundle at the old places: not only ImportError
-        if not why_outdated():
-            raise
-    if why := why_outdated():
-        raise Overloaded(why)
+        check_program()
+        raise
+    check_program()
     return loaded
+
+
+def check_program():
+    """Raise Overloaded if the program's files have changed since it was started."""
+    why = why_outdated()
+    if why:
+        raise Overloaded(why)
 
 
 class Late(Generic[T]):
