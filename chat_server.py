@@ -138,9 +138,8 @@ from collections.abc import Iterator, Sequence as Seq
 from contextlib import suppress
 from functools import partial
 
-from chatlm.bundling import bundle_lines, with_kept_words
 from chatlm.cli import (
-    as_quantize, asks_for_json, hide_api_keys, parse_command_line, parse_store_words)
+    as_quantize, asks_for_json, hide_api_keys, parse_command_line, parse_store_words, with_kept_words)
 from chatlm.common.commands import Command
 from chatlm.common.config import Settings
 from chatlm.common.errors import ChatServerError, ConfigError, check_library, lack_of_memory, visible
@@ -148,7 +147,7 @@ from chatlm.common.hub.better import MEMORY_RATE, advice_of, only_demonstrates
 from chatlm.common.interrupts import raised_interrupts
 from chatlm.common.log import ProgressDisplay, json_handler, log, output_as_log, start_logging, tell
 from chatlm.common.memory import collect_from_now_on, give_memory_back, share_heap, tune_gc
-from chatlm.common.processes.torchrun import RankStore, serve_rank, torchrun
+from chatlm.common.processes.launch import torchrun
 from chatlm.common.program import other_program, program_root
 from chatlm.common.streams import lack_of_space, never_fail, repair_streams
 from chatlm.common.tiers import listed_store
@@ -243,8 +242,13 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None,
     return 2 if store and store.damaged else 0
 
 
+def bundle_lines(words: Seq[str]) -> Iterator[str]:
+    from chatlm.bundling import bundle_lines  # here, like the others: few starts need it
+    return bundle_lines(words)
+
+
 def export_lines(words: Seq[str]) -> Iterator[str]:
-    from chatlm.export.command import export_lines  # here, because it imports the worker's loaders
+    from chatlm.export.command import export_lines
     return export_lines(words)
 
 
@@ -269,6 +273,7 @@ def run_command(settings: Settings, annexes: Seq[Annex] = ANNEXES) -> int:
     if start and settings.serves_many:
         raise ConfigError("several models under torchrun: its ranks compute one model")
     if start and start.rank:
+        from chatlm.common.processes.torchrun import serve_rank
         return serve_rank(settings, start)
     if (nice := niceness(settings)) is not None:
         check_nice(nice)
@@ -286,6 +291,7 @@ def run_command(settings: Settings, annexes: Seq[Annex] = ANNEXES) -> int:
         return status
     finally:
         if start:  # let the other ranks end too; this imports torch
+            from chatlm.common.processes.torchrun import RankStore
             with suppress(RuntimeError):
                 RankStore().put("over", [time.time(), status])
 

@@ -1,4 +1,4 @@
-"""The command `bundle`: its words, and what it does with them; the words that a bundle keeps."""
+"""The command `bundle`: its words, and what it does with them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 
 from chatlm.cli import CommandLine, parse_command_line
 from chatlm.common.commands import OTHER_COMMANDS
-from chatlm.common.config import DEFAULT_MODEL_NAME, PROGRAM_COMMANDS, file_name
-from chatlm.common.contents import own_contents
+from chatlm.common.config import DEFAULT_MODEL_NAME, file_name
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.default_model import fetch_default_model
 from chatlm.common.hub.find import resolve_model
@@ -139,15 +138,3 @@ def model_file(word: str) -> Path:
         raise ConfigError(f"--with-model {word}: a bundle takes a model of one GGUF file, and this is "
                           f"{'one of several parts' if source.kind == 'gguf' else source.chosen}")
     return source.path
-
-
-def with_kept_words(words: Seq[str]) -> list[str]:
-    """A command line with the words that the running bundle keeps, if they are for its command. Without a
-    command, theirs runs."""
-    kept = list(own_contents().words)
-    command = kept.pop(0) if kept[:1] and kept[0] in PROGRAM_COMMANDS else "serve"
-    given = words[0] if words[:1] and words[0] in (*PROGRAM_COMMANDS, *OTHER_COMMANDS) else ""
-    if not kept and command == "serve" or given not in ("", command):
-        return list(words)
-    return [command, *kept, *(words[1:] if given else words)]
-

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm import __version__
+from chatlm.common.commands import OTHER_COMMANDS
 from chatlm.common.config import (
     DEFAULT_MODEL_NAME, FLAGS, PROGRAM_COMMANDS, ModelChoice, Settings, file_name, read_api_keys, size)
+from chatlm.common.contents import own_contents
 from chatlm.common.core import kernels_line
 from chatlm.common.errors import ConfigError, did_you_mean, require_library
 from chatlm.common.files import read_operators
@@ -588,3 +590,14 @@ def hide_api_keys() -> bool:
         return True
     except (OSError, ValueError):
         return False
+
+
+def with_kept_words(words: Seq[str]) -> list[str]:
+    """A command line with the words that the running bundle keeps, if they are for its command. Without a
+    command, theirs runs."""
+    kept = list(own_contents().words)
+    command = kept.pop(0) if kept[:1] and kept[0] in PROGRAM_COMMANDS else "serve"
+    given = words[0] if words[:1] and words[0] in (*PROGRAM_COMMANDS, *OTHER_COMMANDS) else ""
+    if not kept and command == "serve" or given not in ("", command):
+        return list(words)
+    return [command, *kept, *(words[1:] if given else words)]

@@ -15,22 +15,35 @@ from real_server import post, server
 
 # Of the front and the sandboxes, after answers by three APIs
 ABSENT = """
-    chatlm.common.hub.offers chatlm.common.processes.connect chatlm.common.processes.ray
-    chatlm.export chatlm.front.evals chatlm.front.pool.downloads chatlm.front.pool.many
+    chatlm.bundling chatlm.common.hub.offers chatlm.common.processes.connect
+    chatlm.common.processes.ray chatlm.common.processes.torchrun chatlm.common.text.grammar
+    chatlm.common.text.number_ranges chatlm.common.text.schema_rules chatlm.export
+    chatlm.front.api.call_grammars chatlm.front.api.encode_infill chatlm.front.api.encode_ollama
+    chatlm.front.api.encode_responses chatlm.front.api.encode_retrieval
+    chatlm.front.evals chatlm.front.pool.downloads chatlm.front.pool.many
     chatlm.front.pool.opener chatlm.front.pool.ray_nodes chatlm.front.pool.residency
     chatlm.front.server.approvals chatlm.front.server.batch_turns chatlm.front.server.batches
-    chatlm.front.server.compare chatlm.front.server.conversations chatlm.front.server.downloading
+    chatlm.front.server.budgets chatlm.front.server.compare chatlm.front.server.conversation_log
+    chatlm.front.server.conversations chatlm.front.server.downloading
     chatlm.front.server.exporting chatlm.front.server.files chatlm.front.server.metric_families
     chatlm.front.server.rounds chatlm.front.server.runs chatlm.front.server.tooling
+    chatlm.front.server.usage chatlm.front.server.usage_writer
     chatlm.front.store chatlm.front.tools.client chatlm.front.tools.toolbox chatlm.terminal
     prometheus_client sqlite3
 """.split()
-# In each process: at SIGUSR1 it writes the names of its modules
+# In each process: at SIGUSR1 it writes the names of its modules, and what its event loop has imported
 SPY = """
-import os, signal, sys
+import os, signal, sys, threading
+class Finder:
+    names = []
+    def find_spec(self, name, path=None, target=None):
+        if threading.current_thread() is threading.main_thread():
+            self.names.append(name)
+sys.meta_path.insert(0, Finder())
 def tell(*_):
     with open(os.path.join(os.environ["SPY"], f"{os.getpid()}.part"), "w") as file:
-        file.write(" ".join(sys.modules))
+        print(*sys.modules, file=file)
+        print(*Finder.names, file=file)
     os.replace(file.name, os.path.join(os.environ["SPY"], str(os.getpid())))
 signal.signal(signal.SIGUSR1, tell)
 """
@@ -53,7 +66,16 @@ def modules_of(process, folder):
         os.kill(pid, signal.SIGUSR1)
     while not all((folder / str(pid)).exists() for pid in pids):
         assert all(map(psutil.pid_exists, pids))
-    return {name for pid in pids for name in (folder / str(pid)).read_text().split()}
+    written = [(folder / str(pid)).read_text().splitlines() for pid in pids]
+    return {name for modules, _ in written for name in modules.split()}
+
+
+def imported_by_the_loop(process, folder):
+    """What the event loop of the front has imported so far."""
+    modules_of(process, folder)
+    names = (folder / str(process.pid)).read_text().splitlines()[1].split()
+    (folder / str(process.pid)).unlink()
+    return names
 
 
 def test_a_default_server_loads_no_annex(default_model_path, spied, tmp_path):
@@ -83,3 +105,28 @@ def test_the_first_request_opens_its_room_alone(default_model_path, spied, tmp_p
         modules = modules_of(process, tmp_path)
     assert "chatlm.front.server.batches" in modules
     assert not {"chatlm.front.server.runs", "chatlm.front.server.tooling"} & modules
+
+
+def test_what_opens_late_is_imported_off_the_event_loop(default_model_path, spied, tmp_path):
+    """Encoders of APIs, what makes grammars of formats and of calls, and rooms."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    tool = {"name": "add", "parameters": schema}
+    chat, short = {"messages": MESSAGES}, {"max_tokens": 2}
+    bodies = [
+        ("/v1/chat/completions", chat | short | {"tools": [{"type": "function", "function": tool}]}),
+        ("/v1/chat/completions", chat | {"max_tokens": 20, "response_format": {
+            "type": "json_schema", "json_schema": {"name": "a", "schema": schema}}}),
+        ("/v1/completions", {"prompt": "a", "guided_choice": ["yes", "no"]} | short),
+        ("/v1/messages", chat | short), ("/v1/embeddings", {"input": "a"}),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 16}),
+        ("/api/chat", chat | {"stream": False, "options": {"num_predict": 2}}),
+        ("/v1/compare", chat | short | {"models": ["default", "default"]})]
+    with server(default_model_path, env=spied) as (process, url):
+        assert post(url + "/v1/chat/completions", chat | short).status == 200
+        before = len(imported_by_the_loop(process, tmp_path))
+        for path, body in bodies:
+            assert post(url + path, body).status == 200
+        for path in ("/v1/usage", "/v1/runs", "/v1/tools", "/metrics"):
+            assert urllib.request.urlopen(url + path, timeout=60).status == 200
+        imported = imported_by_the_loop(process, tmp_path)[before:]
+    assert [name for name in imported if name.startswith("chatlm")] == []

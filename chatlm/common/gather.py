@@ -18,7 +18,7 @@ from chatlm.common.elf import glibc_of
 from chatlm.common.errors import ConfigError, require_library
 from chatlm.common.invocation import pip_command, python_command
 from chatlm.common.libraries import OPTIONAL, THIS_PYTHON
-from chatlm.common.program import files_below, program_place, program_root
+from chatlm.common.program import program_place, program_root
 from chatlm.common.seam import seam_digest
 from chatlm.common.unpack import PLATFORM
 

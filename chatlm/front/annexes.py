@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from aiohttp import web
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import ParsedBody
+    from chatlm.common.messages.requests import Request
     from chatlm.front.api.encode import Encoder
     from chatlm.front.front import Front
     from chatlm.front.intake.arrival import Arrival, Caller
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from chatlm.front.intake.intake import KeptBefore
     from chatlm.front.server.answering import Answering, Ask, Begin
     from chatlm.front.server.batches import BatchRoutes
+    from chatlm.front.server.budgets import Budgets
     from chatlm.front.server.compare import CompareRoutes
     from chatlm.front.server.conversations import ConversationRoutes, ResponseKeeper
     from chatlm.front.server.downloading import DownloadRoutes
@@ -43,6 +45,9 @@ if TYPE_CHECKING:
     from chatlm.front.server.rounds import Rounds
     from chatlm.front.server.runs import RunRoutes
     from chatlm.front.server.tooling import ToolRoutes
+    from chatlm.front.server.usage import UsageRoutes
+    from chatlm.front.server.usage_writer import UsageWriter
+    from chatlm.front.server.watching import Watcher
     from chatlm.front.store.schema import Step
     from chatlm.front.store.store import Store
     from chatlm.front.tools.toolbox import Toolbox
@@ -78,6 +83,8 @@ class Annex(Generic[T]):
     joins: Callable[[ParsedBody], bool] = lambda parsed: False
     prepare: Callable[[T, ParsedBody], ParsedBody] | None = None
     around: Callable[[T, Begin, Ask], Answering] | None = None
+    # what sees the events of each answer
+    watch: Callable[[T, Request], Watcher] | None = None
     # the tools that may be run for a body that names tool servers, each as JSON
     offers: Callable[[T, web.Request, Envelope], Awaitable[list[bytes]]] | None = None
     # the items that a body continues or refers to
@@ -125,6 +132,22 @@ async def database_of(settings: Settings, annexes: Seq[Annex[Any]]) -> Store | N
         return None
     from chatlm.front.store.store import open_store
     return await open_store(settings, {annex.name: annex.tables() for annex in annexes if annex.tables})
+
+
+def budgets_of(settings: Settings) -> Budgets | None:
+    """What API keys may use; None if no key has a budget."""
+    if all(key.tokens_per_day is None for key in settings.keys):
+        return None
+    from chatlm.front.server.budgets import Budgets
+    return Budgets(settings.keys)
+
+
+def usage_writer_of(store: Store | None) -> UsageWriter | None:
+    """What writes to the database what was used; None without a database."""
+    if store is None:
+        return None
+    from chatlm.front.server.usage_writer import UsageWriter
+    return UsageWriter(store)
 
 
 # Tools that run here, and answers for which the server calls them
@@ -176,6 +199,7 @@ ROUNDS = Annex(
 
 def load_batches() -> Make[BatchRoutes]:
     from chatlm.front.server.batches import BatchRoutes
+    from chatlm.front.server.budgets import Budgets
     return lambda front: BatchRoutes(front.store, front.catalogue, front.bodies, front.owners, front.answers,
                                      front.ledger)
 
@@ -320,6 +344,32 @@ EXPORTS = Annex("exports", load_exports, EXPORT_ROUTES, close=lambda exports: ex
 METRICS = Annex("metrics", load_metrics, METRIC_ROUTES)
 
 
+# What an operator is told
+
+def load_usage() -> Make[UsageRoutes]:
+    from chatlm.front.server.usage import UsageRoutes
+    from chatlm.front.server.usage_writer import UsageWriter
+    return lambda front: UsageRoutes(front.ledger, front.store)
+
+
+def load_conversation_log() -> Make[Callable[[Request], Watcher]]:
+    from chatlm.front.server.conversation_log import ConversationLog
+    return lambda front: ConversationLog
+
+
+FROM_DAY = Field("from", TEXT, "the first day (UTC), as 2026-11-24; default: 30 days before the last")
+TO_DAY = Field("to", TEXT, "the last day; default: today")
+USAGE_ROUTES: tuple[Route[UsageRoutes], ...] = (
+    Route("GET", "/v1/usage", Api.OPENAI, lambda usage, http: usage.handle_usage(http),
+          "what the request's API key used by day and model; a key with role=admin sees all keys",
+          query=(FROM_DAY, TO_DAY)),
+)
+USAGE = Annex("usage", load_usage, USAGE_ROUTES)
+CONVERSATION_LOG = Annex("conversation log", load_conversation_log,
+                         wanted=lambda front: front.settings.log_conversations,
+                         watch=lambda make, request: make(request))
+
+
 # Several models and training runs
 
 def load_compare() -> Make[CompareRoutes]:
@@ -372,4 +422,5 @@ RUNS = Annex("runs", load_runs, RUN_ROUTES)
 
 # They start in this order, and are closed in it. The `around` of one is within those of the rows after it
 ANNEXES: tuple[Annex[Any], ...] = (
-    BATCHES, FILES, DOWNLOADS, EXPORTS, METRICS, COMPARE, RUNS, TOOLS, ROUNDS, KEPT, CONVERSATIONS)
+    BATCHES, FILES, DOWNLOADS, EXPORTS, METRICS, USAGE, CONVERSATION_LOG, COMPARE, RUNS, TOOLS, ROUNDS, KEPT,
+    CONVERSATIONS)

@@ -16,10 +16,10 @@ from chatlm.common.errors import RequestError, bad_value
 from chatlm.common.messages.requests import PromptProgress
 from chatlm.common.program import imported_later, page_files
 from chatlm.common.records import record
-from chatlm.front.annexes import ANNEXES, Annex, additions_of
+from chatlm.front.annexes import ANNEXES, Annex, additions_of, budgets_of, usage_writer_of
 from chatlm.front.api.additions import Additions
 from chatlm.front.api.encode import usage_body
-from chatlm.front.api.encoders import answer_encoder
+from chatlm.front.api.encoders import ENCODERS
 from chatlm.front.api.errors import public_error
 from chatlm.front.api.field_types import INTEGER, SWITCH
 from chatlm.front.api.fields import Field
@@ -33,7 +33,7 @@ from chatlm.front.server.describe import (
     stats_body)
 from chatlm.front.server.discovery import DISCOVERY_ROUTES
 from chatlm.front.server.history import History
-from chatlm.front.server.ledger import LEDGER_ROUTES, Ledger, claim_of
+from chatlm.front.server.ledger import Ledger
 from chatlm.front.server.metrics import Metrics
 from chatlm.front.server.page import PAGE_ROUTES, PageFiles
 from chatlm.front.server.recordings import GRACE_S, Recording, Recordings
@@ -71,7 +71,7 @@ class Front:
         self.store = store
         self.access = Access(settings)
         self.owners = Owners(settings)
-        self.ledger = Ledger(settings, store)
+        self.ledger = Ledger(settings, budgets_of(settings), usage_writer_of(store))
         self.toolbox = toolbox
         self.annexes = annexes
         self.routes = routes_with(annexes)
@@ -84,7 +84,7 @@ class Front:
         self.page = PageFiles(page_files())
         self.recordings = Recordings()
         self.metrics = Metrics(catalogue, self.ledger)
-        self.answers = Answers(settings, self.owners, self.ledger, self.metrics)
+        self.answers = Answers(self.owners, self.ledger, self.metrics, self.hooks(lambda annex: annex.watch))
         self.history = History(catalogue, self.metrics)
         for annex in self.wanted:
             self.room(annex)
@@ -115,12 +115,17 @@ class Front:
         if annex.name not in names:
             raise ValueError(f"the annex {annex.name} is not among those of this server: {', '.join(names)}")
 
+    def hooks(self, hook_of: Callable[[Annex], Callable | None]) -> list[Callable]:
+        """The hooks of the wanted annexes that have it, as functions that are given no room."""
+        def of_room(annex: Annex, hook: Callable) -> Callable:
+            return lambda *arguments: hook(self.room(annex), *arguments)
+
+        found = [(annex, hook_of(annex)) for annex in self.wanted]
+        return [of_room(annex, hook) for annex, hook in found if hook]
+
     def hook(self, hook_of: Callable[[Annex], Callable | None]) -> Callable | None:
-        """The hook of the first wanted annex that has it, as a function that is given no room."""
-        for annex in self.wanted:
-            if hook := hook_of(annex):
-                return lambda *arguments: hook(self.room(annex), *arguments)
-        return None
+        """The hook of the first wanted annex that has it."""
+        return next(iter(self.hooks(hook_of)), None)
 
     async def start(self, app: web.Application):
         await self.ledger.open()
@@ -165,8 +170,8 @@ class Front:
         if is_kept or self.is_id_in_use(record.id):
             record.id = secrets.token_hex(16)
         owner = self.owners.of_pages(record.client)
-        claims = [claim_of(request, pool.context_length) for pool, request in works]
-        is_over_budget = self.ledger.checked(record.client, claims)
+        is_over_budget = self.ledger.budgets is not None and self.ledger.budgets.checked(
+            record.client, [(request, pool.context_length) for pool, request in works])
         identified = []
         for _, request in works:
             params = replace(request.params, client=record.client, owner=owner)
@@ -177,6 +182,7 @@ class Front:
     async def handle_answer(self, http: web.Request) -> web.StreamResponse:
         with self.bodies.holding() as holding:
             served, parsed = await self.bodies.answer(http, holding)
+            make_encoder = await ENCODERS[parsed.api].get()
             pool = served.pool
             for annex in self.wanted:
                 if annex.prompt and annex.name in parsed.changed_by:
@@ -188,7 +194,7 @@ class Front:
                     parsed = annex.prepare(self.room(annex), parsed)
             del request  # from here on only what an answer needs is kept, not all messages and tools
             tokenizer = None if parsed.api == "native" else loaded_tokenizer(pool)
-            encoder = answer_encoder(parsed, served.name, tokenizer)
+            encoder = make_encoder(parsed.lasting(), served.name, tokenizer)
             answering = self.begin(Ask(pool, parsed, served.name, encoder))
             parsed = encoder.parsed
             if nothing := encoder.without_work():
@@ -442,7 +448,6 @@ ROOMS = (
     RoomRoutes(lambda front: front.models, MODEL_ROUTES),
     RoomRoutes(lambda front: front.models, DISCOVERY_ROUTES),
     RoomRoutes(lambda front: front.bodies, DOCUMENT_ROUTES),
-    RoomRoutes(lambda front: front.ledger, LEDGER_ROUTES),
     RoomRoutes(lambda front: front, STATE_ROUTES),
 )
 

@@ -12,7 +12,7 @@ from chatlm.common.errors import require_library
 from chatlm.common.messages.protocol import ModelCard
 from chatlm.common.messages.requests import ModelFacts
 from chatlm.common.processes.nodes import advice
-from chatlm.common.processes.torchrun import ranks_here
+from chatlm.common.processes.launch import ranks_here
 from chatlm.worker.weights.digest import sampled_digest
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from chatlm.common.config import size
 from chatlm.common.errors import ConfigError, require_library
 from chatlm.common.processes.nodes import place
-from chatlm.common.processes.torchrun import ranks_here, torchrun
+from chatlm.common.processes.launch import ranks_here, torchrun
 from chatlm.worker.arrays.kinds import Device
 
 if TYPE_CHECKING:

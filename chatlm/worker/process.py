@@ -14,7 +14,7 @@ from chatlm.common.log import CalmLog, log
 from chatlm.common.memory import give_memory_back
 from chatlm.common.messages.protocol import Loading, ModelText
 from chatlm.common.processes.start import threads_per_worker
-from chatlm.common.processes.torchrun import ranks_here
+from chatlm.common.processes.launch import ranks_here
 from chatlm.worker.build import build_engine
 from chatlm.worker.card import make_card
 from chatlm.worker.device import bind_to_node, prepare_device

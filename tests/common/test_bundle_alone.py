@@ -158,7 +158,7 @@ def test_a_packed_model_is_served_with_its_words(talking, python, unpacked):
 def test_command_line_words_follow_the_kept_ones(talking, packed, python, places):
     """Words of the command line come after those that a bundle keeps."""
     def settings(file, *lines):
-        code = "import json, sys; sys.path.insert(0, sys.argv.pop(1)); from chatlm.bundling import with_kept_words; " \
+        code = "import json, sys; sys.path.insert(0, sys.argv.pop(1)); from chatlm.cli import with_kept_words; " \
                "print(list(map(with_kept_words, json.loads(sys.argv[1]))))"
         return eval(run("-c", code, file, json.dumps(lines), python=python, env=places).stdout)
     kept = ["--max-batch", "3", "--prefix", "/talk"]

@@ -158,12 +158,15 @@ class PromptMaker:
                      for start in starts)
 
     async def render(self, messages: Seq[Message], tools: Seq[dict], client: str,
-                     options: Mapping = NO_OPTIONS) -> tuple[int, ...]:
-        """The token ids of a conversation. Raises RequestError if it is far too long."""
+                     options: Mapping = NO_OPTIONS,
+                     pictures: Seq[Picture] | None = None) -> tuple[int, ...]:
+        """The token ids of a conversation. Raises RequestError if it is far too long. pictures: its pictures;
+        None: not looked for yet."""
         tokenizer = self.tokenizer
         texts = [message.content + text_in(calculations_of(message)) for message in messages]
         size = sum(map(len, texts)) + 50 * len(texts)
-        pictures = pictures_of(messages)
+        if pictures is None:
+            pictures = pictures_of(messages)
         check_pictures(tokenizer.spec.vision, len(pictures))
         await self.run(lambda: self._start_of("".join(texts), "messages"), size)
         if not tokenizer.templated:
@@ -194,8 +197,10 @@ class PromptMaker:
             if cut not in rendered:
                 left = [message for index, message in enumerate(messages)
                         if message.role == "system" or index >= cuts[cut] or index == question]
-                ids = await self.render(left, request.tools, request.client, request.template_options)
-                rendered[cut] = Prompts((ids,), len(messages) - len(left), pictures_of(left))
+                pictures = pictures_of(left)
+                ids = await self.render(
+                    left, request.tools, request.client, request.template_options, pictures)
+                rendered[cut] = Prompts((ids,), len(messages) - len(left), pictures)
             return rendered[cut]
 
         async def fits(cut: int) -> bool:

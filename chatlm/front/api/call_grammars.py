@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import error_text, shown
-from chatlm.common.jsontext import JSON_TYPES, as_json, is_text
+from chatlm.common.jsontext import JSON_TYPES, as_json
 from chatlm.common.text.formats import A_MARKER, CALL_FORMATS, MARKS, CallFormat
 from chatlm.common.text.grammar import lark_grammar, schema_grammar, unusable_schema
 from chatlm.common.text.patterns import check_patterns, in_slashes

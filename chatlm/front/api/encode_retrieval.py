@@ -158,6 +158,3 @@ FORMS: dict[str, Callable[[ScoresEncoder, dict], dict | list[dict]]] = {
     "rerank": ScoresEncoder.rerank_body, "llama rerank": ScoresEncoder.rerank_body,
     "tei rerank": ScoresEncoder.tei_body, "score": ScoresEncoder.score_body,
     "cosines": ScoresEncoder.score_body}
-RETRIEVAL_ENCODERS: dict[str, type[Encoder]] = {
-    **dict.fromkeys(("embeddings", "ollama embed", "ollama embeddings", "tei embed"), EmbeddingsEncoder),
-    **dict.fromkeys(FORMS, ScoresEncoder)}

@@ -1,16 +1,13 @@
-"""The table of encoders: which one writes the answers of each API."""
+"""The table of encoders: which one writes the answers of each API. Those of most APIs are imported late."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from chatlm.front.api.encode import NativeEncoder
-from chatlm.front.api.encode_infill import InfillEncoder
-from chatlm.front.api.encode_messages import MessagesEncoder
-from chatlm.front.api.encode_ollama import OllamaEncoder
 from chatlm.front.api.encode_openai import ChatEncoder, CompletionEncoder, FunctionEncoder
-from chatlm.front.api.encode_responses import ResponsesEncoder
-from chatlm.front.api.encode_retrieval import RETRIEVAL_ENCODERS
+from chatlm.front.late import Late
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import ParsedBody
@@ -18,13 +15,46 @@ if TYPE_CHECKING:
     from chatlm.front.api.encode import Encoder
 
 
+def load_infill() -> type[Encoder]:
+    from chatlm.front.api.encode_infill import InfillEncoder
+    return InfillEncoder
+
+
+def load_responses() -> type[Encoder]:
+    from chatlm.front.api.encode_responses import ResponsesEncoder
+    return ResponsesEncoder
+
+
+def load_messages() -> type[Encoder]:
+    from chatlm.front.api.encode_messages import MessagesEncoder
+    return MessagesEncoder
+
+
+def load_ollama() -> type[Encoder]:
+    from chatlm.front.api.encode_ollama import OllamaEncoder
+    return OllamaEncoder
+
+
+def load_embeddings() -> type[Encoder]:
+    from chatlm.front.api.encode_retrieval import EmbeddingsEncoder
+    return EmbeddingsEncoder
+
+
+def load_scores() -> type[Encoder]:
+    from chatlm.front.api.encode_retrieval import ScoresEncoder
+    return ScoresEncoder
+
+
+ENCODERS: Mapping[str, Late[type[Encoder]]] = {
+    "native": Late.here(NativeEncoder), "chat": Late.here(ChatEncoder),
+    "functions": Late.here(FunctionEncoder), "completion": Late.here(CompletionEncoder),
+    "infill": Late(load_infill), "responses": Late(load_responses), "messages": Late(load_messages),
+    "ollama chat": Late(load_ollama), "ollama generate": Late(load_ollama),
+    **dict.fromkeys(("embeddings", "ollama embed", "ollama embeddings", "tei embed"), Late(load_embeddings)),
+    **dict.fromkeys(("rerank", "llama rerank", "tei rerank", "score", "cosines"), Late(load_scores))}
+
+
 def answer_encoder(parsed: ParsedBody, model: str, tokenizer: Tokenizer | None) -> Encoder:
-    """Make the encoder of an answer. It keeps no more of the request than it needs."""
-    return ENCODERS[parsed.api](parsed.lasting(), model, tokenizer)
-
-
-ENCODERS = {"native": NativeEncoder, "chat": ChatEncoder, "functions": FunctionEncoder,
-            "completion": CompletionEncoder, "infill": InfillEncoder,
-            "responses": ResponsesEncoder, "messages": MessagesEncoder,
-            "ollama chat": OllamaEncoder, "ollama generate": OllamaEncoder,
-            **RETRIEVAL_ENCODERS}
+    """Make the encoder of an answer, for whoever holds up nobody while it is imported. It keeps no more of
+    the request than it needs."""
+    return ENCODERS[parsed.api].now()(parsed.lasting(), model, tokenizer)

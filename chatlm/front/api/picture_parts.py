@@ -88,6 +88,11 @@ class Lift:
     first: str = ""                      # the name of its first picture; "" if it has none
     problem: RequestError | None = None  # what is wrong with the first that cannot be used
 
+    @property
+    def is_empty(self) -> bool:
+        """Has the body no picture, and nothing that is meant to be one?"""
+        return not self.first and self.problem is None
+
     def check(self, refusal: str):
         """Raise RequestError if the body has a picture that the model, or anyone, cannot use. refusal: why
         the model cannot see; "": it can. That comes before what is wrong with a file."""
@@ -156,7 +161,11 @@ def picture_in(part: Any) -> Picture | None:
 
 
 def with_pixels(request: Request, pictures: Seq[Picture]) -> Request:
-    """A request with the pixels of its pictures."""
+    """A request with the pixels of its pictures. Raises RequestError for a picture that is not among these:
+    a client can write what `fill_in` does, where no picture belongs."""
+    if not pictures and not request.pictures and not any(
+            message.pictures for message in request.messages or ()):
+        return request
     by_digest = {picture.digest: picture for picture in pictures}
 
     def whole(some: Seq[Picture]) -> tuple[Picture, ...]:

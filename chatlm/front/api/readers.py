@@ -16,8 +16,6 @@ from chatlm.common.messages.requests import (
 from chatlm.common.messages.tool_rounds import ToolPlan
 from chatlm.common.messages.wire import as_plain_json
 from chatlm.common.text.formats import CALL_FORMATS, knows_of_thinking, thoughts_of
-from chatlm.common.text.grammar import unusable_schema
-from chatlm.front.api.call_grammars import call_grammar, parameter_types, parameters_schema, tool_grammar
 from chatlm.front.api.message_readers import (
     OTHER_BLOCKS, OTHER_ITEMS, SentMessage, anthropic_messages, chat_messages, custom_calls, joined_turns,
     message_from, native_messages, openai_messages, other_types, response_messages, sent_messages,
@@ -181,6 +179,7 @@ def required_grammar(tools: Seq[dict], operators: Mapping[str, bool], tool_forma
     """A grammar that allows only calls of the tools. An operator's tool never makes it fail: if its
     parameters can't be enforced, it may have any arguments. If the grammar is still too large, only the
     body's own functions are required; without any, the grammar is ""."""
+    from chatlm.front.api.call_grammars import tool_grammar
     loose = [name for name, is_enforced in operators.items() if not is_enforced]
     try:
         return tool_grammar([*with_any_arguments(tools, loose)], tool_format, parallel)
@@ -204,6 +203,8 @@ def is_strict(function: Mapping) -> bool:
 
 def strict_grammars(functions: Seq[Mapping], tool_format: str) -> tuple[str, ...]:
     """What the arguments of each function must match; "" for one that is not strict."""
+    from chatlm.common.text.grammar import unusable_schema
+    from chatlm.front.api.call_grammars import call_grammar
     grammars = tuple(call_grammar(function, tool_format) if is_strict(function) else ""
                      for function in functions)
     if sum(map(len, grammars)) > 16 * LIMITS.grammar_characters:
@@ -215,7 +216,8 @@ def types_of_parameters(tools: Seq[dict], names: Seq[str], tool_format: str | No
     """The JSON types of each function's parameters, if calls in this format do not show them. Raises
     RequestError for names that are too long together."""
     types = ()
-    if tool_format and CALL_FORMATS[tool_format].typed:
+    if tools and tool_format and CALL_FORMATS[tool_format].typed:
+        from chatlm.front.api.call_grammars import parameter_types
         steps = iter(range(8192))  # of 11 us: a small schema can say much
         types = tuple(parameter_types(tool, steps) for tool in tools)
     size = len(as_plain_json((names, types)))
@@ -228,8 +230,9 @@ def types_of_parameters(tools: Seq[dict], names: Seq[str], tool_format: str | No
 def schemas_of_loose_calls(functions: Seq[dict], tool_format: str | None) -> tuple[str, ...]:
     """The schemas of the functions' parameters, if the model may write calls as plain JSON: they tell them
     from other JSON. One that is very large is left out: any object fits then."""
-    if not tool_format or not CALL_FORMATS[tool_format].loose:
+    if not functions or not tool_format or not CALL_FORMATS[tool_format].loose:
         return ()
+    from chatlm.front.api.call_grammars import parameters_schema
     texts = [as_plain_json(parameters_schema(function)) for function in functions]
     return tuple(text if len(text) <= LIMITS.grammar_characters else "" for text in texts)
 

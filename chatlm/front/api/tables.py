@@ -17,7 +17,8 @@ from chatlm.front.api.field_types import (
     FUNCTION_CALL, INCLUDE, INPUTS, INTEGER, LIST, LOGIT_BIAS, LOGPROBS_OF_TEXT, MESSAGES_CHOICE, METADATA,
     MIXED, NATIVE_MESSAGES, NUMBER, OBJECT, OLLAMA_FORMAT, OPENAI_MESSAGES, PRIORITY, PROMPTS, SEED, STOP,
     STOP_TOKENS, SWITCH, SYSTEM, TEXT, THINKING, TOKENS, TOOLS, TOOL_CHOICE, TOP_K, TOP_LEVEL_THINKING,
-    nested_grammar, object_of, response_grammar, thinking, thinking_of_member)
+    nested_grammar, object_of, ollama_grammar, other_grammar, response_grammar, structured_outputs, thinking,
+    thinking_of_member)
 
 
 SOME_TOOLS = Field(
@@ -506,3 +507,8 @@ def meanings(fills: str) -> tuple[str, ...]:
 LOOSE_ENDS = tuple(field.name for field in SAMPLING_FIELDS if field.idle.get("") is idle.under_a_grammar)
 PARAMS_NAMES = meanings("params")
 REQUEST_NAMES = meanings("request")
+# fields for which grammars are made: whoever sends none of them never needs what makes grammars
+MAKE_GRAMMARS = response_grammar, nested_grammar, other_grammar, structured_outputs, ollama_grammar
+CONSTRAINING = frozenset({"tools", "functions"} | {
+    field.name for fields in BODY_FIELDS.values() for field in fields
+    if getattr(field.type.convert, "func", field.type.convert) in MAKE_GRAMMARS})

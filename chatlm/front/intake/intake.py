@@ -14,6 +14,7 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, Overloaded, RequestError, shown
 from chatlm.front.aio import supervised
 from chatlm.front.api.additions import NO_ADDITIONS, Additions
+from chatlm.front.api.grammars import GRAMMARS, may_need_grammars
 from chatlm.front.api.picture_parts import with_files, with_pixels
 from chatlm.front.intake.arrival import Arrival, Caller
 from chatlm.front.intake.budget import Budget, Holding
@@ -293,6 +294,8 @@ class Intake:
         """Decode a body's pictures, once, however many models see them. Their pixels are held as long as
         `holding`. Raises RequestError if the model cannot see, or if a picture cannot be read."""
         envelope = arrival.envelope
+        if envelope.lift.is_empty:
+            return
         client = arrival.caller.client
         envelope.lift.check(self.why_blind(served.pool))
         if not envelope.lift.files or arrival.pictures:
@@ -315,6 +318,8 @@ class Intake:
         """Run one of TASKS on a body, here or in a sandbox. Only this method chooses where. Raises Overloaded
         while the model loads: what it can do is not known yet, so nothing that a body asks of it can be
         refused."""
+        if arrival.envelope.fields and may_need_grammars(arrival.envelope.fields):
+            await GRAMMARS.get()
         loaded_tokenizer(served.pool)
         admission = served.pool.admission
         caller = arrival.caller

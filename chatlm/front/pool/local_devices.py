@@ -20,7 +20,7 @@ from chatlm.common.hub.stamps import model_stamp
 from chatlm.common.invocation import pip_command
 from chatlm.common.messages.protocol import DraftTerms, WorkerConfig
 from chatlm.common.processes.start import exit_in_words, process_environment, start_child, threads_per_worker
-from chatlm.common.processes.torchrun import ranks_here
+from chatlm.common.processes.launch import ranks_here
 from chatlm.front.pool.worker import State, Worker
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from chatlm.common.hub.find import of_draft_model, resolve_model, with_draft_mod
 from chatlm.common.hub.stamps import model_stamp
 from chatlm.common.memory import available_memory
 from chatlm.common.messages.protocol import DraftTerms, SurveyConfig
-from chatlm.common.processes.torchrun import ranks_here
+from chatlm.common.processes.launch import ranks_here
 from chatlm.front.admission.admission import SharedAdmission
 from chatlm.front.pool.local_devices import LocalDevices, choose_devices, cuda_device_count
 from chatlm.front.pool.models import Model

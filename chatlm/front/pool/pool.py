@@ -191,12 +191,17 @@ class WorkerPool:
         arrived_s = time.monotonic()
         version = self.version.number if request.version is None else request.version
         with self.adapters.holding(request.params.adapter):
-            if request.prompt_ids is None:
+            goes_on = request.round > 0
+            is_new = request.prompt_ids is None
+            if is_new:  # it holds its place in the queue meanwhile
                 request = await self.admission.admit(request)
             if version != self.version.number:
                 raise Overloaded("the model's files have changed while this request was read",
                                  retry_after_s=2)
-            self._check_capacity(request.id, request.client, request.low_priority, request.round > 0)
+            if is_new:
+                self._check_open(goes_on)
+            else:
+                self._check_capacity(request.id, request.client, request.low_priority, goes_on)
             prompts = self.admission.prompts
             lengths = [prompts.answer_length(request, ids) for ids in request.prompt_ids or () if prompts]
             async with aclosing(self.dispatcher.answer(
@@ -257,6 +262,14 @@ class WorkerPool:
         return await self.dispatcher.end_thinking(request_id)
 
     def _check_capacity(self, request_id: str, client: str, low: bool = False, goes_on: bool = False):
+        """Raise Overloaded if there is no place for a request, RequestError if its id is in use. goes_on: it
+        is a round of an answer that holds a place."""
+        self._check_open(goes_on)
+        if not goes_on:
+            self.dispatcher.check_capacity(request_id, client, self.admission.preparing, low)
+
+    def _check_open(self, goes_on: bool):
+        """Raise Overloaded if nothing is served now. A drain lets answers go on that have begun."""
         self.dispatcher.check_served()
         if self.draining and not goes_on:
             raise shutting_down()
@@ -266,8 +279,6 @@ class WorkerPool:
         reason = self.supervisor.why_unservable
         if reason:
             raise Overloaded(f"the model cannot be loaded again: {without_folders(reason)}", retry_after_s=10)
-        if not goes_on:
-            self.dispatcher.check_capacity(request_id, client, self.admission.preparing, low)
 
     # what the server shows
 

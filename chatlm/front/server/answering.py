@@ -9,17 +9,19 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import Overloaded
 from chatlm.common.request_ids import MARK, duplicate_id
-from chatlm.front.server.responses import logged
+from chatlm.front.server.metrics import AnswerTimes
+from chatlm.front.server.watching import watched
 
 if TYPE_CHECKING:
-    from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.messages.requests import Accepted, Event, Request
     from chatlm.front.api.encode import Encoder
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.server.access import Owners
+    from chatlm.front.server.budgets import Reservation
     from chatlm.front.server.ledger import Charge, Ledger
     from chatlm.front.server.metrics import Metrics
+    from chatlm.front.server.watching import Watcher
 
 
 class Ask(NamedTuple):
@@ -47,8 +49,10 @@ class Running(NamedTuple):
 class Answers:
     """The answers that run, those of routes, of comparisons and of batches."""
 
-    def __init__(self, settings: Settings, owners: Owners, ledger: Ledger, metrics: Metrics):
-        self.settings = settings
+    def __init__(self, owners: Owners, ledger: Ledger, metrics: Metrics,
+                 watch: Seq[Callable[[Request], Watcher]] = ()):
+        """watch: what else watches each answer."""
+        self.watch = watch
         self.owners = owners
         self.ledger = ledger
         self.metrics = metrics
@@ -100,18 +104,19 @@ class Answers:
         Raises RequestError 409 if an answer with its id runs."""
         request_id = request.id
         with self.entered(request_id, request.client):
-            events = pool.answer(request)
-            events = self.metrics.watch(events, request.n)
-            if self.settings.log_conversations:
-                events = logged(request, events)
+            others = [make(request) for make in self.watch]
             charge = self.ledger.charge(request, model, pool.context_length)
-            charge.more = partial(self.give_more, pool, request_id, charge, later is not None)
-            events = charge.watch(events)
+            reservation = charge.reservation
+            if reservation:
+                reservation.more = partial(give_more, pool, request_id, reservation, later is not None)
+            watchers = [AnswerTimes(self.metrics, request.n), charge, *others]
+            events = watched(pool.answer(request), watchers)
             del request  # the pool drops most of it when it is admitted
             try:
                 # a refusal raises here: an ordinary error response
                 accepted: Any = await anext(events)
-                self.ledger.check_prompt(charge)
+                if reservation:
+                    reservation.check_prompt()
                 charge.void = whole  # until it was sent
                 yield accepted, events
                 charge.void = False
@@ -119,11 +124,12 @@ class Answers:
                 await events.aclose()
                 self.ledger.settle(charge) if later is None else later.append(charge)
 
-    def give_more(self, pool: WorkerPool, request_id: str, charge: Charge, batched: bool, choice: int):
-        """An answer without max_tokens has had the tokens that its key's budget gave it. It gets more, or
-        ends; a line of a batch, whose answer must not depend on the moment, waits for another try."""
-        if self.ledger.grow(charge, choice, alone=batched):
-            return
-        if batched:
-            raise Overloaded("other requests use the tokens that this key has left today", retry_after_s=5)
-        pool.cut(request_id, choice, "tokens_per_day")
+
+def give_more(pool: WorkerPool, request_id: str, reservation: Reservation, batched: bool, choice: int):
+    """An answer without max_tokens has had the tokens that its key's budget gave it. It gets more, or ends; a
+    line of a batch, whose answer must not depend on the moment, waits for another try."""
+    if reservation.grow(choice, alone=batched):
+        return
+    if batched:
+        raise Overloaded("other requests use the tokens that this key has left today", retry_after_s=5)
+    pool.cut(request_id, choice, "tokens_per_day")

@@ -19,7 +19,7 @@ from chatlm.common.jsontext import dump
 from chatlm.common.log import log
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.api.batch_lines import Line, lasting_body, line_id, bad_line_result
-from chatlm.front.api.encoders import answer_encoder
+from chatlm.front.api.encoders import ENCODERS
 from chatlm.front.api.errors import failed_answer
 from chatlm.front.api.kept_fields import AFTER, LIMIT, WINDOWS
 from chatlm.front.intake.arrival import Caller
@@ -28,9 +28,10 @@ from chatlm.front.intake.intake import loaded_tokenizer
 from chatlm.front.lazy import web
 from chatlm.front.server.batch_turns import Lane, Turns, WaitingLine
 from chatlm.front.server.files import FileRoutes
-from chatlm.front.server.stored_lists import now_s, query_value, send_page, require_store
-from chatlm.front.server.ledger import Amount, Charge, Ledger, claim_of, write
+from chatlm.front.server.ledger import Amount, Charge, Ledger
 from chatlm.front.server.responses import REQUEST_LOG, json_response
+from chatlm.front.server.stored_lists import now_s, query_value, send_page, require_store
+from chatlm.front.server.usage_writer import write
 from chatlm.front.store import approvals, batches, files, quota, responses
 from chatlm.front.store.batches import Batch
 from chatlm.front.store.pages import Listed, ListPage, page_of
@@ -170,7 +171,7 @@ class BatchWorker:
         self.answers = answers
         self.ledger = ledger
         self.files = uploads
-        self.turns = Turns(self._room, ledger.wait_s)
+        self.turns = Turns(self._room, ledger.budgets.wait_s if ledger.budgets else lambda client: 0)
         self.timer: asyncio.TimerHandle | None = None  # fires when a refused line may try again
         self.wake = asyncio.Event()
         self.swept_s = 0.0
@@ -447,11 +448,13 @@ class BatchWorker:
             parsed = await self.intake.line(arrival, served, holding)
         request = parsed.request
         params = replace(request.params, client=client, owner=caller.owner)
-        encoder = answer_encoder(parsed, served.name, loaded_tokenizer(served.pool))
+        make_encoder = await ENCODERS[parsed.api].get()
+        encoder = make_encoder(parsed.lasting(), served.name, loaded_tokenizer(served.pool))
         # a new id, because two batches may have the same line
         request = replace(request, id=secrets.token_hex(16), params=params, low_priority=True)
         del parsed, arrival
-        self.ledger.check_line(client, [claim_of(request, served.pool.context_length)])
+        if self.ledger.budgets:
+            self.ledger.budgets.check_line(client, (request, served.pool.context_length))
         own = list[Charge]()
         try:
             async with self.answers.begin(served.pool, request, served.name, later=own) as (_, events):

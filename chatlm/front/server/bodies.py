@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -55,7 +56,9 @@ class Bodies:
     @asynccontextmanager
     async def opened(self, http: web.Request, reading: Holding, times: int = 1) -> AsyncIterator[Arrival]:
         """Receive a body, whose bytes `reading` then holds, and parse it. times: how often it may be read."""
-        most = LIMITS.pictured_bytes if self.intake.may_see else LIMITS.body_bytes
+        most = LIMITS.body_bytes
+        if not is_small(http) and self.intake.may_see:
+            most = LIMITS.pictured_bytes
         raw = await read_bytes(http, reading, most)
         async with self.intake.opened(self.caller(), raw, times=times) as arrival:
             record = REQUEST_LOG.get()
@@ -131,6 +134,9 @@ def boundary_in(content_type: str) -> str:
     kind = Message()
     kind["Content-Type"] = content_type
     return kind.get_boundary("")
+def is_small(http: web.Request) -> bool:
+    """Does a body say that it is so small that it may be read here, with whatever it has in it?"""
+    return (http.content_length or math.inf) <= LIMITS.inline_bytes and "Content-Encoding" not in http.headers
 
 
 def note_ignored(names: str):

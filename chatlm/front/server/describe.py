@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.pool.models import Model, Served
     from chatlm.front.server.bodies import Bodies
-    from chatlm.front.server.routes import Route
 
 
 def bare_id(shown_id: str) -> str:

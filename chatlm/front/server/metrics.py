@@ -6,12 +6,12 @@ import math
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from chatlm.common.errors import Overloaded, RequestError
 from chatlm.common.messages.requests import Finished, Piece
+from chatlm.front.server.watching import Watcher
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Event
@@ -40,7 +40,7 @@ class Durations:
 
 
 class Metrics:
-    """What the front counts and times itself: `watch` sees the events of every answer.
+    """What the front counts and times itself. `AnswerTimes` adds what each answer took.
 
     These are plain numbers, because each token adds to them: an observation by prometheus_client takes four
     times as long. `MetricFamilies` shows them."""
@@ -62,36 +62,48 @@ class Metrics:
         """The buckets of the histogram `ttft` or `itl`."""
         return {"ttft": self.ttft, "itl": self.itl}[name].buckets()
 
-    async def watch(self, events: AsyncGenerator[Event, None], n: int) -> AsyncGenerator[Event, None]:
-        """Pass an answer's events on, and count and time them. n: answers to each prompt."""
-        began_s = time.monotonic()
-        reason = "cancelled"
-        last_s: dict[int, float] = {}  # by choice
-        try:
-            async for event in events:
-                if isinstance(event, Piece) and event.tokens:
-                    now = time.monotonic()
-                    if event.choice not in last_s:
-                        self.ttft.observe(now - began_s)
-                    else:
-                        count = len(event.tokens)
-                        self.itl.observe((now - last_s[event.choice]) / count, count)
-                    last_s[event.choice] = now
-                elif isinstance(event, Finished):
-                    reason = event.reason
-                    self.queue.observe(event.queue_ms / 1e3)
-                    self.tokens["generated"] += event.usage.completion_tokens
-                    if event.choice % n == 0:  # as in `usage`, a prompt counts once
-                        self.tokens["prompt"] += event.usage.prompt_tokens - event.usage.cached_tokens
-                        self.tokens["prompt_cached"] += event.usage.cached_tokens
-                yield event
-        except Exception as error:
-            if not isinstance(error, (Overloaded, RequestError)):
-                reason = "error"
-            elif error.code != "cancelled":
-                reason = "refused"
-            raise
-        finally:
-            await events.aclose()
-            self.requests[reason] += 1
-            self.whole[reason].observe(time.monotonic() - began_s)
+
+class AnswerTimes(Watcher):
+    """Counts and times one answer. n: answers to each prompt."""
+
+    def __init__(self, metrics: Metrics, n: int):
+        self.metrics = metrics
+        self.n = n
+        self.began_s = time.monotonic()
+        self.reason = "cancelled"
+        self.last_s: dict[int, float] = {}  # by choice
+
+    def comes(self, event: Event):
+        if isinstance(event, Piece):
+            if event.tokens:
+                self._note_tokens(event)
+        elif isinstance(event, Finished):
+            self.reason = event.reason
+            self._note_finished(event)
+
+    def _note_tokens(self, piece: Piece):
+        now = time.monotonic()
+        if piece.choice not in self.last_s:
+            self.metrics.ttft.observe(now - self.began_s)
+        else:
+            count = len(piece.tokens)
+            self.metrics.itl.observe((now - self.last_s[piece.choice]) / count, count)
+        self.last_s[piece.choice] = now
+
+    def _note_finished(self, end: Finished):
+        self.metrics.queue.observe(end.queue_ms / 1e3)
+        tokens = self.metrics.tokens
+        tokens["generated"] += end.usage.completion_tokens
+        if end.choice % self.n == 0:  # as in `usage`, a prompt counts once
+            tokens["prompt"] += end.usage.prompt_tokens - end.usage.cached_tokens
+            tokens["prompt_cached"] += end.usage.cached_tokens
+
+    def fails(self, error: Exception):
+        if not isinstance(error, (Overloaded, RequestError)):
+            self.reason = "error"
+        elif error.code != "cancelled":
+            self.reason = "refused"
+
+    def ends(self):
+        self.metrics.requests[self.reason] += 1
+        self.metrics.whole[self.reason].observe(time.monotonic() - self.began_s)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import collections
 import contextvars
 import io
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TYPE_CHECKING, TypeVar
 
 from chatlm.common.errors import ChatServerError, Overloaded, RequestError
 from chatlm.common.jsontext import dump
-from chatlm.common.log import log
-from chatlm.common.messages.requests import Piece
 from chatlm.front.admission.sandbox import WRITE_BYTES
 from chatlm.front.api.errors import (
     anthropic_error, is_plain, native_error, ollama_error, openai_error, public_error)
@@ -22,7 +19,6 @@ from chatlm.front.server.page import POLICY, missing_page
 from chatlm.front.server.routes import Api, Handler
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.requests import Event, Request
     from chatlm.front.server.routes import Route
 
 
@@ -66,25 +62,6 @@ SECURITY_HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Server": "chat_server",
 }
-
-
-async def logged(request: Request, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
-    """--log-conversations: pass the events on, then log the texts of the conversation."""
-    answers: dict[int, list[str]] = collections.defaultdict(list)
-    request_id = request.id
-    turns = [[message.role, message.content] for message in request.messages or ()]
-    del request  # its tools are not logged
-    try:
-        async for event in events:
-            if isinstance(event, Piece):
-                answers[event.choice] += [delta.name + delta.text for delta in event.deltas
-                                          if delta.kind in ("text", "call")]
-            yield event
-    finally:
-        await events.aclose()
-        turns += [["assistant", "".join(texts)] for _, texts in sorted(answers.items())]
-        log.info("conversation %s %s", request_id, dump(turns).decode(),
-                 extra={"fields": {"id": request_id, "turns": turns}})
 
 
 @dataclass

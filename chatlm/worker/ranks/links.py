@@ -24,9 +24,9 @@ from chatlm.common.errors import ConfigError, RanksFailed, shown
 from chatlm.common.log import log
 from chatlm.common.messages.wire import Channel
 from chatlm.common.processes.connect import Door, dial, has_hung_up, listen
+from chatlm.common.processes.launch import ranks_here
 from chatlm.common.processes.start import PROCESS_COMMAND, PROGRAM
-from chatlm.common.processes.torchrun import (
-    ARRIVAL_PIPE, RankArrival, RankStore, ranks_here, same_on_all_nodes)
+from chatlm.common.processes.torchrun import ARRIVAL_PIPE, RankArrival, RankStore, same_on_all_nodes
 from chatlm.worker.ranks.messages import RANK_PIPE
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError, RanksFailed
 from chatlm.common.hub.local import no_progress
 from chatlm.common.messages.protocol import Ready, Unusable
-from chatlm.common.processes.torchrun import ranks_here, torchrun
+from chatlm.common.processes.launch import ranks_here, torchrun
 from chatlm.worker.ranks.messages import RANK_PIPE, RankAdapter, RankConfig, RankPages
 from chatlm.worker.ranks.steps import RankSteps, Stage, StagedSteps, join_ranks, rank_device
 from chatlm.worker.weights.shards import shard_model, stage_model

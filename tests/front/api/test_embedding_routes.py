@@ -16,7 +16,6 @@ from chatlm.common.messages.protocol import Known, ParsedBody
 from chatlm.common.messages.requests import Embedding, Finished, Request
 from chatlm.front.admission.prompts import PromptMaker
 from chatlm.front.api import encode
-from chatlm.front.api.encode_retrieval import RETRIEVAL_ENCODERS
 from chatlm.front.api.encoders import ENCODERS
 from chatlm.front.api.retrieval_readers import read_embedding_body
 from answers import asked, ending
@@ -227,8 +226,8 @@ def test_an_encoder_makes_no_decoder(monkeypatch):
     def refuse(*arguments):
         raise AssertionError("a decoder was made")
     patch(monkeypatch, encode, "answer_decoder", refuse)
-    for api in RETRIEVAL_ENCODERS:
-        encoder = ENCODERS[api](ParsedBody(Request("x", prompts=("a", "b")), api=api, details={"encoding": "base64"}), "m", Letters())
+    for api in ("embeddings", "ollama embed", "ollama embeddings", "tei embed", "rerank", "llama rerank", "tei rerank", "score", "cosines"):
+        encoder = ENCODERS[api].now()(ParsedBody(Request("x", prompts=("a", "b")), api=api, details={"encoding": "base64"}), "m", Letters())
         encoder.collect(Embedding("AACAPw==", choice=1))
         with pytest.raises(AssertionError, match="a decoder"):
             assert encoder.choices[0].decoder

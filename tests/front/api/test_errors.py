@@ -67,9 +67,9 @@ def test_our_own_errors_stay_in_every_shape(error):
     assert failed_answer(error) == (error.status, openai_error(error)) and native_error(error) == {"detail": str(error), **openai_error(error)}
     shapes = {"chat": openai_error(error), "messages": anthropic_error(error), "ollama chat": ollama_error(error), "embeddings": openai_error(error)}
     for api, shape in shapes.items():
-        frame = ENCODERS[api].lone_failure(error).decode().strip().rpartition("data: ")[2]
+        frame = ENCODERS[api].now().lone_failure(error).decode().strip().rpartition("data: ")[2]
         assert json.loads(frame) == shape
-    assert json.loads(ENCODERS["native"].lone_failure(error)[6:]) == openai_error(error)
+    assert json.loads(ENCODERS["native"].now().lone_failure(error)[6:]) == openai_error(error)
 
 
 def test_a_failed_line_s_result_is_openai_s():

@@ -18,8 +18,10 @@ import chat_server
 from chatlm.common.config import ApiKey, Settings, read_api_keys
 from chatlm.common.errors import ConfigError, Overloaded
 from chatlm.common.messages.requests import Accepted, Delta, Finished, Piece, Usage
-from chatlm.front.server import access, connections, ledger
-from chatlm.front.server.ledger import Amount, Ledger, UsageRow, days_of
+from chatlm.front.server import access, budgets, connections, ledger, usage_writer
+from chatlm.front.server.ledger import Amount, Ledger, UsageRow
+from chatlm.front.server.usage import UsageRoutes, days_of
+from chatlm.front.server.watching import watched
 from chatlm.front.store.store import Store
 from answers import asked, said
 from fake_pool import FakePool, catalogue_of, conversation, frames, serving
@@ -141,8 +143,8 @@ async def test_pieces_count_once_the_next_is_asked_for():
         yield Finished("stop", "eos", Usage(7, 6, 3, compute_s=2.0), 0.0, 0.0, None, 0)
 
     for read, expected in ((1, Amount()), (2, Amount(1)), (3, Amount(1, 7, 0, 2, 0.5)), (5, Amount(1, 7, 0, 6, 1.5)), (6, Amount(1, 7, 3, 6, 2.0))):
-        charge = Ledger(Settings(), None).charge(asked("x", prompts=((1,),)), "m")
-        stream = charge.watch(events())
+        charge = Ledger(Settings()).charge(asked("x", prompts=((1,),)), "m")
+        stream = watched(events(), [charge])
         for _ in range(read):
             await anext(stream, None)
         await stream.aclose()
@@ -162,15 +164,15 @@ async def test_tokens_count_once_their_text_is_sent():
 
     for count, ends, expected in ((1, False, Amount(1, 7, 0, 2, 1.0)), (3, False, Amount(1, 7, 0, 2, 1.0)), (4, False, Amount(1, 7, 0, 6, 4.0)),
                                   (5, False, Amount(1, 7, 0, 6, 4.0)), (5, True, Amount(1, 7, 0, 8, 9.0))):
-        charge = Ledger(Settings(), None).charge(asked("x", prompts=((1,),)), "m")
-        async for _ in charge.watch(events(count, ends)):
+        charge = Ledger(Settings()).charge(asked("x", prompts=((1,),)), "m")
+        async for _ in watched(events(count, ends), [charge]):
             pass
         assert charge.amount == expected, (count, ends)
 
 
 async def test_choices_of_one_prompt_share_its_charge():
     """They do so also if only some have ended."""
-    charge = Ledger(Settings(), None).charge(asked("x", prompts=((1,), (2,)), n=2), "m")
+    charge = Ledger(Settings()).charge(asked("x", prompts=((1,), (2,)), n=2), "m")
     charge.begun, charge.ended = True, {1: Usage(5, 2, 1), 2: Usage(6, 3, 4)}
     charge.drawn[0] += 7
     assert charge.amount == Amount(1, 11, 4, 12)
@@ -212,18 +214,18 @@ def test_the_first_and_the_last_day_are_allowed():
 
 async def test_usage_the_database_refuses_comes_later(tmp_path, monkeypatch):
     """What it refuses is written later."""
-    monkeypatch.setattr(ledger, "RETRY_S", 0.0)
+    monkeypatch.setattr(usage_writer, "RETRY_S", 0.0)
     refusals = [Overloaded("the disk is full")] * 3
 
     class Full(Store):
         async def run(self, function):
-            if refusals and getattr(function, "func", None) is ledger.write:
+            if refusals and getattr(function, "func", None) is usage_writer.write:
                 raise refusals.pop()
             return await super().run(function)
 
     store = Full(tmp_path / "store.db")
     store.open()
-    book = Ledger(Settings(), store)
+    book = Ledger(Settings(), writer=usage_writer.UsageWriter(store))
     await book.open()
     for number in range(5):
         charge = book.charge(asked("x", prompts=((1,),)), "m\udcff")        # of a file's name
@@ -233,22 +235,23 @@ async def test_usage_the_database_refuses_comes_later(tmp_path, monkeypatch):
     while refusals:
         await asyncio.sleep(0.001)
     await book.close()
-    [(row, amount)] = await book.between("2000-01-01", "3000-01-01", None)
+    [(row, amount)] = await UsageRoutes(book, store).between("2000-01-01", "3000-01-01", None)
     await store.close()
     assert row == UsageRow(ledger.today(), "", "m?", False) and amount == Amount(5, 5, 0, 10)
 
 
 async def test_without_a_database_memory_is_bounded(monkeypatch):
-    monkeypatch.setattr(ledger, "MOST_ROWS", 10)
+    for module in (ledger, budgets):
+        monkeypatch.setattr(module, "MOST_ROWS", 10)
     clock = SimpleNamespace(time=lambda: 0.0)
     monkeypatch.setattr(ledger, "time", clock)
-    book = Ledger(Settings(), None)
+    book = Ledger(Settings(), budgets.Budgets([ALICE._replace(tokens_per_day=5)]))
     for day in range(100):
         clock.time = lambda day=day: 86_400.0 * day
         charge = book.charge(asked("x", prompts=((1,),)), "m")
         charge.begun, charge.ended = True, {0: Usage(1, 1)}
         book.settle(charge)
-    assert len(book.rows) == len(book.used) == 10 and book.totals[False].requests == 100
+    assert len(book.rows) == len(book.budgets.used) == 10 and book.totals[False].requests == 100
     assert min(book.rows).day == "1970-04-01"
 
 

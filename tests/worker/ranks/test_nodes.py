@@ -23,7 +23,8 @@ from chatlm.common.messages.protocol import Ready
 from chatlm.common.messages.wire import HEADER, Channel, receive_into
 from chatlm.common.processes import connect as connect_module, torchrun as processes_torchrun
 from chatlm.common.processes.connect import Door, dial, listen, proof
-from chatlm.common.processes.torchrun import ARRIVAL_PIPE, RankArrival, Torchrun, live_as_rank, ranks_here, serve_rank, torchrun
+from chatlm.common.processes.launch import Torchrun, ranks_here, torchrun
+from chatlm.common.processes.torchrun import ARRIVAL_PIPE, RankArrival, live_as_rank, serve_rank
 from chatlm.worker.ranks.messages import RANK_PIPE, RankPages
 from chatlm.worker.ranks.links import TcpLinks
 from patching import patch

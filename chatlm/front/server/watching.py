@@ -1,0 +1,50 @@
+"""The one generator around an answer: whoever counts, charges, logs or limits it watches its events here."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence as Seq
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.requests import Event
+
+
+class Watcher:
+    """Sees one answer pass, by four hooks that do nothing here."""
+
+    def comes(self, event: Event):
+        """The reader is about to get an event."""
+
+    def was_read(self, event: Event):
+        """The reader has sent an event: it asks for the next one. What this raises ends the answer."""
+
+    def fails(self, error: Exception):
+        """The reader is about to get an error instead of an event."""
+
+    def ends(self):
+        """It has ended, well or not, or its reader has left. Its work has ended too."""
+
+
+async def watched(events: AsyncGenerator[Event, None],
+                  watchers: Seq[Watcher]) -> AsyncGenerator[Event, None]:
+    """Pass an answer's events on, and show each to the watchers, in their order. Closing it closes the
+    events."""
+    try:
+        while True:
+            try:
+                event = await anext(events)
+            except StopAsyncIteration:
+                return
+            except Exception as error:
+                for watcher in watchers:
+                    watcher.fails(error)
+                raise
+            for watcher in watchers:
+                watcher.comes(event)
+            yield event
+            for watcher in watchers:
+                watcher.was_read(event)
+    finally:
+        await events.aclose()
+        for watcher in watchers:
+            watcher.ends()

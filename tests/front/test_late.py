@@ -1,0 +1,60 @@
+"""What a request imports that no other had needed before."""
+
+import asyncio
+import threading
+
+import aiohttp
+import pytest
+
+from chatlm.common import program
+from chatlm.common.errors import Overloaded
+from chatlm.front.api.encoders import ENCODERS
+from chatlm.front.late import Late
+from fake_pool import FakePool, conversation, serving
+from patching import patch
+
+ANSWERS = {"/v1/messages": {"max_tokens": 5}, "/api/chat": {"stream": False}}
+
+
+async def test_it_is_imported_in_a_thread_and_kept():
+    threads = []
+    late = Late(lambda: threads.append(threading.current_thread()) or [])
+    first = await late.get()
+    assert threads != [threading.current_thread()] and await late.get() is first is late.now()
+    assert len(threads) == 1
+    assert len({id(each) for each in await asyncio.gather(*(late.get() for _ in range(8)))}) == 1
+
+
+@pytest.mark.parametrize("error", [None, ImportError("no x"), SyntaxError("half a file"), KeyError("x")])
+async def test_what_may_not_fit_is_refused_and_not_kept(error, monkeypatch):
+    def load():
+        if error:
+            raise error
+        return "new"
+
+    late = Late(load)
+    with monkeypatch.context() as meanwhile:
+        patch(meanwhile, program, "program_stamp", lambda: (0, 0))
+        with pytest.raises(Overloaded, match="the program has changed since this server started"):
+            await late.get()
+    assert late.loaded is None
+    if error:
+        with pytest.raises(type(error)):
+            await late.get()
+    else:
+        assert await late.get() == "new"
+
+
+async def test_an_api_whose_encoder_was_replaced_answers_503(monkeypatch):
+    """APIs that were asked before go on."""
+    for api in ("messages", "ollama chat"):
+        monkeypatch.setattr(ENCODERS[api], "loaded", None)
+    patch(monkeypatch, program, "program_stamp", lambda: (0, 0))
+    pool = FakePool()
+    async with serving(pool) as url, aiohttp.ClientSession(url) as session:
+        for path, more in ANSWERS.items():
+            async with session.post(path, json=conversation() | more) as response:
+                assert response.status == 503 and "the program has changed" in await response.text()
+        async with session.post("/v1/chat/completions", json=conversation()) as response:
+            assert response.status == 200
+    assert len(pool.requests) == 1 and pool.open == 0
