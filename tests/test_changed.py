@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / ".ci"), str(ROOT / "bench")]
-from changed import Change      # noqa: E402
+import cover    # noqa: E402
+from changed import CALLERS, Change     # noqa: E402
 from executed import Executed, read_record, read_run, write_record      # noqa: E402
 from planted import Places, draw_faults     # noqa: E402
 
@@ -50,6 +51,7 @@ class Pot:
 def season(name):
     return SPICES[name]
 ''',
+    "chatlm/cellar.py": "def lock():\n    return 0\n",
     "tests/kitchen/test_soup.py": "import spoons\n", "tests/kitchen/test_deep.py": "", "tests/page/test_page.py": "",
     "tests/test_spices.py": "import forks\n", "tests/test_layout.py": "", "tests/test_walls.py": "",
     "tests/support/spoons.py": "", "tests/support/forks.py": "def eat():\n    import spoons\n",
@@ -106,7 +108,8 @@ SOUP, DEEP, PAGE, SPICES = EXECUTED
     ("chatlm/kitchen/soup.py", "def cook():", "def cook(hot=True):", [SOUP, PAGE]),
     ("chatlm/pantry.py", "SALT = 1", "SALT = 2", [DEEP, SPICES]),                       # by way of a table, and of an import
     ("chatlm/pantry.py", "return None", "return 0", [DEEP]),
-    ("chatlm/pantry.py", "        return 0", "        return 9", [*EXECUTED, "tests/test_walls.py"]),    # nobody has recorded it: the nearest room
+    ("chatlm/pantry.py", "        return 0", "        return 9", [DEEP, SPICES]),      # nobody has recorded it: its file
+    ("chatlm/cellar.py", "return 0", "return 1", [*EXECUTED, "tests/test_walls.py"]),   # nor its file: the nearest room
     ("chatlm/pantry.py", "", "\nprint(SALT)\n", [DEEP, SPICES]),                        # a statement that binds nothing
     ("chatlm/kitchen/soup.py", "    def fill", "    def empty(self):\n        return 1\n\n    def fill", [DEEP]),   # overrides the base's
     ("tests/kitchen/test_soup.py", "", "x = 1\n", [SOUP]),
@@ -120,6 +123,53 @@ SOUP, DEEP, PAGE, SPICES = EXECUTED
 ])
 def test_a_change_needs_the_tests_that_see_it(program, path, old, new, tests):
     assert set(chosen(program, path, old, new)) == set(tests)
+
+
+def record_more(program, executed):
+    """More modules of tests, with what they execute."""
+    for module in executed:
+        (program / module).parent.mkdir(parents=True, exist_ok=True)
+        (program / module).write_text("")
+    write_record(EXECUTED | executed, program)
+    git(program, "add", ".")
+    git(program, "commit", "-qm", "More tests")
+
+
+def test_of_many_callers_those_of_the_room_and_the_most_specific_are_chosen(program):
+    """Not all of a hundred modules that start a server."""
+    cook = ("chatlm/kitchen/soup.py", "cook")
+    others = frozenset(("chatlm/other.py", f"f{number}") for number in range(400))
+    large = {f"tests/hall/test_{number}.py": Executed(3.0, True, others | {cook}) for number in range(30)}
+    small = {f"tests/hall/test_small_{number}.py": Executed(3.0, True, frozenset({cook})) for number in range(4)}
+    own = {f"tests/kitchen/test_own_{number}.py": Executed(3.0, True, others | {cook}) for number in range(2)}
+    record_more(program, large | small | own)
+    found = set(chosen(program, "chatlm/kitchen/soup.py", "return 1", "return 2"))
+    assert {SOUP, *small, *own} < found and len(found) == CALLERS
+
+
+def test_a_field_is_seen_by_those_who_mention_it(program):
+    """They need not import its class, and those of its other fields need not run."""
+    (program / "chatlm/hall.py").write_text("def look(pot):\n    return pot.depth\n\n\ndef leave(pot):\n    return pot\n")
+    record_more(program, {f"tests/test_{name}.py": Executed(1.0, False, frozenset({("chatlm/hall.py", name)}))
+                           for name in ("look", "leave")})
+    assert chosen(program, "chatlm/kitchen/soup.py", "depth = 3", "depth = 4") == [DEEP, "tests/test_look.py"]
+
+
+def test_what_every_test_reads_needs_the_quick_ones(program):
+    assert set(chosen(program, "tests/conftest.py", "", "x = 1\n")) == {DEEP, PAGE, SPICES} | {SOUP}
+
+
+def test_the_quick_ones_call_most_functions_within_their_seconds(program, monkeypatch):
+    """The spine's come first, then those that call most in a second."""
+    functions = [("chatlm/other.py", f"f{number}") for number in range(9)]
+    record_more(program, {"tests/test_walls.py": Executed(1.0, False, frozenset(functions[:1])),
+                          "tests/test_all.py": Executed(40.0, False, frozenset(functions)),
+                          "tests/test_most.py": Executed(2.0, False, frozenset(functions[:8])),
+                          "tests/test_last.py": Executed(8.0, False, frozenset(functions[8:]))})
+    monkeypatch.setattr(cover, "QUICK_SECONDS", 20.0)
+    chosen = cover.Cover(program, read_record(program)).quick()
+    assert chosen[0] == "tests/test_walls.py" and {"tests/test_most.py", "tests/test_last.py"} < set(chosen)
+    assert "tests/test_all.py" not in chosen
 
 
 def test_what_is_gone_is_seen_by_those_who_called_it(program):
