@@ -79,12 +79,12 @@ class Cover:
                 take(module)
         return found
 
-    def quick(self) -> list[str]:
-        """What `pytest --quick` runs: the spine's modules, and those that call the most functions besides, in QUICK_SECONDS together."""
+    def quick(self, seconds: float = QUICK_SECONDS) -> list[str]:
+        """What `pytest --quick` runs: the spine's modules, and those that call the most functions besides, in so many seconds together."""
         chosen = [module for module in dict.fromkeys(place.partition("::")[0] for place in spine(self.root)) if module in self.record]
         for count in range(1, CALLERS + 1):                             # what is called once by now may be called by one more module
-            seconds = QUICK_SECONDS - sum(self.record[module].seconds for module in chosen)
-            chosen += self.choose(dict.fromkeys(self.callers, count), chosen, seconds, self.shortness)
+            left = seconds - sum(self.record[module].seconds for module in chosen)
+            chosen += self.choose(dict.fromkeys(self.callers, count), chosen, left, self.shortness)
         return chosen
 
     def shortness(self, _: Function, module: str) -> float:

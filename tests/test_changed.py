@@ -11,9 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / ".ci"), str(ROOT / "bench")]
-import cover    # noqa: E402
-from changed import CALLERS, Change     # noqa: E402
-from executed import Executed, read_record, read_run, write_record      # noqa: E402
+from changed import Change      # noqa: E402
+from cover import CALLERS, QUICK_SECONDS, Cover     # noqa: E402
+from executed import Executed, read_record, read_run, spine, write_record       # noqa: E402
 from planted import Places, draw_faults     # noqa: E402
 
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="git is missing")
@@ -159,15 +159,14 @@ def test_what_every_test_reads_needs_the_quick_ones(program):
     assert set(chosen(program, "tests/conftest.py", "", "x = 1\n")) == {DEEP, PAGE, SPICES} | {SOUP}
 
 
-def test_the_quick_ones_call_most_functions_within_their_seconds(program, monkeypatch):
+def test_the_quick_ones_call_most_functions_within_their_seconds(program):
     """The spine's come first, then those that call most in a second."""
     functions = [("chatlm/other.py", f"f{number}") for number in range(9)]
     record_more(program, {"tests/test_walls.py": Executed(1.0, False, frozenset(functions[:1])),
                           "tests/test_all.py": Executed(40.0, False, frozenset(functions)),
                           "tests/test_most.py": Executed(2.0, False, frozenset(functions[:8])),
                           "tests/test_last.py": Executed(8.0, False, frozenset(functions[8:]))})
-    monkeypatch.setattr(cover, "QUICK_SECONDS", 20.0)
-    chosen = cover.Cover(program, read_record(program)).quick()
+    chosen = Cover(program, read_record(program)).quick(20.0)
     assert chosen[0] == "tests/test_walls.py" and {"tests/test_most.py", "tests/test_last.py"} < set(chosen)
     assert "tests/test_all.py" not in chosen
 
@@ -283,3 +282,25 @@ def test_faults_are_planted_where_they_change_something(text, faults, tmp_path):
         fault.plant(tmp_path)
         assert any(words in (tmp_path / "a.py").read_text() for words in faults)
     assert len(planted) == len(faults)
+
+
+def test_quick_modules_call_nearly_all_that_is_recorded():
+    record = read_record(ROOT)
+    quick = Cover(ROOT, record).quick()
+    called = frozenset().union(*(record[module].functions for module in quick))
+    assert len(called) >= 0.9 * len(frozenset().union(*(executed.functions for executed in record.values())))
+    assert sum(record[module].seconds for module in quick) <= QUICK_SECONDS
+    assert set(map(module_of, spine(ROOT))) <= set(quick)
+
+
+def test_pytest_runs_the_quick_modules_and_says_how_to_run_the_rest():
+    """Here only the spine's, since no second is left for others."""
+    words = [sys.executable, "-m", "pytest", "--quick=0", "--collect-only", "-qq", "-p", "no:cacheprovider"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=150)
+    lines = done.stdout.splitlines()
+    assert {line.split(":")[0] for line in lines if line.startswith("tests/")} == set(map(module_of, spine(ROOT)))
+    assert f" of {len(read_record(ROOT))} modules" in lines[-1] and ".ci/run" in lines[-1]
+
+
+def module_of(place):
+    return place.partition("::")[0]
