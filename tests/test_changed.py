@@ -197,7 +197,8 @@ def test_the_record_is_read_as_it_was_written(program):
 
 
 def test_what_tests_execute_is_recorded_in_all_processes(tmp_path):
-    """In a thread, in a process that is killed, in a fork, and by a fixture of the session; what an import runs is not."""
+    """In a thread, in a process that is killed, in a fork, by a fixture of the session, and after a recursion without end, which would
+    end a profile; what an import runs is not."""
     (tmp_path / "chatlm").mkdir()
     (tmp_path / "chatlm/__init__.py").write_text("")
     (tmp_path / "chatlm/room.py").write_text("""
@@ -208,6 +209,8 @@ def in_thread(): pass
 def in_process(): pass
 def in_fork(): pass
 def in_fixture(): pass
+def deep(depth): return deep(depth + 1)
+def in_later_test(): pass
 class Box:
     def open(self):
         def inner(): pass
@@ -224,6 +227,7 @@ def made():
 """)
     (tmp_path / "test_one.py").write_text("""
 import os, subprocess, sys, threading
+import pytest
 from chatlm import room
 
 def test_calls(made):
@@ -235,6 +239,13 @@ def test_calls(made):
         room.in_fork()
         os._exit(0)
     os.waitpid(child, 0)
+
+def test_recursion():
+    with pytest.raises(RecursionError):
+        room.deep(0)
+
+def test_after_recursion():
+    room.in_later_test()
 
 def test_processes():
     code = "import os, signal; from chatlm import room; room.in_process(); os.kill(os.getpid(), signal.SIGKILL)"
@@ -251,8 +262,8 @@ def test_processes():
                                      "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
     run = read_run(tmp_path / "run")
     functions = {module: {name for _, name in executed.functions} for module, executed in run.items()}
-    fixture = {"in_fixture", "called"}
-    assert functions == {"test_one.py": {"Box.open", "in_thread", "in_fork", "in_process"} | fixture, "test_two.py": fixture}
+    fixture, deep = {"in_fixture", "called"}, {"deep", "in_later_test"}
+    assert functions == {"test_one.py": {"Box.open", "in_thread", "in_fork", "in_process", *deep} | fixture, "test_two.py": fixture}
     assert [run[module].processes for module in ("test_one.py", "test_two.py")] == [True, False]
 
 
