@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / ".ci"), str(ROOT / "bench")]
 from changed import Change      # noqa: E402
 from cover import CALLERS, QUICK_SECONDS, Cover     # noqa: E402
-from executed import Executed, read_record, read_run, spine, write_record       # noqa: E402
+from executed import Executed, read_record, read_run, silent, spine, write_record       # noqa: E402
 from planted import Places, draw_faults     # noqa: E402
 
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="git is missing")
@@ -194,6 +194,16 @@ def test_the_record_is_read_as_it_was_written(program):
     (program / SOUP).unlink()
     write_record({SPICES: EXECUTED[SPICES]}, program)           # the others' files stay; one of a module that is gone does not
     assert read_record(program) == {module: executed for module, executed in EXECUTED.items() if module != SOUP}
+
+
+def test_a_record_that_ended_too_early_is_told(program):
+    """Its module imports several files and calls nothing of them."""
+    for name in "abc":
+        (program / f"chatlm/{name}.py").write_text("def f(): pass\n")
+    for module in (SOUP, SPICES, DEEP):
+        (program / module).write_text("".join(f"from chatlm.{name} import f\n" for name in "abc"))
+    run = {SOUP: EXECUTED[SOUP], SPICES: Executed(1.0, False, frozenset({("chatlm/b.py", "f")}))}
+    assert silent(run, program) == [SOUP]
 
 
 def test_what_tests_execute_is_recorded_in_all_processes(tmp_path):
