@@ -14,6 +14,7 @@ sys.path[:0] = [str(ROOT / ".ci"), str(ROOT / "bench")]
 from changed import Change      # noqa: E402
 from cover import CALLERS, QUICK_SECONDS, Cover     # noqa: E402
 from executed import Executed, read_record, read_run, silent, spine, write_record       # noqa: E402
+from call_recorder import program_file     # noqa: E402
 from planted import Places, draw_faults     # noqa: E402
 
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="git is missing")
@@ -194,6 +195,16 @@ def test_the_record_is_read_as_it_was_written(program):
     (program / SOUP).unlink()
     write_record({SPICES: EXECUTED[SPICES]}, program)           # the others' files stay; one of a module that is gone does not
     assert read_record(program) == {module: executed for module, executed in EXECUTED.items() if module != SOUP}
+
+
+@pytest.mark.parametrize("path, file", [
+    ("/work/tests/chatlm/cli.py", "chatlm/cli.py"), ("/x/build/lib/decode_core/check.py", "csrc/decode_core/check.py"),
+    ("/x/chat_server.py", "chat_server.py"), ("/home/chatlm/tests/support/pools.py", None), ("/home/chatlm/bench/load.py", None),
+    ("/usr/lib/python3.11/json/decoder.py", None),
+])
+def test_the_program_s_files_are_known_in_any_checkout(path, file):
+    """Whatever folder it is in."""
+    assert program_file(path) == file
 
 
 def test_a_record_that_ended_too_early_is_told(program):

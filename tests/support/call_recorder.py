@@ -27,7 +27,7 @@ def program_file(filename):
     filename = filename.replace(os.sep, "/")
     for package, home in (("chatlm", "chatlm"), ("decode_core", "csrc/decode_core")):
         _, found, rest = filename.rpartition(f"/{package}/")
-        if found and "/tests/" not in filename:
+        if found and not rest.startswith(("tests/", "bench/")):         # of a checkout with that name
             return f"{home}/{rest}"
     return "chat_server.py" if filename.endswith("/chat_server.py") else None
 
