@@ -3,11 +3,12 @@
 BASE is a commit; without it, what is not in the branch that this one follows (or the last commit, if it follows none). What is not committed yet counts.
 Prints the arguments of pytest, a line each; `.ci/run changed` runs them. Chosen are
 
-    tests that call a function that changed         by the record (.ci/executed)
-    tests that call what mentions a changed name    of a module: a constant, a table, a class's fields
-    a room's tests                                  for a function that nobody has recorded, unless it is new
+    for each function that changed                  up to CALLERS modules that call it, by the record (.ci/executed): those of its room first,
+                                                    then those that call little else and are short (.ci/cover.py)
+    for each that mentions a changed name           one such module, within MENTION_SECONDS; a name is a constant, a table, a field of a class, or a class
+    what calls anything of its file                 for a function that nobody has recorded, unless it is new; of its room, if nothing does
     tests that are new or changed, or import what changed in tests/support
-    what RULES says of all other files
+    what RULES says of all other files; what `pytest --quick` runs for tests/conftest.py
     the spine (.ci/spine)                           always
 
 Tests of functions come first, then those with processes, then the page's; of each kind the shortest first.
@@ -22,6 +23,7 @@ from functools import cached_property
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+from cover import CALLERS, MENTION_SECONDS, Cover, Function, room_of_tests       # noqa: E402
 from executed import ROOT, read_record, spine      # noqa: E402
 
 # what a path begins with, the longest first that fits -> the tests that it needs besides the spine
@@ -34,11 +36,12 @@ RULES = {
     "requirements.txt": ["tests/core/test_build.py", "tests/test_install.py"],
     "static/": ["tests/page", "tests/common/test_bundle.py"],
     "docs/": [], "README.md": [], "CONTRIBUTING.md": [], "SECURITY.md": ["tests/test_security_md.py"],
-    "Containerfile": ["tests/test_container.py"],
+    "Containerfile": ["tests/test_container.py"], ".importlinter": ["tests/test_walls.py"],
+    "LICENSE": [], "MANIFEST.in": ["tests/core/test_build.py"], ".gitignore": [],
     ".ci/": ["tests/test_night.py"],
     "tests/core/": ["tests/core"],
     "tests/fixtures/": ["tests/worker/weights", "tests/export", "tests/common"],
-    "bench/": ["bench"],
+    "bench/": ["bench"], "bench/RESULTS.md": ["bench/test_bench_tables.py"], "bench/history/": [],
 }
 PROGRAM = ("chatlm/", "csrc/decode_core/", "chat_server.py")
 
@@ -46,7 +49,7 @@ PROGRAM = ("chatlm/", "csrc/decode_core/", "chat_server.py")
 @dataclass
 class Pieces:
     """A module's functions and names: each with what it is, as nodes or words. A name is what a statement of the module binds ("" for nothing).
-    A class's name has its bases and fields; its methods are functions."""
+    A class's name has its bases, and what its body does without a name; "Class.field" is a name too, and its methods are functions."""
 
     functions: dict[str, list[ast.AST | str]] = field(default_factory=dict)
     names: dict[str, list[ast.AST | str]] = field(default_factory=dict)
@@ -76,11 +79,9 @@ class Pieces:
                     self.read_import(node)
                 case ast.Expr(value=ast.Constant()):
                     self.add(f"{outer}__doc__", [node], functions=False)
-                case _ if outer:
-                    self.add(outer[:-1], [node], functions=False)
                 case _:
                     for name in bound_names(node) or [""]:
-                        self.add(name, [node], functions=False)
+                        self.add(f"{outer}{name}".removesuffix("."), [node], functions=False)
         return self
 
     def read_import(self, node: ast.Import | ast.ImportFrom) -> None:
@@ -130,6 +131,9 @@ class Change:
         self.root = root
         self.files = self.changed_files(base or self.default_base())
         self.record = read_record(root)
+        self.cover = Cover(root, self.record)
+        self.changed: set[Function] = set()
+        self.mention: set[Function] = set()         # a changed name
         self.chosen: set[str] = set()
 
     def git(self, *words: str) -> str:
@@ -166,6 +170,8 @@ class Change:
                 self.choose_by_rule(path)
             elif path.startswith(("tests/core/", "tests/fixtures/")) and not is_test(path):
                 self.choose_by_rule(path)
+        self.chosen |= set(self.cover.choose(dict.fromkeys(self.changed, CALLERS), self.chosen))
+        self.chosen |= set(self.cover.choose(dict.fromkeys(self.mention, 1), self.chosen, MENTION_SECONDS))
         return self.in_order()
 
     def choose_by_rule(self, path: str) -> None:
@@ -180,16 +186,18 @@ class Change:
         after = self.program.get(path, Pieces())
         functions, names = differing(before.functions, after.functions), differing(before.names, after.names)
         names |= {name.rpartition(".")[0] for name in functions if self.overrides(name, before, after)}
-        touched = {(path, name) for name in functions} | self.users(path, names)
+        changed = {(path, name) for name in functions}
+        users = self.users(path, names)
         if "" in names:                                                 # a statement that binds nothing: whoever runs anything of this file
-            touched |= {(path, name) for name in after.functions}
-        seen = False
-        for module, executed in self.record.items():
-            if executed.functions & touched:
-                self.chosen.add(module)
-                seen = True
-        if not seen and touched - {(path, name) for name in functions - set(before.functions)}:
-            self.add([self.room_of_tests(path)])
+            users |= {(path, name) for name in after.functions}
+        self.changed |= changed
+        self.mention |= users
+        new = {(path, name) for name in functions - set(before.functions)}
+        if not self.cover.callers.keys() & (changed | users) and (changed | users) - new:
+            neighbours = {function for function in self.cover.callers if function[0] == path}
+            self.changed |= neighbours
+            if not neighbours:
+                self.add([room_of_tests(self.root, path)])
 
     def overrides(self, method: str, before: Pieces, after: Pieces) -> bool:
         """Whether it is new, or gone, and one of its class's bases has it: then who calls it never did, or does no more."""
@@ -198,31 +206,34 @@ class Change:
         return (method in before.functions) != (method in after.functions) and any(
             f"{base}.{name}" in pieces.functions for base in bases for pieces in self.program.values())
 
-    def room_of_tests(self, path: str) -> str:
-        """The nearest folder of tests with the name of the room."""
-        place = Path("tests", *Path(path).parent.parts[1:])
-        while not (self.root / place).is_dir():
-            place = place.parent
-        return str(place)
-
-    def users(self, path: str, names: set[str]) -> set[tuple[str, str]]:
-        """The functions that mention one of these names of the file, or a module's name that does."""
-        found: set[tuple[str, str]] = set()
+    def users(self, path: str, names: set[str]) -> set[Function]:
+        """The functions that mention one of these names of the file, or a name that does. Who has an object need not import its class, so any
+        function that mentions a field's word counts; of a field that none mentions, those that mention the class."""
+        found: set[Function] = set()
         todo = [(path, name) for name in names if name]
         done = set(todo)
         while todo:
             home, name = todo.pop()
-            for user in self.files_that_see(home, name):
-                for piece, mentioned in self.program[user].mentioned.items():
-                    if name.rpartition(".")[2] not in mentioned and not (user == home and piece.startswith(f"{name}.")):
-                        continue
-                    if piece in self.program[user].functions:
-                        found.add((user, piece))
-                    elif piece and (user, piece) not in done:
-                        done.add((user, piece))
-                        todo.append((user, piece))
+            pieces = self.that_mention(home, name)
+            for user, piece in pieces:
+                if piece in self.program[user].functions:
+                    found.add((user, piece))
+                elif piece and (user, piece) not in done and user in self.files_that_see(home, name):
+                    done.add((user, piece))
+                    todo.append((user, piece))
+            owner = name.rpartition(".")[0]
+            if not pieces and owner and not name.endswith(".__doc__") and (home, owner) not in done:
+                done.add((home, owner))
+                todo.append((home, owner))
             found |= {(home, method) for method in self.program.get(home, Pieces()).functions if method.startswith(f"{name}.")}
         return found
+
+    def that_mention(self, home: str, name: str) -> list[tuple[str, str]]:
+        """The functions and names, each with its file, that mention a name of a file."""
+        owner, _, word = name.rpartition(".")
+        files = list(self.program) if owner and word != "__doc__" else self.files_that_see(home, name)
+        return [(file, piece) for file in files for piece, mentioned in self.program[file].mentioned.items()
+                if word in mentioned or owner in mentioned and file == home]
 
     def files_that_see(self, home: str, name: str) -> list[str]:
         """The file itself, and those that import the name, or the module to take it from."""
@@ -233,6 +244,9 @@ class Change:
     def choose_for_tests(self, path: str) -> None:
         if is_test(path):
             self.chosen.add(path)
+            return
+        if path == "tests/conftest.py":
+            self.add(self.cover.quick())
             return
         if path.endswith("conftest.py"):
             self.add([str(Path(path).parent)])

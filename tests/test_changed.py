@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / ".ci"), str(ROOT / "bench")]
 from changed import Change      # noqa: E402
-from executed import Executed, read_record, read_run, write_record      # noqa: E402
+from cover import CALLERS, QUICK_SECONDS, Cover     # noqa: E402
+from executed import Executed, read_record, read_run, silent, spine, write_record       # noqa: E402
+from call_recorder import program_file     # noqa: E402
 from planted import Places, draw_faults     # noqa: E402
 
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="git is missing")
@@ -50,6 +52,7 @@ class Pot:
 def season(name):
     return SPICES[name]
 ''',
+    "chatlm/cellar.py": "def lock():\n    return 0\n",
     "tests/kitchen/test_soup.py": "import spoons\n", "tests/kitchen/test_deep.py": "", "tests/page/test_page.py": "",
     "tests/test_spices.py": "import forks\n", "tests/test_layout.py": "", "tests/test_walls.py": "",
     "tests/support/spoons.py": "", "tests/support/forks.py": "def eat():\n    import spoons\n",
@@ -106,7 +109,8 @@ SOUP, DEEP, PAGE, SPICES = EXECUTED
     ("chatlm/kitchen/soup.py", "def cook():", "def cook(hot=True):", [SOUP, PAGE]),
     ("chatlm/pantry.py", "SALT = 1", "SALT = 2", [DEEP, SPICES]),                       # by way of a table, and of an import
     ("chatlm/pantry.py", "return None", "return 0", [DEEP]),
-    ("chatlm/pantry.py", "        return 0", "        return 9", [*EXECUTED, "tests/test_walls.py"]),    # nobody has recorded it: the nearest room
+    ("chatlm/pantry.py", "        return 0", "        return 9", [DEEP, SPICES]),      # nobody has recorded it: its file
+    ("chatlm/cellar.py", "return 0", "return 1", [*EXECUTED, "tests/test_walls.py"]),   # nor its file: the nearest room
     ("chatlm/pantry.py", "", "\nprint(SALT)\n", [DEEP, SPICES]),                        # a statement that binds nothing
     ("chatlm/kitchen/soup.py", "    def fill", "    def empty(self):\n        return 1\n\n    def fill", [DEEP]),   # overrides the base's
     ("tests/kitchen/test_soup.py", "", "x = 1\n", [SOUP]),
@@ -120,6 +124,52 @@ SOUP, DEEP, PAGE, SPICES = EXECUTED
 ])
 def test_a_change_needs_the_tests_that_see_it(program, path, old, new, tests):
     assert set(chosen(program, path, old, new)) == set(tests)
+
+
+def record_more(program, executed):
+    """More modules of tests, with what they execute."""
+    for module in executed:
+        (program / module).parent.mkdir(parents=True, exist_ok=True)
+        (program / module).write_text("")
+    write_record(EXECUTED | executed, program)
+    git(program, "add", ".")
+    git(program, "commit", "-qm", "More tests")
+
+
+def test_of_many_callers_those_of_the_room_and_the_most_specific_are_chosen(program):
+    """Not all of a hundred modules that start a server."""
+    cook = ("chatlm/kitchen/soup.py", "cook")
+    others = frozenset(("chatlm/other.py", f"f{number}") for number in range(400))
+    large = {f"tests/hall/test_{number}.py": Executed(3.0, True, others | {cook}) for number in range(30)}
+    small = {f"tests/hall/test_small_{number}.py": Executed(3.0, True, frozenset({cook})) for number in range(4)}
+    own = {f"tests/kitchen/test_own_{number}.py": Executed(3.0, True, others | {cook}) for number in range(2)}
+    record_more(program, large | small | own)
+    found = set(chosen(program, "chatlm/kitchen/soup.py", "return 1", "return 2"))
+    assert {SOUP, *small, *own} < found and len(found) == CALLERS
+
+
+def test_a_field_is_seen_by_those_who_mention_it(program):
+    """They need not import its class, and those of its other fields need not run."""
+    (program / "chatlm/hall.py").write_text("def look(pot):\n    return pot.depth\n\n\ndef leave(pot):\n    return pot\n")
+    record_more(program, {f"tests/test_{name}.py": Executed(1.0, False, frozenset({("chatlm/hall.py", name)}))
+                           for name in ("look", "leave")})
+    assert chosen(program, "chatlm/kitchen/soup.py", "depth = 3", "depth = 4") == [DEEP, "tests/test_look.py"]
+
+
+def test_what_every_test_reads_needs_the_quick_ones(program):
+    assert set(chosen(program, "tests/conftest.py", "", "x = 1\n")) == {DEEP, PAGE, SPICES} | {SOUP}
+
+
+def test_the_quick_ones_call_most_functions_within_their_seconds(program):
+    """The spine's come first, then those that call most in a second."""
+    functions = [("chatlm/other.py", f"f{number}") for number in range(9)]
+    record_more(program, {"tests/test_walls.py": Executed(1.0, False, frozenset(functions[:1])),
+                          "tests/test_all.py": Executed(40.0, False, frozenset(functions)),
+                          "tests/test_most.py": Executed(2.0, False, frozenset(functions[:8])),
+                          "tests/test_last.py": Executed(8.0, False, frozenset(functions[8:]))})
+    chosen = Cover(program, read_record(program)).quick(20.0)
+    assert chosen[0] == "tests/test_walls.py" and {"tests/test_most.py", "tests/test_last.py"} < set(chosen)
+    assert "tests/test_all.py" not in chosen
 
 
 def test_what_is_gone_is_seen_by_those_who_called_it(program):
@@ -147,8 +197,29 @@ def test_the_record_is_read_as_it_was_written(program):
     assert read_record(program) == {module: executed for module, executed in EXECUTED.items() if module != SOUP}
 
 
+@pytest.mark.parametrize("path, file", [
+    ("/work/tests/chatlm/cli.py", "chatlm/cli.py"), ("/x/build/lib/decode_core/check.py", "csrc/decode_core/check.py"),
+    ("/x/chat_server.py", "chat_server.py"), ("/home/chatlm/tests/support/pools.py", None), ("/home/chatlm/bench/load.py", None),
+    ("/usr/lib/python3.11/json/decoder.py", None),
+])
+def test_the_program_s_files_are_known_in_any_checkout(path, file):
+    """Whatever folder it is in."""
+    assert program_file(path) == file
+
+
+def test_a_record_that_ended_too_early_is_told(program):
+    """Its module imports several files and calls nothing of them."""
+    for name in "abc":
+        (program / f"chatlm/{name}.py").write_text("def f(): pass\n")
+    for module in (SOUP, SPICES, DEEP):
+        (program / module).write_text("".join(f"from chatlm.{name} import f\n" for name in "abc"))
+    run = {SOUP: EXECUTED[SOUP], SPICES: Executed(1.0, False, frozenset({("chatlm/b.py", "f")}))}
+    assert silent(run, program) == [SOUP]
+
+
 def test_what_tests_execute_is_recorded_in_all_processes(tmp_path):
-    """In a thread, in a process that is killed, in a fork, and by a fixture of the session; what an import runs is not."""
+    """In a thread, in a process that is killed, in a fork, by a fixture of the session, and after a recursion without end, which would
+    end a profile; what an import runs is not."""
     (tmp_path / "chatlm").mkdir()
     (tmp_path / "chatlm/__init__.py").write_text("")
     (tmp_path / "chatlm/room.py").write_text("""
@@ -159,6 +230,8 @@ def in_thread(): pass
 def in_process(): pass
 def in_fork(): pass
 def in_fixture(): pass
+def deep(depth): return deep(depth + 1)
+def in_later_test(): pass
 class Box:
     def open(self):
         def inner(): pass
@@ -175,6 +248,7 @@ def made():
 """)
     (tmp_path / "test_one.py").write_text("""
 import os, subprocess, sys, threading
+import pytest
 from chatlm import room
 
 def test_calls(made):
@@ -186,6 +260,13 @@ def test_calls(made):
         room.in_fork()
         os._exit(0)
     os.waitpid(child, 0)
+
+def test_recursion():
+    with pytest.raises(RecursionError):
+        room.deep(0)
+
+def test_after_recursion():
+    room.in_later_test()
 
 def test_processes():
     code = "import os, signal; from chatlm import room; room.in_process(); os.kill(os.getpid(), signal.SIGKILL)"
@@ -202,8 +283,8 @@ def test_processes():
                                      "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
     run = read_run(tmp_path / "run")
     functions = {module: {name for _, name in executed.functions} for module, executed in run.items()}
-    fixture = {"in_fixture", "called"}
-    assert functions == {"test_one.py": {"Box.open", "in_thread", "in_fork", "in_process"} | fixture, "test_two.py": fixture}
+    fixture, deep = {"in_fixture", "called"}, {"deep", "in_later_test"}
+    assert functions == {"test_one.py": {"Box.open", "in_thread", "in_fork", "in_process", *deep} | fixture, "test_two.py": fixture}
     assert [run[module].processes for module in ("test_one.py", "test_two.py")] == [True, False]
 
 
@@ -233,3 +314,25 @@ def test_faults_are_planted_where_they_change_something(text, faults, tmp_path):
         fault.plant(tmp_path)
         assert any(words in (tmp_path / "a.py").read_text() for words in faults)
     assert len(planted) == len(faults)
+
+
+def test_quick_modules_call_nearly_all_that_is_recorded():
+    record = read_record(ROOT)
+    quick = Cover(ROOT, record).quick()
+    called = frozenset().union(*(record[module].functions for module in quick))
+    assert len(called) >= 0.9 * len(frozenset().union(*(executed.functions for executed in record.values())))
+    assert sum(record[module].seconds for module in quick) <= QUICK_SECONDS
+    assert set(map(module_of, spine(ROOT))) <= set(quick)
+
+
+def test_pytest_runs_the_quick_modules_and_says_how_to_run_the_rest():
+    """Here only the spine's, since no second is left for others."""
+    words = [sys.executable, "-m", "pytest", "--quick=0", "--collect-only", "-qq", "-p", "no:cacheprovider"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=150)
+    lines = done.stdout.splitlines()
+    assert {line.split(":")[0] for line in lines if line.startswith("tests/")} == set(map(module_of, spine(ROOT)))
+    assert f" of {len(read_record(ROOT))} modules" in lines[-1] and ".ci/run" in lines[-1]
+
+
+def module_of(place):
+    return place.partition("::")[0]

@@ -34,7 +34,7 @@ TODAY = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *so
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 OTHERS_FLAGS = {           # of torchrun, Docker, apt, pip, xcode-select, Ray, pytest, vLLM and nanochat, and of the program without a row in FLAGS
     "compile", "nnodes", "node-rank", "master-addr", "nproc-per-node", "cache-dir", "install-recommends", "create-home", "max-num-seqs", "max-model-len",
-    "head", "address", "dist", "build-base", "build-lib", "benchmark-enable", "version", "help", "without-core", "prune", "deps", "force-reinstall",
+    "head", "address", "dist", "quick", "build-base", "build-lib", "benchmark-enable", "version", "help", "without-core", "prune", "deps", "force-reinstall",
     "with-libraries", "pythons", "wheels", "with-model", "args", "verify", "unpack", "from", "spec", "upgrade", "now", "format", "machine", "wheel",
     "install", "license", "shard-size", "public", "model", "depth", "save-every", "eval", "logdir"}     # the last five of aider, nanochat's scripts and TensorBoard
 

@@ -45,10 +45,10 @@ def test_what_is_pinned_runs_on_every_claimed_python(minor):
 
 
 def test_there_are_exactly_two_set_up_commands():
-    """They set up and go; CI runs the second."""
+    """They set up and go; CI runs the second, and all tests with it."""
     commands = re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)
     assert len(commands) == 2
-    assert commands[0].endswith("chat_server.py") and commands[1].endswith("-m pytest -n 3 --dist loadfile")
+    assert commands[0].endswith("chat_server.py") and commands[1].endswith("-m pytest -n 3 --dist loadfile --quick")
     assert "## Test" in (ROOT / ".ci/run").read_text()
     assert fenced("## Test") == [[commands[1]]]       # all that CI takes from this section
 

@@ -6,7 +6,8 @@ a module of tests, or "fixture NAME" while a fixture of the session is made, whi
 What an import runs is not counted. A process that is killed has written what it had called.
 
 Processes read this at their start because of a line in a .pth file, which `.ci/run record` makes and removes. Processes without site or
-with an environment of their own are not seen: .ci/changed.py has rules for what they test.
+with an environment of their own are not seen: .ci/changed.py has rules for what they test. Nor is what a thread calls after a recursion
+without end, before the next test.
 """
 
 import mmap
@@ -26,7 +27,7 @@ def program_file(filename):
     filename = filename.replace(os.sep, "/")
     for package, home in (("chatlm", "chatlm"), ("decode_core", "csrc/decode_core")):
         _, found, rest = filename.rpartition(f"/{package}/")
-        if found and "/tests/" not in filename:
+        if found and not rest.startswith(("tests/", "bench/")):         # of a checkout with that name
             return f"{home}/{rest}"
     return "chat_server.py" if filename.endswith("/chat_server.py") else None
 
@@ -54,7 +55,9 @@ class Recorder:
             os.close(file)
 
     def enter(self, name):
-        """From now on functions are called in the name of this place, here and in the processes started from here."""
+        """From now on functions are called in the name of this place, here and in the processes started from here.
+        Python ends a profile that raises, as it does in a recursion without end: each test begins it again."""
+        sys.setprofile(self.profile)
         self.entered, text = name, name.encode()
         self.place[4:4 + len(text) + 1] = text + b"\0"
         self.place[:4] = NUMBER.pack(NUMBER.unpack(self.place[:4])[0] + 1)

@@ -104,7 +104,6 @@ def test_a_limited_key_lists_only_its_models(tmp_path):
         assert asked(url, key="one", after_id="model0")[0] == 400
 
 
-def test_the_default_model_is_listed(default_model_path):
-    with server(default_model_path) as (_, url):
-        [model] = asked(url)[1]["data"]
-        assert model["id"] == get(url + "/v1/models")["data"][0]["id"]
+def test_the_default_model_is_listed(default_url):
+    [model] = asked(default_url)[1]["data"]
+    assert model["id"] == get(default_url + "/v1/models")["data"][0]["id"]

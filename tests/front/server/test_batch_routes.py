@@ -608,14 +608,13 @@ def test_uploads_that_are_no_batch_are_refused(running):
     assert file.expires_at == file.created_at + 7200
 
 
-def test_without_the_flag_batch_routes_name_it(model):
-    with server(model) as (_, url):
-        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
-        for call in (lambda: client.files.list(), lambda: client.files.create(file=("a", b"x"), purpose="batch"), lambda: client.files.content("file-1"),
-                     lambda: client.batches.list(), lambda: client.batches.create(input_file_id="file-1", endpoint="/v1/completions", completion_window="24h"),
-                     lambda: client.batches.retrieve("batch_1"), lambda: client.batches.cancel("batch_1"), lambda: client.files.delete("file-1")):
-            with pytest.raises(openai.NotFoundError, match="--database"):
-                call()
+def test_without_the_flag_batch_routes_name_it(tiny_url):
+    client = openai.OpenAI(base_url=tiny_url + "/v1", api_key="none", max_retries=0)
+    for call in (lambda: client.files.list(), lambda: client.files.create(file=("a", b"x"), purpose="batch"), lambda: client.files.content("file-1"),
+                 lambda: client.batches.list(), lambda: client.batches.create(input_file_id="file-1", endpoint="/v1/completions", completion_window="24h"),
+                 lambda: client.batches.retrieve("batch_1"), lambda: client.batches.cancel("batch_1"), lambda: client.files.delete("file-1")):
+        with pytest.raises(openai.NotFoundError, match="--database"):
+            call()
 
 
 def test_a_key_sees_only_its_files_and_batches(model, tmp_path):

@@ -88,10 +88,9 @@ def test_a_client_that_leaves_ends_its_export(place, nanochat_fixtures):
     assert ".left.unfinished" not in {path.name for path in (place / "left").iterdir()}
 
 
-def test_without_the_flag_nothing_is_exported(nanochat_fixtures):
-    with real_server.server(nanochat_fixtures / "gen5", *SMALL) as (_, url):
-        status, error = export(url)
-        assert status == 403 and "--export-folder" in error["message"]
+def test_without_the_flag_nothing_is_exported(tiny_url):
+    status, error = export(tiny_url)
+    assert status == 403 and "--export-folder" in error["message"]
 
 
 def test_a_server_of_one_model_exports_it(nanochat_fixtures, place):

@@ -355,18 +355,17 @@ def test_kept_responses_survive_a_lost_wal(model, tmp_path):
         assert len(client.responses.input_items.list(after.id).data) == 3 and client.responses.retrieve(before.id).output_text == before.output_text
 
 
-def test_without_the_flag_nothing_is_continued(model):
+def test_without_the_flag_nothing_is_continued(tiny_url):
     """The error names the flag."""
-    with server(model) as (_, url):
-        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
-        response = ask(client, store=True)
-        assert response.store is False
-        for more in ({"previous_response_id": response.id}, {"conversation": "conv_1"}):
-            with pytest.raises(openai.BadRequestError, match="without --database"):
-                ask(client, **more)
-        for call in (lambda: client.responses.retrieve(response.id), lambda: client.conversations.create(), lambda: client.conversations.retrieve("conv_1")):
-            with pytest.raises(openai.NotFoundError, match="without --database"):
-                call()
+    client = openai.OpenAI(base_url=tiny_url + "/v1", api_key="none", max_retries=0)
+    response = ask(client, store=True)
+    assert response.store is False
+    for more in ({"previous_response_id": response.id}, {"conversation": "conv_1"}):
+        with pytest.raises(openai.BadRequestError, match="without --database"):
+            ask(client, **more)
+    for call in (lambda: client.responses.retrieve(response.id), lambda: client.conversations.create(), lambda: client.conversations.retrieve("conv_1")):
+        with pytest.raises(openai.NotFoundError, match="without --database"):
+            call()
 
 
 def test_a_long_conversation_comes_in_pages(running):

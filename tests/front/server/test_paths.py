@@ -11,7 +11,6 @@ from yarl import URL
 from chatlm.common.config import ApiKey, Settings
 from chatlm.front.front import ROUTES
 from fake_pool import FakePool, conversation, serving
-from real_server import server
 
 KEYS = (ApiKey.hashed("everything", "ann"), ApiKey.hashed("some", "bob", ("other-model",)))
 SECRET = {"Authorization": "Bearer everything"}
@@ -88,11 +87,10 @@ async def test_percent_and_dots_are_not_read_as_slashes():
         assert status == 404 and "there is no /nothing/here" in text
 
 
-async def test_the_real_server_reads_odd_paths_too(default_model_path):
-    with server(default_model_path) as (_, url):
-        status, text, _ = await asked(url, "GET", "//v1//models")
-        assert status == 200 and "SmolLM2" in text
-        body = json.dumps(conversation("Hi") | {"max_tokens": 3}).encode()
-        async with aiohttp.ClientSession() as client:
-            async with client.post(URL(url + "//v1/chat/completions", encoded=True), data=body) as response:
-                assert response.status == 200 and (await response.json())["choices"]
+async def test_the_real_server_reads_odd_paths_too(default_url):
+    status, text, _ = await asked(default_url, "GET", "//v1//models")
+    assert status == 200 and "SmolLM2" in text
+    body = json.dumps(conversation("Hi") | {"max_tokens": 3}).encode()
+    async with aiohttp.ClientSession() as client:
+        async with client.post(URL(default_url + "//v1/chat/completions", encoded=True), data=body) as response:
+            assert response.status == 200 and (await response.json())["choices"]

@@ -216,10 +216,9 @@ def test_keys_have_the_tools_that_their_field_names(place, nanochat_fixtures):
             assert status == 403 and error["code"] == "tool_not_allowed"
 
 
-def test_a_server_without_the_flag_has_no_tools(nanochat_fixtures):
-    with real_server.server(nanochat_fixtures / "gen5", *SMALL) as (_, url):
-        assert ask(url + "/v1/tools")[1]["data"] == []
-        assert call(url)[0] == 403
+def test_a_server_without_the_flag_has_no_tools(tiny_url):
+    assert ask(tiny_url + "/v1/tools")[1]["data"] == []
+    assert call(tiny_url)[0] == 403
 
 
 def test_a_wrong_file_stops_the_start(place):
