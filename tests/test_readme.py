@@ -50,6 +50,7 @@ def test_there_are_exactly_two_set_up_commands():
     assert len(commands) == 2
     assert commands[0].endswith("chat_server.py") and commands[1].endswith("-m pytest -n 3 --dist loadfile --quick")
     assert "## Test" in (ROOT / ".ci/run").read_text()
+    assert "tests=${tests% --quick}" in (ROOT / ".ci/run").read_text()
     assert fenced("## Test") == [[commands[1]]]       # all that CI takes from this section
 
 
