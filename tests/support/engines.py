@@ -176,7 +176,7 @@ def propose_partly_right(monkeypatch, works, expected, seed=4):
 
 def draft_eagerly(monkeypatch):
     """Have drafts be verified as long as they are, whatever they cost here: what pays depends on how busy the machine is."""
-    monkeypatch.setattr(Drafting, "_counts", lambda drafting, drafts, times, rows, most, other_s: [len(draft.tokens) for draft in drafts])
+    monkeypatch.setattr(Drafting, "_counts", lambda drafting, drafts, times, rows, most: [len(draft.tokens) for draft in drafts])
 
 
 class Pieces(list):

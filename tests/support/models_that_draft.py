@@ -21,4 +21,4 @@ def draft_always(monkeypatch, length):
     monkeypatch.setattr(model_drafts, "best_length", lambda share, draft_s, step_s, most: min(most, length))
     monkeypatch.setattr(model_drafts.ModelDrafts, "FIRST", length)
     monkeypatch.setattr(Lookup, "propose", lambda lookup, sequences: [NO_DRAFT] * len(sequences))
-    monkeypatch.setattr(Drafting, "_counts", lambda drafting, drafts, times, rows, most, other_s: [len(draft.tokens) for draft in drafts])
+    monkeypatch.setattr(Drafting, "_counts", lambda drafting, drafts, times, rows, most: [len(draft.tokens) for draft in drafts])

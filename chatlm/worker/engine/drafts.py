@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import NamedTuple, Protocol, TYPE_CHECKING
 
 from chatlm.common.messages.requests import DRAFT_SOURCES, DraftCounts, Usage
-from chatlm.worker.engine.pace import PromptPace
 from chatlm.worker.engine.times import StepTimes, Times
 
 if TYPE_CHECKING:
@@ -208,7 +207,6 @@ class Drafting:
         self.accepted = DraftCounts()
         self.acceptance = Acceptance()
         self.times = times or Times()
-        self.pace = PromptPace()
         self.records: dict[Sequence, DraftRecord] = {}
         self.vocab_end = vocab_end
 
@@ -251,17 +249,15 @@ class Drafting:
         answers = [sequence for sequence in interactive or running if not sequence.pooling]
         rows = -(-len(answers) // limits.stages)
         on_host = any(sequence.needs_logits for sequence in answers)
-        prompt_tokens = sum(sequence.pending for sequence in answers if sequence.prefilling)
-        beside = self.pace.tokens(self.times, limits.prefill_chunk)
-        other_s = min(prompt_tokens, beside) * self.times.prompts.token_s
-        self.propose(able, rows, limits.draft_rows, other_s, on_host)
+        self.propose(able, rows, limits.draft_rows, on_host)
 
-    def propose(self, sequences: Seq[Sequence], rows: int, most: int, other_s: float = 0.0,
-                on_host: bool = False):
-        """Set the drafts of these sequences: the one that is worth most, cut to what pays.
+    def propose(self, sequences: Seq[Sequence], rows: int, most: int, on_host: bool = False):
+        """Set the drafts of these sequences: the one that is worth most, cut to what pays by itself. The time
+        of prompts in the same step does not count: their answers would wait for rows that seem to be cheap
+        beside it.
 
-        rows: of the step without drafts; it may have at most `most` with them. other_s: seconds of its other
-        work. on_host: does the host need its logits?"""
+        rows: of the step without drafts; it may have at most `most` with them. on_host: does the host need
+        its logits?"""
         for sequence in sequences:
             sequence.draft = NO_DRAFT
         forced: dict[Sequence, Draft] = {}
@@ -276,7 +272,7 @@ class Drafting:
                     draft = joined(forced[sequence], draft)
                 self._consider(sequence, fitting(sequence, tokens_of(draft, self.vocab_end)))
         drafts = [sequence.draft for sequence in sequences]
-        counts = self._counts(drafts, self.times.of(on_host), rows, most, other_s)
+        counts = self._counts(drafts, self.times.of(on_host), rows, most)
         for sequence, draft, count in zip(sequences, drafts, counts):
             sequence.draft = draft.first(count)
         self._rest(awake, rows)
@@ -306,8 +302,7 @@ class Drafting:
             record.counts = counts
             sequence.draft = measured
 
-    def _counts(self, drafts: list[Draft], step_times: StepTimes, rows: int, most: int,
-                other_s: float) -> list[int]:
+    def _counts(self, drafts: list[Draft], step_times: StepTimes, rows: int, most: int) -> list[int]:
         """How many tokens of each draft to verify, so that the step gives the most tokens a second."""
         ranked = []  # the likeliest tokens first: (chance, -place in its draft, draft)
         for j, draft in enumerate(drafts):
@@ -319,11 +314,11 @@ class Drafting:
             return counts
         times = step_times.expected(rows, rows + len(ranked))
         tokens = float(rows)
-        best = rows / (times[0] + other_s)
+        best = rows / times[0]
         chosen = 0
         for count, (chance, _, _) in enumerate(ranked, 1):
             tokens += chance
-            rate = tokens / (times[count] + other_s)
+            rate = tokens / times[count]
             if rate > best:
                 best = rate
                 chosen = count

@@ -14,6 +14,7 @@ from chatlm.common.files import read_text_of
 from chatlm.common.messages.requests import AnswerParams, Message, SamplingParams
 from chatlm.common.text.grammar import json_grammar
 from chatlm.worker.engine.drafts import NO_DRAFT, Acceptance, Draft, Drafting
+from chatlm.worker.engine.limits import StepLimits
 from chatlm.worker.engine.lookup import BETWEEN, LONGEST, PLACES, RUN, Matches, Lookup, TextStore, TextStores, Text, common_length, match_length
 from chatlm.worker.engine.grammar import Grammar
 from chatlm.worker.engine.integrity import check_integrity
@@ -245,6 +246,19 @@ def test_a_draft_is_as_long_as_it_pays():
         made.begin(one)
         assert lengths(made, [one], 1) == [length], (slope, chances)
         made.end(one)
+
+
+@pytest.mark.parametrize("chance, length", [(0.1, 0), (0.9, 1)])
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_draft_beside_a_prompt_pays_by_itself(beside, chance, length):
+    """A step that takes long anyway, because of a prompt, does not verify what is hardly ever right."""
+    made = drafting(Fixed([5], [chance]), 0.2)
+    made.times.prompts.note(64, 60.0, row_s=1.0)
+    one, long = sequence("a", [1, 2, 3]), sequence("b", range(900))
+    long.computed = 0
+    made.begin(one)
+    made.draft([one], [one, long][:1 + beside], StepLimits(8, 256, max_rows=64))
+    assert len(one.draft.tokens) == length
 
 
 def test_when_rows_fill_up_drafts_shrink_first():
