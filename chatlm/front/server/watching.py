@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence as Seq
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ async def watched(events: AsyncGenerator[Event, None],
             for watcher in watchers:
                 watcher.was_read(event)
     finally:
-        await events.aclose()
-        for watcher in watchers:
-            watcher.ends()
+        with ExitStack() as all_end:  # whatever is raised or cancelled meanwhile
+            for watcher in reversed(watchers):
+                all_end.callback(watcher.ends)
+            await events.aclose()

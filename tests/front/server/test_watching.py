@@ -79,6 +79,34 @@ async def test_a_reader_that_is_cancelled_ends_the_work():
     assert seen[-2:] == [("work ends", None), ("ends", None)] and "fails" not in dict(seen)
 
 
+class Broken(Witness):
+    """Its end fails."""
+
+    def ends(self):
+        super().ends()
+        raise OSError("broken watcher")
+
+
+async def test_all_watchers_see_an_end_that_is_cancelled_too():
+    """A server that stops may cancel whoever is ending an answer already, and one watcher may fail."""
+    seen = []
+
+    async def slow_to_end():
+        try:
+            yield EVENTS[0]
+        finally:
+            await asyncio.Event().wait()
+
+    stream = watched(slow_to_end(), [Broken(seen), Witness(seen)])
+    await anext(stream)
+    closing = asyncio.ensure_future(stream.aclose())
+    await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(OSError, match="broken watcher"):
+        await closing
+    assert seen == [("comes", EVENTS[0])] * 2 + [("ends", None)] * 2
+
+
 async def test_all_watchers_see_a_failure_and_the_end():
     seen, others = [], []
     stream = watched(events_of([], EVENTS[0], then=RequestError("broken")), [Witness(seen), Witness(others)])
