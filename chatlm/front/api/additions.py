@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 TOOL_ROUTES = "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"  # their answers may be in rounds
-MOST_TOOLS = 16  # of a body
+MOST_OWN_TOOLS = 16  # of a body
 
 
 @record
@@ -113,9 +113,9 @@ def take_out(fields: dict, names: AddedNames) -> Asked:
     taken = {name: fields.pop(name) for name in names.fields if name in fields}
     taken = {name: value for name, value in taken.items() if value is not None}
     sent = fields.get("tools")
-    tools = [(index, tool) for index, tool in enumerate(sent if isinstance(sent, list) else ())
-             if isinstance(tool, dict) and tool.get("type") in names.tools]
-    within_limit("tools that the server runs", len(tools), MOST_TOOLS, "tools")
+    tools = tuple((index, tool) for index, tool in enumerate(sent if isinstance(sent, list) else ())
+                  if isinstance(tool, dict) and tool.get("type") in names.tools)
+    within_limit("tools that the server runs", len(tools), MOST_OWN_TOOLS, "tools")
     if taken or tools:
         names_asked = [*taken, *(["tools"] if tools else [])]
         within_limit(f"bytes of {' and '.join(names_asked)}", json_bytes([taken, tools]),

@@ -125,7 +125,7 @@ def unpacked_envelope(data: bytes) -> Envelope:
     chained = Chained(response, conversation, tuple(Reference(*item) for item in items))
     return Envelope(fields, head["model"], head["names_model"], chained, lift, line, before,
                     tuple(NamedServer(*server) for server in head["servers"]), offered,
-                    Asked(head["asked"][0], [(index, tool) for index, tool in head["asked"][1]]))
+                    Asked(head["asked"][0], tuple((index, tool) for index, tool in head["asked"][1])))
 
 
 def open_body(route: str, number: int | None, raw: bytes | bytearray, before: bytes | bytearray = b"null",
