@@ -105,6 +105,7 @@ class Sandbox:
         if config:
             self.config = config
         self.process: subprocess.Popen | None = None
+        self.starting = asyncio.Lock()
         self.configs: list[SandboxConfig] = []  # those that the process has, the most recently used last
         self.ticket = 0                         # of the body that the process has open; 0: none
         self.begun = False                      # has the process begun the current task?
@@ -142,14 +143,20 @@ class Sandbox:
     async def start(self):
         """Start the process unless it is running. Its configuration follows with the first task. Raises
         Overloaded if the program's files have changed."""
-        if self.process is None and (why := await asyncio.to_thread(why_outdated)):
+        async with self.starting:  # whoever comes meanwhile waits until the process has its pipe
+            if self.process is None:
+                await self._start()
+
+    async def _start(self):
+        if why := await asyncio.to_thread(why_outdated):
             raise Overloaded(why)  # what it would import may not fit
-        if self.process is None:
-            self.configs = []
-            self.ticket = 0
-            environment = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-            self.process, ours = start_child(self.command, "sandbox", os.environ | environment)
-            self.reader, self.writer = await asyncio.open_connection(sock=ours)
+        if self.closed:
+            raise shutting_down()
+        self.configs = []
+        self.ticket = 0
+        environment = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+        self.process, ours = start_child(self.command, "sandbox", os.environ | environment)
+        self.reader, self.writer = await asyncio.open_connection(sock=ours)
 
     async def _exchange(self, config: SandboxConfig, task: SandboxTask, bodies: Seq[bytes | bytearray]):
         reply = await self._reply(config, task, bodies)

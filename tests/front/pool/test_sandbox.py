@@ -654,6 +654,33 @@ async def test_a_task_that_is_broken_is_an_honest_500(open_pool):
         await pool.admission.sandboxes["bodies"].perform("a", "no_such_task")
 
 
+async def test_who_starts_a_sandbox_meanwhile_gets_a_whole_one(chat_text, started, monkeypatch):
+    """A task comes while the process is started ahead, and has no pipe yet."""
+    connect = asyncio.open_connection
+
+    async def connect_late(**options):
+        for _ in range(100):
+            await asyncio.sleep(0)
+        return await connect(**options)
+
+    monkeypatch.setattr(asyncio, "open_connection", connect_late)
+    sandbox = Sandbox(PROCESS_COMMAND, SandboxConfig(Known(Settings(), None), chat_text, 64, 1.0, 1 << 30))
+    task = sandbox.perform("a", *reading("/detokenize"), bodies=[b'{"tokens": [1]}'])
+    *_, read = await asyncio.gather(sandbox.start(), sandbox.start(), task)
+    assert json.loads(read) and len(started) == 1
+    await sandbox.close()
+
+
+async def test_a_sandbox_that_is_closed_while_it_starts_has_no_process(chat_text, started):
+    sandbox = Sandbox(PROCESS_COMMAND, SandboxConfig(Known(Settings(), None), chat_text, 64, 1.0, 1 << 30))
+    starting = asyncio.ensure_future(sandbox.start())
+    await asyncio.sleep(0)
+    await sandbox.close()
+    with pytest.raises(Overloaded, match="shutting down"):
+        await starting
+    assert not started
+
+
 async def test_a_sandbox_ends_with_its_front(chat_text):
     known = Known(Settings(), None)
     sandbox = Sandbox(PROCESS_COMMAND, SandboxConfig(known, chat_text, 64, 1.0, 1 << 30))
