@@ -91,9 +91,10 @@ def write_record(run: dict[str, Executed], root: Path) -> None:
 def silent(run: dict[str, Executed], root: Path) -> list[str]:
     """The modules that import several files of the program and call nothing in any: what recorded them has ended too early."""
     found = []
+    program = {str(file.relative_to(root)) for file in (root / "chatlm").rglob("*.py")}
     for module, executed in run.items():
         names = set(re.findall(r"^from (chatlm[\w.]*) import", (root / module).read_text(), re.MULTILINE))
-        files = {f"{name.replace('.', '/')}.py" for name in names} & {str(file.relative_to(root)) for file in (root / "chatlm").rglob("*.py")}
+        files = {f"{name.replace('.', '/')}.py" for name in names} & program
         if len(files) > 2 and not files & {path for path, _ in executed.functions}:
             found.append(module)
     return found

@@ -19,7 +19,7 @@ from chatlm.common.records import record
 from chatlm.front.annexes import ANNEXES, Annex, additions_of, budgets_of, usage_writer_of
 from chatlm.front.api.additions import Additions
 from chatlm.front.api.encode import usage_body
-from chatlm.front.api.encoders import ENCODERS
+from chatlm.front.api.encoders import ENCODERS, answer_encoder
 from chatlm.front.api.errors import public_error
 from chatlm.front.api.field_types import INTEGER, SWITCH
 from chatlm.front.api.fields import Field
@@ -182,7 +182,7 @@ class Front:
     async def handle_answer(self, http: web.Request) -> web.StreamResponse:
         with self.bodies.holding() as holding:
             served, parsed = await self.bodies.answer(http, holding)
-            make_encoder = await ENCODERS[parsed.api].get()
+            await ENCODERS[parsed.api].get()
             pool = served.pool
             for annex in self.wanted:
                 if annex.prompt and annex.name in parsed.changed_by:
@@ -194,7 +194,7 @@ class Front:
                     parsed = annex.prepare(self.room(annex), parsed)
             del request  # from here on only what an answer needs is kept, not all messages and tools
             tokenizer = None if parsed.api == "native" else loaded_tokenizer(pool)
-            encoder = make_encoder(parsed.lasting(), served.name, tokenizer)
+            encoder = answer_encoder(parsed, served.name, tokenizer)
             answering = self.begin(Ask(pool, parsed, served.name, encoder))
             parsed = encoder.parsed
             if nothing := encoder.without_work():

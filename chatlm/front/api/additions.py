@@ -145,8 +145,9 @@ class Additions:
         for row in rows:
             for added in row.fields:
                 self._add(row, added)
-        self.tools = {tool.type: (row, tool) for row in rows if row.wanted for tool in row.tools}
-        if len(self.tools) < sum(len(row.tools) for row in rows if row.wanted):
+        tools = [(row, tool) for row in rows if row.wanted for tool in row.tools]
+        self.tools = {tool.type: (row, tool) for row, tool in tools}
+        if len(self.tools) < len(tools):
             raise ValueError(f"two annexes run tools of one type, among {', '.join(self.tools)}")
 
     def _add(self, row: Addition, added: AddedField):

@@ -55,6 +55,6 @@ ENCODERS: Mapping[str, Late[type[Encoder]]] = {
 
 
 def answer_encoder(parsed: ParsedBody, model: str, tokenizer: Tokenizer | None) -> Encoder:
-    """Make the encoder of an answer, for whoever holds up nobody while it is imported. It keeps no more of
-    the request than it needs."""
+    """Make the encoder of an answer. It keeps no more of the request than it needs. The event loop awaits
+    `ENCODERS[parsed.api].get()` before, so that nothing is imported here."""
     return ENCODERS[parsed.api].now()(parsed.lasting(), model, tokenizer)

@@ -507,8 +507,22 @@ def meanings(fills: str) -> tuple[str, ...]:
 LOOSE_ENDS = tuple(field.name for field in SAMPLING_FIELDS if field.idle.get("") is idle.under_a_grammar)
 PARAMS_NAMES = meanings("params")
 REQUEST_NAMES = meanings("request")
-# fields for which grammars are made: whoever sends none of them never needs what makes grammars
+
 MAKE_GRAMMARS = response_grammar, nested_grammar, other_grammar, structured_outputs, ollama_grammar
-CONSTRAINING = frozenset({"tools", "functions"} | {
-    field.name for fields in BODY_FIELDS.values() for field in fields
-    if getattr(field.type.convert, "func", field.type.convert) in MAKE_GRAMMARS})
+
+
+def makes_grammar(field: Field) -> bool:
+    convert = field.type.convert
+    return getattr(convert, "func", convert) in MAKE_GRAMMARS
+
+
+def constraining_fields() -> frozenset[str]:
+    """The names of fields for which grammars are made. Whoever sends none of them never needs what makes
+    grammars."""
+    names = {"tools", "functions"}
+    for fields in BODY_FIELDS.values():
+        names.update(field.name for field in fields if makes_grammar(field))
+    return frozenset(names)
+
+
+CONSTRAINING = constraining_fields()

@@ -134,6 +134,8 @@ def boundary_in(content_type: str) -> str:
     kind = Message()
     kind["Content-Type"] = content_type
     return kind.get_boundary("")
+
+
 def is_small(http: web.Request) -> bool:
     """Does a body say that it is so small that it may be read here, with whatever it has in it?"""
     return (http.content_length or math.inf) <= LIMITS.inline_bytes and "Content-Encoding" not in http.headers

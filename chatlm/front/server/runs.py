@@ -7,13 +7,13 @@ from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, RequestError, invalid, shown, without_folders
 from chatlm.common.jsontext import dump
-from chatlm.common.program import imported_later
+from chatlm.front.late import Late
 from chatlm.front.lazy import web
 from chatlm.front.pool.run_names import RunName
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence as Seq
+    from collections.abc import Callable, Mapping, Sequence as Seq
     from chatlm.front.evals.flips import Verdicts
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.pool.models import Served
@@ -115,12 +115,12 @@ def verdicts_among(seen: Seq[Served], removed: Seq[dict], tag: str, name: str, s
     return found
 
 
-def flips_of(before: Verdicts, after: Verdicts) -> dict[str, Any]:
-    """As in evals/flips.py, which it imports: a thread calls it."""
-    def load():
-        from chatlm.front.evals.flips import flips
-        return flips
-    return imported_later(load)(before, after)
+def load_flips() -> Callable[[Verdicts, Verdicts], dict[str, Any]]:
+    from chatlm.front.evals.flips import flips
+    return flips
+
+
+FLIPS = Late(load_flips)
 
 
 class RunRoutes:
@@ -148,7 +148,7 @@ class RunRoutes:
             before = verdicts_among(seen, removed, tag, "before", http.query.get("before"))
             after = verdicts_among(seen, removed, tag, "after", http.query.get("after"))
             try:
-                body["flips"] = await asyncio.to_thread(flips_of, before, after)
+                body["flips"] = await asyncio.to_thread(await FLIPS.get(), before, after)
             except ConfigError as error:
                 raise RequestError(f"the files of --watch-suite have changed: {without_folders(str(error))}",
                                    status=409) from None
