@@ -206,8 +206,9 @@ async def beside_a_long_prompt(session, server, clients, seed):
 
 
 async def note_pieces(session, server, messages, came):
-    """Stream an answer without an end; note (when it began, when the piece came) of each piece: of one token, as no step is short."""
-    body = {"messages": messages, "max_tokens": 2000, "temperature": 0, "ignore_eos": True, "stream": True}
+    """Stream an answer without an end; note (when it began, when the piece came) of each piece. It is drawn, so that it does not repeat
+    itself: of an answer that does, drafts make twenty tokens of a piece."""
+    body = {"messages": messages, "max_tokens": 2000, "temperature": 1, "seed": 1, "ignore_eos": True, "stream": True}
     if server.contestant.model_name:
         body["model"] = server.contestant.model_name
     began = time.perf_counter()

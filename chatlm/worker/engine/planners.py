@@ -127,7 +127,7 @@ class PromptPlanner:
         whole = self.limits.prefill_chunk
         if plan.nobody_waits:
             return self.lane.prompt_tokens(self.times, len(plan.chunks), whole)
-        paced = self.pace.tokens(self.times, whole)
+        paced = self.pace.tokens(self.times, whole, plan.tokens)
         answers_wait = len(prompts) < len(plan.answers)
         # one that such a step would finish has its first token the sooner
         newcomer_waits = any(sequence.pending <= paced // 2 for sequence in prompts[1:])

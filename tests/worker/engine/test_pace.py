@@ -48,16 +48,19 @@ def lateness(tokens, token_s, rows_s):
 # a token of a prompt, and a step of answers: about the 0.5B at its prompt's begin and end, the 1.5B, a phone, a GPU
 @pytest.mark.parametrize("token_s, rows_s", [
     (0.0016, 0.014), (0.005, 0.016), (0.01, 0.04), (0.1, 0.4), (0.00002, 0.005), (0.0005, 0.3), (0.02, 0.1)])
-def test_the_answers_go_on_unless_the_prompt_would_be_late(token_s, rows_s):
-    """A step takes about STEP_S, or as long as it must for its prompt to be no later than LATENESS."""
+@pytest.mark.parametrize("beside", [1, 4, 31, 33, 200])
+def test_the_answers_go_on_unless_the_prompt_would_be_late(token_s, rows_s, beside):
+    """A step takes about STEP_S, or as long as it must for its prompt to be no later than LATENESS. Its rows
+    fill what kernels compute together."""
     pace = PromptPace()
-    tokens = pace.tokens(machine(token_s, rows_s).times, WHOLE)
-    assert tokens % PAGE_SIZE == 0 and PAGE_SIZE <= tokens <= WHOLE
+    tokens = pace.tokens(machine(token_s, rows_s).times, WHOLE, beside)
+    assert PAGE_SIZE <= tokens <= WHOLE
+    assert tokens == WHOLE or (tokens + beside) % pace.ROWS == 0
     assert lateness(tokens, token_s, rows_s) <= pace.LATENESS
-    more, fewer = tokens + PAGE_SIZE, tokens - PAGE_SIZE
+    more, fewer = tokens + pace.ROWS, tokens - pace.ROWS
     assert more > WHOLE or rows_s + more * token_s > pace.STEP_S
-    in_time = rows_s + tokens * token_s <= pace.STEP_S
-    assert in_time or not fewer or lateness(fewer, token_s, rows_s) > pace.LATENESS
+    soon = rows_s + (tokens - pace.ROWS / 2) * token_s <= pace.STEP_S
+    assert soon or fewer < PAGE_SIZE or lateness(fewer, token_s, rows_s) > pace.LATENESS
 
 
 def test_prompts_are_whole_while_nobody_writes():
@@ -67,20 +70,20 @@ def test_prompts_are_whole_while_nobody_writes():
     assert step(s) == {"long": WHOLE}
     s.queue.add(sequence("short", [7] * 8))
     counts = [step(s) for _ in range(6)]
-    assert counts[0] == {"long": 40, "short": 8}  # in a short step, so that its first token comes soon
-    assert counts[1:] == [{"long": 48, "short": 1}] * 5
+    assert counts[0] == {"long": 56, "short": 8}  # in a short step, so that its first token comes soon
+    assert counts[1:] == [{"long": 63, "short": 1}] * 5
     s.queue.cancel("short")
     assert step(s) == {"long": WHOLE}
 
 
 def test_four_answers_are_no_slower_than_one():
-    """The chunk beside four answers is that beside one."""
+    """The step beside four answers is as long as that beside one."""
     s = machine(0.003, 0.015)
     s.queue.add(sequence("long", range(4000)))
     for name in "abcd":
         s.queue.add(sequence(name, [ord(name)] * 4))
     step(s)
-    assert step(s) == {"long": 48, "a": 1, "b": 1, "c": 1, "d": 1}
+    assert step(s) == {"long": 60, "a": 1, "b": 1, "c": 1, "d": 1}
 
 
 def test_a_disturbed_step_of_many_rows_says_nothing():
@@ -92,7 +95,7 @@ def test_a_disturbed_step_of_many_rows_says_nothing():
     for name in "abcd":
         s.queue.add(sequence(name, [ord(name)] * 4))
     step(s)
-    assert step(s)["long"] == 48
+    assert step(s)["long"] == 60
 
 
 def test_several_prompts_share_a_small_chunk():
@@ -101,7 +104,7 @@ def test_several_prompts_share_a_small_chunk():
     for name, length in (("answer", [1] * 4), ("long", [2] * 2000), ("other", [3] * 900), ("short", [4] * 500)):
         s.queue.add(sequence(name, length))
     step(s)
-    assert step(s) == {"answer": 1, "long": 24, "short": 24}
+    assert step(s) == {"answer": 1, "long": 31, "short": 32}
 
 
 def test_prompts_alone_are_not_slowed_by_each_other():
@@ -120,13 +123,13 @@ def test_the_first_chunk_is_whole_until_a_prompt_is_measured():
     s.queue.add(sequence("long", range(4000)))
     assert step(s) == {"short": 1, "long": WHOLE}
     s.times.prompts.note(WHOLE, 10.0, 0.0)
-    assert step(s) == {"short": 1, "long": PAGE_SIZE}
+    assert step(s) == {"short": 1, "long": PromptPace.ROWS - 1}
 
 
 def test_the_limit_stays_the_limit():
     """--prefill-chunk is never exceeded, even where it is no number of whole pages."""
     times = machine(0.0001, 0.3).times
-    assert [PromptPace().tokens(times, most) for most in (16, 20, 60)] == [16, 20, 60]
+    assert [PromptPace().tokens(times, most, beside=1) for most in (16, 20, 60)] == [16, 20, 60]
 
 
 def test_chunks_follow_a_machine_that_gets_slower():
@@ -137,7 +140,7 @@ def test_chunks_follow_a_machine_that_gets_slower():
     steps = []
     while done < 9700:
         token_s = 0.0016 * (1 + 2.5 * done / 9700)
-        tokens = pace.tokens(s.times, WHOLE)
+        tokens = pace.tokens(s.times, WHOLE, beside=1)
         seconds = 0.014 + tokens * token_s
         steps.append(seconds)
         disturbed_s = 1.0 if dice.random() < 0.1 else 0.0
