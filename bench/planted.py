@@ -9,8 +9,8 @@ length, so that all rooms have their share; what only words a message or a log l
 follows from the seed: fault number 7 of seed 1 is the same one as long as the program is.
 
 For each fault `changed` (.ci/changed.py against the commit) and the spine (.ci/spine) run with -x in a copy of the commit. Faults that `changed` misses are then planted
-ten at a time, in different functions, for the rest of the day's tests; a red group is halved until each fault is alone. A test that fails counts if it passes without the
-fault: it is run again on a copy that has none. Verdicts are appended to FILE as they come. Its columns: where, what, and for each way "noticed" or "missed",
+ten at a time, in different functions, for the rest of the day's tests; a red group is halved until each fault is alone. A test that fails counts if it fails again alone, and
+passes without the fault: it is run again on both copies. Verdicts are appended to FILE as they come. Its columns: where, what, and for each way "noticed" or "missed",
 the seconds that it took, and the first test that failed.
 """
 
@@ -204,12 +204,13 @@ class Bed:
             fault.plant(self.planted)
 
     def noticed(self, faults: list[Fault], places: list[str], first_only: bool) -> tuple[str, float]:
-        """(the first test that fails with these faults and passes without, or "", seconds)"""
+        """(the first test that fails twice with these faults and passes without, or "", seconds)"""
         self.plant(faults)
         began = time.monotonic()
         failed = self.run(self.planted, places, first_only)
         seconds = time.monotonic() - began
-        return next((test for test in failed if not self.run(self.clean, [test], True)), ""), seconds
+        counting = (test for test in failed if self.run(self.planted, [test], True) and not self.run(self.clean, [test], True))
+        return next(counting, ""), seconds
 
     def run(self, copy: Path, places: list[str], first_only: bool) -> list[str]:
         """The names of the tests that failed; of the module where it could not be collected."""

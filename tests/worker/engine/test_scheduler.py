@@ -257,6 +257,21 @@ def test_the_oldest_prompt_keeps_its_half_of_a_step():
     assert plan == {"decodes": 1, "oldest": 16, "short": 16}
 
 
+@pytest.mark.parametrize("free, fitting", [(0, 3), (1, 3), (2, 3), (3, 19), (4, 35), (5, 40)])
+def test_a_draft_leaves_each_running_sequence_a_page(free, fitting):
+    """A draft of 40 tokens gets what its sequence's last page has left, and the free pages but two, which the
+    two that run may need."""
+    s = scheduler(num_pages=16)
+    one, other = sequence("a", 13), sequence("b", 5)
+    s.queue.add(one)
+    s.queue.add(other)
+    s.schedule()
+    s.queue.pool.take(s.queue.pool.available - free)
+    assert s.queue.grow_spare(one, 40) == fitting
+    assert s.queue.pool.available == min(free, 2)
+    assert s.queue.grow_spare(one, 2) == 2
+
+
 @pytest.mark.parametrize("drafts", [False, True])
 @pytest.mark.parametrize("clients", [1, 3])
 def test_random_traffic_starves_nobody(clients, drafts):
