@@ -27,7 +27,7 @@ class PromptPace:
     ranks only the first one plans."""
 
     STEP_S = 0.2     # about how long a step with prompts takes beside answers
-    LATENESS = 0.12  # how much longer a prompt may take, as measured; the answers' own time comes on top
+    LATENESS = 0.14  # how much longer a prompt may take, as measured; the answers' own time comes on top
     ROWS = 32        # two panels of csrc/cpu/tiles
 
     def tokens(self, times: Times, most: int, beside: int) -> int:
