@@ -34,6 +34,7 @@ The rooms, each above those that it may import
     chatlm/front/server/      routes, connections, access, streams, metrics, the page's files
           intake/             a body becomes a request for a model; what a sandbox does
           api/                bodies in: fields and readers; answers out: encoders
+          api/dialects/       a file for each API that is spoken
           pool/               workers, queue and failover, here and on Ray
           evals/              tasks on disk, and verdicts on a model's answers to them
           admission/          a request becomes prompts that fit; the sandboxes' front end
@@ -58,7 +59,7 @@ The rooms, each above those that it may import
 Life of a request
 
     AccessLog.log > errors_to_responses > Access.guard > Front.handle_answer > Bodies.answer > read_bytes
-        > Intake.opened > open_body > Intake.resolve > Intake.decode_pictures > read_native_body
+        > Intake.opened > open_body > Intake.resolve > Intake.decode_pictures > read_answer > read_native
         > native_messages > Answers.begin > WorkerPool.answer > PromptMaker.admit > Tokenizer.render
         > Dispatcher.dispatch > Worker.assign > Pipe.packed                                     front process
         > Inbox.obey > Engine.add > Scheduler.schedule > make_batch > EagerSteps.start

@@ -8,22 +8,23 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
 from chatlm.common.messages.protocol import ParsedBody    # noqa: E402
 from chatlm.common.messages.requests import Accepted, AnswerParams, Delta, Embedding, Finished, Piece, Request, Usage    # noqa: E402
-from chatlm.front.api.encode_retrieval import EmbeddingsEncoder, ScoresEncoder    # noqa: E402
-from chatlm.front.api.encoders import ENCODERS    # noqa: E402
+from chatlm.front.api.dialects.retrieval import EmbeddingsEncoder, ScoresEncoder    # noqa: E402
+from spoken_paths import ENCODERS    # noqa: E402
 
 PIECES = [Piece((5,), (Delta("text", " word"),)) for _ in range(500)]
 END = Finished("stop", "eos", Usage(7, len(PIECES), 3), 0.25, 8.125, 212.34, 0)
 DETAILS = {"infill": {"response_fields": ()}}      # what the reader of a body always notes
-STREAMED = [api for api, late in ENCODERS.items() if late.now() not in (EmbeddingsEncoder, ScoresEncoder)]
+STREAMED = [api for api, kind in ENCODERS.items() if kind not in (EmbeddingsEncoder, ScoresEncoder)]
 
 
 @pytest.mark.parametrize("api", STREAMED)
 def test_a_streamed_answer_is_encoded(benchmark, api):
     def encode():
-        encoder = ENCODERS[api].now()(ParsedBody(Request("x", messages=()), api=api, details=DETAILS.get(api, {})), "model")
+        encoder = ENCODERS[api](ParsedBody(Request("x", messages=()), api=api, details=DETAILS.get(api, {})), "model")
         return [encoder.start(Accepted(7)), *map(encoder.encode, PIECES), encoder.encode(END)]
 
     assert b"".join(benchmark(encode)).count(b" word") >= len(PIECES)

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from chatlm.front.api.field_types import EFFORT, INTEGER, NUMBER, SEED, TOP_K      # noqa: E402
-from chatlm.front.api.tables import OPENAI_FIELDS, SAMPLED      # noqa: E402
+from chatlm.front.api.dialects.openai import OPENAI_FIELDS      # noqa: E402
+from chatlm.front.api.tables import SAMPLED      # noqa: E402
 
 OTHERS = ("reasoning_effort", "thinking_budget", "max_tokens", "seed")      # besides the sampling parameters that are numbers
 UNFOLDED = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "seed")

@@ -18,8 +18,9 @@ ABSENT = """
     chatlm.bundling chatlm.common.hub.offers chatlm.common.processes.connect
     chatlm.common.processes.ray chatlm.common.processes.torchrun chatlm.common.text.grammar
     chatlm.common.text.number_ranges chatlm.common.text.schema_rules chatlm.export
-    chatlm.front.api.call_grammars chatlm.front.api.encode_infill chatlm.front.api.encode_ollama
-    chatlm.front.api.encode_responses chatlm.front.api.encode_retrieval
+    chatlm.front.api.call_grammars chatlm.front.api.dialects.ollama chatlm.front.api.dialects.own
+    chatlm.front.api.dialects.responses chatlm.front.api.dialects.retrieval
+    chatlm.front.api.dialects.tokenization chatlm.front.api.response_items
     chatlm.front.evals chatlm.front.pool.downloads chatlm.front.pool.many
     chatlm.front.pool.opener chatlm.front.pool.ray_nodes chatlm.front.pool.residency
     chatlm.front.server.approvals chatlm.front.server.batch_turns chatlm.front.server.batches

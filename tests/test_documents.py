@@ -20,8 +20,9 @@ from chatlm.export.command import parse_export_words
 from chatlm.export.push import parse_push_words
 from chatlm.front.api.kept_fields import STORE_FIELDS
 from chatlm.front.api.field_types import CONSTRAINT_FIELDS
-from chatlm.front.api.tables import EMBEDDING_FIELDS, RERANK_FIELDS, SCORE_FIELDS
-from chatlm.front.api.tables import OPENAI_FIELDS, SAMPLED
+from chatlm.front.api.dialects.openai import OPENAI_FIELDS
+from chatlm.front.api.dialects.retrieval import EMBEDDING_FIELDS, RERANK_FIELDS, SCORE_FIELDS
+from chatlm.front.api.tables import SAMPLED
 from chatlm.common.hub.short_names import SHORT_NAMES
 from chatlm.front.front import ROUTES
 from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES, VISION

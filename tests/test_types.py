@@ -28,17 +28,18 @@ from chatlm.common.config import Settings
 Settings().port.upper()
 _core.set_threads("all")
 from chatlm.front.annexes import BATCH_ROUTES, Annex, load_batches, load_runs
+from chatlm.front.api.errors import OPENAI
 from chatlm.front.front import RoomRoutes
 from chatlm.front.server.batches import BatchRoutes
 from chatlm.front.server.page import PAGE_ROUTES, PageFiles
-from chatlm.front.server.routes import Api, Route
+from chatlm.front.server.routes import Route
 RoomRoutes(lambda front: front.page, PAGE_ROUTES)
 Annex("batches", load_batches, BATCH_ROUTES)
 RoomRoutes(lambda front: front.models, PAGE_ROUTES)
 Annex("runs", load_runs, BATCH_ROUTES)
-Route("GET", "/x", Api.OPENAI, PageFiles.handle_nothing, "x")
-ROWS: tuple[Route[PageFiles], ...] = (Route("GET", "/x", Api.OPENAI, BatchRoutes.handle_list, "x"),)
-MORE: tuple[Route[BatchRoutes], ...] = (Route("GET", "/x", Api.OPENAI, lambda room, http: room.handle_nothing(http), "x"),)
+Route("GET", "/x", OPENAI, PageFiles.handle_nothing, "x")
+ROWS: tuple[Route[PageFiles], ...] = (Route("GET", "/x", OPENAI, BatchRoutes.handle_list, "x"),)
+MORE: tuple[Route[BatchRoutes], ...] = (Route("GET", "/x", OPENAI, lambda room, http: room.handle_nothing(http), "x"),)
 Annex("batches", load_batches, close=lambda batches: batches.end())
 from chatlm.front.api.additions import ServerTool
 Annex("batches", load_batches, tools=(ServerTool("x", "x", {}, lambda batches, call: batches.run(call)),))

@@ -14,12 +14,13 @@ from typing import Any, Generic, TYPE_CHECKING, TypeVar
 from chatlm.common.commands import Command
 from chatlm.common.records import record
 from chatlm.front.api.additions import AddedField, Addition, ServerTool
+from chatlm.front.api.errors import NANOCHAT, OLLAMA, OPENAI
 from chatlm.front.api.field_types import TEXT
 from chatlm.front.api.fields import A_TEXT, Field, list_schema, object_schema
 from chatlm.front.api.kept_fields import (
     AFTER, FILES_LIMIT, LIMIT, ORDER, PURPOSE, STARTING_AFTER, STREAM)
 from chatlm.front.server.describe import A_MODEL
-from chatlm.front.server.routes import Api, Route
+from chatlm.front.server.routes import Route
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -180,9 +181,9 @@ A_LIST = object_schema(["data", "servers"], data=list_schema(A_TOOL), servers=li
     object_schema(["label", "state"], label=A_TEXT, state=A_TEXT, reason=A_TEXT, notices=list_schema(
         A_TEXT | {"description": "such as that tools are left out, and why"}))))
 TOOL_ROUTES: tuple[Route[ToolRoutes], ...] = (
-    Route("GET", "/v1/tools", Api.OPENAI, lambda tools, http: tools.handle_list(http),
+    Route("GET", "/v1/tools", OPENAI, lambda tools, http: tools.handle_list(http),
           "the tools of --mcp-config that this client may use", query=(MODEL,), returns=A_LIST),
-    Route("POST", "/v1/tools/call", Api.OPENAI, lambda tools, http: tools.handle_call(http),
+    Route("POST", "/v1/tools/call", OPENAI, lambda tools, http: tools.handle_call(http),
           "call one of these tools"),
 )
 TOOLS = Annex(
@@ -222,53 +223,53 @@ def load_conversations() -> Make[ConversationRoutes]:
 
 
 BATCH_ROUTES: tuple[Route[BatchRoutes], ...] = (
-    Route("POST", "/v1/batches", Api.OPENAI, lambda batches, http: batches.handle_create(http),
+    Route("POST", "/v1/batches", OPENAI, lambda batches, http: batches.handle_create(http),
           "answer each line of a file while nobody else asks"),
-    Route("GET", "/v1/batches", Api.OPENAI, lambda batches, http: batches.handle_list(http),
+    Route("GET", "/v1/batches", OPENAI, lambda batches, http: batches.handle_list(http),
           "your batches, the newest first",
           query=(LIMIT, AFTER)),
-    Route("GET", "/v1/batches/{id}", Api.OPENAI, lambda batches, http: batches.handle_batch(http),
+    Route("GET", "/v1/batches/{id}", OPENAI, lambda batches, http: batches.handle_batch(http),
           "how far a batch is"),
-    Route("POST", "/v1/batches/{id}/cancel", Api.OPENAI, lambda batches, http: batches.handle_cancel(http),
+    Route("POST", "/v1/batches/{id}/cancel", OPENAI, lambda batches, http: batches.handle_cancel(http),
           "end a batch; what it has answered is kept"),
 )
 FILE_ROUTES: tuple[Route[FileRoutes], ...] = (
-    Route("POST", "/v1/files", Api.OPENAI, lambda files, http: files.handle_upload(http),
+    Route("POST", "/v1/files", OPENAI, lambda files, http: files.handle_upload(http),
           "keep a file of requests for a batch: a form with `file` and `purpose`"),
-    Route("GET", "/v1/files", Api.OPENAI, lambda files, http: files.handle_list(http), "your files",
+    Route("GET", "/v1/files", OPENAI, lambda files, http: files.handle_list(http), "your files",
           query=(PURPOSE, FILES_LIMIT, ORDER, AFTER)),
-    Route("GET", "/v1/files/{id}", Api.OPENAI, lambda files, http: files.handle_file(http),
+    Route("GET", "/v1/files/{id}", OPENAI, lambda files, http: files.handle_file(http),
           "what is known of a file"),
-    Route("GET", "/v1/files/{id}/content", Api.OPENAI, lambda files, http: files.handle_content(http),
+    Route("GET", "/v1/files/{id}/content", OPENAI, lambda files, http: files.handle_content(http),
           "its content"),
-    Route("DELETE", "/v1/files/{id}", Api.OPENAI, lambda files, http: files.handle_delete(http),
+    Route("DELETE", "/v1/files/{id}", OPENAI, lambda files, http: files.handle_delete(http),
           "delete a file"),
 )
 CONVERSATION_ROUTES: tuple[Route[ConversationRoutes], ...] = (
-    Route("GET", "/v1/responses/{id}", Api.OPENAI, lambda kept, http: kept.handle_response(http),
+    Route("GET", "/v1/responses/{id}", OPENAI, lambda kept, http: kept.handle_response(http),
           "a response that was kept, or that runs in the background", query=(STREAM, STARTING_AFTER)),
-    Route("POST", "/v1/responses/{id}/cancel", Api.OPENAI, lambda kept, http: kept.handle_cancel(http),
+    Route("POST", "/v1/responses/{id}/cancel", OPENAI, lambda kept, http: kept.handle_cancel(http),
           "stop a response that runs in the background"),
-    Route("DELETE", "/v1/responses/{id}", Api.OPENAI, lambda kept, http: kept.handle_delete(http),
+    Route("DELETE", "/v1/responses/{id}", OPENAI, lambda kept, http: kept.handle_delete(http),
           "delete it"),
-    Route("GET", "/v1/responses/{id}/input_items", Api.OPENAI, lambda kept, http: kept.handle_inputs(http),
+    Route("GET", "/v1/responses/{id}/input_items", OPENAI, lambda kept, http: kept.handle_inputs(http),
           "what it was asked, with what was said before", query=(LIMIT, ORDER, AFTER)),
-    Route("POST", "/v1/conversations", Api.OPENAI, lambda kept, http: kept.handle_create(http),
+    Route("POST", "/v1/conversations", OPENAI, lambda kept, http: kept.handle_create(http),
           "begin a conversation"),
-    Route("GET", "/v1/conversations/{id}", Api.OPENAI, lambda kept, http: kept.handle_conversation(http),
+    Route("GET", "/v1/conversations/{id}", OPENAI, lambda kept, http: kept.handle_conversation(http),
           "a conversation"),
-    Route("POST", "/v1/conversations/{id}", Api.OPENAI, lambda kept, http: kept.handle_update(http),
+    Route("POST", "/v1/conversations/{id}", OPENAI, lambda kept, http: kept.handle_update(http),
           "change its metadata"),
-    Route("DELETE", "/v1/conversations/{id}", Api.OPENAI, lambda kept, http: kept.handle_forget(http),
+    Route("DELETE", "/v1/conversations/{id}", OPENAI, lambda kept, http: kept.handle_forget(http),
           "delete it with its items"),
-    Route("GET", "/v1/conversations/{id}/items", Api.OPENAI, lambda kept, http: kept.handle_items(http),
+    Route("GET", "/v1/conversations/{id}/items", OPENAI, lambda kept, http: kept.handle_items(http),
           "its items",
           query=(LIMIT, ORDER, AFTER)),
-    Route("POST", "/v1/conversations/{id}/items", Api.OPENAI, lambda kept, http: kept.handle_add(http),
+    Route("POST", "/v1/conversations/{id}/items", OPENAI, lambda kept, http: kept.handle_add(http),
           "add items to it"),
-    Route("GET", "/v1/conversations/{id}/items/{item}", Api.OPENAI, lambda kept, http: kept.handle_item(http),
+    Route("GET", "/v1/conversations/{id}/items/{item}", OPENAI, lambda kept, http: kept.handle_item(http),
           "one item"),
-    Route("DELETE", "/v1/conversations/{id}/items/{item}", Api.OPENAI,
+    Route("DELETE", "/v1/conversations/{id}/items/{item}", OPENAI,
           lambda kept, http: kept.handle_drop(http),
           "delete it; the answer is the conversation"),
 )
@@ -307,36 +308,36 @@ def load_metrics() -> Make[MetricRoutes]:
 GET_MODELS = "download and delete models"
 HUB_SEARCH = Field("search", TEXT, "also search the hub, for this")
 DOWNLOAD_ROUTES: tuple[Route[DownloadRoutes], ...] = (
-    Route("GET", "/models/hub", Api.OPENAI, lambda downloads, http: downloads.handle_list(http),
+    Route("GET", "/models/hub", OPENAI, lambda downloads, http: downloads.handle_list(http),
           "models that can be downloaded, those in the cache, downloads, and room", query=(HUB_SEARCH,),
           operator_act=GET_MODELS),
-    Route("GET", "/models/hub/{name:.+}", Api.OPENAI, lambda downloads, http: downloads.handle_look(http),
+    Route("GET", "/models/hub/{name:.+}", OPENAI, lambda downloads, http: downloads.handle_look(http),
           "what the hub has of a model: files with sizes, and whether this program can run it",
           operator_act=GET_MODELS),
-    Route("GET", "/models/downloads", Api.OPENAI, lambda downloads, http: downloads.handle_downloads(http),
+    Route("GET", "/models/downloads", OPENAI, lambda downloads, http: downloads.handle_downloads(http),
           "the state of each download, then each change, as events; ends when none is running",
           operator_act=GET_MODELS),
-    Route("POST", "/models/download", Api.OPENAI, lambda downloads, http: downloads.handle_download(http),
+    Route("POST", "/models/download", OPENAI, lambda downloads, http: downloads.handle_download(http),
           "download a model, or follow its download", operator_act=GET_MODELS),
-    Route("POST", "/models/cancel", Api.OPENAI, lambda downloads, http: downloads.handle_cancel(http),
+    Route("POST", "/models/cancel", OPENAI, lambda downloads, http: downloads.handle_cancel(http),
           "end a download; the next one continues where it was", operator_act=GET_MODELS),
-    Route("POST", "/models/delete", Api.OPENAI, lambda downloads, http: downloads.handle_delete(http),
+    Route("POST", "/models/delete", OPENAI, lambda downloads, http: downloads.handle_delete(http),
           "remove a downloaded model from the cache", operator_act=GET_MODELS),
-    Route("POST", "/api/pull", Api.OLLAMA, lambda downloads, http: downloads.handle_pull(http),
+    Route("POST", "/api/pull", OLLAMA, lambda downloads, http: downloads.handle_pull(http),
           "download a model as Ollama does",
           operator_act=GET_MODELS),
-    Route("DELETE", "/api/delete", Api.OLLAMA, lambda downloads, http: downloads.handle_ollama_delete(http),
+    Route("DELETE", "/api/delete", OLLAMA, lambda downloads, http: downloads.handle_ollama_delete(http),
           "remove a downloaded model from the cache", operator_act=GET_MODELS),
 )
 EXPORT_ROUTES: tuple[Route[ExportRoutes], ...] = (
-    Route("GET", "/models/exports", Api.OPENAI, lambda exports, http: exports.handle_list(http),
+    Route("GET", "/models/exports", OPENAI, lambda exports, http: exports.handle_list(http),
           "what is in the folder of --export-folder", operator_act="export models"),
-    Route("POST", "/models/export", Api.OPENAI, lambda exports, http: exports.handle_export(http),
+    Route("POST", "/models/export", OPENAI, lambda exports, http: exports.handle_export(http),
           "write a served model as a folder for transformers, into that of --export-folder",
           operator_act="export models"),
 )
 METRIC_ROUTES: tuple[Route[MetricRoutes], ...] = (
-    Route("GET", "/metrics", Api.NANOCHAT, lambda metrics, http: metrics.handle_metrics(http),
+    Route("GET", "/metrics", NANOCHAT, lambda metrics, http: metrics.handle_metrics(http),
           "Prometheus metrics", polled=True),
 )
 DOWNLOADS = Annex("downloads", load_downloads, DOWNLOAD_ROUTES, close=lambda downloads: downloads.close())
@@ -360,7 +361,7 @@ def load_conversation_log() -> Make[Callable[[Request], Watcher]]:
 FROM_DAY = Field("from", TEXT, "the first day (UTC), as 2026-11-24; default: 30 days before the last")
 TO_DAY = Field("to", TEXT, "the last day; default: today")
 USAGE_ROUTES: tuple[Route[UsageRoutes], ...] = (
-    Route("GET", "/v1/usage", Api.OPENAI, lambda usage, http: usage.handle_usage(http),
+    Route("GET", "/v1/usage", OPENAI, lambda usage, http: usage.handle_usage(http),
           "what the request's API key used by day and model; a key with role=admin sees all keys",
           query=(FROM_DAY, TO_DAY)),
 )
@@ -383,7 +384,7 @@ def load_runs() -> Make[RunRoutes]:
 
 
 COMPARE_ROUTES: tuple[Route[CompareRoutes], ...] = (
-    Route("POST", "/v1/compare", Api.OPENAI, lambda compare, http: compare.handle_compare(http),
+    Route("POST", "/v1/compare", OPENAI, lambda compare, http: compare.handle_compare(http),
           "answers of several models to one question, streamed, and where each diverges from the first"),
 )
 A_FLIP = {"type": "object", "properties": {
@@ -410,10 +411,10 @@ A_RUN = {"type": "object", "properties": {**RUN_PARTS, "flips": {
         "samples": {"type": "array", "items": {"type": "object", "properties": {
             "prompt": A_TEXT, "text": A_TEXT}}}}}}}}
 RUN_ROUTES: tuple[Route[RunRoutes], ...] = (
-    Route("GET", "/v1/runs", Api.OPENAI, lambda runs, http: runs.handle_list(http),
+    Route("GET", "/v1/runs", OPENAI, lambda runs, http: runs.handle_list(http),
           "the runs of --watch, by lineage",
           returns=A_LIST_OF_RUNS),
-    Route("GET", "/v1/runs/{tag:.+}", Api.OPENAI, lambda runs, http: runs.handle_run(http),
+    Route("GET", "/v1/runs/{tag:.+}", OPENAI, lambda runs, http: runs.handle_run(http),
           "the steps of a run or a lineage",
           returns=A_RUN),
 )

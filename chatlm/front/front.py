@@ -18,11 +18,12 @@ from chatlm.common.program import imported_later, page_files
 from chatlm.common.records import record
 from chatlm.front.annexes import ANNEXES, Annex, additions_of, budgets_of, usage_writer_of
 from chatlm.front.api.additions import Additions
+from chatlm.front.api.dialect import TextForm
 from chatlm.front.api.encode import usage_body
-from chatlm.front.api.encoders import ENCODERS, answer_encoder
-from chatlm.front.api.errors import public_error
+from chatlm.front.api.errors import NANOCHAT, OLLAMA, OPENAI, public_error
 from chatlm.front.api.field_types import INTEGER, SWITCH
 from chatlm.front.api.fields import Field
+from chatlm.front.api.spoken import all_places, answer_encoder, form_of, load_all, load_for
 from chatlm.front.intake.intake import Intake, loaded_tokenizer
 from chatlm.front.lazy import web
 from chatlm.front.server.access import Access, AccessLog, Owners
@@ -39,7 +40,7 @@ from chatlm.front.server.page import PAGE_ROUTES, PageFiles
 from chatlm.front.server.recordings import GRACE_S, Recording, Recordings
 from chatlm.front.server.responses import (
     REQUEST_LOG, errors_to_responses, json_response, send_whole, shows)
-from chatlm.front.server.routes import Api, Route, RouteTable
+from chatlm.front.server.routes import Route, RouteTable
 from chatlm.front.server.streams import EventStream
 
 if TYPE_CHECKING:
@@ -182,7 +183,6 @@ class Front:
     async def handle_answer(self, http: web.Request) -> web.StreamResponse:
         with self.bodies.holding() as holding:
             served, parsed = await self.bodies.answer(http, holding)
-            await ENCODERS[parsed.api].get()
             pool = served.pool
             for annex in self.wanted:
                 if annex.prompt and annex.name in parsed.changed_by:
@@ -193,8 +193,7 @@ class Front:
                 if annex.prepare:
                     parsed = annex.prepare(self.room(annex), parsed)
             del request  # from here on only what an answer needs is kept, not all messages and tools
-            tokenizer = None if parsed.api == "native" else loaded_tokenizer(pool)
-            encoder = answer_encoder(parsed, served.name, tokenizer)
+            encoder = answer_encoder(parsed, served.name, loaded_tokenizer(pool))
             answering = self.begin(Ask(pool, parsed, served.name, encoder))
             parsed = encoder.parsed
             if nothing := encoder.without_work():
@@ -214,6 +213,14 @@ class Front:
                 body = await encoder.collect_all(events, holding.grow)
                 self.note_end(encoder)
                 return await send_whole(http, body)
+
+    async def handle_body(self, http: web.Request) -> web.StreamResponse:
+        """Answer a body as its dialect says."""
+        path = REQUEST_LOG.get().route.pattern
+        await load_for(path)
+        if isinstance(form_of(path), TextForm):
+            return await self.handle_text(http)
+        return await self.handle_answer(http)
 
     async def handle_text(self, http: web.Request) -> web.Response:
         with self.bodies.holding() as holding:
@@ -314,6 +321,11 @@ class Front:
         record.note = f"{counts['prompt_tokens']}+{counts['completion_tokens']} tokens {reasons}"
         record.counts = counts | {"reason": reasons}
 
+    async def handle_description(self, http: web.Request) -> web.Response:
+        """GET /openapi.json: it has the fields of all dialects, which are imported for it."""
+        await load_all()
+        return json_response(openapi_document(self.routes, self.settings))
+
     async def handle_cancel(self, http: web.Request) -> web.Response:
         """POST /v1/cancel/{id}: stop an answer, or all answers of a comparison.
 
@@ -357,64 +369,28 @@ class Front:
 ONLY_THINKING = Field("reasoning", SWITCH, "true: end the reasoning of the answer, which goes on with its "
                                            "content; 409 if it is not thinking now")
 FIRST_EVENT = Field("from", INTEGER, "the number of the first event", 0, math.inf)
-RETRIEVAL = (  # (what a request gets, the routes for it): one handler answers them all
-    ("a vector for each input, from the model's final hidden states", "/v1/embeddings /api/v0/embeddings"),
-    ("the same in the format of Text Embeddings Inference", "/embed"),
-    ("documents by how well they suit a query", "/v1/rerank /rerank /v2/rerank"),
-    ("as above, in llama-server's format", "/reranking /v1/reranking"),
-    ("scores of pairs of texts", "/v1/score /score"))
-ANSWER_ROUTES: tuple[Route[Front], ...] = (
-    Route("POST", "/chat/completions", Api.NANOCHAT, Front.handle_answer,
-          "an answer in nanochat's format, streamed; with `model` as /v1/chat/completions"),
-    Route("POST", "/v1/chat/completions", Api.OPENAI, Front.handle_answer,
-          "an answer in OpenAI's format, streamed or whole"),
-    Route("POST", "/v1/completions", Api.OPENAI, Front.handle_answer,
-          "the continuation of a text, streamed or whole"),
-    Route("POST", "/infill", Api.OPENAI, Front.handle_answer,
-          "the text between two others, in llama-server's format, streamed or whole"),
-    Route("POST", "/v1/responses", Api.OPENAI, Front.handle_answer,
-          "an answer in the format of OpenAI's Responses, streamed or whole"),
-    Route("POST", "/v1/messages", Api.ANTHROPIC, Front.handle_answer,
-          "an answer in the format of Anthropic's Messages, streamed or whole"),
-    Route("POST", "/v1/messages/count_tokens", Api.ANTHROPIC, Front.handle_text,
-          "how many tokens such a request has"),
-    Route("POST", "/api/chat", Api.OLLAMA, Front.handle_answer, "an answer in Ollama's format"),
-    Route("POST", "/api/generate", Api.OLLAMA, Front.handle_answer, "an answer in Ollama's format"),
-    # behind Ollama's: an unknown route below /api is taken for one of the first row's API
-    Route("POST", "/api/v0/chat/completions", Api.OPENAI, Front.handle_answer,
-          "as /v1/chat/completions, for clients of LM Studio"),
-    Route("POST", "/api/v0/completions", Api.OPENAI, Front.handle_answer,
-          "as /v1/completions, for clients of LM Studio"),
-    *(Route("POST", path, Api.OPENAI, Front.handle_answer, doc)
-      for doc, paths in RETRIEVAL for path in paths.split()),
-    Route("POST", "/api/embed", Api.OLLAMA, Front.handle_answer, "embeddings in Ollama's format"),
-    Route("POST", "/api/embeddings", Api.OLLAMA, Front.handle_answer, "one embedding, for older clients"),
-    Route("POST", "/tokenize", Api.OPENAI, Front.handle_text, "text to token ids"),
-    Route("POST", "/detokenize", Api.OPENAI, Front.handle_text, "token ids to text"),
-    Route("POST", "/apply-template", Api.OPENAI, Front.handle_text,
-          "a conversation to the text of its prompt"),
-    Route("POST", "/v1/cancel/{id}", Api.OPENAI, Front.handle_cancel,
+STREAM_ROUTES: tuple[Route[Front], ...] = (
+    Route("POST", "/v1/cancel/{id}", OPENAI, Front.handle_cancel,
           "stop an answer by the X-Request-Id of its response", query=(ONLY_THINKING,)),
-    Route("GET", "/v1/streams/{id}", Api.OPENAI, Front.handle_stream,
+    Route("GET", "/v1/streams/{id}", OPENAI, Front.handle_stream,
           "a resumable stream, from event ?from=N or after Last-Event-ID", query=(FIRST_EVENT,)),
 )
 STATE_ROUTES: tuple[Route[Front], ...] = (
-    Route("GET", "/api/version", Api.OLLAMA, shows(lambda front, bound: ollama_version()),
+    Route("GET", "/api/version", OLLAMA, shows(lambda front, bound: ollama_version()),
           "the version of Ollama whose routes this server has, and its own"),
-    Route("GET", "/health", Api.NANOCHAT, shows(lambda front, bound: front.catalogue.health()),
+    Route("GET", "/health", NANOCHAT, shows(lambda front, bound: front.catalogue.health()),
           "200 when ready, else 503 with the stage", open=True, polled=True),
-    Route("GET", "/livez", Api.NANOCHAT, shows(lambda front, bound: alive_body()),
+    Route("GET", "/livez", NANOCHAT, shows(lambda front, bound: alive_body()),
           "200 as long as the event loop runs", open=True, polled=True),
-    Route("GET", "/readyz", Api.NANOCHAT, shows(lambda front, bound: readiness_body(front.catalogue)),
+    Route("GET", "/readyz", NANOCHAT, shows(lambda front, bound: readiness_body(front.catalogue)),
           "200 when a request would be served now, else 503 with the reason", open=True, polled=True),
-    Route("GET", "/stats", Api.NANOCHAT,
+    Route("GET", "/stats", NANOCHAT,
           shows(lambda front, bound: stats_body(front.catalogue, front.models.visible(bound))),
           "models, workers, KV pages, speed, kernels, queue", polled=True),
-    Route("GET", "/stats/history", Api.NANOCHAT,
+    Route("GET", "/stats/history", NANOCHAT,
           shows(lambda front, bound: front.history.body(front.models.visible(bound))),
           "samples of these since the server started"),
-    Route("GET", "/openapi.json", Api.NANOCHAT,
-          shows(lambda front, bound: openapi_document(front.routes, front.settings)), "this description"),
+    Route("GET", "/openapi.json", NANOCHAT, Front.handle_description, "this description"),
 )
 
 
@@ -442,9 +418,15 @@ def handlers_of_annex(annex: Annex[T], front: Front) -> Iterator[tuple[Route[T],
         yield row, partial(handle, row)
 
 
+def dialect_routes() -> tuple[Route[Front], ...]:
+    """The routes of dialects, but for those with a handler of their own."""
+    return tuple(Route("POST", path, place.api, Front.handle_body, place.doc)
+                 for path, place in all_places() if place.doc)
+
+
 ROOMS = (
     RoomRoutes(lambda front: front.page, PAGE_ROUTES),
-    RoomRoutes(lambda front: front, ANSWER_ROUTES),
+    RoomRoutes(lambda front: front, STREAM_ROUTES),
     RoomRoutes(lambda front: front.models, MODEL_ROUTES),
     RoomRoutes(lambda front: front.models, DISCOVERY_ROUTES),
     RoomRoutes(lambda front: front.bodies, DOCUMENT_ROUTES),
@@ -452,11 +434,15 @@ ROOMS = (
 )
 
 
+def rooms() -> tuple[RoomRoutes, ...]:
+    return (RoomRoutes(lambda front: front, dialect_routes()), *ROOMS)
+
+
 def routes_with(annexes: Seq[Annex]) -> tuple[Route, ...]:
-    """The routes of the core and of annexes, with the fields that annexes add to bodies. Raises ValueError
-    for annexes or routes with the same name."""
+    """The routes of dialects, the core and annexes, with the fields that annexes add to bodies. Raises
+    ValueError for annexes or routes with the same name."""
     check_once("two annexes are called", [annex.name for annex in annexes])
-    parts: list[Seq[Route]] = [*(room.rows for room in ROOMS), *(annex.routes for annex in annexes)]
+    parts: list[Seq[Route]] = [*(room.rows for room in rooms()), *(annex.routes for annex in annexes)]
     rows = [row for part in parts for row in part]
     check_once("two rows are the route", [f"{row.method} {row.pattern}" for row in rows])
     additions = Additions(additions_of(annexes))
@@ -482,7 +468,7 @@ def create_app(catalogue: Catalogue, settings: Settings, store: Store | None = N
     app.on_response_prepare.append(front.access.set_headers)
     app.on_startup.append(front.start)
     app.on_cleanup.append(front.close)
-    parts = (*(room.handlers(front) for room in ROOMS),
+    parts = (*(room.handlers(front) for room in rooms()),
              *(handlers_of_annex(annex, front) for annex in annexes))
     for part in parts:
         for route, handler in part:

@@ -12,16 +12,11 @@ T = TypeVar("T")
 
 
 class Late(Generic[T]):
-    """Something that few requests need. `load` imports it. loaded: it, if it is here already."""
+    """Something that not every request needs. `load` imports it. loaded: it, once somebody needed it."""
 
-    def __init__(self, load: Callable[[], T], loaded: T | None = None):
+    def __init__(self, load: Callable[[], T]):
         self.load = load
-        self.loaded = loaded
-
-    @classmethod
-    def here(cls, value: T) -> Late[T]:
-        """What the core has: it is never imported late."""
-        return cls(lambda: value, value)
+        self.loaded: T | None = None
 
     async def get(self) -> T:
         """It, imported in a thread by the first request that needs it. Raises Overloaded if it may be newer

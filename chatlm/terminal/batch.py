@@ -20,8 +20,8 @@ from chatlm.common.invocation import program_command
 from chatlm.common.log import ProgressDisplay, tell
 from chatlm.front.aio import end_tasks
 from chatlm.front.api.batch_lines import Line, lasting_body, read_line, bad_line_result
-from chatlm.front.api.encoders import answer_encoder
 from chatlm.front.api.errors import failed_answer, openai_error
+from chatlm.front.api.spoken import answer_encoder
 from chatlm.front.intake.arrival import Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.intake.intake import Intake, loaded_tokenizer

@@ -21,8 +21,8 @@ from chatlm.common.jsontext import is_text
 from chatlm.common.log import ProgressDisplay
 from chatlm.common.messages.requests import Embedding
 from chatlm.common.new_files import beside, create
-from chatlm.front.api.encode_retrieval import decoded_vector
-from chatlm.front.api.retrieval_readers import check_route, read_embedding_body
+from chatlm.front.api.dialects.retrieval import decoded_vector
+from chatlm.front.api.reading import read_answer
 from chatlm.front.pool.pool import known_about
 from chatlm.terminal.chat import duration
 from chatlm.terminal.output_path import named_errors, output_path, shown_path
@@ -99,8 +99,7 @@ async def vectors_of(pool: WorkerPool, settings: Settings, batch: TextBatch) -> 
             "prompt_name": settings.prompt_name}
     found: list[Seq[float]] = [[]] * len(batch.texts)
     try:
-        check_route("/embed", known)
-        request = replace(read_embedding_body(body, known, "tei embed").request, id=secrets.token_hex(16))
+        request = replace(read_answer("/embed", body, known).request, id=secrets.token_hex(16))
         async with aclosing(pool.answer(request)) as events:
             async for event in events:
                 if isinstance(event, Embedding):

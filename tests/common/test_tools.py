@@ -22,10 +22,10 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.common.text.reader import AnswerReader
 from chatlm.common.text.schema_rules import STRING_FORMATS
 from chatlm.front.api.call_grammars import call_grammar, parameter_types, tool_grammar
+from chatlm.front.api.dialects.openai import OPENAI_FIELDS
 from chatlm.front.api.message_readers import openai_messages
 from chatlm.front.api.fields import parse_fields, read_choice
 from chatlm.front.api.readers import parse_openai_request
-from chatlm.front.api.tables import OPENAI_FIELDS
 from chatlm.worker.engine.answer import Answer, RepeatedCalls
 from chatlm.worker.engine.grammar import Grammar
 from answers import calls_of

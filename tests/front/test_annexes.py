@@ -10,8 +10,9 @@ import pytest
 from annex_place import Place
 from chatlm.common import program
 from chatlm.front.annexes import RUNS, Annex
+from chatlm.front.api.errors import OLLAMA
 from chatlm.front.server.responses import json_response
-from chatlm.front.server.routes import Api, Route
+from chatlm.front.server.routes import Route
 from fake_pool import conversation
 from patching import patch
 
@@ -46,7 +47,7 @@ class Toy:
 
 
 ROWS: tuple[Route[Toy], ...] = (
-    Route("GET", "/toy/{id}", Api.OLLAMA, lambda toy, http: toy.handle_look(http), "what it did"),
+    Route("GET", "/toy/{id}", OLLAMA, lambda toy, http: toy.handle_look(http), "what it did"),
 )
 TOY = Annex("toy", lambda: Toy, ROWS, start=lambda toy: toy.start(), close=lambda toy: toy.close())
 HOOKED = replace(

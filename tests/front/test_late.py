@@ -8,7 +8,7 @@ import pytest
 
 from chatlm.common import program
 from chatlm.common.errors import Overloaded
-from chatlm.front.api.encoders import ENCODERS
+from chatlm.front.api.spoken import load_for, rows_by_path
 from chatlm.front.late import Late
 from fake_pool import FakePool, conversation, serving
 from patching import patch
@@ -45,10 +45,11 @@ async def test_what_may_not_fit_is_refused_and_not_kept(error, monkeypatch):
         assert await late.get() == "new"
 
 
-async def test_an_api_whose_encoder_was_replaced_answers_503(monkeypatch):
+async def test_a_dialect_that_was_replaced_answers_503(monkeypatch):
     """APIs that were asked before go on."""
-    for api in ("messages", "ollama chat"):
-        monkeypatch.setattr(ENCODERS[api], "loaded", None)
+    for path in ANSWERS:
+        monkeypatch.setattr(rows_by_path()[path].dialect, "loaded", None)
+    await load_for("/v1/chat/completions")
     patch(monkeypatch, program, "program_stamp", lambda: (0, 0))
     pool = FakePool()
     async with serving(pool) as url, aiohttp.ClientSession(url) as session:

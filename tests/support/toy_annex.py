@@ -9,10 +9,11 @@ from chatlm.common.messages.requests import Message
 from chatlm.common.errors import ConfigError, RequestError
 from chatlm.front.annexes import ANNEXES, Annex, with_database
 from chatlm.front.api.additions import AddedField, ServerTool
+from chatlm.front.api.errors import OPENAI
 from chatlm.front.api.field_types import INTEGER, TEXT
 from chatlm.front.api.fields import Field
 from chatlm.front.server.responses import json_response
-from chatlm.front.server.routes import Api, Route
+from chatlm.front.server.routes import Route
 
 WORDS = Field("toy", TEXT, "words that the toy puts before the question")
 TIMES = Field("times", INTEGER, "how often the toy says it", 1, 3)
@@ -79,7 +80,7 @@ def toy_lines(words):
 
 
 TOY_ROUTES: tuple[Route[Toy], ...] = (
-    Route("GET", "/toy", Api.OPENAI, lambda toy, http: toy.handle_look(http), "what the toy did"),
+    Route("GET", "/toy", OPENAI, lambda toy, http: toy.handle_look(http), "what the toy did"),
 )
 TOY = Annex(
     "toy", lambda: Toy, TOY_ROUTES, with_database, lambda toy: toy.start(), lambda toy: toy.close(),

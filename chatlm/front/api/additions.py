@@ -12,16 +12,15 @@ from typing import Any, Generic, NamedTuple, TYPE_CHECKING, TypeVar
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value
 from chatlm.common.records import record
+from chatlm.front.api.dialect import Form, may_run_tools
 from chatlm.front.api.fields import Field, parse_fields, within_limit
-from chatlm.front.api.readers import ANSWER_READERS
-from chatlm.front.api.tables import BODY_FIELDS
+from chatlm.front.api.spoken import all_paths, fields_of, form_of, has_body, path_of_form, paths_of
 from chatlm.front.tools.rules import model_name
 
 if TYPE_CHECKING:
     from chatlm.front.tools.results import ToolResult
 
 T = TypeVar("T")
-TOOL_ROUTES = "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"  # their answers may be in rounds
 MOST_OWN_TOOLS = 16  # of a body
 
 
@@ -131,9 +130,14 @@ def json_bytes(value: Any) -> int:
         raise RequestError("the body is nested too deeply") from None
 
 
-def paths_of(form: str) -> Iterator[str]:
-    """The routes whose bodies have the same fields as those of `form`."""
-    return (path for path in ANSWER_READERS if BODY_FIELDS[path] is BODY_FIELDS[form])
+def has_answer(path: str) -> bool:
+    """Does a model answer the bodies of a path?"""
+    return has_body(path) and isinstance(form_of(path), Form)
+
+
+def alike(path: str) -> Iterator[str]:
+    """The routes whose bodies have the same fields as those of `path`."""
+    return (each for each in paths_of(path) if fields_of(each) is fields_of(path))
 
 
 class Additions:
@@ -156,11 +160,11 @@ class Additions:
         if added.field.required:
             raise ValueError(f"{what} must not be required: bodies of other servers lack it")
         for form in added.forms:
-            if form not in ANSWER_READERS:
+            if not has_answer(form):
                 raise ValueError(f"{what} joins {form}, which is no kind of body with an answer: "
-                                 f"{', '.join(ANSWER_READERS)}")
-            for path in paths_of(form):
-                if name in {field.name for field in BODY_FIELDS[path]} or (path, name) in self.fields:
+                                 f"{', '.join(filter(has_answer, all_paths()))}")
+            for path in alike(form):
+                if name in {field.name for field in fields_of(path)} or (path, name) in self.fields:
                     raise ValueError(f"{what} joins {path}, which has a field of this name")
                 self.fields[path, name] = row, added.field
 
@@ -172,15 +176,15 @@ class Additions:
         """What to take out of bodies of a route: also fields that only other routes have, to refuse them."""
         if not self.fields and not self.tools:
             return NO_NAMES
-        own = {field.name for field in BODY_FIELDS.get(route, ())}
+        own = {field.name for field in fields_of(route)}
         names = dict.fromkeys(name for _, name in self.fields if name not in own)
-        return AddedNames([*names], [*self.tools] if route in TOOL_ROUTES else [])
+        runs_tools = has_body(route) and may_run_tools(form_of(route))
+        return AddedNames([*names], [*self.tools] if runs_tools else [])
 
     def read(self, route: str, asked: Asked, names_model: bool = False, in_batch: bool = False) -> Added:
         """Check what a body asks for. Raises RequestError for a field that this route, a line of a batch or
         this server does not have, and for a wrong value."""
-        if route == "/chat/completions" and names_model:
-            route = "/v1/chat/completions"  # see read_native_body
+        route = path_of_form(route, names_model)
         for name, value in asked.fields.items():
             self._check(route, name, value, in_batch)
         rows = [self.fields[route, name] for name in asked.fields]

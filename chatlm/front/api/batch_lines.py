@@ -13,7 +13,8 @@ from chatlm.common.jsontext import as_json, is_text
 from chatlm.common.messages.requests import Picture
 from chatlm.front.api.kept_fields import ENDPOINTS
 from chatlm.front.api.picture_parts import fill_in, lift_pictures
-from chatlm.front.api.readers import read_answer
+from chatlm.front.api.reading import read_answer
+from chatlm.front.api.spoken import answer_form
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import Known, ParsedBody
@@ -53,12 +54,7 @@ class Line(NamedTuple):
     def body_alone(self) -> dict:
         """Its body without what concerns more than its answer: it is not streamed or kept. Raises
         RequestError if it continues another answer."""
-        if self.url != "/v1/responses":
-            return self.body | {"stream": False}
-        for name in ("previous_response_id", "conversation"):
-            if self.body.get(name):
-                raise bad_value(name, self.body[name], "left out in a batch, whose lines stand alone")
-        return self.body | {"stream": False, "store": False, "background": False}
+        return answer_form(self.url).alone(self.body)
 
     def read_body(self, known: Known) -> ParsedBody:
         """Read its body as its route does. If the body names no seed, the seed follows from the line."""

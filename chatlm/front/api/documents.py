@@ -13,7 +13,7 @@ import re
 import time
 import urllib.parse
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -310,7 +310,7 @@ class DocumentTasks:
     def __init__(self, limit_s: float):
         self.soft_s = 0.6 * limit_s  # after this much processor time, the text ends with what has been read
 
-    def prepare(self, name: str):
+    def prepare(self, name: str, arguments: Sequence):
         """Nothing is shared between documents."""
 
     def extract(self, name: str, boundary: str, body: bytes) -> SandboxResult:

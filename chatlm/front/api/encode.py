@@ -1,4 +1,4 @@
-"""The native encoder, and the base classes of all encoders: `Encoder` and `BlockEncoder`.
+"""The base classes of all encoders: `Encoder` and `BlockEncoder`.
 
 An encoder turns the events of one answer into the bytes that one API sends, as a stream or as one body."""
 
@@ -240,33 +240,6 @@ class Encoder:
         prompts = sum((done.usage for done in ends[::self.request.n]), Usage())
         return replace(sum((done.usage for done in ends), Usage()),
                        prompt_tokens=prompts.prompt_tokens, cached_tokens=prompts.cached_tokens)
-
-
-class NativeEncoder(Encoder):
-    """Turns events into frames of the native API."""
-
-    MEMBERS = {"reasoning": "reasoning", "text": "token"}
-
-    @classmethod
-    def members(cls, delta: Delta, counter: CallCounter) -> dict:
-        """The members of a delta's frame; {}: it has no frame. Old clients read only `token`."""
-        call = counter.place(delta)
-        if call is not None:
-            return {"calculator": call}
-        return {cls.MEMBERS[delta.kind]: delta.text} if delta.kind in cls.MEMBERS else {}
-
-    def encode(self, event: Piece | Finished) -> bytes:
-        if isinstance(event, Piece):
-            counter = self.choices[0].counter
-            if is_plain_text(event):
-                counter.place(event.deltas[0])
-                return b'data: {"token": %b, "gpu": %d}\n\n' % (dump(event.deltas[0].text), event.gpu)
-            frames = [self.members(delta, counter) for delta in event.deltas]
-            return b"".join([frame({**members, "gpu": event.gpu}) for members in frames if members])
-        self.choices[0].done = event
-        return frame({"done": True, "finish_reason": event.reason, "stop_reason": event.stop_reason,
-                      "gpu": event.gpu, "usage": usage_body(self.usage()), "timings": timings_body(event),
-                      "seed": self.request.params.sampling.seed})
 
 
 class BlockEncoder(Encoder):

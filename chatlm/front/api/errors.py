@@ -6,9 +6,13 @@ line of a batch (`failed_answer`)."""
 
 from __future__ import annotations
 
-from chatlm.common.client_words import ANTHROPIC, OLLAMA, SERVER_ERROR, TOO_LONG
+from collections.abc import Callable
+
+from chatlm.common import client_words
+from chatlm.common.client_words import SERVER_ERROR, TOO_LONG
 from chatlm.common.errors import ChatServerError, EngineFailure, lack_of_memory
 from chatlm.common.log import log
+from chatlm.common.records import record
 
 
 def public_error(error: BaseException | None) -> ChatServerError:
@@ -40,11 +44,11 @@ ANTHROPIC_ERRORS = {400: "invalid_request_error", 401: "authentication_error", 4
 
 def anthropic_error(error: ChatServerError) -> dict:
     kind = ANTHROPIC_ERRORS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": error.said_to(ANTHROPIC)}}
+    return {"type": "error", "error": {"type": kind, "message": error.said_to(client_words.ANTHROPIC)}}
 
 
 def ollama_error(error: ChatServerError) -> dict:
-    return {"error": error.said_to(OLLAMA)}
+    return {"error": error.said_to(client_words.OLLAMA)}
 
 
 def response_error(error: ChatServerError) -> dict:
@@ -56,6 +60,22 @@ def is_plain(error: ChatServerError) -> bool:
     """Is nanochat's `detail` enough as the body of an error? Not if the prompt is too long: `chat --url`
     reads the code of that error."""
     return error.status == 400 and error.code != TOO_LONG
+
+
+@record
+class Api:
+    """Whose API a route belongs to. Its words of errors are here and not with its dialect: a wrong path or a
+    missing key is refused before any dialect is loaded, and several dialects are of one API."""
+
+    name: str
+    error: Callable[[ChatServerError, str], dict]  # its body of an error; the text is the request's id
+
+
+NANOCHAT = Api(
+    "nanochat", lambda error, _: {"detail": str(error)} if is_plain(error) else native_error(error))
+OPENAI = Api("OpenAI", lambda error, _: openai_error(error))
+ANTHROPIC = Api("Anthropic", lambda error, request_id: anthropic_error(error) | {"request_id": request_id})
+OLLAMA = Api("Ollama", lambda error, _: ollama_error(error))
 
 
 def failed_answer(error: BaseException) -> tuple[int, dict]:

@@ -48,15 +48,6 @@ def without_logprobs(parsed: ParsedBody, known: Known) -> bool:
     return parsed.request.params.logprobs is None
 
 
-def in_a_continued_text(parsed: ParsedBody, known: Known) -> bool:
-    """A text to continue has no conversation around it."""
-    return bool(parsed.request.prompts)
-
-
-def ollama_without_thinking(parsed: ParsedBody, known: Known) -> bool:
-    return without_thinking(parsed, known) or in_a_continued_text(parsed, known)
-
-
 def without_tool_rounds(parsed: ParsedBody, known: Known) -> bool:
     """The server calls no tools for this answer."""
     return parsed.plan is None
@@ -66,21 +57,3 @@ def without_a_database(parsed: ParsedBody, known: Known) -> bool:
     return known.settings.database is None
 
 
-def without_tei(parsed: ParsedBody, known: Known) -> bool:
-    """The field is one of Text Embeddings Inference, and the request is not in its form."""
-    return parsed.api in ("rerank", "llama rerank")
-
-
-def with_tei(parsed: ParsedBody, known: Known) -> bool:
-    return parsed.api == "tei rerank"
-
-
-def for_cosines(parsed: ParsedBody, known: Known) -> bool:
-    """The scores are cosines of vectors, which no instruction changes."""
-    return parsed.api == "cosines"
-
-
-def without_a_prompt(parsed: ParsedBody, known: Known) -> bool:
-    """The model has no prompt for this type of input."""
-    retrieval = parsed.request.retrieval
-    return retrieval is not None and not retrieval.prompt

@@ -6,9 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence as Seq
 from typing import TYPE_CHECKING
 
-from chatlm.front.api.field_types import LOGPROBS_OF_TEXT
-from chatlm.front.api.fields import header_words, value_at
-from chatlm.front.api.tables import BODY_FIELDS, OLLAMA_OPTIONS
+from chatlm.front.api.fields import value_at
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import Known, ParsedBody
@@ -33,8 +31,8 @@ def unread(body: Mapping, fields: Seq[Field]) -> Iterator[str]:
 OFF = ("none", "disabled", "false", "False")  # values that ask for nothing
 
 
-def idle(body: Mapping, fields: Seq[Field], parsed: ParsedBody, known: Known,
-         above: str = "") -> Iterator[str]:
+def idle_fields(body: Mapping, fields: Seq[Field], parsed: ParsedBody, known: Known,
+                above: str = "") -> Iterator[str]:
     """The fields that have no effect on this answer, by the conditions in their rows. above: a prefix of
     their names."""
     rows = {field.name: field for field in fields}
@@ -46,27 +44,9 @@ def idle(body: Mapping, fields: Seq[Field], parsed: ParsedBody, known: Known,
                 yield above + path
 
 
-def idle_words(body: Mapping, parsed: ParsedBody, known: Known) -> Iterator[str]:
-    """The entries of two fields that have no effect: in `include` those that this server cannot add, in
-    `chat_template_kwargs` variables that the template does not name."""
-    if parsed.api == "responses":
-        for name in body.get("include") or ():
-            if name != LOGPROBS_OF_TEXT:
-                yield f"include.{name}"
-    if parsed.api in ("native", "chat", "functions"):
-        for name in body.get("chat_template_kwargs") or {}:
-            is_in_template = re.search(rf"\b{re.escape(name)}\b", known.template)
-            if name != "thinking_budget" and not is_in_template:
-                yield f"chat_template_kwargs.{name}"
-
-
-def ignored_fields(route: str, body: Mapping, parsed: ParsedBody, known: Known) -> tuple[str, ...]:
-    """The fields of a body, which was read into `parsed`, that have no effect on its answer."""
-    if parsed.api != "native" and route == "/chat/completions":  # see read_native_body
-        route = "/v1/chat/completions"
-    fields = BODY_FIELDS[route]
-    names = [*unread(body, fields), *idle(body, fields, parsed, known)]
-    if parsed.api.startswith("ollama") and isinstance(body.get("options"), dict):
-        names += idle(body["options"], OLLAMA_OPTIONS, parsed, known, "options.")
-    names += idle_words(body, parsed, known)
-    return header_words(dict.fromkeys(names))
+def idle_variables(body: Mapping, parsed: ParsedBody, known: Known) -> Iterator[str]:
+    """The variables in `chat_template_kwargs` that the template does not name."""
+    for name in body.get("chat_template_kwargs") or {}:
+        is_in_template = re.search(rf"\b{re.escape(name)}\b", known.template)
+        if name != "thinking_budget" and not is_in_template:
+            yield f"chat_template_kwargs.{name}"

@@ -1,31 +1,23 @@
-"""Converts the messages of five APIs to the program's own `Message`."""
+"""Converts messages as Chat Completions has them to the program's own `Message`. Dialects first make such
+messages of theirs."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence as Seq
 from contextlib import suppress
-from dataclasses import replace
-from typing import Any, NamedTuple, TYPE_CHECKING
+from typing import Any, NamedTuple
 
-from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, invalid, shown
 from chatlm.common.jsontext import as_json, is_text, whole_unicode
 from chatlm.common.messages.requests import Message
-from chatlm.common.text.calculations import calculations_of, shift_calls, text_in, with_calls
-from chatlm.front.admission.prompts import turn_starts
+from chatlm.common.text.calculations import with_calls
 from chatlm.front.api.earlier_calculations import is_nanochats, read_nanochat_parts, with_calculations
-from chatlm.front.api.fields import A_FUNCTION, Field, list_schema, matches, no_tools, within_limit
-from chatlm.front.api.mcp_messages import parts_of
-from chatlm.front.api.passages import passage_parts
+from chatlm.front.api.fields import A_FUNCTION, Field, list_schema, matches, no_tools
 from chatlm.front.api.picture_parts import picture_in
-from chatlm.front.api.field_types import NATIVE_ROLES, OPENAI_ROLES, SWITCH, TEXT, TEXT_PARTS, thinking
+from chatlm.front.api.field_types import OPENAI_ROLES, SWITCH, TEXT, TEXT_PARTS, thinking
 from chatlm.front.api.tables import SWITCHES, TEMPLATE_OPTIONS
-
-if TYPE_CHECKING:
-    from chatlm.front.api.mcp_tools import McpHistory
 
 
 class SentMessage(NamedTuple):
@@ -104,57 +96,6 @@ def whether_to_think(values: Mapping) -> dict[str, bool]:
     return thinking(thinks)["chat_template_kwargs"]
 
 
-def native_messages(messages: list, truncate: bool = False) -> tuple[tuple[Message, ...], int]:
-    """Messages within the native API's limits, and how many of the oldest were dropped to fit."""
-    most = LIMITS.truncated_messages if truncate else LIMITS.messages
-    within_limit("messages", len(messages), most, "messages")
-    sent = list(sent_messages(messages, NATIVE_ROLES))
-    newest = newest_turns(sent) if truncate else sent
-    within_limit("messages", len(newest), LIMITS.messages, "messages")
-    parsed = []
-    for name, role, fields in newest:
-        content = fields.get("content")
-        if not isinstance(content, list):
-            content = Field(f"{name}.content", TEXT, "").read(content)
-        more = earlier_reasoning(role, fields, name)
-        message = chat_message(role, {**fields, "content": content}, more, name)
-        if role != "assistant":
-            within_limit(f"characters in {name}", len(message.content), LIMITS.message_characters,
-                         f"{name}.content")
-        parsed.append(message)
-    size = sum(map(characters_in, parsed))
-    within_limit("characters in all messages", size, LIMITS.total_characters, "messages")
-    return tuple(parsed), len(sent) - len(newest)
-
-
-def characters_in(message: Message) -> int:
-    """How many characters of a message the model reads: its text, its reasoning and its calculations."""
-    reasoning = (message.more or {}).get("reasoning_content", "")
-    return len(message.content) + len(reasoning) + len(text_in(calculations_of(message)))
-
-
-def newest_turns(sent: list[SentMessage]) -> list[SentMessage]:
-    """The system messages, the last turn, and as many turns before it as native_messages allows."""
-    def size(message: SentMessage) -> float:
-        content = message.fields.get("content")
-        length = len(content) if isinstance(content, str) else 0
-        limited = message.role not in ("assistant", "system")
-        return math.inf if limited and length > LIMITS.message_characters else length
-
-    fixed = [size(message) for message in sent if message.role == "system"]
-    count = len(fixed)
-    characters = sum(fixed)
-    first = len(sent)
-    for start in reversed(turn_starts([message.role for message in sent])):
-        turn = [size(message) for message in sent[start:first] if message.role != "system"]
-        count += len(turn)
-        characters += sum(turn)
-        if first < len(sent) and (count > LIMITS.messages or characters > LIMITS.total_characters):
-            break
-        first = start
-    return [message for index, message in enumerate(sent) if index >= first or message.role == "system"]
-
-
 def openai_messages(messages: list, with_tools: bool = False) -> tuple[Message, ...]:
     roles = [*OPENAI_ROLES, "tool", "function"] if with_tools else OPENAI_ROLES
     return chat_messages(without_custom_calls(sent_messages(messages, roles)), with_tools)
@@ -213,21 +154,6 @@ def earlier_reasoning(role: str, fields: Mapping, name: str) -> dict[str, str]:
     return {}
 
 
-# Calls of tools that no model has here, with their results and what belongs to them. A conversation that
-# began on another server may have some. It continues without them.
-OTHER_ITEMS = frozenset((
-    "additional_tools", "apply_patch_call", "apply_patch_call_output", "code_interpreter_call",
-    "computer_call", "computer_call_output", "custom_tool_call", "custom_tool_call_output",
-    "file_search_call", "image_generation_call", "local_shell_call", "local_shell_call_output",
-    "mcp_approval_request", "mcp_approval_response", "mcp_call", "mcp_list_tools", "program",
-    "program_output", "shell_call", "shell_call_output", "tool_search_call", "tool_search_output",
-    "web_search_call"))
-OTHER_BLOCKS = frozenset((
-    "bash_code_execution_tool_result", "code_execution_tool_result", "mcp_tool_result", "mcp_tool_use",
-    "server_tool_use", "text_editor_code_execution_tool_result", "tool_search_tool_result",
-    "web_fetch_tool_result", "web_search_tool_result"))
-
-
 def type_of(item) -> str:
     """The type of an item or a block; "" if it has none."""
     named = item.get("type") if isinstance(item, dict) else None
@@ -242,197 +168,6 @@ def other_types(items, others: Collection[str]) -> tuple[str, ...]:
 
 def without_others(items: Iterable, others: Collection[str]) -> Iterator:
     return (item for item in items if type_of(item) not in others)
-
-
-def response_messages(values: Mapping, earlier: Seq = (),
-                      history: McpHistory | None = None) -> Iterator[SentMessage]:
-    """`instructions` and `input` of a response as messages of Chat Completions. earlier: the items that it
-    continues. history: of the calls that the server has run; None: it runs none, and leaves them out."""
-    if "instructions" in values:
-        yield SentMessage("instructions", "system", {"content": values["instructions"]})
-    for item in earlier:
-        for each in history.items(item) if history else (item,):
-            yield from item_messages(each, "before_input")
-    items = values.get("input", "")
-    if is_text(items):
-        yield SentMessage("input", "user", {"content": items})
-        return
-    for index, item in enumerate(items):
-        for each in history.items(item) if history else (item,):
-            yield from item_messages(each, f"input[{index}]")
-
-
-def item_messages(item, name: str) -> Iterator[SentMessage]:
-    """The message for an item of a response, if it has one."""
-    if not isinstance(item, dict):
-        raise bad_value(name, item, "an object with a type or a role")
-    item_type = item_type_of(item)
-    if item_type == "message":
-        if item.get("role") not in OPENAI_ROLES:
-            raise bad_value(f"{name}.role", item.get("role"), f"one of {', '.join(OPENAI_ROLES)}")
-        yield SentMessage(name, item["role"], {"content": item.get("content")})
-    elif item_type == "function_call":
-        yield SentMessage(name, "assistant", {"tool_calls": [
-            {"id": item.get("call_id"), "function": item}]})
-    elif item_type == "function_call_output":
-        yield SentMessage(name, "tool", {
-            "tool_call_id": item.get("call_id"), "content": item.get("output")})
-    elif item_type == "reasoning":
-        thought = content_text(item.get("content") or item.get("summary"), f"{name}.content")
-        yield SentMessage(name, "assistant", {"reasoning_content": thought})
-    elif item_type == "item_reference":
-        raise RequestError(
-            f"{name}, an item_reference, names an item by its id, {shown(item.get('id'))}: only the input of "
-            "/v1/responses can do that, on a server with --database, and no line of a batch; send the item "
-            "itself", code="unsupported_item", param=name)
-    elif not is_text(item_type) or item_type not in OTHER_ITEMS:
-        raise RequestError(
-            f"{name} is of type {shown(item_type)}; this server reads items of type "
-            "message, function_call, function_call_output and reasoning",
-            code="unsupported_item", param=name)
-
-
-def item_type_of(item: Mapping) -> Any:
-    return item.get("type") or ("message" if "role" in item or "id" not in item else "item_reference")
-
-
-class Reference(NamedTuple):
-    """An item of the input that stands for an item of a kept response."""
-
-    index: int  # in the input
-    id: str     # of the item that it stands for
-
-
-def references_in(body: Mapping) -> Iterator[Reference]:
-    """The references in the input of a response."""
-    items = body.get("input")
-    for index, item in enumerate(items if isinstance(items, list) else ()):
-        if isinstance(item, dict) and item_type_of(item) == "item_reference" and is_text(item.get("id")):
-            yield Reference(index, item["id"])
-
-
-def follow_references(body: dict, items: Mapping[str, dict]):
-    """Put the items that the input of a response refers to into it. items: by their ids."""
-    for reference in [*references_in(body)]:
-        body["input"][reference.index] = items[reference.id]
-
-
-def continued_ids(body: Mapping) -> tuple[str, str]:
-    """What a body continues: its previous_response_id and the id of its conversation; "" for none."""
-    conversation = body.get("conversation")
-    if isinstance(conversation, dict):
-        conversation = conversation.get("id")
-    response = body.get("previous_response_id")
-    response, conversation = (name if is_text(name) else "" for name in (response, conversation))
-    return response, conversation
-
-
-def joined_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
-    """Join the messages that were separate items: the reasoning, text and calls of a turn of the assistant,
-    and the system messages at the beginning. Without any question, add an empty one."""
-    turns: list[Message] = []
-    for message in messages:
-        last = turns[-1] if turns and turns[-1].role == message.role else None
-        if last and last.role == "system" and len(turns) == 1:
-            turns[-1] = replace(last, content=f"{last.content}\n\n{message.content}")
-        elif last and last.role == "assistant" and continues_turn(message, last):
-            turns[-1] = joined_answers(last, message)
-        else:
-            turns.append(message)
-    if [turn.role for turn in turns] in ([], ["system"]):
-        turns.append(Message("user", ""))
-    return tuple(turns)
-
-
-def continues_turn(message: Message, last: Message) -> bool:
-    """Does a message of the assistant belong to the turn of the one before it? A second text, or a text after
-    a call, begins a new turn."""
-    return not (message.content and (last.content or "tool_calls" in (last.more or {})))
-
-
-def joined_answers(first: Message, second: Message) -> Message:
-    """Two messages of the assistant as one."""
-    before = first.more or {}
-    after = second.more or {}
-    more = {**before, **after}
-    calls = [*before.get("tool_calls", ()), *after.get("tool_calls", ())]
-    if calls:
-        more["tool_calls"] = calls
-    calculations = [*calculations_of(first), *shift_calls(calculations_of(second), len(first.content))]
-    more = with_calls(more, calculations)
-    return Message(first.role, first.content + second.content, more or None)
-
-
-def as_parts(block, name: str) -> list:
-    """A block of Anthropic's as parts of Chat Completions. Only a document or a search result has several."""
-    return passage_parts(block, name) if type_of(block) in ("document", "search_result") else [block]
-
-
-def result_content(content, name: str):
-    """What a tool returned, as a content of Chat Completions."""
-    if not isinstance(content, list):
-        return content
-    return [part for index, block in enumerate(content) for part in as_parts(block, f"{name}[{index}]")]
-
-
-BILLING = "x-anthropic-billing-header:"  # a block that changes each time: no prefix would be cached
-
-
-def anthropic_messages(values: Mapping, runs_tools: bool = False) -> Iterator[SentMessage]:
-    """`system` and `messages` of Anthropic's API as messages of Chat Completions. runs_tools: does the server
-    run tools? If not, it leaves out calls that a server has run."""
-    system = values.get("system", "")
-    if not is_text(system):
-        system = [block for block in system if not str(block.get("text")).startswith(BILLING)]
-    if system:
-        yield SentMessage("system", "system", {"content": system})
-    for message in sent_messages(values["messages"], NATIVE_ROLES):
-        content = message.fields.get("content")
-        if not isinstance(content, list):
-            yield message._replace(fields={"content": content})
-        elif not runs_tools:
-            yield from block_messages(message)
-        else:
-            for role, blocks, first in parts_of(message.role, content, message.name):
-                yield from block_messages(
-                    SentMessage(message.name, role, {"content": blocks}), first)
-
-
-def block_messages(message: SentMessage, first: int = 0) -> Iterator[SentMessage]:
-    """A message of Anthropic's that is a list of blocks, as messages of Chat Completions: one for the result
-    of each call, then one for all other blocks. first: the index of the first block, for errors."""
-    blocks: dict[str, list[tuple[str, dict]]] = {  # type -> blocks, each with its name for errors
-        "text": [], "thinking": [], "tool_use": [], "tool_result": []}
-    for index, block in enumerate(message.fields["content"], first):
-        block_type = type_of(block)
-        if block_type == "redacted_thinking" or block_type in OTHER_BLOCKS:
-            continue
-        if block_type not in blocks:
-            block_type = "text"  # part_text refuses it
-        blocks[block_type].append((f"{message.name}.content[{index}]", block))
-    for name, block in blocks["tool_result"]:
-        yield SentMessage(name, "tool", {
-            "tool_call_id": block.get("tool_use_id"),
-            "content": result_content(block.get("content"), f"{name}.content")})
-    fields: dict[str, Any] = {"content": []}
-    for name, block in blocks["text"]:
-        fields["content"] += [block_part(part, name) for part in as_parts(block, name)]
-    if blocks["tool_use"]:
-        fields["tool_calls"] = [
-            {"id": block.get("id"), "function": {**block, "arguments": block.get("input")}}
-            for _, block in blocks["tool_use"]]
-    thoughts = "".join(content_text(block.get("thinking"), name) for name, block in blocks["thinking"])
-    if thoughts:
-        fields["reasoning_content"] = thoughts
-    if fields != {"content": []} or not blocks["tool_result"]:
-        yield message._replace(fields=fields)
-
-
-def block_part(part, name: str) -> dict:
-    """A picture as it is, or a text with its calculations."""
-    if picture_in(part):
-        return part
-    return {"type": "text", "text": part_text(part, name), "calculator": part.get("calculator")}
 
 
 def earlier_calls(calls, name: str) -> list[dict]:

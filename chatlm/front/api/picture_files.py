@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from chatlm.common.client_words import DAMAGED_IMAGE
@@ -117,7 +117,7 @@ def to_rgb(image: Any) -> tuple[int, int, bytes]:
 class PictureTasks:
     """The sandbox's task for pictures."""
 
-    def prepare(self, name: str):
+    def prepare(self, name: str, arguments: Sequence):
         """Nothing is shared between pictures."""
 
     def decode_picture(self, body: bytes) -> Body:

@@ -4,6 +4,7 @@ that they are JSON, so they stay a text."""
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from typing import Any
 
 from chatlm.common.errors import RequestError
@@ -36,7 +37,7 @@ def read_call(raw: bytes | bytearray) -> tuple[dict[str, Any], str]:
 class CallTasks:
     """The sandbox's task for large bodies."""
 
-    def prepare(self, name: str):
+    def prepare(self, name: str, arguments: Sequence):
         """Nothing has to be prepared."""
 
     def read_call(self, raw: bytes) -> SandboxResult:

@@ -1,4 +1,4 @@
-"""The sandbox's tasks that read request bodies. This module imports all that reads them."""
+"""The sandbox's tasks that read request bodies."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from chatlm.common.messages.requests import Message
 from chatlm.common.text.load import open_tokenizer
 from chatlm.front.admission.prompts import PromptMaker
 from chatlm.front.api.additions import AddedNames
+from chatlm.front.api.spoken import dialects_of
 from chatlm.front.intake.crossing import packed_body, unpacked_sizes
 from chatlm.front.intake.envelope import open_body
 from chatlm.front.intake.tasks import TASKS, NumberedLine, Reading, checked_lines
@@ -30,8 +31,12 @@ class BodyTasks:
         self.config = config
         self.shelf = shelf
 
-    def prepare(self, name: str):
+    def prepare(self, name: str, arguments: Seq):
         """Do once what no task should pay for."""
+        if name in ("open", "read"):
+            route, *_ = arguments
+            for dialect in dialects_of(route):
+                dialect.now()
         if name == "read":
             _ = self.prompts
 

@@ -8,42 +8,24 @@ import json
 import struct
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import NamedTuple, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
-from chatlm.common.errors import RequestError, shown
+from chatlm.common.errors import RequestError
 from chatlm.common.jsontext import is_text
 from chatlm.front.api.additions import NO_NAMES, NOTHING_ASKED, AddedNames, Asked, take_out
 from chatlm.front.api.batch_lines import Line, read_line
-from chatlm.front.api.mcp_messages import servers_of_message
-from chatlm.front.api.mcp_tools import NamedServer, servers_of_response
-from chatlm.front.api.message_readers import Reference, continued_ids, follow_references, references_in
-from chatlm.front.api.fields import json_object, within_limit
+from chatlm.front.api.dialect import LONGEST_NAME, Chained, Reference, model_names
+from chatlm.front.api.fields import json_object
+from chatlm.front.api.mcp_tools import NamedServer
 from chatlm.front.api.picture_parts import Lift, Lifted, fill_in, lift_pictures
-from chatlm.front.api.tables import BODY_FIELDS
+from chatlm.front.api.spoken import form_of
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Picture
 
 
-KEPT_ROUTE = "/v1/responses"
-MODEL_NAMES = {  # route -> the fields that may name its model; the first one that is set counts
-    route: ("model", *(field.name for field in fields if field.means == "model"))
-    for route, fields in BODY_FIELDS.items()}
-NAMED_SERVERS = {  # route -> finds the tool servers that its body names
-    KEPT_ROUTE: servers_of_response, "/v1/messages": servers_of_message,
-    "/v1/messages/count_tokens": servers_of_message}
-LONGEST_NAME = 1000  # a longer name is cut: its start is just as unknown
 MOST_SERVERS = 1000  # more tool servers than anybody has
-MOST_REFERENCES = 4096  # of a body, to kept items
 SIZE = struct.Struct("<I")
-
-
-class Chained(NamedTuple):
-    """What a body continues; "" or () for what it does not name."""
-
-    response: str = ""      # previous_response_id
-    conversation: str = ""  # its id
-    items: Seq[Reference] = ()  # those of kept responses to which its input refers
 
 
 @dataclass
@@ -139,8 +121,9 @@ def open_body(route: str, number: int | None, raw: bytes | bytearray, before: by
     line = None if number is None else read_line(number, bytes(raw))
     fields = line.body if line else json_object(raw)
     items = json.loads(referenced)
-    if items:
-        follow_references(fields, items)
+    continuing = form_of(route).continuing if items else None
+    if continuing:
+        continuing.follow(fields, items)
     return make_envelope(fields, route, line, json.loads(before), json.loads(offered), names)
 
 
@@ -148,29 +131,16 @@ def make_envelope(fields: dict, route: str, line: Line | None = None, before: li
                   offered: list | None = None, names: AddedNames = NO_NAMES) -> Envelope:
     """The envelope of fields that are parsed already. Takes the pictures out of them, and what annexes
     add."""
-    route = line.url if line else route
-    name = next(filter(None, map(fields.get, MODEL_NAMES[route])), "")
+    form = form_of(line.url if line else route)
+    name = next(filter(None, map(fields.get, model_names(form.fields))), "")
     chained = Chained()
     servers: tuple[NamedServer, ...] = ()
-    if route == KEPT_ROUTE and not line:
-        chained = Chained(*continued_ids(fields), checked_references(fields))
-    if route in NAMED_SERVERS and not line:
-        servers = tuple(NAMED_SERVERS[route](fields))
+    if not line:
+        chained = form.continuing.chained(fields) if form.continuing else chained
+        servers = tuple(form.servers(fields))
     asked = take_out(fields, names)
     return Envelope(
         fields, name if is_text(name) else "", fields.get("model") is not None, chained,
         lift_pictures(fields, before), line, before, servers, offered, asked)
 
 
-def checked_references(fields: dict) -> tuple[Reference, ...]:
-    """The references in the input of a response. Raises RequestError for too many, and for two to one
-    item."""
-    references = (*references_in(fields),)
-    within_limit("items of type item_reference", len(references), MOST_REFERENCES, "input")
-    first: dict[str, int] = {}
-    for index, name in references:
-        before = first.setdefault(name, index)
-        if before != index:
-            raise RequestError(f"input[{index}] and input[{before}] refer to the same item, {shown(name)}",
-                               code="invalid_value", param=f"input[{index}]")
-    return tuple(reference._replace(id=reference.id[:LONGEST_NAME]) for reference in references)

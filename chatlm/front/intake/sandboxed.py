@@ -85,7 +85,7 @@ class Tasks:
         from chatlm.front.api.tool_calls import CallTasks
         return CallTasks()
 
-    def prepare(self, name: str):
+    def prepare(self, name: str, arguments: Seq):
         """Do once what no task should pay for: jinja computes a template's constants when it compiles it."""
         if name == "fill_template":
             _ = self.template
@@ -93,7 +93,7 @@ class Tasks:
             from chatlm.common.text.grammar import byte_vocabulary
             byte_vocabulary()
         elif name in PLACES:
-            getattr(self, PLACES[name]).prepare(name)
+            getattr(self, PLACES[name]).prepare(name, arguments)
 
     def fill_template(self, arguments: dict) -> SandboxResult:
         text = fill_template(self.template, arguments)
@@ -147,7 +147,7 @@ def perform(task: SandboxTask, tasks: Tasks, channel: Channel, cpu_s: float, nic
         bodies += run_task(channel.receive, True, 1)  # pyright: ignore[reportOperatorIssue]  receiving refuses no body
     channel.send(Begun())
     signal.setitimer(signal.ITIMER_PROF, PREPARE_S)
-    run_task(tasks.prepare, task.name)  # an error shows when the task itself fails
+    run_task(tasks.prepare, task.name, task.arguments)  # an error shows when the task itself fails
     os.nice(niceness)
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
     result = run_task(tasks.task(task.name), *task.arguments, *(message.data for message in bodies))

@@ -19,9 +19,9 @@ from chatlm.common.jsontext import dump
 from chatlm.common.log import log
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.api.batch_lines import Line, lasting_body, line_id, bad_line_result
-from chatlm.front.api.encoders import ENCODERS, answer_encoder
 from chatlm.front.api.errors import failed_answer
 from chatlm.front.api.kept_fields import AFTER, LIMIT, WINDOWS
+from chatlm.front.api.spoken import answer_encoder
 from chatlm.front.intake.arrival import Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.intake.intake import loaded_tokenizer
@@ -448,7 +448,6 @@ class BatchWorker:
             parsed = await self.intake.line(arrival, served, holding)
         request = parsed.request
         params = replace(request.params, client=client, owner=caller.owner)
-        await ENCODERS[parsed.api].get()
         encoder = answer_encoder(parsed, served.name, loaded_tokenizer(served.pool))
         # a new id, because two batches may have the same line
         request = replace(request, id=secrets.token_hex(16), params=params, low_priority=True)

@@ -12,13 +12,15 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError
 from chatlm.common.jsontext import dump
 from chatlm.common.log import log
+from chatlm.front.api.errors import NANOCHAT
 from chatlm.front.api.field_types import TEXT
 from chatlm.front.api.fields import A_TEXT, Field, header_words, json_object, parse_fields
 from chatlm.front.api.ignored import unread
+from chatlm.front.api.spoken import path_of_form, place_of
 from chatlm.front.intake.arrival import Arrival, Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.server.responses import REQUEST_LOG, json_response
-from chatlm.front.server.routes import Api, Route
+from chatlm.front.server.routes import Route
 from chatlm.front.server.streams import read_bytes
 
 if TYPE_CHECKING:
@@ -62,9 +64,8 @@ class Bodies:
         raw = await read_bytes(http, reading, most)
         async with self.intake.opened(self.caller(), raw, times=times) as arrival:
             record = REQUEST_LOG.get()
-            # an OpenAI client whose base URL lacks /v1 (see read_native_body)
-            if record.api is Api.NANOCHAT and arrival.envelope.names_model:
-                record.api = Api.OPENAI
+            read_as = path_of_form(record.route.pattern, arrival.envelope.names_model)
+            record.api = place_of(read_as).api
             yield arrival
 
     async def answer(self, http: web.Request, holding: Holding) -> tuple[Served, ParsedBody]:
@@ -82,7 +83,7 @@ class Bodies:
         return served, parsed
 
     async def text(self, http: web.Request, holding: Holding) -> tuple[Served, bytes]:
-        """The result of one of TEXT_READERS for a body."""
+        """The text that answers any other body."""
         async with self.opened(http, holding) as arrival:
             offered = await self._offered(http, arrival)
             served, ignored, text = await self.intake.text(arrival, holding, offered=offered)
@@ -149,7 +150,7 @@ def note_ignored(names: str):
 
 DOCUMENT_NAME = Field("name", TEXT, "the document's file name")
 DOCUMENT_ROUTES: tuple[Route[Bodies], ...] = (
-    Route("POST", "/extract", Api.NANOCHAT, Bodies.handle_extract,
+    Route("POST", "/extract", NANOCHAT, Bodies.handle_extract,
           "the text of a document, which is the body or the file of a form", query=(DOCUMENT_NAME,),
           returns={"type": "object", "properties": {
               "text": A_TEXT,

@@ -17,7 +17,8 @@ from chatlm.common.messages.requests import Finished, Piece
 from chatlm.common.request_ids import id_of_part
 from chatlm.common.text.answer_decoder import CallCounter
 from chatlm.front.aio import end_tasks, supervised
-from chatlm.front.api.encode import NativeEncoder, frame, timings_body, usage_body
+from chatlm.front.api.dialects.native import NativeEncoder
+from chatlm.front.api.encode import frame, timings_body, usage_body
 from chatlm.front.api.errors import openai_error, public_error
 from chatlm.front.intake.intake import loaded_tokenizer
 from chatlm.front.server.bodies import note_ignored

@@ -18,12 +18,12 @@ from chatlm.common.log import log
 from chatlm.common.messages.protocol import KeptItem
 from chatlm.common.messages.requests import Finished
 from chatlm.front.aio import supervised
-from chatlm.front.api.message_readers import (
-    OTHER_ITEMS, chat_messages, other_types, response_messages, without_others)
-from chatlm.front.api.encode_responses import ResponsesEncoder
+from chatlm.front.api.dialects.responses import ResponsesEncoder
 from chatlm.front.api.errors import public_error, response_error
 from chatlm.front.api.kept_fields import AFTER, LIMIT, ORDER, STARTING_AFTER
 from chatlm.front.api.kept_items import AN_ID, kept_items
+from chatlm.front.api.message_readers import chat_messages, other_types, without_others
+from chatlm.front.api.response_items import OTHER_ITEMS, response_messages
 from chatlm.front.intake.intake import KeptBefore
 from chatlm.front.lazy import web
 from chatlm.front.server.responses import REQUEST_LOG, json_response
@@ -36,8 +36,8 @@ from chatlm.front.store.responses import NewResponse
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Accepted, Event
+    from chatlm.front.api.dialect import Reference
     from chatlm.front.api.encode import Encoder
-    from chatlm.front.api.message_readers import Reference
     from chatlm.front.intake.arrival import Arrival
     from chatlm.front.intake.budget import Holding
     from chatlm.front.server.access import Owners

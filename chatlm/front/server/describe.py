@@ -14,6 +14,7 @@ from chatlm.common.errors import Overloaded
 from chatlm.common.hub.better import better_model, only_demonstrates
 from chatlm.common.log import utc
 from chatlm.common.text.tokenizer import tools_of
+from chatlm.front.api.errors import OLLAMA, OPENAI
 from chatlm.front.api.field_types import TEXT
 from chatlm.front.api.fields import A_TEXT, Field
 from chatlm.front.api.tables import OLLAMA_NAMES
@@ -23,7 +24,7 @@ from chatlm.front.pool.pool import free_memory, default_sampling
 from chatlm.front.server.anthropic_models import (
     A_PAGE, PAGE_QUERY, anthropic_model, anthropic_page, asks_as_anthropic)
 from chatlm.front.server.responses import REQUEST_LOG, json_response, shows
-from chatlm.front.server.routes import Api, Route
+from chatlm.front.server.routes import Route
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -373,25 +374,25 @@ class ModelRoutes:
 
 
 MODEL_ROUTES: tuple[Route[ModelRoutes], ...] = (
-    Route("GET", "/v1/models", Api.OPENAI, ModelRoutes.handle_list,
+    Route("GET", "/v1/models", OPENAI, ModelRoutes.handle_list,
           "the served models, what each can do and its state; as in Anthropic's API for its clients",
           query=PAGE_QUERY, returns=MODELS_OF_BOTH),
-    Route("GET", "/models", Api.OPENAI, shows(lambda models, bound: listed_body(models.visible(bound))),
+    Route("GET", "/models", OPENAI, shows(lambda models, bound: listed_body(models.visible(bound))),
           "the same, as in OpenAI's API",
           returns=MODELS),
-    Route("GET", "/v1/models/{name:.+}", Api.OPENAI, ModelRoutes.handle_model,
+    Route("GET", "/v1/models/{name:.+}", OPENAI, ModelRoutes.handle_model,
           "a served model, by one of its names", returns=A_MODEL),
-    Route("POST", "/models/load", Api.OPENAI, ModelRoutes.handle_load, "load a model",
+    Route("POST", "/models/load", OPENAI, ModelRoutes.handle_load, "load a model",
           operator_act=MANAGE),
-    Route("POST", "/models/unload", Api.OPENAI, ModelRoutes.handle_unload,
+    Route("POST", "/models/unload", OPENAI, ModelRoutes.handle_unload,
           "unload a model once its answers have ended; the next request loads it again",
           operator_act=MANAGE),
-    Route("GET", "/tokenizer_info", Api.OPENAI, ModelRoutes.handle_tokenizer, "its tokens", query=(A_NAME,)),
-    Route("GET", "/api/tags", Api.OLLAMA, shows(lambda models, bound: ollama_models(models.visible(bound))),
+    Route("GET", "/tokenizer_info", OPENAI, ModelRoutes.handle_tokenizer, "its tokens", query=(A_NAME,)),
+    Route("GET", "/api/tags", OLLAMA, shows(lambda models, bound: ollama_models(models.visible(bound))),
           "the served models in Ollama's format"),
-    Route("GET", "/api/ps", Api.OLLAMA, shows(lambda models, bound: ollama_running(models.visible(bound))),
+    Route("GET", "/api/ps", OLLAMA, shows(lambda models, bound: ollama_running(models.visible(bound))),
           "the models in memory, and how much they take"),
-    Route("POST", "/api/show", Api.OLLAMA, ModelRoutes.handle_ollama_show, "more of it"),
+    Route("POST", "/api/show", OLLAMA, ModelRoutes.handle_ollama_show, "more of it"),
 )
 
 

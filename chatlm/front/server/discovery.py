@@ -6,11 +6,12 @@ from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
 from chatlm import __version__
+from chatlm.front.api.errors import OPENAI
 from chatlm.front.intake.intake import loaded_tokenizer
 from chatlm.front.pool.pool import default_sampling
 from chatlm.front.server.describe import A_NAME, ModelRoutes, model_body, tokenizer_body
 from chatlm.front.server.responses import REQUEST_LOG, json_response, shows
-from chatlm.front.server.routes import Api, Route
+from chatlm.front.server.routes import Route
 
 if TYPE_CHECKING:
     from chatlm.front.lazy import web
@@ -95,13 +96,13 @@ async def handle_slots(models: ModelRoutes, http: web.Request) -> web.Response:
 
 
 DISCOVERY_ROUTES: tuple[Route[ModelRoutes], ...] = (
-    Route("GET", "/api/v0/models", Api.OPENAI,
+    Route("GET", "/api/v0/models", OPENAI,
           shows(lambda models, bound: lm_studio_models(models.visible(bound))),
           "the served models as LM Studio lists them"),
-    Route("GET", "/api/v0/models/{name:.+}", Api.OPENAI, handle_lm_studio_model, "one of them"),
-    Route("GET", "/props", Api.OPENAI, handle_props, "a model's limits and defaults as llama-server has them",
+    Route("GET", "/api/v0/models/{name:.+}", OPENAI, handle_lm_studio_model, "one of them"),
+    Route("GET", "/props", OPENAI, handle_props, "a model's limits and defaults as llama-server has them",
           query=(A_NAME,)),
-    Route("GET", "/slots", Api.OPENAI, handle_slots,
+    Route("GET", "/slots", OPENAI, handle_slots,
           "the rows in which answers are computed as llama-server has them; busy are only the client's own",
           query=(A_NAME,)),
 )

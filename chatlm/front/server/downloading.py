@@ -14,8 +14,8 @@ from chatlm.common.hub.offers import (
     best_offers, cached_models, hub_cache, joined_name, named_model, short_offers)
 from chatlm.common.jsontext import dump
 from chatlm.common.memory import available_memory
+from chatlm.front.api.dialects.ollama import OllamaEncoder
 from chatlm.front.api.encode import Encoder, frame
-from chatlm.front.api.encode_ollama import OllamaEncoder
 from chatlm.front.lazy import web
 from chatlm.front.pool.downloads import Download, Downloads
 from chatlm.front.server.responses import REQUEST_LOG, json_response

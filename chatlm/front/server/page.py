@@ -9,8 +9,9 @@ import mimetypes
 import re
 from collections.abc import Mapping
 
+from chatlm.front.api.errors import NANOCHAT
 from chatlm.front.lazy import web
-from chatlm.front.server.routes import Api, Route
+from chatlm.front.server.routes import Route
 
 
 MISSING = """<!doctype html>
@@ -79,9 +80,9 @@ class PageFiles:
 
 
 PAGE_ROUTES: tuple[Route[PageFiles], ...] = (
-    Route("GET", "/", Api.NANOCHAT, PageFiles.handle_index, "the page", open=True),
-    Route("GET", "/static/{name:.+}", Api.NANOCHAT, PageFiles.handle_file, "its files", open=True,
+    Route("GET", "/", NANOCHAT, PageFiles.handle_index, "the page", open=True),
+    Route("GET", "/static/{name:.+}", NANOCHAT, PageFiles.handle_file, "its files", open=True,
           quiet=True),
-    Route("GET", "/usage", Api.NANOCHAT, PageFiles.handle_usage, "a page that shows what each API key used",
+    Route("GET", "/usage", NANOCHAT, PageFiles.handle_usage, "a page that shows what each API key used",
           open=True),
 )

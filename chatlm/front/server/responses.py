@@ -11,15 +11,14 @@ from typing import Any, TYPE_CHECKING, TypeVar
 from chatlm.common.errors import ChatServerError, Overloaded, RequestError
 from chatlm.common.jsontext import dump
 from chatlm.front.admission.sandbox import WRITE_BYTES
-from chatlm.front.api.errors import (
-    anthropic_error, is_plain, native_error, ollama_error, openai_error, public_error)
+from chatlm.front.api.errors import native_error, public_error
 from chatlm.front.lazy import web
 from chatlm.front.server.inflate import READ
 from chatlm.front.server.page import POLICY, missing_page
-from chatlm.front.server.routes import Api, Handler
 
 if TYPE_CHECKING:
-    from chatlm.front.server.routes import Route
+    from chatlm.front.api.errors import Api
+    from chatlm.front.server.routes import Handler, Route
 
 
 T = TypeVar("T")
@@ -113,14 +112,7 @@ def error_response(failure: ChatServerError, headers: Mapping[str, str] | None =
 def error_shape(failure: ChatServerError) -> dict:
     """The body of an error, as clients of the API that was called read it."""
     record = REQUEST_LOG.get()
-    match record.api:
-        case Api.OLLAMA:
-            return ollama_error(failure)
-        case Api.ANTHROPIC:
-            return anthropic_error(failure) | {"request_id": record.id}
-        case Api.OPENAI:
-            return openai_error(failure)
-    return {"detail": str(failure)} if is_plain(failure) else native_error(failure)
+    return record.api.error(failure, record.id)
 
 
 def retry_header(failure: ChatServerError) -> dict[str, str]:

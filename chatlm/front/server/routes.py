@@ -6,25 +6,17 @@ import os.path
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import field, replace
-from enum import Enum
 from typing import Generic, TYPE_CHECKING, TypeVar
 
 from chatlm.common.records import record
 from chatlm.front.api.kept_fields import STORE_FIELDS
-from chatlm.front.api.tables import BODY_FIELDS, HUB_FIELDS
+from chatlm.front.api.spoken import fields_of
+from chatlm.front.api.tables import HUB_FIELDS
 
 if TYPE_CHECKING:
     from aiohttp import web
+    from chatlm.front.api.errors import Api
     from chatlm.front.api.fields import Field
-
-
-class Api(Enum):
-    """Whose API a route belongs to: its errors have the shape that this API's clients read."""
-
-    NANOCHAT = "nanochat"
-    OPENAI = "OpenAI"
-    ANTHROPIC = "Anthropic"
-    OLLAMA = "Ollama"
 
 
 T = TypeVar("T")
@@ -65,11 +57,11 @@ class Route(Generic[T]):
 
     @property
     def fields(self) -> tuple[Field, ...]:
-        """The fields of the body. ANSWER_READERS or TEXT_READERS has a reader for those of BODY_FIELDS."""
+        """The fields of the body. Those of a dialect are imported now, if they are not here."""
         if self.method == "GET":  # a list has the path of what makes its rows
             return ()
         kept = STORE_FIELDS if self.method == "POST" else {}
-        own = BODY_FIELDS.get(self.pattern) or HUB_FIELDS.get(self.pattern) or kept.get(self.pattern, ())
+        own = fields_of(self.pattern) or HUB_FIELDS.get(self.pattern) or kept.get(self.pattern, ())
         return (*own, *self.added)
 
 

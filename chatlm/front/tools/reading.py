@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from chatlm.common.config import LIMITS, Settings
@@ -122,7 +122,7 @@ class Reader:
 class MessageTasks:
     """The sandbox's task for messages."""
 
-    def prepare(self, name: str):
+    def prepare(self, name: str, arguments: Sequence):
         """Nothing has to be prepared."""
 
     def read_message(self, methods: list, characters: int, data: bytes) -> SandboxResult:

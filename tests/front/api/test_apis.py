@@ -32,12 +32,10 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.common.text.reader import answer_reader
 from chatlm.front.admission.prompts import PromptMaker
 from chatlm.front.api.message_readers import openai_messages
-from chatlm.front.api.encoders import ENCODERS
 from chatlm.front.api.fields import json_object
 from chatlm.front.api.kept_fields import STORE_FIELDS
 from chatlm.front.api.tables import HUB_FIELDS
-from chatlm.front.api.readers import (ANSWER_READERS, TEXT_READERS, read_answer, read_chat_body, read_messages_body, read_ollama_chat,
-                                      read_responses_body)
+from chatlm.front.api.reading import read_answer
 from chatlm.front.front import ROUTES, Front
 from chatlm.front.server.describe import OLLAMA_VERSION, bare_id
 from chatlm.worker.engine.grammar import Grammar
@@ -49,6 +47,7 @@ from nightly import by_day
 from patching import patch
 from pools import played_pool
 from real_server import get
+from spoken_paths import ANSWERS, ENCODERS, TEXTS
 
 HI = "What is the capital of Japan?"
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
@@ -157,7 +156,7 @@ async def test_the_id_in_its_header_cancels_an_answer(client, path):
                          ids=lambda route: f"{route.method} {route.path}")
 async def test_no_route_reads_a_large_body_on_the_loop(client, route, monkeypatch):
     """A route that reads JSON at all reads it with the one reader, which sends large bodies to a sandbox."""
-    pool, read, reads = FakePool(), [], route.path in ANSWER_READERS | TEXT_READERS
+    pool, read, reads = FakePool(), [], route.path in ANSWERS + TEXTS
     sandbox = pool.sandboxes["bodies"]
     sandbox.refusal = RequestError("read elsewhere", status=418)
 
@@ -177,7 +176,7 @@ async def test_no_route_reads_a_large_body_on_the_loop(client, route, monkeypatc
 
 
 @pytest.mark.parametrize("size", [1, config.LIMITS.inline_bytes])
-@pytest.mark.parametrize("route", [*ANSWER_READERS, *TEXT_READERS])
+@pytest.mark.parametrize("route", ANSWERS + TEXTS)
 async def test_no_route_finds_an_unknown_model(client, route, size):
     """An unknown model is not found whatever route a body comes to."""
     async with serving(FakePool()) as url:
@@ -188,7 +187,7 @@ async def test_no_route_finds_an_unknown_model(client, route, size):
 def test_every_route_that_answers_is_tested():
     of_rankings = {"/v1/rerank", "/rerank", "/v2/rerank", "/reranking", "/v1/reranking", "/v1/score", "/score", "/embed"}   # test_retrieval_routes.py
     of_lm_studio = {"/api/v0/chat/completions", "/api/v0/completions", "/api/v0/embeddings"}        # test_discovery.py
-    assert {*ASKED, *WHOLE} | of_rankings | of_lm_studio == {route.path for route in ROUTES if route.handler is Front.handle_answer}
+    assert {*ASKED, *WHOLE} | of_rankings | of_lm_studio == {*ANSWERS}
 
 
 @every_route
@@ -445,8 +444,8 @@ def test_a_conversation_with_calls_is_alike_in_all():
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "call_1", "content": [{"type": "text", "text": "2"}]}]},
         {"role": "assistant", "content": "Two."}, {"role": "user", "content": "Sure?"}],
         "tools": [{"name": "add", "description": "adds", "input_schema": ADD["parameters"], "strict": True}, {"type": "web_search_20250305", "name": "web_search"}]}
-    bodies = [reader(body | {"seed": 1}, KNOWN) for reader, body in (
-        (read_chat_body, chat), (read_responses_body, responses), (read_messages_body, messages))]
+    bodies = [read_answer(path, body | {"seed": 1}, KNOWN) for path, body in (
+        (CHAT, chat), (RESPONSES, responses), (MESSAGES, messages))]
     assert bodies[0].request == bodies[1].request == bodies[2].request
     assert len(bodies[0].request.messages) == 6 and bodies[0].request.params.tool_names == ("add",)
     assert [parsed.ignored_tools for parsed in bodies] == [(), ("web_search", "custom"), ("web_search_20250305",)]
@@ -457,14 +456,14 @@ def test_every_api_reads_earlier_reasoning():
     question, again = ({"role": "user", "content": text} for text in ("1?", "2?"))
     spoken = {"role": "assistant", "content": "One."}
     bodies = (
-        (read_chat_body, {"messages": [question, spoken | {"reasoning_content": "Hm."}, again]}),
-        (read_responses_body, {"input": [question, {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm."}]}, spoken, again]}),
-        (read_messages_body, {"messages": [question, {"role": "assistant", "content": [
+        (CHAT, {"messages": [question, spoken | {"reasoning_content": "Hm."}, again]}),
+        (RESPONSES, {"input": [question, {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm."}]}, spoken, again]}),
+        (MESSAGES, {"messages": [question, {"role": "assistant", "content": [
             {"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "One."}]}, again]}),
-        (read_ollama_chat, {"messages": [question, spoken | {"thinking": "Hm."}, again]}))
-    for reader, body in bodies:
-        assert [(message.content, message.more) for message in reader(body, KNOWN).request.messages] == [
-            ("1?", None), ("One.", {"reasoning_content": "Hm."}), ("2?", None)], reader.__name__
+        ("/api/chat", {"messages": [question, spoken | {"thinking": "Hm."}, again]}))
+    for path, body in bodies:
+        assert [(message.content, message.more) for message in read_answer(path, body, KNOWN).request.messages] == [
+            ("1?", None), ("One.", {"reasoning_content": "Hm."}), ("2?", None)], path
 
 
 async def test_a_header_names_tools_of_other_types(client, caplog):
@@ -488,16 +487,16 @@ async def test_a_header_names_tools_of_other_types(client, caplog):
 def test_a_choice_of_tools_is_alike_in_all_three(chat, responses, messages):
     functions = [ADD | {"name": name} for name in "ab"]
     base = {"seed": 1}
-    first = read_chat_body(base | BODIES[CHAT] | {"tool_choice": chat, "tools": [
+    first = read_answer(CHAT, base | BODIES[CHAT] | {"tool_choice": chat, "tools": [
         {"type": "function", "function": each} for each in functions]}, KNOWN).request
-    second = read_responses_body(base | BODIES[RESPONSES] | {"tool_choice": responses, "tools": [
+    second = read_answer(RESPONSES, base | BODIES[RESPONSES] | {"tool_choice": responses, "tools": [
         {"type": "function", **each} for each in functions]}, KNOWN).request
     assert first == second
     named = not isinstance(chat, str)
     assert first.params.tool_names == (() if chat == "none" else ("b",) if named else ("a", "b"))
     assert bool(first.params.grammar) == ("required" in str(chat) or isinstance(chat, dict) and chat["type"] == "function")
     if messages:
-        third = read_messages_body(base | {"messages": BODIES[CHAT]["messages"], "tool_choice": messages, "tools": [
+        third = read_answer(MESSAGES, base | {"messages": BODIES[CHAT]["messages"], "tool_choice": messages, "tools": [
             {"name": each["name"], "description": "adds", "input_schema": each["parameters"]} for each in functions]}, KNOWN).request
         assert third == first
 
@@ -506,21 +505,21 @@ def test_formats_and_parameters_are_alike_in_all():
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     common = {"seed": 1, "temperature": 0.5, "top_p": 0.5}
     question = BODIES[CHAT]["messages"]
-    first = read_chat_body(common | {"messages": question, "max_completion_tokens": 9, "stop": ["x"], "response_format": {
+    first = read_answer(CHAT, common | {"messages": question, "max_completion_tokens": 9, "stop": ["x"], "response_format": {
         "type": "json_schema", "json_schema": {"name": "n", "schema": schema}}}, KNOWN).request
-    second = read_responses_body(common | {"input": question, "max_output_tokens": 9, "stop": ["x"], "text": {
+    second = read_answer(RESPONSES, common | {"input": question, "max_output_tokens": 9, "stop": ["x"], "text": {
         "format": {"type": "json_schema", "name": "n", "schema": schema, "strict": True}, "verbosity": "low"}}, KNOWN).request
-    third = read_messages_body(common | {"messages": question, "max_tokens": 9, "stop_sequences": ["x"], "output_config": {
+    third = read_answer(MESSAGES, common | {"messages": question, "max_tokens": 9, "stop_sequences": ["x"], "output_config": {
         "format": {"type": "json_schema", "schema": schema}}}, KNOWN).request
     alike = [replace(each, params=replace(each.params, grammar_param="")) for each in (first, second, third)]
     assert alike[0] == alike[1] == alike[2]
     assert [each.params.grammar_param for each in (first, second, third)] == ["response_format", "text", "output_config"]
-    assert read_responses_body({"input": "x", "truncation": "auto"}, KNOWN).request.truncate
+    assert read_answer(RESPONSES, {"input": "x", "truncation": "auto"}, KNOWN).request.truncate
 
 
 @pytest.mark.parametrize("given", [{"input": ""}, {"input": []}, {"input": [], "instructions": "Be brief."}])
 def test_an_empty_input_is_answered(given):
-    messages = read_responses_body(given, KNOWN).request.messages
+    messages = read_answer(RESPONSES, given, KNOWN).request.messages
     assert (messages[-1].role, messages[-1].content) == ("user", "")
 
 
@@ -588,11 +587,11 @@ items = st.recursive(json_values | st.sampled_from(KINDS), lambda inner: st.list
                             items, max_size=4), item=items)
 def test_nested_bodies_are_read_or_refused(body, item):
     """Neither reader fails on any item or block; what they read crosses the pipe to a sandbox unharmed."""
-    for reader in ANSWER_READERS.values():
+    for path in ANSWERS:
         for changed in (body, body | {"input": [item]}, body | {"messages": [item]},
                         body | {"messages": [{"role": "user", "content": [item]}]}, body | {"tools": [item]}):
             try:
-                parsed = reader(changed, KNOWN)
+                parsed = read_answer(path, changed, KNOWN)
             except RequestError as error:
                 assert error.status == 400 and str(error)
             else:
@@ -631,9 +630,9 @@ def follow(grammar, tokenizer, drawn):
 
 def read_check_and_follow(path, body, tool_format, drawn):
     """What the front, a sandbox and a worker do with a body, up to its first tokens. RequestError if it is refused."""
-    parsed = ANSWER_READERS[path](json_object(json.dumps(body).encode()), Known(Settings(), tool_format))
+    parsed = read_answer(path, json_object(json.dumps(body).encode()), Known(Settings(), tool_format))
     request = restorer(ParsedBody)(json.loads(as_plain_json(parsed))).request
-    encoder = ENCODERS[parsed.api].now()(parsed, "m", tokenizers(tool_format)[0])
+    encoder = ENCODERS[parsed.api](parsed, "m", tokenizers(tool_format)[0])
     encoder.collect(finished(["a"]))
     assert json.loads(b"".join(encoder.completion()))
     with_generic_tools(request.messages or (Message("user", "x"),), request.tools)
@@ -715,12 +714,12 @@ THOUGHT = [said(thought("Hm"), tokens=(1,)), said(thought("m"), tokens=(2,)), sa
 def test_what_one_piece_adds_comes_in_its_order():
     deltas = Delta("text", "a"), Delta("call", "{}", "add"), thought("b"), Delta("text", "c")
     for api in ("responses", "messages", "ollama chat"):
-        encoder = ENCODERS[api].now()(ParsedBody(Request("x", messages=()), api=api, details={"thinking": True}), "fake")
+        encoder = ENCODERS[api](ParsedBody(Request("x", messages=()), api=api, details={"thinking": True}), "fake")
         encoder.encode(said(*deltas))
         assert [(block.kind, block.text, block.name) for block in encoder.blocks] == [*deltas]
-    native = ENCODERS["native"].now()(ParsedBody(Request("x", messages=())), "fake").encode(said(*deltas)).decode()
+    native = ENCODERS["native"](ParsedBody(Request("x", messages=())), "fake").encode(said(*deltas)).decode()
     assert re.findall('"(token|reasoning)": "(.)"', native) == [("token", "a"), ("reasoning", "b"), ("token", "c")]
-    chunk = ENCODERS["chat"].now()(ParsedBody(Request("x", messages=()), api="chat"), "fake").encode(said(*deltas))
+    chunk = ENCODERS["chat"](ParsedBody(Request("x", messages=()), api="chat"), "fake").encode(said(*deltas))
     delta = json.loads(chunk.removeprefix(b"data: "))["choices"][0]["delta"]
     assert (delta["content"], delta["reasoning"], delta["tool_calls"][0]["function"]["name"]) == ("ac", "b", "add")
 
@@ -753,7 +752,7 @@ def test_a_chunk_has_one_entry_for_each_call(parts, cut):
     deltas = "Hm", first, *rest, *second, "Done"
     pieces = [piece for piece in (said(*deltas[:cut + 1]), said(*deltas[cut + 1:])) if piece.deltas]
     for api in ("chat", "functions"):
-        encoder = ENCODERS[api].now()(ParsedBody(Request("x", messages=()), api=api), "fake")
+        encoder = ENCODERS[api](ParsedBody(Request("x", messages=()), api=api), "fake")
         stream = b"".join(map(encoder.encode, pieces))
         chunks = [json.loads(line.removeprefix("data: ")) for line in stream.decode().split("\n\n") if line]
         assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == "HmDone"
@@ -1051,16 +1050,16 @@ async def test_ollama_s_api_tells_of_the_model(client):
 
 
 def test_each_api_asks_for_thinking_in_its_words():
-    options = lambda reader, **body: reader(body, KNOWN).request.template_options      # noqa: E731
+    options = lambda path, **body: read_answer(path, body, KNOWN).request.template_options      # noqa: E731
     question = BODIES[CHAT]["messages"]
-    assert options(read_responses_body, input="x", reasoning={"effort": "low", "summary": "auto"}) == {"reasoning_effort": "low"}
-    assert options(read_chat_body, messages=question, reasoning_effort="low") == {"reasoning_effort": "low"}
+    assert options(RESPONSES, input="x", reasoning={"effort": "low", "summary": "auto"}) == {"reasoning_effort": "low"}
+    assert options(CHAT, messages=question, reasoning_effort="low") == {"reasoning_effort": "low"}
     off = {"chat_template_kwargs": {"enable_thinking": False, "thinking": False}}
-    assert options(read_messages_body, messages=question, thinking={"type": "disabled"}) == off
-    assert options(read_ollama_chat, messages=question, think=False) == off
-    assert options(read_ollama_chat, messages=question, think="high") == {"reasoning_effort": "high"}
-    assert options(read_messages_body, messages=question, output_config={"effort": "high"}) == {"reasoning_effort": "high"}
-    assert options(read_messages_body, messages=question) == options(read_responses_body, input="x") == {}
+    assert options(MESSAGES, messages=question, thinking={"type": "disabled"}) == off
+    assert options("/api/chat", messages=question, think=False) == off
+    assert options("/api/chat", messages=question, think="high") == {"reasoning_effort": "high"}
+    assert options(MESSAGES, messages=question, output_config={"effort": "high"}) == {"reasoning_effort": "high"}
+    assert options(MESSAGES, messages=question) == options(RESPONSES, input="x") == {}
 
 
 THOUGHTS = {        # how each API says 100 tokens, with the name of the field
@@ -1078,7 +1077,7 @@ THOUGHTS = {        # how each API says 100 tokens, with the name of the field
 
 
 def asked_of(path, settings=Settings(), **body):
-    return ANSWER_READERS[path](BODIES[path] | body, replace(KNOWN, settings=settings)).request
+    return read_answer(path, BODIES[path] | body, replace(KNOWN, settings=settings)).request
 
 
 @pytest.mark.parametrize("name", THOUGHTS)

@@ -19,7 +19,7 @@ from chatlm.common.messages.requests import (
     Usage,
 )
 from chatlm.front.api.batch_lines import lasting_body, read_line
-from chatlm.front.api.encoders import answer_encoder
+from chatlm.front.api.spoken import answer_encoder
 from chatlm.front.api.kept_fields import ENDPOINTS
 from fake_pool import Letters
 

@@ -16,13 +16,13 @@ from chatlm.common.messages.protocol import Known, ParsedBody
 from chatlm.common.messages.requests import Embedding, Finished, Request
 from chatlm.front.admission.prompts import PromptMaker
 from chatlm.front.api import encode
-from chatlm.front.api.encoders import ENCODERS
-from chatlm.front.api.retrieval_readers import read_embedding_body
+from chatlm.front.api.reading import read_answer
 from answers import asked, ending
 from fake_pool import FakePool, Letters, serving
 from patching import patch
 from pools import played_pool
 from real_server import get, post, server
+from spoken_paths import ENCODERS
 from tiny_gguf import LLAMA_NUMBERS, random_llama, small_gguf_metadata, write_gguf
 
 TEXTS = ["The cat sat on the mat.", "A kitten rested on a rug.", "Stock markets fell sharply on Monday."]
@@ -204,7 +204,7 @@ def test_a_whole_context_is_one_input(url):
 async def test_many_inputs_leave_room_in_the_queue():
     """At most LIMITS.choices of a request wait or run at a time."""
     pool = played_pool(max_batch=4)
-    parsed = read_embedding_body({"input": ["a"] * 1000}, Known(Settings(), None))
+    parsed = read_answer("/v1/embeddings", {"input": ["a"] * 1000}, Known(Settings(), None))
     events = pool.answer(replace(parsed.request, id="many", params=replace(parsed.request.params, client="a")))
     await anext(events)
     assert len(pool.dispatcher.jobs) == LIMITS.choices
@@ -227,7 +227,7 @@ def test_an_encoder_makes_no_decoder(monkeypatch):
         raise AssertionError("a decoder was made")
     patch(monkeypatch, encode, "answer_decoder", refuse)
     for api in ("embeddings", "ollama embed", "ollama embeddings", "tei embed", "rerank", "llama rerank", "tei rerank", "score", "cosines"):
-        encoder = ENCODERS[api].now()(ParsedBody(Request("x", prompts=("a", "b")), api=api, details={"encoding": "base64"}), "m", Letters())
+        encoder = ENCODERS[api](ParsedBody(Request("x", prompts=("a", "b")), api=api, details={"encoding": "base64"}), "m", Letters())
         encoder.collect(Embedding("AACAPw==", choice=1))
         with pytest.raises(AssertionError, match="a decoder"):
             assert encoder.choices[0].decoder

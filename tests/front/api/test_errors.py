@@ -6,9 +6,9 @@ import pytest
 
 from chatlm.common.client_words import too_long
 from chatlm.common.errors import EngineFailure, Overloaded, RequestError
-from chatlm.front.api.encoders import ENCODERS
 from chatlm.front.api.errors import anthropic_error, failed_answer, native_error, ollama_error, openai_error, public_error
 from fake_pool import FakePool, conversation, frames, serving
+from spoken_paths import ENCODERS
 
 FAULTS = {
     "a key": (KeyError("the secret"), "Its log has the details"),
@@ -67,9 +67,9 @@ def test_our_own_errors_stay_in_every_shape(error):
     assert failed_answer(error) == (error.status, openai_error(error)) and native_error(error) == {"detail": str(error), **openai_error(error)}
     shapes = {"chat": openai_error(error), "messages": anthropic_error(error), "ollama chat": ollama_error(error), "embeddings": openai_error(error)}
     for api, shape in shapes.items():
-        frame = ENCODERS[api].now().lone_failure(error).decode().strip().rpartition("data: ")[2]
+        frame = ENCODERS[api].lone_failure(error).decode().strip().rpartition("data: ")[2]
         assert json.loads(frame) == shape
-    assert json.loads(ENCODERS["native"].now().lone_failure(error)[6:]) == openai_error(error)
+    assert json.loads(ENCODERS["native"].lone_failure(error)[6:]) == openai_error(error)
 
 
 def test_a_failed_line_s_result_is_openai_s():

@@ -11,18 +11,19 @@ from chatlm.common.messages.protocol import Known
 from chatlm.common.text.formats import CALL_FORMATS
 from chatlm.common.text import load
 from chatlm.front.api.field_types import EFFORTS
-from chatlm.front.api.readers import read_chat_body, read_messages_body, read_ollama_chat, read_responses_body
+from chatlm.front.api.reading import read_answer
 from real_server import post
 
 KNOWN = Known(Settings(), "tagged")
 ASK = [{"role": "user", "content": "Hi"}]
 PLACES = {
-    "reasoning_effort": lambda value: read_chat_body({"messages": ASK, "reasoning_effort": value}, KNOWN),
-    "reasoning.effort": lambda value: read_responses_body(
-        {"input": "Hi", "reasoning": {"effort": value}}, KNOWN),
-    "output_config.effort": lambda value: read_messages_body(
-        {"messages": ASK, "max_tokens": 9, "output_config": {"effort": value}}, KNOWN),
-    "think": lambda value: read_ollama_chat({"messages": ASK, "think": value}, KNOWN)}
+    "reasoning_effort": lambda value: read_answer(
+        "/v1/chat/completions", {"messages": ASK, "reasoning_effort": value}, KNOWN),
+    "reasoning.effort": lambda value: read_answer(
+        "/v1/responses", {"input": "Hi", "reasoning": {"effort": value}}, KNOWN),
+    "output_config.effort": lambda value: read_answer(
+        "/v1/messages", {"messages": ASK, "max_tokens": 9, "output_config": {"effort": value}}, KNOWN),
+    "think": lambda value: read_answer("/api/chat", {"messages": ASK, "think": value}, KNOWN)}
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -47,14 +48,14 @@ def test_max_becomes_the_highest_word_of_a_template(name, template, word):
     assert owner._effort_word(tokenizer, "max") == word
 
 
-@pytest.mark.parametrize("read, absent, field", [
-    (read_chat_body, {"messages": ASK}, {"response_format": {}}),
-    (read_responses_body, {"input": "Hi"}, {"text": {"format": {}}}),
-    (read_messages_body, {"messages": ASK, "max_tokens": 9}, {"output_config": {"format": {}}}),
-    (read_messages_body, {"messages": ASK, "max_tokens": 9}, {"output_format": {}})])
-def test_a_format_without_members_is_as_if_absent(read, absent, field):
-    assert read(absent, KNOWN).request.params.grammar == ""
-    assert read(absent | field, KNOWN).request.params.grammar == ""
+@pytest.mark.parametrize("path, absent, field", [
+    ("/v1/chat/completions", {"messages": ASK}, {"response_format": {}}),
+    ("/v1/responses", {"input": "Hi"}, {"text": {"format": {}}}),
+    ("/v1/messages", {"messages": ASK, "max_tokens": 9}, {"output_config": {"format": {}}}),
+    ("/v1/messages", {"messages": ASK, "max_tokens": 9}, {"output_format": {}})])
+def test_a_format_without_members_is_as_if_absent(path, absent, field):
+    assert read_answer(path, absent, KNOWN).request.params.grammar == ""
+    assert read_answer(path, absent | field, KNOWN).request.params.grammar == ""
 
 
 def test_an_input_is_cut_at_truncate_prompt_tokens(default_url):

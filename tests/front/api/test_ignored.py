@@ -12,11 +12,14 @@ from chatlm.common.messages.protocol import Known
 from chatlm.common.messages.requests import Embedder, InfillTokens
 from chatlm.common.text.tokenizer import Tokenizer
 from chatlm.front.admission.prompts import PromptMaker
-from chatlm.front.api.readers import ANSWER_READERS, read_answer, read_text, read_variants
+from chatlm.front.api.dialects.ollama import OLLAMA_OPTIONS
+from chatlm.front.api.dialects.own import DRAWING_FIELDS, read_variants
+from chatlm.front.api.reading import read_answer, read_text
 from chatlm.front.api.kept_fields import STORE_FIELDS
-from chatlm.front.api.tables import BODY_FIELDS, DRAWING_FIELDS, HUB_FIELDS, OLLAMA_OPTIONS
+from chatlm.front.api.tables import HUB_FIELDS
 from chatlm.front.front import ROUTES
 from fake_pool import FakePool, Letters, serving
+from spoken_paths import ANSWERS, BODY_FIELDS
 
 KNOWN = Known(Settings(seed=7), "tagged", template="{{ reasoning_effort }} {{ city }} </think>", never_written=frozenset({256}),
               infill=InfillTokens(1, 2, 3))
@@ -107,7 +110,7 @@ class Teller(Letters):
 
 def parsed(route, body):
     """What becomes of a body, without what it says of fields that have no effect; and those fields."""
-    if route in ANSWER_READERS:
+    if route in ANSWERS:
         answer = read_answer(route, body, WHICH.get(route, KNOWN))
         return replace(answer, ignored_fields=()), answer.ignored_fields
     ignored, _, text = asyncio.run(read_text(route, body, KNOWN, PromptMaker(Teller(), 4096))).partition(b"\n")

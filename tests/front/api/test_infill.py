@@ -15,7 +15,7 @@ from chatlm.common.messages.requests import AnswerParams, Infill, InfillTokens, 
 from chatlm.common.text.load import HuggingFaceTokenizer, open_tokenizer
 from chatlm.front.admission.infill_prompts import InfillMaker
 from chatlm.front.admission.prompts import PromptMaker
-from chatlm.front.api.readers import read_answer
+from chatlm.front.api.reading import read_answer
 from chatlm.worker.weights.gguf import gguf_text
 from families import make_model, save, write_tokenizer
 from real_server import server

@@ -10,9 +10,9 @@ import pytest
 from chatlm.common.config import LIMITS
 from chatlm.common.messages.protocol import SANDBOX_PIPE
 from chatlm.common.messages.wire import Pipe
-from chatlm.front.api.tables import BODY_FIELDS
 from fake_pool import frames, serving
 from pools import one_and_two as models     # noqa: F401  a fixture
+from spoken_paths import BODY_FIELDS
 
 HI = [{"role": "user", "content": "hello"}]
 BODIES = {  # of each route; what makes one large comes to it

@@ -6,7 +6,7 @@ import pytest
 
 from chatlm.common.config import Settings
 from chatlm.common.messages.protocol import Known
-from chatlm.front.api.readers import read_answer
+from chatlm.front.api.reading import read_answer
 from nightly import WHOLE
 from openai_routes import call, need_exact
 

@@ -8,7 +8,7 @@ from chatlm.common.config import Settings
 from chatlm.common.messages.protocol import Known
 from chatlm.common.messages.requests import InfillTokens, TextSpec
 from chatlm.common.text.tokenizer import Tokenizer
-from chatlm.front.api.readers import read_answer
+from chatlm.front.api.reading import read_answer
 from fake_pool import Letters
 from openai_routes import COMPLETIONS, call, need_exact
 

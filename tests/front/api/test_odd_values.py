@@ -12,10 +12,11 @@ from chatlm.common.messages.requests import Embedder, InfillTokens, Picture
 from chatlm.front.admission.prompts import PromptMaker
 from chatlm.front.api.batch_lines import lasting_body, read_line
 from chatlm.front.api.fields import parse_fields
-from chatlm.front.api.readers import ANSWER_READERS, TEXT_READERS, read_answer, read_text, read_variants
-from chatlm.front.api.tables import BODY_FIELDS
+from chatlm.front.api.dialects.own import read_variants
+from chatlm.front.api.reading import read_answer, read_text
 from chatlm.front.intake.envelope import make_envelope, open_body
 from fake_pool import Letters
+from spoken_paths import ANSWERS, BODY_FIELDS, TEXTS
 
 ODD = [
     None,
@@ -338,7 +339,7 @@ async def read(route, body):
     envelope.lift.check("")
     envelope.show([Picture(1, 1, b"", bytes(16))] * len(envelope.lift.files))
     known = known_for(route)
-    if route in ANSWER_READERS:
+    if route in ANSWERS:
         parsed = read_answer(route, fields, known)
         if route in ("/v1/responses", "/v1/messages"):
             read_answer(route, json.loads(raw), known, [] if route == "/v1/responses" else None, OFFERED)
@@ -365,7 +366,7 @@ async def test_odd_values_break_no_reader(route):
                     f"{type(error).__name__}: {error} for {json.dumps(body)[:2000]}"
                 ) from error
     assert count > 20
-    assert route in ANSWER_READERS or route in TEXT_READERS
+    assert route in ANSWERS + TEXTS
 
 
 @pytest.mark.parametrize("route", sorted(set(BODY_FIELDS) - set(BODIES)))

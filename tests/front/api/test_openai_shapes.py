@@ -10,7 +10,7 @@ import urllib.request
 import pytest
 
 from chatlm.front.api.logprobs import token_text
-from chatlm.front.api.tokenization import piece_body
+from chatlm.front.api.dialects.tokenization import piece_body
 from fake_pool import Letters
 from openai_routes import CHAT, COMPLETIONS, HI, TEMPLATE_SYSTEM, ask, call, need_exact, refused
 

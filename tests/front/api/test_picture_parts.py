@@ -11,8 +11,9 @@ from chatlm.common.errors import RequestError
 from chatlm.common.messages.protocol import Known
 from chatlm.common.vision.pictures import picture
 from chatlm.front.api.picture_parts import Lift, Lifted, fill_in, lift_pictures, picture_bytes, with_pixels
-from chatlm.front.api.readers import read_answer
-from chatlm.front.intake.envelope import Chained, Envelope, make_envelope, unpacked_envelope
+from chatlm.front.api.dialect import Chained
+from chatlm.front.api.reading import read_answer
+from chatlm.front.intake.envelope import Envelope, make_envelope, unpacked_envelope
 
 CAT, DOG = b"\x89PNG cat", b"\xff\xd8\xff dog"
 PICTURES = [picture(2, 1, b"catcat"), picture(1, 2, b"dogdog")]

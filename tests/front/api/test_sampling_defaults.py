@@ -13,8 +13,11 @@ from chatlm.common.config import FLAGS, Settings
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import (
     SAMPLING_DEFAULTS, SAMPLING_FLAGS, SAMPLING_NAMES, Message, SamplingParams, sampling_defaults)
+from chatlm.front.api.dialects.native import NATIVE_FIELDS
+from chatlm.front.api.dialects.ollama import OLLAMA_OPTIONS
+from chatlm.front.api.dialects.own import DRAWING_FIELDS
 from chatlm.front.api.readers import sampling_params
-from chatlm.front.api.tables import DRAWING_FIELDS, NATIVE_FIELDS, OLLAMA_OPTIONS, SAMPLED
+from chatlm.front.api.tables import SAMPLED
 from chatlm.terminal.chat import Chat, new_request
 from chatlm.terminal.conversation import PARAMETERS
 from chatlm.terminal.remote import RemotePool

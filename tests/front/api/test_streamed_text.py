@@ -9,9 +9,9 @@ import pytest
 from chatlm.common.messages.protocol import ParsedBody
 from chatlm.common.messages.requests import Accepted, AnswerParams, Delta, Finished, Piece, Request, TextSpec, TokenLogprob, Usage
 from chatlm.common.text.load import CharacterTokenizer
-from chatlm.front.api import encode, encode_openai
-from chatlm.front.api.encoders import ENCODERS
+from chatlm.front.api.dialects import native, openai
 from chatlm.front.pool.worker import Job
+from spoken_paths import ENCODERS
 
 TEXTS = ["", " word", "\n", '"', "\\", "a\u2028b\x85", "漢字", "\ud800", "😀", "\x00", "</script>", "{}", "data: [DONE]\n\n", "n" * 5000]
 APIS = "native", "chat", "functions", "completion"
@@ -42,7 +42,7 @@ def pieces_of(dice):
 
 def streamed(api, model, options, dice):
     parsed = ParsedBody(Request("x", messages=(), prompts=("Once",) if api == "completion" else ()), api=api, **options)
-    encoder = ENCODERS[api].now()(parsed, model, LETTERS)
+    encoder = ENCODERS[api](parsed, model, LETTERS)
     encoder.head = {**getattr(encoder, "head", {}), "created": 0}
     end = Finished("stop", "eos", Usage(7, 9, 3), 0.25, 8.125, 212.34, 0)
     return [encoder.start(Accepted(7)), *map(encoder.encode, pieces_of(dice)), encoder.encode(end)]
@@ -57,7 +57,7 @@ def test_frames_have_the_bytes_of_those_that_are_encoded_whole(api, options, mon
         model = MODELS[seed % len(MODELS)]
         quick = streamed(api, model, options, random.Random(seed))
         with monkeypatch.context() as slow:
-            for module in (encode, encode_openai):
+            for module in (native, openai):
                 slow.setattr(module, "is_plain_text", lambda piece: False)
             assert quick == streamed(api, model, options, random.Random(seed))
 
@@ -65,7 +65,7 @@ def test_frames_have_the_bytes_of_those_that_are_encoded_whole(api, options, mon
 def test_log_probabilities_of_tokens_without_text_are_not_lost():
     """A piece of text after tokens whose text was held back is not text alone: it has their entries."""
     params = AnswerParams(logprobs=0)
-    encoder = ENCODERS["chat"].now()(ParsedBody(Request("x", messages=(), params=params), api="chat"), "model", LETTERS)
+    encoder = ENCODERS["chat"](ParsedBody(Request("x", messages=(), params=params), api="chat"), "model", LETTERS)
     held = Piece((65,), (), (TokenLogprob(65, -0.5),))
     assert encoder.encode(held) == b""
     frame = json.loads(encoder.encode(Piece((66,), (Delta("text", "AB"),), (TokenLogprob(66, -0.25),)))[6:])

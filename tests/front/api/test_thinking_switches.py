@@ -5,7 +5,7 @@ import pytest
 from chatlm.common.config import Settings
 from chatlm.common.errors import RequestError
 from chatlm.common.messages.protocol import Known
-from chatlm.front.api.readers import read_answer
+from chatlm.front.api.reading import read_answer
 from openai_routes import call, need_exact
 from real_server import events, post, server
 from thinking_model import thinking_model

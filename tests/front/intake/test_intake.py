@@ -17,12 +17,13 @@ from chatlm.common.messages.requests import InfillTokens
 from chatlm.common.messages.wire import Pipe
 from chatlm.common.vision.pictures import picture
 from chatlm.front.api.batch_lines import line_id
-from chatlm.front.api.readers import ANSWER_READERS, TEXT_READERS, read_answer
+from chatlm.front.api.dialect import model_names
+from chatlm.front.api.reading import read_answer
 from chatlm.front.intake import intake as intake_module
 from chatlm.front.intake.arrival import Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.intake.body_tasks import BodyTasks
-from chatlm.front.intake.envelope import MODEL_NAMES, make_envelope, unpacked_envelope
+from chatlm.front.intake.envelope import make_envelope, unpacked_envelope
 from chatlm.front.intake.intake import Intake
 from chatlm.front.intake.sandboxed import Shelf
 from chatlm.front.intake.tasks import NumberedLine
@@ -32,6 +33,7 @@ from fake_pool import FakePool, conversation, serving
 from nightly import WHOLE
 from patching import patch
 from pools import one_and_two as models     # noqa: F401  a fixture
+from spoken_paths import BODY_FIELDS
 
 pytestmark = pytest.mark.timeout(120)
 LARGE = "x" * (LIMITS.inline_bytes + 1)
@@ -128,10 +130,11 @@ async def test_a_comparison_s_body_crosses_once(models, crossings):
     assert [task for task in crossings if task[0] in ("open", "read")] == [["open", 1], ["read", 0], ["read", 0], ["read", 0]]
 
 
-def test_every_route_with_a_reader_names_its_models():
-    """It is a row of the names of models."""
-    assert {*ANSWER_READERS, *TEXT_READERS} == {*MODEL_NAMES}
-    assert MODEL_NAMES["/api/show"] == ("model", "name") and MODEL_NAMES[CHAT] == ("model",)
+def test_a_body_names_its_model_in_the_words_of_its_dialect():
+    assert model_names(BODY_FIELDS["/api/show"]) == ("model", "name")
+    assert model_names(BODY_FIELDS[CHAT]) == ("model",)
+    assert make_envelope({"name": "a"}, "/api/show").model == "a"
+    assert make_envelope({"name": "a"}, CHAT).model == ""
 
 
 async def test_bodies_that_come_at_once_are_not_mixed_up(intake):

@@ -24,9 +24,10 @@ from chatlm.common.messages.protocol import Known
 from chatlm.common.messages.requests import Accepted
 from chatlm.common.program import page_files
 from chatlm.front import lazy
+from chatlm.front.api.dialects.openai import OPENAI_FIELDS
 from chatlm.front.api.fields import parse_fields
-from chatlm.front.api.readers import parse_openai_request, read_native_body
-from chatlm.front.api.tables import OPENAI_FIELDS
+from chatlm.front.api.readers import parse_openai_request
+from chatlm.front.api.reading import read_answer
 from chatlm.front.lazy import web
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.server import access
@@ -221,7 +222,7 @@ def test_no_json_object_breaks_the_parsers(body):
     for with_messages in (body, body | conversation()):
         raw = json.loads(json.dumps(with_messages))
         try:
-            read_native_body(raw, Known(Settings(), "tagged"))
+            read_answer("/chat/completions", raw, Known(Settings(), "tagged"))
         except RequestError as error:
             assert error.status == 400 and str(error)
         try:

@@ -16,7 +16,8 @@ import openai
 import psutil
 import pytest
 
-from chatlm.front.api.message_readers import chat_messages, response_messages
+from chatlm.front.api.message_readers import chat_messages
+from chatlm.front.api.response_items import response_messages
 from chatlm.front.api.kept_items import kept_items
 from openai_routes import call
 from real_server import SCRIPT, post, server

@@ -9,6 +9,7 @@ import pytest
 
 from chatlm.common.config import LIMITS, ApiKey, Settings
 from chatlm.common.errors import EngineFailure, Overloaded, RequestError
+from chatlm.front.api.errors import ANTHROPIC, NANOCHAT, OLLAMA, OPENAI
 from chatlm.front.front import ROUTES
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.server.access import Access, AccessLog, Owners
@@ -18,7 +19,7 @@ from chatlm.front.server.bodies import Bodies
 from chatlm.front.server.describe import ModelRoutes
 from chatlm.front.server.metrics import Metrics
 from chatlm.front.server.responses import REQUEST_LOG, RequestLog, error_shape
-from chatlm.front.server.routes import Api, Route, RouteTable, answer_nothing
+from chatlm.front.server.routes import Route, RouteTable, answer_nothing
 from fake_pool import FakePool, conversation
 from multidict import CIMultiDict
 
@@ -49,13 +50,13 @@ def logged(path, client="alice"):
 
 
 @pytest.mark.parametrize("path, resource, pattern, api", [
-    ("/chat/", "/chat/", "/", Api.NANOCHAT), ("/chat", "/chat", "/", Api.NANOCHAT),
-    ("/chat/v1/messages/", "/chat/v1/messages/", "/v1/messages", Api.ANTHROPIC),
-    ("/chat/v1/cancel/x", "/chat/v1/cancel/{id}", "/v1/cancel/{id}", Api.OPENAI),
-    ("/chat/nothing", None, "", Api.NANOCHAT), ("/v1/models", None, "", Api.OPENAI),         # without the prefix
-    ("/chat/v1/nothing", None, "", Api.OPENAI), ("/chat/v1/messages/x", None, "", Api.ANTHROPIC),
-    ("/chat/api/nothing", None, "", Api.OLLAMA), ("/chat/chat/completions", None, "", Api.NANOCHAT),
-    ("/chat/tokenize/x", None, "", Api.OPENAI), ("", None, "", Api.NANOCHAT)])
+    ("/chat/", "/chat/", "/", NANOCHAT), ("/chat", "/chat", "/", NANOCHAT),
+    ("/chat/v1/messages/", "/chat/v1/messages/", "/v1/messages", ANTHROPIC),
+    ("/chat/v1/cancel/x", "/chat/v1/cancel/{id}", "/v1/cancel/{id}", OPENAI),
+    ("/chat/nothing", None, "", NANOCHAT), ("/v1/models", None, "", OPENAI),         # without the prefix
+    ("/chat/v1/nothing", None, "", OPENAI), ("/chat/v1/messages/x", None, "", ANTHROPIC),
+    ("/chat/api/nothing", None, "", OLLAMA), ("/chat/chat/completions", None, "", NANOCHAT),
+    ("/chat/tokenize/x", None, "", OPENAI), ("", None, "", NANOCHAT)])
 def test_a_request_has_its_row_or_the_nearest_api(path, resource, pattern, api):
     """A request has the row that answers it else the API of the path most like its own."""
     row = TABLE.row_of(Arriving(path, resource))
@@ -101,7 +102,7 @@ def test_only_open_routes_need_no_key():
 async def test_the_log_notes_row_and_id_of_a_request(caplog, taken):
     """An id of another is not used again."""
     async def handler(http):
-        assert (REQUEST_LOG.get().route, REQUEST_LOG.get().api) == (ROW["/api/tags"], Api.OLLAMA)
+        assert (REQUEST_LOG.get().route, REQUEST_LOG.get().api) == (ROW["/api/tags"], OLLAMA)
         return response
 
     caplog.set_level("INFO")
@@ -114,13 +115,13 @@ async def test_the_log_notes_row_and_id_of_a_request(caplog, taken):
 
 
 @pytest.mark.parametrize("body, api", [
-    (conversation() | {"model": "fake-model"}, Api.OPENAI), (conversation(), Api.NANOCHAT), (conversation('"model": 1'), Api.NANOCHAT)])
+    (conversation() | {"model": "fake-model"}, OPENAI), (conversation(), NANOCHAT), (conversation('"model": 1'), NANOCHAT)])
 async def test_a_body_is_read_by_its_route_s_reader(body, api):
     """On nanochat's route it may be one of OpenAI."""
     bodies, record = Bodies(Intake(Catalogue(Settings(), FakePool())), Owners(Settings())), logged("/chat/completions")
     with bodies.holding() as holding:
         _, parsed = await bodies.answer(Arriving(body=json.dumps(body).encode()), holding)
-    assert record.api is api and parsed.api == {Api.OPENAI: "chat", Api.NANOCHAT: "native"}[api] and parsed.request.messages
+    assert record.api is api and parsed.api == {OPENAI: "chat", NANOCHAT: "native"}[api] and parsed.request.messages
 
 
 async def test_a_large_body_is_read_in_a_sandbox():
@@ -158,5 +159,5 @@ async def test_a_model_is_described_by_any_of_its_names():
 
 
 def test_a_row_says_all_of_a_route():
-    row = Route("POST", "/v1/files/{name:.+}", Api.OPENAI, answer_nothing, "keeps a file")
+    row = Route("POST", "/v1/files/{name:.+}", OPENAI, answer_nothing, "keeps a file")
     assert row.pattern == "/v1/files/{name}" and not (row.open or row.polled or row.fields)

@@ -14,10 +14,10 @@ import pytest
 from chatlm.common import config
 from chatlm.common.config import LIMITS, Settings, read_api_keys
 from chatlm.common.errors import Overloaded
-from chatlm.front.api.encode import NativeEncoder
-from chatlm.front.api.encode_openai import OpenAIEncoder
-from chatlm.front.api.encode_messages import MessagesEncoder
-from chatlm.front.api.encode_responses import ResponsesEncoder
+from chatlm.front.api.dialects.messages import MessagesEncoder
+from chatlm.front.api.dialects.native import NativeEncoder
+from chatlm.front.api.dialects.openai import OpenAIEncoder
+from chatlm.front.api.dialects.responses import ResponsesEncoder
 from chatlm.front.lazy import web
 from chatlm.front.server import recordings as server_recordings
 from chatlm.front.server.access import Access

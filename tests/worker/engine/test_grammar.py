@@ -15,9 +15,9 @@ from chatlm.common.errors import RequestError
 from chatlm.common.memory import heap_bytes
 from chatlm.common.messages.requests import Failed, Message, SamplingParams
 from chatlm.common.text.grammar import GRAMMAR_LIMITS, check_grammar, json_grammar
+from chatlm.front.api.dialects.openai import OPENAI_FIELDS
 from chatlm.front.api.fields import parse_fields
 from chatlm.front.api.readers import parse_openai_request
-from chatlm.front.api.tables import OPENAI_FIELDS
 from chatlm.front.pool.worker import Job
 from chatlm.worker.engine.answer_maker import AnswerMaker
 from chatlm.worker.engine.grammar import FairThread, Grammar

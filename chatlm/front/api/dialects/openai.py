@@ -1,23 +1,216 @@
-"""Encoders of OpenAI's Completions and Chat Completions."""
+"""OpenAI's Chat Completions and Completions, and llama-server's /infill, whose answers are written alike."""
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
-from typing import TYPE_CHECKING
+from dataclasses import asdict, replace
+from typing import Any, TYPE_CHECKING
 
-from chatlm.common.jsontext import dump, is_text
-from chatlm.common.messages.requests import Delta, Finished, Piece, PromptScores
+from chatlm.common.config import LIMITS
+from chatlm.common.errors import RequestError, invalid
+from chatlm.common.jsontext import dump, is_text, whole_unicode
+from chatlm.common.messages.requests import (
+    NEW_DOCUMENT, AnswerParams, Delta, Finished, Infill, Piece, PromptScores)
 from chatlm.common.text.answer_decoder import answer_decoder, parts_of, without_calls
+from chatlm.front.api import idle
+from chatlm.front.api.dialect import Dialect, Form
 from chatlm.front.api.encode import (
-    SYSTEM_FINGERPRINT, Choice, Encoder, calculator_member, is_plain_text, timings_body)
-from chatlm.front.api.logprobs import entries, with_requested_tops, logprob_number, token_text
+    SYSTEM_FINGERPRINT, Choice, Encoder, calculator_member, frame, is_plain_text, timings_body)
+from chatlm.front.api.field_types import (
+    CONSTRAINT_FIELDS, FUNCTIONS, FUNCTION_CALL, INTEGER, LLAMA_SERVERS, MIXED, PROMPTS, SWITCH, TEXT, TOOLS,
+    TOOL_CHOICE, object_of, one_constraint, response_grammar)
+from chatlm.front.api.fields import (
+    A_TEXT, A_TOKEN, TEXT_OR_NULL, Field, FieldType, as_count, functions_among, list_schema, no_tools,
+    object_schema, parse_fields, within_limit, without)
+from chatlm.front.api.ignored import idle_variables
+from chatlm.front.api.logprobs import entries, logprob_number, token_text, with_requested_tops
+from chatlm.front.api.message_readers import custom_calls
+from chatlm.front.api.readers import (
+    openai_request, parse_answer, parse_openai_request, parsed_body, with_infill_ends)
+from chatlm.front.api.tables import (
+    CHOICES, CONVERSATION, OPENAI_SAMPLING_FIELDS, PARALLEL, PREFIX, SAMPLED, SAMPLING_FIELDS,
+    TEMPLATE_OPTIONS, TOKEN_CAPS, TRUNCATE)
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.requests import Accepted, TokenLogprob
+    from chatlm.common.messages.protocol import Known, ParsedBody
+    from chatlm.common.messages.requests import Accepted, Request, TokenLogprob
+    from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.front.api.dialect import Terms
     from chatlm.front.api.encode import AnswerBlock
 
+
+# fields
+
+RESPONSE_FORMAT = Field(
+    "response_format", object_of("type", "json_schema", "schema", "value")._replace(
+        convert=response_grammar),
+    "format of the answer, in which it ends within max_tokens: text, json_object, json_schema or regex")
+PROMPT_LOGPROBS = Field(
+    "prompt_logprobs", INTEGER, "log-probabilities of the prompt's tokens, each with its rank and this many "
+                                "alternatives, by token id as in vLLM; not in a stream", 0, 20)
+LOGPROB_IDS = Field(
+    "logprob_token_ids", FieldType(f"a list of at most {LIMITS.logprob_ids} token ids",
+                                   list_schema(A_TOKEN, maxItems=LIMITS.logprob_ids), tuple),
+    "with `logprobs`: token ids to list beside each token too, however unlikely")
+STARTS = FieldType(
+    "a number from 0, or a list of these with one for each prompt",
+    {"anyOf": [A_TOKEN, list_schema(A_TOKEN, minItems=1, maxItems=LIMITS.choices)]},
+    lambda value: tuple(value) if isinstance(value, list) else (value,))
+TOKEN_IDS = Field("return_token_ids", SWITCH, "`token_ids` beside each choice: those behind its text")
+SHARED_FIELDS = (  # for Completions and Chat Completions
+    *OPENAI_SAMPLING_FIELDS,
+    Field("stream_options", object_of("include_usage"), "include_usage: end with a chunk that has the usage",
+          idle={"": idle.without_stream}),
+    CHOICES,
+    PREFIX, TOKEN_IDS,
+)
+
+OPENAI_FIELDS = (
+    CONVERSATION,
+    *SHARED_FIELDS,
+    *TOKEN_CAPS,
+    Field("modalities", FieldType('["text"], the only modality of this server',
+                                  list_schema({"enum": ["text"]})), "the kinds of output"),
+    Field("logprobs", SWITCH, "log-probabilities of the answer"),
+    Field("top_logprobs", INTEGER, "alternatives listed for each token", 0, 20,
+          idle={"": idle.without_logprobs}),
+    PROMPT_LOGPROBS, LOGPROB_IDS,
+    Field("tools", TOOLS, "functions the model may call"),
+    Field("tool_choice", TOOL_CHOICE, "auto, none, required, or one of the tools"),
+    PARALLEL,
+    Field("functions", FUNCTIONS, "like `tools`, for older clients; a call comes as `function_call`",
+          means="tools"),
+    Field("function_call", FUNCTION_CALL, "like `tool_choice`, for older clients", means="tool_choice"),
+    RESPONSE_FORMAT, *TEMPLATE_OPTIONS, *CONSTRAINT_FIELDS,
+)
+
+COMPLETION_FIELDS = (
+    Field("prompt", PROMPTS, "text, token ids, or a list of these; absent: a new document"),
+    *without(SHARED_FIELDS, TRUNCATE),  # a text has no turns
+    Field("max_tokens", INTEGER, "most tokens of the answer; -1 = up to the context, 0 = echo only",
+          -1, math.inf),
+    Field("logprobs", INTEGER, "log-probabilities, with this many alternatives", 0, 20),
+    PROMPT_LOGPROBS,
+    Field("prompt_logprobs_start", STARTS, "the first token that prompt_logprobs is computed for; tokens "
+          "before it may come from the prefix cache, and have null"),
+    LOGPROB_IDS,
+    Field("echo", SWITCH, "put the prompt before the answer, in the log-probabilities too"),
+    Field("best_of", INTEGER, "must equal n", 1, LIMITS.choices),
+    Field("suffix", TEXT, "the text after the answer, which then fills the gap between prompt and suffix"),
+    RESPONSE_FORMAT, *CONSTRAINT_FIELDS,
+)
+
+OTHER_FILES = FieldType(
+    'a list of objects, each with a string "text" and maybe a string "filename"',
+    list_schema(object_schema(["text"], text=A_TEXT, filename=TEXT_OR_NULL)),
+    lambda value: tuple((whole_unicode(chunk.get("filename") or "tmp"), whole_unicode(chunk["text"]))
+                        for chunk in value))
+RESPONSE_FIELDS = FieldType("a list of at most 100 strings", list_schema(A_TEXT, maxItems=100), tuple)
+INFILL_FIELDS = (  # as llama-server has them
+    Field("input_prefix", MIXED, "what is before the gap: text, or a list of texts and token ids",
+          required=True),
+    Field("input_suffix", MIXED, "what is after it", required=True),
+    Field("input_extra", OTHER_FILES, "other files, the most important last"),
+    Field("prompt", TEXT, "more text before the gap"),
+    *without(SAMPLING_FIELDS, TRUNCATE),
+    SAMPLED["repetition_penalty"]._replace(name="repeat_penalty", means="repetition_penalty"),
+    Field("n_predict", INTEGER._replace(convert=lambda value: max(-1, as_count(value))),
+          "most tokens of the answer; -1 and -2 = up to the context, 0 = none: only compute the prompt",
+          -2, math.inf, means="max_tokens"),
+    Field("n_probs", INTEGER, "log-probabilities, with this many alternatives; 0 = none", 0, 20,
+          means="logprobs"),
+    Field("return_tokens", SWITCH, "`tokens`: the ids behind the text", means="return_token_ids"),
+    Field("response_fields", RESPONSE_FIELDS, "what the answer has, such as `content` or `timings/prompt_n`"),
+    *(field for field in CONSTRAINT_FIELDS if field.group == LLAMA_SERVERS),
+)
+
+
+# readers
+
+def read_chat(body: dict, terms: Terms) -> ParsedBody:
+    known = terms.known
+    values = parse_answer(body, OPENAI_FIELDS, known)
+    if body.get("functions") and known.tool_format is None:
+        raise no_tools("functions")
+    values["tools"], ignored = functions_among(values.get("tools", ()))
+    request = parse_openai_request(values, known.settings, known.tool_format)
+    if any(map(custom_calls, values["messages"])):
+        ignored = tuple(dict.fromkeys((*ignored, "custom")))
+    parsed = scored_body("functions" if body.get("functions") else "chat", values, known, request)
+    return replace(parsed, ignored_tools=ignored)
+
+
+def read_completion(body: dict, terms: Terms) -> ParsedBody:
+    known = terms.known
+    values = parse_fields(body, COMPLETION_FIELDS)
+    n = values.get("n", 1)
+    logprobs = values.get("logprobs")
+    suffix = values.get("suffix")
+    prompts = values.get("prompt", ("",) if suffix else (NEW_DOCUMENT,))
+    if values.get("best_of", n) != n:
+        raise RequestError("best_of must equal n", code="unsupported_best_of", param="best_of")
+    within_limit("answers (prompts times n)", len(prompts) * n, LIMITS.choices, "prompt")
+    grammar, param = one_constraint(values)
+    params = AnswerParams(grammar=grammar, grammar_param=param, logprobs=logprobs,
+                          prompt_logprobs=logprobs if values.get("echo") else None)
+    infill = None
+    if suffix:
+        if params.prompt_logprobs is not None:
+            raise invalid("echo", "echo and logprobs exclude each other where there is a suffix, since the "
+                                  "model reads the suffix before the answer")
+        values = with_infill_ends(values, known, "suffix")
+        infill = Infill((suffix,))
+    request = openai_request(values, known.settings, params, prompts=prompts, infill=infill)
+    return scored_body("completion", values, known, request)
+
+
+def scored_body(api: str, values: Mapping, known: Known, request: Request) -> ParsedBody:
+    """A body of OpenAI's with vLLM's `logprob_token_ids` and `prompt_logprobs`, if it has them."""
+    params = request.params
+    token_ids = values.get("logprob_token_ids", ())
+    if token_ids:
+        if params.logprobs is None:
+            raise invalid("logprob_token_ids", "logprob_token_ids needs logprobs")
+        params = replace(params, logprob_ids=token_ids)
+    top = values.get("prompt_logprobs")
+    starts = values.get("prompt_logprobs_start", ())
+    if starts:
+        name = "prompt_logprobs_start"
+        count = len(request.prompts)
+        if top is None or params.prompt_logprobs is not None:
+            raise invalid(name, f"{name} needs prompt_logprobs, and excludes logprobs of an echo")
+        if len(starts) == 1:
+            starts *= count
+        if len(starts) != count:
+            raise invalid(name, f"{name} has {len(starts)} numbers, but there are {count} prompts")
+    details = {}
+    if top is not None:
+        for name in ("stream", "suffix"):
+            if values.get(name):
+                raise invalid("prompt_logprobs", f"prompt_logprobs and {name} exclude each other")
+        params = replace(params, prompt_logprobs=max(top, params.prompt_logprobs or 0))
+        details = {"prompt_logprobs": top}
+    return parsed_body(api, values, known, replace(request, params=params, score_from=starts), details)
+
+
+def read_infill(body: dict, terms: Terms) -> ParsedBody:
+    """llama-server's body. Its `prompt` continues the text before the gap."""
+    known = terms.known
+    values = with_infill_ends(parse_fields(body, INFILL_FIELDS), known)
+    grammar, param = one_constraint(values)
+    params = AnswerParams(grammar=grammar, grammar_param=param, logprobs=values.get("logprobs") or None)
+    infill = Infill(tuple(values["input_suffix"]), tuple(values["input_prefix"]),
+                    values.get("input_extra", ()), cut=True)
+    prompts = (values.get("prompt", ""),)
+    request = openai_request(values, known.settings, params, prompts=prompts, infill=infill)
+    return parsed_body("infill", values, known, request,
+                       {"response_fields": values.get("response_fields", ())})
+
+
+# the encoders of chats and of texts
 
 NOTHING = Piece()
 
@@ -361,3 +554,128 @@ class CompletionEncoder(OpenAIEncoder):
             name = text if owners.setdefault(text, likely) == likely else f"token_id:{likely}"
             named[name] = logprob_number(logprob)
         return named
+
+
+def chat_encoder(parsed: ParsedBody, model: str, tokenizer: Tokenizer | None) -> Encoder:
+    kind = FunctionEncoder if parsed.api == "functions" else ChatEncoder
+    return kind(parsed, model, tokenizer)
+
+
+# the encoder of /infill
+
+def chosen_fields(body: Mapping, paths: Seq[str]) -> dict[str, Any]:
+    """The values at paths like `timings/prompt_n`, by path; without paths that lead nowhere."""
+    chosen = {}
+    for path in paths:
+        value: Any = body
+        for name in path.split("/"):
+            if not isinstance(value, dict) or name not in value:
+                break
+            value = value[name]
+        else:
+            chosen[path] = value
+    return chosen
+
+
+class InfillEncoder(OpenAIEncoder):
+    """`/infill`: objects with more of the text, then one with `"stop": true`."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        # for an answer that is sent whole
+        self.texts: list[str] = []
+        self.tokens: list[int] = []
+        self.probabilities: list[dict] = []
+        # for all answers
+        self.prompt_tokens = 0
+        self.predicted = 0
+        self.has_new_line = False
+
+    def start(self, accepted: Accepted) -> bytes:
+        self.prompt_tokens = accepted.prompt_tokens
+        return b""
+
+    def framed(self, body: dict) -> bytes:
+        return frame(body)
+
+    def part(self, part: Piece) -> dict:
+        probabilities = {"completion_probabilities": self.entries(part.logprobs)} if part.logprobs else {}
+        return {"index": 0, "content": part.text, "tokens": part.tokens if self.parsed.token_ids else [],
+                "stop": False, "id_slot": -1, "tokens_predicted": self.predicted,
+                "tokens_evaluated": self.prompt_tokens, **probabilities}
+
+    def receive(self, event: Piece | Finished) -> Piece:
+        """Count an event; returns what to send of it."""
+        part = self.take(self.choices[0], event)
+        self.predicted += len(event.tokens) if isinstance(event, Piece) else 0
+        self.has_new_line = self.has_new_line or "\n" in part.text
+        return part
+
+    def encode(self, event: Piece | Finished) -> bytes:
+        choice = self.choices[0]
+        part = self.receive(event)
+        frames = frame(self.part(part)) if part.deltas or part.tokens or part.logprobs else b""
+        if choice.done:
+            frames += frame(self.final(choice))
+        return frames
+
+    def collect(self, event: Piece | Finished) -> int:
+        part = self.receive(event)
+        self.texts.append(part.text)
+        self.tokens += part.tokens if self.parsed.token_ids else ()
+        self.probabilities += self.entries(part.logprobs)
+        return 100 + len(part.text) + 400 * len(part.logprobs)
+
+    def completion(self) -> Iterator[bytes]:
+        yield dump(self.final(self.choices[0], "".join(self.texts)))
+
+    def final(self, choice: Choice, content: str = "") -> dict:
+        done = choice.done
+        usage = self.usage()
+        request = self.request
+        by_text = done.stop_reason in request.params.stop
+        stop_type = "word" if by_text else "eos"
+        if done.reason == "length":
+            stop_type = "limit"
+        sampling = asdict(request.params.sampling)
+        sampling["repeat_penalty"] = sampling.pop("repetition_penalty")
+        del sampling["choice"]
+        body = {"index": 0, "content": content, "tokens": self.tokens, "id_slot": -1, "stop": True,
+                "model": self.model, "tokens_predicted": usage.completion_tokens,
+                "tokens_evaluated": usage.prompt_tokens,
+                "generation_settings": sampling | {
+                    "n_predict": -1 if request.max_tokens is None else request.max_tokens,
+                    "stop": request.params.stop, "ignore_eos": request.params.ignore_eos},
+                "has_new_line": self.has_new_line, "truncated": bool(done.dropped_messages),
+                "stop_type": stop_type,
+                "stopping_word": done.stop_reason if by_text else "",
+                "tokens_cached": usage.cached_tokens, "timings": self.timings(done)}
+        if self.probabilities:
+            body["completion_probabilities"] = self.probabilities
+        paths = self.parsed.details["response_fields"]
+        return chosen_fields(body, paths) if paths else body
+
+    def timings(self, done: Finished) -> dict:
+        """llama-server's names for how long the prompt and the answer took."""
+        usage = self.usage()
+        computed = usage.prompt_tokens - usage.cached_tokens
+        predicted = usage.completion_tokens
+        prompt_ms = done.ttft_ms - done.queue_ms
+        speed = done.tokens_per_second
+        predicted_ms = (predicted - 1) / speed * 1e3 if speed else 0.0
+        return {"cache_n": usage.cached_tokens, "prompt_n": computed, "prompt_ms": round(prompt_ms, 3),
+                "prompt_per_token_ms": round(prompt_ms / max(computed, 1), 3),
+                "prompt_per_second": round(computed / prompt_ms * 1e3, 3) if prompt_ms else 0.0,
+                "predicted_n": predicted, "predicted_ms": round(predicted_ms, 3),
+                "predicted_per_token_ms": round(predicted_ms / max(predicted, 1), 3),
+                "predicted_per_second": round(speed or 0.0, 3),
+                "draft_n": usage.drafted_tokens, "draft_n_accepted": usage.accepted_tokens}
+
+
+CHAT = Form(OPENAI_FIELDS, read_chat, chat_encoder, idle=idle_variables)
+COMPLETION = Form(COMPLETION_FIELDS, read_completion, CompletionEncoder)
+DIALECT = Dialect({
+    "/v1/chat/completions": CHAT, "/v1/completions": COMPLETION,
+    # whoever finds LM Studio's list of models asks where LM Studio answers
+    "/api/v0/chat/completions": CHAT, "/api/v0/completions": COMPLETION,
+    "/infill": Form(INFILL_FIELDS, read_infill, InfillEncoder)})

@@ -1,4 +1,4 @@
-"""Reads and answers the bodies of /tokenize, /detokenize and /apply-template."""
+"""Texts and conversations as token ids, and back, as llama-server and vLLM have it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,41 @@ from typing import TYPE_CHECKING
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import invalid
 from chatlm.common.jsontext import dump, is_text
-from chatlm.common.text.calculations import calculations_of, text_in
 from chatlm.front.admission.prompts import checked_ids
+from chatlm.front.api.dialect import Dialect, TextForm
+from chatlm.front.api.field_types import MIXED, SWITCH, TEXT, TOKENS, TOOLS
+from chatlm.front.api.fields import Field, functions_among, no_tools, parse_fields, within_limit
 from chatlm.front.api.message_readers import openai_messages, template_options
-from chatlm.front.api.fields import functions_among, no_tools, parse_fields, within_limit
-from chatlm.front.api.tables import DETOKENIZE_FIELDS, TEMPLATE_FIELDS, TEMPLATE_OPTIONS, TOKENIZE_FIELDS
+from chatlm.front.api.readers import conversation_tokens
+from chatlm.front.api.tables import CONVERSATION, MODEL, TEMPLATE_OPTIONS
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.requests import Message
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.admission.prompts import PromptMaker
+    from chatlm.front.api.dialect import TextTerms
 
+
+# fields
+
+DETOKENIZE_FIELDS = (Field("tokens", TOKENS, "token ids", required=True), MODEL)
+WITH_PIECES = Field("with_pieces", SWITCH, "return each token's id and text too")
+TEMPLATE_FIELDS = (CONVERSATION,
+                   Field("tools", TOOLS, "functions"), MODEL, WITH_PIECES, *TEMPLATE_OPTIONS)
+TOKENIZE_FIELDS = (  # llama-server's, with `content`; vLLM's, with `prompt` or `messages`
+    MODEL,
+    Field("content", MIXED, "text, or a list of texts and token ids"),
+    Field("add_special", SWITCH, "begin `content` with bos if the model expects it"),
+    Field("parse_special", SWITCH, "read the names of special tokens in `content` as these tokens (default)"),
+    Field("with_pieces", SWITCH, "return the text of each token of `content` too"),
+    Field("prompt", TEXT, "text, with the names of special tokens, as /v1/completions reads it"),
+    TEMPLATE_FIELDS[0]._replace(required=False), *TEMPLATE_FIELDS[1:2], *TEMPLATE_OPTIONS,
+    Field("add_special_tokens", SWITCH, "begin with bos if the model expects it: the default for `prompt`, "
+                                        "not for `messages`, whose template writes it"),
+    Field("return_token_strs", SWITCH, "`token_strs`: the text of each token of `prompt` or `messages`"),
+)
+
+
+# readers
 
 ENCODED = ("add_special_tokens", "return_token_strs")
 TO_TOKENIZE = {  # a field that says what to tokenize -> the fields that may be beside it
@@ -28,8 +52,9 @@ TO_TOKENIZE = {  # a field that says what to tokenize -> the fields that may be 
     "messages": (*ENCODED, "tools", *(field.name for field in TEMPLATE_OPTIONS))}
 
 
-async def tokenize(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
+async def tokenize(body: dict, terms: TextTerms) -> bytes:
     """llama-server's response for `content`, vLLM's for `prompt` and `messages`."""
+    prompts = terms.prompts
     values = parse_fields(body, TOKENIZE_FIELDS)
     chosen = [name for name in TO_TOKENIZE if name in values]
     if len(chosen) != 1:
@@ -43,7 +68,7 @@ async def tokenize(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
         size = sum(len(part) for part in parts if is_text(part))
         within_limit("characters in content", size, LIMITS.tokenized_characters, "content")
         return await prompts.run(partial(tokens_body, prompts.tokenizer, values, parts), size + len(parts))
-    return await prompt_tokens(values, prompts, client)
+    return await prompt_tokens(values, prompts, terms.client)
 
 
 async def prompt_tokens(values: Mapping, prompts: PromptMaker, client: str) -> bytes:
@@ -77,8 +102,9 @@ def pieces_body(tokenizer: Tokenizer, tokens: Seq[int]) -> list[dict]:
              **({"special": True} if token in tokenizer.special_names else {})} for token in tokens]
 
 
-async def detokenize(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
-    """The response of /detokenize. Special tokens are shown by name."""
+async def detokenize(body: dict, terms: TextTerms) -> bytes:
+    """Special tokens are shown by name."""
+    prompts = terms.prompts
     tokens = parse_fields(body, DETOKENIZE_FIELDS)["tokens"]
     tokenizer = prompts.tokenizer
     checked_ids(tokens, tokenizer, "tokens")
@@ -96,10 +122,11 @@ def piece_body(tokenizer: Tokenizer, token: int) -> str | list[int]:
     return list(tokenizer.shown_bytes(token)) if text is None else text
 
 
-async def apply_template(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
+async def apply_template(body: dict, terms: TextTerms) -> bytes:
     values = parse_fields(body, TEMPLATE_FIELDS)
+    prompts = terms.prompts
     tokenizer = prompts.tokenizer
-    tokens = await conversation_ids(values, prompts, client)
+    tokens = await conversation_ids(values, prompts, terms.client)
     pieces = {"tokens": pieces_body(tokenizer, tokens)} if values.get("with_pieces") else {}
     return dump({"prompt": tokenizer.show(tokens), **pieces})
 
@@ -114,9 +141,7 @@ async def conversation_ids(values: Mapping, prompts: PromptMaker, client: str) -
     return await conversation_tokens(prompts, messages, tools, client, template_options(values))
 
 
-async def conversation_tokens(prompts: PromptMaker, messages: Seq[Message], tools: Seq[dict], client: str,
-                   options: Mapping) -> tuple[int, ...]:
-    """The tokens of a conversation. Raises RequestError if it is too long to wait for."""
-    size = sum(len(message.content) + len(text_in(calculations_of(message))) for message in messages)
-    within_limit("characters in all messages", size, LIMITS.tokenized_characters, "messages")
-    return await prompts.render(messages, tools, client, options)
+DIALECT = Dialect({
+    "/tokenize": TextForm(TOKENIZE_FIELDS, tokenize),
+    "/detokenize": TextForm(DETOKENIZE_FIELDS, detokenize),
+    "/apply-template": TextForm(TEMPLATE_FIELDS, apply_template)})

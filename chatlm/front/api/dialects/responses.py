@@ -1,28 +1,217 @@
-"""The encoder of OpenAI's Responses."""
+"""OpenAI's Responses."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
-from chatlm.common.jsontext import dump
+from chatlm.common.errors import RequestError, bad_value, invalid
+from chatlm.common.jsontext import dump, is_text
 from chatlm.common.messages.requests import Piece
+from chatlm.common.messages.tool_rounds import ToolPlan
+from chatlm.front.api import idle
 from chatlm.front.api.approval_ids import approval_id
+from chatlm.front.api.dialect import Continuing, Dialect, Form
 from chatlm.front.api.encode import BlockEncoder, calculator_member, frame, timings_body
 from chatlm.front.api.errors import response_error
+from chatlm.front.api.field_types import (
+    A_BUDGET, CAP, EFFORT, FLAT_CHOICE, INCLUDE, INTEGER, LOGPROBS_OF_TEXT, METADATA, OBJECT, SWITCH, TEXT,
+    nested_grammar, object_of, thinking_of_member)
+from chatlm.front.api.fields import (
+    A_TEXT, ABSENT, Field, FieldType, ToolChoice, flat_functions_among, names_in, object_schema,
+    refused_field)
+from chatlm.front.api.kept_items import kept_items
 from chatlm.front.api.logprobs import TokensOfText, entries
-from chatlm.front.api.mcp_tools import id_of_approved_call
+from chatlm.front.api.mcp_tools import (
+    MCP_ITEMS, McpHistory, McpTools, id_of_approved_call, own_entries, refuse_in_batches,
+    servers_of_response)
+from chatlm.front.api.message_readers import chat_messages, other_types, without_others
+from chatlm.front.api.readers import (
+    later_params, parse_answer, parse_openai_request, parsed_body, without_lone_top)
+from chatlm.front.api.response_items import (
+    OTHER_ITEMS, chained, follow_references, joined_turns, response_messages)
+from chatlm.front.api.tables import OPENAI_SAMPLING_FIELDS, PARALLEL, SOME_TOOLS
 from chatlm.front.tools.rules import arguments_of
 
 if TYPE_CHECKING:
     from chatlm.common.errors import ChatServerError
-    from chatlm.common.messages.requests import Accepted, Event
+    from chatlm.common.messages.protocol import Known, ParsedBody
+    from chatlm.common.messages.requests import Accepted, Event, Message
     from chatlm.common.messages.tool_rounds import PlannedTool
+    from chatlm.front.api.dialect import Terms
     from chatlm.front.api.encode import AnswerBlock
 
+
+# fields
+
+EFFORT_OR_NULL = {"anyOf": [*EFFORT.schema["anyOf"], {"type": "null"}]}
+CONTINUES = "what a response continues"  # the name of a group
+RESPONSES_FIELDS = (
+    Field("input", FieldType("a text or a list of items", {"anyOf": [A_TEXT, {"type": "array"}]}),
+          "a text, or a list of messages, calls, their outputs and reasoning"),
+    Field("instructions", TEXT, "a system message before the input", repeated=None),
+    *OPENAI_SAMPLING_FIELDS,
+    Field("max_output_tokens", CAP, "most tokens of the answer; -1 = up to the context", means="max_tokens",
+          repeated=None),
+    SOME_TOOLS._replace(repeated=[]),
+    Field("tool_choice", FLAT_CHOICE, "auto, none, required, or which of the functions", repeated="auto"),
+    Field("reasoning", FieldType(OBJECT.allowed, OBJECT.schema,
+                                 lambda value: thinking_of_member("reasoning.effort", value.get("effort")),
+                                 object_schema([], effort=EFFORT_OR_NULL, max_tokens=A_BUDGET)),
+          "`effort`: how much the model thinks, if its template supports that; `max_tokens`, or a number as "
+          "effort: most tokens that it thinks", means="template_options",
+          idle={"effort": idle.without_thinking, "max_tokens": idle.without_thoughts},
+          repeated={"effort": None, "summary": None}),
+    PARALLEL._replace(repeated=True),
+    Field("max_tool_calls", INTEGER, "most calls of tools of type `mcp`, which the server runs; then the "
+          "model answers without them", 1, 2**31 - 1, idle={"": idle.without_tool_rounds}, repeated=None),
+    Field("text", object_of("format")._replace(convert=partial(nested_grammar, param="text")),
+          "`format`: text, json_object or json_schema", means="response_format",
+          repeated={"format": {"type": "text"}}),
+    Field("truncation", FieldType('"auto" or "disabled"', {"enum": ["auto", "disabled"]}, "auto".__eq__),
+          "`auto` means `truncate: oldest`", means="truncate", repeated="disabled"),
+    Field("include", INCLUDE, f"`{LOGPROBS_OF_TEXT}`: log-probabilities of the text's tokens",
+          means="logprobs"),
+    Field("top_logprobs", INTEGER, "with these: alternatives listed for each token", 0, 20,
+          idle={"": idle.without_logprobs}),
+    Field("metadata", METADATA, "comes back in the answer", repeated={}),
+    Field("user", FieldType("a string of at most 512 characters", {"type": "string", "maxLength": 512}),
+          "comes back in the answer", repeated=None),
+    Field("store", SWITCH, "false: do not keep the answer; the default with --database is true",
+          idle={"": idle.without_a_database}),
+    Field("previous_response_id", TEXT, "with --database: the kept response that this one continues",
+          group=CONTINUES),
+    Field("conversation", FieldType("an id, or an object with one", {"anyOf": [
+        A_TEXT, object_schema(["id"], id=A_TEXT)]}, lambda value: value if is_text(value) else value["id"]),
+          "with --database: the conversation that this response continues, and is added to",
+          group=CONTINUES),
+    Field("prompt", refused_field("the server keeps no prompts"), "refused"),
+    Field("background", SWITCH, "true, with --database: return at once; GET /v1/responses/{id} shows the "
+          "answer, also before it has ended"),
+)
+
+
+# reading
+
+def repeated_json(body: Mapping) -> bytes:
+    """The members of a body that its response repeats in several events, encoded once for all of them."""
+    repeated = {field.name: field.repeated for field in RESPONSES_FIELDS if field.repeated is not ABSENT}
+    try:
+        texts = {name: dump(value if body.get(name) is None else body[name])
+                 for name, value in repeated.items()}
+    except RecursionError:
+        raise RequestError("the body is nested too deeply") from None
+    size = sum(map(len, texts.values()))
+    if size > LIMITS.repeated_bytes:
+        name = max(texts, key=lambda name: len(texts[name]))
+        raise RequestError(f"{name} is too large: what the response repeats of the request takes {size:,} "
+                           f"bytes as JSON, at most {LIMITS.repeated_bytes:,} are allowed",
+                           code="limit_exceeded", param=name)
+    return b", ".join(b'"%s": %s' % (name.encode(), text) for name, text in texts.items())
+
+
+CHAINED = names_in(RESPONSES_FIELDS, CONTINUES)
+
+
+def read_response(body: dict, terms: Terms) -> ParsedBody:
+    known, before, offered = terms
+    values = without_lone_top(parse_answer(body, RESPONSES_FIELDS, known))
+    if "input" not in values and not any(values.get(name) for name in CHAINED):
+        raise RequestError('One of "input", "prompt", "previous_response_id" or "conversation" must be '
+                           "provided.", code="missing_required_parameter", param="input")
+    details = kept_details(values, known)
+    sent = values.get("tools", ())
+    tools, ignored = flat_functions_among(sent, ["function", None], "parameters")
+    ignored += other_types(values.get("input"), OTHER_ITEMS)
+    own = own_entries(sent, offered)
+    has_servers = known.settings.mcp_config is not None
+    runs_tools = has_servers or bool(own)
+    mcp = McpTools(sent if has_servers else own, offered or ())
+    if mcp.labels and offered is None:
+        raise refuse_in_batches()
+    if (mcp.labels or own) and body.get("n", 1) not in (None, 1):
+        raise bad_value("n", body["n"], "1 where the server runs tools: each answer would run them")
+    history = None
+    if runs_tools:
+        history = McpHistory(before or (), values.get("input"))
+        served = MCP_ITEMS | {tool["type"] for tool in own} | ({"mcp"} if has_servers else set())
+        ignored = tuple(name for name in ignored if name not in served)
+        tools = mcp.beside(tools)
+        values["tool_choice"] = mcp.choice(body.get("tool_choice"), values.get("tool_choice", ToolChoice()))
+    messages = joined_turns(chat_messages(
+        response_messages(values, before or (), history), known.tool_format is not None))
+    values["tools"] = tools
+    request = parse_openai_request(values, known.settings, known.tool_format, messages, mcp.operators)
+    parsed = parsed_body("responses", values, known, request, details, ignored)
+    kept = kept_items(input_items(values, runs_tools)) if details.get("store") else ()
+    plan = None
+    if history and (offered is not None or history.approved):
+        plan = tool_plan(values, known, mcp, history, messages)
+    return replace(parsed, repeated=repeated_json(body), kept=kept, plan=plan)
+
+
+def tool_plan(values: Mapping, known: Known, mcp: McpTools, history: McpHistory,
+              messages: tuple[Message, ...]) -> ToolPlan:
+    """What the server's own loop is asked for."""
+    names = [tool.name for tool in mcp.planned]
+    for call in history.approved:
+        if call.name not in names:
+            raise invalid("tools", f"tools: a call of {call.name} is approved, so its server must be among "
+                          "them, and running")
+    listed = tuple(label for label in mcp.labels if label not in history.listed)
+    return ToolPlan(tuple(mcp.planned), listed, tuple(history.approved), values.get("max_tool_calls"),
+                    later_params(values, known, messages))
+
+
+def kept_details(values: Mapping, known: Known) -> dict:
+    """What its encoder must know of a response that may be kept: whether it is, and what it continues.
+    Raises RequestError if it continues something on a server that keeps no answers."""
+    chained = [name for name in CHAINED if values.get(name)]
+    in_background = {"background": True} if values.get("background") else {}
+    if in_background and (known.settings.database is None or not values.get("store", True)):
+        raise bad_value("background", True, "false where the answer is not kept, which needs --database and "
+                        'no "store": false')
+    if known.settings.database is None:
+        if chained:
+            raise bad_value(chained[0], values[chained[0]], "left out: the server keeps no answers, since it "
+                            "was started without --database, so send the whole conversation as input")
+        return {}
+    if len(chained) == 2:
+        raise invalid("conversation", "previous_response_id and conversation exclude each other")
+    return {"store": values.get("store", True), **in_background, **{name: values[name] for name in chained}}
+
+
+def input_items(values: Mapping, runs_tools: bool = False) -> list:
+    """The input of a response as items. runs_tools: does the server run tools, and so understand their
+    items?"""
+    items = values.get("input", "")
+    if is_text(items):
+        return [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": items}]}]
+    others = OTHER_ITEMS - MCP_ITEMS | {"mcp_list_tools"} if runs_tools else OTHER_ITEMS
+    return [*without_others(items, others)]
+
+
+def idle_include(body: Mapping, parsed: ParsedBody, known: Known) -> Iterator[str]:
+    """What of `include` this server cannot add."""
+    for name in body.get("include") or ():
+        if name != LOGPROBS_OF_TEXT:
+            yield f"include.{name}"
+
+
+def alone(body: dict) -> dict:
+    """A body as a line of a batch. Raises RequestError if it continues another answer."""
+    for name in ("previous_response_id", "conversation"):
+        if body.get(name):
+            raise bad_value(name, body[name], "left out in a batch, whose lines stand alone")
+    return body | {"stream": False, "store": False, "background": False}
+
+
+# the encoder
 
 class ResponsesEncoder(BlockEncoder):
     """`/v1/responses`. Every block is an item. The only part of an item is the block's text, and a call has
@@ -253,3 +442,8 @@ class ResponsesEncoder(BlockEncoder):
     @staticmethod
     def lone_failure(error: ChatServerError) -> bytes:
         return b"event: error\n" + frame({"type": "error", **response_error(error), "param": error.param})
+
+
+DIALECT = Dialect({"/v1/responses": Form(
+    RESPONSES_FIELDS, read_response, ResponsesEncoder, idle=idle_include, servers=servers_of_response,
+    continuing=Continuing(chained, follow_references), alone=alone)})

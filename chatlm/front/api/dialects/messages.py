@@ -1,0 +1,338 @@
+"""Anthropic's Messages, and how many tokens such a request has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence as Seq
+from dataclasses import replace
+from functools import partial
+from typing import Any, TYPE_CHECKING
+
+from chatlm.common.errors import invalid
+from chatlm.common.jsontext import dump, is_text
+from chatlm.common.messages.requests import Delta, Message, Piece, Usage
+from chatlm.common.messages.tool_rounds import ToolPlan
+from chatlm.front.api import idle
+from chatlm.front.api.dialect import Dialect, Form, TextForm
+from chatlm.front.api.encode import BlockEncoder, calculator_member, frame, parsed_arguments
+from chatlm.front.api.errors import anthropic_error
+from chatlm.front.api.field_types import (
+    CAP, LIST, MESSAGES_CHOICE, NATIVE_ROLES, STOP, SYSTEM, THINKING, nested_grammar, object_of,
+    response_grammar, thinking_budget, thinking_of_member)
+from chatlm.front.api.fields import (
+    Field, FieldType, ToolChoice, flat_functions_among, list_schema, no_tools, object_schema, parse_fields,
+    value_at, without)
+from chatlm.front.api.mcp_messages import (
+    MCP_BLOCKS, TOOLSET, choice_among, parts_of, servers_of_message, tools_of_message)
+from chatlm.front.api.mcp_tools import McpTools, own_entries
+from chatlm.front.api.message_readers import (
+    SentMessage, chat_messages, content_text, other_types, part_text, sent_messages, type_of)
+from chatlm.front.api.passages import passage_parts
+from chatlm.front.api.picture_parts import picture_in
+from chatlm.front.api.readers import (
+    conversation_tokens, later_params, parse_answer, parse_openai_request, parsed_body)
+from chatlm.front.api.tables import IDLE_THINKING, MODEL, SAMPLING_FIELDS, SOME_TOOLS
+
+if TYPE_CHECKING:
+    from chatlm.common.errors import ChatServerError
+    from chatlm.common.messages.protocol import Known, ParsedBody
+    from chatlm.common.messages.requests import Accepted, Event
+    from chatlm.front.api.dialect import Terms, TextTerms
+    from chatlm.front.api.encode import AnswerBlock
+
+
+# fields
+
+OUTPUT_CONFIG = Field("output_config", object_of("effort"), "`effort`: how much the model thinks",
+                      idle={"effort": idle.without_thinking})
+COUNTED_FIELDS = (
+    Field("messages", LIST._replace(details=list_schema(object_schema(["role", "content"]), minItems=1)),
+          "the conversation", required=True),
+    Field("system", SYSTEM, "the system message, as a text or text blocks"),
+    MODEL, SOME_TOOLS,
+    Field("tool_choice", MESSAGES_CHOICE, "auto, any, none, or one of the tools"),
+    Field("mcp_servers", FieldType("a list of objects", list_schema(object_schema([]))),
+          "tool servers of --mcp-config, by `name`, whose tools the server runs",
+          idle={"": idle.without_tool_rounds}),
+    Field("thinking", THINKING, "whether the model thinks, if its template supports that; `budget_tokens`: "
+          "most tokens that it thinks", means="template_options", idle=IDLE_THINKING),
+    OUTPUT_CONFIG,
+)
+MESSAGES_FIELDS = (
+    *without(COUNTED_FIELDS, OUTPUT_CONFIG),
+    *without(SAMPLING_FIELDS, MODEL),
+    Field("max_tokens", CAP, "most tokens of the answer; absent or -1 = up to the context"),
+    Field("stop_sequences", STOP, "strings that end the answer", means="stop",
+          idle={"": idle.in_required_calls}),
+    OUTPUT_CONFIG._replace(
+        type=object_of("format", "effort")._replace(convert=partial(nested_grammar, param="output_config")),
+        doc="`format`: json_schema; `effort`: how much the model thinks", means="response_format"),
+    Field("output_format", object_of("type", "schema")._replace(
+        convert=partial(response_grammar, param="output_format")),
+        "the older name of `output_config.format`"),
+)
+
+
+# messages
+
+# Calls of tools that no model has here, with their results. A conversation that began on another server may
+# have some. It continues without them.
+OTHER_BLOCKS = frozenset((
+    "bash_code_execution_tool_result", "code_execution_tool_result", "mcp_tool_result", "mcp_tool_use",
+    "server_tool_use", "text_editor_code_execution_tool_result", "tool_search_tool_result",
+    "web_fetch_tool_result", "web_search_tool_result"))
+
+
+def as_parts(block, name: str) -> list:
+    """A block of Anthropic's as parts of Chat Completions. Only a document or a search result has several."""
+    return passage_parts(block, name) if type_of(block) in ("document", "search_result") else [block]
+
+
+def result_content(content, name: str):
+    """What a tool returned, as a content of Chat Completions."""
+    if not isinstance(content, list):
+        return content
+    return [part for index, block in enumerate(content) for part in as_parts(block, f"{name}[{index}]")]
+
+
+BILLING = "x-anthropic-billing-header:"  # a block that changes each time: no prefix would be cached
+
+
+def anthropic_messages(values: Mapping, runs_tools: bool = False) -> Iterator[SentMessage]:
+    """`system` and `messages` of Anthropic's API as messages of Chat Completions. runs_tools: does the server
+    run tools? If not, it leaves out calls that a server has run."""
+    system = values.get("system", "")
+    if not is_text(system):
+        system = [block for block in system if not str(block.get("text")).startswith(BILLING)]
+    if system:
+        yield SentMessage("system", "system", {"content": system})
+    for message in sent_messages(values["messages"], NATIVE_ROLES):
+        content = message.fields.get("content")
+        if not isinstance(content, list):
+            yield message._replace(fields={"content": content})
+        elif not runs_tools:
+            yield from block_messages(message)
+        else:
+            for role, blocks, first in parts_of(message.role, content, message.name):
+                yield from block_messages(
+                    SentMessage(message.name, role, {"content": blocks}), first)
+
+
+def block_messages(message: SentMessage, first: int = 0) -> Iterator[SentMessage]:
+    """A message of Anthropic's that is a list of blocks, as messages of Chat Completions: one for the result
+    of each call, then one for all other blocks. first: the index of the first block, for errors."""
+    blocks: dict[str, list[tuple[str, dict]]] = {  # type -> blocks, each with its name for errors
+        "text": [], "thinking": [], "tool_use": [], "tool_result": []}
+    for index, block in enumerate(message.fields["content"], first):
+        block_type = type_of(block)
+        if block_type == "redacted_thinking" or block_type in OTHER_BLOCKS:
+            continue
+        if block_type not in blocks:
+            block_type = "text"  # part_text refuses it
+        blocks[block_type].append((f"{message.name}.content[{index}]", block))
+    for name, block in blocks["tool_result"]:
+        yield SentMessage(name, "tool", {
+            "tool_call_id": block.get("tool_use_id"),
+            "content": result_content(block.get("content"), f"{name}.content")})
+    fields: dict[str, Any] = {"content": []}
+    for name, block in blocks["text"]:
+        fields["content"] += [block_part(part, name) for part in as_parts(block, name)]
+    if blocks["tool_use"]:
+        fields["tool_calls"] = [
+            {"id": block.get("id"), "function": {**block, "arguments": block.get("input")}}
+            for _, block in blocks["tool_use"]]
+    thoughts = "".join(content_text(block.get("thinking"), name) for name, block in blocks["thinking"])
+    if thoughts:
+        fields["reasoning_content"] = thoughts
+    if fields != {"content": []} or not blocks["tool_result"]:
+        yield message._replace(fields=fields)
+
+
+def block_part(part, name: str) -> dict:
+    """A picture as it is, or a text with its calculations."""
+    if picture_in(part):
+        return part
+    return {"type": "text", "text": part_text(part, name), "calculator": part.get("calculator")}
+
+
+# readers
+
+def read_messages(body: dict, terms: Terms) -> ParsedBody:
+    known = terms.known
+    values = parse_answer(body, MESSAGES_FIELDS, known)
+    messages, mcp, ignored = anthropic_prompt(values, known, terms.offered)
+    options = anthropic_options(messages, body, values)
+    values |= {"template_options": options, "response_format": one_format(values)}
+    request = parse_openai_request(values, known.settings, known.tool_format, messages, mcp.operators)
+    thinks = value_at(body, "thinking.type") in ("enabled", "adaptive")
+    parsed = parsed_body("messages", values, known, request, {"thinking": thinks}, ignored)
+    if not mcp.planned:
+        return parsed
+    later = later_params(values, known, messages)
+    return replace(parsed, plan=ToolPlan(tuple(mcp.planned), later=later, pauses=True))
+
+
+def one_format(values: Mapping) -> tuple[str, str]:
+    """The grammar of a body's format under its newer or its older name. RequestError if they differ."""
+    newer = values.get("response_format", ("", ""))
+    older = values.get("output_format", ("", ""))
+    if newer[0] and older[0] and newer[0] != older[0]:
+        raise invalid("output_format", "output_format and output_config.format differ: an answer has one "
+                                       "format")
+    return newer if newer[0] else older
+
+
+def anthropic_prompt(values: dict, known: Known, offered: Seq[Mapping] | None) -> tuple[
+        tuple[Message, ...], McpTools, tuple[str, ...]]:
+    """The messages, the tools that the server runs, and the types of the tools that are ignored. Of the
+    values, `tools` become functions, and `tool_choice` names some of these."""
+    own = own_entries(values.get("tools", ()), offered)
+    has_servers = known.settings.mcp_config is not None
+    messages = chat_messages(anthropic_messages(values, has_servers or bool(own)),
+                             known.tool_format is not None)
+    tools, ignored = flat_functions_among(values.get("tools", ()), [None, "custom"], "input_schema")
+    for message in values["messages"]:
+        ignored += other_types(message.get("content"), OTHER_BLOCKS)
+    mcp = McpTools(own, offered or ())
+    if has_servers:
+        mcp = tools_of_message(values, offered)
+        ignored = tuple(name for name in ignored if name != TOOLSET)
+    if has_servers or own:
+        served = MCP_BLOCKS | {tool["type"] for tool in own}
+        ignored = tuple(name for name in ignored if name not in served)
+    if "tool_choice" in values:
+        values["tool_choice"] = choice_among(mcp, tools, values["tool_choice"])
+    values["tools"] = mcp.beside(tools)
+    return messages, mcp, tuple(dict.fromkeys(ignored))
+
+
+def anthropic_options(messages: Seq[Message], body: Mapping, values: Mapping) -> dict:
+    """The template options. In this API, a last message of the assistant is one to continue."""
+    last = messages[-1]
+    is_open = last.role == "assistant" and last.content and "tool_calls" not in (last.more or {})
+    continues = {"continue_final_message": True} if is_open else {}
+    effort = thinking_of_member("output_config.effort", value_at(body, "output_config.effort"))
+    return {**continues, **effort, **values.get("template_options", {})}
+
+
+async def count_tokens(body: dict, terms: TextTerms) -> bytes:
+    known = terms.known
+    values = parse_fields(body, COUNTED_FIELDS)
+    messages, _, _ = anthropic_prompt(values, known, terms.offered)
+    tools = values["tools"]
+    if values.get("tool_choice", ToolChoice()).mode == "none":
+        tools = ()
+    if tools and not known.tool_format:
+        raise no_tools("tools")
+    options = anthropic_options(messages, body, values)
+    if budget := thinking_budget(body, COUNTED_FIELDS):
+        options["thinking_budget"] = max(budget.values())
+    ids = await conversation_tokens(terms.prompts, messages, tools, terms.client, options)
+    return dump({"input_tokens": len(ids)})
+
+
+def idle_servers(body: Mapping, known: Known) -> Iterator[str]:
+    """What counts no tokens: a server without tool servers does not read their names."""
+    if body.get("mcp_servers") and known.settings.mcp_config is None:
+        yield "mcp_servers"
+
+
+# the encoder
+
+class MessagesEncoder(BlockEncoder):
+    """`/v1/messages`, Anthropic's API."""
+
+    ping = b'event: ping\ndata: {"type": "ping"}\n\n'
+    # kind of block -> its type, the member that grows, the type of its deltas, and their member
+    BLOCKS = {"text": ("text", "text", "text_delta", "text"),
+              "reasoning": ("thinking", "thinking", "thinking_delta", "thinking"),
+              "call": ("tool_use", "input", "input_json_delta", "partial_json"),
+              "mcp": ("mcp_tool_use", "input", "input_json_delta", "partial_json"),
+              "result": ("mcp_tool_result", "content", "", "")}
+    REASONS = {"max_tokens": "max_tokens", "context_length": "model_context_window_exceeded"}
+
+    def encode(self, event: Event) -> bytes:
+        """Leave out the thoughts, unless the request asks for thinking. Clients that do not ask for it take
+        the first block of an answer as its text."""
+        if isinstance(event, Piece) and not self.parsed.details.get("thinking"):
+            event = event._replace(deltas=tuple(delta for delta in event.deltas if delta.kind != "reasoning"))
+        return super().encode(event)
+
+    def message(self, content: list[dict], usage: dict, stop: Mapping) -> dict:
+        return {"id": "msg_" + self.request.id, "type": "message", "role": "assistant", "model": self.model,
+                "content": content, "stop_reason": None, "stop_sequence": None, **stop, "usage": usage,
+                "seed": self.request.params.sampling.seed}
+
+    @staticmethod
+    def usage_body(usage: Usage) -> dict:
+        return {"input_tokens": usage.prompt_tokens - usage.cached_tokens, "cache_creation_input_tokens": 0,
+                "cache_read_input_tokens": usage.cached_tokens, "output_tokens": usage.completion_tokens}
+
+    def start(self, accepted: Accepted) -> bytes:
+        usage = self.usage_body(Usage(accepted.prompt_tokens))
+        return self.event("message_start", message=self.message([], usage, {}))
+
+    def content(self, block: AnswerBlock, grown) -> dict:
+        kind, member, _, _ = self.BLOCKS[block.kind]
+        call = {"id": "toolu_" + block.id, "name": block.name} if block.kind == "call" else {}
+        if block.tool and block.kind == "mcp":
+            call = {"id": "mcptoolu_" + block.id, "name": block.tool.tool, "server_name": block.tool.label}
+        if block.result and block.kind == "result":
+            text = {"type": "text", "text": block.result.text}
+            return {"type": kind, "tool_use_id": "mcptoolu_" + block.id, "is_error": block.result.is_error,
+                    member: [text]}
+        # nobody checks the signature, but clients send back no thinking without one
+        signature = {"signature": block.id} if block.kind == "reasoning" else {}
+        return {"type": kind, **call, member: grown, **signature, **calculator_member(block.calculator)}
+
+    def open_block(self, block: AnswerBlock) -> bytes:
+        empty = self.content(block, {} if block.kind in ("call", "mcp") else "")
+        return self.event("content_block_start", index=block.index, content_block=empty)
+
+    def grow_block(self, block: AnswerBlock, text: str, call: dict | None = None) -> bytes:
+        _, _, kind, member = self.BLOCKS[block.kind]
+        return self.event("content_block_delta", index=block.index, delta={
+            "type": kind, member: text, **calculator_member([call] if call else [])})
+
+    def close_block(self, block: AnswerBlock) -> bytes:
+        return self.event("content_block_stop", index=block.index)
+
+    def end_call(self, block: AnswerBlock) -> bytes:
+        """The block of a call's result, whole. It has no id of its own: `id` is that of the call's block."""
+        result = self.choices[0].block(Delta("result", "", block.name))
+        result.id = block.id
+        result.result = block.result
+        result.is_closed = True
+        return self.open_block(result) + self.close_block(result)
+
+    def stop(self) -> dict:
+        done = self.choices[0].done
+        if done.reason == "pause":
+            return {"stop_reason": "pause_turn", "stop_sequence": None}
+        if done.stop_reason in self.request.params.stop:
+            return {"stop_reason": "stop_sequence", "stop_sequence": done.stop_reason}
+        if done.reason == "length":
+            reason = self.REASONS.get(done.stop_reason or "", "max_tokens")
+        else:
+            calls = [block.kind == "call" for block in self.blocks]
+            # where the server runs tools, their results may follow a call of the client's own function
+            reason = "tool_use" if calls[-1] or self.tools and any(calls) else "end_turn"
+        return {"stop_reason": reason, "stop_sequence": None}
+
+    def body(self) -> dict:
+        blocks = [self.content(
+            block, parsed_arguments(block.text) if block.kind in ("call", "mcp") else block.text)
+            for block in self.blocks]
+        return self.message(blocks, self.usage_body(self.usage()), self.stop())
+
+    def end(self) -> bytes:
+        usage = self.usage_body(self.usage())
+        return self.event("message_delta", delta=self.stop(), usage=usage) + self.event("message_stop")
+
+    @staticmethod
+    def lone_failure(error: ChatServerError) -> bytes:
+        return b"event: error\n" + frame(anthropic_error(error))
+
+
+DIALECT = Dialect({
+    "/v1/messages": Form(MESSAGES_FIELDS, read_messages, MessagesEncoder, servers=servers_of_message),
+    "/v1/messages/count_tokens": TextForm(COUNTED_FIELDS, count_tokens, idle_servers, servers_of_message)})

@@ -1,0 +1,200 @@
+"""The dialects that this server speaks, and where. This table is always loaded; a dialect itself is imported
+for the first body that needs it.
+
+A further dialect is one file in chatlm/front/api/dialects/ and one row of `DIALECTS`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import NamedTuple, TYPE_CHECKING
+
+from chatlm.front.api.dialect import Form, TextForm
+from chatlm.front.api.errors import ANTHROPIC, NANOCHAT, OLLAMA, OPENAI, Api
+from chatlm.front.late import Late
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.protocol import ParsedBody
+    from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.front.api.dialect import Dialect
+    from chatlm.front.api.encode import Encoder
+    from chatlm.front.api.fields import Field
+
+
+class Place(NamedTuple):
+    """A path of a dialect."""
+
+    api: Api
+    doc: str              # what one gets there; "": its route has a handler of its own, and stands there
+    with_model: str = ""  # the path as whose a body counts that names a model; "": this one
+
+
+class DialectRow(NamedTuple):
+    """A dialect, without what it takes to speak it."""
+
+    dialect: Late[Dialect]
+    places: Mapping[str, Place]  # by path
+
+
+def of_api(api: Api, docs: Mapping[str, str]) -> dict[str, Place]:
+    """Places of one API. docs: what one gets at each path."""
+    return {path: Place(api, doc) for path, doc in docs.items()}
+
+
+def load_native() -> Dialect:
+    from chatlm.front.api.dialects.native import DIALECT
+    return DIALECT
+
+
+def load_ollama() -> Dialect:
+    from chatlm.front.api.dialects.ollama import DIALECT
+    return DIALECT
+
+
+def load_openai() -> Dialect:
+    from chatlm.front.api.dialects.openai import DIALECT
+    return DIALECT
+
+
+def load_responses() -> Dialect:
+    from chatlm.front.api.dialects.responses import DIALECT
+    return DIALECT
+
+
+def load_messages() -> Dialect:
+    from chatlm.front.api.dialects.messages import DIALECT
+    return DIALECT
+
+
+def load_retrieval() -> Dialect:
+    from chatlm.front.api.dialects.retrieval import DIALECT
+    return DIALECT
+
+
+def load_tokenization() -> Dialect:
+    from chatlm.front.api.dialects.tokenization import DIALECT
+    return DIALECT
+
+
+def load_own() -> Dialect:
+    from chatlm.front.api.dialects.own import DIALECT
+    return DIALECT
+
+
+VECTORS = "a vector for each input, from the model's final hidden states"
+RANKING = "documents by how well they suit a query"
+SCORES = "scores of pairs of texts"
+# The API of the first row with a path below /api answers for all that is not there below /api, and so on
+DIALECTS: tuple[DialectRow, ...] = (
+    DialectRow(Late(load_native), {
+        "/chat/completions": Place(
+            NANOCHAT, "an answer in nanochat's format, streamed; with `model` as /v1/chat/completions",
+            with_model="/v1/chat/completions")}),
+    DialectRow(Late(load_ollama), of_api(OLLAMA, {
+        "/api/chat": "an answer in Ollama's format",
+        "/api/generate": "an answer in Ollama's format",
+        "/api/show": ""})),
+    DialectRow(Late(load_openai), of_api(OPENAI, {
+        "/v1/chat/completions": "an answer in OpenAI's format, streamed or whole",
+        "/v1/completions": "the continuation of a text, streamed or whole",
+        "/infill": "the text between two others, in llama-server's format, streamed or whole",
+        "/api/v0/chat/completions": "as /v1/chat/completions, for clients of LM Studio",
+        "/api/v0/completions": "as /v1/completions, for clients of LM Studio"})),
+    DialectRow(Late(load_responses), of_api(OPENAI, {
+        "/v1/responses": "an answer in the format of OpenAI's Responses, streamed or whole"})),
+    DialectRow(Late(load_messages), of_api(ANTHROPIC, {
+        "/v1/messages": "an answer in the format of Anthropic's Messages, streamed or whole",
+        "/v1/messages/count_tokens": "how many tokens such a request has"})),
+    DialectRow(Late(load_retrieval), of_api(OPENAI, {
+        "/v1/embeddings": VECTORS, "/api/v0/embeddings": VECTORS,
+        "/embed": "the same in the format of Text Embeddings Inference",
+        "/v1/rerank": RANKING, "/rerank": RANKING, "/v2/rerank": RANKING,
+        "/reranking": "as above, in llama-server's format",
+        "/v1/reranking": "as above, in llama-server's format",
+        "/v1/score": SCORES, "/score": SCORES}) | of_api(OLLAMA, {
+            "/api/embed": "embeddings in Ollama's format",
+            "/api/embeddings": "one embedding, for older clients"})),
+    DialectRow(Late(load_tokenization), of_api(OPENAI, {
+        "/tokenize": "text to token ids",
+        "/detokenize": "token ids to text",
+        "/apply-template": "a conversation to the text of its prompt"})),
+    DialectRow(Late(load_own), of_api(OPENAI, {
+        "/v1/compare": "", "/models/load": "", "/models/unload": ""})),
+)
+
+
+@cache
+def rows_by_path() -> dict[str, DialectRow]:
+    return {path: row for row in DIALECTS for path in row.places}
+
+
+def all_places() -> Iterator[tuple[str, Place]]:
+    """Each path of each dialect, with what is there."""
+    return (item for row in DIALECTS for item in row.places.items())
+
+
+def all_paths() -> tuple[str, ...]:
+    return tuple(rows_by_path())
+
+
+def has_body(path: str) -> bool:
+    """Does a dialect read the bodies that are sent to a path?"""
+    return path in rows_by_path()
+
+
+def place_of(path: str) -> Place:
+    return rows_by_path()[path].places[path]
+
+
+def path_of_form(path: str, names_model: bool) -> str:
+    """The path as whose a body counts that was sent to `path`. names_model: has it a `model`?"""
+    if not names_model or not has_body(path):
+        return path
+    return place_of(path).with_model or path
+
+
+def paths_of(path: str) -> tuple[str, ...]:
+    """All paths of the dialect of a path."""
+    return tuple(rows_by_path()[path].places)
+
+
+def dialects_of(path: str) -> list[Late[Dialect]]:
+    """What reads and answers the bodies of a path; nothing if they are not of a dialect."""
+    if not has_body(path):
+        return []
+    paths = dict.fromkeys((path, path_of_form(path, names_model=True)))
+    return [rows_by_path()[each].dialect for each in paths]
+
+
+async def load_for(path: str):
+    """Import the dialects of a path, in a thread. Raises Overloaded if they may be newer than what runs."""
+    for dialect in dialects_of(path):
+        await dialect.get()
+
+
+async def load_all():
+    """Import all dialects, as `load_for` does."""
+    for row in DIALECTS:
+        await row.dialect.get()
+
+
+def form_of(path: str) -> Form | TextForm:
+    """What bodies of a path are. Their dialect is imported now, if nobody has awaited `load_for`."""
+    return rows_by_path()[path].dialect.now().forms[path]
+
+
+def answer_form(path: str) -> Form:
+    """The form of a path whose bodies a model answers."""
+    form = form_of(path)
+    assert isinstance(form, Form), f"a body of {path} is answered without a model"
+    return form
+
+
+def fields_of(path: str) -> tuple[Field, ...]:
+    """The fields of the bodies of a path; () if they are not of a dialect."""
+    return form_of(path).fields if has_body(path) else ()
+
+
+def answer_encoder(parsed: ParsedBody, model: str, tokenizer: Tokenizer | None) -> Encoder:
+    """Make the encoder of an answer. It keeps no more of the request than it needs."""
+    return answer_form(parsed.form).encoder(parsed.lasting(), model, tokenizer)
