@@ -7,7 +7,7 @@
     python chat_server.py bundle                     make one file of program, page and core: chat_server.pyz
     python chat_server.py store FOLDER               list the prefixes that --prefix-store keeps
 
-This script has the routes and the commands. The rest is the package chatlm beside it: two houses that never
+This script chooses a command and runs it. The rest is the package chatlm beside it: two houses that never
 import each other, front and worker, and what both use, common.
 
 The houses
@@ -27,11 +27,13 @@ The houses
 
 The rooms, each above those that it may import
 
-    chat_server.py            routes, the handlers of answers and streams, the commands
+    chat_server.py            the start, and the end of all commands
+    chatlm/commands.py        a row for each command
     chatlm/terminal/          chat and generate; a server at --url
     chatlm/export/            models in other formats; to the hub
     chatlm/cli.py             the command line becomes `Settings`; bundling.py: the command `bundle`
-    chatlm/front/server/      routes, connections, access, streams, metrics, the page's files
+    chatlm/front/*.py         serve.py: a server's start and end; front.py: its core; annexes.py: all else
+          server/             routes, connections, access, streams, metrics, the page's files
           intake/             a body becomes a request for a model; what a sandbox does
           api/                bodies in: fields and readers; answers out: encoders
           api/dialects/       a file for each API that is spoken
@@ -39,7 +41,7 @@ The rooms, each above those that it may import
           evals/              tasks on disk, and verdicts on a model's answers to them
           admission/          a request becomes prompts that fit; the sandboxes' front end
           store/              the database
-          tools/ *.py         tool servers; tasks that are watched; aiohttp at its first use
+          tools/              tool servers
     chatlm/worker/*.py        a worker's first code and its loop; device and memory
           doctor/             `check MODEL`: what is wrong with a model
           engine/             schedule, run, postprocess; KV pages, grammars, drafts, the text of an answer
@@ -128,144 +130,35 @@ if STARTED:
 if __name__ == "__main__":
     from chatlm.common.streams import repair_streams
     repair_streams()  # first: a pipe to a worker must not take the number of a closed stream
+    from chatlm.commands import WITHOUT_WORKER_AHEAD
     from chatlm.common.processes.start import start_worker_ahead
-    start_worker_ahead(sys.argv[1:])
+    start_worker_ahead(sys.argv[1:], WITHOUT_WORKER_AHEAD)
 
 import asyncio
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence as Seq
-from contextlib import suppress
-from functools import partial
+from collections.abc import Sequence as Seq
+from contextlib import nullcontext, suppress
 
-from chatlm.cli import (
-    as_quantize, asks_for_json, hide_api_keys, parse_command_line, parse_store_words, with_kept_words)
-from chatlm.common.commands import Command
+from chatlm.cli import asks_for_json, hide_api_keys, parse_command_line, with_kept_words
+from chatlm.commands import program_of
+from chatlm.common.commands import Command, Program, chosen_command
 from chatlm.common.config import Settings
 from chatlm.common.errors import ChatServerError, ConfigError, check_library, lack_of_memory, visible
-from chatlm.common.hub.better import MEMORY_RATE, advice_of, only_demonstrates
 from chatlm.common.interrupts import raised_interrupts
-from chatlm.common.log import ProgressDisplay, json_handler, log, output_as_log, start_logging, tell
-from chatlm.common.memory import collect_from_now_on, give_memory_back, share_heap, tune_gc
+from chatlm.common.log import json_handler, log, output_as_log, start_logging, tell
+from chatlm.common.memory import collect_from_now_on, share_heap, tune_gc, uncollected
 from chatlm.common.processes.launch import torchrun
-from chatlm.common.program import other_program, program_root
 from chatlm.common.streams import lack_of_space, never_fail, repair_streams
-from chatlm.common.tiers import listed_store
-from chatlm.front.aio import first_of, stop_signals, supervised
-from chatlm.front.annexes import ANNEXES, Annex, database_of, toolbox_of
-from chatlm.front.front import create_app, routes_with
-from chatlm.front.lazy import import_web
-from chatlm.front.pool.catalogue import Catalogue
+from chatlm.front.annexes import ANNEXES, Annex
 from chatlm.front.pool.local_devices import check_nice, niceness
-from chatlm.front.pool.pool import free_memory, make_pool
-from chatlm.front.server.access import listen_on, server_urls
-from chatlm.front.server.connections import room_for_connections, serving
-from chatlm.front.server.host_names import is_loopback
-from chatlm.front.server.routes import RouteTable
 
 
-def announce(catalogue: Catalogue, settings: Settings, port: int):
-    """Tell the operator what is served, and where."""
-    path = f"{settings.prefix}/" if settings.prefix else ""
-    urls = [f"  {url}{path}" for url in server_urls(settings.host, port)]
-    for line in catalogue.describe():
-        tell(line, file=sys.stdout)
-    if not settings.keys and not is_loopback(settings.host):
-        tell("Warning: anyone who can reach this port can use the server; --api-key KEY or --host 127.0.0.1 "
-             "prevents that", logging.WARNING, sys.stdout)
-    for line in ("Application startup complete", *urls):
-        tell(line, file=sys.stdout)
-
-
-async def advise(catalogue: Catalogue):
-    """Name a better model than the default one, once nothing is answered: the memory is measured for it."""
-    pool = catalogue.pools[0] if catalogue.pools else None
-    if pool is None or not only_demonstrates(pool.model_name):
-        return
-    while pool.dispatcher.running:
-        await asyncio.sleep(1.0)
-    if all(worker.device.startswith("cpu") for worker in pool.workers):
-        await asyncio.to_thread(MEMORY_RATE.measure)
-    if advice := advice_of(pool.model_name, free_memory(pool)):
-        tell(advice, file=sys.stdout)
-
-
-def warn_of_another_program():
-    """If there are two chatlm packages that differ, log which one runs: each may have half of an edit."""
-    with suppress(OSError):
-        if other := other_program():
-            log.warning("the chatlm in %s runs; the one in %s differs", program_root(), other)
-
-
-async def serve_forever(settings: Settings, catalogue: Catalogue | None = None,
-                        annexes: Seq[Annex] = ANNEXES) -> int:
-    """Listen, load, serve until a signal, drain, and stop. Returns the exit status.
-
-    Raises ConfigError if the server cannot start."""
-    toolbox = toolbox_of(settings)
-    with listen_on(settings.host, settings.port) as listener:
-        drain, now = stop_signals()
-        if settings.serves_many and not catalogue:
-            from chatlm.front.evals.step_work import StepWork  # here, because few servers need it
-            from chatlm.front.pool.many import ManyModels
-            catalogue = ManyModels(settings, step_work=StepWork)
-        catalogue = catalogue or Catalogue(settings, make_pool(settings))
-        progress = ProgressDisplay()
-        catalogue.on_progress = progress
-        try:  # the workers start while a thread imports aiohttp (0.1 s)
-            await catalogue.start()
-            await asyncio.to_thread(import_web)
-            store = await database_of(settings, annexes)
-        except Exception:
-            await catalogue.close()
-            raise
-        room = room_for_connections(settings)
-        routes = RouteTable(routes_with(annexes), settings.prefix)
-        app = create_app(catalogue, settings, store, toolbox, annexes)
-        async with serving(app, listener, room, routes.is_polled):
-            try:
-                catalogue.get_ahead()
-                if await first_of(catalogue.wait_ready(), drain.wait()) == 0:
-                    progress.close()
-                    await asyncio.to_thread(warn_of_another_program)
-                    announce(catalogue, settings, listener.getsockname()[1])
-                    await asyncio.to_thread(give_memory_back)
-                    advising = asyncio.create_task(supervised(
-                        "naming a better model", partial(advise, catalogue)))
-                    await drain.wait()
-                    advising.cancel()
-                    tell("Stopping: running answers may finish; a second signal stops now.")
-                    await first_of(catalogue.drain(settings.drain_timeout), now.wait())
-            finally:
-                progress.close()
-                await catalogue.close()
-    return 2 if store and store.damaged else 0
-
-
-def bundle_lines(words: Seq[str]) -> Iterator[str]:
-    from chatlm.bundling import bundle_lines  # here, like the others: few starts need it
-    return bundle_lines(words)
-
-
-def export_lines(words: Seq[str]) -> Iterator[str]:
-    from chatlm.export.command import export_lines
-    return export_lines(words)
-
-
-def push_lines(words: Seq[str]) -> Iterator[str]:
-    from chatlm.export.push import push_lines
-    return push_lines(words)
-
-
-COMMANDS = (
-    Command("bundle", bundle_lines), Command("export", export_lines), Command("push", push_lines),
-    Command("store", lambda words: listed_store(*parse_store_words(words))))
-
-
-def run_command(settings: Settings, annexes: Seq[Annex] = ANNEXES) -> int:
+def run_command(command: Command, settings: Settings, program: Program) -> int:
     """Run a command that has Settings. A process that torchrun started as rank 1 or higher computes that rank
     instead. Returns the exit status."""
+    assert command.run, f"{command.name} has no Settings"
     check_library("aiohttp", "chat_server")
     if not settings.url:  # a model is loaded here
         check_library("numpy", "chat_server")
@@ -279,16 +172,9 @@ def run_command(settings: Settings, annexes: Seq[Annex] = ANNEXES) -> int:
     if (nice := niceness(settings)) is not None:
         check_nice(nice)
     try:
-        if settings.command == "serve":
-            command = partial(serve_forever, annexes=annexes)
-        else:  # import this command's module only
-            modules = {"generate": "chat", "compare": "side_by_side", "score": "side_by_side",
-                       "eval": "evaluate"}
-            functions = {"eval": "evaluate"}
-            name = settings.command
-            module = importlib.import_module(f"chatlm.terminal.{modules.get(name, name)}")
-            command = getattr(module, functions.get(name, name))
-        status = asyncio.run(command(settings))
+        with uncollected() if STARTED else nullcontext():
+            running = command.run(settings, program)
+        status = asyncio.run(running)
         return status
     finally:
         if start:  # let the other ranks end too; this imports torch
@@ -302,19 +188,19 @@ def main(argv: Seq[str] | None = None, annexes: Seq[Annex] = ANNEXES) -> int:
     """Run a command. Returns the exit status: 0, 1 (no answer), 2 (ConfigError), 130 (Ctrl-C)."""
     if STARTED:
         collect_from_now_on()
-    argv = with_kept_words(sys.argv[1:] if argv is None else argv)
+    program = program_of(annexes)
+    argv = with_kept_words(sys.argv[1:] if argv is None else argv, program.commands)
     keys_given = any(word.partition("=")[0] == "--api-key" for word in argv)
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun's own command line shows the keys
     hidden = keys_given and hide_api_keys() and not by_torchrun
     repair_streams()
     try:
-        argv = as_quantize(argv)
-        for command in (*COMMANDS, *(annex.command for annex in annexes if annex.command)):
-            if argv[:1] == [command.name]:
-                for line in command.lines(argv[1:]):
-                    print(visible(line))
-                return 0
-        settings = parse_command_line(argv, os.environ)
+        command, words = chosen_command(argv, program.commands)
+        if command.lines:
+            for line in command.lines(words, program):
+                print(visible(line))
+            return 0
+        settings = parse_command_line(argv, os.environ, program.commands)
         os.environ.pop("CHAT_SERVER_API_KEY", None)  # no process that we start may read it
         start_logging(settings)
         if keys_given:
@@ -326,7 +212,7 @@ def main(argv: Seq[str] | None = None, annexes: Seq[Annex] = ANNEXES) -> int:
             share_heap()
             never_fail("stdout")
         with output_as_log():
-            return run_command(settings, annexes)
+            return run_command(command, settings, program)
     except BrokenPipeError:  # as in `generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -53,6 +53,7 @@ from chatlm.common.config import LIMITS    # noqa: E402
 from chatlm.common.hub.default_model import fetch_default_model    # noqa: E402
 from chatlm.common.processes.child import die_with_parent    # noqa: E402
 from chatlm.common.program import page_files    # noqa: E402
+from chatlm.front import serve as serve_module    # noqa: E402
 
 CHAT, OPENAI, COMPLETIONS = "/chat/completions", "/v1/chat/completions", "/v1/completions"
 MESSAGES = "/v1/messages"
@@ -89,7 +90,7 @@ def shared_number(path):
 def serve(parent, pauses_path, *words):
     """chat_server with a task that records the longest pause of the event loop, in seconds."""
     die_with_parent(int(parent))
-    longest_s, serve_forever = shared_number(pauses_path), chat_server.serve_forever
+    longest_s, serve_forever = shared_number(pauses_path), serve_module.serve_forever
 
     async def watch():
         while True:
@@ -97,14 +98,14 @@ def serve(parent, pauses_path, *words):
             await asyncio.sleep(0.002)
             longest_s[0] = max(longest_s[0], time.monotonic() - began_s - 0.002)
 
-    async def watched(settings):
+    async def watched(settings, annexes):
         watching = asyncio.create_task(watch())
         try:
-            return await serve_forever(settings)
+            return await serve_forever(settings, annexes=annexes)
         finally:
             watching.cancel()
 
-    chat_server.serve_forever = watched
+    serve_module.serve_forever = watched
     sys.exit(chat_server.main(["serve", *words]))
 
 

@@ -26,7 +26,6 @@ import psutil
 
 ROOT = Path(os.environ.setdefault("CHAT_SERVER_DIR", str(Path(__file__).resolve().parent.parent)))   # Ray runs a copy of this file
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
-import chat_server      # noqa: E402
 from chatlm.common.memory import tune_gc    # noqa: E402
 from chatlm.common.config import Settings    # noqa: E402
 from chatlm.common.hub.find import resolve_model    # noqa: E402
@@ -36,6 +35,7 @@ from chatlm.common.processes.ray import ray_main    # noqa: E402
 from chatlm.common.processes.child import die_with_parent, join_parent    # noqa: E402
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.pool import make_pool    # noqa: E402
+from chatlm.front.serve import serve_forever    # noqa: E402
 from chatlm.worker.weights.nanochat import read_nanochat_tokenizer    # noqa: E402
 from patching import replace_everywhere     # noqa: E402
 from servers import free_port, started     # noqa: E402
@@ -85,7 +85,7 @@ def front(port, workers, parent):
     settings = Settings(model=str(ROOT / "tests/fixtures/nanochat/gen5"), host="127.0.0.1", port=port, num_workers=workers,
                         device_type="cpu", max_batch=1024, max_queue=1024, ray_address=os.environ.get("FAKE_RAY"))
     catalogue = Catalogue(settings, make_pool(settings, worker_command=(sys.executable, __file__)))
-    asyncio.run(chat_server.serve_forever(settings, catalogue))
+    asyncio.run(serve_forever(settings, catalogue))
 
 
 class Stream(asyncio.Protocol):

@@ -104,9 +104,10 @@ def load(folder, flags):
     import torch
 
     from chatlm.cli import parse_command_line
+    from chatlm.commands import COMMANDS
     from chatlm.common.hub.find import resolve_model
     from chatlm.worker.build import build_engine
-    settings = parse_command_line(["serve", str(folder), "--kv-cache-memory", "64M", *flags], os.environ)
+    settings = parse_command_line(["serve", str(folder), "--kv-cache-memory", "64M", *flags], os.environ, COMMANDS)
     before, begin, used = memory("self", "VmRSS"), time.perf_counter(), time.process_time()
     with torch.inference_mode():
         _, engine = build_engine(resolve_model(settings), settings, torch.device("cpu"))

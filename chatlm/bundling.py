@@ -6,10 +6,11 @@ import argparse
 import re
 import shlex
 from collections.abc import Iterator, Sequence as Seq
+from functools import partial
 from pathlib import Path
 
 from chatlm.cli import CommandLine, parse_command_line
-from chatlm.common.commands import OTHER_COMMANDS
+from chatlm.common.commands import Command, command_named
 from chatlm.common.config import DEFAULT_MODEL_NAME, file_name
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.default_model import fetch_default_model
@@ -22,7 +23,7 @@ ABOUT = ("Pack the program into one file, with the page and the compiled core of
          "machine needs nothing but the Python that the file was made for.")
 
 
-def parse_bundle_words(words: Seq[str]) -> argparse.Namespace:
+def parse_bundle_words(words: Seq[str], commands: Seq[Command]) -> argparse.Namespace:
     """Parse `bundle`, which has no Settings. ConfigError for what does not go together."""
     parser = CommandLine(prog=f"{program_command()} bundle", allow_abbrev=False, description=ABOUT)
     parser.add_argument("file", metavar="FILE", nargs="?", default=None, type=file_name,
@@ -40,7 +41,7 @@ def parse_bundle_words(words: Seq[str]) -> argparse.Namespace:
     parser.add_argument("--with-model", metavar="MODEL", default=None,
                         help="pack a model too, which runs where no other is named: a GGUF file, a name that "
                              "stands for one, or `default`")
-    parser.add_argument("--args", metavar="WORDS", default="", type=kept_words,
+    parser.add_argument("--args", metavar="WORDS", default="", type=partial(kept_words, commands),
                         help="words for the command line, before those that are given there: "
                              "--args \"--port 8080 --max-batch 8\"")
     parser.add_argument("--verify", action="store_true",
@@ -67,7 +68,7 @@ def parse_bundle_words(words: Seq[str]) -> argparse.Namespace:
     if values.without_core and values.with_libraries:
         parser.error("--without-core: a bundle with libraries has no torch, which would compute instead")
     if values.with_model and values.args:
-        settings = parse_command_line(values.args, {})
+        settings = parse_command_line(values.args, {}, commands)
         if settings.model or settings.several or settings.models:
             parser.error("--args names a MODEL, which would run instead of that of --with-model")
     for name in ("pythons", "wheels"):
@@ -95,7 +96,7 @@ def python_versions(text: str) -> tuple[str, ...]:
     return versions
 
 
-def kept_words(text: str) -> tuple[str, ...]:
+def kept_words(commands: Seq[Command], text: str) -> tuple[str, ...]:
     """An argparse type: words of a command line, which must be right."""
     try:
         words = tuple(shlex.split(text))
@@ -103,20 +104,21 @@ def kept_words(text: str) -> tuple[str, ...]:
             raise ConfigError("everyone who gets the file could read a key; use --api-key-file")
         if any(word in ("--help", "-h", "--version") for word in words):
             raise ConfigError("--help and --version run nothing")
-        if words[:1] and words[0] in OTHER_COMMANDS:
-            raise ConfigError(f"a file that is a chat cannot begin with {words[0]}")
-        parse_command_line(words, {})
+        command = command_named(words, commands)
+        if command and not command.run:
+            raise ConfigError(f"a file that is a chat cannot begin with {command.name}")
+        parse_command_line(words, {}, commands)
     except (ConfigError, ValueError) as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return words
 
 
-def bundle_lines(words: Seq[str]) -> Iterator[str]:
+def bundle_lines(words: Seq[str], commands: Seq[Command]) -> Iterator[str]:
     """Make, check or unpack a bundle; yields the lines to print."""
     # what packs libraries takes 10 ms to import, which no server should wait for
     from chatlm.common.bundle import Wanted, write_bundle
     from chatlm.common.unbundle import own_bundle, unpack_bundle, verified
-    asked = parse_bundle_words(words)
+    asked = parse_bundle_words(words, commands)
     if asked.verify:
         path = Path(asked.file).expanduser() if asked.file else own_bundle("bundle --verify")
         yield from verified(path)
@@ -124,16 +126,16 @@ def bundle_lines(words: Seq[str]) -> Iterator[str]:
         yield unpack_bundle(own_bundle("bundle --unpack FOLDER"), Path(asked.unpack).expanduser())
     else:
         wheels = Path(asked.wheels).expanduser() if asked.wheels else None
-        model = model_file(asked.with_model) if asked.with_model else None
+        model = model_file(asked.with_model, commands) if asked.with_model else None
         yield write_bundle(Path(asked.file or "chat_server.pyz"), Wanted(
             asked.without_core, asked.with_libraries, asked.pythons, wheels, model, asked.args or ()))
 
 
-def model_file(word: str) -> Path:
+def model_file(word: str, commands: Seq[Command]) -> Path:
     """The GGUF file of --with-model. ConfigError if MODEL is of another kind."""
     if word in ("default", DEFAULT_MODEL_NAME):
         return fetch_default_model()
-    source = resolve_model(parse_command_line(["serve", word], {}))
+    source = resolve_model(parse_command_line(["serve", word], {}, commands))
     if source.kind != "gguf" or re.search(SPLIT_GGUF, source.path.name):
         raise ConfigError(f"--with-model {word}: a bundle takes a model of one GGUF file, and this is "
                           f"{'one of several parts' if source.kind == 'gguf' else source.chosen}")

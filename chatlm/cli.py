@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence as Seq
 from contextlib import redirect_stderr, suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from chatlm import __version__
-from chatlm.common.commands import OTHER_COMMANDS
+from chatlm.common.commands import Command, chosen_command, command_named
 from chatlm.common.config import (
-    DEFAULT_MODEL_NAME, FLAGS, PROGRAM_COMMANDS, ModelChoice, Settings, file_name, read_api_keys, size)
+    FLAGS, ModelChoice, Settings, file_name, read_api_keys)
 from chatlm.common.contents import own_contents
 from chatlm.common.core import kernels_line
 from chatlm.common.errors import ConfigError, did_you_mean, require_library
@@ -32,118 +32,8 @@ if TYPE_CHECKING:
     from chatlm.common.config import Flag
 
 
-class Help(NamedTuple):
-    """What --help shows for a command in addition to its flags."""
-
-    usage: str
-    opening: str
-    examples: str = ""
-
-
-PROGRAM = "python chat_server.py"  # in HELP; --help shows the command that started the program
-HELP = {
-    "serve": Help("""\
-python chat_server.py [serve|chat|generate|compare|score|eval|embed|batch|check] [MODEL] [flags]
-       python chat_server.py quantize|imatrix MODEL -o FILE [flags]
-       python chat_server.py bundle [FILE] [--with-libraries] [--with-model MODEL]
-       python chat_server.py export MODEL -o FOLDER [flags]
-       python chat_server.py push FOLDER ORG/NAME [--public]
-       python chat_server.py store FOLDER [--prune SIZE]""",
-        "Serve a model: a chat page, and the APIs of OpenAI, Anthropic, Ollama and nanochat. This is the "
-        "default command. The others are: chat, in the terminal; generate, which answers one prompt; "
-        "compare, which asks several models the same question; score, which measures how well a model "
-        "predicts a text; eval, which evaluates models on tasks; embed, which makes vectors of the texts of "
-        "a file; batch, which answers a file of requests; check, which finds what is wrong with a model, or "
-        "without one verifies and times the compiled kernels; quantize, which writes it as a smaller "
-        "file; imatrix, which measures which weights matter; bundle, which packs the program into "
-        "one file; export, which writes a model for other programs; push, which uploads that to the "
-        "Hugging Face hub; store, which lists the contents of --prefix-store. Each has a --help. If "
-        "there are several MODELs, each is loaded when a request names it.", """
-  python chat_server.py                                     a nanochat checkpoint or a small model
-  python chat_server.py qwen3:0.6b --host 127.0.0.1         for this machine only; downloaded once
-  python chat_server.py model.gguf -p 8080 --api-key-file keys.txt"""),
-    "chat": Help("python chat_server.py chat [MODEL] [flags]",
-        "Chat with a model in the terminal. Ctrl-C stops an answer; /help lists the commands.", """
-  python chat_server.py chat                                a nanochat checkpoint or a small model
-  python chat_server.py chat --continue                     continue the last chat
-  python chat_server.py chat --url http://127.0.0.1:8000    use a server that is already running"""),
-    "generate": Help("python chat_server.py generate [MODEL] [PROMPT] [flags]",
-        "Answer one prompt: the answer goes to stdout, everything else to stderr. A one-word PROMPT "
-        "needs MODEL before it, or --prompt.", """
-  python chat_server.py generate "Why is the sky blue?"
-  python chat_server.py generate -p - --system "Summarize this letter." < letter.txt
-  python chat_server.py generate model.gguf -p "Name a color." --json --seed 1"""),
-    "compare": Help("python chat_server.py compare MODEL MODEL ... --prompt TEXT [flags]",
-        "Ask several models the same question with the same seed, and show where each answer first differs "
-        "from the first one. With --url, the MODELs are a server's, such as the checkpoints of --watch.", """
-  python chat_server.py compare a.gguf b.gguf -p "Name a color." --seed 1
-  python chat_server.py compare qwen3:0.6b llama3.2-1b -p - --json < question.txt
-  python chat_server.py compare d20@12000 d20@14000 -p "Hello" --url http://127.0.0.1:8000"""),
-    "score": Help("python chat_server.py score MODEL ... --text FILE [flags]",
-        "Measure how well models predict a text, in bits per byte (lower is better). The text is read in "
-        "windows of one context, half a context apart, and each token is scored once.", """
-  python chat_server.py score model.gguf --text book.txt
-  python chat_server.py score a.gguf b.gguf --text book.txt --context-length 1024
-  python chat_server.py score ~/.cache/nanochat -g d20 -s 12000 --text book.txt --json"""),
-    "eval": Help("python chat_server.py eval MODEL ... --suite SUITE [flags]",
-        "Evaluate models as nanochat does. SUITE is core, chat, bpb, sample, a FOLDER or a FILE.jsonl: the "
-        "CORE metric from the bundle that nanochat has fetched, its tasks for chat models, bits per byte, "
-        "samples, or tasks of your own. Data come only from this "
-        "machine's disk. The answer to each item is kept, so a second run, or one after a kill, goes on.", """
-  python chat_server.py eval ~/.cache/nanochat -g d20 --suite core --max-per-task 100
-  python chat_server.py eval d20@12000 d20@14000 --suite core --url http://127.0.0.1:8000
-  python chat_server.py eval model.gguf --suite questions.jsonl --json"""),
-    "embed": Help("python chat_server.py embed MODEL FILE.jsonl -o FILE [flags]",
-        "Make a vector of each text of a file, whose lines are JSON: a text, or an object with a `text`. "
-        "FILE may be `-`, stdin. MODEL is one that was made for it, such as qwen3-embedding or all-minilm; "
-        "others make vectors too, which are worse for a search.", """
-  python chat_server.py embed qwen3-embedding texts.jsonl -o vectors.npy
-  python chat_server.py embed model.gguf queries.jsonl -o vectors.jsonl --prompt-name query"""),
-    "batch": Help("python chat_server.py batch [MODEL] FILE.jsonl -o FILE [flags]",
-        "Answer a file of requests, whose lines are those of OpenAI's Batch API. What was interrupted goes "
-        "on where it was when the same command runs again.", """
-  python chat_server.py batch model.gguf requests.jsonl -o answers.jsonl
-  python chat_server.py batch requests.jsonl -o answers.jsonl --url http://127.0.0.1:8000"""),
-    "check": Help("python chat_server.py check [MODEL] [--json] [--against ORIGINAL] [flags]",
-        "Find what is wrong with a model before it is served: its tokenizer, chat template and weights, and "
-        "whether it fits here. The exit status is 1 if there is an error, else 0. Without MODEL: verify and "
-        "time the compiled kernels. Each op is compared with its reference in torch; without torch, only the "
-        "products are, by numpy. The report can be pasted into an issue, the exit status is 1 if an op is "
-        "wrong, and it takes about a minute.", """
-  python chat_server.py check                               the compiled kernels
-  python chat_server.py check model.gguf                    a verdict of a few lines
-  python chat_server.py check model-Q4_K_M.gguf --against model-BF16.gguf --json"""),
-    "quantize": Help("python chat_server.py quantize MODEL -o FILE.gguf [--type TYPE] [flags]",
-        "Write a model as one GGUF file of a smaller type: a GGUF file, a nanochat checkpoint or a plain "
-        "Hugging Face folder. The types and their mixes are llama-quantize's, and so are the bytes. The file "
-        "appears once it is complete, and a command that was interrupted goes on when it runs again.", """
-  python chat_server.py quantize model-BF16.gguf -o model-Q4_K_M.gguf
-  python chat_server.py quantize model-BF16.gguf -o model-Q3_K_M.gguf --type q3_k_m --imatrix imatrix.gguf
-  python chat_server.py quantize ~/.cache/nanochat -g d20 -o d20-Q8_0.gguf --type q8_0"""),
-    "imatrix": Help("python chat_server.py imatrix MODEL -f TEXT -o FILE [--chunks N] [flags]",
-        "Measure how much a model uses the columns of each of its matrices while it reads a text. FILE has "
-        "llama.cpp's format, and `quantize --imatrix FILE` keeps more of what is used more.", """
-  python chat_server.py imatrix model-BF16.gguf -f book.txt -o imatrix.gguf
-  python chat_server.py imatrix model-BF16.gguf -f book.txt -o imatrix.gguf --chunks 100"""),
-}
+PROGRAM = "python chat_server.py"  # in rows of commands; --help shows the command that started the program
 ANSWERS = "Answers, unless a request says otherwise"  # a heading of the table of flags
-HEADINGS = {  # instead of it, in commands without any of the flags that it is about
-    "embed": "Texts and vectors", "batch": "Requests and answers", "score": "The text", "eval": "Tasks",
-    "quantize": "The file", "imatrix": "The text and the file"}
-FLAG_HELP = {  # what --help says of a flag that is not the same in all commands
-    ("embed", "texts"): "FILE may also be given so",
-    ("embed", "output"): "file for the vectors: one a line, or numpy's format if it is called .npy; `-` is "
-                         "stdout",
-    ("batch", "texts"): "FILE may also be given so",
-    ("batch", "output"): "file for the answers",
-    ("quantize", "output"): "the GGUF file to write",
-    ("imatrix", "output"): "the file to write",
-    ("imatrix", "text"): "the text that the model reads",
-    ("imatrix", "context_length"): "tokens of a chunk, which see each other (default: 512)",
-    ("check", "json"): "one JSON object with all findings"}
-# the commands in which MODEL may not be left out, or that means another thing
-WITH_MODEL = "check", "compare", "embed", "quantize", "imatrix"
-SEVERAL = "serve", "compare", "score", "eval"  # the commands that take several MODELs
 ABOUT_MODELS = f"MODEL may be: {SUPPORTED_MODELS}."
 ABOUT_FLAGS = ("Each flag has an environment variable: --max-tokens is CHAT_SERVER_MAX_TOKENS. "
                "--config FILE.toml may set them too.")
@@ -169,21 +59,19 @@ class CommandLine(argparse.ArgumentParser):
         raise ConfigError(f"{self.origin}{message} (--help lists the flags)")
 
 
-def as_quantize(argv: Seq[str]) -> Seq[str]:
-    """`export MODEL -o FILE.gguf` is another name of `quantize`: the same words for that command. Other words
-    stay as they are."""
-    if argv[:1] != ["export"]:
-        return argv
+def as_quantize(words: Seq[str]) -> Seq[str] | None:
+    """`export MODEL -o FILE.gguf` is another name of `quantize`: the same words for that command. None for
+    other words after `export`."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-o", "--output", default="")
     parser.add_argument("--format", default="")
     with suppress(SystemExit), redirect_stderr(io.StringIO()):  # a flag without its value: `export` says so
-        known, others = parser.parse_known_args(argv[1:])
+        known, others = parser.parse_known_args(words)
         to_file = Path(known.output).suffix.lower() == ".gguf"
         if known.format == "gguf" or to_file and not known.format:
             output = ["-o", known.output] if known.output else []
             return ["quantize", *others, *output]
-    return argv
+    return None
 
 
 def help_lines(prog: str) -> argparse.HelpFormatter:
@@ -409,74 +297,88 @@ def with_bare_values(words: Seq[str]) -> list[str]:
     return found
 
 
-def better_model_here() -> str:
-    """What the help of `chat` says about models that are better than the default one."""
-    from chatlm.common.hub.better import MEMORY_RATE, advice_of
-    from chatlm.common.memory import available_memory
-    MEMORY_RATE.measure()
-    return advice_of(DEFAULT_MODEL_NAME, available_memory())
-
-
 def may_be_model(word: str) -> bool:
     """Whether a word after a flag that needs no value is another flag, a prompt, or has the form of a
     MODEL."""
     return bool(re.search(r"^-|\s|[/@.]", word) or hub_model(word) or os.path.exists(word))
 
 
-def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settings:
-    """Settings from words and environment. ConfigError if invalid; SystemExit for --help and --version."""
-    words = with_bare_values(argv)
-    command = "serve"
-    if words and words[0] in PROGRAM_COMMANDS:
-        command = words.pop(0).replace("server", "serve")
-    usage, opening, examples = (text.replace(PROGRAM, program_command()) for text in HELP[command])
+def usage_of(command: Command, commands: Seq[Command]) -> str:
+    """The first lines of a command's --help. The default command's lists all commands."""
+    if command is not commands[0]:
+        return f"{program_command()} {command.name} {command.usage or command.takes}"
+    groups: dict[str, list[str]] = {}  # what some commands take -> their names
+    for each in commands:
+        groups.setdefault(each.takes, []).append(each.name)
+    lines = []
+    for takes, names in groups.items():
+        joined = "|".join(names)
+        lines.append(f"{program_command()} {f'[{joined}]' if command.name in names else joined} {takes}")
+    return ("\n" + " " * len("usage: ")).join(lines)
+
+
+def parser_of(command: Command, commands: Seq[Command], wants_help: bool) -> CommandLine:
+    """What parses the words of a command that has `run`."""
+    others = "; ".join(f"{other.name}, {other.brief}" for other in commands[1:])
     models = ABOUT_MODELS
-    if command in WITH_MODEL:
+    if command.needs_model:
         models = re.sub(r"nothing \(.*?\), ", "", ABOUT_MODELS)
-    about = [opening, models, ABOUT_FLAGS]
-    if command == "chat" and {"-h", "--help"} & {*words}:
-        about.append(better_model_here())
+    about = [command.opening.replace("{others}", others), models, ABOUT_FLAGS]
+    if command.more_help and wants_help:
+        about.append(command.more_help())
     width = max(24, min(96, shutil.get_terminal_size((98, 24)).columns - 2))
-    parser = CommandLine(prog="chat_server.py", usage=usage, allow_abbrev=False, formatter_class=help_lines,
+    examples = command.examples.replace(PROGRAM, program_command())
+    parser = CommandLine(prog="chat_server.py", usage=usage_of(command, commands), allow_abbrev=False,
+                         formatter_class=help_lines,
                          description="\n\n".join(textwrap.fill(part, width) for part in about),
                          epilog=examples and f"Examples:\n{examples[1:]}")
-    several_words = command in (*SEVERAL, "generate", "embed", "batch")
-    parser.add_argument("model", metavar="MODEL", nargs="*" if several_words else "?", default=None,
+    parser.add_argument("model", metavar="MODEL", nargs="*" if takes_words(command) else "?", default=None,
                         help=argparse.SUPPRESS)
     parser.add_argument("--version", action="store_true", help="print the version and the kernels in use")
-    flags = {flag.field: flag for flag in FLAGS if command in flag.commands.split()}
+    fields = flags_of(command)
     group: argparse._ActionsContainer = parser
     for flag in FLAGS:
         if flag.heading:
-            heading = HEADINGS.get(command, ANSWERS) if flag.heading == ANSWERS else flag.heading
-            group = parser.add_argument_group(heading)
-        if flag.field in flags:
-            add_flag(group, flag._replace(help=FLAG_HELP.get((command, flag.field), flag.help)))
-    if several_words:  # they may stand between flags: MODEL --port 8080 MODEL
+            heading = command.heading if flag.heading == ANSWERS else ""
+            group = parser.add_argument_group(heading or flag.heading)
+        if flag.field in fields:
+            add_flag(group, flag._replace(help=command.flag_help.get(flag.field, flag.help)))
+    return parser
+
+
+def takes_words(command: Command) -> bool:
+    """Whether it may have several words, which may stand between flags: MODEL --port 8080 MODEL."""
+    return command.several or bool(command.operand)
+
+
+def flags_of(command: Command) -> dict[str, Flag]:
+    """The flags of a command, by field of Settings."""
+    name = command.flags_of or command.name
+    return {flag.field: flag for flag in FLAGS if name in flag.commands.split()}
+
+
+def parse_command_line(argv: Seq[str], environment: Mapping[str, str],
+                       commands: Seq[Command]) -> Settings:
+    """Settings from words and environment. ConfigError if invalid; SystemExit for --help and --version."""
+    command, words = chosen_command(argv, commands)
+    words = with_bare_values(words)
+    parser = parser_of(command, commands, bool({"-h", "--help"} & {*words}))
+    flags = flags_of(command)
+    if takes_words(command):
         values = vars(parser.parse_intermixed_args(words))
     else:
         values = vars(parser.parse_args(words))
     if values.pop("version"):
         print(f"chat_server {__version__}; {kernels_line()}")
         raise SystemExit(0)
-    if command == "check" and values["model"] is None:  # check the kernels
+    names = tuple(name for each in commands for name in each.names)
+    if command.flags_are_for and values["model"] is None:
         given = [name for name in flags if values[name] is not None]
         if given:
-            parser.error(f"--{flags[given[0]].names[0]} is for checking a model: give MODEL too")
-        return Settings(command=command)
-    if command == "generate":
-        at_server = bool(values["url"] or environment.get("CHAT_SERVER_URL"))
-        values["model"], values["prompt"] = with_prompt(
-            parser, values["model"] or [], values["prompt"], at_server)
-    if command == "embed" and len(values["model"] or ()) > 1:
-        values["texts"] = one_file(parser, values)
-        values["model"] = values["model"][:1]
-    if command == "batch" and values["model"]:  # the MODEL may be left out
-        if not values["model"][1:]:
-            values["model"] = [None, *values["model"]]
-        values["texts"] = one_file(parser, values)
-        values["model"] = [*filter(None, values["model"][:1])]
-    config_file = values["config"] or environment.get("CHAT_SERVER_CONFIG") or None
+            parser.error(f"--{flags[given[0]].names[0]} is for {command.flags_are_for}: give MODEL too")
+        return Settings(command=command.name, commands=names)
+    tell_operand(parser, command, values, environment)
+    config_file = values.get("config") or environment.get("CHAT_SERVER_CONFIG") or None
     config, tables = read_config(config_file)
     words = values["model"] or environment.get("CHAT_SERVER_MODEL") or config.get("model") or []
     models = [words] if isinstance(words, str) else words
@@ -487,31 +389,43 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
         if values[name] is None:
             values[name] = unflagged_value(parser, flag, environment, config)
     values |= {name: tuple(values[name] or ()) for name in flags if flags[name].many}
-    if command == "serve":  # only the hashes are kept from here on
-        values["keys"] = read_api_keys(values.pop("api_key"), values["api_key_file"])
+    if command.name == "serve":
+        values["keys"] = read_api_keys(values.pop("api_key"), values["api_key_file"])  # only their hashes
         in_folder = values["models"] is not None or values["watch"] is not None
         values["several"] = chosen_models(parser, models, tables, in_folder, config_file)
         if values["several"] or in_folder:
             values["model"] = None
-        for name in ("watch_text", "watch_prompts", "watch_suite", "run_log"):
-            if values[name] is not None and values["watch"] is None:
-                raise ConfigError(f"--{name.replace('_', '-')} is for the checkpoints of --watch: give that "
-                                  "folder too")
-        if values["watch"] is not None and values["step"] is not None and not models:
-            raise ConfigError("--watch serves every step of a run, as TAG@STEP: leave out -s (--step)")
-    elif command in SEVERAL and models:  # each word of `compare`, `score` and `eval` is a MODEL
+        check_watch(values, models)
+    elif command.several and models:
         values["model"] = None
         values["several"] = tuple(ModelChoice(name, name) for name in models)
-    return Settings(command=command, **values)
+    return Settings(command=command.name, commands=names, **values)
 
 
-def one_file(parser: CommandLine, values: Mapping) -> str:
-    """The FILE of `embed` and `batch`, which comes after the MODEL."""
-    _, file, *others = values["model"]
-    if others or values["texts"] is not None:
-        parser.error(f"unrecognized arguments: {' '.join(others) or file}")
-    check_path(file, "FILE")
-    return file
+def check_watch(values: Mapping[str, Any], models: Seq[str]):
+    """ConfigError for flags of `serve` that do not go together with --watch, or without it."""
+    for name in ("watch_text", "watch_prompts", "watch_suite", "run_log"):
+        if values[name] is not None and values["watch"] is None:
+            raise ConfigError(f"--{name.replace('_', '-')} is for the checkpoints of --watch: give that "
+                              "folder too")
+    if values["watch"] is not None and values["step"] is not None and not models:
+        raise ConfigError("--watch serves every step of a run, as TAG@STEP: leave out -s (--step)")
+
+
+def tell_operand(parser: CommandLine, command: Command, values: dict[str, Any],
+                 environment: Mapping[str, str]):
+    """Tell MODEL from the PROMPT or FILE that may follow it."""
+    words = values["model"] or []
+    if command.operand == "PROMPT":
+        at_server = bool(values["url"] or environment.get("CHAT_SERVER_URL"))
+        values["model"], values["prompt"] = with_prompt(parser, words, values["prompt"], at_server)
+    elif command.operand == "FILE" and (words[1:] or words and not command.needs_model):
+        model, file, *others = words if words[1:] else [None, *words]
+        if others or values["texts"] is not None:
+            parser.error(f"unrecognized arguments: {' '.join(others) or file}")
+        check_path(file, "FILE")
+        values["texts"] = file
+        values["model"] = [model] if model else []
 
 
 def has_words(word: str) -> bool:
@@ -561,18 +475,6 @@ def asks_for_json(words: Seq[str], environment: Mapping[str, str]) -> bool:
     return "--log-format json" in text or environment.get("CHAT_SERVER_LOG_FORMAT", "").lower() == "json"
 
 
-def parse_store_words(words: Seq[str]) -> tuple[Path, int | None]:
-    """Parse `store`, which has no Settings: (FOLDER, the bytes of --prune or None)."""
-    parser = CommandLine(prog=f"{program_command()} store", allow_abbrev=False, description=(
-        "List the contents of a --prefix-store folder: the tokens stored for each model, as KV pages."))
-    parser.add_argument("folder", metavar="FOLDER", type=file_name)
-    parser.add_argument("--prune", metavar="SIZE", type=size,
-                        help="first delete the least recently used until SIZE is left, 0 = all; what a "
-                             "running server is writing to is kept")
-    values = parser.parse_args(words)
-    return Path(values.folder).expanduser(), values.prune
-
-
 def hide_api_keys() -> bool:
     """Overwrite the keys of --api-key where other users see them (`ps`). False if that is not possible.
 
@@ -592,12 +494,15 @@ def hide_api_keys() -> bool:
         return False
 
 
-def with_kept_words(words: Seq[str]) -> list[str]:
+def with_kept_words(words: Seq[str], commands: Seq[Command]) -> list[str]:
     """A command line with the words that the running bundle keeps, if they are for its command. Without a
     command, theirs runs."""
     kept = list(own_contents().words)
-    command = kept.pop(0) if kept[:1] and kept[0] in PROGRAM_COMMANDS else "serve"
-    given = words[0] if words[:1] and words[0] in (*PROGRAM_COMMANDS, *OTHER_COMMANDS) else ""
-    if not kept and command == "serve" or given not in ("", command):
+    command = command_named(kept, commands)
+    if command is not None:
+        del kept[0]
+    command = command or commands[0]
+    given = command_named(words, commands)
+    if not kept and command is commands[0] or given not in (None, command):
         return list(words)
-    return [command, *kept, *(words[1:] if given else words)]
+    return [command.name, *kept, *(words[1:] if given else words)]

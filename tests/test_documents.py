@@ -12,7 +12,8 @@ import pytest
 
 import chat_server
 from chatlm.bundling import parse_bundle_words
-from chatlm.cli import as_quantize, parse_command_line, parse_store_words
+from chatlm.commands import COMMANDS
+from chatlm.common.commands import chosen_command
 from chatlm.common.config import FLAGS
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import SAMPLING_FLAGS
@@ -25,7 +26,9 @@ from chatlm.front.api.dialects.retrieval import EMBEDDING_FIELDS, RERANK_FIELDS,
 from chatlm.front.api.tables import SAMPLED
 from chatlm.common.hub.short_names import SHORT_NAMES
 from chatlm.front.front import ROUTES
+from chatlm.terminal.store import parse_store_words
 from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES, VISION
+from command_line import parse_command_line
 
 ROOT = Path(__file__).resolve().parent.parent
 HISTORY = sorted((ROOT / "bench" / "history").glob("*.md"))
@@ -118,21 +121,21 @@ def test_flags_that_are_named_exist(path):
     assert [name for name in named if name.removeprefix("no-") not in ours] == []
 
 
+WORDS_OF = {"export": parse_export_words, "push": parse_push_words, "store": parse_store_words}
+
+
 @pytest.mark.parametrize("path", TODAY, ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_that_are_shown_are_understood(path):
     for command in commands(text_of(path)):
         if match := re.search(r"(?:python3?|torchrun .*) chat_server\.pyz?\b(.*)", command):
-            words = as_quantize(shlex.split(match[1].replace("...", "x"), comments=True))
-            if words[:1] == ["bundle"]:
-                parse_bundle_words(words[1:])
-            elif words[:1] == ["store"]:
-                parse_store_words(words[1:])
-            elif words[:1] == ["export"]:
-                parse_export_words(words[1:])
-            elif words[:1] == ["push"]:
-                parse_push_words(words[1:])
+            line = shlex.split(match[1].replace("...", "x"), comments=True)
+            command, words = chosen_command(line, COMMANDS)
+            if command.name == "bundle":
+                parse_bundle_words(words, COMMANDS)
+            elif command.lines:
+                WORDS_OF[command.name](words)
             elif not {"--help", "--version"} & set(words):
-                parse_command_line(words, {})       # a ConfigError names what is wrong
+                parse_command_line(line, {})        # a ConfigError names what is wrong
         elif match := re.search(r"python (bench/\w+\.py)([^#\"]*)", command):
             more = ["bench/compare.py"] if "--compare" in match[2] else []          # which gets the flags that are not its own
             assert set(re.findall(r" --([a-z-]+)", match[2])) <= words_of_benches(match[1], *more), command

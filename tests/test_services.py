@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 import chat_server
-from chatlm.cli import parse_command_line
 from chatlm.common.config import Settings
 from chatlm.front.front import ROUTES
+from command_line import parse_command_line
 
 ROOT = Path(chat_server.__file__).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -86,10 +86,11 @@ if sys.argv[1:2] != ["bundle"]:
     except ConfigError as error:
         stop("cannot run: %s" % error)
 
+from chatlm.commands import WITHOUT_WORKER_AHEAD
 from chatlm.common.contents import own_contents
 from chatlm.common.processes.start import start_worker_ahead
 
-start_worker_ahead([*own_contents().words, *sys.argv[1:]])
+start_worker_ahead([*own_contents().words, *sys.argv[1:]], WITHOUT_WORKER_AHEAD)
 
 from chat_server import main
 

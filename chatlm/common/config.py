@@ -22,8 +22,6 @@ N = TypeVar("N", int, float)
 V = TypeVar("V")
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_MAX_TOKENS = 512  # without -m; /v1 goes up to the context
-PROGRAM_COMMANDS = ("serve", "server", "chat", "generate", "compare", "score", "eval", "embed",
-                    "batch", "check", "quantize", "imatrix")
 ANSWERING = "serve chat generate compare"  # the commands that generate tokens
 READING = f"{ANSWERING} score eval embed batch check"  # the commands that read a model's files
 CHOOSING = f"{READING} quantize imatrix"  # the commands that have a MODEL
@@ -285,10 +283,11 @@ class ModelChoice:
 
 @record
 class Settings:
-    """The values of all flags, the command, one or several MODELs, the hashed API keys, and, once a model is
-    loaded, its own sampling parameters and where they come from."""
+    """The values of all flags, the command and the names of all commands, one or several MODELs, the hashed
+    API keys, and, once a model is loaded, its own sampling parameters and where they come from."""
 
     command: str = "serve"
+    commands: tuple[str, ...] = field(default=(), compare=False)  # a mistyped MODEL may have been one
     model: str | None = None
     several: tuple[ModelChoice, ...] = ()  # then `model` is None
     keys: tuple[ApiKey, ...] = ()

@@ -159,7 +159,8 @@ def test_command_line_words_follow_the_kept_ones(talking, packed, python, places
     """Words of the command line come after those that a bundle keeps."""
     def settings(file, *lines):
         code = "import json, sys; sys.path.insert(0, sys.argv.pop(1)); from chatlm.cli import with_kept_words; " \
-               "print(list(map(with_kept_words, json.loads(sys.argv[1]))))"
+               "from chatlm.commands import COMMANDS; " \
+               "print([with_kept_words(words, COMMANDS) for words in json.loads(sys.argv[1])])"
         return eval(run("-c", code, file, json.dumps(lines), python=python, env=places).stdout)
     kept = ["--max-batch", "3", "--prefix", "/talk"]
     others = ["chat"], ["bundle", "--verify"], ["store", "x"]
@@ -171,8 +172,9 @@ def test_command_line_words_follow_the_kept_ones(talking, packed, python, places
 def test_the_packed_model_is_only_the_default(talking, python, places, nanochat_fixtures):
     """The packed model is the default, and any other can be named."""
     def chosen(*words, **more):
-        code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from chatlm.cli import parse_command_line as parse; " \
-               "from chatlm.common.hub.find import resolve_model; found = resolve_model(parse(sys.argv[1:], {})); print(found.name, found.path)"
+        code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from chatlm.cli import parse_command_line; " \
+               "from chatlm.commands import COMMANDS; from chatlm.common.hub.find import resolve_model; " \
+               "found = resolve_model(parse_command_line(sys.argv[1:], {}, COMMANDS)); print(found.name, found.path)"
         return run("-c", code, talking, *words, python=python, env=places | more).stdout.strip()
     base = {"NANOCHAT_BASE_DIR": str(nanochat_fixtures / "gen5")}
     assert chosen() == chosen(**base) == f"SmolLM2-135M-Instruct.Q4_1 {talking}"

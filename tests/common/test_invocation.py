@@ -168,7 +168,7 @@ def marks_of(process):
 
 @pytest.mark.parametrize("start, words, module", [
     ("script", [], "chatlm.common.errors"), ("script", ["chat"], "asyncio"), ("script", ["generate", "-p", "Hello"], "chatlm.cli"),
-    ("script", ["check"], "chatlm.front.server.access"), ("command", ["chat"], "chatlm.cli")])
+    ("script", ["check"], "chatlm.front.annexes"), ("command", ["chat"], "chatlm.cli")])
 def test_ctrl_c_during_a_start_ends_it_silently(start, words, module):
     status, rest = interrupted(start, words, module)
     assert status in (-signal.SIGINT, 130) and rest == ""       # 130: the command itself was already there to end

@@ -10,11 +10,11 @@ import threading
 import pytest
 
 import chat_server
-from chatlm.cli import parse_command_line
 from chatlm.common import files
 from chatlm.common.config import FLAGS, Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.files import read_operators
+from command_line import parse_command_line
 
 TYPED = [   # a line of a --config file, and what its refusal says
     ("[[models]]\npath = 'a'\naliases = [1, 2]", "[[models]] 1: aliases must be text in quotes, or a list of these"),

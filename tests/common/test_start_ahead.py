@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from chatlm.commands import WITHOUT_WORKER_AHEAD
 from chatlm.common.processes import start
 import forked
 
@@ -37,7 +38,7 @@ def nothing_is_left(monkeypatch):
 def test_the_first_worker_is_the_one_started_ahead(monkeypatch):
     """The key is not in its environment."""
     monkeypatch.setenv("CHAT_SERVER_API_KEY", "secret")
-    start.start_worker_ahead(["model.gguf", "--port", "8080"])
+    start.start_worker_ahead(["model.gguf", "--port", "8080"], WITHOUT_WORKER_AHEAD)
     started, ours, _ = start.AHEAD[ROLE]
     assert "CHAT_SERVER_API_KEY" not in psutil.Process(started.pid).environ()
     monkeypatch.delenv("CHAT_SERVER_API_KEY")
@@ -48,7 +49,7 @@ def test_the_first_worker_is_the_one_started_ahead(monkeypatch):
 
 
 def test_one_with_another_environment_is_replaced():
-    start.start_worker_ahead([])
+    start.start_worker_ahead([], WITHOUT_WORKER_AHEAD)
     started, _, _ = start.AHEAD[ROLE]
     process, connection = start.start_child(start.PROCESS_COMMAND, "worker", environment(77))
     assert process.pid != started.pid and started.returncode is not None
@@ -59,15 +60,23 @@ def test_one_with_another_environment_is_replaced():
 def test_odd_variables_start_none_ahead(monkeypatch):
     """None is started ahead where variables may change how workers start."""
     monkeypatch.setenv("CHAT_SERVER_NUM_WORKERS", "2")
-    start.start_worker_ahead([])
+    start.start_worker_ahead([], WITHOUT_WORKER_AHEAD)
     assert start.AHEAD == {}
 
 
-@pytest.mark.parametrize("words", [["--help"], ["check"], ["serve", "--num-workers", "2"], ["--num-gpus=2"], ["chat", "--url", "x"], ["--config", "a.toml"]])
+@pytest.mark.parametrize("words", [
+    ["--help"], ["check"], ["store", "x"], ["serve", "--num-workers", "2"], ["--num-gpus=2"], ["chat", "--url", "x"],
+    ["--config", "a.toml"], ["--prefix", "/talk", "embed", "a"]])
 def test_none_is_started_ahead_without_need(words):
     """None is started ahead where none or another is needed."""
-    start.start_worker_ahead(words)
+    start.start_worker_ahead(words, WITHOUT_WORKER_AHEAD)
     assert start.AHEAD == {}
+
+
+@pytest.mark.parametrize("word", ["checkpoints/small.gguf", "storefront.gguf"])
+def test_a_model_may_begin_like_a_command(word):
+    start.start_worker_ahead([word], WITHOUT_WORKER_AHEAD)
+    assert [*start.AHEAD] == [ROLE]
 
 
 def test_a_worker_ends_with_a_server_that_failed():

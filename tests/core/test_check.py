@@ -11,7 +11,6 @@ import torch
 
 import chat_server as cs
 from chatlm import __version__
-from chatlm.cli import parse_command_line
 from chatlm.common import core
 from chatlm.common.core import seam
 from chatlm.worker.model.kernels import for_decode_core
@@ -62,6 +61,7 @@ import sys
 sys.path.insert(0, {folder!r})
 import torch
 from chatlm.common.processes.child import run_role
+from command_line import parse_command_line
 from decode_core import program, report
 report.time_cpu = lambda script: ()
 def {op}(self, x, *rest, out=None, original=program.Program.{op}, **more):

@@ -4,9 +4,9 @@ import json
 
 import aiohttp
 
-import chat_server
 from chatlm.common.config import Settings
 from chatlm.front.annexes import ANNEXES
+from chatlm.front.front import create_app
 from chatlm.front.server import access, connections
 from fake_pool import FakePool, catalogue_of
 
@@ -18,7 +18,7 @@ class Place:
         self.settings = settings or Settings()
         self.pool = pool or FakePool()
         self.catalogue = catalogue_of(self.pool, self.settings)
-        self.app = chat_server.create_app(self.catalogue, self.settings, store, annexes=(*ANNEXES, *annexes))
+        self.app = create_app(self.catalogue, self.settings, store, annexes=(*ANNEXES, *annexes))
         self.front = self.app.on_startup[-1].__self__
 
     async def __aenter__(self):

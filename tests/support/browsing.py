@@ -192,13 +192,13 @@ class HeldFront:
         self.url = started.get(timeout=30)
 
     async def _serve(self, started, port):
-        import chat_server
+        from chatlm.front.front import create_app
         from chatlm.common.config import Settings
         from chatlm.front.server import access, connections
         from fake_pool import FakePool, catalogue_of
         self.stop, self.pool, self.gate = asyncio.Event(), FakePool(self.WORDS), asyncio.Semaphore(0)
         self.gate.wait, self.pool.gate = self.gate.acquire, self.gate
-        app = chat_server.create_app(catalogue_of(self.pool, Settings()), Settings())
+        app = create_app(catalogue_of(self.pool, Settings()), Settings())
         with access.listen_on("127.0.0.1", port) as listener:
             async with connections.serving(app, listener) as self.runner:
                 started.put(f"http://127.0.0.1:{listener.getsockname()[1]}/")

@@ -6,7 +6,6 @@ import copy
 import json
 from types import SimpleNamespace
 
-import chat_server
 from chatlm.common.config import Settings
 from chatlm.common.errors import Overloaded, RequestError
 from chatlm.common.messages.protocol import SANDBOX_PIPE, Body, Known, SandboxConfig
@@ -16,7 +15,7 @@ from chatlm.common.text.grammar import check_grammar
 from chatlm.common.text.reader import answer_reader
 from chatlm.common.text.tokenizer import Tokenizer
 from chatlm.front.admission.prompts import PromptMaker, run_in_thread_if_long
-from chatlm.front.front import ROUTES
+from chatlm.front.front import ROUTES, create_app
 from chatlm.front.intake.body_tasks import BodyTasks
 from chatlm.front.intake.sandboxed import Shelf
 from chatlm.front.pool.catalogue import Catalogue
@@ -251,7 +250,7 @@ async def serving(pool, settings=None, store=None, **limits):
     with access.listen_on("127.0.0.1", 0) as listener:
         settings = settings or Settings()
         is_polled = RouteTable(ROUTES, settings.prefix).is_polled
-        async with connections.serving(chat_server.create_app(catalogue_of(pool, settings), settings, store), listener, is_polled=is_polled, **limits):
+        async with connections.serving(create_app(catalogue_of(pool, settings), settings, store), listener, is_polled=is_polled, **limits):
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 

@@ -304,7 +304,7 @@ def become_front(code):
         take_over(folder, environment, descriptors[1:])
         if stat.S_ISSOCK(os.fstat(descriptors[0]).st_mode):
             replace_everywhere(start, "start_child", Asking(descriptors[0]).start_child)
-            replace_everywhere(start, "start_worker_ahead", lambda words: None)      # to import what a forked worker has
+            replace_everywhere(start, "start_worker_ahead", lambda *words: None)     # to import what a forked worker has
         else:
             os.close(descriptors[0])
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -395,7 +395,7 @@ if __name__ == "__main__":
         importlib.import_module("chatlm.worker.weights.digest").code_digest()       # of the code that all of them run
         import_all(*(["torch"] if what == "box" else ()))
     elif what not in ("", "downloads"):
-        import_all("chat_server", *sys.argv[4:])
+        import_all("chat_server", "chatlm.front.serve", *sys.argv[4:])
         importlib.import_module("chatlm.front.lazy").import_web()      # every server does that after its start
         become = become_front(compile(Path(what).read_bytes(), what, "exec"))
     else:

@@ -79,6 +79,7 @@ def toy_lines(words):
     yield from words
 
 
+TOY_COMMAND = Command("toy", "which says its words", "WORDS", lines=lambda words, program: toy_lines(words))
 TOY_ROUTES: tuple[Route[Toy], ...] = (
     Route("GET", "/toy", OPENAI, lambda toy, http: toy.handle_look(http), "what the toy did"),
 )
@@ -90,7 +91,7 @@ TOY = Annex(
     needs="--database", prompt=lambda toy, parsed, caller: toy.prompted(parsed, caller),
     joins=lambda parsed: "toy" in parsed.added, prepare=lambda toy, parsed: toy.prepared(parsed),
     around=lambda toy, begin, ask: toy.around(begin, ask), tables=toy_tables,
-    command=Command("toy", toy_lines), metrics=lambda toy, families: toy.metric_families(families))
+    command=TOY_COMMAND, metrics=lambda toy, families: toy.metric_families(families))
 # the same on a server without a database, and without the tables
 FREE = replace(TOY, wanted=lambda front: True, tables=None)
 

@@ -145,7 +145,7 @@ def find_model(model: str, settings: Settings, progress: Progress = no_progress)
         if not os.path.lexists(named_path) and (near := near_path(model)):
             raise ConfigError(f"cannot read {path}: No such file or directory{near}")
         return resolve_gguf(named_path)
-    if near := near_model(model):
+    if near := near_model(model, settings.commands):
         raise ConfigError(f"no model at {model!r}{near} --help says what MODEL may be")
     raise ConfigError(f"no model at {model!r}{as_prompt(model, settings)}. MODEL may be: {SUPPORTED_MODELS}")
 

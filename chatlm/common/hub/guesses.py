@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from contextlib import suppress
 from pathlib import Path
 
-from chatlm.common.commands import OTHER_COMMANDS
-from chatlm.common.config import PROGRAM_COMMANDS
 from chatlm.common.errors import did_you_mean, nearest
 from chatlm.common.hub.short_names import SHORT_NAMES
 
 MOST_FILES = 10_000  # of a folder, whose names are compared
 
 
-def near_model(model: str) -> str:
-    """The words "; did you mean X?", or nothing: a command, a file or folder, a short name, or an id of the
-    hub."""
+def near_model(model: str, commands: Seq[str] = ()) -> str:
+    """The words "; did you mean X?", or nothing: one of these commands, a file or folder, a short name, or
+    an id of the hub."""
     if "/" in model:
         return near_path(model) or near_id(model)
-    return (did_you_mean(model, (*PROGRAM_COMMANDS, *OTHER_COMMANDS), "the command ")
+    return (did_you_mean(model, commands, "the command ")
             or near_path(model)
             or did_you_mean(model.lower().replace(":", "-"), SHORT_NAMES)
             or near_id(model))

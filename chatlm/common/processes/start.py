@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence as Seq
 from contextlib import suppress
 from pathlib import Path
 
-from chatlm.common.commands import OTHER_COMMANDS
 from chatlm.common.program import program_descriptors, program_root
 
 
@@ -95,21 +94,20 @@ def patient(seconds: float, nice: int | None = None) -> float:
 
 # Processes that were started before they were needed, with their environments; by command and role
 AHEAD: dict[tuple[str, ...], tuple[subprocess.Popen, socket.socket, Mapping[str, str]]] = {}
-# Words of a program that starts no worker, or none like the one that `start_worker_ahead` starts
+# Flags with which no worker starts, or none like the one that `start_worker_ahead` starts
 NOT_AHEAD = (
-    *OTHER_COMMANDS, "check", "compare", "score", "eval", "embed", "batch",
-    "quantize", "imatrix", "-h", "--help", "--version", "--url", "-n", "--num-", "--tp", "--tensor-", "--pp",
-    "--pipeline-", "--distributed", "--ray", "--watch", "--nice", "--device-", "--config", "--models",
-    "--log-format")
+    "-h", "--help", "--version", "--url", "-n", "--num-", "--tp", "--tensor-", "--pp", "--pipeline-",
+    "--distributed", "--ray", "--watch", "--nice", "--device-", "--config", "--models", "--log-format")
 
 
-def start_worker_ahead(words: Seq[str]):
+def start_worker_ahead(words: Seq[str], without: Seq[str]):
     """Start a worker for the command line `words`, if it probably needs one on a CPU. It imports its
     libraries while this process does. The first `start_child` for a worker returns it, or ends it if its
-    environment would be another."""
+    environment would be another. without: the names of commands that don't start such a worker."""
+    if not {*words}.isdisjoint(without) or any(word.startswith(NOT_AHEAD) for word in words):
+        return
     variables = [name for name in os.environ if name.startswith("CHAT_SERVER_")]
-    if any(word.startswith(NOT_AHEAD) for word in words) or {*variables} - {"CHAT_SERVER_API_KEY"} or any(
-            Path("/dev").glob("nvidia[0-9]*")):
+    if {*variables} - {"CHAT_SERVER_API_KEY"} or any(Path("/dev").glob("nvidia[0-9]*")):
         return
     environment = process_environment(threads_per_worker(1))
     environment.pop("CHAT_SERVER_API_KEY", None)

@@ -28,7 +28,7 @@ HF_DEFAULTS = {  # of every family; None: required, or derived from other keys
                      "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
                      "rope_scaling", "rope_parameters", "partial_rotary_factor")),
     "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False, "rope_theta": 10_000.0}
-HF_KEYS = {  # of a config.json; all others are bool
+HF_KEYS = {  # of any family's config.json; its own keys are in its row, and all others are bool
     **dict.fromkeys(("hidden_size", "intermediate_size"), Rule(int, 1, MOST_CHANNELS)),
     **dict.fromkeys(("rope_theta", "rope_local_base_freq"), ROPE_BASE),
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"),
@@ -49,8 +49,6 @@ HF_KEYS = {  # of a config.json; all others are bool
     **dict.fromkeys(("shared_intermediate_size", "shared_expert_intermediate_size"),
                     Rule(int, 0, MOST_CHANNELS)), "decoder_sparse_step": Rule(int, 1),
     "mlp_only_layers": Rule(int, 0, MOST_LAYERS, many=True, optional=True)}
-# Keys of families; where several have rules for one, the first. `family_config` prefers a family's own rule.
-HF_KEYS = {key: rule for row in reversed(FAMILIES.values()) for key, rule in row.keys.items()} | HF_KEYS
 LLAMA_SIZES = {  # what a text_config may leave out
     "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "max_position_embeddings": 2048}

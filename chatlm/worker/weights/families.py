@@ -12,7 +12,7 @@ from chatlm.worker.weights import (
 from chatlm.worker.weights.family import (
     AFTER_ATTENTION, EXPERTS, HEAD_NORMS, QWEN_EXPERTS, SHARED_GATE, Family, Gguf, Header, expert_tensors)
 from chatlm.worker.weights.mxfp4 import Mxfp4
-from chatlm.worker.weights.rules import ROPE_BASE, Rule, checked
+from chatlm.worker.weights.rules import JITTER, ROPE_BASE, Rule, checked
 
 
 QWEN = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
@@ -158,8 +158,7 @@ FAMILIES = {  # by config.json's model_type
         "Mixtral", EXPERTS | {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None,
                               "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
                               "router_jitter_noise": None},
-        tensors=MIXTRAL_TENSORS,
-        gguf=Gguf(permuted=True)),
+        tensors=MIXTRAL_TENSORS, keys={"router_jitter_noise": JITTER}, gguf=Gguf(permuted=True)),
     "qwen2": Family("Qwen2 and 2.5", QWEN, {"qkv_bias": True}, has_window=qwen_window,
                     gguf=Gguf("qwen2 qwen2vl")),
     "qwen3": Family("Qwen3", QWEN | {"head_dim": 128, "attention_bias": False}, HEAD_NORMS,
@@ -210,7 +209,7 @@ FAMILIES = {  # by config.json's model_type
         GEMMA_TENSORS, lambda config, layer: (layer + 1) % config["sliding_window_pattern"],
         Gguf("gemma3 gemma-embedding", unsaid=gemma_scale(62), layers=gguf_gemma3,
              ignored=frozenset(f"dense_{i}_feat_{end}" for i in (2, 3) for end in ("in", "out"))),
-        {"use_bidirectional_attention": Rule(bool)}, one_more=True, fields_of=gemma3_fields),
+        GEMMA_KEYS | {"use_bidirectional_attention": Rule(bool)}, one_more=True, fields_of=gemma3_fields),
     **gemma4.FAMILIES,
     "phi3": Family(
         "Phi-3, 3.5 and 4-mini",
@@ -229,8 +228,7 @@ FAMILIES = {  # by config.json's model_type
             "final_norm_bias": ("model.norm.bias",), "head_bias": ("lm_head.bias",),
             "attention_norm_bias": ("model.layers.{}.input_layernorm.bias",),
             "ffn_norm_bias": ("model.layers.{}.post_attention_layernorm.bias",)},
-        keys={"num_experts_per_tok": Rule(int, 2, 2),
-              "router_jitter_noise": Rule(float, 0, 1, optional=True)},
+        keys={"num_experts_per_tok": Rule(int, 2, 2), "router_jitter_noise": JITTER},
         in_adapters=lambda spec, name: (name, name.replace("block_sparse_moe.gate.", "mlp.router.")),
         gguf=Gguf("phimoe", strips_specials=True), rope_of=rope_of_phi3, fields_of=lambda path, config: {
             "router_jitter": config["router_jitter_noise"] or 0.0, "head_bias": config["lm_head_bias"]}),

@@ -14,7 +14,7 @@ from chatlm.common.files import check_regular
 from chatlm.common.hub.huggingface import SPLIT_GGUF
 from chatlm.worker.arrays.gguf_types import WITHOUT_VALUES
 from chatlm.worker.weights.configs import HF_KEYS
-from chatlm.worker.weights.families import FAMILIES
+from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES
 from chatlm.worker.weights.family import Family, Header
 from chatlm.worker.weights.gguf_header import FileHeader, Texts
 from chatlm.worker.weights.rules import MOST_POSITIONS, ROPE_BASE, Rule, check_bytes, checked
@@ -93,13 +93,14 @@ GGUF_OWN = {  # the same for keys that only some families have
 GGUF_INERT = {"attention.sliding_window_pattern", "vocab_size", "rope.scaling.finetuned", "pooling_type",
               "attention.causal", "classifier.output_labels", "tensor_data_layout", "rope.dimension_sections",
               "n_deepstack_layers"}
-OF_FAMILIES = {key: rule for row in FAMILIES.values() for key, rule in row.gguf.keys.items()}
-GGUF_KEYS = {  # * stands for the architecture
+OF_SOME = {  # read of each file, but only some families may have them
+    "attention.temperature_scale": Rule(float, 0, 10, optional=True), "expert_weights_norm": Rule(bool)}
+GGUF_KEYS = {  # of any family; * stands for the architecture
     "*.ssm.inner_size": Rule(int, 1), "*.nextn_predict_layers": Rule(int, 0, 100),
     "*.attention.recurrent_layers": Rule(bool, many=True, optional=True),
     "general.architecture": Rule(str),
-    **{f"*.{key}": rule for key, rule in OF_FAMILIES.items()},
-    **{f"*.{theirs}": HF_KEYS[ours] for ours, theirs in (GGUF_SIZES | GGUF_OWN).items()},
+    **{f"*.{key}": rule for key, rule in OF_SOME.items()},
+    **{f"*.{theirs}": HF_KEYS[ours] for ours, theirs in (GGUF_SIZES | GGUF_OWN).items() if ours in HF_KEYS},
     "*.attention.sliding_window": Rule(int, 0, MOST_POSITIONS, optional=True),
     "*.attention.value_length": Rule(int), "*.rope.dimension_count": Rule(int), "*.rope.freq_base": ROPE_BASE,
     **dict.fromkeys(("*.rope.scaling.yarn_beta_fast", "*.rope.scaling.yarn_beta_slow"),
@@ -125,14 +126,30 @@ GGUF_KEYS = {  # * stands for the architecture
        for name in ("bos", "eos", "eot", "eom", "unknown", "cls", "seperator")}}
 
 
+def gguf_rule(key: str) -> Rule:
+    """What a file may have under a key: the rule of any family, or of the family of this architecture."""
+    architecture, _, name = key.partition(".")
+    if rule := GGUF_KEYS.get(key) or GGUF_KEYS.get(f"*.{name}"):
+        return rule
+    row = FAMILIES[GGUF_FAMILIES[architecture]]
+    for each in (row, *(FAMILIES[variant] for variant in row.gguf.variants.values())):
+        if rule := each.gguf.keys.get(name) or rule_of_own(each, name):
+            return rule
+    raise KeyError(key)
+
+
+def rule_of_own(row: Family, name: str) -> Rule | None:
+    """The rule of a family's config.json for what files call so."""
+    return next((row.keys[ours] for ours, theirs in GGUF_OWN.items() if theirs == name and ours in row.keys),
+                None)
+
+
 def gguf_value(path: Path, metadata: Mapping, key: str, default=None, length: int | None = None,
                **bounds) -> Any:
-    """The value of a key, checked by its row of GGUF_KEYS, which `bounds` may narrow; None if it is optional
-    and missing.
+    """The value of a key, checked by its rule, which `bounds` may narrow; None if it is optional and missing.
 
     A list with one number per layer counts as that number if all are equal."""
-    starred = "*." + key.partition(".")[2]
-    rule = (GGUF_KEYS.get(key) or GGUF_KEYS[starred])._replace(**bounds)
+    rule = gguf_rule(key)._replace(**bounds)
     value = metadata.get(key, default)
     if rule.value_type is int and not rule.many and isinstance(value, list) and value:
         if value.count(value[0]) == len(value) == metadata.get(f"{key.partition('.')[0]}.block_count"):
@@ -146,7 +163,7 @@ def gguf_value(path: Path, metadata: Mapping, key: str, default=None, length: in
 
 def refuse_unknown(header: Header, family: Family, config: Mapping):
     """ConfigError for a key that would change the arithmetic of a model with this config."""
-    known = {key.removeprefix("*.") for key in GGUF_KEYS} - {*GGUF_OWN.values(), *OF_FAMILIES}
+    known = {key.removeprefix("*.") for key in GGUF_KEYS} - {*GGUF_OWN.values(), *OF_SOME}
     known |= {theirs for ours, theirs in GGUF_OWN.items() if ours in config}
     known |= {*family.gguf.keys, *family.gguf.ignored, *GGUF_INERT}
     for key, value in header.metadata.items():

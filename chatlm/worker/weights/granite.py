@@ -23,7 +23,8 @@ MAMBA = {"mamba_n_heads": 128, "mamba_n_groups": 1, "mamba_d_state": 256, "mamba
 KEYS = {
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"),
                     Rule(float, 1e-4, 10**6)),
-    "attention_multiplier": Rule(float, 1e-6, 10**6, optional=True),
+    "attention_multiplier": Rule(float, 1e-6, 10**6, optional=True)}
+MAMBA_KEYS = KEYS | {
     "position_embedding_type": Rule(str, choices=("rope", "nope"), optional=True),
     "normalization_function": Rule(str, choices=("rmsnorm",)),
     **dict.fromkeys(("mamba_d_state", "mamba_expand"), Rule(int, 1, 4096)),
@@ -110,16 +111,18 @@ def gguf_hybrid(header: Header) -> tuple[dict, dict]:
 FAMILIES = {
     "granite": Family("Granite 3", CONFIG | {"mlp_bias": False}, keys=KEYS, fields_of=fields_of,
                       gguf=Gguf("granite", permuted=True, ignored=IGNORED, layers=gguf_dense), fused=FUSED),
-    "granitemoe": Family("Granite 3 MoE", CONFIG_EXPERTS, {}, TENSORS, fields_of=fields_of, repack=repack),
+    "granitemoe": Family(
+        "Granite 3 MoE", CONFIG_EXPERTS, {}, TENSORS, keys=KEYS, fields_of=fields_of, repack=repack),
     "granitemoeshared": Family(
-        "", CONFIG_EXPERTS | {"shared_intermediate_size": 0}, {}, TENSORS, fields_of=fields_of, repack=repack,
-        fused=FUSED, gguf=Gguf("granitemoe", permuted=True, ignored=IGNORED, layers=gguf_multipliers)),
+        "", CONFIG_EXPERTS | {"shared_intermediate_size": 0}, {}, TENSORS, keys=KEYS, fields_of=fields_of,
+        repack=repack, fused=FUSED,
+        gguf=Gguf("granitemoe", permuted=True, ignored=IGNORED, layers=gguf_multipliers)),
     "granitemoehybrid": Family(
         "Granite 4", CONFIG_EXPERTS | MAMBA | {
             "shared_intermediate_size": 1024, "layer_types": None, "position_embedding_type": None,
             "normalization_function": "rmsnorm"},
-        {}, TENSORS | MAMBA_TENSORS, lambda config, layer: False, fields_of=fields_of, repack=repack,
-        fused=FUSED, needed=("layer_types",),
+        {}, TENSORS | MAMBA_TENSORS, lambda config, layer: False, keys=MAMBA_KEYS, fields_of=fields_of,
+        repack=repack, fused=FUSED, needed=("layer_types",),
         mixers={"mamba": mamba2_of, "linear_attention": mamba2_of},  # as transformers calls it now
         gguf=Gguf("granitehybrid", permuted=True, ignored=IGNORED, layers=gguf_hybrid,
                   names={"dt_bias": ("blk.{}.ssm_dt.bias",)}))}

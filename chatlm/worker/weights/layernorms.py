@@ -230,6 +230,7 @@ NORTH = COHERE2._replace(
     keys={
         **COHERE2.keys, "expert_selection_fn": Rule(str, choices=("softmax", "sigmoid")),
         "prefix_dense_sliding_window_pattern": Rule(int, 1, MOST_LAYERS),
+        "num_dense_layers": Rule(int, 0, MOST_LAYERS),
         "num_nextn_predict_layers": Rule(int, 0, 100, optional=True)},
     tensors=expert_tensors("experts.{}", "gate"), restated=north_layers, fields_of=north_fields,
     unrotated=north_unrotated, repack=without_draft_heads, gguf=Gguf(

@@ -20,12 +20,12 @@ CONFIG_EXPERTS = EXPERTS | {
     "use_expert_bias": True, "norm_topk_prob": True, "routed_scaling_factor": 1.0, "num_key_value_heads": 8,
     "norm_eps": 1e-5, "tie_word_embeddings": True, "tie_embedding": True, "rope_theta": 1e6,
     "conv_L_cache": 3, "conv_bias": False, "layer_types": None}
-KEYS = {
+KEYS = {"norm_eps": Rule(float, 0, 1), "tie_embedding": Rule(bool), "conv_L_cache": Rule(int, 2, 64)}
+DENSE_KEYS = KEYS | {
     "full_attn_idxs": Rule(int, 0, MOST_LAYERS, many=True, optional=True),
-    "num_dense_layers": Rule(int, 0, MOST_LAYERS), "routed_scaling_factor": SHARE_SCALE,
-    "norm_eps": Rule(float, 0, 1), "tie_embedding": Rule(bool), "conv_L_cache": Rule(int, 2, 64),
     "block_ff_dim": Rule(int, 1, MOST_CHANNELS), "block_multiple_of": Rule(int, 1, MOST_CHANNELS),
     "block_ffn_dim_multiplier": Rule(float, 0.01, 100)}
+EXPERT_KEYS = KEYS | {"num_dense_layers": Rule(int, 0, MOST_LAYERS), "routed_scaling_factor": SHARE_SCALE}
 TENSORS = {
     "final_norm": ("model.embedding_norm.weight",),
     "attention_norm": ("model.layers.{}.operator_norm.weight",),
@@ -88,7 +88,7 @@ ALIASES = {"norm_eps": "rms_norm_eps", "tie_embedding": "tie_word_embeddings"}
 FAMILIES = {
     "lfm2": Family(
         "LFM2", CONFIG, HEAD_NORMS, TENSORS, lambda config, layer: False,
-        Gguf("lfm2", names=NAMES, layers=gguf_layers), KEYS, repack=repack,
+        Gguf("lfm2", names=NAMES, layers=gguf_layers), DENSE_KEYS, repack=repack,
         mixers=MIXERS, aliases=ALIASES | {"block_ff_dim": "intermediate_size"},
         complete=complete),
     "lfm2_moe": Family(
@@ -96,4 +96,5 @@ FAMILIES = {
         lambda config, layer: False,
         Gguf("lfm2moe", names=EXPERT_NAMES, layers=gguf_layers_of_experts,
              keys={"expert_gating_func": Rule(int, 2, 2), "expert_weights_norm": Rule(bool)}),
-        repack=repack, mixers=MIXERS, needed=("layer_types",), aliases=ALIASES, fields_of=router_fields)}
+        EXPERT_KEYS, repack=repack, mixers=MIXERS, needed=("layer_types",), aliases=ALIASES,
+        fields_of=router_fields)}

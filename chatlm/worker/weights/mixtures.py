@@ -11,7 +11,7 @@ from chatlm.worker.weights.family import (
     AFTER_ATTENTION, EXPERTS, HEAD_NORMS, Family, Gguf, Header, as_vectors, expert_tensors, separate_experts,
     without_draft_heads)
 from chatlm.worker.weights.rules import (
-    MOST_CHANNELS, MOST_EXPERTS, MOST_LAYERS, SHARE_SCALE, Rule, checked, router_groups)
+    JITTER, MOST_CHANNELS, MOST_EXPERTS, MOST_LAYERS, SHARE_SCALE, Rule, checked, router_groups)
 
 SIGMOIDS = {"sigmoid_router": True, "choice_bias": True}
 GROUPS = {"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0}
@@ -162,7 +162,7 @@ MINIMAX = Family(
                                 for part in ("w1", "w3")),
         "expert_down": ("model.layers.{}.block_sparse_moe.experts.{}.w2.weight",)},
     keys={"rotary_dim": Rule(int, 2, MOST_CHANNELS, optional=True),
-          "scoring_func": Rule(str, choices=("sigmoid",))},
+          "scoring_func": Rule(str, choices=("sigmoid",)), "router_jitter_noise": JITTER},
     fields_of=minimax_fields, rope_of=rope_of_minimax,
     gguf=Gguf("minimax-m2", names=CHOICE_BIAS, keys=GGUF_KEYS, layers=gguf_layers))
 

@@ -45,10 +45,12 @@ CONFIG = INERT | EXPERTS | EXPERT_SIZES | {
     "mamba_head_dim": 64, "n_groups": 8, "conv_kernel": 4, "use_conv_bias": True, "mamba_proj_bias": False,
     "use_bias": False, "mamba_hidden_act": "silu", "time_step_limit": None}
 KEYS = {
-    "layer_norm_epsilon": Rule(float, 0, 1), "mlp_hidden_act": Rule(str, choices=("relu2",)),
-    "mamba_hidden_act": Rule(str, choices=("silu",)),
+    **dict.fromkeys(("layer_norm_epsilon", "norm_eps"), Rule(float, 0, 1)),
+    "mlp_hidden_act": Rule(str, choices=("relu2",)), "mamba_hidden_act": Rule(str, choices=("silu",)),
     "bare_layers": Rule(int, 0, MOST_LAYERS, many=True, optional=True), "conv_kernel": Rule(int, 2, 64),
     "routed_scaling_factor": SHARE_SCALE, "n_routed_experts": Rule(int, 0, MOST_EXPERTS),
+    "n_shared_experts": Rule(int, 0, MOST_EXPERTS, optional=True),
+    "num_nextn_predict_layers": Rule(int, 0, 100, optional=True),
     "moe_latent_size": Rule(int, 1, MOST_CHANNELS, optional=True),
     "moe_shared_expert_intermediate_size": Rule(int, 0, MOST_CHANNELS),
     **dict.fromkeys(("n_group", "topk_group"), Rule(int, 1, MOST_EXPERTS)),

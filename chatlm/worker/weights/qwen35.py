@@ -92,7 +92,7 @@ FAMILIES = {
             "shared_expert_intermediate_size": 512, "num_key_value_heads": 2, "intermediate_size": 512,
             "output_router_logits": False},
         FIELDS | {"shared_gate": True}, TENSORS | EXPERT_TENSORS, lambda config, layer: False,
-        Gguf("qwen35moe", names=NAMES, layers=gguf_layers), one_more=True, repack=repack,
+        Gguf("qwen35moe", names=NAMES, layers=gguf_layers), KEYS, one_more=True, repack=repack,
         has_draft_head=True, mixers={"linear_attention": delta_rule}, complete=complete),
     "qwen3_next": Family(
         "Qwen3-Next", CONFIG | QWEN_EXPERTS | {
@@ -100,5 +100,6 @@ FAMILIES = {
             "norm_topk_prob": True, "shared_expert_intermediate_size": 512, "num_key_value_heads": 2,
             "intermediate_size": 5632},
         FIELDS | {"shared_gate": True}, TENSORS | NEXT_TENSORS | EXPERT_TENSORS, lambda config, layer: False,
-        Gguf("qwen3next", names=NEXT_NAMES, layers=gguf_layers_of_next), one_more=True, repack=repack,
-        has_draft_head=True, mixers={"linear_attention": delta_rule_of_next}, complete=complete)}
+        Gguf("qwen3next", names=NEXT_NAMES, layers=gguf_layers_of_next), KEYS, one_more=True,
+        repack=repack, has_draft_head=True, mixers={"linear_attention": delta_rule_of_next},
+        complete=complete)}

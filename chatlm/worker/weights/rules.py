@@ -139,6 +139,7 @@ def checked(path: Path, key: str, value: V | None, rule: Rule, length: int | Non
 
 ROPE_BASE = Rule(float, 2, 10**15)
 SHARE_SCALE = Rule(float, 1e-4, 10**6)
+JITTER = Rule(float, 0, 1, optional=True)
 SAMPLING_KEYS = {  # ours -> the names in generation_config.json and GGUF's general.sampling, the rule
     "temperature": ("temperature", "temp", Rule(float, 0, 2)),
     "top_k": ("top_k", "top_k", Rule(int, 0, 2**31 - 1)),

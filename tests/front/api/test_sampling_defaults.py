@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import real_server
-from chatlm.cli import TABLE_FLAGS, parse_command_line
+from chatlm.cli import TABLE_FLAGS
 from chatlm.common.config import FLAGS, Settings
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import (
@@ -23,6 +23,7 @@ from chatlm.terminal.conversation import PARAMETERS
 from chatlm.terminal.remote import RemotePool
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.rules import SAMPLING_KEYS, own_sampling
+from command_line import parse_command_line
 from fake_pool import FakePool, serving
 from tiny_gguf import LLAMA_NUMBERS, random_llama, small_gguf_metadata, write_gguf
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from chatlm.cli import parse_command_line
 from chatlm.common.config import ApiKey, ModelChoice, Settings
 from chatlm.common.errors import ConfigError, shown
 from chatlm.front.pool.adapters import AdapterWatch
 from chatlm.front.pool.many import FolderWatch, ManyModels
 from chatlm.front.pool.pool import make_pool
+from command_line import parse_command_line
 from fake_pool import frames, serving
 from families import make_model, save
 from forked import DYING

@@ -15,7 +15,6 @@ import torch
 
 import tiny_training
 from bundles import write_bundle
-from chatlm.cli import parse_command_line
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.steps import find_steps
@@ -30,6 +29,7 @@ from chatlm.front.pool.many import ManyModels
 from chatlm.front.pool.pool import make_pool
 from chatlm.front.pool.residency import Residency
 from chatlm.front.pool.run_watch import RunWatch
+from command_line import parse_command_line
 from fake_pool import frames, serving
 from forked import DYING
 from nightly import by_day

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import aiohttp
 import pytest
 
-import chat_server
 from chatlm.common.config import ApiKey, Settings
 from chatlm.common.errors import Overloaded
+from chatlm.front.front import create_app
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.annexes import BATCHES
 from chatlm.front.server import access, batch_turns, connections, ledger
@@ -267,7 +267,7 @@ async def place_of(path, settings, *pools):
     store = Store(path)
     store.open()
     with access.listen_on("127.0.0.1", 0) as listener:
-        app = chat_server.create_app(Catalogue(settings, *pools), settings, store)
+        app = create_app(Catalogue(settings, *pools), settings, store)
         front = app.on_startup[-1].__self__
         async with connections.serving(app, listener):
             place = Place(f"http://127.0.0.1:{listener.getsockname()[1]}", store, settings)

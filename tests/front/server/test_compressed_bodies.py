@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import pytest
 
-import chat_server
 from chatlm.common import config
 from chatlm.common.config import LIMITS, ApiKey, Settings
 from chatlm.common.errors import RequestError
+from chatlm.front.front import create_app
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.server import access, connections, inflate, streams
 from chatlm.front.store.store import open_store
@@ -199,7 +199,7 @@ async def test_a_compressed_form_with_a_file_is_refused(client, tmp_path):
     settings = Settings(database=tmp_path / "kept.db", keys=(ApiKey.hashed("k", "ann"),))
     store = await open_store(settings)
     with access.listen_on("127.0.0.1", 0) as listener:
-        async with connections.serving(chat_server.create_app(Catalogue(settings, FakePool()), settings, store), listener):
+        async with connections.serving(create_app(Catalogue(settings, FakePool()), settings, store), listener):
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
             status, _, answer = await ask(client, url + "/v1/files", gzipped(b"--x--"), "gzip", **{
                 "Content-Type": "multipart/form-data; boundary=x", "X-Api-Key": "k"})

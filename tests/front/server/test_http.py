@@ -30,6 +30,7 @@ from chatlm.front.api.readers import parse_openai_request
 from chatlm.front.api.reading import read_answer
 from chatlm.front.lazy import web
 from chatlm.front.pool.catalogue import Catalogue
+from chatlm.front.serve import announce, serve_forever
 from chatlm.front.server import access
 from chatlm.front.server.access import server_urls
 from answers import said
@@ -744,7 +745,7 @@ class Server:
 
     def __init__(self, pool, capsys, **settings):
         self.pool, self.capsys, self.text = pool, capsys, ""
-        self.task = asyncio.ensure_future(chat_server.serve_forever(Settings(host="127.0.0.1", port=0, **settings), Catalogue(Settings(**settings), pool)))
+        self.task = asyncio.ensure_future(serve_forever(Settings(host="127.0.0.1", port=0, **settings), Catalogue(Settings(**settings), pool)))
 
     async def printed(self, pattern):
         """Wait until `pattern` has been printed; returns the match."""
@@ -812,8 +813,8 @@ async def test_a_failed_start_closes_the_pool(capsys):
 
 async def test_a_warning_comes_only_with_a_reachable_port(capsys):
     """The network is warned about only when it can reach the port."""
-    chat_server.announce(FakePool(), Settings(host="0.0.0.0"), 8000)
-    chat_server.announce(FakePool(), Settings(host="127.0.0.1"), 8001)
+    announce(FakePool(), Settings(host="0.0.0.0"), 8000)
+    announce(FakePool(), Settings(host="127.0.0.1"), 8001)
     open_, closed = capsys.readouterr().out.split("8001")[0].split("Model:")[1:]
     assert "http://127.0.0.1:8000" in open_ and "Warning: anyone" in open_ and "Warning" not in closed
 

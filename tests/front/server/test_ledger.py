@@ -7,6 +7,7 @@ import random
 import signal
 import sqlite3
 import subprocess
+import sys
 import urllib.request
 from collections import Counter
 from types import SimpleNamespace
@@ -14,10 +15,10 @@ from types import SimpleNamespace
 import aiohttp
 import pytest
 
-import chat_server
 from chatlm.common.config import ApiKey, Settings, read_api_keys
 from chatlm.common.errors import ConfigError, Overloaded
 from chatlm.common.messages.requests import Accepted, Delta, Finished, Piece, Usage
+from chatlm.front.front import create_app
 from chatlm.front.server import access, budgets, connections, ledger, usage_writer
 from chatlm.front.server.ledger import Amount, Ledger, UsageRow
 from chatlm.front.server.usage import UsageRoutes, days_of
@@ -39,7 +40,7 @@ async def kept(pool, settings, path):
     store = Store(path)
     store.open()
     with access.listen_on("127.0.0.1", 0) as listener:
-        app = chat_server.create_app(catalogue_of(pool, settings), settings, store)
+        app = create_app(catalogue_of(pool, settings), settings, store)
         async with connections.serving(app, listener):
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
@@ -623,7 +624,7 @@ def test_a_killed_front_has_charged_only_what_it_sent(tmp_path, nanochat_fixture
                       f"  for line in urllib.request.urlopen(urllib.request.Request({url!r} + '/v1/completions', body, {{'Content-Type': 'application/json'}})):\n"
                       "    if line.startswith(b'data: {'):\n"
                       "      [print(len(c.get('token_ids') or ()), c.get('finish_reason') or '-', flush=True) for c in json.loads(line[6:])['choices']]\n")
-            clients = [subprocess.Popen([chat_server.sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            clients = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
                        for _ in range(3)]
             lines = []
             while sum(line.endswith("length\n") for line in lines) < 10:

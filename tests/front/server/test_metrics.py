@@ -55,8 +55,8 @@ def test_tokens_of_one_piece_count_one_by_one():
 
 
 def test_only_a_scrape_imports_the_library():
-    code = ("import sys, chat_server; from chatlm.common.config import Settings; from chatlm.front.pool.catalogue import Catalogue; "
+    code = ("import sys; from chatlm.common.config import Settings; from chatlm.front.front import create_app; from chatlm.front.pool.catalogue import Catalogue; "
             "from chatlm.front.pool.pool import make_pool; settings = Settings(); "
-            "chat_server.create_app(Catalogue(settings, make_pool(settings)), settings); print('prometheus_client' in sys.modules)")
+            "create_app(Catalogue(settings, make_pool(settings)), settings); print('prometheus_client' in sys.modules)")
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert found.stdout.split() == ["False"], found.stderr

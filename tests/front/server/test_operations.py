@@ -17,13 +17,14 @@ from dataclasses import replace
 import pytest
 
 import chat_server
-from chatlm.cli import parse_command_line
 from chatlm.common.config import ApiKey, Settings
 from chatlm.common.errors import ConfigError, EngineFailure, Overloaded, RequestError
 from chatlm.common.log import CalmLog, JsonLines, ProgressDisplay, TextLines, tell
 from chatlm.common.messages.requests import Finished
 from chatlm.common.program import program_root
 from chatlm.front.pool.catalogue import Catalogue
+from chatlm.front.serve import announce, serve_forever
+from command_line import parse_command_line
 from fake_pool import FakePool, conversation, frames, serving
 from real_server import server
 
@@ -325,7 +326,7 @@ async def test_bytes_that_are_no_http_are_not_logged(caplog):
 async def test_answers_beyond_the_drain_time_get_an_error(client, capsys):
     """They end with an error event."""
     pool = FakePool(["one"], gate=asyncio.Event())
-    server = asyncio.ensure_future(chat_server.serve_forever(Settings(host="127.0.0.1", port=0, drain_timeout=0.01), Catalogue(Settings(), pool)))
+    server = asyncio.ensure_future(serve_forever(Settings(host="127.0.0.1", port=0, drain_timeout=0.01), Catalogue(Settings(), pool)))
     printed = ""
     while not (found := re.search(r"  (http://\S+)\n", printed)):
         await asyncio.sleep(0)
@@ -395,5 +396,5 @@ async def test_everything_is_served_under_the_prefix(client, capsys):
             assert (await client.post(url + path, json=conversation(), headers={"X-Api-Key": "key"})).status == 404
         wrong = await client.post(url + "/deep/chat" + OPENAI, json={}, headers={"X-Api-Key": "key"})
         assert (await wrong.json())["error"]["param"] == "messages"
-    chat_server.announce(FakePool(), settings, 8000)
+    announce(FakePool(), settings, 8000)
     assert "http://127.0.0.1:8000/deep/chat/" in capsys.readouterr().out

@@ -9,14 +9,14 @@ import pickle
 import aiohttp
 import pytest
 
-import chat_server
-from chatlm.cli import parse_command_line
 from chatlm.common.config import ApiKey, Settings, read_api_keys
 from chatlm.common.errors import ConfigError, RequestError
 from chatlm.common.messages.requests import Message
+from chatlm.front.serve import announce
 from chatlm.front.server import connections, streams
 from chatlm.terminal.chat import new_request
 from chatlm.terminal.remote import RemotePool
+from command_line import parse_command_line
 from fake_pool import FakePool, conversation, serving
 from patching import patch
 
@@ -134,7 +134,7 @@ async def test_a_key_is_never_logged(client, caplog):
 async def test_an_open_server_on_the_network_is_warned_of(capsys):
     """A locked one is not."""
     for host, keys in (("0.0.0.0", ()), ("0.0.0.0", KEYS), ("127.0.0.1", ())):
-        chat_server.announce(FakePool(), Settings(host=host, keys=keys), 8000)
+        announce(FakePool(), Settings(host=host, keys=keys), 8000)
         assert ("Warning" in capsys.readouterr().out) == (host == "0.0.0.0" and not keys)
 
 

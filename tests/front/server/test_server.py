@@ -19,9 +19,9 @@ import aiohttp
 import psutil
 import pytest
 
-import chat_server
 from chatlm.common.config import Settings
 from chatlm.common.core import decode_core, torch_installed
+from chatlm.front.front import create_app
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.pool import make_pool
 from chatlm.front.server.access import listen_on
@@ -161,7 +161,7 @@ async def served(settings):
     """A WorkerPool behind the real HTTP front in this process: (pool, url)."""
     pool = make_pool(settings, worker_command=DYING)
     with listen_on("127.0.0.1", 0) as listener:
-        async with serving(chat_server.create_app(Catalogue(settings, pool), settings), listener):
+        async with serving(create_app(Catalogue(settings, pool), settings), listener):
             try:
                 await pool.start()
                 await pool.wait_ready()

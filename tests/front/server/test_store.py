@@ -368,7 +368,7 @@ def test_sqlite_is_imported_only_with_the_flag(tmp_path):
 
 async def test_without_a_path_the_store_is_user_state(tmp_path, monkeypatch):
     """It is among the user's state."""
-    from chatlm.cli import parse_command_line
+    from command_line import parse_command_line
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     settings = parse_command_line(["serve", "model.gguf", "--database"], {})
     assert settings.model == "model.gguf"

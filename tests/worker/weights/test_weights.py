@@ -1071,4 +1071,4 @@ def test_a_named_base_folder_must_be_there(tmp_path, monkeypatch):
 @pytest.mark.parametrize("model, near", [("chta", "did you mean the command chat?"), ("zzz", "'zzz'. MODEL may be")])
 def test_a_misspelled_command_is_recognised(model, near):
     with pytest.raises(ConfigError, match=re.escape(near)):
-        resolve_model(Settings(model=model))
+        resolve_model(Settings(model=model, commands=("serve", "chat")))
