@@ -26,7 +26,7 @@ from chatlm.common.hub.local import no_progress    # noqa: E402
 from chatlm.common.processes.start import threads_per_worker    # noqa: E402
 from chatlm.worker.build import build_transformer    # noqa: E402
 from chatlm.worker.model.batch import Batch    # noqa: E402
-from chatlm.worker.ranks.ranks import RankAlone    # noqa: E402
+from chatlm.worker.ranks.alone import RankAlone    # noqa: E402
 from chatlm.worker.weights.load import open_model    # noqa: E402
 
 PAGE, PROMPT = 16, 256
