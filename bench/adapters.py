@@ -78,7 +78,7 @@ def main():
     args = parser.parse_args()
     counts, device = [int(word) for word in args.adapters.split(",")], torch.device("cpu")
     torch.set_num_threads(args.threads or threads_per_worker(1))
-    settings = Settings(model=args.model, max_batch=args.rows, kv_cache_memory=1 << 30)
+    settings = Settings(model=args.model, max_batch=args.rows, kv_cache_memory=1 << 30, adapter=("random",))
     source = resolve_model(settings, no_progress)
     _, transformer, pages, *_ = build_transformer(open_model(source, settings, device), source, settings, device, no_progress, RankAlone())
     assert pages >= args.rows * -(-args.context // PAGE), f"{pages} pages are too few for --rows and --context"

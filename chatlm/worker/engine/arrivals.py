@@ -55,7 +55,7 @@ class Arrivals:
         if error:
             log.warning("an answer lacks a part of the engine: %s", error_text(error))
             return str(error) if isinstance(error, ChatServerError) else failure_text(error)
-        return next(filter(None, (shown(late.loaded, arrival.sequence) for late in arrival.missing)), "")
+        return why_not([late.loaded for late in arrival.missing], arrival.sequence)
 
 
 def make_all(missing: Seq[LatePart[Any]]):
@@ -63,6 +63,14 @@ def make_all(missing: Seq[LatePart[Any]]):
         late.get()
 
 
-def shown(part: Any, sequence: Sequence) -> str:
-    """Show a part a sequence, if it has hooks. Why the sequence cannot be computed; "" if it can."""
-    return part.comes(sequence) if isinstance(part, Part) else ""
+def why_not(parts: Seq[Any], sequence: Sequence) -> str:
+    """Show a new sequence to the parts that have hooks. Why it cannot be computed; "" if it can. What a part
+    raises fails only this answer."""
+    for part in parts:
+        try:
+            if isinstance(part, Part) and (fault := part.comes(sequence)):
+                return fault
+        except Exception as error:
+            log.exception("a part of the engine failed")
+            return failure_text(error)
+    return ""

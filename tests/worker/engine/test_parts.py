@@ -11,6 +11,7 @@ from chatlm.common import program
 from chatlm.common.config import Settings
 from chatlm.common.messages.protocol import PartSays, Stepped, WORKER_PIPE
 from chatlm.common.messages.requests import Failed, Piece, SamplingParams
+from chatlm.common.messages.wire import HEADER, unpacked
 from chatlm.worker import parts
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.parts import PARTS, PartRow
@@ -78,9 +79,9 @@ def test_what_it_says_comes_before_the_tokens_and_crosses_the_pipe(path):
             events += engine.step()
     kinds = [type(event).__name__ for _, event in events]
     assert kinds == ["PartSays", "Piece"] * 3 + ["Ended"]
-    message = Stepped(events, {})
-    kind, size = WORKER_PIPE.kind_and_size(WORKER_PIPE.packed(message)[:5])
-    assert kind is Stepped and size > 0
+    packed = WORKER_PIPE.packed(Stepped(events, {}))
+    kinds = [type(event) for _, event in unpacked(Stepped, packed[HEADER.size:]).events]
+    assert kinds == [type(event) for _, event in events]
 
 
 def test_only_the_first_answer_that_asks_has_it_made_in_a_thread(path):
@@ -151,6 +152,15 @@ def test_a_part_that_cannot_be_made_fails_one_answer(path):
     engine = engine_with(path, PartRow("lens", load, asked=LENS.asked))
     for _ in range(2):
         assert isinstance(failure(engine, work("lens", logprob_ids=(7,))), Failed)
+
+
+@pytest.mark.parametrize("hook", ["comes", "adds"])
+def test_what_a_part_raises_fails_one_answer(path, hook, monkeypatch):
+    engine = engine_with(path, LENS)
+    expected = pieces(engine, [work("lens", logprob_ids=(7,))])["lens"].tokens
+    monkeypatch.setattr(lens_of(engine), hook, lambda sequence: 1 / (sequence.work.id != "lens") and ())
+    assert failure(engine, work("lens", logprob_ids=(7,))).message.endswith("(ZeroDivisionError)")
+    assert pieces(engine, [work("plain")])["plain"].tokens == expected
 
 
 def test_an_answer_that_is_cancelled_while_its_part_is_made_leaves_nothing(path):
