@@ -26,7 +26,7 @@ from chatlm.common.hub.local import no_progress    # noqa: E402
 from chatlm.common.processes.start import threads_per_worker    # noqa: E402
 from chatlm.worker.build import build_transformer    # noqa: E402
 from chatlm.worker.model.batch import Batch    # noqa: E402
-from chatlm.worker.ranks.ranks import RankAlone    # noqa: E402
+from chatlm.worker.ranks.alone import RankAlone    # noqa: E402
 from chatlm.worker.weights.load import open_model    # noqa: E402
 
 PAGE, PROMPT = 16, 256
@@ -78,7 +78,7 @@ def main():
     args = parser.parse_args()
     counts, device = [int(word) for word in args.adapters.split(",")], torch.device("cpu")
     torch.set_num_threads(args.threads or threads_per_worker(1))
-    settings = Settings(model=args.model, max_batch=args.rows, kv_cache_memory=1 << 30)
+    settings = Settings(model=args.model, max_batch=args.rows, kv_cache_memory=1 << 30, adapter=("random",))
     source = resolve_model(settings, no_progress)
     _, transformer, pages, *_ = build_transformer(open_model(source, settings, device), source, settings, device, no_progress, RankAlone())
     assert pages >= args.rows * -(-args.context // PAGE), f"{pages} pages are too few for --rows and --context"

@@ -1,4 +1,4 @@
-"""What a default server has not loaded: the annexes of its front."""
+"""What a default server has not loaded: the annexes of its front, and the parts of its worker."""
 
 import json
 import os
@@ -32,6 +32,17 @@ ABSENT = """
     chatlm.front.store chatlm.front.tools.client chatlm.front.tools.toolbox chatlm.terminal
     prometheus_client sqlite3
 """.split()
+# Of the worker, after these answers
+ABSENT_IN_WORKER = """
+    chatlm.common.processes.connect chatlm.common.processes.ray chatlm.common.processes.torchrun
+    chatlm.common.text.grammar chatlm.export chatlm.front chatlm.worker.doctor
+    chatlm.worker.engine.adapter_slots chatlm.worker.engine.calculator
+    chatlm.worker.engine.draft_head chatlm.worker.engine.draft_model
+    chatlm.worker.engine.embedding chatlm.worker.engine.grammar chatlm.worker.engine.grammars
+    chatlm.worker.engine.model_drafts chatlm.worker.engine.sight chatlm.worker.other_rank
+    chatlm.worker.ranks.links chatlm.worker.ranks.ranks chatlm.worker.ranks.steps
+    chatlm.worker.survey chatlm.worker.weights.shards llguidance ssl torch
+""".split()
 # In each process: at SIGUSR1 it writes the names of its modules, and what its event loop has imported
 SPY = """
 import os, signal, sys, threading
@@ -59,10 +70,17 @@ def spied(tmp_path):
     return os.environ | {"SPY": str(tmp_path), "PYTHONPATH": str(tmp_path)}
 
 
+def children_of(process, role):
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child.pid for child in children if role in child.cmdline()]
+
+
 def modules_of(process, folder):
     """Of the front and its sandboxes, as they are now."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    pids = [process.pid, *(child.pid for child in children if "sandbox" in child.cmdline())]
+    return modules_in([process.pid, *children_of(process, "sandbox")], folder)
+
+
+def modules_in(pids, folder):
     for pid in pids:
         os.kill(pid, signal.SIGUSR1)
     while not all((folder / str(pid)).exists() for pid in pids):
@@ -71,12 +89,34 @@ def modules_of(process, folder):
     return {name for modules, _ in written for name in modules.split()}
 
 
+def test_the_first_answer_that_needs_a_part_has_it_imported(default_model_path, spied, tmp_path):
+    """Not by the worker's thread that computes: other answers go on meanwhile."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    formed = {"messages": MESSAGES, "max_tokens": 20, "response_format": {
+        "type": "json_schema", "json_schema": {"name": "a", "schema": schema}}}
+    parts = {"embedding": ("/v1/embeddings", {"input": "a"}), "grammars": ("/v1/chat/completions", formed)}
+    with server(default_model_path, env=spied) as (process, url):
+        [worker] = children_of(process, "worker")
+        for name, (path, body) in parts.items():
+            assert post(url + path, body).status == 200
+            (tmp_path / str(worker)).unlink(missing_ok=True)
+            assert f"chatlm.worker.engine.{name}" in modules_in([worker], tmp_path)
+        by_main_thread = (tmp_path / str(worker)).read_text().splitlines()[1].split()
+    assert not {f"chatlm.worker.engine.{name}" for name in parts} & {*by_main_thread}
+    assert "chatlm.worker.engine.engine" in by_main_thread
+
+
 def imported_by_the_loop(process, folder):
     """What the event loop of the front has imported so far."""
     modules_of(process, folder)
     names = (folder / str(process.pid)).read_text().splitlines()[1].split()
     (folder / str(process.pid)).unlink()
     return names
+
+
+def packages_of(modules):
+    """They, and the packages that they are in."""
+    return {name.rsplit(".", cut)[0] for name in modules for cut in range(name.count(".") + 1)}
 
 
 def test_a_default_server_loads_no_annex(default_model_path, spied, tmp_path):
@@ -94,8 +134,12 @@ def test_a_default_server_loads_no_annex(default_model_path, spied, tmp_path):
                 urllib.request.urlopen(urllib.request.Request(url + path, method=method), timeout=60)
         modules = modules_of(process, tmp_path)
         described = json.load(urllib.request.urlopen(url + "/openapi.json", timeout=60))["paths"]
-    packages = {name.rsplit(".", cut)[0] for name in modules for cut in range(name.count(".") + 1)}
+        workers = children_of(process, "worker")
+        assert len(workers) == 1
+        in_worker = packages_of(modules_in(workers, tmp_path))
+    packages = packages_of(modules)
     assert packages.isdisjoint(ABSENT), packages & {*ABSENT}
+    assert in_worker.isdisjoint(ABSENT_IN_WORKER), in_worker & {*ABSENT_IN_WORKER}
     assert {row.pattern for annex in ANNEXES for row in annex.routes} <= {*described}
 
 

@@ -9,26 +9,25 @@ from typing import NamedTuple, TYPE_CHECKING
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.local import no_progress
 from chatlm.common.log import log
-from chatlm.worker.arrays.kinds import FLOATS, Device
+from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.drafting import DraftHelp, plan_drafters
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.limits import FREE_ROWS
-from chatlm.worker.engine.lookup import TOKEN_BYTES, Lookup
-from chatlm.worker.engine.model_drafts import ModelDrafts
 from chatlm.worker.engine.pieces import open_for_answers
 from chatlm.worker.memory_plan import FITS, layers_of_floats, plan_model, prefill_chunk
 from chatlm.worker.model.kernels import Backend, choose_backend
-from chatlm.worker.model.tower import Tower, chunk_work
 from chatlm.worker.model.transformer import Transformer
-from chatlm.worker.ranks.ranks import PlannedRank, RankAlone
-from chatlm.worker.weights.adapters import adapter_reader
+from chatlm.worker.parts import Making, make_parts
+from chatlm.worker.ranks.alone import PlannedRank, RankAlone
 from chatlm.worker.weights.load import open_model
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from chatlm.common.config import Settings
     from chatlm.common.hub.local import Progress
     from chatlm.common.messages.requests import ModelSource
     from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.worker.arrays.kinds import AdapterMatrix
     from chatlm.worker.drafting import DraftPlan
     from chatlm.worker.engine.draft_head import DraftHead
     from chatlm.worker.engine.draft_model import DraftModel
@@ -43,12 +42,6 @@ IS_BASE = ("It is a base checkpoint, which was not taught to chat: it continues 
 EMBEDS = ("It makes vectors of texts, for /v1/embeddings, /api/embed, /v1/score and the command embed; it "
           "cannot chat")
 RANKS = "It ranks documents for a query, for /v1/rerank and /v1/score; it cannot chat"
-
-
-# How many chunks of prompts take as long as a part of an image. Others wait for that part and for a step,
-# which may have a chunk: so for no more than two chunks.
-PART_CHUNKS = 1
-FLOAT_TYPES = (*FLOATS, "f32", "f16", "bf16")  # of matrices, as tensors and as tiles call them
 
 
 class BuiltModel(NamedTuple):
@@ -85,17 +78,12 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
     drafts = those_that_fit(drafts, model, settings, device, draft_help)
     built = build_transformer(model, source, settings, device, progress, ranks, drafts)
     model = built.model
-    tower = make_tower(model, built.transformer, settings, device, chunk)
     drafters = load_drafters(drafts, tokenizer, built, progress, draft_help)
     model.notes += tuple(drafter.line() for drafter in drafters)
-
-    lookup = Lookup(settings.draft_memory // TOKEN_BYTES)
-    if settings.drafts != "none":
-        lookup.read(texts, tokenizer.encode)
+    making = Making(settings, model, built.transformer, tokenizer, device, chunk, ranks, drafters, texts)
     engine = Engine(built.transformer, tokenizer, built.transformer.kernels, num_pages=built.num_pages,
                     max_batch=built.max_batch, context_length=built.context_length, prefill_chunk=chunk,
-                    drafts=settings.drafts, ranks=ranks, state_bytes=state_bytes, ranking=model.ranking,
-                    head=model.head, lookup=lookup, draft_models=[*map(ModelDrafts, drafters)], tower=tower)
+                    drafts=settings.drafts, ranks=ranks, state_bytes=state_bytes, parts=make_parts(making))
     return model, engine
 
 
@@ -108,21 +96,6 @@ def note_purpose(model: LoadedModel, tokenizer: Tokenizer):
         model.notes += (CANNOT_CHAT,)
     elif tokenizer.continues_texts:
         model.notes += (IS_BASE,)
-
-
-def make_tower(model: LoadedModel, transformer: Transformer, settings: Settings, device: Device,
-               chunk: int) -> Tower | None:
-    """What sees images; None if the model sees none. Where the model's own matrices are quantized, layers of
-    floats in the tower become q8_0: that is no less exact than what reads their results, and 2.3 times as
-    fast."""
-    if not model.eyes:
-        return None
-    is_quantized = bool(transformer.matrix_types) and transformer.matrix_types[0] not in FLOAT_TYPES
-    quantize = settings.quantize
-    if not quantize and is_quantized and transformer.kernels.backend.quantizes:
-        quantize = "q8_0"
-    return Tower(model.eyes, device, dtype=model.dtype, quantize=quantize,
-                 part=PART_CHUNKS * chunk_work(model.architecture, chunk, is_quantized))
 
 
 def load_drafters(drafts: Seq[DraftPlan], tokenizer: Tokenizer, built: BuiltModel, progress: Progress,
@@ -180,9 +153,18 @@ def build_transformer(
     transformer = Transformer(
         model.architecture, model.tensors, plan.kernels, num_pages=num_pages, device=device,
         dtype=model.dtype, num_slots=running + FREE_ROWS + snapshots, groups=plan.groups,
-        kv=plan.memory.kv, read_adapter=adapter_reader(model), progress=progress,
+        kv=plan.memory.kv, read_adapter=reader_of_adapters(model, settings), progress=progress,
         max_tokens=plan.max_tokens, max_rows=plan.max_rows)
     return BuiltModel(model, transformer, num_pages, context_length, running)
+
+
+def reader_of_adapters(model: LoadedModel, settings: Settings
+                       ) -> Callable[[Path], dict[str, AdapterMatrix]] | None:
+    """What reads the adapters of --adapter; None without the flag, and for a model that accepts none."""
+    if not settings.adapter:
+        return None
+    from chatlm.worker.weights.adapters import adapter_reader
+    return adapter_reader(model)
 
 
 # The mean KL from the next tokens of float weights to those of a type: of the default model, whose rows are

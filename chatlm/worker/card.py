@@ -13,12 +13,50 @@ from chatlm.common.messages.protocol import ModelCard
 from chatlm.common.messages.requests import ModelFacts
 from chatlm.common.processes.nodes import advice
 from chatlm.common.processes.launch import ranks_here
+from chatlm.worker.engine.facts import CacheFacts, EngineFacts
 from chatlm.worker.weights.digest import sampled_digest
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import SurveyConfig, WorkerConfig
-    from chatlm.worker.engine.facts import EngineFacts, StateFacts
+    from chatlm.worker.engine.engine import Engine
+    from chatlm.worker.engine.facts import StateFacts
     from chatlm.worker.weights.rules import LoadedModel
+
+
+def facts_of(engine: Engine) -> EngineFacts:
+    """What an engine is made of, in figures."""
+    transformer = engine.transformer
+    ranks = engine.ranks
+    states = engine.pool.states
+    return EngineFacts(
+        device=engine.device,
+        stages=ranks.stages if ranks else 1,
+        tp=ranks.tp if ranks else 1,
+        context_length=engine.context_length,
+        scored_length=engine.scored_length,
+        max_batch=engine.limits.max_batch,
+        prefill_chunk=engine.limits.prefill_chunk,
+        of_texts=engine.of_texts,
+        kernel_names=dict(engine.kernels.names),
+        row_invariant=engine.kernels.row_invariant,
+        weight_types=transformer.weight_types,
+        matrix_type=transformer.matrix_types[0],
+        weights_bytes=transformer.weights_bytes,
+        cache=cache_facts(engine),
+        states=states.facts(engine.state_bytes) if states else None)
+
+
+def cache_facts(engine: Engine) -> CacheFacts:
+    transformer = engine.transformer
+    return CacheFacts(
+        pages=engine.pool.num_pages,
+        page_bytes=transformer.layout.page_bytes,
+        has_holes=transformer.groups.holes,
+        depth=transformer.groups.depth,
+        pages_of_longest=engine.pool.pages_for(engine.context_length, engine.limits.prefill_chunk),
+        types=tuple(dict.fromkeys(filter(None, transformer.layout.types))),
+        token_bytes=engine.token_bytes,
+        lasting_token_bytes=transformer.token_bytes(lasting=True))
 
 
 def make_card(model: LoadedModel, engine: EngineFacts, config: WorkerConfig, bound: str) -> ModelCard:

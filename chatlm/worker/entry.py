@@ -21,6 +21,7 @@ from chatlm.common.messages.protocol import SURVEY_PIPE, WORKER_PIPE, Crashed, L
 from chatlm.common.messages.quantizing import IMATRIX_PIPE, QUANTIZE_PIPE
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.child import join_parent
+from chatlm.common.program import stamp_at_start
 from chatlm.worker.ranks.messages import RANK_PIPE, RankConfig
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ READERS_AHEAD = "chatlm.worker.weights.gguf_model", "chatlm.worker.weights.mmpro
 def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[str]) -> int:
     """Join the parent and `run` until the other end hangs up."""
     channel = join_parent(arguments, pipe)
+    if pipe is WORKER_PIPE:
+        stamp_at_start()  # before any module of which others, imported later, must be of the same version
     # it may have been started ahead; what is missing is said below
     with suppress(ImportError), uncollected():
         for module in (AHEAD[pipe], *READERS_AHEAD):

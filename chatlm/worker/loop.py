@@ -12,7 +12,7 @@ from chatlm.common.memory import give_memory_back
 from chatlm.common.messages.protocol import Ready
 from chatlm.common.messages.requests import Failed
 from chatlm.worker.device import lack_of_gpu_memory
-from chatlm.worker.engine.engine import failure_text
+from chatlm.worker.engine.drawn import failure_text
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.reports import Reports
 from chatlm.worker.engine.warm_up import WarmUp

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.model.kernels import Kernels
     from chatlm.worker.model.pages import LayerGroups
-    from chatlm.worker.ranks.ranks import RankAlone
+    from chatlm.worker.ranks.alone import RankAlone
     from chatlm.worker.weights.rules import LoadedModel
 
 

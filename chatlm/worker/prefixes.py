@@ -9,6 +9,7 @@ from chatlm.common.config import store_place
 from chatlm.common.errors import ConfigError
 from chatlm.common.log import log
 from chatlm.common.segments import MOST_GROUPS
+from chatlm.worker.engine.keeper import PageKeeper
 from chatlm.worker.engine.kept_pages import KeptPages
 from chatlm.worker.weights.digest import arithmetic_of, files_of, fingerprint_of, profile_of, whole_digest
 
@@ -54,5 +55,6 @@ class PrefixPlan:
             digest = whole_digest(self.files, self.fingerprint, store)
             return profile_of(digest, arithmetic_of(engine.transformer, settings))
 
-        keeper = engine.keep(kept)
+        keeper = PageKeeper(engine.pool, engine.transformer, kept, engine.times)
+        engine.keep(keeper)
         keeper.begin(profile, self.PATIENCE_S)

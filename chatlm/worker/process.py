@@ -16,13 +16,12 @@ from chatlm.common.messages.protocol import Loading, ModelText
 from chatlm.common.processes.start import threads_per_worker
 from chatlm.common.processes.launch import ranks_here
 from chatlm.worker.build import build_engine
-from chatlm.worker.card import make_card
+from chatlm.worker.card import facts_of, make_card
 from chatlm.worker.device import bind_to_node, prepare_device
 from chatlm.worker.drafting import DraftHelp
 from chatlm.worker.engine.warm_up import WarmUp
 from chatlm.worker.loop import WorkerLoop
 from chatlm.worker.prefixes import PrefixPlan
-from chatlm.worker.ranks.ranks import gather_ranks
 
 if TYPE_CHECKING:
     from chatlm.common.hub.local import Progress
@@ -60,6 +59,7 @@ def start_engine(channel: Channel, config: WorkerConfig) -> tuple[Engine, WarmUp
 
     ranks = None
     if ranks_per_replica(settings) > 1:
+        from chatlm.worker.ranks.ranks import gather_ranks
         ranks = gather_ranks(config, progress)  # processes that it starts may run where this one still may
     device = prepare_device(config)
     bound = bind_to_node(config, 0)
@@ -94,7 +94,7 @@ def load_engine(channel: Channel, config: WorkerConfig, device: Device, bound: s
     model, engine = build_engine(
         config.source, config.settings, device, progress, ranks,
         opened=lambda model: channel.send(ModelText(model.text)), draft_help=draft_help)
-    card = make_card(model, engine.facts(), config, bound)
+    card = make_card(model, facts_of(engine), config, bound)
     channel.send(replace(card, without=tuple(draft_help.without)))
     return engine
 

@@ -13,7 +13,7 @@ from chatlm.worker.card import model_facts
 from chatlm.worker.device import check_gpu
 from chatlm.worker.drafting import DraftHelp, plan_drafters
 from chatlm.worker.memory_plan import plan_model, prefill_chunk
-from chatlm.worker.ranks.ranks import PlannedRank
+from chatlm.worker.ranks.alone import PlannedRank
 from chatlm.worker.weights.load import open_model
 
 if TYPE_CHECKING:

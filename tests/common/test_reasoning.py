@@ -22,6 +22,7 @@ from chatlm.front.api.readers import parse_openai_request
 from chatlm.worker.engine.answer import Answer
 from chatlm.worker.weights.gguf import gguf_text
 from answers import asked, calls_of, said, thought, together
+from engine_parts import use_tokenizer
 from engines import draft_eagerly, load, make_engine, pieces, tokens_of
 from fake_pool import FakePool, Letters, frames, serving
 from nightly import by_day
@@ -402,10 +403,9 @@ VOCABULARIES = {}       # by special tokens: what grammars know of a tokenizer, 
 
 
 def with_template(engine, default_model_path, template, names=()):
-    engine.answers.grammars.clear()
     if known := vars(engine.tokenizer).get("bare_vocabulary"):
         VOCABULARIES[frozenset(engine.tokenizer.specials.items())] = known
-    tokenizer = engine.tokenizer = engine.answers.tokenizer = templated(template, default_model_path)
+    tokenizer = use_tokenizer(engine, templated(template, default_model_path))
     tokenizer.specials = {name: token for name, token in tokenizer.specials.items() if token not in SPARE.values()} | {name: SPARE[name] for name in names}
     tokenizer.stop_tokens = load(default_model_path).text.stop_tokens
     if known := VOCABULARIES.get(frozenset(tokenizer.specials.items())):

@@ -29,6 +29,7 @@ from chatlm.front.api.readers import parse_openai_request
 from chatlm.worker.engine.answer import Answer, RepeatedCalls
 from chatlm.worker.engine.grammar import Grammar
 from answers import calls_of
+from engine_parts import use_tokenizer
 from engines import draft_eagerly, load, make_engine, pieces, step_pieces
 from fake_pool import FakePool, Letters, frames, serving
 from nightly import WHOLE, by_day
@@ -470,7 +471,8 @@ def test_a_model_without_tools_makes_required_calls(engine, tool_format, choice,
 def test_the_default_model_makes_several_calls(default_model_path):
     """The default model makes several calls in tags, and so does a worker that takes over."""
     engine = make_engine(default_model_path, num_pages=200, max_batch=8, as_stored=True)
-    engine.tokenizer = engine.answers.tokenizer = open_tokenizer(replace(load(default_model_path).text, system=None, chat_template=TAG_FAMILIES["qwen tags"]))
+    text = replace(load(default_model_path).text, system=None, chat_template=TAG_FAMILIES["qwen tags"])
+    use_tokenizer(engine, open_tokenizer(text))
     tool = {"type": "function", "function": {"name": "trip", "parameters": {
         "type": "object", "required": ["city", "days", "kind"], "properties": {
             "city": {"type": "string", "minLength": 3, "maxLength": 12, "pattern": "^[A-Z][a-z ]+$"}, "days": {"type": "integer", "minimum": 2, "maximum": 9},

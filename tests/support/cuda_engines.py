@@ -13,6 +13,7 @@ from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.model_of import model_of
 from decode_core import cuda_steps
+from engine_parts import parts_of
 from engines import step_pieces
 from near_tie import assert_same_tokens_or_near_tie
 from works import assignment
@@ -29,7 +30,7 @@ def engine_on(kernels, model, device="cpu", *, num_pages=200, max_batch=6, max_r
                               device=device, dtype="float32", max_tokens=prefill_chunk + max_rows, max_rows=max_rows,
                               num_slots=max_batch + FREE_ROWS + 12, kv=kv)
     return Engine(transformer, tokenizer, kernels, num_pages=num_pages, max_batch=max_batch, context_length=context_length,
-                  prefill_chunk=prefill_chunk)
+                  prefill_chunk=prefill_chunk, parts=parts_of(transformer, tokenizer))
 
 
 def cuda_engine(backend, model, monkeypatch, prepare=True, **sizes):

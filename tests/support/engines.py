@@ -24,6 +24,7 @@ from chatlm.worker.ops.sampling import sample_reference
 from chatlm.worker.ops.tensors import tensor_of
 from chatlm.worker.weights.adapters import adapter_reader
 from chatlm.worker.weights.load import open_model
+from engine_parts import parts_of
 from near_tie import Traced, draw_gap
 from works import assignment
 
@@ -42,12 +43,12 @@ def tensors_of(model):
 
 
 def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context_length=None, reference=False, as_stored=False,
-                apart=False, num_snapshots=20, kv=None, opened_for=None, fine=False):
+                apart=False, num_snapshots=20, kv=None, opened_for=None, fine=False, **parts):
     """A float32 engine over the model at `path` (the weights are read once per test session).
 
     It runs the ops that a server would choose: decode_core's if it is built, unless `reference`. With
     `as_stored` they run on the quantized weights; `apart`, layers with a window give pages back, as in a server. A context of
-    `opened_for` tokens may change what the model computes.
+    `opened_for` tokens may change what the model computes. parts: as `parts_of` takes them.
     """
     model = load(path, as_stored and core.decode_core() is not None and not reference, opened_for)
     rows = max(max_batch, FREE_ROWS)
@@ -57,8 +58,10 @@ def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context
     groups = group_layers(model.architecture.by_layer, context_length or model.context_length, apart, kv)
     transformer = Transformer(model.architecture, dict(model.tensors), kernels, num_pages=num_pages, dtype=model.dtype, groups=groups, kv=kv,
                               num_slots=max_batch + FREE_ROWS + num_snapshots, read_adapter=adapter_reader(model), **limits)
-    return Engine(transformer, text_load.open_tokenizer(model.text), kernels, num_pages=num_pages, max_batch=max_batch,
-                  context_length=context_length or model.context_length, prefill_chunk=prefill_chunk, ranking=model.ranking)
+    tokenizer = text_load.open_tokenizer(model.text)
+    return Engine(transformer, tokenizer, kernels, num_pages=num_pages, max_batch=max_batch,
+                  context_length=context_length or model.context_length, prefill_chunk=prefill_chunk,
+                  parts=parts_of(transformer, tokenizer, model, **parts))
 
 
 class Run:

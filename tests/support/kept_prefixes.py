@@ -13,6 +13,7 @@ from chatlm.common.config import PAGE_SIZE
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.segments import Segment, open_file
 from chatlm.front.pool.prefixes import StoreWriter
+from chatlm.worker.engine.keeper import PageKeeper
 from chatlm.worker.engine.kept_pages import KeptPages
 from engines import make_engine, pieces, tokens_of
 from works import assignment
@@ -40,7 +41,8 @@ def memory():
 def keep(engine, memory, store=None, profile=b"p" * 16, token_s=1.0):
     """Have an engine's pages outlive it; computing is slow, so that reading is worth it."""
     kept = KeptPages(memory.paths, memory.size, store, "the model")
-    keeper = engine.keep(kept)
+    keeper = PageKeeper(engine.pool, engine.transformer, kept, engine.times)
+    engine.keep(keeper)
     keeper.begin(lambda: profile, 60)
     engine.times.token_s, keeper.pace.GRACE_S, engine.times.timed_tokens = token_s, 60.0, 1 << 30
     return engine

@@ -9,7 +9,7 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.protocol import SurveyConfig
 from chatlm.worker.build import build_transformer
 from chatlm.worker.model import kernels
-from chatlm.worker.ranks.ranks import PlannedRank
+from chatlm.worker.ranks.alone import PlannedRank
 from chatlm.worker.survey import surveyed
 from chatlm.worker.weights.load import open_model
 from families import make_model, save

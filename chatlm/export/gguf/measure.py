@@ -24,7 +24,7 @@ from chatlm.worker.arrays.kinds import Device, floats, kind_of
 from chatlm.worker.doctor.running import step
 from chatlm.worker.memory_plan import plan_model
 from chatlm.worker.model.transformer import Transformer
-from chatlm.worker.ranks.ranks import RankAlone
+from chatlm.worker.ranks.alone import RankAlone
 from chatlm.worker.weights.families import FAMILIES
 from chatlm.worker.weights.gguf_file import readable
 from chatlm.worker.weights.gguf_model import GgufModel, read_gguf_model

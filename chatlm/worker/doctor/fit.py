@@ -18,7 +18,7 @@ from chatlm.worker.memory_plan import plan_model, prefill_chunk
 from chatlm.worker.doctor.findings import Findings, error, note, warning
 from chatlm.worker.doctor.running import CPU, ready, step
 from chatlm.worker.engine.kvcache import PagePool
-from chatlm.worker.ranks.ranks import RankAlone
+from chatlm.worker.ranks.alone import RankAlone
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.sizes import weight_bytes
 

@@ -10,7 +10,7 @@ from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.memory_plan import plan_model
 from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.transformer import Transformer
-from chatlm.worker.ranks.ranks import RankAlone
+from chatlm.worker.ranks.alone import RankAlone
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings

@@ -8,18 +8,22 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.files import MOST_OBJECT, opened, read_small
 from chatlm.common.hub.stamps import ADAPTER_FILES, Changed, adapter_stamp
+from chatlm.worker.engine.part import Part
 from chatlm.worker.weights.adapters import reading_thread
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
     from chatlm.common.hub.stamps import Stamp
+    from chatlm.worker.engine.sequence import Sequence
     from chatlm.worker.model.transformer import Transformer
     from chatlm.worker.ranks.ranks import RankZero
 
 
-class AdapterSlots:
+class AdapterSlots(Part):
     """Each adapter has a slot number, by which batches name it. It is the same in all ranks, and never used
     again."""
+
+    GONE = "the adapter's files have changed or been removed during this answer: send the request again"
 
     def __init__(self, transformer: Transformer, ranks: RankZero | None):
         self.transformer = transformer
@@ -33,6 +37,15 @@ class AdapterSlots:
 
     def gauges(self) -> dict[str, float]:
         return {"adapter_bytes": sum(self.sizes.values())}
+
+    def comes(self, sequence: Sequence) -> str:
+        """Set the slot of its adapter."""
+        adapter_id = sequence.work.params.adapter
+        if not adapter_id:
+            return ""
+        sequence.adapter = self.slots.get(adapter_id, 0)
+        sequence.adapter_digest = self.digests.get(sequence.adapter, "")
+        return "" if sequence.adapter else self.GONE
 
     def load(self, adapter_id: str, folder: Path) -> tuple[int, str]:
         """`begin`, then `end`."""

@@ -12,12 +12,12 @@ from chatlm.common.messages.requests import Delta
 from chatlm.common.text.answer_decoder import answer_decoder, parts_of, without_calls
 from chatlm.common.text.formats import with_markers
 from chatlm.common.text.reader import StopFinder, answer_reader
-from chatlm.worker.engine.calculator import CalculatorTool
 from chatlm.worker.engine.repetition import RepetitionFinder
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import AnswerParams
     from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.worker.engine.calculator import CalculatorTool
     from chatlm.worker.engine.grammar import Grammar
     from chatlm.worker.engine.sequence import Assignment
 
@@ -251,14 +251,16 @@ class Answer:
     resumed after a worker died, it is rebuilt from the ids alone."""
 
     def __init__(self, work: Assignment, tokenizer: Tokenizer, grammar: Grammar | None = None,
-                 compiled: Callable[[str], Grammar] | None = None, most: int | None = None):
-        """most: tokens that it may have, where the context has no room for max_tokens."""
+                 compiled: Callable[[str], Grammar] | None = None, most: int | None = None,
+                 tool: CalculatorTool | None = None):
+        """most: tokens that it may have, where the context has no room for max_tokens. tool: of its own, with
+        whose results it goes on."""
         self.work = work
         self.text = AnswerText(work, tokenizer)
         self.constraint = Constraint(work.params, tokenizer, grammar, compiled)
         self.thinking_ends = work.thinking_ends  # its reasoning ends after this many tokens; None: no limit
         self.thinking_ended = False    # did `_end_of_thinking` end it?
-        self.tool = CalculatorTool(tokenizer, tokenizer.tool_tokens) if tokenizer.tool_tokens else None
+        self.tool = tool
         # tokens to write before any is drawn: the calculator's result for the prompt or a chosen beginning
         self.owed = self.tool.continue_prompt(work.prompt_ids) if self.tool else []
         self.repetition = RepetitionFinder() if work.params.stop_on_repetition else None

@@ -1,47 +1,52 @@
-"""Makes the text side of sequences, in a thread if a grammar must be compiled, and the masks of grammars."""
+"""Makes the text side of sequences, in a thread if a grammar must be compiled for one."""
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import wait
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from chatlm.common.errors import ChatServerError, ConfigError
 from chatlm.common.log import log
-from chatlm.common.memory import heap_bytes
 from chatlm.common.text.reader import answer_reader
 from chatlm.worker.engine.answer import Answer
 from chatlm.worker.engine.drafts import NO_DRAFT
-from chatlm.worker.engine.grammar import FairThread, Grammar
+from chatlm.worker.engine.fair_thread import FairThread
+from chatlm.worker.engine.part import NO_PARTS, EngineParts
 from chatlm.worker.ops.sampling import preparation
 
 if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.worker.engine.grammar import Grammar
+    from chatlm.worker.engine.grammars import Grammars
     from chatlm.worker.engine.sequence import Sequence
 
 
 class AnswerMaker:
-    """Makes the Answer of each sequence, and computes the masks of its grammar.
+    """Makes the Answer of each sequence, and has the masks of its grammar computed.
 
-    Slow work happens in threads that serve clients in turn. `SequenceOutput.preparing` is then the future
-    that the sequence must wait for before it may run."""
+    Slow work happens in a thread that serves clients in turn. `SequenceOutput.preparing` is then the future
+    that the sequence must wait for before it may run. `lacking` has sequences whose answers cannot be made
+    here, each with what its client is told."""
 
-    KEPT_GRAMMARS = 16
-    KEPT_GRAMMAR_BYTES = 64 << 20
     LARGE_VOCABULARY = 1 << 16  # tokens
-    MANY_GRAMMARS = 16  # after so many it pays to make masks faster, even if somebody waits
-    MASK_PATIENCE_S = 0.004  # how long a step waits for the masks of its rows
+    MASK_PATIENCE_S = 0.004     # how long a step waits for the masks of its rows
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, parts: EngineParts = NO_PARTS):
         self.tokenizer = tokenizer
+        self.parts = parts
         self.compiling = FairThread("grammars")
-        self.masking = FairThread("masks")
-        self.made = 0  # grammars, copies included
-        self.fastest: object = None  # the vocabulary that no other will replace
-        self.grammars: OrderedDict[tuple[str, str], Grammar] = OrderedDict()  # LRU, by owner and source
+        self.lacking: deque[tuple[Sequence, str]] = deque()
+
+    @property
+    def grammars(self) -> Grammars | None:
+        """None: no answer has needed one, so none has a grammar."""
+        late = self.parts.grammars
+        return late.loaded if late else None
 
     def make(self, sequence: Sequence):
         """Set `SequenceOutput.answer`. A thread does it if the answer needs a grammar or its draws a
@@ -74,36 +79,21 @@ class AnswerMaker:
     @property
     def may_be_faster(self) -> bool:
         """Have grammars been made with the vocabulary that is made soonest?"""
-        return bool(self.grammars) and self.tokenizer.ready_vocabulary is not self.fastest
+        return self.grammars is not None and self.grammars.may_be_faster
 
     def make_faster(self):
         """Make the vocabulary that has the fastest masks, for the grammars from now on."""
-        self._on_thread(self._make_faster)
+        if self.grammars:
+            self._on_thread(self.grammars.make_faster)
 
     def _on_thread(self, work: Callable[[], object]):
         """Have the thread do it as if a request needed it; returns then."""
         self.compiling.submit("", work).result()
 
-    def _make_faster(self):
-        try:
-            self.fastest = self.tokenizer.grammar_vocabulary
-        except Exception:  # what there is will do
-            self.fastest = self.tokenizer.ready_vocabulary
-            raise
-        self.grammars.clear()
-
     def start_masks(self, sequences: Iterable[Sequence]):
-        """Start to compute the masks of the next tokens, and of drafts, for those that go on with a grammar.
-        If the queue is long, they sit out steps until their masks are ready."""
-        for sequence in sequences:
-            grammar = None if sequence.finished or not sequence.output.ready else sequence.output.grammar
-            if not grammar:
-                continue
-            behind_s = self.masking.behind_s
-            grammar.masks = self.masking.submit(sequence.work.params.client, grammar.compute_masks,
-                                                sequence.draft.tokens)
-            if behind_s > self.MASK_PATIENCE_S:
-                sequence.output.preparing = grammar.masks
+        """Start to compute the masks of the next tokens, for those that go on with a grammar."""
+        if self.grammars:
+            self.grammars.start_masks(sequences)
 
     def masked(self, sequence: Sequence, deadline_s: float) -> bool:
         """Is the next mask ready by the deadline, or not needed? If not, the sequence sits out steps."""
@@ -119,60 +109,50 @@ class AnswerMaker:
             return True
         return False
 
-    def grammar(self, owner: str, source: str) -> Grammar:
-        """A copy of a grammar, which is compiled only once. Runs only on the `compiling` thread."""
-        self.made += 1
-        if self.made == self.MANY_GRAMMARS and self.may_be_faster:
-            self._make_faster()
-        key = owner, source
-        if key in self.grammars:
-            self.grammars.move_to_end(key)
-            return self.grammars[key].copy()
-        self.tokenizer.ready_vocabulary       # make it first: its memory belongs to no one grammar
-        before = heap_bytes()
-        grammar = Grammar(self.tokenizer, source)
-        self.grammars[key] = grammar
-        grammar.matcher.compute_bitmask()     # makes it allocate all its memory
-        grammar.size = heap_bytes() - before  # approximate: other threads allocate and free meanwhile
-        while len(self.grammars) > self.KEPT_GRAMMARS or self._grammar_bytes() > self.KEPT_GRAMMAR_BYTES:
-            self.grammars.popitem(last=False)
-        return grammar.copy()
-
-    def _grammar_bytes(self) -> int:
-        return sum(grammar.size for grammar in self.grammars.values())
+    # In the thread
 
     def _prepare(self, sequence: Sequence):
         """Make the answer, or give an existing one the grammar that it needs now."""
-        work = sequence.work
         output = sequence.output
-        answer = output.answer
         try:
-            if output.kept is None and (prepare := preparation(work.sampling)):
-                output.kept = prepare(work.sampling, self.tokenizer, sequence.tokens)
-            if answer and answer.awaits_grammar:
-                answer.hold_call()
-            elif answer and answer.grammar:
-                answer.constraint.grammar = self._renewed(work.params.owner, answer.grammar)
-            else:
-                answer = self._new_answer(sequence)
-            if answer.grammar:
-                answer.grammar.masks.set_result(answer.grammar.compute_masks())
-            output.answer = answer
+            output.answer = self._prepared(sequence)
+        except ChatServerError as error:
+            log.warning("an answer could not be prepared: %s", error)
+            self.lacking.append((sequence, str(error)))
         except Exception:
             output.answer = None  # so the answer fails when its next token is drawn
             log.exception("failed to prepare an answer")
 
-    def _renewed(self, owner: str, broken: Grammar) -> Grammar:
-        """A grammar in the state of one that is broken, with another lexer."""
-        if self.grammar(owner, broken.source).lexer is broken.lexer:
-            del self.grammars[owner, broken.source]
-        return broken.renew(self.grammar(owner, broken.source))
+    def _prepared(self, sequence: Sequence) -> Answer:
+        work = sequence.work
+        output = sequence.output
+        answer = output.answer
+        if output.kept is None and (prepare := preparation(work.sampling)):
+            output.kept = prepare(work.sampling, self.tokenizer, sequence.tokens)
+        if answer and answer.awaits_grammar:
+            answer.hold_call()
+        elif answer and answer.grammar:
+            assert self.grammars
+            answer.constraint.grammar = self.grammars.renewed(work.params.owner, answer.grammar)
+        else:
+            answer = self._new_answer(sequence)
+        if answer.grammar:
+            answer.grammar.masks.set_result(answer.grammar.compute_masks())
+        return answer
+
+    def compiled(self, owner: str, source: str) -> Grammar:
+        """A grammar of its own for an answer. ConfigError if this engine makes none."""
+        if not self.parts.grammars:
+            raise ConfigError("this engine makes no grammars")
+        return self.parts.grammars.get().compiled(owner, source)
 
     def _new_answer(self, sequence: Sequence) -> Answer:
         work = sequence.work
-        compiled = partial(self.grammar, work.params.owner)
+        compiled = partial(self.compiled, work.params.owner)
         source = work.params.grammar
         if source and (reader := answer_reader(self.tokenizer, work.params, work.prompt_ids)):
             source = reader.grammar(work.params)  # of the whole answer
+        calculator = self.parts.calculator
+        tool = calculator(self.tokenizer) if calculator else None
         return Answer(work, self.tokenizer, compiled(source) if source else None, compiled,
-                      sequence.limit - len(work.prompt_ids))
+                      sequence.limit - len(work.prompt_ids), tool)

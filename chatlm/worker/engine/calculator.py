@@ -157,3 +157,9 @@ class CalculatorTool:
         elif expression is not None:
             expression.append(token)
         return []
+
+
+def calculator_of(tokenizer: Tokenizer) -> CalculatorTool:
+    """What reads an answer's calls; its tokens must have a calculator's."""
+    assert tokenizer.tool_tokens
+    return CalculatorTool(tokenizer, tokenizer.tool_tokens)

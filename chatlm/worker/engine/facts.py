@@ -39,7 +39,7 @@ class StateFacts:
 
 @record
 class EngineFacts:
-    """See `Engine.facts`."""
+    """See chatlm/worker/card.py: `facts_of`."""
 
     device: Device
     stages: int

@@ -5,16 +5,13 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence as Seq
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence as Seq
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 import numpy
 
 from chatlm.common.errors import require_library
-from chatlm.common.lanes import Lanes
 from chatlm.common.text.formats import A_MARK, MARKS
 from chatlm.common.text.patterns import GRAMMAR_LIMITS
 
@@ -170,39 +167,3 @@ class Grammar:
     def may_renew(self) -> bool:
         """Is it broken, perhaps only since its lexer is full, and may it start over with another lexer?"""
         return self.matcher.is_error() and not self.renewed
-
-
-class FairThread:
-    """A thread that serves clients in turn. It is as urgent as others: somebody waits for what it does, and
-    while it holds Python's lock, which llguidance does for half a second, everybody does."""
-
-    def __init__(self, name: str):
-        self.thread = ThreadPoolExecutor(1, name)
-        self.lock = threading.Lock()
-        self.lanes = Lanes()
-        self.mean_s = 0.0  # moving average of the time a task takes
-
-    def submit(self, client: str, work: Callable, *arguments) -> Future:
-        """Queue work(*arguments); the future can be cancelled until its turn comes."""
-        future: Future = Future()
-        with self.lock:
-            self.lanes.append(client, (future, work, arguments))
-        self.thread.submit(self._work)
-        return future
-
-    @property
-    def behind_s(self) -> float:
-        with self.lock:
-            return self.mean_s * len(self.lanes)
-
-    def _work(self):
-        with self.lock:
-            future, work, arguments = self.lanes.pop()
-        if not future.set_running_or_notify_cancel():
-            return
-        began_s = time.monotonic()
-        try:
-            future.set_result(work(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        self.mean_s += 0.1 * (time.monotonic() - began_s - self.mean_s)

@@ -197,8 +197,10 @@ def table_faults(pool: PagePool, sequence: Sequence) -> list[str]:
 
 def adapter_faults(engine: Engine) -> list[str]:
     """Faults of the slots of adapters, in this rank."""
-    known: AdapterSlots = engine.adapters
+    known: AdapterSlots | None = engine.adapters
     tensors = {*engine.transformer.adapters}
+    if not known:
+        return [f"adapter slot {slot} has tensors, but no adapters are served" for slot in sorted(tensors)]
     reading = {slot for slot, _ in known.reading.values()}
     owners = defaultdict(list)
     for adapter_id, slot in [*known.slots.items(), *((id, slot) for id, (slot, _) in known.reading.items())]:

@@ -6,15 +6,16 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence as Seq
-from typing import NamedTuple, Protocol, TYPE_CHECKING
+from typing import Protocol, TYPE_CHECKING
 
 from chatlm.worker.engine.drafts import NO_DRAFT, Draft
+from chatlm.worker.engine.part import Part
 from chatlm.worker.engine.times import StepTimes
 
 if TYPE_CHECKING:
     import numpy
     from chatlm.worker.engine.draft_model import Followers
-    from chatlm.worker.engine.sequence import Chunk, Sequence
+    from chatlm.worker.engine.sequence import Sequence
     from chatlm.worker.model.kernels import Steps
     from chatlm.worker.model.transformer import Transformer
 
@@ -73,7 +74,7 @@ def best_length(share: float, draft_s: float, step_s: Seq[float], most: int) -> 
     return best
 
 
-class ModelDrafts:
+class ModelDrafts(Part):
     """The source. Where no draft pays, it rests: it drafts one token after REST tokens, then after twice as
     many, and so on, to see whether drafts pay now. Answers that begin meanwhile rest as long, since a second
     model would have to compute their prompts too."""
@@ -125,14 +126,19 @@ class ModelDrafts:
 
     def awaits(self, sequence: Sequence) -> bool:
         """Will it soon draft for this sequence, so that steps must not begin ahead?"""
-        return self.resting[sequence] <= len(sequence.tokens) + 3 <= self.drafter.longest
+        return sequence.drafts and (
+            self.resting[sequence] <= len(sequence.tokens) + 3 <= self.drafter.longest)
 
-    def needs_hidden(self, sequence: Sequence) -> bool:
-        """Are its hidden states needed after each step? Not while drafts have not paid for long."""
-        if not self.drafter.reads_hidden or sequence.sight:
+    def wants_hidden(self, sequence: Sequence) -> bool:
+        """Not while drafts have not paid for long."""
+        if not sequence.drafts or not self.drafter.reads_hidden or sequence.sight:
             return False
         return (self.rest <= self.LONGEST_WATCHED
                 or len(sequence.tokens) + self.REST >= self.resting[sequence])
+
+    def read_hidden(self, sequence: Sequence, first: int, count: int, rows: numpy.ndarray):
+        if sequence.drafts:
+            self.drafter.read_hidden(sequence, first, count, rows)
 
     def propose(self, sequences: Seq[Sequence]) -> list[Draft]:
         lengths = {sequence: self._length(sequence, len(sequences)) for sequence in sequences}
@@ -169,42 +175,3 @@ class ModelDrafts:
         share = self.rates[sequence].share
         return Draft(self.name, tuple(tokens), tuple(share ** (i + 1) for i in range(len(tokens))),
                      len(sequence.tokens))
-
-
-class HiddenRows(NamedTuple):
-    """Where the hidden states of a sequence are after a step."""
-
-    sequence: Sequence
-    first: int   # position of the first
-    count: int   # tokens; the rows after these are of a draft
-    rows: range  # of the step
-
-
-def mark_hidden(plan: Seq[Chunk], models: Seq[ModelDrafts]):
-    """Note in a plan's sequences whether a draft model needs their hidden states after the step."""
-    if not models:
-        return
-    for chunk in plan:
-        sequence = chunk.sequence
-        sequence.needs_hidden = sequence.drafts and any(model.needs_hidden(sequence) for model in models)
-
-
-def hidden_rows(chunks: Seq[Chunk]) -> list[HiddenRows]:
-    """The hidden states that are to be read after a step of these chunks."""
-    needed = []
-    row = 0
-    for chunk in chunks:
-        sequence = chunk.sequence
-        end = row + chunk.count + len(chunk.draft)
-        if sequence.needs_hidden:
-            needed.append(HiddenRows(sequence, sequence.computed, chunk.count, range(row, end)))
-        row = end
-    return needed
-
-
-def hand_over_hidden(hidden: Seq[HiddenRows], models: Seq[ModelDrafts], transformer: Transformer):
-    """Give the hidden states of a finished step to what drafts, before the next step overwrites them."""
-    for sequence, first, count, rows in hidden:
-        for model in models if sequence.drafts else ():
-            states = transformer.hidden_states(rows.start, rows.stop)
-            model.drafter.read_hidden(sequence, first, count, states)

@@ -13,13 +13,26 @@ import numpy
 
 from chatlm.common.vision.layout import layout_of
 from chatlm.common.vision.pictures import row_places, rows_in
-from chatlm.worker.model.tower import tiles_of
+from chatlm.worker.arrays.kinds import FLOATS
+from chatlm.worker.engine.batch import picture_rows
+from chatlm.worker.engine.part import Part
+from chatlm.worker.model.tower import Tower, chunk_work, tiles_of
+from chatlm.worker.model.transformer import first_turn
 
 if TYPE_CHECKING:
+    from chatlm.common.config import Settings
     from chatlm.common.messages.requests import Picture, Vision
     from chatlm.common.vision.layout import Layout
-    from chatlm.worker.engine.sequence import Assignment, Sequence
-    from chatlm.worker.model.tower import Tower
+    from chatlm.worker.arrays.kinds import Device
+    from chatlm.worker.engine.sequence import Assignment, Chunk, Sequence
+    from chatlm.worker.model.transformer import Transformer
+    from chatlm.worker.weights.rules import LoadedModel
+
+
+# How many chunks of prompts take as long as a part of an image. Others wait for that part and for a step,
+# which may have a chunk: so for no more than two chunks.
+PART_CHUNKS = 1
+FLOAT_TYPES = (*FLOATS, "f32", "f16", "bf16")  # of matrices, as tensors and as tiles call them
 
 
 @dataclass(eq=False)
@@ -159,29 +172,40 @@ class Sight:
         return [token for token in tokens if token < self.first_id]
 
 
-class Pictures:
-    """Encodes the pictures that running sequences wait for, the oldest sequence's first. Each call of
-    `advance` computes a part of one, so that other answers wait no longer than for that. Rows are kept by the
+class Pictures(Part):
+    """Encodes the pictures that running sequences wait for, the oldest sequence's first. Before each step a
+    part of one is computed, so that other answers wait no longer than for that. Rows are kept by the
     digest of the pixels, for pictures that come again."""
 
     KEPT_BYTES = 256 << 20
 
-    def __init__(self, tower: Tower | None, first_turn: int = 0):
-        """tower: None: the model sees nothing, and no sequence has a sight. first_turn: see Sight."""
+    def __init__(self, tower: Tower, transformer: Transformer):
         self.tower = tower
-        self.first_turn = first_turn
+        self.transformer = transformer
+        self.first_id = tower.eyes.vision.first_id       # ids from here on stand for rows of pictures
+        self.first_turn = first_turn(transformer.model)  # see Sight
         self.by_digest: OrderedDict[bytes, EncodedPicture] = OrderedDict()
         self.resizing = ThreadPoolExecutor(1, "pictures")
         self.tiles: dict[bytes, Future[list[numpy.ndarray]]] = {}  # of the picture that is wanted next
         self.work: tuple[EncodedPicture, Generator[None, None, numpy.ndarray]] | None = None
         self.encoded = 0        # pictures
 
+    def comes(self, sequence: Sequence) -> str:
+        """Set its sight."""
+        sequence.sight, fault = self.sight_of(sequence.work)
+        return fault
+
+    def changes_input(self, chunks: Seq[Chunk]) -> bool:
+        """Must rows of pictures be put into the input of a step, or removed?"""
+        return bool(chunks and (self.transformer.shown or picture_rows(chunks)))
+
+    def change_input(self, chunks: Seq[Chunk]):
+        self.transformer.show_pictures(picture_rows(chunks))
+
     def sight_of(self, work: Assignment) -> tuple[Sight | None, str]:
         """What an answer sees, None if its prompt has no pictures; or why it cannot see them."""
         if not work.pictures:
             return None, ""
-        if self.tower is None:
-            return None, "this model cannot see images"
         try:
             return self._sight(work, self.tower.eyes.vision), ""
         except ValueError as error:
@@ -208,10 +232,8 @@ class Pictures:
         """What a thread does for pictures now."""
         return [tiles for tiles in self.tiles.values() if not tiles.done()]
 
-    def advance(self, running: Iterable[Sequence]):
+    def before_step(self, running: Iterable[Sequence]):
         """Do the next part of the picture that the oldest of these sequences needs first."""
-        if self.tower is None:
-            return
         wanted = self._wanted(running)
         if wanted is None:
             self.tiles = {}
@@ -219,7 +241,7 @@ class Pictures:
             return
         if self.work is None or self.work[0] is not wanted:
             self.work = None
-            self.work = self._begin(wanted, self.tower)
+            self.work = self._begin(wanted)
         if self.work is not None:
             self._encode_part(*self.work)
 
@@ -229,16 +251,16 @@ class Pictures:
                 return picture
         return None
 
-    def _begin(self, wanted: EncodedPicture, tower: Tower
+    def _begin(self, wanted: EncodedPicture
                ) -> tuple[EncodedPicture, Generator[None, None, numpy.ndarray]] | None:
         """Begin to encode a picture once a thread has resized it; None until then."""
         digest = wanted.picture.digest
         if digest not in self.tiles:
-            tiles = self.resizing.submit(tiles_of, wanted.picture, wanted.layout, tower.eyes.filter)
+            tiles = self.resizing.submit(tiles_of, wanted.picture, wanted.layout, self.tower.eyes.filter)
             self.tiles = {digest: tiles}
         if not self.tiles[digest].done():
             return None
-        return wanted, tower.encode(self.tiles.pop(digest).result())
+        return wanted, self.tower.encode(self.tiles.pop(digest).result())
 
     def _encode_part(self, picture: EncodedPicture, parts: Generator[None, None, numpy.ndarray]):
         try:
@@ -259,3 +281,17 @@ class Pictures:
         while held > self.KEPT_BYTES and len(self.by_digest) > 1:
             _, oldest = self.by_digest.popitem(last=False)
             held -= oldest.nbytes
+
+
+def make_tower(model: LoadedModel, transformer: Transformer, settings: Settings, device: Device,
+               chunk: int) -> Tower:
+    """What sees images. Where the model's own matrices are quantized, layers of
+    floats in the tower become q8_0: that is no less exact than what reads their results, and 2.3 times as
+    fast."""
+    assert model.eyes
+    is_quantized = bool(transformer.matrix_types) and transformer.matrix_types[0] not in FLOAT_TYPES
+    quantize = settings.quantize
+    if not quantize and is_quantized and transformer.kernels.backend.quantizes:
+        quantize = "q8_0"
+    return Tower(model.eyes, device, dtype=model.dtype, quantize=quantize,
+                 part=PART_CHUNKS * chunk_work(model.architecture, chunk, is_quantized))

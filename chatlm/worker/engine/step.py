@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from chatlm.worker.engine.model_drafts import HiddenRows
+    from chatlm.worker.engine.hidden import HiddenRows
     from chatlm.worker.engine.sequence import Chunk, Sequence
 
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from chatlm.worker.model.batch import Batch
     from chatlm.worker.model.transformer import Transformer
     from chatlm.worker.ops.rows import SampleRow
-    from chatlm.worker.ranks.ranks import RankAlone, RankZero
+    from chatlm.worker.ranks.alone import RankAlone
+    from chatlm.worker.ranks.ranks import RankZero
 
 
 RANK_PATIENCE_S = 20.0  # how long a rank waits for another; the front gives up on a worker only later

@@ -134,7 +134,7 @@ def test_a_head_changes_no_adapter_or_grammar_answer(with_random_head, tmp_path,
     """The head reads the states that the adapter makes; its pages are the adapter's alone. A step for a grammar shows its states too."""
     draft_always(monkeypatch, 3)
     model, _, path = with_random_head("qwen3.5")
-    engine, config = engine_of(path, dtype="float32"), model.config
+    engine, config = engine_of(path, dtype="float32", adapter=("one",)), model.config
     engine.adapters.load("one", random_adapter(tmp_path / "one", config.num_hidden_layers, {"mlp.down_proj": (config.hidden_size, config.intermediate_size)}, 1, 4, 0.3))
     prompt = works_of()[0].prompt_ids
     works = [assignment(f"w{n}", prompt, SamplingParams(temperature=1.0, seed=n), 30, ignore_eos=not more.get("grammar"), **more) for n, more in enumerate(

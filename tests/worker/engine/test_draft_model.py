@@ -208,7 +208,8 @@ def test_a_bias_and_a_stop_token_change_nothing(folder_of, four_at_a_time, one_t
 @compiled
 def test_drafting_changes_no_adapter_or_grammar_answer(default_model_path, tmp_path, four_at_a_time, one_thread):
     """The draft model has no adapter: it drafts as well as it can."""
-    engine = drafting_engine(default_model_path, default_model_path, kv_cache_memory=128 << 20)
+    engine = drafting_engine(default_model_path, default_model_path, kv_cache_memory=128 << 20,
+                             adapter=("one",))
     engine.adapters.load("one", random_adapter(tmp_path / "one", 30, SMOLLM2, 1, 16, 0.03))
     prompt = tuple(engine.tokenizer.render([Message("user", "Tell me of rivers.")]))
     works = [assignment(f"w{n}", prompt, SamplingParams(temperature=temperature, seed=n), 16, **more) for n, (temperature, more) in enumerate(

@@ -13,8 +13,7 @@ from chatlm.common.core import decode_core
 from chatlm.common.hub.stamps import adapter_stamp
 from chatlm.common.messages.protocol import Cancel, DropAdapter, EndThinking, LoadAdapter, NewAnswer, NewPrompt, NewRequest
 from chatlm.common.messages.requests import AnswerParams, Ended, Failed, Piece, SamplingParams, ThinkingEnds
-from chatlm.worker.engine.adapter_slots import adapter_digest
-from chatlm.worker.engine.engine import ADAPTER_GONE
+from chatlm.worker.engine.adapter_slots import AdapterSlots, adapter_digest
 from chatlm.worker.model.batch import Batch
 from chatlm.worker.inbox import Inbox
 from engines import forward_logits, make_engine, run
@@ -164,9 +163,9 @@ def test_loading_an_adapter_disturbs_no_other_answer(engine, alone, folders):
             engine.adapters.load("another", folders["up"])
             engine.drop_adapter("more")
     engine.drop_adapter("another")
-    assert failed == [("gone", ADAPTER_GONE)] and {name: tokens[name] for name in alone} == alone
+    assert failed == [("gone", AdapterSlots.GONE)] and {name: tokens[name] for name in alone} == alone
     engine.add(assignment("late", works[0].prompt_ids, GREEDY, 24, adapter="more"))
-    assert engine.step() == [("late", Failed(ADAPTER_GONE))]
+    assert engine.step() == [("late", Failed(AdapterSlots.GONE))]
     assert sorted(engine.adapters.slots) == ["all", "attention", "down", "up"] and sorted(engine.transformer.adapters) == [1, 2, 3, 4]
 
 

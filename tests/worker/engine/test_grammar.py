@@ -20,9 +20,11 @@ from chatlm.front.api.fields import parse_fields
 from chatlm.front.api.readers import parse_openai_request
 from chatlm.front.pool.worker import Job
 from chatlm.worker.engine.answer_maker import AnswerMaker
-from chatlm.worker.engine.grammar import FairThread, Grammar
+from chatlm.worker.engine.fair_thread import FairThread
+from chatlm.worker.engine.grammar import Grammar
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.sequence import Sequence
+from engine_parts import grammars_of
 from engines import make_engine, pieces, step_pieces
 from nightly import by_day
 from pools import work_of
@@ -54,7 +56,7 @@ def work(engine, name, schema, seed=0, **more):
 def forget_grammars(engine):
     """Wait for those that earlier tests have in the queue, which would be compiled beside the next ones, and forget all."""
     engine.answers.compiling.thread.submit(int).result()
-    engine.answers.grammars.clear()
+    grammars_of(engine).kept.clear()
 
 
 def text_of(found):
@@ -263,7 +265,7 @@ def test_a_grammar_is_compiled_once_per_owner(engine, monkeypatch):
     assert made == [alike[0].params.grammar] and all(found[each.id].end.reason in ("stop", "length") for each in alike)
     pieces(engine, [work(engine, "b", PERSON, client="bob", owner="bob")])
     # otherwise the delay would tell bob what alice asked
-    assert len(made) == 2 and len(engine.answers.grammars) == 2
+    assert len(made) == 2 and len(engine.answers.grammars.kept) == 2
 
 
 @torch.inference_mode()
@@ -288,13 +290,13 @@ def test_clients_grammars_are_compiled_in_turn(engine, gate, monkeypatch):
 
 def test_only_grammar_answers_are_made_in_a_thread(engine):
     """A plain answer is made at once, and one with a grammar in a thread."""
-    maker, held, plain = AnswerMaker(engine.tokenizer), work(engine, "a", PERSON), assignment("b", (5, 6), SamplingParams(), 9)
+    maker, held, plain = AnswerMaker(engine.tokenizer, engine.given), work(engine, "a", PERSON), assignment("b", (5, 6), SamplingParams(), 9)
     held, plain = (Sequence(each, [*each.prompt_ids], 200) for each in (held, plain))
     maker.make(plain)
     assert plain.output.preparing is None and plain.output.grammar is None and maker.masked(plain, 0.0)
     maker.make(held)
     held.output.preparing.result(30)
-    assert [source for _, source in maker.grammars] == [held.work.params.grammar] and maker.masked(held, time.monotonic() + 30)
+    assert [source for _, source in maker.grammars.kept][-1] == held.work.params.grammar and maker.masked(held, time.monotonic() + 30)
 
 
 @torch.inference_mode()
@@ -411,10 +413,10 @@ def test_compiled_schemas_stay_while_memory_lasts(engine):
     compiled = []
     for number in range(10):
         one = work(engine, f"a{number}", numbers(40, f"{number}"))
-        compiled.append(engine.answers.grammar("", one.params.grammar).size)
-        assert engine.answers.grammar("", one.params.grammar).lexer is engine.answers.grammar("", one.params.grammar).lexer  # the newest is kept
+        compiled.append(engine.answers.compiled("", one.params.grammar).size)
+        assert engine.answers.compiled("", one.params.grammar).lexer is engine.answers.compiled("", one.params.grammar).lexer  # the newest is kept
     assert all(8 << 20 < size < 16 << 20 for size in compiled)
-    kept = [size for size in (each.size for each in engine.answers.grammars.values()) if size in compiled]      # another test's may have come late
+    kept = [size for size in (each.size for each in engine.answers.grammars.kept.values()) if size in compiled]      # another test's may have come late
     assert 2 <= len(kept) <= (64 << 20) // min(compiled)
     forget_grammars(engine)
 

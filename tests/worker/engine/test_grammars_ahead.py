@@ -14,6 +14,8 @@ from chatlm.common.text.grammar import json_grammar
 from chatlm.common.text.load import byte_of_character
 from chatlm.worker.engine.answer_maker import AnswerMaker
 from chatlm.worker.engine.grammar import Grammar
+from chatlm.worker.engine.grammars import Grammars
+from chatlm.worker.engine.part import EngineParts, LatePart
 from chatlm.worker.engine.pieces import open_for_answers
 from chatlm.worker.engine.sequence import Sequence
 from chatlm.worker.engine.warm_up import WarmUp
@@ -35,6 +37,10 @@ def tokenizer(default_model_path):
     return open_for_answers(model.text, model.vocabulary)
 
 
+def maker_of(tokenizer):
+    return AnswerMaker(tokenizer, EngineParts(grammars=LatePart("grammars", lambda: Grammars(tokenizer))))
+
+
 def made(tokenizer):
     return MADE & vars(tokenizer).keys()
 
@@ -51,7 +57,7 @@ def prepared(maker, name):
 def test_idle_work_makes_what_a_first_grammar_needs(tokenizer, monkeypatch):
     """Of a large vocabulary, an answer in a format then makes nothing more; what makes masks faster follows it."""
     monkeypatch.setattr(AnswerMaker, "LARGE_VOCABULARY", tokenizer.vocab_size)
-    maker = AnswerMaker(tokenizer)
+    maker = maker_of(tokenizer)
     parts = maker.ahead()
     assert made(tokenizer) == set()
     for count, part in enumerate(parts, 1):
@@ -63,7 +69,7 @@ def test_idle_work_makes_what_a_first_grammar_needs(tokenizer, monkeypatch):
     assert {name: id(vars(tokenizer)[name]) for name in made(tokenizer)} == before
     assert maker.may_be_faster
     maker.make_faster()
-    assert made(tokenizer) == MADE and not maker.grammars and not maker.may_be_faster
+    assert made(tokenizer) == MADE and not maker.grammars.kept and not maker.may_be_faster
     prepared(maker, "b")
     assert not maker.may_be_faster
 
@@ -78,8 +84,8 @@ def test_a_small_vocabulary_takes_no_memory_before_somebody_asks(tokenizer, monk
 
 def test_masks_get_faster_on_a_server_that_never_rests(tokenizer):
     """After many grammars somebody waits for it, once."""
-    maker = AnswerMaker(tokenizer)
-    for number in range(maker.MANY_GRAMMARS - 1):
+    maker = maker_of(tokenizer)
+    for number in range(Grammars.MANY - 1):
         prepared(maker, f"a{number}")
     assert maker.may_be_faster
     prepared(maker, "last")
@@ -104,8 +110,9 @@ def test_a_request_that_comes_first_waits_for_no_more_than_it_needs(tokenizer):
 
 def test_the_thread_is_as_urgent_as_the_answers(tokenizer):
     """Everybody waits for a thread that holds Python's lock, so none is niced."""
-    maker = AnswerMaker(tokenizer)
-    for thread in (maker.compiling, maker.masking):
+    maker = maker_of(tokenizer)
+    prepared(maker, "a")
+    for thread in (maker.compiling, maker.grammars.masking):
         nice = thread.submit("", lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())).result(30)
         assert nice == os.getpriority(os.PRIO_PROCESS, 0)
 

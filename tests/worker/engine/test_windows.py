@@ -20,6 +20,7 @@ from chatlm.worker.engine.scheduler import Scheduler
 from chatlm.worker.engine.sequence import Sequence
 from chatlm.worker.model.pages import group_layers
 from chatlm.worker.model.transformer import Transformer
+from engine_parts import parts_of
 from engines import make_engine, pieces, run
 from families import load
 from nightly import by_day
@@ -149,7 +150,8 @@ def test_cuda_steps_give_pages_back_too(made_model, name, request, monkeypatch):
     kernels = emulated.kernels(model.spec)
     transformer = Transformer(model.architecture, dict(model.tensors), kernels, num_pages=60, max_tokens=68, max_rows=8, dtype="float32",
                               device=emulated.device, groups=groups)
-    engine = Engine(transformer, open_tokenizer(model.text), kernels, num_pages=60, max_batch=4, context_length=512, prefill_chunk=64)
+    engine = Engine(transformer, open_tokenizer(model.text), kernels, num_pages=60, max_batch=4, context_length=512, prefill_chunk=64,
+                    parts=parts_of(transformer, open_tokenizer(model.text), model))
     works = [replace(work, max_tokens=12) for work in works_of(cases)[1:]]
     with torch.inference_mode():
         engine.steps.prepare(lambda fraction: None)

@@ -23,7 +23,7 @@ from chatlm.worker.model.kernels import load_kernels
 from chatlm.worker.model.pages import KvType, PageLayout, group_layers
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.basic import experts_reference, sigmoid_routes
-from chatlm.worker.ranks.ranks import RankAlone
+from chatlm.worker.ranks.alone import RankAlone
 from chatlm.worker.weights.gguf import gguf_spec, gguf_text
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.huggingface import hf_spec, hf_text

@@ -1,0 +1,76 @@
+"""Answers that are the first to need a part of the engine: they wait until it has been imported and made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence as Seq
+from concurrent.futures import Future
+from typing import Any, NamedTuple, TYPE_CHECKING
+
+from chatlm.common.errors import ChatServerError, error_text
+from chatlm.common.log import log
+from chatlm.worker.engine.drawn import failure_text
+from chatlm.worker.engine.part import LatePart, Part
+
+if TYPE_CHECKING:
+    from chatlm.worker.engine.fair_thread import FairThread
+    from chatlm.worker.engine.sequence import Sequence
+
+
+class Arrival(NamedTuple):
+    sequence: Sequence
+    missing: Seq[LatePart[Any]]
+    made: Future            # the thread has them, or has failed
+    ready: Future           # the sequence may run
+
+
+class Arrivals:
+    """The sequences are queued, and sit out steps. A thread makes their parts; the parts see them in the
+    thread that computes, like any others."""
+
+    def __init__(self, thread: FairThread):
+        self.thread = thread
+        self.waiting: list[Arrival] = []
+
+    def begin(self, sequence: Sequence, missing: Seq[LatePart[Any]]):
+        made = self.thread.submit(sequence.work.params.client, make_all, missing)
+        arrival = Arrival(sequence, missing, made, Future())
+        sequence.output.preparing = arrival.ready
+        self.waiting.append(arrival)
+
+    @property
+    def preparing(self) -> list[Future]:
+        return [arrival.made for arrival in self.waiting]
+
+    def arrived(self) -> Iterator[tuple[Sequence, str]]:
+        """The sequences whose parts have been made, once each, with why they cannot be computed; "" if they
+        can. Those that have ended meanwhile are left out."""
+        for arrival in [each for each in self.waiting if each.made.done()]:
+            self.waiting.remove(arrival)
+            if not arrival.sequence.finished:
+                arrival.ready.set_result(None)
+                yield arrival.sequence, self._fault(arrival)
+
+    def _fault(self, arrival: Arrival) -> str:
+        error = arrival.made.exception()
+        if error:
+            log.warning("an answer lacks a part of the engine: %s", error_text(error))
+            return str(error) if isinstance(error, ChatServerError) else failure_text(error)
+        return why_not([late.loaded for late in arrival.missing], arrival.sequence)
+
+
+def make_all(missing: Seq[LatePart[Any]]):
+    for late in missing:
+        late.get()
+
+
+def why_not(parts: Seq[Any], sequence: Sequence) -> str:
+    """Show a new sequence to the parts that have hooks. Why it cannot be computed; "" if it can. What a part
+    raises fails only this answer."""
+    for part in parts:
+        try:
+            if isinstance(part, Part) and (fault := part.comes(sequence)):
+                return fault
+        except Exception as error:
+            log.exception("a part of the engine failed")
+            return failure_text(error)
+    return ""

@@ -1,0 +1,141 @@
+"""What an engine has beside its core: the hooks of a part, and parts that the first request for them imports.
+
+The rows of all parts are in chatlm/worker/parts.py. The engine gets them made, and imports none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence as Seq
+from typing import Any, Generic, TYPE_CHECKING, TypeVar
+
+from chatlm.common.program import imported_later
+from chatlm.common.records import record
+
+if TYPE_CHECKING:
+    import numpy
+    from concurrent.futures import Future
+    from chatlm.common.messages.protocol import EngineEvent
+    from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.worker.engine.adapter_slots import AdapterSlots
+    from chatlm.worker.engine.calculator import CalculatorTool
+    from chatlm.worker.engine.drafts import DraftSource
+    from chatlm.worker.engine.embedding import Pooler
+    from chatlm.worker.engine.grammars import Grammars
+    from chatlm.worker.engine.model_drafts import ModelDrafts
+    from chatlm.worker.engine.sequence import Assignment, Chunk, Sequence
+    from chatlm.worker.engine.sight import Pictures
+
+T = TypeVar("T")
+
+
+class Part:
+    """A part of an engine, by its hooks, which do nothing here.
+
+    A sequence comes and ends. In between, step after step is planned with it, perhaps with another input, and
+    computed; its hidden states can be read, and its new tokens become events. The thread that computes calls
+    all hooks, between steps. So what takes long goes into a thread of the part."""
+
+    def comes(self, sequence: Sequence) -> str:
+        """A sequence comes, and has not run yet. Why it cannot be computed here; "" if it can."""
+        return ""
+
+    def ends(self, sequence: Sequence):
+        """It has ended, failed or been cancelled, whether or not it is of this part."""
+
+    def before_step(self, running: Iterable[Sequence]):
+        """A step will be planned: do a little of what these sequences wait for."""
+
+    @property
+    def preparing(self) -> list[Future]:
+        """What threads do now that sequences wait for."""
+        return []
+
+    def changes_input(self, chunks: Seq[Chunk]) -> bool:
+        """Must what the model reads be changed before a step of these chunks? Such a step starts only once
+        all others have finished."""
+        return False
+
+    def change_input(self, chunks: Seq[Chunk]):
+        """Change it: a step of these chunks is about to start, and no other is under way."""
+
+    def wants_hidden(self, sequence: Sequence) -> bool:
+        """Are the hidden states of a sequence needed after the step that is planned? Nothing is then computed
+        ahead of it. With --pp this process has those of the first stage, so such a part refuses to be made."""
+        return False
+
+    def read_hidden(self, sequence: Sequence, first: int, count: int, rows: numpy.ndarray):
+        """A step has finished whose hidden states some part wants. rows: (count + D, C), after the last
+        layer: of `count` tokens of the sequence from position `first` on, and of its draft of D tokens. The
+        next step overwrites them. The sequence has got the tokens of the step, and may have ended: rows from
+        position len(tokens) - 1 on are of a draft that was wrong."""
+
+    def awaits(self, sequence: Sequence) -> bool:
+        """Must the next token of a sequence be known before the step after it is planned?"""
+        return False
+
+    def adds(self, sequence: Sequence) -> Seq[EngineEvent]:
+        """What the client of a sequence gets before its new tokens, and before its end."""
+        return ()
+
+    def prepare_steps(self):
+        """Record what steps of its own can be recorded before they run."""
+
+    def forget(self):
+        """A step has failed, or other models need the memory: forget what may be wrong, or is not needed."""
+
+    def gauges(self) -> dict[str, float]:
+        return {}
+
+
+def of_no_request(work: Assignment) -> bool:
+    return False
+
+
+class LatePart(Generic[T]):
+    """A part that the first request for it imports and makes. loaded: it, if it is here already."""
+
+    def __init__(self, name: str, load: Callable[[], T], asked: Callable[[Assignment], bool] = of_no_request,
+                 loaded: T | None = None):
+        """asked: does an answer need it?"""
+        self.name = name
+        self.load = load
+        self.asked = asked
+        self.loaded = loaded
+
+    def get(self) -> T:
+        """It, imported and made if it is not here yet: call it in a thread. Overloaded if it may be newer
+        than the program that runs."""
+        if self.loaded is None:
+            self.loaded = imported_later(self.load)
+        return self.loaded
+
+
+@record
+class Refusal:
+    """What this engine is without, and what an answer is told that needs it."""
+
+    asked: Callable[[Assignment], bool]
+    words: str
+
+
+@record
+class EngineParts:
+    """What an engine is made with. Without any of them it answers plain requests, and drafts only what
+    grammars force."""
+
+    lookup: DraftSource | None = None               # drafts from texts
+    draft_models: Seq[ModelDrafts] = ()
+    adapters: AdapterSlots | None = None
+    pictures: Pictures | None = None
+    texts: LatePart[Pooler] | None = None           # what becomes vectors and scores
+    grammars: LatePart[Grammars] | None = None
+    calculator: Callable[[Tokenizer], CalculatorTool] | None = None
+    others: Seq[LatePart[Any]] = ()                 # of later features: each a Part
+    refusals: Seq[Refusal] = ()
+
+    def missing(self, work: Assignment) -> list[LatePart[Any]]:
+        """The parts that an answer is the first to need."""
+        late = (self.texts, self.grammars, *self.others)
+        return [part for part in late if part and part.loaded is None and part.asked(work)]
+
+
+NO_PARTS = EngineParts()
