@@ -75,15 +75,10 @@ def test_a_change_touches_what_the_table_says(what):
 
 def test_the_table_has_a_row_for_each_usual_change():
     assert {*CHANGES} == {
-<<<<<<< HEAD
         "a route", "a route with a body", "a dialect", "an annex", "a format of answers", "a field", "a type of fields", "a field that the terminal sends",
         "a sampling parameter", "a model's own parameter", "a flag", "a command", "a family", "a vocabulary of encoders", "what follows pooled states",
-        "a new computation", "a kind of work in a step", "a source of drafts", "a draft head", "a layer with a state", "how a model sees images", "what encodes images",
-=======
-        "a route", "a route with a body", "an annex", "a format of answers", "a field", "a type of fields", "a field that the terminal sends",
-        "a sampling parameter", "a model's own parameter", "a flag", "a family", "a vocabulary of encoders", "what follows pooled states",
-        "a new computation", "a kind of work in a step", "a part of the engine", "a source of drafts", "a draft head", "a layer with a state", "how a model sees images", "what encodes images",
->>>>>>> h-engine
+        "a new computation", "a kind of work in a step", "a part of the engine",
+        "a source of drafts", "a draft head", "a layer with a state", "how a model sees images", "what encodes images",
         "a short name, a cut of words", "a call format", "calls of nanochat's calculator", "a notation of calls", "what a schema allows", "an op", "a message",
         "an event of an answer", "a message of a sandbox", "a message of Ray", "a message among ranks", "a metric of requests",
         "a metric of workers", "a metric of the front", "an error", "a shape of errors", "a page element", "a part of a turn",
