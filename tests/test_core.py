@@ -143,6 +143,19 @@ def test_a_default_server_loads_no_annex(default_model_path, spied, tmp_path):
     assert {row.pattern for annex in ANNEXES for row in annex.routes} <= {*described}
 
 
+def test_a_server_that_nobody_asks_speaks_no_dialect(default_model_path, spied, tmp_path):
+    with server(default_model_path, env=spied) as (process, url):
+        for path in ("/", "/health", "/v1/models", "/api/tags"):
+            assert urllib.request.urlopen(url + path, timeout=60).status == 200
+        for path in ("/chat/completions", "/v1/messages", "/api/chat"):         # 405
+            with pytest.raises(urllib.error.HTTPError, match="405"):
+                urllib.request.urlopen(url + path, timeout=60)
+        modules = modules_of(process, tmp_path)
+    spoken = {name for name in modules if name.startswith("chatlm.front.api.dialects.")}
+    assert spoken == set() and "chatlm.front.api.spoken" in modules
+    assert "chatlm.front.api.readers" not in modules
+
+
 def test_the_first_request_opens_its_room_alone(default_model_path, spied, tmp_path):
     with server(default_model_path, env=spied) as (process, url):
         with pytest.raises(urllib.error.HTTPError, match="404"):       # it runs without --database
@@ -153,7 +166,7 @@ def test_the_first_request_opens_its_room_alone(default_model_path, spied, tmp_p
 
 
 def test_what_opens_late_is_imported_off_the_event_loop(default_model_path, spied, tmp_path):
-    """Encoders of APIs, what makes grammars of formats and of calls, and rooms."""
+    """Dialects, what makes grammars of formats and of calls, and rooms."""
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     tool = {"name": "add", "parameters": schema}
     chat, short = {"messages": MESSAGES}, {"max_tokens": 2}
@@ -165,13 +178,13 @@ def test_what_opens_late_is_imported_off_the_event_loop(default_model_path, spie
         ("/v1/messages", chat | short), ("/v1/embeddings", {"input": "a"}),
         ("/v1/responses", {"input": "a", "max_output_tokens": 16}),
         ("/api/chat", chat | {"stream": False, "options": {"num_predict": 2}}),
-        ("/v1/compare", chat | short | {"models": ["default", "default"]})]
+        ("/v1/compare", chat | short | {"models": ["default", "default"]}),
+        ("/tokenize", {"content": "a"}), ("/models/load", {})]
     with server(default_model_path, env=spied) as (process, url):
-        assert post(url + "/v1/chat/completions", chat | short).status == 200
         before = len(imported_by_the_loop(process, tmp_path))
         for path, body in bodies:
             assert post(url + path, body).status == 200
-        for path in ("/v1/usage", "/v1/runs", "/v1/tools", "/metrics"):
+        for path in ("/v1/usage", "/v1/runs", "/v1/tools", "/metrics", "/openapi.json"):
             assert urllib.request.urlopen(url + path, timeout=60).status == 200
         imported = imported_by_the_loop(process, tmp_path)[before:]
     assert [name for name in imported if name.startswith("chatlm")] == []

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from chatlm.front.admission.prompts import PromptMaker
     from chatlm.front.api.encode import Encoder
     from chatlm.front.api.fields import Field
-    from chatlm.front.api.mcp_tools import NamedServer
 
 
 class Terms(NamedTuple):
@@ -36,6 +35,15 @@ class TextTerms(NamedTuple):
 
 
 LONGEST_NAME = 1000  # of a model, an item or a tool server; a longer one is cut: its start is as unknown
+
+
+class NamedServer(NamedTuple):
+    """A tool server that a body names, not checked yet."""
+
+    param: str               # where the body names it
+    label: str
+    url: str = ""            # that the body says it has; "": it says none
+    must_run: bool = False   # refuse the body if it does not run: the answer itself could not say so
 
 
 class Reference(NamedTuple):

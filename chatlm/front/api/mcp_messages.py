@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from chatlm.common.errors import bad_value, invalid, shown
 from chatlm.common.jsontext import is_text
+from chatlm.front.api.dialect import NamedServer
 from chatlm.front.api.fields import ToolChoice
-from chatlm.front.api.mcp_tools import (
-    McpTools, NamedServer, own_entries, refuse_in_batches, text, texts_of)
+from chatlm.front.api.mcp_tools import McpTools, own_entries, refuse_in_batches, text, texts_of
 from chatlm.front.tools.rules import UNKNOWN_OUTCOME, model_name
 
 TOOLSET = "mcp_toolset"

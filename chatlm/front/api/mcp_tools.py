@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence as Seq
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from chatlm.common.errors import RequestError, bad_value, invalid, shown
 from chatlm.common.jsontext import is_text
 from chatlm.common.messages.tool_rounds import ApprovedCall, PlannedTool
 from chatlm.front.api.approval_ids import digest_in
+from chatlm.front.api.dialect import NamedServer
 from chatlm.front.api.fields import ToolChoice
 from chatlm.front.tools.rules import UNANSWERED, UNKNOWN_OUTCOME, denied, model_name
 
@@ -26,15 +27,6 @@ NO_TOOLS: Mapping[str, bool] = MappingProxyType({})
 
 def is_mcp(tool: Mapping) -> bool:
     return tool.get("type") == "mcp"
-
-
-class NamedServer(NamedTuple):
-    """A tool server that a body names, not checked yet."""
-
-    param: str               # where the body names it
-    label: str
-    url: str = ""            # that the body says it has; "": it says none
-    must_run: bool = False   # refuse the body if it does not run: the answer itself could not say so
 
 
 def servers_of_response(body: Mapping) -> Iterator[NamedServer]:

@@ -11,7 +11,7 @@ from chatlm.front.api.fields import (
     A_TEXT, TEXT_OR_NULL, Field, FieldType, as_list, list_schema, object_schema)
 from chatlm.front.api.field_types import (
     CAP, EFFORT, FOUR_STOPS, INTEGER, LOGIT_BIAS, NUMBER, OBJECT, OPENAI_MESSAGES, PRIORITY, SEED, STOP,
-    STOP_TOKENS, SWITCH, TEXT, TOKENS, TOP_K, TOP_LEVEL_THINKING, thinking)
+    STOP_TOKENS, SWITCH, TEXT, TOKENS, TOP_K, TOP_LEVEL_THINKING)
 
 
 SOME_TOOLS = Field(

@@ -14,9 +14,8 @@ from chatlm.common.errors import RequestError
 from chatlm.common.jsontext import is_text
 from chatlm.front.api.additions import NO_NAMES, NOTHING_ASKED, AddedNames, Asked, take_out
 from chatlm.front.api.batch_lines import Line, read_line
-from chatlm.front.api.dialect import LONGEST_NAME, Chained, Reference, model_names
+from chatlm.front.api.dialect import LONGEST_NAME, Chained, NamedServer, Reference, model_names
 from chatlm.front.api.fields import json_object
-from chatlm.front.api.mcp_tools import NamedServer
 from chatlm.front.api.picture_parts import Lift, Lifted, fill_in, lift_pictures
 from chatlm.front.api.spoken import form_of
 

@@ -25,7 +25,7 @@ from chatlm.front.tools.toolbox import Toolbox
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.front.api.mcp_tools import NamedServer
+    from chatlm.front.api.dialect import NamedServer
     from chatlm.front.intake.envelope import Envelope
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.pool.pool import WorkerPool

@@ -30,6 +30,7 @@ from chatlm.common.text.grammar import json_grammar
 from chatlm.common.text.history_forms import TEXT_ALONE
 from chatlm.common.text.tokenizer import compile_chat_template
 from chatlm.front.admission.admission import Admission
+from chatlm.front.api.spoken import rows_by_path
 from chatlm.front.front import Front
 from chatlm.front.intake import sandboxed
 from chatlm.front.intake.crossing import packed_body, unpacked_body
@@ -502,11 +503,22 @@ def test_a_sandbox_imports_before_it_yields(monkeypatch):
     order = []
     monkeypatch.setattr(sandboxed.os, "nice", lambda niceness: order.append(("nice", niceness)))
     monkeypatch.setattr(sandboxed.signal, "setitimer", lambda *timer: None)
-    tasks = SimpleNamespace(prepare=lambda name: order.append(("prepare", name)),
+    tasks = SimpleNamespace(prepare=lambda name, arguments: order.append(("prepare", name, *arguments)),
                             task=lambda name: lambda *given: order.append((name, *given)) or SandboxResult(None))
     task, channel = SandboxTask("check_grammar", ["source", "x"]), SimpleNamespace(send=lambda message: None)
     sandboxed.perform(task, tasks, channel, 1.0, 10)
-    assert order == [("prepare", "check_grammar"), ("nice", 10), ("check_grammar", "source", "x")]
+    assert order == [("prepare", "check_grammar", "source", "x"), ("nice", 10),
+                     ("check_grammar", "source", "x")]
+
+
+def test_a_dialect_is_imported_before_the_time_of_a_task_counts(monkeypatch):
+    late = rows_by_path()["/v1/rerank"].dialect
+    monkeypatch.setattr(late, "loaded", None)
+    tasks = sandboxed.Tasks(SandboxConfig(Known(Settings(), None), None, 0, 5.0, 0), sandboxed.Shelf())
+    tasks.prepare("forget", [])
+    assert late.loaded is None
+    tasks.prepare("open", ["/v1/rerank", None, 9, []])
+    assert "/v1/rerank" in late.loaded.forms
 
 
 async def test_the_sandbox_of_templates_starts_ahead(admission, chat_text):
