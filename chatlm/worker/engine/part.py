@@ -59,7 +59,7 @@ class Part:
 
     def wants_hidden(self, sequence: Sequence) -> bool:
         """Are the hidden states of a sequence needed after the step that is planned? Nothing is then computed
-        ahead of it. With --pp this process has those of the first stage: such a part refuses to be made."""
+        ahead of it. With --pp they are in another process: such a part should refuse to be made there."""
         return False
 
     def read_hidden(self, sequence: Sequence, first: int, count: int, rows: numpy.ndarray):
