@@ -31,6 +31,13 @@ ABSENT = """
     chatlm.front.store chatlm.front.tools.client chatlm.front.tools.toolbox chatlm.terminal
     prometheus_client sqlite3
 """.split()
+# Of the worker: families other than the default model's, and other kinds of files and of models
+ABSENT_IN_WORKER = [f"chatlm.worker.weights.{name}" for name in """
+    encoders gemma4 granite laguna latents layernorms lfm2 minicpm mixtures muse nemotron qwen35
+    rotary_encoders wide_mixtures
+    checkpoint_model folder_model fp8 litgpt nanochat_gguf nanogpt quantization safetensors_folder
+    cross_encoders encoder_text mmproj pixtral_tower qwen_towers tower_table towers vision
+""".split()]
 # In each process: at SIGUSR1 it writes the names of its modules, and what its event loop has imported
 SPY = """
 import os, signal, sys, threading
@@ -58,10 +65,12 @@ def spied(tmp_path):
     return os.environ | {"SPY": str(tmp_path), "PYTHONPATH": str(tmp_path)}
 
 
-def modules_of(process, folder):
-    """Of the front and its sandboxes, as they are now."""
+def modules_of(process, folder, role="sandbox"):
+    """Of the front and its sandboxes, or of its workers, as they are now."""
     children = psutil.Process(process.pid).children(recursive=True)
-    pids = [process.pid, *(child.pid for child in children if "sandbox" in child.cmdline())]
+    pids = [child.pid for child in children if role in child.cmdline()]
+    if role == "sandbox":
+        pids.append(process.pid)
     for pid in pids:
         os.kill(pid, signal.SIGUSR1)
     while not all((folder / str(pid)).exists() for pid in pids):
@@ -92,9 +101,12 @@ def test_a_default_server_loads_no_annex(default_model_path, spied, tmp_path):
             with pytest.raises(urllib.error.HTTPError, match="404|405"):
                 urllib.request.urlopen(urllib.request.Request(url + path, method=method), timeout=60)
         modules = modules_of(process, tmp_path)
+        of_worker = modules_of(process, tmp_path, "worker")
         described = json.load(urllib.request.urlopen(url + "/openapi.json", timeout=60))["paths"]
     packages = {name.rsplit(".", cut)[0] for name in modules for cut in range(name.count(".") + 1)}
     assert packages.isdisjoint(ABSENT), packages & {*ABSENT}
+    assert "chatlm.worker.weights.plain" in of_worker
+    assert of_worker.isdisjoint(ABSENT_IN_WORKER), of_worker & {*ABSENT_IN_WORKER}
     assert {row.pattern for annex in ANNEXES for row in annex.routes} <= {*described}
 
 
