@@ -43,6 +43,13 @@ ABSENT_IN_WORKER = """
     chatlm.worker.ranks.links chatlm.worker.ranks.ranks chatlm.worker.ranks.steps
     chatlm.worker.survey chatlm.worker.weights.shards llguidance ssl torch
 """.split()
+# and the modules of families other than the default model's, of other kinds of files and of models
+ABSENT_IN_WORKER += [f"chatlm.worker.weights.{name}" for name in """
+    encoders gemma4 granite laguna latents layernorms lfm2 minicpm mixtures muse nemotron qwen35
+    rotary_encoders wide_mixtures
+    checkpoint_model folder_model fp8 litgpt nanochat_gguf nanogpt quantization safetensors_folder
+    cross_encoders encoder_text mmproj pixtral_tower qwen_towers tower_table towers vision
+""".split()]
 # In each process: at SIGUSR1 it writes the names of its modules, and what its event loop has imported
 SPY = """
 import os, signal, sys, threading
@@ -139,6 +146,7 @@ def test_a_default_server_loads_no_annex(default_model_path, spied, tmp_path):
         in_worker = packages_of(modules_in(workers, tmp_path))
     packages = packages_of(modules)
     assert packages.isdisjoint(ABSENT), packages & {*ABSENT}
+    assert "chatlm.worker.weights.plain" in in_worker
     assert in_worker.isdisjoint(ABSENT_IN_WORKER), in_worker & {*ABSENT_IN_WORKER}
     assert {row.pattern for annex in ANNEXES for row in annex.routes} <= {*described}
 

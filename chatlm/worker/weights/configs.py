@@ -14,7 +14,6 @@ from chatlm.common.log import log
 from chatlm.worker.model.blocks.mixers import Mixer
 from chatlm.worker.weights.families import FAMILIES, TEXT_TYPES, VISION
 from chatlm.worker.weights.family import GATED, Family
-from chatlm.worker.weights.fp8 import fp8_block
 from chatlm.worker.weights.recipe import Attention, ModelSpec
 from chatlm.worker.weights.refused import REFUSED
 from chatlm.worker.weights.rope_scaling import ORIGINAL, ORIGINAL_RULE
@@ -132,9 +131,10 @@ def refuse_unknown(path: Path, family: str, raw: Mapping, known: Mapping):
 def family_config(path: Path, raw: Mapping) -> tuple[str, dict]:
     """The family of a config.json, and the checked values of the keys in its row and HF_DEFAULTS."""
     family = checked(path, "model_type", raw.get("model_type"), Rule(str))
-    if family not in FAMILIES | VISION:
+    if family not in FAMILIES and family not in VISION:
         raise ConfigError(f"{path}: {unsupported(family)}")
     if "quantization_config" not in FAMILIES.get(family, FAMILIES["llama"]).config:
+        from chatlm.worker.weights.fp8 import fp8_block
         fp8_block(path, raw)  # refuses what is not read
     if family in VISION:
         family, raw = text_part(path, family, raw)

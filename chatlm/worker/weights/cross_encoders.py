@@ -20,9 +20,9 @@ from chatlm.worker.weights.rules import Rule, checked, read_json
 SCORES = "classifier.weight", "classifier.out_proj.weight"  # with one row for each label
 
 
-def classifies(state: Mapping[str, Any], spec: ModelSpec) -> bool:
-    """Does a folder have the head of a cross-encoder?"""
-    return spec.of_texts and any(name in state for name in SCORES)
+def classifies(state: Mapping[str, Any]) -> bool:
+    """Does a folder of a model of whole texts have the head of a cross-encoder?"""
+    return any(name in state for name in SCORES)
 
 
 def folder_head(path: Path, config: Mapping, spec: ModelSpec, state: Mapping[str, Any]) -> Head:

@@ -16,14 +16,13 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.kinds import floats, item_bytes, kind_of
 from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
 from chatlm.worker.model.tensors import TILE_ROWS
-from chatlm.worker.weights import cross_encoders, rerankers
-from chatlm.worker.weights.array_tensors import ArrayTensors
+from chatlm.worker.weights import rerankers
+from chatlm.worker.weights.array_tensors import ArrayTensors, of_rows
 from chatlm.worker.weights.draft_heads import folder_head
 from chatlm.worker.weights.embedders import folder_embedder
 from chatlm.worker.weights.families import FAMILIES
 from chatlm.worker.weights.family import draft_layers, is_one_more
 from chatlm.worker.weights.fp8 import fp8_block, unscaled
-from chatlm.worker.weights.latents import made_by
 from chatlm.worker.weights.huggingface import described_spec, hf_text
 from chatlm.worker.weights.lora import FileSlice, fused_slices
 from chatlm.worker.weights.mxfp4 import Mxfp4
@@ -215,8 +214,12 @@ class FolderModel:
                 raise NotExact
             return turned(name, blocks)
 
+        rows_of = of_rows
+        if "k_up" in self.table:  # keys and values of latents
+            from chatlm.worker.weights.latents import made_by
+            rows_of = partial(made_by, self.spec)
         return ArrayTensors(self.source.path, settings, self.state, dtype, changed, storage.as_stored,
-                            packed_rows, partial(made_by, self.spec)).of(sources)
+                            packed_rows, rows_of).of(sources)
 
     def text(self) -> tuple[TextSpec, Vocabulary | None]:
         return self.restyled(hf_text(self.source.path, self.spec.vocab_size)), None
@@ -228,11 +231,13 @@ class FolderModel:
             return Purpose(text, ranking=ranking)
         pipeline = getattr(open_tokenizer(text), "pipeline")
         embedder, head = folder_embedder(self.source.path, pipeline, self.family, self.spec, self.called)
-        if cross_encoders.classifies(self.whole, self.spec):
-            head = cross_encoders.folder_head(self.config.path, self.config.raw, self.spec, self.whole)
-            sigmoid = cross_encoders.makes_probabilities(self.config.path, self.config.raw)
-            embedder = embedder._replace(pooling="rank", size=1, least=0, sigmoid=sigmoid, dimensions=0,
-                                         pools_prompt=True)
+        if self.spec.of_texts:
+            from chatlm.worker.weights import cross_encoders
+            if cross_encoders.classifies(self.whole):
+                head = cross_encoders.folder_head(self.config.path, self.config.raw, self.spec, self.whole)
+                sigmoid = cross_encoders.makes_probabilities(self.config.path, self.config.raw)
+                embedder = embedder._replace(pooling="rank", size=1, least=0, sigmoid=sigmoid, dimensions=0,
+                                             pools_prompt=True)
         return Purpose(replace(text, embedder=embedder, chat_template=None), head)
 
     def draft_head(self) -> FolderModel | None:

@@ -18,7 +18,6 @@ from chatlm.common.text.formats import template_of
 from chatlm.worker.weights.configs import HF_DEFAULTS, complete_heads, family_spec, unsupported
 from chatlm.worker.weights.control_tokens import END_TOKENS, misnamed
 from chatlm.worker.weights.embedders import pooling_of_gguf
-from chatlm.worker.weights.encoder_text import text_of_encoder
 from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES
 from chatlm.worker.weights.family import Family, Header
 from chatlm.worker.weights.gguf_file import GGUF_OWN, GGUF_SIZES, ROPE_TENSORS, gguf_value, refuse_unknown
@@ -225,6 +224,7 @@ def gguf_texts(path: Path, metadata: Mapping) -> tuple[TextSpec, Vocabulary | No
     model = value("ggml.model")
     tokens = value("ggml.tokens")
     if model in ("bert", "t5"):
+        from chatlm.worker.weights.encoder_text import text_of_encoder
         return text_of_encoder(value), None
     types = list(value("ggml.token_type", [1] * len(tokens), len(tokens)))
     last = len(tokens) - 1

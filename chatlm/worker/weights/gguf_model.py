@@ -16,7 +16,7 @@ from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
 from chatlm.worker.model.blocks.mixers import DeltaRule
 from chatlm.worker.model.head import Head
 from chatlm.worker.model.tensors import TILE_ROWS
-from chatlm.worker.weights import cross_encoders, rerankers
+from chatlm.worker.weights import rerankers
 from chatlm.worker.weights.draft_heads import gguf_head
 from chatlm.worker.weights.embedders import gguf_embedder
 from chatlm.worker.weights.factors import with_factors
@@ -26,7 +26,6 @@ from chatlm.worker.weights.array_tensors import of_rows
 from chatlm.worker.weights.gguf import gguf_spec, gguf_texts
 from chatlm.worker.weights.gguf_file import ROPE_TENSORS, check_gguf_types, read_gguf
 from chatlm.worker.weights.gguf_tensors import GgufTensors, details_of, file_shape, growth
-from chatlm.worker.weights.latents import made_by, shape_of_both
 from chatlm.worker.weights.lora import FileSlice, fused_slices
 from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.packed_rows import packed_together
@@ -150,11 +149,14 @@ class GgufModel:
     def tensors(self, settings: Settings, sources: Sources, added: Mapping[str, list[Change | Copy]],
                 storage: Storage) -> dict[str, Unread | MappedRows]:
         interleaved = self.row.interleaved
+        rows_of = of_rows
+        if self.has_kv_up:
+            from chatlm.worker.weights.latents import made_by
+            rows_of = partial(made_by, self.spec)
         return GgufTensors(
             self.source.path, settings, self.stored, storage,
             self.pairs if interleaved or self.row.gguf.permuted else None,
-            self.pairs if interleaved else None, added,
-            partial(made_by, self.spec) if self.has_kv_up else of_rows).of(sources)
+            self.pairs if interleaved else None, added, rows_of).of(sources)
 
     @property
     def has_kv_up(self) -> bool:
@@ -175,6 +177,7 @@ class GgufModel:
         if embedder is None:
             return Purpose(text, ranking=ranking)
         if self.spec.of_texts:
+            from chatlm.worker.weights import cross_encoders
             head = cross_encoders.gguf_head(path, self.metadata, self.spec, embedder.pooling, self.heads)
         embedder = embedder._replace(size=head.size or embedder.size)
         return Purpose(replace(text, embedder=embedder, chat_template=None), head, ranking)
@@ -215,6 +218,7 @@ def gguf_slices(row: Family, spec: ModelSpec, table: Mapping[str, tuple[str, ...
         theirs = names_of(row.all_tensors, part, layer)
         own = names_of(table, part, layer)
         if part in KV_UP and table["k_up"] != table["v_up"]:  # the folder has them in one matrix
+            from chatlm.worker.weights.latents import made_by, shape_of_both
             slices.setdefault(theirs[0], []).append(
                 FileSlice(own[0], made_by=made_by(spec, ours), whole=shape_of_both(spec, ours)))
             continue

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
+from chatlm.common.hub.stamps import mmproj_of
 from chatlm.common.log import log
 from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.model.kernels import choose_backend
@@ -144,8 +145,11 @@ def add_eyes(model: LoadedModel, source: ModelSource, settings: Settings, device
 def eyes_of(model: LoadedModel, source: ModelSource, settings: Settings, device: str) -> Eyes | None:
     """What a folder or a GGUF model sees pictures with. Other formats have nothing of the kind."""
     if source.kind == "gguf":
+        path = mmproj_of(source.path, settings)
+        if path is None:
+            return None
         from chatlm.worker.weights.mmproj import gguf_eyes
-        return gguf_eyes(source.path, settings, model, device)
+        return gguf_eyes(path, source.path, settings, model, device)
     if source.kind == "hf":
         from chatlm.worker.weights.vision import folder_eyes
         return folder_eyes(source.path, settings, model.spec, model.dtype or "float32")

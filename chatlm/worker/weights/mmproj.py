@@ -13,7 +13,6 @@ from typing import Any, NoReturn, TYPE_CHECKING
 import numpy
 
 from chatlm.common.errors import ConfigError, shown
-from chatlm.common.hub.stamps import mmproj_of
 from chatlm.worker.arrays.packed import dequantized
 from chatlm.worker.model.kernels import choose_backend
 from chatlm.worker.weights.gguf_file import check_gguf_types, read_gguf_file, readable
@@ -32,11 +31,8 @@ if TYPE_CHECKING:
     from chatlm.worker.weights.towers import TowerFamily
 
 
-def gguf_eyes(model: Path, settings: Settings, loaded: LoadedModel, device: str) -> Eyes | None:
-    """What the model sees with; None if there is no such file."""
-    path = mmproj_of(model, settings)
-    if path is None:
-        return None
+def gguf_eyes(path: Path, model: Path, settings: Settings, loaded: LoadedModel, device: str) -> Eyes:
+    """What a model sees with, by this file. ConfigError if there is no such file, or it has no such thing."""
     if not path.is_file():
         raise ConfigError(f"--mmproj {path}: there is no such file")
     with readable(path):
