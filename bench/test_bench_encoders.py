@@ -24,7 +24,7 @@ STREAMED = [api for api, kind in ENCODERS.items() if kind not in (EmbeddingsEnco
 @pytest.mark.parametrize("api", STREAMED)
 def test_a_streamed_answer_is_encoded(benchmark, api):
     def encode():
-        encoder = ENCODERS[api](ParsedBody(Request("x", messages=()), api=api, details=DETAILS.get(api, {})), "model")
+        encoder = ENCODERS[api](ParsedBody(Request("x", messages=()), kind=api, details=DETAILS.get(api, {})), "model")
         return [encoder.start(Accepted(7)), *map(encoder.encode, PIECES), encoder.encode(END)]
 
     assert b"".join(benchmark(encode)).count(b" word") >= len(PIECES)
@@ -37,7 +37,7 @@ def test_embeddings_are_encoded(benchmark, encoding):
     request = Request("x", prompts=("a",) * 100, params=AnswerParams(pooling="mean"))
 
     def encode():
-        encoder = EmbeddingsEncoder(ParsedBody(request, api="embeddings", details={"encoding": encoding}), "model")
+        encoder = EmbeddingsEncoder(ParsedBody(request, kind="embeddings", details={"encoding": encoding}), "model")
         for choice in range(100):
             encoder.collect(Embedding(vector, choice))
             encoder.collect(replace(END, choice=choice))

@@ -115,7 +115,7 @@ class Doubled(Letters):
 def test_ids_with_one_text_have_keys_of_their_own(token, keys):
     """lm-eval calls a token greedy if its log-probability is the largest among the values."""
     request = Request("x", prompts=((97, token),), params=AnswerParams(logprobs=3, prompt_logprobs=3))
-    encoder = ENCODERS["completion"](ParsedBody(request, stream=False, echo=True, api="completion"), "m", Doubled())
+    encoder = ENCODERS["completion"](ParsedBody(request, stream=False, echo=True, kind="completion"), "m", Doubled())
     top = ((97, -1.0), (98, -2.0), (120, -3.0))
     values = dict(top) | {token: dict(top).get(token, -9.0)}
     for event in (PromptScores((TokenLogprob(97, None), TokenLogprob(token, values[token], top, 1))), Piece(), finished([])):

@@ -227,7 +227,7 @@ def test_an_encoder_makes_no_decoder(monkeypatch):
         raise AssertionError("a decoder was made")
     patch(monkeypatch, encode, "answer_decoder", refuse)
     for api in ("embeddings", "ollama embed", "ollama embeddings", "tei embed", "rerank", "llama rerank", "tei rerank", "score", "cosines"):
-        encoder = ENCODERS[api](ParsedBody(Request("x", prompts=("a", "b")), api=api, details={"encoding": "base64"}), "m", Letters())
+        encoder = ENCODERS[api](ParsedBody(Request("x", prompts=("a", "b")), kind=api, details={"encoding": "base64"}), "m", Letters())
         encoder.collect(Embedding("AACAPw==", choice=1))
         with pytest.raises(AssertionError, match="a decoder"):
             assert encoder.choices[0].decoder
