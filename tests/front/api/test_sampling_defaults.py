@@ -99,8 +99,8 @@ def test_generation_config_says_its_makers_values(tmp_path, found, sampling):
 
 def test_the_default_model_s_values_end_its_answers(default_model_path):
     """The default model has values with which its answers end."""
-    assert opened(default_model_path).sampling == {"temperature": 0.3, "min_p": 0.1, "frequency_penalty": 0.2,
-                                                   "presence_penalty": 0.2}
+    assert opened(default_model_path).sampling == {
+        "temperature": 0.3, "min_p": 0.1, "frequency_penalty": 0.2, "presence_penalty": 0.2}
 
 
 def test_a_model_s_penalties_are_for_drawn_answers():
@@ -109,8 +109,8 @@ def test_a_model_s_penalties_are_for_drawn_answers():
         own_sampling={"temperature": 0.3, "frequency_penalty": 0.2, "presence_penalty": 0.2,
                       "repetition_penalty": 1.1}, own_origin="its file")
     drawn, greedy, asked = (sampling_params(values, settings)
-                            for values in ({}, {"temperature": 0},
-                                           {"temperature": 0, "frequency_penalty": 0.5}))
+                            for values in (
+                                {}, {"temperature": 0}, {"temperature": 0, "frequency_penalty": 0.5}))
     assert (drawn.frequency_penalty, drawn.presence_penalty) == (0.2, 0.2)
     assert (greedy.frequency_penalty, greedy.presence_penalty) == (0, 0)
     # as a file's own has always been

@@ -453,8 +453,8 @@ def test_reading_a_body_leaves_it_as_it_was(route):
     first = read_answer(route, envelope.fields, known)
     assert envelope.fields == before
     again = read_answer(route, envelope.fields, known)
-    assert (first.api, first.stream, first.request.messages, first.request.prompts) == (
-        again.api, again.stream, again.request.messages, again.request.prompts)
+    assert (first.kind, first.stream, first.request.messages, first.request.prompts) == (
+        again.kind, again.stream, again.request.messages, again.request.prompts)
 
 
 async def test_a_body_is_given_back_before_its_rest_counts():

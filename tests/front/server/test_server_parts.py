@@ -147,8 +147,8 @@ async def test_a_large_body_is_read_in_a_sandbox():
     with Holding(bodies.intake.budget, "alice") as holding:
         with pytest.raises(RequestError, match="elsewhere"):
             await bodies.answer(Arriving(body=body), holding)
-    assert [task[:3] for task in pool.sandboxes["bodies"].tasks] == [("alice", name, "/v1/messages")
-                                                                     for name in ("open", "read")]
+    assert [task[:3] for task in pool.sandboxes["bodies"].tasks] == [
+        ("alice", name, "/v1/messages") for name in ("open", "read")]
     assert checked == [("alice", Owners(settings).of_pages("alice"))] and not bodies.intake.budget.used
 
 
