@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
 from chatlm.common.messages.protocol import ParsedBody    # noqa: E402
-from chatlm.common.messages.requests import Accepted, AnswerParams, Delta, Embedding, Finished, Piece, Request, Usage    # noqa: E402
+from chatlm.common.messages.requests import (    # noqa: E402
+    Accepted, AnswerParams, Delta, Embedding, Finished, Piece, Request, Usage)
 from chatlm.front.api.dialects.retrieval import EmbeddingsEncoder, ScoresEncoder    # noqa: E402
 from spoken_paths import ENCODERS    # noqa: E402
 
@@ -24,7 +25,8 @@ STREAMED = [api for api, kind in ENCODERS.items() if kind not in (EmbeddingsEnco
 @pytest.mark.parametrize("api", STREAMED)
 def test_a_streamed_answer_is_encoded(benchmark, api):
     def encode():
-        encoder = ENCODERS[api](ParsedBody(Request("x", messages=()), api=api, details=DETAILS.get(api, {})), "model")
+        encoder = ENCODERS[api](ParsedBody(Request("x", messages=()), kind=api, details=DETAILS.get(api, {})),
+                                "model")
         return [encoder.start(Accepted(7)), *map(encoder.encode, PIECES), encoder.encode(END)]
 
     assert b"".join(benchmark(encode)).count(b" word") >= len(PIECES)
@@ -33,11 +35,13 @@ def test_a_streamed_answer_is_encoded(benchmark, api):
 @pytest.mark.parametrize("encoding", ["float", "base64"])
 def test_embeddings_are_encoded(benchmark, encoding):
     """100 vectors of 576 numbers, the width of the default model."""
-    vector = base64.b64encode(struct.pack("<576f", *(0.0123456789 * (i % 7 - 3) for i in range(576)))).decode()
+    vector = base64.b64encode(
+        struct.pack("<576f", *(0.0123456789 * (i % 7 - 3) for i in range(576)))).decode()
     request = Request("x", prompts=("a",) * 100, params=AnswerParams(pooling="mean"))
 
     def encode():
-        encoder = EmbeddingsEncoder(ParsedBody(request, api="embeddings", details={"encoding": encoding}), "model")
+        encoder = EmbeddingsEncoder(ParsedBody(request, kind="embeddings", details={"encoding": encoding}),
+                                    "model")
         for choice in range(100):
             encoder.collect(Embedding(vector, choice))
             encoder.collect(replace(END, choice=choice))

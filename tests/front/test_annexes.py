@@ -51,7 +51,7 @@ ROWS: tuple[Route[Toy], ...] = (
 )
 TOY = Annex("toy", lambda: Toy, ROWS, start=lambda toy: toy.start(), close=lambda toy: toy.close())
 HOOKED = replace(
-    TOY, wanted=lambda front: True, joins=lambda parsed: parsed.api == "chat",
+    TOY, wanted=lambda front: True, joins=lambda parsed: parsed.kind == "chat",
     prepare=lambda toy, parsed: toy.prepared(parsed), around=lambda toy, begin, ask: toy.around(begin, ask),
     metrics=lambda toy, families: toy.metric_families(families))
 

@@ -13,7 +13,7 @@ from chatlm.front.api.spoken import all_paths, fields_of, form_of
 BODY_FIELDS = {path: fields_of(path) for path in all_paths()}
 ANSWERS = [path for path in all_paths() if isinstance(form_of(path), Form)]
 TEXTS = [path for path in all_paths() if path not in ANSWERS]
-ENCODERS = {  # by ParsedBody.api
+ENCODERS = {  # by ParsedBody.kind
     "native": NativeEncoder, "chat": ChatEncoder, "functions": FunctionEncoder,
     "completion": CompletionEncoder, "infill": InfillEncoder, "responses": ResponsesEncoder,
     "messages": MessagesEncoder, **dict.fromkeys(("ollama chat", "ollama generate"), OllamaEncoder),

@@ -478,7 +478,7 @@ class ParsedBody:
     echo: bool = False
     token_ids: bool = False              # tell the ids of its tokens
     form: str = ""                       # the path of its form, see chatlm/front/api/spoken.py
-    api: str = ""                        # the kind of its answer, in words of its dialect
+    kind: str = ""                       # of its answer, in words of its dialect
     details: Mapping = field(default_factory=dict)  # what else its encoder must know
     ignored_tools: tuple[str, ...] = ()  # types of tools that no model here can have
     ignored_fields: tuple[str, ...] = ()  # names of fields that have no effect on this answer

@@ -238,10 +238,10 @@ def with_infill_ends(values: Mapping, known: Known, param: str | None = None) ->
     return {**values, "stop_token_ids": own if values.get("ignore_eos") else (*own, *known.infill.ends)}
 
 
-def parsed_body(api: str, values: Mapping, known: Known, request: Request, details: Mapping | None = None,
+def parsed_body(kind: str, values: Mapping, known: Known, request: Request, details: Mapping | None = None,
                 ignored_tools: tuple[str, ...] = ()) -> ParsedBody:
     return ParsedBody(
-        request, stream=values.get("stream", False), echo=values.get("echo", False), api=api,
+        request, stream=values.get("stream", False), echo=values.get("echo", False), kind=kind,
         include_usage=values.get("stream_options", {}).get("include_usage") is True,
         token_ids=values.get("return_token_ids", False), details=details or {}, ignored_tools=ignored_tools)
 

@@ -632,7 +632,7 @@ def read_check_and_follow(path, body, tool_format, drawn):
     """What the front, a sandbox and a worker do with a body, up to its first tokens. RequestError if it is refused."""
     parsed = read_answer(path, json_object(json.dumps(body).encode()), Known(Settings(), tool_format))
     request = restorer(ParsedBody)(json.loads(as_plain_json(parsed))).request
-    encoder = ENCODERS[parsed.api](parsed, "m", tokenizers(tool_format)[0])
+    encoder = ENCODERS[parsed.kind](parsed, "m", tokenizers(tool_format)[0])
     encoder.collect(finished(["a"]))
     assert json.loads(b"".join(encoder.completion()))
     with_generic_tools(request.messages or (Message("user", "x"),), request.tools)
@@ -714,12 +714,12 @@ THOUGHT = [said(thought("Hm"), tokens=(1,)), said(thought("m"), tokens=(2,)), sa
 def test_what_one_piece_adds_comes_in_its_order():
     deltas = Delta("text", "a"), Delta("call", "{}", "add"), thought("b"), Delta("text", "c")
     for api in ("responses", "messages", "ollama chat"):
-        encoder = ENCODERS[api](ParsedBody(Request("x", messages=()), api=api, details={"thinking": True}), "fake")
+        encoder = ENCODERS[api](ParsedBody(Request("x", messages=()), kind=api, details={"thinking": True}), "fake")
         encoder.encode(said(*deltas))
         assert [(block.kind, block.text, block.name) for block in encoder.blocks] == [*deltas]
     native = ENCODERS["native"](ParsedBody(Request("x", messages=())), "fake").encode(said(*deltas)).decode()
     assert re.findall('"(token|reasoning)": "(.)"', native) == [("token", "a"), ("reasoning", "b"), ("token", "c")]
-    chunk = ENCODERS["chat"](ParsedBody(Request("x", messages=()), api="chat"), "fake").encode(said(*deltas))
+    chunk = ENCODERS["chat"](ParsedBody(Request("x", messages=()), kind="chat"), "fake").encode(said(*deltas))
     delta = json.loads(chunk.removeprefix(b"data: "))["choices"][0]["delta"]
     assert (delta["content"], delta["reasoning"], delta["tool_calls"][0]["function"]["name"]) == ("ac", "b", "add")
 
@@ -752,7 +752,7 @@ def test_a_chunk_has_one_entry_for_each_call(parts, cut):
     deltas = "Hm", first, *rest, *second, "Done"
     pieces = [piece for piece in (said(*deltas[:cut + 1]), said(*deltas[cut + 1:])) if piece.deltas]
     for api in ("chat", "functions"):
-        encoder = ENCODERS[api](ParsedBody(Request("x", messages=()), api=api), "fake")
+        encoder = ENCODERS[api](ParsedBody(Request("x", messages=()), kind=api), "fake")
         stream = b"".join(map(encoder.encode, pieces))
         chunks = [json.loads(line.removeprefix("data: ")) for line in stream.decode().split("\n\n") if line]
         assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == "HmDone"

@@ -1,4 +1,5 @@
-"""No large body, and nothing as large that comes of one, is read or written as JSON in the front's event loop: sandboxes do that, once for
+"""No large body, and nothing as large that comes of one, is read or written as JSON in the front's event
+loop: sandboxes do that, once for
 each model."""
 
 import json
@@ -16,27 +17,43 @@ from spoken_paths import BODY_FIELDS
 
 HI = [{"role": "user", "content": "hello"}]
 BODIES = {  # of each route; what makes one large comes to it
-    "/chat/completions": {"messages": HI, "max_tokens": 2}, "/v1/chat/completions": {"messages": HI, "max_tokens": 2},
-    "/v1/completions": {"prompt": "hello", "max_tokens": 2}, "/infill": {"input_prefix": "hello", "input_suffix": "", "n_predict": 2}, "/v1/embeddings": {"input": "hello"}, "/v1/responses": {"input": "hello", "max_output_tokens": 2},
-    "/v1/messages": {"messages": HI, "max_tokens": 2}, "/v1/messages/count_tokens": {"messages": HI}, "/api/chat": {"messages": HI, "options": {"num_predict": 2}},
-    "/api/generate": {"prompt": "hello", "options": {"num_predict": 2}}, "/api/embed": {"input": "hello"}, "/api/embeddings": {"prompt": "hello"}, "/embed": {"inputs": "hello"},
-    **dict.fromkeys(("/v1/rerank", "/rerank", "/v2/rerank", "/reranking", "/v1/reranking"), {"query": "hello", "documents": ["hello"]}),
+    "/chat/completions": {"messages": HI, "max_tokens": 2},
+    "/v1/chat/completions": {"messages": HI, "max_tokens": 2},
+    "/v1/completions": {"prompt": "hello", "max_tokens": 2},
+    "/infill": {"input_prefix": "hello", "input_suffix": "", "n_predict": 2},
+    "/v1/embeddings": {"input": "hello"}, "/v1/responses": {"input": "hello", "max_output_tokens": 2},
+    "/v1/messages": {"messages": HI, "max_tokens": 2}, "/v1/messages/count_tokens": {"messages": HI},
+    "/api/chat": {"messages": HI, "options": {"num_predict": 2}},
+    "/api/generate": {"prompt": "hello", "options": {"num_predict": 2}}, "/api/embed": {"input": "hello"},
+    "/api/embeddings": {"prompt": "hello"}, "/embed": {"inputs": "hello"},
+    **dict.fromkeys(("/v1/rerank", "/rerank", "/v2/rerank", "/reranking", "/v1/reranking"),
+                    {"query": "hello", "documents": ["hello"]}),
     **dict.fromkeys(("/v1/score", "/score"), {"text_1": "hello", "text_2": "hello"}),
-    "/api/show": {}, "/tokenize": {"content": "hello"}, "/detokenize": {"tokens": [1, 2]}, "/apply-template": {"messages": HI},
-    "/models/load": {}, "/models/unload": {}, "/v1/compare": {"messages": HI, "max_tokens": 2, "ignore_eos": True, "variants": [{"model": name} for name in ("one", "two") * 4]}}
-BODIES |= {f"/api/v0/{name}": BODIES[f"/v1/{name}"] for name in ("chat/completions", "completions", "embeddings")}
-UNABLE = "/infill", "/v1/rerank", "/rerank", "/v2/rerank", "/reranking", "/v1/reranking", "/v1/score", "/score"     # routes of other models
-MANY = {"query": "hello " * 20_000, "documents": ["hello"] * 20_000, "text_1": "hello " * 20_000, "text_2": ["hello"] * 20_000, "inputs": "hello " * 20_000,
-        "messages": HI * 30_001, "prompt": "hello " * 20_000, "input": "hello " * 20_000, "content": "hello " * 20_000, "tokens": [1] * 40_000}
+    "/api/show": {}, "/tokenize": {"content": "hello"}, "/detokenize": {"tokens": [1, 2]},
+    "/apply-template": {"messages": HI},
+    "/models/load": {}, "/models/unload": {},
+    "/v1/compare": {"messages": HI, "max_tokens": 2, "ignore_eos": True,
+                    "variants": [{"model": name} for name in ("one", "two") * 4]}}
+BODIES |= {f"/api/v0/{name}": BODIES[f"/v1/{name}"]
+           for name in ("chat/completions", "completions", "embeddings")}
+# routes of other models
+UNABLE = ("/infill", "/v1/rerank", "/rerank", "/v2/rerank", "/reranking", "/v1/reranking", "/v1/score",
+          "/score")
+MANY = {"query": "hello " * 20_000, "documents": ["hello"] * 20_000, "text_1": "hello " * 20_000,
+        "text_2": ["hello"] * 20_000, "inputs": "hello " * 20_000,
+        "messages": HI * 30_001, "prompt": "hello " * 20_000, "input": "hello " * 20_000,
+        "content": "hello " * 20_000, "tokens": [1] * 40_000}
 
 
 @pytest.fixture
 def parsed_here(monkeypatch):
-    """What this process reads or writes as JSON in its event loop that is larger than a body may be: (bytes, its beginning)."""
+    """What this process reads or writes as JSON in its event loop that is larger than a body may be: (bytes,
+    its beginning)."""
     here, found, loads, packed = os.getpid(), [], json.loads, Pipe.packed
 
     def note(data):
-        if os.getpid() == here and threading.current_thread() is threading.main_thread() and len(data) > LIMITS.inline_bytes:
+        is_here = os.getpid() == here and threading.current_thread() is threading.main_thread()
+        if is_here and len(data) > LIMITS.inline_bytes:
             found.append((len(data), data[:80]))
 
     def noted_loads(data, **options):
@@ -67,7 +84,8 @@ async def test_no_large_body_is_parsed_on_the_event_loop(models, client, parsed_
                 data = json.dumps(asked).encode()
                 async with client.post(url + route, data=data) as response:
                     text = await response.read()
-                    assert response.status == 200 or (number or route in UNABLE) and response.status == 400, (route, response.status, text[:500])
+                    assert (response.status == 200 or (number or route in UNABLE)
+                            and response.status == 400), (route, response.status, text[:500])
                     assert len(data) > LIMITS.inline_bytes and not parsed_here, (route, parsed_here)
                     if route != "/v1/compare" or number:
                         continue

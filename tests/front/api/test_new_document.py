@@ -28,11 +28,13 @@ def test_an_absent_prompt_begins_a_new_document(url):
     """It continues the token between documents."""
     need_exact(url)
     wanted = written(url, prompt="<|endoftext|>")
-    assert written(url) == written(url, prompt=None) == written(url, padding="x" * 100_000) == wanted and wanted[1] == 1
+    assert (written(url) == written(url, prompt=None) == written(url, padding="x" * 100_000) == wanted
+            and wanted[1] == 1)
     texts, _ = written(url, n=3, temperature=1)
     assert texts == written(url, n=3, temperature=1, prompt="<|endoftext|>")[0] and len(set(texts)) > 1
     assert written(url, echo=True)[0] == wanted[0]      # what was not given is not repeated
-    status, _, scored = call(url, COMPLETIONS, {"max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1})
+    status, _, scored = call(url, COMPLETIONS,
+                             {"max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1})
     assert status == 200 and scored["choices"][0]["logprobs"]["token_logprobs"][0] is None
 
 
@@ -45,7 +47,8 @@ def test_an_empty_prompt_is_refused_as_empty(url):
 def test_a_nanochat_checkpoint_begins_with_bos(tiny_url):
     need_exact(tiny_url)
     tokens = call(tiny_url, "/tokenize", {"content": "<|bos|>"})[2]["tokens"]
-    assert written(tiny_url, max_tokens=5) == written(tiny_url, max_tokens=5, prompt=tokens) and len(tokens) == 1
+    assert (written(tiny_url, max_tokens=5) == written(tiny_url, max_tokens=5, prompt=tokens)
+            and len(tokens) == 1)
 
 
 class Marked(Letters):
@@ -56,13 +59,16 @@ class Marked(Letters):
 
 
 @pytest.mark.parametrize("tokenizer, start", [
-    (Marked({"<|endoftext|>": 5}, bos_token=1, eos_token=2), (5,)), (Marked({"<|endoftext|>": 5}, bos_token=1, eos_token=2, add_bos=True), (1,)),
-    (Marked(bos_token=1, eos_token=2), (1,)), (Marked(eos_token=2), (2,)), (Marked(eos_token=0), (0,)), (Marked(), ())])
+    (Marked({"<|endoftext|>": 5}, bos_token=1, eos_token=2), (5,)),
+    (Marked({"<|endoftext|>": 5}, bos_token=1, eos_token=2, add_bos=True), (1,)),
+    (Marked(bos_token=1, eos_token=2), (1,)), (Marked(eos_token=2), (2,)), (Marked(eos_token=0), (0,)),
+    (Marked(), ())])
 def test_without_that_token_another_begins_a_text(tokenizer, start):
     assert tokenizer.document_start == start and isinstance(tokenizer, Tokenizer)
 
 
 def test_an_absent_prompt_before_a_suffix_is_empty():
     known = Known(Settings(), None, infill=InfillTokens(1, 2, 3))
-    assert read_answer(COMPLETIONS, {"suffix": "x"}, known).request.prompts == read_answer(COMPLETIONS, {"prompt": "", "suffix": "x"}, known).request.prompts
+    same = [read_answer(COMPLETIONS, {"suffix": "x"} | more, known) for more in ({}, {"prompt": ""})]
+    assert same[0].request.prompts == same[1].request.prompts
     assert json.dumps(read_answer(COMPLETIONS, {}, known).request.prompts) == "[[]]"

@@ -1,4 +1,5 @@
-"""Most pieces of a stream are text alone: their frames are made of parts that are encoded once, and have the same bytes."""
+"""Most pieces of a stream are text alone: their frames are made of parts that are encoded once, and have the
+same bytes."""
 
 import json
 import random
@@ -7,13 +8,15 @@ from dataclasses import replace
 import pytest
 
 from chatlm.common.messages.protocol import ParsedBody
-from chatlm.common.messages.requests import Accepted, AnswerParams, Delta, Finished, Piece, Request, TextSpec, TokenLogprob, Usage
+from chatlm.common.messages.requests import (
+    Accepted, AnswerParams, Delta, Finished, Piece, Request, TextSpec, TokenLogprob, Usage)
 from chatlm.common.text.load import CharacterTokenizer
 from chatlm.front.api.dialects import native, openai
 from chatlm.front.pool.worker import Job
 from spoken_paths import ENCODERS
 
-TEXTS = ["", " word", "\n", '"', "\\", "a\u2028b\x85", "漢字", "\ud800", "😀", "\x00", "</script>", "{}", "data: [DONE]\n\n", "n" * 5000]
+TEXTS = ["", " word", "\n", '"', "\\", "a\u2028b\x85", "漢字", "\ud800", "😀", "\x00", "</script>", "{}",
+         "data: [DONE]\n\n", "n" * 5000]
 APIS = "native", "chat", "functions", "completion"
 MODELS = "model", 'a "model": "\u2028" \\', "モデル"
 
@@ -41,7 +44,8 @@ def pieces_of(dice):
 
 
 def streamed(api, model, options, dice):
-    parsed = ParsedBody(Request("x", messages=(), prompts=("Once",) if api == "completion" else ()), api=api, **options)
+    parsed = ParsedBody(Request("x", messages=(), prompts=("Once",) if api == "completion" else ()), kind=api,
+                        **options)
     encoder = ENCODERS[api](parsed, model, LETTERS)
     encoder.head = {**getattr(encoder, "head", {}), "created": 0}
     end = Finished("stop", "eos", Usage(7, 9, 3), 0.25, 8.125, 212.34, 0)
@@ -49,7 +53,8 @@ def streamed(api, model, options, dice):
 
 
 @pytest.mark.parametrize("api", APIS)
-@pytest.mark.parametrize("options", [{}, {"include_usage": True}, {"token_ids": True}, {"echo": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"include_usage": True}, {"token_ids": True}, {"echo": True}],
+                         ids=str)
 def test_frames_have_the_bytes_of_those_that_are_encoded_whole(api, options, monkeypatch):
     monkeypatch.setattr("time.time", lambda: 1000.0)
     monkeypatch.setattr("secrets.token_hex", lambda size=32: "c5" * size)
@@ -65,7 +70,8 @@ def test_frames_have_the_bytes_of_those_that_are_encoded_whole(api, options, mon
 def test_log_probabilities_of_tokens_without_text_are_not_lost():
     """A piece of text after tokens whose text was held back is not text alone: it has their entries."""
     params = AnswerParams(logprobs=0)
-    encoder = ENCODERS["chat"](ParsedBody(Request("x", messages=(), params=params), api="chat"), "model", LETTERS)
+    encoder = ENCODERS["chat"](ParsedBody(Request("x", messages=(), params=params), kind="chat"), "model",
+                               LETTERS)
     held = Piece((65,), (), (TokenLogprob(65, -0.5),))
     assert encoder.encode(held) == b""
     frame = json.loads(encoder.encode(Piece((66,), (Delta("text", "AB"),), (TokenLogprob(66, -0.25),)))[6:])
@@ -75,5 +81,7 @@ def test_log_probabilities_of_tokens_without_text_are_not_lost():
 def test_a_job_passes_pieces_on_with_what_the_front_knows():
     job = Job(replace(Request("r"), max_tokens=9), (1, 2), 9, None, 0.0, choice=3, left_s=0.5)
     piece = job._news(Piece((5, 6), (Delta("reasoning", "hm"),), (), spent_s=0.25), 2)
-    assert piece == Piece((5, 6), (Delta("reasoning", "hm"),), (), 3, 2, 0.75) and job.thinking and job.output_ids == [5, 6]
-    assert job._news(Piece((7,)), 2) == Piece((7,), (), (), 3, 2, 0.5) and job.thinking, "a token without text ends no reasoning"
+    assert (piece == Piece((5, 6), (Delta("reasoning", "hm"),), (), 3, 2, 0.75) and job.thinking
+            and job.output_ids == [5, 6])
+    assert (job._news(Piece((7,)), 2) == Piece((7,), (), (), 3, 2, 0.5)
+            and job.thinking), "a token without text ends no reasoning"

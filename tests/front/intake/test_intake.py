@@ -117,7 +117,8 @@ async def test_only_a_large_body_crosses_once(models, crossings):
             small = {name: value for name, value in body.items() if name != "padding"}
             crossings.clear()
             await post(url + route, body)
-            assert [task for task in crossings if task[0] in ("open", "read")] == [["open", 1], ["read", 0]], route
+            assert [task for task in crossings if task[0] in ("open", "read")] == [
+                ["open", 1], ["read", 0]], route
             crossings.clear()
             await post(url + route, small)
             assert [task for task in crossings if task[1]] == [], route
@@ -127,7 +128,8 @@ async def test_a_comparison_s_body_crosses_once(models, crossings):
     """It does, however many models read it."""
     async with serving(models, models.settings) as url:
         await post(url + "/v1/compare", QUESTION | {"models": ["one", "two", "one"]})
-    assert [task for task in crossings if task[0] in ("open", "read")] == [["open", 1], ["read", 0], ["read", 0], ["read", 0]]
+    assert [task for task in crossings if task[0] in ("open", "read")] == [
+        ["open", 1], ["read", 0], ["read", 0], ["read", 0]]
 
 
 def test_a_body_names_its_model_in_the_words_of_its_dialect():
@@ -151,18 +153,21 @@ async def test_two_open_bodies_stay_their_clients_own(intake, crossings):
     for order, sent in (((0, 1), [["read", 1], ["read", 1]]), ((1, 0), [["read", 0], ["read", 1]])):
         crossings.clear()
         with holding_of(intake) as holding:
-            async with intake.opened(caller_of("/tokenize", "a"), bodies[0]) as one, intake.opened(caller_of("/tokenize", "b"), bodies[1]) as two:
+            async with (intake.opened(caller_of("/tokenize", "a"), bodies[0]) as one,
+                        intake.opened(caller_of("/tokenize", "b"), bodies[1]) as two):
                 found = [(await intake.text((one, two)[place], holding))[2] for place in order]
         assert found == [alone[place] for place in order] and alone[0] != alone[1]
         assert crossings[:4] == [["open", 1], ["open", 1], *sent]
 
 
 async def test_a_wrong_front_gets_no_other_client_s_body(models, intake, caplog):
-    """The guard: the process looks at the ticket itself. Here the front thinks that it has the first body, though the second came after it."""
+    """The guard: the process looks at the ticket itself. Here the front thinks that it has the first body,
+    though the second came after it."""
     first, second = (json.dumps({"content": f"{word} {LARGE}"}).encode() for word in ("first", "second"))
     sandbox = models.find("").pool.admission.sandboxes["bodies"].sandbox
     with holding_of(intake) as holding:
-        async with intake.opened(caller_of("/tokenize", "a"), first) as one, intake.opened(caller_of("/tokenize", "b"), second):
+        async with (intake.opened(caller_of("/tokenize", "a"), first) as one,
+                    intake.opened(caller_of("/tokenize", "b"), second)):
             sandbox.ticket = one.ticket
             with pytest.raises(EngineFailure):
                 await intake.text(one, holding)
@@ -188,7 +193,8 @@ def test_a_sandbox_drops_bodies_of_other_tickets():
     tasks = BodyTasks(SandboxConfig(Known(Settings(), None), None, 0, 5.0, 0), shelf)
     for ticket, model in ((1, "a"), (1, "b"), (2, "c")):
         shelf.turn_to(ticket)
-        assert unpacked_envelope(tasks.open("/tokenize", None, 9, (), json.dumps({"model": model}).encode()).data).model == model
+        assert unpacked_envelope(
+            tasks.open("/tokenize", None, 9, (), json.dumps({"model": model}).encode()).data).model == model
         shelf.turn_to(ticket)
         assert shelf.body.model == model
     for ticket in (3, 0, 0):
@@ -253,7 +259,8 @@ SENT = {  # bodies that are parsed in a sandbox, and what becomes of them
     "digits": (lambda draw: b'{"messages": ' + b"9" * (15 << 20) + b"}", 400),
     "a text of 15 MB": (lambda draw: json.dumps(conversation("x " * (15 << 19))).encode(), 400),
     "images that are none": (lambda draw: json.dumps({"messages": [{"role": "user", "content": [
-        {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * (9 << 20)}}]}]}).encode(), 400),
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * (9 << 20)}}]}]}).encode(),
+        400),
     "half a character": (lambda draw: b'{"messages": "' + b"\xf0\x9f" * 100_000 + b'"}', 400)}
 
 
@@ -272,9 +279,11 @@ async def test_no_bytes_end_the_server_or_stay_in_memory(models):
 
 BODIES = [
     conversation(), conversation() | {"seed": 5, "temperature": 0.5, "stop": ["a", "b"], "logprobs": True},
-    conversation() | {"temperature": 9}, conversation() | {"stop": ["a"] * 9}, {"messages": []}, {}, conversation() | {"max_tokens": 0},
+    conversation() | {"temperature": 9}, conversation() | {"stop": ["a"] * 9}, {"messages": []}, {},
+    conversation() | {"max_tokens": 0},
     {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "%%%"}}]}]},
-    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://a/b.png"}}]}]},
+    {"messages": [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://a/b.png"}}]}]},
     {"messages": [{"role": "nobody", "content": "x"}]}, conversation() | {"thinking_budget": -1}]
 
 
@@ -294,14 +303,17 @@ async def read_by_line(intake, body, number=1):
 
 async def read_by_comparison(intake, body):
     with holding_of(intake) as holding:
-        arrival = await intake.open(caller_of("/v1/compare"), json.dumps(body | {"models": ["one", "two"]}).encode(), times=LIMITS.compared)
+        arrival = await intake.open(caller_of("/v1/compare"),
+                                    json.dumps(body | {"models": ["one", "two"]}).encode(),
+                                    times=LIMITS.compared)
         served, _, _ = await intake.text(arrival, holding, sees=False)
         return (await intake.variants(arrival, holding, served, [0], 5))[0].request
 
 
 async def checked_by(intake, first, lines):
     """What an upload finds of lines with numbers from `first`."""
-    return await intake.check_lines(caller_of("/v1/files"), [NumberedLine(number, text) for number, text in enumerate(lines, first)])
+    return await intake.check_lines(caller_of("/v1/files"),
+                                    [NumberedLine(number, text) for number, text in enumerate(lines, first)])
 
 
 async def outcome(work):
@@ -317,7 +329,8 @@ def essence(request):
     if isinstance(request, str):
         return request
     params = request.params
-    return request.max_tokens, params.stop, params.sampling.temperature, request.prompt_ids or request.messages
+    asked = request.prompt_ids or request.messages
+    return request.max_tokens, params.stop, params.sampling.temperature, asked
 
 
 @pytest.mark.parametrize("padding", [{}, {"padding": LARGE}], ids=["small", "large"])
@@ -339,7 +352,8 @@ async def check_readers(models, intake, body):
     line, status, answered = await Local(models.find("").pool, models.settings).answer(1, text)
     assert line.id == line_id(1, text)
     assert (answered["error"]["message"] if status != 200 else "") == refused
-    if "logprobs" not in body and body.get("messages") and len(body.get("stop", ())) < 5:     # its table of fields differs in these
+    # its table of fields differs in these
+    if "logprobs" not in body and body.get("messages") and len(body.get("stop", ())) < 5:
         assert essence(await outcome(read_by_comparison(intake, body))) == essence(by_route)
 
 
@@ -353,7 +367,8 @@ async def test_a_line_s_seed_follows_from_what_was_sent(intake):
 # the lines of an upload
 
 def request_line(**body):
-    return json.dumps({"custom_id": "a", "method": "POST", "url": CHAT, "body": conversation() | body}).encode()
+    return json.dumps(
+        {"custom_id": "a", "method": "POST", "url": CHAT, "body": conversation() | body}).encode()
 
 
 async def test_lines_are_checked_for_the_model_they_name(intake, monkeypatch):
@@ -361,21 +376,28 @@ async def test_lines_are_checked_for_the_model_they_name(intake, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("lines were read on the event loop")
     patch(monkeypatch, intake_module, "checked_lines", refuse)
-    lines = [request_line(), request_line(model="two"), request_line(model="nobody"), b"{", request_line(model="two", temperature=9),
+    lines = [request_line(), request_line(model="two"), request_line(model="nobody"), b"{",
+             request_line(model="two", temperature=9),
              request_line(model="two", padding=LARGE, temperature=9)]
     found = await checked_by(intake, 3, lines)
     assert [each.model for each in found] == ["", "two", "nobody", None, "two", "two"]
     problems = [each.problem for each in found]
-    assert problems[:2] == ["", ""] and "nobody" in problems[2] and problems[3] == "line 6: is not JSON in UTF-8"
+    assert (problems[:2] == ["", ""] and "nobody" in problems[2]
+            and problems[3] == "line 6: is not JSON in UTF-8")
     assert "temperature must be" in problems[4] and problems[5] == problems[4]
 
 
 async def test_the_named_model_s_complaint_counts(models, intake, monkeypatch):
     """What another model finds wrong counts and not what the usual one does."""
     two = models.find("two").pool
-    monkeypatch.setattr(intake, "why_blind", lambda pool: "this model cannot see images" if pool is two else "")
-    shown = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}]}]}
-    found = await checked_by(intake, 1, [request_line(**shown), request_line(**shown, model="two"), request_line(model="two")])
+    monkeypatch.setattr(intake, "why_blind", lambda pool: "this model cannot see images" if pool is two
+                        else "")
+    shown = {"messages": [
+        {"role": "user",
+         "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}]}]}
+    found = await checked_by(intake, 1,
+                             [request_line(**shown), request_line(**shown, model="two"),
+                              request_line(model="two")])
     assert [each.problem.partition(": ")[2] for each in found] == ["", "this model cannot see images", ""]
 
 
@@ -396,9 +418,11 @@ async def test_a_comparison_s_pictures_are_decoded_once(intake, monkeypatch):
 
     monkeypatch.setattr(intake, "why_blind", lambda pool: "")
     body = {"models": ["one", "two"], "messages": [{"role": "user", "content": [
-        {"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}]}]}
+        {"type": "text", "text": "x"},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}]}]}
     with holding_of(intake) as holding:
-        arrival = await intake.open(caller_of("/v1/compare"), json.dumps(body).encode(), times=LIMITS.compared)
+        arrival = await intake.open(caller_of("/v1/compare"), json.dumps(body).encode(),
+                                    times=LIMITS.compared)
         for name in body["models"]:
             served = await intake.resolve(name, (), holding)
             monkeypatch.setattr(served.pool.admission, "decode_picture", decode)
@@ -420,27 +444,40 @@ async def test_lines_too_complex_together_go_one_by_one(intake, monkeypatch):
     monkeypatch.setattr(intake, "_check_in_sandbox", at_most_one)
     found = await checked_by(intake, 1, [request_line(), request_line(padding=LARGE, temperature=9), b"{"])
     assert checked == [3, 1]        # the small ones are checked here
-    assert [each.problem.partition(" not ")[0] for each in found] == ["", "temperature must be a finite number from 0 to 2,", "line 3: is"]
+    problems = [each.problem.partition(" not ")[0] for each in found]
+    assert problems == ["", "temperature must be a finite number from 0 to 2,", "line 3: is"]
 
 
 # nothing that a body was read with changes it
 
-TOOL = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}}
+TOOL = {"name": "f", "description": "d",
+        "parameters": {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}}
 CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": json.dumps({"a": "b"})}}
 TURNS = [{"role": "system", "content": "s"},
-         {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}]},
-         {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "y", "tool_call_id": "a"}]
+         {"role": "user",
+          "content": [{"type": "text", "text": "x"},
+                      {"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}]},
+         {"role": "assistant", "content": None, "tool_calls": [CALL]},
+         {"role": "tool", "content": "y", "tool_call_id": "a"}]
 RICH = {
     "/chat/completions": conversation() | {"truncate": "oldest"},
-    CHAT: {"messages": TURNS, "tools": [{"type": "function", "function": TOOL}], "tool_choice": "required", "logit_bias": {"5": 1}, "stop": ["a"]},
-    "/v1/completions": {"prompt": ["a", "b"], "response_format": {"type": "json_schema", "json_schema": {"schema": TOOL["parameters"]}}, "stop": "x"},
+    CHAT: {"messages": TURNS, "tools": [{"type": "function", "function": TOOL}], "tool_choice": "required",
+           "logit_bias": {"5": 1}, "stop": ["a"]},
+    "/v1/completions": {"prompt": ["a", "b"],
+                        "response_format": {"type": "json_schema",
+                                            "json_schema": {"schema": TOOL["parameters"]}}, "stop": "x"},
     "/infill": {"input_prefix": "a", "input_suffix": "b", "input_extra": [{"filename": "x", "text": "y"}]},
-    "/v1/responses": {"input": [{"role": "user", "content": "x"}, {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}],
+    "/v1/responses": {
+        "input": [{"role": "user", "content": "x"},
+                  {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}],
                       "tools": [{"type": "function", **TOOL}], "instructions": "i"},
-    "/v1/messages": conversation() | {"max_tokens": 5, "system": "s", "tools": [{"name": "f", "input_schema": TOOL["parameters"]}]},
-    "/api/chat": {"messages": [{"role": "user", "content": "x", "images": ["aaaa"]}], "options": {"stop": ["a"], "num_predict": 3}},
+    "/v1/messages": conversation() | {"max_tokens": 5, "system": "s",
+                                      "tools": [{"name": "f", "input_schema": TOOL["parameters"]}]},
+    "/api/chat": {"messages": [{"role": "user", "content": "x", "images": ["aaaa"]}],
+                  "options": {"stop": ["a"], "num_predict": 3}},
     "/api/generate": {"prompt": "x", "system": "s", "format": "json"},
-    "/v1/embeddings": {"input": ["a", "b"]}, "/v1/rerank": {"query": "q", "documents": ["a", {"text": "b"}]}, "/v1/score": {"text_1": "a", "text_2": ["b"]}}
+    "/v1/embeddings": {"input": ["a", "b"]}, "/v1/rerank": {"query": "q", "documents": ["a", {"text": "b"}]},
+    "/v1/score": {"text_1": "a", "text_2": ["b"]}}
 
 
 @pytest.mark.parametrize("route", RICH)
@@ -453,8 +490,8 @@ def test_reading_a_body_leaves_it_as_it_was(route):
     first = read_answer(route, envelope.fields, known)
     assert envelope.fields == before
     again = read_answer(route, envelope.fields, known)
-    assert (first.api, first.stream, first.request.messages, first.request.prompts) == (
-        again.api, again.stream, again.request.messages, again.request.prompts)
+    assert (first.kind, first.stream, first.request.messages, first.request.prompts) == (
+        again.kind, again.stream, again.request.messages, again.request.prompts)
 
 
 async def test_a_body_is_given_back_before_its_rest_counts():

@@ -395,7 +395,7 @@ async def test_large_bodies_count_until_their_answers_end(open_pool, default_tex
 @pytest.mark.parametrize("parsed", [
     ParsedBody(asked(prompts=("a", (1, 2), ()), prompt_ids=((3,), (1, 2), ())), echo=True),
     ParsedBody(asked(messages=(), prompt_ids=(tuple(range(300)) * 300,)), repeated=b"\xff{}", ignored_tools=("x",)),
-    ParsedBody(asked(prompts=("",), prompt_ids=((2**16,) * 70_000,)), api="completion", details={"a": [1]})])
+    ParsedBody(asked(prompts=("",), prompt_ids=((2**16,) * 70_000,)), kind="completion", details={"a": [1]})])
 async def test_a_parsed_body_comes_back_as_it_was(parsed):
     """It comes from its sandbox, and ids are shared."""
     result = SandboxResult(packed_body(parsed, parsed.request.prompt_ids))

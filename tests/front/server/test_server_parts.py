@@ -37,7 +37,8 @@ class Arriving(dict):
         super().__init__()
         self.path, self.headers, self.parts = path, CIMultiDict(headers), [body, b""]
         self.rel_url, self.content = SimpleNamespace(raw_path=path), self
-        self.match_info = SimpleNamespace(route=SimpleNamespace(resource=resource and SimpleNamespace(canonical=resource)))
+        self.match_info = SimpleNamespace(
+            route=SimpleNamespace(resource=resource and SimpleNamespace(canonical=resource)))
 
     async def readany(self):
         return self.parts.pop(0)
@@ -70,7 +71,8 @@ def test_only_health_and_metrics_are_polled():
 
 
 @pytest.mark.parametrize("path, names", [
-    ("/stats", {"detail"}), ("/v1/completions", {"error"}), ("/v1/messages", {"type", "error", "request_id"}), ("/api/tags", {"error"})])
+    ("/stats", {"detail"}), ("/v1/completions", {"error"}), ("/v1/messages", {"type", "error", "request_id"}),
+    ("/api/tags", {"error"})])
 def test_an_error_has_the_shape_of_its_api(path, names):
     logged(path)
     assert set(error_shape(RequestError("no"))) == names
@@ -84,8 +86,10 @@ def test_an_answer_and_its_pages_have_an_owner():
     assert [Owners(alone).of_answer(name, "alice") for name in (number, "mine")] == ["alice"] * 2
     assert [Owners(settings).of_pages("alice") for settings in (Settings(), together)] == ["", ""]
     names = [Owners(replace(alone, keys=keys)).of_pages(name) for keys, name in (
-        (KEYS, "alice"), (KEYS, "bob"), ((ApiKey.hashed("another", "alice"),), "alice"), ((KEYS[0]._replace(name="carol"),), "carol"))]
-    assert names[0] == names[3] and len({*names, ""}) == 4      # another key of the same name is another owner, the same key of another name is not
+        (KEYS, "alice"), (KEYS, "bob"), ((ApiKey.hashed("another", "alice"),), "alice"),
+        ((KEYS[0]._replace(name="carol"),), "carol"))]
+    # another key of the same name is another owner, the same key of another name is not
+    assert names[0] == names[3] and len({*names, ""}) == 4
 
 
 def test_only_open_routes_need_no_key():
@@ -115,13 +119,16 @@ async def test_the_log_notes_row_and_id_of_a_request(caplog, taken):
 
 
 @pytest.mark.parametrize("body, api", [
-    (conversation() | {"model": "fake-model"}, OPENAI), (conversation(), NANOCHAT), (conversation('"model": 1'), NANOCHAT)])
+    (conversation() | {"model": "fake-model"}, OPENAI), (conversation(), NANOCHAT),
+    (conversation('"model": 1'), NANOCHAT)])
 async def test_a_body_is_read_by_its_route_s_reader(body, api):
     """On nanochat's route it may be one of OpenAI."""
-    bodies, record = Bodies(Intake(Catalogue(Settings(), FakePool())), Owners(Settings())), logged("/chat/completions")
+    bodies, record = Bodies(Intake(Catalogue(Settings(), FakePool())),
+                            Owners(Settings())), logged("/chat/completions")
     with bodies.holding() as holding:
         _, parsed = await bodies.answer(Arriving(body=json.dumps(body).encode()), holding)
-    assert record.api is api and parsed.api == {OPENAI: "chat", NANOCHAT: "native"}[api] and parsed.request.messages
+    assert (record.api is api and parsed.kind == {OPENAI: "chat", NANOCHAT: "native"}[api]
+            and parsed.request.messages)
 
 
 async def test_a_large_body_is_read_in_a_sandbox():
@@ -135,11 +142,13 @@ async def test_a_large_body_is_read_in_a_sandbox():
     pool.check_grammar = check_grammar
     settings = Settings(keys=KEYS)
     bodies, _ = Bodies(Intake(Catalogue(settings, pool)), Owners(settings)), logged("/v1/messages")
-    body = json.dumps(conversation() | {"max_tokens": 1, "metadata": {"user_id": "x" * LIMITS.inline_bytes}}).encode()
+    body = json.dumps(
+        conversation() | {"max_tokens": 1, "metadata": {"user_id": "x" * LIMITS.inline_bytes}}).encode()
     with Holding(bodies.intake.budget, "alice") as holding:
         with pytest.raises(RequestError, match="elsewhere"):
             await bodies.answer(Arriving(body=body), holding)
-    assert [task[:3] for task in pool.sandboxes["bodies"].tasks] == [("alice", name, "/v1/messages") for name in ("open", "read")]
+    assert [task[:3] for task in pool.sandboxes["bodies"].tasks] == [
+        ("alice", name, "/v1/messages") for name in ("open", "read")]
     assert checked == [("alice", Owners(settings).of_pages("alice"))] and not bodies.intake.budget.used
 
 
@@ -150,7 +159,8 @@ async def test_a_model_is_described_by_any_of_its_names():
     logged("/api/show")
     shown = json.loads((await models.handle_ollama_show(Arriving(body=b'{"model": "fake-model"}'))).body)
     facts = shown["model_info"]
-    assert shown["capabilities"] == ["completion", "insert"] and facts[f"{facts['general.architecture']}.context_length"] == 4096
+    assert (shown["capabilities"] == ["completion", "insert"]
+            and facts[f"{facts['general.architecture']}.context_length"] == 4096)
     with pytest.raises(RequestError, match="does not exist"):
         await models.handle_ollama_show(Arriving(body=b'{"model": "another"}'))
     pool.tokenizer = None

@@ -68,7 +68,8 @@ async def read(response, count):
 
 
 async def read_all(response):
-    return [(int(frame.split("\n")[0][4:]), frame.split("data: ", 1)[1]) for frame in (await response.text()).lstrip().split("\n\n")
+    return [(int(frame.split("\n")[0][4:]), frame.split("data: ", 1)[1])
+            for frame in (await response.text()).lstrip().split("\n\n")
             if frame.startswith("id: ")]
 
 
@@ -102,7 +103,8 @@ async def test_a_lost_connection_is_taken_up_again(client, front, path, first, h
     headers = {} if how == "from" else {"Last-Event-ID": str(last)}
     pool.gate.admit(1)
     async with client.get(f"{url}/v1/streams/{name}", params=query, headers=headers) as again:
-        assert again.headers["Content-Type"].startswith("text/event-stream") and again.headers["X-Accel-Buffering"] == "no"
+        assert (again.headers["Content-Type"].startswith("text/event-stream")
+                and again.headers["X-Accel-Buffering"] == "no")
         assert (await read(again, 1))[0][0] == last + 1         # it replays
         pool.gate.admit(2)
         rest = await read_all(again)                            # and follows
@@ -132,7 +134,8 @@ async def test_a_reader_at_the_end_learns_of_the_end(client, front):
     async with client.post(url + NATIVE, json=RESUMABLE) as response:
         count = len(await read_all(response))
     address = f"{url}/v1/streams/{response.headers['X-Request-Id']}"
-    assert (await client.get(address, headers={"Last-Event-ID": str(count - 1)})).status == 204     # EventSource gives up at 204
+    # EventSource gives up at 204
+    assert (await client.get(address, headers={"Last-Event-ID": str(count - 1)})).status == 204
     assert (await client.get(address, params={"from": count})).status == 204
 
 
@@ -203,13 +206,15 @@ async def test_what_the_pool_refuses_is_no_stream(client, front):
 
 
 @pytest.mark.parametrize("query, headers", [
-    ({"from": "-1"}, {}), ({"from": "one"}, {}), ({"from": ""}, {}), ({"from": "9" * 5000}, {}), ({"from": "٣"}, {}),
+    ({"from": "-1"}, {}), ({"from": "one"}, {}), ({"from": ""}, {}), ({"from": "9" * 5000}, {}),
+    ({"from": "٣"}, {}),
     ({}, {"Last-Event-ID": "x"})])
 async def test_a_position_that_is_none_is_400(client, front, query, headers):
     pool, url = front
     pool.gate.admit(5)
     response = await client.post(url + NATIVE, json=RESUMABLE)
-    again = await client.get(f"{url}/v1/streams/{response.headers['X-Request-Id']}", params=query, headers=headers)
+    again = await client.get(f"{url}/v1/streams/{response.headers['X-Request-Id']}", params=query,
+                             headers=headers)
     assert again.status == 400 and (await again.json())["error"]["code"] == "invalid_value"
 
 
@@ -221,7 +226,8 @@ async def test_only_its_own_key_reads_a_stream(client):
     a, b = ({"Authorization": f"Bearer {key}"} for key in ("key-a", "key-b"))
     async with serving(pool, Settings(keys=keys)) as url:
         response = await client.post(url + NATIVE, json=RESUMABLE, headers=a)
-        address, stop = (f"{url}/v1/{what}/{response.headers['X-Request-Id']}" for what in ("streams", "cancel"))
+        address, stop = (f"{url}/v1/{what}/{response.headers['X-Request-Id']}"
+                         for what in ("streams", "cancel"))
         assert [(await client.get(address, headers=headers)).status for headers in ({}, b)] == [401, 404]
         assert [(await client.post(stop, headers=headers)).status for headers in ({}, b)] == [401, 404]
         pool.gate.admit(5)
@@ -274,7 +280,8 @@ async def test_the_oldest_kept_stream_goes_first(client, front, monkeypatch):
     gone = await client.get(f"{url}/v1/streams/{response.headers['X-Request-Id']}")
     assert gone.status == 410 and (await gone.json())["error"]["code"] == "gone"
     first = int((await gone.json())["error"]["message"].split()[3])
-    async with client.get(f"{url}/v1/streams/{response.headers['X-Request-Id']}", params={"from": first}) as rest:
+    async with client.get(f"{url}/v1/streams/{response.headers['X-Request-Id']}",
+                          params={"from": first}) as rest:
         assert [number for number, _ in await read_all(rest)] == list(range(first, 141))
 
 
@@ -305,7 +312,8 @@ async def test_dropped_streams_leave_memory(client, front, monkeypatch):
     patch(monkeypatch, config, "LIMITS", replace(LIMITS, recorded_bytes=8_000))
     pool, url = front
     made, make = [], server_recordings.Recording
-    patch(monkeypatch, server_recordings, "Recording", lambda *whose: made.append(weakref.ref(recording := make(*whose))) or recording)
+    patch(monkeypatch, server_recordings, "Recording",
+          lambda *whose: made.append(weakref.ref(recording := make(*whose))) or recording)
     gc.disable()                # and no reference cycles either
     try:
         for _ in range(30):
@@ -315,7 +323,8 @@ async def test_dropped_streams_leave_memory(client, front, monkeypatch):
     finally:
         gc.enable()
     alive = sum(recording() is not None for recording in made)
-    assert len(made) == 30 and 0 < alive <= 8, f"{alive} recordings of at least 1,000 bytes, where 8,000 may be kept"
+    assert (len(made) == 30
+            and 0 < alive <= 8), f"{alive} recordings of at least 1,000 bytes, where 8,000 may be kept"
 
 
 async def test_an_ended_answer_is_forgotten_in_time(client, front, monkeypatch):
@@ -388,14 +397,16 @@ async def test_a_client_leaving_at_the_end_is_no_error(client, front, caplog, mo
 
 
 @pytest.mark.parametrize("encoder, members", [
-    (NativeEncoder, {"error"}), (OpenAIEncoder, {"error"}), (MessagesEncoder, {"type", "error"}), (ResponsesEncoder, {"type", "code", "message", "param"})])
+    (NativeEncoder, {"error"}), (OpenAIEncoder, {"error"}), (MessagesEncoder, {"type", "error"}),
+    (ResponsesEncoder, {"type", "code", "message", "param"})])
 async def test_a_recording_ends_after_an_error(encoder, members):
     """Streams of its API end so too."""
     async def frames():
         yield b'data: {"token": "one"}\n\n'
         raise ZeroDivisionError("a fault")
 
-    recording = Recordings().start(Recording("some-id", "", "", encoder.lone_failure), frames(), contextlib.AsyncExitStack())
+    recording = Recordings().start(Recording("some-id", "", "", encoder.lone_failure), frames(),
+                                   contextlib.AsyncExitStack())
     _, last = b"".join([part async for part in recording.follow(0)]).decode().split("\n\n")[:2]
     body = json.loads(last.partition("data: ")[2])
     assert body.keys() == members and "the recording failed" in str(body) and "fault" not in last
@@ -413,7 +424,8 @@ async def test_a_cut_recording_says_so(caplog):
         raise ZeroDivisionError("a fault")
 
     recordings = Recordings()
-    recording = recordings.start(Recording("some-id", "", "", NativeEncoder.lone_failure), frames(), contextlib.AsyncExitStack())
+    recording = recordings.start(Recording("some-id", "", "", NativeEncoder.lone_failure), frames(),
+                                 contextlib.AsyncExitStack())
     text = b"".join([part async for part in recording.follow(0)]).decode()
     assert text.startswith('id: 0\ndata: {"token": "one"}\n\nid: 1\ndata: {"error": ')
     assert "the recording failed" in text

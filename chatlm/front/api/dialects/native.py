@@ -42,7 +42,7 @@ def read_native(body: dict, terms: Terms) -> ParsedBody:
     values = parse_answer(body, NATIVE_FIELDS, known)
     settings = known.settings
     messages, dropped = native_messages(values["messages"], values.get("truncate", False))
-    return ParsedBody(api="native", request=make_request(
+    return ParsedBody(kind="native", request=make_request(
         values, settings, messages=messages, dropped_messages=dropped,
         template_options=template_options(values),
         max_tokens=values.get("max_tokens", settings.max_tokens or DEFAULT_MAX_TOKENS)))

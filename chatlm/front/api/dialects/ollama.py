@@ -114,22 +114,22 @@ def with_images(content, images):
 
 def read_generate(body: dict, terms: Terms) -> ParsedBody:
     known = terms.known
-    api = "ollama generate"
+    kind = "ollama generate"
     values = parse_answer(body, OLLAMA_GENERATE_FIELDS, known)
     prompt = values.get("prompt", "")
     suffix = values.get("suffix")
     if suffix:
         values = with_infill_ends(values, known, "suffix")
-        return ollama_body(api, values, known, prompts=(prompt,), infill=Infill((suffix,)))
+        return ollama_body(kind, values, known, prompts=(prompt,), infill=Infill((suffix,)))
     if prompt and (values.get("raw", False) or not known.chats):
-        return ollama_body(api, values, known, prompts=(prompt,))
+        return ollama_body(kind, values, known, prompts=(prompt,))
     system = (Message("system", values["system"]),) if "system" in values else ()
     question = message_from("user", with_images(prompt, values.get("images")), {}, "images")
     messages = (*system, question) if prompt or question.pictures else ()
-    return ollama_body(api, values, known, messages=messages)
+    return ollama_body(kind, values, known, messages=messages)
 
 
-def ollama_body(api: str, values: dict, known: Known, **source) -> ParsedBody:
+def ollama_body(kind: str, values: dict, known: Known, **source) -> ParsedBody:
     values = {"stream": True} | values | parse_fields(values.get("options", {}), OLLAMA_OPTIONS)
     values = without_lone_top(values)
     values["tools"], ignored = functions_among(values.get("tools", ()))
@@ -142,7 +142,7 @@ def ollama_body(api: str, values: dict, known: Known, **source) -> ParsedBody:
         messages = source["messages"] or (Message("user", ""),)
         request = parse_openai_request(values, known.settings, known.tool_format, messages)
     nothing = {"done_reason": "load"} if source.get("messages") == () else None
-    return parsed_body(api, values, known, request, nothing, ignored)
+    return parsed_body(kind, values, known, request, nothing, ignored)
 
 
 async def read_show(body: dict, terms: TextTerms) -> bytes:
@@ -173,7 +173,7 @@ class OllamaEncoder(BlockEncoder):
     def members(self, text: str = "", reasoning: str = "", calls: Seq[dict] = (),
                 calculator: Seq[dict] = ()) -> dict:
         more = {**({"thinking": reasoning} if reasoning else {}), **calculator_member(calculator)}
-        if self.parsed.api != "ollama chat":
+        if self.parsed.kind != "ollama chat":
             return {"response": text, **more}
         more |= {"tool_calls": calls} if calls else {}
         return {"message": {"role": "assistant", "content": text, **more}}

@@ -167,7 +167,7 @@ def read_completion(body: dict, terms: Terms) -> ParsedBody:
     return scored_body("completion", values, known, request)
 
 
-def scored_body(api: str, values: Mapping, known: Known, request: Request) -> ParsedBody:
+def scored_body(kind: str, values: Mapping, known: Known, request: Request) -> ParsedBody:
     """A body of OpenAI's with vLLM's `logprob_token_ids` and `prompt_logprobs`, if it has them."""
     params = request.params
     token_ids = values.get("logprob_token_ids", ())
@@ -193,7 +193,7 @@ def scored_body(api: str, values: Mapping, known: Known, request: Request) -> Pa
                 raise invalid("prompt_logprobs", f"prompt_logprobs and {name} exclude each other")
         params = replace(params, prompt_logprobs=max(top, params.prompt_logprobs or 0))
         details = {"prompt_logprobs": top}
-    return parsed_body(api, values, known, replace(request, params=params, score_from=starts), details)
+    return parsed_body(kind, values, known, replace(request, params=params, score_from=starts), details)
 
 
 def read_infill(body: dict, terms: Terms) -> ParsedBody:
@@ -557,8 +557,8 @@ class CompletionEncoder(OpenAIEncoder):
 
 
 def chat_encoder(parsed: ParsedBody, model: str, tokenizer: Tokenizer | None) -> Encoder:
-    kind = FunctionEncoder if parsed.api == "functions" else ChatEncoder
-    return kind(parsed, model, tokenizer)
+    made = FunctionEncoder if parsed.kind == "functions" else ChatEncoder
+    return made(parsed, model, tokenizer)
 
 
 # the encoder of /infill

@@ -124,7 +124,7 @@ def read_variants(body: dict, indices: Seq[int], seed: int, known: Known) -> lis
             request = parse_openai_request(own, known.settings, known.tool_format, messages)
         else:
             request = openai_request(own, known.settings, AnswerParams(), prompts=(text,))
-        read.append(ParsedBody(replace(request, params=replace(request.params, logprobs=0)), api="chat"))
+        read.append(ParsedBody(replace(request, params=replace(request.params, logprobs=0)), kind="chat"))
     return read
 
 

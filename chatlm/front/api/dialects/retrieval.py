@@ -35,16 +35,16 @@ if TYPE_CHECKING:
 
 def without_tei(parsed: ParsedBody, known: Known) -> bool:
     """The field is one of Text Embeddings Inference, and the request is not in its form."""
-    return parsed.api in ("rerank", "llama rerank")
+    return parsed.kind in ("rerank", "llama rerank")
 
 
 def with_tei(parsed: ParsedBody, known: Known) -> bool:
-    return parsed.api == "tei rerank"
+    return parsed.kind == "tei rerank"
 
 
 def for_cosines(parsed: ParsedBody, known: Known) -> bool:
     """The scores are cosines of vectors, which no instruction changes."""
-    return parsed.api == "cosines"
+    return parsed.kind == "cosines"
 
 
 def without_a_prompt(parsed: ParsedBody, known: Known) -> bool:
@@ -144,26 +144,26 @@ def retrieval_request(values: Mapping, texts: Seq[Any], params: AnswerParams,
                    truncate=retrieval.cut, retrieval=retrieval)
 
 
-def read_embedding_body(api: str, body: dict, terms: Terms) -> ParsedBody:
+def read_embedding_body(kind: str, body: dict, terms: Terms) -> ParsedBody:
     """A body that asks for vectors. api: one of EMBEDDING_BODIES."""
-    values = parse_fields(body, EMBEDDING_BODIES[api])
+    values = parse_fields(body, EMBEDDING_BODIES[kind])
     known = terms.known
     embedder = known.embedder
     params = AnswerParams(pooling=chosen_pooling(values, embedder),
                           dimensions=chosen_dimensions(values, known),
-                          normalized=values.get("normalize", api != "ollama embeddings"))
+                          normalized=values.get("normalize", kind != "ollama embeddings"))
     most = values.get("truncate_prompt_tokens")
-    cut = values.get("cut", api != "embeddings" or most is not None)
+    cut = values.get("cut", kind != "embeddings" or most is not None)
     retrieval = Retrieval(chosen_prompt(values, embedder), most=None if most == -1 else most, cut=cut)
-    name = EMBEDDING_BODIES[api][0].name
+    name = EMBEDDING_BODIES[kind][0].name
     inputs = values["input"]
-    if api.startswith("ollama") and inputs in ((), ("",)):
-        return ParsedBody(retrieval_request(values, (), params, retrieval), stream=False, api=api,
+    if kind.startswith("ollama") and inputs in ((), ("",)):
+        return ParsedBody(retrieval_request(values, (), params, retrieval), stream=False, kind=kind,
                           details={"nothing": True})
     if not all(inputs):
         raise invalid(name, f"the {name} is empty" if len(inputs) == 1 else
                       f"{name}[{[*map(bool, inputs)].index(False)}] is empty")
-    return ParsedBody(retrieval_request(values, inputs, params, retrieval), stream=False, api=api,
+    return ParsedBody(retrieval_request(values, inputs, params, retrieval), stream=False, kind=kind,
                       details={"encoding": values.get("encoding_format", "float")})
 
 
@@ -219,12 +219,12 @@ def chosen_prompt(values: Mapping, embedder: Embedder | None) -> str:
     return prompts.get(embedder.default_prompt, "") if embedder else ""
 
 
-def read_rerank_body(api: str, body: dict, terms: Terms) -> ParsedBody:
+def read_rerank_body(kind: str, body: dict, terms: Terms) -> ParsedBody:
     """The rerank API of Jina, Cohere and vLLM, or llama-server's; with `texts` it is TEI's.
 
-    api: "rerank" or "llama rerank"."""
+    kind: "rerank" or "llama rerank"."""
     values = parse_fields(body, RERANK_FIELDS)
-    api = "tei rerank" if "texts" in values else api
+    kind = "tei rerank" if "texts" in values else kind
     if ("texts" in values) == ("documents" in values):
         raise invalid("documents", "documents is missing" if "texts" not in values else
                       "documents and texts exclude each other: they are two APIs' names for the same")
@@ -232,17 +232,17 @@ def read_rerank_body(api: str, body: dict, terms: Terms) -> ParsedBody:
     embedder = terms.known.embedder
     if not values["query"].strip():
         raise invalid("query", "the query is empty")
-    cuts = values.get("truncate", True) if api == "tei rerank" else api == "rerank"
+    cuts = values.get("truncate", True) if kind == "tei rerank" else kind == "rerank"
     retrieval = Retrieval(queries=(values["query"],), instruction=checked_instruction(values, embedder),
                           most=values.get("max_tokens_per_doc"), cut=cuts)
     # llama-server makes probabilities only for models whose query and document are one text
-    usually_raw = api == "llama rerank" and not (embedder and embedder.form)
+    usually_raw = kind == "llama rerank" and not (embedder and embedder.form)
     raw = values.get("raw_scores", not values.get("use_activation", not usually_raw))
-    shows = values.get("return_text" if api == "tei rerank" else "return_documents", False)
+    shows = values.get("return_text" if kind == "tei rerank" else "return_documents", False)
     details = {"top": values.get("top_n", len(documents)), "raw": raw,
                "documents": documents if shows else None}
     request = retrieval_request(values, documents, AnswerParams(pooling="rank"), retrieval)
-    return ParsedBody(request, stream=False, api=api, details=details)
+    return ParsedBody(request, stream=False, kind=kind, details=details)
 
 
 def checked_instruction(values: Mapping, embedder: Embedder | None) -> str | None:
@@ -272,12 +272,12 @@ def read_score_body(body: dict, terms: Terms) -> ParsedBody:
         sigmoid = embedder is None or embedder.sigmoid
         details = {"raw": not values.get("use_activation", True) or not sigmoid, "pairs": len(second)}
         request = retrieval_request(values, second, AnswerParams(pooling="rank"), retrieval)
-        return ParsedBody(request, stream=False, api="score", details=details)
+        return ParsedBody(request, stream=False, kind="score", details=details)
     within_limit("texts in text_1 and text_2", len(first) + len(second), LIMITS.embeddings, "text_2")
     retrieval = Retrieval(chosen_prompt({}, embedder))
     params = AnswerParams(pooling=pooling, dimensions=embedder.dimensions if embedder else 0)
     request = retrieval_request(values, (*first, *second), params, retrieval)
-    return ParsedBody(request, stream=False, api="cosines", details={"pairs": len(second)})
+    return ParsedBody(request, stream=False, kind="cosines", details={"pairs": len(second)})
 
 
 # encoders
@@ -304,21 +304,21 @@ class EmbeddingsEncoder(Encoder):
     def without_work(self) -> bytes:
         if "nothing" not in self.parsed.details:
             return b""
-        if self.parsed.api == "ollama embed":
+        if self.parsed.kind == "ollama embed":
             return dump({"model": self.model, "embeddings": [], "total_duration": 0, "load_duration": 0,
                          "prompt_eval_count": 0})
         return dump({"embedding": []})
 
     def completion(self) -> Iterator[bytes]:
         count = self.usage().prompt_tokens
-        api = self.parsed.api
-        if api == "ollama embeddings":
+        kind = self.parsed.kind
+        if kind == "ollama embeddings":
             yield b'{"embedding": %s}' % self.vectors[0]
             return
-        if api == "tei embed":
+        if kind == "tei embed":
             yield b"[%s]" % b", ".join(self.vectors)
             return
-        if api == "ollama embed":
+        if kind == "ollama embed":
             seconds = max(choice.done.ttft_ms for choice in self.choices) / 1e3
             name = "embeddings"
             form = b"%(vector)s"
@@ -365,7 +365,7 @@ class ScoresEncoder(Encoder):
 
     def completion(self) -> Iterator[bytes]:
         count = self.usage().prompt_tokens
-        write = FORMS[self.parsed.api]
+        write = FORMS[self.parsed.kind]
         yield dump(write(self, {"prompt_tokens": count, "total_tokens": count}))
 
     @property
@@ -406,7 +406,7 @@ class ScoresEncoder(Encoder):
         return self.ranked("score", lambda text: {"text": text})
 
     def score_body(self, usage: dict) -> dict:
-        scores = self.cosines if self.parsed.api == "cosines" else self.scores
+        scores = self.cosines if self.parsed.kind == "cosines" else self.scores
         return {"id": "score-" + self.request.id, "object": "list", "created": int(time.time()),
                 "model": self.model, "usage": usage,
                 "data": [{"index": index, "object": "score", "score": score}
@@ -438,8 +438,8 @@ def scores(known: Known) -> str:
     return task_for(known.embedder.pooling) if known.embedder else "rank"
 
 
-def embedding_form(api: str) -> Form:
-    return Form(EMBEDDING_BODIES[api], partial(read_embedding_body, api), EmbeddingsEncoder, embeds)
+def embedding_form(kind: str) -> Form:
+    return Form(EMBEDDING_BODIES[kind], partial(read_embedding_body, kind), EmbeddingsEncoder, embeds)
 
 
 EMBEDDINGS = embedding_form("embeddings")

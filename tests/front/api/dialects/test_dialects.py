@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,13 @@ from chatlm.common import config, program
 from chatlm.common.config import ApiKey, Settings
 from chatlm.common.errors import RequestError
 from chatlm.front.api import spoken
+from chatlm.front.api.additions import AddedField
 from chatlm.front.api.spoken import DIALECTS, all_paths, fields_of, path_of_form, rows_by_path
 from chatlm.front.api.tables import PARAMS_NAMES, REQUEST_NAMES
 from fake_pool import FakePool
 from patching import patch
 from real_server import SCRIPT, post, server
+from toy_annex import FREE, WORDS
 
 LARGE = "x" * 100_000
 SUPPORT = Path(toy_row.__file__).parent
@@ -152,6 +155,19 @@ async def test_a_toy_is_described(toy):
     assert operation["summary"] == "the toy's answer" and schema["required"] == ["say"]
     assert [*schema["properties"]] == [field.name for field in toy_dialect.TOY_FIELDS]
     assert "/toy/count" in described and "/v1/messages" in described
+
+
+async def test_an_annex_adds_a_field_to_a_toy_s_bodies(toy):
+    annex = replace(FREE, fields=(AddedField(WORDS, ("/toy/say",)),))
+    async with Place(annex) as place:
+        for more in ({}, {"zz": LARGE}):
+            assert (await place.post("/toy/say", {"say": "Hi", "toy": "Be nice"} | more))[0] == 200
+            assert place.sent[-1] == [("system", "Be nice"), ("user", "Hi")]
+        status, _, body = await place.post("/v1/completions", {"prompt": "Hi", "toy": "Be nice"})
+        assert status == 400 and "/v1/completions has no such field, unlike /toy/say" in str(body)
+        described = json.loads((await place.get("/openapi.json"))[1])["paths"]
+    assert "words that the toy puts" in json.dumps(described["/toy/say"])
+    assert "words that the toy puts" not in json.dumps(described["/v1/completions"])
 
 
 @pytest.mark.parametrize("error", [None, ImportError("cannot import name 'x'"), SyntaxError("half a file")])
