@@ -45,8 +45,11 @@ from chatlm.front.api.additions import ServerTool
 Annex("batches", load_batches, tools=(ServerTool("x", "x", {}, lambda batches, call: batches.run(call)),))
 Annex("batches", load_batches, prompt=lambda batches, parsed, caller: batches.prompted(parsed))
 Annex("batches", load_batches, tables=lambda: (1,))
+from chatlm.common.commands import Command
+Command("x", "which is x", run=lambda settings: None)
+Command("x", "which is x", lines=lambda words: ())
 """
-FAULTS = 3, 4, 12, 13, 14, 15, 16, 17, 19, 20, 21     # its lines
+FAULTS = 3, 4, 12, 13, 14, 15, 16, 17, 19, 20, 21, 23, 24     # its lines
 READ = "chatlm", "csrc/decode_core", "chat_server.py", "pyproject.toml", "requirements.txt", "tests/test_types.py"     # the last has the settings
 PASSED = ROOT / ".ci/types"
 

@@ -7,24 +7,19 @@ It becomes a model of its own, whose spec `joins`; embedding and output matrix a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 import numpy
 
-from chatlm.common.errors import ConfigError
-from chatlm.common.log import log
 from chatlm.worker.arrays.gguf_types import TYPES, block_of
 from chatlm.worker.arrays.packed import dequantize
 from chatlm.worker.weights.model_of import model_of
 
 if TYPE_CHECKING:
-    from chatlm.common.config import Settings
     from chatlm.worker.weights.family import Family
     from chatlm.worker.weights.recipe import ModelSpec
-    from chatlm.worker.weights.rules import LoadedModel
 
 
 JOINED = ("join_embed", "join_hidden", "join_embed_norm", "join_hidden_norm")
@@ -48,28 +43,13 @@ def head_spec(spec: ModelSpec, dense: bool) -> ModelSpec:
                    dense_layers=(0,) if dense else (), joins=True)
 
 
-def draft_head_of(settings: Settings, path: Path, make: Callable[[], LoadedModel | None]
-                  ) -> LoadedModel | None:
-    """The draft head that `make` opens, where drafts may come from one. One that is faulty is an error only
-    if --drafts asks for it."""
-    if settings.drafts not in ("mtp", "auto"):
-        return None
-    try:
-        return make()
-    except ConfigError as error:
-        if settings.drafts == "mtp":
-            raise
-        log.warning("%s: its draft head is not used: %s", path, error)
-    return None
-
-
 def folder_head(spec: ModelSpec, row: Family, state: Mapping[str, numpy.ndarray],
                 scales: Mapping[str, numpy.ndarray]
                 ) -> tuple[ModelSpec, Table, dict[str, numpy.ndarray], dict[str, numpy.ndarray]] | None:
     """A folder's draft head as a model of one layer: its spec, our tensors -> the names of its own, and these
     tensors and their scales by such names. None if the folder has none."""
     joint = state.get(JOINT)
-    if not row.has_draft_head or not isinstance(joint, numpy.ndarray) or JOINT in scales:
+    if not isinstance(joint, numpy.ndarray) or JOINT in scales:
         return None
     own = {name: tensor for name, tensor in of_one_layer(state).items()
            if not name.startswith("mtp.")}  # without a copy of the embedding
@@ -97,7 +77,7 @@ def gguf_head(spec: ModelSpec, row: Family, stored: Mapping[str, Any]
     """The same of a GGUF file, whose draft head is the layer after the model's."""
     prefix = f"blk.{spec.layers}."
     joint = stored.get(prefix + GGUF_JOINT)
-    if not row.has_draft_head or joint is None:
+    if joint is None:
         return None
     own: dict[str, Any] = {}
     for name, tensor in stored.items():

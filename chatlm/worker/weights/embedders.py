@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 TWO_SIDED = "bert", "nomic-bert", "nomic-bert-moe", "modern-bert", "gemma-embedding"  # GGUF architectures
+CLASSES = "cls.output.weight"  # a GGUF file's rows for yes and no, of a reranker
 POOLING_TYPES = "none", "mean", "cls", "last", "rank"  # a GGUF file's pooling_type
 MODES = {"cls_token": "cls", "cls": "cls", "mean_tokens": "mean", "mean": "mean", "lasttoken": "last"}
 CAUSAL = "mean", "last"  # the first token of a causal model has seen nothing else

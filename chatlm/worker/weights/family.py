@@ -89,6 +89,7 @@ class Family(NamedTuple):
     one_more: bool = False  # its norms multiply by 1 + w,
     plain_norms: tuple[str, ...] = ()  # but these by w
     has_draft_head: bool = False  # its files may have one, as weights/draft_heads.py describes it
+    has_rerankers: bool = False   # its files may be rerankers, as weights/rerankers.py describes them
     repack: Callable[[dict], dict] = lambda state: state  # a folder's tensors as `tensors` expects them
     # (spec, name, rows) of a folder's matrix or bias -> the rows in our order; None: they have it already
     ordered: Callable[[ModelSpec, str, numpy.ndarray], numpy.ndarray] | None = None

@@ -18,7 +18,6 @@ from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
 from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.weights import rerankers
 from chatlm.worker.weights.array_tensors import ArrayTensors, of_rows
-from chatlm.worker.weights.draft_heads import folder_head
 from chatlm.worker.weights.embedders import folder_embedder
 from chatlm.worker.weights.families import FAMILIES
 from chatlm.worker.weights.family import draft_layers, is_one_more
@@ -241,6 +240,9 @@ class FolderModel:
         return Purpose(replace(text, embedder=embedder, chat_template=None), head)
 
     def draft_head(self) -> FolderModel | None:
+        if not self.row.has_draft_head:
+            return None
+        from chatlm.worker.weights.draft_heads import folder_head
         found = folder_head(self.spec, self.row, self.whole, self.whole_scales)
         if found is None:
             return None

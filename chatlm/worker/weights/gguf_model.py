@@ -16,9 +16,7 @@ from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
 from chatlm.worker.model.blocks.mixers import DeltaRule
 from chatlm.worker.model.head import Head
 from chatlm.worker.model.tensors import TILE_ROWS
-from chatlm.worker.weights import rerankers
-from chatlm.worker.weights.draft_heads import gguf_head
-from chatlm.worker.weights.embedders import gguf_embedder
+from chatlm.worker.weights.embedders import CLASSES, gguf_embedder, pooling_of_gguf
 from chatlm.worker.weights.factors import with_factors
 from chatlm.worker.weights.families import FAMILIES
 from chatlm.worker.weights.family import is_one_more
@@ -67,7 +65,7 @@ def read_gguf_model(source: ModelSource, settings: Settings) -> StoredModel:
         heads = {name: tensor for name, tensor in stored.items() if re.match(r"(cls|dense_\d)\.", name)}
         stored = {name: tensor for name, tensor in stored.items() if name not in heads}
     else:
-        classes = stored.pop(rerankers.CLASSES, None)
+        classes = stored.pop(CLASSES, None)
     names = row.gguf_names | row.gguf.names_in(stored)
     return GgufModel(source, metadata, types, model_type, spec, names, stored, whole, heads, classes)
 
@@ -166,11 +164,20 @@ class GgufModel:
     def text(self) -> tuple[TextSpec, Vocabulary | None]:
         return gguf_texts(self.source.path, self.metadata)
 
+    @property
+    def may_rank(self) -> bool:
+        """May the file be a causal model's reranker, or claim to be one?"""
+        if self.spec.of_texts:
+            return False
+        pooling = pooling_of_gguf(self.source.path, f"{self.family}.", self.metadata)
+        return self.row.has_rerankers or self.classes is not None or pooling == "rank"
+
     def purpose(self, text: TextSpec) -> Purpose:
         path = self.source.path
         head = Head()
         ranking = None
-        if not self.spec.of_texts:
+        if self.may_rank:
+            from chatlm.worker.weights import rerankers
             text, ranking = rerankers.of_gguf(path, self.metadata, self.model_type, self.spec, text,
                                               self.stored, self.classes)
         embedder = gguf_embedder(path, self.metadata, text, self.model_type, self.spec)
@@ -183,6 +190,9 @@ class GgufModel:
         return Purpose(replace(text, embedder=embedder, chat_template=None), head, ranking)
 
     def draft_head(self) -> GgufModel | None:
+        if not self.row.has_draft_head:
+            return None
+        from chatlm.worker.weights.draft_heads import gguf_head
         found = gguf_head(self.spec, self.row, self.whole)
         if found is None:
             return None

@@ -16,7 +16,6 @@ from chatlm.common.log import log
 from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.model.kernels import choose_backend
 from chatlm.worker.weights.adapters import Adaptable
-from chatlm.worker.weights.draft_heads import draft_head_of
 from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.rules import LoadedModel, check_rotary_memory
 from chatlm.worker.weights.sources import check_names_and_shapes, tensor_sources, unread_keys
@@ -76,6 +75,21 @@ def name_tensors(stored: StoredModel) -> Sources:
     sources = tensor_sources(stored.spec, stored.table, stored.vocabulary_rows)
     check_names_and_shapes(stored.source.path, stored.shapes(), sources)
     return sources
+
+
+def draft_head_of(settings: Settings, path: Path, make: Callable[[], LoadedModel | None]
+                  ) -> LoadedModel | None:
+    """The draft head that `make` opens, where drafts may come from one. One that is faulty is an error only
+    if --drafts asks for it."""
+    if settings.drafts not in ("mtp", "auto"):
+        return None
+    try:
+        return make()
+    except ConfigError as error:
+        if settings.drafts == "mtp":
+            raise
+        log.warning("%s: its draft head is not used: %s", path, error)
+    return None
 
 
 def load_draft_head(stored: StoredModel, settings: Settings, storage: Storage,

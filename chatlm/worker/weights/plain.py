@@ -159,7 +159,7 @@ FAMILIES = {  # by config.json's model_type
     "qwen2": Family("Qwen2 and 2.5", QWEN, {"qkv_bias": True}, has_window=qwen_window,
                     gguf=Gguf("qwen2 qwen2vl")),
     "qwen3": Family("Qwen3", QWEN | {"head_dim": 128, "attention_bias": False}, HEAD_NORMS,
-                    has_window=qwen_window, gguf=Gguf("qwen3 qwen3vl")),
+                    has_window=qwen_window, gguf=Gguf("qwen3 qwen3vl"), has_rerankers=True),
     "qwen3_moe": QWEN3_MOE,
     "qwen2_moe": Family(
         "Qwen1.5- and Qwen2-MoE", QWEN | QWEN_EXPERTS | {

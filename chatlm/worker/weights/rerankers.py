@@ -19,14 +19,14 @@ from chatlm.common.messages.requests import Embedder
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.kinds import floats
 from chatlm.worker.arrays.packed import dequantize
-from chatlm.worker.weights.embedders import WEB_SEARCH, pooling_of_gguf
+from chatlm.worker.weights.embedders import CLASSES, WEB_SEARCH, pooling_of_gguf
+from chatlm.worker.weights.families import FAMILIES
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import TextSpec
     from chatlm.worker.weights.recipe import ModelSpec
 
 
-FAMILIES = ("qwen3",)
 NAMED = re.compile("qwen3.{0,20}rerank", re.IGNORECASE)  # the files of the original say it in no other way
 PROMPT = (
     '<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the '
@@ -34,8 +34,7 @@ PROMPT = (
     f'<Instruct>: {WEB_SEARCH}\n<Query>: {{query}}\n<Document>: {{document}}<|im_end|>\n'
     '<|im_start|>assistant\n<think>\n\n</think>\n\n')
 TEMPLATE = re.compile(r"[^{}]*\{query\}[^{}]*\{document\}[^{}]*")
-CLASSES = "cls.output.weight"  # a GGUF file's rows for yes and no
-SCORE = "score.weight"         # a folder's single row
+SCORE = "score.weight"  # a folder's single row
 # architectures of a config.json whose models score or label texts, and write none
 CLASSIFIERS = re.compile(r"For(Sequence|Token)Classification|ForQuestionAnswering|ForMultipleChoice|Reward")
 REWARDS = re.compile("reward", re.IGNORECASE)
@@ -47,7 +46,7 @@ def refuse_classifier(path: Path, config: Mapping, family: str):
     """ConfigError for a config.json of a causal model that classifies or gives rewards: no matrix of it makes
     tokens."""
     for name in architectures_of(config):
-        may_rank = family in FAMILIES and name.endswith("ForSequenceClassification")
+        may_rank = FAMILIES[family].has_rerankers and name.endswith("ForSequenceClassification")
         if CLASSIFIERS.search(name) and not may_rank:
             raise ConfigError(f"{path}: architectures is {shown(name)}; {CANNOT}")
 
@@ -69,7 +68,7 @@ def score_of(folder: Path, config: Mapping, family: str, names: Seq[str], score:
     if not classifies and (has_head or architectures):
         log.warning("%s: %s is not used: the model writes texts", folder, SCORE)
         return None
-    if family not in FAMILIES:
+    if not FAMILIES[family].has_rerankers:
         raise ConfigError(f"{folder} has {SCORE}, but no matrix that makes tokens; {CANNOT}")
     if any(map(REWARDS.search, names)) and not any(map(NAMED.search, names)):
         raise ConfigError(f"{folder} is named as a reward model; {CANNOT}")
@@ -82,7 +81,7 @@ def of_folder(folder: Path, config: Mapping, family: str, names: Seq[str], spec:
     None of any other model. `score`: its tensor SCORE, if it has one. ConfigError if it ranks in another
     way."""
     stated = score is not None or config.get("classifier_from_token")
-    if family not in FAMILIES or not (stated or any(map(NAMED.search, names))):
+    if not FAMILIES[family].has_rerankers or not (stated or any(map(NAMED.search, names))):
         return text, None
     path = folder / "config.json"
     if score is None:
@@ -114,14 +113,15 @@ def of_gguf(path: Path, metadata: Mapping, family: str, spec: ModelSpec, text: T
     own = f"{metadata['general.architecture']}."
     pooling = pooling_of_gguf(path, own, metadata)
     is_named = NAMED.search(f"{metadata.get('general.name')} {path.name}")
-    if pooling != "rank" and not (pooling == "none" and is_named and family in FAMILIES):
+    if pooling != "rank" and not (pooling == "none" and is_named and FAMILIES[family].has_rerankers):
         if classes is not None and spec.tied_head:
             raise ConfigError(f"{path} has {CLASSES}, but no output.weight and not the {own}pooling_type 4 "
                               f"(rank); {CANNOT}")
         return text, None
-    if family not in FAMILIES:
+    if not FAMILIES[family].has_rerankers:
+        able = ", ".join(name for name, row in FAMILIES.items() if row.has_rerankers)
         raise ConfigError(f"{path}: {own}pooling_type is 4 (rank); of causal models this server ranks with "
-                          f"{', '.join(FAMILIES)} alone")
+                          f"{able} alone")
     if classes is None:
         head = stored["token_embd.weight" if spec.tied_head else "output.weight"]
         rows = ids_of(path, text, ["yes", "no"])

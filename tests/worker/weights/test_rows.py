@@ -90,3 +90,9 @@ def loaded(code):
     ("FAMILIES[VISION['gemma4']]", {"gemma4"})])
 def test_a_row_s_module_is_imported_when_it_is_looked_up(code, modules):
     assert loaded(code) == modules
+
+
+def test_a_row_says_whether_its_files_may_have_a_draft_head_or_rank():
+    assert [name for name, row in ROWS.items() if row.has_draft_head] == [
+        "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"]
+    assert [name for name, row in ROWS.items() if row.has_rerankers] == ["qwen3"]
