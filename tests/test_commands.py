@@ -1,4 +1,4 @@
-"""A command is a row: the help, the guesses and the parser know it, and its modules are imported when it runs."""
+"""A command is a row: help, guesses and the parser know it, and its modules are imported when it runs."""
 
 import os
 import subprocess
@@ -49,7 +49,8 @@ def test_the_help_lists_commands_of_annexes():
     assert told.split("\n\n")[0].endswith(" count MODEL ... [flags]")
     assert "--prefix-store; count, which counts models." in " ".join(told.split())
     told, _ = run("--help", script=Path(toy_command.__file__).with_name("toy_annex.py"))
-    assert told.split("\n\n")[0].endswith(" toy WORDS") and "; toy, which says its words." in " ".join(told.split())
+    assert told.split("\n\n")[0].endswith(" toy WORDS")
+    assert "; toy, which says its words." in " ".join(told.split())
 
 
 def test_a_mistyped_command_of_an_annex_gets_a_guess():
@@ -93,7 +94,8 @@ def test_the_first_word_chooses_the_command():
     assert {words: (command.name, [*rest]) for words, (command, rest) in chosen.items()} == {
         "": ("serve", []), "x.gguf chat": ("serve", ["x.gguf", "chat"]), "server x": ("serve", ["x"]),
         "number a": ("count", ["a"]), "toy a": ("toy", ["a"]),
-        "export a -o b.gguf": ("quantize", ["a", "-o", "b.gguf"]), "export a -o b": ("export", ["a", "-o", "b"])}
+        "export a -o b.gguf": ("quantize", ["a", "-o", "b.gguf"]),
+        "export a -o b": ("export", ["a", "-o", "b"])}
     assert chosen["number a"][0] is COUNT
 
 

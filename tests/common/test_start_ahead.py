@@ -65,8 +65,8 @@ def test_odd_variables_start_none_ahead(monkeypatch):
 
 
 @pytest.mark.parametrize("words", [
-    ["--help"], ["check"], ["store", "x"], ["serve", "--num-workers", "2"], ["--num-gpus=2"], ["chat", "--url", "x"],
-    ["--config", "a.toml"], ["--prefix", "/talk", "embed", "a"]])
+    ["--help"], ["check"], ["store", "x"], ["serve", "--num-workers", "2"], ["--num-gpus=2"],
+    ["chat", "--url", "x"], ["--config", "a.toml"], ["--prefix", "/talk", "embed", "a"]])
 def test_none_is_started_ahead_without_need(words):
     """None is started ahead where none or another is needed."""
     start.start_worker_ahead(words, WITHOUT_WORKER_AHEAD)
