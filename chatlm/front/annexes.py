@@ -8,6 +8,7 @@ checker refuses one that the room does not have."""
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence as Seq
+from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, TYPE_CHECKING, TypeVar
 
@@ -76,6 +77,9 @@ class Annex(Generic[T]):
     fields: tuple[AddedField, ...] = ()
     tools: tuple[ServerTool[T], ...] = ()  # of Responses and Messages, whose answers may be in rounds
     needs: str = ""
+    # The part of the worker's engine (chatlm/worker/parts.py) that gets the values of these fields, by their
+    # names. What it says of the answer, `watch` gets
+    part: str = ""
     # The hooks of those that are wanted. `prompt` may change what a body asks the model, before that is
     # rendered: of bodies with one of its fields or tools; of all, if it has neither
     prompt: Callable[[T, ParsedBody, Caller], Awaitable[ParsedBody]] | None = None
@@ -104,6 +108,18 @@ def additions_of(annexes: Seq[Annex[Any]], wanted: Seq[Annex[Any]] = ()) -> list
     names = {annex.name for annex in wanted}
     return [Addition(annex.name, annex.name in names, annex.needs, annex.fields, annex.tools,
                      annex.prompt is not None) for annex in annexes]
+
+
+def with_parts(parsed: ParsedBody, annexes: Seq[Annex[Any]]) -> ParsedBody:
+    """A body that asks parts of the worker's engine for what its fields say. annexes: those that are
+    wanted."""
+    asked = {annex.part: {added.field.name: parsed.added[added.field.name] for added in annex.fields
+                          if added.field.name in parsed.added} for annex in annexes if annex.part}
+    parts = {part: values for part, values in asked.items() if values}
+    if not parts:
+        return parsed
+    params = replace(parsed.request.params, parts=parts)
+    return replace(parsed, request=replace(parsed.request, params=params))
 
 
 def with_database(front: Front) -> bool:

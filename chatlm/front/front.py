@@ -16,7 +16,8 @@ from chatlm.common.errors import RequestError, bad_value
 from chatlm.common.messages.requests import PromptProgress
 from chatlm.common.program import imported_later, page_files
 from chatlm.common.records import record
-from chatlm.front.annexes import ANNEXES, Annex, additions_of, budgets_of, usage_writer_of
+from chatlm.front.annexes import (
+    ANNEXES, Annex, additions_of, budgets_of, usage_writer_of, with_parts)
 from chatlm.front.api.additions import Additions
 from chatlm.front.api.dialect import TextForm
 from chatlm.front.api.encode import usage_body
@@ -189,6 +190,7 @@ class Front:
                     parsed = await annex.prompt(self.room(annex), parsed, self.bodies.caller())
             [request] = self.identified([(pool, parsed.request)], parsed.is_kept)
             parsed = replace(parsed, request=request)
+            parsed = with_parts(parsed, self.wanted)
             for annex in self.joining(parsed):
                 if annex.prepare:
                     parsed = annex.prepare(self.room(annex), parsed)

@@ -66,7 +66,7 @@ class PartRow(Generic[T]):
     name: str                               # a field of EngineParts; another one is among its `others`
     load: Callable[[], Callable[[Making], T]]  # imports its modules; makes it
     wanted: Callable[[Making], bool] = never   # made with the engine, because of a flag or of the model
-    asked: Callable[[Assignment], bool] = of_no_answer  # does an answer need it?
+    asked: Callable[[Assignment], bool] = of_no_answer  # does an answer need it, which does not name it?
     refusal: str = ""  # what such an answer is told where the part is not wanted; "": it is made then
 
 
@@ -157,11 +157,15 @@ def make_parts(making: Making, rows: Seq[PartRow[Any]] | None = None) -> EngineP
         elif row.name in LATE:
             given[row.name] = late_part(row, lasting, made)
         elif row.name not in FIELDS:
-            others.append(late_part(row, lasting, made))
+            others.append(late_part(row, lasting, made, row.name))
         elif made is not None:
             given[row.name] = made
     return EngineParts(**given, others=others, refusals=refusals)
 
 
-def late_part(row: PartRow[T], making: Making, made: T | None) -> LatePart[T]:
-    return LatePart(row.name, lambda: row.load()(making), row.asked, made)
+def late_part(row: PartRow[T], making: Making, made: T | None, name: str = "") -> LatePart[T]:
+    """name: under which AnswerParams.parts may ask for it; "": it is asked for otherwise."""
+    def asked(work: Assignment) -> bool:
+        return name in work.params.parts or row.asked(work)
+
+    return LatePart(row.name, lambda: row.load()(making), asked, made)

@@ -22,10 +22,12 @@ from chatlm.front.api.additions import AddedField
 from chatlm.front.api.field_types import TEXT
 from chatlm.front.api.fields import Field
 from chatlm.front.front import routes_with
+from chatlm.front.pool.pool import make_pool
 from chatlm.front.server.describe import openapi_document
 from chatlm.front.store import quota
 from chatlm.front.store.store import open_store
 from fake_pool import conversation
+from pools import tiny_settings
 from real_server import post, server
 from scripted_pool import ScriptedPool
 from tool_rounds import calls
@@ -164,6 +166,46 @@ async def test_elsewhere_its_type_is_ignored_and_named(annex, path):
             path, ASKED | {"input": "Hi", "tools": [TOOL], "messages": ASKED["messages"]})
         assert status == 200 and headers["X-Ignored-Tools"] == "echo", body
         assert not place.pool.requests[0].tools
+
+
+# a part of the worker's engine
+
+TOY_WORKER = sys.executable, str(Path(toy_annex.__file__).with_name("toy_worker.py"))
+
+
+@pytest.fixture
+async def counting(nanochat_fixtures, started, monkeypatch):
+    """A place whose workers have the part that the annex names."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    pool = await started(make_pool(tiny_settings(nanochat_fixtures), worker_command=TOY_WORKER))
+    async with Place(FREE, pool=pool) as place:
+        yield place
+
+
+@pytest.mark.parametrize("more", [{}, {"padding": LARGE}, {"n": 2}])
+async def test_a_field_reaches_the_part_of_the_engine_that_its_annex_names(counting, more):
+    """What the part says reaches what watches the answer, and nobody else."""
+    toy = await counting.front.opened(FREE)
+    assert (await counting.post(CHAT, ASKED))[0] == 200 and not toy.counts
+    status, _, body = await counting.post(CHAT, ASKED | more | {"toy": "Hi", "ignore_eos": True})
+    assert status == 200 and "counter" not in str(body), body
+    for choice in range(more.get("n", 1)):
+        counts = [count for part, of, words, count in toy.counts if of == choice]
+        assert counts == sorted(counts) and counts[-1] == 3     # the toy prepares answers of three tokens
+    assert {(part, words) for part, _, words, _ in toy.counts} == {("counter", "Hi")}
+
+
+async def test_what_a_part_refuses_is_said_to_the_client(counting):
+    status, _, body = await counting.post(CHAT, ASKED | {"toy": "uncounted"})
+    assert status == 500 and "the counter does not count this" in str(body)
+    assert (await counting.post(CHAT, ASKED | {"toy": "Hi"}))[0] == 200
+
+
+async def test_a_worker_without_the_part_says_so(nanochat_fixtures, started):
+    pool = await started(make_pool(tiny_settings(nanochat_fixtures)))
+    async with Place(FREE, pool=pool) as place:
+        status, _, body = await place.post(CHAT, ASKED | {"toy": "Hi"})
+        assert status == 500 and "this worker's engine has no part counter" in str(body)
 
 
 # tables

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import chat_server
 from chatlm.common.commands import Command
-from chatlm.common.messages.requests import Message
+from chatlm.common.messages.requests import Message, PartSays
 from chatlm.common.errors import ConfigError, RequestError
 from chatlm.front.annexes import ANNEXES, Annex, with_database
 from chatlm.front.api.additions import AddedField, ServerTool
@@ -14,6 +14,7 @@ from chatlm.front.api.field_types import INTEGER, TEXT
 from chatlm.front.api.fields import Field
 from chatlm.front.server.responses import json_response
 from chatlm.front.server.routes import Route
+from chatlm.front.server.watching import Watcher
 
 WORDS = Field("toy", TEXT, "words that the toy puts before the question")
 TIMES = Field("times", INTEGER, "how often the toy says it", 1, 3)
@@ -25,6 +26,7 @@ class Toy:
     def __init__(self, front):
         self.front = front
         self.did = ["made"]
+        self.counts = []            # what the part of the engine said
 
     async def start(self):
         self.did.append("started")
@@ -57,6 +59,9 @@ class Toy:
         self.did.append(f"around {ask.model}")
         return begin(ask)
 
+    def watch(self, request):
+        return Counts(self.counts)
+
     async def echo(self, call):
         from chatlm.front.tools.results import ToolResult
         if call.arguments.get("text") == "unsaid":
@@ -65,6 +70,15 @@ class Toy:
 
     def metric_families(self, families):
         yield families.GaugeMetricFamily("toy_uses", "what it did", len(self.did))
+
+
+class Counts(Watcher):
+    def __init__(self, counts):
+        self.counts = counts
+
+    def comes(self, event):
+        if isinstance(event, PartSays):
+            self.counts.append((event.part, event.choice, *event.value))
 
 
 def toy_tables():
@@ -90,10 +104,12 @@ TOY = Annex(
                       lambda toy, call: toy.echo(call), (TIMES,)),),
     needs="--database", prompt=lambda toy, parsed, caller: toy.prompted(parsed, caller),
     joins=lambda parsed: "toy" in parsed.added, prepare=lambda toy, parsed: toy.prepared(parsed),
-    around=lambda toy, begin, ask: toy.around(begin, ask), tables=toy_tables,
+    around=lambda toy, begin, ask: toy.around(begin, ask), tables=toy_tables, part="counter",
+    watch=lambda toy, request: toy.watch(request),
     command=TOY_COMMAND, metrics=lambda toy, families: toy.metric_families(families))
 # the same on a server without a database, and without the tables
 FREE = replace(TOY, wanted=lambda front: True, tables=None)
 
 if __name__ == "__main__":
-    sys.exit(chat_server.main(annexes=(*ANNEXES, TOY)))
+    # its workers are those of any server
+    sys.exit(chat_server.main(annexes=(*ANNEXES, replace(TOY, part=""))))

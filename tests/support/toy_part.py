@@ -2,7 +2,7 @@
 
 import threading
 
-from chatlm.common.messages.protocol import PartSays
+from chatlm.common.messages.requests import PartSays
 from chatlm.worker.engine.part import Part
 from chatlm.worker.parts import PartRow
 
@@ -56,6 +56,32 @@ def load_lens():
 
 
 LENS = PartRow("lens", load_lens, asked=lambda work: bool(work.params.logprob_ids))
+
+
+class Counter(Part):
+    """The toy annex's part: it says how many tokens an answer has by now."""
+
+    def __init__(self):
+        self.asked = {}
+
+    def comes(self, sequence):
+        asked = sequence.work.params.parts.get("counter")
+        if asked and asked["toy"] == "uncounted":
+            return "the counter does not count this"
+        if asked:
+            self.asked[sequence] = asked
+        return ""
+
+    def adds(self, sequence):
+        if sequence not in self.asked:
+            return ()
+        return [PartSays("counter", [self.asked[sequence]["toy"], sequence.generated])]
+
+    def ends(self, sequence):
+        self.asked.pop(sequence, None)
+
+
+COUNTER = PartRow("counter", lambda: lambda making: Counter())
 
 
 class Steering(Part):

@@ -222,23 +222,11 @@ class Ready:
     faults: dict[str, str] = field(default_factory=dict)  # compiled ops that do not run here -> why
 
 
-class PartSays(NamedTuple):
-    """What a part of a worker's engine adds to an answer, beside its text. `choice` is set by the front."""
-
-    part: str  # its name, see chatlm/worker/parts.py
-    value: Any  # of JSON
-    choice: int = 0
-    type: str = "part"
-
-
-EngineEvent = WorkerEvent | PartSays
-
-
 @wire_message(256 << 20)
 class Stepped:
     """Worker to front: what a step added to each answer."""
 
-    events: list[tuple[str, EngineEvent]]  # with the id of each one's answer
+    events: list[tuple[str, WorkerEvent]]  # with the id of each one's answer
     gauges: dict[str, float | None]  # empty if they were sent a moment ago
 
 

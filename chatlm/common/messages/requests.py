@@ -250,6 +250,8 @@ class AnswerParams:
     client: str = ""                    # who takes turns: a key's name or an address
     owner: str = ""                     # who shares KV pages
     adapter: str = ""                   # the id of the adapter that computes it; "": the model alone
+    parts: Mapping[str, Any] = field(default_factory=dict)  # what parts of the worker's engine are asked, by
+                                        # their names: of JSON
 
 
 @record
@@ -447,6 +449,15 @@ class Embedding(NamedTuple):
     type: str = "embedding"
 
 
+class PartSays(NamedTuple):
+    """What a part of the worker's engine adds to an answer. Only what watches the answer gets it."""
+
+    part: str   # its name, see chatlm/worker/parts.py
+    value: Any  # of JSON
+    choice: int = 0
+    type: str = "part"
+
+
 class ThinkingEnds(NamedTuple):
     """Worker to front: the reasoning was asked to end, and does so after the answer's `position`-th token;
     None: it is not thinking now."""
@@ -473,7 +484,7 @@ class Failed(NamedTuple):
     type: str = "failed"
 
 
-WorkerEvent = PromptProgress | PromptScores | Piece | Embedding | ThinkingEnds | Ended | Failed
+WorkerEvent = PromptProgress | PromptScores | Piece | Embedding | PartSays | ThinkingEnds | Ended | Failed
 
 
 @record
@@ -491,7 +502,7 @@ class Finished:
     dropped_messages: int = 0        # by `truncate`
 
 
-AnswerEvent = PromptProgress | PromptScores | Piece | Embedding | Finished  # has a `choice`
+AnswerEvent = PromptProgress | PromptScores | Piece | Embedding | PartSays | Finished  # has a `choice`
 
 
 # Events of an answer whose tools the server calls itself, in rounds. Each round has pieces, then these.

@@ -20,7 +20,8 @@ from chatlm.common.messages.protocol import (
     NO_GAUGES, WORKER_PIPE, Cancel, EmptyCache, EndOfRequest, EndThinking, NewAnswer, NewPrompt, NewRequest,
     Ping, Stepped, WorkerConfig)
 from chatlm.common.messages.requests import (
-    Usage, Embedding, Ended, Failed, Finished, Piece, PromptProgress, PromptScores, ThinkingEnds)
+    Usage, Embedding, Ended, Failed, Finished, PartSays, Piece, PromptProgress, PromptScores,
+    ThinkingEnds)
 from chatlm.common.processes.start import patient
 from chatlm.common.vision.pictures import of_picture
 from chatlm.front.admission.sandbox import next_message
@@ -152,6 +153,8 @@ class Job:
                 return event._replace(choice=self.choice)
             case Embedding():
                 self._note_time()
+                return event._replace(choice=self.choice)
+            case PartSays():
                 return event._replace(choice=self.choice)
             case ThinkingEnds(position):
                 return self.note_thinking_ends(position)

@@ -6,6 +6,8 @@ from collections.abc import AsyncGenerator, Sequence as Seq
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from chatlm.common.messages.requests import PartSays
+
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Event
 
@@ -14,7 +16,7 @@ class Watcher:
     """Sees one answer pass, by four hooks that do nothing here."""
 
     def comes(self, event: Event):
-        """The reader is about to get an event."""
+        """The reader is about to get an event; or a part of the worker's engine says something (PartSays)."""
 
     def was_read(self, event: Event):
         """The reader has sent an event: it asks for the next one. What this raises ends the answer."""
@@ -28,8 +30,8 @@ class Watcher:
 
 async def watched(events: AsyncGenerator[Event, None],
                   watchers: Seq[Watcher]) -> AsyncGenerator[Event, None]:
-    """Pass an answer's events on, and show each to the watchers, in their order. Closing it closes the
-    events."""
+    """Pass an answer's events on, and show each to the watchers, in their order. What parts of the worker's
+    engine say is for the watchers alone. Closing it closes the events."""
     try:
         while True:
             try:
@@ -42,6 +44,8 @@ async def watched(events: AsyncGenerator[Event, None],
                 raise
             for watcher in watchers:
                 watcher.comes(event)
+            if isinstance(event, PartSays):
+                continue
             yield event
             for watcher in watchers:
                 watcher.was_read(event)

@@ -13,7 +13,7 @@ from chatlm.common.records import record
 if TYPE_CHECKING:
     import numpy
     from concurrent.futures import Future
-    from chatlm.common.messages.protocol import EngineEvent
+    from chatlm.common.messages.requests import WorkerEvent
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.worker.engine.adapter_slots import AdapterSlots
     from chatlm.worker.engine.calculator import CalculatorTool
@@ -72,7 +72,7 @@ class Part:
         """Must the next token of a sequence be known before the step after it is planned?"""
         return False
 
-    def adds(self, sequence: Sequence) -> Seq[EngineEvent]:
+    def adds(self, sequence: Sequence) -> Seq[WorkerEvent]:
         """What the client of a sequence gets before its new tokens, and before its end."""
         return ()
 

@@ -11,8 +11,7 @@ from chatlm.common.messages.requests import Piece
 from chatlm.worker.engine.answer import append_delta
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.protocol import EngineEvent
-    from chatlm.common.messages.requests import Delta
+    from chatlm.common.messages.requests import Delta, WorkerEvent
     from chatlm.common.messages.wire import Channel
     from chatlm.worker.engine.engine import Engine
 
@@ -34,14 +33,14 @@ class Reports:
         self.engine = engine
         self.gauges = gauges
         self.interval_s = interval_s
-        self.events: list[tuple[str, EngineEvent]] = []
+        self.events: list[tuple[str, WorkerEvent]] = []
         self.begun: set[str] = set()  # answers whose first piece was sent
         self.called_s = 0.0  # when `send` was last called,
         self.sent_s = 0.0    # when it last sent something,
         self.gauged_s = 0.0  # when that had gauges,
         self.beside_s = 0.0  # and when no piece of the background was held back
 
-    def add(self, events: Iterable[tuple[str, EngineEvent]]):
+    def add(self, events: Iterable[tuple[str, WorkerEvent]]):
         self.events += events
 
     def send(self):
@@ -52,7 +51,7 @@ class Reports:
         beside = len(background) < len(running)  # interactive answers
         quick = now_s - self.called_s < self.interval_s
         self.called_s = now_s
-        held: list[tuple[str, EngineEvent]] = []
+        held: list[tuple[str, WorkerEvent]] = []
         news = self.events
         if beside and quick and now_s - self.beside_s < self.BESIDE_S:
             held = [(id, event) for id, event in news if id in background and self._continues(id, event)]
@@ -76,11 +75,11 @@ class Reports:
         self.gauged_s = now_s
         return self.gauges()
 
-    def _continues(self, id: str, event: EngineEvent) -> bool:
+    def _continues(self, id: str, event: WorkerEvent) -> bool:
         """Is it a piece of an answer that has begun, and no end?"""
         return type(event) is Piece and id in self.begun
 
-    def _may_wait(self, news: list[tuple[str, EngineEvent]], beside: bool) -> bool:
+    def _may_wait(self, news: list[tuple[str, WorkerEvent]], beside: bool) -> bool:
         """May these events wait for those of the next steps, which will soon come?
 
         Not while a prompt is queued or computed: its steps take long. Prompts of the background do not count
@@ -97,12 +96,12 @@ class Reports:
         return all(self._continues(id, event) for id, event in news)
 
 
-def together(events: list[tuple[str, EngineEvent]]) -> list[tuple[str, EngineEvent]]:
+def together(events: list[tuple[str, WorkerEvent]]) -> list[tuple[str, WorkerEvent]]:
     """The same events with each answer's successive pieces as one.
 
     A piece without text, which a stop string may yet swallow, is not joined with a later one that has text:
     the front would show its log-probabilities."""
-    joined: list[tuple[str, EngineEvent]] = []
+    joined: list[tuple[str, WorkerEvent]] = []
     places: dict[str, int] = {}  # of each answer's last event
     for id, event in events:
         place = places.get(id, len(joined))

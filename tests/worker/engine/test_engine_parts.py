@@ -9,8 +9,8 @@ import torch
 
 from chatlm.common import program
 from chatlm.common.config import Settings
-from chatlm.common.messages.protocol import PartSays, Stepped, WORKER_PIPE
-from chatlm.common.messages.requests import Failed, Piece, SamplingParams
+from chatlm.common.messages.protocol import Stepped, WORKER_PIPE
+from chatlm.common.messages.requests import Failed, PartSays, Piece, SamplingParams
 from chatlm.common.messages.wire import HEADER, unpacked
 from chatlm.worker import parts
 from chatlm.worker.engine.integrity import check_integrity
