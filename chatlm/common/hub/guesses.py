@@ -14,7 +14,9 @@ MOST_FILES = 10_000  # of a folder, whose names are compared
 
 def near_model(model: str, commands: Seq[str] = ()) -> str:
     """The words "; did you mean X?", or nothing: one of these commands, a file or folder, a short name, or
-    an id of the hub."""
+    an id of the hub. A command is no MODEL: it was not the first word."""
+    if model in commands:
+        return f"; the command {model} must come first, before all flags."
     if "/" in model:
         return near_path(model) or near_id(model)
     return (did_you_mean(model, commands, "the command ")

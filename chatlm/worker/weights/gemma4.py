@@ -254,7 +254,7 @@ def gguf_layers(header: Header) -> tuple[dict, dict]:
     if last_width not in (width, 2 * width):
         raise ConfigError(f"{path}: {own}feed_forward_length is {last_width} in the last layers; it must be "
                           f"{width} or {2 * width}")
-    size = value("attention.key_length")
+    size = value("attention.key_length", optional=False)
     local_size: int = value("attention.key_length_swa", size)
     for ending, expected in (("", size), ("_swa", local_size)):
         for key in ("attention.value_length", "rope.dimension_count"):

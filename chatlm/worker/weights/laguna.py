@@ -97,7 +97,7 @@ def gguf_layers(header: Header) -> tuple[dict, dict]:
         heads = [header.value("attention.head_count")] * layers
     checked(header.path, f"{header.own}attention.head_count", heads, HEADS, layers)
     header.value("expert_gating_func", 2)
-    head_size = header.value("attention.key_length")
+    head_size = header.value("attention.key_length", optional=False)
     turned = header.value("rope.dimension_count_swa", head_size, low=2, high=head_size)
     gate = header.stored.get("blk.0.attn_gate.weight")
     is_per_number = gate is not None and len(gate.shape) == 2 and int(gate.shape[1]) != heads[0]

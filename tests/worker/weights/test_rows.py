@@ -9,6 +9,7 @@ import pytest
 from chatlm.common.errors import ConfigError
 from chatlm.worker.weights.configs import HF_KEYS, rule_of
 from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES
+from chatlm.worker.weights.gguf import gguf_spec
 from chatlm.worker.weights.gguf_file import GGUF_KEYS, GGUF_OWN, gguf_rule, gguf_value
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -58,6 +59,16 @@ def test_what_another_family_allows_is_refused(architecture, key, wrong):
     name = f"{architecture}.{key}"
     with pytest.raises(ConfigError, match=f"x: {name} is"):
         gguf_value(Path("x"), {name: wrong}, name)
+
+
+@pytest.mark.parametrize("architecture", ["laguna", "gemma4"])
+def test_a_file_that_needs_the_size_of_its_heads_says_so(architecture):
+    said = {"general.architecture": architecture, "block_count": 2, "attention.head_count": 4,
+            "attention.head_count_kv": 2, "feed_forward_length": 96,
+            "attention.sliding_window_pattern": [True, False]}
+    metadata = {key if "general" in key else f"{architecture}.{key}": value for key, value in said.items()}
+    with pytest.raises(ConfigError, match=f"{architecture}.attention.key_length is missing; it must be an int"):
+        gguf_spec(Path("x"), metadata, {}, None)
 
 
 def test_a_key_of_other_families_has_no_rule():

@@ -1068,7 +1068,9 @@ def test_a_named_base_folder_must_be_there(tmp_path, monkeypatch):
         resolve_model(Settings())
 
 
-@pytest.mark.parametrize("model, near", [("chta", "did you mean the command chat?"), ("zzz", "'zzz'. MODEL may be")])
+@pytest.mark.parametrize("model, near", [
+    ("chta", "did you mean the command chat?"), ("zzz", "'zzz'. MODEL may be"),
+    ("chat", "no model at 'chat'; the command chat must come first, before all flags. --help")])
 def test_a_misspelled_command_is_recognised(model, near):
     with pytest.raises(ConfigError, match=re.escape(near)):
         resolve_model(Settings(model=model, commands=("serve", "chat")))
