@@ -1,7 +1,9 @@
 """What a request imports that no other had needed before."""
 
 import asyncio
+import json
 import threading
+import urllib.error
 
 import aiohttp
 import pytest
@@ -12,6 +14,7 @@ from chatlm.front.api.spoken import load_for, rows_by_path
 from chatlm.front.late import Late
 from fake_pool import FakePool, conversation, serving
 from patching import patch
+from real_server import copy_program, post, server
 
 ANSWERS = {"/v1/messages": {"max_tokens": 5}, "/api/chat": {"stream": False}}
 
@@ -59,3 +62,27 @@ async def test_a_dialect_that_was_replaced_answers_503(monkeypatch):
         async with session.post("/v1/chat/completions", json=conversation()) as response:
             assert response.status == 200
     assert len(pool.requests) == 1 and pool.open == 0
+
+
+def status_of(url, body, large):
+    """(status, text) for a body that the front reads, or that a sandbox does."""
+    try:
+        return 200, post(url, conversation() | body | ({"zz": "z" * (1 << 20)} if large else {})).read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def test_a_sandbox_does_not_read_with_what_is_newer(default_model_path, tmp_path):
+    """The front had a dialect before its file was replaced; its sandbox runs, and has not."""
+    script = copy_program(tmp_path)
+    with server(default_model_path, script=script) as (_, url):
+        assert status_of(url + "/v1/chat/completions", {"max_tokens": 2}, large=True)[0] == 200
+        assert status_of(url + "/v1/messages", {"max_tokens": 2}, large=False)[0] == 200
+        with open(script.parent / "chatlm/front/api/dialects/messages.py", "a") as file:
+            file.write("\nNEWER = True\n")
+        for _ in range(2):
+            status, text = status_of(url + "/v1/messages", {"max_tokens": 2}, large=True)
+            assert status == 503
+            assert "the program has changed" in json.loads(text)["error"]["message"]
+        for path in ("/v1/messages", "/v1/chat/completions"):  # these need no sandbox
+            assert status_of(url + path, {"max_tokens": 2}, large=False)[0] == 200

@@ -417,6 +417,7 @@ class Refused:
 
 SANDBOX_MODELS = 4
 SANDBOX_OUT_OF_MEMORY = 77  # its exit status
+SANDBOX_OUTDATED = 78       # the same, after the program's files have changed
 WORKER_PIPE = Pipe(WorkerConfig, NewRequest, NewPicture, NewPrompt, NewAnswer, Cancel, EndThinking,
                    EndOfRequest, Ping, EmptyCache, CacheEmptied, LoadAdapter, DropAdapter, AdapterLoaded,
                    Loading, ModelText, ModelCard, Ready, Stepped, Unusable, Crashed)

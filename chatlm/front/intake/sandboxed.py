@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Sequence as Seq
 from contextlib import suppress
 from functools import cached_property
@@ -14,8 +15,10 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import ConfigError, RequestError
 from chatlm.common.memory import give_memory_back, limit_memory
 from chatlm.common.messages.protocol import (
-    SANDBOX_MODELS, SANDBOX_OUT_OF_MEMORY, SANDBOX_PIPE, Begun, Refused, SandboxResult, SandboxConfig)
+    SANDBOX_MODELS, SANDBOX_OUT_OF_MEMORY, SANDBOX_OUTDATED, SANDBOX_PIPE, Begun, Refused, SandboxResult,
+    SandboxConfig)
 from chatlm.common.processes.child import join_parent
+from chatlm.common.program import stamp_at_start, why_outdated
 from chatlm.common.text.tokenizer import compile_chat_template, fill_template
 
 if TYPE_CHECKING:
@@ -109,6 +112,7 @@ class Tasks:
 
 def sandbox_main(arguments: Seq[str]) -> int:
     """Run the role `sandbox FD PARENT`: perform tasks until the front is gone."""
+    stamp_at_start()  # before any module that only some tasks import
     channel = join_parent(arguments, SANDBOX_PIPE)
     with suppress(EOFError, ConnectionError):
         [config] = channel.receive(wait=True, most=1)
@@ -142,6 +146,7 @@ def perform(task: SandboxTask, tasks: Tasks, channel: Channel, cpu_s: float, nic
 
     niceness: how much nicer the process is from now on. What it imports before the first task is ours, and
     as urgent as whoever waits for it; only what a client could make slow yields to others."""
+    known = len(sys.modules)
     bodies = []
     for _ in range(task.bodies):
         bodies += run_task(channel.receive, True, 1)  # pyright: ignore[reportOperatorIssue]  receiving refuses no body
@@ -151,6 +156,8 @@ def perform(task: SandboxTask, tasks: Tasks, channel: Channel, cpu_s: float, nic
     os.nice(niceness)
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
     result = run_task(tasks.task(task.name), *task.arguments, *(message.data for message in bodies))
+    if len(sys.modules) > known and why_outdated():
+        os._exit(SANDBOX_OUTDATED)  # what it has imported may not fit the rest; the front tells its client
     reply = SANDBOX_PIPE.packed(result)  # pyright: ignore[reportGeneralTypeIssues]  no task returns anything else
     if len(reply) > getattr(SandboxResult, "MAX_BYTES"):
         reply = SANDBOX_PIPE.packed(
