@@ -116,6 +116,9 @@ class FakePool:
 
     version = SimpleNamespace(number=0, current=_current)
 
+    async def perform(self, sandbox, client, name, *arguments, **bodies):
+        return await self.sandboxes[sandbox].perform(client, name, *arguments, **bodies)
+
     def prepare(self, client):
         return contextlib.nullcontext()
 

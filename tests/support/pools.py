@@ -11,6 +11,7 @@ from chatlm.common.messages.protocol import ModelCard
 from chatlm.common.messages.requests import Finished, Message, Piece, SamplingParams
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.front.admission.prompts import PromptMaker
+from chatlm.front.pool.commons import Commons
 from chatlm.front.pool.local_devices import LocalDevices
 from chatlm.front.pool.many import ManyModels
 from chatlm.front.pool.pool import WorkerPool, make_pool
@@ -77,11 +78,11 @@ class PlayedWorker(Worker):
         self.sent.append(message)
 
 
-def played_pool(worker_class=PlayedWorker, changed=None, **settings):
+def played_pool(worker_class=PlayedWorker, changed=None, commons=None, **settings):
     """A WorkerPool with one played worker and a context of 64 letters. changed: see Dispatcher."""
     settings = Settings(**settings)
-    prefixes = Prefixes(settings)
-    pool = WorkerPool(settings, LocalDevices(settings, PROCESS_COMMAND, prefixes=prefixes), prefixes=prefixes, changed=changed)
+    commons = commons or Commons(Prefixes(settings))
+    pool = WorkerPool(settings, LocalDevices(settings, PROCESS_COMMAND, prefixes=commons.prefixes), commons, changed=changed)
     pool.workers[:] = [worker_class(pool)]
     pool.supervisor.version.note_card(ModelCard(None, "fake", 64, (), {}, False))
     pool.admission.prompts = PromptMaker(Letters(), 64)

@@ -90,7 +90,7 @@ class ManyModels(Catalogue):
         task.add_done_callback(self.tasks.discard)
 
     async def start(self):
-        self.opener.prefixes.start(lambda: any(pool.dispatcher.jobs for pool in self.pools))
+        self.opener.commons.start()
         self.run("finding the models", self._open_all)
 
     def get_ahead(self):
@@ -109,7 +109,7 @@ class ManyModels(Catalogue):
             self.stage = (stage, fraction)
             loop.call_soon_threadsafe(self.on_progress, stage, fraction)
 
-        await self.opener.shared.sandboxes["templates"].start()
+        await self.opener.commons.admission.sandboxes["templates"].start()
         for choice in self.settings.several:
             self.registry.add(await self.opener.resolve(choice, report))
         watch = FolderWatch(self) if self.settings.models is not None else None
@@ -179,7 +179,7 @@ class ManyModels(Catalogue):
         self.run(f"ending the workers of {model.name}", partial(self.remove, pool, share))
 
     async def remove(self, pool: WorkerPool, share: MemoryShare | None):
-        await self.opener.close_pool(pool)
+        await pool.close()
         if share in self.residency.shares:
             self.residency.shares.remove(share)
         self.residency.changed.set()
@@ -245,9 +245,7 @@ class ManyModels(Catalogue):
         self.draining = True
         self.closing = True
         await end_tasks(self.tasks)
-        await asyncio.gather(*(pool.close() for pool in self.pools), self.opener.survey.close(),
-                             self.opener.shared.close())
-        await self.opener.prefixes.close()
+        await asyncio.gather(*(pool.close() for pool in self.pools), self.opener.close())
 
     @property
     def pools(self) -> list[WorkerPool]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence as Seq
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from chatlm.common.text.tokenizer import tools_of
 from chatlm.front.admission.admission import Admission
 from chatlm.front.admission.known import known_with
 from chatlm.front.pool.adapters import PoolAdapters
+from chatlm.front.pool.commons import Commons
 from chatlm.front.pool.dispatcher import Dispatcher
 from chatlm.front.pool.local_devices import LocalDevices, cuda_device_count
 from chatlm.front.pool.names import accepted_names
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from chatlm.common.messages.protocol import Known, ModelCard
     from chatlm.common.messages.requests import Event, ModelSource, Request, TextSpec
     from chatlm.common.text.tokenizer import Tokenizer
-    from chatlm.front.admission.admission import SharedAdmission
     from chatlm.front.pool.supervisor import Placement
 
 
@@ -93,22 +93,20 @@ class WorkerPool:
     continues_texts = False  # is it for texts even if it has a template? See Tokenizer.continues_texts
     sees = False             # does it see pictures?
 
-    def __init__(self, settings: Settings, placement: Placement, shared: SharedAdmission | None = None,
-                 dispatchers: list[Dispatcher] | None = None, prefixes: Prefixes | None = None,
+    def __init__(self, settings: Settings, placement: Placement, commons: Commons,
                  changed: Callable[[], None] | None = None):
-        """shared, dispatchers: of a server with several models, which share them. prefixes: memory that
-        outlives the workers; several models share it, and their catalogue starts and closes it. changed:
-        called when jobs come and go, for whoever decides when the model is loaded; None: the next job loads
-        it."""
-        self.prefixes = prefixes
-        self.alone = shared is None
+        """commons: of all models of its server. changed: called when jobs come and go, for whoever decides
+        when the model is loaded; None: the next job loads it."""
+        self.commons = commons
+        commons.join(self)
+        self.prefixes = commons.prefixes
         self.settings = settings
         self.placement = placement
         self.workers = placement.workers
-        self.admission = Admission(self._check_capacity, shared)
+        self.admission = Admission(self._check_capacity, commons.admission)
         self.changed = changed or self._load_for_jobs
         self.adapters = PoolAdapters(settings, self.workers, self._own_names)
-        self.dispatcher = Dispatcher(settings, self.workers, self.adapters, dispatchers, self.changed)
+        self.dispatcher = Dispatcher(settings, self.workers, self.adapters, commons.dispatchers, self.changed)
         self.supervisor = Supervisor(
             settings, self.workers, self.dispatcher, self.adapters, prepare=self._open_tokenizer,
             expect=self._expect,
@@ -132,8 +130,7 @@ class WorkerPool:
         return accepted_names([self.model_name, *self.settings.served_model_name], self.settings.model)
 
     async def start(self):
-        if self.prefixes and self.alone:
-            self.prefixes.start(lambda: bool(self.dispatcher.jobs))
+        self.commons.start()
         self.supervisor.run("finding the model", partial(self.placement.start, self.supervisor))
         self.supervisor.run("watching the workers", self.supervisor.watch)
         if self.adapters.folders:
@@ -179,9 +176,11 @@ class WorkerPool:
         ended."""
         self.draining = True
         self.dispatcher.end(shutting_down())
-        await asyncio.gather(self.supervisor.close(), self.admission.close())
-        if self.prefixes and self.alone:
-            await self.prefixes.close()
+        await self.supervisor.close()
+        self.admission.close()
+        with suppress(ValueError):  # it was closed before
+            self.commons.dispatchers.remove(self.dispatcher)
+        await self.commons.leave(self)
 
     async def answer(self, request: Request) -> AsyncGenerator[Event, None]:
         """Yield Accepted, then pieces, then Finished. Closing the iterator at any point cancels the request.
@@ -396,8 +395,9 @@ class WorkerPool:
 
 
 def make_pool(settings: Settings, worker_command: Seq[str] = PROCESS_COMMAND) -> WorkerPool:
+    """The pool of a model that has what models have in common for itself."""
     if settings.ray_address:
         from chatlm.front.pool.ray_nodes import RayNodes  # here, because few servers need it
-        return WorkerPool(settings, RayNodes(settings, worker_command))
-    prefixes = Prefixes(settings)
-    return WorkerPool(settings, LocalDevices(settings, worker_command, prefixes=prefixes), prefixes=prefixes)
+        return WorkerPool(settings, RayNodes(settings, worker_command), Commons())
+    commons = Commons(Prefixes(settings))
+    return WorkerPool(settings, LocalDevices(settings, worker_command, prefixes=commons.prefixes), commons)

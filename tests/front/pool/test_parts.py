@@ -13,7 +13,7 @@ from chatlm.common.errors import ConfigError, EngineFailure
 from chatlm.common.messages.protocol import (WORKER_PIPE, ActorAddress, Crashed, EndActor, Loading, ModelCard, ModelText, NewAnswer, Node, Nodes, Ready,
                                              StartActor, Unusable, WorkerConfig)
 from chatlm.common.messages.requests import Accepted, Finished, Request, TextSpec
-from chatlm.front.admission.admission import Admission
+from chatlm.front.admission.admission import Admission, SharedAdmission
 from chatlm.front.pool.adapters import PoolAdapters
 from chatlm.front.pool.dispatcher import Dispatcher
 from chatlm.front.pool.local_devices import LocalDevices
@@ -151,12 +151,12 @@ async def test_a_broken_template_ends_the_start_early():
 
 async def test_a_template_is_compiled_before_its_card():
     """The card comes later."""
-    admission = Admission(lambda request, client, low, goes_on: None)
+    admission = Admission(lambda request, client, low, goes_on: None, SharedAdmission())
     text = TextSpec("hf", json.dumps({"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None,
                                       "decoder": None, "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}).encode(), "{% if %}")
     with pytest.raises(ConfigError, match="chat template does not parse: line 1"):
         await admission.expect(text, Settings())
-    await admission.close()
+    await admission.shared.close()
 
 
 async def test_an_unusable_worker_is_left_out():
