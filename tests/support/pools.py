@@ -14,6 +14,7 @@ from chatlm.front.admission.prompts import PromptMaker
 from chatlm.front.pool.commons import Commons
 from chatlm.front.pool.local_devices import LocalDevices
 from chatlm.front.pool.many import ManyModels
+from chatlm.front.pool.memory import OwnMemory
 from chatlm.front.pool.pool import WorkerPool, make_pool
 from chatlm.front.pool.prefixes import Prefixes
 from chatlm.front.pool.worker import State, Worker
@@ -78,11 +79,11 @@ class PlayedWorker(Worker):
         self.sent.append(message)
 
 
-def played_pool(worker_class=PlayedWorker, changed=None, commons=None, **settings):
-    """A WorkerPool with one played worker and a context of 64 letters. changed: see Dispatcher."""
+def played_pool(worker_class=PlayedWorker, memory=OwnMemory, commons=None, **settings):
+    """A WorkerPool with one played worker and a context of 64 letters. memory, commons: see WorkerPool."""
     settings = Settings(**settings)
     commons = commons or Commons(Prefixes(settings))
-    pool = WorkerPool(settings, LocalDevices(settings, PROCESS_COMMAND, prefixes=commons.prefixes), commons, changed=changed)
+    pool = WorkerPool(settings, LocalDevices(settings, PROCESS_COMMAND, prefixes=commons.prefixes), commons, memory)
     pool.workers[:] = [worker_class(pool)]
     pool.supervisor.version.note_card(ModelCard(None, "fake", 64, (), {}, False))
     pool.admission.prompts = PromptMaker(Letters(), 64)

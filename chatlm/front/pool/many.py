@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from chatlm.common.hub.steps import RunStep
     from chatlm.front.pool.models import Model, Served
     from chatlm.front.pool.pool import WorkerPool
-    from chatlm.front.pool.residency import MemoryShare
     from chatlm.front.pool.run_watch import CheckpointWork
 
 
@@ -148,7 +147,7 @@ class ManyModels(Catalogue):
 
     def serve(self, model: Model):
         """Accept requests for a model that has been opened."""
-        if model.pool and model.share:
+        if model.pool:
             pool = model.pool
             pool.join(names_in_use=partial(names_beside, model, self.registry.models),
                       gave_up=partial(self.fail, model), draining=self.draining)
@@ -157,13 +156,11 @@ class ManyModels(Catalogue):
     def fail(self, model: Model, error: ChatServerError | None):
         """A worker of the model could not start: end its requests with an error, and free its memory."""
         pool = model.pool
-        share = model.share
         if pool is None or self.closing:
             return
         changed = isinstance(error, Changed)
         model.reason = str(error)
         model.pool = None
-        model.share = None
         model.failed_s = -math.inf if changed else time.monotonic()
         if changed and model.run:
             model.reason = ""  # RunWatch reads the files once they no longer change
@@ -176,13 +173,11 @@ class ManyModels(Catalogue):
             log.error("the model %s cannot be served: %s", model.name, model.reason)
             failure = EngineFailure(f"the model {model.name!r} cannot be served: {model.public_reason}")
         pool.dispatcher.end(failure)
-        self.run(f"ending the workers of {model.name}", partial(self.remove, pool, share))
+        self.run(f"ending the workers of {model.name}", partial(self.remove, pool))
 
-    async def remove(self, pool: WorkerPool, share: MemoryShare | None):
+    async def remove(self, pool: WorkerPool):
         await pool.close()
-        if share in self.residency.shares:
-            self.residency.shares.remove(share)
-        self.residency.changed.set()
+        self.residency.remove(pool)
 
     # models that come and go while the server runs
 
@@ -239,7 +234,7 @@ class ManyModels(Catalogue):
             await asyncio.sleep(0.1)
         self.leaving.remove(pool)
         if model.pool:
-            await self.remove(pool, model.share)
+            await self.remove(pool)
 
     async def close(self):
         self.draining = True
@@ -291,7 +286,7 @@ class ManyModels(Catalogue):
         if model in self.registry.models:
             self.serve(model)
         elif model.pool:  # its files changed again meanwhile
-            await self.remove(model.pool, model.share)
+            await self.remove(model.pool)
         await self.opener.survey.close()
 
     # what the server shows

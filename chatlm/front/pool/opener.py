@@ -119,9 +119,12 @@ class Opener:
             self.residency.budget = self.residency.budget or surveyed.budget
             cache = replicas * surveyed.cache
             size = cache + replicas * (surveyed.weights + surveyed.activations + process_bytes)
-            pool = await self._pool(model, surveyed, draft_stamp)
-            share = MemoryShare(model.name, pool, size, cache=cache, pinned=model.choice.pin,
-                          idle_s=0.0 if model.choice.pin else model.settings.idle_unload)
+            pool = await self._pool(model, surveyed, draft_stamp, lambda pool: MemoryShare(
+                model.name, pool, size, cache=cache, pinned=model.choice.pin,
+                idle_s=0.0 if model.choice.pin else model.settings.idle_unload,
+                note_jobs=self.residency.changed.set))
+            share = pool.memory
+            assert isinstance(share, MemoryShare)
             self.residency.admit(share)
             pool.adapters.ask_for_room(partial(self.residency.admit, share))
         except ChatServerError as error:
@@ -132,15 +135,15 @@ class Opener:
             model.failed_s = time.monotonic()
             return error
         model.pool = pool
-        model.share = share
         model.reason = ""
         return None
 
-    async def _pool(self, model: Model, surveyed: Surveyed, draft_stamp: Stamp) -> WorkerPool:
+    async def _pool(self, model: Model, surveyed: Surveyed, draft_stamp: Stamp,
+                    share_of: Callable[[WorkerPool], MemoryShare]) -> WorkerPool:
         settings = replace(model.settings, kv_cache_memory=surveyed.kv_cache_memory, idle_unload=0.0)
         placement = LocalDevices(settings, self.command, model.source, self.workers, self.prefixes,
                                  draft_stamp)
-        pool = WorkerPool(settings, placement, self.commons, changed=self.residency.changed.set)
+        pool = WorkerPool(settings, placement, self.commons, share_of)
         self.workers += len(pool.workers)
         try:
             await pool.supervisor.begin_unloaded(surveyed.card)

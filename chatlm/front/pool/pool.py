@@ -25,6 +25,7 @@ from chatlm.front.pool.adapters import PoolAdapters
 from chatlm.front.pool.commons import Commons
 from chatlm.front.pool.dispatcher import Dispatcher
 from chatlm.front.pool.local_devices import LocalDevices, cuda_device_count
+from chatlm.front.pool.memory import OwnMemory
 from chatlm.front.pool.names import accepted_names
 from chatlm.front.pool.places import Place
 from chatlm.front.pool.prefixes import Prefixes
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.protocol import Known, ModelCard
     from chatlm.common.messages.requests import Event, ModelSource, Request, TextSpec
     from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.front.pool.memory import Memory
     from chatlm.front.pool.supervisor import Placement
 
 
@@ -94,9 +96,8 @@ class WorkerPool:
     sees = False             # does it see pictures?
 
     def __init__(self, settings: Settings, placement: Placement, commons: Commons,
-                 changed: Callable[[], None] | None = None):
-        """commons: of all models of its server. changed: called when jobs come and go, for whoever decides
-        when the model is loaded; None: the next job loads it."""
+                 memory: Callable[[WorkerPool], Memory] = OwnMemory):
+        """commons: of all models of its server. memory: makes what decides when the model is loaded."""
         self.commons = commons
         commons.join(self)
         self.prefixes = commons.prefixes
@@ -104,9 +105,10 @@ class WorkerPool:
         self.placement = placement
         self.workers = placement.workers
         self.admission = Admission(self._check_capacity, commons.admission)
-        self.changed = changed or self._load_for_jobs
+        self.memory = memory(self)
         self.adapters = PoolAdapters(settings, self.workers, self._own_names)
-        self.dispatcher = Dispatcher(settings, self.workers, self.adapters, commons.dispatchers, self.changed)
+        self.dispatcher = Dispatcher(settings, self.workers, self.adapters, commons.dispatchers,
+                                     self.memory.note_jobs)
         self.supervisor = Supervisor(
             settings, self.workers, self.dispatcher, self.adapters, prepare=self._open_tokenizer,
             expect=self._expect,
@@ -135,6 +137,7 @@ class WorkerPool:
         self.supervisor.run("watching the workers", self.supervisor.watch)
         if self.adapters.folders:
             self.supervisor.run("watching the adapters", self.adapters.watch.run)
+        self.memory.start()
 
     def get_ahead(self):
         """Start what the model's text will need, while the workers read the model."""
@@ -219,32 +222,8 @@ class WorkerPool:
             finally:
                 self.dispatcher.use.note()
 
-    def _load_for_jobs(self):
-        """Load the only model of a server again, for the next job."""
-        if self.dispatcher.jobs:
-            self.supervisor.load_for_request()
-
-    def unload(self):
-        """Unload the only model of a server once its running answers have ended. Until then its queue is
-        held."""
-        if not self.dispatcher.running:
-            self._unload_now()
-        elif not self.dispatcher.held:
-            self.supervisor.run("unloading the model", self._unload_after_answers)
-
-    async def _unload_after_answers(self):
-        self.dispatcher.hold(True)
-        while self.dispatcher.running:
-            await asyncio.sleep(0.05)
-        self._unload_now()
-
-    def _unload_now(self):
-        if self.supervisor.prepared:
-            self.supervisor.unload()
-        self.dispatcher.hold(False)
-        self.changed()
-
     def rename(self, name: str, source: ModelSource | None):
+        self.memory.rename(name)
         self.placement.source = source
         self.supervisor.version.rename(name)
 

@@ -2,7 +2,7 @@
 
 from chatlm.front.admission.admission import Admission, SharedAdmission
 from chatlm.front.pool.commons import Commons
-from pools import played_pool
+from pools import one_and_two, played_pool, started     # noqa: F401  fixtures
 
 READ = "read", "/detokenize", None, (), [], "", "text", ["/detokenize"]
 

@@ -120,7 +120,7 @@ async def test_two_models_share_the_kv_pages_of_one(start_models, client, nanoch
     monkeypatch.setattr(Residency, "STAY_LOADS", 0.0)
     models = await start_models("gen1", "gen5", models_memory=10 * MIB << 10, prefix_memory=0)     # so that what is emptied is gone
     sizes = {name: models.find(name).bytes for name in ("gen1", "gen5")}
-    models.residency.budget = sum(sizes.values()) - min(models.find(name).model.share.cache for name in sizes) // 2
+    models.residency.budget = sum(sizes.values()) - min(models.find(name).pool.memory.cache for name in sizes) // 2
     async with served(models) as url:
         found, pids = {}, {}
         for name in ("gen1", "gen5", "gen1"):
@@ -347,13 +347,13 @@ async def test_models_of_several_ranks_answer_as_alone(start_models, nanochat_fi
     models = await start_models("gen1", "gen5", tensor_parallel_size=2, models_memory=900 * MIB, prefix_memory=0)
     one, other = (models.find(name).model for name in ("gen1", "gen5"))
     assert all(400 * MIB < model.bytes < 450 * MIB for model in (one, other))
-    models.residency.budget = one.bytes + other.bytes - one.share.cache // 2
+    models.residency.budget = one.bytes + other.bytes - one.pool.memory.cache // 2
     async with served(models) as url:
         found = {}
         for model in (one, other):
             found[model.name] = content(await ask(client, url, model.name))
             model.pool.supervisor.load_s = 0.0      # its time is over at once
-        assert (one.state, one.share.empties, other.state) == ("unloaded", False, "ready")
+        assert (one.state, one.pool.memory.empties, other.state) == ("unloaded", False, "ready")
     for name, answer in found.items():
         assert await alone(client, nanochat_fixtures / name, ["hello"], tensor_parallel_size=2) == {"hello": answer}
 

@@ -18,6 +18,7 @@ from chatlm.front.pool.adapters import PoolAdapters
 from chatlm.front.pool.dispatcher import Dispatcher
 from chatlm.front.pool.local_devices import LocalDevices
 from chatlm.front.pool.ray_nodes import RayNodes
+from chatlm.front.pool.memory import OwnMemory
 from chatlm.front.pool.supervisor import Supervisor
 from chatlm.front.pool.model_use import ModelUse
 from chatlm.front.pool.worker import NEXT_STATES, State, Worker
@@ -207,18 +208,20 @@ async def test_idle_workers_are_unloaded_once():
     """A request would still be served."""
     placement = PlayedPlacement()
     [worker] = placement.workers
-    supervisor, dispatcher, _ = supervisor_of(placement, idle_unload=1.0)
+    supervisor, dispatcher, _ = supervisor_of(placement)
+    memory = OwnMemory(SimpleNamespace(supervisor=supervisor, dispatcher=dispatcher, workers=placement.workers,
+                                       settings=Settings(idle_unload=1.0)))
     supervisor.version.note_opened()
-    supervisor.unload_when_idle()
+    memory.unload_when_idle()
     assert worker.state is State.LOADING and not supervisor.asleep
     await placement.open(worker)
     worker.become(State.READY)
     for _ in range(2):
-        supervisor.unload_when_idle()
+        memory.unload_when_idle()
     assert worker.state is State.UNLOADED and placement.killed == 1 and supervisor.unloaded and supervisor.ready
     placement.workers.clear()
     supervisor.asleep = False
-    supervisor.unload_when_idle()
+    memory.unload_when_idle()
     assert not supervisor.asleep                # there is nothing to unload
 
 

@@ -280,7 +280,7 @@ async def test_of_several_models_each_has_its_adapters(base, client, tmp_path, m
             assert sorted(names) == ["blue", "on-red", "red"] and names["on-red"]["parent"] == "red"
             assert await text_of(client, url, "red@on-red") != await text_of(client, url, "red") == await text_of(client, url, "blue")
             assert (await ask(client, url, "blue@on-red"))[0] == 404
-            places = {model.name: model.share for model in models.registry.models}
+            places = {model.name: model.pool.memory for model in models.registry.models}
             names = await listed(client, url)
             assert places["red"].size == places["blue"].size + names["on-red"]["bytes"] and models.stats(models.registry.served_models())["models_bytes"] == sum(place.bytes for place in places.values())
             without_adapters = places["blue"].size

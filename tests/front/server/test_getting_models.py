@@ -234,7 +234,7 @@ async def test_what_serves_a_model_is_not_deleted(several, client, hub, started,
 async def test_a_model_that_never_loads_is_kept(client, hub, models):
     """The server says why it can never be loaded."""
     async with serving(models, models.settings) as url:
-        models.residency.budget = models.registry.models[0].share.size
+        models.residency.budget = models.registry.models[0].pool.memory.size
         async with client.post(url + "/models/download", json={"model": "org/large", "stream": True}) as response:
             last = frames(await response.read())[-1]
         assert last["state"] == "done" and not last["served"] and "it cannot be served" in last["note"] and str(hub_cache()) not in last["note"]
