@@ -140,7 +140,8 @@ class Opener:
 
     async def _pool(self, model: Model, surveyed: Surveyed, draft_stamp: Stamp,
                     share_of: Callable[[WorkerPool], MemoryShare]) -> WorkerPool:
-        settings = replace(model.settings, kv_cache_memory=surveyed.kv_cache_memory, idle_unload=0.0)
+        settings = replace(model.settings, kv_cache_memory=surveyed.kv_cache_memory, idle_unload=0.0,
+                           models=self.settings.models)  # adapters may come from there
         placement = LocalDevices(settings, self.command, model.source, self.workers, self.prefixes,
                                  draft_stamp)
         pool = WorkerPool(settings, placement, self.commons, share_of)
