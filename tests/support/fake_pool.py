@@ -217,7 +217,7 @@ class FakePool:
         return (200 if self.ready else 503), body
 
     def stats(self):
-        return {"total_workers": 1, "available_workers": 1, "busy_workers": 0, "workers": [], "queue_depth": 0,
+        return {"total_workers": 1, "available_workers": 1, "busy_workers": 0, "workers": [], "queue_depth": 0, "delayed_answers": 0,
                 "model": self.model_name}
 
     def describe(self):

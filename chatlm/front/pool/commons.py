@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol, TYPE_CHECKING
 
 from chatlm.front.admission.admission import SharedAdmission
 
 if TYPE_CHECKING:
     from chatlm.front.pool.dispatcher import Dispatcher
     from chatlm.front.pool.prefixes import Prefixes
+
+
+class User(Protocol):
+    """A pool, or what makes pools."""
+
+    async def close(self):
+        """End, and leave the commons."""
 
 
 class Commons:
@@ -23,9 +30,9 @@ class Commons:
         self.admission = SharedAdmission()
         self.dispatchers: list[Dispatcher] = []
         self.prefixes = prefixes
-        self.users = set[object]()
+        self.users = set[User]()
 
-    def join(self, user: object):
+    def join(self, user: User):
         self.users.add(user)
 
     def start(self):
@@ -33,7 +40,7 @@ class Commons:
         if self.prefixes:
             self.prefixes.start(lambda: any(dispatcher.jobs for dispatcher in self.dispatchers))
 
-    async def leave(self, user: object):
+    async def leave(self, user: User):
         """`user` will not use it any more. The last one closes it."""
         if user not in self.users:
             return

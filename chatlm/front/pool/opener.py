@@ -161,6 +161,7 @@ class Opener:
         return max(settings.num_workers, 1), ranks_here(settings) * self.PROCESS_BYTES
 
     async def close(self):
-        """It will make no more pools."""
+        """Make no more pools, and close those that are open: who would have closed them may be gone."""
         await self.survey.close()
+        await asyncio.gather(*(user.close() for user in self.commons.users if user is not self))
         await self.commons.leave(self)
