@@ -237,7 +237,8 @@ class Intake:
         ticket = next(self.tickets)
         with admission.prepare(caller.client):
             data: Any = await admission.perform(
-                "bodies", caller.client, "open", caller.route, number, most, names, bodies=parts, ticket=ticket)
+                "bodies", caller.client, "open", caller.route, number, most, names, bodies=parts,
+                ticket=ticket)
         envelope = unpacked_envelope(data)
         arrival = Arrival(caller, parts, envelope, number=number)
         if envelope.fields is None:  # not small, even without its pictures
@@ -335,8 +336,8 @@ class Intake:
             return await TASKS[task](reading, *arguments)
         with admission.prepare(caller.client):
             result: Any = await admission.perform(
-                "bodies", caller.client, "read", caller.route, arrival.number, self.additions.names(caller.route),
-                packed_sizes(arrival.pictures), caller.client, task, arguments, bodies=arrival.parts,
+                "bodies", caller.client, "read", caller.route, arrival.number,
+                self.additions.names(caller.route), packed_sizes(arrival.pictures), caller.client, task, arguments, bodies=arrival.parts,
                 ticket=arrival.ticket)
             if isinstance(result, (bytes, bytearray)):
                 return result

@@ -95,7 +95,8 @@ class Reader:
     def __init__(self, characters: int):
         """characters: that the text of a tool's result may have; what is above is cut there."""
         self.characters = characters
-        self.config = SandboxConfig(Known(Settings(), None), TextSpec("", b""), 0, READ_S, MEMORY_BYTES, nice=5)
+        self.config = SandboxConfig(
+            Known(Settings(), None), TextSpec("", b""), 0, READ_S, MEMORY_BYTES, nice=5)
         self.sandbox = Sandbox(PROCESS_COMMAND)
 
     async def read(self, label: str, data: bytes | bytearray, methods: Mapping[int, str],
