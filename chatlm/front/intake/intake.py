@@ -337,8 +337,8 @@ class Intake:
         with admission.prepare(caller.client):
             result: Any = await admission.perform(
                 "bodies", caller.client, "read", caller.route, arrival.number,
-                self.additions.names(caller.route), packed_sizes(arrival.pictures), caller.client, task, arguments, bodies=arrival.parts,
-                ticket=arrival.ticket)
+                self.additions.names(caller.route), packed_sizes(arrival.pictures), caller.client, task,
+                arguments, bodies=arrival.parts, ticket=arrival.ticket)
             if isinstance(result, (bytes, bytearray)):
                 return result
             vocab_size = loaded_tokenizer(served.pool).vocab_size
