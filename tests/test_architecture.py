@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from chatlm.front.annexes import ANNEXES
+
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 SECTIONS = {part.split("\n")[0]: part for part in TEXT.split("\n## ")[1:]}
@@ -286,3 +288,9 @@ def source_of(module, function):
     if isinstance(found, ast.Assign):
         return source_of("chatlm/worker/entry.py", found.value.args[0].id)
     return ast.unparse(found)
+
+
+def test_the_map_has_every_annex():
+    table = MAP.split("| annex | asked for by |")[1].split("\n\n")[0].lower()
+    assert [annex.name for annex in ANNEXES if {"kept": "kept responses", "compare": "comparisons", "runs": "training runs",
+            "conversation log": "log of conversations"}.get(annex.name, annex.name) not in table] == []
