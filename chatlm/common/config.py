@@ -561,6 +561,11 @@ class Settings:
         """Whether it serves more than one MODEL, or may do so later."""
         return bool(self.several) or self.models is not None or self.watch is not None
 
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether a model may be given adapters: those of --adapter, or some that lie below --models."""
+        return bool(self.adapter) or self.models is not None
+
 
 rows_of: Any = dataclasses.fields  # of 80 fields or more, pyright does not see that they are a dataclass's
 FLAGS: tuple[Flag, ...] = tuple(row.metadata["flag"]._replace(field=row.name)

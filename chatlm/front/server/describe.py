@@ -162,7 +162,7 @@ def model_body(served: Served, is_default: bool = True) -> dict:
     pool = served.pool
     adapter = served.adapter
     tokenizer = served.pool.tokenizer
-    if tokenizer is None or not pool.ready and not model.share:
+    if tokenizer is None or not pool.memory.is_listed:
         raise Overloaded("the model is not ready")
     facts = pool.supervisor.card.facts
     embedder = tokenizer.spec.embedder
