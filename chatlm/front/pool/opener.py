@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chatlm.common.config import EMBEDDER
 from chatlm.common.errors import ChatServerError, ConfigError
-from chatlm.common.hub.find import of_draft_model, resolve_model, with_draft_model
+from chatlm.common.hub.find import of_draft_model, resolve_model, with_draft_model, with_embedder
 from chatlm.common.hub.stamps import model_stamp
 from chatlm.common.memory import available_memory
 from chatlm.common.messages.protocol import DraftTerms, SurveyConfig
@@ -75,9 +76,11 @@ class Opener:
             changes["num_gpus"] = str(choice.replicas)
         elif choice.replicas:
             changes["num_workers"] = choice.replicas
-        settings = replace(self.settings, model=choice.path, models=None, several=(),
+        settings = replace(self.settings, model=choice.path or None, models=None, several=(),
                            served_model_name=choice.aliases, **changes)
         try:
+            if choice.path == EMBEDDER:
+                settings = await asyncio.to_thread(with_embedder, settings, report)
             source = await asyncio.to_thread(resolve_model, settings, report)
             try:
                 settings = await asyncio.to_thread(with_draft_model, settings, report)
@@ -86,7 +89,7 @@ class Opener:
                     raise
         except ConfigError as error:
             path = Path(choice.path).expanduser()
-            if not path.exists():
+            if not choice.path or not path.exists():
                 raise
             model = Model(settings, None, replace(choice, name=choice.name or path.stem))
             model.reason = str(error)
