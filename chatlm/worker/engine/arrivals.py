@@ -25,17 +25,25 @@ class Arrival(NamedTuple):
 
 class Arrivals:
     """The sequences are queued, and sit out steps. A thread makes their parts; the parts see them in the
-    thread that computes, like any others."""
+    thread that computes, like any others. Those that come while a part is being made share what comes of it:
+    an import that takes long to fail is not tried again for each."""
 
     def __init__(self, thread: FairThread):
         self.thread = thread
         self.waiting: list[Arrival] = []
 
     def begin(self, sequence: Sequence, missing: Seq[LatePart[Any]]):
-        made = self.thread.submit(sequence.work.params.client, make_all, missing)
+        made = self._under_way(missing) or self.thread.submit(sequence.work.params.client, make_all, missing)
         arrival = Arrival(sequence, missing, made, Future())
         sequence.output.preparing = arrival.ready
         self.waiting.append(arrival)
+
+    def _under_way(self, missing: Seq[LatePart[Any]]) -> Future | None:
+        """The making of the same parts that others wait for."""
+        for arrival in self.waiting:
+            if arrival.missing == missing and not arrival.made.done():
+                return arrival.made
+        return None
 
     @property
     def preparing(self) -> list[Future]:
