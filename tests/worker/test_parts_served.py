@@ -1,4 +1,4 @@
-"""Parts of the engine that a running worker imports: slowly, and while it is killed or its files are replaced."""
+"""Parts of the engine that a worker imports while it runs: slowly, while killed, or after their files changed."""
 
 import json
 import os
@@ -93,9 +93,10 @@ def test_a_part_whose_file_was_changed_answers_503(part, change, default_model_p
     path, body = PARTS[part]
     with server(default_model_path, script=script) as (process, url):
         assert ask(url, *CHAT)[0] == 200        # the front has the dialects, and what makes grammars
-        for refused in ((path, body | {"model": 5}), ("/v1/completions", {"prompt": "a", "guided_choice": []})):
+        no_choice = {"prompt": "a", "guided_choice": []}
+        for place, refused in ((path, body | {"model": 5}), ("/v1/completions", no_choice)):
             with pytest.raises(urllib.error.HTTPError, match="400"):
-                ask(url, *refused)
+                ask(url, place, refused)
         file = script.parent / "chatlm/worker/engine" / f"{part}.py"
         if change == "removed":
             file.unlink()

@@ -182,7 +182,12 @@ def test_a_part_that_is_made_just_now_sees_an_answer_once(path, monkeypatch):
         found = [late] if work.params.logprob_ids else []
         monkeypatch.undo()
         comes = late.get().comes
-        monkeypatch.setattr(late.loaded, "comes", lambda sequence: seen.append(sequence.work.id) or comes(sequence))
+
+        def noted(sequence):
+            seen.append(sequence.work.id)
+            return comes(sequence)
+
+        monkeypatch.setattr(late.loaded, "comes", noted)
         return found
 
     monkeypatch.setattr(type(engine.given), "missing", lambda parts, work: missing(work))
