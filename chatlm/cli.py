@@ -201,8 +201,9 @@ def read_table(parser: CommandLine, table: dict, key: str) -> ModelChoice:
     check_path(texts["path"][0], f"{key}: path")
     changes = {field: parsed_words(parser, TABLE_FLAGS[field], f"{key}: {spelled[field]}", words[field])
                for field in words}
-    return ModelChoice(texts["path"][0], table.get("name", ""), tuple(texts.get("aliases", ())),
-                       table.get("pin", False), table.get("default", False), replicas, changes)
+    return ModelChoice(
+        texts["path"][0], table.get("name", ""), tuple(texts.get("aliases", ())), table.get("pin", False),
+        table.get("default", False), replicas=replicas, changes=changes)
 
 
 def chosen_models(parser: CommandLine, names: Seq[str], tables: Seq[dict], in_folder: bool,
