@@ -109,7 +109,7 @@ def emulation(emulation_library):
 @pytest.fixture(scope="module")
 def gpu():
     try:
-        from decode_core import _core
+        from chatlm.worker.kernels.library import _core
     except ImportError as failure:
         pytest.skip(f"no compiled decode_core: {failure}")
     if not _core.cuda_compiled:

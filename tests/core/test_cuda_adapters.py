@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from chatlm.worker.model.kernels import for_decode_core
+from chatlm.worker.kernels.kernels import for_decode_core
 from chatlm.worker.arrays.kinds import AdapterMatrix, Norm
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no compiled core is installed")
-from decode_core import cuda, cuda_adapters, cuda_weights  # noqa: E402
+from chatlm.worker.kernels import cuda, cuda_adapters, cuda_weights  # noqa: E402
 
 ORDERS, gpu = backends.ORDERS, backends.gpu
 N, K, WIDTH = 200, 72, 80           # more outputs than a block makes; the norm has more columns than the matrix

@@ -16,7 +16,7 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.model import kernels as model_kernels
 from chatlm.worker.model.core_sizes import core_sizes
-from chatlm.worker.model.kernels import Backend, for_decode_core, load_kernels
+from chatlm.worker.kernels.kernels import Backend, for_decode_core, load_kernels
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.arrays.kinds import Norm
 from chatlm.worker.arrays.packed import dequantize
@@ -28,8 +28,8 @@ from works import assignment, changed
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no compiled core is installed")
 gguf = pytest.importorskip("gguf")
-from decode_core import cuda, cuda_experts, cuda_steps, random_blocks  # noqa: E402
-from decode_core.cuda_weights import PackedMatrix  # noqa: E402
+from chatlm.worker.kernels import cuda, cuda_experts, cuda_steps, random_blocks  # noqa: E402
+from chatlm.worker.kernels.cuda_weights import PackedMatrix  # noqa: E402
 
 ORDERS, gpu = backends.ORDERS, backends.gpu
 KINDS = [*cuda.BLOCKS, *cuda.FLOATS]

@@ -17,7 +17,7 @@ from chatlm.worker.arrays.packed import dequantize
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.model import kernels as model_kernels
 from chatlm.worker.model.core_sizes import core_sizes
-from chatlm.worker.model.kernels import Backend, for_decode_core, load_kernels
+from chatlm.worker.kernels.kernels import Backend, for_decode_core, load_kernels
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.basic import finish_linear, linear_reference
 from chatlm.worker.weights.load import open_model
@@ -33,8 +33,8 @@ backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no
 gguf = pytest.importorskip("gguf")
 decode_core = backends.decode_core
 import tiny_gguf  # noqa: E402
-from decode_core import cuda, cuda_steps, cuda_weights, proof, random_blocks  # noqa: E402
-from decode_core.cuda_weights import PackedMatrix  # noqa: E402
+from chatlm.worker.kernels import cuda, cuda_steps, cuda_weights, proof, random_blocks  # noqa: E402
+from chatlm.worker.kernels.cuda_weights import PackedMatrix  # noqa: E402
 
 KINDS = list(cuda.BLOCKS)
 ORDERS, gpu = backends.ORDERS, backends.gpu

@@ -17,7 +17,7 @@ from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.warm_up import WarmUp
 from chatlm.worker.model import kernels as model_kernels
 from chatlm.worker.model.core_sizes import core_sizes
-from chatlm.worker.model.kernels import for_decode_core, load_kernels
+from chatlm.worker.kernels.kernels import for_decode_core, load_kernels
 from chatlm.worker.model.transformer import Transformer
 from near_tie import assert_same_tokens_or_near_tie
 from nightly import by_day
@@ -25,7 +25,8 @@ from pools import collect, greedy
 from works import assignment
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no compiled core is installed")
-from decode_core import _core, cuda, cuda_steps, proof  # noqa: E402
+from chatlm.worker.kernels import cuda, cuda_steps, proof  # noqa: E402
+from chatlm.worker.kernels.library import _core  # noqa: E402
 
 MARGIN = 2e-3           # as in tests/worker/engine/test_engine.py
 FAULTY = (sys.executable, str(Path(__file__).parents[1] / "support" / "faulty_worker.py"))

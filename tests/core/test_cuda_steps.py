@@ -36,7 +36,7 @@ from chatlm.worker.model.blocks.feed_forward import FeedForward
 from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
 from chatlm.worker.model.blocks.norms import RmsNorm
-from chatlm.worker.model.kernels import for_decode_core, load_kernels
+from chatlm.worker.kernels.kernels import for_decode_core, load_kernels
 from chatlm.worker.model.pages import KvType
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.attention import attend_prompt
@@ -52,8 +52,8 @@ from works import assignment, changed
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="the compiled core is not installed")
 decode_core = backends.decode_core
-from decode_core import cuda_backend, cuda_prompts, cuda_steps, proof, seam  # noqa: E402
-from decode_core.proof import prove_prompts  # noqa: E402
+from chatlm.worker.kernels import compiled, cuda_backend, cuda_prompts, cuda_steps, devices, proof  # noqa: E402
+from chatlm.worker.kernels.proof import prove_prompts  # noqa: E402
 from cuda_engines import MARGIN, answers, cuda_engine, decode_batch, engine_on, logits_of, same_answers, some_works  # noqa: E402
 
 
@@ -64,7 +64,7 @@ def backend(request, monkeypatch):
             pytest.skip("no GPU here, or decode_core was compiled without CUDA")
         return backends.Gpu()
     # the same token, and the emulation is faster
-    monkeypatch.setattr(decode_core.cuda, "SAMPLE_THREADS", 32)
+    monkeypatch.setattr(compiled.cuda, "SAMPLE_THREADS", 32)
     return backends.Emulated(request.getfixturevalue("emulation_library"))
 
 
@@ -275,7 +275,7 @@ def test_drafts_change_no_token(backend, name, nanochat_fixtures, monkeypatch, r
 
 def test_drafts_wait_for_prompts_if_few_rows_are_alike(nanochat_fixtures, monkeypatch):
     """And there are none where a row's bits may depend on the others."""
-    assert FREE_ROWS <= decode_core.cuda.MAX_PRODUCT_ROWS
+    assert FREE_ROWS <= compiled.cuda.MAX_PRODUCT_ROWS
     drafted = {}
     for mixes in (True, False):
         scheduler = Scheduler(PagePool(40), StepLimits(4, 16, max_rows=4, exact_rows=mixes))
@@ -639,7 +639,7 @@ def test_varlen_attn_attends_prompts_if_present(emulation_library, monkeypatch):
 
 def test_large_windows_are_proved_too(emulation_library, monkeypatch):
     """Larger than what a proof has keys: an attention that knows no window is found."""
-    monkeypatch.setattr(decode_core.cuda, "SAMPLE_THREADS", 32)
+    monkeypatch.setattr(compiled.cuda, "SAMPLE_THREADS", 32)
     spec = backends.with_windows(llama_like()[0], (4096, 0))
 
     class NoWindow(backends.EmulatedOps):
@@ -709,7 +709,7 @@ def test_the_device_draws_the_reference_s_tokens(backend):
 def test_load_kernels_takes_cuda_where_models_fit(monkeypatch):
     """load_kernels takes decode_core on CUDA where the model fits."""
     spec = llama_like()[0]
-    monkeypatch.setattr(seam, "cuda_ops", lambda _: SimpleNamespace())      # as where there is a GPU
+    monkeypatch.setattr(devices, "cuda_ops", lambda _: SimpleNamespace())      # as where there is a GPU
     monkeypatch.setattr(cuda_backend, "prove_cuda", lambda backend, device: {})
     kernels = load_kernels("cuda", model_of(spec))
     names = kernels.names
@@ -720,26 +720,26 @@ def test_load_kernels_takes_cuda_where_models_fit(monkeypatch):
         assert set(load_kernels("cuda", model_of(unfit)).names.values()) == {"torch/reference", "numpy/reference"}
     with pytest.raises(ConfigError, match="--quantize needs decode_core and a CPU"):
         load_kernels("cuda", model_of(spec), quantize="q8_0")
-    monkeypatch.setattr(seam, "cuda_ops", lambda _: None)       # no driver, or no device
+    monkeypatch.setattr(devices, "cuda_ops", lambda _: None)       # no driver, or no device
     assert load_kernels("cuda", model_of(spec)).names["sample"] == "numpy/reference"
 
 
 def test_the_core_says_whether_cuda_can_be_used():
-    core = decode_core._core
+    core = compiled._core
     able = core.cuda_compiled and core.cuda_devices() and core.cuda_capability(0) >= 80
-    assert (decode_core.cuda_ops() is not None) == bool(able)
+    assert (devices.cuda_ops() is not None) == bool(able)
 
 
 @pytest.mark.parametrize("capability, able", [(75, False), (80, True), (86, True), (90, True), (120, True)])
 def test_an_old_gpu_gets_torch_and_one_line(monkeypatch, caplog, capability, able):
     """A GPU older than the kernels gets torch and one line."""
     core = SimpleNamespace(cuda_compiled=True, cuda_devices=lambda: 2, cuda_capability=lambda device: [90, capability][device])
-    monkeypatch.setattr(seam, "_core", core)
-    seam.say_once.cache_clear()
+    monkeypatch.setattr(devices, "_core", core)
+    devices.say_once.cache_clear()
     spec = ModelSpec(vocab_size=64, layers=1, width=32, heads=2, kv_heads=1, head_size=16, ffn_size=32, max_positions=64)
     for _ in range(2):
-        assert type(seam.backend_for(backends.sizes_of(spec), "cuda:1", for_decode_core())).__name__ == ("CudaBackend" if able else "NoneType")
-    assert decode_core.cuda_ops(0) is not None and decode_core.cuda_ops(2) is None
+        assert type(devices.backend_for(backends.sizes_of(spec), "cuda:1", for_decode_core())).__name__ == ("CudaBackend" if able else "NoneType")
+    assert devices.cuda_ops(0) is not None and devices.cuda_ops(2) is None
     lines = [record.getMessage() for record in caplog.records if "8.0" in record.getMessage()]
     assert lines == [] if able else lines == ["decode_core's CUDA kernels need 8.0, the GPU has 7.5: torch computes instead"]
 

@@ -13,7 +13,7 @@ import torch
 
 from chatlm.common.config import Settings
 from chatlm.common.hub.find import resolve_model
-from chatlm.worker.model.kernels import load_kernels, not_compiled
+from chatlm.worker.kernels.kernels import load_kernels, not_compiled
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.adapters import adapter_reader
 from chatlm.worker.weights.gguf import gguf_spec

@@ -35,7 +35,7 @@ from chatlm.worker.weights.tied_heads import Pair
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource, TextSpec
-    from chatlm.worker.model.kernels import Backend
+    from chatlm.worker.kernels.kernels import Backend
     from chatlm.worker.model.tensors import MappedRows, Unread
     from chatlm.worker.weights.family import Family
     from chatlm.worker.weights.lora import Change, Copy

@@ -14,7 +14,7 @@ import encoders
 import retrieval
 from works import assignment
 
-_core = pytest.importorskip("decode_core._core")
+_core = pytest.importorskip("chatlm.worker.kernels.library", exc_type=ImportError)._core
 PROMPTS = [tuple(range(5, 5 + length)) for length in (3, 40, 17)]
 
 

@@ -17,7 +17,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import AnswerParams, Failed
 from chatlm.worker.engine.sequence import Assignment
 from chatlm.worker.model import kernels
-from chatlm.worker.model.kernels import not_compiled
+from chatlm.worker.kernels.kernels import not_compiled
 from chatlm.worker.weights.huggingface import hf_spec
 from chatlm.worker.weights.model_of import model_of
 import encoders

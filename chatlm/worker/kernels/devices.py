@@ -1,0 +1,49 @@
+"""Which of the compiled backends computes a model on a device."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from chatlm.worker.kernels import cuda
+from chatlm.worker.kernels.library import _core
+
+log = logging.getLogger("chat_server.decode_core")
+
+
+def backend_for(spec: Any, device: Any, script: SimpleNamespace) -> Any:
+    """The backend for a model on a torch device; None if it cannot run. chat_server's `not_compiled` has
+    accepted the model."""
+    device_type, _, index = str(device).partition(":")
+    if device_type == "cpu":
+        from chatlm.worker.kernels import cpu_backend
+        slower = cpu_backend.slower_than_torch(spec.width)
+        return say_once(slower) if slower else cpu_backend.CpuBackend(spec, script)
+    ops = cuda_ops(int(index or 0)) if device_type == "cuda" else None
+    if ops is None:
+        return None
+    from chatlm.worker.kernels.cuda_backend import CudaBackend
+    return CudaBackend(spec, script, ops, device=device)
+
+
+def check(script: SimpleNamespace, threads: int, say: Callable[[str], None]) -> bool:
+    """Say a report line by line. Returns whether all ops are as their references."""
+    from chatlm.worker.kernels.report import Report
+    return Report(script, threads, say).run()
+
+
+@functools.cache
+def say_once(reason: str) -> None:
+    log.warning("%s: torch computes instead", reason)
+
+
+def cuda_ops(device: int = 0) -> cuda.CudaOps | None:
+    """The CUDA ops, if they were compiled and the device and its driver can run them."""
+    ops = cuda.CudaOps(_core) if _core.cuda_compiled else None
+    if ops and (refusal := ops.refusal(device)):
+        # without any GPU there is nothing to say
+        return say_once(refusal) if _core.cuda_devices() else None
+    return ops
