@@ -14,7 +14,7 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.engine.engine import Engine
-from chatlm.worker.model import kernels as model_kernels
+from chatlm.worker.kernels import kernels as model_kernels
 from chatlm.worker.model.core_sizes import core_sizes
 from chatlm.worker.kernels.kernels import Backend, for_decode_core, load_kernels
 from chatlm.worker.model.transformer import Transformer

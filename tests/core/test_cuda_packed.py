@@ -15,7 +15,7 @@ from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.packed import dequantize
 from chatlm.worker.engine.engine import Engine
-from chatlm.worker.model import kernels as model_kernels
+from chatlm.worker.kernels import kernels as model_kernels
 from chatlm.worker.model.core_sizes import core_sizes
 from chatlm.worker.kernels.kernels import Backend, for_decode_core, load_kernels
 from chatlm.worker.model.transformer import Transformer
@@ -31,7 +31,7 @@ from works import assignment
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no compiled core is installed")
 gguf = pytest.importorskip("gguf")
-decode_core = backends.decode_core
+compiled = backends.compiled
 import tiny_gguf  # noqa: E402
 from chatlm.worker.kernels import cuda, cuda_steps, cuda_weights, proof, random_blocks  # noqa: E402
 from chatlm.worker.kernels.cuda_weights import PackedMatrix  # noqa: E402

@@ -15,7 +15,7 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.warm_up import WarmUp
-from chatlm.worker.model import kernels as model_kernels
+from chatlm.worker.kernels import kernels as model_kernels
 from chatlm.worker.model.core_sizes import core_sizes
 from chatlm.worker.kernels.kernels import for_decode_core, load_kernels
 from chatlm.worker.model.transformer import Transformer

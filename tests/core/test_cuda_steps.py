@@ -51,7 +51,7 @@ from random_rows import random_logits, random_rows
 from works import assignment, changed
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="the compiled core is not installed")
-decode_core = backends.decode_core
+compiled = backends.compiled
 from chatlm.worker.kernels import compiled, cuda_backend, cuda_prompts, cuda_steps, devices, proof  # noqa: E402
 from chatlm.worker.kernels.proof import prove_prompts  # noqa: E402
 from cuda_engines import MARGIN, answers, cuda_engine, decode_batch, engine_on, logits_of, same_answers, some_works  # noqa: E402

@@ -8,7 +8,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.protocol import SurveyConfig
 from chatlm.worker.build import build_transformer
-from chatlm.worker.model import kernels
+from chatlm.worker.kernels import kernels
 from chatlm.worker.ranks.alone import PlannedRank
 from chatlm.worker.survey import surveyed
 from chatlm.worker.weights.load import open_model

@@ -7,7 +7,7 @@ import pytest
 
 from chatlm.common import answering
 from chatlm.common.messages.requests import SamplingParams
-from chatlm.worker.model import kernels
+from chatlm.worker.kernels import kernels
 from chatlm.worker.process import share_word
 from engines import make_engine, pieces
 import encoders

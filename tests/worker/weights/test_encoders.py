@@ -16,7 +16,7 @@ from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import AnswerParams, Failed
 from chatlm.worker.engine.sequence import Assignment
-from chatlm.worker.model import kernels
+from chatlm.worker.kernels import kernels
 from chatlm.worker.kernels.kernels import not_compiled
 from chatlm.worker.weights.huggingface import hf_spec
 from chatlm.worker.weights.model_of import model_of

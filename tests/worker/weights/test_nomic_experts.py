@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from chatlm.common.errors import ConfigError
-from chatlm.worker.model import kernels
+from chatlm.worker.kernels import kernels
 from encoders import TEXTS, cosine, engine_of, framed, vectors
 import nomic_experts
 from retrieval import write_json
