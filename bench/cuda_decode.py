@@ -23,7 +23,7 @@ import torch  # noqa: E402
 from chatlm.common.config import PAGE_SIZE    # noqa: E402
 from chatlm.common.messages.requests import SamplingParams    # noqa: E402
 from chatlm.worker.model.batch import Batch    # noqa: E402
-from chatlm.worker.kernels.kernels import load_kernels    # noqa: E402
+from chatlm.worker.kernels.choice import load_kernels    # noqa: E402
 from chatlm.worker.model.transformer import Transformer    # noqa: E402
 from chatlm.worker.ops.rows import SampleRow    # noqa: E402
 from chatlm.worker.weights.model_of import model_of

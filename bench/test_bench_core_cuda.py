@@ -20,7 +20,7 @@ sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resol
 import torch  # noqa: E402
 
 from chatlm.common.messages.requests import SamplingParams    # noqa: E402
-from chatlm.worker.kernels.kernels import for_decode_core    # noqa: E402
+
 from chatlm.worker.arrays.kinds import Norm    # noqa: E402
 from chatlm.worker.ops.rows import SampleRow    # noqa: E402
 
@@ -127,7 +127,7 @@ def test_experts(benchmark, ops, copy_bandwidth, name, kind, E, chosen, C, F, ro
     block, size = core.cuda.BLOCKS[kind]
     gate_up, down = (PackedMatrix([(kind, torch.full((n, k // block * size), 0x22, dtype=torch.uint8, device="cuda"))], k)
                      for n, k in ((2 * E * F, C), (E * C, F)))
-    experts = cuda_experts.ExpertOps(ops, for_decode_core(), stream).experts
+    experts = cuda_experts.ExpertOps(ops, stream).experts
     x, out, calls = torch.randn(rows, C, device="cuda"), torch.empty(rows, C, device="cuda"), E // chosen
     positions = torch.arange(rows * chosen, device="cuda").view(rows, chosen)
     logits = [torch.zeros(rows, E, device="cuda").scatter_(1, (positions + call * rows * chosen) % E, 1.0) for call in range(calls)]

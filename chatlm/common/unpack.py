@@ -11,7 +11,6 @@ import os
 import secrets
 import shutil
 import stat
-import sys
 import tempfile
 import time
 import zipfile

@@ -18,7 +18,8 @@ from chatlm.common.messages.protocol import DraftTerms
 from chatlm.worker.arrays.kinds import item_bytes
 from chatlm.worker.engine.pieces import PieceTokenizer, open_for_answers
 from chatlm.worker.engine.limits import FREE_ROWS
-from chatlm.worker.kernels.kernels import Backend, choose_backend, load_kernels
+from chatlm.worker.kernels.choice import choose_backend, load_kernels
+from chatlm.worker.kernels.kernels import Backend
 from chatlm.worker.model.pages import group_layers
 from chatlm.worker.model.transformer import Transformer, page_layout
 from chatlm.worker.weights.load import open_model

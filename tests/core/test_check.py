@@ -13,7 +13,7 @@ import chat_server as cs
 from chatlm import __version__
 from chatlm.common import core
 from chatlm.common.interface import INTERFACE
-from chatlm.worker.kernels.kernels import for_decode_core
+
 from chatlm.worker.weights.recipe import ModelSpec
 from command_line import parse_command_line
 from real_server import copy_program
@@ -62,7 +62,7 @@ sys.path.insert(0, {folder!r})
 import torch
 from chatlm.common.processes.child import run_role
 from chatlm.worker.kernels import program, report
-report.time_cpu = lambda script: ()
+report.time_cpu = lambda: ()
 def {op}(self, x, *rest, out=None, original=program.Program.{op}, **more):
     {body}
 program.Program.{op} = {op}
@@ -113,13 +113,13 @@ def test_a_type_without_gguf_is_no_failure(monkeypatch):
     """A type without the gguf package is not proved."""
     from chatlm.worker.kernels import cpu_proof, product_proof, report
     monkeypatch.setitem(sys.modules, "gguf", None)
-    faults = cpu_proof.prove_cpu(for_decode_core())
+    faults = cpu_proof.prove_cpu()
     unproved = {op for op, fault in faults.items() if isinstance(fault, product_proof.Unproved)}
     assert unproved >= {"linear q4_k", "linear mxfp4"}
     assert faults["rope_append q8_0"] == faults["paged_attention q8_0"] == ""
     assert faults["linear q8_0"] == faults["linear q4_0"] == faults["sample"] == ""
     lines = []
-    done = report.Report(for_decode_core(), 1, lines.append)
+    done = report.Report(1, lines.append)
     done.table(faults, (), 1.0)
     assert done.wrong == 0 and any("linear q6_k" in line and "not proved: the gguf package" in line for line in lines)
 
@@ -129,9 +129,9 @@ def test_without_torch_numpy_proves_the_products(monkeypatch):
     """Without torch, numpy proves the products, and all is measured."""
     from chatlm.worker.kernels import report, tiles
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(report, "time_cpu", lambda script: [report.Timed("sample", "1 row", 1e-6, 4000)])
+    monkeypatch.setattr(report, "time_cpu", lambda: [report.Timed("sample", "1 row", 1e-6, 4000)])
     lines = []
-    assert report.Report(for_decode_core(), 2, lines.append).run()
+    assert report.Report(2, lines.append).run()
     rows = rows_of("\n".join(lines))
     assert all(rows[f"linear {kind}"][0].endswith("as its reference") for kind in tiles.COLUMNS)
     assert rows["sample"][0].endswith("not proved: torch is missing") and "pip install torch" in lines[-1]
@@ -143,7 +143,7 @@ def test_without_torch_a_wrong_product_is_found(monkeypatch):
     multiply = product_proof.multiply
     monkeypatch.setattr(product_proof, "multiply", lambda x, matrix, out: multiply(x, matrix, out=out, bias=numpy.ones(80, "float32")))
     monkeypatch.setitem(sys.modules, "gguf", None)
-    faults = product_proof.prove_products(for_decode_core())
+    faults = product_proof.prove_products()
     assert "the output differs by" in faults["linear f32"] and "the output differs by" in faults["linear q4_1"]
     assert faults["linear q4_k"] is product_proof.NO_GGUF
 
@@ -164,7 +164,7 @@ class Place:
         queue.device = torch.device("cpu")
         emulated = backends.Emulated(library, ops or backends.EmulatedOps)
         self.lines = []
-        self.report = report.Report(for_decode_core(), 1, self.lines.append)
+        self.report = report.Report(1, self.lines.append)
         self.report.with_cuda(emulated.backend(spec), lambda: queue, "cuda:0: a GPU", cold=1 << 14, calls=2, batches=(1, 2))
         self.rows = rows_of("\n".join(self.lines))
 
@@ -184,10 +184,10 @@ def test_latent_attention_is_proved_and_measured(emulation_library, monkeypatch)
     backends = pytest.importorskip("cuda_backends", exc_type=ImportError)
     from chatlm.worker.kernels import cuda_timing, report
     monkeypatch.setattr(cuda_timing, "CONTEXT", 64)
-    spec = cuda_timing.latent_sizes(for_decode_core(), heads=3, kept=32, turned=16, plain=24, head_values=16, query_width=8)
+    spec = cuda_timing.latent_sizes(heads=3, kept=32, turned=16, plain=24, head_values=16, query_width=8)
     queue, lines = backends.HostQueue(), []
     queue.device = torch.device("cpu")
-    made = report.Report(for_decode_core(), 1, lines.append)
+    made = report.Report(1, lines.append)
     made.with_cuda(backends.Emulated(emulation_library).backend(spec), lambda: queue, "cuda:0: a GPU", report.LATENT_OPS, cold=1 << 14, calls=2, batches=(1, 2))
     rows = rows_of("\n".join(lines))
     assert made.wrong == 0 and rows.keys() >= {*report.LATENT_OPS}

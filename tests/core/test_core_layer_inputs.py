@@ -7,7 +7,7 @@ import pytest
 import torch
 
 compiled = pytest.importorskip("chatlm.worker.kernels.compiled", exc_type=ImportError)
-from chatlm.worker.kernels.kernels import for_decode_core  # noqa: E402
+
 from chatlm.worker.ops.basic import gate_input_reference, layer_inputs_reference  # noqa: E402
 from core_settings import usual_settings  # noqa: E402, F401
 from chatlm.worker.kernels.cpu_proof import FileRows  # noqa: E402
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("usual_settings")
 def made(kind, ids):
     """(rows of the table, what layers get of them, the second layer's after its gate) of these ids; and the table."""
     dice, T = Dice(torch.device("cpu"), 6), len(ids)
-    table = FileRows(kind, ROWS, L * P, dice, for_decode_core())
+    table = FileRows(kind, ROWS, L * P, dice)
     projected, weight, gates = dice.normal(ROWS, L * P), dice.normal(P), dice.normal(ROWS, P)
     program = compiled.Program(64, 1)
     rows, inputs, gated, x, gate = (np.zeros((64, columns), np.float32) for columns in (L * P, L * P, P, L * P, P))

@@ -7,13 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chatlm.worker.kernels.kernels import for_decode_core
-
 compiled = pytest.importorskip("chatlm.worker.kernels.compiled", exc_type=ImportError)
 from chatlm.worker.kernels.library import _core  # noqa: E402
+from chatlm.worker.ops.references import REFERENCES
 
 ROOT = Path(__file__).resolve().parents[2]
-REFERENCES = for_decode_core().references
 
 
 def test_the_compiled_list_is_the_one_of_the_file():

@@ -21,9 +21,11 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.interface import INTERFACE
 from chatlm.common.invocation import pip_command
 from chatlm.worker.model.core_sizes import core_sizes
-from chatlm.worker.kernels.kernels import Backend, EagerSteps, Steps, choose_backend, for_decode_core, load_kernels
+from chatlm.worker.kernels.choice import choose_backend, load_kernels
+from chatlm.worker.kernels.kernels import Backend, EagerSteps, Steps
 from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.recipe import ModelSpec
+from chatlm.worker.ops.references import REFERENCES
 from real_server import ask, events, get, post, server
 
 SCRIPT = Path(cs.__file__)
@@ -49,7 +51,7 @@ def test_every_backend_has_what_the_references_have():
     from chatlm.worker.kernels.cuda_backend import CudaBackend
     names = {name for name in vars(Backend("cpu")) | vars(Backend) if not name.startswith("__")}
     sizes = core_sizes(model_of(SPEC))
-    for backend in (CpuBackend(sizes, for_decode_core()), CudaBackend(sizes, for_decode_core(), None)):
+    for backend in (CpuBackend(sizes), CudaBackend(sizes, None)):
         assert [name for name in names if not hasattr(backend, name)] == []
         steps = {name for name in vars(EagerSteps) if not name.startswith("__")}
         kind = backend.make_steps.__annotations__["return"]
@@ -136,7 +138,7 @@ def test_ops_are_recorded_with_reference_parameters():
     """Ops are recorded with the parameters of their references."""
     from chatlm.worker.kernels.compiled import Program
     other_names = {"weight": "matrix", "plan": "attention"}
-    for name, reference in for_decode_core().references.items():
+    for name, reference in REFERENCES.items():
         if not hasattr(Program, name) or name == "sample":              # which is no op of a batch, but a step's last
             continue
         _, *ours = inspect.signature(getattr(Program, name)).parameters

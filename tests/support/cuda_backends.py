@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chatlm.worker.model.core_sizes import core_sizes
-from chatlm.worker.kernels.kernels import for_decode_core, load_kernels
+from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.ops.basic import linear_reference
 from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.recipe import ModelSpec
@@ -209,7 +209,7 @@ class Emulated:
         self.made = CudaBackend if products else TorchProducts
 
     def backend(self, spec):
-        return self.made(sizes_of(spec), for_decode_core(), self.ops, stream=lambda: 0, device=self.device)
+        return self.made(sizes_of(spec), self.ops, stream=lambda: 0, device=self.device)
 
     def kernels(self, spec):
         """The kernels that load_kernels chooses for CUDA. What is right the process proves once for models of the same sizes, or for all."""

@@ -25,7 +25,7 @@ class SmallQueue(HostQueue):
 
 if __name__ == "__main__":
     emulated = Emulated(os.environ["EMULATION"], wrong_ops(paged_attention=lambda out: out.add_(1)))
-    devices.backend_for = lambda spec, device, script: emulated.backend(spec)
+    devices.backend_for = lambda spec, device: emulated.backend(spec)
     cuda_steps.CudaQueue, cuda.SAMPLE_THREADS = lambda device: SmallQueue(), 32
     WarmUp.begin = lambda warm_up: warm_up.complete(lambda fraction: None)     # as on a GPU
     sys.exit(run_role(*sys.argv[1:]))

@@ -13,6 +13,11 @@ from typing import Any
 
 import numpy
 
+from chatlm.common.config import PAGE_SIZE
+from chatlm.common.errors import ConfigError
+from chatlm.common.processes.start import own_threads
+from chatlm.worker.arrays.kinds import mapped_zeros, of_kind
+from chatlm.worker.kernels.kernels import OPS
 from chatlm.worker.kernels.library import _core
 from chatlm.worker.kernels.program import Program
 from chatlm.worker.kernels.ranks import Ranks
@@ -92,22 +97,21 @@ class CpuBackend:
     converted = staticmethod(converted)
     program: Program        # the ops record themselves here
 
-    def __init__(self, spec: Any, script: SimpleNamespace):
+    def __init__(self, spec: Any):
         self.spec = spec
-        self.script = script
         self.name = f"decode_core/{_core.isa()}"
-        self.as_stored = functools.partial(as_stored, script=script)
+        self.as_stored = as_stored
         self.held_bytes = functools.partial(held_bytes, row_bytes=tile_row_bytes)
         self.faults: dict[str, str] = {}
 
     def ops(self, max_tokens: int, max_rows: int, quantize: str | None,
             fine: bool = False) -> dict[str, Callable]:
         """Ops that append themselves to a Program instead of computing."""
-        _core.set_threads(self.script.own_threads())
+        _core.set_threads(own_threads())
         program = Program(max_tokens, max_rows, fine)
         self.program = program
         arena = Arena(64 << 20)
-        recorded = {name: getattr(program, name) for name in self.script.OPS if hasattr(program, name)}
+        recorded = {name: getattr(program, name) for name in OPS if hasattr(program, name)}
         return recorded | {
             "pack": lambda name, *parts: pack(arena, name, parts, quantize, self.spec.tied_head),
             "look_up": self.look_up, "make_cache": self.make_cache,
@@ -115,7 +119,7 @@ class CpuBackend:
 
     def look_up(self, table: Any, ids: Any, out: Any, part: Any = None) -> None:
         if table.kind not in KINDS:
-            raise self.script.ConfigError(
+            raise ConfigError(
                 f"the embeddings of each layer are of type {table.kind}, which decode_core does not "
                 f"read from the file; it reads {', '.join(KINDS)}. With CHAT_SERVER_KERNELS=reference torch "
                 "computes the model")
@@ -124,12 +128,12 @@ class CpuBackend:
     def make_cache(self, spec: Any, layout: Any, num_pages: int, device: str) -> tuple[numpy.ndarray, list]:
         """As the reference, but each layer's cache is (P, Hkv, 2, 16 * D) or packed, with pages apart if
         layers share them."""
-        size = self.script.PAGE_SIZE
-        whole = self.script.mapped_zeros((num_pages * layout.page_bytes,), "uint8")
+        size = PAGE_SIZE
+        whole = mapped_zeros((num_pages * layout.page_bytes,), "uint8")
 
         def pages(layer: int, sizes: Any) -> numpy.ndarray:
             packed = layout.types[layer] == "q8_0"
-            memory = whole if packed else self.script.of_kind(whole, layout.types[layer])
+            memory = whole if packed else of_kind(whole, layout.types[layer])
             block = sizes.head_size * size
             if packed:
                 block += sizes.head_size            # 2 bytes of scale for 32 numbers, of 16 positions

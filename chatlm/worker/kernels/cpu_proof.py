@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 
+from chatlm.common.config import PAGE_SIZE
+from chatlm.common.messages.requests import SamplingParams
+from chatlm.worker.arrays.kinds import Norm
 from chatlm.worker.kernels.cuda_weights import dequantized
 from chatlm.worker.kernels.product_proof import NO_GGUF, PACKED_TOLERANCE
 from chatlm.worker.kernels.program import Marker, Program
@@ -17,6 +20,12 @@ from chatlm.worker.kernels.random_blocks import random_blocks
 from chatlm.worker.kernels.sampling import SampleBatch
 from chatlm.worker.kernels.tiles import ACTIVATIONS, COLUMNS, GATES, Arena, Matrix
 from chatlm.worker.kernels.weights import KINDS, QuantizedMatrix, pack
+from chatlm.worker.model.batch import Sequences, token_places
+from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2
+from chatlm.worker.model.core_sizes import plain_sizes
+from chatlm.worker.ops.references import REFERENCES
+from chatlm.worker.ops.rows import SampleRow
+from chatlm.worker.ops.tensors import rope_tables
 
 FLOATS = {name: getattr(torch, dtype) for dtype, name in KINDS.items()}
 WINDOWS = (0, 20)
@@ -46,13 +55,13 @@ class AddedMatrices(NamedTuple):
 class FileRows:
     """A table of random rows as a model file has them."""
 
-    def __init__(self, kind: str, rows: int, columns: int, dice: Dice, script: SimpleNamespace):
+    def __init__(self, kind: str, rows: int, columns: int, dice: Dice):
         self.kind = kind
         if kind in FLOATS:
             self.table = self.values = dice.normal(rows, columns).to(FLOATS[kind])
         else:
             self.table = torch.from_numpy(random_blocks(kind, rows, columns))
-            self.values = dequantized(kind, self.table, script)
+            self.values = dequantized(kind, self.table)
 
     def look_up(self, ids: numpy.ndarray) -> numpy.ndarray:
         return self.values.float().numpy()[ids.clip(min=0)]
@@ -64,18 +73,17 @@ class Chain:
     Each call has an output of its own, so that after a step each reference gets exactly what its op has
     read."""
 
-    def __init__(self, script: SimpleNamespace, cache_type: torch.dtype):
+    def __init__(self, cache_type: torch.dtype):
         self.cache_type = cache_type
-        self.script = script
         self.dice = Dice(torch.device("cpu"), 4)
         self.program = Program(T, R)
         self.calls = []
         self.floats = {}                        # matrix -> its values, for the reference
         self.faults: dict[str, str] = {}        # op -> what is wrong; "": it is as its reference
         self.adapters: list[dict[str, AddedMatrices]] = [{}, {}]
-        self.spec = script.plain_sizes(vocab_size=200, layers=1, width=768, heads=4, kv_heads=2,
+        self.spec = plain_sizes(vocab_size=200, layers=1, width=768, heads=4, kv_heads=2,
                                        head_size=HEAD_SIZE, ffn_size=512,
-                                       max_positions=PAGES * script.PAGE_SIZE)
+                                       max_positions=PAGES * PAGE_SIZE)
 
     def call(self, name: str, *arguments: Any, width: int, rows: int = T, label: str = "", **options: Any):
         """Record an op with a new output of this many columns, and return the output."""
@@ -103,12 +111,12 @@ class Chain:
         zeros_at_end = self.call("embed", table * last_are_0, p.token_ids, width=C)
         for of_norm in (weight * last_are_0, None):
             self.call("layer_norm", zeros_at_end, of_norm, None, 1e-5, width=C, count=C - 5)
-        self.call("embed", dice.normal(PAGES * self.script.PAGE_SIZE, C), p.positions, width=C)
+        self.call("embed", dice.normal(PAGES * PAGE_SIZE, C), p.positions, width=C)
         self.call("copy", x, width=C)
         self.call("mix", x, normed, *one, width=C)
         self.call("smear", x, previous, p.previous_token_ids, dice.normal(1, 24), one[0], width=C)
         self.call("backout", x, normed, one[1], width=C)
-        norm = self.script.Norm(weight, 1e-5)
+        norm = Norm(weight, 1e-5)
         for kind in COLUMNS:
             self.products(kind, x, norm)
         qkv_weight = self.matrix("f32", "qkv", qkv_size)
@@ -120,7 +128,7 @@ class Chain:
         self.call("norm_heads", qkv, *norms, spec.head_size, 1e-5, width=qkv_size)
         self.call("clamp", x, -dice.normal(C).abs(), dice.normal(C).abs(), width=C)
         self.call("scale_rows", x, 1 + dice.normal(1024).abs(), p.positions, width=C)
-        cos, sin = self.script.rope_tables(spec, torch.device("cpu"))
+        cos, sin = rope_tables(spec, torch.device("cpu"))
         for norm_at in ("before_rope", "none"):
             self.attention(qkv, cos, sin, self.float_cache(), "", norm_at)
         # not "none": without a norm, rounding would move large scores
@@ -134,7 +142,7 @@ class Chain:
         made = self.call("layer_inputs", x, previous, dice.normal(48), 1e-5, width=C)
         self.call("gate_input", narrow, made, 96, width=48)
         for kind in ("bf16", "q8_0", "q4_1"):        # these need no gguf package
-            self.call("look_up", FileRows(kind, spec.vocab_size, C, dice, self.script), p.token_ids, width=C)
+            self.call("look_up", FileRows(kind, spec.vocab_size, C, dice), p.token_ids, width=C)
         for taps, bias in ((3, None), (5, dice.normal(C // 3))):
             self.call("short_conv", x, dice.normal(taps * C // 3), (dice.normal(SLOTS, taps - 1, C // 3),),
                       p.sequences, width=C // 3, bias=bias)
@@ -162,7 +170,7 @@ class Chain:
         else:
             blocks = random_blocks(kind, rows, self.spec.width, seed=rows)
             source = QuantizedMatrix(((kind, blocks),), self.spec.width)
-            weight = dequantized(kind, torch.from_numpy(blocks), self.script)
+            weight = dequantized(kind, torch.from_numpy(blocks))
         packed = pack(Arena(1 << 20), name, (source,), None, False)
         self.floats[packed] = weight.float()
         return packed
@@ -194,7 +202,7 @@ class Chain:
         of_type = " q8_0" if cache_type == torch.uint8 else ""
         # scores of about 1: where they are large, rounding q moves them too far
         scale = 0.005 if of_type else 0.7
-        angles = dice.normal(PAGES * self.script.PAGE_SIZE, turned // 2)
+        angles = dice.normal(PAGES * PAGE_SIZE, turned // 2)
         tables = angles.cos(), angles.sin()
         queries = self.call("linear", x, self.matrix("f32", "queries", heads * (plain + turned)),
                             width=heads * (plain + turned), label="linear f32")
@@ -218,7 +226,7 @@ class Chain:
 
     def latent_cache(self, size: int, kind: torch.dtype) -> torch.Tensor:
         """Pages of latents with keys of this size."""
-        page = self.script.PAGE_SIZE
+        page = PAGE_SIZE
         if kind != torch.uint8:
             return self.dice.normal(PAGES, page, size, dtype=kind)
         codes = self.packed_numbers(PAGES, page * size)
@@ -226,12 +234,12 @@ class Chain:
         return codes.view(PAGES, page + 1, size)
 
     def float_cache(self) -> torch.Tensor:
-        return self.dice.normal(PAGES, self.spec.kv_heads, 2, self.script.PAGE_SIZE * HEAD_SIZE,
+        return self.dice.normal(PAGES, self.spec.kv_heads, 2, PAGE_SIZE * HEAD_SIZE,
                                 dtype=self.cache_type)
 
     def packed_cache(self) -> torch.Tensor:
         """Pages of q8_0, random values of about 1."""
-        count = self.script.PAGE_SIZE * HEAD_SIZE
+        count = PAGE_SIZE * HEAD_SIZE
         pages = self.packed_numbers(PAGES, self.spec.kv_heads, 2, count)      # codes of keys are + 128
         pages[:, :, 1, :count] ^= 128
         return pages
@@ -290,7 +298,7 @@ class Chain:
 
     def delta_rule(self, x: torch.Tensor, alternating: bool, by_key: bool) -> None:
         """A delta rule of unusual sizes."""
-        mixer = self.script.DeltaRule(4, 2, 4, 32, 48, alternating, by_key, by_key)
+        mixer = DeltaRule(4, 2, 4, 32, 48, alternating, by_key, by_key)
         dice = self.dice
         mixed, width = mixer.widths(self.spec.width)
         channels, *_ = mixer.parts
@@ -304,7 +312,7 @@ class Chain:
 
     def mamba2(self, x: torch.Tensor, groups: int = 2, **part: int) -> None:
         """A Mamba layer of unusual sizes, or a rank's part of one."""
-        mixer = self.script.Mamba2(3, heads=6, head_size=80, state_size=24, groups=groups, **part)
+        mixer = Mamba2(3, heads=6, head_size=80, state_size=24, groups=groups, **part)
         dice = self.dice
         mixed, width = mixer.widths(self.spec.width)
         _, channels, heads = mixer.parts
@@ -367,18 +375,18 @@ class Chain:
                 options["adapted"] = [(some, matrices[name]) for some, matrices in zip(rows, adapters)]
             fault = self.compare(call, arguments, options, self.real(call.out, inputs), before)
             self.faults[call.label] = self.faults.get(call.label) or fault
-        expected = self.script.references["sample"](self.capped[:len(sampled)], sampled)
+        expected = REFERENCES["sample"](self.capped[:len(sampled)], sampled)
         self.faults["sample"] = "" if tokens == expected else f"draws the tokens {tokens}, not {expected}"
 
     def inputs(self, batch: SimpleNamespace) -> dict[str, Any]:
         """name of a marker -> what a step has in its place, as the references read it."""
-        positions, slots = map(torch.tensor, self.script.token_places(batch))
+        positions, slots = map(torch.tensor, token_places(batch))
         lists = {name: torch.tensor(getattr(batch, name))
                  for name in ("token_ids", "previous_token_ids", "logit_rows")}
-        plan = self.script.references["plan_attention"](batch, positions, WINDOWS, "float32")
+        plan = REFERENCES["plan_attention"](batch, positions, WINDOWS, "float32")
         return lists | {
             "positions": positions, "slots": slots, "attention": plan,
-            "sequences": self.script.Sequences.of(batch)}
+            "sequences": Sequences.of(batch)}
 
     def real(self, argument: Any, inputs: dict[str, Any]) -> Any:
         """What a reference gets in place of a recorded argument. Of a buffer it gets the rows in use."""
@@ -396,7 +404,7 @@ class Chain:
         """What is wrong with the output of a call, and with the cache or states that it writes.
 
         before: id of a cache or state -> what it held before the step"""
-        reference = self.script.references[call.name]
+        reference = REFERENCES[call.name]
         want = torch.empty_like(out)
         scale = self.spec.head_size**0.5            # our queries are scaled by 1 / this already
         if call.name == "rope_append":
@@ -459,7 +467,7 @@ class Chain:
         if cache.dtype != torch.uint8:
             keys = cache.float().clone().view(-1, 1, D)
             return keys, keys[..., :values]
-        size = self.script.PAGE_SIZE
+        size = PAGE_SIZE
         layer = SimpleNamespace(kv_heads=1, head_size=D, value_size=values, values_in_keys=True)
         pages = self.pages_of(SimpleNamespace(by_layer=[layer]), D + 2 * D // BLOCK)
         pages[0].codes.copy_(cache[:, :size].reshape(-1, 1, D).view(torch.int8))
@@ -471,7 +479,7 @@ class Chain:
         """New pages of q8_0 of a layer, as the references hold them."""
         layout = SimpleNamespace(size=slot_bytes, unit=1, types=("q8_0",),
                                  place=lambda layer, count: (0, slot_bytes))
-        _, [pages] = self.script.references["make_cache"](spec, layout, PAGES, torch.device("cpu"))
+        _, [pages] = REFERENCES["make_cache"](spec, layout, PAGES, torch.device("cpu"))
         return pages
 
     def as_kept(self, cache: torch.Tensor) -> Any:
@@ -479,7 +487,7 @@ class Chain:
         if cache.dtype != torch.uint8:
             return self.slot_major(cache.float())
         Hkv = self.spec.kv_heads
-        size = self.script.PAGE_SIZE
+        size = PAGE_SIZE
         D = HEAD_SIZE
         pages = self.pages_of(self.spec, 2 * Hkv * (D + 2 * D // BLOCK))
         codes = cache[..., :size * D]
@@ -493,24 +501,24 @@ class Chain:
 
     def slot_major(self, cache: torch.Tensor) -> torch.Tensor:
         """A layer's cache of floats as the references hold it: (P * PAGE_SIZE, 2, Hkv, D)."""
-        size = self.script.PAGE_SIZE
+        size = PAGE_SIZE
         D = self.spec.head_size
         k = cache[:, :, 0].unflatten(-1, (D, size)).permute(0, 3, 1, 2)
         v = cache[:, :, 1].unflatten(-1, (size, D)).permute(0, 2, 1, 3)
         return torch.stack((k, v), 2).flatten(0, 1)
 
 
-def prove_cpu(script: SimpleNamespace) -> dict[str, str]:
+def prove_cpu() -> dict[str, str]:
     """op -> what is wrong with it on a CPU. "": nothing is. Unproved: the gguf package is missing, so nobody
     knows."""
     faults: dict[str, str] = {}
     prompt = numpy.random.default_rng(5).integers(0, 200, 21).tolist()
     sampled = (dict(temperature=0.0), dict(top_k=0, top_p=0.9, repetition_penalty=1.2))
-    rows = [script.SampleRow(script.SamplingParams(seed=i, **params), 30 + i, prompt, 9)
+    rows = [SampleRow(SamplingParams(seed=i, **params), 30 + i, prompt, 9)
             for i, params in enumerate(sampled)]
     for cache_type in (torch.float32, torch.float16):
         with torch.inference_mode():
-            chain = Chain(script, cache_type)
+            chain = Chain(cache_type)
             chain.record()
             # a decode row beside a prompt's chunk, then a decode row alone
             chain.step(
@@ -523,24 +531,24 @@ def prove_cpu(script: SimpleNamespace) -> dict[str, str]:
                                 tables=[list(range(19))], logit_rows=[0], state_reads=[3], write_rows=[0],
                                 write_slots=[1], ahead=[]), rows[:1])
             faults = {op: faults.get(op) or fault for op, fault in chain.faults.items()}
-            of_texts = prove_texts(script, cache_type, prompt)
+            of_texts = prove_texts(cache_type, prompt)
             faults |= {op: faults.get(op) or fault for op, fault in of_texts.items()}
     return faults
 
 
-def prove_texts(script: SimpleNamespace, cache_type: torch.dtype, text: list[int]) -> dict[str, str]:
+def prove_texts(cache_type: torch.dtype, text: list[int]) -> dict[str, str]:
     """The same for the attention of models that read whole texts. Three texts are computed together."""
-    chain = Chain(script, cache_type)
+    chain = Chain(cache_type)
     p = chain.program
     dice = chain.dice
     heads = chain.spec.heads
     width = (heads + 2 * chain.spec.kv_heads) * HEAD_SIZE
     cache = chain.float_cache()
     qkv = chain.call("embed", dice.normal(chain.spec.vocab_size, width), p.token_ids, width=width)
-    q = chain.call("rope_append", qkv, *script.rope_tables(chain.spec, torch.device("cpu")), p.positions,
+    q = chain.call("rope_append", qkv, *rope_tables(chain.spec, torch.device("cpu")), p.positions,
                    p.slots, cache, width=256, norm="none")
     for window in WINDOWS:
-        for distances in (None, dice.normal(heads, 2 * (T + script.PAGE_SIZE))):
+        for distances in (None, dice.normal(heads, 2 * (T + PAGE_SIZE))):
             chain.call("text_attention", q, cache, p.attention, window, width=256, distances=distances)
     batch = SimpleNamespace(
         token_ids=[7, *text, 3, 4], previous_token_ids=[-1] * 24, starts=[0, 1, 22, 24], lengths=[1, 21, 2],

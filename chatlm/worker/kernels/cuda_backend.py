@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from chatlm.common.config import PAGE_SIZE
 from chatlm.worker.kernels import cuda
 from chatlm.worker.kernels.cuda_adapters import AdapterOps
 from chatlm.worker.kernels.cuda_experts import ExpertOps, fits_experts
@@ -19,9 +19,13 @@ from chatlm.worker.kernels.cuda_prompts import PromptAttention, prompts_of
 from chatlm.worker.kernels.cuda_references import CudaReferences
 from chatlm.worker.kernels.cuda_steps import LISTS, CudaPlan, GraphSteps, record_words
 from chatlm.worker.kernels.cuda_weights import PackedMatrix, ProductOps, as_stored, padded, unpacked
+from chatlm.worker.kernels.kernels import EagerSteps
 from chatlm.worker.kernels.proof import prove_cuda
 from chatlm.worker.kernels.sampling import SampleBatch
 from chatlm.worker.kernels.weights import KEPT_ON_CUDA, converted, file_row_bytes, held_bytes
+from chatlm.worker.ops.attention import decode_rows, page_table
+from chatlm.worker.ops.references import REFERENCES
+from chatlm.worker.ops.tensors import zeroed
 
 
 # Before 2.9, torch computes an RMS norm with pow and mean, and how mean splits a row depends on the number of
@@ -58,23 +62,22 @@ class CudaBackend:
     tensors = True
     converted = staticmethod(functools.partial(converted, kept_types=KEPT_ON_CUDA))
 
-    def __init__(self, spec: Any, script: SimpleNamespace, kernels: Any,
+    def __init__(self, spec: Any, kernels: Any,
                  stream: Callable[[], int] = current_stream, device: Any = "cuda"):
         self.spec = spec
-        self.script = script
         self.kernels = kernels
         self.stream = stream
         self.device = device
-        self.references = CudaReferences(spec, script)
-        self.prompts = PromptAttention(script, device)
+        self.references = CudaReferences(spec)
+        self.prompts = PromptAttention(device)
         self.adapters = AdapterOps(kernels, stream)
-        self.mixture = ExpertOps(kernels, script, stream)
-        self.products = ProductOps(kernels, script, stream, self.adapters)
-        self.as_stored = functools.partial(as_stored, script=script, device=device)
+        self.mixture = ExpertOps(kernels, stream)
+        self.products = ProductOps(kernels, stream, self.adapters)
+        self.as_stored = functools.partial(as_stored, device=device)
         self.held_bytes = functools.partial(held_bytes, row_bytes=file_row_bytes, kept_types=KEPT_ON_CUDA)
         self.faults: dict[str, str] = {}
         attn = latents_of(spec)
-        self.latents = LatentOps(attn, script, kernels, stream, self.faults, device) if attn else None
+        self.latents = LatentOps(attn, kernels, stream, self.faults, device) if attn else None
 
     def ops(self, max_tokens: int, max_rows: int, quantize: None, fine: bool = False) -> dict[str, Callable]:
         self.faults |= prove_cuda(self, self.device)
@@ -97,7 +100,7 @@ class CudaBackend:
             ops |= {"linear": self.products.linear, "embed": self.products.embed}
         if self.spec.experts and "experts" not in self.faults:
             ops["experts"] = self.mixture.experts
-        instead = {"rope_append": self.references.rope_append, "sample": self.script.references["sample"]}
+        instead = {"rope_append": self.references.rope_append, "sample": REFERENCES["sample"]}
         return ops | {name: op for name, op in instead.items() if name in self.faults}
 
     @property
@@ -128,7 +131,7 @@ class CudaBackend:
 
     def make_steps(self, transformer: Any, max_batch: int, context_length: int) -> GraphSteps:
         if "sample" in self.faults:         # a graph cannot draw on the host
-            return self.script.EagerSteps(transformer)
+            return EagerSteps(transformer)
         return GraphSteps(transformer, self, max_batch=max_batch, context_length=context_length)
 
     def pack(self, name: str, *parts: torch.Tensor | PackedMatrix) -> Any:
@@ -144,21 +147,21 @@ class CudaBackend:
             stays = fits_experts(name, matrix) and "experts" not in self.faults
         else:
             stays = "linear" not in self.faults
-        return matrix if stays else unpacked(matrix, self.script)
+        return matrix if stays else unpacked(matrix)
 
     def make_cache(self, spec, layout, num_pages, device):
         """As the reference, but the cache of a layer is (2, P, Hkv, 16, D). All layers have the same
         shape."""
         first = spec.attention(0)
         layers = layout.size // max(layout.own, 1)      # 0 in a stage whose layers all keep states
-        shape = (2, num_pages, first.kv_heads, self.script.PAGE_SIZE, first.head_size)
+        shape = (2, num_pages, first.kv_heads, PAGE_SIZE, first.head_size)
         dtype = next(filter(None, layout.types), "bfloat16")
         if dtype == "q8_0":
-            memory = self.script.zeroed((layers, num_pages * self.script.PAGE_SIZE * layout.own), torch.uint8,
+            memory = zeroed((layers, num_pages * PAGE_SIZE * layout.own), torch.uint8,
                                         device)
             parts = [PackedPages.within(own, shape) for own in memory]
         else:
-            memory = parts = self.script.zeroed((layers, *shape), getattr(torch, dtype), device)
+            memory = parts = zeroed((layers, *shape), getattr(torch, dtype), device)
         return memory, [
             attends and parts[offset // layout.own] for attends, offset in zip(spec.by_layer, layout.offset)
         ]
@@ -184,15 +187,15 @@ class CudaBackend:
 
     def plan_attention(self, batch, positions, windows, dtype) -> CudaPlan:
         device = positions.device
-        table = self.script.page_table(batch, torch.int32, device)
+        table = page_table(batch, torch.int32, device)
         lengths = torch.tensor(batch.lengths, dtype=torch.int32, device=device)
         workspace = self.workspace(table.shape[0], table.shape[1], device)
         return self.plan(batch, windows, table, lengths, workspace)
 
     def plan(self, batch, windows, table, lengths, workspace) -> CudaPlan:
         """The plan of a step whose tables and lengths are on the device already. This waits for nothing."""
-        decode = self.script.decode_rows(batch)
-        size = self.script.PAGE_SIZE
+        decode = decode_rows(batch)
+        size = PAGE_SIZE
         prompts = {window: prompts_of(batch, decode, table, window, size) for window in set(windows)}
         return CudaPlan(decode, table, lengths, prompts, *workspace)
 

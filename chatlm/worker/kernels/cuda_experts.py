@@ -8,13 +8,13 @@ Nothing is read back. So a graph can hold these calls, and a prompt does not wai
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from chatlm.worker.kernels import cuda
 from chatlm.worker.kernels.cuda_weights import PackedMatrix, parts_of
+from chatlm.worker.ops.basic import finish_linear, routes, sigmoid_routes
 
 # A pair is a row and one of its experts. Up to this many pairs for each expert, all are multiplied in
 # float32. This was reckoned,
@@ -35,9 +35,8 @@ class ExpertOps:
     """`experts`, with the interface of its reference, also for packed matrices. `kernels` is a
     cuda.CudaOps."""
 
-    def __init__(self, kernels: Any, script: SimpleNamespace, stream: Callable[[], int]):
+    def __init__(self, kernels: Any, stream: Callable[[], int]):
         self.kernels = kernels
-        self.script = script
         self.stream = stream
         # (T,) int64: slots of the running step; rows with -1 are padding
         self.slots: torch.Tensor | None = None
@@ -53,10 +52,10 @@ class ExpertOps:
         kinds = {down_kind, *(kind for kind, _ in parts)}
         many = pairs > FEW_PAIRS * E and "float32" not in kinds
         if sigmoids:
-            ids, shares = self.route_by_torch(self.script.sigmoid_routes, logits, chosen, sum_to_one,
+            ids, shares = self.route_by_torch(sigmoid_routes, logits, chosen, sum_to_one,
                                               choice_bias, groups, share_scale, group_best)
         elif choice_bias is not None or groups != (1, 1) or share_scale != 1:
-            ids, shares = self.route_by_torch(self.script.routes, logits, chosen, sum_to_one, groups,
+            ids, shares = self.route_by_torch(routes, logits, chosen, sum_to_one, groups,
                                               share_scale, group_best, choice_bias)
         else:
             ids, shares = self.route(logits, chosen, sum_to_one)
@@ -71,13 +70,13 @@ class ExpertOps:
         elif len(parts) == 1:                               # without gates
             up = torch.empty(pairs, hidden.shape[1], device=x.device)
             self.multiply(y, *routed, *parts[0], up, bias=up_bias)
-            self.script.finish_linear(up, hidden, activation, None)
+            finish_linear(up, hidden, activation, None)
         else:
             both = torch.empty(pairs, 2 * hidden.shape[1], device=x.device)
             halves = [None, None] if up_bias is None else up_bias.chunk(2)
             for part, bias, into in zip(parts, halves, both.chunk(2, 1)):
                 self.multiply(y, *routed, *part, into, bias=bias)
-            self.script.finish_linear(both, hidden, activation, None)
+            finish_linear(both, hidden, activation, None)
         self.multiply(hidden, *routed, down_kind, down_blocks, added, bias=down_bias, shares=shares)
         total = added.view(T, chosen, C).sum(1)
         if residual:

@@ -9,16 +9,19 @@ are its value. Pages of the type q8_0 are LatentPages; over them torch computes 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 
+from chatlm.common.config import PAGE_SIZE
 from chatlm.worker.kernels import cuda
 from chatlm.worker.kernels.cuda_packed_kv import codes_of, floats_of, turned
 from chatlm.worker.kernels.cuda_prompts import PromptAttention
 from chatlm.worker.kernels.cuda_references import SCRATCH, mask_of
 from chatlm.worker.kernels.cuda_weights import PackedMatrix, parts_of
+from chatlm.worker.ops.attention import attend
+from chatlm.worker.ops.references import REFERENCES
+from chatlm.worker.ops.tensors import zeroed
 
 # Up to so many rows, products by head are a kernel, which reads the weights again for every 8 rows; more are
 # one product of torch.
@@ -77,15 +80,14 @@ class LatentReferences:
 
     Nothing here waits for the device, so a graph may capture it too."""
 
-    def __init__(self, script: SimpleNamespace, floats: Callable[[Any], torch.Tensor]):
-        self.script = script
+    def __init__(self, floats: Callable[[Any], torch.Tensor]):
         self.floats = floats
 
     def append_latents(self, x, weight, eps, cos, sin, positions, slots, cache, adjacent=False) -> None:
         T, D = x.shape
         order = torch.arange(T, device=x.device)
         rows = torch.empty(T, 1, D, device=x.device)
-        self.script.references["append_latents"](x, weight, eps, cos, sin, positions, order, (rows, rows),
+        REFERENCES["append_latents"](x, weight, eps, cos, sin, positions, order, (rows, rows),
                                                  adjacent)
         kept = [(cache, rows[:, 0])]
         if isinstance(cache, LatentPages):
@@ -102,14 +104,14 @@ class LatentReferences:
 
     def absorb(self, x, k_up, cos, sin, positions, scale, cache, out, adjacent=False) -> None:
         D = cache.shape[-1]
-        self.script.references["absorb"](x, self.floats(k_up), cos, sin, positions, scale * D**-0.5,
+        REFERENCES["absorb"](x, self.floats(k_up), cos, sin, positions, scale * D**-0.5,
                                          (out, out), out, adjacent)
         if isinstance(cache, LatentPages):
             heads = out.unflatten(1, (-1, D))
             heads.copy_(cache.turned(heads))
 
     def by_head(self, x, up, out) -> None:
-        self.script.references["by_head"](x, self.floats(up), out)
+        REFERENCES["by_head"](x, self.floats(up), out)
 
     def attend(self, q, cache, table, lengths, out, window: int = 0) -> None:
         """Decode rows: q (N, H, D) float32, scaled -> out (N, H * Dv). Rows of length 0 get some finite
@@ -124,7 +126,7 @@ class LatentReferences:
             mask = mask_of(lengths[some], places, window, cache.dtype)
             keys = gathered(cache, table[some].clamp(0, P - 1).flatten()).view(len(mask), 1, -1, D)
             grouped = q[some, None].to(keys.dtype)                                  # (n, 1, H, D)
-            y = self.script.attend(grouped, keys, keys[..., :Dv], mask[:, None, None], 1.0, 0.0)
+            y = attend(grouped, keys, keys[..., :Dv], mask[:, None, None], 1.0, 0.0)
             out[some].view(y.shape).copy_(turned(y) if isinstance(cache, LatentPages) else y)
 
 
@@ -134,16 +136,15 @@ class LatentOps:
 
     faults      CudaBackend.faults: the ops named there are computed by torch"""
 
-    def __init__(self, attn: Any, script: SimpleNamespace, kernels: Any, stream: Callable[[], int],
+    def __init__(self, attn: Any, kernels: Any, stream: Callable[[], int],
                  faults: Mapping[str, str], device: Any):
         self.attn = attn
-        self.script = script
         self.kernels = kernels
         self.stream = stream
         self.faults = faults
         self.packed = False                     # are the pages of q8_0?
         self.wide_scores = WIDE_SCORES and torch.device(device).type == "cuda"
-        self.references = LatentReferences(script, self.floats)
+        self.references = LatentReferences(self.floats)
 
     @property
     def few_rows_invariant(self) -> bool:
@@ -156,15 +157,15 @@ class LatentOps:
     def make_cache(self, spec, layout, num_pages, device) -> tuple[Any, list[Any]]:
         """As CudaBackend.make_cache."""
         layers = layout.size // max(layout.own, 1)
-        shape = num_pages, self.script.PAGE_SIZE, self.attn.head_size
+        shape = num_pages, PAGE_SIZE, self.attn.head_size
         dtype = next(filter(None, layout.types), "bfloat16")
         self.packed = dtype == "q8_0"
         if self.packed:
-            memory = self.script.zeroed((layers, num_pages * self.script.PAGE_SIZE * layout.own), torch.uint8,
+            memory = zeroed((layers, num_pages * PAGE_SIZE * layout.own), torch.uint8,
                                         device)
             parts = [LatentPages.within(own, shape, self.attn.value_size) for own in memory]
         else:
-            memory = parts = self.script.zeroed((layers, *shape), getattr(torch, dtype), device)
+            memory = parts = zeroed((layers, *shape), getattr(torch, dtype), device)
         return memory, [
             attends and parts[offset // layout.own] for attends, offset in zip(spec.by_layer, layout.offset)
         ]

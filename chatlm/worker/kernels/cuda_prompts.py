@@ -12,12 +12,12 @@ import functools
 import inspect
 from collections.abc import Callable
 from importlib import import_module
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 
 from chatlm.worker.kernels.cuda_references import SCRATCH
+from chatlm.worker.ops.attention import attend_prompt
 
 HALVES = (torch.float16, torch.bfloat16)
 # causal(rows, keys) holds no mask. It is imported when it is first used, because it brings torch's compiler:
@@ -65,8 +65,7 @@ class PromptAttention:
     fused       False once a proof has failed: then neither fused way is used
     varlen      varlen_attn; None where torch lacks it, and on a CPU, which has no such kernel"""
 
-    def __init__(self, script: SimpleNamespace, device: Any):
-        self.script = script
+    def __init__(self, device: Any):
         self.fused = True
         self.varlen = flash() if torch.device(device).type == "cuda" else None
 
@@ -98,7 +97,7 @@ class PromptAttention:
         grouped = q.unflatten(1, (kv.shape[1], -1))                             # (t, Hkv, H / Hkv, D)
         for begin in range(0, len(q), step):
             some = slice(begin, min(begin + step, len(q)))
-            y = self.script.attend_prompt(grouped[some], *kv, mask_of(some), 1.0, softcap, sinks)
+            y = attend_prompt(grouped[some], *kv, mask_of(some), 1.0, softcap, sinks)
             out[some].view(y.shape).copy_(y)
 
     @staticmethod

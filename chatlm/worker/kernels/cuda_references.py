@@ -3,12 +3,13 @@ fails."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from chatlm.worker.kernels.cuda_packed_kv import PackedPages, gathered, packed, turned
+from chatlm.worker.ops.attention import attend
+from chatlm.worker.ops.references import REFERENCES
 
 # most elements of K and V that are gathered at once, and most scores computed at once
 SCRATCH = 1 << 26
@@ -32,16 +33,15 @@ class CudaReferences:
     Nothing here waits for the device, so a graph may capture it too.
     """
 
-    def __init__(self, spec: Any, script: SimpleNamespace):
+    def __init__(self, spec: Any):
         self.spec = spec
-        self.script = script
 
     def rope_append(self, qkv, cos, sin, positions, slots, cache, out, **options) -> None:
         """As CudaBackend.rope_append, but qkv (T, (H + 2 Hkv) * D) is overwritten."""
         _, _, Hkv, page_size, D = cache.shape
         order = torch.arange(len(slots), device=slots.device)
         rows = torch.empty(len(slots), 2, Hkv, D, dtype=cache.dtype, device=slots.device)
-        self.script.references["rope_append"](qkv, cos, sin, positions, order, rows, out, **options)
+        REFERENCES["rope_append"](qkv, cos, sin, positions, order, rows, out, **options)
         out.mul_(D**-0.5)
         kept = [(cache, rows)]
         if isinstance(cache, PackedPages):
@@ -76,5 +76,5 @@ class CudaReferences:
             kv = gathered(cache, pages)                                             # (2, Hkv, n * W, 16, D)
             k, v = kv.view(2, Hkv, len(mask), -1, D).transpose(1, 2)                # (n, Hkv, S, D) each
             grouped = q[some].to(cache.dtype).unflatten(1, (Hkv, -1))               # (n, Hkv, H / Hkv, D)
-            y = self.script.attend(grouped, k, v, mask[:, None, None], 1.0, softcap, sinks)
+            y = attend(grouped, k, v, mask[:, None, None], 1.0, softcap, sinks)
             out[some].view(y.shape).copy_(turned(y) if isinstance(cache, PackedPages) else y)

@@ -21,9 +21,12 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 
+from chatlm.common.config import PAGE_SIZE
 from chatlm.worker.kernels.cuda import MAX_PRODUCT_ROWS
 from chatlm.worker.kernels.cuda_adapters import StepAdapters
 from chatlm.worker.kernels.sampling import batch_of
+from chatlm.worker.model.batch import RowAdapters, Sequences, token_places
+from chatlm.worker.ops.mixers import OneEach
 
 log = logging.getLogger("chat_server.decode_core")
 # of a SampleBatch: penalties and biases change logits
@@ -253,18 +256,17 @@ class GraphSteps:
         self.transformer = transformer
         self.spec = transformer.spec
         self.backend = backend
-        self.script = backend.script
         self.queue = queue or CudaQueue(transformer.device)
         self.windows = transformer.windows
         self.count = len(transformer.groups.windows)
         most = len(transformer.buffers["x"])
-        max_pages = -(-context_length // self.script.PAGE_SIZE)
+        max_pages = -(-context_length // PAGE_SIZE)
         drafted = MAX_PRODUCT_ROWS if backend.few_rows_invariant else 0
         self.max_rows = max(max_batch, min(drafted, len(transformer.buffers["logits"])))
         # A graph's grid covers its longest table, at least 64 pages, which are 1,024 tokens. Texts longer
         # than the context are only
         # scored, which runs op by op
-        decoded = -(-min(context_length, self.spec.context_length) // self.script.PAGE_SIZE)
+        decoded = -(-min(context_length, self.spec.context_length) // PAGE_SIZE)
         self.buckets = list(itertools.product(doubling(1, self.max_rows, 2), doubling(64, decoded, 4)))
         largest = StepShape(most, self.max_rows, self.max_rows, max_pages, LIST_CAPACITY, LIST_CAPACITY,
                             self.count)
@@ -306,7 +308,7 @@ class GraphSteps:
             no_prompts = dict.fromkeys(self.windows, ())
             with_parts(fields, [CudaPlan(rows, table, fields.lengths, no_prompts, *self.workspace)
                                 for table in fields.table])
-            fields.sequences = self.script.OneEach(fields.state_reads, fields.state_writes)
+            fields.sequences = OneEach(fields.state_reads, fields.state_writes)
             fill_step(self._host_fields(staging, shape), [NO_TOKENS] * self.count, [((), ())] * self.count,
                       None)
             self.queue.wait(self.queue.submit(lambda: staging.send(self.inputs, shape.bytes())))
@@ -390,10 +392,10 @@ class GraphSteps:
             adapted = any(batch.adapters)
             adapters = None
             tables = self._adapter_tables(batch) if adapted else None
-            fill_step(host, batches, [self.script.token_places(own) for own in batches], sampling,
+            fill_step(host, batches, [token_places(own) for own in batches], sampling,
                       tables or ())
             if adapted and tables is None:
-                adapters = self.script.RowAdapters.of(batch, self.transformer.adapters)
+                adapters = RowAdapters.of(batch, self.transformer.adapters)
             staging.adapters = dict(self.transformer.adapters) if adapted else None
 
             def step() -> None:
@@ -462,7 +464,7 @@ class GraphSteps:
                  for batch, table in zip(batches, fields.table)]
         with_parts(fields, plans)
         fields.adapters = adapters
-        fields.sequences = self.script.Sequences.of(batches[0])
+        fields.sequences = Sequences.of(batches[0])
         self._compute(fields, on_device)
         if len(fields.logit_rows):
             self._draw(fields)

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from chatlm.common.config import PAGE_SIZE
+from chatlm.common.messages.requests import SamplingParams
+from chatlm.worker.arrays.kinds import Norm
 from chatlm.worker.kernels import cuda
 from chatlm.worker.kernels.cuda_prompts import Prompt
 from chatlm.worker.kernels.cuda_weights import PackedMatrix
@@ -16,16 +19,19 @@ from chatlm.worker.kernels.proof import Dice
 from chatlm.worker.kernels.random_blocks import random_blocks
 from chatlm.worker.kernels.sampling import SampleBatch
 from chatlm.worker.kernels.timing import CONTEXT, LARGE, Timed, best
+from chatlm.worker.model.core_sizes import plain_sizes
+from chatlm.worker.ops.rows import SampleRow
+from chatlm.worker.ops.tensors import rope_tables
 
 MIXTURE = dict(experts=32, experts_per_token=4, sinks=True)     # as gpt-oss-20b has
 # as GLM-4.7-Flash has
 LATENTS = dict(heads=20, kept=512, turned=64, plain=192, head_values=256, query_width=768)
 
 
-def latent_sizes(script: SimpleNamespace, **sizes: int) -> Any:
+def latent_sizes(**sizes: int) -> Any:
     """Sizes of a model with latent attention, as `plain_sizes` gives those of others; `sizes` as in
     LATENTS."""
-    plain = script.plain_sizes(**LARGE | dict(heads=sizes["heads"], kv_heads=1, head_size=sizes["turned"]))
+    plain = plain_sizes(**LARGE | dict(heads=sizes["heads"], kv_heads=1, head_size=sizes["turned"]))
     size = sizes["kept"] + sizes["turned"]
     attn = SimpleNamespace(**sizes, kv_heads=1, head_size=size, value_size=sizes["kept"], adjacent=True,
                            window=0, values_in_keys=True, rope=plain.rope(0))
@@ -74,7 +80,7 @@ def time_cuda(backend: Any, queue: Any, ops: Iterable[str], cold: int = 1 << 30,
 def cuda_layers(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> torch.Tensor:
     """Pages for this many rows of CONTEXT keys, of so many layers that no cache holds them all."""
     spec = backend.spec
-    size = backend.script.PAGE_SIZE
+    size = PAGE_SIZE
     shape = 2, rows * CONTEXT // size, spec.kv_heads, size, spec.head_size
     layers = min(calls, max(1, cold // (4 * rows * CONTEXT * spec.kv_heads * spec.head_size)))
     return torch.full((layers, *shape), 0.01, dtype=torch.bfloat16, device=device)
@@ -89,7 +95,7 @@ def time_cuda_attention(backend: Any, device: torch.device, rows: int, cold: int
     H = spec.heads
     Hkv = spec.kv_heads
     D = spec.head_size
-    width = CONTEXT // backend.script.PAGE_SIZE
+    width = CONTEXT // PAGE_SIZE
     q = dice.normal(rows, H, D)
     out = torch.empty(rows, H * D, dtype=cache.dtype, device=device)
     table = dice.order(rows * width, torch.int32).view(rows, width)
@@ -118,7 +124,7 @@ def time_cuda_prompt(backend: Any, device: torch.device) -> tuple:
 def latent_layers(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> torch.Tensor:
     """Pages of latents for this many rows of CONTEXT keys, of so many layers that no cache holds them all."""
     D = backend.latents.attn.head_size
-    size = backend.script.PAGE_SIZE
+    size = PAGE_SIZE
     layers = min(calls, max(1, cold // (2 * rows * CONTEXT * D)))
     return torch.full((layers, rows * CONTEXT // size, size, D), 0.01, dtype=torch.bfloat16, device=device)
 
@@ -127,7 +133,7 @@ def time_latent_attention(backend: Any, device: torch.device, rows: int, cold: i
     attn = backend.latents.attn
     dice = Dice(device, 9)
     cache = latent_layers(backend, device, rows, cold, calls)
-    width = CONTEXT // backend.script.PAGE_SIZE
+    width = CONTEXT // PAGE_SIZE
     q = dice.normal(rows, attn.heads, attn.head_size)
     out = torch.empty(rows, attn.heads * attn.value_size, device=device)
     table = dice.order(rows * width, torch.int32).view(rows, width)
@@ -141,7 +147,7 @@ def time_latent_attention(backend: Any, device: torch.device, rows: int, cold: i
 def time_append_latents(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
     attn = backend.latents.attn
     cache = latent_layers(backend, device, rows, cold, calls)
-    cos, sin = backend.script.rope_tables(backend.spec, device)
+    cos, sin = rope_tables(backend.spec, device)
     x = Dice(device, 9).normal(rows, attn.head_size)
     weight = torch.ones(attn.value_size, device=device)
     positions = torch.arange(rows, device=device)
@@ -161,7 +167,7 @@ def head_copies(heads: int, outputs: int, columns: int, device: torch.device, co
 def time_absorb(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
     attn = backend.latents.attn
     copies = head_copies(attn.heads, attn.value_size, attn.plain, device, cold, calls)
-    cos, sin = backend.script.rope_tables(backend.spec, device)
+    cos, sin = rope_tables(backend.spec, device)
     x = Dice(device, 9).normal(rows, attn.heads * (attn.plain + attn.turned))
     cache = latent_layers(backend, device, 1, 0, 1)[0]
     out = torch.empty(rows, attn.heads * attn.head_size, device=device)
@@ -219,7 +225,7 @@ def time_cuda_experts(backend: Any, device: torch.device, rows: int, calls: int)
     ]
     x = dice.normal(rows, C)
     out = torch.empty(rows, C, device=device)
-    norm = backend.script.Norm(None, 1e-5)
+    norm = Norm(None, 1e-5)
     experts = torch.arange(rows * chosen, device=device).view(rows, chosen)
     logits = [
         torch.zeros(rows, E, device=device).scatter_(1, (experts + call * rows * chosen) % E, 1.0)
@@ -237,7 +243,7 @@ def time_cuda_rope(backend: Any, device: torch.device, rows: int, cold: int, cal
     H = spec.heads
     Hkv = spec.kv_heads
     D = spec.head_size
-    cos, sin = backend.script.rope_tables(spec, device)
+    cos, sin = rope_tables(spec, device)
     qkv = Dice(device, 9).normal(rows, (H + 2 * Hkv) * D, dtype=cache.dtype)
     q = torch.empty(rows, H * D, device=device)
     positions = torch.arange(rows, device=device)
@@ -246,9 +252,8 @@ def time_cuda_rope(backend: Any, device: torch.device, rows: int, cold: int, cal
 
 
 def time_cuda_sample(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
-    script = backend.script
     V = backend.spec.vocab_size
     logits = Dice(device, 9).normal(rows, V)
-    drawn = [script.SampleRow(script.SamplingParams(seed=i, top_k=50), 1) for i in range(rows)]
+    drawn = [SampleRow(SamplingParams(seed=i, top_k=50), 1) for i in range(rows)]
     draw = backend.drawing(logits, SampleBatch(drawn, V))
     return lambda: [draw() for _ in range(calls)], f"{rows} rows of {V}, top-k 50", calls, logits.nbytes

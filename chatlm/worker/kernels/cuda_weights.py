@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy
 import torch
 
+from chatlm.worker.arrays.packed import dequantized as dequantized_parts
 from chatlm.worker.kernels import cuda, weights
 from chatlm.worker.kernels.cuda_adapters import AdapterOps, RowsOfMatrix
+from chatlm.worker.ops.basic import adapter_products, finish_linear
+from chatlm.worker.ops.references import REFERENCES
+from chatlm.worker.ops.tensors import tensor_of
 
 PANEL = 1 << 24         # weights that `many` dequantizes at once
 
@@ -33,13 +36,13 @@ class PackedMatrix:
         return sum(blocks.nbytes for _, blocks in self.parts)
 
 
-def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, int]], script: SimpleNamespace,
+def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, int]],
               device: Any) -> numpy.ndarray | PackedMatrix:
     """weights.as_stored, put on the device at once so that the host never holds a whole model. Floats become
     bfloat16."""
     if weights.kinds_of(parts, weights.KEPT_ON_CUDA)[0] in weights.FLOATS:
-        return script.dequantized(shape, parts, "bfloat16")
-    kept = weights.as_stored(shape, parts, script, weights.KEPT_ON_CUDA)
+        return dequantized_parts(shape, parts, "bfloat16")
+    kept = weights.as_stored(shape, parts, weights.KEPT_ON_CUDA)
     stored = kept.parts  # pyright: ignore[reportAttributeAccessIssue]  it has no floats
     joined = []             # neighbours of one kind become one part, which a kernel multiplies at once
     for kind, group in itertools.groupby(stored, key=lambda part: part[0]):
@@ -47,18 +50,18 @@ def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, int]], script: 
     return PackedMatrix(joined, shape[1])
 
 
-def unpacked(matrix: PackedMatrix, script: SimpleNamespace) -> torch.Tensor:
+def unpacked(matrix: PackedMatrix) -> torch.Tensor:
     """The matrix in bfloat16. chat_server's reference makes it, on the host."""
-    return torch.cat([dequantized(kind, blocks.cpu(), script).to(torch.bfloat16).to(blocks.device)
+    return torch.cat([dequantized(kind, blocks.cpu()).to(torch.bfloat16).to(blocks.device)
                       for kind, blocks in matrix.parts])
 
 
-def dequantized(kind: str, rows: torch.Tensor, script: SimpleNamespace) -> torch.Tensor:
+def dequantized(kind: str, rows: torch.Tensor) -> torch.Tensor:
     """The values of blocks (n, bytes of a row) in float32, by chat_server's reference.
 
     Most types need the gguf package: ImportError without it.
     """
-    return script.tensor_of(weights.file_values(kind, rows.numpy(), script))
+    return tensor_of(weights.file_values(kind, rows.numpy()))
 
 
 def parts_of(matrix: PackedMatrix | torch.Tensor) -> list[tuple[str, torch.Tensor]]:
@@ -84,16 +87,15 @@ class ProductOps:
     packed weights panel by panel.
     """
 
-    def __init__(self, kernels: Any, script: SimpleNamespace, stream: Callable[[], int],
+    def __init__(self, kernels: Any, stream: Callable[[], int],
                  adapters: AdapterOps | None = None):
         self.kernels = kernels
-        self.script = script
         self.stream = stream
         self.adapters = adapters or AdapterOps(kernels, stream)
 
     def embed(self, table, ids, out, part=None) -> None:
         if not isinstance(table, PackedMatrix):
-            return self.script.references["embed"](table, ids, out, part)
+            return REFERENCES["embed"](table, ids, out, part)
         [(kind, blocks)] = table.parts          # there is one, because an embedding is one tensor of a file
         rows = torch.empty(len(ids), table.shape[1], device=ids.device)
         ids = ids.clamp(min=0)
@@ -110,11 +112,11 @@ class ProductOps:
         if len(x) <= cuda.MAX_PRODUCT_ROWS and fits_product(x, weight, out):
             return self.few(x, weight, out, norm, bias, activation, residual)
         if not isinstance(weight, PackedMatrix):
-            return self.script.references["linear"](x, weight, out, norm, bias, activation, residual)
+            return REFERENCES["linear"](x, weight, out, norm, bias, activation, residual)
         if norm:
             x = torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
         y = self.many(x[:, :weight.shape[1]], weight)
-        self.script.finish_linear(y if bias is None else y + bias.to(y.dtype), out, activation, residual)
+        finish_linear(y if bias is None else y + bias.to(y.dtype), out, activation, residual)
 
     def adapted(self, x, weight, out, norm=None, bias=None, activation=None, residual=None, adapted: Any = (),
                 linear=None) -> None:
@@ -127,9 +129,9 @@ class ProductOps:
             return self.adapters.finish(x, norm, y, adapted, out, activation, residual)
         if norm:
             x = torch.nn.functional.rms_norm(x.float(), x.shape[-1:], norm.weight, norm.eps)
-        for rows, added in self.script.adapter_products(x, adapted):
+        for rows, added in adapter_products(x, adapted):
             y[rows] += added
-        self.script.finish_linear(y, out, activation, residual)
+        finish_linear(y, out, activation, residual)
 
     def few(self, x, weight, out, norm=None, bias=None, activation=None, residual=None) -> None:
         """`linear` of up to MAX_PRODUCT_ROWS rows."""
@@ -142,7 +144,7 @@ class ProductOps:
         if cuda.GATES.get(activation):          # a gate and its up are in different parts
             both = torch.empty(len(x), weight.shape[0], device=x.device)
             self.few(x, weight, both, norm, bias)
-            return self.script.finish_linear(both, out, activation, residual)
+            return finish_linear(both, out, activation, residual)
         begin = 0
         for kind, blocks in parts:
             end = begin + len(blocks)

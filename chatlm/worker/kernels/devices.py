@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 from chatlm.worker.kernels import cuda
@@ -14,25 +12,19 @@ from chatlm.worker.kernels.library import _core
 log = logging.getLogger("chat_server.decode_core")
 
 
-def backend_for(spec: Any, device: Any, script: SimpleNamespace) -> Any:
+def backend_for(spec: Any, device: Any) -> Any:
     """The backend for a model on a torch device; None if it cannot run. chat_server's `not_compiled` has
     accepted the model."""
     device_type, _, index = str(device).partition(":")
     if device_type == "cpu":
         from chatlm.worker.kernels import cpu_backend
         slower = cpu_backend.slower_than_torch(spec.width)
-        return say_once(slower) if slower else cpu_backend.CpuBackend(spec, script)
+        return say_once(slower) if slower else cpu_backend.CpuBackend(spec)
     ops = cuda_ops(int(index or 0)) if device_type == "cuda" else None
     if ops is None:
         return None
     from chatlm.worker.kernels.cuda_backend import CudaBackend
-    return CudaBackend(spec, script, ops, device=device)
-
-
-def check(script: SimpleNamespace, threads: int, say: Callable[[str], None]) -> bool:
-    """Say a report line by line. Returns whether all ops are as their references."""
-    from chatlm.worker.kernels.report import Report
-    return Report(script, threads, say).run()
+    return CudaBackend(spec, ops, device=device)
 
 
 @functools.cache

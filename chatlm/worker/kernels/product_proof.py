@@ -6,10 +6,10 @@ cpu_proof.py compares all ops with their references, but needs torch.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 
 import numpy
 
+from chatlm.worker.arrays.kinds import as_kind
 from chatlm.worker.kernels.random_blocks import random_blocks
 from chatlm.worker.kernels.tiles import COLUMNS, SOURCES, Arena, Matrix, multiply
 from chatlm.worker.kernels.weights import file_values
@@ -28,15 +28,15 @@ class Unproved(str):
 NO_GGUF = Unproved("the gguf package is missing")
 
 
-def prove_products(script: SimpleNamespace) -> dict[str, str]:
+def prove_products() -> dict[str, str]:
     """op -> what is wrong with the product of each weight type; "" if nothing is."""
-    return {f"linear {kind}": prove_product(kind, script) for kind in COLUMNS}
+    return {f"linear {kind}": prove_product(kind) for kind in COLUMNS}
 
 
-def prove_product(kind: str, script: SimpleNamespace) -> str:
+def prove_product(kind: str) -> str:
     """The same for one type, with one row of x and with many, which other kernels compute."""
     try:
-        source, weights = random_weights(kind, script)
+        source, weights = random_weights(kind)
     except ImportError:
         return NO_GGUF
     matrix = Matrix(Arena(1 << 20), kind, N, K)
@@ -54,12 +54,12 @@ def prove_product(kind: str, script: SimpleNamespace) -> str:
     return ""
 
 
-def random_weights(kind: str, script: SimpleNamespace) -> tuple[numpy.ndarray, numpy.ndarray]:
+def random_weights(kind: str) -> tuple[numpy.ndarray, numpy.ndarray]:
     """(rows as a model file has them, their values (N, K) float32). Most types need the gguf package:
     ImportError without it."""
     if kind in SOURCES:
         rows = numpy.random.default_rng(N).standard_normal((N, K), numpy.float32)
-        rounded = script.as_kind(rows, SOURCES[kind][0])
-        return rounded, script.as_kind(rounded, "float32")
+        rounded = as_kind(rows, SOURCES[kind][0])
+        return rounded, as_kind(rounded, "float32")
     blocks = random_blocks(kind, N, K, seed=N)
-    return blocks, file_values(kind, blocks, script)
+    return blocks, file_values(kind, blocks)

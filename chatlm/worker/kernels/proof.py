@@ -15,9 +15,12 @@ from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 
+from chatlm.common.config import PAGE_SIZE
+from chatlm.common.errors import ConfigError
+from chatlm.common.messages.requests import SamplingParams
+from chatlm.worker.arrays.kinds import Norm
 from chatlm.worker.kernels import cuda
 from chatlm.worker.kernels.cuda_adapters import RowsOfMatrix
 from chatlm.worker.kernels.cuda_latents import FEW_ROWS
@@ -25,6 +28,10 @@ from chatlm.worker.kernels.cuda_packed_kv import PackedPages, gathered, packable
 from chatlm.worker.kernels.cuda_prompts import prompts_of
 from chatlm.worker.kernels.cuda_weights import PackedMatrix, dequantized
 from chatlm.worker.kernels.random_blocks import random_blocks
+from chatlm.worker.ops.basic import finish_linear
+from chatlm.worker.ops.references import REFERENCES
+from chatlm.worker.ops.rows import SampleRow
+from chatlm.worker.ops.tensors import rope_tables
 
 log = logging.getLogger("chat_server.decode_core")
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -58,19 +65,19 @@ def prove_cuda(backend: Any, device: Any, ops: Iterable[str] = ()) -> dict[str, 
                 fault = CUDA_PROOFS[op](backend, torch.device(device))
         except Exception as error:
             fault = f"raises {type(error).__name__}: {error}"
-            check_usable(op, fault, device, backend.script)
+            check_usable(op, fault, device)
         if fault:
             faults[op] = fault
             log.warning("decode_core's %s on %s: %s; torch's reference computes instead", op, device, fault)
     return faults
 
 
-def check_usable(op: str, fault: str, device: Any, script: SimpleNamespace) -> None:
+def check_usable(op: str, fault: str, device: Any) -> None:
     """ConfigError if the device cannot be used after an op that failed."""
     try:
         torch.zeros(1, device=device).item()
     except RuntimeError:
-        raise script.ConfigError(f"decode_core's {op} {fault}, and {device} cannot be used after it; "
+        raise ConfigError(f"decode_core's {op} {fault}, and {device} cannot be used after it; "
                                  "CHAT_SERVER_KERNELS=reference serves without decode_core") from None
 
 
@@ -100,18 +107,18 @@ def copied(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.float32, copy=True)
 
 
-def cache_of(spec: Any, dice: Dice, dtype: torch.dtype, script: SimpleNamespace) -> torch.Tensor:
-    return dice.normal(2, PAGES, spec.kv_heads, script.PAGE_SIZE, spec.head_size, dtype=dtype)
+def cache_of(spec: Any, dice: Dice, dtype: torch.dtype) -> torch.Tensor:
+    return dice.normal(2, PAGES, spec.kv_heads, PAGE_SIZE, spec.head_size, dtype=dtype)
 
 
-def caches_of(spec: Any, dice: Dice, script: SimpleNamespace) -> Iterator[tuple[str, torch.dtype, Any, Any]]:
+def caches_of(spec: Any, dice: Dice) -> Iterator[tuple[str, torch.dtype, Any, Any]]:
     """A cache of each type that the model may have: (name of the type, dtype of activations, the cache, a
     copy for the reference)."""
     for dtype in DTYPES:
-        cache = cache_of(spec, dice, dtype, script)
+        cache = cache_of(spec, dice, dtype)
         yield str(dtype)[6:], dtype, cache, copied(cache)
     if packable(spec.head_size):
-        pages = PackedPages(*packed(cache_of(spec, dice, torch.float32, script)))
+        pages = PackedPages(*packed(cache_of(spec, dice, torch.float32)))
         yield "q8_0", torch.bfloat16, pages, PackedPages(*(part.clone() for part in pages))
 
 
@@ -130,17 +137,16 @@ def prove_rope_append(backend: Any, device: torch.device) -> str:
     if backend.latents:
         return ""
     spec = backend.spec
-    script = backend.script
     dice = Dice(device, 1)
     H = spec.heads
     Hkv = spec.kv_heads
     D = spec.head_size
-    cos, sin = script.rope_tables(dataclasses.replace(spec, max_positions=64), device)
+    cos, sin = rope_tables(dataclasses.replace(spec, max_positions=64), device)
     positions = torch.tensor([0, 63, 7, 0, 30], device=device)
-    slots = torch.tensor([17, 3, PAGES * script.PAGE_SIZE - 1, -1, 250], device=device)
+    slots = torch.tensor([17, 3, PAGES * PAGE_SIZE - 1, -1, 250], device=device)
     of_cache = {str(dtype)[6:]: TOLERANCES[dtype] for dtype in DTYPES}
     of_cache["q8_0"] = 1.5 / 127            # a number between two codes may get either
-    for kind, dtype, cache, want in caches_of(spec, dice, script):
+    for kind, dtype, cache, want in caches_of(spec, dice):
         options: dict[str, Any] = dict(norm=spec.qk_norm, eps=spec.norm_eps, post_scale=spec.qk_scale,
                                        q_scale=spec.q_scale, gate_scale=spec.ve_gate_scale)
         if spec.qk_norm_weights:
@@ -170,12 +176,11 @@ def prove_attention(backend: Any, device: torch.device) -> str:
     if backend.latents:
         return prove_latent_attention(backend, device)
     spec = backend.spec
-    script = backend.script
     dice = Dice(device, 2)
     H = spec.heads
     D = spec.head_size
     lengths = torch.tensor([1, 1100, 0, 33], dtype=torch.int32, device=device)
-    for kind, dtype, cache, wide in caches_of(spec, dice, script):
+    for kind, dtype, cache, wide in caches_of(spec, dice):
         q = dice.normal(4, H, D) * D**-0.5
         table = torch.stack([dice.order(PAGES, torch.int32).repeat(2)[:70] for _ in range(4)])
         states, tickets = backend.workspace(*table.shape, device)
@@ -202,15 +207,14 @@ def prove_prompts(backend: Any, device: torch.device) -> str:
     if backend.latents:
         return prove_latent_prompts(backend, device)
     spec = backend.spec
-    script = backend.script
     dice = Dice(device, 6)
     H = spec.heads
     D = spec.head_size
-    size = script.PAGE_SIZE
+    size = PAGE_SIZE
     batch = SimpleNamespace(starts=[0, 70, 90], lengths=[70, 301])
     spans = [[0, 70], [281, 301]]                              # positions of the new tokens
     for dtype in DTYPES:
-        cache = cache_of(spec, dice, dtype, script)
+        cache = cache_of(spec, dice, dtype)
         q = (dice.normal(90, H, D) * D**-0.5).to(dtype)
         table = torch.stack([dice.order(PAGES, torch.int32)[:19] for _ in spans])
         sinks = [None, dice.normal(H)] if spec.sinks else [None]
@@ -234,21 +238,20 @@ def prove_prompts(backend: Any, device: torch.device) -> str:
 
 def prove_sample(backend: Any, device: torch.device) -> str:
     """Greedy, filtered, unfiltered and penalized rows. Tokens must be equal."""
-    script = backend.script
     columns = min(backend.spec.vocab_size, VOCABULARY)
     context = list(range(0, columns, 7))
     cases = (dict(temperature=0.0), dict(top_k=50), dict(top_k=0, top_p=0.9), dict(top_k=0),
              dict(top_k=0, min_p=0.05),
              dict(repetition_penalty=1.3, frequency_penalty=0.2, logit_bias=((0, 3.0),)))
-    rows = [script.SampleRow(script.SamplingParams(seed=i, **params), 10 + i, context, columns // 14)
+    rows = [SampleRow(SamplingParams(seed=i, **params), 10 + i, context, columns // 14)
             for i, params in enumerate(cases)]
     logits = Dice(device, 3).normal(len(rows), columns) * 3
     got = backend.sample(logits, rows)
-    want = script.references["sample"](logits, rows)
+    want = REFERENCES["sample"](logits, rows)
     return "" if got == want else f"draws the tokens {got}, not {want}"
 
 
-def matrices(script: SimpleNamespace, dice: Dice, N: int, K: int,
+def matrices(dice: Dice, N: int, K: int,
              kinds: Any) -> Iterator[tuple[str, Any, torch.Tensor]]:
     """(kind, matrix as `linear` takes it, the same in float32) for each kind, except those that need a
     missing gguf package."""
@@ -260,7 +263,7 @@ def matrices(script: SimpleNamespace, dice: Dice, N: int, K: int,
         blocks = torch.from_numpy(random_blocks(kind, N, K))
         # without the package no file of this type can be read either
         with contextlib.suppress(ImportError):
-            wide = dequantized(kind, blocks, script)
+            wide = dequantized(kind, blocks)
             yield kind, PackedMatrix([(kind, blocks.to(dice.device))], K), wide.to(dice.device)
 
 
@@ -269,13 +272,12 @@ def prove_linear(backend: Any, device: torch.device) -> str:
     many rows of x.
 
     Then all that comes before and after a product, with a norm over more columns than W has."""
-    script = backend.script
     dice = Dice(device, 4)
     N = 20
     K = 512
     ids = torch.tensor([3, -1, 19], device=device)
-    linear = script.references["linear"]
-    for kind, matrix, want in matrices(script, dice, N, K, (*cuda.BLOCKS, *cuda.FLOATS)):
+    linear = REFERENCES["linear"]
+    for kind, matrix, want in matrices(dice, N, K, (*cuda.BLOCKS, *cuda.FLOATS)):
         if kind in cuda.BLOCKS:
             rows = torch.empty(3, K, device=device)
             backend.products.embed(matrix, ids, rows)
@@ -289,13 +291,13 @@ def prove_linear(backend: Any, device: torch.device) -> str:
             many = 2e-2 if count > cuda.MAX_PRODUCT_ROWS else 0.0
             if fault := differs(got, x @ want.T, f"{kind}: the product of {count} rows", many):
                 return fault
-    for kind, matrix, want in matrices(script, dice, N, K, ("bfloat16", "float32", "q4_0")):
+    for kind, matrix, want in matrices(dice, N, K, ("bfloat16", "float32", "q4_0")):
         for dtype, activation in itertools.product(DTYPES, cuda.ACTIVATIONS):
             outputs = N // 2 if cuda.GATES.get(activation) else N
             x = dice.normal(3, K + 64, dtype=dtype)
             bias = dice.normal(N)
             residual = dice.normal(3, outputs)
-            norm = script.Norm(1 + dice.normal(K + 64) / 4 if kind == "float32" else None, 1e-5)
+            norm = Norm(1 + dice.normal(K + 64) / 4 if kind == "float32" else None, 1e-5)
             got = torch.empty(3, outputs, device=device, dtype=dtype)
             expected = torch.empty(3, outputs, device=device)
             backend.products.linear(x, matrix, got, norm, bias, activation, residual)
@@ -309,7 +311,6 @@ def prove_experts(backend: Any, device: torch.device) -> str:
     """Gates and ups of every type, with downs as floats, for few pairs an expert and for many (of mxfp4 more
     than an item holds)."""
     spec = backend.spec
-    script = backend.script
     dice = Dice(device, 5)
     if not spec.experts:
         return ""
@@ -326,7 +327,7 @@ def prove_experts(backend: Any, device: torch.device) -> str:
         if kind in cuda.BLOCKS:
             blocks = torch.from_numpy(random_blocks(kind, 2 * E * F, C))
             try:
-                wide = dequantized(kind, blocks, script).to(device)
+                wide = dequantized(kind, blocks).to(device)
             except ImportError:         # as in prove_linear
                 continue
             gate_up = PackedMatrix([(kind, blocks.to(device))], C)
@@ -336,11 +337,11 @@ def prove_experts(backend: Any, device: torch.device) -> str:
             logits = (2 * dice.normal(rows, E)).round()     # some are equal
             logits[:, 3] += 4
             # the norm makes gates and ups about 1: of larger ones a gate could magnify the errors
-            options = dict(norm=script.Norm(norm / (C**0.5 * wide.std()), 1e-5), biases=biases,
+            options = dict(norm=Norm(norm / (C**0.5 * wide.std()), 1e-5), biases=biases,
                            activation=activation, chosen=2, sum_to_one=sum_to_one)
             got = torch.empty_like(x)
             want = torch.empty_like(x)
-            script.references["experts"](x, logits, wide, down.float(), want, **options)
+            REFERENCES["experts"](x, logits, wide, down.float(), want, **options)
             backend.mixture.experts(x, logits, gate_up, down, got, **options)
             if fault := differs(got, want, f"{kind}: {rows} rows", 1e-3 if rows == 3 else 2e-2):
                 return fault
@@ -350,7 +351,6 @@ def prove_experts(backend: Any, device: torch.device) -> str:
 def prove_adapters(backend: Any, device: torch.device) -> str:
     """Rows with two adapters, with one that does not change the matrix, and with none, in every type, with a
     norm before."""
-    script = backend.script
     dice = Dice(device, 7)
     N = 20
     K = 96
@@ -367,7 +367,7 @@ def prove_adapters(backend: Any, device: torch.device) -> str:
         rows = torch.tensor([packs[slot].table.data_ptr() if slot else 0 for slot in owners], device=device)
         x = dice.normal(B, K + 32, dtype=dtype)
         y = dice.normal(B, N)
-        norm = script.Norm(1 + dice.normal(K + 32) / 4, 1e-5)
+        norm = Norm(1 + dice.normal(K + 32) / 4, 1e-5)
         want = copied(y)
         for row, slot in enumerate(owners):
             name, matrix = matrices.get(slot, ("", None))
@@ -381,7 +381,7 @@ def prove_adapters(backend: Any, device: torch.device) -> str:
             residual = residual[:, :N // 2]
             out = out[:, :N // 2]
         expected = torch.empty_like(out)
-        script.finish_linear(want, expected, activation, residual)
+        finish_linear(want, expected, activation, residual)
         backend.adapters.finish(x, norm, y, RowsOfMatrix(backend.adapters.numbers["proof"], rows), out,
                                 activation, residual)
         if fault := differs(out, expected, "what is added"):
@@ -394,12 +394,12 @@ def prove_adapters(backend: Any, device: torch.device) -> str:
 
 
 def latent_pages(backend: Any, dice: Dice, dtype: torch.dtype) -> torch.Tensor:
-    return dice.normal(PAGES, backend.script.PAGE_SIZE, backend.latents.attn.head_size, dtype=dtype)
+    return dice.normal(PAGES, PAGE_SIZE, backend.latents.attn.head_size, dtype=dtype)
 
 
 def tables_of(backend: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of 64 positions."""
-    return backend.script.rope_tables(dataclasses.replace(backend.spec, max_positions=64), device)
+    return rope_tables(dataclasses.replace(backend.spec, max_positions=64), device)
 
 
 def prove_append_latents(backend: Any, device: torch.device) -> str:
@@ -428,7 +428,7 @@ def head_products(backend: Any, dice: Dice, heads: int, outputs: int,
     """(kind, heads' matrices of every type that has such columns, the same in float32, a number of rows of
     x), few rows and many."""
     kinds = [kind for kind, (block, _) in (cuda.BLOCKS | cuda.FLOATS).items() if columns % block == 0]
-    for kind, matrix, wide in matrices(backend.script, dice, heads * outputs, columns, kinds):
+    for kind, matrix, wide in matrices(dice, heads * outputs, columns, kinds):
         for rows in (1, 9, *([FEW_ROWS + 1] if kind in ("bfloat16", "q8_0") else [])):
             yield kind, matrix, wide, rows
 
@@ -446,7 +446,7 @@ def prove_by_head(backend: Any, device: torch.device) -> str:
         got = torch.empty(rows, H * N, device=device)
         want = torch.empty_like(got)
         backend.latents.by_head(x, matrix, got)
-        backend.script.references["by_head"](x, wide, want)
+        REFERENCES["by_head"](x, wide, want)
         if fault := differs(got, want, f"{kind}: the product of {rows} rows",
                             2e-2 if rows > FEW_ROWS else 0.0):
             return fault
@@ -465,7 +465,7 @@ def prove_absorb(backend: Any, device: torch.device) -> str:
     for kind, matrix, wide, rows in head_products(backend, dice, H, kept, attn.plain):
         x = dice.normal(rows, H * (attn.plain + attn.turned))
         positions = torch.arange(rows, device=device) % 64
-        cache = torch.empty(1, backend.script.PAGE_SIZE, attn.head_size, device=device)
+        cache = torch.empty(1, PAGE_SIZE, attn.head_size, device=device)
         got = torch.empty(rows, H * attn.head_size, device=device)
         want = torch.empty_like(got)
         backend.latents.absorb(x, matrix, cos, sin, positions, 1.5, cache, got, attn.adjacent)
@@ -507,7 +507,7 @@ def prove_latent_prompts(backend: Any, device: torch.device) -> str:
         cache = latent_pages(backend, dice, dtype)
         q = (dice.normal(60, attn.heads, attn.head_size) * attn.head_size**-0.5).to(dtype)
         table = torch.stack([dice.order(PAGES, torch.int32)[:19] for _ in spans])
-        for number, prompt in enumerate(prompts_of(batch, 0, table, 0, backend.script.PAGE_SIZE)):
+        for number, prompt in enumerate(prompts_of(batch, 0, table, 0, PAGE_SIZE)):
             rows = q[prompt.rows]
             lengths = torch.arange(*spans[number], device=device) + 1
             got = torch.empty(len(rows), attn.heads * attn.value_size, dtype=dtype, device=device)

@@ -20,6 +20,7 @@ from chatlm.worker.kernels import cuda
 from chatlm.worker.kernels.library import _core
 from chatlm.worker.kernels.product_proof import Unproved, prove_products
 from chatlm.worker.kernels.timing import LARGE, Timed, read_bandwidth, time_cpu
+from chatlm.worker.model.core_sizes import plain_sizes
 
 LINE = "{:20} {:34} {:>10} {:>8} {:>6}  {}"
 CUDA_OPS = ("linear", "adapters", "experts", "rope_append", "paged_attention", "prompt_attention", "sample")
@@ -30,8 +31,7 @@ LATENT_OPS = ("append_latents", "absorb", "by_head", "paged_attention", "prompt_
 class Report:
     """Says its lines by `say`. `run` returns whether no op is wrong."""
 
-    def __init__(self, script: SimpleNamespace, threads: int, say: Callable[[str], None]):
-        self.script = script
+    def __init__(self, threads: int, say: Callable[[str], None]):
         self.threads = threads
         self.say = say
         self.wrong = 0
@@ -51,13 +51,13 @@ class Report:
         _core.set_threads(self.threads)
         limit = read_bandwidth()
         self.say(f"\nCPU: {self.threads} threads read {limit / 1e9:.1f} GB/s")
-        self.table(prove(self.script), time_cpu(self.script), limit)
+        self.table(prove(), time_cpu(), limit)
 
-    def prove_with_torch(self, script: SimpleNamespace) -> dict[str, str]:
+    def prove_with_torch(self) -> dict[str, str]:
         import torch
         from chatlm.worker.kernels.cpu_proof import prove_cpu
         torch.set_num_threads(1)            # more threads of torch would spin beside decode_core's
-        return prove_cpu(script)
+        return prove_cpu()
 
     def on_gpus(self) -> None:
         import torch
@@ -80,10 +80,10 @@ class Report:
         if why:
             return self.say(f"\n{gpu}: references only, {why}")
         with torch.cuda.device(index):
-            backend = CudaBackend(self.script.plain_sizes(**LARGE | MIXTURE), self.script, kernels,
+            backend = CudaBackend(plain_sizes(**LARGE | MIXTURE), kernels,
                                   device=device)
             self.with_cuda(backend, lambda: CudaQueue(device), gpu)
-            latent = CudaBackend(latent_sizes(self.script, **LATENTS), self.script, kernels, device=device)
+            latent = CudaBackend(latent_sizes(**LATENTS), kernels, device=device)
             self.with_cuda(latent, lambda: CudaQueue(device), f"{gpu}, latent attention:", LATENT_OPS)
 
     def with_cuda(self, backend: Any, make_queue: Callable[[], Any], gpu: str,

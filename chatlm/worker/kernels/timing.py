@@ -10,16 +10,20 @@ import ctypes
 import math
 import time
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy
 
+from chatlm.common.config import PAGE_SIZE
+from chatlm.common.messages.requests import SamplingParams
+from chatlm.worker.arrays.kinds import as_kind
 from chatlm.worker.kernels.library import _core
 from chatlm.worker.kernels.program import Program
 from chatlm.worker.kernels.random_blocks import random_blocks
 from chatlm.worker.kernels.sampling import SampleBatch
 from chatlm.worker.kernels.tiles import COLUMNS, SOURCES, Arena, Matrix
+from chatlm.worker.model.core_sizes import plain_sizes
+from chatlm.worker.ops.rows import SampleRow
 
 COLD = 96 << 20         # bytes of the copies that a measurement uses in turn, so that no cache holds them
 RUNS = 5
@@ -63,22 +67,22 @@ def read_bandwidth(size: int = 256 << 20) -> float:
     return size / best(lambda: _core.read_memory(memory.ctypes.data, size), 3 * RUNS)
 
 
-def time_cpu(script: SimpleNamespace) -> Iterator[Timed]:
+def time_cpu() -> Iterator[Timed]:
     for sizes in (SMALL, LARGE):
-        spec = script.plain_sizes(**sizes)
-        yield from time_row_ops(spec, script)
-        yield time_attention(spec, script)
-        yield time_attention(spec, script, packed=True)
-        yield time_sample(spec, script)
+        spec = plain_sizes(**sizes)
+        yield from time_row_ops(spec)
+        yield time_attention(spec)
+        yield time_attention(spec, packed=True)
+        yield time_sample(spec)
         rows, columns = (2 * spec.ffn_size, spec.width) if spec.width < 1024 else (8192, spec.width)
         for kind in COLUMNS:
-            yield time_product(kind, rows, columns // COLUMNS[kind] * COLUMNS[kind], script)
+            yield time_product(kind, rows, columns // COLUMNS[kind] * COLUMNS[kind])
 
 
-def step_of(program: Program, tokens: int, length: int, script: SimpleNamespace,
+def step_of(program: Program, tokens: int, length: int,
             sampling: Any = None) -> Callable[[], dict[str, float]]:
     """A function that runs a step of `tokens` tokens and returns {name of a phase: microseconds}."""
-    pages = list(range(-(-length // script.PAGE_SIZE)))
+    pages = list(range(-(-length // PAGE_SIZE)))
     ids = list(range(tokens))
 
     def run() -> dict[str, float]:
@@ -94,13 +98,13 @@ def phases(run: Callable[[], dict], word: str = "") -> float:
     return min(sum(us for name, us in run().items() if word in name) for _ in range(RUNS)) / 1e6
 
 
-def time_row_ops(spec: Any, script: SimpleNamespace, times: int = 16) -> Iterator[Timed]:
+def time_row_ops(spec: Any, times: int = 16) -> Iterator[Timed]:
     """Time each op, many times over the same rows, which stay in a cache."""
     C = spec.width
     rot = spec.head_size
     qkv_size = (spec.heads + 2 * spec.kv_heads) * rot
     kv_size = 2 * spec.kv_heads * rot
-    shape = ROWS // script.PAGE_SIZE, spec.kv_heads, 2, script.PAGE_SIZE * rot
+    shape = ROWS // PAGE_SIZE, spec.kv_heads, 2, PAGE_SIZE * rot
     cache = numpy.zeros(shape, numpy.float16)
     gate = normal(6, 1, 24)
     weight = normal(7, C)
@@ -126,17 +130,17 @@ def time_row_ops(spec: Any, script: SimpleNamespace, times: int = 16) -> Iterato
         program.embed(table, program.token_ids, x)
         for _ in range(times):
             record(program, x, out)
-        seconds = phases(step_of(program, ROWS, ROWS, script)) / (times + (name == "embed"))
+        seconds = phases(step_of(program, ROWS, ROWS)) / (times + (name == "embed"))
         yield Timed(name, f"{ROWS} rows of {width}", seconds, ROWS * moved * 4)
 
 
-def time_attention(spec: Any, script: SimpleNamespace, packed: bool = False) -> Timed:
+def time_attention(spec: Any, packed: bool = False) -> Timed:
     """Time the attention of a decode row, over so many layers that no cache holds their keys."""
     size = spec.head_size
-    block = script.PAGE_SIZE * spec.head_size
+    block = PAGE_SIZE * spec.head_size
     if packed:
         block = block * 17 // 16            # bytes: 2 of scale for each 32 codes
-    shape = CONTEXT // script.PAGE_SIZE, spec.kv_heads, 2, block
+    shape = CONTEXT // PAGE_SIZE, spec.kv_heads, 2, block
     kind = numpy.dtype(numpy.uint8 if packed else numpy.float16)
     layer = math.prod(shape) * kind.itemsize
     # scales of 0.01 too
@@ -147,12 +151,12 @@ def time_attention(spec: Any, script: SimpleNamespace, packed: bool = False) -> 
     program.embed(numpy.ones((1, spec.heads * size), numpy.float32), program.token_ids, q)
     for cache in caches:
         program.paged_attention(q, cache, program.attention, 0, out)
-    seconds = phases(step_of(program, 1, CONTEXT, script), "attention") / len(caches)
+    seconds = phases(step_of(program, 1, CONTEXT), "attention") / len(caches)
     what = f"{CONTEXT} keys, {spec.heads}/{spec.kv_heads} heads of {size}"
     return Timed("paged_attention q8_0" if packed else "paged_attention", what, seconds, layer)
 
 
-def time_sample(spec: Any, script: SimpleNamespace) -> Timed:
+def time_sample(spec: Any) -> Timed:
     V = spec.vocab_size
     program = Program(1, 1)
     x = zeros(1, V)
@@ -160,19 +164,19 @@ def time_sample(spec: Any, script: SimpleNamespace) -> Timed:
     program.embed(normal(7, 1, V) * 3, program.token_ids, x)
     program.gather_rows(x, program.logit_rows, logits)
     program.sample(logits)
-    sampling = SampleBatch([script.SampleRow(script.SamplingParams(seed=1, top_k=50), 1)], V)
-    seconds = phases(step_of(program, 1, 1, script, sampling), "sample")
+    sampling = SampleBatch([SampleRow(SamplingParams(seed=1, top_k=50), 1)], V)
+    seconds = phases(step_of(program, 1, 1, sampling), "sample")
     return Timed("sample", f"1 row of {V}, top-k 50", seconds, 4 * V)
 
 
-def time_product(kind: str, rows: int, columns: int, script: SimpleNamespace) -> Timed:
+def time_product(kind: str, rows: int, columns: int) -> Timed:
     """Time one row of x times weights that come from memory. The matrix repeats a few rows, which costs the
     same."""
     arena = Arena(1 << 20)
     few = 512
     first = Matrix(arena, kind, rows, columns)
     if kind in SOURCES:
-        part = script.as_kind(normal(8, few, columns), SOURCES[kind][0])
+        part = as_kind(normal(8, few, columns), SOURCES[kind][0])
     else:
         part = random_blocks(kind, few, columns)
     for tile in range(0, rows // 16, few // 16):
@@ -186,5 +190,5 @@ def time_product(kind: str, rows: int, columns: int, script: SimpleNamespace) ->
     program.embed(normal(9, 1, columns), program.token_ids, x)
     for matrix in matrices:
         program.linear(x, matrix, out)
-    seconds = phases(step_of(program, 1, 1, script), "linear") / len(matrices)
+    seconds = phases(step_of(program, 1, 1), "linear") / len(matrices)
     return Timed(f"linear {kind}", f"1 row x {columns} -> {rows}", seconds, first.nbytes)

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy
 
+from chatlm.worker.arrays.kinds import as_kind
+from chatlm.worker.arrays.packed import dequantize, dequantized, i8_as_q8_0, unpermute_rope
 from chatlm.worker.kernels import cuda
 from chatlm.worker.kernels.arrays import kind_of
 from chatlm.worker.kernels.library import _core
@@ -46,7 +48,7 @@ class QuantizedMatrix:
         return sum(len(rows) for _, rows in self.parts), self.columns
 
 
-def file_values(kind: str, rows: numpy.ndarray, script: SimpleNamespace) -> numpy.ndarray:
+def file_values(kind: str, rows: numpy.ndarray) -> numpy.ndarray:
     """The values (n, columns) float32 of blocks (n, bytes of a row), by chat_server's reference.
 
     Most types need the gguf package: ImportError without it."""
@@ -54,7 +56,7 @@ def file_values(kind: str, rows: numpy.ndarray, script: SimpleNamespace) -> nump
     if kind not in ("q8_0", "q4_0", "q4_1", "q1_0", "q2_0", "q2_0_g128", "i8_row", *cuda.OWN):
         import gguf
         name = gguf.GGMLQuantizationType[name.name]
-    return script.dequantize(name, rows).reshape(len(rows), -1)
+    return dequantize(name, rows).reshape(len(rows), -1)
 
 
 def becomes(tensors: Sequence[Any], rows: Sequence[int], kept_types: Sequence[str] = KEPT_TYPES) -> list[str]:
@@ -124,7 +126,7 @@ def file_row_bytes(kind: str, columns: int) -> int:
     return _core.row_bytes(KIND_CODES[kind], columns)
 
 
-def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, int]], script: SimpleNamespace,
+def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, int]],
               kept_types: Sequence[str] = KEPT_TYPES) -> tuple[numpy.ndarray, ...] | QuantizedMatrix:
     """A matrix of (tensor, head size whose pairs to reorder, or 0), each in the file's type or one close to
     it.
@@ -134,27 +136,27 @@ def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, int]], script: 
     columns = shape[1]
     kinds = kinds_of(parts, kept_types)
     if kinds[0] not in FLOATS:
-        rows = [(kind.lower(), rows_of(tensor, head_size, kind, columns, script))
+        rows = [(kind.lower(), rows_of(tensor, head_size, kind, columns))
                 for (tensor, head_size), kind in zip(parts, kinds)]
         return QuantizedMatrix(tuple(rows), columns)
     floats = []
     for tensor, head_size in parts:
-        values = script.dequantize(tensor.tensor_type, numpy.asarray(tensor.data))
-        values = script.unpermute_rope(values, head_size).reshape(-1, columns)
-        floats.append(script.as_kind(values, FLOATS[tensor.tensor_type.name]))
+        values = dequantize(tensor.tensor_type, numpy.asarray(tensor.data))
+        values = unpermute_rope(values, head_size).reshape(-1, columns)
+        floats.append(as_kind(values, FLOATS[tensor.tensor_type.name]))
     return tuple(floats)
 
 
-def rows_of(tensor: Any, head_size: int, kind: str, columns: int, script: SimpleNamespace) -> Any:
+def rows_of(tensor: Any, head_size: int, kind: str, columns: int) -> Any:
     """The rows of a GGUF tensor as blocks of `kind`, (n, bytes of a row) uint8."""
     if tensor.tensor_type.name == kind:
-        return script.unpermute_rope(numpy.asarray(tensor.data), head_size)
+        return unpermute_rope(numpy.asarray(tensor.data), head_size)
     if tensor.tensor_type.name == "I8_ROW" and kind == "Q8_0":
-        narrow = script.i8_as_q8_0(numpy.asarray(tensor.data))
+        narrow = i8_as_q8_0(numpy.asarray(tensor.data))
         if narrow is not None:
-            return script.unpermute_rope(narrow, head_size)
+            return unpermute_rope(narrow, head_size)
     import gguf
-    values = script.dequantized((len(tensor.data), columns), [(tensor, head_size)], "float32")
+    values = dequantized((len(tensor.data), columns), [(tensor, head_size)], "float32")
     return gguf.quantize(values, gguf.GGMLQuantizationType[kind])
 
 

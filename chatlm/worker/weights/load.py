@@ -14,7 +14,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub.stamps import mmproj_of
 from chatlm.common.log import log
 from chatlm.worker.arrays.kinds import Device
-from chatlm.worker.kernels.kernels import choose_backend
+from chatlm.worker.kernels.choice import choose_backend
 from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.rules import LoadedModel, check_rotary_memory

@@ -14,7 +14,7 @@ import numpy
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.worker.arrays.packed import dequantized
-from chatlm.worker.kernels.kernels import choose_backend
+from chatlm.worker.kernels.choice import choose_backend
 from chatlm.worker.weights.gguf_file import check_gguf_types, read_gguf_file, readable
 from chatlm.worker.weights.gguf_tensors import GgufTensors, file_shape
 from chatlm.worker.weights.rules import Rule, check_divides, checked
