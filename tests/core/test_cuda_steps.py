@@ -553,8 +553,9 @@ def test_sinks_and_caps_score_little_at_once(backend, monkeypatch):
         model = Transformer(model_of(spec), {name: t.to(device) for name, t in tensors.items()}, kernels, num_pages=8, max_tokens=100,
                             dtype="float32", device=device)
         if logits:
-            attend = kernels.backend.script.attend_prompt
-            kernels.backend.script.attend_prompt = lambda q, k, *rest: sizes.append(len(q) * 6 * k.shape[1]) or attend(q, k, *rest)
+            attend = cuda_prompts.attend_prompt
+            monkeypatch.setattr(cuda_prompts, "attend_prompt",
+                                lambda q, k, *rest: sizes.append(len(q) * 6 * k.shape[1]) or attend(q, k, *rest))
         sizes = []
         logits.append([model.forward(make_batch((tokens, first, count, [3, 1, 4, 2, 5, 6, 7]))).cpu().clone() for first, count in ((0, 99), (99, 1))])
     assert max(sizes) <= most and len(sizes) > 4
@@ -664,12 +665,12 @@ def test_flash_is_taken_only_with_all_its_options(monkeypatch):
     assert cuda_prompts.flash() is None
 
 
-def test_a_long_prompts_masks_are_bounded(emulation_library):
+def test_a_long_prompts_masks_are_bounded(emulation_library, monkeypatch):
     """131,072 keys: a mask of 2,048 rows of them would be 268 million elements."""
     prompt = cuda_prompts.Prompt(slice(0, 2048), None, 0, 129024, 131072)
     backend, made = backends.Emulated(emulation_library).backend(llama_like()[0]), []
     backend.prompts.mask = lambda prompt, some, window, like: made.append(some) or None
-    backend.prompts.script.attend_prompt = lambda q, k, v, mask, *rest: q
+    monkeypatch.setattr(cuda_prompts, "attend_prompt", lambda q, k, v, mask, *rest: q)
     q, kv = torch.empty(2048, 6, 16), torch.empty(1).expand(2, 2, 131072, 16)
     backend.prompts.attend(q, kv, prompt, torch.empty(2048, 96), 0, 4.0)
     assert made[0].start == 0 and made[-1].stop == 2048 and all(a.stop == b.start for a, b in zip(made, made[1:]))

@@ -4,13 +4,16 @@ matrices."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy
 
 from chatlm.worker.kernels.arrays import CODES, FLOAT32, bits_of, look_at
 from chatlm.worker.kernels.library import _core
 from chatlm.worker.kernels.tiles import TILE_ROWS, Matrix
+
+if TYPE_CHECKING:
+    from chatlm.worker.arrays.kinds import AdapterMatrix
 
 SHRUNK_RANKS = 4        # the kernel takes this many at once
 
@@ -55,7 +58,7 @@ class AdaptedMatrices:
         self.numbers[name] = len(self.numbers), matrix, gated
         return len(self.numbers) - 1
 
-    def pack(self, matrices: Mapping[str, Any]) -> PackedAdapter:
+    def pack(self, matrices: Mapping[str, AdapterMatrix]) -> PackedAdapter:
         """Pack an adapter's matrices. ValueError for a name or a shape that the program does not have.
 
         Each has `a` (R, K) and `b` (N, R), both of one float type, and `scales` (R) float32."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from chatlm.common.core import decode_core, kernels_line, refused_isa, torch_installed, unused_core
 from chatlm.common.errors import ConfigError, require_library
 from chatlm.common.log import log
@@ -48,7 +50,7 @@ def choose_backend(device, model: Model | None, whole: Model | None = None, says
             log.warning("decode_core has no kernels for %s, which this model needs: torch computes instead",
                         features)
         core = None
-    backend = None
+    backend: Any = None     # which has all attributes of Backend: tests/core/test_library.py
     if core and model:
         from chatlm.worker.kernels import devices
         backend = devices.backend_for(core_sizes(model), device)

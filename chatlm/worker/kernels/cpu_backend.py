@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy
 
@@ -24,6 +24,16 @@ from chatlm.worker.kernels.ranks import Ranks
 from chatlm.worker.kernels.sampling import Sampler, batch_of
 from chatlm.worker.kernels.tiles import KINDS, Arena, Matrix, multiply
 from chatlm.worker.kernels.weights import as_stored, converted, held_bytes, pack, tile_row_bytes
+
+if TYPE_CHECKING:
+    from chatlm.common.answering import Word
+    from chatlm.worker.arrays.kinds import AdapterMatrix
+    from chatlm.worker.kernels.sampling import SampleBatch
+    from chatlm.worker.model.batch import Batch
+    from chatlm.worker.model.core_sizes import CoreSizes
+    from chatlm.worker.model.pages import PageLayout
+    from chatlm.worker.model.transformer import Transformer
+    from chatlm.worker.ops.rows import SampleRow
 
 
 @functools.cache
@@ -97,7 +107,7 @@ class CpuBackend:
     converted = staticmethod(converted)
     program: Program        # the ops record themselves here
 
-    def __init__(self, spec: Any):
+    def __init__(self, spec: CoreSizes):
         self.spec = spec
         self.name = f"decode_core/{_core.isa()}"
         self.as_stored = as_stored
@@ -125,7 +135,8 @@ class CpuBackend:
                 "computes the model")
         self.program.look_up(table, ids, out, part)
 
-    def make_cache(self, spec: Any, layout: Any, num_pages: int, device: str) -> tuple[numpy.ndarray, list]:
+    def make_cache(self, spec: CoreSizes, layout: PageLayout, num_pages: int,
+                   device: str) -> tuple[numpy.ndarray, list]:
         """As the reference, but each layer's cache is (P, Hkv, 2, 16 * D) or packed, with pages apart if
         layers share them."""
         size = PAGE_SIZE
@@ -155,30 +166,31 @@ class CpuBackend:
         return {"all_reduce": lambda x, out, residual=None: program.all_reduce(x, ranks, out, residual),
                 "all_gather": lambda x, out: program.all_gather(x, ranks, out)}
 
-    def record(self, transformer: Any) -> Callable:
+    def record(self, transformer: Transformer) -> Callable:
         program = self.program
         if not transformer.spec.opens:
             for name in transformer.passed_on(0):           # the stage before writes these
                 program.given(transformer.buffers[name])
-        transformer.compute(program, SimpleNamespace(**transformer.buffers))
+        recorded: Any = program         # it stands for a step's inputs while ops are recorded
+        transformer.compute(recorded, SimpleNamespace(**transformer.buffers))
         if transformer.spec.closes and not transformer.spec.of_texts:
             program.sample(transformer.buffers["logits"])
         return lambda batch: program.finish(program.start(
             *batch[:6], all_rows=batch.states, states=batch[7:10], adapters=adapters_of(batch, transformer),
             ahead=batch.ahead, turns=batch.turns))
 
-    def pause_while(self, word: Any, most_s: float) -> None:
+    def pause_while(self, word: Word, most_s: float) -> None:
         _core.pause_while(word.address, int(1e9 * most_s), word.SLICE_NS)
         self.word = word        # its memory stays mapped
 
-    def pack_adapter(self, matrices: Mapping[str, Any], device: str) -> Any:
+    def pack_adapter(self, matrices: Mapping[str, AdapterMatrix], device: str) -> Any:
         return self.program.adapters.pack(matrices)
 
-    def make_steps(self, transformer: Any, max_batch: int, context_length: int) -> ProgramSteps:
+    def make_steps(self, transformer: Transformer, max_batch: int, context_length: int) -> ProgramSteps:
         return ProgramSteps(self.program, transformer)
 
 
-def adapters_of(batch: Any, transformer: Any) -> list:
+def adapters_of(batch: Batch, transformer: Transformer) -> list:
     """The adapter of each sequence, or None; [] if no sequence has one."""
     return [transformer.adapters.get(slot) for slot in batch.adapters]
 
@@ -188,12 +200,12 @@ class ProgramSteps:
 
     ahead = True
 
-    def __init__(self, program: Program, transformer: Any):
+    def __init__(self, program: Program, transformer: Transformer):
         self.program = program
         self.transformer = transformer
-        self.sampling: Any = None           # the SampleBatch of the step before
+        self.sampling: SampleBatch | None = None           # the SampleBatch of the step before
 
-    def start(self, batch: Any, rows: Sequence[Any]) -> int:
+    def start(self, batch: Batch, rows: Sequence[SampleRow]) -> int:
         self.sampling = batch_of(rows, self.transformer.spec.vocab_size, self.sampling)
         return self.program.start(*batch[:6], sampling=self.sampling, all_rows=batch.states,
                                   states=batch[7:10], adapters=adapters_of(batch, self.transformer),
@@ -202,7 +214,7 @@ class ProgramSteps:
     def finish(self, ticket: int) -> list[int]:
         return self.program.finish(ticket)
 
-    def forward(self, batch: Any) -> numpy.ndarray:
+    def forward(self, batch: Batch) -> numpy.ndarray:
         return self.transformer.forward(batch)
 
     def prepare(self, progress: Callable[[float], None]) -> None:

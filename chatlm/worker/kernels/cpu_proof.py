@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy
 import torch
 
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.messages.requests import SamplingParams
-from chatlm.worker.arrays.kinds import Norm
+from chatlm.worker.arrays.kinds import AdapterMatrix, Norm
 from chatlm.worker.kernels.cuda_weights import dequantized
 from chatlm.worker.kernels.product_proof import NO_GGUF, PACKED_TOLERANCE
 from chatlm.worker.kernels.program import Marker, Program
@@ -20,7 +20,7 @@ from chatlm.worker.kernels.random_blocks import random_blocks
 from chatlm.worker.kernels.sampling import SampleBatch
 from chatlm.worker.kernels.tiles import ACTIVATIONS, COLUMNS, GATES, Arena, Matrix
 from chatlm.worker.kernels.weights import KINDS, QuantizedMatrix, pack
-from chatlm.worker.model.batch import Sequences, token_places
+from chatlm.worker.model.batch import Batch, Sequences, token_places
 from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2
 from chatlm.worker.model.core_sizes import plain_sizes
 from chatlm.worker.ops.references import REFERENCES
@@ -42,14 +42,6 @@ STATES = {"short_conv": 2, "delta_rule": 4, "mamba2": 4}     # op -> which of it
 def turned(heads: torch.Tensor) -> torch.Tensor:
     """Heads (T, H * D) turned as in pages of q8_0. Turning twice gives them back."""
     return (heads.unflatten(1, (-1, HEAD_SIZE)) @ HADAMARD).flatten(1)
-
-
-class AddedMatrices(NamedTuple):
-    """What an adapter adds to a product: see AdaptedMatrices.pack."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scales: torch.Tensor
 
 
 class FileRows:
@@ -80,7 +72,7 @@ class Chain:
         self.calls = []
         self.floats = {}                        # matrix -> its values, for the reference
         self.faults: dict[str, str] = {}        # op -> what is wrong; "": it is as its reference
-        self.adapters: list[dict[str, AddedMatrices]] = [{}, {}]
+        self.adapters: list[dict[str, AdapterMatrix]] = [{}, {}]
         self.spec = plain_sizes(vocab_size=200, layers=1, width=768, heads=4, kv_heads=2,
                                        head_size=HEAD_SIZE, ffn_size=512,
                                        max_positions=PAGES * PAGE_SIZE)
@@ -251,7 +243,7 @@ class Chain:
         scales = (1 + torch.rand(*shape[:-1], shape[-1] // BLOCK, generator=generator)) / 100
         return torch.cat((codes, scales.half().view(torch.uint8)), -1)
 
-    def experts(self, x: torch.Tensor, norm: Any) -> None:
+    def experts(self, x: torch.Tensor, norm: Norm) -> None:
         """The experts of a layer, with all that comes before and after them. Floats are enough: `products`
         proves packed weights."""
         E = 6
@@ -279,7 +271,7 @@ class Chain:
                       norm=None if "jitter" in router else norm, biases=biases, activation=activation,
                       chosen=2, **router)
 
-    def adapted(self, x: torch.Tensor, norm: Any) -> None:
+    def adapted(self, x: torch.Tensor, norm: Norm) -> None:
         """Products of floats with adapters of every type. Half of the ranks of each change only half of the
         outputs."""
         N = 80
@@ -291,7 +283,7 @@ class Chain:
                 a = self.dice.normal(ranks, self.spec.width)
                 b = self.dice.normal(rows, ranks)
                 b[:rows // 2, ranks // 2:] = 0
-                adapter[name] = AddedMatrices(a.to(FLOATS[kind]), b.to(FLOATS[kind]),
+                adapter[name] = AdapterMatrix(a.to(FLOATS[kind]), b.to(FLOATS[kind]),
                                               0.1 + self.dice.normal(ranks) / 20)
             self.call("linear", x, self.matrix("f32", packed, rows), width=N, label="linear adapters",
                       norm=norm, activation=activation, adapted=name)
@@ -310,7 +302,7 @@ class Chain:
         states = tuple(dice.normal(SLOTS, *shape) for shape in mixer.states(self.spec.width))
         self.call("delta_rule", part, weights, mixer, 1e-5, states, self.program.sequences, width=width)
 
-    def mamba2(self, x: torch.Tensor, groups: int = 2, **part: int) -> None:
+    def mamba2(self, x: torch.Tensor, groups: int = 2, **part: Any) -> None:
         """A Mamba layer of unusual sizes, or a rank's part of one."""
         mixer = Mamba2(3, heads=6, head_size=80, state_size=24, groups=groups, **part)
         dice = self.dice
@@ -327,7 +319,7 @@ class Chain:
             squares = self.call("group_squares", out, mixer, width=groups)
             self.call("norm_groups", out, weights["mix_norm"], squares, mixer, 1e-5, width=width)
 
-    def products(self, kind: str, x: torch.Tensor, norm: Any) -> None:
+    def products(self, kind: str, x: torch.Tensor, norm: Norm) -> None:
         """Products with one type of weights: plain, with all that may come before and after, and with each
         activation."""
         label = f"linear {kind}"
@@ -339,7 +331,7 @@ class Chain:
             self.faults[label] = NO_GGUF
             return
         before = self.call("copy", self.call("linear", x, plain, width=N, label=label), width=N)
-        more = dict(norm=norm, bias=self.dice.normal(N), residual=before)
+        more: dict[str, Any] = dict(norm=norm, bias=self.dice.normal(N), residual=before)
         self.call("linear", x, plain, width=N, label=label, **more)
         # clamped_swiglu is proved with experts: where it is steep, a small error here would become a large
         # one
@@ -349,7 +341,7 @@ class Chain:
 
     # ---- running
 
-    def step(self, batch: SimpleNamespace, sampled: list[Any]) -> None:
+    def step(self, batch: Batch, sampled: list[SampleRow]) -> None:
         """Run a step whose first two sequences have adapters. Then give each reference what its op has read,
         and compare."""
         adapters = self.adapters[:len(batch.lengths)]
@@ -378,7 +370,7 @@ class Chain:
         expected = REFERENCES["sample"](self.capped[:len(sampled)], sampled)
         self.faults["sample"] = "" if tokens == expected else f"draws the tokens {tokens}, not {expected}"
 
-    def inputs(self, batch: SimpleNamespace) -> dict[str, Any]:
+    def inputs(self, batch: Batch) -> dict[str, Any]:
         """name of a marker -> what a step has in its place, as the references read it."""
         positions, slots = map(torch.tensor, token_places(batch))
         lists = {name: torch.tensor(getattr(batch, name))
@@ -513,7 +505,8 @@ def prove_cpu() -> dict[str, str]:
     knows."""
     faults: dict[str, str] = {}
     prompt = numpy.random.default_rng(5).integers(0, 200, 21).tolist()
-    sampled = (dict(temperature=0.0), dict(top_k=0, top_p=0.9, repetition_penalty=1.2))
+    sampled: tuple[dict[str, Any], ...] = (
+        dict(temperature=0.0), dict(top_k=0, top_p=0.9, repetition_penalty=1.2))
     rows = [SampleRow(SamplingParams(seed=i, **params), 30 + i, prompt, 9)
             for i, params in enumerate(sampled)]
     for cache_type in (torch.float32, torch.float16):
@@ -522,14 +515,14 @@ def prove_cpu() -> dict[str, str]:
             chain.record()
             # a decode row beside a prompt's chunk, then a decode row alone
             chain.step(
-                SimpleNamespace(token_ids=[7, *prompt], previous_token_ids=[3, -1, *prompt[:-1]],
-                                starts=[0, 1, 22], lengths=[300, 31], tables=[list(range(19)), [30, 25]],
-                                logit_rows=[0, 21], state_reads=[2, 1], write_rows=[0, 8, 21],
-                                write_slots=[2, 3, 0], ahead=[0] * 5 + [17] * 2 + [29] * 12 + [0] * 3), rows)
+                Batch(token_ids=[7, *prompt], previous_token_ids=[3, -1, *prompt[:-1]],
+                      starts=[0, 1, 22], lengths=[300, 31], tables=[list(range(19)), [30, 25]],
+                      logit_rows=[0, 21], state_reads=[2, 1], write_rows=[0, 8, 21],
+                      write_slots=[2, 3, 0], ahead=[0] * 5 + [17] * 2 + [29] * 12 + [0] * 3), rows)
             chain.step(
-                SimpleNamespace(token_ids=[9], previous_token_ids=[7], starts=[0, 1], lengths=[301],
-                                tables=[list(range(19))], logit_rows=[0], state_reads=[3], write_rows=[0],
-                                write_slots=[1], ahead=[]), rows[:1])
+                Batch(token_ids=[9], previous_token_ids=[7], starts=[0, 1], lengths=[301],
+                      tables=[list(range(19))], logit_rows=[0], state_reads=[3], write_rows=[0],
+                      write_slots=[1], ahead=[]), rows[:1])
             faults = {op: faults.get(op) or fault for op, fault in chain.faults.items()}
             of_texts = prove_texts(cache_type, prompt)
             faults |= {op: faults.get(op) or fault for op, fault in of_texts.items()}

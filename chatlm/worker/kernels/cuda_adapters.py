@@ -7,11 +7,14 @@ loaded later.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 import torch
 
 from chatlm.worker.kernels import cuda
+
+if TYPE_CHECKING:
+    from chatlm.worker.arrays.kinds import AdapterMatrix, Norm
 
 TYPES = torch.float32, torch.float16, torch.bfloat16        # in the order of their codes in cuda.CODES
 
@@ -48,14 +51,14 @@ class StepAdapters:
 class AdapterOps:
     """Packs adapters, and computes what they add to products. `kernels` is a cuda.CudaOps."""
 
-    def __init__(self, kernels: Any, stream: Callable[[], int]):
+    def __init__(self, kernels: cuda.CudaOps, stream: Callable[[], int]):
         self.kernels = kernels
         self.stream = stream
         # name of a matrix -> its number, in the order of first use; a table ends with the last matrix that
         # its adapter has
         self.numbers: dict[str, int] = {}
 
-    def pack(self, matrices: Mapping[str, Any], device: Any) -> PackedAdapter:
+    def pack(self, matrices: Mapping[str, AdapterMatrix], device: Any) -> PackedAdapter:
         adapter = PackedAdapter()
         places = {}
         for name, matrix in matrices.items():
@@ -79,8 +82,9 @@ class AdapterOps:
             adapter.table = torch.tensor(words, dtype=torch.int64).to(device)
         return adapter
 
-    def finish(self, x: torch.Tensor, norm: Any, y: torch.Tensor, adapted: RowsOfMatrix, out: torch.Tensor,
-               activation: str | None = None, residual: torch.Tensor | None = None) -> None:
+    def finish(self, x: torch.Tensor, norm: Norm | None, y: torch.Tensor, adapted: RowsOfMatrix,
+               out: torch.Tensor, activation: str | None = None,
+               residual: torch.Tensor | None = None) -> None:
         """residual + activation(y + what the rows' adapters add for norm(x)) -> out. x (T, >= K); y (T, N)
         float32."""
         x = x if x.dtype in (torch.float32, torch.bfloat16) else x.float()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 
@@ -19,13 +19,19 @@ from chatlm.worker.kernels.cuda_prompts import PromptAttention, prompts_of
 from chatlm.worker.kernels.cuda_references import CudaReferences
 from chatlm.worker.kernels.cuda_steps import LISTS, CudaPlan, GraphSteps, record_words
 from chatlm.worker.kernels.cuda_weights import PackedMatrix, ProductOps, as_stored, padded, unpacked
-from chatlm.worker.kernels.kernels import EagerSteps
+from chatlm.worker.kernels.kernels import EagerSteps, Steps
 from chatlm.worker.kernels.proof import prove_cuda
 from chatlm.worker.kernels.sampling import SampleBatch
 from chatlm.worker.kernels.weights import KEPT_ON_CUDA, converted, file_row_bytes, held_bytes
 from chatlm.worker.ops.attention import decode_rows, page_table
 from chatlm.worker.ops.references import REFERENCES
 from chatlm.worker.ops.tensors import zeroed
+
+if TYPE_CHECKING:
+    from chatlm.common.answering import Word
+    from chatlm.worker.arrays.kinds import AdapterMatrix
+    from chatlm.worker.model.core_sizes import CoreSizes
+    from chatlm.worker.model.transformer import Transformer
 
 
 # Before 2.9, torch computes an RMS norm with pow and mean, and how mean splits a row depends on the number of
@@ -62,7 +68,7 @@ class CudaBackend:
     tensors = True
     converted = staticmethod(functools.partial(converted, kept_types=KEPT_ON_CUDA))
 
-    def __init__(self, spec: Any, kernels: Any,
+    def __init__(self, spec: CoreSizes, kernels: cuda.CudaOps,
                  stream: Callable[[], int] = current_stream, device: Any = "cuda"):
         self.spec = spec
         self.kernels = kernels
@@ -120,16 +126,16 @@ class CudaBackend:
         # all other norms are inside kernels of ours
         return NORMS_ROW_BY_ROW or not (spec.embedding_norm or spec.post_norms)
 
-    def record(self, transformer: Any) -> None:
+    def record(self, transformer: Transformer) -> None:
         """Nothing is recorded: GraphSteps captures whole steps as graphs."""
 
-    def pause_while(self, word: Any, most_s: float) -> None:
+    def pause_while(self, word: Word, most_s: float) -> None:
         """Nothing pauses: what a GPU computes takes no CPU from others."""
 
-    def pack_adapter(self, matrices: Mapping[str, Any], device: Any) -> dict[str, Any]:
+    def pack_adapter(self, matrices: Mapping[str, AdapterMatrix], device: Any) -> dict[str, Any]:
         return self.adapters.pack(matrices, device)
 
-    def make_steps(self, transformer: Any, max_batch: int, context_length: int) -> GraphSteps:
+    def make_steps(self, transformer: Transformer, max_batch: int, context_length: int) -> Steps:
         if "sample" in self.faults:         # a graph cannot draw on the host
             return EagerSteps(transformer)
         return GraphSteps(transformer, self, max_batch=max_batch, context_length=context_length)
@@ -173,7 +179,7 @@ class CudaBackend:
         self.kernels.rope_append(qkv, cos, sin, positions, slots, *pages, heads, stream=self.stream(),
                                  **options, **scales)
 
-    def workspace(self, rows: int, width: int, device) -> tuple:
+    def workspace(self, rows: int, width: int, device) -> tuple[torch.Tensor, torch.Tensor]:
         """(states, tickets) of decode attention, for this many rows and pages. Tickets are 0 between
         calls."""
         spec = self.spec

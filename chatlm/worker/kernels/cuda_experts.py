@@ -35,7 +35,7 @@ class ExpertOps:
     """`experts`, with the interface of its reference, also for packed matrices. `kernels` is a
     cuda.CudaOps."""
 
-    def __init__(self, kernels: Any, stream: Callable[[], int]):
+    def __init__(self, kernels: cuda.CudaOps, stream: Callable[[], int]):
         self.kernels = kernels
         self.stream = stream
         # (T,) int64: slots of the running step; rows with -1 are padding

@@ -9,7 +9,7 @@ are its value. Pages of the type q8_0 are LatentPages; over them torch computes 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 import torch
 
@@ -23,6 +23,11 @@ from chatlm.worker.ops.attention import attend
 from chatlm.worker.ops.references import REFERENCES
 from chatlm.worker.ops.tensors import zeroed
 
+if TYPE_CHECKING:
+    from chatlm.worker.kernels.cuda_prompts import Prompt
+    from chatlm.worker.model.blocks.mla import Mla
+    from chatlm.worker.model.core_sizes import CoreSizes
+
 # Up to so many rows, products by head are a kernel, which reads the weights again for every 8 rows; more are
 # one product of torch.
 # Reckoned, not measured.
@@ -30,7 +35,7 @@ FEW_ROWS = 64
 WIDE_SCORES = torch.__version__ >= (2, 8)  # pyright: ignore[reportOperatorIssue]  since when torch.mm takes an out_dtype on CUDA
 
 
-def latents_of(spec: Any) -> Any:
+def latents_of(spec: CoreSizes) -> Any:
     """How the layers of a model attend to latents; None if they do not."""
     attn = next((attn for attn in spec.by_layer if attn), None)
     return attn if getattr(attn, "values_in_keys", False) else None
@@ -136,7 +141,7 @@ class LatentOps:
 
     faults      CudaBackend.faults: the ops named there are computed by torch"""
 
-    def __init__(self, attn: Any, kernels: Any, stream: Callable[[], int],
+    def __init__(self, attn: Mla, kernels: cuda.CudaOps, stream: Callable[[], int],
                  faults: Mapping[str, str], device: Any):
         self.attn = attn
         self.kernels = kernels
@@ -188,7 +193,8 @@ class LatentOps:
         D = cache.shape[-1]
         kept = D - 2 * cos.shape[1]
         factor = scale * D**-0.5
-        options = dict(kept=kept, plain=plain, scale=factor, adjacent=adjacent, stream=self.stream())
+        options: dict[str, Any] = dict(kept=kept, plain=plain, scale=factor, adjacent=adjacent,
+                                       stream=self.stream())
         if self.fits(x, k_up, plain + 2 * cos.shape[1]):
             [(kind, blocks)] = parts_of(k_up)
             return self.kernels.absorb(x, blocks, cos, sin, positions, out, kind=kind, **options)
@@ -249,7 +255,7 @@ class LatentOps:
         self.kernels.latent_attention(q, cache, table, lengths, states, tickets, out, window=window,
                                       stream=self.stream())
 
-    def attend_prompt(self, q, keys, prompt: Any, out, window: int = 0, packed: bool = False) -> None:
+    def attend_prompt(self, q, keys, prompt: Prompt, out, window: int = 0, packed: bool = False) -> None:
         """The new tokens of a sequence: q (t, H, D) in the type of keys (S, D), scaled -> out (t, H * Dv).
 
         torch's fused attention takes no heads of this size. So scores are computed for as many tokens as fit

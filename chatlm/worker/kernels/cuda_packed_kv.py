@@ -39,11 +39,11 @@ def packable(head_size: int) -> bool:
     return head_size >= PACKED_BLOCK and head_size & (head_size - 1) == 0
 
 
-def halves(cache: Any) -> tuple[list[Any], dict[str, Any]]:
-    """[pages of keys, pages of values], and their scales as options of the kernels."""
+def halves(cache: Any) -> tuple[tuple[Any, Any], dict[str, Any]]:
+    """(pages of keys, pages of values), and their scales as options of the kernels."""
     if not isinstance(cache, PackedPages):
-        return list(cache), {}
-    return list(cache.codes), {"k_scales": cache.scales[0], "v_scales": cache.scales[1]}
+        return (cache[0], cache[1]), {}
+    return (cache.codes[0], cache.codes[1]), {"k_scales": cache.scales[0], "v_scales": cache.scales[1]}
 
 
 def gathered(cache: Any, pages: torch.Tensor) -> torch.Tensor:

@@ -12,12 +12,15 @@ import functools
 import inspect
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 import torch
 
 from chatlm.worker.kernels.cuda_references import SCRATCH
 from chatlm.worker.ops.attention import attend_prompt
+
+if TYPE_CHECKING:
+    from chatlm.worker.model.batch import Batch
 
 HALVES = (torch.float16, torch.bfloat16)
 # causal(rows, keys) holds no mask. It is imported when it is first used, because it brings torch's compiler:
@@ -36,7 +39,7 @@ class Prompt(NamedTuple):
     end: int            # position after the last new token, and so the number of keys of the sequence
 
 
-def prompts_of(batch: Any, first: int, table: torch.Tensor, window: int, page_size: int) -> list[Prompt]:
+def prompts_of(batch: Batch, first: int, table: torch.Tensor, window: int, page_size: int) -> list[Prompt]:
     """A Prompt for each sequence from number `first` on. With a window it has only the pages that the window
     overlaps."""
     prompts = []
@@ -97,7 +100,7 @@ class PromptAttention:
         grouped = q.unflatten(1, (kv.shape[1], -1))                             # (t, Hkv, H / Hkv, D)
         for begin in range(0, len(q), step):
             some = slice(begin, min(begin + step, len(q)))
-            y = attend_prompt(grouped[some], *kv, mask_of(some), 1.0, softcap, sinks)
+            y = attend_prompt(grouped[some], kv[0], kv[1], mask_of(some), 1.0, softcap, sinks)
             out[some].view(y.shape).copy_(y)
 
     @staticmethod

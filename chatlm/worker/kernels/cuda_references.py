@@ -3,13 +3,16 @@ fails."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from chatlm.worker.kernels.cuda_packed_kv import PackedPages, gathered, packed, turned
 from chatlm.worker.ops.attention import attend
 from chatlm.worker.ops.references import REFERENCES
+
+if TYPE_CHECKING:
+    from chatlm.worker.model.core_sizes import CoreSizes
 
 # most elements of K and V that are gathered at once, and most scores computed at once
 SCRATCH = 1 << 26
@@ -33,7 +36,7 @@ class CudaReferences:
     Nothing here waits for the device, so a graph may capture it too.
     """
 
-    def __init__(self, spec: Any):
+    def __init__(self, spec: CoreSizes):
         self.spec = spec
 
     def rope_append(self, qkv, cos, sin, positions, slots, cache, out, **options) -> None:

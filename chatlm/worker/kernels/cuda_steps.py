@@ -16,7 +16,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 import numpy
 import torch
@@ -25,8 +25,14 @@ from chatlm.common.config import PAGE_SIZE
 from chatlm.worker.kernels.cuda import MAX_PRODUCT_ROWS
 from chatlm.worker.kernels.cuda_adapters import StepAdapters
 from chatlm.worker.kernels.sampling import batch_of
-from chatlm.worker.model.batch import RowAdapters, Sequences, token_places
+from chatlm.worker.model.batch import Batch, RowAdapters, Sequences, token_places
 from chatlm.worker.ops.mixers import OneEach
+
+if TYPE_CHECKING:
+    from chatlm.worker.kernels.cuda_backend import CudaBackend
+    from chatlm.worker.kernels.sampling import SampleBatch
+    from chatlm.worker.model.transformer import Transformer
+    from chatlm.worker.ops.rows import SampleRow
 
 log = logging.getLogger("chat_server.decode_core")
 # of a SampleBatch: penalties and biases change logits
@@ -87,7 +93,7 @@ class StepShape(NamedTuple):
                                   for name, kind, shape, begin, end in self.layout()})
 
 
-def of_groups(batch: Any, count: int) -> list[Any]:
+def of_groups(batch: Batch, count: int) -> list[Batch]:
     """The batch once for each group of layers, with the pages of that group alone.
 
     The batch's own tables have a page of each group in turn."""
@@ -96,8 +102,8 @@ def of_groups(batch: Any, count: int) -> list[Any]:
     return [batch._replace(tables=[pages[group::count] for pages in batch.tables]) for group in range(count)]
 
 
-def fill_step(fields: SimpleNamespace, batches: Sequence[Any], locations: Sequence[Sequence[Sequence[int]]],
-              sampling: Any, adapters: Sequence[int] = ()) -> None:
+def fill_step(fields: SimpleNamespace, batches: Sequence[Batch], locations: Sequence[Sequence[Sequence[int]]],
+              sampling: SampleBatch | None, adapters: Sequence[int] = ()) -> None:
     """Write a step into numpy `fields`.
 
     batches     the batch for each group of layers, as `of_groups` gives it
@@ -143,8 +149,7 @@ def fill(column: numpy.ndarray, values: Sequence[int], padding: int) -> None:
 
 
 # the batch of a step that is padding alone
-NO_TOKENS = SimpleNamespace(**dict.fromkeys(("token_ids", "previous_token_ids", "logit_rows", "lengths",
-                                             "tables", "state_reads", "write_rows", "write_slots"), ()))
+NO_TOKENS = Batch([], [], [], [], [], [])
 
 
 def with_parts(fields: SimpleNamespace, plans: Sequence[CudaPlan]) -> None:
@@ -215,7 +220,7 @@ class Graph(NamedTuple):
 class Staging:
     """Pinned memory of one step: its inputs on their way to the device, and its tokens on their way back."""
 
-    def __init__(self, queue: Any, size: int, max_rows: int):
+    def __init__(self, queue: CudaQueue, size: int, max_rows: int):
         self.inputs = queue.pinned(size, torch.uint8)
         self.tokens = queue.pinned(max_rows, torch.int32)
         self.fields: dict[StepShape, SimpleNamespace] = {}      # numpy views for the shapes of graphs
@@ -251,8 +256,8 @@ class GraphSteps:
 
     ahead = True
 
-    def __init__(self, transformer: Any, backend: Any, *, max_batch: int, context_length: int,
-                 queue: Any = None):
+    def __init__(self, transformer: Transformer, backend: CudaBackend, *, max_batch: int, context_length: int,
+                 queue: CudaQueue | None = None):
         self.transformer = transformer
         self.spec = transformer.spec
         self.backend = backend
@@ -279,7 +284,7 @@ class GraphSteps:
         self.graphs: dict[tuple[int, int], Graph] = {}
         # graphs with adapters; None: one could not be captured
         self.adapted: dict[tuple[int, int], Graph | None] = {}
-        self.sampling: Any = None           # the SampleBatch of the step before
+        self.sampling: SampleBatch | None = None           # the SampleBatch of the step before
 
     def prepare(self, progress: Callable[[float], None]) -> None:
         """Capture a graph for every bucket, the largest first. No step may be under way.
@@ -338,7 +343,7 @@ class GraphSteps:
                             "run op by op", bucket[0], type(error).__name__, error)
         return self.adapted[bucket]
 
-    def _adapter_tables(self, batch: Any) -> list[int] | None:
+    def _adapter_tables(self, batch: Batch) -> list[int] | None:
         """For each token the address of its adapter's table, 0 without one. None: torch must add the
         adapters' products."""
         adapters = self.transformer.adapters
@@ -353,13 +358,13 @@ class GraphSteps:
             tables += [addresses.get(slot, 0)] * (end - begin)
         return tables
 
-    def start(self, batch: Any, rows: Sequence[Any]) -> Ticket:
+    def start(self, batch: Batch, rows: Sequence[SampleRow]) -> Ticket:
         """Queue a step. `rows` say how to draw at batch.logit_rows. At most two steps may be under way."""
         self.sampling = batch_of(rows, self.spec.vocab_size, self.sampling)
         batch = self._apart(batch)
         return self._queue(batch, self._graph(batch, self.sampling), self.sampling)
 
-    def forward(self, batch: Any) -> torch.Tensor:
+    def forward(self, batch: Batch) -> torch.Tensor:
         """The logits of a step. No other step may be under way."""
         batch = self._apart(batch)
         graph = self._graph(batch, None)
@@ -368,7 +373,8 @@ class GraphSteps:
         self.queue.wait(self._queue(batch, graph, None, draws=False).done)
         return self.transformer.buffers["logits"][:len(batch.logit_rows)]
 
-    def _queue(self, batch: Any, graph: Graph | None, sampling: Any, draws: bool = True) -> Ticket:
+    def _queue(self, batch: Batch, graph: Graph | None, sampling: SampleBatch | None,
+               draws: bool = True) -> Ticket:
         self.staging.reverse()
         staging = self.staging[0]
         count = len(batch.logit_rows)
@@ -421,7 +427,7 @@ class GraphSteps:
         self.queue.wait(ticket.done)
         return ticket.staging.tokens[:ticket.rows].tolist()
 
-    def _apart(self, batch: Any) -> Any:
+    def _apart(self, batch: Batch) -> Any:
         """A batch of few tokens that all draw, such as drafts, with a sequence for each token; any other
         batch as it is.
 
@@ -443,7 +449,7 @@ class GraphSteps:
             adapters += [slot] * size
         return batch._replace(starts=[*range(count + 1)], lengths=lengths, tables=tables, adapters=adapters)
 
-    def _graph(self, batch: Any, sampling: Any) -> Graph | None:
+    def _graph(self, batch: Batch, sampling: SampleBatch | None) -> Graph | None:
         """The smallest graph that holds a step of decode rows; None for any other step."""
         rows = len(batch.lengths)
         pages = max(map(len, batch.tables)) // self.count
@@ -458,7 +464,7 @@ class GraphSteps:
             return self.graphs[min(fitting)]
         return None if self._adapter_tables(batch) is None else self._adapted_graph(min(fitting))
 
-    def _run_ops(self, batches: Sequence[Any], fields: SimpleNamespace, adapters: Any,
+    def _run_ops(self, batches: Sequence[Batch], fields: SimpleNamespace, adapters: Any,
                  on_device: bool) -> None:
         plans = [self.backend.plan(batch, self.windows, table, fields.lengths, self.workspace)
                  for batch, table in zip(batches, fields.table)]
@@ -492,7 +498,8 @@ class GraphSteps:
         fields.token_ids.copy_(torch.where(fields.token_ids < 0, drawn, fields.token_ids))
         self.backend.mixture.slots = fields.slots
         try:
-            self.transformer.compute(fields,
+            inputs: Any = fields        # on the device, with the attributes of Inputs
+            self.transformer.compute(inputs,
                                      self.transformer.cut(len(fields.token_ids), len(fields.logit_rows)))
         finally:
             self.backend.mixture.slots = None
@@ -512,7 +519,7 @@ def doubling(first: int, last: int, factor: int) -> list[int]:
     return [*sizes[:-1], last]
 
 
-def record_words(batch: Any) -> numpy.ndarray:
+def record_words(batch: SampleBatch) -> numpy.ndarray:
     """The records of a SampleBatch as (R, 9) int64. Word 1 is the position; a row whose position is negative
     draws nothing."""
     return batch.records.view(numpy.int64).reshape(len(batch.records), -1)

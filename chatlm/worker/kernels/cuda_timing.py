@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 
@@ -23,6 +23,10 @@ from chatlm.worker.model.core_sizes import plain_sizes
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.tensors import rope_tables
 
+if TYPE_CHECKING:
+    from chatlm.worker.kernels.cuda_backend import CudaBackend
+    from chatlm.worker.kernels.cuda_steps import CudaQueue
+
 MIXTURE = dict(experts=32, experts_per_token=4, sinks=True)     # as gpt-oss-20b has
 # as GLM-4.7-Flash has
 LATENTS = dict(heads=20, kept=512, turned=64, plain=192, head_values=256, query_width=768)
@@ -38,21 +42,21 @@ def latent_sizes(**sizes: int) -> Any:
     return dataclasses.replace(plain, head_size=size, by_layer=(attn,) * len(plain.by_layer))
 
 
-def copy_bandwidth(queue: Any, size: int) -> float:
+def copy_bandwidth(queue: CudaQueue, size: int) -> float:
     """Bytes per second that a copy on the device reads and writes, together."""
     source = torch.ones(size, dtype=torch.uint8, device=queue.device)
     target = torch.empty_like(source)
     return 2 * size / replayed(queue, lambda: target.copy_(source))
 
 
-def replayed(queue: Any, work: Callable[[], Any]) -> float:
+def replayed(queue: CudaQueue, work: Callable[[], Any]) -> float:
     """Seconds that a graph of `work` takes."""
     replay = queue.capture(work)
     return best(lambda: queue.wait(queue.submit(replay)))
 
 
-def time_cuda(backend: Any, queue: Any, ops: Iterable[str], cold: int = 1 << 30, calls: int = 100,
-              batches: tuple[int, ...] = (1, 32)) -> Iterator[Timed]:
+def time_cuda(backend: CudaBackend, queue: CudaQueue, ops: Iterable[str], cold: int = 1 << 30,
+              calls: int = 100, batches: tuple[int, ...] = (1, 32)) -> Iterator[Timed]:
     """Time each kernel in a graph of many calls. Pages come from memory, logits from the L2 cache."""
     product_rows = (batches[0], cuda.MAX_PRODUCT_ROWS) if "linear" in ops else ()
     for rows in product_rows:
@@ -77,7 +81,7 @@ def time_cuda(backend: Any, queue: Any, ops: Iterable[str], cold: int = 1 << 30,
             yield Timed(op, what, replayed(queue, work) / calls_, moved)
 
 
-def cuda_layers(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> torch.Tensor:
+def cuda_layers(backend: CudaBackend, device: torch.device, rows: int, cold: int, calls: int) -> torch.Tensor:
     """Pages for this many rows of CONTEXT keys, of so many layers that no cache holds them all."""
     spec = backend.spec
     size = PAGE_SIZE
@@ -86,7 +90,8 @@ def cuda_layers(backend: Any, device: torch.device, rows: int, cold: int, calls:
     return torch.full((layers, *shape), 0.01, dtype=torch.bfloat16, device=device)
 
 
-def time_cuda_attention(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
+def time_cuda_attention(backend: CudaBackend, device: torch.device, rows: int, cold: int,
+                        calls: int) -> tuple:
     """(the work of a graph, in words what it is, how many calls it has, bytes that a call moves); so do the
     functions below."""
     spec = backend.spec
@@ -105,7 +110,7 @@ def time_cuda_attention(backend: Any, device: torch.device, rows: int, cold: int
             f"{rows} x {CONTEXT} keys, {H}/{Hkv} heads of {D}", len(cache), 4 * rows * CONTEXT * Hkv * D)
 
 
-def time_cuda_prompt(backend: Any, device: torch.device) -> tuple:
+def time_cuda_prompt(backend: CudaBackend, device: torch.device) -> tuple:
     """A prompt without a prefix. Arithmetic bounds long prompts, not the bytes that are counted here."""
     spec = backend.spec
     dice = Dice(device, 9)
@@ -121,16 +126,21 @@ def time_cuda_prompt(backend: Any, device: torch.device) -> tuple:
             f"{CONTEXT} tokens, {H}/{Hkv} heads of {D}", 2 * q.nbytes + kv.nbytes)
 
 
-def latent_layers(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> torch.Tensor:
+def latent_layers(backend: CudaBackend, device: torch.device, rows: int, cold: int,
+                  calls: int) -> torch.Tensor:
     """Pages of latents for this many rows of CONTEXT keys, of so many layers that no cache holds them all."""
+    assert backend.latents
     D = backend.latents.attn.head_size
     size = PAGE_SIZE
     layers = min(calls, max(1, cold // (2 * rows * CONTEXT * D)))
     return torch.full((layers, rows * CONTEXT // size, size, D), 0.01, dtype=torch.bfloat16, device=device)
 
 
-def time_latent_attention(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
-    attn = backend.latents.attn
+def time_latent_attention(backend: CudaBackend, device: torch.device, rows: int, cold: int,
+                          calls: int) -> tuple:
+    latents = backend.latents
+    assert latents
+    attn = latents.attn
     dice = Dice(device, 9)
     cache = latent_layers(backend, device, rows, cold, calls)
     width = CONTEXT // PAGE_SIZE
@@ -139,20 +149,23 @@ def time_latent_attention(backend: Any, device: torch.device, rows: int, cold: i
     table = dice.order(rows * width, torch.int32).view(rows, width)
     lengths = torch.full((rows,), CONTEXT, dtype=torch.int32, device=device)
     workspace = backend.workspace(rows, width, device)
-    return (lambda: [backend.latents.attend(q, layer, table, lengths, *workspace, out)
+    return (lambda: [latents.attend(q, layer, table, lengths, *workspace, out)
                      for layer in cache], f"{rows} x {CONTEXT} keys, {attn.heads} heads of {attn.head_size}",
             len(cache), 2 * rows * CONTEXT * attn.head_size)
 
 
-def time_append_latents(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
-    attn = backend.latents.attn
+def time_append_latents(backend: CudaBackend, device: torch.device, rows: int, cold: int,
+                        calls: int) -> tuple:
+    latents = backend.latents
+    assert latents
+    attn = latents.attn
     cache = latent_layers(backend, device, rows, cold, calls)
     cos, sin = rope_tables(backend.spec, device)
     x = Dice(device, 9).normal(rows, attn.head_size)
     weight = torch.ones(attn.value_size, device=device)
     positions = torch.arange(rows, device=device)
     return (lambda: [
-        backend.latents.append_latents(x, weight, 1e-6, cos, sin, positions, positions, layer)
+        latents.append_latents(x, weight, 1e-6, cos, sin, positions, positions, layer)
         for layer in cache
     ], f"{rows} rows of {attn.head_size}", len(cache), x.nbytes + 2 * rows * attn.head_size)
 
@@ -164,8 +177,10 @@ def head_copies(heads: int, outputs: int, columns: int, device: torch.device, co
     return [matrix.clone() for _ in range(min(calls, -(-cold // matrix.nbytes)))]
 
 
-def time_absorb(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
-    attn = backend.latents.attn
+def time_absorb(backend: CudaBackend, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
+    latents = backend.latents
+    assert latents
+    attn = latents.attn
     copies = head_copies(attn.heads, attn.value_size, attn.plain, device, cold, calls)
     cos, sin = rope_tables(backend.spec, device)
     x = Dice(device, 9).normal(rows, attn.heads * (attn.plain + attn.turned))
@@ -173,22 +188,24 @@ def time_absorb(backend: Any, device: torch.device, rows: int, cold: int, calls:
     out = torch.empty(rows, attn.heads * attn.head_size, device=device)
     positions = torch.arange(rows, device=device)
     return (lambda: [
-        backend.latents.absorb(x, matrix, cos, sin, positions, 1.0, cache, out, attn.adjacent)
+        latents.absorb(x, matrix, cos, sin, positions, 1.0, cache, out, attn.adjacent)
         for matrix in copies
     ], f"bfloat16: {rows} x {attn.heads} x {attn.plain} -> {attn.value_size}", len(copies), copies[0].nbytes)
 
 
-def time_by_head(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
-    attn = backend.latents.attn
+def time_by_head(backend: CudaBackend, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
+    latents = backend.latents
+    assert latents
+    attn = latents.attn
     copies = head_copies(attn.heads, attn.head_values, attn.value_size, device, cold, calls)
     x = Dice(device, 9).normal(rows, attn.heads * attn.value_size)
     out = torch.empty(rows, attn.heads * attn.head_values, device=device)
-    return (lambda: [backend.latents.by_head(x, matrix, out) for matrix in copies],
+    return (lambda: [latents.by_head(x, matrix, out) for matrix in copies],
             f"bfloat16: {rows} x {attn.heads} x {attn.value_size} -> {attn.head_values}", len(copies),
             copies[0].nbytes)
 
 
-def time_cuda_linear(backend: Any, device: torch.device, rows: int, cold: int, calls: int,
+def time_cuda_linear(backend: CudaBackend, device: torch.device, rows: int, cold: int, calls: int,
                      kind: str) -> tuple:
     width = max(256, backend.spec.width // 256 * 256)
     outputs = min(8192, 2 * backend.spec.ffn_size)
@@ -209,7 +226,7 @@ def time_cuda_linear(backend: Any, device: torch.device, rows: int, cold: int, c
             f"{rows} x {width} -> {outputs}", count, blocks.nbytes)
 
 
-def time_cuda_experts(backend: Any, device: torch.device, rows: int, calls: int) -> tuple:
+def time_cuda_experts(backend: CudaBackend, device: torch.device, rows: int, calls: int) -> tuple:
     """A layer whose experts take turns, so that no cache holds them all. An expert is a quarter as wide as
     the dense part."""
     spec = backend.spec
@@ -231,13 +248,15 @@ def time_cuda_experts(backend: Any, device: torch.device, rows: int, calls: int)
         torch.zeros(rows, E, device=device).scatter_(1, (experts + call * rows * chosen) % E, 1.0)
         for call in range(calls)
     ]
-    more = dict(norm=norm, biases=(None, None), activation="swiglu", chosen=chosen, sum_to_one=True)
+    more: dict[str, Any] = dict(norm=norm, biases=(None, None), activation="swiglu", chosen=chosen,
+                                sum_to_one=True)
+    gate_up, down = matrices
     moved = min(E, rows * chosen) * sum(matrix.nbytes for matrix in matrices) // E
-    return (lambda: [backend.mixture.experts(x, one, *matrices, out, **more) for one in logits],
+    return (lambda: [backend.mixture.experts(x, one, gate_up, down, out, **more) for one in logits],
             f"mxfp4: {rows} x {chosen} of {E}, {C} x {F}", calls, moved)
 
 
-def time_cuda_rope(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
+def time_cuda_rope(backend: CudaBackend, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
     spec = backend.spec
     cache = cuda_layers(backend, device, rows, cold, calls)
     H = spec.heads
@@ -251,7 +270,7 @@ def time_cuda_rope(backend: Any, device: torch.device, rows: int, cold: int, cal
             f"{rows} rows, {H}/{Hkv} heads of {D}", len(cache), qkv.nbytes + q.nbytes + 4 * rows * Hkv * D)
 
 
-def time_cuda_sample(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
+def time_cuda_sample(backend: CudaBackend, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
     V = backend.spec.vocab_size
     logits = Dice(device, 9).normal(rows, V)
     drawn = [SampleRow(SamplingParams(seed=i, top_k=50), 1) for i in range(rows)]

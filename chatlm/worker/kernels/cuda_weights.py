@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy
 import torch
@@ -15,6 +15,9 @@ from chatlm.worker.kernels.cuda_adapters import AdapterOps, RowsOfMatrix
 from chatlm.worker.ops.basic import adapter_products, finish_linear
 from chatlm.worker.ops.references import REFERENCES
 from chatlm.worker.ops.tensors import tensor_of
+
+if TYPE_CHECKING:
+    from chatlm.worker.arrays.packed import RopePairs
 
 PANEL = 1 << 24         # weights that `many` dequantizes at once
 
@@ -36,7 +39,7 @@ class PackedMatrix:
         return sum(blocks.nbytes for _, blocks in self.parts)
 
 
-def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, int]],
+def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, RopePairs | None]],
               device: Any) -> numpy.ndarray | PackedMatrix:
     """weights.as_stored, put on the device at once so that the host never holds a whole model. Floats become
     bfloat16."""
@@ -87,7 +90,7 @@ class ProductOps:
     packed weights panel by panel.
     """
 
-    def __init__(self, kernels: Any, stream: Callable[[], int],
+    def __init__(self, kernels: cuda.CudaOps, stream: Callable[[], int],
                  adapters: AdapterOps | None = None):
         self.kernels = kernels
         self.stream = stream

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any
+from typing import TYPE_CHECKING
 
 from chatlm.worker.kernels import cuda
 from chatlm.worker.kernels.library import _core
 
+if TYPE_CHECKING:
+    from chatlm.worker.kernels.cpu_backend import CpuBackend
+    from chatlm.worker.kernels.cuda_backend import CudaBackend
+    from chatlm.worker.model.core_sizes import CoreSizes
+
 log = logging.getLogger("chat_server.decode_core")
 
 
-def backend_for(spec: Any, device: Any) -> Any:
-    """The backend for a model on a torch device; None if it cannot run. chat_server's `not_compiled` has
-    accepted the model."""
+def backend_for(spec: CoreSizes, device: object) -> CpuBackend | CudaBackend | None:
+    """The backend for a model on a device; None if it cannot run. `not_compiled` has accepted the model."""
     device_type, _, index = str(device).partition(":")
     if device_type == "cpu":
         from chatlm.worker.kernels import cpu_backend
-        slower = cpu_backend.slower_than_torch(spec.width)
-        return say_once(slower) if slower else cpu_backend.CpuBackend(spec)
+        if slower := cpu_backend.slower_than_torch(spec.width):
+            say_once(slower)
+            return None
+        return cpu_backend.CpuBackend(spec)
     ops = cuda_ops(int(index or 0)) if device_type == "cuda" else None
     if ops is None:
         return None
-    from chatlm.worker.kernels.cuda_backend import CudaBackend
-    return CudaBackend(spec, ops, device=device)
+    from chatlm.worker.kernels import cuda_backend
+    return cuda_backend.CudaBackend(spec, ops, device=device)
 
 
 @functools.cache
@@ -36,6 +42,7 @@ def cuda_ops(device: int = 0) -> cuda.CudaOps | None:
     """The CUDA ops, if they were compiled and the device and its driver can run them."""
     ops = cuda.CudaOps(_core) if _core.cuda_compiled else None
     if ops and (refusal := ops.refusal(device)):
-        # without any GPU there is nothing to say
-        return say_once(refusal) if _core.cuda_devices() else None
+        if _core.cuda_devices():    # without any GPU there is nothing to say
+            say_once(refusal)
+        return None
     return ops

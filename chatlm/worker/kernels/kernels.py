@@ -74,16 +74,21 @@ class EagerSteps:
 
 
 class Backend:
-    """Computes the steps of a model: here torch, op by op. Those of decode_core have the same attributes."""
+    """Computes the steps of a model: here torch, op by op. CpuBackend and CudaBackend, which are
+    decode_core's, have the same attributes."""
 
     name = "torch/reference"
     row_invariant = False
     quantizes = False
     groups_layers = True
-    few_rows_invariant = False  # does a row keep its bits in any step of up to FREE_ROWS that all draw?
+    few_rows_invariant = False  # does a row keep its bits in any step of up to FREE_ROWS that all draw, also
+                                # drafts?
     activations: str | None = None  # type of every activation buffer; None: the model's own
-    faults: Mapping[str, str] = {}  # compiled op that its reference replaces -> why
-    as_stored: Callable | None = None  # loads a GGUF matrix in the file's type; None: all are dequantized
+    faults: Mapping[str, str] = {}  # compiled op that its reference replaces -> why; complete once steps are
+                                    # prepared
+    # Loads a GGUF matrix in the file's type or one close to it; a tuple of matrices has its rows together.
+    # None: all are dequantized
+    as_stored: Callable | None = None
     stored_dtype: str | None = None  # of activations and pages with such matrices; None: float16
     short_floats = ""    # type of keys and values if weights are shorter than float32; "": as activations
     turns = True         # do rotations go by Batch.turns, if the batch has them?
@@ -100,10 +105,16 @@ class Backend:
 
     def ops(self, max_tokens: int, max_rows: int, quantize: str | None,
             fine: bool = False) -> dict[str, Callable]:
+        """The ops that replace references. What `pack` returns may have `finite`: is there no NaN and no
+        infinity in the weights, nor in what they became?"""
         return {}  # all ops are references
 
     def record(self, transformer: Transformer) -> Callable[[Batch], None] | None:
-        """A function that runs a batch in place of Transformer.compute, which it may record; or None."""
+        """A function that runs a batch in place of Transformer.compute, which it may record; or None.
+
+        If batch.states is true, buffer x then has the last layer's output of every row. Unless the model
+        opens, another stage writes the buffers transformer.passed_on(0) before a step. There are no logits
+        unless it closes, nor if it is of texts."""
 
     def make_steps(self, transformer: Transformer, max_batch: int, context_length: int) -> Steps:
         return EagerSteps(transformer)

@@ -12,15 +12,14 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import Iterable, Iterator
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, TYPE_CHECKING
 
 import torch
 
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import SamplingParams
-from chatlm.worker.arrays.kinds import Norm
+from chatlm.worker.arrays.kinds import AdapterMatrix, Norm
 from chatlm.worker.kernels import cuda
 from chatlm.worker.kernels.cuda_adapters import RowsOfMatrix
 from chatlm.worker.kernels.cuda_latents import FEW_ROWS
@@ -28,10 +27,15 @@ from chatlm.worker.kernels.cuda_packed_kv import PackedPages, gathered, packable
 from chatlm.worker.kernels.cuda_prompts import prompts_of
 from chatlm.worker.kernels.cuda_weights import PackedMatrix, dequantized
 from chatlm.worker.kernels.random_blocks import random_blocks
+from chatlm.worker.model.batch import Batch
 from chatlm.worker.ops.basic import finish_linear
 from chatlm.worker.ops.references import REFERENCES
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.tensors import rope_tables
+
+if TYPE_CHECKING:
+    from chatlm.worker.kernels.cuda_backend import CudaBackend
+    from chatlm.worker.model.core_sizes import CoreSizes
 
 log = logging.getLogger("chat_server.decode_core")
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -50,7 +54,7 @@ def differs(got: torch.Tensor, want: torch.Tensor, what: str, tolerance: float =
     return f"{what} differs by {error / max(scale, 1e-30):.1e} of the largest value"
 
 
-def prove_cuda(backend: Any, device: Any, ops: Iterable[str] = ()) -> dict[str, str]:
+def prove_cuda(backend: CudaBackend, device: Any, ops: Iterable[str] = ()) -> dict[str, str]:
     """op -> what is wrong, for the ops of a CudaBackend that differ from their references; {} if all are
     right.
 
@@ -81,14 +85,6 @@ def check_usable(op: str, fault: str, device: Any) -> None:
                                  "CHAT_SERVER_KERNELS=reference serves without decode_core") from None
 
 
-class SimpleMatrix(NamedTuple):
-    """Has the fields of chat_server's AdapterMatrix."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scales: torch.Tensor
-
-
 class Dice:
     """Random tensors on a device. Every device gets the same numbers."""
 
@@ -107,11 +103,11 @@ def copied(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.float32, copy=True)
 
 
-def cache_of(spec: Any, dice: Dice, dtype: torch.dtype) -> torch.Tensor:
+def cache_of(spec: CoreSizes, dice: Dice, dtype: torch.dtype) -> torch.Tensor:
     return dice.normal(2, PAGES, spec.kv_heads, PAGE_SIZE, spec.head_size, dtype=dtype)
 
 
-def caches_of(spec: Any, dice: Dice) -> Iterator[tuple[str, torch.dtype, Any, Any]]:
+def caches_of(spec: CoreSizes, dice: Dice) -> Iterator[tuple[str, torch.dtype, Any, Any]]:
     """A cache of each type that the model may have: (name of the type, dtype of activations, the cache, a
     copy for the reference)."""
     for dtype in DTYPES:
@@ -126,13 +122,13 @@ def floats_of(cache: Any) -> torch.Tensor:
     return gathered(cache, torch.arange(cache.shape[1], device=cache[0].device))
 
 
-def windows_of(spec: Any, most: int) -> set[int]:
+def windows_of(spec: CoreSizes, most: int) -> set[int]:
     """The windows of a model's layers, none larger than `most`, so that each hides some keys of a proof. 0
     hides none."""
     return {min(window, most) for window in spec.windows} or {0}
 
 
-def prove_rope_append(backend: Any, device: torch.device) -> str:
+def prove_rope_append(backend: CudaBackend, device: torch.device) -> str:
     """Rows with padding between them, for every type of activations and cache that the model may have."""
     if backend.latents:
         return ""
@@ -170,7 +166,7 @@ def prove_rope_append(backend: Any, device: torch.device) -> str:
     return ""
 
 
-def prove_attention(backend: Any, device: torch.device) -> str:
+def prove_attention(backend: CudaBackend, device: torch.device) -> str:
     """Rows of one key, of several merges, and padding, through every window of the model, with its sinks and
     without."""
     if backend.latents:
@@ -183,7 +179,7 @@ def prove_attention(backend: Any, device: torch.device) -> str:
     for kind, dtype, cache, wide in caches_of(spec, dice):
         q = dice.normal(4, H, D) * D**-0.5
         table = torch.stack([dice.order(PAGES, torch.int32).repeat(2)[:70] for _ in range(4)])
-        states, tickets = backend.workspace(*table.shape, device)
+        states, tickets = backend.workspace(len(table), table.shape[1], device)
         sinks = [None, dice.normal(H)] if spec.sinks else [None]
         for window, extra in itertools.product(windows_of(spec, 1000), sinks):
             options = window, spec.attention_softcap, extra
@@ -200,7 +196,7 @@ def prove_attention(backend: Any, device: torch.device) -> str:
     return ""
 
 
-def prove_prompts(backend: Any, device: torch.device) -> str:
+def prove_prompts(backend: CudaBackend, device: torch.device) -> str:
     """A prompt's first chunk and a later one, through every window of the model, with its sinks and without.
 
     The reference computes each token as a decode row."""
@@ -211,7 +207,7 @@ def prove_prompts(backend: Any, device: torch.device) -> str:
     H = spec.heads
     D = spec.head_size
     size = PAGE_SIZE
-    batch = SimpleNamespace(starts=[0, 70, 90], lengths=[70, 301])
+    batch = Batch([], [], [0, 70, 90], [70, 301], [], [])
     spans = [[0, 70], [281, 301]]                              # positions of the new tokens
     for dtype in DTYPES:
         cache = cache_of(spec, dice, dtype)
@@ -236,13 +232,14 @@ def prove_prompts(backend: Any, device: torch.device) -> str:
     return ""
 
 
-def prove_sample(backend: Any, device: torch.device) -> str:
+def prove_sample(backend: CudaBackend, device: torch.device) -> str:
     """Greedy, filtered, unfiltered and penalized rows. Tokens must be equal."""
     columns = min(backend.spec.vocab_size, VOCABULARY)
     context = list(range(0, columns, 7))
-    cases = (dict(temperature=0.0), dict(top_k=50), dict(top_k=0, top_p=0.9), dict(top_k=0),
-             dict(top_k=0, min_p=0.05),
-             dict(repetition_penalty=1.3, frequency_penalty=0.2, logit_bias=((0, 3.0),)))
+    cases: tuple[dict[str, Any], ...] = (dict(temperature=0.0), dict(top_k=50), dict(top_k=0, top_p=0.9),
+                                         dict(top_k=0), dict(top_k=0, min_p=0.05),
+                                         dict(repetition_penalty=1.3, frequency_penalty=0.2,
+                                              logit_bias=((0, 3.0), )))
     rows = [SampleRow(SamplingParams(seed=i, **params), 10 + i, context, columns // 14)
             for i, params in enumerate(cases)]
     logits = Dice(device, 3).normal(len(rows), columns) * 3
@@ -267,7 +264,7 @@ def matrices(dice: Dice, N: int, K: int,
             yield kind, PackedMatrix([(kind, blocks.to(dice.device))], K), wide.to(dice.device)
 
 
-def prove_linear(backend: Any, device: torch.device) -> str:
+def prove_linear(backend: CudaBackend, device: torch.device) -> str:
     """Weights of every type: their values bit for bit, as rows of an embedding, and products of few and of
     many rows of x.
 
@@ -307,7 +304,7 @@ def prove_linear(backend: Any, device: torch.device) -> str:
     return ""
 
 
-def prove_experts(backend: Any, device: torch.device) -> str:
+def prove_experts(backend: CudaBackend, device: torch.device) -> str:
     """Gates and ups of every type, with downs as floats, for few pairs an expert and for many (of mxfp4 more
     than an item holds)."""
     spec = backend.spec
@@ -337,7 +334,7 @@ def prove_experts(backend: Any, device: torch.device) -> str:
             logits = (2 * dice.normal(rows, E)).round()     # some are equal
             logits[:, 3] += 4
             # the norm makes gates and ups about 1: of larger ones a gate could magnify the errors
-            options = dict(norm=Norm(norm / (C**0.5 * wide.std()), 1e-5), biases=biases,
+            options: dict[str, Any] = dict(norm=Norm(norm / (C**0.5 * wide.std()), 1e-5), biases=biases,
                            activation=activation, chosen=2, sum_to_one=sum_to_one)
             got = torch.empty_like(x)
             want = torch.empty_like(x)
@@ -348,7 +345,7 @@ def prove_experts(backend: Any, device: torch.device) -> str:
     return ""
 
 
-def prove_adapters(backend: Any, device: torch.device) -> str:
+def prove_adapters(backend: CudaBackend, device: torch.device) -> str:
     """Rows with two adapters, with one that does not change the matrix, and with none, in every type, with a
     norm before."""
     dice = Dice(device, 7)
@@ -358,7 +355,7 @@ def prove_adapters(backend: Any, device: torch.device) -> str:
     for kind, dtype in itertools.product((torch.float32, torch.float16, torch.bfloat16), DTYPES):
         matrices = {}
         for slot, (name, rank) in enumerate([("proof", 3), ("proof", 70), ("other", 2)], 1):
-            matrices[slot] = name, SimpleMatrix(dice.normal(rank, K, dtype=kind),
+            matrices[slot] = name, AdapterMatrix(dice.normal(rank, K, dtype=kind),
                                                 dice.normal(N, rank, dtype=kind), dice.normal(rank))
         packs = {
             slot: backend.adapters.pack({name: matrix}, device) for slot, (name, matrix) in matrices.items()
@@ -393,20 +390,24 @@ def prove_adapters(backend: Any, device: torch.device) -> str:
 # ------------------------------------------------------------------------------------------------
 
 
-def latent_pages(backend: Any, dice: Dice, dtype: torch.dtype) -> torch.Tensor:
+def latent_pages(backend: CudaBackend, dice: Dice, dtype: torch.dtype) -> torch.Tensor:
+    assert backend.latents
     return dice.normal(PAGES, PAGE_SIZE, backend.latents.attn.head_size, dtype=dtype)
 
 
-def tables_of(backend: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def tables_of(backend: CudaBackend, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of 64 positions."""
-    return rope_tables(dataclasses.replace(backend.spec, max_positions=64), device)
+    cos, sin = rope_tables(dataclasses.replace(backend.spec, max_positions=64), device)
+    return cos, sin
 
 
-def prove_append_latents(backend: Any, device: torch.device) -> str:
+def prove_append_latents(backend: CudaBackend, device: torch.device) -> str:
     """Rows with padding between them, in every type of activations and pages."""
     if not backend.latents:
         return ""
-    attn = backend.latents.attn
+    latents = backend.latents
+    assert latents
+    attn = latents.attn
     dice = Dice(device, 8)
     places = *tables_of(backend, device), torch.tensor([0, 63, 7, 0],
                                                        device=device), torch.tensor([17, 3, -1, 250],
@@ -416,14 +417,14 @@ def prove_append_latents(backend: Any, device: torch.device) -> str:
         x = dice.normal(4, attn.head_size, dtype=kind)
         cache = latent_pages(backend, dice, dtype)
         want = copied(cache)
-        backend.latents.references.append_latents(copied(x), weight, 1e-6, *places, want, attn.adjacent)
-        backend.latents.append_latents(x, weight, 1e-6, *places, cache, attn.adjacent)
+        latents.references.append_latents(copied(x), weight, 1e-6, *places, want, attn.adjacent)
+        latents.append_latents(x, weight, 1e-6, *places, cache, attn.adjacent)
         if fault := differs(cache, want, "the cache"):
             return f"{fault} ({str(kind)[6:]} in {str(dtype)[6:]})"
     return ""
 
 
-def head_products(backend: Any, dice: Dice, heads: int, outputs: int,
+def head_products(backend: CudaBackend, dice: Dice, heads: int, outputs: int,
                   columns: int) -> Iterator[tuple[str, Any, torch.Tensor, int]]:
     """(kind, heads' matrices of every type that has such columns, the same in float32, a number of rows of
     x), few rows and many."""
@@ -433,11 +434,13 @@ def head_products(backend: Any, dice: Dice, heads: int, outputs: int,
             yield kind, matrix, wide, rows
 
 
-def prove_by_head(backend: Any, device: torch.device) -> str:
+def prove_by_head(backend: CudaBackend, device: torch.device) -> str:
     """Values of heads, of the model's columns."""
     if not backend.latents:
         return ""
-    attn = backend.latents.attn
+    latents = backend.latents
+    assert latents
+    attn = latents.attn
     dice = Dice(device, 9)
     H = 3
     N = min(attn.head_values, 40)
@@ -445,7 +448,7 @@ def prove_by_head(backend: Any, device: torch.device) -> str:
         x = dice.normal(rows, H * attn.value_size)
         got = torch.empty(rows, H * N, device=device)
         want = torch.empty_like(got)
-        backend.latents.by_head(x, matrix, got)
+        latents.by_head(x, matrix, got)
         REFERENCES["by_head"](x, wide, want)
         if fault := differs(got, want, f"{kind}: the product of {rows} rows",
                             2e-2 if rows > FEW_ROWS else 0.0):
@@ -453,11 +456,13 @@ def prove_by_head(backend: Any, device: torch.device) -> str:
     return ""
 
 
-def prove_absorb(backend: Any, device: torch.device) -> str:
+def prove_absorb(backend: CudaBackend, device: torch.device) -> str:
     """Queries, of the model's columns, with what turns."""
     if not backend.latents:
         return ""
-    attn = backend.latents.attn
+    latents = backend.latents
+    assert latents
+    attn = latents.attn
     dice = Dice(device, 10)
     H = 2
     kept = attn.value_size
@@ -468,28 +473,30 @@ def prove_absorb(backend: Any, device: torch.device) -> str:
         cache = torch.empty(1, PAGE_SIZE, attn.head_size, device=device)
         got = torch.empty(rows, H * attn.head_size, device=device)
         want = torch.empty_like(got)
-        backend.latents.absorb(x, matrix, cos, sin, positions, 1.5, cache, got, attn.adjacent)
-        backend.latents.references.absorb(x, wide, cos, sin, positions, 1.5, cache, want, attn.adjacent)
+        latents.absorb(x, matrix, cos, sin, positions, 1.5, cache, got, attn.adjacent)
+        latents.references.absorb(x, wide, cos, sin, positions, 1.5, cache, want, attn.adjacent)
         if fault := differs(got, want, f"{kind}: {rows} queries", 2e-2 if rows > FEW_ROWS else 0.0):
             return fault
     return ""
 
 
-def prove_latent_attention(backend: Any, device: torch.device) -> str:
+def prove_latent_attention(backend: CudaBackend, device: torch.device) -> str:
     """Rows of one key, of several merges, and padding, over pages of floats."""
-    attn = backend.latents.attn
+    latents = backend.latents
+    assert latents
+    attn = latents.attn
     dice = Dice(device, 2)
     lengths = torch.tensor([1, 1100, 0, 33], dtype=torch.int32, device=device)
     for dtype in DTYPES:
         cache = latent_pages(backend, dice, dtype)
         q = dice.normal(4, attn.heads, attn.head_size) * attn.head_size**-0.5
         table = torch.stack([dice.order(PAGES, torch.int32).repeat(2)[:70] for _ in range(4)])
-        states, tickets = backend.workspace(*table.shape, device)
+        states, tickets = backend.workspace(len(table), table.shape[1], device)
         out = torch.full((4, attn.heads * attn.value_size), 7.0, dtype=dtype, device=device)
         want = torch.empty(out.shape, device=device)
-        backend.latents.references.attend(q, copied(cache), table, lengths, want)
+        latents.references.attend(q, copied(cache), table, lengths, want)
         want[2] = 7.0                           # padding is left alone
-        backend.latents.attend(q, cache, table, lengths, states, tickets, out)
+        latents.attend(q, cache, table, lengths, states, tickets, out)
         if fault := differs(out, want, "the output"):
             return f"{fault} ({str(dtype)[6:]})"
         if int(tickets.abs().max()):
@@ -497,11 +504,13 @@ def prove_latent_attention(backend: Any, device: torch.device) -> str:
     return ""
 
 
-def prove_latent_prompts(backend: Any, device: torch.device) -> str:
+def prove_latent_prompts(backend: CudaBackend, device: torch.device) -> str:
     """A prompt's first chunk and a later one. The reference computes each token as a decode row."""
-    attn = backend.latents.attn
+    latents = backend.latents
+    assert latents
+    attn = latents.attn
     dice = Dice(device, 6)
-    batch = SimpleNamespace(starts=[0, 40, 60], lengths=[40, 301])
+    batch = Batch([], [], [0, 40, 60], [40, 301], [], [])
     spans = [[0, 40], [281, 301]]                              # positions of the new tokens
     for dtype in DTYPES:
         cache = latent_pages(backend, dice, dtype)
@@ -512,10 +521,10 @@ def prove_latent_prompts(backend: Any, device: torch.device) -> str:
             lengths = torch.arange(*spans[number], device=device) + 1
             got = torch.empty(len(rows), attn.heads * attn.value_size, dtype=dtype, device=device)
             want = torch.empty(got.shape, device=device)
-            backend.latents.references.attend(rows.float(), cache.float(),
+            latents.references.attend(rows.float(), cache.float(),
                                               table[number].expand(len(rows), -1), lengths, want)
             keys = cache[prompt.pages.long()].flatten(0, 1)[:prompt.end - prompt.first]
-            backend.latents.attend_prompt(rows, keys, prompt, got)
+            latents.attend_prompt(rows, keys, prompt, got)
             if fault := differs(got, want, "the output"):
                 return f"{fault} ({str(dtype)[6:]})"
     return ""

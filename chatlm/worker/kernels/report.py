@@ -13,14 +13,16 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 from chatlm.worker.kernels import cuda
 from chatlm.worker.kernels.library import _core
 from chatlm.worker.kernels.product_proof import Unproved, prove_products
 from chatlm.worker.kernels.timing import LARGE, Timed, read_bandwidth, time_cpu
 from chatlm.worker.model.core_sizes import plain_sizes
+
+if TYPE_CHECKING:
+    from chatlm.worker.kernels.cuda_backend import CudaBackend
 
 LINE = "{:20} {:34} {:>10} {:>8} {:>6}  {}"
 CUDA_OPS = ("linear", "adapters", "experts", "rope_append", "paged_attention", "prompt_attention", "sample")
@@ -47,7 +49,7 @@ class Report:
                      "references too")
         return not self.wrong
 
-    def on_cpu(self, prove: Callable[[SimpleNamespace], dict[str, str]]) -> None:
+    def on_cpu(self, prove: Callable[[], dict[str, str]]) -> None:
         _core.set_threads(self.threads)
         limit = read_bandwidth()
         self.say(f"\nCPU: {self.threads} threads read {limit / 1e9:.1f} GB/s")
@@ -86,7 +88,7 @@ class Report:
             latent = CudaBackend(latent_sizes(**LATENTS), kernels, device=device)
             self.with_cuda(latent, lambda: CudaQueue(device), f"{gpu}, latent attention:", LATENT_OPS)
 
-    def with_cuda(self, backend: Any, make_queue: Callable[[], Any], gpu: str,
+    def with_cuda(self, backend: CudaBackend, make_queue: Callable[[], Any], gpu: str,
                   ops: tuple[str, ...] = CUDA_OPS, **sizes) -> None:
         """Prove and measure these ops of a backend. `sizes` go to time_cuda."""
         import torch

@@ -10,7 +10,7 @@ import ctypes
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple, TYPE_CHECKING
 
 import numpy
 
@@ -24,6 +24,9 @@ from chatlm.worker.kernels.sampling import SampleBatch
 from chatlm.worker.kernels.tiles import COLUMNS, SOURCES, Arena, Matrix
 from chatlm.worker.model.core_sizes import plain_sizes
 from chatlm.worker.ops.rows import SampleRow
+
+if TYPE_CHECKING:
+    from chatlm.worker.model.core_sizes import CoreSizes
 
 COLD = 96 << 20         # bytes of the copies that a measurement uses in turn, so that no cache holds them
 RUNS = 5
@@ -80,7 +83,7 @@ def time_cpu() -> Iterator[Timed]:
 
 
 def step_of(program: Program, tokens: int, length: int,
-            sampling: Any = None) -> Callable[[], dict[str, float]]:
+            sampling: SampleBatch | None = None) -> Callable[[], dict[str, float]]:
     """A function that runs a step of `tokens` tokens and returns {name of a phase: microseconds}."""
     pages = list(range(-(-length // PAGE_SIZE)))
     ids = list(range(tokens))
@@ -98,7 +101,7 @@ def phases(run: Callable[[], dict], word: str = "") -> float:
     return min(sum(us for name, us in run().items() if word in name) for _ in range(RUNS)) / 1e6
 
 
-def time_row_ops(spec: Any, times: int = 16) -> Iterator[Timed]:
+def time_row_ops(spec: CoreSizes, times: int = 16) -> Iterator[Timed]:
     """Time each op, many times over the same rows, which stay in a cache."""
     C = spec.width
     rot = spec.head_size
@@ -134,7 +137,7 @@ def time_row_ops(spec: Any, times: int = 16) -> Iterator[Timed]:
         yield Timed(name, f"{ROWS} rows of {width}", seconds, ROWS * moved * 4)
 
 
-def time_attention(spec: Any, packed: bool = False) -> Timed:
+def time_attention(spec: CoreSizes, packed: bool = False) -> Timed:
     """Time the attention of a decode row, over so many layers that no cache holds their keys."""
     size = spec.head_size
     block = PAGE_SIZE * spec.head_size
@@ -156,7 +159,7 @@ def time_attention(spec: Any, packed: bool = False) -> Timed:
     return Timed("paged_attention q8_0" if packed else "paged_attention", what, seconds, layer)
 
 
-def time_sample(spec: Any) -> Timed:
+def time_sample(spec: CoreSizes) -> Timed:
     V = spec.vocab_size
     program = Program(1, 1)
     x = zeros(1, V)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy
 
@@ -18,6 +18,9 @@ from chatlm.worker.kernels import cuda
 from chatlm.worker.kernels.arrays import kind_of
 from chatlm.worker.kernels.library import _core
 from chatlm.worker.kernels.tiles import COLUMNS, FROM_FILES, KINDS as KIND_CODES, TILE_ROWS, Arena, Matrix
+
+if TYPE_CHECKING:
+    from chatlm.worker.arrays.packed import RopePairs
 
 # GGUF's type -> the type in which it is held
 FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "bfloat16"}
@@ -80,7 +83,8 @@ def becomes(tensors: Sequence[Any], rows: Sequence[int], kept_types: Sequence[st
     return kept
 
 
-def kinds_of(parts: Sequence[tuple[Any, int]], kept_types: Sequence[str] = KEPT_TYPES) -> list[str]:
+def kinds_of(parts: Sequence[tuple[Any, RopePairs | None]],
+             kept_types: Sequence[str] = KEPT_TYPES) -> list[str]:
     """The type that each (tensor, head size) becomes of those that form a matrix."""
     return becomes([tensor for tensor, _ in parts], [len(tensor.data) for tensor, _ in parts], kept_types)
 
@@ -126,10 +130,10 @@ def file_row_bytes(kind: str, columns: int) -> int:
     return _core.row_bytes(KIND_CODES[kind], columns)
 
 
-def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, int]],
+def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, RopePairs | None]],
               kept_types: Sequence[str] = KEPT_TYPES) -> tuple[numpy.ndarray, ...] | QuantizedMatrix:
-    """A matrix of (tensor, head size whose pairs to reorder, or 0), each in the file's type or one close to
-    it.
+    """A matrix of (tensor, the pairs of its heads to reorder, or None), each in the file's type or one close
+    to it.
 
     Rows that need no change stay in the file's mapped memory.
     """
@@ -147,7 +151,7 @@ def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, int]],
     return tuple(floats)
 
 
-def rows_of(tensor: Any, head_size: int, kind: str, columns: int) -> Any:
+def rows_of(tensor: Any, head_size: RopePairs | None, kind: str, columns: int) -> Any:
     """The rows of a GGUF tensor as blocks of `kind`, (n, bytes of a row) uint8."""
     if tensor.tensor_type.name == kind:
         return unpermute_rope(numpy.asarray(tensor.data), head_size)
