@@ -543,7 +543,7 @@ def prove_texts(cache_type: torch.dtype, text: list[int]) -> dict[str, str]:
     for window in WINDOWS:
         for distances in (None, dice.normal(heads, 2 * (T + PAGE_SIZE))):
             chain.call("text_attention", q, cache, p.attention, window, width=256, distances=distances)
-    batch = SimpleNamespace(
+    batch = Batch(
         token_ids=[7, *text, 3, 4], previous_token_ids=[-1] * 24, starts=[0, 1, 22, 24], lengths=[1, 21, 2],
         tables=[[2], [30, 25], [7]], logit_rows=[], state_reads=[], write_rows=[], write_slots=[], ahead=[])
     inputs = chain.inputs(batch)

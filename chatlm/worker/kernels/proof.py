@@ -355,13 +355,14 @@ def prove_adapters(backend: CudaBackend, device: torch.device) -> str:
     for kind, dtype in itertools.product((torch.float32, torch.float16, torch.bfloat16), DTYPES):
         matrices = {}
         for slot, (name, rank) in enumerate([("proof", 3), ("proof", 70), ("other", 2)], 1):
-            matrices[slot] = name, AdapterMatrix(dice.normal(rank, K, dtype=kind),
-                                                dice.normal(N, rank, dtype=kind), dice.normal(rank))
+            matrices[slot] = name, AdapterMatrix(
+                dice.normal(rank, K, dtype=kind), dice.normal(N, rank, dtype=kind), dice.normal(rank))
         packs = {
             slot: backend.adapters.pack({name: matrix}, device) for slot, (name, matrix) in matrices.items()
         }
         owners = [2, 0, 1, 3, 2]
-        rows = torch.tensor([packs[slot].table.data_ptr() if slot else 0 for slot in owners], device=device)
+        tables = {slot: packed.table.data_ptr() for slot, packed in packs.items() if packed.table is not None}
+        rows = torch.tensor([tables[slot] if slot else 0 for slot in owners], device=device)
         x = dice.normal(B, K + 32, dtype=dtype)
         y = dice.normal(B, N)
         norm = Norm(1 + dice.normal(K + 32) / 4, 1e-5)
