@@ -30,6 +30,7 @@ PAGE_SIZE = 16                  # KV slots in a page
 STORE_BYTES = 10 << 30          # the default size of --prefix-store
 LEAST_STORE_BYTES = 16 << 20    # and the smallest that is allowed
 DATABASE = "~/.local/state/chat_server/store.db"  # where --database is if no path is given
+SPACE = "space "  # begins the owner of what a client has in a space (X-Chat-Space)
 PACKED_BLOCK = 32               # values of a head that share a scale in q8_0 pages
 
 
@@ -95,7 +96,9 @@ class Limits:
     # files and batches
     batch_bytes: int = 200 << 20    # of an uploaded file
     batch_lines: int = 50_000       # of an uploaded file
-    kept_bytes: int = 2 << 30       # of the files that one key or address has in --database
+    kept_bytes: int = 2 << 30       # that one owner, key or address has in --database
+    open_bytes: int = 32 << 30      # of --database, from which on a server without keys keeps no more
+    spaces: int = 1_000             # of X-Chat-Space, that an address writes to first and that have something
     unfinished_batches: int = 100   # of one key or address
 
 
@@ -578,6 +581,7 @@ class ApiKey(NamedTuple):
     refused: bool = False              # or are refused
     role: str = ""                     # "admin": sees what all keys use, and may load and unload models
     tools: tuple[str, ...] = ()        # tool servers, or SERVER.TOOL, that it may use; "*": all
+    owner: str = ""  # who owns what it leaves in the database, with other keys of this owner; "": the key
 
     @classmethod
     def hashed(cls, key: str, name: str, models: tuple[str, ...] = (), **more: Any) -> ApiKey:
@@ -602,7 +606,9 @@ KEY_FIELDS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "over-budget": ("refused", {"refuse": True, "background": False}.get, "refuse or background"),
     "role": ("role", {"admin": "admin"}.get, "admin"),
     "tools": ("tools", words_between_commas,
-              "* for all tools, or names of tool servers or SERVER.TOOL with commas between them")}
+              "* for all tools, or names of tool servers or SERVER.TOOL with commas between them"),
+    "owner": ("owner", lambda text: text if re.fullmatch("[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", text) else None,
+              "a name of at most 64 letters, digits and . _ @ -")}
 
 
 def read_key_line(line: str, place: str, number: int) -> ApiKey:

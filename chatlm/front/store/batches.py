@@ -45,6 +45,7 @@ class Batch(NamedTuple):
     times: str
     problems: str | None
     lasts: int | None
+    client: str  # who made it: the name of a key
 
     def body(self, written: Mapping[str, int]) -> dict:
         """The batch as the API shows it. written: the lines of its output files, by name."""
@@ -75,16 +76,16 @@ class Batch(NamedTuple):
 COLUMNS = ", ".join(Batch._fields)
 
 
-def create(connection: sqlite3.Connection, owner: str, source: files.File, endpoint: str, window: str,
-           now: int, expires: int, metadata: str | None, lasts: int | None) -> Batch:
+def create(connection: sqlite3.Connection, owner: str, client: str, source: files.File, endpoint: str,
+           window: str, now: int, expires: int, metadata: str | None, lasts: int | None) -> Batch:
     name = f"batch_{secrets.token_hex(16)}"
     output, errors = (files.create(connection, owner, f"{name}_{what}.jsonl", "batch_output", now)
                       for what in ("output", "error"))
     connection.execute(
         "INSERT INTO batches (name, owner, endpoint, window, metadata, input, output, errors, status, total, "
-        "created, expires, lasts) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'validating', ?, ?, ?, ?)",
+        "created, expires, lasts, client) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'validating', ?, ?, ?, ?, ?)",
         (name, owner, endpoint, window, metadata, source.name, output.name, errors.name, source.requests, now,
-         expires, lasts))
+         expires, lasts, client))
     return batch_named(connection, name)
 
 
@@ -117,10 +118,11 @@ def unfinished(connection: sqlite3.Connection) -> list[Batch]:
         f"SELECT {COLUMNS} FROM batches WHERE status IN (?, ?, ?) ORDER BY id", UNFINISHED)]
 
 
-def unfinished_of(connection: sqlite3.Connection, owner: str) -> int:
-    """How many batches of an owner are not finished."""
-    return connection.execute("SELECT COUNT(*) FROM batches WHERE status IN (?, ?, ?) AND owner = ?",
-                              (*UNFINISHED, owner)).fetchone()[0]
+def unfinished_of(connection: sqlite3.Connection, owner: str, client: str) -> int:
+    """How many batches that belong to an owner, or that a client has made, are not finished."""
+    return connection.execute(
+        "SELECT COUNT(*) FROM batches WHERE status IN (?, ?, ?) AND (owner = ? OR client = ?)",
+        (*UNFINISHED, owner, client)).fetchone()[0]
 
 
 def reads(connection: sqlite3.Connection, file: files.File) -> str | None:
