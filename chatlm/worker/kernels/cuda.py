@@ -233,7 +233,7 @@ class CudaOps:
                     gate=None, gate_scale=1.0, k_scales=None, v_scales=None, stream: int):
         """Everything between the qkv product and attention: q -> q_out (B, H, D) float32, k and v -> pages.
 
-        As decode_core.attention.rope_append, except for the cache:
+        As attention.rope_append, except for the cache:
         k_pages, v_pages        (P, Hkv, 16, D), two tensors or two views of one
         k_scales, v_scales      of int8 pages, (P, Hkv, 16, D / 32) float16; q, k and v are then turned
         A row with a slot or a position out of range (padding has -1) is left alone.

@@ -35,7 +35,7 @@ class RowsOfMatrix(NamedTuple):
 
 
 class StepAdapters:
-    """Takes the place of chat_server's RowAdapters where only the device knows which rows have which
+    """Takes the place of RowAdapters where only the device knows which rows have which
     adapter."""
 
     def __init__(self, numbers: dict[str, int], tokens: torch.Tensor, logit_rows: torch.Tensor):

@@ -54,13 +54,13 @@ def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, RopePairs | Non
 
 
 def unpacked(matrix: PackedMatrix) -> torch.Tensor:
-    """The matrix in bfloat16. chat_server's reference makes it, on the host."""
+    """The matrix in bfloat16. The reference makes it, on the host."""
     return torch.cat([dequantized(kind, blocks.cpu()).to(torch.bfloat16).to(blocks.device)
                       for kind, blocks in matrix.parts])
 
 
 def dequantized(kind: str, rows: torch.Tensor) -> torch.Tensor:
-    """The values of blocks (n, bytes of a row) in float32, by chat_server's reference.
+    """The values of blocks (n, bytes of a row) in float32, by the reference.
 
     Most types need the gguf package: ImportError without it.
     """

@@ -147,7 +147,7 @@ class Program:
 
     def __init__(self, max_tokens: int, max_rows: int, fine: bool = False):
         """fine: products with quantized matrices round every block of x to 16 bits
-        (`decode_core.multiply`)."""
+        (`multiply`)."""
         self._program = _core.Program(max_tokens, max_rows)
         self.fine = fine
         self._buffers = Buffers(max_tokens, max_rows)
@@ -305,8 +305,8 @@ class Program:
         groups      (n, k): experts are chosen from k of n groups, those whose `group_best` best experts have
                     the largest sum
         share_scale a factor of all shares
-        sigmoids    experts and shares are those of chat_server's `sigmoid_routes`
-        jitter      None, or the experts have shares as chat_server's `sparse_routes` says
+        sigmoids    experts and shares are those of `sigmoid_routes`
+        jitter      None, or the experts have shares as `sparse_routes` says
         scales      None, or (E): each share is multiplied by the expert's
 
         What they compute:
@@ -481,7 +481,7 @@ class Program:
     def delta_rule(self, x, weights, mixer, eps: float, states, sequences, out) -> None:
         """x (max_tokens, p and z and b and a) -> out (max_tokens, Hv * Dv), token by token.
 
-        mixer       chat_server's DeltaRule, which says what is computed
+        mixer       DeltaRule, which says what is computed
 
         weights     taps (K * channels), the oldest token's first, decay (Hv), dt_bias (Hv) and mix_norm (Dv),
                     float32
@@ -518,7 +518,7 @@ class Program:
     def mamba2(self, x, weights, mixer, eps: float, states, sequences, out) -> None:
         """x (max_tokens, z and p and dt) -> out (max_tokens, H * P), token by token.
 
-        mixer       chat_server's Mamba2, which says what is computed
+        mixer       Mamba2, which says what is computed
 
         weights     taps (K * channels), the oldest token's first, taps_bias (channels) if mixer.taps_bias,
                     decay (H), dt_bias (H), skip (H) and mix_norm (H * P), float32. If ranks share groups
@@ -639,7 +639,7 @@ class Program:
 
     def rope_append(self, qkv, cos, sin, positions, slots, cache, out, *, value_embed=None, gate=None,
                     **options) -> None:
-        """decode_core.rope_append at the step's positions and slots: qkv -> out (max_tokens, H * D) and one
+        """rope_append at the step's positions and slots: qkv -> out (max_tokens, H * D) and one
         layer's cache.
 
         Each layer may have its own numbers of heads and its own head size."""
@@ -686,7 +686,7 @@ class Program:
                      out=out_at)
 
     def absorb(self, x, k_up, cos, sin, positions, scale: float, cache, out, adjacent: bool = False) -> None:
-        """Queries for heads' keys become queries for latents, as chat_server's absorb_reference says, over
+        """Queries for heads' keys become queries for latents, as absorb_reference says, over
         the root of their width.
 
         x       (max_tokens, H * (plain + turned)), k_up (H * kept, plain) -> out (max_tokens, H * (kept +
@@ -892,7 +892,7 @@ class Program:
         self._program.record(op, rows_of == LOGIT_ROWS, **fields)
 
     def layer_norm(self, x, weight, bias, eps, out, count: int = 0) -> None:
-        """chat_server's layer_norm_reference; weight and bias may be None. With `count`, only the first
+        """layer_norm_reference; weight and bias may be None. With `count`, only the first
         `count` columns of x count, and the others are zeros."""
         _, columns = self._buffers.read("x", x, 16)[0]
         if not isinstance(count, int) or not 0 <= count <= columns:

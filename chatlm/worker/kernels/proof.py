@@ -1,4 +1,4 @@
-"""Compares compiled ops with chat_server's references, on the device that will run them.
+"""Compares compiled ops with references, on the device that will run them.
 
 When a model starts on a GPU, `prove_cuda` runs each op once in the model's own shapes. Where an op raises or
 differs, CudaBackend lets its reference compute. `check` (report.py) proves the ops of a CPU too. A tolerance

@@ -1,7 +1,7 @@
 """sample: one token for each row of logits. Only this module turns a row's parameters into what the kernels
 read.
 
-chat_server's `sample_reference` is the definition. On equal logits the tokens are equal.
+`sample_reference` is the definition. On equal logits the tokens are equal.
 """
 
 import math
@@ -58,7 +58,7 @@ class SampleBatch:
     """The rows of a batch as the kernels read them. It serves step after step while the same requests are
     decoded.
 
-    rows    each like chat_server's SampleRow:
+    rows    each like SampleRow:
             params          temperature, top_k, top_p, min_p, presence_penalty, frequency_penalty,
                             repetition_penalty, logit_bias ((id, value), ...), seed and choice; they do not
                             change afterwards
@@ -153,7 +153,7 @@ def sample(logits, batch: SampleBatch, tokens=None):
 
 
 class Sampler:
-    """chat_server's `sample` kernel: (logits (B, V), rows) -> list of tokens. It keeps its batch while the
+    """`sample` kernel: (logits (B, V), rows) -> list of tokens. It keeps its batch while the
     same requests are decoded."""
 
     def __init__(self):

@@ -52,7 +52,7 @@ class QuantizedMatrix:
 
 
 def file_values(kind: str, rows: numpy.ndarray) -> numpy.ndarray:
-    """The values (n, columns) float32 of blocks (n, bytes of a row), by chat_server's reference.
+    """The values (n, columns) float32 of blocks (n, bytes of a row), by the reference.
 
     Most types need the gguf package: ImportError without it."""
     name: Any = SimpleNamespace(name=kind.upper())
