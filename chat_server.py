@@ -47,7 +47,8 @@ The rooms, each above those that it may import
           engine/             schedule, run, postprocess; KV pages, grammars, drafts, the text of an answer
           ranks/              one model in several processes
           weights/            a model's files become tensors; families, shards, adapters
-          model/              `Transformer`, and which kernels compute
+          kernels/            which kernels compute a model, compiled ones or references
+          model/              `Transformer`: one forward for every family
           model/blocks/       `Model`: an input, layers of two blocks each, a head
           ops/                the reference of each op, and torch's tensors
           arrays/             arrays without torch

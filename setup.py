@@ -1,6 +1,7 @@
-"""Installs chatlm, its page and decode_core, the compiled core, which `pip install .` builds with gcc or clang alone, without torch.
+"""Installs chatlm, its page and decode_core._core, the compiled kernels, which `pip install .` builds with gcc or clang alone, without torch.
 
-    seam       the digest of what this chatlm expects of decode_core (chatlm/common/seam.py) is compiled in
+    interface  a number of the library's functions, ops and types (the stub and csrc/*.def) is compiled in. It must be the one that this chatlm needs
+               (chatlm/common/interface.py), and chatlm uses no library with another
     sources    csrc/*.cpp, csrc/cpu/**/*.cpp; the suffix of a name gives its instruction set (ISA_FLAGS); never -march=native
     sets       on x86-64 those that the CPU at hand chooses, and portable, which runs on any other: a third of the compiler's time less.
                DECODE_CORE_SETS=all: every one, for wheels, images and bundles that go to other machines; or names by commas
@@ -20,18 +21,22 @@
                address checks are calls, which halves it again; -O1 for all sources but those of this CPU's widest instructions
 
 macOS needs clang, from `xcode-select --install`. With a Python for two processors (python.org's), say ARCHFLAGS="-arch arm64".
-On ARM g++ must be 10 or newer, clang 11, to know i8mm. Without a compiler the installation succeeds only where torch is installed: `import decode_core` raises ImportError, and
-chat_server runs its reference ops. In a private folder:   python setup.py build --build-base build-x --build-lib
+On ARM g++ must be 10 or newer, clang 11, to know i8mm. Without a compiler the installation succeeds only where torch is installed: `import decode_core._core` raises ImportError,
+and chat_server runs its reference ops. In a private folder:   python setup.py build --build-base build-x --build-lib
 build-x/lib;  PYTHONPATH=build-x/lib python ...
 """
 
 import fcntl
+import io
 import os
 import platform
+import re
 import runpy
 import shutil
 import subprocess
 import sys
+import tokenize
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -135,6 +140,7 @@ class BuildCore(build_ext):
     changes."""
 
     def build_extension(self, extension):
+        check_interface()
         nvcc = find_nvcc() if extension.name == "decode_core._core" else None
         if BESIDE:
             self.compile_all(extension, nvcc)
@@ -162,7 +168,7 @@ class BuildCore(build_ext):
 
     def compile_all(self, extension: Extension, nvcc: str | None) -> list[str]:
         """The objects to link, in order."""
-        macros = [f"-DDECODE_CORE_SEAM={seam()}", *(["-DDECODE_CORE_CUDA=1"] if nvcc else [])]
+        macros = [f"-DDECODE_CORE_INTERFACE={interface()}u", *(["-DDECODE_CORE_CUDA=1"] if nvcc else [])]
         sources = [Path(source) for source in extension.sources] + (sorted(CSRC.glob("cuda/bindings*.cpp")) if nvcc else [])
         without = [f"-DDC_LEFT_OUT_{ending[1:].upper()}=1" for ending in left_out()]
         macros_of = {"bindings": macros, "left_out": without}
@@ -282,9 +288,22 @@ def is_clang(compiler: tuple[str, ...]) -> bool:
     return "clang" in subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
 
 
-def seam() -> str:
-    """The digest of the seam, read from the chatlm modules next to this file; needs no library."""
-    return runpy.run_path("chatlm/common/seam.py")["seam_digest"](lambda name: Path(name).read_text(encoding="utf-8"))
+def interface() -> int:
+    """A number of what chatlm may use of the library: its functions as the stub names them, which a test compares with them, and its
+    ops, weights and activations. Comments and layout do not count."""
+    stub = (CSRC / "decode_core/_core.pyi").read_text(encoding="utf-8")
+    left_out = tokenize.COMMENT, tokenize.NL, tokenize.STRING
+    words = [token.string for token in tokenize.generate_tokens(io.StringIO(stub).readline) if token.type not in left_out]
+    for path in sorted(CSRC.glob("*.def")):
+        words += re.sub("//.*", "", path.read_text(encoding="utf-8")).split()
+    return zlib.crc32(" ".join(words).encode())
+
+
+def check_interface() -> None:
+    """SystemExit if chatlm needs the library of another interface than the one that these sources have."""
+    place = "chatlm/common/interface.py"
+    if interface() != runpy.run_path(place)["INTERFACE"]:
+        raise SystemExit(f"csrc/decode_core/_core.pyi or csrc/*.def has changed: write INTERFACE = {interface()} in {place}")
 
 
 def torch_installed() -> bool:

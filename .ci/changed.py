@@ -28,7 +28,7 @@ from executed import ROOT, read_record, spine      # noqa: E402
 
 # what a path begins with, the longest first that fits -> the tests that it needs besides the spine
 RULES = {
-    "csrc/decode_core/": ["tests/core", "tests/worker/test_bits.py", "tests/worker/test_doctor.py"],
+    "chatlm/worker/kernels/": ["tests/core", "tests/worker/test_bits.py", "tests/worker/test_doctor.py"],
     "csrc/": ["tests/core", "tests/worker/test_bits.py", "tests/worker/engine/test_same_bits.py"],
     "setup.py": ["tests/core/test_build.py", "tests/test_install.py", "tests/common/test_bundle.py"],
     "release.py": ["tests/core/test_build.py", "tests/test_install.py"],
@@ -43,7 +43,7 @@ RULES = {
     "tests/fixtures/": ["tests/worker/weights", "tests/export", "tests/common"],
     "bench/": ["bench"], "bench/RESULTS.md": ["bench/test_bench_tables.py"], "bench/history/": [],
 }
-PROGRAM = ("chatlm/", "csrc/decode_core/", "chat_server.py")
+PROGRAM = ("chatlm/", "chat_server.py")
 
 
 @dataclass
@@ -166,7 +166,7 @@ class Change:
                 self.choose_for_program(path, pieces_of(before))
             elif path.startswith("tests/") and path.endswith(".py"):
                 self.choose_for_tests(path)
-            if not path.startswith((*PROGRAM, "tests/", ".ci/executed/")) or path.startswith("csrc/decode_core/"):
+            if not path.startswith((*PROGRAM, "tests/", ".ci/executed/")) or path.startswith("chatlm/worker/kernels/"):
                 self.choose_by_rule(path)
             elif path.startswith(("tests/core/", "tests/fixtures/")) and not is_test(path):
                 self.choose_by_rule(path)

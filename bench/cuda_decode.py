@@ -23,12 +23,12 @@ import torch  # noqa: E402
 from chatlm.common.config import PAGE_SIZE    # noqa: E402
 from chatlm.common.messages.requests import SamplingParams    # noqa: E402
 from chatlm.worker.model.batch import Batch    # noqa: E402
-from chatlm.worker.model.kernels import load_kernels    # noqa: E402
+from chatlm.worker.kernels.choice import load_kernels    # noqa: E402
 from chatlm.worker.model.transformer import Transformer    # noqa: E402
 from chatlm.worker.ops.rows import SampleRow    # noqa: E402
 from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.recipe import ModelSpec  # noqa: E402
-from decode_core.cuda_steps import GraphSteps  # noqa: E402
+from chatlm.worker.kernels.cuda_steps import GraphSteps  # noqa: E402
 
 SHAPES = {
     "d32": ModelSpec(vocab_size=65536, layers=32, width=2048, heads=16, kv_heads=16, head_size=128, ffn_size=8192,

@@ -145,21 +145,21 @@ def quality(folder, kinds, chunks):
 
 def products(rows=6144, columns=2048, counts=(1, 4, 8, 64), memory=64 << 20):
     """GB/s of weights and G multiply-adds/s of one thread, by type and rows of x; weights come from memory."""
-    import decode_core
-    from decode_core.tiles import COLUMNS, FROM_FILES
-    decode_core.set_threads(1)
+    from chatlm.worker.kernels import compiled
+    from chatlm.worker.kernels.tiles import COLUMNS, FROM_FILES
+    compiled.set_threads(1)
     dice = numpy.random.default_rng(0)
     weights, x = (dice.standard_normal((count, columns), numpy.float32) for count in (rows, max(counts)))
     x[:, :columns // 64] *= 20          # outlier channels, as models have them
-    print(f"{decode_core.info()['isa']}, ({rows}, {columns}); GB/s and G multiply-adds/s by rows of x: "
+    print(f"{compiled.info()['isa']}, ({rows}, {columns}); GB/s and G multiply-adds/s by rows of x: "
           f"{', '.join(map(str, counts))}")
     for kind in COLUMNS:
-        arena = decode_core.Arena(1 << 20)
-        first = decode_core.Matrix(arena, kind, rows, columns)
+        arena = compiled.Arena(1 << 20)
+        first = compiled.Matrix(arena, kind, rows, columns)
         matrices = [first]
-        matrices += [decode_core.Matrix(arena, kind, rows, columns) for _ in range(memory // first.nbytes)]
+        matrices += [compiled.Matrix(arena, kind, rows, columns) for _ in range(memory // first.nbytes)]
         if kind in FROM_FILES:
-            blocks = dice.integers(0, 32, (rows, decode_core._core.row_bytes(decode_core.tiles.KINDS[kind], columns)), numpy.uint8)
+            blocks = dice.integers(0, 32, (rows, compiled._core.row_bytes(compiled.tiles.KINDS[kind], columns)), numpy.uint8)
             first.fill(blocks, kind)            # small scales wherever they lie
         else:
             first.fill(weights, "f32")
@@ -171,7 +171,7 @@ def products(rows=6144, columns=2048, counts=(1, 4, 8, 64), memory=64 << 20):
             for _ in range(7):
                 begin = time.thread_time()
                 for matrix in matrices:
-                    decode_core.multiply(x[:count], matrix, out=out)
+                    compiled.multiply(x[:count], matrix, out=out)
                 best = min(best, (time.thread_time() - begin) / len(matrices))
             line.append(f"{first.nbytes / best / 1e9:.1f} {rows * columns * count / best / 1e9:.0f}")
         print(f"{kind:7} {' | '.join(line)}", flush=True)

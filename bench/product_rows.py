@@ -28,18 +28,18 @@ WEIGHTS = 1 << 18       # of a matrix, which fits the L2 cache in every type
 
 def answer(isa):
     """A contestant's process: a line of JSON in, microseconds out."""
-    import decode_core
+    from chatlm.worker.kernels import compiled
     import numpy
-    from decode_core.tiles import KINDS as NUMBERS
-    decode_core.set_isa(isa)
-    decode_core.set_threads(1)
+    from chatlm.worker.kernels.tiles import KINDS as NUMBERS
+    compiled.set_isa(isa)
+    compiled.set_threads(1)
     dice, matrices = numpy.random.default_rng(0), {}
 
     def matrix_of(kind, columns):
         if (kind, columns) not in matrices:
             matrices.clear()
             rows = WEIGHTS // columns // 32 * 32
-            matrices[kind, columns] = matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, rows, columns)
+            matrices[kind, columns] = matrix = compiled.Matrix(compiled.Arena(1 << 20), kind, rows, columns)
             matrix.fill(dice.standard_normal((rows, columns), numpy.float32), "f32")
         return matrices[kind, columns]
 
@@ -51,9 +51,9 @@ def answer(isa):
         out, best, end = numpy.empty((rows, matrix.rows), numpy.float32), float("inf"), time.perf_counter() + seconds
         while time.perf_counter() < end:
             begin = time.perf_counter()
-            decode_core.multiply(x, matrix, out=out, _groups_at_once=max(rows, 2))
+            compiled.multiply(x, matrix, out=out, _groups_at_once=max(rows, 2))
             best = min(best, time.perf_counter() - begin)
-        chosen = getattr(decode_core._core, "amx_rows", lambda kind, columns: 0)(NUMBERS[kind], columns)
+        chosen = getattr(compiled._core, "amx_rows", lambda kind, columns: 0)(NUMBERS[kind], columns)
         print(json.dumps([best * 1e6, chosen]), flush=True)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from decode_core.ranks import RankMemory, Ranks
+from chatlm.worker.kernels.ranks import RankMemory, Ranks
 
 BLOCK = 200
 

@@ -22,7 +22,7 @@ from chatlm.common.messages.requests import SamplingParams    # noqa: E402
 from chatlm.worker.ops.rows import SampleRow    # noqa: E402
 from chatlm.worker.ops.sampling import sample_reference    # noqa: E402
 
-core = pytest.importorskip("decode_core", exc_type=ImportError, reason="the compiled core is not installed")
+core = pytest.importorskip("chatlm.worker.kernels.compiled", exc_type=ImportError)
 
 SIZES = [(V, B) for V in (32768, 49152, 151936) for B in (1, 8, 32)]
 SETTINGS = {"greedy": dict(temperature=0.0), "top_k": dict(top_k=50), "top_k_top_p": dict(top_k=40, top_p=0.95),

@@ -19,10 +19,10 @@ import pytest
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # as the server sets it for its workers
 sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resolve().parent.parent))
 
-decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
-from decode_core import _core  # noqa: E402
-from decode_core.arrays import CODES, look_at, vector  # noqa: E402
-from decode_core.attention import check_cache, rope_job  # noqa: E402
+compiled = pytest.importorskip("chatlm.worker.kernels.compiled", exc_type=ImportError)
+from chatlm.worker.kernels.library import _core  # noqa: E402
+from chatlm.worker.kernels.arrays import CODES, look_at, vector  # noqa: E402
+from chatlm.worker.kernels.attention import check_cache, rope_job  # noqa: E402
 
 H, Hkv, D, PAGE = 9, 3, 64, 16
 THREADS = int(os.environ.get("DECODE_CORE_THREADS", "2"))
@@ -30,10 +30,10 @@ THREADS = int(os.environ.get("DECODE_CORE_THREADS", "2"))
 
 @pytest.fixture(scope="module", autouse=True)
 def threads():
-    before = decode_core.get_threads()
-    decode_core.set_threads(THREADS)
+    before = compiled.get_threads()
+    compiled.set_threads(THREADS)
     yield
-    decode_core.set_threads(before)
+    compiled.set_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_decode_attention(benchmark, arena, context, rows, window):
         pytest.skip("the small arena of a run that measures nothing does not hold one layer")
     cache = arena[:layers * pages * Hkv * 2 * PAGE * D].reshape(layers, pages, Hkv, 2, PAGE * D)
     tables = numpy.random.default_rng(0).permutation(pages).reshape(rows, -1).tolist()
-    plan = decode_core.plan_attention(tables, [context] * rows, list(range(rows + 1)), H, Hkv, pages)
+    plan = compiled.plan_attention(tables, [context] * rows, list(range(rows + 1)), H, Hkv, pages)
     _, attend_layer = make_step(plan, cache, rows, numpy.arange(rows) * 0 + context - 1, numpy.arange(rows))
 
     def attend():
@@ -119,12 +119,12 @@ def test_prefill_attention(benchmark, rows, context):
     torch.set_num_threads(THREADS)
     benchmark.group = f"prefill attention, {THREADS} threads, {_core.isa()}"
     pages = context // PAGE
-    plan = decode_core.plan_attention([list(range(pages))], [context], [0, rows], H, Hkv, pages)
+    plan = compiled.plan_attention([list(range(pages))], [context], [0, rows], H, Hkv, pages)
     cache = numpy.random.default_rng(0).standard_normal((pages, Hkv, 2, PAGE * D)).astype(numpy.float16)
     q, out = numpy.random.default_rng(0).standard_normal((rows, H, D), numpy.float32) / 8, numpy.zeros((rows, H * D), numpy.float32)
 
     def attend():
-        decode_core.paged_attention(q, cache, plan, out)
+        compiled.paged_attention(q, cache, plan, out)
 
     benchmark.pedantic(attend, rounds=10, warmup_rounds=1)
     if benchmark.stats:
@@ -158,7 +158,7 @@ def test_rope_append(benchmark, rows):
     cache = torch.zeros(1, 64, Hkv, 2, PAGE * D, dtype=torch.float16)
     tables, lengths, starts = ([list(range(rows // PAGE))], [rows], [0, rows]) if chunk else (
         [[0]] * rows, [1] * rows, list(range(rows + 1)))
-    plan = decode_core.plan_attention(tables, lengths, starts, H, Hkv, 64)
+    plan = compiled.plan_attention(tables, lengths, starts, H, Hkv, 64)
     append, _ = make_step(plan, cache, rows, positions, slots, qkv)
     cos_sin, order = torch.randn(2, rows, D // 2).unbind(), torch.arange(rows)
     plain = torch.zeros(64 * PAGE, 2, Hkv, D)

@@ -20,13 +20,13 @@ sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resol
 import torch  # noqa: E402
 
 from chatlm.common.messages.requests import SamplingParams    # noqa: E402
-from chatlm.worker.model.kernels import for_decode_core    # noqa: E402
+
 from chatlm.worker.arrays.kinds import Norm    # noqa: E402
 from chatlm.worker.ops.rows import SampleRow    # noqa: E402
 
-core = pytest.importorskip("decode_core", exc_type=ImportError, reason="the compiled core is not installed")
-from decode_core import cuda_experts, cuda_steps  # noqa: E402
-from decode_core.cuda_weights import PackedMatrix  # noqa: E402
+core = pytest.importorskip("chatlm.worker.kernels.compiled", exc_type=ImportError)
+from chatlm.worker.kernels import cuda_experts, cuda_steps, devices  # noqa: E402
+from chatlm.worker.kernels.cuda_weights import PackedMatrix  # noqa: E402
 
 H, Hkv, D, PAGE, BF16 = 32, 8, 128, 16, torch.bfloat16         # Llama 8B's attention
 SETTINGS = {"greedy": dict(temperature=0.0), "top_k": dict(top_k=50), "top_k_top_p": dict(top_k=40, top_p=0.95),
@@ -36,7 +36,7 @@ SETTINGS = {"greedy": dict(temperature=0.0), "top_k": dict(top_k=50), "top_k_top
 
 @pytest.fixture(scope="module")
 def ops():
-    found = core.cuda_ops()
+    found = devices.cuda_ops()
     if found is None or not torch.cuda.is_available():
         pytest.skip("no GPU here, or decode_core was compiled without CUDA")
     return found
@@ -127,7 +127,7 @@ def test_experts(benchmark, ops, copy_bandwidth, name, kind, E, chosen, C, F, ro
     block, size = core.cuda.BLOCKS[kind]
     gate_up, down = (PackedMatrix([(kind, torch.full((n, k // block * size), 0x22, dtype=torch.uint8, device="cuda"))], k)
                      for n, k in ((2 * E * F, C), (E * C, F)))
-    experts = cuda_experts.ExpertOps(ops, for_decode_core(), stream).experts
+    experts = cuda_experts.ExpertOps(ops, stream).experts
     x, out, calls = torch.randn(rows, C, device="cuda"), torch.empty(rows, C, device="cuda"), E // chosen
     positions = torch.arange(rows * chosen, device="cuda").view(rows, chosen)
     logits = [torch.zeros(rows, E, device="cuda").scatter_(1, (positions + call * rows * chosen) % E, 1.0) for call in range(calls)]

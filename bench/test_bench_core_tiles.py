@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-core = pytest.importorskip("decode_core", exc_type=ImportError, reason="the compiled core is not installed")
+core = pytest.importorskip("chatlm.worker.kernels.compiled", exc_type=ImportError)
 
 KINDS = ["q4_1", "q4_0", "q8_0", "bf16", "f16", "f32"]
 COLD_BYTES, PART_BYTES = 272 << 20, 4 << 20

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("decode_core", exc_type=ImportError, reason="the compiled core is not installed")
+pytest.importorskip("chatlm.worker.kernels.compiled", exc_type=ImportError)
 import quality
 
 MODEL = str(quality.ROOT / "tests" / "fixtures" / "nanochat" / "gen5")

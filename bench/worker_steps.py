@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch    # noqa: E402
 
-import decode_core    # noqa: E402
+from chatlm.worker.kernels import compiled    # noqa: E402
 from chatlm.common.config import Settings    # noqa: E402
 from chatlm.common.hub.find import resolve_model    # noqa: E402
 from chatlm.common.hub.local import no_progress    # noqa: E402
@@ -149,7 +149,7 @@ def main():
     with torch.inference_mode():
         engine = build_engine(resolve_model(settings, no_progress), settings, torch.device("cpu"))[1]
         WarmUp(engine).complete(lambda fraction: None)
-        decode_core._core.force_schedule(arguments.width, False)
+        compiled._core.force_schedule(arguments.width, False)
         ours, theirs = socket.socketpair()
         reader = subprocess.Popen(["cat"], stdin=theirs, stdout=subprocess.DEVNULL)
         theirs.close()
@@ -168,7 +168,7 @@ def main():
         reader.wait()
     if arguments.prompt:
         return
-    print(f"{decode_core.info()['isa']}, {arguments.streams} rows, width {arguments.width}\n\n{phases.table()}\n")
+    print(f"{compiled.info()['isa']}, {arguments.streams} rows, width {arguments.width}\n\n{phases.table()}\n")
     print("| Python, us of CPU a step | |\n|---|---|")
     for name, spent_s in sorted({**best[1], "all of the thread": best[0]}.items(), key=lambda item: -item[1]):
         print(f"| {name} | {1e6 * spent_s:.0f} |")

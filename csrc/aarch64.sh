@@ -107,15 +107,15 @@ for each in "cortex-a72 neon" "cortex-a76 dotprod" "max i8mm"; do
 import platform
 import sys
 
-import decode_core
+from chatlm.worker.kernels import compiled
 import numpy
 
 weights, x, out = numpy.eye(32, dtype=numpy.float32), numpy.arange(64, dtype=numpy.float32).reshape(2, 32), numpy.empty((2, 32), numpy.float32)
-matrix = decode_core.Matrix(decode_core.Arena(1 << 20), "f16", 32, 32)
+matrix = compiled.Matrix(compiled.Arena(1 << 20), "f16", 32, 32)
 matrix.fill(weights, "f32")
-decode_core.multiply(x, matrix, out=out)
+compiled.multiply(x, matrix, out=out)
 assert numpy.array_equal(out, x), out
-assert decode_core.info()["isa"] == sys.argv[1], decode_core.info()
+assert compiled.info()["isa"] == sys.argv[1], compiled.info()
 print(f"decode_core loads on {platform.machine()} and multiplies, with {sys.argv[1]} instructions", flush=True)
 END
     run_tests tests/core/test_core_{tiles,attention,sample,program}.py -k "bits_of_record and $isa"

@@ -247,12 +247,9 @@ void bind_attention(py::module_& m) {
 void bind_cuda(py::module_& m);          // csrc/cuda/bindings.cpp
 #endif
 
-#define DC_TEXT_OF(word) #word
-#define DC_TEXT(macro) DC_TEXT_OF(macro)
-
 PYBIND11_MODULE(_core, m) {
-    m.doc() = "decode_core's compiled half; use decode_core, which checks what it passes here";
-    m.attr("SEAM") = DC_TEXT(DECODE_CORE_SEAM);             // from setup.py
+    m.doc() = "decode_core's compiled kernels; use chatlm.worker.kernels, which checks what it passes here";
+    m.attr("INTERFACE") = DECODE_CORE_INTERFACE;            // from setup.py
     dc::set_isa_from_environment();
     bind_runtime(m);
     bind_sample(m);

@@ -198,7 +198,7 @@ def test_the_record_is_read_as_it_was_written(program):
 
 
 @pytest.mark.parametrize("path, file", [
-    ("/work/tests/chatlm/cli.py", "chatlm/cli.py"), ("/x/build/lib/decode_core/check.py", "csrc/decode_core/check.py"),
+    ("/work/tests/chatlm/cli.py", "chatlm/cli.py"), ("/x/build/lib/chatlm/worker/kernels/report.py", "chatlm/worker/kernels/report.py"),
     ("/x/chat_server.py", "chat_server.py"), ("/home/chatlm/tests/support/pools.py", None), ("/home/chatlm/bench/load.py", None),
     ("/usr/lib/python3.11/json/decoder.py", None),
 ])

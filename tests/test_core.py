@@ -40,6 +40,10 @@ ABSENT_IN_WORKER = """
     chatlm.worker.engine.draft_head chatlm.worker.engine.draft_model
     chatlm.worker.engine.embedding chatlm.worker.engine.grammar chatlm.worker.engine.grammars
     chatlm.worker.engine.model_drafts chatlm.worker.engine.sight chatlm.worker.other_rank
+    chatlm.worker.kernels.check chatlm.worker.kernels.cpu_proof chatlm.worker.kernels.cuda_backend
+    chatlm.worker.kernels.cuda_steps chatlm.worker.kernels.product_proof
+    chatlm.worker.kernels.proof chatlm.worker.kernels.random_blocks
+    chatlm.worker.kernels.report chatlm.worker.kernels.timing
     chatlm.worker.ranks.links chatlm.worker.ranks.ranks chatlm.worker.ranks.steps
     chatlm.worker.survey chatlm.worker.weights.shards llguidance ssl torch
 """.split()

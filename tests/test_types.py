@@ -95,7 +95,7 @@ def test_the_type_checker_runs_again_after_a_change(tmp_path):
             shutil.copytree(ROOT / name, place, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     digest = digest_of(tmp_path)
     assert digest == digest_of(ROOT)
-    for name in ("chatlm/common/seam.py", "chat_server.py", "csrc/decode_core/_core.pyi", "requirements.txt"):
+    for name in ("chatlm/common/interface.py", "chat_server.py", "csrc/decode_core/_core.pyi", "requirements.txt"):
         before = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(before + b"\n")
         assert digest_of(tmp_path) != digest, name

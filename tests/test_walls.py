@@ -46,7 +46,7 @@ PLANTED = [     # module, import, the contract that it breaks
     ("worker/weights/gguf", "import torch", "No torch in a worker on a CPU"),
     ("worker/ops/basic", "from chatlm.worker.model import batch", "A room of the worker house imports only rooms below it"),
     ("worker/build", "from chatlm.worker.weights.recipe import ModelSpec", "Only loaders know the recipe of a model"),
-    ("worker/model/tower", "from chatlm.worker.weights.recipe import ModelSpec", "A room of the worker house imports only rooms below it"),
+    ("worker/tower", "from chatlm.worker.weights.recipe import ModelSpec", "A room of the worker house imports only rooms below it"),
     ("front/admission/prompts", "from chatlm.front.api import fields", "A room of the front house imports only rooms below it"),
     ("common/errors", "from chatlm.common import log", "A common room imports only rooms below it"),
     ("terminal/chat", "import chat_server", "Nothing imports the script"),
@@ -97,7 +97,8 @@ def read_of_recipes(path):
 
 
 RECIPE = {field.name for field in dataclasses.fields(ModelSpec)} | {name for name in vars(ModelSpec) if not name.startswith("_")}
-SIZES_FOR_CORE = "chatlm/worker/ops/basic.py", "chatlm/worker/ops/tensors.py"        # by the flat names that decode_core reads of CoreSizes
+# By the flat names that backends read of CoreSizes
+SIZES_FOR_CORE = "chatlm/worker/ops/basic.py", "chatlm/worker/ops/tensors.py", *(f"chatlm/worker/kernels/{path.name}" for path in (ROOT / "chatlm/worker/kernels").glob("*.py"))
 
 
 def test_only_loaders_read_the_recipe_of_a_model():

@@ -18,9 +18,10 @@ from typing import BinaryIO, NamedTuple
 
 from chatlm.common import contents, libraries
 from chatlm.common.contents import Contents, Model, contents_of
-from chatlm.common.core import find_core, lacks, seam
+from chatlm.common.core import core_package, find_core, interface_of, lacks, versions
 from chatlm.common.errors import ConfigError
 from chatlm.common.gather import Gathered, gather
+from chatlm.common.interface import INTERFACE
 from chatlm.common.invocation import pip_command
 from chatlm.common.libraries import Libraries, packed_libraries, use_libraries
 from chatlm.common.program import SCRIPT, archive, in_program, page_files, program_root, program_sources
@@ -170,13 +171,11 @@ def core_files() -> tuple[dict[str, bytes], str]:
     core, problem = find_core()
     if core is None:
         return {}, problem or f"which is not installed (`{pip_command('.')}` in a checkout builds it)"
-    if core.SEAM != seam():
-        return {}, f"because the installed one has another version (seam {core.SEAM} instead of {seam()})"
-    library = Path(core._core.__file__)
-    paths = library, *Path(core.__file__).parent.glob("*.py")
-    files = {f"{FOLDER}/decode_core/{path.name}": path.read_bytes() for path in paths}
-    name = f"{FOLDER}/decode_core/{library.name}"
-    about = AboutCore(name, hashlib.sha256(files[name]).hexdigest(), PLATFORM, core.SEAM)
+    if interface_of(core) != INTERFACE:
+        return {}, f"because the installed one has another version ({versions(core)})"
+    files = {f"{FOLDER}/{name}": data for name, data in core_package(core).items()}
+    name = f"{FOLDER}/decode_core/{Path(core.__file__).name}"
+    about = AboutCore(name, hashlib.sha256(files[name]).hexdigest(), PLATFORM, INTERFACE)
     return files | {ABOUT: json.dumps(about).encode()}, ""
 
 
@@ -184,7 +183,7 @@ def own_core_files() -> dict[str, bytes]:
     """The core's files in the running bundle, if they are for this platform."""
     if program_root().is_file():
         with zipfile.ZipFile(program_root()) as bundle:
-            if (about := about_core(bundle)) and (about.platform, about.seam) == (PLATFORM, seam()):
+            if (about := about_core(bundle)) and (about.platform, about.interface) == (PLATFORM, INTERFACE):
                 return {name: bundle.read(name) for name in bundle.namelist()
                         if name.startswith(f"{FOLDER}/") and not name.endswith(".pyc")}
     return {}

@@ -1,4 +1,4 @@
-"""Finds decode_core, in a bundle or installed, and describes it."""
+"""Finds the library of decode_core, the compiled kernels, in a bundle or installed, and describes it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from chatlm.common.errors import error_text
+from chatlm.common.interface import INTERFACE
 from chatlm.common.invocation import pip_command
-from chatlm.common.program import in_program, program_root
-from chatlm.common.seam import seam_digest
 from chatlm.common.unpack import UnfitCore, load_bundled_core
-
-
-@functools.cache
-def seam() -> str:
-    """This program's seam; a core built for another one is not used."""
-    return seam_digest(lambda name: in_program(program_root(), name).read_text(encoding="utf-8"))
 
 
 def device_files() -> int:
@@ -36,16 +29,16 @@ def torch_installed() -> bool:
 
 @functools.cache
 def find_core() -> tuple[Any, str]:
-    """(the compiled core or None, why the bundle's is not used or ""). A bundle's own core comes first, then
-    the one that `pip install .` in a checkout builds and installs; of any version."""
+    """(the compiled library or None, why the bundle's is not used or ""). A bundle's own library comes first,
+    then the one that `pip install .` in a checkout builds and installs; of any version."""
     problem = ""
     try:
-        if core := load_bundled_core(seam()):
+        if core := load_bundled_core(INTERFACE):
             return core, ""
     except UnfitCore as error:
         problem = f"the bundle's decode_core {error}"
     try:
-        return importlib.import_module("decode_core"), problem
+        return importlib.import_module("decode_core._core"), problem
     except Exception as error:  # for example from a library for another machine
         if reason := re.search("isa: (.*)", str(error)):
             problem = f"DECODE_CORE_ISA={os.environ.get('DECODE_CORE_ISA')}: {reason[1]}"
@@ -70,9 +63,40 @@ def installed_core():
 
 
 def decode_core():
-    """The compiled core, or None if there is none or its seam differs from ours."""
+    """The compiled library, or None if there is none or it has another interface than this program needs."""
     core = installed_core()
-    return core if getattr(core, "SEAM", None) == seam() else None
+    return core if interface_of(core) == INTERFACE else None
+
+
+def versions(core) -> str:
+    """In words, the interface of a library of another version, and ours."""
+    return f"interface {interface_of(core) or 'unknown'} instead of {INTERFACE}"
+
+
+def interface_of(core) -> int | None:
+    """Libraries that were compiled before November 2026 have none."""
+    return getattr(core, "INTERFACE", None)
+
+
+def core_package(core) -> dict[str, bytes]:
+    """The files of the installed package that has this library, by name."""
+    library = Path(core.__file__)
+    paths = library, library.with_name("__init__.py")
+    return {f"decode_core/{path.name}": path.read_bytes() for path in paths}
+
+
+def core_info(core) -> dict:
+    """What was compiled and what runs.
+
+    left_out_isas: those that the library was compiled without, whatever this CPU offers; missed_isa: the one
+    of them that this CPU would choose, or "". amx_refused: why the AMX of this CPU cannot be used; "" if it
+    can, or if the CPU has none."""
+    no_amx_here = core.amx_refusal_of(0, 0, 0)
+    return {"isa": core.isa(), "offered_isas": core.offered_isas(), "left_out_isas": core.left_out_isas(),
+            "missed_isa": core.missed_isa(),
+            "features": [name for name in core.CPU_FEATURES if core.cpu_has(name)],
+            "amx_refused": "" if core.amx_refusal() == no_amx_here else core.amx_refusal(),
+            "threads": core.get_threads(), "cuda_compiled": core.cuda_compiled}
 
 
 def refused_isa() -> str:
@@ -91,7 +115,7 @@ def lacks() -> str:
     """The instruction sets that decode_core was compiled without, as one for a single kind of CPU; "" if
     none."""
     core = decode_core()
-    return ", ".join(core.info().get("left_out_isas", ())) if core else ""
+    return ", ".join(core.left_out_isas()) if core else ""
 
 
 def unused_core() -> str:
@@ -113,10 +137,10 @@ def kernels_line() -> str:
     if refused := refused_isa():
         return refused
     if core := decode_core():
-        info = core.info()
+        info = core_info(core)
         unused = 0 if torch_installed() else device_files()
         line = f"decode_core runs with {info['isa']} instructions"
-        if missed := info.get("missed_isa"):
+        if missed := info["missed_isa"]:
             line += (f"; this CPU has {missed}, which it was compiled without: "
                      f"`DECODE_CORE_SETS=all {pip_command('.')}` in the checkout brings it")
         elif left_out := lacks():
@@ -126,7 +150,7 @@ def kernels_line() -> str:
         elif device_files() and not info["cuda_compiled"]:
             line += ("; it has no CUDA kernels, so torch computes on the GPU: "
                      f"`DECODE_CORE_CUDA=1 {pip_command('.')}` in the checkout, where nvcc is, compiles them")
-        if info.get("amx_refused"):
+        if info["amx_refused"]:
             line += f" ({info['amx_refused']})"
         if info["cuda_compiled"] and device_files():
             line += ", compiled with CUDA too"
@@ -136,6 +160,5 @@ def kernels_line() -> str:
     if problem:
         return f"{problem}, {instead}"
     if core := installed_core():
-        version = getattr(core, "SEAM", "unknown")
-        return f"decode_core has another version (seam {version} instead of {seam()}), {build} again"
+        return f"decode_core has another version ({versions(core)}), {build} again"
     return f"decode_core is not installed, {build}"

@@ -9,17 +9,17 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence as Seq
+from collections.abc import Iterator, Sequence as Seq
 from pathlib import Path
 from typing import NamedTuple
 
-from chatlm.common.core import find_core, seam
+from chatlm.common.core import core_package, find_core, interface_of
 from chatlm.common.elf import glibc_of
 from chatlm.common.errors import ConfigError, require_library
+from chatlm.common.interface import INTERFACE
 from chatlm.common.invocation import pip_command, python_command
 from chatlm.common.libraries import OPTIONAL, THIS_PYTHON
-from chatlm.common.program import program_place, program_root
-from chatlm.common.seam import seam_digest
+from chatlm.common.program import in_program, program_place, program_root
 from chatlm.common.unpack import PLATFORM
 
 # What the program is installed with, as in pyproject.toml; tests compare them
@@ -125,12 +125,10 @@ def core_installed(python: str) -> dict[str, bytes]:
         raise ConfigError("a bundle with libraries needs decode_core, "
                           + (problem or f"which is not installed (`{pip_command('.')}` in a checkout "
                                         "builds it)"))
-    if core.SEAM != seam():
+    if interface_of(core) != INTERFACE:
         raise ConfigError("a bundle with libraries needs decode_core, and the installed one has another "
                           f"version; run `{pip_command('.')}` again")
-    folder = Path(core.__file__).parent
-    library = Path(core._core.__file__)
-    return {f"decode_core/{path.name}": path.read_bytes() for path in (library, *folder.glob("*.py"))}
+    return core_package(core)
 
 
 # what pip fetches
@@ -175,14 +173,11 @@ def core_of_wheel(wheels: Path, python: str) -> dict[str, bytes]:
     if not found:
         raise ConfigError(f"--wheels {wheels}: there is no chat_server-*-{tag}-{tag}-*{machine}.whl")
     files = files_of_wheel(found[-1])
-    if seam_digest(lambda name: text_in(files, name)) != seam():
+    name = "chatlm/common/interface.py"
+    if files.get(name) != in_program(program_root(), name).read_bytes():
         raise ConfigError(f"--wheels {wheels}: {found[-1].name} was made from another version of the program")
     core = {name: data for name, data in files.items() if name.startswith("decode_core/")}
     if not any(name.endswith(".so") for name in core):
         raise ConfigError(f"--wheels {wheels}: {found[-1].name} has no compiled decode_core")
     return core
-
-
-def text_in(files: Mapping[str, bytes], name: str) -> str:
-    return files.get(name, b"").decode()
 

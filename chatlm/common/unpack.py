@@ -1,10 +1,9 @@
-"""The decode_core in a bundle. Python reads its modules from the bundle, but the system loads a compiled
-library only from a file: it is unpacked once, into the user's cache."""
+"""The library of decode_core in a bundle. The system loads a compiled library only from a file: it is
+unpacked once, into the user's cache."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.machinery
 import importlib.util
 import json
@@ -12,7 +11,6 @@ import os
 import secrets
 import shutil
 import stat
-import sys
 import tempfile
 import time
 import zipfile
@@ -23,7 +21,7 @@ from typing import NamedTuple
 
 from chatlm.common.program import program_root
 
-FOLDER = "core"              # of the bundle: the package decode_core, and its platform and seam
+FOLDER = "core"              # of the bundle: the package decode_core, its platform and interface
 ABOUT = f"{FOLDER}/about.json"
 UNUSED_S = 30 * 86400        # an older unpacked library is removed when a new one is unpacked
 # A library loads only on this system, processor and Python
@@ -37,7 +35,7 @@ class AboutCore(NamedTuple):
     library: str             # the compiled half: its name in the bundle
     sha256: str
     platform: str
-    seam: str
+    interface: int
 
 
 class UnfitCore(Exception):
@@ -49,8 +47,8 @@ def about_core(bundle: zipfile.ZipFile) -> AboutCore | None:
     return AboutCore(*json.loads(bundle.read(ABOUT))) if ABOUT in bundle.namelist() else None
 
 
-def load_bundled_core(seam: str):
-    """Import the running bundle's decode_core; None if it has none. UnfitCore if it cannot be used."""
+def load_bundled_core(interface: int):
+    """Load the running bundle's library; None if it has none. UnfitCore if it cannot be used."""
     root = program_root()
     if not root.is_file():
         return None
@@ -60,46 +58,34 @@ def load_bundled_core(seam: str):
                 return None
             if about.platform != PLATFORM:
                 raise UnfitCore(f"is for {about.platform}, not for {PLATFORM}")
-            if about.seam != seam:
-                raise UnfitCore(f"has another version (seam {about.seam} instead of {seam})")
-            return load_anywhere(root, about, lambda: bundle.read(about.library))
+            if about.interface != interface:
+                raise UnfitCore(f"has another version (interface {about.interface} instead of {interface})")
+            return load_anywhere(about, lambda: bundle.read(about.library))
     except UnfitCore:
         raise
     except Exception as error:  # whatever zipfile, zlib, json and the system raise for damaged files
         raise UnfitCore(f"cannot be read ({type(error).__name__}: {error}); copy the bundle again") from None
 
 
-def load_anywhere(root: Path, about: AboutCore, read: Callable[[], bytes]):
-    """Import the core with its library from the cache; or from a private folder, deleted at once, if the
+def load_anywhere(about: AboutCore, read: Callable[[], bytes]):
+    """Load the library from the cache; or from a private folder, deleted at once, if the
     cache cannot be written, is writable by others, or does not allow executables."""
     reasons = {}
     for open_library in (cached_library, private_library):
         try:
             with open_library(about, read) as path:
-                return import_core(path, f"{root}/{FOLDER}")
+                return load_library(path)
         except (OSError, ImportError) as error:
             reasons[str(error)] = None
     raise UnfitCore(f"cannot run here ({'; '.join(reasons)})")
 
 
-def import_core(library: Path, modules: str):
-    """Import the package decode_core from the archive `modules`, and its compiled half from a file.
-
-    Loaded first, the library is what `import decode_core._core` finds."""
-    name = "decode_core._core"
-    spec = importlib.util.spec_from_file_location(name, library)
+def load_library(path: Path):
+    spec = importlib.util.spec_from_file_location("decode_core._core", path)
     assert spec and spec.loader
-    sys.path.insert(0, modules)
-    try:
-        sys.modules[name] = compiled = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(compiled)
-        return importlib.import_module("decode_core")
-    except BaseException:
-        for module in [module for module in sys.modules if module.partition(".")[0] == "decode_core"]:
-            del sys.modules[module]
-        raise
-    finally:
-        sys.path.remove(modules)
+    library = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(library)
+    return library
 
 
 @contextmanager

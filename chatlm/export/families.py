@@ -36,7 +36,7 @@ from chatlm.worker.weights.stored_model import Storage
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.worker.model.kernels import Backend
+    from chatlm.worker.kernels.kernels import Backend
     from chatlm.worker.weights.stored_model import Merged
 
 CLASSES = {  # a model_type that can be written -> its class in transformers

@@ -11,7 +11,7 @@ from chatlm.common.config import PAGE_SIZE
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.blocks.attention import Attention
-from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.load import load
 from chatlm.worker.weights.model_of import model_of

@@ -15,7 +15,8 @@ from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.limits import FREE_ROWS
 from chatlm.worker.engine.pieces import open_for_answers
 from chatlm.worker.memory_plan import FITS, layers_of_floats, plan_model, prefill_chunk
-from chatlm.worker.model.kernels import Backend, choose_backend
+from chatlm.worker.kernels.choice import choose_backend
+from chatlm.worker.kernels.kernels import Backend
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.parts import Making, make_parts
 from chatlm.worker.ranks.alone import PlannedRank, RankAlone

@@ -18,7 +18,8 @@ from chatlm.common.messages.protocol import DraftTerms
 from chatlm.worker.arrays.kinds import item_bytes
 from chatlm.worker.engine.pieces import PieceTokenizer, open_for_answers
 from chatlm.worker.engine.limits import FREE_ROWS
-from chatlm.worker.model.kernels import Backend, choose_backend, load_kernels
+from chatlm.worker.kernels.choice import choose_backend, load_kernels
+from chatlm.worker.kernels.kernels import Backend
 from chatlm.worker.model.pages import group_layers
 from chatlm.worker.model.transformer import Transformer, page_layout
 from chatlm.worker.weights.load import open_model
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from chatlm.worker.arrays.kinds import Device
     from chatlm.worker.engine.draft_head import DraftHead
     from chatlm.worker.engine.draft_model import DraftModel
-    from chatlm.worker.model.kernels import Kernels
+    from chatlm.worker.kernels.kernels import Kernels
     from chatlm.worker.model.pages import KvType, LayerGroups
     from chatlm.worker.weights.rules import LoadedModel
 

@@ -16,7 +16,7 @@ from chatlm.worker.arrays.kinds import item_bytes
 from chatlm.worker.device import gpu_memory
 from chatlm.worker.engine.kvcache import PagePool, longest_context
 from chatlm.worker.engine.limits import FREE_ROWS
-from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.model.pages import KvType, PageLayout, group_layers
 from chatlm.worker.model.transformer import page_layout
 from chatlm.worker.weights.sizes import is_float, weight_bytes
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from chatlm.worker.arrays.kinds import Device
     from chatlm.worker.drafting import DraftPlan
     from chatlm.worker.model.blocks.model import Model
-    from chatlm.worker.model.kernels import Kernels
+    from chatlm.worker.kernels.kernels import Kernels
     from chatlm.worker.model.pages import LayerGroups
     from chatlm.worker.ranks.alone import RankAlone
     from chatlm.worker.weights.rules import LoadedModel

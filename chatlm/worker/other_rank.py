@@ -23,7 +23,7 @@ from chatlm.worker.weights.load import open_model
 if TYPE_CHECKING:
     from chatlm.common.messages.wire import Channel
     from chatlm.worker.arrays.kinds import Device
-    from chatlm.worker.model.kernels import Steps
+    from chatlm.worker.kernels.kernels import Steps
     from chatlm.worker.model.transformer import Transformer
     from chatlm.worker.ranks.messages import RankConfig
 

@@ -17,7 +17,7 @@ MAX_TAPS: int
 OPS: dict[str, tuple[str, list[tuple[str, str, str]]]]       # csrc/ops.def: {name: (has, [(role, field, columns or type)])}
 CPU_FEATURES: list[str]
 cuda_compiled: bool
-SEAM: str       # see seam.py
+INTERFACE: int      # a number of this file and of csrc/*.def: chatlm/common/interface.py has the one that chatlm needs
 
 # --- the pool of threads, and what the processor has ---
 def look_at_buffer(array: object, /) -> tuple[int, str, int, bool, tuple[int, ...], tuple[int, ...]] | None: ...

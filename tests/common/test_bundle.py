@@ -98,7 +98,7 @@ def test_a_bundle_alone_serves_everything(alone, cache, default_model_path, monk
                 assert words in response.read()
         if core.decode_core():
             assert "decode_core runs with" in "".join(log) and "decode_core/" in get(url + "/stats")["kernels"]["linear"]
-            assert [path.name for path in cache.rglob("*") if path.is_file()] == [Path(core.decode_core()._core.__file__).name]
+            assert [path.name for path in cache.rglob("*") if path.is_file()] == [Path(core.decode_core().__file__).name]
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 0
 
@@ -152,11 +152,11 @@ def test_a_bare_python_makes_and_runs_a_bundle(tmp_path):
     assert "there is no torch to compute instead" in run(*BARE, file, "--version").stdout
 
 
-def test_a_core_of_another_seam_is_not_bundled(monkeypatch):
+def test_a_core_of_another_interface_is_not_bundled(monkeypatch):
     class Core:
-        SEAM = "another"
+        INTERFACE = 3
     monkeypatch.setattr(bundle, "find_core", lambda: (Core, ""))
-    assert bundle.core_files() == ({}, f"because the installed one has another version (seam another instead of {core.seam()})")
+    assert bundle.core_files() == ({}, f"because the installed one has another version (interface 3 instead of {core.INTERFACE})")
 
 
 @pytest.mark.parametrize("target, words", [
@@ -251,10 +251,10 @@ def test_a_damaged_bundle_is_one_line(part, bundled, tmp_path):
 @needs_core
 @pytest.mark.parametrize("changes, words", [
     ({"platform": "Linux riscv64 cpython-311-riscv64-linux-gnu"}, "is for Linux riscv64 cpython-311-riscv64-linux-gnu, not for Linux"),
-    ({"seam": "another"}, f"has another version (seam another instead of {core.seam()})"),
+    ({"interface": 3}, f"has another version (interface 3 instead of {core.INTERFACE})"),
     ({"sha256": "0" * 64}, "is damaged; copy the bundle again")])
 def test_a_core_that_does_not_fit_is_one_line(changes, words, bundled, tmp_path, cache):
-    """A core for another platform or seam, or a damaged one: the line says what is missing."""
+    """A core for another platform or interface, or a damaged one: the line says what is missing."""
     other = changed(bundled, tmp_path / "other.pyz", about(bundled, **changes))
     line = kernels(other, *BARE, XDG_CACHE_HOME=cache)
     assert line.startswith(f"the bundle's decode_core {words}")
@@ -343,7 +343,7 @@ def test_without_a_writable_folder_references_run(bundled, tmp_path, monkeypatch
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(unpack, "program_root", lambda: bundled)
     with pytest.raises(unpack.UnfitCore, match=r"^cannot run here \(.*Not a directory.*; .*No such file"):
-        unpack.load_bundled_core(core.seam())
+        unpack.load_bundled_core(core.INTERFACE)
 
 
 @needs_core

@@ -660,15 +660,14 @@ def write_wheel(path, files):
 def test_pip_fetches_what_wheels_have_the_core_for(tmp_path, monkeypatch):
     """Without pip and without another Python: what becomes of wheels."""
     wheel = tmp_path / f"chat_server-0.1.0-cp399-cp399-manylinux_2_17_{unpack.PLATFORM.split()[1]}.whl"
-    files = program.program_sources() | {"decode_core/_core.cpython-399.so": Path(core.decode_core()._core.__file__).read_bytes(), "decode_core/__init__.py": b"",
+    files = program.program_sources() | {"decode_core/_core.cpython-399.so": Path(core.decode_core().__file__).read_bytes(), "decode_core/__init__.py": b"",
                                          "chat_server-0.1.0.data/purelib/x.py": b"", "chat_server-0.1.0.data/scripts/y": b""}
     write_wheel(wheel, files)
     found = gather.core_of_wheel(tmp_path, "3.99")
     assert set(found) == {"decode_core/_core.cpython-399.so", "decode_core/__init__.py"}
     assert gather.Gathered("3.99", "", "", found).glibc == ".".join(map(str, elf.glibc_of(found["decode_core/_core.cpython-399.so"])))
     assert "x.py" in gather.files_of_wheel(wheel) and "y" not in "".join(map(str, gather.files_of_wheel(wheel)))[:1]
-    write_wheel(wheel, files | {"chatlm/worker/model/kernels.py": files["chatlm/worker/model/kernels.py"].replace(b"class Kernels", b"class Kernels(Other)")
-                                .replace(b"    rope_append", b"    rope_append_again")})
+    write_wheel(wheel, files | {"chatlm/common/interface.py": files["chatlm/common/interface.py"].replace(b"INTERFACE = ", b"INTERFACE = 1")})
     with pytest.raises(ConfigError, match="was made from another version"):
         gather.core_of_wheel(tmp_path, "3.99")
 
@@ -677,7 +676,7 @@ def test_pip_fetches_what_wheels_have_the_core_for(tmp_path, monkeypatch):
 def test_needs_of_glibc_are_those_of_readelf():
     """What libraries need of glibc is what readelf says."""
     found = [path for distribution in gather.installed(("numpy", "tokenizers", "llguidance")) for path in map(distribution.locate_file, distribution.files)
-             if ".so" in path.name] + [Path(core.decode_core()._core.__file__), Path(shutil.__file__).parent / "lib-dynload/_ctypes.so"]
+             if ".so" in path.name] + [Path(core.decode_core().__file__), Path(shutil.__file__).parent / "lib-dynload/_ctypes.so"]
     compared = set()
     for path in filter(os.path.isfile, found):
         said = subprocess.run(["readelf", "-V", "-W", path], capture_output=True, text=True, check=True).stdout

@@ -12,9 +12,10 @@ import torch
 import chat_server as cs
 from chatlm import __version__
 from chatlm.common import core
-from chatlm.common.core import seam
-from chatlm.worker.model.kernels import for_decode_core
+from chatlm.common.interface import INTERFACE
+
 from chatlm.worker.weights.recipe import ModelSpec
+from command_line import parse_command_line
 from real_server import copy_program
 
 SCRIPT = Path(cs.__file__).resolve()
@@ -39,12 +40,11 @@ def rows_of(report):
 @pytest.mark.slow
 @needs_core
 def test_the_report_proves_and_measures_every_cpu_op():
-    import decode_core
-    from decode_core import tiles
+    from chatlm.worker.kernels import compiled, tiles
     run = check()
     assert (run.returncode, run.stderr) == (0, "")
-    for words in (f"chat_server {__version__} (seam {seam()}), decode_core (seam {seam()})",
-                  f"torch {torch.__version__}", f"Python {sys.version.split()[0]}", "CUDA of torch: ", "driver: ", decode_core.info()["isa"],
+    for words in (f"chat_server {__version__} (interface {INTERFACE}), decode_core (interface {INTERFACE})",
+                  f"torch {torch.__version__}", f"Python {sys.version.split()[0]}", "CUDA of torch: ", "driver: ", compiled.info()["isa"],
                   "threads read", "no op is wrong"):
         assert words in run.stdout
     rows = rows_of(run.stdout)
@@ -61,9 +61,8 @@ import sys
 sys.path.insert(0, {folder!r})
 import torch
 from chatlm.common.processes.child import run_role
-from command_line import parse_command_line
-from decode_core import program, report
-report.time_cpu = lambda script: ()
+from chatlm.worker.kernels import program, report
+report.time_cpu = lambda: ()
 def {op}(self, x, *rest, out=None, original=program.Program.{op}, **more):
     {body}
 program.Program.{op} = {op}
@@ -100,7 +99,7 @@ def test_a_copied_program_has_only_references(tmp_path):
     (tmp_path / "decode_core.py").write_text("raise ImportError('not here')")
     run = check(script=script)
     assert (run.returncode, run.stderr) == (0, "")
-    assert "decode_core (seam none); decode_core is not installed" in run.stdout and "no compiled kernels here" in run.stdout
+    assert "decode_core (interface none); decode_core is not installed" in run.stdout and "no compiled kernels here" in run.stdout
     assert f"torch {torch.__version__}" in run.stdout
 
 
@@ -112,15 +111,15 @@ def test_flags_of_the_environment_leave_check_alone(monkeypatch):
 @needs_core
 def test_a_type_without_gguf_is_no_failure(monkeypatch):
     """A type without the gguf package is not proved."""
-    from decode_core import cpu_proof, product_proof, report
+    from chatlm.worker.kernels import cpu_proof, product_proof, report
     monkeypatch.setitem(sys.modules, "gguf", None)
-    faults = cpu_proof.prove_cpu(for_decode_core())
+    faults = cpu_proof.prove_cpu()
     unproved = {op for op, fault in faults.items() if isinstance(fault, product_proof.Unproved)}
     assert unproved >= {"linear q4_k", "linear mxfp4"}
     assert faults["rope_append q8_0"] == faults["paged_attention q8_0"] == ""
     assert faults["linear q8_0"] == faults["linear q4_0"] == faults["sample"] == ""
     lines = []
-    done = report.Report(for_decode_core(), 1, lines.append)
+    done = report.Report(1, lines.append)
     done.table(faults, (), 1.0)
     assert done.wrong == 0 and any("linear q6_k" in line and "not proved: the gguf package" in line for line in lines)
 
@@ -128,11 +127,11 @@ def test_a_type_without_gguf_is_no_failure(monkeypatch):
 @needs_core
 def test_without_torch_numpy_proves_the_products(monkeypatch):
     """Without torch, numpy proves the products, and all is measured."""
-    from decode_core import report, tiles
+    from chatlm.worker.kernels import report, tiles
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(report, "time_cpu", lambda script: [report.Timed("sample", "1 row", 1e-6, 4000)])
+    monkeypatch.setattr(report, "time_cpu", lambda: [report.Timed("sample", "1 row", 1e-6, 4000)])
     lines = []
-    assert report.Report(for_decode_core(), 2, lines.append).run()
+    assert report.Report(2, lines.append).run()
     rows = rows_of("\n".join(lines))
     assert all(rows[f"linear {kind}"][0].endswith("as its reference") for kind in tiles.COLUMNS)
     assert rows["sample"][0].endswith("not proved: torch is missing") and "pip install torch" in lines[-1]
@@ -140,11 +139,11 @@ def test_without_torch_numpy_proves_the_products(monkeypatch):
 
 @needs_core
 def test_without_torch_a_wrong_product_is_found(monkeypatch):
-    from decode_core import product_proof
+    from chatlm.worker.kernels import product_proof
     multiply = product_proof.multiply
     monkeypatch.setattr(product_proof, "multiply", lambda x, matrix, out: multiply(x, matrix, out=out, bias=numpy.ones(80, "float32")))
     monkeypatch.setitem(sys.modules, "gguf", None)
-    faults = product_proof.prove_products(for_decode_core())
+    faults = product_proof.prove_products()
     assert "the output differs by" in faults["linear f32"] and "the output differs by" in faults["linear q4_1"]
     assert faults["linear q4_k"] is product_proof.NO_GGUF
 
@@ -157,7 +156,7 @@ class Place:
 
     def __init__(self, library, monkeypatch, ops=None, queue=None):
         backends = pytest.importorskip("cuda_backends", exc_type=ImportError)
-        from decode_core import cuda, cuda_timing, report
+        from chatlm.worker.kernels import cuda, cuda_timing, report
         monkeypatch.setattr(cuda, "SAMPLE_THREADS", 32)
         monkeypatch.setattr(cuda_timing, "CONTEXT", 64)
         spec = ModelSpec(vocab_size=300, layers=1, width=64, heads=4, kv_heads=2, head_size=16, ffn_size=128, max_positions=64, experts=4, experts_per_token=2, sinks=True)
@@ -165,7 +164,7 @@ class Place:
         queue.device = torch.device("cpu")
         emulated = backends.Emulated(library, ops or backends.EmulatedOps)
         self.lines = []
-        self.report = report.Report(for_decode_core(), 1, self.lines.append)
+        self.report = report.Report(1, self.lines.append)
         self.report.with_cuda(emulated.backend(spec), lambda: queue, "cuda:0: a GPU", cold=1 << 14, calls=2, batches=(1, 2))
         self.rows = rows_of("\n".join(self.lines))
 
@@ -175,7 +174,7 @@ class Place:
 def test_every_gpu_kernel_is_proved_and_measured(emulation_library, monkeypatch):
     place = Place(emulation_library, monkeypatch)
     assert place.report.wrong == 0 and "cuda:0: a GPU copies" in place.lines[0]
-    from decode_core import cuda
+    from chatlm.worker.kernels import cuda
     for op, lines in (("linear", 2 * len(("bfloat16", *cuda.BLOCKS))), ("experts", 3), ("rope_append", 2), ("paged_attention", 2), ("prompt_attention", 1), ("sample", 2)):
         assert len(place.rows[op]) == lines and all(line.endswith("as its reference") and "%" in line for line in place.rows[op])
 
@@ -183,12 +182,12 @@ def test_every_gpu_kernel_is_proved_and_measured(emulation_library, monkeypatch)
 @needs_core
 def test_latent_attention_is_proved_and_measured(emulation_library, monkeypatch):
     backends = pytest.importorskip("cuda_backends", exc_type=ImportError)
-    from decode_core import cuda_timing, report
+    from chatlm.worker.kernels import cuda_timing, report
     monkeypatch.setattr(cuda_timing, "CONTEXT", 64)
-    spec = cuda_timing.latent_sizes(for_decode_core(), heads=3, kept=32, turned=16, plain=24, head_values=16, query_width=8)
+    spec = cuda_timing.latent_sizes(heads=3, kept=32, turned=16, plain=24, head_values=16, query_width=8)
     queue, lines = backends.HostQueue(), []
     queue.device = torch.device("cpu")
-    made = report.Report(for_decode_core(), 1, lines.append)
+    made = report.Report(1, lines.append)
     made.with_cuda(backends.Emulated(emulation_library).backend(spec), lambda: queue, "cuda:0: a GPU", report.LATENT_OPS, cold=1 << 14, calls=2, batches=(1, 2))
     rows = rows_of("\n".join(lines))
     assert made.wrong == 0 and rows.keys() >= {*report.LATENT_OPS}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
-from decode_core import _core  # noqa: E402
+compiled = pytest.importorskip("chatlm.worker.kernels.compiled", exc_type=ImportError)
+from chatlm.worker.kernels.library import _core  # noqa: E402
 
 C, N, F, V, MOST = 64, 48, 32, 40, 96
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -34,16 +34,16 @@ class Model:
         random = np.random.default_rng(3)
         self.table = random.normal(size=(50, C)).astype(np.float32)
         self.norm = random.normal(size=C).astype(np.float32)
-        self.arena, self.weights, self.plain = decode_core.Arena(1 << 20), {}, {}
+        self.arena, self.weights, self.plain = compiled.Arena(1 << 20), {}, {}
         for name, shape in {"qkv": (N, C), "gate_up": (2 * F, C), "head": (V, F)}.items():
             self.plain[name] = random.normal(size=shape).astype(np.float32)
-            self.weights[name] = matrix = decode_core.Matrix(self.arena, kind if name != "head" else "f32", *shape)
+            self.weights[name] = matrix = compiled.Matrix(self.arena, kind if name != "head" else "f32", *shape)
             halves = np.split(self.plain[name], 2) if name == "gate_up" else [self.plain[name]]
             for first, half in enumerate(halves):
                 matrix.fill(half, "f32", first_tile=first, tile_step=len(halves))
         self.buffers = {name: np.zeros((MOST, columns), np.float32)
                         for name, columns in {"x": C, "qkv": N, "hidden": F, "last": F, "logits": V}.items()}
-        p, b, norm = decode_core.Program(MOST, MOST), self.buffers, (self.norm, 1e-5)
+        p, b, norm = compiled.Program(MOST, MOST), self.buffers, (self.norm, 1e-5)
         p.embed(self.table, p.token_ids, b["x"])
         p.linear(b["x"], self.weights["qkv"], b["qkv"], norm=norm, adapted="qkv")
         p.linear(b["x"], self.weights["gate_up"], b["hidden"], norm=norm, activation="swiglu", adapted="gate_up")
@@ -87,7 +87,7 @@ def test_an_adapter_adds_what_float64_says(ranks, dtype):
 @pytest.mark.parametrize("kind", ["q8_0", "q4_1", "f16"])
 def test_an_adapter_s_row_has_the_same_bits_anywhere(kind):
     """A row has the same bits with any others on any threads and instructions."""
-    model, isa, threads = Model(kind), _core.isa(), decode_core.get_threads()
+    model, isa, threads = Model(kind), _core.isa(), compiled.get_threads()
     adapters = [None, *(model.program.adapters.pack(adapter(seed, ranks, dtype, names)) for seed, (ranks, dtype, names) in enumerate([
         (16, "bf16", ("qkv", "gate_up", "head")), (3, "f16", ("gate_up",)), (5, "f32", ("qkv", "head"))]))]
     random = np.random.default_rng(1)
@@ -97,7 +97,7 @@ def test_an_adapter_s_row_has_the_same_bits_anywhere(kind):
             _core.set_isa(name)
             for count in (1, 2, 3, 7, 16, 33, MOST):
                 for some in (1, 2):
-                    decode_core.set_threads(some)
+                    compiled.set_threads(some)
                     ids, owners = random.integers(0, 50, count).tolist(), random.integers(0, 4, count).tolist()
                     qkv, logits = model.step(ids, [adapters[owner] for owner in owners])
                     for i, key in enumerate(zip(ids, owners)):
@@ -105,7 +105,7 @@ def test_an_adapter_s_row_has_the_same_bits_anywhere(kind):
                         assert alone.setdefault(key, own) == own, (name, count, some, key)
     finally:
         _core.set_isa(isa)
-        decode_core.set_threads(threads)
+        compiled.set_threads(threads)
 
 
 def test_adapters_leave_other_steps_bits_alone():
@@ -129,7 +129,7 @@ def test_an_adapter_may_go_while_its_step_runs():
 
 def test_wrong_adapters_are_errors_without_effect():
     """Wrong adapters are value errors and change nothing."""
-    model, other = Model(), decode_core.Program(4, 4)
+    model, other = Model(), compiled.Program(4, 4)
     pack = model.program.adapters.pack
     with pytest.raises(ValueError, match="the program has no such matrix"):
         pack({"down": adapter(1, 2)["qkv"]})

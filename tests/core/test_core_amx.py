@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
-from decode_core import _core  # noqa: E402
-from decode_core.tiles import KINDS  # noqa: E402
+compiled = pytest.importorskip("chatlm.worker.kernels.compiled", exc_type=ImportError)
+from chatlm.worker.kernels.library import _core  # noqa: E402
+from chatlm.worker.kernels.tiles import KINDS  # noqa: E402
 
 EMULATED = [name for name in _core.isas_for_tests() if name.startswith("amx")]
 TEST_SETS = "amx-emulated-portable" in EMULATED       # were those compiled that exist for tests alone (setup.py)?
@@ -29,7 +29,7 @@ def usual_instructions():
 
 def product(matrix, x):
     out = np.full((len(x), matrix.rows), np.nan, np.float32)
-    decode_core.multiply(x, matrix, out=out)
+    compiled.multiply(x, matrix, out=out)
     return out
 
 
@@ -46,7 +46,7 @@ def test_amx_needs_cpu_system_and_permission(edx, xcr0, error, reason):
 
 
 def test_amx_is_offered_where_nothing_refuses_it():
-    info = decode_core.info()
+    info = compiled.info()
     assert ("amx_int8" in info["features"]) == (_core.amx_refusal() == "")
     assert ("amx" in info["offered_isas"]) == ("amx_int8" in info["features"] and "amx" not in info["left_out_isas"])
     assert info["offered_isas"][-1] == "portable"
@@ -57,7 +57,7 @@ def test_amx_is_offered_where_nothing_refuses_it():
 
 
 def test_sets_for_tests_are_there_or_say_how():
-    vnni = "avx512_vnni" in decode_core.info()["features"]
+    vnni = "avx512_vnni" in compiled.info()["features"]
     for name, able in (("amx-emulated-portable", True), ("amx-emulated", vnni), ("avxvnni-evex", vnni)):
         assert (name in _core.isas_for_tests()) == (able and TEST_SETS)
         if able and not TEST_SETS:
@@ -71,7 +71,7 @@ def run_python(code, **environment):
 
 
 def test_avx_vnni_is_offered_where_the_cpu_has_it():
-    info = decode_core.info()
+    info = compiled.info()
     assert ("avxvnni" in info["offered_isas"]) == ("avx_vnni" in info["features"] and "avxvnni" not in info["left_out_isas"])
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -80,7 +80,7 @@ def test_avx_vnni_is_offered_where_the_cpu_has_it():
 
 def test_neon_s_byte_products_need_their_cpu():
     """NEON's products of bytes are offered exactly where the CPU has them."""
-    info, arm = decode_core.info(), platform.machine() in ("aarch64", "arm64")
+    info, arm = compiled.info(), platform.machine() in ("aarch64", "arm64")
     assert [name for name in info["offered_isas"] if name in ("i8mm", "dotprod", "neon")] == (
         [name for name, feature in (("i8mm", "i8mm"), ("dotprod", "asimddp")) if feature in info["features"]] + ["neon"] * arm)
     for name in {"i8mm", "dotprod", "neon"} - {*info["offered_isas"]}:
@@ -90,7 +90,7 @@ def test_neon_s_byte_products_need_their_cpu():
 
 def test_what_was_left_out_is_refused_and_said():
     """A set of this CPU is offered or left out, never both; that of most use is missed where it was left out."""
-    info = decode_core.info()
+    info = compiled.info()
     assert not {*info["left_out_isas"]} & {*info["offered_isas"]} and info["offered_isas"][-1] == "portable"
     assert info["missed_isa"] in ("", *info["left_out_isas"])
     for name in info["left_out_isas"]:
@@ -99,17 +99,17 @@ def test_what_was_left_out_is_refused_and_said():
 
 
 def test_every_set_of_x86_is_tested():
-    if left_out := decode_core.info()["left_out_isas"]:
+    if left_out := compiled.info()["left_out_isas"]:
         pytest.skip(f"decode_core was compiled without {', '.join(left_out)}, whose tests are left out: DECODE_CORE_SETS=all "
                     "pip install . compiles them")
 
 
 def test_the_first_offered_instruction_set_is_taken():
-    best = decode_core.info()["offered_isas"]
-    said = run_python("import decode_core; print(decode_core.info()['isa'])", DECODE_CORE_ISA="amx,avx512,avxvnni,avx2,i8mm,dotprod,neon,portable")
+    best = compiled.info()["offered_isas"]
+    said = run_python("from chatlm.worker.kernels import compiled; print(compiled.info()['isa'])", DECODE_CORE_ISA="amx,avx512,avxvnni,avx2,i8mm,dotprod,neon,portable")
     assert said.stdout.split() == best[:1], said.stderr
-    said = run_python("import decode_core", DECODE_CORE_ISA="sse,portable")
-    assert "isa: amx, avx512, avxvnni, avx2, i8mm, dotprod, neon or portable, not sse" in said.stderr
+    said = run_python("from chatlm.worker.kernels import compiled", DECODE_CORE_ISA="sse,portable")
+    assert "DECODE_CORE_ISA=sse,portable: amx, avx512, avxvnni, avx2, i8mm, dotprod, neon or portable, not sse" in said.stderr
 
 
 WITH_TILES = ["q8_0", "q4_0", "q4_1", "q4_k", "q5_k", "mxfp4", "u4_g32", "u4_g128", "q2_k", "q3_k", "iq3_xxs", "iq1_m", "i8_row"]
@@ -132,7 +132,7 @@ def test_the_measurement_gives_rows_or_never(isa, kind):
 @pytest.mark.parametrize("kind, columns", [("q8_0", 32 * 1025), ("q2_k", 256 * 129)])
 def test_many_columns_go_by_tiles_or_elsewhere(kind, columns):
     """Many columns go by tiles or are left to other kernels."""
-    matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 32, columns)
+    matrix = compiled.Matrix(compiled.Arena(1 << 20), kind, 32, columns)
     generator = np.random.default_rng(0)
     matrix.fill(generator.standard_normal((32, columns)).astype(np.float32), "f32")
     x = generator.standard_normal((17, columns)).astype(np.float32)

@@ -3,8 +3,8 @@
 import numpy
 import pytest
 
-decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
-from decode_core import _core  # noqa: E402
+compiled = pytest.importorskip("chatlm.worker.kernels.compiled", exc_type=ImportError)
+from chatlm.worker.kernels.library import _core  # noqa: E402
 from instruction_sets import ISAS, some  # noqa: E402
 from nightly import by_day  # noqa: E402
 from record import agree, exact  # noqa: E402
@@ -85,8 +85,8 @@ class Cache:
 
 def attend(q, cache, tables, lengths, starts, *, window=0, softcap=0.0, sinks=None, heads=None, out=None):
     out = numpy.full((len(q), q.shape[1] * q.shape[2]), NAN, numpy.float32) if out is None else out
-    plan = decode_core.plan_attention(tables, lengths, starts, q.shape[1], cache.store.shape[1], len(cache.store))
-    decode_core.paged_attention(q, cache.array, plan, out, window=window, softcap=softcap, sinks=sinks)
+    plan = compiled.plan_attention(tables, lengths, starts, q.shape[1], cache.store.shape[1], len(cache.store))
+    compiled.paged_attention(q, cache.array, plan, out, window=window, softcap=softcap, sinks=sinks)
     return out
 
 
@@ -122,25 +122,25 @@ OFFERED = [name for name in _core.offered_isas() if name in ISAS]
 @pytest.fixture(params=some(OFFERED))
 def isa(request):
     before = _core.isa()
-    decode_core.set_isa(request.param)
+    compiled.set_isa(request.param)
     yield request.param
-    decode_core.set_isa(before)
+    compiled.set_isa(before)
 
 
 @pytest.fixture
 def threads():
-    before = decode_core.get_threads()
-    yield decode_core.set_threads
-    decode_core.set_threads(before)
+    before = compiled.get_threads()
+    yield compiled.set_threads
+    compiled.set_threads(before)
 
 
 def on_every_isa(run):
     """The results of `run` on each instruction set, in the order of offered_isas."""
     before, results = _core.isa(), []
     for name in OFFERED:
-        decode_core.set_isa(name)
+        compiled.set_isa(name)
         results.append(run())
-    decode_core.set_isa(before)
+    compiled.set_isa(before)
     return results
 
 
@@ -433,7 +433,7 @@ def rope_case(name, H, Hkv, D, T=21, cache_kind="float32", seed=0):
 def run_rope(call, cache, slots, H, q=None):
     T = len(slots)
     q = numpy.full((T, H, cache.size), NAN, numpy.float32) if q is None else q
-    decode_core.rope_append(**call, slots=slots, cache=cache.array, q_out=q)
+    compiled.rope_append(**call, slots=slots, cache=cache.array, q_out=q)
     return q
 
 
@@ -523,7 +523,7 @@ def test_every_float16_is_rounded_as_by_numpy(isa):
     cache = Cache(-(-T // PAGE), 1, 256, "float16")
     qkv = numpy.concatenate([values * 0, values * 0, values], axis=1)
     cos, sin = numpy.ones((1, 8), numpy.float32), numpy.zeros((1, 8), numpy.float32)
-    decode_core.rope_append(qkv, cos, sin, numpy.zeros(T, numpy.int64), numpy.arange(T), cache.array,
+    compiled.rope_append(qkv, cos, sin, numpy.zeros(T, numpy.int64), numpy.arange(T), cache.array,
                             numpy.empty((T, 1, 256), numpy.float32))
     stored = cache.keys_values()[1].reshape(-1, 256)[:T]
     assert (stored.view(numpy.uint16) == expected.view(numpy.uint16)).all()
@@ -556,7 +556,7 @@ def test_a_fused_multiply_add_rounds_once():
 
     def run():
         q = numpy.empty((T, 1, 64), numpy.float32)
-        decode_core.rope_append(qkv, cos.astype(numpy.float32), sin.astype(numpy.float32), numpy.arange(T), numpy.arange(T) % 16,
+        compiled.rope_append(qkv, cos.astype(numpy.float32), sin.astype(numpy.float32), numpy.arange(T), numpy.arange(T) % 16,
                                 numpy.zeros((1, 1, 2, PAGE * 64), numpy.float32), q, q_scale=8.0)
         return bits(q)
     results = on_every_isa(run)
@@ -635,13 +635,13 @@ def good_rope():
 ])
 def test_a_wrong_rope_append_names_the_argument(name, wrong):
     call = good_rope()
-    decode_core.rope_append(**call)
+    compiled.rope_append(**call)
     before = call["cache"].tobytes()
     call[name] = wrong(call.get(name))
     if name == "q_norm":
         call["k_norm"] = numpy.ones(32, numpy.float32)
     with pytest.raises(ValueError, match=f"^{name}: "):
-        decode_core.rope_append(**call)
+        compiled.rope_append(**call)
     if name not in ("cache",):
         assert call["cache"].tobytes() == before
 
@@ -650,11 +650,11 @@ def test_a_read_only_or_misaligned_array_is_refused():
     call = good_rope()
     call["q_out"].flags.writeable = False
     with pytest.raises(ValueError, match="^q_out: "):
-        decode_core.rope_append(**call)
+        compiled.rope_append(**call)
     call = good_rope()
     call["cos"] = numpy.frombuffer(b"x" * (call["cos"].nbytes + 1), numpy.uint8)[1:].view(numpy.float32).reshape(call["cos"].shape)
     with pytest.raises(ValueError, match="^cos: "):
-        decode_core.rope_append(**call)
+        compiled.rope_append(**call)
 
 
 def test_an_array_on_a_gpu_is_refused():
@@ -662,7 +662,7 @@ def test_an_array_on_a_gpu_is_refused():
     call["qkv"] = Bfloat16(round_bfloat16(call["qkv"]))
     call["qkv"].device = type("Device", (), {"type": "cuda"})
     with pytest.raises(ValueError, match="^qkv: must be on the CPU"):
-        decode_core.rope_append(**call)
+        compiled.rope_append(**call)
 
 
 @pytest.mark.parametrize("name, changed", [
@@ -675,9 +675,9 @@ def test_an_array_on_a_gpu_is_refused():
 ])
 def test_a_wrong_plan_names_the_argument(name, changed):
     good = dict(tables=[[0, 1, 2]], lengths=[40], starts=[0, 1], heads=4, kv_heads=2, num_pages=8)
-    decode_core.plan_attention(**good)
+    compiled.plan_attention(**good)
     with pytest.raises(ValueError, match=f"^{name}: "):
-        decode_core.plan_attention(**(good | changed))
+        compiled.plan_attention(**(good | changed))
 
 
 @pytest.mark.parametrize("name, wrong", [
@@ -689,11 +689,11 @@ def test_a_wrong_plan_names_the_argument(name, changed):
 ])
 def test_a_wrong_paged_attention_names_the_argument(name, wrong):
     call = dict(q=numpy.zeros((1, 4, 32), numpy.float32), cache=numpy.zeros((8, 2, 2, 16 * 32), numpy.float32),
-                plan=decode_core.plan_attention([[0, 1, 2]], [40], [0, 1], 4, 2, 8), out=numpy.zeros((1, 128), numpy.float32),
+                plan=compiled.plan_attention([[0, 1, 2]], [40], [0, 1], 4, 2, 8), out=numpy.zeros((1, 128), numpy.float32),
                 window=0, softcap=0.0, sinks=None)
-    decode_core.paged_attention(**call)
+    compiled.paged_attention(**call)
     with pytest.raises(ValueError, match=f"^{name}: "):
-        decode_core.paged_attention(**(call | {name: wrong(call[name])}))
+        compiled.paged_attention(**(call | {name: wrong(call[name])}))
 
 
 # ---- pages of the type q8_0: keys and values turned, of 8 bits with a scale for each 32
@@ -882,7 +882,7 @@ def test_every_instruction_set_keeps_the_same_bytes(name):
 def test_a_head_that_cannot_be_turned_is_an_error(size):
     cache = numpy.zeros((4, 1, 2, 17 * size), numpy.uint8)
     with pytest.raises(ValueError, match="a power of two from 32 to 512"):
-        decode_core.paged_attention(numpy.zeros((1, 1, size), numpy.float32), cache, decode_core.plan_attention([[0]], [1], [0, 1], 1, 1, 4),
+        compiled.paged_attention(numpy.zeros((1, 1, size), numpy.float32), cache, compiled.plan_attention([[0]], [1], [0, 1], 1, 1, 4),
                                     numpy.zeros((1, size), numpy.float32))
 
 
@@ -899,7 +899,7 @@ def test_attention_has_the_bits_of_record(isa, kind, H, Hkv, D):
     cache = PackedCache(20, Hkv, D) if kind == "q8_0" else Cache(20, Hkv, D, kind)
     cache.store[:] = 0
     positions, q = numpy.arange(T), numpy.full((T, H, D), NAN, numpy.float32)
-    decode_core.rope_append(normal(T, (H + 2 * Hkv) * D), normal(T, D // 2), normal(T, D // 2), positions, slots=numpy.take(pages, positions // PAGE) * PAGE + positions % PAGE,
+    compiled.rope_append(normal(T, (H + 2 * Hkv) * D), normal(T, D // 2), normal(T, D // 2), positions, slots=numpy.take(pages, positions // PAGE) * PAGE + positions % PAGE,
                             cache=cache.array, q_out=q, norm="before_rope", q_norm=normal(D), k_norm=normal(D))
     made = [attend(q[-rows:], cache, [pages], [T], [0, rows], **options)
             for rows, options in ((1, {}), (2, {"window": 70}), (7, {"softcap": 2.0}), (40, {"sinks": normal(H)}))]

@@ -2,7 +2,6 @@
 emulation."""
 
 import ctypes
-import importlib.util
 import math
 import os
 import shutil
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 
 from chatlm.common.messages.requests import SamplingParams
+from chatlm.worker.kernels import cuda as wrappers
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import EXP_CUTOFF, FLOAT_MAX, sample_reference
 from emulated_core import EmulatedCore
@@ -26,10 +26,6 @@ SHARE = float(os.environ.get("DECODE_CORE_TEST_SHARE", "1"))
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 ASCENDING, DESCENDING, RANDOM = 0, 1, 2
 
-specification = importlib.util.spec_from_file_location("decode_core_cuda", CSRC / "decode_core" / "cuda.py")
-# without the compiled half, which may be missing
-wrappers = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(wrappers)
 
 
 class Tensor:
@@ -109,7 +105,7 @@ def emulation(emulation_library):
 @pytest.fixture(scope="module")
 def gpu():
     try:
-        from decode_core import _core
+        from chatlm.worker.kernels.library import _core
     except ImportError as failure:
         pytest.skip(f"no compiled decode_core: {failure}")
     if not _core.cuda_compiled:

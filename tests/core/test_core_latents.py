@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
+compiled = pytest.importorskip("chatlm.worker.kernels.compiled", exc_type=ImportError)
 from core_settings import usual_settings  # noqa: E402, F401
 from instruction_sets import ISAS, SOME_ISAS  # noqa: E402
 from nightly import WHOLE, by_day  # noqa: E402
@@ -31,14 +31,14 @@ class Latents:
         self.norm, angles = 1 + normal(kept) / 4, normal(PAGES * PAGE, turned // 2)
         self.cos, self.sin = (np.cos(angles), np.sin(angles)) if angles_are_known else (angles, normal(*angles.shape))
         self.cache = np.zeros((PAGES, PAGE + (cache == "uint8"), kept + turned), cache)
-        arena = decode_core.Arena(1 << 20)
+        arena = compiled.Arena(1 << 20)
 
         def packed(weights):
-            matrix = decode_core.Matrix(arena, kind, *weights.shape)
+            matrix = compiled.Matrix(arena, kind, *weights.shape)
             matrix.fill(weights, "f32")
             return matrix
 
-        p = self.program = decode_core.Program(tokens, 1)
+        p = self.program = compiled.Program(tokens, 1)
         x, kv, q, seen, self.out = (np.zeros((tokens, columns), np.float32) for columns in (
             heads * (plain + turned), kept + turned, heads * (kept + turned), heads * kept, heads * values))
         p.embed(self.x, p.token_ids, x)
@@ -116,11 +116,11 @@ def test_bits_are_the_same_anywhere(kind, cache):
     """The bits of a row are the same in any chunk, on every instruction set and by any number of threads."""
     text, expected = TEXT[:290], None
     for isa in ISAS:
-        decode_core.set_isa(isa)
+        compiled.set_isa(isa)
         for threads, chunk in ((1, 64), (3, 17), (2, 1)):
             if chunk == 1 and isa not in ISAS[:1]:
                 continue
-            decode_core.set_threads(threads)
+            compiled.set_threads(threads)
             found = Latents(5, 64, 32, 32, 48, kind, cache).whole(text, TABLE, chunk)
             expected = found if expected is None else expected
             assert np.array_equal(found, expected), (isa, threads, chunk)
@@ -130,7 +130,7 @@ def test_bits_are_the_same_anywhere(kind, cache):
 @pytest.mark.parametrize("cache", ["float16", "uint8"])
 def test_latents_have_the_bits_of_record(isa, cache):
     """Latent attention and its cache have the bits of record."""
-    decode_core.set_isa(isa)
+    compiled.set_isa(isa)
     layer = Latents(5, 64, 32, 32, 48, "bf16", cache, dice=exact(11))
     agree(f"latents in {cache}", layer.whole(TEXT[:290], TABLE, 64), layer.cache)
 
@@ -140,11 +140,11 @@ def recorded():
     p, x, kv = layer.program, np.zeros((64, 64), np.float32), np.zeros((64, 48), np.float32)
     p.embed(layer.x, p.token_ids, x)
     p.embed(layer.kv, p.token_ids, kv)
-    arena = decode_core.Arena(1 << 20)
-    k_up = decode_core.Matrix(arena, "f32", 64, 16)
+    arena = compiled.Arena(1 << 20)
+    k_up = compiled.Matrix(arena, "f32", 64, 16)
     good = {"absorb": dict(x=x, k_up=k_up, cos=layer.cos, sin=layer.sin, positions=p.positions, scale=1.0, cache=layer.cache, out=np.zeros((64, 96), np.float32)),
             "append_latents": dict(x=kv, weight=layer.norm, eps=1e-5, cos=layer.cos, sin=layer.sin, positions=p.positions, slots=p.slots, cache=layer.cache),
-            "by_head": dict(x=x, up=decode_core.Matrix(arena, "f32", 64, 32), out=np.zeros((64, 64), np.float32))}
+            "by_head": dict(x=x, up=compiled.Matrix(arena, "f32", 64, 32), out=np.zeros((64, 64), np.float32))}
     return p, good
 
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
-from chatlm.worker.model.kernels import for_decode_core  # noqa: E402
+compiled = pytest.importorskip("chatlm.worker.kernels.compiled", exc_type=ImportError)
+
 from chatlm.worker.ops.basic import gate_input_reference, layer_inputs_reference  # noqa: E402
 from core_settings import usual_settings  # noqa: E402, F401
-from decode_core.cpu_proof import FileRows  # noqa: E402
-from decode_core.proof import Dice  # noqa: E402
-from decode_core.tiles import COLUMNS  # noqa: E402
+from chatlm.worker.kernels.cpu_proof import FileRows  # noqa: E402
+from chatlm.worker.kernels.proof import Dice  # noqa: E402
+from chatlm.worker.kernels.tiles import COLUMNS  # noqa: E402
 from instruction_sets import ISAS  # noqa: E402
 
 ROWS, L, P = 40, 4, 64
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.usefixtures("usual_settings")
 def made(kind, ids):
     """(rows of the table, what layers get of them, the second layer's after its gate) of these ids; and the table."""
     dice, T = Dice(torch.device("cpu"), 6), len(ids)
-    table = FileRows(kind, ROWS, L * P, dice, for_decode_core())
+    table = FileRows(kind, ROWS, L * P, dice)
     projected, weight, gates = dice.normal(ROWS, L * P), dice.normal(P), dice.normal(ROWS, P)
-    program = decode_core.Program(64, 1)
+    program = compiled.Program(64, 1)
     rows, inputs, gated, x, gate = (np.zeros((64, columns), np.float32) for columns in (L * P, L * P, P, L * P, P))
     program.embed(projected.numpy(), program.token_ids, x)
     program.embed(gates.numpy(), program.token_ids, gate)
@@ -55,9 +55,9 @@ def test_layer_inputs_have_the_same_bits_anywhere():
     many = [i % ROWS for i in range(50)]
     expected = None
     for isa in ISAS:
-        decode_core.set_isa(isa)
+        compiled.set_isa(isa)
         for threads in (1, 3):
-            decode_core.set_threads(threads)
+            compiled.set_threads(threads)
             found, *_ = made("q6_k", many)
             expected = expected or found
             assert all(torch.equal(one, other) for one, other in zip(found, expected))
@@ -77,7 +77,7 @@ def test_layer_inputs_have_the_same_bits_anywhere():
     ("gate_input", dict(first=48), "first: must be a multiple of 16 that leaves 32 of 64"),
     ("gate_input", dict(out=np.zeros((8, 48), np.float32)), "out: must have the shape")])
 def test_what_is_wrong_is_a_value_error(op, change, words):
-    program, rows, x, gate = decode_core.Program(8, 2), *(np.zeros((8, columns), np.float32) for columns in (64, 64, 32))
+    program, rows, x, gate = compiled.Program(8, 2), *(np.zeros((8, columns), np.float32) for columns in (64, 64, 32))
     table = SimpleNamespace(kind="q8_0", table=torch.zeros(3, 68, dtype=torch.uint8))
     program.embed(np.zeros((3, 64), np.float32), program.token_ids, x)
     program.embed(np.zeros((3, 32), np.float32), program.token_ids, gate)

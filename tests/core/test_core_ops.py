@@ -7,13 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chatlm.worker.model.kernels import for_decode_core
-
-decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
-from decode_core import _core  # noqa: E402
+compiled = pytest.importorskip("chatlm.worker.kernels.compiled", exc_type=ImportError)
+from chatlm.worker.kernels.library import _core  # noqa: E402
+from chatlm.worker.ops.references import REFERENCES
 
 ROOT = Path(__file__).resolve().parents[2]
-REFERENCES = for_decode_core().references
 
 
 def test_the_compiled_list_is_the_one_of_the_file():
@@ -37,21 +35,21 @@ def test_every_row_has_known_words():
 
 def test_a_program_records_every_reference():
     """A program records all references but those that are no part of a step or left to torch."""
-    program = decode_core.Program(8, 2)
+    program = compiled.Program(8, 2)
     assert {name for name in REFERENCES if not hasattr(program, name)} == {"pack", "make_cache", "plan_attention"}
     assert {name for name in _core.OPS if hasattr(program, name)} - REFERENCES.keys() == {"all_reduce", "all_gather"}
 
 
 def test_ops_recorded_by_row_take_their_arguments():
     """Ops that are recorded by their row alone take what their references take."""
-    by_row = {name: method for name in _core.OPS if hasattr(method := getattr(decode_core.Program, name, None), "__signature__")}
+    by_row = {name: method for name in _core.OPS if hasattr(method := getattr(compiled.Program, name, None), "__signature__")}
     assert by_row.keys() == {"rms_norm", "copy", "mix", "gated_add", "clamp"}
     for name, method in by_row.items():
         assert list(inspect.signature(method).parameters) == ["self", *inspect.signature(REFERENCES[name]).parameters]
 
 
 def recorded(width=16):
-    program, x = decode_core.Program(8, 2), np.zeros((8, width), np.float32)
+    program, x = compiled.Program(8, 2), np.zeros((8, width), np.float32)
     program.embed(np.ones((3, width), np.float32), program.token_ids, x)
     return program, x
 

@@ -2,15 +2,15 @@
 
 import pytest
 
-decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
+compiled = pytest.importorskip("chatlm.worker.kernels.compiled", exc_type=ImportError)
 from core_settings import usual_settings  # noqa: E402, F401
-from decode_core import _core  # noqa: E402
+from chatlm.worker.kernels.library import _core  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("usual_settings")
 
 
 def try_phase(threads, chunks, **options):
-    decode_core.set_threads(threads)
+    compiled.set_threads(threads)
     return _core.try_phase(threads, chunks, **options)
 
 

@@ -1,4 +1,4 @@
-"""decode_core.Program: a replayed step gives the bits of its ops called one by one, however it is divided
+"""Program: a replayed step gives the bits of its ops called one by one, however it is divided
 (numpy only)."""
 
 import ctypes
@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
-from decode_core import _core  # noqa: E402
-from decode_core.program import LOGIT_ROWS, TOKENS, Buffers  # noqa: E402
+compiled = pytest.importorskip("chatlm.worker.kernels.compiled", exc_type=ImportError)
+from chatlm.worker.kernels.library import _core  # noqa: E402
+from chatlm.worker.kernels.program import LOGIT_ROWS, TOKENS, Buffers  # noqa: E402
 from core_settings import usual_settings  # noqa: E402, F401
 from instruction_sets import ISAS, SOME_ISAS  # noqa: E402
 from nightly import by_day  # noqa: E402
@@ -35,7 +35,7 @@ class Eager:
 
     def __init__(self, step, heads, kv_heads):
         self.step, self.T, self.R = step, len(step.token_ids), len(step.logit_rows)
-        self.plan = decode_core.plan_attention(step.tables, step.lengths, step.starts, heads, kv_heads, PAGES)
+        self.plan = compiled.plan_attention(step.tables, step.lengths, step.starts, heads, kv_heads, PAGES)
         counts = np.diff(step.starts)
         position = [np.arange(length - count, length) for count, length in zip(counts, step.lengths)]
         self.at = np.concatenate(position)
@@ -47,8 +47,8 @@ class Eager:
 
     def embed(self, table, ids, out):
         ids = np.maximum(self.at if ids == "positions" else np.array(self.step.token_ids if ids == "ids" else self.step.previous), 0)
-        if isinstance(table, decode_core.Matrix):
-            decode_core.embed(table, ids, out[:self.T])
+        if isinstance(table, compiled.Matrix):
+            compiled.embed(table, ids, out[:self.T])
         else:
             out[:self.T] = table[ids]
 
@@ -71,21 +71,21 @@ class Eager:
             x = x[:n]
             if x.shape[1] != matrix.columns:
                 x, norm = np.ascontiguousarray((rms_norm(x, *norm) if norm else x)[:, :matrix.columns]), None
-            decode_core.multiply(x, matrix, norm=norm, bias=bias, activation=activation, out=out[:n],
+            compiled.multiply(x, matrix, norm=norm, bias=bias, activation=activation, out=out[:n],
                                  residual=None if residual is None else residual[:n])
 
     def experts(self, x, logits, gate_up, down, out, norm, biases, activation, chosen, sum_to_one, residual=True, sigmoids=False, scales=None, jitter=None,
                 **router):
-        (C, F), logits, halves = (x.shape[1], down.columns), logits[:self.T], 1 + (activation in decode_core.tiles.GATES)
+        (C, F), logits, halves = (x.shape[1], down.columns), logits[:self.T], 1 + (activation in compiled.tiles.GATES)
         before, routes = x[:self.T].copy(), route_sigmoids(logits, chosen, sum_to_one, **router) if sigmoids else route(logits, chosen, sum_to_one, **router)
         routes = routes if jitter is None else route_sparse(logits, chosen, 2 * jitter)
         for row, (ids, shares) in enumerate(zip(*routes)):
             shares = shares if scales is None else shares * scales[ids]
             total, hidden, added = (np.zeros((1, n), np.float32) for n in (C, gate_up.rows // halves, down.rows))      # of all experts
             total = total[0]
-            decode_core.multiply(before[row:row + 1], gate_up, norm=norm, bias=biases[0], activation=activation, out=hidden)
+            compiled.multiply(before[row:row + 1], gate_up, norm=norm, bias=biases[0], activation=activation, out=hidden)
             for expert, share in zip(ids, shares):
-                decode_core.multiply(hidden[:, expert * F:(expert + 1) * F], down, bias=biases[1], out=added)
+                compiled.multiply(hidden[:, expert * F:(expert + 1) * F], down, bias=biases[1], out=added)
                 total = fma(share, added[0, expert * C:(expert + 1) * C], total)
             out[row] = before[row] + total if residual else total
 
@@ -113,10 +113,10 @@ class Eager:
     def rope_append(self, qkv, cos, sin, positions, slots, cache, out, *, value_embed=None, gate=None, **more):
         D = cache.shape[3] // PAGE
         rows = {} if gate is None else {"value_embed": value_embed[:self.T], "gate": gate[:self.T]}
-        decode_core.rope_append(qkv[:self.T], cos, sin, self.at, self.into, cache, out[:self.T].reshape(self.T, -1, D), **rows, **more)
+        compiled.rope_append(qkv[:self.T], cos, sin, self.at, self.into, cache, out[:self.T].reshape(self.T, -1, D), **rows, **more)
 
     def paged_attention(self, q, cache, attention, window, out, softcap=0.0, sinks=None):
-        decode_core.paged_attention(q[:self.T].reshape(self.T, self.plan.heads, -1), cache, self.plan, out[:self.T], window=window,
+        compiled.paged_attention(q[:self.T].reshape(self.T, self.plan.heads, -1), cache, self.plan, out[:self.T], window=window,
                                     softcap=softcap, sinks=sinks)
 
     def spans(self, states):
@@ -271,7 +271,7 @@ class Eager:
 
     def sample(self, logits):
         if self.R and self.step.sampling:
-            self.tokens = decode_core.sample(logits[:self.R], self.step.sampling).tolist()
+            self.tokens = compiled.sample(logits[:self.R], self.step.sampling).tolist()
 
 
 # ---- small models: a llama, one with every feature of nanochat checkpoints, one with experts and sinks, one with convolutions,
@@ -318,7 +318,7 @@ class Model:
         self.name, generator = name, np.random.default_rng(seed)
         self.E = 12 if name == "groups" else 7      # experts
         self.H, self.Hkv, self.D, self.C, self.F, self.V = (3, 3, 32, 96, 128, 163) if name == "nanochat" else (4, 2, 16, 64, 96, 320)
-        kind, self.arena = "bf16" if name == "nanochat" else "q4_1", decode_core.Arena(1 << 20)
+        kind, self.arena = "bf16" if name == "nanochat" else "q4_1", compiled.Arena(1 << 20)
         qkv = (self.H + 2 * self.Hkv) * self.D
         shapes = {"qkv": (qkv, self.C), "output": (self.C, self.H * self.D), "down": (self.C, self.F)}
         if name == "convolutions":
@@ -368,7 +368,7 @@ class Model:
         self.make_cache = lambda: np.zeros((len(self.layers), PAGES, self.Hkv, 2, PAGE * self.D), np.float16)
 
     def matrix(self, kind, shape, generator):
-        matrix = decode_core.Matrix(self.arena, kind, *shape)
+        matrix = compiled.Matrix(self.arena, kind, *shape)
         if kind == "q4_1":
             d = (generator.random((*shape[:1], shape[1] // 32, 1), np.float32) / 40).astype(np.float16)
             parts = [d.view(np.uint8), (-7.5 * d).astype(np.float16).view(np.uint8), generator.integers(0, 256, (*d.shape[:2], 16), np.uint8)]
@@ -521,7 +521,7 @@ class Recorded:
     """A Program of the model and its own cache."""
 
     def __init__(self, name, model=None):
-        self.model, self.program = model or MODELS[name], decode_core.Program(MAX_TOKENS, MAX_ROWS)
+        self.model, self.program = model or MODELS[name], compiled.Program(MAX_TOKENS, MAX_ROWS)
         self.buffers, self.cache = self.model.buffers(), self.model.make_cache()
         self.model.forward(self.program, self.buffers, self.cache)
 
@@ -552,7 +552,7 @@ def test_a_buffer_is_read_only_when_it_is_ready():
 def sampling(model, rows, position, seed=1):
     params = SimpleNamespace(temperature=0.9, top_k=0, top_p=1.0, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0,
                              repetition_penalty=1.0, logit_bias=((3, 0.5),), seed=seed, choice=0)
-    return decode_core.SampleBatch([SimpleNamespace(params=params, position=position + i, tokens=[], prompt_tokens=0) for i in range(rows)], model.V)
+    return compiled.SampleBatch([SimpleNamespace(params=params, position=position + i, tokens=[], prompt_tokens=0) for i in range(rows)], model.V)
 
 
 def make_step(model, sequences, logit_rows, seed, samples=True):
@@ -606,11 +606,11 @@ def test_a_step_has_the_bits_of_its_ops_one_by_one(name, tokens, logit_rows):
     if SHARE < 1:                                           # by day each number of tokens meets each schedule with a third of the models
         rounds = rounds[([*MODELS].index(name) + [*MIXES].index(tokens)) % 3::3]
     for round, (threads, *schedule) in rounds:
-        decode_core.set_isa(ISAS[round % len(ISAS)])
+        compiled.set_isa(ISAS[round % len(ISAS)])
         step = make_step(model, MIXES[tokens], logit_rows, seed=round)
-        decode_core.set_threads(1)
+        compiled.set_threads(1)
         expected = run_eagerly(model, step, buffers, cache)
-        decode_core.set_threads(threads)
+        compiled.set_threads(threads)
         _core.force_schedule(*schedule)
         assert recorded.run(step) == expected
         R = len(step.logit_rows)
@@ -630,7 +630,7 @@ def test_a_step_has_the_bits_of_record(name, isa):
     model.cos, model.sin = (exact(6).standard_normal(model.cos.shape, np.float32) for _ in range(2))       # numpy's are libm's
     for weights in getattr(model, "rules", ()):
         weights["decay"] = -np.abs(exact(7).standard_normal(weights["decay"].shape, np.float32))
-    decode_core.set_isa(isa)
+    compiled.set_isa(isa)
     recorded, made = Recorded(name, model), []
     for turn, mix in enumerate((33, 5, 1)):
         step = make_step(model, MIXES[mix], "all", exact(turn), samples=False)
@@ -661,7 +661,7 @@ def test_a_wrong_slot_is_an_error_without_effect(states, words):
     (dict(taps=np.ones(47, np.float32)), "taps: must have the shape"), (dict(bias=np.ones(15, np.float32)), "bias: must have the shape"),
     (dict(sequences="sequences"), "sequences: must be <program.sequences>"), (dict(out=np.ones((8, 32), np.float32)), "out: must have the shape")])
 def test_a_wrong_short_convolution_is_an_error(change, words):
-    program, x = decode_core.Program(8, 2), np.zeros((8, 48), np.float32)
+    program, x = compiled.Program(8, 2), np.zeros((8, 48), np.float32)
     program.embed(np.zeros((3, 48), np.float32), program.token_ids, x)
     good = dict(x=x, taps=np.ones(48, np.float32), states=(np.ones((4, 2, 16), np.float32),), sequences=program.sequences, out=np.ones((8, 16), np.float32))
     with pytest.raises(ValueError, match=words):
@@ -678,7 +678,7 @@ def test_a_wrong_short_convolution_is_an_error(change, words):
     (dict(x=np.zeros((8, 208), np.float32)), "x: no op has written it"), (dict(sequences="sequences"), "sequences: must be <program.sequences>"),
     (dict(out=np.ones((8, 32), np.float32)), "out: must have the shape")])
 def test_a_wrong_delta_rule_is_a_value_error(change, words):
-    program, x = decode_core.Program(8, 2), np.zeros((8, 200), np.float32)
+    program, x = compiled.Program(8, 2), np.zeros((8, 200), np.float32)
     program.embed(np.zeros((3, 200), np.float32), program.token_ids, x)
     mixer = dict(size=4, key_heads=2, value_heads=4, key_size=16, value_size=16, alternating=False, gates_by_key=False, heads_by_key=False)
     weights = dict(taps=np.ones(512, np.float32), decay=np.ones(4, np.float32), dt_bias=np.ones(4, np.float32), mix_norm=np.ones(16, np.float32))
@@ -696,7 +696,7 @@ def test_a_wrong_delta_rule_is_a_value_error(change, words):
     ("gate", dict(gates=np.ones((8, 80), np.float32)), "gates: no op has written it"), ("gate", dict(out=np.ones((8, 64), np.float32)), "out: must have the shape"),
     ("gated_add", dict(gate="x"), "gate: must be .max_tokens = 8, 1."), ("gated_add", dict(added="gate"), "added: must be .max_tokens = 8, 80.")])
 def test_wrong_gates_are_value_errors(op, change, words):
-    program, made = decode_core.Program(8, 2), {"x": np.zeros((8, 80), np.float32), "gate": np.zeros((8, 1), np.float32)}
+    program, made = compiled.Program(8, 2), {"x": np.zeros((8, 80), np.float32), "gate": np.zeros((8, 1), np.float32)}
     for array in made.values():
         program.embed(np.zeros((3, array.shape[1]), np.float32), program.token_ids, array)
     good = {"split_gates": dict(x="x", head_size=16, gates=np.ones((8, 32), np.float32), out=np.ones((8, 48), np.float32)),
@@ -716,7 +716,7 @@ def test_a_last_row_finds_its_tile_s_state(rows):
     """As in Qwen3.5, whose heads are 128 wide: a row that is a step's only one of a sequence reads its state otherwise."""
     rule = SimpleNamespace(size=4, key_heads=1, value_heads=2, key_size=16, value_size=128, alternating=False, gates_by_key=False, heads_by_key=False)
     mixed, width, sizes, shapes = shapes_of(rule)
-    generator, program = np.random.default_rng(3), decode_core.Program(MAX_TOKENS, 1)
+    generator, program = np.random.default_rng(3), compiled.Program(MAX_TOKENS, 1)
     normal = lambda *shape: generator.standard_normal(shape, np.float32)        # noqa: E731
     x, out, states = np.zeros((MAX_TOKENS, mixed), np.float32), np.zeros((MAX_TOKENS, width), np.float32), [np.zeros((3, *shape), np.float32) for shape in shapes]
     program.embed(normal(rows, mixed), program.token_ids, x)
@@ -735,7 +735,7 @@ def test_a_last_row_finds_its_tile_s_state(rows):
 
 @pytest.mark.parametrize("name", ["mamba", "narrow mamba"])
 def test_a_wrong_mamba_layer_is_a_value_error(name):
-    mixer, program = MAMBAS[name], decode_core.Program(8, 2)
+    mixer, program = MAMBAS[name], compiled.Program(8, 2)
     mixed, width, sizes, shapes = shapes_of(mixer)
     x, weights = np.zeros((8, mixed), np.float32), {key: np.ones(size, np.float32) for key, size in sizes.items()}
     program.embed(np.zeros((3, mixed), np.float32), program.token_ids, x)
@@ -759,7 +759,7 @@ def test_a_wrong_mamba_layer_is_a_value_error(name):
 
 def test_wrong_mamba_groups_are_a_value_error():
     """Wrong groups of a part of a Mamba layer are a value error."""
-    mixer, program = MAMBAS["part of a mamba"], decode_core.Program(8, 2)
+    mixer, program = MAMBAS["part of a mamba"], compiled.Program(8, 2)
     x, squares, out = (np.zeros((8, columns), np.float32) for columns in (192, 16, 192))
     program.embed(np.zeros((3, 192), np.float32), program.token_ids, x)
     weight, changed = np.ones(192, np.float32), lambda **values: SimpleNamespace(**vars(mixer) | values)      # noqa: E731
@@ -780,14 +780,14 @@ def run_thousands(name, threads, *schedule):
     model, recorded = MODELS[name], Recorded(name)
     shapes = [MIXES[1], MIXES[2], MIXES[5], MIXES[33], [(0, 4)], [(9, 1)] * 6]
     steps = [make_step(model, shape, "all", seed) for seed, shape in enumerate(shapes)]
-    decode_core.set_threads(1)
+    compiled.set_threads(1)
     expected = []
     # each with the cache that the previous one left; it settles layer by layer
     for step in steps * 4:
         recorded.run(step)
     for step in steps:
         expected.append((recorded.run(step), recorded.buffers.logits[:len(step.logit_rows)].copy()))
-    decode_core.set_threads(threads)
+    compiled.set_threads(threads)
     _core.force_schedule(*schedule)
     for n in range(int((2500 if name == "llama" else 600) * SHARE)):
         step, (tokens, logits) = steps[n % len(steps)], expected[n % len(steps)]
@@ -876,7 +876,7 @@ def decode_alone(recorded, tables, prompts, count, pipelined):
                                                  *((name, 1 + number % 2) for number, name in enumerate(MODELS))))
 def test_a_step_may_take_ids_of_a_running_one(name, threads):
     """A step may take its ids from the one before, which still runs."""
-    decode_core.set_threads(threads)
+    compiled.set_threads(threads)
     tables, prompts = [[1, 2, 3, 4], [9, 8, 7, 6], [20, 22, 21, 23]], [[5, 6, 7], [1], [4, 4, 4, 9, 11]]
     one_by_one = decode_alone(Recorded(name), tables, prompts, 40, pipelined=False)
     assert decode_alone(Recorded(name), tables, prompts, 40, pipelined=True) == one_by_one
@@ -1080,7 +1080,7 @@ def wrong_ops(p, m):
 
 
 def test_a_wrong_op_is_a_named_value_error():
-    program, count = decode_core.Program(MAX_TOKENS, MAX_ROWS), 0
+    program, count = compiled.Program(MAX_TOKENS, MAX_ROWS), 0
     for complaint, call in wrong_ops(program, MODELS["llama"]):
         with pytest.raises(ValueError, match=f"^{complaint}"):
             call()
@@ -1088,7 +1088,7 @@ def test_a_wrong_op_is_a_named_value_error():
     assert count > 40 and len(program.describe()) == 6
     for sizes in ((0, 1), (4, 5), (1 << 20, 1)):
         with pytest.raises(ValueError, match="max_"):
-            decode_core.Program(*sizes)
+            compiled.Program(*sizes)
 
 
 def test_nothing_is_recorded_after_the_first_step():
@@ -1096,7 +1096,7 @@ def test_nothing_is_recorded_after_the_first_step():
     recorded = Recorded("llama")
     with pytest.raises(ValueError, match="sample is the last"):
         recorded.program.copy(recorded.buffers.x, recorded.buffers.x0)
-    program, x = decode_core.Program(4, 4), buffer(64, rows=4)
+    program, x = compiled.Program(4, 4), buffer(64, rows=4)
     program.embed(MODELS["llama"].head, program.token_ids, x)
     assert program.finish(program.start([1], [-1], [0, 1], [1], [[0]], [])) == []
     with pytest.raises(ValueError, match="after the first step"):
@@ -1120,7 +1120,7 @@ def test_what_was_recorded_stays_and_is_described():
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_program_may_go_while_its_step_runs(threads):
-    decode_core.set_threads(threads)
+    compiled.set_threads(threads)
     for seed in range(int(20 * SHARE) + 2):
         recorded = Recorded("llama")
         recorded.start(make_step(recorded.model, MIXES[100], "all", seed))
@@ -1140,8 +1140,8 @@ def test_programs_do_not_disturb_each_other():
         x, out = np.ones((8, model.C), np.float32), np.zeros((8, 160), np.float32)
         while not stop.is_set():
             for threads in (1, 3, 2):
-                decode_core.set_threads(threads)
-                decode_core.multiply(x, model.layers[0]["qkv"], out=out[:, :128])
+                compiled.set_threads(threads)
+                compiled.multiply(x, model.layers[0]["qkv"], out=out[:, :128])
 
     decode("alone")
     threads = [threading.Thread(target=decode, args=(key,)) for key in range(3)]
@@ -1158,7 +1158,7 @@ def test_programs_do_not_disturb_each_other():
 FORK = """
     import os
     from test_core_program import *
-    decode_core.set_threads(2)
+    compiled.set_threads(2)
     recorded = Recorded("llama")
     step = make_step(recorded.model, MIXES[33], "all", seed=2)
     expected = recorded.run(step)
@@ -1186,11 +1186,11 @@ def test_a_forked_child_runs_steps_on_its_threads():
 @pytest.mark.parametrize("tokens", [2, 100])        # divided products, divided rows
 def test_a_step_without_memory_fails_alone(threads, tokens):
     """A step that is refused memory fails, and the next one has it."""
-    decode_core.set_threads(threads)
+    compiled.set_threads(threads)
     step, free = make_step(MODELS["llama"], MIXES[tokens], "all", 1), Recorded("llama")
     expected, recorded = free.run(step), Recorded("llama")
-    decode_core.set_threads(3)                      # new threads that have no memory yet
-    decode_core.set_threads(threads)
+    compiled.set_threads(3)                      # new threads that have no memory yet
+    compiled.set_threads(threads)
     _core.refuse_memory(1)
     with pytest.raises((MemoryError, RuntimeError)):
         recorded.run(step)
@@ -1200,9 +1200,9 @@ def test_a_step_without_memory_fails_alone(threads, tokens):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_chunk_without_memory_fails_its_step_alone(threads):
-    decode_core.set_threads(threads)
-    wide = decode_core.Matrix(decode_core.Arena(1 << 20), "q8_0", 32, 4096)
-    program, x, out = decode_core.Program(64, 4), np.zeros((64, 4096), np.float32), np.zeros((64, 32), np.float32)
+    compiled.set_threads(threads)
+    wide = compiled.Matrix(compiled.Arena(1 << 20), "q8_0", 32, 4096)
+    program, x, out = compiled.Program(64, 4), np.zeros((64, 4096), np.float32), np.zeros((64, 32), np.float32)
     program.embed(np.ones((4, 4096), np.float32), program.token_ids, x)
     program.linear(x, wide, out)
     run = lambda T: program.finish(program.start([1] * T, [-1] * T, [0, T], [T], [[0, 1, 2, 3]], []))       # noqa: E731
@@ -1218,7 +1218,7 @@ def test_a_drawn_token_needs_a_row_in_every_table():
     """A drawn token without a row in every table fails the step that takes it."""
     model, C = MODELS["llama"], 64
     few = np.ones((5, C), np.float32)
-    program, x, last = decode_core.Program(4, 4), *(np.zeros((4, C), np.float32) for _ in range(2))
+    program, x, last = compiled.Program(4, 4), *(np.zeros((4, C), np.float32) for _ in range(2))
     logits = np.zeros((4, model.V), np.float32)
     program.embed(few, program.token_ids, x)
     program.gather_rows(x, program.logit_rows, last)
@@ -1226,7 +1226,7 @@ def test_a_drawn_token_needs_a_row_in_every_table():
     program.sample(logits)
     params = SimpleNamespace(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0,
                              repetition_penalty=1.0, logit_bias=((300, 1e9),), seed=1, choice=0)
-    draws = lambda: decode_core.SampleBatch([SimpleNamespace(params=params, position=3, tokens=[], prompt_tokens=0)], model.V)    # noqa: E731
+    draws = lambda: compiled.SampleBatch([SimpleNamespace(params=params, position=3, tokens=[], prompt_tokens=0)], model.V)    # noqa: E731
     step = lambda token, previous: ([token], [previous], [0, 1], [1], [[0]], [0], draws())      # noqa: E731
     for token, previous in [(~0, -1), (1, -2)]:
         first = program.start(*step(1, -1))

@@ -10,9 +10,10 @@ import traceback
 import numpy as np
 import pytest
 
-decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
-from decode_core import RankMemory, Ranks, _core  # noqa: E402
-from decode_core.ranks import all_reduce_reference  # noqa: E402
+compiled = pytest.importorskip("chatlm.worker.kernels.compiled", exc_type=ImportError)
+from chatlm.worker.kernels.compiled import RankMemory, Ranks  # noqa: E402
+from chatlm.worker.kernels.library import _core  # noqa: E402
+from chatlm.worker.kernels.ranks import all_reduce_reference  # noqa: E402
 from nightly import WHOLE  # noqa: E402
 
 PART_BYTES, SECONDS = 256 << 10, 60
@@ -21,8 +22,8 @@ PART_BYTES, SECONDS = 256 << 10, 60
 PRELUDE = """
     import os, sys
     import numpy as np
-    import decode_core
-    from decode_core.ranks import Ranks, all_reduce_reference
+    from chatlm.worker.kernels import compiled
+    from chatlm.worker.kernels.ranks import Ranks, all_reduce_reference
 
     def part(rank, phase, rows, columns):       # of many magnitudes, so that the order of a sum shows
         generator = np.random.default_rng((rank, phase))
@@ -280,8 +281,8 @@ def test_ranks_that_run_different_steps_notice():
 
 PROGRAM = """
     T, C = 64, 512
-    decode_core.set_threads({threads})
-    program, table = decode_core.Program(T, T), np.arange(97 * C, dtype=np.float32).reshape(97, C) % 1009 + 0.25 * (rank + 1)
+    compiled.set_threads({threads})
+    program, table = compiled.Program(T, T), np.arange(97 * C, dtype=np.float32).reshape(97, C) % 1009 + 0.25 * (rank + 1)
     tables = [np.arange(97 * C, dtype=np.float32).reshape(97, C) % 1009 + 0.25 * (each + 1) for each in range(ranks.count)]
     x, y, sums, last, wide = (np.empty((T, n), np.float32) for n in (C, C, C, C, ranks.count * C - 3))
     program.embed(table, program.token_ids, x)
@@ -301,7 +302,7 @@ PROGRAM = """
 """
 EXACT = """
     def alone(table):                           # the same ops without ranks
-        program = decode_core.Program(T, T)
+        program = compiled.Program(T, T)
         program.embed(table, program.token_ids, x)
         program.rms_norm(x, None, 1e-5, y)
         program.finish(program.start(list(range(T)), [-1] * T, [0, T], [T], [list(range(4))], []))
@@ -318,7 +319,7 @@ EXACT = """
 
 PRODUCTS = """
     def steps(summed):                              # what two products give, each rank having some of the columns
-        program = decode_core.Program(T, T)
+        program = compiled.Program(T, T)
         program.embed(tables[rank], program.token_ids, x)
         program.rms_norm(x, None, 1e-5, sums)
         program.linear(sums, matrix, y)
@@ -336,7 +337,7 @@ PRODUCTS = """
         return found
 
     own, generator = np.empty((T, C), np.float32), np.random.default_rng(0)
-    matrix = decode_core.Matrix(decode_core.Arena(4 << 20), "f32", C, C)
+    matrix = compiled.Matrix(compiled.Arena(4 << 20), "f32", C, C)
     matrix.fill(generator.standard_normal((C, C)).astype(np.float32), "f32")
     me, alone = rank, {}
     for rank in range(ranks.count):
@@ -345,7 +346,7 @@ PRODUCTS = """
     for T_, (_, y_, own_, wide_) in steps(True).items():
         residual = alone[rank][T_][0]
         assert y_.tobytes() == all_reduce_reference([alone[each][T_][1] for each in range(ranks.count)], residual).tobytes(), T_
-        program = decode_core.Program(T, T)         # the second product, of the sum
+        program = compiled.Program(T, T)         # the second product, of the sum
         program.given(y)
         program.linear(y, matrix, own)
         y[:T_] = y_
@@ -356,9 +357,9 @@ PRODUCTS = """
 
 
 TABLES = """
-    from decode_core.tiles import COLUMNS, FROM_FILES
+    from chatlm.worker.kernels.tiles import COLUMNS, FROM_FILES
     T, C, V = 64, 512, 97
-    decode_core.set_threads({threads})
+    compiled.set_threads({threads})
     values = np.random.default_rng(1).standard_normal((V, C)).astype(np.float32)
     values[3, :9], values[4] = -0.0, 0.0
     each, token_ids, previous = -(-V // ranks.count), [3, 4, 96, 0, 48, 49, 32, 33] * 8, [-1, 3, 4, 96, 0, 48, 49, 32] * 8
@@ -367,12 +368,12 @@ TABLES = """
     def table(kind, rows):
         if kind in ("float32", "float16"):
             return rows.astype(kind)
-        matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, len(rows), C)
+        matrix = compiled.Matrix(compiled.Arena(1 << 20), kind, len(rows), C)
         matrix.fill(rows, "f32")
         return matrix
 
     def looked_up(table, part):
-        program, found = decode_core.Program(T, T), []
+        program, found = compiled.Program(T, T), []
         for ids, out in ((program.token_ids, x), (program.previous_token_ids, y)):
             program.embed(table, ids, out, part)
             if part:
@@ -434,7 +435,7 @@ def test_a_step_fails_when_another_rank_is_killed():
 
 def test_the_other_ranks_learn_of_a_step_that_failed():
     code = textwrap.dedent(PROGRAM.format(threads=1)) + textwrap.dedent("""
-        program, matrix = decode_core.Program(T, T), decode_core.Matrix(decode_core.Arena(1 << 20), "f32", C, C)
+        program, matrix = compiled.Program(T, T), compiled.Matrix(compiled.Arena(1 << 20), "f32", C, C)
         matrix.fill(np.eye(C, dtype=np.float32), "f32")
         program.embed(table, program.token_ids, x)
         program.linear(x, matrix, y)
@@ -442,7 +443,7 @@ def test_the_other_ranks_learn_of_a_step_that_failed():
         try:
             run(2)                                  # rank 0 may still be in it when rank 1 has failed
             if rank == 1:
-                decode_core._core.refuse_memory(1)  # 64 rows need some that 2 did not
+                compiled._core.refuse_memory(1)  # 64 rows need some that 2 did not
             run(64)
         except RuntimeError as failure:
             say(failure)
@@ -471,7 +472,7 @@ def test_wrong_arguments_are_named():
             "out: must have 1 to 32 columns": lambda: ranks.all_gather(floats(1, 16), floats(1, 33))}.items():
         with pytest.raises(ValueError, match=message):
             call()
-    program, x, wide, few, sums = decode_core.Program(4, 4), floats(4, 80), floats(4, 161), floats(4, 16), floats(4, 16)
+    program, x, wide, few, sums = compiled.Program(4, 4), floats(4, 80), floats(4, 161), floats(4, 16), floats(4, 16)
     program.embed(floats(9, 80), program.token_ids, x)
     program.embed(floats(9, 16), program.token_ids, few)
     for message, call in {

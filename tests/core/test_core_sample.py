@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from chatlm.worker.ops.sampling import FLOAT_MAX, sample_reference, survivors
 from nightly import WHOLE, by_day
 from record import agree, exact
 
-core = pytest.importorskip("decode_core", exc_type=ImportError, reason="the compiled core is not installed")
+core = pytest.importorskip("chatlm.worker.kernels.compiled", exc_type=ImportError)
 import instruction_sets  # noqa: E402
 
 ISAS = [name for name in core.info()["offered_isas"] if name in instruction_sets.ISAS]
@@ -254,24 +253,23 @@ def run_python(code: str, **environment) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("isa", SOME_ISAS)
 def test_the_environment_forces_an_instruction_set(isa):
-    said = run_python("import decode_core; print(decode_core.info()['isa'])", DECODE_CORE_ISA=isa)
+    said = run_python("from chatlm.worker.kernels import compiled; print(compiled.info()['isa'])", DECODE_CORE_ISA=isa)
     assert said.stdout.strip() == isa, said.stderr
 
 
 def test_an_unknown_instruction_set_fails_the_import():
     """An unknown instruction set in the environment is an import error."""
-    said = run_python("import decode_core", DECODE_CORE_ISA="avx1024")
+    said = run_python("from chatlm.worker.kernels import compiled", DECODE_CORE_ISA="avx1024")
     assert said.returncode and "ImportError" in said.stderr and "avx1024" in said.stderr
 
 
-def test_a_missing_compiled_half_fails_the_import(tmp_path):
-    """A missing compiled half is an import error that says so."""
+def test_a_missing_library_fails_the_import(tmp_path):
+    """A package that was installed without a compiler is an import error that says so."""
     package = tmp_path / "decode_core"
     package.mkdir()
-    for source in Path(core.__file__).parent.glob("*.py"):
-        (package / source.name).write_bytes(source.read_bytes())
-    said = run_python(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import decode_core")
-    assert "ImportError: decode_core was installed without its compiled half" in said.stderr
+    (package / "__init__.py").touch()
+    said = run_python(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from chatlm.worker.kernels import compiled")
+    assert "ImportError: decode_core is not installed" in said.stderr
 
 
 @pytest.mark.parametrize("threads", [2, 3, 8])
@@ -338,7 +336,8 @@ def test_python_goes_on_while_tokens_are_drawn():
 
 def test_a_forked_child_makes_its_own_pool():
     said = run_python("""
-import os, numpy as np, decode_core as core
+import os, numpy as np
+from chatlm.worker.kernels import compiled as core
 from types import SimpleNamespace as Row
 params = Row(temperature=1, top_k=0, top_p=1, min_p=0, presence_penalty=0, frequency_penalty=0, repetition_penalty=1,
              logit_bias=(), seed=1, choice=0)

@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
+compiled = pytest.importorskip("chatlm.worker.kernels.compiled", exc_type=ImportError)
 from core_settings import usual_settings  # noqa: E402, F401
 from instruction_sets import ISAS  # noqa: E402
 from nightly import by_day  # noqa: E402
@@ -26,7 +26,7 @@ class Texts:
     """A program that looks up q, k and v of each token and attends, layer after layer, over the same memory."""
 
     def __init__(self, H, Hkv, D, window=0, distances=None, layers=1):
-        self.H, self.Hkv, self.D, self.program = H, Hkv, D, decode_core.Program(ROWS, 8)
+        self.H, self.Hkv, self.D, self.program = H, Hkv, D, compiled.Program(ROWS, 8)
         table, _ = weights(H, Hkv, D)
         pages = ROWS // PAGE + 32
         self.cache, self.out = np.full((pages, Hkv, 2, PAGE * D), np.nan, np.float32), np.zeros((ROWS, H * D), np.float32)
@@ -86,10 +86,10 @@ def test_the_bits_of_a_text_are_its_own(window):
     distances = weights(4, 4, 32)[1]
     expected = None
     for isa in ISAS:
-        decode_core.set_isa(isa)
+        compiled.set_isa(isa)
         made = Texts(4, 4, 32, window, distances)
         for threads in (1, 2, 3):
-            decode_core.set_threads(threads)
+            compiled.set_threads(threads)
             found = [out.tobytes() for out in made.run(texts())]
             expected = expected or found
             assert found == expected

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
+compiled = pytest.importorskip("chatlm.worker.kernels.compiled", exc_type=ImportError)
 from instruction_sets import SOME_ISAS, each_isa  # noqa: E402
 from nightly import WHOLE, by_day  # noqa: E402
 from record import agree, exact  # noqa: E402
@@ -32,12 +32,12 @@ LAYOUT = {
     "nvfp4": [("s", "u1", 4), ("q", "u1", 32)], "q1_0": [("d", "<f2"), ("q", "u1", 16)], "q2_0": [("d", "<f2"), ("q", "u1", 16)],
     "q2_0_g128": [("d", "<f2"), ("q", "u1", 32)], "i8_row": [("d", "<f4"), ("q", "i1", 256)]}
 OF_ONE_BYTE = ["i8_row"]         # types whose x has one byte and one step in a whole row
-FLOATS, QUANTIZED, FROM_FILES = ["f32", "f16", "bf16"], list(LAYOUT), decode_core.tiles.FROM_FILES
+FLOATS, QUANTIZED, FROM_FILES = ["f32", "f16", "bf16"], list(LAYOUT), compiled.tiles.FROM_FILES
 KINDS, PACKED = FLOATS + QUANTIZED, [kind for kind in LAYOUT if kind not in FROM_FILES]
 
 
 def block_columns(kind):
-    return decode_core.tiles.COLUMNS[kind]
+    return compiled.tiles.COLUMNS[kind]
 
 
 def fitting(kind, K):
@@ -47,19 +47,19 @@ def fitting(kind, K):
 
 @pytest.fixture(params=SOME_ISAS)
 def isa(request):
-    before = decode_core.info()["isa"]
-    decode_core.set_isa(request.param)
+    before = compiled.info()["isa"]
+    compiled.set_isa(request.param)
     yield request.param
-    decode_core.set_isa(before)
+    compiled.set_isa(before)
 
 
 @pytest.fixture
 def settings():
     """For tests that set the instruction set and the threads themselves."""
-    before = decode_core.info()["isa"], decode_core.get_threads()
+    before = compiled.info()["isa"], compiled.get_threads()
     yield
-    decode_core.set_isa(before[0])
-    decode_core.set_threads(before[1])
+    compiled.set_isa(before[0])
+    compiled.set_threads(before[1])
 
 
 def random(*shape, seed=0, scale=1.0):
@@ -68,7 +68,7 @@ def random(*shape, seed=0, scale=1.0):
 
 def make_matrix(kind, weights):
     """The weights in tiles of the kind; of kinds that nothing here quantizes to, blocks whose bytes depend on the weights."""
-    matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, *weights.shape)
+    matrix = compiled.Matrix(compiled.Arena(1 << 20), kind, *weights.shape)
     if kind in FROM_FILES:
         matrix.fill(blocks_from(kind, weights), kind)
     else:
@@ -98,7 +98,7 @@ def blocks_from(kind, weights):
 
 def product(x, matrix, columns=None, **options):
     out = np.full((len(x), columns or matrix.rows), np.nan, np.float32)
-    decode_core.multiply(x, matrix, out=out, **options)
+    compiled.multiply(x, matrix, out=out, **options)
     return out
 
 
@@ -279,13 +279,13 @@ def test_float_tiles_take_any_number_of_columns(settings, kind, K):
 
 
 def test_a_large_vocabulary_is_multiplied():
-    head = decode_core.Matrix(decode_core.Arena(32 << 20), "q8_0", 49152, 576)
+    head = compiled.Matrix(compiled.Arena(32 << 20), "q8_0", 49152, 576)
     part = random(4096, 576)
     for first in range(0, 3072, 256):
         head.fill(part * np.float32(1 + first), "f32", first_tile=first)
     x = random(3, 576, seed=1)
     out = product(x, head)
-    few = decode_core.Matrix(decode_core.Arena(1 << 20), "q8_0", 4096, 576)
+    few = compiled.Matrix(compiled.Arena(1 << 20), "q8_0", 4096, 576)
     few.fill(part * np.float32(1 + 2816), "f32")
     np.testing.assert_array_equal(out[:, -4096:], product(x, few))
     assert_product(out[:, -4096:], x, few)
@@ -310,8 +310,8 @@ def test_activations_have_the_bits_of_record(isa):
     generator = exact(3)
     matrix = make_matrix("f32", generator.standard_normal((96, 40), np.float32))
     x = generator.standard_normal((9, 40), np.float32) * np.float32(2)
-    for activation in decode_core.tiles.ACTIVATIONS.keys() - {None}:
-        agree(f"activation {activation}", product(x, matrix, 48 if activation in decode_core.tiles.GATES else 96, activation=activation))
+    for activation in compiled.tiles.ACTIVATIONS.keys() - {None}:
+        agree(f"activation {activation}", product(x, matrix, 48 if activation in compiled.tiles.GATES else 96, activation=activation))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -322,11 +322,11 @@ def test_bits_depend_on_the_row_alone(settings, kind):
 
     def run(rows, **split):
         return product(x[rows], matrix, norm=(weight, 1e-5), bias=bias, activation="relu2", residual=residual[rows], **split)
-    decode_core.set_threads(2)
+    compiled.set_threads(2)
     expected = run(slice(33))
     for _ in each_isa():
         for threads in (1, 2):
-            decode_core.set_threads(threads)
+            compiled.set_threads(threads)
             for tiles, groups in [(0, 0), (1, 1), (3, 2), (4, 5)]:
                 np.testing.assert_array_equal(run(slice(33), _tiles_at_once=tiles, _groups_at_once=groups), expected)
         for count in range(1, 33) if WHOLE else (1, 2, 3, 5, 8, 15, 16, 17, 31):
@@ -338,7 +338,7 @@ def test_bits_depend_on_the_row_alone(settings, kind):
 def test_random_blocks_have_the_same_bits_everywhere(settings, kind):
     """Every instruction set gives the same bits for random blocks."""
     K = fitting(kind, 576)
-    matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 64, K)
+    matrix = compiled.Matrix(compiled.Arena(1 << 20), kind, 64, K)
     matrix.fill(raw_blocks(kind, 64, K), kind)
     x = random(19, K, seed=5) * np.exp(random(19, K, seed=6, scale=4))
     results = set()
@@ -365,19 +365,19 @@ def test_bias_activation_and_residual_keep_this_order(settings, kind):
                                   residual + np.maximum(plain + bias, 0) ** 2)
     for _ in each_isa():
         out = residual.copy()
-        decode_core.multiply(x, matrix, residual=out, out=out)
+        compiled.multiply(x, matrix, residual=out, out=out)
         np.testing.assert_array_equal(out, residual + plain)
 
 
 @pytest.mark.parametrize("kind", ["f16", "q4_0", "q4_1"])
 @pytest.mark.parametrize("F", [16, 40, 96])
-@pytest.mark.parametrize("activation", decode_core.tiles.GATES)
+@pytest.mark.parametrize("activation", compiled.tiles.GATES)
 def test_a_gate_and_its_up_come_from_alternate_tiles(settings, kind, F, activation):
     gate_of = {"swiglu": lambda gate, up: row_ops.silu(gate) * up, "geglu": lambda gate, up: row_ops.gelu_tanh(gate) * up,
                "clamped_swiglu": row_ops.clamped_swiglu, "gelu": lambda gate, up: row_ops.gelu_erf(gate) * up,
                "reglu2": lambda gate, up: row_ops.relu2(gate) * up, "quick_geglu": lambda gate, up: row_ops.gelu_quick(gate) * up}[activation]
     gate, up, x, residual = random(F, 64, seed=1), random(F, 64, seed=2), random(9, 64, seed=3), random(9, F, seed=4)
-    matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 2 * -(-F // 16) * 16, 64)
+    matrix = compiled.Matrix(compiled.Arena(1 << 20), kind, 2 * -(-F // 16) * 16, 64)
     matrix.fill(gate, "f32", first_tile=0, tile_step=2)
     matrix.fill(up, "f32", first_tile=1, tile_step=2)
     halves = make_matrix(kind, gate), make_matrix(kind, up)
@@ -397,7 +397,7 @@ def test_a_gate_and_its_up_come_from_alternate_tiles(settings, kind, F, activati
     np.testing.assert_allclose(products(x, matrix, columns=F, activation=activation, bias=bias), wide, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("activation", sorted({*decode_core.tiles.ACTIVATIONS} - {None, *decode_core.tiles.GATES}))
+@pytest.mark.parametrize("activation", sorted({*compiled.tiles.ACTIVATIONS} - {None, *compiled.tiles.GATES}))
 def test_an_activation_without_gates_is_its_formula(settings, activation):
     x, matrix = np.concatenate([random(30, 16, seed=7), random(3, 16, seed=8) * 20]), np.eye(16, dtype=np.float32)
     of = {"relu2": row_ops.relu2, "gelu_tanh": row_ops.gelu_tanh, "gelu_erf": row_ops.gelu_erf, "gelu_quick": row_ops.gelu_quick}[activation]
@@ -416,7 +416,7 @@ def test_nothing_is_written_beyond_out_s_columns(settings, kind, columns):
     residual = np.full((9, columns), 0.5, np.float32)
     for _ in each_isa():
         paper = np.full((9, 80), -7, np.float32)
-        decode_core.multiply(x, matrix, out=paper[:, :columns], residual=residual)
+        compiled.multiply(x, matrix, out=paper[:, :columns], residual=residual)
         assert (paper[:, columns:] == -7).all()
         np.testing.assert_array_equal(paper[:, :columns], product(x, matrix)[:, :columns] + np.float32(0.5))
 
@@ -432,7 +432,7 @@ def test_integer_sums_are_exact_at_their_extremes(settings, kind):
     fields = {name: value for name, value in scales.items() if name in np.dtype(LAYOUT[kind]).names}
     for low, high in [(least, least), (most, most), (least, most)]:
         q = generator.choice([low, high], (32, K // block_columns(kind), *np.dtype(LAYOUT[kind])["q"].shape))
-        matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 32, K)
+        matrix = compiled.Matrix(compiled.Arena(1 << 20), kind, 32, K)
         matrix.fill(raw_blocks(kind, 32, K, q=q, **fields), kind)
         x = np.concatenate([np.full((1, K), 127), np.full((1, K), -127), generator.choice([-127, 127], (7, K))]).astype(np.float32)
         if kind in FROM_FILES:              # whose codes are all that they have
@@ -475,7 +475,7 @@ def test_a_row_that_is_not_finite_spoils_only_itself(settings, kind, bad):
 def test_a_files_blocks_are_kept_unchanged(kind, N, K):
     few_bits = pytest.importorskip("few_bits")
     K = fitting(kind, K)
-    matrix, raw = decode_core.Matrix(decode_core.Arena(1 << 20), kind, N, K), raw_blocks(kind, N, K, seed=K)
+    matrix, raw = compiled.Matrix(compiled.Arena(1 << 20), kind, N, K), raw_blocks(kind, N, K, seed=K)
     matrix.fill(raw, kind)
     if kind == "i8_row":
         blocks = raw.view(np.dtype(LAYOUT[kind]))
@@ -518,7 +518,7 @@ def weights_to_pack(N, K):
 def test_packing_agrees_with_gguf(kind, N, K):
     quants = pytest.importorskip("gguf.quants")
     kind_there = __import__("gguf").GGMLQuantizationType[kind.upper()]
-    matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, N, K)
+    matrix = compiled.Matrix(compiled.Arena(1 << 20), kind, N, K)
     for weights in weights_to_pack(N, K):
         matrix.fill(weights, "f32")
         np.testing.assert_array_equal(matrix.dequantize(), quants.dequantize(quants.quantize(weights, kind_there), kind_there))
@@ -557,7 +557,7 @@ def test_16_bit_rows_are_widened_first(kind):
                                       (half.view(np.uint8), "f16", half.astype(np.float32)),
                                       (brain, "bf16", (brain.astype(np.uint32) << 16).view(np.float32)),
                                       (brain.view(np.uint8), "bf16", (brain.astype(np.uint32) << 16).view(np.float32))]:
-        matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 33, K)
+        matrix = compiled.Matrix(compiled.Arena(1 << 20), kind, 33, K)
         matrix.fill(source, source_kind)
         np.testing.assert_array_equal(matrix.dequantize(), make_matrix(kind, wide).dequantize())
         if kind in ("f32", source_kind):
@@ -578,8 +578,8 @@ def test_float_kinds_round_to_nearest():
 def test_parts_land_on_the_tiles_they_are_sent_to(settings, kind):
     K = fitting(kind, 64)
     parts = [random(rows, K, seed=rows) for rows in (48, 16, 20)]
-    matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 96, K)
-    decode_core.set_threads(2)
+    matrix = compiled.Matrix(compiled.Arena(1 << 20), kind, 96, K)
+    compiled.set_threads(2)
     matrix.fill(parts[0], "f32", first_tile=0, tile_step=2)
     matrix.fill(parts[1], "f32", first_tile=1)
     # with gaps between rows
@@ -611,7 +611,7 @@ def test_filling_tells_of_nan_or_infinite_floats(kind, source_kind):
             nan, quiet, infinity, largest = infinite(source_kind, sign)
             source = generator.integers(0, 1 << 13 if unsigned.itemsize == 2 else 1 << 29, (N, K)).astype(unsigned)     # small numbers
             for value, expected in [(nan, False), (quiet, False), (infinity, False), (source[row, column], True)]:
-                matrix, spoilt = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 48, K), source.copy()
+                matrix, spoilt = compiled.Matrix(compiled.Arena(1 << 20), kind, 48, K), source.copy()
                 spoilt[row, column] = value
                 matrix.fill(source[:16].view(np.uint8), source_kind)
                 assert matrix.finite
@@ -620,7 +620,7 @@ def test_filling_tells_of_nan_or_infinite_floats(kind, source_kind):
                 matrix.fill(source[:16].view(np.uint8), source_kind)        # what was seen is kept in mind
                 assert matrix.finite is expected
             spoilt[row, column] = largest
-            matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 48, K)
+            matrix = compiled.Matrix(compiled.Arena(1 << 20), kind, 48, K)
             matrix.fill(spoilt.view(np.uint8), source_kind)
             assert matrix.finite is bool(np.isfinite(matrix.dequantize()).all())
             assert matrix.finite or kind not in (source_kind, "f32")
@@ -638,7 +638,7 @@ def test_filling_tells_of_a_file_s_infinite_scales(kind):
             for row, block in ((0, 0), (N - 1, -1), (7, -1)):
                 blocks = raw.view(np.dtype(LAYOUT[kind])).copy()
                 blocks[name][row, block] = value
-                matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, N, K)
+                matrix = compiled.Matrix(compiled.Arena(1 << 20), kind, N, K)
                 matrix.fill(blocks.view(np.uint8), kind)
                 assert matrix.finite is (value in good), (name, value, row)
 
@@ -648,7 +648,7 @@ def test_embed_reads_rows_as_dequantize_does(kind):
     K = fitting(kind, 96)
     matrix = make_matrix(kind, random(49, K))
     ids, paper = np.array([48, 0, 17, 17] * 20), np.full((80, K + 4), -7, np.float32)
-    decode_core.embed(matrix, ids, paper[:, :K])
+    compiled.embed(matrix, ids, paper[:, :K])
     np.testing.assert_array_equal(paper[:, :K], matrix.dequantize()[ids])
     assert (paper[:, K:] == -7).all()
 
@@ -664,11 +664,11 @@ def test_a_mixed_matrix_has_the_bits_of_its_parts(settings, mix):
     """A matrix of several types has the bits of its parts."""
     K, x = 512, with_outliers(random(37, 512, seed=9))      # three panels
     parts = [random(32, K, seed=i) for i in range(len(mix))]
-    matrix = decode_core.Matrix(decode_core.Arena(1 << 20), [kind for kind in mix for _ in range(2)], 32 * len(mix), K)
+    matrix = compiled.Matrix(compiled.Arena(1 << 20), [kind for kind in mix for _ in range(2)], 32 * len(mix), K)
     for i, (kind, part) in enumerate(zip(mix, parts)):
         source = raw_blocks(kind, 32, K, seed=i) if i % 2 else part
         matrix.fill(source, kind if i % 2 else "f32", first_tile=2 * i)
-        parts[i] = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 32, K)
+        parts[i] = compiled.Matrix(compiled.Arena(1 << 20), kind, 32, K)
         parts[i].fill(source, kind if i % 2 else "f32")
     assert matrix.nbytes == sum(part.nbytes for part in parts)
     np.testing.assert_array_equal(matrix.dequantize(), np.concatenate([part.dequantize() for part in parts]))
@@ -681,7 +681,7 @@ def test_a_mixed_matrix_has_the_bits_of_its_parts(settings, mix):
 @pytest.mark.parametrize("kinds", [("q4_k", "q6_k"), ("q2_k", "q2_k"), ("iq2_xs", "q3_k"), ("q3_k", "q4_k")], ids="+".join)
 def test_gate_and_up_may_be_of_different_types(settings, kinds):
     x, parts = random(41, 256, seed=3), []
-    matrix = decode_core.Matrix(decode_core.Arena(1 << 20), list(kinds) * 3, 96, 256)
+    matrix = compiled.Matrix(compiled.Arena(1 << 20), list(kinds) * 3, 96, 256)
     for i, kind in enumerate(kinds):
         weights = random(48, 256, seed=i)
         parts.append(make_matrix(kind, weights))
@@ -694,8 +694,8 @@ def test_gate_and_up_may_be_of_different_types(settings, kinds):
 
 
 def test_an_arena_grows_and_outlives_its_name():
-    arena = decode_core.Arena(1)
-    matrices = [decode_core.Matrix(arena, "f32", 1024, 512 * i) for i in (1, 2, 3)]
+    arena = compiled.Arena(1)
+    matrices = [compiled.Matrix(arena, "f32", 1024, 512 * i) for i in (1, 2, 3)]
     assert arena.used_bytes == sum(matrix.nbytes for matrix in matrices) <= arena.reserved_bytes
     assert all(matrix.tiles.address % 64 == 0 for matrix in matrices)
     tiles = matrices[2].tiles
@@ -714,16 +714,16 @@ def test_an_arena_grows_and_outlives_its_name():
 
 def test_a_wrong_tile_argument_is_named():
     """A wrong argument is a value error that names it."""
-    arena = decode_core.Arena(1 << 20)
-    q4, wide = decode_core.Matrix(arena, "q4_1", 48, 64), decode_core.Matrix(arena, "f32", 49, 33)
+    arena = compiled.Arena(1 << 20)
+    q4, wide = compiled.Matrix(arena, "q4_1", 48, 64), compiled.Matrix(arena, "f32", 49, 33)
     x, out, rows = random(4, 64), np.empty((4, 48), np.float32), random(48, 64)
-    multiply, embed, Matrix = decode_core.multiply, decode_core.embed, decode_core.Matrix
+    multiply, embed, Matrix = compiled.multiply, compiled.embed, compiled.Matrix
     mixed = Matrix(arena, ["q4_k", "q6_k"], 32, 256)
     read_only = out.copy()
     read_only.flags.writeable = False
     for call, name in [
-        (lambda: decode_core.Arena(0), "size"),
-        (lambda: decode_core.Arena(1.5), "size"),
+        (lambda: compiled.Arena(0), "size"),
+        (lambda: compiled.Arena(1.5), "size"),
         (lambda: Matrix(None, "f32", 16, 32), "arena"),
         (lambda: Matrix(arena, "q5_9", 16, 32), "kind"),
         (lambda: Matrix(arena, ["q4_k", "f16"], 32, 256), "kind"),
@@ -779,14 +779,15 @@ def test_a_wrong_tile_argument_is_named():
 
 def test_no_rows_are_no_work():
     matrix = make_matrix("q4_1", random(32, 64))
-    decode_core.multiply(np.empty((0, 64), np.float32), matrix, out=np.empty((0, 32), np.float32))
-    decode_core.embed(matrix, np.empty(0, np.int64), np.empty((0, 64), np.float32))
+    compiled.multiply(np.empty((0, 64), np.float32), matrix, out=np.empty((0, 32), np.float32))
+    compiled.embed(matrix, np.empty(0, np.int64), np.empty((0, 64), np.float32))
     matrix.fill(np.empty((0, 64), np.float32), "f32")
 
 
 def test_cuda_numbers_types_as_the_weights_list_does():
     """CUDA numbers the types of blocks as the list of weights does."""
-    from decode_core import _core, cuda
+    from chatlm.worker.kernels import cuda
+    from chatlm.worker.kernels.library import _core
     packed = [(kind, (columns, _core.row_bytes(code, columns))) for code, (kind, columns) in enumerate(_core.weight_types()) if columns > 1]
     assert [*cuda.BLOCKS.items()] == packed[:len(cuda.BLOCKS)] and [kind for kind, _ in packed[len(cuda.BLOCKS):]] == _core.file_types()
 
@@ -794,14 +795,15 @@ def test_cuda_numbers_types_as_the_weights_list_does():
 def test_every_weight_type_has_its_blocks_in_chatlm():
     """Every type of the list of weights has its blocks in chatlm."""
     from chatlm.worker.arrays import gguf_types, packed
-    from decode_core import _core
+    from chatlm.worker.kernels.library import _core
     blocks = {kind: (columns, _core.row_bytes(code, columns)) for code, (kind, columns) in enumerate(_core.weight_types()) if columns > 1}
     assert {kind: (gguf_types.block_of(kind.upper())[0], block.bytes) for kind, block in packed.BLOCKS.items()} == blocks
     assert {kind: gguf_types.block_of(kind.upper()) for kind in blocks} == blocks
 
 
 GROWS = """
-import resource, sys, numpy, decode_core
+import resource, sys, numpy
+from chatlm.worker.kernels import compiled
 
 def resident():
     with open("/proc/self/smaps_rollup") as file:
@@ -809,14 +811,14 @@ def resident():
 
 rows, columns, count, room = map(int, sys.argv[1:])
 source = numpy.full((rows, columns), 0.5, numpy.float32)
-arena = decode_core.Arena(1)
-first = decode_core.Matrix(arena, "q8_0", rows, columns)
+arena = compiled.Arena(1)
+first = compiled.Matrix(arena, "q8_0", rows, columns)
 first.fill(source, "f32")
 before, used = resident(), arena.used_bytes
 if room:
     pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (pages + room, pages + room))
-matrices = [decode_core.Matrix(arena, "q8_0", rows, columns) for _ in range(count)]
+matrices = [compiled.Matrix(arena, "q8_0", rows, columns) for _ in range(count)]
 for matrix in matrices:
     matrix.fill(source, "f32")
 print(resident() - before, arena.used_bytes - used)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from chatlm.worker.model.kernels import for_decode_core
+
 from chatlm.worker.arrays.kinds import AdapterMatrix, Norm
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no compiled core is installed")
-from decode_core import cuda, cuda_adapters, cuda_weights  # noqa: E402
+from chatlm.worker.kernels import cuda, cuda_adapters, cuda_weights  # noqa: E402
 
 ORDERS, gpu = backends.ORDERS, backends.gpu
 N, K, WIDTH = 200, 72, 80           # more outputs than a block makes; the norm has more columns than the matrix
@@ -73,7 +73,7 @@ def test_a_row_beside_adapters_has_the_same_bits(gpu):
 def test_a_product_with_adapters_ends_as_without(gpu):
     """Norm, bias, gate and residual are as of the reference, which knows the rows on the host; a matrix that no adapter has adds nothing."""
     random = torch.Generator().manual_seed(6)
-    products = cuda_weights.ProductOps(gpu.ops, for_decode_core(), gpu.stream)
+    products = cuda_weights.ProductOps(gpu.ops, gpu.stream)
     x, weight, bias, residual = (torch.randn(shape, generator=random).to(gpu.device) for shape in ((3, WIDTH), (N, WIDTH), (N,), (3, N // 2)))
     wide = AdapterMatrix(torch.randn(4, WIDTH, generator=random), torch.randn(N, 4, generator=random), torch.rand(4, generator=random))
     packed, norm = products.adapters.pack({"it": wide}, gpu.device), Norm(torch.ones(WIDTH, device=gpu.device), 1e-5)

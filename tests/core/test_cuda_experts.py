@@ -14,9 +14,10 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.engine.engine import Engine
-from chatlm.worker.model import kernels as model_kernels
+from chatlm.worker.kernels import choice
 from chatlm.worker.model.core_sizes import core_sizes
-from chatlm.worker.model.kernels import Backend, for_decode_core, load_kernels
+from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.kernels import Backend
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.arrays.kinds import Norm
 from chatlm.worker.arrays.packed import dequantize
@@ -28,8 +29,8 @@ from works import assignment, changed
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no compiled core is installed")
 gguf = pytest.importorskip("gguf")
-from decode_core import cuda, cuda_experts, cuda_steps, random_blocks  # noqa: E402
-from decode_core.cuda_weights import PackedMatrix  # noqa: E402
+from chatlm.worker.kernels import cuda, cuda_experts, cuda_steps, random_blocks  # noqa: E402
+from chatlm.worker.kernels.cuda_weights import PackedMatrix  # noqa: E402
 
 ORDERS, gpu = backends.ORDERS, backends.gpu
 KINDS = [*cuda.BLOCKS, *cuda.FLOATS]
@@ -201,7 +202,7 @@ def test_experts_compute_what_their_reference_does(gpu, gates, ups, downs, rows)
     random = torch.Generator().manual_seed(rows)
     x, logits = (torch.randn(rows, n, generator=random).to(gpu.device) for n in (C, E))
     biases = [torch.randn(n, generator=random).to(gpu.device) for n in (2 * E * F, E * C)]
-    ours = cuda_experts.ExpertOps(gpu.ops, for_decode_core(), gpu.stream)
+    ours = cuda_experts.ExpertOps(gpu.ops, gpu.stream)
     for activation, sum_to_one, given in (("swiglu", False, (None, None)), ("clamped_swiglu", True, biases)):
         norm = torch.full((C,), 1 / 16 / float(wide[0].std()), device=gpu.device)        # so that gates are of about 1
         options = dict(norm=Norm(norm, 1e-5), biases=given, activation=activation, chosen=chosen, sum_to_one=sum_to_one)
@@ -225,7 +226,7 @@ def test_experts_without_gates_match_their_reference(gpu, rows):
     x, logits, bias = (torch.randn(*shape, generator=random).to(gpu.device) for shape in ((rows, C), (rows, E), (E,)))
     options = dict(norm=None, biases=(None, None), activation="relu2", chosen=2, sum_to_one=True, sigmoids=True, choice_bias=bias, groups=(3, 1),
                    share_scale=2.5, residual=False)
-    ours, want, got = cuda_experts.ExpertOps(gpu.ops, for_decode_core(), gpu.stream), torch.empty_like(x), torch.zeros_like(x)
+    ours, want, got = cuda_experts.ExpertOps(gpu.ops, gpu.stream), torch.empty_like(x), torch.zeros_like(x)
     experts_reference(x, logits, *wide, want, **options)
     ours.experts(x, logits, PackedMatrix([("q8_0", ups)], C), PackedMatrix([("q8_0", downs)], F), got, **options)
     assert (got - want).norm() < (2e-2 if rows * 2 > cuda_experts.FEW_PAIRS * E else 1e-5) * want.norm()
@@ -257,7 +258,7 @@ def opened(path, monkeypatch, backend=None, dtype=None):
     """A file as a worker on a GPU loads it; without a backend in float32, for references."""
     settings = Settings(model=str(path), dtype=dtype)
     with monkeypatch.context() as patch:
-        patching.patch(patch, model_kernels, "choose_backend", lambda device, model, *ranks: backend(core_sizes(model)) if backend else Backend("cpu"))
+        patching.patch(patch, choice, "choose_backend", lambda device, model, *ranks: backend(core_sizes(model)) if backend else Backend("cpu"))
         return open_model(resolve_model(settings), settings)
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from chatlm.common.text.load import open_tokenizer
-from chatlm.worker.model.kernels import for_decode_core, left_to_torch, load_kernels, not_compiled
+from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.limits import left_to_torch, not_compiled
 from chatlm.worker.model.pages import KvType
 from chatlm.worker.ops.latent import absorb_reference, append_latents_reference, by_head_reference
 from chatlm.worker.weights.model_of import model_of
@@ -14,10 +15,10 @@ from nightly import WHOLE, by_day
 from tiny_specs import family_config, family_spec, spec_of
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no compiled core is installed")
-cuda = backends.decode_core.cuda
-from decode_core import cuda_latents, proof  # noqa: E402
-from decode_core.random_blocks import random_blocks  # noqa: E402
-from decode_core.cuda_weights import dequantized  # noqa: E402
+cuda = backends.compiled.cuda
+from chatlm.worker.kernels import cuda_latents, proof  # noqa: E402
+from chatlm.worker.kernels.random_blocks import random_blocks  # noqa: E402
+from chatlm.worker.kernels.cuda_weights import dequantized  # noqa: E402
 from cuda_engines import answers, cuda_engine, engine_on, logits_of, same_answers, some_works  # noqa: E402
 
 ORDERS, gpu = backends.ORDERS, backends.gpu
@@ -80,7 +81,7 @@ def head_matrices(kind, rows, columns, device):
         floats = torch.randn(rows, columns, generator=dice(rows)).to(getattr(torch, kind))
         return floats.view(torch.uint8).to(device), floats.float()
     blocks = torch.from_numpy(random_blocks(kind, rows, columns))
-    return blocks.to(device), dequantized(kind, blocks, for_decode_core())
+    return blocks.to(device), dequantized(kind, blocks)
 
 
 KINDS = by_day(["bfloat16", "float16", "float32", "q8_0", "q4_0", "q5_1", "iq4_nl", "mxfp4"], "bfloat16", "q8_0")

@@ -15,9 +15,10 @@ from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.packed import dequantize
 from chatlm.worker.engine.engine import Engine
-from chatlm.worker.model import kernels as model_kernels
+from chatlm.worker.kernels import choice
 from chatlm.worker.model.core_sizes import core_sizes
-from chatlm.worker.model.kernels import Backend, for_decode_core, load_kernels
+from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.kernels import Backend
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.basic import finish_linear, linear_reference
 from chatlm.worker.weights.load import open_model
@@ -31,10 +32,10 @@ from works import assignment
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no compiled core is installed")
 gguf = pytest.importorskip("gguf")
-decode_core = backends.decode_core
+compiled = backends.compiled
 import tiny_gguf  # noqa: E402
-from decode_core import cuda, cuda_steps, cuda_weights, proof, random_blocks  # noqa: E402
-from decode_core.cuda_weights import PackedMatrix  # noqa: E402
+from chatlm.worker.kernels import cuda, cuda_steps, cuda_weights, proof, random_blocks  # noqa: E402
+from chatlm.worker.kernels.cuda_weights import PackedMatrix  # noqa: E402
 
 KINDS = list(cuda.BLOCKS)
 ORDERS, gpu = backends.ORDERS, backends.gpu
@@ -97,7 +98,7 @@ def test_weights_have_the_gguf_package_s_bits(gpu, kind):
 def test_a_part_of_a_table_looks_up_as_the_whole(gpu, kind):
     """Some rows of a table are looked up as the whole, and other ids change no sum."""
     blocks, ids = wild_blocks(kind, 10, K := fitting(kind, 64)), torch.tensor([7, -1, 2, 9, 4, 3], device=gpu.device)
-    products = cuda_weights.ProductOps(gpu.ops, for_decode_core(), gpu.stream)
+    products = cuda_weights.ProductOps(gpu.ops, gpu.stream)
     whole, parts = torch.empty(6, K, device=gpu.device), torch.empty(3, 6, K, device=gpu.device)
     table = torch.from_numpy(blocks).to(gpu.device)
     products.embed(PackedMatrix([(kind, table)], K), ids, whole)
@@ -178,7 +179,7 @@ def test_what_surrounds_a_product_is_fused(gpu, kind, epilogue):
     """It is computed with it, and a row's bits depend on it alone."""
     norm, biased, activation, adds, out_dtype = epilogue
     N, K, dice = 22, 1280, proof.Dice(gpu.device, 3)                # 11 outputs with a gate
-    [(_, matrix, wide)] = proof.matrices(for_decode_core(), dice, N, K, [kind])
+    [(_, matrix, wide)] = proof.matrices(dice, N, K, [kind])
     [(_, blocks)], outputs = cuda_weights.parts_of(matrix), N // 2 if cuda.GATES.get(activation) else N
     x_dtype = torch.float32 if norm else torch.bfloat16             # as in models
     x = (3 * dice.normal(8, K + (norm[0] if norm else 0))).to(x_dtype)
@@ -298,7 +299,7 @@ def opened(path, monkeypatch, backend, dtype=None):
     """A GGUF file as a worker with this backend loads it."""
     settings = Settings(model=str(path), dtype=dtype)
     with monkeypatch.context() as patch:
-        patching.patch(patch, model_kernels, "choose_backend", lambda device, model, *ranks: backend(core_sizes(model)))
+        patching.patch(patch, choice, "choose_backend", lambda device, model, *ranks: backend(core_sizes(model)))
         return open_model(resolve_model(settings), settings)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from chatlm.common.errors import ConfigError
-from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.model.pages import KvType
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.packed_kv import PackedKv, turned
@@ -15,8 +15,8 @@ from engines import make_batch
 from nightly import by_day
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no compiled core is installed")
-from decode_core import cuda_packed_kv  # noqa: E402
-from decode_core.cuda_packed_kv import PackedPages, halves  # noqa: E402
+from chatlm.worker.kernels import cuda_packed_kv  # noqa: E402
+from chatlm.worker.kernels.cuda_packed_kv import PackedPages, halves  # noqa: E402
 
 ORDERS, gpu = backends.ORDERS, backends.gpu
 PACKED = KvType("float32", packed=True)
@@ -66,7 +66,7 @@ def test_keys_and_values_are_packed_as_by_reference(gpu, size):
 
 def attended(gpu, q, cache, table, lengths, window=0, order=0, softcap=0.0, sinks=None):
     (pages, scales), (B, H, D), Hkv = halves(cache), q.shape, cache.shape[2]
-    floats, integers = backends.decode_core.cuda.attention_workspace(B, H, Hkv, D, table.shape[1])
+    floats, integers = backends.compiled.cuda.attention_workspace(B, H, Hkv, D, table.shape[1])
     out, tickets = torch.full((B, H * D), 7.0, device=gpu.device), torch.zeros(integers, dtype=torch.int32, device=gpu.device)
     gpu.order(order)
     gpu.ops.paged_attention(q.to(gpu.device), *pages, table.to(gpu.device), lengths.to(gpu.device), torch.empty(floats, device=gpu.device), tickets,

@@ -15,9 +15,9 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.warm_up import WarmUp
-from chatlm.worker.model import kernels as model_kernels
+from chatlm.worker.kernels import choice
 from chatlm.worker.model.core_sizes import core_sizes
-from chatlm.worker.model.kernels import for_decode_core, load_kernels
+from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.model.transformer import Transformer
 from near_tie import assert_same_tokens_or_near_tie
 from nightly import by_day
@@ -25,7 +25,8 @@ from pools import collect, greedy
 from works import assignment
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no compiled core is installed")
-from decode_core import _core, cuda, cuda_steps, proof  # noqa: E402
+from chatlm.worker.kernels import cuda, cuda_steps, proof  # noqa: E402
+from chatlm.worker.kernels.library import _core  # noqa: E402
 
 MARGIN = 2e-3           # as in tests/worker/engine/test_engine.py
 FAULTY = (sys.executable, str(Path(__file__).parents[1] / "support" / "faulty_worker.py"))
@@ -104,7 +105,7 @@ def test_a_wrong_kernel_gives_way_to_its_reference(
     kernel = {"linear": "multiply"}.get(op, op)
     emulated = backends.Emulated(emulation_library, backends.wrong_ops(**{kernel: how}), faults=[op])
     with monkeypatch.context() as patch:
-        patching.patch(patch, model_kernels, "choose_backend", lambda device, model, *ranks: emulated.backend(core_sizes(model)))
+        patching.patch(patch, choice, "choose_backend", lambda device, model, *ranks: emulated.backend(core_sizes(model)))
         kernels = load_kernels("cuda", fixture.architecture)
     assert kernels.names[op] == ("numpy/reference" if op == "sample" else "torch/reference")
     ours = {"pack", "make_cache", "plan_attention"} | {name for name, (has, _) in _core.OPS.items() if has == "CUDA"} - {"by_head", "append_latents"}
@@ -168,7 +169,7 @@ def test_steps_without_a_graph_run_op_by_op(emulation_library, nanochat_fixtures
 def test_a_lost_device_ends_the_start_in_one_line(nanochat_fixtures):
     """Nothing can be computed on torch's meta device, as on a GPU after an illegal access."""
     spec = engines.load(nanochat_fixtures / "gen1").spec
-    backend = backends.CudaBackend(backends.sizes_of(spec), for_decode_core(), None, device="meta")
+    backend = backends.CudaBackend(backends.sizes_of(spec), None, device="meta")
     said = "^decode_core's linear raises .*CHAT_SERVER_KERNELS=reference serves"
     with pytest.raises(ConfigError, match=said):
         backend.ops(0, 0, None)

@@ -36,7 +36,7 @@ from chatlm.worker.model.blocks.feed_forward import FeedForward
 from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
 from chatlm.worker.model.blocks.norms import RmsNorm
-from chatlm.worker.model.kernels import for_decode_core, load_kernels
+from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.model.pages import KvType
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.attention import attend_prompt
@@ -51,9 +51,9 @@ from random_rows import random_logits, random_rows
 from works import assignment, changed
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="the compiled core is not installed")
-decode_core = backends.decode_core
-from decode_core import cuda_backend, cuda_prompts, cuda_steps, proof, seam  # noqa: E402
-from decode_core.proof import prove_prompts  # noqa: E402
+compiled = backends.compiled
+from chatlm.worker.kernels import compiled, cuda_backend, cuda_prompts, cuda_steps, devices, proof  # noqa: E402
+from chatlm.worker.kernels.proof import prove_prompts  # noqa: E402
 from cuda_engines import MARGIN, answers, cuda_engine, decode_batch, engine_on, logits_of, same_answers, some_works  # noqa: E402
 
 
@@ -64,7 +64,7 @@ def backend(request, monkeypatch):
             pytest.skip("no GPU here, or decode_core was compiled without CUDA")
         return backends.Gpu()
     # the same token, and the emulation is faster
-    monkeypatch.setattr(decode_core.cuda, "SAMPLE_THREADS", 32)
+    monkeypatch.setattr(compiled.cuda, "SAMPLE_THREADS", 32)
     return backends.Emulated(request.getfixturevalue("emulation_library"))
 
 
@@ -275,7 +275,7 @@ def test_drafts_change_no_token(backend, name, nanochat_fixtures, monkeypatch, r
 
 def test_drafts_wait_for_prompts_if_few_rows_are_alike(nanochat_fixtures, monkeypatch):
     """And there are none where a row's bits may depend on the others."""
-    assert FREE_ROWS <= decode_core.cuda.MAX_PRODUCT_ROWS
+    assert FREE_ROWS <= compiled.cuda.MAX_PRODUCT_ROWS
     drafted = {}
     for mixes in (True, False):
         scheduler = Scheduler(PagePool(40), StepLimits(4, 16, max_rows=4, exact_rows=mixes))
@@ -289,7 +289,7 @@ def test_drafts_wait_for_prompts_if_few_rows_are_alike(nanochat_fixtures, monkey
     llama, gen1 = llama_like()[0], load(nanochat_fixtures / "gen1").spec
     for spec, able, older in ((llama, True, True), (gen5, False, False), (replace(llama, experts=4, experts_per_token=2), False, False),
                               (gen1, True, False), (replace(llama, post_norms=True), True, False)):
-        backend = backends.CudaBackend(backends.sizes_of(spec), for_decode_core(), None, device="cpu")
+        backend = backends.CudaBackend(backends.sizes_of(spec), None, device="cpu")
         for norms, expected in ((False, older), (True, able)):          # an RMS norm alone is torch's; see NORMS_ROW_BY_ROW
             monkeypatch.setattr(cuda_backend, "NORMS_ROW_BY_ROW", norms)
             assert backend.few_rows_invariant is expected
@@ -553,8 +553,9 @@ def test_sinks_and_caps_score_little_at_once(backend, monkeypatch):
         model = Transformer(model_of(spec), {name: t.to(device) for name, t in tensors.items()}, kernels, num_pages=8, max_tokens=100,
                             dtype="float32", device=device)
         if logits:
-            attend = kernels.backend.script.attend_prompt
-            kernels.backend.script.attend_prompt = lambda q, k, *rest: sizes.append(len(q) * 6 * k.shape[1]) or attend(q, k, *rest)
+            attend = cuda_prompts.attend_prompt
+            monkeypatch.setattr(cuda_prompts, "attend_prompt",
+                                lambda q, k, *rest: sizes.append(len(q) * 6 * k.shape[1]) or attend(q, k, *rest))
         sizes = []
         logits.append([model.forward(make_batch((tokens, first, count, [3, 1, 4, 2, 5, 6, 7]))).cpu().clone() for first, count in ((0, 99), (99, 1))])
     assert max(sizes) <= most and len(sizes) > 4
@@ -639,7 +640,7 @@ def test_varlen_attn_attends_prompts_if_present(emulation_library, monkeypatch):
 
 def test_large_windows_are_proved_too(emulation_library, monkeypatch):
     """Larger than what a proof has keys: an attention that knows no window is found."""
-    monkeypatch.setattr(decode_core.cuda, "SAMPLE_THREADS", 32)
+    monkeypatch.setattr(compiled.cuda, "SAMPLE_THREADS", 32)
     spec = backends.with_windows(llama_like()[0], (4096, 0))
 
     class NoWindow(backends.EmulatedOps):
@@ -664,12 +665,12 @@ def test_flash_is_taken_only_with_all_its_options(monkeypatch):
     assert cuda_prompts.flash() is None
 
 
-def test_a_long_prompts_masks_are_bounded(emulation_library):
+def test_a_long_prompts_masks_are_bounded(emulation_library, monkeypatch):
     """131,072 keys: a mask of 2,048 rows of them would be 268 million elements."""
     prompt = cuda_prompts.Prompt(slice(0, 2048), None, 0, 129024, 131072)
     backend, made = backends.Emulated(emulation_library).backend(llama_like()[0]), []
     backend.prompts.mask = lambda prompt, some, window, like: made.append(some) or None
-    backend.prompts.script.attend_prompt = lambda q, k, v, mask, *rest: q
+    monkeypatch.setattr(cuda_prompts, "attend_prompt", lambda q, k, v, mask, *rest: q)
     q, kv = torch.empty(2048, 6, 16), torch.empty(1).expand(2, 2, 131072, 16)
     backend.prompts.attend(q, kv, prompt, torch.empty(2048, 96), 0, 4.0)
     assert made[0].start == 0 and made[-1].stop == 2048 and all(a.stop == b.start for a, b in zip(made, made[1:]))
@@ -709,7 +710,7 @@ def test_the_device_draws_the_reference_s_tokens(backend):
 def test_load_kernels_takes_cuda_where_models_fit(monkeypatch):
     """load_kernels takes decode_core on CUDA where the model fits."""
     spec = llama_like()[0]
-    monkeypatch.setattr(seam, "cuda_ops", lambda _: SimpleNamespace())      # as where there is a GPU
+    monkeypatch.setattr(devices, "cuda_ops", lambda _: SimpleNamespace())      # as where there is a GPU
     monkeypatch.setattr(cuda_backend, "prove_cuda", lambda backend, device: {})
     kernels = load_kernels("cuda", model_of(spec))
     names = kernels.names
@@ -720,26 +721,26 @@ def test_load_kernels_takes_cuda_where_models_fit(monkeypatch):
         assert set(load_kernels("cuda", model_of(unfit)).names.values()) == {"torch/reference", "numpy/reference"}
     with pytest.raises(ConfigError, match="--quantize needs decode_core and a CPU"):
         load_kernels("cuda", model_of(spec), quantize="q8_0")
-    monkeypatch.setattr(seam, "cuda_ops", lambda _: None)       # no driver, or no device
+    monkeypatch.setattr(devices, "cuda_ops", lambda _: None)       # no driver, or no device
     assert load_kernels("cuda", model_of(spec)).names["sample"] == "numpy/reference"
 
 
 def test_the_core_says_whether_cuda_can_be_used():
-    core = decode_core._core
+    core = compiled._core
     able = core.cuda_compiled and core.cuda_devices() and core.cuda_capability(0) >= 80
-    assert (decode_core.cuda_ops() is not None) == bool(able)
+    assert (devices.cuda_ops() is not None) == bool(able)
 
 
 @pytest.mark.parametrize("capability, able", [(75, False), (80, True), (86, True), (90, True), (120, True)])
 def test_an_old_gpu_gets_torch_and_one_line(monkeypatch, caplog, capability, able):
     """A GPU older than the kernels gets torch and one line."""
     core = SimpleNamespace(cuda_compiled=True, cuda_devices=lambda: 2, cuda_capability=lambda device: [90, capability][device])
-    monkeypatch.setattr(seam, "_core", core)
-    seam.say_once.cache_clear()
+    monkeypatch.setattr(devices, "_core", core)
+    devices.say_once.cache_clear()
     spec = ModelSpec(vocab_size=64, layers=1, width=32, heads=2, kv_heads=1, head_size=16, ffn_size=32, max_positions=64)
     for _ in range(2):
-        assert type(seam.backend_for(backends.sizes_of(spec), "cuda:1", for_decode_core())).__name__ == ("CudaBackend" if able else "NoneType")
-    assert decode_core.cuda_ops(0) is not None and decode_core.cuda_ops(2) is None
+        assert type(devices.backend_for(backends.sizes_of(spec), "cuda:1")).__name__ == ("CudaBackend" if able else "NoneType")
+    assert devices.cuda_ops(0) is not None and devices.cuda_ops(2) is None
     lines = [record.getMessage() for record in caplog.records if "8.0" in record.getMessage()]
     assert lines == [] if able else lines == ["decode_core's CUDA kernels need 8.0, the GPU has 7.5: torch computes instead"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
-from decode_core import _core  # noqa: E402
+pytest.importorskip("chatlm.worker.kernels.compiled", exc_type=ImportError)
+from chatlm.worker.kernels.library import _core  # noqa: E402
 
 STUB = ast.parse((Path(__file__).resolve().parents[2] / "csrc/decode_core/_core.pyi").read_text(encoding="utf-8"))
 # What pybind11 says -> the beginning of what the stub says, where C++ leaves open more than that

@@ -25,10 +25,9 @@ NUMBER = struct.Struct("<I")
 def program_file(filename):
     """The path in the repository of a file of the program, wherever it was copied to; None for others."""
     filename = filename.replace(os.sep, "/")
-    for package, home in (("chatlm", "chatlm"), ("decode_core", "csrc/decode_core")):
-        _, found, rest = filename.rpartition(f"/{package}/")
-        if found and not rest.startswith(("tests/", "bench/")):         # of a checkout with that name
-            return f"{home}/{rest}"
+    _, found, rest = filename.rpartition("/chatlm/")
+    if found and not rest.startswith(("tests/", "bench/")):         # of a checkout with that name
+        return f"chatlm/{rest}"
     return "chat_server.py" if filename.endswith("/chat_server.py") else None
 
 

@@ -15,17 +15,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chatlm.worker.model.core_sizes import core_sizes
-from chatlm.worker.model.kernels import for_decode_core, load_kernels
+from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.ops.basic import linear_reference
 from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.recipe import ModelSpec
 from emulated_core import EmulatedCore
 from nightly import WHOLE
 
-decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="the compiled core is not installed")
-from decode_core import proof  # noqa: E402
-from decode_core.cuda_backend import CudaBackend, current_stream  # noqa: E402, F401
-from decode_core.cuda_steps import CudaQueue  # noqa: E402
+compiled = pytest.importorskip("chatlm.worker.kernels.compiled", exc_type=ImportError)
+from chatlm.worker.kernels import devices, proof  # noqa: E402
+from chatlm.worker.kernels.cuda_backend import CudaBackend, current_stream  # noqa: E402, F401
+from chatlm.worker.kernels.cuda_steps import CudaQueue  # noqa: E402
 
 HOST_READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "lift_fresh", "lift_fresh_copy"}
 
@@ -121,7 +121,7 @@ class AsCuda:
         return getattr(self.tensor, name)
 
 
-class EmulatedOps(decode_core.cuda.CudaOps):
+class EmulatedOps(compiled.cuda.CudaOps):
     def tensor(self, name, tensor, *args, **kwargs):
         return super().tensor(name, AsCuda(tensor) if isinstance(tensor, torch.Tensor) else tensor, *args, **kwargs)
 
@@ -209,7 +209,7 @@ class Emulated:
         self.made = CudaBackend if products else TorchProducts
 
     def backend(self, spec):
-        return self.made(sizes_of(spec), for_decode_core(), self.ops, stream=lambda: 0, device=self.device)
+        return self.made(sizes_of(spec), self.ops, stream=lambda: 0, device=self.device)
 
     def kernels(self, spec):
         """The kernels that load_kernels chooses for CUDA. What is right the process proves once for models of the same sizes, or for all."""
@@ -265,7 +265,7 @@ class Gpu:
 
 
 def has_gpu():
-    return torch.cuda.is_available() and decode_core.cuda_ops() is not None
+    return torch.cuda.is_available() and devices.cuda_ops() is not None
 
 
 ORDERS = (0, 1, 2)          # of the emulation: ascending, descending, random
@@ -283,5 +283,5 @@ def gpu(request):
     if not has_gpu():
         pytest.skip("no GPU here, or decode_core was compiled without CUDA")
     real = Gpu()
-    real.ops, real.order, real.stream = decode_core.cuda_ops(), lambda order: None, current_stream
+    real.ops, real.order, real.stream = devices.cuda_ops(), lambda order: None, current_stream
     yield real

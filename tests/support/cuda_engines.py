@@ -12,7 +12,7 @@ from chatlm.worker.engine.limits import FREE_ROWS
 from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.model_of import model_of
-from decode_core import cuda_steps
+from chatlm.worker.kernels import cuda_steps
 from engine_parts import parts_of
 from engines import step_pieces
 from near_tie import assert_same_tokens_or_near_tie

@@ -16,7 +16,8 @@ from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.limits import FREE_ROWS
 from chatlm.worker.model.batch import Batch
-from chatlm.worker.model.kernels import EagerSteps, load_kernels
+from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.kernels import EagerSteps
 from chatlm.worker.model.pages import group_layers
 from chatlm.worker.model.tensors import MappedRows
 from chatlm.worker.model.transformer import Transformer

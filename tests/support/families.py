@@ -13,7 +13,8 @@ import torch
 
 from chatlm.common.config import Settings
 from chatlm.common.hub.find import resolve_model
-from chatlm.worker.model.kernels import load_kernels, not_compiled
+from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.limits import not_compiled
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.adapters import adapter_reader
 from chatlm.worker.weights.gguf import gguf_spec

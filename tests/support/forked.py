@@ -391,7 +391,7 @@ if __name__ == "__main__":
         import_all("chatlm.worker.process", "chatlm.worker.entry", "chatlm.worker.survey", *(f"chatlm.worker.weights.{name}" for name in (
             "gguf_model", "mmproj", "nanochat", "checkpoint_model", "torch_file", "folder_model", "huggingface", "named_tokens", "trial")))
         if core.decode_core():
-            import_all("decode_core.cpu_backend", "decode_core.weights")
+            import_all("chatlm.worker.kernels.cpu_backend", "chatlm.worker.kernels.weights")
         importlib.import_module("chatlm.worker.weights.digest").code_digest()       # of the code that all of them run
         import_all(*(["torch"] if what == "box" else ()))
     elif what not in ("", "downloads"):

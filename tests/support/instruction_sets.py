@@ -3,11 +3,11 @@ DECODE_CORE_TEST_SETS=1 compiles."""
 
 import os
 
-import decode_core
+from chatlm.worker.kernels import compiled
 
 from nightly import by_day
 
-ISAS = [*decode_core._core.offered_isas(), *decode_core._core.isas_for_tests()]
+ISAS = [*compiled._core.offered_isas(), *compiled._core.isas_for_tests()]
 if os.environ.get("DECODE_CORE_CHECKED_ISAS") == "1":
     # setup.py compiles the sanitizers' checks into the portable sources and those of the widest instructions (widest_here). What runs
     # through the others would say under sanitizers what it says without.
@@ -25,6 +25,6 @@ SOME_ISAS = some(ISAS)
 def each_isa():
     """Set one after the other; the last line that a failed test has printed is the one that it failed on."""
     for name in ISAS:
-        decode_core.set_isa(name)
+        compiled.set_isa(name)
         print(f"on {name}")
         yield name

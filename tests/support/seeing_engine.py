@@ -14,7 +14,7 @@ from chatlm.worker.engine.batch import pad_ids
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.sequence import Assignment
 from chatlm.worker.model.batch import Batch
-from chatlm.worker.model.tower import tiles_of
+from chatlm.worker.tower import tiles_of
 from image_conversations import picture_of_size
 
 

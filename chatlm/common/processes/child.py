@@ -34,7 +34,7 @@ ROLES = {
     "trial": "chatlm.worker.weights.trial:trial_main",
     "doctor": "chatlm.worker.entry:doctor_role",
     "export": "chatlm.export.command:export_main",
-    "check": "chatlm.worker.model.kernels:check_main",
+    "check": "chatlm.worker.kernels.check:check_main",
     "quantize": "chatlm.export.gguf.roles:quantize_role",
     "imatrix": "chatlm.export.gguf.roles:imatrix_role",
     "guard": "chatlm.front.tools.guard:guard_main",

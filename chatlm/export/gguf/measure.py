@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource
     from chatlm.worker.arrays.kinds import Norm
-    from chatlm.worker.model.kernels import Kernels
+    from chatlm.worker.kernels.kernels import Kernels
     from chatlm.worker.weights.rules import LoadedModel
 
 STEP_TOKENS = 128

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.worker.memory_plan import MemoryPlan
     from chatlm.worker.doctor.patient import Patient
-    from chatlm.worker.model.kernels import Kernels
+    from chatlm.worker.kernels.kernels import Kernels
     from chatlm.worker.model.pages import LayerGroups
     from chatlm.worker.weights.rules import LoadedModel
 

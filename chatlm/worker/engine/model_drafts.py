@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy
     from chatlm.worker.engine.draft_model import Followers
     from chatlm.worker.engine.sequence import Sequence
-    from chatlm.worker.model.kernels import Steps
+    from chatlm.worker.kernels.kernels import Steps
     from chatlm.worker.model.transformer import Transformer
 
 

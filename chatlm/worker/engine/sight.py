@@ -16,7 +16,7 @@ from chatlm.common.vision.pictures import row_places, rows_in
 from chatlm.worker.arrays.kinds import FLOATS
 from chatlm.worker.engine.batch import picture_rows
 from chatlm.worker.engine.part import Part
-from chatlm.worker.model.tower import Tower, chunk_work, tiles_of
+from chatlm.worker.tower import Tower, chunk_work, tiles_of
 from chatlm.worker.model.transformer import first_turn
 
 if TYPE_CHECKING:

@@ -1,2 +1,1 @@
-"""What a model is (`Model`), one forward for every family (`Transformer`), and which kernels compute
-it."""
+"""What a model is (`Model`), and one forward for every family (`Transformer`)."""

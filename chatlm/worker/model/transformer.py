@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from chatlm.worker.model.batch import Batch
     from chatlm.worker.model.blocks.mixers import Mixer
     from chatlm.worker.model.blocks.model import Model
-    from chatlm.worker.model.kernels import Kernels
+    from chatlm.worker.kernels.kernels import Kernels
     from chatlm.worker.model.pages import KvType, LayerGroups
 
 

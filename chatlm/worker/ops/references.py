@@ -1,4 +1,4 @@
-"""Every reference by the name of its op, and what else decode_core's backends take of this room.
+"""Every reference by the name of its op.
 
 Importing this module imports torch, so only what computes with tensors does."""
 
@@ -59,7 +59,3 @@ REFERENCES = {
     "split_gates": split_gates_reference,
     "gate": gate_reference,
     "sample": sample_on_host}
-FOR_BACKENDS = {  # what they take besides these
-    each.__name__: each for each in (
-        OneEach, TorchArrays, adapter_products, attend, attend_prompt, decode_rows, finish_linear, page_table,
-        rope_tables, routes, sigmoid_routes, tensor_of, zeroed)}

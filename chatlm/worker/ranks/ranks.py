@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from chatlm.common.hub.stamps import Stamp
     from chatlm.common.messages.protocol import WorkerConfig
     from chatlm.common.messages.wire import Channel
-    from chatlm.worker.model.kernels import Steps
+    from chatlm.worker.kernels.kernels import Steps
     from chatlm.worker.model.transformer import Transformer
     from chatlm.worker.ranks.links import Links
 
@@ -77,13 +77,12 @@ class RankZero(RankAlone):
     def join(self, backend, part_bytes: int) -> dict[str, Callable]:
         """Open the meetings of each stage's ranks, and send the other ranks their RankConfig."""
         config = self.config
-        core = decode_core()
         environment = {"CHAT_SERVER_KERNELS": os.environ.get("CHAT_SERVER_KERNELS", "")}
-        if core:
-            isa = core.info()["isa"]
+        if core := decode_core():
+            isa = core.isa()
             # another machine may lack amx
             environment["DECODE_CORE_ISA"] = "amx,avx512" if isa == "amx" else isa
-        addresses = self._open_meetings(core if backend.join else None, part_bytes)
+        addresses = self._open_meetings(bool(core and backend.join), part_bytes)
         source = None if self.links.finds_models else config.source
         for arrival, channel in zip(self.links.arrivals, self.channels):
             channel.send(RankConfig(
@@ -95,13 +94,14 @@ class RankZero(RankAlone):
             self.broadcast(Ready({}))
         return join_ranks(backend, addresses[0], 0, self.tp, config.device)
 
-    def _open_meetings(self, core: Any, part_bytes: int) -> list[str]:
-        """The addresses at which the ranks of each stage meet: in memory of decode_core (`core`) if it
-        computes, else where torch.distributed does."""
+    def _open_meetings(self, in_memory: bool, part_bytes: int) -> list[str]:
+        """The addresses at which the ranks of each stage meet: in memory if decode_core computes, else where
+        torch.distributed does."""
         if self.tp == 1:
             return [""] * self.stages
-        if core:
-            self.meeting = [core.RankMemory(self.tp, part_bytes) for _ in range(self.stages)]
+        if in_memory:
+            from chatlm.worker.kernels.ranks import RankMemory
+            self.meeting = [RankMemory(self.tp, part_bytes) for _ in range(self.stages)]
             return [memory.path for memory in self.meeting]
         self.meeting = self.links.open_meeting()
         return [f"{self.meeting.name}/{stage}" for stage in range(self.stages)]

@@ -26,7 +26,7 @@ from chatlm.worker.weights.adapters import reading_thread
 
 if TYPE_CHECKING:
     from chatlm.common.messages.wire import Channel
-    from chatlm.worker.model.kernels import Steps
+    from chatlm.worker.kernels.kernels import Steps
     from chatlm.worker.model.batch import Batch
     from chatlm.worker.model.transformer import Transformer
     from chatlm.worker.ops.rows import SampleRow

@@ -13,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatlm.common.core import decode_core, seam
+from chatlm.common.core import decode_core
+from chatlm.common.interface import INTERFACE
 from chatlm.common.errors import ConfigError
 from chatlm.common.files import opened, read_object
 from chatlm.common.hub.stamps import mmproj_of
@@ -106,10 +107,10 @@ def whole_digest(files: list[Path], fingerprint: str, store: Path | None) -> str
 def code_digest() -> str:
     """A hash of the modules, and of the compiled core, that compute a page."""
     code = hashlib.sha256()
-    for room in ("model", "ops", "weights", "arrays"):
+    for room in ("kernels", "model", "ops", "weights", "arrays"):
         for name, text in program_sources(folder=f"chatlm/worker/{room}").items():
             code.update(name.encode() + text)
-    if compiled := getattr(getattr(decode_core(), "_core", None), "__file__", None):
+    if compiled := getattr(decode_core(), "__file__", None):
         code.update(Path(compiled).read_bytes())
     return code.hexdigest()
 
@@ -118,7 +119,7 @@ def arithmetic_of(transformer: Transformer, settings: Settings) -> list[str]:
     """Everything except the weights that may change the bits of a page, or their layout."""
     kernels = transformer.kernels
     version = getattr(sys.modules.get("torch"), "__version__", "")  # of what computes, if it does
-    return [code_digest(), version, seam(), str(sorted(kernels.names.items())),
+    return [code_digest(), version, str(INTERFACE), str(sorted(kernels.names.items())),
             str(transformer.device.type), str(transformer.dtype), str(settings.dtype), str(settings.quantize),
             settings.arithmetic, transformer.weight_types, repr(transformer.model), repr(transformer.groups),
             repr(transformer.layout)]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import numpy
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource, TextSpec
-    from chatlm.worker.model.kernels import Backend
+    from chatlm.worker.kernels.kernels import Backend
     from chatlm.worker.model.tensors import MappedRows, Unread
     from chatlm.worker.weights.family import Family
     from chatlm.worker.weights.lora import Change, Copy, FileSlice

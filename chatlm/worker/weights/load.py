@@ -14,7 +14,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub.stamps import mmproj_of
 from chatlm.common.log import log
 from chatlm.worker.arrays.kinds import Device
-from chatlm.worker.model.kernels import choose_backend
+from chatlm.worker.kernels.choice import choose_backend
 from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.rules import LoadedModel, check_rotary_memory
 from chatlm.worker.weights.sources import check_names_and_shapes, tensor_sources, unread_keys
@@ -23,7 +23,7 @@ from chatlm.worker.weights.stored_model import Adaptable, Merged
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource, TextSpec
-    from chatlm.worker.model.tower import Eyes
+    from chatlm.worker.tower import Eyes
     from chatlm.worker.weights.sources import Sources
     from chatlm.worker.weights.stored_model import Storage, StoredModel
 

@@ -14,7 +14,7 @@ import numpy
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.worker.arrays.packed import dequantized
-from chatlm.worker.model.kernels import choose_backend
+from chatlm.worker.kernels.choice import choose_backend
 from chatlm.worker.weights.gguf_file import check_gguf_types, read_gguf_file, readable
 from chatlm.worker.weights.gguf_tensors import GgufTensors, file_shape
 from chatlm.worker.weights.rules import Rule, check_divides, checked
@@ -26,7 +26,7 @@ from chatlm.worker.weights.vision import SECTIONS, by_color, by_halves, by_pairs
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.worker.model.tower import Eyes
+    from chatlm.worker.tower import Eyes
     from chatlm.worker.weights.rules import LoadedModel
     from chatlm.worker.weights.towers import TowerFamily
 

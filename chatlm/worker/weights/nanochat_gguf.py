@@ -32,7 +32,7 @@ from chatlm.worker.weights.trial import refuse_endless
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource
-    from chatlm.worker.model.kernels import Backend
+    from chatlm.worker.kernels.kernels import Backend
     from chatlm.worker.model.tensors import MappedRows, Unread
     from chatlm.worker.weights.lora import Change, Copy
     from chatlm.worker.weights.sources import Sources

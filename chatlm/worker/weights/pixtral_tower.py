@@ -17,7 +17,7 @@ from chatlm.worker.weights.towers import (
     CHANNELS, HEADS, LAYERS, SIDE, TowerFamily, colors_of, make_eyes, scaled, tower_recipe)
 
 if TYPE_CHECKING:
-    from chatlm.worker.model.tower import Eyes
+    from chatlm.worker.tower import Eyes
     from chatlm.worker.weights.recipe import ModelSpec, Shapes
     from chatlm.worker.weights.towers import Colors, Said
 

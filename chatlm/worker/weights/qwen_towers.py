@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
 from chatlm.common.messages.requests import Vision
-from chatlm.worker.model.tower import deep_norm
+from chatlm.worker.tower import deep_norm
 from chatlm.worker.weights.layernorms import ACTIVATIONS, both
 from chatlm.worker.weights.rules import MOST_LAYERS, Rule
 from chatlm.worker.weights.towers import (
@@ -16,7 +16,7 @@ from chatlm.worker.weights.towers import (
     siglip_of_file)
 
 if TYPE_CHECKING:
-    from chatlm.worker.model.tower import Eyes
+    from chatlm.worker.tower import Eyes
     from chatlm.worker.weights.recipe import ModelSpec, Shapes
     from chatlm.worker.weights.towers import Said
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource, TextSpec
-    from chatlm.worker.model.kernels import Backend
+    from chatlm.worker.kernels.kernels import Backend
     from chatlm.worker.model.tensors import MappedRows, Unread
     from chatlm.worker.weights.lora import Change, Copy, FileSlice
     from chatlm.worker.weights.recipe import ModelSpec

@@ -20,7 +20,7 @@ from chatlm.worker.model.blocks.clamps import MOST
 from chatlm.worker.model.blocks.feed_forward import FeedForward
 from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.norms import LayerNorm, RmsNorm
-from chatlm.worker.model.tower import Eyes
+from chatlm.worker.tower import Eyes
 from chatlm.worker.weights.layernorms import ACTIVATIONS, both
 from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.recipe import ModelSpec

@@ -25,7 +25,7 @@ from chatlm.worker.weights.towers import CLAMPS, clamps_of
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.worker.model.tower import Eyes
+    from chatlm.worker.tower import Eyes
     from chatlm.worker.weights.recipe import ModelSpec
     from chatlm.worker.weights.sources import Sources
     from chatlm.worker.weights.towers import TowerFamily

@@ -197,7 +197,7 @@ async def test_a_killed_worker_with_a_head_costs_no_word(start_pool, tmp_path):
 @pytest.mark.slow
 async def test_workers_with_amx_continue_those_without(start_pool, tmp_path, monkeypatch, default_model_path):
     """Those without continue theirs as well."""
-    core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
+    core = pytest.importorskip("chatlm.worker.kernels.compiled", exc_type=ImportError)
     emulated, best = next((name for name in core._core.isas_for_tests() if name.startswith("amx")), None), core.info()["offered_isas"][0]
     if emulated is None:
         pytest.skip("no AMX here, and decode_core was compiled without DECODE_CORE_TEST_SETS=1")

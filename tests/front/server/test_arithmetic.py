@@ -29,9 +29,9 @@ def generated(arithmetic, isa):
 @pytest.mark.usefixtures("default_model_path")
 def test_fine_answers_are_those_of_float32():
     """They are on every instruction set."""
-    for isa in {*core.info()["offered_isas"]} - {"portable"}:       # which takes long, and has the bits of record
+    for isa in {*core.offered_isas()} - {"portable"}:       # which takes long, and has the bits of record
         assert generated("fine", isa) == IN_FLOAT32, isa
-    assert generated("fast", core.info()["isa"]) != IN_FLOAT32      # else this shows nothing: take another question
+    assert generated("fast", core.isa()) != IN_FLOAT32      # else this shows nothing: take another question
 
 
 def test_one_server_keeps_both_arithmetics_apart(default_model_path, tmp_path):

@@ -45,7 +45,7 @@ def test_the_default_model_answers_over_both_apis(default_model_path):
         stats = get(url + "/stats")
         core = decode_core()
         assert stats["workers"][0]["state"] == "ready" and stats["row_invariant"] is (core is not None)
-        assert stats["kernels"]["sample"] == (f"decode_core/{core.info()['isa']}" if core else "numpy/reference")
+        assert stats["kernels"]["sample"] == (f"decode_core/{core.isa()}" if core else "numpy/reference")
 
 
 def test_only_a_worker_without_core_loads_torch(nanochat_fixtures):

@@ -7,14 +7,14 @@ import pytest
 
 from chatlm.common import answering
 from chatlm.common.messages.requests import SamplingParams
-from chatlm.worker.model import kernels
+from chatlm.worker.kernels import choice, kernels
 from chatlm.worker.process import share_word
 from engines import make_engine, pieces
 import encoders
 import retrieval
 from works import assignment
 
-_core = pytest.importorskip("decode_core._core")
+_core = pytest.importorskip("chatlm.worker.kernels.library", exc_type=ImportError)._core
 PROMPTS = [tuple(range(5, 5 + length)) for length in (3, 40, 17)]
 
 
@@ -72,7 +72,7 @@ def test_child_processes_find_the_word():
 
 
 def test_without_decode_core_layers_wait_too(word, monkeypatch, tmp_path):
-    monkeypatch.setattr(kernels, "decode_core", lambda: None)
+    monkeypatch.setattr(choice, "decode_core", lambda: None)
     encoders.save_folder(tmp_path, "bert", encoders.make_encoder("bert"))
     _, engine = encoders.engine_of(tmp_path)
     waits = []

@@ -16,7 +16,7 @@ from chatlm.common.messages.requests import Piece, SamplingParams
 from chatlm.worker.build import build_engine
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.states import StatePool
-from chatlm.worker.model import kernels
+from chatlm.worker.kernels import kernels
 from draft_heads import Head, gguf_with_head, save_with_head
 from image_conversations import picture_of_size
 from engines import pieces

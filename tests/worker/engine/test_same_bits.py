@@ -14,7 +14,7 @@ from chatlm.common.core import decode_core
 from chatlm.common.messages.requests import Ended, Piece, SamplingParams
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.states import StatePool
-from chatlm.worker.model.kernels import not_compiled
+from chatlm.worker.kernels.limits import not_compiled
 from chatlm.worker.model.pages import KvType
 from chatlm.worker.weights.families import FAMILIES
 from encoders import MODELS as ENCODERS

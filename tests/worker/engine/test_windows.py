@@ -141,7 +141,7 @@ def test_random_traffic_with_few_pages_leaks_nothing(windows):
 def test_cuda_steps_give_pages_back_too(made_model, name, request, monkeypatch):
     """The kernels in their emulation, op by op and as graphs."""
     backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="the compiled core is not installed")
-    from decode_core import cuda_steps
+    from chatlm.worker.kernels import cuda_steps
     emulated = backends.Emulated(request.getfixturevalue("emulation_library"))
     monkeypatch.setattr(cuda_steps, "CudaQueue", lambda device: backends.HostQueue())
     folder, cases = made_model(name)

@@ -8,7 +8,8 @@ import torch
 
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.errors import ConfigError
-from chatlm.worker.model.kernels import load_kernels, not_compiled
+from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.limits import not_compiled
 from chatlm.worker.model.pages import KvType, PageLayout, group_layers
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.model_of import model_of
@@ -96,7 +97,7 @@ def test_attention_kinds_match_their_definition(name, apart, kv):
 @pytest.mark.parametrize("dtype, kv", [("float32", None), ("bfloat16", None), ("float32", PACKED)], ids=["float32", "bfloat16", "q8_0"])
 def test_each_layer_s_own_heads_have_the_same_bits(name, dtype, kv):
     """decode_core computes each layer's own heads with the same bits in any batch."""
-    pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
+    pytest.importorskip("chatlm.worker.kernels.compiled", exc_type=ImportError)
     spec, tensors = kinds_model(name)
     groups, results = group_layers(model_of(spec).by_layer, 512, kv=kv or FLOATS), []
     ids, other = (np.random.default_rng(seed).integers(0, 96, size).tolist() for seed, size in ((1, 150), (2, 33)))

@@ -20,7 +20,7 @@ from chatlm.worker.model.blocks.lm_head import LmHead
 from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
 from chatlm.worker.model.blocks.model import Model
 from chatlm.worker.model.blocks.norms import LayerNorm, RmsNorm
-from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.shards import refuse_ranks
 from engines import forward_logits, make_batch

@@ -19,7 +19,7 @@ import pytest
 
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
-from chatlm.worker.model.kernels import not_compiled
+from chatlm.worker.kernels.limits import not_compiled
 from chatlm.worker.weights.model_of import model_of
 from called_ops import called_ops, decode_core_computes
 from families import MODELS

@@ -9,7 +9,8 @@ import numpy
 import pytest
 import torch
 
-from chatlm.worker.model.kernels import load_kernels, not_compiled
+from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.limits import not_compiled
 from chatlm.worker.model.tensors import Cut
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.attention import paged_attention_reference, plan_attention_reference

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from chatlm.common.config import Settings
 from chatlm.common.hub.find import resolve_model
-from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.model_of import model_of
@@ -120,7 +120,7 @@ def test_a_step_without_logit_rows_fills_the_cache():
     assert torch.allclose(forward_logits(model, make_batch((tokens, 19, 1, [0, 1]))), whole, atol=1e-4)
 
 
-# --- the seam ----------------------------------------------------------------------------------------------------
+# --- kernels ----------------------------------------------------------------------------------------------------
 
 
 class NoArithmetic(TorchDispatchMode):

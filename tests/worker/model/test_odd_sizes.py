@@ -9,7 +9,8 @@ import torch
 
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
-from chatlm.worker.model.kernels import MOST_ON_CPU, MOST_ON_GPU, load_kernels, not_compiled
+from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.limits import MOST_ON_CPU, MOST_ON_GPU, not_compiled
 from chatlm.worker.model.tensors import MappedRows
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.model_of import model_of

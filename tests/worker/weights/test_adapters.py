@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
-from chatlm.worker.model.kernels import not_compiled
+from chatlm.worker.kernels.limits import not_compiled
 from chatlm.worker.weights.lora import other_base
 from engines import forward_logits, make_batch, tensors_of
 from lora import LINEAR, OPTIONS, adapt

@@ -19,7 +19,7 @@ from chatlm.worker.arrays.kinds import Norm
 from chatlm.worker.build import build_engine
 from chatlm.worker.memory_plan import plan_memory, weight_bytes
 from chatlm.worker.model import tensors as model_tensors
-from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.model.pages import KvType, PageLayout, group_layers
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.basic import experts_reference, sigmoid_routes

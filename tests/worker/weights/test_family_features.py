@@ -21,7 +21,8 @@ from chatlm.worker.model.blocks.feed_forward import FeedForward
 from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
 from chatlm.worker.model.blocks.norms import RmsNorm
-from chatlm.worker.model.kernels import choose_backend, load_kernels, not_compiled
+from chatlm.worker.kernels.choice import choose_backend, load_kernels
+from chatlm.worker.kernels.limits import not_compiled
 from chatlm.worker.ops.attention import mean_squares_reference, norm_qk_reference, scale_rows_reference
 from chatlm.worker.ops.basic import gated_add_reference, sparse_routes
 from chatlm.worker.weights.configs import OTHERS_AFFAIR
@@ -371,7 +372,8 @@ def test_torch_computes_ops_that_decode_core_lacks(fields, words, caplog):
 @pytest.mark.skipif(decode_core() is None, reason="not built")
 def test_torch_computes_cpu_only_ops_on_a_gpu(fields, words, caplog, monkeypatch):
     """Some ops are compiled for a CPU alone, and torch computes these on a GPU."""
-    monkeypatch.setattr(decode_core().seam, "cuda_ops", lambda _: SimpleNamespace())       # as where there is a GPU
+    from chatlm.worker.kernels import devices
+    monkeypatch.setattr(devices, "cuda_ops", lambda _: SimpleNamespace())       # as where there is a GPU
     spec = ModelSpec(**SPEC | fields)
     assert (not_compiled(model_of(spec), "cuda"), not_compiled(model_of(spec))) == ("", "")
     assert choose_backend("cpu", model_of(spec)).name != "torch/reference" and not caplog.messages

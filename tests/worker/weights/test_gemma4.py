@@ -24,7 +24,8 @@ from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.kinds import address_of
 from chatlm.worker.build import build_engine
-from chatlm.worker.model.kernels import choose_backend, load_kernels, not_compiled
+from chatlm.worker.kernels.choice import choose_backend, load_kernels
+from chatlm.worker.kernels.limits import not_compiled
 from chatlm.worker.model.tensors import MappedRows, advise
 from chatlm.worker.gauges import Gauges
 from chatlm.worker.weights.gguf import gguf_text

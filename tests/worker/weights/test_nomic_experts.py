@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from chatlm.common.errors import ConfigError
-from chatlm.worker.model import kernels
+from chatlm.worker.kernels import choice
 from encoders import TEXTS, cosine, engine_of, framed, vectors
 import nomic_experts
 from retrieval import write_json
 
-BACKENDS = [pytest.param("decode_core", marks=pytest.mark.skipif(kernels.decode_core() is None, reason="not built")), "reference"]
+BACKENDS = [pytest.param("decode_core", marks=pytest.mark.skipif(choice.decode_core() is None, reason="not built")), "reference"]
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def state():
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
     if request.param == "reference":
-        monkeypatch.setattr(kernels, "decode_core", lambda: None)
+        monkeypatch.setattr(choice, "decode_core", lambda: None)
     return request.param
 
 

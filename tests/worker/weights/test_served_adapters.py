@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
-from chatlm.worker.model.kernels import not_compiled
+from chatlm.worker.kernels.limits import not_compiled
 from chatlm.worker.weights import nanochat
 from chatlm.worker.weights.adapters import adapter_reader
 from chatlm.worker.weights.shards import shard_model, stage_model

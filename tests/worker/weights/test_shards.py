@@ -17,7 +17,7 @@ from chatlm.worker.model.blocks.feed_forward import FeedForward
 from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
 from chatlm.worker.model.blocks.norms import RmsNorm
-from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.huggingface import hf_spec
 from chatlm.worker.weights.load import open_model

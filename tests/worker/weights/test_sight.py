@@ -11,7 +11,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import AnswerParams, Failed, Piece, SamplingParams
 from chatlm.common.vision.layout import layout_of
 from chatlm.worker.engine.sequence import Assignment
-from chatlm.worker.model.tower import tiles_of
+from chatlm.worker.tower import tiles_of
 from image_conversations import picture_of_size
 from models_that_draft import draft_always
 from seeing_engine import answer, asking, check_logits, checked_answer, chosen_kernels, collect, logits_of, open_engine, run

@@ -10,7 +10,7 @@ from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.worker.doctor.patient import Patient
 from chatlm.worker.doctor.stated import check_head
-from chatlm.worker.model.kernels import not_compiled
+from chatlm.worker.kernels.limits import not_compiled
 from chatlm.worker.weights.huggingface import hf_spec
 from engines import tensors_of
 from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, transformer

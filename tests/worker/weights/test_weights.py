@@ -29,7 +29,7 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.common.text.tokenizer import compile_chat_template
 from chatlm.worker.arrays.gguf_types import ROWS, TYPES, WITHOUT_VALUES, block_of
 from chatlm.worker.arrays.kinds import kind_of
-from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.tensors import dtype_of, tensor_of
@@ -426,7 +426,7 @@ def test_weights_stay_as_stored_or_the_log_says_so(tmp_path, name):
     stored["blk.0.attn_v.weight"] = random_llama()["blk.0.attn_v.weight"]
     model = load(write_gguf(tmp_path / "tiny.gguf", stored, LLAMA_NUMBERS), None)
     becomes = "BF16" if name == "F32" else name
-    from decode_core.tiles import Arena, Matrix
+    from chatlm.worker.kernels.tiles import Arena, Matrix
     held = Matrix(Arena(1 << 20), becomes.lower(), *model.architecture.shapes()["0.down"]).nbytes
     assert model.tensors["0.down"].nbytes == held
     assert not model.grows

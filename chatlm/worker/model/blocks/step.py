@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from chatlm.worker.arrays.kinds import Norm
     from chatlm.worker.model.blocks.axes import Divided, Tensors
     from chatlm.worker.model.blocks.norms import AnyNorm
-    from chatlm.worker.model.kernels import Kernels
+    from chatlm.worker.kernels.kernels import Kernels
     from chatlm.worker.model.batch import Inputs, RowAdapters
 
 
