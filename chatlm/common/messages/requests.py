@@ -225,6 +225,9 @@ class AnswerParams:
     ignore_eos: bool = False
     stop_on_repetition: bool = False    # end it where it only repeats itself
     min_tokens: int = 0
+    line_indent: int = 0                # its lines but the first have so many spaces or tabs; it ends before
+                                        # one that has fewer
+    line_limit_ms: int = 0              # it ends at the first new line after this time; 0: no limit
     logprobs: int | None = None         # likeliest tokens to list beside each; None: no logprobs
     prompt_logprobs: int | None = None  # the same for the prompt's tokens; then a token that ends the answer
                                         # has its own too, since evaluations drop the last one
