@@ -213,6 +213,12 @@ class ModelFacts(NamedTuple):
     layers: int = 0
     digest: str = ""       # of its weights
     arithmetic: str = ""   # of --arithmetic
+    quantization: str = ""  # what its file calls its types, if these are the ones in memory
+
+    @property
+    def level(self) -> str:
+        """What Ollama's and LM Studio's clients show of its types."""
+        return self.quantization or self.weights.upper()
 
 
 @record(kw_only=True)
