@@ -528,6 +528,9 @@ class Settings:
     mcp_config: str | None = flag(None, file_name,
         "JSON file with the tool servers (Model Context Protocol) that may run here, as Claude, Cursor, VS "
         "Code and LM Studio write it: `mcpServers`", "serve chat", heading="Tools")
+    tools: str | None = flag(None, str,
+        "tools that the chat has from its start: names of tools or of their servers with commas between, or "
+        "`all`; /tools changes that (default: none)", "chat")
     tool_rounds: int = flag(8, number(int, 1, 100),
         "most rounds of tool calls; then the model must answer without tools, except that an answer of "
         "Messages pauses there (`pause_turn`)", "serve chat")
