@@ -116,7 +116,7 @@ def test_the_tools_that_a_flag_names_are_on_from_the_start(monkeypatch, config, 
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"tools": "fake__ad"}, r"--tools: there is no tool and no tool server "fake__ad" \(servers: fake\)"),
+    ({"tools": "fake__ad"}, r'--tools: there is no tool and no tool server "fake__ad" \(servers: fake\)'),
     ({"mcp_config": None, "tools": "all"}, "--tools: --mcp-config FILE, or a server at --url, says which tools there are")])
 def test_tools_that_are_not_there_are_refused(monkeypatch, config, settings, message):
     with pytest.raises(ConfigError, match=message):
