@@ -419,13 +419,14 @@ def tell_operand(parser: CommandLine, command: Command, values: dict[str, Any],
     if command.operand == "PROMPT":
         at_server = bool(values["url"] or environment.get("CHAT_SERVER_URL"))
         values["model"], values["prompt"] = with_prompt(parser, words, values["prompt"], at_server)
-    elif command.operand == "FILE" and (words[1:] or words and not command.needs_model):
-        model, file, *others = words if words[1:] else [None, *words]
-        if others or values["texts"] is not None:
-            parser.error(f"unrecognized arguments: {' '.join(others) or file}")
-        check_path(file, "FILE")
-        values["texts"] = file
-        values["model"] = [model] if model else []
+    elif command.operand == "FILE" and words:
+        if values["texts"] is None:
+            *words, file = words
+            check_path(file, "FILE")
+            values["texts"] = file
+        if words[1:]:
+            parser.error(f"unrecognized arguments: {' '.join(words[1:])}")
+        values["model"] = words
 
 
 def has_words(word: str) -> bool:

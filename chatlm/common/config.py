@@ -582,6 +582,7 @@ class ApiKey(NamedTuple):
     refused: bool = False              # or are refused
     role: str = ""                     # "admin": sees what all keys use, and may load and unload models
     tools: tuple[str, ...] = ()        # tool servers, or SERVER.TOOL, that it may use; "*": all
+    owner: str = ""  # who owns what it leaves in the database, with other keys of this owner; "": the key
 
     @classmethod
     def hashed(cls, key: str, name: str, models: tuple[str, ...] = (), **more: Any) -> ApiKey:
@@ -606,7 +607,9 @@ KEY_FIELDS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "over-budget": ("refused", {"refuse": True, "background": False}.get, "refuse or background"),
     "role": ("role", {"admin": "admin"}.get, "admin"),
     "tools": ("tools", words_between_commas,
-              "* for all tools, or names of tool servers or SERVER.TOOL with commas between them")}
+              "* for all tools, or names of tool servers or SERVER.TOOL with commas between them"),
+    "owner": ("owner", lambda text: text if re.fullmatch("[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", text) else None,
+              "a name of at most 64 letters, digits and . _ @ -")}
 
 
 def read_key_line(line: str, place: str, number: int) -> ApiKey:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, RequestError, shown, visible
+from chatlm.common.hub.find import with_embedder
 from chatlm.common.invocation import program_command
 from chatlm.common.jsontext import is_text
 from chatlm.common.log import ProgressDisplay
@@ -50,18 +51,25 @@ class TextBatch(NamedTuple):
 async def embed(settings: Settings) -> int:
     """The `embed` command. ConfigError for files that cannot be read or written, RequestError for texts that
     the model cannot embed."""
-    if settings.texts is None or settings.output is None:
-        taken = f"; {settings.model} was taken as MODEL" if settings.model and settings.texts is None else ""
-        raise ConfigError("embed takes a MODEL, a FILE of JSON lines and -o FILE: for example "
-                          f"`{program_command()} embed MODEL texts.jsonl -o vectors.jsonl`{taken}")
+    texts = settings.texts
+    is_model = settings.model is None and texts and (texts.lower().endswith(".gguf") or os.path.isdir(texts))
+    if texts is None or settings.output is None or is_model:
+        taken = f"; {visible(texts)} was taken as FILE" if texts else ""
+        raise ConfigError("embed takes a FILE of JSON lines and -o FILE, and MODEL first if it is not the "
+                          f"default embedder: `{program_command()} embed [MODEL] texts.jsonl -o vectors.npy`"
+                          f"{taken}")
     began_s = time.monotonic()
     count = 0
     progress = ProgressDisplay()
-    with open_texts(settings.texts) as source, Vectors(settings.output, source) as vectors:
+    with open_texts(texts) as source, Vectors(settings.output, source) as vectors:
+        try:
+            settings = await asyncio.to_thread(with_embedder, settings, progress)
+        finally:
+            progress.close()
         async with open_pool(settings) as pool:
             assert not isinstance(pool, RemotePool)  # the command has no --url
             try:
-                async with aclosing(embedded(pool, settings, batches_of(settings.texts, source))) as found:
+                async with aclosing(embedded(pool, settings, batches_of(texts, source))) as found:
                     async for batch, numbers in found:
                         vectors.write(numbers)
                         count += len(numbers)

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent
 PAIRS = [("the cat", "the dogs and 12 mice"), ("query: abc", "abc xyz. " * 20), ("a", "a")]
 DENSE = {"gemma": [(96, 64, "Identity", False), (64, 96, "Identity", False)], "bert": [(48, 64, "Tanh", True)]}
+REAL_WORDS = ("The library opens at nine and closes at six. Whoever borrows a book brings it back within a month. " * 12).split()
 RANKERS = "bert", "roberta", "xlm-roberta", "mpnet", "modernbert"
 
 
@@ -67,6 +68,15 @@ def write_models(folder):
     config = json.loads((raw / "config.json").read_text())
     write_json(raw, config=config | {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity", "version": "4.0.1"}})
     return embedders, rankers
+
+
+def test_vectors_of_the_real_minilm_are_sentence_transformers_own(python, default_embedder_path):
+    """Texts that it reads whole, of 1 to 256 tokens."""
+    texts = [*TEXTS, "日本の首都は東京です。", *[" ".join(REAL_WORDS[:count]) for count in (1, 7, 60, 200)]]
+    [wanted] = theirs(python, [{"folder": str(default_embedder_path), "texts": texts}])
+    with server(default_embedder_path, "--dtype", "float32") as (_, url):
+        answer = json.load(post(f"{url}/v1/embeddings", {"input": texts}))["data"]
+    assert min(cosine(item["embedding"], vector) for item, vector in zip(answer, wanted, strict=True)) > 1 - 1e-6
 
 
 def test_vectors_are_sentence_transformers_own(python, tmp_path):

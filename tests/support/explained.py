@@ -1,8 +1,8 @@
 """Asks SQLite how it runs each statement that the program has it run in a test: none may read a whole table.
 
 Clients fill these tables, and one thread does all work: what reads a table of theirs, or sorts all that they
-chose to call alike, makes the others wait. Statements of tests, and those that bring an old database up to
-date, may."""
+chose to call alike, makes the others wait. Statements of tests may, and those that bring an old database up to
+date, or give a key's texts to an owner, before the server serves."""
 
 import re
 import sqlite3
@@ -21,6 +21,8 @@ SORTED = re.compile("USE TEMP B-TREE")
 FEW = {"SELECT id, owner, previous FROM chain": "at most MOST_TURNS rows",
        "FROM batches WHERE status IN (?, ?, ?) ORDER BY id": "a key has at most 100 that are not finished",
        "FROM usage WHERE day BETWEEN": "the rows of one day: keys and models are the operator's"}
+
+BEFORE_SERVING = "_take_step", "rename_owners"  # functions
 
 faults = []
 explained = set()  # statements
@@ -47,7 +49,7 @@ class Explaining(sqlite3.Connection):
 
     def _explain(self, statement, values, frame):
         place = frame.f_code
-        ours = place.co_filename.startswith(PROGRAM) and place.co_name != "_take_step"
+        ours = place.co_filename.startswith(PROGRAM) and place.co_name not in BEFORE_SERVING
         if statement in explained or not ours or not EXPLAINABLE.match(statement):
             return
         explained.add(statement)

@@ -697,9 +697,11 @@ def test_a_lone_word_may_have_been_the_prompt(command, asked, words):
     assert done.returncode == 2 and words in done.stderr and f"chat_server.py {command} -p Hello`" in done.stderr
 
 
-def test_embed_says_which_word_was_the_model(tmp_path):
-    done = run_forked("embed", "texts.jsonl", "-o", tmp_path / "x")
-    assert done.returncode == 2 and "; texts.jsonl was taken as MODEL" in done.stderr
+def test_embed_says_that_one_word_is_the_file(tmp_path):
+    for model in (tmp_path / "model.gguf", tmp_path):
+        done = run_forked("embed", model, "-o", tmp_path / "x")
+        assert done.returncode == 2 and f"embed takes a FILE of JSON lines and -o FILE" in done.stderr
+        assert f"; {model} was taken as FILE" in done.stderr
 
 
 @pytest.mark.parametrize("model, guess", [

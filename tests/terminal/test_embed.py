@@ -5,6 +5,8 @@ import os
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
 
 from chatlm.common.core import decode_core
 from retrieval import embedder_folder, last_state, make_qwen, reranker_folder, unit, write_qwen_tokenizer
@@ -89,7 +91,8 @@ def test_embed_refuses_bad_files_and_models(model, tmp_path, refusal):
     broken.write_text('"a"\n{"text": \n')
     made = reranker_folder(tmp_path)
     for words, message in (((model[1], tmp_path / "none", "-o", "x"), "No such file"), ((model[1], source, "-o", tmp_path / "no" / "x"), "-o "),
-                           ((model[1], source), "embed takes a MODEL, a FILE of JSON lines and -o FILE"), ((model[1], "a", "b", "-o", "x"), "unrecognized arguments: b"),
+                           ((model[1], source), "embed takes a FILE of JSON lines and -o FILE"), ((model[1], "a", "b", "-o", "x"), "unrecognized arguments: a"),
+                           ((model[1], "-o", tmp_path / "x"), f"; {model[1]} was taken as FILE"), ((source,), f"; {source} was taken as FILE"),
                            ((model[1], broken, "-o", tmp_path / "x"), "line 2 is not valid JSON"), ((made, source, "-o", tmp_path / "x"), "it makes no vectors of texts")):
         status, _, last = refusal(*words)
         assert status and message in last, (words, last)
@@ -111,3 +114,53 @@ def test_embed_refuses_an_output_of_a_wrong_kind(model, tmp_path, small_disk, re
         status, _, last = refusal(model[1], source, "-o", disk / name)
         assert status == 2 and f"-o {disk / name}: No space left on device" in last, last
     assert os.listdir(disk) == [] and source.read_text().count("a") == 300 and not os.path.isfile("/dev/null")
+
+
+# The default embedder: the real all-MiniLM-L6-v2
+
+SENTENCES = ["The cat sits outside", "A man is playing guitar", "Ein Mann spielt Gitarre", "x", "日本の首都は東京です。", "Two words. " * 80]
+
+
+def of_transformers(folder, texts):
+    """What sentence-transformers computes of each text: the mean of the last hidden states, of length 1."""
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    vectors = []
+    for text in texts:
+        with torch.no_grad():
+            states = model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=256)).last_hidden_state
+        vectors.append(unit(states[0].mean(0).numpy().astype(np.float64)))
+    return np.stack(vectors)
+
+
+@pytest.fixture(scope="module")
+def wanted(default_embedder_path):
+    return of_transformers(default_embedder_path, SENTENCES)
+
+
+@pytest.mark.parametrize("words", [("FILE",), ("--texts", "FILE"), ("FOLDER", "FILE"), ("FOLDER", "--texts", "FILE")])
+def test_one_word_is_the_file_and_the_default_embedder_reads_it(words, wanted, default_embedder_path, tmp_path):
+    source = write_lines(tmp_path / "texts.jsonl", *SENTENCES)
+    places = {"FILE": source, "FOLDER": default_embedder_path}
+    status, out, last = embed(*[places.get(word, word) for word in words], "-o", tmp_path / "vectors.npy", "--truncate")
+    assert status == 0 and "6 vectors of 384 numbers" in last, last
+    vectors = np.load(tmp_path / "vectors.npy").astype(np.float64)
+    assert (vectors * wanted).sum(1).min() > 1 - 1e-6
+
+
+def test_the_default_embedder_stands_beside_checkpoints(wanted, nanochat_fixtures, tmp_path, monkeypatch):
+    """A checkpoint of nanochat is what other commands open where no MODEL is named."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(nanochat_fixtures / "gen5"))
+    status, out, _ = embed("-", "-o", "-", given=json.dumps(SENTENCES[0]))
+    assert status == 0 and unit(np.array(json.loads(out))) @ wanted[0] > 1 - 1e-6
+
+
+def test_the_default_embedder_that_cannot_be_had_is_one_line(tmp_path, monkeypatch, refusal):
+    """Neither pip nor the hub has it."""
+    source = write_lines(tmp_path / "texts.jsonl", "a")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    status, _, last = refusal(source, "-o", tmp_path / "x", "--no-downloads")
+    assert status == 2 and "the default embedder is not here, and --no-downloads is set" in last, last
+    assert "Nor is it here from the hub: " in last and "sentence-transformers/all-MiniLM-L6-v2" in last
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["texts.jsonl"]

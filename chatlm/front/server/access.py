@@ -208,15 +208,30 @@ class Owners:
         return "" if not self.settings.keys and is_unguessable(request_id) else client
 
     def of_texts(self, client: str) -> str:
-        """The owner of what a client leaves in the store: a hash of its key; without keys its address after
-        an @."""
-        return f"key {self._digest(client, b'texts')}" if self.settings.keys else f"@{client}"
+        """The owner of what a client leaves in the store: its key's owner=, else a hash of its key; without
+        keys its address after an @."""
+        if not self.settings.keys:
+            return f"@{client}"
+        named = next((key.owner for key in self.settings.keys if key.name == client), "")
+        return f"owner {named}" if named else self.of_key(client)
 
-    def client_of(self, owner: str) -> str | None:
-        """The client whose texts have this owner; None if the server has no such key any more."""
+    def of_key(self, client: str) -> str:
+        """The owner of what a key leaves in the store while it has no owner=."""
+        return f"key {self._digest(client, b'texts')}"
+
+    def client_of(self, owner: str, maker: str = "") -> str | None:
+        """The client whose texts have this owner: `maker`, if that is one of them; None if the server has no
+        such key any more."""
         if not self.settings.keys:
             return owner[1:] if owner[:1] == "@" else None
-        return next((key.name for key in self.settings.keys if self.of_texts(key.name) == owner), None)
+        names = [key.name for key in self.settings.keys if self.of_texts(key.name) == owner]
+        return maker if maker in names else next(iter(names), None)
+
+    @property
+    def renamed(self) -> list[tuple[str, str]]:
+        """Of each key with owner=: the owner that its texts had before, and the one that they have now."""
+        names = {key.name for key in self.settings.keys if key.owner}
+        return [(self.of_key(name), self.of_texts(name)) for name in sorted(names)]
 
     def of_pages(self, client: str) -> str:
         """The owner of a client's KV pages and checked grammars. Clients with the same owner share them; with

@@ -92,6 +92,7 @@ class BatchRoutes:
     async def handle_create(self, http: web.Request) -> web.Response:
         store = require_store(self.store)
         owner = self.owner
+        client = REQUEST_LOG.get().client if owner[:1] != "@" else ""
         values = await self.bodies.small(http)
         window = values.get("completion_window", "24h")
         metadata = json.dumps(values["metadata"]) if "metadata" in values else None
@@ -107,8 +108,8 @@ class BatchRoutes:
                 raise rate_limited(f"{mine} of your batches are not finished", 60)
             now = now_s()
             return batches.shown_batch(connection, batches.create(
-                connection, owner, source, values["endpoint"], window, now, now + WINDOWS[window], metadata,
-                values.get("output_expires_after", self.files.keep_s)))
+                connection, owner, client, source, values["endpoint"], window, now, now + WINDOWS[window],
+                metadata, values.get("output_expires_after", self.files.keep_s)))
         body = await store.run(create, adds_bytes=BATCH_BYTES + len(metadata or ""))
         self.wake_up()
         return json_response(body)
@@ -228,7 +229,7 @@ class BatchWorker:
                     return
 
     def _begin(self, batch: Batch):
-        client = self.owners.client_of(batch.owner)
+        client = self.owners.client_of(batch.owner, batch.client)
         waits = client is None and time.time() < batch.expires  # its key is gone; wait until it expires
         if batch.name in self.tasks or waits:
             return

@@ -45,6 +45,7 @@ class Batch(NamedTuple):
     times: str
     problems: str | None
     lasts: int | None
+    client: str  # who made it: the name of a key
 
     def body(self, written: Mapping[str, int]) -> dict:
         """The batch as the API shows it. written: the lines of its output files, by name."""
@@ -75,16 +76,16 @@ class Batch(NamedTuple):
 COLUMNS = ", ".join(Batch._fields)
 
 
-def create(connection: sqlite3.Connection, owner: str, source: files.File, endpoint: str, window: str,
-           now: int, expires: int, metadata: str | None, lasts: int | None) -> Batch:
+def create(connection: sqlite3.Connection, owner: str, client: str, source: files.File, endpoint: str,
+           window: str, now: int, expires: int, metadata: str | None, lasts: int | None) -> Batch:
     name = f"batch_{secrets.token_hex(16)}"
     output, errors = (files.create(connection, owner, f"{name}_{what}.jsonl", "batch_output", now)
                       for what in ("output", "error"))
     connection.execute(
         "INSERT INTO batches (name, owner, endpoint, window, metadata, input, output, errors, status, total, "
-        "created, expires, lasts) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'validating', ?, ?, ?, ?)",
+        "created, expires, lasts, client) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'validating', ?, ?, ?, ?, ?)",
         (name, owner, endpoint, window, metadata, source.name, output.name, errors.name, source.requests, now,
-         expires, lasts))
+         expires, lasts, client))
     return batch_named(connection, name)
 
 

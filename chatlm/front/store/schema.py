@@ -188,6 +188,9 @@ CREATE TABLE versions (             -- of the tables of annexes
     version INTEGER NOT NULL        -- how many of its steps were taken
 ) WITHOUT ROWID;
 """
+MAKERS = """
+ALTER TABLE batches ADD COLUMN client TEXT NOT NULL DEFAULT '';  -- who made it: the name of a key
+"""
 # What a row counts for its owner, besides the rows that belong to it
 HELD = {"files": "({row}.state < 2) * ({row}.bytes + 512)",
         "batches": "512 + LENGTH(CAST(IFNULL({row}.metadata, '') AS BLOB)) "
@@ -222,4 +225,5 @@ HOLDINGS = "".join(counted(table, size) for table, size in HELD.items())
 Step = str | Callable[[Any], bool]
 # Only the end may be changed once a release has had it. The tables of annexes have steps of their own
 STEPS: tuple[Step, ...] = (
-    FILES, BATCHES, RESPONSES, USAGE, ITEMS + HOLDINGS, move_kept, NAMES, name_kept, APPROVALS, VERSIONS)
+    FILES, BATCHES, RESPONSES, USAGE, ITEMS + HOLDINGS, move_kept, NAMES, name_kept, APPROVALS, VERSIONS,
+    MAKERS)

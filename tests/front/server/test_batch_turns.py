@@ -237,7 +237,7 @@ class Place:
                 for number in range(1, count + 1)]
             files.add_lines(connection, source.id, rows)
             connection.execute("UPDATE files SET state = 1 WHERE id = ?", (source.id,))
-            return batches.create(connection, owner, files.file_named(connection, source.name), CHAT, "24h", 1, 1 << 40, None, None).name
+            return batches.create(connection, owner, client, files.file_named(connection, source.name), CHAT, "24h", 1, 1 << 40, None, None).name
         name = await self.store.run(create)
         return name
 

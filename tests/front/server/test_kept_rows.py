@@ -219,7 +219,7 @@ async def test_each_owner_holds_what_its_rows_take(tmp_path, seed):
         elif act == 10:
             files.delete(connection, files.file_of_owner(connection, some("file", owner), owner))
         elif act == 11:
-            batch = batches.create(connection, owner, files.file_of_owner(connection, some("file", owner), owner), "/v1/completions", "24h", 1, FAR, metadata, None)
+            batch = batches.create(connection, owner, "", files.file_of_owner(connection, some("file", owner), owner), "/v1/completions", "24h", 1, FAR, metadata, None)
             connection.execute("UPDATE batches SET problems = ? WHERE id = ?", (metadata * 2, batch.id))
             batches.end(connection, batch, "failed", 5)
         elif act == 12:
@@ -269,7 +269,7 @@ async def test_no_work_of_a_client_scans_a_table(tmp_path):
             for after in ("", file.name):
                 list(files.list_rows(connection, "files", files.File._fields, "me", after, ascending, more))
         files.content(connection, file.id, 0), files.longest_line(connection, file.id)
-        batch = batches.create(connection, "me", file, "/v1/completions", "24h", 1, FAR, None, None)
+        batch = batches.create(connection, "me", "", file, "/v1/completions", "24h", 1, FAR, None, None)
         list(files.list_rows(connection, "batches", batches.Batch._fields, "me", batch.name))
         batches.unfinished(connection), batches.unfinished_of(connection, "me"), batches.reads(connection, file), batches.begin(connection, batch, 1)
         batches.shown_batch(connection, batch), batches.waiting_lines(connection, batch, 0, 200), batches.line(connection, batch, 1)

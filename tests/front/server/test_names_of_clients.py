@@ -107,7 +107,7 @@ async def test_a_file_of_many_batches_is_deleted_at_once(store):
     def work(connection):
         file = files.create(connection, "mallory", "x", "batch", 1, 10)
         for _ in range(COUNT):
-            batch = batches.create(connection, "mallory", file, "/v1/completions", "24h", 1, 9, None, None)
+            batch = batches.create(connection, "mallory", "", file, "/v1/completions", "24h", 1, 9, None, None)
             connection.execute("UPDATE batches SET status = 'completed' WHERE id = ?", (batch.id,))
         return file
     file = await store.run(work)
@@ -141,7 +141,7 @@ async def test_a_batch_begins_at_its_first_good_line(store):
         rows = [files.LineRow(number, b"x" * 9000, "a", "/v1/completions") for number in range(COUNT)]
         files.add_lines(connection, file.id, rows)
         source = files.file_named(connection, file.name)
-        return batches.create(connection, "mallory", source, "/v1/completions", "24h", 1, 9, None, None)
+        return batches.create(connection, "mallory", "", source, "/v1/completions", "24h", 1, 9, None, None)
     batch = await store.run(fill)
     assert await costs(store, batches.begin, batch=batch, now=2) == (True, 0)
 

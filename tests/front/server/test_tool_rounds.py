@@ -405,6 +405,25 @@ async def test_keys_use_approvals_of_their_own(place, tmp_path):
         assert [response.output_text for response in await asyncio.gather(*running)] == ["It is there."] * 2
 
 
+async def test_keys_of_one_owner_use_approvals_with_their_own_rights(place):
+    """One key approves what another of its owner was asked, only if it may use the tool itself."""
+    rights = {"all": ("*",), "also": ("fake.pick",), "other": ("fake.add",), "none": ()}
+    keys = tuple(ApiKey.hashed(name, name, tools=tools, owner="ann") for name, tools in rights.items())
+    async with place(calls(("fake__pick", {"word": "red"})), "It is red.", allowed=(), keys=keys) as at:
+        at.client.api_key = "all"
+        [_, request] = (await at.ask()).output
+        said = [request.to_dict(), {"type": "mcp_approval_response", "approval_request_id": request.id, "approve": True}]
+        at.client.api_key = "none"
+        with pytest.raises(openai.PermissionDeniedError, match="may not use the tool server fake"):
+            await at.ask(said)
+        at.client.api_key = "other"
+        with pytest.raises(openai.BadRequestError):
+            await at.ask(said)
+        assert at.called == []
+        at.client.api_key = "also"
+        assert (await at.ask(said)).output_text == "It is red." and len(at.called) == 1
+
+
 async def test_an_approval_is_used_though_its_answer_was_cancelled(place, tmp_path):
     gate = tmp_path / "gate"
     async with place(calls(("fake__slow", {"path": str(gate)})), "It is there.", allowed=()) as at:

