@@ -11,8 +11,8 @@ class LineEnds:
     """Ends an answer at a line that is indented too little, or at a new line once it has taken too long.
 
     The first line only continues what is before the gap, so its indentation does not count. An empty line is
-    indented by nothing. Source: `process_token` in llama.cpp's server, which looks at a line one or two tokens
-    later, so that it counts and streams these tokens; the text of its whole answer is the same."""
+    indented by nothing. Source: `process_token` in llama.cpp's server. It looks at a line one or two tokens
+    later, so it counts and streams these tokens; the text of its whole answer is the same."""
 
     def __init__(self, indent: int, limit_ms: int, clock: Callable[[], float] = time.monotonic):
         """indent: fewest spaces and tabs before a line; limit_ms: since the first token. 0: no limit."""

@@ -122,8 +122,8 @@ INFILL_FIELDS = (  # as llama-server has them
           -2, math.inf, means="max_tokens"),
     Field("n_probs", INTEGER, "log-probabilities, with this many alternatives; 0 = none", 0, 20,
           means="logprobs"),
-    Field("n_indent", INTEGER, "the answer ends before a line, other than its first, that is indented by fewer "
-                               "spaces and tabs; 0 = never", 0, math.inf),
+    Field("n_indent", INTEGER, "the answer ends before a line, other than its first, that is indented by "
+                               "fewer spaces and tabs; 0 = never", 0, math.inf),
     Field("t_max_predict_ms", INTEGER._replace(convert=lambda value: max(0, as_count(value))),
           "the answer ends with the first new line that comes so many milliseconds after its first token; "
           "0 and -1 = never", -1, math.inf),
@@ -657,7 +657,8 @@ class InfillEncoder(OpenAIEncoder):
                 "stop_type": stop_type,
                 "stopping_word": done.stop_reason if by_text else "",
                 # the tokens whose keys and values are there now: all but the last one
-                "tokens_cached": usage.prompt_tokens + max(usage.completion_tokens - 1, 0), "timings": self.timings(done)}
+                "tokens_cached": usage.prompt_tokens + max(usage.completion_tokens - 1, 0),
+                "timings": self.timings(done)}
         if self.probabilities:
             body["completion_probabilities"] = self.probabilities
         paths = self.parsed.details["response_fields"]
