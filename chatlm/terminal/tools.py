@@ -182,6 +182,8 @@ class ToolUse:
 
     def choose(self, names: Seq[str], is_on: bool):
         """Switch tools on or off: names of tools, of servers, or "all". ValueError for others."""
+        if not self.tools:
+            raise ValueError("there are no tools: " + ("; ".join(self.troubles) or "no tool server has any"))
         for name in names:
             meant = {tool.name for tool in self.tools.values() if name in ("all", tool.server, tool.name)}
             if not meant:

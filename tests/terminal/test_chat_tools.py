@@ -123,6 +123,11 @@ def test_tools_that_are_not_there_are_refused(monkeypatch, config, settings, mes
         chat_with(ScriptedPool("Fine."), monkeypatch, ["hi"], **{"mcp_config": config()} | settings)
 
 
+def test_a_file_whose_servers_do_not_start_says_why_there_are_no_tools(monkeypatch, config):
+    with pytest.raises(ConfigError, match="--tools: there are no tools: fake: failed, it ended .*no-such-program"):
+        chat_with(ScriptedPool("Fine."), monkeypatch, ["hi"], mcp_config=config(command="no-such-program"))
+
+
 def test_a_model_that_cannot_call_says_so(monkeypatch, config, capsys):
     pool = ScriptedPool("Fine.")
     pool.tokenizer.tool_format = None
