@@ -30,6 +30,7 @@ PAGE_SIZE = 16                  # KV slots in a page
 STORE_BYTES = 10 << 30          # the default size of --prefix-store
 LEAST_STORE_BYTES = 16 << 20    # and the smallest that is allowed
 DATABASE = "~/.local/state/chat_server/store.db"  # where --database is if no path is given
+SPACE = "space "  # begins the owner of what a client has in a space (X-Chat-Space)
 PACKED_BLOCK = 32               # values of a head that share a scale in q8_0 pages
 
 
@@ -95,7 +96,9 @@ class Limits:
     # files and batches
     batch_bytes: int = 200 << 20    # of an uploaded file
     batch_lines: int = 50_000       # of an uploaded file
-    kept_bytes: int = 2 << 30       # of the files that one key or address has in --database
+    kept_bytes: int = 2 << 30       # that one owner, key or address has in --database
+    open_bytes: int = 32 << 30      # of --database, from which on a server without keys keeps no more
+    spaces: int = 1_000             # of X-Chat-Space, that an address writes to first and that have something
     unfinished_batches: int = 100   # of one key or address
 
 

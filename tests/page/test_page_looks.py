@@ -327,6 +327,10 @@ def test_the_better_model_stands_above_the_first_answer_until_used_or_closed(pag
     ask(page, "hello")
     expect_answered(page)
     expect(offer).to_be_visible()
+    offered, text, closing = (found.bounding_box() for found in (
+        offer, log.get_by_text("This is a very small demonstration model"), button(log, "Dismiss")))
+    assert closing["y"] < text["y"] + text["height"]            # beside the text, not below it
+    assert closing["x"] >= max(offered["x"] + offered["width"], text["x"] + text["width"])
     ask(page, "again")
     expect(answers(page)).to_have_count(2)
     expect(offer).to_have_count(0)                              # only the first one

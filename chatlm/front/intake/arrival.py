@@ -24,6 +24,7 @@ class Caller:
     client: str           # takes turns with other clients
     owner: str            # owns KV pages and checked grammars
     bound: Seq[str] = ()  # the models that the API key is limited to; (): all
+    texts: str = ""       # owns what it leaves in the store
 
 
 @dataclass

@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from chatlm.common.client_words import key_needed, key_unknown
-from chatlm.common.config import ApiKey
+from chatlm.common.config import SPACE, ApiKey
 from chatlm.common.errors import ConfigError, RequestError, shown
 from chatlm.common.log import log
 from chatlm.common.request_ids import id_of_client, is_unguessable
@@ -34,6 +34,16 @@ if TYPE_CHECKING:
 
 
 BACKLOG = 1024         # connections the system queues until they are accepted
+
+
+def space_of(header: str) -> str:
+    """The owner that X-Chat-Space names, "" without it: whoever knows the header has all that is in its
+    space. Raises RequestError 400 if it could be guessed."""
+    if header and not re.fullmatch("[A-Za-z0-9_-]{22,64}", header):
+        raise RequestError("X-Chat-Space must be 22 to 64 letters, digits and - _ that nobody can guess: 128 "
+                           "random bits", code="invalid_value", param="X-Chat-Space")
+    digest = hashlib.blake2b(header.encode(), digest_size=16, person=b"space").hexdigest()
+    return f"{SPACE}{digest}" if header else ""
 
 
 class Access:
@@ -63,6 +73,8 @@ class Access:
             raise key_unknown() if key else key_needed()
         record.bound = ()
         record.role = ""
+        if not self.settings.keys:
+            record.space = space_of(http.headers.get("X-Chat-Space", ""))
         return client_at(http.remote)
 
     def check_operator(self, http: web.Request, act: str):
@@ -207,11 +219,11 @@ class Owners:
         belongs to the client's address, although a phone's address changes with the network."""
         return "" if not self.settings.keys and is_unguessable(request_id) else client
 
-    def of_texts(self, client: str) -> str:
+    def of_texts(self, client: str, space: str = "") -> str:
         """The owner of what a client leaves in the store: its key's owner=, else a hash of its key; without
-        keys its address after an @."""
+        keys its space, else its address after an @."""
         if not self.settings.keys:
-            return f"@{client}"
+            return space or f"@{client}"
         named = next((key.owner for key in self.settings.keys if key.name == client), "")
         return f"owner {named}" if named else self.of_key(client)
 
@@ -223,7 +235,7 @@ class Owners:
         """The client whose texts have this owner: `maker`, if that is one of them; None if the server has no
         such key any more."""
         if not self.settings.keys:
-            return owner[1:] if owner[:1] == "@" else None
+            return maker if owner.startswith(SPACE) else owner[1:] if owner[:1] == "@" else None
         names = [key.name for key in self.settings.keys if self.of_texts(key.name) == owner]
         return maker if maker in names else next(iter(names), None)
 

@@ -87,23 +87,24 @@ class BatchRoutes:
 
     @property
     def owner(self) -> str:
-        return self.owners.of_texts(REQUEST_LOG.get().client)
+        record = REQUEST_LOG.get()
+        return self.owners.of_texts(record.client, record.space)
 
     async def handle_create(self, http: web.Request) -> web.Response:
         store = require_store(self.store)
         owner = self.owner
-        client = REQUEST_LOG.get().client if owner[:1] != "@" else ""
+        client = REQUEST_LOG.get().client
         values = await self.bodies.small(http)
         window = values.get("completion_window", "24h")
         metadata = json.dumps(values["metadata"]) if "metadata" in values else None
 
         def create(connection) -> dict:
-            quota.check(connection, owner)
+            quota.check(connection, owner, client=client)
             source = files.file_of_owner(connection, values["input_file_id"], owner, "input_file_id")
             if source.purpose != "batch":
                 raise RequestError(f"the purpose of {source.name} is {source.purpose}, not batch",
                                    code="invalid_value", param="input_file_id")
-            mine = batches.unfinished_of(connection, owner)
+            mine = batches.unfinished_of(connection, owner, client)
             if mine >= LIMITS.unfinished_batches:
                 raise rate_limited(f"{mine} of your batches are not finished", 60)
             now = now_s()
@@ -428,7 +429,7 @@ class BatchWorker:
         for left in reversed(range(TRIES)):
             try:
                 with Holding(self.intake.budget, mine.client) as holding:
-                    return 200, await self._once(row, mine.client, mine.created, holding, charges)
+                    return 200, await self._once(row, mine, holding, charges)
             except Overloaded:
                 raise
             except RequestError as error:
@@ -440,9 +441,10 @@ class BatchWorker:
                     return failed_answer(error)
         raise AssertionError
 
-    async def _once(self, row: LineRow, client: str, created: int, holding: Holding,
-                    charges: list[Charge]) -> dict:
-        caller = Caller(row.url or "", client, self.owners.of_pages(client), self._bound(client))
+    async def _once(self, row: LineRow, mine: UnderWay, holding: Holding, charges: list[Charge]) -> dict:
+        client = mine.client
+        caller = Caller(row.url or "", client, self.owners.of_pages(client), self._bound(client),
+                        mine.batch.owner)
         served = await self.intake.resolve(row.model or "", caller.bound, holding)
         async with self.intake.opened(caller, row.text.strip(), number=row.number,
                                       opener=served.pool.admission) as arrival:
@@ -468,7 +470,7 @@ class BatchWorker:
             body = await asyncio.to_thread(json.loads, whole)
         else:
             body = json.loads(whole)
-        return lasting_body(body, created)
+        return lasting_body(body, mine.created)
 
     @staticmethod
     def _hold_more(holding: Holding, line_bytes: int, size: int):

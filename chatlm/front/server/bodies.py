@@ -53,7 +53,8 @@ class Bodies:
     def caller(self) -> Caller:
         """Who sent the request of this task."""
         record = REQUEST_LOG.get()
-        return Caller(record.route.pattern, record.client, self.owners.of_pages(record.client), record.bound)
+        return Caller(record.route.pattern, record.client, self.owners.of_pages(record.client), record.bound,
+                      self.owners.of_texts(record.client, record.space))
 
     @asynccontextmanager
     async def opened(self, http: web.Request, reading: Holding, times: int = 1) -> AsyncIterator[Arrival]:

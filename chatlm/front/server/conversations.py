@@ -82,7 +82,8 @@ class ResponseKeeper:
 
     @property
     def owner(self) -> str:
-        return self.owners.of_texts(REQUEST_LOG.get().client)
+        record = REQUEST_LOG.get()
+        return self.owners.of_texts(record.client, record.space)
 
     async def earlier(self, arrival: Arrival, reading: Holding) -> KeptBefore:
         """The items that a body continues, and those that its input refers to. If they are large, `reading`
@@ -91,7 +92,7 @@ class ResponseKeeper:
         Raises RequestError 404 if there is nothing that the body could continue, and 400 for a reference to
         an unknown item."""
         chained = arrival.envelope.chained
-        owner = self.owners.of_texts(arrival.caller.client)
+        owner = arrival.caller.texts
         store = require_store(self.store)
         sent_bytes = sum(map(len, arrival.parts))
         before = KeptBefore()
@@ -162,7 +163,8 @@ class ResponseKeeper:
         copies = 2 if parsed.details.get("conversation") else 1
         size = copies * responses.bytes_of(parsed.kept) + len(parsed.repeated) + responses.ITEM_BYTES
         await require_store(self.store).run(partial(
-            quota.check, owner=owner, adds_bytes=size, otherwise=', or send "store": false'), adds_bytes=size)
+            quota.check, owner=owner, adds_bytes=size, otherwise=', or send "store": false',
+            client=parsed.request.client), adds_bytes=size)
         # A second encoder makes the kept copy, so that it is complete before the client has the end: what a
         # client has seen is kept. It leaves out log-probabilities.
         params = replace(parsed.request.params, logprobs=None)
@@ -343,13 +345,14 @@ class ConversationRoutes:
     async def handle_create(self, http: web.Request) -> web.Response:
         store = require_store(self.store)
         owner = self.owner
+        client = REQUEST_LOG.get().client
         values = await self.bodies.small(http)
         items = self._items(values)
         now = now_s()
         metadata = json.dumps(values.get("metadata", {}))
         return json_response(self._body(await store.run(
             lambda connection: responses.create_conversation(
-                connection, owner, now, now + self.keep_s, metadata, items),
+                connection, owner, client, now, now + self.keep_s, metadata, items),
             adds_bytes=responses.ITEM_BYTES + len(metadata) + responses.bytes_of(items))))
 
     async def handle_conversation(self, http: web.Request) -> web.Response:

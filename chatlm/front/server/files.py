@@ -65,7 +65,8 @@ class FileRoutes:
 
     @property
     def owner(self) -> str:
-        return self.owners.of_texts(REQUEST_LOG.get().client)
+        record = REQUEST_LOG.get()
+        return self.owners.of_texts(record.client, record.space)
 
     async def handle_upload(self, http: web.Request) -> web.Response:
         """POST /v1/files: a form with `purpose` and `file`, in any order."""
@@ -202,7 +203,7 @@ class Upload:
     async def begin(self):
         """Make its file. RequestError if its owner has no room left."""
         def create(connection):
-            quota.check(connection, self.owner)
+            quota.check(connection, self.owner, client=self.caller.client)
             self.id = files.create(connection, self.owner, "", "batch", now_s()).id
         await self.store.run(create, adds_bytes=LINE_BYTES)
 

@@ -77,6 +77,7 @@ class RequestLog:
     bound: tuple[str, ...] = ()  # models that its API key is limited to; () = all
     role: str = ""               # of that key
     tools: tuple[str, ...] = ()  # tool servers, or SERVER.TOOL, that it may use; "*": all
+    space: str = ""              # of X-Chat-Space, on a server without keys: who owns its texts
 
 
 REQUEST_LOG: contextvars.ContextVar[RequestLog] = contextvars.ContextVar("REQUEST_LOG")  # of this task

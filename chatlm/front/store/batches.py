@@ -118,10 +118,11 @@ def unfinished(connection: sqlite3.Connection) -> list[Batch]:
         f"SELECT {COLUMNS} FROM batches WHERE status IN (?, ?, ?) ORDER BY id", UNFINISHED)]
 
 
-def unfinished_of(connection: sqlite3.Connection, owner: str) -> int:
-    """How many batches of an owner are not finished."""
-    return connection.execute("SELECT COUNT(*) FROM batches WHERE status IN (?, ?, ?) AND owner = ?",
-                              (*UNFINISHED, owner)).fetchone()[0]
+def unfinished_of(connection: sqlite3.Connection, owner: str, client: str) -> int:
+    """How many batches that belong to an owner, or that a client has made, are not finished."""
+    return connection.execute(
+        "SELECT COUNT(*) FROM batches WHERE status IN (?, ?, ?) AND (owner = ? OR client = ?)",
+        (*UNFINISHED, owner, client)).fetchone()[0]
 
 
 def reads(connection: sqlite3.Connection, file: files.File) -> str | None:

@@ -266,9 +266,9 @@ def with_id(name: str, body: bytes) -> bytes:
 
 # conversations
 
-def create_conversation(connection: sqlite3.Connection, owner: str, now: int, expires: int, metadata: str,
-                        items: Seq[KeptItem]) -> ConversationRow:
-    quota.check(connection, owner, len(metadata) + bytes_of(items))
+def create_conversation(connection: sqlite3.Connection, owner: str, client: str, now: int, expires: int,
+                        metadata: str, items: Seq[KeptItem]) -> ConversationRow:
+    quota.check(connection, owner, len(metadata) + bytes_of(items), client=client)
     name = f"conv_{secrets.token_hex(24)}"
     connection.execute(
         "INSERT INTO conversations (name, owner, created, expires, metadata, bytes) VALUES "

@@ -188,8 +188,14 @@ CREATE TABLE versions (             -- of the tables of annexes
     version INTEGER NOT NULL        -- how many of its steps were taken
 ) WITHOUT ROWID;
 """
-MAKERS = """
+MAKERS_AND_SPACES = """
 ALTER TABLE batches ADD COLUMN client TEXT NOT NULL DEFAULT '';  -- who made it: the name of a key
+CREATE TABLE spaces (
+    owner TEXT PRIMARY KEY,         -- "space ...", see space_of
+    client TEXT NOT NULL,           -- the address that wrote to it first
+    noted INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX spaces_of_client ON spaces (client, owner);
 """
 # What a row counts for its owner, besides the rows that belong to it
 HELD = {"files": "({row}.state < 2) * ({row}.bytes + 512)",
@@ -226,4 +232,4 @@ Step = str | Callable[[Any], bool]
 # Only the end may be changed once a release has had it. The tables of annexes have steps of their own
 STEPS: tuple[Step, ...] = (
     FILES, BATCHES, RESPONSES, USAGE, ITEMS + HOLDINGS, move_kept, NAMES, name_kept, APPROVALS, VERSIONS,
-    MAKERS)
+    MAKERS_AND_SPACES)

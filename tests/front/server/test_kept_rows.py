@@ -66,8 +66,8 @@ async def test_pages_hold_items_in_order(tmp_path):
     new = [item(number, size) for number, size in enumerate(sizes)]
 
     def work(connection):
-        name = responses.create_conversation(connection, "me", 1, FAR, "{}", new).name
-        other = responses.create_conversation(connection, "me", 1, FAR, "{}", new[:3]).name     # its items have the same ids
+        name = responses.create_conversation(connection, "me", "", 1, FAR, "{}", new).name
+        other = responses.create_conversation(connection, "me", "", 1, FAR, "{}", new[:3]).name     # its items have the same ids
         for limit in (1, 2, 7, 100):
             for ascending in (True, False):
                 names = [each.name for each in new][::1 if ascending else -1]
@@ -123,8 +123,8 @@ async def test_earlier_items_are_measured_before_reading(tmp_path, monkeypatch):
     new = [item(number, LIMITS.body_bytes // 3) for number in range(3)]
 
     def work(connection):
-        small = responses.create_conversation(connection, "me", 1, FAR, "{}", new[:2]).name
-        large = responses.create_conversation(connection, "me", 1, FAR, "{}", new).name
+        small = responses.create_conversation(connection, "me", "", 1, FAR, "{}", new[:2]).name
+        large = responses.create_conversation(connection, "me", "", 1, FAR, "{}", new).name
         found = responses.before(connection, "", small, "me")
         assert json.loads(found) == [{"id": each.name, **json.loads(each.body)} for each in new[:2]]
         assert len(found) <= responses.size_before(connection, "", small, "me") <= len(found) + 2
@@ -143,7 +143,7 @@ async def test_a_taken_item_id_is_replaced(tmp_path):
     store = opened(tmp_path / "a.db")
 
     def work(connection):
-        name = responses.create_conversation(connection, "me", 1, FAR, "{}", [item(1), item(1)]).name
+        name = responses.create_conversation(connection, "me", "", 1, FAR, "{}", [item(1), item(1)]).name
         added = responses.extend(connection, name, "me", [item(1), item(2)], FAR)
         names = walked(partial(responses.items, connection, name=name, owner="me"), 10, True)
         assert len(set(names)) == 4 and names[0] == "msg_1" and names[2:] == [each.name for each in added] and names[3] == "msg_2"
@@ -194,7 +194,7 @@ async def test_each_owner_holds_what_its_rows_take(tmp_path, seed):
         new = [item(chance.randrange(40), chance.randrange(3000)) for _ in range(chance.randrange(4))]
         metadata = json.dumps({"é": "ü" * chance.randrange(50)}, ensure_ascii=False)
         if act == 0:
-            made = responses.create_conversation(connection, owner, 1, chance.choice([10, FAR]), metadata, new)
+            made = responses.create_conversation(connection, owner, "", 1, chance.choice([10, FAR]), metadata, new)
             mine.setdefault(("conversation", owner), []).append(made.name)
         elif act in (1, 2):
             responses.extend(connection, some("conversation", owner), owner, new, chance.choice([10, FAR]))
@@ -271,10 +271,10 @@ async def test_no_work_of_a_client_scans_a_table(tmp_path):
         files.content(connection, file.id, 0), files.longest_line(connection, file.id)
         batch = batches.create(connection, "me", "", file, "/v1/completions", "24h", 1, FAR, None, None)
         list(files.list_rows(connection, "batches", batches.Batch._fields, "me", batch.name))
-        batches.unfinished(connection), batches.unfinished_of(connection, "me"), batches.reads(connection, file), batches.begin(connection, batch, 1)
+        batches.unfinished(connection), batches.unfinished_of(connection, "me", ""), batches.reads(connection, file), batches.begin(connection, batch, 1)
         batches.shown_batch(connection, batch), batches.waiting_lines(connection, batch, 0, 200), batches.line(connection, batch, 1)
         batches.record(connection, batch, [(1, b"done", False)]), batches.cancel(connection, batch.name, "me", 1), batches.end(connection, batch, "cancelled", 1)
-        name = responses.create_conversation(connection, "me", 1, FAR, "{}", [item(0), item(1)]).name
+        name = responses.create_conversation(connection, "me", "", 1, FAR, "{}", [item(0), item(1)]).name
         responses.extend(connection, name, "me", [item(2)], FAR), responses.set_metadata(connection, name, "me", "{}")
         responses.keep(connection, NewResponse("resp_0", "me", 1, FAR, None, None, [item(3)], [item(4)], b'{"a": 1}'))
         responses.keep(connection, NewResponse("resp_1", "me", 1, FAR, "resp_0", name, [item(3)], [item(5)], b'{"a": 1}'))
@@ -304,7 +304,7 @@ async def test_a_deletion_is_purged_in_small_pieces(tmp_path):
     """It reads nothing."""
     store, pieces = opened(tmp_path / "a.db"), []
     new = [item(number, 100_000) for number in range(200)]
-    name = (await store.run(lambda connection: responses.create_conversation(connection, "me", 1, FAR, "{}", new))).name
+    name = (await store.run(lambda connection: responses.create_conversation(connection, "me", "", 1, FAR, "{}", new))).name
     for number in range(300):
         await store.run(partial(responses.keep, new=NewResponse(f"resp_{number}", "me", 1, 5, None, None, [item(number, 30_000)], [], b'{"a": 1}')))
     changed = await store.run(lambda connection: connection.total_changes)
@@ -336,7 +336,7 @@ async def test_an_owner_with_enough_is_refused(tmp_path, monkeypatch):
     """Who has kept enough is refused, and others are not."""
     monkeypatch.setattr(quota, "LIMITS", type("Small", (), {"kept_bytes": 20_000}))
     store = opened(tmp_path / "a.db")
-    create = partial(responses.create_conversation, now=1, expires=FAR, metadata="{}")
+    create = partial(responses.create_conversation, client="", now=1, expires=FAR, metadata="{}")
     first = await store.run(partial(create, owner="me", items=[item(0, 9000)]))
     for refused in (partial(create, owner="me", items=[item(0, 20_000)]), partial(responses.extend, name=first.name, owner="me", items=[item(1, 15_000)], expires=FAR),
                     partial(responses.set_metadata, name=first.name, owner="me", metadata="m" * 15_000), partial(quota.check, owner="me", adds_bytes=15_000)):
@@ -457,7 +457,7 @@ async def client(store, chance, number):
         new = [KeptItem(f"msg_{chance.getrandbits(60)}", b'{"a": "' + b"x" * chance.randrange(60_000) + b'"}') for _ in range(chance.randrange(5))]
         act = chance.randrange(8)
         if act < 2 or not mine:
-            row = await store.run(lambda db: responses.create_conversation(db, f"key {number}", 1, 4_000_000_000, "{}", new))
+            row = await store.run(lambda db: responses.create_conversation(db, f"key {number}", "", 1, 4_000_000_000, "{}", new))
             mine.append(row.name)
             print("made", row.name, len(new), flush=True)
         elif act < 5:

@@ -15,6 +15,7 @@ import pytest
 
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError, Overloaded
+from chatlm.front.intake.arrival import Caller
 from chatlm.front.server.files import FileRoutes, Upload
 from chatlm.front.store import batches, files
 from chatlm.front.store import store as stores
@@ -381,7 +382,7 @@ def test_a_beginning_upload_is_not_an_ended_one(tmp_path):
     async def run():
         store, states = opened(tmp_path / "a.db"), []
         routes = FileRoutes(store, None, None, 1, lambda: None)
-        upload = Upload(store, None, None, "")
+        upload = Upload(store, None, Caller("/v1/files", "me", ""), "")
 
         async def forget():
             def work(connection):
