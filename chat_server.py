@@ -150,6 +150,7 @@ from chatlm.common.interrupts import raised_interrupts
 from chatlm.common.log import json_handler, log, output_as_log, start_logging, tell
 from chatlm.common.memory import collect_from_now_on, share_heap, tune_gc, uncollected
 from chatlm.common.processes.launch import torchrun
+from chatlm.common.processes.start import end_worker_ahead
 from chatlm.common.streams import lack_of_space, never_fail, repair_streams
 from chatlm.front.annexes import ANNEXES, Annex
 from chatlm.front.pool.local_devices import check_nice, niceness
@@ -196,6 +197,8 @@ def main(argv: Seq[str] | None = None, annexes: Seq[Annex] = ANNEXES) -> int:
     repair_streams()
     try:
         command, words = chosen_command(argv, program.commands)
+        if not command.worker_ahead:
+            end_worker_ahead()
         if command.lines:
             for line in command.lines(words, program):
                 print(visible(line))

@@ -59,7 +59,7 @@ class PythonParts:
 
     def watch(self, engine, channel):
         for owner, names in ((engine.scheduler, ("schedule",)), (engine_module, ("make_batch", "sample_rows")), (engine.steps, ("start", "finish")),
-                             (engine, ("_advance", "_accept")), (channel, ("send",))):
+                             (engine, ("_advance",)), (engine.drawn, ("_accept",)), (channel, ("send",))):
             for name in names:
                 setattr(owner, name, self.timed(name, getattr(owner, name)))
 

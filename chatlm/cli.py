@@ -18,7 +18,7 @@ from typing import Any, TYPE_CHECKING
 from chatlm import __version__
 from chatlm.common.commands import Command, chosen_command, command_named
 from chatlm.common.config import (
-    FLAGS, ModelChoice, Settings, file_name, read_api_keys)
+    EMBEDDER, FLAGS, ModelChoice, Settings, file_name, read_api_keys)
 from chatlm.common.contents import own_contents
 from chatlm.common.core import kernels_line
 from chatlm.common.errors import ConfigError, did_you_mean, require_library
@@ -202,7 +202,8 @@ def read_table(parser: CommandLine, table: dict, key: str) -> ModelChoice:
     changes = {field: parsed_words(parser, TABLE_FLAGS[field], f"{key}: {spelled[field]}", words[field])
                for field in words}
     return ModelChoice(texts["path"][0], table.get("name", ""), tuple(texts.get("aliases", ())),
-                       table.get("pin", False), table.get("default", False), replicas, changes)
+                       table.get("pin", False), table.get("default", False), replicas=replicas,
+                       changes=changes)
 
 
 def chosen_models(parser: CommandLine, names: Seq[str], tables: Seq[dict], in_folder: bool,
@@ -217,6 +218,23 @@ def chosen_models(parser: CommandLine, names: Seq[str], tables: Seq[dict], in_fo
     if sum(choice.default for choice in choices) > 1:
         raise ConfigError(f"--config {config}: only one of [[models]] may have default = true")
     return tuple(choices)
+
+
+# Flags about MODEL, which do not hold for the model of --embedder: `Settings` has these instead
+OF_NO_MODEL = {"source": None, "model_tag": None, "step": None, "softcap": None, "context_length": None,
+               "quantize": None, "lora": (), "mmproj": None, "draft_model": None}
+
+
+def model_alone(model: str | None, names: Seq[str]) -> ModelChoice:
+    """The model of `serve` beside which only that of --embedder is served: loaded at the start, it stays.
+    names: those of --served-model-name."""
+    return ModelChoice(model or "", "".join(names[:1]), tuple(names[1:]), pin=True, default=True)
+
+
+def embedder_choice(model: str) -> ModelChoice:
+    """The model of --embedder."""
+    aliases = (EMBEDDER,) if model == EMBEDDER else ()
+    return ModelChoice(model, aliases=aliases, spare=True, replicas=1, changes=dict(OF_NO_MODEL))
 
 
 def unflagged_value(parser: CommandLine, flag: Flag, environment: Mapping[str, str],
@@ -393,6 +411,11 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str],
         values["keys"] = read_api_keys(values.pop("api_key"), values["api_key_file"])  # only their hashes
         in_folder = values["models"] is not None or values["watch"] is not None
         values["several"] = chosen_models(parser, models, tables, in_folder, config_file)
+        if values["embedder"] is not None:
+            if not values["several"] and not in_folder:
+                values["several"] = (model_alone(values["model"], values["served_model_name"]),)
+                values["served_model_name"] = ()
+            values["several"] += (embedder_choice(values["embedder"]),)
         if values["several"] or in_folder:
             values["model"] = None
         check_watch(values, models)

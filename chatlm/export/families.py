@@ -37,7 +37,7 @@ from chatlm.worker.weights.stored_model import Storage
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.worker.model.kernels import Backend
-    from chatlm.worker.weights.tied_heads import Merged
+    from chatlm.worker.weights.stored_model import Merged
 
 CLASSES = {  # a model_type that can be written -> its class in transformers
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM",

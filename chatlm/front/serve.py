@@ -69,8 +69,8 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None,
         drain, now = stop_signals()
         if settings.serves_many and not catalogue:
             from chatlm.front.evals.step_work import StepWork  # here, because few servers need it
-            from chatlm.front.pool.many import ManyModels
-            catalogue = ManyModels(settings, step_work=StepWork)
+            from chatlm.front.pool.many import many_models
+            catalogue = many_models(settings, step_work=StepWork)
         catalogue = catalogue or Catalogue(settings, make_pool(settings))
         progress = ProgressDisplay()
         catalogue.on_progress = progress

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from chatlm.common.config import LIMITS
 from chatlm.common.files import read_small
 from chatlm.common.messages.requests import Message
-from chatlm.front.admission.admission import Admission
+from chatlm.front.admission.admission import Admission, SharedAdmission
 from chatlm.front.api.picture_parts import picture_bytes
 from chatlm.front.api.picture_files import detect_format
 
@@ -41,11 +41,12 @@ async def document_text(name: str) -> tuple[str, str]:
     data = read_small(path)
     if len(data) > LIMITS.document_bytes:
         raise ValueError(f"{name} has {len(data):,} bytes; at most {LIMITS.document_bytes:,} are read")
-    admission = Admission(lambda request_id, client, low, goes_on: None)
+    shared = SharedAdmission()
+    admission = Admission(lambda request_id, client, low, goes_on: None, shared)
     try:
         text, pages, cut = await admission.extract("", path.name, "", data)
     finally:
-        await admission.close()
+        await shared.close()
     about = f"{path.name}: " + (f"{pages:,} page{'s' * (pages != 1)}, " if pages else "")
     return text, f"{about}{len(text):,} characters" + (f"; incomplete: {cut}" if cut else "")
 

@@ -21,7 +21,7 @@ from chatlm.common.log import ProgressDisplay, tell
 from chatlm.front.aio import end_tasks
 from chatlm.front.api.batch_lines import Line, lasting_body, read_line, bad_line_result
 from chatlm.front.api.errors import failed_answer, openai_error
-from chatlm.front.api.spoken import answer_encoder
+from chatlm.front.api.spoken import answer_encoder, place_of
 from chatlm.front.intake.arrival import Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.intake.intake import Intake, loaded_tokenizer
@@ -210,7 +210,7 @@ class Remote:
     def __init__(self, pool: RemotePool):
         self.pool = pool
         ours = pool.model.get("owned_by") == "chat_server"
-        self.seeded = ("/v1/chat/completions", "/v1/completions", *["/v1/responses"] * ours)
+        self.is_ours = ours
         self.more = {"priority": "low"} if ours else {}
         self.more |= {"model": pool.model_name} if pool.wanted or not ours else {}
         self.patient = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=3600)
@@ -222,8 +222,12 @@ class Remote:
         except (Overloaded, RequestError) as error:
             return line, *failed_answer(error)
 
+    def takes_seed(self, path: str) -> bool:
+        lines = place_of(path).in_batches
+        return lines is not None and lines.has_seed and (self.is_ours or not lines.seed_is_ours)
+
     async def _answer(self, line: Line) -> tuple[int, dict]:
-        seeds = {"seed": line.seed} if line.url in self.seeded else {}
+        seeds = {"seed": line.seed} if self.takes_seed(line.url) else {}
         body = seeds | line.body_alone() | self.more
         async with await self.pool.ask("POST", line.url[1:], json=body, timeout=self.patient,
                                        headers={"X-Request-Id": line.id}) as response:

@@ -23,7 +23,7 @@ from chatlm.front.evals.scores import PoolScorer
 from chatlm.front.intake.arrival import Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.intake.intake import Intake, loaded_tokenizer
-from chatlm.front.pool.many import ManyModels
+from chatlm.front.pool.many import many_models
 from chatlm.front.server.compare import Comparison, contestants_of, with_ids
 from chatlm.front.server.describe import kind_of
 from chatlm.terminal.calculator import MarkedText, calls_of_event
@@ -156,7 +156,7 @@ async def answers_of(settings: Settings, body: dict) -> AsyncGenerator[dict, Non
         finally:
             await remote.close()
         return
-    models = ManyModels(settings)
+    models = many_models(settings)
     intake = Intake(models)
     models.on_progress = progress = ProgressDisplay()
     try:

@@ -160,8 +160,8 @@ def build_transformer(
 
 def reader_of_adapters(model: LoadedModel, settings: Settings
                        ) -> Callable[[Path], dict[str, AdapterMatrix]] | None:
-    """What reads the adapters of --adapter; None without the flag, and for a model that accepts none."""
-    if not settings.adapter:
+    """What reads adapters; None if the model will be given none, or accepts none."""
+    if not settings.takes_adapters:
         return None
     from chatlm.worker.weights.adapters import adapter_reader
     return adapter_reader(model)

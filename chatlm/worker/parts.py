@@ -129,7 +129,7 @@ def has_grammar(work: Assignment) -> bool:
 
 
 ADAPTERS = PartRow(
-    "adapters", load_adapters, lambda making: bool(making.settings.adapter),
+    "adapters", load_adapters, lambda making: making.settings.takes_adapters,
     lambda work: bool(work.params.adapter),
     "this worker serves no adapters: start the server with --adapter NAME=FOLDER")
 PICTURES = PartRow("pictures", load_pictures, lambda making: making.model.eyes is not None,

@@ -42,7 +42,7 @@ EXAMPLES = [
         [("r", Piece((1, 2), (Delta("text", "a\U0001f600\x00"), Delta("call", "{", "f")), SCORES)), ("s", PromptScores(SCORES[:1])), ("r", Piece()),
          ("t", PromptProgress(0, 7, 3)), ("u", Embedding("AACAPw==")), ("u", Ended("stop", None, Usage(cached_tokens=3), 0.5)),
          ("u", ThinkingEnds(7)), ("v", ThinkingEnds(None)),
-         ("v", Failed("no room")), ("w", Failed("no answer", refused=True))], {"queued": 1}),
+         ("v", Failed("no room")), ("w", Failed("no answer", refused=True)), ("x", Failed("not now", unavailable=True))], {"queued": 1}),
     RankConfig(Settings(model="a.gguf"), ModelSource("gguf", Path("/m/a.gguf"), "a", "GGUF"), "cpu", 1, 3, "/proc/1/fd/7", {"A": "b"}),
     RankArrival(3, "node", 1, 2, None, 7), RankTokens([1, 2**31]), RankLogits(bytes(range(256))), RankPages(77), RankDrew(2**32 - 1), RankAdapter(3, "/adapters/law"), RankStep(Batch([~0, 5], [-1, 4], [0, 1, 2], [1, 9], [[3], [1, 2]], [0, 1]), None),
     RankStep(Batch([7], [-1], [0, 1], [1], [[]], []), [SampleRow(SamplingParams(logit_bias=((3, -float("inf")),)), 9, [4, 5], 1)])]

@@ -2,16 +2,21 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
+import chat_server
 from chatlm.commands import WITHOUT_WORKER_AHEAD
 from chatlm.common.processes import start
+from chatlm.front.annexes import Annex
 import forked
+from toy_command import COUNT, COUNTING
 
 pytestmark = pytest.mark.skipif(any(Path("/dev").glob("nvidia[0-9]*")), reason="a GPU's worker is not started ahead")
 SCRIPT = Path(__file__).resolve().parents[2] / "chat_server.py"
@@ -55,6 +60,18 @@ def test_one_with_another_environment_is_replaced():
     assert process.pid != started.pid and started.returncode is not None
     connection.close()
     assert process.wait(60) == 0
+
+
+def test_a_command_that_turns_out_to_need_none_ends_it(monkeypatch):
+    """One of an annex: its name is known once all annexes are imported."""
+    monkeypatch.setattr("sys.argv", ["chat_server.py", "count"])
+    start.start_worker_ahead(["count", "a.gguf"], WITHOUT_WORKER_AHEAD)
+    started, _, _ = start.AHEAD[ROLE]
+    seen = []
+    command = COUNT._replace(run=None, lines=lambda words, program: seen.append(started.poll()) or ())
+    counting = Annex("counting", COUNTING.load, command=command)
+    assert chat_server.main(["count", "a.gguf"], annexes=(counting,)) == 0
+    assert seen == [-signal.SIGKILL] and start.AHEAD == {}
 
 
 def test_odd_variables_start_none_ahead(monkeypatch):

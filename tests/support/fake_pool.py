@@ -19,6 +19,7 @@ from chatlm.front.front import ROUTES, create_app
 from chatlm.front.intake.body_tasks import BodyTasks
 from chatlm.front.intake.sandboxed import Shelf
 from chatlm.front.pool.catalogue import Catalogue
+from chatlm.front.pool.memory import OwnMemory
 from chatlm.front.server import access, connections
 from chatlm.front.server.routes import RouteTable
 from answers import said
@@ -89,7 +90,7 @@ class FakePool:
     checkpoint = {}
     sees = False
     in_rounds = 0
-    supervisor = SimpleNamespace(ready_workers=(), load_for_request=lambda: None, card=SimpleNamespace(facts=ModelFacts("llama", "gguf", 134_515_008, "q4_1", 98_000_000, 576, 30), longest=4096))
+    supervisor = SimpleNamespace(ready_workers=(), unloaded=False, load_for_request=lambda: None, card=SimpleNamespace(facts=ModelFacts("llama", "gguf", 134_515_008, "q4_1", 98_000_000, 576, 30), longest=4096))
     adapters = SimpleNamespace(serving={}, removed=set(), nbytes=0)
     dispatcher = SimpleNamespace(wanted=SimpleNamespace(is_set=lambda: True))
 
@@ -106,6 +107,7 @@ class FakePool:
         # an asyncio.Event that start-up waits for; then comes `failure`, or it is ready
         self.loading = None
         self.failure = None
+        self.memory = OwnMemory(self)
         self.on_progress = lambda stage, fraction: None
 
     def get_ahead(self):
@@ -115,6 +117,9 @@ class FakePool:
         """Its files do not change."""
 
     version = SimpleNamespace(number=0, current=_current)
+
+    async def perform(self, sandbox, client, name, *arguments, **bodies):
+        return await self.sandboxes[sandbox].perform(client, name, *arguments, **bodies)
 
     def prepare(self, client):
         return contextlib.nullcontext()
@@ -212,7 +217,7 @@ class FakePool:
         return (200 if self.ready else 503), body
 
     def stats(self):
-        return {"total_workers": 1, "available_workers": 1, "busy_workers": 0, "workers": [], "queue_depth": 0,
+        return {"total_workers": 1, "available_workers": 1, "busy_workers": 0, "workers": [], "queue_depth": 0, "delayed_answers": 0,
                 "model": self.model_name}
 
     def describe(self):

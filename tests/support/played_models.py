@@ -1,6 +1,7 @@
 """Models that take turns in memory, with workers that the test plays and a clock of its own."""
 
 import asyncio
+from functools import partial
 
 from chatlm.common.messages.protocol import CacheEmptied, EmptyCache
 from chatlm.common.messages.requests import Ended, Usage
@@ -27,10 +28,13 @@ class Models:
         self.clock, self.residency = clock, Residency(budget)
         self.by_name = {}
         for name, size in sizes.items():
-            pool = played_pool(changed=self.residency.changed.set)
+            pool = played_pool(memory=partial(self._share, name, size, **options.get(name, {})))
             pool.supervisor.unload()
-            self.by_name[name] = MemoryShare(name, pool, size, **options.get(name, {}))
-            self.residency.shares.append(self.by_name[name])
+            self.by_name[name] = pool.memory
+            self.residency.shares.append(pool.memory)
+
+    def _share(self, name, size, pool, **options):
+        return MemoryShare(name, pool, size, note_jobs=self.residency.changed.set, **options)
 
     def settle(self, seconds=0.0):
         self.clock.now += seconds

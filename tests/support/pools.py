@@ -11,8 +11,10 @@ from chatlm.common.messages.protocol import ModelCard
 from chatlm.common.messages.requests import Finished, Message, Piece, SamplingParams
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.front.admission.prompts import PromptMaker
+from chatlm.front.pool.commons import Commons
 from chatlm.front.pool.local_devices import LocalDevices
-from chatlm.front.pool.many import ManyModels
+from chatlm.front.pool.many import many_models
+from chatlm.front.pool.memory import OwnMemory
 from chatlm.front.pool.pool import WorkerPool, make_pool
 from chatlm.front.pool.prefixes import Prefixes
 from chatlm.front.pool.worker import State, Worker
@@ -28,7 +30,7 @@ def tiny_settings(nanochat_fixtures, generation="gen5", **changes):
 
 @pytest.fixture
 async def started():
-    """A function that starts a WorkerPool, or ManyModels; at the end all are closed, and their processes must be gone."""
+    """A function that starts a WorkerPool, or a Catalogue; at the end all are closed, and their processes must be gone."""
     pools = []
 
     async def start(pool, wait=True):
@@ -48,9 +50,9 @@ async def started():
 
 @pytest.fixture
 async def one_and_two(nanochat_fixtures, started):
-    """ManyModels of two tiny models, "one" and "two"."""
+    """A catalogue of two tiny models, "one" and "two"."""
     choices = tuple(ModelChoice(str(nanochat_fixtures / generation), name) for generation, name in (("gen5", "one"), ("gen4", "two")))
-    return await started(ManyModels(Settings(several=choices, dtype="float32", kv_cache_memory=4 << 20), DYING))
+    return await started(many_models(Settings(several=choices, dtype="float32", kv_cache_memory=4 << 20), DYING))
 
 
 @pytest.fixture
@@ -77,11 +79,11 @@ class PlayedWorker(Worker):
         self.sent.append(message)
 
 
-def played_pool(worker_class=PlayedWorker, changed=None, **settings):
-    """A WorkerPool with one played worker and a context of 64 letters. changed: see Dispatcher."""
+def played_pool(worker_class=PlayedWorker, memory=OwnMemory, commons=None, **settings):
+    """A WorkerPool with one played worker and a context of 64 letters. memory, commons: see WorkerPool."""
     settings = Settings(**settings)
-    prefixes = Prefixes(settings)
-    pool = WorkerPool(settings, LocalDevices(settings, PROCESS_COMMAND, prefixes=prefixes), prefixes=prefixes, changed=changed)
+    commons = commons or Commons(Prefixes(settings))
+    pool = WorkerPool(settings, LocalDevices(settings, PROCESS_COMMAND, prefixes=commons.prefixes), commons, memory)
     pool.workers[:] = [worker_class(pool)]
     pool.supervisor.version.note_card(ModelCard(None, "fake", 64, (), {}, False))
     pool.admission.prompts = PromptMaker(Letters(), 64)

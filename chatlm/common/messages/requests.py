@@ -490,6 +490,7 @@ class Failed(NamedTuple):
 
     message: str
     refused: bool = False  # nothing can match the client's grammar
+    unavailable: bool = False  # nothing is wrong with the request: this worker cannot do it as it is now
     type: str = "failed"
 
 

@@ -115,6 +115,20 @@ def start_worker_ahead(words: Seq[str], without: Seq[str]):
     AHEAD[(*PROCESS_COMMAND, "worker")] = process, ours, environment
 
 
+def end_worker_ahead():
+    """End the worker that was started ahead: the command needs none. Of an annex's command that is not known
+    before all annexes are imported."""
+    while AHEAD:
+        _, (process, ours, _) = AHEAD.popitem()
+        end_child(process, ours)
+
+
+def end_child(process: subprocess.Popen, ours: socket.socket):
+    ours.close()
+    process.kill()
+    process.wait()
+
+
 def start_child(command: Seq[str], role: str,
                 environment: Mapping[str, str]) -> tuple[subprocess.Popen, socket.socket]:
     """Start one of our processes; returns it and our end of the pipe to it."""
@@ -122,9 +136,7 @@ def start_child(command: Seq[str], role: str,
         process, ours, own = started
         if own == environment:
             return process, ours
-        ours.close()
-        process.kill()
-        process.wait()
+        end_child(process, ours)
     ours, theirs = socket.socketpair()
     with theirs:
         command = [*command, role, str(theirs.fileno()), str(os.getpid())]

@@ -35,27 +35,6 @@ if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer
 
 
-class SharedSandbox:
-    """A sandbox as one of several models uses it."""
-
-    config: SandboxConfig
-
-    def __init__(self, sandbox: Sandbox):
-        self.sandbox = sandbox
-        self.start = sandbox.start
-
-    async def perform(self, client: str, name: str, *arguments, bodies: Seq[bytes | bytearray] = (),
-                      ticket: int = 0):
-        return await self.sandbox.perform(client, name, *arguments, bodies=bodies, ticket=ticket,
-                                          config=self.config)
-
-    async def forget(self, ticket: int):
-        await self.sandbox.forget(ticket, self.config)  # any model's configuration would do
-
-    async def close(self):
-        """Do nothing: the server closes the sandbox."""
-
-
 class SharedAdmission:
     """What the admissions of all models of a server share: the sandboxes, and what is known of requests while
     they are prepared."""
@@ -67,6 +46,19 @@ class SharedAdmission:
         self.preparing: dict[str, str] = {}  # id of a request that is being read or rendered -> its client
         self.valid_grammars: OrderedDict[tuple[str, str], None] = OrderedDict()  # (owner, source)
         self.numbers = itertools.count(1)    # for the models
+        self.filled = set[int]()             # the numbers of those that have a chat template
+
+    async def keep_templates(self, number: int, is_filled: bool):
+        """Have a process that fills in chat templates, as long as a model needs it. is_filled: does the model
+        with this number have one?"""
+        templates = self.sandboxes["templates"]
+        if is_filled:
+            self.filled.add(number)
+            await templates.start()
+            return
+        self.filled.discard(number)
+        if not self.filled:
+            await templates.stop_idle()
 
     async def close(self):
         await asyncio.gather(*(sandbox.close() for sandbox in self.sandboxes.values()))
@@ -94,18 +86,16 @@ class Admission:
     AHEAD_S = 0.03        # before a sandbox starts ahead: first the page, for whoever waits for it
     VALID_GRAMMARS = 256  # remember this many valid grammars, so that none is checked twice
 
-    def __init__(self, check_capacity: Callable[[str, str, bool, bool], None],
-                 shared: SharedAdmission | None = None):
-        """shared: what all models of a server share, if it has several."""
-        common = shared or SharedAdmission()
+    def __init__(self, check_capacity: Callable[[str, str, bool, bool], None], shared: SharedAdmission):
+        self.shared = shared
         self.check_capacity = check_capacity
-        self.number = next(common.numbers)
+        self.number = next(shared.numbers)
         self.prompts: PromptMaker | None = None  # set once there is a tokenizer
         self.expected: tuple[TextSpec, asyncio.Future] | None = None  # a text that `expect` is opening
-        self.sandboxes: dict[str, Sandbox | SharedSandbox] = {
-            name: SharedSandbox(sandbox) if shared else sandbox for name, sandbox in common.sandboxes.items()}
-        self.preparing = common.preparing
-        self.valid_grammars = common.valid_grammars
+        self.sandboxes = shared.sandboxes
+        self.configs: dict[str, SandboxConfig] = {}  # this model's, by the name of the sandbox
+        self.preparing = shared.preparing
+        self.valid_grammars = shared.valid_grammars
         for name in ("documents", "pictures"):
             self._configure(name, Known(Settings(), None), TextSpec("", b""))  # the same for every model
 
@@ -113,12 +103,17 @@ class Admission:
         """Start the process that fills in chat templates, unless a text has come, and have it fill in an
         empty one, for which it imports what it needs."""
         await asyncio.sleep(self.AHEAD_S)
-        templates = self.sandboxes["templates"]
-        if self.expected or self.prompts or not isinstance(templates, Sandbox):
+        if self.expected or self.prompts:
             return
         config = self._config("templates", Known(Settings(), None), TextSpec("", b""))
         with suppress(ChatServerError):  # the model's own template will show what is wrong
-            await templates.perform("", "fill_template", {}, config=config)
+            await self.sandboxes["templates"].perform(config, "", "fill_template", {})
+
+    async def perform(self, sandbox: str, client: str, name: str, *arguments,
+                      bodies: Seq[bytes | bytearray] = (), ticket: int = 0):
+        """Run a task for this model in one of the sandboxes, as `Sandbox.perform` does."""
+        return await self.sandboxes[sandbox].perform(self.configs[sandbox], client, name, *arguments,
+                                                     bodies=bodies, ticket=ticket)
 
     async def expect(self, text: TextSpec, settings: Settings):
         """Open the text of a card before the card comes. Raises the same errors as `open`."""
@@ -140,11 +135,7 @@ class Admission:
         known = Known(replace(settings, keys=(), api_key=()), None)
         for name in ("templates", "schemas"):
             self._configure(name, known, replace(text, payload=b""))
-        templates = self.sandboxes["templates"]
-        if text.chat_template:
-            await templates.start()
-        elif isinstance(templates, Sandbox):  # not one that other models use
-            await templates.stop_idle()
+        await self.shared.keep_templates(self.number, bool(text.chat_template))
         tokenizer = await asyncio.to_thread(open_tokenizer, text)
         await asyncio.to_thread(trim_heap)  # give back what the tokenizer was built from
         if tokenizer.templated:
@@ -161,7 +152,7 @@ class Admission:
 
     def _configure(self, name: str, known: Known, text: TextSpec, context_length: int = 0,
                    scored_length: int = 0, forms: Forms = ()):
-        self.sandboxes[name].config = self._config(name, known, text, context_length, scored_length, forms)
+        self.configs[name] = self._config(name, known, text, context_length, scored_length, forms)
 
     def _config(self, name: str, known: Known, text: TextSpec, context_length: int = 0,
                 scored_length: int = 0, forms: Forms = ()) -> SandboxConfig:
@@ -179,8 +170,7 @@ class Admission:
                     scored_length: int = 0) -> PromptMaker:
         return PromptMaker(
             tokenizer, context_length, scored_length=scored_length, run=run_in_thread_if_long,
-            fill=lambda arguments, client: self.sandboxes["templates"].perform(
-                client, "fill_template", arguments))
+            fill=lambda arguments, client: self.perform("templates", client, "fill_template", arguments))
 
     @contextmanager
     def prepare(self, client: str, request_id: str = "", low: bool = False,
@@ -214,22 +204,22 @@ class Admission:
         others asked for."""
         for source in filter(None, (params.grammar, *params.call_grammars)):
             if (owner, source) not in self.valid_grammars:
-                await self.sandboxes["schemas"].perform(client, "check_grammar", source, params.grammar_param)
+                await self.perform("schemas", client, "check_grammar", source, params.grammar_param)
                 self.valid_grammars[owner, source] = None
         while len(self.valid_grammars) > self.VALID_GRAMMARS:
             self.valid_grammars.popitem(last=False)
 
     async def decode_picture(self, data: bytes, client: str) -> Picture:
         """Decode a picture file. Raises RequestError if it cannot be read."""
-        pixels: Any = await self.sandboxes["pictures"].perform(client, "decode_picture", bodies=[data])
+        pixels: Any = await self.perform("pictures", client, "decode_picture", bodies=[data])
         return picture_of(NewPicture(pixels))
 
     async def extract(self, client: str, name: str, boundary: str, body: bytes | bytearray) -> Seq:
         """(text, pages, cut) of a document, as in `chatlm.front.api.documents.Extracted`. boundary: the
         boundary of the form that the body is; "": the body is the file itself."""
-        extracted: Any = await self.sandboxes["documents"].perform(
-            client, "extract", name, boundary, bodies=[body])
+        extracted: Any = await self.perform("documents", client, "extract", name, boundary, bodies=[body])
         return extracted
 
-    async def close(self):
-        await asyncio.gather(*(sandbox.close() for sandbox in self.sandboxes.values()))
+    def close(self):
+        """The model is served no longer."""
+        self.shared.filled.discard(self.number)

@@ -94,16 +94,12 @@ class Sandbox:
     # Exit statuses of a process that exceeded a limit.
     EXCESS = (-signal.SIGPROF, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGKILL)
 
-    config: SandboxConfig  # set before the first task
-
-    def __init__(self, command: Seq[str], config: SandboxConfig | None = None, single_use: bool = False):
+    def __init__(self, command: Seq[str], single_use: bool = False):
         """single_use: each task gets a process of its own, so a file that breaks a library affects no other
         task."""
         self.command = command
         self.turns = FairLock()
         self.single_use = single_use
-        if config:
-            self.config = config
         self.process: subprocess.Popen | None = None
         self.starting = asyncio.Lock()
         self.configs: list[SandboxConfig] = []  # those that the process has, the most recently used last
@@ -111,22 +107,21 @@ class Sandbox:
         self.begun = False                      # has the process begun the current task?
         self.closed = False
 
-    async def perform(self, client: str, name: str, *arguments, bodies: Seq[bytes | bytearray] = (),
-                      ticket: int = 0, config: SandboxConfig | None = None):
-        """Run a task, by default for the usual model, and return its value. Raises RequestError if the task
-        refuses or exceeds a limit. ticket: of `bodies`, if other tasks are about them too."""
+    async def perform(self, config: SandboxConfig, client: str, name: str, *arguments,
+                      bodies: Seq[bytes | bytearray] = (), ticket: int = 0):
+        """Run a task and return its value. Raises RequestError if the task refuses or exceeds a limit.
+        config: of the model that the task is for. ticket: of `bodies`, if other tasks are about them too."""
         await self.turns.take(client)
-        config = config or self.config
         task = SandboxTask(name, list(arguments), config.number, ticket=ticket)
         return await self._run(config, task, bodies)
 
-    async def forget(self, ticket: int, config: SandboxConfig | None = None):
+    async def forget(self, ticket: int):
         """Have the process drop the body with this ticket, if it still has it: nobody will ask for it."""
         await self.turns.take("")
         if self.closed or self.process is None or ticket != self.ticket:
             self.turns.give_back()
             return
-        config = config or self.config
+        config = self.configs[-1]  # of the task that was about this body; any that the process has would do
         await self._run(config, SandboxTask("forget", [], config.number), ())
 
     async def _run(self, config: SandboxConfig, task: SandboxTask, bodies: Seq[bytes | bytearray]):

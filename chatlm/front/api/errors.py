@@ -69,12 +69,14 @@ class Api:
 
     name: str
     error: Callable[[ChatServerError, str], dict]  # its body of an error; the text is the request's id
+    header: str = ""  # by which its clients are known at paths that another API has too
 
 
 NANOCHAT = Api(
     "nanochat", lambda error, _: {"detail": str(error)} if is_plain(error) else native_error(error))
 OPENAI = Api("OpenAI", lambda error, _: openai_error(error))
-ANTHROPIC = Api("Anthropic", lambda error, request_id: anthropic_error(error) | {"request_id": request_id})
+ANTHROPIC = Api("Anthropic", lambda error, request_id: anthropic_error(error) | {"request_id": request_id},
+                "anthropic-version")
 OLLAMA = Api("Ollama", lambda error, _: ollama_error(error))
 
 

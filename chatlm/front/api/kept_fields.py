@@ -6,8 +6,9 @@ import math
 
 from chatlm.front.api.field_types import INTEGER, METADATA, SWITCH, TEXT
 from chatlm.front.api.fields import Field, FieldType, list_schema, object_schema
+from chatlm.front.api.spoken import paths_of_batches
 
-ENDPOINTS = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"  # for batches
+ENDPOINTS = paths_of_batches()
 WINDOWS = {"1h": 3600, "6h": 6 * 3600, "12h": 12 * 3600, "24h": 86400, "48h": 2 * 86400, "72h": 3 * 86400,
            "7d": 7 * 86400, "14d": 14 * 86400, "30d": 30 * 86400}  # completion_window -> seconds
 LAST_SECONDS = Field("expires_after[seconds]", INTEGER, "for how long it is kept", 3600, 30 * 86400)

@@ -1,6 +1,11 @@
 """The dialects that this server speaks, and where. This table is always loaded; a dialect itself is imported
 for the first body that needs it.
 
+None is imported ahead, not even nanochat's and OpenAI's once the server is ready. Those two cost the first
+chat 7 ms of processor time in a thread, half of it for a look at the program's files (median of 11 processes,
+AMD EPYC Zen 3, two busy cores, November 2026). If the files were replaced before that chat, it gets a 503, as
+do all requests then that need a new sandbox or worker: the server must be restarted in any case.
+
 A further dialect is one file in chatlm/front/api/dialects/ and one row of `DIALECTS`."""
 
 from __future__ import annotations
@@ -21,12 +26,20 @@ if TYPE_CHECKING:
     from chatlm.front.api.fields import Field
 
 
+class InBatches(NamedTuple):
+    """What lines of a batch may say to a path."""
+
+    has_seed: bool = True     # its bodies have a `seed`,
+    seed_is_ours: bool = False  # which other servers of this API refuse
+
+
 class Place(NamedTuple):
     """A path of a dialect."""
 
     api: Api
     doc: str              # what one gets there; "": its route has a handler of its own, and stands there
     with_model: str = ""  # the path as whose a body counts that names a model; "": this one
+    in_batches: InBatches | None = None  # None: lines of batches cannot ask it
 
 
 class DialectRow(NamedTuple):
@@ -94,19 +107,26 @@ DIALECTS: tuple[DialectRow, ...] = (
         "/api/chat": "an answer in Ollama's format",
         "/api/generate": "an answer in Ollama's format",
         "/api/show": ""})),
-    DialectRow(Late(load_openai), of_api(OPENAI, {
-        "/v1/chat/completions": "an answer in OpenAI's format, streamed or whole",
-        "/v1/completions": "the continuation of a text, streamed or whole",
-        "/infill": "the text between two others, in llama-server's format, streamed or whole",
-        "/api/v0/chat/completions": "as /v1/chat/completions, for clients of LM Studio",
-        "/api/v0/completions": "as /v1/completions, for clients of LM Studio"})),
-    DialectRow(Late(load_responses), of_api(OPENAI, {
-        "/v1/responses": "an answer in the format of OpenAI's Responses, streamed or whole"})),
+    DialectRow(Late(load_openai), {
+        "/v1/chat/completions": Place(
+            OPENAI, "an answer in OpenAI's format, streamed or whole", in_batches=InBatches()),
+        "/v1/completions": Place(
+            OPENAI, "the continuation of a text, streamed or whole", in_batches=InBatches()),
+        **of_api(OPENAI, {
+            "/infill": "the text between two others, in llama-server's format, streamed or whole",
+            "/api/v0/chat/completions": "as /v1/chat/completions, for clients of LM Studio",
+            "/api/v0/completions": "as /v1/completions, for clients of LM Studio"})}),
+    DialectRow(Late(load_responses), {
+        "/v1/responses": Place(
+            OPENAI, "an answer in the format of OpenAI's Responses, streamed or whole",
+            in_batches=InBatches(seed_is_ours=True))}),
     DialectRow(Late(load_messages), of_api(ANTHROPIC, {
         "/v1/messages": "an answer in the format of Anthropic's Messages, streamed or whole",
         "/v1/messages/count_tokens": "how many tokens such a request has"})),
-    DialectRow(Late(load_retrieval), of_api(OPENAI, {
-        "/v1/embeddings": VECTORS, "/api/v0/embeddings": VECTORS,
+    DialectRow(Late(load_retrieval), {
+        "/v1/embeddings": Place(OPENAI, VECTORS, in_batches=InBatches(has_seed=False)),
+    } | of_api(OPENAI, {
+        "/api/v0/embeddings": VECTORS,
         "/embed": "the same in the format of Text Embeddings Inference",
         "/v1/rerank": RANKING, "/rerank": RANKING, "/v2/rerank": RANKING,
         "/reranking": "as above, in llama-server's format",
@@ -131,6 +151,11 @@ def rows_by_path() -> dict[str, DialectRow]:
 def all_places() -> Iterator[tuple[str, Place]]:
     """Each path of each dialect, with what is there."""
     return (item for row in DIALECTS for item in row.places.items())
+
+
+def paths_of_batches() -> tuple[str, ...]:
+    """The paths that lines of a batch may ask."""
+    return tuple(path for path, place in all_places() if place.in_batches)
 
 
 def all_paths() -> tuple[str, ...]:

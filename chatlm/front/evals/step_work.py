@@ -284,8 +284,8 @@ class StepWork:
 
     def _may_load(self, model: Model) -> bool:
         """Whether a model is loaded, or fits into free memory that no other model waits for."""
-        share = model.share
         residency = self.many.residency
+        share = residency.share_of(model.pool)
         if share is None:
             return False
         if share.serves:

@@ -11,7 +11,6 @@ from chatlm.front.api.additions import NOTHING_ADDED, Added
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Picture
-    from chatlm.front.admission.admission import SharedSandbox
     from chatlm.front.admission.sandbox import Sandbox
     from chatlm.front.intake.envelope import Envelope
 
@@ -37,8 +36,8 @@ class Arrival:
     added: Added = NOTHING_ADDED   # what it asks of annexes
     number: int | None = None      # its line number, if it is a line of a batch
     ticket: int = 0                # identifies the body that a sandbox keeps open; 0: it is open here
-    sandbox: Sandbox | SharedSandbox | None = None  # the one that keeps it open
-    pictures: tuple[Picture, ...] = ()              # the decoded ones
+    sandbox: Sandbox | None = None      # the one that keeps it open
+    pictures: tuple[Picture, ...] = ()  # the decoded ones
     files: Mapping[bytes, bytes] = field(default_factory=dict)  # digest -> the picture's file as it was sent
 
     @property

@@ -199,8 +199,8 @@ class Intake:
                                 refusal: str) -> list[CheckedLine]:
         admission = served.pool.admission
         with admission.prepare(caller.client):
-            checked: Any = await admission.sandboxes["bodies"].perform(
-                caller.client, "check_lines", [line.number for line in lines], refusal,
+            checked: Any = await admission.perform(
+                "bodies", caller.client, "check_lines", [line.number for line in lines], refusal,
                 bodies=[b"\n".join(line.text for line in lines)])
             return [CheckedLine(*values) for values in checked]
 
@@ -234,16 +234,16 @@ class Intake:
             envelope = open_body(caller.route, number, *parts, names=names)
             return Arrival(caller, parts, envelope, self._added(caller, envelope, number), number)
         admission = opener or self.catalogue.find("", caller.bound).pool.admission
-        sandbox = admission.sandboxes["bodies"]
         ticket = next(self.tickets)
         with admission.prepare(caller.client):
-            data: Any = await sandbox.perform(
-                caller.client, "open", caller.route, number, most, names, bodies=parts, ticket=ticket)
+            data: Any = await admission.perform(
+                "bodies", caller.client, "open", caller.route, number, most, names, bodies=parts,
+                ticket=ticket)
         envelope = unpacked_envelope(data)
         arrival = Arrival(caller, parts, envelope, number=number)
         if envelope.fields is None:  # not small, even without its pictures
             arrival.ticket = ticket
-            arrival.sandbox = sandbox
+            arrival.sandbox = admission.sandboxes["bodies"]
         try:
             arrival.added = self._added(caller, envelope, number)
         except RequestError:
@@ -335,10 +335,10 @@ class Intake:
             reading = Reading(arrival.envelope, served.known, admission.prompts, caller.client)
             return await TASKS[task](reading, *arguments)
         with admission.prepare(caller.client):
-            result: Any = await admission.sandboxes["bodies"].perform(
-                caller.client, "read", caller.route, arrival.number, self.additions.names(caller.route),
-                packed_sizes(arrival.pictures), caller.client, task, arguments, bodies=arrival.parts,
-                ticket=arrival.ticket)
+            result: Any = await admission.perform(
+                "bodies", caller.client, "read", caller.route, arrival.number,
+                self.additions.names(caller.route), packed_sizes(arrival.pictures), caller.client, task,
+                arguments, bodies=arrival.parts, ticket=arrival.ticket)
             if isinstance(result, (bytes, bytearray)):
                 return result
             vocab_size = loaded_tokenizer(served.pool).vocab_size

@@ -233,7 +233,7 @@ class Downloads:
             async with self.running:
                 path = await self._fetch(download)
             download.become("opening")
-            download.note = await self.catalogue.take_in(
+            download.note = await self.catalogue.source.take_in(
                 download.name, path, () if download.asked == download.name else (download.asked,))
             download.usable = not download.note or not self.settings.serves_many
             log.info("downloaded %s%s", download.name, download.note and f": {download.note}")
@@ -292,7 +292,7 @@ class Downloads:
         freed. Raises RequestError 409 if the command line names it, ConfigError if it is not in the cache."""
         self.check_allowed()
         repository, file = named_model(name)
-        self.catalogue.leave_out(repository, file)
+        self.catalogue.source.leave_out(repository, file)
         self.deleting.add(repository)
         try:
             for each in [*self.known]:
@@ -300,7 +300,7 @@ class Downloads:
                     await self.cancel(each)
                     self.known.pop(each, None)
             freed = await asyncio.to_thread(delete_model, repository, file)
-            self.catalogue.leave_out(repository, file)  # one that was just being opened
+            self.catalogue.source.leave_out(repository, file)  # one that was just being opened
             log.info("deleted %s (%s bytes)", joined_name(repository, file), f"{freed:,}")
             return freed
         finally:

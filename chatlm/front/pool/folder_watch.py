@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from chatlm.front.pool.many import ManyModels
     from chatlm.front.pool.models import Model
     from chatlm.front.pool.pool import WorkerPool
-    from chatlm.front.pool.residency import MemoryShare
 
 
 class FolderWatch:
@@ -66,16 +65,16 @@ class FolderWatch:
         leaving = []
         for path, model in self._mine.items():
             is_changed = path not in there or there[path].stamp != model.stamp
-            if is_changed and not in_memory(model):
+            if is_changed and not self._in_memory(model):
                 leaving.append(self._let_go(model, path in there))
         self.name_models()  # before the first await: a name may move from one model to another
-        for pool, share in leaving:
+        for pool in leaving:
             if pool:
-                await self.many.remove(pool, share)
+                await self.many.remove(pool)
         known = self._mine
         for files, choice in self._named(settled):
             old = known.get(files.path)
-            if files in settled and not (old and in_memory(old)):
+            if files in settled and not (old and self._in_memory(old)):
                 await self._open(choice, files, old)
         self.name_models()
         await self.many.opener.survey.close()
@@ -91,21 +90,24 @@ class FolderWatch:
         return any(is_among(name, accepted_names((choice.name, *choice.aliases), choice.path))
                    for choice in choices)
 
-    def _let_go(self, model: Model, there: bool) -> tuple[WorkerPool | None, MemoryShare | None]:
+    def _in_memory(self, model: Model) -> bool:
+        """Is it in memory, or does a request wait for it?"""
+        share = self.many.residency.share_of(model.pool)
+        return share is not None and (share.taken or share.pool.dispatcher.is_needed)
+
+    def _let_go(self, model: Model, there: bool) -> WorkerPool | None:
         """Forget what was read of a model, whose files have changed or, if not `there`, were removed. Returns
-        the pool and the share that it had."""
+        the pool that it had."""
         if not there:
             log.info("the model %s was removed", model.name)
             self.registry.models.remove(model)
         elif model.pool or model.reason:
             log.info("the files of the model %s have changed", model.name)
         pool = model.pool
-        share = model.share
         model.pool = None
-        model.share = None
         model.source = None
         model.reason = ""
-        return pool, share
+        return pool
 
     async def _open(self, choice: ModelChoice, files: Files, old: Model | None):
         """Serve a new model, or the new version of an old one."""
@@ -172,11 +174,6 @@ class FolderWatch:
             own += [AdapterFiles(files.path) for files, _ in unclear]  # these stay as they are
             watch = model.pool.adapters.watch
             await watch.update(watch.sightings.compare(own))
-
-
-def in_memory(model: Model) -> bool:
-    """Is it in memory, or does a request wait for it?"""
-    return bool(model.pool and model.share and (model.share.taken or model.pool.dispatcher.is_needed))
 
 
 def matching_bases(folder: Path, models: Seq[Model]) -> list[Model]:

@@ -1,4 +1,4 @@
-"""The catalogue of a server with several models."""
+"""Brings several models into a catalogue: they are found, opened, loaded in turns, and may come and go."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import ModelChoice
-from chatlm.common.errors import (
-    ChatServerError, ConfigError, EngineFailure, Overloaded, RequestError, shown)
+from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded, shown
 from chatlm.common.hub.adapters import named_adapters
 from chatlm.common.hub.stamps import Changed
 from chatlm.common.log import log
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.front.aio import end_tasks, supervised
-from chatlm.front.pool.catalogue import Catalogue
+from chatlm.front.pool.catalogue import Catalogue, Opening
 from chatlm.front.pool.folder_watch import FolderWatch, matching_bases
-from chatlm.front.pool.models import Registry
 from chatlm.front.pool.names import DEFAULT_NAMES, default_among, is_among
 from chatlm.front.pool.opener import Opener
 from chatlm.front.pool.residency import NoRoom, Residency, shown_bytes
@@ -31,17 +29,24 @@ from chatlm.front.pool.run_watch import RunWatch
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.hub.steps import RunStep
-    from chatlm.front.pool.models import Model, Served
+    from chatlm.front.pool.models import Model
     from chatlm.front.pool.pool import WorkerPool
-    from chatlm.front.pool.residency import MemoryShare
     from chatlm.front.pool.run_watch import CheckpointWork
+
+    StepWorkMaker = Callable[["ManyModels", Mapping[RunStep, Model]], CheckpointWork]
 
 
 LEAVING_S = 3.0  # a dismissed model's pool is kept this long for requests that have just found the model
 
 
-class ManyModels(Catalogue):
-    """The catalogue of several models.
+def many_models(settings: Settings, command: Seq[str] = PROCESS_COMMAND,
+                step_work: StepWorkMaker | None = None) -> Catalogue:
+    """The catalogue of a server with several models. step_work: see ManyModels."""
+    return Catalogue(settings, source=lambda catalogue: ManyModels(catalogue, command, step_work))
+
+
+class ManyModels:
+    """Where the models of a server with several come from.
 
     `Survey` reads the headers of their files before the first request. So requests are read and queued
     whether or not their model is loaded. `Residency` loads and unloads models as requests ask for them. Each
@@ -51,16 +56,19 @@ class ManyModels(Catalogue):
     COMING_S = 5    # Retry-After for a model whose files are being written
     RETRY_S = 30.0  # a model that failed longer ago than this is tried again for the next request
 
-    def __init__(self, settings: Settings, command: Seq[str] = PROCESS_COMMAND,
-                 step_work: Callable[[ManyModels, Mapping[RunStep, Model]], CheckpointWork] | None = None):
+    def __init__(self, catalogue: Catalogue, command: Seq[str] = PROCESS_COMMAND,
+                 step_work: StepWorkMaker | None = None):
         """step_work: makes the work for the checkpoints of --watch, from the served models by step. It is
         needed with --watch."""
+        settings = catalogue.settings
         if settings.ray_address:
             raise ConfigError("several models with --ray-address: a Ray cluster serves one model")
         if settings.served_model_name:
             raise ConfigError("--served-model-name names a single model; with several, use `aliases` in "
                               "[[models]]")
-        super().__init__(settings)
+        self.catalogue = catalogue
+        self.settings = settings
+        self.registry = catalogue.registry
         self.step_work = step_work
         self.residency = Residency(0)
         self.became_ready = asyncio.Event()
@@ -68,11 +76,9 @@ class ManyModels(Catalogue):
         self.opener = Opener(settings, command, self.residency, self.became_ready.is_set)
         self.stage = ("finding the models", 0.0)
         self.closing = False
-        self.leaving: list[WorkerPool] = []  # of dismissed models, which requests can no longer find
         self.taken_in: set[Model] = set()    # models that were downloaded for a client
         self.taking = asyncio.Lock()
         self.watches: list[FolderWatch | RunWatch] = []  # of --models and --watch
-        self.started_s = time.monotonic()
         self.tasks: set[asyncio.Task] = set()
 
     def run(self, what: str, work: Callable[[], Any]):
@@ -90,14 +96,10 @@ class ManyModels(Catalogue):
         task.add_done_callback(self.tasks.discard)
 
     async def start(self):
-        self.opener.prefixes.start(lambda: any(pool.dispatcher.jobs for pool in self.pools))
+        self.opener.commons.start()
         self.run("finding the models", self._open_all)
 
-    def get_ahead(self):
-        """Nothing: `_open_all` has begun."""
-
     async def wait_ready(self):
-        """Wait until requests would be served. Raises ConfigError or EngineFailure if start-up failed."""
         await self.became_ready.wait()
         if self.failure:
             raise self.failure
@@ -107,9 +109,9 @@ class ManyModels(Catalogue):
 
         def report(stage: str, fraction: float):
             self.stage = (stage, fraction)
-            loop.call_soon_threadsafe(self.on_progress, stage, fraction)
+            loop.call_soon_threadsafe(self.catalogue.on_progress, stage, fraction)
 
-        await self.opener.shared.sandboxes["templates"].start()
+        await self.opener.commons.admission.sandboxes["templates"].start()
         for choice in self.settings.several:
             self.registry.add(await self.opener.resolve(choice, report))
         watch = FolderWatch(self) if self.settings.models is not None else None
@@ -148,22 +150,20 @@ class ManyModels(Catalogue):
 
     def serve(self, model: Model):
         """Accept requests for a model that has been opened."""
-        if model.pool and model.share:
+        if model.pool:
             pool = model.pool
             pool.join(names_in_use=partial(names_beside, model, self.registry.models),
-                      gave_up=partial(self.fail, model), draining=self.draining)
+                      gave_up=partial(self.fail, model), draining=self.catalogue.draining)
             self.run(f"starting the pool of {model.name}", pool.start)
 
     def fail(self, model: Model, error: ChatServerError | None):
         """A worker of the model could not start: end its requests with an error, and free its memory."""
         pool = model.pool
-        share = model.share
         if pool is None or self.closing:
             return
         changed = isinstance(error, Changed)
         model.reason = str(error)
         model.pool = None
-        model.share = None
         model.failed_s = -math.inf if changed else time.monotonic()
         if changed and model.run:
             model.reason = ""  # RunWatch reads the files once they no longer change
@@ -176,13 +176,11 @@ class ManyModels(Catalogue):
             log.error("the model %s cannot be served: %s", model.name, model.reason)
             failure = EngineFailure(f"the model {model.name!r} cannot be served: {model.public_reason}")
         pool.dispatcher.end(failure)
-        self.run(f"ending the workers of {model.name}", partial(self.remove, pool, share))
+        self.run(f"ending the workers of {model.name}", partial(self.remove, pool))
 
-    async def remove(self, pool: WorkerPool, share: MemoryShare | None):
-        await self.opener.close_pool(pool)
-        if share in self.residency.shares:
-            self.residency.shares.remove(share)
-        self.residency.changed.set()
+    async def remove(self, pool: WorkerPool):
+        await pool.close()
+        self.residency.remove(pool)
 
     # models that come and go while the server runs
 
@@ -213,10 +211,10 @@ class ManyModels(Catalogue):
             return ""
 
     def leave_out(self, repository: str, file: str):
-        models = self._of_hub(repository, file)
+        models = self.catalogue.models_of_hub(repository, file)
         if not self.taken_in.issuperset(models):
-            return super().leave_out(repository, file)
-        self.check_unread(repository, file, leaving=models)
+            self.catalogue.check_unused(repository, file)
+        self.catalogue.check_unread(repository, file, leaving=models)
         for model in models:
             self.taken_in.remove(model)
             self.dismiss(model)
@@ -225,7 +223,7 @@ class ManyModels(Catalogue):
         """Stop accepting requests for a model. Those that it has may end."""
         self.registry.models.remove(model)
         if model.pool:
-            self.leaving.append(model.pool)
+            self.catalogue.leaving.append(model.pool)
             self.run(f"ending {model.name}", partial(self._end, model, model.pool, wait_s))
 
     async def _end(self, model: Model, pool: WorkerPool, wait_s: float):
@@ -237,45 +235,52 @@ class ManyModels(Catalogue):
                     f"the files of the model {model.name!r} have changed, and the old ones are not in memory",
                     retry_after_s=self.COMING_S))
             await asyncio.sleep(0.1)
-        self.leaving.remove(pool)
+        self.catalogue.leaving.remove(pool)
         if model.pool:
-            await self.remove(pool, model.share)
+            await self.remove(pool)
 
     async def close(self):
-        self.draining = True
         self.closing = True
         await end_tasks(self.tasks)
-        await asyncio.gather(*(pool.close() for pool in self.pools), self.opener.survey.close(),
-                             self.opener.shared.close())
-        await self.opener.prefixes.close()
+        await self.opener.close()
 
     @property
-    def pools(self) -> list[WorkerPool]:
-        return [*super().pools, *self.leaving]
+    def opening(self) -> Opening | None:
+        if self.failure or not self.became_ready.is_set():
+            return Opening("loading", *self.stage)
+        if not self._is_waiting:
+            return None
+        folder = Path(self.settings.watch or "").absolute().name  # no more: /health needs no key
+        return Opening("waiting", f"waiting for the first checkpoint in {folder}", 0.0)
+
+    @property
+    def budget(self) -> int:
+        return self.residency.budget
+
+    @property
+    def _is_waiting(self) -> bool:
+        """Is there nothing to serve until the watched run writes its first checkpoint?"""
+        return self.settings.watch is not None and not self.registry.models
 
     # requests
 
-    def find(self, name: str, bound: Seq[str] = ()) -> Served:
-        if is_waiting(self.settings, self.registry):
+    def explain_missing(self, name: str, bound: Seq[str]):
+        if self._is_waiting:
             raise Overloaded("the watched training run has written no complete checkpoint yet",
-                             retry_after_s=5)
-        try:
-            served = self.registry.find(name, bound)
-        except RequestError:
-            may_use = not bound or any(is_among(name, [one]) for one in bound)
-            if not self.became_ready.is_set() and (may_use or name in DEFAULT_NAMES):
-                raise Overloaded(f"the server is still finding its models ({self.stage[0]})",
-                                 retry_after_s=2) from None
-            if may_use and any(watch.is_coming(name) for watch in self.watches):
-                raise Overloaded(f"the files of the model {shown(name)} are being written or read",
-                                 retry_after_s=self.COMING_S) from None
-            raise
-        model = served.model
+                             retry_after_s=5) from None
+        may_use = not bound or any(is_among(name, [one]) for one in bound)
+        if not self.became_ready.is_set() and (may_use or name in DEFAULT_NAMES):
+            raise Overloaded(f"the server is still finding its models ({self.stage[0]})",
+                             retry_after_s=2) from None
+        if may_use and any(watch.is_coming(name) for watch in self.watches):
+            raise Overloaded(f"the files of the model {shown(name)} are being written or read",
+                             retry_after_s=self.COMING_S) from None
+
+    def note_wanted(self, model: Model):
         failed = not model.pool and model.reason and model.source
         if failed and time.monotonic() - model.failed_s > self.RETRY_S:
             model.failed_s = math.inf  # until it fails again
             self.run(f"trying {model.name} again", partial(self._try_again, model))
-        return served
 
     async def removed_steps(self, bound: Seq[str] = ()) -> list[dict[str, Any]]:
         runs = [watch for watch in self.watches if isinstance(watch, RunWatch)]
@@ -293,52 +298,17 @@ class ManyModels(Catalogue):
         if model in self.registry.models:
             self.serve(model)
         elif model.pool:  # its files changed again meanwhile
-            await self.remove(model.pool, model.share)
+            await self.remove(model.pool)
         await self.opener.survey.close()
 
     # what the server shows
 
-    def health(self) -> tuple[int, dict]:
-        """(HTTP status, body) of /health. It is ready if a request would be admitted, whether or not its
-        model is loaded."""
-        started = self.became_ready.is_set() and not self.failure
-        ready = started and not self.draining and any(pool.ready for pool in self.pools)
-        if ready:
-            status = "ok"
-        elif self.draining:
-            status = "draining"
-        elif not started:
-            status = "loading"
-        else:
-            status = "waiting" if is_waiting(self.settings, self.registry) else "unavailable"
-        bodies = [pool.health()[1] for pool in self.pools]
-        body: dict = {"status": status, "ready": ready,
-                      **{key: sum(one[key] for one in bodies) for key in ("num_gpus", "available_workers")}}
-        if status == "loading":
-            body["loading"] = {"stage": self.stage[0], "fraction": round(self.stage[1], 3)}
-        elif status == "waiting":  # only the folder's name: /health needs no key
-            body["loading"] = {"stage": "waiting for the first checkpoint in "
-                                        f"{Path(self.settings.watch or '').absolute().name}", "fraction": 0.0}
-        looping = [loop for one in bodies for loop in one.get("crash_loops", ())]
-        if looping:
-            body["crash_loops"] = looping
-            body["status"] = "degraded" if ready else status
-        return 200 if ready else 503, body
-
-    def stats(self, seen: Seq[Served]) -> dict:
-        """The fields of a single model's stats: sums if they can be added, else the default model's."""
-        models = [*dict.fromkeys(one.model for one in seen)]
-        stats = [{**model.pool.stats(), "name": model.name} for model in models if model.pool]
-        sums = {key: sum(one[key] for one in stats) for key in (
-            "total_workers", "available_workers", "busy_workers", "queue_depth", "delayed_answers")}
-        default = default_among(seen)
-        own = default.model.pool.stats() if default and default.model.pool else {}
-        return {**own, **sums, "model": default.name if default else "",
-                "workers": [{**worker, "model": one["name"]} for one in stats for worker in one["workers"]],
-                "uptime_s": round(time.monotonic() - self.started_s, 1),
+    def stats(self, by_model: Mapping[Model, dict]) -> dict:
+        return {"workers": [{**worker, "model": model.name} for model, stats in by_model.items()
+                            for worker in stats["workers"]],
                 "prefixes": self.opener.prefixes.stats(),
                 "models_memory": self.residency.budget, "models_bytes": self.residency.used,
-                "bits_per_byte": {model.name: model.bits_per_byte for model in models
+                "bits_per_byte": {model.name: model.bits_per_byte for model in by_model
                                   if model.bits_per_byte is not None}}
 
     def describe(self) -> list[str]:
@@ -363,11 +333,6 @@ class ManyModels(Catalogue):
         if self.settings.verbose and (prefixes := self.opener.prefixes.line):
             lines.append(prefixes)
         return lines
-
-
-def is_waiting(settings: Settings, registry: Registry) -> bool:
-    """Is there nothing to serve until the watched run writes its first checkpoint?"""
-    return settings.watch is not None and not registry.models
 
 
 def names_beside(model: Model, models: Seq[Model]) -> list[str]:

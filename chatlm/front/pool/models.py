@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource, Request
     from chatlm.front.pool.adapters import Adapter
     from chatlm.front.pool.pool import WorkerPool
-    from chatlm.front.pool.residency import MemoryShare
     from chatlm.front.pool.run_names import RunName
 
 
@@ -33,11 +32,10 @@ class Model:
         self.settings = settings
         self.pool = pool
         self.choice = choice
-        self.share: MemoryShare | None = None  # None: it is the only model
-        self.reason = ""                       # why it failed, for the operator
-        self.failed_s = 0.0                    # when it failed
+        self.reason = ""     # why it failed, for the operator
+        self.failed_s = 0.0  # when it failed
         self.source: ModelSource | None = None
-        self.stamp: tuple = ()                 # of its files, if --models found it
+        self.stamp: tuple = ()  # of its files, if --models found it
         # if --watch found it, it is a checkpoint of a training run:
         self.run: RunName | None = None
         self.step = 0
@@ -82,32 +80,23 @@ class Model:
         self.choice = replace(self.choice, name=name)
         if self.source:
             self.source = replace(self.source, name=name)
-        if self.share:
-            self.share.name = name
         if self.pool:
             self.pool.rename(name, self.source)
 
     def load(self):
         """Load it as if a request waited for it."""
-        if self.share and self.pool:
-            self.share.is_requested = not self.share.serves
-            self.pool.changed()
-        elif self.pool:
-            self.pool.supervisor.load_for_request()
+        if self.pool:
+            self.pool.memory.load()
 
     def unload(self):
         """Unload it once its running answers have ended; the next request loads it again."""
-        if self.share and self.pool:
-            self.share.is_requested = False
-            self.share.leave()
-            self.pool.changed()
-        elif self.pool:
-            self.pool.unload()
+        if self.pool:
+            self.pool.memory.unload()
 
     @property
     def is_unnamed(self) -> bool:
         """Is its name unknown, since no worker has said it yet?"""
-        return self.share is None and self.pool is not None and self.pool.supervisor.card is NO_CARD
+        return self.pool is not None and self.pool.supervisor.card is NO_CARD
 
     @property
     def is_read(self) -> bool:
@@ -119,20 +108,12 @@ class Model:
         """unloaded, loading, ready or failed."""
         if self.pool is None:
             return "loading" if self.is_read else "failed"
-        if self.share:
-            if self.pool.supervisor.ready_workers:
-                return "ready"
-            return "loading" if self.share.taken and not self.share.leaving else "unloaded"
-        if getattr(self.pool.supervisor, "unloaded", False):
-            return "unloaded"
-        return "ready" if self.pool.ready else "loading"
+        return self.pool.memory.state
 
     @property
     def bytes(self) -> int:
         """Bytes in memory; if it is not loaded, what it will need."""
-        if self.share:
-            return self.share.bytes or self.share.size
-        return self.pool.supervisor.card.facts.weights_bytes if self.pool else 0
+        return self.pool.memory.bytes if self.pool else 0
 
     @property
     def public_reason(self) -> str:

@@ -34,7 +34,8 @@ def bound_among(bound: Seq[str], served: Iterable[Served]) -> list[Served]:
 def default_among(served: Seq[Served]) -> Served | None:
     """The one that answers requests without a model: the one marked as default, else the first that can."""
     marked = [one for one in served if one.model.choice.default and not one.adapter]
-    return next((one for one in [*marked, *served] if one.model.pool), served[0] if served else None)
+    unmarked = sorted(served, key=lambda one: one.model.choice.spare)
+    return next((one for one in [*marked, *unmarked] if one.model.pool), served[0] if served else None)
 
 
 def named_among(name: str, served: Seq[Served]) -> Served:

@@ -10,13 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chatlm.common.config import EMBEDDER
 from chatlm.common.errors import ChatServerError, ConfigError
-from chatlm.common.hub.find import of_draft_model, resolve_model, with_draft_model
+from chatlm.common.hub.find import of_draft_model, resolve_model, with_draft_model, with_embedder
 from chatlm.common.hub.stamps import model_stamp
 from chatlm.common.memory import available_memory
 from chatlm.common.messages.protocol import DraftTerms, SurveyConfig
 from chatlm.common.processes.launch import ranks_here
-from chatlm.front.admission.admission import SharedAdmission
+from chatlm.front.pool.commons import Commons
 from chatlm.front.pool.local_devices import LocalDevices, choose_devices, cuda_device_count
 from chatlm.front.pool.models import Model
 from chatlm.front.pool.pool import WorkerPool
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from chatlm.common.config import ModelChoice, Settings
     from chatlm.common.hub.stamps import Stamp
     from chatlm.common.messages.protocol import Surveyed
-    from chatlm.front.pool.dispatcher import Dispatcher
     from chatlm.front.pool.residency import Residency
 
 
@@ -52,11 +52,11 @@ class Opener:
         self.command = command
         self.residency = residency
         self.started = started
-        self.shared = SharedAdmission()
         self.survey = Survey(command)
         self.workers = 0  # so far
-        self.dispatchers: list[Dispatcher] = []
         self.prefixes = Prefixes(settings)
+        self.commons = Commons(self.prefixes)
+        self.commons.join(self)
         budget = settings.models_memory  # None on a GPU: the survey reads how much it has
         if budget is None and not self._on_gpus(settings):
             budget = int(available_memory() * (1 - self.RESERVE))
@@ -76,9 +76,11 @@ class Opener:
             changes["num_gpus"] = str(choice.replicas)
         elif choice.replicas:
             changes["num_workers"] = choice.replicas
-        settings = replace(self.settings, model=choice.path, models=None, several=(),
+        settings = replace(self.settings, model=choice.path or None, models=None, several=(),
                            served_model_name=choice.aliases, **changes)
         try:
+            if choice.path == EMBEDDER:
+                settings = await asyncio.to_thread(with_embedder, settings, report)
             source = await asyncio.to_thread(resolve_model, settings, report)
             try:
                 settings = await asyncio.to_thread(with_draft_model, settings, report)
@@ -87,7 +89,7 @@ class Opener:
                     raise
         except ConfigError as error:
             path = Path(choice.path).expanduser()
-            if not path.exists():
+            if not choice.path or not path.exists():
                 raise
             model = Model(settings, None, replace(choice, name=choice.name or path.stem))
             model.reason = str(error)
@@ -120,34 +122,37 @@ class Opener:
             self.residency.budget = self.residency.budget or surveyed.budget
             cache = replicas * surveyed.cache
             size = cache + replicas * (surveyed.weights + surveyed.activations + process_bytes)
-            pool = await self._pool(model, surveyed, draft_stamp)
-            share = MemoryShare(model.name, pool, size, cache=cache, pinned=model.choice.pin,
-                          idle_s=0.0 if model.choice.pin else model.settings.idle_unload)
+            pool = await self._pool(model, surveyed, draft_stamp, lambda pool: MemoryShare(
+                model.name, pool, size, cache=cache, pinned=model.choice.pin,
+                idle_s=0.0 if model.choice.pin else model.settings.idle_unload,
+                note_jobs=self.residency.changed.set))
+            share = pool.memory
+            assert isinstance(share, MemoryShare)
             self.residency.admit(share)
             pool.adapters.ask_for_room(partial(self.residency.admit, share))
         except ChatServerError as error:
             if pool:
-                await self.close_pool(pool)
+                await pool.close()
             model.pool = None
             model.reason = str(error)
             model.failed_s = time.monotonic()
             return error
         model.pool = pool
-        model.share = share
         model.reason = ""
         return None
 
-    async def _pool(self, model: Model, surveyed: Surveyed, draft_stamp: Stamp) -> WorkerPool:
-        settings = replace(model.settings, kv_cache_memory=surveyed.kv_cache_memory, idle_unload=0.0)
+    async def _pool(self, model: Model, surveyed: Surveyed, draft_stamp: Stamp,
+                    share_of: Callable[[WorkerPool], MemoryShare]) -> WorkerPool:
+        settings = replace(model.settings, kv_cache_memory=surveyed.kv_cache_memory, idle_unload=0.0,
+                           models=self.settings.models)  # adapters may come from there
         placement = LocalDevices(settings, self.command, model.source, self.workers, self.prefixes,
                                  draft_stamp)
-        pool = WorkerPool(settings, placement, self.shared, self.dispatchers, self.prefixes,
-                          changed=self.residency.changed.set)
+        pool = WorkerPool(settings, placement, self.commons, share_of)
         self.workers += len(pool.workers)
         try:
             await pool.supervisor.begin_unloaded(surveyed.card)
         except ChatServerError:
-            await self.close_pool(pool)
+            await pool.close()
             raise
         return pool
 
@@ -158,7 +163,8 @@ class Opener:
             return 1, self.GPU_PROCESS_BYTES
         return max(settings.num_workers, 1), ranks_here(settings) * self.PROCESS_BYTES
 
-    async def close_pool(self, pool: WorkerPool):
-        await pool.close()
-        if pool.dispatcher in self.dispatchers:
-            self.dispatchers.remove(pool.dispatcher)
+    async def close(self):
+        """Make no more pools, and close those that are open: who would have closed them may be gone."""
+        await self.survey.close()
+        await asyncio.gather(*(user.close() for user in self.commons.users if user is not self))
+        await self.commons.leave(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence as Seq
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +22,10 @@ from chatlm.common.text.tokenizer import tools_of
 from chatlm.front.admission.admission import Admission
 from chatlm.front.admission.known import known_with
 from chatlm.front.pool.adapters import PoolAdapters
+from chatlm.front.pool.commons import Commons
 from chatlm.front.pool.dispatcher import Dispatcher
 from chatlm.front.pool.local_devices import LocalDevices, cuda_device_count
+from chatlm.front.pool.memory import OwnMemory
 from chatlm.front.pool.names import accepted_names
 from chatlm.front.pool.places import Place
 from chatlm.front.pool.prefixes import Prefixes
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.protocol import Known, ModelCard
     from chatlm.common.messages.requests import Event, ModelSource, Request, TextSpec
     from chatlm.common.text.tokenizer import Tokenizer
-    from chatlm.front.admission.admission import SharedAdmission
+    from chatlm.front.pool.memory import Memory
     from chatlm.front.pool.supervisor import Placement
 
 
@@ -93,22 +95,20 @@ class WorkerPool:
     continues_texts = False  # is it for texts even if it has a template? See Tokenizer.continues_texts
     sees = False             # does it see pictures?
 
-    def __init__(self, settings: Settings, placement: Placement, shared: SharedAdmission | None = None,
-                 dispatchers: list[Dispatcher] | None = None, prefixes: Prefixes | None = None,
-                 changed: Callable[[], None] | None = None):
-        """shared, dispatchers: of a server with several models, which share them. prefixes: memory that
-        outlives the workers; several models share it, and their catalogue starts and closes it. changed:
-        called when jobs come and go, for whoever decides when the model is loaded; None: the next job loads
-        it."""
-        self.prefixes = prefixes
-        self.alone = shared is None
+    def __init__(self, settings: Settings, placement: Placement, commons: Commons,
+                 memory: Callable[[WorkerPool], Memory] = OwnMemory):
+        """commons: of all models of its server. memory: makes what decides when the model is loaded."""
+        self.commons = commons
+        commons.join(self)
+        self.prefixes = commons.prefixes
         self.settings = settings
         self.placement = placement
         self.workers = placement.workers
-        self.admission = Admission(self._check_capacity, shared)
-        self.changed = changed or self._load_for_jobs
+        self.admission = Admission(self._check_capacity, commons.admission)
+        self.memory = memory(self)
         self.adapters = PoolAdapters(settings, self.workers, self._own_names)
-        self.dispatcher = Dispatcher(settings, self.workers, self.adapters, dispatchers, self.changed)
+        self.dispatcher = Dispatcher(settings, self.workers, self.adapters, commons.dispatchers,
+                                     self.memory.note_jobs)
         self.supervisor = Supervisor(
             settings, self.workers, self.dispatcher, self.adapters, prepare=self._open_tokenizer,
             expect=self._expect,
@@ -132,12 +132,12 @@ class WorkerPool:
         return accepted_names([self.model_name, *self.settings.served_model_name], self.settings.model)
 
     async def start(self):
-        if self.prefixes and self.alone:
-            self.prefixes.start(lambda: bool(self.dispatcher.jobs))
+        self.commons.start()
         self.supervisor.run("finding the model", partial(self.placement.start, self.supervisor))
         self.supervisor.run("watching the workers", self.supervisor.watch)
         if self.adapters.folders:
             self.supervisor.run("watching the adapters", self.adapters.watch.run)
+        self.memory.start()
 
     def get_ahead(self):
         """Start what the model's text will need, while the workers read the model."""
@@ -179,9 +179,11 @@ class WorkerPool:
         ended."""
         self.draining = True
         self.dispatcher.end(shutting_down())
-        await asyncio.gather(self.supervisor.close(), self.admission.close())
-        if self.prefixes and self.alone:
-            await self.prefixes.close()
+        await self.supervisor.close()
+        self.admission.close()
+        with suppress(ValueError):  # it was closed before
+            self.commons.dispatchers.remove(self.dispatcher)
+        await self.commons.leave(self)
 
     async def answer(self, request: Request) -> AsyncGenerator[Event, None]:
         """Yield Accepted, then pieces, then Finished. Closing the iterator at any point cancels the request.
@@ -220,32 +222,8 @@ class WorkerPool:
             finally:
                 self.dispatcher.use.note()
 
-    def _load_for_jobs(self):
-        """Load the only model of a server again, for the next job."""
-        if self.dispatcher.jobs:
-            self.supervisor.load_for_request()
-
-    def unload(self):
-        """Unload the only model of a server once its running answers have ended. Until then its queue is
-        held."""
-        if not self.dispatcher.running:
-            self._unload_now()
-        elif not self.dispatcher.held:
-            self.supervisor.run("unloading the model", self._unload_after_answers)
-
-    async def _unload_after_answers(self):
-        self.dispatcher.hold(True)
-        while self.dispatcher.running:
-            await asyncio.sleep(0.05)
-        self._unload_now()
-
-    def _unload_now(self):
-        if self.supervisor.prepared:
-            self.supervisor.unload()
-        self.dispatcher.hold(False)
-        self.changed()
-
     def rename(self, name: str, source: ModelSource | None):
+        self.memory.rename(name)
         self.placement.source = source
         self.supervisor.version.rename(name)
 
@@ -396,8 +374,9 @@ class WorkerPool:
 
 
 def make_pool(settings: Settings, worker_command: Seq[str] = PROCESS_COMMAND) -> WorkerPool:
+    """The pool of a model that has what models have in common for itself."""
     if settings.ray_address:
         from chatlm.front.pool.ray_nodes import RayNodes  # here, because few servers need it
-        return WorkerPool(settings, RayNodes(settings, worker_command))
-    prefixes = Prefixes(settings)
-    return WorkerPool(settings, LocalDevices(settings, worker_command, prefixes=prefixes), prefixes=prefixes)
+        return WorkerPool(settings, RayNodes(settings, worker_command), Commons())
+    commons = Commons(Prefixes(settings))
+    return WorkerPool(settings, LocalDevices(settings, worker_command, prefixes=commons.prefixes), commons)

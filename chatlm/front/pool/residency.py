@@ -6,6 +6,7 @@ import asyncio
 import enum
 import math
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -51,9 +52,11 @@ class MemoryShare:
     cached prefixes and stay alive. Before the model serves again, it waits to get those bytes back."""
 
     def __init__(self, name: str, pool: WorkerPool, own_size: int, *, cache: int = 0, pinned: bool = False,
-                 idle_s: float = 0.0):
+                 idle_s: float = 0.0, note_jobs: Callable[[], None] = lambda: None):
         """own_size: bytes without adapters. cache: how many of these are KV pages. pinned: only the operator
-        unloads it. idle_s: unload it after this many seconds without a request; 0: never."""
+        unloads it. idle_s: unload it after this many seconds without a request; 0: never. note_jobs: called
+        when jobs come and go, or when it is asked to load or to leave."""
+        self.note_jobs = note_jobs
         self.name = name
         self.pool = pool
         self.own_size = own_size
@@ -66,6 +69,27 @@ class MemoryShare:
         self.is_loaded_for_requests = False     # did requests wait when it was last loaded?
         self.taken_s = 0.0          # when it last took its bytes
         self.waits_since_s: float | None = None
+
+    def start(self):
+        """The residency looks after it."""
+
+    def load(self):
+        self.is_requested = not self.serves
+        self.note_jobs()
+
+    def unload(self):
+        self.is_requested = False
+        self.leave()
+        self.note_jobs()
+
+    def rename(self, name: str):
+        self.name = name
+
+    @property
+    def state(self) -> str:
+        if self.pool.supervisor.ready_workers:
+            return "ready"
+        return "loading" if self.taken and not self.leaving else "unloaded"
 
     def become(self, stay: Stay):
         """Every transition goes through here. Jobs are held while the model lacks memory, or soon will."""
@@ -95,16 +119,24 @@ class MemoryShare:
         return self.own_size + self.pool.adapters.nbytes
 
     @property
-    def bytes(self) -> int:
+    def held_bytes(self) -> int:
         """Bytes that it holds now."""
         if not self.taken:
             return 0
         return self.size - self.cache if self.emptied else self.size
 
     @property
+    def bytes(self) -> int:
+        return self.held_bytes or self.size
+
+    @property
+    def is_listed(self) -> bool:
+        return True  # its files' headers have been read
+
+    @property
     def missing(self) -> int:
         """Bytes that it needs to serve and does not hold."""
-        return self.size - self.bytes
+        return self.size - self.held_bytes
 
     @property
     def serves(self) -> bool:
@@ -140,7 +172,7 @@ class MemoryShare:
     def leave(self):
         """Release all bytes once the running answers have ended."""
         if self.taken and not self.leaving:
-            log.info("%s leaves memory (%s)", self.name, shown_bytes(self.bytes))
+            log.info("%s leaves memory (%s)", self.name, shown_bytes(self.held_bytes))
             self.become(Stay.LEAVING_EMPTIED if self.emptied else Stay.LEAVING)
             self.go_on()
 
@@ -170,7 +202,7 @@ class MemoryShare:
     def coming(self) -> int:
         """Bytes that it is about to release."""
         if self.leaving:
-            return self.bytes
+            return self.held_bytes
         return self.cache if self.emptying else 0
 
     @property
@@ -284,6 +316,15 @@ class Residency:
             self.shares.append(share)
             self.changed.set()
 
+    def share_of(self, pool: WorkerPool | None) -> MemoryShare | None:
+        """The share of a pool; None if it was not admitted, or is removed."""
+        return next((share for share in self.shares if share.pool is pool), None)
+
+    def remove(self, pool: WorkerPool):
+        """Its pool is closed, so its bytes are free."""
+        self.shares = [share for share in self.shares if share.pool is not pool]
+        self.changed.set()
+
     async def run(self):
         while True:
             with suppress(asyncio.TimeoutError):
@@ -298,7 +339,7 @@ class Residency:
 
     @property
     def used(self) -> int:
-        return sum(share.bytes for share in self.shares)
+        return sum(share.held_bytes for share in self.shares)
 
     def settle(self, now: float):
         """Advance all transitions, and load what fits, in the order of waiting."""
@@ -346,7 +387,7 @@ class Residency:
         for other in others:
             if free + spare < missing:
                 leave.append(other)
-                free += other.bytes
+                free += other.held_bytes
                 spare -= other.spare
         if free + spare < missing:
             return math.inf

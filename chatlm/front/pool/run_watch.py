@@ -250,8 +250,8 @@ class RunWatch:
                 continue
             if holder:
                 holder.choice = replace(holder.choice, aliases=(), default=False)
-                if holder.share:
-                    holder.share.idle_s = holder.share.idle_s or self.LEAVE_S
+                if share := self.many.residency.share_of(holder.pool):
+                    share.idle_s = share.idle_s or self.LEAVE_S
                 if holder.pool and newest.pool:
                     newest.pool.dispatcher.use.succeed(holder.pool.dispatcher.use)
             self.last[run] = newest
@@ -272,8 +272,7 @@ def order(model: Model) -> tuple:
 
 def in_use(model: Model, residency: Residency) -> bool:
     """Is it in memory and recently used, and is there memory for a second one like it?"""
-    share = model.share
-    pool = model.pool
-    if not (pool and share and share.taken and pool.dispatcher.in_use):
+    share = residency.share_of(model.pool)
+    if not (share and share.taken and share.pool.dispatcher.in_use):
         return False
     return 2 * share.size <= residency.room_beside_pinned(share)

@@ -1,4 +1,4 @@
-"""Supervision: starts workers again that end, kills those that hang, and unloads an idle model."""
+"""Supervision: starts workers again that end, and kills those that hang."""
 
 from __future__ import annotations
 
@@ -335,12 +335,11 @@ class Supervisor:
             self.adapters.started = True
 
     async def watch(self):
-        """Once a second: kill hung workers, unload idle ones, and fail requests that waited too long."""
+        """Once a second: kill hung workers, and fail requests that waited too long."""
         while True:
             await asyncio.sleep(1)
             for worker in self.workers:
                 worker.check_health()
-            self.unload_when_idle()
             self.adapters.drop_unused()
             crashing = any(worker.crashes_in_row > 1 for worker in self.workers)
             patience_s = 2 * self.load_s + (self.CRASHING_S if crashing else self.ORPHAN_S)
@@ -351,15 +350,6 @@ class Supervisor:
                 ended = f"; the last one ended: {without_folders(ends[0])}" if ends else ""
                 self.dispatcher.fail(EngineFailure(f"no worker came back within {patience_s:.0f} s{ended}"),
                                      *self.dispatcher.pending)
-
-    def unload_when_idle(self):
-        """--idle-unload: end the workers after that long without a request. Polls of /health do not count."""
-        idle_s = self.settings.idle_unload
-        usable = [worker for worker in self.workers if worker.state is not State.LEFT_OUT]
-        is_idle = idle_s and self.dispatcher.idle_s(time.monotonic()) > idle_s
-        if is_idle and usable and usable == self.ready_workers:
-            log.info("no request for %g s: the model is unloaded until the next one", idle_s)
-            self.unload()
 
     def load(self):
         """Let the workers of an unloaded model start."""

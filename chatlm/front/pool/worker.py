@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.errors import EngineFailure, RequestError, without_folders
+from chatlm.common.errors import EngineFailure, Overloaded, RequestError, without_folders
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import (
     NO_GAUGES, WORKER_PIPE, Cancel, EmptyCache, EndOfRequest, EndThinking, NewAnswer, NewPrompt, NewRequest,
@@ -163,6 +163,8 @@ class Job:
             case Failed(message, refused=True):
                 return RequestError(message, code="invalid_json_schema",
                                     param=self.request.params.grammar_param)
+            case Failed(message, unavailable=True):
+                return Overloaded(message)
             case Failed(message):
                 return EngineFailure(message)
 

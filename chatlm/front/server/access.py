@@ -20,9 +20,7 @@ from chatlm.common.config import SPACE, ApiKey
 from chatlm.common.errors import ConfigError, RequestError, shown
 from chatlm.common.log import log
 from chatlm.common.request_ids import id_of_client, is_unguessable
-from chatlm.front.api.errors import ANTHROPIC
 from chatlm.front.lazy import web
-from chatlm.front.server.anthropic_models import OF_TWO_APIS, asks_as_anthropic
 from chatlm.front.server.host_names import is_loopback, is_own_name, is_public_name, split_address
 from chatlm.front.server.page import POLICY
 from chatlm.front.server.responses import REQUEST_LOG, SECURITY_HEADERS, RequestLog
@@ -275,10 +273,7 @@ class AccessLog:
         if not request_id or self.is_id_in_use(request_id):
             request_id = secrets.token_hex(16)
         route = self.routes.row_of(http)
-        api = route.api
-        if route.pattern in OF_TWO_APIS and asks_as_anthropic(http):
-            api = ANTHROPIC
-        record = RequestLog(request_id, client_at(http.remote), route, api)
+        record = RequestLog(request_id, client_at(http.remote), route, route.api_for(http.headers))
         REQUEST_LOG.set(record)
         try:
             response = await handler(http)

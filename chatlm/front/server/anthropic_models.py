@@ -9,6 +9,7 @@ from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import invalid, shown
 from chatlm.common.log import utc
+from chatlm.front.api.errors import ANTHROPIC
 from chatlm.front.api.field_types import INTEGER, TEXT
 from chatlm.front.api.fields import A_TEXT, Field
 from chatlm.front.server.stored_lists import query_value
@@ -21,7 +22,6 @@ PAGE_LIMIT = Field("limit", INTEGER, "with anthropic-version: models of a page (
 AFTER_ID = Field("after_id", TEXT, "with anthropic-version: the id of the last model of the page before")
 BEFORE_ID = Field("before_id", TEXT, "with anthropic-version: the id of the first model of the page after")
 PAGE_QUERY = PAGE_LIMIT, AFTER_ID, BEFORE_ID
-OF_TWO_APIS = "/v1/models", "/v1/models/{name}"
 A_PAGE = {"description": "with anthropic-version", "type": "object", "properties": {
     "data": {"type": "array", "items": {"type": "object", "properties": {
         "type": {"enum": ["model"]}, "id": A_TEXT, "display_name": A_TEXT, "created_at": A_TEXT}}},
@@ -31,7 +31,7 @@ A_PAGE = {"description": "with anthropic-version", "type": "object", "properties
 
 def asks_as_anthropic(http: web.Request) -> bool:
     """Whether the request comes from a client of Anthropic's API."""
-    return "anthropic-version" in http.headers
+    return ANTHROPIC.header in http.headers
 
 
 def anthropic_model(body: Mapping[str, Any]) -> dict:

@@ -14,7 +14,7 @@ from chatlm.common.errors import Overloaded
 from chatlm.common.hub.better import better_model, only_demonstrates
 from chatlm.common.log import utc
 from chatlm.common.text.tokenizer import tools_of
-from chatlm.front.api.errors import OLLAMA, OPENAI
+from chatlm.front.api.errors import ANTHROPIC, OLLAMA, OPENAI
 from chatlm.front.api.field_types import TEXT
 from chatlm.front.api.fields import A_TEXT, Field
 from chatlm.front.api.tables import OLLAMA_NAMES
@@ -162,7 +162,7 @@ def model_body(served: Served, is_default: bool = True) -> dict:
     pool = served.pool
     adapter = served.adapter
     tokenizer = served.pool.tokenizer
-    if tokenizer is None or not pool.ready and not model.share:
+    if tokenizer is None or not pool.memory.is_listed:
         raise Overloaded("the model is not ready")
     facts = pool.supervisor.card.facts
     embedder = tokenizer.spec.embedder
@@ -376,12 +376,12 @@ class ModelRoutes:
 MODEL_ROUTES: tuple[Route[ModelRoutes], ...] = (
     Route("GET", "/v1/models", OPENAI, ModelRoutes.handle_list,
           "the served models, what each can do and its state; as in Anthropic's API for its clients",
-          query=PAGE_QUERY, returns=MODELS_OF_BOTH),
+          query=PAGE_QUERY, returns=MODELS_OF_BOTH, also=(ANTHROPIC,)),
     Route("GET", "/models", OPENAI, shows(lambda models, bound: listed_body(models.visible(bound))),
           "the same, as in OpenAI's API",
           returns=MODELS),
     Route("GET", "/v1/models/{name:.+}", OPENAI, ModelRoutes.handle_model,
-          "a served model, by one of its names", returns=A_MODEL),
+          "a served model, by one of its names", returns=A_MODEL, also=(ANTHROPIC,)),
     Route("POST", "/models/load", OPENAI, ModelRoutes.handle_load, "load a model",
           operator_act=MANAGE),
     Route("POST", "/models/unload", OPENAI, ModelRoutes.handle_unload,

@@ -93,9 +93,8 @@ class DownloadRoutes:
     def _memory(self) -> int:
         """The bytes that a model may take: --models-memory, else a GPU's memory, else what is free plus what
         the served models take."""
-        residency = getattr(self.catalogue, "residency", None)
-        if residency and residency.budget:
-            return residency.budget
+        if self.catalogue.source.budget:
+            return self.catalogue.source.budget
         on_gpus = [worker["memory_total"] for worker in self._workers()
                    if not worker["device"].startswith("cpu")]
         used = sum(model.bytes for model in self.catalogue.registry.models)

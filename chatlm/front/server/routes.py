@@ -46,10 +46,15 @@ class Route(Generic[T]):
     quiet: bool = False             # successes are logged only at level debug
     polled: bool = False            # likewise, and also served on surplus connections
     added: tuple[Field, ...] = ()   # to its body, by annexes
+    also: tuple[Api, ...] = ()      # APIs that have this path too; the header of their clients tells
 
     def with_added(self, fields: tuple[Field, ...]) -> Route[T]:
         """The same route, with fields that annexes add to its body."""
         return replace(self, added=fields) if fields else self
+
+    def api_for(self, headers: Mapping[str, str]) -> Api:
+        """Whose API a request with these headers asks."""
+        return next((api for api in self.also if api.header in headers), self.api)
 
     @property
     def pattern(self) -> str:

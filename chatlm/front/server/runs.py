@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def steps_of_runs(seen: Seq[Served], removed: Seq[dict] = ()) -> dict[RunName, list[Served]]:
     """The served checkpoints of each run. Runs and checkpoints are in the order of training.
 
-    removed: steps whose files are gone (`Catalogue.removed_steps`). A run may have no other steps."""
+    removed: steps whose files are gone (`Source.removed_steps`). A run may have no other steps."""
     steps: dict[RunName, list[Served]] = {}
     for served in seen:
         if served.model.run and not served.adapter:
@@ -132,7 +132,7 @@ class RunRoutes:
     async def _steps(self) -> tuple[list[Served], list[dict]]:
         """The models that the client's key may see, and steps whose files are gone."""
         bound = REQUEST_LOG.get().bound
-        removed = await self.catalogue.removed_steps(bound)
+        removed = await self.catalogue.source.removed_steps(bound)
         return self.catalogue.registry.served_models(bound), removed
 
     async def handle_list(self, http: web.Request) -> web.Response:

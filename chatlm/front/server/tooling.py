@@ -188,7 +188,7 @@ class ToolRoutes:
         """As `read_call` does; a large body is read in a sandbox."""
         if len(raw) <= LIMITS.inline_bytes:
             return read_call(raw)
-        packed: Any = await self.toolbox.reader.sandbox.perform(
+        packed: Any = await self.toolbox.reader.perform(
             f"key {REQUEST_LOG.get().client}", "read_call", bodies=[raw])
         return unpacked_call(packed)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence as Seq
 from typing import Any
 
 from chatlm.common.config import LIMITS, Settings
@@ -95,8 +95,9 @@ class Reader:
     def __init__(self, characters: int):
         """characters: that the text of a tool's result may have; what is above is cut there."""
         self.characters = characters
-        config = SandboxConfig(Known(Settings(), None), TextSpec("", b""), 0, READ_S, MEMORY_BYTES, nice=5)
-        self.sandbox = Sandbox(PROCESS_COMMAND, config)
+        self.config = SandboxConfig(
+            Known(Settings(), None), TextSpec("", b""), 0, READ_S, MEMORY_BYTES, nice=5)
+        self.sandbox = Sandbox(PROCESS_COMMAND)
 
     async def read(self, label: str, data: bytes | bytearray, methods: Mapping[int, str],
                    turns: Turns) -> list[Message]:
@@ -107,13 +108,17 @@ class Reader:
             await turns.spend(len(data) + MESSAGE_WORTH)
             return messages_in(data, methods, self.characters)
         try:
-            read: Any = await self.sandbox.perform(label, "read_message", [*methods.items()], self.characters,
-                                                   bodies=[data])
+            read: Any = await self.perform(label, "read_message", [*methods.items()], self.characters,
+                                           bodies=[data])
             return read
         except ChatServerError as error:
             is_ours = error.code == UNREADABLE
             why = str(error) if is_ours else "it wrote a message that takes too long to read"
             raise Unreadable(why) from None
+
+    async def perform(self, client: str, name: str, *arguments, bodies: Seq[bytes | bytearray]):
+        """Run a task about messages in the sandbox."""
+        return await self.sandbox.perform(self.config, client, name, *arguments, bodies=bodies)
 
     async def close(self):
         await self.sandbox.close()
@@ -122,7 +127,7 @@ class Reader:
 class MessageTasks:
     """The sandbox's task for messages."""
 
-    def prepare(self, name: str, arguments: Sequence):
+    def prepare(self, name: str, arguments: Seq):
         """Nothing has to be prepared."""
 
     def read_message(self, methods: list, characters: int, data: bytes) -> SandboxResult:

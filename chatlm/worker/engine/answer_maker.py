@@ -15,11 +15,13 @@ from chatlm.common.log import log
 from chatlm.common.text.reader import answer_reader
 from chatlm.worker.engine.answer import Answer
 from chatlm.worker.engine.drafts import NO_DRAFT
+from chatlm.worker.engine.drawn import failure_of
 from chatlm.worker.engine.fair_thread import FairThread
 from chatlm.worker.engine.part import NO_PARTS, EngineParts
 from chatlm.worker.ops.sampling import preparation
 
 if TYPE_CHECKING:
+    from chatlm.common.messages.requests import Failed
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.worker.engine.grammar import Grammar
     from chatlm.worker.engine.grammars import Grammars
@@ -31,7 +33,7 @@ class AnswerMaker:
 
     Slow work happens in a thread that serves clients in turn. `SequenceOutput.preparing` is then the future
     that the sequence must wait for before it may run. `lacking` has sequences whose answers cannot be made
-    here, each with what its client is told."""
+    here, each with what ends it."""
 
     LARGE_VOCABULARY = 1 << 16  # tokens
     MASK_PATIENCE_S = 0.004     # how long a step waits for the masks of its rows
@@ -40,7 +42,7 @@ class AnswerMaker:
         self.tokenizer = tokenizer
         self.parts = parts
         self.compiling = FairThread("grammars")
-        self.lacking: deque[tuple[Sequence, str]] = deque()
+        self.lacking: deque[tuple[Sequence, Failed]] = deque()
 
     @property
     def grammars(self) -> Grammars | None:
@@ -118,7 +120,7 @@ class AnswerMaker:
             output.answer = self._prepared(sequence)
         except ChatServerError as error:
             log.warning("an answer could not be prepared: %s", error)
-            self.lacking.append((sequence, str(error)))
+            self.lacking.append((sequence, failure_of(error)))
         except Exception:
             output.answer = None  # so the answer fails when its next token is drawn
             log.exception("failed to prepare an answer")

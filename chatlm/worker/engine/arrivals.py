@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence as Seq
 from concurrent.futures import Future
 from typing import Any, NamedTuple, TYPE_CHECKING
 
-from chatlm.common.errors import ChatServerError, error_text
+from chatlm.common.errors import error_text
 from chatlm.common.log import log
-from chatlm.worker.engine.drawn import failure_text
+from chatlm.common.messages.requests import Failed
+from chatlm.worker.engine.drawn import failure_of, failure_text
 from chatlm.worker.engine.part import LatePart, Part
 
 if TYPE_CHECKING:
@@ -25,37 +26,46 @@ class Arrival(NamedTuple):
 
 class Arrivals:
     """The sequences are queued, and sit out steps. A thread makes their parts; the parts see them in the
-    thread that computes, like any others."""
+    thread that computes, like any others. Those that come while a part is being made share what comes of it:
+    an import that takes long to fail is not tried again for each."""
 
     def __init__(self, thread: FairThread):
         self.thread = thread
         self.waiting: list[Arrival] = []
 
     def begin(self, sequence: Sequence, missing: Seq[LatePart[Any]]):
-        made = self.thread.submit(sequence.work.params.client, make_all, missing)
+        made = self._under_way(missing) or self.thread.submit(sequence.work.params.client, make_all, missing)
         arrival = Arrival(sequence, missing, made, Future())
         sequence.output.preparing = arrival.ready
         self.waiting.append(arrival)
+
+    def _under_way(self, missing: Seq[LatePart[Any]]) -> Future | None:
+        """The making of the same parts that others wait for."""
+        for arrival in self.waiting:
+            if arrival.missing == missing and not arrival.made.done():
+                return arrival.made
+        return None
 
     @property
     def preparing(self) -> list[Future]:
         return [arrival.made for arrival in self.waiting]
 
-    def arrived(self) -> Iterator[tuple[Sequence, str]]:
-        """The sequences whose parts have been made, once each, with why they cannot be computed; "" if they
-        can. Those that have ended meanwhile are left out."""
+    def arrived(self) -> Iterator[tuple[Sequence, Failed | None]]:
+        """The sequences whose parts have been made, once each, with what ends those that cannot be computed.
+        Those that have ended meanwhile are left out."""
         for arrival in [each for each in self.waiting if each.made.done()]:
             self.waiting.remove(arrival)
             if not arrival.sequence.finished:
                 arrival.ready.set_result(None)
-                yield arrival.sequence, self._fault(arrival)
+                yield arrival.sequence, self._failure(arrival)
 
-    def _fault(self, arrival: Arrival) -> str:
+    def _failure(self, arrival: Arrival) -> Failed | None:
         error = arrival.made.exception()
         if error:
             log.warning("an answer lacks a part of the engine: %s", error_text(error))
-            return str(error) if isinstance(error, ChatServerError) else failure_text(error)
-        return why_not([late.loaded for late in arrival.missing], arrival.sequence)
+            return failure_of(error)
+        fault = why_not([late.loaded for late in arrival.missing], arrival.sequence)
+        return Failed(fault) if fault else None
 
 
 def make_all(missing: Seq[LatePart[Any]]):

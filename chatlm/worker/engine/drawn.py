@@ -6,6 +6,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from chatlm.common.errors import ChatServerError, Overloaded
 from chatlm.common.log import log
 from chatlm.common.messages.requests import Ended, Failed, Piece
 from chatlm.worker.engine.drafts import NO_DRAFT
@@ -89,6 +90,13 @@ def answer_events(sequence: Sequence, answer: Answer, tokens: Seq[int], drawn: i
         return [piece]
     usage = replace(output.usage, reasoning_tokens=answer.reasoning_tokens, compute_s=output.compute_s)
     return [piece, Ended(answer.reason, answer.stop_reason, usage, output.queued_s or 0.0)]
+
+
+def failure_of(error: BaseException) -> Failed:
+    """What ends an answer that cannot be computed because of this."""
+    if isinstance(error, ChatServerError):
+        return Failed(str(error), unavailable=isinstance(error, Overloaded))
+    return Failed(failure_text(error))
 
 
 def failure_text(error: BaseException) -> str:

@@ -41,6 +41,6 @@ class FairThread:
         began_s = time.monotonic()
         try:
             future.set_result(work(*arguments))
-        except Exception as error:
+        except BaseException as error:  # whatever it is: somebody waits for the future
             future.set_exception(error)
         self.mean_s += 0.1 * (time.monotonic() - began_s - self.mean_s)

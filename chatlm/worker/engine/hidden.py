@@ -42,9 +42,16 @@ def hidden_rows(chunks: Seq[Chunk]) -> list[HiddenRows]:
     return needed
 
 
-def hand_over_hidden(hidden: Seq[HiddenRows], parts: Seq[Part], transformer: Transformer):
-    """Give the hidden states of a finished step to the parts, before the next step overwrites them."""
+def hand_over_hidden(hidden: Seq[HiddenRows], parts: Seq[Part], transformer: Transformer
+                     ) -> list[tuple[Sequence, Exception]]:
+    """Give the hidden states of a finished step to the parts, before the next step overwrites them. Returns
+    the sequences for which a part fails."""
+    failed: list[tuple[Sequence, Exception]] = []
     for sequence, first, count, rows in hidden:
         states = transformer.hidden_states(rows.start, rows.stop)
-        for part in parts:
-            part.read_hidden(sequence, first, count, states)
+        try:
+            for part in parts:
+                part.read_hidden(sequence, first, count, states)
+        except Exception as error:
+            failed.append((sequence, error))
+    return failed

@@ -15,6 +15,7 @@ import numpy
 
 from chatlm.worker.arrays.kinds import address_of, floats, joined, kind_of, zeros
 
+MAPPED_KINDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 TILE_ROWS = 16  # of decode_core's matrices: a rank has whole tiles
 
 
@@ -104,6 +105,10 @@ class MappedRows:
         self.kind = kind
         self.values = values
         advise((table,), "MADV_RANDOM")  # else the system reads 128 KiB around each row
+
+    @classmethod
+    def of_floats(cls, table: numpy.ndarray) -> MappedRows:
+        return cls(table, MAPPED_KINDS[kind_of(table)])
 
     @property
     def file_bytes(self) -> int:

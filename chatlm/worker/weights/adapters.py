@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import NamedTuple, NoReturn, TYPE_CHECKING
 import numpy
 
 from chatlm.common.errors import ConfigError, printable
-from chatlm.common.records import record
 from chatlm.worker.arrays import kinds
 from chatlm.worker.arrays.kinds import FLOATS, AdapterMatrix, as_kind, bits_of, contiguous, kind_of, zeros
 from chatlm.worker.model.tensors import Cut, Unread
@@ -22,27 +21,10 @@ from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.sources import file_shapes
 
 if TYPE_CHECKING:
-    from chatlm.worker.weights.lora import FileSlice
     from chatlm.worker.weights.rules import LoadedModel
-    from chatlm.worker.weights.sources import Sources
+    from chatlm.worker.weights.stored_model import Adaptable
 
 MERGE = "--lora merges it into the weights at load"
-
-
-@record
-class Adaptable:
-    """What is needed to fit adapters to a model. They use Hugging Face's names and order of rows; the model's
-    files may have others."""
-
-    names: tuple[str, ...]  # what the model is called
-    sources: Sources        # which rows of the files make each of our tensors
-    # Hugging Face's matrices -> where the files have their rows
-    slices: Callable[[], Mapping[str, list[FileSlice]]]
-    # (a file's matrix, its rows) -> the rows in our order
-    turned: Callable[[str, numpy.ndarray], numpy.ndarray]
-    ignored: dict[str, tuple[int, ...]]  # matrices that no layer reads; see unread_keys
-    first_layer: int = 0    # of a stage
-    tied: Sequence[str] = ()  # Hugging Face's names of an embedding and of the head that it is
 
 
 class Part(NamedTuple):
@@ -58,6 +40,7 @@ class AdapterReader:
     def __init__(self, model: LoadedModel, adaptable: Adaptable):
         """Keeps no tensor of the model, so that they can be read and dropped afterwards."""
         self.adaptable = adaptable
+        self.slices = adaptable.slices()
         first = adaptable.first_layer
         whole = model_of(model.spec).tensors()
         self.adapted = {name for name, tensor in whole.items() if tensor.adapted}
@@ -70,7 +53,7 @@ class AdapterReader:
     def read(self, folder: Path) -> dict[str, AdapterMatrix]:
         """Our matrices' names -> what the adapter adds to their products. ConfigError for an adapter that can
         only be merged."""
-        slices = self.adaptable.slices()
+        slices = self.slices
         unread = self.adaptable.ignored
         shapes = file_shapes(self.adaptable.sources) | unread
         whole = whole_shapes(shapes, slices)

@@ -13,30 +13,22 @@ import numpy
 from chatlm.common.errors import ConfigError
 from chatlm.common.records import record
 from chatlm.worker.arrays.gguf_types import block_of
-from chatlm.worker.arrays.kinds import as_kind, contiguous, item_bytes, joined, kind_of
+from chatlm.worker.arrays.kinds import as_kind, contiguous, item_bytes, joined
 from chatlm.worker.arrays.packed import dequantized
 from chatlm.worker.model.tensors import TILE_ROWS, Cut, MappedRows, Unread
 from chatlm.worker.weights.finite import refuse_faults
 from chatlm.worker.weights.mxfp4 import Mxfp4
 from chatlm.worker.weights.packed_layouts import NotExact, PackedWeight
 from chatlm.worker.weights.packed_rows import cut_stored, divides_blocks, in_narrow_blocks
+from chatlm.worker.weights.sources import of_rows
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.worker.weights.sources import Sources
-
-MAPPED_KINDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-
-
-Made = Callable[[numpy.ndarray], numpy.ndarray]
+    from chatlm.worker.weights.sources import Made, Sources
 
 
 def unchanged(name: str, tensor: Any) -> Any:
     return tensor
-
-
-def of_rows(ours: str) -> Made | None:
-    return None
 
 
 @record
@@ -71,7 +63,7 @@ class ArrayTensors:
         if isinstance(table, PackedWeight):
             raise ConfigError(f"{self.path}: {name} is packed; it must be float32, float16 or bfloat16, "
                               "because its rows are read from the file")
-        return mapped_rows(table)
+        return MappedRows.of_floats(table)
 
     def unread(self, shape: tuple[int, ...], theirs: Mapping[str, tuple[int, ...]],
                made_by: Made | None) -> Unread:
@@ -151,7 +143,3 @@ def tile_bytes(parts: Seq[Any]) -> int:
         columns, size = block_of(part.layout.kind)
         total += part.shape[0] * part.shape[1] // columns * size
     return total
-
-
-def mapped_rows(table: numpy.ndarray) -> MappedRows:
-    return MappedRows(table, MAPPED_KINDS[kind_of(table)])

@@ -14,7 +14,6 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.records import record
 from chatlm.worker.arrays.kinds import address_of, kind_of
 from chatlm.worker.weights.array_tensors import ArrayTensors
-from chatlm.worker.weights.lora import FileSlice
 from chatlm.worker.weights.rules import check_bytes, float_type
 from chatlm.worker.weights.sources import file_shapes
 from chatlm.worker.weights.stored_model import AdapterTargets, Purpose, Report, Storage, with_head_of
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource, TextSpec
     from chatlm.worker.model.kernels import Backend
     from chatlm.worker.model.tensors import MappedRows, Unread
-    from chatlm.worker.weights.lora import Change, Copy
+    from chatlm.worker.weights.lora import Change, Copy, FileSlice
     from chatlm.worker.weights.recipe import ModelSpec
     from chatlm.worker.weights.sources import Sources
     from chatlm.worker.weights.vocabulary import Vocabulary
@@ -98,6 +97,7 @@ class CheckpointModel:
 
 def whole_tensors(sources: Sources, adapter_names: AdapterNames) -> dict[str, list[FileSlice]]:
     """Each of an adapter's matrices is a whole one of the checkpoint."""
+    from chatlm.worker.weights.lora import FileSlice
     return {called: [FileSlice(name)] for name, shape in file_shapes(sources).items()
             for called in adapter_names(name, shape)}
 

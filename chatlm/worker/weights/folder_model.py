@@ -16,20 +16,20 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.kinds import floats, item_bytes, kind_of
 from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
 from chatlm.worker.model.tensors import TILE_ROWS
-from chatlm.worker.weights import rerankers
-from chatlm.worker.weights.array_tensors import ArrayTensors, of_rows
+from chatlm.worker.weights.array_tensors import ArrayTensors
+from chatlm.worker.weights.classifiers import SCORE
 from chatlm.worker.weights.embedders import folder_embedder
 from chatlm.worker.weights.families import FAMILIES
 from chatlm.worker.weights.family import draft_layers, is_one_more
 from chatlm.worker.weights.fp8 import fp8_block, unscaled
 from chatlm.worker.weights.huggingface import described_spec, hf_text
-from chatlm.worker.weights.lora import FileSlice, fused_slices
 from chatlm.worker.weights.mxfp4 import Mxfp4
 from chatlm.worker.weights.packed_layouts import NotExact, PackedWeight
 from chatlm.worker.weights.quantization import origin_of, without_zero_biases
 from chatlm.worker.weights.rules import float_type, own_sampling, read_json
 from chatlm.worker.weights.safetensors_folder import read_safetensors
-from chatlm.worker.weights.sources import file_shapes, tensor_sources, unread_keys, without_shared
+from chatlm.worker.weights.sources import (
+    file_shapes, of_rows, tensor_sources, unread_keys, without_shared)
 from chatlm.worker.weights.stored_model import AdapterTargets, Purpose, Report, Storage, with_head_of
 from chatlm.worker.weights.tied_heads import Pair, head_of_folder
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from chatlm.worker.model.kernels import Backend
     from chatlm.worker.model.tensors import MappedRows, Unread
     from chatlm.worker.weights.family import Family
-    from chatlm.worker.weights.lora import Change, Copy
+    from chatlm.worker.weights.lora import Change, Copy, FileSlice
     from chatlm.worker.weights.recipe import ModelSpec
     from chatlm.worker.weights.sources import Sources
     from chatlm.worker.weights.vocabulary import Vocabulary
@@ -83,8 +83,10 @@ def folder_model(source: ModelSource, config: FolderConfig, state: dict[str, Any
     called = names_of_folder(source, config.raw)
     head_name = row.all_tensors["head"][0]
     has_head = config.spec.of_texts or head_name in state
-    score = rerankers.score_of(
-        source.path, config.raw, family, called, state.pop(rerankers.SCORE, None), has_head)
+    score = state.pop(SCORE, None)
+    if score is not None:
+        from chatlm.worker.weights.rerankers import score_of
+        score = score_of(source.path, config.raw, family, called, score, has_head)
     embeds = config.spec.of_texts or (source.path / "modules.json").exists()
     spec = config.spec
     if not has_head and (score is not None or embeds):
@@ -224,10 +226,14 @@ class FolderModel:
         return self.restyled(hf_text(self.source.path, self.spec.vocab_size)), None
 
     def purpose(self, text: TextSpec) -> Purpose:
-        text, ranking = rerankers.of_folder(self.source.path, self.config.raw, self.family, self.called,
-                                            self.spec, text, self.state, self.score)
-        if ranking is not None or not self.embeds:
-            return Purpose(text, ranking=ranking)
+        if self.row.has_rerankers:
+            from chatlm.worker.weights.rerankers import of_folder
+            text, ranking = of_folder(self.source.path, self.config.raw, self.called, self.spec, text,
+                                      self.state, self.score)
+            if ranking is not None:
+                return Purpose(text, ranking=ranking)
+        if not self.embeds:
+            return Purpose(text)
         pipeline = getattr(open_tokenizer(text), "pipeline")
         embedder, head = folder_embedder(self.source.path, pipeline, self.family, self.spec, self.called)
         if self.spec.of_texts:
@@ -271,6 +277,7 @@ def blocks_in(state: Mapping[str, Any]) -> Iterator[int]:
 def folder_slices(row: Family, spec: ModelSpec, sources: Sources) -> dict[str, list[FileSlice]]:
     """By adapters' names, the matrices and vectors of a folder that they may change. A table that stays in
     its file is none, and neither are the matrices of all experts in one tensor."""
+    from chatlm.worker.weights.lora import FileSlice, fused_slices
     mapped = sources.get("layer_embed", ((), ()))[1]
     shapes = {name: shape for name, shape in file_shapes(sources).items()
               if len(shape) < 3 and name not in mapped} | unread_keys(spec)

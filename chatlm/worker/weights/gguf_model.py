@@ -4,42 +4,36 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence as Seq
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, TYPE_CHECKING
 
-import numpy
-
 from chatlm.common.records import record
 from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
-from chatlm.worker.model.blocks.mixers import DeltaRule
 from chatlm.worker.model.head import Head
 from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.weights.embedders import CLASSES, gguf_embedder, pooling_of_gguf
 from chatlm.worker.weights.factors import with_factors
 from chatlm.worker.weights.families import FAMILIES
-from chatlm.worker.weights.family import is_one_more
-from chatlm.worker.weights.array_tensors import of_rows
 from chatlm.worker.weights.file_types import quantization_of
 from chatlm.worker.weights.gguf import gguf_spec, gguf_texts
 from chatlm.worker.weights.gguf_file import ROPE_TENSORS, check_gguf_types, read_gguf
 from chatlm.worker.weights.gguf_tensors import GgufTensors, details_of, file_shape, growth
-from chatlm.worker.weights.lora import FileSlice, fused_slices
-from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.packed_rows import packed_together
 from chatlm.worker.weights.rules import own_sampling
-from chatlm.worker.weights.sources import KV_UP, file_shapes, unread_keys, without_shared
+from chatlm.worker.weights.sources import of_rows, without_shared
 from chatlm.worker.weights.stored_model import AdapterTargets, Purpose, Report, Storage, with_head_of
 from chatlm.worker.weights.tied_heads import Pair
 
 if TYPE_CHECKING:
+    import numpy
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource, TextSpec
     from chatlm.worker.model.kernels import Backend
     from chatlm.worker.model.tensors import MappedRows, Unread
     from chatlm.worker.weights.family import Family
-    from chatlm.worker.weights.lora import Change, Copy
+    from chatlm.worker.weights.lora import Change, Copy, FileSlice
     from chatlm.worker.weights.recipe import ModelSpec
     from chatlm.worker.weights.sources import Sources
     from chatlm.worker.weights.stored_model import StoredModel
@@ -136,9 +130,16 @@ class GgufModel:
         return Storage(backend, None, backend.as_stored)
 
     def targets(self, sources: Sources) -> AdapterTargets:
-        slices = partial(gguf_slices, self.row, self.spec, self.table, sources)
-        turned = partial(in_our_order, self.pairs if self.row.interleaved else None)
-        return AdapterTargets(slices, turned, Pair.in_adapters(self.row, self.spec))
+        row = self.row
+        spec = self.spec
+        table = self.table
+
+        def slices() -> dict[str, list[FileSlice]]:
+            from chatlm.worker.weights.gguf_slices import gguf_slices
+            return gguf_slices(row, spec, table, sources)
+
+        turned = partial(in_our_order, self.pairs if row.interleaved else None)
+        return AdapterTargets(slices, turned, Pair.in_adapters(row, spec))
 
     def with_own_head(self) -> GgufModel:
         pair = Pair.of(self.table)
@@ -214,69 +215,3 @@ class GgufModel:
 def in_our_order(pairs: RopePairs | None, name: str, rows: numpy.ndarray) -> numpy.ndarray:
     """The rows of what an adapter changes in a file's matrix."""
     return unpermute_rope(rows, pairs if re.search(r"attn_[qk](_norm)?\.", name) else None)
-
-
-def gguf_slices(row: Family, spec: ModelSpec, table: Mapping[str, tuple[str, ...]],
-                sources: Sources) -> dict[str, list[FileSlice]]:
-    """By adapters' names, where a GGUF file stores the matrices of the model's folder; `table` has the names
-    in the file."""
-    layers = model_of(spec).layers
-    slices = {name: [FileSlice(name)] for name in unread_keys(spec)}
-    shapes = file_shapes(sources)
-    for ours in sources:
-        layer, _, part = ours.rpartition(".")
-        if part == "layer_embed":  # it stays in its file
-            continue
-        theirs = names_of(row.all_tensors, part, layer)
-        own = names_of(table, part, layer)
-        if part in KV_UP and table["k_up"] != table["v_up"]:  # the folder has them in one matrix
-            from chatlm.worker.weights.latents import made_by, shape_of_both
-            slices.setdefault(theirs[0], []).append(
-                FileSlice(own[0], made_by=made_by(spec, ours), whole=shape_of_both(spec, ours)))
-            continue
-        mixer = layers[int(layer)].mixer if layer else None
-        if isinstance(mixer, DeltaRule) and part in ("mix_in", "mix_out"):
-            slices |= linear_slices(mixer, theirs, own)
-            continue
-        for name, at in zip(theirs, own):
-            shape = shapes.get(at, ())
-            rows = slice(None)
-            if row.ordered and at in shapes:
-                rows = row.ordered(spec, name, numpy.arange(shape[0]))
-            if len(shape) == 2:
-                slices[name] = [FileSlice(at, rows)]
-            if is_norm(part, shape):
-                slices[name] = [FileSlice(at, plus=float(is_one_more(row, name)))]
-    slices = fused_slices(slices, shapes, row.fused, spec.layers)
-    return row.named_by_adapters(spec, slices)
-
-
-def names_of(table: Mapping[str, tuple[str, ...]], part: str, layer: str) -> list[str]:
-    """The tensors that a part of a layer is made of; none of experts, which adapters cannot change here."""
-    return [name.format(layer) for name in table.get(part, ()) if "expert" not in part]
-
-
-def is_norm(part: str, shape: tuple[int, ...]) -> bool:
-    """Is our tensor a norm's weight or bias, which a GGUF file has in the folder's order?"""
-    return len(shape) == 1 and part.removesuffix("_bias").endswith("norm")
-
-
-def linear_slices(mixer: DeltaRule, theirs: Seq[str], own: Seq[str]) -> dict[str, list[FileSlice]]:
-    """Where a GGUF file stores a folder's linear attention matrices: Qwen3.5's value heads are in another
-    order there, and Qwen3-Next's rows are not grouped by key head."""
-    Hk = mixer.key_heads
-    D = mixer.key_size
-    Dv = mixer.value_size
-    r = mixer.value_heads // mixer.key_heads
-    p, z, *_ = mixer.parts
-    if mixer.gates_by_key and len(own) > len(theirs):
-        *qkv, gates = numpy.split(numpy.arange(p + z).reshape(Hk, -1), (D, 2 * D, 2 * D + r * Dv), 1)
-        rows = numpy.concatenate([part.flatten() for part in qkv]), gates.flatten()
-        return {theirs[0]: [*map(FileSlice, own, rows)], theirs[1]: [FileSlice(own[2])]}
-    heads = numpy.arange(Hk * r)
-    heads = heads.reshape(Hk, r).T.flatten() if mixer.alternating else heads
-    values = (heads[:, None] * Dv + numpy.arange(Dv)).flatten()
-    if len(own) == 1:
-        return {theirs[0]: [FileSlice(own[0], columns=values)]}
-    rows = numpy.concatenate((numpy.arange(p - z), p - z + values)), values, heads, heads
-    return {name: [file_slice] for name, file_slice in zip(theirs, map(FileSlice, own, rows))}

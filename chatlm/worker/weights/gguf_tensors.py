@@ -20,14 +20,14 @@ from chatlm.worker.arrays.gguf_types import TYPES, GgufType, block_of
 from chatlm.worker.arrays.kinds import as_kind, contiguous, floats, item_bytes, joined
 from chatlm.worker.arrays.packed import RopePairs, dequantize, dequantized, unpermute_rope
 from chatlm.worker.model.tensors import Cut, MappedRows, Unread
-from chatlm.worker.weights.array_tensors import Made, mapped_rows, of_rows
 from chatlm.worker.weights.finite import refuse_faults
 from chatlm.worker.weights.packed_rows import as_rows, cut_stored
+from chatlm.worker.weights.sources import of_rows
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.worker.weights.lora import Change, Copy
-    from chatlm.worker.weights.sources import Sources
+    from chatlm.worker.weights.sources import Made, Sources
     from chatlm.worker.weights.stored_model import Storage
 
 FLOAT_TYPES = ("F32", "F16", "BF16")
@@ -128,7 +128,7 @@ def mapped_table(tensor) -> MappedRows:
     table = numpy.asarray(tensor.data)
     gguf_type = tensor.tensor_type
     if gguf_type.name in FLOAT_TYPES:
-        return mapped_rows(dequantize(gguf_type, table))
+        return MappedRows.of_floats(dequantize(gguf_type, table))
     return MappedRows(table, gguf_type.name.lower(),
                       lambda rows: floats(dequantize(gguf_type, rows)).reshape(len(rows), -1))
 

@@ -13,7 +13,7 @@ from chatlm.common.jsontext import whole_unicode
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.formats import template_of
 from chatlm.common.text.load import open_tokenizer
-from chatlm.worker.weights import rerankers
+from chatlm.worker.weights.classifiers import refuse_classifier
 from chatlm.worker.weights.configs import HF_KEYS, complete_heads, family_config, family_spec
 from chatlm.worker.weights.families import FAMILIES
 from chatlm.worker.weights.folder_tokenizers import folder_tokenizer
@@ -94,7 +94,7 @@ def described_spec(path: Path, raw: dict, context: int | None) -> tuple[str, Mod
     spec = family_spec(path, family, config, hf_rope(path, family, config, context))
     spec = FAMILIES[family].with_own_blocks(path, config, spec)
     if not spec.of_texts:
-        rerankers.refuse_classifier(path, raw, family)
+        refuse_classifier(path, raw, family)
     return family, spec
 
 

@@ -15,11 +15,10 @@ from chatlm.common.hub.stamps import mmproj_of
 from chatlm.common.log import log
 from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.model.kernels import choose_backend
-from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.rules import LoadedModel, check_rotary_memory
 from chatlm.worker.weights.sources import check_names_and_shapes, tensor_sources, unread_keys
-from chatlm.worker.weights.tied_heads import merge_adapters
+from chatlm.worker.weights.stored_model import Adaptable, Merged
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -75,6 +74,17 @@ def name_tensors(stored: StoredModel) -> Sources:
     sources = tensor_sources(stored.spec, stored.table, stored.vocabulary_rows)
     check_names_and_shapes(stored.source.path, stored.shapes(), sources)
     return sources
+
+
+def merge_adapters(settings: Settings, stored: StoredModel, sources: Sources) -> Merged:
+    """Read the adapters of --lora. Where they make a tied head and the embedding different matrices, the
+    model gets a head of its own, which in the files is still the embedding."""
+    targets = stored.targets(sources)
+    tied = targets.tied if stored.spec.tied_head else ()
+    if not settings.lora:
+        return Merged(stored, sources, {}, "", tied)
+    from chatlm.worker.weights.merging import merge
+    return merge(settings, stored, sources, targets, tied)
 
 
 def draft_head_of(settings: Settings, path: Path, make: Callable[[], LoadedModel | None]

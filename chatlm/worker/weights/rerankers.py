@@ -19,6 +19,7 @@ from chatlm.common.messages.requests import Embedder
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.kinds import floats
 from chatlm.worker.arrays.packed import dequantize
+from chatlm.worker.weights.classifiers import CANNOT, CLASSIFIERS, SCORE, architectures_of
 from chatlm.worker.weights.embedders import CLASSES, WEB_SEARCH, pooling_of_gguf
 from chatlm.worker.weights.families import FAMILIES
 
@@ -34,35 +35,14 @@ PROMPT = (
     f'<Instruct>: {WEB_SEARCH}\n<Query>: {{query}}\n<Document>: {{document}}<|im_end|>\n'
     '<|im_start|>assistant\n<think>\n\n</think>\n\n')
 TEMPLATE = re.compile(r"[^{}]*\{query\}[^{}]*\{document\}[^{}]*")
-SCORE = "score.weight"  # a folder's single row
-# architectures of a config.json whose models score or label texts, and write none
-CLASSIFIERS = re.compile(r"For(Sequence|Token)Classification|ForQuestionAnswering|ForMultipleChoice|Reward")
 REWARDS = re.compile("reward", re.IGNORECASE)
-CANNOT = ("such a model scores or labels texts and writes none; of causal models this server ranks with "
-          "Qwen3-Reranker alone")
-
-
-def refuse_classifier(path: Path, config: Mapping, family: str):
-    """ConfigError for a config.json of a causal model that classifies or gives rewards: no matrix of it makes
-    tokens."""
-    for name in architectures_of(config):
-        may_rank = FAMILIES[family].has_rerankers and name.endswith("ForSequenceClassification")
-        if CLASSIFIERS.search(name) and not may_rank:
-            raise ConfigError(f"{path}: architectures is {shown(name)}; {CANNOT}")
-
-
-def architectures_of(config: Mapping) -> list[str]:
-    names = config.get("architectures")
-    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def score_of(folder: Path, config: Mapping, family: str, names: Seq[str], score: Any, has_head: bool) -> Any:
-    """A folder's tensor SCORE, if that is what the model ranks by; None of a model that chats. ConfigError of
-    any other.
+    """A folder's tensor SCORE, `score`, if that is what the model ranks by; None of a model that chats.
+    ConfigError of any other.
 
     `has_head`: there is a matrix that makes tokens."""
-    if score is None:
-        return None
     architectures = architectures_of(config)
     classifies = any(map(CLASSIFIERS.search, architectures))
     if not classifies and (has_head or architectures):
@@ -75,13 +55,13 @@ def score_of(folder: Path, config: Mapping, family: str, names: Seq[str], score:
     return score
 
 
-def of_folder(folder: Path, config: Mapping, family: str, names: Seq[str], spec: ModelSpec, text: TextSpec,
+def of_folder(folder: Path, config: Mapping, names: Seq[str], spec: ModelSpec, text: TextSpec,
               state: Mapping[str, Any], score: Any) -> tuple[TextSpec, numpy.ndarray | None]:
     """The text of a folder's reranker, and the row (C,) that makes a score of a hidden state; the text and
-    None of any other model. `score`: its tensor SCORE, if it has one. ConfigError if it ranks in another
-    way."""
+    None of another model of a family that has rerankers. `score`: its tensor SCORE, if it has one.
+    ConfigError if it ranks in another way."""
     stated = score is not None or config.get("classifier_from_token")
-    if not FAMILIES[family].has_rerankers or not (stated or any(map(NAMED.search, names))):
+    if not (stated or any(map(NAMED.search, names))):
         return text, None
     path = folder / "config.json"
     if score is None:

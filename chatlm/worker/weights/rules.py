@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.model.tensors import MappedRows, Unread
     from chatlm.worker.model.tower import Eyes
-    from chatlm.worker.weights.adapters import Adaptable
+    from chatlm.worker.weights.stored_model import Adaptable
     from chatlm.worker.weights.recipe import ModelSpec
     from chatlm.worker.weights.vocabulary import Vocabulary
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
@@ -14,15 +14,22 @@ from chatlm.worker.model.blocks.mla import Mla
 from chatlm.worker.weights.model_of import model_of
 
 if TYPE_CHECKING:
+    import numpy
     from chatlm.worker.model.blocks.step import Block
     from chatlm.worker.weights.recipe import ModelSpec
 
 # our tensor -> (its shape, {the files' tensors whose rows it is made of: their shapes})
 Sources = dict[str, tuple[tuple[int, ...], dict[str, tuple[int, ...]]]]
+Made = Callable[["numpy.ndarray"], "numpy.ndarray"]  # a file's tensor, or some of its rows, becomes ours
 MOST_PROBLEMS = 20  # that an error names
 OF_VOCABULARY = ("embed", "head", "value_embed", "layer_embed")  # a row for each token
 HALVES = ("gate_up", "gate_up_bias", "shared_gate_up")
 KV_UP = ("k_up", "v_up")  # of latents
+
+
+def of_rows(ours: str) -> Made | None:
+    """What makes one of our tensors, if it is not just rows of the file's."""
+    return None
 
 
 def file_shapes(sources: Sources) -> dict[str, tuple[int, ...]]:

@@ -4,7 +4,7 @@ docs/loading.md tells the whole story; `load` is its code."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence as Seq
 from dataclasses import field
 from typing import Any, NamedTuple, Protocol, TYPE_CHECKING
 
@@ -43,6 +43,22 @@ class AdapterTargets(NamedTuple):
     slices: Callable[[], dict[str, list[FileSlice]]]       # by the names that adapters use
     turned: Callable[[str, numpy.ndarray], numpy.ndarray]  # the rows of a file's matrix in our order
     tied: Pair                                             # adapters' names of the embedding and the head
+
+
+@record
+class Adaptable:
+    """What is needed to fit adapters to a model. They use Hugging Face's names and order of rows; the model's
+    files may have others."""
+
+    names: tuple[str, ...]  # what the model is called
+    sources: Sources        # which rows of the files make each of our tensors
+    # Hugging Face's matrices -> where the files have their rows
+    slices: Callable[[], Mapping[str, list[FileSlice]]]
+    # (a file's matrix, its rows) -> the rows in our order
+    turned: Callable[[str, numpy.ndarray], numpy.ndarray]
+    ignored: dict[str, tuple[int, ...]]  # matrices that no layer reads; see unread_keys
+    first_layer: int = 0    # of a stage
+    tied: Seq[str] = ()  # Hugging Face's names of an embedding and of the head that it is
 
 
 class Purpose(NamedTuple):
@@ -128,6 +144,16 @@ class StoredModel(Protocol):
 
     def report(self, sources: Sources, tensors: Mapping[str, Unread | MappedRows],
                storage: Storage) -> Report: ...
+
+
+class Merged(NamedTuple):
+    """A model in its files once adapters are merged into it."""
+
+    stored: StoredModel
+    sources: Sources
+    added: dict[str, list[Change | Copy]]  # what changes in each of the files' tensors
+    described: str
+    tied: Seq[str]  # Hugging Face's names of an embedding and of the head that it still is
 
 
 def with_head_of(tensors: Mapping[str, Any], pair: Pair) -> dict[str, Any]:

@@ -1,5 +1,4 @@
-"""Models whose output matrix is the embedding: files that have one of the two or both, and adapters that
-change only one of them."""
+"""Models whose output matrix is the embedding: files that have one of the two or both."""
 
 from __future__ import annotations
 
@@ -12,15 +11,10 @@ import numpy
 
 from chatlm.common.log import log
 from chatlm.worker.arrays.kinds import floats
-from chatlm.worker.weights.lora import Change, Copy, FileSlice, read_adapters
-from chatlm.worker.weights.sources import file_shapes, unread_keys
 
 if TYPE_CHECKING:
-    from chatlm.common.config import Settings
     from chatlm.worker.weights.family import Family
     from chatlm.worker.weights.recipe import ModelSpec
-    from chatlm.worker.weights.sources import Sources
-    from chatlm.worker.weights.stored_model import StoredModel
 
 COMPARED_ROWS = 1024  # at a time: a float32 copy of all would take gigabytes
 
@@ -82,48 +76,3 @@ def equal(one: Any, other: Any) -> bool:
         if not numpy.array_equal(floats(one[rows]), floats(other[rows])):
             return False
     return True
-
-
-class Merged(NamedTuple):
-    """A model in its files once adapters are merged into it."""
-
-    stored: StoredModel
-    sources: Sources
-    added: dict[str, list[Change | Copy]]  # what changes in each of the files' tensors
-    described: str
-    tied: Seq[str]  # Hugging Face's names of an embedding and of the head that it still is
-
-
-def merge_adapters(settings: Settings, stored: StoredModel, sources: Sources) -> Merged:
-    """Read the adapters of --lora. Where they make a tied head and the embedding different matrices, the
-    model gets a head of its own, which in the files is still the embedding."""
-    targets = stored.targets(sources)
-    tied = targets.tied if stored.spec.tied_head else ()
-    if not settings.lora:
-        return Merged(stored, sources, {}, "", tied)
-    shapes = file_shapes(sources) | unread_keys(stored.spec)
-    slices = targets.slices()
-    if not tied:
-        return Merged(stored, sources, *read_adapters(settings, shapes, slices, stored.names), tied)
-    pair = Pair.of(stored.table)
-    shapes[pair.head] = shapes[pair.embed]
-    slices[targets.tied.head] = [FileSlice(pair.head)]
-    added, described = read_adapters(settings, shapes, slices, stored.names, tied)
-    if not divided_by(added, pair):
-        return Merged(stored, sources, added, described, tied)
-    shape, in_file = sources["embed"]
-    sources = {**sources, "head": (shape, {pair.head: in_file[pair.embed]})}
-    return Merged(stored.with_own_head(), sources, added, described, ())
-
-
-def divided_by(added: dict[str, list[Change | Copy]], pair: Pair) -> bool:
-    """Do adapters make the head and the embedding different matrices? If not, `added` has for the embedding
-    what both become."""
-    both = added.get(pair.embed, []), added.get(pair.head, [])
-    copies = [change for changes in both for change in changes if isinstance(change, Copy)]
-    if any(isinstance(change, Change) for changes in both for change in changes) or len(copies) == 1:
-        return True
-    if copies and not equal(copies[0].weight, copies[1].weight):
-        return True
-    added.pop(pair.head, None)
-    return False

@@ -14,7 +14,7 @@ from chatlm.front.intake.arrival import Caller
 from chatlm.front.intake.intake import Intake
 from chatlm.front.intake.tasks import NumberedLine
 from chatlm.front.pool.catalogue import Catalogue
-from chatlm.front.pool.many import ManyModels
+from chatlm.front.pool.many import many_models
 from chatlm.front.pool.pool import make_pool
 from fake_pool import serving
 
@@ -201,13 +201,13 @@ async def test_lines_of_batches_are_not_refused_meanwhile():
 async def test_a_model_that_is_not_found_yet_may_be_there(nanochat_fixtures):
     """Several models are found one after the other."""
     settings = Settings(several=(ModelChoice(str(nanochat_fixtures / "gen5"), "one"),))
-    models = ManyModels(settings)
+    models = many_models(settings)
     body = {"messages": SAID, "tools": [TOOL]}
     async with serving(models, settings) as url, aiohttp.ClientSession() as http:
         for name in "one", "two", "", "default", None:
             async with http.post(url + "/v1/chat/completions", json=body | {"model": name}) as response:
                 assert response.status == 503 and response.headers["Retry-After"], await response.text()
-        models.became_ready.set()
+        models.source.became_ready.set()
         async with http.post(url + "/v1/chat/completions", json=body | {"model": "two"}) as response:
             assert response.status == 404
     await asyncio.wait_for(models.close(), 20)

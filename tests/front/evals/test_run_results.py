@@ -185,10 +185,10 @@ async def test_a_full_results_folder_costs_one_warning(
         models = await watching(run_folder, **flags)
         async with serving(models, models.settings) as url:
             await until(lambda: all_known(models, 2))
-            assert not models.watches[0].work.failed
+            assert not models.source.watches[0].work.failed
             warnings = [line for line in caplog.messages if "results stay in memory" in line]
             assert len(warnings) == 1 and ("Read-only" in warnings[0] or "space" in warnings[0] or "only" in warnings[0])
-            results = models.watches[0].work.results
+            results = models.source.watches[0].work.results
             assert results.unwritten
             if options == "ro":
                 subprocess.run(["mount", "-o", "remount,rw", folder], check=True)
@@ -228,12 +228,12 @@ async def test_a_server_shows_what_another_has_found(run_folder, watching, tmp_p
     flags = asked(tmp_path)
     waiting = await watching(run_folder, **flags)
     list(training)
-    waiting.watches[0].work._may_load = lambda model: False
+    waiting.source.watches[0].work._may_load = lambda model: False
     await until(lambda: waiting.registry.models)
     models = await watching(run_folder, **flags)
     await until(lambda: all_known(models, 1))
     with computing_nothing():
-        del waiting.watches[0].work._may_load
+        del waiting.source.watches[0].work._may_load
         await until(lambda: all_known(waiting, 1))
 
 

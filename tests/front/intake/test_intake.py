@@ -164,7 +164,7 @@ async def test_a_wrong_front_gets_no_other_client_s_body(models, intake, caplog)
     """The guard: the process looks at the ticket itself. Here the front thinks that it has the first body,
     though the second came after it."""
     first, second = (json.dumps({"content": f"{word} {LARGE}"}).encode() for word in ("first", "second"))
-    sandbox = models.find("").pool.admission.sandboxes["bodies"].sandbox
+    sandbox = models.find("").pool.admission.sandboxes["bodies"]
     with holding_of(intake) as holding:
         async with (intake.opened(caller_of("/tokenize", "a"), first) as one,
                     intake.opened(caller_of("/tokenize", "b"), second)):
@@ -177,7 +177,7 @@ async def test_a_wrong_front_gets_no_other_client_s_body(models, intake, caplog)
 @pytest.mark.parametrize("model, fails", [("one", False), ("nobody", True)])
 async def test_a_body_is_forgotten_once_read(models, intake, crossings, model, fails):
     """One whose model is not there is forgotten too."""
-    sandbox = models.find("").pool.admission.sandboxes["bodies"].sandbox
+    sandbox = models.find("").pool.admission.sandboxes["bodies"]
     if fails:
         with pytest.raises(RequestError):
             await tokens_of(intake, LARGE, model)
@@ -217,7 +217,7 @@ async def test_a_replaced_body_is_not_forgotten_again(models, intake, crossings)
 
 async def test_a_process_dying_after_open_costs_nothing(models, intake, crossings):
     """It dies between open and read."""
-    sandbox = models.find("").pool.admission.sandboxes["bodies"].sandbox
+    sandbox = models.find("").pool.admission.sandboxes["bodies"]
     with holding_of(intake) as holding:
         async with intake.opened(caller_of("/tokenize"), json.dumps({"content": LARGE}).encode()) as arrival:
             pid = sandbox.process.pid

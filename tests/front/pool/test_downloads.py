@@ -33,7 +33,7 @@ class Shelf:
     """A catalogue that only notes what it is given."""
 
     def __init__(self):
-        self.taken, self.left = [], []
+        self.taken, self.left, self.source = [], [], self
 
     async def take_in(self, name, path, aliases=()):
         self.taken.append((name, path, tuple(aliases)))

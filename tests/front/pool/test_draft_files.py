@@ -10,7 +10,7 @@ import pytest
 
 from chatlm.common.config import ModelChoice, Settings
 from chatlm.common.errors import ConfigError
-from chatlm.front.pool.many import ManyModels
+from chatlm.front.pool.many import many_models
 from chatlm.front.pool.pool import make_pool
 from asking import ask, served, text_of
 from families import make_model, save
@@ -210,7 +210,7 @@ async def test_later_starts_go_on_without_drafts_too(start, draft, text, trained
 async def several(model, draft, text, trained, started, tmp_path, monkeypatch):
     monkeypatch.setenv("STRUCK", str(tmp_path))
     choices = ModelChoice(str(model), "one"), ModelChoice(str(trained[1]), "two")
-    return await started(ManyModels(Settings(several=choices, draft_model=str(draft), draft_text=(str(text),), **TINY), DYING))
+    return await started(many_models(Settings(several=choices, draft_model=str(draft), draft_text=(str(text),), **TINY), DYING))
 
 
 @pytest.mark.parametrize("change", by_day([removed, another_training], another_training))

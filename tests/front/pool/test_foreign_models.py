@@ -15,7 +15,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.protocol import SurveyConfig
 from chatlm.common.processes.start import PROCESS_COMMAND, patient
-from chatlm.front.pool.many import FolderWatch, ManyModels
+from chatlm.front.pool.many import FolderWatch, many_models
 from chatlm.front.pool.sightings import Sightings
 from chatlm.front.pool.survey import Survey
 from fake_pool import serving
@@ -176,7 +176,7 @@ async def test_hostile_models_keep_none_from_being_served(started, client, llama
     folder.mkdir()
     hostile_models(folder, llama)
     write_gguf(folder / "tiny.gguf", random_llama(), LLAMA_NUMBERS)
-    models = await started(ManyModels(Settings(models=str(folder), **TINY), DYING))
+    models = await started(many_models(Settings(models=str(folder), **TINY), DYING))
     body = {"prompt": "hello", "max_tokens": 2}
     async with serving(models, models.settings) as url:
         async with client.post(url + "/v1/completions", json=body | {"model": "tiny"}) as response:

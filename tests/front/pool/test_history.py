@@ -20,7 +20,7 @@ from chatlm.common.config import Settings
 from chatlm.front.evals.step_work import StepWork
 from chatlm.front.pool.adapters import AdapterWatch
 from chatlm.front.pool.folder_watch import FolderWatch
-from chatlm.front.pool.many import ManyModels
+from chatlm.front.pool.many import many_models
 from chatlm.front.pool.residency import Residency
 from chatlm.front.pool.run_watch import RunWatch
 from fake_pool import serving
@@ -94,7 +94,7 @@ def history(monkeypatch, tmp_path, client, started, caplog):
         handler.emit = lambda record: lines.append(record.getMessage())
         logging.getLogger().addHandler(handler)
         try:
-            models = await started(ManyModels(Settings(**TINY | settings), DYING, StepWork))
+            models = await started(many_models(Settings(**TINY | settings), DYING, StepWork))
             async with serving(models, models.settings) as url:
                 seen = History(client, url, tmp_path, lines)
                 await scene(seen)

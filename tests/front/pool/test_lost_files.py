@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from chatlm.common.config import ModelChoice, Settings
-from chatlm.front.pool.many import ManyModels
+from chatlm.front.pool.many import many_models
 from chatlm.front.pool.pool import make_pool
 from asking import served
 from families import make_model, save
@@ -117,7 +117,7 @@ async def test_a_lost_file_ends_each_request_and_is_logged(
     if several:
         one = ModelChoice(given.settings.model, "one", changes={"lora": given.settings.lora})
         two = ModelChoice(str(files / "draft"), "two")
-        models = await started(ManyModels(replace(given.settings, model=None, lora=(), several=(one, two)), DYING))
+        models = await started(many_models(replace(given.settings, model=None, lora=(), several=(one, two)), DYING))
     else:
         models = await started(make_pool(given.settings, DYING))
     async with served(models) as url:

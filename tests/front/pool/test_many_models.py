@@ -13,7 +13,7 @@ from chatlm.common.config import ApiKey, ModelChoice, Settings
 from chatlm.common.errors import ConfigError
 from chatlm.front.pool import many
 from chatlm.front.pool.local_devices import LocalDevices
-from chatlm.front.pool.many import FolderWatch, ManyModels
+from chatlm.front.pool.many import FolderWatch, many_models
 from chatlm.front.pool.pool import make_pool
 from chatlm.front.pool.residency import Residency
 from chatlm.front.pool.worker import State, Worker
@@ -30,9 +30,9 @@ def choices(nanochat_fixtures, *generations):
 
 @pytest.fixture
 def start_models(nanochat_fixtures, started):
-    """A function that starts ManyModels."""
+    """A function that starts a catalogue of several models."""
     async def start(*generations, command=DYING, **changes):
-        return await started(ManyModels(Settings(**{"several": choices(nanochat_fixtures, *generations)} | TINY | changes), command))
+        return await started(many_models(Settings(**{"several": choices(nanochat_fixtures, *generations)} | TINY | changes), command))
 
     return start
 
@@ -108,11 +108,11 @@ async def test_models_that_have_answered_change_at_once(start_models, client, mo
     """Without an early leave the third answer would take a thousand times as long as a load."""
     monkeypatch.setattr(Residency, "STAY_LOADS", 1000.0)
     models = await start_models("gen1", "gen5", models_memory=230 * MIB, prefix_memory=0)
-    models.residency.loading_time.credit_s = models.residency.loading_time.CREDIT_S
+    models.source.residency.loading_time.credit_s = models.source.residency.loading_time.CREDIT_S
     async with served(models) as url, asyncio.timeout(60):
         for name in ("gen1", "gen5", "gen1", "gen5"):
             assert content(await ask(client, url, name))
-            assert models.residency.used <= models.residency.budget
+            assert models.source.residency.used <= models.source.residency.budget
 
 
 async def test_two_models_share_the_kv_pages_of_one(start_models, client, nanochat_fixtures, monkeypatch):
@@ -120,7 +120,7 @@ async def test_two_models_share_the_kv_pages_of_one(start_models, client, nanoch
     monkeypatch.setattr(Residency, "STAY_LOADS", 0.0)
     models = await start_models("gen1", "gen5", models_memory=10 * MIB << 10, prefix_memory=0)     # so that what is emptied is gone
     sizes = {name: models.find(name).bytes for name in ("gen1", "gen5")}
-    models.residency.budget = sum(sizes.values()) - min(models.find(name).model.share.cache for name in sizes) // 2
+    models.source.residency.budget = sum(sizes.values()) - min(models.find(name).pool.memory.cache for name in sizes) // 2
     async with served(models) as url:
         found, pids = {}, {}
         for name in ("gen1", "gen5", "gen1"):
@@ -130,7 +130,7 @@ async def test_two_models_share_the_kv_pages_of_one(start_models, client, nanoch
             [worker] = models.find(name).model.pool.workers
             assert pids.setdefault(name, worker.process.pid) == worker.process.pid
             assert answer[1]["usage"].get("prompt_tokens_details", {}).get("cached_tokens", 0) == 0
-            assert models.residency.used <= models.residency.budget
+            assert models.source.residency.used <= models.source.residency.budget
         states = await listed(client, url)
         assert [states[name]["state"] for name in sizes] == ["ready"] * 2 and states["gen5"]["bytes"] < sizes["gen5"]
         assert states["gen1"]["bytes"] == sizes["gen1"]
@@ -201,13 +201,13 @@ async def test_a_request_before_all_headers_comes_again(nanochat_fixtures, start
     """Its model has not failed. What has failed is said once, when the server starts."""
     (tmp_path / "bad.gguf").write_bytes(b"garbage, which is no model")
     several = (*choices(nanochat_fixtures, "gen1"), ModelChoice(str(tmp_path / "bad.gguf"), "bad"))
-    models, read = ManyModels(Settings(several=several, **TINY), DYING), asyncio.Event()
+    models, read = many_models(Settings(several=several, **TINY), DYING), asyncio.Event()
 
-    async def open_later(model, original=models.opener.open):
+    async def open_later(model, original=models.source.opener.open):
         await read.wait()
         return await original(model)
 
-    monkeypatch.setattr(models.opener, "open", open_later)
+    monkeypatch.setattr(models.source.opener, "open", open_later)
     await started(models, wait=False)
     async with serving(models, models.settings) as url:
         while not models.registry.models:
@@ -228,10 +228,10 @@ async def test_early_requests_load_only_what_fits(nanochat_fixtures, started, cl
     monkeypatch.setattr(Residency, "STAY_LOADS", 0.0)
     names = "gen1", "gen5", "gen3"
     several = choices(nanochat_fixtures, *names)
-    models = ManyModels(Settings(several=several, models_memory=230 * MIB, prefix_memory=0, **TINY), DYING)
+    models = many_models(Settings(several=several, models_memory=230 * MIB, prefix_memory=0, **TINY), DYING)
     read, beside = asyncio.Event(), []
 
-    async def open_later(model, original=models.opener.open):
+    async def open_later(model, original=models.source.opener.open):
         if model.name == "gen3":
             await read.wait()
         return await original(model)
@@ -241,7 +241,7 @@ async def test_early_requests_load_only_what_fits(nanochat_fixtures, started, cl
                        if model.pool and model.pool.placement is not placement and not model.pool.supervisor.has_ended])
         return await original(placement, worker)
 
-    monkeypatch.setattr(models.opener, "open", open_later)
+    monkeypatch.setattr(models.source.opener, "open", open_later)
     monkeypatch.setattr(LocalDevices, "open", start_worker)
     await started(models, wait=False)
     async with serving(models, models.settings) as url:
@@ -255,11 +255,11 @@ async def test_early_requests_load_only_what_fits(nanochat_fixtures, started, cl
         for answer in [*await asyncio.gather(*asked), await ask(client, url, "gen3")]:
             assert content(answer)
     assert beside == [[], [], []]
-    assert models.residency.used <= models.residency.budget
+    assert models.source.residency.used <= models.source.residency.budget
 
 
 async def outcome(**settings):
-    models = ManyModels(Settings(**TINY | settings), DYING)
+    models = many_models(Settings(**TINY | settings), DYING)
     await models.start()
     try:
         await models.wait_ready()
@@ -283,7 +283,7 @@ async def test_what_cannot_be_served_ends_the_start(nanochat_fixtures, tmp_path)
         assert "\n" not in str(error.value)
     for settings, words in ((dict(ray_address="auto"), "--ray-address"), (dict(served_model_name=("x",)), "--served-model-name")):
         with pytest.raises(ConfigError, match=words):
-            ManyModels(Settings(several=(one, other), **settings))
+            many_models(Settings(several=(one, other), **settings))
 
 
 @pytest.mark.slow
@@ -304,7 +304,7 @@ async def test_a_failing_worker_fails_its_model_alone(start_models, nanochat_fix
         assert models.find("late").state == "failed" and content(await ask(client, url, "gen1"))
         assert (await ask(client, url, "late"))[0] == 503
         weights.write_bytes(whole)
-        models.RETRY_S = 0.0
+        models.source.RETRY_S = 0.0
         await ask(client, url, "late")
         while models.find("late").state == "failed":
             await asyncio.sleep(0.02)
@@ -335,7 +335,7 @@ async def test_replicas_of_several_models_take_turns(start_models, nanochat_fixt
             assert assigned == {worker.gpu for worker in workers}
             workers[0].kill()
             assert content(await ask(client, url, name)) == expected[name]["hello"]
-            assert models.residency.used <= 700 * MIB
+            assert models.source.residency.used <= 700 * MIB
     numbers = [worker.gpu for model in models.registry.models for worker in model.pool.workers]
     assert len(numbers) == len({*numbers}) == 6
 
@@ -347,13 +347,13 @@ async def test_models_of_several_ranks_answer_as_alone(start_models, nanochat_fi
     models = await start_models("gen1", "gen5", tensor_parallel_size=2, models_memory=900 * MIB, prefix_memory=0)
     one, other = (models.find(name).model for name in ("gen1", "gen5"))
     assert all(400 * MIB < model.bytes < 450 * MIB for model in (one, other))
-    models.residency.budget = one.bytes + other.bytes - one.share.cache // 2
+    models.source.residency.budget = one.bytes + other.bytes - one.pool.memory.cache // 2
     async with served(models) as url:
         found = {}
         for model in (one, other):
             found[model.name] = content(await ask(client, url, model.name))
             model.pool.supervisor.load_s = 0.0      # its time is over at once
-        assert (one.state, one.share.empties, other.state) == ("unloaded", False, "ready")
+        assert (one.state, one.pool.memory.empties, other.state) == ("unloaded", False, "ready")
     for name, answer in found.items():
         assert await alone(client, nanochat_fixtures / name, ["hello"], tensor_parallel_size=2) == {"hello": answer}
 
@@ -384,7 +384,7 @@ async def test_twelve_models_lose_no_answer(
     async def watch_memory():
         nonlocal most
         while not ended.is_set():
-            most = max(most, models.residency.used)
+            most = max(most, models.source.residency.used)
             await asyncio.sleep(0.1)
 
     async def talk(url):
@@ -404,5 +404,5 @@ async def test_twelve_models_lose_no_answer(
 
 def test_the_script_serves_many_named_models(monkeypatch):
     made = []
-    monkeypatch.setattr(many, "ManyModels", lambda settings, **more: made.append(settings) or (_ for _ in ()).throw(ConfigError("seen")))
+    monkeypatch.setattr(many, "many_models", lambda settings, **more: made.append(settings) or (_ for _ in ()).throw(ConfigError("seen")))
     assert chat_server.main(["serve", "a", "b", "--port", "0"]) == 2 and [choice.path for choice in made[0].several] == ["a", "b"]

@@ -10,7 +10,7 @@ import pytest
 from chatlm.common.config import Settings
 from chatlm.common.errors import Overloaded, RequestError
 from chatlm.common.hub.folder import find_models, folders_below
-from chatlm.front.pool.many import FolderWatch, ManyModels
+from chatlm.front.pool.many import FolderWatch, many_models
 from fake_pool import serving
 from forked import DYING
 from tiny_gguf import LLAMA_NUMBERS, random_llama, write_gguf
@@ -20,12 +20,12 @@ TINY = {"dtype": "float32", "kv_cache_memory": 4 << 20, "max_batch": 8}
 
 @pytest.fixture
 def start_folder(started, tmp_path, monkeypatch):
-    """A function that starts ManyModels of the folder `models`, which is looked at often."""
+    """A function that starts a catalogue of the folder `models`, which is looked at often."""
     monkeypatch.setattr(FolderWatch, "WATCH_S", 0.1)
     (tmp_path / "models").mkdir()
 
     async def start(**changes):
-        return await started(ManyModels(Settings(models=str(tmp_path / "models"), **TINY | changes), DYING))
+        return await started(many_models(Settings(models=str(tmp_path / "models"), **TINY | changes), DYING))
 
     return start
 
@@ -135,7 +135,7 @@ async def test_a_rewritten_step_is_waited_for(start_folder, nanochat_fixtures, c
         paths[1].unlink()
         await until(lambda: len(models.registry.models) == 2)
         assert (await ask(client, url, "d4@652"))[0] == 404           # a training may write it or not
-        watch, = models.watches
+        watch, = models.source.watches
         asked = asyncio.Event()
 
         async def write():
@@ -163,7 +163,7 @@ async def test_a_key_learns_of_no_other_models(start_folder, nanochat_fixtures, 
     base = tmp_path / "models" / "base"
     shutil.copytree(nanochat_fixtures / "gen5", base)
     models = await start_folder()
-    watch, = models.watches
+    watch, = models.source.watches
     watch.is_coming = lambda name: True
     for bound, error in (((), Overloaded), (("d4@652",), Overloaded), (("d4@650",), RequestError)):
         with pytest.raises(error):

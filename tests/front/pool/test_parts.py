@@ -13,11 +13,12 @@ from chatlm.common.errors import ConfigError, EngineFailure
 from chatlm.common.messages.protocol import (WORKER_PIPE, ActorAddress, Crashed, EndActor, Loading, ModelCard, ModelText, NewAnswer, Node, Nodes, Ready,
                                              StartActor, Unusable, WorkerConfig)
 from chatlm.common.messages.requests import Accepted, Finished, Request, TextSpec
-from chatlm.front.admission.admission import Admission
+from chatlm.front.admission.admission import Admission, SharedAdmission
 from chatlm.front.pool.adapters import PoolAdapters
 from chatlm.front.pool.dispatcher import Dispatcher
 from chatlm.front.pool.local_devices import LocalDevices
 from chatlm.front.pool.ray_nodes import RayNodes
+from chatlm.front.pool.memory import OwnMemory
 from chatlm.front.pool.supervisor import Supervisor
 from chatlm.front.pool.model_use import ModelUse
 from chatlm.front.pool.worker import NEXT_STATES, State, Worker
@@ -151,12 +152,12 @@ async def test_a_broken_template_ends_the_start_early():
 
 async def test_a_template_is_compiled_before_its_card():
     """The card comes later."""
-    admission = Admission(lambda request, client, low, goes_on: None)
+    admission = Admission(lambda request, client, low, goes_on: None, SharedAdmission())
     text = TextSpec("hf", json.dumps({"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None,
                                       "decoder": None, "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}).encode(), "{% if %}")
     with pytest.raises(ConfigError, match="chat template does not parse: line 1"):
         await admission.expect(text, Settings())
-    await admission.close()
+    await admission.shared.close()
 
 
 async def test_an_unusable_worker_is_left_out():
@@ -207,18 +208,20 @@ async def test_idle_workers_are_unloaded_once():
     """A request would still be served."""
     placement = PlayedPlacement()
     [worker] = placement.workers
-    supervisor, dispatcher, _ = supervisor_of(placement, idle_unload=1.0)
+    supervisor, dispatcher, _ = supervisor_of(placement)
+    memory = OwnMemory(SimpleNamespace(supervisor=supervisor, dispatcher=dispatcher, workers=placement.workers,
+                                       settings=Settings(idle_unload=1.0)))
     supervisor.version.note_opened()
-    supervisor.unload_when_idle()
+    memory.unload_when_idle()
     assert worker.state is State.LOADING and not supervisor.asleep
     await placement.open(worker)
     worker.become(State.READY)
     for _ in range(2):
-        supervisor.unload_when_idle()
+        memory.unload_when_idle()
     assert worker.state is State.UNLOADED and placement.killed == 1 and supervisor.unloaded and supervisor.ready
     placement.workers.clear()
     supervisor.asleep = False
-    supervisor.unload_when_idle()
+    memory.unload_when_idle()
     assert not supervisor.asleep                # there is nothing to unload
 
 

@@ -10,7 +10,7 @@ import pytest
 from chatlm.common.config import ApiKey, ModelChoice, Settings
 from chatlm.common.errors import ConfigError, shown
 from chatlm.front.pool.adapters import AdapterWatch
-from chatlm.front.pool.many import FolderWatch, ManyModels
+from chatlm.front.pool.many import FolderWatch, many_models
 from chatlm.front.pool.pool import make_pool
 from command_line import parse_command_line
 from fake_pool import frames, serving
@@ -270,7 +270,7 @@ async def test_of_several_models_each_has_its_adapters(base, client, tmp_path, m
     shutil.copytree(base, folder / "red")
     shutil.copytree(base, folder / "blue")
     adapter(base, folder / "on-red", 1, base_model_name_or_path="somebody/red")
-    models = ManyModels(Settings(models=str(folder), **TINY), DYING)
+    models = many_models(Settings(models=str(folder), **TINY), DYING)
     await models.start()
     await models.wait_ready()
     try:
@@ -280,7 +280,7 @@ async def test_of_several_models_each_has_its_adapters(base, client, tmp_path, m
             assert sorted(names) == ["blue", "on-red", "red"] and names["on-red"]["parent"] == "red"
             assert await text_of(client, url, "red@on-red") != await text_of(client, url, "red") == await text_of(client, url, "blue")
             assert (await ask(client, url, "blue@on-red"))[0] == 404
-            places = {model.name: model.share for model in models.registry.models}
+            places = {model.name: model.pool.memory for model in models.registry.models}
             names = await listed(client, url)
             assert places["red"].size == places["blue"].size + names["on-red"]["bytes"] and models.stats(models.registry.served_models())["models_bytes"] == sum(place.bytes for place in places.values())
             without_adapters = places["blue"].size
@@ -297,14 +297,14 @@ async def test_of_several_models_each_has_its_adapters(base, client, tmp_path, m
         await models.close()
     choices = ModelChoice(str(folder / "red"), "red"), ModelChoice(str(folder / "blue"), "blue")
     tight = replace(choices[0], changes={"adapter": (f"one={folder / 'on-blue'}",)})
-    models = ManyModels(Settings(several=(tight,), models_memory=without_adapters + 1, **TINY), DYING)
+    models = many_models(Settings(several=(tight,), models_memory=without_adapters + 1, **TINY), DYING)
     await models.start()
     with pytest.raises(ConfigError, match=r"it needs .* with its adapters \(.*\(--models-memory\)"):
         await models.wait_ready()
     await models.close()
     for name, words in (("green", "matches none of the models"), ("", "matches none of the models")):
         other = adapter(base, tmp_path / "other", base_model_name_or_path=name)
-        models = ManyModels(Settings(several=choices, adapter=(f"one={other}",), **TINY), DYING)
+        models = many_models(Settings(several=choices, adapter=(f"one={other}",), **TINY), DYING)
         await models.start()
         with pytest.raises(ConfigError, match=words):
             await models.wait_ready()

@@ -95,7 +95,7 @@ async def test_a_checkpoint_is_removed_while_a_tool_runs(
         remove(run_folder, 2)
         await until(lambda: model not in models.registry.models)
         if state == "failed":
-            models.fail(model, EngineFailure("its worker cannot start"))
+            models.source.fail(model, EngineFailure("its worker cannot start"))
         if state == "in memory":
             assert pool in models.leaving and pool.dispatcher.is_needed
         else:

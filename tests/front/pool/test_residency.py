@@ -221,7 +221,7 @@ async def test_weights_go_where_kv_pages_do_not_suffice(clock):
     job = models.ask("c")
     models.settle()
     models.emptied("b")
-    assert models.settle() == "bc" and models.by_name["b"].bytes == 5     # a left whole
+    assert models.settle() == "bc" and models.by_name["b"].held_bytes == 5     # a left whole
     models.load("c")
     models.end("c", job)
     models.ask("d")
@@ -259,7 +259,7 @@ async def test_a_request_waits_while_kv_pages_go(clock):
     [worker] = a.pool.workers
     worker.become(State.DEAD)
     a.pool.dispatcher.requeue(worker)
-    assert models.settle(1) == "ac" and job.worker is None and a.bytes == 5
+    assert models.settle(1) == "ac" and job.worker is None and a.held_bytes == 5
     worker.become(State.LOADING)
     worker.become(State.READY)
     models.settle()     # it is asked anew, for it has taken pages to warm up

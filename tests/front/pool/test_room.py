@@ -13,7 +13,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub.adapters import adapter_at
 from chatlm.common.messages.protocol import AdapterLoaded, DropAdapter
 from chatlm.front.evals.step_work import StepWork
-from chatlm.front.pool.many import FolderWatch, ManyModels
+from chatlm.front.pool.many import FolderWatch, many_models
 from chatlm.front.pool.residency import MemoryShare, Residency
 from chatlm.front.pool.run_watch import RunWatch
 from fake_pool import serving
@@ -29,13 +29,13 @@ BOTH = r"it needs [\d.]+ MB, and the pinned models leave [\d.]+ MB of --models-m
 
 @pytest.fixture
 def start_pinned(nanochat_fixtures, started, monkeypatch):
-    """A function that starts ManyModels with a pinned model; the memory has no room for another one."""
+    """A function that starts a catalogue with a pinned model; the memory has no room for another one."""
     monkeypatch.setattr(FolderWatch, "WATCH_S", 0.05)
     monkeypatch.setattr(RunWatch, "WATCH_S", 0.05)
 
     async def start(*others, **changes):
         pinned = ModelChoice(str(nanochat_fixtures / "gen1"), "pinned", pin=True, default=True)
-        return await started(ManyModels(Settings(several=(*others, pinned), models_memory=300 * MIB, **TINY | changes), DYING, StepWork))
+        return await started(many_models(Settings(several=(*others, pinned), models_memory=300 * MIB, **TINY | changes), DYING, StepWork))
 
     return start
 
@@ -55,14 +55,14 @@ async def until(condition):
 async def test_a_model_too_large_beside_a_pin_is_refused(start_pinned, nanochat_fixtures, client, caplog):
     """Each later try is refused too."""
     models = await start_pinned(ModelChoice(str(nanochat_fixtures / "gen5"), "other"))
-    models.RETRY_S = 0.0
+    models.source.RETRY_S = 0.0
     async with serving(models, models.settings) as url:
         for _ in range(3):
             status, body = await ask(client, url, "other")
             assert status == 503 and "the pinned models leave" in body["error"]["message"]
             await until(lambda: models.registry.find("other").model.failed_s < float("inf"))
         assert (await ask(client, url, "pinned"))[0] == 200
-        assert [place.name for place in models.residency.shares] == ["pinned"]
+        assert [place.name for place in models.source.residency.shares] == ["pinned"]
     assert len([line for line in caplog.messages if "other cannot be served" in line]) == 1
 
 
@@ -90,11 +90,11 @@ async def test_an_adapter_beyond_memory_is_refused(
     base = save(make_model("llama3.1"), tmp_path / "base")
     folder = random_adapter(tmp_path / "all" / "law", 1, {"self_attn.q_proj": (64, 64)}, base_model_name_or_path="base", size=0.3)
     choice = ModelChoice(str(base), "base", pin=pinned)
-    models = await started(ManyModels(Settings(several=(choice,), models=str(folder.parent), **TINY), DYING))
+    models = await started(many_models(Settings(several=(choice,), models=str(folder.parent), **TINY), DYING))
     async with serving(models, models.settings) as url:
         assert (await ask(client, url, "law"))[0] == 200 == (await ask(client, url, "base"))[0]
-        [place] = models.residency.shares
-        models.residency.budget, size = place.size + (3 << 20), place.size
+        [place] = models.source.residency.shares
+        models.source.residency.budget, size = place.size + (3 << 20), place.size
         old = place.pool.adapters.serving["law"]
         random_adapter(folder, 1, {"self_attn.q_proj": (64, 64)}, rank=8192, base_model_name_or_path="base")
         random_adapter(folder.parent / "late", 1, {"self_attn.q_proj": (64, 64)}, rank=8192, base_model_name_or_path="base")
@@ -183,7 +183,7 @@ async def test_a_late_pin_displaces_nothing(start_pinned, nanochat_fixtures, cli
     whole = weights.read_bytes()
     weights.write_bytes(b"garbage")
     models = await start_pinned(ModelChoice(str(folder), "late", pin=True))
-    models.RETRY_S = 0.0
+    models.source.RETRY_S = 0.0
     weights.write_bytes(whole)
     async with serving(models, models.settings) as url:
         await ask(client, url, "late")

@@ -29,7 +29,7 @@ from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.text.grammar import json_grammar
 from chatlm.common.text.history_forms import TEXT_ALONE
 from chatlm.common.text.tokenizer import compile_chat_template
-from chatlm.front.admission.admission import Admission
+from chatlm.front.admission.admission import Admission, SharedAdmission
 from chatlm.front.api.spoken import rows_by_path
 from chatlm.front.front import Front
 from chatlm.front.intake import sandboxed
@@ -167,7 +167,8 @@ async def test_schemas_are_checked_after_the_limits(open_pool):
 async def test_a_grammar_is_checked_once_for_each_owner(open_pool, monkeypatch):
     pool, checked = await open_pool(), []
     perform = pool.admission.sandboxes["schemas"].perform
-    monkeypatch.setattr(pool.admission.sandboxes["schemas"], "perform", lambda client, *task: checked.append(client) or perform(client, *task))
+    monkeypatch.setattr(pool.admission.sandboxes["schemas"], "perform",
+                        lambda config, client, *task, **bodies: checked.append(client) or perform(config, client, *task, **bodies))
     grammar = json_grammar({"type": "boolean"}, "")
     for number, owner in enumerate("aabba"):
         await said(pool, ask(str(number), client=owner, owner=owner, grammar=grammar))
@@ -424,7 +425,7 @@ async def test_a_refused_body_is_freed_without_collection(open_pool):
     gc.disable()
     try:
         try:
-            await pool.admission.sandboxes["bodies"].perform("a", *reading("/detokenize"), bodies=[b"no JSON"])
+            await pool.admission.perform("bodies", "a", *reading("/detokenize"), bodies=[b"no JSON"])
         except RequestError as error:
             refusal = weakref.ref(error)
         await asyncio.sleep(0)      # the loop lets go of the task that ended
@@ -454,13 +455,13 @@ async def test_a_client_that_leaves_mixes_up_no_replies(open_pool):
     pool = await open_pool()
     sandbox = pool.admission.sandboxes["bodies"]
     large = json.dumps({"content": "x " * 100_000}).encode()
-    leaving = [asyncio.ensure_future(sandbox.perform("a", *reading("/tokenize"), bodies=[large])) for _ in range(4)]
+    leaving = [asyncio.ensure_future(pool.admission.perform("bodies", "a", *reading("/tokenize"), bodies=[large])) for _ in range(4)]
     while not sandbox.process:
         await asyncio.sleep(0)
     for task in leaving:
         task.cancel()
     pid = sandbox.process.pid
-    assert b'"tokens"' in await sandbox.perform("b", *reading("/tokenize"), bodies=[b'{"content": "x"}'])
+    assert b'"tokens"' in await pool.admission.perform("bodies", "b", *reading("/tokenize"), bodies=[b'{"content": "x"}'])
     assert sandbox.process.pid == pid
 
 
@@ -483,10 +484,11 @@ def answered(body):
 
 @pytest.fixture
 async def admission():
-    one = Admission(lambda *client: None)
+    shared = SharedAdmission()
+    one = Admission(lambda *client: None, shared)
     one.AHEAD_S = 0.0
     yield one
-    await asyncio.gather(*(sandbox.close() for sandbox in one.sandboxes.values()))
+    await shared.close()
 
 
 async def test_a_sandbox_yields_once_it_is_prepared(open_pool):
@@ -494,7 +496,7 @@ async def test_a_sandbox_yields_once_it_is_prepared(open_pool):
     pool = await open_pool()
     schemas, own = pool.admission.sandboxes["schemas"], os.getpriority(os.PRIO_PROCESS, 0)
     for source in (json_grammar({"type": "string"}, "x"), json_grammar({"type": "integer"}, "x")):
-        await schemas.perform("a", "check_grammar", source, "x")
+        await pool.admission.perform("schemas", "a", "check_grammar", source, "x")
         assert os.getpriority(os.PRIO_PROCESS, schemas.process.pid) == own + 10
 
 
@@ -528,8 +530,8 @@ async def test_the_sandbox_of_templates_starts_ahead(admission, chat_text):
     process = sandbox.process
     assert process.poll() is None
     await admission.expect(chat_text, Settings())
-    assert sandbox.process is process and sandbox.configs == [sandbox.config]
-    text = await sandbox.perform("", "fill_template", {"messages": [{"role": "user", "content": "Hi"}], "add_generation_prompt": True})
+    assert sandbox.process is process and sandbox.configs == [admission.configs["templates"]]
+    text = await admission.perform("templates", "", "fill_template", {"messages": [{"role": "user", "content": "Hi"}], "add_generation_prompt": True})
     assert "<|im_start|>user\nHi<|im_end|>" in text
 
 
@@ -584,10 +586,10 @@ async def test_a_sandbox_that_dies_early_is_replaced(open_pool, started):
     pool = await open_pool()
     sandbox = pool.admission.sandboxes["bodies"]
     small, large = (json.dumps({"tokens": [5] * count}).encode() for count in (1, 100_000))
-    expected = [answered(await sandbox.perform("a", *reading("/detokenize"), bodies=[body])) for body in (small, large)]
+    expected = [answered(await pool.admission.perform("bodies", "a", *reading("/detokenize"), bodies=[body])) for body in (small, large)]
     for body, text in zip((small, large), expected):
         os.kill(sandbox.process.pid, signal.SIGSTOP)
-        task = asyncio.ensure_future(sandbox.perform("a", *reading("/detokenize"), bodies=[body]))
+        task = asyncio.ensure_future(pool.admission.perform("bodies", "a", *reading("/detokenize"), bodies=[body]))
         for _ in range(20):     # until it has sent what the pipe holds; the rest waits
             await asyncio.sleep(0)
         assert sandbox.turns.is_taken and (body is small or sandbox.writer.transport.get_write_buffer_size())
@@ -605,13 +607,13 @@ class Impatient(Sandbox):
 @pytest.mark.parametrize("count", [1, 200_000])
 async def test_a_sandbox_that_hangs_early_is_replaced(chat_text, count):
     """It hangs before it has read its task, which is done."""
-    sandbox = Impatient(PROCESS_COMMAND, SandboxConfig(Known(Settings(), None), chat_text, 64, 5.0, 1 << 30))
+    sandbox, config = Impatient(PROCESS_COMMAND), SandboxConfig(Known(Settings(), None), chat_text, 64, 5.0, 1 << 30)
     sandbox.waits, body = iter(()), json.dumps({"tokens": [5] * count}).encode()
-    expected = await sandbox.perform("a", *reading("/detokenize"), bodies=[body])
+    expected = await sandbox.perform(config, "a", *reading("/detokenize"), bodies=[body])
     hangs = sandbox.process
     os.kill(hangs.pid, signal.SIGSTOP)
     sandbox.waits = iter([0.1])
-    assert await sandbox.perform("a", *reading("/detokenize"), bodies=[body]) == expected and hangs.returncode == -signal.SIGKILL
+    assert await sandbox.perform(config, "a", *reading("/detokenize"), bodies=[body]) == expected and hangs.returncode == -signal.SIGKILL
     await sandbox.close()
 
 
@@ -628,10 +630,11 @@ async def test_a_task_that_ends_its_sandbox_is_refused(open_pool, started):
 async def test_a_sandbox_killed_at_work_is_not_asked_again(open_pool, started):
     """The kernel kills it like this when the task has taken the machine's memory."""
     pool = await open_pool()
-    await pool.admission.close()
-    sandbox = Sandbox(PROCESS_COMMAND, replace(
-        pool.admission.sandboxes["templates"].config, cpu_s=60.0, text=replace(pool.supervisor.card.text, payload=b"", chat_template=SLOW_TEMPLATE)))
-    before, task = len(started), asyncio.ensure_future(sandbox.perform("a", "fill_template", {}))
+    await pool.commons.admission.close()
+    config = replace(pool.admission.configs["templates"], cpu_s=60.0,
+                     text=replace(pool.supervisor.card.text, payload=b"", chat_template=SLOW_TEMPLATE))
+    sandbox = Sandbox(PROCESS_COMMAND)
+    before, task = len(started), asyncio.ensure_future(sandbox.perform(config, "a", "fill_template", {}))
     while not sandbox.begun:
         await asyncio.sleep(0)
     sandbox.process.kill()
@@ -643,19 +646,19 @@ async def test_a_sandbox_killed_at_work_is_not_asked_again(open_pool, started):
 async def test_a_task_too_large_to_read_is_refused(chat_text, started):
     """The refusal comes at once; its sandbox cannot read it."""
     known = Known(Settings(), None)
-    sandbox = Sandbox(PROCESS_COMMAND, SandboxConfig(known, replace(chat_text, payload=b""), 64, 5.0, 32 << 20))
+    sandbox, config = Sandbox(PROCESS_COMMAND), SandboxConfig(known, replace(chat_text, payload=b""), 64, 5.0, 32 << 20)
     for task in (["check_grammar", "x" * (40 << 20), "a"], ["check_grammar", "\ud800" * (6 << 20), "a"]):
         with pytest.raises(RequestError, match="too complex"):
-            await sandbox.perform("a", *task)
+            await sandbox.perform(config, "a", *task)
     assert len(started) == 2
     await sandbox.close()
 
 
 async def test_a_sandbox_that_never_begins_is_given_up(chat_text, started):
     known = Known(Settings(), None)
-    sandbox = Sandbox((sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"), SandboxConfig(known, chat_text, 64, 1.0, 1 << 30))
+    sandbox = Sandbox((sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"))
     with pytest.raises(EngineFailure, match="before it began, as 2 before it .*-9"):
-        await sandbox.perform("a", "check_grammar", "x", "a")
+        await sandbox.perform(SandboxConfig(known, chat_text, 64, 1.0, 1 << 30), "a", "check_grammar", "x", "a")
     assert len(started) == 3 and not sandbox.turns.is_taken
     await sandbox.close()
 
@@ -663,7 +666,7 @@ async def test_a_sandbox_that_never_begins_is_given_up(chat_text, started):
 async def test_a_task_that_is_broken_is_an_honest_500(open_pool):
     pool = await open_pool()
     with pytest.raises(EngineFailure, match="exit status 1"):
-        await pool.admission.sandboxes["bodies"].perform("a", "no_such_task")
+        await pool.admission.perform("bodies", "a", "no_such_task")
 
 
 async def test_who_starts_a_sandbox_meanwhile_gets_a_whole_one(chat_text, started, monkeypatch):
@@ -676,15 +679,15 @@ async def test_who_starts_a_sandbox_meanwhile_gets_a_whole_one(chat_text, starte
         return await connect(**options)
 
     monkeypatch.setattr(asyncio, "open_connection", connect_late)
-    sandbox = Sandbox(PROCESS_COMMAND, SandboxConfig(Known(Settings(), None), chat_text, 64, 1.0, 1 << 30))
-    task = sandbox.perform("a", *reading("/detokenize"), bodies=[b'{"tokens": [1]}'])
+    sandbox, config = Sandbox(PROCESS_COMMAND), SandboxConfig(Known(Settings(), None), chat_text, 64, 1.0, 1 << 30)
+    task = sandbox.perform(config, "a", *reading("/detokenize"), bodies=[b'{"tokens": [1]}'])
     *_, read = await asyncio.gather(sandbox.start(), sandbox.start(), task)
     assert json.loads(read) and len(started) == 1
     await sandbox.close()
 
 
-async def test_a_sandbox_that_is_closed_while_it_starts_has_no_process(chat_text, started):
-    sandbox = Sandbox(PROCESS_COMMAND, SandboxConfig(Known(Settings(), None), chat_text, 64, 1.0, 1 << 30))
+async def test_a_sandbox_that_is_closed_while_it_starts_has_no_process(started):
+    sandbox = Sandbox(PROCESS_COMMAND)
     starting = asyncio.ensure_future(sandbox.start())
     await asyncio.sleep(0)
     await sandbox.close()
@@ -695,8 +698,8 @@ async def test_a_sandbox_that_is_closed_while_it_starts_has_no_process(chat_text
 
 async def test_a_sandbox_ends_with_its_front(chat_text):
     known = Known(Settings(), None)
-    sandbox = Sandbox(PROCESS_COMMAND, SandboxConfig(known, chat_text, 64, 1.0, 1 << 30))
-    assert json.loads(await sandbox.perform("a", *reading("/detokenize"), bodies=[b'{"tokens": [1]}']))
+    sandbox, config = Sandbox(PROCESS_COMMAND), SandboxConfig(known, chat_text, 64, 1.0, 1 << 30)
+    assert json.loads(await sandbox.perform(config, "a", *reading("/detokenize"), bodies=[b'{"tokens": [1]}']))
     process = psutil.Process(sandbox.process.pid)
     sandbox.writer.close()
     await asyncio.to_thread(process.wait, 20)

@@ -25,7 +25,7 @@ from chatlm.front.evals.answers_file import AnswersFile
 from chatlm.front.evals.run import as_json, run_task
 from chatlm.front.evals.scores import PoolScorer
 from chatlm.front.pool.local_devices import niceness
-from chatlm.front.pool.many import ManyModels
+from chatlm.front.pool.many import many_models
 from chatlm.front.pool.pool import make_pool
 from chatlm.front.pool.residency import Residency
 from chatlm.front.pool.run_watch import RunWatch
@@ -260,7 +260,7 @@ async def test_a_refused_checkpoint_becomes_unknown(run_folder, watching, client
         await until(lambda: len(models.registry.models) == 2)
         whole = file_of(run_folder, 2).read_bytes()
         file_of(run_folder, 2).write_bytes(whole[:1000])
-        watch, = models.watches
+        watch, = models.source.watches
         await until(lambda: watch.sightings.refused)
         status, body = await ask(client, url, "d2-base@2")
         assert status == 503 and "being written" in body["error"]["message"]     # the trainer may have paused
@@ -281,7 +281,7 @@ async def test_files_that_are_put_back_are_read_again(run_folder, watching, clie
         await until(lambda: len(models.registry.models) == 2)
         model, aside = models.find("d2-base@2").model, run_folder / "aside"
         before = (await ask(client, url, "d2-base@2"))[1]["choices"][0]["message"]["content"]
-        watch, = models.watches
+        watch, = models.source.watches
         seen = watch.sightings.find()
         watch.sightings.find = lambda: seen                  # no scan sees that the file is away
         file_of(run_folder, 2).rename(aside)
@@ -356,7 +356,7 @@ async def test_old_steps_take_turns_in_small_memory(run_folder, watching, client
         assert [body["model"] for _, body in answers] == ["d2-base@1", "d2-base@2", "d2-base@3"]
         status, events = await compared(client, url, steps=[1, 2, 3])
         assert status == 200 and [end["finish_reason"] for end in events[-1]["answers"]] == ["length"] * 3
-        assert models.residency.used <= 230 * MIB
+        assert models.source.residency.used <= 230 * MIB
 
 
 async def compared(client, url, struck=None, **body):
@@ -595,7 +595,7 @@ async def test_an_unusable_suite_ends_the_start(run_folder, tmp_path, flag, valu
     (tmp_path / "empty.txt").write_text("\n")
     value = value.replace("BUNDLE", str(write_bundle(tmp_path / "bundle"))).replace("EMPTY", str(tmp_path / "empty.txt"))
     with pytest.raises(ConfigError, match=words):
-        RunWatch(ManyModels(Settings(**TINY | {"watch": str(run_folder), flag: value, "results": str(tmp_path)})), StepWork)
+        RunWatch(many_models(Settings(**TINY | {"watch": str(run_folder), flag: value, "results": str(tmp_path)})).source, StepWork)
 
 
 async def test_scoring_leaves_the_step_in_use_loaded(run_folder, watching, client, tmp_path, monkeypatch, caplog):
@@ -617,7 +617,7 @@ async def test_scoring_leaves_the_step_in_use_loaded(run_folder, watching, clien
         last = models.find("d2-base@3").model
         await until(lambda: last.bits_per_byte)
         assert last.state == "ready" and not models.find("d2-base@2").model.bits_per_byte
-        models.residency.budget *= 2
+        models.source.residency.budget *= 2
         await until(lambda: models.find("d2-base@2").model.bits_per_byte and models.find("d2-base@2").state == "unloaded")
         assert last.state == "ready" and first.bits_per_byte
     assert [line.split()[0] for line in caplog.messages if "leaves memory" in line] == ["d2-base@1", "d2-base@2"]
@@ -628,7 +628,7 @@ def test_a_text_to_score_must_be_there(run_folder, tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     for name, words in (("none", "No such file"), ("empty", "the file is empty"), ("bytes", "UTF-8")):
         with pytest.raises(ConfigError, match=f"--watch-text .*{words}"):
-            RunWatch(ManyModels(Settings(watch=str(run_folder), watch_text=str(tmp_path / name))), StepWork)
+            RunWatch(many_models(Settings(watch=str(run_folder), watch_text=str(tmp_path / name))).source, StepWork)
 
 
 def test_the_small_training_is_nanochats_first(nanochat_fixtures):
@@ -764,7 +764,7 @@ async def test_a_watched_tag_is_served_alone(run_folder, watching, client, caplo
         await until(lambda: known() == first)
         for written in (("d4", 4), ("d2", 2), ("d2", 5, "chatsft")):        # the other tag gets a step too
             copied(run_folder, *written)
-        [runs] = models.watches
+        [runs] = models.source.watches
         scanned = lambda: {step.step for step in [*runs.sightings.there.values(), *runs.left_out]}
         await until(lambda: known() == later and scanned() == {1, 2, 3, 4, 5})
         async with client.get(url + "/v1/runs") as response:
@@ -800,7 +800,7 @@ async def test_results_of_other_tags_are_not_those_of_removed_steps(run_folder, 
     await models.close()
     models = await watching(run_folder, results=results, model_tag="d4")
     await until(lambda: {model.name for model in models.registry.models} == {"d4-base@3"})
-    [runs] = models.watches
+    [runs] = models.source.watches
     assert await runs.removed_steps() == []
 
 

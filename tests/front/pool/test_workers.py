@@ -105,7 +105,7 @@ async def test_a_running_answer_keeps_the_model_loaded(start_pool):
     stream = pool.answer(greedy("a", max_tokens=400, ignore_eos=True))
     await anext(stream)
     pool.dispatcher.use.last_s = 0.0
-    pool.supervisor.unload_when_idle()
+    pool.memory.unload_when_idle()
     assert pool.workers[0].state == "ready" and not pool.supervisor.asleep
     await stream.aclose()
 

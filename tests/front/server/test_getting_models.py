@@ -13,7 +13,7 @@ from chatlm.common.config import ApiKey, ModelChoice, Settings
 from chatlm.common.hub.offers import hub_cache
 from chatlm.front.pool import many
 from chatlm.front.pool.downloads import Download
-from chatlm.front.pool.many import ManyModels
+from chatlm.front.pool.many import many_models
 from chatlm.front.pool.pool import make_pool
 from fake_hub import fake_hub
 from fake_pool import FakePool, frames, serving
@@ -44,7 +44,7 @@ async def models(nanochat_fixtures, started, monkeypatch):
     """A server of several models, one of which is here."""
     monkeypatch.setattr(many, "LEAVING_S", 0.1)
     settings = Settings(several=(ModelChoice(str(nanochat_fixtures / "gen5"), "here"),), dtype="float32", kv_cache_memory=4 << 20, max_batch=8)
-    return await started(ManyModels(settings, DYING))
+    return await started(many_models(settings, DYING))
 
 
 async def call(client, method, url, body=None, headers=None):
@@ -195,7 +195,7 @@ async def test_a_model_of_the_command_line_is_not_deleted(client, hub, started, 
     snapshot.mkdir(parents=True)
     (snapshot / "small.gguf").write_bytes(SMALL)
     settings = Settings(several=(ModelChoice(str(snapshot / "small.gguf"), "mine"),), kv_cache_memory=4 << 20)
-    models = await started(ManyModels(settings, DYING))
+    models = await started(many_models(settings, DYING))
     async with serving(models, settings) as url:
         for name in "org/mine", "org/mine:small.gguf":
             status, body = await call(client, "POST", url + "/models/delete", {"model": name})
@@ -220,7 +220,7 @@ async def test_what_serves_a_model_is_not_deleted(several, client, hub, started,
     target = in_the_cache("org/mine", small__gguf=SMALL) / "small.gguf"
     settings = Settings(draft_model=str(drafts / "small.gguf"), draft_text=(str(texts / "manual.txt"),), kv_cache_memory=8 << 20, max_batch=8)
     if several:
-        models = await started(ManyModels(replace(settings, several=(ModelChoice(str(target), "mine"),)), DYING))
+        models = await started(many_models(replace(settings, several=(ModelChoice(str(target), "mine"),)), DYING))
     else:
         models = await started(make_pool(replace(settings, model=str(target)), DYING))
     async with serving(models, models.settings) as url:
@@ -234,7 +234,7 @@ async def test_what_serves_a_model_is_not_deleted(several, client, hub, started,
 async def test_a_model_that_never_loads_is_kept(client, hub, models):
     """The server says why it can never be loaded."""
     async with serving(models, models.settings) as url:
-        models.residency.budget = models.registry.models[0].share.size
+        models.source.residency.budget = models.registry.models[0].pool.memory.size
         async with client.post(url + "/models/download", json={"model": "org/large", "stream": True}) as response:
             last = frames(await response.read())[-1]
         assert last["state"] == "done" and not last["served"] and "it cannot be served" in last["note"] and str(hub_cache()) not in last["note"]

@@ -96,7 +96,7 @@ async def test_the_gauges_are_the_pool_s_at_that_moment(client):
               "device": "cuda:0", "memory_used": 5 << 30, "memory_total": 80 << 30, "utilization": 0.75, "batch_fill": 0.5,
               "preemptions": 7, "drafted_lookup": 9, "accepted_lookup": 8, "drafted_forced": 3}
     dead = worker | {"state": "dead", "restarts": 1, "crashes_in_row": 4, "gpu_id": 1, "device": "cuda:1", "utilization": None}
-    pool.stats = lambda: {"total_workers": 2, "queue_depth": 5, "workers": [worker, dead]}
+    pool.stats = lambda: {"total_workers": 2, "available_workers": 0, "busy_workers": 1, "queue_depth": 5, "delayed_answers": 0, "workers": [worker, dead]}
     async with serving(pool) as url:
         shown = await metrics(client, url)
     wanted = {"running": 6, "queued": 5, "kv_pages_used": 20, "kv_pages": 128, "workers": 2, "workers_up": 1, "worker_restarts_total": 3,

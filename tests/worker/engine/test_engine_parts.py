@@ -145,22 +145,86 @@ def test_a_part_of_another_version_is_not_used(path, monkeypatch):
     assert said(pieces(engine, [work("late", logprob_ids=(7,))])["late"])
 
 
-def test_a_part_that_cannot_be_made_fails_one_answer(path):
+@pytest.mark.parametrize("error", [ImportError("half a file"), SystemExit(1), KeyboardInterrupt()])
+def test_a_part_that_cannot_be_made_fails_one_answer(path, error):
     def load():
-        raise ImportError("half a file")
+        raise error
 
     engine = engine_with(path, PartRow("lens", load, asked=LENS.asked))
     for _ in range(2):
         assert isinstance(failure(engine, work("lens", logprob_ids=(7,))), Failed)
 
 
-@pytest.mark.parametrize("hook", ["comes", "adds"])
+def test_answers_that_wait_for_one_part_share_what_comes_of_it(path, monkeypatch):
+    """If it takes long to fail, it does not fail once for each of them, one after the other."""
+    loads, may_load = [], threading.Event()
+
+    def load():
+        loads.append(1)
+        assert may_load.wait(60)
+        raise ImportError("half a file")
+
+    engine = engine_with(path, PartRow("lens", load, asked=LENS.asked))
+    monkeypatch.setattr(engine, "_before_step", lambda step=engine._before_step: may_load.set() or step())
+    asking = [work(f"lens {number}", logprob_ids=(7,)) for number in range(50)]
+    found = pieces(engine, [*asking, work("beside")])
+    assert all(isinstance(found[one.id].end, Failed) for one in asking) and len(loads) == 1
+    assert found["beside"].end.reason == "length"
+    assert isinstance(failure(engine, work("lens", logprob_ids=(7,))), Failed) and len(loads) == 2
+
+
+def test_a_part_that_is_made_just_now_sees_an_answer_once(path, monkeypatch):
+    engine = engine_with(path, LENS)
+    [late] = engine.given.others
+    seen = []
+
+    def missing(work):
+        found = [late] if work.params.logprob_ids else []
+        monkeypatch.undo()
+        comes = late.get().comes
+
+        def noted(sequence):
+            seen.append(sequence.work.id)
+            return comes(sequence)
+
+        monkeypatch.setattr(late.loaded, "comes", noted)
+        return found
+
+    monkeypatch.setattr(type(engine.given), "missing", lambda parts, work: missing(work))
+    assert said(pieces(engine, [work("lens", logprob_ids=(7,))])["lens"]) and seen == ["lens"]
+
+
+@pytest.mark.parametrize("hook", ["comes", "adds", "read_hidden"])
 def test_what_a_part_raises_fails_one_answer(path, hook, monkeypatch):
     engine = engine_with(path, LENS)
     expected = pieces(engine, [work("lens", logprob_ids=(7,))])["lens"].tokens
-    monkeypatch.setattr(lens_of(engine), hook, lambda sequence: 1 / (sequence.work.id != "lens") and ())
-    assert failure(engine, work("lens", logprob_ids=(7,))).message.endswith("(ZeroDivisionError)")
+    monkeypatch.setattr(lens_of(engine), hook, lambda sequence, *_: 1 / (sequence.work.id != "lens") and ())
+    found = pieces(engine, [work("lens", logprob_ids=(7,)), work("beside")])
+    assert found["lens"].end.message.endswith("(ZeroDivisionError)")
+    assert found["beside"].tokens == expected
     assert pieces(engine, [work("plain")])["plain"].tokens == expected
+
+
+def test_what_a_part_raises_at_an_end_fails_no_answer(path, monkeypatch):
+    engine = engine_with(path, LENS, STEERING)
+    lens, steering = (late.loaded for late in engine.given.others)
+    assert lens is None
+    told = []
+    monkeypatch.setattr(steering, "ends", lambda sequence: told.append(sequence.work.id) or 1 / 0)
+    found = pieces(engine, [work("short", 2, logprob_ids=(7,)), work("other")])
+    assert [found[name].end.reason for name in ("short", "other")] == ["length", "length"]
+    assert sorted(told) == sorted(engine.given.others[0].loaded.ended) == ["other", "short"]
+
+
+def test_parts_hear_of_the_end_of_an_answer_that_another_part_refuses(path, monkeypatch):
+    engine = engine_with(path, STEERING, LENS)
+    pieces(engine, [work("lens", logprob_ids=(7,))])
+    steering = engine.given.others[0].loaded
+    seen = []
+    monkeypatch.setattr(steering, "comes", lambda sequence: seen.append(sequence) or "")
+    monkeypatch.setattr(steering, "ends", seen.remove)
+    assert isinstance(failure(engine, work("lens", logprob_ids=(7, 8))), Failed)
+    assert seen == []
 
 
 def test_an_answer_that_is_cancelled_while_its_part_is_made_leaves_nothing(path):
