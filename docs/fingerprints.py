@@ -122,7 +122,7 @@ def found(folder):
         "Llama 4": of_tiktoken(ranks_of(path("llama_models/llama4/tokenizer.model")), O200K_SPLIT),
         "DeepSeek": open_tokenizer(TextSpec("hf", path("deepseek_tokenizer.json").read_bytes())).encode,
         **{name: of_vocabulary(path(f"ggml-vocab-{file}.gguf")) for name, file in (
-            ("Llama 2", "llama-spm"), ("Phi 3", "phi-3"), ("Gemma 4", "gemma-4"), ("Command R", "command-r"), ("StarCoder", "starcoder"),
+            ("Llama 2", "llama-spm"), ("Phi 3", "phi-3"), ("Gemma 3 and 4", "gemma-4"), ("Command R", "command-r"), ("StarCoder", "starcoder"),
             ("DeepSeek Coder", "deepseek-coder"))},
         "Mistral 7B v0.1": of_sentencepiece(path("tokenizer.model.v1")),
         "Mistral 7B v0.3": of_sentencepiece(path("mistral_instruct_tokenizer_240323.model.v3")),

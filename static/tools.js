@@ -228,8 +228,15 @@ function open() {
 
 function show() {
   const {current: chat} = Chat, on = new Set(chat.tools ?? []);
-  setText($("tools-hint"), Server.model.can.tools ? TEXT.toolsHint : TEXT.noToolsModel);
+  setText($("tools-hint"), Server.model.can.tools ? `${TEXT.toolsHint} ${whoIsAsked(chat)}` : TEXT.noToolsModel);
   $("tools-list").replaceChildren(...state.servers.map(server => groupOf(server, [...state.tools.values()].filter(tool => tool.server === server.label), on)));
+}
+
+// Whether calls wait for the reader: those of the tools that are listed below.
+function whoIsAsked(chat) {
+  const asking = [...state.tools.values()].filter(tool => !isAllowed(chat, tool)).length;
+  if (asking === state.tools.size) return TEXT.asksFirst;
+  return asking ? TEXT.asksForSome : TEXT.asksNever;
 }
 
 function groupOf(server, tools, on) {
@@ -242,7 +249,7 @@ function groupOf(server, tools, on) {
 
 function rowOf(tool, on) {
   const box = element("input", {type: "checkbox", checked: on.has(tool.name), onchange: () => choose([tool], box.checked)});
-  const marks = [tool.ask ? "" : TEXT.notAsked, tool.enforced === true || !Server.model.can.tools ? "" : TEXT.notEnforced].filter(Boolean).join(" · ");
+  const marks = [isAllowed(Chat.current, tool) ? TEXT.notAsked : "", tool.enforced === true || !Server.model.can.tools ? "" : TEXT.notEnforced].filter(Boolean).join(" · ");
   return element("label", {className: "check tool-row", title: tool.enforced === true ? "" : tool.enforced}, box, element("span", {textContent: tool.title || tool.tool}),
     element("small", {textContent: [tool.description.split("\n")[0].slice(0, 160), marks].filter(Boolean).join(" · ")}));
 }
@@ -269,7 +276,7 @@ function render() {
 
 Parts.register({
   strings: {
-    tools: "Tools", toolsOn: count => `Tools (${count} on)`, toolsHint: "The model may call what is checked, in this chat. You are asked before a call runs.", noToolsModel: "This model can't call tools.",
+    tools: "Tools", toolsOn: count => `Tools (${count} on)`, toolsHint: "The model may call what is checked, in this chat.", asksFirst: "You are asked before a call runs.", asksForSome: "You are asked before a call runs, unless its tool runs without asking.", asksNever: "Calls run without asking.", noToolsModel: "This model can't call tools.",
     toolCounted: "tool", toolsCounted: "tools", toolStates: {starting: "starting", failed: "not running", stopped: "stopped"}, notAsked: "runs without asking", notEnforced: "arguments are not enforced",
     allowCall: (tool, server) => `Allow ${tool} of ${server}?`, allowOnce: "Once", allowInChat: "This chat", allowAlways: "Always", allowNo: "No", cancelCall: "Cancel",
     callWaits: "Running …", callFailed: "Failed", callTook: count => `${Parts.number(count)} s`, cutBy: count => `${plural(count, "character", "characters")} left out`, pictureOf: tool => `Picture of ${tool}`,

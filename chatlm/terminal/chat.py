@@ -179,6 +179,8 @@ class Chat:
         """Run until the user leaves. Returns the exit status: 1 if a message from a pipe failed."""
         about = [] if self.in_turns else [self._about_texts()]
         about.append("/help lists the commands; Ctrl-C stops the answer")
+        if self.tools and self.tools.tools:
+            about.append(await self.tools.about())
         self.note("\n".join([*self.pool.describe(), *about, *self.conversation.lines()]))
         while not self.left:
             draft = self.draft
@@ -522,7 +524,8 @@ class Chat:
         rows = [self.terminal.row(f"{'*' if name in self.tools.on else ' '} {name}",
                                   tool.description.partition("\n")[0][:200])
                 for name, tool in sorted(self.tools.tools.items())]
-        self.note("\n".join([*rows, *self.tools.troubles, f"{len(self.tools.on)} of {len(rows)} are on (*)"]))
+        mark = " (*)" if self.tools.on else ""
+        self.note("\n".join([*rows, *self.tools.troubles, await self.tools.about() + mark]))
 
     async def slash_stats(self, value: str):
         """/stats: answers, tokens and workers"""

@@ -20,6 +20,7 @@ from chatlm.front.evals.bundle import Suite, read_suite
 from chatlm.front.evals.chat import chat_suite
 from chatlm.front.evals.items import NEAR_TIE
 from chatlm.front.evals.answers_file import AnswersFile, answers_file_name, results_folder
+from chatlm.front.evals.published import NAME as HUMANEVAL, published_suite
 from chatlm.front.evals.run import TaskResult, as_json, mean_of, run_task
 from chatlm.front.evals.samples import FREE_SAMPLES, FREE_TOKENS, PROMPTS, SAMPLE_TOKENS
 from chatlm.front.evals.scores import FREE, GREEDY, NO_CHAT, PoolScorer, cut_as_upstream
@@ -246,15 +247,17 @@ async def open_scorer(settings: Settings) -> AsyncIterator[tuple[Scorer, Pool]]:
 async def evaluate(settings: Settings) -> int:
     """The `eval` command: a table, or with --json a line, for each model."""
     if settings.suite is None:
-        raise ConfigError("eval needs --suite core, chat, bpb, sample, a folder, or a .jsonl file")
-    for name, suite in (("text", "bpb"), ("confirm_run_unsafe_code", "chat")):
-        if getattr(settings, name) and settings.suite != suite:
-            raise ConfigError(f"--{name.replace('_', '-')} is for --suite {suite}")
+        raise ConfigError("eval needs --suite core, chat, humaneval, bpb, sample, a folder, or a .jsonl file")
+    for name, suites in (("text", ("bpb",)), ("confirm_run_unsafe_code", ("chat", HUMANEVAL))):
+        if getattr(settings, name) and settings.suite not in suites:
+            raise ConfigError(f"--{name.replace('_', '-')} is for --suite {' and '.join(suites)}")
     what = None
     if settings.suite == "bpb":
         what = read_texts(settings.text)
     elif settings.suite == "chat":
         what = chat_suite(settings.confirm_run_unsafe_code)
+    elif settings.suite == HUMANEVAL:
+        what = published_suite(settings.confirm_run_unsafe_code)
     elif settings.suite != "sample":
         what = read_suite(settings.suite)
     folder = results_folder(settings.results) if what else None

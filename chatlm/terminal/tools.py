@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence as Seq
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.errors import ChatServerError, ConfigError
+from chatlm.common.errors import ChatServerError, ConfigError, shown
 from chatlm.common.jsontext import as_json
+from chatlm.common.messages.requests import Message
 from chatlm.common.records import record
 from chatlm.front.aio import interruptible
 from chatlm.front.api.enforcement import why_unenforced
 from chatlm.front.api.fields import ToolChoice
 from chatlm.front.api.readers import (
-    callable_tools, schemas_of_loose_calls, strict_grammars, types_of_parameters)
+    callable_tools, conversation_tokens, schemas_of_loose_calls, strict_grammars, types_of_parameters)
 from chatlm.front.tools.results import ToolPicture, ToolResult
 from chatlm.front.tools.rules import CANCELLED, CHANGED, why_not_run
 from chatlm.front.tools.toolbox import Toolbox
 from chatlm.terminal.remote import RemotePool
-from chatlm.terminal.streams import refusal
+from chatlm.terminal.streams import refusal, strict_object, whole_body
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import Delta, Request
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.terminal.remote import Pool
+
+
+SHORT = (Message("user", "Hi"),)  # a prompt in which tools are counted
 
 
 @record
@@ -73,6 +77,14 @@ class OwnTools:
             troubles += [f"{server.config.label}: {text}" for text in said]
         return tools, troubles
 
+    async def tokens_of(self, tools: Seq[ChatTool]) -> int | None:
+        """The tokens of a short prompt with these tools; None if the model has no place for them."""
+        tokenizer = self.pool.tokenizer
+        prompts = self.pool.admission.prompts
+        if not tokenizer or tokenizer.tool_format is None or not prompts:
+            return None
+        return len(await conversation_tokens(prompts, SHORT, [tool.function for tool in tools], "", {}))
+
     async def call(self, tool: ChatTool, arguments: Mapping[str, Any]) -> ToolResult:
         """A result, also a failed one. If the model sees, it can be shown the pictures."""
         offered = self.toolbox.offered().get(tool.name)
@@ -102,6 +114,16 @@ class ServersTools:
             troubles += [f"{server.get('label')}: {text}" for text in said]
         return tools, troubles
 
+    async def tokens_of(self, tools: Seq[ChatTool]) -> int | None:
+        """As the server counts them; None if it does not."""
+        body = {"model": self.pool.model_name, "messages": [{"role": "user", "content": SHORT[0].content}],
+                "tools": [{"name": tool.name, "description": tool.description,
+                           "input_schema": tool.parameters} for tool in tools]}
+        async with await self.pool.ask("POST", "v1/messages/count_tokens", json=body) as response:
+            found = strict_object(await whole_body(self.pool.url, response)) or {}
+            count = found.get("input_tokens")
+            return count if response.status == 200 and type(count) is int else None
+
     async def call(self, tool: ChatTool, arguments: Mapping[str, Any]) -> ToolResult:
         body = {"name": tool.name, "arguments": arguments, "digest": tool.digest}
         try:
@@ -120,23 +142,39 @@ class ServersTools:
 class ToolUse:
     """Which tools a chat has, what the user has allowed, and the calls of a question."""
 
-    def __init__(self, source: OwnTools | ServersTools, starts_on: bool):
+    def __init__(self, source: OwnTools | ServersTools):
         self.source = source
         self.tools: dict[str, ChatTool] = {}
         self.on: set[str] = set()
         self.troubles: list[str] = []
         self.allowed: dict[str, str] = {}  # name -> digest of what the user has allowed for this chat
-        self.starts_on = starts_on
-        self.was_read = False
 
     async def read(self):
-        """Ask which tools there are. At the first time all are on, if the user has named their file here."""
+        """Ask which tools there are."""
         tools, self.troubles = await self.source.listed()
         self.tools = {tool.name: tool for tool in tools}
-        if self.starts_on and not self.was_read:
-            self.on = {*self.tools}
         self.on &= {*self.tools}
-        self.was_read = True
+
+    async def about(self) -> str:
+        """How many tools are on, and what that costs: each prompt has them all, with their schemas. None are
+        on at first, since a model on a CPU may read all of them for minutes."""
+        count = len(self.tools)
+        if self.on:
+            words = f"{len(self.on)} of {count} tools are on"
+            return words + await self.cost(self.chosen, " and take {:,} tokens of each prompt")
+        words = f"none of {count} tools is on; /tools on NAME (a tool, a server, or all) switches them on"
+        return words + await self.cost([*self.tools.values()], ". All take {:,} tokens of each prompt")
+
+    async def cost(self, tools: Seq[ChatTool], words: str) -> str:
+        """What the prompts of these tools cost in tokens, in words; "" if that is unknown."""
+        if not tools:
+            return ""
+        with suppress(ChatServerError, ValueError):
+            plain = await self.source.tokens_of([])
+            whole = await self.source.tokens_of(tools)
+            if plain is not None and whole is not None and whole > plain:
+                return words.format(whole - plain)
+        return ""
 
     @property
     def chosen(self) -> list[ChatTool]:
@@ -144,11 +182,13 @@ class ToolUse:
 
     def choose(self, names: Seq[str], is_on: bool):
         """Switch tools on or off: names of tools, of servers, or "all". ValueError for others."""
+        if not self.tools:
+            raise ValueError("there are no tools: " + ("; ".join(self.troubles) or "no tool server has any"))
         for name in names:
             meant = {tool.name for tool in self.tools.values() if name in ("all", tool.server, tool.name)}
             if not meant:
                 servers = sorted({tool.server for tool in self.tools.values()})
-                raise ValueError(f"there is no tool and no tool server {name} (servers: "
+                raise ValueError(f"there is no tool and no tool server {shown(name)} (servers: "
                                  f"{', '.join(servers)})")
             self.on = self.on | meant if is_on else self.on - meant
 
@@ -170,6 +210,17 @@ class ToolUse:
         call["result"] = CANCELLED if found is None else found.text
         if found and found.pictures:
             call["images"] = [picture.body for picture in found.pictures]
+
+
+async def switch_on(use: ToolUse, settings: Settings):
+    """Switch on what --tools names. ConfigError if that is no tool."""
+    if not settings.tools:
+        return
+    await use.read()
+    try:
+        use.choose([name for name in map(str.strip, settings.tools.split(",")) if name], True)
+    except ValueError as error:
+        raise ConfigError(f"--tools: {error}") from None
 
 
 def with_tools(request: Request, tools: Seq[ChatTool], pool: Pool) -> Request:
@@ -216,16 +267,21 @@ async def open_tools(settings: Settings, pool: Pool) -> AsyncIterator[ToolUse | 
         if settings.mcp_config:
             raise ConfigError("--mcp-config: the tools of a server at --url run there; give it to that "
                               "server")
-        yield ToolUse(ServersTools(pool), starts_on=False)
+        use = ToolUse(ServersTools(pool))
+        await switch_on(use, settings)
+        yield use
         return
     if not settings.mcp_config:
+        if settings.tools:
+            raise ConfigError("--tools: --mcp-config FILE, or a server at --url, says which tools there are")
         yield None
         return
     toolbox = Toolbox.of(settings)
     toolbox.start()
     try:
-        use = ToolUse(OwnTools(toolbox, pool), starts_on=True)
+        use = ToolUse(OwnTools(toolbox, pool))
         await use.read()
+        await switch_on(use, settings)
         yield use
     finally:
         await toolbox.close()

@@ -155,4 +155,5 @@ def model_facts(model: LoadedModel, config: WorkerConfig | SurveyConfig, matrix_
         files = {"hf": "safetensors"}.get(source.kind, source.kind)
         digest = sampled_digest(source.path, config.settings.lora)
     return ModelFacts(model.family, files, parameters, matrix_type, weights_bytes, architecture.width,
-                      len(architecture.layers), digest, config.settings.arithmetic)
+                      len(architecture.layers), digest, config.settings.arithmetic,
+                      "" if config.settings.quantize or config.settings.dtype else model.quantization)

@@ -68,7 +68,7 @@ PATHS = {
     "mmproj": ["serve", "gpt2", "--mmproj=*"], "against": ["check", "gpt2", "--against=*"], "texts": ["embed", "gpt2", "*"], "output": ["embed", "gpt2", "/nowhere", "--output=*"],
     "mcp_config": ["serve", "gpt2", "--mcp-config=*"], "export_folder": ["serve", "gpt2", "--export-folder=*"], "imatrix": ["quantize", "gpt2", "-o", "made.gguf", "--imatrix=*"],
     "MODEL": ["generate", "*", "-p", "x"], "MODELs": ["score", "*", "*", "--text=/nowhere"], "bundle": ["bundle", "*"], "store": ["store", "*"]}
-OTHERS = {"type", "prompt_name", "served_model_name", "ray_address", "reasoning_budget_message", "system", "prompt", "url", "host", "prefix", "api_key", "allowed_host", "cors_origin"}
+OTHERS = {"type", "prompt_name", "served_model_name", "ray_address", "reasoning_budget_message", "system", "prompt", "tools", "url", "host", "prefix", "api_key", "allowed_host", "cors_origin"}
 
 
 def test_each_text_flag_is_known_as_path_or_not():

@@ -61,6 +61,32 @@ def test_tools_are_chosen_for_a_chat(page, tool_url, theme):
     expect(page.get_by_role("button", name="Tools", exact=True)).to_be_visible()
 
 
+def test_a_long_description_does_not_shrink_the_box_beside_it(page, tool_url):
+    page.set_viewport_size({"width": 360, "height": 700})
+    open_page(page, tool_url)
+    button(page, "Tools").click()
+    boxes = page.get_by_role("dialog", name="Tools").locator("#tools-list input")
+    expect(boxes.nth(8)).to_be_visible()
+    sizes = boxes.evaluate_all("boxes => boxes.map(box => [box.offsetWidth, box.offsetHeight])")
+    assert {*map(tuple, sizes)} == {(18, 18)}
+
+
+def test_the_list_of_tools_says_which_calls_run_without_asking(page, tool_url):
+    """Those that the operator allows, and those that the reader has allowed."""
+    open_page(page, tool_url)
+    button(page, "Tools").click()
+    dialog = page.get_by_role("dialog", name="Tools")
+    asks = "The model may call what is checked, in this chat. You are asked before a call runs"
+    expect(dialog.get_by_text(asks + ", unless its tool runs without asking.")).to_be_visible()
+    marked = dialog.get_by_text("runs without asking", exact=False).filter(has_not_text="unless")
+    expect(marked).to_have_count(1)
+    digest = page.evaluate("async () => (await Server.jsonOf(Server.request('v1/tools'))).data.find(({name}) => name === 'fake__add').digest")
+    page.evaluate("digest => { Chat.change(Chat.current, {allowed: {fake__add: digest}}); }", digest)
+    button(dialog, "Done").click()
+    button(page, re.compile("^Tools")).click()
+    expect(marked).to_have_count(2)
+
+
 def test_a_call_waits_for_its_reader(page, tool_url, theme):
     """Once runs this one only; the next round asks again. After two rounds the model answers without tools."""
     chat_with(page, tool_url, "fake__add")

@@ -21,6 +21,7 @@ from chatlm.worker.weights.gguf_file import read_gguf
 from openai_routes import call
 from real_models import REAL_MODELS, CannotBeHad, real_model
 from real_server import SCRIPT
+from sick_models import diagnose
 
 LARGE = os.environ.get("REAL_MODELS") == "all"     # also the 1.5B
 
@@ -34,6 +35,18 @@ def test_check_finds_nothing_wrong_with_a_real_file(name):
     done = forked.run_command(SCRIPT, ["check", str(path), "--json"], dict(os.environ))
     report = json.loads(done.stdout)
     assert report["verdict"] == "fine", [finding for finding in report["findings"] if finding["severity"] != "note"]
+
+
+def test_check_says_whose_tokenizer_a_gemma_3_has(gemma):
+    """It has Gemma 4's."""
+    assert [finding.what for finding in diagnose(gemma, only=["likeness"]).findings] == [
+        "encodes like the tokenizer of Gemma 3 and 4"]
+
+
+def test_ollamas_clients_see_the_name_of_a_files_types(qwen_url):
+    """Most of its weights are Q5_0, since its rows are no multiple of 256."""
+    _, _, shown = call(qwen_url, "/api/show", {"model": "default"})
+    assert shown["details"]["quantization_level"] == "Q4_K_M"
 
 
 def hard_texts():

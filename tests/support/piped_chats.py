@@ -17,7 +17,8 @@ def chat_with(pool, monkeypatch, lines, **settings):
     os.close(write)
     monkeypatch.setattr(sys, "stdin", os.fdopen(read))
     patch(monkeypatch, pool_module, "make_pool", lambda settings: pool)
-    return asyncio.run(terminal_chat.chat(Settings(command="chat", **settings)))
+    tools = {"tools": "all"} if settings.get("mcp_config") else {}
+    return asyncio.run(terminal_chat.chat(Settings(command="chat", **tools | settings)))
 
 
 def conversation(nodes):

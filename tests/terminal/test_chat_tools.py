@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 import fake_tools
 from browsing import fake_front
+from chatlm.common.errors import ConfigError
 from chatlm.front.admission.admission import Admission, SharedAdmission
 from chatlm.terminal.conversation import read_chats
 from piped_chats import chat_with
@@ -81,7 +83,49 @@ def test_tools_can_be_switched_off(monkeypatch, config, capsys):
     pool = ScriptedPool("Fine.")
     chat_with(pool, monkeypatch, ["/tools off all", "/tools on fake__add", "hi", "/tools off nothing"], mcp_config=config())
     assert [tool["function"]["name"] for tool in pool.requests[0].tools] == ["fake__add"]
-    assert "there is no tool and no tool server nothing (servers: fake)" in capsys.readouterr().err
+    assert "there is no tool and no tool server \"nothing\" (servers: fake)" in capsys.readouterr().err
+
+
+def cost_in(text):
+    """The tokens that it says tools take."""
+    return [int(found.replace(",", "")) for found in re.findall(r"take ([\d,]+) tokens of each prompt", text)]
+
+
+def test_no_tool_is_on_until_it_is_chosen_and_their_cost_is_told(monkeypatch, config, capsys):
+    """All of them together may keep a model on a CPU busy for minutes."""
+    async def rendered(messages, tools, client, options):
+        return (1,) * (10 + 20 * bool(tools) + 300 * len(tools))
+
+    pool = ScriptedPool("Fine.")
+    pool.prompts.render = rendered
+    lines = ["hi", "/tools on fake__add", "hi", "/tools on all", "hi"]
+    assert chat_with(pool, monkeypatch, lines, mcp_config=config(), tools=None) == 0
+    assert [len(request.tools) for request in pool.requests] == [0, 1, 9]
+    said = capsys.readouterr().err
+    assert "none of 9 tools is on; /tools on NAME (a tool, a server, or all) switches them on. All take" in said
+    assert "1 of 9 tools are on and take" in said
+    assert cost_in(said) == [2720, 320, 2720]
+
+
+@pytest.mark.parametrize("tools, count", [("fake__add", 1), ("fake__add, fake__count", 2), ("fake", 9), ("all", 9), ("", 0)])
+def test_the_tools_that_a_flag_names_are_on_from_the_start(monkeypatch, config, capsys, tools, count):
+    pool = ScriptedPool("Fine.")
+    assert chat_with(pool, monkeypatch, ["hi"], mcp_config=config(), tools=tools) == 0
+    assert len(pool.requests[0].tools) == count
+    assert (f"{count} of 9 tools are on" if count else "none of 9 tools is on") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"tools": "fake__ad"}, r'--tools: there is no tool and no tool server "fake__ad" \(servers: fake\)'),
+    ({"mcp_config": None, "tools": "all"}, "--tools: --mcp-config FILE, or a server at --url, says which tools there are")])
+def test_tools_that_are_not_there_are_refused(monkeypatch, config, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        chat_with(ScriptedPool("Fine."), monkeypatch, ["hi"], **{"mcp_config": config()} | settings)
+
+
+def test_a_file_whose_servers_do_not_start_says_why_there_are_no_tools(monkeypatch, config):
+    with pytest.raises(ConfigError, match="--tools: there are no tools: fake: failed, it ended .*no-such-program"):
+        chat_with(ScriptedPool("Fine."), monkeypatch, ["hi"], mcp_config=config(command="no-such-program"))
 
 
 def test_a_model_that_cannot_call_says_so(monkeypatch, config, capsys):
@@ -164,9 +208,9 @@ def test_a_server_s_tools_are_asked_about_on_a_terminal(config, tmp_path):
     texts = [COUNT.replace("PATH", str(path)), "Counted.", COUNT.replace("PATH", f"{path}2"), "Not counted."]
     with fake_front(tool_format="tagged", pool=ScriptedPool(*texts), mcp_config=config()) as url, chatting(url, tmp_path=tmp_path) as pty:
         pty.type("/tools\r")
-        pty.expect("0 of 9 are on")
+        pty.expect("none of 9 tools is on")
         pty.type("/tools on fake\r")
-        pty.expect("9 of 9 are on")
+        pty.expect("9 of 9 tools are on")
         pty.type("count\r")
         pty.expect("fake wants to run fake__count")
         pty.expect("y = yes, n = no")

@@ -69,7 +69,7 @@ def test_nanochat_and_the_default_model_are_fine(nanochat_fixtures, default_mode
     for path in (*sorted(nanochat_fixtures.iterdir())[::1 if WHOLE else 5], *[default_model_path] * WHOLE):
         diagnosis = diagnose(path)
         assert (diagnosis.serious, diagnosis.refused) == ([], ""), path
-    assert not WHOLE or "encodes as SmolLM2 does" in [finding.what for finding in diagnosis.findings]
+    assert not WHOLE or "encodes like the tokenizer of SmolLM2" in [finding.what for finding in diagnosis.findings]
 
 
 def folder_with(tmp_path, name, data):
@@ -140,8 +140,8 @@ def test_the_command_has_a_verdict_and_a_status(model, default_model_path, nanoc
     """By day the default model's likeness is asked for in this process."""
     fine = check(nanochat_fixtures / "gen5" if "nanochat" in model else default_model_path)
     assert (fine.returncode, fine.stderr) == (0, "") and fine.stdout.startswith(f"{model}: fine (")
-    assert "nanochat" in model or "encodes as SmolLM2 does" in fine.stdout
-    assert "encodes as SmolLM2 does" in [finding.what for finding in diagnose(default_model_path, only=["likeness"]).findings]
+    assert "nanochat" in model or "encodes like the tokenizer of SmolLM2" in fine.stdout
+    assert "encodes like the tokenizer of SmolLM2" in [finding.what for finding in diagnose(default_model_path, only=["likeness"]).findings]
     sick = check(rewritten(small_gguf(tmp_path), {"tokenizer.ggml.eos_token_id": 260}), "--json")
     body = json.loads(sick.stdout)
     assert (sick.returncode, sick.stderr, body["verdict"], body["counts"]["error"]) == (1, "", "error", 1)

@@ -213,6 +213,12 @@ class ModelFacts(NamedTuple):
     layers: int = 0
     digest: str = ""       # of its weights
     arithmetic: str = ""   # of --arithmetic
+    quantization: str = ""  # what its file calls its types, if these are the ones in memory
+
+    @property
+    def level(self) -> str:
+        """What Ollama's and LM Studio's clients show of its types."""
+        return self.quantization or self.weights.upper()
 
 
 @record(kw_only=True)
@@ -225,6 +231,9 @@ class AnswerParams:
     ignore_eos: bool = False
     stop_on_repetition: bool = False    # end it where it only repeats itself
     min_tokens: int = 0
+    line_indent: int = 0                # its lines but the first have so many spaces or tabs; it ends before
+                                        # one that has fewer
+    line_limit_ms: int = 0              # it ends at the first new line after this time; 0: no limit
     logprobs: int | None = None         # likeliest tokens to list beside each; None: no logprobs
     prompt_logprobs: int | None = None  # the same for the prompt's tokens; then a token that ends the answer
                                         # has its own too, since evaluations drop the last one

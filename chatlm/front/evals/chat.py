@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 LETTERS = "letters"
 NUMBER = "number"
 PROGRAM = "program"
-CHAT_KINDS = LETTERS, NUMBER, PROGRAM
+PUBLISHED = "published program"  # of the suite in published.py
+CHAT_KINDS = LETTERS, NUMBER, PROGRAM, PUBLISHED
 FETCHES = "python -m scripts.chat_eval -i sft -a"  # and the task: what upstream fetches its data with
 ANSWER_TOKENS = 512
 SEED = 42                 # of the order of the rows
@@ -66,6 +67,7 @@ class Problem(NamedTuple):
     text: str
     right: str                     # the letter, the number, or what follows the program
     letters: tuple[str, ...] = ()
+    prompt: str = ""               # the beginning of the program, where that is not the text
 
 
 def chat_suite(runs_code: bool) -> Suite:
@@ -162,13 +164,15 @@ def program_of(problem: Problem, answer: str) -> str:
     """The first fenced block of an answer, or all of it, between the imports of what was asked and its
     tests."""
     block = FENCED.search(answer)
-    return f"{imports_of(problem.text)}\n\n{(block[1] if block else answer).strip()}{problem.right}"
+    imports = imports_of(problem.prompt or problem.text)
+    return f"{imports}\n\n{(block[1] if block else answer).strip()}{problem.right}"
 
 
 class ChatJudge:
     """Judges the items of a task. runs: runs programs; without it there may be none of them."""
 
-    def __init__(self, scorer: Scorer, runs: Runs | None = None):
+    def __init__(self, scorer: Scorer, runs: Runs | None = None, answer_tokens: int | None = None):
+        self.answer_tokens = answer_tokens or ANSWER_TOKENS  # the most that an answer may have
         self.scorer = scorer
         self.runs = runs
         self.tokens: dict[str, int] = {}  # of letters
@@ -180,11 +184,12 @@ class ChatJudge:
         cut = {"cut": True} if len(prompt) < len(whole) else {}
         if task.kind == LETTERS:
             return await self._by_letter(problem, prompt) | cut
-        answer = await self.scorer.answer(prompt, ANSWER_TOKENS)
+        answer = await self.scorer.answer(prompt, self.answer_tokens)
         if task.kind == NUMBER:
             return {"correct": number_in(answer) == problem.right, "margin": None} | cut
         assert self.runs
-        return {"correct": await self.runs(program_of(problem, answer)), "margin": None} | cut
+        program = program_of(problem, answer)
+        return {"correct": await self.runs(program), "margin": None, "program": program} | cut
 
     async def _by_letter(self, problem: Problem, prompt: list[int]) -> dict[str, Any]:
         await self._learn(problem.letters)

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 from chatlm.common.errors import ConfigError
 from chatlm.front.aio import all_of
 from chatlm.front.evals.bundle import KINDS, LANGUAGE_MODELING, Suite, Task, drawn_rows
-from chatlm.front.evals.chat import CHAT_KINDS, ChatJudge, drawn_problems
+from chatlm.front.evals import published
+from chatlm.front.evals.chat import CHAT_KINDS, PUBLISHED, ChatJudge, drawn_problems
 from chatlm.front.evals.items import NEAR_TIE, BadItem, examples_of, fitted, prompts_of, spans_of, verdict_of
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def as_json(suite: Suite, results: list[TaskResult]) -> dict[str, Any]:
 
 def drawn_items(task: Task, most: int | None) -> list:
     """The items of a task as upstream draws them. ConfigError if they are not usable."""
+    if task.kind == PUBLISHED:
+        return published.published_problems(task, most)
     return drawn_problems(task, most) if task.kind in CHAT_KINDS else drawn_rows(task, most)
 
 
@@ -84,7 +87,7 @@ async def run_task(scorer: Scorer, task: Task, most: int | None, kept: AnswersFi
     ConfigError if an item cannot be judged."""
     began_s = time.monotonic()
     rows = await asyncio.to_thread(drawn_items, task, most)
-    judge = ChatJudge(scorer, runs)
+    judge = ChatJudge(scorer, runs, published.ANSWER_TOKENS if task.kind == PUBLISHED else None)
     left = iter([index for index in range(len(rows)) if kept.find(task.label, index) is None])
     words = f"{task.label} ({task.shots}-shot)" if task.kind in KINDS else task.label
     done = sum(kept.find(task.label, index) is not None for index in range(len(rows)))

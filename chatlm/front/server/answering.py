@@ -7,21 +7,22 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from functools import partial
 from typing import Any, NamedTuple, TYPE_CHECKING
 
-from chatlm.common.errors import Overloaded
+from chatlm.common.errors import Overloaded, RequestError
+from chatlm.common.messages.requests import Accepted, Finished, Piece
 from chatlm.common.request_ids import MARK, duplicate_id
 from chatlm.front.server.metrics import AnswerTimes
-from chatlm.front.server.watching import watched
+from chatlm.front.server.responses import REQUEST_LOG
+from chatlm.front.server.watching import Watcher, watched
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import ParsedBody
-    from chatlm.common.messages.requests import Accepted, Event, Request
+    from chatlm.common.messages.requests import Event, Request
     from chatlm.front.api.encode import Encoder
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.server.access import Owners
     from chatlm.front.server.budgets import Reservation
     from chatlm.front.server.ledger import Charge, Ledger
     from chatlm.front.server.metrics import Metrics
-    from chatlm.front.server.watching import Watcher
 
 
 class Ask(NamedTuple):
@@ -44,6 +45,38 @@ class Running(NamedTuple):
     owner: str
     pool_id: Callable[[], str]  # under which id the pool knows it now: that of its round, if it has several
     stop: Callable[[], bool]    # stops what of it runs outside of the pool; False: nothing does
+
+
+class CutNote(Watcher):
+    """Notes for the access log how many tokens an answer had whose reader left before its end."""
+
+    def __init__(self, request: Request):
+        self.record = REQUEST_LOG.get(None)
+        self.left = request.n * max(len(request.prompts), 1)  # answers that have not been read to their ends
+        self.prompt_tokens: int | None = None                 # None: the prompt was not counted
+        self.tokens = 0
+
+    def comes(self, event: Event):
+        if isinstance(event, Accepted):
+            self.prompt_tokens = event.prompt_tokens
+        elif isinstance(event, Piece):
+            self.tokens += len(event.tokens)
+
+    def was_read(self, event: Event):
+        self.left -= isinstance(event, Finished)
+
+    def fails(self, error: Exception):
+        if not (isinstance(error, RequestError) and error.status == 499):  # else somebody cancelled it
+            self.left = 0
+
+    def ends(self):
+        if self.record is None or self.prompt_tokens is None or self.left <= 0:
+            return
+        counts = self.record.counts
+        prompt_tokens = counts.get("prompt_tokens", 0) + self.prompt_tokens  # of a comparison's other answers
+        tokens = counts.get("completion_tokens", 0) + self.tokens
+        self.record.note = f"{prompt_tokens}+{tokens} tokens cut"
+        self.record.counts = {"prompt_tokens": prompt_tokens, "completion_tokens": tokens, "reason": "cut"}
 
 
 class Answers:
@@ -109,7 +142,7 @@ class Answers:
             reservation = charge.reservation
             if reservation:
                 reservation.more = partial(give_more, pool, request_id, reservation, later is not None)
-            watchers = [AnswerTimes(self.metrics, request.n), charge, *others]
+            watchers = [AnswerTimes(self.metrics, request.n), charge, CutNote(request), *others]
             events = watched(pool.answer(request), watchers)
             del request  # the pool drops most of it when it is admitted
             try:

@@ -241,7 +241,7 @@ def ollama_model(served: Served) -> dict:
             "details": {"parent_model": pool.model_name if served.adapter else "", "format": facts.format,
                         "family": facts.family,
                         "families": [facts.family], "parameter_size": size,
-                        "quantization_level": facts.weights.upper()}}
+                        "quantization_level": facts.level}}
 
 
 # What /api/version says: the first version of Ollama with everything that this server has of it. Clients

@@ -29,7 +29,7 @@ def lm_studio_model(served: Served) -> dict:
     if model["capabilities"]["embedding"] and not model["capabilities"]["completion"]:
         kind = "embeddings"
     body |= {"type": kind, "publisher": publisher_of(served), "arch": facts.family,
-             "compatibility_type": facts.format, "quantization": facts.weights.upper(),
+             "compatibility_type": facts.format, "quantization": facts.level,
              "max_context_length": served.pool.context_length}
     if served.state == "ready":
         body |= {"state": "loaded", "loaded_context_length": served.pool.context_length}

@@ -132,7 +132,7 @@ KNOWN = {
         "zas6RvLqY8OlqbUN4xJtOd2JxLh2yCWdR10MFvFmiBk04BZCt1DfZZRaZxqYr23jg6FgyhTKVMcTxWz3KJtYV6RxRUpc8RWgP8"
         "WxHNR2XqE27Paro67Pn7cCQmVgSjpysReN1-MDW2d0WYmVDuLuGsWFPzMubSoINMxMENoYns8O9rfF9ysD1LUbaUIuF-"
         "fgN1EVssBaq0zqbBNequcpVaoDBf2A30T1sySCJ28A7cY"),
-    "Gemma 4": (
+    "Gemma 3 and 4": (
         "T0GO_Q2bNlhtcpxXgiFw-vnrIWnwbaIStMb7gf3ItJdzVlp2a51evrLrRufw8JDOp9Bnarmi-"
         "3EfsATk15WlDKmtABtX0HozTR0ugnKEOuqRi1Ya88g4W_vo26XKykZryIjeB8BrX5eCvOkrpi6CEEltj3lUlD_V8hvzHqfLTLa"
         "fKbesNuzOZMe61qQDLEVUrYzA2NqT5ZZ-"

@@ -360,7 +360,7 @@ def check_likeness(patient: Patient) -> Findings:
     if found is None:
         return
     if not found.different:
-        yield note(f"encodes as {found.name} does")
+        yield note(f"encodes like the tokenizer of {found.name}")
         return
     yield warning(f"it looks like the tokenizer of {found.name}, but {len(found.different):,} of "
                   f"{found.compared:,} texts are encoded otherwise, the first: {quoted(found.different[0])}",

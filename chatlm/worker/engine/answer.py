@@ -12,6 +12,7 @@ from chatlm.common.messages.requests import Delta
 from chatlm.common.text.answer_decoder import answer_decoder, parts_of, without_calls
 from chatlm.common.text.formats import with_markers
 from chatlm.common.text.reader import StopFinder, answer_reader
+from chatlm.worker.engine.line_ends import LineEnds
 from chatlm.worker.engine.repetition import RepetitionFinder
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class AnswerText:
         marks = tokenizer.marks(bool(self.reader.names)) if self.reader else {}
         self.decoder = answer_decoder(tokenizer, marks, params.skip_special_tokens)
         self.stops = StopFinder(params.stop, params.owner)
+        limited = params.line_indent or params.line_limit_ms
+        self.lines = LineEnds(params.line_indent, params.line_limit_ms) if limited else None
         self.unsent: list[Delta] = []
         # the calculator's calls behind text that is held back, each with the number of characters before it
         self.pinned: deque[tuple[int, Delta]] = deque()
@@ -145,8 +148,9 @@ class AnswerText:
                 self.pinned.append((self.read, delta))
                 self._show("")
                 continue
-            self.read += len(delta.text)
-            self._show(self.stops.push(delta.text) if self.count > self.params.min_tokens else delta.text)
+            text = self.lines.push(delta.text) if self.lines else delta.text
+            self.read += len(text)
+            self._show(self.stops.push(text) if self.count > self.params.min_tokens else text)
 
     def _show(self, text: str):
         """Send content, with the calculator's calls between its characters. Calls behind a stop string are
@@ -278,6 +282,8 @@ class Answer:
             self._end_of_thinking()    # only sets thinking_ended
             if self.awaits_grammar:
                 self.hold_call()
+        if self.text.lines:
+            self.text.lines.resume()
         if work.resumed_sent:
             self.take()                # it was sent together with the ids
 
@@ -332,6 +338,8 @@ class Answer:
         cause = self.text.cut_by
         if cause:
             self._end("stop", cause)
+        elif self.text.lines and self.text.lines.ended_by:
+            self._end("length", self.text.lines.ended_by)
         elif self.grammar and self.grammar.complete:
             self._end("stop", "grammar")
         elif may_stop and self._may_end_as_repetition:

@@ -64,9 +64,12 @@ class RunQueue:
         self.waiting.append(sequence)
 
     def cancel(self, request_id: str) -> list[Sequence]:
-        """Drop a request's sequences, running or waiting, and free their pages at once; returns them."""
+        """Drop a request's sequences, running or waiting, and free their pages at once; returns them. What
+        was computed of their prompts stays cached."""
         dropped = [s for s in (*self.running, *self.waiting) if s.work.id == request_id]
         for sequence in dropped:
+            if self.tables.states:
+                self.tables.states.keep_cut(sequence)
             self.remove(sequence)
         return dropped
 

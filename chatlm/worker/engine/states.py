@@ -8,7 +8,7 @@ a draft is verified it has one for each token of the draft, of which it then kee
 state at the end of a content of the prefix index. It is found by the content's serial, and shared without a
 copy, since a slot with several holders is never written. Snapshots are taken at the end of a prompt, every
 INTERVAL tokens, and at the last full page of an answer: there a conversation continues, unless its template
-rewrites the answer."""
+rewrites the answer. Where a prompt was cut, because its client left, there is one too."""
 
 from __future__ import annotations
 
@@ -197,6 +197,18 @@ class StateTables:
             if pool.passed or pool.snapshots < pool.most_snapshots:  # never evict an end of a prompt
                 pool.keep(serial, slot, None)
                 states.answered = serial
+
+    def keep_cut(self, sequence: Sequence):
+        """Keep the state of a prompt that is cut here, so that the same prompt can go on from it."""
+        pool = self.pool
+        computed = sequence.computed
+        slot = sequence.states.slots.get(computed)
+        if slot is None or computed % self.page_size or sequence.serial in pool:
+            return
+        has_room = pool.passed or pool.snapshots < pool.most_snapshots  # never evict an end of a prompt
+        if computed < self.end_of_prompt(sequence) and has_room:
+            pool.keep(sequence.serial, slot, None)
+            pool.fresh.append(sequence.serial)
 
     def advance(self, sequence: Sequence):
         """Release the states before its computed tokens."""

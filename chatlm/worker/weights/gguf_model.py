@@ -16,6 +16,7 @@ from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.weights.embedders import CLASSES, gguf_embedder, pooling_of_gguf
 from chatlm.worker.weights.factors import with_factors
 from chatlm.worker.weights.families import FAMILIES
+from chatlm.worker.weights.file_types import quantization_of
 from chatlm.worker.weights.gguf import gguf_spec, gguf_texts
 from chatlm.worker.weights.gguf_file import ROPE_TENSORS, check_gguf_types, read_gguf
 from chatlm.worker.weights.gguf_tensors import GgufTensors, details_of, file_shape, growth
@@ -207,7 +208,8 @@ class GgufModel:
         mapped = sources["layer_embed"][1] if "layer_embed" in sources else ()
         read = {name: tensor for name, tensor in self.stored.items() if name not in mapped}
         return Report(details, max([TILE_ROWS, *down]), growth(tensors, read, storage.dtype is None),
-                      own_sampling(self.source.path, self.metadata, "general.sampling."))
+                      own_sampling(self.source.path, self.metadata, "general.sampling."),
+                      quantization_of(self.metadata, self.whole.values()))
 
 
 def in_our_order(pairs: RopePairs | None, name: str, rows: numpy.ndarray) -> numpy.ndarray:

@@ -65,7 +65,7 @@ def load(stored: StoredModel, settings: Settings, device: str) -> LoadedModel:
         spec, tensors, purpose.text, stored.source.name, sizes + report.details + merged.described,
         storage.dtype, **report.sampling, family=stored.family, grows=report.grows, block=report.block,
         adaptable=adaptable, head=purpose.head, vocabulary=vocabulary, draft_head=draft_head,
-        ranking=purpose.ranking)
+        ranking=purpose.ranking, quantization=report.quantization)
 
 
 def name_tensors(stored: StoredModel) -> Sources:

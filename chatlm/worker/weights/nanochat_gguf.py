@@ -20,6 +20,7 @@ from chatlm.common.messages.requests import TextSpec
 from chatlm.common.records import record
 from chatlm.common.text.load import NANOCHAT_CHAT_TOKENS, byte_of_character
 from chatlm.worker.weights.checkpoint_model import CheckpointModel, in_the_same_order, whole_tensors
+from chatlm.worker.weights.file_types import quantization_of
 from chatlm.worker.weights.gguf_file import check_gguf_types
 from chatlm.worker.weights.gguf_tensors import GgufTensors, details_of, file_shape, growth
 from chatlm.worker.weights.nanochat import (
@@ -93,6 +94,7 @@ class NanochatGguf(CheckpointModel):
     """A nanochat model whose tensors (gguf_header.Tensor) lie in a GGUF file, and may be packed."""
 
     types: Counter[str]
+    quantization: str
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: file_shape(name, tensor) for name, tensor in self.state.items()}
@@ -114,7 +116,8 @@ class NanochatGguf(CheckpointModel):
     def report(self, sources: Sources, tensors: Mapping[str, Unread | MappedRows],
                storage: Storage) -> Report:
         details = details_of(self.types, sources, self.state, storage)
-        return Report(details, grows=growth(tensors, self.state, storage.dtype is None))
+        return Report(details, grows=growth(tensors, self.state, storage.dtype is None),
+                      quantization=self.quantization)
 
 
 def read_nanochat_gguf(source: ModelSource, settings: Settings, metadata: Mapping[str, Any],
@@ -130,7 +133,7 @@ def read_nanochat_gguf(source: ModelSource, settings: Settings, metadata: Mappin
     title = f"nanochat generation {number} ({GENERATIONS[number].since})"
     types = Counter(tensor.tensor_type.name for tensor in stored.values())
     return NanochatGguf(source, "nanochat", title, spec, TABLE, spec.vocab_size, stored, text,
-                        adapters_call, types)
+                        adapters_call, types, quantization_of(metadata, stored.values()))
 
 
 def config_in(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:

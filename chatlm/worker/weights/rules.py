@@ -55,6 +55,7 @@ class LoadedModel:
     draft_head: LoadedModel | None = None  # if the files have one and drafts may come from it
     ranking: Any = None          # float64 (C,): what makes the last hidden state of a pair its score
     eyes: "Eyes | None" = None   # what it sees pictures with
+    quantization: str = ""       # what its file calls it, such as Q4_K_M; "": nothing
     part: "Model | None" = None  # a rank's share of it, or that of a stage
 
     @property

@@ -77,6 +77,7 @@ class Report:
     block: int = TILE_ROWS
     grows: str = ""
     sampling: dict = field(default_factory=dict)  # the three fields of `own_sampling`
+    quantization: str = ""
 
 
 class StoredModel(Protocol):

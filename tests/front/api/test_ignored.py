@@ -105,7 +105,8 @@ VALUES = {      # a value of each field that differs from what holds without it
     "prompt_name": "query", "input_type": "search_query", "embd_normalize": -1, "normalize": False,
     "truncate_prompt_tokens": 5,
     "prompt_logprobs": 2, "prompt_logprobs_start": 1, "logprob_token_ids": [5], "add_special_tokens": True,
-    "return_token_strs": True, "repeat_penalty": 1.5, "n_predict": 7, "n_probs": 2,
+    "return_token_strs": True, "repeat_penalty": 1.5, "n_predict": 7, "n_probs": 2, "n_indent": 4,
+    "t_max_predict_ms": 500,
     "return_tokens": True, "response_fields": ["content"], "models": ["a", "c"], "steps": [1, 2],
     "variants": [{}, {"seed": 1}]}
 OTHERS = {      # where a field has another type in one of the routes
@@ -213,7 +214,7 @@ VLLM = {"use_beam_search": True, "length_penalty": 1.2, "include_stop_str_in_out
         "request_id": "x", "cache_salt": "x",
         "return_tokens_as_token_ids": True, "kv_transfer_params": {}, "vllm_xargs": {}}
 LLAMA = {"n_predict": 5, "cache_prompt": False, "n_probs": 2, "id_slot": 0, "n_keep": 1,
-         "t_max_predict_ms": 9, "timings_per_token": True,
+         "t_max_prompt_ms": 9, "timings_per_token": True,
          "return_progress": True, "reasoning_format": "none", "parse_tool_calls": False,
          "post_sampling_probs": True, "lora": []}
 OPENAI = {"user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "flex",

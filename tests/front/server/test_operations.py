@@ -181,6 +181,54 @@ async def test_the_log_counts_choices_and_their_ends(client, caplog, stream):
     assert " 14+8 tokens length,stop " in line["message"]
 
 
+def gated_pool(count):
+    """A pool whose answers have `count` pieces, and then wait for ever; `waits_again` says that one does."""
+    pool = FakePool(gate=asyncio.Semaphore(count))
+    pool.waits_again = asyncio.Event()
+
+    async def wait():
+        if pool.gate.locked():
+            pool.waits_again.set()
+        await pool.gate.acquire()
+
+    pool.gate.wait = wait
+    return pool
+
+
+@pytest.mark.parametrize("route", [NATIVE, OPENAI, "/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_log_counts_the_tokens_of_an_answer_whose_client_left(client, caplog, route, stream):
+    with caplog.at_level(logging.INFO, logger="chat_server"):
+        pool = gated_pool(2)            # of its three pieces, a token each
+        async with serving(pool) as url:
+            body = {"stream": stream, "max_tokens": 9, "input": "Hi"} if route == "/v1/responses" else {
+                **conversation(), "stream": stream, "max_tokens": 9}
+            asked = asyncio.ensure_future(client.post(url + route, json=body))
+            await pool.until_open(1)
+            await pool.waits_again.wait()
+            if stream or route == NATIVE:
+                (await asked).close()
+            else:
+                asked.cancel()
+            await pool.until_open(0)
+    (line,) = json_lines(caplog.records)
+    assert (line["status"], line["prompt_tokens"], line["completion_tokens"], line["reason"]) == (499, 7, 2, "cut")
+    assert " 7+2 tokens cut " in line["message"]
+
+
+async def test_the_log_counts_the_tokens_of_a_cancelled_answer(client, caplog):
+    with caplog.at_level(logging.INFO, logger="chat_server"):
+        pool = gated_pool(1)
+        async with serving(pool) as url:
+            asked = asyncio.ensure_future(client.post(url + OPENAI, json=conversation(), headers={"X-Request-Id": "a"}))
+            await pool.until_open(1)
+            await pool.waits_again.wait()
+            assert (await client.post(url + "/v1/cancel/a")).status == 200
+            assert (await asked).status == 499
+    lines = [line for line in json_lines(caplog.records) if line["path"] == OPENAI]
+    assert [(line["status"], line["prompt_tokens"], line["completion_tokens"]) for line in lines] == [(499, 7, 1)]
+
+
 async def test_polls_are_not_logged_but_missing_keys_are(client, caplog):
     """Attempts without a key are logged with their address."""
     with caplog.at_level(logging.INFO, logger="chat_server"):

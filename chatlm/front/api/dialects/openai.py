@@ -122,6 +122,11 @@ INFILL_FIELDS = (  # as llama-server has them
           -2, math.inf, means="max_tokens"),
     Field("n_probs", INTEGER, "log-probabilities, with this many alternatives; 0 = none", 0, 20,
           means="logprobs"),
+    Field("n_indent", INTEGER, "the answer ends before a line, other than its first, that is indented by "
+                               "fewer spaces and tabs; 0 = never", 0, math.inf),
+    Field("t_max_predict_ms", INTEGER._replace(convert=lambda value: max(0, as_count(value))),
+          "the answer ends with the first new line that comes so many milliseconds after its first token; "
+          "0 and -1 = never", -1, math.inf),
     Field("return_tokens", SWITCH, "`tokens`: the ids behind the text", means="return_token_ids"),
     Field("response_fields", RESPONSE_FIELDS, "what the answer has, such as `content` or `timings/prompt_n`"),
     *(field for field in CONSTRAINT_FIELDS if field.group == LLAMA_SERVERS),
@@ -201,7 +206,9 @@ def read_infill(body: dict, terms: Terms) -> ParsedBody:
     known = terms.known
     values = with_infill_ends(parse_fields(body, INFILL_FIELDS), known)
     grammar, param = one_constraint(values)
-    params = AnswerParams(grammar=grammar, grammar_param=param, logprobs=values.get("logprobs") or None)
+    params = AnswerParams(grammar=grammar, grammar_param=param, logprobs=values.get("logprobs") or None,
+                          line_indent=values.get("n_indent", 0),
+                          line_limit_ms=values.get("t_max_predict_ms", 0))
     infill = Infill(tuple(values["input_suffix"]), tuple(values["input_prefix"]),
                     values.get("input_extra", ()), cut=True)
     prompts = (values.get("prompt", ""),)
@@ -633,7 +640,7 @@ class InfillEncoder(OpenAIEncoder):
         done = choice.done
         usage = self.usage()
         request = self.request
-        by_text = done.stop_reason in request.params.stop
+        by_text = done.reason != "length" and done.stop_reason in request.params.stop
         stop_type = "word" if by_text else "eos"
         if done.reason == "length":
             stop_type = "limit"
@@ -649,7 +656,9 @@ class InfillEncoder(OpenAIEncoder):
                 "has_new_line": self.has_new_line, "truncated": bool(done.dropped_messages),
                 "stop_type": stop_type,
                 "stopping_word": done.stop_reason if by_text else "",
-                "tokens_cached": usage.cached_tokens, "timings": self.timings(done)}
+                # the tokens whose keys and values are there now: all but the last one
+                "tokens_cached": usage.prompt_tokens + max(usage.completion_tokens - 1, 0),
+                "timings": self.timings(done)}
         if self.probabilities:
             body["completion_probabilities"] = self.probabilities
         paths = self.parsed.details["response_fields"]

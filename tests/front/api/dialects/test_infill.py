@@ -398,6 +398,7 @@ def test_the_answer_has_llama_server_s_members(url):
             and answer["tokens_evaluated"] == 1 + 11 + 10 + 3 + 6 + 8)
     assert (answer["tokens_evaluated"] == answer["timings"]["cache_n"] + answer["timings"]["prompt_n"]
             and answer["timings"]["predicted_n"] == 8)
+    assert answer["tokens_cached"] == answer["tokens_evaluated"] + 8 - 1    # the last is not computed
     assert [entry["id"] for entry in answer["completion_probabilities"]] == answer["tokens"]
     assert all(len(entry["top_logprobs"]) == 2 for entry in answer["completion_probabilities"])
     assert (answer["generation_settings"]["n_predict"] == 8
@@ -471,11 +472,72 @@ def test_a_stop_string_ends_it_and_is_named(url):
     assert (ended["text"], ended["stop_reason"]) == (choice[:choice.index(stop)], stop)
 
 
+def lines(number, count=40, **changes):
+    """An answer to `count` tokens of which number[letter] says how likely each letter is."""
+    bias = {str(number[letter]): weight for letter, weight in changes.pop("letters").items()}
+    return infilled(url=changes.pop("url"), n_predict=count, logit_bias=bias, temperature=1, **changes)
+
+
+@pytest.fixture(scope="module")
+def number(url):
+    """The token of each ASCII character."""
+    letters = post(url, "/tokenize", {"content": "".join(map(chr, range(128)))})[2]
+    return dict(zip(map(chr, range(128)), json.loads(letters)["tokens"]))
+
+
+LETTERS = {"\n": 99, " ": 100, "\t": 98, "x": 100}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_line_that_is_indented_too_little_ends_it(url, number, stream):
+    """llama-server's n_indent: the first line does not count, and the rest of the text is as without."""
+    for seed in range(8):
+        whole = lines(number, url=url, letters=LETTERS, seed=seed)["content"]
+        short = lines(number, url=url, letters=LETTERS, seed=seed, n_indent=2)
+        first, *others = whole.split("\n")
+        kept = [first]
+        for row, line in enumerate(others, 1):
+            indent = len(line) - len(line.lstrip(" \t"))
+            cut = indent < 2 and (indent < len(line) or row < len(others))
+            kept.append(line[:indent] if cut else line)
+            if cut:
+                break
+        assert (short["content"], short["stop_type"], short["stopping_word"]) == ("\n".join(kept), "limit", "")
+        assert short["tokens_predicted"] == min(40, len(short["content"]) + 1)
+        assert lines(number, url=url, letters=LETTERS, seed=seed, n_indent=0)["content"] == whole
+        if stream:
+            body = {"input_prefix": "def f(", "input_suffix": "return 1", "temperature": 1, "n_predict": 40,
+                    "seed": seed, "n_indent": 2, "stream": True,
+                    "logit_bias": {str(number[letter]): weight for letter, weight in LETTERS.items()}}
+            _, _, text = post(url, "/infill", body)
+            pieces = [json.loads(line[6:]) for line in text.split("\n") if line.startswith("data: ")]
+            assert "".join(piece["content"] for piece in pieces) == short["content"]
+
+
+def test_a_new_line_after_the_time_ends_it(url, number):
+    """llama-server's t_max_predict_ms. Without a new line the answer goes on."""
+    changes = {"url": url, "count": 400, "seed": 1}
+    ended = lines(number, letters={"\n": 100, "x": 100}, t_max_predict_ms=1, **changes)
+    assert ended["stop_type"] == "limit" and ended["tokens_predicted"] < 400
+    assert ended["content"].endswith("\n")
+    assert lines(number, letters={"x": 100}, t_max_predict_ms=1, **changes)["content"] == "x" * 400
+    for never in (0, -1, 10**9):
+        assert lines(number, letters={"\n": 100}, t_max_predict_ms=never, **changes)["content"] == "\n" * 400
+
+
+@pytest.mark.parametrize("name, value", [("n_indent", -1), ("n_indent", "x"), ("t_max_predict_ms", -2),
+                                         ("t_max_predict_ms", [])])
+def test_a_wrong_limit_of_lines_is_refused_by_name(url, name, value):
+    status, _, text = post(url, "/infill", {"input_prefix": "", "input_suffix": "", name: value})
+    assert status == 400 and json.loads(text)["error"]["param"] == name
+
+
 def test_no_wanted_tokens_compute_the_prompt_alone(url):
     text = "".join(random.Random(8).choices("abcdef", k=200))
     answer = infilled(url, input_prefix=text, n_predict=0)
-    assert (answer["content"], answer["stop_type"]) == ("", "limit") and answer["tokens_cached"] < 100
-    assert infilled(url, input_prefix=text, input_suffix="other")["tokens_cached"] >= 200 // 16 * 16
+    assert (answer["content"], answer["stop_type"]) == ("", "limit") and answer["timings"]["cache_n"] < 100
+    again = infilled(url, input_prefix=text, input_suffix="other")
+    assert again["timings"]["cache_n"] >= 200 // 16 * 16
 
 
 def test_only_the_members_that_are_wanted_come(url):
@@ -489,10 +551,10 @@ def test_only_the_members_that_are_wanted_come(url):
 def test_unused_fields_of_llama_server_are_named(url):
     """They have no effect."""
     body = {"input_prefix": "a", "input_suffix": "b", "n_predict": 1, "samplers": ["infill"],
-            "cache_prompt": True, "t_max_predict_ms": 5,
+            "cache_prompt": True, "t_max_prompt_ms": 5,
             "input_extra": [{"text": "x", "filename": "y", "time": 5}]}
     status, headers, _ = post(url, "/infill", body)
-    assert status == 200 and headers["X-Ignored-Fields"] == "samplers, cache_prompt, t_max_predict_ms"
+    assert status == 200 and headers["X-Ignored-Fields"] == "samplers, cache_prompt, t_max_prompt_ms"
 
 
 def test_a_grammar_decides_what_fills_the_gap(url):
