@@ -104,7 +104,8 @@ def test_without_the_package_or_the_consent_it_says_what_to_do(monkeypatch):
     (gzip.compress(b'{"prompt": 1, "test": "", "entry_point": "f"}'), "problem 1 .*TypeError"),
     (gzip.compress(b"\n\n"), "has no problems"),
     (gzip.compress(b"x" * 1000)[:20], "problem 1 is not one of HumanEval: EOFError"),
-    (gzip.compress(b" " * (65 << 20)), "more than 67,108,864 bytes")])
+    (gzip.compress(b" " * (65 << 20)), "more than 67,108,864 bytes")],
+    ids=["empty", "no gzip", "an empty object", "a wrong type", "empty lines", "cut", "too large"])
 def test_a_broken_file_is_one_clear_line(package, data, words):
     package.write_bytes(data)
     (task,) = published_suite(True).tasks
