@@ -15,7 +15,7 @@ from chatlm.common.config import DEFAULT_MODEL_NAME, file_name
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.default_model import fetch_default_model
 from chatlm.common.hub.find import resolve_model
-from chatlm.common.hub.huggingface import SPLIT_GGUF
+from chatlm.common.hub.repository import SPLIT_GGUF
 from chatlm.common.invocation import program_command
 
 ABOUT = ("Pack the program into one file, with the page and the compiled core of this platform: `python "

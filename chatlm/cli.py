@@ -24,7 +24,7 @@ from chatlm.common.core import kernels_line
 from chatlm.common.errors import ConfigError, did_you_mean, require_library
 from chatlm.common.files import read_operators
 from chatlm.common.hub.find import SUPPORTED_MODELS
-from chatlm.common.hub.huggingface import hub_model
+from chatlm.common.hub.repository import hub_model
 from chatlm.common.invocation import program_command
 from chatlm.common.messages.requests import SAMPLING_FLAGS
 

@@ -15,7 +15,8 @@ from real_server import post, server
 
 # Of the front and the sandboxes, after answers by three APIs
 ABSENT = """
-    chatlm.bundling chatlm.common.hub.offers chatlm.common.processes.connect
+    chatlm.bundling chatlm.common.hub.huggingface chatlm.common.hub.offers
+    chatlm.common.hub.trainers chatlm.common.processes.connect
     chatlm.common.processes.ray chatlm.common.processes.torchrun chatlm.common.text.grammar
     chatlm.common.text.number_ranges chatlm.common.text.schema_rules chatlm.export
     chatlm.front.api.call_grammars chatlm.front.api.dialects.ollama chatlm.front.api.dialects.own
@@ -34,6 +35,7 @@ ABSENT = """
 """.split()
 # Of the worker, after these answers
 ABSENT_IN_WORKER = """
+    chatlm.common.hub.huggingface chatlm.common.hub.trainers
     chatlm.common.processes.connect chatlm.common.processes.ray chatlm.common.processes.torchrun
     chatlm.common.text.grammar chatlm.export chatlm.front chatlm.worker.doctor
     chatlm.worker.engine.adapter_slots chatlm.worker.engine.calculator

@@ -16,7 +16,7 @@ from typing import Any, TYPE_CHECKING, cast
 import numpy
 
 from chatlm.common.errors import ConfigError
-from chatlm.common.hub.huggingface import FOLDER_FILES, INDEX
+from chatlm.common.hub.repository import FOLDER_FILES, INDEX
 from chatlm.export.hub_model import HubModel, Weights
 from chatlm.export.older_words import notes_on_versions, with_older_words
 from chatlm.worker.arrays.kinds import FLOATS, as_kind, floats, kind_of

@@ -15,7 +15,8 @@ from pathlib import Path
 from chatlm.cli import CommandLine
 from chatlm.common.config import file_name
 from chatlm.common.errors import ConfigError, error_text, printable
-from chatlm.common.hub.huggingface import FOLDER_FILES, INDEX, hub_model, load_hub, status_of
+from chatlm.common.hub.huggingface import load_hub, status_of
+from chatlm.common.hub.repository import FOLDER_FILES, INDEX, hub_model
 from chatlm.common.hub.links import refuse_outside
 from chatlm.common.invocation import program_command, tool_command
 from chatlm.common.log import ProgressDisplay

@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 
 from chatlm.common.errors import ConfigError
-from chatlm.common.hub.huggingface import INDEX, WHOLE
+from chatlm.common.hub.repository import INDEX, WHOLE
 from chatlm.export.hub_model import Weights
 from chatlm.worker.arrays.kinds import bits_of, contiguous, item_bytes, kind_of
 from chatlm.worker.weights.finite import fault_of

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from chatlm.common.hub.better import BETTER, FAST_ENOUGH, SHARE, MemoryRate, advice_of, better_model, warning_of
-from chatlm.common.hub.huggingface import hub_model
+from chatlm.common.hub.repository import hub_model
 
 
 def test_the_largest_that_fits_free_memory_is_named():

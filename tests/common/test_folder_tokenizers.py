@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from chatlm.common.errors import ConfigError
-from chatlm.common.hub.huggingface import TOKENIZERS
+from chatlm.common.hub.repository import TOKENIZERS
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.weights.folder_tokenizers import MAKERS, folder_tokenizer

@@ -12,7 +12,7 @@ import pytest
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.files import MOST_OBJECT, copy_file, opened, read_object, read_small
-from chatlm.common.hub import archives, folder as folders
+from chatlm.common.hub import archives, trainers
 from chatlm.common.hub.adapters import base_of, is_other_base, short_name
 from chatlm.common.hub.folder import find_models
 from chatlm.common.hub.trainers import names_in
@@ -189,12 +189,12 @@ def test_a_folder_that_breaks_our_reading_keeps_no_other_from_being_served(tmp_p
         (tmp_path / name).mkdir()
         write_gguf(tmp_path / name / f"{name}.gguf", random_llama(), LLAMA_NUMBERS)
 
-    def broken(path, original=folders.foreign):
+    def broken(path, original=trainers.foreign):
         if path.name == "a":
             raise RuntimeError("boom")
         return original(path)
 
-    monkeypatch.setattr(folders, "foreign", broken)
+    monkeypatch.setattr(trainers, "foreign", broken)
     found = find_models(tmp_path)
     assert {files.name for files in found if files.stamp} == {"a", "b"}
     assert [files.trouble for files in found if files.trouble] == [f"{tmp_path / 'a'} cannot be read: boom"]

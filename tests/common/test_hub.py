@@ -12,7 +12,7 @@ import real_server
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
-from chatlm.common.hub.huggingface import hub_files, hub_model, mmproj_for
+from chatlm.common.hub.repository import hub_files, hub_model, mmproj_for
 from chatlm.common.hub.short_names import SHORT_NAMES
 from fake_hub import fake_hub
 from forked import run_command

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,16 +18,13 @@ from chatlm.common.errors import ConfigError, cannot_read
 from chatlm.common.files import opened, refuse_pointer, truncated
 from chatlm.common.hub.default_model import fetch_default_embedder, fetch_default_model
 from chatlm.common.hub.guesses import near_model, near_path
-from chatlm.common.hub.huggingface import (
-    SPLIT_GGUF, DownloadLimits, fetch_from_hub, hub_model, models_among, other_weights)
+from chatlm.common.hub.repository import SPLIT_GGUF, hub_model, models_among, other_weights
 from chatlm.common.hub.local import home_folder, no_progress
 from chatlm.common.hub.nanochat import (
     choose_checkpoint, explicit_choice, find_checkpoints, named_experiment, place_among, step_of)
 from chatlm.common.hub.packaged import CannotDownload
 from chatlm.common.hub.stamps import model_stamp
-from chatlm.common.hub.trainers import (
-    LITGPT_FILE, NANOGPT_FILE, build_nanogpt_steps, foreign, foreign_in, is_build_nanogpt, is_litgpt_folder,
-    unknown_torch_file)
+from chatlm.common.hub.trainer_files import LITGPT_FILE, NANOGPT_FILE, is_litgpt_folder
 from chatlm.common.invocation import program_command
 from chatlm.common.log import log
 from chatlm.common.program import program_place
@@ -152,6 +150,7 @@ def find_model(model: str, settings: Settings, progress: Progress = no_progress)
         if not named_path.exists():
             raise ConfigError(no_model_in(path))
     if named_path.name == NANOGPT_FILE and named_path.exists():
+        from chatlm.common.hub.trainers import foreign
         if error := foreign(named_path):
             raise ConfigError(error)
         refuse_choice(settings, f"{named_path} is nanoGPT's")
@@ -170,6 +169,10 @@ def of_other_trainer(path: Path, settings: Settings) -> ModelSource | None:
     """The model at a path if litgpt or build-nanogpt wrote it, else None.
 
     Raises ConfigError for a file of another trainer, and says how to convert it."""
+    if path.is_file() and begins_as_gguf(path):
+        return None
+    from chatlm.common.hub.trainers import (
+        build_nanogpt_steps, foreign, is_build_nanogpt, unknown_torch_file)
     folder = path.parent if path.name == LITGPT_FILE else path
     if is_litgpt_folder(folder):
         refuse_choice(settings, f"{folder} is a litgpt folder")
@@ -183,6 +186,12 @@ def of_other_trainer(path: Path, settings: Settings) -> ModelSource | None:
     if path.is_file() and (error := foreign(path) or unknown_torch_file(path)):
         raise ConfigError(error)
     return None
+
+
+def begins_as_gguf(path: Path) -> bool:
+    with suppress(OSError, ConfigError), opened(path) as file:
+        return file.read(4) == b"GGUF"
+    return False
 
 
 def build_nanogpt_source(steps: dict[int, Path], where: Path, settings: Settings) -> ModelSource:
@@ -214,6 +223,7 @@ def no_model_in(path: Path) -> str:
         return f"{path} has GGUF files; give one of them: {', '.join(ggufs[:20])}"
     if "adapter_config.json" in names:
         return f"{path} is an adapter: give the model that it is for, and --lora {path}"
+    from chatlm.common.hub.trainers import foreign_in
     other_trainers = foreign_in(path)
     if "config.json" in names:
         more = other_weights(names) or other_trainers and f"; {other_trainers}"
@@ -247,6 +257,7 @@ def resolve_gguf(path: Path) -> ModelSource:
 
 
 def find_on_hub(repository: str, file: str, settings: Settings, progress: Progress) -> ModelSource:
+    from chatlm.common.hub.huggingface import DownloadLimits, fetch_from_hub
     several = settings.tensor_parallel_size > 1 or settings.pipeline_parallel_size > 1
     images = not (settings.mmproj or several)  # models see in one process
     limits = DownloadLimits(settings.downloads, settings.models_disk, images=images)

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from chatlm.common.config import ModelChoice
 from chatlm.common.errors import error_text, printable, require_folder
-from chatlm.common.hub.huggingface import SPLIT_GGUF
+from chatlm.common.hub.repository import SPLIT_GGUF
 from chatlm.common.hub.nanochat import checkpoints_in, step_of
 from chatlm.common.hub.stamps import Sighting, files_of, stamp_of
-from chatlm.common.hub.trainers import NANOGPT_FILE, foreign, is_build_nanogpt, is_hugging_face, is_litgpt
+from chatlm.common.hub.trainer_files import NANOGPT_FILE, is_hugging_face, is_litgpt
 from chatlm.common.records import record
 
 if TYPE_CHECKING:
@@ -198,6 +198,7 @@ def models_in(folder: Path, names: Seq[str]) -> Iterator[Files]:
         trouble = "" if stamp else next(filter(None, map(trouble_with, files)), "")
         return Files(path, stamp, trouble and f"{name} is not served: {trouble}", name, step, tag)
 
+    from chatlm.common.hub.trainers import foreign, is_build_nanogpt
     if is_hugging_face(names):
         yield model(folder, folder.name, [folder / "config.json", *files_of(folder)])
     parts: dict[str, list[Path]] = {}

@@ -19,9 +19,11 @@ from chatlm.common.errors import ChatServerError, ConfigError, bad_value, printa
 from chatlm.common.files import Truncated
 from chatlm.common.hub.better import BETTER, SHARE, parameters_of
 from chatlm.common.hub.huggingface import (
-    BESIDE_MODEL, FOLDER_FILES, HEADER_BYTES, INDEX, SPLIT_GGUF, WHOLE, CannotRun, DownloadLimits,
-    Unreachable, fetch, folder_bytes, hub_errors, hub_files, hub_model, indexed_shards, is_plain_path,
-    list_repository, load_hub, other_tokenizers, refuse_early, revision_of, tokenizers_of, why_unreachable)
+    HEADER_BYTES, CannotRun, DownloadLimits, Unreachable, fetch, folder_bytes, hub_errors, indexed_shards,
+    is_plain_path, list_repository, load_hub, refuse_early, revision_of, why_unreachable)
+from chatlm.common.hub.repository import (
+    BESIDE_MODEL, INDEX, SPLIT_GGUF, WHOLE, hub_files, hub_model, other_tokenizers,
+    tokenizers_of)
 from chatlm.common.hub.local import download_lock, hub_cache
 from chatlm.common.hub.short_names import PARAMETERS, SHORT_NAMES
 from chatlm.common.messages.protocol import (

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
-from chatlm.common.hub.huggingface import TOKENIZERS, mmproj_for
+from chatlm.common.hub.repository import TOKENIZERS, mmproj_for
 from chatlm.common.hub.nanochat import meta_of, nanochat_tokenizers, step_of
-from chatlm.common.hub.trainers import (
-    LITGPT_CONFIG, LITGPT_FILE, NANOGPT_FILE, is_build_nanogpt, is_litgpt_folder)
+from chatlm.common.hub.trainer_files import LITGPT_CONFIG, LITGPT_FILE, NANOGPT_FILE, is_litgpt_folder
 from chatlm.common.records import record
 
 if TYPE_CHECKING:
@@ -78,8 +77,12 @@ def files_of(path: Path) -> list[Path]:
         for pattern in HF_PATTERNS:
             named += sorted(path.glob(pattern))
         return named
-    is_nanogpt = path.name == NANOGPT_FILE or is_build_nanogpt(path)
-    if step_of(path.name) is not None and not is_nanogpt:
+    is_nanogpt = path.name == NANOGPT_FILE
+    is_step = step_of(path.name) is not None
+    if is_step:
+        from chatlm.common.hub.trainers import is_build_nanogpt  # here: few models have such a name
+        is_nanogpt = is_build_nanogpt(path)
+    if is_step and not is_nanogpt:
         tokenizers = [file for file in nanochat_tokenizers(path) if file.exists()]
         return [path, meta_of(path), *tokenizers[:1]]
     if is_nanogpt:

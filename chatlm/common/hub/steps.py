@@ -13,7 +13,8 @@ from chatlm.common.hub.folder import seen_below
 from chatlm.common.hub.nanochat import (
     AS_TRAINED, CheckpointPlace, checkpoints_in, is_wanted, meta_of, nanochat_tokenizers, step_of)
 from chatlm.common.hub.stamps import HF_FILES, LITGPT_FILES, Sighting, files_of, stamp_of
-from chatlm.common.hub.trainers import LITGPT_CONFIG, LITGPT_FILE, foreign, is_build_nanogpt, is_litgpt
+from chatlm.common.hub.trainers import foreign, is_build_nanogpt
+from chatlm.common.hub.trainer_files import LITGPT_CONFIG, LITGPT_FILE, is_litgpt
 from chatlm.common.records import record
 
 MOST_DEPTH = 4  # folders below the watched one: experiments/<experiment>/<tag>/<stage>

@@ -12,7 +12,7 @@ import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Collection, Iterator, Sequence as Seq
+from collections.abc import Iterator, Sequence as Seq
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -21,10 +21,8 @@ from chatlm.common.errors import ConfigError, shown
 from chatlm.common.files import opened
 from chatlm.common.hub.archives import archive_in, first_bytes
 from chatlm.common.hub.nanochat import meta_of, step_of
+from chatlm.common.hub.trainer_files import LITGPT_CONFIG, LITGPT_FILE, NANOGPT_FILE, is_litgpt_folder
 
-NANOGPT_FILE = "ckpt.pt"
-LITGPT_FILE = "lit_model.pth"
-LITGPT_CONFIG = "model_config.yaml"
 BUILD_NANOGPT = "build-nanogpt"
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".distcp")
 MOST_PICKLED = 1 << 20  # bytes of a pickle that are looked at: names come first, and tensors take none of it
@@ -267,23 +265,6 @@ def build_nanogpt_steps(folder: Path) -> dict[int, Path]:
         if (step := step_of(path.name)) is not None and is_build_nanogpt(path):
             steps[step] = path
     return dict(sorted(steps.items()))
-
-
-def is_hugging_face(names: Collection[str]) -> bool:
-    return "config.json" in names and any(name.endswith(".safetensors") for name in names)
-
-
-def is_litgpt(names: Collection[str]) -> bool:
-    """Is a folder of these files one of litgpt? Where the Hugging Face files that it was made from still lie
-    beside, they are the same model, and count."""
-    return LITGPT_FILE in names and LITGPT_CONFIG in names and not is_hugging_face(names)
-
-
-def is_litgpt_folder(folder: Path) -> bool:
-    """Not one that cannot be listed: its reader says why."""
-    with suppress(OSError):
-        return is_litgpt(os.listdir(folder)) and (folder / LITGPT_FILE).is_file()
-    return False
 
 
 def foreign_in(folder: Path) -> str:

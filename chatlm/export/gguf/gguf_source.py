@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from chatlm.common.errors import ConfigError, shown
-from chatlm.common.hub.huggingface import SPLIT_GGUF
+from chatlm.common.hub.repository import SPLIT_GGUF
 from chatlm.export.gguf.encoding import Value
 from chatlm.export.gguf.mixes import FLOATS, Matrix, Shape
 from chatlm.export.gguf.written import Written, WrittenTensor

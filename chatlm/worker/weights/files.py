@@ -13,7 +13,7 @@ from pathlib import Path
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.files import opened, refuse_pointer, truncated
-from chatlm.common.hub.trainers import LITGPT_FILE, is_litgpt_folder
+from chatlm.common.hub.trainer_files import LITGPT_FILE, is_litgpt_folder
 from chatlm.common.log import log
 from chatlm.worker.weights.rules import read_json
 

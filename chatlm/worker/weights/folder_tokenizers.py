@@ -7,12 +7,12 @@ from pathlib import Path
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.files import read_small
-from chatlm.common.hub.huggingface import other_tokenizers
+from chatlm.common.hub.repository import other_tokenizers
 from chatlm.worker.weights.sentencepiece_file import sentencepiece_json
 from chatlm.worker.weights.tiktoken_file import kimi_json, qwen_json, tekken_json
 
 MOST_BYTES = 96 << 20  # of a tokenizer.json, which the front reads, too; published ones have up to 33 MB
-MAKERS = {  # in this order; chatlm.common.hub.huggingface.TOKENIZERS has the same names
+MAKERS = {  # in this order; chatlm.common.hub.repository.TOKENIZERS has the same names
     "tokenizer.model": sentencepiece_json,
     "tekken.json": tekken_json,
     "tiktoken.model": kimi_json,

@@ -11,7 +11,7 @@ from typing import Any
 
 from chatlm.common.errors import ConfigError, cannot_read, error_text, shown
 from chatlm.common.files import check_regular
-from chatlm.common.hub.huggingface import SPLIT_GGUF
+from chatlm.common.hub.repository import SPLIT_GGUF
 from chatlm.worker.arrays.gguf_types import WITHOUT_VALUES
 from chatlm.worker.weights.configs import HF_KEYS
 from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES

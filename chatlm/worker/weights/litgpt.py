@@ -18,7 +18,7 @@ import numpy
 from chatlm.common.errors import ConfigError, error_text, require_library, shown
 from chatlm.common.files import read_small
 from chatlm.common.hub.links import refuse_links_out
-from chatlm.common.hub.trainers import LITGPT_CONFIG, LITGPT_FILE
+from chatlm.common.hub.trainer_files import LITGPT_CONFIG, LITGPT_FILE
 from chatlm.common.log import log
 from chatlm.worker.weights.checkpoint_model import plain_state, without_tied_head
 from chatlm.worker.weights.families import FAMILIES
