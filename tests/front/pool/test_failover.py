@@ -473,7 +473,7 @@ async def stopped_worker(pool):
 async def out_of_time(worker):
     """Let the time of a stopped worker run out: again, if what it said before its stop is read only now."""
     process = worker.process
-    while worker.process is process and not worker.hung:
+    while worker.process is process:
         if worker.awaited_s is not None:
             worker.awaited_s -= max(patient(worker.HANG_S), 20 * worker.slowest_step_s)
         await asyncio.sleep(0.02)
