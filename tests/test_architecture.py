@@ -1,4 +1,5 @@
-"""The map, docs/architecture.md, docs/changes.md and the manual name what is there: each path exists, and each name is
+"""The map, docs/architecture.md, docs/changes.md and the manual name what is there: each path exists, and
+each name is
 defined where they say."""
 
 import ast
@@ -15,7 +16,13 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 SECTIONS = {part.split("\n")[0]: part for part in TEXT.split("\n## ")[1:]}
 MAP = (ROOT / "docs/map.md").read_text(encoding="utf-8")
-CHANGES = dict(re.findall(r"^\| (?!what \|)([a-z][^|]+) \| (.*) \|$", (ROOT / "docs/changes.md").read_text(encoding="utf-8"), re.MULTILINE))
+CHANGES = dict(
+    re.findall(
+        r"^\| (?!what \|)([a-z][^|]+) \| (.*) \|$",
+        (ROOT / "docs/changes.md").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+)
 MANUAL = ast.get_docstring(ast.parse((ROOT / "chat_server.py").read_text(encoding="utf-8")), clean=False)
 MODULES = [ROOT / "chat_server.py", *sorted((ROOT / "chatlm").rglob("*.py"))]
 FILE = re.compile(r"[\w./-]+(?:/|\.(?:py|md|js|css|html|h|def|cpp|ini|toml))")
@@ -29,8 +36,16 @@ def definitions(path: Path) -> set[str]:
     def read(body, prefix):
         for node in body:
             targets = getattr(node, "targets", [getattr(node, "target", None)])
-            names = [node.name] if hasattr(node, "name") else [each.id for target in filter(None, targets) for each in ast.walk(target)
-                                                               if isinstance(each, ast.Name)]
+            names = (
+                [node.name]
+                if hasattr(node, "name")
+                else [
+                    each.id
+                    for target in filter(None, targets)
+                    for each in ast.walk(target)
+                    if isinstance(each, ast.Name)
+                ]
+            )
             found.update(prefix + name for name in names)
             if isinstance(node, ast.ClassDef):
                 read(node.body, f"{node.name}.")
@@ -44,11 +59,18 @@ def defines(place: Path, name: str) -> bool:
         return any(defines(path, name) for path in place.rglob("*.py"))
     if place.suffix == ".py":
         return name in definitions(place)
-    return re.search(rf"\b(?:const|let|function|class|struct|enum class|enum) {name}\b", place.read_text(encoding="utf-8")) is not None
+    return (
+        re.search(
+            rf"\b(?:const|let|function|class|struct|enum class|enum) {name}\b",
+            place.read_text(encoding="utf-8"),
+        )
+        is not None
+    )
 
 
 def named(text: str) -> list[tuple[str, str]]:
-    """(place, name) of each name in backticks, which follows its place; a place without names comes with ""."""
+    """(place, name) of each name in backticks, which follows its place; a place without names comes with
+    ""."""
     found, place = [], ""
     for word in re.findall(r"`([^`\n]+)`", text):
         if FILE.fullmatch(word):
@@ -65,8 +87,11 @@ def path_of(place: str) -> Path:
 
 
 def wrong(text: str) -> list[tuple[str, str]]:
-    return [(place, name) for place, name in named(text)
-            if not path_of(place).exists() or name and not defines(path_of(place), name)]
+    return [
+        (place, name)
+        for place, name in named(text)
+        if not path_of(place).exists() or name and not defines(path_of(place), name)
+    ]
 
 
 @pytest.mark.parametrize("what", CHANGES)
@@ -77,20 +102,61 @@ def test_a_change_touches_what_the_table_says(what):
 
 def test_the_table_has_a_row_for_each_usual_change():
     assert {*CHANGES} == {
-        "a route", "a route with a body", "a dialect", "an annex", "a format of answers", "a field", "a type of fields", "a field that the terminal sends",
-        "a sampling parameter", "a model's own parameter", "a flag", "a command", "a family", "a vocabulary of encoders", "what follows pooled states",
-        "a new computation", "a kind of work in a step", "a part of the engine",
-        "a source of drafts", "a draft head", "a layer with a state", "how a model sees images", "what encodes images",
-        "a short name, a cut of words", "a call format", "calls of nanochat's calculator", "a notation of calls", "what a schema allows", "an op", "a message",
-        "an event of an answer", "a message of a sandbox", "a message of Ray", "a message among ranks", "a metric of requests",
-        "a metric of workers", "a metric of the front", "an error", "a shape of errors", "a page element", "a part of a turn",
-        "a view with an address", "a chart, a style of exported pages", "a rank's shard", "a weight type", "a format of models' files",
+        "a route",
+        "a route with a body",
+        "a dialect",
+        "an annex",
+        "a format of answers",
+        "a field",
+        "a type of fields",
+        "a field that the terminal sends",
+        "a sampling parameter",
+        "a model's own parameter",
+        "a flag",
+        "a command",
+        "a family",
+        "a vocabulary of encoders",
+        "what follows pooled states",
+        "a new computation",
+        "a kind of work in a step",
+        "a part of the engine",
+        "a source of drafts",
+        "a draft head",
+        "a layer with a state",
+        "how a model sees images",
+        "what encodes images",
+        "a short name, a cut of words",
+        "a call format",
+        "calls of nanochat's calculator",
+        "a notation of calls",
+        "what a schema allows",
+        "an op",
+        "a message",
+        "an event of an answer",
+        "a message of a sandbox",
+        "a message of Ray",
+        "a message among ranks",
+        "a metric of requests",
+        "a metric of workers",
+        "a metric of the front",
+        "an error",
+        "a shape of errors",
+        "a page element",
+        "a part of a turn",
+        "a view with an address",
+        "a chart, a style of exported pages",
+        "a rank's shard",
+        "a weight type",
+        "a format of models' files",
         "a weight type in files",
-        "a format of packed safetensors", "a KV type"}
+        "a format of packed safetensors",
+        "a KV type",
+    }
 
 
 def hunks(text: str) -> list[tuple[str, str, str]]:
-    """(file, the lines that a hunk expects in it, those that it leaves) of each hunk in the diffs of a document, but for new files."""
+    """(file, the lines that a hunk expects in it, those that it leaves) of each hunk in the diffs of a
+    document, but for new files."""
     found, path = [], ""
     for block in re.findall(r"^```diff\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         for part in re.split(r"^@@.*\n|^(?=--- )", block, flags=re.MULTILINE):
@@ -117,34 +183,65 @@ def test_the_diffs_of_worked_changes_still_fit():
 
 
 def test_a_diff_that_no_longer_fits_is_found():
-    ((path, before, after),) = hunks("```diff\n--- a/chat_server.py\n+++ b/chat_server.py\n@@ -1 +1 @@\n kept\n-old\n+new\n```\n")
+    ((path, before, after),) = hunks(
+        "```diff\n--- a/chat_server.py\n+++ b/chat_server.py\n@@ -1 +1 @@\n kept\n-old\n+new\n```\n"
+    )
     assert (path, before, after) == ("chat_server.py", "kept\nold\n", "kept\nnew\n")
     assert fits("kept\nold\n", before, after) and fits("kept\nnew\n", before, after)
     assert not fits("kept\nother\n", before, after) and not fits("kept\nold\nkept\nold\n", before, after)
 
 
 def test_each_diff_names_its_file_so_that_it_can_be_applied():
-    blocks = re.findall(r"^```diff\n(.*?)^```", (ROOT / "docs/changes.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(
+        r"^```diff\n(.*?)^```",
+        (ROOT / "docs/changes.md").read_text(encoding="utf-8"),
+        re.MULTILINE | re.DOTALL,
+    )
     assert len(blocks) > 6 and [block for block in blocks if not block.startswith("--- ")] == []
 
 
 def test_a_name_that_is_not_there_is_found():
-    assert wrong("`chatlm/front/front.py`: `ROUTES`, `Front.handle_answer`; `chatlm/common/`: `FLAGS`; `static/parts.js`: `TEXT`") == []
-    assert wrong("`chat_server.py`: `FLAGS`") and wrong("`chatlm/front/`: `ModelSpec`") and wrong("`chatlm/nowhere.py`") and wrong(
-        "`static/parts.js`: `ROUTES`") and wrong("`csrc/cpu/tiles/tiles.h`: `Nothing`") and wrong("`test_nothing.py`")
+    assert (
+        wrong(
+            "`chatlm/front/front.py`: `ROUTES`, `Front.handle_answer`; `chatlm/common/`: `FLAGS`;"
+            " `static/parts.js`: `TEXT`"
+        )
+        == []
+    )
+    assert (
+        wrong("`chat_server.py`: `FLAGS`")
+        and wrong("`chatlm/front/`: `ModelSpec`")
+        and wrong("`chatlm/nowhere.py`")
+        and wrong("`static/parts.js`: `ROUTES`")
+        and wrong("`csrc/cpu/tiles/tiles.h`: `Nothing`")
+        and wrong("`test_nothing.py`")
+    )
 
 
 CHECKED = ["In short", "Processes", "One answer, by room", "Exactness and failover"]
-PROSE = ["The catalogue", "Versions", "Downloads", "Adapters", "Texts beside answers", "Prompts beside answers",
-         "What is kept", "Work that nobody waits for", "Prefixes that outlive their worker"]
+PROSE = [
+    "The catalogue",
+    "Versions",
+    "Downloads",
+    "Adapters",
+    "Texts beside answers",
+    "Prompts beside answers",
+    "What is kept",
+    "Work that nobody waits for",
+    "Prefixes that outlive their worker",
+]
 
 
 @pytest.mark.parametrize("title", PROSE)
 def test_names_in_prose_are_in_the_modules_named(title):
     """They are in one of the modules that it names."""
-    text = re.sub("`linear`", "", SECTIONS[title])      # an op
+    text = re.sub("`linear`", "", SECTIONS[title])  # an op
     places = {path_of(place) for place, _ in named(text)}
-    assert len(places) > 1 and [name for _, name in named(text) if name and not any(defines(place, name) for place in places)] == []
+    assert (
+        len(places) > 1
+        and [name for _, name in named(text) if name and not any(defines(place, name) for place in places)]
+        == []
+    )
 
 
 def test_every_section_is_checked():
@@ -153,14 +250,18 @@ def test_every_section_is_checked():
 
 @pytest.mark.parametrize("title", CHECKED)
 def test_the_other_sections_name_what_is_there(title):
-    text = re.sub("`(Settings|row_invariant|chat|generate)`", "", SECTIONS[title])      # words of users, a name said in passing
+    text = re.sub(
+        "`(Settings|row_invariant|chat|generate)`", "", SECTIONS[title]
+    )  # words of users, a name said in passing
     assert named(text) and wrong(text) == []
 
 
 def test_the_map_names_what_is_there():
-    text = re.sub("`(Settings|chat|generate)`", "", MAP)       # words of users, a name said in passing
+    text = re.sub("`(Settings|chat|generate)`", "", MAP)  # words of users, a name said in passing
     assert len(named(text)) > 30 and wrong(text) == []
-    drawn = re.findall(r"\b[A-Z][a-z]\w+\.\w+|\b[A-Z][a-z]+[A-Z]\w+|\b[a-z]+(?:_[a-z]+)+\b", MAP.split("```")[1])
+    drawn = re.findall(
+        r"\b[A-Z][a-z]\w+\.\w+|\b[A-Z][a-z]+[A-Z]\w+|\b[a-z]+(?:_[a-z]+)+\b", MAP.split("```")[1]
+    )
     known = {"OpenAI"} | {name for path in MODULES for name in definitions(path)}
     assert len(drawn) > 15 and [name for name in drawn if name not in known] == []
 
@@ -183,10 +284,16 @@ def test_the_life_of_a_request_names_what_is_there():
 
 
 def test_every_room_is_on_both_maps():
-    rooms = {f"{path.parent.relative_to(ROOT)}/" for path in MODULES if path.name == "__init__.py"} - {"chatlm/"}
+    rooms = {f"{path.parent.relative_to(ROOT)}/" for path in MODULES if path.name == "__init__.py"} - {
+        "chatlm/"
+    }
     listed = {place for place, _ in named(MAP.split("\n## What is where\n")[1].split("\n## ")[0])}
     drawn, house = set(), ""
-    for word in re.findall(r"^ +(\S+/)(?:\*\.py)? ", MANUAL.split("each above those that it may import")[1].split("Life of a request")[0], re.MULTILINE):
+    for word in re.findall(
+        r"^ +(\S+/)(?:\*\.py)? ",
+        MANUAL.split("each above those that it may import")[1].split("Life of a request")[0],
+        re.MULTILINE,
+    ):
         if word.startswith("chatlm/"):
             house = "/".join(word.split("/")[:2]) + "/"
         drawn |= {house, word if word.startswith("chatlm/") else house + word}
@@ -197,23 +304,35 @@ def test_each_package_says_what_it_is_for():
     for path in (path for path in MODULES if path.name == "__init__.py"):
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
         assert text, path
-        if path.parent.parent.name == "chatlm":         # a house
+        if path.parent.parent.name == "chatlm":  # a house
             assert "Never in here: " in text, path
 
 
 def test_the_layers_are_those_the_linter_checks():
     linter = configparser.ConfigParser()
     linter.read(ROOT / ".importlinter")
-    contracts = {section["containers"]: " > ".join(section["layers"].split("\n")[1:])
-                 for section in linter.values() if section.get("type") == "layers"}
-    assert dict(re.findall(r"^(chatlm[.a-z]*) +(\S.*)$", SECTIONS["What may import what"], re.MULTILINE)) == contracts
+    contracts = {
+        section["containers"]: " > ".join(section["layers"].split("\n")[1:])
+        for section in linter.values()
+        if section.get("type") == "layers"
+    }
+    assert (
+        dict(re.findall(r"^(chatlm[.a-z]*) +(\S.*)$", SECTIONS["What may import what"], re.MULTILINE))
+        == contracts
+    )
 
 
 def test_every_role_is_in_the_table_of_processes():
     start = ast.parse((ROOT / "chatlm/common/processes/child.py").read_text(encoding="utf-8"))
-    (roles,) = (ast.literal_eval(node.value) for node in start.body if isinstance(node, ast.Assign) and node.targets[0].id == "ROLES")
+    (roles,) = (
+        ast.literal_eval(node.value)
+        for node in start.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "ROLES"
+    )
     rows = re.findall(r"^\| (\w+) \| `([\w/]+)\.py`: `(\w+)` \|", SECTIONS["Processes"], re.MULTILINE)
-    assert {role: f"{module.replace('/', '.')}:{function}" for role, module, function in rows if role != "front"} == roles
+    assert {
+        role: f"{module.replace('/', '.')}:{function}" for role, module, function in rows if role != "front"
+    } == roles
 
 
 def test_the_manual_s_life_of_a_request_is_real():
@@ -235,12 +354,19 @@ def test_the_manual_fits_a_terminal():
 
 
 def test_no_place_is_on_the_map_twice():
-    rows = re.findall(r"^\| `([^`]+)` \|", MAP.split("\n## What is where\n")[1].split("\n## ")[0], re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([^`]+)` \|", MAP.split("\n## What is where\n")[1].split("\n## ")[0], re.MULTILINE
+    )
     assert len(rows) > 30 and [place for place in {*rows} if rows.count(place) > 1] == []
 
 
 def test_contributing_names_every_folder_of_tests():
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("Tests of a package are in")[1].split("\n\n")[0]
+    text = (
+        (ROOT / "CONTRIBUTING.md")
+        .read_text(encoding="utf-8")
+        .split("Tests of a package are in")[1]
+        .split("\n\n")[0]
+    )
     listed = {word.removeprefix("tests/") for word in re.findall(r"`(tests/\w+)`", text)}
     there = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name[0] not in "._"}
     assert listed == there
@@ -258,11 +384,18 @@ def test_the_page_of_loading_names_every_class_of_stored_models():
     folder = ROOT / "chatlm/worker/weights"
     steps = {"shapes", "storage", "targets", "tensors", "text", "purpose", "draft_head", "report"}
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in folder.glob("*.py")}
-    classes = {node.name: (path, node) for path, tree in trees.items() for node in tree.body if isinstance(node, ast.ClassDef)}
+    classes = {
+        node.name: (path, node)
+        for path, tree in trees.items()
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+    }
 
     def has(node):
         own = {each.name for each in node.body if isinstance(each, ast.FunctionDef)}
-        return own.union(*(has(classes[base.id][1]) for base in node.bases if getattr(base, "id", "") in classes))
+        return own.union(
+            *(has(classes[base.id][1]) for base in node.bases if getattr(base, "id", "") in classes)
+        )
 
     stored = {name: path for name, (path, node) in classes.items() if steps <= has(node)}
     del stored["StoredModel"]
@@ -274,17 +407,30 @@ def test_the_page_of_loading_names_every_class_of_stored_models():
 
 def test_children_with_a_pipe_join_their_parent():
     """The others do not, as the section says."""
-    joins = {role: "join_parent(" in source_of(module, function)
-             for role, module, function in re.findall(r"^\| (\w+) \| `([\w/.]+)`: `(\w+)` \|", SECTIONS["Processes"], re.MULTILINE)}
-    piped = {line.split("|")[1].strip() for line in SECTIONS["Processes"].splitlines() if re.search(r"_PIPE` \|$", line)}
+    joins = {
+        role: "join_parent(" in source_of(module, function)
+        for role, module, function in re.findall(
+            r"^\| (\w+) \| `([\w/.]+)`: `(\w+)` \|", SECTIONS["Processes"], re.MULTILINE
+        )
+    }
+    piped = {
+        line.split("|")[1].strip()
+        for line in SECTIONS["Processes"].splitlines()
+        if re.search(r"_PIPE` \|$", line)
+    }
     assert {role for role, joined in joins.items() if joined} == piped
 
 
 def source_of(module, function):
     """Of a role's function, or of the one that it is made of."""
     tree = ast.parse((ROOT / module).read_text(encoding="utf-8"))
-    [found] = [node for node in ast.walk(tree) if getattr(node, "name", "") == function
-               or isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == function]
+    [found] = [
+        node
+        for node in ast.walk(tree)
+        if getattr(node, "name", "") == function
+        or isinstance(node, ast.Assign)
+        and getattr(node.targets[0], "id", "") == function
+    ]
     if isinstance(found, ast.Assign):
         return source_of("chatlm/worker/entry.py", found.value.args[0].id)
     return ast.unparse(found)
@@ -292,5 +438,14 @@ def source_of(module, function):
 
 def test_the_map_has_every_annex():
     table = MAP.split("| annex | asked for by |")[1].split("\n\n")[0].lower()
-    assert [annex.name for annex in ANNEXES if {"kept": "kept responses", "compare": "comparisons", "runs": "training runs",
-            "conversation log": "log of conversations"}.get(annex.name, annex.name) not in table] == []
+    assert [
+        annex.name
+        for annex in ANNEXES
+        if {
+            "kept": "kept responses",
+            "compare": "comparisons",
+            "runs": "training runs",
+            "conversation log": "log of conversations",
+        }.get(annex.name, annex.name)
+        not in table
+    ] == []

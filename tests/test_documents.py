@@ -1,4 +1,5 @@
-"""What the documents say is so: their links lead somewhere, their commands and flags exist, their tables are the program's."""
+"""What the documents say is so: their links lead somewhere, their commands and flags exist, their tables are
+the program's."""
 
 import importlib.util
 import json
@@ -32,15 +33,64 @@ from command_line import parse_command_line
 
 ROOT = Path(__file__).resolve().parent.parent
 HISTORY = sorted((ROOT / "bench" / "history").glob("*.md"))
-TODAY = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md")),
-         ROOT / "bench" / "RESULTS.md", ROOT / "csrc" / "README.md",
-         ROOT / "static" / "README.md"]
+TODAY = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "bench" / "RESULTS.md",
+    ROOT / "csrc" / "README.md",
+    ROOT / "static" / "README.md",
+]
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
-OTHERS_FLAGS = {           # of torchrun, Docker, apt, pip, xcode-select, Ray, pytest, vLLM and nanochat, and of the program without a row in FLAGS
-    "compile", "nnodes", "node-rank", "master-addr", "nproc-per-node", "cache-dir", "install-recommends", "create-home", "max-num-seqs", "max-model-len",
-    "head", "address", "dist", "quick", "build-base", "build-lib", "benchmark-enable", "version", "help", "without-core", "prune", "deps", "force-reinstall",
-    "with-libraries", "pythons", "wheels", "with-model", "args", "verify", "unpack", "from", "spec", "upgrade", "now", "format", "machine", "wheel",
-    "install", "license", "shard-size", "public", "model", "depth", "save-every", "eval", "logdir"}     # the last five of aider, nanochat's scripts and TensorBoard
+OTHERS_FLAGS = {  # of torchrun, Docker, apt, pip, xcode-select, Ray, pytest, vLLM and nanochat, and of the program without a row in FLAGS
+    "compile",
+    "nnodes",
+    "node-rank",
+    "master-addr",
+    "nproc-per-node",
+    "cache-dir",
+    "install-recommends",
+    "create-home",
+    "max-num-seqs",
+    "max-model-len",
+    "head",
+    "address",
+    "dist",
+    "quick",
+    "build-base",
+    "build-lib",
+    "benchmark-enable",
+    "version",
+    "help",
+    "without-core",
+    "prune",
+    "deps",
+    "force-reinstall",
+    "with-libraries",
+    "pythons",
+    "wheels",
+    "with-model",
+    "args",
+    "verify",
+    "unpack",
+    "from",
+    "spec",
+    "upgrade",
+    "now",
+    "format",
+    "machine",
+    "wheel",
+    "install",
+    "license",
+    "shard-size",
+    "public",
+    "model",
+    "depth",
+    "save-every",
+    "eval",
+    "logdir",
+}  # the last five of aider, nanochat's scripts and TensorBoard
 
 
 @cache
@@ -53,7 +103,9 @@ def anchors(text: str) -> set[str]:
     found = set()
     for title in re.findall(r"^#+ (.*)$", FENCED.sub("", text), re.MULTILINE):
         name = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
-        number = next(number for number in range(len(found) + 1) if f"{name}-{number}".removesuffix("-0") not in found)
+        number = next(
+            number for number in range(len(found) + 1) if f"{name}-{number}".removesuffix("-0") not in found
+        )
         found.add(f"{name}-{number}" if number else name)
     return found
 
@@ -65,8 +117,11 @@ def broken_links(path: Path, text: str) -> list[str]:
     for target in map("".join, targets):
         name, _, anchor = target.partition("#")
         place = path.parent / name if name else path
-        if not (target.startswith("https://") or place.exists() and (
-                not anchor or anchor in anchors(text if place == path else text_of(place)))):
+        if not (
+            target.startswith("https://")
+            or place.exists()
+            and (not anchor or anchor in anchors(text if place == path else text_of(place)))
+        ):
             broken.append(target)
     return broken
 
@@ -86,36 +141,57 @@ def test_every_link_in_the_repository_leads_somewhere(path):
 def test_each_report_in_the_history_is_cited():
     """What bench/RESULTS.md no longer cites is removed from bench/history/."""
     cited = set(re.findall(r"\(history/([\w.-]+#[\w-]+)\)", text_of(ROOT / "bench" / "RESULTS.md")))
-    reports = {f"{path.name}#{anchor}" for path in HISTORY
-               for anchor in anchors("\n".join(re.findall("^## .*$", FENCED.sub("", text_of(path)), re.MULTILINE)))}
+    reports = {
+        f"{path.name}#{anchor}"
+        for path in HISTORY
+        for anchor in anchors("\n".join(re.findall("^## .*$", FENCED.sub("", text_of(path)), re.MULTILINE)))
+    }
     assert reports and reports == cited
 
 
 def test_a_link_that_leads_nowhere_is_found():
-    text = "# One\n## A b: `c`\n[a](#a-b-c) [b](#nothing) [c](SECURITY.md#limits) [d](SECURITY.md#x) [e](no.md) ![f](docs/light.png)\n" \
-           "<img src=\"docs/no.png\">\n```\n# no heading [x](y)\n```\n[g](#no-heading-xy)"
-    assert broken_links(ROOT / "README.md", text) == ["#nothing", "SECURITY.md#x", "no.md", "docs/no.png", "#no-heading-xy"]
+    text = (
+        "# One\n## A b: `c`\n[a](#a-b-c) [b](#nothing) [c](SECURITY.md#limits) [d](SECURITY.md#x) [e](no.md)"
+        " ![f](docs/light.png)\n<img src=\"docs/no.png\">\n```\n# no heading [x](y)\n```\n[g](#no-heading-xy)"
+    )
+    assert broken_links(ROOT / "README.md", text) == [
+        "#nothing",
+        "SECURITY.md#x",
+        "no.md",
+        "docs/no.png",
+        "#no-heading-xy",
+    ]
     assert anchors("# A\n# A\n# B_c (d.e)") == {"a", "a-1", "b_c-de"}
 
 
 @pytest.mark.parametrize("path", TODAY, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_that_are_named_exist(path):
-    names = re.findall(r"(?<![\w/.-])((?:bench|chatlm|csrc|docs|static|tests|\.ci)/[\w./{},-]*[\w/])", text_of(path))
-    made = set(re.findall(r"^--- /dev/null\n\+\+\+ b/(\S+)$", text_of(path), re.MULTILINE))       # by a diff in the document
-    assert [name for name in names if "{" not in name and name not in made and not (ROOT / name).exists()] == []
+    names = re.findall(
+        r"(?<![\w/.-])((?:bench|chatlm|csrc|docs|static|tests|\.ci)/[\w./{},-]*[\w/])", text_of(path)
+    )
+    made = set(
+        re.findall(r"^--- /dev/null\n\+\+\+ b/(\S+)$", text_of(path), re.MULTILINE)
+    )  # by a diff in the document
+    assert [
+        name for name in names if "{" not in name and name not in made and not (ROOT / name).exists()
+    ] == []
 
 
 def words_of_benches(*names: str) -> set[str]:
     """What may be a flag of these benches, since they declare some in loops."""
-    return {word.replace("_", "-") for name in names for word in re.findall(r"[a-z][a-z_-]*", text_of(ROOT / name))}
+    return {
+        word.replace("_", "-")
+        for name in names
+        for word in re.findall(r"[a-z][a-z_-]*", text_of(ROOT / name))
+    }
 
 
 @pytest.mark.parametrize("path", TODAY, ids=lambda path: str(path.relative_to(ROOT)))
 def test_flags_that_are_named_exist(path):
     text, ours = text_of(path), {name for flag in FLAGS for name in flag.names} | OTHERS_FLAGS
-    if path.name == "agents.md":        # of the agents themselves
+    if path.name == "agents.md":  # of the agents themselves
         ours |= {"yes-always", "message", "auto", "auth-type", "yolo", "core-tools", "permission-mode"}
-    if path.name == "RESULTS.md":       # where one program's flags are named apart from it
+    if path.name == "RESULTS.md":  # where one program's flags are named apart from it
         ours |= words_of_benches(*(f"bench/{bench.name}" for bench in (ROOT / "bench").glob("*.py")))
     text = re.sub(r"^.*python bench/.*$|```", "", text, flags=re.MULTILINE) if "```" in text else text
     text = re.sub(r"`[^`]*`", lambda code: "" if "bench/" in code[0] else code[0], text)
@@ -137,18 +213,26 @@ def test_commands_that_are_shown_are_understood(path):
             elif command.lines:
                 WORDS_OF[command.name](words)
             elif not {"--help", "--version"} & set(words):
-                parse_command_line(line, {})        # a ConfigError names what is wrong
+                parse_command_line(line, {})  # a ConfigError names what is wrong
         elif match := re.search(r"python (bench/\w+\.py)([^#\"]*)", command):
-            more = ["bench/compare.py"] if "--compare" in match[2] else []          # which gets the flags that are not its own
+            more = (
+                ["bench/compare.py"] if "--compare" in match[2] else []
+            )  # which gets the flags that are not its own
             assert set(re.findall(r" --([a-z-]+)", match[2])) <= words_of_benches(match[1], *more), command
 
 
 def test_a_command_that_is_wrong_is_found(monkeypatch):
-    wrong = ["python chat_server.py serve --no-such-flag", "python chat_server.pyz --port x", "python bench/load.py URL --wrong 1",
-             "python bench/nothing.py"]
+    wrong = [
+        "python chat_server.py serve --no-such-flag",
+        "python chat_server.pyz --port x",
+        "python bench/load.py URL --wrong 1",
+        "python bench/nothing.py",
+    ]
     for command in wrong:
         path = Path("wrong.md")
-        monkeypatch.setattr(f"{__name__}.text_of", lambda name: f"```\n{command}\n```" if name == path else name.read_text())
+        monkeypatch.setattr(
+            f"{__name__}.text_of", lambda name: f"```\n{command}\n```" if name == path else name.read_text()
+        )
         with pytest.raises((ConfigError, AssertionError, FileNotFoundError)):
             test_commands_that_are_shown_are_understood(path)
 
@@ -164,7 +248,9 @@ def test_the_page_has_the_parameters_of_the_table():
     module = script_of_docs("parameters")
     assert text_of(ROOT / "static/parameters.js") == module.script(), "run python docs/parameters.py"
     rows = [module.row(field) for field in OPENAI_FIELDS if field.name in (*SAMPLED, "max_tokens")]
-    assert {"xtc_probability", "dry_multiplier", "typical_p", "top_n_sigma", *SAMPLING_FLAGS} <= {each["name"] for each in rows}
+    assert {"xtc_probability", "dry_multiplier", "typical_p", "top_n_sigma", *SAMPLING_FLAGS} <= {
+        each["name"] for each in rows
+    }
     assert len({each["command"] for each in rows}) == len(rows)
 
 
@@ -188,11 +274,18 @@ def test_every_route_is_in_the_page_of_apis():
     retrieval = {field.name for field in (*EMBEDDING_FIELDS, *RERANK_FIELDS, *SCORE_FIELDS)} - named
     of_tools = routes["/v1/tools/call"]
     of_store = {field.name for fields in STORE_FIELDS.values() for field in fields} | {"store"}
-    assert {name for path, names in routes.items() if path.startswith(("/chat", "/v1")) for name in names} - named == {
+    assert {
+        name for path, names in routes.items() if path.startswith(("/chat", "/v1")) for name in names
+    } - named == {
         # refused, or without an effect here
-        "best_of", "modalities",
+        "best_of",
+        "modalities",
         # on pages of their own
-        *retrieval, *({field.name for field in CONSTRAINT_FIELDS} - named), *(of_store - named), *(of_tools - named)}
+        *retrieval,
+        *({field.name for field in CONSTRAINT_FIELDS} - named),
+        *(of_store - named),
+        *(of_tools - named),
+    }
     assert of_tools <= {*re.findall(r"\w+", text_of(ROOT / "docs/tools.md"))}
     assert of_store <= {*re.findall(r"\w+", pages["batches-and-kept"])}
     assert retrieval <= {*re.findall(r"\w+", pages["embeddings-and-ranking"])}

@@ -1,7 +1,10 @@
-"""pyright finds no error in what is ours. By hand, in the checkout: `basedpyright`; pyproject.toml has its settings.
+"""pyright finds no error in what is ours. By hand, in the checkout: `basedpyright`; pyproject.toml has its
+settings.
 
-It takes more than a minute, so it is left out while all files that it reads are as they were when it passed: .ci/types has their digest.
-After a change CI runs it each time, until the new digest is committed:   RECORD_TYPES=1 pytest tests/test_types.py"""
+It takes more than a minute, so it is left out while all files that it reads are as they were when it passed:
+.ci/types has their digest.
+After a change CI runs it each time, until the new digest is committed:   RECORD_TYPES=1 pytest
+tests/test_types.py"""
 
 import hashlib
 import importlib.util
@@ -49,19 +52,34 @@ from chatlm.common.commands import Command
 Command("x", "which is x", run=lambda settings: None)
 Command("x", "which is x", lines=lambda words: ())
 """
-FAULTS = 3, 4, 13, 14, 15, 16, 17, 18, 20, 21, 22, 24, 25     # its lines
-READ = "chatlm", "csrc/decode_core", "chat_server.py", "pyproject.toml", "requirements.txt", "tests/test_types.py"     # the last has the settings
+FAULTS = 3, 4, 13, 14, 15, 16, 17, 18, 20, 21, 22, 24, 25  # its lines
+READ = (
+    "chatlm",
+    "csrc/decode_core",
+    "chat_server.py",
+    "pyproject.toml",
+    "requirements.txt",
+    "tests/test_types.py",
+)  # the last has the settings
 PASSED = ROOT / ".ci/types"
 
 
 def digest_of(root):
     """Of the names and bytes of all that the type checker reads below a checkout."""
-    paths = [path for name in READ for path in ([root / name] if (root / name).is_file() else (root / name).rglob("*.py*"))]
-    lines = sorted(f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in paths if path.suffix != ".pyc")
+    paths = [
+        path
+        for name in READ
+        for path in ([root / name] if (root / name).is_file() else (root / name).rglob("*.py*"))
+    ]
+    lines = sorted(
+        f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+        for path in paths
+        if path.suffix != ".pyc"
+    )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-@pytest.mark.timeout(420)        # a minute, and several on a busy machine
+@pytest.mark.timeout(420)  # a minute, and several on a busy machine
 @pytest.mark.skipif(importlib.util.find_spec("basedpyright") is None, reason="basedpyright is not installed")
 def test_the_type_checker_finds_only_planted_errors(tmp_path):
     digest = digest_of(ROOT)
@@ -70,16 +88,40 @@ def test_the_type_checker_finds_only_planted_errors(tmp_path):
         pytest.skip("it passed with these files (.ci/types)")
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["basedpyright"]
     (tmp_path / "planted.py").write_text(PLANTED)
-    paths = {name: [str(ROOT / path) for path in settings[name]] for name in ("include", "exclude", "extraPaths")}
-    config = settings | {"include": [*paths["include"], str(tmp_path / "planted.py")], "exclude": paths["exclude"], "extraPaths": [str(ROOT), *paths["extraPaths"]]}
+    paths = {
+        name: [str(ROOT / path) for path in settings[name]] for name in ("include", "exclude", "extraPaths")
+    }
+    config = settings | {
+        "include": [*paths["include"], str(tmp_path / "planted.py")],
+        "exclude": paths["exclude"],
+        "extraPaths": [str(ROOT), *paths["extraPaths"]],
+    }
     (tmp_path / "pyrightconfig.json").write_text(json.dumps(config))
-    run = subprocess.run([sys.executable, "-m", "basedpyright", "--outputjson", "--pythonpath", sys.executable, "-p", str(tmp_path)],
-                         capture_output=True, text=True, timeout=400)
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "basedpyright",
+            "--outputjson",
+            "--pythonpath",
+            sys.executable,
+            "-p",
+            str(tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
     report = json.loads(run.stdout)
-    errors = [f"{Path(each['file']).name}:{each['range']['start']['line'] + 1}: {each['message']}" for each in report["generalDiagnostics"]
-              if each["severity"] == "error"]
+    errors = [
+        f"{Path(each['file']).name}:{each['range']['start']['line'] + 1}: {each['message']}"
+        for each in report["generalDiagnostics"]
+        if each["severity"] == "error"
+    ]
     planted = [each.partition(": ")[0] for each in errors if each.startswith("planted.py")]
-    assert planted == [f"planted.py:{line}" for line in FAULTS] and len(errors) == len(planted), "\n".join(errors)
+    assert planted == [f"planted.py:{line}" for line in FAULTS] and len(errors) == len(planted), "\n".join(
+        errors
+    )
     assert report["summary"]["filesAnalyzed"] > 100
     if recording:
         PASSED.write_text(digest + "\n")
@@ -95,7 +137,12 @@ def test_the_type_checker_runs_again_after_a_change(tmp_path):
             shutil.copytree(ROOT / name, place, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     digest = digest_of(tmp_path)
     assert digest == digest_of(ROOT)
-    for name in ("chatlm/common/interface.py", "chat_server.py", "csrc/decode_core/_core.pyi", "requirements.txt"):
+    for name in (
+        "chatlm/common/interface.py",
+        "chat_server.py",
+        "csrc/decode_core/_core.pyi",
+        "requirements.txt",
+    ):
         before = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(before + b"\n")
         assert digest_of(tmp_path) != digest, name
@@ -111,7 +158,17 @@ def ignores(text):
 
 def test_what_types_must_overlook_has_a_reason():
     """The type checker must overlook it."""
-    paths = [ROOT / "chat_server.py", *(ROOT / "chatlm").rglob("*.py"), *(ROOT / "csrc/decode_core").glob("*.py*")]
+    paths = [
+        ROOT / "chat_server.py",
+        *(ROOT / "chatlm").rglob("*.py"),
+        *(ROOT / "csrc/decode_core").glob("*.py*"),
+    ]
     found = [(path.name, *ignore) for path in paths for ignore in ignores(path.read_text(encoding="utf-8"))]
-    assert [each for each in found if not re.fullmatch(r"\[report\w+\]", each[1]) or len(each[2].split()) < 3] == []
-    assert ignores("x  # pyright: ignore[reportX]  we know why\ny  # type: ignore\n# pyright: basic") == [("[reportX]", "  we know why"), ("", ""), ("", "")]
+    assert [
+        each for each in found if not re.fullmatch(r"\[report\w+\]", each[1]) or len(each[2].split()) < 3
+    ] == []
+    assert ignores("x  # pyright: ignore[reportX]  we know why\ny  # type: ignore\n# pyright: basic") == [
+        ("[reportX]", "  we know why"),
+        ("", ""),
+        ("", ""),
+    ]

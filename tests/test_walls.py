@@ -1,4 +1,5 @@
-"""The walls between the houses: what import-linter refuses (.importlinter), and what it cannot see, imports by name."""
+"""The walls between the houses: what import-linter refuses (.importlinter), and what it cannot see, imports
+by name."""
 
 import ast
 import dataclasses
@@ -24,7 +25,14 @@ LINT = "import sys; from importlinter.cli import lint_imports_command; lint_impo
 
 
 def lint(folder):
-    return subprocess.run([sys.executable, "-c", LINT], cwd=folder, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(folder)})
+    return subprocess.run(
+        [sys.executable, "-c", LINT],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+    )
 
 
 def test_every_import_keeps_to_the_walls():
@@ -32,7 +40,7 @@ def test_every_import_keeps_to_the_walls():
     assert found.returncode == 0 and ", 0 broken" in found.stdout, found.stdout
 
 
-PLANTED = [     # module, import, the contract that it breaks
+PLANTED = [  # module, import, the contract that it breaks
     ("front/pool/local_devices", "import chatlm.worker.engine.scheduler", "The two houses never meet"),
     ("worker/engine/engine", "from chatlm.front import aio", "The two houses never meet"),
     ("common/config", "from chatlm import cli", "common below the houses"),
@@ -41,31 +49,76 @@ PLANTED = [     # module, import, the contract that it breaks
     ("worker/process", "import aiohttp", "No HTTP in a worker"),
     ("front/intake/tasks", "from chatlm.front.lazy import web", "No HTTP in what reads bodies"),
     ("front/api/dialects/own", "import aiohttp", "No HTTP in what reads bodies"),
-    ("front/api/dialects/messages", "from chatlm.front.api.dialects import openai",
-     "No dialect needs another"),
+    (
+        "front/api/dialects/messages",
+        "from chatlm.front.api.dialects import openai",
+        "No dialect needs another",
+    ),
     ("worker/weights/gguf", "import torch", "No torch in a worker on a CPU"),
-    ("worker/ops/basic", "from chatlm.worker.model import batch", "A room of the worker house imports only rooms below it"),
-    ("worker/build", "from chatlm.worker.weights.recipe import ModelSpec", "Only loaders know the recipe of a model"),
-    ("worker/tower", "from chatlm.worker.weights.recipe import ModelSpec", "A room of the worker house imports only rooms below it"),
-    ("front/admission/prompts", "from chatlm.front.api import fields", "A room of the front house imports only rooms below it"),
+    (
+        "worker/ops/basic",
+        "from chatlm.worker.model import batch",
+        "A room of the worker house imports only rooms below it",
+    ),
+    (
+        "worker/build",
+        "from chatlm.worker.weights.recipe import ModelSpec",
+        "Only loaders know the recipe of a model",
+    ),
+    (
+        "worker/tower",
+        "from chatlm.worker.weights.recipe import ModelSpec",
+        "A room of the worker house imports only rooms below it",
+    ),
+    (
+        "front/admission/prompts",
+        "from chatlm.front.api import fields",
+        "A room of the front house imports only rooms below it",
+    ),
     ("common/errors", "from chatlm.common import log", "A common room imports only rooms below it"),
     ("terminal/chat", "import chat_server", "Nothing imports the script"),
     ("front/pool/dispatcher", "from chatlm.front.pool import versions", "What a pool is made of is a line"),
-    ("worker/engine/limits", "from chatlm.worker.engine import planners", "What plans the steps of an engine is a line"),
-    ("worker/engine/kvcache", "from chatlm.worker.engine import scheduler", "No cycles among the modules of a package"),
-    ("worker/attic", "import os", "A room of the worker house imports only rooms below it")]      # a new room has to be placed
+    (
+        "worker/engine/limits",
+        "from chatlm.worker.engine import planners",
+        "What plans the steps of an engine is a line",
+    ),
+    (
+        "worker/engine/kvcache",
+        "from chatlm.worker.engine import scheduler",
+        "No cycles among the modules of a package",
+    ),
+    ("worker/attic", "import os", "A room of the worker house imports only rooms below it"),
+]  # a new room has to be placed
 
 
-LINES = "pool-line", "step-line"     # contracts
+LINES = "pool-line", "step-line"  # contracts
 
 
 def test_the_pool_s_and_engine_s_lines_hold_for_types(tmp_path):
-    """Other contracts leave out imports that only types need: where those make a circle, nobody can read one part alone."""
+    """Other contracts leave out imports that only types need: where those make a circle, nobody can read one
+    part alone."""
     config = tmp_path / "config"
-    config.write_text((ROOT / ".importlinter").read_text().replace("exclude_type_checking_imports = True", "exclude_type_checking_imports = False"))
-    options = ["--no-cache", "--config", str(config), *(word for line in LINES for word in ("--contract", line))]
+    config.write_text(
+        (ROOT / ".importlinter")
+        .read_text()
+        .replace("exclude_type_checking_imports = True", "exclude_type_checking_imports = False")
+    )
+    options = [
+        "--no-cache",
+        "--config",
+        str(config),
+        *(word for line in LINES for word in ("--contract", line)),
+    ]
     code = f"from importlinter.cli import lint_imports_command; lint_imports_command({options!r})"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert found.returncode == 0 and "2 kept, 0 broken" in found.stdout, found.stdout
 
 
@@ -81,7 +134,7 @@ def test_each_kind_of_forbidden_import_is_found(tmp_path):
     broken = found.stdout.partition("Broken contracts")[2]
     assert found.returncode == 1
     for module, line, contract in PLANTED:
-        cycle = contract.startswith("No cycles")        # it names its modules within their package
+        cycle = contract.startswith("No cycles")  # it names its modules within their package
         place = module.rpartition("/")[2] if cycle else f"chatlm.{module.replace('/', '.')}"
         assert contract in broken and place in broken.partition(contract)[2], (module, line, found.stdout)
 
@@ -91,23 +144,37 @@ def read_of_recipes(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute) and node.attr in RECIPE:
             owner = node.value
-            name = owner.attr if isinstance(owner, ast.Attribute) else owner.id if isinstance(owner, ast.Name) else ""
+            name = (
+                owner.attr
+                if isinstance(owner, ast.Attribute)
+                else owner.id if isinstance(owner, ast.Name) else ""
+            )
             if name in ("spec", "recipe"):
                 yield f"{path.relative_to(ROOT)}:{node.lineno} reads {name}.{node.attr}"
 
 
-RECIPE = {field.name for field in dataclasses.fields(ModelSpec)} | {name for name in vars(ModelSpec) if not name.startswith("_")}
+RECIPE = {field.name for field in dataclasses.fields(ModelSpec)} | {
+    name for name in vars(ModelSpec) if not name.startswith("_")
+}
 # By the flat names that backends read of CoreSizes
-SIZES_FOR_CORE = "chatlm/worker/ops/basic.py", "chatlm/worker/ops/tensors.py", *(f"chatlm/worker/kernels/{path.name}" for path in (ROOT / "chatlm/worker/kernels").glob("*.py"))
+SIZES_FOR_CORE = (
+    "chatlm/worker/ops/basic.py",
+    "chatlm/worker/ops/tensors.py",
+    *(f"chatlm/worker/kernels/{path.name}" for path in (ROOT / "chatlm/worker/kernels").glob("*.py")),
+)
 
 
 def test_only_loaders_read_the_recipe_of_a_model():
     """Not even without importing it, as `model.spec.width` would. A loader's own modules do."""
     loaders = ROOT / "chatlm/worker/weights"
-    readers = [path for path in (ROOT / "chatlm/worker").rglob("*.py") if loaders not in path.parents and str(path.relative_to(ROOT)) not in SIZES_FOR_CORE]
+    readers = [
+        path
+        for path in (ROOT / "chatlm/worker").rglob("*.py")
+        if loaders not in path.parents and str(path.relative_to(ROOT)) not in SIZES_FOR_CORE
+    ]
     found = [line for path in readers for line in read_of_recipes(path)]
     assert ROOT / "chatlm/worker/build.py" in readers and found == []
-    assert [*read_of_recipes(loaders / "model_of.py")]      # so the search finds them
+    assert [*read_of_recipes(loaders / "model_of.py")]  # so the search finds them
 
 
 # In each process: at SIGUSR1 it writes the names of its modules
@@ -127,7 +194,7 @@ def test_no_process_imports_another_house_s_modules(nanochat_fixtures, tmp_path)
     (tmp_path / "sitecustomize.py").write_text(SPY)
     spied = {"SPY": str(tmp_path), "PYTHONPATH": str(tmp_path)}
     with server(nanochat_fixtures / "gen5", "--tp", "2", env=os.environ | spied) as (process, url):
-        long = ask("x" * 100, ignored="y" * 100_000, max_tokens=2)        # large: a sandbox reads it
+        long = ask("x" * 100, ignored="y" * 100_000, max_tokens=2)  # large: a sandbox reads it
         assert b'"done": true' in post(url + "/chat/completions", long).read()
         front = psutil.Process(process.pid)
         roles = {front.pid: "front"}
@@ -142,18 +209,33 @@ def test_no_process_imports_another_house_s_modules(nanochat_fixtures, tmp_path)
     for pid, role in roles.items():
         modules.setdefault(role, set()).update((tmp_path / str(pid)).read_text().split())
     assert set(modules) == {"front", "worker", "rank", "sandbox"}, json.dumps(roles)
-    for role, forbidden in {"front": ("torch", "numpy", "gguf", "chatlm.worker", "aiohttp.connector", "prometheus_client"), "sandbox": ("torch", "numpy", "gguf", "aiohttp", "chatlm.worker"),
-                            "worker": ("aiohttp", "chatlm.front", "chatlm.terminal"), "rank": ("aiohttp", "chatlm.front", "chatlm.terminal")}.items():
-        assert [name for name in sorted(modules[role]) if name.startswith(tuple(f"{each}." for each in forbidden)) or name in forbidden] == [], role
+    for role, forbidden in {
+        "front": ("torch", "numpy", "gguf", "chatlm.worker", "aiohttp.connector", "prometheus_client"),
+        "sandbox": ("torch", "numpy", "gguf", "aiohttp", "chatlm.worker"),
+        "worker": ("aiohttp", "chatlm.front", "chatlm.terminal"),
+        "rank": ("aiohttp", "chatlm.front", "chatlm.terminal"),
+    }.items():
+        assert [
+            name
+            for name in sorted(modules[role])
+            if name.startswith(tuple(f"{each}." for each in forbidden)) or name in forbidden
+        ] == [], role
     assert {"numpy", "chatlm.worker.process"} <= modules["worker"] and "aiohttp" in modules["front"]
-    assert {"numpy", "chatlm.worker.other_rank"} <= modules["rank"] and "chatlm.worker.process" not in modules["rank"]
+    assert {"numpy", "chatlm.worker.other_rank"} <= modules[
+        "rank"
+    ] and "chatlm.worker.process" not in modules["rank"]
     assert ("torch" in modules["worker"] | modules["rank"]) == (decode_core() is None)
 
 
 def test_a_worker_joins_its_parent_before_libraries():
     """It imports them afterwards."""
-    code = "import sys; from chatlm.worker import entry; print(sorted({'torch', 'numpy', 'gguf'} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split() == ["[]"]
+    code = (
+        "import sys; from chatlm.worker import entry; print(sorted({'torch', 'numpy', 'gguf'} &"
+        " sys.modules.keys()))"
+    )
+    assert subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    ).stdout.split() == ["[]"]
 
 
 def test_activations_without_gates_have_a_reference():

@@ -25,7 +25,9 @@ from real_server import SCRIPT, post, server
 
 @contextmanager
 def keeping(model, store, *words, keys=()):
-    with server(model, f"--database={store}", *words, *(word for key in keys for word in ("--api-key", key))) as (process, url):
+    with server(
+        model, f"--database={store}", *words, *(word for key in keys for word in ("--api-key", key))
+    ) as (process, url):
         yield openai.OpenAI(base_url=url + "/v1", api_key=(keys or ["none"])[0], max_retries=0)
 
 
@@ -46,13 +48,20 @@ def running(model, store):
 
 
 def ask(client, text="Hello", **more):
-    return client.responses.create(model="default", input=text, **{"max_output_tokens": 16, "temperature": 0} | more)
+    return client.responses.create(
+        model="default", input=text, **{"max_output_tokens": 16, "temperature": 0} | more
+    )
 
 
 def test_a_response_is_kept_and_found_and_deleted(running):
     response = ask(running)
-    assert response.store is True and running.responses.retrieve(response.id).model_dump() == response.model_dump()
-    with pytest.raises(openai.BadRequestError, match="kept once it has ended"):     # its client would see a stream without events
+    assert (
+        response.store is True
+        and running.responses.retrieve(response.id).model_dump() == response.model_dump()
+    )
+    with pytest.raises(
+        openai.BadRequestError, match="kept once it has ended"
+    ):  # its client would see a stream without events
         running.responses.retrieve(response.id, stream=True)
     [item] = running.responses.input_items.list(response.id).data
     assert item.role == "user" and item.content[0].text == "Hello"
@@ -69,8 +78,13 @@ def test_a_continued_response_sees_all_before_it(running):
     first = ask(running, "One")
     second = ask(running, "Two", previous_response_id=first.id)
     third = ask(running, [{"role": "user", "content": "Three"}], previous_response_id=second.id)
-    said = [{"role": "user", "content": "One"}, {"role": "assistant", "content": first.output_text}, {"role": "user", "content": "Two"},
-            {"role": "assistant", "content": second.output_text}, {"role": "user", "content": "Three"}]
+    said = [
+        {"role": "user", "content": "One"},
+        {"role": "assistant", "content": first.output_text},
+        {"role": "user", "content": "Two"},
+        {"role": "assistant", "content": second.output_text},
+        {"role": "user", "content": "Three"},
+    ]
     whole = ask(running, said, store=False)
     assert (third.output_text, third.usage.input_tokens) == (whole.output_text, whole.usage.input_tokens)
     assert third.previous_response_id == second.id and whole.previous_response_id is None
@@ -86,17 +100,23 @@ def test_a_response_with_store_false_is_not_kept(running, store):
     assert response.store is False
     with pytest.raises(openai.NotFoundError):
         running.responses.retrieve(response.id)
-    running.chat.completions.create(model="default", messages=[{"role": "user", "content": "a text that nobody keeps"}], max_tokens=4)
+    running.chat.completions.create(
+        model="default", messages=[{"role": "user", "content": "a text that nobody keeps"}], max_tokens=4
+    )
     for path in store.parent.iterdir():
         assert b"a text that nobody keeps" not in path.read_bytes()
 
 
 def test_a_streamed_response_is_kept_before_its_end(running):
     """It is kept before its client has the end."""
-    with running.responses.stream(model="default", input="Hello", max_output_tokens=16, temperature=0) as stream:
+    with running.responses.stream(
+        model="default", input="Hello", max_output_tokens=16, temperature=0
+    ) as stream:
         for event in stream:
             if event.type in ("response.completed", "response.incomplete"):
-                assert running.responses.retrieve(event.response.id).model_dump() == event.response.model_dump()
+                assert (
+                    running.responses.retrieve(event.response.id).model_dump() == event.response.model_dump()
+                )
     assert ask(running, "And?", previous_response_id=event.response.id).output_text
 
 
@@ -108,15 +128,27 @@ def test_a_reference_is_the_kept_item_itself(running):
     """Items are then kept again, so what continues such a response needs no first one."""
     first = ask(running, "One")
     [question] = running.responses.input_items.list(first.id).data
-    said = [{"role": "user", "content": "One"}, {"role": "assistant", "content": first.output_text}, {"role": "user", "content": "Two"}]
+    said = [
+        {"role": "user", "content": "One"},
+        {"role": "assistant", "content": first.output_text},
+        {"role": "user", "content": "Two"},
+    ]
     whole = ask(running, said, store=False)
-    for items in [reference(question), reference(first.output[0])], [{"id": question.id}, {"id": first.output[0].id}]:
+    for items in (
+        [reference(question), reference(first.output[0])],
+        [{"id": question.id}, {"id": first.output[0].id}],
+    ):
         for padding in "", "x" * 100_000:  # a large body is opened in a sandbox
             second = ask(running, [*items, said[2]], extra_body={"padding": padding})
-            assert (second.output_text, second.usage.input_tokens) == (whole.output_text, whole.usage.input_tokens)
+            assert (second.output_text, second.usage.input_tokens) == (
+                whole.output_text,
+                whole.usage.input_tokens,
+            )
     running.responses.delete(first.id)
     kept = running.responses.input_items.list(second.id, order="asc").data
-    assert [item.content[0].text for item in kept] == [each["content"] for each in said] and kept[0].id != question.id
+    assert [item.content[0].text for item in kept] == [each["content"] for each in said] and kept[
+        0
+    ].id != question.id
     both = ask(running, [reference(kept[1]), said[2]], previous_response_id=second.id)
     assert both.usage.input_tokens > second.usage.input_tokens
     for gone in question, first.output[0]:
@@ -124,28 +156,53 @@ def test_a_reference_is_the_kept_item_itself(running):
             ask(running, [reference(gone)])
 
 
-@pytest.mark.parametrize("name, match", [
-    ("msg_unknown", r'input\[1\], an item_reference: there is no item "msg_unknown"'), ("", 'there is no item ""'), ("x" * 5000, 'there is no item "xxx'),
-    ("\ud800", "there is no item"), ("' OR 1 --", "there is no item"), (7, "names an item by its id"), (None, "names an item by its id")])
+@pytest.mark.parametrize(
+    "name, match",
+    [
+        ("msg_unknown", r'input\[1\], an item_reference: there is no item "msg_unknown"'),
+        ("", 'there is no item ""'),
+        ("x" * 5000, 'there is no item "xxx'),
+        ("\ud800", "there is no item"),
+        ("' OR 1 --", "there is no item"),
+        (7, "names an item by its id"),
+        (None, "names an item by its id"),
+    ],
+)
 def test_unknown_references_are_refused_by_name(running, name, match):
     for padding in "", "x" * 100_000:
-        body = {"input": [{"role": "user", "content": "Hello"}, {"type": "item_reference", "id": name}], "padding": padding}
+        body = {
+            "input": [{"role": "user", "content": "Hello"}, {"type": "item_reference", "id": name}],
+            "padding": padding,
+        }
         status, _, answer = call(str(running.base_url).removesuffix("/v1/"), "/v1/responses", body)
-        assert status == 400 and re.search(match, answer["error"]["message"]) and answer["error"]["param"] == "input[1]", answer
+        assert (
+            status == 400
+            and re.search(match, answer["error"]["message"])
+            and answer["error"]["param"] == "input[1]"
+        ), answer
 
 
 def test_an_item_is_referred_to_once(running):
     [item] = ask(running, "One").output
     with pytest.raises(openai.BadRequestError, match=r"input\[2\] and input\[0\] refer to the same item"):
         ask(running, [reference(item), {"role": "user", "content": "x"}, reference(item)])
-    many = {"input": [{"id": f"msg_{index}"} for index in range(4097)]}      # over which openai's client takes seconds
+    many = {
+        "input": [{"id": f"msg_{index}"} for index in range(4097)]
+    }  # over which openai's client takes seconds
     status, _, answer = call(str(running.base_url).removesuffix("/v1/"), "/v1/responses", many)
     assert status == 400 and "4097 given, at most 4096 allowed" in answer["error"]["message"]
 
 
 def begun(client):
     """A streamed response whose text has begun, and its id."""
-    stream = client.responses.create(model="default", input="Hello", max_output_tokens=3000, stream=True, temperature=1, extra_body={"ignore_eos": True})
+    stream = client.responses.create(
+        model="default",
+        input="Hello",
+        max_output_tokens=3000,
+        stream=True,
+        temperature=1,
+        extra_body={"ignore_eos": True},
+    )
     name = next(event.response.id for event in stream if event.type == "response.created")
     next(event for event in stream if event.type == "response.output_text.delta")
     return stream, name
@@ -155,10 +212,16 @@ def test_an_unkept_stream_is_not_complete(running, store):
     """A streamed response that cannot be kept does not say that it is complete."""
     with closing(sqlite3.connect(store, isolation_level=None)) as other:
         stream, _ = begun(running)
-        other.execute("BEGIN IMMEDIATE")        # for longer than the store waits
+        other.execute("BEGIN IMMEDIATE")  # for longer than the store waits
         types = [event.type for event in stream]
-        assert types[-1] == "response.failed" and "response.completed" not in types and "response.incomplete" not in types
-        with pytest.raises(openai.InternalServerError, match="its log says why"):     # before anything is computed
+        assert (
+            types[-1] == "response.failed"
+            and "response.completed" not in types
+            and "response.incomplete" not in types
+        )
+        with pytest.raises(
+            openai.InternalServerError, match="its log says why"
+        ):  # before anything is computed
             ask(running)
         assert ask(running, store=False).output_text
         other.execute("ROLLBACK")
@@ -184,7 +247,9 @@ def status_of(client, name, deadline_s):
 def test_a_lost_client_s_response_is_kept(running):
     """It is kept as cancelled."""
     deadline_s, status = time.monotonic() + 100, None
-    while status != "cancelled":        # the tiny model may have ended its answer before the server sees that the client has left
+    while (
+        status != "cancelled"
+    ):  # the tiny model may have ended its answer before the server sees that the client has left
         assert status in (None, "incomplete") and time.monotonic() < deadline_s
         stream, name = begun(running)
         stream.close()
@@ -195,7 +260,7 @@ def test_a_lost_client_s_response_is_kept(running):
 def test_a_response_cancelled_by_id_is_kept(running):
     """It is kept as cancelled."""
     deadline_s, status = time.monotonic() + 100, None
-    while status != "cancelled":        # as above, it may have ended
+    while status != "cancelled":  # as above, it may have ended
         assert status in (None, "incomplete") and time.monotonic() < deadline_s
         stream, name = begun(running)
         with suppress(urllib.error.HTTPError):
@@ -206,14 +271,28 @@ def test_a_response_cancelled_by_id_is_kept(running):
 
 
 def test_a_large_conversation_goes_on_in_a_sandbox(running):
-    first = ask(running, [{"role": "user", "content": "One"}, *({"role": "user", "content": "x" * 30} for _ in range(20))], truncation="auto")
+    first = ask(
+        running,
+        [{"role": "user", "content": "One"}, *({"role": "user", "content": "x" * 30} for _ in range(20))],
+        truncation="auto",
+    )
     large = [{"role": "user", "content": "y" * 100_000}]
     with pytest.raises(openai.BadRequestError, match="tokens"):
         ask(running, large, previous_response_id=first.id)
     metadata = {str(number): "m" * 500 for number in range(16)}
-    found = ask(running, [{"role": "user", "content": "Two"}], previous_response_id=first.id, metadata=metadata, truncation="auto",
-                extra_body={"ignored": "z" * 100_000})
-    assert found.previous_response_id == first.id and running.responses.input_items.list(found.id, order="asc", limit=100).data[-1].content[0].text == "Two"
+    found = ask(
+        running,
+        [{"role": "user", "content": "Two"}],
+        previous_response_id=first.id,
+        metadata=metadata,
+        truncation="auto",
+        extra_body={"ignored": "z" * 100_000},
+    )
+    assert (
+        found.previous_response_id == first.id
+        and running.responses.input_items.list(found.id, order="asc", limit=100).data[-1].content[0].text
+        == "Two"
+    )
     assert len(running.responses.input_items.list(found.id, limit=100).data) == 23
 
 
@@ -229,13 +308,19 @@ def test_equal_spellings_of_a_name_are_equal(running, more):
     conversation = running.conversations.create()
     body = {"model": "default", "max_output_tokens": 4, "truncation": "auto", **more}
     reference = {"type": "item_reference", "id": first.output[0].id}
-    for continued, count in (({"previous_response_id": first.id}, 3), ({"conversation": conversation.id}, 1),
-                             ({"conversation": {"id": conversation.id}}, None), ({"input": [reference, {"role": "user", "content": "Two"}]}, 2)):
+    for continued, count in (
+        ({"previous_response_id": first.id}, 3),
+        ({"conversation": conversation.id}, 1),
+        ({"conversation": {"id": conversation.id}}, None),
+        ({"input": [reference, {"role": "user", "content": "Two"}]}, 2),
+    ):
         text = json.dumps({"input": "Two", **body, **continued})
         for name in ("previous_response_id", "conversation", "input", "type", "id", "item_reference"):
             text = text.replace(f'"{name}"', f'"{spelled(name)}"')
         assert "\\u00" in text
-        request = urllib.request.Request(f"{running.base_url}responses", text.encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            f"{running.base_url}responses", text.encode(), {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request) as response:
             answer = json.load(response)
         if "conversation" in continued:
@@ -247,17 +332,35 @@ def test_equal_spellings_of_a_name_are_equal(running, more):
 
 
 def test_a_conversation_grows_with_its_responses(running):
-    conversation = running.conversations.create(items=[{"type": "message", "role": "user", "content": "One"}], metadata={"topic": "x"})
-    assert conversation.object == "conversation" and running.conversations.retrieve(conversation.id) == conversation
+    conversation = running.conversations.create(
+        items=[{"type": "message", "role": "user", "content": "One"}], metadata={"topic": "x"}
+    )
+    assert (
+        conversation.object == "conversation"
+        and running.conversations.retrieve(conversation.id) == conversation
+    )
     first = ask(running, "Two", conversation=conversation.id)
     assert first.conversation.id == conversation.id
     second = ask(running, "Three", conversation={"id": conversation.id})
     items = running.conversations.items.list(conversation.id, order="asc").data
-    assert [item.content[0].text for item in items] == ["One", "Two", first.output_text, "Three", second.output_text]
-    whole = ask(running, [{"role": item.role, "content": item.content[0].text} for item in items[:-1]], store=False)
+    assert [item.content[0].text for item in items] == [
+        "One",
+        "Two",
+        first.output_text,
+        "Three",
+        second.output_text,
+    ]
+    whole = ask(
+        running, [{"role": item.role, "content": item.content[0].text} for item in items[:-1]], store=False
+    )
     assert whole.output_text == second.output_text
-    added = running.conversations.items.create(conversation.id, items=[{"type": "message", "role": "user", "content": "Four"}]).data
-    assert running.conversations.items.retrieve(added[0].id, conversation_id=conversation.id).content[0].text == "Four"
+    added = running.conversations.items.create(
+        conversation.id, items=[{"type": "message", "role": "user", "content": "Four"}]
+    ).data
+    assert (
+        running.conversations.items.retrieve(added[0].id, conversation_id=conversation.id).content[0].text
+        == "Four"
+    )
     running.conversations.items.delete(added[0].id, conversation_id=conversation.id)
     assert len(running.conversations.items.list(conversation.id).data) == 5
     assert running.conversations.update(conversation.id, metadata={"topic": "y"}).metadata == {"topic": "y"}
@@ -268,10 +371,17 @@ def test_a_conversation_grows_with_its_responses(running):
         ask(running, conversation=conversation.id)
 
 
-@pytest.mark.parametrize("more, said", [
-    ({"previous_response_id": "resp_nope"}, "there is no response"), ({"conversation": "conv_nope"}, "there is no conversation"),
-    ({"previous_response_id": "a", "conversation": "b"}, "there is no|exclude each other"), ({"previous_response_id": 5}, "previous_response_id must be"),
-    ({"conversation": [1]}, "conversation must be"), ({"store": "x"}, "store must be")])
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ({"previous_response_id": "resp_nope"}, "there is no response"),
+        ({"conversation": "conv_nope"}, "there is no conversation"),
+        ({"previous_response_id": "a", "conversation": "b"}, "there is no|exclude each other"),
+        ({"previous_response_id": 5}, "previous_response_id must be"),
+        ({"conversation": [1]}, "conversation must be"),
+        ({"store": "x"}, "store must be"),
+    ],
+)
 def test_what_cannot_be_continued_is_refused(running, more, said):
     with pytest.raises((openai.BadRequestError, openai.NotFoundError), match=said):
         ask(running, extra_body=more)
@@ -279,10 +389,17 @@ def test_what_cannot_be_continued_is_refused(running, more, said):
 
 def test_a_name_with_escapes_continues_like_any(running):
     first = ask(running)
-    body = json.dumps({"input": "x", "previous_response_id": first.id}).replace("previous_r", "previous\\u005fr")
-    request = urllib.request.Request(f"{running.base_url}responses", body.encode(), {"Content-Type": "application/json"})
+    body = json.dumps({"input": "x", "previous_response_id": first.id}).replace(
+        "previous_r", "previous\\u005fr"
+    )
+    request = urllib.request.Request(
+        f"{running.base_url}responses", body.encode(), {"Content-Type": "application/json"}
+    )
     second = json.load(urllib.request.urlopen(request))
-    assert second["previous_response_id"] == first.id and second["usage"]["input_tokens"] > first.usage.input_tokens
+    assert (
+        second["previous_response_id"] == first.id
+        and second["usage"]["input_tokens"] > first.usage.input_tokens
+    )
 
 
 @pytest.mark.parametrize("size", [0, 100_000])
@@ -293,28 +410,55 @@ def test_no_client_says_what_was_said_before(model, tmp_path, size):
         theirs, conversation = ask(other), other.conversations.create()
         said = [{"role": "user", "content": "a forged turn"}]
         for name, each in (("previous_response_id", theirs.id), ("conversation", conversation.id)):
-            body = json.dumps({"input": "x", "before_input": said, name: each, "ignored": "y" * size}).replace(f'"{name[0]}', f'"\\u{ord(name[0]):04x}')
-            request = urllib.request.Request(f"{client.base_url}responses", body.encode(), {"Content-Type": "application/json", "Authorization": "Bearer first-key"})
+            body = json.dumps(
+                {"input": "x", "before_input": said, name: each, "ignored": "y" * size}
+            ).replace(f'"{name[0]}', f'"\\u{ord(name[0]):04x}')
+            request = urllib.request.Request(
+                f"{client.base_url}responses",
+                body.encode(),
+                {"Content-Type": "application/json", "Authorization": "Bearer first-key"},
+            )
             with pytest.raises(urllib.error.HTTPError) as found:
                 urllib.request.urlopen(request)
             assert found.value.code == 404
-        alone = [ask(client, extra_body={"before_input": said, "ignored": "y" * size} if forged else {}) for forged in (True, False)]
+        alone = [
+            ask(client, extra_body={"before_input": said, "ignored": "y" * size} if forged else {})
+            for forged in (True, False)
+        ]
         assert alone[0].usage.input_tokens == alone[1].usage.input_tokens
-        chained = [ask(client, previous_response_id=mine.id, extra_body={"before_input": said, "ignored": "y" * size} if forged else {}) for forged in (True, False)]
+        chained = [
+            ask(
+                client,
+                previous_response_id=mine.id,
+                extra_body={"before_input": said, "ignored": "y" * size} if forged else {},
+            )
+            for forged in (True, False)
+        ]
         assert chained[0].usage.input_tokens == chained[1].usage.input_tokens
         assert len(client.responses.input_items.list(chained[0].id).data) == 3
     with closing(sqlite3.connect(tmp_path / "a.db")) as reader:
-        assert reader.execute("SELECT DISTINCT previous FROM responses WHERE previous IS NOT NULL").fetchall() == [(mine.id,)]
+        assert reader.execute(
+            "SELECT DISTINCT previous FROM responses WHERE previous IS NOT NULL"
+        ).fetchall() == [(mine.id,)]
 
 
 def test_a_key_sees_no_other_key_s_responses(model, tmp_path):
     with keeping(model, tmp_path / "a.db", keys=("first-key", "second-key")) as client:
         response, other = ask(client), client.with_options(api_key="second-key")
-        conversation = client.conversations.create(items=[{"type": "message", "role": "user", "content": "One"}])
-        for use in (lambda: other.responses.retrieve(response.id), lambda: other.responses.delete(response.id), lambda: other.responses.input_items.list(response.id),
-                     lambda: ask(other, previous_response_id=response.id), lambda: ask(other, conversation=conversation.id),
-                     lambda: other.conversations.retrieve(conversation.id), lambda: other.conversations.delete(conversation.id),
-                     lambda: other.conversations.items.list(conversation.id), lambda: other.conversations.update(conversation.id, metadata={})):
+        conversation = client.conversations.create(
+            items=[{"type": "message", "role": "user", "content": "One"}]
+        )
+        for use in (
+            lambda: other.responses.retrieve(response.id),
+            lambda: other.responses.delete(response.id),
+            lambda: other.responses.input_items.list(response.id),
+            lambda: ask(other, previous_response_id=response.id),
+            lambda: ask(other, conversation=conversation.id),
+            lambda: other.conversations.retrieve(conversation.id),
+            lambda: other.conversations.delete(conversation.id),
+            lambda: other.conversations.items.list(conversation.id),
+            lambda: other.conversations.update(conversation.id, metadata={}),
+        ):
             with pytest.raises(openai.NotFoundError):
                 use()
         with pytest.raises(openai.BadRequestError, match=f'there is no item "{response.output[0].id}"'):
@@ -325,12 +469,17 @@ def test_a_key_sees_no_other_key_s_responses(model, tmp_path):
 def test_responses_outlive_the_server(model, tmp_path):
     """They are there until their days are over."""
     with keeping(model, tmp_path / "a.db") as client:
-        first, conversation = ask(client, "One"), client.conversations.create(items=[{"type": "message", "role": "user", "content": "One"}])
+        first, conversation = (
+            ask(client, "One"),
+            client.conversations.create(items=[{"type": "message", "role": "user", "content": "One"}]),
+        )
     with keeping(model, tmp_path / "a.db") as client:
         assert client.responses.retrieve(first.id).output_text == first.output_text
         assert ask(client, "Two", previous_response_id=first.id).output_text
     with closing(sqlite3.connect(tmp_path / "a.db")) as writer:
-        assert writer.execute("SELECT DISTINCT expires - created FROM responses").fetchall() == [(30 * 86400,)]
+        assert writer.execute("SELECT DISTINCT expires - created FROM responses").fetchall() == [
+            (30 * 86400,)
+        ]
         writer.execute("UPDATE responses SET expires = 1")
         writer.execute("UPDATE conversations SET expires = 1")
         writer.commit()
@@ -338,7 +487,10 @@ def test_responses_outlive_the_server(model, tmp_path):
         deadline_s = time.monotonic() + 60
         while True:
             with closing(sqlite3.connect(tmp_path / "a.db")) as reader:
-                if reader.execute("SELECT (SELECT count(*) FROM responses) + (SELECT count(*) FROM conversations) + (SELECT count(*) FROM items)").fetchone() == (0,):
+                if reader.execute(
+                    "SELECT (SELECT count(*) FROM responses) + (SELECT count(*) FROM conversations) + (SELECT"
+                    " count(*) FROM items)"
+                ).fetchone() == (0,):
                     break
             assert time.monotonic() < deadline_s
             time.sleep(0.02)
@@ -353,7 +505,10 @@ def test_kept_responses_survive_a_lost_wal(model, tmp_path):
         (tmp_path / "a.db-wal").unlink()
         after = ask(client, "Two", previous_response_id=before.id)
     with keeping(model, tmp_path / "a.db") as client:
-        assert len(client.responses.input_items.list(after.id).data) == 3 and client.responses.retrieve(before.id).output_text == before.output_text
+        assert (
+            len(client.responses.input_items.list(after.id).data) == 3
+            and client.responses.retrieve(before.id).output_text == before.output_text
+        )
 
 
 def test_without_the_flag_nothing_is_continued(tiny_url):
@@ -364,7 +519,11 @@ def test_without_the_flag_nothing_is_continued(tiny_url):
     for more in ({"previous_response_id": response.id}, {"conversation": "conv_1"}):
         with pytest.raises(openai.BadRequestError, match="without --database"):
             ask(client, **more)
-    for call in (lambda: client.responses.retrieve(response.id), lambda: client.conversations.create(), lambda: client.conversations.retrieve("conv_1")):
+    for call in (
+        lambda: client.responses.retrieve(response.id),
+        lambda: client.conversations.create(),
+        lambda: client.conversations.retrieve("conv_1"),
+    ):
         with pytest.raises(openai.NotFoundError, match="without --database"):
             call()
 
@@ -373,13 +532,22 @@ def test_a_long_conversation_comes_in_pages(running):
     """Items that are too much for a page come in several."""
     conversation = running.conversations.create()
     for number in range(90):
-        running.conversations.items.create(conversation.id, items=[{"type": "message", "role": "user", "content": f"{number:03}" + "x" * 60_000}])
+        running.conversations.items.create(
+            conversation.id,
+            items=[{"type": "message", "role": "user", "content": f"{number:03}" + "x" * 60_000}],
+        )
     for order in ("asc", "desc"):
         page = running.conversations.items.list(conversation.id, limit=100, order=order)
-        assert len(page.data) < 90 and page.has_more and (page.first_id, page.last_id) == (page.data[0].id, page.data[-1].id)
-        numbers = [int(item.content[0].text[:3]) for item in page]      # the client asks for the others
-        assert numbers == [*range(90)][::1 if order == "asc" else -1]
-    assert running.conversations.items.retrieve(page.data[3].id, conversation_id=conversation.id) == page.data[3]
+        assert (
+            len(page.data) < 90
+            and page.has_more
+            and (page.first_id, page.last_id) == (page.data[0].id, page.data[-1].id)
+        )
+        numbers = [int(item.content[0].text[:3]) for item in page]  # the client asks for the others
+        assert numbers == [*range(90)][:: 1 if order == "asc" else -1]
+    assert (
+        running.conversations.items.retrieve(page.data[3].id, conversation_id=conversation.id) == page.data[3]
+    )
     url = f"{running.base_url}conversations/{conversation.id}/items?limit=100"
     head = urllib.request.urlopen(urllib.request.Request(url, method="HEAD"))
     assert int(head.headers["Content-Length"]) > 4_000_000 and head.read() == b""
@@ -391,55 +559,111 @@ def test_a_long_conversation_comes_in_pages(running):
 def test_of_equal_items_one_is_deleted(running):
     same = {"type": "message", "role": "user", "content": "Equal", "id": "msg_equal"}
     conversation = running.conversations.create(items=[same, same])
-    running.conversations.items.create(conversation.id, items=[same, same | {"id": "not an id"}, same | {"id": 5}])
+    running.conversations.items.create(
+        conversation.id, items=[same, same | {"id": "not an id"}, same | {"id": 5}]
+    )
     items = running.conversations.items.list(conversation.id, order="asc").data
-    assert len({item.id for item in items}) == 5 and items[0].id == "msg_equal" and {item.content[0].text for item in items} == {"Equal"}
+    assert (
+        len({item.id for item in items}) == 5
+        and items[0].id == "msg_equal"
+        and {item.content[0].text for item in items} == {"Equal"}
+    )
     for count, item in enumerate(items, 1):
-        assert running.conversations.items.delete(item.id, conversation_id=conversation.id).id == conversation.id
-        assert [each.id for each in running.conversations.items.list(conversation.id, order="asc").data] == [each.id for each in items[count:]]
+        assert (
+            running.conversations.items.delete(item.id, conversation_id=conversation.id).id == conversation.id
+        )
+        assert [each.id for each in running.conversations.items.list(conversation.id, order="asc").data] == [
+            each.id for each in items[count:]
+        ]
     with pytest.raises(openai.NotFoundError, match="there is no item"):
         running.conversations.items.delete("msg_equal", conversation_id=conversation.id)
 
 
 JUNK = "what nobody reads"
 UNREAD = [
-    {"role": "user", "content": [{"type": "input_text", "text": "a", "junk": JUNK}], "junk": JUNK, "id": JUNK, "status": JUNK, "type": None},
-    {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "b", "annotations": [JUNK], "logprobs": [JUNK]},
-                                                         {"type": "refusal", "refusal": "no", "text": JUNK}], "phase": JUNK},
-    {"type": "reasoning", "summary": [{"type": "summary_text", "text": "c", "junk": JUNK}], "encrypted_content": JUNK}]
+    {
+        "role": "user",
+        "content": [{"type": "input_text", "text": "a", "junk": JUNK}],
+        "junk": JUNK,
+        "id": JUNK,
+        "status": JUNK,
+        "type": None,
+    },
+    {
+        "type": "message",
+        "role": "assistant",
+        "content": [
+            {"type": "output_text", "text": "b", "annotations": [JUNK], "logprobs": [JUNK]},
+            {"type": "refusal", "refusal": "no", "text": JUNK},
+        ],
+        "phase": JUNK,
+    },
+    {
+        "type": "reasoning",
+        "summary": [{"type": "summary_text", "text": "c", "junk": JUNK}],
+        "encrypted_content": JUNK,
+    },
+]
 
 
-@pytest.mark.parametrize("size", [1, 8000])       # the second one is read in a sandbox
+@pytest.mark.parametrize("size", [1, 8000])  # the second one is read in a sandbox
 def test_only_understood_items_are_kept(running, store, size):
     """Only what was understood of items is kept."""
     text = json.dumps(UNREAD).replace(JUNK, JUNK * size)
     first = ask(running, json.loads(text), truncation="auto", extra_body={"junk": JUNK * size})
     shown = running.responses.input_items.list(first.id, order="asc").data
-    assert [item.type for item in shown] == ["message", "message", "reasoning"] and {item.status for item in shown} == {"completed"}
-    assert [item.content[0].text for item in shown[:2]] == ["a", "b"] and shown[1].content[1].refusal == "no" and shown[2].summary[0].text == "c"
+    assert [item.type for item in shown] == ["message", "message", "reasoning"] and {
+        item.status for item in shown
+    } == {"completed"}
+    assert (
+        [item.content[0].text for item in shown[:2]] == ["a", "b"]
+        and shown[1].content[1].refusal == "no"
+        and shown[2].summary[0].text == "c"
+    )
     assert shown[1].content[0].annotations == []
-    whole = ask(running, [*({"role": item["role"], "content": item["content"]} for item in UNREAD[:2]), UNREAD[2], {"role": "assistant", "content": first.output_text},
-                          {"role": "user", "content": "d"}], store=False)
+    whole = ask(
+        running,
+        [
+            *({"role": item["role"], "content": item["content"]} for item in UNREAD[:2]),
+            UNREAD[2],
+            {"role": "assistant", "content": first.output_text},
+            {"role": "user", "content": "d"},
+        ],
+        store=False,
+    )
     assert ask(running, "d", previous_response_id=first.id).usage.input_tokens == whole.usage.input_tokens
     if size == 1:
         conversation = running.conversations.create(items=UNREAD)
         running.conversations.items.create(conversation.id, items=UNREAD)
-        assert [item.type for item in running.conversations.items.list(conversation.id, order="asc").data] == ["message", "message", "reasoning"] * 2
+        assert [
+            item.type for item in running.conversations.items.list(conversation.id, order="asc").data
+        ] == ["message", "message", "reasoning"] * 2
     for path in store.parent.iterdir():
         assert JUNK.encode() not in path.read_bytes()
 
 
 def test_calls_and_their_outputs_are_kept():
     """They are kept as they were understood."""
-    items = [{"type": "function_call", "call_id": 5, "name": "f", "arguments": {"a": 1}, "junk": JUNK}, {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"b": 2}'},
-             {"type": "function_call_output", "call_id": "c", "output": "x", "name": JUNK}, {"type": "function_call_output", "output": [{"type": "input_text", "text": "y", "z": JUNK}]},
-             {"type": "function_call_output", "call_id": {"a": JUNK}, "output": None}, {"role": "user"}, {"role": "user", "content": "half \ud800"},
-             {"type": "reasoning", "content": "z", "summary": JUNK}, {"type": "reasoning"}]
+    items = [
+        {"type": "function_call", "call_id": 5, "name": "f", "arguments": {"a": 1}, "junk": JUNK},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"b": 2}'},
+        {"type": "function_call_output", "call_id": "c", "output": "x", "name": JUNK},
+        {"type": "function_call_output", "output": [{"type": "input_text", "text": "y", "z": JUNK}]},
+        {"type": "function_call_output", "call_id": {"a": JUNK}, "output": None},
+        {"role": "user"},
+        {"role": "user", "content": "half \ud800"},
+        {"type": "reasoning", "content": "z", "summary": JUNK},
+        {"type": "reasoning"},
+    ]
     kept = kept_items(items)
-    assert JUNK.encode() not in b"".join(item.body for item in kept) and len({item.name for item in kept}) == len(items)
+    assert JUNK.encode() not in b"".join(item.body for item in kept) and len(
+        {item.name for item in kept}
+    ) == len(items)
     again = [json.loads(item.body) for item in kept]
     # what is read of them is what was read the first time, and what is kept of that is the same
-    assert chat_messages(response_messages({"input": again}), True) == chat_messages(response_messages({"input": items}), True)
+    assert chat_messages(response_messages({"input": again}), True) == chat_messages(
+        response_messages({"input": items}), True
+    )
     assert [item.body for item in kept_items(again)] == [item.body for item in kept]
 
 
@@ -469,47 +693,100 @@ def test_a_key_that_keeps_too_much_is_refused(model, tmp_path):
     """Until it deletes some; others are not refused."""
     script = tmp_path / "little_room.py"
     script.write_text(LITTLE_ROOM.format(root=str(SCRIPT.parent)))
-    with server(model, f"--database={tmp_path / 'a.db'}", "--api-key", "first-key", "--api-key", "second-key", script=script) as (_, url):
+    with server(
+        model,
+        f"--database={tmp_path / 'a.db'}",
+        "--api-key",
+        "first-key",
+        "--api-key",
+        "second-key",
+        script=script,
+    ) as (_, url):
         client = openai.OpenAI(base_url=url + "/v1", api_key="first-key", max_retries=0)
         other, kept = client.with_options(api_key="second-key"), []
-        line = json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x", "max_tokens": 3}}).encode()
+        line = json.dumps(
+            {
+                "custom_id": "a",
+                "method": "POST",
+                "url": "/v1/completions",
+                "body": {"prompt": "x", "max_tokens": 3},
+            }
+        ).encode()
         file = client.files.create(file=("in.jsonl", line), purpose="batch")
-        with pytest.raises(openai.PermissionDeniedError, match=r'more than 100,000 bytes together: delete some, or send \"store\": false'):
+        with pytest.raises(
+            openai.PermissionDeniedError,
+            match=r'more than 100,000 bytes together: delete some, or send \"store\": false',
+        ):
             while True:
                 kept.append(ask(client, [{"role": "user", "content": "x" * 60}] * 60, truncation="auto"))
-        assert 2 < len(kept) < 20 and ask(client, "x" * 60, store=False).output_text and ask(other).store is True
+        assert (
+            2 < len(kept) < 20 and ask(client, "x" * 60, store=False).output_text and ask(other).store is True
+        )
         conversation = None
         with pytest.raises(openai.PermissionDeniedError, match="100,000 bytes"):
-            while True:     # what is left
-                conversation = client.conversations.create(items=[{"type": "message", "role": "user", "content": "x" * 2000}])
-        full = {"item": lambda: client.conversations.items.create(conversation.id, items=[{"type": "message", "role": "user", "content": "x" * 3000}]),
-                "metadata": lambda: client.conversations.update(conversation.id, metadata={str(index): "m" * 512 for index in range(16)})}
+            while True:  # what is left
+                conversation = client.conversations.create(
+                    items=[{"type": "message", "role": "user", "content": "x" * 2000}]
+                )
+        full = {
+            "item": lambda: client.conversations.items.create(
+                conversation.id, items=[{"type": "message", "role": "user", "content": "x" * 3000}]
+            ),
+            "metadata": lambda: client.conversations.update(
+                conversation.id, metadata={str(index): "m" * 512 for index in range(16)}
+            ),
+        }
         for refused in full.values():
             with pytest.raises(openai.PermissionDeniedError, match="100,000 bytes"):
                 refused()
-        client.conversations.update(conversation.id, metadata={})       # takes no more
+        client.conversations.update(conversation.id, metadata={})  # takes no more
         with pytest.raises(openai.PermissionDeniedError, match="100,000 bytes"):
             while True:
                 client.files.create(file=("in.jsonl", line * 40), purpose="batch")
         with pytest.raises(openai.PermissionDeniedError, match="100,000 bytes"):
             while True:
-                client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h", metadata={str(index): "m" * 512 for index in range(16)})
+                client.batches.create(
+                    input_file_id=file.id,
+                    endpoint="/v1/completions",
+                    completion_window="24h",
+                    metadata={str(index): "m" * 512 for index in range(16)},
+                )
         for response in kept:
             client.responses.delete(response.id)
         for each in client.files.list():
             with suppress(openai.ConflictError):
                 client.files.delete(each.id)
-        lines = b"".join(json.dumps({"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": {
-            "prompt": "x", "n": 4, "max_tokens": 8, "logprobs": 5, "ignore_eos": True}}).encode() + b"\n" for number in range(300))
-        batch = client.batches.create(input_file_id=client.files.create(file=("in.jsonl", lines), purpose="batch").id, endpoint="/v1/completions",
-                                      completion_window="24h")
+        lines = b"".join(
+            json.dumps(
+                {
+                    "custom_id": str(number),
+                    "method": "POST",
+                    "url": "/v1/completions",
+                    "body": {"prompt": "x", "n": 4, "max_tokens": 8, "logprobs": 5, "ignore_eos": True},
+                }
+            ).encode()
+            + b"\n"
+            for number in range(300)
+        )
+        batch = client.batches.create(
+            input_file_id=client.files.create(file=("in.jsonl", lines), purpose="batch").id,
+            endpoint="/v1/completions",
+            completion_window="24h",
+        )
         deadline_s = time.monotonic() + 60
         while (batch := client.batches.retrieve(batch.id)).status != "completed":
             assert time.monotonic() < deadline_s
             time.sleep(0.02)
         # what there was room for when it began is kept, each other line says why it is not
-        errors = [json.loads(line)["error"]["code"] for line in client.files.content(batch.error_file_id).text.splitlines()]
-        assert {*errors} == {"storage_full"} and batch.request_counts.completed + len(errors) == 300 and batch.request_counts.completed > 2
+        errors = [
+            json.loads(line)["error"]["code"]
+            for line in client.files.content(batch.error_file_id).text.splitlines()
+        ]
+        assert (
+            {*errors} == {"storage_full"}
+            and batch.request_counts.completed + len(errors) == 300
+            and batch.request_counts.completed > 2
+        )
         for name in (batch.input_file_id, batch.output_file_id, batch.error_file_id):
             client.files.delete(name)
         for again in full.values():
@@ -521,16 +798,23 @@ def test_a_key_that_keeps_too_much_is_refused(model, tmp_path):
 def test_a_large_conversation_costs_one_page(model, tmp_path):
     """It costs what a page of it does."""
     with server(model, f"--database={tmp_path / 'a.db'}") as (process, url):
-        client, front, url = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0), psutil.Process(process.pid), url + "/v1/"
+        client, front, url = (
+            openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0),
+            psutil.Process(process.pid),
+            url + "/v1/",
+        )
         conversation = client.conversations.create().id
-        for number in range(1000):      # 60 MB
-            post(f"{url}conversations/{conversation}/items", {"items": [{"role": "user", "content": f"{number:04}" + "x" * 60_000}]})
+        for number in range(1000):  # 60 MB
+            post(
+                f"{url}conversations/{conversation}/items",
+                {"items": [{"role": "user", "content": f"{number:04}" + "x" * 60_000}]},
+            )
         items, before = f"{url}conversations/{conversation}/items", front.memory_info().rss
         for query in ("limit=1", "limit=100", "limit=1&order=asc"):
             page = get(f"{items}?{query}")
             assert page["has_more"] and get(f"{items}/{page['last_id']}") == page["data"][-1]
         assert client.conversations.delete(conversation).deleted
-        assert front.memory_info().rss - before < 20 << 20      # all of it took 250 MB
+        assert front.memory_info().rss - before < 20 << 20  # all of it took 250 MB
         deadline_s = time.monotonic() + 60
         while rows_of_items(tmp_path / "a.db"):
             assert time.monotonic() < deadline_s
@@ -546,7 +830,12 @@ def rows_of_items(store):
 @contextmanager
 def small_disk(folder, size):
     folder.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], capture_output=True
+        ).returncode
+    ):
         pytest.skip("this user cannot mount a tmpfs")
     try:
         yield folder
@@ -557,24 +846,44 @@ def small_disk(folder, size):
 @pytest.mark.slow
 def test_slow_readers_stay_within_the_budget(model, tmp_path):
     """They hold no more memory than it has."""
-    with server(model, f"--database={tmp_path / 'a.db'}", "--api-key", "first-key", "--api-key", "second-key") as (process, url), ExitStack() as readers:
-        client, front = openai.OpenAI(base_url=url + "/v1", api_key="first-key", max_retries=0), psutil.Process(process.pid)
+    with (
+        server(
+            model, f"--database={tmp_path / 'a.db'}", "--api-key", "first-key", "--api-key", "second-key"
+        ) as (process, url),
+        ExitStack() as readers,
+    ):
+        client, front = (
+            openai.OpenAI(base_url=url + "/v1", api_key="first-key", max_retries=0),
+            psutil.Process(process.pid),
+        )
         conversation = client.conversations.create()
         for _ in range(100):
-            client.conversations.items.create(conversation.id, items=[{"type": "message", "role": "user", "content": "x" * 60_000}])
-        line = json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x" * 8_000_000}}).encode()
+            client.conversations.items.create(
+                conversation.id, items=[{"type": "message", "role": "user", "content": "x" * 60_000}]
+            )
+        line = json.dumps(
+            {
+                "custom_id": "a",
+                "method": "POST",
+                "url": "/v1/completions",
+                "body": {"prompt": "x" * 8_000_000},
+            }
+        ).encode()
         file, before = client.files.create(file=("in.jsonl", line), purpose="batch"), front.memory_info().rss
         paths = [f"/v1/conversations/{conversation.id}/items?limit=100", f"/v1/files/{file.id}/content"]
         for number in range(60):
             reader = readers.enter_context(socket.socket())
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             reader.connect(("127.0.0.1", int(url.rpartition(":")[2])))
-            reader.sendall(f"GET {paths[number % 2]} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer first-key\r\n\r\n".encode())
-            assert number > 5 or reader.recv(100).startswith(b"HTTP/1.1 200")      # the others wait for memory
+            reader.sendall(
+                f"GET {paths[number % 2]} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer"
+                " first-key\r\n\r\n".encode()
+            )
+            assert number > 5 or reader.recv(100).startswith(b"HTTP/1.1 200")  # the others wait for memory
         other = client.with_options(api_key="second-key")
         for _ in range(20):
             assert ask(other).store is True
-        assert front.memory_info().rss - before < 200 << 20        # it was two gigabytes
+        assert front.memory_info().rss - before < 200 << 20  # it was two gigabytes
 
 
 @pytest.mark.slow
@@ -582,17 +891,38 @@ def test_a_full_disk_leaves_room_to_delete(model, tmp_path):
     """A disk that one key fills leaves room to delete, to count and to start."""
     with small_disk(tmp_path / "disk", "100m") as disk:
         with keeping(model, disk / "a.db", keys=("first-key", "second-key")) as client:
-            other, kept, conversation = client.with_options(api_key="second-key"), ask(client), client.conversations.create()
+            other, kept, conversation = (
+                client.with_options(api_key="second-key"),
+                ask(client),
+                client.conversations.create(),
+            )
             say = {"type": "message", "role": "user", "content": "x" * 60_000}
-            line = json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x", "n": 16, "max_tokens": 64, "logprobs": 5}})
+            line = json.dumps(
+                {
+                    "custom_id": "a",
+                    "method": "POST",
+                    "url": "/v1/completions",
+                    "body": {"prompt": "x", "n": 16, "max_tokens": 64, "logprobs": 5},
+                }
+            )
             lines = "".join(line.replace('"a"', f'"{number}"', 1) + "\n" for number in range(300)).encode()
             file = client.files.create(file=("in.jsonl", lines), purpose="batch")
-            batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+            batch = client.batches.create(
+                input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
+            )
             with pytest.raises(openai.InternalServerError, match="almost full"):
                 while True:
                     client.conversations.items.create(conversation.id, items=[say])
-            full = {"a response": lambda: [ask(client, [{"role": "user", "content": "y" * 300}] * 250, truncation="auto") for _ in range(300)],
-                    "a file": lambda: [client.files.create(file=("in.jsonl", b"x" * 900_000), purpose="batch") for _ in range(100)]}
+            full = {
+                "a response": lambda: [
+                    ask(client, [{"role": "user", "content": "y" * 300}] * 250, truncation="auto")
+                    for _ in range(300)
+                ],
+                "a file": lambda: [
+                    client.files.create(file=("in.jsonl", b"x" * 900_000), purpose="batch")
+                    for _ in range(100)
+                ],
+            }
             for fill in full.values():
                 with pytest.raises(openai.InternalServerError, match="almost full"):
                     fill()
@@ -601,12 +931,12 @@ def test_a_full_disk_leaves_room_to_delete(model, tmp_path):
             used = get(f"{client.base_url}usage", "second-key")["total"]["requests"]
             client.responses.delete(kept.id)
         assert used >= 1
-        with keeping(model, disk / "a.db", keys=("first-key", "second-key")) as client:         # after a kill
+        with keeping(model, disk / "a.db", keys=("first-key", "second-key")) as client:  # after a kill
             assert get(f"{client.base_url}usage", "second-key")["total"]["requests"] == used
             client.batches.cancel(batch.id)
             client.conversations.delete(conversation.id)
             deadline_s = time.monotonic() + 60
-            while True:     # it is purged in the background
+            while True:  # it is purged in the background
                 with suppress(openai.InternalServerError):
                     assert ask(client.with_options(api_key="second-key")).store is True
                     break
