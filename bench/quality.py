@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 sys.path.insert(0, str(ROOT))
 from chatlm import cli    # noqa: E402
+from chatlm.commands import COMMANDS    # noqa: E402
 from chatlm.common.config import PAGE_SIZE    # noqa: E402
 from chatlm.common.hub.default_model import fetch_default_model    # noqa: E402
 from chatlm.common.hub.find import resolve_model    # noqa: E402
@@ -59,7 +60,7 @@ SPAN = 16.0                         # llama-perplexity keeps logits within this 
 
 def build_engine(model, flags):
     """The engine that `chat_server.py MODEL flags` would run on the CPU, in this process."""
-    settings = cli.parse_command_line(["serve", *([model] if model else []), *flags], os.environ)
+    settings = cli.parse_command_line(["serve", *([model] if model else []), *flags], os.environ, COMMANDS)
     source = resolve_model(settings)
     torch.set_num_threads(threads_per_worker(1))
     return build.build_engine(source, settings, torch.device("cpu"))[1]
@@ -99,7 +100,7 @@ class ReferenceOps:
 
 def on_checkpoint(model, flags):
     """The judge for the nanochat checkpoint that these flags choose: its weights as stored in the file."""
-    settings = replace(cli.parse_command_line(["serve", model, *flags], os.environ), dtype="float32")
+    settings = replace(cli.parse_command_line(["serve", model, *flags], os.environ, COMMANDS), dtype="float32")
     loaded = open_model(resolve_model(settings), settings)
     return ReferenceOps("float32", loaded.architecture, loaded.tensors)
 

@@ -87,6 +87,7 @@ def test_files_that_change_in_place_are_another_program(kind, bundled, default_m
     log = []
     with running(file, default_model_path, log=log) as (process, url):
         assert text_of(url + "/v1/runs")[0] == 200
+        assert post(url + "/v1/chat/completions", ASKED).status == 200      # its dialect is loaded now
         if kind == "bundle":
             cut(changed)
         else:

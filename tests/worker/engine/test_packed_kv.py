@@ -7,7 +7,6 @@ import numpy
 import pytest
 import torch
 
-from chatlm import cli
 from chatlm.common.config import PAGE_SIZE, Settings
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
@@ -21,6 +20,7 @@ from chatlm.worker.model.pages import KvType, PageLayout, group_layers
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.packed_kv import PackedKv, turned
 from attention_kinds import attention
+from command_line import parse_command_line
 from engines import forward_logits, make_batch, tokens_of
 from families import load, save_packed
 from nightly import by_day
@@ -102,7 +102,7 @@ def test_an_8_bit_page_has_34_bytes_for_32_numbers():
 
 
 def engine_of(path, *flags):
-    settings = cli.parse_command_line(["serve", str(path), *flags], {})
+    settings = parse_command_line(["serve", str(path), *flags], {})
     return build_engine(resolve_model(settings), settings, torch.device("cpu"))[1]
 
 
@@ -166,6 +166,6 @@ def test_heads_that_cannot_be_turned_stay_floats(made_model, caplog):
     assert layers_of_floats(wide, PACKED).startswith("keys and values of 2 of 3 layers stay float32: their heads have a size of 80, 96, and")
     assert layers_of_floats(wide, KvType("float32")) == ""
     with pytest.raises(ConfigError, match="invalid choice: .q4_0. .choose from .auto., .bfloat16., .float32., .q8_0.."):
-        cli.parse_command_line(["serve", "--kv-cache-dtype", "q4_0"], {})
+        parse_command_line(["serve", "--kv-cache-dtype", "q4_0"], {})
 
 

@@ -9,6 +9,7 @@ import torch
 
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
+from chatlm.worker.kernels import attention, cuda, program, tiles
 from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.kernels.limits import MOST_ON_CPU, MOST_ON_GPU, not_compiled
 from chatlm.worker.model.tensors import MappedRows
@@ -97,6 +98,7 @@ def test_odd_sizes_run_in_decode_core_or_torch(name, caplog):
 
 
 def test_the_limits_are_those_that_decode_core_checks():
-    core = decode_core()
-    assert MOST_ON_CPU == (core.attention.MAX_HEAD_SIZE, 16, core.program.MAX_EXPERTS, core.program.MAX_CHOSEN, core.tiles.LIMIT)
-    assert MOST_ON_GPU == (core.cuda.MAX_HEAD_SIZE, 64, core.cuda.MAX_EXPERTS, core.cuda.MAX_EXPERTS, core.cuda.MAX_VOCABULARY)
+    assert MOST_ON_CPU == (
+        attention.MAX_HEAD_SIZE, 16, program.MAX_EXPERTS, program.MAX_CHOSEN, tiles.LIMIT)
+    assert MOST_ON_GPU == (
+        cuda.MAX_HEAD_SIZE, 64, cuda.MAX_EXPERTS, cuda.MAX_EXPERTS, cuda.MAX_VOCABULARY)
