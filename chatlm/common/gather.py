@@ -180,4 +180,3 @@ def core_of_wheel(wheels: Path, python: str) -> dict[str, bytes]:
     if not any(name.endswith(".so") for name in core):
         raise ConfigError(f"--wheels {wheels}: {found[-1].name} has no compiled decode_core")
     return core
-

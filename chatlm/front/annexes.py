@@ -229,7 +229,7 @@ def load_files() -> Make[FileRoutes]:
 def load_kept() -> Make[ResponseKeeper]:
     from chatlm.front.server.conversations import ResponseKeeper
     return lambda front: ResponseKeeper(
-        front.store, front.bodies, front.owners, front.settings.keep_days,
+        front.store, front.bodies, front.settings.keep_days,
         removed=lambda: front.room(BATCHES).wake_up(), cancel=front.cancel, follow=front.follow)
 
 

@@ -132,9 +132,10 @@ class Front:
     async def start(self, app: web.Application):
         await self.ledger.open()
         await self.history.open()
-        if self.store and self.owners.renamed:
+        renamed = self.owners.renamed
+        if self.store and renamed:
             from chatlm.front.store.owners import rename_owners
-            await self.store.run(partial(rename_owners, renamed=self.owners.renamed))
+            await self.store.run(partial(rename_owners, renamed=renamed))
         for annex in self.wanted:
             await annex.start(self.room(annex))
 

@@ -23,6 +23,7 @@ from chatlm.export.gguf.packers import pack
 from chatlm.export.gguf.sources import written_model
 from chatlm.export.gguf.unfinished import CHANGED, UnfinishedFile, digest_of
 from chatlm.export.gguf.written import Written, WrittenTensor
+from chatlm.worker.weights.file_types import NUMBERS
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource
@@ -64,7 +65,7 @@ def export_gguf(source: ModelSource, output: Path, *, type: str, imatrix: Path |
     types = rules.types_of(tensor.matrix for tensor in model.tensors)
     packing = Packing(model, types, mix, importance)
     packing.refuse_missing_importance(name)
-    pairs = metadata_of(model, mix, importance)
+    pairs = metadata_of(model, name, importance)
     layout = encoding.layout_of(
         pairs, [(tensor.matrix.name, tensor.matrix.sizes, types[tensor.matrix.name])
                 for tensor in model.tensors])
@@ -98,10 +99,10 @@ def importance_stamp(path: Path | None) -> tuple:
     return str(path.resolve()), stat.st_size, stat.st_mtime_ns
 
 
-def metadata_of(model: Written, mix: Mix, importance: Importance | None) -> dict[str, encoding.Value]:
+def metadata_of(model: Written, type: str, importance: Importance | None) -> dict[str, encoding.Value]:
     pairs = dict(model.metadata)
     pairs["general.quantization_version"] = encoding.of_number(QUANTIZATION_VERSION)
-    pairs["general.file_type"] = encoding.of_number(mix.file_type)
+    pairs["general.file_type"] = encoding.of_number(NUMBERS[type])
     if importance is not None:
         pairs["quantize.imatrix.file"] = encoding.of_text(importance.path.name if importance.path else "")
         if importance.datasets:

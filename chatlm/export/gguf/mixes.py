@@ -97,7 +97,6 @@ def in_first_or_more_of_8(part: int, name: str) -> Choice:
 class Mix:
     """The types of a file: `main`, and what replaces it for tensors of some kinds."""
 
-    file_type: int                # general.file_type
     main: str
     attn_v: Choice = never        # attn_qkv and attn_kv_b too
     ffn_down: Choice = never
@@ -115,41 +114,41 @@ class Mix:
         return self.main not in FLOATS
 
 
-def two_bits(file_type: int, main: str, better: str, attn_output: str | None = None) -> Mix:
+def two_bits(main: str, better: str, attn_output: str | None = None) -> Mix:
     """A file of IQ2 or IQ1. `better`: the type of the embedding, of most values and of the first feed-forward
     outputs."""
-    return Mix(file_type, main, where_shared("Q4_K", better), in_first(8, better), attn_output, True, better,
+    return Mix(main, where_shared("Q4_K", better), in_first(8, better), attn_output, True, better,
                needs_importance=True, head="Q5_K", of_two_bits=True)
 
 
 MIXES = {
-    "F32": Mix(0, "F32"), "F16": Mix(1, "F16"), "BF16": Mix(32, "BF16"),
-    "Q8_0": Mix(7, "Q8_0"),
-    "Q4_0": Mix(2, "Q4_0", ffn_down=in_first_with(8, "Q4_1")), "Q4_1": Mix(3, "Q4_1"),
-    "Q5_0": Mix(8, "Q5_0", ffn_down=in_first_with(8, "Q5_1")), "Q5_1": Mix(9, "Q5_1"),
-    "Q2_K": Mix(10, "Q2_K", where_grouped("Q4_K", "Q3_K"), always("Q3_K"), "Q3_K", True),
-    "Q2_K_S": Mix(21, "Q2_K", where_grouped("Q4_K"), in_first(8, "Q4_K"), needs_importance=True),
-    "Q3_K_S": Mix(11, "Q3_K", of_8_experts=True),
-    "Q3_K_M": Mix(12, "Q3_K", in_first_layers(2, "Q5_K", "Q4_K"), in_first(16, "Q5_K", "Q4_K"), "Q4_K", True),
-    "Q3_K_L": Mix(13, "Q3_K", always("Q5_K"), always("Q5_K"), "Q5_K"),
-    "Q4_K_S": Mix(14, "Q4_K", in_first_layers(4, "Q5_K"), in_first(8, "Q5_K"), of_8_experts=True),
-    "Q4_K_M": Mix(15, "Q4_K", where_more("Q6_K"), where_more("Q6_K"), of_8_experts=True),
-    "Q5_K_S": Mix(16, "Q5_K"),
-    "Q5_K_M": Mix(17, "Q5_K", where_more("Q6_K"), where_more("Q6_K")),
-    "Q6_K": Mix(18, "Q6_K"),
-    "IQ4_NL": Mix(25, "IQ4_NL", where_grouped("Q5_K"), in_first_without(8, "Q5_K"), of_8_experts=True),
-    "IQ4_XS": Mix(30, "IQ4_XS", where_grouped("Q5_K"), in_first_without(8, "Q5_K"), of_8_experts=True),
-    "IQ3_M": Mix(27, "IQ3_S", always("Q4_K"), in_first_or_more_of_8(8, "Q4_K"), "Q4_K", True),
-    "IQ3_S": Mix(26, "IQ3_S", where_grouped("Q4_K"), of_8_experts=True),
-    "IQ3_XS": Mix(22, "IQ3_S", where_grouped("Q4_K"), of_8_experts=True, needs_importance=True,
+    "F32": Mix("F32"), "F16": Mix("F16"), "BF16": Mix("BF16"),
+    "Q8_0": Mix("Q8_0"),
+    "Q4_0": Mix("Q4_0", ffn_down=in_first_with(8, "Q4_1")), "Q4_1": Mix("Q4_1"),
+    "Q5_0": Mix("Q5_0", ffn_down=in_first_with(8, "Q5_1")), "Q5_1": Mix("Q5_1"),
+    "Q2_K": Mix("Q2_K", where_grouped("Q4_K", "Q3_K"), always("Q3_K"), "Q3_K", True),
+    "Q2_K_S": Mix("Q2_K", where_grouped("Q4_K"), in_first(8, "Q4_K"), needs_importance=True),
+    "Q3_K_S": Mix("Q3_K", of_8_experts=True),
+    "Q3_K_M": Mix("Q3_K", in_first_layers(2, "Q5_K", "Q4_K"), in_first(16, "Q5_K", "Q4_K"), "Q4_K", True),
+    "Q3_K_L": Mix("Q3_K", always("Q5_K"), always("Q5_K"), "Q5_K"),
+    "Q4_K_S": Mix("Q4_K", in_first_layers(4, "Q5_K"), in_first(8, "Q5_K"), of_8_experts=True),
+    "Q4_K_M": Mix("Q4_K", where_more("Q6_K"), where_more("Q6_K"), of_8_experts=True),
+    "Q5_K_S": Mix("Q5_K"),
+    "Q5_K_M": Mix("Q5_K", where_more("Q6_K"), where_more("Q6_K")),
+    "Q6_K": Mix("Q6_K"),
+    "IQ4_NL": Mix("IQ4_NL", where_grouped("Q5_K"), in_first_without(8, "Q5_K"), of_8_experts=True),
+    "IQ4_XS": Mix("IQ4_XS", where_grouped("Q5_K"), in_first_without(8, "Q5_K"), of_8_experts=True),
+    "IQ3_M": Mix("IQ3_S", always("Q4_K"), in_first_or_more_of_8(8, "Q4_K"), "Q4_K", True),
+    "IQ3_S": Mix("IQ3_S", where_grouped("Q4_K"), of_8_experts=True),
+    "IQ3_XS": Mix("IQ3_S", where_grouped("Q4_K"), of_8_experts=True, needs_importance=True,
                   attn_qk="IQ3_XXS", ffn_up=where_between("IQ3_XXS")),
-    "IQ3_XXS": Mix(23, "IQ3_XXS", where_grouped("Q4_K"), attn_output="IQ3_S", of_8_experts=True,
+    "IQ3_XXS": Mix("IQ3_XXS", where_grouped("Q4_K"), attn_output="IQ3_S", of_8_experts=True,
                    embed="IQ3_S", needs_importance=True, attn_qk="IQ2_S", head="Q5_K"),
-    "IQ2_M": two_bits(29, "IQ2_S", "IQ3_S", "IQ3_S"), "IQ2_S": two_bits(28, "IQ2_XS", "IQ3_S", "IQ3_S"),
-    "IQ2_XS": two_bits(20, "IQ2_XS", "Q2_K"), "IQ2_XXS": two_bits(19, "IQ2_XXS", "Q2_K"),
-    "IQ1_M": two_bits(31, "IQ1_M", "Q2_K", "IQ2_XXS"), "IQ1_S": two_bits(24, "IQ1_S", "Q2_K", "IQ2_XXS"),
-    "TQ1_0": Mix(36, "TQ1_0", embed="Q4_K"), "TQ2_0": Mix(37, "TQ2_0", embed="Q4_K"),
-    "MXFP4_MOE": Mix(38, "MXFP4"),
+    "IQ2_M": two_bits("IQ2_S", "IQ3_S", "IQ3_S"), "IQ2_S": two_bits("IQ2_XS", "IQ3_S", "IQ3_S"),
+    "IQ2_XS": two_bits("IQ2_XS", "Q2_K"), "IQ2_XXS": two_bits("IQ2_XXS", "Q2_K"),
+    "IQ1_M": two_bits("IQ1_M", "Q2_K", "IQ2_XXS"), "IQ1_S": two_bits("IQ1_S", "Q2_K", "IQ2_XXS"),
+    "TQ1_0": Mix("TQ1_0", embed="Q4_K"), "TQ2_0": Mix("TQ2_0", embed="Q4_K"),
+    "MXFP4_MOE": Mix("MXFP4"),
 }
 OTHER_NAMES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
 SMALLER_BLOCKS = {  # a type of 256 weights a block -> what rows of another length get

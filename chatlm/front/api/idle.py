@@ -55,5 +55,3 @@ def without_tool_rounds(parsed: ParsedBody, known: Known) -> bool:
 
 def without_a_database(parsed: ParsedBody, known: Known) -> bool:
     return known.settings.database is None
-
-

@@ -141,5 +141,3 @@ def make_envelope(fields: dict, route: str, line: Line | None = None, before: li
     return Envelope(
         fields, name if is_text(name) else "", fields.get("model") is not None, chained,
         lift_pictures(fields, before), line, before, servers, offered, asked)
-
-

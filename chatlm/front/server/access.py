@@ -233,7 +233,9 @@ class Owners:
         """The client whose texts have this owner: `maker`, if that is one of them; None if the server has no
         such key any more."""
         if not self.settings.keys:
-            return maker if owner.startswith(SPACE) else owner[1:] if owner[:1] == "@" else None
+            if owner.startswith(SPACE):
+                return maker
+            return owner[1:] if owner[:1] == "@" else None
         names = [key.name for key in self.settings.keys if self.of_texts(key.name) == owner]
         return maker if maker in names else next(iter(names), None)
 

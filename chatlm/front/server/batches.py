@@ -66,9 +66,8 @@ class BatchRoutes:
     def __init__(self, store: Store | None, catalogue: Catalogue, bodies: Bodies, owners: Owners,
                  answers: Answers, ledger: Ledger):
         self.store = store
-        self.owners = owners
         self.bodies = bodies
-        self.files = FileRoutes(store, bodies, owners, catalogue.settings.keep_days, self.wake_up)
+        self.files = FileRoutes(store, bodies, catalogue.settings.keep_days, self.wake_up)
         self.worker = BatchWorker(store, catalogue, bodies.intake, owners, answers, ledger,
                                   self.files) if store else None
 
@@ -85,14 +84,9 @@ class BatchRoutes:
         if self.worker:
             self.worker.wake.set()
 
-    @property
-    def owner(self) -> str:
-        record = REQUEST_LOG.get()
-        return self.owners.of_texts(record.client, record.space)
-
     async def handle_create(self, http: web.Request) -> web.Response:
         store = require_store(self.store)
-        owner = self.owner
+        owner = self.bodies.owner
         client = REQUEST_LOG.get().client
         values = await self.bodies.small(http)
         window = values.get("completion_window", "24h")
@@ -117,7 +111,7 @@ class BatchRoutes:
 
     async def handle_list(self, http: web.Request) -> web.StreamResponse:
         limit = query_value(http, LIMIT, 20)
-        owner = self.owner
+        owner = self.bodies.owner
         after = query_value(http, AFTER, "")
 
         def read(connection) -> ListPage:
@@ -128,7 +122,7 @@ class BatchRoutes:
 
     async def handle_batch(self, http: web.Request) -> web.Response:
         name = http.match_info["id"]
-        owner = self.owner
+        owner = self.bodies.owner
 
         def read(connection) -> dict:
             return batches.shown_batch(connection, batches.batch_of_owner(connection, name, owner))
@@ -137,7 +131,7 @@ class BatchRoutes:
 
     async def handle_cancel(self, http: web.Request) -> web.Response:
         name = http.match_info["id"]
-        owner = self.owner
+        owner = self.bodies.owner
         now = now_s()
         body = await require_store(self.store).run(lambda connection: batches.shown_batch(
             connection, batches.cancel(connection, name, owner, now)))

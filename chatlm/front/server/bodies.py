@@ -50,11 +50,17 @@ class Bodies:
         """The share of the budget that the request of this task holds."""
         return Holding(self.intake.budget, REQUEST_LOG.get().client)
 
+    @property
+    def owner(self) -> str:
+        """Who owns what the request of this task leaves in the store."""
+        record = REQUEST_LOG.get()
+        return self.owners.of_texts(record.client, record.space)
+
     def caller(self) -> Caller:
         """Who sent the request of this task."""
         record = REQUEST_LOG.get()
         return Caller(record.route.pattern, record.client, self.owners.of_pages(record.client), record.bound,
-                      self.owners.of_texts(record.client, record.space))
+                      self.owner)
 
     @asynccontextmanager
     async def opened(self, http: web.Request, reading: Holding, times: int = 1) -> AsyncIterator[Arrival]:

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from chatlm.front.api.encode import Encoder
     from chatlm.front.intake.arrival import Arrival
     from chatlm.front.intake.budget import Holding
-    from chatlm.front.server.access import Owners
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.server.recordings import Recording
     from chatlm.front.store.pages import ListPage, TextPlace
@@ -60,14 +59,13 @@ class RunningResponse(NamedTuple):
 class ResponseKeeper:
     """Keeps the answers of /v1/responses in the store, and finds what was said before a request."""
 
-    def __init__(self, store: Store | None, bodies: Bodies, owners: Owners, keep_days: int,
+    def __init__(self, store: Store | None, bodies: Bodies, keep_days: int,
                  removed: Callable[[], None], cancel: Callable[[str], bool],
                  follow: Callable[[web.Request, Recording, int], Awaitable[web.StreamResponse]]):
         """removed: called when something was deleted. cancel: cancels a running answer. follow: sends a
         recording from an event on."""
         self.store = store
         self.bodies = bodies
-        self.owners = owners
         self.keep_s = keep_days * DAY_S
         self.routes = ConversationRoutes(self)
         self.removed = removed
@@ -79,11 +77,6 @@ class ResponseKeeper:
     async def close(self):
         if self.saving:
             await asyncio.wait(self.saving, timeout=5.0)
-
-    @property
-    def owner(self) -> str:
-        record = REQUEST_LOG.get()
-        return self.owners.of_texts(record.client, record.space)
 
     async def earlier(self, arrival: Arrival, reading: Holding) -> KeptBefore:
         """The items that a body continues, and those that its input refers to. If they are large, `reading`
@@ -137,7 +130,7 @@ class ResponseKeeper:
         is returned unchanged."""
         if not self.store or not encoder.parsed.is_kept or not isinstance(encoder, ResponsesEncoder):
             return answering
-        return self._keeping(answering, encoder, self.owner)
+        return self._keeping(answering, encoder, self.bodies.owner)
 
     def show_running(self, encoder: Encoder, recording: Recording) -> bytes:
         """Show a response that has begun in the background, until it is kept. Returns it as it is now."""
@@ -145,7 +138,7 @@ class ResponseKeeper:
         name = encoder.head["id"]
         kept = asyncio.create_task(supervised(f"showing {name}", partial(
             self._show, name, recording.task)))
-        self.running[name] = RunningResponse(self.owner, encoder, recording, kept)
+        self.running[name] = RunningResponse(self.bodies.owner, encoder, recording, kept)
         return encoder.response("in_progress")
 
     async def _show(self, name: str, work: asyncio.Task):
@@ -239,10 +232,6 @@ class ConversationRoutes:
         self.bodies = keeper.bodies
         self.keep_s = keeper.keep_s
 
-    @property
-    def owner(self) -> str:
-        return self.keeper.owner
-
     # responses
 
     def _store_of(self, name: str) -> Store:
@@ -253,7 +242,7 @@ class ConversationRoutes:
 
     async def handle_response(self, http: web.Request) -> web.StreamResponse:
         name = http.match_info["id"]
-        owner = self.owner
+        owner = self.bodies.owner
         store = self._store_of(name)
         running = self._running(name, owner)
         if http.query.get("stream", "false") != "false":
@@ -277,7 +266,7 @@ class ConversationRoutes:
         """POST /v1/responses/{id}/cancel: stop a response that runs in the background. The answer is the
         response; one that has ended stays as it is."""
         name = http.match_info["id"]
-        owner = self.owner
+        owner = self.bodies.owner
         store = self._store_of(name)
         running = self._running(name, owner)
         if running:
@@ -289,7 +278,7 @@ class ConversationRoutes:
 
     async def handle_delete(self, http: web.Request) -> web.Response:
         name = http.match_info["id"]
-        owner = self.owner
+        owner = self.bodies.owner
         await self._store_of(name).run(partial(responses.delete, name=name, owner=owner))
         self.keeper.removed()
         return json_response({"id": name, "object": "response", "deleted": True})
@@ -316,7 +305,7 @@ class ConversationRoutes:
         after = query_value(http, AFTER, "")
         ascending = query_value(http, ORDER, "desc") == "asc"
         store = require_store(self.store)
-        page = await store.run(partial(find, name=http.match_info["id"], owner=self.owner, after=after,
+        page = await store.run(partial(find, name=http.match_info["id"], owner=self.bodies.owner, after=after,
                                        ascending=ascending, limit=limit))
         with self.bodies.holding() as holding:
             await take_room(holding, 2 * page.bytes)  # as they are stored, and with their ids
@@ -344,7 +333,7 @@ class ConversationRoutes:
 
     async def handle_create(self, http: web.Request) -> web.Response:
         store = require_store(self.store)
-        owner = self.owner
+        owner = self.bodies.owner
         client = REQUEST_LOG.get().client
         values = await self.bodies.small(http)
         items = self._items(values)
@@ -357,12 +346,12 @@ class ConversationRoutes:
 
     async def handle_conversation(self, http: web.Request) -> web.Response:
         return json_response(self._body(await require_store(self.store).run(partial(
-            responses.conversation_named, name=http.match_info["id"], owner=self.owner))))
+            responses.conversation_named, name=http.match_info["id"], owner=self.bodies.owner))))
 
     async def handle_update(self, http: web.Request) -> web.Response:
         store = require_store(self.store)
         name = http.match_info["id"]
-        owner = self.owner
+        owner = self.bodies.owner
         metadata = json.dumps((await self.bodies.small(http))["metadata"])
         return json_response(self._body(await store.run(
             partial(responses.set_metadata, name=name, owner=owner, metadata=metadata),
@@ -370,7 +359,7 @@ class ConversationRoutes:
 
     async def handle_forget(self, http: web.Request) -> web.Response:
         name = http.match_info["id"]
-        delete = partial(responses.delete_conversation, name=name, owner=self.owner)
+        delete = partial(responses.delete_conversation, name=name, owner=self.bodies.owner)
         await require_store(self.store).run(delete)
         self.keeper.removed()
         return json_response({"id": name, "object": "conversation.deleted", "deleted": True})
@@ -381,7 +370,7 @@ class ConversationRoutes:
     async def handle_add(self, http: web.Request) -> web.StreamResponse:
         store = require_store(self.store)
         name = http.match_info["id"]
-        owner = self.owner
+        owner = self.bodies.owner
         items = self._items(await self.bodies.small(http))
         added = await store.run(
             partial(responses.extend, name=name, owner=owner, items=items, expires=now_s() + self.keep_s),
@@ -391,7 +380,7 @@ class ConversationRoutes:
     async def handle_item(self, http: web.Request) -> web.StreamResponse:
         place = await require_store(self.store).run(partial(
             responses.item_named, conversation=http.match_info["id"], name=http.match_info["item"],
-            owner=self.owner))
+            owner=self.bodies.owner))
         with self.bodies.holding() as holding:
             text = await self._read(place, holding)
             return await send_parts(http, [b'{"id": %s, ' % dump(place.name), memoryview(text)[1:]])
@@ -400,4 +389,4 @@ class ConversationRoutes:
         """DELETE of an item; the answer is the conversation."""
         return json_response(self._body(await require_store(self.store).run(partial(
             responses.drop_item, conversation=http.match_info["id"], name=http.match_info["item"],
-            owner=self.owner))))
+            owner=self.bodies.owner))))

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from chatlm.front.intake.arrival import Caller
     from chatlm.front.intake.intake import Intake
-    from chatlm.front.server.access import Owners
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.store.store import Store
 
@@ -49,11 +48,10 @@ UPLOADS = 16  # that arrive at a time; a client has a quarter
 class FileRoutes:
     """The handlers. `removed` is called when something was deleted."""
 
-    def __init__(self, store: Store | None, bodies: Bodies, owners: Owners, keep_days: int,
+    def __init__(self, store: Store | None, bodies: Bodies, keep_days: int,
                  removed: Callable[[], None]):
         self.store = store
         self.bodies = bodies
-        self.owners = owners
         self.removed = removed
         self.keep_s = keep_days * DAY_S
         self.uploads = set[Upload]()          # that arrive
@@ -62,11 +60,6 @@ class FileRoutes:
     def uploads_under_way(self) -> list[int]:
         """The files that arrive. In the store's thread: between its pieces of work it knows each."""
         return [upload.id for upload in [*self.uploads]]
-
-    @property
-    def owner(self) -> str:
-        record = REQUEST_LOG.get()
-        return self.owners.of_texts(record.client, record.space)
 
     async def handle_upload(self, http: web.Request) -> web.Response:
         """POST /v1/files: a form with `purpose` and `file`, in any order."""
@@ -79,7 +72,7 @@ class FileRoutes:
             raise RequestError("the form with a file must not be compressed", status=415,
                                code="unsupported_type")
         with self._arrival(client):
-            upload = Upload(store, self.bodies.intake, self.bodies.caller(), self.owner)
+            upload = Upload(store, self.bodies.intake, self.bodies.caller())
             self.uploads.add(upload)
             try:
                 await upload.begin()
@@ -107,7 +100,7 @@ class FileRoutes:
         ascending = query_value(http, ORDER, "desc") == "asc"
         purpose = query_value(http, PURPOSE, "")
         chosen = f" AND state = {files.THERE}{f' AND purpose = {purpose!r}' if purpose else ''}"
-        owner = self.owner
+        owner = self.bodies.owner
         after = query_value(http, AFTER, "")
 
         def read(connection) -> ListPage:
@@ -118,14 +111,14 @@ class FileRoutes:
 
     async def found(self, http: web.Request) -> File:
         return await require_store(self.store).run(partial(
-            files.file_of_owner, name=http.match_info["id"], owner=self.owner))
+            files.file_of_owner, name=http.match_info["id"], owner=self.bodies.owner))
 
     async def handle_file(self, http: web.Request) -> web.Response:
         return json_response((await self.found(http)).body)
 
     async def handle_delete(self, http: web.Request) -> web.Response:
         name = http.match_info["id"]
-        owner = self.owner
+        owner = self.bodies.owner
 
         def delete(connection) -> File:
             file = files.file_of_owner(connection, name, owner)
@@ -184,11 +177,10 @@ class Upload:
 
     SMALL_FIELD = 1000  # bytes of the form's other fields
 
-    def __init__(self, store: Store, intake: Intake, caller: Caller, owner: str):
+    def __init__(self, store: Store, intake: Intake, caller: Caller):
         self.store = store
         self.intake = intake
         self.caller = caller
-        self.owner = owner            # of the file
         self.id = 0                   # its row in the store
         self.filename: str | None = None
         self.size = 0                 # bytes that have come
@@ -203,8 +195,8 @@ class Upload:
     async def begin(self):
         """Make its file. RequestError if its owner has no room left."""
         def create(connection):
-            quota.check(connection, self.owner, client=self.caller.client)
-            self.id = files.create(connection, self.owner, "", "batch", now_s()).id
+            quota.check(connection, self.caller.texts, client=self.caller.client)
+            self.id = files.create(connection, self.caller.texts, "", "batch", now_s()).id
         await self.store.run(create, adds_bytes=LINE_BYTES)
 
     async def receive(self, http: web.Request) -> dict[str, str]:

@@ -1,4 +1,5 @@
-"""What a GGUF file's quantization is called: Q4_K_M, for example, which has tensors of several types."""
+"""What a GGUF file's quantization is called where it is read and where it is written: Q4_K_M, for example,
+which has tensors of several types."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ FILE_TYPES = {
     19: "IQ2_XXS", 20: "IQ2_XS", 21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL",
     26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S", 29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0",
     37: "TQ2_0", 38: "MXFP4_MOE", 39: "NVFP4", 40: "Q1_0"}
+NUMBERS = {name: number for number, name in FILE_TYPES.items()}
 
 
 def quantization_of(metadata: Mapping[str, Any], tensors: Iterable[Tensor]) -> str:

@@ -37,9 +37,9 @@ def merge(settings: Settings, stored: StoredModel, sources: Sources, targets: Ad
 def divided_by(added: dict[str, list[Change | Copy]], pair: Pair) -> bool:
     """Do adapters make the head and the embedding different matrices? If not, `added` has for the embedding
     what both become."""
-    both = added.get(pair.embed, []), added.get(pair.head, [])
-    copies = [change for changes in both for change in changes if isinstance(change, Copy)]
-    if any(isinstance(change, Change) for changes in both for change in changes) or len(copies) == 1:
+    both = [*added.get(pair.embed, []), *added.get(pair.head, [])]
+    copies = [change for change in both if isinstance(change, Copy)]
+    if len(copies) < len(both) or len(copies) == 1:
         return True
     if copies and not equal(copies[0].weight, copies[1].weight):
         return True

@@ -1,19 +1,16 @@
 """What keys with owner=NAME leave in the database: it stays when keys rotate, and other keys do not see it."""
 
 import contextlib
-import json
 import sqlite3
 
-import aiohttp
 import pytest
 
-from annex_place import Place
-from chatlm.common.config import ApiKey, Settings, read_api_keys
+from chatlm.common.config import ApiKey, read_api_keys
 from chatlm.common.errors import ConfigError
-from chatlm.front.annexes import database_of
 from chatlm.front.store import quota
 from chatlm.front.store.schema import HELD
 from fake_pool import FakePool
+from left_texts import asked_over
 from toy_annex import TOY
 
 
@@ -21,49 +18,10 @@ def key(secret, name="", owner=""):
     return ApiKey.hashed(secret, name or secret, owner=owner)
 
 
-@contextlib.asynccontextmanager
-async def started(path, *keys, pool=None):
-    """A server with these keys over the database at a path, and a function that asks it."""
-    settings = Settings(keys=keys, database=str(path))
-    store = await database_of(settings, (TOY,))
-    async with Place(pool=pool or FakePool(), settings=settings, store=store) as place:
-        async def ask(secret, path, body=None, method=None):
-            headers = {"Authorization": f"Bearer {secret}"}
-            method = method or ("GET" if body is None else "POST")
-            async with place.client.request(method, place.url + path, json=body, headers=headers) as response:
-                return response.status, await response.json()
-
-        async def upload(secret, text):
-            form = aiohttp.FormData({"purpose": "batch"})
-            form.add_field("file", text, filename="lines.jsonl")
-            headers = {"Authorization": f"Bearer {secret}"}
-            async with place.client.post(f"{place.url}/v1/files", data=form, headers=headers) as response:
-                return (await response.json())["id"]
-
-        ask.upload = upload
-        ask.place = place
-        yield ask
-
-
-LINE = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions",
-        "body": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}}
-
-
-async def leave(ask, secret):
-    """Something of each kind that a key can leave; the paths where it is found."""
-    _, response = await ask(secret, "/v1/responses", {"input": "Hi"})
-    _, conversation = await ask(secret, "/v1/conversations", {"items": [
-        {"type": "message", "role": "user", "content": "Hi"}]})
-    file = await ask.upload(secret, json.dumps(LINE) + "\n")
-    _, batch = await ask(secret, "/v1/batches", {
-        "input_file_id": file, "endpoint": "/v1/chat/completions", "completion_window": "24h"})
-    return [f"/v1/responses/{response['id']}", f"/v1/conversations/{conversation['id']}",
-            f"/v1/files/{file}", f"/v1/batches/{batch['id']}"]
-
-
-async def seen(ask, secret, paths):
-    """The statuses with which a key gets these paths."""
-    return {(await ask(secret, path))[0] for path in paths}
+def started(path, *keys, pool=None):
+    """A server that is asked with these keys."""
+    return asked_over(path, lambda secret: {"Authorization": f"Bearer {secret}"}, *keys, pool=pool,
+                      annexes=(TOY,))
 
 
 def counted(path):
@@ -81,14 +39,14 @@ def counted(path):
 async def test_texts_stay_when_a_key_gets_an_owner_and_then_rotates(tmp_path):
     path = tmp_path / "store.db"
     async with started(path, key("old"), key("other")) as ask:
-        mine = await leave(ask, "old")
-        theirs = await leave(ask, "other")
+        mine = await ask.leave("old")
+        theirs = await ask.leave("other")
     async with started(path, key("old", owner="ann"), key("other")) as ask:
-        assert await seen(ask, "old", mine) == {200} and await seen(ask, "old", theirs) == {404}
-        assert await seen(ask, "other", theirs) == {200} and await seen(ask, "other", mine) == {404}
+        assert await ask.seen("old", mine) == {200} and await ask.seen("old", theirs) == {404}
+        assert await ask.seen("other", theirs) == {200} and await ask.seen("other", mine) == {404}
     async with started(path, key("new", owner="ann"), key("phone", owner="ann"), key("other")) as ask:
         for secret in ("new", "phone"):
-            assert await seen(ask, secret, mine) == {200} and await seen(ask, secret, theirs) == {404}
+            assert await ask.seen(secret, mine) == {200} and await ask.seen(secret, theirs) == {404}
         _, listed = await ask("new", "/v1/batches")
         assert [batch["id"] for batch in listed["data"]] == [mine[3].split("/")[-1]]
         assert (await ask("phone", mine[0], method="DELETE"))[0] == 200 and (await ask("new", mine[0]))[0] == 404
@@ -100,24 +58,24 @@ async def test_a_key_is_not_its_owner_s_name(tmp_path):
     """A key that is called as an owner, or whose owner is called as a key, sees nothing of that one."""
     path = tmp_path / "store.db"
     async with started(path, key("a", owner="ann"), key("b", "ann"), key("c", "c", owner="a")) as ask:
-        paths = await leave(ask, "a")
-        assert await seen(ask, "b", paths) == {404} and await seen(ask, "c", paths) == {404}
+        paths = await ask.leave("a")
+        assert await ask.seen("b", paths) == {404} and await ask.seen("c", paths) == {404}
 
 
 async def test_an_owner_that_is_taken_away_leaves_the_texts_where_they_are(tmp_path):
     path = tmp_path / "store.db"
     async with started(path, key("a", owner="ann")) as ask:
-        paths = await leave(ask, "a")
+        paths = await ask.leave("a")
     async with started(path, key("a")) as ask:
-        assert await seen(ask, "a", paths) == {404}
+        assert await ask.seen("a", paths) == {404}
     async with started(path, key("b", owner="ann")) as ask:
-        assert await seen(ask, "b", paths) == {200}
+        assert await ask.seen("b", paths) == {200}
 
 
 async def test_two_keys_of_one_owner_share_its_room(tmp_path, monkeypatch):
     path = tmp_path / "store.db"
     async with started(path, key("a", owner="ann"), key("b", owner="ann"), key("c")) as ask:
-        await leave(ask, "a")
+        await ask.leave("a")
         monkeypatch.setattr(quota, "LIMITS", type("Small", (), {"kept_bytes": 2_000}))
         status, body = await ask("b", "/v1/conversations", {"metadata": {"a": "x" * 400}})
         assert (status, body["error"]["code"]) == (403, "storage_full"), body
@@ -129,7 +87,7 @@ async def test_a_batch_runs_as_the_key_that_made_it_while_that_is_there(tmp_path
     path = tmp_path / "store.db"
     pool = FakePool()
     async with started(path, key("first", owner="ann"), key("maker", owner="ann"), pool=pool) as ask:
-        await leave(ask, "maker")
+        await ask.leave("maker")
         while not (asked := [request for request in pool.requests if request.low_priority]):
             await ask("maker", "/v1/batches")
         assert asked[0].params.client == "maker"

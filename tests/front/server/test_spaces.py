@@ -2,78 +2,36 @@
 
 import asyncio
 import contextlib
-import json
 import sqlite3
 from dataclasses import replace
 
-import aiohttp
 import pytest
 
-from annex_place import Place
-from chatlm.common.config import LIMITS, ApiKey, Settings
-from chatlm.front.annexes import database_of
+from chatlm.common.config import LIMITS, ApiKey
 from chatlm.front.server import batches
 from chatlm.front.server.access import space_of
 from chatlm.front.store import quota, spaces
 from fake_pool import FakePool
+from left_texts import LINES, asked_over
 
 ONE, OTHER = "A" * 22, "b-_9" * 16
-LINE = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions",
-        "body": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}}
 
 
-@contextlib.asynccontextmanager
-async def started(path, *keys, pool=None):
-    """A server over the database at a path, and a function that asks it from a space."""
-    settings = Settings(keys=keys, database=str(path))
-    async with Place(pool=pool or FakePool(), settings=settings, store=await database_of(settings, ())) as place:
-        async def ask(space, path, body=None, method=None, **headers):
-            headers |= {"X-Chat-Space": space} if space else {}
-            method = method or ("GET" if body is None else "POST")
-            async with place.client.request(method, place.url + path, json=body, headers=headers) as response:
-                return response.status, await response.json()
-
-        async def upload(space, text):
-            form = aiohttp.FormData({"purpose": "batch"})
-            form.add_field("file", text, filename="lines.jsonl")
-            headers = {"X-Chat-Space": space} if space else {}
-            async with place.client.post(f"{place.url}/v1/files", data=form, headers=headers) as response:
-                return response.status, await response.json()
-
-        ask.upload = upload
-        ask.place = place
-        yield ask
-
-
-def batch_of(file):
-    return {"input_file_id": file, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
-
-
-async def leave(ask, space):
-    """Something of each kind that a client can leave; the paths where it is found."""
-    _, response = await ask(space, "/v1/responses", {"input": "Hi"})
-    _, conversation = await ask(space, "/v1/conversations", {"metadata": {"a": "b"}})
-    _, file = await ask.upload(space, json.dumps(LINE) + "\n")
-    file = file["id"]
-    _, batch = await ask(space, "/v1/batches", batch_of(file))
-    return [f"/v1/responses/{response['id']}", f"/v1/conversations/{conversation['id']}",
-            f"/v1/files/{file}", f"/v1/batches/{batch['id']}"]
-
-
-async def seen(ask, space, paths):
-    return {(await ask(space, path))[0] for path in paths}
+def started(path, *keys, pool=None):
+    """A server that is asked from spaces; from none: ""."""
+    return asked_over(path, lambda space: {"X-Chat-Space": space} if space else {}, *keys, pool=pool)
 
 
 async def test_a_space_is_its_owner_from_whatever_address(tmp_path, monkeypatch):
     """Who has another space or none sees nothing of it, though it knows the ids."""
     async with started(tmp_path / "store.db") as ask:
-        mine = await leave(ask, ONE)
-        theirs = await leave(ask, OTHER)
-        assert await seen(ask, ONE, mine) == {200} and await seen(ask, OTHER, theirs) == {200}
+        mine = await ask.leave(ONE)
+        theirs = await ask.leave(OTHER)
+        assert await ask.seen(ONE, mine) == {200} and await ask.seen(OTHER, theirs) == {200}
         for space, paths in ((OTHER, mine), ("", mine), (ONE, theirs), ("", theirs)):
-            assert await seen(ask, space, paths) == {404}
+            assert await ask.seen(space, paths) == {404}
         monkeypatch.setattr("chatlm.front.server.access.client_at", lambda address: "192.0.2.7")
-        assert await seen(ask, ONE, mine) == {200} and await seen(ask, OTHER, mine) == {404}
+        assert await ask.seen(ONE, mine) == {200} and await ask.seen(OTHER, mine) == {404}
         _, listed = await ask(ONE, "/v1/files?purpose=batch")
         assert [file["id"] for file in listed["data"]] == [mine[2].split("/")[-1]]
         continued = {"input": "More", "previous_response_id": mine[0].split("/")[-1]}
@@ -84,7 +42,7 @@ async def test_a_space_is_its_owner_from_whatever_address(tmp_path, monkeypatch)
 async def test_a_batch_of_a_space_ends(tmp_path):
     pool = FakePool()
     async with started(tmp_path / "store.db", pool=pool) as ask:
-        [*_, batch] = await leave(ask, ONE)
+        [*_, batch] = await ask.leave(ONE)
         while (await ask(ONE, batch))[1]["status"] not in ("completed", "failed"):
             pass
         status, found = await ask(ONE, batch)
@@ -95,8 +53,8 @@ async def test_a_batch_of_a_space_ends(tmp_path):
 
 async def test_what_an_address_left_before_stays_its_own(tmp_path):
     async with started(tmp_path / "store.db") as ask:
-        paths = await leave(ask, "")
-        assert await seen(ask, "", paths) == {200} and await seen(ask, ONE, paths) == {404}
+        paths = await ask.leave("")
+        assert await ask.seen("", paths) == {200} and await ask.seen(ONE, paths) == {404}
 
 
 @pytest.mark.parametrize("space", ["x", "A" * 21, "A" * 65, "A" * 21 + "é", "A" * 21 + " x", "A" * 22 + "/"])
@@ -138,7 +96,7 @@ async def test_made_up_spaces_have_the_room_of_one_address(tmp_path, monkeypatch
         assert answer["error"]["code"] == "storage_full"
         assert (await ask(ONE, "/v1/responses", {"input": "x" * 3000}))[0] == 403
         assert (await ask(ONE, "/v1/responses", {"input": "x" * 3000, "store": False}))[0] == 200
-        assert (await ask.upload(OTHER, json.dumps(LINE) + "\n"))[0] == 403
+        assert (await ask.upload(OTHER, LINES))[0] == 403
         assert (await ask("", "/v1/conversations", BIG))[0] == 403
         monkeypatch.setattr("chatlm.front.server.access.client_at", lambda address: "192.0.2.7")
         assert (await ask("9" * 22, "/v1/conversations", BIG))[0] == 200
@@ -180,9 +138,7 @@ async def test_unfinished_batches_are_counted_by_address(tmp_path, monkeypatch):
     async with started(tmp_path / "store.db", pool=pool) as ask:
         statuses = []
         for number in range(3):
-            space = f"{number:022}"
-            _, file = await ask.upload(space, json.dumps(LINE) + "\n")
-            statuses.append((await ask(space, "/v1/batches", batch_of(file["id"])))[0])
+            statuses.append((await ask.begin_batch(f"{number:022}"))[0])
         assert statuses == [200, 200, 429]
         pool.gate.set()
 

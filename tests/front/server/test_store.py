@@ -381,8 +381,8 @@ async def test_without_a_path_the_store_is_user_state(tmp_path, monkeypatch):
 def test_a_beginning_upload_is_not_an_ended_one(tmp_path):
     async def run():
         store, states = opened(tmp_path / "a.db"), []
-        routes = FileRoutes(store, None, None, 1, lambda: None)
-        upload = Upload(store, None, Caller("/v1/files", "me", ""), "")
+        routes = FileRoutes(store, None, 1, lambda: None)
+        upload = Upload(store, None, Caller("/v1/files", "me", ""))
 
         async def forget():
             def work(connection):
