@@ -19,8 +19,7 @@ from chatlm.front.api.errors import NANOCHAT, OLLAMA, OPENAI
 from chatlm.front.api.field_types import TEXT
 from chatlm.front.api.fields import A_TEXT, Field, list_schema, object_schema
 from chatlm.front.api.kept_fields import (
-    AFTER, FILES_LIMIT, LIMIT, ORDER, PURPOSE, STARTING_AFTER, STREAM)
-from chatlm.front.chats.fields import COUNT, QUESTION, SINCE, WAIT
+    AFTER, COUNT, FILES_LIMIT, LIMIT, ORDER, PURPOSE, SINCE, STARTING_AFTER, STREAM, WAIT, WORDS)
 from chatlm.front.server.describe import A_MODEL
 from chatlm.front.server.routes import Route
 
@@ -320,7 +319,7 @@ CHAT_ROUTES: tuple[Route[ChatRoutes], ...] = (
     Route("GET", "/v1/chats/changes", OPENAI, lambda chats, http: chats.handle_changes(http),
           "what has changed after a revision; waits until something does", query=(SINCE, WAIT), polled=True),
     Route("GET", "/v1/chats/search", OPENAI, lambda chats, http: chats.handle_search(http),
-          "your chats that have all of these words, the newest first", query=(QUESTION, AFTER)),
+          "your chats that have all of these words, the newest first", query=(WORDS, AFTER)),
     Route("GET", "/v1/chats/export", OPENAI, lambda chats, http: chats.handle_export(http),
           "all your chats as a file"),
     Route("GET", "/v1/chats", OPENAI, lambda chats, http: chats.handle_list(http),
@@ -474,5 +473,5 @@ RUNS = Annex("runs", load_runs, RUN_ROUTES)
 
 # They start in this order, and are closed in it. The `around` of one is within those of the rows after it
 ANNEXES: tuple[Annex[Any], ...] = (
-    BATCHES, FILES, CHATS, DOWNLOADS, EXPORTS, METRICS, USAGE, CONVERSATION_LOG, COMPARE, RUNS, TOOLS, ROUNDS, KEPT,
-    CONVERSATIONS)
+    BATCHES, FILES, CHATS, DOWNLOADS, EXPORTS, METRICS, USAGE, CONVERSATION_LOG, COMPARE, RUNS, TOOLS, ROUNDS,
+    KEPT, CONVERSATIONS)

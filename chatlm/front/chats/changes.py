@@ -14,15 +14,18 @@ from chatlm.common.jsontext import as_json
 from chatlm.front.chats.reading import RECORD_BYTES, ReadChange
 from chatlm.front.chats.records import (
     CHAT, NODE, PROJECT, PROMPT, Change, is_late, missing_in, moved_in, patched, searched_text, sibling_of)
+from chatlm.front.store.pages import PAGE_BYTES
 
 if TYPE_CHECKING:
     import sqlite3
 
 
-MOST = {CHAT: 10_000, NODE: 10_000, PROJECT: 1_000, PROMPT: 1_000}  # of an owner; of nodes, in a chat
+MOST_CHATS = 10_000  # of an owner
+MOST_NODES = 10_000  # of a chat
+MOST_OTHERS = 1_000  # of an owner
+MOST = {CHAT: MOST_CHATS, NODE: MOST_NODES, PROJECT: MOST_OTHERS, PROMPT: MOST_OTHERS}
 TOLD_S = 180 * 86_400  # for how long a deletion is told of
 PAGE_ROWS = 500        # of changes
-PAGE_BYTES = 4 << 20   # a page ends with the row that exceeds it
 PURGED_ROWS = 200
 # What is there of a chat that is deleted still has to go; nobody sees it
 OF_DELETED = ("EXISTS (SELECT 1 FROM chat_records AS chats WHERE chats.owner = found.owner "
@@ -214,7 +217,8 @@ class Changing:
             return Outcome(change.id, "deleted", rev)
         rev = self.bury(record.number)
         if change.kind == CHAT:
-            self.connection.execute("UPDATE chat_records SET nodes_left = 1 WHERE number = ?", (record.number,))
+            self.connection.execute("UPDATE chat_records SET nodes_left = 1 WHERE number = ?",
+                                    (record.number,))
         for number, _ in self.nodes_below(change.id, record.chat) if change.kind == NODE else ():
             self.bury(number)
         return Outcome(change.id, "deleted", rev)
@@ -293,7 +297,8 @@ def purge(connection: sqlite3.Connection, now_s: int) -> bool:
     """Remove some nodes of deleted chats, and deletions that nobody is told of any more. True if there are
     more."""
     numbers = list[int]()
-    chat = connection.execute("SELECT number, owner, name FROM chat_records WHERE nodes_left = 1 LIMIT 1").fetchone()
+    chat = connection.execute(
+        "SELECT number, owner, name FROM chat_records WHERE nodes_left = 1 LIMIT 1").fetchone()
     if chat:
         numbers += [number for number, in connection.execute(
             "SELECT number FROM chat_records WHERE owner = ? AND chat = ? LIMIT ?", (*chat[1:], PURGED_ROWS))]

@@ -60,8 +60,8 @@ SOME_IDS = Rule("a list of token ids", lambda value: isinstance(value, list)
                 and all(type(each) is int and each >= 0 for each in value))
 AN_ID_RULE = Rule("32 hexadecimal digits", is_id)
 A_ROLE = Rule('"user" or "assistant"', lambda value: value in ROLES)
-CALLS = Rule("a list of {id, name, arguments, result}", are_calls)
-PICTURES = Rule("a list of {name, picture}", are_pictures)
+SOME_CALLS = Rule("a list of {id, name, arguments, result}", are_calls)
+SOME_PICTURES = Rule("a list of {name, picture}", are_pictures)
 # Those of static/tree.js. A field that is not listed is not kept: `leaf`, where a device looks at, is its own
 FIELDS: dict[str, dict[str, Rule]] = {
     CHAT: {"created": A_TIME, "updated": A_TIME, "title": A_TEXT, "pinned": A_SWITCH, "system": A_TEXT,
@@ -70,8 +70,8 @@ FIELDS: dict[str, dict[str, Rule]] = {
            "content": A_TEXT, "reasoning": A_TEXT, "model": A_TEXT, "weights": A_TEXT, "system": A_TEXT,
            "parameters": AN_OBJECT, "seed": AN_INTEGER, "prefix": SOME_IDS, "ids": SOME_IDS,
            "thought": ANYTHING, "remedy": ANYTHING, "earlier": AN_OBJECT, "continued": A_SWITCH,
-           "calls": CALLS, "calculator": A_LIST, "timings": AN_OBJECT, "note": A_TEXT,
-           "error": A_TEXT, "edited": A_SWITCH, "attachments": A_LIST, "pictures": PICTURES,
+           "calls": SOME_CALLS, "calculator": A_LIST, "timings": AN_OBJECT, "note": A_TEXT,
+           "error": A_TEXT, "edited": A_SWITCH, "attachments": A_LIST, "pictures": SOME_PICTURES,
            "stream": AN_OBJECT, "begin": AN_INTEGER, "ended": A_TEXT},
     PROJECT: {"created": A_TIME, "name": A_TEXT, "prompt": A_TEXT, "stores": SOME_TEXTS},
     PROMPT: {"created": A_TIME, "name": A_TEXT, "text": A_TEXT, "starter": A_SWITCH},

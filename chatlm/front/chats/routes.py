@@ -15,10 +15,9 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value
 from chatlm.common.jsontext import dump
 from chatlm.front.aio import end_tasks, supervised
-from chatlm.front.api.kept_fields import AFTER, LIMIT
+from chatlm.front.api.kept_fields import AFTER, COUNT, LIMIT, SINCE, WAIT, WORDS
 from chatlm.front.chats import changes, listing, search
 from chatlm.front.chats.changes import Changing, Outcome
-from chatlm.front.chats.fields import COUNT, QUESTION, SINCE, WAIT
 from chatlm.front.chats.reading import ReadChange, read_changes
 from chatlm.front.lazy import web
 from chatlm.front.server.responses import REQUEST_LOG, json_response
@@ -192,7 +191,7 @@ class ChatRoutes:
         """GET /v1/chats/search: chats with all of the words, the newest first."""
         store = require_store(self.store)
         owner = self.owner
-        question = query_value(http, QUESTION, "")
+        question = query_value(http, WORDS, "")
         if not search.words_of(question):
             raise bad_value("q", question, "the words to find")
         after = query_value(http, AFTER, "")

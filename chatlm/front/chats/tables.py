@@ -22,7 +22,8 @@ CREATE TABLE chat_records (
 );
 CREATE UNIQUE INDEX chat_records_by_name ON chat_records (owner, kind, name);
 CREATE INDEX chat_records_by_rev ON chat_records (owner, rev);
-CREATE INDEX chat_records_newest ON chat_records (owner, updated DESC, name) WHERE kind = 'chat' AND body <> '';
+CREATE INDEX chat_records_newest ON chat_records (owner, updated DESC, name)
+    WHERE kind = 'chat' AND body <> '';
 CREATE INDEX chat_records_of_chat ON chat_records (owner, chat);
 CREATE INDEX chat_records_gone ON chat_records (changed) WHERE body = '';
 CREATE INDEX chat_records_left ON chat_records (nodes_left) WHERE nodes_left = 1;

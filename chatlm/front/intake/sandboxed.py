@@ -57,7 +57,7 @@ class Tasks:
         self.shelf = shelf
 
     def task(self, name: str) -> Callable[..., Any]:
-        """The function of a task. That of an annex is named by its module, as "chatlm.front.chats.reading:read"."""
+        """The function of a task. That of an annex has the name of its module before it, and a colon."""
         module, colon, function = name.partition(":")
         if colon:
             return partial(sandboxed, getattr(import_module(module), function))

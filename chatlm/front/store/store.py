@@ -407,8 +407,8 @@ class Store:
         return True
 
     async def clear_log(self):
-        """Leave nothing in the -wal of what was deleted: SQLite overwrites deleted texts in the pages, but older
-        pages stay there until it is used anew. While another program reads them, they stay."""
+        """Leave nothing in the -wal of what was deleted: SQLite overwrites deleted texts in the pages, but
+        older ones stay there until it is used anew. They also stay while another program reads them."""
         def checkpoint():
             if self._place("") == self.places[""]:
                 with closing(self._writer()) as connection:
