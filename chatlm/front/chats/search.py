@@ -6,6 +6,7 @@ the newest first, until a page of results is full."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence as Seq
 from typing import NamedTuple, TYPE_CHECKING
 
@@ -20,6 +21,7 @@ MOST_FOUND = 50
 LOOKED_BYTES = 64 << 20  # after so many a page of results ends
 AROUND = 40              # characters before the word in a snippet
 SNIPPET = 160
+GLOB_SIGNS = re.compile(r"[*?[]")
 
 
 class FoundChat(NamedTuple):
@@ -40,6 +42,11 @@ class FoundPage(NamedTuple):
 
 def words_of(question: str) -> list[str]:
     return [*dict.fromkeys(question.lower().split())][:MOST_WORDS]
+
+
+def pattern_of(word: str) -> str:
+    """What GLOB finds a word with, wherever it stands in a text."""
+    return f"*{GLOB_SIGNS.sub(lambda sign: f'[{sign[0]}]', word)}*"
 
 
 def search(connection: sqlite3.Connection, owner: str, question: str, after: str = "") -> FoundPage:
@@ -64,13 +71,13 @@ def search(connection: sqlite3.Connection, owner: str, question: str, after: str
 def look_through(connection: sqlite3.Connection, owner: str, chat: str,
                  words: Seq[str]) -> tuple[int, set[str], list[int]]:
     """(bytes of a chat's texts, words that none of them has, records that have some)."""
-    has = ", ".join("instr(folded, ?) > 0" for _ in words)
+    has = ", ".join("folded GLOB ?" for _ in words)  # a quarter of the time of instr
     missing = set(words)
     places = []
     size = 0
     for number, length, *hits in connection.execute(
-            f"SELECT record, length(folded), {has} FROM chat_words WHERE owner = ? AND chat = ? "
-            "ORDER BY record", (*words, owner, chat)):
+            f"SELECT record, length(CAST(folded AS BLOB)), {has} FROM chat_words "
+            "WHERE owner = ? AND chat = ? ORDER BY record", (*map(pattern_of, words), owner, chat)):
         size += length
         if any(hits):
             places.append(number)

@@ -286,6 +286,7 @@ async def test_chats_are_found_by_all_their_words(tmp_path):
         assert where == an_id(3) and snippet.startswith("…") and snippet.endswith("Lieder")
         assert await found("birds") == [("Birds that sing", None, "")]
         assert await found("lark%20whale") == []
+        assert await found("singen%3F") and not await found("s*n") and not await found("[s]ing")
         assert (await ask(SPACE, "/v1/chats/search?q=%20"))[0] == 400
 
 
@@ -374,8 +375,9 @@ async def test_large_bodies_are_read_in_a_sandbox(tmp_path):
         made = await phone.send(chat(1), *(node(number, 1, "x" * 2000, 2 if number > 2 else None)
                                            for number in range(2, 101)), node(200, 1, "z", ids=[-1]))
         assert [row["state"] for row in made] == ["stored"] * 100 + ["refused"]
-        too_large = await phone.send(node(300, 1, "x" * (reading.RECORD_BYTES + 1)), chat(5))
-        assert [row["state"] for row in too_large] == ["refused", "stored"]
+        too_large = await phone.send(node(300, 1, "x" * (reading.RECORD_BYTES + 1)), chat(5),
+                                     node(301, 1, "x", ids=[1] * reading.DETAILS_BYTES))
+        assert [row.get("error", {}).get("param") for row in too_large] == ["patch", None, "ids"]
         await laptop.news()
         assert len(laptop.seen) == 101
 
