@@ -276,7 +276,7 @@ async function open() {
   }
   const left = await pending(), told = state.problem ? TEXT.syncProblem(state.problem) : left ? TEXT.syncLeft(left) : TEXT.syncAll;
   const shown = element("p", {}, element("code", {id: "sync-link", textContent: link()}));
-  if (await Page.confirmed(TEXT.syncTitle, [paragraph(told), paragraph(TEXT.syncLink), shown], TEXT.syncStay, TEXT.syncStop)) turnOff();
+  if (await Page.confirmed(TEXT.syncTitle, [paragraph(told), paragraph(TEXT.syncLink), shown], TEXT.syncStay, TEXT.syncStop, true)) turnOff();
 }
 
 const paragraph = text => element("p", {textContent: text});
@@ -304,7 +304,7 @@ Parts.register({
     syncProblem: why => `The server cannot be reached or does not take them: ${why}`,
     syncLink: "Open this link on another device. Whoever has it has your chats.", syncBadLink: "This link to another device is not complete.",
   },
-  menu: () => Server.keepsChats ? [[TEXT.devices, "export", () => open()]] : [],
+  menu: () => Server.keepsChats ? [[TEXT.devices, "server", () => open()]] : [],
   bind() {
     load();
     if (state.on) begin();
