@@ -47,7 +47,16 @@ The rooms, each above those that it may import
           doctor/             `check MODEL`: what is wrong with a model
           engine/             schedule, run, postprocess; KV pages, grammars, drafts, the text of an answer
           ranks/              one model in several processes
-          weights/            a model's files become tensors; families, shards, adapters
+          weights/            the steps of loading: a model's files become tensors
+          weights/adapters/   LoRA: merged at load, or served beside its base
+          weights/towers/     what sees pictures
+          weights/loaded/     a model but for its weights; shares of ranks and stages
+          weights/formats/    a reader for each kind of files
+          weights/purposes/   models that embed, rank or label texts
+          weights/families/   a row for each family
+          weights/files/      safetensors and torch.save by themselves
+          weights/packed/     packed matrices
+          weights/text/       tokenizers
           kernels/            which kernels compute a model, compiled ones or references
           model/              `Transformer`: one forward for every family
           model/blocks/       `Model`: an input, layers of two blocks each, a head

@@ -150,7 +150,7 @@ async def decode_speed(session, server, context, seed):
 def words_alone(model):
     """A logit_bias that limits an answer to WORDS, each of one token, so that its text tokenizes to the same tokens again."""
     sys.path.insert(0, str(ROOT))
-    from chatlm.worker.weights.gguf_file import read_gguf
+    from chatlm.worker.weights.formats.gguf.file import read_gguf
     tokens = read_gguf(Path(model))[0]["tokenizer.ggml.tokens"]
     spelled = {f"{space}{word}" for word in WORDS for space in "\u0120\u2581"}       # as BPE and sentencepiece write a space
     return {str(token): 100 for token, text in enumerate(tokens) if text in spelled}

@@ -26,17 +26,17 @@ import psutil
 
 ROOT = Path(os.environ.setdefault("CHAT_SERVER_DIR", str(Path(__file__).resolve().parent.parent)))   # Ray runs a copy of this file
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
-from chatlm.common.memory import tune_gc    # noqa: E402
 from chatlm.common.config import Settings    # noqa: E402
 from chatlm.common.hub.find import resolve_model    # noqa: E402
+from chatlm.common.memory import tune_gc    # noqa: E402
 from chatlm.common.messages.protocol import WORKER_PIPE, Cancel, ModelCard, NewAnswer, Ready, Stepped    # noqa: E402
 from chatlm.common.messages.requests import Delta, Ended, Piece, Usage    # noqa: E402
-from chatlm.common.processes.ray import ray_main    # noqa: E402
 from chatlm.common.processes.child import die_with_parent, join_parent    # noqa: E402
+from chatlm.common.processes.ray import ray_main    # noqa: E402
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.pool import make_pool    # noqa: E402
 from chatlm.front.serve import serve_forever    # noqa: E402
-from chatlm.worker.weights.nanochat import read_nanochat_tokenizer    # noqa: E402
+from chatlm.worker.weights.formats.nanochat.checkpoint import read_nanochat_tokenizer    # noqa: E402
 from patching import replace_everywhere     # noqa: E402
 from servers import free_port, started     # noqa: E402
 

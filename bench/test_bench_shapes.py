@@ -14,7 +14,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(family_shapes.ROOT / "tests" / "support"))
-from chatlm.worker.weights.families import GGUF_FAMILIES      # noqa: E402
+from chatlm.worker.weights.families.table import GGUF_FAMILIES      # noqa: E402
 from engines import forward_logits, make_batch      # noqa: E402
 from families import kernels_of, load, transformer      # noqa: E402
 from tiny_gguf import write_gguf        # noqa: E402

@@ -13,8 +13,8 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "tests" / "support")]
 
-from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES, VISION      # noqa: E402
-from chatlm.worker.weights.refused import ROWS       # noqa: E402
+from chatlm.worker.weights.families.table import FAMILIES, GGUF_FAMILIES, VISION      # noqa: E402
+from chatlm.worker.weights.formats.refused import ROWS       # noqa: E402
 from encoders import FILES, MODELS as ENCODERS       # noqa: E402  of the tests
 from families import CONVERTED, GGUF_MODELS, MODELS        # noqa: E402
 from generations import GENERATIONS        # noqa: E402

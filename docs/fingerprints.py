@@ -27,11 +27,11 @@ from chatlm.common.hub.find import find_model      # noqa: E402
 from chatlm.common.messages.requests import TextSpec      # noqa: E402
 from chatlm.common.text.load import open_tokenizer      # noqa: E402
 from chatlm.worker.doctor.fingerprints import fingerprint, packed      # noqa: E402
-from chatlm.worker.weights.gguf import gguf_text      # noqa: E402
-from chatlm.worker.weights.gguf_header import FileHeader      # noqa: E402
+from chatlm.worker.weights.formats.gguf.description import gguf_text      # noqa: E402
+from chatlm.worker.weights.formats.gguf.header import FileHeader      # noqa: E402
 from chatlm.worker.weights.load import open_model      # noqa: E402
-from chatlm.worker.weights.pipelines import merges_of_scores, sentencepiece_pipeline      # noqa: E402
-from chatlm.worker.weights.splits import LLAMA3_SPLIT, O200K_SPLIT, QWEN2_SPLIT, QWEN35_SPLIT      # noqa: E402
+from chatlm.worker.weights.text.pipelines import merges_of_scores, sentencepiece_pipeline      # noqa: E402
+from chatlm.worker.weights.text.splits import LLAMA3_SPLIT, O200K_SPLIT, QWEN2_SPLIT, QWEN35_SPLIT      # noqa: E402
 
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 TARGET = ROOT / "chatlm/worker/doctor/known_tokenizers.py"

@@ -47,17 +47,18 @@ ABSENT_IN_WORKER = """
     chatlm.worker.kernels.proof chatlm.worker.kernels.random_blocks
     chatlm.worker.kernels.report chatlm.worker.kernels.timing
     chatlm.worker.ranks.links chatlm.worker.ranks.ranks chatlm.worker.ranks.steps
-    chatlm.worker.survey chatlm.worker.weights.shards llguidance ssl torch
+    chatlm.worker.survey chatlm.worker.weights.loaded.shards llguidance ssl torch
 """.split()
 # and the modules of families other than the default model's, of other kinds of files and of models
 ABSENT_IN_WORKER += [f"chatlm.worker.weights.{name}" for name in """
-    encoders gemma4 granite laguna latents layernorms lfm2 minicpm mixtures muse nemotron qwen35
-    rotary_encoders wide_mixtures
-    checkpoint_model folder_model fp8 litgpt nanochat_gguf nanogpt quantization safetensors_folder
-    array_tensors mxfp4 packed_layouts
-    cross_encoders draft_heads encoder_text mmproj pixtral_tower qwen_towers rerankers tower_table towers
-    vision
-    adapters gguf_slices lora merging
+    families.encoders families.gemma4 families.granite families.laguna families.latents
+    families.layernorms families.lfm2 families.minicpm families.mixtures families.muse families.nemotron
+    families.qwen35 families.rotary_encoders families.wide_mixtures
+    formats.array_tensors formats.checkpoint formats.draft_heads formats.folder formats.gguf.slices
+    formats.litgpt formats.nanochat formats.nanogpt
+    packed.fp8 packed.layouts packed.mxfp4 packed.quantization
+    purposes.cross_encoders purposes.rerankers
+    adapters text.encoder_text towers
 """.split()]
 # In each process: at SIGUSR1 it writes the names of its modules, and what its event loop has imported
 SPY = """
@@ -155,7 +156,7 @@ def test_a_default_server_loads_no_annex(default_model_path, spied, tmp_path):
         in_worker = packages_of(modules_in(workers, tmp_path))
     packages = packages_of(modules)
     assert packages.isdisjoint(ABSENT), packages & {*ABSENT}
-    assert "chatlm.worker.weights.plain" in in_worker
+    assert "chatlm.worker.weights.families.plain" in in_worker
     assert in_worker.isdisjoint(ABSENT_IN_WORKER), in_worker & {*ABSENT_IN_WORKER}
     assert {row.pattern for annex in ANNEXES for row in annex.routes} <= {*described}
 

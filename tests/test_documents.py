@@ -17,18 +17,18 @@ from chatlm.commands import COMMANDS
 from chatlm.common.commands import chosen_command
 from chatlm.common.config import FLAGS
 from chatlm.common.errors import ConfigError
+from chatlm.common.hub.short_names import SHORT_NAMES
 from chatlm.common.messages.requests import SAMPLING_FLAGS
 from chatlm.export.command import parse_export_words
 from chatlm.export.push import parse_push_words
-from chatlm.front.api.kept_fields import STORE_FIELDS
-from chatlm.front.api.field_types import CONSTRAINT_FIELDS
 from chatlm.front.api.dialects.openai import OPENAI_FIELDS
 from chatlm.front.api.dialects.retrieval import EMBEDDING_FIELDS, RERANK_FIELDS, SCORE_FIELDS
+from chatlm.front.api.field_types import CONSTRAINT_FIELDS
+from chatlm.front.api.kept_fields import STORE_FIELDS
 from chatlm.front.api.tables import SAMPLED
-from chatlm.common.hub.short_names import SHORT_NAMES
 from chatlm.front.front import ROUTES
 from chatlm.terminal.store import parse_store_words
-from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES, VISION
+from chatlm.worker.weights.families.table import FAMILIES, GGUF_FAMILIES, VISION
 from command_line import parse_command_line
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,14 +25,14 @@ from chatlm.export.hub_folder import write_folder
 from chatlm.export.nanochat import as_transformers_own, with_own_code
 from chatlm.export.rounding import difference
 from chatlm.export.unfinished import unfinished
-from chatlm.worker.weights.checkpoint_model import CheckpointModel
-from chatlm.worker.weights.gguf_model import GgufModel
+from chatlm.worker.weights.formats.checkpoint import CheckpointModel
+from chatlm.worker.weights.formats.gguf.model import GgufModel
 from chatlm.worker.weights.load import format_of, merge_adapters, name_tensors
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource
     from chatlm.export.hub_model import HubModel
-    from chatlm.worker.weights.stored_model import Merged
+    from chatlm.worker.weights.formats.stored_model import Merged
 
 FORMATS = ("hf", "transformers", "gguf")
 OUTPUTS = ("-o FOLDER writes a Hugging Face folder: --format hf, or for a nanochat checkpoint of generation "

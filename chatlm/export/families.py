@@ -21,23 +21,23 @@ from chatlm.export.hub_model import HubModel, Weights
 from chatlm.export.older_words import notes_on_versions, with_older_words
 from chatlm.worker.arrays.kinds import FLOATS, as_kind, floats, kind_of
 from chatlm.worker.model.tensors import Unread, advise
-from chatlm.worker.weights.families import FAMILIES, VISION
-from chatlm.worker.weights.family import Family, is_one_more
-from chatlm.worker.weights.folder_model import FolderModel, in_our_order
-from chatlm.worker.weights.gguf import gguf_config, gguf_scaling
-from chatlm.worker.weights.gguf_model import GgufModel
-from chatlm.worker.weights.gguf_tensors import FLOAT_TYPES
-from chatlm.worker.weights.huggingface import described_spec
+from chatlm.worker.weights.families.family import Family, is_one_more
+from chatlm.worker.weights.families.table import FAMILIES, VISION
+from chatlm.worker.weights.formats.folder.description import described_spec
+from chatlm.worker.weights.formats.folder.model import FolderModel, in_our_order
+from chatlm.worker.weights.formats.gguf.description import gguf_config, gguf_scaling
+from chatlm.worker.weights.formats.gguf.model import GgufModel
+from chatlm.worker.weights.formats.gguf.tensors import FLOAT_TYPES
+from chatlm.worker.weights.formats.rope_scaling import ORIGINAL, scaled_rope
+from chatlm.worker.weights.formats.sources import tensor_sources
+from chatlm.worker.weights.formats.stored_model import Storage
 from chatlm.worker.weights.recipe import ModelSpec
-from chatlm.worker.weights.rope_scaling import ORIGINAL, scaled_rope
 from chatlm.worker.weights.rules import LAYER_TYPES
-from chatlm.worker.weights.sources import tensor_sources
-from chatlm.worker.weights.stored_model import Storage
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.worker.kernels.kernels import Backend
-    from chatlm.worker.weights.stored_model import Merged
+    from chatlm.worker.weights.formats.stored_model import Merged
 
 CLASSES = {  # a model_type that can be written -> its class in transformers
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM",

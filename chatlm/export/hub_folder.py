@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.hub.local import Progress
 from chatlm.common.files import copy_file
+from chatlm.common.hub.local import Progress
 from chatlm.common.program import in_program, program_root
 from chatlm.common.text.load import open_tokenizer
 from chatlm.export.hub_model import HubModel
 from chatlm.export.safetensors_files import bytes_of, write_weights
 from chatlm.export.tiktoken_json import ASSISTANT_END, CHAT_TEMPLATE, tokenizer_json
 from chatlm.export.unfinished import check_room
-from chatlm.worker.weights.pipelines import begins_with
+from chatlm.worker.weights.text.pipelines import begins_with
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import TextSpec

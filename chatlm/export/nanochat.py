@@ -16,13 +16,14 @@ from chatlm.export.older_words import notes_on_versions
 from chatlm.worker.arrays.kinds import as_kind, floats, item_bytes, kind_of
 from chatlm.worker.model.blocks.attention import Attention
 from chatlm.worker.model.tensors import advise
-from chatlm.worker.weights.nanochat import GENERATIONS, name_in_transformers, nanochat_generation
+from chatlm.worker.weights.formats.nanochat.checkpoint import nanochat_generation
+from chatlm.worker.weights.formats.nanochat.generations import GENERATIONS, name_in_transformers
 
 if TYPE_CHECKING:
     import numpy
 
-    from chatlm.worker.weights.checkpoint_model import CheckpointModel
-    from chatlm.worker.weights.lora import Change, Copy
+    from chatlm.worker.weights.changes import Change, Copy
+    from chatlm.worker.weights.formats.checkpoint import CheckpointModel
 
 OWN_CODE = ("configuration_nanochat_generations.py", "modeling_nanochat_generations.py")
 AUTO_MAP = {

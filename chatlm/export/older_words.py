@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, TYPE_CHECKING
 
-from chatlm.worker.weights.rope_scaling import ORIGINAL
+from chatlm.worker.weights.formats.rope_scaling import ORIGINAL
 from chatlm.worker.weights.rules import LAYER_TYPES
 
 if TYPE_CHECKING:

@@ -9,16 +9,16 @@ import numpy
 
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.text.load import open_tokenizer
+from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.blocks.attention import Attention
-from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.load import load
 from chatlm.worker.weights.model_of import model_of
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.worker.weights.checkpoint_model import CheckpointModel
+    from chatlm.worker.weights.formats.checkpoint import CheckpointModel
 
 TEXT_TOKENS = 256
 TEXT = """\

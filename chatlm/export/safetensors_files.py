@@ -18,7 +18,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub.repository import INDEX, WHOLE
 from chatlm.export.hub_model import Weights
 from chatlm.worker.arrays.kinds import bits_of, contiguous, item_bytes, kind_of
-from chatlm.worker.weights.finite import fault_of
+from chatlm.worker.weights.files.finite import fault_of
 
 TYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 ReportBytes = Callable[[str, int], None]  # (the file that is written, bytes written of all files so far)

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence as Seq
 from typing import Any
 
 from chatlm.common.errors import ConfigError, shown
-from chatlm.common.text.load import NANOCHAT_CHAT_TOKENS, in_characters, open_tokenizer
 from chatlm.common.messages.requests import TextSpec
-from chatlm.worker.weights.pipelines import begins_with, merges_of_ids, special_token
+from chatlm.common.text.load import NANOCHAT_CHAT_TOKENS, in_characters, open_tokenizer
+from chatlm.worker.weights.text.pipelines import begins_with, merges_of_ids, special_token
 
 BOS, USER, USER_END, ASSISTANT, ASSISTANT_END = NANOCHAT_CHAT_TOKENS
 

@@ -14,9 +14,9 @@ from chatlm.worker.drafting import DraftHelp, plan_drafters
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.limits import FREE_ROWS
 from chatlm.worker.engine.pieces import open_for_answers
-from chatlm.worker.memory_plan import FITS, layers_of_floats, plan_model, prefill_chunk
 from chatlm.worker.kernels.choice import choose_backend
 from chatlm.worker.kernels.kernels import Backend
+from chatlm.worker.memory_plan import FITS, layers_of_floats, plan_model, prefill_chunk
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.parts import Making, make_parts
 from chatlm.worker.ranks.alone import PlannedRank, RankAlone
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from chatlm.worker.engine.draft_head import DraftHead
     from chatlm.worker.engine.draft_model import DraftModel
     from chatlm.worker.ranks.ranks import RankZero
-    from chatlm.worker.weights.rules import LoadedModel
+    from chatlm.worker.weights.loaded.model import LoadedModel
 
 
 CANNOT_CHAT = ("It has no chat template, so it cannot chat: it continues texts, for /v1/completions, "
@@ -164,7 +164,7 @@ def reader_of_adapters(model: LoadedModel, settings: Settings
     """What reads adapters; None if the model will be given none, or accepts none."""
     if not settings.takes_adapters:
         return None
-    from chatlm.worker.weights.adapters import adapter_reader
+    from chatlm.worker.weights.adapters.serving import adapter_reader
     return adapter_reader(model)
 
 

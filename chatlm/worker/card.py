@@ -11,16 +11,16 @@ from chatlm.common.core import as_expected, kernels_line
 from chatlm.common.errors import require_library
 from chatlm.common.messages.protocol import ModelCard
 from chatlm.common.messages.requests import ModelFacts
-from chatlm.common.processes.nodes import advice
 from chatlm.common.processes.launch import ranks_here
+from chatlm.common.processes.nodes import advice
 from chatlm.worker.engine.facts import CacheFacts, EngineFacts
-from chatlm.worker.weights.digest import sampled_digest
+from chatlm.worker.weights.loaded.digest import sampled_digest
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import SurveyConfig, WorkerConfig
     from chatlm.worker.engine.engine import Engine
     from chatlm.worker.engine.facts import StateFacts
-    from chatlm.worker.weights.rules import LoadedModel
+    from chatlm.worker.weights.loaded.model import LoadedModel
 
 
 def facts_of(engine: Engine) -> EngineFacts:

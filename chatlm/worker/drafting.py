@@ -16,14 +16,14 @@ from chatlm.common.hub.stamps import refuse_changed
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import DraftTerms
 from chatlm.worker.arrays.kinds import item_bytes
-from chatlm.worker.engine.pieces import PieceTokenizer, open_for_answers
 from chatlm.worker.engine.limits import FREE_ROWS
+from chatlm.worker.engine.pieces import PieceTokenizer, open_for_answers
 from chatlm.worker.kernels.choice import choose_backend, load_kernels
 from chatlm.worker.kernels.kernels import Backend
 from chatlm.worker.model.pages import group_layers
 from chatlm.worker.model.transformer import Transformer, page_layout
 from chatlm.worker.weights.load import open_model
-from chatlm.worker.weights.sizes import weight_bytes
+from chatlm.worker.weights.loaded.sizes import weight_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from chatlm.worker.engine.draft_model import DraftModel
     from chatlm.worker.kernels.kernels import Kernels
     from chatlm.worker.model.pages import KvType, LayerGroups
-    from chatlm.worker.weights.rules import LoadedModel
+    from chatlm.worker.weights.loaded.model import LoadedModel
 
 
 class DraftHelp:

@@ -55,7 +55,7 @@ AHEAD = {  # what a process imports while it waits for its first message, by its
     SURVEY_PIPE: "chatlm.worker.survey", DOCTOR_PIPE: "chatlm.worker.doctor.examine",
     QUANTIZE_PIPE: "chatlm.export.gguf.export", IMATRIX_PIPE: "chatlm.export.gguf.measure"}
 # modules that read the models which most servers have
-READERS_AHEAD = "chatlm.worker.weights.gguf_model", "chatlm.worker.weights.plain"
+READERS_AHEAD = "chatlm.worker.weights.formats.gguf.model", "chatlm.worker.weights.families.plain"
 
 
 def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[str]) -> int:

@@ -19,17 +19,17 @@ from chatlm.worker.engine.limits import FREE_ROWS
 from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.model.pages import KvType, PageLayout, group_layers
 from chatlm.worker.model.transformer import page_layout
-from chatlm.worker.weights.sizes import is_float, weight_bytes
+from chatlm.worker.weights.loaded.sizes import is_float, weight_bytes
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.worker.arrays.kinds import Device
     from chatlm.worker.drafting import DraftPlan
-    from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.kernels.kernels import Kernels
+    from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.model.pages import LayerGroups
     from chatlm.worker.ranks.alone import RankAlone
-    from chatlm.worker.weights.rules import LoadedModel
+    from chatlm.worker.weights.loaded.model import LoadedModel
 
 
 def prefill_chunk(settings: Settings, device: Device) -> int:

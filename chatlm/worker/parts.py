@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from chatlm.worker.engine.sight import Pictures
     from chatlm.worker.model.transformer import Transformer
     from chatlm.worker.ranks.ranks import RankZero
-    from chatlm.worker.weights.rules import LoadedModel
+    from chatlm.worker.weights.loaded.model import LoadedModel
 
 T = TypeVar("T")
 

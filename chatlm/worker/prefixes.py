@@ -11,7 +11,8 @@ from chatlm.common.log import log
 from chatlm.common.segments import MOST_GROUPS
 from chatlm.worker.engine.keeper import PageKeeper
 from chatlm.worker.engine.kept_pages import KeptPages
-from chatlm.worker.weights.digest import arithmetic_of, files_of, fingerprint_of, profile_of, whole_digest
+from chatlm.worker.weights.loaded.digest import (
+    arithmetic_of, files_of, fingerprint_of, profile_of, whole_digest)
 
 if TYPE_CHECKING:
     from pathlib import Path

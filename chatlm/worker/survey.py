@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.wire import Channel
     from chatlm.worker.drafting import DraftPlan
     from chatlm.worker.memory_plan import ModelPlan
-    from chatlm.worker.weights.rules import LoadedModel
+    from chatlm.worker.weights.loaded.model import LoadedModel
 
 
 def survey_models(channel: Channel, config: SurveyConfig):

@@ -140,7 +140,7 @@ def test_a_packed_model_chats_without_a_network(talking, python, unpacked, defau
     assert done.returncode == 0 and "Tokyo" in done.stdout and "Traceback" not in done.stderr
     kept = [path for path in (place / "home").rglob("*") if path.is_file() and path.stat().st_size > 50e6]
     assert kept == []                           # no copy of the model
-    from chatlm.worker.weights.gguf_file import read_gguf
+    from chatlm.worker.weights.formats.gguf.file import read_gguf
     tensors = read_gguf(talking)[1]
     assert tensors and str(talking) in mapped_files(psutil.Process())
 

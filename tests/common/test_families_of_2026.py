@@ -20,7 +20,7 @@ from chatlm.front.api.call_grammars import call_grammar, parameter_types, tool_g
 from chatlm.front.api.message_readers import openai_messages
 from chatlm.worker.engine.answer import Answer
 from chatlm.worker.engine.grammar import Grammar
-from chatlm.worker.weights.gguf import gguf_text
+from chatlm.worker.weights.formats.gguf.description import gguf_text
 from answers import together
 from engines import load
 from fake_pool import FakePool, Letters, frames, serving

@@ -10,9 +10,9 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub.repository import TOKENIZERS
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import open_tokenizer
-from chatlm.worker.weights.folder_tokenizers import MAKERS, folder_tokenizer
-from chatlm.worker.weights.huggingface import hf_text
-from chatlm.worker.weights.sentencepiece_file import UNIGRAM, model_of, sentencepiece_json
+from chatlm.worker.weights.formats.folder.description import hf_text
+from chatlm.worker.weights.text.folder_tokenizers import MAKERS, folder_tokenizer
+from chatlm.worker.weights.text.sentencepiece_file import UNIGRAM, model_of, sentencepiece_json
 from families import load, make_model, save
 from tokenizer_texts import TEXTS
 

@@ -19,8 +19,8 @@ from chatlm.common.hub.trainers import names_in
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.charsmap import check_charsmap
 from chatlm.common.text.load import open_tokenizer
-from chatlm.worker.weights.sentencepiece_file import model_of, sentencepiece_json
-from chatlm.worker.weights.tiktoken_file import tekken_json
+from chatlm.worker.weights.text.sentencepiece_file import model_of, sentencepiece_json
+from chatlm.worker.weights.text.tiktoken_file import tekken_json
 from foreign_folders import KINDS, tekken, write_json
 from tiny_gguf import LLAMA_NUMBERS, random_llama, write_gguf
 

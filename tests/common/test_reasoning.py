@@ -16,11 +16,11 @@ from chatlm.common.text.grammar import check_grammar, json_grammar
 from chatlm.common.text.load import open_tokenizer
 from chatlm.front.admission.prompts import PromptMaker
 from chatlm.front.api.dialects.openai import OPENAI_FIELDS
-from chatlm.front.api.message_readers import openai_messages
 from chatlm.front.api.fields import parse_fields
+from chatlm.front.api.message_readers import openai_messages
 from chatlm.front.api.readers import parse_openai_request
 from chatlm.worker.engine.answer import Answer
-from chatlm.worker.weights.gguf import gguf_text
+from chatlm.worker.weights.formats.gguf.description import gguf_text
 from answers import asked, calls_of, said, thought, together
 from engine_parts import use_tokenizer
 from engines import draft_eagerly, load, make_engine, pieces, tokens_of

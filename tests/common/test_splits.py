@@ -6,8 +6,8 @@ import pytest
 import regex
 from chatlm.common.errors import ConfigError
 from chatlm.common.text.load import open_tokenizer
-from chatlm.worker.weights.gguf import gguf_text
-from chatlm.worker.weights.splits import GPT2_SPLIT, PIECES_WITH_MERGES, PRE_TOKENIZERS
+from chatlm.worker.weights.formats.gguf.description import gguf_text
+from chatlm.worker.weights.text.splits import GPT2_SPLIT, PIECES_WITH_MERGES, PRE_TOKENIZERS
 from tiny_gguf import small_gguf_metadata
 from tokenizer_texts import TEXTS, split
 from tokenizers import pre_tokenizers

@@ -16,9 +16,9 @@ from chatlm.common.text.reader import StopFinder, StopTable, StreamDecoder
 from chatlm.common.text.tokenizer import compile_chat_template
 from chatlm.worker.engine.answer import Answer
 from chatlm.worker.engine.calculator import calculate
-from chatlm.worker.weights.gguf import gguf_text
-from chatlm.worker.weights.gguf_file import read_gguf
-from chatlm.worker.weights.nanochat import read_nanochat_tokenizer
+from chatlm.worker.weights.formats.gguf.description import gguf_text
+from chatlm.worker.weights.formats.gguf.file import read_gguf
+from chatlm.worker.weights.formats.nanochat.checkpoint import read_nanochat_tokenizer
 from fake_pool import Letters
 from tiny_gguf import sentencepiece_metadata, small_gguf_metadata
 from works import assignment

@@ -16,13 +16,13 @@ import tokenizers
 from chatlm.common.errors import ConfigError, RequestError
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import open_tokenizer
-from chatlm.worker.engine.pieces import PieceTokenizer, open_for_answers
 from chatlm.common.text.reader import StreamDecoder
 from chatlm.common.text.tokenizer import fill_template
 from chatlm.front.api.message_readers import openai_messages
-from chatlm.worker.weights.gguf import gguf_text
-from chatlm.worker.weights.gguf_file import read_gguf
-from chatlm.worker.weights.huggingface import hf_text
+from chatlm.worker.engine.pieces import PieceTokenizer, open_for_answers
+from chatlm.worker.weights.formats.folder.description import hf_text
+from chatlm.worker.weights.formats.gguf.description import gguf_text
+from chatlm.worker.weights.formats.gguf.file import read_gguf
 from nightly import by_day
 from tiny_gguf import small_gguf_metadata, write_gguf
 from tokenizer_texts import CORPUS, TEXTS, split

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from chatlm.worker.weights.quantization import join_packed
-from chatlm.worker.weights.safetensors_file import read_safetensors_file
+from chatlm.worker.weights.files.safetensors_file import read_safetensors_file
+from chatlm.worker.weights.packed.quantization import join_packed
 from engines import forward_logits, make_batch
 from families import kernels_of, load, make_model, transformer
 from packers import packed_model

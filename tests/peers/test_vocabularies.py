@@ -11,10 +11,10 @@ import pytest
 
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import open_tokenizer
-from chatlm.worker.weights.gguf import gguf_text
-from chatlm.worker.weights.gguf_file import read_gguf
-from chatlm.worker.weights.sentencepiece_file import sentencepiece_json
-from chatlm.worker.weights.tiktoken_file import tekken_json
+from chatlm.worker.weights.formats.gguf.description import gguf_text
+from chatlm.worker.weights.formats.gguf.file import read_gguf
+from chatlm.worker.weights.text.sentencepiece_file import sentencepiece_json
+from chatlm.worker.weights.text.tiktoken_file import tekken_json
 from peer_packages import llama_cpp, made_venv
 from tokenizer_texts import TEXTS
 

@@ -16,8 +16,8 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.front.evals.chat import humaneval, program_of
 from chatlm.terminal.programs import Programs
 from chatlm.worker.doctor.hard_texts import HARD_TEXTS
-from chatlm.worker.weights.gguf import gguf_text
-from chatlm.worker.weights.gguf_file import read_gguf
+from chatlm.worker.weights.formats.gguf.description import gguf_text
+from chatlm.worker.weights.formats.gguf.file import read_gguf
 from openai_routes import call
 from real_models import REAL_MODELS, CannotBeHad, real_model
 from real_server import SCRIPT

@@ -4,7 +4,7 @@ from chatlm.common.config import Settings
 from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.engine.grammars import Grammars
 from chatlm.worker.parts import Making, make_parts
-from chatlm.worker.weights.rules import LoadedModel
+from chatlm.worker.weights.loaded.model import LoadedModel
 
 SERVING = Settings(adapter=("served",))
 

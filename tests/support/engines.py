@@ -15,15 +15,15 @@ from chatlm.worker.engine.drafts import Draft, Drafting
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.limits import FREE_ROWS
-from chatlm.worker.model.batch import Batch
 from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.kernels.kernels import EagerSteps
+from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.pages import group_layers
 from chatlm.worker.model.tensors import MappedRows
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.sampling import sample_reference
 from chatlm.worker.ops.tensors import tensor_of
-from chatlm.worker.weights.adapters import adapter_reader
+from chatlm.worker.weights.adapters.serving import adapter_reader
 from chatlm.worker.weights.load import open_model
 from engine_parts import parts_of
 from near_tie import Traced, draw_gap

@@ -16,9 +16,9 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.kernels.limits import not_compiled
 from chatlm.worker.model.transformer import Transformer
-from chatlm.worker.weights.adapters import adapter_reader
-from chatlm.worker.weights.gguf import gguf_spec
-from chatlm.worker.weights.gguf_file import read_gguf
+from chatlm.worker.weights.adapters.serving import adapter_reader
+from chatlm.worker.weights.formats.gguf.description import gguf_spec
+from chatlm.worker.weights.formats.gguf.file import read_gguf
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.model_of import model_of
 from engines import forward_logits, make_batch

@@ -389,10 +389,11 @@ if __name__ == "__main__":
     what, become = sys.argv[3], become_child
     if what in ("torch", "box"):
         import_all("chatlm.worker.process", "chatlm.worker.entry", "chatlm.worker.survey", *(f"chatlm.worker.weights.{name}" for name in (
-            "gguf_model", "mmproj", "nanochat", "checkpoint_model", "torch_file", "folder_model", "huggingface", "named_tokens", "trial")))
+            "formats.gguf.model", "towers.mmproj", "formats.nanochat.checkpoint", "files.torch_file", "formats.folder.model", "text.named_tokens",
+            "text.trial")))
         if core.decode_core():
             import_all("chatlm.worker.kernels.cpu_backend", "chatlm.worker.kernels.weights")
-        importlib.import_module("chatlm.worker.weights.digest").code_digest()       # of the code that all of them run
+        importlib.import_module("chatlm.worker.weights.loaded.digest").code_digest()       # of the code that all of them run
         import_all(*(["torch"] if what == "box" else ()))
     elif what not in ("", "downloads"):
         import_all("chat_server", "chatlm.front.serve", *sys.argv[4:])

@@ -29,7 +29,7 @@ from chatlm.common.hub.written import Logs, written_beside    # noqa: E402
 from chatlm.common.messages.protocol import SurveyConfig    # noqa: E402
 from chatlm.worker.engine.adapter_slots import adapter_digest    # noqa: E402
 from chatlm.worker.survey import surveyed    # noqa: E402
-from chatlm.worker.weights.digest import digest_of, files_of    # noqa: E402
+from chatlm.worker.weights.loaded.digest import digest_of, files_of    # noqa: E402
 
 MEMORY = 2 << 30        # bytes of address space beyond the libraries'
 SECONDS = 30            # of a case

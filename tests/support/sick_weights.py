@@ -9,7 +9,7 @@ import gguf
 import numpy
 
 from chatlm.common.hub.default_model import fetch_default_model
-from chatlm.worker.weights.gguf_header import FileHeader
+from chatlm.worker.weights.formats.gguf.header import FileHeader
 from sick_models import Fault, metadata_of, rewritten, small_folder
 from tiny_gguf import gguf_bytes, random_llama, small_gguf_metadata
 

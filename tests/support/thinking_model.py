@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from chatlm.common.hub.default_model import fetch_default_model
-from chatlm.worker.weights.gguf_file import read_gguf
+from chatlm.worker.weights.formats.gguf.file import read_gguf
 from tiny_gguf import packed_text
 
 TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}

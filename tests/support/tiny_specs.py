@@ -11,12 +11,12 @@ import nomic_experts
 from chatlm.common.errors import ConfigError
 from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.model.blocks.norms import LayerNorm
-from chatlm.worker.weights.draft_heads import head_spec
-from chatlm.worker.weights.huggingface import hf_spec
+from chatlm.worker.weights.formats.draft_heads import head_spec
+from chatlm.worker.weights.formats.folder.description import hf_spec
+from chatlm.worker.weights.formats.nanochat.generations import GENERATIONS, nanochat_spec
+from chatlm.worker.weights.loaded.shards import layers_of, refuse_ranks
 from chatlm.worker.weights.model_of import model_of
-from chatlm.worker.weights.nanochat import GENERATIONS, nanochat_spec
-from chatlm.worker.weights.shards import layers_of, refuse_ranks
-from chatlm.worker.weights.towers import gemma4_layer, siglip_layer, tower_recipe
+from chatlm.worker.weights.towers.families import gemma4_layer, siglip_layer, tower_recipe
 from families import GROWING, MODELS, tiny_config
 
 ODD = {1, 2, 3, 5, 8, 10, 17, 18, 20, 24, 40, 48}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from chatlm.worker.weights.gguf_file import read_gguf
+from chatlm.worker.weights.formats.gguf.file import read_gguf
 from nightly import by_day
 from run_here import run_forked, run_here
 

@@ -17,8 +17,8 @@ from chatlm.front.evals.bits import score_text, windows_of
 from chatlm.front.evals.scores import PoolScorer
 from chatlm.front.pool.many import many_models
 from chatlm.terminal.side_by_side import compare, score
+from chatlm.worker.weights.formats.nanochat.checkpoint import read_nanochat_tokenizer
 from chatlm.worker.weights.load import open_model
-from chatlm.worker.weights.nanochat import read_nanochat_tokenizer
 from command_line import parse_command_line
 from fake_pool import serving
 from forked import DYING

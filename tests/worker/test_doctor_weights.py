@@ -16,8 +16,8 @@ from chatlm.worker.doctor.checks import OF_WEIGHTS
 from chatlm.worker.doctor.layers import profile, strange_levels
 from chatlm.worker.doctor.patient import Patient
 from chatlm.worker.doctor.portraits import Portrait
-from chatlm.worker.weights import gguf
-from chatlm.worker.weights.gguf_header import FileHeader, Texts
+from chatlm.worker.weights.formats.gguf import description as gguf
+from chatlm.worker.weights.formats.gguf.header import FileHeader, Texts
 from families import as_gguf, make_model, save
 from patching import patch
 from sick_models import chatml_gguf, diagnose, rewritten, small_folder, small_gguf

@@ -8,7 +8,7 @@ import pytest
 
 import few_bits
 import forked
-from chatlm.worker.weights.gguf_file import read_gguf
+from chatlm.worker.weights.formats.gguf.file import read_gguf
 from few_bits import NUMBERS, packed
 from real_server import SCRIPT, post, server
 from sick_models import diagnose, rewritten

@@ -31,7 +31,7 @@ ROLES = {
     "sandbox": "chatlm.front.intake.sandboxed:sandbox_main",
     "ray": "chatlm.common.processes.ray:ray_main",
     "preview": "chatlm.worker.weights.preview:preview_main",
-    "trial": "chatlm.worker.weights.trial:trial_main",
+    "trial": "chatlm.worker.weights.text.trial:trial_main",
     "doctor": "chatlm.worker.entry:doctor_role",
     "export": "chatlm.export.command:export_main",
     "check": "chatlm.worker.kernels.check:check_main",

@@ -23,7 +23,7 @@ from chatlm.export.gguf.packers import pack
 from chatlm.export.gguf.sources import written_model
 from chatlm.export.gguf.unfinished import CHANGED, UnfinishedFile, digest_of
 from chatlm.export.gguf.written import Written, WrittenTensor
-from chatlm.worker.weights.file_types import NUMBERS
+from chatlm.worker.weights.formats.gguf.file_types import NUMBERS
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource

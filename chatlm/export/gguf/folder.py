@@ -22,14 +22,14 @@ from chatlm.export.gguf.written import Written, WrittenTensor
 from chatlm.worker.arrays.gguf_types import TYPES
 from chatlm.worker.arrays.kinds import bits_of, floats, kind_of
 from chatlm.worker.weights.differences import differences
-from chatlm.worker.weights.folder_model import read_folder_model
-from chatlm.worker.weights.gguf import gguf_spec
+from chatlm.worker.weights.formats.folder.model import read_folder_model
+from chatlm.worker.weights.formats.gguf.description import gguf_spec
+from chatlm.worker.weights.formats.rope_scaling import ORIGINAL
 from chatlm.worker.weights.load import name_tensors
-from chatlm.worker.weights.rope_scaling import ORIGINAL
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource
-    from chatlm.worker.weights.folder_model import FolderModel
+    from chatlm.worker.weights.formats.folder.model import FolderModel
 
 FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # ours -> llama.cpp's architecture
 KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}

@@ -18,13 +18,13 @@ from chatlm.common.messages.requests import Message, TextSpec
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.doctor.hard_texts import HARD_TEXTS
 from chatlm.worker.doctor.sample_text import TEXT
-from chatlm.worker.weights.gguf import gguf_texts
-from chatlm.worker.weights.pipelines import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from chatlm.worker.weights.formats.gguf.description import gguf_texts
 from chatlm.worker.weights.rules import read_json
-from chatlm.worker.weights.sentencepiece_file import BPE, SPACE, UNUSED, read_sentencepiece
+from chatlm.worker.weights.text.pipelines import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from chatlm.worker.weights.text.sentencepiece_file import BPE, SPACE, UNUSED, read_sentencepiece
 
 if TYPE_CHECKING:
-    from chatlm.worker.weights.folder_model import FolderModel
+    from chatlm.worker.weights.formats.folder.model import FolderModel
 
 # llama.cpp's names of ways to cut texts into words, the likeliest first
 PRE_NAMES = ("llama-bpe", "qwen2", "smollm", "gpt-2", "tekken", "deepseek-llm", "gpt-4o", "olmo", "falcon")

@@ -17,11 +17,11 @@ from chatlm.export.gguf.written import Written, WrittenTensor
 from chatlm.worker.arrays.gguf_types import WITHOUT_VALUES
 from chatlm.worker.arrays.kinds import floats
 from chatlm.worker.arrays.packed import dequantize
-from chatlm.worker.weights.gguf_file import read_gguf, readable
-from chatlm.worker.weights.gguf_header import FileHeader
+from chatlm.worker.weights.formats.gguf.file import read_gguf, readable
+from chatlm.worker.weights.formats.gguf.header import FileHeader
 
 if TYPE_CHECKING:
-    from chatlm.worker.weights.gguf_header import Tensor
+    from chatlm.worker.weights.formats.gguf.header import Tensor
 
 INTEGERS = "I8", "I16", "I32", "I64", "F64"
 

@@ -25,18 +25,19 @@ from chatlm.worker.doctor.running import step
 from chatlm.worker.memory_plan import plan_model
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ranks.alone import RankAlone
-from chatlm.worker.weights.families import FAMILIES
-from chatlm.worker.weights.gguf_file import readable
-from chatlm.worker.weights.gguf_model import GgufModel, read_gguf_model
+from chatlm.worker.weights.families.table import FAMILIES
+from chatlm.worker.weights.formats.gguf.file import readable
+from chatlm.worker.weights.formats.gguf.model import GgufModel
+from chatlm.worker.weights.formats.nanochat.gguf import gguf_name
+from chatlm.worker.weights.load import read_gguf_model
 from chatlm.worker.weights.load import open_model
-from chatlm.worker.weights.nanochat_gguf import gguf_name
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource
     from chatlm.worker.arrays.kinds import Norm
     from chatlm.worker.kernels.kernels import Kernels
-    from chatlm.worker.weights.rules import LoadedModel
+    from chatlm.worker.weights.loaded.model import LoadedModel
 
 STEP_TOKENS = 128
 LEAST_TOKENS = 32   # of a text
@@ -214,7 +215,7 @@ def inputs_of(transformer: Transformer, captured: Captured, count: int) -> numpy
 
 
 def stored_tensors(source: ModelSource, settings: Settings) -> Mapping[str, Any]:
-    """The tensors of a GGUF file (gguf_header.Tensor), by the names that the reader of its family gives."""
+    """The tensors of a GGUF file (gguf.header.Tensor), by the names that the reader of its family gives."""
     with readable(source.path):
         model = read_gguf_model(source, settings)
     return getattr(model, "stored" if isinstance(model, GgufModel) else "state")

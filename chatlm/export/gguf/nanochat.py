@@ -11,14 +11,15 @@ from chatlm.common.config import Settings
 from chatlm.common.hub.nanochat import checkpoint_at, meta_of
 from chatlm.common.text.load import in_characters
 from chatlm.export.gguf import encoding
-from chatlm.export.gguf.size_label import size_label
 from chatlm.export.gguf.mixes import Matrix, Shape, order_of
+from chatlm.export.gguf.size_label import size_label
 from chatlm.export.gguf.written import Written, WrittenTensor
 from chatlm.export.tiktoken_json import CHAT_TEMPLATE
 from chatlm.worker.arrays.kinds import bits_of, floats, kind_of
-from chatlm.worker.weights.nanochat import (
-    GENERATIONS, nanochat_generation, read_nanochat_config, read_nanochat_model)
-from chatlm.worker.weights.nanochat_gguf import (
+from chatlm.worker.weights.formats.nanochat.checkpoint import (
+    nanochat_generation, read_nanochat_config, read_nanochat_model)
+from chatlm.worker.weights.formats.nanochat.generations import GENERATIONS
+from chatlm.worker.weights.formats.nanochat.gguf import (
     CONTROL, KEYS, NORMAL, PATTERN, SOFTCAP, UNUSED, gguf_name)
 from chatlm.worker.weights.load import name_tensors
 

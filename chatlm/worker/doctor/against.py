@@ -23,14 +23,14 @@ from chatlm.worker.doctor.sample_text import TEXT
 from chatlm.worker.model.tensors import Cut, MappedRows
 from chatlm.worker.weights.differences import differences
 from chatlm.worker.weights.load import open_model
-from chatlm.worker.weights.sizes import weight_bytes
+from chatlm.worker.weights.loaded.sizes import weight_bytes
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.worker.doctor.patient import Patient
     from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.model.transformer import Transformer
-    from chatlm.worker.weights.rules import LoadedModel
+    from chatlm.worker.weights.loaded.model import LoadedModel
 
 CHUNK = 128            # tokens in a step
 TEXT_TOKENS = 1024     # of the text

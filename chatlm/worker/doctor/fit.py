@@ -14,21 +14,21 @@ import numpy
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.memory import available_memory
-from chatlm.worker.memory_plan import plan_model, prefill_chunk
 from chatlm.worker.doctor.findings import Findings, error, note, warning
 from chatlm.worker.doctor.running import CPU, ready, step
 from chatlm.worker.engine.kvcache import PagePool
+from chatlm.worker.memory_plan import plan_model, prefill_chunk
 from chatlm.worker.ranks.alone import RankAlone
 from chatlm.worker.weights.load import open_model
-from chatlm.worker.weights.sizes import weight_bytes
+from chatlm.worker.weights.loaded.sizes import weight_bytes
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.worker.memory_plan import MemoryPlan
     from chatlm.worker.doctor.patient import Patient
     from chatlm.worker.kernels.kernels import Kernels
+    from chatlm.worker.memory_plan import MemoryPlan
     from chatlm.worker.model.pages import LayerGroups
-    from chatlm.worker.weights.rules import LoadedModel
+    from chatlm.worker.weights.loaded.model import LoadedModel
 
 CONTEXTS = 4096, 32_768        # and the model's own
 TRIED_BYTES = 3 << 30          # of weights: larger models take long to load, and their speed is estimated

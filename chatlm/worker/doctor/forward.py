@@ -18,7 +18,7 @@ from chatlm.common.memory import available_memory
 from chatlm.worker.doctor.findings import Findings, error, note, warning
 from chatlm.worker.doctor.running import ready, row_bytes, step
 from chatlm.worker.weights.load import open_model
-from chatlm.worker.weights.sizes import weight_bytes
+from chatlm.worker.weights.loaded.sizes import weight_bytes
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings

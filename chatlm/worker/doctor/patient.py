@@ -9,8 +9,8 @@ from functools import cached_property
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.text.load import open_tokenizer
-from chatlm.worker.weights.gguf_file import read_gguf, readable
-from chatlm.worker.weights.litgpt import config_json
+from chatlm.worker.weights.formats.gguf.file import read_gguf, readable
+from chatlm.worker.weights.formats.litgpt import config_json
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.rules import read_json
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource, TextSpec
     from chatlm.common.text.tokenizer import Tokenizer
-    from chatlm.worker.weights.rules import LoadedModel
+    from chatlm.worker.weights.loaded.model import LoadedModel
 
 
 class Patient:
@@ -76,7 +76,7 @@ class Patient:
 
     @cached_property
     def gguf(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        """The metadata and the tensors (gguf_header.Tensor) of a GGUF file; ({}, {}) of other models."""
+        """The metadata and the tensors (gguf.header.Tensor) of a GGUF file; ({}, {}) of other models."""
         if self.kind != "gguf":
             return {}, {}
         with readable(self.path):

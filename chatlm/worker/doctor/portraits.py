@@ -16,7 +16,7 @@ from chatlm.worker.arrays.kinds import floats
 from chatlm.worker.model.tensors import Cut, MappedRows, Unread, advise
 
 if TYPE_CHECKING:
-    from chatlm.worker.weights.rules import LoadedModel
+    from chatlm.worker.weights.loaded.model import LoadedModel
 
 CHUNK = 1 << 21           # values at a time, 8 MB: so much memory a thread takes several times
 MOST_VALUES = 2_000_000_000  # of a model: of a larger one, only each n-th chunk is read

@@ -15,7 +15,7 @@ from chatlm.worker.ranks.alone import RankAlone
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.worker.model.blocks.model import Model
-    from chatlm.worker.weights.rules import LoadedModel
+    from chatlm.worker.weights.loaded.model import LoadedModel
 
 CPU = Device("cpu")
 

@@ -12,8 +12,8 @@ from chatlm.worker.arrays.gguf_types import block_of
 from chatlm.worker.doctor.findings import Findings, error, examples, note, warning
 from chatlm.worker.doctor.portraits import rows_of
 from chatlm.worker.model.blocks.input import Input
-from chatlm.worker.weights.configs import TIED
-from chatlm.worker.weights.families import FAMILIES
+from chatlm.worker.weights.families.table import FAMILIES
+from chatlm.worker.weights.formats.configs import TIED
 
 if TYPE_CHECKING:
     from chatlm.worker.doctor.patient import Patient

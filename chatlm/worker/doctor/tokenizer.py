@@ -16,11 +16,11 @@ from chatlm.common.text.load import HuggingFaceTokenizer, open_tokenizer
 from chatlm.worker.doctor.findings import Findings, error, examples, note, quoted, warning
 from chatlm.worker.doctor.fingerprints import fingerprint, likeness
 from chatlm.worker.doctor.hard_texts import HARD_TEXTS
-from chatlm.worker.weights.control_tokens import LIKE_A_NAME
-from chatlm.worker.weights.folder_tokenizers import MAKERS
-from chatlm.worker.weights.pipelines import NORMAL, USER_DEFINED
-from chatlm.worker.weights.gguf_header import Texts
-from chatlm.worker.weights.splits import NANOCHAT_SPLITS, PRE_TOKENIZERS
+from chatlm.worker.weights.formats.gguf.header import Texts
+from chatlm.worker.weights.text.control_tokens import LIKE_A_NAME
+from chatlm.worker.weights.text.folder_tokenizers import MAKERS
+from chatlm.worker.weights.text.pipelines import NORMAL, USER_DEFINED
+from chatlm.worker.weights.text.splits import NANOCHAT_SPLITS, PRE_TOKENIZERS
 
 if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer

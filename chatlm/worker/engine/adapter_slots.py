@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from chatlm.common.files import MOST_OBJECT, opened, read_small
 from chatlm.common.hub.stamps import ADAPTER_FILES, Changed, adapter_stamp
 from chatlm.worker.engine.part import Part
-from chatlm.worker.weights.adapters import reading_thread
+from chatlm.worker.weights.adapters.serving import reading_thread
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.text.load import HuggingFaceTokenizer, decoding_of, open_tokenizer
 from chatlm.common.text.tokenizer import Tokenizer
-from chatlm.worker.weights.vocabulary import vocabulary_in
+from chatlm.worker.weights.text.vocabulary import vocabulary_in
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import TextSpec
-    from chatlm.worker.weights.vocabulary import Vocabulary
+    from chatlm.worker.weights.text.vocabulary import Vocabulary
 
 
 class PieceTokenizer(HuggingFaceTokenizer):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from chatlm.worker.arrays.kinds import Device
     from chatlm.worker.engine.sequence import Assignment, Chunk, Sequence
     from chatlm.worker.model.transformer import Transformer
-    from chatlm.worker.weights.rules import LoadedModel
+    from chatlm.worker.weights.loaded.model import LoadedModel
 
 
 # How many chunks of prompts take as long as a part of an image. Others wait for that part and for a step,

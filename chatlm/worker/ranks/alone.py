@@ -9,7 +9,7 @@ from chatlm.common.processes.launch import ranks_here
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.worker.weights.rules import LoadedModel
+    from chatlm.worker.weights.loaded.model import LoadedModel
 
 
 class RankAlone:
@@ -31,7 +31,7 @@ class RankAlone:
         """This rank's share of a model that is not read yet. ConfigError if it cannot be divided that way."""
         if self.tp == self.stages == 1:
             return model
-        from chatlm.worker.weights.shards import shard_model, stage_model
+        from chatlm.worker.weights.loaded.shards import shard_model, stage_model
         stage = stage_model(model, self.rank // self.tp, self.stages)  # the same for all ranks of a stage
         return shard_model(stage, self.rank % self.tp, self.tp, quantize)
 

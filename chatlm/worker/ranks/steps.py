@@ -22,7 +22,7 @@ import numpy
 from chatlm.common.messages.wire import receive_into
 from chatlm.common.processes.torchrun import RankStore
 from chatlm.worker.ranks.messages import RankAdapter, RankLogits, RankStep, RankTokens
-from chatlm.worker.weights.adapters import reading_thread
+from chatlm.worker.weights.adapters.serving import reading_thread
 
 if TYPE_CHECKING:
     from chatlm.common.messages.wire import Channel

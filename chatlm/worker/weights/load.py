@@ -13,19 +13,21 @@ from typing import NamedTuple, TYPE_CHECKING
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.stamps import mmproj_of
 from chatlm.common.log import log
+from chatlm.common.memory import available_memory
 from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.kernels.choice import choose_backend
+from chatlm.worker.weights.formats.sources import check_names_and_shapes, tensor_sources, unread_keys
+from chatlm.worker.weights.formats.stored_model import Adaptable, Merged
+from chatlm.worker.weights.loaded.model import LoadedModel
 from chatlm.worker.weights.model_of import model_of
-from chatlm.worker.weights.rules import LoadedModel, check_rotary_memory
-from chatlm.worker.weights.sources import check_names_and_shapes, tensor_sources, unread_keys
-from chatlm.worker.weights.stored_model import Adaptable, Merged
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource, TextSpec
     from chatlm.worker.tower import Eyes
-    from chatlm.worker.weights.sources import Sources
-    from chatlm.worker.weights.stored_model import Storage, StoredModel
+    from chatlm.worker.weights.formats.sources import Sources
+    from chatlm.worker.weights.formats.stored_model import Storage, StoredModel
+    from chatlm.worker.weights.recipe import ModelSpec
 
 
 def open_model(source: ModelSource, settings: Settings, device: str = "cpu") -> LoadedModel:
@@ -83,7 +85,7 @@ def merge_adapters(settings: Settings, stored: StoredModel, sources: Sources) ->
     tied = targets.tied if stored.spec.tied_head else ()
     if not settings.lora:
         return Merged(stored, sources, {}, "", tied)
-    from chatlm.worker.weights.merging import merge
+    from chatlm.worker.weights.adapters.merging import merge
     return merge(settings, stored, sources, targets, tied)
 
 
@@ -125,22 +127,33 @@ def format_of(kind: str) -> Format:
     """How files of this kind are read. The modules of other formats are not imported, which shortens a
     start."""
     if kind == "gguf":
-        from chatlm.worker.weights.gguf_file import readable
-        from chatlm.worker.weights.gguf_model import read_gguf_model
+        from chatlm.worker.weights.formats.gguf.file import readable
         return Format(read_gguf_model, readable)
     if kind == "hf":
-        from chatlm.worker.weights.folder_model import read_folder_model
+        from chatlm.worker.weights.formats.folder.model import read_folder_model
         return Format(read_folder_model)
     if kind == "litgpt":
-        from chatlm.worker.weights.litgpt import read_litgpt_model
+        from chatlm.worker.weights.formats.litgpt import read_litgpt_model
         return Format(read_litgpt_model)
     if kind == "nanochat":
-        from chatlm.worker.weights.nanochat import read_nanochat_model
+        from chatlm.worker.weights.formats.nanochat.checkpoint import read_nanochat_model
         return Format(read_nanochat_model)
     if kind == "nanogpt":
-        from chatlm.worker.weights.nanogpt import read_nanogpt_model
+        from chatlm.worker.weights.formats.nanogpt import read_nanogpt_model
         return Format(read_nanogpt_model)
     raise KeyError(kind)
+
+
+def read_gguf_model(source: ModelSource, settings: Settings) -> StoredModel:
+    """The model of a GGUF file: one of nanochat's, or one of a family in the table."""
+    from chatlm.worker.weights.formats.gguf.file import read_gguf
+    metadata, stored = read_gguf(source.path)
+    if str(metadata.get("general.architecture")).startswith("nanochat"):
+        from chatlm.worker.weights.formats.nanochat.gguf import is_nanochat, read_nanochat_gguf
+        if is_nanochat(metadata):
+            return read_nanochat_gguf(source, settings, metadata, stored)
+    from chatlm.worker.weights.formats.gguf.model import gguf_model
+    return gguf_model(source, settings, metadata, stored)
 
 
 def add_eyes(model: LoadedModel, source: ModelSource, settings: Settings, device: str):
@@ -172,10 +185,10 @@ def eyes_of(model: LoadedModel, source: ModelSource, settings: Settings, device:
         path = mmproj_of(source.path, settings)
         if path is None:
             return None
-        from chatlm.worker.weights.mmproj import gguf_eyes
+        from chatlm.worker.weights.towers.mmproj import gguf_eyes
         return gguf_eyes(path, source.path, settings, model, device)
     if source.kind == "hf":
-        from chatlm.worker.weights.vision import folder_eyes
+        from chatlm.worker.weights.towers.folder import folder_eyes
         return folder_eyes(source.path, settings, model.spec, model.dtype or "float32")
     return None
 
@@ -191,3 +204,13 @@ def set_context(model: LoadedModel, path: Path, stated: int | None):
     if stated:
         model.spec = replace(model.spec, max_positions=length, answer_positions=0)  # no longer than needed
     check_rotary_memory(path, model.spec, model.spec.max_positions)
+
+
+def check_rotary_memory(path: Path, spec: ModelSpec, context_length: int):
+    """ConfigError if the rotary tables of this context, in float64, do not fit into memory."""
+    tables = {attn.rope for attn in model_of(spec).attentions}
+    needed = 32 * context_length * sum(len(rope.frequencies) for rope in tables)
+    free = available_memory()
+    if needed > free:
+        raise ConfigError(f"{path}: a context of {context_length:,} tokens needs {needed:,} bytes for its "
+                          f"rotary tables, and {free:,} are free; give a shorter --context-length")

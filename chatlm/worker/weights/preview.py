@@ -7,12 +7,12 @@ from pathlib import Path
 
 from chatlm.common.errors import ConfigError, printable, shown
 from chatlm.common.files import Truncated
-from chatlm.worker.weights.families import GGUF_FAMILIES
-from chatlm.worker.weights.folder_tokenizers import has_tokenizer
-from chatlm.worker.weights.gguf import gguf_spec, gguf_text
-from chatlm.worker.weights.gguf_file import ROPE_TENSORS, check_gguf_types, read_gguf_file, readable
-from chatlm.worker.weights.huggingface import hf_spec, hf_text
-from chatlm.worker.weights.tower_table import FILE_TOWERS
+from chatlm.worker.weights.families.table import GGUF_FAMILIES
+from chatlm.worker.weights.formats.folder.description import hf_spec, hf_text
+from chatlm.worker.weights.formats.gguf.description import gguf_spec, gguf_text
+from chatlm.worker.weights.formats.gguf.file import ROPE_TENSORS, check_gguf_types, read_gguf_file, readable
+from chatlm.worker.weights.text.folder_tokenizers import has_tokenizer
+from chatlm.worker.weights.towers.table import FILE_TOWERS
 
 
 def preview_folder(folder: Path):

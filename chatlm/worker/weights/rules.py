@@ -1,11 +1,10 @@
-"""Checks of the values in a model's files, one key at a time; and `LoadedModel`."""
+"""Checks of the values in a model's files, one key at a time."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING, TypeVar
 
@@ -13,59 +12,12 @@ from chatlm.common.errors import ConfigError, printable, shown
 from chatlm.common.files import MOST_INDEX, read_object
 from chatlm.common.hub.default_model import DEFAULT_FILE
 from chatlm.common.log import log
-from chatlm.common.memory import available_memory
-from chatlm.worker.model.head import Head
-from chatlm.worker.model.tensors import TILE_ROWS
-from chatlm.worker.weights.model_of import model_of
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.common.messages.requests import TextSpec
-    from chatlm.worker.model.blocks.model import Model
-    from chatlm.worker.model.tensors import MappedRows, Unread
-    from chatlm.worker.tower import Eyes
-    from chatlm.worker.weights.stored_model import Adaptable
-    from chatlm.worker.weights.recipe import ModelSpec
-    from chatlm.worker.weights.vocabulary import Vocabulary
 
 
 V = TypeVar("V")
-
-
-@dataclass
-class LoadedModel:
-    """A model whose weights are still in its files. `tensors` has the names and shapes of
-    `architecture.tensors()`, without a tied head."""
-
-    spec: ModelSpec
-    tensors: dict[str, "Unread | MappedRows"]
-    text: TextSpec
-    name: str
-    description: str
-    dtype: str | None    # of the weight matrices; None: as stored in the file
-    sampling: dict = field(default_factory=dict)  # the makers' defaults
-    sampling_origin: str = ""    # where they come from
-    notes: tuple[str, ...] = ()  # more lines for the start-up log
-    family: str = ""
-    grows: str = ""              # a note if the weights outgrow their file
-    block: int = TILE_ROWS       # columns of `down` that are packed together
-    adaptable: "Adaptable | None" = None  # if it accepts adapters without merging
-    head: Head = Head()          # of an embedder or a reranker: what its pooled hidden states go through
-    vocabulary: Vocabulary | None = None  # what `text` says, where it was not read from a tokenizer.json
-    draft_head: LoadedModel | None = None  # if the files have one and drafts may come from it
-    ranking: Any = None          # float64 (C,): what makes the last hidden state of a pair its score
-    eyes: "Eyes | None" = None   # what it sees pictures with
-    quantization: str = ""       # what its file calls it, such as Q4_K_M; "": nothing
-    part: "Model | None" = None  # a rank's share of it, or that of a stage
-
-    @property
-    def architecture(self) -> Model:
-        """What computes it: the whole model, or the part of a rank or a stage."""
-        return self.part or model_of(self.spec)
-
-    @property
-    def context_length(self) -> int:
-        return self.spec.context_length
 
 
 def float_type(settings: Settings, backend) -> str:
@@ -226,16 +178,6 @@ def check_bytes(path: Path, sizes: Mapping[str, int]):
         largest = max(sizes, key=sizes.__getitem__)
         raise ConfigError(f"{path} has {path.stat().st_size:,} bytes, but its tensors would take {total:,} "
                           f"({largest} alone {sizes[largest]:,})")
-
-
-def check_rotary_memory(path: Path, spec: ModelSpec, context_length: int):
-    """ConfigError if the rotary tables of this context, in float64, do not fit into memory."""
-    tables = {attn.rope for attn in model_of(spec).attentions}
-    needed = 32 * context_length * sum(len(rope.frequencies) for rope in tables)
-    free = available_memory()
-    if needed > free:
-        raise ConfigError(f"{path}: a context of {context_length:,} tokens needs {needed:,} bytes for its "
-                          f"rotary tables, and {free:,} are free; give a shorter --context-length")
 
 
 def read_json(path: Path, needed: bool = True) -> dict:

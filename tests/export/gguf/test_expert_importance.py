@@ -15,7 +15,7 @@ from chatlm.export.gguf.importance import read_importance, write_importance
 from chatlm.export.gguf.measure import measure_importance
 from chatlm.export.gguf.packers import pack
 from chatlm.worker.ops import basic, references
-from chatlm.worker.weights.gguf_file import read_gguf
+from chatlm.worker.weights.formats.gguf.file import read_gguf
 from families import GGUF_MODELS, as_gguf, make_model, save
 from imatrix_record import CHUNK, EXPERTS, RECORD, TEXT, write_mixture
 from nightly import by_day

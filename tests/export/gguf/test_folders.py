@@ -15,10 +15,10 @@ from chatlm.export.gguf.export import export_gguf
 from chatlm.export.gguf.measure import measure_importance
 from chatlm.worker.doctor.hard_texts import HARD_TEXTS
 from chatlm.worker.doctor.running import ready, step
-from chatlm.worker.weights.folder_tokenizers import folder_tokenizer
-from chatlm.worker.weights.gguf_file import read_gguf
+from chatlm.worker.weights.formats.gguf.file import read_gguf
 from chatlm.worker.weights.load import open_model
-from chatlm.worker.weights.sentencepiece_file import read_sentencepiece
+from chatlm.worker.weights.text.folder_tokenizers import folder_tokenizer
+from chatlm.worker.weights.text.sentencepiece_file import read_sentencepiece
 from families import make_model, save
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "tokenizers"

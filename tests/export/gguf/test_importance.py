@@ -17,7 +17,7 @@ from chatlm.export.gguf.measure import measure_importance
 from chatlm.export.gguf.packers import pack
 from chatlm.worker.arrays.gguf_types import TYPES
 from chatlm.worker.arrays.packed import dequantize
-from chatlm.worker.weights.gguf_file import read_gguf
+from chatlm.worker.weights.formats.gguf.file import read_gguf
 from generations import GENERATIONS
 from nightly import by_day
 from tiny_gguf import LLAMA_NUMBERS, random_llama, write_gguf

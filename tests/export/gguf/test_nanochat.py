@@ -24,9 +24,10 @@ from chatlm.worker.arrays.kinds import floats
 from chatlm.worker.arrays.packed import dequantize
 from chatlm.worker.doctor.portraits import joined_parts
 from chatlm.worker.doctor.running import ready, step
-from chatlm.worker.weights.gguf_file import read_gguf
+from chatlm.worker.weights.formats.gguf.file import read_gguf
+from chatlm.worker.weights.formats.nanochat.checkpoint import read_nanochat_model
+from chatlm.worker.weights.formats.nanochat.generations import NANOCHAT_TENSORS
 from chatlm.worker.weights.load import open_model
-from chatlm.worker.weights.nanochat import NANOCHAT_TENSORS, read_nanochat_model
 from generations import GENERATIONS
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "nanochat"

@@ -16,7 +16,7 @@ from chatlm.common.messages.requests import ModelSource
 from chatlm.export.gguf.export import export_gguf
 from chatlm.export.gguf.importance import Importance, write_importance
 from chatlm.export.gguf.unfinished import UnfinishedFile
-from chatlm.worker.weights.gguf_file import read_gguf
+from chatlm.worker.weights.formats.gguf.file import read_gguf
 from tiny_gguf import LLAMA_NUMBERS, random_llama, write_gguf
 
 REPOSITORY = Path(__file__).parents[3]

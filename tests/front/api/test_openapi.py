@@ -15,12 +15,12 @@ from chatlm.common.config import ApiKey, Settings
 from chatlm.common.errors import RequestError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.protocol import WORKER_PIPE, ModelCard, NewAnswer, NewPrompt
-from chatlm.front.api.fields import A_TOKEN, list_schema, matches
 from chatlm.front.api.field_types import CONSTRAINT_FIELDS
+from chatlm.front.api.fields import A_TOKEN, list_schema, matches
 from chatlm.front.front import ROUTES
 from chatlm.front.pool.pool import make_pool
 from chatlm.front.server.describe import openapi_document
-from chatlm.worker.weights.nanochat import read_nanochat_tokenizer
+from chatlm.worker.weights.formats.nanochat.checkpoint import read_nanochat_tokenizer
 from answers import ending, said
 from fake_pool import FakePool, serving
 from nightly import WHOLE

@@ -40,15 +40,15 @@ from chatlm.common.text.grammar import json_grammar
 from chatlm.common.text.history_forms import TEXT_ALONE
 from chatlm.common.text.tokenizer import compile_chat_template
 from chatlm.front.admission.admission import Admission, SharedAdmission
+from chatlm.front.admission.sandbox import FairLock, Sandbox, next_message
 from chatlm.front.api.spoken import rows_by_path
 from chatlm.front.front import Front
 from chatlm.front.intake import sandboxed
-from chatlm.front.intake.crossing import packed_body, unpacked_body
-from chatlm.front.admission.sandbox import FairLock, Sandbox, next_message
-from chatlm.front.pool.pool import make_pool
 from chatlm.front.intake import budget as budgets
-from chatlm.worker.weights.gguf import gguf_text
-from chatlm.worker.weights.gguf_file import read_gguf
+from chatlm.front.intake.crossing import packed_body, unpacked_body
+from chatlm.front.pool.pool import make_pool
+from chatlm.worker.weights.formats.gguf.description import gguf_text
+from chatlm.worker.weights.formats.gguf.file import read_gguf
 import answers
 from answers import asked, ending
 from fake_pool import conversation, serving

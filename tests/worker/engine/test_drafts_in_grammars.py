@@ -10,7 +10,7 @@ from chatlm.common.text.grammar import json_grammar
 from chatlm.common.text.load import open_tokenizer
 from chatlm.front.api.call_grammars import tool_grammar
 from chatlm.worker.engine.grammar import Grammar
-from chatlm.worker.weights.gguf import gguf_text
+from chatlm.worker.weights.formats.gguf.description import gguf_text
 from engines import draft_eagerly, make_engine, pieces
 from nightly import by_day
 from sick_models import NUMBERS

@@ -30,7 +30,7 @@ from chatlm.worker.engine.warm_up import WarmUp
 from chatlm.worker.model import pages as model_pages
 from chatlm.worker.model.pages import KvType
 from chatlm.worker.prefixes import PrefixPlan
-from chatlm.worker.weights.digest import arithmetic_of, files_of, fingerprint_of, profile_of, whole_digest
+from chatlm.worker.weights.loaded.digest import arithmetic_of, files_of, fingerprint_of, profile_of, whole_digest
 from engines import chat_work, make_engine, tokens_of
 from families import make_model, save
 from kept_prefixes import CHANGES, Memory, bits_of, cached, conversations, flip, keep, make, writing

@@ -16,7 +16,7 @@ from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.kernels.limits import not_compiled
 from chatlm.worker.model.pages import KvType
-from chatlm.worker.weights.families import FAMILIES
+from chatlm.worker.weights.families.table import FAMILIES
 from encoders import MODELS as ENCODERS
 from engines import draft_eagerly, make_engine, propose_partly_right
 from families import GGUF_MODELS, GROWING, MODELS, as_gguf, make_model, save

@@ -12,8 +12,8 @@ from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.kernels.limits import not_compiled
 from chatlm.worker.model.pages import KvType, PageLayout, group_layers
 from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.weights.loaded.shards import layers_of, stage_model
 from chatlm.worker.weights.model_of import model_of
-from chatlm.worker.weights.shards import layers_of, stage_model
 from attention_kinds import FULL, KINDS, attention, kinds_model, loaded, with_attentions
 from arrays import arrays_of
 from engines import forward_logits, make_batch

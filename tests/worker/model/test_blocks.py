@@ -9,6 +9,7 @@ import torch
 
 from chatlm.common.errors import ConfigError
 from chatlm.worker.arrays.rotary import Rope
+from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.model.blocks.attention import Attention, HeadNorms
 from chatlm.worker.model.blocks.axes import Run, Tensor, matrix, padded_places, rank_part
 from chatlm.worker.model.blocks.experts import Experts, ExpertsBesideDense, Router
@@ -20,9 +21,8 @@ from chatlm.worker.model.blocks.lm_head import LmHead
 from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
 from chatlm.worker.model.blocks.model import Model
 from chatlm.worker.model.blocks.norms import LayerNorm, RmsNorm
-from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.model.transformer import Transformer
-from chatlm.worker.weights.shards import refuse_ranks
+from chatlm.worker.weights.loaded.shards import refuse_ranks
 from engines import forward_logits, make_batch
 
 C, V, EPS = 32, 64, 1e-5

@@ -6,10 +6,10 @@ import pytest
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.files import Truncated
-from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES, VISION
+from chatlm.worker.weights.families.table import FAMILIES, GGUF_FAMILIES, VISION
+from chatlm.worker.weights.formats.refused import REFUSED, ROWS
 from chatlm.worker.weights.preview import preview_folder, preview_gguf, preview_main
-from chatlm.worker.weights.refused import REFUSED, ROWS
-from chatlm.worker.weights.tower_table import FILE_TOWERS
+from chatlm.worker.weights.towers.table import FILE_TOWERS
 from families import make_model, save
 from packers import PACKED
 from tiny_gguf import LLAMA_NUMBERS, gguf_bytes, random_llama, small_gguf_metadata

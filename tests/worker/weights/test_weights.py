@@ -33,9 +33,9 @@ from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.tensors import dtype_of, tensor_of
-from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES
-from chatlm.worker.weights.gguf_file import read_gguf, read_gguf_file, readable
-from chatlm.worker.weights.gguf_header import Texts
+from chatlm.worker.weights.families.table import FAMILIES, GGUF_FAMILIES
+from chatlm.worker.weights.formats.gguf.file import read_gguf, read_gguf_file, readable
+from chatlm.worker.weights.formats.gguf.header import Texts
 from chatlm.worker.weights.load import open_model
 from engines import forward_logits, tensors_of
 from generations import GENERATIONS
@@ -662,7 +662,7 @@ def test_tensor_types_and_names_are_the_package_s():
         try:
             gguf.dequantize(numpy.zeros(size, numpy.uint8), TYPES[name])
         except NotImplementedError:
-            assert name in WITHOUT_VALUES or name == "Q1_0"     # tests/worker/weights/test_few_bits.py has its values
+            assert name in WITHOUT_VALUES or name == "Q1_0"     # tests/worker/weights/formats/test_few_bits.py has its values
         else:
             assert name not in WITHOUT_VALUES
     architectures = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}

@@ -16,7 +16,7 @@ from chatlm.common.text.load import HuggingFaceTokenizer, open_tokenizer
 from chatlm.front.admission.infill_prompts import InfillMaker
 from chatlm.front.admission.prompts import PromptMaker
 from chatlm.front.api.reading import read_answer
-from chatlm.worker.weights.gguf import gguf_text
+from chatlm.worker.weights.formats.gguf.description import gguf_text
 from families import make_model, save, write_tokenizer
 from real_server import server
 from tiny_gguf import LLAMA_NUMBERS, random_llama, small_gguf_metadata, write_gguf

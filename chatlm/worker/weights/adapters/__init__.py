@@ -1,0 +1,1 @@
+"""LoRA adapters: read as peft saves them, merged into a model at its load, or served beside it."""

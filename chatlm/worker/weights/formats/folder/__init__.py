@@ -1,0 +1,1 @@
+"""Hugging Face folders: config.json, tensors, and the model that they are."""

@@ -1,0 +1,1 @@
+"""nanochat's models, of every generation, as its trainer writes them and as GGUF files."""

@@ -1,0 +1,1 @@
+"""Tokenizers: what files say of a vocabulary becomes a tokenizer.json."""

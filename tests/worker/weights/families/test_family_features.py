@@ -1,0 +1,544 @@
+"""What only some families have: keys without effect, text models of image models, queries that grow, partial rotary embeddings."""
+
+import json
+import math
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from chatlm.common.core import decode_core
+from chatlm.common.errors import ConfigError
+from chatlm.common.messages.requests import SamplingParams
+from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
+from chatlm.worker.arrays.rotary import query_scales
+from chatlm.worker.kernels.choice import choose_backend, load_kernels
+from chatlm.worker.kernels.limits import not_compiled
+from chatlm.worker.model.blocks.experts import Experts, ExpertsBesideDense, Router
+from chatlm.worker.model.blocks.extras import LayerInput
+from chatlm.worker.model.blocks.feed_forward import FeedForward
+from chatlm.worker.model.blocks.layer import Layer
+from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
+from chatlm.worker.model.blocks.norms import RmsNorm
+from chatlm.worker.ops.attention import mean_squares_reference, norm_qk_reference, scale_rows_reference
+from chatlm.worker.ops.basic import gated_add_reference, sparse_routes
+from chatlm.worker.weights.formats.configs import OTHERS_AFFAIR
+from chatlm.worker.weights.formats.folder.description import hf_spec, hf_text
+from chatlm.worker.weights.formats.gguf.description import gguf_text
+from chatlm.worker.weights.formats.gguf.file import read_gguf
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.recipe import ModelSpec
+from attention_kinds import attention
+from engines import forward_logits, make_batch, make_engine, run, tensors_of
+from families import GROWING, MODELS, TINY, answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, spec_of_changed_gguf, tiny_config, transformer, write_tokenizer
+from hub_configs import GRANITE_H_TINY, HUB_CONFIGS, LFM2_CONFIGS, QWEN3_NEXT, QWEN35_4B, QWEN36_35B
+from tiny_gguf import small_gguf_metadata, write_gguf
+from works import assignment
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def spec_of(folder, config, context=None):
+    (folder / "config.json").write_text(json.dumps(config))
+    return hf_spec(folder / "config.json", context)[1]
+
+
+# --- LayerNorms and the router of Phi-3.5-MoE ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cohere2"])
+def test_embeddings_follow_the_final_layer_norm(name, tmp_path):
+    """The hidden states of embeddings are those after the final layer norm."""
+    model, prompt = make_model(name), list(range(3, 43))
+    ours = transformer(load(save(model, tmp_path)), load_kernels("cpu"))
+    forward_logits(ours, make_batch((prompt, 0, 40, [0, 1, 2]))._replace(states=True))
+    with torch.no_grad():
+        theirs = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1][0]
+    np.testing.assert_allclose(ours.hidden_states(0, 40), theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.01, 0.3])
+def test_a_router_with_jitter_matches_transformers(jitter):
+    from transformers.models.phimoe.modeling_phimoe import sparsemixer
+    logits = torch.randn(200, 16, generator=torch.Generator().manual_seed(1))
+    logits[:20] -= 5            # all below zero
+    logits[20:40, 3] = logits[20:40, 7] = 4.0
+    logits[40:60] = logits[40:60].round()
+    ids, shares = sparse_routes(logits, jitter)
+    their_shares, their_ids = sparsemixer(logits, jitter, training=False)
+    assert torch.equal(ids, their_ids) and torch.allclose(shares, their_shares)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"num_experts_per_tok": 3}, "num_experts_per_tok is 3; it must be 2"), ({"input_jitter_noise": "a"}, ""), ({"router_jitter_noise": 2.0}, "router_jitter_noise is 2.0; it must be")])
+def test_phi_moe_has_two_experts_for_a_token(change, words, tmp_path):
+    config = tiny_config("phimoe").to_dict() | {"model_type": "phimoe"} | change
+    if not words:
+        return spec_of(tmp_path, config)
+    with pytest.raises(ConfigError, match=words):
+        spec_of(tmp_path, config)
+
+
+@pytest.mark.parametrize("kind, config, words", [
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is true; this key is not supported in a gpt2 model. Supported: activation_function"),
+    ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is false; in a gpt2 model it must be true"),
+    ("gpt2", {"activation_function": "relu"}, 'activation_function is "relu"; it must be one of gelu, gelu_new'),
+    ("pythia", {"hidden_act": "silu"}, 'hidden_act is "silu"; it must be one of gelu, gelu_new'), ("pythia", {"rotary_pct": 1.5}, "rotary_pct is 1.5; it must be a finite number from 0.01 to 1"),
+    ("starcoder2", {"norm_type": "rms_norm"}, 'norm_type is "rms_norm"; it must be one of layer_norm'), ("starcoder2", {"mlp_type": "gated"}, 'mlp_type is "gated"; it must be one of default'),
+    ("cohere2", {"use_parallel_block": False}, "use_parallel_block is false; in a cohere2 model it must be true"), ("cohere2", {"rotary_pct": 0.5}, "rotary_pct is 0.5; it must be 1"),
+    ("cohere2", {"position_embedding_type": "alibi"}, 'position_embedding_type is "alibi"; it must be one of rope_gptj')])
+def test_a_layer_norm_family_s_limits_are_named(kind, config, words, tmp_path):
+    """What a family with layer norms cannot have is named."""
+    with pytest.raises(ConfigError) as caught:
+        spec_of(tmp_path, tiny_config(kind).to_dict() | {"model_type": MODELS[kind][0]} | config)
+    assert words in str(caught.value)
+
+
+# --- Nemotron-H ----------------------------------------------------------------------------------------------------
+
+
+NANO_9B = {"model_type": "nemotron_h", "hidden_size": 4480, "intermediate_size": 15_680, "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128,
+           "mamba_num_heads": 128, "mamba_head_dim": 80, "n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4, "vocab_size": 131_072, "num_hidden_layers": 56,
+           "hybrid_override_pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-", "max_position_embeddings": 131_072,
+           "layer_norm_epsilon": 1e-5, "mlp_hidden_act": "relu2", "time_step_limit": [0.0, float("inf")], "rescale_prenorm_residual": True, "use_mamba_kernels": True}
+
+
+def test_a_nemotron_h_has_transformers_weights(tmp_path):
+    """A published Nemotron-H has as many weights as transformers."""
+    import transformers
+    spec = spec_of(tmp_path, NANO_9B)
+    with torch.device("meta"):
+        made = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    count = sum(math.prod(shape) for shape in model_of(spec).shapes().values())
+    assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9, 1) == 8.9
+    assert spec.layers == 31 and model_of(spec).paged_layers == 4 and spec.rope_size == 0
+    assert [number for number, layer in enumerate(spec.own_layers) if not layer.feed] == [3, 7, 11, 16, 21, 24]       # before another Mamba layer, or before attention
+    listed = {key: value for key, value in NANO_9B.items() if key not in ("hybrid_override_pattern", "num_hidden_layers")}
+    names = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
+    assert spec_of(tmp_path, listed | {"layers_block_type": [names[kind] for kind in NANO_9B["hybrid_override_pattern"]]}) == spec
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"hybrid_override_pattern": "M-MX"}, 'hybrid_override_pattern[3] is "X"; it must be one of linear_attention'), ({"hybrid_override_pattern": "-E-"}, "none of its layers is full_attention"),
+    ({"layers_block_type": "mamba"}, 'layers_block_type[0] is "m"; it must be one of'), ({"layers_block_type": {"0": "mamba"}}, "layers_block_type is an object"),
+    ({"hybrid_override_pattern": None}, "layers_block_type is missing, and so is"),
+    ({"hybrid_override_pattern": "M*E", "mlp_bias": True}, "mlp_bias is true; in a model with experts it must be false"),
+    ({"layers_block_type": ["mamba", 3]}, "layers_block_type[1] is 3"), ({"mlp_hidden_act": "silu"}, 'mlp_hidden_act is "silu"; it must be one of relu2'),
+    ({"hybrid_override_pattern": "M-M-"}, "none of its layers is full_attention"), ({"n_groups": 3}, "mamba_num_heads is 128; it must be a multiple of 3"),
+    ({"time_step_limit": [0.01, 1.0]}, "time_step_limit is a list of 2"), ({"hybrid_override_pattern": "M*E", "n_group": 3}, "the number of experts is 8; it must be a multiple of 3"),
+    ({"hybrid_override_pattern": "M*E", "n_group": 8}, "the number of experts is 8; it must be a multiple of 16"),
+    ({"hybrid_override_pattern": "M*E", "n_group": 2, "topk_group": 1, "num_experts_per_tok": 5}, "topk_group is 1; it must be 2"),
+    ({"hybrid_override_pattern": "M*E", "n_group": 2, "topk_group": 3}, "topk_group is 3; it must be an integer from 1 to 2"),
+    ({"hybrid_override_pattern": "M*E", "num_experts_per_tok": 9}, "num_experts_per_tok is 9; it must be an integer from 1 to 8"),
+    ({"hybrid_override_pattern": "M*E", "moe_latent_size": 0}, "moe_latent_size is 0; it must be an integer from 1"),
+    ({"hybrid_override_pattern": "M*E", "routed_scaling_factor": -1}, "routed_scaling_factor is -1; it must be a finite number from 0.0001")])
+def test_what_a_nemotron_h_cannot_have_is_named(change, words, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        spec_of(tmp_path, NANO_9B | change)
+    assert words in str(caught.value)
+
+
+NANO_30B = NANO_9B | {"hidden_size": 2688, "intermediate_size": 1856, "num_attention_heads": 32, "num_key_value_heads": 2, "mamba_num_heads": 64, "mamba_head_dim": 64,
+                      "num_hidden_layers": 52, "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME", "max_position_embeddings": 262_144,
+                      "norm_eps": 1e-5, "partial_rotary_factor": 1.0, "rope_theta": 10_000, "n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 6,
+                      "moe_intermediate_size": 1856, "moe_shared_expert_intermediate_size": 3712, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
+                      "routed_scaling_factor": 2.5}
+SUPER_120B = NANO_30B | {"hidden_size": 4096, "mamba_num_heads": 128, "moe_latent_size": 1024, "moe_intermediate_size": 2688, "moe_shared_expert_intermediate_size": 5376,
+                         "n_routed_experts": 512, "num_experts_per_tok": 22, "num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E",
+                         "num_hidden_layers": 88, "hybrid_override_pattern": "MEMEMEM*E" * 8 + "MEMEMEMEMEMEMEME"}
+
+
+@pytest.mark.parametrize("config, billions, layers", [(NANO_30B, 31.6, 29), (SUPER_120B, 120.7, 48)])
+def test_a_nemotron_3_has_transformers_weights(config, billions, layers, tmp_path):
+    """A published Nemotron 3 has as many weights as transformers."""
+    import transformers
+    spec = spec_of(tmp_path, config)
+    with torch.device("meta"):
+        made = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    count = sum(math.prod(shape) for name, shape in model_of(spec).shapes().items() if not name.endswith("choice_bias"))
+    assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9, 1) == billions
+    assert len(spec.own_layers) == layers and all(layer.mixer for layer in spec.own_layers)
+    experts = spec.own_layers[0].feed
+    assert experts.router == Router(config["num_experts_per_tok"], "sigmoid", choice_bias=True, scale=2.5)
+    assert experts.latent == (config.get("moe_latent_size") or 0) and not_compiled(model_of(spec)) == ""
+
+
+def test_consecutive_parts_of_a_kind_are_layers(tmp_path):
+    """Parts of one kind after another are layers of their own."""
+    spec = spec_of(tmp_path, NANO_30B | {"hybrid_override_pattern": "EM-E*E-M", "num_hidden_layers": 8})
+    assert [type(layer.mixer).__name__ for layer in spec.own_layers] == ["NoneType", "Mamba2", "NoneType", "Attention", "NoneType", "Mamba2"]
+    assert [type(layer.feed).__name__ for layer in spec.own_layers] == ["Experts", "FeedForward", "Experts", "Experts", "FeedForward", "NoneType"]
+    assert {layer.feed.width for layer in spec.own_layers if layer.feed} == {1856}
+
+
+def test_nemotron_3_s_draft_heads_are_left_out(tmp_path):
+    """The draft heads of Nemotron 3 are left out, and its newer names are known."""
+    model = make_model("nemotron3")
+    plain = tensors_of(load(save(model, tmp_path / "folder")))
+    weights = save(model, tmp_path / "newer") / "model.safetensors"
+    tensors = load_file(weights)
+    drafts = {name.replace("backbone.layers.4", "mtp.layers.1"): tensor.clone() for name, tensor in tensors.items() if ".layers.4." in name}
+    save_file({name.replace("backbone.", "model.", 1): tensor for name, tensor in tensors.items()} | drafts, weights)
+    metadata, stored = read_gguf(as_gguf(tmp_path / "plain.gguf", model))
+    found = {name: tensor.data for name, tensor in stored.items()}
+    for layer in (3, 4):        # its attention and its experts are in one block
+        found |= {name.replace(f"blk.{layer}.", "blk.5."): tensor.data for name, tensor in stored.items() if name.startswith(f"blk.{layer}.")}
+    found |= {"blk.5.nextn.eh_proj.weight": np.zeros((64, 128), np.float32), "blk.5.nextn.enorm.weight": np.ones(64, np.float32)}
+    own = {key: value for key, value in metadata.items() if key.startswith("nemotron_h_moe.")} | {
+        "nemotron_h_moe.block_count": 6, "nemotron_h_moe.nextn_predict_layers": 1, "nemotron_h_moe.attention.head_count_kv": [0, 0, 0, 2, 0, 2],
+        "nemotron_h_moe.feed_forward_length": [0, 48, 0, 0, 48, 48]}
+    path = write_gguf(tmp_path / "drafts.gguf", found, own, small_gguf_metadata("gpt-2") | {"general.architecture": "nemotron_h_moe"})
+    for ours in (load(tmp_path / "newer"), load(path)):
+        assert ours.spec.layers == 3 and all(torch.equal(tensor, plain[name]) for name, tensor in tensors_of(ours).items())
+
+
+@pytest.mark.parametrize("key, value, words", [
+    ("block_count", 0, "block_count is 0; it must be an integer from 1"), ("nextn_predict_layers", 5, "block_count leaves no layers beside the draft head"),
+    ("expert_group_used_count", 9, "the number of experts"), ("attention.head_count_kv", ["2"] * 5, 'head_count_kv is "2"; it must be an integer'),
+    ("moe_latent_size", 33, ""), ("expert_weights_norm", 1, "expert_weights_norm is 1; it must be true or false"),
+    ("expert_weights_scale", float("inf"), "expert_weights_scale is Infinity; it must be a finite number"), ("rope.scaling.factor", 2.0, "")])
+def test_a_nemotron_3_s_wrong_metadata_is_named(key, value, words, tmp_path):
+    changes = {f"nemotron_h_moe.{key}": value} | ({"nemotron_h_moe.expert_group_count": 4} if "group" in key else {})
+    if not words:
+        spec = spec_of_changed_gguf(tmp_path, "nemotron3", changes)[1]
+        assert spec.own_layers[0].feed.latent == (33 if "latent" in key else 0)
+        return
+    with pytest.raises(ConfigError) as caught:
+        spec_of_changed_gguf(tmp_path, "nemotron3", changes)
+    assert words in str(caught.value)
+
+
+# --- keys that change nothing ------------------------------------------------------------------------------------
+
+
+INERT = {"logit_scale": 0, "embedding_multiplier": 0.0, "attn_logit_softcapping": None, "rope_scaling_layers": {}, "mtp_layers": [],
+         "sliding_window_pattern": "", "use_qk_norm": False, "top_k": 50, "repetition_penalty": 1.1, "no_repeat_ngram_size": 3,
+         "id2label": {"0": "A"}, "label2id": {"A": 0},
+         "_rope_scaling": {"type": "x"}, "max_window_layers": 28, "forced_eos_token_id": 2, "max_new_tokens": 100}
+
+
+def test_idle_keys_are_ignored_in_one_named_line(caplog, tmp_path):
+    """Keys that change nothing are ignored, and named in one line."""
+    expected = spec_of(tmp_path, HUB_CONFIGS["Llama-3.2-1B"])
+    caplog.clear()
+    with caplog.at_level("INFO", logger="chat_server"):
+        assert spec_of(tmp_path, HUB_CONFIGS["Llama-3.2-1B"] | INERT) == expected
+    (line,) = caplog.messages
+    assert line.startswith(f"{tmp_path / 'config.json'}: logit_scale, embedding_multiplier, ")
+    assert line.endswith("ignored, since they have no effect here")
+    assert all(key in line for key in INERT if INERT[key] is not None)
+    caplog.clear()
+    with caplog.at_level("INFO", logger="chat_server"):
+        for config in HUB_CONFIGS.values():
+            if "text_config" not in config:
+                spec_of(tmp_path, config)
+    assert [line for line in caplog.messages if "change nothing" in line] == []
+
+
+VALUES = {"attn_implementation": "sdpa", "attn_impl": "flash", "experts_implementation": "grouped_mm", "license": "mit", "language": ["en"],
+          "loss_type": "ForCausalLMLoss", "padding_side": "left", "pad_token": "<pad>", "name_or_path": "a/b", "tokenizer_name": "a/b",
+          "base_model_name_or_path": "a/b", "keys_to_ignore_at_inference": ["past_key_values"], "pruned_heads": {"0": []},
+          "exponential_decay_length_penalty": [4, 1.5]} | dict.fromkeys((
+              "max_seq_len", "max_sequence_length", "model_max_length", "n_ctx", "seq_length", "num_logits_to_keep", "num_labels", "ignore_index",
+              "cls_token_id", "mask_token_id", "unk_token_id"), 4) | dict.fromkeys((
+                  key for key in OTHERS_AFFAIR if re.search("dropout|coef|smoothing|layerdrop|init_std|initializer_factor", key)), 0.1)
+
+
+def test_keys_of_training_change_no_llama(tmp_path):
+    """Keys of others' code and of training change neither a llama here nor one by transformers."""
+    import transformers
+    keys = {key: VALUES.get(key, True) for key in OTHERS_AFFAIR}
+    expected, text = spec_of(tmp_path, HUB_CONFIGS["Llama-3.2-1B"]), torch.arange(20)[None]
+    assert spec_of(tmp_path, HUB_CONFIGS["Llama-3.2-1B"] | keys) == expected
+    for key in ("no_such_key", "attn_factor", "use_fused_bias"):
+        with pytest.raises(ConfigError, match=f"{key} is true; this key is not supported"):
+            spec_of(tmp_path, HUB_CONFIGS["Llama-3.2-1B"] | keys | {key: True})
+    model = make_model("llama2")
+    save(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | keys | {"attn_implementation": "eager", "experts_implementation": None}))
+    with torch.no_grad():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, return_dict=True).eval()
+        assert torch.equal(theirs(text).logits, model(text).logits)
+
+
+@pytest.mark.parametrize("more", [
+    {"use_sliding_window": False, "sliding_window": 4096}, {"use_sliding_window": False, "max_window_layers": 3, "sliding_window": 4096}])
+def test_a_window_that_is_switched_off_changes_nothing(more, tmp_path):
+    assert spec_of(tmp_path, HUB_CONFIGS["Llama-3.2-1B"] | more) == spec_of(tmp_path, HUB_CONFIGS["Llama-3.2-1B"])
+
+
+@pytest.mark.parametrize("more, words", [
+    ({"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window is true; this key is not supported"),
+    ({"sliding_window": 4096, "max_window_layers": 3}, "sliding_window is 4096; this key is not supported"),
+    ({"is_causal": False}, "is_causal is false; in a llama model it must be true"),
+    ({"use_rope": False}, "use_rope is false; in a llama model it must be true"),
+    ({"residual_multiplier": 0.5}, "residual_multiplier is 0.5; this key is not supported"),
+    ({"clip_qkv": 8.0}, "clip_qkv is 8.0; this key is not supported")])
+def test_keys_that_change_arithmetic_are_refused(more, words, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        spec_of(tmp_path, HUB_CONFIGS["Llama-3.2-1B"] | more)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["falcon_h9", "lfm3", "x\ny"])
+def test_an_unknown_family_names_the_supported_ones(name, tmp_path):
+    words = f"this server cannot run {' '.join(name.split())} yet; it runs: Llama 2 and 3, SmolLM2, Mistral"
+    with pytest.raises(ConfigError, match=words):
+        spec_of(tmp_path, {"model_type": name})
+    with pytest.raises(ConfigError, match=words):
+        spec_of_changed_gguf(tmp_path, "llama2", {"general.architecture": name})
+
+
+@pytest.mark.parametrize("key, value, words", [
+    ("layer_types", ["mamba2"] + ["attention"] * 39, 'layer_types[0] is "mamba2"; it must be one of full_attention, mamba'),
+    ("layer_types", None, "layer_types is missing; it must be a list"), ("layer_types", ["mamba"] * 40, "none of its layers is full_attention"),
+    ("mamba_d_head", "wide", 'mamba_d_head is "wide"; it must be an integer from 1'), ("mamba_n_groups", 5, "mamba_n_heads is 48; it must be a multiple of 5"),
+    ("time_step_limit", [0.0, 0.1], "time_step_limit is a list of 2; it must be [0.0, Infinity]"), ("mamba_d_conv", 1, "mamba_d_conv is 1; it must be")])
+def test_a_wrong_config_of_mamba_layers_is_named(key, value, words, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        spec_of(tmp_path, GRANITE_H_TINY | {key: value})
+    assert words in str(caught.value)
+
+
+def test_heads_without_whole_keys_are_named(tmp_path):
+    """Heads that share no whole number of keys, and a feed-forward part without width, are named."""
+    text = QWEN35_4B["text_config"]
+    with pytest.raises(ConfigError, match=r"linear_num_value_heads is 33; it must be a multiple of 16 \(linear_num_key_heads\)"):
+        spec_of(tmp_path, text | {"linear_num_key_heads": 16, "linear_num_value_heads": 33})
+    lfm2 = LFM2_CONFIGS["LFM2-350M"]
+    with pytest.raises(ConfigError, match="the width of its feed-forward parts is 0; it must be an integer from 1"):
+        spec_of(tmp_path, lfm2 | {"block_ff_dim": 1, "intermediate_size": 1, "block_auto_adjust_ff_dim": True})
+
+
+@pytest.mark.parametrize("published, billions", [(GRANITE_H_TINY, 6.9), (QWEN3_NEXT, 79.7), (QWEN35_4B, 4.2), (QWEN36_35B, 34.7)])
+def test_published_hybrids_have_transformers_weights(published, billions, tmp_path):
+    """Published hybrids have as many weights as transformers, and as their cards say."""
+    import transformers
+    spec, config = spec_of(tmp_path, published), transformers.AutoConfig.from_pretrained(tmp_path).get_text_config()
+    with torch.device("meta"):
+        made = transformers.AutoModelForCausalLM.from_config(config)
+    count = sum(math.prod(shape) for key, shape in model_of(spec).shapes().items() if not (spec.tied_head and key == "head"))
+    assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9, 1) == billions
+    assert [mixer is None for mixer in spec.mixers] == [kind == "full_attention" for kind in config.layer_types]
+
+
+def test_qwen_3_5_s_states_take_these_mebibytes(tmp_path):
+    """Published sizes of Qwen3.5 make states of this many mebibytes."""
+    assert [model_of(spec_of(tmp_path, config)).state_bytes / 2**20 for config in (QWEN35_4B, QWEN36_35B)] == [50.25, 62.8125]
+    with pytest.raises(ConfigError, match="attn_output_gate is false; in a qwen3_5_text model it must be true"):
+        spec_of(tmp_path, QWEN35_4B | {"text_config": QWEN35_4B["text_config"] | {"attn_output_gate": False}})
+
+
+def test_granite_4_h_tiny_s_config_is_read(tmp_path):
+    spec = spec_of(tmp_path, GRANITE_H_TINY)
+    assert (spec.experts, spec.experts_per_token, spec.ffn_size, spec.shared_size, model_of(spec).paged_layers) == (64, 6, 512, 1024, 4)
+    assert spec.attention(5).rope_size == 0 and model_of(spec).state_bytes == 36 * 4 * (48 * 64 * 128 + 3 * (3072 + 2 * 128))
+    assert spec_of(tmp_path, GRANITE_H_TINY | {"mamba_d_head": "auto", "time_step_limit": [0.0, math.inf]}) == spec
+
+
+# --- what decode_core does not compile ---------------------------------------------------------------------------
+
+
+PLAIN, NORM = attention(4, 4, 16), RmsNorm(1e-5)
+SPEC = dict(vocab_size=64, layers=1, width=64, heads=4, kv_heads=4, head_size=16, ffn_size=64, max_positions=64)
+
+
+@pytest.mark.skipif(decode_core() is None, reason="not built")
+@pytest.mark.parametrize("fields, words", [
+    ({"mixers": (DeltaRule(4, 2, 4, 16, 8),)}, "for delta rule with head sizes that are not multiples of 16"),
+    ({"mixers": (Mamba2(4, 3, 8, 16),)}, "for Mamba layer whose heads or channels are not multiples of 16"),
+    ({"mixers": (Mamba2(4, 3, 16, 4),)}, "for Mamba layer whose heads or channels"),
+    ({"own_layers": (Layer(PLAIN, Experts(4, 64, Router(2), latent=40)),)}, "for experts that read a width not a multiple of 16")])
+def test_torch_computes_ops_that_decode_core_lacks(fields, words, caplog):
+    """torch computes what decode_core has no op for, and the log says so."""
+    assert choose_backend("cpu", model_of(ModelSpec(**SPEC))).name != "torch/reference" and not not_compiled(model_of(ModelSpec(**SPEC)))
+    assert {name.partition("/")[0] for name in load_kernels("cpu", model_of(ModelSpec(**SPEC))).names.values()} == {"decode_core"}
+    assert choose_backend("cpu", model_of(ModelSpec(**SPEC | fields))).name == "torch/reference" and not caplog.messages       # who chooses for good says it
+    assert load_kernels("cpu", model_of(ModelSpec(**SPEC | fields))).backend.name == "torch/reference"
+    assert [line for line in caplog.messages if words in line and "torch computes instead" in line]
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"experts": 4, "sigmoid_router": True}, "router of sigmoids"), ({"mixers": (ShortConv(3),)}, "short convolution"),
+    ({"mixers": (DeltaRule(4, 2, 4, 16, 32),)}, "delta rule"), ({"mixers": (Mamba2(4, 3, 16, 8),)}, "Mamba layer"),
+    ({"layers": 2, "mixers": (ShortConv(3), None), "experts": 4, "sigmoid_router": True}, "short convolution and router of sigmoids"),
+    ({"layers": 2, "own_layers": (Layer(None, FeedForward(64, "relu2")), Layer(PLAIN, FeedForward(64, "relu2")))}, ""),
+    ({"own_layers": (Layer(PLAIN, Experts(4, 64, Router(2, "sigmoid", groups=(2, 1)), "relu2", latent=32)),)}, "router of sigmoids"),
+    ({"output_gate": True}, ""), ({"experts": 4, "shared_size": 64, "shared_gate": True}, "")])
+@pytest.mark.skipif(decode_core() is None, reason="not built")
+def test_torch_computes_cpu_only_ops_on_a_gpu(fields, words, caplog, monkeypatch):
+    """Some ops are compiled for a CPU alone, and torch computes these on a GPU."""
+    from chatlm.worker.kernels import devices
+    monkeypatch.setattr(devices, "cuda_ops", lambda _: SimpleNamespace())       # as where there is a GPU
+    spec = ModelSpec(**SPEC | fields)
+    assert (not_compiled(model_of(spec), "cuda"), not_compiled(model_of(spec))) == ("", "")
+    assert choose_backend("cpu", model_of(spec)).name != "torch/reference" and not caplog.messages
+    assert choose_backend("cuda", model_of(spec), says_why=True).name == "decode_core/cuda"
+    assert caplog.messages == [f"decode_core/cuda has no kernels for {words}: torch computes only these"] * bool(words)
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"qk_norm_sizes": (64, 64)}, "norm of all heads together"), ({"q_growth": (0.1, 16)}, "scale of queries by their position"),
+    *(({"activation": name}, f"{name} feed-forward") for name in ("gelu", "reglu2", "quick_geglu", "gelu_erf", "gelu_tanh", "gelu_quick")),
+    ({"own_layers": (Layer(PLAIN, FeedForward(64), after=(LayerInput(32, 0, 1, NORM),)),)}, "embedding of each layer"),
+    ({"own_layers": (Layer(PLAIN, ExpertsBesideDense(4, 64, Router(2), FeedForward(64, prefix="shared_"), NORM)),)}, "scale of experts")])
+def test_some_models_are_compiled_for_a_cpu_alone(fields, words):
+    assert (not_compiled(model_of(ModelSpec(**SPEC | fields)), "cuda"), not_compiled(model_of(ModelSpec(**SPEC | fields)))) == (f"{words} on a GPU", "")
+
+
+def test_the_ops_of_these_models_do_what_they_say():
+    x, added, gate, out = torch.ones(2, 3), torch.full((2, 3), 4.0), torch.tensor([[0.0], [-50.0]]), torch.empty(2, 3)
+    gated_add_reference(x, added, gate, out)
+    assert out.tolist() == [[3.0] * 3, [1.0] * 3]
+    torch.manual_seed(0)
+    qkv, q_norm, k_norm, means = torch.randn(3, 12), torch.randn(6), torch.randn(4), torch.empty(3, 2)
+    q, k, v = qkv.clone().split((6, 4, 2), 1)
+    mean_squares_reference(qkv, q_norm, k_norm, (6, 4), means)
+    norm_qk_reference(qkv, q_norm, k_norm, means, 1e-3, qkv)
+    expected = [torch.nn.functional.rms_norm(part, part.shape[1:], weight, 1e-3) for part, weight in ((q, q_norm), (k, k_norm))]
+    assert torch.allclose(qkv, torch.cat([*expected, v], 1), atol=1e-6)
+    scales, q = query_scales((0.5, 4), 8), torch.full((2, 2), 2.0)
+    scale_rows_reference(q, torch.from_numpy(scales), torch.tensor([3, 4]), out=q)
+    assert torch.allclose(q, torch.tensor([[2.0] * 2, [2 * (1 + 0.5 * np.log(2))] * 2]).float())
+
+
+# --- rotary embeddings -------------------------------------------------------------------------------------------
+
+
+def test_partial_rotary_pairs_are_put_in_order():
+    """Rotary pairs of a part of each head are put in order."""
+    rows = torch.arange(12)[:, None] * torch.ones(12, 2)
+    assert unpermute_rope(rows.numpy(), RopePairs(6, 4))[:, 0].tolist() == [0, 2, 1, 3, 4, 5, 6, 8, 7, 9, 10, 11]
+    assert unpermute_rope(rows[:, 0].numpy(), RopePairs(12, 12)).tolist() == [0, 2, 4, 6, 8, 10, 1, 3, 5, 7, 9, 11]
+    assert unpermute_rope(rows, None) is rows
+
+
+@pytest.mark.parametrize("context", [None, 4096, 131072, 262144, 10**6])
+def test_dynamic_scaling_is_that_of_the_context(context, tmp_path):
+    """Dynamic scaling is that of transformers at the length of the context."""
+    import transformers
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    config = HUB_CONFIGS["Llama-3.2-1B"] | {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
+    spec = spec_of(tmp_path, config, context)
+    length = min(max(context or 0, 131072), 4 * 131072)
+    expected, _ = ROPE_INIT_FUNCTIONS["dynamic"](transformers.AutoConfig.from_pretrained(tmp_path), seq_len=length)
+    np.testing.assert_allclose(spec.rope(0).frequencies, expected, rtol=2e-6)
+    assert spec.max_positions == length
+
+
+@pytest.mark.parametrize("backend", ["reference", "decode_core"])
+def test_a_partly_rotated_llama_matches_phi3(backend, tmp_path):
+    """transformers' llama rotates all of a head; phi3 is a llama with fused matrices, and rotates as much as configured."""
+    model = make_model("phi3", sliding_window=None, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5})
+    cases = clear_cases(model, lengths=(9, 40))
+    save(model, tmp_path)
+    tensors = {}
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        parts = {"self_attn.qkv_proj": (("q", "k", "v"), (64, 32, 32)), "mlp.gate_up_proj": (("gate", "up"), (96, 96))}
+        fused = next((part for part in parts if part in name), None)
+        if fused:
+            names, sizes = parts[fused]
+            tensors |= {name.replace(fused, f"{fused.split('.')[0]}.{own}_proj"): part.clone() for own, part in zip(names, tensor.split(sizes))}
+        else:
+            tensors[name] = tensor
+    save_file(tensors, tmp_path / "model.safetensors")
+    keys = {"sliding_window", "original_max_position_embeddings", "rope_parameters", "embd_pdrop", "resid_pdrop"}
+    config = {key: value for key, value in json.loads((tmp_path / "config.json").read_text()).items() if key not in keys}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llama", "partial_rotary_factor": 0.5, "rope_theta": 1e4}))
+    ours = load(tmp_path)
+    assert ours.spec.rope_size == 8
+    check(answers(transformer(ours, kernels_of(backend, ours.spec)), cases), cases)
+
+
+@pytest.mark.slow
+def test_ministral_s_queries_grow_in_long_contexts(tmp_path):
+    """Ministral's queries grow where the context is longer than the original."""
+    model = make_model("ministral3", rope_parameters=GROWING)
+    folder, cases = save(model, tmp_path), clear_cases(model)           # of up to 364 tokens: three times the original
+    short = load(folder)
+    assert (short.spec.q_growth, short.context_length) == ((), 128) == (load(folder, context_length=128).spec.q_growth, 128)
+    long = load(folder, context_length=512)
+    assert long.spec.q_growth == (0.4, 128) and not not_compiled(long.architecture)
+    check(answers(transformer(long, load_kernels("cpu", long.architecture, max_tokens=128, max_rows=8)), cases), cases)
+    check(answers(transformer(short, kernels_of("reference", short.spec)), cases[:1], count=20), cases[:1], count=20)
+    packed = load(as_gguf(tmp_path / "tiny.gguf", model), context_length=512)
+    assert packed.spec.q_growth == pytest.approx((0.4, 128)) and packed.spec.rope_scale == long.spec.rope_scale == 1.0
+    assert load(tmp_path / "tiny.gguf").context_length == 128
+
+
+# --- text models of image models ---------------------------------------------------------------------------------
+
+
+IMAGES = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8, num_channels=3)
+QWEN_IMAGES = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64, patch_size=4)
+TEXT = {key: value for key, value in TINY.items() if not key.endswith("token_id")}
+BOTH = {        # model_type -> (text_config, the rest)
+    "llava": (TEXT | {"model_type": "llama"}, {"vision_config": IMAGES | {"model_type": "clip_vision_model"}, "image_token_index": 280}),
+    "mistral3": (TEXT | {"model_type": "mistral", "head_dim": 32, "sliding_window": None},
+                 {"vision_config": IMAGES | {"model_type": "pixtral", "head_dim": 16}, "image_token_index": 280, "tie_word_embeddings": False}),
+    "smolvlm": (TEXT | {"model_type": "llama"},
+                {"vision_config": IMAGES | {"model_type": "smolvlm_vision"}, "image_token_id": 280, "scale_factor": 2}),
+    "qwen2_5_vl": (TEXT | {"bos_token_id": 256, "eos_token_id": 257,
+                           "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+                   {"vision_config": QWEN_IMAGES, "image_token_id": 280}),
+    "qwen3_vl": (TEXT | {"head_dim": 32,
+                         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5], "mrope_interleaved": True}},
+                 {"vision_config": QWEN_IMAGES | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}, "image_token_id": 280})}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BOTH)
+def test_an_image_model_s_text_model_is_served(name, tmp_path):
+    import transformers
+    text, rest = BOTH[name]
+    config = transformers.AutoConfig.for_model(name, text_config=text, **rest)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            weight.normal_(0, 0.45 if "embed_tokens" in key or "lm_head" in key else 0.12) if weight.ndim > 1 else weight.add_(
+                torch.randn_like(weight), alpha=0.3)
+    cases = clear_cases(model)
+    model.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    ours = load(tmp_path)
+    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases), cases)
+
+
+# --- tokens that are never drawn ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_suppressed_tokens_are_never_drawn(tmp_path, drafts):
+    """As transformers' generate has it, which suppresses those that it would have drawn, again and again."""
+    model, prompt, suppressed = make_model("llama3.2"), [5, 6, 7, 5, 6, 7, 5, 6], []
+    works = [assignment("a", tuple(prompt), SamplingParams(temperature=0.0), 24, ignore_eos=True)]
+    for n in range(4):
+        folder = save(model, tmp_path / str(n))
+        settings = folder / "generation_config.json"
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"suppress_tokens": [*suppressed, -1, 10**6]}))
+        theirs = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=int), do_sample=False, max_new_tokens=24,
+                                suppress_tokens=[*suppressed] or None, eos_token_id=None, pad_token_id=0)[0, len(prompt):].tolist()
+        engine = make_engine(folder)
+        engine.drafts = drafts
+        assert run(engine, works).tokens["a"] == theirs and not {*theirs} & {*suppressed}
+        suppressed += [theirs[0], theirs[9]]
+    file = as_gguf(tmp_path / "tiny.gguf", model, metadata=small_gguf_metadata("gpt-2") | {"tokenizer.ggml.suppress_tokens": suppressed})
+    assert gguf_text(file, read_gguf(file)[0]).suppressed == {*suppressed}
+
+
+@pytest.mark.parametrize("stated, words", [(5, "suppress_tokens is 5; it must be a list of integers"), ([1, "2"], 'suppress_tokens[1] is "2"; it must be an integer'),
+                                           ([*range(300)], "suppress_tokens has all 288 tokens; at least one must be left"), (None, ""), ([], ""), ([-1, 288], "")])
+def test_a_wrong_list_of_suppressed_tokens_is_named(stated, words, tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"suppress_tokens": stated}))
+    if not words:
+        assert hf_text(tmp_path, 288).suppressed == frozenset()
+        return
+    with pytest.raises(ConfigError) as caught:
+        hf_text(tmp_path, 288)
+    assert words in str(caught.value) and "generation_config.json" in str(caught.value)

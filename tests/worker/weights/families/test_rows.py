@@ -1,0 +1,109 @@
+"""A row of a family says what its files may have. What another row says does not matter to it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chatlm.common.errors import ConfigError
+from chatlm.worker.weights.families.table import FAMILIES, GGUF_FAMILIES
+from chatlm.worker.weights.formats.configs import HF_KEYS, rule_of
+from chatlm.worker.weights.formats.gguf.description import gguf_spec
+from chatlm.worker.weights.formats.gguf.file import GGUF_KEYS, GGUF_OWN, gguf_rule, gguf_value
+
+ROOT = Path(__file__).resolve().parents[4]
+ROWS = {name: FAMILIES[name] for name in FAMILIES}
+BY_ROW = "hidden_act", "hidden_activation"        # `Family.activations` says what these may be
+
+
+def test_each_row_has_rules_for_all_of_its_own_keys():
+    """If a row has a rule for a key, no other row has that key without one."""
+    ruled = {key for row in ROWS.values() for key in row.keys} - {*HF_KEYS, *BY_ROW}
+    lacking = [(name, key) for name, row in ROWS.items() for key in row.config
+               if key in ruled and key not in row.keys]
+    assert lacking == [] and len(ruled) > 60
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_what_a_family_s_files_may_have_is_the_same_without_the_others(name):
+    row = ROWS[name]
+    for key, default in row.config.items():
+        rule = rule_of(row, key, default)
+        if key not in (*HF_KEYS, *BY_ROW) and not isinstance(default, bool):
+            assert rule == row.keys.get(key), key
+
+
+def test_rows_with_files_of_gguf_have_rules_for_what_these_state():
+    for architecture, name in GGUF_FAMILIES.items():
+        row = ROWS[name]
+        rows = [row, *(ROWS[variant] for variant in row.gguf.variants.values())]
+        stated = {key for each in rows for key in each.gguf.keys}
+        stated |= {theirs for each in rows for ours, theirs in GGUF_OWN.items() if ours in each.config}
+        for key in stated:
+            assert gguf_rule(f"{architecture}.{key}"), (architecture, key)
+
+
+@pytest.mark.parametrize("architecture, key, fits", [
+    ("cohere2moe", "expert_gating_func", 1), ("nemotron_h", "attention.layer_norm_epsilon", None),
+    ("granitehybrid", "ssm.state_size", 4096), ("llama", "attention.sliding_window", 64)])
+def test_a_key_of_a_file_has_the_rule_of_its_own_family(architecture, key, fits):
+    name = f"{architecture}.{key}"
+    assert gguf_value(Path("x"), {name: fits}, name) == fits
+
+
+@pytest.mark.parametrize("architecture, key, wrong", [
+    ("lfm2moe", "expert_gating_func", 1), ("cohere2", "attention.layer_norm_epsilon", None),
+    ("laguna", "rope.dimension_count_swa", 1), ("qwen35", "ssm.conv_kernel", 1)])
+def test_what_another_family_allows_is_refused(architecture, key, wrong):
+    name = f"{architecture}.{key}"
+    with pytest.raises(ConfigError, match=f"x: {name} is"):
+        gguf_value(Path("x"), {name: wrong}, name)
+
+
+@pytest.mark.parametrize("architecture", ["laguna", "gemma4"])
+def test_a_file_that_needs_the_size_of_its_heads_says_so(architecture):
+    said = {"general.architecture": architecture, "block_count": 2, "attention.head_count": 4,
+            "attention.head_count_kv": 2, "feed_forward_length": 96,
+            "attention.sliding_window_pattern": [True, False]}
+    metadata = {key if "general" in key else f"{architecture}.{key}": value for key, value in said.items()}
+    with pytest.raises(ConfigError, match=f"{architecture}.attention.key_length is missing; it must be an int"):
+        gguf_spec(Path("x"), metadata, {}, None)
+
+
+def test_a_key_of_other_families_has_no_rule():
+    assert "*.moe_every_n_layers" not in GGUF_KEYS
+    with pytest.raises(KeyError):
+        gguf_rule("llama.moe_every_n_layers")
+
+
+def test_the_table_says_what_the_modules_of_rows_say():
+    places = FAMILIES.places
+    for name, place in places.items():
+        assert place.architectures == ROWS[name].gguf.architectures, name
+    for rows in {place.rows for place in places.values()}:
+        assert {*rows()} == {name for name, place in places.items() if place.rows is rows}, rows
+        assert list(rows()) == [name for name in places if name in rows()], "in another order"
+
+
+def loaded(code):
+    """The modules of rows that some code imports."""
+    code += "; print(*(name for name in sys.modules if name.startswith('chatlm.worker.weights.')))"
+    code = f"import sys; from chatlm.worker.weights.families.table import FAMILIES, GGUF_FAMILIES, VISION; {code}"
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    modules = {place.rows.__name__ for place in FAMILIES.places.values()}
+    return {name.rpartition(".")[2] for name in told.stdout.split()} & modules
+
+
+@pytest.mark.parametrize("code, modules", [
+    ("len(FAMILIES), list(FAMILIES), 'gemma4_text' in FAMILIES, GGUF_FAMILIES['lfm2']", set()),
+    ("FAMILIES['lfm2_moe']", {"lfm2"}), ("FAMILIES.get('llama')", {"plain"}),
+    ("FAMILIES[VISION['gemma4']]", {"gemma4"})])
+def test_a_row_s_module_is_imported_when_it_is_looked_up(code, modules):
+    assert loaded(code) == modules
+
+
+def test_a_row_says_whether_its_files_may_have_a_draft_head_or_rank():
+    assert [name for name, row in ROWS.items() if row.has_draft_head] == [
+        "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"]
+    assert [name for name, row in ROWS.items() if row.has_rerankers] == ["qwen3"]
