@@ -108,6 +108,8 @@ class Scanner:
         if why := await asyncio.to_thread(why_outdated):
             raise Overloaded(why)
         kept_bytes = min(MOST_BYTES, await asyncio.to_thread(available_memory) // 4)
+        if self.closed:
+            raise shutting_down()
         self.process, ours = start_child(self.command, "vectors", process_environment(1))
         self.reader, self.writer = await asyncio.open_connection(sock=ours)
         self.writer.write(VECTORS_PIPE.packed(VectorsConfig(str(self.database), kept_bytes)))
