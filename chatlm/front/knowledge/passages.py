@@ -21,8 +21,8 @@ HEADING_TOKENS = 32         # of the heading in front of a window, at most
 PIECE_CHARACTERS = 240      # longer sentences are cut
 HEADING_CHARACTERS = 200    # of each heading
 LEVELS = 3                  # innermost headings above a passage
-SENTENCE = re.compile(r".*?(?:[.!?…。！？]+[\"'”’)\]]*(?=\s)|[。！？]|\n|$)", re.DOTALL)
-HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(.*?)[ \t#]*$")
+PIECE_LEAST = 24            # characters of a piece, unless its paragraph ends
+SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]?(?=\s)|[。！？]|\n")
 FENCE = re.compile(r" {0,3}(```|~~~)")
 MARK = re.compile(r"\[(?:page|slide) (\d+)\]$")
 
@@ -57,69 +57,82 @@ class Passage(NamedTuple):
     windows: tuple[str, ...]  # what is embedded, with a heading each
 
 
-class Line(NamedTuple):
+class Paragraph(NamedTuple):
     start: int
-    end: int          # without its line break
+    end: int
     heading: str
     page: int | None
-    begins: bool
     section: int
 
 
-def lines_of(text: str, marked: bool) -> Iterator[Line]:
-    """The lines of a text that are not blank. marked: lines such as `[page 3]` say where a page begins."""
-    above: list[tuple[int, str]] = []  # level and text of the headings that hold here
+def heading_in(line: str) -> tuple[int, str] | None:
+    """(level, text) of the heading that a line of Markdown is."""
+    bare = line.strip()
+    words = bare.lstrip("#")
+    level = len(bare) - len(words)
+    words = words.strip(" \t#")[:HEADING_CHARACTERS].strip()
+    return (level, words) if 1 <= level <= 6 and bare[level:level + 1] in (" ", "\t") and words else None
+
+
+def paragraphs_of(text: str, marked: bool) -> Iterator[Paragraph]:
+    """The paragraphs of a text; a heading belongs to the one after it. marked: lines such as `[page 3]` say
+    where a page begins."""
+    above: list[tuple[int, str]] = []  # the headings that hold here
+    heading = ""
     page = 1 if marked else None
     section = 0
     fenced = False
-    begins = True
+    begin: int | None = None
+    last = 0
     start = 0
     while start < len(text):
         end = text.find("\n", start)
         end = len(text) if end < 0 else end
-        line = text[start:end]
-        if marked and (found := MARK.match(line)):
-            page = int(found[1])
+        line = text[start:min(end, start + 1000)]
+        mark = MARK.match(line) if marked else None
+        blank = not line.strip() and not text[start:end].strip()
+        fenced ^= bool(FENCE.match(line))
+        found = None if fenced or mark or blank else heading_in(line)
+        if begin is not None and (mark or blank or found):
+            yield Paragraph(begin, last, heading, page, section)
+            begin = None
+        if mark:
+            page = int(mark[1][:9])
             section += 1
-            begins = True
-        elif not line.strip():
-            begins = True
-        else:
-            fenced ^= bool(FENCE.match(line))
-            found = None if fenced else HEADING.match(line[:1000])
-            if found and found[2]:
-                above = [one for one in above if one[0] < len(found[1])]
-                above.append((len(found[1]), found[2][:HEADING_CHARACTERS]))
-                section += 1
-                begins = True
+        elif found:
+            above = [one for one in above if one[0] < found[0]] + [found]
             heading = " > ".join(words for _, words in above[-LEVELS:])
-            yield Line(start, end, heading, page, begins, section)
-            begins = False
+            section += 1
+        if not mark and not blank:
+            begin = start if begin is None else begin
+            last = end
         start = end + 1
+    if begin is not None:
+        yield Paragraph(begin, last, heading, page, section)
 
 
 def pieces_of(text: str, count: Callable[[str], int], most: int, marked: bool) -> Iterator[Piece]:
     """The pieces of a text, in order. count: the tokens of a text. most: of a piece."""
-    for line in lines_of(text, marked):
-        begins = line.begins
-        for start, end in sentences(text, line.start, line.end):
+    for paragraph in paragraphs_of(text, marked):
+        begins = True
+        for start, end in sentences(text, paragraph.start, paragraph.end):
             for first, last, tokens in fitting(text, start, end, count, most):
-                yield Piece(first, last, tokens, line.heading, line.page, begins, line.section)
+                yield Piece(first, last, tokens, paragraph.heading, paragraph.page, begins, paragraph.section)
                 begins = False
 
 
 def sentences(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Slices of a line: its sentences, those that are long in parts. None begins or ends with a space."""
+    """Slices of a paragraph: its sentences, those that are long in parts, short ones together. None begins or
+    ends with a space."""
     while start < end:
-        found = SENTENCE.match(text, start, min(end, start + PIECE_CHARACTERS + 1))
-        stop = found.end() if found else end
-        if stop - start > PIECE_CHARACTERS:  # it goes on: cut it between words
-            space = text.rfind(" ", start + PIECE_CHARACTERS // 2, start + PIECE_CHARACTERS)
-            stop = space if space > 0 else start + PIECE_CHARACTERS
-        stop = max(stop, start + 1)
+        stop = min(end, start + PIECE_CHARACTERS)
+        if found := SENTENCE_END.search(text, start + PIECE_LEAST, stop):
+            stop = found.end()
+        elif stop < end:  # it goes on: cut it between words
+            space = text.rfind(" ", start + PIECE_CHARACTERS // 2, stop)
+            stop = space if space > 0 else stop
         words = text[start:stop]
-        bare = words.strip()
-        if bare:
+        if bare := words.strip():
             first = start + len(words) - len(words.lstrip())
             yield first, first + len(bare)
         start = stop
