@@ -51,6 +51,7 @@ class VectorStore(NamedTuple):
     cancelled: int
     windows: int
     bytes: int
+    embedder_name: str | None
 
     def status(self, now: int) -> str:
         if self.is_over(now):
@@ -67,7 +68,7 @@ class VectorStore(NamedTuple):
                 "description": self.description or None, "usage_bytes": self.bytes,
                 "file_counts": counts(self), "status": self.status(now), "expires_after": expiry,
                 "expires_at": self.expires, "last_active_at": self.last_active,
-                "metadata": json.loads(self.metadata), "embedding_model": self.model or None}
+                "metadata": json.loads(self.metadata), "embedding_model": self.model or self.embedder_name}
 
 
 class StoreFile(NamedTuple):
@@ -147,14 +148,15 @@ def not_found(what: str, name: str, param: str = "id") -> RequestError:
 
 # stores
 
-def select(row: type, table: str) -> str:
-    return f"SELECT {', '.join(row._fields)} FROM {table}"  # pyright: ignore[reportAttributeAccessIssue]  a NamedTuple
+STORE = (f"SELECT {', '.join(VectorStore._fields[:-1])}, (SELECT name FROM knowledge_embedders WHERE "
+         "knowledge_embedders.number = embedder) FROM knowledge_stores")
+FILE = f"SELECT {', '.join(StoreFile._fields)} FROM knowledge_files"
+BATCH = f"SELECT {', '.join(FileBatch._fields)} FROM knowledge_batches"
 
 
 def store_of_owner(connection: sqlite3.Connection, name: str, owner: str) -> VectorStore:
     """The store with this id, if this owner may see it. Raises RequestError 404 if there is none."""
-    row = connection.execute(f"{select(VectorStore, 'knowledge_stores')} WHERE id = ? AND deleted = 0",
-                             (name,)).fetchone()
+    row = connection.execute(f"{STORE} WHERE id = ? AND deleted = 0", (name,)).fetchone()
     if row is None or not owns(owner, row[2]):
         raise not_found("vector store", name)
     return VectorStore(*row)
@@ -179,7 +181,7 @@ def stores_of_owner(connection: sqlite3.Connection, owner: str, after: str, befo
             number = number_of(connection, "knowledge_stores", "id", name, "owner = ?", owner, param)
             condition += f" AND number {'>' if later else '<'} ?"
             values.append(number)
-    rows = connection.execute(f"{select(VectorStore, 'knowledge_stores')} WHERE {condition} "
+    rows = connection.execute(f"{STORE} WHERE {condition} "
                               f"ORDER BY number {order(ascending, before, after)}", values)
     return map(VectorStore._make, rows)
 
@@ -287,7 +289,7 @@ def add_file(connection: sqlite3.Connection, store: VectorStore, wanted: Wanted,
 
 def file_numbered(connection: sqlite3.Connection, number: int) -> StoreFile:
     """Raises LookupError if it is gone."""
-    row = connection.execute(f"{select(StoreFile, 'knowledge_files')} WHERE number = ? AND deleted = 0",
+    row = connection.execute(f"{FILE} WHERE number = ? AND deleted = 0",
                              (number,)).fetchone()
     if row is None:
         raise LookupError(number)
@@ -296,7 +298,7 @@ def file_numbered(connection: sqlite3.Connection, number: int) -> StoreFile:
 
 def file_of_store(connection: sqlite3.Connection, store: VectorStore, name: str) -> StoreFile:
     """A file by its id. Raises RequestError 404 if the store does not have it."""
-    row = connection.execute(f"{select(StoreFile, 'knowledge_files')} WHERE store = ? AND file = ? "
+    row = connection.execute(f"{FILE} WHERE store = ? AND file = ? "
                              "AND deleted = 0", (store.number, name)).fetchone()
     if row is None:
         raise not_found(f"file of {store.id}", name, "file_id")
@@ -319,7 +321,7 @@ def files_of_store(connection: sqlite3.Connection, store: VectorStore, after: st
     if batch is not None:
         condition += " AND number IN (SELECT file FROM knowledge_batch_files WHERE batch = ?)"
         values.append(batch)
-    rows = connection.execute(f"{select(StoreFile, 'knowledge_files')} WHERE {condition} "
+    rows = connection.execute(f"{FILE} WHERE {condition} "
                               f"ORDER BY number {order(ascending, before, after)}", values)
     return map(StoreFile._make, rows)
 
@@ -356,7 +358,7 @@ def create_batch(connection: sqlite3.Connection, store: VectorStore, wanted: Seq
 
 def batch_of_store(connection: sqlite3.Connection, store: VectorStore, name: str) -> FileBatch:
     """A batch by its id. Raises RequestError 404 if the store has none."""
-    row = connection.execute(f"{select(FileBatch, 'knowledge_batches')} WHERE id = ? AND store = ?",
+    row = connection.execute(f"{BATCH} WHERE id = ? AND store = ?",
                              (name, store.number)).fetchone()
     if row is None:
         raise not_found(f"file batch of {store.id}", name, "batch_id")
@@ -417,7 +419,7 @@ def claim(connection: sqlite3.Connection, store: int, busy: Seq[int]) -> StoreFi
     Counts the try: a file during which the server dies again and again is given up some time."""
     marks = ", ".join("?" * len(busy))
     row = connection.execute(
-        f"{select(StoreFile, 'knowledge_files')} WHERE store = ? AND status = 'in_progress' AND deleted = 0 "
+        f"{FILE} WHERE store = ? AND status = 'in_progress' AND deleted = 0 "
         f"AND number NOT IN ({marks}) ORDER BY number LIMIT 1", (store, *busy)).fetchone()
     if row is None:
         return None
