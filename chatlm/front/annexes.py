@@ -306,9 +306,10 @@ CONVERSATIONS = Annex("conversations", load_conversations, CONVERSATION_ROUTES)
 
 def load_knowledge() -> Make[KnowledgeRoutes]:
     from chatlm.front.knowledge.routes import KnowledgeRoutes
+    from chatlm.front.knowledge.search import Search
     from chatlm.front.server.budgets import Budgets
     return lambda front: KnowledgeRoutes(front.store, front.catalogue, front.bodies, front.owners,
-                                         front.answers, front.ledger)
+                                         front.answers, front.ledger, Search.of(front) if front.store else None)
 
 
 def knowledge_tables() -> Seq[Step]:
@@ -328,6 +329,8 @@ KNOWLEDGE_ROUTES: tuple[Route[KnowledgeRoutes], ...] = (
           "change its name, metadata or expiry"),
     Route("DELETE", "/v1/vector_stores/{id}", OPENAI, lambda knowledge, http: knowledge.handle_delete(http),
           "delete it with all passages; the files stay"),
+    Route("POST", "/v1/vector_stores/{id}/search", OPENAI,
+          lambda knowledge, http: knowledge.handle_search(http), "the passages that fit a question"),
     Route("POST", "/v1/vector_stores/{id}/files", OPENAI, lambda knowledge, http: knowledge.handle_add(http),
           "put an uploaded file into it, which is read in the background"),
     Route("GET", "/v1/vector_stores/{id}/files", OPENAI, lambda knowledge, http: knowledge.handle_files(http),

@@ -113,18 +113,16 @@ def strategy_of(chunking: dict) -> Strategy:
 
 
 class Ingest:
-    """The task that ingests files, and removes what was deleted. `changed` is told the number of each store
-    whose files have changed."""
+    """The task that ingests files, and removes what was deleted."""
 
     def __init__(self, store: Store, catalogue: Catalogue, intake: Intake, owners: Owners,
-                 embedders: Embedders, ledger: Ledger, changed: Callable[[int], None] = lambda store: None):
+                 embedders: Embedders, ledger: Ledger):
         self.store = store
         self.catalogue = catalogue
         self.intake = intake
         self.owners = owners
         self.embedders = embedders
         self.ledger = ledger
-        self.changed = changed
         self.wake = asyncio.Event()
         self.tasks: dict[int, asyncio.Task[None]] = {}  # by the file under way
         self.working: Counter[str] = Counter()          # files under way, by owner
@@ -350,8 +348,6 @@ class Ingest:
         done = await self._stored(complete, adds_bytes=size)
         for charge, (row, amount) in zip(charges, used):
             self.ledger.count(charge, row, amount if done else Amount())
-        if done:
-            self.changed(turn.store)
         log.debug("%s of %s: %d passages, %d windows", file.file, turn.id, len(passages), len(vectors))
 
     # what was deleted
@@ -360,8 +356,7 @@ class Ingest:
         """Empty stores that have expired, and remove what was deleted, in small pieces."""
         until_s = time.monotonic() + SWEEPING_S
         now = now_s()
-        for store in await self._stored(lambda connection: stores.expire(connection, now)):
-            self.changed(store)
+        await self._stored(partial(stores.expire, now=now))
         while await self._stored(stores.purge):
             self.dirty = True
             if time.monotonic() > until_s:

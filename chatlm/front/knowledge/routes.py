@@ -8,11 +8,15 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import RequestError, bad_value, invalid
 from chatlm.common.jsontext import dump
+from chatlm.front.api.fields import as_list
 from chatlm.front.api.kept_fields import AFTER, LIMIT, ORDER
 from chatlm.front.api.knowledge_fields import BEFORE, PAGE, STATUS
 from chatlm.front.knowledge import stores
+from chatlm.front.knowledge.asking import Asker
 from chatlm.front.knowledge.embedding import Embedders
+from chatlm.front.knowledge.filters import read_filter
 from chatlm.front.knowledge.ingest import Ingest
+from chatlm.front.knowledge.search import Search, Terms
 from chatlm.front.knowledge.stores import VectorStore, Wanted
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.stored_lists import (
@@ -59,8 +63,10 @@ class KnowledgeRoutes:
     """The handlers, and the task that ingests files while the server runs."""
 
     def __init__(self, store: Store | None, catalogue: Catalogue, bodies: Bodies, owners: Owners,
-                 answers: Answers, ledger: Ledger):
+                 answers: Answers, ledger: Ledger, search: Search | None):
+        """search: None without a database."""
         self.store = store
+        self.search = search
         self.bodies = bodies
         self.embedders = Embedders(catalogue, owners, answers, ledger)
         self.ingest = Ingest(store, catalogue, bodies.intake, owners, self.embedders,
@@ -73,13 +79,13 @@ class KnowledgeRoutes:
     async def close(self):
         if self.ingest:
             await self.ingest.close()
+        if self.search:
+            await self.search.close()
 
-    def wake_up(self, *changed: int):
-        """There is work. changed: numbers of stores whose files have changed."""
+    def wake_up(self):
+        """There is work."""
         if self.ingest:
             self.ingest.wake.set()
-            for store in changed:
-                self.ingest.changed(store)
 
     # stores
 
@@ -150,12 +156,12 @@ class KnowledgeRoutes:
         return json_response(await self._on_store(http, update, usable=True, adds_bytes=len(dump(values))))
 
     async def handle_delete(self, http: web.Request) -> web.Response:
-        def delete(connection, store: VectorStore, now: int) -> VectorStore:
+        def delete(connection, store: VectorStore, now: int) -> str:
             stores.delete_store(connection, store)
-            return store
-        store = await self._on_store(http, delete)
-        self.wake_up(store.number)
-        return json_response({"id": store.id, "object": "vector_store.deleted", "deleted": True})
+            return store.id
+        name = await self._on_store(http, delete)
+        self.wake_up()
+        return json_response({"id": name, "object": "vector_store.deleted", "deleted": True})
 
     # files
 
@@ -165,15 +171,15 @@ class KnowledgeRoutes:
         strategy = values.get("chunking_strategy")
         chunking = strategy and checked_strategy(strategy)
 
-        def add(connection, store: VectorStore, now: int) -> tuple[int, dict]:
+        def add(connection, store: VectorStore, now: int) -> dict:
             wanted = Wanted(values["file_id"], values.get("attributes", {}),
                             chunking or stores.read_json(store.chunking), "file_id")
             file = stores.add_file(connection, store, wanted, now)
             stores.note_use(connection, store, now)
-            return store.number, file.body(store.id)
+            return file.body(store.id)
         self._check_embedder((await self._found(http)).model)
-        number, body = await self._on_store(http, add, usable=True, adds_bytes=ROW_BYTES + len(dump(values)))
-        self.wake_up(number)
+        body = await self._on_store(http, add, usable=True, adds_bytes=ROW_BYTES + len(dump(values)))
+        self.wake_up()
         return polled(body)
 
     async def _found(self, http: web.Request) -> VectorStore:
@@ -204,21 +210,19 @@ class KnowledgeRoutes:
         name = http.match_info["file"]
         values = await self.bodies.small(http)
 
-        def change(connection, store: VectorStore, now: int) -> tuple[int, dict]:
+        def change(connection, store: VectorStore, now: int) -> dict:
             file = stores.file_of_store(connection, store, name)
             stores.set_attributes(connection, file, values["attributes"])
-            return store.number, stores.file_of_store(connection, store, name).body(store.id)
-        number, body = await self._on_store(http, change, usable=True, adds_bytes=len(dump(values)))
-        self.wake_up(number)
-        return json_response(body)
+            return stores.file_of_store(connection, store, name).body(store.id)
+        return json_response(await self._on_store(http, change, usable=True, adds_bytes=len(dump(values))))
 
     async def handle_remove(self, http: web.Request) -> web.Response:
         name = http.match_info["file"]
 
-        def remove(connection, store: VectorStore, now: int) -> int:
+        def remove(connection, store: VectorStore, now: int):
             stores.remove_file(connection, stores.file_of_store(connection, store, name))
-            return store.number
-        self.wake_up(await self._on_store(http, remove))
+        await self._on_store(http, remove)
+        self.wake_up()
         return json_response({"id": name, "object": "vector_store.file.deleted", "deleted": True})
 
     async def handle_content(self, http: web.Request) -> web.StreamResponse:
@@ -249,6 +253,30 @@ class KnowledgeRoutes:
             between = [piece for part in parts for piece in (b", ", part)][1:]
             return await send_parts(http, [head[:-1] + b', "data": [', *between, b"]}"])
 
+    # searching
+
+    async def handle_search(self, http: web.Request) -> web.Response:
+        require_store(self.store)
+        values = await self.bodies.small(http)
+        query = values["query"]
+        ranking = values.get("ranking_options", {})
+        filters = values.get("filters")
+        terms = Terms(values.get("max_num_results", 10), filters and read_filter(filters),
+                      ranking.get("score_threshold", 0.0), ranking.get("ranker") != "none")
+        store = await self._on_store(http, noted, usable=True)
+        record = REQUEST_LOG.get()
+        asker = Asker(record.client, self.bodies.owners.of_pages(record.client))
+        assert self.search
+        found = await self.search.find([store], as_list(query), asker, terms)
+        if found.words_only:
+            record.headers["X-Search"] = "words"
+        data = [{"file_id": hit.file, "filename": hit.filename, "score": hit.score,
+                 "attributes": hit.attributes, "content": [{"type": "text", "text": hit.text}],
+                 "heading": hit.heading, "page": hit.page, "start": hit.start} for hit in found.hits]
+        return json_response({"object": "vector_store.search_results.page", "search_query": as_list(query),
+                              "data": data, "has_more": False, "next_page": None,
+                              "passages": found.passages})
+
     # batches of files
 
     async def handle_begin_batch(self, http: web.Request) -> web.Response:
@@ -257,15 +285,15 @@ class KnowledgeRoutes:
             values = await self.bodies.fields(http, holding, BATCH_BODY_BYTES)
         self._check_embedder((await self._found(http)).model)
 
-        def begin(connection, store: VectorStore, now: int) -> tuple[int, dict]:
+        def begin(connection, store: VectorStore, now: int) -> dict:
             wanted = wanted_of(values, stores.read_json(store.chunking))
             batch = stores.create_batch(connection, store, wanted, now)
             stores.note_use(connection, store, now)
-            return store.number, stores.shown_batch(connection, store, batch)
+            return stores.shown_batch(connection, store, batch)
         count = len(values.get("file_ids") or values.get("files") or ())
-        number, body = await self._on_store(http, begin, usable=True,
-                                            adds_bytes=ROW_BYTES * (count + 1) + len(dump(values)))
-        self.wake_up(number)
+        body = await self._on_store(http, begin, usable=True,
+                                    adds_bytes=ROW_BYTES * (count + 1) + len(dump(values)))
+        self.wake_up()
         return polled(body)
 
     async def handle_batch(self, http: web.Request) -> web.Response:
@@ -292,6 +320,12 @@ class KnowledgeRoutes:
             batch = stores.batch_of_store(connection, store, name)
             return self._files(connection, store, query, status, batch.number)
         return await send_page(http, self.bodies, await self._on_store(http, read))
+
+
+def noted(connection, store: VectorStore, now: int) -> int:
+    """The number of a store that is used now."""
+    stores.note_use(connection, store, now)
+    return store.number
 
 
 def polled(body: dict) -> web.Response:

@@ -253,14 +253,13 @@ def delete_store(connection: sqlite3.Connection, store: VectorStore):
                        (store.number,))
 
 
-def expire(connection: sqlite3.Connection, now: int) -> list[int]:
-    """Empty the stores whose time is over; their numbers. They are shown until their owners delete them."""
+def expire(connection: sqlite3.Connection, now: int):
+    """Empty the stores whose time is over. They are shown until their owners delete them."""
     over = connection.execute("SELECT number FROM knowledge_stores WHERE deleted = 0 AND expired = 0 "
                               "AND expires <= ?", (now,)).fetchall()
     for row in over:
         connection.execute("UPDATE knowledge_stores SET expired = 1 WHERE number = ?", row)
         connection.execute("UPDATE knowledge_files SET deleted = 1 WHERE store = ? AND deleted = 0", row)
-    return [number for number, in over]
 
 
 # files
