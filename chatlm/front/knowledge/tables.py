@@ -35,10 +35,12 @@ CREATE TABLE knowledge_stores (
     expires INTEGER,                -- when that is
     expired INTEGER NOT NULL DEFAULT 0,   -- 1: it is shown, but none of its files is searched
     deleted INTEGER NOT NULL DEFAULT 0,
+    model TEXT NOT NULL DEFAULT '', -- embedding_model, as its client has named it; '': the usual one
     embedder INTEGER,               -- number of the embedder whose windows are searched; NULL: words only
     chunking TEXT NOT NULL,         -- JSON: {"type": "auto"} or {"type": "static", "static": {...}}
     has_words INTEGER NOT NULL DEFAULT 0,     -- 1: its table knowledge_words_NUMBER is there
-    stale_words INTEGER NOT NULL DEFAULT 0,   -- 1: words of deleted texts are still in that
+    stale_words INTEGER NOT NULL DEFAULT 0,   -- 1: words of deleted texts are still in that, 2: they are
+                                              -- being merged out of it
     in_progress INTEGER NOT NULL DEFAULT 0,   -- files by their status
     completed INTEGER NOT NULL DEFAULT 0,
     failed INTEGER NOT NULL DEFAULT 0,
@@ -49,6 +51,8 @@ CREATE TABLE knowledge_stores (
 );
 CREATE INDEX knowledge_stores_of_owner ON knowledge_stores (owner, deleted, number);
 CREATE INDEX knowledge_stores_by_state ON knowledge_stores (deleted, expired, expires);
+CREATE INDEX knowledge_stores_waiting ON knowledge_stores (number) WHERE in_progress > 0;
+CREATE INDEX knowledge_stores_stale ON knowledge_stores (number) WHERE stale_words > 0;
 CREATE TABLE knowledge_embedders (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     digest TEXT NOT NULL UNIQUE,    -- of its weights
@@ -78,7 +82,7 @@ CREATE TABLE knowledge_files (
 CREATE UNIQUE INDEX knowledge_files_of_store ON knowledge_files (store, file) WHERE deleted = 0;
 CREATE INDEX knowledge_files_in_order ON knowledge_files (store, deleted, number);
 CREATE INDEX knowledge_files_by_file ON knowledge_files (file);
-CREATE INDEX knowledge_files_by_status ON knowledge_files (status, deleted);
+CREATE INDEX knowledge_files_by_status ON knowledge_files (store, status, number) WHERE deleted = 0;
 CREATE INDEX knowledge_files_deleted ON knowledge_files (number) WHERE deleted = 1;
 CREATE TABLE knowledge_batches (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
