@@ -1,22 +1,19 @@
-"""What knowledge asks of models: the vector of a question, and how well passages answer it."""
+"""What a search asks of models: the vector of a question, and how well passages answer it."""
 
 from __future__ import annotations
 
-import base64
 import secrets
-from collections.abc import Iterator, Sequence as Seq
-from dataclasses import replace
+import struct
+from collections.abc import Sequence as Seq
 from typing import NamedTuple, TYPE_CHECKING
 
-from chatlm.common.jsontext import dump
-from chatlm.common.messages.requests import Embedding
-from chatlm.front.intake.arrival import Caller
-from chatlm.front.intake.budget import Holding
+from chatlm.common.messages.requests import AnswerParams, Embedding, Request, Retrieval
+from chatlm.front.api.dialects.retrieval import decoded_vector
+from chatlm.front.knowledge.embedding import Chosen
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Embedder
-    from chatlm.front.front import Front
-    from chatlm.front.pool.models import Model
+    from chatlm.front.knowledge.embedding import Embedders
 
 
 class Asker(NamedTuple):
@@ -27,61 +24,59 @@ class Asker(NamedTuple):
     low_priority: bool = False  # as the answer that needs the search
 
 
-class QuestionVector(NamedTuple):
-    data: bytes    # float32, little-endian
-    embedder: str  # the digest of the weights that made it
-
-
 class Asking:
-    """The models that knowledge uses, whoever may use them otherwise: a key that is limited to some models
-    may search its stores."""
+    """The models that searches use, whatever models a key is limited to: who may search a store may have a
+    question embedded for it."""
 
-    def __init__(self, front: Front):
-        self.front = front
-        self.catalogue = front.catalogue
+    def __init__(self, embedders: Embedders):
+        self.embedders = embedders
 
-    def embedder(self) -> Model | None:
-        """The first model that was trained to make vectors; None if none is served."""
-        return next((model for model, embedder in self._trained() if embedder.pooling != "rank"), None)
+    def _trained(self) -> list[Chosen]:
+        """The models that are served for texts alone."""
+        found = list[Chosen]()
+        for served in self.embedders.catalogue.registry.served_models(()):
+            if served.adapter or served.failed:
+                continue
+            embedder: Embedder | None = served.pool.tokenizer and served.pool.tokenizer.spec.embedder
+            if embedder:
+                found.append(Chosen(served, embedder))
+        return found
 
-    def reranker(self) -> Model | None:
-        """The first model that was trained to score pairs of a question and a text."""
-        return next((model for model, embedder in self._trained() if embedder.pooling == "rank"), None)
+    def embedder(self, digest: str) -> Chosen | None:
+        """The served embedder with these weights; one whose weights are not known yet, because it was not
+        loaded, if there is no other."""
+        found = [chosen for chosen in self._trained() if chosen.embedder.pooling != "rank"]
+        for known in (digest, ""):
+            for chosen in found:
+                if chosen.digest == known:
+                    return chosen
+        return None
 
-    def _trained(self) -> Iterator[tuple[Model, Embedder]]:
-        for model in self.catalogue.registry.models:
-            tokenizer = model.pool and model.pool.tokenizer
-            if tokenizer and tokenizer.spec.embedder:
-                yield model, tokenizer.spec.embedder
+    def reranker(self) -> Chosen | None:
+        """The first model that scores pairs of a question and a text; None if none is served."""
+        return next((chosen for chosen in self._trained() if chosen.embedder.pooling == "rank"), None)
 
-    async def vector(self, model: Model, question: str, asker: Asker) -> QuestionVector:
-        """The vector of a question. What does not fit into the model's context is cut."""
-        [data] = await self._asked("/v1/embeddings", {
-            "model": model.name, "input": question, "input_type": "query", "truncate_prompt_tokens": -1}, asker)
-        assert model.pool
-        return QuestionVector(data, model.pool.supervisor.card.facts.digest)
+    async def vector(self, chosen: Chosen, question: str, asker: Asker) -> bytes:
+        """The vector of a question, as float32. What does not fit into the embedder's context is cut."""
+        [vector] = await self.embedders.vectors(chosen, [question], asker.client, asker.owner, "query",
+                                                self._is_low(asker))
+        return struct.pack(f"<{len(vector)}f", *vector)
 
-    async def scores(self, model: Model, question: str, passages: Seq[str], asker: Asker) -> list[bytes]:
-        """How well passages answer a question: a raw score of each, float32."""
-        return await self._asked("/v1/rerank", {
-            "model": model.name, "query": question, "documents": [*passages]}, asker)
+    async def scores(self, chosen: Chosen, question: str, passages: Seq[str], asker: Asker) -> list[float]:
+        """How well each passage answers a question: raw scores."""
+        params = AnswerParams(pooling="rank", client=asker.client, owner=asker.owner)
+        request = Request(id=secrets.token_hex(16), params=params, low_priority=self._is_low(asker),
+                          prompts=tuple(passages), truncate=True,
+                          retrieval=Retrieval(queries=(question,), cut=True))
+        scores = [0.0] * len(passages)
+        async with self.embedders.answers.begin(chosen.served.pool, request,
+                                                chosen.served.name) as (_, events):
+            async for event in events:
+                if isinstance(event, Embedding):
+                    [scores[event.choice]] = decoded_vector(event)
+        return scores
 
-    async def _asked(self, route: str, body: dict, asker: Asker) -> list[bytes]:
-        """The vectors that a body asks for, which is charged to the client."""
-        intake = self.front.bodies.intake
-        caller = Caller(route, asker.client, asker.owner)
-        with Holding(intake.budget, asker.client) as holding, Holding(intake.budget, asker.client) as reading:
-            async with intake.opened(caller, dump(body)) as arrival:
-                served, parsed = await intake.answer(arrival, reading, holding)
-            params = replace(parsed.request.params, client=asker.client, owner=asker.owner)
-            request = replace(parsed.request, id=secrets.token_hex(16), params=params,
-                              low_priority=asker.low_priority)
-            budgets = self.front.ledger.budgets
-            if budgets and budgets.is_over(asker.client, [(request, served.pool.context_length)]):
-                request = replace(request, low_priority=True)
-            vectors: dict[int, bytes] = {}
-            async with self.front.answers.begin(served.pool, request, served.name) as (_, events):
-                async for event in events:
-                    if isinstance(event, Embedding):
-                        vectors[event.choice] = base64.b64decode(event.vector)
-        return [vectors[choice] for choice in sorted(vectors)]
+    def _is_low(self, asker: Asker) -> bool:
+        """Does a search wait for all else? It does for a key that is over its budget."""
+        budgets = self.embedders.ledger.budgets
+        return asker.low_priority or budgets is not None and budgets.is_over(asker.client)

@@ -10,33 +10,31 @@ import asyncio
 import json
 import math
 import sqlite3
-import struct
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence as Seq
+from collections.abc import Callable, Mapping, Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TYPE_CHECKING, TypeVar
+from typing import NamedTuple, TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
 from chatlm.common.errors import Overloaded, RequestError
 from chatlm.common.log import log
 from chatlm.common.messages.vectors import Scan
-from chatlm.front.aio import end_tasks
 from chatlm.front.knowledge.asking import Asker, Asking
+from chatlm.front.knowledge.embedding import Embedders
 from chatlm.front.knowledge.scan import Scanner
 from chatlm.front.knowledge.words import Ranked, ranked, telling_words, words_of
 
 if TYPE_CHECKING:
     from chatlm.common.messages.vectors import Scanned
     from chatlm.front.front import Front
+    from chatlm.front.knowledge.embedding import Chosen
     from chatlm.front.knowledge.filters import Filter
-    from chatlm.front.pool.models import Model
 
 
 T = TypeVar("T")
-U = TypeVar("U")
 LISTED = 50       # passages of each list that is joined
 RRF = 60          # a passage gets 1 / (RRF + its rank) of each list
 RERANKED = 30     # passages that a reranker reads
@@ -145,7 +143,8 @@ class Search:
     def of(cls, front: Front) -> Search:
         """That of a server with --database."""
         assert front.store
-        return cls(front.store.path, Asking(front), Scanner(front.store.path))
+        embedders = Embedders(front.catalogue, front.owners, front.answers, front.ledger)
+        return cls(front.store.path, Asking(embedders), Scanner(front.store.path))
 
     async def close(self):
         self.readers.shutdown(wait=False, cancel_futures=True)
@@ -178,29 +177,33 @@ class Search:
         """(what was searched; ranked lists with their weights; whether words alone were; the scores)"""
         if not question.strip():
             raise RequestError("the query is empty", param="query", code="invalid_value")
-        model = self.asking.embedder()
-        asked = self._read(lambda connection: in_words(connection, stores, question, terms.filter))
-        if model is None:
-            before = await asked
-            vector = None
-        else:
-            before, vector = await gathered(asked, self.asking.vector(model, question, asker))
+        before = await self._read(lambda connection: in_words(connection, stores, question, terms.filter))
         weighted = [(terms.words_weight, [each.passage for each in ranks]) for ranks in before.lists]
         scores = {each.passage: each.score / (1 + each.score) for ranks in before.lists for each in ranks}
-        near = [place for place in before.places if vector and place.digest == vector.embedder]
-        if vector and near and before.files != ():
-            scanned = await self._scanned(before, near, vector.data, asker)
-            weighted.append((terms.vector_weight, [each.passage for each in scanned.nearest]))
-            scores |= {each.passage: each.score for each in (*scanned.others, *scanned.nearest)}
-        return before, weighted, len(near) < len(before.places), scores
+        compared = 0
+        for digest in sorted({place.digest for place in before.places if place.digest}):
+            places = [place for place in before.places if place.digest == digest]
+            scanned = await self._scanned(before, places, digest, question, asker)
+            if scanned:
+                compared += len(places)
+                weighted.append((terms.vector_weight, [each.passage for each in scanned.nearest]))
+                scores |= {each.passage: each.score for each in (*scanned.others, *scanned.nearest)}
+        return before, weighted, compared < len(before.places), scores
 
-    async def _scanned(self, before: InWords, near: Seq[Place], vector: bytes, asker: Asker) -> Scanned:
-        embedder = near[0].embedder
-        assert embedder is not None
+    async def _scanned(self, before: InWords, places: Seq[Place], digest: str, question: str,
+                       asker: Asker) -> Scanned | None:
+        """What is nearest in stores of one embedder; None if that is not served."""
+        chosen = self.asking.embedder(digest)
+        embedder = places[0].embedder
+        if chosen is None or embedder is None:
+            return None
+        vector = await self.asking.vector(chosen, question, asker)
+        if chosen.digest != digest:  # it was loaded for this question, and is another one
+            return None
         others = tuple(each.passage for ranks in before.lists for each in ranks)
-        stores = tuple(place.number for place in near)
-        return await self.scanner.nearest(
-            Scan(stores, embedder, vector, LISTED, before.files, others), asker.client)
+        stores = tuple(place.number for place in places)
+        return await self.scanner.nearest(Scan(stores, embedder, vector, LISTED, before.files, others),
+                                          asker.client)
 
     async def _reranked(self, rows: Seq[Row], questions: Seq[str], asker: Asker) -> list[Hit] | None:
         """The passages by what the reranker says of them; None if it takes too long, or cannot answer now."""
@@ -218,12 +221,10 @@ class Search:
                                                             rows[index].place))
         return [rows[index].hit(sigmoid(best[index])) for index in order]
 
-    async def _scores(self, model: Model, questions: Seq[str], texts: Seq[str],
+    async def _scores(self, model: Chosen, questions: Seq[str], texts: Seq[str],
                       asker: Asker) -> list[list[float]]:
         """The raw scores of texts, for each question."""
-        return [[struct.unpack("<f", data)[0]
-                 for data in await self.asking.scores(model, question, texts, asker)]
-                for question in questions]
+        return [await self.asking.scores(model, question, texts, asker) for question in questions]
 
     async def _read(self, function: Callable[[sqlite3.Connection], T]) -> T:
         """Read from the database, in a thread, in one transaction. Raises Overloaded if that takes too long,
@@ -252,15 +253,6 @@ class Deadline:
 
     def __call__(self) -> bool:
         return time.monotonic() > self.ends_s
-
-
-async def gathered(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, U]) -> tuple[T, U]:
-    """The results of two works that run together; if one fails, the other is ended too."""
-    tasks = asyncio.ensure_future(first), asyncio.ensure_future(second)
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        await end_tasks(tasks)
 
 
 def in_words(connection: sqlite3.Connection, stores: Seq[int], question: str,

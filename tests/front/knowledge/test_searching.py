@@ -9,7 +9,7 @@ import pytest
 import knowledge_rows as rows
 from chatlm.common.errors import Overloaded, RequestError
 from chatlm.front.knowledge import search as searching
-from chatlm.front.knowledge.asking import Asker, QuestionVector
+from chatlm.front.knowledge.asking import Asker
 from chatlm.front.knowledge.filters import read_filter
 from chatlm.front.knowledge.scan import Scanner
 from chatlm.front.knowledge.search import Search, Terms
@@ -23,23 +23,25 @@ class Models:
 
     def __init__(self, digest="a", vector=(1, 0, 0, 0)):
         self.digest, self.to_embed, self.scores_of, self.asked = digest, vector, None, []
+        self.loaded = None
 
-    def embedder(self):
-        return self if self.digest else None
+    def embedder(self, digest):
+        return self if self.digest in (digest, "") else None
 
     def reranker(self):
         return self if self.scores_of else None
 
     async def vector(self, model, question, asker):
         self.asked.append((question, asker))
-        return QuestionVector(struct.pack("<4f", *self.to_embed), self.digest)
+        self.digest = self.digest or self.loaded
+        return struct.pack("<4f", *self.to_embed)
 
     async def scores(self, model, question, texts, asker):
         self.asked.append((question, len(texts)))
         scores = self.scores_of(question, texts)
         if isinstance(scores, Exception):
             raise scores
-        return [struct.pack("<f", score) for score in scores]
+        return scores
 
 
 class Place:
@@ -129,13 +131,21 @@ async def test_other_stores_and_what_is_deleted_are_not_found(place):
     assert await place.texts("zebra", [place.store, other]) == ["mine"]
 
 
-@pytest.mark.parametrize("digest", ["another", None])
+@pytest.mark.parametrize("digest", ["another", "not loaded"])
 async def test_words_alone_where_the_embedder_is_not_served(place, digest):
     place.add(("alpha wolf", near(0.9)), ("beta bear", near(0.8)), ("gamma crow", near(0.1)), ("delta", near(0.7)))
-    place.models.digest = digest
+    place.models.digest = "" if digest == "not loaded" else digest
+    place.models.loaded = "another"
     found = await place.search.find([place.store], ["a crow?"], ME)
     assert [hit.text for hit in found.hits] == ["gamma crow"] and found.words_only
     assert 0 < found.hits[0].score < 1
+
+
+async def test_an_embedder_that_is_loaded_for_the_question_is_the_one(place):
+    place.add(("alpha", near(0.2)), ("beta", near(0.8)))
+    place.models.digest, place.models.loaded = "", "a"
+    found = await place.search.find([place.store], ["?"], ME)
+    assert [hit.text for hit in found.hits] == ["beta", "alpha"] and not found.words_only
 
 
 async def test_vectors_alone_where_there_are_no_words(place):
