@@ -353,7 +353,11 @@ KNOWLEDGE_ROUTES: tuple[Route[KnowledgeRoutes], ...] = (
           lambda knowledge, http: knowledge.handle_batch_files(http), "the files of a batch",
           query=(*A_PLACE, STATUS)),
 )
-KNOWLEDGE = Annex("knowledge", load_knowledge, KNOWLEDGE_ROUTES, with_database,
+def with_knowledge(front: Front) -> bool:
+    return front.store is not None and KNOWLEDGE.name in front.store.tables
+
+
+KNOWLEDGE = Annex("knowledge", load_knowledge, KNOWLEDGE_ROUTES, with_knowledge,
                   lambda knowledge: knowledge.start(), lambda knowledge: knowledge.close(),
                   tables=knowledge_tables)
 
