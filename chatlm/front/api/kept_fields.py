@@ -48,5 +48,9 @@ UPLOADED = "batch", "assistants", "user_data"  # purposes of files that clients 
 PURPOSES = *UPLOADED, "batch_output"
 PURPOSE = Field("purpose", FieldType(", ".join(PURPOSES), {"enum": [*PURPOSES]}), "only these files")
 STREAM = Field("stream", SWITCH, "true: the events of a response that runs in the background")
+SINCE = Field("after", INTEGER, "the revision up to which you know all (0: nothing)", 0, 2**53)
+WAIT = Field("wait", INTEGER, "seconds to wait for a change, if there is none (0)", 0, 60)
+COUNT = Field("count", INTEGER, "how many chats you have", 0, math.inf)
+WORDS = Field("q", TEXT, "words, all of which a chat must have")
 STARTING_AFTER = Field("starting_after", INTEGER, "the sequence_number of an event: send those after it", 0,
                        math.inf)

@@ -369,4 +369,5 @@ class Ingest:
                 self.wake.set()  # so that the next round goes on here
                 return
         if self.dirty and not self.tasks:
-            self.dirty = not await self.store.forget_log()
+            self.dirty = False
+            await self.store.clear_log()

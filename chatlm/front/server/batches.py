@@ -225,7 +225,8 @@ class BatchWorker:
                     self.wake.set()  # so that the next round goes on here
                     return
         if self.removed:
-            self.removed = not await self.store.forget_log()
+            self.removed = False
+            await self.store.clear_log()
 
     def _begin(self, batch: Batch):
         client = self.owners.client_of(batch.owner, batch.client)

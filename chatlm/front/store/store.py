@@ -12,7 +12,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
 from concurrent.futures import Future
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from shutil import disk_usage
@@ -46,10 +46,6 @@ CHECKED_BYTES = 512 << 20    # that are checked before the start, within about a
 # What clients store leaves this much of the disk free, so that texts can always be deleted, the ledger can be
 # written, and the server can start.
 RESERVE_BYTES = 64 << 20
-
-
-def FORGET(connection):
-    """The work of `forget_log`, which is done outside of transactions."""
 
 
 class StoreWork(NamedTuple):
@@ -332,19 +328,6 @@ class Store:
             raise RequestError("a text has half of a character (a lone surrogate)",
                                code="invalid_value") from None
 
-    async def forget_log(self) -> bool:
-        """Bring all of the -wal into the file and empty it, so that what was deleted is in neither. False if
-        that cannot be done now, as while another program reads the database."""
-        if self.closed:
-            return False
-        result: Future[bool] = Future()
-        self.waiting.put(StoreWork(FORGET, result, 0))
-        try:
-            return await asyncio.wrap_future(result)
-        except self.library.Error as error:
-            log.debug("--database %s: %s", self.path, error)
-            return False
-
     def _failure(self, error: Exception) -> Exception:
         """The error that a client sees for one of SQLite's. Wrong use of SQLite is our own bug, and stays."""
         if isinstance(error, self.library.OperationalError):
@@ -364,23 +347,8 @@ class Store:
                 group.append(self.waiting.get())
             ends = None in group
             works = [work for work in group if work and work.result.set_running_or_notify_cancel()]
-            if asked := [work for work in works if work.function is not FORGET]:
-                self._commit(asked)
-            for work in works:
-                if work.function is FORGET:
-                    self._forget_log(work.result)
-
-    def _forget_log(self, result: Future[bool]):
-        try:
-            self._check_places()
-            self.connection.execute("PRAGMA busy_timeout = 0")  # others wait for this thread
-            busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            result.set_result(not busy)
-        except Exception as error:
-            result.set_exception(error)
-        finally:
-            with suppress(self.library.Error):
-                self.connection.execute(f"PRAGMA busy_timeout = {int(BUSY_S * 1000)}")
+            if works:
+                self._commit(works)
 
     def _commit(self, works: list[StoreWork]):
         """Run and commit all works together. If the transaction breaks, run each in its own.
@@ -437,6 +405,22 @@ class Store:
             return False
         self.added_bytes = added_bytes
         return True
+
+    async def clear_log(self):
+        """Leave nothing in the -wal of what was deleted: SQLite overwrites deleted texts in the pages, but
+        older ones stay there until it is used anew. They also stay while another program reads them."""
+        def checkpoint():
+            if self._place("") == self.places[""]:
+                with closing(self._writer()) as connection:
+                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with suppress(self.library.Error):
+            await asyncio.to_thread(checkpoint)
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """A connection for what reads long, in a thread of the caller: the store's goes on meanwhile."""
+        with closing(self._reader()) as connection:
+            yield connection
 
     async def close(self):
         """Finish all work that waits, and close the file."""
