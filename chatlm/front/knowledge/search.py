@@ -1,7 +1,7 @@
 """Searching stores: passages that are near to a question, joined with those that have its words.
 
 Two lists of 50 passages each are joined by their ranks alone (RRF): vectors find what is meant, words find
-names and numbers. A reranker, if one is served, then reads the best of them. Which files are searched (the
+names and numbers. Passages with the same words of the question are ordered by their vectors. A reranker, if one is served, then reads the best of them. Which files are searched (the
 caller's stores, filters) is decided before anything is ranked."""
 
 from __future__ import annotations
@@ -178,8 +178,9 @@ class Search:
         if not question.strip():
             raise RequestError("the query is empty", param="query", code="invalid_value")
         before = await self._read(lambda connection: in_words(connection, stores, question, terms.filter))
-        weighted = [(terms.words_weight, [each.passage for each in ranks]) for ranks in before.lists]
+        weighted = list[tuple[float, list[int]]]()
         scores = {each.passage: each.score / (1 + each.score) for ranks in before.lists for each in ranks}
+        cosines = dict[int, float]()
         compared = 0
         for digest in sorted({place.digest for place in before.places if place.digest}):
             places = [place for place in before.places if place.digest == digest]
@@ -187,8 +188,11 @@ class Search:
             if scanned:
                 compared += len(places)
                 weighted.append((terms.vector_weight, [each.passage for each in scanned.nearest]))
-                scores |= {each.passage: each.score for each in (*scanned.others, *scanned.nearest)}
-        return before, weighted, compared < len(before.places), scores
+                cosines |= {each.passage: each.score for each in (*scanned.others, *scanned.nearest)}
+        for ranks in before.lists:  # BM25's order stays where there is no cosine
+            order = sorted(ranks, key=lambda each: (-each.weight, -cosines.get(each.passage, -math.inf)))
+            weighted.append((terms.words_weight, [each.passage for each in order]))
+        return before, weighted, compared < len(before.places), scores | cosines
 
     async def _scanned(self, before: InWords, places: Seq[Place], digest: str, question: str,
                        asker: Asker) -> Scanned | None:

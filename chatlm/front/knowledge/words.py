@@ -1,10 +1,13 @@
-"""Passages that have the words of a question: BM25, by SQLite's FTS5.
+"""Passages that have the words of a question, by SQLite's FTS5.
 
-Of a question's words only those count that stand in at most a quarter of the passages. With all of them,
-plain RRF finds less: the words that all texts have say nothing, but move ranks (bench/knowledge_quality.py)."""
+Of a question's words only those count that stand in at most a quarter of the passages: the words that all
+texts have say nothing, but move ranks. BM25 chooses the passages. Among these, those with the same words are
+equal here: BM25 would order them by their lengths, which says less than their vectors do
+(bench/knowledge_quality.py)."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence as Seq
 from typing import NamedTuple, TYPE_CHECKING
@@ -24,11 +27,19 @@ LIVE = ("JOIN knowledge_passages AS p ON p.number = w.rowid JOIN knowledge_files
 SEARCHED = " JOIN temp.searched AS s ON s.number = f.number"
 
 
+class Word(NamedTuple):
+    """A word that tells passages apart."""
+
+    text: str
+    weight: float  # the rarer, the more
+
+
 class Ranked(NamedTuple):
     """A passage that has some of the words."""
 
     passage: int
-    score: float  # BM25, higher is better
+    score: float   # BM25, higher is better
+    weight: float  # of the words that it has
 
 
 def words_of(question: str) -> list[str]:
@@ -41,7 +52,7 @@ def words_of(question: str) -> list[str]:
     return [*words]
 
 
-def telling_words(connection: sqlite3.Connection, store: int, words: Iterable[str]) -> list[str]:
+def telling_words(connection: sqlite3.Connection, store: int, words: Iterable[str]) -> list[Word]:
     """Those that stand in at most a quarter of a store's passages, the rarest first."""
     (passages,) = connection.execute(
         "SELECT IFNULL(SUM(passages), 0) FROM knowledge_files WHERE store = ? AND deleted = 0 "
@@ -53,21 +64,29 @@ def telling_words(connection: sqlite3.Connection, store: int, words: Iterable[st
             f"SELECT COUNT(*) FROM (SELECT 1 FROM {words_table(store)} AS w {LIVE} "
             f"WHERE {words_table(store)} MATCH ? LIMIT ?)", (phrase(word), most + 1)).fetchone()
         if 0 < count <= most:
-            found.append((count, word))
-    return [word for _, word in sorted(found)[:RAREST]]
+            found.append(Word(word, round(math.log(1 + (passages - count + 0.5) / (count + 0.5)), 6)))
+    return sorted(found, key=lambda word: (-word.weight, word.text))[:RAREST]
 
 
-def ranked(connection: sqlite3.Connection, store: int, words: Seq[str], most: int,
+def ranked(connection: sqlite3.Connection, store: int, words: Seq[Word], most: int,
            filtered: bool) -> list[Ranked]:
-    """The passages of a store that have some of the words, the best first; of equal ones the earlier file,
-    then the earlier passage. filtered: only of the files in the table temp.searched."""
+    """The passages of a store that BM25 puts first, in its order; of equal ones the earlier file, then the
+    earlier passage. filtered: only of the files in the table temp.searched."""
     if not words:
         return []
     table = words_table(store)
-    return [Ranked(passage, -rank) for passage, rank in connection.execute(
+    found = connection.execute(
         f"SELECT p.number, bm25({table}) AS rank FROM {table} AS w {LIVE}{SEARCHED if filtered else ''} "
         f"WHERE {table} MATCH ? ORDER BY rank, p.file, p.place LIMIT ?",
-        (" OR ".join(map(phrase, words)), most))]
+        (" OR ".join(phrase(word.text) for word in words), most)).fetchall()
+    weights = dict.fromkeys((passage for passage, _ in found), 0.0)
+    marks = ", ".join("?" * len(weights))
+    for word in words:
+        for (passage,) in connection.execute(
+                f"SELECT rowid FROM {table} WHERE {table} MATCH ? AND rowid IN ({marks})",
+                (phrase(word.text), *weights)):
+            weights[passage] += word.weight
+    return [Ranked(passage, -rank, weights[passage]) for passage, rank in found]
 
 
 def phrase(word: str) -> str:
