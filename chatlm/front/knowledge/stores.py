@@ -307,21 +307,26 @@ def file_of_store(connection: sqlite3.Connection, store: VectorStore, name: str)
 def files_of_store(connection: sqlite3.Connection, store: VectorStore, after: str, before: str,
                    ascending: bool, status: str = "", batch: int | None = None) -> Iterator[StoreFile]:
     """Its files in order, behind `after` and in front of `before`. status: only these; batch: only its."""
-    condition = "store = ? AND deleted = 0"
+    source = "knowledge_files AS f"
+    place = "f.number"
+    condition = "f.store = ? AND f.deleted = 0"
     values: list[Any] = [store.number]
+    if batch is not None:
+        source = "knowledge_batch_files AS mine CROSS JOIN knowledge_files AS f ON f.number = mine.file"
+        place = "mine.file"
+        condition = "mine.batch = ? AND f.deleted = 0"
+        values = [batch]
     for param, name, later in ("after", after, ascending), ("before", before, not ascending):
         if name:
             number = number_of(connection, "knowledge_files", "file", name, "store = ?", store.number, param)
-            condition += f" AND number {'>' if later else '<'} ?"
+            condition += f" AND {place} {'>' if later else '<'} ?"
             values.append(number)
     if status:
-        condition += " AND status = ?"
+        condition += " AND f.status = ?"
         values.append(status)
-    if batch is not None:
-        condition += " AND number IN (SELECT file FROM knowledge_batch_files WHERE batch = ?)"
-        values.append(batch)
-    rows = connection.execute(f"{FILE} WHERE {condition} "
-                              f"ORDER BY number {order(ascending, before, after)}", values)
+    columns = ", ".join(f"f.{column}" for column in StoreFile._fields)
+    rows = connection.execute(f"SELECT {columns} FROM {source} WHERE {condition} "
+                              f"ORDER BY {place} {order(ascending, before, after)}", values)
     return map(StoreFile._make, rows)
 
 
@@ -366,12 +371,12 @@ def batch_of_store(connection: sqlite3.Connection, store: VectorStore, name: str
 
 def shown_batch(connection: sqlite3.Connection, store: VectorStore, batch: FileBatch) -> dict:
     """As the API shows it. Files that were taken out of the store since are counted as cancelled."""
-    by_status = dict.fromkeys(STATUSES, 0)
-    rows = connection.execute(
-        "SELECT CASE WHEN deleted THEN 'cancelled' ELSE status END, COUNT(*) FROM knowledge_batch_files "
-        "JOIN knowledge_files ON knowledge_files.number = knowledge_batch_files.file WHERE batch = ? "
-        "GROUP BY 1", (batch.number,))
-    by_status |= dict(rows.fetchall())
+    sums = ", ".join(f"IFNULL(SUM(now = '{status}'), 0)" for status in STATUSES)
+    row = connection.execute(
+        f"SELECT {sums} FROM (SELECT CASE WHEN deleted THEN 'cancelled' ELSE status END AS now "
+        "FROM knowledge_batch_files JOIN knowledge_files ON knowledge_files.number = "
+        "knowledge_batch_files.file WHERE batch = ?)", (batch.number,)).fetchone()
+    by_status = dict(zip(STATUSES, row))
     status = "completed"
     if by_status["in_progress"]:
         status = "in_progress"
@@ -387,7 +392,7 @@ def shown_batch(connection: sqlite3.Connection, store: VectorStore, batch: FileB
 def cancel_batch(connection: sqlite3.Connection, batch: FileBatch):
     """Cancel those of its files that are not there yet."""
     connection.execute("UPDATE knowledge_batches SET cancelled = 1 WHERE number = ? AND EXISTS (SELECT 1 "
-                       "FROM knowledge_batch_files JOIN knowledge_files ON number = file WHERE batch = ? "
+                       "FROM knowledge_batch_files AS mine JOIN knowledge_files ON number = mine.file WHERE batch = ? "
                        "AND status = 'in_progress' AND deleted = 0)", (batch.number, batch.number))
     connection.execute("UPDATE knowledge_files SET status = 'cancelled' WHERE status = 'in_progress' "
                        "AND number IN (SELECT file FROM knowledge_batch_files WHERE batch = ?)",
@@ -408,8 +413,8 @@ class Pending(NamedTuple):
 
 def pending(connection: sqlite3.Connection) -> list[Pending]:
     return [Pending(*row) for row in connection.execute(
-        "SELECT number, id, owner, client, model FROM knowledge_stores WHERE in_progress > 0 "
-        "AND deleted = 0 AND expired = 0 ORDER BY number")]
+        "SELECT number, id, owner, client, model FROM knowledge_stores INDEXED BY knowledge_stores_waiting "
+        "WHERE in_progress > 0 AND deleted = 0 AND expired = 0")]
 
 
 def claim(connection: sqlite3.Connection, store: int, busy: Seq[int]) -> StoreFile | None:
@@ -498,7 +503,8 @@ def complete(connection: sqlite3.Connection, file: StoreFile, passages: Seq[Pass
 def purge(connection: sqlite3.Connection) -> bool:
     """Remove a piece of what was deleted. False if there is nothing left."""
     row = connection.execute(
-        "SELECT number, store FROM knowledge_files WHERE deleted = 1 ORDER BY number LIMIT 1").fetchone()
+        "SELECT number, store FROM knowledge_files INDEXED BY knowledge_files_deleted WHERE deleted = 1 "
+        "LIMIT 1").fetchone()
     if row:
         purge_file(connection, *row)
         return True
@@ -508,8 +514,8 @@ def purge(connection: sqlite3.Connection) -> bool:
         connection.execute("DELETE FROM knowledge_batches WHERE store = ?", row)
         connection.execute("DELETE FROM knowledge_stores WHERE number = ?", row)
         return True
-    row = connection.execute("SELECT number, expired, stale_words FROM knowledge_stores "
-                             "WHERE stale_words > 0 LIMIT 1").fetchone()
+    row = connection.execute("SELECT number, expired, stale_words FROM knowledge_stores INDEXED BY "
+                             "knowledge_stores_stale WHERE stale_words > 0 LIMIT 1").fetchone()
     if row:
         merge_words(connection, *row)
         return True

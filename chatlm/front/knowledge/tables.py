@@ -51,8 +51,9 @@ CREATE TABLE knowledge_stores (
 );
 CREATE INDEX knowledge_stores_of_owner ON knowledge_stores (owner, deleted, number);
 CREATE INDEX knowledge_stores_by_state ON knowledge_stores (deleted, expired, expires);
-CREATE INDEX knowledge_stores_waiting ON knowledge_stores (number) WHERE in_progress > 0;
-CREATE INDEX knowledge_stores_stale ON knowledge_stores (number) WHERE stale_words > 0;
+CREATE INDEX knowledge_stores_waiting ON knowledge_stores (in_progress)
+    WHERE in_progress > 0 AND deleted = 0 AND expired = 0;
+CREATE INDEX knowledge_stores_stale ON knowledge_stores (stale_words) WHERE stale_words > 0;
 CREATE TABLE knowledge_embedders (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     digest TEXT NOT NULL UNIQUE,    -- of its weights
@@ -83,7 +84,7 @@ CREATE UNIQUE INDEX knowledge_files_of_store ON knowledge_files (store, file) WH
 CREATE INDEX knowledge_files_in_order ON knowledge_files (store, deleted, number);
 CREATE INDEX knowledge_files_by_file ON knowledge_files (file);
 CREATE INDEX knowledge_files_by_status ON knowledge_files (store, status, number) WHERE deleted = 0;
-CREATE INDEX knowledge_files_deleted ON knowledge_files (number) WHERE deleted = 1;
+CREATE INDEX knowledge_files_deleted ON knowledge_files (deleted) WHERE deleted = 1;
 CREATE TABLE knowledge_batches (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     id TEXT NOT NULL UNIQUE,        -- vsfb_...
@@ -100,7 +101,7 @@ CREATE TABLE knowledge_batch_files (
 CREATE INDEX knowledge_batches_of_file ON knowledge_batch_files (file);
 CREATE TABLE knowledge_passages (   -- of files that are completed, in order; of deleted ones until a purge
     number INTEGER PRIMARY KEY AUTOINCREMENT,
-    store INTEGER NOT NULL REFERENCES knowledge_stores (number),
+    store INTEGER NOT NULL,         -- that of its file
     file INTEGER NOT NULL REFERENCES knowledge_files (number),
     place INTEGER NOT NULL,         -- 0, 1, ... within its file
     heading TEXT NOT NULL,          -- those above it, joined by ' > '; '' if there are none
@@ -112,7 +113,7 @@ CREATE TABLE knowledge_passages (   -- of files that are completed, in order; of
 CREATE INDEX knowledge_passages_of_file ON knowledge_passages (file, place);
 CREATE TABLE knowledge_windows (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
-    store INTEGER NOT NULL REFERENCES knowledge_stores (number),
+    store INTEGER NOT NULL,
     file INTEGER NOT NULL REFERENCES knowledge_files (number),
     passage INTEGER NOT NULL REFERENCES knowledge_passages (number),
     embedder INTEGER NOT NULL REFERENCES knowledge_embedders (number),
@@ -170,7 +171,7 @@ def words_table(store: int) -> str:
 
 def make_words(connection: sqlite3.Connection, store: int) -> bool:
     """Make a store's table of words; False where SQLite has no FTS5."""
-    if not connection.execute("SELECT 1 FROM pragma_module_list WHERE name = 'fts5'").fetchone():
+    if connection.execute("SELECT sqlite_compileoption_used('ENABLE_FTS5')").fetchone() != (1,):
         return False
     connection.execute(f"CREATE VIRTUAL TABLE {words_table(store)} USING fts5(heading, text, content='', "
                        "tokenize='unicode61 remove_diacritics 2')")

@@ -143,7 +143,7 @@ async def test_what_belongs_to_others_is_not_there(tmp_path):
 
 async def test_stores_belong_to_owners_of_keys(tmp_path):
     """Two keys of one owner see the same, another key does not."""
-    keys = (replace(ApiKey.hashed("k1", "one"), owner="us"), replace(ApiKey.hashed("k2", "two"), owner="us"),
+    keys = (ApiKey.hashed("k1", "one")._replace(owner="us"), ApiKey.hashed("k2", "two")._replace(owner="us"),
             ApiKey.hashed("k3", "three"))
     bearer = {"one": "k1", "two": "k2", "three": "k3"}
     async with knowing(tmp_path / "k.db", *keys,
@@ -170,7 +170,7 @@ BAD_STORES = [
 async def test_bodies_that_mean_nothing_are_refused(tmp_path, body):
     async with knowing(tmp_path / "k.db") as ask:
         status, answer = await ask(ONE, STORES, body)
-        assert status == 400 and answer["error"]["param"], answer
+        assert status == 400 and answer["error"]["code"], answer
         assert (await ask(ONE, STORES))[1]["data"] == []
 
 
