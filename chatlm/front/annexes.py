@@ -308,8 +308,9 @@ def load_knowledge() -> Make[KnowledgeRoutes]:
     from chatlm.front.knowledge.routes import KnowledgeRoutes
     from chatlm.front.knowledge.search import Search
     from chatlm.front.server.budgets import Budgets
-    return lambda front: KnowledgeRoutes(front.store, front.catalogue, front.bodies, front.owners,
-                                         front.answers, front.ledger, Search.of(front) if front.store else None)
+    return lambda front: KnowledgeRoutes(
+        front.store, front.catalogue, front.bodies, front.owners, front.answers, front.ledger,
+        Search.of(front) if front.store else None)
 
 
 def knowledge_tables() -> Seq[Step]:

@@ -1,4 +1,4 @@
-"""A pool that embeds texts without a model, and servers over a database that have it: for tests of vector stores."""
+"""For tests of vector stores: a pool that embeds texts without a model, and servers that have it."""
 
 import asyncio
 import base64
@@ -31,14 +31,16 @@ def vector_of(text):
 
 
 class EmbeddingPool(FakePool):
-    """Its texts are bytes. `failures` are raised by the next requests, one each; `texts` are those it got. If `gate` is an
-    asyncio.Event, each request waits for it."""
+    """Its tokens are bytes. `failures` are raised by the next requests, one each; `texts` are those it got. If
+    `gate` is an asyncio.Event, each request waits for it."""
 
     def __init__(self, longest=64, **more):
         super().__init__(**more)
         self.tokenizer.spec = replace(self.tokenizer.spec, embedder=Embedder("mean", SIZE, longest))
         facts = ModelFacts("bert", "safetensors", 1000, "float32", 4000, SIZE, 1, digest="digest of the toy")
-        self.supervisor = type(self.supervisor)(**{**vars(self.supervisor), "card": type(self.supervisor.card)(facts=facts, longest=longest)})
+        self.supervisor = type(self.supervisor)(
+            **{**vars(self.supervisor), "card": type(self.supervisor.card)(facts=facts, longest=longest)}
+        )
         self.failures, self.texts, self.extracted = [], [], []
 
     async def extract(self, client, name, boundary, body):
@@ -74,7 +76,9 @@ class Stores(Asking):
         """The id of an uploaded file."""
         form = aiohttp.FormData({"purpose": purpose})
         form.add_field("file", text, filename=name)
-        async with self.place.client.post(f"{self.place.url}/v1/files", data=form, headers=self.headers_of(client)) as response:
+        async with self.place.client.post(
+            f"{self.place.url}/v1/files", data=form, headers=self.headers_of(client)
+        ) as response:
             body = await response.json()
             assert response.status == 200, body
             return body["id"]
@@ -90,7 +94,7 @@ class Stores(Asking):
     async def ended(self, client, path):
         """The body of what is polled, once nothing of it is in progress."""
         while (found := await self(client, path))[1].get("status") == "in_progress":
-            await asyncio.sleep(0.01)     # between two questions to the server
+            await asyncio.sleep(0.01)  # between two questions to the server
         return found[1]
 
     @property
@@ -98,7 +102,9 @@ class Stores(Asking):
         return self.place.front.rooms["knowledge"].ingest
 
     async def rows(self, query, *values):
-        return await self.place.front.store.run(lambda connection: connection.execute(query, values).fetchall())
+        return await self.place.front.store.run(
+            lambda connection: connection.execute(query, values).fetchall()
+        )
 
     async def swept(self):
         """All that was deleted is removed."""
@@ -108,6 +114,7 @@ class Stores(Asking):
 
 def purged(connection):
     from chatlm.front.knowledge import stores
+
     return stores.purge(connection)
 
 
@@ -122,5 +129,3 @@ async def knowing(path, *keys, pool=None, headers_of=by_space, settings=None):
     store = await database_of(settings, ANNEXES)
     async with Place(pool=pool or EmbeddingPool(), settings=settings, store=store) as place:
         yield Stores(place, headers_of)
-
-

@@ -56,8 +56,8 @@ RANKING = FieldType(
     'an object with a ranker ("none", "auto" or "default-2024-11-15") and a score_threshold from 0 to 1',
     object_schema([], ranker={"enum": ["none", "auto", "default-2024-11-15"]},
                   score_threshold={"type": "number", "minimum": 0, "maximum": 1}))
-FILTERS = FieldType('an object, {"type": "eq" and so on, "key", "value"} or {"type": "and" or "or", "filters"}',
-                    {"type": "object"})
+FILTERS = FieldType('an object, {"type": "eq" and so on, "key", "value"}, or {"type": "and" or "or", '
+                    '"filters"}', {"type": "object"})
 STORES_PATH = "/v1/vector_stores"
 ONE_STORE = f"{STORES_PATH}/{{id}}"
 KNOWLEDGE_FIELDS: dict[str, tuple[Field, ...]] = {

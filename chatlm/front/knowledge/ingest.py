@@ -200,7 +200,8 @@ class Ingest:
             self.wake.set()
 
         self.working[turn.owner] += 1
-        task = asyncio.create_task(self._work(turn, file, client))
+        task = asyncio.create_task(supervised(f"ingesting {file.file}",
+                                              partial(self._work, turn, file, client)))
         self.tasks[file.number] = task
         task.add_done_callback(end)
 
@@ -208,7 +209,8 @@ class Ingest:
         """Ingest a file, or say why not."""
         try:
             if file.tries >= CRASHES:
-                raise Failed("server_error", f"the server has ended {file.tries} times while it read this file")
+                raise Failed("server_error",
+                             f"the server has ended {file.tries} times while it read this file")
             await self._ingest(turn, file, client)
             return
         except Failed as error:
@@ -237,7 +239,8 @@ class Ingest:
         chosen = self._embedder(turn, client)
         with Holding(self.intake.budget, client) as holding:
             text = await self._text(turn, file, client, holding)
-            passages = await asyncio.to_thread(cut, text, chosen, strategy_of(stores.read_json(file.chunking)))
+            strategy = strategy_of(stores.read_json(file.chunking))
+            passages = await asyncio.to_thread(cut, text, chosen, strategy)
             if not passages:
                 raise Failed("invalid_file", "the file has no text")
             if not await self._stored(partial(stores.is_wanted, file=file)):
@@ -339,7 +342,8 @@ class Ingest:
         def complete(connection) -> bool:
             if refused := quota.refusal(connection, turn.owner, size):
                 raise refused
-            embedder = stores.embedder_number(connection, chosen.digest, chosen.served.name, chosen.dimensions)
+            embedder = stores.embedder_number(connection, chosen.digest, chosen.served.name,
+                                              chosen.dimensions)
             done = stores.complete(connection, file, passages, vectors, embedder, len(text.text), text.lacks)
             if done:
                 write(connection, used)

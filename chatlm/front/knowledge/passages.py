@@ -1,4 +1,5 @@
-"""Cuts the text of a file into passages, which are found and shown, and these into windows, which are embedded.
+"""Cuts the text of a file into passages, which are found and shown, and these into windows, which are
+embedded.
 
 All are slices of the text, so each has its place. The text is first cut into pieces, sentences or parts of
 long ones, whose tokens are counted once. A passage is a run of pieces; so is a window of a passage.

@@ -392,8 +392,9 @@ def shown_batch(connection: sqlite3.Connection, store: VectorStore, batch: FileB
 def cancel_batch(connection: sqlite3.Connection, batch: FileBatch):
     """Cancel those of its files that are not there yet."""
     connection.execute("UPDATE knowledge_batches SET cancelled = 1 WHERE number = ? AND EXISTS (SELECT 1 "
-                       "FROM knowledge_batch_files AS mine JOIN knowledge_files ON number = mine.file WHERE batch = ? "
-                       "AND status = 'in_progress' AND deleted = 0)", (batch.number, batch.number))
+                       "FROM knowledge_batch_files AS mine JOIN knowledge_files ON number = mine.file "
+                       "WHERE batch = ? AND status = 'in_progress' AND deleted = 0)",
+                       (batch.number, batch.number))
     connection.execute("UPDATE knowledge_files SET status = 'cancelled' WHERE status = 'in_progress' "
                        "AND number IN (SELECT file FROM knowledge_batch_files WHERE batch = ?)",
                        (batch.number,))
@@ -470,8 +471,8 @@ def complete(connection: sqlite3.Connection, file: StoreFile, passages: Seq[Pass
         "SELECT number, windows, has_words, embedder FROM knowledge_stores WHERE number = ?",
         (file.store,)).fetchone()
     if held + len(vectors) > LIMITS.store_windows:
-        raise RequestError(f"its vector store has {held:,} windows of texts, and with the {len(vectors):,} of "
-                           f"this file it would have more than {LIMITS.store_windows:,}")
+        raise RequestError(f"its vector store has {held:,} windows of text, and with the {len(vectors):,} "
+                           f"of this file it would have more than {LIMITS.store_windows:,}")
     size = 0
     waiting = iter(vectors)
     for passage in passages:
@@ -481,8 +482,8 @@ def complete(connection: sqlite3.Connection, file: StoreFile, passages: Seq[Pass
             (store, file.number, passage.place, passage.heading, passage.start, passage.page, passage.tokens,
              passage.text)).lastrowid
         rows = [(store, file.number, number, embedder, *next(waiting)) for _ in passage.windows]
-        connection.executemany("INSERT INTO knowledge_windows (store, file, passage, embedder, vector, scale) "
-                               "VALUES (?, ?, ?, ?, ?, ?)", rows)
+        connection.executemany("INSERT INTO knowledge_windows (store, file, passage, embedder, vector, "
+                               "scale) VALUES (?, ?, ?, ?, ?, ?)", rows)
         size += len(passage.text.encode()) + len(passage.heading.encode())
         size += sum(len(row[4]) + 8 for row in rows)
         if has_words:
@@ -531,8 +532,9 @@ def purge_file(connection: sqlite3.Connection, file: int, store: int):
     for number, heading, text in passages:
         connection.execute("DELETE FROM knowledge_windows WHERE passage = ?", (number,))
         if has_words and not is_gone:  # the table of a deleted store goes as a whole
-            connection.execute(f"INSERT INTO {words_table(store)} ({words_table(store)}, rowid, heading, text)"
-                               " VALUES ('delete', ?, ?, ?)", (number, heading, text))
+            table = words_table(store)
+            connection.execute(f"INSERT INTO {table} ({table}, rowid, heading, text) "
+                               "VALUES ('delete', ?, ?, ?)", (number, heading, text))
         connection.execute("DELETE FROM knowledge_passages WHERE number = ?", (number,))
     if passages:
         connection.execute("UPDATE knowledge_stores SET stale_words = has_words WHERE number = ?", (store,))

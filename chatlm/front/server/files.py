@@ -175,8 +175,8 @@ def requests_of(data: bytes, first: int) -> list[NumberedLine]:
 
 
 class Upload:
-    """A file that arrives. The lines of one for batches are checked and stored as they come, never more than a
-    few at a time in memory. Any other file is stored as it is, in parts. If its form says only behind the
+    """A file that arrives. The lines of one for batches are checked and stored as they come, never more than
+    a few at a time in memory. Any other file is stored as it is, in parts. If its form says only behind the
     file that this is for batches, it is stored first and checked then."""
 
     SMALL_FIELD = 1000  # bytes of the form's other fields
@@ -385,7 +385,8 @@ class Upload:
             f"{self.bad:,} of {self.requests:,} lines cannot be run as they are; the first: "
             f"{self.first_problem[:400]}")
         connection.execute(
-            "UPDATE files SET filename = ?, purpose = ?, state = ?, note = ?, expires = created + ? WHERE id = ?",
+            "UPDATE files SET filename = ?, purpose = ?, state = ?, note = ?, expires = created + ? "
+            "WHERE id = ?",
             (self.filename, purpose, files.THERE, note or None, lasts, self.id))
         row = connection.execute("SELECT name FROM files WHERE id = ?", (self.id,)).fetchone()
         log.debug("file %s: %d lines, %d bad", row[0], self.requests, self.bad)

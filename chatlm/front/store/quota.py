@@ -51,7 +51,7 @@ def refusal(connection: sqlite3.Connection, owner: str, adds_bytes: int = 0,
         held = at_address
     if held + adds_bytes <= LIMITS.kept_bytes:
         return None
-    return RequestError(f"{whose} files, batches, responses and conversations would have more than "
+    return RequestError(f"{whose} files, batches, responses, conversations and vector stores would have more than "
                         f"{LIMITS.kept_bytes:,} bytes together: delete some{otherwise}", status=403,
                         code="storage_full")
 

@@ -11,7 +11,7 @@ from embedding_pool import knowing
 
 ONE, OTHER = "A" * 22, "b-_9" * 16
 STORES = "/v1/vector_stores"
-SECRET = b"zyxophon"      # of the text that is deleted, and in its words' index
+SECRET = b"zyxophon"  # of the text that is deleted, and in its words' index
 KEPT = b"quaverly"
 
 
@@ -19,7 +19,10 @@ def texts(count, word):
     """Each has `word` somewhere, and words that all have."""
     random.seed(5)
     common = "the cat and dog slept in house near river while rain fell on old roof again".split()
-    return [" ".join([*random.choices(common, k=120), f"{word}{number}", word, *random.choices(common, k=40)]) for number in range(count)]
+    return [
+        " ".join([*random.choices(common, k=120), f"{word}{number}", word, *random.choices(common, k=40)])
+        for number in range(count)
+    ]
 
 
 def bytes_of(path):
@@ -33,7 +36,7 @@ async def cleaned(ask, path, word):
     for _ in range(600):
         if word not in bytes_of(path).lower():
             return True
-        await asyncio.sleep(0.05)       # between two looks at the files of the server
+        await asyncio.sleep(0.05)  # between two looks at the files of the server
     return False
 
 
@@ -69,10 +72,16 @@ async def test_nothing_is_left_of_what_was_deleted(tmp_path, small_pieces, how):
         if how == "the uploads":
             [(number, stale)] = await ask.rows("SELECT number, stale_words FROM knowledge_stores")
             assert stale == 0
-            found = await ask.rows(f"SELECT rowid FROM {words_table(number)} WHERE {words_table(number)} MATCH ?", KEPT.decode())
-            passages = await ask.rows("SELECT number FROM knowledge_passages WHERE text LIKE ?", f"%{KEPT.decode()}%")
+            found = await ask.rows(
+                f"SELECT rowid FROM {words_table(number)} WHERE {words_table(number)} MATCH ?", KEPT.decode()
+            )
+            passages = await ask.rows(
+                "SELECT number FROM knowledge_passages WHERE text LIKE ?", f"%{KEPT.decode()}%"
+            )
             assert {*found} & {*passages} and len(found) >= len(kept)
-            _, results = await ask(ONE, f"{STORES}/{store}/search", {"query": KEPT.decode(), "max_num_results": 50})
+            _, results = await ask(
+                ONE, f"{STORES}/{store}/search", {"query": KEPT.decode(), "max_num_results": 50}
+            )
             assert {hit["file_id"] for hit in results["data"]} == {*kept}
         if how == "the store and the uploads of its owner":
             assert await cleaned(ask, path, KEPT)
@@ -87,7 +96,8 @@ async def test_a_file_that_is_taken_out_leaves_no_words_in_the_index(tmp_path, s
             await ask(ONE, f"{STORES}/{store}/files/{file}", method="DELETE")
         ask.ingest.wake.set()
         while (await ask.rows("SELECT MAX(stale_words) FROM knowledge_stores")) != [(0,)] or await ask.rows(
-                "SELECT 1 FROM knowledge_files WHERE deleted = 1 LIMIT 1"):
+            "SELECT 1 FROM knowledge_files WHERE deleted = 1 LIMIT 1"
+        ):
             await asyncio.sleep(0.01)
         [(number,)] = await ask.rows("SELECT number FROM knowledge_stores")
         blocks = await ask.rows(f"SELECT block FROM {words_table(number)}_data")

@@ -1,4 +1,4 @@
-"""Files of vector stores are ingested in the background: completed with all their parts, or failed with a reason."""
+"""Files of vector stores are ingested in the background: whole, or failed with a reason."""
 
 import asyncio
 import io
@@ -36,8 +36,10 @@ async def failure(ask, data, name, client=ONE):
 
 async def parts_of(ask):
     """(passages, windows, files that are completed) in the database."""
-    [row] = await ask.rows("SELECT (SELECT COUNT(*) FROM knowledge_passages), (SELECT COUNT(*) FROM knowledge_windows), "
-                           "(SELECT COUNT(*) FROM knowledge_files WHERE status = 'completed')")
+    [row] = await ask.rows(
+        "SELECT (SELECT COUNT(*) FROM knowledge_passages), (SELECT COUNT(*) FROM knowledge_windows), "
+        "(SELECT COUNT(*) FROM knowledge_files WHERE status = 'completed')"
+    )
     return row
 
 
@@ -55,18 +57,22 @@ async def test_a_file_has_passages_windows_and_words(tmp_path):
     async with knowing(tmp_path / "k.db") as ask:
         store, [file] = await ask.store(ONE, LONG)
         await check_whole(ask)
-        [(number, characters, tokens)] = await ask.rows("SELECT store, characters, tokens FROM knowledge_files")
+        [(number, characters, tokens)] = await ask.rows(
+            "SELECT store, characters, tokens FROM knowledge_files"
+        )
         assert characters == len(LONG) and tokens > 1000
         passages = await ask.rows("SELECT number, place, start, text FROM knowledge_passages ORDER BY place")
         assert [row[1] for row in passages] == [*range(len(passages))] and len(passages) > 3
-        assert all(LONG[start:start + len(text)] == text for _, _, start, text in passages)
+        assert all(LONG[start : start + len(text)] == text for _, _, start, text in passages)
         for passage, _, _, text in passages:
             windows = await ask.rows("SELECT vector, scale FROM knowledge_windows WHERE passage = ?", passage)
             assert windows
             for vector, scale in windows:
                 length = sum((number - 256 * (number > 127)) ** 2 for number in vector) ** 0.5 * scale
                 assert abs(length - 1) < 0.02
-        found = await ask.rows(f"SELECT rowid FROM {words_table(number)} WHERE {words_table(number)} MATCH 'cats'")
+        found = await ask.rows(
+            f"SELECT rowid FROM {words_table(number)} WHERE {words_table(number)} MATCH 'cats'"
+        )
         assert {row[0] for row in found} == {row[0] for row in passages}
 
 
@@ -77,28 +83,50 @@ async def test_windows_are_embedded_with_their_heading_in_the_background(tmp_pat
         assert "Zoo > Cats\n## Cats\n\nThey eat fish." in pool.texts
         assert all(len(text.encode()) <= 64 for text in pool.texts)
         assert all(request.low_priority for request in pool.requests)
-        [(vector, scale)] = await ask.rows("SELECT vector, scale FROM knowledge_windows ORDER BY number DESC LIMIT 1")
+        [(vector, scale)] = await ask.rows(
+            "SELECT vector, scale FROM knowledge_windows ORDER BY number DESC LIMIT 1"
+        )
         expected = vector_of(pool.texts[-1])
-        assert all(abs((byte - 256 * (byte > 127)) * scale - number) <= scale / 2 + 1e-6 for byte, number in zip(vector, expected))
+        assert all(
+            abs((byte - 256 * (byte > 127)) * scale - number) <= scale / 2 + 1e-6
+            for byte, number in zip(vector, expected)
+        )
 
 
 async def test_pages_of_a_pdf_are_kept(tmp_path):
     async with knowing(tmp_path / "k.db") as ask:
         store, _ = await ask.store(ONE)
-        file = await ask.file(ONE, pdf(["Cats eat fish.", "Dogs eat meat.", "", "Cows eat grass."]), "zoo.pdf")
+        file = await ask.file(
+            ONE, pdf(["Cats eat fish.", "Dogs eat meat.", "", "Cows eat grass."]), "zoo.pdf"
+        )
         await ask(ONE, f"{STORES}/{store}/files", {"file_id": file})
         found = await ask.ended(ONE, f"{STORES}/{store}/files/{file}")
         assert found["status"] == "completed" and "no text on page 3" in found["cut"]
         assert await ask.rows("SELECT page, text FROM knowledge_passages ORDER BY place") == [
-            (1, "Cats eat fish."), (2, "Dogs eat meat."), (4, "Cows eat grass.")]
+            (1, "Cats eat fish."),
+            (2, "Dogs eat meat."),
+            (4, "Cows eat grass."),
+        ]
         _, results = await ask(ONE, f"{STORES}/{store}/search", {"query": "grass"})
-        assert (results["data"][0]["page"], results["data"][0]["content"][0]["text"]) == (4, "Cows eat grass.")
+        assert (results["data"][0]["page"], results["data"][0]["content"][0]["text"]) == (
+            4,
+            "Cows eat grass.",
+        )
 
 
-@pytest.mark.parametrize("data, name", [
-    ("héllo wörld".encode("utf-16"), "a.txt"), ("héllo wörld".encode("utf-8-sig"), "a.txt"),
-    (b"<html><body><p>h\xc3\xa9llo <b>w\xc3\xb6rld</b></p><script>bad()</script></body></html>", "a.html"),
-    ("héllo wörld".encode(), "noname"), ("héllo\r\nwörld".encode(), "a.md")])
+@pytest.mark.parametrize(
+    "data, name",
+    [
+        ("héllo wörld".encode("utf-16"), "a.txt"),
+        ("héllo wörld".encode("utf-8-sig"), "a.txt"),
+        (
+            b"<html><body><p>h\xc3\xa9llo <b>w\xc3\xb6rld</b></p><script>bad()</script></body></html>",
+            "a.html",
+        ),
+        ("héllo wörld".encode(), "noname"),
+        ("héllo\r\nwörld".encode(), "a.md"),
+    ],
+)
 async def test_texts_come_in_several_forms(tmp_path, data, name):
     async with knowing(tmp_path / "k.db") as ask:
         store, _ = await ask.store(ONE)
@@ -119,15 +147,20 @@ def bomb():
     return out.getvalue()
 
 
-@pytest.mark.parametrize("make, name, code, words", [
-    (lambda: b"\0\1\2\3", "x.bin", "unsupported_file", "none of the formats"),
-    (lambda: b"caf\xe9 " * 10, "x.txt", "unsupported_file", "UTF-8"),
-    (lambda: b"\xff\xfe\0", "x.txt", "unsupported_file", "UTF-8"),
-    (lambda: b"%PDF-1.4 broken", "x.pdf", "invalid_file", "PDF"),
-    (lambda: pdf([""]), "x.pdf", "invalid_file", "no text"),
-    (lambda: docx("Hello")[:-40], "x.docx", "invalid_file", "damaged"),
-    (lambda: b" \n\t\n ", "x.txt", "invalid_file", "no text"),
-    (bomb, "x.docx", "invalid_file", "MiB")], ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize(
+    "make, name, code, words",
+    [
+        (lambda: b"\0\1\2\3", "x.bin", "unsupported_file", "none of the formats"),
+        (lambda: b"caf\xe9 " * 10, "x.txt", "unsupported_file", "UTF-8"),
+        (lambda: b"\xff\xfe\0", "x.txt", "unsupported_file", "UTF-8"),
+        (lambda: b"%PDF-1.4 broken", "x.pdf", "invalid_file", "PDF"),
+        (lambda: pdf([""]), "x.pdf", "invalid_file", "no text"),
+        (lambda: docx("Hello")[:-40], "x.docx", "invalid_file", "damaged"),
+        (lambda: b" \n\t\n ", "x.txt", "invalid_file", "no text"),
+        (bomb, "x.docx", "invalid_file", "MiB"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
 async def test_a_file_that_cannot_be_read_says_why(tmp_path, make, name, code, words):
     async with knowing(tmp_path / "k.db") as ask:
         error = await failure(ask, make(), name)
@@ -183,7 +216,7 @@ async def test_an_embedder_that_keeps_dying_fails_the_file(tmp_path):
         _, found = await ask(ONE, f"{STORES}/{store}/files/{file}")
         assert found["status"] == "failed" and found["last_error"]["code"] == "server_error"
         assert "died" in found["last_error"]["message"]
-        _, again = await ask(ONE, f"{STORES}/{store}/files", {"file_id": file})     # a new try
+        _, again = await ask(ONE, f"{STORES}/{store}/files", {"file_id": file})  # a new try
         assert again["status"] == "in_progress"
         assert (await ask.ended(ONE, f"{STORES}/{store}/files/{file}"))["status"] == "completed"
         await ask.swept()
@@ -206,7 +239,10 @@ async def test_an_unexpected_error_fails_one_file(tmp_path, monkeypatch):
     async with knowing(tmp_path / "k.db") as ask:
         store, [bad, good] = await ask.store(ONE, "boom", "Cats")
         _, found = await ask(ONE, f"{STORES}/{store}/files/{bad}")
-        assert found["last_error"] == {"code": "server_error", "message": "the server had an error while it read this file"}
+        assert found["last_error"] == {
+            "code": "server_error",
+            "message": "the server had an error while it read this file",
+        }
         assert (await ask(ONE, f"{STORES}/{store}/files/{good}"))[1]["status"] == "completed"
 
 
@@ -218,7 +254,9 @@ async def test_a_file_that_is_deleted_while_it_is_ingested_leaves_nothing(tmp_pa
         _, store = await ask(ONE, STORES, {"file_ids": [file]})
         await pool.until_open(1)
         one = f"{STORES}/{store['id']}"
-        path = {"from the store": f"{one}/files/{file}", "the upload": f"/v1/files/{file}", "the store": one}[what]
+        path = {"from the store": f"{one}/files/{file}", "the upload": f"/v1/files/{file}", "the store": one}[
+            what
+        ]
         assert (await ask(ONE, path, method="DELETE"))[0] == 200
         assert (await ask(ONE, f"{one}/files/{file}"))[0] == 404
         pool.gate.set()
@@ -263,7 +301,9 @@ async def test_owners_take_turns(tmp_path):
         await pool.until_open(2)
         await ask(OTHER, STORES, {"file_ids": [one]})
         pool.gate.set()
-        while ask.ingest.tasks or await ask.rows("SELECT 1 FROM knowledge_files WHERE status = 'in_progress' LIMIT 1"):
+        while ask.ingest.tasks or await ask.rows(
+            "SELECT 1 FROM knowledge_files WHERE status = 'in_progress' LIMIT 1"
+        ):
             await asyncio.sleep(0.01)
         assert pool.texts.index("theirs") <= 3
 
@@ -289,7 +329,9 @@ async def test_a_file_with_which_the_server_crashes_is_given_up(tmp_path):
         await pool.until_open(1)
     settings = Settings(database=str(tmp_path / "k.db"))
     database = await database_of(settings, ANNEXES)
-    await database.run(lambda connection: connection.execute("UPDATE knowledge_files SET tries = ?", (ingest.CRASHES,)))
+    await database.run(
+        lambda connection: connection.execute("UPDATE knowledge_files SET tries = ?", (ingest.CRASHES,))
+    )
     await database.close()
     async with knowing(tmp_path / "k.db") as ask:
         await ask.ended(ONE, f"{STORES}/{store['id']}")
@@ -317,9 +359,13 @@ async def test_what_is_embedded_is_charged_to_the_key_once(tmp_path):
     key = ApiKey.hashed("k1", "one")
     async with knowing(tmp_path / "k.db", key, headers_of={"one": {"Authorization": "Bearer k1"}}.get) as ask:
         await ask.store("one", LONG)
-        [(name, background, requests, tokens)] = await ask.rows("SELECT key, background, requests, prompt_tokens FROM usage")
+        [(name, background, requests, tokens)] = await ask.rows(
+            "SELECT key, background, requests, prompt_tokens FROM usage"
+        )
         [(windows,)] = await ask.rows("SELECT COUNT(*) FROM knowledge_windows")
-        assert (name, background, tokens) == ("one", 1, 7 * windows) and requests == -(-windows // ingest.TEXTS)
+        assert (name, background, tokens) == ("one", 1, 7 * windows) and requests == -(
+            -windows // ingest.TEXTS
+        )
 
 
 async def test_on_a_full_disk_ingestion_waits(tmp_path, monkeypatch):
@@ -337,6 +383,7 @@ async def test_on_a_full_disk_ingestion_waits(tmp_path, monkeypatch):
         async def pause(seconds, sleep=asyncio.sleep):
             waited.set()
             await sleep(0)
+
         monkeypatch.setattr(ingest.asyncio, "sleep", pause)
         pool.gate.set()
         await waited.wait()
@@ -355,7 +402,9 @@ async def test_cutting_a_large_text_leaves_the_loop_free(tmp_path, monkeypatch):
     threads = set()
     for name in "cut", "text_in":
         plain = getattr(ingest, name)
-        monkeypatch.setattr(ingest, name, lambda *a, plain=plain: (threads.add(threading.current_thread()), plain(*a))[1])
+        monkeypatch.setattr(
+            ingest, name, lambda *a, plain=plain: (threads.add(threading.current_thread()), plain(*a))[1]
+        )
     async with knowing(tmp_path / "k.db") as ask:
         await ask.store(ONE, LONG)
         assert threads and threading.main_thread() not in threads
@@ -368,7 +417,9 @@ async def test_static_chunks_have_so_many_tokens_and_overlap(tmp_path):
         _, found = await ask(ONE, f"{STORES}/{store}/files/{file}")
         assert found["chunking_strategy"] == strategy
         places = await ask.rows("SELECT start, LENGTH(text) FROM knowledge_passages ORDER BY place")
-        assert all(length <= 220 for _, length in places)       # a byte is a token; spaces between sentences are none
+        assert all(
+            length <= 220 for _, length in places
+        )  # a byte is a token; spaces between sentences are none
         assert all(later < start + length for (start, length), (later, _) in zip(places, places[1:]))
         await check_whole(ask)
 
@@ -393,6 +444,7 @@ async def test_content_comes_in_pages(tmp_path, monkeypatch):
             texts += [part["text"] for part in content["data"]]
             page = content["next_page"]
             assert content["has_more"] == (page is not None)
-        assert texts == [row[0] for row in await ask.rows("SELECT text FROM knowledge_passages ORDER BY place")]
+        assert texts == [
+            row[0] for row in await ask.rows("SELECT text FROM knowledge_passages ORDER BY place")
+        ]
         assert (await ask(ONE, f"{path}?page=x"))[0] == 400
-

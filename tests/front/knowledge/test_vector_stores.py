@@ -1,4 +1,4 @@
-"""/v1/vector_stores: what its routes answer, to whom, and what they refuse. No model is here: a played pool embeds."""
+"""/v1/vector_stores: what its routes answer, to whom, and what they refuse. A played pool embeds."""
 
 import asyncio
 import json
@@ -20,17 +20,30 @@ STATIC = {"type": "static", "static": {"max_chunk_size_tokens": 100, "chunk_over
 async def test_a_store_has_what_openai_shows(tmp_path):
     async with knowing(tmp_path / "k.db") as ask:
         file = await ask.file(ONE, "Cats eat fish.")
-        status, made = await ask(ONE, STORES, {
-            "name": "zoo", "description": "animals", "file_ids": [file], "metadata": {"a": "b"},
-            "expires_after": {"anchor": "last_active_at", "days": 2}})
+        status, made = await ask(
+            ONE,
+            STORES,
+            {
+                "name": "zoo",
+                "description": "animals",
+                "file_ids": [file],
+                "metadata": {"a": "b"},
+                "expires_after": {"anchor": "last_active_at", "days": 2},
+            },
+        )
         assert status == 200 and made["id"].startswith("vs_")
         assert made["status"] == "in_progress" and made["file_counts"] == {
-            "in_progress": 1, "completed": 0, "failed": 0, "cancelled": 0, "total": 1}
+            "in_progress": 1,
+            "completed": 0,
+            "failed": 0,
+            "cancelled": 0,
+            "total": 1,
+        }
         assert made["expires_at"] == made["last_active_at"] + 2 * 86_400
         assert (made["name"], made["description"], made["metadata"]) == ("zoo", "animals", {"a": "b"})
         done = await ask.ended(ONE, f"{STORES}/{made['id']}")
         assert done["status"] == "completed" and done["file_counts"]["completed"] == 1
-        assert done["usage_bytes"] == len("Cats eat fish.") + 8 + 8       # a window of 8 numbers, and its scale
+        assert done["usage_bytes"] == len("Cats eat fish.") + 8 + 8  # a window of 8 numbers, and its scale
         assert done["embedding_model"] == "fake-model"
         _, found = await ask(ONE, f"{STORES}/{made['id']}/files/{file}")
         assert found["status"] == "completed" and found["last_error"] is None
@@ -57,12 +70,21 @@ async def test_who_polls_is_told_when_to_ask_again(tmp_path):
 async def test_a_store_is_changed(tmp_path):
     async with knowing(tmp_path / "k.db") as ask:
         store, [file] = await ask.store(ONE, "Cats")
-        _, changed = await ask(ONE, f"{STORES}/{store}", {
-            "name": "new", "metadata": {"x": "y"}, "expires_after": {"anchor": "last_active_at", "days": 1}})
-        assert (changed["name"], changed["metadata"], changed["expires_after"]["days"]) == ("new", {"x": "y"}, 1)
+        _, changed = await ask(
+            ONE,
+            f"{STORES}/{store}",
+            {"name": "new", "metadata": {"x": "y"}, "expires_after": {"anchor": "last_active_at", "days": 1}},
+        )
+        assert (changed["name"], changed["metadata"], changed["expires_after"]["days"]) == (
+            "new",
+            {"x": "y"},
+            1,
+        )
         _, changed = await ask(ONE, f"{STORES}/{store}", {"name": "newer"})
         assert (changed["name"], changed["metadata"]) == ("newer", {"x": "y"})
-        _, changed = await ask(ONE, f"{STORES}/{store}/files/{file}", {"attributes": {"year": 2026, "old": False}})
+        _, changed = await ask(
+            ONE, f"{STORES}/{store}/files/{file}", {"attributes": {"year": 2026, "old": False}}
+        )
         assert changed["attributes"] == {"year": 2026, "old": False}
         status, _ = await ask(ONE, f"{STORES}/{store}/files/{file}", {"attributes": {}})
         assert status == 200 and (await ask(ONE, f"{STORES}/{store}/files/{file}"))[1]["attributes"] == {}
@@ -114,13 +136,22 @@ async def test_what_belongs_to_others_is_not_there(tmp_path):
 
         def everywhere(store, file, batch):
             one = f"{STORES}/{store}"
-            return [("GET", one, None), ("POST", one, {"name": "x"}), ("DELETE", one, None),
-                    ("POST", f"{one}/search", {"query": "fish"}), ("GET", f"{one}/files", None),
-                    ("POST", f"{one}/files", {"file_id": mine}), ("GET", f"{one}/files/{file}", None),
-                    ("POST", f"{one}/files/{file}", {"attributes": {}}), ("DELETE", f"{one}/files/{file}", None),
-                    ("GET", f"{one}/files/{file}/content", None), ("POST", f"{one}/file_batches", {"file_ids": [mine]}),
-                    ("GET", f"{one}/file_batches/{batch}", None), ("POST", f"{one}/file_batches/{batch}/cancel", {}),
-                    ("GET", f"{one}/file_batches/{batch}/files", None)]
+            return [
+                ("GET", one, None),
+                ("POST", one, {"name": "x"}),
+                ("DELETE", one, None),
+                ("POST", f"{one}/search", {"query": "fish"}),
+                ("GET", f"{one}/files", None),
+                ("POST", f"{one}/files", {"file_id": mine}),
+                ("GET", f"{one}/files/{file}", None),
+                ("POST", f"{one}/files/{file}", {"attributes": {}}),
+                ("DELETE", f"{one}/files/{file}", None),
+                ("GET", f"{one}/files/{file}/content", None),
+                ("POST", f"{one}/file_batches", {"file_ids": [mine]}),
+                ("GET", f"{one}/file_batches/{batch}", None),
+                ("POST", f"{one}/file_batches/{batch}/cancel", {}),
+                ("GET", f"{one}/file_batches/{batch}/files", None),
+            ]
 
         nowhere = everywhere("vs_" + "0" * 32, "file-" + "0" * 24, "vsfb_" + "0" * 32)
         for client in (OTHER, ""):
@@ -128,26 +159,42 @@ async def test_what_belongs_to_others_is_not_there(tmp_path):
                 status, answer = await ask(client, path, body, method)
                 assert status == 404, (method, path)
                 _, same = await ask(client, unknown, body, method)
-                assert answer["error"]["message"].replace(store, "X") == same["error"]["message"].replace("vs_" + "0" * 32, "X")
+                assert answer["error"]["message"].replace(store, "X") == same["error"]["message"].replace(
+                    "vs_" + "0" * 32, "X"
+                )
         # in a store of its own, the files and batches of others are not there either
-        for path, body in ((f"{STORES}/{own}/files", {"file_id": file}), (STORES, {"file_ids": [file]}),
-                           (f"{STORES}/{own}/file_batches", {"file_ids": [mine, file]})):
+        for path, body in (
+            (f"{STORES}/{own}/files", {"file_id": file}),
+            (STORES, {"file_ids": [file]}),
+            (f"{STORES}/{own}/file_batches", {"file_ids": [mine, file]}),
+        ):
             status, answer = await ask(OTHER, path, body)
             assert status == 404 and answer["error"]["code"] == "not_found"
-        for method, path in (("GET", f"files/{file}"), ("DELETE", f"files/{file}"), ("GET", f"files/{file}/content"),
-                             ("GET", f"file_batches/{batch['id']}"), ("POST", f"file_batches/{batch['id']}/cancel")):
+        for method, path in (
+            ("GET", f"files/{file}"),
+            ("DELETE", f"files/{file}"),
+            ("GET", f"files/{file}/content"),
+            ("GET", f"file_batches/{batch['id']}"),
+            ("POST", f"file_batches/{batch['id']}/cancel"),
+        ):
             assert (await ask(OTHER, f"{STORES}/{own}/{path}", None, method))[0] == 404
-        assert (await ask(OTHER, STORES))[1]["data"][0]["id"] == own and len((await ask(OTHER, STORES))[1]["data"]) == 1
+        assert (await ask(OTHER, STORES))[1]["data"][0]["id"] == own and len(
+            (await ask(OTHER, STORES))[1]["data"]
+        ) == 1
         assert (await ask(ONE, f"{STORES}/{store}"))[1]["file_counts"]["completed"] == 1
 
 
 async def test_stores_belong_to_owners_of_keys(tmp_path):
     """Two keys of one owner see the same, another key does not."""
-    keys = (ApiKey.hashed("k1", "one")._replace(owner="us"), ApiKey.hashed("k2", "two")._replace(owner="us"),
-            ApiKey.hashed("k3", "three"))
+    keys = (
+        ApiKey.hashed("k1", "one")._replace(owner="us"),
+        ApiKey.hashed("k2", "two")._replace(owner="us"),
+        ApiKey.hashed("k3", "three"),
+    )
     bearer = {"one": "k1", "two": "k2", "three": "k3"}
-    async with knowing(tmp_path / "k.db", *keys,
-                       headers_of=lambda key: {"Authorization": f"Bearer {bearer[key]}"}) as ask:
+    async with knowing(
+        tmp_path / "k.db", *keys, headers_of=lambda key: {"Authorization": f"Bearer {bearer[key]}"}
+    ) as ask:
         store, [file] = await ask.store("one", "Cats")
         assert (await ask("two", f"{STORES}/{store}/files/{file}"))[0] == 200
         assert (await ask("three", f"{STORES}/{store}"))[0] == 404
@@ -156,14 +203,39 @@ async def test_stores_belong_to_owners_of_keys(tmp_path):
 
 
 BAD_STORES = [
-    {"name": "x" * 257}, {"name": 3}, {"metadata": {"a": 1}}, {"metadata": {str(n): "" for n in range(17)}},
-    {"expires_after": {"anchor": "created_at", "days": 1}}, {"expires_after": {"anchor": "last_active_at", "days": 0}},
-    {"expires_after": {"days": 366}}, {"file_ids": "file-x"}, {"file_ids": ["file-x"] * 501}, {"chunking_strategy": {"type": "static"}},
-    {"chunking_strategy": {"type": "auto2"}}, {"file_ids": ["a", "a"]}, {"name": "\ud800"},
-    {"chunking_strategy": {"type": "static", "static": {"max_chunk_size_tokens": 99, "chunk_overlap_tokens": 0}}},
-    {"chunking_strategy": {"type": "static", "static": {"max_chunk_size_tokens": 4097, "chunk_overlap_tokens": 0}}},
-    {"chunking_strategy": {"type": "static", "static": {"max_chunk_size_tokens": 100, "chunk_overlap_tokens": 51}}},
-    {"embedding_model": 7}]
+    {"name": "x" * 257},
+    {"name": 3},
+    {"metadata": {"a": 1}},
+    {"metadata": {str(n): "" for n in range(17)}},
+    {"expires_after": {"anchor": "created_at", "days": 1}},
+    {"expires_after": {"anchor": "last_active_at", "days": 0}},
+    {"expires_after": {"days": 366}},
+    {"file_ids": "file-x"},
+    {"file_ids": ["file-x"] * 501},
+    {"chunking_strategy": {"type": "static"}},
+    {"chunking_strategy": {"type": "auto2"}},
+    {"file_ids": ["a", "a"]},
+    {"name": "\ud800"},
+    {
+        "chunking_strategy": {
+            "type": "static",
+            "static": {"max_chunk_size_tokens": 99, "chunk_overlap_tokens": 0},
+        }
+    },
+    {
+        "chunking_strategy": {
+            "type": "static",
+            "static": {"max_chunk_size_tokens": 4097, "chunk_overlap_tokens": 0},
+        }
+    },
+    {
+        "chunking_strategy": {
+            "type": "static",
+            "static": {"max_chunk_size_tokens": 100, "chunk_overlap_tokens": 51},
+        }
+    },
+    {"embedding_model": 7},
+]
 
 
 @pytest.mark.parametrize("body", BAD_STORES, ids=lambda body: json.dumps(body)[:60])
@@ -174,16 +246,33 @@ async def test_bodies_that_mean_nothing_are_refused(tmp_path, body):
         assert (await ask(ONE, STORES))[1]["data"] == []
 
 
-@pytest.mark.parametrize("attributes", [
-    {"a": None}, {"a": []}, {"a": {}}, {"a" * 65: 1}, {"a": "x" * 513}, {str(n): n for n in range(17)}, [], "x"],
-    ids=lambda attributes: json.dumps(attributes)[:30])
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"a": None},
+        {"a": []},
+        {"a": {}},
+        {"a" * 65: 1},
+        {"a": "x" * 513},
+        {str(n): n for n in range(17)},
+        [],
+        "x",
+    ],
+    ids=lambda attributes: json.dumps(attributes)[:30],
+)
 async def test_attributes_have_limits(tmp_path, attributes):
     async with knowing(tmp_path / "k.db") as ask:
         store, [file] = await ask.store(ONE, "Cats")
-        for path, body in ((f"files/{file}", {}), ("files", {"file_id": file}), ("file_batches", {"file_ids": [file]})):
+        for path, body in (
+            (f"files/{file}", {}),
+            ("files", {"file_id": file}),
+            ("file_batches", {"file_ids": [file]}),
+        ):
             status, answer = await ask(ONE, f"{STORES}/{store}/{path}", {**body, "attributes": attributes})
             assert status == 400, answer
-        status, _ = await ask(ONE, f"{STORES}/{store}/file_batches", {"files": [{"file_id": file, "attributes": attributes}]})
+        status, _ = await ask(
+            ONE, f"{STORES}/{store}/file_batches", {"files": [{"file_id": file, "attributes": attributes}]}
+        )
         assert status == 400
 
 
@@ -191,8 +280,17 @@ async def test_large_bodies_are_refused(tmp_path):
     async with knowing(tmp_path / "k.db") as ask:
         store, [file] = await ask.store(ONE, "Cats")
         large = b'{"name": "' + b"x" * (16 << 20) + b'"}'
-        for path in ("", f"/{store}", f"/{store}/files", f"/{store}/file_batches", f"/{store}/search", f"/{store}/files/{file}"):
-            async with ask.place.client.post(f"{ask.place.url}{STORES}{path}", data=large, headers={"X-Chat-Space": ONE}) as response:
+        for path in (
+            "",
+            f"/{store}",
+            f"/{store}/files",
+            f"/{store}/file_batches",
+            f"/{store}/search",
+            f"/{store}/files/{file}",
+        ):
+            async with ask.place.client.post(
+                f"{ask.place.url}{STORES}{path}", data=large, headers={"X-Chat-Space": ONE}
+            ) as response:
                 assert response.status == 413
 
 
@@ -201,13 +299,30 @@ async def test_a_batch_has_many_files_with_their_own_attributes(tmp_path):
         store, _ = await ask.store(ONE)
         files = [await ask.file(ONE, f"text {number}") for number in range(4)]
         bad = await ask.file(ONE, b"\0", "x.bin")
-        status, batch = await ask(ONE, f"{STORES}/{store}/file_batches", {"files": [
-            *({"file_id": file, "attributes": {"n": number}} for number, file in enumerate(files)),
-            {"file_id": bad, "chunking_strategy": STATIC}]})
-        assert status == 200 and batch["object"] == "vector_store.files_batch" and batch["id"].startswith("vsfb_")
+        status, batch = await ask(
+            ONE,
+            f"{STORES}/{store}/file_batches",
+            {
+                "files": [
+                    *({"file_id": file, "attributes": {"n": number}} for number, file in enumerate(files)),
+                    {"file_id": bad, "chunking_strategy": STATIC},
+                ]
+            },
+        )
+        assert (
+            status == 200
+            and batch["object"] == "vector_store.files_batch"
+            and batch["id"].startswith("vsfb_")
+        )
         done = await ask.ended(ONE, f"{STORES}/{store}/file_batches/{batch['id']}")
         assert done["status"] == "completed"
-        assert done["file_counts"] == {"in_progress": 0, "completed": 4, "failed": 1, "cancelled": 0, "total": 5}
+        assert done["file_counts"] == {
+            "in_progress": 0,
+            "completed": 4,
+            "failed": 1,
+            "cancelled": 0,
+            "total": 5,
+        }
         _, page = await ask(ONE, f"{STORES}/{store}/file_batches/{batch['id']}/files?order=asc")
         assert [row["id"] for row in page["data"]] == [*files, bad]
         assert [row["attributes"] for row in page["data"]] == [*({"n": number} for number in range(4)), {}]
@@ -224,9 +339,20 @@ async def test_a_batch_of_bad_files_alone_has_failed(tmp_path):
         assert (await ask.ended(ONE, f"{STORES}/{store}/file_batches/{batch['id']}"))["status"] == "failed"
 
 
-@pytest.mark.parametrize("body", [{}, {"file_ids": ["a"], "files": [{"file_id": "a"}]}, {"file_ids": []}, {"files": []},
-                                  {"file_ids": ["a", "a"]}, {"files": [{}]}, {"files": [{"file_id": "a"}] * 2},
-                                  {"file_ids": [str(n) for n in range(2001)]}], ids=lambda body: json.dumps(body)[:40])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"file_ids": ["a"], "files": [{"file_id": "a"}]},
+        {"file_ids": []},
+        {"files": []},
+        {"file_ids": ["a", "a"]},
+        {"files": [{}]},
+        {"files": [{"file_id": "a"}] * 2},
+        {"file_ids": [str(n) for n in range(2001)]},
+    ],
+    ids=lambda body: json.dumps(body)[:40],
+)
 async def test_a_batch_has_either_ids_or_files(tmp_path, body):
     async with knowing(tmp_path / "k.db") as ask:
         store, _ = await ask.store(ONE)
@@ -256,11 +382,20 @@ async def test_a_cancelled_batch_leaves_out_what_waits(tmp_path):
         _, batch = await ask(ONE, f"{STORES}/{store}/file_batches", {"file_ids": files})
         await pool.until_open(2)
         status, cancelled = await ask(ONE, f"{STORES}/{store}/file_batches/{batch['id']}/cancel", {})
-        assert status == 200 and cancelled["status"] == "cancelled" and cancelled["file_counts"]["cancelled"] == 5
+        assert (
+            status == 200
+            and cancelled["status"] == "cancelled"
+            and cancelled["file_counts"]["cancelled"] == 5
+        )
         pool.gate.set()
         await pool.until_open(0)
         assert (await ask(ONE, f"{STORES}/{store}"))[1]["file_counts"] == {
-            "in_progress": 0, "completed": 1, "failed": 0, "cancelled": 5, "total": 6}
+            "in_progress": 0,
+            "completed": 1,
+            "failed": 0,
+            "cancelled": 5,
+            "total": 6,
+        }
         _, again = await ask(ONE, f"{STORES}/{store}/file_batches/{batch['id']}/cancel", {})
         assert again["status"] == "cancelled"
 
@@ -287,7 +422,7 @@ async def test_an_owner_has_so_many_stores_and_a_store_so_many_files(tmp_path, m
         third = await ask.file(ONE, "c")
         status, answer = await ask(ONE, f"{STORES}/{store}/files", {"file_id": third})
         assert (status, answer["error"]["code"]) == (403, "too_many_files")
-        assert (await ask(ONE, f"{STORES}/{store}/files", {"file_id": files[0]}))[0] == 200     # again
+        assert (await ask(ONE, f"{STORES}/{store}/files", {"file_id": files[0]}))[0] == 200  # again
         await ask(ONE, f"{STORES}/{store}/files/{files[1]}", method="DELETE")
         assert (await ask(ONE, f"{STORES}/{store}/files", {"file_id": third}))[0] == 200
 
@@ -297,7 +432,7 @@ async def test_stores_count_for_what_an_owner_may_keep(tmp_path, monkeypatch):
         store, [file] = await ask.store(ONE, "word " * 2000)
         [(held,)] = await ask.rows("SELECT SUM(bytes) FROM holdings")
         [(bytes_,)] = await ask.rows("SELECT bytes FROM knowledge_stores")
-        assert held > bytes_ + 10_000           # its upload too
+        assert held > bytes_ + 10_000  # its upload too
         monkeypatch.setattr("chatlm.front.store.quota.LIMITS", replace(LIMITS, kept_bytes=held))
         status, answer = await ask(ONE, STORES, {})
         assert (status, answer["error"]["code"]) == (403, "storage_full")
@@ -313,26 +448,36 @@ async def test_a_file_for_batches_is_no_document(tmp_path):
         assert status == 400 and "purpose" in answer["error"]["message"]
         document = await ask.file(ONE, "text", purpose="user_data")
         assert (await ask(ONE, f"{STORES}/{store}/files", {"file_id": document}))[0] == 200
-        status, _ = await ask(ONE, "/v1/batches", {"input_file_id": document, "endpoint": "/v1/embeddings", "completion_window": "24h"})
+        status, _ = await ask(
+            ONE,
+            "/v1/batches",
+            {"input_file_id": document, "endpoint": "/v1/embeddings", "completion_window": "24h"},
+        )
         assert status == 400
 
 
 async def test_an_expired_store_is_shown_and_has_nothing(tmp_path, monkeypatch):
     async with knowing(tmp_path / "k.db") as ask:
-        store, [file] = await ask.store(ONE, "Cats eat fish.", expires_after={"anchor": "last_active_at", "days": 1})
+        store, [file] = await ask.store(
+            ONE, "Cats eat fish.", expires_after={"anchor": "last_active_at", "days": 1}
+        )
         now = (await ask(ONE, f"{STORES}/{store}"))[1]["expires_at"]
         for module in "routes", "ingest":
             monkeypatch.setattr(f"chatlm.front.knowledge.{module}.now_s", lambda: now)
         _, found = await ask(ONE, f"{STORES}/{store}")
         assert found["status"] == "expired"
-        for path, body in (("files", {"file_id": file}), ("file_batches", {"file_ids": [file]}), ("search", {"query": "cats"})):
+        for path, body in (
+            ("files", {"file_id": file}),
+            ("file_batches", {"file_ids": [file]}),
+            ("search", {"query": "cats"}),
+        ):
             status, answer = await ask(ONE, f"{STORES}/{store}/{path}", body)
             assert (status, answer["error"]["code"]) == (400, "expired")
         ask.ingest.wake.set()
         while (await ask.rows("SELECT COUNT(*) FROM knowledge_passages")) != [(0,)]:
             await asyncio.sleep(0.01)
         assert (await ask(ONE, f"{STORES}/{store}"))[1]["file_counts"]["total"] == 0
-        assert (await ask(ONE, f"/v1/files/{file}"))[0] == 200      # the upload stays
+        assert (await ask(ONE, f"/v1/files/{file}"))[0] == 200  # the upload stays
         assert (await ask(ONE, f"{STORES}/{store}", method="DELETE"))[0] == 200
 
 
@@ -349,8 +494,13 @@ async def test_a_search_keeps_a_store_alive(tmp_path, monkeypatch):
 
 async def test_without_a_database_there_are_no_stores():
     async with Place(pool=EmbeddingPool()) as place:
-        for method, path, body in (("get", STORES, None), ("post", STORES, {}), ("get", f"{STORES}/vs_1", None),
-                                   ("post", f"{STORES}/vs_1/search", {"query": "x"}), ("delete", f"{STORES}/vs_1", None)):
+        for method, path, body in (
+            ("get", STORES, None),
+            ("post", STORES, {}),
+            ("get", f"{STORES}/vs_1", None),
+            ("post", f"{STORES}/vs_1/search", {"query": "x"}),
+            ("delete", f"{STORES}/vs_1", None),
+        ):
             async with place.client.request(method, place.url + path, json=body) as response:
                 assert response.status == 404 and (await response.json())["error"]["code"] == "no_database"
 
@@ -358,7 +508,9 @@ async def test_without_a_database_there_are_no_stores():
 async def test_without_an_embedder_none_is_made(tmp_path):
     async with knowing(tmp_path / "k.db", pool=FakePool()) as ask:
         status, answer = await ask(ONE, STORES, {"name": "zoo"})
-        assert (status, answer["error"]["code"]) == (409, "no_embedder") and "--embedder" in answer["error"]["message"]
+        assert (status, answer["error"]["code"]) == (409, "no_embedder") and "--embedder" in answer["error"][
+            "message"
+        ]
         status, answer = await ask(ONE, STORES, {"embedding_model": "fake-model"})
         assert (status, answer["error"]["code"]) == (409, "no_embedder")
 
@@ -399,7 +551,9 @@ async def test_a_document_is_kept_byte_for_byte(tmp_path):
     content = bytes(range(256)) * 12_000 + b"\n\n\n"
     async with knowing(tmp_path / "k.db") as ask:
         file = await ask.file(ONE, content, "x.bin")
-        async with ask.place.client.get(f"{ask.place.url}/v1/files/{file}/content", headers={"X-Chat-Space": ONE}) as response:
+        async with ask.place.client.get(
+            f"{ask.place.url}/v1/files/{file}/content", headers={"X-Chat-Space": ONE}
+        ) as response:
             assert await response.read() == content
 
 
@@ -422,5 +576,3 @@ async def test_documents_have_a_limit(tmp_path, monkeypatch):
             form.add_field("purpose" if not fields else "other", "assistants")
             async with ask.place.client.post(f"{ask.place.url}/v1/files", data=form) as response:
                 assert response.status == 413
-
-
